@@ -1,0 +1,83 @@
+"""The nouns of the package, in the order in which a preference meets them.
+
+Shape letters used everywhere: B pairs in a batch, N = 2B rows (all chosen, then all
+rejected), T tokens in a padded row, V vocabulary. Log-probabilities are in nats.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+Message = dict[str, Any]  # at least `role` and `content`, as chat templates read them
+Text = str | tuple[Message, ...]  # plain text, or the turns of a conversation
+
+
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """One judgement, still as text: `chosen` was preferred to `rejected` after `prompt`."""
+
+    prompt: Text
+    chosen: Text
+    rejected: Text
+    where: str  # `file:line`, for messages
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedPair:
+    """The same judgement as token ids. The parts stay apart: masks are derived, never stored."""
+
+    prompt: tuple[int, ...]
+    chosen: tuple[int, ...]
+    rejected: tuple[int, ...]
+    where: str = ""
+
+    def __len__(self) -> int:
+        """Tokens of the longer of the two rows."""
+        return len(self.prompt) + max(len(self.chosen), len(self.rejected))
+
+
+class PairBatch(NamedTuple):
+    """What one forward pass sees. Rows: every chosen completion, then every rejected one."""
+
+    tokens: mx.array  # (N, T) int32, padded on the right
+    completion_mask: mx.array  # (N, T) bool, True where tokens[n, t] is to be scored
+
+
+class PairLogps(NamedTuple):
+    """Summed completion log-probabilities under one model, one entry per pair."""
+
+    chosen: mx.array  # (B,) float32
+    rejected: mx.array  # (B,) float32
+
+
+class PairOutcomes(NamedTuple):
+    """What the objective says of each pair; means over any set of pairs start from here."""
+
+    losses: mx.array  # (B,) float32
+    policy: PairLogps
+    chosen_rewards: mx.array  # (B,) beta times the log-ratio of the chosen completion
+    rejected_rewards: mx.array  # (B,)
+
+
+class PreferenceMetrics(NamedTuple):
+    """Means over a set of pairs, as floats; `objective.metrics` owns their public names."""
+
+    loss: float
+    chosen_rewards: float
+    rejected_rewards: float
+    margins: float
+    accuracies: float
+    chosen_logps: float
+    rejected_logps: float
+
+
+class StepMetrics(NamedTuple):
+    """One optimizer update, as the loop yields it."""
+
+    step: int  # 1 for the first update
+    epoch: float  # passes over the training pairs when the update was done
+    preferences: PreferenceMetrics
+    grad_norm: float  # global norm before clipping
+    learning_rate: float
+    num_tokens: int  # tokens without padding that the update put through the model
