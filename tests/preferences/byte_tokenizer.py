@@ -1,0 +1,42 @@
+"""A tokenizer over bytes with real Jinja templates, small enough to check by eye."""
+
+import re
+
+import jinja2
+
+BOS, EOS, USER, ASSISTANT, SYSTEM, TWO_LINES = range(256, 262)
+MARKS = {"<s>": BOS, "</s>": EOS, "<U>": USER, "<A>": ASSISTANT, "<S>": SYSTEM, "\n\n": TWO_LINES}
+MARK_OF = {"user": "<U>", "assistant": "<A>", "system": "<S>"}
+
+CHAT = (
+    "{% for m in messages %}{{ mark[m.role] }}{{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<A>{% endif %}"
+)
+
+
+class ByteTokenizer:
+    """One id a byte, one a mark, and one for two newlines, which merge as BPE would."""
+
+    bos_token, bos_token_id = "<s>", BOS
+    eos_token, eos_token_id = "</s>", EOS
+    vocab_size = 262
+
+    def __init__(self, chat_template=None, adds_bos=False):
+        self.chat_template = chat_template
+        self.adds_bos = adds_bos
+
+    def encode(self, text, add_special_tokens=True):
+        ids = [BOS] if self.adds_bos and add_special_tokens else []
+        for piece in re.split("(" + "|".join(map(re.escape, MARKS)) + ")", text):
+            ids += [MARKS[piece]] if piece in MARKS else piece.encode()
+        return ids
+
+    def decode(self, ids):
+        names = {number: mark for mark, number in MARKS.items()}
+        return "".join(names.get(i) or chr(i) for i in ids)
+
+    def apply_chat_template(self, messages, add_generation_prompt=False, tokenize=True, **more):
+        text = jinja2.Template(self.chat_template, undefined=jinja2.StrictUndefined).render(
+            messages=messages, add_generation_prompt=add_generation_prompt, mark=MARK_OF, **more
+        )
+        return self.encode(text, add_special_tokens=False) if tokenize else text

@@ -1,0 +1,162 @@
+import hashlib
+import struct
+
+import pytest
+from byte_tokenizer import ASSISTANT, BOS, EOS, USER
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlx_dpo.errors import ConfigError, DataError, ModelError
+from mlx_dpo.preferences.faults import EMPTY, NO_ROOM, SAME_TEXT, TOO_LONG, BadPair
+from mlx_dpo.preferences.pairs import digest, hold_out, load_pairs
+from mlx_dpo.preferences.tokens import TokenRules
+from mlx_dpo.types import TokenizedPair
+
+GOOD = {"prompt": "hi", "chosen": "yo", "rejected": "no!"}
+RULES = TokenRules(vocab_size=262)
+
+
+def test_pairs_come_in_file_order_with_their_places(write, plain):
+    found = load_pairs(write(GOOD, "", GOOD | {"chosen": "ya"}), plain, RULES)
+    assert found.pairs == (
+        TokenizedPair((BOS, *b"hi"), (*b"yo", EOS), (*b"no!", EOS), "pairs.jsonl:1"),
+        TokenizedPair((BOS, *b"hi"), (*b"ya", EOS), (*b"no!", EOS), "pairs.jsonl:3"),
+    )
+
+
+def test_a_bad_pair_stops_unless_it_may_be_dropped(write, plain):
+    path = write(GOOD, GOOD | {"chosen": ""}, GOOD | {"rejected": "yo"}, GOOD | {"chosen": " "})
+    with pytest.raises(BadPair, match=r"^pairs\.jsonl:2: a completion is empty; mend it, or"):
+        load_pairs(path, plain, RULES)
+    found = load_pairs(path, plain, RULES, bad_pairs="drop")
+    assert [pair.where for pair in found.pairs] == ["pairs.jsonl:1"]
+    assert (found.report.read, found.report.kept) == (4, 1)
+    assert found.report.dropped == {
+        EMPTY: ["pairs.jsonl:2", "pairs.jsonl:4"],
+        SAME_TEXT: ["pairs.jsonl:3"],
+    }
+
+
+@pytest.mark.parametrize("line", ["{", '{"prompt": "a"}', "[]"])
+def test_a_broken_line_stops_even_where_bad_pairs_are_dropped(write, plain, line):
+    with pytest.raises(DataError, match=r"^pairs\.jsonl:2: "):
+        load_pairs(write(GOOD, line), plain, RULES, bad_pairs="drop")
+
+
+def test_overlong_pairs_are_dropped_where_truncation_says_so(write, plain):
+    """`--truncation drop` has asked for it; other bad pairs still stop."""
+    long = GOOD | {"rejected": "n" * 10}
+    rules = TokenRules(vocab_size=262, max_length=8, truncation="drop")
+    found = load_pairs(write(long, GOOD), plain, rules)
+    assert found.report.dropped == {TOO_LONG: ["pairs.jsonl:1"]}
+    with pytest.raises(BadPair, match=SAME_TEXT):
+        load_pairs(write(long, GOOD | {"chosen": "no!"}), plain, rules)
+    with pytest.raises(BadPair, match=NO_ROOM):
+        load_pairs(write(GOOD), plain, TokenRules(vocab_size=262, max_length=3))
+
+
+def test_no_pair_left_is_an_error_that_says_why(write, plain):
+    with pytest.raises(DataError) as error:
+        load_pairs(write(GOOD | {"chosen": ""}), plain, RULES, bad_pairs="drop")
+    assert str(error.value) == (
+        "pairs.jsonl: no pair left of 1 (1: a completion is empty); give other pairs"
+    )
+    with pytest.raises(DataError, match=r"^pairs\.jsonl: no pair left \(the file holds none\)"):
+        load_pairs(write(), plain, RULES)
+
+
+def test_rules_are_checked_before_the_file_is_read(write, plain):
+    plain.eos_token_id = None
+    with pytest.raises(ModelError):
+        load_pairs(write("{"), plain, RULES)
+
+
+def test_thinking_has_no_effect_on_pairs_that_stay_text(write, chat):
+    path = write(
+        {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}
+    )
+    tokenizer = chat("{{ enable_thinking }}")
+    with pytest.raises(ConfigError, match="no pair goes through the chat template"):
+        load_pairs(path, tokenizer, TokenRules(vocab_size=262, thinking=True))
+
+
+def test_whole_dialogues_stay_text_and_strings_with_a_prompt_do_not(write, chat):
+    shared = "\n\nHuman: a\n\nAssistant:"
+    path = write(GOOD, {"chosen": shared + " b", "rejected": shared + " c"})
+    first, second = load_pairs(path, chat(), RULES).pairs
+    assert first.prompt == (USER, *b"hi", EOS, ASSISTANT)
+    assert second.prompt == tuple(chat().encode(shared))
+
+
+def test_the_real_dialogues_are_read_whole(material, stories):
+    """The ids of prompt and completion are those of the whole text: nothing is lost or doubled."""
+    path = material / "data" / "hh-harmless-test" / "test.jsonl"
+    rules = TokenRules(vocab_size=512, max_length=100_000)
+    found = load_pairs(path, stories, rules, bad_pairs="drop")
+    assert (found.report.read, found.report.kept) == (2312, 2303)
+    for pair in found.pairs[::100]:
+        for completion in (pair.chosen, pair.rejected):
+            text = stories.decode(pair.prompt[1:] + completion[:-1])
+            assert stories.encode(text) == [*pair.prompt, *completion[:-1]]
+        assert stories.decode(pair.prompt).endswith("\n\nAssistant:")
+
+
+def with_prompts(*prompts):
+    return [TokenizedPair((prompt,), (8, i), (9, i)) for i, prompt in enumerate(prompts)]
+
+
+def test_a_share_is_held_out_in_file_order():
+    pairs = with_prompts(*range(20))
+    train, held = hold_out(pairs, share=0.25, seed=3)
+    assert len(held) == 5
+    assert [pair for pair in pairs if pair in held] == held
+    assert [pair for pair in pairs if pair not in held] == train
+    assert hold_out(pairs, share=0.25, seed=3) == (train, held)
+    assert hold_out(pairs, share=0.25, seed=4) != (train, held)
+    assert hold_out(pairs, share=0.25, seed=-1) != (train, held)
+
+
+def test_nothing_is_held_out_of_nothing():
+    pairs = with_prompts(1, 2)
+    assert hold_out(pairs, share=0.0, seed=0) == (pairs, [])
+    assert hold_out(pairs[:1], share=0.5, seed=0) == (pairs[:1], [])
+
+
+def test_pairs_with_one_prompt_cannot_be_parted():
+    with pytest.raises(ConfigError, match="all pairs have the same prompt"):
+        hold_out(with_prompts(1, 1, 1), share=0.5, seed=0)
+
+
+@given(st.lists(st.integers(0, 4), min_size=2, max_size=30), st.floats(0.01, 0.99), st.integers())
+def test_no_prompt_is_in_both_parts_and_neither_is_empty(prompts, share, seed):
+    if len(set(prompts)) == 1:
+        prompts.append(5)
+    pairs = with_prompts(*prompts)
+    train, held = hold_out(pairs, share=share, seed=seed)
+    assert {p.prompt for p in train}.isdisjoint(p.prompt for p in held)
+    assert train
+    assert held
+    assert sorted([*train, *held], key=pairs.index) == pairs
+    smallest = min(map(prompts.count, prompts))
+    assert len(held) <= max(1, round(share * len(pairs)), smallest)
+
+
+def test_the_digest_tells_where_a_part_ends():
+    parted = [
+        [TokenizedPair((1, 2), (3,), (4,))],
+        [TokenizedPair((1,), (2, 3), (4,))],
+        [TokenizedPair((1,), (2,), (3, 4))],
+        [TokenizedPair((1, 2), (4,), (3,))],
+        [TokenizedPair((1,), (2,), (3,)), TokenizedPair((4,), (5,), (6,))],
+        [TokenizedPair((4,), (5,), (6,)), TokenizedPair((1,), (2,), (3,))],
+        [TokenizedPair((258, 2), (3,), (4,))],  # 1 plus a byte's worth
+        [],
+    ]
+    assert len({digest(pairs) for pairs in parted}) == len(parted)
+
+
+def test_the_digest_does_not_know_places_and_stays_what_it_is():
+    here, there = (TokenizedPair((1, 2), (3,), (4,), where) for where in ("a:1", "b:9"))
+    assert digest([here]) == digest([there])
+    numbers = struct.pack("<7q", 2, 1, 1, 1, 2, 3, 4)  # three lengths, then the ids
+    assert digest([here]) == hashlib.sha256(numbers).hexdigest()

@@ -1,0 +1,59 @@
+import json
+
+from mlx_dpo.preferences.pairs import load_pairs
+from mlx_dpo.preferences.tokens import TokenRules
+
+SHARED = "\n\nHuman: a\n\nAssistant:"
+
+
+def test_a_plain_file_needs_two_lines(write, chat):
+    turns = {
+        "prompt": [{"role": "user", "content": "hi"}],
+        "chosen": [{"role": "assistant", "content": "yo"}],
+        "rejected": [{"role": "assistant", "content": "no!"}],
+    }
+    path = write(turns)
+    assert load_pairs(path, chat(), TokenRules(vocab_size=262)).report.lines() == [
+        "pairs.jsonl: 1 pair (messages)",
+        "tokens: 5 prompt, 3 chosen, 4 rejected; longest row 9",
+    ]
+
+
+def test_everything_that_was_done_to_the_pairs_is_said(write, plain):
+    good = {"prompt": "hi</", "chosen": "s>yo", "rejected": "no!", "score": 3}
+    empty = [good | {"chosen": ""}] * 4
+    same = good | {"chosen": "no!"}
+    dialogue = {"chosen": SHARED + " b</s>", "rejected": SHARED + " c", "source": "x"}
+    report = load_pairs(
+        write(good, *empty, same, dialogue),
+        plain,
+        TokenRules(vocab_size=262, max_length=24),
+        bad_pairs="drop",
+    ).report
+    # `good`: BOS h i | EOS y o EOS | < / n o ! EOS. `dialogue`: BOS and 20 | 3 | 3.
+    assert report.lines() == [
+        "pairs.jsonl: 2 pairs (6 prompt and completions as text; 1 whole dialogues as text)",
+        "tokens: 24 prompt, 7 chosen, 9 rejected; longest row 24",
+        "1 pair with a token that spans prompt and completion; it counts as completion",
+        "stop token added to 3 of 4 completions",
+        "fields not used: score, source",
+        "left out 4 pairs: a completion is empty (:2, :3, :4, …)",
+        "left out 1 pair: chosen and rejected are the same text (:6)",
+    ]
+    values = report.to_dict()
+    assert json.loads(json.dumps(values)) == values
+    assert values["dropped"]["a completion is empty"] == [f"pairs.jsonl:{n}" for n in (2, 3, 4, 5)]
+    assert values["schemas"] == {"prompt and completions as text": 6, "whole dialogues as text": 1}
+    assert values["unused_fields"] == {"score": 6, "source": 1}
+
+
+def test_wrapping_and_cutting_are_said(write, chat):
+    path = write({"prompt": "hi", "chosen": "yo", "rejected": "no!"})
+    report = load_pairs(path, chat(), TokenRules(vocab_size=262, max_length=8)).report
+    assert report.lines() == [
+        "pairs.jsonl: 1 pair (prompt and completions as text)",
+        "tokens: 5 prompt, 3 chosen, 3 rejected; longest row 8",
+        "1 pair of plain strings put into the model's chat template, as one user and one "
+        "assistant turn",
+        "1 pair cut to 8 tokens",
+    ]

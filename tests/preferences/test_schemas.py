@@ -1,0 +1,230 @@
+import pytest
+
+from mlx_dpo.errors import DataError
+from mlx_dpo.preferences.faults import DIVERGED, EMPTY, SAME_TEXT, BadPair
+from mlx_dpo.preferences.schemas import schema_of, to_preference
+from mlx_dpo.preferences.sources import Row, read_rows
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+def system(text):
+    return {"role": "system", "content": text}
+
+
+def read(**record):
+    found = to_preference(Row(record, "pairs.jsonl:7"))
+    assert found.where == "pairs.jsonl:7"
+    return found.prompt, found.chosen, found.rejected
+
+
+def test_strings_are_taken_as_they_are():
+    assert read(prompt=" hi\n", chosen=" yo ", rejected="no") == (" hi\n", " yo ", "no")
+
+
+def test_messages_are_taken_as_they_are_with_all_their_fields():
+    named = user("hi") | {"name": "Ada"}
+    prompt, chosen, rejected = read(
+        prompt=[system("be kind"), named], chosen=[assistant("yo")], rejected=[assistant("no")]
+    )
+    assert prompt == (system("be kind"), named)
+    assert (chosen, rejected) == ((assistant("yo"),), (assistant("no"),))
+
+
+def test_strings_after_messages_are_the_assistants_turn():
+    prompt = [user("hi")]
+    assert read(prompt=prompt, chosen="yo", rejected="no") == (
+        (user("hi"),), (assistant("yo"),), (assistant("no"),)
+    )  # fmt: skip
+
+
+def test_a_string_before_messages_is_the_users_turn():
+    assert read(prompt="hi", chosen=[assistant("yo")], rejected=[assistant("no")]) == (
+        (user("hi"),), (assistant("yo"),), (assistant("no"),)
+    )  # fmt: skip
+
+
+def test_the_leading_messages_that_both_share_are_the_prompt():
+    shared = [system("s"), user("a"), assistant("b"), user("c")]
+    expected = (tuple(shared), (assistant("yo"),), (assistant("no"),))
+    both = {"chosen": [*shared, assistant("yo")], "rejected": [*shared, assistant("no")]}
+    assert read(**both) == expected
+    assert read(prompt="c", **both) == expected  # as UltraFeedback is often written
+    assert read(prompt=None, **both) == expected
+
+
+def test_a_shared_first_answer_stays_with_the_completions():
+    start = [user("a"), assistant("well")]
+    prompt, chosen, _ = read(chosen=[*start, assistant("yes")], rejected=[*start, assistant("no")])
+    assert (prompt, chosen) == ((user("a"),), (assistant("well"), assistant("yes")))
+
+
+def test_a_prompt_that_is_not_in_the_conversations_is_refused():
+    with pytest.raises(DataError, match="`chosen` has a prompt of its own that differs"):
+        read(
+            prompt="other",
+            chosen=[user("hi"), assistant("yo")],
+            rejected=[user("hi"), assistant("no")],
+        )
+
+
+def test_the_prompt_of_a_marked_dialogue_runs_to_its_last_answer():
+    shared = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
+    assert read(chosen=shared + " I do", rejected=shared + " I do not") == (
+        shared, " I do", " I do not",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "prompt"),
+    [
+        ("Q: hi A: yes", "Q: hi A: no", "Q: hi A:"),
+        ("The cat sat", "The cat sang", "The cat"),  # not «The cat sa»
+        ("The cat sat", "The cat sat down", "The cat sat"),
+        ("one\nyes", "one\nno", "one\n"),  # a newline is the prompt's
+        ("yes", "no", ""),
+        ("yes", "yesterday", ""),
+    ],
+)
+def test_other_text_shares_whole_words_and_the_space_goes_with_the_completion(
+    chosen, rejected, prompt
+):
+    if chosen == prompt:
+        with pytest.raises(BadPair, match=EMPTY):
+            read(chosen=chosen, rejected=rejected)
+        return
+    expected = (prompt, chosen[len(prompt) :], rejected[len(prompt) :])
+    assert read(chosen=chosen, rejected=rejected) == expected
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"prompt": "a", "chosen": "b"}, "missing `rejected` (found `chosen`, `prompt`)"),
+        ({"prompt": "a", "rejected": "b"}, "missing `chosen` (found `prompt`, `rejected`)"),
+        ({}, "missing `chosen` (found nothing)"),
+        (
+            {"prompt": "a", "chosen": 3, "rejected": "b"},
+            "`chosen` must be text or a list of messages, found int",
+        ),
+        (
+            {"prompt": [], "chosen": "a", "rejected": "b"},
+            "`prompt` must be text or a list of messages, found an empty list",
+        ),
+        (
+            {"prompt": "a", "chosen": [assistant("b")], "rejected": [{"role": "assistant"}]},
+            "`rejected[0]` needs a `content` that is text",
+        ),
+        (
+            {"prompt": [user("a"), {"content": "x"}], "chosen": "b", "rejected": "c"},
+            "`prompt[1]` needs a `role` that is text",
+        ),
+        (
+            {"prompt": "a", "chosen": "b", "rejected": [assistant("c")]},
+            "one of `chosen` and `rejected` is text, the other messages",
+        ),
+        (
+            {"prompt": [user("a")], "chosen": [user("b")], "rejected": [assistant("c")]},
+            "`chosen` holds a turn of `user`; beside a `prompt` it may hold only the "
+            "assistant's turns",
+        ),
+        (
+            {"prompt": [user("a"), assistant("b")], "chosen": "c", "rejected": "d"},
+            "`prompt` ends with the assistant's turn; it must end with what the completions answer",
+        ),
+        (
+            {"chosen": [assistant("b")], "rejected": [assistant("c")]},
+            "missing `prompt` (`chosen` begins with the assistant's turn); add it, or begin both "
+            "conversations with it",
+        ),
+        (
+            {"prompt": "a", "chosen": "b\ud83d", "rejected": "c"},
+            "`chosen` holds half a character (\\ud83d at 1); mend the text",
+        ),
+        (
+            {"prompt": "a", "chosen": "b", "rejected": "c", "tools": [{"name": "x"}]},
+            "`tools` is not read, and the pair means less without it",
+        ),
+    ],
+)  # fmt: skip
+def test_a_row_that_is_no_pair_is_refused_with_its_place(record, message):
+    with pytest.raises(DataError) as error:
+        to_preference(Row(record, "pairs.jsonl:7"))
+    assert str(error.value) == f"pairs.jsonl:7: {message}"
+    assert not isinstance(error.value, BadPair)  # such rows cannot be dropped
+
+
+CONVERSATION = [user("a"), assistant("b")]
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"prompt": "a", "chosen": " \n", "rejected": "b"}, EMPTY),
+        ({"prompt": "a", "chosen": "b", "rejected": ""}, EMPTY),
+        ({"prompt": "a", "chosen": [assistant("")], "rejected": [assistant("b")]}, EMPTY),
+        ({"prompt": "a", "chosen": "b", "rejected": "b"}, SAME_TEXT),
+        ({"chosen": CONVERSATION, "rejected": CONVERSATION}, SAME_TEXT),
+        ({"chosen": [*CONVERSATION], "rejected": [user("x"), assistant("b")]}, DIVERGED),
+        (
+            {
+                "chosen": [*CONVERSATION, user("c"), assistant("d")],
+                "rejected": [user("a"), assistant("x"), user("c"), assistant("e")],
+            },
+            DIVERGED,
+        ),
+        (
+            {
+                "chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d",
+                "rejected": "\n\nHuman: a\n\nAssistant: x\n\nHuman: c\n\nAssistant: e",
+            },
+            DIVERGED,
+        ),
+    ],
+)
+def test_a_pair_that_teaches_nothing_is_a_bad_pair(record, reason):
+    with pytest.raises(BadPair) as error:
+        to_preference(Row(record, "pairs.jsonl:12"))
+    assert error.value.reason == reason
+    assert str(error.value) == (
+        f"pairs.jsonl:12: {reason}; mend it, or leave such pairs out with --bad-pairs drop"
+    )
+
+
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        ("lf-kto-en/kto_en_demo.json", r"\[0\]: a single labelled answer"),
+        ("lf-dpo-en/dpo_en_demo.json", r"\[0\]: a ShareGPT row"),
+        ("foundry-orca-dpo/validation.jsonl", r":1: a row in OpenAI's fine-tuning form"),
+    ],
+)
+def test_real_files_of_other_kinds_are_refused_as_what_they_are(material, data, what):
+    with pytest.raises(DataError, match=what):
+        schema_of(next(read_rows(material / "data" / data)))
+
+
+def test_a_label_beside_a_pair_is_no_reason_to_refuse_it():
+    assert read(prompt="a", chosen="b", rejected="c", label=True) == ("a", "b", "c")
+
+
+def test_the_bad_pairs_of_real_dialogues_are_found(material):
+    """Four answers are empty, five dialogues part before the last answer, as its ABOUT.md says."""
+    faults = {}
+    for row in read_rows(material / "data" / "hh-harmless-test" / "test.jsonl"):
+        try:
+            preference = to_preference(row)
+        except BadPair as bad:
+            faults.setdefault(bad.reason, []).append(int(row.where.rpartition(":")[2]))
+            continue
+        assert schema_of(row).is_dialogue
+        assert preference.prompt.endswith("\n\nAssistant:")
+        assert preference.prompt + preference.chosen == row.record["chosen"]
+        assert preference.prompt + preference.rejected == row.record["rejected"]
+    assert faults == {EMPTY: [87, 517, 926, 1104], DIVERGED: [1255, 1689, 1951, 1953, 2037]}

@@ -1,0 +1,78 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlx_dpo.preferences.faults import NO_ROOM, SAME_WHEN_CUT, TOO_LONG, BadPair
+from mlx_dpo.preferences.truncation import truncate
+from mlx_dpo.types import TokenizedPair
+
+
+def pair(prompt=(1, 2, 3, 4), chosen=(11, 12, 13), rejected=(21, 22)):
+    return TokenizedPair(prompt, chosen, rejected, "pairs.jsonl:7")
+
+
+@pytest.mark.parametrize("how", ["keep_start", "keep_end", "drop"])
+def test_a_pair_that_fits_exactly_is_left_alone(how):
+    assert truncate(pair(), 7, how) == pair()
+
+
+@pytest.mark.parametrize(
+    ("how", "max_length", "kept"),
+    [
+        ("keep_start", 6, ((1, 2, 3, 4), (11, 12), (21, 22))),
+        ("keep_start", 5, ((1, 2, 3, 4), (11,), (21,))),
+        ("keep_end", 6, ((2, 3, 4), (11, 12, 13), (21, 22))),
+        ("keep_end", 4, ((4,), (11, 12, 13), (21, 22))),
+        ("keep_end", 3, ((4,), (11, 12), (21, 22))),
+        ("keep_end", 2, ((4,), (11,), (21,))),
+    ],
+)
+def test_what_gives_way_is_what_was_said(how, max_length, kept):
+    assert truncate(pair(), max_length, how) == TokenizedPair(*kept, "pairs.jsonl:7")
+
+
+@pytest.mark.parametrize(
+    ("bad", "how", "max_length", "reason", "message"),
+    [
+        (
+            pair(),
+            "keep_start",
+            4,
+            NO_ROOM,
+            "(prompt of 4 tokens, max_length 4); raise --max-length,",
+        ),
+        (pair(), "drop", 6, TOO_LONG, "(7 tokens, max_length 6); mend it,"),
+        (pair(rejected=(11, 12)), "keep_start", 6, SAME_WHEN_CUT, "(max_length 6); raise --max-"),
+        (pair(rejected=(11, 12)), "keep_end", 3, SAME_WHEN_CUT, "(max_length 3); raise --max-"),
+    ],
+)
+def test_a_pair_that_cannot_be_cut_is_bad(bad, how, max_length, reason, message):
+    with pytest.raises(BadPair) as error:
+        truncate(bad, max_length, how)
+    assert error.value.reason == reason
+    assert str(error.value).startswith(f"pairs.jsonl:7: {reason} {message}")
+
+
+ids = st.lists(st.integers(0, 3), min_size=1, max_size=12).map(tuple)
+
+
+@given(ids, ids, ids, st.integers(2, 20), st.sampled_from(["keep_start", "keep_end", "drop"]))
+def test_what_is_kept_is_a_piece_of_what_was_given(prompt, chosen, rejected, max_length, how):
+    whole = TokenizedPair(prompt, chosen, rejected, "pairs.jsonl:7")
+    try:
+        cut = truncate(whole, max_length, how)
+    except BadPair as bad:
+        assert len(whole) > max_length
+        assert how != "keep_end" or bad.reason == SAME_WHEN_CUT
+        return
+    assert len(cut) == min(len(whole), max_length)  # nothing is given away that has room
+    assert cut.chosen
+    assert cut.rejected
+    assert cut.prompt
+    assert chosen[: len(cut.chosen)] == cut.chosen
+    assert rejected[: len(cut.rejected)] == cut.rejected
+    assert prompt[-len(cut.prompt) :] == cut.prompt
+    if how == "keep_start":
+        assert cut.prompt == prompt
+    if how == "keep_end" and len(cut.prompt) > 1:
+        assert (cut.chosen, cut.rejected) == (chosen, rejected)
