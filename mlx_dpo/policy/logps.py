@@ -1,0 +1,30 @@
+"""Sequence log-probabilities: the only place where tokens and logits are shifted."""
+
+from collections.abc import Callable
+
+import mlx.core as mx
+
+from mlx_dpo.types import PairBatch, PairLogps
+
+CausalLM = Callable[[mx.array], mx.array]  # (N, T) token ids -> (N, T, V) logits
+
+
+def completion_logps(model: CausalLM, batch: PairBatch) -> mx.array:
+    """Sum of log p(token | all before it) over the scored tokens of each row. (N,) float32
+
+    Rows are padded on the right, so that a causal model cannot see the padding: exact
+    for every architecture. Logits are reduced in float32 whatever the model computes in.
+    """
+    logits = model(batch.tokens[:, :-1]).astype(mx.float32)
+    # The mask travels with the token that is predicted, so both drop column 0.
+    targets, scored = batch.tokens[:, 1:], batch.completion_mask[:, 1:]
+    picked = mx.take_along_axis(logits, targets[..., None], axis=-1).squeeze(-1)
+    token_logps = picked - mx.logsumexp(logits, axis=-1)
+    # `where`, not a product: an infinite log-probability under the mask must not become NaN.
+    return mx.where(scored, token_logps, 0.0).sum(axis=-1)
+
+
+def pair_logps(model: CausalLM, batch: PairBatch) -> PairLogps:
+    """Chosen and rejected log-probabilities from one forward pass. (B,) each"""
+    chosen, rejected = mx.split(completion_logps(model, batch), 2)
+    return PairLogps(chosen, rejected)

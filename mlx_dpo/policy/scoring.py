@@ -1,0 +1,35 @@
+"""Log-probabilities of many pairs under one model, without gradients."""
+
+from collections.abc import Callable, Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_dpo.policy.logps import pair_logps
+from mlx_dpo.preferences.batches import collate, micro_batches
+from mlx_dpo.types import PairLogps, TokenizedPair
+
+
+def score_pairs(
+    model: nn.Module,
+    pairs: Sequence[TokenizedPair],
+    *,
+    pairs_per_pass: int,
+    progress: Callable[[int], None] = lambda scored: None,
+) -> PairLogps:
+    """Log-probabilities of every pair under `model`, in the order of `pairs`. (len(pairs),) each
+
+    Pairs of like length go through the model together; `progress` hears how many did.
+    The model is left in evaluation mode.
+    """
+    model.eval()
+    chosen = np.zeros(len(pairs), np.float32)
+    rejected = np.zeros(len(pairs), np.float32)
+    groups = micro_batches(range(len(pairs)), [len(pair) for pair in pairs], size=pairs_per_pass)
+    for group in groups:
+        logps = pair_logps(model, collate([pairs[i] for i in group]))
+        mx.eval(logps)  # one batch at a time: a graph over all of them would hold every logit
+        chosen[group], rejected[group] = np.array(logps.chosen), np.array(logps.rejected)
+        progress(len(group))
+    return PairLogps(mx.array(chosen), mx.array(rejected))

@@ -1,0 +1,62 @@
+import mlx.core as mx
+import pytest
+
+from mlx_dpo.objective.metrics import concatenate, named, outcomes, step_row, summarise
+from mlx_dpo.types import PairLogps, StepMetrics
+
+ZEROS = PairLogps(mx.zeros((2,)), mx.zeros((2,)))
+
+
+def outcome(chosen, rejected, *, losses=(0.25, 0.75), reference=ZEROS, beta=0.5):
+    policy = PairLogps(mx.array(chosen), mx.array(rejected))
+    return outcomes(mx.array(losses), policy, reference, beta=beta)
+
+
+def test_accuracy_is_counted_pair_by_pair():
+    """One pair right by a little, one wrong by a lot: half are right, though the mean is wrong."""
+    metrics = summarise(outcome([-1.0, -9.0], [-2.0, -3.0]))
+    assert metrics.accuracies == 0.5
+    assert metrics.margins == pytest.approx(0.5 * (1.0 - 6.0) / 2)
+
+
+def test_a_tie_counts_as_wrong():
+    assert summarise(outcome([-1.0, -3.0], [-1.0, -4.0])).accuracies == 0.5
+
+
+def test_rewards_are_beta_times_the_log_ratio_and_logps_are_the_policys_sums():
+    reference = PairLogps(mx.array([-2.0, -2.0]), mx.array([-1.0, -5.0]))
+    metrics = summarise(outcome([-1.0, -3.0], [-4.0, -6.0], reference=reference))
+    assert metrics.chosen_rewards == pytest.approx(0.5 * (1 - 1) / 2)
+    assert metrics.rejected_rewards == pytest.approx(0.5 * (-3 - 1) / 2)
+    assert metrics.chosen_logps == -2.0
+    assert metrics.rejected_logps == -5.0
+    assert metrics.loss == 0.5
+
+
+def test_parts_of_unequal_size_weigh_by_their_pairs():
+    """A mean of the parts' means would give 0.5."""
+    small = outcomes(
+        mx.array([1.0]), PairLogps(mx.array([1.0]), mx.array([0.0])),
+        PairLogps(mx.zeros((1,)), mx.zeros((1,))), beta=1.0,
+    )  # fmt: skip
+    large = outcomes(
+        mx.zeros((3,)), PairLogps(mx.zeros((3,)), mx.ones((3,))),
+        PairLogps(mx.zeros((3,)), mx.zeros((3,))), beta=1.0,
+    )  # fmt: skip
+    metrics = summarise(concatenate([small, large]))
+    assert metrics.loss == 0.25
+    assert metrics.accuracies == 0.25
+
+
+def test_public_names_are_those_of_trl():
+    metrics = summarise(outcome([-1.0, -9.0], [-2.0, -3.0]))
+    step = StepMetrics(
+        step=3, epoch=0.5, preferences=metrics, grad_norm=1.5, learning_rate=1e-5, num_tokens=99
+    )
+    assert set(step_row(step)) == {
+        "step", "epoch", "loss", "grad_norm", "learning_rate", "num_tokens",
+        "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
+        "logps/chosen", "logps/rejected",
+    }  # fmt: skip
+    assert step_row(step)["logps/rejected"] == metrics.rejected_logps
+    assert named(metrics, prefix="eval_")["eval_rewards/accuracies"] == 0.5
