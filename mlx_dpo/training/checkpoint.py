@@ -1,0 +1,103 @@
+"""Run state on disk. A checkpoint folder either exists whole or not at all."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+from mlx.utils import tree_unflatten
+
+from mlx_dpo.arrays import flat, random_state, read_arrays
+from mlx_dpo.errors import RunError, reason
+from mlx_dpo.policy.adapters import WEIGHTS, load_adapter_weights, save_adapter
+from mlx_dpo.training.loop import Progress
+
+OPTIMIZER = "optimizer.safetensors"
+STATE = "state.json"
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint of `step` lies in the folder of checkpoints."""
+    return folder / f"step-{step:06d}"
+
+
+def save(
+    folder: Path,
+    policy: nn.Module,
+    optimizer: optim.Optimizer,
+    progress: Progress,
+    adapter_config: dict[str, Any],
+) -> Path:
+    """Write adapters, optimizer, random state and position beside, then rename into place.
+
+    Raises:
+        RunError: the disk is full or cannot be written.
+    """
+    target = path_of(folder, progress.step)
+    partial = target.with_name(f"partial-{target.name}")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        save_adapter(partial, policy, adapter_config)
+        state = flat(optimizer.state) | {"random": random_state()}
+        mx.save_safetensors(str(partial / OPTIMIZER), state)
+        position = {"step": progress.step, "num_tokens": progress.num_tokens}
+        (partial / STATE).write_text(json.dumps(position) + "\n")
+        for path in partial.iterdir():
+            flush_to_disk(path)
+        shutil.rmtree(target, ignore_errors=True)  # of a run that was resumed before it
+        os.replace(partial, target)
+        flush_to_disk(folder)
+    except (OSError, RuntimeError) as error:  # MLX raises RuntimeError for a full disk
+        raise RunError(
+            f"{target}: cannot be written ({reason(error)}); earlier checkpoints are kept"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def flush_to_disk(path: Path) -> None:
+    """A rename may reach the disk before the contents do, unless they were flushed."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def latest(folder: Path) -> Path | None:
+    """The checkpoint of the highest step, if there is any."""
+    return max(folder.glob("step-*"), default=None)
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Remove all but the last `keep` checkpoints, and what a crash left half-written."""
+    for path in [*sorted(folder.glob("step-*"))[:-keep], *folder.glob("partial-*")]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def restore(folder: Path, policy: nn.Module, optimizer: optim.Optimizer) -> Progress:
+    """Load what `save` wrote into policy, optimizer and MLX's random state.
+
+    Raises:
+        RunError: a file is missing or damaged.
+        ModelError: the adapters are those of another model.
+    """
+    try:
+        position = json.loads((folder / STATE).read_text())
+        state, _ = read_arrays(folder / OPTIMIZER)
+        progress = Progress(step=position["step"], num_tokens=position["num_tokens"])
+        random_state()[:] = state.pop("random")
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise RunError(
+            f"{folder}: the checkpoint cannot be read ({reason(error)}); remove it to resume "
+            "from the one before"
+        ) from error
+    load_adapter_weights(policy, folder / WEIGHTS)
+    optimizer.state = tree_unflatten(list(state.items()))
+    return progress

@@ -1,0 +1,79 @@
+"""One optimizer update from the micro-batches of a step, lazily evaluated."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+from mlx.utils import tree_map
+
+from mlx_dpo.objective.losses import log_ratio_margin
+from mlx_dpo.objective.metrics import concatenate, outcomes
+from mlx_dpo.policy.logps import pair_logps
+from mlx_dpo.types import PairBatch, PairLogps, PairOutcomes
+
+PairLoss = Callable[[mx.array], mx.array]  # (B,) margins -> (B,) losses
+Gradients = dict[str, Any]
+
+
+class MicroBatch(NamedTuple):
+    """What one forward and backward pass sees."""
+
+    batch: PairBatch
+    reference: PairLogps  # (B,) each, of the pairs in `batch`
+
+
+def make_gradient(
+    policy: nn.Module, pair_loss: PairLoss, *, beta: float
+) -> Callable[[MicroBatch, float], tuple[PairOutcomes, Gradients]]:
+    """Build the function from a micro-batch to its outcomes and its share of the gradient."""
+
+    def objective(
+        model: nn.Module, micro: MicroBatch, share: float
+    ) -> tuple[mx.array, PairOutcomes]:
+        logps = pair_logps(model, micro.batch)
+        losses = pair_loss(log_ratio_margin(logps, micro.reference))
+        # A sum over pairs: micro-batches of any size then add up to the mean over the step.
+        return losses.sum() * share, outcomes(losses, logps, micro.reference, beta=beta)
+
+    value_and_grad = nn.value_and_grad(policy, objective)
+
+    def gradient(micro: MicroBatch, share: float) -> tuple[PairOutcomes, Gradients]:
+        (_, outcome), gradients = value_and_grad(policy, micro, share)
+        return outcome, gradients
+
+    return gradient
+
+
+def accumulate(
+    gradient: Callable[[MicroBatch, float], tuple[PairOutcomes, Gradients]],
+    micro_batches: Iterable[MicroBatch],
+    *,
+    pairs: int,
+) -> tuple[PairOutcomes, Gradients]:
+    """Gradient of the mean loss over `pairs` pairs that arrive in micro-batches of any size.
+
+    One graph and one evaluation per micro-batch: while the device works on it, the next
+    batch is built, and no second one is begun, so memory stays that of one.
+    """
+    parts: list[PairOutcomes] = []
+    total: Gradients | None = None
+    waiting = iter(micro_batches)
+    micro = next(waiting, None)
+    while micro is not None:
+        outcome, gradients = gradient(micro, 1.0 / pairs)
+        total = gradients if total is None else tree_map(mx.add, total, gradients)
+        parts.append(outcome)
+        mx.async_eval(outcome, total)
+        micro = next(waiting, None)
+        mx.eval(total)
+    if total is None:
+        raise ValueError("a step without pairs")
+    return concatenate(parts), total
+
+
+def clip(gradients: Gradients, max_norm: float) -> tuple[Gradients, mx.array]:
+    """Gradients of global norm at most `max_norm` (0: as they are), and the norm before. ()"""
+    bound = max_norm if max_norm > 0 else float("inf")
+    return optim.clip_grad_norm(gradients, bound)

@@ -1,0 +1,119 @@
+from functools import partial
+from itertools import islice
+
+import mlx.core as mx
+import mlx.optimizers as optim
+import pytest
+
+from mlx_dpo.errors import ModelError, RunError
+from mlx_dpo.objective.losses import sigmoid_loss
+from mlx_dpo.policy import adapters
+from mlx_dpo.policy.scoring import score_pairs
+from mlx_dpo.training import checkpoint
+from mlx_dpo.training.loop import Plan, Progress, train
+from tests.conftest import make_llama
+
+DESCRIPTION = adapters.adapter_config(keys=["q"], rank=4, scale=2.0, dropout=0.3, num_layers=2)
+
+
+def fresh(rank=4):
+    policy = make_llama()
+    adapters.attach(policy, rank=rank, scale=2.0, dropout=0.3, seed=1)
+    optimizer = optim.AdamW(1e-2, weight_decay=0.01, bias_correction=True)
+    optimizer.init(policy.trainable_parameters())
+    return policy, optimizer
+
+
+@pytest.fixture
+def plan(tiny_llama, pairs):
+    return Plan(
+        pairs=pairs,
+        reference=score_pairs(tiny_llama, pairs, pairs_per_pass=2),
+        pair_loss=partial(sigmoid_loss, beta=0.1),
+        beta=0.1,
+        learning_rate=lambda done: 1e-2 / (1 + done),
+        total_steps=8,
+        batch_size=2,
+        pairs_per_pass=1,
+        max_grad_norm=1.0,
+        seed=0,
+    )
+
+
+def save(folder, policy, optimizer, progress):
+    return checkpoint.save(folder, policy, optimizer, progress, DESCRIPTION)
+
+
+def test_resuming_is_the_same_as_never_stopping_bit_for_bit(plan, tmp_path):
+    """With dropout, weight decay, a schedule and a pass over the pairs that is cut in two."""
+    straight, optimizer = fresh()
+    expected = [row for _, row in train(straight, optimizer, plan, start=Progress())]
+
+    stopped, optimizer = fresh()
+    rows = []
+    for done, row in islice(train(stopped, optimizer, plan, start=Progress()), 4):
+        rows.append(row)
+        save(tmp_path, stopped, optimizer, done)
+    mx.random.seed(999)  # another process begins with another random state
+
+    resumed, optimizer = fresh()
+    start = checkpoint.restore(checkpoint.latest(tmp_path), resumed, optimizer)
+    assert start == done
+    rows += [row for _, row in train(resumed, optimizer, plan, start=start)]
+
+    assert rows == expected
+    for name, value in adapters.adapter_weights(resumed).items():
+        assert mx.array_equal(value, adapters.adapter_weights(straight)[name]), name
+
+
+@pytest.mark.parametrize("moment", ["os.replace", "mlx_dpo.training.checkpoint.flush_to_disk"])
+def test_a_save_that_fails_leaves_the_one_before_and_nothing_half_written(
+    tmp_path, monkeypatch, moment
+):
+    policy, optimizer = fresh()
+    save(tmp_path, policy, optimizer, Progress(step=1))
+
+    def fail(*args):
+        raise OSError(28, "No space left on device", "x")
+
+    monkeypatch.setattr(moment, fail)
+    with pytest.raises(RunError, match=r"step-000002: cannot be written \(No space.*kept"):
+        save(tmp_path, policy, optimizer, Progress(step=2))
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
+
+
+def test_only_the_last_ones_are_kept_and_halves_of_a_crash_removed(tmp_path):
+    policy, optimizer = fresh()
+    for step in (9, 10, 11):
+        save(tmp_path, policy, optimizer, Progress(step=step))
+    (tmp_path / "partial-step-000012").mkdir()
+    checkpoint.prune(tmp_path, keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000010", "step-000011"]
+    assert checkpoint.latest(tmp_path).name == "step-000011"
+
+
+def test_a_step_is_saved_again_over_its_older_self(tmp_path):
+    policy, optimizer = fresh()
+    save(tmp_path, policy, optimizer, Progress(step=1, num_tokens=5))
+    save(tmp_path, policy, optimizer, Progress(step=1, num_tokens=6))
+    restored = checkpoint.restore(checkpoint.latest(tmp_path), *fresh())
+    assert restored == Progress(step=1, num_tokens=6)
+
+
+def test_adapters_of_another_shape_are_refused_by_name(tmp_path):
+    folder = save(tmp_path, *fresh(rank=4), Progress(step=1))
+    with pytest.raises(ModelError, match=r"`model\.layers\.0\.mlp\.down_proj\.lora_a`"):
+        checkpoint.restore(folder, *fresh(rank=8))
+
+
+@pytest.mark.parametrize("name", ["state.json", "optimizer.safetensors"])
+def test_a_damaged_checkpoint_is_one_line(tmp_path, name):
+    folder = save(tmp_path, *fresh(), Progress(step=1))
+    (folder / name).write_text("")
+    with pytest.raises(RunError, match="cannot be read") as error:
+        checkpoint.restore(folder, *fresh())
+    assert "\n" not in str(error.value)
+
+
+def test_no_checkpoint_is_none(tmp_path):
+    assert checkpoint.latest(tmp_path / "checkpoints") is None

@@ -1,0 +1,120 @@
+import math
+from dataclasses import replace
+from functools import partial
+
+import mlx.core as mx
+import mlx.optimizers as optim
+import pytest
+
+from mlx_dpo.errors import TrainingError
+from mlx_dpo.objective.losses import sigmoid_loss
+from mlx_dpo.policy import adapters
+from mlx_dpo.policy.scoring import score_pairs
+from mlx_dpo.training.loop import Plan, Progress, train
+from tests.conftest import make_llama
+
+
+@pytest.fixture
+def plan(tiny_llama, pairs):
+    return Plan(
+        pairs=pairs,
+        reference=score_pairs(tiny_llama, pairs, pairs_per_pass=2),
+        pair_loss=partial(sigmoid_loss, beta=0.1),
+        beta=0.1,
+        learning_rate=lambda done: 1e-2,
+        total_steps=6,
+        batch_size=2,
+        pairs_per_pass=2,
+        max_grad_norm=1.0,
+        seed=0,
+    )
+
+
+def run(plan, *, start=Progress(), dropout=0.0):  # noqa: B008  (frozen)
+    policy = make_llama()
+    adapters.attach(policy, rank=4, scale=2.0, dropout=dropout, seed=1)
+    optimizer = optim.AdamW(1e-2, weight_decay=0.0, bias_correction=True)
+    return policy, list(train(policy, optimizer, plan, start=start))
+
+
+def test_the_first_loss_is_log_two_and_all_rewards_are_zero(plan):
+    _, [(progress, first), *_] = run(plan)
+    assert progress.step == first.step == 1
+    assert first.preferences.loss == pytest.approx(math.log(2), abs=1e-5)
+    assert first.preferences.chosen_rewards == pytest.approx(0.0, abs=1e-5)
+    assert first.preferences.rejected_rewards == pytest.approx(0.0, abs=1e-5)
+
+
+def test_training_learns_the_preferences(plan):
+    _, rows = run(replace(plan, total_steps=60))
+    last = rows[-1][1].preferences
+    assert last.loss < 0.35
+    assert last.accuracies == 1.0
+    assert last.margins > 1.0
+
+
+def test_an_epoch_is_five_pairs_in_three_steps_and_tokens_are_counted(plan, pairs):
+    _, rows = run(plan)
+    assert [metrics.epoch for _, metrics in rows] == pytest.approx([0.4, 0.8, 1.0, 1.4, 1.8, 2.0])
+    tokens = sum(2 * len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs)
+    assert rows[2][1].num_tokens == tokens
+    assert rows[-1][0].num_tokens == 2 * tokens
+
+
+def test_the_rate_of_each_step_is_that_of_the_updates_done_before(plan):
+    """A rate of zero leaves the policy alone: the second step still begins at log 2."""
+    plan = replace(plan, total_steps=3, learning_rate=lambda done: [0.0, 1e-2, 1e-2][done])
+    _, rows = run(plan)
+    losses = [metrics.preferences.loss for _, metrics in rows]
+    assert losses[1] == pytest.approx(math.log(2), abs=1e-5)
+    assert abs(losses[2] - math.log(2)) > 1e-4
+    assert [metrics.learning_rate for _, metrics in rows] == [0.0, 1e-2, 1e-2]
+
+
+@pytest.mark.parametrize("pairs_per_pass", [1, 4])
+def test_the_size_of_a_pass_changes_nothing(plan, pairs_per_pass):
+    plan = replace(plan, batch_size=4)
+    (_, rows), (_, others) = run(plan), run(replace(plan, pairs_per_pass=pairs_per_pass))
+    for (_, a), (_, b) in zip(rows, others, strict=True):
+        assert a.preferences == pytest.approx(b.preferences, abs=1e-4)
+
+
+def test_each_pair_meets_its_own_reference(plan):
+    """A reference that is off by a different amount for each pair shows as those rewards."""
+    shift = mx.array([10.0 * (i + 1) for i in range(5)])
+    moved = plan.reference._replace(chosen=plan.reference.chosen - shift)
+    _, rows = run(replace(plan, reference=moved, total_steps=3, learning_rate=lambda done: 0.0))
+    weighted = sum(
+        m.preferences.chosen_rewards * n for (_, m), n in zip(rows, (2, 2, 1), strict=True)
+    )
+    assert weighted == pytest.approx(0.1 * shift.sum().item(), abs=1e-4)
+    assert {round(m.preferences.chosen_rewards, 3) for _, m in rows} != {3.0}
+
+
+def test_dropout_acts_in_training_even_after_an_evaluation(plan):
+    """Evaluation switches the policy to its evaluation mode; the next step switches back."""
+    policy = make_llama()
+    adapters.attach(policy, rank=4, scale=2.0, dropout=0.5, seed=1)
+    optimizer = optim.AdamW(1e-2, bias_correction=True)
+    modes = []
+    for _ in train(policy, optimizer, replace(plan, total_steps=3), start=Progress()):
+        modes.append(policy.training)
+        policy.eval()
+    assert modes == [True, True, True]
+
+
+def test_a_loss_that_is_no_number_stops_before_the_update_and_names_the_pairs(plan):
+    broken = plan.reference._replace(
+        chosen=mx.where(mx.arange(5) == 2, float("nan"), plan.reference.chosen)
+    )
+    policy = make_llama()
+    adapters.attach(policy, rank=4, scale=2.0, seed=1)
+    optimizer = optim.AdamW(1e-2, bias_correction=True)
+    steps = train(policy, optimizer, replace(plan, reference=broken), start=Progress())
+    done, before = 0, adapters.adapter_weights(policy)
+    with pytest.raises(TrainingError) as error:
+        for progress, _ in steps:
+            done, before = progress.step, adapters.adapter_weights(policy)
+    assert str(error.value).startswith(f"step {done + 1}: the loss is not a number at a:3; ")
+    for name, value in adapters.adapter_weights(policy).items():
+        assert mx.array_equal(value, before[name]), name

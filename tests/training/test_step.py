@@ -1,0 +1,89 @@
+from functools import partial
+
+import mlx.core as mx
+import pytest
+
+from mlx_dpo.arrays import flat
+from mlx_dpo.objective.losses import sigmoid_loss
+from mlx_dpo.policy import adapters
+from mlx_dpo.preferences.batches import collate
+from mlx_dpo.training.step import MicroBatch, accumulate, clip, make_gradient
+from mlx_dpo.types import PairLogps
+from tests.conftest import make_llama
+
+BETA = 0.5
+LOSS = partial(sigmoid_loss, beta=BETA)
+
+
+@pytest.fixture
+def policy():
+    model = make_llama()
+    adapters.attach(model, rank=4, scale=2.0, seed=1)
+    mx.random.seed(5)
+    for module in adapters.adapted_modules(model).values():
+        module.lora_b = 0.1 * mx.random.normal(module.lora_b.shape)
+    return model
+
+
+def micro(pairs, at=0.0):
+    reference = mx.array([at - 3.0 * len(pair.chosen) for pair in pairs])
+    return MicroBatch(collate(pairs), PairLogps(reference, reference + 1.0))
+
+
+def gradients(policy, parts, count):
+    outcome, grads = accumulate(
+        make_gradient(policy, LOSS, beta=BETA), [micro(part) for part in parts], pairs=count
+    )
+    return outcome, flat(grads)
+
+
+@pytest.mark.parametrize("cuts", [[1, 1, 1, 1, 1], [2, 3], [4, 1]])
+def test_accumulating_equals_one_batch(policy, pairs, cuts):
+    """Parts of unequal size too: a mean of means would weigh the lone pair four times."""
+    parts, rest = [], list(pairs)
+    for size in cuts:
+        parts.append(rest[:size])
+        rest = rest[size:]
+    outcome, pieces = gradients(policy, parts, 5)
+    together, whole = gradients(policy, [pairs], 5)
+    assert mx.allclose(outcome.losses, together.losses, atol=1e-5)
+    for name, value in whole.items():
+        assert mx.allclose(pieces[name], value, atol=1e-6, rtol=1e-4), name
+
+
+def test_the_gradient_is_that_of_the_mean_loss(policy, pairs):
+    """Against central differences of the loss in float32, along a random direction."""
+    _, grads = gradients(policy, [pairs[:2], pairs[2:]], 5)
+    start = adapters.adapter_weights(policy)
+    mx.random.seed(11)
+    way = {name: mx.random.normal(value.shape) for name, value in start.items()}
+
+    def mean_loss(shift):
+        policy.load_weights([(n, v + shift * way[n]) for n, v in start.items()], strict=False)
+        outcome, _ = gradients(policy, [pairs], 5)
+        return outcome.losses.mean().item()
+
+    step = 1e-3
+    measured = (mean_loss(step) - mean_loss(-step)) / (2 * step)
+    along = sum((grads[name] * way[name]).sum().item() for name in grads)
+    assert along == pytest.approx(measured, rel=2e-2)
+
+
+def test_only_the_adapters_have_gradients(policy, pairs):
+    _, grads = gradients(policy, [pairs], 5)
+    assert grads.keys() == adapters.adapter_weights(policy).keys()
+
+
+def test_clipping_bounds_the_global_norm_and_says_what_it_was():
+    grads = {"a": mx.array([3.0, 0.0]), "b": mx.array([[4.0]])}
+    clipped, norm = clip(grads, 1.0)
+    assert norm.item() == 5.0
+    assert clipped["a"].tolist() == pytest.approx([0.6, 0.0], abs=1e-5)
+    assert clipped["b"].item() == pytest.approx(0.8, abs=1e-5)
+
+
+@pytest.mark.parametrize("bound", [0.0, 10.0])
+def test_without_a_bound_or_below_it_nothing_is_clipped(bound):
+    clipped, norm = clip({"a": mx.array([3.0, 4.0])}, bound)
+    assert norm.item() == 5.0
+    assert clipped["a"].tolist() == [3.0, 4.0]
