@@ -1,0 +1,75 @@
+"""`mlx-dpo convert`: a model of the Hub or a folder in, a smaller or MLX-ready folder out."""
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mlx_dpo.config import BITS, DTYPES, MODES
+
+if TYPE_CHECKING:
+    from mlx_dpo.policy.convert import ConvertReport
+
+RECIPES = ("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")
+
+
+@click.command()
+@click.argument("source")
+@click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option(
+    "--bits",
+    type=click.Choice([str(bits) for bits in BITS]),
+    help="Quantise the weights to this many bits.",
+)
+@click.option(
+    "--group-size", type=int, help="Weights that share a scale: 32, 64 or 128. [default: 64]"
+)
+@click.option(
+    "--mode", type=click.Choice(MODES), default="affine", help="How quantised weights are packed."
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(DTYPES),
+    help="Number type of weights that are not quantised. [default: the model's own]",
+)
+@click.option("--revision", metavar="TEXT", help="Hub revision of the model.")
+@click.option(
+    "--recipe",
+    type=click.Choice(RECIPES),
+    help="Quantise layers to two widths: most to the first, the delicate ones to the second.",
+)
+@click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with SOURCE.")
+def convert(source: str, output: Path, bits: str | None, **options: Any) -> None:
+    """Write SOURCE, a Hub id or a folder, in MLX's layout, and check that it is the same model.
+
+    SOURCE is read from safetensors only. The folder appears whole or not at all. The same
+    English text is scored before and after, and the difference is printed.
+    """
+    from mlx_dpo.policy import convert as policy
+    from mlx_dpo.reporting.console import make_console, print_facts
+
+    console = make_console()
+    with console.status(f"Converting {source}"):
+        report = policy.convert(source, output, bits=int(bits) if bits else None, **options)
+    print_facts(console, facts(report))
+    console.print(
+        f"Next: mlx-dpo train PAIRS --model {shlex.quote(str(output))} --output RUN", markup=False
+    )
+
+
+def facts(report: "ConvertReport") -> list[tuple[str, str]]:
+    """What a person wants to know of a conversion, line by line."""
+    from mlx_dpo.policy.target import megabytes
+
+    before, after = megabytes(report.bytes_before), megabytes(report.bytes_after)
+    return [
+        ("model", f"{report.source} → {report.output}"),
+        ("weights", f"{before} → {after}, {report.bits_per_weight:.2f} bits per weight"),
+        (
+            "check",
+            f"log-probabilities differ by {report.mean_difference:.3g} nats per token on average "
+            f"({report.tokens} tokens of English)",
+        ),
+        *(("note", note) for note in report.notes),
+    ]

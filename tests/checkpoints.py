@@ -1,0 +1,119 @@
+"""Tiny checkpoints for tests, in the layout of the Hub: a Llama, its tokenizer and template.
+
+from tests.checkpoints import make_checkpoint
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.models import llama
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+SPECIAL = ("<|pad|>", "<|user|>", "<|assistant|>", "<|end|>")  # ids 0, 1, 2, 3
+END = SPECIAL.index("<|end|>")
+VOCAB = 300
+
+TEMPLATE = """\
+{%- for message in messages -%}
+<|{{ message.role }}|>{{ message.content }}<|end|>
+{%- endfor -%}
+{%- if add_generation_prompt -%}<|assistant|>{%- endif -%}"""
+
+TEXT = (
+    "The cat sat on the mat and the other cat sat on the hat.",
+    "Where is the house? The house is there, on the hill.",
+    "She said that the weather in the north was better than here.",
+)
+
+
+def make_checkpoint(
+    folder: Path,
+    *,
+    seed: int = 0,
+    tied: bool = False,
+    dtype: mx.Dtype = mx.float32,
+    hidden: int = 64,
+    **config: Any,
+) -> Path:
+    """Write a Llama of 2 layers with random weights to `folder`; returns `folder`.
+
+    Other entries of `config.json` may be given as keywords (`num_hidden_layers=4`).
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = _config(hidden, tied, dtype) | config
+    _write_json(folder / "config.json", entries)
+    model = llama.Model(llama.ModelArgs.from_dict(entries))
+    weights = random_weights(model, seed=seed, dtype=dtype)
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "pt"})
+    write_tokenizer(folder)
+    return folder
+
+
+def random_weights(model: llama.Model, *, seed: int, dtype: mx.Dtype) -> dict[str, mx.array]:
+    """Weights for every parameter, from `seed` alone, also put into `model`.
+
+    Matrices are normal and wide enough for uneven logits; norms lie around one.
+    """
+    weights = {}
+    key = mx.random.key(seed)
+    for name, value in tree_flatten(model.parameters()):
+        key, draw = mx.random.split(key)
+        noise = mx.random.normal(value.shape, key=draw)
+        matrix = value.ndim > 1
+        weights[name] = noise * (2 / value.shape[-1] ** 0.5) if matrix else 1 + 0.1 * noise
+        weights[name] = weights[name].astype(dtype)
+    model.update(tree_unflatten(list(weights.items())))
+    return weights
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Byte-level BPE with 300 entries, the special tokens first, and a ChatML-like template."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXT, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+    _write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": "<|end|>",
+            "pad_token": "<|pad|>",
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": 512,
+        },
+    )
+
+
+def _config(hidden: int, tied: bool, dtype: mx.Dtype) -> dict[str, Any]:
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "num_hidden_layers": 2,
+        "intermediate_size": 2 * hidden,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "head_dim": hidden // 4,
+        "vocab_size": VOCAB,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": tied,
+        "eos_token_id": END,
+        "torch_dtype": str(dtype).removeprefix("mlx.core."),
+    }
+
+
+def _write_json(path: Path, entries: dict[str, Any]) -> None:
+    path.write_text(json.dumps(entries, indent=2, sort_keys=True), encoding="utf-8")

@@ -1,0 +1,412 @@
+"""Loading: what is refused before anything is loaded, and what a base is made of."""
+
+import json
+import shutil
+from fnmatch import fnmatch
+from pathlib import Path
+from types import SimpleNamespace
+
+import mlx.core as mx
+import pytest
+from huggingface_hub import errors as hub
+from mlx.utils import tree_flatten
+from mlx_lm.utils import load_model, quantize_model
+
+from mlx_dpo.errors import ConfigError, ModelError
+from mlx_dpo.policy import source as source_room
+from mlx_dpo.policy.device import cast, device_kind
+from mlx_dpo.policy.load import (
+    embedding_rows,
+    fingerprint,
+    load_base,
+    locate,
+    tokenizer_fingerprint,
+)
+from mlx_dpo.policy.quantise import expected_bytes
+from tests.checkpoints import END, VOCAB, make_checkpoint
+
+on_cpu = pytest.mark.skipif(device_kind() != "cpu", reason="the CPU backend's own rule")
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    return make_checkpoint(tmp_path / "model")
+
+
+def parameters(model):
+    return dict(tree_flatten(model.parameters()))
+
+
+def edit(file: Path, **entries) -> None:
+    """Set entries of a JSON file; None removes one."""
+    old = json.loads(file.read_text())
+    file.write_text(json.dumps({k: v for k, v in (old | entries).items() if v is not None}))
+
+
+def edit_weights(folder: Path, **arrays) -> None:
+    """Set tensors of a checkpoint; None removes one."""
+    weights = mx.load(str(folder / "model.safetensors"))
+    mx.eval(weights)
+    kept = {k: v for k, v in (weights | arrays).items() if v is not None}
+    mx.save_safetensors(str(folder / "model.safetensors"), kept)
+
+
+def refusal(source, **settings) -> str:
+    """The one line with which loading is refused."""
+    with pytest.raises((ModelError, ConfigError)) as caught:
+        load_base(str(source), **settings)
+    message = str(caught.value)
+    assert "\n" not in message and not message.endswith(".")
+    return message
+
+
+# What a base is
+
+
+def test_a_base_is_frozen_in_evaluation_mode_and_holds_the_stored_numbers(checkpoint):
+    base = load_base(str(checkpoint))
+    assert tree_flatten(base.model.trainable_parameters()) == []
+    assert not base.model.training
+    stored = mx.load(str(checkpoint / "model.safetensors"))
+    held = parameters(base.model)
+    assert held.keys() == stored.keys()
+    assert all(mx.array_equal(held[name], stored[name]) for name in stored)
+    assert base.notes == ()
+    assert (base.path, base.source, base.vocab_size) == (checkpoint, str(checkpoint), VOCAB)
+
+
+def test_the_tokenizer_stops_where_the_configuration_says(checkpoint):
+    """Not where the tokenizer's own file says, which may name another token."""
+    assert load_base(str(checkpoint)).tokenizer.eos_token_ids == {END}
+    (checkpoint / "generation_config.json").write_text('{"eos_token_id": [0, 3]}')
+    assert load_base(str(checkpoint)).tokenizer.eos_token_ids == {0, 3}
+
+
+@on_cpu
+def test_sixteen_bit_weights_are_widened_on_the_cpu_and_it_is_said(tmp_path):
+    folder = make_checkpoint(tmp_path / "half", dtype=mx.bfloat16)
+    base = load_base(str(folder))
+    stored = mx.load(str(folder / "model.safetensors"))
+    held = parameters(base.model)
+    assert {v.dtype for v in held.values()} == {mx.float32}
+    assert all(mx.array_equal(held[name], stored[name].astype(mx.float32)) for name in stored)
+    assert base.notes == ("bfloat16 weights held in float32",)
+
+
+def test_an_asked_number_type_is_the_one_held(checkpoint):
+    base = load_base(str(checkpoint), dtype="float16")
+    assert {v.dtype for v in parameters(base.model).values()} == {mx.float16}
+    assert "float16" in base.notes[0]
+
+
+def test_a_cast_leaves_the_weights_that_the_model_wants_kept(checkpoint):
+    model = load_base(str(checkpoint)).model
+    model.cast_predicate = lambda name: "norm" not in name
+    cast(model, mx.float16)
+    for name, value in parameters(model).items():
+        assert value.dtype == (mx.float32 if "norm" in name else mx.float16)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@on_cpu
+def test_quantising_on_load_gives_the_numbers_of_mlx_lms_quantised_model(tmp_path, tied):
+    """Float32 throughout: the weights are the same, only where they are unpacked differs."""
+    folder = make_checkpoint(tmp_path / "model", tied=tied)
+    packed, config = load_model(folder)
+    packed, _ = quantize_model(packed, config, 32, 4)
+    tokens = mx.array([[5, 77, 120, 299, 3]])
+    expected = packed(tokens)
+    base = load_base(str(folder), bits=4, group_size=32)
+    assert mx.abs(base.model(tokens) - expected).max() < 1e-5 * mx.abs(expected).max()
+    assert base.config["quantization"] == {"group_size": 32, "bits": 4, "mode": "affine"}
+    assert any("4-bit" in note for note in base.notes)
+
+
+def test_layers_whose_width_does_not_divide_are_counted(tmp_path):
+    """Hidden 64 and intermediate 100: of 16 layers, only the two `down_proj` are 100 wide."""
+    folder = make_checkpoint(tmp_path / "model", intermediate_size=100)
+    notes = load_base(str(folder), bits=4).notes
+    assert any(note.startswith("2 of 16 layers left unquantised") for note in notes)
+
+
+def test_the_embedding_rows_are_those_of_the_token_table(checkpoint):
+    """Neither a shorter table (positions) nor a longer one (n-grams) is taken for it."""
+    model = load_base(str(checkpoint)).model
+    model.positions = type(model.model.embed_tokens)(32, 64)
+    model.ngrams = type(model.model.embed_tokens)(5000, 64)
+    assert embedding_rows(model, {"vocab_size": VOCAB - 20}) == VOCAB
+    assert embedding_rows(model, {"text_config": {"vocab_size": VOCAB}}) == VOCAB
+
+
+# Settings that contradict the model
+
+
+def test_bits_on_a_quantised_model_are_refused(checkpoint):
+    edit(checkpoint / "config.json", quantization={"group_size": 64, "bits": 4})
+    model, config = load_model(make_checkpoint(checkpoint.parent / "plain"))
+    model, config = quantize_model(model, config, 64, 4)
+    mx.save_safetensors(str(checkpoint / "model.safetensors"), parameters(model))
+    assert "quantised already" in refusal(checkpoint, bits=4)
+
+
+@pytest.mark.parametrize(
+    ("group_size", "said"), [(128, "fits no layer"), (16, "must be one of 32, 64, 128, got 16")]
+)
+def test_groups_that_cannot_be_are_refused(tmp_path, group_size, said):
+    folder = make_checkpoint(tmp_path / "model", intermediate_size=100)
+    assert said in refusal(folder, bits=4, group_size=group_size)
+
+
+@pytest.mark.parametrize(
+    ("bits", "dtype", "expected"),
+    [
+        # 64-wide matrices: 2 of 300 rows, and in 2 layers 4 of 64 rows and 2 of 100:
+        # 96,768 weights in 4 bits and 64 for a scale and a bias each 64: 60,480 bytes.
+        # 100-wide: 12,800 weights; norms: 320. Both stay whole.
+        (4, None, 60_480 + 13_120 * 4),
+        (4, "float16", 60_480 + 13_120 * 2),
+        (None, "bfloat16", (96_768 + 13_120) * 2),
+        (None, None, (96_768 + 13_120) * 4),
+    ],
+)
+def test_the_size_on_disk_is_foreseen(tmp_path, bits, dtype, expected):
+    folder = make_checkpoint(tmp_path / "model", intermediate_size=100)
+    model, _ = load_model(folder, lazy=True)
+    assert expected_bytes(model, bits, 64, dtype) == expected
+
+
+def test_a_group_size_without_bits_is_refused(checkpoint):
+    assert "no effect without `bits`" in refusal(checkpoint, group_size=32)
+
+
+# Where a model comes from
+
+
+def test_a_revision_of_a_folder_is_refused(checkpoint):
+    with pytest.raises(ConfigError, match="`revision` has no effect"):
+        locate(str(checkpoint), revision="main")
+
+
+@pytest.mark.parametrize("source", ["", "./gone", "/gone/model", "~/gone-model", "a/b/c", "../x"])
+def test_what_looks_like_a_path_is_never_asked_of_the_hub(source, monkeypatch):
+    monkeypatch.setattr(source_room, "snapshot_download", lambda *_, **__: pytest.fail("asked"))
+    with pytest.raises(ModelError, match="no such folder"):
+        locate(source)
+
+
+def test_a_file_is_not_a_model(checkpoint):
+    assert "a file, not" in refusal(checkpoint / "model.safetensors")
+
+
+def test_a_folder_wins_over_a_hub_id_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = make_checkpoint(tmp_path / "org" / "model")
+    assert locate("org/model") == folder
+
+
+REPOSITORY = {
+    "model-00001-of-00002.safetensors": True,
+    "model.safetensors.index.json": True,
+    "config.json": True,
+    "tokenizer.model": True,
+    "qwen.tiktoken": True,
+    "merges.txt": True,
+    "chat_template.jinja": True,
+    "pytorch_model.bin": False,
+    "consolidated.safetensors": False,  # a second copy of the weights, in another layout
+    "model.gguf": False,
+    "optimizer.pt": False,
+    "modeling_custom.py": "trusted",
+    "README.md": False,
+}
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_only_what_is_read_is_downloaded_and_code_only_if_trusted(trusted, monkeypatch, tmp_path):
+    asked = {}
+
+    def download(repo_id, *, revision, allow_patterns):
+        asked.update(repo_id=repo_id, revision=revision, patterns=allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(source_room, "snapshot_download", download)
+    found = locate("org/name", revision="v2", trust_remote_code=trusted)
+    assert (found, asked["repo_id"], asked["revision"]) == (tmp_path, "org/name", "v2")
+    for name, wanted in REPOSITORY.items():
+        fetched = any(fnmatch(name, pattern) for pattern in asked["patterns"])
+        assert fetched == (trusted if wanted == "trusted" else wanted), name
+
+
+def answer(kind: type[Exception], status: int) -> Exception:
+    response = SimpleNamespace(status_code=status, headers={}, request=None)
+    return kind("the Hub's own words\nover two lines", response=response)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (lambda: answer(hub.GatedRepoError, 403), "accept its terms on https://huggingface.co/o/m"),
+        (lambda: answer(hub.RepositoryNotFoundError, 404), "no such model on the Hub"),
+        (lambda: answer(hub.RevisionNotFoundError, 404), "no revision `v9`"),
+        (lambda: answer(hub.HfHubHTTPError, 503), "answered 503"),
+        (lambda: hub.LocalEntryNotFoundError("long"), "the Hub cannot be reached"),
+        (lambda: hub.IncompleteSnapshotError("long", "/x"), "not whole in the Hub's cache"),
+        (lambda: hub.HFValidationError("long"), "not a Hub id"),
+        (lambda: OSError(28, "No space left on device"), "No space left on device"),
+        (lambda: hub.HTTPError("proxy refused\nagain"), "proxy refused"),
+    ],
+)
+def test_each_answer_of_the_hub_is_one_line(error, said, monkeypatch):
+    def download(*_, **__):
+        raise error()
+
+    monkeypatch.setattr(source_room, "snapshot_download", download)
+    assert said in refusal("o/m", revision="v9")
+
+
+# What the files must be
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    assert "no `config.json`" in refusal(tmp_path)
+
+
+def test_adapters_are_not_taken_for_a_model(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+    message = refusal(tmp_path)
+    assert "adapters, not a model" in message and "`org/base`" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("{", "not JSON"), ("[]", "not a JSON object"), ("{}", "no `model_type`")],
+)
+def test_a_broken_configuration_is_refused(checkpoint, text, said):
+    (checkpoint / "config.json").write_text(text)
+    assert said in refusal(checkpoint)
+
+
+def test_an_unknown_model_type_names_the_nearest(checkpoint):
+    edit(checkpoint / "config.json", model_type="lama")
+    assert "`llama`" in refusal(checkpoint)
+
+
+def test_code_that_comes_with_a_model_runs_only_if_trusted(checkpoint):
+    edit(checkpoint / "config.json", model_file="arch.py")
+    (checkpoint / "arch.py").write_text(
+        "from pathlib import Path\nfrom mlx_lm.models.llama import Model, ModelArgs\n"
+        "Path(__file__).with_name('ran').touch()\n"
+    )
+    assert "`arch.py`" in refusal(checkpoint)
+    assert not (checkpoint / "ran").exists()
+    load_base(str(checkpoint), trust_remote_code=True)
+    assert (checkpoint / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("pytorch_model.bin", "pickles are never read"),
+        ("model.Q4_K.gguf", "GGUF"),
+        ("consolidated.safetensors", "found `consolidated.safetensors`"),
+        ("notes.md", "no weights"),
+    ],
+)
+def test_weights_in_another_form_are_named(checkpoint, name, said):
+    (checkpoint / "model.safetensors").rename(checkpoint / name)
+    assert said in refusal(checkpoint)
+
+
+def test_a_missing_shard_is_named(checkpoint):
+    shards = {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    message = refusal(checkpoint)
+    assert "1 of 2" in message and "`model-00002-of-00002.safetensors`" in message
+
+
+@pytest.mark.parametrize("keep", [4, 1000, -1])
+def test_a_truncated_weight_file_is_refused(checkpoint, keep):
+    """Cut inside the length, inside the header, and by the very last byte."""
+    file = checkpoint / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    assert "cannot be read" in refusal(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "named"),
+    [
+        ({"model.norm.weight": None}, "model.norm.weight"),
+        ({"model.extra.weight": mx.zeros((2,))}, "model.extra.weight"),
+        ({"model.norm.weight": mx.zeros((3,))}, "model.norm.weight"),
+    ],
+)
+def test_tensors_that_do_not_fit_the_configuration_are_named(checkpoint, arrays, named):
+    edit_weights(checkpoint, **arrays)
+    assert named in refusal(checkpoint)
+
+
+def test_a_configuration_without_a_size_is_refused(checkpoint):
+    edit(checkpoint / "config.json", hidden_size=None)
+    assert "hidden_size" in refusal(checkpoint)
+
+
+def test_a_model_without_a_tokenizer_is_refused(checkpoint):
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (checkpoint / file).unlink()
+    assert "no tokenizer" in refusal(checkpoint)
+
+
+def test_a_tokenizer_without_its_main_file_is_refused(checkpoint):
+    (checkpoint / "tokenizer.json").unlink()
+    assert "there is no `tokenizer.json`" in refusal(checkpoint)
+
+
+@pytest.mark.parametrize("text", ["{", "{}"])
+def test_a_broken_tokenizer_is_refused(checkpoint, text):
+    (checkpoint / "tokenizer.json").write_text(text)
+    assert "tokenizer: cannot be read" in refusal(checkpoint)
+
+
+def test_a_tokenizer_that_is_code_is_refused(checkpoint):
+    edit(
+        checkpoint / "tokenizer_config.json",
+        tokenizer_class=None,
+        auto_map={"AutoTokenizer": ["code.Tokenizer", None]},
+    )
+    assert "allow it with `trust_remote_code`" in refusal(checkpoint)
+
+
+# Fingerprints
+
+
+def test_a_fingerprint_is_of_the_contents_and_not_of_the_place(checkpoint, tmp_path):
+    copy = Path(shutil.copytree(checkpoint, tmp_path / "elsewhere"))
+    assert fingerprint(copy) == fingerprint(checkpoint)
+    assert tokenizer_fingerprint(copy) == tokenizer_fingerprint(checkpoint)
+    (copy / "README.md").write_text("words")
+    assert fingerprint(copy) == fingerprint(checkpoint)
+
+
+def test_the_last_byte_of_the_weights_changes_the_fingerprint(checkpoint):
+    before = fingerprint(checkpoint)
+    file = checkpoint / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert fingerprint(checkpoint) != before
+
+
+def test_a_setting_or_the_name_of_a_weight_file_changes_the_fingerprint(checkpoint):
+    seen = {fingerprint(checkpoint)}
+    edit(checkpoint / "config.json", rope_theta=5000.0)
+    seen.add(fingerprint(checkpoint))
+    (checkpoint / "model.safetensors").rename(checkpoint / "model-a.safetensors")
+    seen.add(fingerprint(checkpoint))
+    assert len(seen) == 3
+
+
+def test_the_template_changes_the_tokenizers_fingerprint_alone(checkpoint):
+    model, tokenizer = fingerprint(checkpoint), tokenizer_fingerprint(checkpoint)
+    (checkpoint / "chat_template.jinja").write_text("{{ messages }}")
+    assert fingerprint(checkpoint) == model
+    assert tokenizer_fingerprint(checkpoint) != tokenizer
