@@ -1,0 +1,70 @@
+"""The command line: parse, call, print. One file per command, loaded when it is called."""
+
+import errno
+import sys
+from importlib import import_module
+from typing import Any
+
+import click
+
+from mlx_dpo.errors import DPOError
+
+COMMANDS = ("convert", "train", "eval", "chat", "generate", "demo", "doctor")
+INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM)
+
+
+class Commands(click.Group):
+    """Commands that are imported by name, so that `--help` does not load a model library."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """All of them, in the order in which a person meets them."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        """The command of that name, from the file of that name."""
+        if name not in COMMANDS:
+            return None
+        command = getattr(import_module(f"mlx_dpo.cli.{name}"), name)
+        assert isinstance(command, click.Command)
+        return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Turn errors that a person can mend into one line; any other keeps its traceback."""
+        try:
+            return super().invoke(ctx)
+        except DPOError as error:
+            raise click.ClickException(str(error)) from error
+        except OSError as error:
+            if error.errno not in DISK_ERRORS:
+                raise
+            place = f"{error.filename}: " if error.filename else ""
+            raise click.ClickException(f"{place}{error.strerror}") from error
+        except KeyboardInterrupt:
+            click.echo("Interrupted", err=True)
+            sys.exit(INTERRUPTED)
+
+
+@click.group(
+    cls=Commands,
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "show_default": True,
+        "max_content_width": 100,
+    },
+)
+@click.version_option(package_name="mlx-dpo")
+def cli() -> None:
+    """Align a language model with your preferences, on your own machine.
+
+    \b
+    mlx-dpo demo                                          see it work in three minutes
+    mlx-dpo convert ORG/MODEL --bits 4 --output model     Hugging Face to MLX
+    mlx-dpo train pairs.jsonl --model model --output run  DPO with LoRA
+    mlx-dpo chat run                                      talk to the result
+    """
+
+
+def main() -> None:
+    """Entry point of the `mlx-dpo` command."""
+    cli()

@@ -1,0 +1,31 @@
+"""`mlx-dpo eval`: a run measured on held-out pairs."""
+
+import json
+
+import click
+
+
+@click.command()
+@click.argument("run")
+@click.argument("pairs", required=False)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of a table.")
+def eval(run: str, pairs: str | None, as_json: bool) -> None:
+    """Measure the policy of RUN against its reference, on PAIRS or on the pairs it held out.
+
+    Loss, rewards, margins, accuracies and log-probabilities are means over pairs, under the
+    names that TRL gives them.
+    """
+    from mlx_dpo.objective.metrics import named
+    from mlx_dpo.reporting.console import closing_table, make_console
+    from mlx_dpo.runs import evaluate_run
+
+    evaluation = evaluate_run(run, pairs)
+    row = named(evaluation.metrics, prefix="eval_")
+    if as_json:
+        record = {"run": run, "pairs": evaluation.pairs, "finished": evaluation.run.finished, **row}
+        click.echo(json.dumps(record))
+        return
+    console = make_console()
+    if not evaluation.run.finished:
+        console.print(f"The run is unfinished; these are its adapters of {evaluation.run.adapter}")
+    console.print(closing_table(row, pairs=evaluation.pairs))

@@ -1,0 +1,121 @@
+"""`mlx-dpo train`: pairs and a model in, a run folder out."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import yaml
+
+from mlx_dpo.config import DPOConfig, options
+from mlx_dpo.errors import ConfigError
+from mlx_dpo.options import Option
+
+
+def config_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """One flag for every setting of a run, with its default and help from `config`."""
+    for name, (default, spec) in reversed(options().items()):
+        if name != "pairs":
+            command = _flag(name, default, spec)(command)
+    return command
+
+
+def _flag(name: str, default: Any, spec: Option) -> Callable[..., Any]:
+    flag = "--" + name.replace("_", "-")
+    show = default not in (None, (), "")
+    if spec.kind is bool:
+        flag = f"{flag}/--no-{flag[2:]}"
+        return click.option(flag, name, default=default, help=spec.help, show_default=show)
+    kind: Any = spec.kind
+    if spec.choices:
+        kind = click.Choice([str(choice) for choice in spec.choices])
+    return click.option(
+        flag,
+        name,
+        type=kind,
+        default=default,
+        multiple=spec.many,
+        help=spec.help,
+        show_default=show,
+        metavar=None if spec.choices or spec.kind is not str else "TEXT",
+    )
+
+
+def read_settings(path: str) -> dict[str, Any]:
+    """A YAML file as settings.
+
+    Raises:
+        ConfigError: there is no such file, or it is not a mapping of names to values.
+    """
+    try:
+        values = yaml.safe_load(Path(path).expanduser().read_text())
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+    except yaml.YAMLError as error:
+        place = getattr(error, "problem_mark", None)
+        line = f":{place.line + 1}" if place else ""
+        raise ConfigError(f"{path}{line}: not valid YAML ({_reason(error)})") from error
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"{path}: expected lines of `setting: value`, found {type(values).__name__}"
+        )
+    return values
+
+
+def _reason(error: yaml.YAMLError) -> str:
+    return str(getattr(error, "problem", None) or error).splitlines()[0]
+
+
+def resolve(
+    ctx: click.Context, config_file: str | None, resume: bool, flags: dict[str, Any]
+) -> DPOConfig:
+    """Defaults, then the run that is resumed, then the file, then the flags really typed."""
+    typed = {
+        name: _plain(name, value)
+        for name, value in flags.items()
+        if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+    }
+    values = (read_settings(config_file) if config_file else {}) | typed
+    if resume and (output := values.get("output")):
+        values = _settings_of(str(output)) | values
+    for name, what in (("pairs", "PAIRS"), ("model", "--model"), ("output", "--output")):
+        if not values.get(name):
+            raise ConfigError(f"{what} is missing; see `mlx-dpo train --help`")
+    return DPOConfig.from_dict(values)
+
+
+def _plain(name: str, value: Any) -> Any:
+    spec = options()[name][1]
+    return spec.kind(value) if spec.choices and value is not None else value
+
+
+def _settings_of(output: str) -> dict[str, Any]:
+    from mlx_dpo.runs.paths import RunPaths, read_record
+
+    record = read_record(RunPaths(Path(output)))
+    return dict(record["settings"]) if record else {}
+
+
+@click.command()
+@click.argument("pairs", required=False)
+@click.option("--config", "config_file", metavar="FILE", help="YAML file of settings.")
+@click.option("--resume", is_flag=True, help="Go on with the run in --output where it stopped.")
+@config_options
+@click.pass_context
+def train(ctx: click.Context, config_file: str | None, resume: bool, **flags: Any) -> None:
+    """Train adapters on PAIRS by Direct Preference Optimization.
+
+    PAIRS is a JSONL or JSON file, or a folder with train and valid files, whose rows hold
+    `prompt`, `chosen` and `rejected`. A typed flag wins over --config. Ctrl-C saves and
+    stops; --resume with the same --output goes on, to the same weights bit for bit.
+    """
+    config = resolve(ctx, config_file, resume, flags)
+
+    from mlx_dpo.cli._watch import watch
+    from mlx_dpo.runs import Run
+
+    with Run(config, resume=resume) as run:
+        watch(run)
+    if run.evaluation is None:
+        click.echo("No pairs were held out, so nothing was measured on unseen pairs")
+    click.echo(f"Adapters in {config.output}; talk to them with: mlx-dpo chat {config.output}")

@@ -1,0 +1,45 @@
+"""Metrics as lines of JSON: each whole, in the order of steps, without repeats after a resume."""
+
+import json
+import os
+from pathlib import Path
+
+Row = dict[str, float]
+
+
+class MetricsLog:
+    """`metrics.jsonl` of a run, open at the step from which the run goes on."""
+
+    def __init__(self, path: Path, *, after: int = 0) -> None:
+        """Keep the rows up to step `after`; what a crash wrote beyond it will be written again."""
+        self.path = path
+        kept = [row for row in read_rows(path) if row["step"] <= after]
+        partial = path.with_name(f"partial-{path.name}")
+        partial.write_text("".join(_line(row) for row in kept))
+        os.replace(partial, path)
+
+    def write(self, row: Row) -> Row:
+        """Append a row and hand it on."""
+        with self.path.open("a") as file:
+            file.write(_line(row))
+        return row
+
+    def evaluation_at(self, step: int) -> Row | None:
+        """The evaluation after `step`, if it was written."""
+        rows = [row for row in read_rows(self.path) if row["step"] == step and "eval_loss" in row]
+        return rows[-1] if rows else None
+
+
+def _line(row: Row) -> str:
+    return json.dumps(row) + "\n"
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The whole rows of a file; a last line that a crash cut short is left out."""
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text().splitlines(keepends=True):
+        if line.endswith("\n"):
+            rows.append(json.loads(line))
+    return rows

@@ -1,0 +1,84 @@
+"""What a run is about to do, in lines for a person."""
+
+from typing import TYPE_CHECKING
+
+from mlx_dpo.policy import memory
+from mlx_dpo.policy.adapters import adapted_modules
+
+if TYPE_CHECKING:
+    from mlx_dpo.runs.training import Run
+
+Fact = tuple[str, str]
+
+
+def facts_of_inputs(run: "Run") -> list[Fact]:
+    """What was loaded."""
+    base, inputs = run.inputs.base, run.inputs
+    count = _count(memory.total_parameters(base.model))
+    lines = [("model", f"{base.source}, {count} parameters")]
+    lines += [("", note) for note in base.notes]
+    lines += [("pairs", f"{len(inputs.train):,} to train on, {len(inputs.valid):,} held out")]
+    lines += [("", line) for report in inputs.reports for line in report.lines()]
+    if inputs.passed_over is not None:
+        lines.append(("", f"{inputs.passed_over}: not used, for --valid was given"))
+    return lines
+
+
+def facts_of_training(run: "Run") -> list[Fact]:
+    """What is about to be done with it."""
+    return [
+        ("reference", "the model without adapters, scored once before the first step"),
+        ("adapters", _adapters(run)),
+        ("loss", _loss(run)),
+        ("steps", _steps(run)),
+        ("memory", _memory(run)),
+        ("output", run.config.output + _resumed(run)),
+    ]
+
+
+def _adapters(run: "Run") -> str:
+    config, policy = run.config, run.policy
+    trained = memory.trainable_parameters(policy)
+    share = trained / (memory.total_parameters(policy) - trained)
+    return (
+        f"rank {config.lora_r}, alpha {config.lora_alpha:g} on {len(adapted_modules(policy))} "
+        f"linear layers: {_count(trained)} parameters trained, {share:.2%} of the model"
+    )
+
+
+def _loss(run: "Run") -> str:
+    config = run.config
+    smoothing = f", label smoothing {config.label_smoothing:g}" if config.label_smoothing else ""
+    return f"sigmoid (DPO), beta {config.beta:g}{smoothing}"
+
+
+def _steps(run: "Run") -> str:
+    config = run.config
+    return (
+        f"{run.total_steps} of {config.batch_size} pairs, {config.pairs_per_pass} a pass; "
+        f"AdamW, learning rate {config.learning_rate:g}, {config.lr_scheduler_type}, "
+        f"{config.warmup:.0%} warm-up"
+    )
+
+
+def _memory(run: "Run") -> str:
+    base, config = run.inputs.base, run.config
+    peak = memory.estimate_peak(
+        run.policy,
+        base.config,
+        rows=2 * config.pairs_per_pass,
+        length=max(len(pair) for pair in run.inputs.train),
+        vocab_size=base.vocab_size,
+    )
+    return f"about {peak / 1e9:.2g} GB at the longest pairs (an estimate)"
+
+
+def _resumed(run: "Run") -> str:
+    return f", going on after step {run.start.step}" if run.start.step else ""
+
+
+def _count(number: int) -> str:
+    for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return str(number)

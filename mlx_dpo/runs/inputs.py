@@ -1,0 +1,94 @@
+"""What a run starts from: the base, the pairs as tokens, and where both came from."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_dpo.config import DPOConfig
+from mlx_dpo.errors import ConfigError
+from mlx_dpo.policy.load import Base, fingerprint, load_base, tokenizer_fingerprint
+from mlx_dpo.preferences.pairs import PairSet, digest, hold_out, load_pairs
+from mlx_dpo.preferences.report import PairsReport
+from mlx_dpo.preferences.sources import find
+from mlx_dpo.preferences.tokens import TokenRules
+from mlx_dpo.types import TokenizedPair
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The base and the pairs of a run."""
+
+    base: Base
+    train: Sequence[TokenizedPair]
+    valid: Sequence[TokenizedPair]
+    reports: Sequence[PairsReport]  # one per file
+    passed_over: Path | None = None  # held-out pairs of the folder that typed ones replace
+
+    def provenance(self, config: DPOConfig) -> dict[str, Any]:
+        """What the results depend on beside the settings, by content."""
+        return {
+            "model": fingerprint(self.base.path),
+            "tokenizer": tokenizer_fingerprint(self.base.path),
+            "train": digest(self.train),
+            "valid": digest(self.valid),
+        }
+
+
+def token_rules(config: DPOConfig, base: Base) -> TokenRules:
+    """The settings that decide how text becomes tokens."""
+    return TokenRules(
+        chat_template=config.chat_template,
+        thinking=config.thinking,
+        max_length=config.max_length,
+        truncation=config.truncation,
+        vocab_size=base.vocab_size,
+    )
+
+
+def read_base(config: DPOConfig) -> Base:
+    """The frozen base that the settings name."""
+    return load_base(
+        config.model,
+        revision=config.revision,
+        bits=config.bits,
+        group_size=config.group_size,
+        dtype=config.dtype,
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
+def read_pairs(config: DPOConfig, base: Base, path: Path) -> PairSet:
+    """One file of pairs, as the settings say."""
+    return load_pairs(path, base.tokenizer, token_rules(config, base), bad_pairs=config.bad_pairs)
+
+
+def read_inputs(config: DPOConfig) -> Inputs:
+    """Find the pairs, load the base, tokenise; files are found before anything large is loaded.
+
+    Raises:
+        ConfigError: rows are longer than what the model can place.
+    """
+    sources = find(config.pairs, config.valid)
+    base = read_base(config)
+    train = read_pairs(config, base, sources.train)
+    if sources.valid is not None:
+        valid = read_pairs(config, base, sources.valid)
+        reports = [train.report, valid.report]
+        inputs = Inputs(base, train.pairs, valid.pairs, reports, sources.passed_over)
+    else:
+        kept, held_out = hold_out(train.pairs, share=config.held_out_share, seed=config.seed)
+        inputs = Inputs(base, kept, held_out, [train.report])
+    refuse_beyond_context(config, inputs)
+    return inputs
+
+
+def refuse_beyond_context(config: DPOConfig, inputs: Inputs) -> None:
+    """Positions that a model never saw in its training give numbers that mean nothing."""
+    context = inputs.base.config.get("max_position_embeddings")
+    longest = max(len(pair) for pair in [*inputs.train, *inputs.valid])
+    if isinstance(context, int) and longest > context:
+        raise ConfigError(
+            f"`max_length` is {config.max_length}, but the model places no more than {context} "
+            f"tokens and the longest row has {longest}; use --max-length {context}"
+        )

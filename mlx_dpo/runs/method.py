@@ -1,0 +1,78 @@
+"""Settings turned into the parts of training: adapters, optimizer, loss and plan."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import mlx.nn as nn
+import mlx.optimizers as optim
+
+from mlx_dpo.config import DPOConfig
+from mlx_dpo.objective.losses import sigmoid_loss
+from mlx_dpo.policy import adapters
+from mlx_dpo.training.loop import Plan
+from mlx_dpo.training.schedule import learning_rate
+from mlx_dpo.training.step import PairLoss
+from mlx_dpo.types import PairLogps, TokenizedPair
+
+
+def attach_adapters(model: nn.Module, config: DPOConfig) -> dict[str, Any]:
+    """Fresh adapters on `model`; returns what mlx-lm has to know of them."""
+    keys = adapters.attach(
+        model,
+        rank=config.lora_r,
+        scale=config.lora_scale,
+        dropout=config.lora_dropout,
+        target_modules=config.lora_target_modules,
+        num_layers=config.num_layers,
+        seed=config.seed,
+    )
+    return adapters.adapter_config(
+        keys=keys,
+        rank=config.lora_r,
+        scale=config.lora_scale,
+        dropout=config.lora_dropout,
+        num_layers=config.num_layers or len(model.layers),
+    )
+
+
+def make_optimizer(policy: nn.Module, config: DPOConfig) -> optim.Optimizer:
+    """AdamW as in PyTorch: with bias correction, which MLX leaves out unless asked."""
+    optimizer = optim.AdamW(
+        config.learning_rate, weight_decay=config.weight_decay, bias_correction=True
+    )
+    optimizer.init(policy.trainable_parameters())
+    return optimizer
+
+
+def pair_loss(config: DPOConfig) -> PairLoss:
+    """The loss of the settings, from margins to losses. (B,) -> (B,)"""
+    return partial(sigmoid_loss, beta=config.beta, label_smoothing=config.label_smoothing)
+
+
+def make_plan(
+    config: DPOConfig,
+    pairs: Sequence[TokenizedPair],
+    reference: PairLogps,
+    *,
+    total_steps: int,
+) -> Plan:
+    """What each step sees and does."""
+    return Plan(
+        pairs=pairs,
+        reference=reference,
+        pair_loss=pair_loss(config),
+        beta=config.beta,
+        learning_rate=partial(
+            learning_rate,
+            peak=config.learning_rate,
+            total=total_steps,
+            warmup=config.warmup,
+            kind=config.lr_scheduler_type,
+        ),
+        total_steps=total_steps,
+        batch_size=config.batch_size,
+        pairs_per_pass=config.pairs_per_pass,
+        max_grad_norm=config.max_grad_norm,
+        seed=config.seed,
+    )

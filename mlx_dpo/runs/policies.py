@@ -1,0 +1,76 @@
+"""A finished or unfinished run, or a plain model, opened to be used."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_dpo.config import DPOConfig
+from mlx_dpo.errors import ConfigError, RunError
+from mlx_dpo.policy import adapters
+from mlx_dpo.policy.load import Base, load_base
+from mlx_dpo.runs.inputs import read_base
+from mlx_dpo.runs.paths import RunPaths, read_record
+from mlx_dpo.training import checkpoint
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A run folder: what it trained, and where its newest adapters lie."""
+
+    paths: RunPaths
+    record: dict[str, Any]
+    config: DPOConfig  # with the model's folder as it is found from here
+    adapter: Path  # the run folder, or its last checkpoint
+
+    @property
+    def finished(self) -> bool:
+        """Whether the adapters are those of the whole run."""
+        return self.adapter == self.paths.folder
+
+
+def open_run(folder: str) -> Opened:
+    """Find the record and the newest adapters of a run.
+
+    Raises:
+        RunError: the folder is no run folder, or holds no adapters yet.
+    """
+    paths = RunPaths(Path(folder).expanduser())
+    record = read_record(paths)
+    if record is None:
+        there = "no `run.json` in it" if paths.folder.is_dir() else "no such folder"
+        raise RunError(f"{folder}: not a run folder ({there}); train one with `mlx-dpo train`")
+    adapter = paths.folder
+    if record["state"] != "finished":
+        last = checkpoint.latest(paths.checkpoints)
+        if last is None:
+            raise RunError(
+                f"{folder}: the run has no checkpoint yet; go on with `mlx-dpo train --resume "
+                f"--output {folder}`"
+            )
+        adapter = last
+    settings = dict(record["settings"])
+    if record.get("model_folder"):
+        nearby = paths.folder / record["model_folder"]
+        settings["model"] = str(nearby) if nearby.is_dir() else settings["model"]
+    return Opened(paths, record, DPOConfig.from_dict(settings), adapter)
+
+
+def load_policy(run: str | None, *, model: str | None = None, reference: bool = False) -> Base:
+    """The policy of a run, its reference (the base without adapters), or a plain model.
+
+    Raises:
+        ConfigError: neither or both of `run` and `model` are given, or a plain model is
+            asked for its reference.
+    """
+    if (run is None) == (model is None):
+        raise ConfigError("name a run folder or a --model, and only one of them")
+    if model is not None:
+        if reference:
+            raise ConfigError("`--reference` has no effect with `--model`: there are no adapters")
+        return load_base(model)
+    assert run is not None
+    opened = open_run(run)
+    base = read_base(opened.config)
+    if not reference:
+        adapters.load_adapter(base.model, opened.adapter)
+    return base

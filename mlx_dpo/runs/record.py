@@ -1,0 +1,88 @@
+"""What `run.json` says of a run, and whether two records are of the same one."""
+
+import json
+import os
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from mlx_dpo.config import DPOConfig
+from mlx_dpo.errors import RunError
+from mlx_dpo.runs.inputs import Inputs
+from mlx_dpo.runs.paths import RunPaths
+
+CONTENTS = {
+    "model": "the model",
+    "tokenizer": "the tokenizer",
+    "train": "the training pairs",
+    "valid": "the held-out pairs",
+}
+
+
+def new_record(config: DPOConfig, inputs: Inputs, *, total_steps: int) -> dict[str, Any]:
+    """The record of a run that is about to begin."""
+    return {
+        "state": "unfinished",
+        "steps": total_steps,
+        "settings": config.to_dict(),
+        "provenance": inputs.provenance(config),
+        "counts": {"train": len(inputs.train), "valid": len(inputs.valid)},
+        "pairs": [report.to_dict() for report in inputs.reports],
+        # From the run folder, so that the run opens from any current folder.
+        "model_folder": _relative(config.model, config.output),
+        "versions": {name: version(name) for name in ("mlx-dpo", "mlx", "mlx-lm")},
+        "evaluation": None,
+    }
+
+
+def _relative(model: str, output: str) -> str | None:
+    folder = Path(model).expanduser()
+    return os.path.relpath(folder, output) if folder.is_dir() else None
+
+
+def check_resumable(
+    paths: RunPaths, earlier: dict[str, Any], config: DPOConfig, *, resume: bool
+) -> None:
+    """Refuse to write over a run, or to go on with one under settings of another result.
+
+    Raises:
+        RunError: says what the folder holds, or names the first setting that differs.
+    """
+    if earlier["state"] == "finished":
+        raise RunError(
+            f"{paths.folder}: this run is finished after {earlier['steps']} steps; "
+            "choose another --output"
+        )
+    if not resume:
+        raise RunError(
+            f"{paths.folder}: holds an unfinished run; add --resume to go on with it, or choose "
+            "another --output"
+        )
+    before = DPOConfig.from_dict(earlier["settings"])
+    if (name := before.differing(config)) is not None:
+        raise RunError(
+            f"{paths.folder}: the run began with {name} = {getattr(before, name)!r}, not "
+            f"{getattr(config, name)!r}; resume with the same settings, or choose another --output"
+        )
+
+
+def check_contents(paths: RunPaths, earlier: dict[str, Any], now: Mapping[str, str]) -> None:
+    """Refuse to go on where something that the run depends on is not what it was.
+
+    Raises:
+        RunError: names what changed.
+    """
+    for name, content in now.items():
+        if earlier["provenance"][name] != content:
+            raise RunError(
+                f"{paths.folder}: {CONTENTS[name]} changed since the run began; "
+                "restore what was there"
+            )
+
+
+def reference_provenance(record: dict[str, Any]) -> str:
+    """What, beside token ids, determines the reference's log-probabilities."""
+    names = ("bits", "group_size", "dtype")
+    settings = {name: record["settings"][name] for name in names}
+    return json.dumps({"model": record["provenance"]["model"], **settings})

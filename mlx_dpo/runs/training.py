@@ -1,0 +1,214 @@
+"""A training run: settings in, a run folder out. The wiring; it knows all rooms."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from time import perf_counter
+from types import TracebackType
+from typing import Self, TypeVar
+
+import mlx.core as mx
+
+from mlx_dpo import paths as places
+from mlx_dpo.config import DPOConfig
+from mlx_dpo.errors import ConfigError, TrainingError
+from mlx_dpo.evaluation.heldout import evaluate
+from mlx_dpo.objective.metrics import named, step_row
+from mlx_dpo.policy import adapters
+from mlx_dpo.preferences.batches import steps_per_epoch
+from mlx_dpo.reporting.rows import MetricsLog
+from mlx_dpo.runs.inputs import Inputs, read_inputs
+from mlx_dpo.runs.method import attach_adapters, make_optimizer, make_plan, pair_loss
+from mlx_dpo.runs.paths import RunPaths, claimed, read_record, refuse_foreign_folder, write_record
+from mlx_dpo.runs.record import (
+    check_contents,
+    check_resumable,
+    new_record,
+    reference_provenance,
+)
+from mlx_dpo.training import checkpoint, loop, reference
+from mlx_dpo.types import PairLogps
+
+Row = dict[str, float]
+Heard = Callable[[int], None]
+
+
+class Run:
+    """A run that a program or a notebook can drive.
+
+        with Run(DPOConfig(model=..., pairs=..., output=...)) as run:
+            run.prepare()
+            for row in run.train():
+                print(row)
+
+    Entering claims the folder; `prepare` loads, scores the reference and attaches the
+    adapters; `train` yields a row per step and per evaluation; leaving releases the folder.
+    """
+
+    def __init__(self, config: DPOConfig, *, resume: bool = False) -> None:
+        for name in ("model", "pairs", "output"):
+            if not getattr(config, name):
+                raise ConfigError(f"`{name}` is not set")
+        self.config = config
+        self.resume = resume
+        self.paths = RunPaths(Path(config.output))
+        self.stopped = False
+        self.evaluation: Row | None = None
+        self._open = ExitStack()
+        self._stop_requested = False
+
+    def __enter__(self) -> Self:
+        refuse_foreign_folder(self.paths)
+        with ExitStack() as stack:
+            stack.enter_context(claimed(self.paths))
+            self._earlier = read_record(self.paths)
+            if self._earlier is not None:
+                check_resumable(self.paths, self._earlier, self.config, resume=self.resume)
+            self._open = stack.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._open.close()
+
+    # --- before the first step -------------------------------------------------------------
+
+    def load(self) -> None:
+        """Load base and pairs, and record what the run starts from."""
+        self.inputs: Inputs = read_inputs(self.config)
+        self.record = new_record(self.config, self.inputs, total_steps=self.total_steps)
+        if self._earlier is not None:
+            check_contents(self.paths, self._earlier, self.record["provenance"])
+        write_record(self.paths, self.record)
+
+    def score_reference(self, progress: Heard = lambda scored: None) -> None:
+        """Ask the adapter-off base about every pair, or read what it said before."""
+        self._reference = {
+            "train": self._scored("train", progress),
+            "valid": self._scored("valid", progress),
+        }
+
+    def _scored(self, split: str, progress: Heard) -> PairLogps:
+        pairs = getattr(self.inputs, split)
+        kept = reference.read_logps(self.paths.reference(split), len(pairs))
+        if kept is not None:
+            progress(len(pairs))
+            return kept
+        logps = reference.reference_logps(
+            self.inputs.base.model,
+            pairs,
+            provenance=reference_provenance(self.record),
+            cache=places.cache_folder() / "reference",
+            pairs_per_pass=self.config.pairs_per_pass,
+            progress=progress,
+        )
+        reference.write_logps(self.paths.reference(split), logps)
+        return logps
+
+    def attach(self) -> None:
+        """Put the adapters on, fresh or from the last checkpoint."""
+        self.policy = self.inputs.base.model
+        self._adapter_config = attach_adapters(self.policy, self.config)
+        self._optimizer = make_optimizer(self.policy, self.config)
+        self.start = loop.Progress()
+        if (last := checkpoint.latest(self.paths.checkpoints)) is not None:
+            self.start = checkpoint.restore(last, self.policy, self._optimizer)
+
+    def prepare(self, progress: Heard = lambda scored: None) -> None:
+        """All of it; afterwards `train` can begin."""
+        self.load()
+        self.score_reference(progress)
+        self.attach()
+
+    # --- the steps -------------------------------------------------------------------------
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        an_epoch = steps_per_epoch(len(self.inputs.train), self.config.batch_size)
+        steps = an_epoch * self.config.epochs
+        return min(steps, self.config.max_steps or steps)
+
+    def request_stop(self) -> None:
+        """Save after the step that is under way, and stop."""
+        self._stop_requested = True
+
+    def train(self) -> Iterator[Row]:
+        """A row of metrics per step, and one per evaluation with names that begin with `eval_`.
+
+        Every row is in `metrics.jsonl` before it is yielded. After the last one the
+        adapters lie in the run folder, unless the run was asked to stop: then `stopped`
+        is True and the run can be resumed.
+        """
+        progress = self.start
+        log = MetricsLog(self.paths.metrics, after=progress.step)
+        plan = make_plan(
+            self.config, self.inputs.train, self._reference["train"], total_steps=self.total_steps
+        )
+        steps = loop.train(self.policy, self._optimizer, plan, start=progress)
+        try:
+            for seconds, (reached, metrics) in timed(steps):
+                tokens, progress = reached.num_tokens - progress.num_tokens, reached
+                speed = {
+                    "tokens_per_second": tokens / seconds,
+                    "peak_memory_gb": mx.get_peak_memory() / 1e9,
+                }
+                yield log.write(step_row(metrics) | speed)
+                if self._due(self.config.eval_steps, progress.step) and self.inputs.valid:
+                    yield log.write({"step": progress.step, **self.evaluate()})
+                if self._due(self.config.save_steps, progress.step) or self._stop_requested:
+                    self._save(progress)
+                if self._stop_requested and progress.step < self.total_steps:
+                    self.stopped = True
+                    return
+        except TrainingError:
+            self._save(progress)
+            raise
+        yield from self._finish(log, progress)
+
+    def evaluate(self) -> Row:
+        """Metrics on the held-out pairs under `eval_` names, as the policy is now."""
+        metrics = evaluate(
+            self.policy,
+            self.inputs.valid,
+            self._reference["valid"],
+            pair_loss(self.config),
+            beta=self.config.beta,
+            pairs_per_pass=self.config.pairs_per_pass,
+        )
+        return named(metrics, prefix="eval_")
+
+    def _due(self, every: int | None, step: int) -> bool:
+        return every is not None and step % every == 0 and step < self.total_steps
+
+    def _save(self, progress: loop.Progress) -> None:
+        checkpoint.save(
+            self.paths.checkpoints, self.policy, self._optimizer, progress, self._adapter_config
+        )
+        checkpoint.prune(self.paths.checkpoints, self.config.save_total_limit)
+
+    def _finish(self, log: MetricsLog, progress: loop.Progress) -> Iterator[Row]:
+        self._save(progress)
+        if self.inputs.valid:
+            # A crash may have come between the last evaluation and the end of the run.
+            done = log.evaluation_at(progress.step)
+            self.evaluation = done or log.write({"step": progress.step, **self.evaluate()})
+            yield self.evaluation
+        adapters.save_adapter(self.paths.folder, self.policy, self._adapter_config)
+        self.record |= {"state": "finished", "evaluation": self.evaluation}
+        write_record(self.paths, self.record)
+
+
+T = TypeVar("T")
+
+
+def timed(items: Iterator[T]) -> Iterator[tuple[float, T]]:
+    """Each item with the seconds it took to come."""
+    began = perf_counter()
+    for item in items:
+        yield perf_counter() - began, item
+        began = perf_counter()
