@@ -1,0 +1,113 @@
+"""`mlx-dpo doctor`: what this machine is, and whether it trains correctly."""
+
+import json
+import math
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from mlx_dpo.doctor.checks import Check
+
+GIB = 2**30
+BACKENDS = {"cpu": "CPU", "metal": "Metal", "cuda": "CUDA"}
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Write one JSON object, fit to be shared.")
+def doctor(as_json: bool) -> None:
+    """Show versions, device and limits, and test on the device in use that training is right.
+
+    The self-test takes a few seconds: log-probabilities and gradients of a tiny model
+    against NumPy in float64, one training step, adapters saved and loaded. Each line shows
+    what was measured and the limit. Exits with 1 if a check fails.
+    """
+    from mlx_dpo.doctor.checks import self_test
+    from mlx_dpo.doctor.machine import anonymous, facts
+
+    found = facts()
+    checks = []
+    if not as_json:
+        _show_facts(found)
+        click.echo(f"\nself-test on {BACKENDS[found['device']['kind']]}")
+    for check in self_test():
+        checks.append(check)
+        if not as_json:
+            _show_check(check)
+    passed = all(check.ok for check in checks)
+    if as_json:
+        report = {**found, "checks": [_row(check) for check in checks], "ok": passed}
+        click.echo(json.dumps(report, indent=2, default=anonymous))
+    sys.exit(0 if passed else 1)
+
+
+def _show_facts(found: dict[str, Any]) -> None:
+    from mlx_dpo.doctor.machine import from_home
+
+    packages = dict(found["versions"])
+    python, system = packages.pop("python"), packages.pop("system")
+    folders = found["folders"]
+    lines = {
+        "versions": ", ".join(f"{name} {number or 'absent'}" for name, number in packages.items()),
+        "system": f"Python {python} on {system}",
+        "device": _device(found["device"]),
+        "products": _products(found["device"]),
+        "memory": _memory(found["memory"]),
+        "models": _folder(from_home(folders["hub_cache"]["path"]), folders["hub_cache"]["free"]),
+        "reference": _folder(
+            from_home(folders["reference_cache"]["path"]), folders["reference_cache"]["free"]
+        ),
+        "here": f"{_gib(folders['current']['free'])} free",
+        "Hub token": "yes" if found["hub_token"] else "none (needed for gated models only)",
+    }
+    for name, line in lines.items():
+        click.echo(f"{name:<10} {line}")
+
+
+def _device(device: dict[str, Any]) -> str:
+    name = device["name"] or "name unknown"
+    return f"{BACKENDS[device['kind']]}, {name}, {device['cores']} CPU cores"
+
+
+def _products(device: dict[str, Any]) -> str:
+    speed = f"{device['gflops']:,.0f} GFLOP/s in float32"
+    notes = {
+        None: "",
+        True: ", with OpenBLAS",
+        False: ", without OpenBLAS (Debian, Ubuntu: apt install libopenblas0-pthread)",
+    }
+    return speed + notes[device["openblas"]]
+
+
+def _memory(memory: dict[str, Any]) -> str:
+    parts = [f"{_gib(memory['physical'])} in the machine"]
+    for name, words in (("device", "on the device"), ("recommended", "recommended at most")):
+        if memory[name]:
+            parts.append(f"{_gib(memory[name])} {words}")
+    limits = (_gib(memory["memory_limit"]), _gib(memory["cache_limit"]))
+    return ", ".join([*parts, "MLX's limit {}, its cache's {}".format(*limits)])
+
+
+def _folder(path: Any, free: int) -> str:
+    return f"{path} ({_gib(free)} free)"
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / 2**20:.0f} MiB"
+
+
+def _show_check(check: "Check") -> None:
+    state = click.style("ok    ", fg="green") if check.ok else click.style("FAILED", fg="red")
+    measured = check.trouble or f"{check.measured:.1e}"
+    click.echo(f"  {state} {check.name:<40} {measured} (limit {check.limit:g})")
+
+
+def _row(check: "Check") -> dict[str, Any]:
+    return {
+        "name": check.name,
+        "ok": check.ok,
+        "measured": check.measured if math.isfinite(check.measured) else None,
+        "limit": check.limit,
+        "trouble": check.trouble or None,
+    }
