@@ -179,13 +179,9 @@ class DPOConfig:
 
     def _refuse_settings_without_effect(self) -> None:
         if self.group_size is not None and self.bits is None:
-            raise ConfigError(
-                "`group_size` has no effect without `bits`; the model is not quantised on load"
-            )
+            raise ConfigError("`group_size` has no effect without `bits`")
         if self.valid_fraction is not None and self.valid is not None:
-            raise ConfigError(
-                "`valid_fraction` has no effect beside `valid`; the held-out pairs are given"
-            )
+            raise ConfigError("`valid_fraction` has no effect beside `valid`")
         if self.warmup_ratio is not None and self.lr_scheduler_type == "constant":
             raise ConfigError(
                 "`warmup_ratio` has no effect with lr_scheduler_type `constant`; "

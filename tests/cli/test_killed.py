@@ -1,0 +1,100 @@
+"""`kill -9` at any moment: the run that is resumed ends at the same weights, bit for bit."""
+
+import itertools
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from tests.checkpoints import make_checkpoint
+
+MATERIAL = Path(__file__).parents[2] / ".." / "shared" / "material"
+PROGRAM = [sys.executable, "-c", "from mlx_dpo.cli import main; main()", "train"]
+
+
+def start(output, cache, *words):
+    return subprocess.Popen(
+        [*PROGRAM, *words, "--output", str(output)],
+        env=os.environ | {"MLX_DPO_CACHE": str(cache)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def uninterrupted(folder, words):
+    process = start(folder / "straight", folder / "cache-straight", *words)
+    began = time.monotonic()
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    return time.monotonic() - began
+
+
+def killed_and_resumed(folder, words, moments):
+    """Kill after each of `moments` seconds, then let it end; returns the number of kills."""
+    kills = 0
+    for wait in itertools.chain(moments, [None]):
+        process = start(folder / "killed", folder / "cache-killed", *words, "--resume")
+        try:
+            _, errors = process.communicate(timeout=wait)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            kills += 1
+            continue
+        assert process.returncode == 0, errors
+        return kills
+    raise AssertionError("unreachable")
+
+
+def assert_same(folder):
+    straight = mx.load(str(folder / "straight" / "adapters.safetensors"))
+    killed = mx.load(str(folder / "killed" / "adapters.safetensors"))
+    assert straight.keys() == killed.keys()
+    for name, value in straight.items():
+        assert mx.array_equal(value, killed[name]), name
+    steps = [
+        [json.loads(line)["step"] for line in (folder / run / "metrics.jsonl").open()]
+        for run in ("straight", "killed")
+    ]
+    assert steps[0] == steps[1]
+    assert not list((folder / "killed").rglob("partial-*"))
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_a_run_killed_twice_ends_at_the_same_weights(tmp_path):
+    make_checkpoint(tmp_path / "base")
+    rows = [
+        {"prompt": f"What is {i}?", "chosen": f"It is {i}, friend.", "rejected": f"{i * 7} no"}
+        for i in range(40)
+    ]
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [str(pairs), "--model", str(tmp_path / "base"), "--batch-size", "2", "--epochs", "8",
+             "--save-steps", "7", "--lora-dropout", "0.1", "--learning-rate", "1e-3"]  # fmt: skip
+    whole = uninterrupted(tmp_path, words)
+    assert killed_and_resumed(tmp_path, words, [0.55 * whole, 0.75 * whole]) >= 1
+    assert_same(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.skipif(not MATERIAL.is_dir(), reason="the real material is not beside this checkout")
+def test_real_training_killed_at_twelve_random_moments_ends_at_the_same_weights(tmp_path):
+    lines = (MATERIAL / "data" / "hh-harmless-test" / "test.jsonl").read_text().splitlines()
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("\n".join(lines[:500]) + "\n")
+    words = [str(pairs), "--model", str(MATERIAL / "models" / "stories260K"), "--bits", "8",
+             "--max-length", "192", "--bad-pairs", "drop", "--save-steps", "2",
+             "--learning-rate", "1e-3"]  # fmt: skip
+    whole = uninterrupted(tmp_path, words)
+    draw = random.Random(1)
+    kills = killed_and_resumed(tmp_path, words, [draw.uniform(0.5, whole / 4) for _ in range(12)])
+    assert kills >= 6
+    assert_same(tmp_path)

@@ -1,0 +1,250 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from click.testing import CliRunner
+
+from mlx_dpo.cli import cli
+from tests.checkpoints import make_checkpoint
+
+MATTER = ("--batch-size", "4", "--lora-r", "4", "--learning-rate", "1e-3")
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLX_DPO_CACHE", str(tmp_path / "cache"))
+    make_checkpoint(tmp_path / "base")
+    write_pairs(tmp_path / "pairs.jsonl", 12)
+
+
+def write_pairs(path, count):
+    rows = [
+        {"prompt": f"What is {i}?", "chosen": f"It is {i}, friend.", "rejected": f"{i * 7} no"}
+        for i in range(count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def run(*words):
+    return CliRunner().invoke(cli, [str(word) for word in words])
+
+
+def train(*words):
+    return run("train", "pairs.jsonl", "--model", "base", "--output", "run", *MATTER, *words)
+
+
+def test_a_run_says_what_it_does_and_what_to_type_next():
+    result = train("--valid-fraction", "0.25")
+    assert result.exit_code == 0, result.output
+    shown = result.output
+    assert "model      base, 121 K parameters" in shown
+    assert "pairs      9 to train on, 3 held out" in shown
+    assert "reference: 12 pairs" in shown
+    assert "adapters   rank 4, alpha 32 on 14 linear layers: 8.7 K parameters trained" in shown
+    assert "loss       sigmoid (DPO), beta 0.1" in shown
+    assert "steps      3 of 4 pairs, 2 a pass; AdamW, learning rate 0.001, cosine" in shown
+    assert "step 1/3  loss 0.6931  margin" in shown
+    assert "3 held-out pairs" in shown
+    assert shown.endswith("Adapters in run; talk to them with: mlx-dpo chat run\n")
+
+
+def test_flags_beat_the_file_and_the_file_beats_defaults(tmp_path):
+    (tmp_path / "settings.yaml").write_text("beta: 0.3\nepochs: 3\nlearning_rate: 2e-3\n")
+    result = run(
+        "train", "pairs.jsonl", "--model", "base", "--output", "run", "--config", "settings.yaml",
+        "--epochs", "1",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    settings = json.loads(Path("run/run.json").read_text())["settings"]
+    assert (settings["beta"], settings["epochs"], settings["learning_rate"]) == (0.3, 1, 2e-3)
+    assert settings["batch_size"] == 16
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learing_rate: 1", "unknown setting `learing_rate`; did you mean `learning_rate`?"),
+        ("beta: [", "settings.yaml:1: not valid YAML"),
+        ("- beta", "settings.yaml: expected lines of `setting: value`, found list"),
+        ("beta: 0", "`beta` must be above 0, got 0.0"),
+        (None, "settings.yaml: cannot be read (No such file or directory)"),
+    ],
+)
+def test_a_faulty_settings_file_is_one_line(tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "settings.yaml").write_text(text)
+    result = train("--config", "settings.yaml")
+    assert_one_line(result, message)
+
+
+def assert_one_line(result, message):
+    assert result.exit_code == 1, result.output
+    assert message in result.output
+    assert len(result.output.strip().splitlines()) == 1, result.output
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+
+
+GOOD = {"prompt": "Hi", "chosen": "a", "rejected": "b"}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": ', "pairs.jsonl:2: not JSON"),
+        ("[]", "pairs.jsonl:2: "),
+        (GOOD | {"rejected": None}, "pairs.jsonl:2: "),
+        ({"prompt": "Hi", "chosen": "a"}, "pairs.jsonl:2: missing `rejected`"),
+        (GOOD | {"chosen": 3}, "pairs.jsonl:2: "),
+        (GOOD | {"chosen": ""}, "pairs.jsonl:2: "),
+        (GOOD | {"chosen": "b"}, "pairs.jsonl:2: "),
+        (GOOD | {"prompt": "word " * 3000}, "pairs.jsonl:2: "),
+    ],
+)
+def test_a_bad_row_is_one_line_with_file_and_line_and_leaves_nothing(tmp_path, line, message):
+    text = line if isinstance(line, str) else json.dumps(line)
+    (tmp_path / "pairs.jsonl").write_text(f"{json.dumps(GOOD)}\n{text}\n")
+    assert_one_line(train(), message)
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_pair_left_is_one_line(tmp_path):
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(GOOD | {"chosen": ""}) + "\n")
+    assert_one_line(train("--bad-pairs", "drop"), "no pair")
+    assert not (tmp_path / "run").exists()
+
+
+def test_files_and_folders_that_are_not_there_are_one_line(tmp_path):
+    assert_one_line(run("train", "none.jsonl", "--model", "base", "--output", "run"), "none.jsonl")
+    assert_one_line(run("train", "pairs.jsonl", "--model", "./none", "--output", "run"), "none")
+    assert not (tmp_path / "run").exists()
+    for missing in ("PAIRS", "--model", "--output"):
+        words = {"PAIRS": ["pairs.jsonl"], "--model": ["--model", "base"],
+                 "--output": ["--output", "run"]}  # fmt: skip
+        given = [word for name, value in words.items() if name != missing for word in value]
+        assert_one_line(run("train", *given), f"{missing} is missing")
+
+
+def test_a_model_without_weights_or_with_pickles_is_one_line(tmp_path):
+    (tmp_path / "base" / "model.safetensors").unlink()
+    assert_one_line(train(), "no weights")
+    (tmp_path / "base" / "pytorch_model.bin").write_bytes(b"x")
+    assert_one_line(train(), "pickle")
+    assert not (tmp_path / "run").exists()
+
+
+def test_ids_outside_the_vocabulary_are_one_line(tmp_path):
+    """A tokenizer of another model: MLX itself would read beyond the embedding."""
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    arrays = mx.load(str(tmp_path / "base" / "model.safetensors"))
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        arrays[name] = arrays[name][:50]
+    mx.save_safetensors(str(tmp_path / "base" / "model.safetensors"), arrays)
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config | {"vocab_size": 50}))
+    assert_one_line(train(), "pairs.jsonl:1: ")
+
+
+def test_a_template_that_changes_the_prompt_is_one_line(tmp_path):
+    (tmp_path / "base" / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ loop.length }}{{ m.content }}<|end|>{% endfor %}"
+    )
+    assert_one_line(train(), "pairs.jsonl:1: the chat template changes the prompt")
+
+
+def test_an_output_that_is_a_file_or_lies_in_one_is_one_line(tmp_path):
+    (tmp_path / "run").write_text("mine")
+    assert_one_line(train(), "run: cannot be written")
+    assert (tmp_path / "run").read_text() == "mine"
+
+
+def test_a_finished_and_a_foreign_folder_are_refused(tmp_path):
+    assert train().exit_code == 0
+    assert_one_line(train(), "this run is finished")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "x").write_text("")
+    result = run("train", "pairs.jsonl", "--model", "base", "--output", "other")
+    assert_one_line(result, "not a run folder")
+
+
+def command(*words):
+    return [sys.executable, "-c", "from mlx_dpo.cli import main; main()", *words]
+
+
+def test_control_c_saves_and_resume_needs_no_more_than_the_folder(tmp_path):
+    straight = train("--epochs", "30", "--save-steps", "1000")
+    assert straight.exit_code == 0, straight.output
+    expected = mx.load("run/adapters.safetensors")
+
+    process = subprocess.Popen(
+        command("train", "pairs.jsonl", "--model", "base", "--output", "again", *MATTER,
+                "--epochs", "30", "--save-steps", "1000"),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    )  # fmt: skip
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "loss 0" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    rest, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Saving after this step" in errors
+    assert rest.endswith("Stopped and saved; go on with: mlx-dpo train --resume --output again\n")
+    assert not Path("again/adapters.safetensors").exists()
+
+    resumed = run("train", "--resume", "--output", "again")
+    assert resumed.exit_code == 0, resumed.output
+    assert "going on after step" in resumed.output
+    for name, value in mx.load("again/adapters.safetensors").items():
+        assert mx.array_equal(value, expected[name]), name
+
+
+def test_resuming_with_another_typed_setting_is_one_line():
+    process = subprocess.Popen(
+        command("train", "pairs.jsonl", "--model", "base", "--output", "run", *MATTER,
+                "--epochs", "100", "--save-steps", "1"),
+        stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    while not list(Path("run/checkpoints").glob("step-*")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    assert_one_line(train("--epochs", "100"), "another run is writing here")
+    process.kill()
+    process.wait()
+    assert_one_line(train("--epochs", "100"), "holds an unfinished run; add --resume")
+    result = run("train", "--resume", "--output", "run", "--beta", "0.3")
+    assert_one_line(result, "the run began with beta = 0.1, not 0.3")
+
+
+def test_a_loss_that_is_no_number_is_one_line_and_keeps_what_was_good():
+    result = run("train", "pairs.jsonl", "--model", "base", "--output", "run",
+                 "--learning-rate", "1e30", "--max-grad-norm", "0", "--epochs", "4",
+                 "--batch-size", "4", "--lr-scheduler-type", "constant")  # fmt: skip
+    assert result.exit_code == 1
+    assert "not a number at pairs.jsonl:" in result.output.splitlines()[-1]
+    assert list(Path("run/checkpoints").glob("step-*"))
+
+
+def test_eval_measures_again_in_a_table_and_as_json():
+    train("--valid-fraction", "0.25")
+    table = run("eval", "run")
+    assert table.exit_code == 0, table.output
+    assert "3 held-out pairs" in table.output
+    write_pairs(Path("others.jsonl"), 5)
+    told = json.loads(run("eval", "run", "others.jsonl", "--json").output)
+    assert told["pairs"] == 5
+    assert told["finished"] is True
+    assert set(told) >= {"eval_loss", "eval_rewards/accuracies", "eval_logps/chosen"}
+    assert_one_line(run("eval", "nowhere"), "nowhere: not a run folder")
+
+
+def test_eval_refuses_a_model_that_is_not_the_one_trained_on(tmp_path):
+    train()
+    make_checkpoint(tmp_path / "base", seed=9)
+    assert_one_line(run("eval", "run"), "the model changed since the run began")

@@ -1,0 +1,37 @@
+import json
+
+from mlx_dpo.reporting.rows import MetricsLog, read_rows
+
+
+def lines(path):
+    return path.read_text().splitlines()
+
+
+def test_rows_are_whole_lines_in_order(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    row = {"step": 1, "loss": 0.1 + 0.2}
+    assert log.write(row) is row
+    log.write({"step": 2, "loss": 1.0})
+    assert [json.loads(line) for line in lines(log.path)] == [row, {"step": 2, "loss": 1.0}]
+    assert read_rows(log.path)[0]["loss"] == 0.1 + 0.2  # no digit is lost
+
+
+def test_going_on_drops_what_will_be_written_again_and_a_torn_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    MetricsLog(path, after=2).write({"step": 3, "again": 1})
+    assert lines(path) == ['{"step": 1}', '{"step": 2}', '{"step": 3, "again": 1}']
+
+
+def test_the_evaluation_of_a_step_is_found(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.write({"step": 1, "loss": 1.0})
+    assert log.evaluation_at(1) is None
+    log.write({"step": 1, "eval_loss": 0.5})
+    log.write({"step": 2, "loss": 1.0})
+    assert log.evaluation_at(1) == {"step": 1, "eval_loss": 0.5}
+    assert log.evaluation_at(2) is None
+
+
+def test_no_file_is_no_rows(tmp_path):
+    assert read_rows(tmp_path / "none.jsonl") == []
