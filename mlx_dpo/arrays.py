@@ -1,5 +1,6 @@
 """MLX's trees, files and random state, with the types that its own signatures leave open."""
 
+import errno
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +18,14 @@ def flat(tree: Any) -> Arrays:
 def read_arrays(path: Path) -> tuple[Arrays, dict[str, str]]:
     """Arrays and metadata of a safetensors file; RuntimeError if it is none."""
     return cast("tuple[Arrays, dict[str, str]]", mx.load(str(path), return_metadata=True))
+
+
+def write_arrays(path: Path, arrays: Arrays, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file; OSError where it cannot be written, as Python's own files raise."""
+    try:
+        mx.save_safetensors(str(path), arrays, metadata or {})
+    except RuntimeError as error:  # all that MLX says of a full disk, without a number
+        raise OSError(errno.ENOSPC, "the disk refused it; is it full?", str(path)) from error
 
 
 def scalar(array: mx.array) -> float:

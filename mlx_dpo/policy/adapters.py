@@ -17,7 +17,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 from mlx_lm.tuner import lora
 
-from mlx_dpo.arrays import Arrays, flat, read_arrays
+from mlx_dpo.arrays import Arrays, flat, read_arrays, write_arrays
 from mlx_dpo.errors import ConfigError, ModelError, reason
 
 WEIGHTS = "adapters.safetensors"
@@ -162,7 +162,7 @@ def save_adapter(folder: Path, model: nn.Module, config: dict[str, Any]) -> None
     """Write weights and config into `folder`, each whole or not at all, weights last."""
     partial = folder / f"partial-{WEIGHTS}"  # mlx insists on the ending
     (folder / f"partial-{CONFIG}").write_text(json.dumps(config, indent=2) + "\n")
-    mx.save_safetensors(str(partial), adapter_weights(model), {"format": "mlx"})
+    write_arrays(partial, adapter_weights(model), {"format": "mlx"})
     os.replace(folder / f"partial-{CONFIG}", folder / CONFIG)
     os.replace(partial, folder / WEIGHTS)
 

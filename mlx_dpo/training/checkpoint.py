@@ -6,12 +6,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_unflatten
 
-from mlx_dpo.arrays import flat, random_state, read_arrays
+from mlx_dpo.arrays import flat, random_state, read_arrays, write_arrays
 from mlx_dpo.errors import RunError, reason
 from mlx_dpo.policy.adapters import WEIGHTS, load_adapter_weights, save_adapter
 from mlx_dpo.training.loop import Progress
@@ -44,7 +43,7 @@ def save(
         partial.mkdir(parents=True)
         save_adapter(partial, policy, adapter_config)
         state = flat(optimizer.state) | {"random": random_state()}
-        mx.save_safetensors(str(partial / OPTIMIZER), state)
+        write_arrays(partial / OPTIMIZER, state)
         position = {"step": progress.step, "num_tokens": progress.num_tokens}
         (partial / STATE).write_text(json.dumps(position) + "\n")
         for path in partial.iterdir():
@@ -52,7 +51,7 @@ def save(
         shutil.rmtree(target, ignore_errors=True)  # of a run that was resumed before it
         os.replace(partial, target)
         flush_to_disk(folder)
-    except (OSError, RuntimeError) as error:  # MLX raises RuntimeError for a full disk
+    except OSError as error:
         raise RunError(
             f"{target}: cannot be written ({reason(error)}); earlier checkpoints are kept"
         ) from error

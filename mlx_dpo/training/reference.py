@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_dpo.arrays import read_arrays
+from mlx_dpo.arrays import read_arrays, write_arrays
 from mlx_dpo.policy.scoring import score_pairs
 from mlx_dpo.preferences.pairs import digest
 from mlx_dpo.types import PairLogps, TokenizedPair
@@ -65,7 +65,7 @@ def write_logps(path: Path, logps: PairLogps) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.stem}-{os.getpid()}.safetensors")
     try:
-        mx.save_safetensors(str(partial), logps._asdict(), {"sum": _checksum(logps)})
+        write_arrays(partial, logps._asdict(), {"sum": _checksum(logps)})
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
