@@ -10,9 +10,11 @@ from functools import partial
 from typing import Any
 
 import mlx.core as mx
+from jinja2.exceptions import TemplateError
 
 from mlx_dpo.errors import ConfigError, ModelError
 from mlx_dpo.policy.sampling import Sampling
+from mlx_dpo.preferences.boundary import knows_thinking, render
 from mlx_dpo.types import Message
 
 INCOMPLETE = "\ufffd"  # what a decoder writes for the bytes of an unfinished character
@@ -28,9 +30,7 @@ def check_thinking(tokenizer: Any) -> None:
     Raises:
         ConfigError: the template writes the same with and without thinking.
     """
-    question: list[Message] = [{"role": "user", "content": "?"}]
-    with_it, without = (prompt_tokens(tokenizer, question, thinking=t) for t in (True, False))
-    if with_it == without:
+    if not knows_thinking(tokenizer):
         raise ConfigError(
             "`thinking` has no effect; the model's chat template knows no thinking mode"
         )
@@ -46,15 +46,10 @@ def prompt_tokens(
     Raises:
         ModelError: the template refuses the messages.
     """
-    from jinja2.exceptions import TemplateError
-
     try:
-        tokens = tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, enable_thinking=bool(thinking)
-        )
+        return list(render(tokenizer, messages, open_reply=True, thinking=bool(thinking)))
     except TemplateError as error:
         raise ModelError(f"the model's chat template refuses the conversation ({error})") from None
-    return list(tokens)
 
 
 def text_tokens(tokenizer: Any, text: str) -> list[int]:

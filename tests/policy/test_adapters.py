@@ -69,6 +69,15 @@ def test_a_bfloat16_base_keeps_bfloat16_activations_and_float32_adapters(tiny_ll
     assert {v.dtype for v in adapters.adapter_weights(tiny_llama).values()} == {mx.float32}
 
 
+def test_products_are_taken_in_the_type_of_the_activations():
+    """1 + 2^-9 is 1 in bfloat16, so the product is 0; in float32 it would be 2^-9."""
+    layer = adapters.LoRALinear(2, 1, r=1, scale=1.0)
+    layer.linear.weight = mx.zeros((1, 2), mx.bfloat16)
+    layer.lora_a, layer.lora_b = mx.array([[1 + 2**-9], [1.0]]), mx.array([[1.0]])
+    assert layer(mx.array([[1.0, -1.0]], dtype=mx.bfloat16)).item() == 0.0
+    assert layer(mx.array([[1.0, -1.0]], dtype=mx.float32)).item() == 2**-9
+
+
 def test_the_seed_decides_the_start(tiny_llama):
     attach(tiny_llama, seed=3)
     first = adapters.adapter_weights(tiny_llama)

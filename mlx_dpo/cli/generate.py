@@ -1,0 +1,127 @@
+"""`mlx-dpo generate`: one prompt, one answer on stdout."""
+
+import json
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mlx_dpo.cli._answers import (
+    cut_note,
+    model_flags,
+    open_chat,
+    sampling_flags,
+    write,
+)
+from mlx_dpo.errors import ConfigError
+from mlx_dpo.policy.sampling import Sampling
+
+if TYPE_CHECKING:
+    from mlx_dpo.conversation.chat import Chat, Summary
+
+
+@click.command()
+@click.argument("words", nargs=-1, metavar="[RUN] [PROMPT]")
+@model_flags
+@click.option("--raw", is_flag=True, help="Continue the prompt as plain text; no chat template.")
+@click.option("--json", "as_json", is_flag=True, help="Write one JSON object.")
+@sampling_flags(temperature=0.0)
+def generate(
+    words: tuple[str, ...],
+    model: str | None,
+    reference: bool,
+    system: str | None,
+    thinking: bool | None,
+    raw: bool,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Answer one PROMPT with a run's policy, or with a model.
+
+    Only the answer goes to stdout. Without PROMPT, or with `-`, the prompt is read from stdin
+    (less one newline at its end).
+
+    \b
+    mlx-dpo generate run "Why is the sky blue?"
+    mlx-dpo generate --model models/tiny-chat --json - < prompt.txt
+    """
+    run, given = _sort(words, model)
+    sampling = Sampling(**settings)
+    _refuse_chat_settings(raw, system=system, thinking=thinking)
+    prompt = _prompt(given)
+
+    chat, source = open_chat(
+        sampling,
+        run=run,
+        model=model,
+        reference=reference,
+        system=system,
+        thinking=thinking,
+        raw=raw,
+    )
+    completion, summary = _complete(chat, prompt, stream=not as_json)
+    if as_json:
+        asked = {"model": source, "run": run, "reference": reference, "raw": chat.raw}
+        asked |= {"system": system, "thinking": chat.thinking}
+        _write_json(prompt, completion, summary, asked | asdict(chat.sampling))
+    if note := cut_note(summary.finish_reason, sampling.max_tokens):
+        click.echo(note, err=True)
+
+
+def _sort(words: tuple[str, ...], model: str | None) -> tuple[str | None, str | None]:
+    """The run and the prompt, either of them None; beside --model no run is expected."""
+    most = 1 if model else 2
+    if len(words) > most:
+        raise click.UsageError(f"Got {len(words)} arguments; put the prompt in quotation marks.")
+    padded = (*words, None, None)
+    return (None, padded[0]) if model else (padded[0], padded[1])
+
+
+def _refuse_chat_settings(raw: bool, **settings: Any) -> None:
+    for name, value in settings.items():
+        if raw and value is not None:
+            raise ConfigError(f"`{name}` has no effect with --raw, which uses no chat template")
+
+
+def _prompt(given: str | None) -> str:
+    if given is None and sys.stdin.isatty():
+        raise click.UsageError("Give a prompt, or pipe one in.")
+    prompt = _from_stdin() if given is None or given == "-" else given
+    if any("\ud800" <= letter <= "\udfff" for letter in prompt):  # how Python keeps other bytes
+        raise ConfigError("prompt: it is not UTF-8; convert the text")
+    if not prompt.strip():
+        raise ConfigError("prompt: it is empty; give it as an argument or on stdin")
+    return prompt
+
+
+def _from_stdin() -> str:
+    try:
+        return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"stdin: not UTF-8 (at byte {error.start}); convert the text") from None
+
+
+def _complete(chat: "Chat", prompt: str, *, stream: bool) -> tuple[str, "Summary"]:
+    text, summary = "", None
+    for piece in chat.reply(prompt):
+        text, summary = text + piece.text, piece.summary
+        if stream:
+            write(piece.text)
+    if stream:
+        write("\n")
+    assert summary is not None
+    return text, summary
+
+
+def _write_json(prompt: str, completion: str, summary: "Summary", settings: dict[str, Any]) -> None:
+    rate = summary.tokens_per_second
+    answer = {
+        "prompt": prompt,
+        "completion": completion,
+        "tokens": summary.tokens,
+        "finish_reason": summary.finish_reason,
+        "tokens_per_second": None if rate is None else round(rate, 1),
+        "settings": settings,
+    }
+    write(json.dumps(answer, ensure_ascii=False) + "\n")

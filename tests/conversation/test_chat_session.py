@@ -1,0 +1,370 @@
+import math
+
+import mlx.core as mx
+import mlx_lm
+import pytest
+from mlx_lm.models import gemma3_text, mamba
+from mlx_lm.models.cache import KVCache
+
+from mlx_dpo.conversation.chat import Chat
+from mlx_dpo.errors import ConfigError, ModelError
+from mlx_dpo.policy.sampling import Sampling
+from tests.checkpoints import END, VOCAB, make_checkpoint
+
+QUESTIONS = ("Where is the cat?", "and the hat", "Is it here?", "no")
+ASSISTANT = 2
+
+
+@pytest.fixture(autouse=True, scope="module")
+def uncompiled():
+    """Compiling a filter for the CPU takes seconds."""
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return mlx_lm.load(str(make_checkpoint(tmp_path_factory.mktemp("chat"))))
+
+
+@pytest.fixture
+def tokenizer(llama):
+    """The loaded one, with its template put back after each test."""
+    wrapped = llama[1]
+    template = wrapped.chat_template
+    yield wrapped
+    wrapped.chat_template = template
+    wrapped.has_chat_template = True
+
+
+def sliding_window():
+    return gemma3_text.Model(
+        gemma3_text.ModelArgs(
+            model_type="gemma3_text",
+            hidden_size=32,
+            num_hidden_layers=2,
+            intermediate_size=48,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=16,
+            vocab_size=VOCAB,
+            sliding_window=64,
+            sliding_window_pattern=2,
+        )
+    )
+
+
+def state_space():
+    return mamba.Model(
+        mamba.ModelArgs(
+            model_type="mamba",
+            vocab_size=VOCAB,
+            hidden_size=32,
+            intermediate_size=64,
+            state_size=8,
+            num_hidden_layers=2,
+            conv_kernel=4,
+            use_bias=False,
+            use_conv_bias=True,
+            time_step_rank=4,
+        )
+    )
+
+
+ARCHITECTURES = {"llama": None, "sliding_window": sliding_window, "state_space": state_space}
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def model(request, llama):
+    make = ARCHITECTURES[request.param]
+    if make is None:
+        return llama[0]
+    mx.random.seed(5)
+    other = make()
+    noisy = {"scale": 1.5, "key": mx.random.key(7)}
+    other.apply(lambda w: w + mx.random.normal(w.shape, **noisy) / math.sqrt(w.shape[-1]))
+    return other
+
+
+class Says:
+    """A fake model that answers with a given text, whatever it is asked."""
+
+    def __init__(self, tokenizer, text, *, fail_at=None):
+        self.layers = [None]
+        self.seen = []  # tokens per forward pass
+        self._fail_at = fail_at
+        self._answer = [*tokenizer.encode(text, add_special_tokens=False), END]
+        self._told = 0
+
+    def __call__(self, tokens, cache):
+        self.seen.append(tokens.shape[1])
+        if len(self.seen) == self._fail_at:
+            raise KeyboardInterrupt
+        nothing = mx.zeros((1, 1, tokens.shape[1], 1))
+        cache[0].update_and_fetch(nothing, nothing)
+        self._told = 0 if tokens[0, -1].item() == ASSISTANT else self._told + 1
+        coming = self._answer[min(self._told, len(self._answer) - 1)]
+        return mx.where(mx.arange(VOCAB) == coming, 9.0, 0.0)[None, None]
+
+
+def say(chat, text):
+    """The whole answer and its summary."""
+    pieces = list(chat.reply(text))
+    assert all(piece.summary is None for piece in pieces[:-1])
+    return "".join(piece.text for piece in pieces), pieces[-1].summary
+
+
+def without_cache(model, tokenizer, messages, limit, penalty=1.0):
+    """The likeliest answer, each token from a forward pass over everything before it."""
+    tokens = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    answer = []
+    while len(answer) < limit:
+        logits = model(mx.array([tokens]))[0, -1].tolist()
+        for token in set(tokens[-20:]):
+            logits[token] = logits[token] * penalty ** (1 if logits[token] < 0 else -1)
+        answer.append(max(range(len(logits)), key=logits.__getitem__))
+        if answer[-1] == END:
+            break
+        tokens = [*tokens, answer[-1]]
+    return tokenizer.decode([token for token in answer if token != END])
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.5])
+def test_every_answer_is_the_one_computed_without_a_cache(model, tokenizer, penalty):
+    chat = Chat(model, tokenizer, Sampling(max_tokens=24, repetition_penalty=penalty))
+    messages = []
+    for question in QUESTIONS:
+        messages.append(user(question))
+        expected = without_cache(model, tokenizer, messages, 24, penalty)
+        answer, _ = say(chat, question)
+        assert answer == expected
+        messages.append(assistant(answer))
+    assert chat.turns == messages
+
+
+def test_the_penalty_reaches_back_into_what_the_cache_holds(tokenizer):
+    """`a` 9, `b` 8, `c` 7, and half of it for what was said in the last 20 tokens."""
+    letters = [tokenizer.convert_tokens_to_ids(letter) for letter in "abc"]
+    logits = mx.zeros((1, 1, VOCAB))
+    logits[0, 0, letters] = mx.array([9.0, 8.0, 7.0])
+
+    class Constant(Says):
+        def __call__(self, tokens, cache):
+            super().__call__(tokens, cache)
+            return logits
+
+    chat = Chat(Constant(tokenizer, ""), tokenizer, Sampling(max_tokens=1, repetition_penalty=2.0))
+    assert say(chat, "a")[0] == "b"
+    answer, summary = say(chat, "?")
+    assert answer == "c"
+    assert summary.prompt_tokens - summary.cached_tokens < 20
+
+
+def test_only_the_tokens_of_the_new_turn_go_through_the_model(tokenizer):
+    model = Says(tokenizer, "The cat sat.")
+    chat = Chat(model, tokenizer, Sampling())
+    say(chat, "Where is the cat?")
+    held = len(tokenizer.apply_chat_template(chat.turns))
+    model.seen.clear()
+    _, summary = say(chat, "Why?")
+    new = tokenizer.encode("<|user|>Why?<|end|><|assistant|>", add_special_tokens=False)
+    assert summary.cached_tokens == held
+    assert summary.prompt_tokens == held + len(new)
+    # All but the last token of a prompt go first, as mlx-lm does it.
+    assert model.seen[:3] == [len(new) - 1, 1, 1]
+
+
+def test_a_cache_that_cannot_forget_is_filled_anew_when_the_past_changes(tokenizer):
+    """The template trims what it repeats, so the second prompt leaves the first's path."""
+    tokenizer.chat_template = tokenizer.chat_template.replace("content", "content[:3]")
+    mx.random.seed(1)
+    model = state_space()
+    chat = Chat(model, tokenizer, Sampling(max_tokens=9))
+    messages = []
+    for question in QUESTIONS[:3]:
+        messages.append(user(question))
+        expected = without_cache(model, tokenizer, messages, 9)
+        answer, summary = say(chat, question)
+        assert answer == expected
+        assert summary.cached_tokens == 0
+        messages.append(assistant(answer))
+
+
+def test_an_answer_closed_early_stays_as_far_as_it_was_said(llama, tokenizer):
+    chat = Chat(llama[0], tokenizer, Sampling(max_tokens=30))
+    pieces = chat.reply("Where is the cat?")
+    said = "".join(next(pieces).text for _ in range(7))
+    pieces.close()
+    assert chat.turns == [user("Where is the cat?"), assistant(said)]
+    expected = without_cache(llama[0], tokenizer, [*chat.turns, user("and the hat")], 30)
+    assert say(chat, "and the hat")[0] == expected
+
+
+def test_ctrl_c_within_a_forward_pass_leaves_a_chat_that_answers_rightly(llama, tokenizer):
+    model, calls = llama[0], []
+
+    class Interrupted(type(model)):
+        def __call__(self, *args, **kwargs):
+            calls.append(1)
+            result = super().__call__(*args, **kwargs)
+            if len(calls) == 6:
+                raise KeyboardInterrupt  # the cache has the token, the chat has not
+            return result
+
+    plain = type(model)
+    chat = Chat(model, tokenizer, Sampling(max_tokens=30))
+    model.__class__ = Interrupted
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            list(chat.reply("Where is the cat?"))
+    finally:
+        model.__class__ = plain
+    assert len(chat.turns) == 2
+    expected = without_cache(model, tokenizer, [*chat.turns, user("no")], 30)
+    assert say(chat, "no")[0] == expected
+
+
+def test_ctrl_c_before_the_first_token_takes_the_question_back(tokenizer):
+    chat = Chat(Says(tokenizer, "yes", fail_at=1), tokenizer, Sampling())
+    with pytest.raises(KeyboardInterrupt):
+        list(chat.reply("Where is the cat?"))
+    assert chat.turns == []
+
+
+def test_characters_of_several_tokens_come_whole(tokenizer):
+    text = "dog 🐶, naïve 日本"
+    assert len(tokenizer.encode("🐶", add_special_tokens=False)) == 4
+    pieces = [p.text for p in Chat(Says(tokenizer, text), tokenizer, Sampling()).reply("?")]
+    assert "".join(pieces) == text
+    assert all("\ufffd" not in piece for piece in pieces)
+    assert "🐶" in pieces  # streamed as soon as it is complete
+
+
+def test_an_answer_keeps_its_leading_space(tokenizer):
+    assert say(Chat(Says(tokenizer, " on the hill"), tokenizer, Sampling()), "?")[0] == (
+        " on the hill"
+    )
+
+
+def test_the_summary_counts_the_answer_without_its_end_token(tokenizer):
+    model = Says(tokenizer, "abc")
+    assert len(tokenizer.encode("abc", add_special_tokens=False)) == 3
+    answer, summary = say(Chat(model, tokenizer, Sampling()), "?")
+    assert (answer, summary.tokens, summary.finish_reason) == ("abc", 3, "stop")
+    answer, summary = say(Chat(model, tokenizer, Sampling(max_tokens=2)), "?")
+    assert (answer, summary.tokens, summary.finish_reason) == ("ab", 2, "length")
+
+
+def test_an_answer_ends_where_the_context_does(tokenizer):
+    model = Says(tokenizer, "abcdefghij")
+    prompt = len(tokenizer.apply_chat_template([user("?")], add_generation_prompt=True))
+    chat = Chat(model, tokenizer, Sampling(), context=prompt + 4)
+    answer, summary = say(chat, "?")
+    assert (answer, summary.finish_reason) == ("abcd", "context")
+    with pytest.raises(ConfigError, match=r"^conversation: \d+ tokens leave no room .* context is"):
+        say(chat, "and?")
+    assert len(chat.turns) == 2
+    with pytest.raises(ConfigError, match="leave no room"):
+        say(Chat(model, tokenizer, Sampling(), context=prompt), "?")
+
+
+def test_a_seed_says_the_same_again_and_reset_starts_its_draws_over(llama, tokenizer):
+    sampling = Sampling(temperature=1.0, top_p=0.95, top_k=50, min_p=0.01, seed=3, max_tokens=12)
+    chat = Chat(llama[0], tokenizer, sampling)
+    first = [say(chat, question)[0] for question in QUESTIONS[:2]]
+    chat.reset()
+    assert [say(chat, question)[0] for question in QUESTIONS[:2]] == first
+    other = Chat(llama[0], tokenizer, Sampling(temperature=1.0, seed=4, max_tokens=12))
+    assert say(other, QUESTIONS[0])[0] != first[0]
+
+
+def test_the_seed_drawn_for_a_session_repeats_it(llama, tokenizer):
+    chat = Chat(llama[0], tokenizer, Sampling(temperature=1.0, max_tokens=12))
+    again = Chat(llama[0], tokenizer, chat.sampling)
+    assert say(chat, "?")[0] == say(again, "?")[0]
+
+
+def test_a_chat_neither_reads_nor_moves_the_global_random_state(llama, tokenizer):
+    sampling = Sampling(temperature=1.0, top_p=0.9, seed=3, max_tokens=6)
+    mx.random.seed(0)
+    first = say(Chat(llama[0], tokenizer, sampling), "?")[0]
+    drawn = mx.random.uniform().item()
+    mx.random.seed(0)
+    assert mx.random.uniform().item() == drawn
+    assert say(Chat(llama[0], tokenizer, sampling), "?")[0] == first
+
+
+def test_the_system_message_comes_first(tokenizer):
+    model = Says(tokenizer, "ok")
+    plain = say(Chat(model, tokenizer, Sampling()), "?")[1].prompt_tokens
+    system = tokenizer.encode("<|system|>Be brief.<|end|>", add_special_tokens=False)
+    chat = Chat(model, tokenizer, Sampling(), system="Be brief.")
+    assert say(chat, "?")[1].prompt_tokens == plain + len(system)
+
+
+def test_a_thinking_model_thinks_when_asked_to_and_not_otherwise(tokenizer):
+    tokenizer.chat_template += "{% if enable_thinking %}Hm{% endif %}"
+    hm = len(tokenizer.encode("Hm", add_special_tokens=False))
+    lengths = {}
+    for thinking in (None, False, True):
+        chat = Chat(Says(tokenizer, "ok"), tokenizer, Sampling(max_tokens=1), thinking=thinking)
+        lengths[thinking] = say(chat, "?")[1].prompt_tokens
+    assert lengths[None] == lengths[False] == lengths[True] - hm
+
+
+@pytest.mark.parametrize(
+    ("template", "settings", "message"),
+    [
+        (None, {"thinking": False}, "`thinking` has no effect; .* knows no thinking mode"),
+        ("{{ messages[-1].content }}", {"system": "x"}, "`system` has no effect; .* leaves it out"),
+        (None, {"raw": True, "system": "x"}, "`system` has no effect: no chat template is used"),
+        (None, {"raw": True, "thinking": True}, "`thinking` has no effect: no chat template"),
+    ],
+)
+def test_settings_that_the_template_ignores_are_refused(tokenizer, template, settings, message):
+    if template:
+        tokenizer.chat_template = template
+    with pytest.raises(ConfigError, match=message):
+        Chat(Says(tokenizer, ""), tokenizer, Sampling(), **settings)
+
+
+def test_top_k_must_leave_something_out(tokenizer):
+    with pytest.raises(ConfigError, match="`top_k` must be below the vocabulary of 300 tokens"):
+        Chat(Says(tokenizer, ""), tokenizer, Sampling(temperature=1, top_k=VOCAB))
+
+
+def test_a_template_that_refuses_the_conversation_is_one_line(tokenizer):
+    tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
+    chat = Chat(Says(tokenizer, ""), tokenizer, Sampling())
+    with pytest.raises(ModelError, match=r"refuses the conversation \(System role not supported\)"):
+        say(chat, "?")
+    assert chat.turns == []
+
+
+def test_without_a_template_the_text_is_continued(tokenizer):
+    tokenizer.has_chat_template = False
+    model = Says(tokenizer, " sat")
+    chat = Chat(model, tokenizer, Sampling(max_tokens=2))
+    assert chat.raw
+    prompts = [say(chat, text)[1].prompt_tokens for text in ("The cat", "The hat")]
+    texts = ("The cat", f"The cat\n{chat.turns[1]['content']}\nThe hat")
+    assert prompts == [len(tokenizer.encode(text)) for text in texts]
+
+
+def test_the_cache_holds_exactly_the_tokens_it_is_said_to_hold(llama, tokenizer):
+    """One token more or less in the count would shift every later turn."""
+    chat = Chat(llama[0], tokenizer, Sampling(max_tokens=5))
+    for question in QUESTIONS:
+        say(chat, question)
+        [*layers] = chat._cache.layers
+        assert all(isinstance(layer, KVCache) for layer in layers)
+        assert {layer.offset for layer in layers} == {len(chat._cache.tokens)}

@@ -1,0 +1,123 @@
+import math
+
+import mlx.core as mx
+import mlx_lm
+import pytest
+from mlx_lm.models import gemma2, mamba
+
+from mlx_dpo.conversation.chat import Chat
+from mlx_dpo.errors import ConfigError
+from mlx_dpo.evaluation.generation import batches_exactly, generate_batch
+from mlx_dpo.policy.sampling import Sampling
+from tests.checkpoints import VOCAB, make_checkpoint
+
+QUESTIONS = ("Where is the cat?", "no", "Is the house on the hill better than the hat? " * 3, "why")
+PROMPTS = [[{"role": "user", "content": question}] for question in QUESTIONS]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return mlx_lm.load(str(make_checkpoint(tmp_path_factory.mktemp("batch"))))
+
+
+def spread(model):
+    """Weights wide enough for uneven logits."""
+    key = mx.random.key(3)
+    model.apply(lambda w: w + mx.random.normal(w.shape, key=key) * 2 / math.sqrt(w.shape[-1]))
+    return model
+
+
+def five_dimensional_attention():
+    return spread(
+        gemma2.Model(
+            gemma2.ModelArgs(
+                model_type="gemma2",
+                hidden_size=32,
+                num_hidden_layers=2,
+                intermediate_size=48,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                head_dim=8,
+                rms_norm_eps=1e-5,
+                vocab_size=VOCAB,
+            )
+        )
+    )
+
+
+def state_space():
+    return spread(
+        mamba.Model(
+            mamba.ModelArgs(
+                model_type="mamba",
+                vocab_size=VOCAB,
+                hidden_size=32,
+                intermediate_size=64,
+                state_size=8,
+                num_hidden_layers=2,
+                conv_kernel=4,
+                use_bias=False,
+                use_conv_bias=True,
+                time_step_rank=4,
+            )
+        )
+    )
+
+
+def alone(model, tokenizer, sampling):
+    return [
+        "".join(piece.text for piece in Chat(model, tokenizer, sampling).reply(question))
+        for question in QUESTIONS
+    ]
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.4])
+def test_each_answer_of_a_batch_is_the_one_given_alone(llama, penalty):
+    sampling = Sampling(max_tokens=20, repetition_penalty=penalty)
+    assert generate_batch(*llama, PROMPTS, sampling=sampling) == alone(*llama, sampling)
+
+
+def test_an_empty_answer_keeps_its_place(llama):
+    """The first token of the third answer is made one that ends answers."""
+    model, tokenizer = llama
+    stops = set(tokenizer.eos_token_ids)
+    prompt = tokenizer.apply_chat_template(PROMPTS[2], add_generation_prompt=True)
+    first = model(mx.array([prompt]))[0, -1].argmax().item()
+    tokenizer.eos_token_ids = {*stops, first}
+    try:
+        sampling = Sampling(max_tokens=6)
+        batch = generate_batch(model, tokenizer, PROMPTS, sampling=sampling)
+        assert batch[2] == ""
+        assert batch == alone(model, tokenizer, sampling)
+    finally:
+        tokenizer.eos_token_ids = stops
+
+
+def test_llama_is_answered_in_batches(llama):
+    assert batches_exactly(llama[0], [[5, 6, 7], list(range(4, 40))])
+
+
+@pytest.mark.parametrize("make", [five_dimensional_attention, state_space])
+def test_where_batching_is_not_exact_answers_are_made_one_by_one(llama, make):
+    model, tokenizer = make(), llama[1]
+    sampling = Sampling(max_tokens=12)
+    assert not batches_exactly(model, [[5, 6, 7], list(range(4, 40))])
+    assert generate_batch(model, tokenizer, PROMPTS, sampling=sampling) == alone(
+        model, tokenizer, sampling
+    )
+
+
+def test_answers_of_equal_seeds_are_equal(llama):
+    sampling = Sampling(max_tokens=8, temperature=1.0, seed=1)
+    first = generate_batch(*llama, PROMPTS, sampling=sampling)
+    assert generate_batch(*llama, PROMPTS, sampling=sampling) == first
+    assert len(set(first)) == len(first)
+
+
+def test_no_prompts_have_no_answers(llama):
+    assert generate_batch(*llama, [], sampling=Sampling()) == []
+
+
+def test_thinking_is_refused_where_no_model_can(llama):
+    with pytest.raises(ConfigError, match="`thinking` has no effect"):
+        generate_batch(*llama, PROMPTS, sampling=Sampling(), thinking=True)
