@@ -134,9 +134,9 @@ class DPOConfig:
         low=0,
         high=1,
     )
-    epochs: int = option(1, "Passes over the pairs.", int, TRAINING, low=1)
+    epochs: int | None = option(None, "Passes over the pairs. [default: 1]", int, TRAINING, low=1)
     max_steps: int | None = option(
-        None, "Stop after so many optimizer steps. [default: all epochs]", int, TRAINING, low=1
+        None, "Optimizer steps, in place of epochs.", int, TRAINING, low=1
     )
     batch_size: int = option(16, "Pairs per optimizer step.", int, TRAINING, low=1)
     micro_batch_size: int | None = option(
@@ -187,6 +187,8 @@ class DPOConfig:
                 "`warmup_ratio` has no effect with lr_scheduler_type `constant`; "
                 "use `constant_with_warmup`"
             )
+        if self.epochs is not None and self.max_steps is not None:
+            raise ConfigError("`epochs` has no effect beside `max_steps`")
         if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
             raise ConfigError(
                 f"`micro_batch_size` {self.micro_batch_size} is above `batch_size` "

@@ -55,6 +55,7 @@ def test_yamls_numbers_without_a_point_are_numbers():
             {"lr_scheduler_type": "constant", "warmup_ratio": 0.2},
             "`warmup_ratio` has no effect with lr_scheduler_type `constant`",
         ),
+        ({"epochs": 2, "max_steps": 9}, "`epochs` has no effect beside `max_steps`"),
         ({"batch_size": 2, "micro_batch_size": 4}, "`micro_batch_size` 4 is above `batch_size` 2"),
     ],
 )
@@ -91,7 +92,7 @@ def test_defaults_depend_on_what_they_depend_on():
 def test_the_defaults_are_the_published_ones():
     """LoRA range of TRL's documentation and of the alignment handbook; see docs."""
     config = DPOConfig()
-    assert (config.learning_rate, config.beta, config.epochs) == (5e-6, 0.1, 1)
+    assert (config.learning_rate, config.beta) == (5e-6, 0.1)
     assert (config.batch_size, config.max_length, config.max_grad_norm) == (16, 1024, 1.0)
     assert (config.weight_decay, config.lora_dropout, config.lora_scale) == (0.0, 0.0, 2.0)
 

@@ -33,7 +33,7 @@ CHANGED = {
     "lr_scheduler_type": "linear",
     "warmup_ratio": 0.5,
     "epochs": 2,
-    "max_steps": 2,
+    "max_steps": 7,
     "batch_size": 3,
     "weight_decay": 0.5,
     "max_grad_norm": 0.01,

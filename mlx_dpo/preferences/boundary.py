@@ -38,6 +38,18 @@ def render(
     return tuple(ids["input_ids"] if isinstance(ids, Mapping) else ids)
 
 
+def knows_thinking(tokenizer: Any) -> bool:
+    """Whether the chat template writes another prompt when thinking is asked for."""
+    if not has_template(tokenizer):
+        return False
+    question = [{"role": "user", "content": "?"}]
+    on, off = (
+        render(tokenizer, question, open_reply=True, thinking=thinking)
+        for thinking in (True, False)
+    )
+    return on != off
+
+
 def chat_rows(tokenizer: Any, preference: Preference, *, thinking: bool) -> Rows:
     """Ids through the model's chat template, strings as one user and one assistant turn.
 

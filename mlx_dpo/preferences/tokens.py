@@ -4,7 +4,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_dpo.errors import ConfigError, DataError, ModelError
-from mlx_dpo.preferences.boundary import Ids, chat_rows, has_template, render, shown, text_rows
+from mlx_dpo.preferences.boundary import (
+    Ids,
+    chat_rows,
+    has_template,
+    knows_thinking,
+    shown,
+    text_rows,
+)
 from mlx_dpo.preferences.faults import EMPTY, SAME_TOKENS, BadPair
 from mlx_dpo.preferences.truncation import truncate
 from mlx_dpo.types import Preference, TokenizedPair
@@ -48,7 +55,7 @@ def check_rules(tokenizer: Any, rules: TokenRules) -> None:
             "`chat_template` is chat, but the model has no chat template; "
             "take a chat model, or --chat-template text"
         )
-    if rules.thinking is not None and not _knows_thinking(tokenizer):
+    if rules.thinking is not None and not knows_thinking(tokenizer):
         raise ConfigError("`thinking` has no effect; the model has no template with such a mode")
 
 
@@ -112,17 +119,6 @@ def _is_chat(tokenizer: Any, preference: Preference, rules: TokenRules, is_dialo
             "take a chat model, or write the pair as strings"
         )
     return True
-
-
-def _knows_thinking(tokenizer: Any) -> bool:
-    if not has_template(tokenizer):
-        return False
-    question = [{"role": "user", "content": "?"}]
-    on, off = (
-        render(tokenizer, question, open_reply=True, thinking=thinking)
-        for thinking in (True, False)
-    )
-    return on != off
 
 
 def _ended(tokenizer: Any, completion: Ids, stops: set[int]) -> tuple[Ids, bool]:

@@ -8,6 +8,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 
 from mlx_dpo.config import DPOConfig
+from mlx_dpo.errors import ConfigError
 from mlx_dpo.objective.losses import sigmoid_loss
 from mlx_dpo.policy import adapters
 from mlx_dpo.training.loop import Plan
@@ -48,6 +49,19 @@ def make_optimizer(policy: nn.Module, config: DPOConfig) -> optim.Optimizer:
 def pair_loss(config: DPOConfig) -> PairLoss:
     """The loss of the settings, from margins to losses. (B,) -> (B,)"""
     return partial(sigmoid_loss, beta=config.beta, label_smoothing=config.label_smoothing)
+
+
+def refuse_standstill(config: DPOConfig, total_steps: int) -> None:
+    """The first update of a warm-up has rate 0: a run must be longer than that.
+
+    Raises:
+        ConfigError: no update of the run would change anything.
+    """
+    if total_steps == 1 and config.warmup > 0:
+        raise ConfigError(
+            "the run has 1 step, and a warm-up begins at learning rate 0, so nothing would be "
+            "trained; use --warmup-ratio 0, more pairs, --max-steps, or a smaller --batch-size"
+        )
 
 
 def make_plan(

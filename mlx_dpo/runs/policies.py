@@ -1,6 +1,7 @@
 """A finished or unfinished run, or a plain model, opened to be used."""
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,8 @@ def open_run(folder: str) -> Opened:
         adapter = last
     settings = dict(record["settings"])
     if record.get("model_folder"):
-        nearby = paths.folder / record["model_folder"]
-        settings["model"] = str(nearby) if nearby.is_dir() else settings["model"]
+        nearby = os.path.normpath(paths.folder / record["model_folder"])
+        settings["model"] = nearby if os.path.isdir(nearby) else settings["model"]
     return Opened(paths, record, DPOConfig.from_dict(settings), adapter)
 
 
@@ -71,6 +72,10 @@ def load_policy(run: str | None, *, model: str | None = None, reference: bool = 
     assert run is not None
     opened = open_run(run)
     base = read_base(opened.config)
-    if not reference:
-        adapters.load_adapter(base.model, opened.adapter)
-    return base
+    if reference:
+        return base
+    adapters.load_adapter(base.model, opened.adapter)
+    if opened.finished:
+        return base
+    note = f"the run is unfinished; these are its adapters of {opened.adapter.name}"
+    return replace(base, notes=(*base.notes, note))

@@ -18,7 +18,13 @@ from mlx_dpo.policy import adapters
 from mlx_dpo.preferences.batches import steps_per_epoch
 from mlx_dpo.reporting.rows import MetricsLog
 from mlx_dpo.runs.inputs import Inputs, read_inputs
-from mlx_dpo.runs.method import attach_adapters, make_optimizer, make_plan, pair_loss
+from mlx_dpo.runs.method import (
+    attach_adapters,
+    make_optimizer,
+    make_plan,
+    pair_loss,
+    refuse_standstill,
+)
 from mlx_dpo.runs.paths import RunPaths, claimed, read_record, refuse_foreign_folder, write_record
 from mlx_dpo.runs.record import (
     check_contents,
@@ -80,6 +86,7 @@ class Run:
     def load(self) -> None:
         """Load base and pairs, and record what the run starts from."""
         self.inputs: Inputs = read_inputs(self.config)
+        refuse_standstill(self.config, self.total_steps)
         self.record = new_record(self.config, self.inputs, total_steps=self.total_steps)
         if self._earlier is not None:
             check_contents(self.paths, self._earlier, self.record["provenance"])
@@ -130,8 +137,7 @@ class Run:
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
         an_epoch = steps_per_epoch(len(self.inputs.train), self.config.batch_size)
-        steps = an_epoch * self.config.epochs
-        return min(steps, self.config.max_steps or steps)
+        return self.config.max_steps or an_epoch * (self.config.epochs or 1)
 
     def request_stop(self) -> None:
         """Save after the step that is under way, and stop."""

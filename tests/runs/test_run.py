@@ -141,6 +141,7 @@ def test_the_policy_opens_here_and_in_mlx_lm(config, monkeypatch, tmp_path):
 def test_an_unfinished_run_opens_at_its_last_checkpoint(config):
     train(config, stop_after=3)
     policy = load_policy(config.output).model
+    assert "step-000003" in load_policy(config.output).notes[-1]
     theirs, _ = mlx_lm.load(config.model, adapter_path=f"{config.output}/checkpoints/step-000003")
     assert mx.allclose(policy(TOKENS), theirs(TOKENS), atol=1e-5)
 
@@ -248,6 +249,23 @@ def test_what_a_run_cannot_do_without_is_asked_for(settings, name):
     del settings[name]
     with pytest.raises(ConfigError, match=f"`{name}` is not set"):
         Run(DPOConfig.from_dict(settings))
+
+
+def test_max_steps_takes_the_place_of_epochs(settings, tmp_path):
+    del settings["epochs"]
+    _, rows = train(DPOConfig.from_dict(settings | {"max_steps": 7}))
+    assert [row["step"] for row in rows[:-1]] == [1, 2, 3, 4, 5, 6, 7]
+    assert rows[6]["epoch"] == pytest.approx(2 + 4 / 9)
+
+
+def test_a_run_in_which_nothing_would_move_is_refused(settings):
+    """One step, and the warm-up of Transformers begins at a learning rate of 0."""
+    del settings["epochs"]
+    with (
+        Run(DPOConfig.from_dict(settings | {"max_steps": 1})) as run,
+        pytest.raises(ConfigError, match="nothing would be trained; use --warmup-ratio 0"),
+    ):
+        run.load()
 
 
 def test_one_and_only_one_of_run_and_model(config):
