@@ -1,12 +1,12 @@
 """Align a language model with preferences on your own machine: DPO with LoRA on MLX.
 
-    from mlx_dpo import DPOConfig, Run
+from mlx_dpo import DPOConfig, Run
 
-    config = DPOConfig(model="model", pairs="pairs.jsonl", output="run")
-    with Run(config) as run:
-        run.prepare()
-        for row in run.train():
-            print(row["step"], row)
+config = DPOConfig(model="model", pairs="pairs.jsonl", output="run")
+with Run(config) as run:
+    run.prepare()
+    for row in run.train():
+        print(row["step"], row)
 """
 
 from importlib import import_module

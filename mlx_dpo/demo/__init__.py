@@ -1,0 +1,1 @@
+"""The whole job on the model that ships: convert, train, evaluate, compare."""
