@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
+from mlx_dpo.policy.numerics import log_sum_exp
 from mlx_dpo.types import PairBatch, PairLogps
 
 CausalLM = Callable[[mx.array], mx.array]  # (N, T) token ids -> (N, T, V) logits
@@ -19,7 +20,7 @@ def completion_logps(model: CausalLM, batch: PairBatch) -> mx.array:
     # The mask travels with the token that is predicted, so both drop column 0.
     targets, scored = batch.tokens[:, 1:], batch.completion_mask[:, 1:]
     picked = mx.take_along_axis(logits, targets[..., None], axis=-1).squeeze(-1)
-    token_logps = picked - mx.logsumexp(logits, axis=-1)
+    token_logps = picked - log_sum_exp(logits)
     # `where`, not a product: an infinite log-probability under the mask must not become NaN.
     return mx.where(scored, token_logps, 0.0).sum(axis=-1)
 

@@ -50,6 +50,8 @@ def reference_logps(
         else:
             progress(len(block))
         parts.append(logps)
+    if not parts:
+        return PairLogps(mx.zeros((0,)), mx.zeros((0,)))
     return PairLogps(
         chosen=mx.concatenate([part.chosen for part in parts]),
         rejected=mx.concatenate([part.rejected for part in parts]),

@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import mlx.core as mx
@@ -99,6 +100,44 @@ def test_rows_after_the_last_checkpoint_are_not_written_twice(config, tmp_path):
     train(config, resume=True)
     written = read_rows(tmp_path / "run" / "metrics.jsonl")
     assert [row["step"] for row in written] == [1, 2, 3, 4, 5, 6, 6]
+
+
+def test_a_run_killed_after_its_last_evaluation_does_not_write_it_twice(config, tmp_path):
+    train(config)
+    expected = weights(config)
+    record = tmp_path / "run" / "run.json"
+    record.write_text(record.read_text().replace('"finished"', '"unfinished"'))
+    (tmp_path / "run" / "adapters.safetensors").unlink()
+    _, rows = train(config, resume=True)
+    assert [row["step"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")][-2:] == [6, 6]
+    assert len(rows) == 1
+    for name, value in weights(config).items():
+        assert mx.array_equal(value, expected[name]), name
+
+
+def test_a_run_keeps_its_own_reference(config, tmp_path):
+    """The cache may be cleared between two starts; the reference must not be scored anew."""
+    train(config, stop_after=1)
+    shutil.rmtree(tmp_path / "cache")
+    train(config, resume=True)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_runs_share_what_the_reference_said(config, tmp_path):
+    train(config)
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.safetensors")}
+    assert len(files) == 2
+    train(replace(config, output=str(tmp_path / "again"), beta=0.5, lora_r=2))
+    for path in (tmp_path / "cache").rglob("*.safetensors"):
+        assert files.get(path) == path.stat().st_mtime_ns
+
+
+def test_a_run_may_hold_nothing_out(config):
+    run, rows = train(replace(config, valid_fraction=0.0))
+    assert run.evaluation is None
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    with pytest.raises(ConfigError, match="held no pairs out; name a file of pairs"):
+        evaluate_run(config.output)
 
 
 def test_the_same_run_twice_gives_the_same_weights(config, tmp_path):
