@@ -1,6 +1,6 @@
 """Write the table of settings into README.md, from the one place where they are declared.
 
-    python scripts/update_readme.py
+python scripts/update_readme.py
 """
 
 from pathlib import Path

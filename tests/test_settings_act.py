@@ -52,7 +52,11 @@ def folder(tmp_path_factory):
     make_checkpoint(folder / "other-base", seed=5)
     for name, word in (("pairs", "friend"), ("other", "mate")):
         rows = [
-            {"prompt": f"{i} and {i}, what?", "chosen": f"It is {i}, {word}.", "rejected": f"{i * 7} no"}
+            {
+                "prompt": f"{i} and {i}, what?",
+                "chosen": f"It is {i}, {word}.",
+                "rejected": f"{i * 7} no",
+            }
             for i in range(10)
         ]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

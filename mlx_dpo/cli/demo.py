@@ -62,7 +62,7 @@ def _side_by_side(tour: "Tour", before: "Answers", after: "Answers") -> "Table":
     from rich.text import Text
 
     table = Table("prompt", "before", "after", title="\nsampled answers", title_justify="left")
-    for row, old, new in list(zip(tour.rows, before.texts, after.texts, strict=True))[:SHOWN]:
+    for row, old, new in list(zip(tour.asked, before.texts, after.texts, strict=True))[:SHOWN]:
         prompt = "\n".join(turn["content"] for turn in row["prompt"])
         table.add_row(Text(prompt), Text(old.strip()), Text(new.strip()))
     return table

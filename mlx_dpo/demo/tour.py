@@ -24,6 +24,7 @@ from mlx_dpo.types import Preference, TokenizedPair
 
 MARK = "demo.txt"  # says that a folder is the demo's and may be replaced
 SAMPLING = Sampling(temperature=1.0, max_tokens=64, seed=0)
+SAMPLES = 2  # answers to each prompt
 BITS = 8
 
 
@@ -45,6 +46,7 @@ class Tour:
 
     def __post_init__(self) -> None:
         self.rows = [row.record for row in read_rows(self.source / "preferences" / "valid.jsonl")]
+        self.asked = self.rows * SAMPLES
         self.markers = courteous_markers(self.source)
 
     @property
@@ -81,23 +83,25 @@ class Tour:
             model=str(self.model),
             pairs=str(self.source / "preferences"),
             output=str(self.run),
-            learning_rate=3e-3,
+            learning_rate=1e-3,
+            beta=1.0,
+            epochs=2,
             micro_batch_size=8,
             max_length=128,
-            logging_steps=10,
+            logging_steps=20,
         )
 
     def ask(self, *, reference: bool) -> Answers:
         """Sampled answers of the base, or of the aligned policy, to every held-out prompt."""
         plain = str(self.model) if reference else None
         base = load_policy(None if reference else str(self.run), model=plain)
-        prompts = [row["prompt"] for row in self.rows]
+        prompts = [row["prompt"] for row in self.asked]
         return self.judged(generate_batch(base.model, base.tokenizer, prompts, sampling=SAMPLING))
 
     def judged(self, texts: list[str]) -> Answers:
         """Texts with the shares of them that follow the two rules."""
         polite = [is_courteous(text, self.markers) for text in texts]
-        right = [is_right(text, row) for text, row in zip(texts, self.rows, strict=True)]
+        right = [is_right(text, row) for text, row in zip(texts, self.asked, strict=True)]
         return Answers(texts, sum(polite) / len(polite), sum(right) / len(right))
 
     def divergence(self, answers: Answers) -> float:
@@ -112,7 +116,7 @@ class Tour:
             TokenizedPair(prompt, completion, completion)
             for prompt, completion in (
                 self._encoded(base, row, text, rules)
-                for row, text in zip(self.rows, answers.texts, strict=True)
+                for row, text in zip(self.asked, answers.texts, strict=True)
                 if text.strip()
             )
         ]

@@ -26,7 +26,9 @@ def plain():
 
 
 def terminal():
-    return Console(file=io.StringIO(), force_terminal=True, width=100, no_color=True, highlight=False)
+    return Console(
+        file=io.StringIO(), force_terminal=True, width=100, no_color=True, highlight=False
+    )
 
 
 def test_a_pipe_gets_one_whole_line_per_step():
