@@ -30,9 +30,11 @@ LORA, TRAINING, RUN = "LoRA", "Training", "Run"
 class DPOConfig:
     """A training run: what is trained, on which pairs, how, and where it goes."""
 
-    model: str = option("", "Model to train: a folder or a Hub id.", str, MODEL)
-    pairs: str = option("", "Preference pairs: a JSONL or JSON file, or a folder.", str, DATA)
-    output: str = option("", "Run folder to write.", str, RUN, changes_result=False)
+    model: str = option("", "Model to train: a folder or a Hub id.", str, MODEL, path=True)
+    pairs: str = option(
+        "", "Preference pairs: a JSONL or JSON file or a folder.", str, DATA, path=True
+    )
+    output: str = option("", "Run folder to write.", str, RUN, changes_result=False, path=True)
 
     revision: str | None = option(None, "Hub revision of the model.", str, MODEL)
     bits: int | None = option(
@@ -52,7 +54,7 @@ class DPOConfig:
         False, "Run Python code that comes with the model.", bool, MODEL
     )
 
-    valid: str | None = option(None, "Held-out pairs: a file.", str, DATA)
+    valid: str | None = option(None, "Held-out pairs: a file.", str, DATA, path=True)
     valid_fraction: float | None = option(
         None,
         "Share of the pairs to hold out where none are given. [default: 0.05]",
@@ -76,7 +78,7 @@ class DPOConfig:
     max_length: int = option(1024, "Longest prompt + completion, in tokens.", int, DATA, low=2)
     truncation: str = option(
         "keep_start",
-        "What gives way in longer rows: the completion's end, the prompt's start, or the pair.",
+        "What gives way in longer rows: completion's end, prompt's start (with BOS), or the pair.",
         str,
         DATA,
         choices=("keep_start", "keep_end", "drop"),
@@ -150,7 +152,9 @@ class DPOConfig:
     max_grad_norm: float = option(
         1.0, "Clip the global gradient norm to this; 0 leaves it.", float, TRAINING, low=0
     )
-    seed: int = option(42, "Seed of order, adapters, dropout and held-out share.", int, TRAINING)
+    seed: int = option(
+        42, "Seed of order, adapters, dropout and held-out share.", int, TRAINING, low=0
+    )
 
     eval_steps: int | None = option(
         None,
@@ -165,7 +169,7 @@ class DPOConfig:
     )
     save_total_limit: int = option(2, "Checkpoints to keep.", int, RUN, low=1, changes_result=False)
     logging_steps: int = option(
-        1, "Steps between printed lines.", int, RUN, low=1, changes_result=False
+        1, "Steps between lines, where there is no live bar.", int, RUN, low=1, changes_result=False
     )
     caffeinate: bool = option(
         True, "Keep a Mac awake while it trains.", bool, RUN, changes_result=False
@@ -192,7 +196,7 @@ class DPOConfig:
         if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
             raise ConfigError(
                 f"`micro_batch_size` {self.micro_batch_size} is above `batch_size` "
-                f"{self.batch_size}; a forward pass cannot hold more pairs than a step"
+                f"{self.batch_size}"
             )
 
     @property
@@ -221,11 +225,7 @@ class DPOConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "DPOConfig":
-        """Build from parsed keys.
-
-        Raises:
-            ConfigError: a key is unknown (the nearest known one is named) or a value unfit.
-        """
+        """Build from parsed keys; ConfigError names one that is unknown or has an unfit value."""
         known = [f.name for f in fields(cls)]
         for name in values:
             refuse_unknown(str(name), known, "setting")

@@ -1,6 +1,7 @@
 """What a setting is: its help, type and bounds, and values checked against them."""
 
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -24,6 +25,7 @@ class Option:
     choices: tuple[Any, ...] = ()
     optional: bool = False  # None is a value: "not set"
     many: bool = False  # a list of values
+    path: bool = False  # `~` is the home folder, as a shell would read it
     changes_result: bool = True  # a resumed run must have the same value
 
 
@@ -44,13 +46,15 @@ def coerce(name: str, value: Any, spec: Option) -> Any:
             return None
         raise ConfigError(f"`{name}` must be {spec.kind.__name__}, got nothing")
     if spec.many:
-        items = [value] if isinstance(value, str) else list(value)
+        items = list(value) if isinstance(value, list | tuple) else [value]
         return tuple(_one(name, item, spec) for item in items)
     return _one(name, value, spec)
 
 
 def _one(name: str, value: Any, spec: Option) -> Any:
     value = _typed(name, value, spec.kind)
+    if spec.path:
+        value = os.path.expanduser(value)
     if spec.choices and value not in spec.choices:
         allowed = ", ".join(str(choice) for choice in spec.choices)
         raise ConfigError(f"`{name}` must be one of {allowed}, got {value!r}")

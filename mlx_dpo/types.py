@@ -4,7 +4,7 @@ Shape letters used everywhere: B pairs in a batch, N = 2B rows (all chosen, then
 rejected), T tokens in a padded row, V vocabulary. Log-probabilities are in nats.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -31,6 +31,8 @@ class TokenizedPair:
     chosen: tuple[int, ...]
     rejected: tuple[int, ...]
     where: str = ""
+    # Digest of the prompt before anything was cut or merged, to tell like prompts by.
+    asked: str = field(default="", compare=False)
 
     def __len__(self) -> int:
         """Tokens of the longer of the two rows."""

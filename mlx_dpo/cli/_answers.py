@@ -79,9 +79,9 @@ def open_chat(
     for note in base.notes:
         click.echo(note, err=True)
     if run is not None:
-        trained = open_run(run).config
-        raw = raw or trained.chat_template == "text"
-        thinking = trained.thinking if thinking is None and not raw else thinking
+        opened = open_run(run)
+        raw = raw or opened.trained_on_text
+        thinking = opened.config.thinking if thinking is None and not raw else thinking
     context = context_length(base.config)
     chat = Chat(
         base.model,

@@ -50,7 +50,8 @@ def _watch(run: Run, awake: str | None) -> None:
         )
         raise SystemExit(128 + received[0])
     if run.evaluation is not None:
-        console.print(closing_table(run.evaluation, pairs=len(run.inputs.valid)))
+        title = f"{len(run.inputs.valid):,} held-out pairs"
+        console.print(closing_table(run.evaluation, title=title))
 
 
 @contextmanager

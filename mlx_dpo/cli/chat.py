@@ -104,7 +104,7 @@ def _through_pipe(session: "Chat") -> None:
     for number, line in _lines():
         if line == "/exit":
             return
-        if _is_command(line):
+        if _is_known(line):
             _obey(session, line)
         elif line:
             _answer(session, line)
@@ -122,6 +122,10 @@ def _lines() -> Iterator[tuple[int, str]]:
 
 def _is_command(line: str) -> bool:
     return line.startswith("/") and line[1:].isalpha()
+
+
+def _is_known(line: str) -> bool:
+    return line in ("/help", "/reset", "/exit")
 
 
 def _obey(session: "Chat", command: str) -> None:

@@ -78,7 +78,7 @@ def _figures(
     table.add_column("after", justify="right")
     # Before training every margin is 0: policy and reference are the same, and pairs tie.
     accuracy, margin = evaluation["eval_rewards/accuracies"], evaluation["eval_rewards/margins"]
-    table.add_row("accuracy on held-out pairs (a tie is half)", "50.0%", f"{accuracy:.1%}")
+    table.add_row("accuracy on held-out pairs", "50% (all tie)", f"{accuracy:.1%}")
     table.add_row("reward margin", "0.00", f"{margin:.2f}")
     table.add_row("courteous answers", f"{before.courteous:.1%}", f"{after.courteous:.1%}")
     table.add_row("answers with the right content", f"{before.right:.1%}", f"{after.right:.1%}")

@@ -12,6 +12,8 @@ import click
 def eval(run: str, pairs: str | None, as_json: bool) -> None:
     """Measure the policy of RUN against its reference, on PAIRS or on the pairs it held out.
 
+    PAIRS is a file, or a folder whose held-out file is taken.
+
     Loss, rewards, margins, accuracies and log-probabilities are means over pairs, under the
     names that TRL gives them.
     """
@@ -22,10 +24,13 @@ def eval(run: str, pairs: str | None, as_json: bool) -> None:
     evaluation = evaluate_run(run, pairs)
     row = named(evaluation.metrics, prefix="eval_")
     if as_json:
-        record = {"run": run, "pairs": evaluation.pairs, "finished": evaluation.run.finished, **row}
+        facts = {"pairs": evaluation.pairs, "of": evaluation.name, "notes": evaluation.notes}
+        record = {"run": run, "finished": evaluation.run.finished, **facts, **row}
         click.echo(json.dumps(record))
         return
     console = make_console()
     if not evaluation.run.finished:
         console.print(f"The run is unfinished; these are its adapters of {evaluation.run.adapter}")
-    console.print(closing_table(row, pairs=evaluation.pairs))
+    for note in evaluation.notes:
+        console.print(note, markup=False)
+    console.print(closing_table(row, title=f"{evaluation.pairs:,} {evaluation.name}"))

@@ -8,7 +8,7 @@ import click
 import yaml
 
 from mlx_dpo.config import DPOConfig, options
-from mlx_dpo.errors import ConfigError
+from mlx_dpo.errors import ConfigError, reason
 from mlx_dpo.options import Option
 
 
@@ -48,9 +48,9 @@ def read_settings(path: str) -> dict[str, Any]:
         ConfigError: there is no such file, or it is not a mapping of names to values.
     """
     try:
-        values = yaml.safe_load(Path(path).expanduser().read_text())
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+        values = yaml.safe_load(Path(path).expanduser().read_text("utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({reason(error)})") from error
     except yaml.YAMLError as error:
         place = getattr(error, "problem_mark", None)
         line = f":{place.line + 1}" if place else ""

@@ -98,7 +98,7 @@ def attach(
         raise ConfigError(f"`num_layers` is {num_layers}, but the model has {blocks} layers")
     keys = chosen_names(model, target_modules)
     model.freeze()
-    mx.random.seed(seed)
+    mx.random.seed(seed % 2**64)
     for layer in model.layers[blocks - (num_layers or blocks) :]:
         wrapped = [
             (path, _wrap(module, rank=rank, scale=scale, dropout=dropout))

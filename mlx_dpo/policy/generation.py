@@ -63,9 +63,11 @@ def text_tokens(tokenizer: Any, text: str) -> list[int]:
 
 def context_length(config: Mapping[str, Any]) -> int | None:
     """Positions the model was made for, from its `config.json`; None if it does not say."""
+    names = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length")
     for part in (config, config.get("text_config") or {}):
-        if length := part.get("max_position_embeddings"):
-            return int(length)
+        for name in names:
+            if length := part.get(name):
+                return int(length)
     return None
 
 

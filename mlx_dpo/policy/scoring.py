@@ -6,6 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_dpo.errors import TrainingError
 from mlx_dpo.policy.logps import pair_logps
 from mlx_dpo.preferences.batches import collate, micro_batches
 from mlx_dpo.types import PairLogps, TokenizedPair
@@ -22,6 +23,9 @@ def score_pairs(
 
     Pairs of like length go through the model together; `progress` hears how many did.
     The model is left in evaluation mode.
+
+    Raises:
+        TrainingError: a log-probability is not a finite number.
     """
     model.eval()
     chosen = np.zeros(len(pairs), np.float32)
@@ -31,5 +35,15 @@ def score_pairs(
         logps = pair_logps(model, collate([pairs[i] for i in group]))
         mx.eval(logps)  # one batch at a time: a graph over all of them would hold every logit
         chosen[group], rejected[group] = np.array(logps.chosen), np.array(logps.rejected)
+        _refuse_nan(group, chosen + rejected, pairs)
         progress(len(group))
     return PairLogps(mx.array(chosen), mx.array(rejected))
+
+
+def _refuse_nan(group: Sequence[int], logps: np.ndarray, pairs: Sequence[TokenizedPair]) -> None:
+    for index in group:
+        if not np.isfinite(logps[index]):
+            raise TrainingError(
+                f"{pairs[index].where}: a completion has log-probability {logps[index]}; "
+                "the model gives no finite number for it; try --dtype float32"
+            )

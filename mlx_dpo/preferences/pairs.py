@@ -1,8 +1,9 @@
 """A file -> the pairs to train on, with a report of what became of it."""
 
+import json
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -67,9 +68,9 @@ def hold_out(
     """
     if not share or len(pairs) < 2:
         return list(pairs), []
-    by_prompt: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)
+    by_prompt: defaultdict[object, list[int]] = defaultdict(list)
     for index, pair in enumerate(pairs):
-        by_prompt[pair.prompt].append(index)
+        by_prompt[pair.asked or pair.prompt].append(index)
     if len(by_prompt) == 1:
         raise ConfigError(
             "`valid_fraction` cannot be met; all pairs have the same prompt, and held-out pairs "
@@ -107,7 +108,8 @@ def _load(row: Row, tokenizer: Any, rules: TokenRules, report: PairsReport) -> T
     preference = to_preference(row, schema)
     encoded = tokenize_pair(tokenizer, preference, rules, is_dialogue=schema.is_dialogue)
     report.keep(encoded, was_text=isinstance(preference.prompt, str))
-    return encoded.pair
+    asked = sha256(json.dumps(preference.prompt, sort_keys=True).encode()).hexdigest()
+    return replace(encoded.pair, asked=asked)
 
 
 def _why(report: PairsReport) -> str:

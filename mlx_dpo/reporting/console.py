@@ -63,11 +63,9 @@ def evaluation_line(row: Row) -> str:
     )
 
 
-def closing_table(row: Row, *, pairs: int) -> Table:
-    """The means over held-out pairs."""
-    table = Table(
-        title=f"{pairs:,} held-out pairs", title_justify="left", show_header=False, box=SIMPLE
-    )
+def closing_table(row: Row, *, title: str) -> Table:
+    """The means of an evaluation."""
+    table = Table(title=title, title_justify="left", show_header=False, box=SIMPLE)
     table.add_column()
     table.add_column(justify="right")
     for label, name in CLOSING:

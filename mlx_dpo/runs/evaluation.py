@@ -3,16 +3,20 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import mlx.nn as nn
-
 from mlx_dpo import paths as places
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.evaluation.heldout import evaluate
 from mlx_dpo.policy import adapters
-from mlx_dpo.policy.load import fingerprint
+from mlx_dpo.policy.load import Base, fingerprint, tokenizer_fingerprint
 from mlx_dpo.preferences.pairs import digest
 from mlx_dpo.preferences.sources import find
-from mlx_dpo.runs.inputs import read_base, read_inputs, read_pairs
+from mlx_dpo.runs.inputs import (
+    held,
+    read_base,
+    read_inputs,
+    read_pairs,
+    refuse_beyond_context,
+)
 from mlx_dpo.runs.method import pair_loss
 from mlx_dpo.runs.policies import Opened, open_run
 from mlx_dpo.runs.record import check_contents, reference_provenance
@@ -25,8 +29,10 @@ class Evaluation:
     """Metrics of a run on a set of pairs."""
 
     run: Opened
+    name: str  # what the pairs are, for a person
     pairs: int
     metrics: PreferenceMetrics
+    notes: tuple[str, ...]  # what became of the rows of a named file
 
 
 def evaluate_run(
@@ -37,42 +43,61 @@ def evaluate_run(
 ) -> Evaluation:
     """The policy of a run against its reference, with the run's own loss and beta.
 
+    `pairs` is a file, or a folder whose held-out file is taken; without it, the run's own
+    held-out pairs.
+
     Raises:
-        ConfigError: no pairs are given and the run held none out.
+        ConfigError: no pairs are given and the run held none out, or rows are too long.
         RunError, DataError, ModelError: the run, the pairs or the model are at fault.
     """
     run = open_run(folder)
-    if pairs is None:
-        inputs = read_inputs(run.config)
-        base, held_out = inputs.base, inputs.valid
-    else:
-        base = read_base(run.config)
-        held_out = read_pairs(run.config, base, find(pairs).train).pairs
-    if not held_out:
+    base, measured, name, notes = _own(run) if pairs is None else _named(run, pairs)
+    if not measured:
         raise ConfigError(f"{folder}: the run held no pairs out; name a file of pairs")
-    check_contents(run.paths, run.record, {"model": fingerprint(base.path)})
-    if pairs is None:
-        check_contents(run.paths, run.record, {"valid": digest(held_out)})
-    return Evaluation(run, len(held_out), _metrics(run, base.model, held_out, progress))
+    now = {"model": fingerprint(base.path), "tokenizer": tokenizer_fingerprint(base.path)}
+    check_contents(run.paths, run.record, now)
+    metrics = _metrics(run, base, measured, progress)
+    return Evaluation(run, name, len(measured), metrics, notes)
+
+
+Measured = tuple[Base, Sequence[TokenizedPair], str, tuple[str, ...]]
+
+
+def _own(run: Opened) -> Measured:
+    inputs = read_inputs(run.config)
+    check_contents(run.paths, run.record, {"valid": digest(inputs.valid)})
+    return inputs.base, inputs.valid, "held-out pairs", ()
+
+
+def _named(run: Opened, pairs: str) -> Measured:
+    sources = find(pairs)
+    path = sources.valid or sources.train
+    base = read_base(run.config)
+    read = read_pairs(run.config, base, path)
+    refuse_beyond_context(run.config, base, read.pairs)
+    notes = tuple(read.report.lines())
+    if digest(read.pairs) == run.record["provenance"]["train"]:
+        notes += ("the run was trained on these pairs; this says nothing of unseen ones",)
+    return base, read.pairs, f"pairs of {path}", notes
 
 
 def _metrics(
     run: Opened,
-    model: nn.Module,
+    base: Base,
     pairs: Sequence[TokenizedPair],
     progress: Callable[[int], None],
 ) -> PreferenceMetrics:
     config = run.config
     reference = reference_logps(
-        model,
+        base.model,
         pairs,
-        provenance=reference_provenance(run.record),
+        provenance=reference_provenance(run.record, held(base)),
         cache=places.cache_folder() / "reference",
         pairs_per_pass=config.pairs_per_pass,
     )
-    adapters.load_adapter(model, run.adapter)
+    adapters.load_adapter(base.model, run.adapter)
     return evaluate(
-        model,
+        base.model,
         pairs,
         reference,
         pair_loss(config),

@@ -10,6 +10,11 @@ if TYPE_CHECKING:
 
 Fact = tuple[str, str]
 
+QUANTISED_ON_LOAD = (
+    "they belong to the base as it is quantised here; for mlx-lm and others, write that base "
+    "with `mlx-dpo convert --bits` first and train on it"
+)
+
 
 def facts_of_inputs(run: "Run") -> list[Fact]:
     """What was loaded."""
@@ -26,9 +31,11 @@ def facts_of_inputs(run: "Run") -> list[Fact]:
 
 def facts_of_training(run: "Run") -> list[Fact]:
     """What is about to be done with it."""
+    quantised = run.config.bits is not None
     return [
         ("reference", "the model without adapters, scored once before the first step"),
         ("adapters", _adapters(run)),
+        *([("", QUANTISED_ON_LOAD)] if quantised else []),
         ("loss", _loss(run)),
         ("steps", _steps(run)),
         ("memory", _memory(run)),

@@ -7,10 +7,12 @@ from typing import Any
 
 from mlx_dpo.config import DPOConfig
 from mlx_dpo.errors import ConfigError
+from mlx_dpo.policy.device import device_kind, number_type
+from mlx_dpo.policy.generation import context_length
 from mlx_dpo.policy.load import Base, fingerprint, load_base, tokenizer_fingerprint
 from mlx_dpo.preferences.pairs import PairSet, digest, hold_out, load_pairs
 from mlx_dpo.preferences.report import PairsReport
-from mlx_dpo.preferences.sources import find
+from mlx_dpo.preferences.sources import Sources, find
 from mlx_dpo.preferences.tokens import TokenRules
 from mlx_dpo.types import TokenizedPair
 
@@ -30,9 +32,15 @@ class Inputs:
         return {
             "model": fingerprint(self.base.path),
             "tokenizer": tokenizer_fingerprint(self.base.path),
+            "held": held(self.base),
             "train": digest(self.train),
             "valid": digest(self.valid),
         }
+
+
+def held(base: Base) -> str:
+    """The device and the number type in which the base is computed with."""
+    return f"{device_kind()} {number_type(base.model)}"
 
 
 def token_rules(config: DPOConfig, base: Base) -> TokenRules:
@@ -67,9 +75,10 @@ def read_inputs(config: DPOConfig) -> Inputs:
     """Find the pairs, load the base, tokenise; files are found before anything large is loaded.
 
     Raises:
-        ConfigError: rows are longer than what the model can place.
+        ConfigError: a setting has no effect, or rows are longer than what the model can place.
     """
     sources = find(config.pairs, config.valid)
+    refuse_without_effect(config, sources)
     base = read_base(config)
     train = read_pairs(config, base, sources.train)
     if sources.valid is not None:
@@ -79,16 +88,34 @@ def read_inputs(config: DPOConfig) -> Inputs:
     else:
         kept, held_out = hold_out(train.pairs, share=config.held_out_share, seed=config.seed)
         inputs = Inputs(base, kept, held_out, [train.report])
-    refuse_beyond_context(config, inputs)
+    refuse_beyond_context(config, base, [*inputs.train, *inputs.valid])
     return inputs
 
 
-def refuse_beyond_context(config: DPOConfig, inputs: Inputs) -> None:
-    """Positions that a model never saw in its training give numbers that mean nothing."""
-    context = inputs.base.config.get("max_position_embeddings")
-    longest = max(len(pair) for pair in [*inputs.train, *inputs.valid])
-    if isinstance(context, int) and longest > context:
+def refuse_beyond_context(config: DPOConfig, base: Base, pairs: Sequence[TokenizedPair]) -> None:
+    """Positions that a model never saw in its training give numbers that mean nothing.
+
+    Raises:
+        ConfigError: a row is longer than what the model can place.
+    """
+    context = context_length(base.config)
+    longest = max((len(pair) for pair in pairs), default=0)
+    if context is not None and longest > context:
         raise ConfigError(
             f"`max_length` is {config.max_length}, but the model places no more than {context} "
             f"tokens and the longest row has {longest}; use --max-length {context}"
         )
+
+
+def refuse_without_effect(config: DPOConfig, sources: Sources) -> None:
+    """Settings about held-out pairs that the files leave no room for.
+
+    Raises:
+        ConfigError: names the setting.
+    """
+    if sources.valid is not None and config.valid_fraction is not None:
+        raise ConfigError(
+            f"`valid_fraction` has no effect beside {sources.valid}; name the training file alone"
+        )
+    if sources.valid is None and config.held_out_share == 0 and config.eval_steps is not None:
+        raise ConfigError("`eval_steps` has no effect with `valid_fraction` 0: none are held out")

@@ -8,9 +8,10 @@ from typing import Any
 from mlx_dpo.config import DPOConfig
 from mlx_dpo.errors import ConfigError, RunError
 from mlx_dpo.policy import adapters
-from mlx_dpo.policy.load import Base, load_base
+from mlx_dpo.policy.load import Base, fingerprint, load_base, tokenizer_fingerprint
 from mlx_dpo.runs.inputs import read_base
 from mlx_dpo.runs.paths import RunPaths, read_record
+from mlx_dpo.runs.record import check_contents
 from mlx_dpo.training import checkpoint
 
 
@@ -22,6 +23,11 @@ class Opened:
     record: dict[str, Any]
     config: DPOConfig  # with the model's folder as it is found from here
     adapter: Path  # the run folder, or its last checkpoint
+
+    @property
+    def trained_on_text(self) -> bool:
+        """Whether the pairs were plain text, so that the policy knows no chat template."""
+        return not any(report["as_chat"] for report in self.record["pairs"])
 
     @property
     def finished(self) -> bool:
@@ -60,6 +66,7 @@ def load_policy(run: str | None, *, model: str | None = None, reference: bool = 
     """The policy of a run, its reference (the base without adapters), or a plain model.
 
     Raises:
+        RunError: the model is no longer the one that was trained on.
         ConfigError: neither or both of `run` and `model` are given, or a plain model is
             asked for its reference.
     """
@@ -72,6 +79,11 @@ def load_policy(run: str | None, *, model: str | None = None, reference: bool = 
     assert run is not None
     opened = open_run(run)
     base = read_base(opened.config)
+    check_contents(
+        opened.paths,
+        opened.record,
+        {"model": fingerprint(base.path), "tokenizer": tokenizer_fingerprint(base.path)},
+    )
     if reference:
         return base
     adapters.load_adapter(base.model, opened.adapter)

@@ -12,9 +12,12 @@ from mlx_dpo.errors import RunError
 from mlx_dpo.runs.inputs import Inputs
 from mlx_dpo.runs.paths import RunPaths
 
+SCORER = 1  # to be raised when the same pairs get other log-probabilities than before
+
 CONTENTS = {
     "model": "the model",
     "tokenizer": "the tokenizer",
+    "held": "the device, or the number type of the weights on it,",
     "train": "the training pairs",
     "valid": "the held-out pairs",
 }
@@ -81,8 +84,12 @@ def check_contents(paths: RunPaths, earlier: dict[str, Any], now: Mapping[str, s
             )
 
 
-def reference_provenance(record: dict[str, Any]) -> str:
-    """What, beside token ids, determines the reference's log-probabilities."""
-    names = ("bits", "group_size", "dtype")
-    settings = {name: record["settings"][name] for name in names}
-    return json.dumps({"model": record["provenance"]["model"], **settings})
+def reference_provenance(record: dict[str, Any], held: str) -> str:
+    """What, beside token ids, determines the reference's log-probabilities.
+
+    `held` says on what device and in what number type it is asked now.
+    """
+    settings = {name: record["settings"][name] for name in ("bits", "group_size", "dtype")}
+    contents = {"model": record["provenance"]["model"], "held": held}
+    versions = {name: version(name) for name in ("mlx", "mlx-lm")}
+    return json.dumps({"scorer": SCORER, **contents, **settings, **versions})

@@ -108,7 +108,7 @@ class Run:
         logps = reference.reference_logps(
             self.inputs.base.model,
             pairs,
-            provenance=reference_provenance(self.record),
+            provenance=reference_provenance(self.record, self.record["provenance"]["held"]),
             cache=places.cache_folder() / "reference",
             pairs_per_pass=self.config.pairs_per_pass,
             progress=progress,

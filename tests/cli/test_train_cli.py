@@ -59,11 +59,11 @@ def test_flags_beat_the_file_and_the_file_beats_defaults(tmp_path):
     (tmp_path / "settings.yaml").write_text("beta: 0.3\nepochs: 3\nlearning_rate: 2e-3\n")
     result = run(
         "train", "pairs.jsonl", "--model", "base", "--output", "run", "--config", "settings.yaml",
-        "--epochs", "1",
+        "--epochs", "2",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     settings = json.loads(Path("run/run.json").read_text())["settings"]
-    assert (settings["beta"], settings["epochs"], settings["learning_rate"]) == (0.3, 1, 2e-3)
+    assert (settings["beta"], settings["epochs"], settings["learning_rate"]) == (0.3, 2, 2e-3)
     assert settings["batch_size"] == 16
 
 
@@ -74,12 +74,15 @@ def test_flags_beat_the_file_and_the_file_beats_defaults(tmp_path):
         ("beta: [", "settings.yaml:1: not valid YAML"),
         ("- beta", "settings.yaml: expected lines of `setting: value`, found list"),
         ("beta: 0", "`beta` must be above 0, got 0.0"),
+        ("lora_target_modules: 5", "`lora_target_modules` must be str, got 5"),
+        (b"beta: \xff", "settings.yaml: cannot be read ("),
         (None, "settings.yaml: cannot be read (No such file or directory)"),
     ],
 )
 def test_a_faulty_settings_file_is_one_line(tmp_path, text, message):
     if text is not None:
-        (tmp_path / "settings.yaml").write_text(text)
+        content = text if isinstance(text, bytes) else text.encode()
+        (tmp_path / "settings.yaml").write_bytes(content)
     result = train("--config", "settings.yaml")
     assert_one_line(result, message)
 
@@ -238,10 +241,67 @@ def test_eval_measures_again_in_a_table_and_as_json():
     assert "3 held-out pairs" in table.output
     write_pairs(Path("others.jsonl"), 5)
     told = json.loads(run("eval", "run", "others.jsonl", "--json").output)
-    assert told["pairs"] == 5
+    assert (told["pairs"], told["of"]) == (5, "pairs of others.jsonl")
     assert told["finished"] is True
     assert set(told) >= {"eval_loss", "eval_rewards/accuracies", "eval_logps/chosen"}
     assert_one_line(run("eval", "nowhere"), "nowhere: not a run folder")
+
+
+def test_eval_says_what_it_measured_on():
+    train("--valid-fraction", "0")
+    (Path("folder")).mkdir()
+    write_pairs(Path("folder/train.jsonl"), 12)
+    write_pairs(Path("folder/valid.jsonl"), 3)
+    shown = run("eval", "run", "folder").output
+    assert "3 pairs of folder/valid.jsonl" in shown
+    assert "3 pairs (" in shown  # what became of the file's rows
+    shown = run("eval", "run", "folder/train.jsonl").output
+    assert "12 pairs of folder/train.jsonl" in shown
+    assert "the run was trained on these pairs" in shown
+
+
+def test_eval_refuses_rows_beyond_the_models_context(tmp_path):
+    train("--max-length", "2048")
+    row = GOOD | {"prompt": "word " * 200}
+    (tmp_path / "long.jsonl").write_text(json.dumps(row) + "\n")
+    assert_one_line(run("eval", "run", "long.jsonl"), "the model places no more than 512 tokens")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--eval-steps", "1", "--valid-fraction", "0"), "`eval_steps` has no effect"),
+        (("--seed", "-1"), "`seed` must be at least 0"),
+    ],
+)
+def test_settings_that_would_do_nothing_are_one_line(words, message):
+    assert_one_line(train(*words), message)
+
+
+def test_a_share_to_hold_out_beside_a_folders_own_pairs_is_one_line():
+    Path("folder").mkdir()
+    write_pairs(Path("folder/train.jsonl"), 12)
+    write_pairs(Path("folder/valid.jsonl"), 3)
+    result = run("train", "folder", "--model", "base", "--output", "run", *MATTER,
+                 "--valid-fraction", "0.5")  # fmt: skip
+    assert_one_line(result, "`valid_fraction` has no effect beside folder/valid.jsonl")
+
+
+def test_a_home_folder_in_a_settings_file_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "settings.yaml").write_text("output: ~/run\n")
+    result = run("train", "pairs.jsonl", "--model", "base", *MATTER, "--config", "settings.yaml")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "home" / "run" / "run.json").is_file()
+
+
+def test_a_policy_is_not_put_on_a_base_that_changed(tmp_path):
+    train()
+    tokenizer = tmp_path / "base" / "chat_template.jinja"
+    tokenizer.write_text(tokenizer.read_text() + "{# changed #}")
+    assert_one_line(run("generate", "run", "Hi"), "the tokenizer changed since the run began")
+    make_checkpoint(tmp_path / "base", seed=9)
+    assert_one_line(run("generate", "run", "Hi"), "the model changed since the run began")
 
 
 def test_eval_refuses_a_model_that_is_not_the_one_trained_on(tmp_path):

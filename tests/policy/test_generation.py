@@ -182,4 +182,5 @@ def test_plain_text_has_no_begin_token_where_the_tokenizer_writes_none():
 def test_the_context_is_read_where_a_config_has_it():
     assert context_length({"max_position_embeddings": 512}) == 512
     assert context_length({"text_config": {"max_position_embeddings": 64}}) == 64
+    assert context_length({"n_positions": 1024}) == 1024  # GPT-2: a table, read without bounds
     assert context_length({"model_type": "mamba"}) is None

@@ -4,6 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_dpo.errors import TrainingError
 from mlx_dpo.policy.logps import completion_logps, pair_logps
 from mlx_dpo.policy.scoring import score_pairs
 from mlx_dpo.preferences.batches import collate
@@ -82,6 +83,23 @@ def test_bfloat16_logits_are_reduced_in_float32(pairs):
     assert logps.tolist() == pytest.approx(
         [(10 + 11) / 8 - 2 * normaliser, 20 / 8 - normaliser], abs=1e-4
     )
+
+
+@pytest.mark.parametrize("value", [float("nan"), -float("inf")])
+def test_a_log_probability_that_is_no_number_stops_with_its_place(pairs, value):
+    """Counted as wrong or averaged away, it would pass for a result."""
+
+    class Broken:
+        def eval(self):
+            pass
+
+        def __call__(self, tokens):
+            logits = mx.zeros((*tokens.shape, VOCAB))
+            logits[..., 16] = value  # the completion of the third pair
+            return logits
+
+    with pytest.raises(TrainingError, match=r"^a:3: a completion has log-probability (nan|-inf)"):
+        score_pairs(Broken(), pairs if value < 0 else pairs[2:3], pairs_per_pass=1)
 
 
 def test_progress_hears_of_every_pair(uniform, pairs):

@@ -160,3 +160,20 @@ def test_the_digest_does_not_know_places_and_stays_what_it_is():
     assert digest([here]) == digest([there])
     numbers = struct.pack("<7q", 2, 1, 1, 1, 2, 3, 4)  # three lengths, then the ids
     assert digest([here]) == hashlib.sha256(numbers).hexdigest()
+
+
+def test_prompts_that_truncation_told_apart_are_held_out_together(write, plain):
+    """A longer completion takes more of the prompt away, which stays one prompt."""
+    rows = [
+        {"prompt": f"{who} asks: what is it?", "chosen": "y" * length, "rejected": "no"}
+        for who in "abcdefgh"
+        for length in (3, 5, 9, 12)
+    ]
+    rules = TokenRules(vocab_size=262, max_length=24, truncation="keep_end")
+    pairs = load_pairs(write(*rows), plain, rules).pairs
+    assert len({pair.prompt for pair in pairs}) > 8
+    train, held = hold_out(pairs, share=0.25, seed=0)
+    prompts = [row["prompt"] for row in rows]
+    line = {pair.where: prompt for pair, prompt in zip(pairs, prompts, strict=True)}
+    assert len(held) == 8
+    assert not {line[pair.where] for pair in held} & {line[pair.where] for pair in train}

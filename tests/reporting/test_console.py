@@ -79,7 +79,7 @@ def test_counting_says_how_many_in_a_pipe_and_draws_on_a_terminal():
 
 def test_the_closing_table_shows_the_means():
     console = plain()
-    console.print(closing_table(EVALUATION, pairs=1234))
+    console.print(closing_table(EVALUATION, title="1,234 held-out pairs"))
     shown = console.file.getvalue()
     assert "1,234 held-out pairs" in shown
     rows = [" ".join(line.split()) for line in shown.splitlines()]

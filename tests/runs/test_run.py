@@ -12,6 +12,7 @@ from mlx_dpo.errors import ConfigError, RunError, TrainingError
 from mlx_dpo.policy import adapters
 from mlx_dpo.reporting.rows import read_rows
 from mlx_dpo.runs.paths import RunPaths, claimed
+from mlx_dpo.runs.record import reference_provenance
 
 TOKENS = mx.array([[1, 40, 41, 42, 3, 2]])
 
@@ -130,6 +131,30 @@ def test_runs_share_what_the_reference_said(config, tmp_path):
     train(replace(config, output=str(tmp_path / "again"), beta=0.5, lora_r=2))
     for path in (tmp_path / "cache").rglob("*.safetensors"):
         assert files.get(path) == path.stat().st_mtime_ns
+
+
+def test_what_the_reference_said_elsewhere_is_not_taken_for_what_it_says_here(config):
+    """In bfloat16 on a GPU it says other numbers than in float32 on the CPU."""
+    run, _ = train(config)
+    here = reference_provenance(run.record, "cpu float32")
+    assert run.record["provenance"]["held"] == "cpu float32"
+    assert len({here, reference_provenance(run.record, "metal bfloat16")}) == 2
+    for name in ("bits", "group_size", "dtype"):
+        other = run.record | {"settings": run.record["settings"] | {name: "x"}}
+        assert reference_provenance(other, "cpu float32") != here
+
+
+def test_a_run_is_not_resumed_in_another_number_type(config, tmp_path):
+    train(config, stop_after=1)
+    record = tmp_path / "run" / "run.json"
+    record.write_text(record.read_text().replace("cpu float32", "metal bfloat16"))
+    with (
+        Run(config, resume=True) as run,
+        pytest.raises(
+            RunError, match="the device, or the number type of the weights on it, changed"
+        ),
+    ):
+        run.load()
 
 
 def test_a_run_may_hold_nothing_out(config):
