@@ -42,7 +42,7 @@ class Tour:
     """The folder of the demo and what is found out in it, stage by stage."""
 
     folder: Path
-    source: Path = field(default_factory=tiny_chat)
+    source: Path = field(default_factory=lambda: tiny_chat())
 
     def __post_init__(self) -> None:
         self.rows = [row.record for row in read_rows(self.source / "preferences" / "valid.jsonl")]

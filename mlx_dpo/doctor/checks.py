@@ -12,52 +12,31 @@ from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
-import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 from mlx_lm.models import llama
 
 from mlx_dpo.arrays import flat
 from mlx_dpo.doctor import float64
+from mlx_dpo.doctor.tiny import ARGS, LONG, PAIRS, RANK, SCALE, tiny_policy
 from mlx_dpo.errors import DPOError, reason
 from mlx_dpo.objective.losses import sigmoid_loss
 from mlx_dpo.policy import adapters
-from mlx_dpo.policy.device import device_kind
+from mlx_dpo.policy.device import device_kind, dtype_name
 from mlx_dpo.policy.logps import completion_logps, pair_logps
 from mlx_dpo.policy.scoring import score_pairs
 from mlx_dpo.preferences.batches import collate
 from mlx_dpo.training.loop import Plan, Progress, train
 from mlx_dpo.training.step import MicroBatch, make_gradient
-from mlx_dpo.types import TokenizedPair
 
-# Heads of 64: the size for which GPUs have a fused attention kernel.
-ARGS = llama.ModelArgs(
-    model_type="llama",
-    hidden_size=128,
-    num_hidden_layers=2,
-    intermediate_size=192,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    rms_norm_eps=1e-5,
-    vocab_size=96,
-    rope_theta=10_000,
-    tie_word_embeddings=False,
-)
-PAIRS = tuple(
-    TokenizedPair(
-        prompt=tuple(range(1, 3 + length)),
-        chosen=tuple(range(40, 42 + 3 * length)),
-        rejected=tuple(range(60, 69 + length)),
-    )
-    for length in (1, 5)
-)
-BETA, RANK, SCALE = 0.5, 4, 2.0
-GROUP_SIZE = 32
+BETA = 0.5
 
 # Relative. Float32 errs by 1e-7 and 1e-6; with products of 10-bit mantissas (TF32), as GPUs
 # may take them, by 1e-4 and 2e-3.
 LOGPS_LIMITS = {"cpu": 1e-5, "metal": 1e-3, "cuda": 1e-3}
 GRADIENT_LIMITS = {"cpu": 1e-4, "metal": 1e-2, "cuda": 1e-2}
+# On every device: what is stored between two operations is rounded to 8 and 11 bits.
+SIXTEEN_BIT_LIMITS = {mx.bfloat16: 8e-3, mx.float16: 1e-3}
 
 
 @dataclass(frozen=True)
@@ -75,28 +54,16 @@ class Check:
         return not self.trouble and self.measured <= self.limit
 
 
-def tiny_policy(*, bits: int | None = None, fresh: bool = False) -> nn.Module:
-    """The policy under test, the same at every call; unless `fresh`, its adapters do something."""
-    mx.random.seed(0)
-    model = llama.Model(ARGS)
-    if bits is not None:
-        nn.quantize(model, group_size=GROUP_SIZE, bits=bits)
-    adapters.attach(model, rank=RANK, scale=SCALE, seed=1)
-    if not fresh:
-        rng = np.random.default_rng(2)
-        weights = adapters.adapter_weights(model)
-        drawn = {name: rng.normal(0, 0.1, value.shape) for name, value in weights.items()}
-        model.load_weights([(k, mx.array(v, mx.float32)) for k, v in drawn.items()], strict=False)
-    mx.eval(model.parameters())
-    return model
-
-
-def logps_error(bits: int | None) -> float:
+def logps_error(bits: int | None, dtype: mx.Dtype = mx.float32) -> float:
     """Largest error of a completion's log-probability, relative where that exceeds one nat."""
-    policy, batch = tiny_policy(bits=bits), collate(PAIRS)
-    expected = float64.completion_logps(float64.weights_of(policy), ARGS, SCALE, batch)
-    found = np.array(completion_logps(policy, batch), np.float64)
-    return float(np.max(np.abs(found - expected) / np.maximum(1, np.abs(expected))))
+    policy, errors = tiny_policy(bits=bits, dtype=dtype), []
+    weights = float64.weights_of(policy)
+    for pairs in (PAIRS, LONG):
+        batch = collate(pairs)
+        expected = float64.completion_logps(weights, ARGS, SCALE, batch)
+        found = np.array(completion_logps(policy, batch), np.float64)
+        errors.append(np.abs(found - expected) / np.maximum(1, np.abs(expected)))
+    return float(np.max(np.concatenate(errors)))
 
 
 def gradient_error(bits: int | None) -> float:
@@ -187,11 +154,15 @@ def self_test() -> Iterator[Check]:
     """Every check, as it is done."""
     kind = device_kind()
     logps_limit, gradient_limit = LOGPS_LIMITS[kind], GRADIENT_LIMITS[kind]
-    for bits, base in ((None, "float32"), (4, "4-bit")):
+    for bits, base in ((None, "float32"), (4, "4-bit"), (8, "8-bit")):
         yield _check(f"log-probabilities, {base} base", partial(logps_error, bits), logps_limit)
         yield _check(
             f"adapter gradients, {base} base", partial(gradient_error, bits), gradient_limit
         )
+    for dtype, limit in SIXTEEN_BIT_LIMITS.items():
+        for bits, base in ((None, dtype_name(dtype)), (4, f"4-bit {dtype_name(dtype)}")):
+            measure = partial(logps_error, bits, dtype)
+            yield _check(f"log-probabilities, {base} base", measure, limit)
     # Not exact: attention with gradients is another kernel on a GPU than without.
     yield _check("first loss is log 2", first_loss_error, 1e-4)
     yield _check("an update lowers the loss", loss_change, -0.01)

@@ -18,7 +18,10 @@ Weights = dict[str, Array]
 
 def weights_of(model: nn.Module) -> Weights:
     """Every weight by name in float64; quantised ones as the numbers that they stand for."""
-    weights = flat(model.parameters())
+    weights = {  # NumPy knows no bfloat16; packed weights are whole numbers, and stay so
+        name: value.astype(mx.float32) if mx.issubdtype(value.dtype, mx.floating) else value
+        for name, value in flat(model.parameters()).items()
+    }
     for path, module in model.named_modules():
         if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding):
             weights[f"{path}.weight"] = mx.dequantize(

@@ -36,21 +36,51 @@ def uninterrupted(folder, words):
     return time.monotonic() - began
 
 
+def rows(folder):
+    path = folder / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.is_file() else 0
+
+
 def killed_and_resumed(folder, words, moments):
-    """Kill after each of `moments` seconds, then let it end; returns the number of kills."""
-    kills = 0
-    for wait in itertools.chain(moments, [None]):
+    """Kill at each of `moments`, then let it end; returns the number of kills.
+
+    A moment is told when a start begins and says when to kill.
+    """
+    for kills, moment in enumerate(itertools.chain(moments, [None])):
         process = start(folder / "killed", folder / "cache-killed", *words, "--resume")
-        try:
-            _, errors = process.communicate(timeout=wait)
-        except subprocess.TimeoutExpired:
+        killed = False
+        if moment is not None:
+            killed = wait_until(process, moment())
             process.kill()
-            process.communicate()
-            kills += 1
-            continue
-        assert process.returncode == 0, errors
-        return kills
-    raise AssertionError("unreachable")
+        _, errors = process.communicate()
+        if process.returncode == 0:
+            return kills
+        assert killed, errors
+    raise AssertionError("the last start was not killed and did not end")
+
+
+def wait_until(process, due):
+    """True when `due` says so, False where the process ended before."""
+    while not due():
+        if process.poll() is not None:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def after_rows(folder, count):
+    """A moment: when so many rows of metrics are written."""
+    return lambda: lambda: rows(folder / "killed") >= count
+
+
+def after_seconds(seconds):
+    """A moment: so long after the start."""
+
+    def begin():
+        end = time.monotonic() + seconds
+        return lambda: time.monotonic() >= end
+
+    return begin
 
 
 def assert_same(folder):
@@ -68,7 +98,7 @@ def assert_same(folder):
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
-def test_a_run_killed_twice_ends_at_the_same_weights(tmp_path):
+def test_a_run_killed_three_times_ends_at_the_same_weights(tmp_path):
     make_checkpoint(tmp_path / "base")
     rows = [
         {"prompt": f"What is {i}?", "chosen": f"It is {i}, friend.", "rejected": f"{i * 7} no"}
@@ -78,8 +108,9 @@ def test_a_run_killed_twice_ends_at_the_same_weights(tmp_path):
     pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = [str(pairs), "--model", str(tmp_path / "base"), "--batch-size", "2", "--epochs", "8",
              "--save-steps", "7", "--lora-dropout", "0.1", "--learning-rate", "1e-3"]  # fmt: skip
-    whole = uninterrupted(tmp_path, words)
-    assert killed_and_resumed(tmp_path, words, [0.55 * whole, 0.75 * whole]) >= 1
+    uninterrupted(tmp_path, words)
+    moments = [after_rows(tmp_path, 5), after_rows(tmp_path, 40), after_rows(tmp_path, 100)]
+    assert killed_and_resumed(tmp_path, words, moments) == 3
     assert_same(tmp_path)
 
 
@@ -95,6 +126,7 @@ def test_real_training_killed_at_twelve_random_moments_ends_at_the_same_weights(
              "--learning-rate", "1e-3"]  # fmt: skip
     whole = uninterrupted(tmp_path, words)
     draw = random.Random(1)
-    kills = killed_and_resumed(tmp_path, words, [draw.uniform(0.5, whole / 4) for _ in range(12)])
+    moments = [after_seconds(draw.uniform(0.5, whole / 4)) for _ in range(12)]
+    kills = killed_and_resumed(tmp_path, words, moments)
     assert kills >= 6
     assert_same(tmp_path)
