@@ -142,11 +142,15 @@ class DPOConfig:
     )
     batch_size: int = option(16, "Pairs per optimizer step.", int, TRAINING, low=1)
     micro_batch_size: int | None = option(
-        None,
-        "Pairs per forward pass; memory, not the mathematics, depends on it. [default: 2]",
-        int,
-        TRAINING,
-        low=1,
+        None, "Pairs per forward pass; for memory, not the result. [default: 2]",
+        int, TRAINING, low=1,
+    )  # fmt: skip
+    scorer: str = option(
+        "auto", "`shared`: each prompt once; `plain`: whole rows; `auto`: shared where exact.",
+        str, TRAINING, choices=("auto", "plain", "shared"),
+    )  # fmt: skip
+    recompute: bool = option(
+        False, "Compute each block again for its gradient: less memory, more time.", bool, TRAINING
     )
     weight_decay: float = option(0.0, "AdamW's weight decay.", float, TRAINING, low=0)
     max_grad_norm: float = option(
@@ -157,13 +161,9 @@ class DPOConfig:
     )
 
     eval_steps: int | None = option(
-        None,
-        "Evaluate on the held-out pairs every so many steps. [default: at the end]",
-        int,
-        RUN,
-        low=1,
-        changes_result=False,
-    )
+        None, "Steps between evaluations on held-out pairs. [default: at the end]",
+        int, RUN, low=1, changes_result=False,
+    )  # fmt: skip
     save_steps: int = option(
         50, "Steps between checkpoints.", int, RUN, low=1, changes_result=False
     )

@@ -30,9 +30,10 @@ def _watch(run: Run, awake: str | None) -> None:
     run.load()
     print_facts(console, facts_of_inputs(run))
     pairs = len(run.inputs.train) + len(run.inputs.valid)
+    run.attach()
     with counting(console, "reference", total=pairs) as count:
         run.score_reference(count)
-    run.attach()
+    run.restore()
     print_facts(console, facts_of_training(run))
     if awake:
         print_facts(console, [("awake", awake)])

@@ -1,4 +1,7 @@
-"""Sequence log-probabilities: the only place where tokens and logits are shifted."""
+"""Sequence log-probabilities of whole rows; here tokens and logits are shifted.
+
+`policy.prefix` scores the same without whole rows, and is held against this one.
+"""
 
 from collections.abc import Callable
 

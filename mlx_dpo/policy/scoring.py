@@ -1,14 +1,17 @@
 """Log-probabilities of many pairs under one model, without gradients."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from mlx_dpo.errors import TrainingError
-from mlx_dpo.policy.logps import pair_logps
-from mlx_dpo.preferences.batches import collate, micro_batches
+from mlx_dpo.policy.attention import chunked_attention
+from mlx_dpo.policy.device import device_kind
+from mlx_dpo.policy.scorers import Scorer, plain_scorer
+from mlx_dpo.preferences.batches import micro_batches
 from mlx_dpo.types import PairLogps, TokenizedPair
 
 
@@ -17,6 +20,7 @@ def score_pairs(
     pairs: Sequence[TokenizedPair],
     *,
     pairs_per_pass: int,
+    scorer: Scorer = plain_scorer,
     progress: Callable[[int], None] = lambda scored: None,
 ) -> PairLogps:
     """Log-probabilities of every pair under `model`, in the order of `pairs`. (len(pairs),) each
@@ -32,12 +36,18 @@ def score_pairs(
     rejected = np.zeros(len(pairs), np.float32)
     groups = micro_batches(range(len(pairs)), [len(pair) for pair in pairs], size=pairs_per_pass)
     for group in groups:
-        logps = pair_logps(model, collate([pairs[i] for i in group]))
+        with _quick_attention():
+            logps = scorer(model, [pairs[i] for i in group])
         mx.eval(logps)  # one batch at a time: a graph over all of them would hold every logit
         chosen[group], rejected[group] = np.array(logps.chosen), np.array(logps.rejected)
         _refuse_nan(group, chosen + rejected, pairs)
         progress(len(group))
     return PairLogps(mx.array(chosen), mx.array(rejected))
+
+
+def _quick_attention() -> AbstractContextManager[None]:
+    """On the CPU attention in chunks is quicker forward, too; a GPU has a kernel of its own."""
+    return chunked_attention() if device_kind() == "cpu" else nullcontext()
 
 
 def _refuse_nan(group: Sequence[int], logps: np.ndarray, pairs: Sequence[TokenizedPair]) -> None:

@@ -1,12 +1,13 @@
 """A run measured again, on its own held-out pairs or on others."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mlx_dpo import paths as places
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.evaluation.heldout import evaluate
 from mlx_dpo.policy import adapters
+from mlx_dpo.policy.gated_delta import fused_gated_delta
 from mlx_dpo.policy.load import Base, fingerprint, tokenizer_fingerprint
 from mlx_dpo.preferences.pairs import digest
 from mlx_dpo.preferences.sources import find
@@ -17,7 +18,7 @@ from mlx_dpo.runs.inputs import (
     read_pairs,
     refuse_beyond_context,
 )
-from mlx_dpo.runs.method import pair_loss
+from mlx_dpo.runs.method import choose_scorer, pair_loss
 from mlx_dpo.runs.policies import Opened, open_run
 from mlx_dpo.runs.record import check_contents, reference_provenance
 from mlx_dpo.training.reference import reference_logps
@@ -35,12 +36,7 @@ class Evaluation:
     notes: tuple[str, ...]  # what became of the rows of a named file
 
 
-def evaluate_run(
-    folder: str,
-    pairs: str | None = None,
-    *,
-    progress: Callable[[int], None] = lambda scored: None,
-) -> Evaluation:
+def evaluate_run(folder: str, pairs: str | None = None) -> Evaluation:
     """The policy of a run against its reference, with the run's own loss and beta.
 
     `pairs` is a file, or a folder whose held-out file is taken; without it, the run's own
@@ -56,7 +52,7 @@ def evaluate_run(
         raise ConfigError(f"{folder}: the run held no pairs out; name a file of pairs")
     now = {"model": fingerprint(base.path), "tokenizer": tokenizer_fingerprint(base.path)}
     check_contents(run.paths, run.record, now)
-    metrics = _metrics(run, base, measured, progress)
+    metrics = _metrics(run, base, measured)
     return Evaluation(run, name, len(measured), metrics, notes)
 
 
@@ -85,23 +81,26 @@ def _metrics(
     run: Opened,
     base: Base,
     pairs: Sequence[TokenizedPair],
-    progress: Callable[[int], None],
 ) -> PreferenceMetrics:
     config = run.config
-    reference = reference_logps(
-        base.model,
-        pairs,
-        provenance=reference_provenance(run.record, held(base)),
-        cache=places.cache_folder() / "reference",
-        pairs_per_pass=config.pairs_per_pass,
-    )
-    adapters.load_adapter(base.model, run.adapter)
-    return evaluate(
-        base.model,
-        pairs,
-        reference,
-        pair_loss(config),
-        beta=config.beta,
-        pairs_per_pass=config.pairs_per_pass,
-        progress=progress,
-    )
+    with fused_gated_delta(base.model):
+        adapters.load_adapter(base.model, run.adapter)
+        choice = choose_scorer(base, config)
+        with adapters.adapters_off(base.model):
+            reference = reference_logps(
+                base.model,
+                pairs,
+                provenance=reference_provenance(run.record, held(base)),
+                cache=places.cache_folder() / "reference",
+                pairs_per_pass=config.pairs_per_pass,
+                scorer=choice.forward_only,
+            )
+        return evaluate(
+            base.model,
+            pairs,
+            reference,
+            pair_loss(config),
+            beta=config.beta,
+            pairs_per_pass=config.pairs_per_pass,
+            scorer=choice.forward_only,
+        )

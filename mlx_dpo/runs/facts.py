@@ -36,6 +36,7 @@ def facts_of_training(run: "Run") -> list[Fact]:
         ("reference", "the model without adapters, scored once before the first step"),
         ("adapters", _adapters(run)),
         *([("", QUANTISED_ON_LOAD)] if quantised else []),
+        ("scorer", f"{run.choice.name}: {run.choice.reason}"),
         ("loss", _loss(run)),
         ("steps", _steps(run)),
         ("memory", _memory(run)),

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import mlx.nn as nn
 import mlx.optimizers as optim
@@ -11,6 +11,10 @@ from mlx_dpo.config import DPOConfig
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.objective.losses import sigmoid_loss
 from mlx_dpo.policy import adapters
+from mlx_dpo.policy.load import Base
+from mlx_dpo.policy.probe import Choice, Wanted, choose
+from mlx_dpo.policy.scorers import Scorer
+from mlx_dpo.policy.sparing import sparing_memory
 from mlx_dpo.training.loop import Plan
 from mlx_dpo.training.schedule import learning_rate
 from mlx_dpo.training.step import PairLoss
@@ -46,6 +50,17 @@ def make_optimizer(policy: nn.Module, config: DPOConfig) -> optim.Optimizer:
     return optimizer
 
 
+def choose_scorer(base: Base, config: DPOConfig) -> Choice:
+    """How the pairs of a run are scored; adapters have to be attached.
+
+    Raises:
+        ModelError: a scorer is wanted that is not exact for this model.
+    """
+    wanted = cast(Wanted, config.scorer)
+    with sparing_memory(base.model, recompute=config.recompute):  # as in training
+        return choose(base.model, vocab_size=base.vocab_size, wanted=wanted)
+
+
 def pair_loss(config: DPOConfig) -> PairLoss:
     """The loss of the settings, from margins to losses. (B,) -> (B,)"""
     return partial(sigmoid_loss, beta=config.beta, label_smoothing=config.label_smoothing)
@@ -69,6 +84,7 @@ def make_plan(
     pairs: Sequence[TokenizedPair],
     reference: PairLogps,
     *,
+    scorer: Scorer,
     total_steps: int,
 ) -> Plan:
     """What each step sees and does."""
@@ -89,4 +105,6 @@ def make_plan(
         pairs_per_pass=config.pairs_per_pass,
         max_grad_norm=config.max_grad_norm,
         seed=config.seed,
+        scorer=scorer,
+        recompute=config.recompute,
     )

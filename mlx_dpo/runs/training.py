@@ -15,11 +15,13 @@ from mlx_dpo.errors import ConfigError, TrainingError
 from mlx_dpo.evaluation.heldout import evaluate
 from mlx_dpo.objective.metrics import named, step_row
 from mlx_dpo.policy import adapters
+from mlx_dpo.policy.gated_delta import fused_gated_delta
 from mlx_dpo.preferences.batches import steps_per_epoch
 from mlx_dpo.reporting.rows import MetricsLog
 from mlx_dpo.runs.inputs import Inputs, read_inputs
 from mlx_dpo.runs.method import (
     attach_adapters,
+    choose_scorer,
     make_optimizer,
     make_plan,
     pair_loss,
@@ -37,6 +39,7 @@ from mlx_dpo.types import PairLogps
 
 Row = dict[str, float]
 Heard = Callable[[int], None]
+SPLITS = ("train", "valid")
 
 
 class Run:
@@ -92,12 +95,17 @@ class Run:
             check_contents(self.paths, self._earlier, self.record["provenance"])
         write_record(self.paths, self.record)
 
+    def attach(self) -> None:
+        """Put fresh adapters on, and choose how pairs are scored."""
+        self.policy = self.inputs.base.model
+        self._open.enter_context(fused_gated_delta(self.policy))
+        self._adapter_config = attach_adapters(self.policy, self.config)
+        self.choice = choose_scorer(self.inputs.base, self.config)
+
     def score_reference(self, progress: Heard = lambda scored: None) -> None:
         """Ask the adapter-off base about every pair, or read what it said before."""
-        self._reference = {
-            "train": self._scored("train", progress),
-            "valid": self._scored("valid", progress),
-        }
+        with adapters.adapters_off(self.policy):
+            self._reference = {split: self._scored(split, progress) for split in SPLITS}
 
     def _scored(self, split: str, progress: Heard) -> PairLogps:
         pairs = getattr(self.inputs, split)
@@ -106,20 +114,19 @@ class Run:
             progress(len(pairs))
             return kept
         logps = reference.reference_logps(
-            self.inputs.base.model,
+            self.policy,
             pairs,
             provenance=reference_provenance(self.record, self.record["provenance"]["held"]),
             cache=places.cache_folder() / "reference",
             pairs_per_pass=self.config.pairs_per_pass,
+            scorer=self.choice.forward_only,
             progress=progress,
         )
         reference.write_logps(self.paths.reference(split), logps)
         return logps
 
-    def attach(self) -> None:
-        """Put the adapters on, fresh or from the last checkpoint."""
-        self.policy = self.inputs.base.model
-        self._adapter_config = attach_adapters(self.policy, self.config)
+    def restore(self) -> None:
+        """Begin where the last checkpoint is, if there is one."""
         self._optimizer = make_optimizer(self.policy, self.config)
         self.start = loop.Progress()
         if (last := checkpoint.latest(self.paths.checkpoints)) is not None:
@@ -128,8 +135,9 @@ class Run:
     def prepare(self, progress: Heard = lambda scored: None) -> None:
         """All of it; afterwards `train` can begin."""
         self.load()
-        self.score_reference(progress)
         self.attach()
+        self.score_reference(progress)
+        self.restore()
 
     # --- the steps -------------------------------------------------------------------------
 
@@ -153,7 +161,11 @@ class Run:
         progress = self.start
         log = MetricsLog(self.paths.metrics, after=progress.step)
         plan = make_plan(
-            self.config, self.inputs.train, self._reference["train"], total_steps=self.total_steps
+            self.config,
+            self.inputs.train,
+            self._reference["train"],
+            scorer=self.choice.scorer,
+            total_steps=self.total_steps,
         )
         steps = loop.train(self.policy, self._optimizer, plan, start=progress)
         try:
@@ -185,6 +197,7 @@ class Run:
             pair_loss(self.config),
             beta=self.config.beta,
             pairs_per_pass=self.config.pairs_per_pass,
+            scorer=self.choice.forward_only,
         )
         return named(metrics, prefix="eval_")
 

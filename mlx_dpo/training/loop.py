@@ -12,7 +12,9 @@ import numpy as np
 from mlx_dpo.arrays import scalar
 from mlx_dpo.errors import TrainingError
 from mlx_dpo.objective.metrics import summarise
-from mlx_dpo.preferences.batches import collate, micro_batches, step_indices, steps_per_epoch
+from mlx_dpo.policy.scorers import Scorer, plain_scorer
+from mlx_dpo.policy.sparing import sparing_memory
+from mlx_dpo.preferences.batches import micro_batches, step_indices, steps_per_epoch
 from mlx_dpo.training.step import MicroBatch, PairLoss, accumulate, clip, make_gradient
 from mlx_dpo.types import PairLogps, PairOutcomes, StepMetrics, TokenizedPair
 
@@ -39,6 +41,8 @@ class Plan:
     pairs_per_pass: int
     max_grad_norm: float
     seed: int
+    scorer: Scorer = plain_scorer
+    recompute: bool = False
 
 
 def train(
@@ -50,14 +54,17 @@ def train(
         TrainingError: a loss or the gradient is not a number. The policy is then as it
             was before the step.
     """
-    gradient = make_gradient(policy, plan.pair_loss, beta=plan.beta)
+    gradient = make_gradient(policy, plan.pair_loss, beta=plan.beta, scorer=plan.scorer)
     num_tokens = start.num_tokens
     for done in range(start.step, plan.total_steps):
         policy.train()  # the caller may have evaluated since the last step
         indices = step_indices(
             done, count=len(plan.pairs), batch_size=plan.batch_size, seed=plan.seed
         )
-        outcome, gradients = accumulate(gradient, _micro_batches(plan, indices), pairs=len(indices))
+        with sparing_memory(policy, recompute=plan.recompute):
+            outcome, gradients = accumulate(
+                gradient, _micro_batches(plan, indices), pairs=len(indices)
+            )
         gradients, norm = clip(gradients, plan.max_grad_norm)
         mx.eval(norm, outcome)
         _refuse_nan(done + 1, outcome, scalar(norm), [plan.pairs[i] for i in _order(plan, indices)])
@@ -84,7 +91,7 @@ def _micro_batches(plan: Plan, indices: Sequence[int]) -> Iterator[MicroBatch]:
     for group in _groups(plan, indices):
         at = mx.array(group)
         yield MicroBatch(
-            collate([plan.pairs[i] for i in group]),
+            [plan.pairs[i] for i in group],
             PairLogps(plan.reference.chosen[at], plan.reference.rejected[at]),
         )
 

@@ -14,6 +14,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_dpo.arrays import read_arrays, write_arrays
+from mlx_dpo.policy.scorers import Scorer, plain_scorer
 from mlx_dpo.policy.scoring import score_pairs
 from mlx_dpo.preferences.pairs import digest
 from mlx_dpo.types import PairLogps, TokenizedPair
@@ -28,6 +29,7 @@ def reference_logps(
     provenance: str,
     cache: Path,
     pairs_per_pass: int,
+    scorer: Scorer = plain_scorer,
     progress: Callable[[int], None] = lambda scored: None,
 ) -> PairLogps:
     """What the reference says of every pair, from the cache where it has been asked before.
@@ -37,6 +39,7 @@ def reference_logps(
         model: The reference; it is run only for blocks that the cache lacks.
         provenance: Everything beside the token ids that determines the numbers.
         cache: Folder of the cache; files are named by content, so runs share them.
+        scorer: How it is asked; without gradients.
         progress: Hears how many further pairs are done.
     """
     parts = []
@@ -45,7 +48,9 @@ def reference_logps(
         path = cache / f"{_name(provenance, block)}.safetensors"
         logps = read_logps(path, len(block))
         if logps is None:
-            logps = score_pairs(model, block, pairs_per_pass=pairs_per_pass, progress=progress)
+            logps = score_pairs(
+                model, block, pairs_per_pass=pairs_per_pass, scorer=scorer, progress=progress
+            )
             write_logps(path, logps)
         else:
             progress(len(block))

@@ -1,6 +1,6 @@
 """One optimizer update from the micro-batches of a step, lazily evaluated."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -10,8 +10,8 @@ from mlx.utils import tree_map
 
 from mlx_dpo.objective.losses import log_ratio_margin
 from mlx_dpo.objective.metrics import concatenate, outcomes
-from mlx_dpo.policy.logps import pair_logps
-from mlx_dpo.types import PairBatch, PairLogps, PairOutcomes
+from mlx_dpo.policy.scorers import Scorer, plain_scorer
+from mlx_dpo.types import PairLogps, PairOutcomes, TokenizedPair
 
 PairLoss = Callable[[mx.array], mx.array]  # (B,) margins -> (B,) losses
 Gradients = dict[str, Any]
@@ -20,19 +20,19 @@ Gradients = dict[str, Any]
 class MicroBatch(NamedTuple):
     """What one forward and backward pass sees."""
 
-    batch: PairBatch
-    reference: PairLogps  # (B,) each, of the pairs in `batch`
+    pairs: Sequence[TokenizedPair]
+    reference: PairLogps  # (B,) each, of `pairs`
 
 
 def make_gradient(
-    policy: nn.Module, pair_loss: PairLoss, *, beta: float
+    policy: nn.Module, pair_loss: PairLoss, *, beta: float, scorer: Scorer = plain_scorer
 ) -> Callable[[MicroBatch, float], tuple[PairOutcomes, Gradients]]:
     """Build the function from a micro-batch to its outcomes and its share of the gradient."""
 
     def objective(
         model: nn.Module, micro: MicroBatch, share: float
     ) -> tuple[mx.array, PairOutcomes]:
-        logps = pair_logps(model, micro.batch)
+        logps = scorer(model, micro.pairs)
         losses = pair_loss(log_ratio_margin(logps, micro.reference))
         # A sum over pairs: micro-batches of any size then add up to the mean over the step.
         return losses.sum() * share, outcomes(losses, logps, micro.reference, beta=beta)

@@ -6,7 +6,6 @@ import pytest
 from mlx_dpo.arrays import flat
 from mlx_dpo.objective.losses import sigmoid_loss
 from mlx_dpo.policy import adapters
-from mlx_dpo.preferences.batches import collate
 from mlx_dpo.training.step import MicroBatch, accumulate, clip, make_gradient
 from mlx_dpo.types import PairLogps
 from tests.conftest import make_llama
@@ -27,7 +26,7 @@ def policy():
 
 def micro(pairs, at=0.0):
     reference = mx.array([at - 3.0 * len(pair.chosen) for pair in pairs])
-    return MicroBatch(collate(pairs), PairLogps(reference, reference + 1.0))
+    return MicroBatch(pairs, PairLogps(reference, reference + 1.0))
 
 
 def gradients(policy, parts, count):

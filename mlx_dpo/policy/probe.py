@@ -1,0 +1,201 @@
+"""Which scorer a model gets: the shared one where it is found equal to the plain one.
+
+Values and gradients of both are compared on a few random, uneven pairs before anything is
+trained. A model with a window of attention of up to LONGEST_WINDOW tokens also gets a prompt
+that does not fit into it; wider windows run through the same code with another number.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import CacheList, make_prompt_cache
+
+from mlx_dpo.errors import ModelError, reason
+from mlx_dpo.policy.agreement import Errors, Rows, errors, in_mode, random_pairs, value_error
+from mlx_dpo.policy.device import device_kind, number_type
+from mlx_dpo.policy.head import head_weights
+from mlx_dpo.policy.prefix import predicting_rows
+from mlx_dpo.policy.scorers import Scorer, make_shared, plain_scorer
+from mlx_dpo.policy.trunk import NotSplitError, split
+
+Wanted = Literal["auto", "plain", "shared"]
+
+# Lengths of prompt, chosen and rejected: uneven prompts, two of one length, completions of
+# one token and of two, after which nothing and a single token goes through the trunk.
+SHAPES = ((5, 1, 4), (9, 6, 2), (5, 3, 1))
+LONGEST_WINDOW = 512
+
+# Relative errors of values and gradients that still are the same mathematics. Float32 errs
+# by 1e-6, products as a GPU may take them by 2e-3, 16 bits by their rounding.
+LIMITS = {
+    "float32": Errors(1e-4, 1e-3),
+    "float16": Errors(1e-2, 5e-2),
+    "bfloat16": Errors(5e-2, 2e-1),
+}
+FLOAT32_ON_GPU = Errors(1e-3, 1e-2)
+
+# What the models of mlx-lm and MLX raise where a model is not made for what is tried.
+UNSUITED = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The scorer a model gets, and why."""
+
+    scorer: Scorer
+    forward_only: Scorer  # the same values without gradients: for the reference and evaluation
+    name: Literal["shared", "plain"]
+    reason: str
+    pairs_together: bool  # whether prompts of different lengths go through as one batch
+
+
+class _RefusedError(Exception):
+    """The shared scorer is not for this model; says why."""
+
+
+def choose(
+    model: nn.Module, *, vocab_size: int, wanted: Wanted = "auto", together: bool | None = None
+) -> Choice:
+    """Probe `model`, adapters attached, and choose its scorer.
+
+    Weights, modes and random state stay as they are. `together` says whether to try prompts of
+    different lengths as one batch; None: on a GPU, for on the CPU it costs more than it saves.
+
+    Raises:
+        ModelError: `shared` is wanted, and is not exact for this model; or the plain scorer
+            cannot be differentiated either.
+    """
+    if wanted == "plain":
+        return _plain("as asked")
+    if together is None:
+        together = device_kind() != "cpu"
+    why = ""
+    for batched in (True, False) if together else (False,):
+        try:
+            return _probed(model, vocab_size, batched)
+        except _RefusedError as refused:
+            why = str(refused)
+    _require_plain(model, vocab_size)
+    if wanted == "shared":
+        raise ModelError(
+            f"the scorer `shared` is not exact for this model ({why}); leave it at `auto`"
+        )
+    return _plain(why)
+
+
+def _require_plain(model: nn.Module, vocab_size: int) -> None:
+    """What the plain scorer cannot do cannot be done: better said now than at the first step."""
+    oracle = _scored(plain_scorer, vocab_size)
+    try:
+        errors(model, oracle, oracle)
+    except UNSUITED as error:
+        raise ModelError(
+            f"the model cannot be trained as it is adapted ({_named(error)}); "
+            "name other layers in `lora_target_modules`, or take another model"
+        ) from error
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {reason(error)}".rstrip(".")
+
+
+def _plain(why: str) -> Choice:
+    return Choice(plain_scorer, plain_scorer, "plain", why, False)
+
+
+def _probed(model: nn.Module, vocab_size: int, together: bool) -> Choice:
+    """The shared scorer, if it passes every comparison.
+
+    Raises:
+        _RefusedError: it does not.
+    """
+    training, forward_only = (
+        make_shared(vocab_size=vocab_size, gradients=gradients, pairs_together=together)
+        for gradients in (True, False)
+    )
+    oracle = _scored(plain_scorer, vocab_size)
+    try:
+        if together and any(isinstance(c, CacheList) for c in make_prompt_cache(model)):
+            # Such models may choose whole blocks of keys, which the padding of batched caches
+            # moves; only long rows show it.
+            raise _RefusedError("its caches are of several kinds")
+        found = errors(model, _scored(training, vocab_size), oracle)
+        _check(model, "", found)
+        values = value_error(model, _scored(forward_only, vocab_size), oracle)
+        _check(model, " without gradients", Errors(values, 0.0))
+        if window := shortest_window(model):
+            _check(model, " past the window", errors(model, *_past(window, vocab_size)))
+    except NotSplitError as error:
+        raise _RefusedError(str(error)) from error
+    except UNSUITED as error:
+        raise _RefusedError(_named(error)) from error
+    return Choice(training, forward_only, "shared", _report(model, found), together)
+
+
+def _report(model: nn.Module, found: Errors) -> str:
+    said = f"equal to the plain scorer on a probe, to {found.values:.0e}"
+    if found.gradients:
+        said += f", its gradients to {found.gradients:.0e}"
+    halves = split(model)
+    with in_mode(model, training=False):
+        hidden = halves.hidden(mx.zeros((1, 1), mx.int32))
+    if halves.logits(hidden) is hidden:
+        said += "; the head is part of the trunk and runs on every token"
+    if head_weights(halves):
+        said += "; the head is run again for gradients, as its weights may be trained"
+    return said
+
+
+def _check(model: nn.Module, where: str, found: Errors) -> None:
+    """Refuse errors above the limits of the model's number type, and what is not a number."""
+    kind = number_type(model)
+    allowed = FLOAT32_ON_GPU if kind == "float32" and device_kind() != "cpu" else LIMITS[kind]
+    for name, error, limit in zip(("values", "gradients"), found, allowed, strict=True):
+        if not error <= limit:
+            raise _RefusedError(f"{name}{where} differ from the plain scorer's by {error:.0e}")
+
+
+def _scored(scorer: Scorer, vocab_size: int) -> Rows:
+    """Log-probabilities of the probe's pairs, as rows. (2B, 1)"""
+    pairs = random_pairs(SHAPES, vocab_size)
+    return lambda model: mx.concatenate([*scorer(model, pairs)])[:, None]
+
+
+def _past(window: int, vocab_size: int) -> tuple[Rows, Rows]:
+    """Hidden states after a prompt longer than the window: with caches, and without. (n, D)
+
+    Without the head, for whole rows of logits of that length might not fit into memory.
+    """
+    pairs = random_pairs([(window + 3, 4, 2)], vocab_size)
+    [pair] = pairs
+
+    def whole(model: nn.Module) -> mx.array:
+        rows = [mx.array([pair.prompt + c[:-1]]) for c in (pair.chosen, pair.rejected)]
+        start = len(pair.prompt) - 1
+        return mx.concatenate([split(model).hidden(row)[0, start:] for row in rows])
+
+    return lambda model: predicting_rows(model, split(model), pairs), whole
+
+
+def shortest_window(model: nn.Module) -> int:
+    """Tokens that the narrowest layer sees, 0 if every one sees all or more than is probed."""
+    return min((width for width in _windows(make_prompt_cache(model))), default=0)
+
+
+def _windows(caches: Iterable[Any]) -> Iterator[int]:
+    for cache in caches:
+        yield from _windows(getattr(cache, "caches", ()))
+        width = getattr(cache, "max_size", None) or getattr(cache, "chunk_size", None)
+        if width and width <= LONGEST_WINDOW:
+            yield width

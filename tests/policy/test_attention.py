@@ -1,0 +1,200 @@
+"""Chunked attention against MLX's own: values, gradients, memory, and when it stays out."""
+
+import math
+
+import mlx.core as mx
+import pytest
+
+from mlx_dpo.policy.attention import chunked_attention
+from mlx_dpo.policy.softmax import exp
+
+HEADS, KEY_HEADS, DIMS = 6, 2, 16
+
+
+def inputs(length, seen=None, batch=2, seed=0):
+    mx.random.seed(seed)
+    seen = seen or length
+    shapes = [(batch, HEADS, length, DIMS)] + 2 * [(batch, KEY_HEADS, seen, DIMS)]
+    return [mx.random.normal(shape) for shape in shapes]
+
+
+def attend(q, k, v, mask=None, sinks=None):
+    return mx.fast.scaled_dot_product_attention(q, k, v, scale=0.3, mask=mask, sinks=sinks)
+
+
+def values_and_gradients(arrays, function):
+    """The output, and gradients of a weighted sum of it that tells every element apart."""
+
+    def loss(*arrays):
+        out = function(*arrays)
+        return (out * mx.sin(mx.arange(out.size)).reshape(out.shape)).sum()
+
+    return [function(*arrays), *mx.grad(loss, argnums=list(range(len(arrays))))(*arrays)]
+
+
+def assert_same(arrays, function, chunk):
+    plain = values_and_gradients(arrays, function)
+    with chunked_attention(chunk):
+        chunked = values_and_gradients(arrays, function)
+    for ours, theirs in zip(chunked, plain, strict=True):
+        assert ours.shape == theirs.shape
+        assert ours.dtype == theirs.dtype
+        assert mx.abs(ours - theirs).max().item() < 5e-6 * max(1, mx.abs(theirs).max().item())
+
+
+@pytest.mark.parametrize("chunk", [32, 33, 99, 100, 128])
+def test_causal_attention_is_the_same_for_every_chunk_size(chunk):
+    """100 queries: chunks that divide it, that leave one query over, that hold all of it."""
+    assert_same(inputs(100), lambda q, k, v: attend(q, k, v, "causal"), chunk)
+
+
+@pytest.mark.parametrize("length, seen", [(70, 101), (33, 200), (2, 4096)])
+def test_fewer_queries_than_keys_are_the_last_ones(length, seen):
+    assert_same(inputs(length, seen), lambda q, k, v: attend(q, k, v, "causal"), 32)
+
+
+def test_without_a_mask_every_query_sees_every_key():
+    assert_same(inputs(70, 90), attend, 32)
+
+
+@pytest.mark.parametrize(
+    "shape", [(70, 90), (1, 90), (2, 1, 70, 90), (1, 6, 70, 90), (2, 1, 1, 90), (6, 70, 90)]
+)
+@pytest.mark.parametrize("kind", ["bool", "additive"])
+def test_array_masks_of_every_shape_are_kept_to(shape, kind):
+    mx.random.seed(3)
+    visible = mx.random.uniform(shape=shape) < 0.7
+    mask = visible if kind == "bool" else mx.where(visible, 0.5, -mx.inf)
+    assert_same(inputs(70, 90), lambda q, k, v: attend(q, k, v, mask), 32)
+
+
+def test_a_row_that_sees_nothing_is_what_mlx_makes_of_it():
+    mask = mx.arange(70)[:, None] > mx.zeros(70)
+    assert_same(inputs(70), lambda q, k, v: attend(q, k, v, mask), 32)
+
+
+@pytest.mark.parametrize("shape", [(70, 90), (6, 1, 90), (2, 1, 70, 90)])
+def test_a_mask_that_is_learned_gets_its_gradient(shape):
+    mx.random.seed(4)
+    arrays = [*inputs(70, 90), mx.random.normal(shape)]
+    assert_same(arrays, attend, 32)
+
+
+@pytest.mark.parametrize("mask", [None, "causal"])
+def test_sinks_take_their_share_and_get_their_gradient(mask):
+    arrays = [*inputs(100), mx.array([-1.0, 0.0, 1.0, 2.0, 3.0, 40.0])]
+    assert_same(arrays, lambda q, k, v, sinks: attend(q, k, v, mask, sinks), 32)
+
+
+def test_values_may_be_narrower_than_keys():
+    q, k, v = inputs(100)
+    assert_same([q, k, v[..., :5]], lambda q, k, v: attend(q, k, v, "causal"), 32)
+
+
+def test_bfloat16_errs_no_more_than_mlx_does():
+    arrays = inputs(300)
+    exact = values_and_gradients(arrays, lambda *a: attend(*a, "causal"))
+    half = [array.astype(mx.bfloat16) for array in arrays]
+    plain = values_and_gradients(half, lambda *a: attend(*a, "causal"))
+    with chunked_attention(10):
+        chunked = values_and_gradients(half, lambda *a: attend(*a, "causal"))
+    for ours, theirs, true in zip(chunked, plain, exact, strict=True):
+        assert ours.dtype == mx.bfloat16
+        assert mx.abs(ours - true).mean().item() < 1.1 * mx.abs(theirs - true).mean().item()
+
+
+def test_it_may_be_recomputed_inside_another_function():
+    def through_checkpoint(q, k, v):
+        return mx.checkpoint(lambda q, k, v: attend(q, k, v, "causal"))(q, k, v)
+
+    assert_same(inputs(100), through_checkpoint, 32)
+
+
+def test_nothing_is_kept_that_grows_with_the_square_of_the_length():
+    """The peak, forward alone and with backward; MLX's own grows by 3.6 and 3.9 here."""
+
+    def peak(length, function):
+        arrays = inputs(length, batch=1)
+        mx.eval(arrays)
+        before = mx.get_active_memory()
+        peaks = []
+        for _ in range(3):  # how far MLX runs ahead differs from time to time
+            mx.reset_peak_memory()
+            mx.eval(function(arrays))
+            peaks.append(mx.get_peak_memory() - before)
+        return min(peaks)
+
+    def forward(arrays):
+        return attend(*arrays, "causal")
+
+    def both(arrays):
+        return values_and_gradients(arrays, lambda q, k, v: attend(q, k, v, "causal"))
+
+    with chunked_attention(32):
+        assert peak(1024, forward) < 2.5 * peak(512, forward)
+        assert peak(1024, both) < 2.5 * peak(512, both)
+
+
+def test_the_block_restores_what_was_there_also_after_an_error():
+    own = mx.fast.scaled_dot_product_attention
+    with pytest.raises(KeyError), chunked_attention():
+        assert mx.fast.scaled_dot_product_attention is not own
+        raise KeyError
+    assert mx.fast.scaled_dot_product_attention is own
+
+
+def test_an_inner_block_counts_and_does_not_chunk_the_chunks(monkeypatch):
+    lengths = []
+    own = mx.fast.scaled_dot_product_attention
+
+    def spy(q, k, v, **more):
+        lengths.append(q.shape[2])
+        return own(q, k, v, **more)
+
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", spy)
+    monkeypatch.setattr("mlx_dpo.policy.attention.on_cpu", lambda: False)
+    with chunked_attention(16):
+        outer = mx.fast.scaled_dot_product_attention
+        with chunked_attention(80):
+            attend(*inputs(170))
+        assert mx.fast.scaled_dot_product_attention is outer
+        attend(*inputs(100))
+    assert lengths == [80, 80, 10] + 6 * [16] + [4]
+
+
+def test_off_the_cpu_the_forward_pass_is_mlx_own_on_each_chunk(monkeypatch):
+    """The arithmetic that Metal gets, on the CPU."""
+    monkeypatch.setattr("mlx_dpo.policy.attention.on_cpu", lambda: False)
+    arrays = [*inputs(70, 100), mx.random.normal((HEADS,))]
+    assert_same(arrays, lambda q, k, v, sinks: attend(q, k, v, "causal", sinks), 32)
+
+
+@pytest.mark.parametrize(
+    "length, seen, mask", [(1, 9000, None), (20, 20, "causal"), (90, 60, "causal")]
+)
+def test_what_it_does_not_cover_goes_to_mlx_unchanged(monkeypatch, length, seen, mask):
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", lambda *_, **__: "MLX's own")
+    with chunked_attention(32):
+        assert attend(*inputs(length, seen), mask) == "MLX's own"
+
+
+def test_a_call_for_the_fused_kernel_goes_to_mlx_unchanged(monkeypatch):
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", lambda *_, **__: "MLX's own")
+    with chunked_attention(32):
+        own = mx.fast.scaled_dot_product_attention(*inputs(200), scale=1.0, force_fused=True)
+    assert own == "MLX's own"
+
+
+def test_exp_is_as_near_to_the_truth_as_single_precision_allows():
+    x = mx.linspace(-60, 60, 20001)
+    truth = [math.exp(value) for value in x.tolist()]
+    errors = [abs(ours / true - 1) for ours, true in zip(exp(x).tolist(), truth, strict=True)]
+    theirs = [abs(own / true - 1) for own, true in zip(mx.exp(x).tolist(), truth, strict=True)]
+    assert max(errors) < 1.1 * max(theirs)
+    assert max(errors[9900:10101]) < 3e-7  # |x| < 0.3, where x log2(e) is not yet rounded much
+
+
+def test_exp_at_its_ends():
+    assert exp(mx.array([0.0, -87.0, -1000.0, -mx.inf, -1e38])).tolist() == [1, 0, 0, 0, 0]
+    assert exp(mx.array([88.0])).item() == pytest.approx(math.exp(88), rel=1e-5)
+    assert math.isnan(exp(mx.array([mx.nan])).item())

@@ -1,0 +1,118 @@
+"""The shared scorer against the plain one, which stays the oracle."""
+
+from contextlib import ExitStack, contextmanager
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+
+from mlx_dpo.policy import adapters, head
+from mlx_dpo.policy.agreement import errors, value_error
+from mlx_dpo.policy.attention import chunked_attention
+from mlx_dpo.policy.recompute import recomputed
+from mlx_dpo.policy.scorers import make_shared, plain_scorer
+from mlx_dpo.types import TokenizedPair
+from tests.conftest import VOCAB, make_llama
+
+
+@pytest.fixture
+def policy():
+    model = make_llama()
+    adapters.attach(model, rank=4, scale=2.0)
+    return model
+
+
+def shared(*, gradients=True, pairs_together=False):
+    return make_shared(vocab_size=VOCAB, gradients=gradients, pairs_together=pairs_together)
+
+
+def rows(scorer, pairs):
+    """Log-probabilities as rows of one number. (2B, 1)"""
+    return lambda model: mx.concatenate([*scorer(model, pairs)])[:, None]
+
+
+@contextmanager
+def memory_savers(model, names):
+    with ExitStack() as stack:
+        if "recomputed" in names:
+            stack.enter_context(recomputed(model))
+        if "chunked" in names:
+            stack.enter_context(chunked_attention(2))
+        yield
+
+
+@pytest.mark.parametrize("saved", [(), ("recomputed",), ("chunked",), ("recomputed", "chunked")])
+@pytest.mark.parametrize("together", [False, True])
+def test_it_equals_the_plain_scorer(policy, pairs, together, saved, monkeypatch):
+    monkeypatch.setattr("mlx_dpo.policy.attention.FEWEST_SCORES", 0)
+    monkeypatch.setattr(head, "CHUNK_BYTES", 3 * VOCAB * 4)
+    expected = rows(plain_scorer, pairs)
+    with memory_savers(policy, saved):
+        found = errors(policy, rows(shared(pairs_together=together), pairs), expected)
+    assert found.values <= 1e-5
+    assert found.gradients <= 1e-4
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_without_gradients_the_values_are_the_same(policy, pairs, together):
+    scorer = shared(gradients=False, pairs_together=together)
+    assert value_error(policy, rows(scorer, pairs), rows(plain_scorer, pairs)) <= 1e-5
+
+
+def test_every_weight_can_be_trained(pairs):
+    """Tied embeddings: gradients come through the trunk, the head, and their common weight."""
+    found = errors(make_llama(), rows(shared(), pairs), rows(plain_scorer, pairs))
+    assert found.values <= 1e-5
+    assert found.gradients <= 1e-4
+
+
+def test_pairs_keep_their_places(policy, pairs):
+    """They are grouped by the length of their prompts: out of order, and back."""
+    there, back = shared()(policy, pairs), shared()(policy, pairs[::-1])
+    for one, other in zip(there, back, strict=True):
+        assert mx.allclose(one, other[::-1], rtol=1e-5)
+
+
+def test_in_bfloat16_it_errs_no_more_than_the_plain_scorer(pairs):
+    model = make_llama()
+    truth = mx.concatenate([*plain_scorer(model, pairs)])
+    model.set_dtype(mx.bfloat16)
+
+    def error(scorer):
+        return mx.abs(mx.concatenate([*scorer(model, pairs)]) - truth).mean().item()
+
+    assert shared()(model, pairs).chosen.dtype == mx.float32
+    assert error(shared()) <= 1.2 * error(plain_scorer)
+
+
+class Counting(nn.Module):
+    """A layer that adds up how many tokens pass."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+        self.tokens = 0
+
+    def __call__(self, x):
+        self.tokens += x.shape[0] * x.shape[1]
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_no_token_passes_twice_and_only_scored_ones_reach_the_head(policy, gradients):
+    policy.args.tie_word_embeddings = False
+    policy.model.norm = trunk = Counting(policy.model.norm)
+    policy.lm_head = logits = Counting(nn.Linear(64, VOCAB, bias=False))
+    trunk.freeze()
+    logits.freeze()
+    p, c, r = 20, 7, 5
+    pair = TokenizedPair(tuple(range(p)), tuple(range(c)), tuple(range(r)))
+    scorer = shared(gradients=gradients)
+
+    def loss(model):
+        scores = scorer(model, [pair])
+        return (scores.chosen - scores.rejected).sum()
+
+    mx.eval(nn.value_and_grad(policy, loss)(policy) if gradients else loss(policy))
+    assert trunk.tokens == p + c + r - 2
+    assert logits.tokens == c + r
