@@ -1,0 +1,59 @@
+"""This project on a job: the run that `mlx-dpo train` makes, through its Python interface."""
+
+from pathlib import Path
+from time import perf_counter
+
+from mlx_dpo import DPOConfig, Run
+
+# isort: split
+import mlx.core as mx
+
+from mlx_dpo.policy.memory import trainable_parameters
+from scripts.bench import job as bench
+from scripts.bench import machine
+
+
+def train(job: bench.Job, folder: Path) -> bench.Result:
+    """One epoch with the reference scored first, as always."""
+    config = DPOConfig(
+        model=job.model,
+        pairs=job.pairs,
+        output=str(folder / "run"),
+        valid_fraction=0.0,
+        lora_r=job.rank,
+        lora_alpha=job.alpha,
+        learning_rate=job.learning_rate,
+        lr_scheduler_type="constant",
+        beta=job.beta,
+        batch_size=job.step_pairs,
+        max_length=job.max_length,
+        **job.setting,
+    )
+    with Run(config) as run:
+        run.load()
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        memory, weights = bench.Memory(), mx.get_active_memory()
+        began = perf_counter()
+        run.score_reference()
+        scored = perf_counter()
+        run.attach()
+        for _ in run.train():
+            pass
+        trained = perf_counter()
+        trainable = trainable_parameters(run.policy)
+    pairs = run.inputs.train
+    return bench.Result(
+        pairs=len(pairs),
+        tokens=sum(2 * len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs),
+        trainable=trainable,
+        reference_s=scored - began,
+        training_s=trained - scored,
+        peak_bytes=mx.get_peak_memory() - weights,
+        resident_bytes=memory.growth(),
+        versions=machine.versions("mlx-dpo", "mlx", "mlx-lm"),
+    )
+
+
+if __name__ == "__main__":
+    bench.answer(train)

@@ -1,0 +1,75 @@
+"""What all trainers are given: one checkpoint and one file of pairs, made once and kept."""
+
+import hashlib
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from mlx_dpo.errors import DataError
+from scripts.bench import texts
+from scripts.bench.shapes import SHAPES, write_checkpoint
+
+MEMORY_LENGTHS = (1024, 256, 256)  # prompt, chosen, rejected
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model folder and a file of pairs."""
+
+    model: Path
+    pairs: Path
+    count: int
+    faulty: int = 0  # rows of the source that are no usable pair
+
+
+def workload(
+    source: Path, *, shape: str, kind: str, count: int, cache: Path, folder: Path
+) -> Workload:
+    """The first `count` pairs of `source`, or long ones made of its words, and a model.
+
+    The model's tokenizer is learned from `source`; both are kept in `cache`. The pairs are
+    written into `folder`.
+
+    Raises:
+        DataError: `source` cannot be read, or has fewer pairs.
+    """
+    pairs, faulty = texts.read_pairs(source)
+    model = _model(source, pairs, shape, cache)
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    if kind == "long":
+        chosen = texts.long_pairs(pairs, tokenizer, count)
+    elif kind == "memory":
+        words = texts.single_words(pairs, tokenizer)
+        chosen = [texts.synthesise(words, *MEMORY_LENGTHS) for _ in range(count)]
+    else:
+        chosen = pairs[:count]
+    if len(chosen) < count:
+        raise DataError(
+            f"{source}: has {len(chosen)} usable pairs; give --pairs-count at most that"
+        )
+    path = folder / "pairs.jsonl"
+    texts.write_pairs(path, chosen)
+    return Workload(model, path, count, faulty)
+
+
+def sample(work: Workload, count: int) -> Workload:
+    """`count` pairs of the workload, evenly spread, so that they are as long as the others."""
+    lines = work.pairs.read_text().splitlines(keepends=True)
+    path = work.pairs.with_name(f"sample-{count}.jsonl")
+    path.write_text("".join(lines[at * len(lines) // count] for at in range(count)))
+    return Workload(work.model, path, count)
+
+
+def _model(source: Path, pairs: Sequence[texts.TextPair], shape: str, cache: Path) -> Path:
+    name = hashlib.sha256(source.read_bytes()).hexdigest()[:12]
+    folder = cache / "models" / f"{shape}-{name}"
+    if not folder.is_dir():
+        written = cache / "models" / f"tokenizer-{shape}-{name}"
+        tokenizer = texts.train_tokenizer(pairs, SHAPES[shape].vocab_size)
+        texts.write_tokenizer(written, tokenizer)
+        write_checkpoint(folder, SHAPES[shape], written)
+        shutil.rmtree(written)
+    return folder
