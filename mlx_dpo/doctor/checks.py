@@ -35,8 +35,9 @@ BETA = 0.5
 # may take them, by 1e-4 and 2e-3.
 LOGPS_LIMITS = {"cpu": 1e-5, "metal": 1e-3, "cuda": 1e-3}
 GRADIENT_LIMITS = {"cpu": 1e-4, "metal": 1e-2, "cuda": 1e-2}
-# On every device: what is stored between two operations is rounded to 8 and 11 bits.
-SIXTEEN_BIT_LIMITS = {mx.bfloat16: 8e-3, mx.float16: 1e-3}
+# The same everywhere: what is stored between operations is rounded to 8 or 11 bits. Ten random
+# models erred by 2e-3 and 3e-4 at most; attention 30 % off, by 2e-2.
+SIXTEEN_BIT_LIMITS = {mx.bfloat16: 7e-3, mx.float16: 1e-3}
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def gradient_error(bits: int | None) -> float:
     with adapters.adapters_off(policy):
         reference = pair_logps(policy, batch)
     gradient = make_gradient(policy, partial(sigmoid_loss, beta=BETA), beta=BETA)
-    _, gradients = gradient(MicroBatch(batch, reference), 1 / len(PAIRS))
+    _, gradients = gradient(MicroBatch(PAIRS, reference), 1 / len(PAIRS))
     weights = float64.weights_of(policy)
 
     def loss(moved: float64.Weights) -> float:
@@ -160,9 +161,8 @@ def self_test() -> Iterator[Check]:
             f"adapter gradients, {base} base", partial(gradient_error, bits), gradient_limit
         )
     for dtype, limit in SIXTEEN_BIT_LIMITS.items():
-        for bits, base in ((None, dtype_name(dtype)), (4, f"4-bit {dtype_name(dtype)}")):
-            measure = partial(logps_error, bits, dtype)
-            yield _check(f"log-probabilities, {base} base", measure, limit)
+        measure = partial(logps_error, None, dtype)
+        yield _check(f"log-probabilities, {dtype_name(dtype)} base", measure, limit)
     # Not exact: attention with gradients is another kernel on a GPU than without.
     yield _check("first loss is log 2", first_loss_error, 1e-4)
     yield _check("an update lowers the loss", loss_change, -0.01)
