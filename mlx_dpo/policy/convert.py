@@ -10,14 +10,16 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm import convert as mlx_convert
 
 from mlx_dpo.errors import ModelError
 from mlx_dpo.policy import load
 from mlx_dpo.policy.device import number_type
-from mlx_dpo.policy.fidelity import LARGE, mean_difference, sample_ids, token_logps, tolerance
+from mlx_dpo.policy.fidelity import LARGE, mean_difference, sample_ids, tolerance
 from mlx_dpo.policy.files import CONFIG, INDEX, check_files, read_json, weight_bytes
+from mlx_dpo.policy.logps import token_logps
 from mlx_dpo.policy.packing import Packing, packing_of
 from mlx_dpo.policy.quantise import check_quantisable, expected_bytes, left_note, quantisable
 from mlx_dpo.policy.source import is_hub_id, locate
@@ -130,6 +132,7 @@ def _difference(path: Path, partial: Path, trust_remote_code: bool) -> tuple[flo
     base = load.load_base(str(path), trust_remote_code=trust_remote_code)
     ids = sample_ids(base)
     before = token_logps(base.model, ids)
+    mx.eval(before)  # the source is about to be freed
     del base
     base = load.load_base(str(partial), trust_remote_code=trust_remote_code)
     after = token_logps(base.model, ids)

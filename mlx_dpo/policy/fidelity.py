@@ -4,7 +4,6 @@ The text is fixed, so that numbers can be laid beside each other.
 """
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from mlx_dpo.arrays import scalar
 from mlx_dpo.errors import ModelError
@@ -28,15 +27,6 @@ def sample_ids(base: Base) -> mx.array:
     """The text as token ids, cut to ids that the model has. (1, T) int32"""
     ids = base.tokenizer.encode(TEXT)
     return mx.array([[min(i, base.vocab_size - 1) for i in ids]], dtype=mx.int32)
-
-
-def token_logps(model: nn.Module, ids: mx.array) -> mx.array:
-    """log p(token | all before it) of every token but the first. (T - 1,) float32"""
-    logits = model(ids[:, :-1])[0].astype(mx.float32)
-    picked = mx.take_along_axis(logits, ids[0, 1:, None], axis=-1).squeeze(-1)
-    logps = picked - mx.logsumexp(logits, axis=-1)
-    mx.eval(logps)
-    return logps
 
 
 def mean_difference(source: mx.array, converted: mx.array) -> float:
