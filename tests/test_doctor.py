@@ -191,6 +191,7 @@ def test_json_is_whole_and_names_nobody(monkeypatch, tmp_path):
     home = tmp_path / "home-of-alice"
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("XDG_CACHE_HOME", str(home / "caches"))
+    monkeypatch.delenv("MLX_DPO_CACHE", raising=False)
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.setattr(checks, "logps_error", lambda *base: float("nan"))
     result = CliRunner().invoke(doctor, ["--json"])

@@ -35,9 +35,10 @@ def train(job: bench.Job, folder: Path) -> bench.Result:
         mx.reset_peak_memory()
         memory, weights = bench.Memory(), mx.get_active_memory()
         began = perf_counter()
+        run.attach()  # the probe of the scorer included
         run.score_reference()
         scored = perf_counter()
-        run.attach()
+        run.restore()
         for _ in run.train():
             pass
         trained = perf_counter()
