@@ -36,6 +36,10 @@ NO_FAST_TOKENIZER = (
 )
 
 
+# Rows are held against the model's context; transformers would warn of every long text.
+UNLIMITED = 10**9
+
+
 @dataclass(frozen=True)
 class Base:
     """A model as it was found: frozen, in evaluation mode, in the number type of the device."""
@@ -114,7 +118,7 @@ def read_tokenizer(path: Path, source: str, *, trust_remote_code: bool) -> Token
         try:
             return mlx_lm.load_tokenizer(
                 path,
-                {"trust_remote_code": trust_remote_code},
+                {"trust_remote_code": trust_remote_code, "model_max_length": UNLIMITED},
                 eos_token_ids=mlx_lm.load_config(path).get("eos_token_id"),
             )
         except ValueError as error:

@@ -1,13 +1,19 @@
 """How much memory a training step is going to need: a first estimate, from shapes alone."""
 
-from typing import Any
+from collections.abc import Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_dpo.arrays import flat
+from mlx_dpo.policy.head import CHUNK_BYTES
+from mlx_dpo.types import TokenizedPair
 
 COPIES_OF_ADAPTERS = 5  # weights, gradient, accumulated gradient, two moments
+LOGIT_ARRAYS = 4  # logits, exponentials, and the gradients of both
+CHUNKS_IN_FLIGHT = 10  # measured: MLX works on about so many arrays of a chunk at once
+KEPT_OF_LINEAR = 1.5  # measured: all that a block keeps, by inputs and outputs of its linear layers
+KEPT_INPUTS = 0.06  # a block's input beside that
 
 
 def parameter_bytes(model: nn.Module) -> int:
@@ -32,20 +38,35 @@ def total_parameters(model: nn.Module) -> int:
 
 
 def estimate_peak(
-    model: nn.Module, config: dict[str, Any], *, rows: int, length: int, vocab_size: int
+    model: nn.Module,
+    pairs: Sequence[TokenizedPair],
+    *,
+    vocab_size: int,
+    shared: bool,
+    recompute: bool,
 ) -> int:
-    """Bytes at the peak of a step over `rows` rows of `length` tokens with the plain scorer.
+    """Bytes at the peak of one pass over `pairs`, adapters attached.
 
-    Weights, adapters with their gradients and moments, what the backward pass keeps of every
-    linear layer and of attention, and three float32 arrays of logits.
+    Weights, adapters with their gradients and moments, what the backward pass keeps of the
+    linear layers, and float32 logits: of all positions with the plain scorer, of a few chunks
+    with the shared one.
     """
     item = mx.float32.size
-    widths, blocks = 0, len(model.layers)
-    for layer in model.layers:
-        for _, module in layer.named_modules():
-            if "lora_a" in module:
-                widths += module["lora_a"].shape[0] + module["lora_b"].shape[-1]
-    heads = int(config.get("num_attention_heads") or 0)
-    per_token = 2 * widths * item + 3 * blocks * heads * length * item + 3 * vocab_size * item
+    widths = [_widths(layer) for layer in model.layers]
+    if shared:
+        tokens = sum(len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs)
+        scored = sum(len(p.chosen) + len(p.rejected) for p in pairs)
+        logits = CHUNKS_IN_FLIGHT * min(CHUNK_BYTES, scored * vocab_size * item)
+    else:
+        tokens = 2 * len(pairs) * max(len(p) for p in pairs)
+        logits = LOGIT_ARRAYS * tokens * vocab_size * item
+    kept = max(widths) + sum(widths) * KEPT_INPUTS if recompute else sum(widths)
+    activations = int(tokens * KEPT_OF_LINEAR * kept * item)
     adapters = COPIES_OF_ADAPTERS * trainable_parameters(model) * item
-    return parameter_bytes(model) + adapters + rows * length * per_token
+    return parameter_bytes(model) + adapters + activations + logits
+
+
+def _widths(layer: nn.Module) -> int:
+    """Inputs and outputs of the adapted layers of a block, added up."""
+    adapted = [m for _, m in layer.named_modules() if "lora_a" in m]
+    return sum(m["lora_a"].shape[0] + m["lora_b"].shape[-1] for m in adapted)

@@ -70,13 +70,13 @@ def _steps(run: "Run") -> str:
 
 
 def _memory(run: "Run") -> str:
-    base, config = run.inputs.base, run.config
+    longest = sorted(run.inputs.train, key=len)[-run.config.pairs_per_pass :]
     peak = memory.estimate_peak(
         run.policy,
-        base.config,
-        rows=2 * config.pairs_per_pass,
-        length=max(len(pair) for pair in run.inputs.train),
-        vocab_size=base.vocab_size,
+        longest,
+        vocab_size=run.inputs.base.vocab_size,
+        shared=run.choice.name == "shared",
+        recompute=run.config.recompute,
     )
     return f"about {peak / 1e9:.2g} GB at the longest pairs (an estimate)"
 
