@@ -450,5 +450,6 @@ def test_bench_peers_refuses_in_one_line(tmp_path, capsys):
     )
     assert (
         capsys.readouterr().err.splitlines()[-1]
-        == f"Error: {tmp_path / 'none.jsonl'}: no such file"
+        == f"Error: {tmp_path / 'none.jsonl'}: no such file or folder; pairs are read from files, "
+        "not the Hub"
     )

@@ -1,8 +1,10 @@
 """The command line: parse, call, print. One file per command, loaded when it is called."""
 
 import errno
+import shutil
 import sys
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import click
@@ -10,6 +12,7 @@ import click
 from mlx_dpo.errors import DPOError
 
 COMMANDS = ("convert", "train", "eval", "chat", "generate", "demo", "doctor")
+NAME = "mlx-dpo"
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM)
 
@@ -40,6 +43,13 @@ class Commands(click.Group):
                 raise
             place = f"{error.filename}: " if error.filename else ""
             raise click.ClickException(f"{place}{error.strerror}") from error
+        except ImportError as error:
+            if "libmlx" not in str(error):
+                raise
+            raise click.ClickException(
+                "MLX is installed without a backend; on Linux: pip install 'mlx[cpu]', or "
+                "mlx[cuda13]"
+            ) from error
         except KeyboardInterrupt:
             click.echo("Interrupted", err=True)
             sys.exit(INTERRUPTED)
@@ -63,6 +73,12 @@ def cli() -> None:
     mlx-dpo train pairs.jsonl --model model --output run  DPO with LoRA
     mlx-dpo chat run                                      talk to the result
     """
+
+
+def program() -> str:
+    """What to type for this program: its path where a bare name would not find it."""
+    called = sys.argv[0]
+    return called if Path(called).name == NAME and shutil.which(NAME) is None else NAME
 
 
 def main() -> None:

@@ -6,7 +6,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import click
+from rich.console import Console
 
+from mlx_dpo.cli import INTERRUPTED, program
 from mlx_dpo.reporting.console import (
     closing_table,
     counting,
@@ -27,16 +29,14 @@ def watch(run: Run) -> None:
 
 def _watch(run: Run, awake: str | None) -> None:
     console, config = make_console(), run.config
-    run.load()
-    print_facts(console, facts_of_inputs(run))
-    pairs = len(run.inputs.train) + len(run.inputs.valid)
-    run.attach()
-    with counting(console, "reference", total=pairs) as count:
-        run.score_reference(count)
-    run.restore()
-    print_facts(console, facts_of_training(run))
-    if awake:
-        print_facts(console, [("awake", awake)])
+    go_on = f"{program()} train --resume --output {config.output}"
+    try:
+        _prepare(run, console, awake)
+    except KeyboardInterrupt:
+        begun = run.paths.record.is_file()
+        kept = f"; go on with: {go_on}" if begun else ": nothing was written"
+        click.echo(f"\nInterrupted before the first step{kept}", err=True)
+        raise SystemExit(INTERRUPTED) from None
     with (
         _saving_when_asked(run) as received,
         showing_steps(
@@ -46,13 +46,24 @@ def _watch(run: Run, awake: str | None) -> None:
         for row in run.train():
             shown.show(row)
     if run.stopped:
-        console.print(
-            f"Stopped and saved; go on with: mlx-dpo train --resume --output {config.output}"
-        )
+        console.print(f"Stopped and saved; go on with: {go_on}")
         raise SystemExit(128 + received[0])
     if run.evaluation is not None:
         title = f"{len(run.inputs.valid):,} held-out pairs"
         console.print(closing_table(run.evaluation, title=title))
+
+
+def _prepare(run: Run, console: Console, awake: str | None) -> None:
+    run.load()
+    print_facts(console, facts_of_inputs(run))
+    run.attach()
+    pairs = len(run.inputs.train) + len(run.inputs.valid)
+    with counting(console, "reference", total=pairs) as count:
+        run.score_reference(count)
+    run.restore()
+    print_facts(console, facts_of_training(run))
+    if awake:
+        print_facts(console, [("awake", awake)])
 
 
 @contextmanager
@@ -64,7 +75,7 @@ def _saving_when_asked(run: Run) -> Iterator[list[int]]:
         received.append(number)
         run.request_stop()
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        click.echo("Saving after this step; Ctrl-C again to stop without", err=True)
+        click.echo("\nSaving after this step (Ctrl-C: stop without saving)", err=True)
 
     before = {
         number: signal.signal(number, ask)

@@ -25,6 +25,7 @@ def demo(output: str) -> None:
     """
     from pathlib import Path
 
+    from mlx_dpo.cli import program
     from mlx_dpo.cli._watch import watch
     from mlx_dpo.demo.tour import BITS, Tour
     from mlx_dpo.reporting.console import make_console
@@ -53,8 +54,8 @@ def demo(output: str) -> None:
     console.print(_side_by_side(tour, before, after))
     assert run.evaluation is not None
     console.print(_figures(run.evaluation, before, after, tour.divergence(after)))
-    console.print(f"Talk to it: mlx-dpo chat {tour.run}")
-    console.print(f"Talk to the base: mlx-dpo chat {tour.run} --reference")
+    console.print(f"Talk to it: {program()} chat {tour.run}")
+    console.print(f"Talk to the base: {program()} chat {tour.run} --reference")
 
 
 def _side_by_side(tour: "Tour", before: "Answers", after: "Answers") -> "Table":
@@ -78,7 +79,7 @@ def _figures(
     table.add_column("after", justify="right")
     # Before training every margin is 0: policy and reference are the same, and pairs tie.
     accuracy, margin = evaluation["eval_rewards/accuracies"], evaluation["eval_rewards/margins"]
-    table.add_row("accuracy on held-out pairs", "50% (all tie)", f"{accuracy:.1%}")
+    table.add_row("accuracy on held-out pairs", "50% (no difference)", f"{accuracy:.1%}")
     table.add_row("reward margin", "0.00", f"{margin:.2f}")
     table.add_row("courteous answers", f"{before.courteous:.1%}", f"{after.courteous:.1%}")
     table.add_row("answers with the right content", f"{before.right:.1%}", f"{after.right:.1%}")

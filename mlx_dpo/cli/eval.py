@@ -8,8 +8,13 @@ import click
 @click.command()
 @click.argument("run")
 @click.argument("pairs", required=False)
+@click.option(
+    "--bad-pairs",
+    type=click.Choice(["error", "drop"]),
+    help="What to do with pairs of PAIRS that cannot be scored. [default: as the run]",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of a table.")
-def eval(run: str, pairs: str | None, as_json: bool) -> None:
+def eval(run: str, pairs: str | None, bad_pairs: str | None, as_json: bool) -> None:
     """Measure the policy of RUN against its reference, on PAIRS or on the pairs it held out.
 
     PAIRS is a file, or a folder whose held-out file is taken.
@@ -21,7 +26,7 @@ def eval(run: str, pairs: str | None, as_json: bool) -> None:
     from mlx_dpo.reporting.console import closing_table, make_console
     from mlx_dpo.runs import evaluate_run
 
-    evaluation = evaluate_run(run, pairs)
+    evaluation = evaluate_run(run, pairs, bad_pairs=bad_pairs)
     row = named(evaluation.metrics, prefix="eval_")
     if as_json:
         facts = {"pairs": evaluation.pairs, "of": evaluation.name, "notes": evaluation.notes}

@@ -111,6 +111,7 @@ def train(ctx: click.Context, config_file: str | None, resume: bool, **flags: An
     """
     config = resolve(ctx, config_file, resume, flags)
 
+    from mlx_dpo.cli import program
     from mlx_dpo.cli._watch import watch
     from mlx_dpo.runs import Run
 
@@ -118,4 +119,4 @@ def train(ctx: click.Context, config_file: str | None, resume: bool, **flags: An
         watch(run)
     if run.evaluation is None:
         click.echo("No pairs were held out, so nothing was measured on unseen pairs")
-    click.echo(f"Adapters in {config.output}; talk to them with: mlx-dpo chat {config.output}")
+    click.echo(f"Adapters in {config.output}; talk to them with: {program()} chat {config.output}")

@@ -59,7 +59,7 @@ def chosen_names(model: nn.Module, target_modules: Sequence[str]) -> list[str]:
         if not any(_matches(name, target) for name in names):
             raise ConfigError(
                 f"`lora_target_modules`: `{target}` matches no linear layer of this model; "
-                f"it has {', '.join(names)}"
+                f"it has {', '.join(sorted(names))}"
             )
     targets = target_modules or names
     return [name for name in names if any(_matches(name, target) for target in targets)]

@@ -103,7 +103,7 @@ def _adapters_not_model(folder: Path, source: str) -> str:
     named = f" (`{base}`)" if isinstance(base, str) else ""
     return (
         f"{source}: adapters, not a model; name the model they were trained on{named}, "
-        "or merge them into it first with `mlx-dpo fuse`"
+        "or, if this is a run folder, give it without --model"
     )
 
 

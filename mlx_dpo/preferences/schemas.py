@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 from mlx_dpo.errors import DataError
@@ -59,12 +60,20 @@ def schema_of(row: Row) -> Schema:
             raise DataError(
                 f"{row.where}: `{name}` is not read, and the pair means less without it"
             )
+    _refuse_misspelt_prompt(row)
     kinds = {_kind(record[name], name, row.where) for name in FIELDS[1:]}
     if len(kinds) > 1:
         raise DataError(f"{row.where}: one of `chosen` and `rejected` is text, the other messages")
     prompt = record.get("prompt")
     written = None if prompt is None else _kind(prompt, "prompt", row.where)
     return SCHEMAS[written, kinds.pop()]
+
+
+def _refuse_misspelt_prompt(row: Row) -> None:
+    """A row without a prompt may be whole dialogues; one with a `promt` is a slip."""
+    near = get_close_matches("prompt", row.record, n=1, cutoff=0.75)
+    if "prompt" not in row.record and near:
+        raise DataError(f"{row.where}: missing `prompt` (found `{near[0]}`)")
 
 
 def _kind(value: Any, name: str, where: str) -> str:

@@ -70,6 +70,8 @@ def read_rows(path: Path) -> Iterator[Row]:
 def _readable(path: Path) -> Path:
     if path.is_dir():
         raise DataError(f"{path}: is a folder; give a file that ends in `.jsonl` or `.json`")
+    if not path.exists():
+        raise DataError(f"{path}: no such file or folder; pairs are read from files, not the Hub")
     if path.suffix not in ENDINGS:
         found = f"`{path.suffix}`" if path.suffix else "no ending"
         raise DataError(

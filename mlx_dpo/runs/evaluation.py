@@ -1,7 +1,7 @@
 """A run measured again, on its own held-out pairs or on others."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mlx_dpo import paths as places
 from mlx_dpo.errors import ConfigError
@@ -36,7 +36,9 @@ class Evaluation:
     notes: tuple[str, ...]  # what became of the rows of a named file
 
 
-def evaluate_run(folder: str, pairs: str | None = None) -> Evaluation:
+def evaluate_run(
+    folder: str, pairs: str | None = None, *, bad_pairs: str | None = None
+) -> Evaluation:
     """The policy of a run against its reference, with the run's own loss and beta.
 
     `pairs` is a file, or a folder whose held-out file is taken; without it, the run's own
@@ -47,6 +49,10 @@ def evaluate_run(folder: str, pairs: str | None = None) -> Evaluation:
         RunError, DataError, ModelError: the run, the pairs or the model are at fault.
     """
     run = open_run(folder)
+    if bad_pairs is not None:
+        if pairs is None:
+            raise ConfigError("`bad_pairs` has no effect without a file of pairs")
+        run = replace(run, config=replace(run.config, bad_pairs=bad_pairs))
     base, measured, name, notes = _own(run) if pairs is None else _named(run, pairs)
     if not measured:
         raise ConfigError(f"{folder}: the run held no pairs out; name a file of pairs")

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from mlx_dpo.policy import memory
 from mlx_dpo.policy.adapters import adapted_modules
+from mlx_dpo.types import TokenizedPair
 
 if TYPE_CHECKING:
     from mlx_dpo.runs.training import Run
@@ -24,6 +25,8 @@ def facts_of_inputs(run: "Run") -> list[Fact]:
     lines += [("", note) for note in base.notes]
     lines += [("pairs", f"{len(inputs.train):,} to train on, {len(inputs.valid):,} held out")]
     lines += [("", line) for report in inputs.reports for line in report.lines()]
+    if leaked := len(set(map(_ids, inputs.valid)) & set(map(_ids, inputs.train))):
+        lines.append(("", f"{leaked:,} of the held-out pairs are trained on as well"))
     if inputs.passed_over is not None:
         lines.append(("", f"{inputs.passed_over}: not used, for --valid was given"))
     return lines
@@ -42,6 +45,10 @@ def facts_of_training(run: "Run") -> list[Fact]:
         ("memory", _memory(run)),
         ("output", run.config.output + _resumed(run)),
     ]
+
+
+def _ids(pair: TokenizedPair) -> tuple[tuple[int, ...], ...]:
+    return pair.prompt, pair.chosen, pair.rejected
 
 
 def _adapters(run: "Run") -> str:

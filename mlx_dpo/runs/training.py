@@ -87,20 +87,20 @@ class Run:
     # --- before the first step -------------------------------------------------------------
 
     def load(self) -> None:
-        """Load base and pairs, and record what the run starts from."""
+        """Load base and pairs; nothing is written yet."""
         self.inputs: Inputs = read_inputs(self.config)
         refuse_standstill(self.config, self.total_steps)
         self.record = new_record(self.config, self.inputs, total_steps=self.total_steps)
         if self._earlier is not None:
             check_contents(self.paths, self._earlier, self.record["provenance"])
-        write_record(self.paths, self.record)
 
     def attach(self) -> None:
-        """Put fresh adapters on, and choose how pairs are scored."""
+        """Put fresh adapters on, choose how pairs are scored, and begin the record."""
         self.policy = self.inputs.base.model
         self._open.enter_context(fused_gated_delta(self.policy))
         self._adapter_config = attach_adapters(self.policy, self.config)
         self.choice = choose_scorer(self.inputs.base, self.config)
+        write_record(self.paths, self.record)  # only now is every setting known to be possible
 
     def score_reference(self, progress: Heard = lambda scored: None) -> None:
         """Ask the adapter-off base about every pair, or read what it said before."""

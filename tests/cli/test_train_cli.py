@@ -308,3 +308,36 @@ def test_eval_refuses_a_model_that_is_not_the_one_trained_on(tmp_path):
     train()
     make_checkpoint(tmp_path / "base", seed=9)
     assert_one_line(run("eval", "run"), "the model changed since the run began")
+
+
+def test_a_setting_that_fails_late_leaves_nothing_behind(tmp_path):
+    """A first mistake must not lock the folder for the second try."""
+    result = train("--lora-target-modules", "q_prj")
+    assert result.exit_code == 1
+    assert "`q_prj` matches no linear layer" in result.output.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+    assert train().exit_code == 0
+
+
+def test_a_misspelt_prompt_and_a_file_that_is_not_there_are_named(tmp_path):
+    row = {"promt": "x", "chosen": "y", "rejected": "z"}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n")
+    assert_one_line(train(), "pairs.jsonl:1: missing `prompt` (found `promt`)")
+    result = run("train", "org/data", "--model", "base", "--output", "run")
+    assert_one_line(result, "org/data: no such file or folder")
+
+
+def test_held_out_pairs_that_are_trained_on_are_said():
+    shown = train("--valid", "pairs.jsonl").output
+    assert "12 of the held-out pairs are trained on as well" in shown
+
+
+def test_eval_leaves_out_bad_pairs_when_told():
+    train()
+    write_pairs(Path("others.jsonl"), 3)
+    with Path("others.jsonl").open("a") as file:
+        file.write(json.dumps(GOOD | {"chosen": ""}) + "\n")
+    assert_one_line(run("eval", "run", "others.jsonl"), "others.jsonl:4: a completion is empty")
+    told = json.loads(run("eval", "run", "others.jsonl", "--bad-pairs", "drop", "--json").output)
+    assert told["pairs"] == 3
+    assert_one_line(run("eval", "run", "--bad-pairs", "drop"), "`bad_pairs` has no effect")
