@@ -1,6 +1,7 @@
 """The command line: parse, call, print. One file per command, loaded when it is called."""
 
 import errno
+import os
 import shutil
 import sys
 from importlib import import_module
@@ -77,8 +78,10 @@ def cli() -> None:
 
 def program() -> str:
     """What to type for this program: its path where a bare name would not find it."""
-    called = sys.argv[0]
-    return called if Path(called).name == NAME and shutil.which(NAME) is None else NAME
+    called = Path(sys.argv[0])
+    if called.name != NAME or shutil.which(NAME) is not None:
+        return NAME
+    return min(str(called.resolve()), os.path.relpath(called), key=len)
 
 
 def main() -> None:
