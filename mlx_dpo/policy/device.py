@@ -38,11 +38,6 @@ def device_kind() -> DeviceKind:
     return "metal" if mx.metal.is_available() else "cuda"
 
 
-def is_metal() -> bool:
-    """Whether MLX computes on an Apple GPU."""
-    return device_kind() == "metal"
-
-
 def dtype_name(dtype: mx.Dtype) -> str:
     """`float32` for `mx.float32`."""
     return str(dtype).removeprefix("mlx.core.")
