@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,12 @@ class Option:
     many: bool = False  # a list of values
     path: bool = False  # `~` is the home folder, as a shell would read it
     changes_result: bool = True  # a resumed run must have the same value
+
+
+def option(default: Any, help: str, kind: type, section: str, **more: Any) -> Any:
+    """A dataclass field that carries its `Option`."""
+    spec = Option(help=help, kind=kind, section=section, optional=default is None, **more)
+    return field(default=default, metadata={"option": spec})
 
 
 def refuse_unknown(name: str, known: Iterable[str], what: str) -> None:

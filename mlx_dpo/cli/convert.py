@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_dpo.config import BITS, DTYPES, MODES
+from mlx_dpo.settings.model import BITS, DTYPES, MODES
 
 if TYPE_CHECKING:
     from mlx_dpo.policy.convert import ConvertReport

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 from mlx_lm.convert import QUANT_RECIPES
 
-from mlx_dpo.config import BITS, DTYPES, MODES
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.policy.quantise import AFFINE_GROUP, AFFINE_GROUPS
+from mlx_dpo.settings.model import BITS, DTYPES, MODES
 
 RECIPES = tuple(QUANT_RECIPES)
 FIXED = {"mxfp4": (32, 4), "nvfp4": (16, 4), "mxfp8": (32, 8)}  # mode: group size and bits

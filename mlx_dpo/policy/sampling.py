@@ -7,9 +7,8 @@ import secrets
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from mlx_dpo.config import option
 from mlx_dpo.errors import ConfigError
-from mlx_dpo.options import coerce
+from mlx_dpo.options import coerce, option
 
 SEEDS = 2**32
 NEEDS_TEMPERATURE = ("top_p", "top_k", "min_p", "seed")

@@ -1,0 +1,54 @@
+"""How it is trained: rates, batches, and what a pass may cost."""
+
+from dataclasses import dataclass
+
+from mlx_dpo.options import option
+
+TRAINING = "Training"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """How it is trained: rates, batches, and what a pass may cost."""
+
+    learning_rate: float = option(
+        5e-6, "Peak learning rate.", float, TRAINING, low=0, open_low=True
+    )
+    lr_scheduler_type: str = option(
+        "cosine",
+        "Learning rate after the warm-up; `constant` has none.",
+        str,
+        TRAINING,
+        choices=("cosine", "linear", "constant", "constant_with_warmup"),
+    )
+    warmup_ratio: float | None = option(
+        None,
+        "Share of the steps in which the learning rate rises. [default: 0.1]",
+        float,
+        TRAINING,
+        low=0,
+        high=1,
+    )
+    epochs: int | None = option(None, "Passes over the pairs. [default: 1]", int, TRAINING, low=1)
+    max_steps: int | None = option(
+        None, "Optimizer steps, in place of epochs.", int, TRAINING, low=1
+    )
+    batch_size: int = option(16, "Pairs per optimizer step.", int, TRAINING, low=1)
+    micro_batch_size: int | None = option(
+        None, "Pairs per forward pass; for memory, not the result. [default: 2]",
+        int, TRAINING, low=1,
+    )  # fmt: skip
+    scorer: str = option(
+        "auto", "`shared`: each prompt once; `plain`: whole rows; `auto`: shared where exact.",
+        str, TRAINING, choices=("auto", "plain", "shared"),
+    )  # fmt: skip
+    recompute: bool = option(
+        False, "Compute each block again for its gradient: less memory, more time.", bool, TRAINING
+    )
+    weight_decay: float = option(0.0, "AdamW's weight decay.", float, TRAINING, low=0)
+    max_grad_norm: float = option(
+        1.0, "Clip the global gradient norm to this; 0 leaves it.", float, TRAINING, low=0
+    )
+    seed: int = option(
+        42, "Seed of order, adapters, dropout and held-out share.", int, TRAINING, low=0
+    )
