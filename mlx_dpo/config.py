@@ -16,7 +16,7 @@ from mlx_dpo.settings.loss import LossSettings
 from mlx_dpo.settings.model import ModelSettings
 from mlx_dpo.settings.pairs import PairSettings
 from mlx_dpo.settings.run import RunSettings
-from mlx_dpo.settings.training import TrainingSettings
+from mlx_dpo.settings.training import PassLimit, TrainingSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,11 +48,27 @@ class DPOConfig(  # fields come in the order of the bases, last one first
                 f"`micro_batch_size` {self.micro_batch_size} is above `batch_size` "
                 f"{self.batch_size}"
             )
+        if self.max_tokens is not None:
+            self._refuse_idle_max_tokens(self.max_tokens)
+
+    def _refuse_idle_max_tokens(self, tokens: int) -> None:
+        pairs = self.micro_batch_size or self.batch_size
+        if pairs == 1:
+            raise ConfigError("`max_tokens` has no effect with one pair per pass: none is cut")
+        # Two whole rows a pair, padded as `preferences.batches` does at most.
+        most = 2 * pairs * (self.max_length + self.max_length // 8 + 7)
+        if self.micro_batch_size is not None and tokens >= most:
+            raise ConfigError(
+                f"`max_tokens` {tokens} has no effect beside `micro_batch_size` {pairs} and "
+                f"`max_length` {self.max_length}: a pass never has more than {most}"
+            )
 
     @property
-    def pairs_per_pass(self) -> int:
-        """Pairs that one forward pass holds."""
-        return min(self.micro_batch_size or 2, self.batch_size)
+    def pass_limit(self) -> PassLimit:
+        """The most that one pass of training holds."""
+        if self.micro_batch_size is None and self.max_tokens is not None:
+            return PassLimit(tokens=self.max_tokens)
+        return PassLimit(min(self.micro_batch_size or 2, self.batch_size), self.max_tokens)
 
     @property
     def warmup(self) -> float:

@@ -4,14 +4,20 @@ import os
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent
+MOVES_CACHE = "MLX_DPO_CACHE"
 
 
 def cache_folder() -> Path:
-    """Where reference log-probabilities are kept between runs; `MLX_DPO_CACHE` moves it."""
-    if folder := os.environ.get("MLX_DPO_CACHE"):
+    """Where things are kept between runs; `MLX_DPO_CACHE` moves it."""
+    if folder := os.environ.get(MOVES_CACHE):
         return Path(folder).expanduser()
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "mlx-dpo"
+
+
+def reference_cache() -> Path:
+    """The folder of reference log-probabilities, which runs share."""
+    return cache_folder() / "reference"
 
 
 def tiny_chat() -> Path:

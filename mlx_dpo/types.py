@@ -83,3 +83,4 @@ class StepMetrics(NamedTuple):
     grad_norm: float  # global norm before clipping
     learning_rate: float
     num_tokens: int  # tokens without padding that the update put through the model
+    padding_share: float  # of the tokens that went through the model's layers

@@ -4,6 +4,7 @@ import pytest
 
 from mlx_dpo.config import DPOConfig, options
 from mlx_dpo.errors import ConfigError
+from mlx_dpo.settings.training import PassLimit
 
 GIVEN = {"model": "m", "pairs": "p", "output": "o"}
 
@@ -57,12 +58,23 @@ def test_yamls_numbers_without_a_point_are_numbers():
         ),
         ({"epochs": 2, "max_steps": 9}, "`epochs` has no effect beside `max_steps`"),
         ({"batch_size": 2, "micro_batch_size": 4}, "`micro_batch_size` 4 is above `batch_size` 2"),
+        ({"micro_batch_size": 1, "max_tokens": 9}, "`max_tokens` has no effect with one pair per"),
+        ({"batch_size": 1, "max_tokens": 9}, "`max_tokens` has no effect with one pair per pass"),
+        (
+            {"micro_batch_size": 2, "max_tokens": 476, "max_length": 100},
+            "`max_tokens` 476 has no effect beside `micro_batch_size` 2 and `max_length` 100",
+        ),
     ],
 )
 def test_settings_without_effect_are_refused(given, message):
     with pytest.raises(ConfigError) as error:
         DPOConfig.from_dict(GIVEN | given)
     assert message in str(error.value)
+
+
+def test_tokens_that_may_bound_a_pass_are_taken():
+    DPOConfig(**GIVEN, micro_batch_size=2, max_tokens=475, max_length=100)
+    DPOConfig(**GIVEN, max_tokens=10**6)
 
 
 @pytest.mark.parametrize(
@@ -80,8 +92,11 @@ def test_a_setting_like_no_other_is_only_unknown():
 
 
 def test_defaults_depend_on_what_they_depend_on():
-    assert DPOConfig().pairs_per_pass == 2
-    assert DPOConfig(batch_size=1).pairs_per_pass == 1
+    assert DPOConfig().pass_limit == PassLimit(pairs=2)
+    assert DPOConfig(batch_size=1).pass_limit == PassLimit(pairs=1)
+    assert DPOConfig(max_tokens=512).pass_limit == PassLimit(tokens=512)
+    both = DPOConfig(max_tokens=512, micro_batch_size=4)
+    assert both.pass_limit == PassLimit(pairs=4, tokens=512)
     assert DPOConfig().warmup == 0.1
     assert DPOConfig(lr_scheduler_type="constant").warmup == 0.0
     assert DPOConfig().held_out_share == 0.05

@@ -42,7 +42,8 @@ CHANGED = {
 BESIDE = {"group_size": {"bits": 4}, "truncation": {"max_length": 26}}
 # No revisions here, nothing to run, no thinking template, no bad pair: tested in their rooms.
 ELSEWHERE = {"revision", "trust_remote_code", "thinking", "bad_pairs"}
-SAME_MATHEMATICS = {"micro_batch_size", "scorer", "recompute"}  # tests/training/test_loop.py
+# Tested in tests/training/test_loop.py.
+SAME_MATHEMATICS = {"micro_batch_size", "max_tokens", "scorer", "recompute"}
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import click
 
 from mlx_dpo.errors import DPOError
 
-COMMANDS = ("convert", "train", "eval", "chat", "generate", "demo", "doctor")
+COMMANDS = ("convert", "plan", "train", "eval", "chat", "generate", "demo", "doctor", "cache")
 NAME = "mlx-dpo"
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM)
@@ -71,6 +71,7 @@ def cli() -> None:
     \b
     mlx-dpo demo                                          see it work in three minutes
     mlx-dpo convert ORG/MODEL --bits 4 --output model     Hugging Face to MLX
+    mlx-dpo plan pairs.jsonl --model model                what training on them is going to need
     mlx-dpo train pairs.jsonl --model model --output run  DPO with LoRA
     mlx-dpo chat run                                      talk to the result
     """

@@ -11,13 +11,19 @@ from mlx_dpo.config import DPOConfig, options
 from mlx_dpo.errors import ConfigError, reason
 from mlx_dpo.options import Option
 
+Command = Callable[..., Any]
 
-def config_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """One flag for every setting of a run, with its default and help from `config`."""
-    for name, (default, spec) in reversed(options().items()):
-        if name != "pairs":
-            command = _flag(name, default, spec)(command)
-    return command
+
+def setting_flags(wanted: Callable[[Option], bool]) -> Callable[[Command], Command]:
+    """One flag for every setting of a run that is `wanted`, with its default and help."""
+
+    def with_flags(command: Command) -> Command:
+        for name, (default, spec) in reversed(options().items()):
+            if name != "pairs" and wanted(spec):
+                command = _flag(name, default, spec)(command)
+        return command
+
+    return with_flags
 
 
 def _flag(name: str, default: Any, spec: Option) -> Callable[..., Any]:
@@ -69,7 +75,11 @@ def _reason(error: yaml.YAMLError) -> str:
 def resolve(
     ctx: click.Context, config_file: str | None, resume: bool, flags: dict[str, Any]
 ) -> DPOConfig:
-    """Defaults, then the run that is resumed, then the file, then the flags really typed."""
+    """Defaults, then the run that is resumed, then the file, then the flags really typed.
+
+    Raises:
+        ConfigError: a setting is unfit, or one that the command cannot do without is missing.
+    """
     typed = {
         name: _plain(name, value)
         for name, value in flags.items()
@@ -79,8 +89,8 @@ def resolve(
     if resume and (output := values.get("output")):
         values = _settings_of(str(output)) | values
     for name, what in (("pairs", "PAIRS"), ("model", "--model"), ("output", "--output")):
-        if not values.get(name):
-            raise ConfigError(f"{what} is missing; see `mlx-dpo train --help`")
+        if name in flags and not values.get(name):
+            raise ConfigError(f"{what} is missing; see `mlx-dpo {ctx.command.name} --help`")
     return DPOConfig.from_dict(values)
 
 
@@ -100,9 +110,12 @@ def _settings_of(output: str) -> dict[str, Any]:
 @click.argument("pairs", required=False)
 @click.option("--config", "config_file", metavar="FILE", help="YAML file of settings.")
 @click.option("--resume", is_flag=True, help="Go on with the run in --output where it stopped.")
-@config_options
+@click.option("--force", is_flag=True, help="Begin although memory is not going to be enough.")
+@setting_flags(lambda spec: True)
 @click.pass_context
-def train(ctx: click.Context, config_file: str | None, resume: bool, **flags: Any) -> None:
+def train(
+    ctx: click.Context, config_file: str | None, resume: bool, force: bool, **flags: Any
+) -> None:
     """Train adapters on PAIRS by Direct Preference Optimization.
 
     PAIRS is a JSONL or JSON file, or a folder with train and valid files, whose rows hold
@@ -115,7 +128,7 @@ def train(ctx: click.Context, config_file: str | None, resume: bool, **flags: An
     from mlx_dpo.cli._watch import watch
     from mlx_dpo.runs import Run
 
-    with Run(config, resume=resume) as run:
+    with Run(config, resume=resume, force=force) as run:
         watch(run)
     if run.evaluation is None:
         click.echo("No pairs were held out, so nothing was measured on unseen pairs")

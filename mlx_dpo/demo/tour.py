@@ -16,6 +16,7 @@ from mlx_dpo.policy.convert import ConvertReport, convert
 from mlx_dpo.policy.load import Base
 from mlx_dpo.policy.sampling import Sampling
 from mlx_dpo.policy.scoring import score_pairs
+from mlx_dpo.preferences.batches import PassLimit
 from mlx_dpo.preferences.sources import read_rows
 from mlx_dpo.preferences.tokens import TokenRules, tokenize_pair
 from mlx_dpo.runs import load_policy
@@ -121,9 +122,9 @@ class Tour:
                 if text.strip()
             )
         ]
-        policy = score_pairs(base.model, pairs, pairs_per_pass=8)
+        policy = score_pairs(base.model, pairs, limit=PassLimit(pairs=8))
         with adapters_off(base.model):
-            reference = score_pairs(base.model, pairs, pairs_per_pass=8)
+            reference = score_pairs(base.model, pairs, limit=PassLimit(pairs=8))
         return scalar((policy.chosen - reference.chosen).mean())
 
     def _encoded(

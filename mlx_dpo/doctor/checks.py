@@ -25,7 +25,7 @@ from mlx_dpo.policy import adapters
 from mlx_dpo.policy.device import device_kind, dtype_name
 from mlx_dpo.policy.logps import completion_logps, pair_logps
 from mlx_dpo.policy.scoring import score_pairs
-from mlx_dpo.preferences.batches import collate
+from mlx_dpo.preferences.batches import PassLimit, collate
 from mlx_dpo.training.loop import Plan, Progress, train
 from mlx_dpo.training.step import MicroBatch, make_gradient
 
@@ -103,7 +103,7 @@ def first_losses() -> tuple[float, float]:
     """Losses of the first two updates on the same pairs, from fresh adapters."""
     policy = tiny_policy(fresh=True)
     with adapters.adapters_off(policy):
-        reference = score_pairs(policy, PAIRS, pairs_per_pass=2)
+        reference = score_pairs(policy, PAIRS, limit=PassLimit(pairs=2))
     plan = Plan(
         pairs=PAIRS,
         reference=reference,
@@ -112,7 +112,7 @@ def first_losses() -> tuple[float, float]:
         learning_rate=lambda step: 1e-2,
         total_steps=2,
         batch_size=len(PAIRS),
-        pairs_per_pass=2,
+        limit=PassLimit(pairs=2),
         max_grad_norm=1.0,
         seed=0,
     )

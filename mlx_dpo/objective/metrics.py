@@ -81,4 +81,5 @@ def step_row(metrics: StepMetrics) -> dict[str, float]:
         "grad_norm": metrics.grad_norm,
         "learning_rate": metrics.learning_rate,
         "num_tokens": metrics.num_tokens,
+        "padding_share": metrics.padding_share,
     }

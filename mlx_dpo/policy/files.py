@@ -75,15 +75,34 @@ def check_files(folder: Path, source: str, *, trust_remote_code: bool) -> dict[s
         ModelError: the folder holds adapters, pickles or nothing; a file is missing or broken;
             the model type is unknown to mlx-lm, or is Python code that nobody allowed to run.
     """
+    config = check_config(folder, source, trust_remote_code=trust_remote_code)
+    _check_weights(folder, source)
+    check_tokenizer(folder, source)
+    return config
+
+
+def check_config(folder: Path, source: str, *, trust_remote_code: bool) -> dict[str, Any]:
+    """The contents of `config.json`, once it is seen to be of a model that mlx-lm can build.
+
+    Raises:
+        ModelError: as `check_files`, but for weights and tokenizer.
+    """
     config = _read_config(folder, source)
     _check_code(config, source, trust_remote_code)
-    _check_weights(folder, source)
+    return config
+
+
+def check_tokenizer(folder: Path, source: str) -> None:
+    """Refuse a folder without any file of a tokenizer.
+
+    Raises:
+        ModelError: there is none.
+    """
     if not any(any(folder.glob(name)) for name in TOKENIZER_FILES):
         raise ModelError(
             f"{source}: no tokenizer (`tokenizer.json` is missing); copy the tokenizer's files "
             "of the original model into the folder"
         )
-    return config
 
 
 def _read_config(folder: Path, source: str) -> dict[str, Any]:

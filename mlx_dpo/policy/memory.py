@@ -1,19 +1,24 @@
-"""How much memory a training step is going to need: a first estimate, from shapes alone."""
+"""What a model and its training hold in memory, as far as shapes alone tell."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.cache import ArraysCache, make_prompt_cache
 
 from mlx_dpo.arrays import flat
-from mlx_dpo.policy.head import CHUNK_BYTES
 from mlx_dpo.types import TokenizedPair
 
-COPIES_OF_ADAPTERS = 5  # weights, gradient, accumulated gradient, two moments
-LOGIT_ARRAYS = 4  # logits, exponentials, and the gradients of both
-CHUNKS_IN_FLIGHT = 10  # measured: MLX works on about so many arrays of a chunk at once
-KEPT_OF_LINEAR = 1.5  # measured: all that a block keeps, by inputs and outputs of its linear layers
-KEPT_INPUTS = 0.06  # a block's input beside that
+MOMENTS = 2  # AdamW's, as large as the adapters each
+COPIES_IN_TRAINING = 5  # of the adapters: weights, two gradients, both moments
+COPIES_IN_UPDATE = 4  # of the adapters: clipped gradient, both moments and weights anew
+
+# For the bound alone, on the safe side of all that was measured.
+KEPT_OF_LINEAR = 2.0  # what a block keeps, by inputs and outputs of its linear layers
+KEPT_SCORES = 3  # arrays of all heads' attention scores, in models that write out their softmax
+LOGIT_ARRAYS = 6  # float32 arrays over the whole vocabulary
+EXPERTS_OF_TOKEN = 8
 
 
 def parameter_bytes(model: nn.Module) -> int:
@@ -24,6 +29,11 @@ def parameter_bytes(model: nn.Module) -> int:
 def trainable_parameters(model: nn.Module) -> int:
     """Number of weights that training moves."""
     return sum(value.size for value in flat(model.trainable_parameters()).values())
+
+
+def trainable_bytes(model: nn.Module) -> int:
+    """Memory of the weights that training moves, which is that of their gradient."""
+    return sum(value.nbytes for value in flat(model.trainable_parameters()).values())
 
 
 def total_parameters(model: nn.Module) -> int:
@@ -37,36 +47,48 @@ def total_parameters(model: nn.Module) -> int:
     return total
 
 
-def estimate_peak(
-    model: nn.Module,
-    pairs: Sequence[TokenizedPair],
-    *,
-    vocab_size: int,
-    shared: bool,
-    recompute: bool,
-) -> int:
-    """Bytes at the peak of one pass over `pairs`, adapters attached.
+def held_in_training(model: nn.Module) -> int:
+    """Bytes of weights, adapters, moments and one gradient, adapters attached."""
+    # While a step runs, the loop still holds the gradient of the one before.
+    return parameter_bytes(model) + (MOMENTS + 1) * trainable_bytes(model)
 
-    Weights, adapters with their gradients and moments, what the backward pass keeps of the
-    linear layers, and float32 logits: of all positions with the plain scorer, of a few chunks
-    with the shared one.
+
+def step_peak(model: nn.Module, pass_bytes: int) -> int:
+    """Bytes at the peak of an optimizer step: of its largest pass, or of the update."""
+    return held_in_training(model) + max(pass_bytes, COPIES_IN_UPDATE * trainable_bytes(model))
+
+
+def at_most(
+    model: nn.Module, config: dict[str, Any], pairs: Sequence[TokenizedPair], *, vocab_size: int
+) -> int | None:
+    """Bytes that no step over `pairs` in one pass reaches, whatever the scorer, or None.
+
+    A rough bound, several times too high, for telling at once that there is room enough.
+    None for models with a state of their own (recurrences), whose shapes do not tell what the
+    gradient keeps.
     """
+    if any(isinstance(cache, ArraysCache) for cache in _caches(make_prompt_cache(model))):
+        return None
     item = mx.float32.size
-    widths = [_widths(layer) for layer in model.layers]
-    if shared:
-        tokens = sum(len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs)
-        scored = sum(len(p.chosen) + len(p.rejected) for p in pairs)
-        logits = CHUNKS_IN_FLIGHT * min(CHUNK_BYTES, scored * vocab_size * item)
-    else:
-        tokens = 2 * len(pairs) * max(len(p) for p in pairs)
-        logits = LOGIT_ARRAYS * tokens * vocab_size * item
-    kept = max(widths) + sum(widths) * KEPT_INPUTS if recompute else sum(widths)
-    activations = int(tokens * KEPT_OF_LINEAR * kept * item)
-    adapters = COPIES_OF_ADAPTERS * trainable_parameters(model) * item
-    return parameter_bytes(model) + adapters + activations + logits
+    rows, width = 2 * len(pairs), max(len(pair) for pair in pairs)
+    widths = sum(_widths(module) for layer in model.layers for module in layer.modules())
+    heads = int((config.get("text_config") or config).get("num_attention_heads") or 0)
+    scores = KEPT_SCORES * heads * width * len(model.layers)
+    a_token = KEPT_OF_LINEAR * widths + scores + LOGIT_ARRAYS * vocab_size
+    return step_peak(model, int(rows * width * a_token * item) + 2 * trainable_bytes(model))
 
 
-def _widths(layer: nn.Module) -> int:
-    """Inputs and outputs of the adapted layers of a block, added up."""
-    adapted = [m for _, m in layer.named_modules() if "lora_a" in m]
-    return sum(m["lora_a"].shape[0] + m["lora_b"].shape[-1] for m in adapted)
+def _caches(caches: Iterable[Any]) -> Iterable[Any]:
+    for cache in caches:
+        yield cache
+        yield from _caches(getattr(cache, "caches", ()))
+
+
+def _widths(module: nn.Module) -> int:
+    """Inputs and outputs of a layer that multiplies by a matrix, for one token."""
+    weight = module.get("weight")
+    if not isinstance(weight, mx.array) or weight.ndim < 2:
+        return 0
+    bits = module.bits if "scales" in module and hasattr(module, "bits") else 32
+    experts = min(EXPERTS_OF_TOKEN, weight.shape[0]) if weight.ndim > 2 else 1
+    return experts * (weight.shape[-2] + weight.shape[-1] * 32 // bits)

@@ -7,6 +7,7 @@ that does not fit into it; wider windows run through the same code with another 
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import mlx.core as mx
@@ -20,6 +21,7 @@ from mlx_dpo.policy.head import head_weights
 from mlx_dpo.policy.prefix import predicting_rows
 from mlx_dpo.policy.scorers import Scorer, make_shared, plain_scorer
 from mlx_dpo.policy.trunk import NotSplitError, split
+from mlx_dpo.preferences.batches import Cost, shared_prompts, whole_rows
 
 Wanted = Literal["auto", "plain", "shared"]
 
@@ -58,6 +60,13 @@ class Choice:
     name: Literal["shared", "plain"]
     reason: str
     pairs_together: bool  # whether prompts of different lengths go through as one batch
+
+    @property
+    def cost(self) -> Cost:
+        """What a pass through the scorer costs, in tokens."""
+        if self.name == "plain":
+            return whole_rows
+        return partial(shared_prompts, together=self.pairs_together)
 
 
 class _RefusedError(Exception):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -11,16 +12,30 @@ from mlx_dpo.errors import TrainingError
 from mlx_dpo.policy.attention import chunked_attention
 from mlx_dpo.policy.device import device_kind
 from mlx_dpo.policy.scorers import Scorer, plain_scorer
-from mlx_dpo.preferences.batches import micro_batches
+from mlx_dpo.preferences.batches import Cost, PassLimit, micro_batches, whole_rows
 from mlx_dpo.types import PairLogps, TokenizedPair
+
+
+class Score(Protocol):
+    """`score_pairs` with all but the model and the pairs decided."""
+
+    def __call__(
+        self,
+        model: nn.Module,
+        pairs: Sequence[TokenizedPair],
+        *,
+        progress: Callable[[int], None] = ...,
+    ) -> PairLogps:
+        """Log-probabilities of every pair under `model`. (len(pairs),) each"""
 
 
 def score_pairs(
     model: nn.Module,
     pairs: Sequence[TokenizedPair],
     *,
-    pairs_per_pass: int,
+    limit: PassLimit,
     scorer: Scorer = plain_scorer,
+    cost: Cost = whole_rows,
     progress: Callable[[int], None] = lambda scored: None,
 ) -> PairLogps:
     """Log-probabilities of every pair under `model`, in the order of `pairs`. (len(pairs),) each
@@ -34,8 +49,7 @@ def score_pairs(
     model.eval()
     chosen = np.zeros(len(pairs), np.float32)
     rejected = np.zeros(len(pairs), np.float32)
-    groups = micro_batches(range(len(pairs)), [len(pair) for pair in pairs], size=pairs_per_pass)
-    for group in groups:
+    for group in micro_batches(range(len(pairs)), pairs, limit, cost=cost):
         with _quick_attention():
             logps = scorer(model, [pairs[i] for i in group])
         mx.eval(logps)  # one batch at a time: a graph over all of them would hold every logit

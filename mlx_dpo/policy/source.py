@@ -20,14 +20,22 @@ from huggingface_hub.errors import (
 from mlx_dpo.errors import ConfigError, ModelError
 
 # What mlx-lm and the tokenizers read, and nothing that runs: pickles never leave the Hub.
-WANTED = ("model*.safetensors", "*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja")
+WEIGHTS = "model*.safetensors"
+WANTED = ("*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja")
 CODE = "*.py"
 
 
-def locate(source: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Path:
+def locate(
+    source: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    weights: bool = True,
+) -> Path:
     """The local folder of the model that `source` names: a folder, or a Hub id to download.
 
-    A folder that exists wins over a Hub id of the same name.
+    A folder that exists wins over a Hub id of the same name. Without `weights` these are not
+    downloaded.
 
     Raises:
         ModelError: there is no such folder, or the Hub does not give the model.
@@ -45,7 +53,8 @@ def locate(source: str, *, revision: str | None = None, trust_remote_code: bool 
             f"{source or '(nothing)'}: no such folder; a model is a folder or a Hub id "
             "(`organisation/name`)"
         )
-    return _download(source, revision, trust_remote_code)
+    patterns = [*WANTED, *([WEIGHTS] if weights else []), *([CODE] if trust_remote_code else [])]
+    return _download(source, revision, patterns)
 
 
 def is_hub_id(source: str) -> bool:
@@ -57,9 +66,8 @@ def _here(source: str) -> Path:
     return Path(os.path.expanduser(source))
 
 
-def _download(source: str, revision: str | None, trust_remote_code: bool) -> Path:
+def _download(source: str, revision: str | None, patterns: list[str]) -> Path:
     """The Hub's files in its own cache; files that are there already are not fetched again."""
-    patterns = [*WANTED, CODE] if trust_remote_code else list(WANTED)
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
     except (HFValidationError, HTTPError, OSError) as error:

@@ -1,14 +1,20 @@
-"""Tokenized pairs -> padded arrays, and the order in which they come. Knows no models.
+"""Tokenized pairs -> padded arrays, and the order and the passes in which they come.
 
-Order is a function of seed and step, not a state: a resumed run needs nothing saved.
+Knows no models. Order is a function of seed and step, not a state: a resumed run needs
+nothing saved.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
+from mlx_dpo.settings.training import PassLimit
 from mlx_dpo.types import PairBatch, TokenizedPair
+
+PAD_MULTIPLE = 8  # of the widths of whole rows
+SHORTEST_CONTINUATION = 2  # tokens after a shared prompt, if there are any; see policy.prefix
 
 
 def steps_per_epoch(count: int, batch_size: int) -> int:
@@ -22,29 +28,143 @@ def step_indices(step: int, *, count: int, batch_size: int, seed: int) -> list[i
     Every epoch is a permutation of its own; its last step holds what remains.
     """
     epoch, position = divmod(step, steps_per_epoch(count, batch_size))
+    return epoch_steps(epoch, count=count, batch_size=batch_size, seed=seed)[position]
+
+
+def epoch_steps(epoch: int, *, count: int, batch_size: int, seed: int) -> list[list[int]]:
+    """Which pairs make up each step of an epoch, counted from 0."""
     # NumPy takes no negative seeds; modulo 2^64 keeps every other one as it is.
-    order = np.random.default_rng([seed % 2**64, epoch]).permutation(count)
-    return order[position * batch_size : (position + 1) * batch_size].tolist()
+    order = np.random.default_rng([seed % 2**64, epoch]).permutation(count).tolist()
+    return [order[start : start + batch_size] for start in range(0, count, batch_size)]
 
 
-def micro_batches(indices: Sequence[int], lengths: Sequence[int], *, size: int) -> list[list[int]]:
-    """`indices` in groups of at most `size`, shorter pairs first, so that like pads like.
+class PassTokens(NamedTuple):
+    """Tokens that go through the layers of a model."""
 
-    `lengths[i]` is the length of the pair `indices[i]`; ties keep their order.
+    total: int  # with padding
+    padding: int
+
+
+Cost = Callable[[Sequence[TokenizedPair]], PassTokens]  # of one pass over these pairs
+
+
+def whole_rows(pairs: Sequence[TokenizedPair]) -> PassTokens:
+    """What the plain scorer costs: two padded rows a pair, but for the last token of each."""
+    total = 2 * len(pairs) * (_row_width(pairs, PAD_MULTIPLE) - 1)
+    return PassTokens(total, total - sum(2 * len(p.prompt) + _continued(p) for p in pairs))
+
+
+def shared_prompts(pairs: Sequence[TokenizedPair], *, together: bool) -> PassTokens:
+    """What the shared scorer costs: prompts once, completions but for the last token of each.
+
+    Pairs whose prompts are equally long are one batch; all are with `together`.
     """
-    by_length = sorted(zip(lengths, indices, strict=True), key=lambda pair: pair[0])
-    order = [index for _, index in by_length]
-    return [order[start : start + size] for start in range(0, len(order), size)]
+    batches: dict[int, list[TokenizedPair]] = {}
+    for pair in pairs:
+        batches.setdefault(0 if together else len(pair.prompt), []).append(pair)
+    total = sum(len(batch) * _shared_width(batch) for batch in batches.values())
+    return PassTokens(total, total - sum(len(p.prompt) + _continued(p) for p in pairs))
 
 
-def collate(pairs: Sequence[TokenizedPair], *, pad_multiple: int = 8) -> PairBatch:
+def _continued(pair: TokenizedPair) -> int:
+    return len(pair.chosen) - 1 + len(pair.rejected) - 1
+
+
+def _shared_width(pairs: Sequence[TokenizedPair]) -> int:
+    """Positions of a padded prompt and its two padded continuations."""
+    prompts = {len(pair.prompt) for pair in pairs}
+    uneven = len(prompts) > 1
+    width = padded_width(max(prompts)) if uneven else max(prompts)
+    for longest in (max(len(p.chosen) for p in pairs), max(len(p.rejected) for p in pairs)):
+        if longest > 1:
+            needed = max(longest - 1, SHORTEST_CONTINUATION)
+            width += padded_width(needed) if uneven else needed
+    return width
+
+
+def padded_width(length: int) -> int:
+    """The width in which rows of up to `length` tokens are held: on a GPU one of a few.
+
+    There each width costs buffers and kernels of its own. At most length / 8 + 7 positions
+    are padding, and up to 16,384 there are fewer than 70 widths.
+    """
+    if mx.default_device().type == mx.DeviceType.cpu:
+        return length
+    # The largest power of two within length / 8 + 8, so 8 at least.
+    return _rounded_up(length, 1 << (length // 8 + 8).bit_length() - 1)
+
+
+def _row_width(pairs: Sequence[TokenizedPair], multiple: int) -> int:
+    return _rounded_up(padded_width(max(len(pair) for pair in pairs)), multiple)
+
+
+def _rounded_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+def micro_batches(
+    indices: Iterable[int], pairs: Sequence[TokenizedPair], limit: PassLimit, *, cost: Cost
+) -> list[list[int]]:
+    """The passes of a step: `indices` into `pairs`, in groups as large as `limit` allows.
+
+    Shorter pairs come first, so that like pads like; ties keep their order.
+    """
+    groups: list[list[int]] = []
+    for index in sorted(indices, key=lambda i: len(pairs[i])):
+        grown = [*groups[-1], index] if groups else []
+        if grown and _fits([pairs[i] for i in grown], limit, cost):
+            groups[-1] = grown
+        else:
+            groups.append([index])
+    return groups
+
+
+def largest_pass(
+    pairs: Iterable[TokenizedPair], limit: PassLimit, *, cost: Cost
+) -> list[TokenizedPair]:
+    """The longest pair, with the longest others that may go through beside it."""
+    held: list[TokenizedPair] = []
+    for pair in sorted(pairs, key=len, reverse=True):
+        if not held or _fits([*held, pair], limit, cost):
+            held.append(pair)
+    return held
+
+
+class EpochPasses(NamedTuple):
+    """What the passes of one epoch are going to be."""
+
+    steps: int
+    passes: int
+    tokens: PassTokens
+    alone: int  # pairs that are above the limit of tokens by themselves
+    longest: int  # tokens of the longest of these, 0 if there are none
+
+
+def epoch_passes(
+    pairs: Sequence[TokenizedPair], limit: PassLimit, *, batch_size: int, seed: int, cost: Cost
+) -> EpochPasses:
+    """The passes of the first epoch, from lengths alone."""
+    steps = epoch_steps(0, count=len(pairs), batch_size=batch_size, seed=seed)
+    groups = [g for step in steps for g in micro_batches(step, pairs, limit, cost=cost)]
+    costs = [cost([pairs[i] for i in group]) for group in groups]
+    # Only a pair that goes alone may be above the limit.
+    above = [c.total for c in costs if limit.tokens is not None and c.total > limit.tokens]
+    tokens = PassTokens(sum(c.total for c in costs), sum(c.padding for c in costs))
+    return EpochPasses(len(steps), len(groups), tokens, len(above), max(above, default=0))
+
+
+def _fits(pairs: Sequence[TokenizedPair], limit: PassLimit, cost: Cost) -> bool:
+    few = limit.pairs is None or len(pairs) <= limit.pairs
+    return few and (limit.tokens is None or cost(pairs).total <= limit.tokens)
+
+
+def collate(pairs: Sequence[TokenizedPair], *, pad_multiple: int = PAD_MULTIPLE) -> PairBatch:
     """Rows of one width, padded on the right: every chosen one, then every rejected. (N, T)
 
-    The width is rounded up to `pad_multiple`, so that compiled steps see few shapes.
+    The width is `padded_width` of the longest, rounded up to `pad_multiple`.
     """
     rows = [(p.prompt, p.chosen) for p in pairs] + [(p.prompt, p.rejected) for p in pairs]
-    longest = max(len(pair) for pair in pairs)
-    width = -(-longest // pad_multiple) * pad_multiple
+    width = _row_width(pairs, pad_multiple)
 
     # What stands in the padding does not matter: it comes after all that is scored.
     tokens = np.zeros((len(rows), width), np.int32)

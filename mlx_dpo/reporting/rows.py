@@ -2,9 +2,13 @@
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from time import perf_counter
+from typing import TypeVar
 
 Row = dict[str, float]
+T = TypeVar("T")
 
 
 class MetricsLog:
@@ -43,3 +47,11 @@ def read_rows(path: Path) -> list[Row]:
         if line.endswith("\n"):
             rows.append(json.loads(line))
     return rows
+
+
+def timed(items: Iterator[T]) -> Iterator[tuple[float, T]]:
+    """Each item with the seconds it took to come."""
+    began = perf_counter()
+    for item in items:
+        yield perf_counter() - began, item
+        began = perf_counter()

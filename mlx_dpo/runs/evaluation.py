@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from mlx_dpo import paths as places
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.evaluation.heldout import evaluate
 from mlx_dpo.policy import adapters
@@ -18,10 +17,10 @@ from mlx_dpo.runs.inputs import (
     read_pairs,
     refuse_beyond_context,
 )
-from mlx_dpo.runs.method import choose_scorer, pair_loss
+from mlx_dpo.runs.method import choose_scorer, forward_only, pair_loss
 from mlx_dpo.runs.policies import Opened, open_run
-from mlx_dpo.runs.record import check_contents, reference_provenance
-from mlx_dpo.training.reference import reference_logps
+from mlx_dpo.runs.record import check_contents
+from mlx_dpo.runs.reference_cache import ask_reference
 from mlx_dpo.types import PreferenceMetrics, TokenizedPair
 
 
@@ -91,22 +90,14 @@ def _metrics(
     config = run.config
     with fused_gated_delta(base.model):
         adapters.load_adapter(base.model, run.adapter)
-        choice = choose_scorer(base, config)
+        score = forward_only(config, choose_scorer(base, config))
         with adapters.adapters_off(base.model):
-            reference = reference_logps(
-                base.model,
-                pairs,
-                provenance=reference_provenance(run.record, held(base)),
-                cache=places.cache_folder() / "reference",
-                pairs_per_pass=config.pairs_per_pass,
-                scorer=choice.forward_only,
-            )
+            reference = ask_reference(base.model, pairs, run.record, held=held(base), score=score)
         return evaluate(
             base.model,
             pairs,
             reference,
             pair_loss(config),
             beta=config.beta,
-            pairs_per_pass=config.pairs_per_pass,
-            scorer=choice.forward_only,
+            score=score,
         )

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from mlx_dpo.policy import memory
 from mlx_dpo.policy.adapters import adapted_modules
+from mlx_dpo.preferences.batches import epoch_passes
 from mlx_dpo.types import TokenizedPair
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ QUANTISED_ON_LOAD = (
 def facts_of_inputs(run: "Run") -> list[Fact]:
     """What was loaded."""
     base, inputs = run.inputs.base, run.inputs
-    count = _count(memory.total_parameters(base.model))
+    count = counted(memory.total_parameters(base.model))
     lines = [("model", f"{base.source}, {count} parameters")]
     lines += [("", note) for note in base.notes]
     lines += [("pairs", f"{len(inputs.train):,} to train on, {len(inputs.valid):,} held out")]
@@ -42,7 +43,8 @@ def facts_of_training(run: "Run") -> list[Fact]:
         ("scorer", f"{run.choice.name}: {run.choice.reason}"),
         ("loss", _loss(run)),
         ("steps", _steps(run)),
-        ("memory", _memory(run)),
+        *_passes(run),
+        ("memory", run.fitted.line()),
         ("output", run.config.output + _resumed(run)),
     ]
 
@@ -57,7 +59,7 @@ def _adapters(run: "Run") -> str:
     share = trained / (memory.total_parameters(policy) - trained)
     return (
         f"rank {config.lora_r}, alpha {config.lora_alpha:g} on {len(adapted_modules(policy))} "
-        f"linear layers: {_count(trained)} parameters trained, {share:.2%} of the model"
+        f"linear layers: {counted(trained)} parameters trained, {share:.2%} of the model"
     )
 
 
@@ -70,29 +72,44 @@ def _loss(run: "Run") -> str:
 def _steps(run: "Run") -> str:
     config = run.config
     return (
-        f"{run.total_steps} of {config.batch_size} pairs, {config.pairs_per_pass} a pass; "
+        f"{run.total_steps} of {config.batch_size} pairs; "
         f"AdamW, learning rate {config.learning_rate:g}, {config.lr_scheduler_type}, "
         f"{config.warmup:.0%} warm-up"
     )
 
 
-def _memory(run: "Run") -> str:
-    longest = sorted(run.inputs.train, key=len)[-run.config.pairs_per_pass :]
-    peak = memory.estimate_peak(
-        run.policy,
-        longest,
-        vocab_size=run.inputs.base.vocab_size,
-        shared=run.choice.name == "shared",
-        recompute=run.config.recompute,
+def _passes(run: "Run") -> list[Fact]:
+    """How the steps of an epoch are cut into passes."""
+    config, limit = run.config, run.config.pass_limit
+    found = epoch_passes(
+        run.inputs.train,
+        limit,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        cost=run.choice.cost,
     )
-    return f"about {peak / 1e9:.2g} GB at the longest pairs (an estimate)"
+    named = ((limit.pairs, "pairs"), (limit.tokens, "tokens"))
+    bounds = [f"{bound:,} {what}" for bound, what in named if bound is not None]
+    lines = [
+        (
+            "passes",
+            f"of up to {' and '.join(bounds)}: {found.passes / found.steps:.3g} a step, "
+            f"{found.tokens.total / found.passes:,.0f} tokens each on average, "
+            f"{found.tokens.padding / found.tokens.total:.1%} of them padding",
+        )
+    ]
+    if found.alone:
+        pairs = "1 pair takes" if found.alone == 1 else f"{found.alone:,} pairs take"
+        lines.append(("", f"{pairs} more and go alone; the longest takes {found.longest:,} tokens"))
+    return lines
 
 
 def _resumed(run: "Run") -> str:
     return f", going on after step {run.start.step}" if run.start.step else ""
 
 
-def _count(number: int) -> str:
+def counted(number: int) -> str:
+    """A number with three digits and a letter for thousands, millions, billions."""
     for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
         if number >= size:
             return f"{number / size:.3g} {unit}"

@@ -1,6 +1,6 @@
 """What a run starts from: the base, the pairs as tokens, and where both came from."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,15 +71,17 @@ def read_pairs(config: DPOConfig, base: Base, path: Path) -> PairSet:
     return load_pairs(path, base.tokenizer, token_rules(config, base), bad_pairs=config.bad_pairs)
 
 
-def read_inputs(config: DPOConfig) -> Inputs:
+def read_inputs(config: DPOConfig, *, read: Callable[[DPOConfig], Base] = read_base) -> Inputs:
     """Find the pairs, load the base, tokenise; files are found before anything large is loaded.
+
+    `read` says how the base is loaded.
 
     Raises:
         ConfigError: a setting has no effect, or rows are longer than what the model can place.
     """
     sources = find(config.pairs, config.valid)
     refuse_without_effect(config, sources)
-    base = read_base(config)
+    base = read(config)
     train = read_pairs(config, base, sources.train)
     if sources.valid is not None:
         valid = read_pairs(config, base, sources.valid)

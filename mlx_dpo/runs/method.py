@@ -13,12 +13,16 @@ from mlx_dpo.objective.losses import sigmoid_loss
 from mlx_dpo.policy import adapters
 from mlx_dpo.policy.load import Base
 from mlx_dpo.policy.probe import Choice, Wanted, choose
-from mlx_dpo.policy.scorers import Scorer
+from mlx_dpo.policy.scoring import Score, score_pairs
 from mlx_dpo.policy.sparing import sparing_memory
+from mlx_dpo.preferences.batches import PassLimit
 from mlx_dpo.training.loop import Plan
 from mlx_dpo.training.schedule import learning_rate
 from mlx_dpo.training.step import PairLoss
 from mlx_dpo.types import PairLogps, TokenizedPair
+
+# A pass without a backward one may be so many times as large: it keeps nothing of the layers.
+FORWARD_ONLY = 4
 
 
 def attach_adapters(model: nn.Module, config: DPOConfig) -> dict[str, Any]:
@@ -57,8 +61,25 @@ def choose_scorer(base: Base, config: DPOConfig) -> Choice:
         ModelError: a scorer is wanted that is not exact for this model.
     """
     wanted = cast(Wanted, config.scorer)
-    with sparing_memory(base.model, recompute=config.recompute):  # as in training
+    with sparing_memory(base.model, recompute=bool(config.recompute)):  # as in training
         return choose(base.model, vocab_size=base.vocab_size, wanted=wanted)
+
+
+def forward_limit(config: DPOConfig, choice: Choice) -> PassLimit:
+    """The most that one pass without gradients holds."""
+    # Whole rows of logits, or a training pass that keeps no more either, leave no room for it.
+    roomy = choice.name == "shared" and not config.recompute
+    return config.pass_limit.times(FORWARD_ONLY if roomy else 1)
+
+
+def forward_only(config: DPOConfig, choice: Choice) -> Score:
+    """How the reference is asked and the policy is measured."""
+    return partial(
+        score_pairs,
+        limit=forward_limit(config, choice),
+        scorer=choice.forward_only,
+        cost=choice.cost,
+    )
 
 
 def pair_loss(config: DPOConfig) -> PairLoss:
@@ -84,7 +105,7 @@ def make_plan(
     pairs: Sequence[TokenizedPair],
     reference: PairLogps,
     *,
-    scorer: Scorer,
+    choice: Choice,
     total_steps: int,
 ) -> Plan:
     """What each step sees and does."""
@@ -102,9 +123,10 @@ def make_plan(
         ),
         total_steps=total_steps,
         batch_size=config.batch_size,
-        pairs_per_pass=config.pairs_per_pass,
+        limit=config.pass_limit,
         max_grad_norm=config.max_grad_norm,
         seed=config.seed,
-        scorer=scorer,
-        recompute=config.recompute,
+        scorer=choice.scorer,
+        cost=choice.cost,
+        recompute=bool(config.recompute),
     )

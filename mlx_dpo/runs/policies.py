@@ -55,7 +55,7 @@ def open_run(folder: str) -> Opened:
                 f"--output {folder}`"
             )
         adapter = last
-    settings = dict(record["settings"])
+    settings = record["settings"] | record.get("settled", {})
     if record.get("model_folder"):
         nearby = os.path.normpath(paths.folder / record["model_folder"])
         settings["model"] = nearby if os.path.isdir(nearby) else settings["model"]

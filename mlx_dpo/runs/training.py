@@ -3,38 +3,36 @@
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from time import perf_counter
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Self
 
 import mlx.core as mx
 
-from mlx_dpo import paths as places
 from mlx_dpo.config import DPOConfig
 from mlx_dpo.errors import ConfigError, TrainingError
 from mlx_dpo.evaluation.heldout import evaluate
 from mlx_dpo.objective.metrics import named, step_row
 from mlx_dpo.policy import adapters
 from mlx_dpo.policy.gated_delta import fused_gated_delta
+from mlx_dpo.policy.limits import bounded_buffers
 from mlx_dpo.preferences.batches import steps_per_epoch
-from mlx_dpo.reporting.rows import MetricsLog
+from mlx_dpo.reporting.rows import MetricsLog, timed
+from mlx_dpo.runs.fitting import settle
 from mlx_dpo.runs.inputs import Inputs, read_inputs
 from mlx_dpo.runs.method import (
     attach_adapters,
     choose_scorer,
+    forward_only,
     make_optimizer,
     make_plan,
     pair_loss,
     refuse_standstill,
 )
 from mlx_dpo.runs.paths import RunPaths, claimed, read_record, refuse_foreign_folder, write_record
-from mlx_dpo.runs.record import (
-    check_contents,
-    check_resumable,
-    new_record,
-    reference_provenance,
-)
-from mlx_dpo.training import checkpoint, loop, reference
+from mlx_dpo.runs.record import check_contents, check_resumable, new_record
+from mlx_dpo.runs.reference_cache import ask_reference
+from mlx_dpo.training import checkpoint, loop
+from mlx_dpo.training.stored import read_logps, write_logps
 from mlx_dpo.types import PairLogps
 
 Row = dict[str, float]
@@ -52,14 +50,16 @@ class Run:
 
     Entering claims the folder; `prepare` loads, scores the reference and attaches the
     adapters; `train` yields a row per step and per evaluation; leaving releases the folder.
+    With `force` a run begins although it is not going to fit into memory.
     """
 
-    def __init__(self, config: DPOConfig, *, resume: bool = False) -> None:
+    def __init__(self, config: DPOConfig, *, resume: bool = False, force: bool = False) -> None:
         for name in ("model", "pairs", "output"):
             if not getattr(config, name):
                 raise ConfigError(f"`{name}` is not set")
         self.config = config
         self.resume = resume
+        self.force = force
         self.paths = RunPaths(Path(config.output))
         self.stopped = False
         self.evaluation: Row | None = None
@@ -70,6 +70,7 @@ class Run:
         refuse_foreign_folder(self.paths)
         with ExitStack() as stack:
             stack.enter_context(claimed(self.paths))
+            stack.enter_context(bounded_buffers())
             self._earlier = read_record(self.paths)
             if self._earlier is not None:
                 check_resumable(self.paths, self._earlier, self.config, resume=self.resume)
@@ -95,11 +96,22 @@ class Run:
             check_contents(self.paths, self._earlier, self.record["provenance"])
 
     def attach(self) -> None:
-        """Put fresh adapters on, choose how pairs are scored, and begin the record."""
+        """Put fresh adapters on, choose how pairs are scored and passed, and begin the record.
+
+        Afterwards `config` leaves nothing open.
+
+        Raises:
+            ConfigError: no pass that the settings allow fits into memory.
+        """
         self.policy = self.inputs.base.model
         self._open.enter_context(fused_gated_delta(self.policy))
         self._adapter_config = attach_adapters(self.policy, self.config)
         self.choice = choose_scorer(self.inputs.base, self.config)
+        self.fitted = settle(self.inputs, self.config, self.choice, self._earlier, self.force)
+        self.record["settled"] = self.fitted.settled()
+        if self.fitted.config.recompute and not self.config.recompute:
+            self.choice = choose_scorer(self.inputs.base, self.fitted.config)
+        self.config = self.fitted.config
         write_record(self.paths, self.record)  # only now is every setting known to be possible
 
     def score_reference(self, progress: Heard = lambda scored: None) -> None:
@@ -109,20 +121,19 @@ class Run:
 
     def _scored(self, split: str, progress: Heard) -> PairLogps:
         pairs = getattr(self.inputs, split)
-        kept = reference.read_logps(self.paths.reference(split), len(pairs))
+        kept = read_logps(self.paths.reference(split), len(pairs))
         if kept is not None:
             progress(len(pairs))
             return kept
-        logps = reference.reference_logps(
+        logps = ask_reference(
             self.policy,
             pairs,
-            provenance=reference_provenance(self.record, self.record["provenance"]["held"]),
-            cache=places.cache_folder() / "reference",
-            pairs_per_pass=self.config.pairs_per_pass,
-            scorer=self.choice.forward_only,
+            self.record,
+            held=self.record["provenance"]["held"],
+            score=forward_only(self.config, self.choice),
             progress=progress,
         )
-        reference.write_logps(self.paths.reference(split), logps)
+        write_logps(self.paths.reference(split), logps)
         return logps
 
     def restore(self) -> None:
@@ -164,7 +175,7 @@ class Run:
             self.config,
             self.inputs.train,
             self._reference["train"],
-            scorer=self.choice.scorer,
+            choice=self.choice,
             total_steps=self.total_steps,
         )
         steps = loop.train(self.policy, self._optimizer, plan, start=progress)
@@ -196,8 +207,7 @@ class Run:
             self._reference["valid"],
             pair_loss(self.config),
             beta=self.config.beta,
-            pairs_per_pass=self.config.pairs_per_pass,
-            scorer=self.choice.forward_only,
+            score=forward_only(self.config, self.choice),
         )
         return named(metrics, prefix="eval_")
 
@@ -220,14 +230,3 @@ class Run:
         adapters.save_adapter(self.paths.folder, self.policy, self._adapter_config)
         self.record |= {"state": "finished", "evaluation": self.evaluation}
         write_record(self.paths, self.record)
-
-
-T = TypeVar("T")
-
-
-def timed(items: Iterator[T]) -> Iterator[tuple[float, T]]:
-    """Each item with the seconds it took to come."""
-    began = perf_counter()
-    for item in items:
-        yield perf_counter() - began, item
-        began = perf_counter()

@@ -14,7 +14,14 @@ from mlx_dpo.errors import TrainingError
 from mlx_dpo.objective.metrics import summarise
 from mlx_dpo.policy.scorers import Scorer, plain_scorer
 from mlx_dpo.policy.sparing import sparing_memory
-from mlx_dpo.preferences.batches import micro_batches, step_indices, steps_per_epoch
+from mlx_dpo.preferences.batches import (
+    Cost,
+    PassLimit,
+    micro_batches,
+    step_indices,
+    steps_per_epoch,
+    whole_rows,
+)
 from mlx_dpo.training.step import MicroBatch, PairLoss, accumulate, clip, make_gradient
 from mlx_dpo.types import PairLogps, PairOutcomes, StepMetrics, TokenizedPair
 
@@ -38,10 +45,11 @@ class Plan:
     learning_rate: Callable[[int], float]  # of the updates done before
     total_steps: int
     batch_size: int
-    pairs_per_pass: int
+    limit: PassLimit
     max_grad_norm: float
     seed: int
     scorer: Scorer = plain_scorer
+    cost: Cost = whole_rows  # of a pass through that scorer
     recompute: bool = False
 
 
@@ -61,13 +69,14 @@ def train(
         indices = step_indices(
             done, count=len(plan.pairs), batch_size=plan.batch_size, seed=plan.seed
         )
+        groups = micro_batches(indices, plan.pairs, plan.limit, cost=plan.cost)
         with sparing_memory(policy, recompute=plan.recompute):
             outcome, gradients = accumulate(
-                gradient, _micro_batches(plan, indices), pairs=len(indices)
+                gradient, _micro_batches(plan, groups), pairs=len(indices)
             )
         gradients, norm = clip(gradients, plan.max_grad_norm)
         mx.eval(norm, outcome)
-        _refuse_nan(done + 1, outcome, scalar(norm), [plan.pairs[i] for i in _order(plan, indices)])
+        _refuse_nan(done + 1, outcome, scalar(norm), [plan.pairs[i] for g in groups for i in g])
         rate = plan.learning_rate(done)
         optimizer.learning_rate = rate
         optimizer.update(policy, gradients)
@@ -83,12 +92,13 @@ def train(
                 grad_norm=scalar(norm),
                 learning_rate=rate,
                 num_tokens=num_tokens,
+                padding_share=_padding_share(plan, groups),
             ),
         )
 
 
-def _micro_batches(plan: Plan, indices: Sequence[int]) -> Iterator[MicroBatch]:
-    for group in _groups(plan, indices):
+def _micro_batches(plan: Plan, groups: Sequence[list[int]]) -> Iterator[MicroBatch]:
+    for group in groups:
         at = mx.array(group)
         yield MicroBatch(
             [plan.pairs[i] for i in group],
@@ -96,13 +106,9 @@ def _micro_batches(plan: Plan, indices: Sequence[int]) -> Iterator[MicroBatch]:
         )
 
 
-def _groups(plan: Plan, indices: Sequence[int]) -> list[list[int]]:
-    lengths = [len(plan.pairs[i]) for i in indices]
-    return micro_batches(indices, lengths, size=plan.pairs_per_pass)
-
-
-def _order(plan: Plan, indices: Sequence[int]) -> list[int]:
-    return [i for group in _groups(plan, indices) for i in group]
+def _padding_share(plan: Plan, groups: Sequence[list[int]]) -> float:
+    costs = [plan.cost([plan.pairs[i] for i in group]) for group in groups]
+    return sum(cost.padding for cost in costs) / sum(cost.total for cost in costs)
 
 
 def _tokens(pair: TokenizedPair) -> int:

@@ -6,17 +6,16 @@ pairs before the first update keeps a second model out of memory and out of the 
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
-from mlx_dpo.arrays import read_arrays, write_arrays
-from mlx_dpo.policy.scorers import Scorer, plain_scorer
-from mlx_dpo.policy.scoring import score_pairs
+from mlx_dpo.policy.scoring import Score
 from mlx_dpo.preferences.pairs import digest
+from mlx_dpo.training.stored import SUFFIX, read_logps, write_logps
 from mlx_dpo.types import PairLogps, TokenizedPair
 
 BLOCK = 256  # pairs in a file: what a crash in the middle can cost
@@ -28,8 +27,8 @@ def reference_logps(
     *,
     provenance: str,
     cache: Path,
-    pairs_per_pass: int,
-    scorer: Scorer = plain_scorer,
+    score: Score,
+    labels: Mapping[str, str] | None = None,
     progress: Callable[[int], None] = lambda scored: None,
 ) -> PairLogps:
     """What the reference says of every pair, from the cache where it has been asked before.
@@ -39,20 +38,21 @@ def reference_logps(
         model: The reference; it is run only for blocks that the cache lacks.
         provenance: Everything beside the token ids that determines the numbers.
         cache: Folder of the cache; files are named by content, so runs share them.
-        scorer: How it is asked; without gradients.
+        score: How it is asked.
+        labels: What `training.cache` is to show of new files.
         progress: Hears how many further pairs are done.
     """
     parts = []
     for start in range(0, len(pairs), BLOCK):
         block = pairs[start : start + BLOCK]
-        path = cache / f"{_name(provenance, block)}.safetensors"
+        path = cache / f"{_name(provenance, block)}{SUFFIX}"
         logps = read_logps(path, len(block))
         if logps is None:
-            logps = score_pairs(
-                model, block, pairs_per_pass=pairs_per_pass, scorer=scorer, progress=progress
-            )
-            write_logps(path, logps)
+            logps = score(model, block, progress=progress)
+            write_logps(path, logps, labels)
         else:
+            with suppress(PermissionError):  # a cache that can only be read serves as well
+                os.utime(path)
             progress(len(block))
         parts.append(logps)
     if not parts:
@@ -65,32 +65,3 @@ def reference_logps(
 
 def _name(provenance: str, block: Sequence[TokenizedPair]) -> str:
     return hashlib.sha256(f"{provenance}\n{digest(block)}".encode()).hexdigest()
-
-
-def write_logps(path: Path, logps: PairLogps) -> None:
-    """Write beside, then rename: readers and later runs never see half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}-{os.getpid()}.safetensors")
-    try:
-        write_arrays(partial, logps._asdict(), {"sum": _checksum(logps)})
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def read_logps(path: Path, count: int) -> PairLogps | None:
-    """What `write_logps` wrote, or None if there is nothing or it is damaged. (count,) each"""
-    if not path.is_file():
-        return None
-    try:
-        arrays, metadata = read_arrays(path)
-        logps = PairLogps(**arrays)
-    except (RuntimeError, TypeError):
-        return None
-    whole = logps.chosen.shape == logps.rejected.shape == (count,)
-    return logps if whole and metadata.get("sum") == _checksum(logps) else None
-
-
-def _checksum(logps: PairLogps) -> str:
-    content = np.array(logps.chosen).tobytes() + np.array(logps.rejected).tobytes()
-    return hashlib.sha256(content).hexdigest()

@@ -49,7 +49,7 @@ def test_a_run_says_what_it_does_and_what_to_type_next():
     assert "reference: 12 pairs" in shown
     assert "adapters   rank 4, alpha 32 on 14 linear layers: 8.7 K parameters trained" in shown
     assert "loss       sigmoid (DPO), beta 0.1" in shown
-    assert "steps      3 of 4 pairs, 2 a pass; AdamW, learning rate 0.001, cosine" in shown
+    assert "steps      3 of 4 pairs; AdamW, learning rate 0.001, cosine" in shown
     assert "step 1/3  loss 0.6931  margin" in shown
     assert "3 held-out pairs" in shown
     assert shown.endswith("Adapters in run; talk to them with: mlx-dpo chat run\n")

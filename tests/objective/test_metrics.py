@@ -51,10 +51,16 @@ def test_parts_of_unequal_size_weigh_by_their_pairs():
 def test_public_names_are_those_of_trl():
     metrics = summarise(outcome([-1.0, -9.0], [-2.0, -3.0]))
     step = StepMetrics(
-        step=3, epoch=0.5, preferences=metrics, grad_norm=1.5, learning_rate=1e-5, num_tokens=99
+        step=3,
+        epoch=0.5,
+        preferences=metrics,
+        grad_norm=1.5,
+        learning_rate=1e-5,
+        num_tokens=99,
+        padding_share=0.25,
     )
     assert set(step_row(step)) == {
-        "step", "epoch", "loss", "grad_norm", "learning_rate", "num_tokens",
+        "step", "epoch", "loss", "grad_norm", "learning_rate", "num_tokens", "padding_share",
         "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
         "logps/chosen", "logps/rejected",
     }  # fmt: skip

@@ -7,7 +7,7 @@ import pytest
 from mlx_dpo.errors import TrainingError
 from mlx_dpo.policy.logps import completion_logps, pair_logps
 from mlx_dpo.policy.scoring import score_pairs
-from mlx_dpo.preferences.batches import collate
+from mlx_dpo.preferences.batches import PassLimit, collate
 from tests.conftest import VOCAB
 
 
@@ -50,9 +50,9 @@ def test_padding_changes_nothing(tiny_llama, pairs):
 
 
 def test_the_batch_and_the_order_change_nothing(tiny_llama, pairs):
-    together = score_pairs(tiny_llama, pairs, pairs_per_pass=5)
-    alone = score_pairs(tiny_llama, pairs, pairs_per_pass=1)
-    backwards = score_pairs(tiny_llama, pairs[::-1], pairs_per_pass=2)
+    together = score_pairs(tiny_llama, pairs, limit=PassLimit(pairs=5))
+    alone = score_pairs(tiny_llama, pairs, limit=PassLimit(pairs=1))
+    backwards = score_pairs(tiny_llama, pairs[::-1], limit=PassLimit(pairs=2))
     for a, b, c in zip(together, alone, backwards, strict=True):
         assert mx.allclose(a, b, atol=1e-5, rtol=0)
         assert mx.allclose(a, c[::-1], atol=1e-5, rtol=0)
@@ -99,11 +99,11 @@ def test_a_log_probability_that_is_no_number_stops_with_its_place(pairs, value):
             return logits
 
     with pytest.raises(TrainingError, match=r"^a:3: a completion has log-probability (nan|-inf)"):
-        score_pairs(Broken(), pairs if value < 0 else pairs[2:3], pairs_per_pass=1)
+        score_pairs(Broken(), pairs if value < 0 else pairs[2:3], limit=PassLimit(pairs=1))
 
 
 def test_progress_hears_of_every_pair(uniform, pairs):
     heard = []
     model = type("Model", (type(uniform),), {"eval": lambda self: None})()
-    score_pairs(model, pairs, pairs_per_pass=2, progress=heard.append)
+    score_pairs(model, pairs, limit=PassLimit(pairs=2), progress=heard.append)
     assert sum(heard) == 5

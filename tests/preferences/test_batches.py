@@ -1,9 +1,25 @@
+import itertools
+from functools import partial
+
+import mlx.core as mx
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_dpo.preferences.batches import collate, micro_batches, step_indices, steps_per_epoch
+from mlx_dpo.preferences.batches import (
+    PassLimit,
+    PassTokens,
+    collate,
+    epoch_passes,
+    largest_pass,
+    micro_batches,
+    padded_width,
+    shared_prompts,
+    step_indices,
+    steps_per_epoch,
+    whole_rows,
+)
 from mlx_dpo.types import TokenizedPair
 
 PAIRS = [
@@ -52,21 +68,182 @@ def test_the_order_is_the_same_on_every_machine():
     assert order == [3, 0, 2, 1, 4]
 
 
+def of(prompt, chosen, rejected):
+    return TokenizedPair((1,) * prompt, (2,) * chosen, (3,) * rejected)
+
+
+def lengths(*whole):
+    """Pairs whose longer rows have so many tokens."""
+    return [of(1, length - 1, 1) for length in whole]
+
+
+COSTS = [
+    whole_rows,
+    partial(shared_prompts, together=False),
+    partial(shared_prompts, together=True),
+]
+costs = st.sampled_from(COSTS)
+some_pairs = st.lists(
+    st.builds(of, st.integers(1, 30), st.integers(1, 30), st.integers(1, 30)),
+    min_size=1,
+    max_size=24,
+)
+limits = st.builds(
+    PassLimit, st.none() | st.integers(1, 6), st.none() | st.integers(1, 400)
+)  # of all four kinds
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+
+
 def test_pairs_of_like_length_go_together():
-    assert micro_batches([7, 3, 9, 1, 4], [50, 10, 50, 40, 10], size=2) == [[3, 4], [1, 7], [9]]
+    pairs = lengths(2, 40, 2, 10, 50, 2, 2, 50, 2, 10)
+    found = micro_batches([7, 3, 4, 1, 9], pairs, PassLimit(pairs=2), cost=whole_rows)
+    assert found == [[3, 9], [1, 7], [4]]
 
 
 def test_ties_keep_their_order_whatever_the_indices():
-    assert micro_batches([9, 2, 5], [1, 1, 1], size=8) == [[9, 2, 5]]
+    pairs = lengths(*[5] * 10)
+    assert micro_batches([9, 2, 5], pairs, PassLimit(), cost=whole_rows) == [[9, 2, 5]]
 
 
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=20), st.integers(1, 6))
-def test_grouping_loses_nothing_and_pads_no_more_than_any_order(lengths, size):
-    groups = micro_batches(range(len(lengths)), lengths, size=size)
-    assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
-    assert all(len(group) == size for group in groups[:-1])
-    flat = [lengths[i] for group in groups for i in group]
-    assert flat == sorted(lengths)
+def test_a_pass_is_filled_up_to_its_tokens_and_no_further():
+    """Rows of 9 tokens are padded to 16, of which 15 go through: 30 tokens a pair."""
+    pairs = lengths(9, 9, 9, 9, 9)
+    for tokens, sizes in ((60, [2, 2, 1]), (59, [1] * 5), (89, [2, 2, 1]), (90, [3, 2])):
+        groups = micro_batches(range(5), pairs, PassLimit(tokens=tokens), cost=whole_rows)
+        assert [len(group) for group in groups] == sizes
+
+
+def test_both_limits_hold_at_once():
+    pairs = lengths(9, 9, 9, 17, 17, 17)  # 30 and 46 tokens each
+    groups = micro_batches(range(6), pairs, PassLimit(2, 90), cost=whole_rows)
+    assert groups == [[0, 1], [2], [3], [4], [5]]
+
+
+def test_a_pair_that_is_too_long_goes_alone():
+    pairs = lengths(90, 3, 100, 3)
+    groups = micro_batches(range(4), pairs, PassLimit(tokens=28), cost=whole_rows)
+    assert groups == [[1, 3], [0], [2]]
+
+
+@given(some_pairs, limits, costs, st.integers(1, 9), st.integers(0, 2))
+def test_every_pair_is_in_one_pass_of_an_epoch_and_every_pass_within_its_limits(
+    pairs, limit, cost, batch_size, number
+):
+    steps = epoch(number, count=len(pairs), batch_size=batch_size, seed=3)
+    groups = [g for step in steps for g in micro_batches(step, pairs, limit, cost=cost)]
+    assert sorted(index for group in groups for index in group) == list(range(len(pairs)))
+    for group in groups:
+        assert limit.pairs is None or len(group) <= limit.pairs
+        tokens = cost([pairs[i] for i in group]).total
+        assert limit.tokens is None or tokens <= limit.tokens or len(group) == 1
+
+
+@given(some_pairs, limits, costs)
+def test_no_pass_leaves_room_for_the_next_pair(pairs, limit, cost):
+    groups = micro_batches(range(len(pairs)), pairs, limit, cost=cost)
+    for group, following in itertools.pairwise(groups):
+        more = [pairs[i] for i in [*group, following[0]]]
+        many = limit.pairs is not None and len(more) > limit.pairs
+        assert many or (limit.tokens is not None and cost(more).total > limit.tokens)
+    flat = [len(pairs[i]) for group in groups for i in group]
+    assert flat == sorted(flat)
+
+
+def test_a_limit_can_be_widened_where_there_is_one():
+    assert PassLimit(2, 100).times(4) == PassLimit(8, 400)
+    assert PassLimit(tokens=100).times(4) == PassLimit(None, 400)
+
+
+def test_whole_rows_cost_twice_the_padded_row_but_its_last_token():
+    """Rows of 5, 8 and 17 tokens: 24 wide, of which 23 go through."""
+    pairs = [of(3, 2, 1), of(1, 7, 7), of(10, 7, 1)]
+    assert whole_rows(pairs) == (6 * 23, 6 * 23 - (4 + 3) - (7 + 7) - (16 + 10))
+
+
+def test_a_shared_prompt_costs_once_and_last_tokens_nothing():
+    assert shared_prompts([of(7, 5, 3)], together=False) == (7 + 4 + 2, 0)
+    assert shared_prompts([of(7, 1, 1)], together=False) == (7, 0)
+    # A single token after a cache is padded to two.
+    assert shared_prompts([of(7, 2, 1)], together=False) == (7 + 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("together", "tokens"),
+    [
+        (False, PassTokens(2 * (4 + 4 + 2) + (9 + 6), 2)),
+        (True, PassTokens(3 * (9 + 6 + 2), (5 + 5) + (2 + 4) + 2)),
+    ],
+)
+def test_prompts_of_one_length_are_a_batch_or_all_are(together, tokens):
+    pairs = [of(4, 5, 3), of(9, 7, 1), of(4, 3, 3)]
+    assert shared_prompts(pairs, together=together) == tokens
+
+
+@given(some_pairs, costs)
+def test_no_cost_falls_when_a_pair_is_added_and_padding_is_what_is_not_a_token(pairs, cost):
+    assert cost(pairs[:-1] or pairs).total <= cost(pairs).total
+    rows = 2 if cost is whole_rows else 1
+    real = sum(rows * len(p.prompt) + len(p.chosen) + len(p.rejected) - 2 for p in pairs)
+    assert cost(pairs) == (cost(pairs).total, cost(pairs).total - real)
+
+
+def test_on_the_cpu_widths_are_what_they_have_to_be():
+    assert [padded_width(length) for length in (1, 13, 1000)] == [1, 13, 1000]
+
+
+def test_on_a_gpu_widths_are_few_and_padding_is_little(on_a_gpu):
+    widths = [padded_width(length) for length in range(1, 16_385)]
+    assert widths == sorted(widths)
+    assert len(set(widths)) < 70
+    assert all(width % 8 == 0 for width in widths)
+    for length, width in enumerate(widths, start=1):
+        assert length <= width <= length + length / 8 + 7
+    powers = [2**n for n in range(3, 15)]
+    assert [padded_width(power) for power in powers] == powers  # usual limits cost nothing
+
+
+def test_on_a_gpu_what_is_padded_has_one_of_these_widths(on_a_gpu):
+    assert collate([of(300, 9, 2)]).tokens.shape == (2, 320)
+    assert whole_rows([of(300, 9, 2)]).total == 2 * 319
+    assert shared_prompts([of(300, 41, 2)], together=True).total == 300 + 40 + 2
+    both = [of(300, 41, 2), of(9, 2, 2)]
+    assert shared_prompts(both, together=True).total == 2 * (320 + 40 + 8)
+    assert shared_prompts(both, together=False).total == (300 + 40 + 2) + (9 + 2 + 2)
+
+
+def test_the_largest_pass_holds_the_longest_pairs():
+    pairs = lengths(9, 40, 17, 80, 33)
+    assert largest_pass(pairs, PassLimit(pairs=2), cost=whole_rows) == [pairs[3], pairs[1]]
+    assert largest_pass(pairs, PassLimit(tokens=10), cost=whole_rows) == [pairs[3]]
+    two = PassLimit(tokens=2 * 2 * 79)
+    assert largest_pass(pairs, two, cost=whole_rows) == [pairs[3], pairs[1]]
+    # 79 tokens, and 8 beside them where 39 have no room.
+    uneven = [of(1, 8, 1), of(2, 38, 1), of(3, 77, 1)]
+    alone = partial(shared_prompts, together=False)
+    assert largest_pass(uneven, PassLimit(tokens=90), cost=alone) == [uneven[2], uneven[0]]
+
+
+def test_an_epoch_is_known_before_it_begins():
+    """Rows of 8, 16 and 40 tokens, of which all but one go through, twice a pair."""
+    pairs = lengths(8, 8, 8, 8, 9, 40)
+    found = epoch_passes(pairs, PassLimit(tokens=56), batch_size=6, seed=0, cost=whole_rows)
+    assert found == (1, 3, (4 * 14 + 30 + 78, 4 * (14 - 8) + (30 - 9) + (78 - 40)), 1, 78)
+
+
+@given(some_pairs, limits, costs, st.integers(1, 9), st.integers(-3, 3))
+def test_what_is_known_of_an_epoch_is_what_its_steps_add_up_to(
+    pairs, limit, cost, batch_size, seed
+):
+    steps = epoch(0, count=len(pairs), batch_size=batch_size, seed=seed)
+    groups = [g for step in steps for g in micro_batches(step, pairs, limit, cost=cost)]
+    known = epoch_passes(pairs, limit, batch_size=batch_size, seed=seed, cost=cost)
+    assert (known.steps, known.passes) == (len(steps), len(groups))
+    passes = [cost([pairs[i] for i in group]) for group in groups]
+    assert known.tokens == (sum(p.total for p in passes), sum(p.padding for p in passes))
 
 
 def test_rows_are_all_chosen_then_all_rejected_padded_on_the_right():

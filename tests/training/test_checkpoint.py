@@ -9,6 +9,7 @@ from mlx_dpo.errors import ModelError, RunError
 from mlx_dpo.objective.losses import sigmoid_loss
 from mlx_dpo.policy import adapters
 from mlx_dpo.policy.scoring import score_pairs
+from mlx_dpo.preferences.batches import PassLimit
 from mlx_dpo.training import checkpoint
 from mlx_dpo.training.loop import Plan, Progress, train
 from tests.conftest import make_llama
@@ -28,13 +29,13 @@ def fresh(rank=4):
 def plan(tiny_llama, pairs):
     return Plan(
         pairs=pairs,
-        reference=score_pairs(tiny_llama, pairs, pairs_per_pass=2),
+        reference=score_pairs(tiny_llama, pairs, limit=PassLimit(pairs=2)),
         pair_loss=partial(sigmoid_loss, beta=0.1),
         beta=0.1,
         learning_rate=lambda done: 1e-2 / (1 + done),
         total_steps=8,
         batch_size=2,
-        pairs_per_pass=1,
+        limit=PassLimit(pairs=1),
         max_grad_norm=1.0,
         seed=0,
     )

@@ -1,3 +1,4 @@
+import itertools
 import math
 from dataclasses import replace
 from functools import partial
@@ -5,26 +6,33 @@ from functools import partial
 import mlx.core as mx
 import mlx.optimizers as optim
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from mlx_dpo.arrays import flat
 from mlx_dpo.errors import TrainingError
 from mlx_dpo.objective.losses import sigmoid_loss
 from mlx_dpo.policy import adapters
+from mlx_dpo.policy.scorers import make_shared, plain_scorer
 from mlx_dpo.policy.scoring import score_pairs
+from mlx_dpo.preferences.batches import PassLimit, micro_batches, shared_prompts, whole_rows
 from mlx_dpo.training.loop import Plan, Progress, train
-from tests.conftest import make_llama
+from mlx_dpo.training.step import MicroBatch, accumulate, make_gradient
+from mlx_dpo.types import PairLogps, TokenizedPair
+from tests.conftest import VOCAB, make_llama
 
 
 @pytest.fixture
 def plan(tiny_llama, pairs):
     return Plan(
         pairs=pairs,
-        reference=score_pairs(tiny_llama, pairs, pairs_per_pass=2),
+        reference=score_pairs(tiny_llama, pairs, limit=PassLimit(pairs=2)),
         pair_loss=partial(sigmoid_loss, beta=0.1),
         beta=0.1,
         learning_rate=lambda done: 1e-2,
         total_steps=6,
         batch_size=2,
-        pairs_per_pass=2,
+        limit=PassLimit(pairs=2),
         max_grad_norm=1.0,
         seed=0,
     )
@@ -74,9 +82,112 @@ def test_the_rate_of_each_step_is_that_of_the_updates_done_before(plan):
 @pytest.mark.parametrize("pairs_per_pass", [1, 4])
 def test_the_size_of_a_pass_changes_nothing(plan, pairs_per_pass):
     plan = replace(plan, batch_size=4)
-    (_, rows), (_, others) = run(plan), run(replace(plan, pairs_per_pass=pairs_per_pass))
+    (_, rows), (_, others) = run(plan), run(replace(plan, limit=PassLimit(pairs=pairs_per_pass)))
     for (_, a), (_, b) in zip(rows, others, strict=True):
         assert a.preferences == pytest.approx(b.preferences, abs=1e-4)
+
+
+SHARED = {
+    together: {
+        "scorer": make_shared(vocab_size=VOCAB, gradients=True, pairs_together=together),
+        "cost": partial(shared_prompts, together=together),
+    }
+    for together in (False, True)
+}
+
+
+@pytest.mark.parametrize("scored", [{}, SHARED[False], SHARED[True]], ids=["plain", "one", "all"])
+def test_no_limit_of_a_pass_changes_the_step(plan, scored):
+    """Descent at rate 1 moves each weight by its gradient.
+
+    Rewards are away from 0, where an accuracy would be that of rounding noise.
+    """
+    moved = plan.reference.chosen + mx.array([1.0, -1.0, 2.0, -2.0, 3.0])
+    plan = replace(plan, reference=plan.reference._replace(chosen=moved))
+
+    def stepped(limit):
+        policy = make_llama()
+        adapters.attach(policy, rank=4, scale=2.0, seed=1)
+        changed = replace(
+            plan, batch_size=5, total_steps=2, max_grad_norm=0.0, limit=limit, **scored
+        )
+        steps = train(
+            policy,
+            optim.SGD(1.0),
+            replace(changed, learning_rate=lambda done: 1.0),
+            start=Progress(),
+        )
+        rows = [metrics.preferences for _, metrics in steps]
+        return rows, adapters.adapter_weights(policy)
+
+    rows, weights = stepped(PassLimit(pairs=1))
+    for limit in (PassLimit(), PassLimit(tokens=30), PassLimit(3, 60), PassLimit(tokens=1)):
+        others, moved = stepped(limit)
+        for a, b in zip(rows, others, strict=True):
+            assert a == pytest.approx(b, rel=1e-5, abs=1e-5)
+        for name, value in weights.items():
+            assert mx.allclose(moved[name], value, atol=1e-5), (limit, name)
+
+
+def test_passes_are_filled_by_what_they_cost_their_own_scorer(plan):
+    """Each prompt once, the five pairs take 5 + 4 + 8 tokens and 12 for the two whose prompts
+    are equally long; as whole rows they take 70.
+    """
+    scorer, cost = SHARED[False].values()
+    for tokens, expected in ((29, [5]), (28, [4, 1])):
+        held = []
+
+        def counting(model, pairs, held=held):
+            held.append(len(pairs))
+            return scorer(model, pairs)
+
+        limit = PassLimit(tokens=tokens)
+        run(replace(plan, batch_size=5, total_steps=1, limit=limit, scorer=counting, cost=cost))
+        assert held == expected
+
+
+sizes = st.integers(1, 12)
+some_pairs = st.lists(st.tuples(sizes, sizes, sizes), min_size=1, max_size=5)
+limits = st.builds(PassLimit, st.none() | st.integers(1, 4), st.none() | st.integers(1, 90))
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(some_pairs, limits, st.sampled_from([{}, SHARED[False], SHARED[True]]))
+def test_no_limit_of_a_pass_changes_the_gradient(lengths, limit, scored):
+    ids = itertools.cycle(range(1, VOCAB))
+    pairs = [TokenizedPair(*(tuple(itertools.islice(ids, n)) for n in ls)) for ls in lengths]
+    policy = make_llama()
+    reference = score_pairs(policy, pairs, limit=PassLimit(pairs=1))
+    adapters.attach(policy, rank=4, scale=2.0, seed=1)
+    loss = partial(sigmoid_loss, beta=0.1)
+
+    def gradient(limit, scorer=plain_scorer, cost=whole_rows):
+        groups = micro_batches(range(len(pairs)), pairs, limit, cost=cost)
+        micros = [
+            MicroBatch(
+                [pairs[i] for i in group],
+                PairLogps(reference.chosen[mx.array(group)], reference.rejected[mx.array(group)]),
+            )
+            for group in groups
+        ]
+        by_scorer = make_gradient(policy, loss, beta=0.1, scorer=scorer)
+        return flat(accumulate(by_scorer, micros, pairs=len(pairs))[1])
+
+    found, expected = gradient(limit, **scored), gradient(PassLimit(pairs=1))
+    for name, value in expected.items():
+        assert mx.allclose(found[name], value, atol=1e-5), name
+
+
+def test_the_share_of_padding_is_that_of_the_step(plan, pairs):
+    """Whole rows of 8, of which 7 go through: 10 of them, for rows of 4 + 3 + 4 + 2 and so on."""
+    [(_, metrics)] = run(replace(plan, batch_size=5, total_steps=1))[1]
+    real = sum(2 * len(p.prompt) + len(p.chosen) + len(p.rejected) - 2 for p in pairs)
+    assert real == 33
+    assert metrics.padding_share == pytest.approx((70 - 33) / 70)
+    alone = replace(plan, batch_size=5, total_steps=1, limit=PassLimit(pairs=1), **SHARED[False])
+    [(_, metrics)] = run(alone)[1]
+    # Continuations of one token are padded to two, five times; prompts have 11, the rest 11.
+    assert metrics.padding_share == pytest.approx(4 / 26)
 
 
 def test_each_pair_meets_its_own_reference(plan):

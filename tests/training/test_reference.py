@@ -1,9 +1,14 @@
+import os
+import time
+from functools import partial
+
 import mlx.core as mx
 import pytest
 
+from mlx_dpo.policy.scoring import score_pairs
+from mlx_dpo.preferences.batches import PassLimit
 from mlx_dpo.training import reference
-from mlx_dpo.training.reference import read_logps, reference_logps, write_logps
-from mlx_dpo.types import PairLogps
+from mlx_dpo.training.reference import reference_logps
 
 
 class Counting:
@@ -26,7 +31,8 @@ def model(tiny_llama):
 
 
 def ask(model, pairs, cache, provenance="base"):
-    return reference_logps(model, pairs, provenance=provenance, cache=cache, pairs_per_pass=2)
+    score = partial(score_pairs, limit=PassLimit(pairs=2))
+    return reference_logps(model, pairs, provenance=provenance, cache=cache, score=score)
 
 
 def test_what_was_said_once_is_read_back_bit_for_bit(model, pairs, tmp_path):
@@ -63,26 +69,18 @@ def test_a_crash_loses_one_block_at_most(model, pairs, tmp_path, monkeypatch):
     assert mx.array_equal(whole.chosen, again.chosen)
 
 
-@pytest.mark.parametrize("damage", ["cut", "swapped", "shorter"])
-def test_a_damaged_file_is_not_believed(pairs, tmp_path, damage):
-    path = tmp_path / "logps.safetensors"
-    logps = PairLogps(mx.array([1.0, 2.0]), mx.array([3.0, 4.0]))
-    write_logps(path, logps)
-    assert read_logps(path, 2) is not None
-    if damage == "cut":
-        path.write_bytes(path.read_bytes()[:-4])
-    elif damage == "swapped":  # one bit of one number
-        content = bytearray(path.read_bytes())
-        content[-1] ^= 1
-        path.write_bytes(content)
-    assert read_logps(path, 3 if damage == "shorter" else 2) is None
+def test_an_answer_that_is_read_again_counts_as_used(model, pairs, tmp_path):
+    ask(model, pairs, tmp_path)
+    [path] = tmp_path.iterdir()
+    os.utime(path, (0, 0))
+    ask(model, pairs, tmp_path)
+    assert path.stat().st_mtime > time.time() - 60
 
 
-def test_nothing_half_written_is_left(pairs, tmp_path, monkeypatch):
-    def full_disk(*args):
-        raise OSError(28, "No space left on device")
+def test_a_cache_that_may_only_be_read_serves_as_well(model, pairs, tmp_path, monkeypatch):
+    def refused(path):
+        raise PermissionError(1, "Operation not permitted")
 
-    monkeypatch.setattr("os.replace", full_disk)
-    with pytest.raises(OSError, match="No space"):
-        write_logps(tmp_path / "x.safetensors", PairLogps(mx.zeros((1,)), mx.zeros((1,))))
-    assert not list(tmp_path.iterdir())
+    first = ask(model, pairs, tmp_path)
+    monkeypatch.setattr("os.utime", refused)
+    assert mx.array_equal(ask(model, pairs, tmp_path).chosen, first.chosen)

@@ -24,7 +24,7 @@ from mlx_dpo.objective.metrics import step_row
 from mlx_dpo.policy import adapters
 from mlx_dpo.policy.load import Base, load_base
 from mlx_dpo.policy.scoring import score_pairs
-from mlx_dpo.preferences.batches import step_indices
+from mlx_dpo.preferences.batches import PassLimit, step_indices
 from mlx_dpo.preferences.schemas import to_preference
 from mlx_dpo.preferences.sources import Row
 from mlx_dpo.preferences.tokens import TokenRules, tokenize_pair
@@ -82,7 +82,7 @@ def pairs(golden: dict[str, Any]) -> list[TokenizedPair]:
 
 @pytest.fixture(scope="module")
 def reference(pairs: list[TokenizedPair]) -> PairLogps:
-    return score_pairs(fresh_base().model, pairs, pairs_per_pass=16)
+    return score_pairs(fresh_base().model, pairs, limit=PassLimit(pairs=16))
 
 
 def order_of(count: int) -> list[int]:
@@ -127,7 +127,7 @@ def through_the_loop(
         ),
         total_steps=settings["steps"],
         batch_size=trl.BATCH,
-        pairs_per_pass=size,
+        limit=PassLimit(pairs=size),
         max_grad_norm=settings["max_grad_norm"],
         seed=SEED,
     )

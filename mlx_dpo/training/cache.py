@@ -1,0 +1,109 @@
+"""What lies in the cache of reference log-probabilities, and what may go. Loads no model."""
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from mlx_dpo.training.stored import SUFFIX, read_labelled, writer_of
+
+MODEL, COMPUTED_ON, WRITTEN = "model", "computed_on", "written"  # labels of a file
+UNKNOWN = "unknown"  # of a file that was written before there were labels, or is damaged
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file of the cache."""
+
+    path: Path
+    model: str
+    computed_on: str  # device and number type
+    pairs: int
+    size: int  # bytes
+    written: str | None
+    last_used: datetime
+    damaged: bool  # nobody will believe it: its pairs are scored again
+
+
+@dataclass(frozen=True)
+class Group:
+    """The files of one model, as it was computed with."""
+
+    model: str
+    computed_on: str
+    files: int
+    pairs: int
+    size: int
+    first_written: str | None
+    last_used: datetime
+
+
+def labels(model: str, computed_on: str) -> dict[str, str]:
+    """What a new file says of itself. A folder is named without the way to it."""
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return {MODEL: model, COMPUTED_ON: computed_on, WRITTEN: now}
+
+
+def entries(folder: Path) -> list[Entry]:
+    """Every whole or damaged file of the cache, in the order of their names."""
+    found = []
+    for path in sorted(_files(folder)):
+        with suppress(FileNotFoundError):  # somebody else clears
+            found += [_entry(path)] if writer_of(path) is None else []
+    return found
+
+
+def abandoned(folder: Path) -> list[Path]:
+    """What processes that are gone left half-written."""
+    partials = [(path, writer_of(path)) for path in sorted(_files(folder))]
+    return [path for path, process in partials if process is not None and not _alive(process)]
+
+
+def groups(of: Iterable[Entry]) -> list[Group]:
+    """The files that are not damaged, model by model."""
+    found: dict[tuple[str, str], list[Entry]] = {}
+    for entry in of:
+        if not entry.damaged:
+            found.setdefault((entry.model, entry.computed_on), []).append(entry)
+    return [
+        Group(
+            *key,
+            files=len(members),
+            pairs=sum(entry.pairs for entry in members),
+            size=sum(entry.size for entry in members),
+            first_written=min((e.written for e in members if e.written), default=None),
+            last_used=max(entry.last_used for entry in members),
+        )
+        for key, members in sorted(found.items())
+    ]
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.glob(f"*{SUFFIX}") if path.is_file())
+
+
+def _entry(path: Path) -> Entry:
+    found, facts = read_labelled(path), path.stat()
+    given = {} if found is None else found[1]
+    return Entry(
+        path=path,
+        model=given.get(MODEL, UNKNOWN),
+        computed_on=given.get(COMPUTED_ON, UNKNOWN),
+        pairs=0 if found is None else len(found[0].chosen),
+        size=facts.st_size,
+        written=given.get(WRITTEN),
+        last_used=datetime.fromtimestamp(facts.st_mtime, UTC),
+        damaged=found is None,
+    )
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True

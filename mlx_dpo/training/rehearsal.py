@@ -1,0 +1,199 @@
+"""What a pass is going to cost, measured: the real one, through a few blocks of the model.
+
+A formula for the memory of a backward pass holds for one architecture on one device. Here the
+pass itself, with its scorer and all that saves memory in it, runs through two samples of the
+blocks, and what MLX counts for them is drawn out to all. Blocks come one after the other and
+every one keeps as much as its like, so that the peak is a line in their number.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_dpo.arrays import random_state
+from mlx_dpo.policy.adapters import adapters_off
+from mlx_dpo.policy.blocks import NotCutError, Sample, only, sample, whole
+from mlx_dpo.policy.memory import trainable_bytes
+from mlx_dpo.policy.probe import UNSUITED
+from mlx_dpo.policy.scorers import Scorer
+from mlx_dpo.policy.sparing import sparing_memory
+from mlx_dpo.training.step import MicroBatch, PairLoss, accumulate, make_gradient
+from mlx_dpo.types import PairLogps, TokenizedPair
+
+PARTS = (1 / 16, 1 / 4, 1 / 2, 1)  # of each text, tried until it is seen that all of it fits
+MARGIN = 2  # such a guess may be wrong by so much
+REPEATS = 2  # MLX works ahead, at times one array further than mostly
+AT_ONCE = 1  # micro-batches that `training.step` has in memory at a time
+
+Pairs = Sequence[TokenizedPair]
+Run = Callable[[Pairs], Any]  # a pass over pairs; returns what is to be evaluated
+
+
+class Cost(NamedTuple):
+    """What something costs."""
+
+    bytes: float  # at the peak, beyond what was held before
+    seconds: float
+
+
+@dataclass(frozen=True)
+class PassCost:
+    """What a pass through the whole model costs."""
+
+    outside: Cost  # what does not grow with the blocks: the head, and what is in flight
+    block: Cost
+    blocks: int  # of the whole model
+    share: float = 1.0  # of the texts that was run, where the whole ones might not have fitted
+
+    @property
+    def bytes(self) -> int:
+        """At the peak, beyond weights and optimizer."""
+        return int(self.outside.bytes + self.blocks * self.block.bytes)
+
+    @property
+    def seconds(self) -> float:
+        """Of one pass."""
+        return self.outside.seconds + self.blocks * self.block.seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """The passes of an optimizer step, as the loop makes them."""
+
+    scorer: Scorer
+    pair_loss: PairLoss
+    beta: float
+    accumulates: bool  # whether there are several, so that a gradient is held beside the next one
+    recompute: bool = False
+
+
+def rehearse_step(policy: nn.Module, pairs: Pairs, step: Step, *, memory: int) -> PassCost:
+    """What a training pass over `pairs` costs; adapters are attached.
+
+    The policy is left as it was, MLX's random state as well; its peak counter starts anew.
+    No more than `memory` bytes are used: pairs are shortened if they might need more.
+    """
+    gradient = make_gradient(policy, step.pair_loss, beta=step.beta, scorer=step.scorer)
+    passes = AT_ONCE if step.accumulates else 1
+
+    def run(pairs: Pairs) -> Any:
+        zeros = mx.zeros((len(pairs),))
+        micro = MicroBatch(pairs, PairLogps(zeros, zeros))
+        with sparing_memory(policy, recompute=step.recompute):
+            return accumulate(gradient, [micro] * passes, pairs=passes * len(pairs))
+
+    with _as_it_was(policy):
+        policy.train()
+        cost = _rehearsed(policy, pairs, run, memory)
+    held = trainable_bytes(policy) if step.accumulates else 0
+    outside = Cost(cost.outside.bytes + held, cost.outside.seconds / passes)
+    return replace(
+        cost, outside=outside, block=cost.block._replace(seconds=cost.block.seconds / passes)
+    )
+
+
+def rehearse_reference(policy: nn.Module, pairs: Pairs, score: Run, *, memory: int) -> PassCost:
+    """What a pass without gradients costs, adapters off, under `score`; else as above."""
+
+    def run(pairs: Pairs) -> Any:
+        with adapters_off(policy):
+            return score(pairs)
+
+    with _as_it_was(policy):
+        policy.eval()
+        return _rehearsed(policy, pairs, run, memory)
+
+
+def shortened(pairs: Pairs, share: float) -> list[TokenizedPair]:
+    """Pairs with this share of each text, at least two tokens of it if there are."""
+
+    def part(tokens: tuple[int, ...]) -> tuple[int, ...]:
+        return tokens[: max(2, round(share * len(tokens)))]
+
+    return [
+        replace(p, prompt=part(p.prompt), chosen=part(p.chosen), rejected=part(p.rejected))
+        for p in pairs
+    ]
+
+
+def _rehearsed(policy: nn.Module, pairs: Pairs, run: Run, memory: int) -> PassCost:
+    """The pass through samples of the blocks; through all where the model does not run on some."""
+    try:
+        return _drawn_out(policy, sample(policy), pairs, run, memory)
+    except (NotCutError, *UNSUITED):
+        return _drawn_out(policy, whole(policy), pairs, run, memory)
+
+
+def _drawn_out(policy: nn.Module, chosen: Sample, pairs: Pairs, run: Run, memory: int) -> PassCost:
+    """Bytes and seconds of two samples, as a line in the number of blocks."""
+    with only(policy, chosen.large):
+        mx.eval(policy.parameters())  # of a model that was built without weights, only these
+        share = _fitting_share(pairs, run, memory)
+        used = pairs if share == 1 else shortened(pairs, share)
+        costs = _repeated(run, used)
+    large, more = _least(costs), len(chosen.large)
+    small, fewer = Cost(0, 0), 0  # if all blocks ran, there is nothing to be concluded
+    if not chosen.is_whole:
+        with only(policy, chosen.small):
+            small, fewer = _least(_repeated(run, used)), len(chosen.small)
+    # Noise must not make the whole cheaper than its part.
+    block = Cost(*(max(0.0, (b - a) / (more - fewer)) for a, b in zip(small, large, strict=True)))
+    most = Cost(max(cost.bytes for cost in costs), large.seconds)  # as far ahead as was seen
+    outside = Cost(*(b - more * each for b, each in zip(most, block, strict=True)))
+    return PassCost(
+        outside=Cost(*(value / share for value in outside)),
+        block=Cost(*(value / share for value in block)),
+        blocks=chosen.count if fewer else more,
+        share=share,
+    )
+
+
+def _fitting_share(pairs: Pairs, run: Run, memory: int) -> float:
+    """The share of the texts for which there is room; kernels are compiled on the way."""
+    free = memory - mx.get_active_memory()
+    for part, following in pairwise(PARTS):
+        needed = _measured(run, shortened(pairs, part)).bytes * MARGIN / part
+        if needed <= free:
+            return 1.0
+        if needed * following > free:
+            break
+    return part
+
+
+def _repeated(run: Run, pairs: Pairs) -> list[Cost]:
+    return [_measured(run, pairs) for _ in range(REPEATS)]
+
+
+def _least(costs: Sequence[Cost]) -> Cost:
+    """The least of several runs, in bytes and in seconds."""
+    return Cost(min(cost.bytes for cost in costs), min(cost.seconds for cost in costs))
+
+
+def _measured(run: Run, pairs: Pairs) -> Cost:
+    mx.synchronize()
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    began = perf_counter()
+    mx.eval(run(pairs))
+    seconds = perf_counter() - began
+    return Cost(mx.get_peak_memory() - before, seconds)
+
+
+@contextmanager
+def _as_it_was(policy: nn.Module) -> Iterator[None]:
+    """Modes and random state after the block are those before it."""
+    modes = [(module, module.training) for module in policy.modules()]
+    drawn = mx.array(random_state())
+    try:
+        yield
+    finally:
+        random_state()[:] = drawn
+        for module, mode in modes:  # parents come first: each sets all that is below it
+            module.train(mode)

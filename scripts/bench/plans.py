@@ -1,0 +1,166 @@
+"""Planned against measured memory: shapes, points, and both numbers for one of them."""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_dpo.config import DPOConfig
+from mlx_dpo.policy import memory
+from mlx_dpo.policy.blocks import only, sample
+from mlx_dpo.policy.device import device_kind, hold_for_cpu
+from mlx_dpo.policy.gated_delta import fused_gated_delta
+from mlx_dpo.policy.load import Base
+from mlx_dpo.policy.outline import build
+from mlx_dpo.policy.probe import Choice
+from mlx_dpo.runs.fitting import rehearsed
+from mlx_dpo.runs.method import attach_adapters, choose_scorer, make_optimizer, make_plan
+from mlx_dpo.training import loop
+from mlx_dpo.types import PairLogps
+from scripts.bench.shapes import SEED, SHAPES
+from scripts.bench.steps import Point
+
+GROUP = 64
+COMMON = {"rms_norm_eps": 1e-6, "rope_theta": 10000.0, "max_position_embeddings": 8192}
+QWEN3 = COMMON | {
+    "model_type": "qwen3",
+    "hidden_size": 512,
+    "num_hidden_layers": 8,
+    "intermediate_size": 1536,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "vocab_size": 151936,
+    "tie_word_embeddings": True,
+}
+MOE = COMMON | {
+    "model_type": "qwen3_moe",
+    "hidden_size": 256,
+    "num_hidden_layers": 10,
+    "intermediate_size": 1024,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 16384,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 256,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [0],  # the first block is dense
+    "norm_topk_prob": True,
+    "tie_word_embeddings": False,
+}
+HYBRID = MOE | {
+    "model_type": "qwen3_next",
+    "num_hidden_layers": 12,
+    "mlp_only_layers": [],
+    "shared_expert_intermediate_size": 256,
+    "linear_num_value_heads": 8,
+    "linear_num_key_heads": 4,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+    "linear_conv_kernel_dim": 4,
+    "full_attention_interval": 4,
+    "partial_rotary_factor": 0.5,
+}
+CONFIGS: Mapping[str, dict[str, Any]] = {
+    "smollm2-135m": SHAPES["smollm2-135m"].config(),
+    "qwen3-152k": QWEN3,
+    "moe": MOE,
+    "hybrid": HYBRID,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A point of the grid."""
+
+    shape: str
+    point: Point
+    recompute: bool = False
+    scorer: str = "auto"
+    bits: int | None = None
+
+    def settings(self) -> DPOConfig:
+        """A run of two passes a step."""
+        return DPOConfig(
+            batch_size=2 * self.point.pairs,
+            micro_batch_size=self.point.pairs,
+            recompute=self.recompute,
+            scorer=self.scorer,
+            warmup_ratio=0.0,
+            lora_r=8,
+        )
+
+
+@dataclass(frozen=True)
+class Found:
+    """Bytes at the peak of a step, and those that are held all the while."""
+
+    planned: int
+    measured: int
+    held: int
+    scorer: str
+
+    @property
+    def ratio(self) -> float:
+        """Planned over measured."""
+        return self.planned / self.measured
+
+    @property
+    def ratio_beyond(self) -> float:
+        """The same without what is held all the while: the part that had to be found out."""
+        return (self.planned - self.held) / (self.measured - self.held)
+
+
+def compare(case: Case) -> Found:
+    """Plan a step with no weights loaded, then make the weights and take it."""
+    config = case.settings()
+    pairs = case.point.draw(CONFIGS[case.shape]["vocab_size"]) * 2
+    with ExitStack() as stack:
+        base = _outlined(case)
+        stack.enter_context(fused_gated_delta(base.model))
+        attach_adapters(base.model, config)
+        with only(base.model, sample(base.model).large):
+            mx.eval(base.model.parameters())
+            choice = choose_scorer(base, config)
+        cost = rehearsed(base, config, choice, pairs[: case.point.pairs])
+        planned = memory.step_peak(base.model, cost.bytes)
+        held = memory.held_in_training(base.model)
+    del base
+    mx.clear_cache()
+    return Found(planned, _measured(case, config, choice), held, choice.name)
+
+
+def _outlined(case: Case, *, packed: bool = False) -> Base:
+    mx.random.seed(SEED)
+    config = CONFIGS[case.shape]
+    model = build(config)
+    if case.bits is not None and (packed or device_kind() != "cpu"):
+        nn.quantize(model, GROUP, case.bits)
+    model.freeze()
+    return Base(model, None, config, Path(), case.shape, config["vocab_size"], ())
+
+
+def _measured(case: Case, config: DPOConfig, choice: Choice) -> int:
+    base = _outlined(case, packed=True)
+    model = base.model
+    mx.eval(model.parameters())
+    if device_kind() == "cpu":
+        hold_for_cpu(model)
+    with fused_gated_delta(model):
+        attach_adapters(model, config)
+        optimizer = make_optimizer(model, config)
+        mx.eval(model.parameters(), optimizer.state)
+        pairs = case.point.draw(base.vocab_size) * 2
+        zeros = mx.zeros((len(pairs),))
+        plan = make_plan(config, pairs, PairLogps(zeros, zeros), choice=choice, total_steps=2)
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        for _ in loop.train(model, optimizer, plan, start=loop.Progress()):
+            pass
+    return mx.get_peak_memory()

@@ -1,0 +1,180 @@
+"""`mlx-dpo cache` as a person types it."""
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from datetime import datetime
+
+import mlx.core as mx
+import pytest
+from click.testing import CliRunner
+
+from mlx_dpo.cli import cli
+from mlx_dpo.training.cache import labels
+from mlx_dpo.training.stored import partial_path, write_logps
+from mlx_dpo.types import PairLogps
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLX_DPO_CACHE", str(tmp_path))
+    return tmp_path / "reference"
+
+
+def run(*words):
+    return CliRunner().invoke(cli, ["cache", *words])
+
+
+def stored(folder, name, pairs=2, *, model=None, days_ago=0):
+    path = folder / f"{name}.safetensors"
+    said = None if model is None else labels(model, "cpu float32")
+    write_logps(path, PairLogps(mx.zeros((pairs,)), mx.ones((pairs,))), said)
+    used = datetime.now().timestamp() - 86_400 * days_ago
+    os.utime(path, (used, used))
+    return path
+
+
+@pytest.fixture
+def some(folder):
+    """Two files of one model, an old one of another, and one from before there were names."""
+    return {
+        "new": stored(folder, "a", 256, model="org/one"),
+        "more": stored(folder, "b", 1000, model="org/one"),
+        "old": stored(folder, "c", 3, model="two", days_ago=40),
+        "nameless": stored(folder, "d", 9),
+    }
+
+
+def left(folder):
+    return sorted(path.name[0] for path in folder.iterdir())
+
+
+def test_an_empty_cache_is_one_friendly_line(folder):
+    result = run()
+    assert result.stdout == (
+        f"Nothing is kept yet: {folder} (MLX_DPO_CACHE moves it) fills as runs are made\n"
+    )
+    assert run("clear").stdout == f"Nothing to clear in {folder}\n"
+    assert json.loads(run("--json").stdout) == {
+        "folder": str(folder), "models": [], "damaged": [], "half_written": [],
+    }  # fmt: skip
+
+
+def test_what_is_kept_is_listed_model_by_model(folder, some):
+    shown = run().stdout
+    assert shown.startswith(f"{folder} (MLX_DPO_CACHE moves it)\n\n")
+    rows = [line.split() for line in shown.splitlines()[2:]]
+    size = sum(some[name].stat().st_size for name in ("new", "more")) / 1000
+    today = f"{datetime.now():%Y-%m-%d}"
+    assert rows[0] == ["model", "computed", "on", "files", "pairs", "size", "last", "used"]
+    assert rows[1] == [
+        "org/one", "cpu", "float32", "2", "1,256", f"{size:.1f}", "kB", today,
+    ]  # fmt: skip
+    assert rows[2][:5] == ["two", "cpu", "float32", "1", "3"]
+    assert rows[3][:4] == ["unknown", "unknown", "1", "9"]
+    assert shown.splitlines()[-1].startswith("4 files, ")
+
+
+def test_the_same_is_there_for_programs(folder, some):
+    models = json.loads(run("--json").stdout)["models"]
+    assert [(m["model"], m["files"], m["pairs"]) for m in models] == [
+        ("org/one", 2, 1256), ("two", 1, 3), ("unknown", 1, 9),
+    ]  # fmt: skip
+    age = datetime.now().astimezone() - datetime.fromisoformat(models[1]["last_used"])
+    assert age.days == 40
+    assert models[2]["first_written"] is None
+
+
+def test_damaged_and_half_written_files_are_named(folder, some):
+    some["old"].write_bytes(b"not this")
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    partial_path(some["new"], process.pid).write_bytes(b"half")
+    lines = run().stdout.splitlines()
+    assert lines[-2:] == [
+        "damaged, its pairs will be scored again: c.safetensors",
+        f"half-written by a process that is gone: .a-{process.pid}.safetensors",
+    ]
+    found = json.loads(run("--json").stdout)
+    assert (found["damaged"], len(found["half_written"])) == (["c.safetensors"], 1)
+
+
+def test_clearing_takes_all_but_what_a_live_process_writes(folder, some):
+    some["old"].write_bytes(b"not this")
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    for pid in (process.pid, os.getpid()):
+        partial_path(some["new"], pid).write_bytes(b"half")
+    result = run("clear", "--yes")
+    freed = result.stdout.splitlines()
+    assert freed[0].startswith(f"To be removed from {folder}: 5 files, 1,265 pairs, ")
+    assert freed[1] == "Freed " + freed[0].rpartition(", ")[2]
+    assert [path.name for path in folder.iterdir()] == [f".a-{os.getpid()}.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("words", "kept"),
+    [
+        (("--older-than", "30"), ["a", "b", "d"]),
+        (("--older-than", "41"), ["a", "b", "c", "d"]),
+        (("--model", "org/one"), ["c", "d"]),
+        (("--model", "org/one", "--older-than", "1"), ["a", "b", "c", "d"]),
+        (("--model", "unknown"), ["a", "b", "c"]),
+        ((), []),
+    ],
+)
+def test_clearing_takes_what_was_asked_for(folder, some, words, kept):
+    assert run("clear", "--yes", *words).exit_code == 0
+    assert left(folder) == kept
+
+
+def test_a_model_that_is_not_there_is_named_with_those_that_are(folder, some):
+    result = run("clear", "--model", "three", "--yes")
+    assert result.exit_code == 1
+    assert result.stderr == (
+        "Error: --model: nothing of `three` is in the cache "
+        "(there is `org/one`, `two`, `unknown`)\n"
+    )
+    assert left(folder) == ["a", "b", "c", "d"]
+
+
+def test_without_a_terminal_nothing_goes_unless_told(folder, some):
+    result = run("clear")
+    assert result.exit_code == 1
+    assert result.stderr == (
+        "Error: `cache clear` asks first, and nobody is there to answer; add --yes\n"
+    )
+    assert left(folder) == ["a", "b", "c", "d"]
+
+
+@pytest.mark.parametrize(("answer", "kept"), [("n", ["a", "b", "c", "d"]), ("y", [])])
+def test_on_a_terminal_it_asks(folder, some, answer, kept):
+    main, terminal = pty.openpty()
+    os.write(main, f"{answer}\n".encode())
+    done = subprocess.run(
+        [sys.executable, "-c", "from mlx_dpo.cli import main; main()", "cache", "clear"],
+        stdin=terminal, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    os.close(main)
+    os.close(terminal)
+    assert "Remove them? [y/N]: " in done.stdout
+    assert left(folder) == kept
+    assert done.returncode == (0 if answer == "y" else 1)
+
+
+def test_json_and_clear_do_not_go_together(folder):
+    result = run("--json", "clear")
+    assert result.stderr == "Error: `--json` has no effect with `cache clear`\n"
+
+
+def test_looking_at_the_cache_loads_no_model_library(folder, some):
+    program = (
+        "import sys; from mlx_dpo.cli import cli; cli(['cache'], standalone_mode=False)"
+        "; print('loaded', {'mlx_lm', 'transformers', 'huggingface_hub'} & sys.modules.keys())"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert shown.stdout.splitlines()[-1] == "loaded set()"

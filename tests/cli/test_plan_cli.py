@@ -1,0 +1,171 @@
+"""`mlx-dpo plan`: all of it from a configuration, a tokenizer and pairs."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from mlx_dpo.cli import cli
+from mlx_dpo.policy.load import load_base
+from mlx_dpo.policy.memory import parameter_bytes, trainable_parameters
+from mlx_dpo.policy.outline import outline
+from mlx_dpo.runs.rehearsals import along
+from tests.checkpoints import make_checkpoint
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLX_DPO_CACHE", str(tmp_path / "cache"))
+    make_checkpoint(tmp_path / "base", num_hidden_layers=6, max_position_embeddings=300)
+    (tmp_path / "base" / "model.safetensors").unlink()  # plan has to do without
+    rows = [
+        {"prompt": f"What is {i}?", "chosen": "It is " + "so " * i, "rejected": f"{i * 7} no"}
+        for i in range(12)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def plan(*words):
+    return CliRunner().invoke(cli, ["plan", "pairs.jsonl", "--model", "base", *words])
+
+
+def planned(*words):
+    result = plan("--json", *words)
+    assert result.exit_code == 0, result.output
+    return json.loads(result.output)
+
+
+def test_everything_is_said_in_lines(tmp_path):
+    result = plan()
+    assert result.exit_code == 0, result.output
+    names = [line[:10].strip() for line in result.output.splitlines()]
+    assert [name for name in names if name] == [
+        "model", "pairs", "scorer", "memory", "fits", "train", "epoch", "work", "time",
+    ]  # fmt: skip
+    assert "model      base, 285 K parameters" in result.output
+    assert "11 to train on, 1 held out" in result.output
+    assert "all that the model places" in result.output
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "pairs.jsonl"}
+
+
+def test_the_parts_of_memory_add_up():
+    memory = planned()["memory"]
+    parts = [memory[name] for name in ("weights", "adapters", "activations", "head")]
+    assert min(parts) >= 0
+    assert sum(parts) == memory["training"]
+    assert memory["reference"] > memory["weights"]
+
+
+def test_weights_are_counted_by_shapes_and_adapters_by_rank():
+    memory = planned("--lora-r", "2", "--lora-target-modules", "q_proj")["memory"]
+    block = 4 * 64 * 64 + 3 * 64 * 128 + 2 * 64
+    assert memory["weights"] == (6 * block + 64 + 2 * 300 * 64) * 4
+    assert memory["adapters"] == 5 * 6 * 2 * 2 * 64 * 4  # five copies in six blocks
+
+
+def test_packing_changes_nothing_on_the_cpu_where_weights_are_held_unpacked():
+    plain, packed = planned(), planned("--bits", "4")
+    assert packed["memory"]["weights"] == plain["memory"]["weights"]
+    assert "on a Mac's GPU packed in 4 bits" in plan("--bits", "4").output
+
+
+def test_tokens_and_rows_of_an_epoch_by_hand(tmp_path):
+    rows = [{"prompt": "What is it?", "chosen": "It is.", "rejected": "It is so."}] * 4
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = planned("--valid-fraction", "0", "--chat-template", "text")
+    model = outline("base")
+    prompt, chosen, rejected = (
+        len(model.tokenizer.encode(text)) for text in ("What is it?", "It is.", "It is so.")
+    )
+    chosen, rejected = chosen + 1, rejected + 1  # the stop token
+    epoch = found["epoch"]
+    assert found["pairs"] == 4
+    assert epoch["tokens"] == 4 * (prompt + chosen - 1 + rejected - 1)
+    assert epoch["rows"] == 4 * (chosen + rejected)
+    assert (epoch["steps"], epoch["passes"]) == (1, 2)
+    assert found["lengths"]["longest"] == prompt + max(chosen, rejected)
+
+
+def test_less_memory_makes_less_fit_until_nothing_does():
+    roomy, none = (planned("--memory", size) for size in ("1GB", "0.001GB"))
+    assert roomy["most"]["stored"]["context"] is True
+    assert roomy["chosen"] == {"micro_batch_size": 2, "recompute": False, "fits": True}
+    assert none["chosen"] == {"micro_batch_size": 1, "recompute": True, "fits": False}
+    assert none["most"]["recomputed"]["pairs"] == 0
+    assert "train      refused: " in plan("--memory", "0.001GB").output
+
+
+def test_asking_for_recomputation_is_seen_in_memory_and_work():
+    stored, again = planned("--no-recompute"), planned("--recompute")
+    assert again["memory"]["activations"] < stored["memory"]["activations"]
+    assert again["epoch"]["operations"] > stored["epoch"]["operations"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--memory", "lots"), "`memory` must be like 16GB, got `lots`"),
+        (("--model", "elsewhere/"), "elsewhere/"),
+        (("--bits", "4", "--group-size", "48"), "`group_size` must be one of 32, 64, 128"),
+    ],
+)
+def test_what_cannot_be_planned_is_said_in_one_line(words, message):
+    result = plan(*words)
+    assert result.exit_code == 1
+    assert message in result.output
+    assert result.output.count("\n") == 1
+
+
+def test_settings_of_the_run_folder_are_not_flags_of_plan():
+    assert plan("--output", "run").exit_code == 2
+    assert plan("--save-steps", "3").exit_code == 2
+
+
+def test_a_missing_model_names_the_command():
+    result = CliRunner().invoke(cli, ["plan", "pairs.jsonl"])
+    assert "--model is missing; see `mlx-dpo plan --help`" in result.output
+
+
+def test_an_outline_is_what_a_loaded_model_is(tmp_path):
+    """But for the numbers: the same shapes, types and bytes, packed ones unpacked on the CPU."""
+    make_checkpoint(tmp_path / "loaded", tied=True)
+    for changes in ({}, {"bits": 4, "group_size": 32}, {"dtype": "float16"}):
+        loaded = load_base(str(tmp_path / "loaded"), **changes)
+        drawn = outline(str(tmp_path / "loaded"), **changes)
+        assert parameter_bytes(drawn.model) == parameter_bytes(loaded.model)
+        assert drawn.vocab_size == loaded.vocab_size
+        assert type(drawn.model) is type(loaded.model)
+        assert trainable_parameters(drawn.model) == 0
+
+
+def test_from_the_hub_no_weights_are_fetched(tmp_path, monkeypatch):
+    asked = []
+
+    def snapshot_download(repo, *, revision, allow_patterns):
+        asked.extend(allow_patterns)
+        return str(tmp_path / "base")
+
+    monkeypatch.setattr("mlx_dpo.policy.source.snapshot_download", snapshot_download)
+    assert planned("--model", "somebody/model")["model"] == "somebody/model"
+    assert {"*.json", "*.jinja"} <= set(asked)
+    assert not [pattern for pattern in asked if "safetensors" in pattern]
+
+
+def test_time_is_a_line_through_two_passes():
+    # 2 s a pass, and 3 s for every 100 operations.
+    short, long = (100, 5.0), (400, 14.0)
+    assert along(short, long, passes=10, operations=2000) == pytest.approx(20 + 60)
+    # A long pass that seems no dearer, or a negative start, is noise: 14 s for 400, then.
+    for noisy in ((100, 14.5), (100, 0.5)):
+        assert along(noisy, long, passes=10, operations=2000) == pytest.approx(70)
+
+
+def test_twice_the_pairs_take_twice_the_work_and_more_time(tmp_path):
+    rows = (tmp_path / "pairs.jsonl").read_text()
+    once = planned("--valid-fraction", "0")["epoch"]
+    (tmp_path / "pairs.jsonl").write_text(rows + rows)
+    twice = planned("--valid-fraction", "0")["epoch"]
+    assert twice["operations"] == pytest.approx(2 * once["operations"], rel=0.05)
+    assert twice["reference_operations"] == pytest.approx(2 * once["reference_operations"])
+    assert min(once["seconds"], once["reference_seconds"]) > 0

@@ -1,0 +1,107 @@
+"""What a pass costs is what goes through the layers, and its size changes no value."""
+
+from functools import partial
+
+import mlx.core as mx
+import pytest
+
+from mlx_dpo.policy.probe import choose
+from mlx_dpo.policy.scorers import make_shared, plain_scorer
+from mlx_dpo.policy.scoring import score_pairs
+from mlx_dpo.preferences.batches import PassLimit, shared_prompts, whole_rows
+from mlx_dpo.types import TokenizedPair
+from tests.conftest import VOCAB, make_llama
+
+
+def shared(together):
+    return make_shared(vocab_size=VOCAB, gradients=False, pairs_together=together)
+
+
+SCORERS = {
+    "plain": (plain_scorer, whole_rows),
+    "alone": (shared(False), partial(shared_prompts, together=False)),
+    "together": (shared(True), partial(shared_prompts, together=True)),
+}
+
+
+class Counting:
+    """Wraps the embedding and counts what goes through the layers."""
+
+    def __init__(self, embedding):
+        self.embedding = embedding
+        self.tokens = []
+
+    def __call__(self, tokens):
+        self.tokens.append(tokens.size)
+        return self.embedding(tokens)
+
+    def as_linear(self, hidden):
+        return self.embedding.as_linear(hidden)
+
+
+@pytest.fixture
+def counted():
+    model = make_llama()
+    model.model.embed_tokens = counting = Counting(model.model.embed_tokens)
+    return model, counting
+
+
+def pair(prompt, chosen, rejected):
+    ids = iter(range(1, VOCAB))
+    return TokenizedPair(*(tuple(next(ids) for _ in range(n)) for n in (prompt, chosen, rejected)))
+
+
+PASSES = [
+    [pair(7, 5, 3)],
+    [pair(7, 1, 1)],
+    [pair(7, 2, 1), pair(7, 1, 1)],
+    [pair(4, 5, 3), pair(9, 7, 1), pair(4, 3, 3)],
+    [pair(1, 16, 17), pair(2, 2, 2), pair(3, 1, 9), pair(2, 1, 2)],
+]
+
+
+@pytest.mark.parametrize("name", SCORERS)
+@pytest.mark.parametrize("pairs", PASSES)
+def test_a_pass_costs_the_tokens_that_go_through_the_layers(counted, name, pairs):
+    model, counting = counted
+    scorer, cost = SCORERS[name]
+    scorer(model, pairs)
+    assert cost(pairs).total == sum(counting.tokens)
+
+
+@pytest.mark.parametrize("wanted", ["plain", "shared"])
+@pytest.mark.parametrize("together", [False, True])
+def test_a_choice_knows_the_cost_of_its_own_scorer(counted, wanted, together):
+    model, counting = counted
+    choice = choose(make_llama(), vocab_size=VOCAB, wanted=wanted, together=together)
+    for pairs in PASSES:
+        counting.tokens.clear()
+        choice.forward_only(model, pairs)
+        assert choice.cost(pairs).total == sum(counting.tokens)
+
+
+@pytest.mark.parametrize("name", SCORERS)
+def test_passes_are_filled_by_what_they_cost_their_own_scorer(name):
+    scorer, cost = SCORERS[name]
+    pairs = PASSES[4]
+    for tokens, passes in ((cost(pairs).total, 1), (cost(pairs).total - 1, 2)):
+        heard = []
+        limit = PassLimit(tokens=tokens)
+        score_pairs(
+            make_llama(), pairs, limit=limit, scorer=scorer, cost=cost, progress=heard.append
+        )
+        assert (len(heard), sum(heard)) == (passes, len(pairs))
+
+
+@pytest.mark.parametrize("name", SCORERS)
+@pytest.mark.parametrize("limit", [PassLimit(), PassLimit(pairs=3), PassLimit(tokens=40)])
+def test_values_are_those_of_one_pair_at_a_time(counted, name, limit):
+    model, counting = counted
+    pairs = [pair for some in PASSES for pair in some]
+    scorer, cost = SCORERS[name]
+    expected = score_pairs(model, pairs, limit=PassLimit(pairs=1))
+    counting.tokens.clear()
+    found = score_pairs(model, pairs, limit=limit, scorer=scorer, cost=cost)
+    assert mx.allclose(found.chosen, expected.chosen, atol=1e-4)
+    assert mx.allclose(found.rejected, expected.rejected, atol=1e-4)
+    assert len(counting.tokens) < 3 * len(pairs)

@@ -1,0 +1,162 @@
+"""What a run decides for itself: what fits, said with its numbers, refused, and kept."""
+
+import json
+from contextlib import contextmanager
+from dataclasses import replace
+
+import mlx.core as mx
+import pytest
+
+from mlx_dpo import Run
+from mlx_dpo.config import DPOConfig
+from mlx_dpo.errors import ConfigError
+from mlx_dpo.policy.agreement import random_pairs
+from mlx_dpo.policy.limits import Room
+from mlx_dpo.runs.fitting import fit, gigabytes, longest_pass, possible
+from mlx_dpo.runs.inputs import read_base
+from mlx_dpo.runs.method import attach_adapters, choose_scorer
+from tests.checkpoints import VOCAB, make_checkpoint
+
+ROOMY = Room(10**12, "a test's")
+
+
+@contextmanager
+def memory_limit(size):
+    before = mx.set_memory_limit(size)
+    try:
+        yield
+    finally:
+        mx.set_memory_limit(before)
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory):
+    """A base of ten blocks with adapters, its scorer, and pairs that are long for it."""
+    folder = make_checkpoint(tmp_path_factory.mktemp("deep"), num_hidden_layers=10)
+    config = DPOConfig(model=str(folder), lora_r=2, batch_size=4)
+    base = read_base(config)
+    attach_adapters(base.model, config)
+    lengths = [(100, 50, 40), (110, 60, 60), (10, 4, 3), (12, 5, 6), (9, 3, 4)]
+    return base, config, choose_scorer(base, config), random_pairs(lengths, VOCAB)
+
+
+def fitted(deep, room, *, measure=True, **changes):
+    base, config, choice, pairs = deep
+    return fit(base, replace(config, **changes), choice, pairs, room=room, measure=measure)
+
+
+def needed(deep, **changes):
+    return fitted(deep, ROOMY, **changes).bytes
+
+
+def decided(found):
+    return found.config.micro_batch_size, found.config.recompute, found.fits
+
+
+def test_what_is_left_open_is_tried_in_this_order():
+    sizes = [(c.micro_batch_size, c.recompute) for c in possible(DPOConfig())]
+    assert sizes == [(2, False), (1, False), (2, True), (1, True)]
+    assert [(c.micro_batch_size, c.recompute) for c in possible(DPOConfig(batch_size=1))] == [
+        (1, False), (1, True),
+    ]  # fmt: skip
+    asked = DPOConfig(micro_batch_size=3, recompute=True)
+    assert list(possible(asked)) == [asked]
+    by_tokens = possible(DPOConfig(max_tokens=99))
+    assert [(c.micro_batch_size, c.recompute) for c in by_tokens] == [(None, False), (None, True)]
+
+
+def test_the_longest_pairs_count(deep):
+    _, config, choice, pairs = deep
+    assert longest_pass(replace(config, micro_batch_size=2), choice, pairs) == [pairs[1], pairs[0]]
+
+
+def test_less_is_taken_only_as_far_as_memory_asks_for_it(deep):
+    two = needed(deep, micro_batch_size=2, recompute=False)
+    one = needed(deep, micro_batch_size=1, recompute=False)
+    least = needed(deep, micro_batch_size=1, recompute=True)
+    assert least < 0.9 * one < 0.9 * two
+    assert decided(fitted(deep, Room(int(1.03 * two), ""))) == (2, False, True)
+    found = fitted(deep, Room(int(1.03 * one), "of a test"))
+    assert decided(found) == (1, False, True)
+    assert f"1 pair a pass, because 2 pairs a pass would need {gigabytes(two)[:1]}" in found.line()
+    found = fitted(deep, Room(int(0.97 * one), ""))
+    assert (found.config.recompute, found.fits) == (True, True)
+    assert ", recomputed, because 2 pairs a pass would need" in found.line()
+    assert decided(fitted(deep, Room(int(0.9 * least), ""))) == (1, True, False)
+
+
+def test_what_was_asked_for_is_not_made_less(deep):
+    tight = Room(int(0.9 * needed(deep, micro_batch_size=2, recompute=False)), "")
+    assert decided(fitted(deep, tight, micro_batch_size=2, recompute=False)) == (2, False, False)
+
+
+def test_where_there_is_room_enough_nothing_is_measured(deep):
+    found = fitted(deep, ROOMY, measure=False)
+    assert (found.is_bound, found.cost) == (True, None)
+    assert found.bytes > needed(deep)
+    assert found.line().startswith("at most about ")
+    close = fitted(deep, Room(2 * found.bytes, ""), measure=False)
+    assert not close.is_bound
+    assert close.cost is not None
+
+
+def test_a_run_that_cannot_fit_is_refused_before_anything_is_written(config, tmp_path):
+    with memory_limit(1_500_000), pytest.raises(ConfigError) as error, Run(config) as run:
+        run.prepare()
+    message = str(error.value)
+    assert message.startswith(
+        "the longest pairs do not fit into memory, 1 pair a pass, recomputed ("
+    )
+    assert "2 MB is MLX's limit on this machine); use --max-length below" in message
+    assert message.endswith("or go on with --force")
+    assert "\n" not in message
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "cache").exists()
+
+
+def stopped_after(config, step, **how):
+    with Run(config, **how) as run:
+        run.prepare()
+        for row in run.train():
+            if row["step"] == step:
+                run.request_stop()
+    return run
+
+
+def test_force_goes_on_all_the_same_and_says_so(config):
+    with memory_limit(1_500_000):
+        run = stopped_after(replace(config, max_steps=2, epochs=None), 2, force=True)
+    assert run.evaluation is not None
+    assert (run.config.micro_batch_size, run.config.recompute) == (1, True)
+    assert run.fitted.line().endswith(": more than there is, and begun by --force")
+
+
+def test_a_resumed_run_keeps_what_it_decided_when_it_began(config, tmp_path):
+    """With more memory than before, and still to the same weights bit for bit."""
+    whole, parts = (replace(config, output=str(tmp_path / name)) for name in ("whole", "parts"))
+    with memory_limit(1_500_000):
+        stopped_after(whole, None, force=True)
+        stopped_after(parts, 2, force=True)
+    record = json.loads((tmp_path / "parts" / "run.json").read_text())
+    assert record["settled"] == {"micro_batch_size": 1, "recompute": True}
+    assert (record["settings"]["micro_batch_size"], record["settings"]["recompute"]) == (None, None)
+    run = stopped_after(parts, None, resume=True)
+    assert (run.config.micro_batch_size, run.config.recompute) == (1, True)
+    assert run.fitted.line() == "as when the run began: 1 pair a pass, recomputed"
+    ours, theirs = (mx.load(f"{c.output}/adapters.safetensors") for c in (parts, whole))
+    assert ours.keys() == theirs.keys()
+    assert all(mx.array_equal(ours[name], value) for name, value in theirs.items())
+
+
+@pytest.mark.parametrize(
+    ("size", "said"),
+    [
+        (4_100_000, "4 MB"),
+        (99e6, "99 MB"),
+        (123e6, "0.12 GB"),
+        (11.46e9, "11.5 GB"),
+        (2e11, "200 GB"),
+    ],
+)
+def test_memory_is_said_with_as_many_digits_as_matter(size, said):
+    assert gigabytes(size) == said

@@ -1,0 +1,104 @@
+"""What a pass of a run holds: as it is set, as the header says it, and without gradients."""
+
+import re
+from dataclasses import replace
+
+import mlx.core as mx
+import pytest
+
+from mlx_dpo import DPOConfig, Run, evaluate_run
+from mlx_dpo.paths import reference_cache
+from mlx_dpo.policy.probe import Choice
+from mlx_dpo.runs.facts import facts_of_training
+from mlx_dpo.runs.method import FORWARD_ONLY, forward_only
+from mlx_dpo.training.cache import entries
+from mlx_dpo.types import PairLogps, TokenizedPair
+
+
+def prepared(config):
+    with Run(config) as run:
+        run.prepare()
+        return run, [text for name, text in passes(facts_of_training(run))]
+
+
+def passes(facts):
+    """The line `passes` and those without a name that follow it."""
+    start = [name for name, _ in facts].index("passes")
+    rest = facts[start + 1 :]
+    return [facts[start], *rest[: [bool(name) for name, _ in rest].index(True)]]
+
+
+def tokens(pair):
+    """What the shared scorer takes for a pair whose completions have several tokens."""
+    return len(pair.prompt) + len(pair.chosen) - 1 + len(pair.rejected) - 1
+
+
+def test_the_header_says_what_a_pass_holds(config):
+    """9 pairs in steps of 4, 4 and 1: 2 + 2 + 1 passes."""
+    run, [line] = prepared(config)
+    said = re.fullmatch(
+        r"of up to 2 pairs: 1.67 a step, (\d+) tokens each on average, (.*)% of them padding", line
+    )
+    real = sum(map(tokens, run.inputs.train))
+    total = real / (1 - float(said[2]) / 100)
+    assert int(said[1]) == pytest.approx(total / 5, rel=0.02)
+
+
+def test_the_header_says_which_pairs_are_above_the_tokens_of_a_pass(config):
+    run, [first, second] = prepared(replace(config, max_tokens=1))
+    longest = max(map(tokens, run.inputs.train))
+    assert first.startswith("of up to 1 tokens: 3 a step, ")
+    assert second == f"9 pairs take more and go alone; the longest takes {longest} tokens"
+
+
+def test_both_bounds_are_said(config):
+    _, [line, *_] = prepared(replace(config, max_tokens=60, micro_batch_size=3))
+    assert line.startswith("of up to 3 pairs and 60 tokens: ")
+
+
+def test_tokens_bound_the_passes_of_a_run_and_change_no_result(config, tmp_path):
+    rows = []
+    for name, changes in (("all", {"max_tokens": 10**6}), ("one", {"max_tokens": 1})):
+        changed = replace(config, output=str(tmp_path / name), lora_dropout=0.0, **changes)
+        with Run(changed) as run:
+            run.prepare()
+            rows.append(list(run.train()))
+    for together, alone in zip(*rows, strict=True):
+        for name in alone.keys() & {"loss", "logps/chosen", "grad_norm", "eval_loss"}:
+            assert together[name] == pytest.approx(alone[name], rel=1e-4), name
+    shares = [[row["padding_share"] for row in of if "loss" in row] for of in rows]
+    assert max(shares[0]) > max(shares[1]) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("name", "recompute", "largest"),
+    [("shared", False, 3 * FORWARD_ONLY), ("shared", True, 3), ("plain", False, 3)],
+)
+def test_forward_passes_are_larger_where_training_keeps_more(name, recompute, largest):
+    held = []
+
+    def scorer(model, pairs):
+        held.append(len(pairs))
+        return PairLogps(mx.zeros((len(pairs),)), mx.zeros((len(pairs),)))
+
+    class Model:
+        def eval(self):
+            pass
+
+    config = DPOConfig(micro_batch_size=3, recompute=recompute)
+    score = forward_only(config, Choice(scorer, scorer, name, "", False))
+    score(Model(), [TokenizedPair((1,), (2, 3), (4, 5))] * 30)
+    assert max(held) == held[0] == largest
+    assert sum(held) == 30
+
+
+def test_the_cache_names_a_local_model_without_the_way_to_it(config, checkpoint_folder):
+    with Run(config) as run:
+        run.prepare()
+        list(run.train())
+    evaluate_run(config.output, config.pairs)
+    found = entries(reference_cache())
+    assert len(found) == 3
+    assert {(entry.model, entry.computed_on) for entry in found} == {("base", "cpu float32")}
+    for entry in found:
+        assert str(checkpoint_folder.parent).encode() not in entry.path.read_bytes()

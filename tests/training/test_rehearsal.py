@@ -1,0 +1,123 @@
+"""What is said of a pass before it runs, against what MLX counts when it does."""
+
+from functools import partial
+
+import mlx.core as mx
+import pytest
+from mlx_lm.models import llama
+
+from mlx_dpo.arrays import flat, random_state
+from mlx_dpo.objective.losses import sigmoid_loss
+from mlx_dpo.policy.adapters import attach
+from mlx_dpo.policy.agreement import random_pairs
+from mlx_dpo.policy.blocks import only
+from mlx_dpo.policy.memory import trainable_bytes
+from mlx_dpo.policy.scorers import make_shared
+from mlx_dpo.training import rehearsal
+from mlx_dpo.training.rehearsal import Step, rehearse_step, shortened
+from mlx_dpo.types import TokenizedPair
+
+VOCAB = 512
+ROOM = 4 * 10**9
+
+
+@pytest.fixture
+def policy():
+    mx.random.seed(0)
+    model = llama.Model(
+        llama.ModelArgs(
+            model_type="llama", hidden_size=64, num_hidden_layers=9, intermediate_size=192,
+            num_attention_heads=4, rms_norm_eps=1e-5, vocab_size=VOCAB,
+        )
+    )  # fmt: skip
+    attach(model, rank=4, scale=1.0, dropout=0.1)
+    mx.eval(model.parameters())
+    return model
+
+
+def step(**changes):
+    settings = {
+        "scorer": make_shared(vocab_size=VOCAB, gradients=True, pairs_together=False),
+        "pair_loss": partial(sigmoid_loss, beta=0.1),
+        "beta": 0.1,
+        "accumulates": False,
+    }
+    return Step(**(settings | changes))
+
+
+@pytest.fixture
+def pairs():
+    return random_pairs([(60, 30, 20)], VOCAB)
+
+
+def test_the_policy_is_left_as_it_was(policy, pairs):
+    policy.eval()
+    policy.layers[3].train()
+    blocks, weights = list(map(id, policy.layers)), flat(policy.parameters())
+    modes = [module.training for module in policy.modules()]
+    drawn = mx.array(random_state())
+    rehearse_step(policy, pairs, step(), memory=ROOM)
+    assert list(map(id, policy.layers)) == blocks
+    assert [module.training for module in policy.modules()] == modes
+    assert mx.array_equal(random_state(), drawn)
+    after = flat(policy.parameters())
+    assert after.keys() == weights.keys()
+    assert all(mx.array_equal(after[name], value) for name, value in weights.items())
+
+
+def test_a_part_says_what_the_whole_costs(policy, pairs, monkeypatch):
+    drawn_out = rehearse_step(policy, pairs, step(), memory=ROOM)
+    monkeypatch.setattr(rehearsal, "sample", rehearsal.whole)
+    whole = rehearse_step(policy, pairs, step(), memory=ROOM)
+    assert whole.blocks == drawn_out.blocks == 9
+    assert drawn_out.bytes == pytest.approx(whole.bytes, rel=0.1)
+
+
+def test_a_gradient_is_held_where_several_passes_make_a_step(policy, pairs):
+    alone = rehearse_step(policy, pairs, step(), memory=ROOM)
+    among = rehearse_step(policy, pairs, step(accumulates=True), memory=ROOM)
+    assert among.bytes - alone.bytes == pytest.approx(trainable_bytes(policy), rel=0.5)
+
+
+def test_only_what_has_adapters_is_counted(policy, pairs):
+    every = rehearse_step(policy, pairs, step(), memory=ROOM)
+    with only(policy, policy.layers[:6]):
+        fewer = rehearse_step(policy, pairs, step(), memory=ROOM)
+    assert (every.blocks, fewer.blocks) == (9, 6)
+    assert every.bytes - fewer.bytes == pytest.approx(3 * every.block.bytes, rel=0.2)
+
+
+def test_no_more_than_there_is_room_for_is_tried(policy, pairs):
+    long = random_pairs([(600, 200, 200)], VOCAB)
+    lengths = []
+
+    def watching(model, pairs):
+        lengths.append(len(pairs[0].prompt))
+        return step().scorer(model, pairs)
+
+    room = mx.get_active_memory() + 8_000_000
+    found = rehearse_step(policy, long, step(scorer=watching), memory=room)
+    assert max(lengths) == round(600 * found.share) < 600
+    whole = rehearse_step(policy, long, step(), memory=ROOM)
+    assert whole.share == 1
+    assert whole.bytes > 8_000_000  # it would indeed not have fitted
+    assert found.bytes == pytest.approx(whole.bytes, rel=0.5)
+
+
+def test_a_model_that_does_not_run_on_a_part_is_run_whole(policy, pairs):
+    class Particular(llama.Model):
+        def __call__(self, *args, **kwargs):
+            if len(self.layers) != 9:
+                raise ValueError("nine layers or none")
+            return llama.Model.__call__(self, *args, **kwargs)
+
+    policy.__class__ = Particular
+    found = rehearse_step(policy, pairs, step(), memory=ROOM)
+    assert found.blocks == 9
+    assert found.bytes > 0
+
+
+def test_texts_are_shortened_but_never_away():
+    pair = TokenizedPair(tuple(range(40)), tuple(range(9)), (7,))
+    [short] = shortened([pair], 0.25)
+    assert short == TokenizedPair(tuple(range(10)), (0, 1), (7,))
