@@ -19,7 +19,7 @@ import mlx.core as mx  # noqa: E402  # isort: skip
 import mlx_lm  # noqa: E402
 
 from mlx_dpo.errors import ModelError  # noqa: E402
-from mlx_dpo.policy.probe import choose  # noqa: E402
+from mlx_dpo.policy.probe import WAYS, choose  # noqa: E402
 from tests.policy.architectures import UNBUILT, VOCAB, adapt, build, model_types  # noqa: E402
 
 PAGE = ROOT / "docs" / "architectures.md"
@@ -29,12 +29,13 @@ How pairs of each architecture of mlx-lm {mlx_lm} are scored, with MLX {mlx} on 
 Written by `scripts/list_architectures.py`; a run probes its own model and says what it found.
 
 `shared`: each prompt goes through the model once, and only scored tokens through its head.
-`plain`: whole rows, because the shared scorer does not give the same numbers. *Together*: prompts
-of different lengths can go through as one batch; elsewhere they go one length at a time.
+`plain`: whole rows, because the shared scorer does not give the same numbers. *Way*: how several
+pairs go through together: behind one another in one row, without padding (`row`); as a batch with
+padded prompts (`batch`, tried on a GPU only); or those with equally long prompts (`lengths`).
 
 {totals}
 
-| architecture | scorer | together | remarks |
+| architecture | scorer | way | remarks |
 |---|---|---|---|
 """
 
@@ -44,36 +45,37 @@ class Row(NamedTuple):
 
     name: str
     scorer: str
-    together: bool
+    way: str  # how pairs go together, where prompts are shared
     remark: str
 
 
 def examine(model_type: str) -> Row:
     """Build, adapt and probe one architecture."""
     if model_type in UNBUILT:
-        return Row(model_type, "not tried", False, UNBUILT[model_type])
+        return Row(model_type, "not tried", "", UNBUILT[model_type])
     model = adapt(model_type, build(model_type))
     try:
-        choice = choose(model, vocab_size=VOCAB, together=True)
+        choice = choose(model, vocab_size=VOCAB, ways=tuple(WAYS))
     except ModelError as error:
-        return Row(model_type, "none", False, str(error).partition(";")[0])
+        return Row(model_type, "none", "", str(error).partition(";")[0])
     remark = choice.reason
     if choice.name == "shared":  # how near it was differs from machine to machine
-        remark = remark.partition("; ")[2]
-    return Row(model_type, choice.name, choice.pairs_together, remark)
+        remark = remark.partition("; ")[2].partition("; ")[2]
+    return Row(model_type, choice.name, choice.way or "", remark)
 
 
 def page(rows: list[Row]) -> str:
     """The page as it is written."""
     counts = Counter(row.scorer for row in rows)
     totals = ", ".join(f"{name} {count}" for name, count in counts.most_common())
-    together = sum(row.together for row in rows)
+    ways = Counter(row.way for row in rows if row.way)
+    said = ", ".join(f"{way} {count}" for way, count in ways.most_common())
     head = HEAD.format(
         mlx_lm=mlx_lm.__version__,
         mlx=mx.__version__,
-        totals=f"Of {len(rows)} architectures: {totals}; together {together}.",
+        totals=f"Of {len(rows)} architectures: {totals}; by {said}.",
     )
-    lines = [f"| `{r.name}` | {r.scorer} | {'yes' * r.together} | {r.remark} |\n" for r in rows]
+    lines = [f"| `{r.name}` | {r.scorer} | {r.way} | {r.remark} |\n" for r in rows]
     return head + "".join(lines)
 
 

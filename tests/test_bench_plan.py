@@ -1,5 +1,7 @@
 """The memory that is planned is the memory that a step takes, over shapes, scorers and lengths."""
 
+from statistics import median
+
 import pytest
 
 from scripts.bench.plans import CONFIGS, Case, compare
@@ -19,9 +21,10 @@ def name(case):
 
 @pytest.mark.parametrize("case", SMALL, ids=name)
 def test_planned_memory_is_what_a_step_takes(case):
-    found = compare(case)
-    assert found.ratio == pytest.approx(1, abs=0.15)
-    assert found.ratio_beyond == pytest.approx(1, abs=0.15)
+    """By the median of three: on a CPU how far MLX runs ahead depends on time."""
+    found = [compare(case) for _ in range(3)]
+    assert median(one.ratio for one in found) == pytest.approx(1, abs=0.15)
+    assert median(one.ratio_beyond for one in found) == pytest.approx(1, abs=0.15)
 
 
 @pytest.mark.slow

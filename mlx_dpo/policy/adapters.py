@@ -19,6 +19,7 @@ from mlx_lm.tuner import lora
 
 from mlx_dpo.arrays import Arrays, flat, read_arrays, write_arrays
 from mlx_dpo.errors import ConfigError, ModelError, reason
+from mlx_dpo.policy.low_rank import add_low_rank
 
 WEIGHTS = "adapters.safetensors"
 CONFIG = "adapter_config.json"
@@ -33,7 +34,7 @@ class LoRALinear(lora.LoRALinear):
     def __call__(self, x: mx.array) -> mx.array:
         """x W + scale (dropout(x) A) B. (..., in) -> (..., out)"""
         a, b = self.lora_a.astype(x.dtype), self.lora_b.astype(x.dtype)
-        return self.linear(x) + (self.scale * ((self.dropout(x) @ a) @ b)).astype(x.dtype)
+        return add_low_rank(self.linear(x), self.dropout(x), a, b, self.scale)
 
 
 def linear_names(model: nn.Module) -> list[str]:

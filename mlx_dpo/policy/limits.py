@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from mlx_dpo.errors import ConfigError
+from mlx_dpo.policy.allocator import keep_freed_memory
 from mlx_dpo.policy.device import DeviceKind, device_kind
 
 RECOMMENDED = "max_recommended_working_set_size"
@@ -73,7 +74,12 @@ def buffer_limits(kind: DeviceKind, info: Mapping[str, Any]) -> BufferLimits | N
 
 @contextmanager
 def bounded_buffers() -> Iterator[BufferLimits | None]:
-    """Inside the block MLX keeps to `buffer_limits`, afterwards to what it kept to before."""
+    """Inside the block MLX keeps to `buffer_limits`, afterwards to what it kept to before.
+
+    On the CPU buffers come from the C library, which is told to keep them.
+    """
+    if device_kind() == "cpu":
+        keep_freed_memory()
     limits = buffer_limits(device_kind(), mx.device_info(mx.default_device()))
     if limits is None:
         yield None

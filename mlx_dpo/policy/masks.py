@@ -5,7 +5,7 @@ import mlx.core as mx
 
 def causal(length: int, seen: int, dtype: mx.Dtype) -> mx.array:
     """To be added to scores; only the last corner hides anything. (C, S)"""
-    corner = mx.triu(mx.full((length, length), mx.finfo(dtype).min / 2, dtype), k=1)
+    corner = mx.triu(mx.full((length, length), -mx.inf, dtype), k=1)
     return mx.pad(corner, [(0, 0), (seen - length, 0)])
 
 

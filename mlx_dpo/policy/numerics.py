@@ -1,10 +1,12 @@
 """Sums over a vocabulary without loss of digits."""
 
 import math
+from typing import Any, cast
 
 import mlx.core as mx
 
 from mlx_dpo.policy.device import device_kind
+from mlx_dpo.policy.softmax import exp
 
 
 def log_sum_exp(logits: mx.array) -> mx.array:
@@ -18,12 +20,31 @@ def log_sum_exp(logits: mx.array) -> mx.array:
 
 
 def in_pieces(logits: mx.array) -> mx.array:
-    """`log_sum_exp` by a sum of sums. (..., V) -> (...)"""
-    vocab = logits.shape[-1]
-    top = mx.stop_gradient(logits.max(axis=-1, keepdims=True))
-    terms = mx.exp(logits - top)
-    width = math.isqrt(vocab - 1) + 1
-    pieces = -(-vocab // width)
-    terms = mx.pad(terms, [(0, 0)] * (terms.ndim - 1) + [(0, pieces * width - vocab)])
-    sums = terms.reshape(*terms.shape[:-1], pieces, width).sum(axis=-1)
-    return top.squeeze(-1) + mx.log(sums.sum(axis=-1))
+    """`log_sum_exp` by a sum of sums, with its own gradient. (..., V) -> (...)"""
+    fixed = mx.stop_gradient(logits)
+    top = fixed.max(axis=-1, keepdims=True)
+    terms = exp(fixed - top)
+    total = _sum_of_sums(terms)
+    return cast(mx.array, _log_of_sum(logits, top, terms, total))
+
+
+@mx.custom_function
+def _log_of_sum(logits: mx.array, top: mx.array, terms: mx.array, total: mx.array) -> mx.array:
+    return top.squeeze(-1) + mx.log(total)
+
+
+@_log_of_sum.vjp
+def _log_of_sum_vjp(primals: Any, cotangent: mx.array, output: mx.array) -> Any:
+    """Towards the logits: their share of the sum."""
+    _, *fixed = primals
+    _, terms, total = fixed
+    return terms * (cotangent / total)[..., None], *[mx.zeros_like(value) for value in fixed]
+
+
+def _sum_of_sums(terms: mx.array) -> mx.array:
+    """Over the last axis. (..., V) -> (...)"""
+    vocab = terms.shape[-1]
+    width = math.isqrt(vocab)
+    whole = vocab // width * width
+    sums = terms[..., :whole].reshape(*terms.shape[:-1], -1, width).sum(axis=-1)
+    return sums.sum(axis=-1) + terms[..., whole:].sum(axis=-1)

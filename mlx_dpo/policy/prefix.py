@@ -14,13 +14,10 @@ import numpy as np
 from mlx_lm.models.cache import ConcatenateKVCache, KVCache, make_prompt_cache
 
 from mlx_dpo.policy.trunk import Halves
+from mlx_dpo.preferences.batches import SHORTEST_CONTINUATION, padded_width
 from mlx_dpo.types import TokenizedPair
 
 Tokens = Sequence[int]
-
-# mlx-lm takes a single token after a cache for generation, where some models switch to
-# kernels that have no gradient.
-SHORTEST_CONTINUATION = 2
 
 
 def predicting_rows(model: nn.Module, halves: Halves, pairs: Sequence[TokenizedPair]) -> mx.array:
@@ -33,25 +30,35 @@ def predicting_rows(model: nn.Module, halves: Halves, pairs: Sequence[TokenizedP
     prompts = [pair.prompt for pair in pairs]
     lengths = [len(prompt) for prompt in prompts]
     even = len(set(lengths)) == 1
-    caches = _caches(model) if even else _batched_caches(model, lengths)
-    hidden = halves.hidden(right_padded(prompts), caches)
+    width = max(lengths) if even else padded_width(max(lengths))
+    caches = _caches(model) if even else _batched_caches(model, lengths, width)
+    hidden = halves.hidden(right_padded(prompts, width), caches)
     last = hidden[:, -1:]
     if not even:
         for cache in caches:
             cache.finalize()
         last = mx.take_along_axis(hidden, mx.array(lengths)[:, None, None] - 1, axis=1)
-    chosen = _continued(halves, last, caches, [pair.chosen for pair in pairs])
-    rejected = _continued(halves, last, caches, [pair.rejected for pair in pairs])
-    return mx.concatenate([chosen, rejected])
+    sides = ([pair.chosen for pair in pairs], [pair.rejected for pair in pairs])
+    return mx.concatenate([_continued(halves, last, caches, side, even=even) for side in sides])
 
 
 def _continued(
-    halves: Halves, last: mx.array, caches: list[Any], completions: Sequence[Tokens]
+    halves: Halves,
+    last: mx.array,
+    caches: list[Any],
+    completions: Sequence[Tokens],
+    *,
+    even: bool,
 ) -> mx.array:
     """Rows that predict `completions`, after `last` (B, 1, D) and its caches. (n, D)"""
     hidden = last
-    if any(len(completion) > 1 for completion in completions):
-        tokens = right_padded([c[:-1] for c in completions], at_least=SHORTEST_CONTINUATION)
+    longest = max(len(completion) for completion in completions) - 1
+    if longest:
+        # mlx-lm takes a single token after a cache for generation, where some models switch
+        # to kernels that have no gradient.
+        needed = max(longest, SHORTEST_CONTINUATION)
+        width = needed if even else padded_width(needed)
+        tokens = right_padded([c[:-1] for c in completions], width)
         # Copied, for mlx-lm writes into its caches: a second use would see the first.
         hidden = mx.concatenate([last, halves.hidden(tokens, copy.deepcopy(caches))], axis=1)
     width = hidden.shape[1]
@@ -61,9 +68,8 @@ def _continued(
     return hidden.flatten(0, 1)[mx.array(kept)]
 
 
-def right_padded(rows: Sequence[Tokens], *, at_least: int = 1) -> mx.array:
-    """Token ids, with zeros where a row is shorter than the longest. (B, T) int32"""
-    width = max(at_least, *(len(row) for row in rows))
+def right_padded(rows: Sequence[Tokens], width: int) -> mx.array:
+    """Token ids, with zeros where a row is shorter. (B, width) int32"""
     tokens = np.zeros((len(rows), width), np.int32)
     for number, row in enumerate(rows):
         tokens[number, : len(row)] = row
@@ -76,11 +82,11 @@ def _caches(model: nn.Module) -> list[Any]:
     return [ConcatenateKVCache() if type(c) is KVCache else c for c in make_prompt_cache(model)]
 
 
-def _batched_caches(model: nn.Module, lengths: Sequence[int]) -> list[Any]:
+def _batched_caches(model: nn.Module, lengths: Sequence[int], width: int) -> list[Any]:
     """Empty caches for rows of these lengths that are padded on the right."""
     single = [make_prompt_cache(model) for _ in lengths]
     caches = [type(layer[0]).merge(list(layer)) for layer in zip(*single, strict=True)]
-    padding = [max(lengths) - length for length in lengths]
+    padding = [width - length for length in lengths]
     for cache in caches:
         cache.prepare(lengths=list(lengths), right_padding=padding)
     return caches

@@ -5,9 +5,8 @@ trained. A model with a window of attention of up to LONGEST_WINDOW tokens also 
 that does not fit into it; wider windows run through the same code with another number.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import mlx.core as mx
@@ -19,11 +18,17 @@ from mlx_dpo.policy.agreement import Errors, Rows, errors, in_mode, random_pairs
 from mlx_dpo.policy.device import device_kind, number_type
 from mlx_dpo.policy.head import head_weights
 from mlx_dpo.policy.prefix import predicting_rows
-from mlx_dpo.policy.scorers import Scorer, make_shared, plain_scorer
+from mlx_dpo.policy.scorers import COSTS, Scorer, Way, make_shared, plain_scorer
+from mlx_dpo.policy.tree import predicting_rows_of_tree
 from mlx_dpo.policy.trunk import NotSplitError, split
-from mlx_dpo.preferences.batches import Cost, shared_prompts, whole_rows
+from mlx_dpo.preferences.batches import Cost, whole_rows
 
 Wanted = Literal["auto", "plain", "shared"]
+WAYS: dict[Way, str] = {
+    "row": "pairs in one row, no padding",
+    "batch": "pairs in one padded batch",
+    "lengths": "pairs with equally long prompts in one batch",
+}
 
 # Lengths of prompt, chosen and rejected: uneven prompts, two of one length, completions of
 # one token and of two, after which nothing and a single token goes through the trunk.
@@ -59,14 +64,12 @@ class Choice:
     forward_only: Scorer  # the same values without gradients: for the reference and evaluation
     name: Literal["shared", "plain"]
     reason: str
-    pairs_together: bool  # whether prompts of different lengths go through as one batch
+    way: Way | None = None  # how pairs that share their prompts go through together
 
     @property
     def cost(self) -> Cost:
         """What a pass through the scorer costs, in tokens."""
-        if self.name == "plain":
-            return whole_rows
-        return partial(shared_prompts, together=self.pairs_together)
+        return whole_rows if self.way is None else COSTS[self.way]
 
 
 class _RefusedError(Exception):
@@ -74,12 +77,13 @@ class _RefusedError(Exception):
 
 
 def choose(
-    model: nn.Module, *, vocab_size: int, wanted: Wanted = "auto", together: bool | None = None
+    model: nn.Module, *, vocab_size: int, wanted: Wanted = "auto", ways: Sequence[Way] = ()
 ) -> Choice:
     """Probe `model`, adapters attached, and choose its scorer.
 
-    Weights, modes and random state stay as they are. `together` says whether to try prompts of
-    different lengths as one batch; None: on a GPU, for on the CPU it costs more than it saves.
+    Weights, modes and random state stay as they are. The first of `ways` that is exact is
+    taken. Unless they are given, padded batches are among them on a GPU only: on the CPU they
+    cost more than they save.
 
     Raises:
         ModelError: `shared` is wanted, and is not exact for this model; or the plain scorer
@@ -87,12 +91,10 @@ def choose(
     """
     if wanted == "plain":
         return _plain("as asked")
-    if together is None:
-        together = device_kind() != "cpu"
     why = ""
-    for batched in (True, False) if together else (False,):
+    for way in ways or (("row", "lengths") if device_kind() == "cpu" else WAYS):
         try:
-            return _probed(model, vocab_size, batched)
+            return _probed(model, vocab_size, way)
         except _RefusedError as refused:
             why = str(refused)
     _require_plain(model, vocab_size)
@@ -120,22 +122,22 @@ def _named(error: Exception) -> str:
 
 
 def _plain(why: str) -> Choice:
-    return Choice(plain_scorer, plain_scorer, "plain", why, False)
+    return Choice(plain_scorer, plain_scorer, "plain", why)
 
 
-def _probed(model: nn.Module, vocab_size: int, together: bool) -> Choice:
+def _probed(model: nn.Module, vocab_size: int, way: Way) -> Choice:
     """The shared scorer, if it passes every comparison.
 
     Raises:
         _RefusedError: it does not.
     """
     training, forward_only = (
-        make_shared(vocab_size=vocab_size, gradients=gradients, pairs_together=together)
+        make_shared(vocab_size=vocab_size, gradients=gradients, way=way)
         for gradients in (True, False)
     )
     oracle = _scored(plain_scorer, vocab_size)
     try:
-        if together and any(isinstance(c, CacheList) for c in make_prompt_cache(model)):
+        if way == "batch" and any(isinstance(c, CacheList) for c in make_prompt_cache(model)):
             # Such models may choose whole blocks of keys, which the padding of batched caches
             # moves; only long rows show it.
             raise _RefusedError("its caches are of several kinds")
@@ -144,16 +146,16 @@ def _probed(model: nn.Module, vocab_size: int, together: bool) -> Choice:
         values = value_error(model, _scored(forward_only, vocab_size), oracle)
         _check(model, " without gradients", Errors(values, 0.0))
         if window := shortest_window(model):
-            _check(model, " past the window", errors(model, *_past(window, vocab_size)))
+            _check(model, " past the window", errors(model, *_past(window, vocab_size, way)))
     except NotSplitError as error:
         raise _RefusedError(str(error)) from error
     except UNSUITED as error:
         raise _RefusedError(_named(error)) from error
-    return Choice(training, forward_only, "shared", _report(model, found), together)
+    return Choice(training, forward_only, "shared", _report(model, found, way), way)
 
 
-def _report(model: nn.Module, found: Errors) -> str:
-    said = f"equal to the plain scorer on a probe, to {found.values:.0e}"
+def _report(model: nn.Module, found: Errors, way: Way) -> str:
+    said = f"{WAYS[way]}; equal to the plain scorer on a probe, to {found.values:.0e}"
     if found.gradients:
         said += f", its gradients to {found.gradients:.0e}"
     halves = split(model)
@@ -181,7 +183,7 @@ def _scored(scorer: Scorer, vocab_size: int) -> Rows:
     return lambda model: mx.concatenate([*scorer(model, pairs)])[:, None]
 
 
-def _past(window: int, vocab_size: int) -> tuple[Rows, Rows]:
+def _past(window: int, vocab_size: int, way: Way) -> tuple[Rows, Rows]:
     """Hidden states after a prompt longer than the window: with caches, and without. (n, D)
 
     Without the head, for whole rows of logits of that length might not fit into memory.
@@ -194,7 +196,8 @@ def _past(window: int, vocab_size: int) -> tuple[Rows, Rows]:
         start = len(pair.prompt) - 1
         return mx.concatenate([split(model).hidden(row)[0, start:] for row in rows])
 
-    return lambda model: predicting_rows(model, split(model), pairs), whole
+    predicting = predicting_rows_of_tree if way == "row" else predicting_rows
+    return lambda model: predicting(model, split(model), pairs), whole
 
 
 def shortest_window(model: nn.Module) -> int:

@@ -6,6 +6,8 @@ with respect to the model's trainable parameters inside `nn.value_and_grad`.
 
 import itertools
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Literal
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,8 +15,9 @@ import mlx.nn as nn
 from mlx_dpo.policy.head import row_logps
 from mlx_dpo.policy.logps import pair_logps
 from mlx_dpo.policy.prefix import predicting_rows
+from mlx_dpo.policy.tree import predicting_rows_of_tree
 from mlx_dpo.policy.trunk import split
-from mlx_dpo.preferences.batches import collate
+from mlx_dpo.preferences.batches import Cost, collate, one_row, shared_prompts
 from mlx_dpo.types import PairLogps, TokenizedPair
 
 Scorer = Callable[[nn.Module, Sequence[TokenizedPair]], PairLogps]  # (B,) float32 each
@@ -25,18 +28,29 @@ def plain_scorer(model: nn.Module, pairs: Sequence[TokenizedPair]) -> PairLogps:
     return pair_logps(model, collate(pairs))
 
 
-def make_shared(*, vocab_size: int, gradients: bool, pairs_together: bool) -> Scorer:
+# How pairs that share their prompts go through a model together: behind one another in a row,
+# as a batch whose prompts are padded, or as batches of those with equally long prompts.
+Way = Literal["row", "batch", "lengths"]
+
+COSTS: dict[Way, Cost] = {
+    "row": one_row,
+    "batch": partial(shared_prompts, together=True),
+    "lengths": partial(shared_prompts, together=False),
+}
+
+
+def make_shared(*, vocab_size: int, gradients: bool, way: Way) -> Scorer:
     """A scorer that runs each prompt once, and the head only where a token is scored.
 
-    Pairs whose prompts are equally long go through the model together; all pairs do with
-    `pairs_together`. Without `gradients` the values alone are right. For models that
-    `policy.probe` has found it exact for.
+    Without `gradients` the values alone are right. For models that `policy.probe` has found
+    it exact for.
     """
+    predicting = predicting_rows_of_tree if way == "row" else predicting_rows
 
     def shared_scorer(model: nn.Module, pairs: Sequence[TokenizedPair]) -> PairLogps:
         halves = split(model)
-        groups = _groups(pairs, together=pairs_together)
-        rows = [predicting_rows(model, halves, [pairs[i] for i in group]) for group in groups]
+        groups = _groups(pairs, by_length=way == "lengths")
+        rows = [predicting(model, halves, [pairs[i] for i in group]) for group in groups]
         completions = [
             completion
             for group in groups
@@ -55,12 +69,12 @@ def make_shared(*, vocab_size: int, gradients: bool, pairs_together: bool) -> Sc
     return shared_scorer
 
 
-def _groups(pairs: Sequence[TokenizedPair], *, together: bool) -> list[list[int]]:
+def _groups(pairs: Sequence[TokenizedPair], *, by_length: bool) -> list[list[int]]:
     """Positions of the pairs that go through the model as one batch."""
-    by_length: dict[int, list[int]] = {}
+    groups: dict[int, list[int]] = {}
     for position, pair in enumerate(pairs):
-        by_length.setdefault(0 if together else len(pair.prompt), []).append(position)
-    return list(by_length.values())
+        groups.setdefault(len(pair.prompt) if by_length else 0, []).append(position)
+    return list(groups.values())
 
 
 def _sums(logps: mx.array, completions: Sequence[Sequence[int]]) -> list[mx.array]:

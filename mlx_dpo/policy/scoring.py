@@ -1,7 +1,6 @@
 """Log-probabilities of many pairs under one model, without gradients."""
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import mlx.core as mx
@@ -9,9 +8,8 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_dpo.errors import TrainingError
-from mlx_dpo.policy.attention import chunked_attention
-from mlx_dpo.policy.device import device_kind
 from mlx_dpo.policy.scorers import Scorer, plain_scorer
+from mlx_dpo.policy.sparing import without_gradients
 from mlx_dpo.preferences.batches import Cost, PassLimit, micro_batches, whole_rows
 from mlx_dpo.types import PairLogps, TokenizedPair
 
@@ -50,18 +48,13 @@ def score_pairs(
     chosen = np.zeros(len(pairs), np.float32)
     rejected = np.zeros(len(pairs), np.float32)
     for group in micro_batches(range(len(pairs)), pairs, limit, cost=cost):
-        with _quick_attention():
+        with without_gradients(model):
             logps = scorer(model, [pairs[i] for i in group])
         mx.eval(logps)  # one batch at a time: a graph over all of them would hold every logit
         chosen[group], rejected[group] = np.array(logps.chosen), np.array(logps.rejected)
         _refuse_nan(group, chosen + rejected, pairs)
         progress(len(group))
     return PairLogps(mx.array(chosen), mx.array(rejected))
-
-
-def _quick_attention() -> AbstractContextManager[None]:
-    """On the CPU attention in chunks is quicker forward, too; a GPU has a kernel of its own."""
-    return chunked_attention() if device_kind() == "cpu" else nullcontext()
 
 
 def _refuse_nan(group: Sequence[int], logps: np.ndarray, pairs: Sequence[TokenizedPair]) -> None:

@@ -54,8 +54,14 @@ def whole_rows(pairs: Sequence[TokenizedPair]) -> PassTokens:
     return PassTokens(total, total - sum(2 * len(p.prompt) + _continued(p) for p in pairs))
 
 
+def one_row(pairs: Sequence[TokenizedPair]) -> PassTokens:
+    """What the shared scorer costs where all pairs lie in one row, one behind the other."""
+    tokens = sum(len(p.prompt) + _continued(p) for p in pairs)
+    return PassTokens(padded_width(tokens), padded_width(tokens) - tokens)
+
+
 def shared_prompts(pairs: Sequence[TokenizedPair], *, together: bool) -> PassTokens:
-    """What the shared scorer costs: prompts once, completions but for the last token of each.
+    """What it costs where prompts are forked: they once, completions but for their last token.
 
     Pairs whose prompts are equally long are one batch; all are with `together`.
     """

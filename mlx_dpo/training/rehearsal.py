@@ -28,7 +28,7 @@ from mlx_dpo.types import PairLogps, TokenizedPair
 
 PARTS = (1 / 16, 1 / 4, 1 / 2, 1)  # of each text, tried until it is seen that all of it fits
 MARGIN = 2  # such a guess may be wrong by so much
-REPEATS = 2  # MLX works ahead, at times one array further than mostly
+REPEATS = 3  # MLX works ahead, at times one array further than mostly
 AT_ONCE = 1  # micro-batches that `training.step` has in memory at a time
 
 Pairs = Sequence[TokenizedPair]
@@ -144,8 +144,8 @@ def _drawn_out(policy: nn.Module, chosen: Sample, pairs: Pairs, run: Run, memory
             small, fewer = _least(_repeated(run, used)), len(chosen.small)
     # Noise must not make the whole cheaper than its part.
     block = Cost(*(max(0.0, (b - a) / (more - fewer)) for a, b in zip(small, large, strict=True)))
-    most = Cost(max(cost.bytes for cost in costs), large.seconds)  # as far ahead as was seen
-    outside = Cost(*(b - more * each for b, each in zip(most, block, strict=True)))
+    usual = Cost(sorted(cost.bytes for cost in costs)[len(costs) // 2], large.seconds)
+    outside = Cost(*(b - more * each for b, each in zip(usual, block, strict=True)))
     return PassCost(
         outside=Cost(*(value / share for value in outside)),
         block=Cost(*(value / share for value in block)),

@@ -12,9 +12,10 @@ from mlx_dpo.errors import ModelError
 from mlx_dpo.policy import head
 from mlx_dpo.policy.agreement import errors, random_pairs, value_error
 from mlx_dpo.policy.attention import chunked_attention
-from mlx_dpo.policy.probe import choose
+from mlx_dpo.policy.probe import WAYS, choose
 from mlx_dpo.policy.recompute import recomputed
 from mlx_dpo.policy.scorers import plain_scorer
+from mlx_dpo.policy.tree import tree_positions
 from tests.policy.architectures import UNBUILT, VOCAB, WINDOW, adapt, build, model_types
 
 pytestmark = pytest.mark.slow
@@ -35,6 +36,7 @@ def rows(scorer):
 
 def memory_savers(model, names):
     stack = ExitStack()
+    stack.enter_context(tree_positions())
     if "recomputed" in names:
         stack.enter_context(recomputed(model))
     if "chunked" in names:
@@ -52,8 +54,8 @@ def test_the_shared_scorer_is_exact(model_type, saved, monkeypatch):
     monkeypatch.setattr("mlx_dpo.policy.attention.FEWEST_SCORES", 0)
     monkeypatch.setattr(head, "CHUNK_BYTES", 5 * VOCAB * 4)
     model = adapt(model_type, build(model_type))
-    for together in (True, False):
-        choice = choose(model, vocab_size=VOCAB, together=together)
+    for way in WAYS:
+        choice = choose(model, vocab_size=VOCAB, ways=(way, "lengths"))
         assert choice.name == "shared", choice.reason
         with memory_savers(model, saved):
             found = errors(model, rows(choice.scorer), rows(plain_scorer))

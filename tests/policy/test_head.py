@@ -188,4 +188,6 @@ def peak(vocab, trained):
 
 @pytest.mark.parametrize("trained", [False, True])
 def test_twice_the_vocabulary_needs_hardly_more_memory(trained):
-    assert peak(65536, trained) <= 1.1 * peak(32768, trained)
+    # A trained head has a gradient of its size, held twice while chunks add to it.
+    own = trained * 2 * (65536 - 32768) * 8 * 4
+    assert peak(65536, trained) - own <= 1.1 * peak(32768, trained)

@@ -104,8 +104,8 @@ def test_a_cache_is_never_followed_by_a_single_token(counted):
 
 
 def test_padding_is_on_the_right():
-    assert right_padded([(5, 6, 7), (8,)]).tolist() == [[5, 6, 7], [8, 0, 0]]
-    assert right_padded([(5,)], at_least=2).tolist() == [[5, 0]]
+    assert right_padded([(5, 6, 7), (8,)], 3).tolist() == [[5, 6, 7], [8, 0, 0]]
+    assert right_padded([(5,)], 2).tolist() == [[5, 0]]
 
 
 def test_gradients_flow_through_the_prompt():

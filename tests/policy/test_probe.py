@@ -11,7 +11,7 @@ from mlx_dpo.arrays import random_state
 from mlx_dpo.errors import ModelError
 from mlx_dpo.policy import adapters
 from mlx_dpo.policy.agreement import errors, random_pairs, value_error
-from mlx_dpo.policy.probe import choose
+from mlx_dpo.policy.probe import WAYS, choose
 from mlx_dpo.policy.scorers import plain_scorer
 from tests.conftest import VOCAB, make_llama
 from tests.policy.architectures import WINDOW, build
@@ -35,15 +35,15 @@ def assert_plain(choice, said):
     assert choice.scorer is plain_scorer
     assert choice.forward_only is plain_scorer
     assert said in choice.reason
-    assert not choice.pairs_together
+    assert choice.way is None
 
 
-@pytest.mark.parametrize("together", [False, True])
-def test_an_exact_model_gets_the_shared_scorer(together):
-    choice = choose(adapted(make_llama()), vocab_size=VOCAB, together=together)
+@pytest.mark.parametrize("way", WAYS)
+def test_an_exact_model_gets_the_shared_scorer(way):
+    choice = choose(adapted(make_llama()), vocab_size=VOCAB, ways=(way,))
     assert choice.name == "shared"
-    assert choice.pairs_together == together
-    assert choice.reason.startswith("equal to the plain scorer on a probe, to ")
+    assert choice.way == way
+    assert choice.reason.startswith(f"{WAYS[way]}; equal to the plain scorer on a probe, to ")
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
@@ -95,7 +95,8 @@ def test_wrong_gradients_are_refused_where_values_are_right():
 def test_a_window_that_only_caches_know_is_refused():
     """Wide enough for the probe's short pairs; a prompt past it shows the difference."""
     model = with_caches(lambda self: [RotatingKVCache(32) for _ in self.layers])
-    assert_plain(choose(model, vocab_size=VOCAB), "values past the window differ")
+    choice = choose(model, vocab_size=VOCAB, ways=("lengths",))
+    assert_plain(choice, "values past the window differ")
 
 
 def test_a_head_that_mixes_rows_is_refused():
@@ -110,9 +111,9 @@ def test_a_head_that_mixes_rows_is_refused():
 # Wrong on the probe's pairs; wrong on longer ones alone, where it chooses among blocks of keys.
 @pytest.mark.parametrize("name", ["gemma2", "minimax_m3_vl"])
 def test_uneven_prompts_go_one_by_one_where_batched_caches_are_wrong(name):
-    choice = choose(adapted(build(name)), vocab_size=128, together=True)
+    choice = choose(adapted(build(name)), vocab_size=128, ways=("batch", "lengths"))
     assert choice.name == "shared"
-    assert not choice.pairs_together
+    assert choice.way == "lengths"
 
 
 def test_a_cache_that_cannot_be_made_is_no_obstacle():

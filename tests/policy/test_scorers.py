@@ -9,8 +9,10 @@ import pytest
 from mlx_dpo.policy import adapters, head
 from mlx_dpo.policy.agreement import errors, value_error
 from mlx_dpo.policy.attention import chunked_attention
+from mlx_dpo.policy.probe import WAYS
 from mlx_dpo.policy.recompute import recomputed
 from mlx_dpo.policy.scorers import make_shared, plain_scorer
+from mlx_dpo.policy.sparing import sparing_memory
 from mlx_dpo.types import TokenizedPair
 from tests.conftest import VOCAB, make_llama
 
@@ -22,8 +24,8 @@ def policy():
     return model
 
 
-def shared(*, gradients=True, pairs_together=False):
-    return make_shared(vocab_size=VOCAB, gradients=gradients, pairs_together=pairs_together)
+def shared(*, gradients=True, way="lengths"):
+    return make_shared(vocab_size=VOCAB, gradients=gradients, way=way)
 
 
 def rows(scorer, pairs):
@@ -34,6 +36,7 @@ def rows(scorer, pairs):
 @contextmanager
 def memory_savers(model, names):
     with ExitStack() as stack:
+        stack.enter_context(sparing_memory(model, recompute=False))
         if "recomputed" in names:
             stack.enter_context(recomputed(model))
         if "chunked" in names:
@@ -42,20 +45,20 @@ def memory_savers(model, names):
 
 
 @pytest.mark.parametrize("saved", [(), ("recomputed",), ("chunked",), ("recomputed", "chunked")])
-@pytest.mark.parametrize("together", [False, True])
-def test_it_equals_the_plain_scorer(policy, pairs, together, saved, monkeypatch):
+@pytest.mark.parametrize("way", WAYS)
+def test_it_equals_the_plain_scorer(policy, pairs, way, saved, monkeypatch):
     monkeypatch.setattr("mlx_dpo.policy.attention.FEWEST_SCORES", 0)
     monkeypatch.setattr(head, "CHUNK_BYTES", 3 * VOCAB * 4)
     expected = rows(plain_scorer, pairs)
     with memory_savers(policy, saved):
-        found = errors(policy, rows(shared(pairs_together=together), pairs), expected)
+        found = errors(policy, rows(shared(way=way), pairs), expected)
     assert found.values <= 1e-5
     assert found.gradients <= 1e-4
 
 
-@pytest.mark.parametrize("together", [False, True])
-def test_without_gradients_the_values_are_the_same(policy, pairs, together):
-    scorer = shared(gradients=False, pairs_together=together)
+@pytest.mark.parametrize("way", WAYS)
+def test_without_gradients_the_values_are_the_same(policy, pairs, way):
+    scorer = shared(gradients=False, way=way)
     assert value_error(policy, rows(scorer, pairs), rows(plain_scorer, pairs)) <= 1e-5
 
 

@@ -1,26 +1,18 @@
 """What a pass costs is what goes through the layers, and its size changes no value."""
 
-from functools import partial
-
 import mlx.core as mx
 import pytest
 
 from mlx_dpo.policy.probe import choose
-from mlx_dpo.policy.scorers import make_shared, plain_scorer
+from mlx_dpo.policy.scorers import COSTS, make_shared, plain_scorer
 from mlx_dpo.policy.scoring import score_pairs
-from mlx_dpo.preferences.batches import PassLimit, shared_prompts, whole_rows
+from mlx_dpo.preferences.batches import PassLimit, whole_rows
 from mlx_dpo.types import TokenizedPair
 from tests.conftest import VOCAB, make_llama
 
-
-def shared(together):
-    return make_shared(vocab_size=VOCAB, gradients=False, pairs_together=together)
-
-
-SCORERS = {
-    "plain": (plain_scorer, whole_rows),
-    "alone": (shared(False), partial(shared_prompts, together=False)),
-    "together": (shared(True), partial(shared_prompts, together=True)),
+SCORERS = {"plain": (plain_scorer, whole_rows)} | {
+    way: (make_shared(vocab_size=VOCAB, gradients=False, way=way), cost)
+    for way, cost in COSTS.items()
 }
 
 
@@ -70,10 +62,10 @@ def test_a_pass_costs_the_tokens_that_go_through_the_layers(counted, name, pairs
 
 
 @pytest.mark.parametrize("wanted", ["plain", "shared"])
-@pytest.mark.parametrize("together", [False, True])
-def test_a_choice_knows_the_cost_of_its_own_scorer(counted, wanted, together):
+@pytest.mark.parametrize("way", COSTS)
+def test_a_choice_knows_the_cost_of_its_own_scorer(counted, wanted, way):
     model, counting = counted
-    choice = choose(make_llama(), vocab_size=VOCAB, wanted=wanted, together=together)
+    choice = choose(make_llama(), vocab_size=VOCAB, wanted=wanted, ways=(way,))
     for pairs in PASSES:
         counting.tokens.clear()
         choice.forward_only(model, pairs)

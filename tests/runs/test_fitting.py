@@ -75,11 +75,11 @@ def test_less_is_taken_only_as_far_as_memory_asks_for_it(deep):
     one = needed(deep, micro_batch_size=1, recompute=False)
     least = needed(deep, micro_batch_size=1, recompute=True)
     assert least < 0.9 * one < 0.9 * two
-    assert decided(fitted(deep, Room(int(1.03 * two), ""))) == (2, False, True)
-    found = fitted(deep, Room(int(1.03 * one), "of a test"))
+    assert decided(fitted(deep, Room(int(1.08 * two), ""))) == (2, False, True)
+    found = fitted(deep, Room(int(1.08 * one), "of a test"))
     assert decided(found) == (1, False, True)
-    assert f"1 pair a pass, because 2 pairs a pass would need {gigabytes(two)[:1]}" in found.line()
-    found = fitted(deep, Room(int(0.97 * one), ""))
+    assert "1 pair a pass, because 2 pairs a pass would need " in found.line()
+    found = fitted(deep, Room(int(0.92 * one), ""))
     assert (found.config.recompute, found.fits) == (True, True)
     assert ", recomputed, because 2 pairs a pass would need" in found.line()
     assert decided(fitted(deep, Room(int(0.9 * least), ""))) == (1, True, False)
@@ -101,13 +101,13 @@ def test_where_there_is_room_enough_nothing_is_measured(deep):
 
 
 def test_a_run_that_cannot_fit_is_refused_before_anything_is_written(config, tmp_path):
-    with memory_limit(1_500_000), pytest.raises(ConfigError) as error, Run(config) as run:
+    with memory_limit(600_000), pytest.raises(ConfigError) as error, Run(config) as run:
         run.prepare()
     message = str(error.value)
     assert message.startswith(
         "the longest pairs do not fit into memory, 1 pair a pass, recomputed ("
     )
-    assert "2 MB is MLX's limit on this machine); use --max-length below" in message
+    assert "1 MB is MLX's limit on this machine); use --max-length below" in message
     assert message.endswith("or go on with --force")
     assert "\n" not in message
     assert not (tmp_path / "run").exists()
@@ -124,7 +124,7 @@ def stopped_after(config, step, **how):
 
 
 def test_force_goes_on_all_the_same_and_says_so(config):
-    with memory_limit(1_500_000):
+    with memory_limit(600_000):
         run = stopped_after(replace(config, max_steps=2, epochs=None), 2, force=True)
     assert run.evaluation is not None
     assert (run.config.micro_batch_size, run.config.recompute) == (1, True)
@@ -134,7 +134,7 @@ def test_force_goes_on_all_the_same_and_says_so(config):
 def test_a_resumed_run_keeps_what_it_decided_when_it_began(config, tmp_path):
     """With more memory than before, and still to the same weights bit for bit."""
     whole, parts = (replace(config, output=str(tmp_path / name)) for name in ("whole", "parts"))
-    with memory_limit(1_500_000):
+    with memory_limit(600_000):
         stopped_after(whole, None, force=True)
         stopped_after(parts, 2, force=True)
     record = json.loads((tmp_path / "parts" / "run.json").read_text())

@@ -13,9 +13,9 @@ from mlx_dpo.arrays import flat
 from mlx_dpo.errors import TrainingError
 from mlx_dpo.objective.losses import sigmoid_loss
 from mlx_dpo.policy import adapters
-from mlx_dpo.policy.scorers import make_shared, plain_scorer
+from mlx_dpo.policy.scorers import COSTS, make_shared, plain_scorer
 from mlx_dpo.policy.scoring import score_pairs
-from mlx_dpo.preferences.batches import PassLimit, micro_batches, shared_prompts, whole_rows
+from mlx_dpo.preferences.batches import PassLimit, micro_batches, whole_rows
 from mlx_dpo.training.loop import Plan, Progress, train
 from mlx_dpo.training.step import MicroBatch, accumulate, make_gradient
 from mlx_dpo.types import PairLogps, TokenizedPair
@@ -84,19 +84,22 @@ def test_the_size_of_a_pass_changes_nothing(plan, pairs_per_pass):
     plan = replace(plan, batch_size=4)
     (_, rows), (_, others) = run(plan), run(replace(plan, limit=PassLimit(pairs=pairs_per_pass)))
     for (_, a), (_, b) in zip(rows, others, strict=True):
-        assert a.preferences == pytest.approx(b.preferences, abs=1e-4)
+        # In the first step the policy is the reference, and rounding decides who is ahead.
+        tied = {"accuracies": 0.0} if a.step == 1 else {}
+        known = b.preferences._replace(**tied)
+        assert a.preferences._replace(**tied) == pytest.approx(known, abs=1e-4)
 
 
 SHARED = {
-    together: {
-        "scorer": make_shared(vocab_size=VOCAB, gradients=True, pairs_together=together),
-        "cost": partial(shared_prompts, together=together),
+    way: {
+        "scorer": make_shared(vocab_size=VOCAB, gradients=True, way=way),
+        "cost": COSTS[way],
     }
-    for together in (False, True)
+    for way in COSTS
 }
 
 
-@pytest.mark.parametrize("scored", [{}, SHARED[False], SHARED[True]], ids=["plain", "one", "all"])
+@pytest.mark.parametrize("scored", [{}, *SHARED.values()], ids=["plain", *SHARED])
 def test_no_limit_of_a_pass_changes_the_step(plan, scored):
     """Descent at rate 1 moves each weight by its gradient.
 
@@ -133,7 +136,7 @@ def test_passes_are_filled_by_what_they_cost_their_own_scorer(plan):
     """Each prompt once, the five pairs take 5 + 4 + 8 tokens and 12 for the two whose prompts
     are equally long; as whole rows they take 70.
     """
-    scorer, cost = SHARED[False].values()
+    scorer, cost = SHARED["lengths"].values()
     for tokens, expected in ((29, [5]), (28, [4, 1])):
         held = []
 
@@ -152,7 +155,7 @@ limits = st.builds(PassLimit, st.none() | st.integers(1, 4), st.none() | st.inte
 
 
 @settings(max_examples=12, deadline=None, derandomize=True)
-@given(some_pairs, limits, st.sampled_from([{}, SHARED[False], SHARED[True]]))
+@given(some_pairs, limits, st.sampled_from([{}, *SHARED.values()]))
 def test_no_limit_of_a_pass_changes_the_gradient(lengths, limit, scored):
     ids = itertools.cycle(range(1, VOCAB))
     pairs = [TokenizedPair(*(tuple(itertools.islice(ids, n)) for n in ls)) for ls in lengths]
@@ -184,7 +187,9 @@ def test_the_share_of_padding_is_that_of_the_step(plan, pairs):
     real = sum(2 * len(p.prompt) + len(p.chosen) + len(p.rejected) - 2 for p in pairs)
     assert real == 33
     assert metrics.padding_share == pytest.approx((70 - 33) / 70)
-    alone = replace(plan, batch_size=5, total_steps=1, limit=PassLimit(pairs=1), **SHARED[False])
+    alone = replace(
+        plan, batch_size=5, total_steps=1, limit=PassLimit(pairs=1), **SHARED["lengths"]
+    )
     [(_, metrics)] = run(alone)[1]
     # Continuations of one token are padded to two, five times; prompts have 11, the rest 11.
     assert metrics.padding_share == pytest.approx(4 / 26)

@@ -1,0 +1,227 @@
+"""Attention over chunks of queries, and its gradient, in which no array is T x T.
+
+A chunk of queries meets only the keys it may see, one chunk at a time, and only queries,
+keys, values and outputs stay; the CPU also keeps probabilities where they are few. Gradients
+are MLX's own up to rounding. Knows arrays, nothing of models.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
+
+import mlx.core as mx
+
+from mlx_dpo.policy.masks import added, causal
+from mlx_dpo.policy.softmax import on_cpu, softmax
+
+# Keys a query sees, on average, up to which the CPU keeps its probabilities: few bytes beside
+# what a block keeps anyway, and a third of attention's time.
+KEPT_KEYS = 256
+
+Attention = Callable[..., mx.array]
+Probabilities = tuple[mx.array, mx.array | None]  # (B, H, C, S), and of sinks (B, H, C, 1)
+
+
+class Inputs(NamedTuple):
+    """What attention is given, a chunk of it, or the gradients towards it."""
+
+    queries: mx.array  # (B, H, T_q, D)
+    keys: mx.array  # (B, K, T_k, D), H a multiple of K
+    values: mx.array  # (B, K, T_k, E)
+    mask: mx.array | None  # bool, or added to the scores; broadcasts to (B, H, T_q, T_k)
+    sinks: mx.array | None  # (H,) scores of a key without a value
+
+
+class Chunk(NamedTuple):
+    """Queries `start` to `end` see keys `first` to `seen`, but for what `hidden` hides."""
+
+    start: int
+    end: int
+    first: int
+    seen: int
+    hidden: mx.array | None = None  # (C, S), added to the scores
+
+
+class Rule(NamedTuple):
+    """What is the same for every chunk."""
+
+    plain: Attention
+    scale: float
+    causal: bool
+    chunks: Sequence[Chunk]
+
+
+def attend_in_chunks(inputs: Inputs, rule: Rule) -> mx.array:
+    """Attention of which only inputs and output are kept. (B, H, T_q, E)
+
+    A captured array gets no gradient, so everything that may want one is an argument.
+    """
+    names = [
+        name
+        for name, value in inputs._asdict().items()
+        if value is not None and mx.issubdtype(value.dtype, mx.floating)
+    ]
+
+    kept = _kept(inputs, rule)
+
+    @mx.custom_function
+    def attend(*arrays: mx.array) -> mx.array:
+        given = dict(zip(names, arrays, strict=False))  # what is kept comes behind them
+        return _forward(inputs._replace(**given), rule, arrays[len(names) :])
+
+    @attend.vjp
+    def attend_vjp(arrays: Any, cotangent: mx.array, output: mx.array) -> list[mx.array]:
+        given = inputs._replace(**dict(zip(names, arrays, strict=False)))
+        gradients = _backward(given, rule, output, cotangent, arrays[len(names) :])
+        found = [getattr(gradients, name) for name in names]
+        return found + [mx.zeros_like(array) for array in arrays[len(names) :]]
+
+    return cast("mx.array", attend(*[getattr(inputs, name) for name in names], *kept))
+
+
+def _kept(inputs: Inputs, rule: Rule) -> list[mx.array]:
+    """The probabilities of every chunk, where keeping them is cheap. (B, H, C, S) each"""
+    scores = sum((c.end - c.start) * (c.seen - c.first) for c in rule.chunks)
+    if not on_cpu() or inputs.sinks is not None or scores > KEPT_KEYS * inputs.queries.shape[2]:
+        return []
+    given = {name: mx.stop_gradient(x) for name, x in inputs._asdict().items() if x is not None}
+    fixed = inputs._replace(**given)
+    return [_probabilities(_cut(fixed, chunk), rule, chunk)[0] for chunk in rule.chunks]
+
+
+def _forward(inputs: Inputs, rule: Rule, kept: Sequence[mx.array]) -> mx.array:
+    outputs: list[mx.array] = []
+    for number, chunk in enumerate(rule.chunks):
+        part = _cut(inputs, chunk)
+        if kept:
+            outputs.append(_mixed(kept[number], part))
+            continue
+        # Without an order MLX starts every chunk before it ends one, and all are in memory.
+        queries = mx.depends(part.queries, outputs[-1:]) if outputs else part.queries
+        outputs.append(_attend(part._replace(queries=queries), rule, chunk))
+    return mx.concatenate(outputs, axis=2)
+
+
+def _cut(inputs: Inputs, chunk: Chunk) -> Inputs:
+    mask = inputs.mask
+    if mask is not None and mask.shape[2] > 1:
+        mask = mask[:, :, chunk.start : chunk.end]
+    return Inputs(
+        inputs.queries[:, :, chunk.start : chunk.end],
+        inputs.keys[:, :, chunk.first : chunk.seen],
+        inputs.values[:, :, chunk.first : chunk.seen],
+        mask,
+        inputs.sinks,
+    )
+
+
+def _attend(part: Inputs, rule: Rule, chunk: Chunk) -> mx.array:
+    """One chunk of queries. (B, H, C, E)"""
+    if not on_cpu():
+        q, k, v, mask, sinks = part
+        hidden = "causal" if rule.causal else mask if chunk.hidden is None else chunk.hidden
+        return rule.plain(q, k, v, scale=rule.scale, mask=hidden, sinks=sinks)
+    probabilities, _ = _probabilities(part, rule, chunk)
+    return _mixed(probabilities, part)
+
+
+def _mixed(probabilities: mx.array, part: Inputs) -> mx.array:
+    """The values, as much of each as is given. (B, H, C, E)"""
+    return _per_head(_grouped(probabilities, part.keys) @ part.values, part.queries)
+
+
+def _backward(
+    inputs: Inputs,
+    rule: Rule,
+    output: mx.array,
+    cotangent: mx.array,
+    kept: Sequence[mx.array],
+) -> Inputs:
+    """Gradients towards the inputs, a chunk at a time; sums over chunks are float32."""
+    parts: list[Inputs] = []
+    keys = mx.zeros(inputs.keys.shape, mx.float32)
+    values = mx.zeros(inputs.values.shape, mx.float32)
+    for number, chunk in enumerate(rule.chunks):
+        part = _cut(inputs, chunk)
+        if parts:
+            # The sums pass through: held by nothing else, they are added to in place.
+            waiting = [part.queries, keys, values]
+            queries, keys, values = mx.depends(waiting, [parts[-1].queries])
+            part = part._replace(queries=queries)
+        rows, seen = slice(chunk.start, chunk.end), slice(chunk.first, chunk.seen)
+        given = output[:, :, rows], cotangent[:, :, rows]
+        probabilities = (kept[number], None) if kept else _probabilities(part, rule, chunk)
+        found = _chunk_gradients(part, rule, probabilities, *given)
+        keys = keys.at[:, :, seen].add(found.keys)
+        values = values.at[:, :, seen].add(found.values)
+        parts.append(found._replace(keys=inputs.keys, values=inputs.values))
+    return Inputs(
+        mx.concatenate([part.queries for part in parts], axis=2),
+        keys.astype(inputs.keys.dtype),
+        values.astype(inputs.values.dtype),
+        _joined(inputs.mask, [part.mask for part in parts]),
+        _joined(inputs.sinks, [part.sinks for part in parts]),
+    )
+
+
+def _joined(value: mx.array | None, parts: Sequence[mx.array | None]) -> mx.array | None:
+    """The gradient towards a mask or sinks: one part for each chunk's rows, or summed."""
+    found = [part for part in parts if part is not None]
+    if value is None or not found:
+        return None
+    if value.ndim == 4 and value.shape[2] > 1:
+        return mx.concatenate(found, axis=2).astype(value.dtype)
+    return mx.stack(found).sum(0).astype(value.dtype)
+
+
+def _chunk_gradients(
+    part: Inputs, rule: Rule, given: Probabilities, output: mx.array, cotangent: mx.array
+) -> Inputs:
+    """With p = softmax(s) and o = p v:  ds = p (do v' - do·o),  dq = ds k,  dk = ds' q."""
+    probabilities, sink = given
+    out = _grouped(cotangent, part.keys)
+    agreement = (cotangent.astype(mx.float32) * output).sum(-1, keepdims=True)
+    towards = _per_head(out @ part.values.swapaxes(-1, -2), part.queries)
+    scores = probabilities * (towards - agreement).astype(probabilities.dtype)
+    if part.mask is not None and part.mask.dtype == mx.bool_:
+        scores = scores * part.mask  # a row that sees nothing moves no score
+    grouped = _grouped(scores, part.keys)
+    return Inputs(
+        queries=_per_head(grouped @ part.keys, part.queries) * rule.scale,
+        keys=grouped.swapaxes(-1, -2) @ _grouped(part.queries * rule.scale, part.keys),
+        values=_grouped(probabilities, part.keys).swapaxes(-1, -2) @ out,
+        mask=None if part.mask is None else _unbroadcast(scores, part.mask),
+        sinks=None if sink is None else -(sink * agreement).sum((0, 2, 3)),
+    )
+
+
+def _unbroadcast(gradient: mx.array, value: mx.array) -> mx.array:
+    """Summed over the axes along which `value` was repeated. Shape of `value`"""
+    axes = [axis for axis, size in enumerate(value.shape) if size == 1]
+    return gradient.sum(axes, keepdims=True) if axes else gradient
+
+
+def _probabilities(part: Inputs, rule: Rule, chunk: Chunk) -> Probabilities:
+    """What each query gives to each key, and to the sink. (B, H, C, S), (B, H, C, 1)"""
+    queries = _grouped(part.queries * rule.scale, part.keys)
+    scores = _per_head(queries @ part.keys.swapaxes(-1, -2), part.queries)
+    if rule.causal:
+        scores = scores + causal(scores.shape[-2], scores.shape[-1], scores.dtype)
+    elif chunk.hidden is not None:
+        scores = scores + chunk.hidden
+    elif part.mask is not None:
+        scores = scores + added(part.mask, scores.dtype)
+    if part.sinks is None:
+        return softmax(scores), None
+    sinks = mx.broadcast_to(part.sinks.reshape(-1, 1, 1), (*scores.shape[:-1], 1))
+    both = softmax(mx.concatenate([sinks.astype(scores.dtype), scores], axis=-1))
+    return both[..., 1:], both[..., :1]
+
+
+def _grouped(x: mx.array, keys: mx.array) -> mx.array:
+    """The heads that share keys, one under the other. (B, H, C, ·) -> (B, K, H/K C, ·)"""
+    return x.reshape(*keys.shape[:2], -1, x.shape[-1])
+
+
+def _per_head(x: mx.array, queries: mx.array) -> mx.array:
+    """(B, K, H/K C, ·) -> (B, H, C, ·)"""
+    return x.reshape(*queries.shape[:3], -1)

@@ -1,0 +1,39 @@
+"""The gate of an MLP against mlx-lm's own."""
+
+import mlx.core as mx
+import pytest
+from mlx_lm.models import activations, llama
+
+from mlx_dpo.policy.gates import quick_gates, swiglu
+from tests.conftest import make_llama
+
+
+def both(function, *arrays, cotangent):
+    [out], gradients = mx.vjp(lambda *a: function(*a), list(arrays), [cotangent])
+    return [out, *gradients]
+
+
+@pytest.mark.parametrize("spread", [1.0, 30.0, 300.0])
+def test_value_and_gradients_are_those_of_mlx_lm(spread):
+    mx.random.seed(1)
+    gate, x, cotangent = (mx.random.normal((3, 5, 40)) for _ in range(3))
+    given = spread * gate, x
+    found = both(swiglu, *given, cotangent=cotangent)
+    known = both(activations.swiglu, *given, cotangent=cotangent)
+    for ours, theirs in zip(found, known, strict=True):
+        assert mx.abs(ours - theirs).max().item() <= 2e-6 * mx.abs(theirs).max().item()
+
+
+def test_it_is_exchanged_in_the_model_s_source_and_put_back_also_after_an_error():
+    model = make_llama()
+    assert llama.swiglu is activations.swiglu
+    with pytest.raises(KeyError), quick_gates(model):
+        assert llama.swiglu is swiglu
+        raise KeyError
+    assert llama.swiglu is activations.swiglu
+
+
+def test_a_gpu_keeps_its_own(monkeypatch):
+    monkeypatch.setattr("mlx_dpo.policy.gates.on_cpu", lambda: False)
+    with quick_gates(make_llama()):
+        assert llama.swiglu is activations.swiglu

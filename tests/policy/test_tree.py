@@ -1,0 +1,184 @@
+"""Several pairs in one row: who sees whom, at which position, and that it equals whole rows."""
+
+from contextlib import ExitStack
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx_lm.models.rope_utils import initialize_rope
+
+from mlx_dpo.policy import adapters
+from mlx_dpo.policy.agreement import errors
+from mlx_dpo.policy.attention import QUERIES_PER_CHUNK, chunked_attention
+from mlx_dpo.policy.scorers import make_shared, plain_scorer
+from mlx_dpo.policy.sparing import sparing_memory
+from mlx_dpo.policy.tree import Positions, Tree, TreeCache, TreeMask, tree_positions
+from mlx_dpo.types import TokenizedPair
+from tests.conftest import VOCAB, make_llama
+
+# prompt 0 1 2, chosen 3 4 (5), rejected 6 (7); then prompt 8, chosen (9), rejected 10 11 (12)
+TWO = [
+    TokenizedPair((0, 1, 2), (3, 4, 5), (6, 7)),
+    TokenizedPair((8,), (9,), (10, 11, 12)),
+]
+
+
+def test_the_last_tokens_of_completions_stay_out():
+    assert Tree(TWO).tokens.tolist() == [[0, 1, 2, 3, 4, 6, 8, 10, 11]]
+
+
+def test_both_completions_follow_the_prompt():
+    assert Tree(TWO).positions.tolist() == [0, 1, 2, 3, 4, 3, 0, 1, 2]
+
+
+def test_what_predicts_a_token_is_what_comes_before_it_in_its_own_text():
+    chosen, rejected = [2, 3, 4, 6], [2, 5, 6, 7, 8]  # 3 4 5 and 9; 6 7 and 10 11 12
+    assert Tree(TWO).predicting().tolist() == [*chosen, *rejected]
+
+
+def seen(tree, size, window=None):
+    """Who sees whom, put together from the chunks. (T, T)"""
+    whole = np.zeros((len(tree), len(tree)), bool)
+    at = 0
+    for chunk in tree.chunks(size, mx.float32, window):
+        assert chunk.start == at
+        at = chunk.end
+        hidden = np.array(chunk.hidden)
+        assert set(np.unique(hidden)) <= {0.0, -np.inf}
+        whole[chunk.start : chunk.end, chunk.first : chunk.seen] = hidden == 0
+    assert at == len(tree)
+    return whole
+
+
+SEEN = [
+    "x........",
+    "xx.......",
+    "xxx......",
+    "xxxx.....",
+    "xxxxx....",
+    "xxx..x...",
+    "......x..",
+    "......xx.",
+    "......xxx",
+]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 64])
+def test_a_token_sees_its_prompt_and_its_own_completion_up_to_itself(size):
+    expected = [[mark == "x" for mark in row] for row in SEEN]
+    assert seen(Tree(TWO), size).tolist() == expected
+
+
+@pytest.mark.parametrize("size", [1, 2, 64])
+def test_a_window_is_one_of_positions(size):
+    """The rejected completion's first token stands fifth, and is the fourth of its text."""
+    tree = Tree(TWO)
+    near = tree.positions[:, None] - tree.positions[None] < 2
+    assert (seen(tree, size, 2) == seen(tree, size) & near).all()
+    assert seen(tree, size, 2)[5].nonzero()[0].tolist() == [2, 5]
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+ROTATIONS = {
+    "plain": nn.RoPE(8),
+    "traditional": nn.RoPE(8, traditional=True, base=500.0),
+    "partial": nn.RoPE(4, scale=0.5),
+    "llama3": initialize_rope(8, 10000.0, False, LLAMA3, 64),
+}
+
+
+@pytest.mark.parametrize("name", ROTATIONS)
+def test_every_token_is_turned_by_its_position_in_its_text(name):
+    rope = ROTATIONS[name]
+    mx.random.seed(0)
+    tree = Tree(TWO)
+    x = mx.random.normal((1, 3, len(tree), 8))
+    with tree_positions():
+        turned = rope(x, offset=Positions(tree))
+    for place, position in enumerate(tree.positions.tolist()):
+        alone = rope(x[:, :, place : place + 1], offset=position)
+        assert mx.allclose(turned[:, :, place : place + 1], alone, atol=1e-6)
+
+
+def test_other_rows_than_its_own_are_refused():
+    tree = Tree(TWO)
+    with tree_positions(), pytest.raises(TypeError, match="other arrays"):
+        nn.RoPE(8)(mx.zeros((1, 3, 5, 8)), offset=Positions(tree))
+
+
+@pytest.mark.parametrize("asked", [{"return_array": True}, {"length": 5}])
+def test_a_model_that_wants_its_mask_as_an_array_is_refused(asked):
+    with pytest.raises(TypeError, match="an array"):
+        TreeCache(Tree(TWO)).make_mask(**{"length": 9} | asked)
+
+
+def test_positions_cannot_be_computed_with():
+    """A model that does would take the place in the row for the position in the text."""
+    offset = TreeCache(Tree(TWO)).offset
+    for compute in (lambda: offset + 1, lambda: 1 + offset, lambda: mx.arange(offset, 9)):
+        with pytest.raises(TypeError):
+            compute()
+
+
+def test_outside_the_block_neither_is_understood():
+    """So that no model runs on such a row with positions and sight of its own."""
+    tree = Tree(TWO)
+    with pytest.raises((TypeError, ValueError)):
+        nn.RoPE(8)(mx.zeros((1, 3, len(tree), 8)), offset=Positions(tree))
+    q = mx.zeros((1, 2, len(tree), 8))
+    with pytest.raises(TypeError):
+        mx.fast.scaled_dot_product_attention(q, q, q, scale=1.0, mask=TreeMask(tree, None))
+
+
+def long_pairs():
+    """Longer than a chunk, so that chunks begin inside of every part."""
+    rng = np.random.default_rng(3)
+
+    def draw(n):
+        return tuple(rng.integers(1, VOCAB, n).tolist())
+
+    lengths = [(QUERIES_PER_CHUNK + 9, 40, QUERIES_PER_CHUNK + 3), (5, 1, 70), (30, 2, 1)]
+    return [TokenizedPair(*map(draw, row)) for row in lengths]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("kept", [0, 10**6], ids=["again", "kept"])
+@pytest.mark.parametrize("on_cpu", [True, False], ids=["cpu", "gpu's arithmetic"])
+def test_long_pairs_score_as_whole_rows_do(monkeypatch, recompute, kept, on_cpu):
+    monkeypatch.setattr("mlx_dpo.policy.chunks.KEPT_KEYS", kept)
+    monkeypatch.setattr("mlx_dpo.policy.chunks.on_cpu", lambda: on_cpu)
+    model = make_llama()
+    adapters.attach(model, rank=4, scale=2.0)
+    pairs = long_pairs()
+    shared = make_shared(vocab_size=VOCAB, gradients=True, way="row")
+
+    def rows(scorer):
+        return lambda model: mx.concatenate([*scorer(model, pairs)])[:, None]
+
+    with ExitStack() as stack:
+        stack.enter_context(sparing_memory(model, recompute=recompute))
+        stack.enter_context(chunked_attention(QUERIES_PER_CHUNK))
+        found = errors(model, rows(shared), rows(plain_scorer))
+    assert found.values <= 1e-5
+    assert found.gradients <= 1e-4
+
+
+def test_on_a_gpu_the_row_is_filled_up_with_what_nothing_sees(monkeypatch):
+    monkeypatch.setattr("mlx_dpo.policy.tree.padded_width", lambda length: 16)
+    tree = Tree(TWO)
+    assert tree.tokens.shape == (1, 16)
+    whole = seen(tree, 4)
+    assert not whole[:9, 9:].any()
+    assert not whole[9:, :9].any()
+    assert tree.predicting().max().item() < 9
+    model = make_llama()
+    shared = make_shared(vocab_size=VOCAB, gradients=False, way="row")
+    for ours, known in zip(shared(model, TWO), plain_scorer(model, TWO), strict=True):
+        assert mx.allclose(ours, known, rtol=1e-5)
