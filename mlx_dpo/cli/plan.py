@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_dpo.cli.train import resolve, setting_flags
+from mlx_dpo.cli.train import Sectioned, resolve, setting_flags
 
 if TYPE_CHECKING:
     from mlx_dpo.runs.forecast import Forecast, Most
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 Fact = tuple[str, str]
 
 
-@click.command()
+@click.command(cls=Sectioned)
 @click.argument("pairs", required=False)
 @click.option("--config", "config_file", metavar="FILE", help="YAML file of settings.")
 @click.option(

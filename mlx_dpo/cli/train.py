@@ -14,6 +14,22 @@ from mlx_dpo.options import Option
 Command = Callable[..., Any]
 
 
+class Sectioned(click.Command):
+    """A command whose help shows settings under the headings of their sections."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write them; what is no setting comes first."""
+        known = options()
+        sections: dict[str, list[tuple[str, str]]] = {"Options": []}
+        for parameter in self.get_params(ctx):
+            title = known[parameter.name][1].section if parameter.name in known else "Options"
+            if (record := parameter.get_help_record(ctx)) is not None:
+                sections.setdefault(title, []).append(record)
+        for title, records in sections.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+
 def setting_flags(wanted: Callable[[Option], bool]) -> Callable[[Command], Command]:
     """One flag for every setting of a run that is `wanted`, with its default and help."""
 
@@ -106,7 +122,7 @@ def _settings_of(output: str) -> dict[str, Any]:
     return dict(record["settings"]) if record else {}
 
 
-@click.command()
+@click.command(cls=Sectioned)
 @click.argument("pairs", required=False)
 @click.option("--config", "config_file", metavar="FILE", help="YAML file of settings.")
 @click.option("--resume", is_flag=True, help="Go on with the run in --output where it stopped.")

@@ -19,7 +19,7 @@ from mlx_dpo.types import TokenizedPair
 
 # Larger passes gain nothing on the CPU; on a GPU little beyond a few thousand tokens.
 SIZES = {"cpu": (2, 1), "metal": (8, 4, 2, 1), "cuda": (8, 4, 2, 1)}
-SPARE = 3  # where a rough bound fits so many times, nothing has to be measured
+SPARE = 1.5  # where a bound fits so many times, nothing has to be measured
 LEFT_OPEN = ("micro_batch_size", "recompute")
 
 Pairs = Sequence[TokenizedPair]

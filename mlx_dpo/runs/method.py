@@ -11,6 +11,7 @@ from mlx_dpo.config import DPOConfig
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.objective.losses import sigmoid_loss
 from mlx_dpo.policy import adapters
+from mlx_dpo.policy.device import device_kind
 from mlx_dpo.policy.load import Base
 from mlx_dpo.policy.probe import Choice, Wanted, choose
 from mlx_dpo.policy.scoring import Score, score_pairs
@@ -67,9 +68,11 @@ def choose_scorer(base: Base, config: DPOConfig) -> Choice:
 
 def forward_limit(config: DPOConfig, choice: Choice) -> PassLimit:
     """The most that one pass without gradients holds."""
-    # Whole rows of logits, or a training pass that keeps no more either, leave no room for it.
+    # Whole rows of logits, or a training pass that keeps no more either, leave no room for it;
+    # and on the CPU larger arrays leave its caches, so that long pairs take four times as long.
     roomy = choice.name == "shared" and not config.recompute
-    return config.pass_limit.times(FORWARD_ONLY if roomy else 1)
+    more = roomy and device_kind() != "cpu"
+    return config.pass_limit.times(FORWARD_ONLY if more else 1)
 
 
 def forward_only(config: DPOConfig, choice: Choice) -> Score:

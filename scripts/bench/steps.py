@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -11,8 +12,9 @@ import mlx.nn as nn
 from mlx_lm.models import llama
 
 from mlx_dpo.objective.losses import log_ratio_margin, sigmoid_loss
-from mlx_dpo.policy import adapters, attention, probe
+from mlx_dpo.policy import adapters, probe
 from mlx_dpo.policy.scorers import Scorer
+from mlx_dpo.policy.sparing import sparing_memory, without_gradients
 from mlx_dpo.types import PairLogps, TokenizedPair
 from scripts.bench.shapes import SEED, Shape
 
@@ -52,12 +54,13 @@ class Point:
 
 @dataclass(frozen=True)
 class Way:
-    """A scorer, what it scores with where no gradient is wanted, and what surrounds training."""
+    """A scorer, what it scores with where no gradient is wanted, and what surrounds both."""
 
     name: str
     scorer: Scorer
     forward_only: Scorer
     around_training: Callable[[], AbstractContextManager[None]] = nullcontext
+    around_reference: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 @dataclass(frozen=True)
@@ -82,14 +85,16 @@ def build(shape: Shape) -> nn.Module:
 
 
 def ways(model: nn.Module, vocab_size: int) -> list[Way]:
-    """The plain scorer and the engine, where the probe lets the model have it."""
+    """The plain scorer as mlx-lm runs it, and the engine where the probe lets the model have it."""
     plain, engine = (
         probe.choose(model, vocab_size=vocab_size, wanted=wanted) for wanted in ("plain", "auto")
     )
     found = [Way("plain", plain.scorer, plain.forward_only)]
-    if engine.name != "plain":
-        around = attention.chunked_attention
-        found.append(Way(engine.name, engine.scorer, engine.forward_only, around))
+    for name, recompute in ((engine.name, False), (f"{engine.name}, recomputed", True)):
+        if engine.name != "plain":
+            training = partial(sparing_memory, model, recompute=recompute)
+            reference = partial(without_gradients, model)
+            found.append(Way(name, engine.scorer, engine.forward_only, training, reference))
     return found
 
 
@@ -97,7 +102,7 @@ def reference_pass(model: nn.Module, way: Way, pairs: Sequence[TokenizedPair]) -
     """Scores alone, adapters off."""
 
     def run() -> PairLogps:
-        with adapters.adapters_off(model):
+        with adapters.adapters_off(model), way.around_reference():
             return way.forward_only(model, pairs)
 
     return run

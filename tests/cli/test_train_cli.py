@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from mlx_dpo.cli import cli
+from mlx_dpo.config import options
 from tests.checkpoints import make_checkpoint
 
 MATTER = ("--batch-size", "4", "--lora-r", "4", "--learning-rate", "1e-3")
@@ -341,3 +342,17 @@ def test_eval_leaves_out_bad_pairs_when_told():
     told = json.loads(run("eval", "run", "others.jsonl", "--bad-pairs", "drop", "--json").output)
     assert told["pairs"] == 3
     assert_one_line(run("eval", "run", "--bad-pairs", "drop"), "`bad_pairs` has no effect")
+
+
+def test_help_shows_every_setting_once_under_its_section():
+    shown = run("train", "--help").output
+    titles = ("Options:", "Model:", "Pairs:", "Loss:", "LoRA:", "Training:", "Run:")
+    starts = [shown.index(f"\n{title}\n") for title in titles]
+    assert starts == sorted(starts)
+    loss = shown[starts[3] : starts[4]]
+    assert "--beta" in loss
+    assert "--help" in shown[starts[0] : starts[1]]
+    for name in options():
+        flag = "--" + name.replace("_", "-")
+        lines = [line for line in shown.splitlines() if line.lstrip().startswith(f"{flag} ")]
+        assert len(lines) == (name != "pairs"), name

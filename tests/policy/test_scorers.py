@@ -1,5 +1,6 @@
 """The shared scorer against the plain one, which stays the oracle."""
 
+import gc
 from contextlib import ExitStack, contextmanager
 
 import mlx.core as mx
@@ -119,3 +120,18 @@ def test_no_token_passes_twice_and_only_scored_ones_reach_the_head(policy, gradi
     mx.eval(nn.value_and_grad(policy, loss)(policy) if gradients else loss(policy))
     assert trunk.tokens == p + c + r - 2
     assert logits.tokens == c + r
+
+
+@pytest.mark.parametrize("way", [None, *WAYS])
+def test_fifty_lengths_leave_nothing_behind(policy, way):
+    """Kernels and traces that are kept for each length would pile up over a run."""
+    scorer = shared(way=way) if way else plain_scorer
+    gradient = nn.value_and_grad(policy, lambda model, pairs: scorer(model, pairs).chosen.sum())
+    held = []
+    for length in range(2, 53):
+        prompt = tuple(1 + i % (VOCAB - 1) for i in range(length))
+        with sparing_memory(policy, recompute=True):
+            mx.eval(gradient(policy, [TokenizedPair(prompt, (1, 2, 3)[: 1 + length % 3], (3, 1))]))
+        gc.collect()
+        held.append(mx.get_active_memory())
+    assert held[-1] == held[1]

@@ -71,10 +71,18 @@ def test_tokens_bound_the_passes_of_a_run_and_change_no_result(config, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("name", "recompute", "largest"),
-    [("shared", False, 3 * FORWARD_ONLY), ("shared", True, 3), ("plain", False, 3)],
+    ("name", "recompute", "device", "largest"),
+    [
+        ("shared", False, "metal", 3 * FORWARD_ONLY),
+        ("shared", True, "metal", 3),
+        ("plain", False, "metal", 3),
+        ("shared", False, "cpu", 3),
+    ],
 )
-def test_forward_passes_are_larger_where_training_keeps_more(name, recompute, largest):
+def test_forward_passes_are_larger_where_training_keeps_more(
+    name, recompute, device, largest, monkeypatch
+):
+    monkeypatch.setattr("mlx_dpo.runs.method.device_kind", lambda: device)
     held = []
 
     def scorer(model, pairs):
