@@ -22,8 +22,10 @@ class Sectioned(click.Command):
         known = options()
         sections: dict[str, list[tuple[str, str]]] = {"Options": []}
         for parameter in self.get_params(ctx):
-            title = known[parameter.name][1].section if parameter.name in known else "Options"
-            if (record := parameter.get_help_record(ctx)) is not None:
+            record = parameter.get_help_record(ctx)
+            if record is not None and isinstance(parameter, click.Option):
+                setting = known.get(str(parameter.name))
+                title = setting[1].section if setting else "Options"
                 sections.setdefault(title, []).append(record)
         for title, records in sections.items():
             with formatter.section(title):
