@@ -11,7 +11,7 @@ from scripts.bench_plan import GRID
 SMALL = [
     Case("hybrid", Point(24, 12, 12, 1)),
     Case("moe", Point(48, 24, 24, 2), recompute=True),
-    Case("moe", Point(24, 12, 12, 1), scorer="plain", bits=4),
+    Case("moe", Point(48, 24, 24, 1), bits=4),
 ]
 
 
