@@ -10,8 +10,9 @@ from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 
+from mlx_dpo.policy.device import on_cpu
 from mlx_dpo.policy.masks import added, causal
-from mlx_dpo.policy.softmax import on_cpu, softmax
+from mlx_dpo.policy.softmax import softmax
 
 # Keys a query sees, on average, up to which the CPU keeps its probabilities: few bytes beside
 # what a block keeps anyway, and a third of attention's time.
@@ -137,29 +138,33 @@ def _backward(
     kept: Sequence[mx.array],
 ) -> Inputs:
     """Gradients towards the inputs, a chunk at a time; sums over chunks are float32."""
-    parts: list[Inputs] = []
+    queries: list[mx.array] = []
+    masks: list[mx.array | None] = []
+    sinks: list[mx.array | None] = []
     keys = mx.zeros(inputs.keys.shape, mx.float32)
     values = mx.zeros(inputs.values.shape, mx.float32)
     for number, chunk in enumerate(rule.chunks):
         part = _cut(inputs, chunk)
-        if parts:
+        if queries:
             # The sums pass through: held by nothing else, they are added to in place.
             waiting = [part.queries, keys, values]
-            queries, keys, values = mx.depends(waiting, [parts[-1].queries])
-            part = part._replace(queries=queries)
+            here, keys, values = mx.depends(waiting, queries[-1:])
+            part = part._replace(queries=here)
         rows, seen = slice(chunk.start, chunk.end), slice(chunk.first, chunk.seen)
         given = output[:, :, rows], cotangent[:, :, rows]
         probabilities = (kept[number], None) if kept else _probabilities(part, rule, chunk)
         found = _chunk_gradients(part, rule, probabilities, *given)
         keys = keys.at[:, :, seen].add(found.keys)
         values = values.at[:, :, seen].add(found.values)
-        parts.append(found._replace(keys=inputs.keys, values=inputs.values))
+        queries.append(found.queries)
+        masks.append(found.mask)
+        sinks.append(found.sinks)
     return Inputs(
-        mx.concatenate([part.queries for part in parts], axis=2),
+        mx.concatenate(queries, axis=2),
         keys.astype(inputs.keys.dtype),
         values.astype(inputs.values.dtype),
-        _joined(inputs.mask, [part.mask for part in parts]),
-        _joined(inputs.sinks, [part.sinks for part in parts]),
+        _joined(inputs.mask, masks),
+        _joined(inputs.sinks, sinks),
     )
 
 

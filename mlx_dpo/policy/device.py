@@ -38,6 +38,11 @@ def device_kind() -> DeviceKind:
     return "metal" if mx.metal.is_available() else "cuda"
 
 
+def on_cpu() -> bool:
+    """Whether MLX computes on the CPU."""
+    return device_kind() == "cpu"
+
+
 def dtype_name(dtype: mx.Dtype) -> str:
     """`float32` for `mx.float32`."""
     return str(dtype).removeprefix("mlx.core.")

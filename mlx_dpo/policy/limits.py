@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.policy.allocator import keep_freed_memory
-from mlx_dpo.policy.device import DeviceKind, device_kind
+from mlx_dpo.policy.device import DeviceKind, device_kind, on_cpu
 
 RECOMMENDED = "max_recommended_working_set_size"
 GIBIBYTE = 2**30
@@ -78,7 +78,7 @@ def bounded_buffers() -> Iterator[BufferLimits | None]:
 
     On the CPU buffers come from the C library, which is told to keep them.
     """
-    if device_kind() == "cpu":
+    if on_cpu():
         keep_freed_memory()
     limits = buffer_limits(device_kind(), mx.device_info(mx.default_device()))
     if limits is None:

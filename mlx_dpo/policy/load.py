@@ -15,7 +15,7 @@ from mlx_lm import utils as mlx_lm
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_dpo.errors import ConfigError, ModelError
-from mlx_dpo.policy.device import cast, device_kind, hold_for_cpu
+from mlx_dpo.policy.device import cast, hold_for_cpu, on_cpu
 from mlx_dpo.policy.files import (
     CODE_REFUSED,
     check_files,
@@ -85,7 +85,7 @@ def load_base(
         if bits is not None:
             config, left = quantise(model, config, bits, group_size)
             notes += (f"weights quantised to {bits} bits, as asked", *left)
-        if device_kind() == "cpu":
+        if on_cpu():
             notes += hold_for_cpu(model, getattr(mx, dtype or "float32"))
         mx.eval(model.parameters())
     model.freeze()

@@ -12,7 +12,7 @@ from mlx_dpo.types import TokenizedPair
 
 MOMENTS = 2  # AdamW's, as large as the adapters each
 COPIES_IN_TRAINING = 5  # of the adapters: weights, two gradients, both moments
-COPIES_IN_UPDATE = 4  # of the adapters: clipped gradient, both moments and weights anew
+COPIES_IN_UPDATE = 5  # of the adapters: gradient, clipped too, both moments and weights anew
 
 # For the bound alone, on the safe side of all that was measured.
 KEPT_OF_LINEAR = 2.0  # what a block keeps, by inputs and outputs of its linear layers
@@ -48,9 +48,8 @@ def total_parameters(model: nn.Module) -> int:
 
 
 def held_in_training(model: nn.Module) -> int:
-    """Bytes of weights, adapters, moments and one gradient, adapters attached."""
-    # While a step runs, the loop still holds the gradient of the one before.
-    return parameter_bytes(model) + (MOMENTS + 1) * trainable_bytes(model)
+    """Bytes of weights, adapters and moments, adapters attached."""
+    return parameter_bytes(model) + MOMENTS * trainable_bytes(model)
 
 
 def step_peak(model: nn.Module, pass_bytes: int) -> int:

@@ -5,7 +5,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-from mlx_dpo.policy.device import device_kind
+from mlx_dpo.policy.device import on_cpu
 from mlx_dpo.policy.softmax import exp
 
 
@@ -16,7 +16,7 @@ def log_sum_exp(logits: mx.array) -> mx.array:
     sum: 7e-4 nats a token at V = 152k. Adding in pieces of about sqrt(V) leaves 2e-6.
     A GPU adds in parallel and has no such error.
     """
-    return in_pieces(logits) if device_kind() == "cpu" else mx.logsumexp(logits, axis=-1)
+    return in_pieces(logits) if on_cpu() else mx.logsumexp(logits, axis=-1)
 
 
 def in_pieces(logits: mx.array) -> mx.array:

@@ -13,7 +13,7 @@ import mlx.nn as nn
 from mlx_lm import utils as mlx_lm
 
 from mlx_dpo.errors import ConfigError, ModelError
-from mlx_dpo.policy.device import cast, device_kind, dtype_name
+from mlx_dpo.policy.device import cast, dtype_name, on_cpu
 from mlx_dpo.policy.files import check_config, check_tokenizer
 from mlx_dpo.policy.load import Base, embedding_rows, one_line, read_tokenizer
 from mlx_dpo.policy.quantise import AFFINE_GROUP, AFFINE_GROUPS, check_quantisable, expected_bytes
@@ -98,7 +98,7 @@ def _held(
     stated = config | (config.get("text_config") or {})
     stored = str(stated.get("torch_dtype") or stated.get("dtype") or UNSTATED)
     wanted = dtype or (stored.removeprefix("torch."))
-    if device_kind() != "cpu":
+    if not on_cpu():
         cast(model, getattr(mx, wanted))
         if packing:
             _pack(model, packing)

@@ -15,7 +15,7 @@ from mlx_lm.models.cache import CacheList, make_prompt_cache
 
 from mlx_dpo.errors import ModelError, reason
 from mlx_dpo.policy.agreement import Errors, Rows, errors, in_mode, random_pairs, value_error
-from mlx_dpo.policy.device import device_kind, number_type
+from mlx_dpo.policy.device import number_type, on_cpu
 from mlx_dpo.policy.head import head_weights
 from mlx_dpo.policy.prefix import predicting_rows
 from mlx_dpo.policy.scorers import COSTS, Scorer, Way, make_shared, plain_scorer
@@ -92,7 +92,7 @@ def choose(
     if wanted == "plain":
         return _plain("as asked")
     why = ""
-    for way in ways or (("row", "lengths") if device_kind() == "cpu" else WAYS):
+    for way in ways or (("row", "lengths") if on_cpu() else WAYS):
         try:
             return _probed(model, vocab_size, way)
         except _RefusedError as refused:
@@ -171,7 +171,7 @@ def _report(model: nn.Module, found: Errors, way: Way) -> str:
 def _check(model: nn.Module, where: str, found: Errors) -> None:
     """Refuse errors above the limits of the model's number type, and what is not a number."""
     kind = number_type(model)
-    allowed = FLOAT32_ON_GPU if kind == "float32" and device_kind() != "cpu" else LIMITS[kind]
+    allowed = FLOAT32_ON_GPU if kind == "float32" and not on_cpu() else LIMITS[kind]
     for name, error, limit in zip(("values", "gradients"), found, allowed, strict=True):
         if not error <= limit:
             raise _RefusedError(f"{name}{where} differ from the plain scorer's by {error:.0e}")

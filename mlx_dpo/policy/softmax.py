@@ -7,6 +7,8 @@ import math
 
 import mlx.core as mx
 
+from mlx_dpo.policy.device import on_cpu
+
 
 def softmax(scores: mx.array) -> mx.array:
     """Over the last axis, in float32 at least. Shape and type of the scores"""
@@ -15,11 +17,6 @@ def softmax(scores: mx.array) -> mx.array:
     x = scores.astype(mx.float32)
     weights = exp(x - x.max(axis=-1, keepdims=True))
     return (weights * (1 / weights.sum(axis=-1, keepdims=True))).astype(scores.dtype)
-
-
-def on_cpu() -> bool:
-    """Whether MLX computes on the CPU."""
-    return mx.default_device() == mx.Device(mx.cpu)
 
 
 def exp(x: mx.array) -> mx.array:

@@ -6,7 +6,7 @@ from contextlib import contextmanager, nullcontext
 import mlx.nn as nn
 
 from mlx_dpo.policy.attention import chunked_attention
-from mlx_dpo.policy.device import device_kind
+from mlx_dpo.policy.device import on_cpu
 from mlx_dpo.policy.gates import quick_gates
 from mlx_dpo.policy.recompute import recomputed
 from mlx_dpo.policy.tree import tree_positions
@@ -25,6 +25,6 @@ def sparing_memory(policy: nn.Module, *, recompute: bool) -> Iterator[None]:
 @contextmanager
 def without_gradients(model: nn.Module) -> Iterator[None]:
     """On the CPU attention in chunks is quicker forward, too; a GPU has a kernel of its own."""
-    attention = chunked_attention() if device_kind() == "cpu" else nullcontext()
+    attention = chunked_attention() if on_cpu() else nullcontext()
     with attention, quick_gates(model):
         yield

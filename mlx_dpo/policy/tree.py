@@ -76,7 +76,7 @@ class Tree:
         self.tokens = mx.array(ids)[None]  # (1, T)
         self.positions = np.concatenate([_positions(span) for span in self.spans])  # (T,)
         self._chunks: dict[Any, list[Chunk]] = {}
-        self._rotations: dict[Any, tuple[mx.array, mx.array]] = {}
+        self._rotations: dict[Any, tuple[dict[str, Any], Any]] = {}
 
     def __len__(self) -> int:
         """Tokens in the row."""
@@ -104,8 +104,9 @@ class Tree:
         """Cosines and signed sines of every token's rotation, from MLX's own. (T, dims) each"""
         key = dims, *((name, id(v) if isinstance(v, mx.array) else v) for name, v in how.items())
         if key not in self._rotations:
-            self._rotations[key] = _rotation(rope, dims, self.positions, **how)
-        return self._rotations[key]
+            # The arrays are held: another array gets the id of one that is gone.
+            self._rotations[key] = how, _rotation(rope, dims, self.positions, **how)
+        return self._rotations[key][1]
 
 
 def _positions(span: Span) -> np.ndarray:

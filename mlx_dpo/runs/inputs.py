@@ -54,9 +54,9 @@ def token_rules(config: DPOConfig, base: Base) -> TokenRules:
     )
 
 
-def read_base(config: DPOConfig) -> Base:
-    """The frozen base that the settings name."""
-    return load_base(
+def read_base(config: DPOConfig, load: Callable[..., Base] = load_base) -> Base:
+    """The frozen base that the settings name; `load` is `policy.outline` where shapes do."""
+    return load(
         config.model,
         revision=config.revision,
         bits=config.bits,

@@ -11,7 +11,7 @@ from mlx_dpo.config import DPOConfig
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.objective.losses import sigmoid_loss
 from mlx_dpo.policy import adapters
-from mlx_dpo.policy.device import device_kind
+from mlx_dpo.policy.device import on_cpu
 from mlx_dpo.policy.load import Base
 from mlx_dpo.policy.probe import Choice, Wanted, choose
 from mlx_dpo.policy.scoring import Score, score_pairs
@@ -71,7 +71,7 @@ def forward_limit(config: DPOConfig, choice: Choice) -> PassLimit:
     # Whole rows of logits, or a training pass that keeps no more either, leave no room for it;
     # and on the CPU larger arrays leave its caches, so that long pairs take four times as long.
     roomy = choice.name == "shared" and not config.recompute
-    more = roomy and device_kind() != "cpu"
+    more = roomy and not on_cpu()
     return config.pass_limit.times(FORWARD_ONLY if more else 1)
 
 

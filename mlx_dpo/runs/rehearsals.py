@@ -21,7 +21,7 @@ from mlx_dpo.policy.work import Tokens, seen_keys, work_of
 from mlx_dpo.preferences.batches import epoch_passes, largest_pass, whole_rows
 from mlx_dpo.runs.fitting import fit, longest_pass, rehearsed
 from mlx_dpo.runs.forecast import Epoch, Forecast, Lengths, Most, Parts
-from mlx_dpo.runs.inputs import Inputs, read_inputs
+from mlx_dpo.runs.inputs import Inputs, read_base, read_inputs
 from mlx_dpo.runs.method import attach_adapters, choose_scorer, forward_limit, forward_only
 from mlx_dpo.training.growth import Sized, growth, largest
 from mlx_dpo.training.rehearsal import PassCost, rehearse_reference, shortened
@@ -40,22 +40,11 @@ def forecast(config: DPOConfig, *, mac: str | None = None) -> Forecast:
         ConfigError, DataError, ModelError: as a run would.
     """
     room = room_here() if mac is None else room_of_mac(mac)
-    inputs = read_inputs(config, read=_read_outline)
+    inputs = read_inputs(config, read=partial(read_base, load=outline))
     with fused_gated_delta(inputs.base.model):
         attach_adapters(inputs.base.model, config)
         choice = _choose(inputs.base, config)
         return _Rehearsals(inputs, config, choice, room).forecast()
-
-
-def _read_outline(config: DPOConfig) -> Base:
-    return outline(
-        config.model,
-        revision=config.revision,
-        bits=config.bits,
-        group_size=config.group_size,
-        dtype=config.dtype,
-        trust_remote_code=config.trust_remote_code,
-    )
 
 
 def _choose(base: Base, config: DPOConfig) -> Choice:

@@ -81,6 +81,7 @@ def train(
         optimizer.learning_rate = rate
         optimizer.update(policy, gradients)
         mx.eval(policy.trainable_parameters(), optimizer.state)
+        del gradients  # as large as the adapters, of no use to the next step
 
         num_tokens += sum(_tokens(plan.pairs[i]) for i in indices)
         yield (

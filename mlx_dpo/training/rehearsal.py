@@ -29,7 +29,6 @@ from mlx_dpo.types import PairLogps, TokenizedPair
 PARTS = (1 / 16, 1 / 4, 1 / 2, 1)  # of each text, tried until it is seen that all of it fits
 MARGIN = 2  # such a guess may be wrong by so much
 REPEATS = 3  # MLX works ahead, at times one array further than mostly
-AT_ONCE = 1  # micro-batches that `training.step` has in memory at a time
 
 Pairs = Sequence[TokenizedPair]
 Run = Callable[[Pairs], Any]  # a pass over pairs; returns what is to be evaluated
@@ -80,22 +79,18 @@ def rehearse_step(policy: nn.Module, pairs: Pairs, step: Step, *, memory: int) -
     No more than `memory` bytes are used: pairs are shortened if they might need more.
     """
     gradient = make_gradient(policy, step.pair_loss, beta=step.beta, scorer=step.scorer)
-    passes = AT_ONCE if step.accumulates else 1
 
     def run(pairs: Pairs) -> Any:
         zeros = mx.zeros((len(pairs),))
         micro = MicroBatch(pairs, PairLogps(zeros, zeros))
         with sparing_memory(policy, recompute=step.recompute):
-            return accumulate(gradient, [micro] * passes, pairs=passes * len(pairs))
+            return accumulate(gradient, [micro], pairs=len(pairs))
 
     with _as_it_was(policy):
         policy.train()
         cost = _rehearsed(policy, pairs, run, memory)
     held = trainable_bytes(policy) if step.accumulates else 0
-    outside = Cost(cost.outside.bytes + held, cost.outside.seconds / passes)
-    return replace(
-        cost, outside=outside, block=cost.block._replace(seconds=cost.block.seconds / passes)
-    )
+    return replace(cost, outside=cost.outside._replace(bytes=cost.outside.bytes + held))
 
 
 def rehearse_reference(policy: nn.Module, pairs: Pairs, score: Run, *, memory: int) -> PassCost:

@@ -24,6 +24,18 @@ def test_value_and_gradients_are_those_of_mlx_lm(spread):
         assert mx.abs(ours - theirs).max().item() <= 2e-6 * mx.abs(theirs).max().item()
 
 
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+def test_sixteen_bits_are_left_to_mlx_lm_whose_error_is_that_of_one_rounding(dtype):
+    gate = mx.linspace(-7, 20, 400).astype(dtype)
+    exact = activations.swiglu(gate.astype(mx.float32), mx.ones((400,)))
+    ours, theirs = (
+        swiglu(gate, mx.ones((400,), dtype)),
+        activations.swiglu(gate, mx.ones((400,), dtype)),
+    )
+    assert ours.dtype == dtype and mx.array_equal(ours, theirs)
+    assert mx.abs(ours / exact - 1).max().item() < 0.02
+
+
 def test_it_is_exchanged_in_the_model_s_source_and_put_back_also_after_an_error():
     model = make_llama()
     assert llama.swiglu is activations.swiglu

@@ -107,6 +107,18 @@ def test_every_token_is_turned_by_its_position_in_its_text(name):
         assert mx.allclose(turned[:, :, place : place + 1], alone, atol=1e-6)
 
 
+def test_frequencies_that_come_and_go_are_not_taken_for_each_other():
+    tree, ones = Tree(TWO), mx.ones((1, 1, len(Tree(TWO)), 8))
+    for base in range(1, 40):  # of a list that is gone, the next array often gets the id
+        with tree_positions():
+            found = mx.fast.rope(
+                ones, 8, traditional=False, base=None, scale=1.0, offset=Positions(tree),
+                freqs=base * mx.arange(1.0, 5.0),
+            )  # fmt: skip
+        angles = tree.positions[:, None] / (base * np.arange(1.0, 5.0))
+        assert np.allclose(found[0, 0, :, :4], np.cos(angles) - np.sin(angles), atol=1e-4)
+
+
 def test_other_rows_than_its_own_are_refused():
     tree = Tree(TWO)
     with tree_positions(), pytest.raises(TypeError, match="other arrays"):
