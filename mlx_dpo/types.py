@@ -4,6 +4,7 @@ Shape letters used everywhere: B pairs in a batch, N = 2B rows (all chosen, then
 rejected), T tokens in a padded row, V vocabulary. Log-probabilities are in nats.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -33,6 +34,11 @@ class TokenizedPair:
     where: str = ""
     # Digest of the prompt before anything was cut or merged, to tell like prompts by.
     asked: str = field(default="", compare=False)
+    margin: float = 0.0  # how much better chosen is, where the data says so
+    weight: float = 1.0  # how much the pair counts, where the data says so
+    # A single judged completion is `chosen`; `rejected` is then another prompt's completion,
+    # by which KTO estimates how far the policy has moved.
+    desirable: bool | None = None  # the judgement; None for pairs
 
     def __len__(self) -> int:
         """Tokens of the longer of the two rows."""
@@ -52,12 +58,37 @@ class PairLogps(NamedTuple):
     chosen: mx.array  # (B,) float32
     rejected: mx.array  # (B,) float32
 
+    def at(self, places: Sequence[int]) -> "PairLogps":
+        """Those of the pairs at these places. (b,) each"""
+        rows = mx.array(list(places), dtype=mx.int32)
+        return PairLogps(self.chosen[rows], self.rejected[rows])
+
+
+class PairFacts(NamedTuple):
+    """What a loss may want to know of pairs beside their log-probabilities."""
+
+    chosen_tokens: mx.array  # (B,) float32, tokens of the completion
+    rejected_tokens: mx.array  # (B,) float32
+    mean_chosen_tokens: mx.array  # () float32, over all pairs that the loss is a mean of
+    margins: mx.array  # (B,) float32
+    weights: mx.array  # (B,) float32
+    desirable: mx.array  # (B,) bool, all True for pairs
+
+
+class Scored(NamedTuple):
+    """Pairs as policy and reference see them: what an objective is a function of."""
+
+    policy: PairLogps
+    reference: PairLogps  # zeros where the objective needs none
+    facts: PairFacts
+    on_policy: mx.array  # (B,) float32, WPO's weight of each pair; ones without
+
 
 class PairOutcomes(NamedTuple):
     """What the objective says of each pair; means over any set of pairs start from here."""
 
     losses: mx.array  # (B,) float32
-    policy: PairLogps
+    scored: Scored
     chosen_rewards: mx.array  # (B,) beta times the log-ratio of the chosen completion
     rejected_rewards: mx.array  # (B,)
 
@@ -66,12 +97,13 @@ class PreferenceMetrics(NamedTuple):
     """Means over a set of pairs, as floats; `objective.metrics` owns their public names."""
 
     loss: float
-    chosen_rewards: float
-    rejected_rewards: float
-    margins: float
+    chosen_rewards: float | None  # None: a step of labelled rows may have none of one kind
+    rejected_rewards: float | None
+    margins: float | None
     accuracies: float
-    chosen_logps: float
-    rejected_logps: float
+    chosen_logps: float | None
+    rejected_logps: float | None
+    kl: float | None = None  # nats, of labelled rows: KTO's estimate
 
 
 class StepMetrics(NamedTuple):

@@ -20,7 +20,7 @@ from mlx_dpo.arrays import flat
 from mlx_dpo.doctor import float64
 from mlx_dpo.doctor.tiny import ARGS, LONG, PAIRS, RANK, SCALE, tiny_policy
 from mlx_dpo.errors import DPOError, reason
-from mlx_dpo.objective.losses import sigmoid_loss
+from mlx_dpo.objective.mixture import Objective
 from mlx_dpo.policy import adapters
 from mlx_dpo.policy.device import device_kind, dtype_name
 from mlx_dpo.policy.logps import completion_logps, pair_logps
@@ -76,8 +76,8 @@ def gradient_error(bits: int | None) -> float:
     policy, batch = tiny_policy(bits=bits), collate(PAIRS)
     with adapters.adapters_off(policy):
         reference = pair_logps(policy, batch)
-    gradient = make_gradient(policy, partial(sigmoid_loss, beta=BETA), beta=BETA)
-    _, gradients = gradient(MicroBatch(PAIRS, reference), 1 / len(PAIRS))
+    gradient = make_gradient(policy, Objective(beta=BETA))
+    _, gradients = gradient(MicroBatch.of(PAIRS, reference), 1 / len(PAIRS))
     weights = float64.weights_of(policy)
 
     def loss(moved: float64.Weights) -> float:
@@ -107,8 +107,7 @@ def first_losses() -> tuple[float, float]:
     plan = Plan(
         pairs=PAIRS,
         reference=reference,
-        pair_loss=partial(sigmoid_loss, beta=BETA),
-        beta=BETA,
+        objective=Objective(beta=BETA),
         learning_rate=lambda step: 1e-2,
         total_steps=2,
         batch_size=len(PAIRS),

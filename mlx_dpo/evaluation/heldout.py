@@ -5,22 +5,24 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_dpo.objective.losses import log_ratio_margin
-from mlx_dpo.objective.metrics import outcomes, summarise
+from mlx_dpo.objective.metrics import summarise
+from mlx_dpo.objective.mixture import Objective
 from mlx_dpo.policy.scoring import Score
-from mlx_dpo.types import PairLogps, PreferenceMetrics, TokenizedPair
+from mlx_dpo.preferences.facts import facts_of
+from mlx_dpo.types import PairLogps, PreferenceMetrics, Scored, TokenizedPair
 
 
 def evaluate(
     policy: nn.Module,
     pairs: Sequence[TokenizedPair],
     reference: PairLogps,
-    pair_loss: Callable[[mx.array], mx.array],
+    objective: Objective,
     *,
-    beta: float,
     score: Score,
+    on_policy: Callable[[nn.Module, Sequence[TokenizedPair]], mx.array] | None = None,
 ) -> PreferenceMetrics:
     """Means over all of `pairs`, every pair with the same weight. Leaves evaluation mode on."""
     logps = score(policy, pairs)
-    losses = pair_loss(log_ratio_margin(logps, reference))
-    return summarise(outcomes(losses, logps, reference, beta=beta))
+    weights = mx.ones((len(pairs),)) if on_policy is None else on_policy(policy, pairs)
+    scored = Scored(logps, reference, facts_of(pairs), weights)
+    return summarise(objective.outcomes(scored), labelled=objective.labelled)

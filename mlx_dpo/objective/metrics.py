@@ -5,10 +5,13 @@ different trainers can be laid over each other. Knows nothing of files or termin
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 import mlx.core as mx
+from mlx.utils import tree_map
 
-from mlx_dpo.types import PairLogps, PairOutcomes, PreferenceMetrics, StepMetrics
+from mlx_dpo.arrays import scalar
+from mlx_dpo.types import PairOutcomes, PreferenceMetrics, StepMetrics
 
 NAMES = {
     "loss": "loss",
@@ -18,40 +21,28 @@ NAMES = {
     "accuracies": "rewards/accuracies",
     "chosen_logps": "logps/chosen",
     "rejected_logps": "logps/rejected",
+    "kl": "kl",
 }
-
-
-def outcomes(
-    losses: mx.array, policy: PairLogps, reference: PairLogps, *, beta: float
-) -> PairOutcomes:
-    """Losses and rewards of each pair; a reward is beta times the log-ratio. (B,) each"""
-    return PairOutcomes(
-        losses=losses,
-        policy=policy,
-        chosen_rewards=beta * (policy.chosen - reference.chosen),
-        rejected_rewards=beta * (policy.rejected - reference.rejected),
-    )
 
 
 def concatenate(parts: Sequence[PairOutcomes]) -> PairOutcomes:
     """Outcomes of several micro-batches as those of one set of pairs."""
 
-    def joined(arrays: list[mx.array]) -> mx.array:
-        return mx.concatenate(arrays)
+    def joined(*arrays: mx.array) -> mx.array:
+        return mx.concatenate(list(arrays)) if arrays[0].ndim else arrays[0]
 
-    return PairOutcomes(
-        losses=joined([part.losses for part in parts]),
-        policy=PairLogps(
-            chosen=joined([part.policy.chosen for part in parts]),
-            rejected=joined([part.policy.rejected for part in parts]),
-        ),
-        chosen_rewards=joined([part.chosen_rewards for part in parts]),
-        rejected_rewards=joined([part.rejected_rewards for part in parts]),
-    )
+    return cast(PairOutcomes, tree_map(joined, parts[0], *parts[1:]))
 
 
-def summarise(of: PairOutcomes) -> PreferenceMetrics:
-    """Means over the pairs. Accuracy counts pairs, and a tie counts as wrong."""
+def summarise(of: PairOutcomes, *, labelled: bool = False) -> PreferenceMetrics:
+    """Means over the pairs. Accuracy counts pairs, and a tie counts as wrong.
+
+    Of `labelled` rows: means over the desirable and over the undesirable ones, as TRL takes
+    them, None where there are none. Accuracy is the share of rows whose reward lies on the
+    side of the reference point that their label says (TRL has none).
+    """
+    if labelled:
+        return _summarise_labelled(of)
     margins = of.chosen_rewards - of.rejected_rewards
     means = mx.stack(
         [
@@ -60,16 +51,42 @@ def summarise(of: PairOutcomes) -> PreferenceMetrics:
             of.rejected_rewards.mean(),
             margins.mean(),
             (of.chosen_rewards > of.rejected_rewards).astype(mx.float32).mean(),
-            of.policy.chosen.mean(),
-            of.policy.rejected.mean(),
+            of.scored.policy.chosen.mean(),
+            of.scored.policy.rejected.mean(),
         ]
     )
     return PreferenceMetrics(*means.tolist())  # type: ignore[misc]
 
 
+def _summarise_labelled(of: PairOutcomes) -> PreferenceMetrics:
+    rewards, logps = of.chosen_rewards, of.scored.policy.chosen
+    good = of.scored.facts.desirable
+    moved = mx.maximum(of.rejected_rewards.mean(), 0)  # beta times the estimate of the KL
+    ratios = of.scored.policy.rejected - of.scored.reference.rejected
+    right = mx.where(good, rewards > moved, rewards < moved).astype(mx.float32)
+    desired, undesired = _mean(rewards, good), _mean(rewards, ~good)
+    return PreferenceMetrics(
+        loss=scalar(of.losses.mean()),
+        chosen_rewards=desired,
+        rejected_rewards=undesired,
+        margins=None if desired is None or undesired is None else desired - undesired,
+        accuracies=scalar(right.mean()),
+        chosen_logps=_mean(logps, good),
+        rejected_logps=_mean(logps, ~good),
+        kl=max(0.0, scalar(ratios.mean())),
+    )
+
+
+def _mean(values: mx.array, where: mx.array) -> float | None:
+    """The mean of those that are wanted, None if there are none."""
+    count = scalar(where.sum())
+    return scalar(mx.where(where, values, 0.0).sum()) / count if count else None
+
+
 def named(metrics: PreferenceMetrics, *, prefix: str = "") -> dict[str, float]:
-    """The means under their public names; `eval_` is the prefix of held-out pairs."""
-    return {prefix + NAMES[field]: value for field, value in metrics._asdict().items()}
+    """The means there are, under public names; `eval_` is the prefix of held-out pairs."""
+    given = {field: value for field, value in metrics._asdict().items() if value is not None}
+    return {prefix + NAMES[field]: value for field, value in given.items()}
 
 
 def step_row(metrics: StepMetrics) -> dict[str, float]:

@@ -17,7 +17,7 @@ from mlx_dpo.runs.inputs import (
     read_pairs,
     refuse_beyond_context,
 )
-from mlx_dpo.runs.method import choose_scorer, forward_only, pair_loss
+from mlx_dpo.runs.method import choose_scorer, forward_only, make_objective
 from mlx_dpo.runs.policies import Opened, open_run
 from mlx_dpo.runs.record import check_contents
 from mlx_dpo.runs.reference_cache import ask_reference
@@ -97,7 +97,6 @@ def _metrics(
             base.model,
             pairs,
             reference,
-            pair_loss(config),
-            beta=config.beta,
+            make_objective(config),
             score=score,
         )

@@ -13,7 +13,7 @@ from mlx_dpo.policy.load import Base
 from mlx_dpo.policy.probe import Choice
 from mlx_dpo.preferences.batches import largest_pass
 from mlx_dpo.runs.inputs import Inputs
-from mlx_dpo.runs.method import pair_loss
+from mlx_dpo.runs.method import make_objective
 from mlx_dpo.training.rehearsal import PassCost, Step, rehearse_step
 from mlx_dpo.types import TokenizedPair
 
@@ -99,8 +99,7 @@ def rehearsed(base: Base, config: DPOConfig, choice: Choice, pairs: Pairs) -> Pa
     """What a training pass over `pairs` costs, adapters attached."""
     step = Step(
         scorer=choice.scorer,
-        pair_loss=pair_loss(config),
-        beta=config.beta,
+        objective=make_objective(config),
         accumulates=config.batch_size > len(pairs),
         recompute=bool(config.recompute),
     )

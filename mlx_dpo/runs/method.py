@@ -9,7 +9,7 @@ import mlx.optimizers as optim
 
 from mlx_dpo.config import DPOConfig
 from mlx_dpo.errors import ConfigError
-from mlx_dpo.objective.losses import sigmoid_loss
+from mlx_dpo.objective.mixture import Objective
 from mlx_dpo.policy import adapters
 from mlx_dpo.policy.device import on_cpu
 from mlx_dpo.policy.load import Base
@@ -19,7 +19,6 @@ from mlx_dpo.policy.sparing import sparing_memory
 from mlx_dpo.preferences.batches import PassLimit
 from mlx_dpo.training.loop import Plan
 from mlx_dpo.training.schedule import learning_rate
-from mlx_dpo.training.step import PairLoss
 from mlx_dpo.types import PairLogps, TokenizedPair
 
 # A pass without a backward one may be so many times as large: it keeps nothing of the layers.
@@ -85,9 +84,9 @@ def forward_only(config: DPOConfig, choice: Choice) -> Score:
     )
 
 
-def pair_loss(config: DPOConfig) -> PairLoss:
-    """The loss of the settings, from margins to losses. (B,) -> (B,)"""
-    return partial(sigmoid_loss, beta=config.beta, label_smoothing=config.label_smoothing)
+def make_objective(config: DPOConfig) -> Objective:
+    """What the settings make small."""
+    return Objective(beta=config.beta, label_smoothing=config.label_smoothing)
 
 
 def refuse_standstill(config: DPOConfig, total_steps: int) -> None:
@@ -115,8 +114,7 @@ def make_plan(
     return Plan(
         pairs=pairs,
         reference=reference,
-        pair_loss=pair_loss(config),
-        beta=config.beta,
+        objective=make_objective(config),
         learning_rate=partial(
             learning_rate,
             peak=config.learning_rate,
@@ -131,5 +129,6 @@ def make_plan(
         seed=config.seed,
         scorer=choice.scorer,
         cost=choice.cost,
+        score=forward_only(config, choice),
         recompute=bool(config.recompute),
     )

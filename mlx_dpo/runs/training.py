@@ -23,9 +23,9 @@ from mlx_dpo.runs.method import (
     attach_adapters,
     choose_scorer,
     forward_only,
+    make_objective,
     make_optimizer,
     make_plan,
-    pair_loss,
     refuse_standstill,
 )
 from mlx_dpo.runs.paths import RunPaths, claimed, read_record, refuse_foreign_folder, write_record
@@ -205,8 +205,7 @@ class Run:
             self.policy,
             self.inputs.valid,
             self._reference["valid"],
-            pair_loss(self.config),
-            beta=self.config.beta,
+            make_objective(self.config),
             score=forward_only(self.config, self.choice),
         )
         return named(metrics, prefix="eval_")

@@ -12,7 +12,9 @@ import numpy as np
 from mlx_dpo.arrays import scalar
 from mlx_dpo.errors import TrainingError
 from mlx_dpo.objective.metrics import summarise
+from mlx_dpo.objective.mixture import Objective
 from mlx_dpo.policy.scorers import Scorer, plain_scorer
+from mlx_dpo.policy.scoring import Score
 from mlx_dpo.policy.sparing import sparing_memory
 from mlx_dpo.preferences.batches import (
     Cost,
@@ -22,8 +24,13 @@ from mlx_dpo.preferences.batches import (
     steps_per_epoch,
     whole_rows,
 )
-from mlx_dpo.training.step import MicroBatch, PairLoss, accumulate, clip, make_gradient
-from mlx_dpo.types import PairLogps, PairOutcomes, StepMetrics, TokenizedPair
+from mlx_dpo.preferences.facts import facts_of, some_of
+from mlx_dpo.training.ahead import Among, mismatched
+from mlx_dpo.training.moving import MovingReference
+from mlx_dpo.training.step import MicroBatch, accumulate, clip, make_gradient
+from mlx_dpo.types import PairLogps, PairOutcomes, Scored, StepMetrics, TokenizedPair
+
+Pairs = Sequence[TokenizedPair]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +47,7 @@ class Plan:
 
     pairs: Sequence[TokenizedPair]
     reference: PairLogps  # (len(pairs),) each
-    pair_loss: PairLoss
-    beta: float
+    objective: Objective
     learning_rate: Callable[[int], float]  # of the updates done before
     total_steps: int
     batch_size: int
@@ -51,6 +57,9 @@ class Plan:
     scorer: Scorer = plain_scorer
     cost: Cost = whole_rows  # of a pass through that scorer
     recompute: bool = False
+    score: Score | None = None  # without gradients; what couples pairs, or moves, asks ahead
+    on_policy: Callable[[nn.Module, Pairs], mx.array] | None = None  # weights of pairs. (B,)
+    moving: MovingReference | None = None  # takes the place of `reference` once it has moved
 
 
 def train(
@@ -62,17 +71,18 @@ def train(
         TrainingError: a loss or the gradient is not a number. The policy is then as it
             was before the step.
     """
-    gradient = make_gradient(policy, plan.pair_loss, beta=plan.beta, scorer=plan.scorer)
+    gradient = make_gradient(policy, plan.objective, scorer=plan.scorer)
     num_tokens = start.num_tokens
     for done in range(start.step, plan.total_steps):
-        policy.train()  # the caller may have evaluated since the last step
         indices = step_indices(
             done, count=len(plan.pairs), batch_size=plan.batch_size, seed=plan.seed
         )
         groups = micro_batches(indices, plan.pairs, plan.limit, cost=plan.cost)
+        known = _known(policy, plan, indices)
+        policy.train()  # what was asked ahead, and the caller's evaluation, left it otherwise
         with sparing_memory(policy, recompute=plan.recompute):
             outcome, gradients = accumulate(
-                gradient, _micro_batches(plan, groups), pairs=len(indices)
+                gradient, _micro_batches(plan, indices, groups, known), pairs=len(indices)
             )
         gradients, norm = clip(gradients, plan.max_grad_norm)
         mx.eval(norm, outcome)
@@ -81,6 +91,8 @@ def train(
         optimizer.learning_rate = rate
         optimizer.update(policy, gradients)
         mx.eval(policy.trainable_parameters(), optimizer.state)
+        if plan.moving is not None:
+            plan.moving.follow(policy, done + 1)
         del gradients  # as large as the adapters, of no use to the next step
 
         num_tokens += sum(_tokens(plan.pairs[i]) for i in indices)
@@ -89,7 +101,7 @@ def train(
             StepMetrics(
                 step=done + 1,
                 epoch=_epoch(plan, done + 1),
-                preferences=summarise(outcome),
+                preferences=summarise(outcome, labelled=plan.objective.labelled),
                 grad_norm=scalar(norm),
                 learning_rate=rate,
                 num_tokens=num_tokens,
@@ -98,12 +110,32 @@ def train(
         )
 
 
-def _micro_batches(plan: Plan, groups: Sequence[list[int]]) -> Iterator[MicroBatch]:
+def _known(policy: nn.Module, plan: Plan, indices: Sequence[int]) -> Scored:
+    """What is known of a step before its gradients; policy: zeros, unless pairs are coupled."""
+    pairs = [plan.pairs[i] for i in indices]
+    zeros = mx.zeros((len(pairs),))
+    logps = PairLogps(zeros, zeros)
+    if plan.objective.couples:
+        assert plan.score is not None
+        logps = plan.score(policy, mismatched(pairs) if plan.objective.labelled else pairs)
+    weights = mx.ones_like(zeros) if plan.on_policy is None else plan.on_policy(policy, pairs)
+    moved = None if plan.moving is None else plan.moving.logps(policy, pairs)
+    reference = moved or plan.reference.at(indices)
+    return Scored(logps, reference, facts_of(pairs), weights)
+
+
+def _micro_batches(
+    plan: Plan, indices: Sequence[int], groups: Sequence[list[int]], known: Scored
+) -> Iterator[MicroBatch]:
+    places = {index: place for place, index in enumerate(indices)}
     for group in groups:
-        at = mx.array(group)
+        at = [places[index] for index in group]
         yield MicroBatch(
             [plan.pairs[i] for i in group],
-            PairLogps(plan.reference.chosen[at], plan.reference.rejected[at]),
+            known.reference.at(at),
+            some_of(known.facts, mx.array(at)),
+            known.on_policy[mx.array(at)],
+            Among.of(known, at) if plan.objective.couples else None,
         )
 
 

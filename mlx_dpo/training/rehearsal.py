@@ -17,13 +17,14 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_dpo.arrays import random_state
+from mlx_dpo.objective.mixture import Objective
 from mlx_dpo.policy.adapters import adapters_off
 from mlx_dpo.policy.blocks import NotCutError, Sample, only, sample, whole
 from mlx_dpo.policy.memory import trainable_bytes
 from mlx_dpo.policy.probe import UNSUITED
 from mlx_dpo.policy.scorers import Scorer
 from mlx_dpo.policy.sparing import sparing_memory
-from mlx_dpo.training.step import MicroBatch, PairLoss, accumulate, make_gradient
+from mlx_dpo.training.step import MicroBatch, accumulate, make_gradient
 from mlx_dpo.types import PairLogps, TokenizedPair
 
 PARTS = (1 / 16, 1 / 4, 1 / 2, 1)  # of each text, tried until it is seen that all of it fits
@@ -66,8 +67,7 @@ class Step:
     """The passes of an optimizer step, as the loop makes them."""
 
     scorer: Scorer
-    pair_loss: PairLoss
-    beta: float
+    objective: Objective
     accumulates: bool  # whether there are several, so that a gradient is held beside the next one
     recompute: bool = False
 
@@ -78,11 +78,11 @@ def rehearse_step(policy: nn.Module, pairs: Pairs, step: Step, *, memory: int) -
     The policy is left as it was, MLX's random state as well; its peak counter starts anew.
     No more than `memory` bytes are used: pairs are shortened if they might need more.
     """
-    gradient = make_gradient(policy, step.pair_loss, beta=step.beta, scorer=step.scorer)
+    gradient = make_gradient(policy, step.objective, scorer=step.scorer)
 
     def run(pairs: Pairs) -> Any:
         zeros = mx.zeros((len(pairs),))
-        micro = MicroBatch(pairs, PairLogps(zeros, zeros))
+        micro = MicroBatch.of(pairs, PairLogps(zeros, zeros))
         with sparing_memory(policy, recompute=step.recompute):
             return accumulate(gradient, [micro], pairs=len(pairs))
 

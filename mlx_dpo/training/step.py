@@ -1,19 +1,20 @@
 """One optimizer update from the micro-batches of a step, lazily evaluated."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_map
 
-from mlx_dpo.objective.losses import log_ratio_margin
-from mlx_dpo.objective.metrics import concatenate, outcomes
+from mlx_dpo.objective.metrics import concatenate
+from mlx_dpo.objective.mixture import Objective
 from mlx_dpo.policy.scorers import Scorer, plain_scorer
-from mlx_dpo.types import PairLogps, PairOutcomes, TokenizedPair
+from mlx_dpo.preferences.facts import facts_of
+from mlx_dpo.training.ahead import Among, single
+from mlx_dpo.types import PairFacts, PairLogps, PairOutcomes, Scored, TokenizedPair
 
-PairLoss = Callable[[mx.array], mx.array]  # (B,) margins -> (B,) losses
 Gradients = dict[str, Any]
 
 
@@ -22,22 +23,33 @@ class MicroBatch(NamedTuple):
 
     pairs: Sequence[TokenizedPair]
     reference: PairLogps  # (B,) each, of `pairs`
+    facts: PairFacts
+    on_policy: mx.array  # (B,)
+    among: Among | None = None  # the rest of the step, where the objective couples its pairs
+
+    @classmethod
+    def of(cls, pairs: Sequence[TokenizedPair], reference: PairLogps) -> Self:
+        """A micro-batch that is all of its step."""
+        return cls(pairs, reference, facts_of(pairs), mx.ones((len(pairs),)))
 
 
 def make_gradient(
-    policy: nn.Module, pair_loss: PairLoss, *, beta: float, scorer: Scorer = plain_scorer
+    policy: nn.Module, objective: Objective, *, scorer: Scorer = plain_scorer
 ) -> Callable[[MicroBatch, float], tuple[PairOutcomes, Gradients]]:
     """Build the function from a micro-batch to its outcomes and its share of the gradient."""
 
-    def objective(
-        model: nn.Module, micro: MicroBatch, share: float
-    ) -> tuple[mx.array, PairOutcomes]:
-        logps = scorer(model, micro.pairs)
-        losses = pair_loss(log_ratio_margin(logps, micro.reference))
-        # A sum over pairs: micro-batches of any size then add up to the mean over the step.
-        return losses.sum() * share, outcomes(losses, logps, micro.reference, beta=beta)
+    def weighed(model: nn.Module, micro: MicroBatch, share: float) -> tuple[mx.array, PairOutcomes]:
+        pairs = single(micro.pairs) if objective.labelled else micro.pairs
+        logps = scorer(model, pairs)
+        if micro.among is None:
+            scored = Scored(logps, micro.reference, micro.facts, micro.on_policy)
+            outcome = objective.outcomes(scored)
+            # A sum over pairs: micro-batches of any size then add up to the mean of the step.
+            return outcome.losses.sum() * share, outcome
+        outcome = objective.outcomes(micro.among.with_live(logps, labelled=objective.labelled))
+        return outcome.losses.sum() * share, micro.among.own(outcome)
 
-    value_and_grad = nn.value_and_grad(policy, objective)
+    value_and_grad = nn.value_and_grad(policy, weighed)
 
     def gradient(micro: MicroBatch, share: float) -> tuple[PairOutcomes, Gradients]:
         (_, outcome), gradients = value_and_grad(policy, micro, share)

@@ -1,10 +1,22 @@
 import mlx.core as mx
 import pytest
 
-from mlx_dpo.objective.metrics import concatenate, named, outcomes, step_row, summarise
-from mlx_dpo.types import PairLogps, StepMetrics
+from mlx_dpo.objective.metrics import concatenate, named, step_row, summarise
+from mlx_dpo.preferences.facts import facts_of
+from mlx_dpo.types import PairLogps, PairOutcomes, Scored, StepMetrics, TokenizedPair
 
 ZEROS = PairLogps(mx.zeros((2,)), mx.zeros((2,)))
+
+
+def outcomes(losses, policy, reference, *, beta, desirable=None):
+    labels = desirable or [None] * len(losses)
+    facts = facts_of([TokenizedPair((1,), (2,), (3,), desirable=label) for label in labels])
+    return PairOutcomes(
+        losses,
+        Scored(policy, reference, facts, mx.ones(losses.shape)),
+        beta * (policy.chosen - reference.chosen),
+        beta * (policy.rejected - reference.rejected),
+    )
 
 
 def outcome(chosen, rejected, *, losses=(0.25, 0.75), reference=ZEROS, beta=0.5):
@@ -66,3 +78,31 @@ def test_public_names_are_those_of_trl():
     }  # fmt: skip
     assert step_row(step)["logps/rejected"] == metrics.rejected_logps
     assert named(metrics, prefix="eval_")["eval_rewards/accuracies"] == 0.5
+
+
+def labelled(desirable):
+    """Four judged rows; beta 0.5, the mismatched completions have moved by 1 nat on average."""
+    policy = PairLogps(mx.array([-1.0, -5.0, -3.0, -4.0]), mx.array([2.0, 0.0, 1.0, 1.0]))
+    reference = PairLogps(mx.array([-4.0, -4.0, -4.0, -4.0]), mx.zeros((4,)))
+    losses = mx.array([0.1, 0.2, 0.3, 0.4])
+    return summarise(
+        outcomes(losses, policy, reference, beta=0.5, desirable=desirable), labelled=True
+    )
+
+
+def test_labelled_rows_have_means_by_label_and_are_right_on_their_side_of_the_reference_point():
+    """Rewards 1.5, -0.5, 0.5, 0; the point is at 0.5."""
+    metrics = labelled([True, True, False, False])
+    assert metrics.loss == pytest.approx(0.25)
+    assert (metrics.chosen_rewards, metrics.rejected_rewards) == (0.5, 0.25)
+    assert metrics.margins == 0.25
+    assert (metrics.chosen_logps, metrics.rejected_logps) == (-3.0, -3.5)
+    assert metrics.kl == 1.0
+    # The first lies above, the second below; a reward on the point is on nobody's side.
+    assert metrics.accuracies == 0.5
+
+
+def test_a_step_without_rows_of_one_kind_says_nothing_of_them():
+    row = named(labelled([True] * 4))
+    assert "rewards/rejected" not in row and "rewards/margins" not in row
+    assert row["rewards/chosen"] == 0.375

@@ -1,4 +1,3 @@
-from functools import partial
 from itertools import islice
 
 import mlx.core as mx
@@ -6,7 +5,7 @@ import mlx.optimizers as optim
 import pytest
 
 from mlx_dpo.errors import ModelError, RunError
-from mlx_dpo.objective.losses import sigmoid_loss
+from mlx_dpo.objective.mixture import Objective
 from mlx_dpo.policy import adapters
 from mlx_dpo.policy.scoring import score_pairs
 from mlx_dpo.preferences.batches import PassLimit
@@ -30,8 +29,7 @@ def plan(tiny_llama, pairs):
     return Plan(
         pairs=pairs,
         reference=score_pairs(tiny_llama, pairs, limit=PassLimit(pairs=2)),
-        pair_loss=partial(sigmoid_loss, beta=0.1),
-        beta=0.1,
+        objective=Objective(beta=0.1),
         learning_rate=lambda done: 1e-2 / (1 + done),
         total_steps=8,
         batch_size=2,

@@ -1,7 +1,6 @@
 import itertools
 import math
 from dataclasses import replace
-from functools import partial
 
 import mlx.core as mx
 import mlx.optimizers as optim
@@ -11,14 +10,15 @@ from hypothesis import strategies as st
 
 from mlx_dpo.arrays import flat
 from mlx_dpo.errors import TrainingError
-from mlx_dpo.objective.losses import sigmoid_loss
+from mlx_dpo.objective.metrics import named
+from mlx_dpo.objective.mixture import Objective
 from mlx_dpo.policy import adapters
 from mlx_dpo.policy.scorers import COSTS, make_shared, plain_scorer
 from mlx_dpo.policy.scoring import score_pairs
 from mlx_dpo.preferences.batches import PassLimit, micro_batches, whole_rows
 from mlx_dpo.training.loop import Plan, Progress, train
 from mlx_dpo.training.step import MicroBatch, accumulate, make_gradient
-from mlx_dpo.types import PairLogps, TokenizedPair
+from mlx_dpo.types import TokenizedPair
 from tests.conftest import VOCAB, make_llama
 
 
@@ -27,8 +27,7 @@ def plan(tiny_llama, pairs):
     return Plan(
         pairs=pairs,
         reference=score_pairs(tiny_llama, pairs, limit=PassLimit(pairs=2)),
-        pair_loss=partial(sigmoid_loss, beta=0.1),
-        beta=0.1,
+        objective=Objective(beta=0.1),
         learning_rate=lambda done: 1e-2,
         total_steps=6,
         batch_size=2,
@@ -87,7 +86,7 @@ def test_the_size_of_a_pass_changes_nothing(plan, pairs_per_pass):
         # In the first step the policy is the reference, and rounding decides who is ahead.
         tied = {"accuracies": 0.0} if a.step == 1 else {}
         known = b.preferences._replace(**tied)
-        assert a.preferences._replace(**tied) == pytest.approx(known, abs=1e-4)
+        assert named(a.preferences._replace(**tied)) == pytest.approx(named(known), abs=1e-4)
 
 
 SHARED = {
@@ -120,7 +119,7 @@ def test_no_limit_of_a_pass_changes_the_step(plan, scored):
             replace(changed, learning_rate=lambda done: 1.0),
             start=Progress(),
         )
-        rows = [metrics.preferences for _, metrics in steps]
+        rows = [named(metrics.preferences) for _, metrics in steps]
         return rows, adapters.adapter_weights(policy)
 
     rows, weights = stepped(PassLimit(pairs=1))
@@ -162,18 +161,11 @@ def test_no_limit_of_a_pass_changes_the_gradient(lengths, limit, scored):
     policy = make_llama()
     reference = score_pairs(policy, pairs, limit=PassLimit(pairs=1))
     adapters.attach(policy, rank=4, scale=2.0, seed=1)
-    loss = partial(sigmoid_loss, beta=0.1)
 
     def gradient(limit, scorer=plain_scorer, cost=whole_rows):
         groups = micro_batches(range(len(pairs)), pairs, limit, cost=cost)
-        micros = [
-            MicroBatch(
-                [pairs[i] for i in group],
-                PairLogps(reference.chosen[mx.array(group)], reference.rejected[mx.array(group)]),
-            )
-            for group in groups
-        ]
-        by_scorer = make_gradient(policy, loss, beta=0.1, scorer=scorer)
+        micros = [MicroBatch.of([pairs[i] for i in group], reference.at(group)) for group in groups]
+        by_scorer = make_gradient(policy, Objective(beta=0.1), scorer=scorer)
         return flat(accumulate(by_scorer, micros, pairs=len(pairs))[1])
 
     found, expected = gradient(limit, **scored), gradient(PassLimit(pairs=1))

@@ -1,13 +1,11 @@
 """What is said of a pass before it runs, against what MLX counts when it does."""
 
-from functools import partial
-
 import mlx.core as mx
 import pytest
 from mlx_lm.models import llama
 
 from mlx_dpo.arrays import flat, random_state
-from mlx_dpo.objective.losses import sigmoid_loss
+from mlx_dpo.objective.mixture import Objective
 from mlx_dpo.policy.adapters import attach
 from mlx_dpo.policy.agreement import random_pairs
 from mlx_dpo.policy.blocks import only
@@ -38,8 +36,7 @@ def policy():
 def step(**changes):
     settings = {
         "scorer": make_shared(vocab_size=VOCAB, gradients=True, way="lengths"),
-        "pair_loss": partial(sigmoid_loss, beta=0.1),
-        "beta": 0.1,
+        "objective": Objective(beta=0.1),
         "accumulates": False,
     }
     return Step(**(settings | changes))

@@ -1,17 +1,15 @@
-from functools import partial
-
 import mlx.core as mx
 import pytest
 
 from mlx_dpo.arrays import flat
-from mlx_dpo.objective.losses import sigmoid_loss
+from mlx_dpo.objective.mixture import Objective
 from mlx_dpo.policy import adapters
 from mlx_dpo.training.step import MicroBatch, accumulate, clip, make_gradient
 from mlx_dpo.types import PairLogps
 from tests.conftest import make_llama
 
 BETA = 0.5
-LOSS = partial(sigmoid_loss, beta=BETA)
+OBJECTIVE = Objective(beta=BETA)
 
 
 @pytest.fixture
@@ -26,12 +24,12 @@ def policy():
 
 def micro(pairs, at=0.0):
     reference = mx.array([at - 3.0 * len(pair.chosen) for pair in pairs])
-    return MicroBatch(pairs, PairLogps(reference, reference + 1.0))
+    return MicroBatch.of(pairs, PairLogps(reference, reference + 1.0))
 
 
 def gradients(policy, parts, count):
     outcome, grads = accumulate(
-        make_gradient(policy, LOSS, beta=BETA), [micro(part) for part in parts], pairs=count
+        make_gradient(policy, OBJECTIVE), [micro(part) for part in parts], pairs=count
     )
     return outcome, flat(grads)
 

@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 
 from mlx_dpo import DPOConfig, Run
-from mlx_dpo.objective.losses import sigmoid_loss
 from mlx_dpo.objective.metrics import step_row
+from mlx_dpo.objective.mixture import Objective
 from mlx_dpo.policy import adapters
 from mlx_dpo.policy.load import Base, load_base
 from mlx_dpo.policy.scoring import score_pairs
@@ -116,8 +116,7 @@ def through_the_loop(
     plan = Plan(
         pairs=[pairs[row] for row in order],
         reference=PairLogps(*(logps[mx.array(order)] for logps in reference)),
-        pair_loss=partial(sigmoid_loss, beta=settings["beta"]),
-        beta=settings["beta"],
+        objective=Objective(beta=settings["beta"]),
         learning_rate=partial(
             learning_rate,
             peak=settings["learning_rate"],
