@@ -35,14 +35,14 @@ def option(default: Any, help: str, kind: type, section: str, **more: Any) -> An
     return field(default=default, metadata={"option": spec})
 
 
-def refuse_unknown(name: str, known: Iterable[str], what: str) -> None:
-    """Raise for a name that is not known, with the nearest one that is."""
+def refuse_unknown(name: str, known: Iterable[str], what: str, *, see: str = "") -> None:
+    """Raise for a name that is not known, with the nearest one that is, or where to `see` them."""
     known = list(known)
     if name in known:
         return
     near = get_close_matches(name.replace("-", "_"), known, n=1)
-    hint = f"; did you mean `{near[0]}`?" if near else ""
-    raise ConfigError(f"unknown {what} `{name}`{hint}")
+    hint = f"did you mean `{near[0]}`?" if near else see
+    raise ConfigError(f"unknown {what} `{name}`" + (f"; {hint}" if hint else ""))
 
 
 def coerce(name: str, value: Any, spec: Option) -> Any:

@@ -168,9 +168,10 @@ def arguments(settings: Settings, scratch: str) -> Any:
     """The settings in TRL's words, in float32, with the pairs in file order."""
     from trl import DPOConfig
 
+    per_pass = settings.get("pairs_per_pass", PAIRS_PER_PASS)
     return DPOConfig(
         output_dir=scratch,
-        loss_type="sigmoid",
+        **settings.get("loss", {"loss_type": "sigmoid"}),
         beta=settings["beta"],
         learning_rate=settings["learning_rate"],
         lr_scheduler_type=settings["lr_scheduler_type"],
@@ -178,8 +179,8 @@ def arguments(settings: Settings, scratch: str) -> Any:
         max_grad_norm=settings["max_grad_norm"],
         weight_decay=settings["weight_decay"],
         optim="adamw_torch",
-        per_device_train_batch_size=PAIRS_PER_PASS,
-        gradient_accumulation_steps=PASSES,
+        per_device_train_batch_size=per_pass,
+        gradient_accumulation_steps=BATCH // per_pass,
         num_train_epochs=1,
         train_sampling_strategy="sequential",
         bf16=False,

@@ -22,6 +22,7 @@ NAMES = {
     "chosen_logps": "logps/chosen",
     "rejected_logps": "logps/rejected",
     "kl": "kl",
+    "length_correlation": "length_correlation",
 }
 
 
@@ -55,7 +56,16 @@ def summarise(of: PairOutcomes, *, labelled: bool = False) -> PreferenceMetrics:
             of.scored.policy.rejected.mean(),
         ]
     )
-    return PreferenceMetrics(*means.tolist())  # type: ignore[misc]
+    facts = of.scored.facts
+    correlation = _correlation(facts.chosen_tokens - facts.rejected_tokens, margins)
+    return PreferenceMetrics(*means.tolist(), length_correlation=correlation)  # type: ignore[misc]
+
+
+def _correlation(a: mx.array, b: mx.array) -> float | None:
+    """Pearson's; None where one of the two does not vary."""
+    a, b = a - a.mean(), b - b.mean()
+    spread = scalar(mx.sqrt((a * a).sum()) * mx.sqrt((b * b).sum()))
+    return scalar((a * b).sum()) / spread if spread > 0 else None
 
 
 def _summarise_labelled(of: PairOutcomes) -> PreferenceMetrics:

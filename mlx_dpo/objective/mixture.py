@@ -1,39 +1,33 @@
 """What a run makes small: losses of one or several kinds, and the rewards they imply."""
 
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 
 import mlx.core as mx
 
-from mlx_dpo.objective.losses import log_ratio_margin, sigmoid_loss
+from mlx_dpo.objective.divergences import Divergence
+from mlx_dpo.objective.registry import LOSSES
+from mlx_dpo.objective.views import View, averages, log_ratios
+from mlx_dpo.settings.loss import LossSettings
+from mlx_dpo.settings.loss_kinds import LossKind
 from mlx_dpo.types import PairOutcomes, Scored
 
 
 @dataclass(frozen=True, kw_only=True)
-class Objective:
+class Objective(LossSettings):
     """A weighted sum of losses, with the settings they take."""
 
-    beta: float = 0.1
-    label_smoothing: float = 0.0
-
     @property
-    def needs_reference(self) -> bool:
-        """Whether the reference's log-probabilities matter to it."""
-        return True
-
-    @property
-    def couples(self) -> bool:
-        """Whether a pair's loss depends on the other pairs of its step."""
-        return False
-
-    @property
-    def labelled(self) -> bool:
-        """Whether it takes single judged completions in place of pairs."""
-        return False
+    def divergence(self) -> Divergence:
+        """What keeps the policy near the reference."""
+        return Divergence(self.f_divergence_type or "reverse_kl", self.alpha_of_divergence)
 
     def losses(self, scored: Scored) -> mx.array:
         """The loss of each pair; the mean over a step's pairs is what is made small. (B,)"""
-        margins = log_ratio_margin(scored.policy, scored.reference)
-        return sigmoid_loss(margins, beta=self.beta, label_smoothing=self.label_smoothing)
+        terms = zip(self.loss_kinds, self.weights_of_losses, strict=True)
+        total = reduce(add, (weight * self._loss(kind, scored) for kind, weight in terms))
+        return scored.facts.weights * scored.on_policy * total
 
     def outcomes(self, scored: Scored) -> PairOutcomes:
         """Losses and implied rewards of each pair. (B,) each"""
@@ -41,9 +35,20 @@ class Objective:
         return PairOutcomes(self.losses(scored), scored, chosen, rejected)
 
     def rewards(self, scored: Scored) -> tuple[mx.array, mx.array]:
-        """beta times the log-ratio of the chosen and of the rejected completion. (B,) each"""
-        policy, reference = scored.policy, scored.reference
-        return (
-            self.beta * (policy.chosen - reference.chosen),
-            self.beta * (policy.rejected - reference.rejected),
-        )
+        """Those that the first loss implies that implies any, as TRL logs them. (B,) each
+
+        beta times the log-ratio of the chosen and of the rejected completion; for losses
+        without a reference, times the log-probability, or its average over tokens.
+        """
+        kinds = [kind.rewards for kind in self.loss_kinds if kind.rewards]
+        of = kinds[0] if kinds else "log-probability"
+        logps = scored.policy
+        if of == "log-ratio":
+            logps = log_ratios(scored.policy, scored.reference)
+        if of == "average log-probability":
+            logps = averages(logps, scored.facts)
+        return self.loss_beta * logps.chosen, self.loss_beta * logps.rejected
+
+    def _loss(self, kind: LossKind, scored: Scored) -> mx.array:
+        settings = {name: self.read_by(kind, name) for name in kind.defaults}
+        return LOSSES[kind.name](View(scored, self.divergence), **settings)

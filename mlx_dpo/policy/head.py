@@ -3,17 +3,20 @@
 Rows go through the head in chunks, one after the other, so that memory is that of one chunk.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import mlx.core as mx
 from mlx.utils import tree_unflatten
 
 from mlx_dpo.arrays import Arrays, flat
+from mlx_dpo.policy.logps import alignments
 from mlx_dpo.policy.numerics import log_sum_exp
 from mlx_dpo.policy.trunk import Halves
 
 CHUNK_BYTES = 32 * 2**20  # one float32 array of logits; MLX has about ten of them in flight
+
+Of = Callable[[Halves, mx.array, mx.array], mx.array]  # of a chunk. (n, D), (n,) -> (n,)
 
 
 def row_logps(
@@ -29,6 +32,14 @@ def row_logps(
     if weights := head_weights(halves):
         return _recomputed(halves, weights, hidden, targets, chunks)
     return _with_slopes(halves, hidden, targets, chunks)
+
+
+def row_alignments(
+    halves: Halves, hidden: mx.array, targets: mx.array, *, vocab_size: int
+) -> mx.array:
+    """`logps.token_alignments` of each row, the value alone. (n, D), (n,) -> (n,) float32"""
+    chunks = _chunks(len(targets), vocab_size)
+    return mx.stop_gradient(_values(halves, hidden, targets, chunks, of=_alignments))
 
 
 def head_weights(halves: Halves) -> Arrays:
@@ -60,10 +71,17 @@ def _logps(halves: Halves, hidden: mx.array, targets: mx.array) -> mx.array:
     return picked - log_sum_exp(logits)
 
 
-def _values(halves: Halves, hidden: mx.array, targets: mx.array, chunks: list[slice]) -> mx.array:
+def _alignments(halves: Halves, hidden: mx.array, targets: mx.array) -> mx.array:
+    """One chunk. (n, D), (n,) -> (n,) float32"""
+    return alignments(halves.logits(hidden[None])[0].astype(mx.float32), targets)
+
+
+def _values(
+    halves: Halves, hidden: mx.array, targets: mx.array, chunks: list[slice], *, of: Of = _logps
+) -> mx.array:
     parts: list[mx.array] = []
     for rows in chunks:
-        parts.append(_logps(halves, _after(hidden[rows], parts[-1:]), targets[rows]))
+        parts.append(of(halves, _after(hidden[rows], parts[-1:]), targets[rows]))
     return mx.concatenate(parts)
 
 
@@ -108,11 +126,13 @@ def _recomputed(
     """
 
     def with_weights(values: list[mx.array], chunk: mx.array, rows: slice) -> mx.array:
+        # Gradients are built later, when the model may hold its weights in another type.
+        held = flat(halves.outer.trainable_parameters())
         halves.outer.update(tree_unflatten(list(zip(weights, values, strict=True))))
         try:
             return _logps(halves, chunk, targets[rows])
         finally:
-            halves.outer.update(tree_unflatten(list(weights.items())))
+            halves.outer.update(tree_unflatten([(name, held[name]) for name in weights]))
 
     @mx.custom_function
     def forward(values: list[mx.array], hidden: mx.array) -> mx.array:

@@ -7,6 +7,7 @@ that does not fit into it; wider windows run through the same code with another 
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import mlx.core as mx
@@ -17,8 +18,17 @@ from mlx_dpo.errors import ModelError, reason
 from mlx_dpo.policy.agreement import Errors, Rows, errors, in_mode, random_pairs, value_error
 from mlx_dpo.policy.device import number_type, on_cpu
 from mlx_dpo.policy.head import head_weights
+from mlx_dpo.policy.masters import narrowed
 from mlx_dpo.policy.prefix import predicting_rows
-from mlx_dpo.policy.scorers import COSTS, Scorer, Way, make_shared, plain_scorer
+from mlx_dpo.policy.scorers import (
+    COSTS,
+    Scorer,
+    Way,
+    make_shared,
+    make_shared_alignments,
+    plain_alignments,
+    plain_scorer,
+)
 from mlx_dpo.policy.tree import predicting_rows_of_tree
 from mlx_dpo.policy.trunk import NotSplitError, split
 from mlx_dpo.preferences.batches import Cost, whole_rows
@@ -65,6 +75,7 @@ class Choice:
     name: Literal["shared", "plain"]
     reason: str
     way: Way | None = None  # how pairs that share their prompts go through together
+    alignments: Scorer = plain_alignments  # what WPO weighs pairs by, in the same way
 
     @property
     def cost(self) -> Cost:
@@ -77,24 +88,30 @@ class _RefusedError(Exception):
 
 
 def choose(
-    model: nn.Module, *, vocab_size: int, wanted: Wanted = "auto", ways: Sequence[Way] = ()
+    model: nn.Module,
+    *,
+    vocab_size: int,
+    wanted: Wanted = "auto",
+    ways: Sequence[Way] = (),
+    ld_alpha: float | None = None,
 ) -> Choice:
     """Probe `model`, adapters attached, and choose its scorer.
 
     Weights, modes and random state stay as they are. The first of `ways` that is exact is
     taken. Unless they are given, padded batches are among them on a GPU only: on the CPU they
-    cost more than they save.
+    cost more than they save. `ld_alpha` is what tokens count beyond the shorter completion.
 
     Raises:
         ModelError: `shared` is wanted, and is not exact for this model; or the plain scorer
             cannot be differentiated either.
     """
+    oracle = partial(plain_scorer, ld_alpha=ld_alpha) if ld_alpha is not None else plain_scorer
     if wanted == "plain":
-        return _plain("as asked")
+        return _plain(oracle, "as asked")
     why = ""
     for way in ways or (("row", "lengths") if on_cpu() else WAYS):
         try:
-            return _probed(model, vocab_size, way)
+            return _probed(model, vocab_size, way, oracle, ld_alpha)
         except _RefusedError as refused:
             why = str(refused)
     _require_plain(model, vocab_size)
@@ -102,7 +119,7 @@ def choose(
         raise ModelError(
             f"the scorer `shared` is not exact for this model ({why}); leave it at `auto`"
         )
-    return _plain(why)
+    return _plain(oracle, why)
 
 
 def _require_plain(model: nn.Module, vocab_size: int) -> None:
@@ -121,21 +138,23 @@ def _named(error: Exception) -> str:
     return f"{type(error).__name__}: {reason(error)}".rstrip(".")
 
 
-def _plain(why: str) -> Choice:
-    return Choice(plain_scorer, plain_scorer, "plain", why)
+def _plain(scorer: Scorer, why: str) -> Choice:
+    return Choice(scorer, scorer, "plain", why)
 
 
-def _probed(model: nn.Module, vocab_size: int, way: Way) -> Choice:
+def _probed(
+    model: nn.Module, vocab_size: int, way: Way, plain: Scorer, ld_alpha: float | None
+) -> Choice:
     """The shared scorer, if it passes every comparison.
 
     Raises:
         _RefusedError: it does not.
     """
     training, forward_only = (
-        make_shared(vocab_size=vocab_size, gradients=gradients, way=way)
+        make_shared(vocab_size=vocab_size, gradients=gradients, way=way, ld_alpha=ld_alpha)
         for gradients in (True, False)
     )
-    oracle = _scored(plain_scorer, vocab_size)
+    oracle = _scored(plain, vocab_size)
     try:
         if way == "batch" and any(isinstance(c, CacheList) for c in make_prompt_cache(model)):
             # Such models may choose whole blocks of keys, which the padding of batched caches
@@ -151,7 +170,8 @@ def _probed(model: nn.Module, vocab_size: int, way: Way) -> Choice:
         raise _RefusedError(str(error)) from error
     except UNSUITED as error:
         raise _RefusedError(_named(error)) from error
-    return Choice(training, forward_only, "shared", _report(model, found, way), way)
+    alignments = make_shared_alignments(vocab_size=vocab_size, way=way)
+    return Choice(training, forward_only, "shared", _report(model, found, way), way, alignments)
 
 
 def _report(model: nn.Module, found: Errors, way: Way) -> str:
@@ -170,7 +190,8 @@ def _report(model: nn.Module, found: Errors, way: Way) -> str:
 
 def _check(model: nn.Module, where: str, found: Errors) -> None:
     """Refuse errors above the limits of the model's number type, and what is not a number."""
-    kind = number_type(model)
+    with narrowed(model):
+        kind = number_type(model)
     allowed = FLOAT32_ON_GPU if kind == "float32" and not on_cpu() else LIMITS[kind]
     for name, error, limit in zip(("values", "gradients"), found, allowed, strict=True):
         if not error <= limit:

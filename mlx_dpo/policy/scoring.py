@@ -57,6 +57,20 @@ def score_pairs(
     return PairLogps(mx.array(chosen), mx.array(rejected))
 
 
+def on_policy_weights(
+    model: nn.Module, pairs: Sequence[TokenizedPair], *, score: Score
+) -> mx.array:
+    """How much a policy would write both completions of each pair itself. (len(pairs),)
+
+    `score` gives alignments in place of log-probabilities, see `scorers.plain_alignments`.
+    A pair that the policy samples has a weight of about 1.
+
+    Source: WPO, Zhou et al. 2024, arXiv:2406.11827, Eq. 2 with sampled alignment, as in TRL.
+    """
+    chosen, rejected = score(model, pairs)
+    return mx.exp(chosen + rejected)
+
+
 def _refuse_nan(group: Sequence[int], logps: np.ndarray, pairs: Sequence[TokenizedPair]) -> None:
     for index in group:
         if not np.isfinite(logps[index]):

@@ -12,10 +12,6 @@ class RunSettings:
     """What a run writes and says; nothing here changes its result."""
 
     output: str = option("", "Run folder to write.", str, RUN, changes_result=False, path=True)
-    eval_steps: int | None = option(
-        None, "Steps between evaluations on held-out pairs. [default: at the end]",
-        int, RUN, low=1, changes_result=False,
-    )  # fmt: skip
     save_steps: int = option(
         50, "Steps between checkpoints.", int, RUN, low=1, changes_result=False
     )

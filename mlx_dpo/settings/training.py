@@ -1,4 +1,4 @@
-"""How it is trained: rates, batches, and what a pass may cost."""
+"""How long it is trained, in which batches, and what a pass may cost."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -24,26 +24,8 @@ class PassLimit(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
-    """How it is trained: rates, batches, and what a pass may cost."""
+    """How long it is trained, in which batches, and what a pass may cost."""
 
-    learning_rate: float = option(
-        5e-6, "Peak learning rate.", float, TRAINING, low=0, open_low=True
-    )
-    lr_scheduler_type: str = option(
-        "cosine",
-        "Learning rate after the warm-up; `constant` has none.",
-        str,
-        TRAINING,
-        choices=("cosine", "linear", "constant", "constant_with_warmup"),
-    )
-    warmup_ratio: float | None = option(
-        None,
-        "Share of the steps in which the learning rate rises. [default: 0.1]",
-        float,
-        TRAINING,
-        low=0,
-        high=1,
-    )
     epochs: int | None = option(None, "Passes over the pairs. [default: 1]", int, TRAINING, low=1)
     max_steps: int | None = option(
         None, "Optimizer steps, in place of epochs.", int, TRAINING, low=1
@@ -67,10 +49,6 @@ class TrainingSettings:
         "[default: only where it does not fit without]",
         bool, TRAINING,
     )  # fmt: skip
-    weight_decay: float = option(0.0, "AdamW's weight decay.", float, TRAINING, low=0)
-    max_grad_norm: float = option(
-        1.0, "Clip the global gradient norm to this; 0 leaves it.", float, TRAINING, low=0
-    )
     seed: int = option(
         42, "Seed of order, adapters, dropout and held-out share.", int, TRAINING, low=0
     )

@@ -3,7 +3,8 @@ import math
 import mlx.core as mx
 import pytest
 
-from mlx_dpo.objective.losses import log_ratio_margin, sigmoid_loss
+from mlx_dpo.objective.losses import sigmoid_loss
+from mlx_dpo.objective.views import log_ratio_margin
 from mlx_dpo.types import PairLogps
 
 

@@ -106,3 +106,15 @@ def test_a_step_without_rows_of_one_kind_says_nothing_of_them():
     row = named(labelled([True] * 4))
     assert "rewards/rejected" not in row and "rewards/margins" not in row
     assert row["rewards/chosen"] == 0.375
+
+
+def test_the_margin_is_correlated_with_how_much_longer_chosen_is():
+    """By hand: length differences 2, 0, -2, margins 3, 1, 2: 2 / sqrt(8 * 2)."""
+    lengths = [(3, 1), (2, 2), (1, 3)]
+    facts = facts_of([TokenizedPair((1,), (2,) * c, (3,) * r) for c, r in lengths])
+    chosen, zeros = mx.array([3.0, 1.0, 2.0]), mx.zeros((3,))
+    scored = Scored(PairLogps(chosen, zeros), PairLogps(zeros, zeros), facts, zeros)
+    found = summarise(PairOutcomes(zeros, scored, chosen, zeros))
+    assert found.length_correlation == pytest.approx(2 / 16**0.5)
+    same = scored._replace(facts=facts_of([TokenizedPair((1,), (2,), (3,))] * 3))
+    assert summarise(PairOutcomes(zeros, same, chosen, zeros)).length_correlation is None

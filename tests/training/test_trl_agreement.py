@@ -4,6 +4,7 @@ TRL's values come from `scripts/make_goldens.py`, which says what it needs to ma
 """
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import islice
@@ -25,7 +26,7 @@ from mlx_dpo.policy import adapters
 from mlx_dpo.policy.load import Base, load_base
 from mlx_dpo.policy.scoring import score_pairs
 from mlx_dpo.preferences.batches import PassLimit, step_indices
-from mlx_dpo.preferences.schemas import to_preference
+from mlx_dpo.preferences.schemas import to_preferences
 from mlx_dpo.preferences.sources import Row
 from mlx_dpo.preferences.tokens import TokenRules, tokenize_pair
 from mlx_dpo.training.loop import Plan, Progress, train
@@ -77,7 +78,7 @@ def pairs(golden: dict[str, Any]) -> list[TokenizedPair]:
     base = fresh_base()
     rules = TokenRules(vocab_size=base.vocab_size)
     rows = [Row(json.loads(line), "") for line in trl.first_lines(golden["pairs"]["count"])]
-    return [tokenize_pair(base.tokenizer, to_preference(row), rules).pair for row in rows]
+    return [tokenize_pair(base.tokenizer, to_preferences(row)[0], rules).pair for row in rows]
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +122,7 @@ def through_the_loop(
             learning_rate,
             peak=settings["learning_rate"],
             total=settings["steps"],
-            warmup=settings["warmup_ratio"],
+            warmup=math.ceil(settings["warmup_ratio"] * settings["steps"]),
             kind=settings["lr_scheduler_type"],
         ),
         total_steps=settings["steps"],

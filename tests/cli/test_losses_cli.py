@@ -1,0 +1,81 @@
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from mlx_dpo.cli import cli
+from mlx_dpo.config import DPOConfig
+from mlx_dpo.objective.registry import LOSSES
+from mlx_dpo.settings.loss_kinds import LOSS_KINDS
+
+ROOT = Path(__file__).parents[2]
+
+
+def losses(*words):
+    return CliRunner().invoke(cli, ["losses", *words])
+
+
+def test_every_loss_is_listed_with_all_that_is_asked_of_a_listing():
+    done = losses()
+    assert done.exit_code == 0
+    shown = " ".join(done.output.split())
+    for kind in LOSS_KINDS.values():
+        for text in (kind.name, kind.equation, kind.use, kind.source):
+            assert " ".join(text.split()) in shown, kind.name
+    assert max(map(len, done.output.splitlines())) <= 100
+
+
+def test_one_is_shown_by_its_name():
+    done = losses("simpo")
+    assert "needs: no reference" in done.output
+    assert "settings: beta 2, simpo_gamma 0.5, label_smoothing 0; also margins of the data" in (
+        " ".join(done.output.split())
+    )
+    assert "sppo_hard" not in done.output
+
+
+def test_a_name_that_is_none_is_answered_with_the_nearest():
+    done = losses("dpoop")
+    assert (done.exit_code, done.output) == (
+        1,
+        "Error: unknown loss `dpoop`; did you mean `dpop`?\n",
+    )
+
+
+def test_programs_get_one_object():
+    found = json.loads(losses("--json").output)
+    assert found.keys() == LOSS_KINDS.keys()
+    assert found["kto"]["labelled"] and not found["aot"]["labelled"] and found["aot"]["couples"]
+    assert found["cdpo"]["settings"] == {"beta": 0.1, "label_smoothing": 0.1}
+    assert json.loads(losses("kto", "--json").output) == {"kto": found["kto"]}
+
+
+def test_listing_loads_no_mlx():
+    program = (
+        "import sys; from mlx_dpo.cli import cli; cli.main(['losses'], standalone_mode=False); "
+        "sys.exit(', '.join({'mlx.nn', 'mlx_lm'} & sys.modules.keys()) or None)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_page_of_losses_is_made_from_the_same_place():
+    script = runpy.run_path(str(ROOT / "scripts" / "update_losses.py"))
+    assert script["PAGE"].read_text(encoding="utf-8") == script["page"]()
+
+
+def test_every_loss_that_is_described_can_be_computed_and_chosen():
+    assert LOSSES.keys() == LOSS_KINDS.keys()
+    for name in LOSS_KINDS:
+        assert DPOConfig(loss_type=name).loss_type == (name,)
+
+
+@pytest.mark.parametrize("name", LOSS_KINDS)
+def test_a_loss_can_be_set_to_what_it_is_by_itself(name):
+    kind = LOSS_KINDS[name]
+    config = DPOConfig(loss_type=name, **kind.defaults)
+    assert {key: config.read_by(kind, key) for key in kind.defaults} == kind.defaults

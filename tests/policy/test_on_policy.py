@@ -1,0 +1,86 @@
+"""WPO: how much a policy would write a completion itself."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+
+from mlx_dpo.arrays import flat
+from mlx_dpo.policy import head
+from mlx_dpo.policy.agreement import value_error
+from mlx_dpo.policy.probe import WAYS, choose
+from mlx_dpo.policy.scorers import make_shared_alignments, plain_alignments
+from mlx_dpo.policy.scoring import on_policy_weights, score_pairs
+from mlx_dpo.preferences.batches import PassLimit
+from mlx_dpo.types import TokenizedPair
+from tests.conftest import VOCAB
+
+
+def by_hand(model, prompt, completion):
+    """The mean of log p(token) - log sum p², token by token in float64."""
+    ids, found = [*prompt], []
+    for token in completion:
+        logits = np.array(model(mx.array([ids]))[0, -1], dtype=np.float64)
+        p = np.exp(logits - logits.max())
+        p /= p.sum()
+        found.append(np.log(p[token]) - np.log((p**2).sum()))
+        ids.append(token)
+    return np.mean(found)
+
+
+def rows(scorer, pairs):
+    return lambda model: mx.concatenate([*scorer(model, pairs)])[:, None]
+
+
+def weights(model, pairs, scorer=plain_alignments, size=2):
+    def score(model, pairs):
+        return score_pairs(model, pairs, limit=PassLimit(pairs=size), scorer=scorer)
+
+    return on_policy_weights(model, pairs, score=score)
+
+
+def test_it_equals_a_token_loop_in_float64(tiny_llama, pairs):
+    found = plain_alignments(tiny_llama, pairs)
+    for i, pair in enumerate(pairs):
+        for side in ("chosen", "rejected"):
+            expected = by_hand(tiny_llama, pair.prompt, getattr(pair, side))
+            assert getattr(found, side)[i].item() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [None, 3 * VOCAB * 4])
+@pytest.mark.parametrize("way", WAYS)
+def test_with_shared_prompts_it_is_the_same(tiny_llama, pairs, way, chunk, monkeypatch):
+    if chunk:
+        monkeypatch.setattr(head, "CHUNK_BYTES", chunk)
+    shared = make_shared_alignments(vocab_size=VOCAB, way=way)
+    assert value_error(tiny_llama, rows(shared, pairs), rows(plain_alignments, pairs)) <= 1e-5
+
+
+def test_a_weight_is_the_product_of_both_sides_whatever_the_passes(tiny_llama, pairs):
+    expected = [
+        np.exp(by_hand(tiny_llama, p.prompt, p.chosen) + by_hand(tiny_llama, p.prompt, p.rejected))
+        for p in pairs
+    ]
+    for size in (1, 2, 5):
+        assert weights(tiny_llama, pairs, size=size).tolist() == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_policy_that_knows_nothing_writes_anything(uniform):
+    """All tokens are alike, so that each is as likely as what would be drawn."""
+    found = plain_alignments(uniform, [TokenizedPair((1,), (2, 3), (4,))])
+    assert [part.item() for part in found] == pytest.approx([0, 0], abs=1e-5)
+
+
+def test_the_scorer_that_is_chosen_brings_its_own(tiny_llama, pairs):
+    expected = weights(tiny_llama, pairs)
+    for wanted in ("shared", "plain"):
+        choice = choose(tiny_llama, vocab_size=VOCAB, wanted=wanted)
+        found = weights(tiny_llama, pairs, choice.alignments)
+        assert mx.allclose(found, expected, rtol=1e-4)
+
+
+def test_no_gradient_flows_through_them(tiny_llama, pairs):
+    shared = make_shared_alignments(vocab_size=VOCAB, way="lengths")
+    slope = nn.value_and_grad(tiny_llama, lambda m: sum(x.sum() for x in shared(m, pairs)))
+    _, gradients = slope(tiny_llama)
+    assert not any(mx.any(value).item() for value in flat(gradients).values())

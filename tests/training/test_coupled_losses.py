@@ -1,0 +1,62 @@
+"""Losses of whole steps through micro-batches: the gradient is that of the step in one."""
+
+from dataclasses import replace
+
+import mlx.core as mx
+import mlx.optimizers as optim
+import pytest
+
+from mlx_dpo.arrays import flat
+from mlx_dpo.objective.mixture import Objective
+from mlx_dpo.policy import adapters
+from mlx_dpo.policy.scoring import score_pairs
+from mlx_dpo.preferences.batches import PassLimit
+from mlx_dpo.settings.loss_kinds import LOSS_KINDS
+from mlx_dpo.training.loop import Plan, Progress, train
+from tests.conftest import make_llama
+
+LIMIT = PassLimit(pairs=2)
+SUMS = [("aot",), ("aot_unpaired",), ("kto",), ("aot", "sft"), ("cpo",), ("orpo",)]
+
+
+def stepped(pairs, loss_type, limit):
+    """Metrics and gradient of one step: descent moves each weight by it."""
+    objective = Objective(loss_type=loss_type, beta=0.5)
+    policy = make_llama()
+    adapters.attach(policy, rank=4, scale=2.0, seed=1)
+    mx.random.seed(3)
+    for module in adapters.adapted_modules(policy).values():
+        module.lora_b = 0.05 * mx.random.normal(module.lora_b.shape)
+    if objective.labelled:
+        pairs = [replace(pair, desirable=bool(i % 2)) for i, pair in enumerate(pairs)]
+
+    def score(model, pairs, **more):
+        return score_pairs(model, pairs, limit=LIMIT, **more)
+
+    with adapters.adapters_off(policy):
+        reference = score(policy, pairs)
+    plan = Plan(
+        pairs=pairs, reference=reference, objective=objective, learning_rate=lambda done: 0.01,
+        total_steps=1, batch_size=len(pairs), limit=limit, max_grad_norm=0.0, seed=0, score=score,
+    )  # fmt: skip
+    before = flat(policy.trainable_parameters())
+    [(_, metrics)] = train(policy, optim.SGD(0.01), plan, start=Progress())
+    after = flat(policy.trainable_parameters())
+    return metrics.preferences, {n: (before[n] - after[n]) / 0.01 for n in before}
+
+
+def test_every_coupled_loss_is_tried():
+    assert {kind.name for kind in LOSS_KINDS.values() if kind.couples} <= {s[0] for s in SUMS}
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("loss_type", SUMS, ids="+".join)
+def test_a_step_does_not_hang_on_how_it_is_cut(pairs, loss_type, size):
+    """Sorted within a pass, or divided by its own mean length, it would be another loss."""
+    whole, gradient = stepped(pairs, loss_type, PassLimit())
+    cut, pieces = stepped(pairs, loss_type, PassLimit(pairs=size))
+    assert cut.loss == pytest.approx(whole.loss, rel=1e-5)
+    largest = max(mx.abs(value).max().item() for value in gradient.values())
+    assert largest > 1e-2
+    for name, value in gradient.items():
+        assert mx.abs(pieces[name] - value).max().item() <= 1e-4 * largest, name

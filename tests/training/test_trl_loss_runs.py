@@ -1,0 +1,110 @@
+"""Optimizer steps of some losses beside TRL's, as `test_trl_agreement.py` has them for `sigmoid`.
+
+TRL's values come from `scripts/make_loss_goldens.py`.
+"""
+
+import json
+from dataclasses import fields
+from functools import partial
+
+import mlx_dpo  # noqa: F401  (first: it loads OpenBLAS before MLX is imported)
+
+import mlx.core as mx  # isort: skip
+import mlx.optimizers as optim
+import numpy as np
+import pytest
+
+from mlx_dpo.config import DPOConfig
+from mlx_dpo.objective.metrics import step_row
+from mlx_dpo.objective.mixture import Objective
+from mlx_dpo.policy import adapters
+from mlx_dpo.policy.scorers import COSTS, make_shared
+from mlx_dpo.policy.scoring import score_pairs
+from mlx_dpo.preferences.batches import PassLimit
+from mlx_dpo.preferences.schemas import to_preferences
+from mlx_dpo.preferences.sources import Row
+from mlx_dpo.preferences.tokens import TokenRules, tokenize_pair
+from mlx_dpo.training.loop import Plan, Progress, train
+from mlx_dpo.training.schedule import learning_rate
+from mlx_dpo.types import PairLogps
+from scripts import make_goldens as sigmoid
+from scripts import make_loss_goldens as trl
+from tests.training.test_trl_agreement import SEED, fresh_base, order_of, set_initial_a
+
+LARGEST, MEAN = 1e-4, 1e-5  # of rewards, and of losses around 1; a shift shows in the mean
+
+
+@pytest.fixture(scope="module")
+def golden():
+    """Made from the same model and pairs as the other one, which says if they have changed."""
+    runs = json.loads(trl.RUNS_GOLDEN.read_text())["runs"]
+    assert {name: run["settings"] for name, run in runs.items()} == trl.STEPS
+    return runs
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    base = fresh_base()
+    rules = TokenRules(vocab_size=base.vocab_size)
+    count = sigmoid.BATCH * max(run["steps"] for run in trl.STEPS.values())
+    rows = [Row(json.loads(line), "") for line in sigmoid.first_lines(count)]
+    return [tokenize_pair(base.tokenizer, to_preferences(row)[0], rules).pair for row in rows]
+
+
+@pytest.fixture(scope="module")
+def reference(pairs):
+    base = fresh_base()
+    scorer = make_shared(vocab_size=base.vocab_size, gradients=False, way="row")
+    limit = PassLimit(pairs=16)
+    return score_pairs(base.model, pairs, limit=limit, scorer=scorer, cost=COSTS["row"])
+
+
+@pytest.fixture(scope="module", params=trl.STEPS)
+def beside(request, golden, pairs, reference):
+    settings = trl.STEPS[request.param]
+    config = DPOConfig(beta=settings["beta"], **settings["loss"])
+    base = fresh_base()
+    policy = base.model
+    adapters.attach(policy, rank=settings["lora_r"], scale=settings["lora_alpha"] / 16)
+    set_initial_a(policy, json.loads(sigmoid.GOLDEN.read_text()))
+    order = order_of(len(pairs))
+    plan = Plan(
+        pairs=[pairs[row] for row in order],
+        reference=PairLogps(*(logps[mx.array(order)] for logps in reference)),
+        objective=Objective(**{f.name: getattr(config, f.name) for f in fields(Objective)}),
+        learning_rate=partial(
+            learning_rate,
+            peak=settings["learning_rate"],
+            total=settings["steps"],
+            warmup=round(settings["warmup_ratio"] * settings["steps"]),
+            kind=settings["lr_scheduler_type"],
+        ),
+        total_steps=settings["steps"],
+        batch_size=sigmoid.BATCH,
+        limit=PassLimit(pairs=8),
+        scorer=make_shared(vocab_size=base.vocab_size, gradients=True, way="row"),
+        cost=COSTS["row"],
+        max_grad_norm=settings["max_grad_norm"],
+        seed=SEED,
+    )
+    optimizer = optim.AdamW(settings["learning_rate"], weight_decay=0.0, bias_correction=True)
+    steps = [step_row(m) for _, m in train(policy, optimizer, plan, start=Progress())]
+    return steps, golden[request.param]["steps"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "grad_norm", "logps/chosen"],
+)
+def test_every_step_is_that_of_trl(beside, name):
+    ours, theirs = (np.array([step[name] for step in side]) for side in beside)
+    scale = max(1.0, np.abs(theirs).max())
+    largest, mean = np.abs(ours - theirs).max() / scale, (ours - theirs).mean() / scale
+    print(f"{name}: largest difference {largest:.1e}, mean {mean:+.1e} of {scale:.3g}")
+    assert largest < LARGEST
+    assert abs(mean) < MEAN
+
+
+def test_the_policy_moved_far_beyond_the_tolerance(beside):
+    _, theirs = beside
+    assert max(abs(step["rewards/margins"]) for step in theirs) > 300 * LARGEST
