@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_dpo.policy.adapters import LoRALinear
+from mlx_dpo.arrays import flat
+from mlx_dpo.policy.layers import ADAPTED
 
 FEWEST = 2  # a single block is the first and the last one, which MLX treats better than others
 
@@ -37,13 +38,13 @@ class Sample:
 
 
 def sample(model: nn.Module) -> Sample:
-    """The blocks to look at: as the model begins, and only such that have adapters.
+    """The blocks to look at: as the model begins, and only such that gradients reach.
 
-    Below the first adapter no gradient flows and nothing is kept, so those blocks cost next
+    Below the first that is trained none flows and nothing is kept, so those blocks cost next
     to nothing; they stand in for none of the others.
     """
     blocks = tuple(model.layers)
-    adapted = tuple(block for block in blocks if _has_adapters(block)) or blocks
+    adapted = blocks[first_reached(model) :] or blocks
     kinds = [kind(block) for block in blocks]
     present = {kind(block) for block in adapted}
     shortest = next(k for k in range(1, len(blocks) + 1) if present <= set(kinds[:k]))
@@ -67,7 +68,7 @@ def kind(block: nn.Module) -> Hashable:
     Adapters do not count. Whole numbers do not either: many blocks hold their own position.
     """
     parts: list[Hashable] = [type(block).__qualname__]
-    adapted = {path for path, part in block.named_modules() if isinstance(part, LoRALinear)}
+    adapted = {path for path, part in block.named_modules() if isinstance(part, ADAPTED)}
     for path, part in sorted(block.named_modules()):
         parent, _, last = path.rpartition(".")
         if path in adapted or (parent in adapted and last != "linear"):
@@ -116,8 +117,16 @@ def _holder(model: nn.Module, blocks: Sequence[nn.Module]) -> tuple[nn.Module, s
     raise NotCutError("the list of the model's blocks was not found")
 
 
-def _has_adapters(block: nn.Module) -> bool:
-    return any(isinstance(module, LoRALinear) for module in block.modules())
+def first_reached(model: nn.Module) -> int:
+    """The first block that gradients reach; their number if none does.
+
+    What is trained outside of the blocks may lie before them, as embeddings do.
+    """
+    blocks = list(model.layers)
+    counts = [len(flat(block.trainable_parameters())) for block in blocks]
+    if len(flat(model.trainable_parameters())) > sum(counts):
+        return 0
+    return next((i for i, count in enumerate(counts) if count), len(blocks))
 
 
 def _like(kinds: Sequence[Hashable], blocks: Blocks) -> Blocks:

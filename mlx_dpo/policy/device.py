@@ -130,17 +130,7 @@ def unpack(packed: nn.Module, dtype: mx.Dtype = mx.float32, name: str = "layer")
             f"{name}: packed as nvfp4 with a global scale, which MLX reads on a GPU only; "
             "take a model packed without one"
         )
-    # Scales are widened first: dequantised in 16 bits, every weight would be rounded once more.
-    biases = packed.get("biases")  # affine packing alone has them
-    weight = mx.dequantize(
-        packed["weight"],
-        _widened(packed["scales"]),
-        None if biases is None else _widened(biases),
-        group_size=packed.group_size,
-        bits=packed.bits,
-        mode=packed.mode,
-        dtype=mx.float32,
-    )
+    weight = float32_weight(packed)
     plain = PLAIN[type(packed)](packed)
     plain.weight = weight.astype(dtype)
     if "bias" in packed:
@@ -149,9 +139,28 @@ def unpack(packed: nn.Module, dtype: mx.Dtype = mx.float32, name: str = "layer")
     return plain
 
 
+def float32_weight(layer: nn.Module) -> mx.array:
+    """The weight of a layer, unpacked if it is packed."""
+    if "scales" not in layer:
+        weight: mx.array = layer["weight"]
+        return weight.astype(mx.float32)
+    # Scales are widened first: dequantised in 16 bits, every weight would be rounded once more.
+    biases = layer.get("biases")  # affine packing alone has them
+    return mx.dequantize(
+        layer["weight"],
+        _widened(layer["scales"]),
+        None if biases is None else _widened(biases),
+        group_size=layer.group_size,
+        bits=layer.bits,
+        mode=layer.mode,
+        dtype=mx.float32,
+    )
+
+
 def _widened(value: mx.array) -> mx.array:
+    """Scales in float32, unless they are bytes, as those of all but affine packing."""
     floating = mx.issubdtype(value.dtype, mx.floating)
-    return value.astype(mx.float32) if floating else value  # the other modes' scales are bytes
+    return value.astype(mx.float32) if floating else value
 
 
 def _cast_leaves(model: nn.Module, dtype: mx.Dtype) -> None:

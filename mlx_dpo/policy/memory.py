@@ -8,11 +8,11 @@ import mlx.nn as nn
 from mlx_lm.models.cache import ArraysCache, make_prompt_cache
 
 from mlx_dpo.arrays import flat
+from mlx_dpo.policy.masters import has_masters
 from mlx_dpo.types import TokenizedPair
 
-MOMENTS = 2  # AdamW's, as large as the adapters each
-COPIES_IN_TRAINING = 5  # of the adapters: weights, two gradients, both moments
-COPIES_IN_UPDATE = 5  # of the adapters: gradient, clipped too, both moments and weights anew
+COPIES_IN_TRAINING = 3  # of the adapters: weights, two gradients; beside the optimizer's state
+COPIES_IN_UPDATE = 5  # of the adapters: gradient, clipped too, moved, and two on the way there
 
 # For the bound alone, on the safe side of all that was measured.
 KEPT_OF_LINEAR = 2.0  # what a block keeps, by inputs and outputs of its linear layers
@@ -47,18 +47,30 @@ def total_parameters(model: nn.Module) -> int:
     return total
 
 
-def held_in_training(model: nn.Module) -> int:
-    """Bytes of weights, adapters and moments, adapters attached."""
-    return parameter_bytes(model) + MOMENTS * trainable_bytes(model)
+def base_parameters(model: nn.Module) -> int:
+    """Number of weights of the model without adapters."""
+    adapters = 0 if has_masters(model) else trainable_parameters(model)
+    return total_parameters(model) - adapters
 
 
-def step_peak(model: nn.Module, pass_bytes: int) -> int:
+def held_in_training(model: nn.Module, state: int) -> int:
+    """Bytes of weights, adapters and the optimizer's `state`, adapters attached."""
+    return parameter_bytes(model) + state
+
+
+def step_peak(model: nn.Module, pass_bytes: int, state: int) -> int:
     """Bytes at the peak of an optimizer step: of its largest pass, or of the update."""
-    return held_in_training(model) + max(pass_bytes, COPIES_IN_UPDATE * trainable_bytes(model))
+    update = COPIES_IN_UPDATE * trainable_bytes(model)
+    return held_in_training(model, state) + max(pass_bytes, update)
 
 
 def at_most(
-    model: nn.Module, config: dict[str, Any], pairs: Sequence[TokenizedPair], *, vocab_size: int
+    model: nn.Module,
+    config: dict[str, Any],
+    pairs: Sequence[TokenizedPair],
+    *,
+    vocab_size: int,
+    state: int,
 ) -> int | None:
     """Bytes that no step over `pairs` in one pass reaches, whatever the scorer, or None.
 
@@ -74,7 +86,7 @@ def at_most(
     heads = int((config.get("text_config") or config).get("num_attention_heads") or 0)
     scores = KEPT_SCORES * heads * width * len(model.layers)
     a_token = KEPT_OF_LINEAR * widths + scores + LOGIT_ARRAYS * vocab_size
-    return step_peak(model, int(rows * width * a_token * item) + 2 * trainable_bytes(model))
+    return step_peak(model, int(rows * width * a_token * item) + 2 * trainable_bytes(model), state)
 
 
 def _caches(caches: Iterable[Any]) -> Iterable[Any]:

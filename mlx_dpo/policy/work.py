@@ -12,8 +12,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import ArraysCache, make_prompt_cache
 
-from mlx_dpo.policy.adapters import LoRALinear
-from mlx_dpo.policy.memory import trainable_parameters
+from mlx_dpo.policy.blocks import first_reached
+from mlx_dpo.policy.layers import ADAPTED
+from mlx_dpo.policy.masters import has_masters
 from mlx_dpo.types import TokenizedPair
 
 # Names that architectures have for the number of experts that a token meets.
@@ -39,14 +40,14 @@ class Work:
     With t tokens through the blocks, h rows through the head and s keys seen, a pass takes
 
         forward   2 (W + A) t + 4 K s + 2 H h
-        backward  2 W' t + 4 A t + 10 K' s + 2 H h
+        backward  2 W' t + 4 A t + 2 F t + 10 K' s + 2 H h
         again     2 (W' + A) t + 4 K' s              with recomputation
 
-    W are the weights of the linear layers that a token meets, A those of the adapters, H of
-    the head, K the heads times their width, over all layers with attention. W' and K' are of the
-    blocks from the first adapter on, for gradients go no further down. Backward, the base's
-    weights get no gradient, the adapters' do, and attention is five products: its scores
-    once more, and one each towards probabilities, values, queries and keys.
+    W are the weights of the linear layers that a token meets, A those of the adapters, F those
+    of W that are trained themselves, H of the head, K the heads times their width, over all
+    layers with attention. W' and K' are of the blocks from the first that is trained on, for
+    gradients go no further down. Backward, frozen weights get no gradient, and attention is five
+    products: its scores once more, and one each towards probabilities, values, queries and keys.
     """
 
     linear: int
@@ -55,6 +56,7 @@ class Work:
     attention: int
     attention_reached: int
     head: int
+    tuned: int = 0
 
     def forward(self, tokens: Tokens, *, adapted: bool = True) -> int:
         """Operations of a pass without gradients."""
@@ -64,7 +66,7 @@ class Work:
 
     def training(self, tokens: Tokens, *, recompute: bool) -> int:
         """Operations of a pass with gradients, both ways."""
-        back = 2 * (self.linear_reached + 2 * self.adapters) * tokens.trunk
+        back = 2 * (self.linear_reached + 2 * self.adapters + self.tuned) * tokens.trunk
         back += 10 * self.attention_reached * tokens.seen + 2 * self.head * tokens.head
         again = 2 * (self.linear_reached + self.adapters) * tokens.trunk
         again += 4 * self.attention_reached * tokens.seen
@@ -78,14 +80,17 @@ def work_of(model: nn.Module, config: Mapping[str, Any], *, vocab_size: int) -> 
     blocks = list(model.layers)
     linear = [sum(_weights(part, experts) for part in block.modules()) for block in blocks]
     attention = _attention(model, entries)
-    first = next((i for i, block in enumerate(blocks) if _adapted(block)), len(blocks))
+    first = first_reached(model)
+    parts = [part for block in blocks for part in block.modules()]
+    trained = [part for part in parts if "weight" in part.trainable_parameters()]
     return Work(
         linear=sum(linear),
         linear_reached=sum(linear[first:]),
-        adapters=trainable_parameters(model),
+        adapters=sum(_adapter_weights(part, experts) for part in parts),
         attention=sum(attention),
         attention_reached=sum(attention[first:]),
         head=vocab_size * int(entries.get("hidden_size") or entries.get("n_embd") or 0),
+        tuned=sum(_weights(part, experts) for part in trained) if has_masters(model) else 0,
     )
 
 
@@ -128,5 +133,10 @@ def _attention(model: nn.Module, entries: Mapping[str, Any]) -> Sequence[int]:
     return [0 if is_recurrent else heads * width for is_recurrent in recurrent]
 
 
-def _adapted(block: nn.Module) -> bool:
-    return any(isinstance(part, LoRALinear) for part in block.modules())
+def _adapter_weights(part: nn.Module, experts: int | None) -> int:
+    """Weights of an adapter that a token meets; 0 for any other part."""
+    if not isinstance(part, ADAPTED):
+        return 0
+    a, b = part.lora_a, part.lora_b
+    met = 1 if a.ndim == 2 else min(experts or a.shape[0], a.shape[0]) / a.shape[0]
+    return int(met * (a.size + b.size))

@@ -8,6 +8,7 @@ from typing import Any
 from mlx_dpo.config import DPOConfig
 from mlx_dpo.errors import ConfigError, RunError
 from mlx_dpo.policy import adapters
+from mlx_dpo.policy.adapter_files import content_digest, load_adapter
 from mlx_dpo.policy.load import Base, fingerprint, load_base, tokenizer_fingerprint
 from mlx_dpo.runs.inputs import read_base
 from mlx_dpo.runs.paths import RunPaths, read_record
@@ -56,14 +57,15 @@ def open_run(folder: str) -> Opened:
             )
         adapter = last
     settings = record["settings"] | record.get("settled", {})
-    if record.get("model_folder"):
-        nearby = os.path.normpath(paths.folder / record["model_folder"])
-        settings["model"] = nearby if os.path.isdir(nearby) else settings["model"]
+    for name, recorded in (("model", "model_folder"), ("start_adapter", "start_folder")):
+        if record.get(recorded):
+            nearby = os.path.normpath(paths.folder / record[recorded])
+            settings[name] = nearby if os.path.isdir(nearby) else settings[name]
     return Opened(paths, record, DPOConfig.from_dict(settings), adapter)
 
 
 def load_policy(run: str | None, *, model: str | None = None, reference: bool = False) -> Base:
-    """The policy of a run, its reference (the base without adapters), or a plain model.
+    """The policy of a run, its reference (the policy as it started), or a plain model.
 
     Raises:
         RunError: the model is no longer the one that was trained on.
@@ -78,16 +80,53 @@ def load_policy(run: str | None, *, model: str | None = None, reference: bool = 
         return load_base(model)
     assert run is not None
     opened = open_run(run)
+    base = base_of(opened)
+    if reference:
+        put_reference(opened, base)
+        return base
+    put_policy(opened, base)
+    return base if opened.finished else replace(base, notes=(*base.notes, unfinished(opened)))
+
+
+def base_of(opened: Opened) -> Base:
+    """The model that the run was trained on, as it is loaded.
+
+    Raises:
+        RunError: it is no longer what it was.
+    """
     base = read_base(opened.config)
     check_contents(
         opened.paths,
         opened.record,
         {"model": fingerprint(base.path), "tokenizer": tokenizer_fingerprint(base.path)},
     )
-    if reference:
-        return base
-    adapters.load_adapter(base.model, opened.adapter)
-    if opened.finished:
-        return base
-    note = f"the run is unfinished; these are its adapters of {opened.adapter.name}"
-    return replace(base, notes=(*base.notes, note))
+    return base
+
+
+def unfinished(opened: Opened) -> str:
+    """What to say of a run that has not come to its end."""
+    return f"the run is unfinished; these are its adapters of {opened.adapter.name}"
+
+
+def put_reference(opened: Opened, base: Base) -> None:
+    """Make `base`, as it was loaded, the policy that the run started from.
+
+    Raises:
+        RunError: the adapter that it started from is gone, or another one.
+    """
+    if opened.config.start_adapter is None:
+        return
+    folder = Path(opened.config.start_adapter)
+    if not folder.is_dir():
+        raise RunError(
+            f"{opened.paths.folder}: its reference is the model with the adapter of {folder}, "
+            "which is gone; put it back there"
+        )
+    check_contents(opened.paths, opened.record, {"start": content_digest(folder)})
+    load_adapter(base.model, folder)
+
+
+def put_policy(opened: Opened, base: Base) -> None:
+    """Make `base`, or the reference that it was made, the policy of the run."""
+    adapters.detach(base.model)
+    load_adapter(base.model, opened.adapter)

@@ -4,8 +4,8 @@ import mlx.core as mx
 import pytest
 from mlx_lm.models import llama
 
-from mlx_dpo.policy.adapters import attach
-from mlx_dpo.policy.blocks import NotCutError, kind, only, sample, whole
+from mlx_dpo.policy.adapters import attach, attach_full
+from mlx_dpo.policy.blocks import NotCutError, first_reached, kind, only, sample, whole
 from tests.conftest import make_llama
 from tests.policy.small_models import make
 
@@ -78,6 +78,19 @@ def test_only_blocks_with_adapters_stand_for_those_that_keep_something():
     found = sample(model)
     assert positions(model, found.large) == [4, 5, 6, 7]
     assert found.count == 5
+
+
+def test_gradients_reach_every_block_below_which_something_is_trained():
+    model = make_deep()
+    attach(model, rank=2, scale=1.0, target_modules=["model.layers.6.mlp.up_proj"])
+    assert first_reached(model) == 6
+    model = make_deep()
+    attach(model, rank=2, scale=1.0, target_modules=["model.layers.6.mlp.up_proj", "embed_tokens"])
+    assert first_reached(model) == 0
+    model = make_deep()
+    attach_full(model, num_layers=2)
+    assert (first_reached(model), sample(model).count) == (7, 2)
+    assert first_reached(make_deep().freeze()) == 9
 
 
 def test_fewer_adapted_blocks_than_a_sample_are_all_taken():

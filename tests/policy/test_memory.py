@@ -6,6 +6,7 @@ from mlx_lm.models import llama
 from mlx_dpo.policy import adapters
 from mlx_dpo.policy.memory import (
     at_most,
+    base_parameters,
     held_in_training,
     parameter_bytes,
     step_peak,
@@ -35,6 +36,15 @@ def test_what_is_trained_is_counted_by_rank():
     assert trainable_parameters(model) == 2 * 4 * (64 + 64)
 
 
+def test_adapters_are_no_part_of_the_base_and_trained_weights_are():
+    count = total_parameters(make_llama())
+    adapted, full = make_llama(), make_llama()
+    adapters.attach(adapted, rank=4, scale=1.0, kind="dora")
+    adapters.attach_full(full, num_layers=1)
+    assert base_parameters(adapted) == base_parameters(full) == count
+    assert held_in_training(full, 0) == parameter_bytes(make_llama())
+
+
 def peak_of_step(policy, recompute):
     """What MLX counts for two whole rows of each pair, all logits kept, and their gradients."""
 
@@ -60,14 +70,14 @@ def test_no_step_reaches_the_bound(recompute, target_modules):
     policy = llama.Model(llama.ModelArgs.from_dict(config))
     adapters.attach(policy, rank=8, scale=1.0, target_modules=target_modules)
     mx.eval(policy.parameters())
-    bound = at_most(policy, config, PAIRS, vocab_size=VOCAB)
+    bound = at_most(policy, config, PAIRS, vocab_size=VOCAB, state=0)
     assert bound is not None
     assert peak_of_step(policy, recompute) < bound
 
 
 def test_a_model_with_a_state_of_its_own_has_no_bound():
     for kind, is_known in (("llama", True), ("mamba", False), ("qwen3_next", False)):
-        bound = at_most(make(kind), {"num_attention_heads": 4}, PAIRS, vocab_size=48)
+        bound = at_most(make(kind), {"num_attention_heads": 4}, PAIRS, vocab_size=48, state=0)
         assert (bound is not None) is is_known
 
 
@@ -76,8 +86,8 @@ def test_what_is_held_in_training_is_counted_by_hand():
     adapters.attach(model, rank=4, scale=1.0, target_modules=["q_proj"])
     trained = 2 * 4 * (64 + 64) * 4  # bytes
     weights = parameter_bytes(make_llama())
-    # Two moments.
-    assert held_in_training(model) == weights + trained + 2 * trained
-    assert step_peak(model, 10**9) == held_in_training(model) + 10**9
-    # A pass of nothing: the update makes gradient, moments and weights anew.
-    assert step_peak(model, 0) == held_in_training(model) + 5 * trained
+    held = weights + trained + 1000  # that the optimizer remembers
+    assert held_in_training(model, 1000) == held
+    assert step_peak(model, 10**9, 1000) == held + 10**9
+    # A pass of nothing: the update holds copies of what is trained.
+    assert step_peak(model, 0, 1000) == held + 5 * trained

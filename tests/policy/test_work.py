@@ -1,10 +1,13 @@
 """Operations counted by hand, and against products of matrices that were really made."""
 
+from dataclasses import replace
+
 import mlx.nn as nn
 import pytest
 from mlx_lm.models import llama
 
-from mlx_dpo.policy.adapters import attach
+from mlx_dpo.policy import adapters
+from mlx_dpo.policy.adapters import attach, attach_full
 from mlx_dpo.policy.work import Tokens, Work, seen_keys, work_of
 from mlx_dpo.types import TokenizedPair
 from tests.conftest import make_llama
@@ -42,6 +45,26 @@ def test_gradients_end_at_the_first_adapter():
     assert (work.linear, work.linear_reached) == (3 * BLOCK, BLOCK)
     assert (work.attention, work.attention_reached) == (24, 8)
     assert work.adapters == ADAPTERS
+
+
+def test_weights_that_are_trained_themselves_are_no_adapters():
+    model = llama.Model(llama.ModelArgs.from_dict(CONFIG))
+    attach_full(model, num_layers=1, target_modules=["mlp", "input_layernorm"])
+    work = work_of(model, CONFIG, vocab_size=10)
+    assert (work.adapters, work.tuned, work.linear_reached) == (0, 3 * 96, BLOCK)
+    tokens = Tokens(trunk=7, head=4, seen=25)
+    frozen = replace(work, tuned=0)
+    assert work.forward(tokens) == frozen.forward(tokens)
+    more = work.training(tokens, recompute=False) - frozen.training(tokens, recompute=False)
+    assert more == 2 * 3 * 96 * 7
+
+
+def test_a_token_meets_the_adapters_of_its_experts():
+    model = make("mixtral")
+    adapters.detach(model)
+    attach(model, rank=2, scale=1.0, target_modules=["switch_mlp.up_proj"])
+    work = work_of(model, {"num_experts_per_tok": 2, "hidden_size": 32}, vocab_size=48)
+    assert work.adapters == 3 * 2 * 2 * (32 + 48)  # blocks, experts, rank
 
 
 def test_operations_of_a_pass_by_hand():

@@ -1,0 +1,125 @@
+import mlx.core as mx
+import mlx_lm
+import pytest
+
+from mlx_dpo.arrays import flat
+from mlx_dpo.policy.adapters import attach, attach_full, detach
+from mlx_dpo.policy.sides import Sides, evaluated
+from tests.checkpoints import make_checkpoint
+
+TOKENS = mx.array([[1, 40, 41, 42, 3, 2]])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return str(make_checkpoint(tmp_path_factory.mktemp("sides"), dtype=mx.bfloat16))
+
+
+def train(model, seed):
+    """As training would leave it: every trained number moved."""
+    key = mx.random.key(seed)
+    moved = {k: v + mx.random.normal(v.shape, key=key) * 0.1 for k, v in trained(model).items()}
+    model.load_weights(list(moved.items()), strict=False)
+    model.freeze()
+
+
+def trained(model):
+    return flat(model.trainable_parameters())
+
+
+def lora(model):
+    attach(model, rank=4, scale=2.0)
+    train(model, 1)
+
+
+def dora(model):
+    attach(model, rank=4, scale=2.0, kind="dora")
+    train(model, 1)
+
+
+def full(model):
+    attach_full(model, num_layers=1)
+    train(model, 1)
+
+
+def started(model):
+    """A base that has an adapter itself, and a policy that went on from it."""
+    detach(model)
+    attach(model, rank=2, scale=1.0, seed=3)
+    train(model, 3)
+
+
+@pytest.mark.parametrize("learn", [lora, dora, full])
+@pytest.mark.parametrize("start", [None, started])
+def test_switching_ten_times_gives_both_sides_bit_for_bit(folder, learn, start):
+    """The base is held against one that is loaded alone and never touched again."""
+    alone, model = (mlx_lm.load(folder)[0] for _ in range(2))
+    if start:
+        start(alone)
+        start(model)
+    sides = Sides(model)
+    sides.keep("base")
+    detach(model)
+    learn(model)
+    sides.keep("aligned")
+    base, aligned = alone(TOKENS), model(TOKENS)
+    assert not mx.array_equal(base, aligned)
+    for _ in range(10):
+        sides.put("base")
+        assert mx.array_equal(model(TOKENS), base)
+        sides.put("aligned")
+        assert mx.array_equal(model(TOKENS), aligned)
+
+
+def test_a_side_is_on_for_a_block_even_if_it_fails(folder):
+    model = mlx_lm.load(folder)[0]
+    sides = Sides(model)
+    sides.keep("base")
+    lora(model)
+    sides.keep("aligned")
+    aligned = model(TOKENS)
+    with pytest.raises(KeyError), sides.on("base"):
+        assert sides.now == "base"
+        raise KeyError
+    assert sides.now == "aligned"
+    assert mx.array_equal(model(TOKENS), aligned)
+
+
+def test_only_weights_of_the_model_itself_are_held_twice(folder):
+    sizes = {}
+    for learn in (lora, full):
+        model = mlx_lm.load(folder)[0]
+        last = sum(v.nbytes for k, v in flat(model.parameters()).items() if "layers.1" in k)
+        sides = Sides(model)
+        sides.keep("base")
+        assert sides.held_twice() == 0
+        learn(model)
+        sides.keep("aligned")
+        sizes[learn] = sides.held_twice()
+    assert sizes == {lora: 0, full: last}
+
+
+def test_a_side_that_was_never_kept_cannot_be_put_on(folder):
+    sides = Sides(mlx_lm.load(folder)[0])
+    sides.keep("base")
+    assert not sides.both
+    with pytest.raises(KeyError):
+        sides.put("aligned")
+
+
+def test_another_thread_can_compute_with_a_model_that_is_evaluated(folder):
+    from threading import Thread
+
+    model = mlx_lm.load(folder, lazy=True)[0]
+    lora(model)
+    evaluated(model)
+    found = []
+
+    def compute():
+        found.append(model(TOKENS))
+        mx.eval(found)
+
+    thread = Thread(target=compute)
+    thread.start()
+    thread.join()
+    assert mx.array_equal(found[0], model(TOKENS))
