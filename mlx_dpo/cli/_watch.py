@@ -1,6 +1,7 @@
 """A run on the terminal: header, reference, steps, closing table, and Ctrl-C that saves."""
 
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,18 +19,20 @@ from mlx_dpo.reporting.console import (
 )
 from mlx_dpo.runs import Run
 from mlx_dpo.runs.awake import kept_awake
-from mlx_dpo.runs.facts import facts_of_inputs, facts_of_training
+from mlx_dpo.runs.facts import facts_of_end, facts_of_inputs, facts_of_training
 
 
-def watch(run: Run) -> None:
-    """Prepare and train with everything a person wants to see; saves and leaves when asked to."""
+def watch(run: Run, go_on: str | None = None) -> None:
+    """Prepare and train with everything a person wants to see; saves and leaves when asked to.
+
+    `go_on` is what to type to go on then, where it is not `train`.
+    """
     with kept_awake(run.config.caffeinate) as awake:
-        _watch(run, awake)
+        _watch(run, awake, go_on or f"{program()} train --resume --output {run.config.output}")
 
 
-def _watch(run: Run, awake: str | None) -> None:
+def _watch(run: Run, awake: str | None, go_on: str) -> None:
     console, config = make_console(), run.config
-    go_on = f"{program()} train --resume --output {config.output}"
     try:
         _prepare(run, console, awake)
     except KeyboardInterrupt:
@@ -43,23 +46,33 @@ def _watch(run: Run, awake: str | None) -> None:
             console, total=run.total_steps, done=run.start.step, every=config.logging_steps
         ) as shown,
     ):
+        heard = len(run.warnings)  # a run that goes on has said these before
         for row in run.train():
             shown.show(row)
+            for sentence in run.warnings[heard:]:
+                # `click.echo` writes into the live bar's line where the locale is not UTF-8.
+                print(f"Warning: {sentence}", file=sys.stderr)
+            heard = len(run.warnings)
     if run.stopped:
         console.print(f"Stopped and saved; go on with: {go_on}")
         raise SystemExit(128 + received[0])
+    print_facts(console, facts_of_end(run))
     if run.evaluation is not None:
-        title = f"{len(run.inputs.valid):,} held-out pairs"
+        title = f"{len(run.inputs.valid):,} held-out {config.unit}"
         console.print(closing_table(run.evaluation, title=title))
 
 
 def _prepare(run: Run, console: Console, awake: str | None) -> None:
-    run.load()
+    run.load(lambda total: counting(console, "reference model", total=total))
     print_facts(console, facts_of_inputs(run))
     run.attach()
-    pairs = len(run.inputs.train) + len(run.inputs.valid)
-    with counting(console, "reference", total=pairs) as count:
-        run.score_reference(count)
+    if run.config.needs_reference and run.config.reference_model is None:
+        config = run.config
+        pairs = len(run.inputs.train) + len(run.inputs.valid)
+        with counting(console, "reference", total=pairs, unit=config.unit) as count:
+            run.score_reference(count)
+    else:
+        run.score_reference()
     run.restore()
     print_facts(console, facts_of_training(run))
     if awake:

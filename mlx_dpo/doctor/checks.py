@@ -18,10 +18,11 @@ from mlx_lm.models import llama
 
 from mlx_dpo.arrays import flat
 from mlx_dpo.doctor import float64
-from mlx_dpo.doctor.tiny import ARGS, LONG, PAIRS, RANK, SCALE, tiny_policy
+from mlx_dpo.doctor.tiny import ARGS, LONG, PAIRS, SCALE, tiny_policy
 from mlx_dpo.errors import DPOError, reason
 from mlx_dpo.objective.mixture import Objective
 from mlx_dpo.policy import adapters
+from mlx_dpo.policy.adapter_files import load_adapter, save_adapter
 from mlx_dpo.policy.device import device_kind, dtype_name
 from mlx_dpo.policy.logps import completion_logps, pair_logps
 from mlx_dpo.policy.scoring import score_pairs
@@ -138,15 +139,8 @@ def reload_error() -> float:
     mx.random.seed(0)
     loaded = llama.Model(ARGS)
     with tempfile.TemporaryDirectory() as folder:
-        config = adapters.adapter_config(
-            keys=adapters.linear_names(loaded),
-            rank=RANK,
-            scale=SCALE,
-            dropout=0.0,
-            num_layers=ARGS.num_hidden_layers,
-        )
-        adapters.save_adapter(Path(folder), policy, config)
-        adapters.load_adapter(loaded, Path(folder))
+        save_adapter(Path(folder), policy, adapters.description(policy))
+        load_adapter(loaded, Path(folder))
     return float(np.max(np.abs(np.array(policy(tokens) - loaded(tokens)))))
 
 

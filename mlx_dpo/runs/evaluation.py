@@ -3,25 +3,30 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import mlx.core as mx
+
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.evaluation.heldout import evaluate
-from mlx_dpo.policy import adapters
 from mlx_dpo.policy.gated_delta import fused_gated_delta
 from mlx_dpo.policy.load import Base, fingerprint, tokenizer_fingerprint
+from mlx_dpo.policy.scoring import Score
 from mlx_dpo.preferences.pairs import digest
-from mlx_dpo.preferences.sources import find
+from mlx_dpo.preferences.sources import STDIN, held_out_of
 from mlx_dpo.runs.inputs import (
+    completed,
     held,
     read_base,
     read_inputs,
     read_pairs,
     refuse_beyond_context,
 )
-from mlx_dpo.runs.method import choose_scorer, forward_only, make_objective
-from mlx_dpo.runs.policies import Opened, open_run
+from mlx_dpo.runs.method import choose_scorer, forward_only, make_objective, weigher
+from mlx_dpo.runs.other_reference import ask_about, load_other, uncounted
+from mlx_dpo.runs.policies import Opened, open_run, put_policy, put_reference
 from mlx_dpo.runs.record import check_contents
 from mlx_dpo.runs.reference_cache import ask_reference
-from mlx_dpo.types import PreferenceMetrics, TokenizedPair
+from mlx_dpo.training import checkpoint
+from mlx_dpo.types import PairLogps, PreferenceMetrics, TokenizedPair
 
 
 @dataclass(frozen=True)
@@ -40,8 +45,8 @@ def evaluate_run(
 ) -> Evaluation:
     """The policy of a run against its reference, with the run's own loss and beta.
 
-    `pairs` is a file, or a folder whose held-out file is taken; without it, the run's own
-    held-out pairs.
+    `pairs` is a file, or a folder or dataset whose held-out split is taken; without it, the
+    run's own held-out pairs.
 
     Raises:
         ConfigError: no pairs are given and the run held none out, or rows are too long.
@@ -52,7 +57,7 @@ def evaluate_run(
         if pairs is None:
             raise ConfigError("`bad_pairs` has no effect without a file of pairs")
         run = replace(run, config=replace(run.config, bad_pairs=bad_pairs))
-    base, measured, name, notes = _own(run) if pairs is None else _named(run, pairs)
+    base, measured, name, notes = own_pairs(run) if pairs is None else named_pairs(run, pairs)
     if not measured:
         raise ConfigError(f"{folder}: the run held no pairs out; name a file of pairs")
     now = {"model": fingerprint(base.path), "tokenizer": tokenizer_fingerprint(base.path)}
@@ -64,22 +69,33 @@ def evaluate_run(
 Measured = tuple[Base, Sequence[TokenizedPair], str, tuple[str, ...]]
 
 
-def _own(run: Opened) -> Measured:
+def own_pairs(run: Opened) -> Measured:
+    """The model of a run, and the pairs that it held out.
+
+    Raises:
+        ConfigError, RunError: they were read from standard input, or are others now.
+    """
+    if STDIN in run.config.pairs:
+        raise ConfigError(
+            f"{run.paths.folder}: the run read its pairs from standard input, which is gone; "
+            "name a file of pairs"
+        )
     inputs = read_inputs(run.config)
     check_contents(run.paths, run.record, {"valid": digest(inputs.valid)})
     return inputs.base, inputs.valid, "held-out pairs", ()
 
 
-def _named(run: Opened, pairs: str) -> Measured:
-    sources = find(pairs)
-    path = sources.valid or sources.train
+def named_pairs(run: Opened, pairs: str) -> Measured:
+    """The model of a run, and the pairs of a file, or of a held-out split."""
+    source = held_out_of(pairs)
     base = read_base(run.config)
-    read = read_pairs(run.config, base, path)
-    refuse_beyond_context(run.config, base, read.pairs)
+    read = read_pairs(run.config, base, source)
+    pairs_read = completed(run.config, read.pairs)
+    refuse_beyond_context(run.config, base, pairs_read)
     notes = tuple(read.report.lines())
-    if digest(read.pairs) == run.record["provenance"]["train"]:
+    if digest(pairs_read) == run.record["provenance"]["train"]:
         notes += ("the run was trained on these pairs; this says nothing of unseen ones",)
-    return base, read.pairs, f"pairs of {path}", notes
+    return base, pairs_read, f"pairs of {source.name}", notes
 
 
 def _metrics(
@@ -89,14 +105,35 @@ def _metrics(
 ) -> PreferenceMetrics:
     config = run.config
     with fused_gated_delta(base.model):
-        adapters.load_adapter(base.model, run.adapter)
-        score = forward_only(config, choose_scorer(base, config))
-        with adapters.adapters_off(base.model):
-            reference = ask_reference(base.model, pairs, run.record, held=held(base), score=score)
+        put_reference(run, base)
+        choice = choose_scorer(base, config)
+        score = forward_only(config, choice)
+        reference = _reference(run, base, pairs, score)
+        put_policy(run, base)
         return evaluate(
             base.model,
             pairs,
             reference,
             make_objective(config),
             score=score,
+            on_policy=weigher(config, choice),
         )
+
+
+def _reference(
+    run: Opened, base: Base, pairs: Sequence[TokenizedPair], score: Score
+) -> PairLogps:
+    """What the run's reference says of the pairs; `base` is put as it. (len(pairs),) each"""
+    config = run.config
+    if not make_objective(config).needs_reference:
+        return PairLogps(mx.zeros((len(pairs),)), mx.zeros((len(pairs),)))
+    if config.reference_model is not None:
+        other = load_other(config)
+        answers, _ = ask_about(config, other, base.tokenizer, {"valid": pairs}, uncounted)
+        return answers["valid"]
+    moved = checkpoint.moved_reference(run.paths.checkpoints)
+    if moved is None:
+        return ask_reference(base.model, pairs, run.record, held=held(base), score=score)
+    put_policy(run, base)
+    base.model.load_weights(list(moved.items()), strict=False)
+    return score(base.model, pairs)

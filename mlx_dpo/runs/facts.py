@@ -2,9 +2,11 @@
 
 from typing import TYPE_CHECKING
 
+from mlx_dpo.config import DPOConfig
 from mlx_dpo.policy import memory
-from mlx_dpo.policy.adapters import adapted_modules
 from mlx_dpo.preferences.batches import epoch_passes
+from mlx_dpo.runs.trained import counted, reference, trained
+from mlx_dpo.settings.optimizer import KINDS
 from mlx_dpo.types import TokenizedPair
 
 if TYPE_CHECKING:
@@ -24,12 +26,11 @@ def facts_of_inputs(run: "Run") -> list[Fact]:
     count = counted(memory.total_parameters(base.model))
     lines = [("model", f"{base.source}, {count} parameters")]
     lines += [("", note) for note in base.notes]
-    lines += [("pairs", f"{len(inputs.train):,} to train on, {len(inputs.valid):,} held out")]
+    lines += [(run.config.unit, f"{len(inputs.train):,} to train on, {len(inputs.valid):,} held out")]
     lines += [("", line) for report in inputs.reports for line in report.lines()]
     if leaked := len(set(map(_ids, inputs.valid)) & set(map(_ids, inputs.train))):
-        lines.append(("", f"{leaked:,} of the held-out pairs are trained on as well"))
-    if inputs.passed_over is not None:
-        lines.append(("", f"{inputs.passed_over}: not used, for --valid was given"))
+        lines.append(("", f"{leaked:,} of the held-out {run.config.unit} are trained on as well"))
+    lines += [("", f"{name}: not used, for --valid was given") for name in inputs.passed_over]
     return lines
 
 
@@ -37,45 +38,70 @@ def facts_of_training(run: "Run") -> list[Fact]:
     """What is about to be done with it."""
     quantised = run.config.bits is not None
     return [
-        ("reference", "the model without adapters, scored once before the first step"),
-        ("adapters", _adapters(run)),
+        ("reference", reference(run.policy, run.config)),
+        *trained(run.policy, run.config, run.inputs.base.config),
         *([("", QUANTISED_ON_LOAD)] if quantised else []),
         ("scorer", f"{run.choice.name}: {run.choice.reason}"),
-        ("loss", _loss(run)),
+        ("loss", loss_line(run.config)),
         ("steps", _steps(run)),
+        *_watched(run),
         *_passes(run),
         ("memory", run.fitted.line()),
         ("output", run.config.output + _resumed(run)),
     ]
 
 
+def facts_of_end(run: "Run") -> list[Fact]:
+    """How it ended, where that is not at the last step with the last adapters, and with what."""
+    best, step = run.best, run.stopped_early_at
+    lines = [("adapter", run.shipped)]
+    if best.watched is None:
+        return lines
+    if step is not None:
+        waited = best.standing.waited
+        none = f"{waited} evaluation{'s' * (waited != 1)} in a row without an improvement"
+        lines.append(("stopped", f"early, after step {step} of {run.total_steps}: {none}"))
+    if best.kept is not None:
+        value = f"{best.watched.name} {best.standing.value:.4f}"
+        lines.append(("kept", f"the adapters of step {best.kept}, whose {value} is the best"))
+    return lines
+
+
 def _ids(pair: TokenizedPair) -> tuple[tuple[int, ...], ...]:
-    return pair.prompt, pair.chosen, pair.rejected
+    judged = pair.desirable is not None  # what it is held against is another row's
+    return pair.prompt, pair.chosen, () if judged else pair.rejected
 
 
-def _adapters(run: "Run") -> str:
-    config, policy = run.config, run.policy
-    trained = memory.trainable_parameters(policy)
-    share = trained / (memory.total_parameters(policy) - trained)
-    return (
-        f"rank {config.lora_r}, alpha {config.lora_alpha:g} on {len(adapted_modules(policy))} "
-        f"linear layers: {counted(trained)} parameters trained, {share:.2%} of the model"
-    )
-
-
-def _loss(run: "Run") -> str:
-    config = run.config
-    smoothing = f", label smoothing {config.label_smoothing:g}" if config.label_smoothing else ""
-    return f"sigmoid (DPO), beta {config.beta:g}{smoothing}"
+def loss_line(config: DPOConfig) -> str:
+    """The sum that is made small, and all that acts on it."""
+    terms = zip(config.weights_of_losses, config.loss_type, strict=True)
+    total = " + ".join(name if weight == 1 else f"{weight:g} {name}" for weight, name in terms)
+    read = {
+        name: config.read_by(kind, name) for kind in config.loss_kinds for name in kind.defaults
+    }
+    said = [f"{name} {value:g}" for name, value in read.items() if value]
+    if config.f_divergence_type is not None:
+        said.append(config.f_divergence_type)
+    if config.f_divergence_type == "alpha_divergence":
+        said[-1] += f" {config.alpha_of_divergence:g}"
+    if config.ld_alpha is not None:
+        said.append(f"ld_alpha {config.ld_alpha:g}")
+    weighed = ["weighed by what the policy would write"] if config.use_weighting else []
+    return ", ".join([total, *said, *weighed])
 
 
 def _steps(run: "Run") -> str:
-    config = run.config
+    config, rising = run.config, run.config.warmup(run.total_steps)
     return (
-        f"{run.total_steps} of {config.batch_size} pairs; "
-        f"AdamW, learning rate {config.learning_rate:g}, {config.lr_scheduler_type}, "
-        f"{config.warmup:.0%} warm-up"
+        f"{run.total_steps} of {config.batch_size} {config.unit}; {KINDS[config.optim].title}, "
+        f"learning rate {config.learning_rate:g}, {config.lr_scheduler_type}, "
+        f"warm-up over {rising} step{'s' * (rising != 1)}"
     )
+
+
+def _watched(run: "Run") -> list[Fact]:
+    best = run.best
+    return [("best", best.watched.line(keeps=best.keeps))] if best.watched else []
 
 
 def _passes(run: "Run") -> list[Fact]:
@@ -88,7 +114,7 @@ def _passes(run: "Run") -> list[Fact]:
         seed=config.seed,
         cost=run.choice.cost,
     )
-    named = ((limit.pairs, "pairs"), (limit.tokens, "tokens"))
+    named = ((limit.pairs, config.unit), (limit.tokens, "tokens"))
     bounds = [f"{bound:,} {what}" for bound, what in named if bound is not None]
     lines = [
         (
@@ -99,18 +125,11 @@ def _passes(run: "Run") -> list[Fact]:
         )
     ]
     if found.alone:
-        pairs = "1 pair takes" if found.alone == 1 else f"{found.alone:,} pairs take"
+        one = found.alone == 1
+        pairs = f"1 {config.unit[:-1]} takes" if one else f"{found.alone:,} {config.unit} take"
         lines.append(("", f"{pairs} more and go alone; the longest takes {found.longest:,} tokens"))
     return lines
 
 
 def _resumed(run: "Run") -> str:
     return f", going on after step {run.start.step}" if run.start.step else ""
-
-
-def counted(number: int) -> str:
-    """A number with three digits and a letter for thousands, millions, billions."""
-    for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return str(number)

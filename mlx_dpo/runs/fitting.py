@@ -13,7 +13,7 @@ from mlx_dpo.policy.load import Base
 from mlx_dpo.policy.probe import Choice
 from mlx_dpo.preferences.batches import largest_pass
 from mlx_dpo.runs.inputs import Inputs
-from mlx_dpo.runs.method import make_objective
+from mlx_dpo.runs.method import make_objective, remembered
 from mlx_dpo.training.rehearsal import PassCost, Step, rehearse_step
 from mlx_dpo.types import TokenizedPair
 
@@ -116,7 +116,10 @@ def fit(
     """
     preferred, *others = possible(config)
     longest = longest_pass(preferred, choice, pairs)
-    bound = memory.at_most(base.model, base.config, longest, vocab_size=base.vocab_size)
+    state = remembered(base.model, config)
+    bound = memory.at_most(
+        base.model, base.config, longest, vocab_size=base.vocab_size, state=state
+    )
     if not measure and bound is not None and SPARE * bound <= room.bytes:
         return Fitted(preferred, bound, room, is_bound=True)
     first = found = _measured(base, preferred, choice, pairs, room)
@@ -158,7 +161,8 @@ def _refuse_too_large(fitted: Fitted, longest: int) -> None:
 
 def _measured(base: Base, config: DPOConfig, choice: Choice, pairs: Pairs, room: Room) -> Fitted:
     cost = rehearsed(base, config, choice, longest_pass(config, choice, pairs))
-    return Fitted(config, memory.step_peak(base.model, cost.bytes), room, cost=cost)
+    peak = memory.step_peak(base.model, cost.bytes, remembered(base.model, config))
+    return Fitted(config, peak, room, cost=cost)
 
 
 def _how(config: DPOConfig) -> str:

@@ -1,9 +1,13 @@
 """Settings turned into the parts of training: adapters, optimizer, loss and plan."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
+import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 
@@ -11,47 +15,93 @@ from mlx_dpo.config import DPOConfig
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.objective.mixture import Objective
 from mlx_dpo.policy import adapters
+from mlx_dpo.policy.adapter_files import read_adapter, start_from
 from mlx_dpo.policy.device import on_cpu
 from mlx_dpo.policy.load import Base
+from mlx_dpo.policy.memory import trainable_bytes
 from mlx_dpo.policy.probe import Choice, Wanted, choose
-from mlx_dpo.policy.scoring import Score, score_pairs
+from mlx_dpo.policy.scoring import Score, on_policy_weights, score_pairs
 from mlx_dpo.policy.sparing import sparing_memory
 from mlx_dpo.preferences.batches import PassLimit
+from mlx_dpo.settings.optimizer import KINDS
+from mlx_dpo.training import optimizers
 from mlx_dpo.training.loop import Plan
+from mlx_dpo.training.moving import MovingReference
 from mlx_dpo.training.schedule import learning_rate
 from mlx_dpo.types import PairLogps, TokenizedPair
+
+OnPolicy = Callable[[nn.Module, Sequence[TokenizedPair]], mx.array]  # weights of pairs. (B,)
 
 # A pass without a backward one may be so many times as large: it keeps nothing of the layers.
 FORWARD_ONLY = 4
 
 
-def attach_adapters(model: nn.Module, config: DPOConfig) -> dict[str, Any]:
-    """Fresh adapters on `model`; returns what mlx-lm has to know of them."""
-    keys = adapters.attach(
-        model,
-        rank=config.lora_r,
-        scale=config.lora_scale,
-        dropout=config.lora_dropout,
-        target_modules=config.lora_target_modules,
-        num_layers=config.num_layers,
-        seed=config.seed,
-    )
-    return adapters.adapter_config(
-        keys=keys,
-        rank=config.lora_r,
-        scale=config.lora_scale,
-        dropout=config.lora_dropout,
-        num_layers=config.num_layers or len(model.layers),
-    )
+def attach_adapters(base: Base, config: DPOConfig) -> dict[str, Any]:
+    """Make `base` a policy, as the settings say; returns what mlx-lm has to know of it.
+
+    Raises:
+        ConfigError: a setting fits neither the model nor the adapter to start from.
+        ModelError: that adapter is damaged or of another model, or layers cannot be trained.
+    """
+    if config.start_adapter is not None:
+        saved = read_adapter(Path(config.start_adapter))
+        if saved.way == "full":
+            _refuse_packed(base, config)
+            if config.lora_dropout is not None:
+                raise ConfigError("`lora_dropout` has no effect: `start_adapter` has no adapters")
+        start_from(base.model, saved, dropout=config.dropout)
+    elif config.fine_tune_type == "full":
+        _refuse_packed(base, config)
+        targets, num_layers = config.lora_target_modules, config.num_layers
+        adapters.attach_full(base.model, target_modules=targets, num_layers=num_layers)
+    else:
+        adapters.attach(
+            base.model,
+            kind="dora" if config.fine_tune_type == "dora" else "lora",
+            rank=config.rank,
+            scale=config.lora_scale,
+            dropout=config.dropout,
+            target_modules=config.lora_target_modules,
+            num_layers=config.num_layers,
+            seed=config.seed,
+        )
+    return adapters.description(base.model)
+
+
+def _refuse_packed(base: Base, config: DPOConfig) -> None:
+    """Packed weights that the CPU holds unpacked would train here, and fit no packed model.
+
+    Raises:
+        ConfigError: the base is quantised.
+    """
+    if base.config.get("quantization") or base.config.get("quantization_config"):
+        instead = "the model as it was before" if config.bits is None else "it without --bits"
+        raise ConfigError(
+            "fine_tune_type `full`: the model is quantised, and packed weights cannot move; take "
+            f"{instead}, or fine_tune_type `lora` or `dora`"
+        )
+
+
+def as_reference(policy: nn.Module, config: DPOConfig) -> AbstractContextManager[None]:
+    """Inside the block a policy that was not trained yet is its reference.
+
+    It is already, but without fresh adapters there is less to compute.
+    """
+    fresh = config.start_adapter is None and adapters.way_of(policy) != "full"
+    return adapters.adapters_off(policy) if fresh else nullcontext()
 
 
 def make_optimizer(policy: nn.Module, config: DPOConfig) -> optim.Optimizer:
-    """AdamW as in PyTorch: with bias correction, which MLX leaves out unless asked."""
-    optimizer = optim.AdamW(
-        config.learning_rate, weight_decay=config.weight_decay, bias_correction=True
-    )
-    optimizer.init(policy.trainable_parameters())
-    return optimizer
+    """The optimizer of the settings, ready for what `policy` trains."""
+    given = {name: getattr(config, name) for name in KINDS[config.optim].takes}
+    kept = {name: value for name, value in given.items() if value is not None}
+    return optimizers.make(config.optim, policy, config.learning_rate, **kept)
+
+
+def remembered(policy: nn.Module, config: DPOConfig) -> int:
+    """Bytes that optimizer and moving reference remember; nothing is allocated."""
+    moving = trainable_bytes(policy) if config.sync_ref_model else 0
+    return optimizers.state_bytes(make_optimizer(policy, config)) + moving
 
 
 def choose_scorer(base: Base, config: DPOConfig) -> Choice:
@@ -62,7 +112,9 @@ def choose_scorer(base: Base, config: DPOConfig) -> Choice:
     """
     wanted = cast(Wanted, config.scorer)
     with sparing_memory(base.model, recompute=bool(config.recompute)):  # as in training
-        return choose(base.model, vocab_size=base.vocab_size, wanted=wanted)
+        return choose(
+            base.model, vocab_size=base.vocab_size, wanted=wanted, ld_alpha=config.ld_alpha
+        )
 
 
 def forward_limit(config: DPOConfig, choice: Choice) -> PassLimit:
@@ -84,21 +136,49 @@ def forward_only(config: DPOConfig, choice: Choice) -> Score:
     )
 
 
+def weigher(config: DPOConfig, choice: Choice) -> OnPolicy | None:
+    """How pairs are weighed by what the policy would write itself; None unless asked for."""
+    if not config.use_weighting:
+        return None
+    score = partial(
+        score_pairs,
+        limit=forward_limit(config, choice),
+        scorer=choice.alignments,
+        cost=choice.cost,
+    )
+    return partial(on_policy_weights, score=score)
+
+
 def make_objective(config: DPOConfig) -> Objective:
     """What the settings make small."""
-    return Objective(beta=config.beta, label_smoothing=config.label_smoothing)
+    return Objective(**{f.name: getattr(config, f.name) for f in fields(Objective)})
+
+
+def make_moving(
+    policy: nn.Module, config: DPOConfig, choice: Choice
+) -> MovingReference | None:
+    """A reference that follows the policy, which is as it starts; None unless asked for."""
+    if not config.sync_ref_model:
+        return None
+    score = forward_only(config, choice)
+    return MovingReference(policy, alpha=config.mixup_alpha, every=config.sync_steps, score=score)
 
 
 def refuse_standstill(config: DPOConfig, total_steps: int) -> None:
-    """The first update of a warm-up has rate 0: a run must be longer than that.
+    """A warm-up begins at rate 0 and has to end within the run.
 
     Raises:
-        ConfigError: no update of the run would change anything.
+        ConfigError: no update of the run would change anything, or none has the peak rate.
     """
-    if total_steps == 1 and config.warmup > 0:
+    if total_steps == 1 and config.warmup(total_steps) > 0:
         raise ConfigError(
             "the run has 1 step, and a warm-up begins at learning rate 0, so nothing would be "
             "trained; use --warmup-ratio 0, more pairs, --max-steps, or a smaller --batch-size"
+        )
+    if config.warmup_steps is not None and config.warmup_steps >= total_steps:
+        raise ConfigError(
+            f"`warmup_steps` {config.warmup_steps} leaves none of the run's {total_steps} steps "
+            "for the learning rate it rises to; use fewer"
         )
 
 
@@ -109,6 +189,7 @@ def make_plan(
     *,
     choice: Choice,
     total_steps: int,
+    moving: MovingReference | None = None,
 ) -> Plan:
     """What each step sees and does."""
     return Plan(
@@ -119,8 +200,9 @@ def make_plan(
             learning_rate,
             peak=config.learning_rate,
             total=total_steps,
-            warmup=config.warmup,
+            warmup=config.warmup(total_steps),
             kind=config.lr_scheduler_type,
+            floor=config.floor,
         ),
         total_steps=total_steps,
         batch_size=config.batch_size,
@@ -130,5 +212,7 @@ def make_plan(
         scorer=choice.scorer,
         cost=choice.cost,
         score=forward_only(config, choice),
+        on_policy=weigher(config, choice),
+        moving=moving,
         recompute=bool(config.recompute),
     )

@@ -37,6 +37,11 @@ class RunPaths:
         return self.folder / "checkpoints"
 
     @property
+    def best(self) -> Path:
+        """One folder per evaluation that may turn out to be the best; gone when it is over."""
+        return self.folder / "best"
+
+    @property
     def lock(self) -> Path:
         """Held by the process that trains into this folder."""
         return self.folder / ".lock"

@@ -9,6 +9,7 @@ from typing import Any
 
 from mlx_dpo.config import DPOConfig
 from mlx_dpo.errors import RunError
+from mlx_dpo.policy.adapter_files import content_digest
 from mlx_dpo.runs.inputs import Inputs
 from mlx_dpo.runs.paths import RunPaths
 
@@ -20,22 +21,40 @@ CONTENTS = {
     "held": "the device, or the number type of the weights on it,",
     "train": "the training pairs",
     "valid": "the held-out pairs",
+    "start": "the start adapter",
+    "reference": "the reference model",
 }
 
 
-def new_record(config: DPOConfig, inputs: Inputs, *, total_steps: int) -> dict[str, Any]:
-    """The record of a run that is about to begin."""
+def start_provenance(config: DPOConfig) -> dict[str, Any]:
+    """The adapter that a run starts from, by content; nothing if it starts from none.
+
+    Raises:
+        ModelError: there is none where the settings say.
+    """
+    folder = config.start_adapter
+    return {} if folder is None else {"start": content_digest(Path(folder))}
+
+
+def new_record(
+    config: DPOConfig, inputs: Inputs, start: dict[str, Any], *, total_steps: int
+) -> dict[str, Any]:
+    """The record of a run that is about to begin; `start` as `start_provenance` says."""
     return {
         "state": "unfinished",
         "steps": total_steps,
         "settings": config.to_dict(),
-        "provenance": inputs.provenance(config),
+        "provenance": inputs.provenance(config) | start,
         "counts": {"train": len(inputs.train), "valid": len(inputs.valid)},
         "pairs": [report.to_dict() for report in inputs.reports],
         # From the run folder, so that the run opens from any current folder.
         "model_folder": _relative(config.model, config.output),
+        "start_folder": config.start_adapter and _relative(config.start_adapter, config.output),
         "versions": {name: version(name) for name in ("mlx-dpo", "mlx", "mlx-lm")},
         "evaluation": None,
+        "kept": None,
+        "stopped_early_at": None,
+        "warnings": [],
     }
 
 
@@ -53,9 +72,9 @@ def check_resumable(
         RunError: says what the folder holds, or names the first setting that differs.
     """
     if earlier["state"] == "finished":
+        steps = earlier.get("stopped_early_at") or earlier["steps"]
         raise RunError(
-            f"{paths.folder}: this run is finished after {earlier['steps']} steps; "
-            "choose another --output"
+            f"{paths.folder}: this run is finished after {steps} steps; choose another --output"
         )
     if not resume:
         raise RunError(
@@ -65,9 +84,14 @@ def check_resumable(
     before = DPOConfig.from_dict(earlier["settings"])
     if (name := before.differing(config)) is not None:
         raise RunError(
-            f"{paths.folder}: the run began with {name} = {getattr(before, name)!r}, not "
-            f"{getattr(config, name)!r}; resume with the same settings, or choose another --output"
+            f"{paths.folder}: the run began with {name} = {_said(getattr(before, name))}, not "
+            f"{_said(getattr(config, name))}; resume with the same settings, or choose another "
+            "--output"
         )
+
+
+def _said(value: Any) -> str:
+    return "its default" if value is None else repr(value)
 
 
 def check_contents(paths: RunPaths, earlier: dict[str, Any], now: Mapping[str, str]) -> None:
@@ -91,5 +115,9 @@ def reference_provenance(record: dict[str, Any], held: str) -> str:
     """
     settings = {name: record["settings"][name] for name in ("bits", "group_size", "dtype")}
     contents = {"model": record["provenance"]["model"], "held": held}
+    if start := record["provenance"].get("start"):
+        contents["start"] = start
+    if (alpha := record["settings"].get("ld_alpha")) is not None:
+        settings["ld_alpha"] = alpha
     versions = {name: version(name) for name in ("mlx", "mlx-lm")}
     return json.dumps({"scorer": SCORER, **contents, **settings, **versions})

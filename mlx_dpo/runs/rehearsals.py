@@ -22,7 +22,14 @@ from mlx_dpo.preferences.batches import epoch_passes, largest_pass, whole_rows
 from mlx_dpo.runs.fitting import fit, longest_pass, rehearsed
 from mlx_dpo.runs.forecast import Epoch, Forecast, Lengths, Most, Parts
 from mlx_dpo.runs.inputs import Inputs, read_base, read_inputs
-from mlx_dpo.runs.method import attach_adapters, choose_scorer, forward_limit, forward_only
+from mlx_dpo.runs.method import (
+    as_reference,
+    attach_adapters,
+    choose_scorer,
+    forward_limit,
+    forward_only,
+    remembered,
+)
 from mlx_dpo.training.growth import Sized, growth, largest
 from mlx_dpo.training.rehearsal import PassCost, rehearse_reference, shortened
 from mlx_dpo.types import TokenizedPair
@@ -42,7 +49,7 @@ def forecast(config: DPOConfig, *, mac: str | None = None) -> Forecast:
     room = room_here() if mac is None else room_of_mac(mac)
     inputs = read_inputs(config, read=partial(read_base, load=outline))
     with fused_gated_delta(inputs.base.model):
-        attach_adapters(inputs.base.model, config)
+        attach_adapters(inputs.base, config)
         choice = _choose(inputs.base, config)
         return _Rehearsals(inputs, config, choice, room).forecast()
 
@@ -66,6 +73,7 @@ class _Rehearsals:
         self.base, self.model = inputs.base, inputs.base.model
         self.fitted = fit(self.base, config, choice, inputs.train, room=room, measure=True)
         self.config = self.fitted.config
+        self.state = remembered(self.model, config)
         self.longest = longest_pass(self.config, choice, inputs.train)
         self.short = shortened(self.longest[:1], SHORT)
 
@@ -74,13 +82,12 @@ class _Rehearsals:
         curves = {again: self._curve(recompute=again) for again in (False, True)}
         chosen = curves[bool(self.config.recompute)]
         reference, asked = self._reference()
-        trained = memory.trainable_parameters(self.model)
         return Forecast(
             inputs=self.inputs,
             choice=self.choice,
             fitted=self.fitted,
             lengths=_lengths(self.inputs.train),
-            parameters=memory.total_parameters(self.model) - trained,
+            parameters=memory.base_parameters(self.model),
             parts=self._parts(chosen[0].cost),
             reference=memory.parameter_bytes(self.model) + reference.bytes,
             without=self._most(*curves[False]),
@@ -106,19 +113,20 @@ class _Rehearsals:
         return rehearse_reference(self.model, asked, score, memory=room_here().bytes), asked
 
     def _score(self, pairs: Pairs) -> object:
-        return forward_only(self.config, self.choice)(self.model, pairs)
+        with as_reference(self.model, self.config):
+            return forward_only(self.config, self.choice)(self.model, pairs)
 
     def _parts(self, cost: PassCost) -> Parts:
         trained = memory.trainable_bytes(self.model)
         weights = memory.parameter_bytes(self.model) - trained
-        adapters = memory.COPIES_IN_TRAINING * trained
+        adapters = memory.COPIES_IN_TRAINING * trained + self.state
         rest = max(0, self.fitted.bytes - weights - adapters)
         head = min(rest, max(0, int(cost.outside.bytes)))
         return Parts(weights, adapters, rest - head, head)
 
     def _most(self, long: Sized, short: Sized) -> Most:
         curve = growth(long, short)
-        free = self.room.bytes - memory.held_in_training(self.model)
+        free = self.room.bytes - memory.held_in_training(self.model, self.state)
         row = len(self.longest[0]) / long.tokens  # of a pair's tokens, those of its longer row
         context = context_length(self.base.config) or MOST_TOKENS
         tokens = largest(lambda n: curve.bytes(1, n / row) <= free, most=context)
@@ -136,7 +144,9 @@ class _Rehearsals:
         scoring = partial(work.forward, adapted=False)
         tokens = self._tokens(train, found.tokens.total)
         every = scoring(self._tokens([*train, *valid], self._trunk([p] for p in [*train, *valid])))
-        once = scoring(self._tokens(asked, self._trunk([asked])))
+        every *= config.needs_reference
+        ahead = config.passes_ahead * work.forward(tokens, adapted=True)
+        a_second = scoring(self._tokens(asked, self._trunk([asked]))) / reference.seconds
         points = [
             (training(self._tokens(pairs, self._trunk([pairs]))), sized.cost.seconds)
             for pairs, sized in ((self.short, short), (self.longest, long))
@@ -147,10 +157,11 @@ class _Rehearsals:
             tokens=tokens.trunk,
             whole_rows=passes(cost=whole_rows).tokens.total,
             rows=tokens.head,
-            operations=training(tokens),
-            seconds=along(points[0], points[1], passes=found.passes, operations=training(tokens)),
+            operations=training(tokens) + ahead,
+            seconds=along(points[0], points[1], passes=found.passes, operations=training(tokens))
+            + ahead / a_second,
             reference_operations=every,
-            reference_seconds=reference.seconds * every / once,
+            reference_seconds=every / a_second,
         )
 
     def _trunk(self, passes: Iterable[Pairs]) -> int:

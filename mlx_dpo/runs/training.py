@@ -9,28 +9,38 @@ from typing import Self
 import mlx.core as mx
 
 from mlx_dpo.config import DPOConfig
-from mlx_dpo.errors import ConfigError, TrainingError
+from mlx_dpo.errors import ConfigError
 from mlx_dpo.evaluation.heldout import evaluate
-from mlx_dpo.objective.metrics import named, step_row
-from mlx_dpo.policy import adapters
+from mlx_dpo.objective.metrics import named
 from mlx_dpo.policy.gated_delta import fused_gated_delta
 from mlx_dpo.policy.limits import bounded_buffers
 from mlx_dpo.preferences.batches import steps_per_epoch
-from mlx_dpo.reporting.rows import MetricsLog, timed
+from mlx_dpo.reporting.rows import read_rows
+from mlx_dpo.runs.best import Best
 from mlx_dpo.runs.fitting import settle
 from mlx_dpo.runs.inputs import Inputs, read_inputs
 from mlx_dpo.runs.method import (
+    as_reference,
     attach_adapters,
     choose_scorer,
     forward_only,
+    make_moving,
     make_objective,
     make_optimizer,
-    make_plan,
     refuse_standstill,
+    weigher,
 )
+from mlx_dpo.runs.other_reference import Counting, ask_other, uncounted
 from mlx_dpo.runs.paths import RunPaths, claimed, read_record, refuse_foreign_folder, write_record
-from mlx_dpo.runs.record import check_contents, check_resumable, new_record
+from mlx_dpo.runs.record import (
+    check_contents,
+    check_resumable,
+    new_record,
+    start_provenance,
+)
 from mlx_dpo.runs.reference_cache import ask_reference
+from mlx_dpo.runs.steps import Steps
+from mlx_dpo.runs.watching import make_monitor
 from mlx_dpo.training import checkpoint, loop
 from mlx_dpo.training.stored import read_logps, write_logps
 from mlx_dpo.types import PairLogps
@@ -62,9 +72,13 @@ class Run:
         self.force = force
         self.paths = RunPaths(Path(config.output))
         self.stopped = False
-        self.evaluation: Row | None = None
+        self.stopped_early_at: int | None = None
+        self.evaluation: Row | None = None  # of the adapters that the run finishes with
+        self.warnings: list[str] = []  # what the monitor said, before a resume as well
+        self.shipped = ""  # where the adapters of a finished run load
+        self.best = Best(config, self.paths)
         self._open = ExitStack()
-        self._stop_requested = False
+        self.stop_requested = False
 
     def __enter__(self) -> Self:
         refuse_foreign_folder(self.paths)
@@ -87,16 +101,28 @@ class Run:
 
     # --- before the first step -------------------------------------------------------------
 
-    def load(self) -> None:
-        """Load base and pairs; nothing is written yet."""
+    def load(self, counting: Counting = uncounted) -> None:
+        """Load base and pairs; nothing is written yet.
+
+        Another model as the reference is asked before, and counts its pairs.
+        """
+        start = start_provenance(self.config)
+        if self.config.reference_model is not None:
+            self._answers, digest = ask_other(self.config, counting)
+            start |= {"reference": digest}
         self.inputs: Inputs = read_inputs(self.config)
         refuse_standstill(self.config, self.total_steps)
-        self.record = new_record(self.config, self.inputs, total_steps=self.total_steps)
+        self.best.refuse_idle(
+            every=self.config.eval_steps,
+            total_steps=self.total_steps,
+            held_out=len(self.inputs.valid),
+        )
+        self.record = new_record(self.config, self.inputs, start, total_steps=self.total_steps)
         if self._earlier is not None:
             check_contents(self.paths, self._earlier, self.record["provenance"])
 
     def attach(self) -> None:
-        """Put fresh adapters on, choose how pairs are scored and passed, and begin the record.
+        """Make the base a policy, choose how pairs are scored and passed, and begin the record.
 
         Afterwards `config` leaves nothing open.
 
@@ -105,7 +131,7 @@ class Run:
         """
         self.policy = self.inputs.base.model
         self._open.enter_context(fused_gated_delta(self.policy))
-        self._adapter_config = attach_adapters(self.policy, self.config)
+        self.adapter_config = attach_adapters(self.inputs.base, self.config)
         self.choice = choose_scorer(self.inputs.base, self.config)
         self.fitted = settle(self.inputs, self.config, self.choice, self._earlier, self.force)
         self.record["settled"] = self.fitted.settled()
@@ -115,33 +141,48 @@ class Run:
         write_record(self.paths, self.record)  # only now is every setting known to be possible
 
     def score_reference(self, progress: Heard = lambda scored: None) -> None:
-        """Ask the adapter-off base about every pair, or read what it said before."""
-        with adapters.adapters_off(self.policy):
-            self._reference = {split: self._scored(split, progress) for split in SPLITS}
+        """Ask the policy as it starts about every pair, or read what it said before.
+
+        An objective that needs no reference is given zeros.
+        """
+        with as_reference(self.policy, self.config):
+            self.reference = {split: self._scored(split, progress) for split in SPLITS}
 
     def _scored(self, split: str, progress: Heard) -> PairLogps:
         pairs = getattr(self.inputs, split)
+        if not make_objective(self.config).needs_reference:
+            return PairLogps(mx.zeros((len(pairs),)), mx.zeros((len(pairs),)))
         kept = read_logps(self.paths.reference(split), len(pairs))
         if kept is not None:
             progress(len(pairs))
             return kept
-        logps = ask_reference(
-            self.policy,
-            pairs,
-            self.record,
-            held=self.record["provenance"]["held"],
-            score=forward_only(self.config, self.choice),
-            progress=progress,
-        )
+        if self.config.reference_model is not None:
+            logps = self._answers[split]
+        else:
+            logps = ask_reference(
+                self.policy,
+                pairs,
+                self.record,
+                held=self.record["provenance"]["held"],
+                score=forward_only(self.config, self.choice),
+                progress=progress,
+            )
         write_logps(self.paths.reference(split), logps)
         return logps
 
     def restore(self) -> None:
         """Begin where the last checkpoint is, if there is one."""
-        self._optimizer = make_optimizer(self.policy, self.config)
+        self.optimizer = make_optimizer(self.policy, self.config)
         self.start = loop.Progress()
+        self.moving = make_moving(self.policy, self.config, self.choice)
         if (last := checkpoint.latest(self.paths.checkpoints)) is not None:
-            self.start = checkpoint.restore(last, self.policy, self._optimizer)
+            self.start = checkpoint.restore(last, self.policy, self.optimizer, self.moving)
+        rows = [row for row in read_rows(self.paths.metrics) if row["step"] <= self.start.step]
+        self.best.go_on(rows)
+        self.monitor = make_monitor(self.config, self.inputs.train, total_steps=self.total_steps)
+        self.warnings = [sentence for row in rows for sentence in self.monitor.hear(row)]
+        self.record["warnings"] = self.warnings
+        write_record(self.paths, self.record)
 
     def prepare(self, progress: Heard = lambda scored: None) -> None:
         """All of it; afterwards `train` can begin."""
@@ -160,72 +201,26 @@ class Run:
 
     def request_stop(self) -> None:
         """Save after the step that is under way, and stop."""
-        self._stop_requested = True
+        self.stop_requested = True
 
     def train(self) -> Iterator[Row]:
         """A row of metrics per step, and one per evaluation with names that begin with `eval_`.
 
         Every row is in `metrics.jsonl` before it is yielded. After the last one the
         adapters lie in the run folder, unless the run was asked to stop: then `stopped`
-        is True and the run can be resumed.
+        is True and the run can be resumed. What the monitor finds is in `warnings`.
         """
-        progress = self.start
-        log = MetricsLog(self.paths.metrics, after=progress.step)
-        plan = make_plan(
-            self.config,
-            self.inputs.train,
-            self._reference["train"],
-            choice=self.choice,
-            total_steps=self.total_steps,
-        )
-        steps = loop.train(self.policy, self._optimizer, plan, start=progress)
-        try:
-            for seconds, (reached, metrics) in timed(steps):
-                tokens, progress = reached.num_tokens - progress.num_tokens, reached
-                speed = {
-                    "tokens_per_second": tokens / seconds,
-                    "peak_memory_gb": mx.get_peak_memory() / 1e9,
-                }
-                yield log.write(step_row(metrics) | speed)
-                if self._due(self.config.eval_steps, progress.step) and self.inputs.valid:
-                    yield log.write({"step": progress.step, **self.evaluate()})
-                if self._due(self.config.save_steps, progress.step) or self._stop_requested:
-                    self._save(progress)
-                if self._stop_requested and progress.step < self.total_steps:
-                    self.stopped = True
-                    return
-        except TrainingError:
-            self._save(progress)
-            raise
-        yield from self._finish(log, progress)
+        yield from Steps(self).rows()
 
     def evaluate(self) -> Row:
         """Metrics on the held-out pairs under `eval_` names, as the policy is now."""
+        moved = self.moving and self.moving.logps(self.policy, self.inputs.valid)
         metrics = evaluate(
             self.policy,
             self.inputs.valid,
-            self._reference["valid"],
+            moved or self.reference["valid"],
             make_objective(self.config),
             score=forward_only(self.config, self.choice),
+            on_policy=weigher(self.config, self.choice),
         )
         return named(metrics, prefix="eval_")
-
-    def _due(self, every: int | None, step: int) -> bool:
-        return every is not None and step % every == 0 and step < self.total_steps
-
-    def _save(self, progress: loop.Progress) -> None:
-        checkpoint.save(
-            self.paths.checkpoints, self.policy, self._optimizer, progress, self._adapter_config
-        )
-        checkpoint.prune(self.paths.checkpoints, self.config.save_total_limit)
-
-    def _finish(self, log: MetricsLog, progress: loop.Progress) -> Iterator[Row]:
-        self._save(progress)
-        if self.inputs.valid:
-            # A crash may have come between the last evaluation and the end of the run.
-            done = log.evaluation_at(progress.step)
-            self.evaluation = done or log.write({"step": progress.step, **self.evaluate()})
-            yield self.evaluation
-        adapters.save_adapter(self.paths.folder, self.policy, self._adapter_config)
-        self.record |= {"state": "finished", "evaluation": self.evaluation}
-        write_record(self.paths, self.record)

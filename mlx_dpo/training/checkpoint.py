@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +12,15 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_unflatten
 
-from mlx_dpo.arrays import flat, random_state, read_arrays, write_arrays
+from mlx_dpo.arrays import Arrays, flat, random_state, read_arrays, write_arrays
 from mlx_dpo.errors import RunError, reason
-from mlx_dpo.policy.adapters import WEIGHTS, load_adapter_weights, save_adapter
+from mlx_dpo.policy.adapter_files import WEIGHTS, load_adapter_weights, save_adapter
 from mlx_dpo.training.loop import Progress
+from mlx_dpo.training.moving import MovingReference
 
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
+MOVED = "reference.safetensors"  # of a reference that follows the policy, once it has
 
 
 def path_of(folder: Path, step: int) -> Path:
@@ -30,34 +34,50 @@ def save(
     optimizer: optim.Optimizer,
     progress: Progress,
     adapter_config: dict[str, Any],
+    moving: MovingReference | None = None,
 ) -> Path:
     """Write adapters, optimizer, random state and position beside, then rename into place.
+
+    With the weights of a reference that has moved.
 
     Raises:
         RunError: the disk is full or cannot be written.
     """
     target = path_of(folder, progress.step)
+    with whole_folder(target) as partial:
+        save_adapter(partial, policy, adapter_config)
+        state = flat(optimizer.state) | {"random": random_state()}
+        write_arrays(partial / OPTIMIZER, state)
+        if moving is not None and moving.moved:
+            write_arrays(partial / MOVED, moving.weights)
+        position = {"step": progress.step, "num_tokens": progress.num_tokens}
+        (partial / STATE).write_text(json.dumps(position) + "\n")
+    return target
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """A folder beside `target` to be filled, which takes its place when it is whole on the disk.
+
+    Raises:
+        RunError: the disk is full or cannot be written.
+    """
     partial = target.with_name(f"partial-{target.name}")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        save_adapter(partial, policy, adapter_config)
-        state = flat(optimizer.state) | {"random": random_state()}
-        write_arrays(partial / OPTIMIZER, state)
-        position = {"step": progress.step, "num_tokens": progress.num_tokens}
-        (partial / STATE).write_text(json.dumps(position) + "\n")
+        yield partial
         for path in partial.iterdir():
             flush_to_disk(path)
         shutil.rmtree(target, ignore_errors=True)  # of a run that was resumed before it
         os.replace(partial, target)
-        flush_to_disk(folder)
+        flush_to_disk(target.parent)
     except OSError as error:
         raise RunError(
             f"{target}: cannot be written ({reason(error)}); earlier checkpoints are kept"
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return target
 
 
 def flush_to_disk(path: Path) -> None:
@@ -67,6 +87,11 @@ def flush_to_disk(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def steps_in(folder: Path) -> list[int]:
+    """The steps of which something lies in the folder, in order."""
+    return sorted(int(path.name.removeprefix("step-")) for path in folder.glob("step-*"))
 
 
 def latest(folder: Path) -> Path | None:
@@ -80,8 +105,13 @@ def prune(folder: Path, keep: int) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def restore(folder: Path, policy: nn.Module, optimizer: optim.Optimizer) -> Progress:
-    """Load what `save` wrote into policy, optimizer and MLX's random state.
+def restore(
+    folder: Path,
+    policy: nn.Module,
+    optimizer: optim.Optimizer,
+    moving: MovingReference | None = None,
+) -> Progress:
+    """Load what `save` wrote into policy, optimizer, moving reference and MLX's random state.
 
     Raises:
         RunError: a file is missing or damaged.
@@ -92,6 +122,8 @@ def restore(folder: Path, policy: nn.Module, optimizer: optim.Optimizer) -> Prog
         state, _ = read_arrays(folder / OPTIMIZER)
         progress = Progress(step=position["step"], num_tokens=position["num_tokens"])
         random_state()[:] = state.pop("random")
+        if moving is not None and (folder / MOVED).is_file():
+            moving.restore(read_arrays(folder / MOVED)[0])
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise RunError(
             f"{folder}: the checkpoint cannot be read ({reason(error)}); remove it to resume "
@@ -100,3 +132,9 @@ def restore(folder: Path, policy: nn.Module, optimizer: optim.Optimizer) -> Prog
     load_adapter_weights(policy, folder / WEIGHTS)
     optimizer.state = tree_unflatten(list(state.items()))
     return progress
+
+
+def moved_reference(folder: Path) -> Arrays | None:
+    """Weights of a reference that follows the policy at the last checkpoint, once it has."""
+    last = latest(folder)
+    return read_arrays(last / MOVED)[0] if last and (last / MOVED).is_file() else None

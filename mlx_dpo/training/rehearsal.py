@@ -18,7 +18,6 @@ import mlx.nn as nn
 
 from mlx_dpo.arrays import random_state
 from mlx_dpo.objective.mixture import Objective
-from mlx_dpo.policy.adapters import adapters_off
 from mlx_dpo.policy.blocks import NotCutError, Sample, only, sample, whole
 from mlx_dpo.policy.memory import trainable_bytes
 from mlx_dpo.policy.probe import UNSUITED
@@ -94,15 +93,10 @@ def rehearse_step(policy: nn.Module, pairs: Pairs, step: Step, *, memory: int) -
 
 
 def rehearse_reference(policy: nn.Module, pairs: Pairs, score: Run, *, memory: int) -> PassCost:
-    """What a pass without gradients costs, adapters off, under `score`; else as above."""
-
-    def run(pairs: Pairs) -> Any:
-        with adapters_off(policy):
-            return score(pairs)
-
+    """What a pass without gradients costs under `score`; else as above."""
     with _as_it_was(policy):
         policy.eval()
-        return _rehearsed(policy, pairs, run, memory)
+        return _rehearsed(policy, pairs, score, memory)
 
 
 def shortened(pairs: Pairs, share: float) -> list[TokenizedPair]:

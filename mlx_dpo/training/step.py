@@ -5,9 +5,9 @@ from typing import Any, NamedTuple, Self
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx.optimizers as optim
 from mlx.utils import tree_map
 
+from mlx_dpo.arrays import flat
 from mlx_dpo.objective.metrics import concatenate
 from mlx_dpo.objective.mixture import Objective
 from mlx_dpo.policy.scorers import Scorer, plain_scorer
@@ -86,6 +86,14 @@ def accumulate(
 
 
 def clip(gradients: Gradients, max_norm: float) -> tuple[Gradients, mx.array]:
-    """Gradients of global norm at most `max_norm` (0: as they are), and the norm before. ()"""
-    bound = max_norm if max_norm > 0 else float("inf")
-    return optim.clip_grad_norm(gradients, bound)
+    """Gradients of global norm at most `max_norm` (0: as they are), and the norm before. ()
+
+    The norm is taken in float32 whatever their type: squares of float16 overflow, and a sum of
+    bfloat16 squares rounds. Each gradient keeps its type. As PyTorch: 1e-6 beside the norm.
+    """
+    squares = (mx.square(g.astype(mx.float32)).sum() for g in flat(gradients).values())
+    norm = mx.sqrt(sum(squares, start=mx.array(0.0)))
+    if max_norm <= 0:
+        return gradients, norm
+    factor = mx.minimum(max_norm / (norm + 1e-6), 1.0)
+    return tree_map(lambda g: (g.astype(mx.float32) * factor).astype(g.dtype), gradients), norm

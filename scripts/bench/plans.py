@@ -18,7 +18,13 @@ from mlx_dpo.policy.load import Base
 from mlx_dpo.policy.outline import build
 from mlx_dpo.policy.probe import Choice
 from mlx_dpo.runs.fitting import rehearsed
-from mlx_dpo.runs.method import attach_adapters, choose_scorer, make_optimizer, make_plan
+from mlx_dpo.runs.method import (
+    attach_adapters,
+    choose_scorer,
+    make_optimizer,
+    make_plan,
+    remembered,
+)
 from mlx_dpo.training import loop
 from mlx_dpo.types import PairLogps
 from scripts.bench.shapes import SEED, SHAPES
@@ -124,13 +130,14 @@ def compare(case: Case) -> Found:
     with ExitStack() as stack:
         base = _outlined(case)
         stack.enter_context(fused_gated_delta(base.model))
-        attach_adapters(base.model, config)
+        attach_adapters(base, config)
         with only(base.model, sample(base.model).large):
             mx.eval(base.model.parameters())
             choice = choose_scorer(base, config)
         cost = rehearsed(base, config, choice, pairs[: case.point.pairs])
-        planned = memory.step_peak(base.model, cost.bytes)
-        held = memory.held_in_training(base.model)
+        state = remembered(base.model, config)
+        planned = memory.step_peak(base.model, cost.bytes, state)
+        held = memory.held_in_training(base.model, state)
     del base
     mx.clear_cache()
     return Found(planned, _measured(case, config, choice), held, choice.name)
@@ -153,7 +160,7 @@ def _measured(case: Case, config: DPOConfig, choice: Choice) -> int:
     if device_kind() == "cpu":
         hold_for_cpu(model)
     with fused_gated_delta(model):
-        attach_adapters(model, config)
+        attach_adapters(base, config)
         optimizer = make_optimizer(model, config)
         mx.eval(model.parameters(), optimizer.state)
         pairs = case.point.draw(base.vocab_size) * 2

@@ -11,7 +11,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import llama
 
-from mlx_dpo.objective.losses import log_ratio_margin, sigmoid_loss
+from mlx_dpo.objective.losses import sigmoid_loss
+from mlx_dpo.objective.views import log_ratio_margin
 from mlx_dpo.policy import adapters, probe
 from mlx_dpo.policy.scorers import Scorer
 from mlx_dpo.policy.sparing import sparing_memory, without_gradients

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from mlx_dpo.errors import DataError
 from mlx_dpo.preferences.faults import BadPair
-from mlx_dpo.preferences.schemas import to_preference
+from mlx_dpo.preferences.schemas import to_preferences
 from mlx_dpo.preferences.sources import read_rows
 
 END, PAD = "<|end|>", "<|pad|>"
@@ -36,7 +36,7 @@ def read_pairs(path: Path) -> tuple[list[TextPair], int]:
     faulty = 0
     for row in read_rows(path):
         try:
-            pair = to_preference(row)
+            [pair] = to_preferences(row)
         except BadPair:
             faulty += 1
             continue

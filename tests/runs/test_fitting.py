@@ -35,7 +35,7 @@ def deep(tmp_path_factory):
     folder = make_checkpoint(tmp_path_factory.mktemp("deep"), num_hidden_layers=10)
     config = DPOConfig(model=str(folder), lora_r=2, batch_size=4)
     base = read_base(config)
-    attach_adapters(base.model, config)
+    attach_adapters(base, config)
     lengths = [(100, 50, 40), (110, 60, 60), (10, 4, 3), (12, 5, 6), (9, 3, 4)]
     return base, config, choose_scorer(base, config), random_pairs(lengths, VOCAB)
 

@@ -332,6 +332,16 @@ def test_a_run_in_which_nothing_would_move_is_refused(settings):
         run.load()
 
 
+def test_a_warm_up_that_does_not_end_is_refused(config):
+    with (
+        Run(replace(config, warmup_steps=6)) as run,
+        pytest.raises(ConfigError, match="`warmup_steps` 6 leaves none of the run's 6 steps"),
+    ):
+        run.load()
+    with Run(replace(config, warmup_steps=5)) as run:
+        run.load()
+
+
 def test_one_and_only_one_of_run_and_model(config):
     for choice in ((None, None), ("run", "model")):
         with pytest.raises(ConfigError, match="only one of them"):

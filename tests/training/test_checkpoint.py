@@ -13,8 +13,6 @@ from mlx_dpo.training import checkpoint
 from mlx_dpo.training.loop import Plan, Progress, train
 from tests.conftest import make_llama
 
-DESCRIPTION = adapters.adapter_config(keys=["q"], rank=4, scale=2.0, dropout=0.3, num_layers=2)
-
 
 def fresh(rank=4):
     policy = make_llama()
@@ -40,7 +38,7 @@ def plan(tiny_llama, pairs):
 
 
 def save(folder, policy, optimizer, progress):
-    return checkpoint.save(folder, policy, optimizer, progress, DESCRIPTION)
+    return checkpoint.save(folder, policy, optimizer, progress, adapters.description(policy))
 
 
 def test_resuming_is_the_same_as_never_stopping_bit_for_bit(plan, tmp_path):

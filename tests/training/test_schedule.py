@@ -1,28 +1,44 @@
-import math
-
 import pytest
 
+from mlx_dpo.settings.optimizer import SCHEDULES
 from mlx_dpo.training.schedule import learning_rate
+
+# Peak 0.3; rates of transformers.get_scheduler (5.23) with SGD, read before each step.
+TRANSFORMERS = [
+    ("cosine", 2, 0.0,
+     [0.0, 0.15, 0.3, 0.27135254915624213, 0.19635254915624212, 0.1036474508437579,
+      0.0286474508437579]),
+    ("cosine_with_min_lr", 2, 0.2,
+     [0.0, 0.15, 0.3, 0.2770820393249937, 0.21708203932499368, 0.1429179606750063,
+      0.08291796067500631]),
+    ("linear", 3, 0.0, [0.0, 0.09999999999999999, 0.19999999999999998, 0.3, 0.225, 0.15, 0.075]),
+    ("inverse_sqrt", 2, 0.0,
+     [0.0, 0.15, 0.3, 0.24494897427831783, 0.21213203435596423, 0.18973665961010275,
+      0.17320508075688776]),
+    ("inverse_sqrt", 0, 0.0, [0.3, 0.2999850011249063, 0.29997000449925015, 0.29995501012246945]),
+    ("constant_with_warmup", 2, 0.0, [0.0, 0.15, 0.3, 0.3, 0.3]),
+    ("constant", 0, 0.0, [0.3, 0.3, 0.3]),
+]  # fmt: skip
 
 
 def rates(total, **more):
-    return [learning_rate(s, peak=1.0, total=total, **more) for s in range(total)]
+    return [learning_rate(s, peak=0.3, total=total, **more) for s in range(total)]
 
 
-def test_the_warm_up_rises_from_zero_and_the_cosine_falls_to_zero():
-    """As in Transformers: ceil(0.25 * 8) = 2 rising steps, then half a cosine over 6."""
-    expected = [0.0, 0.5] + [0.5 * (1 + math.cos(math.pi * i / 6)) for i in range(6)]
-    assert rates(8, warmup=0.25) == pytest.approx(expected)
+@pytest.mark.parametrize(("kind", "warmup", "floor", "expected"), TRANSFORMERS)
+def test_rates_are_those_of_transformers(kind, warmup, floor, expected):
+    found = rates(len(expected), warmup=warmup, kind=kind, floor=floor)
+    assert found == pytest.approx(expected, abs=1e-12)
 
 
-def test_a_line_falls_evenly():
-    assert rates(5, warmup=0.2, kind="linear") == pytest.approx([0.0, 1.0, 0.75, 0.5, 0.25])
+def test_every_schedule_is_compared_with_transformers():
+    assert {kind for kind, *_ in TRANSFORMERS} == set(SCHEDULES)
 
 
-@pytest.mark.parametrize("kind", ["constant", "constant_with_warmup"])
-def test_a_constant_stays(kind):
-    assert rates(4, warmup=0.0, kind=kind) == [1.0, 1.0, 1.0, 1.0]
+def test_a_cosine_with_a_floor_of_nothing_is_a_cosine():
+    plain = rates(9, warmup=3, kind="cosine")
+    assert rates(9, warmup=3, kind="cosine_with_min_lr", floor=0.0) == plain
 
 
-def test_a_share_of_a_step_is_a_whole_step_of_warm_up():
-    assert rates(5, warmup=0.01)[:2] == [0.0, 1.0]
+def test_a_warm_up_as_long_as_the_run_never_ends():
+    assert rates(3, warmup=3) == pytest.approx([0.0, 0.1, 0.2])

@@ -79,6 +79,20 @@ def test_clipping_bounds_the_global_norm_and_says_what_it_was():
     assert clipped["b"].item() == pytest.approx(0.8, abs=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_sixteen_bit_gradients_are_measured_and_clipped_in_float32(dtype):
+    """Squares of 40 000 overflow float16, and 4 096 ones added up in bfloat16 stay at 256."""
+    grads = {"a": mx.full((4096,), 1.0, dtype), "b": mx.array([40000.0, -40000.0], dtype)}
+    large = 39936.0 if dtype == mx.bfloat16 else 40000.0  # as the type holds it
+    expected = (4096 + 2 * large**2) ** 0.5
+    clipped, norm = clip(grads, 100.0)
+    assert norm.dtype == mx.float32
+    assert norm.item() == pytest.approx(expected, rel=1e-6)
+    assert {value.dtype for value in clipped.values()} == {dtype}
+    assert clipped["b"].tolist() == pytest.approx([70.7, -70.7], rel=5e-3)
+    assert clip({"a": grads["a"]}, 0.0)[1].item() == 64.0
+
+
 @pytest.mark.parametrize("bound", [0.0, 10.0])
 def test_without_a_bound_or_below_it_nothing_is_clipped(bound):
     clipped, norm = clip({"a": mx.array([3.0, 4.0])}, bound)

@@ -1,0 +1,25 @@
+"""What the monitor has to know of a run, and what it said before."""
+
+from collections.abc import Sequence
+from statistics import fmean
+
+from mlx_dpo.config import DPOConfig
+from mlx_dpo.training.monitor import Facts, Monitor
+from mlx_dpo.types import TokenizedPair
+
+
+def make_monitor(config: DPOConfig, pairs: Sequence[TokenizedPair], *, total_steps: int) -> Monitor:
+    """A monitor for a run on these pairs."""
+    rewards = [kind.rewards for kind in config.loss_kinds if kind.rewards]
+    return Monitor(
+        Facts(
+            total_steps=total_steps,
+            warmup_steps=config.warmup(total_steps),
+            batch_size=min(config.batch_size, len(pairs)),
+            beta=config.loss_beta,
+            learning_rate=config.learning_rate,
+            max_grad_norm=config.max_grad_norm,
+            chosen_tokens=fmean(len(pair.chosen) for pair in pairs),
+            referenced=rewards[:1] == ["log-ratio"],
+        )
+    )

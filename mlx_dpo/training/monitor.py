@@ -1,0 +1,206 @@
+"""What goes wrong in a run, seen in its rows of metrics: each thing said once, with its numbers.
+
+Pure: a run that goes on hears its earlier rows again and says nothing twice. Means over windows
+of steps are compared, so that a lucky or unlucky batch says nothing.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil
+from statistics import fmean, median
+
+Row = Mapping[str, float]
+
+FEWEST, WIDEST = 10, 50  # steps in a window: fewer are noise, more come too late
+SETTLED, SETTLING = 20, 0.1  # steps after the warm-up, or that share of all, in which rates show
+UNMOVED = 0.01  # margin; what is less after a tenth of a run does not become a tenth by its end
+SURE = 0.99  # accuracy that is all but perfect
+JUDGED = 64  # pairs that make a share of pairs worth a word
+SOON = 0.05  # of the run
+CLIPPED_SHARE = 0.95
+CLIPPED_BY = 3.0  # times the bound; where norms come near it, it still tells them apart
+LENGTH_TELLS = 0.5  # correlation; its square is a quarter of all that the margins vary by
+LENGTH_MATTERS = 0.1  # margin below which its correlations are those of noise
+LOST = 1.0  # nats of a chosen completion: e times less likely than under the reference
+LOST_A_TOKEN = 0.02  # the same of a long one, which loses a nat by little in each token
+FAR_A_TOKEN = 1.0  # nats; about what a chat model is unsure of a token by at all
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What has to be known of a run to read its rows."""
+
+    total_steps: int
+    warmup_steps: int
+    batch_size: int
+    beta: float
+    learning_rate: float
+    max_grad_norm: float
+    chosen_tokens: float  # of a chosen completion, on average
+    referenced: bool = True  # whether rewards are beta times log-ratios to a reference
+
+    @property
+    def window(self) -> int:
+        """Steps that are looked at together."""
+        return min(WIDEST, max(FEWEST, self.total_steps // 10))
+
+
+Check = Callable[[Facts, Sequence[Row]], str | None]
+
+
+class Monitor:
+    """Hears rows in their order, and says what is wrong."""
+
+    def __init__(self, facts: Facts) -> None:
+        """Before the first row."""
+        self._facts = facts
+        self._rows: list[Row] = []  # the last two windows
+        self._said: set[str] = set()
+
+    def hear(self, row: Row) -> list[str]:
+        """Sentences that this row gives rise to; mostly none. Evaluations are passed over."""
+        if "loss" not in row:
+            return []
+        self._rows = [*self._rows, row][-2 * self._facts.window :]
+        found = []
+        for kind, check in CHECKS.items():
+            if kind not in self._said and (sentence := check(self._facts, self._rows)):
+                self._said.add(kind)
+                found.append(sentence)
+        return found
+
+
+def unmoved(facts: Facts, rows: Sequence[Row]) -> str | None:
+    """The policy is where it began, although the learning rate has been at its peak."""
+    rest = max(SETTLED, ceil(facts.total_steps * SETTLING))
+    when = min(facts.warmup_steps + rest, facts.total_steps)
+    recent = rows[-FEWEST:]
+    margin = _mean(recent, "rewards/margins", size=abs)
+    if not facts.referenced or rows[-1]["step"] != when or len(recent) < FEWEST:
+        return None
+    if margin is None or margin >= UNMOVED:
+        return None
+    return (
+        f"{_steps(recent)}: the loss stays at {_mean(recent, 'loss'):.4f}, where it began "
+        f"(margins of {margin:.1g} on average): the policy has hardly moved; use a larger "
+        f"learning_rate than {facts.learning_rate:g}"
+    )
+
+
+def saturated(facts: Facts, rows: Sequence[Row]) -> str | None:
+    """Nearly every pair is right before training has properly begun."""
+    recent = rows[-max(FEWEST // 2, ceil(JUDGED / facts.batch_size)) :]
+    accuracy = _mean(recent, "rewards/accuracies")
+    soon = rows[-1]["step"] <= ceil(facts.total_steps * SOON)
+    enough = len(recent) * facts.batch_size >= JUDGED and len(recent) >= FEWEST // 2
+    if not (soon and enough) or accuracy is None or accuracy < SURE:
+        return None
+    return (
+        f"{_steps(recent)}: {accuracy:.1%} of the pairs are right already, after "
+        f"{rows[-1]['step'] / facts.total_steps:.0%} of the steps: something simple tells chosen "
+        "from rejected; look at their lengths, their first words, and whether one kind of text "
+        "was written by a model and the other not"
+    )
+
+
+def displaced(facts: Facts, rows: Sequence[Row]) -> str | None:
+    """Chosen completions lose likelihood while the margin grows (likelihood displacement).
+
+    Source: Razin et al. 2024, arXiv:2410.08847; Pal et al. 2024, arXiv:2402.13228 (DPOP).
+    """
+    before, recent = rows[: -facts.window], rows[-facts.window :]
+    chosen, margin = _mean(recent, "rewards/chosen"), _mean(recent, "rewards/margins")
+    earlier, less = _mean(before, "rewards/chosen"), _mean(before, "rewards/margins")
+    if not facts.referenced or len(before) < facts.window:
+        return None
+    if chosen is None or margin is None or earlier is None or less is None:
+        return None
+    lost = -chosen / facts.beta
+    falls = chosen < earlier and margin > max(0.0, less)
+    if not falls or lost < max(LOST, LOST_A_TOKEN * facts.chosen_tokens):
+        return None
+    return (
+        f"{_steps(recent)}: chosen completions lose likelihood while the margin grows (log-ratio "
+        f"{-lost:.1f} nats, {earlier / facts.beta:.1f} before; margin {margin:.2f}, {less:.2f} "
+        f"before); mix in `sft`, use loss_type `dpop`, a larger beta than {facts.beta:g}, or a "
+        f"smaller learning_rate than {facts.learning_rate:g}"
+    )
+
+
+def led_by_length(facts: Facts, rows: Sequence[Row]) -> str | None:
+    """What the margin of a pair is, its lengths tell."""
+    recent = [row for row in rows[-facts.window :] if "length_correlation" in row]
+    correlation = _mean(recent, "length_correlation")
+    margin = _mean(recent, "rewards/margins", size=abs)
+    if len(recent) < facts.window or len(recent) * facts.batch_size < JUDGED:
+        return None
+    if correlation is None or margin is None:
+        return None
+    if abs(correlation) < LENGTH_TELLS or margin < LENGTH_MATTERS:
+        return None
+    longer = "longer" if correlation > 0 else "shorter"
+    return (
+        f"{_steps(recent)}: lengths drive the margin (correlation {correlation:+.2f} with how "
+        f"much longer chosen is than rejected): the policy learns to be {longer}; balance the "
+        "lengths of the pairs, or use a loss that divides by them (`sigmoid_norm`, `simpo`) or "
+        "`ld_alpha`"
+    )
+
+
+def clipped(facts: Facts, rows: Sequence[Row]) -> str | None:
+    """After the warm-up the bound, not the gradient, still decides how much each step counts."""
+    recent = [row for row in rows[-facts.window :] if row["step"] > facts.warmup_steps]
+    norms, bound = [row["grad_norm"] for row in recent], facts.max_grad_norm
+    if len(recent) < facts.window or not bound:
+        return None
+    above = sum(norm > bound for norm in norms)
+    if above < CLIPPED_SHARE * len(norms) or median(norms) < CLIPPED_BY * bound:
+        return None
+    return (
+        f"{_steps(recent)}: the gradient was clipped in {above} of {len(norms)} steps (median of "
+        f"its norm {median(norms):.3g}, bound {bound:g}): batches count alike, clear or not; use "
+        f"a larger max_grad_norm"
+    )
+
+
+def far_away(facts: Facts, rows: Sequence[Row]) -> str | None:
+    """The policy is far from the reference.
+
+    Measured on given texts, not on what the policy would say: the size of the mean log-ratio
+    of chosen completions, in nats a token. It is no estimate of a KL divergence. But chosen
+    completions are what the policy is to say, so that they are near to what it does say;
+    rejected ones may be made as unlikely as one likes without anything else being lost.
+    """
+    recent = rows[-facts.window :]
+    chosen = _mean(recent, "rewards/chosen")
+    if not facts.referenced or len(recent) < facts.window or chosen is None:
+        return None
+    away = chosen / facts.beta / facts.chosen_tokens
+    if abs(away) < FAR_A_TOKEN:
+        return None
+    return (
+        f"{_steps(recent)}: the policy runs away from the reference (chosen completions are "
+        f"{abs(away):.1f} nats a token {'more' if away > 0 else 'less'} likely): look at what it "
+        f"says now; use a larger beta than {facts.beta:g}, a smaller learning_rate than "
+        f"{facts.learning_rate:g}, or fewer steps"
+    )
+
+
+CHECKS: dict[str, Check] = {
+    "unmoved": unmoved,
+    "saturated": saturated,
+    "displaced": displaced,
+    "led_by_length": led_by_length,
+    "clipped": clipped,
+    "far_away": far_away,
+}
+
+
+def _mean(rows: Sequence[Row], name: str, size: Callable[[float], float] = float) -> float | None:
+    """The mean of what rows say under a name, None if none says anything."""
+    values = [size(row[name]) for row in rows if name in row]
+    return fmean(values) if values else None
+
+
+def _steps(rows: Sequence[Row]) -> str:
+    return f"steps {int(rows[0]['step'])} to {int(rows[-1]['step'])}"

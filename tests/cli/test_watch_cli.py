@@ -1,0 +1,113 @@
+"""What `train` says of a run that is watched: the best evaluation, and what goes wrong."""
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from mlx_dpo.cli import cli
+from mlx_dpo.config import DPOConfig
+from mlx_dpo.runs import Run
+from tests.checkpoints import make_checkpoint
+
+OVERSHOOTS = ("--learning-rate", "0.1", "--eval-steps", "1", "--valid-fraction", "0.25",
+              "--max-steps", "12", "--batch-size", "4")  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLX_DPO_CACHE", str(tmp_path / "cache"))
+    make_checkpoint(tmp_path / "base")
+    rows = [
+        {"prompt": f"What is {i}?", "chosen": f"It is {i}, friend.", "rejected": f"{i * 7} no"}
+        for i in range(12)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def train(*words):
+    return CliRunner().invoke(
+        cli, ["train", "pairs.jsonl", "--model", "base", "--output", "run", *words]
+    )
+
+
+def record():
+    return json.loads(Path("run/run.json").read_text())
+
+
+def test_a_run_that_stops_early_says_what_it_watches_and_how_it_ended():
+    result = train(*OVERSHOOTS, "--metric-for-best-model", "loss", "--load-best-model-at-end",
+                   "--early-stopping-patience", "3")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    told = record()
+    step, kept = told["stopped_early_at"], told["kept"]
+    assert step == kept["step"] + 3 < 12
+    assert (
+        "best       the adapters of the lowest eval_loss are kept; stops after 3 evaluations "
+        "without an improvement\n"
+    ) in result.stdout
+    assert (
+        f"stopped    early, after step {step} of 12: 3 evaluations in a row without an "
+        f"improvement\nkept       the adapters of step {kept['step']}, whose eval_loss "
+        f"{kept['eval_loss']:.4f} is the best\n"
+    ) in result.stdout
+    table = " ".join(result.stdout.split())
+    assert f"loss {kept['eval_loss']:.4f} accuracy" in table  # of the adapters that are kept
+
+
+def test_a_run_that_watches_nothing_says_nothing_of_it():
+    shown = train("--batch-size", "4").stdout
+    assert "\nbest " not in shown
+    assert "\nkept " not in shown
+
+
+def test_a_metric_that_is_none_is_one_line():
+    result = train(*OVERSHOOTS, "--metric-for-best-model", "acc", "--load-best-model-at-end")
+    assert result.exit_code == 1
+    [line] = result.stderr.splitlines()
+    assert line.startswith("Error: `metric_for_best_model` must be one of logps/chosen, ")
+    assert not Path("run").exists()
+
+
+IDLE = ("--learning-rate", "1e-9", "--max-steps", "24", "--batch-size", "4",
+        "--max-grad-norm", "0")  # fmt: skip
+SENTENCE = "the policy has hardly moved; use a larger learning_rate than 1e-09"
+
+
+def test_what_goes_wrong_is_said_once_on_standard_error_and_kept():
+    result = train(*IDLE)
+    assert result.exit_code == 0, result.output
+    [warning] = result.stderr.splitlines()
+    assert warning.startswith("Warning: steps 14 to 23: the loss stays at 0.6931")
+    assert warning.endswith(SENTENCE)
+    assert SENTENCE not in result.stdout
+    assert [f"Warning: {sentence}" for sentence in record()["warnings"]] == [warning]
+
+
+def test_a_run_that_goes_on_does_not_say_it_again():
+    settings = {"model": "base", "pairs": "pairs.jsonl", "output": "run", "max_steps": 24,
+                "learning_rate": 1e-9, "batch_size": 4, "save_steps": 1,
+                "max_grad_norm": 0.0}  # fmt: skip
+    with Run(DPOConfig.from_dict(settings)) as run:
+        run.prepare()
+        for row in run.train():
+            if row["step"] == 24:
+                break  # killed, with the last checkpoint at 23
+    assert len(run.warnings) == 1
+    assert record()["warnings"] == run.warnings
+    with Run(DPOConfig.from_dict(settings), resume=True) as again:
+        again.prepare()  # killed here
+    assert record()["warnings"] == again.warnings == run.warnings
+    result = train(*IDLE, "--resume", "--save-steps", "1")
+    assert result.exit_code == 0, result.output
+    assert result.stderr == ""
+    assert record()["warnings"] == run.warnings
+
+
+def test_a_run_that_is_watched_can_be_planned():
+    words = ["plan", "pairs.jsonl", "--model", "base", "--eval-steps", "2", "--json"]
+    words += ["--metric-for-best-model", "loss", "--load-best-model-at-end"]
+    result = CliRunner().invoke(cli, words)
+    assert result.exit_code == 0, result.output

@@ -1,0 +1,204 @@
+"""Early stopping and the best evaluation's adapters, through whole runs and crashes."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from mlx_dpo import Run, evaluate_run
+from mlx_dpo.errors import ConfigError, RunError
+from mlx_dpo.reporting.rows import read_rows
+
+EVERY = 2
+
+
+@pytest.fixture
+def config(config):
+    """Nine pairs, learned by heart at a rate that spoils the three that are held out."""
+    return replace(
+        config, learning_rate=0.03, epochs=8, save_steps=3, eval_steps=EVERY, seed=0,
+        metric_for_best_model="loss", load_best_model_at_end=True, early_stopping_patience=4,
+    )  # fmt: skip
+
+
+def train(config, *, resume=False, drop_after=None):
+    """Rows of a run; it is killed after so many of them."""
+    rows = []
+    with Run(config, resume=resume) as run:
+        run.prepare()
+        for row in run.train():
+            rows.append(row)
+            if len(rows) == drop_after:
+                break
+    return run, rows
+
+
+def adapters(folder):
+    return mx.load(str(Path(folder) / "adapters.safetensors"))
+
+
+def assert_same(first, second):
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert mx.array_equal(value, second[name]), name
+
+
+def record(config):
+    return json.loads((Path(config.output) / "run.json").read_text())
+
+
+def losses(config):
+    rows = read_rows(Path(config.output) / "metrics.jsonl")
+    return {row["step"]: row["eval_loss"] for row in rows if "eval_loss" in row}
+
+
+def test_the_run_stops_when_patience_ends_and_keeps_the_best(config):
+    run, rows = train(config)
+    found = losses(config)
+    best = min(found, key=found.get)
+    assert 1 < len(found) < run.total_steps // EVERY  # else there was nothing to see
+    assert run.stopped_early_at == max(found) == best + 4 * EVERY
+    assert rows[-1]["step"] == run.stopped_early_at
+    assert len([row for row in rows if "eval_loss" in row]) == len(found)  # each yielded once
+    told = record(config)
+    assert told["kept"] == {"step": best, "eval_loss": found[best]}
+    assert told["stopped_early_at"] == run.stopped_early_at
+    assert told["state"] == "finished"
+    assert told["evaluation"] == run.evaluation
+    assert run.evaluation["eval_loss"] == found[best]
+    assert evaluate_run(config.output).metrics.loss == pytest.approx(found[best], abs=1e-6)
+    assert not run.paths.best.exists()
+
+
+def test_the_adapters_kept_are_those_of_a_run_that_ends_at_the_best(config, tmp_path):
+    """The rate is constant, so that a shorter run takes the same steps."""
+    config = replace(config, lr_scheduler_type="constant", learning_rate=0.01)
+    train(config)
+    step = record(config)["kept"]["step"]
+    plain = {"metric_for_best_model": None, "load_best_model_at_end": False,
+             "early_stopping_patience": None}  # fmt: skip
+    short = replace(
+        config, output=str(tmp_path / "short"), epochs=None, max_steps=step, eval_steps=None,
+        **plain,
+    )  # fmt: skip
+    train(short)
+    assert_same(adapters(short.output), adapters(config.output))
+
+
+def test_without_keeping_the_best_the_last_adapters_are_kept(config, tmp_path):
+    run, _ = train(replace(config, load_best_model_at_end=False))
+    assert run.stopped_early_at is not None
+    assert record(config)["kept"] is None
+    assert run.evaluation["step"] == run.stopped_early_at
+    last = run.paths.checkpoints / f"step-{run.stopped_early_at:06d}"
+    assert_same(adapters(last), adapters(config.output))
+
+
+def test_the_best_may_be_the_last(config):
+    config = replace(config, learning_rate=1e-4, early_stopping_patience=None)
+    run, _ = train(config)
+    assert run.stopped_early_at is None
+    assert record(config)["kept"]["step"] == run.total_steps
+
+
+def test_a_run_killed_after_any_row_ends_at_the_same_adapters(config, tmp_path):
+    config = replace(
+        config, learning_rate=0.05, eval_steps=1, save_steps=2, early_stopping_patience=2
+    )
+    straight = replace(config, output=str(tmp_path / "straight"))
+    run, rows = train(straight)
+    expected = record(straight)
+    assert run.stopped_early_at > expected["kept"]["step"] > config.save_steps
+    for number in range(1, len(rows) + 1):
+        cut = replace(config, output=str(tmp_path / f"cut-{number}"))
+        train(cut, drop_after=number)
+        again, _ = train(cut, resume=True)
+        assert_same(adapters(straight.output), adapters(cut.output))
+        for name in ("kept", "stopped_early_at", "warnings"):
+            assert record(cut)[name] == expected[name]
+        assert losses(cut) == losses(straight)
+        assert not again.paths.best.exists()
+        shutil.rmtree(cut.output)
+
+
+def test_a_run_killed_after_it_stopped_early_does_not_go_on(config, monkeypatch):
+    """At the moment between its last checkpoint and the end."""
+    straight = replace(config, output=f"{config.output}-straight")
+    train(straight)
+
+    def fail(*args):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mlx_dpo.runs.best.Best.put_into", fail)
+        with pytest.raises(OSError, match="space"):
+            train(config)
+    assert record(config)["state"] == "unfinished"
+    run, rows = train(config, resume=True)
+    assert [row["step"] for row in rows] == [run.stopped_early_at]  # the evaluation, told again
+    assert_same(adapters(straight.output), adapters(config.output))
+
+
+def test_an_older_checkpoint_still_finds_the_best_of_its_time(config):
+    """The newest one may be removed because it is damaged."""
+    straight = replace(config, output=f"{config.output}-straight")
+    train(straight)
+    run, _ = train(config, drop_after=11)
+    checkpoints = sorted(run.paths.checkpoints.iterdir())
+    assert len(checkpoints) == 2
+    shutil.rmtree(checkpoints[-1])
+    train(config, resume=True)
+    assert_same(adapters(straight.output), adapters(config.output))
+
+
+def test_no_more_than_what_a_checkpoint_can_need_is_kept(config):
+    config = replace(config, learning_rate=1e-3, early_stopping_patience=None)
+    most = 0
+    with Run(config) as run:
+        run.prepare()
+        for row in run.train():
+            if row["step"] % config.save_steps == 1:
+                most = max(most, len(list(run.paths.best.glob("*"))))
+    assert 0 < most <= 1 + config.save_total_limit
+
+
+def test_a_best_that_was_removed_is_said_before_it_is_missed(config):
+    run, _ = train(config, drop_after=8)
+    shutil.rmtree(run.paths.best)
+    with pytest.raises(RunError, match=r"step-\d+: the adapters of the best evaluation are gone"):
+        train(config, resume=True)
+
+
+def test_a_finished_run_says_after_how_many_steps(config):
+    run, _ = train(config)
+    with pytest.raises(RunError, match=f"finished after {run.stopped_early_at} steps"):
+        Run(config).__enter__()
+
+
+def test_resuming_with_other_evaluations_is_refused_where_they_decide(config):
+    train(config, drop_after=5)
+    with pytest.raises(RunError, match="began with eval_steps = 2, not 3"):
+        Run(replace(config, eval_steps=3), resume=True).__enter__()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"metric_for_best_model": "accuracy"}, "`metric_for_best_model` must be one of logps/"),
+        ({"eval_steps": 24, "early_stopping_patience": None},
+         "nothing to choose between: an evaluation every 24 of 24 steps"),
+        ({"early_stopping_patience": 11}, "`early_stopping_patience` 11 has no effect .* than 11"),
+    ],
+)  # fmt: skip
+def test_what_can_decide_nothing_is_refused_before_anything_is_written(config, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        train(replace(config, **changes))
+    assert not Path(config.output).exists()
+
+
+def test_the_most_patience_that_can_end_is_taken(config):
+    with Run(replace(config, early_stopping_patience=10)) as run:
+        run.load()

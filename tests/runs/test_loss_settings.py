@@ -1,0 +1,68 @@
+"""What settings of the loss mean for the rest of a run: its cache, its header, its evaluation."""
+
+import json
+
+import pytest
+
+from mlx_dpo import DPOConfig
+from mlx_dpo.objective.mixture import Objective
+from mlx_dpo.policy.probe import Choice
+from mlx_dpo.policy.scorers import plain_scorer
+from mlx_dpo.runs.facts import loss_line
+from mlx_dpo.runs.method import make_objective, weigher
+from mlx_dpo.runs.record import reference_provenance
+
+CHOICE = Choice(plain_scorer, plain_scorer, "plain", "as asked")
+
+
+def provenance(**settings):
+    record = {"settings": DPOConfig(**settings).to_dict(), "provenance": {"model": "m"}}
+    return reference_provenance(record, "cpu float32")
+
+
+def test_only_what_changes_the_references_numbers_is_part_of_their_name():
+    plain = provenance()
+    assert provenance(loss_type="ipo", beta=0.3) == plain
+    assert "ld_alpha" not in json.loads(plain)  # what was cached before stays good
+    assert len({plain, provenance(ld_alpha=0.5), provenance(ld_alpha=0.0)}) == 3
+
+
+def test_the_objective_has_every_setting_of_the_loss():
+    config = DPOConfig(
+        loss_type=["robust", "sft"], loss_weights=[1, 0.3], beta=0.2, label_smoothing=0.3,
+        f_divergence_type="alpha_divergence", f_alpha_divergence_coef=0.7, use_weighting=True,
+    )  # fmt: skip
+    assert make_objective(config) == Objective(
+        loss_type=("robust", "sft"), loss_weights=(1.0, 0.3), beta=0.2, label_smoothing=0.3,
+        f_divergence_type="alpha_divergence", f_alpha_divergence_coef=0.7, use_weighting=True,
+    )  # fmt: skip
+
+
+def test_pairs_are_weighed_only_if_asked_for():
+    assert weigher(DPOConfig(), CHOICE) is None
+    assert weigher(DPOConfig(use_weighting=True), CHOICE) is not None
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ({}, "sigmoid, beta 0.1"),
+        ({"label_smoothing": 0.2}, "sigmoid, beta 0.1, label_smoothing 0.2"),
+        (
+            {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1]},
+            "0.8 sigmoid + 0.2 bco_pair + sft, beta 0.1",
+        ),
+        ({"loss_type": "simpo"}, "simpo, beta 2, simpo_gamma 0.5"),
+        ({"loss_type": "sft"}, "sft"),
+        (
+            {"f_divergence_type": "js_divergence", "ld_alpha": 0.0, "use_weighting": True},
+            "sigmoid, beta 0.1, js_divergence, ld_alpha 0, weighed by what the policy would write",
+        ),
+        (
+            {"f_divergence_type": "alpha_divergence"},
+            "sigmoid, beta 0.1, alpha_divergence 0.5",
+        ),
+    ],
+)
+def test_the_header_says_the_loss_and_all_that_acts_on_it(given, line):
+    assert loss_line(DPOConfig(**given)) == line

@@ -1,0 +1,133 @@
+"""A run opened as base and aligned: what each says is what it says loaded by itself."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import mlx_lm
+import pytest
+
+from mlx_dpo import Run, load_policy
+from mlx_dpo.conversation.chat import Chat
+from mlx_dpo.errors import ConfigError, ModelError
+from mlx_dpo.paths import tiny_chat
+from mlx_dpo.policy.adapter_files import content_digest
+from mlx_dpo.policy.sampling import Sampling
+from mlx_dpo.runs.sides import open_sides
+
+QUESTIONS = ("Hello", "What is 3?", "What is 30?")
+PEFT = Path(__file__).parents[1] / "goldens" / "peft" / "lora"
+GREEDY = Sampling(max_tokens=12)
+TOKENS = mx.array([[1, 40, 41, 42, 3, 2]])
+
+
+def train(config):
+    with Run(config) as run:
+        run.prepare()
+        for _ in run.train():
+            pass
+    return config
+
+
+@pytest.fixture
+def bold(config):
+    return replace(config, max_steps=2, epochs=None, learning_rate=1e-2, warmup_ratio=0.0,
+                   lora_dropout=0.0)  # fmt: skip
+
+
+@pytest.fixture
+def full(bold):
+    return replace(bold, fine_tune_type="full", lora_r=None, lora_dropout=None)
+
+
+def say(chat, question):
+    return "".join(piece.text for piece in chat.reply(question))
+
+
+def answers(model, tokenizer):
+    chat = Chat(model, tokenizer, GREEDY)
+    return [say(chat, question) for question in QUESTIONS]
+
+
+@pytest.mark.parametrize("way", ["lora", "dora", "full"])
+def test_both_sides_of_a_run_say_what_they_say_loaded_alone(bold, full, way):
+    config = train(full if way == "full" else replace(bold, fine_tune_type=way))
+    alone = {"base": mlx_lm.load(config.model), "aligned": mlx_lm.load(
+        config.model, adapter_path=config.output)}  # fmt: skip
+    expected = {side: answers(*loaded[:2]) for side, loaded in alone.items()}
+    assert expected["base"] != expected["aligned"]
+    opened = open_sides(config.output)
+    assert opened.sides.now == "aligned"
+    for _ in range(2):
+        for side in ("base", "aligned"):
+            opened.sides.put(side)
+            assert answers(opened.base.model, opened.base.tokenizer) == expected[side]
+        for side in ("base", "aligned") * 5:
+            opened.sides.put(side)
+
+
+def test_the_base_of_a_run_that_went_on_from_an_adapter_has_that_adapter(bold, tmp_path):
+    first = train(bold)
+    second = replace(bold, start_adapter=first.output, output=str(tmp_path / "second"), lora_r=None)
+    train(second)
+    opened = open_sides(second.output)
+    aligned = opened.base.model(TOKENS)
+    assert mx.array_equal(aligned, load_policy(second.output).model(TOKENS))
+    opened.sides.put("base")
+    assert mx.array_equal(opened.base.model(TOKENS), load_policy(first.output).model(TOKENS))
+    assert opened.facts("base")["adapter_digest"] == content_digest(Path(first.output))
+    assert opened.facts("aligned")["adapter_digest"] == content_digest(Path(second.output))
+
+
+def test_what_is_known_of_an_answer_names_model_and_adapter_by_content(bold):
+    config = train(bold)
+    facts = open_sides(config.output).facts("base")
+    assert facts["run"] == config.output
+    assert facts["model"] == config.model
+    assert "adapter_digest" not in facts
+    alone = open_sides(None, model=config.model).facts("base")
+    assert facts == alone | {"run": config.output}
+
+
+def test_a_full_run_says_what_it_holds_twice(full):
+    [*_, note] = open_sides(train(full).output).notes
+    assert "weights of the model itself were trained: they are held twice" in note
+    [*_, note] = open_sides(full.output, wanted=("aligned",)).notes or [""]
+    assert "held twice" not in note
+
+
+def test_a_model_with_an_adapter_of_peft_has_both_sides():
+    opened = open_sides(None, model=str(tiny_chat()), adapter=str(PEFT))
+    aligned = opened.base.model(TOKENS)
+    opened.sides.put("base")
+    base = opened.base.model(TOKENS)
+    assert mx.array_equal(base, open_sides(None, model=str(tiny_chat())).base.model(TOKENS))
+    assert not mx.array_equal(base, aligned)
+    assert opened.facts("aligned")["adapter_digest"] == content_digest(PEFT)
+
+
+def test_only_what_is_wanted_is_put_on(bold):
+    config = train(bold)
+    opened = open_sides(config.output, wanted=("base",))
+    assert not opened.sides.both
+    base = open_sides(None, model=config.model).base.model(TOKENS)
+    assert mx.array_equal(opened.base.model(TOKENS), base)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"run": None}, "name a run folder or a --model, and only one of them"),
+        ({"run": "a", "model": "b"}, "name a run folder or a --model, and only one of them"),
+        ({"run": "a", "adapter": "b"}, "`--adapter` has no effect with a run"),
+        ({"run": None, "model": "b", "wanted": ("base",)}, "`--reference` has no effect with"),
+    ],
+)
+def test_what_cannot_be_opened_is_said_before_anything_is_loaded(given, message):
+    with pytest.raises(ConfigError, match=message):
+        open_sides(**given)
+
+
+def test_an_adapter_that_is_not_there_is_one_line(bold, tmp_path):
+    with pytest.raises(ModelError, match=r"no `adapter_config\.json`; is it an adapter"):
+        open_sides(None, model=bold.model, adapter=str(tmp_path))

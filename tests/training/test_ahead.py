@@ -1,0 +1,122 @@
+"""Losses that couple the pairs of a step, which go through the model a few at a time."""
+
+from dataclasses import dataclass, replace
+
+import mlx.core as mx
+import mlx.optimizers as optim
+import pytest
+
+from mlx_dpo.arrays import flat
+from mlx_dpo.objective.mixture import Objective
+from mlx_dpo.policy import adapters
+from mlx_dpo.policy.scoring import score_pairs
+from mlx_dpo.preferences.batches import PassLimit
+from mlx_dpo.preferences.facts import facts_of
+from mlx_dpo.training.ahead import Among, mismatched, single
+from mlx_dpo.training.loop import Plan, Progress, train
+from mlx_dpo.types import PairLogps, Scored
+from tests.conftest import make_llama
+
+LIMIT = PassLimit(pairs=2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Products(Objective):
+    """Each pair's loss is its own chosen log-ratio times that of the next pair of the step."""
+
+    couples = True
+
+    def losses(self, scored):
+        ratios = scored.policy.chosen - scored.reference.chosen
+        return ratios * mx.roll(ratios, -1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged(Objective):
+    """A labelled loss: the log-ratio beyond the mean one of the mismatched completions."""
+
+    couples = True
+    labelled = True
+
+    def losses(self, scored):
+        ratios = scored.policy.chosen - scored.reference.chosen
+        point = mx.stop_gradient((scored.policy.rejected - scored.reference.rejected).mean())
+        return mx.where(scored.facts.desirable, -1.0, 1.0) * (ratios - point) ** 3
+
+
+def stepped(pairs, objective, limit, scored=None):
+    """Descent at rate 1 moves each weight by its gradient."""
+    policy = make_llama()
+    adapters.attach(policy, rank=4, scale=2.0, seed=1)
+    mx.random.seed(3)
+    for module in adapters.adapted_modules(policy).values():
+        module.lora_b = 0.05 * mx.random.normal(module.lora_b.shape)
+
+    def score(model, pairs, **more):
+        logps = score_pairs(model, pairs, limit=LIMIT, **more)
+        if scored is not None:
+            scored.append((pairs, logps))
+        return logps
+
+    with adapters.adapters_off(policy):
+        reference = score_pairs(policy, pairs, limit=LIMIT)
+    plan = Plan(
+        pairs=pairs, reference=reference, objective=objective, learning_rate=lambda done: 0.01,
+        total_steps=1, batch_size=len(pairs), limit=limit, max_grad_norm=0.0, seed=0, score=score,
+    )  # fmt: skip
+    before = flat(policy.trainable_parameters())
+    [(_, metrics)] = train(policy, optim.SGD(0.01), plan, start=Progress())
+    after = flat(policy.trainable_parameters())
+    return metrics, {name: before[name] - after[name] for name in before}
+
+
+def labelled(pairs):
+    return [replace(pair, desirable=bool(i % 2)) for i, pair in enumerate(pairs)]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("objective", [Products(), Judged()], ids=["coupled", "labelled"])
+def test_a_step_does_not_hang_on_how_it_is_cut(pairs, objective, size):
+    """Pairs of one pass coupled among themselves alone would give another gradient."""
+    rows = labelled(pairs) if objective.labelled else pairs
+    whole, gradient = stepped(rows, objective, PassLimit())
+    cut, pieces = stepped(rows, objective, PassLimit(pairs=size))
+    assert cut.preferences.loss == pytest.approx(whole.preferences.loss, rel=1e-4)
+    assert cut.preferences.accuracies == whole.preferences.accuracies
+    for name, value in gradient.items():
+        assert mx.allclose(pieces[name], value, rtol=1e-3, atol=1e-6), name
+
+
+def test_no_gradient_flows_through_the_mismatched_completion(pairs):
+    """It is asked ahead in full; the pass with gradients has one token of it."""
+    rows, asked = labelled(pairs), []
+    metrics, _ = stepped(rows, Judged(), PassLimit(), asked)
+    [(ahead, logps)] = asked
+    assert sorted(len(pair.rejected) for pair in ahead) == sorted(len(p.rejected) for p in rows)
+    assert {len(pair.chosen) for pair in ahead} == {1}
+    assert {len(pair.rejected) for pair in single(rows)} == {1}
+    assert [p.chosen for p in single(rows)] == [p.chosen for p in rows]
+    assert [p.rejected for p in mismatched(rows)] == [p.rejected for p in rows]
+    # What is said of the step is what was scored ahead, not the one token.
+    policy = make_llama()
+    reference = score_pairs(policy, ahead, limit=LIMIT)
+    kl = (logps.rejected - reference.rejected).mean().item()
+    assert metrics.preferences.kl == pytest.approx(max(0.0, kl), abs=1e-4)
+
+
+def test_a_pair_keeps_its_place_in_the_step(pairs):
+    numbers = mx.arange(5.0)
+    whole = Scored(
+        PairLogps(numbers, 10 + numbers), PairLogps(numbers, numbers), facts_of(pairs), numbers
+    )
+    among = Among.of(whole, [3, 0])
+    live = among.with_live(
+        PairLogps(mx.array([33.0, 30.0]), mx.array([43.0, 40.0])), labelled=False
+    )
+    assert live.policy.chosen.tolist() == [30.0, 1.0, 2.0, 33.0, 4.0]
+    assert live.policy.rejected.tolist() == [40.0, 11.0, 12.0, 43.0, 14.0]
+    own = among.own(Objective(beta=1.0).outcomes(live))
+    assert own.scored.policy.chosen.tolist() == [33.0, 30.0]
+    assert own.chosen_rewards.tolist() == [30.0, 30.0]
+    assert own.scored.on_policy.tolist() == [3.0, 0.0]
+    assert own.scored.facts.mean_chosen_tokens.ndim == 0

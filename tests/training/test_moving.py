@@ -1,0 +1,91 @@
+"""A reference that follows the policy."""
+
+from dataclasses import replace
+
+import mlx.core as mx
+import mlx.optimizers as optim
+import pytest
+
+from mlx_dpo.arrays import flat
+from mlx_dpo.objective.mixture import Objective
+from mlx_dpo.policy import adapters
+from mlx_dpo.policy.scoring import score_pairs
+from mlx_dpo.preferences.batches import PassLimit
+from mlx_dpo.training.loop import Plan, Progress, train
+from mlx_dpo.training.moving import MovingReference
+from tests.conftest import make_llama
+
+
+def score(model, pairs, **more):
+    return score_pairs(model, pairs, limit=PassLimit(pairs=2), **more)
+
+
+@pytest.fixture
+def policy():
+    model = make_llama()
+    adapters.attach(model, rank=4, scale=2.0, seed=1)
+    return model
+
+
+def shifted(policy, by):
+    for module in adapters.adapted_modules(policy).values():
+        module.lora_b = module.lora_b + by
+
+
+def test_it_takes_its_stride_when_the_steps_are_a_multiple(policy):
+    """By hand: B is 0, then 0.25 * 1 + 0.75 * 0, then 0.25 * 3 + 0.75 * 0.25."""
+    moving = MovingReference(policy, alpha=0.25, every=2, score=score)
+    name = next(name for name in moving.weights if name.endswith("lora_b"))
+    found = []
+    for step, by in ((1, 1.0), (2, 0.0), (3, 2.0), (4, 0.0)):
+        shifted(policy, by)
+        moving.follow(policy, step)
+        found.append((moving.moved, moving.weights[name].flatten()[0].item()))
+    assert found == [(False, 0.0), (True, 0.25), (True, 0.25), (True, 0.9375)]
+
+
+def test_it_speaks_for_its_own_weights_and_leaves_the_policy_its_own(policy, pairs):
+    moving = MovingReference(policy, alpha=1.0, every=1, score=score)
+    assert moving.logps(policy, pairs) is None
+    shifted(policy, 0.01)
+    moving.follow(policy, 1)
+    then = score(policy, pairs)
+    shifted(policy, 0.02)
+    now = score(policy, pairs)
+    said = moving.logps(policy, pairs)
+    assert mx.array_equal(said.chosen, then.chosen) and mx.array_equal(said.rejected, then.rejected)
+    assert not mx.allclose(said.chosen, now.chosen)
+    assert mx.array_equal(score(policy, pairs).chosen, now.chosen)
+
+
+def test_in_the_loop_rewards_are_zero_after_a_hard_update(policy, pairs):
+    """With alpha 1 the reference is the policy: rewards begin at zero every second step."""
+    moving = MovingReference(policy, alpha=1.0, every=2, score=score)
+    with adapters.adapters_off(policy):
+        reference = score(policy, pairs)
+    plan = Plan(
+        pairs=pairs, reference=reference, objective=Objective(beta=0.1),
+        learning_rate=lambda done: 1e-2, total_steps=5, batch_size=5, limit=PassLimit(pairs=2),
+        max_grad_norm=1.0, seed=0, score=score,
+    )  # fmt: skip
+    fixed = adapters.adapter_weights(policy)
+    rows = [
+        m
+        for _, m in train(policy, optim.AdamW(1e-2), replace(plan, moving=moving), start=Progress())
+    ]
+    rewards = [abs(row.preferences.margins) for row in rows]
+    assert [reward < 1e-5 for reward in rewards] == [True, False, True, False, True]
+    # The fixed reference sees the policy leave for good.
+    policy.load_weights(list(fixed.items()), strict=False)
+    rows = [m for _, m in train(policy, optim.AdamW(1e-2), plan, start=Progress())]
+    assert [abs(row.preferences.margins) < 1e-5 for row in rows] == [True, *[False] * 4]
+
+
+def test_it_goes_on_from_saved_weights(policy, pairs):
+    moving = MovingReference(policy, alpha=0.5, every=1, score=score)
+    shifted(policy, 0.01)
+    moving.follow(policy, 1)
+    other = MovingReference(policy, alpha=0.5, every=1, score=score)
+    other.restore(dict(moving.weights))
+    assert mx.array_equal(other.logps(policy, pairs).chosen, moving.logps(policy, pairs).chosen)
+    assert flat(policy.trainable_parameters()).keys() == other.weights.keys()
