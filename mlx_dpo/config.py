@@ -11,17 +11,32 @@ from typing import Any
 
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.options import Option, coerce, refuse_unknown
+from mlx_dpo.settings.evaluation import EvaluationSettings
 from mlx_dpo.settings.lora import LoRASettings
 from mlx_dpo.settings.loss import LossSettings
+from mlx_dpo.settings.loss_kinds import LOSS_KINDS
 from mlx_dpo.settings.model import ModelSettings
+from mlx_dpo.settings.optimizer import OptimizerSettings
 from mlx_dpo.settings.pairs import PairSettings
+from mlx_dpo.settings.reference import ReferenceSettings
 from mlx_dpo.settings.run import RunSettings
 from mlx_dpo.settings.training import PassLimit, TrainingSettings
+
+# What other trainers call by a name that is no near miss of the one here.
+NAMED_HERE = {"use_dora": "`fine_tune_type` `dora`"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class DPOConfig(  # fields come in the order of the bases, last one first
-    RunSettings, TrainingSettings, LoRASettings, LossSettings, PairSettings, ModelSettings
+    RunSettings,
+    EvaluationSettings,
+    TrainingSettings,
+    OptimizerSettings,
+    LoRASettings,
+    ReferenceSettings,
+    LossSettings,
+    PairSettings,
+    ModelSettings,
 ):
     """A training run: what is trained, on which pairs, how, and where it goes."""
 
@@ -36,11 +51,13 @@ class DPOConfig(  # fields come in the order of the bases, last one first
             raise ConfigError("`group_size` has no effect without `bits`")
         if self.valid_fraction is not None and self.valid is not None:
             raise ConfigError("`valid_fraction` has no effect beside `valid`")
-        if self.warmup_ratio is not None and self.lr_scheduler_type == "constant":
-            raise ConfigError(
-                "`warmup_ratio` has no effect with lr_scheduler_type `constant`; "
-                "use `constant_with_warmup`"
-            )
+        self.refuse_idle_losses()
+        self.refuse_idle_adapter_settings()
+        self.refuse_idle_reference_settings(needed=self.needs_reference)
+        self._refuse_idle_columns()
+        self.refuse_idle_pair_settings(labelled=self.labelled)
+        self.refuse_idle_optimizer_settings()
+        self.refuse_idle_evaluation_settings()
         if self.epochs is not None and self.max_steps is not None:
             raise ConfigError("`epochs` has no effect beside `max_steps`")
         if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
@@ -50,6 +67,19 @@ class DPOConfig(  # fields come in the order of the bases, last one first
             )
         if self.max_tokens is not None:
             self._refuse_idle_max_tokens(self.max_tokens)
+
+    def _refuse_idle_columns(self) -> None:
+        if self.margin_column is not None and not any(kind.margins for kind in self.loss_kinds):
+            those = ", ".join(f"`{k.name}`" for k in LOSS_KINDS.values() if k.margins)
+            raise ConfigError(
+                f"`margin_column` has no effect with loss_type {', '.join(self.loss_type)}; "
+                f"it acts on {those}"
+            )
+        if self.labelled and self.batch_size < 2:
+            raise ConfigError(
+                f"`batch_size` must be at least 2 with loss_type `{self.loss_type[0]}`, which "
+                "compares the rows of a step with each other, got 1"
+            )
 
     def _refuse_idle_max_tokens(self, tokens: int) -> None:
         pairs = self.micro_batch_size or self.batch_size
@@ -71,16 +101,14 @@ class DPOConfig(  # fields come in the order of the bases, last one first
         return PassLimit(min(self.micro_batch_size or 2, self.batch_size), self.max_tokens)
 
     @property
-    def warmup(self) -> float:
-        """Share of the steps in which the learning rate rises."""
-        if self.lr_scheduler_type == "constant":
-            return 0.0
-        return 0.1 if self.warmup_ratio is None else self.warmup_ratio
+    def unit(self) -> str:
+        """What is trained on, in the plural: pairs, or answers that were judged one by one."""
+        return "answers" if self.labelled else "pairs"
 
     @property
-    def lora_scale(self) -> float:
-        """What the adapters' product is multiplied by, as PEFT and TRL define it."""
-        return self.lora_alpha / self.lora_r
+    def passes_ahead(self) -> int:
+        """How often a step's pairs are scored without gradients before they are with them."""
+        return self.couples + self.use_weighting + self.sync_ref_model
 
     @property
     def held_out_share(self) -> float:
@@ -94,6 +122,8 @@ class DPOConfig(  # fields come in the order of the bases, last one first
         """Build from parsed keys; ConfigError names one that is unknown or has an unfit value."""
         known = [f.name for f in fields(cls)]
         for name in values:
+            if name in NAMED_HERE:
+                raise ConfigError(f"unknown setting `{name}`; use {NAMED_HERE[name]}")
             refuse_unknown(str(name), known, "setting")
         return cls(**values)
 
@@ -105,7 +135,7 @@ class DPOConfig(  # fields come in the order of the bases, last one first
         """The first setting that would change the result and differs from `other`."""
         for f in fields(self):
             same = getattr(self, f.name) == getattr(other, f.name)
-            if f.metadata["option"].changes_result and not same:
+            if (f.metadata["option"].changes_result or f.name in self.decided_by) and not same:
                 return f.name
         return None
 

@@ -4,7 +4,7 @@ Shape letters used everywhere: B pairs in a batch, N = 2B rows (all chosen, then
 rejected), T tokens in a padded row, V vocabulary. Log-probabilities are in nats.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -22,6 +22,21 @@ class Preference:
     chosen: Text
     rejected: Text
     where: str  # `file:line`, for messages
+    given: Mapping[str, Any] = field(default_factory=dict)  # what else templates read: `tools`…
+    whole: bool = False  # cut from whole texts, so that its prompt is not one user turn
+    lead: float | None = None  # by how much chosen is rated higher, where it was ranked by that
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """One answer that was found good or bad by itself, still as text."""
+
+    prompt: Text
+    completion: Text
+    desirable: bool
+    where: str
+    given: Mapping[str, Any] = field(default_factory=dict)
+    whole: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +119,8 @@ class PreferenceMetrics(NamedTuple):
     chosen_logps: float | None
     rejected_logps: float | None
     kl: float | None = None  # nats, of labelled rows: KTO's estimate
+    # Between how much longer chosen is than rejected and the margin; None if one does not vary.
+    length_correlation: float | None = None
 
 
 class StepMetrics(NamedTuple):

@@ -452,6 +452,6 @@ def test_bench_peers_refuses_in_one_line(tmp_path, capsys):
     )
     assert (
         capsys.readouterr().err.splitlines()[-1]
-        == f"Error: {tmp_path / 'none.jsonl'}: no such file or folder; pairs are read from files, "
-        "not the Hub"
+        == f"Error: {tmp_path / 'none.jsonl'}: no such file or folder; a dataset on the Hub is "
+        "written `org/name`"
     )

@@ -56,6 +56,91 @@ def test_yamls_numbers_without_a_point_are_numbers():
             {"lr_scheduler_type": "constant", "warmup_ratio": 0.2},
             "`warmup_ratio` has no effect with lr_scheduler_type `constant`",
         ),
+        (
+            {"lr_scheduler_type": "constant", "warmup_steps": 2},
+            "`warmup_steps` has no effect with lr_scheduler_type `constant`",
+        ),
+        (
+            {"warmup_ratio": 0.1, "warmup_steps": 2},
+            "`warmup_ratio` has no effect beside `warmup_steps`",
+        ),
+        (
+            {"min_lr_rate": 0.2},
+            "`min_lr_rate` has no effect with lr_scheduler_type `cosine`; use `cosine_with_min_lr`",
+        ),
+        ({"optim": "adam", "weight_decay": 0.1}, "`weight_decay` has no effect with optim `adam`"),
+        ({"optim": "rmsprop", "weight_decay": 0.1}, "`weight_decay` has no effect with optim `rm"),
+        ({"optim": "lion", "adam_epsilon": 1e-6}, "`adam_epsilon` has no effect with optim `lion`"),
+        ({"optim": "sgd", "adam_beta1": 0.9}, "`adam_beta1` has no effect with optim `sgd`"),
+        ({"optim": "muon", "adam_beta2": 0.9}, "`adam_beta2` has no effect with optim `muon`"),
+        ({"momentum": 0.0}, "`momentum` has no effect with optim `adamw`"),
+        (
+            {"load_best_model_at_end": True},
+            "`load_best_model_at_end` has no effect without `metric_for_best_model`",
+        ),
+        (
+            {"early_stopping_patience": 2},
+            "`early_stopping_patience` has no effect without `metric_for_best_model`",
+        ),
+        (
+            {"early_stopping_threshold": 0.1},
+            "`early_stopping_threshold` has no effect without `early_stopping_patience`",
+        ),
+        (
+            {"metric_for_best_model": "loss", "eval_steps": 5},
+            "`metric_for_best_model` has no effect without `early_stopping_patience` or `load_best",
+        ),
+        (
+            {"metric_for_best_model": "loss", "load_best_model_at_end": True},
+            "`load_best_model_at_end` has no effect without `eval_steps`",
+        ),
+        *[
+            (
+                {"fine_tune_type": "full", name: value},
+                f"`{name}` has no effect with fine_tune_type `full`: there are no adapters",
+            )
+            for name, value in (
+                ("lora_r", 8),
+                ("lora_alpha", 8),
+                ("use_rslora", True),
+                ("lora_dropout", 0.1),
+            )
+        ],
+        *[
+            (
+                {"start_adapter": "a", name: value},
+                f"`{name}` has no effect beside `start_adapter`: the adapter decides it",
+            )
+            for name, value in (
+                ("lora_r", 8),
+                ("lora_alpha", 8),
+                ("use_rslora", True),
+                ("num_layers", 1),
+                ("fine_tune_type", "lora"),
+                ("lora_target_modules", ["q_proj"]),
+            )
+        ],
+        *[
+            ({"loss_type": "ipo", name: value}, f"`{name}` has no effect with loss_type `ipo`; it")
+            for name, value in (
+                ("label_smoothing", 0.1), ("discopop_tau", 0.1), ("dpop_lambda", 5),
+                ("simpo_gamma", 1), ("cpo_alpha", 1), ("desirable_weight", 2),
+                ("undesirable_weight", 2),
+            )
+        ],
+        (
+            {"loss_type": ["sft"], "beta": 0.2},
+            "`beta` has no effect with loss_type `sft`; it acts on all but `sft`",
+        ),
+        ({"cpo_alpha": 0.0}, "`cpo_alpha` has no effect with loss_type `sigmoid`; it acts on `cp"),
+        (
+            {"f_alpha_divergence_coef": 0.3, "f_divergence_type": "forward_kl"},
+            "`f_alpha_divergence_coef` has no effect without f_divergence_type `alpha_divergence`",
+        ),
+        (
+            {"loss_type": "sft", "f_divergence_type": "js_divergence"},
+            "`f_divergence_type` has no effect with loss_type `sft`; it acts on `sigmoid`, `cdpo`",
+        ),
         ({"epochs": 2, "max_steps": 9}, "`epochs` has no effect beside `max_steps`"),
         ({"batch_size": 2, "micro_batch_size": 4}, "`micro_batch_size` 4 is above `batch_size` 2"),
         ({"micro_batch_size": 1, "max_tokens": 9}, "`max_tokens` has no effect with one pair per"),
@@ -72,6 +157,85 @@ def test_settings_without_effect_are_refused(given, message):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"loss_type": "sigmod"}, "unknown loss `sigmod`; did you mean `sigmoid`?"),
+        ({"loss_type": "xyz"}, "unknown loss `xyz`; `mlx-dpo losses` lists them"),
+        ({"loss_type": []}, "`loss_type` names no loss; `mlx-dpo losses` lists them"),
+        ({"loss_type": ["ipo", "ipo"]}, "`loss_type` names `ipo` twice; use `loss_weights`"),
+        (
+            {"loss_type": ["ipo", "sft"], "loss_weights": [1, 2, 3]},
+            "`loss_weights` must be as many as `loss_type` (found 3 and 2)",
+        ),
+        ({"loss_weights": [0]}, "`loss_weights` must be above 0, got 0.0"),
+        (
+            {"loss_type": ["kto", "sft"]},
+            "`kto` takes labelled rows and cannot be summed with losses of pairs",
+        ),
+        *[
+            (
+                {"loss_type": name, "label_smoothing": 0},
+                f"`label_smoothing` must be above 0 with loss_type `{name}`, got 0.0",
+            )
+            for name in ("cdpo", "robust", "exo_pair")
+        ],
+        (
+            {"loss_type": ["sigmoid", "nca_pair"], "f_divergence_type": "forward_kl"},
+            "`f_divergence_type` forward_kl is not defined for loss_type `nca_pair`; it is for",
+        ),
+        *[
+            (
+                {"loss_type": ["sigmoid", name] if name != "kto" else name, "ld_alpha": 0.5},
+                f"`ld_alpha` is not defined for loss_type `{name}`",
+            )
+            for name in ("sft", "cpo", "simpo", "orpo", "kto")
+        ],
+        *[
+            (
+                {"loss_type": name, "use_weighting": True},
+                f"`use_weighting` is not defined for loss_type `{name}`",
+            )
+            for name in ("aot", "aot_unpaired", "kto")
+        ],
+    ],
+)
+def test_losses_that_do_not_go_with_each_other_or_a_setting_are_refused(given, message):
+    with pytest.raises(ConfigError) as error:
+        DPOConfig.from_dict(GIVEN | given)
+    assert message in str(error.value)
+
+
+def test_what_goes_with_losses_is_taken():
+    DPOConfig(loss_type="sft", use_weighting=True)
+    DPOConfig(loss_type=["sigmoid", "sft", "cpo"], f_divergence_type="js_divergence")
+    DPOConfig(loss_type="nca_pair", f_divergence_type="reverse_kl", ld_alpha=0.0)
+    DPOConfig(loss_type="aot", ld_alpha=0.5, label_smoothing=0.0)
+
+
+def test_what_a_loss_has_by_itself_gives_way_to_what_is_set():
+    def read(name, **given):
+        config = DPOConfig(**given)
+        return [config.read_by(kind, name) for kind in config.loss_kinds]
+
+    assert read("beta") == [0.1]
+    assert read("beta", loss_type=["simpo", "sigmoid"]) == [2.0, 2.0]  # one for all: the first's
+    assert read("beta", loss_type=["simpo", "sigmoid"], beta=0.3) == [0.3, 0.3]
+    assert DPOConfig(loss_type=["sft", "sppo_hard"]).loss_beta == 0.001
+    assert DPOConfig(loss_type="sft").loss_beta == 0.1
+    assert read("label_smoothing", loss_type=["sigmoid", "cdpo"]) == [0.0, 0.1]  # each its own
+    assert read("label_smoothing", loss_type=["sigmoid", "cdpo"], label_smoothing=0.2) == [0.2] * 2
+    assert read("simpo_gamma", loss_type="simpo", simpo_gamma=0) == [0.0]
+    assert DPOConfig(loss_type=["ipo", "sft"]).weights_of_losses == (1.0, 1.0)
+
+
+def test_what_losses_need_is_needed_by_a_sum_if_one_of_them_does():
+    assert DPOConfig().needs_reference and not DPOConfig(loss_type=["cpo", "sft"]).needs_reference
+    assert DPOConfig(loss_type=["cpo", "ipo"]).needs_reference
+    assert DPOConfig(loss_type=["ipo", "aot"]).couples and not DPOConfig().couples
+    assert DPOConfig(loss_type="kto").labelled and not DPOConfig(loss_type="aot").labelled
+
+
 def test_tokens_that_may_bound_a_pass_are_taken():
     DPOConfig(**GIVEN, micro_batch_size=2, max_tokens=475, max_length=100)
     DPOConfig(**GIVEN, max_tokens=10**6)
@@ -86,6 +250,11 @@ def test_an_unknown_setting_names_its_neighbour(typed, meant):
     assert str(error.value) == f"unknown setting `{typed}`; did you mean `{meant}`?"
 
 
+def test_another_trainers_name_is_answered_with_ours():
+    with pytest.raises(ConfigError, match=r"^unknown setting `use_dora`; use `fine_tune_type` `d"):
+        DPOConfig.from_dict({"use_dora": True})
+
+
 def test_a_setting_like_no_other_is_only_unknown():
     with pytest.raises(ConfigError, match=r"^unknown setting `xyz`$"):
         DPOConfig.from_dict({"xyz": 1})
@@ -97,25 +266,38 @@ def test_defaults_depend_on_what_they_depend_on():
     assert DPOConfig(max_tokens=512).pass_limit == PassLimit(tokens=512)
     both = DPOConfig(max_tokens=512, micro_batch_size=4)
     assert both.pass_limit == PassLimit(pairs=4, tokens=512)
-    assert DPOConfig().warmup == 0.1
-    assert DPOConfig(lr_scheduler_type="constant").warmup == 0.0
+    assert DPOConfig().warmup(total_steps=101) == 11
+    assert DPOConfig(warmup_ratio=0.0).warmup(total_steps=101) == 0
+    assert DPOConfig(warmup_steps=7).warmup(total_steps=101) == 7
+    assert DPOConfig(lr_scheduler_type="constant").warmup(total_steps=101) == 0
+    assert DPOConfig().floor == 0.0
+    assert DPOConfig(lr_scheduler_type="cosine_with_min_lr").floor == 0.1
     assert DPOConfig().held_out_share == 0.05
     assert DPOConfig(valid="v").held_out_share == 0.0
     assert DPOConfig(lora_r=8, lora_alpha=4).lora_scale == 0.5
+    assert DPOConfig(lora_r=16, lora_alpha=4, use_rslora=True).lora_scale == 1.0
+    assert DPOConfig(start_adapter="a", lora_dropout=0.1).dropout == 0.1
 
 
 def test_the_defaults_are_the_published_ones():
     """LoRA range of TRL's documentation and of the alignment handbook; see docs."""
     config = DPOConfig()
-    assert (config.learning_rate, config.beta) == (5e-6, 0.1)
+    assert (config.learning_rate, config.loss_beta) == (5e-6, 0.1)
     assert (config.batch_size, config.max_length, config.max_grad_norm) == (16, 1024, 1.0)
-    assert (config.weight_decay, config.lora_dropout, config.lora_scale) == (0.0, 0.0, 2.0)
+    assert (config.weight_decay, config.dropout, config.lora_scale) == (0.0, 0.0, 2.0)
 
 
 def test_the_first_differing_setting_that_matters_is_found():
     config = DPOConfig(**GIVEN)
     assert config.differing(dataclasses.replace(config, save_steps=9, output="x")) is None
     assert config.differing(dataclasses.replace(config, seed=1)) == "seed"
+
+
+def test_evaluations_that_decide_are_part_of_the_result():
+    config = DPOConfig(**GIVEN, eval_steps=5)
+    assert config.differing(dataclasses.replace(config, eval_steps=6)) is None
+    config = dataclasses.replace(config, metric_for_best_model="loss", early_stopping_patience=1)
+    assert config.differing(dataclasses.replace(config, eval_steps=6)) == "eval_steps"
 
 
 def test_every_setting_has_help_and_a_section():

@@ -17,7 +17,7 @@ import click
 def eval(run: str, pairs: str | None, bad_pairs: str | None, as_json: bool) -> None:
     """Measure the policy of RUN against its reference, on PAIRS or on the pairs it held out.
 
-    PAIRS is a file, or a folder whose held-out file is taken.
+    PAIRS is a file, or a folder or Hub dataset whose held-out split is taken.
 
     Loss, rewards, margins, accuracies and log-probabilities are means over pairs, under the
     names that TRL gives them.

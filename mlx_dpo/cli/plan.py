@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_dpo.cli.train import Sectioned, resolve, setting_flags
+from mlx_dpo.settings.evaluation import EVALUATION
 
 if TYPE_CHECKING:
     from mlx_dpo.runs.forecast import Forecast, Most
@@ -14,7 +15,7 @@ Fact = tuple[str, str]
 
 
 @click.command(cls=Sectioned)
-@click.argument("pairs", required=False)
+@click.argument("pairs", nargs=-1)
 @click.option("--config", "config_file", metavar="FILE", help="YAML file of settings.")
 @click.option(
     "--memory",
@@ -22,7 +23,7 @@ Fact = tuple[str, str]
     help="Plan for a Mac with this memory (16GB). [default: this machine's]",
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object: bytes, tokens, seconds.")
-@setting_flags(lambda spec: spec.changes_result)
+@setting_flags(lambda spec: spec.changes_result or spec.section == EVALUATION)
 @click.pass_context
 def plan(
     ctx: click.Context,
@@ -51,7 +52,7 @@ def plan(
 
 def facts(found: "Forecast") -> list[Fact]:
     """The forecast in lines for a person."""
-    from mlx_dpo.runs.facts import counted
+    from mlx_dpo.runs.trained import counted
 
     inputs, epoch = found.inputs, found.epoch
     return [
@@ -97,8 +98,8 @@ def _memory(found: "Forecast") -> list[Fact]:
 
     parts, fitted = found.parts, found.fitted
     rows = (
-        (parts.weights, "weights"),
-        (parts.adapters, "adapters, their gradients and moments"),
+        (parts.weights, "frozen weights"),
+        (parts.adapters, "what is trained, its gradients and moments"),
         (parts.activations, "activations of the longest pass"),
         (parts.head, "logits of the head, and what is in flight"),
         (fitted.bytes, f"training, of {gigabytes(fitted.room.bytes)} ({fitted.room.what})"),

@@ -98,18 +98,22 @@ def resolve(
     Raises:
         ConfigError: a setting is unfit, or one that the command cannot do without is missing.
     """
-    typed = {
-        name: _plain(name, value)
-        for name, value in flags.items()
-        if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
-    }
-    values = (read_settings(config_file) if config_file else {}) | typed
+    values = (read_settings(config_file) if config_file else {}) | typed_settings(ctx, flags)
     if resume and (output := values.get("output")):
         values = _settings_of(str(output)) | values
     for name, what in (("pairs", "PAIRS"), ("model", "--model"), ("output", "--output")):
         if name in flags and not values.get(name):
             raise ConfigError(f"{what} is missing; see `mlx-dpo {ctx.command.name} --help`")
     return DPOConfig.from_dict(values)
+
+
+def typed_settings(ctx: click.Context, flags: dict[str, Any]) -> dict[str, Any]:
+    """Those of the flags of a run that were really typed."""
+    return {
+        name: _plain(name, value)
+        for name, value in flags.items()
+        if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+    }
 
 
 def _plain(name: str, value: Any) -> Any:
@@ -125,7 +129,7 @@ def _settings_of(output: str) -> dict[str, Any]:
 
 
 @click.command(cls=Sectioned)
-@click.argument("pairs", required=False)
+@click.argument("pairs", nargs=-1)
 @click.option("--config", "config_file", metavar="FILE", help="YAML file of settings.")
 @click.option("--resume", is_flag=True, help="Go on with the run in --output where it stopped.")
 @click.option("--force", is_flag=True, help="Begin although memory is not going to be enough.")
@@ -136,9 +140,11 @@ def train(
 ) -> None:
     """Train adapters on PAIRS by Direct Preference Optimization.
 
-    PAIRS is a JSONL or JSON file, or a folder with train and valid files, whose rows hold
-    `prompt`, `chosen` and `rejected`. A typed flag wins over --config. Ctrl-C saves and
-    stops; --resume with the same --output goes on, to the same weights bit for bit.
+    PAIRS is a file (JSONL, JSON, Parquet or CSV, also compressed), a folder with train and
+    valid files, a dataset on the Hub (`org/name[:config][@revision]`) or - for standard
+    input; several are joined. How rows are written is known by their shape. A typed flag wins
+    over --config. Ctrl-C saves and stops; --resume with the same --output goes on, to the same
+    weights bit for bit.
     """
     config = resolve(ctx, config_file, resume, flags)
 

@@ -82,7 +82,7 @@ class Tour:
         """Settings for a model of two million weights: larger steps than a real one bears."""
         return DPOConfig(
             model=str(self.model),
-            pairs=str(self.source / "preferences"),
+            pairs=(str(self.source / "preferences"),),
             output=str(self.run),
             learning_rate=1e-3,
             beta=1.0,

@@ -8,11 +8,15 @@ from typing import Any, NamedTuple
 
 from jinja2.exceptions import TemplateError
 
-from mlx_dpo.errors import DataError
-from mlx_dpo.preferences.faults import EMPTY_PROMPT, BadPair
-from mlx_dpo.types import Message, Preference, Text
+from mlx_dpo.preferences.faults import EMPTY_PROMPT, REFUSED, SPECIAL, BadPair, NoBoundary
+from mlx_dpo.preferences.schemas.messages import as_turns, said
+from mlx_dpo.preferences.special import NotPlain, specials_of, stop_tokens
+from mlx_dpo.types import Message, Preference
 
 Ids = tuple[int, ...]
+# A template is a program: what it makes of turns that it was not written for is its own.
+BREAKDOWNS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+NOTHING: Mapping[str, Any] = {}
 
 
 class Rows(NamedTuple):
@@ -21,6 +25,16 @@ class Rows(NamedTuple):
     prompt: Ids
     completions: list[Ids]  # chosen, rejected
     moved: int  # prompt tokens that merge with a completion and went over to it
+
+
+class Asked(NamedTuple):
+    """Turns, and how the template is asked to write them."""
+
+    turns: Sequence[Message]
+    thinking: bool
+    given: Mapping[str, Any] = NOTHING  # `tools` and the row's own arguments
+    open_reply: bool = False  # begin the assistant's next turn
+    unfinished: bool = False  # leave the last turn open
 
 
 def has_template(tokenizer: Any) -> bool:
@@ -32,10 +46,29 @@ def has_template(tokenizer: Any) -> bool:
 def render(
     tokenizer: Any, messages: Sequence[Message], *, open_reply: bool = False, thinking: bool
 ) -> Ids:
-    """A conversation as the model sees it; `open_reply` begins the assistant's next turn."""
-    ids = _template(tokenizer, messages, open_reply=open_reply, thinking=thinking, tokenize=True)
-    # Tokenizers of transformers return a mapping, mlx-lm's wrapper a list.
-    return tuple(ids["input_ids"] if isinstance(ids, Mapping) else ids)
+    """A conversation as the model sees it; `open_reply` begins the assistant's next turn.
+
+    A special token that stands in a message stays plain text.
+    """
+    return ids_of(tokenizer, Asked(messages, thinking, open_reply=open_reply))
+
+
+def ids_of(tokenizer: Any, asked: Asked) -> Ids:
+    """What the template writes, as token ids.
+
+    Raises:
+        NotPlain: a special token stands in the turns, and it cannot be kept as plain text.
+    """
+    specials = specials_of(tokenizer)
+    if not specials.found([asked.turns, asked.given]):
+        ids = _template(tokenizer, asked, tokenize=True)
+        # Tokenizers of transformers return a mapping, mlx-lm's wrapper a list.
+        return tuple(ids["input_ids"] if isinstance(ids, Mapping) else ids)
+    turns, given = specials.marked(asked.turns), specials.marked(asked.given)
+    text = _template(tokenizer, asked._replace(turns=turns, given=given), tokenize=False)
+    if specials.unmarked(text) != _template(tokenizer, asked, tokenize=False):
+        raise NotPlain("the template treats a special token within a message in its own way")
+    return tuple(specials.encode(tokenizer, text))
 
 
 def knows_thinking(tokenizer: Any) -> bool:
@@ -53,43 +86,73 @@ def knows_thinking(tokenizer: Any) -> bool:
 def chat_rows(tokenizer: Any, preference: Preference, *, thinking: bool) -> Rows:
     """Ids through the model's chat template, strings as one user and one assistant turn.
 
+    A prompt that ends with the assistant's turn is continued by the completions.
+
     Raises:
-        DataError: the template refuses the turns, or changes the prompt once a reply follows.
-        BadPair: the prompt says nothing.
+        NoBoundary: the template changes the prompt once a reply follows.
+        BadPair: the prompt says nothing, or the template refuses the turns.
     """
-    prompt = _turns(preference.prompt, "user")
-    if not any(turn["content"] for turn in prompt):
+    prompt = as_turns(preference.prompt, "user")
+    if not said(prompt):
         raise BadPair(preference.where, EMPTY_PROMPT)
-    completions = (preference.chosen, preference.rejected)
-    wholes = [[*prompt, *_turns(completion, "assistant")] for completion in completions]
+    continues = prompt[-1]["role"] == "assistant"
+    asked = Asked(prompt, thinking, preference.given)
+    before = asked._replace(open_reply=not continues, unfinished=continues)
+    wholes = [
+        asked._replace(turns=_joined(prompt, as_turns(completion, "assistant")))
+        for completion in (preference.chosen, preference.rejected)
+    ]
     try:
-        before = render(tokenizer, prompt, open_reply=True, thinking=thinking)
-        rows = [render(tokenizer, whole, thinking=thinking) for whole in wholes]
+        opened = ids_of(tokenizer, before)
+        rows = [ids_of(tokenizer, whole) for whole in wholes]
         for row, whole in zip(rows, wholes, strict=True):
-            if row[: len(before)] != before and not _text_begins(
-                tokenizer, prompt, whole, thinking=thinking
-            ):
-                raise _no_boundary(tokenizer, preference.where, before, row)
+            if row[: len(opened)] != opened and not _text_begins(tokenizer, before, whole):
+                raise _no_boundary(tokenizer, preference.where, opened, row)
+    except NotPlain as error:
+        raise BadPair(preference.where, SPECIAL, str(error)) from None
     except TemplateError as error:
-        raise DataError(
-            f"{preference.where}: the model's chat template refuses the conversation ({error}); "
-            "mend its turns, or take another model"
-        ) from None
-    return _split(before, rows)
+        found = " ".join(str(error).split())[:200]
+        mend = "mend its turns, or take another model"
+        raise BadPair(preference.where, REFUSED, found, mend=mend) from None
+    return _split(opened, rows)
 
 
-def text_rows(tokenizer: Any, preference: Preference) -> Rows:
+def turn_starts(tokenizer: Any, preference: Preference, *, thinking: bool) -> list[int]:
+    """Where the user's later turns begin in the prompt's ids, as far as the template tells."""
+    turns = as_turns(preference.prompt, "user")
+    whole = ids_of(tokenizer, Asked(turns, thinking, preference.given))
+    starts = []
+    for number, turn in enumerate(turns):
+        if not number or turn["role"] != "user":
+            continue
+        try:
+            before = ids_of(tokenizer, Asked(turns[:number], thinking, preference.given))
+        except (TemplateError, NotPlain):
+            continue
+        if whole[: len(before)] == before:
+            starts.append(len(before))
+    return starts
+
+
+def text_rows(tokenizer: Any, preference: Preference, *, controls: bool = False) -> Rows:
     """Ids of plain text, prompt and completion tokenized as one.
 
+    A special token within it stays plain text, but for one that begins the prompt or ends a
+    completion as such tokens do; with `controls` all of them act.
+
     Raises:
-        BadPair: the prompt is empty and nothing else could predict the first token.
+        BadPair: the prompt is empty and nothing else could predict the first token, or a
+            special token cannot be kept as plain text.
     """
     prompt = str(preference.prompt)
-    completions = (preference.chosen, preference.rejected)
-    rows = _split(
-        _encode(tokenizer, prompt),
-        [_encode(tokenizer, prompt + str(completion)) for completion in completions],
-    )
+    wholes = [prompt + str(text) for text in (preference.chosen, preference.rejected)]
+    try:
+        rows = _split(
+            _encode(tokenizer, prompt, controls, ends=False),
+            [_encode(tokenizer, whole, controls, ends=True) for whole in wholes],
+        )
+    except NotPlain as error:
+        raise BadPair(preference.where, SPECIAL, str(error)) from None
     if rows.prompt:
         return rows
     if tokenizer.bos_token_id is None:
@@ -98,26 +161,43 @@ def text_rows(tokenizer: Any, preference: Preference) -> Rows:
     return rows._replace(prompt=(tokenizer.bos_token_id,))
 
 
+def inner_text(tokenizer: Any, text: str, *, ends: bool) -> tuple[str, str, str]:
+    """A token that begins the text as the tokenizer would, the text, and one that ends it."""
+    bos = getattr(tokenizer, "bos_token", None) or ""
+    start = len(bos) if bos and text.startswith(bos) else 0
+    end = len(text)
+    if ends:
+        body = text.rstrip()
+        names = [tokenizer.convert_ids_to_tokens(number) for number in stop_tokens(tokenizer)]
+        last = next((n for n in names if isinstance(n, str) and body[start:].endswith(n)), "")
+        end = len(body) - len(last) if last else end
+    return text[:start], text[start:end], text[end:]
+
+
 def shown(tokenizer: Any, ids: Ids) -> str:
     """Ids as text, for messages."""
     return f"`{tokenizer.decode(list(ids))}`".replace("\n", "\\n") if ids else "nothing"
 
 
-def _text_begins(
-    tokenizer: Any, prompt: Sequence[Message], whole: Sequence[Message], *, thinking: bool
-) -> bool:
+def _joined(prompt: tuple[Message, ...], completion: tuple[Message, ...]) -> list[Message]:
+    """The turns with the completion's behind them, or going on with the last of them."""
+    last, first = prompt[-1], completion[0]
+    if last["role"] != "assistant":
+        return [*prompt, *completion]
+    joined = last | first | {"content": last["content"] + first["content"]}
+    return [*prompt[:-1], joined, *completion[1:]]
+
+
+def _text_begins(tokenizer: Any, before: Asked, whole: Asked) -> bool:
     """Whether it is only a token across the seam that makes the ids differ, not the template."""
-    begin, text = (
-        _template(tokenizer, turns, open_reply=turns is prompt, thinking=thinking, tokenize=False)
-        for turns in (prompt, whole)
-    )
-    return text.startswith(begin)
+    begin, text = (_template(tokenizer, asked, tokenize=False) for asked in (before, whole))
+    return bool(text.startswith(begin))
 
 
-def _no_boundary(tokenizer: Any, where: str, before: Ids, whole: Ids) -> DataError:
+def _no_boundary(tokenizer: Any, where: str, before: Ids, whole: Ids) -> NoBoundary:
     at = _shared(before, whole)
     was, became = (shown(tokenizer, ids[at : at + 1]) for ids in (before, whole))
-    return DataError(
+    return NoBoundary(
         f"{where}: the chat template changes the prompt once a reply follows it "
         f"(token {at}: {was} became {became}), so nothing says where the reply begins; "
         "take a model whose template keeps the prompt"
@@ -135,23 +215,24 @@ def _shared(first: Ids, second: Ids) -> int:
     return next((i for i in range(shorter) if first[i] != second[i]), shorter)
 
 
-def _turns(text: Text, role: str) -> list[Message]:
-    return [{"role": role, "content": text}] if isinstance(text, str) else list(text)
-
-
-def _template(
-    tokenizer: Any, messages: Sequence[Message], *, open_reply: bool, thinking: bool, tokenize: bool
-) -> Any:
+def _template(tokenizer: Any, asked: Asked, *, tokenize: bool) -> Any:
     # mlx-lm turns thinking on wherever a model knows it, so it is always said.
-    return tokenizer.apply_chat_template(
-        list(messages),
-        add_generation_prompt=open_reply,
-        tokenize=tokenize,
-        enable_thinking=thinking,
-    )
+    told = {"enable_thinking": asked.thinking, **asked.given}
+    if asked.unfinished:
+        told["continue_final_message"] = True
+    try:
+        return tokenizer.apply_chat_template(
+            list(asked.turns), add_generation_prompt=asked.open_reply, tokenize=tokenize, **told
+        )
+    except BREAKDOWNS as error:
+        raise TemplateError(f"{type(error).__name__}: {error}") from error
 
 
-def _encode(tokenizer: Any, text: str) -> Ids:
-    bos = getattr(tokenizer, "bos_token", None)
-    has_bos = bos is not None and text.startswith(bos)
-    return tuple(tokenizer.encode(text, add_special_tokens=not has_bos))
+def _encode(tokenizer: Any, text: str, controls: bool, *, ends: bool) -> Ids:
+    begin, inner, end = inner_text(tokenizer, text, ends=ends)
+    specials = specials_of(tokenizer)
+    if controls or not specials.found(inner):
+        return tuple(tokenizer.encode(text, add_special_tokens=not begin))
+    ids = specials.encode(tokenizer, begin + specials.marked(inner) + end)
+    opens = tokenizer.encode("x")[:1] == [tokenizer.bos_token_id]
+    return (tokenizer.bos_token_id, *ids) if opens and not begin else tuple(ids)

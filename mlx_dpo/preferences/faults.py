@@ -10,6 +10,17 @@ EMPTY_PROMPT = "the prompt is empty"
 NO_ROOM = "the prompt leaves no room for a completion"
 SAME_WHEN_CUT = "chosen and rejected are the same once cut"
 TOO_LONG = "the pair is too long"
+NOT_TEXT = "it holds images, audio or video, and only text is trained on"
+TIED = "completions are rated alike"
+UNPAIRED = "no answer of the other kind to the same prompt"
+REFUSED = "the model's chat template refuses the conversation"
+SPECIAL = "a special token of the model in its text cannot be kept as plain text"
+
+ASKED_FOR = (TOO_LONG, TIED, UNPAIRED)  # what a setting or a row says itself; never an error
+
+
+class NoBoundary(DataError):  # noqa: N818 -- the template is at fault
+    """Nothing says where a completion begins; no setting leaves such a pair out."""
 
 
 class BadPair(DataError):  # noqa: N818 -- a pair is at fault, not the program

@@ -1,132 +1,211 @@
-"""Files -> rows: JSON objects, each with the place it came from. Knows no field names."""
+"""Where pairs come from: files, folders with splits, datasets on the Hub, standard input."""
 
-import json
-from collections.abc import Iterator
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from mlx_dpo.errors import DataError
+from mlx_dpo.errors import ConfigError, DataError
+from mlx_dpo.preferences.files import (
+    READERS,
+    UNPACKED,
+    json_lines,
+    kind_of_file,
+    read_file,
+    rows_of,
+)
+from mlx_dpo.preferences.hub import HubDataset, hub_dataset
+from mlx_dpo.preferences.rows import Row
 
-ENDINGS = (".jsonl", ".json")
-TRAIN = ("train",)
-HELD_OUT = ("valid", "validation", "eval", "test")  # the first that a folder has is taken
+STDIN = "-"
+TRAIN = "train"
+HELD_OUT = ("valid", "validation", "eval", "test")  # the first that there is is taken
+SHARD = re.compile(r"-(\d+)-of-(\d+)$")
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One JSON object of a file."""
+@dataclass(frozen=True)
+class Source:
+    """One split of one place."""
 
-    record: dict[str, Any]
-    where: str  # `file:line`, or `file[index]` counted from 0 in a JSON list
+    name: str  # for a person; places of rows begin with it or with a file of it
+    files: tuple[Path, ...] = ()  # in order, none for the others
+    dataset: HubDataset | None = None
+    split: str = TRAIN  # of the dataset
+
+    def rows(self) -> Iterator[Row]:
+        """Its rows, in order; those of standard input can be read but once.
+
+        Raises:
+            DataError: names the place, and what is wrong there.
+        """
+        if self.dataset is not None:
+            yield from self.dataset.rows(self.split)
+        for path in self.files:
+            yield from read_file(path)
+        if self.name == STDIN:
+            yield from rows_of(json_lines(sys.stdin.buffer, STDIN))
 
 
 @dataclass(frozen=True)
 class Sources:
-    """The files that pairs come from."""
+    """The sources of training pairs and of held-out ones."""
 
-    train: Path
-    valid: Path | None
-    passed_over: Path | None = None  # the folder's own held-out file, where another was asked for
+    train: tuple[Source, ...]
+    valid: tuple[Source, ...] = ()
+    passed_over: tuple[Source, ...] = ()  # held-out splits beside others that were asked for
 
 
-def find(pairs: str, valid: str | None = None) -> Sources:
-    """The files that `pairs`, a file or a folder, and `valid`, a file, stand for.
+def find(pairs: str | Sequence[str], valid: str | None = None, split: str | None = None) -> Sources:
+    """The sources that `pairs` and `valid` stand for: each a file, a folder, a dataset or `-`.
 
-    A folder holds `train` and perhaps `valid`, `validation`, `eval` or `test`, each as
-    `.jsonl` or `.json`. A `valid` that is asked for goes before the folder's own.
+    Of a folder or a dataset `split` is trained on (`train` if not said), and the first of
+    `valid`, `validation`, `eval` and `test` is held out. A `valid` that is asked for goes before.
 
     Raises:
-        DataError: nothing is there, the ending is not read, or a folder has no or two train files.
+        DataError: nothing is there, or not of a kind that is read.
+        ConfigError: standard input is asked for twice, or `split` has no effect.
     """
-    typed = _readable(Path(valid)) if valid is not None else None
-    place = Path(pairs)
-    if not place.is_dir():
-        return Sources(_readable(place), typed)
-    train = _first(place, TRAIN)
-    if train is None:
-        looked_for = " or ".join(f"`train{ending}`" for ending in ENDINGS)
-        raise DataError(f"{place}: no file with training pairs (looked for {looked_for})")
-    own = _first(place, HELD_OUT)
-    if typed is None:
+    names = [pairs] if isinstance(pairs, str) else list(pairs)
+    if [*names, valid].count(STDIN) > 1:
+        raise ConfigError("`-` stands for standard input, which can be read but once")
+    if split is not None and not any(_has_splits(name) for name in names):
+        raise ConfigError("`split` has no effect on files; they have none")
+    typed = (held_out_of(valid),) if valid is not None else ()
+    train = tuple(source_of(name, split) for name in names)
+    own = tuple(found for name in names if (found := _own_held_out(name, split)) is not None)
+    if not typed:
         return Sources(train, own)
-    return Sources(train, typed, passed_over=own if own and not own.samefile(typed) else None)
+    return Sources(train, typed, passed_over=tuple(one for one in own if one not in typed))
+
+
+def source_of(name: str, split: str | None = None) -> Source:
+    """What is trained on of a place.
+
+    Raises:
+        DataError: nothing is there, or not of a kind that is read.
+    """
+    place = Path(name)
+    if name == STDIN:
+        if sys.stdin.isatty():
+            raise DataError("-: standard input is a terminal; pipe rows into it, one object a line")
+        return Source(STDIN)
+    if place.is_dir():
+        found = _in_folder(place, (split or TRAIN,))
+        if found is None:
+            wanted = split or TRAIN
+            raise DataError(
+                f"{place}: no file of the split `{wanted}` (looked for `{wanted}.jsonl` and the "
+                "like, in it and in `data`)"
+            )
+        return found
+    if not place.exists() and (dataset := hub_dataset(name)) and not _named_like_a_file(place):
+        return _of_dataset(dataset, (split or TRAIN,)) or _no_split(dataset, split or TRAIN)
+    return _file(place)
+
+
+def held_out_of(name: str) -> Source:
+    """What is measured on of a place: a folder's or a dataset's held-out split, else all of it.
+
+    Raises:
+        DataError: nothing is there, or not of a kind that is read.
+    """
+    return _own_held_out(name, None) or source_of(name)
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """Yield the objects of a JSONL file, one a line, or of a JSON list, in file order.
-
-    Raises:
-        DataError: names the file, the line or index, and what was found there.
-    """
-    path = _readable(path)
-    items = _lines(path) if path.suffix == ".jsonl" else _list(path)
-    for where, item in items:
-        if not isinstance(item, dict):
-            raise DataError(f"{where}: expected an object, found {_kind(item)}")
-        yield Row(item, where)
+    """The rows of one file; see `files.read_file`."""
+    return _file(path).rows()
 
 
-def _readable(path: Path) -> Path:
-    if path.is_dir():
-        raise DataError(f"{path}: is a folder; give a file that ends in `.jsonl` or `.json`")
-    if not path.exists():
-        raise DataError(f"{path}: no such file or folder; pairs are read from files, not the Hub")
-    if path.suffix not in ENDINGS:
-        found = f"`{path.suffix}`" if path.suffix else "no ending"
-        raise DataError(
-            f"{path}: this kind of file is not read ({found}); "
-            "give `.jsonl`, one object a line, or `.json`, a list of objects"
-        )
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
-    return path
-
-
-def _first(folder: Path, stems: tuple[str, ...]) -> Path | None:
-    for stem in stems:
-        found = [path for ending in ENDINGS if (path := folder / f"{stem}{ending}").is_file()]
-        if len(found) > 1:
-            names = " and ".join(f"`{path.name}`" for path in found)
-            raise DataError(f"{folder}: holds both {names}; keep one of them")
-        if found:
-            return found[0]
+def _own_held_out(name: str, split: str | None) -> Source | None:
+    place = Path(name)
+    # `train_prefs` has `test_prefs` beside it.
+    names = tuple((split or TRAIN).replace(TRAIN, held) for held in HELD_OUT)
+    names = tuple(held for held in names if held != split)
+    if place.is_dir():
+        return _in_folder(place, names)
+    if _has_splits(name) and (dataset := hub_dataset(name)):
+        return _of_dataset(dataset, names)
     return None
 
 
-def _lines(path: Path) -> Iterator[tuple[str, Any]]:
-    # As bytes, so that only a newline ends a line and a bad byte is blamed on its own line.
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                where = f"{path}:{number}"
-                yield where, _parse(line.rstrip(), where)
+def _has_splits(name: str) -> bool:
+    place = Path(name)
+    if place.exists() or name == STDIN:
+        return place.is_dir()
+    return hub_dataset(name) is not None and not _named_like_a_file(place)
 
 
-def _list(path: Path) -> Iterator[tuple[str, Any]]:
-    items = _parse(path.read_bytes(), str(path))
-    if not isinstance(items, list):
+def _named_like_a_file(place: Path) -> bool:
+    return place.suffix.lower() in (*READERS, *UNPACKED) or place.parts[:1] in (("..",), ("~",))
+
+
+def _of_dataset(dataset: HubDataset, names: Sequence[str]) -> Source | None:
+    there = dataset.splits()
+    split = next((name for name in names if name in there), None)
+    return Source(f"{dataset}:{split}", dataset=dataset, split=split) if split else None
+
+
+def _no_split(dataset: HubDataset, split: str) -> Source:
+    found = ", ".join(f"`{name}`" for name in dataset.splits())
+    raise DataError(f"{dataset}: no split `{split}` (found {found}); name one with --split")
+
+
+def _file(path: Path) -> Source:
+    if path.is_dir():
+        raise DataError(f"{path}: is a folder; give a file")
+    if not path.exists():
         raise DataError(
-            f"{path}: expected a list of objects, found {_kind(items)}; "
-            "a file with one object a line must end in `.jsonl`"
+            f"{path}: no such file or folder; a dataset on the Hub is written `org/name`"
         )
-    for index, item in enumerate(items):
-        yield f"{path}[{index}]", item
+    kind_of_file(path)
+    return Source(str(path), (path,))
 
 
-def _parse(data: bytes, where: str) -> Any:
-    try:
-        return json.loads(data.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        byte = data[error.start]
+def _in_folder(folder: Path, names: Sequence[str]) -> Source | None:
+    """The first of the splits that the folder has, in one file or in numbered ones."""
+    for name in names:
+        for place in (folder, folder / "data"):  # where the Hub has them
+            files = _files_of(place, name)
+            if len(files) == 1:
+                return Source(str(files[0]), (files[0],))
+            if files:
+                return Source(str(place / name), tuple(files))
+    return None
+
+
+def _files_of(folder: Path, split: str) -> list[Path]:
+    shards, single = [], []
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        stem = path.name.partition(".")[0]
+        if not path.is_file() or not _is_read(path):
+            continue
+        if stem == split:
+            single.append(path)
+        elif SHARD.sub("", stem) == split and SHARD.search(stem):
+            shards.append(path)
+    if len(single) > 1 or (single and shards):
+        named = " and ".join(f"`{path.name}`" for path in [*single, *shards][:2])
+        raise DataError(f"{folder}: holds both {named}; keep one of them")
+    if shards:
+        _refuse_missing(folder, split, shards)
+    return single or shards
+
+
+def _is_read(path: Path) -> bool:
+    """Whether it is a file of rows; a README beside them is none."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    return bool(suffixes) and (
+        suffixes[-1] in READERS or (suffixes[-1] in UNPACKED and suffixes[-2:-1] != [])
+    )
+
+
+def _refuse_missing(folder: Path, split: str, shards: Iterable[Path]) -> None:
+    numbers = [SHARD.search(path.name.partition(".")[0]) for path in shards]
+    have = sorted((int(found[2]), int(found[1])) for found in numbers if found)
+    count = have[0][0]
+    if have != [(count, number) for number in range(count)]:
         raise DataError(
-            f"{where}: not UTF-8 (byte 0x{byte:02x} at {error.start}); save the file as UTF-8"
-        ) from None
-    except json.JSONDecodeError as error:
-        at = f"line {error.lineno}, " if error.lineno > 1 else ""
-        raise DataError(f"{where}: not JSON ({error.msg}, {at}column {error.colno})") from None
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "text", bool: "true or false"}
-    return names.get(type(value), "null" if value is None else "a number")
+            f"{folder}: {len(have)} of the {count} files of `{split}` are there; fetch the others"
+        )

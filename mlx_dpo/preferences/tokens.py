@@ -1,31 +1,25 @@
 """Preferences -> tokenized pairs: which form, which stop token, how long, which ids."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from mlx_dpo.errors import ConfigError, DataError, ModelError
 from mlx_dpo.preferences.boundary import (
     Ids,
     chat_rows,
     has_template,
+    inner_text,
     knows_thinking,
     shown,
     text_rows,
+    turn_starts,
 )
 from mlx_dpo.preferences.faults import EMPTY, SAME_TOKENS, BadPair
+from mlx_dpo.preferences.forms import Form, TokenRules, form_of
+from mlx_dpo.preferences.special import specials_of, stop_tokens
 from mlx_dpo.preferences.truncation import truncate
-from mlx_dpo.types import Preference, TokenizedPair
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenRules:
-    """The settings under which text becomes tokens."""
-
-    chat_template: str = "auto"
-    thinking: bool | None = None
-    max_length: int = 1024
-    truncation: str = "keep_start"
-    vocab_size: int
+from mlx_dpo.types import Judgement, Preference, TokenizedPair
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +28,18 @@ class Encoded:
 
     pair: TokenizedPair
     as_chat: bool  # through the model's chat template
+    was_dialogue: bool  # text that marks its turns, which became messages
+    system_added: bool
+    specials: frozenset[str]  # special tokens that stand in its text
     boundary_moved: int  # prompt tokens that merge with a completion and went over to it
     stops_added: int  # completions that had no stop token of their own
-    truncated: bool
+    prompt_cut: bool
+    completions_cut: int
+
+    @property
+    def truncated(self) -> bool:
+        """Whether anything was cut."""
+        return self.prompt_cut or self.completions_cut > 0
 
 
 def check_rules(tokenizer: Any, rules: TokenRules) -> None:
@@ -59,66 +62,97 @@ def check_rules(tokenizer: Any, rules: TokenRules) -> None:
         raise ConfigError("`thinking` has no effect; the model has no template with such a mode")
 
 
-def tokenize_pair(
-    tokenizer: Any, preference: Preference, rules: TokenRules, *, is_dialogue: bool = False
-) -> Encoded:
+def tokenize_pair(tokenizer: Any, preference: Preference, rules: TokenRules) -> Encoded:
     """The pair as token ids, each completion with the stop token that ends it.
 
     Under `auto`, strings go through the model's chat template, unless they are parts of a
-    text that marks its turns itself (`is_dialogue`). Messages always do.
+    whole text; if that marks its turns, these do. Messages always do.
 
     Raises:
         DataError: the template or the tokenizer does not fit the pair or the model.
         BadPair: nothing to learn is left of the pair.
     """
-    where = preference.where
-    as_chat = _is_chat(tokenizer, preference, rules, is_dialogue)
-    if as_chat:
-        rows = chat_rows(tokenizer, preference, thinking=bool(rules.thinking))
-    else:
-        rows = text_rows(tokenizer, preference)
-    stops = stop_tokens(tokenizer)
-    (chosen, added), (rejected, also_added) = (
-        _ended(tokenizer, completion, stops) for completion in rows.completions
-    )
-    whole = TokenizedPair(rows.prompt, chosen, rejected, where)
-    _check_ids(tokenizer, whole, rules.vocab_size)
-    if any(len(ids) == 1 and ids[0] in stops for ids in (chosen, rejected)):
-        raise BadPair(where, EMPTY, "once tokenized")
+    parts = _parts(tokenizer, preference, rules)
+    chosen, rejected = parts.completions
     if chosen == rejected:
-        raise BadPair(where, SAME_TOKENS)
-    pair = truncate(whole, rules.max_length, rules.truncation)
+        raise BadPair(preference.where, SAME_TOKENS)
+    whole = TokenizedPair(parts.prompt, chosen, rejected, preference.where)
+    return _encoded(tokenizer, whole, parts, rules, stops_added=sum(parts.stops_added))
+
+
+def tokenize_judgement(tokenizer: Any, judgement: Judgement, rules: TokenRules) -> Encoded:
+    """A judged answer as token ids: `chosen` is the answer, `rejected` is left empty.
+
+    Raises:
+        DataError, BadPair: as for a pair.
+    """
+    answer = judgement.completion
+    twice = Preference(
+        judgement.prompt, answer, answer, judgement.where, judgement.given, judgement.whole
+    )
+    parts = _parts(tokenizer, twice, rules)
+    answer_ids = parts.completions[0]
+    whole = TokenizedPair(
+        parts.prompt, answer_ids, (), judgement.where, desirable=judgement.desirable
+    )
+    return _encoded(tokenizer, whole, parts, rules, stops_added=parts.stops_added[0])
+
+
+class _Parts(NamedTuple):
+    form: Form
+    prompt: Ids
+    completions: tuple[Ids, ...]  # each with the stop token that ends it
+    stops_added: tuple[bool, ...]
+    moved: int
+
+
+def _parts(tokenizer: Any, given: Preference, rules: TokenRules) -> _Parts:
+    """Prompt and completions as ids that the model knows, neither of them empty."""
+    form = form_of(tokenizer, given, rules)
+    said = form.said
+    if form.as_chat:
+        rows = chat_rows(tokenizer, said, thinking=form.thinking)
+    else:
+        rows = text_rows(tokenizer, said, controls=rules.chat_template == "text")
+    stops = stop_tokens(tokenizer)
+    completions, added = zip(
+        *(_ended(tokenizer, completion, stops) for completion in rows.completions), strict=True
+    )
+    _check_ids(tokenizer, (rows.prompt, *completions), said.where, rules.vocab_size)
+    if any(len(ids) == 1 and ids[0] in stops for ids in completions):
+        raise BadPair(said.where, EMPTY, "once tokenized")
+    return _Parts(form, rows.prompt, completions, added, rows.moved)
+
+
+def _encoded(
+    tokenizer: Any, whole: TokenizedPair, parts: _Parts, rules: TokenRules, *, stops_added: int
+) -> Encoded:
+    form, turns = parts.form, list[int]()
+    if rules.truncation == "keep_end" and form.as_chat and len(whole) > rules.max_length:
+        turns = turn_starts(tokenizer, form.said, thinking=form.thinking)
+    begins = whole.prompt[0] == tokenizer.bos_token_id
+    pair = truncate(whole, rules.max_length, rules.truncation, begins=begins, turns=turns)
     return Encoded(
         pair=pair,
-        as_chat=as_chat,
-        boundary_moved=rows.moved,
-        stops_added=added + also_added,
-        truncated=pair != whole,
+        as_chat=form.as_chat,
+        was_dialogue=form.was_dialogue,
+        system_added=form.system_added,
+        specials=_specials(tokenizer, form),
+        boundary_moved=parts.moved,
+        stops_added=stops_added,
+        prompt_cut=pair.prompt != whole.prompt,
+        completions_cut=(pair.chosen != whole.chosen) + (pair.rejected != whole.rejected),
     )
 
 
-def stop_tokens(tokenizer: Any) -> set[int]:
-    """Ids that end a reply; mlx-lm's wrapper knows more of them than the tokenizer does."""
-    known = getattr(tokenizer, "eos_token_ids", None)
-    # Tokenizers of transformers answer to this name too, with a single id.
-    return set(known) if isinstance(known, set | list | tuple) else {tokenizer.eos_token_id}
-
-
-def _is_chat(tokenizer: Any, preference: Preference, rules: TokenRules, is_dialogue: bool) -> bool:
-    if isinstance(preference.prompt, str):
-        unmarked = has_template(tokenizer) and not is_dialogue
-        return rules.chat_template == "chat" or (rules.chat_template == "auto" and unmarked)
-    if rules.chat_template == "text":
-        raise DataError(
-            f"{preference.where}: messages cannot stay plain text; write the pair as strings, "
-            "or leave out --chat-template text"
-        )
-    if not has_template(tokenizer):
-        raise DataError(
-            f"{preference.where}: messages need a chat template and the model has none; "
-            "take a chat model, or write the pair as strings"
-        )
-    return True
+def _specials(tokenizer: Any, form: Form) -> frozenset[str]:
+    """Special tokens that somebody typed; not those that frame a plain text."""
+    said, specials = form.said, specials_of(tokenizer)
+    if form.as_chat:
+        return frozenset(specials.found([said.prompt, said.chosen, said.rejected, said.given]))
+    wholes = (f"{said.prompt}{text}" for text in (said.chosen, said.rejected))
+    inner = [inner_text(tokenizer, whole, ends=True)[1] for whole in wholes]
+    return frozenset(specials.found(inner))
 
 
 def _ended(tokenizer: Any, completion: Ids, stops: set[int]) -> tuple[Ids, bool]:
@@ -130,11 +164,11 @@ def _ended(tokenizer: Any, completion: Ids, stops: set[int]) -> tuple[Ids, bool]
     return (*completion, tokenizer.eos_token_id), True
 
 
-def _check_ids(tokenizer: Any, pair: TokenizedPair, vocab_size: int) -> None:
+def _check_ids(tokenizer: Any, parts: Sequence[Ids], where: str, vocab_size: int) -> None:
     # MLX checks no bounds: a foreign id would read other memory without a word.
-    for token in {*pair.prompt, *pair.chosen, *pair.rejected}:
+    for token in set().union(*parts):
         if not 0 <= token < vocab_size:
             raise DataError(
-                f"{pair.where}: token {token} ({shown(tokenizer, (token,))}) is outside the "
+                f"{where}: token {token} ({shown(tokenizer, (token,))}) is outside the "
                 f"model's vocabulary of {vocab_size}; the tokenizer does not belong to this model"
             )

@@ -2,17 +2,26 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from mlx_dpo.config import DPOConfig
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.policy.device import device_kind, number_type
 from mlx_dpo.policy.generation import context_length
 from mlx_dpo.policy.load import Base, fingerprint, load_base, tokenizer_fingerprint
-from mlx_dpo.preferences.pairs import PairSet, digest, hold_out, load_pairs
+from mlx_dpo.preferences.judged import with_mismatched
+from mlx_dpo.preferences.pairs import (
+    PairSet,
+    digest,
+    held_out,
+    load_pairs,
+    mixed,
+    refuse_idle,
+)
 from mlx_dpo.preferences.report import PairsReport
-from mlx_dpo.preferences.sources import Sources, find
+from mlx_dpo.preferences.schemas import RowRules
+from mlx_dpo.preferences.schemas.schema import Ranking
+from mlx_dpo.preferences.sources import Source, Sources, find
 from mlx_dpo.preferences.tokens import TokenRules
 from mlx_dpo.types import TokenizedPair
 
@@ -24,8 +33,8 @@ class Inputs:
     base: Base
     train: Sequence[TokenizedPair]
     valid: Sequence[TokenizedPair]
-    reports: Sequence[PairsReport]  # one per file
-    passed_over: Path | None = None  # held-out pairs of the folder that typed ones replace
+    reports: Sequence[PairsReport]  # one per source
+    passed_over: Sequence[str] = ()  # held-out splits that typed pairs replace
 
     def provenance(self, config: DPOConfig) -> dict[str, Any]:
         """What the results depend on beside the settings, by content."""
@@ -48,6 +57,7 @@ def token_rules(config: DPOConfig, base: Base) -> TokenRules:
     return TokenRules(
         chat_template=config.chat_template,
         thinking=config.thinking,
+        system=config.system,
         max_length=config.max_length,
         truncation=config.truncation,
         vocab_size=base.vocab_size,
@@ -66,9 +76,33 @@ def read_base(config: DPOConfig, load: Callable[..., Base] = load_base) -> Base:
     )
 
 
-def read_pairs(config: DPOConfig, base: Base, path: Path) -> PairSet:
-    """One file of pairs, as the settings say."""
-    return load_pairs(path, base.tokenizer, token_rules(config, base), bad_pairs=config.bad_pairs)
+def row_rules(config: DPOConfig) -> RowRules:
+    """The settings that decide how rows become preferences."""
+    return RowRules(
+        judged=config.labelled,
+        pair_labelled=config.pair_labelled,
+        margin=config.margin_column,
+        weight=config.weight_column,
+        schema=config.schema,
+        ranked=cast(Ranking | None, config.ranked),
+        renamed=config.columns,
+    )
+
+
+def read_pairs(config: DPOConfig, base: Base, source: Source) -> PairSet:
+    """One source of pairs, as the settings say."""
+    return load_pairs(
+        source,
+        base.tokenizer,
+        token_rules(config, base),
+        rows=row_rules(config),
+        bad_pairs=config.bad_pairs,
+    )
+
+
+def completed(config: DPOConfig, pairs: Sequence[TokenizedPair]) -> Sequence[TokenizedPair]:
+    """The pairs of a split; judged answers get what KTO holds them against."""
+    return with_mismatched(pairs, config.max_length) if config.labelled else pairs
 
 
 def read_inputs(config: DPOConfig, *, read: Callable[[DPOConfig], Base] = read_base) -> Inputs:
@@ -79,19 +113,39 @@ def read_inputs(config: DPOConfig, *, read: Callable[[DPOConfig], Base] = read_b
     Raises:
         ConfigError: a setting has no effect, or rows are longer than what the model can place.
     """
-    sources = find(config.pairs, config.valid)
+    sources = find(config.pairs, config.valid, config.split)
     refuse_without_effect(config, sources)
     base = read(config)
-    train = read_pairs(config, base, sources.train)
-    if sources.valid is not None:
-        valid = read_pairs(config, base, sources.valid)
-        reports = [train.report, valid.report]
-        inputs = Inputs(base, train.pairs, valid.pairs, reports, sources.passed_over)
-    else:
-        kept, held_out = hold_out(train.pairs, share=config.held_out_share, seed=config.seed)
-        inputs = Inputs(base, kept, held_out, [train.report])
+    train = [read_pairs(config, base, source) for source in sources.train]
+    valid = [read_pairs(config, base, source) for source in sources.valid]
+    reports = [read.report for read in (*train, *valid)]
+    refuse_idle(token_rules(config, base), row_rules(config), reports)
+    kept, apart = (completed(config, split) for split in _splits(config, train, valid))
+    inputs = Inputs(base, kept, apart, reports, [one.name for one in sources.passed_over])
     refuse_beyond_context(config, base, [*inputs.train, *inputs.valid])
     return inputs
+
+
+def _splits(
+    config: DPOConfig, train: Sequence[PairSet], valid: Sequence[PairSet]
+) -> tuple[list[TokenizedPair], list[TokenizedPair]]:
+    """Pairs to train on, each source as often as it is wanted, and pairs to measure on."""
+    every = [pair for read in train for pair in read.pairs]
+    share = 0.0 if valid else config.held_out_share
+    held = held_out(every, share=share, seed=config.seed)
+    apart = [pair for read in valid for pair in read.pairs] or [every[i] for i in sorted(held)]
+    kept: list[TokenizedPair] = []
+    begin = 0
+    for number, read in enumerate(train):
+        places = range(begin, begin + len(read.pairs))
+        pairs = [every[i] for i in places if i not in held]
+        if config.mix:
+            read.report.weight = config.mix[number]
+            pairs = mixed(pairs, config.mix[number], seed=(config.seed, number))
+            read.report.per_epoch = len(pairs)
+        kept += pairs
+        begin += len(read.pairs)
+    return kept, apart
 
 
 def refuse_beyond_context(config: DPOConfig, base: Base, pairs: Sequence[TokenizedPair]) -> None:
@@ -115,9 +169,10 @@ def refuse_without_effect(config: DPOConfig, sources: Sources) -> None:
     Raises:
         ConfigError: names the setting.
     """
-    if sources.valid is not None and config.valid_fraction is not None:
+    if sources.valid and config.valid_fraction is not None:
         raise ConfigError(
-            f"`valid_fraction` has no effect beside {sources.valid}; name the training file alone"
+            f"`valid_fraction` has no effect beside {sources.valid[0].name}; "
+            "name the training file alone"
         )
-    if sources.valid is None and config.held_out_share == 0 and config.eval_steps is not None:
+    if not sources.valid and config.held_out_share == 0 and config.eval_steps is not None:
         raise ConfigError("`eval_steps` has no effect with `valid_fraction` 0: none are held out")

@@ -102,6 +102,21 @@ def test_asking_for_recomputation_is_seen_in_memory_and_work():
     assert again["epoch"]["operations"] > stored["epoch"]["operations"]
 
 
+def test_what_a_step_asks_ahead_is_counted_and_no_reference_is_none():
+    """Each of these scores a step's pairs once more, without gradients."""
+    usual = planned()["epoch"]
+    asked = [
+        planned(*words)["epoch"]["operations"] - usual["operations"]
+        for words in (("--use-weighting",), ("--sync-ref-model",), ("--loss-type", "aot"))
+    ]
+    assert asked[0] == asked[1] == asked[2] > 0
+    both = planned("--use-weighting", "--sync-ref-model")["epoch"]["operations"]
+    assert both - usual["operations"] == 2 * asked[0]
+    free = planned("--loss-type", "simpo")["epoch"]
+    assert free["operations"] == usual["operations"]
+    assert usual["reference_operations"] > free["reference_operations"] == 0
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -48,8 +48,8 @@ def test_a_run_says_what_it_does_and_what_to_type_next():
     assert "model      base, 121 K parameters" in shown
     assert "pairs      9 to train on, 3 held out" in shown
     assert "reference: 12 pairs" in shown
-    assert "adapters   rank 4, alpha 32 on 14 linear layers: 8.7 K parameters trained" in shown
-    assert "loss       sigmoid (DPO), beta 0.1" in shown
+    assert "adapters   LoRA, rank 4, alpha 32 on 14 linear layers: 8.7 K parameters" in shown
+    assert "loss       sigmoid, beta 0.1" in shown
     assert "steps      3 of 4 pairs; AdamW, learning rate 0.001, cosine" in shown
     assert "step 1/3  loss 0.6931  margin" in shown
     assert "3 held-out pairs" in shown
@@ -223,7 +223,7 @@ def test_resuming_with_another_typed_setting_is_one_line():
     process.wait()
     assert_one_line(train("--epochs", "100"), "holds an unfinished run; add --resume")
     result = run("train", "--resume", "--output", "run", "--beta", "0.3")
-    assert_one_line(result, "the run began with beta = 0.1, not 0.3")
+    assert_one_line(result, "the run began with beta = its default, not 0.3")
 
 
 def test_a_loss_that_is_no_number_is_one_line_and_keeps_what_was_good():
@@ -315,7 +315,7 @@ def test_a_setting_that_fails_late_leaves_nothing_behind(tmp_path):
     """A first mistake must not lock the folder for the second try."""
     result = train("--lora-target-modules", "q_prj")
     assert result.exit_code == 1
-    assert "`q_prj` matches no linear layer" in result.output.splitlines()[-1]
+    assert "`q_prj` matches nothing that can be trained" in result.output.splitlines()[-1]
     assert not (tmp_path / "run").exists()
     assert train().exit_code == 0
 
@@ -325,7 +325,7 @@ def test_a_misspelt_prompt_and_a_file_that_is_not_there_are_named(tmp_path):
     (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n")
     assert_one_line(train(), "pairs.jsonl:1: missing `prompt` (found `promt`)")
     result = run("train", "org/data", "--model", "base", "--output", "run")
-    assert_one_line(result, "org/data: no such file or folder")
+    assert_one_line(result, "org/data: neither a file or folder here nor a dataset that the Hub")
 
 
 def test_held_out_pairs_that_are_trained_on_are_said():

@@ -25,10 +25,21 @@ class ByteTokenizer:
         self.chat_template = chat_template
         self.adds_bos = adds_bos
 
-    def encode(self, text, add_special_tokens=True):
+    @property
+    def all_special_tokens(self):
+        return [mark for mark in MARKS if mark != "\n\n"]
+
+    def convert_tokens_to_ids(self, token):
+        return MARKS[token]
+
+    def convert_ids_to_tokens(self, number):
+        return self.decode([number])
+
+    def encode(self, text, add_special_tokens=True, split_special_tokens=False):
         ids = [BOS] if self.adds_bos and add_special_tokens else []
-        for piece in re.split("(" + "|".join(map(re.escape, MARKS)) + ")", text):
-            ids += [MARKS[piece]] if piece in MARKS else piece.encode()
+        marks = ["\n\n"] if split_special_tokens else MARKS
+        for piece in re.split("(" + "|".join(map(re.escape, marks)) + ")", text):
+            ids += [MARKS[piece]] if piece in marks else piece.encode()
         return ids
 
     def decode(self, ids):
@@ -36,6 +47,11 @@ class ByteTokenizer:
         return "".join(names.get(i) or chr(i) for i in ids)
 
     def apply_chat_template(self, messages, add_generation_prompt=False, tokenize=True, **more):
+        if more.pop("continue_final_message", False):
+            last = messages[-1]["content"]
+            whole = self.apply_chat_template(messages, tokenize=False, **more)
+            text = whole[: whole.rindex(last) + len(last)]
+            return self.encode(text, add_special_tokens=False) if tokenize else text
         text = jinja2.Template(self.chat_template, undefined=jinja2.StrictUndefined).render(
             messages=messages, add_generation_prompt=add_generation_prompt, mark=MARK_OF, **more
         )

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from mlx_dpo.errors import ConfigError, DataError, ModelError
 from mlx_dpo.preferences.faults import EMPTY, NO_ROOM, SAME_TEXT, TOO_LONG, BadPair
-from mlx_dpo.preferences.pairs import digest, hold_out, load_pairs
+from mlx_dpo.preferences.pairs import digest, hold_out, load_pairs, mixed, refuse_idle
+from mlx_dpo.preferences.schemas import RowRules
 from mlx_dpo.preferences.tokens import TokenRules
 from mlx_dpo.types import TokenizedPair
 
@@ -61,7 +62,7 @@ def test_no_pair_left_is_an_error_that_says_why(write, plain):
     assert str(error.value) == (
         "pairs.jsonl: no pair left of 1 (1: a completion is empty); give other pairs"
     )
-    with pytest.raises(DataError, match=r"^pairs\.jsonl: no pair left \(the file holds none\)"):
+    with pytest.raises(DataError, match=r"^pairs\.jsonl: no pair left \(it holds none\)"):
         load_pairs(write(), plain, RULES)
 
 
@@ -72,26 +73,38 @@ def test_rules_are_checked_before_the_file_is_read(write, plain):
 
 
 def test_thinking_has_no_effect_on_pairs_that_stay_text(write, chat):
-    path = write(
-        {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}
-    )
-    tokenizer = chat("{{ enable_thinking }}")
+    path = write({"chosen": "Q: a A: b", "rejected": "Q: a A: c"})
+    rules = TokenRules(vocab_size=262, thinking=True)
+    report = load_pairs(path, chat("{{ enable_thinking }}"), rules).report
     with pytest.raises(ConfigError, match="no pair goes through the chat template"):
-        load_pairs(path, tokenizer, TokenRules(vocab_size=262, thinking=True))
+        refuse_idle(rules, RowRules(), [report])
 
 
-def test_whole_dialogues_stay_text_and_strings_with_a_prompt_do_not(write, chat):
-    shared = "\n\nHuman: a\n\nAssistant:"
-    path = write(GOOD, {"chosen": shared + " b", "rejected": shared + " c"})
-    first, second = load_pairs(path, chat(), RULES).pairs
-    assert first.prompt == (USER, *b"hi", EOS, ASSISTANT)
-    assert second.prompt == tuple(chat().encode(shared))
+def test_text_that_marks_its_turns_becomes_turns_where_there_is_a_template(write, chat, plain):
+    shared = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
+    path = write({"chosen": shared + " d ", "rejected": shared + " e"})
+    turns = (USER, *b"a", EOS, ASSISTANT, *b"b", EOS, USER, *b"c", EOS, ASSISTANT)
+    for asked in ("auto", "chat"):
+        rules = TokenRules(vocab_size=262, chat_template=asked)
+        [pair] = load_pairs(path, chat(), rules).pairs
+        assert (pair.prompt, pair.chosen, pair.rejected) == (turns, (*b"d", EOS), (*b"e", EOS))
+    [pair] = load_pairs(path, chat(), TokenRules(vocab_size=262, chat_template="text")).pairs
+    assert pair.prompt == tuple(chat().encode(shared))
+    [pair] = load_pairs(path, plain, RULES).pairs
+    assert pair.prompt == tuple(plain.encode(shared))
+
+
+def test_whole_text_without_marks_stays_text(write, chat):
+    [pair] = load_pairs(
+        write({"chosen": "Q: a A: b", "rejected": "Q: a A: c"}), chat(), RULES
+    ).pairs
+    assert pair.prompt == tuple(b"Q: a A:")
 
 
 def test_the_real_dialogues_are_read_whole(material, stories):
     """The ids of prompt and completion are those of the whole text: nothing is lost or doubled."""
     path = material / "data" / "hh-harmless-test" / "test.jsonl"
-    rules = TokenRules(vocab_size=512, max_length=100_000)
+    rules = TokenRules(vocab_size=512, max_length=100_000, chat_template="text")
     found = load_pairs(path, stories, rules, bad_pairs="drop")
     assert (found.report.read, found.report.kept) == (2312, 2303)
     for pair in found.pairs[::100]:
@@ -139,6 +152,22 @@ def test_no_prompt_is_in_both_parts_and_neither_is_empty(prompts, share, seed):
     assert sorted([*train, *held], key=pairs.index) == pairs
     smallest = min(map(prompts.count, prompts))
     assert len(held) <= max(1, round(share * len(pairs)), smallest)
+
+
+@pytest.mark.parametrize(
+    ("weight", "count"), [(1, 10), (2, 20), (0.5, 5), (2.5, 25), (0.01, 1), (0.26, 3)]
+)
+def test_a_weight_is_how_often_each_pair_is_used(weight, count):
+    pairs = with_prompts(*range(10))
+    found = mixed(pairs, weight, seed=(3, 0))
+    assert len(found) == count
+    often = [found.count(pair) for pair in pairs]
+    assert max(often) - min(often) <= 1
+    assert mixed(pairs, weight, seed=(3, 0)) == found
+    if weight % 1:
+        seeds = [mixed(pairs, weight, seed=(seed, n)) for seed in (4, 5, -1) for n in (0, 1)]
+        assert any(other != found for other in seeds)
+    assert mixed([], weight, seed=(3, 0)) == []
 
 
 def test_the_digest_tells_where_a_part_ends():

@@ -1,10 +1,16 @@
+import bz2
+import gzip
+import io
 import json
+import lzma
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
-from mlx_dpo.errors import DataError
-from mlx_dpo.preferences.sources import find, read_rows
+from mlx_dpo.errors import ConfigError, DataError
+from mlx_dpo.preferences.sources import find, held_out_of, read_rows, source_of
 
 
 def records(path):
@@ -74,63 +80,231 @@ def test_a_json_file_without_a_list_of_objects_is_refused(write, text, message):
     assert str(error.value).startswith(message)
 
 
+ROWS = [
+    {"prompt": [{"role": "user", "content": "é"}], "chosen": "a", "n": 1},
+    {"prompt": [{"role": "user", "content": "x\ny"}], "chosen": "b, c", "n": 2},
+]
+PACKED = {
+    "": lambda data: data,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": lambda data: pyarrow.compress(data, "zstd", asbytes=True),
+}
+
+
+def parquet(rows):
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), buffer)
+    return buffer.getvalue()
+
+
+def written(kind):
+    if kind == ".parquet":
+        return parquet(ROWS)
+    if kind == ".json":
+        return json.dumps(ROWS).encode()
+    if kind == ".jsonl":
+        return "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+    cells = [
+        ["prompt", "chosen", "n"],
+        *([json.dumps(row["prompt"]), row["chosen"], str(row["n"])] for row in ROWS),
+    ]
+    quoted = [",".join('"' + cell.replace('"', '""') + '"' for cell in line) for line in cells]
+    return "\r\n".join(quoted).encode()
+
+
+@pytest.mark.parametrize("packed", PACKED)
+@pytest.mark.parametrize("kind", [".jsonl", ".json", ".parquet", ".csv"])
+def test_every_kind_of_file_gives_the_same_rows_packed_or_not(tmp_path, monkeypatch, kind, packed):
+    monkeypatch.chdir(tmp_path)
+    name = f"pairs{kind}{packed}"
+    Path(name).write_bytes(PACKED[packed](written(kind)))
+    text = kind == ".csv"  # which has no numbers
+    assert [row.record for row in read_rows(Path(name))] == [
+        row | {"n": str(row["n"])} if text else row for row in ROWS
+    ]
+    places = {".jsonl": ":1 :2", ".csv": ":2 :3"}.get(kind, "[0] [1]").split()
+    assert [row.where for row in read_rows(Path(name))] == [name + place for place in places]
+
+
+@pytest.mark.parametrize("packed", [".gz", ".bz2", ".xz", ".zst"])
+@pytest.mark.parametrize("kind", [".jsonl", ".parquet"])
+def test_a_file_that_is_not_what_its_name_says_is_one_error(tmp_path, monkeypatch, kind, packed):
+    monkeypatch.chdir(tmp_path)
+    name = f"pairs{kind}{packed}"
+    whole = PACKED[packed](written(kind) * 50)
+    for data in (b"no such thing", whole[: len(whole) // 2]):
+        Path(name).write_bytes(data)
+        with pytest.raises(DataError, match=rf"^pairs{kind}{packed}(:\d+)?: (cannot be|not JSON)"):
+            records(Path(name))
+
+
+def test_cells_of_several_lines_are_counted_from_where_a_row_begins(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("pairs.csv").write_bytes(b'\xef\xbb\xbfprompt,chosen\n"one\ntwo",a\n\nthree,[not json\n')
+    assert records(Path("pairs.csv")) == [
+        ("pairs.csv:2", {"prompt": "one\ntwo", "chosen": "a"}),
+        ("pairs.csv:5", {"prompt": "three", "chosen": "[not json"}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"a,b\n1\n", "pairs.csv:2: 1 cells under a header of 2"),
+        (b"a,b\n1,2,3\n", "pairs.csv:2: 3 cells under a header of 2"),
+        (b"a,a\n1,2\n", "pairs.csv:1: a column stands there twice"),
+        (b"a,b\n1,\xe9\n", "pairs.csv:2: not UTF-8 (byte 0xe9 at 2); save the file as UTF-8"),
+        (b'a,b\n"1,2\n', "pairs.csv: cannot be read (unexpected end of data)"),
+    ],
+)
+def test_a_table_that_is_none_is_refused(tmp_path, monkeypatch, data, message):
+    monkeypatch.chdir(tmp_path)
+    Path("pairs.csv").write_bytes(data)
+    with pytest.raises(DataError) as error:
+        records(Path("pairs.csv"))
+    assert str(error.value) == message
+
+
+def test_a_huge_cell_and_a_huge_line_are_read(tmp_path):
+    long = "x" * 5_000_000
+    (tmp_path / "a.csv").write_text(f"chosen\n{long}\n")
+    (tmp_path / "a.jsonl").write_text(json.dumps({"chosen": long}) + "\n")
+    for name in ("a.csv", "a.jsonl"):
+        assert records(tmp_path / name)[0][1] == {"chosen": long}
+
+
 @pytest.mark.parametrize(
     ("name", "found"),
-    [("pairs.csv", "`.csv`"), ("pairs", "no ending"), ("p.parquet", "`.parquet`")],
+    [("pairs.txt", "`.txt`"), ("pairs", "no ending"), ("p.gz", "`.gz`"), ("p.txt.gz", "`.txt.gz`")],
 )
 def test_other_endings_are_refused_by_name(write, name, found):
     path = write({}, name=name)
+    write({})
     for ask in (lambda: records(path), lambda: find(name), lambda: find("pairs.jsonl", name)):
         with pytest.raises(DataError) as error:
             ask()
         assert str(error.value) == (
-            f"{name}: this kind of file is not read ({found}); "
-            "give `.jsonl`, one object a line, or `.json`, a list of objects"
+            f"{name}: this kind of file is not read ({found}); give `.jsonl`, `.json`, "
+            "`.parquet` or `.csv`, each also `.gz`, `.bz2`, `.xz` or `.zst`"
         )
 
 
 def test_a_missing_file_is_refused(write):
     write({})
-    for ask in (lambda: find("none.jsonl"), lambda: find("pairs.jsonl", "none.jsonl")):
-        with pytest.raises(
-            DataError, match=r"^none\.jsonl: no such file or folder; pairs are read from files"
-        ):
+    for ask in (lambda: find("none.jsonl"), lambda: find("pairs.jsonl", "a/none.jsonl.gz")):
+        with pytest.raises(DataError, match="no such file or folder; a dataset on the Hub is"):
             ask()
 
 
 def folder(root, *names):
     for name in names:
+        (root / name).parent.mkdir(exist_ok=True)
         (root / name).write_text("{}\n")
     return str(root)
 
 
+def files(sources):
+    return [path for source in sources for path in source.files]
+
+
 def test_a_folder_gives_its_train_file_and_the_first_held_out_one(tmp_path):
-    place = folder(tmp_path, "train.jsonl", "test.jsonl", "validation.json", "other.jsonl")
+    place = folder(tmp_path, "train.jsonl", "test.jsonl", "validation.csv.gz", "other.jsonl")
     sources = find(place)
-    assert sources.train == tmp_path / "train.jsonl"
-    assert sources.valid == tmp_path / "validation.json"  # `validation` goes before `test`
+    assert files(sources.train) == [tmp_path / "train.jsonl"]
+    assert files(sources.valid) == [tmp_path / "validation.csv.gz"]  # before `test`
 
 
 def test_a_folder_may_have_no_held_out_file(tmp_path):
-    assert find(folder(tmp_path, "train.json")).valid is None
+    assert find(folder(tmp_path, "train.json")).valid == ()
+
+
+def test_numbered_files_are_read_in_order_and_none_may_be_missing(tmp_path):
+    shards = [f"data/train-0000{i}-of-00003.jsonl" for i in range(3)]
+    place = folder(tmp_path, *shards, "data/test-00000-of-00001.jsonl", "README.md")
+    sources = find(place)
+    assert files(sources.train) == [tmp_path / shard for shard in shards]
+    assert files(sources.valid) == [tmp_path / "data" / "test-00000-of-00001.jsonl"]
+    assert [row.where for row in sources.train[0].rows()] == [f"{tmp_path / s}:1" for s in shards]
+    (tmp_path / shards[1]).unlink()
+    with pytest.raises(DataError, match="2 of the 3 files of `train` are there"):
+        find(place)
+
+
+def test_another_split_has_its_own_held_out_one_beside_it(tmp_path):
+    place = folder(tmp_path, "train_sft.jsonl", "train_prefs.jsonl", "test_prefs.jsonl")
+    sources = find(place, split="train_prefs")
+    assert files(sources.train) == [tmp_path / "train_prefs.jsonl"]
+    assert files(sources.valid) == [tmp_path / "test_prefs.jsonl"]
+    with pytest.raises(DataError, match="no file of the split `train`"):
+        find(place)
+
+
+def test_a_split_of_files_is_refused(write):
+    with pytest.raises(ConfigError, match="`split` has no effect on files"):
+        find(str(write({})), split="test")
 
 
 def test_the_held_out_file_that_is_asked_for_goes_before_the_folders_own(tmp_path):
     place = folder(tmp_path, "train.jsonl", "valid.jsonl", "mine.jsonl")
     sources = find(place, str(tmp_path / "mine.jsonl"))
-    assert sources.valid == tmp_path / "mine.jsonl"
-    assert sources.passed_over == tmp_path / "valid.jsonl"
-    assert find(place, str(tmp_path / "valid.jsonl")).passed_over is None
+    assert files(sources.valid) == [tmp_path / "mine.jsonl"]
+    assert files(sources.passed_over) == [tmp_path / "valid.jsonl"]
+    assert find(place, str(tmp_path / "valid.jsonl")).passed_over == ()
+
+
+def test_what_is_measured_on_is_the_held_out_split_or_all_there_is(tmp_path):
+    place = folder(tmp_path, "train.jsonl")
+    assert held_out_of(place).files == (tmp_path / "train.jsonl",)
+    folder(tmp_path, "test.jsonl")
+    assert held_out_of(place).files == (tmp_path / "test.jsonl",)
+    assert held_out_of(place + "/train.jsonl").files == (tmp_path / "train.jsonl",)
+
+
+def test_several_sources_are_found_in_their_order(tmp_path):
+    place = folder(tmp_path, "train.jsonl", "valid.jsonl", "more.jsonl")
+    sources = find([str(tmp_path / "more.jsonl"), place])
+    assert files(sources.train) == [tmp_path / "more.jsonl", tmp_path / "train.jsonl"]
+    assert files(sources.valid) == [tmp_path / "valid.jsonl"]
 
 
 def test_a_folder_without_a_train_file_says_what_is_looked_for(tmp_path):
     with pytest.raises(DataError) as error:
         find(folder(tmp_path, "valid.jsonl"))
     assert str(error.value) == (
-        f"{tmp_path}: no file with training pairs (looked for `train.jsonl` or `train.json`)"
+        f"{tmp_path}: no file of the split `train` (looked for `train.jsonl` and the like, in it "
+        "and in `data`)"
     )
 
 
-def test_a_folder_with_two_train_files_is_refused(tmp_path):
-    with pytest.raises(DataError, match=r"holds both `train\.jsonl` and `train\.json`"):
-        find(folder(tmp_path, "train.jsonl", "train.json"))
+@pytest.mark.parametrize("other", ["train.json", "train-00000-of-00001.jsonl"])
+def test_a_folder_with_two_train_files_is_refused(tmp_path, other):
+    with pytest.raises(DataError, match=r"holds both `train.*` and `train.*`; keep one of them"):
+        find(folder(tmp_path, "train.jsonl", other))
+
+
+class Piped(io.TextIOWrapper):
+    """Standard input with something in it."""
+
+
+def test_standard_input_is_lines_of_json_read_once(monkeypatch):
+    monkeypatch.setattr("sys.stdin", Piped(io.BytesIO(b'{"a": 1}\n\n{"a": 2}\n')))
+    [source] = find("-").train
+    assert [(row.where, row.record) for row in source.rows()] == [
+        ("-:1", {"a": 1}),
+        ("-:3", {"a": 2}),
+    ]
+    for given in ((["-", "-"], None), ("-", "-")):
+        with pytest.raises(ConfigError, match="which can be read but once"):
+            find(*given)
+
+
+def test_a_terminal_is_no_source(monkeypatch):
+    class Terminal(Piped):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr("sys.stdin", Terminal(io.BytesIO()))
+    with pytest.raises(DataError, match="standard input is a terminal"):
+        source_of("-")

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 from byte_tokenizer import ASSISTANT, BOS, CHAT, EOS, SYSTEM, TWO_LINES, USER, ByteTokenizer
 
@@ -62,7 +64,7 @@ def test_a_real_tokenizer_splits_the_template_as_trl_does(stories):
 
 
 @pytest.mark.parametrize(
-    ("asked", "has_template", "is_dialogue", "as_chat"),
+    ("asked", "has_template", "whole", "as_chat"),
     [
         ("auto", True, False, True),
         ("auto", True, True, False),
@@ -71,13 +73,9 @@ def test_a_real_tokenizer_splits_the_template_as_trl_does(stories):
         ("text", True, False, False),
     ],
 )
-def test_strings_go_through_the_template_when_they_should(
-    asked, has_template, is_dialogue, as_chat
-):
+def test_strings_go_through_the_template_when_they_should(asked, has_template, whole, as_chat):
     tokenizer = ByteTokenizer(CHAT if has_template else None)
-    encoded = tokenize_pair(
-        tokenizer, strings(), rules(chat_template=asked), is_dialogue=is_dialogue
-    )
+    encoded = tokenize_pair(tokenizer, replace(strings(), whole=whole), rules(chat_template=asked))
     assert encoded.as_chat == as_chat
     assert encoded.pair.prompt == (ids(USER, "hi", EOS, ASSISTANT) if as_chat else ids("hi"))
 
@@ -272,3 +270,42 @@ def test_an_overlong_pair_is_cut_and_said_so(chat):
     assert encoded.truncated
     assert encoded.pair.chosen == ids("yo", EOS)
     assert encoded.pair.rejected == ids("no!")
+
+
+def test_what_was_cut_is_counted_and_a_cut_completion_has_no_stop_token(chat):
+    turns = messages(("user", "one"), ("assistant", "two"), ("user", "six"), chosen="yo")
+    whole = tokenize_pair(chat(), turns, rules()).pair
+    assert len(whole) == 16 + 4
+    cut = tokenize_pair(chat(), turns, rules(max_length=18))
+    assert (cut.prompt_cut, cut.completions_cut) == (False, 2)
+    assert EOS not in cut.pair.chosen + cut.pair.rejected
+    kept = tokenize_pair(chat(), turns, rules(max_length=18, truncation="keep_end"))
+    assert (kept.prompt_cut, kept.completions_cut) == (True, 0)
+    # The first question and its answer are gone, not some of their tokens.
+    assert kept.pair.prompt == ids(USER, "six", EOS, ASSISTANT)
+    assert kept.pair.chosen == whole.chosen
+
+
+def test_the_beginning_of_plain_text_survives_a_cut_at_the_start(plain):
+    cut = tokenize_pair(
+        plain, strings("a long prompt", "yo", "no!"), rules(max_length=8, truncation="keep_end")
+    )
+    assert cut.pair.prompt == ids(BOS, "mpt"[-3:])
+    assert (cut.prompt_cut, cut.completions_cut) == (True, 0)
+
+
+def test_a_system_turn_needs_a_template(plain, chat):
+    with pytest.raises(ConfigError, match="`system` needs a chat template"):
+        tokenize_pair(plain, strings(), rules(system="be kind"))
+    encoded = tokenize_pair(chat(), strings(), rules(system="be kind"))
+    assert encoded.system_added
+    assert encoded.pair.prompt == ids(SYSTEM, "be kind", EOS, USER, "hi", EOS, ASSISTANT)
+
+
+def test_where_the_template_does_not_tell_turns_a_cut_falls_on_any_token(chat):
+    turns = messages(("user", "one"), ("assistant", "two"), ("user", "six"), chosen="yo")
+    moody = chat("{% if messages | length == 2 %}x{% endif %}" + CHAT)
+    asked = rules(max_length=18, truncation="keep_end")
+    kept = tokenize_pair(moody, turns, asked).pair.prompt
+    assert kept == tokenize_pair(chat(), turns, rules()).pair.prompt[-14:]
+    assert len(kept) == 18 - len(b"no!") - 1

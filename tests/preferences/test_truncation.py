@@ -76,3 +76,25 @@ def test_what_is_kept_is_a_piece_of_what_was_given(prompt, chosen, rejected, max
         assert cut.prompt == prompt
     if how == "keep_end" and len(cut.prompt) > 1:
         assert (cut.chosen, cut.rejected) == (chosen, rejected)
+
+
+BEGUN = (9, 1, 2, 3, 4, 5)  # 9 begins the text; turns begin at 2 and at 4
+
+
+@pytest.mark.parametrize(
+    ("max_length", "turns", "prompt"),
+    [
+        (8, (), (9, 2, 3, 4, 5)),
+        (7, (), (9, 3, 4, 5)),
+        (8, (2, 4), (9, 2, 3, 4, 5)),
+        (7, (2, 4), (9, 4, 5)),  # rather a whole turn than as much as fits
+        (5, (2, 4), (9, 5)),  # not even the last turn has room
+        (3, (2, 4), (9, 5)),
+        (2, (), (5,)),  # one of the prompt, one of a completion
+    ],
+)
+def test_the_token_that_begins_a_text_survives_and_turns_stay_whole(max_length, turns, prompt):
+    whole = TokenizedPair(BEGUN, (11, 12, 13), (21, 22), "pairs.jsonl:7")
+    cut = truncate(whole, max_length, "keep_end", begins=True, turns=turns)
+    assert cut.prompt == prompt
+    assert cut.chosen == (11, 12, 13)[: max_length - len(prompt)]

@@ -1,0 +1,1 @@
+"""What is wrong, or odd, with pairs before anything is trained on them. Prints nothing."""

@@ -1,0 +1,57 @@
+"""Every schema gives the tokens of the same content in TRL's explicit conversational form."""
+
+from pathlib import Path
+
+import pytest
+from families import byte_level
+
+from mlx_dpo.config import options
+from mlx_dpo.preferences import judged
+from mlx_dpo.preferences.pairs import load_pairs
+from mlx_dpo.preferences.schemas import SCHEMAS, RowRules, schema_of
+from mlx_dpo.preferences.sources import read_rows
+from mlx_dpo.preferences.tokens import TokenRules
+
+EXAMPLES = Path(__file__).parent / "examples"
+WHOLE = {"whole-strings"}  # plain text without turns: there are no messages of the same content
+RULES = TokenRules(vocab_size=1000, max_length=4096)
+
+
+def tokens(path, rows=None):
+    """Whole rows, for a prompt that is gone on with has its boundary elsewhere."""
+    pairs = load_pairs(path, byte_level("qwen-2.5"), RULES, rows=rows or RowRules()).pairs
+    return [(p.prompt + p.chosen, p.prompt + p.rejected) for p in pairs], [p.prompt for p in pairs]
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("*.jsonl")))
+def test_the_tokens_are_those_of_the_explicit_form(name):
+    rows, prompts = tokens(EXAMPLES / f"{name}.jsonl")
+    explicit_rows, explicit_prompts = tokens(EXAMPLES / "explicit" / f"{name}.jsonl")
+    assert rows == explicit_rows
+    assert (prompts == explicit_prompts) == (name != "prefilled")
+
+
+@pytest.mark.parametrize("name", ["sharegpt", "openai", "explicit/openai"])
+def test_tools_reach_the_tokens(name):
+    _, prompts = tokens(EXAMPLES / f"{name}.jsonl")
+    assert "Looks a word up." in byte_level("qwen-2.5").decode(prompts[-1])
+    assert "Looks a word up." not in byte_level("qwen-2.5").decode(prompts[0])
+
+
+@pytest.mark.parametrize("name", sorted(SCHEMAS.keys() - WHOLE))
+def test_an_example_is_recognised_by_its_shape_and_named(name):
+    for row in read_rows(EXAMPLES / f"{name}.jsonl"):
+        assert schema_of(row).name == name
+    report = load_pairs(EXAMPLES / f"{name}.jsonl", byte_level("qwen-2.5"), RULES).report
+    assert report.lines()[0].endswith(f"(schema {name})")
+
+
+@pytest.mark.parametrize("name", sorted(SCHEMAS.keys() - WHOLE))
+def test_naming_the_schema_reads_the_same(name):
+    path = EXAMPLES / f"{name}.jsonl"
+    assert tokens(path, RowRules(schema=name)) == tokens(path)
+
+
+def test_the_settings_offer_every_schema_there_is():
+    _, schema = options()["schema"]
+    assert set(schema.choices) == {*SCHEMAS, judged.LABELLED.name}

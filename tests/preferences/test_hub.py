@@ -1,0 +1,123 @@
+"""Datasets on the Hub: a fake at the boundary of `datasets`, and the library itself on a folder."""
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from mlx_dpo.errors import DataError
+from mlx_dpo.preferences.hub import HubDataset, hub_dataset
+from mlx_dpo.preferences.sources import find, held_out_of
+
+ROWS = [{"prompt": f"q{i}", "chosen": "a", "rejected": "b"} for i in range(3)]
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A Hub with one dataset; what it was asked is noted."""
+    asked = []
+
+    def names(path, config_name=None, *, revision=None):
+        asked.append(("names", path, config_name, revision))
+        if path != "org/name":
+            raise datasets.exceptions.DatasetNotFoundError(f"Dataset '{path}' doesn't exist")
+        return ["train", "train_prefs", "test", "test_prefs"]
+
+    def load(path, name=None, *, split, revision=None):
+        asked.append(("load", path, name, split, revision))
+        rows = [row | {"chosen": split} for row in ROWS]
+        return datasets.Dataset.from_list(rows)
+
+    monkeypatch.setattr(datasets, "get_dataset_split_names", names)
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("org/name", ("org/name", None, None)),
+        ("org/name:en", ("org/name", "en", None)),
+        ("org/name@v1.0", ("org/name", None, "v1.0")),
+        ("org/na-me.x:en-US@refs/pr/1", ("org/na-me.x", "en-US", "refs/pr/1")),
+        ("name", None),
+        ("a/b/c", None),
+        ("org/name:", None),
+    ],
+)
+def test_a_name_has_its_parts(name, parts):
+    assert hub_dataset(name) == (parts and HubDataset(*parts))
+
+
+def test_rows_come_from_the_split_that_is_asked_for_with_their_places(hub):
+    sources = find("org/name:en@v1")
+    assert [row.where for row in sources.train[0].rows()] == [
+        f"org/name:en:train[{i}]" for i in range(3)
+    ]
+    assert hub[-1] == ("load", "org/name", "en", "train", "v1")
+    assert {row.record["chosen"] for row in sources.valid[0].rows()} == {"test"}
+    sources = find("org/name", split="train_prefs")
+    assert {row.record["chosen"] for row in sources.train[0].rows()} == {"train_prefs"}
+    assert {row.record["chosen"] for row in sources.valid[0].rows()} == {"test_prefs"}
+    assert held_out_of("org/name").name == "org/name:test"
+
+
+def test_a_path_that_is_there_goes_before_a_dataset(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    (tmp_path / "org" / "name" / "train.jsonl").write_text("{}\n")
+    assert find("org/name").train[0].dataset is None
+    (tmp_path / "org" / "file").write_text("{}\n")
+    with pytest.raises(DataError, match="org/file: this kind of file is not read"):
+        find("org/file")
+    assert not hub
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "said"),
+    [
+        (
+            "org/other",
+            None,
+            r"^org/other: neither a file or folder here nor a dataset that the Hub",
+        ),
+        ("org/name", "train_x", r"^org/name: no split `train_x` \(found `train`, `train_prefs`, "),
+    ],
+)
+def test_what_is_not_there_is_one_line(hub, name, split, said):
+    with pytest.raises(DataError, match=said) as error:
+        find(name, split=split)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "error", [ConnectionError("no net"), ValueError("Config name is missing"), OSError("disk")]
+)
+def test_an_error_of_the_library_is_one_line(hub, monkeypatch, error):
+    def fails(*args, **more):
+        raise error
+
+    [source] = find("org/name").train
+    monkeypatch.setattr(datasets, "load_dataset", fails)
+    with pytest.raises(DataError, match=str(error)):
+        list(source.rows())
+
+
+def test_the_library_itself_reads_a_folder_of_tables(tmp_path, monkeypatch):
+    """Images stay undecoded: nothing that decodes them has to be there."""
+    monkeypatch.chdir(tmp_path)
+    place = tmp_path / "org" / "set"
+    (place / "data").mkdir(parents=True)
+    table = pyarrow.Table.from_pylist([row | {"images": []} for row in ROWS])
+    for split in ("train", "test"):
+        path = place / "data" / f"{split}-00000-of-00001.parquet"
+        pyarrow.parquet.write_table(table, path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+    dataset = HubDataset("org/set")  # relative, as the library takes a folder
+    assert dataset.splits() == ["train", "test"]
+    rows = list(dataset.rows("train"))
+    assert [row.record["prompt"] for row in rows] == ["q0", "q1", "q2"]
+    assert rows[2].where == "org/set:train[2]"
+    # The same files are a source by themselves.
+    assert [row.record for row in find("org/set").train[0].rows()] == [row.record for row in rows]

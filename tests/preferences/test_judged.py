@@ -1,0 +1,149 @@
+"""Judged answers: how rows are read, and which foreign answer each is held against."""
+
+import json
+
+import pytest
+
+from mlx_dpo.errors import ConfigError, DataError
+from mlx_dpo.preferences.judged import schema_of, to_judgements, with_mismatched
+from mlx_dpo.preferences.pairs import digest, load_pairs
+from mlx_dpo.preferences.rows import Row
+from mlx_dpo.preferences.schemas import RowRules
+from mlx_dpo.preferences.tokens import TokenRules
+from mlx_dpo.types import Judgement, TokenizedPair
+
+JUDGED = RowRules(judged=True)
+USER = {"role": "user", "content": "Hi?"}
+BOT = {"role": "assistant", "content": "Yes."}
+
+
+def read(**record):
+    row = Row(record, "rows:1")
+    return to_judgements(row, schema_of(row))
+
+
+@pytest.mark.parametrize("label", [True, False, 1, 0])
+def test_a_labelled_row_is_one_judgement(label):
+    assert read(prompt="Hi?", completion="Yes.", label=label) == [
+        Judgement("Hi?", "Yes.", bool(label), "rows:1")
+    ]
+
+
+def test_messages_end_with_the_answer():
+    assert read(messages=[USER, BOT], label=False) == [Judgement((USER,), (BOT,), False, "rows:1")]
+    assert read(prompt=[USER], completion=[BOT], label=True) == [
+        Judgement((USER,), (BOT,), True, "rows:1")
+    ]
+    assert read(prompt="Hi?", completion=[BOT], label=True)[0].prompt == (USER,)
+
+
+def test_a_pair_is_two_judgements():
+    assert read(prompt="Hi?", chosen="Yes.", rejected="No.") == [
+        Judgement("Hi?", "Yes.", True, "rows:1"),
+        Judgement("Hi?", "No.", False, "rows:1"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        ({"prompt": "a", "completion": "b", "label": "yes"}, "`label` must be true or false"),
+        ({"prompt": "a", "completion": "b", "label": 2}, "found 2"),
+        ({"prompt": "a", "label": True}, "without `completion`"),
+        ({"messages": [USER], "label": True}, "must end with the assistant's answer"),
+        ({"messages": [BOT], "label": True}, "must end with the assistant's answer"),
+        ({"prompt": "a", "completion": " ", "label": True}, "empty"),
+    ],
+)
+def test_what_is_no_judged_answer_is_said(record, said):
+    with pytest.raises(DataError, match=said):
+        read(**record)
+
+
+def rows(*asked):
+    return [
+        TokenizedPair((i,), (100 + i, 200 + i, 9), (), asked=prompt, desirable=True)
+        for i, prompt in enumerate(asked)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ("abc", [2, 0, 1]),  # each the one before; the first goes on at the end
+        ("aab", [2, 2, 1]),  # never an answer to its own prompt
+        ("abba", [2, 0, 0, 2]),
+        ("abaa", [1, 0, 1, 1]),
+    ],
+)
+def test_each_is_held_against_the_nearest_answer_to_another_prompt(asked, expected):
+    made = with_mismatched(rows(*asked), max_length=64)
+    assert [row.rejected[0] - 100 for row in made] == expected
+    assert [row.chosen for row in made] == [row.chosen for row in rows(*asked)]
+
+
+def test_the_foreign_answer_is_cut_to_the_room_beside_the_prompt_and_never_empty():
+    made = with_mismatched(rows("a", "b"), max_length=3)
+    assert [len(row.rejected) for row in made] == [2, 2]
+    assert [len(row.rejected) for row in with_mismatched(rows("a", "b"), max_length=1)] == [1, 1]
+
+
+def test_rows_of_a_single_prompt_are_refused():
+    with pytest.raises(ConfigError, match="at least two prompts"):
+        with_mismatched(rows("a", "a"), max_length=64)
+    assert with_mismatched([], max_length=64) == []
+
+
+def written(path, *records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def test_a_file_may_mix_labelled_rows_and_pairs_and_is_counted_in_answers(tmp_path, plain):
+    path = written(
+        tmp_path / "rows.jsonl",
+        {"prompt": "Hi?", "completion": "Yes.", "label": False},
+        {"prompt": "Ho?", "chosen": "Yes.", "rejected": "No."},
+    )
+    found = load_pairs(path, plain, TokenRules(vocab_size=262), rows=JUDGED)
+    assert [pair.desirable for pair in found.pairs] == [False, True, False]
+    assert [pair.rejected for pair in found.pairs] == [()] * 3
+    first, *_ = found.report.lines()
+    assert "3 judged answers" in first and "1 good and 2 bad" in first
+    assert not found.report.unused_fields
+
+
+def test_an_answer_becomes_the_same_tokens_as_in_a_pair(tmp_path, chat):
+    pair = {"prompt": "Hi?", "chosen": "Yes.", "rejected": "No."}
+    path = written(tmp_path / "rows.jsonl", pair)
+    rules = TokenRules(vocab_size=262)
+    (whole,) = load_pairs(path, chat(), rules).pairs
+    good, bad = load_pairs(path, chat(), rules, rows=JUDGED).pairs
+    assert (good.prompt, good.chosen, bad.chosen) == (whole.prompt, whole.chosen, whole.rejected)
+
+
+def test_without_labels_a_labelled_row_is_refused_with_the_way_on(tmp_path, plain):
+    path = written(tmp_path / "rows.jsonl", {"prompt": "Hi?", "completion": "Y", "label": True})
+    with pytest.raises(DataError, match="--loss-type kto"):
+        load_pairs(path, plain, TokenRules(vocab_size=262))
+
+
+def test_margins_and_weights_are_read_where_they_are_asked_for(tmp_path, plain):
+    pair = {"prompt": "Hi?", "chosen": "Yes.", "rejected": "No.", "lead": 2, "trust": 0.5}
+    path, rules = written(tmp_path / "rows.jsonl", pair), TokenRules(vocab_size=262)
+    silent = load_pairs(path, plain, rules)
+    told = load_pairs(path, plain, rules, rows=RowRules(margin="lead", weight="trust"))
+    assert (silent.pairs[0].margin, silent.pairs[0].weight) == (0.0, 1.0)
+    assert (told.pairs[0].margin, told.pairs[0].weight) == (2.0, 0.5)
+    assert set(silent.report.unused_fields) == {"lead", "trust"}
+    assert not told.report.unused_fields
+    # What a run depends on is its digest.
+    assert digest(silent.pairs) != digest(told.pairs)
+
+
+@pytest.mark.parametrize("value", ["much", None, True, float("nan"), -1])
+def test_a_weight_that_is_no_number_from_0_is_refused(tmp_path, plain, value):
+    pair = {"prompt": "Hi?", "chosen": "Yes.", "rejected": "No.", "trust": value}
+    path = written(tmp_path / "rows.jsonl", pair)
+    with pytest.raises(DataError, match="`trust` must be a number of at least 0"):
+        load_pairs(path, plain, TokenRules(vocab_size=262), rows=RowRules(weight="trust"))

@@ -1,0 +1,89 @@
+import json
+
+import pytest
+
+from mlx_dpo.errors import DataError
+from mlx_dpo.preferences.prompts import (
+    Prompt,
+    as_prompt,
+    held_out_prompts,
+    read_prompts,
+    with_system,
+)
+
+USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}
+SYSTEM = {"role": "system", "content": "be kind"}
+
+
+def rows(path, *records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("record", "messages"),
+    [
+        ({"prompt": "hi"}, [USER]),
+        ({"prompt": [SYSTEM, USER]}, [SYSTEM, USER]),
+        ({"prompt": [USER, ANSWER, USER]}, [USER, ANSWER, USER]),
+        ({"messages": [SYSTEM, USER, ANSWER]}, [SYSTEM, USER]),
+        ({"prompt": "hi", "chosen": "a", "rejected": "b"}, [USER]),
+        ({"chosen": [USER, ANSWER], "rejected": [USER, {**ANSWER, "content": "no"}]}, [USER]),
+    ],
+)
+def test_a_prompt_is_what_stands_before_the_answer(tmp_path, record, messages):
+    [prompt] = read_prompts(rows(tmp_path / "p.jsonl", record))
+    assert list(prompt.messages) == messages
+    assert prompt.where == f"{tmp_path}/p.jsonl:1"
+
+
+def test_a_text_file_has_a_prompt_on_each_line_and_each_is_asked_once(tmp_path):
+    path = tmp_path / "p.txt"
+    path.write_bytes("\ufeffhi\n\n  wie gäht's \r\nhi\n".encode())
+    prompts = read_prompts(str(path))
+    assert [prompt.messages[0]["content"] for prompt in prompts] == ["hi", "wie gäht's"]
+    assert prompts[1].where.endswith("p.txt:3")
+
+
+def test_like_prompts_have_the_same_key_wherever_they_come_from():
+    assert as_prompt("hi", "a:1").key == as_prompt((USER,), "b:2").key != as_prompt("ho").key
+
+
+def test_a_folder_gives_its_training_and_its_held_out_prompts(tmp_path):
+    rows(tmp_path / "train.jsonl", {"prompt": "hi"})
+    rows(tmp_path / "valid.jsonl", {"prompt": "ho"})
+    assert [p.messages[0]["content"] for p in read_prompts(str(tmp_path))] == ["hi"]
+    held = held_out_prompts(str(tmp_path))
+    assert held is not None
+    assert [p.messages[0]["content"] for p in held] == ["ho"]
+    assert held_out_prompts(str(tmp_path / "train.jsonl")) is None
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"question": "hi"}, r"p\.jsonl:1: no `prompt` and no `messages` \(found `question`\)"),
+        ({"prompt": "  "}, r"p\.jsonl:1: the prompt is empty"),
+        ({"messages": [ANSWER]}, r"p\.jsonl:1: the prompt is empty"),
+        ({"prompt": "hi", "tools": [{"name": "f"}]}, r"p\.jsonl:1: `tools` beside a prompt"),
+        ({"prompt": 3}, r"p\.jsonl:1: `prompt` must be text or a list of messages"),
+    ],
+)
+def test_a_row_that_asks_nothing_is_named(tmp_path, record, message):
+    with pytest.raises(DataError, match=message):
+        read_prompts(rows(tmp_path / "p.jsonl", record))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"), [(b"hi\n\xff\n", r"p\.txt:2: not UTF-8"), (b"\n \n", "no prompts in it")]
+)
+def test_a_text_file_that_asks_nothing_is_named(tmp_path, data, message):
+    (tmp_path / "p.txt").write_bytes(data)
+    with pytest.raises(DataError, match=message):
+        read_prompts(str(tmp_path / "p.txt"))
+
+
+def test_a_system_turn_comes_before_prompts_that_have_none():
+    first, second = with_system([Prompt((USER,), "a:1"), Prompt((SYSTEM, USER))], "new")
+    assert first.messages == ({"role": "system", "content": "new"}, USER)
+    assert (first.where, second.messages) == ("a:1", (SYSTEM, USER))

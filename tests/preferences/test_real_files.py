@@ -1,0 +1,72 @@
+"""The real files: each recognised without options, and tokenized through a chat template."""
+
+import pytest
+from families import byte_level
+
+from mlx_dpo.errors import DataError
+from mlx_dpo.preferences.faults import EMPTY
+from mlx_dpo.preferences.pairs import load_pairs
+from mlx_dpo.preferences.schemas import RowRules
+from mlx_dpo.preferences.tokens import TokenRules
+
+RULES = TokenRules(vocab_size=1000, max_length=100_000)
+FILES = {
+    "lf-dpo-en/dpo_en_demo.json": ("sharegpt", 299),
+    "foundry-orca-dpo/validation.jsonl": ("openai", 284),
+}
+DIALOGUES = "hh-harmless-test/test.jsonl"
+SOME = 600  # of the dialogues
+
+
+@pytest.fixture
+def dialogues(material, tmp_path):
+    lines = (material / "data" / DIALOGUES).read_text().splitlines(keepends=True)
+    (tmp_path / "some.jsonl").write_text("".join(lines[:SOME]))
+    return tmp_path / "some.jsonl"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_real_file_is_recognised_and_tokenized(material, name):
+    schema, count = FILES[name]
+    tokenizer = byte_level("chatml")
+    found = load_pairs(material / "data" / name, tokenizer, RULES)
+    assert found.report.schemas.keys() == {schema}
+    assert len(found.pairs) == count == found.report.as_chat
+    assert not found.report.stops_added
+    assert not found.report.unused_fields
+    for pair in found.pairs:
+        for completion in (pair.chosen, pair.rejected):
+            assert completion.count(tokenizer.eos_token_id) == 1
+            assert completion[-1] == tokenizer.eos_token_id
+
+
+def test_the_turns_of_real_dialogues_are_those_of_the_text(dialogues):
+    """Nothing is lost but the marks and the white space beside them."""
+    tokenizer = byte_level("chatml")
+    found = load_pairs(dialogues, tokenizer, RULES, bad_pairs="drop")
+    assert found.report.schemas == {"dialogues": SOME}
+    assert found.report.dialogues == len(found.pairs) == SOME - 2
+    assert {reason: len(places) for reason, places in found.report.dropped.items()} == {EMPTY: 2}
+    text = load_pairs(
+        dialogues, tokenizer, TokenRules(vocab_size=1000, max_length=100_000, chat_template="text"),
+        bad_pairs="drop",
+    )  # fmt: skip
+    marks = {"<|im_start|>user\n": "Human:", "<|im_start|>assistant\n": "Assistant:"}
+    for as_chat, as_text in zip(found.pairs[::7], text.pairs[::7], strict=True):
+        turns, words = (tokenizer.decode(p.prompt + p.chosen[:-1]) for p in (as_chat, as_text))
+        for written, mark in marks.items():
+            turns = turns.replace(written, f"\n\n{mark} ")
+        assert "".join(turns.replace("<|im_end|>", "").split()) == "".join(words.split())
+
+
+def test_the_labelled_file_is_refused_with_the_way_on_and_read_where_labels_are_wanted(material):
+    path = material / "data" / "lf-kto-en" / "kto_en_demo.json"
+    tokenizer = byte_level("chatml")
+    with pytest.raises(DataError, match=r"\[0\]: a single judged answer .* use --loss-type kto"):
+        load_pairs(path, tokenizer, RULES)
+    report = load_pairs(path, tokenizer, RULES, rows=RowRules(judged=True)).report
+    assert (report.kept, report.desirable) == (300, 150)
+    paired = load_pairs(path, tokenizer, RULES, rows=RowRules(pair_labelled=True))
+    [pair] = paired.pairs  # two more prompts occur twice, but with the same label
+    assert "[" in pair.where and " and " in pair.where
+    assert sum(map(len, paired.report.dropped.values())) == 298

@@ -1,0 +1,145 @@
+"""Special tokens in what people wrote stay text, whichever tokenizer reads it."""
+
+import pytest
+from byte_tokenizer import ASSISTANT, BOS, CHAT, EOS, USER, ByteTokenizer
+from families import TEMPLATES, byte_level, metaspace, unigram
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlx_dpo.preferences.boundary import render
+from mlx_dpo.preferences.faults import SPECIAL, BadPair
+from mlx_dpo.preferences.special import Specials, specials_of
+from mlx_dpo.preferences.tokens import TokenRules, tokenize_pair
+from mlx_dpo.types import Preference
+
+NAMES = sorted(TEMPLATES)
+SIZE = 100_000
+
+
+def user(text):
+    return [{"role": "user", "content": text}]
+
+
+def pair_of(tokenizer, prompt, chosen="yo", rejected="no!", **rules):
+    preference = Preference(prompt, chosen, rejected, "pairs.jsonl:7")
+    return tokenize_pair(tokenizer, preference, TokenRules(vocab_size=SIZE, **rules))
+
+
+def controls(tokenizer, ids):
+    return [number for number in ids if number in specials_of(tokenizer).ids]
+
+
+@pytest.mark.parametrize("make", [byte_level, metaspace, unigram])
+@pytest.mark.parametrize("name", NAMES)
+def test_no_text_forges_a_control_token(name, make):
+    """The control tokens are those of the same turns without the text; the text is all there."""
+    tokenizer = make(name)
+    plain = render(tokenizer, user("ab"), open_reply=True, thinking=False)
+    for special in tokenizer.all_special_tokens:
+        ids = render(tokenizer, user(f"a{special}b"), open_reply=True, thinking=False)
+        assert controls(tokenizer, ids) == controls(tokenizer, plain)
+        spaced = str.maketrans("▁", " ")  # Metaspace cannot tell them apart
+        assert f"a{special}b".translate(spaced) in tokenizer.decode(ids).translate(spaced)
+
+
+@pytest.mark.parametrize("make", [byte_level, metaspace, unigram])
+@pytest.mark.parametrize("name", ["chatml", "llama-3", "zephyr"])
+@settings(max_examples=30, deadline=None)
+@given(text=st.text("ab <|>im_end/s\n", min_size=1, max_size=20))
+def test_marked_text_is_cut_into_the_ids_of_the_text_alone(name, make, text):
+    """In front of a special token that is only text, the ids are those of the usual way."""
+    tokenizer = make(name)
+    eos = tokenizer.eos_token
+    if specials_of(tokenizer).found(text) or not text.strip():
+        return
+    usual = render(tokenizer, user(text), open_reply=True, thinking=False)
+    assert list(usual) == tokenizer.apply_chat_template(
+        user(text), add_generation_prompt=True, return_dict=False
+    )
+    forged = render(tokenizer, user("x" + text.strip() + eos), open_reply=True, thinking=False)
+    honest = render(tokenizer, user("x" + text.strip()), open_reply=True, thinking=False)
+    assert controls(tokenizer, forged) == controls(tokenizer, honest)
+
+
+def test_by_hand_it_is_the_characters_that_are_read(chat):
+    pair = pair_of(chat(), "a</s>b<A>", "yo</s>!").pair
+    assert pair.prompt == (USER, *b"a</s>b<A>", EOS, ASSISTANT)
+    assert pair.chosen == (*b"yo</s>!", EOS)
+
+
+def test_plain_text_keeps_them_as_text_unless_it_is_to_be_read_as_it_stands(plain):
+    text = "<s>hi</s><U>a"
+    auto = pair_of(plain, text, "yo</s>x</s>")
+    assert auto.pair.prompt == (BOS, *b"hi</s><U>a")  # the first begins the text as ever
+    assert auto.pair.chosen == (*b"yo</s>x", EOS)  # and the last ends it
+    assert auto.specials == {"</s>", "<U>"}
+    asked = pair_of(plain, text, "yo</s>x</s>", chat_template="text")
+    assert asked.pair.prompt == (BOS, *b"hi", EOS, USER, *b"a")
+    assert asked.pair.chosen == (*b"yo", EOS, *b"x", EOS)
+    assert asked.specials == {"</s>", "<U>"}
+
+
+def test_a_beginning_is_written_before_text_with_a_special_token(plain):
+    assert pair_of(plain, "a</s>b").pair.prompt == (BOS, *b"a</s>b")
+    assert pair_of(ByteTokenizer(), "a</s>b").pair.prompt == tuple(b"a</s>b")
+
+
+def test_a_pair_whose_text_cannot_stay_text_is_a_named_fault(chat):
+    class Stubborn(ByteTokenizer):
+        def encode(self, text, add_special_tokens=True, split_special_tokens=False):
+            return [EOS if number == ord("<") else number for number in super().encode(text)]
+
+    curious = chat(CHAT.replace("m.content", "m.content.split('</s>')[0]"))
+    private = "\U00100000</s>"
+    for tokenizer, text in (
+        (Stubborn(CHAT), "a</s>"),  # a piece of it is the token already
+        (curious, "a</s>b"),  # the template takes it for its own
+        (chat(), private),  # the text has the marks themselves
+        (Stubborn(), "a</s>b"),  # as plain text
+    ):
+        with pytest.raises(BadPair) as error:
+            pair_of(tokenizer, text)
+        assert error.value.reason == SPECIAL
+        assert "--bad-pairs drop" in str(error.value)
+
+
+def test_the_longest_that_fits_is_meant():
+    specials = Specials({"<a>": 1, "<a>b": 2, "b": 3})
+    assert specials.found("<a>b<a>") == {"<a>b", "<a>"}
+    assert specials.unmarked(specials.marked("x<a>by")) == "x<a>by"
+    assert len(specials.marked("x<a>by")) == 3
+
+
+def test_what_tools_and_arguments_hold_stays_text_as_well(chat):
+    template = "{% if tools %}{{ tools[0].name }}{% endif %}" + CHAT
+    preference = Preference("hi", "yo", "no", "x:1", given={"tools": [{"name": "t</s>"}]})
+    ids = tokenize_pair(chat(template), preference, TokenRules(vocab_size=SIZE)).pair.prompt
+    assert ids == (*b"t</s>", USER, *b"hi", EOS, ASSISTANT)
+
+
+def test_a_tokenizer_that_splits_no_special_tokens_never_sees_one_whole(chat):
+    class Whole(ByteTokenizer):
+        def encode(self, text, add_special_tokens=True, split_special_tokens=False):
+            return super().encode(text, add_special_tokens)
+
+    for tokenizer in (Whole(CHAT), chat()):
+        assert pair_of(tokenizer, "a</s>b").pair.prompt == (USER, *b"a</s>b", EOS, ASSISTANT)
+
+
+def test_a_thought_of_the_answer_keeps_its_tokens():
+    """They are added, but not special: they belong to what a model may say."""
+    tokenizer = byte_level("qwen-3")
+    answer = "<think>\nwhy\n</think>\n\nso"
+    think = tokenizer.convert_tokens_to_ids("<think>")
+    assert think in tokenizer.encode("<think>")
+    pair = pair_of(tokenizer, "hi", answer, "<think>\nno\n</think>\n\nno", thinking=True).pair
+    assert pair.chosen[0] == think
+
+
+def test_the_shipped_model_and_a_real_tokenizer_write_them_as_text(stories):
+    for text in ("a</s>b", "<s>", "x <unk> y"):
+        ids = render(stories, user(text), open_reply=True, thinking=False)
+        assert text in stories.decode(ids)
+        assert len(controls(stories, ids)) == len(
+            controls(stories, render(stories, user("a"), open_reply=True, thinking=False))
+        )

@@ -1,0 +1,173 @@
+"""Chat templates in the formats of the families: where the reply begins, what of it is scored."""
+
+import pytest
+from families import TEMPLATES, byte_level, metaspace
+
+from mlx_dpo.errors import ConfigError, DataError
+from mlx_dpo.preferences.faults import REFUSED, BadPair
+from mlx_dpo.preferences.tokens import TokenRules, check_rules, tokenize_pair
+from mlx_dpo.types import Preference
+
+PREFIXED = sorted(TEMPLATES.keys() - {"deepseek-r1"})
+NO_SYSTEM = {"gemma"}
+
+
+def turns(*texts, system=None):
+    found = [{"role": "system", "content": system}] if system else []
+    for number, text in enumerate(texts):
+        found.append({"role": ("user", "assistant")[number % 2], "content": text})
+    return tuple(found)
+
+
+def pair_of(tokenizer, prompt, chosen="yes it is", rejected="no", **rules):
+    replies = (({"role": "assistant", "content": text},) for text in (chosen, rejected))
+    preference = Preference(prompt, *replies, "pairs.jsonl:7")
+    return tokenize_pair(tokenizer, preference, TokenRules(vocab_size=1000, **rules))
+
+
+@pytest.mark.parametrize("make", [byte_level, metaspace])
+@pytest.mark.parametrize("name", PREFIXED)
+@pytest.mark.parametrize("earlier", [(), ("hello", "hi there")])
+def test_prompt_and_reply_are_the_conversation_cut_where_the_reply_begins(name, make, earlier):
+    """The scored tokens are the answer and its stop token, and nothing else."""
+    tokenizer = make(name)
+    prompt = turns(*earlier, "is it?")
+    encoded = pair_of(tokenizer, prompt)
+    pair, stop = encoded.pair, tokenizer.eos_token_id
+    asked = tokenizer.apply_chat_template(
+        list(prompt), add_generation_prompt=True, return_dict=False, enable_thinking=False
+    )
+    assert list(pair.prompt) == asked
+    for completion, text in ((pair.chosen, "yes it is"), (pair.rejected, "no")):
+        assert completion[-1] == stop
+        assert stop not in completion[:-1]
+        assert tokenizer.decode(completion[:-1]).strip() == text
+        whole = tokenizer.apply_chat_template(
+            [*prompt, {"role": "assistant", "content": text}], return_dict=False
+        )
+        assert [*pair.prompt, *completion] == whole[: len(pair.prompt) + len(completion)]
+        assert not tokenizer.decode(whole[len(pair.prompt) + len(completion) :]).strip()
+    assert encoded.stops_added == 0
+    assert encoded.boundary_moved == 0
+
+
+@pytest.mark.parametrize("name", sorted(TEMPLATES))
+def test_nothing_begins_twice(name):
+    tokenizer = byte_level(name)
+    if (
+        name == "deepseek-r1"
+        or tokenizer.bos_token is None
+        or tokenizer.bos_token == "<|im_start|>"
+    ):
+        return
+    prompt = pair_of(tokenizer, turns("is it?")).pair.prompt
+    begins = "{{- bos_token" in tokenizer.chat_template
+    assert prompt.count(tokenizer.bos_token_id) == begins
+    assert (prompt[0] == tokenizer.bos_token_id) == begins
+
+
+@pytest.mark.parametrize("make", [byte_level, metaspace])
+def test_a_template_that_opens_a_thought_only_when_asked_to_reply_is_refused(make):
+    """DeepSeek-R1 drops thoughts from a conversation: its prompt is no beginning of it."""
+    with pytest.raises(DataError, match="the chat template changes the prompt once a reply"):
+        pair_of(make("deepseek-r1"), turns("is it?"))
+
+
+@pytest.mark.parametrize("name", PREFIXED)
+def test_a_system_turn_is_written_or_the_row_is_refused_with_the_templates_words(name):
+    tokenizer = byte_level(name)
+    prompt = turns("is it?", system="be kind")
+    if name not in NO_SYSTEM:
+        assert "be kind" in tokenizer.decode(pair_of(tokenizer, prompt).pair.prompt)
+        return
+    with pytest.raises(BadPair, match="System role not supported") as error:
+        pair_of(tokenizer, prompt)
+    assert error.value.reason == REFUSED
+
+
+def test_the_system_turn_that_is_asked_for_comes_first_where_there_is_none():
+    tokenizer = byte_level("chatml")
+    asked = pair_of(tokenizer, turns("is it?"), system="be kind")
+    assert asked.system_added
+    assert asked.pair == pair_of(tokenizer, turns("is it?", system="be kind")).pair
+    own = pair_of(tokenizer, turns("is it?", system="be short"), system="be kind")
+    assert not own.system_added
+    assert own.pair == pair_of(tokenizer, turns("is it?", system="be short")).pair
+
+
+@pytest.mark.parametrize(
+    ("thinking", "answer", "scored"),
+    [
+        (None, "so", "so"),
+        (False, "so", "so"),
+        (True, "so", "<think>\n\n</think>\n\nso"),
+        (True, "<think>\nwhy\n</think>\n\nso", "<think>\nwhy\n</think>\n\nso"),
+    ],
+)
+def test_a_thinking_template_scores_what_the_model_is_to_say(thinking, answer, scored):
+    tokenizer = byte_level("qwen-3")
+    pair = pair_of(tokenizer, turns("is it?"), answer, "no", thinking=thinking).pair
+    assert tokenizer.decode(pair.chosen[:-1]) == scored
+    opened = "" if thinking else "<think>\n\n</think>\n\n"
+    assert tokenizer.decode(pair.prompt).endswith("<|im_start|>assistant\n" + opened)
+
+
+def test_a_thought_in_an_answer_is_refused_while_thinking_is_off():
+    """The prompt has an empty thought, and the conversation another one."""
+    with pytest.raises(DataError, match="the chat template changes the prompt"):
+        pair_of(byte_level("qwen-3"), turns("is it?"), "<think>\nwhy\n</think>\n\nso")
+
+
+@pytest.mark.parametrize("name", sorted(TEMPLATES.keys() - {"qwen-3"}))
+def test_thinking_is_refused_where_the_template_knows_none(name):
+    with pytest.raises(ConfigError, match="`thinking` has no effect"):
+        check_rules(byte_level(name), TokenRules(vocab_size=1000, thinking=True))
+
+
+@pytest.mark.parametrize("name", PREFIXED)
+def test_a_prompt_that_ends_with_the_answers_first_words_is_gone_on_with(name):
+    """The tokens are those of the whole answer; only the boundary has moved into it."""
+    tokenizer = byte_level(name)
+    whole = pair_of(tokenizer, turns("is it?"), "well, yes", "well, no").pair
+    begun = pair_of(tokenizer, turns("is it?", "well,"), " yes", " no").pair
+    for one, other in ((whole.chosen, begun.chosen), (whole.rejected, begun.rejected)):
+        assert whole.prompt + one == begun.prompt + other
+    assert tokenizer.decode(begun.chosen[:-1]) == " yes"
+    assert tokenizer.decode(begun.rejected[:-1]) == " no"
+    assert tokenizer.decode(begun.prompt).endswith("well,")
+
+
+def test_tools_and_arguments_of_a_row_reach_the_template():
+    tool = {"type": "function", "function": {"name": "look", "parameters": {}}}
+    call = {"type": "function", "function": {"name": "look", "arguments": {"at": "it"}}}
+    tokenizer = byte_level("qwen-2.5")
+    prompt = turns("is it?")
+    answers = (
+        ({"role": "assistant", "content": "", "tool_calls": [call]},),
+        ({"role": "assistant", "content": "no"},),
+    )
+    given = {"tools": [tool]}
+    pair = tokenize_pair(
+        tokenizer, Preference(prompt, *answers, "x:1", given), TokenRules(vocab_size=1000)
+    ).pair
+    asked = tokenizer.apply_chat_template(
+        list(prompt), tools=[tool], add_generation_prompt=True, return_dict=False
+    )
+    assert list(pair.prompt) == asked
+    assert '"name": "look", "arguments": {"at": "it"}' in tokenizer.decode(pair.chosen)
+    assert pair.prompt != tokenize_pair(
+        tokenizer, Preference(prompt, *answers, "x:1"), TokenRules(vocab_size=1000)
+    ).pair.prompt  # fmt: skip
+
+
+def test_a_rows_own_word_on_thinking_counts_unless_the_setting_says_otherwise():
+    tokenizer = byte_level("qwen-3")
+    answers = (({"role": "assistant", "content": text},) for text in ("yes", "no"))
+    row = Preference(turns("is it?"), *answers, "x:1", {"enable_thinking": True})
+    free, on = (
+        tokenize_pair(tokenizer, row, TokenRules(vocab_size=1000, thinking=thinking)).pair
+        for thinking in (None, True)
+    )
+    assert free == on
+    with pytest.raises(DataError, match="enable_thinking True, and --thinking says otherwise"):
+        tokenize_pair(tokenizer, row, TokenRules(vocab_size=1000, thinking=False))

@@ -1,0 +1,44 @@
+"""Settings of pairs that would have no effect are refused before anything is read."""
+
+import pytest
+
+from mlx_dpo.config import DPOConfig
+from mlx_dpo.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"mix": (1.0, 1.0), "pairs": ("a", "b")}, "`mix` has no effect with weights of 1"),
+        ({"mix": (0.5,), "pairs": ("a", "b")}, "`mix` has 1 weights for 2 sources"),
+        ({"mix": (0.0,), "pairs": ("a",)}, "`mix` must be above 0"),
+        ({"column": ("prompt",)}, "`column` must be NAME=COLUMN, each name once, got 'prompt'"),
+        ({"column": ("a=b", "a=c")}, "`column` must be NAME=COLUMN, each name once, got 'a=c'"),
+        ({"column": ("=b",)}, "`column` must be NAME=COLUMN"),
+        ({"column": ("a=a",)}, "`column` has no effect where both names are the same"),
+        ({"system": " "}, "`system` has no effect if it is empty"),
+        ({"system": "x", "chat_template": "text"}, "`system` has no effect if it is empty or"),
+        ({"schema": "sharegp"}, "`schema` must be one of openai, sharegpt, shp, ranked, alpaca"),
+        ({"schema": "labelled"}, "`schema` labelled needs --loss-type kto, or --pair-labelled"),
+        ({"pair_labelled": True, "loss_type": ("kto",)}, "`pair_labelled` cannot go with a `loss_"),
+        ({"pair_labelled": True, "weight_column": "w"}, "`pair_labelled` cannot go with `weight_c"),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(given, said):
+    with pytest.raises(ConfigError) as error:
+        DPOConfig(**given)
+    assert str(error.value).startswith(said)
+
+
+def test_sources_are_one_or_many_and_come_back_from_a_record():
+    for given in ("a.jsonl", ["a.jsonl"], ("a.jsonl",)):
+        config = DPOConfig(pairs=given)
+        assert config.pairs == ("a.jsonl",)
+        assert DPOConfig.from_dict(config.to_dict()) == config
+    several = DPOConfig(pairs=("a", "-", "org/name:en@main"), mix=(1, 2, 0.5))
+    assert DPOConfig.from_dict(several.to_dict()) == several
+
+
+def test_columns_are_names_and_where_they_are():
+    config = DPOConfig(column=("prompt=input.question", "chosen=a=b"))
+    assert config.columns == {"prompt": "input.question", "chosen": "a=b"}
