@@ -53,7 +53,9 @@ class DPOConfig(  # fields come in the order of the bases, last one first
             raise ConfigError("`valid_fraction` has no effect beside `valid`")
         self.refuse_idle_losses()
         self.refuse_idle_adapter_settings()
-        self.refuse_idle_reference_settings(needed=self.needs_reference)
+        self.refuse_idle_reference_settings(
+            needed=self.needs_reference, watched=self.metric_for_best_model is not None
+        )
         self._refuse_idle_columns()
         self.refuse_idle_pair_settings(labelled=self.labelled)
         self.refuse_idle_optimizer_settings()
@@ -74,6 +76,11 @@ class DPOConfig(  # fields come in the order of the bases, last one first
             raise ConfigError(
                 f"`margin_column` has no effect with loss_type {', '.join(self.loss_type)}; "
                 f"it acts on {those}"
+            )
+        if self.weight_column is not None and self.couples and not self.labelled:
+            raise ConfigError(
+                f"`weight_column` is not defined for loss_type {', '.join(self.loss_type)}, whose "
+                "terms are of several pairs"
             )
         if self.labelled and self.batch_size < 2:
             raise ConfigError(

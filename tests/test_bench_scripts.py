@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from mlx_dpo.errors import ConfigError, DataError
-from scripts import bench_peers, bench_step
+from scripts import bench_data, bench_peers, bench_step
 from scripts.bench import machine, options, processes, steps, tables, texts
 from scripts.bench.job import Job, Result
 from scripts.bench.processes import PeerError
@@ -455,3 +455,13 @@ def test_bench_peers_refuses_in_one_line(tmp_path, capsys):
         == f"Error: {tmp_path / 'none.jsonl'}: no such file or folder; a dataset on the Hub is "
         "written `org/name`"
     )
+
+
+def test_bench_data_writes_a_row_for_every_start(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench_data, "STARTS", ("first", "second"))
+    csv = tmp_path / "data.csv"
+    assert bench_data.main(["--pairs", "40", "--csv", str(csv)]) == 0
+    rows = [line.split(",") for line in csv.read_text().splitlines()]
+    start = rows[0].index("start") - len(rows[0])
+    assert [row[start : start + 2] for row in rows[1:]] == [["first", "40"], ["second", "40"]]
+    assert "| second | 40" in capsys.readouterr().out

@@ -5,11 +5,13 @@ import shutil
 import pytest
 from click.testing import CliRunner
 
+from mlx_dpo import Run
 from mlx_dpo.cli import cli
 from mlx_dpo.demo.rules import contains_word, courteous_markers, is_courteous, is_right
 from mlx_dpo.demo.tour import MARK, Tour
 from mlx_dpo.errors import RunError
 from mlx_dpo.paths import tiny_chat
+from mlx_dpo.training import checkpoint
 
 
 def test_courtesy_is_one_of_the_markers_in_any_case():
@@ -78,11 +80,10 @@ def test_the_divergence_of_a_policy_from_itself_is_zero(few_pairs, tmp_path):
     tour = Tour(tmp_path / "demo")
     tour.clear()
     tour.convert()
-    from mlx_dpo import Run
-
     with Run(tour.config()) as run:
         run.prepare()
-        run.request_stop()
-        run._save(run.start)
+        checkpoint.save(
+            run.paths.checkpoints, run.policy, run.optimizer, run.start, run.adapter_config
+        )
     answers = tour.judged(["Hello there."] * len(tour.asked))
     assert tour.divergence(answers) == pytest.approx(0.0, abs=1e-5)

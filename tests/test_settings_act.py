@@ -84,7 +84,7 @@ OVERSHOOTS = {"learning_rate": 0.1, "eval_steps": 1, "valid_fraction": 0.4, "max
 JUDGED = {"pairs": "judged.jsonl", "loss_type": ("kto",), "valid_fraction": 0.4}
 BESIDE = {
     "ref_model_mixup_alpha": {"sync_ref_model": True, "ref_model_sync_steps": 1},
-    "ref_model_sync_steps": {"sync_ref_model": True},
+    "ref_model_sync_steps": {"sync_ref_model": True, "ref_model_sync_steps": 1},
     "loss_weights": {"loss_type": ("sigmoid", "sft")},
     # Its penalty is felt once a step has made a chosen completion less likely.
     "dpop_lambda": {"loss_type": ("dpop",), "pairs": "at-odds.jsonl", "learning_rate": 0.1},

@@ -63,7 +63,10 @@ def _watch(run: Run, awake: str | None, go_on: str) -> None:
 
 
 def _prepare(run: Run, console: Console, awake: str | None) -> None:
-    run.load(lambda total: counting(console, "reference model", total=total))
+    run.load(
+        lambda total: counting(console, "reference model", total=total),
+        lambda total: counting(console, "tokens", total=total, unit="rows"),
+    )
     print_facts(console, facts_of_inputs(run))
     run.attach()
     if run.config.needs_reference and run.config.reference_model is None:

@@ -1,4 +1,4 @@
-"""`mlx-dpo cache`: what reference models said of pairs, kept for later runs; listed and cleared."""
+"""`mlx-dpo cache`: answers of reference models and tokens, kept for later runs; listed, cleared."""
 
 import json
 import sys
@@ -6,43 +6,79 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
 from mlx_dpo.errors import ConfigError
-from mlx_dpo.paths import MOVES_CACHE, reference_cache
+from mlx_dpo.paths import (
+    MOVES_CACHE,
+    abandoned,
+    cache_folder,
+    reference_cache,
+    token_cache,
+)
 
 if TYPE_CHECKING:
-    from mlx_dpo.training.cache import Entry, Group
+    from mlx_dpo.training.cache import Group
 
 HEADINGS = ("model", "computed on", "files", "pairs", "size", "last used")
+TOKEN_HEADINGS = ("tokens of", "model", "pairs", "size", "last used")
+NUMBERS = ("files", "pairs", "size")
+KINDS = ("reference", "tokens")
+
+
+class Shelf(NamedTuple):
+    """A folder of the cache, and what lies there."""
+
+    folder: Path
+    found: Sequence[Any]  # entries of files
+    left: Sequence[Path]  # half-written
+
+    @property
+    def total(self) -> str:
+        """Of everything that is there."""
+        size = sum(one.size for one in self.found) + sum(path.stat().st_size for path in self.left)
+        return f"{_files(len(self.found) + len(self.left))}, {_size(size)}"
+
+
+def _shelves() -> dict[str, Shelf]:
+    from mlx_dpo.preferences import kept
+    from mlx_dpo.training import cache as answers
+
+    rooms = {"reference": (reference_cache(), answers), "tokens": (token_cache(), kept)}
+    return {
+        name: Shelf(folder, room.entries(folder), abandoned(folder, room.SUFFIX))
+        for name, (folder, room) in rooms.items()
+    }
 
 
 @click.group(invoke_without_command=True)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of a table.")
 @click.pass_context
 def cache(ctx: click.Context, as_json: bool) -> None:
-    """List what reference models said of pairs, which runs share; `cache clear` removes it.
+    """List what runs share, reference answers and tokens of pairs; `cache clear` removes it.
 
-    A run asks its reference about every pair once. The answers are kept in the user's cache
-    folder, under a digest of all that determines them; the environment variable MLX_DPO_CACHE
-    names another folder. Without them, the next run asks again: clearing costs time alone.
+    A run asks its reference about every pair once, and tokenizes a large source once. Both are
+    kept in the user's cache folder, under a digest of all that determines them; the environment
+    variable MLX_DPO_CACHE names another folder. Without them, the next run does it again:
+    clearing costs time alone.
     """
     if ctx.invoked_subcommand is not None:
         if as_json:
             raise ConfigError("`--json` has no effect with `cache clear`")
         return
-    from mlx_dpo.training.cache import abandoned, entries, groups
-
-    folder = reference_cache()
-    found, left = entries(folder), abandoned(folder)
+    reference, tokens = _shelves().values()
     if as_json:
-        click.echo(json.dumps(_report(folder, groups(found), found, left)))
-    elif found or left:
-        _show(folder, groups(found), found, left)
-    else:
-        click.echo(f"Nothing is kept yet: {folder} ({MOVES_CACHE} moves it) fills as runs are made")
+        click.echo(json.dumps(_report(reference, tokens)))
+        return
+    if reference.found or reference.left:
+        _show(reference)
+    if tokens.found or tokens.left:
+        _show_tokens(tokens)
+    if not any(shelf.found or shelf.left for shelf in (reference, tokens)):
+        moves = f"{cache_folder()} ({MOVES_CACHE} moves it)"
+        click.echo(f"Nothing is kept yet: {moves} fills as runs are made")
 
 
 @cache.command()
@@ -52,40 +88,44 @@ def cache(ctx: click.Context, as_json: bool) -> None:
     metavar="DAYS",
     help="Only what no run has read for so many days.",
 )
-@click.option("--model", metavar="NAME", help="Only what this model said, as `cache` names it.")
+@click.option("--model", metavar="NAME", help="Only what is of this model, as `cache` names it.")
+@click.option("--only", type=click.Choice(KINDS), help="Only this kind.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
-def clear(older_than: float | None, model: str | None, yes: bool) -> None:
-    """Remove what reference models said of pairs, after saying what will go.
+def clear(older_than: float | None, model: str | None, only: str | None, yes: bool) -> None:
+    """Remove what is kept, after saying what will go.
 
     Runs under way are not disturbed: they hold what they need.
     """
-    from mlx_dpo.training.cache import abandoned, entries
-
-    folder = reference_cache()
-    found = entries(folder)
-    _refuse_unknown(model, found)
-    chosen = [entry for entry in found if _meant(entry, older_than, model)]
-    going = [entry.path for entry in chosen] + abandoned(folder)
+    shelves = [shelf for name, shelf in _shelves().items() if only in (None, name)]
+    _refuse_unknown(model, [entry for shelf in shelves for entry in shelf.found])
+    going: list[Path] = []
+    freed = 0
+    for folder, found, left in shelves:
+        chosen = [entry for entry in found if _meant(entry, older_than, model)]
+        paths = [entry.path for entry in chosen] + list(left)
+        size = sum(path.stat().st_size for path in paths)
+        pairs = sum(entry.pairs for entry in chosen)
+        if paths:
+            what = f"{_files(len(paths))}, {pairs:,} pairs, {_size(size)}"
+            click.echo(f"To be removed from {folder}: {what}")
+        going, freed = going + paths, freed + size
     if not going:
-        click.echo(f"Nothing to clear in {folder}")
+        click.echo(f"Nothing to clear in {cache_folder()}")
         return
-    size = sum(path.stat().st_size for path in going)
-    pairs = sum(entry.pairs for entry in chosen)
-    click.echo(f"To be removed from {folder}: {_files(len(going))}, {pairs:,} pairs, {_size(size)}")
     if not yes:
         _ask()
     for path in going:
         path.unlink(missing_ok=True)
-    click.echo(f"Freed {_size(size)}")
+    click.echo(f"Freed {_size(freed)}")
 
 
-def _meant(entry: "Entry", older_than: float | None, model: str | None) -> bool:
+def _meant(entry: Any, older_than: float | None, model: str | None) -> bool:
     if model is not None and entry.model != model:
         return False
     return older_than is None or entry.last_used < datetime.now(UTC) - timedelta(days=older_than)
 
 
-def _refuse_unknown(model: str | None, found: Sequence["Entry"]) -> None:
+def _refuse_unknown(model: str | None, found: Sequence[Any]) -> None:
     names = sorted({entry.model for entry in found})
     if model is not None and model not in names:
         known = ", ".join(f"`{name}`" for name in names) or "no model at all"
@@ -98,25 +138,44 @@ def _ask() -> None:
     click.confirm("Remove them?", abort=True)
 
 
-def _show(
-    folder: Path, groups: Sequence["Group"], found: Sequence["Entry"], left: Sequence[Path]
-) -> None:
-    click.echo(f"{folder} ({MOVES_CACHE} moves it)\n")
-    rows = [HEADINGS, *map(_row, groups)]
+def _show(shelf: Shelf) -> None:
+    from mlx_dpo.training.cache import groups
+
+    click.echo(f"{shelf.folder} ({MOVES_CACHE} moves it)\n")
+    _table([HEADINGS, *map(_row, groups(shelf.found))])
+    click.echo(f"\n{shelf.total}")
+    _show_wrong(shelf, "its pairs will be scored again")
+
+
+def _show_tokens(shelf: Shelf) -> None:
+    click.echo(f"{shelf.folder} ({MOVES_CACHE} moves it)\n")
+    _table([TOKEN_HEADINGS, *map(_token_row, shelf.found)])
+    click.echo(f"\n{shelf.total}")
+    _show_wrong(shelf, "its pairs will be tokenized again")
+
+
+def _show_wrong(shelf: Shelf, then: str) -> None:
+    for entry in shelf.found:
+        if entry.damaged:
+            click.echo(f"damaged, {then}: {entry.path.name}")
+    for path in shelf.left:
+        click.echo(f"half-written by a process that is gone: {path.name}")
+
+
+def _table(rows: Sequence[Sequence[str]]) -> None:
+    """Columns under the headings of the first row."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = [
-            cell.rjust(width) if heading in ("files", "pairs", "size") else cell.ljust(width)
-            for cell, width, heading in zip(row, widths, HEADINGS, strict=True)
+            cell.rjust(width) if heading in NUMBERS else cell.ljust(width)
+            for cell, width, heading in zip(row, widths, rows[0], strict=True)
         ]
         click.echo("  ".join(cells).rstrip())
-    total = sum(entry.size for entry in found) + sum(path.stat().st_size for path in left)
-    click.echo(f"\n{_files(len(found) + len(left))}, {_size(total)}")
-    for entry in found:
-        if entry.damaged:
-            click.echo(f"damaged, its pairs will be scored again: {entry.path.name}")
-    for path in left:
-        click.echo(f"half-written by a process that is gone: {path.name}")
+
+
+def _token_row(entry: Any) -> tuple[str, ...]:
+    used = f"{entry.last_used.astimezone():%Y-%m-%d}"
+    return (entry.name, entry.model, f"{entry.pairs:,}", _size(entry.size), used)
 
 
 def _row(group: "Group") -> tuple[str, ...]:
@@ -130,17 +189,33 @@ def _row(group: "Group") -> tuple[str, ...]:
     )
 
 
-def _report(
-    folder: Path, groups: Sequence["Group"], found: Sequence["Entry"], left: Sequence[Path]
-) -> dict[str, Any]:
+def _report(reference: Shelf, tokens: Shelf) -> dict[str, Any]:
+    from mlx_dpo.training.cache import groups
+
     return {
-        "folder": str(folder),
-        "models": [
-            asdict(group) | {"last_used": group.last_used.isoformat(timespec="seconds")}
-            for group in groups
-        ],
-        "damaged": [entry.path.name for entry in found if entry.damaged],
-        "half_written": [path.name for path in left],
+        "folder": str(reference.folder),
+        "models": [_plain(asdict(group)) for group in groups(reference.found)],
+        **_wrong(reference),
+        "tokens": {
+            "folder": str(tokens.folder),
+            "sources": [
+                _plain(asdict(one) | {"path": one.path.name})
+                for one in tokens.found
+                if not one.damaged
+            ],
+            **_wrong(tokens),
+        },
+    }
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    return values | {"last_used": values["last_used"].isoformat(timespec="seconds")}
+
+
+def _wrong(shelf: Shelf) -> dict[str, list[str]]:
+    return {
+        "damaged": [entry.path.name for entry in shelf.found if entry.damaged],
+        "half_written": [path.name for path in shelf.left],
     }
 
 

@@ -40,14 +40,23 @@ def plan(
     """
     config = resolve(ctx, config_file, False, flags)
 
-    from mlx_dpo.reporting.console import make_console, print_facts
+    from mlx_dpo.reporting.console import counting, make_console, print_facts
+    from mlx_dpo.runs.inputs import unheard
     from mlx_dpo.runs.rehearsals import forecast
 
-    found = forecast(config, mac=memory)
+    console = make_console()
+    shown = console.is_terminal and not as_json
+    found = forecast(
+        config,
+        mac=memory,
+        rows=lambda total: (
+            counting(console, "tokens", total=total, unit="rows") if shown else unheard(total)
+        ),
+    )
     if as_json:
         click.echo(json.dumps(found.to_dict()))
         return
-    print_facts(make_console(), facts(found))
+    print_facts(console, facts(found))
 
 
 def facts(found: "Forecast") -> list[Fact]:

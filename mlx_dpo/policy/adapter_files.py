@@ -7,7 +7,6 @@ arrays decide which layers are adapted. `peft_layout` reads the other layout.
 import hashlib
 import json
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +116,7 @@ def start_from(model: nn.Module, saved: Saved, *, dropout: float) -> None:
     Raises:
         ModelError: an array has no place in this model, or one is missing.
     """
+    weights = saved.weights
     if saved.way == "full":
         here = flat(model.parameters())
         _refuse_other_model(
@@ -126,8 +126,8 @@ def start_from(model: nn.Module, saved: Saved, *, dropout: float) -> None:
         )
         unfreeze(model, list(saved.weights))
     else:
-        saved = replace(saved, weights=peft_layout.own_names(saved.weights, model))
-        paths = list(dict.fromkeys(name.rpartition(".")[0] for name in saved.weights))
+        weights = peft_layout.own_names(weights, model)
+        paths = list(dict.fromkeys(name.rpartition(".")[0] for name in weights))
         present = {path for path, _ in model.named_modules()}
         if strangers := [path for path in paths if path not in present]:
             raise ModelError(
@@ -139,7 +139,7 @@ def start_from(model: nn.Module, saved: Saved, *, dropout: float) -> None:
                 "is the same table, so that mlx-lm's layer adapts both; adapt other layers"
             )
         attach_at(model, paths, kind=saved.way, rank=saved.rank, scale=saved.scale, dropout=dropout)
-    put_weights(model, saved.weights, saved.where)
+    put_weights(model, weights, saved.where)
 
 
 def load_adapter(model: nn.Module, folder: Path) -> None:

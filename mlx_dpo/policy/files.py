@@ -58,6 +58,11 @@ def tokenizer_fingerprint(path: Path) -> str:
     return _digest(path, TOKENIZER_FILES)
 
 
+def code_fingerprint(path: Path) -> str:
+    """SHA-256 over the names and contents of Python code that comes with a model, in hex."""
+    return _digest(path, ("*.py",))
+
+
 def _digest(folder: Path, patterns: Iterable[str]) -> str:
     found = {file for pattern in patterns for file in folder.glob(pattern)}
     digest = hashlib.sha256()

@@ -70,11 +70,17 @@ def read(folder: Path, config: dict[str, Any]) -> Saved:
     except (KeyError, TypeError, ValueError):
         raise ModelError(f"{where}: no numbers for `r`, `lora_alpha` and `lora_dropout`") from None
     weights = _read_weights(folder)
+    tables = tuple(name for name in weights if name.endswith("lora_embedding_A"))
+    if config.get("use_dora") and tables:
+        raise ModelError(
+            f"{where}: `{tables[0]}`: DoRA stretches the columns of a table in PEFT, its rows in "
+            "mlx-lm; adapt other layers"
+        )
     return Saved(
         where=folder / WEIGHTS,
         way="dora" if config.get("use_dora") else "lora",
         weights=_renamed(weights, folder / WEIGHTS),
-        tables=tuple(name for name in weights if name.endswith("lora_embedding_A")),
+        tables=tables,
         rank=rank,
         scale=alpha / (math.sqrt(rank) if config.get("use_rslora") else rank),
         dropout=dropout,

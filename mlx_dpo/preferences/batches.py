@@ -5,11 +5,13 @@ nothing saved.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
+from mlx_dpo.preferences.columns import sketches
 from mlx_dpo.settings.training import PassLimit
 from mlx_dpo.types import PairBatch, TokenizedPair
 
@@ -28,14 +30,23 @@ def step_indices(step: int, *, count: int, batch_size: int, seed: int) -> list[i
     Every epoch is a permutation of its own; its last step holds what remains.
     """
     epoch, position = divmod(step, steps_per_epoch(count, batch_size))
-    return epoch_steps(epoch, count=count, batch_size=batch_size, seed=seed)[position]
+    start = position * batch_size
+    picked: list[int] = _order(epoch, count, seed)[start : start + batch_size].tolist()
+    return picked
 
 
 def epoch_steps(epoch: int, *, count: int, batch_size: int, seed: int) -> list[list[int]]:
     """Which pairs make up each step of an epoch, counted from 0."""
-    # NumPy takes no negative seeds; modulo 2^64 keeps every other one as it is.
-    order = np.random.default_rng([seed % 2**64, epoch]).permutation(count).tolist()
+    order = _order(epoch, count, seed).tolist()
     return [order[start : start + batch_size] for start in range(0, count, batch_size)]
+
+
+@lru_cache(maxsize=1)  # every step of an epoch asks for it
+def _order(epoch: int, count: int, seed: int) -> np.ndarray:
+    # NumPy takes no negative seeds; modulo 2^64 keeps every other one as it is.
+    order = np.random.default_rng([seed % 2**64, epoch]).permutation(count)
+    order.flags.writeable = False
+    return order
 
 
 class PassTokens(NamedTuple):
@@ -116,9 +127,10 @@ def micro_batches(
     Shorter pairs come first, so that like pads like; ties keep their order.
     """
     groups: list[list[int]] = []
-    for index in sorted(indices, key=lambda i: len(pairs[i])):
+    sizes = sketches(pairs)
+    for index in sorted(indices, key=lambda i: len(sizes[i])):
         grown = [*groups[-1], index] if groups else []
-        if grown and _fits([pairs[i] for i in grown], limit, cost):
+        if grown and _fits(grown, sizes, limit, cost):
             groups[-1] = grown
         else:
             groups.append([index])
@@ -131,8 +143,9 @@ def largest_pass(
     """The longest pair, with the longest others that may go through beside it."""
     held: list[TokenizedPair] = []
     for pair in sorted(pairs, key=len, reverse=True):
-        if not held or _fits([*held, pair], limit, cost):
-            held.append(pair)
+        grown = [*held, pair]
+        if not held or _fits(range(len(grown)), grown, limit, cost):
+            held = grown
     return held
 
 
@@ -150,18 +163,21 @@ def epoch_passes(
     pairs: Sequence[TokenizedPair], limit: PassLimit, *, batch_size: int, seed: int, cost: Cost
 ) -> EpochPasses:
     """The passes of the first epoch, from lengths alone."""
+    sizes = sketches(pairs)
     steps = epoch_steps(0, count=len(pairs), batch_size=batch_size, seed=seed)
-    groups = [g for step in steps for g in micro_batches(step, pairs, limit, cost=cost)]
-    costs = [cost([pairs[i] for i in group]) for group in groups]
+    groups = [g for step in steps for g in micro_batches(step, sizes, limit, cost=cost)]
+    costs = [cost([sizes[i] for i in group]) for group in groups]
     # Only a pair that goes alone may be above the limit.
     above = [c.total for c in costs if limit.tokens is not None and c.total > limit.tokens]
     tokens = PassTokens(sum(c.total for c in costs), sum(c.padding for c in costs))
     return EpochPasses(len(steps), len(groups), tokens, len(above), max(above, default=0))
 
 
-def _fits(pairs: Sequence[TokenizedPair], limit: PassLimit, cost: Cost) -> bool:
-    few = limit.pairs is None or len(pairs) <= limit.pairs
-    return few and (limit.tokens is None or cost(pairs).total <= limit.tokens)
+def _fits(
+    places: Sequence[int], pairs: Sequence[TokenizedPair], limit: PassLimit, cost: Cost
+) -> bool:
+    few = limit.pairs is None or len(places) <= limit.pairs
+    return few and (limit.tokens is None or cost([pairs[i] for i in places]).total <= limit.tokens)
 
 
 def collate(pairs: Sequence[TokenizedPair], *, pad_multiple: int = PAD_MULTIPLE) -> PairBatch:

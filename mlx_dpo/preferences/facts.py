@@ -3,20 +3,23 @@
 from collections.abc import Sequence
 
 import mlx.core as mx
+import numpy as np
 
+from mlx_dpo.preferences.columns import LABEL, LENGTHS, TOLD, column
 from mlx_dpo.types import PairFacts, TokenizedPair
 
 
 def facts_of(pairs: Sequence[TokenizedPair]) -> PairFacts:
     """Of the pairs that a loss is a mean of: all of a step, or of an evaluation. (B,) each"""
-    chosen = mx.array([float(len(pair.chosen)) for pair in pairs])
+    lengths, told = (column(pairs, name).astype(np.float32) for name in (LENGTHS, TOLD))
+    chosen = mx.array(lengths[:, 1])
     return PairFacts(
         chosen_tokens=chosen,
-        rejected_tokens=mx.array([float(len(pair.rejected)) for pair in pairs]),
+        rejected_tokens=mx.array(lengths[:, 2]),
         mean_chosen_tokens=chosen.mean(),
-        margins=mx.array([pair.margin for pair in pairs]),
-        weights=mx.array([pair.weight for pair in pairs]),
-        desirable=mx.array([pair.desirable is not False for pair in pairs]),
+        margins=mx.array(told[:, 0]),
+        weights=mx.array(told[:, 1]),
+        desirable=mx.array(column(pairs, LABEL) != 0),
     )
 
 

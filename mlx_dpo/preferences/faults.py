@@ -1,5 +1,7 @@
 """Faults of a single pair: the row is well formed, but there is nothing in it to learn."""
 
+from collections.abc import Callable
+
 from mlx_dpo.errors import DataError
 
 EMPTY = "a completion is empty"
@@ -29,7 +31,16 @@ class BadPair(DataError):  # noqa: N818 -- a pair is at fault, not the program
     def __init__(self, where: str, reason: str, found: str = "", *, mend: str = "mend it") -> None:
         self.where = where
         self.reason = reason
+        self._given = (where, reason, found, mend)
         shown = f" ({found})" if found else ""
         super().__init__(
             f"{where}: {reason}{shown}; {mend}, or leave such pairs out with --bad-pairs drop"
         )
+
+    def __reduce__(self) -> tuple[Callable[..., "BadPair"], tuple[str, ...]]:
+        # As all exceptions, it would be made again from its message alone.
+        return _again, self._given
+
+
+def _again(where: str, reason: str, found: str, mend: str) -> BadPair:
+    return BadPair(where, reason, found, mend=mend)

@@ -7,6 +7,7 @@ No code of a dataset is run: the library reads data files alone. It goes offline
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from mlx_dpo.errors import DataError, reason
@@ -48,17 +49,27 @@ class HubDataset:
         Raises:
             DataError: it cannot be read.
         """
-        import datasets
-
-        table = _asked(
-            self, datasets.load_dataset, self.path, self.config, split=split,
-            revision=self.revision,
-        )  # fmt: skip
         index = 0
-        for batch in table.with_format("arrow").iter(batch_size=BATCH):
+        for batch in self._table(split).with_format("arrow").iter(batch_size=BATCH):
             for record in batch.to_pylist():
                 yield Row(record, f"{self}:{split}[{index}]")
                 index += 1
+
+    def files(self, split: str) -> tuple[Path, ...]:
+        """The files of the library's cache that hold its rows; none where they are in memory.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        return tuple(Path(one["filename"]) for one in self._table(split).cache_files)
+
+    def _table(self, split: str) -> Any:
+        import datasets
+
+        return _asked(
+            self, datasets.load_dataset, self.path, self.config, split=split,
+            revision=self.revision,
+        )  # fmt: skip
 
 
 def hub_dataset(name: str) -> HubDataset | None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from mlx_dpo.errors import ConfigError, DataError
 from mlx_dpo.preferences import schemas
+from mlx_dpo.preferences.columns import prompts
 from mlx_dpo.preferences.faults import EMPTY, UNPAIRED, BadPair
 from mlx_dpo.preferences.rows import Row
 from mlx_dpo.preferences.schemas import Outcome, RowRules, Schema
@@ -20,6 +21,7 @@ from mlx_dpo.preferences.schemas.messages import (
     turns_of,
 )
 from mlx_dpo.preferences.schemas.sharegpt import conversation
+from mlx_dpo.preferences.views import StoredPairs
 from mlx_dpo.types import Judgement, Text, TokenizedPair
 
 FIELDS = frozenset({"prompt", "completion", "messages", "conversations", "label"})
@@ -124,11 +126,11 @@ def paired(judgements: Iterable[Judgement]) -> list[Outcome]:
     return found
 
 
-def with_mismatched(rows: Sequence[TokenizedPair], max_length: int) -> list[TokenizedPair]:
+def with_mismatched(rows: Sequence[TokenizedPair], max_length: int) -> Sequence[TokenizedPair]:
     """Each judged answer with an answer to another prompt as `rejected`, cut to `max_length`.
 
-    It is that of the nearest row before whose prompt is another one, the first rows going on
-    at the end. KTO estimates by it how far the policy has moved from the reference.
+    The answers are all those of the rows, turned against their prompts: KTO estimates by them
+    how far the policy has moved from the reference, which the bad ones alone would not tell.
 
     Source: Ethayarajh et al. 2024, arXiv:2402.01306, section 4.1: outputs of the same data,
     shifted against the inputs.
@@ -136,21 +138,40 @@ def with_mismatched(rows: Sequence[TokenizedPair], max_length: int) -> list[Toke
     Raises:
         ConfigError: all rows have the same prompt.
     """
-    if not rows:
-        return []
-    asked = [row.asked or row.prompt for row in rows]
-    if len(set(asked)) == 1:
+    others = _others(prompts(rows))
+    if isinstance(rows, StoredPairs):
+        return rows.against(others, max_length)
+    return [
+        replace(row, rejected=rows[other].chosen[: max(1, max_length - len(row.prompt))])
+        for row, other in zip(rows, others, strict=True)
+    ]
+
+
+def _others(asked: Sequence[object]) -> list[int]:
+    """For each row the place of one that was asked something else.
+
+    Every answer is taken once: good and bad ones as often as there are. Only where more than
+    half of the rows have one prompt are those of the others taken again.
+    """
+    places: defaultdict[object, list[int]] = defaultdict(list)
+    for place, prompt in enumerate(asked):
+        places[prompt].append(place)
+    if len(places) == 1:
         raise ConfigError(
             "loss_type `kto` needs rows of at least two prompts in training and in held-out "
             "rows: it compares each with the answer to another one; give more, or "
             "--valid-fraction 0"
         )
-    # Another prompt than one's own lies before it, seen from the last row of the first run.
-    last = max(i for i in range(len(rows)) if asked[i] != asked[0])
-    matched = []
-    for i, row in enumerate(rows):
-        if asked[i] != asked[i - 1]:
-            last = i - 1 if i else len(rows) - 1
-        room = max(1, max_length - len(row.prompt))
-        matched.append(replace(row, rejected=rows[last].chosen[:room]))
-    return matched
+    together = [place for group in places.values() for place in group]
+    most = max(map(len, places.values()), default=0)
+    others = [0] * len(asked)
+    if 2 * most <= len(asked):  # the largest group, moved by its size, leaves itself behind
+        for at, place in enumerate(together):
+            others[place] = together[at - most]
+        return others
+    largest = max(places.values(), key=len)
+    elsewhere = sorted(set(together) - set(largest))
+    for group, answers in ((largest, elsewhere), (elsewhere, largest)):
+        for at, place in enumerate(group):
+            others[place] = answers[at % len(answers)]
+    return others

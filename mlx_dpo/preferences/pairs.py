@@ -1,18 +1,19 @@
 """Sources -> the pairs to train on, with a report of what became of each."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 from mlx_dpo.errors import ConfigError, DataError
+from mlx_dpo.preferences.columns import prompts
 from mlx_dpo.preferences.faults import BadPair
 from mlx_dpo.preferences.reading import Told, keep_or_raise, told
 from mlx_dpo.preferences.report import PairsReport
+from mlx_dpo.preferences.rows import Row
 from mlx_dpo.preferences.schemas import DEFAULT, RowRules, asked
 from mlx_dpo.preferences.sources import Source, source_of
 from mlx_dpo.preferences.tokens import (
@@ -23,15 +24,24 @@ from mlx_dpo.preferences.tokens import (
 )
 from mlx_dpo.types import Preference, TokenizedPair
 
-UNTOLD = (0.0, 1.0, None)  # margin, weight and judgement where the data says nothing
+Pairs = TypeVar("Pairs", bound=Sequence[TokenizedPair])
 
 
 @dataclass(frozen=True)
-class PairSet:
+class PairSet(Generic[Pairs]):
     """The pairs of a source in its order, and what became of the others."""
 
-    pairs: tuple[TokenizedPair, ...]
+    pairs: Pairs
     report: PairsReport
+
+
+@dataclass(frozen=True)
+class PairRules:
+    """Everything that decides which pairs a row becomes, beside the tokenizer."""
+
+    tokens: TokenRules
+    rows: RowRules = DEFAULT
+    bad_pairs: str = "error"  # or `drop`
 
 
 def load_pairs(
@@ -41,7 +51,7 @@ def load_pairs(
     *,
     rows: RowRules = DEFAULT,
     bad_pairs: str = "error",
-) -> PairSet:
+) -> PairSet[tuple[TokenizedPair, ...]]:
     """Read and tokenize a source; `bad_pairs` says whether a bad one is an `error` or a `drop`.
 
     Raises:
@@ -52,15 +62,32 @@ def load_pairs(
     check_rules(tokenizer, rules)
     source = source if isinstance(source, Source) else source_of(str(source))
     report = new_report(source.name, rules, rows)
-    pairs = []
-    for one in told(source.rows(), rows, report, bad_pairs=bad_pairs):
+    every = PairRules(rules, rows, bad_pairs)
+    pairs = tuple(pairs_of_rows(source.rows(), tokenizer, every, report))
+    refuse_none(report)
+    return PairSet(pairs, report)
+
+
+def pairs_of_rows(
+    rows: Iterable[Row], tokenizer: Any, rules: PairRules, report: PairsReport
+) -> Iterator[TokenizedPair]:
+    """The pairs of rows, one after the other; `report` counts.
+
+    Raises:
+        DataError: a row cannot be read as a pair.
+        BadPair: a pair is bad, and `rules.bad_pairs` is `error`.
+    """
+    for one in told(rows, rules.rows, report, bad_pairs=rules.bad_pairs):
         try:
-            pairs.append(tokenized(one, tokenizer, rules, report))
+            yield tokenized(one, tokenizer, rules.tokens, report)
         except BadPair as bad:
-            keep_or_raise(bad, report, bad_pairs)
-    if not pairs:
-        raise DataError(f"{source.name}: no pair left {_why(report)}; give other pairs")
-    return PairSet(tuple(pairs), report)
+            keep_or_raise(bad, report, rules.bad_pairs)
+
+
+def refuse_none(report: PairsReport) -> None:
+    """DataError if no pair of a source was kept; says why."""
+    if not report.kept:
+        raise DataError(f"{report.source}: no pair left {_why(report)}; give other pairs")
 
 
 def new_report(source: str, rules: TokenRules, rows: RowRules) -> PairsReport:
@@ -115,15 +142,15 @@ def hold_out(
 
 def held_out(pairs: Sequence[TokenizedPair], *, share: float, seed: int) -> set[int]:
     """Places of the pairs that `hold_out` holds out."""
-    return apart([pair.asked or pair.prompt for pair in pairs], share=share, seed=seed)
+    return apart(prompts(pairs), share=share, seed=seed)
 
 
-def apart(prompts: Sequence[object], *, share: float, seed: int) -> set[int]:
+def apart(keys: Sequence[object], *, share: float, seed: int) -> set[int]:
     """Places of the pairs that are held out, from the prompt of each."""
-    if not share or len(prompts) < 2:
+    if not share or len(keys) < 2:
         return set()
     by_prompt: defaultdict[object, list[int]] = defaultdict(list)
-    for index, prompt in enumerate(prompts):
+    for index, prompt in enumerate(keys):
         by_prompt[prompt].append(index)
     if len(by_prompt) == 1:
         raise ConfigError(
@@ -131,7 +158,7 @@ def apart(prompts: Sequence[object], *, share: float, seed: int) -> set[int]:
             "must not share one with training pairs; give --valid, or --valid-fraction 0"
         )
     groups = list(by_prompt.values())
-    wanted = min(max(1, round(share * len(prompts))), len(prompts) - 1)
+    wanted = min(max(1, round(share * len(keys))), len(keys) - 1)
     held: set[int] = set()
     for at in np.random.default_rng(seed % 2**64).permutation(len(groups)):
         if len(held) + len(groups[at]) <= wanted:
@@ -145,33 +172,21 @@ def apart(prompts: Sequence[object], *, share: float, seed: int) -> set[int]:
 def mixed(
     pairs: Sequence[TokenizedPair], weight: float, *, seed: Sequence[int]
 ) -> list[TokenizedPair]:
-    """A source's pairs as often as `weight` says: each of them for every whole, some for the rest.
+    """A source's pairs as often as `weight` says; see `mixed_places`."""
+    return [pairs[i] for i in mixed_places(len(pairs), weight, seed=seed)]
+
+
+def mixed_places(count: int, weight: float, *, seed: Sequence[int]) -> list[int]:
+    """Places of a source's pairs: each of them for every whole of `weight`, some for the rest.
 
     Which some depends on `seed` and the number of pairs alone; at least one pair is left.
     """
     whole, rest = divmod(weight, 1)
-    extra = round(rest * len(pairs))
-    if not whole and pairs:
+    extra = round(rest * count)
+    if not whole and count:
         extra = max(1, extra)
-    drawn = np.random.default_rng([n % 2**64 for n in seed]).permutation(len(pairs))[:extra]
-    return [*pairs] * int(whole) + [pairs[i] for i in sorted(drawn.tolist())]
-
-
-def digest(pairs: Sequence[TokenizedPair]) -> str:
-    """SHA-256 over the pairs in order, as hex; the places they came from do not matter.
-
-    Over the token ids, and margin, weight and judgement where the data says any.
-    """
-    hashed = sha256()
-    for pair in pairs:
-        parts = (pair.prompt, pair.chosen, pair.rejected)
-        # The lengths come first, so that no two sets of pairs read the same.
-        numbers = [*map(len, parts), *(token for part in parts for token in part)]
-        hashed.update(np.array(numbers, "<i8").tobytes())
-        told = (pair.margin, pair.weight, pair.desirable)
-        if told != UNTOLD:
-            hashed.update(repr(told).encode())
-    return hashed.hexdigest()
+    drawn = np.random.default_rng([n % 2**64 for n in seed]).permutation(count)[:extra]
+    return [*range(count)] * int(whole) + sorted(drawn.tolist())
 
 
 def _why(report: PairsReport) -> str:

@@ -1,11 +1,14 @@
 """What became of a file of pairs: the counts that a person and `run.json` are told."""
 
 from collections import Counter
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Self
 
 from mlx_dpo.preferences.tokens import Encoded
 
+OF_SOURCE = ("max_length", "longest", "per_epoch")  # numbers that do not add up over its rows
+COUNTERS = ("schemas", "unused_fields", "specials")
 SHOWN = 3  # places named for each reason; `to_dict` has all of them
 
 
@@ -40,6 +43,7 @@ class PairsReport:
     longest: int = 0  # tokens of the longest row
     weight: float | None = None  # how often each is used in an epoch, where that was said
     per_epoch: int = 0  # pairs to train on that make up an epoch, where `weight` was said
+    origin: str = field(default="", compare=False)  # of the tokens, if there is anything to say
 
     def drop(self, where: str, reason: str) -> None:
         """Count a pair that is left out."""
@@ -66,6 +70,18 @@ class PairsReport:
         self.rejected_tokens += len(pair.rejected)
         self.longest = max(self.longest, len(pair))
 
+    def add(self, other: "PairsReport") -> None:
+        """Count what became of further rows of the same source."""
+        for f in fields(self):
+            ours, theirs = getattr(self, f.name), getattr(other, f.name)
+            if isinstance(ours, Counter):
+                ours.update(theirs)
+            elif f.name not in OF_SOURCE and type(ours) is int:
+                setattr(self, f.name, ours + theirs)
+        self.longest = max(self.longest, other.longest)
+        for reason, places in other.dropped.items():
+            self.dropped.setdefault(reason, []).extend(places)
+
     def lines(self) -> list[str]:
         """What a person should know; what is as expected goes unsaid."""
         return self.done() + self.left_out()
@@ -79,6 +95,7 @@ class PairsReport:
         if self.judged:
             bad = self.kept - self.desirable
             lines[0] += f", {self.desirable:,} good and {bad:,} bad"
+        lines += [self.origin] if self.origin else []
         if self.weight is not None:
             lines.append(f"used {self.weight:g} times an epoch: {self._count(self.per_epoch)}")
         lines += self._forms() + self._special_tokens()
@@ -105,8 +122,13 @@ class PairsReport:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for `run.json`, with every place of every pair that was left out."""
         values = asdict(self)
-        counters = ("schemas", "unused_fields", "specials")
-        return values | {name: dict(getattr(self, name)) for name in counters}
+        del values["origin"]  # pairs are the same, wherever they come from
+        return values | {name: dict(getattr(self, name)) for name in COUNTERS}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The report of which `to_dict` said this."""
+        return cls(**{**values, **{name: Counter(values[name]) for name in COUNTERS}})
 
     def _schemas(self) -> str:
         """As which schema rows are read, under the names that `--schema` takes."""

@@ -48,7 +48,8 @@ def step_line(row: Row, total: int) -> str:
     """One step as a plain line."""
     return (
         f"step {int(row['step']):>{len(str(total))}}/{total}  loss {row['loss']:.4f}  "
-        f"margin {row['rewards/margins']:+.3f}  accuracy {row['rewards/accuracies']:4.0%}  "
+        f"margin {_figure(row, 'rewards/margins', '+.3f')}  "
+        f"accuracy {row['rewards/accuracies']:4.0%}  "
         f"lr {row['learning_rate']:.2e}  {row['tokens_per_second']:,.0f} tok/s  "
         f"{row['peak_memory_gb']:.2f} GB"
     )
@@ -58,7 +59,7 @@ def evaluation_line(row: Row) -> str:
     """One evaluation as a plain line."""
     return (
         f"held out after step {int(row['step'])}: loss {row['eval_loss']:.4f}  "
-        f"margin {row['eval_rewards/margins']:+.3f}  "
+        f"margin {_figure(row, 'eval_rewards/margins', '+.3f')}  "
         f"accuracy {row['eval_rewards/accuracies']:.1%}"
     )
 
@@ -69,9 +70,13 @@ def closing_table(row: Row, *, title: str) -> Table:
     table.add_column()
     table.add_column(justify="right")
     for label, name in CLOSING:
-        value = f"{row[name]:.1%}" if label == "accuracy" else f"{row[name]:.4f}"
-        table.add_row(label, value)
+        table.add_row(label, _figure(row, name, ".1%" if label == "accuracy" else ".4f"))
     return table
+
+
+def _figure(row: Row, name: str, form: str) -> str:
+    """A value; a set of judged answers may have none, for want of good or of bad ones."""
+    return format(row[name], form) if name in row else "-"
 
 
 class Steps(Protocol):
@@ -108,7 +113,7 @@ class Bar:
             self.progress.console.print(evaluation_line(row))
             return
         figures = (
-            f"loss {row['loss']:.4f}  margin {row['rewards/margins']:+.3f}  "
+            f"loss {row['loss']:.4f}  margin {_figure(row, 'rewards/margins', '+.3f')}  "
             f"accuracy {row['rewards/accuracies']:.0%}  {row['tokens_per_second']:,.0f} tok/s  "
             f"{row['peak_memory_gb']:.2f} GB"
         )
@@ -121,18 +126,22 @@ def showing_steps(console: Console, *, total: int, done: int, every: int) -> Ite
     if not console.is_terminal:
         yield Lines(console, total, every)
         return
-    with Progress(*_columns(), TextColumn("{task.fields[figures]}"), console=console) as progress:
+    columns = [*_columns(total), TextColumn("{task.fields[figures]}")]
+    with Progress(*columns, console=console) as progress:
         yield Bar(progress, total, done)
 
 
 @contextmanager
-def counting(console: Console, what: str, *, total: int) -> Iterator["Count"]:
-    """A bar that counts pairs on a terminal, one line elsewhere."""
+def counting(
+    console: Console, what: str, *, total: int | None, unit: str = "pairs"
+) -> Iterator["Count"]:
+    """A bar that counts on a terminal, one line elsewhere; `total` None: nobody knows it."""
     if not console.is_terminal:
         yield lambda more: None
-        console.print(f"{what}: {total} pairs")
+        if total is not None:
+            console.print(f"{what}: {total} {unit}")
         return
-    with Progress(*_columns(), console=console, transient=True) as progress:
+    with Progress(*_columns(total), console=console, transient=True) as progress:
         task = progress.add_task(what, total=total)
         yield lambda more: progress.advance(task, more)
 
@@ -144,10 +153,11 @@ class Count(Protocol):
         """So many more."""
 
 
-def _columns() -> list[ProgressColumn]:
+def _columns(total: int | None) -> list[ProgressColumn]:
+    counted = "{task.completed}" if total is None else "{task.completed}/{task.total}"
     return [
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
-        TextColumn("{task.completed}/{task.total}"),
+        TextColumn(counted),
         TimeRemainingColumn(),
     ]

@@ -77,6 +77,11 @@ class Best:
         """Judge an evaluation; `save` its adapters into a folder if it is the best."""
         if self.watched is None:
             return
+        if self.watched.name not in row:
+            raise ConfigError(
+                f"`metric_for_best_model`: an evaluation has no `{self.watched.name}`, for the "
+                "held-out answers are all good or all bad; watch `loss`, or hold out others"
+            )
         before, self.standing = self.standing, self.watched.after(self.standing, row)
         if self.keeps and self.standing.step != before.step:
             with whole_folder(self._place) as partial:

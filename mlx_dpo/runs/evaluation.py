@@ -5,12 +5,13 @@ from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
-from mlx_dpo.errors import ConfigError
+from mlx_dpo.arrays import flat
+from mlx_dpo.errors import ConfigError, RunError
 from mlx_dpo.evaluation.heldout import evaluate
 from mlx_dpo.policy.gated_delta import fused_gated_delta
 from mlx_dpo.policy.load import Base, fingerprint, tokenizer_fingerprint
 from mlx_dpo.policy.scoring import Score
-from mlx_dpo.preferences.pairs import digest
+from mlx_dpo.preferences.columns import digest
 from mlx_dpo.preferences.sources import STDIN, held_out_of
 from mlx_dpo.runs.inputs import (
     completed,
@@ -82,7 +83,7 @@ def own_pairs(run: Opened) -> Measured:
         )
     inputs = read_inputs(run.config)
     check_contents(run.paths, run.record, {"valid": digest(inputs.valid)})
-    return inputs.base, inputs.valid, "held-out pairs", ()
+    return inputs.base, inputs.valid, f"held-out {run.config.unit}", ()
 
 
 def named_pairs(run: Opened, pairs: str) -> Measured:
@@ -95,7 +96,7 @@ def named_pairs(run: Opened, pairs: str) -> Measured:
     notes = tuple(read.report.lines())
     if digest(pairs_read) == run.record["provenance"]["train"]:
         notes += ("the run was trained on these pairs; this says nothing of unseen ones",)
-    return base, pairs_read, f"pairs of {source.name}", notes
+    return base, pairs_read, f"{run.config.unit} of {source.name}", notes
 
 
 def _metrics(
@@ -120,20 +121,26 @@ def _metrics(
         )
 
 
-def _reference(
-    run: Opened, base: Base, pairs: Sequence[TokenizedPair], score: Score
-) -> PairLogps:
+def _reference(run: Opened, base: Base, pairs: Sequence[TokenizedPair], score: Score) -> PairLogps:
     """What the run's reference says of the pairs; `base` is put as it. (len(pairs),) each"""
     config = run.config
     if not make_objective(config).needs_reference:
         return PairLogps(mx.zeros((len(pairs),)), mx.zeros((len(pairs),)))
     if config.reference_model is not None:
         other = load_other(config)
-        answers, _ = ask_about(config, other, base.tokenizer, {"valid": pairs}, uncounted)
+        answers, now = ask_about(config, other, base.tokenizer, {"valid": pairs}, uncounted)
+        check_contents(run.paths, run.record, {"reference": now})
         return answers["valid"]
     moved = checkpoint.moved_reference(run.paths.checkpoints)
     if moved is None:
+        if config.sync_ref_model and run.finished:  # a run without a move is refused
+            raise RunError(
+                f"{run.paths.checkpoints}: the reference has moved, and its weights are gone "
+                "with the checkpoints; put them back"
+            )
         return ask_reference(base.model, pairs, run.record, held=held(base), score=score)
     put_policy(run, base)
-    base.model.load_weights(list(moved.items()), strict=False)
+    types = {name: value.dtype for name, value in flat(base.model.parameters()).items()}
+    weights = [(name, value.astype(types[name])) for name, value in moved.items()]
+    base.model.load_weights(weights, strict=False)
     return score(base.model, pairs)

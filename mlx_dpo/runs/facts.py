@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING
 from mlx_dpo.config import DPOConfig
 from mlx_dpo.policy import memory
 from mlx_dpo.preferences.batches import epoch_passes
+from mlx_dpo.preferences.columns import shared
 from mlx_dpo.runs.trained import counted, reference, trained
 from mlx_dpo.settings.optimizer import KINDS
-from mlx_dpo.types import TokenizedPair
 
 if TYPE_CHECKING:
     from mlx_dpo.runs.training import Run
@@ -26,9 +26,11 @@ def facts_of_inputs(run: "Run") -> list[Fact]:
     count = counted(memory.total_parameters(base.model))
     lines = [("model", f"{base.source}, {count} parameters")]
     lines += [("", note) for note in base.notes]
-    lines += [(run.config.unit, f"{len(inputs.train):,} to train on, {len(inputs.valid):,} held out")]
+    lines += [
+        (run.config.unit, f"{len(inputs.train):,} to train on, {len(inputs.valid):,} held out")
+    ]
     lines += [("", line) for report in inputs.reports for line in report.lines()]
-    if leaked := len(set(map(_ids, inputs.valid)) & set(map(_ids, inputs.train))):
+    if leaked := shared(inputs.valid, inputs.train):
         lines.append(("", f"{leaked:,} of the held-out {run.config.unit} are trained on as well"))
     lines += [("", f"{name}: not used, for --valid was given") for name in inputs.passed_over]
     return lines
@@ -67,19 +69,11 @@ def facts_of_end(run: "Run") -> list[Fact]:
     return lines
 
 
-def _ids(pair: TokenizedPair) -> tuple[tuple[int, ...], ...]:
-    judged = pair.desirable is not None  # what it is held against is another row's
-    return pair.prompt, pair.chosen, () if judged else pair.rejected
-
-
 def loss_line(config: DPOConfig) -> str:
     """The sum that is made small, and all that acts on it."""
     terms = zip(config.weights_of_losses, config.loss_type, strict=True)
     total = " + ".join(name if weight == 1 else f"{weight:g} {name}" for weight, name in terms)
-    read = {
-        name: config.read_by(kind, name) for kind in config.loss_kinds for name in kind.defaults
-    }
-    said = [f"{name} {value:g}" for name, value in read.items() if value]
+    said = _read_by_losses(config)
     if config.f_divergence_type is not None:
         said.append(config.f_divergence_type)
     if config.f_divergence_type == "alpha_divergence":
@@ -88,6 +82,21 @@ def loss_line(config: DPOConfig) -> str:
         said.append(f"ld_alpha {config.ld_alpha:g}")
     weighed = ["weighed by what the policy would write"] if config.use_weighting else []
     return ", ".join([total, *said, *weighed])
+
+
+def _read_by_losses(config: DPOConfig) -> list[str]:
+    """The settings that losses read, loss by loss where they differ."""
+    read: dict[str, dict[str, float]] = {}
+    for kind in config.loss_kinds:
+        for name in kind.defaults:
+            read.setdefault(name, {})[kind.name] = config.read_by(kind, name)
+    said: list[str] = []
+    for name, values in read.items():
+        if len(set(values.values())) > 1:
+            said += [f"{name} {value:g} of {loss}" for loss, value in values.items()]
+        elif any(values.values()) or getattr(config, name) is not None:
+            said.append(f"{name} {next(iter(values.values())):g}")
+    return said
 
 
 def _steps(run: "Run") -> str:

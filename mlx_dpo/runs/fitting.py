@@ -4,6 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from mlx_dpo.config import DPOConfig
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.policy import memory
@@ -12,8 +14,10 @@ from mlx_dpo.policy.limits import Room, room_here
 from mlx_dpo.policy.load import Base
 from mlx_dpo.policy.probe import Choice
 from mlx_dpo.preferences.batches import largest_pass
+from mlx_dpo.preferences.columns import LENGTHS, column, longest_pairs, longest_row
 from mlx_dpo.runs.inputs import Inputs
 from mlx_dpo.runs.method import make_objective, remembered
+from mlx_dpo.training.ahead import single
 from mlx_dpo.training.rehearsal import PassCost, Step, rehearse_step
 from mlx_dpo.types import TokenizedPair
 
@@ -85,13 +89,17 @@ def settle(
         return Fitted(replace(config, **settled), 0, room_here(), kept=True)
     fitted = fit(inputs.base, config, choice, inputs.train, room=room_here(), measure=False)
     if not force:
-        _refuse_too_large(fitted, max(len(pair) for pair in inputs.train))
+        _refuse_too_large(fitted, longest_row(inputs.train))
     return fitted
 
 
 def longest_pass(config: DPOConfig, choice: Choice, pairs: Pairs) -> list[TokenizedPair]:
     """The pass that needs most: the longest pairs that may go through together."""
-    longest = sorted(pairs, key=len)[-config.batch_size :]
+    longest = longest_pairs(config.batch_size, pairs)
+    if config.labelled:  # only a token of what an answer is held against goes both ways
+        own = column(pairs, LENGTHS)[:, :2].sum(axis=1)
+        at = np.argsort(own, kind="stable")[-config.batch_size :].tolist()
+        longest = single([pairs[i] for i in at])
     return largest_pass(longest, config.pass_limit, cost=choice.cost)
 
 

@@ -1,29 +1,40 @@
 """What a run starts from: the base, the pairs as tokens, and where both came from."""
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 from mlx_dpo.config import DPOConfig
 from mlx_dpo.errors import ConfigError
+from mlx_dpo.paths import token_cache
 from mlx_dpo.policy.device import device_kind, number_type
+from mlx_dpo.policy.files import code_fingerprint
 from mlx_dpo.policy.generation import context_length
-from mlx_dpo.policy.load import Base, fingerprint, load_base, tokenizer_fingerprint
-from mlx_dpo.preferences.judged import with_mismatched
-from mlx_dpo.preferences.pairs import (
-    PairSet,
-    digest,
-    held_out,
-    load_pairs,
-    mixed,
-    refuse_idle,
+from mlx_dpo.policy.load import (
+    Base,
+    fingerprint,
+    load_base,
+    read_tokenizer,
+    tokenizer_fingerprint,
 )
+from mlx_dpo.preferences.columns import digest, longest_row
+from mlx_dpo.preferences.judged import with_mismatched
+from mlx_dpo.preferences.kept import Cache, CountingRows, stored_pairs
+from mlx_dpo.preferences.pairs import PairRules, PairSet, held_out, mixed_places, refuse_idle
 from mlx_dpo.preferences.report import PairsReport
 from mlx_dpo.preferences.schemas import RowRules
 from mlx_dpo.preferences.schemas.schema import Ranking
 from mlx_dpo.preferences.sources import Source, Sources, find
+from mlx_dpo.preferences.tokenizing import Hands
 from mlx_dpo.preferences.tokens import TokenRules
+from mlx_dpo.preferences.views import StoredPairs, joined
 from mlx_dpo.types import TokenizedPair
+
+MOST_PROCESSES = 8  # each holds a tokenizer and the libraries that it comes with
 
 
 @dataclass(frozen=True)
@@ -89,15 +100,34 @@ def row_rules(config: DPOConfig) -> RowRules:
     )
 
 
-def read_pairs(config: DPOConfig, base: Base, source: Source) -> PairSet:
+@contextmanager
+def unheard(rows: int | None) -> Iterator[Callable[[int], None]]:
+    """Nobody hears how many rows are done."""
+    yield lambda more: None
+
+
+def read_pairs(
+    config: DPOConfig, base: Base, source: Source, counting: CountingRows = unheard
+) -> PairSet[StoredPairs]:
     """One source of pairs, as the settings say."""
-    return load_pairs(
+    path, code = base.path, config.trust_remote_code
+    load = partial(read_tokenizer, path, base.source, trust_remote_code=code)
+    files = tokenizer_fingerprint(path) + (code_fingerprint(path) if code else "")
+    local = Path(base.source).expanduser().is_dir()
+    name = os.path.basename(os.path.abspath(path)) if local else base.source
+    return stored_pairs(
         source,
-        base.tokenizer,
-        token_rules(config, base),
-        rows=row_rules(config),
-        bad_pairs=config.bad_pairs,
+        Hands(base.tokenizer, load, processes()),
+        PairRules(token_rules(config, base), row_rules(config), config.bad_pairs),
+        Cache(token_cache(), files, name),
+        counting=counting,
     )
+
+
+def processes() -> int:
+    """How many tokenize at once where there is enough to do."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(cores or 1, MOST_PROCESSES)
 
 
 def completed(config: DPOConfig, pairs: Sequence[TokenizedPair]) -> Sequence[TokenizedPair]:
@@ -105,10 +135,15 @@ def completed(config: DPOConfig, pairs: Sequence[TokenizedPair]) -> Sequence[Tok
     return with_mismatched(pairs, config.max_length) if config.labelled else pairs
 
 
-def read_inputs(config: DPOConfig, *, read: Callable[[DPOConfig], Base] = read_base) -> Inputs:
+def read_inputs(
+    config: DPOConfig,
+    *,
+    read: Callable[[DPOConfig], Base] = read_base,
+    counting: CountingRows = unheard,
+) -> Inputs:
     """Find the pairs, load the base, tokenise; files are found before anything large is loaded.
 
-    `read` says how the base is loaded.
+    `read` says how the base is loaded, `counting` hears of rows where there are many.
 
     Raises:
         ConfigError: a setting has no effect, or rows are longer than what the model can place.
@@ -116,46 +151,47 @@ def read_inputs(config: DPOConfig, *, read: Callable[[DPOConfig], Base] = read_b
     sources = find(config.pairs, config.valid, config.split)
     refuse_without_effect(config, sources)
     base = read(config)
-    train = [read_pairs(config, base, source) for source in sources.train]
-    valid = [read_pairs(config, base, source) for source in sources.valid]
+    train = [read_pairs(config, base, source, counting) for source in sources.train]
+    valid = [read_pairs(config, base, source, counting) for source in sources.valid]
     reports = [read.report for read in (*train, *valid)]
     refuse_idle(token_rules(config, base), row_rules(config), reports)
     kept, apart = (completed(config, split) for split in _splits(config, train, valid))
     inputs = Inputs(base, kept, apart, reports, [one.name for one in sources.passed_over])
-    refuse_beyond_context(config, base, [*inputs.train, *inputs.valid])
+    refuse_beyond_context(config, base, inputs.train, inputs.valid)
     return inputs
 
 
 def _splits(
-    config: DPOConfig, train: Sequence[PairSet], valid: Sequence[PairSet]
-) -> tuple[list[TokenizedPair], list[TokenizedPair]]:
+    config: DPOConfig,
+    train: Sequence[PairSet[StoredPairs]],
+    valid: Sequence[PairSet[StoredPairs]],
+) -> tuple[StoredPairs, StoredPairs]:
     """Pairs to train on, each source as often as it is wanted, and pairs to measure on."""
-    every = [pair for read in train for pair in read.pairs]
-    share = 0.0 if valid else config.held_out_share
-    held = held_out(every, share=share, seed=config.seed)
-    apart = [pair for read in valid for pair in read.pairs] or [every[i] for i in sorted(held)]
-    kept: list[TokenizedPair] = []
+    every = joined([read.pairs for read in train])
+    held = held_out(every, share=0.0 if valid else config.held_out_share, seed=config.seed)
+    apart = joined([read.pairs for read in valid]) if valid else every.picked(sorted(held))
+    kept: list[int] = []
     begin = 0
     for number, read in enumerate(train):
-        places = range(begin, begin + len(read.pairs))
-        pairs = [every[i] for i in places if i not in held]
+        places = [i for i in range(begin, begin + len(read.pairs)) if i not in held]
         if config.mix:
-            read.report.weight = config.mix[number]
-            pairs = mixed(pairs, config.mix[number], seed=(config.seed, number))
-            read.report.per_epoch = len(pairs)
-        kept += pairs
+            read.report.weight = weight = config.mix[number]
+            drawn = mixed_places(len(places), weight, seed=(config.seed, number))
+            places = [places[i] for i in drawn]
+            read.report.per_epoch = len(places)
+        kept += places
         begin += len(read.pairs)
-    return kept, apart
+    return every.picked(kept), apart
 
 
-def refuse_beyond_context(config: DPOConfig, base: Base, pairs: Sequence[TokenizedPair]) -> None:
+def refuse_beyond_context(config: DPOConfig, base: Base, *splits: Sequence[TokenizedPair]) -> None:
     """Positions that a model never saw in its training give numbers that mean nothing.
 
     Raises:
         ConfigError: a row is longer than what the model can place.
     """
     context = context_length(base.config)
-    longest = max((len(pair) for pair in pairs), default=0)
+    longest = longest_row(*splits)
     if context is not None and longest > context:
         raise ConfigError(
             f"`max_length` is {config.max_length}, but the model places no more than {context} "

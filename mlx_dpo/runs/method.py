@@ -43,6 +43,7 @@ def attach_adapters(base: Base, config: DPOConfig) -> dict[str, Any]:
         ConfigError: a setting fits neither the model nor the adapter to start from.
         ModelError: that adapter is damaged or of another model, or layers cannot be trained.
     """
+    mx.random.seed(config.seed % 2**64)  # of dropout as well, where nothing fresh is drawn
     if config.start_adapter is not None:
         saved = read_adapter(Path(config.start_adapter))
         if saved.way == "full":
@@ -154,9 +155,7 @@ def make_objective(config: DPOConfig) -> Objective:
     return Objective(**{f.name: getattr(config, f.name) for f in fields(Objective)})
 
 
-def make_moving(
-    policy: nn.Module, config: DPOConfig, choice: Choice
-) -> MovingReference | None:
+def make_moving(policy: nn.Module, config: DPOConfig, choice: Choice) -> MovingReference | None:
     """A reference that follows the policy, which is as it starts; None unless asked for."""
     if not config.sync_ref_model:
         return None
@@ -174,6 +173,11 @@ def refuse_standstill(config: DPOConfig, total_steps: int) -> None:
         raise ConfigError(
             "the run has 1 step, and a warm-up begins at learning rate 0, so nothing would be "
             "trained; use --warmup-ratio 0, more pairs, --max-steps, or a smaller --batch-size"
+        )
+    if config.sync_ref_model and config.sync_steps >= total_steps:
+        raise ConfigError(
+            f"`sync_ref_model` has no effect: the reference moves every {config.sync_steps} steps "
+            f"and the run has {total_steps}; use a smaller --ref-model-sync-steps"
         )
     if config.warmup_steps is not None and config.warmup_steps >= total_steps:
         raise ConfigError(

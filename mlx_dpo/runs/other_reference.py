@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,14 @@ from mlx_dpo.config import DPOConfig
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.policy.load import Base, fingerprint, load_base
 from mlx_dpo.policy.outline import outline
-from mlx_dpo.runs.inputs import held, read_base, read_inputs, refuse_beyond_context
+from mlx_dpo.preferences.sources import STDIN
+from mlx_dpo.runs.inputs import (
+    CountingRows,
+    held,
+    read_base,
+    read_inputs,
+    refuse_beyond_context,
+)
 from mlx_dpo.runs.method import choose_scorer, forward_only
 from mlx_dpo.runs.reference_cache import ask_reference
 from mlx_dpo.types import PairLogps, TokenizedPair
@@ -39,7 +47,9 @@ def load_other(config: DPOConfig) -> Base:
     )
 
 
-def ask_other(config: DPOConfig, counting: Counting) -> tuple[dict[str, PairLogps], str]:
+def ask_other(
+    config: DPOConfig, counting: Counting, rows: CountingRows
+) -> tuple[dict[str, PairLogps], str]:
     """What the reference model says of both splits, and its digest. (len(pairs),) each
 
     The policy's weights are not read for it.
@@ -47,7 +57,12 @@ def ask_other(config: DPOConfig, counting: Counting) -> tuple[dict[str, PairLogp
     Raises:
         ConfigError: its tokens are not those of the policy, or rows are longer than it places.
     """
-    inputs = read_inputs(config, read=partial(read_base, load=outline))
+    if STDIN in (*config.pairs, config.valid):
+        raise ConfigError(
+            f"`{STDIN}`: pairs are read twice with `reference_model`, and standard input once; "
+            "write them to a file"
+        )
+    inputs = read_inputs(config, read=partial(read_base, load=outline), counting=rows)
     splits: Splits = {"train": inputs.train, "valid": inputs.valid}
     return ask_about(config, load_other(config), inputs.base.tokenizer, splits, counting)
 
@@ -60,12 +75,11 @@ def ask_about(
     counting: Counting,
 ) -> tuple[dict[str, PairLogps], str]:
     """As above, of pairs that `tokenizer` made."""
-    every = [pair for pairs in splits.values() for pair in pairs]
-    refuse_other_tokens(other, tokenizer, every)
-    refuse_beyond_context(config, other, every)
+    refuse_other_tokens(other, tokenizer, chain.from_iterable(splits.values()))
+    refuse_beyond_context(config, other, *splits.values())
     digest = fingerprint(other.path)
     score = forward_only(config, choose_scorer(other, config))
-    with counting(len(every)) as progress:
+    with counting(sum(map(len, splits.values()))) as progress:
         answers = {
             split: ask_reference(
                 other.model,

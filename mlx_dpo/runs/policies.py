@@ -15,6 +15,12 @@ from mlx_dpo.runs.paths import RunPaths, read_record
 from mlx_dpo.runs.record import check_contents
 from mlx_dpo.training import checkpoint
 
+FOLDERS = {  # settings that may name a folder, and where the record says how it is found
+    "model": "model_folder",
+    "start_adapter": "start_folder",
+    "reference_model": "reference_folder",
+}
+
 
 @dataclass(frozen=True)
 class Opened:
@@ -57,7 +63,7 @@ def open_run(folder: str) -> Opened:
             )
         adapter = last
     settings = record["settings"] | record.get("settled", {})
-    for name, recorded in (("model", "model_folder"), ("start_adapter", "start_folder")):
+    for name, recorded in FOLDERS.items():
         if record.get(recorded):
             nearby = os.path.normpath(paths.folder / record[recorded])
             settings[name] = nearby if os.path.isdir(nearby) else settings[name]

@@ -49,6 +49,8 @@ def new_record(
         "pairs": [report.to_dict() for report in inputs.reports],
         # From the run folder, so that the run opens from any current folder.
         "model_folder": _relative(config.model, config.output),
+        "reference_folder": config.reference_model
+        and _relative(config.reference_model, config.output),
         "start_folder": config.start_adapter and _relative(config.start_adapter, config.output),
         "versions": {name: version(name) for name in ("mlx-dpo", "mlx", "mlx-lm")},
         "evaluation": None,

@@ -19,9 +19,10 @@ from mlx_dpo.policy.outline import outline
 from mlx_dpo.policy.probe import Choice
 from mlx_dpo.policy.work import Tokens, seen_keys, work_of
 from mlx_dpo.preferences.batches import epoch_passes, largest_pass, whole_rows
+from mlx_dpo.preferences.columns import longest_pairs, row_lengths, sketches
 from mlx_dpo.runs.fitting import fit, longest_pass, rehearsed
 from mlx_dpo.runs.forecast import Epoch, Forecast, Lengths, Most, Parts
-from mlx_dpo.runs.inputs import Inputs, read_base, read_inputs
+from mlx_dpo.runs.inputs import CountingRows, Inputs, read_base, read_inputs, unheard
 from mlx_dpo.runs.method import (
     as_reference,
     attach_adapters,
@@ -40,14 +41,18 @@ MOST_PAIRS = 1024
 MOST_TOKENS = 2**20  # where a model does not say how many it places
 
 
-def forecast(config: DPOConfig, *, mac: str | None = None) -> Forecast:
+def forecast(
+    config: DPOConfig, *, mac: str | None = None, rows: CountingRows = unheard
+) -> Forecast:
     """Rehearse a run of these settings; `mac` is the memory of a Mac to plan for.
+
+    Many `rows` are counted as they become tokens.
 
     Raises:
         ConfigError, DataError, ModelError: as a run would.
     """
     room = room_here() if mac is None else room_of_mac(mac)
-    inputs = read_inputs(config, read=partial(read_base, load=outline))
+    inputs = read_inputs(config, read=partial(read_base, load=outline), counting=rows)
     with fused_gated_delta(inputs.base.model):
         attach_adapters(inputs.base, config)
         choice = _choose(inputs.base, config)
@@ -108,8 +113,8 @@ class _Rehearsals:
     def _reference(self) -> tuple[PassCost, Pairs]:
         """What the largest pass without gradients costs, and the pairs in it."""
         limit, score = forward_limit(self.config, self.choice), self._score
-        every = sorted([*self.inputs.train, *self.inputs.valid], key=len)
-        asked = largest_pass(every[-MOST_PAIRS:], limit, cost=self.choice.cost)
+        longest = longest_pairs(MOST_PAIRS, self.inputs.train, self.inputs.valid)
+        asked = largest_pass(longest, limit, cost=self.choice.cost)
         return rehearse_reference(self.model, asked, score, memory=room_here().bytes), asked
 
     def _score(self, pairs: Pairs) -> object:
@@ -142,8 +147,9 @@ class _Rehearsals:
         work = work_of(self.model, self.base.config, vocab_size=self.base.vocab_size)
         training = partial(work.training, recompute=bool(config.recompute))
         scoring = partial(work.forward, adapted=False)
-        tokens = self._tokens(train, found.tokens.total)
-        every = scoring(self._tokens([*train, *valid], self._trunk([p] for p in [*train, *valid])))
+        tokens = self._tokens(sketches(train), found.tokens.total)
+        both = [pair for pairs in (train, valid) for pair in sketches(pairs)]
+        every = scoring(self._tokens(both, self._trunk([pair] for pair in both)))
         every *= config.needs_reference
         ahead = config.passes_ahead * work.forward(tokens, adapted=True)
         a_second = scoring(self._tokens(asked, self._trunk([asked]))) / reference.seconds
@@ -187,5 +193,6 @@ def along(short: Point, long: Point, *, passes: int, operations: int) -> float:
 
 
 def _lengths(pairs: Pairs) -> Lengths:
-    median, most = np.percentile([len(pair) for pair in pairs], [50, 90], method="higher")
-    return Lengths(int(median), int(most), max(len(pair) for pair in pairs))
+    rows = row_lengths(pairs)
+    median, most = np.percentile(rows, [50, 90], method="higher")
+    return Lengths(int(median), int(most), int(rows.max()))

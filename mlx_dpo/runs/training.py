@@ -18,7 +18,7 @@ from mlx_dpo.preferences.batches import steps_per_epoch
 from mlx_dpo.reporting.rows import read_rows
 from mlx_dpo.runs.best import Best
 from mlx_dpo.runs.fitting import settle
-from mlx_dpo.runs.inputs import Inputs, read_inputs
+from mlx_dpo.runs.inputs import CountingRows, Inputs, read_inputs, unheard
 from mlx_dpo.runs.method import (
     as_reference,
     attach_adapters,
@@ -101,16 +101,17 @@ class Run:
 
     # --- before the first step -------------------------------------------------------------
 
-    def load(self, counting: Counting = uncounted) -> None:
+    def load(self, counting: Counting = uncounted, rows: CountingRows = unheard) -> None:
         """Load base and pairs; nothing is written yet.
 
-        Another model as the reference is asked before, and counts its pairs.
+        Another model as the reference is asked before, and counts its pairs; many `rows` are
+        counted as they become tokens.
         """
         start = start_provenance(self.config)
         if self.config.reference_model is not None:
-            self._answers, digest = ask_other(self.config, counting)
+            self._answers, digest = ask_other(self.config, counting, rows)
             start |= {"reference": digest}
-        self.inputs: Inputs = read_inputs(self.config)
+        self.inputs: Inputs = read_inputs(self.config, counting=rows)
         refuse_standstill(self.config, self.total_steps)
         self.best.refuse_idle(
             every=self.config.eval_steps,

@@ -1,9 +1,9 @@
 """What the monitor has to know of a run, and what it said before."""
 
 from collections.abc import Sequence
-from statistics import fmean
 
 from mlx_dpo.config import DPOConfig
+from mlx_dpo.preferences.columns import LENGTHS, column
 from mlx_dpo.training.monitor import Facts, Monitor
 from mlx_dpo.types import TokenizedPair
 
@@ -19,7 +19,8 @@ def make_monitor(config: DPOConfig, pairs: Sequence[TokenizedPair], *, total_ste
             beta=config.loss_beta,
             learning_rate=config.learning_rate,
             max_grad_norm=config.max_grad_norm,
-            chosen_tokens=fmean(len(pair.chosen) for pair in pairs),
-            referenced=rewards[:1] == ["log-ratio"],
+            chosen_tokens=float(column(pairs, LENGTHS)[:, 1].mean()),
+            referenced=rewards[:1] == ["log-ratio"] and config.reference_model is None,
+            from_start=config.reference_model is None and not config.sync_ref_model,
         )
     )

@@ -175,7 +175,11 @@ class LossSettings:
                 "`f_alpha_divergence_coef` has no effect without f_divergence_type "
                 "`alpha_divergence`"
             )
-        if self.f_divergence_type in (None, "reverse_kl"):
+        if self.f_divergence_type is None:
+            return
+        if self.f_divergence_type == "reverse_kl":  # what every log-ratio is of
+            referenced = {kind.name for kind in LOSS_KINDS.values() if kind.needs_reference}
+            self._refuse_unless_any("f_divergence_type", referenced)
             return
         defined = {kind.name for kind in LOSS_KINDS.values() if kind.divergences}
         self._refuse_unless_any("f_divergence_type", defined)

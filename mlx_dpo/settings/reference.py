@@ -48,7 +48,7 @@ class ReferenceSettings:
         """Steps after which the reference follows the policy."""
         return 512 if self.ref_model_sync_steps is None else self.ref_model_sync_steps
 
-    def refuse_idle_reference_settings(self, *, needed: bool) -> None:
+    def refuse_idle_reference_settings(self, *, needed: bool, watched: bool) -> None:
         """Settings of the reference that have no effect beside others, or where none is needed.
 
         Raises:
@@ -60,6 +60,11 @@ class ReferenceSettings:
         for name in ("reference_model", "sync_ref_model"):
             if getattr(self, name) and not needed:
                 raise ConfigError(f"`{name}` has no effect: `loss_type` needs no reference")
+        if self.sync_ref_model and watched:
+            raise ConfigError(
+                "`metric_for_best_model` compares evaluations, and `sync_ref_model` holds each "
+                "against another reference; leave one of them out"
+            )
         if self.sync_ref_model and self.reference_model is not None:
             raise ConfigError(
                 "`sync_ref_model` moves the model as it starts towards the policy, and "

@@ -1,13 +1,13 @@
 """What lies in the cache of reference log-probabilities, and what may go. Loads no model."""
 
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from mlx_dpo.training.stored import SUFFIX, read_labelled, writer_of
+from mlx_dpo.paths import writer_of
+from mlx_dpo.training.stored import SUFFIX, read_labelled
 
 MODEL, COMPUTED_ON, WRITTEN = "model", "computed_on", "written"  # labels of a file
 UNKNOWN = "unknown"  # of a file that was written before there were labels, or is damaged
@@ -55,12 +55,6 @@ def entries(folder: Path) -> list[Entry]:
     return found
 
 
-def abandoned(folder: Path) -> list[Path]:
-    """What processes that are gone left half-written."""
-    partials = [(path, writer_of(path)) for path in sorted(_files(folder))]
-    return [path for path, process in partials if process is not None and not _alive(process)]
-
-
 def groups(of: Iterable[Entry]) -> list[Group]:
     """The files that are not damaged, model by model."""
     found: dict[tuple[str, str], list[Entry]] = {}
@@ -97,13 +91,3 @@ def _entry(path: Path) -> Entry:
         last_used=datetime.fromtimestamp(facts.st_mtime, UTC),
         damaged=found is None,
     )
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # somebody else's
-        return True
-    return True

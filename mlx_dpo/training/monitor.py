@@ -37,7 +37,8 @@ class Facts:
     learning_rate: float
     max_grad_norm: float
     chosen_tokens: float  # of a chosen completion, on average
-    referenced: bool = True  # whether rewards are beta times log-ratios to a reference
+    referenced: bool = True  # whether rewards are beta times log-ratios to where it began
+    from_start: bool = True  # whether rewards were zero, or alike, before the first step
 
     @property
     def window(self) -> int:
@@ -76,7 +77,9 @@ def unmoved(facts: Facts, rows: Sequence[Row]) -> str | None:
     when = min(facts.warmup_steps + rest, facts.total_steps)
     recent = rows[-FEWEST:]
     margin = _mean(recent, "rewards/margins", size=abs)
-    if not facts.referenced or rows[-1]["step"] != when or len(recent) < FEWEST:
+    if not (facts.referenced and facts.from_start) or len(recent) < FEWEST:
+        return None
+    if rows[-1]["step"] != when:
         return None
     if margin is None or margin >= UNMOVED:
         return None
@@ -134,7 +137,7 @@ def led_by_length(facts: Facts, rows: Sequence[Row]) -> str | None:
     margin = _mean(recent, "rewards/margins", size=abs)
     if len(recent) < facts.window or len(recent) * facts.batch_size < JUDGED:
         return None
-    if correlation is None or margin is None:
+    if not facts.from_start or correlation is None or margin is None:
         return None
     if abs(correlation) < LENGTH_TELLS or margin < LENGTH_MATTERS:
         return None

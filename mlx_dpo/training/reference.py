@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_dpo.policy.scoring import Score
-from mlx_dpo.preferences.pairs import digest
+from mlx_dpo.preferences.columns import digest
 from mlx_dpo.training.stored import SUFFIX, read_logps, write_logps
 from mlx_dpo.types import PairLogps, TokenizedPair
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from mlx_dpo.arrays import read_arrays, write_arrays
+from mlx_dpo.paths import partial_path
 from mlx_dpo.types import PairLogps
 
 SUFFIX = ".safetensors"
@@ -29,17 +30,6 @@ def write_logps(path: Path, logps: PairLogps, labels: Mapping[str, str] | None =
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def partial_path(path: Path, process: int) -> Path:
-    """Where a process writes what is to become `path`."""
-    return path.with_name(f".{path.stem}-{process}{SUFFIX}")
-
-
-def writer_of(partial: Path) -> int | None:
-    """The process that writes, or wrote, this partial file; None for any other name."""
-    process = partial.stem.rpartition("-")[2]
-    return int(process) if partial.name.startswith(".") and process.isdecimal() else None
 
 
 def read_logps(path: Path, count: int) -> PairLogps | None:

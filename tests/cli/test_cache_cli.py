@@ -12,9 +12,11 @@ import pytest
 from click.testing import CliRunner
 
 from mlx_dpo.cli import cli
+from mlx_dpo.paths import partial_path
+from mlx_dpo.preferences.store import Places, Writer, arrays_of
 from mlx_dpo.training.cache import labels
-from mlx_dpo.training.stored import partial_path, write_logps
-from mlx_dpo.types import PairLogps
+from mlx_dpo.training.stored import write_logps
+from mlx_dpo.types import PairLogps, TokenizedPair
 
 
 @pytest.fixture(autouse=True)
@@ -54,11 +56,15 @@ def left(folder):
 def test_an_empty_cache_is_one_friendly_line(folder):
     result = run()
     assert result.stdout == (
-        f"Nothing is kept yet: {folder} (MLX_DPO_CACHE moves it) fills as runs are made\n"
+        f"Nothing is kept yet: {folder.parent} (MLX_DPO_CACHE moves it) fills as runs are made\n"
     )
-    assert run("clear").stdout == f"Nothing to clear in {folder}\n"
+    assert run("clear").stdout == f"Nothing to clear in {folder.parent}\n"
     assert json.loads(run("--json").stdout) == {
         "folder": str(folder), "models": [], "damaged": [], "half_written": [],
+        "tokens": {
+            "folder": str(folder.parent / "tokens"), "sources": [],
+            "damaged": [], "half_written": [],
+        },
     }  # fmt: skip
 
 
@@ -178,3 +184,60 @@ def test_looking_at_the_cache_loads_no_model_library(folder, some):
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     assert shown.stdout.splitlines()[-1] == "loaded set()"
+
+
+def kept(folder, name, pairs=3, *, model="org/one", days_ago=0):
+    """A file of tokens."""
+    path = folder.parent / "tokens" / f"{name}.pairs"
+    path.parent.mkdir(exist_ok=True)
+    one = TokenizedPair((1, 2), (3,), (4,), "x.jsonl:1", "0" * 64)
+    with path.open("wb") as stream:
+        writer = Writer(stream)
+        writer.add(arrays_of([one] * pairs, Places(["x.jsonl"])))
+        writer.finish({"name": "data/x.jsonl", "model": model, "pairs": pairs, "written": "then"})
+    used = datetime.now().timestamp() - 86_400 * days_ago
+    os.utime(path, (used, used))
+    return path
+
+
+def test_tokens_are_listed_source_by_source(folder, some):
+    path = kept(folder, "t")
+    shown = run().stdout
+    first, _, second = shown.partition(f"\n{path.parent} (MLX_DPO_CACHE moves it)\n\n")
+    assert first.splitlines()[-1].startswith("4 files, ")
+    rows = [line.split() for line in second.splitlines()]
+    assert rows[0] == ["tokens", "of", "model", "pairs", "size", "last", "used"]
+    size = path.stat().st_size
+    assert rows[1][:5] == ["data/x.jsonl", "org/one", "3", str(size), "bytes"]
+    assert second.splitlines()[-1] == f"1 file, {size} bytes"
+    [source] = json.loads(run("--json").stdout)["tokens"]["sources"]
+    assert (source["name"], source["pairs"], source["path"]) == ("data/x.jsonl", 3, "t.pairs")
+
+
+def test_damaged_tokens_are_named(folder):
+    kept(folder, "t").write_bytes(b"not this")
+    assert run().stdout.splitlines()[-1] == "damaged, its pairs will be tokenized again: t.pairs"
+    assert json.loads(run("--json").stdout)["tokens"]["damaged"] == ["t.pairs"]
+
+
+@pytest.mark.parametrize(
+    ("words", "answers", "tokens"),
+    [
+        ((), [], []),
+        (("--only", "tokens"), ["a", "b", "c", "d"], []),
+        (("--only", "reference"), [], ["t", "u"]),
+        (("--model", "org/one"), ["c", "d"], ["u"]),
+        (("--older-than", "30"), ["a", "b", "d"], ["t"]),
+        (("--only", "tokens", "--model", "three"), ["a", "b", "c", "d"], ["t"]),
+    ],
+)
+def test_clearing_takes_tokens_as_it_is_asked(folder, some, words, answers, tokens):
+    kept(folder, "t")
+    kept(folder, "u", model="three", days_ago=40)
+    result = run("clear", "--yes", *words)
+    assert result.exit_code == 0
+    assert left(folder) == answers
+    assert left(folder.parent / "tokens") == tokens
+    lines = result.stdout.splitlines()
+    assert len(lines) == 1 + (len(answers) < 4) + (len(tokens) < 2)
+    assert lines[-1].startswith("Freed ")

@@ -320,7 +320,9 @@ def test_a_setting_that_fails_late_leaves_nothing_behind(tmp_path):
     assert train().exit_code == 0
 
 
-def test_a_misspelt_prompt_and_a_file_that_is_not_there_are_named(tmp_path):
+def test_a_misspelt_prompt_and_a_file_that_is_not_there_are_named(tmp_path, monkeypatch):
+    # huggingface_hub would try for half a minute, and has read the environment by now.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     row = {"promt": "x", "chosen": "y", "rejected": "z"}
     (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n")
     assert_one_line(train(), "pairs.jsonl:1: missing `prompt` (found `promt`)")

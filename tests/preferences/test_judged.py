@@ -3,10 +3,13 @@
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mlx_dpo.errors import ConfigError, DataError
+from mlx_dpo.preferences.columns import digest
 from mlx_dpo.preferences.judged import schema_of, to_judgements, with_mismatched
-from mlx_dpo.preferences.pairs import digest, load_pairs
+from mlx_dpo.preferences.pairs import load_pairs
 from mlx_dpo.preferences.rows import Row
 from mlx_dpo.preferences.schemas import RowRules
 from mlx_dpo.preferences.tokens import TokenRules
@@ -71,15 +74,26 @@ def rows(*asked):
     ("asked", "expected"),
     [
         ("abc", [2, 0, 1]),  # each the one before; the first goes on at the end
-        ("aab", [2, 2, 1]),  # never an answer to its own prompt
-        ("abba", [2, 0, 0, 2]),
+        ("aabb", [2, 3, 0, 1]),
+        ("abba", [1, 0, 3, 2]),
+        ("aab", [2, 2, 0]),  # more than half have one prompt: the others are taken again
         ("abaa", [1, 0, 1, 1]),
     ],
 )
-def test_each_is_held_against_the_nearest_answer_to_another_prompt(asked, expected):
+def test_each_is_held_against_an_answer_to_another_prompt(asked, expected):
     made = with_mismatched(rows(*asked), max_length=64)
     assert [row.rejected[0] - 100 for row in made] == expected
     assert [row.chosen for row in made] == [row.chosen for row in rows(*asked)]
+
+
+@given(st.lists(st.integers(0, 6), min_size=2, max_size=40).filter(lambda a: len(set(a)) > 1))
+def test_every_answer_is_held_against_once_and_never_to_its_own_prompt(asked):
+    """Of pairs made judgements, the bad ones alone would tell how far the policy left them."""
+    made = with_mismatched(rows(*map(str, asked)), max_length=64)
+    against = [row.rejected[0] - 100 for row in made]
+    assert all(asked[i] != asked[other] for i, other in enumerate(against))
+    if 2 * max(map(asked.count, asked)) <= len(asked):
+        assert sorted(against) == list(range(len(asked)))
 
 
 def test_the_foreign_answer_is_cut_to_the_room_beside_the_prompt_and_never_empty():

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_dpo.errors import ConfigError, DataError, ModelError
+from mlx_dpo.preferences.columns import digest
 from mlx_dpo.preferences.faults import EMPTY, NO_ROOM, SAME_TEXT, TOO_LONG, BadPair
-from mlx_dpo.preferences.pairs import digest, hold_out, load_pairs, mixed, refuse_idle
+from mlx_dpo.preferences.pairs import hold_out, load_pairs, mixed, refuse_idle
 from mlx_dpo.preferences.schemas import RowRules
 from mlx_dpo.preferences.tokens import TokenRules
 from mlx_dpo.types import TokenizedPair
@@ -187,8 +188,10 @@ def test_the_digest_tells_where_a_part_ends():
 def test_the_digest_does_not_know_places_and_stays_what_it_is():
     here, there = (TokenizedPair((1, 2), (3,), (4,), where) for where in ("a:1", "b:9"))
     assert digest([here]) == digest([there])
-    numbers = struct.pack("<7q", 2, 1, 1, 1, 2, 3, 4)  # three lengths, then the ids
-    assert digest([here]) == hashlib.sha256(numbers).hexdigest()
+    parts = [struct.pack(f"<{len(ids)}i", *ids) for ids in ((1, 2), (3,), (4,))]
+    whole = b"".join(hashlib.blake2b(part, digest_size=16).digest() for part in parts)
+    whole += struct.pack("<2d", 0.0, 1.0) + b"\xff"  # margin, weight, and no judgement
+    assert digest([here]) == hashlib.sha256(whole).hexdigest()
 
 
 def test_prompts_that_truncation_told_apart_are_held_out_together(write, plain):

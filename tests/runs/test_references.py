@@ -2,13 +2,16 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import mlx.core as mx
 import mlx_lm
 import pytest
+from click.testing import CliRunner
 
 from mlx_dpo import DPOConfig, Run, evaluate_run
+from mlx_dpo.cli import cli
 from mlx_dpo.errors import ConfigError, RunError
 from mlx_dpo.policy.scoring import score_pairs
 from mlx_dpo.preferences.batches import PassLimit, step_indices
@@ -190,6 +193,17 @@ def test_pairs_become_judged_answers_for_kto(config, tmp_path):
     [
         ({"ref_model_sync_steps": 2}, "without `sync_ref_model`"),
         ({"ref_model_mixup_alpha": 0.5}, "without `sync_ref_model`"),
+        (
+            {
+                "sync_ref_model": True,
+                "metric_for_best_model": "loss",
+                "eval_steps": 1,
+                "load_best_model_at_end": True,
+            },
+            "leave one of them out",
+        ),
+        ({"loss_type": ["aot"], "weight_column": "w"}, "`weight_column` is not defined"),
+        ({"loss_type": ["simpo"], "f_divergence_type": "reverse_kl"}, "`f_divergence_type`"),
         ({"sync_ref_model": True, "reference_model": "m"}, "leave one of them out"),
         ({"loss_type": ["simpo"], "reference_model": "m"}, "needs no reference"),
         ({"loss_type": ["orpo"], "sync_ref_model": True}, "needs no reference"),
@@ -201,3 +215,65 @@ def test_pairs_become_judged_answers_for_kto(config, tmp_path):
 def test_settings_without_effect_are_refused(changes, said):
     with pytest.raises(ConfigError, match=said):
         DPOConfig.from_dict(changes)
+
+
+def test_a_reference_that_never_moves_is_refused(config):
+    config = replace(config, sync_ref_model=True, ref_model_sync_steps=6)
+    with pytest.raises(ConfigError, match="`sync_ref_model` has no effect"):
+        train(config)
+
+
+def test_evaluating_again_believes_no_other_reference(against_other, other, config, tmp_path):
+    train(against_other)
+    make_checkpoint(other, seed=10, hidden=32)
+    with pytest.raises(RunError, match="the reference model changed"):
+        evaluate_run(against_other.output)
+    moving = replace(
+        config, output=str(tmp_path / "moving"), sync_ref_model=True, ref_model_sync_steps=2
+    )
+    train(moving)
+    shutil.rmtree(tmp_path / "moving" / "checkpoints")
+    with pytest.raises(RunError, match="its weights are gone"):
+        evaluate_run(moving.output)
+
+
+def test_a_relative_reference_model_is_found_from_elsewhere(against_other, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    run, _ = train(replace(against_other, reference_model="other"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    again = evaluate_run(against_other.output).metrics
+    assert again.loss == pytest.approx(run.evaluation["eval_loss"], abs=1e-5)
+
+
+def test_a_moved_reference_of_a_bfloat16_model_is_asked_in_its_own_type(config, tmp_path):
+    config = replace(
+        config, dtype="bfloat16", fine_tune_type="full", lora_r=None, lora_dropout=None,
+        sync_ref_model=True, ref_model_sync_steps=2, learning_rate=1e-3,
+    )  # fmt: skip
+    run, _ = train(config)
+    again = evaluate_run(config.output).metrics
+    assert again.loss == pytest.approx(run.evaluation["eval_loss"], abs=1e-6)
+    assert again.chosen_logps == pytest.approx(run.evaluation["eval_logps/chosen"], abs=1e-5)
+
+
+def test_dropout_over_a_start_adapter_is_seeded(config, tmp_path):
+    train(config)
+    go_on = replace(config, start_adapter=config.output, lora_r=None, lora_dropout=0.3)
+    runs = [replace(go_on, output=str(tmp_path / name)) for name in ("one", "two")]
+    for run in runs:
+        train(run)
+    assert same(*map(weights, runs))
+
+
+@pytest.mark.parametrize("label", [True, False])
+def test_steps_of_one_kind_of_answers_are_shown_without_what_they_lack(judged, tmp_path, label):
+    path = tmp_path / "judged.jsonl"
+    rows = [json.loads(line) | {"label": label} for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["train", str(path), "--model", judged.model, "--output", str(tmp_path / "one")]
+    result = CliRunner().invoke(
+        cli, [*command, "--loss-type", "kto", "--batch-size", "4", "--valid-fraction", "0.25"]
+    )
+    assert result.exit_code == 0, result.output
+    assert "margin -" in result.output

@@ -6,8 +6,9 @@ from datetime import UTC, datetime
 import mlx.core as mx
 import pytest
 
-from mlx_dpo.training.cache import UNKNOWN, abandoned, entries, groups, labels
-from mlx_dpo.training.stored import partial_path, write_logps
+from mlx_dpo.paths import abandoned, partial_path
+from mlx_dpo.training.cache import UNKNOWN, entries, groups, labels
+from mlx_dpo.training.stored import SUFFIX, write_logps
 from mlx_dpo.types import PairLogps
 
 
@@ -66,7 +67,7 @@ def test_only_what_a_process_that_is_gone_left_is_abandoned(tmp_path):
     mine, left = partial_path(path, os.getpid()), partial_path(path, ended())
     for partial in (mine, left):
         partial.write_bytes(b"half")
-    assert abandoned(tmp_path) == [left]
+    assert abandoned(tmp_path, SUFFIX) == [left]
     assert [entry.path for entry in entries(tmp_path)] == [path]
 
 
@@ -76,10 +77,10 @@ def test_a_process_of_another_user_is_not_gone(tmp_path, monkeypatch):
 
     monkeypatch.setattr("os.kill", refused)
     partial_path(tmp_path / "a.safetensors", 1).write_bytes(b"half")
-    assert abandoned(tmp_path) == []
+    assert abandoned(tmp_path, SUFFIX) == []
 
 
 @pytest.mark.parametrize("folder", ["none", "empty"])
 def test_no_folder_and_an_empty_one_hold_nothing(tmp_path, folder):
     (tmp_path / "empty").mkdir()
-    assert entries(tmp_path / folder) == abandoned(tmp_path / folder) == []
+    assert entries(tmp_path / folder) == abandoned(tmp_path / folder, SUFFIX) == []

@@ -4,13 +4,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_dpo.training.stored import (
-    partial_path,
-    read_labelled,
-    read_logps,
-    write_logps,
-    writer_of,
-)
+from mlx_dpo.paths import partial_path, writer_of
+from mlx_dpo.training.stored import read_labelled, read_logps, write_logps
 from mlx_dpo.types import PairLogps
 
 LOGPS = PairLogps(mx.array([1.0, 2.0]), mx.array([3.0, 4.0]))

@@ -64,9 +64,8 @@ def find_alike(digests: Digests, hits: Hits) -> None:
     """What pairs of the same split have in common."""
     places, prompts = digests.places, digests["prompt"]
     # A row may make several pairs, and a pair that was there before brings its prompt along.
-    first = np.intersect1d(
-        *(np.unique(column, return_index=True)[1] for column in (places, digests["pair"]))
-    )
+    of_rows, new = (np.unique(x, return_index=True)[1] for x in (places, digests["pair"]))
+    first = np.intersect1d(of_rows, new)
     rules = {
         "duplicate-pair": _again(digests["pair"]),
         "contradiction": _among(digests["flipped"], digests["pair"]),

@@ -12,6 +12,7 @@ from mlx_dpo.preferences.checks.rules import LOST
 from mlx_dpo.preferences.checks.texts import refusal, unusual
 from mlx_dpo.preferences.faults import NO_ROOM, SAME_WHEN_CUT, TOO_LONG, BadPair, NoBoundary
 from mlx_dpo.preferences.forms import TokenRules
+from mlx_dpo.preferences.pairs import new_report
 from mlx_dpo.preferences.reading import Told, told
 from mlx_dpo.preferences.report import PairsReport
 from mlx_dpo.preferences.rows import Row
@@ -68,8 +69,7 @@ def pass_over(sources: Sequence[Source], split: Split, tick: Tick) -> None:
         ConfigError: a setting has no effect.
     """
     for source in sources:
-        limit = split.eyes.tokens.max_length if split.eyes.tokens else 0
-        report = PairsReport(source.name, limit, judged=split.eyes.rows.judged)
+        report = _new_report(source.name, split.eyes)
         split.reports.append(report)
         unreadable = _Unreadable(source, split, tick)
         for one in told(unreadable.others(), split.eyes.rows, report, bad_pairs="drop"):
@@ -78,6 +78,12 @@ def pass_over(sources: Sequence[Source], split: Split, tick: Tick) -> None:
         for reason, places in report.dropped.items():
             for where in dict.fromkeys(places):  # a row may lose several pairs
                 split.hits.add(LOST[reason], split.hits.places.add(where))
+
+
+def _new_report(source: str, eyes: Eyes) -> PairsReport:
+    if eyes.tokens is None:
+        return PairsReport(source, 0, judged=eyes.rows.judged)
+    return new_report(source, eyes.tokens, eyes.rows)
 
 
 class _Unreadable:
@@ -99,7 +105,7 @@ class _Unreadable:
             except DataError as error:
                 self.count += 1
                 at = hits.places.add(one.where)
-                hits.add("unreadable", at, detail=_without_place(error, one.where))
+                hits.add("unreadable", at, detail=without_place(error, one.where))
             else:
                 yield one.row
 
@@ -134,10 +140,10 @@ def _look_at_tokens(said: Said, at: int, split: Split, report: PairsReport) -> b
             split.lengths.add(*_lens(encoded(said, split.eyes, uncut=True).pair))
         return False
     except NoBoundary as error:
-        split.hits.add("prompt-not-prefix", at, detail=_without_place(error, said.where))
+        split.hits.add("prompt-not-prefix", at, detail=without_place(error, said.where))
         return False
     except DataError as error:
-        split.hits.add("untrainable", at, detail=_without_place(error, said.where))
+        split.hits.add("untrainable", at, detail=without_place(error, said.where))
         return False
     report.keep(found, was_text=isinstance(said.prompt, str))
     whole = encoded(said, split.eyes, uncut=True) if found.truncated else found
@@ -200,5 +206,6 @@ def _characters(text: Text) -> int:
     return sum(len(turn["content"]) for turn in text)
 
 
-def _without_place(error: DataError, where: str) -> str:
+def without_place(error: DataError, where: str) -> str:
+    """What an error says beside its place."""
     return str(error).removeprefix(f"{where}: ")

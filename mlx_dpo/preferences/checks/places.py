@@ -17,21 +17,23 @@ class Places:
     def __init__(self) -> None:
         self._forms: dict[tuple[str, str] | str, int] = {}
         self._names: list[tuple[str, str] | str] = []
-        self._form = array("l")
+        self._form = array("i")
         self._number = array("q")
 
     def __len__(self) -> int:
         return len(self._form)
 
     def add(self, where: str) -> int:
-        """Keep a place; gives its number."""
+        """Keep a place; gives its number, which is that of the last where it is the same."""
         found = NUMBERED.fullmatch(where)
         name = (found[1], found[3]) if found else where
         form = self._forms.setdefault(name, len(self._names))
         if form == len(self._names):
             self._names.append(name)
-        self._form.append(form)
-        self._number.append(int(found[2]) if found else 0)
+        number = int(found[2]) if found else 0
+        if not self._form or (self._form[-1], self._number[-1]) != (form, number):
+            self._form.append(form)
+            self._number.append(number)
         return len(self._form) - 1
 
     def __getitem__(self, at: int) -> str:

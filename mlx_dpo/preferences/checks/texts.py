@@ -40,9 +40,9 @@ HEAD = 300  # characters of an answer that are looked at
 def unusual(texts: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
     """The names of findings, each with the characters that were found, as code points."""
     whole = "\n".join(texts)
-    if whole.isascii() and whole.isprintable():
-        return
-    for name, pattern in CHARACTERS.items():
+    looked_for = ["control-character"] if whole.isascii() else CHARACTERS
+    for name in looked_for:
+        pattern = CHARACTERS[name]
         if found := dict.fromkeys(pattern.findall(whole)):
             yield name, [_code_points(text) for text in found]
             whole = pattern.sub("", whole)  # half of such a sequence is no finding of its own

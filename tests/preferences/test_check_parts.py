@@ -1,0 +1,155 @@
+"""The parts of a check by themselves: characters, refusals, places, digests, lengths."""
+
+import tracemalloc
+
+import pytest
+
+from mlx_dpo.preferences.checks.alike import Digests
+from mlx_dpo.preferences.checks.lengths import Bin, Lengths, Spread
+from mlx_dpo.preferences.checks.places import OTHERS, WORDINGS, Hits, Places
+from mlx_dpo.preferences.checks.texts import refusal, unusual
+from mlx_dpo.types import Preference
+
+PARTS = ("prompt", "chosen", "rejected")
+
+
+def names(text):
+    return [name for name, _ in unusual([text])]
+
+
+@pytest.mark.parametrize(
+    "good", ["naïve café", "„Groß“ – „SPAẞ“", "À À LA CARTE", "NÃO", "20 °C", "â", "ðe", "¡Sí!",
+             "你好，世界", "سلام‌علیکم", "👩‍👩‍👧‍👦 ✓", "a\tb\r\nc", "MAÇÃ”"]
+)  # fmt: skip
+def test_good_text_of_many_languages_is_left_in_peace(good):
+    assert names(good) == []
+
+
+@pytest.mark.parametrize("good", ["café", "Ünïcode", "“quoted”", "it’s — so", "½ °", "🙂"])
+@pytest.mark.parametrize("wrong", ["latin-1", "cp1252"])
+def test_utf8_that_was_read_as_something_else_is_known(good, wrong):
+    try:
+        text = good.encode().decode(wrong)
+    except UnicodeDecodeError:  # Windows-1252 has no character for five bytes
+        text = good.encode().decode(wrong, "replace").replace("\ufffd", "\x9d")
+    assert names(text)[0] == "mojibake"
+
+
+def test_half_of_a_garbled_character_is_no_finding_of_its_own():
+    assert names("—".encode().decode("latin-1")) == ["mojibake"]
+    assert names("— \x02".encode().decode("latin-1")) == ["mojibake", "control-character"]
+
+
+def test_characters_are_named_by_number_and_shown_where_they_can_be():
+    assert list(unusual(["a\x00b\x00c\x1b", "fÃ©e"])) == [
+        ("mojibake", ["U+00C3 U+00A9 (Ã©)"]),
+        ("control-character", ["U+0000", "U+001B"]),
+    ]
+
+
+def test_a_joiner_between_latin_letters_is_debris():
+    assert names("a\u200db") == ["invisible-character"]
+    assert names("a \u200db") == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "phrase"),
+    [
+        ("I cannot help.", "i cannot"),
+        ("  **I can't** do that", "i can't"),
+        ("As an AI, I have no feelings.", "as an ai"),
+        ("Well. As an AI language model, no.", "as an ai language model"),
+        ("As an aide to the king", None),
+        ("He said: I cannot", None),
+        ("I can", None),
+        ("x" * 300 + "as an ai language model", None),
+    ],
+)
+def test_a_refusal_is_known_by_how_it_begins(answer, phrase):
+    assert refusal(answer) == phrase
+
+
+def test_places_come_back_as_they_were():
+    names = ["a.jsonl:1", "a.jsonl:2", "a[0]", "b 3[17]", "x:007", "none", "", "a[1] and a[3]", "5"]
+    names += ["9" * 30, "a.jsonl:1"]
+    places = Places()
+    assert [places[places.add(name)] for name in names] == names
+
+
+def test_a_place_that_is_named_again_at_once_is_the_same():
+    places = Places()
+    assert [places.add(name) for name in ("a:1", "a:1", "a:2", "a:1")] == [0, 0, 1, 2]
+
+
+def test_a_million_places_and_digests_would_fit_into_70_megabytes():
+    places, digests = Places(), Digests()
+    pair = Preference("p", "c" * 100, "r" * 100, "x")
+    tracemalloc.start()
+    for i in range(5000):
+        digests.add(pair, places.add(f"a-rather-long-name-of-a-file-of-pairs.jsonl:{i}"))
+    used, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert used < 5000 * 70
+
+
+def test_wordings_without_end_are_counted_together():
+    hits = Hits(Places())
+    for i in range(WORDINGS + 5):
+        hits.detail("unreadable", f"message {i}")
+    hits.detail("unreadable", "message 0")
+    assert len(hits.details["unreadable"]) == WORDINGS + 1
+    assert hits.details["unreadable"][OTHERS] == 5
+    assert hits.details["unreadable"]["message 0"] == 2
+
+
+def lengths(*rows):
+    found = Lengths("tokens", PARTS)
+    for row in rows:
+        found.add(*row)
+    return found
+
+
+def test_spreads_are_lengths_that_there_are():
+    found = lengths(*((i, 2 * i, 7) for i in range(1, 101)))
+    # Of 1 to 100 the median lies between 50 and 51; the longer one is said.
+    assert found.spreads() == {
+        "prompt": Spread(51, 96, 100), "chosen": Spread(102, 192, 200), "rejected": Spread(7, 7, 7),
+    }  # fmt: skip
+
+
+def test_bins_double_and_hold_every_length_once():
+    found = lengths((0, 1, 2), (3, 4, 7), (8, 2, 2))
+    assert found.histogram() == [
+        Bin(0, 0, (1, 0, 0)), Bin(1, 1, (0, 1, 0)), Bin(2, 3, (1, 1, 2)), Bin(4, 7, (0, 1, 1)),
+        Bin(8, 15, (1, 0, 0)),
+    ]  # fmt: skip
+
+
+def test_bias_by_hand():
+    """Of 4, 1, 2 and 1, 1, 3: chosen longer, equal, rejected longer.
+
+    The six lengths 4 1 2 1 1 3 have mean 2 and variance 8/6; being chosen has 1/4. Their
+    covariance is (7 - 5) / 6 / 2 = 1/6, so r = (1/6) / sqrt(8/6 / 4) = 0.2887.
+    """
+    bias = lengths((0, 4, 1), (0, 1, 1), (0, 2, 3)).bias()
+    assert (bias.pairs, bias.chosen_longer, bias.rejected_longer) == (3, 1, 1)
+    assert bias.correlation == pytest.approx(0.288675, abs=1e-6)
+    assert bias.told_apart == 0.5
+    assert not bias.beyond_chance
+
+
+def test_length_that_tells_all_apart_tells_more_than_chance():
+    bias = lengths(*[(0, 1, 2)] * 10).bias()
+    assert (bias.told_apart, bias.correlation, bias.beyond_chance) == (1.0, -1.0, True)
+    assert not lengths(*[(0, 1, 2)] * 9).bias().beyond_chance
+
+
+def test_lengths_that_do_not_vary_have_no_correlation():
+    assert lengths((1, 5, 5), (2, 5, 5)).bias().correlation is None
+
+
+def test_judged_answers_have_no_bias():
+    found = Lengths("tokens", ("prompt", "answer"))
+    found.add(1, 2)
+    assert found.bias() is None
+    assert found.to_dict()["answer"] == {"median": 2, "most": 2, "longest": 2}

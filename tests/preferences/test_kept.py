@@ -1,0 +1,310 @@
+"""The cache of tokens: what is found again, what is made anew, and what is said of it."""
+
+import io
+import os
+import subprocess
+import sys
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import datasets
+import pytest
+from byte_tokenizer import CHAT, EOS, ByteTokenizer
+
+from mlx_dpo.errors import DataError
+from mlx_dpo.preferences import kept
+from mlx_dpo.preferences.faults import SAME_TEXT
+from mlx_dpo.preferences.kept import DAMAGED, FROM_CACHE, Cache, entries, stored_pairs
+from mlx_dpo.preferences.pairs import PairRules, load_pairs
+from mlx_dpo.preferences.schemas import RowRules
+from mlx_dpo.preferences.sources import STDIN, find, source_of
+from mlx_dpo.preferences.tokenizing import Hands
+from mlx_dpo.preferences.tokens import TokenRules
+
+ROWS = [
+    {"prompt": f"q{i}", "chosen": f"yes {i}", "rejected": "no" if i % 3 else f"yes {i}", "s": i}
+    for i in range(8)
+]
+RULES = PairRules(TokenRules(vocab_size=262), bad_pairs="drop")
+TOKENIZER = ByteTokenizer(CHAT)
+
+
+class Silent(ByteTokenizer):
+    """Knows the tokens of a reply's end; asked for any other it fails."""
+
+    def encode(self, *args, **more):
+        raise AssertionError("tokenized again")
+
+    apply_chat_template = encode
+
+
+@contextmanager
+def unheard(rows):
+    yield lambda more: None
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(kept, "SMALL", 0)
+    return Cache(tmp_path / "cache" / "tokens", "digest", "org/model")
+
+
+def read(source, cache, rules=RULES, tokenizer=TOKENIZER):
+    source = source_of(str(source)) if isinstance(source, str | Path) else source
+    hands = Hands(tokenizer, partial(ByteTokenizer, CHAT))
+    return stored_pairs(source, hands, rules, cache, counting=unheard)
+
+
+def test_the_second_time_tokens_and_report_are_read(write, cache):
+    path = write(*ROWS)
+    first = read(path, cache)
+    second = read(path, cache, tokenizer=Silent(CHAT))
+    known = load_pairs(path, TOKENIZER, RULES.tokens, bad_pairs="drop")
+    for found in (first, second):
+        assert tuple(found.pairs) == known.pairs
+        assert [pair.asked for pair in found.pairs] == [pair.asked for pair in known.pairs]
+        assert found.report == known.report
+        assert found.report.to_dict() == known.report.to_dict()
+    assert first.report.lines() == known.report.lines()
+    assert set(second.report.lines()) - set(known.report.lines()) == {FROM_CACHE}
+    assert second.report.dropped == {SAME_TEXT: [f"pairs.jsonl:{n}" for n in (1, 4, 7)]}
+
+
+def test_the_same_rows_under_another_name_are_found_with_their_places(write, cache):
+    read(write(*ROWS), cache)
+    found = read(write(*ROWS, name="other.jsonl"), cache, tokenizer=Silent(CHAT))
+    assert found.report.source == "other.jsonl"
+    assert [pair.where for pair in found.pairs][:2] == ["other.jsonl:2", "other.jsonl:3"]
+    assert found.report.dropped[SAME_TEXT][0] == "other.jsonl:1"
+
+
+def rows(**values):
+    return replace(RULES, rows=replace(RULES.rows, **values))
+
+
+def tokens(**values):
+    return replace(RULES, tokens=replace(RULES.tokens, **values))
+
+
+CHANGED = {
+    "chat_template": tokens(chat_template="text"),
+    "thinking": tokens(thinking=True),
+    "system": tokens(system="be kind"),
+    "max_length": tokens(max_length=12),
+    "truncation": tokens(truncation="keep_end"),
+    "vocab_size": tokens(vocab_size=263),
+    "judged": rows(judged=True),
+    "pair_labelled": rows(pair_labelled=True),
+    "margin": rows(margin="s"),
+    "weight": rows(weight="s"),
+    "schema": rows(schema="strings"),
+    "ranked": rows(ranked="all"),
+    "renamed": rows(renamed={"prompt": "chosen"}),
+    "bad_pairs": replace(RULES, bad_pairs="error"),
+}
+
+
+def test_there_is_a_case_for_every_rule():
+    names = {*TokenRules.__dataclass_fields__, *RowRules.__dataclass_fields__, "bad_pairs"}
+    assert CHANGED.keys() == names
+
+
+def missed(path, cache, rules=RULES, tokenizer=None):
+    """Whether nothing kept is taken for this."""
+    try:
+        return read(path, cache, rules, tokenizer or Silent(CHAT)).report.origin != FROM_CACHE
+    except (AssertionError, DataError):
+        return True
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_every_rule_that_acts_asks_for_tokens_of_its_own(write, cache, monkeypatch, name):
+    monkeypatch.setattr(kept, "check_rules", lambda tokenizer, rules: None)
+    path = write(*ROWS)
+    read(path, cache)
+    assert not missed(path, cache)
+    assert missed(path, cache, CHANGED[name])
+
+
+def test_everything_else_that_acts_does_too(write, cache, monkeypatch):
+    path = write(*ROWS)
+    read(path, cache)
+    assert missed(path, replace(cache, tokenizer="other"))
+    other = Silent(CHAT)
+    other.eos_token_ids = [EOS, 7]
+    assert missed(path, cache, tokenizer=other)
+    for name, value in (("RULES", 2), ("version", lambda name: "9"), ("LIBRARIES", ())):
+        with monkeypatch.context() as patched:
+            patched.setattr(kept, name, value)
+            assert missed(path, cache)
+    Path("pairs.json").write_bytes(path.read_bytes())  # read as something else
+    assert missed("pairs.json", cache)
+    assert not missed(path, cache)
+    assert missed(write(*ROWS[:-1], ROWS[-1] | {"chosen": "yes!"}), cache)
+    assert missed(write(*ROWS[::-1]), cache)
+
+
+def test_a_template_that_knows_the_date_is_asked_again_on_another_day(write, cache, monkeypatch):
+    dated = ByteTokenizer("{# strftime_now #}" + CHAT)
+    silent = Silent(dated.chat_template)
+    path = write(*ROWS)
+    read(path, cache, tokenizer=dated)
+    read(path, cache)  # without a date in the template
+    assert not missed(path, cache, tokenizer=silent)
+    tomorrow = type("Tomorrow", (kept.datetime,), {"__format__": lambda self, how: "2100-01-01"})
+    monkeypatch.setattr(kept, "datetime", tomorrow)
+    assert missed(path, cache, tokenizer=silent)
+    assert not missed(path, cache)
+
+
+def only(cache):
+    [path] = cache.folder.iterdir()
+    return path
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def flipped(at):
+    def flip(path):
+        data = bytearray(path.read_bytes())
+        data[at] ^= 1
+        path.write_bytes(data)
+
+    return flip
+
+
+def emptied(path):
+    path.write_bytes(b"")
+
+
+def of_another(path):
+    """Whole, but under the name of something else."""
+    path.rename(path.with_name("kept"))
+    other = replace(RULES, tokens=replace(RULES.tokens, max_length=99))
+    read("pairs.jsonl", Cache(path.parent, "digest", "m"), other)
+    path.with_name("kept").unlink()
+    [others] = path.parent.iterdir()
+    others.rename(path)
+
+
+@pytest.mark.parametrize(
+    "damage", [cut, flipped(0), flipped(50), flipped(-1), flipped(-60), emptied, of_another]
+)
+def test_what_is_damaged_or_foreign_is_made_again_with_a_word(write, cache, damage):
+    path = write(*ROWS)
+    wanted = list(read(path, cache).pairs)
+    damage(only(cache))
+    again = read(path, cache)
+    assert list(again.pairs) == wanted
+    assert DAMAGED in again.report.lines()
+    assert read(path, cache, tokenizer=Silent(CHAT)).report.origin == FROM_CACHE
+
+
+def test_pairs_that_are_held_outlive_their_file(write, cache):
+    found = read(write(*ROWS), cache)
+    only(cache).unlink()
+    assert len(list(found.pairs)) == 5
+
+
+def test_an_error_leaves_nothing_behind(write, cache):
+    path = write(*ROWS)
+    with pytest.raises(DataError, match=r"pairs\.jsonl:1: chosen and rejected are the same text"):
+        read(path, cache, replace(RULES, bad_pairs="error"))
+    with pytest.raises(DataError, match="no pair left"):
+        read(write(ROWS[0]), cache)
+    assert list(cache.folder.iterdir()) == []
+
+
+def test_nothing_stands_under_its_name_before_it_is_whole(write, cache, monkeypatch):
+    def stopped(partial, path):
+        assert partial.stat().st_size > 0
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(kept.os, "replace", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        read(write(*ROWS), cache)
+    assert list(cache.folder.iterdir()) == []
+
+
+def test_a_file_that_changes_meanwhile_is_not_kept(write, cache):
+    path = write(*ROWS)
+
+    class Touching(ByteTokenizer):
+        def encode(self, *args, **more):
+            os.utime(path, (1, 1))
+            return super().encode(*args, **more)
+
+    assert len(read(path, cache, tokenizer=Touching(CHAT)).pairs) == 5
+    assert list(cache.folder.iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_written_is_said_and_done_without(write, cache, tmp_path):
+    (tmp_path / "file").write_text("")
+    nowhere = replace(cache, folder=tmp_path / "file" / "tokens")
+    found = read(write(*ROWS), nowhere)
+    assert len(list(found.pairs)) == 5
+    assert found.report.origin == f"tokens are not kept: {nowhere.folder}: Not a directory"
+
+
+def test_small_files_and_standard_input_are_not_kept(write, cache, monkeypatch):
+    path = write(*ROWS)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(path.read_bytes())))
+    found = read(find(STDIN).train[0], cache)
+    assert [pair.where for pair in found.pairs][:2] == ["-:2", "-:3"]
+    monkeypatch.setattr(kept, "SMALL", 1 << 20)
+    read(path, cache)
+    assert not cache.folder.exists()
+
+
+def test_rows_of_the_hub_are_known_by_the_files_of_its_library(cache, tmp_path, monkeypatch):
+    table = datasets.Dataset.from_list(ROWS)
+    table.save_to_disk(tmp_path / "table")
+    loaded = datasets.load_from_disk(tmp_path / "table")
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda *a, **more: ["train"])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **more: loaded)
+    [source] = find("org/name").train
+    first = read(source, cache)
+    second = read(source, cache, tokenizer=Silent(CHAT))
+    assert [pair.where for pair in second.pairs][:2] == ["org/name:train[1]", "org/name:train[2]"]
+    assert list(first.pairs) == list(second.pairs)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **more: table)  # in memory
+    assert missed(source, cache)
+
+
+PROGRAM = """
+import sys
+from functools import partial
+sys.path[:0] = sys.argv[2:]
+import test_kept as t
+t.kept.SMALL = 0
+found = t.read(sys.argv[1], t.Cache(t.Path("cache"), "digest", "m"))
+print([pair.chosen for pair in found.pairs])
+"""
+
+
+def test_two_that_write_at_once_leave_one_whole_file(write, cache):
+    path, here = write(*ROWS * 200), Path(__file__)
+    words = [sys.executable, "-c", PROGRAM, str(path), str(here.parent), str(here.parents[2])]
+    both = [subprocess.Popen(words, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate()[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert said[0] == said[1] != ""
+    [entry] = entries(Path("cache"))
+    assert [path.name for path in Path("cache").iterdir()] == [entry.path.name]
+    assert (entry.pairs, entry.damaged) == (1000, False)
+    assert read(path, replace(cache, folder=Path("cache"))).report.origin == FROM_CACHE
+
+
+def test_what_is_kept_is_listed(write, cache):
+    read(write(*ROWS), cache)
+    (cache.folder / "z.pairs").write_bytes(b"not this")
+    whole, damaged = entries(cache.folder)
+    assert (whole.model, whole.pairs, whole.damaged) == ("org/model", 5, False)
+    assert whole.name == "pairs.jsonl"
+    assert whole.size == whole.path.stat().st_size
+    assert (damaged.damaged, damaged.model, damaged.pairs) == (True, "unknown", 0)
+    assert entries(cache.folder / "none") == []

@@ -1,0 +1,87 @@
+"""A pair in parts: what is read, scored and cut."""
+
+import pytest
+from byte_tokenizer import ASSISTANT, BOS, EOS, USER, ByteTokenizer
+from families import TEMPLATES, byte_level, metaspace
+
+from mlx_dpo.preferences.forms import TokenRules
+from mlx_dpo.preferences.showing import Piece, parts_of
+from mlx_dpo.preferences.tokens import tokenize_pair
+from mlx_dpo.types import Preference, TokenizedPair
+
+
+def ids(*parts):
+    return tuple(i for part in parts for i in ([part] if isinstance(part, int) else part.encode()))
+
+
+WHOLE = TokenizedPair(ids(BOS, USER, "hi", EOS, ASSISTANT), ids("yes!", EOS), ids("no", EOS))
+
+
+def told(parts):
+    return [(part.name, part.kind, "".join(piece.text for piece in part.pieces)) for part in parts]
+
+
+def test_prompt_and_answers_come_in_order_with_special_tokens_apart(chat):
+    parts = parts_of(chat(), WHOLE, WHOLE)
+    assert told(parts) == [
+        ("prompt", "prompt", "<s><U>hi</s><A>"),
+        ("chosen", "scored", "yes!</s>"),
+        ("rejected", "scored", "no</s>"),
+    ]
+    assert parts[0].pieces == [
+        Piece("<s>", True), Piece("<U>", True), Piece("hi", False), Piece("</s>", True),
+        Piece("<A>", True),
+    ]  # fmt: skip
+    assert [part.tokens for part in parts] == [6, 5, 3]
+
+
+def test_the_end_of_an_answer_that_is_cut_stands_behind_it(chat):
+    kept = TokenizedPair(WHOLE.prompt, ids("ye"), WHOLE.rejected)
+    assert told(parts_of(chat(), WHOLE, kept))[1:] == [
+        ("chosen", "scored", "ye"),
+        ("chosen", "cut", "s!</s>"),
+        ("rejected", "scored", "no</s>"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kept", "parts"),
+    [
+        (ids("i", EOS, ASSISTANT), [("cut", "<s><U>h"), ("prompt", "i</s><A>")]),
+        (ids(BOS, EOS, ASSISTANT), [("prompt", "<s>"), ("cut", "<U>hi"), ("prompt", "</s><A>")]),
+    ],
+)
+def test_a_prompt_is_cut_at_its_start_but_for_the_token_that_begins_a_text(chat, kept, parts):
+    found = parts_of(chat(), WHOLE, TokenizedPair(kept, WHOLE.chosen, WHOLE.rejected))
+    assert [(kind, text) for _, kind, text in told(found)[:-2]] == parts
+
+
+def test_a_judged_answer_stands_alone(chat):
+    judged = TokenizedPair(WHOLE.prompt, WHOLE.chosen, ids("other"), desirable=True)
+    assert [part.name for part in parts_of(chat(), judged, judged)] == ["prompt", "answer"]
+
+
+@pytest.mark.parametrize("make", [byte_level, metaspace])
+@pytest.mark.parametrize("name", ["llama-3", "chatml", "mistral", "zephyr"])
+def test_the_pieces_together_are_the_text_of_the_tokens(make, name):
+    """Also where the decoder drops a space that a text begins with."""
+    tokenizer = make(name)
+    said = Preference("a b  c", " d e", "f\n g", "x:1")
+    rules = TokenRules(vocab_size=10_000, max_length=1000)
+    pair = tokenize_pair(tokenizer, said, rules).pair
+    prompt, chosen, _ = parts_of(tokenizer, pair, pair)
+    for part, tokens in ((prompt, pair.prompt), (chosen, pair.chosen)):
+        assert "".join(piece.text for piece in part.pieces) == tokenizer.decode(list(tokens))
+    special = {piece.text.strip() for piece in prompt.pieces if piece.special}
+    begin, end, others = TEMPLATES[name]
+    assert special <= {begin, end, *others}
+    assert "a b  c" in "".join(piece.text for piece in prompt.pieces)
+
+
+def test_a_space_that_the_decoder_drops_at_the_beginning_of_a_text_is_there_within_it():
+    class Drops(ByteTokenizer):
+        def decode(self, ids):
+            return super().decode(ids).removeprefix(" ")
+
+    pair = TokenizedPair(ids(USER, " a", EOS), ids(" b", EOS), ids("c"))
+    assert told(parts_of(Drops(), pair, pair))[0][2] == "<U> a</s>"

@@ -1,0 +1,239 @@
+"""Pairs on the disk: what comes back, in any order, and what is known without making them."""
+
+import io
+import tempfile
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlx_dpo.preferences.columns import (
+    COLUMNS,
+    column,
+    digest,
+    longest_pairs,
+    longest_row,
+    prompts,
+    shared,
+    sketches,
+)
+from mlx_dpo.preferences.facts import facts_of
+from mlx_dpo.preferences.judged import with_mismatched
+from mlx_dpo.preferences.pairs import held_out, hold_out
+from mlx_dpo.preferences.store import Places, Store, Writer, arrays_of, read_arrays, read_facts
+from mlx_dpo.preferences.views import StoredPairs, joined
+from mlx_dpo.types import TokenizedPair
+
+NAMES = ("a.jsonl", "b and c.json")
+
+
+def asked(number):
+    return f"{number:064x}"
+
+
+def pair(i, *, where="a.jsonl:7", label=None, prompt=None, margin=0.0, weight=1.0):
+    """A pair whose parts have i + 1, 2 and 3 tokens."""
+    ids = tuple(range(100 * i, 100 * i + i + 6))
+    return TokenizedPair(
+        ids[: i + 1], ids[i + 1 : i + 3], () if label is not None else ids[i + 3 :],
+        where, asked(i if prompt is None else prompt), margin, weight, label,
+    )  # fmt: skip
+
+
+PAIRS = [
+    pair(0),
+    pair(4, where="a.jsonl:12", margin=-1.5),
+    pair(1, where="b and c.json[0]", weight=0.25),
+    pair(2, where="b and c.json[3] and a.jsonl:2"),
+    pair(3, where="b and c.json[3] and b and c.json[1]"),
+]
+JUDGED = [pair(i, label=i % 2 == 0, prompt=prompt) for i, prompt in enumerate((5, 5, 6, 5, 7, 7))]
+
+
+def written(pairs, facts=None):
+    """The file of the pairs, in blocks of two."""
+    stream, places = io.BytesIO(), Places(NAMES)
+    writer = Writer(stream)
+    for start in range(0, len(pairs), 2):
+        writer.add(arrays_of(pairs[start : start + 2], places))
+    writer.finish(facts or {})
+    return stream.getvalue()
+
+
+def read(data):
+    with tempfile.TemporaryFile() as stream:
+        stream.write(data)
+        stream.flush()
+        return read_arrays(stream)
+
+
+def stored(pairs):
+    arrays, _ = read(written(pairs))
+    return StoredPairs([Store.of(arrays, Places(NAMES))])
+
+
+def fields(pairs):
+    """Everything of pairs, digests of prompts too, which `==` leaves out."""
+    return [(pair, pair.asked) for pair in pairs]
+
+
+@pytest.mark.parametrize("pairs", [PAIRS, JUDGED, PAIRS[:1], []])
+def test_what_is_written_comes_back(pairs):
+    found = stored(pairs)
+    assert fields(found) == fields(pairs)
+    assert len(found) == len(pairs)
+    with pytest.raises(IndexError):
+        found[len(pairs)]
+
+
+part = st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=5).map(tuple)
+anything = st.builds(
+    TokenizedPair, part, part, part,
+    st.sampled_from([one.where for one in PAIRS]),
+    st.integers(0, 2**256 - 1).map(asked),
+    st.floats(allow_nan=False, allow_infinity=False), st.floats(0, 1e6),
+    st.none() | st.booleans(),
+)  # fmt: skip
+
+
+@given(st.lists(anything, max_size=7))
+def test_any_pairs_come_back_and_their_columns_are_known_without_them(pairs):
+    found = stored(pairs)
+    assert fields(found) == fields(pairs)
+    for name in COLUMNS:
+        assert column(found, name).tobytes() == column(pairs, name).tobytes(), name
+    assert digest(found) == digest(pairs)
+    assert longest_row(found) == max(map(len, pairs), default=0)
+
+
+def test_every_column_lies_where_the_processor_reads_it_fastest():
+    for pairs in (PAIRS[:1], PAIRS[:2], PAIRS):
+        arrays, _ = read(written(pairs))
+        assert all(array.flags.aligned for array in arrays.values())
+        assert not any(array.flags.writeable for array in arrays.values())
+
+
+def test_places_have_the_names_that_the_files_have_now():
+    arrays, _ = read(written(PAIRS))
+    places = [one.where for one in StoredPairs([Store.of(arrays, Places(["x", "y"]))])]
+    assert places == ["x:7", "x:12", "y[0]", "y[3] and x:2", "y[3] and y[1]"]
+
+
+@pytest.mark.parametrize("where", ["c.jsonl:1", "a.jsonl", "a.jsonl:x", "a.jsonl[-1]", ""])
+def test_a_place_in_no_file_is_refused(where):
+    with pytest.raises(ValueError, match="is in none of"):
+        Places(NAMES).coded(where)
+
+
+@pytest.mark.parametrize("at", [0, 5, 200, -1, -40, -41])
+def test_a_file_with_one_other_byte_anywhere_is_not_believed(at):
+    data = bytearray(written(PAIRS))
+    assert read(data) is not None
+    data[at] ^= 1
+    assert read(data) is None
+
+
+@pytest.mark.parametrize("kept", [0, 1, 31, 32, 40, 300, -1])
+def test_a_file_that_was_cut_is_not_believed(kept):
+    data = written(PAIRS)[:kept]
+    assert read(data) is None
+    assert read_facts(io.BytesIO(data)) is None
+
+
+def test_what_was_said_is_read_without_the_rest():
+    data = written(PAIRS, facts={"name": "über"})
+    assert read_facts(io.BytesIO(data)) == {"name": "über"}
+    assert read(data)[1] == {"name": "über"}
+    assert read_facts(io.BytesIO(b"{}" * 40)) is None
+
+
+# --- views ------------------------------------------------------------------------------
+
+
+def test_a_view_is_the_pairs_at_its_places():
+    found = stored(PAIRS).picked([4, 0, 0, 2])
+    wanted = [PAIRS[i] for i in (4, 0, 0, 2)]
+    assert list(found) == wanted
+    assert list(found[1:3]) == wanted[1:3]
+    assert list(found[::-1]) == wanted[::-1]
+    assert found[-1] == wanted[-1]
+    assert list(found.picked([3, 0])) == [wanted[3], wanted[0]]
+    assert digest(found) == digest(wanted) != digest(wanted[::-1])
+
+
+def test_stores_are_joined_in_their_order():
+    parts = [stored(PAIRS[:2]), stored([]), stored(PAIRS[2:]).picked([2, 0])]
+    wanted = [*PAIRS[:2], PAIRS[4], PAIRS[2]]
+    assert list(joined(parts)) == wanted
+    assert list(joined(parts).picked([3, 0])) == [wanted[3], wanted[0]]
+    assert digest(joined(parts)) == digest(wanted)
+
+
+@pytest.mark.parametrize("max_length", [64, 4])
+@pytest.mark.parametrize("at", [[0, 1, 2, 3, 4, 5], [5, 5, 2, 0]])
+def test_judged_answers_are_held_against_the_same_others_as_in_a_list(max_length, at):
+    """Cut or not, with everything that is known of them."""
+    wanted = with_mismatched([JUDGED[i] for i in at], max_length)
+    found = with_mismatched(stored(JUDGED).picked(at), max_length)
+    assert list(found) == wanted
+    assert list(found[1:4]) == wanted[1:4]
+    for name in COLUMNS:
+        assert column(found, name).tobytes() == column(wanted, name).tobytes(), name
+        assert column(found[2:], name).tobytes() == column(wanted[2:], name).tobytes(), name
+    assert digest(found) == digest(wanted)
+    assert digest(with_mismatched(stored(JUDGED).picked(at[::-1]), max_length)) != digest(wanted)
+
+
+def test_facts_of_a_view_are_those_of_its_pairs():
+    for ours, theirs in zip(facts_of(stored(PAIRS)), facts_of(PAIRS), strict=True):
+        assert ours.dtype == theirs.dtype
+        assert ours.tolist() == theirs.tolist()
+    assert facts_of(PAIRS).margins.tolist() == [0.0, -1.5, 0.0, 0.0, 0.0]
+    assert facts_of(JUDGED).desirable.tolist() == [True, False] * 3
+
+
+def test_the_longest_come_last_and_ties_in_order():
+    pairs = [pair(i, where=f"a.jsonl:{n}") for n, i in enumerate((2, 0, 2, 1))]
+    for some in (pairs, stored(pairs)):
+        assert longest_pairs(3, some) == [pairs[3], pairs[0], pairs[2]]
+        assert longest_pairs(9, some) == [pairs[1], pairs[3], pairs[0], pairs[2]]
+        assert longest_pairs(3, some[:2], [], some[2:]) == [pairs[3], pairs[0], pairs[2]]
+
+
+def test_the_same_prompts_are_held_out_of_a_view_as_of_a_list():
+    pairs = [pair(i % 5, prompt=i % 7) for i in range(40)]
+    view = stored(pairs)
+    held = held_out(view, share=0.3, seed=4)
+    assert held == held_out(pairs, share=0.3, seed=4)
+    assert hold_out(view, share=0.3, seed=4) == hold_out(pairs, share=0.3, seed=4)
+    assert prompts(view) == [bytes.fromhex(one.asked) for one in pairs]
+
+
+def test_a_pair_that_is_in_both_splits_is_found_whatever_the_data_says_of_it():
+    other = [pair(0, margin=3.0), pair(9), pair(9)]
+    for ours in (PAIRS, stored(PAIRS)):
+        for theirs in (other, stored(other)):
+            assert shared(ours, theirs) == shared(theirs, ours) == 1
+    judged = with_mismatched(JUDGED, 64)
+    assert shared(judged, with_mismatched(JUDGED[::-1], 64)) == len(JUDGED)
+
+
+def test_a_sketch_has_the_lengths_of_its_pair():
+    view = stored(PAIRS)
+    for sketch, whole in zip(sketches(view), PAIRS, strict=True):
+        parts = ("prompt", "chosen", "rejected")
+        assert [len(getattr(sketch, n)) for n in parts] == [len(getattr(whole, n)) for n in parts]
+        assert len(sketch) == len(whole)
+    assert sketches(PAIRS) is PAIRS
+    assert len(sketches(view)[1:3]) == 2
+
+
+def test_no_two_sets_of_pairs_have_a_digest_in_common():
+    changed = [
+        PAIRS, PAIRS[::-1], PAIRS[:4], [*PAIRS, PAIRS[0]], JUDGED,
+        [pair(0, margin=1.0)], [pair(0, weight=0.0)], [pair(0)],
+        [pair(0, label=True)], [pair(0, label=False)],
+    ]  # fmt: skip
+    assert len({digest(pairs) for pairs in changed}) == len(changed)
+    assert np.array_equal(column([], "lengths"), np.zeros((0, 3)))

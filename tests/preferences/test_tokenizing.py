@@ -1,0 +1,175 @@
+"""Rows tokenized by other processes: the same pairs, order, counts and errors as by this one."""
+
+import json
+from contextlib import contextmanager
+from functools import partial
+
+import pytest
+from byte_tokenizer import CHAT, ByteTokenizer
+
+from mlx_dpo.errors import ConfigError, DataError
+from mlx_dpo.preferences import tokenizing
+from mlx_dpo.preferences.faults import BadPair
+from mlx_dpo.preferences.pairs import PairRules, load_pairs, new_report
+from mlx_dpo.preferences.schemas import RowRules
+from mlx_dpo.preferences.sources import source_of
+from mlx_dpo.preferences.store import Places
+from mlx_dpo.preferences.tokenizing import Hands, blocks
+from mlx_dpo.preferences.tokens import TokenRules
+
+TOKENS = TokenRules(vocab_size=262, max_length=48, truncation="keep_end")
+LOAD = partial(ByteTokenizer, CHAT)
+
+
+def row(i):
+    """Now and then one that is lost, cut, marked or written in another way."""
+    if i % 7 == 3:
+        return {"prompt": f"q{i}", "chosen": "same", "rejected": "same"}
+    if i % 11 == 5:
+        return {"prompt": f"q{i}", "chosen": "", "rejected": "b", "extra": i}
+    if i % 13 == 6:
+        answers = [f"yes {i}", f"no {i}"]
+        messages = [{"role": "user", "content": "x" * i}]
+        made = [[{"role": "assistant", "content": text}] for text in answers]
+        return {"prompt": messages, "chosen": made[0], "rejected": made[1]}
+    return {"prompt": f"what of {i}? " * (i % 5), "chosen": f"{i} <U>", "rejected": f"not {i}"}
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(tokenizing, "ALONE", 12)
+    monkeypatch.setattr(tokenizing, "CHUNK", 5)
+
+
+@contextmanager
+def unheard():
+    yield lambda more: None
+
+
+def tokenized(path, rules, processes, counting=unheard, load=LOAD):
+    """All columns of all blocks, and the report."""
+    source = source_of(str(path))
+    report = new_report(source.name, rules.tokens, rules.rows)
+    places, hands = Places([source.name]), Hands(LOAD(), load, processes)
+    made = [*blocks(source.rows(), hands, rules, report, places, counting)]
+    return {name: b"".join(one[name].tobytes() for one in made) for name in made[0]}, report
+
+
+DROP = PairRules(TOKENS, bad_pairs="drop")
+PAIRED = PairRules(TOKENS, RowRules(pair_labelled=True), "drop")
+JUDGED = PairRules(TOKENS, RowRules(judged=True, weight="w"), "drop")
+
+
+def rows_for(rules):
+    if rules is DROP:
+        return [row(i) for i in range(1, 90)]
+    labelled = [
+        {"prompt": f"p{i % 9}", "completion": f"answer {i}" * (i % 5), "label": i % 4 == 0, "w": i}
+        for i in range(60)
+    ]
+    return labelled
+
+
+@pytest.mark.parametrize("rules", [DROP, PAIRED, JUDGED], ids=["pairs", "paired", "judged"])
+def test_two_processes_say_what_one_says(write, rules):
+    path = write(*rows_for(rules))
+    one, alone = tokenized(path, rules, 1)
+    two, together = tokenized(path, rules, 2)
+    assert two == one
+    assert together == alone
+    assert json.dumps(together.to_dict()) == json.dumps(alone.to_dict())  # in the same order
+    assert together.lines() == alone.lines()
+    known = load_pairs(path, LOAD(), TOKENS, rows=rules.rows, bad_pairs="drop")
+    assert known.report == together
+    assert alone.kept >= 12
+    assert len(alone.dropped) >= 1
+
+
+GOOD = {"prompt": "hi", "chosen": "yo", "rejected": "no!"}
+SAME = {"prompt": "hi", "chosen": "yo", "rejected": "yo"}
+
+
+@pytest.mark.parametrize(
+    ("faults", "kind", "said"),
+    [
+        ({40: SAME}, BadPair, "pairs.jsonl:40: chosen and rejected are the same text; mend it"),
+        ({40: SAME, 41: "{"}, BadPair, "pairs.jsonl:40: "),
+        ({40: "{", 41: SAME}, DataError, "pairs.jsonl:40: not JSON"),
+        ({33: SAME, 39: SAME}, BadPair, "pairs.jsonl:33: "),
+        ({20: SAME, 59: "{"}, BadPair, "pairs.jsonl:20: "),
+        ({59: "{"}, DataError, "pairs.jsonl:59: not JSON"),
+        ({30: {"prompt": "a"}}, DataError, "pairs.jsonl:30: missing `chosen`"),
+        ({3: "{", 30: SAME}, DataError, "pairs.jsonl:3: not JSON"),
+    ],
+)
+def test_the_first_fault_is_raised_as_by_one_process(write, faults, kind, said):
+    path = write(*(faults.get(line, GOOD) for line in range(1, 61)))
+    errors = []
+    for processes in (1, 2):
+        with pytest.raises(DataError) as error:
+            tokenized(path, PairRules(TOKENS), processes)
+        errors.append((type(error.value), str(error.value)))
+    assert errors[0] == errors[1]
+    assert errors[0][0] is kind
+    assert errors[0][1].startswith(said)
+
+
+def test_a_setting_without_effect_on_a_late_row_is_refused(write):
+    late = {"instruction": "hi", "chosen": "yo", "rejected": "no!", "q": "x", "prompt": None}
+    path = write(*[GOOD | {"q": "hi"}] * 30, late)
+    rules = PairRules(TOKENS, RowRules(renamed={"prompt": "q"}, schema="strings"))
+    assert tokenized(path, rules, 2)[1].kept == 31
+    with pytest.raises(ConfigError, match="`column` label=q has no effect"):
+        tokenized(path, PairRules(TOKENS, RowRules(renamed={"label": "q"})), 2)
+
+
+def test_every_row_is_heard_of_once(write):
+    path = write(*rows_for(DROP))
+    for processes in (1, 2):
+        heard = []
+
+        @contextmanager
+        def counting(heard=heard):
+            yield heard.append
+
+        tokenized(path, DROP, processes, counting)
+        assert sum(heard) == 89
+
+
+def test_few_rows_start_no_process_and_show_no_bar(write, monkeypatch):
+    monkeypatch.setattr(tokenizing, "Workers", None)
+
+    @contextmanager
+    def never():
+        raise AssertionError
+        yield
+
+    _, report = tokenized(write(*[GOOD] * 12), DROP, 2, never)
+    assert report.kept == 12
+
+
+class Gone(ByteTokenizer):
+    """Ends its process at its first word."""
+
+    def apply_chat_template(self, *args, **more):
+        raise SystemExit(3)
+
+
+def test_a_process_that_ends_is_one_line_and_the_others_end_too(write):
+    path = write(*[GOOD] * 40)
+    with pytest.raises(DataError, match=r"ended by itself \(exit status 3\)") as error:
+        tokenized(path, DROP, 2, load=partial(Gone, CHAT))
+    assert "\n" not in str(error.value)
+
+
+class Loud(ByteTokenizer):
+    """Prints where answers go."""
+
+    def apply_chat_template(self, *args, **more):
+        print("noise")
+        return super().apply_chat_template(*args, **more)
+
+
+def test_what_a_library_prints_does_not_come_between_the_answers(write):
+    path = write(*[GOOD | {"prompt": f"{i}"} for i in range(30)])
+    assert tokenized(path, DROP, 2, load=partial(Loud, CHAT)) == tokenized(path, DROP, 1)

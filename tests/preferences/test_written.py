@@ -1,0 +1,65 @@
+"""Rows beside the lines that they were written on."""
+
+import gzip
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from mlx_dpo.errors import DataError
+from mlx_dpo.preferences.rows import Row
+from mlx_dpo.preferences.sources import source_of
+from mlx_dpo.preferences.written import Written, written
+
+ODD = '{"b" : 1.50,  "a":"\\u00e9", "a": "twice", "n": 1e2}'
+
+
+def lines_of(name):
+    return [one.as_line().decode() for one in written(source_of(str(name)))]
+
+
+def test_a_line_stays_as_it_was_but_for_what_ends_it(write):
+    path = write("\ufeff" + ODD + " \r", "", '{"c": "é"}')
+    assert lines_of(path) == [ODD, '{"c": "é"}']
+    assert [one.where for one in written(source_of(str(path)))] == [
+        "pairs.jsonl:1",
+        "pairs.jsonl:3",
+    ]
+
+
+def test_a_packed_file_and_standard_input_are_lines_too(write, monkeypatch):
+    Path(write(ODD).with_suffix(".jsonl.gz")).write_bytes(gzip.compress(ODD.encode()))
+    assert lines_of("pairs.jsonl.gz") == [ODD]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(ODD.encode())))
+    assert lines_of("-") == [ODD]
+
+
+def test_other_files_become_lines_that_say_the_same(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"a": "é\n", "b": [1, {"c": None}]}, {"a": "\ud83d"}]
+    Path("list.json").write_text(json.dumps(rows))
+    found = lines_of("list.json")
+    assert [json.loads(line) for line in found] == rows
+    assert "é" in found[0]
+    Path("table.csv").write_text('prompt,chosen\n"a\nb",c\n')
+    assert lines_of("table.csv") == ['{"prompt": "a\\nb", "chosen": "c"}']
+
+
+def test_a_row_that_cannot_be_read_does_not_keep_the_others_from_being_read(write):
+    found = list(written(source_of(str(write('{"a": 1}', "[1]", "{", '{"a": 2}')))))
+    assert [type(one.row) for one in found] == [Row, DataError, DataError, Row]
+    assert [str(one.row) for one in found[1:3]] == [
+        "pairs.jsonl:2: expected an object, found a list",
+        "pairs.jsonl:3: not JSON (Expecting property name enclosed in double quotes, column 2)",
+    ]
+    Path("list.json").write_text('[{"a": 1}, 3, {"a": 2}]')
+    assert [type(one.row) for one in written(source_of("list.json"))] == [Row, DataError, Row]
+    with pytest.raises(DataError, match=r"^pairs.jsonl:3: not JSON"):
+        found[2].as_line()
+
+
+def test_what_json_cannot_say_is_refused_at_its_place():
+    with pytest.raises(DataError, match=r"^a\[3\]: cannot be written as JSON \(.*bytes"):
+        Written("a[3]", Row({"image": b"\x89"}, "a[3]")).as_line()

@@ -1,0 +1,133 @@
+"""Runs on more pairs than anybody wants to hold in memory: made only when they are asked for."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mlx_dpo import DPOConfig, Run
+from mlx_dpo.preferences import kept, store
+from mlx_dpo.preferences.columns import digest
+from mlx_dpo.runs import inputs as inputs_of_runs
+from mlx_dpo.runs.facts import facts_of_inputs, facts_of_training
+from mlx_dpo.runs.inputs import read_inputs
+from mlx_dpo.runs.rehearsals import forecast
+from mlx_dpo.training.cache import entries
+from mlx_dpo.types import PairLogps
+from tests.checkpoints import make_checkpoint
+
+COUNT = 2000
+
+
+@pytest.fixture
+def many(tmp_path, monkeypatch):
+    """Settings of a run on many pairs, whose tokens are kept."""
+    monkeypatch.setattr(kept, "SMALL", 0)
+    rows = [
+        {"prompt": f"Q{i}", "chosen": "y" * (i % 17 + 1), "rejected": "n" * (i % 5 + 1)}
+        for i in range(COUNT)
+    ]
+    rows[5] |= {"prompt": "long " * 20}
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return DPOConfig(
+        model=str(make_checkpoint(tmp_path / "base")), pairs=(str(path),), max_steps=2,
+        output=str(tmp_path / "run"), batch_size=4, valid_fraction=0.2, loss_type=("simpo",),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """The places of all pairs that are made of tokens on the disk."""
+    places = []
+    pair = store.Store.pair
+
+    def noted(self, at):
+        places.append(at)
+        return pair(self, at)
+
+    monkeypatch.setattr(store.Store, "pair", noted)
+    return places
+
+
+def start(config):
+    """A run up to its first step; what is said before it."""
+    with Run(config) as run:
+        run.prepare()
+        said = facts_of_inputs(run) + facts_of_training(run)
+        row = next(run.train())
+    return run, said, row
+
+
+def test_a_start_makes_few_of_the_pairs(many, made):
+    run, said, _ = start(many)
+    assert len(run.inputs.train) + len(run.inputs.valid) == COUNT
+    assert len(made) <= 40, "something makes every pair"
+    assert "tokens read from the cache" not in [line for _, line in said]
+
+
+def test_the_second_start_says_and_does_the_same_and_that_it_read_the_tokens(many, made):
+    first, said, row = start(many)
+    second, again, other = start(replace(many, output=many.output + "2"))
+    assert len(made) <= 80
+    assert [line for _, line in again if line not in [line for _, line in said]] == [
+        "tokens read from the cache", many.output + "2",
+    ]  # fmt: skip
+    assert (other["loss"], other["grad_norm"]) == (row["loss"], row["grad_norm"])
+    ours, theirs = (
+        json.loads((run.paths.folder / "run.json").read_text()) for run in (first, second)
+    )
+    for name in ("pairs", "counts", "provenance"):
+        assert ours[name] == theirs[name]
+
+
+def test_a_plan_makes_few_of_the_pairs(many, made):
+    found = forecast(replace(many, loss_type=("sigmoid",)))
+    assert found.lengths.longest > 100
+    assert len(made) <= 1100, "more than the thousand longest, which a pass is chosen of"
+
+
+def test_mixed_sources_and_judged_answers_are_views_too(many, made, tmp_path):
+    mixed = replace(many, pairs=many.pairs * 2, mix=(2.0, 0.5))
+    found = read_inputs(mixed)
+    assert (len(found.train), [report.per_epoch for report in found.reports]) == (
+        2 * 1600 + 800, [3200, 800],
+    )  # fmt: skip
+    judged = replace(many, loss_type=("kto",), valid_fraction=0.1)
+    answers = read_inputs(judged)
+    whole = answers.provenance(judged)
+    assert len(made) == 0
+    assert whole["train"] == digest(list(answers.train))
+    assert all(pair.rejected for pair in answers.train[:50])
+
+
+def test_the_reference_is_asked_block_by_block(many, made, tmp_path):
+    """What it said is found again under the digests alone."""
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(Path(many.pairs[0]).read_text().splitlines(keepends=True)[:300]))
+    config = replace(many, pairs=(str(few),), loss_type=("sigmoid",), valid_fraction=0.1)
+    with Run(config) as run:
+        run.prepare()
+    assert len(entries(tmp_path / "cache" / "reference")) == 3
+    made.clear()
+    with Run(replace(config, output=config.output + "2")) as again:
+        again.prepare()
+    assert len(made) <= 40
+    for split in ("train", "valid"):
+        ours, theirs = run.reference[split], again.reference[split]
+        assert isinstance(ours, PairLogps)
+        assert ours.chosen.tolist() == theirs.chosen.tolist()
+
+
+def test_other_processes_load_the_tokenizer_themselves(many, monkeypatch):
+    """The tokens are the same, from the checkpoint's own files."""
+    from mlx_dpo.preferences import tokenizing
+
+    monkeypatch.setattr(kept, "SMALL", 1 << 30)
+    monkeypatch.setattr(inputs_of_runs, "processes", lambda: 2)
+    alone = read_inputs(many)
+    monkeypatch.setattr(tokenizing, "ALONE", 100)
+    together = read_inputs(many)
+    assert alone.provenance(many) == together.provenance(many)
+    assert alone.reports == together.reports
