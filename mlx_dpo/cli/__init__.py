@@ -12,7 +12,29 @@ import click
 
 from mlx_dpo.errors import DPOError
 
-COMMANDS = ("convert", "plan", "train", "eval", "chat", "generate", "demo", "doctor", "cache")
+COMMANDS = (
+    "convert",
+    "data",
+    "plan",
+    "losses",
+    "train",
+    "eval",
+    "chat",
+    "compare",
+    "serve",
+    "generate",
+    "collect",
+    "winrate",
+    "loop",
+    "fuse",
+    "export",
+    "card",
+    "push",
+    "pull",
+    "demo",
+    "doctor",
+    "cache",
+)
 NAME = "mlx-dpo"
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM)

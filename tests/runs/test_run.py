@@ -44,8 +44,8 @@ def test_a_run_writes_exactly_these_files_and_its_rows(config, tmp_path):
     run, rows = train(config)
     folder = tmp_path / "run"
     assert sorted(p.name for p in folder.iterdir()) == [
-        ".lock", "adapter_config.json", "adapters.safetensors", "checkpoints", "metrics.jsonl",
-        "reference", "run.json",
+        ".lock", "adapter_config.json", "adapter_model.safetensors", "adapters.safetensors",
+        "checkpoints", "metrics.jsonl", "reference", "run.json",
     ]  # fmt: skip
     assert read_rows(folder / "metrics.jsonl") == rows
     # 9 pairs to train on, 4 a step, 2 epochs: 3 + 3 steps, and one evaluation at the end

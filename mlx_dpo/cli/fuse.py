@@ -1,0 +1,97 @@
+"""`mlx-dpo fuse`: a run as a plain model, and how much of its training is in it."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mlx_dpo.settings.model import BITS, DTYPES
+
+if TYPE_CHECKING:
+    from mlx_dpo.runs.fusing import Fused
+
+
+@click.command()
+@click.argument("run")
+@click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option(
+    "--to",
+    type=click.Choice(["mlx", "hf"]),
+    default="mlx",
+    help="MLX's layout, or the Hugging Face checkpoint with other weights.",
+)
+@click.option(
+    "--bits",
+    type=click.Choice([str(bits) for bits in BITS]),
+    help="Quantise the result to this many bits, which may undo the training.",
+)
+@click.option(
+    "--group-size", type=int, help="Weights that share a scale, with --bits. [default: 64]"
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(DTYPES),
+    help="Number type of the weights. [default: what the model computes in]",
+)
+@click.option(
+    "--base", metavar="FOLDER", help="With --to hf: the checkpoint that the model was made from."
+)
+@click.option("--pairs", metavar="PAIRS", help="Measure on these. [default: what the run held out]")
+@click.option(
+    "--min-retained",
+    type=click.FloatRange(0, 1),
+    default=0.9,
+    help="Share of margin and change that has to be left.",
+)
+@click.option("--force", is_flag=True, help="Write the model however little is left.")
+@click.option(
+    "--gguf",
+    type=click.Path(path_type=Path),
+    help="With --to hf: this file too, by llama.cpp's converter, which says which models it knows.",
+)
+@click.option("--converter", metavar="FILE", help="llama.cpp's convert_hf_to_gguf.py.")
+def fuse(run: str, output: Path, bits: str | None, **wishes: Any) -> None:
+    """Write the policy of RUN as a model that needs no adapter.
+
+    Quantised layers are unpacked, because a change as small as that of preference training is lost
+    when weights are quantised anew. The result is read again and measured on held-out pairs beside
+    the policy: what is left of the margin and of the adapters' change is printed, and a model that
+    lost it is not kept.
+    """
+    from mlx_dpo.reporting.console import make_console, print_facts
+    from mlx_dpo.runs.fusing import Wish, fuse_run
+
+    console = make_console()
+    wish = Wish(bits=int(bits) if bits else None, **wishes)
+    with console.status(f"Fusing {run}"):
+        fused = fuse_run(run, output, wish)
+    print_facts(console, facts(fused))
+
+
+def facts(fused: "Fused") -> list[tuple[str, str]]:
+    """What a person wants to know of a fused model, line by line."""
+    from mlx_dpo.policy.target import megabytes
+
+    found, rounding = fused.retention, fused.rounding
+    lines = [
+        ("model", f"{fused.output}, {megabytes(fused.bytes)}, {fused.kind}"),
+        (
+            "margin",
+            f"{found.margin:.2%} kept: {found.margin_before:.3f} before, {found.margin_after:.3f} "
+            f"after (mean log-ratio margin in nats, {fused.measured_on})",
+        ),
+        (
+            "change",
+            f"{found.change:.2%} of the adapters' change of log-probabilities kept; the two "
+            f"models are {found.apart:.2g} nats a token apart",
+        ),
+    ]
+    if rounding is not None:
+        lines.append(
+            (
+                "weights",
+                f"{rounding.kept:.2%} of the adapters' change kept in rounding, cosine "
+                f"{rounding.cosine:.4f}",
+            )
+        )
+    return lines + [("note", note) for note in fused.notes]

@@ -1,0 +1,64 @@
+"""`mlx-dpo push`: the adapter of a run and its card to the Hub."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from mlx_dpo.runs.publishing import Parcel
+
+
+@click.command()
+@click.argument("run")
+@click.argument("name", metavar="ORG/NAME")
+@click.option("--dry-run", is_flag=True, help="Show what would be sent, and send nothing.")
+@click.option("--public", is_flag=True, help="For everybody to see. [default: private]")
+@click.option("--overwrite", is_flag=True, help="Replace files that the repository has.")
+@click.option(
+    "--also", multiple=True, metavar="FILE", help="One more file of the run folder; repeat it."
+)
+@click.option("--base", metavar="ORG/NAME", help="The base on the Hub, if the run names a folder.")
+def push(
+    run: str,
+    name: str,
+    dry_run: bool,
+    public: bool,
+    overwrite: bool,
+    also: tuple[str, ...],
+    base: str | None,
+) -> None:
+    """Send the adapter of RUN to ORG/NAME on the Hub: private, unless you say --public.
+
+    The adapter, README.md (made if there is none) and curves.png if there is one are sent; pairs,
+    checkpoints and logs are not. Every file is searched for secrets and personal paths first.
+    It is one commit, so that a failure leaves nothing half-published; a second try sends what is
+    missing. Log in with `hf auth login`.
+    """
+    from mlx_dpo.errors import ConfigError
+    from mlx_dpo.publishing import hub
+    from mlx_dpo.runs.cards import README, card_of_run, write_card
+    from mlx_dpo.runs.publishing import pack
+
+    folder = Path(run).expanduser()
+    if not (folder / README).is_file():
+        made, notes = card_of_run(run, name, base=base, online=not dry_run)
+        write_card(folder, made, overwrite=False)
+        for note in notes:
+            click.echo(f"Note: {note}", err=True)
+    elif base is not None:
+        raise ConfigError(f"`--base` has no effect: {folder / README} is there already")
+    parcel = pack(run, also)
+    _show(parcel)
+    if dry_run:
+        click.echo(f"\n{(folder / README).read_text(encoding='utf-8')}")
+        click.echo(f"Nothing was sent to {name}.")
+        return
+    done = hub.push(parcel.files, name, message=parcel.message, public=public, overwrite=overwrite)
+    kind = "public" if public else "private"
+    click.echo(f"{done.address}{f' (new, {kind})' * done.is_new}, commit {done.commit[:12]}")
+
+
+def _show(parcel: "Parcel") -> None:
+    for name, file in parcel.files.items():
+        click.echo(f"{file.stat().st_size:>15,} bytes  {name}")

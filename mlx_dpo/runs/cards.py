@@ -1,0 +1,206 @@
+"""The card of a run: facts from its record and its base, and answers before and after."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.errors import HTTPError
+
+from mlx_dpo.config import DPOConfig, options
+from mlx_dpo.errors import ConfigError, ModelError
+from mlx_dpo.policy.adapter_files import CONFIG, content_digest
+from mlx_dpo.policy.sampling import Sampling
+from mlx_dpo.policy.source import locate
+from mlx_dpo.preferences.hub import hub_dataset
+from mlx_dpo.preferences.prompts import Prompt
+from mlx_dpo.publishing.card import CURVES, CardFacts, Sample
+from mlx_dpo.publishing.card import card as make_card
+from mlx_dpo.runs.comparing import compare
+from mlx_dpo.runs.facts import loss_line
+from mlx_dpo.runs.policies import Opened
+from mlx_dpo.runs.shipping import IN_BOTH, hub_id_of, open_finished
+
+SAMPLES = 3
+ANSWER = Sampling(max_tokens=200)  # the likeliest words
+README = "README.md"
+
+
+def card_of_run(
+    folder: str,
+    name: str,
+    *,
+    base: str | None = None,
+    prompts: str | None = None,
+    samples: int | None = None,
+    online: bool = False,
+) -> tuple[ModelCard, tuple[str, ...]]:
+    """The card of a finished run that is to be known as `name`, and notes for its owner.
+
+    Args:
+        base: Hub id of the base, where the run was trained on a folder.
+        prompts: File of prompts to be answered before and after.
+        samples: How many of them; 0 for none. Without `prompts` and `samples` only prompts that
+            are public already, as those of a Hub dataset, are taken from the held-out pairs.
+        online: The Hub may be asked for the licence of the base.
+
+    Raises:
+        RunError, ConfigError, DataError, ModelError: as `compare`; or the run is unfinished.
+    """
+    opened = open_finished(folder)
+    datasets = hub_datasets(opened)
+    shown, notes = _samples(folder, opened, prompts, samples, datasets)
+    hub_id = base or hub_id_of(opened)
+    inherited = _inherited(opened, hub_id, online=online)
+    if not inherited.get("license"):
+        notes += (
+            "the base's licence is not known here: add `license` to the card, or let "
+            "`mlx-dpo card --online` ask the Hub",
+        )
+    if hub_id is None:
+        notes += ("the base has no Hub id: name it with --base, so that others find it",)
+    facts = _facts(opened, name, hub_id, inherited, datasets or [])
+    return make_card(CardFacts(**facts, samples=shown)), notes
+
+
+def hub_datasets(opened: Opened) -> list[str] | None:
+    """The Hub ids of the run's pairs, None where some of them are of this machine."""
+    sources = [report["source"] for report in opened.record["pairs"]]
+    found = []
+    for source in sources:
+        named, split = source.rpartition(":")[::2]
+        dataset = hub_dataset(named)
+        given = {str(hub_dataset(pairs)) for pairs in _given(opened.config)}
+        if dataset is None or not split or named not in given:
+            return None
+        found.append(dataset.path)
+    return list(dict.fromkeys(found))
+
+
+def _given(config: DPOConfig) -> list[str]:
+    return [*config.pairs, *([config.valid] if config.valid else [])]
+
+
+def _facts(
+    opened: Opened, name: str, hub_id: str | None, base: Mapping[str, Any], datasets: Sequence[str]
+) -> dict[str, Any]:
+    config, record = opened.config, opened.record
+    adapter = json.loads((opened.paths.folder / CONFIG).read_text())
+    loads = record.get("adapter", "") if "peft_type" not in adapter else IN_BOTH
+    named = datasets and ", ".join(f"[{d}](https://huggingface.co/datasets/{d})" for d in datasets)
+    count = record["counts"]["train"]
+    return {
+        "name": name,
+        "base_model": hub_id,
+        "license": {k: v for k, v in base.items() if k.startswith("license")},
+        "language": base.get("language"),
+        "datasets": datasets,
+        "pairs": f"{count:,} preference {config.unit}"
+        + (f" of {named}" if named else ", which are not public"),
+        "loss": loss_line(config),
+        "reference": _reference(config),
+        "adapter": _sizes(adapter),
+        "steps": record["stopped_early_at"] or record["steps"],
+        "evaluation": record["evaluation"] or {},
+        "held_out": record["counts"]["valid"],
+        "settings": _settings(DPOConfig.from_dict(record["settings"])),
+        "versions": record["versions"],
+        "digest": content_digest(opened.paths.folder),
+        "way": adapter["fine_tune_type"],
+        "not_in_peft": None if loads == IN_BOTH else loads.partition(": ")[2] or "its run is older",
+        "peft_base": adapter.get("base_model_name_or_path"),
+        "bits": config.bits,
+        "warnings": record["warnings"],
+        "curves": (opened.paths.folder / CURVES).is_file(),
+        "extra_tags": ["dpo"] if config.loss_type == ("sigmoid",) else list(config.loss_type),
+    }
+
+
+def _reference(config: DPOConfig) -> str:
+    if not config.needs_reference:
+        return "none"
+    if config.reference_model is not None:
+        return "another model"
+    start = "the base with an adapter that it started from" if config.start_adapter else "the base"
+    return start + (", which followed the policy" if config.sync_ref_model else "")
+
+
+def _sizes(adapter: Mapping[str, Any]) -> str:
+    if adapter["fine_tune_type"] == "full":
+        return f"weights of the last {adapter['num_layers']} blocks themselves"
+    sizes = adapter["lora_parameters"]
+    kind = "DoRA" if adapter["fine_tune_type"] == "dora" else "LoRA"
+    return f"{kind}, rank {sizes['rank']}, scale {sizes['scale']:g}"
+
+
+def _settings(config: DPOConfig) -> dict[str, Any]:
+    """What was set, but for what names places of this machine or does not change the result."""
+    places = {"pairs", "valid", "model", "revision", "reference_model", "system", "mix"}
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, (default, spec) in options().items()
+        if (value := getattr(config, name)) != default
+        and spec.changes_result and not spec.path and name not in places
+    }  # fmt: skip
+
+
+def _inherited(opened: Opened, hub_id: str | None, *, online: bool) -> dict[str, Any]:
+    """Licence and language, as the base's own card says."""
+    try:
+        page = locate(opened.config.model, revision=opened.config.revision) / README
+        if page.is_file():
+            return dict(ModelCard.load(page, ignore_metadata_errors=True).data.to_dict())
+    except (ModelError, ConfigError):
+        pass  # its folder is gone; the Hub may know it
+    if online and hub_id is not None:
+        try:
+            found = HfApi().model_info(hub_id).card_data
+            return dict(found.to_dict()) if found else {}
+        except (HTTPError, OSError, ValueError):
+            return {}  # said: the licence is not known
+    return {}
+
+
+def _samples(
+    folder: str,
+    opened: Opened,
+    prompts: str | None,
+    samples: int | None,
+    datasets: list[str] | None,
+) -> tuple[list[Sample], tuple[str, ...]]:
+    wanted = SAMPLES if samples is None else samples
+    if wanted == 0:
+        if prompts is not None:
+            raise ConfigError("`--prompts` has no effect with `--samples` 0")
+        return [], ()
+    if prompts is None and samples is None and datasets is None:
+        return [], ("no samples: the pairs are yours; --prompts FILE or --samples N shows some",)
+    if prompts is None and not opened.record["counts"]["valid"]:
+        return [], ("no samples: no pairs were held out",)
+    found = compare([folder], prompts, ANSWER, limit=wanted)
+    before, after = (column.answers for column in found.columns)
+    said = [
+        Sample(_asked(prompt), one.text, other.text)
+        for prompt, one, other in zip(found.prompts, before, after, strict=True)
+    ]
+    return said, ()
+
+
+def _asked(prompt: Prompt) -> str:
+    return "\n\n".join(str(message["content"]) for message in prompt.messages)
+
+
+def write_card(folder: Path, made: ModelCard, *, overwrite: bool) -> Path:
+    """Put the card into the run folder.
+
+    Raises:
+        ConfigError: there is one, which somebody may have written on.
+    """
+    path = folder / README
+    if path.exists() and not overwrite:
+        raise ConfigError(f"{path}: is there already; add --overwrite to make it anew")
+    partial = path.with_name(f"partial-{README}")
+    partial.write_text(str(made).rstrip() + "\n", encoding="utf-8")
+    partial.replace(path)
+    return path

@@ -1,0 +1,177 @@
+"""A run's policy written as a plain model, and held against itself as it was trained."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_dpo.errors import ConfigError, ModelError
+from mlx_dpo.policy.device import number_type
+from mlx_dpo.policy.files import weight_bytes
+from mlx_dpo.policy.load import Base, load_base, read_model
+from mlx_dpo.policy.quantise import AFFINE_GROUP, expected_bytes, quantise
+from mlx_dpo.policy.scoring import score_pairs
+from mlx_dpo.policy.target import check_target, partial_folder, writing
+from mlx_dpo.publishing.card import fused_card
+from mlx_dpo.publishing.checkpoint import Checkpoint, local_checkpoint
+from mlx_dpo.publishing.fusing import Packed, Rounding, fuse
+from mlx_dpo.publishing.gguf import find_converter, write_gguf
+from mlx_dpo.publishing.model_folder import changed_tensors, name_dtype, write_hf, write_mlx
+from mlx_dpo.publishing.retention import Retention, retention
+from mlx_dpo.runs.evaluation import named_pairs, own_pairs
+from mlx_dpo.runs.policies import Opened, open_run, put_policy, put_reference, unfinished
+from mlx_dpo.runs.shipping import hub_id_of
+from mlx_dpo.types import PairLogps, TokenizedPair
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a fused model is to be.
+
+    Raises:
+        ConfigError: a wish has no effect beside the others.
+    """
+
+    to: str = "mlx"  # or "hf"
+    bits: int | None = None
+    group_size: int | None = None
+    dtype: str | None = None
+    base: str | None = None  # the folder of the Hugging Face checkpoint
+    pairs: str | None = None
+    min_retained: float = 0.9
+    force: bool = False
+    gguf: Path | None = None
+    converter: str | None = None
+
+    def __post_init__(self) -> None:
+        hf = self.to == "hf"
+        types = "with `--to hf`: every tensor keeps the type that it has in the checkpoint"
+        for name, value, idle, why in (
+            ("bits", self.bits, hf, "with `--to hf`: transformers cannot read MLX's packing"),
+            ("dtype", self.dtype, hf, types),
+            ("group-size", self.group_size, self.bits is None, "without `--bits`"),
+            ("base", self.base, not hf, "without `--to hf`"),
+            ("gguf", self.gguf, not hf, "without `--to hf`, from which it is made"),
+            ("converter", self.converter, self.gguf is None, "without `--gguf`"),
+        ):
+            if value is not None and idle:
+                raise ConfigError(f"`--{name}` has no effect {why}")
+
+    @property
+    def packed(self) -> Packed | None:
+        """How weights are to be packed."""
+        return Packed(self.bits, self.group_size or AFFINE_GROUP) if self.bits else None
+
+
+@dataclass(frozen=True)
+class Fused:
+    """What was written, and how much of the training is in it."""
+
+    output: Path
+    bytes: int  # of the weights
+    kind: str  # number type, or bits
+    measured_on: str
+    retention: Retention
+    rounding: Rounding | None
+    notes: tuple[str, ...]
+
+
+def fuse_run(folder: str, output: Path, wish: Wish) -> Fused:
+    """Write the policy of a run to the folder `output`, whole or not at all.
+
+    Raises:
+        ConfigError: a wish contradicts the model, or there are no pairs to measure on.
+        ModelError: too little of the training is left and `force` is not set; or the model has
+            no such form, or cannot be written.
+        RunError, DataError: the run, its model or its pairs are at fault.
+    """
+    converter = find_converter(wish.converter) if wish.gguf is not None else None
+    opened = open_run(folder)
+    base, pairs, name, notes = (
+        own_pairs(opened) if wish.pairs is None else named_pairs(opened, wish.pairs)
+    )
+    if not pairs:
+        raise ConfigError(
+            f"{folder}: the run held no pairs out to measure on; name some with --pairs"
+        )
+    checkpoint = _checkpoint(base, wish)
+    dtype = wish.dtype or _stored_type(base, opened)
+    size = _size(base, wish, dtype, checkpoint)
+    check_target(output, size)
+    put_reference(opened, base)
+    reference = _score(opened, base, pairs)
+    put_policy(opened, base)
+    policy = _score(opened, base, pairs)
+    with ExitStack() as stack:
+        partial = stack.enter_context(partial_folder(output))
+        with writing(output):
+            rounding, left = _write(partial, base, wish, dtype, checkpoint)
+            page = fused_card(hub_id_of(opened), to=wish.to, bits=wish.bits)
+            (partial / "README.md").write_text(f"{page}\n", encoding="utf-8")
+        del base  # one model is held at a time
+        written = load_base(str(partial), trust_remote_code=opened.config.trust_remote_code)
+        found = retention(pairs, reference, policy, _score(opened, written, pairs))
+        _refuse_loss(output, found, wish)
+        size = weight_bytes(partial)
+    if converter is not None and wish.gguf is not None:
+        write_gguf(converter, output, wish.gguf)
+    notes = (*notes, *left, *([] if opened.finished else [unfinished(opened)]))
+    kind = f"{wish.bits} bits" if wish.bits else dtype if checkpoint is None else "types as before"
+    return Fused(output, size, kind, f"{len(pairs):,} {name}", found, rounding, notes)
+
+
+def _checkpoint(base: Base, wish: Wish) -> Checkpoint | None:
+    if wish.to == "mlx":
+        return None
+    folder = base.path if wish.base is None else Path(wish.base).expanduser()
+    return local_checkpoint(folder, wish.base or base.source)
+
+
+def _stored_type(base: Base, opened: Opened) -> str:
+    """The number type that the model computes in where it is not held for the CPU."""
+    config = opened.config
+    if config.dtype is not None:
+        return config.dtype
+    model, _ = read_model(base.path, base.source, trust_remote_code=config.trust_remote_code)
+    return number_type(model)
+
+
+def _size(base: Base, wish: Wish, dtype: str, checkpoint: Checkpoint | None) -> int:
+    if checkpoint is not None and checkpoint.folder is not None:
+        return weight_bytes(checkpoint.folder)
+    return expected_bytes(base.model, wish.bits, wish.group_size or AFFINE_GROUP, dtype)
+
+
+def _score(opened: Opened, base: Base, pairs: Sequence[TokenizedPair]) -> PairLogps:
+    """By whole rows, which is exact for every architecture. (len(pairs),) each"""
+    return score_pairs(base.model, pairs, limit=opened.config.pass_limit)
+
+
+def _write(
+    partial: Path, base: Base, wish: Wish, dtype: str, checkpoint: Checkpoint | None
+) -> tuple[Rounding | None, tuple[str, ...]]:
+    """Write the model; what rounding left of the weights' change, and notes on layers."""
+    if checkpoint is not None:
+        write_hf(partial, changed_tensors(base.model, base.config, checkpoint), checkpoint)
+        return None, ()
+    rounding = fuse(base.model, getattr(mx, dtype), wish.packed)
+    entries = name_dtype(base.config, dtype)
+    left: tuple[str, ...] = ()
+    if wish.bits is not None:
+        entries, left = quantise(base.model, entries, wish.bits, wish.group_size)
+    write_mlx(partial, base.model, entries, base.path)
+    return rounding, left
+
+
+def _refuse_loss(output: Path, found: Retention, wish: Wish) -> None:
+    if found.least >= wish.min_retained or wish.force:
+        return
+    advice = "leave `--bits` out, or take more" if wish.bits else "take a wider `--dtype`"
+    raise ModelError(
+        f"{output}: the fused model keeps {found.margin:.1%} of the margin and {found.change:.1%} "
+        f"of the adapters' change of log-probabilities, less than `--min-retained` "
+        f"{wish.min_retained:g}, so it was not written; {advice}, keep the adapter beside the "
+        "model, or --force"
+    )

@@ -1,0 +1,188 @@
+"""The card: metadata that the Hub takes, facts that are true, and programs that run."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+from mlx_dpo.errors import ConfigError
+from mlx_dpo.publishing.card import CardFacts, Sample, card, fused_card
+from mlx_dpo.publishing.leaks import leaks_in
+from mlx_dpo.runs.cards import card_of_run, write_card
+from tests.publishing.conftest import train
+
+FACTS = CardFacts(
+    name="org/adapter",
+    base_model="org/base",
+    license={"license": "other", "license_name": "llama3", "license_link": "LICENSE"},
+    language=["en"],
+    datasets=["org/pairs"],
+    pairs="90 preference pairs",
+    loss="sigmoid, beta 0.1",
+    reference="the base",
+    adapter="LoRA, rank 8, scale 2",
+    steps=10,
+    evaluation={"eval_loss": 0.5, "eval_rewards/accuracies": 0.75},
+    held_out=10,
+    settings={"learning_rate": 1e-5},
+    versions={"mlx": "1"},
+    digest="0123456789abcdef",
+    way="lora",
+    not_in_peft=None,
+    peft_base=None,
+    bits=None,
+    extra_tags=["dpo"],
+)
+
+
+def test_metadata_is_what_the_hub_reads():
+    assert card(FACTS).data.to_dict() == {
+        "base_model": "org/base",
+        "base_model_relation": "adapter",
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "license": "other",
+        "license_name": "llama3",
+        "license_link": "LICENSE",
+        "language": ["en"],
+        "datasets": ["org/pairs"],
+        "tags": ["mlx-dpo", "mlx", "lora", "preference-optimization", "dpo"],
+    }
+
+
+def test_a_base_without_a_hub_id_is_left_out_of_the_metadata():
+    made = card(replace(FACTS, base_model=None, license={}, datasets=[], language=None))
+    assert made.data.to_dict().keys() == {"library_name", "pipeline_tag", "tags"}
+    assert "`BASE` is the model that it was trained on" in made.text
+    assert "could not be read here" in made.text
+
+
+def test_an_adapter_that_peft_cannot_load_says_why_and_shows_no_program_for_it():
+    made = card(replace(FACTS, not_in_peft="`x` stacks the experts"))
+    assert made.data.library_name == "mlx"
+    assert "It does not load there: `x` stacks the experts." in made.text
+    assert "PeftModel" not in made.text
+    assert "PeftModel" in card(FACTS).text
+
+
+def test_figures_samples_and_curves_are_shown_where_there_are_any():
+    text = card(FACTS).text
+    assert "| `eval_rewards/accuracies` | 0.7500 |" in text
+    assert "![" not in text and "Before and after" not in text
+    sample = Sample("Hi?\nThere?", "no", "yes\n\n> quoted")
+    text = card(replace(FACTS, samples=[sample], curves=True, evaluation={})).text
+    assert (
+        "> **prompt:** Hi?\n> There?\n>\n> **before:** no\n>\n> **after:** yes\n> \n> > quoted"
+        in text
+    )
+    assert "](curves.png)" in text
+    assert "nothing is known of unseen pairs" in text
+
+
+def test_an_adapter_of_a_base_that_was_packed_on_load_tells_how_to_make_that():
+    text = card(replace(FACTS, bits=4)).text
+    assert "mlx-dpo convert org/base --bits 4 --output base" in text
+    assert 'load("base", adapter_path="adapter")' in text
+    assert 'AutoModelForCausalLM.from_pretrained("org/base")' in text
+
+
+def test_peft_is_given_the_checkpoint_that_names_were_proved_on():
+    text = card(replace(FACTS, base_model="mlx-community/base-4bit", peft_base="org/base")).text
+    assert 'load("mlx-community/base-4bit", adapter_path="adapter")' in text
+    assert 'AutoTokenizer.from_pretrained("org/base")' in text
+    assert 'AutoModelForCausalLM.from_pretrained("org/base")' in text
+
+
+def test_a_fused_models_card_is_of_a_model():
+    assert fused_card("org/base", to="hf", bits=None).data.to_dict() == {
+        "base_model": "org/base", "base_model_relation": "finetune",
+        "library_name": "transformers", "pipeline_tag": "text-generation",
+        "tags": ["mlx-dpo", "preference-optimization"],
+    }  # fmt: skip
+    made = fused_card(None, to="mlx", bits=8)
+    assert made.data.library_name == "mlx" and made.data.base_model is None
+    assert "quantised to 8 bits" in made.text
+
+
+def test_the_card_of_a_run_says_what_its_record_says(workplace):
+    made, notes = card_of_run("run", "org/adapter", base="org/base")
+    record = json.loads(Path("run/run.json").read_text())
+    assert "9 preference pairs, which are not public" in made.text
+    assert f"| `eval_loss` | {record['evaluation']['eval_loss']:.4f} |" in made.text
+    assert "Means over 3." in made.text
+    assert "| `lora_r` | `4` |" in made.text and "`learning_rate` | `0.001`" in made.text
+    assert made.data.library_name == "peft"
+    assert [note.partition(":")[0] for note in notes] == [
+        "no samples",
+        "the base's licence is not known here",
+    ]
+
+
+def test_no_path_of_this_machine_is_in_the_card(workplace, trained):
+    """Of a run that was given absolute paths of base, pairs and start adapter."""
+    train(
+        workplace,
+        output=str(workplace / "next"),
+        start_adapter=str(workplace / "run"),
+        lora_r=None,
+        valid=str(workplace / "pairs.jsonl"),
+        valid_fraction=None,
+    )
+    made, _ = card_of_run("next", "org/adapter")
+    path = write_card(Path("next"), made, overwrite=False)
+    text = path.read_text()
+    assert list(leaks_in(path, "README.md")) == []
+    for name in (str(workplace), workplace.name, "pairs.jsonl", "start_adapter"):
+        assert name not in text
+
+
+def test_prompts_of_private_pairs_are_shown_only_if_asked_for(workplace):
+    made, notes = card_of_run("run", "org/adapter")
+    assert "What is" not in made.text
+    assert any("the pairs are yours" in note for note in notes)
+    made, _ = card_of_run("run", "org/adapter", samples=2)
+    assert made.text.count("> **prompt:** What is") == 2
+    Path("asked.txt").write_text("Who are you?\n")
+    made, _ = card_of_run("run", "org/adapter", prompts="asked.txt")
+    assert made.text.count("**prompt:**") == made.text.count("**prompt:** Who are you?") == 1
+    with pytest.raises(ConfigError, match="`--prompts` has no effect"):
+        card_of_run("run", "org/adapter", prompts="asked.txt", samples=0)
+
+
+def test_the_licence_is_the_bases(workplace):
+    page = (
+        "---\nlicense: gemma\nlicense_link: https://example.org\nlanguage: de\ntags: [x]\n---\nHi"
+    )
+    Path("base/README.md").write_text(page)
+    made, notes = card_of_run("run", "org/adapter")
+    data = made.data.to_dict()
+    assert (data["license"], data["license_link"], data["language"]) == (
+        "gemma",
+        "https://example.org",
+        "de",
+    )
+    assert "x" not in data["tags"]
+    assert not any("licence" in note for note in notes)
+
+
+def test_a_card_that_somebody_wrote_on_is_not_replaced_unasked(workplace):
+    made, _ = card_of_run("run", "org/adapter")
+    path = write_card(Path("run"), made, overwrite=False)
+    path.write_text("mine")
+    with pytest.raises(ConfigError, match=r"README\.md: is there already; add --overwrite"):
+        write_card(Path("run"), made, overwrite=False)
+    assert path.read_text() == "mine"
+    write_card(Path("run"), made, overwrite=True)
+    assert ModelCard.load(path).data.library_name == "peft"
+
+
+def test_the_program_for_mlx_lm_runs(workplace, capsys):
+    made, _ = card_of_run("run", "org/adapter", base="org/base")
+    [program] = re.findall(r"```python\n(from mlx_lm.*?)```", made.text, re.DOTALL)
+    program = program.replace("org/base", "base").replace("max_tokens=100", "max_tokens=3")
+    Path("adapter").symlink_to("run")
+    exec(compile(program, "card", "exec"), {})
+    assert capsys.readouterr().out.strip()
