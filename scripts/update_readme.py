@@ -20,7 +20,8 @@ def table() -> str:
         if spec.section != section:
             section = spec.section
             lines.append(f"| **{section}** | | |")
-        shown = "" if default in (None, (), "") else f"`{default}`".lower()
+        plain = ", ".join(map(str, default)) if isinstance(default, tuple) else default
+        shown = "" if plain in (None, "") else f"`{plain}`".lower()
         if spec.choices:
             choices = ", ".join(f"`{choice}`" for choice in spec.choices)
             lines.append(f"| `{name}` | {shown} | {spec.help} One of {choices}. |")

@@ -123,8 +123,12 @@ def test_yamls_numbers_without_a_point_are_numbers():
         *[
             ({"loss_type": "ipo", name: value}, f"`{name}` has no effect with loss_type `ipo`; it")
             for name, value in (
-                ("label_smoothing", 0.1), ("discopop_tau", 0.1), ("dpop_lambda", 5),
-                ("simpo_gamma", 1), ("cpo_alpha", 1), ("desirable_weight", 2),
+                ("label_smoothing", 0.1),
+                ("discopop_tau", 0.1),
+                ("dpop_lambda", 5),
+                ("simpo_gamma", 1),
+                ("cpo_alpha", 1),
+                ("desirable_weight", 2),
                 ("undesirable_weight", 2),
             )
         ],

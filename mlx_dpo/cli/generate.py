@@ -18,7 +18,8 @@ from mlx_dpo.errors import ConfigError
 from mlx_dpo.policy.sampling import Sampling
 
 if TYPE_CHECKING:
-    from mlx_dpo.conversation.chat import Chat, Summary
+    from mlx_dpo.conversation.chat import Chat
+    from mlx_dpo.conversation.streaming import Summary
 
 
 @click.command()
@@ -30,9 +31,8 @@ if TYPE_CHECKING:
 def generate(
     words: tuple[str, ...],
     model: str | None,
+    adapter: str | None,
     reference: bool,
-    system: str | None,
-    thinking: bool | None,
     raw: bool,
     as_json: bool,
     **settings: Any,
@@ -47,23 +47,25 @@ def generate(
     mlx-dpo generate --model models/tiny-chat --json - < prompt.txt
     """
     run, given = _sort(words, model)
+    said = {name: settings.pop(name) for name in ("system", "thinking")}
     sampling = Sampling(**settings)
-    _refuse_chat_settings(raw, system=system, thinking=thinking)
+    _refuse_chat_settings(raw, **said)
     prompt = _prompt(given)
 
-    chat, source = open_chat(
+    chat, opened = open_chat(
         sampling,
         run=run,
         model=model,
+        adapter=adapter,
         reference=reference,
-        system=system,
-        thinking=thinking,
         raw=raw,
+        **said,
     )
     completion, summary = _complete(chat, prompt, stream=not as_json)
     if as_json:
-        asked = {"model": source, "run": run, "reference": reference, "raw": chat.raw}
-        asked |= {"system": system, "thinking": chat.thinking}
+        asked: dict[str, Any] = {"model": opened.base.source, "run": run, "adapter": adapter}
+        asked |= {"reference": reference, "raw": chat.raw}
+        asked |= {"system": chat.system, "thinking": chat.thinking}
         _write_json(prompt, completion, summary, asked | asdict(chat.sampling))
     if note := cut_note(summary.finish_reason, sampling.max_tokens):
         click.echo(note, err=True)

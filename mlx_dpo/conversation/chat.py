@@ -2,58 +2,31 @@
 
 from collections.abc import Generator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
-from time import perf_counter
 from typing import Any, Literal
 
 from mlx_dpo.conversation.cache import PromptCache
+from mlx_dpo.conversation.streaming import Piece, parted, stream_answer
 from mlx_dpo.errors import ConfigError
-from mlx_dpo.policy.generation import (
-    TextStream,
-    check_thinking,
-    make_processors,
-    make_sampler,
-    prompt_tokens,
-    stream_tokens,
-    text_tokens,
-)
+from mlx_dpo.policy.generation import check_thinking, make_sampler, prompt_tokens, text_tokens
 from mlx_dpo.policy.sampling import Sampling
-from mlx_dpo.types import Message
+from mlx_dpo.policy.sides import Side, Sides
+from mlx_dpo.types import Message, Text
 
-FinishReason = Literal["stop", "length", "context"]  # the model ended; `max_tokens`; no room left
-
-
-@dataclass(frozen=True, slots=True)
-class Summary:
-    """What is known when an answer is complete."""
-
-    tokens: int  # of the answer, without the end token
-    finish_reason: FinishReason
-    prompt_tokens: int  # of the whole conversation
-    cached_tokens: int  # of these, the ones that did not go through the model again
-    seconds_to_first: float
-    tokens_per_second: float | None  # after the first token; None if there was no other
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """The next bit of an answer; the last one carries the summary."""
-
-    text: str
-    summary: Summary | None = None
+Author = Side | Literal["person"]  # of an answer
 
 
 class Chat:
-    """One session: turns, prompt cache and the state of the sampler.
+    """One session: turns, a prompt cache for each side, and the state of the sampler.
 
     `raw` continues plain text; it is the only way for a tokenizer without a chat template.
-    `context` is the number of positions the model has, None for no limit.
+    `context` is the number of positions to be used, None for no limit. `sides` are those of
+    `model`, where it has any.
 
     Raises:
         ConfigError: `system` or `thinking` has no effect, or `top_k` is not below the vocabulary.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (one argument for each thing that makes up a session)
         self,
         model: Any,
         tokenizer: Any,
@@ -63,13 +36,19 @@ class Chat:
         thinking: bool | None = None,
         context: int | None = None,
         raw: bool = False,
+        sides: Sides | None = None,
     ) -> None:
         self.raw = raw or not tokenizer.has_chat_template
         self.sampling = sampling.seeded()
+        self.thinking, self.context = thinking, context
+        self.system: str | None = None
+        self.turns: list[Message] = []
+        self.authors: list[Author] = []  # of the answers in them, the last ones
+        self.sides = sides or Sides(model)
         self._model, self._tokenizer = model, tokenizer
-        self._system, self.thinking, self._context = system, thinking, context
-        self._cache = PromptCache(model)
+        self._caches: dict[Side, PromptCache] = {}
         self._refuse_settings_without_effect()
+        self.instruct(system)
         self.reset()
 
     def _refuse_settings_without_effect(self) -> None:
@@ -78,115 +57,163 @@ class Chat:
                 f"`top_k` must be below the vocabulary of {len(self._tokenizer)} tokens, "
                 f"got {self.sampling.top_k}; 0 chooses among all"
             )
-        given = {"system": self._system, "thinking": self.thinking}
-        for name, value in given.items():
-            if self.raw and value is not None:
-                raise ConfigError(f"`{name}` has no effect: no chat template is used")
+        if self.raw and self.thinking is not None:
+            raise ConfigError("`thinking` has no effect: no chat template is used")
         if self.thinking is not None:
             check_thinking(self._tokenizer)
+
+    def instruct(self, system: str | None) -> None:
+        """Have this system message before everything from now on, or none.
+
+        Raises:
+            ConfigError: it would have no effect.
+        """
+        if system is not None and self.raw:
+            raise ConfigError("`system` has no effect: no chat template is used")
         asked = [_turn("user", "?")]
-        if self._system and self._prompt(asked) == prompt_tokens(self._tokenizer, asked):
+        if system and self._ids([_turn("system", system), *asked]) == self._ids(asked):
             raise ConfigError("`system` has no effect; the model's chat template leaves it out")
+        self.system = system
 
     def reset(self) -> None:
         """Start over, as if nothing had been said: the draws start over, too."""
-        self.turns: list[Message] = []
+        self.turns, self.authors = [], []
         self._sampler = make_sampler(self.sampling)
 
     def reply(self, text: str) -> Generator[Piece]:
         """Stream the answer to `text`. Closed early, what was said so far stays in the turns.
 
         Raises:
-            ConfigError: the conversation leaves no room in the model's context.
+            ConfigError: the question leaves no room in the model's context.
             ModelError: the chat template refuses the conversation.
         """
         asked = _turn("user", text)
-        prompt = self._prompt([*self.turns, asked])
+        kept, prompt = self._fitting(asked)
+        left_out = len(self.turns) - len(kept)
         answer: str | None = None
         try:
-            with closing(self._pieces(prompt, self._room(prompt))) as pieces:
+            with closing(self._pieces(prompt, left_out)) as pieces:
                 for piece in pieces:
                     answer = (answer or "") + piece.text
                     yield piece
-        except GeneratorExit:
-            raise
-        except BaseException:
-            self._cache.drop()  # stopped within a forward pass: layers may disagree
-            raise
         finally:
             if answer is not None:
-                self.turns += [asked, _turn("assistant", answer)]
+                self.turns = [*kept, asked, _turn("assistant", answer)]
+                self.authors = [*self.authors, self.sides.now]
 
-    def _prompt(self, turns: Sequence[Message]) -> list[int]:
+    def retry(self) -> Generator[Piece]:
+        """Stream another answer to the last question; it takes the place of the one there is.
+
+        Raises:
+            ConfigError: nothing has been said, or the answer would be the same again.
+        """
+        if self.sampling.temperature == 0:
+            raise ConfigError("with `temperature` 0 the answer is always the same; set one above 0")
+        before = self.turns, self.authors
+        question, undone = self.undo(), self.turns
+        try:
+            yield from self.reply(question)
+        finally:
+            if self.turns is undone:  # stopped before it began
+                self.turns, self.authors = before
+
+    def undo(self) -> str:
+        """Take the last question and its answer back; returns the question.
+
+        Raises:
+            ConfigError: nothing has been said.
+        """
+        self.last_answer()
+        *self.turns, asked, _ = self.turns
+        self.authors = self.authors[:-1]
+        return str(asked["content"])
+
+    def other_answer(self, side: Side) -> Generator[Piece]:
+        """Stream what `side` says to the last question; the turns stay as they are."""
+        before = self.turns, self.authors
+        with self.sides.on(side):
+            try:
+                yield from self.reply(self.undo())
+            finally:
+                self.turns, self.authors = before
+
+    def replace(self, answer: str, author: Author) -> None:
+        """Go on as if this had been the answer to the last question."""
+        self.last_answer()
+        self.turns = [*self.turns[:-1], _turn("assistant", answer)]
+        self.authors = [*self.authors[:-1], author]
+
+    def last_answer(self) -> str:
+        """The answer to the last question, without thinking.
+
+        Raises:
+            ConfigError: nothing has been said.
+        """
+        if not self.turns:
+            raise ConfigError("nothing has been said yet; ask something first")
+        return self.answer_in(self.turns[-1]["content"])
+
+    def answer_in(self, said: str) -> str:
+        """What was said to the last question, without what was thought."""
+        split = parted(self._tokenizer, self._ids(self._with_system(self.turns[:-1])))
+        parts = [*split.feed(said), *split.finish()]
+        answer = "".join(part.text for part in parts if not part.thinking)
+        return answer.strip("\n") if any(part.thinking for part in parts) else answer
+
+    def asked(self) -> Text:
+        """What the last answer is an answer to: messages, or text without a chat template."""
+        self.last_answer()
+        if self.raw:
+            return "\n".join(turn["content"] for turn in self.turns[:-1])
+        return tuple(self._with_system(self.turns[:-1]))
+
+    def conversation(self) -> list[Message]:
+        """Everything that the model sees, with the last answer."""
+        return self._with_system(self.turns)
+
+    def _with_system(self, turns: Sequence[Message]) -> list[Message]:
+        return [*([] if self.system is None else [_turn("system", self.system)]), *turns]
+
+    def _ids(self, turns: Sequence[Message]) -> list[int]:
         if self.raw:
             return text_tokens(self._tokenizer, "\n".join(turn["content"] for turn in turns))
-        system = [] if self._system is None else [_turn("system", self._system)]
-        return prompt_tokens(self._tokenizer, [*system, *turns], thinking=self.thinking)
+        return prompt_tokens(self._tokenizer, turns, thinking=self.thinking)
 
-    def _room(self, prompt: Sequence[int]) -> int:
-        """Tokens the answer may have."""
-        if self._context is None:
-            return self.sampling.max_tokens
-        room = self._context - len(prompt)
-        if room < 1:
+    def _fitting(self, asked: Message) -> tuple[list[Message], list[int]]:
+        """The turns before `asked` that there is room for, and the prompt that they make.
+
+        The oldest questions go first, each with its answer; a quarter of the context is kept for
+        the answer.
+        """
+        kept = list(self.turns)
+        prompt = self._ids(self._with_system([*kept, asked]))
+        if self.context is None:
+            return kept, prompt
+        room = min(self.sampling.max_tokens, self.context // 4)
+        while kept and len(prompt) + room > self.context:
+            del kept[:2]
+            prompt = self._ids(self._with_system([*kept, asked]))
+        if len(prompt) >= self.context:
             raise ConfigError(
-                f"conversation: {len(prompt)} tokens leave no room for an answer (the model's "
-                f"context is {self._context}); shorten it or start over"
+                f"the question: {len(prompt)} tokens leave no room for an answer (the context is "
+                f"{self.context}); shorten it"
             )
-        return min(room, self.sampling.max_tokens)
+        return kept, prompt
 
-    def _pieces(self, prompt: list[int], limit: int) -> Generator[Piece]:
-        fresh = self._cache.rewind(prompt)
-        cached = prompt[: len(prompt) - len(fresh)]
-        tokens = stream_tokens(
+    def _pieces(self, prompt: list[int], left_out: int) -> Generator[Piece]:
+        side = self.sides.now
+        cache = self._caches[side] = self._caches.get(side) or PromptCache(self._model)
+        room = self.sampling.max_tokens if self.context is None else self.context - len(prompt)
+        return stream_answer(
             self._model,
-            fresh,
-            max_tokens=limit,
+            self._tokenizer,
+            prompt,
+            cache=cache,
+            sampling=self.sampling,
             sampler=self._sampler,
-            processors=make_processors(self.sampling, cached),
-            cache=self._cache.layers,
+            limit=min(self.sampling.max_tokens, room),
+            left_out=left_out,
         )
-        text, clock, ended = TextStream(self._tokenizer), _Clock(), False
-        with closing(tokens):
-            for token in tokens:
-                clock.tick()
-                self._cache.tokens.append(token)
-                if ended := token in self._tokenizer.eos_token_ids:
-                    break
-                yield Piece(text.add(token))
-        cut: FinishReason = "length" if limit == self.sampling.max_tokens else "context"
-        yield Piece(
-            text.finish(),
-            Summary(
-                tokens=clock.ticks - ended,
-                finish_reason="stop" if ended else cut,
-                prompt_tokens=len(prompt),
-                cached_tokens=len(cached),
-                seconds_to_first=clock.seconds_to_first,
-                tokens_per_second=clock.rate,
-            ),
-        )
-
-
-class _Clock:
-    """Counts tokens and the time they took."""
-
-    def __init__(self) -> None:
-        self.ticks = 0
-        self.seconds_to_first = 0.0
-        self._start = self._last = perf_counter()
-
-    def tick(self) -> None:
-        self.ticks += 1
-        self._last = perf_counter()
-        if self.ticks == 1:
-            self.seconds_to_first = self._last - self._start
-
-    @property
-    def rate(self) -> float | None:
-        if self.ticks < 2:
-            return None
-        return (self.ticks - 1) / (self._last - self._start - self.seconds_to_first)
 
 
 def _turn(role: str, content: str) -> Message:

@@ -88,7 +88,6 @@ class Tour:
             beta=1.0,
             epochs=2,
             micro_batch_size=8,
-            scorer="plain",  # rows of sixty tokens: whole rows are quicker
             max_length=128,
             logging_steps=20,
         )

@@ -1,21 +1,22 @@
-import os
-import pty
+import json
 import re
-import select
-import signal
-import subprocess
-import sys
 import time
+from pathlib import Path
 
 import mlx.core as mx
 import mlx_lm
 import pytest
 from click.testing import CliRunner
 
+from mlx_dpo import DPOConfig
 from mlx_dpo.cli import cli
 from mlx_dpo.conversation.chat import Chat
+from mlx_dpo.policy.adapter_files import content_digest, load_adapter, save_adapter
+from mlx_dpo.policy.adapters import attach, description
 from mlx_dpo.policy.sampling import Sampling
+from mlx_dpo.runs.inputs import read_inputs
 from tests.checkpoints import END, make_checkpoint
+from tests.cli.terminal import Session
 
 GREEDY = ("--temperature", "0")
 
@@ -35,9 +36,24 @@ def endless(tmp_path_factory):
     return str(folder)
 
 
-def answers(model, questions, tokens=6):
+@pytest.fixture(scope="module")
+def adapter(model, tmp_path_factory):
+    """Another mind on the same model."""
+    folder, policy = tmp_path_factory.mktemp("adapter"), mlx_lm.load(model)[0]
+    attach(policy, rank=4, scale=8.0)
+    for path, module in policy.named_modules():
+        if path.endswith("_proj"):
+            module.lora_b = mx.random.normal(module.lora_b.shape, key=mx.random.key(2)) * 0.2
+    save_adapter(folder, policy, description(policy))
+    return str(folder)
+
+
+def answers(model, questions, tokens=6, adapter=None):
     """What a session says, computed without the command line."""
-    chat = Chat(*mlx_lm.load(model), Sampling(max_tokens=tokens))
+    policy, tokenizer = mlx_lm.load(model)
+    if adapter is not None:
+        load_adapter(policy, Path(adapter))
+    chat = Chat(policy, tokenizer, Sampling(max_tokens=tokens))
     return ["".join(piece.text for piece in chat.reply(question)) for question in questions]
 
 
@@ -64,7 +80,7 @@ def test_commands_work_through_a_pipe_and_are_not_sent_to_the_model(model):
         "Started over.",
         "stdin:5: the line is empty; no answer",
     ]
-    assert "/reset  start over" in notes
+    assert any(note.split() == ["/reset", "start", "over"] for note in notes)
 
 
 def test_a_line_that_is_not_text_ends_a_pipe_with_one_line(model):
@@ -97,71 +113,14 @@ def test_a_run_or_a_model_must_be_named():
     assert result.stderr == "Error: name a run folder or a --model, and only one of them\n"
 
 
-class Session:
-    """`mlx-dpo chat` under a terminal of its own."""
-
-    def __init__(self, *arguments):
-        self.seen, self._screen = "", b""
-        self._master, terminal = pty.openpty()
-        self._child = subprocess.Popen(
-            [sys.executable, "-c", "from mlx_dpo.cli import main; main()", "chat", *arguments],
-            stdin=terminal,
-            stdout=terminal,
-            stderr=terminal,
-            start_new_session=True,
-            env=os.environ | {"TERM": "dumb", "INPUTRC": os.devnull},
-            preexec_fn=_own_terminal,
-        )
-        os.close(terminal)
-
-    def until(self, pattern, seconds=60):
-        """Read on until `pattern` appears after what was seen before; returns what came."""
-        deadline = time.monotonic() + seconds
-        start = len(self.seen)
-        while not (found := re.search(pattern, self.seen[start:])):
-            assert time.monotonic() < deadline, f"{pattern!r} not in {self.seen[start:]!r}"
-            self._read(0.2)
-        return self.seen[start : start + found.end()]
-
-    def _read(self, seconds):
-        if select.select([self._master], [], [], seconds)[0]:
-            try:
-                self._screen += os.read(self._master, 4096)
-            except OSError:  # Linux says so when the other side has closed
-                return
-            self.seen = self._screen.decode("utf-8", "ignore").replace("\r\n", "\n")
-
-    def type(self, text):
-        os.write(self._master, text.encode())
-
-    def exit_code(self):
-        code = None
-        while code is None:
-            self._read(0.05)
-            code = self._child.poll()
-        return code
-
-    def close(self):
-        self._child.kill()
-        self._child.wait()
-        os.close(self._master)
-
-
-def _own_terminal():
-    """Make the terminal the controlling one, so that Ctrl-C reaches the child as a signal."""
-    import fcntl
-    import termios
-
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
 @pytest.fixture
-def session():
+def session(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     opened = []
 
-    def open_session(*arguments):
-        opened.append(Session(*arguments))
+    def open_session(*arguments, **env):
+        env = {"MLX_DPO_CACHE": str(tmp_path / "cache")} | env
+        opened.append(Session("chat", *arguments, **env))
         return opened[-1]
 
     yield open_session
@@ -175,10 +134,13 @@ def test_a_session_at_a_terminal(endless, session):
     chat.until("Ctrl-D leaves\\.\n> ")
     chat.type("Where is the cat?\n")
     chat.until("cat\\?\n(.|\n){40}")  # the answer has begun
+    chat.resize(40)
+    chat.until("(.|\n){40}")  # and goes on
     chat.type("\x03")
     chat.until("Stopped\\.\n> ")
     chat.type("/reset\n")
     chat.until("Started over\\.\n> ")
+    chat.resize(120)
     chat.type("no\n")
     chat.until("no\n(.|\n){40}")
     chat.type("\x03")
@@ -190,12 +152,171 @@ def test_a_session_at_a_terminal(endless, session):
     assert not re.search(r"[\x00-\x07\x0b-\x0c\x0e-\x1f\x7f-\x9f]", written)
 
 
-def test_ctrl_c_at_the_prompt_leaves_in_peace(model, session):
+def test_ctrl_c_at_the_prompt_stays_once_and_leaves_twice(model, session):
     chat = session("--model", model, "--max-tokens", "4", *GREEDY)
     chat.until("> ")
-    chat.type("hi\n")
-    chat.until(r"\(4 tokens, \d+ a second\)\n> ")
-    time.sleep(0.5)  # Python draws the prompt just before it listens for signals
-    chat.type("\x03")
-    chat.until("Goodbye\n")
+    chat.say("hi", r"\(4 tokens, \d+ a second; context: \d+ of 512\)\n> ")
+    for _ in range(2):
+        time.sleep(0.5)  # Python draws the prompt just before it listens for signals
+        chat.type("\x03")
+        chat.until("Ctrl-C once more leaves.+\n> ")
+        chat.say("/undo", "Taken back: hi\n> |nothing has been said yet.+\n> ")
+    for pattern in ("once more leaves.+\n> ", "Goodbye\n"):
+        time.sleep(0.5)
+        chat.type("\x03")
+        chat.until(pattern)
     assert chat.exit_code() == 0
+
+
+def test_messages_of_several_lines_are_one_question_each(model, session):
+    chat = session("--model", model, "--max-tokens", "4", *GREEDY)
+    chat.until("leaves\\.\n> ")
+    for line, pattern in (
+        ("the cat \\", "\\.\\.\\. "),
+        ("and the hat", r"tokens.+\n> "),
+        ('"""', "\\.\\.\\. "),
+        ("/help is no command here", "\\.\\.\\. "),
+        ('no"""', r"tokens.+\n> "),
+        ('/edit """', "\\.\\.\\. "),
+        ("One", "\\.\\.\\. "),
+        ('Two"""', "Written to .+\n> "),
+        ("/save said.json", "Saved as said.json\\.\n> "),
+    ):
+        chat.say(line, pattern)
+    said = [m["content"] for m in json.loads(Path("said.json").read_text())["messages"]]
+    assert said[::2] == ["the cat \nand the hat", "/help is no command here\nno"]
+    assert said[3] == "One\nTwo"
+
+
+def test_what_was_typed_in_an_earlier_chat_can_be_called_back(model, session):
+    first = session("--model", model, "--max-tokens", "4", *GREEDY)
+    first.until("leaves\\.\n> ")
+    first.say("/help")
+    first.say("/exit", "Goodbye\n")
+    assert first.exit_code() == 0
+    assert (Path("cache") / "chat-history").stat().st_mode & 0o777 == 0o600
+    second = session("--model", model, *GREEDY)
+    second.until("leaves\\.\n> ")
+    second.type("\x10")  # Ctrl-P: the line before
+    second.until("/exit")
+
+
+def rows(name):
+    return [json.loads(line) for line in Path(name).read_text().splitlines()]
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return [{"role": "assistant", "content": text}]
+
+
+def test_answers_are_compared_judged_and_mended_at_a_terminal(model, adapter, session):
+    """The files hold what was picked, and the conversation goes on with it."""
+    [base] = answers(model, ["cat"])
+    [aligned] = answers(model, ["cat"], adapter=adapter)
+    chat = session("--model", model, "--adapter", adapter, "--max-tokens", "6", *GREEDY)
+    header = chat.until("leaves\\.\n> ")
+    assert "/edit and /compare write pairs to chat-pairs.jsonl" in header
+    for line, pattern in (
+        ("cat", r"of 512\)\n> "),
+        ("/good", "Written to chat-judged.jsonl: good\\.\n> "),
+        ("/compare", r"The base model says:\n(.|\n)+neither\)\? "),
+        ("2", "Written to chat-pairs.jsonl\\.\n> "),
+        ("/bad", "bad\\.\n> "),
+        ("/base", "switches back\\.\nbase> "),
+        ("/aligned", "from here on\\.\n> "),
+        ("/edit On the mat.", "Written to chat-pairs.jsonl\\.\n> "),
+        ("/edit", "Better: On the mat\\."),
+        (" There.", "Written to chat-pairs.jsonl\\.\n> "),
+        ("/nonsense", "Unknown command `/nonsense`; /help lists them\n> "),
+        ("/good now", "Error: `/good` takes nothing behind it.+\n> "),
+        ("/quit", "Goodbye\n"),
+    ):
+        chat.say(line, pattern)
+    judged, pairs = rows("chat-judged.jsonl"), rows("chat-pairs.jsonl")
+    assert [(r["completion"], r["label"]) for r in judged] == [
+        (assistant(aligned), True), (assistant(base), False)]  # fmt: skip
+    assert [(r["chosen"], r["rejected"]) for r in pairs] == [
+        (assistant(base), assistant(aligned)),
+        (assistant("On the mat."), assistant(base)),
+        (assistant("On the mat. There."), assistant("On the mat.")),
+    ]
+    assert all(row["prompt"] == [user("cat")] for row in judged + pairs)
+    told = [(r["provenance"]["chosen"], r["provenance"]["rejected"]) for r in pairs]
+    sides = [[facts.get("side", facts.get("author")) for facts in pair] for pair in told]
+    assert sides == [["base", "aligned"], ["person", "base"], ["person", "person"]]
+    assert {r["provenance"]["judge"] for r in judged + pairs} == {"person"}
+    assert judged[0]["provenance"]["adapter_digest"] == content_digest(Path(adapter))
+    assert "adapter_digest" not in judged[1]["provenance"]
+
+
+def test_train_reads_what_a_chat_wrote(model, adapter, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    script = "cat\n/good\n/edit On the mat.\n/bad\nhat\n/bad\n/edit No.\n"
+    assert pipe(model, script, "--adapter", adapter).exit_code == 0
+    for rules, file, count in (
+        ({"loss_type": "kto"}, "chat-judged.jsonl", 3),
+        ({}, "chat-pairs.jsonl", 2),
+    ):
+        flags = {"model": model, "pairs": file, "output": "run", "valid_fraction": 0.0}
+        config = DPOConfig.from_dict(flags | rules)
+        assert len(read_inputs(config).train) == count
+
+
+def test_a_pipe_compares_without_asking_and_says_whose_answer_is_whose(model, adapter, tmp_path):
+    said = answers(model, ["cat"], adapter=adapter) + answers(model, ["cat"])
+    result = pipe(model, "/compare cat\n", "--adapter", adapter)
+    assert result.stdout == "".join(f"{answer}\n" for answer in said)
+    assert "The base model says:" in result.stderr.splitlines()
+
+
+def test_the_reference_answers_first_where_it_is_asked_for(model, adapter):
+    result = pipe(model, "cat\n/aligned\n/reset\ncat\n", "--adapter", adapter, "--reference")
+    said = answers(model, ["cat"]) + answers(model, ["cat"], adapter=adapter)
+    assert result.stdout == "".join(f"{answer}\n" for answer in said)
+
+
+def test_all_of_stdin_can_be_one_question(model):
+    text = "the cat\n/help\nand the hat\n"
+    assert pipe(model, text, "--whole").stdout == answers(model, [text[:-1]])[0] + "\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("/base", "there is nothing to switch to; name a run, or a --model with an --adapter"),
+        ("/undo", "nothing has been said yet; ask something first"),
+        ("/retry", "with `temperature` 0 the answer is always the same; set one above 0"),
+        ("/good", "nothing has been said yet; ask something first"),
+        ("hi\n/edit", "`/edit` needs the better answer behind it"),
+    ],
+)
+def test_a_command_that_cannot_be_obeyed_ends_a_pipe_with_one_line(model, line, message):
+    result = pipe(model, line + "\nnever asked\n")
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1] == f"Error: {message}"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--context", "513"], "the model places no more than 512 tokens; use --context 512"),
+        (["--hide-thinking"], "`hide_thinking` has no effect; the model knows no thinking"),
+        (["--pairs", "rows.json"], "rows.json: rows are written one a line"),
+    ],
+)
+def test_a_flag_without_effect_is_refused_with_one_line(model, flags, message):
+    result = pipe(model, "hi\n", *flags)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert message in result.stderr.splitlines()[-1]
+
+
+def test_a_conversation_is_not_saved_over_another_file(model, tmp_path):
+    path = tmp_path / "there.json"
+    path.write_text("mine")
+    result = pipe(model, f"hi\n/save {path}\n")
+    assert result.stderr.splitlines()[-1] == f"Error: {path}: is there already; choose another name"
+    assert path.read_text() == "mine"

@@ -66,6 +66,7 @@ def test_json_tells_everything_that_made_the_answer(model, expected):
         "settings": {
             "model": model,
             "run": None,
+            "adapter": None,
             "reference": False,
             "raw": False,
             "system": None,
@@ -122,7 +123,7 @@ def test_what_cannot_be_answered_is_said_in_one_line_before_a_model_loads(
     [
         (["--thinking", "hi"], "`thinking` has no effect; the model's chat template knows no"),
         (["--reference", "hi"], "`--reference` has no effect with `--model`"),
-        (["word " * 600], "tokens leave no room for an answer (the model's context is 512)"),
+        (["word " * 600], "tokens leave no room for an answer (the context is 512)"),
     ],
 )
 def test_what_a_model_cannot_do_is_said_in_one_line(model, arguments, message):

@@ -8,6 +8,7 @@ from mlx_lm.models.cache import KVCache
 
 from mlx_dpo.conversation.chat import Chat
 from mlx_dpo.errors import ConfigError, ModelError
+from mlx_dpo.policy.generation import prompt_tokens
 from mlx_dpo.policy.sampling import Sampling
 from tests.checkpoints import END, VOCAB, make_checkpoint
 
@@ -82,9 +83,14 @@ def model(request, llama):
         return llama[0]
     mx.random.seed(5)
     other = make()
+    return spread(other)
+
+
+def spread(model):
+    """Weights wide enough for uneven logits."""
     noisy = {"scale": 1.5, "key": mx.random.key(7)}
-    other.apply(lambda w: w + mx.random.normal(w.shape, **noisy) / math.sqrt(w.shape[-1]))
-    return other
+    model.apply(lambda w: w + mx.random.normal(w.shape, **noisy) / math.sqrt(w.shape[-1]))
+    return model
 
 
 class Says:
@@ -117,7 +123,7 @@ def say(chat, text):
 
 def without_cache(model, tokenizer, messages, limit, penalty=1.0):
     """The likeliest answer, each token from a forward pass over everything before it."""
-    tokens = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    tokens = prompt_tokens(tokenizer, messages)
     answer = []
     while len(answer) < limit:
         logits = model(mx.array([tokens]))[0, -1].tolist()
@@ -187,7 +193,7 @@ def test_a_cache_that_cannot_forget_is_filled_anew_when_the_past_changes(tokeniz
     """The template trims what it repeats, so the second prompt leaves the first's path."""
     tokenizer.chat_template = tokenizer.chat_template.replace("content", "content[:3]")
     mx.random.seed(1)
-    model = state_space()
+    model = spread(state_space())
     chat = Chat(model, tokenizer, Sampling(max_tokens=9))
     messages = []
     for question in QUESTIONS[:3]:
@@ -270,8 +276,8 @@ def test_an_answer_ends_where_the_context_does(tokenizer):
     chat = Chat(model, tokenizer, Sampling(), context=prompt + 4)
     answer, summary = say(chat, "?")
     assert (answer, summary.finish_reason) == ("abcd", "context")
-    with pytest.raises(ConfigError, match=r"^conversation: \d+ tokens leave no room .* context is"):
-        say(chat, "and?")
+    with pytest.raises(ConfigError, match=r"^the question: \d+ tokens leave no room .* context is"):
+        say(chat, "and what now?")
     assert len(chat.turns) == 2
     with pytest.raises(ConfigError, match="leave no room"):
         say(Chat(model, tokenizer, Sampling(), context=prompt), "?")
@@ -365,6 +371,7 @@ def test_the_cache_holds_exactly_the_tokens_it_is_said_to_hold(llama, tokenizer)
     chat = Chat(llama[0], tokenizer, Sampling(max_tokens=5))
     for question in QUESTIONS:
         say(chat, question)
-        [*layers] = chat._cache.layers
+        cache = chat._caches["base"]
+        [*layers] = cache.layers
         assert all(isinstance(layer, KVCache) for layer in layers)
-        assert {layer.offset for layer in layers} == {len(chat._cache.tokens)}
+        assert {layer.offset for layer in layers} == {len(cache.tokens)}

@@ -7,7 +7,8 @@ from mlx_lm.models import gemma2, mamba
 
 from mlx_dpo.conversation.chat import Chat
 from mlx_dpo.errors import ConfigError
-from mlx_dpo.evaluation.generation import batches_exactly, generate_batch
+from mlx_dpo.evaluation.generation import generate_batch
+from mlx_dpo.policy.batched import batches_exactly
 from mlx_dpo.policy.sampling import Sampling
 from tests.checkpoints import VOCAB, make_checkpoint
 
@@ -99,6 +100,7 @@ def test_llama_is_answered_in_batches(llama):
 
 @pytest.mark.parametrize("make", [five_dimensional_attention, state_space])
 def test_where_batching_is_not_exact_answers_are_made_one_by_one(llama, make):
+    mx.random.seed(0)
     model, tokenizer = make(), llama[1]
     sampling = Sampling(max_tokens=12)
     assert not batches_exactly(model, [[5, 6, 7], list(range(4, 40))])

@@ -119,6 +119,11 @@ def test_every_array_has_to_find_its_place(copy, old, new, message):
         load_adapter(base(), folder)
 
 
+def test_a_table_under_dora_is_another_thing_in_peft(copy):
+    with pytest.raises(ModelError, match="DoRA stretches the columns of a table in PEFT"):
+        read_adapter(copy("embeddings", use_dora=True))
+
+
 def test_pickles_are_not_read(copy):
     folder = copy()
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")

@@ -1,0 +1,178 @@
+"""`mlx-dpo compare`: answers side by side, shaded where the preference acts."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mlx_dpo.cli._answers import CONTROLS, sampling_flags
+from mlx_dpo.errors import ConfigError, DataError, reason
+from mlx_dpo.policy.sampling import Sampling
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+    from mlx_dpo.evaluation.comparison import Comparison, Shaded
+    from mlx_dpo.preferences.prompts import Prompt
+
+NARROW = 30  # letters a column; below it answers stand one below the other
+LIMIT = 20
+STYLES = {
+    1: "black on #d6e8ff", 2: "bold black on #9cc6ff", 3: "bold black on #4d9bff",
+    -1: "black on #ffe6cc", -2: "underline black on #ffc080", -3: "underline black on #ff9933",
+}  # fmt: skip
+
+
+@click.command()
+@click.argument("words", nargs=-1, required=True, metavar="RUN... [PROMPTS]")
+@click.option("--html", metavar="FILE", help="Write a page as well; it needs no other files.")
+@click.option(
+    "--limit",
+    type=click.IntRange(min=0),
+    default=LIMIT,
+    help="Prompts to ask, the first so many; 0 is all.",
+)
+@sampling_flags(temperature=0.0, max_tokens=256)
+def compare(words: tuple[str, ...], html: str | None, limit: int, **settings: Any) -> None:
+    """Show what RUN answers beside the model that it started from, or several RUNs.
+
+    PROMPTS is a file of prompts or of pairs; without it, those that the run held out are asked.
+    Each token is shaded by log π − log π_ref, so that one sees where the preference acts. Below
+    stand lengths, repetition, and answers that begin as refusals in English do.
+
+    \b
+    mlx-dpo compare run --html compare.html
+    mlx-dpo compare run another-run prompts.txt
+    """
+    runs, prompts = _sort(words)
+    page = None if html is None else _html(html)
+    sampling = Sampling(**settings)
+
+    from mlx_dpo.reporting.console import make_console
+    from mlx_dpo.runs.comparing import compare as ask
+
+    found = ask(runs, prompts, sampling, limit=limit or None)
+    if page is not None:
+        _write(page, found, " and ".join(runs))
+    for note in found.notes:
+        click.echo(note, err=True)
+    _print(make_console(), found)
+    if page is not None:
+        click.echo(f"Written to {page}", err=True)
+
+
+def _sort(words: Sequence[str]) -> tuple[list[str], str | None]:
+    """The runs, and the prompts: the last word where that is no run folder beside another word."""
+    is_run = [(Path(word).expanduser() / "run.json").is_file() for word in words]
+    if len(words) > 1 and not is_run[-1]:
+        return list(words[:-1]), words[-1]
+    return list(words), None
+
+
+def _html(name: str) -> Path:
+    path = Path(name).expanduser()
+    if path.suffix not in (".html", ".htm"):
+        raise ConfigError(f"{name}: `--html` writes a page; give a name in `.html`")
+    return path
+
+
+def _write(path: Path, found: "Comparison", title: str) -> None:
+    from mlx_dpo.reporting.page import Answer, Table, page
+
+    table = Table(
+        f"mlx-dpo compare {title}",
+        found.notes,
+        [column.name for column in found.columns],
+        [_turns(prompt) for prompt in found.prompts],
+        [
+            [Answer([(b.text, b.log_ratio) for b in a.bits], a.end) for a in answers]
+            for answers in zip(*(column.answers for column in found.columns), strict=True)
+        ],
+        [column.figures() for column in found.columns],
+    )
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(page(table), "utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({reason(error)})") from error
+
+
+def _turns(prompt: "Prompt") -> list[tuple[str, str]]:
+    return [(str(turn["role"]), str(turn["content"])) for turn in prompt.messages]
+
+
+def _print(console: "Console", found: "Comparison") -> None:
+    from mlx_dpo.reporting.shades import LEGEND
+
+    beside = console.is_terminal and console.width >= NARROW * len(found.columns)
+    for number, prompt in enumerate(found.prompts):
+        console.print()
+        for role, text in _turns(prompt):
+            console.print(f"{role}: {_safe(text)}", markup=False, style="bold")
+        cells = [(column.name, column.answers[number]) for column in found.columns]
+        if beside:
+            console.print(_table(cells))
+            continue
+        for name, answer in cells:
+            console.print(
+                _titled(name, answer), _shaded(answer, ends=console.is_terminal), sep="\n"
+            )
+    console.print()
+    if console.is_terminal:
+        console.print(LEGEND, markup=False)
+    else:
+        click.echo("Tokens are shaded on a terminal, and on the page of --html", err=True)
+    console.print(_closing(found))
+
+
+def _table(cells: Sequence[tuple[str, "Shaded"]]) -> Any:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, expand=True)
+    for name, answer in cells:
+        table.add_column(_titled(name, answer), overflow="fold", ratio=1)
+    table.add_row(*(_shaded(answer) for _, answer in cells))
+    return table
+
+
+def _titled(name: str, answer: "Shaded") -> "Text":
+    from rich.text import Text
+
+    cut = ", cut" if answer.end is None else ""
+    return Text(f"{name} ({answer.log_ratio:+.2f} nats{cut})", style="dim")
+
+
+def _shaded(answer: "Shaded", *, ends: bool = True) -> "Text":
+    from rich.text import Text
+
+    from mlx_dpo.reporting.shades import END, shade
+
+    text = Text()
+    for bit in answer.bits:
+        text.append(_safe(bit.text), style=STYLES.get(shade(bit.log_ratio)))
+    if ends and answer.end is not None and shade(answer.end):
+        text.append(END, style=STYLES[shade(answer.end)])
+    return text
+
+
+def _safe(text: str) -> str:
+    return CONTROLS.sub("", text)
+
+
+def _closing(found: "Comparison") -> Any:
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    figures = [column.figures() for column in found.columns]
+    table = Table(title=f"{len(found.prompts):,} prompts", title_justify="left", box=SIMPLE)
+    table.add_column()
+    for column in found.columns:
+        table.add_column(column.name, justify="right")
+    for label in figures[0]:
+        table.add_row(label, *(each[label] for each in figures))
+    return table

@@ -1,0 +1,104 @@
+"""`mlx-dpo serve`: base and aligned behind an OpenAI-compatible endpoint."""
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mlx_dpo.cli._answers import sampling_flags
+from mlx_dpo.errors import ConfigError
+from mlx_dpo.policy.sampling import Sampling
+
+if TYPE_CHECKING:
+    from mlx_dpo.conversation.serving import Server, Service
+    from mlx_dpo.runs.sides import TwoSided
+
+NOT_SERVED = ("seed", "repetition_penalty")  # a request says these itself
+
+
+@click.command()
+@click.argument("run", required=False)
+@click.option("--model", metavar="MODEL", help="A folder or Hub id, in place of a run.")
+@click.option("--adapter", metavar="FOLDER", help="Adapter on top of --model, mlx-lm's or PEFT's.")
+@click.option("--host", default="127.0.0.1", help="Address to listen at; 0.0.0.0 is the network.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, help="0 takes any.")
+@click.option(
+    "--allowed-origins",
+    multiple=True,
+    metavar="ORIGIN",
+    help="Web page that may ask (`https://example.org`, `*`); repeat it. [default: none]",
+)
+@click.option(
+    "--thinking/--no-thinking",
+    default=None,
+    help="Let a model think first that can. [default: no-thinking]",
+)
+@sampling_flags(without=NOT_SERVED, temperature=0.7)
+def serve(
+    run: str | None,
+    model: str | None,
+    adapter: str | None,
+    host: str,
+    port: int,
+    allowed_origins: tuple[str, ...],
+    **settings: Any,
+) -> None:
+    """Serve a RUN, or a model, as OpenAI's API does: chat, completions, models.
+
+    `aligned` and `base` are two models by name on one set of weights. The sampling flags are for
+    requests that say nothing themselves. This is mlx-lm's server; it is not made for the internet.
+
+    \b
+    mlx-dpo serve run
+    curl localhost:8080/v1/chat/completions -H "Content-Type: application/json" \\
+      -d '{"model": "aligned", "messages": [{"role": "user", "content": "Hello"}]}'
+    """
+    from mlx_dpo.conversation.serving import Server, is_loopback
+    from mlx_dpo.runs.sides import open_sides
+
+    thinking = settings.pop("thinking")
+    sampling = Sampling(**settings)
+    with Server(host, port) as server:
+        opened = open_sides(run, model=model, adapter=adapter)
+        service = _service(opened, sampling, thinking, allowed_origins)
+        for line in _header(opened, service, server):
+            click.echo(line, err=True)
+        if not is_loopback(str(server.server_address[0])):
+            click.echo("Anyone who reaches this machine can ask; there is no password.", err=True)
+        try:
+            server.answer(service)
+        except KeyboardInterrupt:
+            click.echo("\nStopped", err=True)
+
+
+def _service(
+    opened: "TwoSided", sampling: Sampling, thinking: bool | None, origins: tuple[str, ...]
+) -> "Service":
+    from mlx_dpo.conversation.serving import Service
+    from mlx_dpo.policy.generation import check_thinking
+
+    tokenizer, config = opened.base.tokenizer, opened.run and opened.run.config
+    if thinking is not None:
+        check_thinking(tokenizer)
+    if sampling.top_k >= len(tokenizer):
+        raise ConfigError(f"`top_k` must be below the vocabulary of {len(tokenizer)} tokens")
+    thought = config.thinking if thinking is None and config else thinking
+    return Service(
+        opened.base.model,
+        tokenizer,
+        opened.sides,
+        {"aligned": "aligned", "base": "base"} if opened.sides.both else {"base": "base"},
+        sampling,
+        thinking=bool(thought),
+        system=config.system if config else None,
+        origins=origins,
+    )
+
+
+def _header(opened: "TwoSided", service: "Service", server: "Server") -> list[str]:
+    names = " and ".join(f"`{name}`" for name in service.names)
+    lines = [*opened.notes, f"{opened.base.source} as {names} at {server.url}"]
+    if opened.run is not None and opened.run.trained_on_text:
+        lines.append("It was trained on plain text: ask at /v1/completions, not as chat")
+    if service.system is not None:
+        lines.append(f"Conversations without a system message get: {service.system}")
+    return [*lines, "Ctrl-C stops it."]

@@ -1,0 +1,123 @@
+"""One answer, streamed: a prompt and the cache that may hold some of it in, pieces of text out."""
+
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any, Literal
+
+from mlx_dpo.conversation.cache import PromptCache
+from mlx_dpo.conversation.thinking import Part, ThinkingSplit
+from mlx_dpo.policy.generation import Sampler, TextStream, make_processors, stream_tokens
+from mlx_dpo.policy.sampling import Sampling
+
+FinishReason = Literal["stop", "length", "context"]  # the model ended; `max_tokens`; no room left
+THINKING_TAIL = 11  # tokens at the end of a prompt among which a template begins the thinking
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What is known when an answer is complete."""
+
+    tokens: int  # of the answer, without the end token
+    finish_reason: FinishReason
+    prompt_tokens: int  # of the whole conversation
+    cached_tokens: int  # of these, the ones that did not go through the model again
+    seconds_to_first: float
+    tokens_per_second: float | None  # after the first token; None if there was no other
+    left_out: int = 0  # turns that the context had no room for
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The next bit of an answer; the last one carries the summary."""
+
+    text: str
+    thinking: bool = False
+    summary: Summary | None = None
+
+
+def stream_answer(  # noqa: PLR0913 (one argument for each thing an answer depends on)
+    model: Any,
+    tokenizer: Any,
+    prompt: Sequence[int],
+    *,
+    cache: PromptCache,
+    sampling: Sampling,
+    sampler: Sampler,
+    limit: int,
+    left_out: int = 0,
+) -> Generator[Piece]:
+    """What the model says to the prompt, in at most `limit` tokens."""
+    fresh = cache.rewind(prompt)
+    cached = prompt[: len(prompt) - len(fresh)]
+    tokens = stream_tokens(
+        model,
+        fresh,
+        max_tokens=limit,
+        sampler=sampler,
+        processors=make_processors(sampling, cached),
+        cache=cache.layers,
+    )
+    clock, ended = _Clock(), False
+    text, split = TextStream(tokenizer), parted(tokenizer, prompt)
+    try:
+        with closing(tokens):
+            for token in tokens:
+                clock.tick()
+                cache.tokens.append(token)
+                if ended := token in tokenizer.eos_token_ids:
+                    break
+                yield from _told(split.feed(text.add(token)))
+    except GeneratorExit:
+        raise
+    except BaseException:
+        cache.drop()  # stopped within a forward pass: layers may disagree
+        raise
+    yield from _told([*split.feed(text.finish()), *split.finish()])
+    cut: FinishReason = "length" if limit == sampling.max_tokens else "context"
+    summary = Summary(
+        tokens=clock.ticks - ended,
+        finish_reason="stop" if ended else cut,
+        prompt_tokens=len(prompt),
+        cached_tokens=len(cached),
+        seconds_to_first=clock.seconds_to_first,
+        tokens_per_second=clock.rate,
+        left_out=left_out,
+    )
+    yield Piece("", summary=summary)
+
+
+def parted(tokenizer: Any, prompt: Sequence[int]) -> ThinkingSplit:
+    """How the text that follows `prompt` is parted into thinking and answer."""
+    if not tokenizer.has_thinking:
+        return ThinkingSplit(None, None)
+    tail = list(prompt[-THINKING_TAIL:])
+    # Some templates begin to think for the model.
+    within = tokenizer.rfind_think_start(tail) > tokenizer.rfind_think_end(tail)
+    return ThinkingSplit(tokenizer.think_start, tokenizer.think_end, within=within)
+
+
+def _told(parts: Iterable[Part]) -> Iterator[Piece]:
+    return (Piece(part.text, part.thinking) for part in parts)
+
+
+class _Clock:
+    """Counts tokens and the time they took."""
+
+    def __init__(self) -> None:
+        self.ticks = 0
+        self.seconds_to_first = 0.0
+        self._start = self._last = perf_counter()
+
+    def tick(self) -> None:
+        self.ticks += 1
+        self._last = perf_counter()
+        if self.ticks == 1:
+            self.seconds_to_first = self._last - self._start
+
+    @property
+    def rate(self) -> float | None:
+        if self.ticks < 2:
+            return None
+        return (self.ticks - 1) / (self._last - self._start - self.seconds_to_first)

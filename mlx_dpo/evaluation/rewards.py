@@ -1,0 +1,115 @@
+"""A function of the user's that scores answers: found by name, called, its errors in a line."""
+
+import importlib
+import importlib.util
+import math
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from hashlib import sha256
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from mlx_dpo.errors import ConfigError, reason
+from mlx_dpo.evaluation.ranking import Conversation, Ranking
+from mlx_dpo.types import Message
+
+Function = Callable[[list[Message], str], float]
+
+
+class Reward:
+    """`function(prompt, answer) -> float`: higher is better. `prompt` is a list of messages."""
+
+    def __init__(self, name: str, function: Function, file: Path | None = None) -> None:
+        self.name = name
+        self._function = function
+        self._file = file
+
+    def __call__(self, prompt: Conversation, answer: str) -> float:
+        """The reward of one answer.
+
+        Raises:
+            ConfigError: the function fails, or what it returns is no finite number.
+        """
+        asked = [dict(message) for message in prompt]
+        try:
+            value = self._function(asked, answer)
+        except Exception as error:  # code of the user's may raise anything
+            place = _place(error, self._file)
+            told = f"{type(error).__name__}: {reason(error)}"
+            raise ConfigError(f"{place or self.name}: the reward failed ({told})") from error
+        if isinstance(value, int | float) and math.isfinite(value):
+            return float(value)
+        raise ConfigError(f"{self.name}: the reward must be a finite number, got {value!r}")
+
+    def rank(
+        self, prompts: Sequence[Conversation], answers: Sequence[Sequence[str]]
+    ) -> list[Ranking]:
+        """Points are the rewards."""
+        return [
+            Ranking(tuple(self(prompt, answer) for answer in of_one))
+            for prompt, of_one in zip(prompts, answers, strict=True)
+        ]
+
+    def facts(self) -> dict[str, Any]:
+        """Its name, and a digest of the file it stands in."""
+        digest = sha256(self._file.read_bytes()).hexdigest() if self._file else None
+        return {"by": f"reward {self.name}"} | ({"reward_digest": digest} if digest else {})
+
+
+def load_reward(spec: str) -> Reward:
+    """The function that `file.py:function` or `package.module:function` names.
+
+    Its code is run by this, and by nothing before it.
+
+    Raises:
+        ConfigError: there is no such file, module or function, or its code fails.
+    """
+    where, colon, name = spec.rpartition(":")
+    if not colon or not name.isidentifier() or not where:
+        raise ConfigError(
+            f"`reward` must be `file.py:function` or `package.module:function`, got {spec!r}"
+        )
+    module = _run(where)
+    function = getattr(module, name, None)
+    if not callable(function):
+        there = ", ".join(
+            f"`{key}`" for key, value in vars(module).items()
+            if callable(value) and getattr(value, "__module__", None) == module.__name__
+        )  # fmt: skip
+        raise ConfigError(f"{where}: no function `{name}` in it (found {there or 'none'})")
+    return Reward(spec, function, Path(module.__file__) if module.__file__ else None)
+
+
+def _run(where: str) -> ModuleType:
+    path = Path(where).expanduser()
+    try:
+        if not where.endswith(".py"):
+            return importlib.import_module(where)
+        if not path.is_file():
+            raise ConfigError(f"{where}: no such file")
+        found = importlib.util.spec_from_file_location(f"_reward_{path.stem}", path)
+        assert found is not None and found.loader is not None
+        module = importlib.util.module_from_spec(found)
+        sys.modules[found.name] = module  # dataclasses and pickle look their module up
+        found.loader.exec_module(module)
+        return module
+    except ConfigError:
+        raise
+    except Exception as error:  # code of the user's may raise anything
+        place = _place(error, path) or where
+        raise ConfigError(
+            f"{place}: cannot be imported ({type(error).__name__}: {reason(error)})"
+        ) from error
+
+
+def _place(error: BaseException, file: Path | None) -> str | None:
+    """The innermost line of the user's own file that an error came through."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}:{error.lineno}"
+    if file is None:
+        return None
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if Path(f.filename).resolve() == file.resolve()]
+    return f"{file}:{own[-1].lineno}" if own else None

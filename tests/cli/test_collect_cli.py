@@ -1,0 +1,391 @@
+"""`mlx-dpo collect` as it is used: at a terminal, through a pipe, by a reward, killed."""
+
+import json
+import random
+import re
+import subprocess
+import sys
+import time
+from urllib.request import Request, urlopen
+
+import pytest
+from click.testing import CliRunner
+
+from mlx_dpo.cli import cli
+from mlx_dpo.paths import tiny_chat
+from tests.checkpoints import make_checkpoint
+from tests.cli.terminal import Session
+
+PROGRAM = [sys.executable, "-c", "from mlx_dpo.cli import main; main()", "collect"]
+REWARD = """\
+import time
+
+
+def length(prompt, answer):
+    time.sleep(0.02)
+    return len(answer)
+
+
+def even(prompt, answer):
+    return 1.0
+
+
+def broken(prompt, answer):
+    return answer.score
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(make_checkpoint(tmp_path_factory.mktemp("collect") / "base"))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "prompts.txt").write_text("".join(f"What is {n}?\n" for n in range(12)))
+    (tmp_path / "one.txt").write_text("Where is the cat?\n")
+    (tmp_path / "reward.py").write_text(REWARD)
+    return tmp_path
+
+
+def words(folder, model, *more):
+    return [
+        *("--model", model, "--prompts", str(folder / "prompts.txt")),
+        *("--output", str(folder / "pairs.jsonl"), "--max-tokens", "6", *more),
+    ]
+
+
+def run(*arguments, stdin=None):
+    return CliRunner().invoke(cli, ["collect", *arguments], input=stdin)
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text("utf-8").split("\n")[:-1]]
+
+
+def decided(folder):
+    """Prompts in both files, in the order of the picks."""
+    found = []
+    for name in ("pairs.jsonl", "pairs.passed.jsonl"):
+        if (folder / name).exists():
+            found += rows(folder / name)
+    found.sort(key=lambda row: row["provenance"]["number"])
+    return [row["prompt"][0]["content"] for row in found]
+
+
+KEYS = r"q quit: "
+
+
+def shown(text):
+    """The answers of the last question on a terminal."""
+    question = text[text.rindex("user:") :]
+    parts = re.split(r"\n\[(\d)\]\n", question)
+    return {key: part.strip() for key, part in zip(parts[1::2], parts[2::2], strict=True)}
+
+
+def answer_of(text):
+    return text.split("\n\n")[0].strip()
+
+
+def test_at_a_terminal_one_key_is_one_pick(folder, model):
+    editor = folder / "editor.sh"
+    editor.write_text('#!/bin/sh\nprintf "edited by hand\\n" > "$1"\n')
+    editor.chmod(0o755)
+    terminal = Session("collect", *words(folder, model), EDITOR=str(editor), NO_COLOR="1")
+    try:
+        text = terminal.until(KEYS)
+        assert "12 left" in text and "user: What is 0?" in text
+        second = answer_of(shown(text)["2"])
+        terminal.type("2")
+        assert "11 left" in terminal.until(KEYS)
+        [row] = rows(folder / "pairs.jsonl")
+        assert row["chosen"][0]["content"].strip() == second
+        terminal.type("t")
+        assert "10 left" in terminal.until(KEYS)
+        terminal.type("u")
+        assert "11 left" in terminal.until(KEYS)
+        terminal.type("e")
+        terminal.until("which answer do you improve")
+        terminal.type("1")
+        assert "10 left" in terminal.until(KEYS)
+        assert rows(folder / "pairs.jsonl")[1]["chosen"][0]["content"] == "edited by hand"
+        terminal.type("x")
+        assert "Unknown key `x`" in terminal.until(KEYS)
+        terminal.type("\x03")
+        assert "2 pairs" in terminal.until("Train on them")
+        assert terminal.exit_code() == 0
+    finally:
+        terminal.close()
+
+
+def test_prompts_are_typed_where_no_file_is_given(folder, model):
+    command = ["collect", "--model", model, "--output", str(folder / "pairs.jsonl")]
+    terminal = Session(*command, "--max-tokens", "6", NO_COLOR="1")
+    try:
+        for number in (1, 2):
+            terminal.until("prompt> ")
+            terminal.type("Where is the cat?\n")
+            assert "user: Where is the cat?" in terminal.until(KEYS)
+            terminal.type(str(number))
+        terminal.until("prompt> ")
+        terminal.type("\x04")
+        assert terminal.exit_code() == 0
+    finally:
+        terminal.close()
+    first, second = rows(folder / "pairs.jsonl")
+    assert first["prompt"] == second["prompt"]
+    answers = [
+        {row[side][0]["content"] for side in ("chosen", "rejected")} for row in (first, second)
+    ]
+    assert answers[0] != answers[1]
+
+
+def test_through_a_pipe_each_line_is_a_key(folder, model):
+    keys = "1\ne2 My own words.\ns\nu\n?\nt\n\nq\n"
+    result = run(*words(folder, model), stdin=keys)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith(f"{folder}/pairs.jsonl: 2 pairs, 1 tie\n")
+    assert rows(folder / "pairs.jsonl")[1]["chosen"][0]["content"] == "My own words."
+    again = run(*words(folder, model), stdin="1\n" * 20)
+    assert "3 of 12 prompts are decided already" in again.stderr
+    assert "11 pairs, 1 tie" in again.stdout
+    assert decided(folder) == [f"What is {n}?" for n in range(12)]
+
+
+def test_of_three_answers_a_person_names_the_best_and_the_worst(folder, model):
+    keys = "3 1\n3\n2\n1 1\n1 7\nq\n"
+    result = run(*words(folder, model, "--answers", "3"), stdin=keys)
+    assert result.exit_code == 0, result.output
+    assert "2 pairs" in result.stdout
+    assert "better than itself" in result.stderr and "No such answer" in result.stderr
+
+
+def test_answers_come_from_several_temperatures_and_say_so(folder, model):
+    more = ("--answers", "2", "--temperature", "0.3", "--temperature", "1.5")
+    result = run(*words(folder, model, *more), stdin="1\n" * 12)
+    assert result.exit_code == 0, result.output
+    for row in rows(folder / "pairs.jsonl"):
+        told = row["provenance"]
+        sides = [told[f"{side}_from"]["sampling"]["temperature"] for side in ("chosen", "rejected")]
+        assert sorted(sides) == [0.3, 1.5]
+        assert told["chosen_from"]["model"] == model
+
+
+def test_a_reward_decides_by_itself_and_train_reads_the_file(folder, model):
+    reward = ("--reward", f"{folder}/reward.py:length", "--answers", "3")
+    result = run(*words(folder, model, *reward))
+    assert result.exit_code == 0, result.output
+    for row in rows(folder / "pairs.jsonl"):
+        assert len(row["chosen"][0]["content"]) > len(row["rejected"][0]["content"])
+        assert row["provenance"]["by"] == f"reward {folder}/reward.py:length"
+        assert len(row["provenance"]["points"]) == 3
+    command = ["train", str(folder / "pairs.jsonl"), "--model", model, "--output"]
+    trained = CliRunner().invoke(
+        cli, [*command, str(folder / "run"), "--bad-pairs", "error", "--batch-size", "4"]
+    )
+    assert trained.exit_code == 0, trained.output
+    said = run(str(folder / "run"), "--output", str(folder / "next.jsonl"),
+               "--prompts", str(folder / "prompts.txt"), "--max-tokens", "6", *reward)  # fmt: skip
+    assert said.exit_code == 0, said.output
+    source = rows(folder / "next.jsonl")[0]["provenance"]["chosen_from"]
+    assert source["run"] == str(folder / "run")
+    assert len(source["adapter_digest"]) == 64
+
+
+def test_where_a_reward_prefers_nothing_there_is_no_pair(folder, model):
+    result = run(*words(folder, model, "--reward", f"{folder}/reward.py:even"))
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[-1] == f"{folder}/pairs.jsonl: 0 pairs, 12 tie"
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--reward", "{f}/reward.py:broken"], "{f}/reward.py:14: the reward failed (Attribute"),
+        (["--answers", "1"], "`answers` must be at least 2, got 1"),
+        (["--temperature", "0"], "`temperature` 0 gives the same answer each time"),
+        (["--reward", "a.py:b", "--judge", "m"], "`judge` has no effect beside `reward`"),
+        (["--rubric", "r.txt"], "`rubric` has no effect without `judge`"),
+        (["--port", "80"], "`port` has no effect without --web"),
+        (["--web", "--judge", "m"], "`web` has no effect where no person picks"),
+        (["--prompts", "-"], "`-` is where keys are read from"),
+        (["--prompts", "{f}/none.txt"], "{f}/none.txt: no such file"),
+        (
+            ["--judge", "{m}", "--prompts", "{f}/one.txt"],
+            "{m}: the judge gave no verdict on any prompt (it said",
+        ),
+        (["--output", "{f}/pairs.json"], "pairs.json: rows are written one a line"),
+        (["{f}/no-run"], "name run folders or a --model, and only one of the two"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_one_line_and_nothing_is_written(
+    folder, model, more, message
+):
+    names = {"{f}": str(folder), "{m}": model}
+
+    def put(text):
+        for name, value in names.items():
+            text = text.replace(name, value)
+        return text
+
+    result = run(*words(folder, model), *map(put, more))
+    assert result.exit_code == 1, result.output
+    assert put(message) in result.stderr.splitlines()[-1]
+    assert not list(folder.glob("pairs*"))
+
+
+def test_the_rubric_can_be_printed_to_begin_another_one_with():
+    result = run("--print-rubric")
+    assert result.exit_code == 0
+    assert "{first}" in result.stdout and "[[A]]" in result.stdout
+
+
+def start(folder, model, *more, stdin=None):
+    return subprocess.Popen(
+        [*PROGRAM, *words(folder, model, *more)],
+        stdin=stdin,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def length_of(folder):
+    files = (folder / "pairs.jsonl", folder / "pairs.passed.jsonl")
+    return sum(file.read_bytes().count(b"\n") for file in files if file.exists())
+
+
+def without_time(folder):
+    found = rows(folder / "pairs.jsonl")
+    for row in found:
+        del row["provenance"]["time"]
+    return found
+
+
+def kill_and_go_on(folder, model, moments, *more):
+    """Kill at each moment (rows that are to be there, seconds more); returns the kills."""
+    kills = 0
+    for count, seconds in [*moments, (None, 0.0)]:
+        process = start(folder, model, *more)
+        while count is not None and length_of(folder) < count and process.poll() is None:
+            time.sleep(0.002)
+        if count is not None:
+            time.sleep(seconds)
+            process.kill()
+        _, errors = process.communicate()
+        if process.returncode == 0:
+            break
+        assert process.returncode == -9, errors
+        kills += 1
+    return kills
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_killed_in_between_a_judged_collection_ends_with_the_same_rows(folder, model):
+    more = ("--reward", f"{folder}/reward.py:length")
+    (folder / "straight").mkdir()
+    prompts = (folder / "prompts.txt").read_text()
+    (folder / "straight" / "prompts.txt").write_text(prompts)
+    result = run(*words(folder / "straight", model, *more))
+    assert result.exit_code == 0, result.output
+    assert kill_and_go_on(folder, model, [(5, 0.003)], *more) == 1
+    assert without_time(folder) == without_time(folder / "straight")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_killed_at_random_moments_a_judged_collection_loses_and_repeats_nothing(folder, model):
+    draw = random.Random(7)
+    (folder / "prompts.txt").write_text("".join(f"What is {n}?\n" for n in range(160)))
+    moments = [(round(n * 160 / 14), draw.uniform(0, 0.02)) for n in range(1, 14)]
+    more = ("--reward", f"{folder}/reward.py:length")
+    assert kill_and_go_on(folder, model, moments, *more) >= 10
+    assert sorted(decided(folder)) == sorted(f"What is {n}?" for n in range(160))
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_killed_while_a_person_picks_every_pick_that_was_seen_is_kept(folder, model):
+    draw = random.Random(3)
+    picked = 0
+    for _ in range(2):
+        process = start(folder, model, stdin=subprocess.PIPE)
+        for key in draw.choices("12t", k=3):
+            wait_for_question(process)
+            process.stdin.write(f"{key}\n")
+            process.stdin.flush()
+            picked += 1
+        wait_for_question(process)  # the last pick is known to be taken
+        process.stdin.write("1\n")  # and this one may be or not be
+        process.stdin.flush()
+        time.sleep(draw.uniform(0, 0.004))
+        process.kill()
+        process.communicate()
+        kept = len(decided(folder))
+        assert kept in (picked, picked + 1)
+        picked = kept
+    assert decided(folder) == [f"What is {n}?" for n in range(picked)]
+
+
+def wait_for_question(process):
+    text = ""
+    while not text.endswith("q quit: "):
+        letter = process.stderr.read(1)
+        assert letter, text
+        text += letter
+
+
+def test_in_a_browser_the_same_program_takes_picks_over_http(folder, model):
+    process = start(folder, model, "--web")
+    try:
+        line = next(line for line in process.stderr if "http://" in line)
+        place, token = re.search(r"(http://127\.0\.0\.1:\d+)/\?token=(\S+)", line).groups()
+
+        def ask(path, body=None):
+            headers = {"X-Token": token, "Content-Type": "application/json"}
+            data = None if body is None else json.dumps(body).encode()
+            with urlopen(Request(place + path, data, headers), timeout=60) as answer:
+                return json.load(answer)
+
+        state = ask("/state")
+        assert (state["left"], state["prompt"][0]["content"]) == (12, "What is 0?")
+        ask("/do", {"question": state["question"], "do": "prefer", "best": 1, "worst": 0})
+        [row] = rows(folder / "pairs.jsonl")
+        assert row["chosen"][0]["content"].strip() == state["answers"][1]
+        ask("/do", {"do": "quit"})
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.slow
+def test_a_scripted_person_makes_a_file_that_train_reaches_nine_tenths_on(tmp_path):
+    from mlx_dpo.demo.rules import courteous_markers
+
+    source = tiny_chat()
+    output = tmp_path / "pairs.jsonl"
+    prompts = tmp_path / "prompts.jsonl"
+    lines = (source / "preferences" / "train.jsonl").read_text().splitlines()[:600]
+    prompts.write_text("\n".join(lines) + "\n")
+    words = ("--model", str(source), "--prompts", str(prompts), "--output", str(output))
+    terminal = Session("collect", *words, "--max-tokens", "64", NO_COLOR="1")
+    try:
+        markers = courteous_markers(source)
+        while "Train on them" not in (text := terminal.until(rf"{KEYS}|Train on them")):
+            answers = shown(text)
+            first, second = (
+                sum(marker in answer_of(answers[key]).lower() for marker in markers)
+                for key in ("1", "2")
+            )
+            terminal.type("s" if first == second else "1" if first > second else "2")
+        assert terminal.exit_code() == 0
+    finally:
+        terminal.close()
+    run_folder = tmp_path / "run"
+    command = ["train", str(output), "--model", str(source), "--output", str(run_folder)]
+    command += ["--valid-fraction", "0.2", "--learning-rate", "1e-3", "--epochs", "3"]
+    command += ["--beta", "0.5", "--max-length", "128", "--scorer", "plain"]
+    result = CliRunner().invoke(cli, command)
+    assert result.exit_code == 0, result.output
+    record = json.loads((run_folder / "run.json").read_text())
+    assert record["evaluation"]["eval_rewards/accuracies"] >= 0.9

@@ -1,0 +1,205 @@
+"""`mlx-dpo compare`: what it prints and writes is what both sides say and how they rate it."""
+
+import json
+import re
+from dataclasses import replace
+from html import unescape
+
+import mlx.core as mx
+import pytest
+from click.testing import CliRunner
+
+from mlx_dpo import DPOConfig, Run
+from mlx_dpo.cli import cli
+from mlx_dpo.conversation.chat import Chat
+from mlx_dpo.policy.sampling import Sampling
+from mlx_dpo.runs.comparing import compare
+from mlx_dpo.runs.sides import open_sides
+from tests.checkpoints import END, make_checkpoint
+from tests.cli.terminal import Session
+
+GREEDY = Sampling(max_tokens=8)
+
+
+def trained(folder, **entries):
+    """A run of two steps, large enough to change what is said."""
+    rows = [
+        {"prompt": f"What is {i}?", "chosen": f"It is {i}, friend.", "rejected": f"{i * 7} no"}
+        for i in range(12)
+    ]
+    for name, part in (("train", rows[:8]), ("valid", rows[8:])):
+        lines = "".join(json.dumps(row) + "\n" for row in part)
+        (folder / f"{name}.jsonl").write_text(lines)
+    config = DPOConfig.from_dict(
+        {"model": str(make_checkpoint(folder / "base", **entries)), "pairs": str(folder),
+         "output": str(folder / "run"), "max_steps": 2, "batch_size": 4, "learning_rate": 1e-2,
+         "warmup_ratio": 0.0}
+    )  # fmt: skip
+    train(config)
+    return config
+
+
+def train(config):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLX_DPO_CACHE", config.output + "-cache")
+        with Run(config) as run:
+            run.prepare()
+            for _ in run.train():
+                pass
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return trained(tmp_path_factory.mktemp("compare"))
+
+
+@pytest.fixture(scope="module")
+def ending(tmp_path_factory):
+    """A run whose model ends an answer with any of many tokens, and so does."""
+    stops = [END, *range(100, 190)]
+    return trained(tmp_path_factory.mktemp("ending"), eos_token_id=stops).output
+
+
+@pytest.fixture(scope="module")
+def run(config):
+    return config.output
+
+
+@pytest.fixture(scope="module")
+def found(run):
+    return compare([run], None, GREEDY)
+
+
+def call(*words):
+    return CliRunner().invoke(cli, ["compare", *words, "--max-tokens", "8"])
+
+
+def test_the_prompts_are_those_the_run_held_out_and_the_answers_those_of_each_side(run, found):
+    asked = [prompt.messages[-1]["content"] for prompt in found.prompts]
+    assert asked == [f"What is {i}?" for i in range(8, 12)]
+    opened = open_sides(run)
+    for column in found.columns:
+        opened.sides.put(column.name)
+        for question, answer in zip(asked, column.answers, strict=True):
+            chat = Chat(opened.base.model, opened.base.tokenizer, GREEDY)
+            said = "".join(piece.text for piece in chat.reply(question))
+            assert answer.text == said
+    assert [column.name for column in found.columns] == ["base", "aligned"]
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_log_ratios_are_aligned_minus_base_summed_by_hand(run, ending, found, ends):
+    """From whole forward passes of the two models loaded apart, over all tokens at once."""
+    folder = ending if ends else run
+    found = compare([ending], None, GREEDY) if ends else found
+    both = {side: open_sides(folder, wanted=(side,)).base for side in ("aligned", "base")}
+    template = both["base"].tokenizer.apply_chat_template
+    ended = []
+    for column in found.columns:
+        for prompt, answer in zip(found.prompts, column.answers, strict=True):
+            before = template(prompt.messages, add_generation_prompt=True)
+            row = [*before, *answer.tokens]
+            ended.append(answer.end is not None)
+            if ended[-1]:
+                row.append(both[column.name].model(mx.array([row]))[0, -1].argmax().item())
+            sums = {side: summed(base.model, row, len(before)) for side, base in both.items()}
+            assert answer.log_ratio == pytest.approx(sums["aligned"] - sums["base"], abs=1e-4)
+    assert any(ended) is ends
+
+
+def summed(model, row, start):
+    """log p of all tokens from `start` on."""
+    logits = model(mx.array([row[:-1]]))[0]
+    logps = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    return sum(logps[at - 1, row[at]].item() for at in range(start, len(row)))
+
+
+def test_each_side_likes_its_own_answers_better(found):
+    base, aligned = (column.answers for column in found.columns)
+    assert sum(a.log_ratio for a in aligned) > 0 > sum(a.log_ratio for a in base)
+
+
+def test_several_runs_stand_side_by_side_each_against_its_own_base(config, run):
+    other = replace(config, output=run + "-other", learning_rate=3e-2)
+    train(other)
+    both = compare([run, other.output], None, GREEDY, limit=2)
+    assert [column.name for column in both.columns] == [run, other.output]
+    assert both.notes[0] == "the first 2 of 4 prompts"
+    for name, column in zip((run, other.output), both.columns, strict=True):
+        alone = compare([name], None, GREEDY, limit=2).columns[1]
+        assert column.answers == alone.answers
+
+
+def test_through_a_pipe_all_is_plain_text(run, found):
+    result = call(run)
+    assert result.exit_code == 0
+    assert "\x1b" not in result.stdout
+    for column in found.columns:
+        for answer in column.answers:
+            assert f"{column.name} ({answer.log_ratio:+.2f} nats" in result.stdout
+    assert re.search(r"tokens an answer +8\.0 +8\.0", result.stdout)
+    assert "shaded on a terminal, and on the page of --html" in result.stderr
+
+
+def test_prompts_may_come_from_a_file_and_be_fewer(run, tmp_path):
+    file = tmp_path / "asked.txt"
+    file.write_text("Why?\nWhat then?\nAnd now?\n")
+    result = call(run, str(file), "--limit", "2")
+    assert [line for line in result.stdout.splitlines() if line.startswith("user:")] == [
+        "user: Why?", "user: What then?"]  # fmt: skip
+    assert "the first 2 of 3 prompts" in result.stderr
+
+
+def test_the_page_holds_every_answer_whole(run, found, tmp_path):
+    page = tmp_path / "page.html"
+    page.write_text("an earlier one")
+    assert call(run, "--html", str(page)).exit_code == 0
+    cells = re.findall(r"<figure>.*?<p>(.*?)</p></figure>", page.read_text(), re.DOTALL)
+    texts = [unescape(re.sub("<[^>]+>", "", cell)).removesuffix("∎") for cell in cells]
+    wanted = [answer.text for pair in zip(*(c.answers for c in found.columns), strict=True)
+              for answer in pair]  # fmt: skip
+    assert [text.replace("\r", "\n") for text in texts] == [w.replace("\r", "\n") for w in wanted]
+    assert list(tmp_path.iterdir()) == [page]
+
+
+@pytest.mark.parametrize(
+    ("columns", "env", "beside", "coloured"),
+    [(100, {}, True, True), (50, {}, False, True), (100, {"NO_COLOR": "1"}, True, False)],
+)
+def test_a_terminal_shows_answers_beside_each_other_and_shaded(
+    run, columns, env, beside, coloured, tmp_path
+):
+    env = {"TERM": "xterm-256color", "COLUMNS": str(columns), **env}
+    session = Session("compare", run, "--limit", "1", "--max-tokens", "8", **env)
+    try:
+        seen = session.until("log-ratio, nats.+\n")
+        assert session.exit_code() == 0
+    finally:
+        session.close()
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", seen)
+    assert bool(re.search(r"base \(.+ nats.*\).+aligned \(.+ nats", plain)) is beside
+    assert ("\x1b[38;5;" in seen or "48;" in seen) is coloured
+    assert re.search(r"Blue, bold where strong", plain)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nowhere"], "nowhere: not a run folder (no such folder); train one with `mlx-dpo train`"),
+        (["{run}", "--html", "page.txt"], "page.txt: `--html` writes a page; give a name in"),
+        (["{run}", "nowhere.txt"], "nowhere.txt: no such file"),
+        (["{run}", "--temperature", "0", "--top-k", "3"], "`top_k` has no effect"),
+    ],
+)
+def test_what_cannot_be_compared_is_one_line(run, words, message):
+    result = call(*(word.format(run=run) for word in words))
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert message in result.stderr.splitlines()[-1]
+
+
+def test_a_prompt_without_room_is_refused_with_its_place(run, tmp_path):
+    file = tmp_path / "asked.txt"
+    file.write_text("Why?\n" + "word " * 600 + "\n")
+    result = call(run, str(file))
+    assert f"{file}:2: " in result.stderr.splitlines()[-1]
+    assert "leave no room for an answer of 8" in result.stderr.splitlines()[-1]

@@ -1,0 +1,309 @@
+"""`mlx-dpo loop`: rounds, what they leave, how they go on, and `kill -9` anywhere."""
+
+import json
+import random
+import subprocess
+import sys
+import time
+
+import mlx.core as mx
+import pytest
+from click.testing import CliRunner
+
+from mlx_dpo.cli import cli
+from mlx_dpo.demo.rules import is_right
+from mlx_dpo.paths import tiny_chat
+from mlx_dpo.runs import open_run
+from tests.checkpoints import make_checkpoint
+
+PROGRAM = [sys.executable, "-c", "from mlx_dpo.cli import main; main()", "loop"]
+REWARD = """\
+def vowels(prompt, answer):
+    return sum(letter in "aeiou" for letter in answer)
+
+
+def even(prompt, answer):
+    return 1.0
+"""
+STAGES = [
+    *("Base: answer the held-out prompts",),
+    *(f"Round 1: {what}" for what in ("collect answers and judge them", "train on the pairs")),
+    "Round 1: answer the held-out prompts",
+    *(f"Round 2: {what}" for what in ("collect answers and judge them", "train on the pairs")),
+    "Round 2: answer the held-out prompts",
+]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLX_DPO_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(make_checkpoint(tmp_path_factory.mktemp("loop") / "base"))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "prompts.txt").write_text("".join(f"What is {n}?\n" for n in range(20)))
+    (tmp_path / "reward.py").write_text(REWARD)
+    return tmp_path
+
+
+def words(folder, model, *more, output="loop"):
+    return [
+        str(folder / "prompts.txt"),
+        *("--model", model, "--output", str(folder / output)),
+        *("--reward", f"{folder}/reward.py:vowels", "--rounds", "2"),
+        *("--answers", "2", "--answer-tokens", "8", "--prompts-per-round", "12"),
+        *("--learning-rate", "0.01", "--batch-size", "4", "--save-steps", "1", *more),
+    ]
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli, ["loop", *arguments])
+
+
+def stages(result):
+    wanted = ("Base: ", "Round ")
+    return [line for line in result.stdout.splitlines() if line.startswith(wanted)]
+
+
+def evaluation(folder, number):
+    return json.loads((folder / f"round-{number:02d}" / "evaluation.json").read_text())
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def asked(folder, number):
+    found = []
+    for name in ("pairs.jsonl", "pairs.passed.jsonl"):
+        found += rows(folder / f"round-{number:02d}" / name)
+    return sorted(row["prompt"][0]["content"] for row in found)
+
+
+def test_two_rounds_from_prompts_alone(folder, model):
+    result = run(*words(folder, model))
+    assert result.exit_code == 0, result.output
+    assert stages(result) == STAGES
+    assert "18 prompts to collect with, 2 held out" in result.stdout
+    loop = folder / "loop"
+    assert f"chat {loop}/round-02/run" in result.stdout
+    page = (loop / "results.md").read_text()
+    assert page in result.stdout
+    assert [line.split("|")[1].strip() for line in page.splitlines()[6:9]] == ["base", "1", "2"]
+
+    # Rounds take the prompts in turn, and none that is held out.
+    held = {row["prompt"][0]["content"] for row in evaluation(loop, 0)["answers"]}
+    assert (len(asked(loop, 1)), len(asked(loop, 2)), len(held)) == (12, 12, 2)
+    assert set(asked(loop, 1)) | set(asked(loop, 2)) | held == {f"What is {n}?" for n in range(20)}
+    assert not (set(asked(loop, 1)) | set(asked(loop, 2))) & held
+
+    # The second round answers with the first one's policy, starts from it, and is held against it.
+    second = json.loads((loop / "round-02" / "run" / "run.json").read_text())
+    assert second["settings"]["start_adapter"] == str(loop / "round-01" / "run")
+    assert second["settings"]["reference_model"] is None
+    row = rows(loop / "round-02" / "pairs.jsonl")[0]
+    assert row["provenance"]["chosen_from"]["run"] == str(loop / "round-01" / "run")
+    row = rows(loop / "round-01" / "pairs.jsonl")[0]
+    assert "run" not in row["provenance"]["chosen_from"]
+
+    # Rewards are of the answers that are shown; win rates follow from them.
+    for number in (0, 1, 2):
+        found = evaluation(loop, number)
+        texts = [row["now"] for row in found["answers"]]
+        assert found["mean_reward"] == sum(sum(c in "aeiou" for c in t) for t in texts) / 2
+    before = [row["now"] for row in evaluation(loop, 1)["answers"]]
+    assert [row["before"] for row in evaluation(loop, 2)["answers"]] == before
+    base = [row["now"] for row in evaluation(loop, 0)["answers"]]
+    assert [row["base"] for row in evaluation(loop, 2)["answers"]] == base
+
+
+def test_a_loop_that_is_over_has_nothing_to_do_until_it_gets_more_rounds(folder, model):
+    assert run(*words(folder, model, "--rounds", "1")).exit_code == 0
+    again = run("--resume", "--output", str(folder / "loop"))
+    assert again.exit_code == 0, again.output
+    assert stages(again) == []
+    more = run("--resume", "--output", str(folder / "loop"), "--rounds", "2")
+    assert more.exit_code == 0, more.output
+    assert stages(more) == STAGES[4:]
+
+
+def test_the_base_can_stay_the_reference(folder, model):
+    result = run(*words(folder, model, "--reference", "base"))
+    assert result.exit_code == 0, result.output
+    second = json.loads((folder / "loop" / "round-02" / "run" / "run.json").read_text())
+    assert second["settings"]["reference_model"] == model
+    assert second["settings"]["start_adapter"] == str(folder / "loop" / "round-01" / "run")
+    # Held against the base, the policy of round 1 is away from it before the first step.
+    first = rows(folder / "loop" / "round-02" / "run" / "metrics.jsonl")[0]
+    assert abs(first["rewards/margins"]) > 1e-3
+
+
+def test_settings_of_adapters_are_those_of_the_first_round(folder, model):
+    result = run(*words(folder, model, "--lora-r", "3", "--num-layers", "1"))
+    assert result.exit_code == 0, result.output
+    described = [
+        json.loads((folder / "loop" / f"round-{n:02d}" / "run" / "adapter_config.json").read_text())
+        for n in (1, 2)
+    ]
+    assert described[0]["lora_parameters"]["rank"] == 3
+    assert described[0] == described[1]
+
+
+def test_what_a_person_wrote_goes_into_the_record_and_may_not_change(folder, model):
+    assert run(*words(folder, model, "--rounds", "1")).exit_code == 0
+    loop = ("--resume", "--output", str(folder / "loop"))
+    for more, message in [
+        ([], f"{folder}/loop: holds a loop; add --resume"),
+        (["--resume", "--batch-size", "3"], "the loop began with batch_size = 4, not 3"),
+        (["--resume", "--answers", "3"], "the loop began with answers = 2, not 3"),
+        (["--resume", "--temperature", "0.5"], "the loop began with sampling = "),
+    ]:
+        result = run(*words(folder, model, "--rounds", "1", *more))
+        assert (result.exit_code, message in result.stderr) == (1, True), result.output
+    (folder / "reward.py").write_text(REWARD + "\n")
+    assert "the judge changed since the loop began" in run(*loop).stderr
+    (folder / "reward.py").write_text(REWARD)
+    (folder / "prompts.txt").write_text("one\ntwo\nthree\n")
+    assert "the prompts changed since the loop began" in run(*loop).stderr
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--reward", "{f}/reward.py:even"], "no prompt has a better and a worse answer (12 tie)"),
+        (["--judge", "m"], "`judge` has no effect beside `reward`"),
+        (["--answers", "1"], "`answers` must be at least 2, got 1"),
+        (["--rounds", "0"], "`rounds` must be at least 1, got 0"),
+        (["--temperature", "0"], "temperature"),
+        (["--mix", "1"], "`mix` has no effect in a loop"),
+        (["--bits", "8", "--reference", "base"], "`bits` makes the policy begin as another model"),
+        (["--valid-prompts", "{f}/prompts.txt"], "every prompt is held out"),
+        (["--output", "{f}"], "not empty and not the folder of a loop (found `prompts.txt`)"),
+        (["--reference-model", "m", "--loss-type", "simpo"], "`reference_model` has no effect"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_one_line(folder, model, more, message):
+    result = run(*words(folder, model), *(word.replace("{f}", str(folder)) for word in more))
+    assert result.exit_code == 1, result.output
+    assert message in result.stderr.splitlines()[-1]
+
+
+def start(folder, model, *more):
+    return subprocess.Popen(
+        [*PROGRAM, *words(folder, model, "--resume", *more)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def state(loop):
+    """How many files and rows there are: it grows while the loop works."""
+    files = [path for path in loop.rglob("*") if path.is_file()] if loop.is_dir() else []
+    lines = sum(path.read_bytes().count(b"\n") for path in files if path.suffix == ".jsonl")
+    return len(files) + lines
+
+
+def kill_and_go_on(folder, model, moments, *more):
+    for kills, moment in enumerate([*moments, None]):
+        process = start(folder, model, *more)
+        if moment is not None:
+            moment(process)
+            process.kill()
+        _, errors = process.communicate()
+        if process.returncode == 0:
+            return kills
+        assert process.returncode == -9, errors
+    raise AssertionError("the last start did not end")
+
+
+def when(condition):
+    def wait(process):
+        while not condition() and process.poll() is None:
+            time.sleep(0.002)
+
+    return wait
+
+
+def pairs_of(loop, number):
+    path = loop / f"round-{number:02d}" / "pairs.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def assert_same(folder, rounds=2):
+    straight, killed = folder / "straight", folder / "loop"
+    for number in range(1, rounds + 1):
+        kept = [rows(loop / f"round-{number:02d}" / "pairs.jsonl") for loop in (straight, killed)]
+        for row in (*kept[0], *kept[1]):
+            del row["provenance"]["time"]
+            for side in ("chosen_from", "rejected_from"):
+                row["provenance"][side].pop("run", None)  # its folder has another name
+        assert kept[0] == kept[1]
+        weights = [
+            mx.load(str(loop / f"round-{number:02d}" / "run" / "adapters.safetensors"))
+            for loop in (straight, killed)
+        ]
+        assert all(mx.array_equal(value, weights[1][name]) for name, value in weights[0].items())
+        assert evaluation(straight, number) == evaluation(killed, number)
+    assert (straight / "results.md").read_text() == (killed / "results.md").read_text()
+    assert not list(killed.rglob("partial-*"))
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_killed_in_each_stage_the_loop_ends_as_if_it_had_not_been(folder, model):
+    assert run(*words(folder, model, output="straight")).exit_code == 0
+    loop = folder / "loop"
+    moments = [
+        when(lambda: (loop / "round-01" / "run" / "checkpoints" / "step-000001").exists()),
+        when(lambda: pairs_of(loop, 2) >= 3),
+    ]
+    assert kill_and_go_on(folder, model, moments) == 2
+    assert_same(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_killed_at_random_moments_the_loop_ends_as_if_it_had_not_been(folder, model):
+    assert run(*words(folder, model, output="straight")).exit_code == 0
+    draw = random.Random(5)
+    loop = folder / "loop"
+
+    def soon(process):
+        grown = state(loop) + draw.randint(0, 12)
+        end = time.monotonic() + draw.uniform(2, 12)
+        while state(loop) <= grown and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.001)
+        time.sleep(draw.uniform(0, 0.02))
+
+    assert kill_and_go_on(folder, model, [soon] * 25) >= 8
+    assert_same(folder)
+
+
+@pytest.mark.slow
+def test_three_rounds_on_the_model_that_ships_raise_the_reward_each_time(tmp_path):
+    """From prompts alone: no pair and no pick of a person goes in."""
+    source, loop = tiny_chat(), tmp_path / "loop"
+    result = run(
+        *(str(source / "preferences"), "--model", str(source), "--output", str(loop)),
+        *("--reward", "mlx_dpo.demo.rewards:courtesy", "--prompts-per-round", "320"),
+        *("--answer-tokens", "64", "--learning-rate", "1e-3", "--beta", "1", "--epochs", "3"),
+        *("--max-length", "128", "--scorer", "plain", "--micro-batch-size", "8", "--seed", "0"),
+    )
+    assert result.exit_code == 0, result.output
+    rounds = [evaluation(loop, number) for number in range(4)]
+    rewards = [found["mean_reward"] for found in rounds]
+    assert rewards == sorted(set(rewards)), rewards
+    assert rounds[3]["against_base"]["win_rate"] >= 0.9
+    # The reward says nothing of content; what was right stays right.
+    expects = rows(source / "preferences" / "valid.jsonl")
+    right = [
+        sum(map(is_right, (shown["now"] for shown in found["answers"]), expects))
+        for found in rounds
+    ]
+    assert right[3] >= right[0] - 10, right
+    assert open_run(str(loop / "round-03" / "run")).finished

@@ -1,0 +1,221 @@
+"""`mlx-dpo serve` in a process of its own, asked by OpenAI's client."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from contextlib import contextmanager
+from http.client import HTTPConnection
+from pathlib import Path
+
+import mlx.core as mx
+import mlx_lm
+import openai
+import pytest
+from click.testing import CliRunner
+
+from mlx_dpo.cli import cli
+from mlx_dpo.conversation.chat import Chat
+from mlx_dpo.policy.adapter_files import load_adapter, save_adapter
+from mlx_dpo.policy.adapters import attach, description
+from mlx_dpo.policy.sampling import Sampling
+from tests.checkpoints import make_checkpoint
+
+TOKENS = 8
+QUESTIONS = ("Where is the cat?", "Is it here?", "no")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(make_checkpoint(tmp_path_factory.mktemp("serve")))
+
+
+@pytest.fixture(scope="module")
+def adapter(model, tmp_path_factory):
+    """Another mind on the same model."""
+    folder, policy = tmp_path_factory.mktemp("adapter"), mlx_lm.load(model)[0]
+    attach(policy, rank=4, scale=8.0)
+    for path, module in policy.named_modules():
+        if path.endswith("_proj"):
+            module.lora_b = mx.random.normal(module.lora_b.shape, key=mx.random.key(2)) * 0.2
+    save_adapter(folder, policy, description(policy))
+    return str(folder)
+
+
+@contextmanager
+def served(*flags):
+    """The address of a server, once it says where it listens; leaves it with Ctrl-C."""
+    command = [sys.executable, "-c", "from mlx_dpo.cli import main; main()", "serve", *flags]
+    with subprocess.Popen(
+        [*command, "--port", "0"], stderr=subprocess.PIPE, text=True, env=dict(os.environ)
+    ) as server:
+        said = ""
+        while "Ctrl-C stops it" not in said:
+            line = server.stderr.readline()
+            assert line, said
+            said += line
+        try:
+            yield re.search(r"at (http://127\.0\.0\.1:\d+/v1)\n", said).group(1)
+        finally:
+            server.send_signal(signal.SIGINT)
+            _, rest = server.communicate(timeout=60)
+        assert (server.returncode, rest.splitlines()[-1]) == (0, "Stopped")
+        assert "Traceback" not in rest
+
+
+@pytest.fixture(scope="module")
+def address(model, adapter):
+    with served("--model", model, "--adapter", adapter) as address:
+        yield address
+
+
+@pytest.fixture
+def client(address):
+    with openai.OpenAI(base_url=address, api_key="none", max_retries=0) as client:
+        yield client
+
+
+def ask(client, name, question, **settings):
+    return client.chat.completions.create(
+        model=name,
+        messages=[{"role": "user", "content": question}],
+        max_tokens=TOKENS,
+        **{"temperature": 0} | settings,
+    )
+
+
+def alone(model, adapter=None):
+    """The greedy answer to each question by itself, computed without a server."""
+    policy, tokenizer = mlx_lm.load(model)
+    if adapter:
+        load_adapter(policy, Path(adapter))
+    answers = {}
+    for question in QUESTIONS:
+        chat = Chat(policy, tokenizer, Sampling(max_tokens=TOKENS))
+        said = "".join(piece.text for piece in chat.reply(question))
+        answers[question] = said.removeprefix(" ")  # as mlx-lm's server leaves it out
+    return answers
+
+
+@pytest.fixture(scope="module")
+def expected(model, adapter):
+    return {"base": alone(model), "aligned": alone(model, adapter)}
+
+
+def test_base_and_aligned_are_two_models_by_name(client):
+    assert [model.id for model in client.models.list()] == ["aligned", "base"]
+
+
+def test_each_name_answers_as_it_does_loaded_alone(client, expected):
+    """In turn, so that a cache of one side that reached the other would show."""
+    assert expected["base"] != expected["aligned"]
+    for _ in range(2):
+        for question in QUESTIONS:
+            for name in ("base", "aligned"):
+                answer = ask(client, name, question)
+                assert answer.choices[0].message.content == expected[name][question]
+                assert answer.model == name
+
+
+def test_questions_that_come_at_once_get_the_answers_of_their_model(address, expected):
+    from concurrent.futures import ThreadPoolExecutor
+
+    asked = [(name, question) for question in QUESTIONS for name in ("base", "aligned")] * 2
+
+    def answer(name, question):
+        with openai.OpenAI(base_url=address, api_key="none", max_retries=0) as client:
+            return ask(client, name, question).choices[0].message.content
+
+    with ThreadPoolExecutor(len(asked)) as pool:
+        answers = list(pool.map(lambda words: answer(*words), asked))
+    assert answers == [expected[name][question] for name, question in asked]
+
+
+def test_a_streamed_answer_is_the_same(client, expected):
+    chunks = list(ask(client, "aligned", QUESTIONS[0], stream=True))
+    said = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert said == expected["aligned"][QUESTIONS[0]]
+    assert len(chunks) > 3
+    assert chunks[-1].choices[0].finish_reason == "length"
+
+
+def test_a_seed_says_the_same_again(client):
+    warm = {"temperature": 1.0, "seed": 7}
+    first, again = (ask(client, "base", "no", **warm) for _ in range(2))
+    assert first.choices[0].message.content == again.choices[0].message.content
+
+
+def test_plain_text_is_continued(client, model):
+    answer = client.completions.create(
+        model="base", prompt="The cat", max_tokens=TOKENS, temperature=0
+    )
+    chat = Chat(*mlx_lm.load(model), Sampling(max_tokens=TOKENS), raw=True)
+    said = "".join(piece.text for piece in chat.reply("The cat"))
+    assert answer.choices[0].text == said.removeprefix(" ")
+
+
+def test_another_model_is_refused_by_name(client):
+    with pytest.raises(openai.NotFoundError, match="`gpt` is not served here; ask for `aligned`, "):
+        ask(client, "gpt", "hi")
+    with pytest.raises(openai.NotFoundError, match="`adapters` and `draft_model` are not for a"):
+        ask(client, "base", "hi", extra_body={"adapters": "/etc"})
+
+
+@pytest.mark.parametrize(
+    ("header", "value", "status"),
+    [
+        ("Origin", "https://example.org", 403),
+        ("Origin", "null", 403),
+        ("Host", "example.org", 403),
+        ("Host", "localhost:1", 200),
+    ],
+)
+def test_pages_of_a_browser_cannot_ask(address, header, value, status):
+    """Neither from their own origin, nor by a name of theirs that leads to this machine."""
+    connection = HTTPConnection(address.removeprefix("http://").removesuffix("/v1"))
+    connection.request("GET", "/v1/models", headers={header: value})
+    assert connection.getresponse().status == status
+    connection.close()
+
+
+def test_a_page_that_is_let_in_may_ask(model):
+    with served("--model", model, "--allowed-origins", "https://example.org") as address:
+        connection = HTTPConnection(address.removeprefix("http://").removesuffix("/v1"))
+        connection.request("GET", "/v1/models", headers={"Origin": "https://example.org"})
+        answer = connection.getresponse()
+        assert answer.getheader("Access-Control-Allow-Origin") == "https://example.org"
+        assert [row["id"] for row in json.loads(answer.read())["data"]] == ["base"]
+        connection.close()
+
+
+def serve(*flags):
+    return CliRunner().invoke(cli, ["serve", *flags])
+
+
+def test_a_port_that_is_taken_is_said_before_a_model_is_loaded():
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        result = serve("--model", "nowhere", "--port", str(port))
+    assert result.exit_code == 1
+    assert re.fullmatch(
+        rf"Error: 127\.0\.0\.1:{port}: cannot be listened at \(.+\); choose another --port or "
+        r"--host\n",
+        result.stderr,
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ((), "name a run folder or a --model, and only one of them"),
+        (("run", "--adapter", "a"), "`--adapter` has no effect with a run, which has its own"),
+        (("--model", "m", "--temperature", "0", "--top-k", "4"), "`top_k` has no effect with"),
+    ],
+)
+def test_flags_that_contradict_are_one_line(flags, message):
+    result = serve("--port", "0", *flags)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert message in result.stderr

@@ -1,0 +1,66 @@
+"""Enough of the WebDriver protocol to drive a Chromium that is on this machine."""
+
+import json
+import shutil
+import subprocess
+import time
+import urllib.request
+from contextlib import contextmanager
+
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
+DRIVER = shutil.which("chromedriver")
+ARGUMENTS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+# No name leads anywhere but to this machine: the page must work without a network.
+ARGUMENTS.append("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1")
+
+
+class Browser:
+    def __init__(self, base):
+        self.base = base
+
+    def call(self, method, path, body=None):
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.base + path, data, method=method)
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.load(answer)["value"]
+
+    def open(self, address):
+        self.call("POST", "/url", {"url": address})
+
+    def script(self, code, *arguments):
+        return self.call("POST", "/execute/sync", {"script": code, "args": list(arguments)})
+
+    def press(self, *keys):
+        steps = [{"type": kind, "value": key} for key in keys for kind in ("keyDown", "keyUp")]
+        self.call("POST", "/actions", {"actions": [{"type": "key", "id": "k", "actions": steps}]})
+
+    def wait_for(self, code, seconds=30):
+        end = time.monotonic() + seconds
+        while not (found := self.script(code)):
+            assert time.monotonic() < end, self.script("return document.body.innerText")
+            time.sleep(0.05)
+        return found
+
+
+@contextmanager
+def browser(folder):
+    driver = subprocess.Popen([DRIVER, "--port=0"], stdout=subprocess.PIPE, text=True)
+    try:
+        assert driver.stdout is not None
+        line = next(line for line in driver.stdout if "started successfully on port" in line)
+        port = line.rstrip(".\n").rsplit(" ", 1)[1]
+        place = f"http://127.0.0.1:{port}"
+        arguments = [*ARGUMENTS, f"--user-data-dir={folder}"]
+        options = {"binary": CHROMIUM, "args": arguments}
+        wanted = {"capabilities": {"alwaysMatch": {"goog:chromeOptions": options}}}
+        session = Browser(place).call("POST", "/session", wanted)["sessionId"]
+        found = Browser(f"{place}/session/{session}")
+        try:
+            yield found
+        finally:
+            found.call("DELETE", "")
+    finally:
+        driver.terminate()
+        driver.wait()
+        driver.stdout.close()

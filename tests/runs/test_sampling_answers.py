@@ -1,0 +1,87 @@
+"""Who answers what, under which seed."""
+
+import pytest
+
+from mlx_dpo.errors import ConfigError
+from mlx_dpo.policy.sampling import Sampling
+from mlx_dpo.preferences.prompts import as_prompt
+from mlx_dpo.runs.collecting import Asking, sampler
+from mlx_dpo.runs.voices import seed_of
+
+PROMPTS = [as_prompt(text) for text in ("p", "q", "r")]
+
+
+class Speaker:
+    """Says its name, the prompt, and which of the prompts it was asked in this call."""
+
+    def __init__(self, name):
+        self.facts = {"model": name}
+        self.asked = []
+
+    def say(self, prompts, sampling):
+        self.asked.append(sampling)
+        seen = {}
+        texts = []
+        for prompt in prompts:
+            text = prompt.messages[0]["content"]
+            seen[text] = seen.get(text, 0) + 1
+            texts.append(f"{self.facts['model']} {sampling.temperature:g} {text} {seen[text]}")
+        return texts
+
+
+def said(speakers, asking, chunk=0):
+    return [
+        [answer.text for answer in of_one] for of_one in sampler(speakers, asking)(PROMPTS, chunk)
+    ]
+
+
+def warm(*temperatures):
+    return tuple(Sampling(temperature=t, seed=7) for t in temperatures)
+
+
+def test_every_prompt_gets_its_own_answers():
+    answers = said([Speaker("a")], Asking(answers=3, samplings=warm(1)))
+    assert answers == [[f"a 1 {text} {n}" for n in (1, 2, 3)] for text in "pqr"]
+
+
+def test_voices_and_temperatures_answer_in_turn():
+    speakers = [Speaker("a"), Speaker("b")]
+    answers = said(speakers, Asking(answers=4, samplings=warm(0.5, 2)))
+    assert answers == [[f"a 0.5 {t} 1", f"b 2 {t} 1", f"a 0.5 {t} 2", f"b 2 {t} 2"] for t in "pqr"]
+    answers = said(speakers, Asking(answers=3, samplings=warm(0.5, 1, 2)))
+    assert answers == [[f"a 0.5 {t} 1", f"b 1 {t} 1", f"a 2 {t} 1"] for t in "pqr"]
+
+
+def test_every_chunk_and_every_voice_has_a_seed_of_its_own():
+    speakers = [Speaker("a"), Speaker("b")]
+    asking = Asking(answers=2, samplings=warm(1))
+    for chunk in (0, 1, 0):
+        said(speakers, asking, chunk)
+    seeds = [[sampling.seed for sampling in speaker.asked] for speaker in speakers]
+    assert seeds == [[seed_of(7, c, place) for c in (0, 1, 0)] for place in (0, 1)]
+    assert len({seed for row in seeds for seed in row}) == 4
+
+
+def test_an_answer_says_where_it_came_from():
+    [first, *_] = sampler([Speaker("a")], Asking(samplings=warm(1.5)))(PROMPTS, 2)
+    assert first[0].source["model"] == "a"
+    told = first[0].source["sampling"]
+    assert (told["temperature"], told["seed"]) == (1.5, seed_of(7, 2, 0))
+
+
+@pytest.mark.parametrize(
+    ("asking", "voices", "message"),
+    [
+        (Asking(answers=2), 3, "leaves some of the 3 runs without an answer; use --answers 3"),
+        (Asking(answers=2, samplings=warm(1, 2, 3)), 1, "some of the 3 temperatures without"),
+        (Asking(answers=1), 1, "`answers` must be at least 2, got 1"),
+        (Asking(answers=3, samplings=(Sampling(),)), 2, "`temperature` 0 gives the same answer"),
+    ],
+)
+def test_answers_that_could_not_differ_are_refused(asking, voices, message):
+    with pytest.raises(ConfigError, match=message):
+        asking.check(voices)
+
+
+def test_greedy_answers_of_two_voices_may_differ():
+    Asking(answers=2, samplings=(Sampling(),)).check(2)
