@@ -167,8 +167,9 @@ def test_the_page_holds_every_answer_whole(run, found, tmp_path):
     [(100, {}, True, True), (50, {}, False, True), (100, {"NO_COLOR": "1"}, True, False)],
 )
 def test_a_terminal_shows_answers_beside_each_other_and_shaded(
-    run, columns, env, beside, coloured, tmp_path
+    run, columns, env, beside, coloured, monkeypatch
 ):
+    monkeypatch.delenv("NO_COLOR", raising=False)  # as the gate sets it
     env = {"TERM": "xterm-256color", "COLUMNS": str(columns), **env}
     session = Session("compare", run, "--limit", "1", "--max-tokens", "8", **env)
     try:

@@ -33,7 +33,8 @@ def test_marks_tell_apart_what_colours_would():
     ]
 
 
-def test_colours_say_the_same_where_there_are_any():
+def test_colours_say_the_same_where_there_are_any(monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)  # as the gate sets it
     shown = page(PROMPT, SCORED, force_terminal=True, color_system="standard")
     assert "\x1b[32mc\x1b[0m" in shown  # scored: green
     assert "\x1b[1;36m⟦<s>⟧\x1b[0m" in shown  # control tokens
