@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx_lm
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models import llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from mlx_dpo.policy.adapter_files import save_adapter
+from mlx_dpo.policy.adapters import attach, description
 
 SPECIAL = ("<|pad|>", "<|user|>", "<|assistant|>", "<|end|>")  # ids 0, 1, 2, 3
 END = SPECIAL.index("<|end|>")
@@ -117,3 +121,14 @@ def _config(hidden: int, tied: bool, dtype: mx.Dtype) -> dict[str, Any]:
 
 def _write_json(path: Path, entries: dict[str, Any]) -> None:
     path.write_text(json.dumps(entries, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def make_adapter(folder: Path, model: str) -> Path:
+    """An adapter of large, random weights on a checkpoint: another mind on the same model."""
+    policy = mlx_lm.load(model)[0]
+    attach(policy, rank=4, scale=8.0)
+    for path, module in policy.named_modules():
+        if path.endswith("_proj"):
+            module.lora_b = mx.random.normal(module.lora_b.shape, key=mx.random.key(2)) * 0.2
+    save_adapter(folder, policy, description(policy))
+    return folder

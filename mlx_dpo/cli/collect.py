@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mlx_dpo.conversation.collecting import Asked
     from mlx_dpo.conversation.picks import Picks
     from mlx_dpo.preferences.prompts import Prompt
+    from mlx_dpo.runs.collecting import Asking
 
 
 def _print_rubric(ctx: click.Context, parameter: click.Parameter, wanted: bool) -> None:
@@ -71,46 +72,77 @@ def collect(  # noqa: PLR0913 (one argument for each flag)
     automatic = reward is not None or judge is not None
     _refuse_idle(automatic, web, port, prompts)
 
-    from mlx_dpo.conversation.collecting import Asked
-    from mlx_dpo.conversation.picks import Picks
-    from mlx_dpo.preferences.prompts import read_prompts, with_system
-    from mlx_dpo.runs.collecting import CHUNK, CHUNK_OF_A_PERSON, Asking, open_voices, sampler
+    from mlx_dpo.runs.collecting import Asking
     from mlx_dpo.runs.judges import check_judge, open_judge
 
     asking = Asking(answers=answers, samplings=samplings(settings))
     asking.check(max(1, len(runs)))
     check_judge(reward, judge, rubric)
-    picks = Picks(Path(output).expanduser())
-    for note in picks.notes:
-        click.echo(note, err=True)
-    asked_for = [] if prompts is None else read_prompts(prompts)
+    picks = _open_picks(output)
+    asked_for = _read(prompts)
     decides = open_judge(reward, judge, rubric) if automatic else None
-    voices = open_voices(runs, model)
-    seed = asking.samplings[0].seed or 0
-    asked = Asked(
-        with_system(asked_for, voices[0].system),
-        picks,
-        sampler(voices, asking),
-        chunk=CHUNK if automatic else CHUNK_OF_A_PERSON,
-        seed=seed,
-    )
-    for voice in voices:
-        for note in voice.base.notes:
-            click.echo(note, err=True)
+    asked = _open(runs, model, asked_for, picks, asking, automatic=automatic)
     _say_state(asked)
     if decides is not None:
         from mlx_dpo.runs.collecting import judge_all
 
         _watch(asked, (pick.passed for _, pick in judge_all(asked, decides)))
-    elif web and asked.left:
+    else:
+        _ask_a_person(asked, web=web, port=port, typed=prompts is None)
+    _say_end(picks)
+
+
+def _open_picks(output: str) -> "Picks":
+    from mlx_dpo.conversation.picks import Picks
+
+    picks = Picks(Path(output).expanduser())
+    for note in picks.notes:
+        click.echo(note, err=True)
+    return picks
+
+
+def _read(prompts: str | None) -> "list[Prompt]":
+    from mlx_dpo.preferences.prompts import read_prompts
+
+    return [] if prompts is None else read_prompts(prompts)
+
+
+def _open(
+    runs: tuple[str, ...],
+    model: str | None,
+    asked_for: "list[Prompt]",
+    picks: "Picks",
+    asking: "Asking",
+    *,
+    automatic: bool,
+) -> "Asked":
+    """The prompts and who answers them; says what was done to the weights."""
+    from mlx_dpo.conversation.collecting import Asked
+    from mlx_dpo.preferences.prompts import with_system
+    from mlx_dpo.runs.collecting import CHUNK, CHUNK_OF_A_PERSON, open_voices, sampler
+
+    voices = open_voices(runs, model)
+    for voice in voices:
+        for note in voice.base.notes:
+            click.echo(note, err=True)
+    return Asked(
+        with_system(asked_for, voices[0].system),
+        picks,
+        sampler(voices, asking),
+        chunk=CHUNK if automatic else CHUNK_OF_A_PERSON,
+        seed=asking.samplings[0].seed or 0,
+    )
+
+
+def _ask_a_person(asked: "Asked", *, web: bool, port: int | None, typed: bool) -> None:
+    if not web:
+        from mlx_dpo.cli._collect_terminal import at_terminal
+
+        at_terminal(asked, typed=_typed if typed else None)
+    elif asked.left:
         from mlx_dpo.cli._collect_web import in_browser
 
         in_browser(asked, port or 0)
-    elif not web:
-        from mlx_dpo.cli._collect_terminal import at_terminal
-
-        at_terminal(asked, typed=None if prompts is not None else _typed)
-    _say_end(picks)
 
 
 def _refuse_idle(automatic: bool, web: bool, port: int | None, prompts: str | None) -> None:
@@ -158,7 +190,8 @@ def _say_end(picks: "Picks") -> None:
     from mlx_dpo.cli import program
     from mlx_dpo.runs.collecting import counted
 
-    counts = ", ".join(f"{count:,} {what}" for what, count in counted(picks))
-    click.echo(f"{picks.path}: {counts}")
-    if picks.count(picks.pairs):
+    (_, pairs), *passed = counted(picks)
+    counts = [f"{pairs:,} pair{'s' * (pairs != 1)}", *(f"{count:,} {why}" for why, count in passed)]
+    click.echo(f"{picks.path}: {', '.join(counts)}")
+    if pairs:
         click.echo(f"Train on them: {program()} train {picks.path} --model … --output …")

@@ -11,11 +11,10 @@ from click.testing import CliRunner
 from mlx_dpo import DPOConfig
 from mlx_dpo.cli import cli
 from mlx_dpo.conversation.chat import Chat
-from mlx_dpo.policy.adapter_files import content_digest, load_adapter, save_adapter
-from mlx_dpo.policy.adapters import attach, description
+from mlx_dpo.policy.adapter_files import content_digest, load_adapter
 from mlx_dpo.policy.sampling import Sampling
 from mlx_dpo.runs.inputs import read_inputs
-from tests.checkpoints import END, make_checkpoint
+from tests.checkpoints import END, make_adapter, make_checkpoint
 from tests.cli.terminal import Session
 
 GREEDY = ("--temperature", "0")
@@ -38,14 +37,7 @@ def endless(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def adapter(model, tmp_path_factory):
-    """Another mind on the same model."""
-    folder, policy = tmp_path_factory.mktemp("adapter"), mlx_lm.load(model)[0]
-    attach(policy, rank=4, scale=8.0)
-    for path, module in policy.named_modules():
-        if path.endswith("_proj"):
-            module.lora_b = mx.random.normal(module.lora_b.shape, key=mx.random.key(2)) * 0.2
-    save_adapter(folder, policy, description(policy))
-    return str(folder)
+    return str(make_adapter(tmp_path_factory.mktemp("adapter"), model))
 
 
 def answers(model, questions, tokens=6, adapter=None):

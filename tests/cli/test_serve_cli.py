@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from http.client import HTTPConnection
 from pathlib import Path
 
-import mlx.core as mx
 import mlx_lm
 import openai
 import pytest
@@ -19,10 +18,9 @@ from click.testing import CliRunner
 
 from mlx_dpo.cli import cli
 from mlx_dpo.conversation.chat import Chat
-from mlx_dpo.policy.adapter_files import load_adapter, save_adapter
-from mlx_dpo.policy.adapters import attach, description
+from mlx_dpo.policy.adapter_files import load_adapter
 from mlx_dpo.policy.sampling import Sampling
-from tests.checkpoints import make_checkpoint
+from tests.checkpoints import make_adapter, make_checkpoint
 
 TOKENS = 8
 QUESTIONS = ("Where is the cat?", "Is it here?", "no")
@@ -35,14 +33,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def adapter(model, tmp_path_factory):
-    """Another mind on the same model."""
-    folder, policy = tmp_path_factory.mktemp("adapter"), mlx_lm.load(model)[0]
-    attach(policy, rank=4, scale=8.0)
-    for path, module in policy.named_modules():
-        if path.endswith("_proj"):
-            module.lora_b = mx.random.normal(module.lora_b.shape, key=mx.random.key(2)) * 0.2
-    save_adapter(folder, policy, description(policy))
-    return str(folder)
+    return str(make_adapter(tmp_path_factory.mktemp("adapter"), model))
 
 
 @contextmanager

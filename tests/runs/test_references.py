@@ -17,21 +17,7 @@ from mlx_dpo.policy.scoring import score_pairs
 from mlx_dpo.preferences.batches import PassLimit, step_indices
 from mlx_dpo.runs import other_reference, training
 from tests.checkpoints import make_checkpoint
-
-
-def train(config, *, resume=False, stop_after=None):
-    with Run(config, resume=resume) as run:
-        run.prepare()
-        rows = []
-        for row in run.train():
-            rows.append(row)
-            if row["step"] == stop_after:
-                run.request_stop()
-    return run, rows
-
-
-def weights(config):
-    return mx.load(f"{config.output}/adapters.safetensors")
+from tests.runs.trained import train, weights
 
 
 def same(a, b):

@@ -13,23 +13,9 @@ from mlx_dpo.policy import adapters
 from mlx_dpo.reporting.rows import read_rows
 from mlx_dpo.runs.paths import RunPaths, claimed
 from mlx_dpo.runs.record import reference_provenance
+from tests.runs.trained import train, weights
 
 TOKENS = mx.array([[1, 40, 41, 42, 3, 2]])
-
-
-def train(config, *, resume=False, stop_after=None):
-    with Run(config, resume=resume) as run:
-        run.prepare()
-        rows = []
-        for row in run.train():
-            rows.append(row)
-            if row["step"] == stop_after:
-                run.request_stop()
-    return run, rows
-
-
-def weights(config):
-    return mx.load(f"{config.output}/adapters.safetensors")
 
 
 def comparable(rows):
