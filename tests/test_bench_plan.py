@@ -21,10 +21,16 @@ def name(case):
 
 @pytest.mark.parametrize("case", SMALL, ids=name)
 def test_planned_memory_is_what_a_step_takes(case):
-    """By the median of three: on a CPU how far MLX runs ahead depends on time."""
-    found = [compare(case) for _ in range(3)]
-    assert median(one.ratio for one in found) == pytest.approx(1, abs=0.15)
-    assert median(one.ratio_beyond for one in found) == pytest.approx(1, abs=0.15)
+    """By the median of three: on a CPU how far MLX runs ahead depends on time.
+
+    It lies between the first two, which decide where both are near.
+    """
+    near = pytest.approx(1, abs=0.15)
+    found = [compare(case) for _ in range(2)]
+    if not all(one.ratio == near and one.ratio_beyond == near for one in found):
+        found.append(compare(case))
+    assert median(one.ratio for one in found) == near
+    assert median(one.ratio_beyond for one in found) == near
 
 
 @pytest.mark.slow

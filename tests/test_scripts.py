@@ -32,6 +32,10 @@ PYTHON = """#!/bin/sh
 exec "{python}" -c 'import sys; {before}; exec(sys.stdin.read())'
 """
 OLD = "sys.version_info = (3, 9, 1)"
+PYTEST = """import os, sys
+print("pytest", *sys.argv[1:])
+print("threads", os.environ.get("OPENBLAS_NUM_THREADS"), flush=True)
+"""
 WITHOUT_VENV = 'sys.modules["ensurepip"] = None'
 
 
@@ -221,7 +225,7 @@ def gate(checkout):
     for name in ("ruff", "mypy", "lint-imports"):
         checkout.tool(tools / name, f'#!/bin/sh\necho "{name}" "$@"\n')
     [site] = checkout.root.glob(".venv/lib/python*/site-packages")
-    (site / "pytest.py").write_text("import sys\nprint('pytest', *sys.argv[1:], flush=True)\n")
+    (site / "pytest.py").write_text(PYTEST)
     return checkout
 
 
@@ -233,8 +237,13 @@ def test_the_gate_is_five_named_steps(gate):
         *("", "== ruff check", "ruff check ."),
         *("", "== mypy", "mypy"),
         *("", "== lint-imports", "lint-imports"),
-        *("", "== pytest", "pytest --cov", ""),
+        *("", "== pytest", "pytest -n 2 --dist loadfile", "threads 1", ""),
     ]
+
+
+def test_threads_of_blas_that_were_asked_for_are_those_of_the_gate(gate):
+    done = gate.run("scripts/test", OPENBLAS_NUM_THREADS="4")
+    assert done.stdout.endswith("threads 4\n")
 
 
 def test_the_gate_stops_at_the_first_failure(gate):
@@ -254,4 +263,4 @@ def test_a_failing_pytest_fails_the_gate(gate):
 
 def test_arguments_run_pytest_alone(gate):
     done = gate.run("scripts/test", "-k", "logps or losses")
-    assert done.stdout == "pytest -k logps or losses\n"
+    assert done.stdout == "pytest -k logps or losses\nthreads None\n"

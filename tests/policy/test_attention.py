@@ -1,6 +1,7 @@
 """Chunked attention against MLX's own: values, gradients, memory, and when it stays out."""
 
 import math
+from statistics import median
 
 import mlx.core as mx
 import pytest
@@ -118,11 +119,11 @@ def test_nothing_is_kept_that_grows_with_the_square_of_the_length():
         mx.eval(arrays)
         before = mx.get_active_memory()
         peaks = []
-        for _ in range(3):  # how far MLX runs ahead differs from time to time
+        for _ in range(5):  # how far MLX runs ahead differs from time to time
             mx.reset_peak_memory()
             mx.eval(function(arrays))
             peaks.append(mx.get_peak_memory() - before)
-        return min(peaks)
+        return median(peaks)
 
     def forward(arrays):
         return attend(*arrays, "causal")

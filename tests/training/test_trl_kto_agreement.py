@@ -54,11 +54,16 @@ def rows(golden):
     ]
 
 
+@pytest.fixture(scope="module")
+def reference(rows):
+    policy = load_base(str(trl.MODEL), dtype="float32").model
+    return score_pairs(policy, rows, limit=PassLimit(pairs=16))
+
+
 @pytest.fixture(scope="module", params=[16, 6], ids=["a step a pass", "six rows a pass"])
-def beside(request, golden, rows):
+def beside(request, golden, rows, reference):
     settings = golden["settings"]
     policy = load_base(str(trl.MODEL), dtype="float32").model
-    reference = score_pairs(policy, rows, limit=PassLimit(pairs=16))
     scale = settings["lora_alpha"] / settings["lora_r"]
     adapters.attach(policy, rank=settings["lora_r"], scale=scale)
     modules = adapters.adapted_modules(policy)
