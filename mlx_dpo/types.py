@@ -118,6 +118,8 @@ class PreferenceMetrics(NamedTuple):
     accuracies: float
     chosen_logps: float | None
     rejected_logps: float | None
+    chosen_tokens: float | None = None  # that are scored
+    rejected_tokens: float | None = None
     kl: float | None = None  # nats, of labelled rows: KTO's estimate
     # Between how much longer chosen is than rejected and the margin; None if one does not vary.
     length_correlation: float | None = None

@@ -18,6 +18,7 @@ COMMANDS = (
     "plan",
     "losses",
     "train",
+    "report",
     "eval",
     "chat",
     "compare",

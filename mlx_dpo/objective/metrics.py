@@ -21,6 +21,8 @@ NAMES = {
     "accuracies": "rewards/accuracies",
     "chosen_logps": "logps/chosen",
     "rejected_logps": "logps/rejected",
+    "chosen_tokens": "lengths/chosen",
+    "rejected_tokens": "lengths/rejected",
     "kl": "kl",
     "length_correlation": "length_correlation",
 }
@@ -44,7 +46,7 @@ def summarise(of: PairOutcomes, *, labelled: bool = False) -> PreferenceMetrics:
     """
     if labelled:
         return _summarise_labelled(of)
-    margins = of.chosen_rewards - of.rejected_rewards
+    margins, facts = of.chosen_rewards - of.rejected_rewards, of.scored.facts
     means = mx.stack(
         [
             of.losses.mean(),
@@ -54,9 +56,10 @@ def summarise(of: PairOutcomes, *, labelled: bool = False) -> PreferenceMetrics:
             (of.chosen_rewards > of.rejected_rewards).astype(mx.float32).mean(),
             of.scored.policy.chosen.mean(),
             of.scored.policy.rejected.mean(),
+            facts.chosen_tokens.mean(),
+            facts.rejected_tokens.mean(),
         ]
     )
-    facts = of.scored.facts
     correlation = _correlation(facts.chosen_tokens - facts.rejected_tokens, margins)
     return PreferenceMetrics(*means.tolist(), length_correlation=correlation)  # type: ignore[misc]
 
@@ -70,7 +73,7 @@ def _correlation(a: mx.array, b: mx.array) -> float | None:
 
 def _summarise_labelled(of: PairOutcomes) -> PreferenceMetrics:
     rewards, logps = of.chosen_rewards, of.scored.policy.chosen
-    good = of.scored.facts.desirable
+    good, tokens = of.scored.facts.desirable, of.scored.facts.chosen_tokens
     moved = mx.maximum(of.rejected_rewards.mean(), 0)  # beta times the estimate of the KL
     ratios = of.scored.policy.rejected - of.scored.reference.rejected
     right = mx.where(good, rewards > moved, rewards < moved).astype(mx.float32)
@@ -83,6 +86,8 @@ def _summarise_labelled(of: PairOutcomes) -> PreferenceMetrics:
         accuracies=scalar(right.mean()),
         chosen_logps=_mean(logps, good),
         rejected_logps=_mean(logps, ~good),
+        chosen_tokens=_mean(tokens, good),
+        rejected_tokens=_mean(tokens, ~good),
         kl=max(0.0, scalar(ratios.mean())),
     )
 

@@ -40,12 +40,10 @@ class Objective(LossSettings):
         beta times the log-ratio of the chosen and of the rejected completion; for losses
         without a reference, times the log-probability, or its average over tokens.
         """
-        kinds = [kind.rewards for kind in self.loss_kinds if kind.rewards]
-        of = kinds[0] if kinds else "log-probability"
         logps = scored.policy
-        if of == "log-ratio":
+        if self.rewarded == "log-ratio":
             logps = log_ratios(scored.policy, scored.reference)
-        if of == "average log-probability":
+        if self.rewarded == "average log-probability":
             logps = averages(logps, scored.facts)
         return self.loss_beta * logps.chosen, self.loss_beta * logps.rejected
 

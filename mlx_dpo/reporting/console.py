@@ -24,6 +24,8 @@ CLOSING = (
     ("log-prob of rejected", "eval_logps/rejected"),
 )
 
+BAR = 12  # cells: at 80 there is room for the figures that matter most
+
 
 def make_console() -> Console:
     """Standard output; colours and live drawing only on a terminal that wants them."""
@@ -64,13 +66,19 @@ def evaluation_line(row: Row) -> str:
     )
 
 
+def closing(row: Row) -> dict[str, str]:
+    """The means of an evaluation, as a person reads them."""
+    forms = {"accuracy": ".1%"}
+    return {label: _figure(row, name, forms.get(label, ".4f")) for label, name in CLOSING}
+
+
 def closing_table(row: Row, *, title: str) -> Table:
     """The means of an evaluation."""
     table = Table(title=title, title_justify="left", show_header=False, box=SIMPLE)
     table.add_column()
     table.add_column(justify="right")
-    for label, name in CLOSING:
-        table.add_row(label, _figure(row, name, ".1%" if label == "accuracy" else ".4f"))
+    for label, value in closing(row).items():
+        table.add_row(label, value)
     return table
 
 
@@ -101,23 +109,29 @@ class Lines:
 
 
 class Bar:
-    """A live bar with the figures of the last step beside it."""
+    """A live bar with the figures of the last step beside it, as many as there is room for."""
 
     def __init__(self, progress: Progress, total: int, done: int) -> None:
         self.progress = progress
         self.task = progress.add_task("steps", total=total, completed=done, figures="")
+        self.beside = len(f"steps {total}/{total} -:--:-- ") + BAR + 2
 
     def show(self, row: Row) -> None:
         """Move the bar, or print an evaluation above it."""
         if "eval_loss" in row:
             self.progress.console.print(evaluation_line(row))
             return
-        figures = (
-            f"loss {row['loss']:.4f}  margin {_figure(row, 'rewards/margins', '+.3f')}  "
-            f"accuracy {row['rewards/accuracies']:.0%}  {row['tokens_per_second']:,.0f} tok/s  "
-            f"{row['peak_memory_gb']:.2f} GB"
-        )
-        self.progress.update(self.task, completed=row["step"], figures=figures)
+        figures = [
+            f"loss {row['loss']:.4f}",
+            f"margin {_figure(row, 'rewards/margins', '+.3f')}",
+            f"accuracy {row['rewards/accuracies']:.0%}",
+            f"{row['tokens_per_second']:,.0f} tok/s",
+            f"{row['peak_memory_gb']:.2f} GB",
+        ]
+        room = self.progress.console.width - self.beside  # of now: windows are resized
+        while len(figures) > 1 and len("  ".join(figures)) > room:
+            figures.pop()
+        self.progress.update(self.task, completed=row["step"], figures="  ".join(figures))
 
 
 @contextmanager
@@ -157,7 +171,7 @@ def _columns(total: int | None) -> list[ProgressColumn]:
     counted = "{task.completed}" if total is None else "{task.completed}/{task.total}"
     return [
         TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
+        BarColumn(bar_width=BAR),
         TextColumn(counted),
         TimeRemainingColumn(),
     ]

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import NamedTuple
 
+from mlx_dpo.reporting.document import document
 from mlx_dpo.reporting.shades import END, LEGEND, shade
 
 STYLE = """
@@ -22,7 +23,6 @@ figure p { margin: .3rem 0 0; white-space: pre-wrap; overflow-wrap: anywhere; }
 table { border-collapse: collapse; margin-top: 2.5rem; }
 th, td { padding: .2rem .9rem .2rem 0; text-align: right; } th:first-child { text-align: left; }
 """
-POLICY = "default-src 'none'; style-src 'unsafe-inline'"  # for browsers: load nothing, run nothing
 
 
 class Answer(NamedTuple):
@@ -50,14 +50,8 @@ def page(table: Table) -> str:
         for prompt, row in zip(table.prompts, table.rows, strict=True)
     )
     notes = "".join(f'<p class="note">{escape(note)}</p>\n' for note in table.notes)
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(table.title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
-        f'<h1>{escape(table.title)}</h1>\n{notes}<p class="note">{escape(LEGEND)}</p>\n'
-        f"{rows}{_figures(table)}</body>\n</html>\n"
-    )
+    legend = f'<p class="note">{escape(LEGEND)}</p>\n'
+    return document(table.title, STYLE, notes + legend + rows + _figures(table))
 
 
 def _prompt(turns: Sequence[tuple[str, str]]) -> str:

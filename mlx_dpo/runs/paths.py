@@ -74,6 +74,20 @@ def read_record(paths: RunPaths) -> dict[str, Any] | None:
     return dict(record)
 
 
+def known_run(folder: str) -> tuple[RunPaths, dict[str, Any]]:
+    """The files of a run that was begun, and its record.
+
+    Raises:
+        RunError: the folder is no run folder.
+    """
+    paths = RunPaths(Path(folder).expanduser())
+    record = read_record(paths)
+    if record is None:
+        there = "no `run.json` in it" if paths.folder.is_dir() else "no such folder"
+        raise RunError(f"{folder}: not a run folder ({there}); train one with `mlx-dpo train`")
+    return paths, record
+
+
 def refuse_foreign_folder(paths: RunPaths) -> None:
     """Leave folders alone that hold something else.
 

@@ -11,7 +11,7 @@ from mlx_dpo.policy import adapters
 from mlx_dpo.policy.adapter_files import content_digest, load_adapter
 from mlx_dpo.policy.load import Base, fingerprint, load_base, tokenizer_fingerprint
 from mlx_dpo.runs.inputs import read_base
-from mlx_dpo.runs.paths import RunPaths, read_record
+from mlx_dpo.runs.paths import RunPaths, known_run
 from mlx_dpo.runs.record import check_contents
 from mlx_dpo.training import checkpoint
 
@@ -48,11 +48,7 @@ def open_run(folder: str) -> Opened:
     Raises:
         RunError: the folder is no run folder, or holds no adapters yet.
     """
-    paths = RunPaths(Path(folder).expanduser())
-    record = read_record(paths)
-    if record is None:
-        there = "no `run.json` in it" if paths.folder.is_dir() else "no such folder"
-        raise RunError(f"{folder}: not a run folder ({there}); train one with `mlx-dpo train`")
+    paths, record = known_run(folder)
     adapter = paths.folder
     if record["state"] != "finished":
         last = checkpoint.latest(paths.checkpoints)

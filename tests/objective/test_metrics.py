@@ -74,10 +74,20 @@ def test_public_names_are_those_of_trl():
     assert set(step_row(step)) == {
         "step", "epoch", "loss", "grad_norm", "learning_rate", "num_tokens", "padding_share",
         "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
-        "logps/chosen", "logps/rejected",
+        "logps/chosen", "logps/rejected", "lengths/chosen", "lengths/rejected",
     }  # fmt: skip
     assert step_row(step)["logps/rejected"] == metrics.rejected_logps
     assert named(metrics, prefix="eval_")["eval_rewards/accuracies"] == 0.5
+
+
+def test_lengths_of_labelled_rows_are_those_of_each_kind():
+    """The second of `chosen` and `rejected` is what the row was mismatched with: not meant."""
+    rows = [((2,) * 4, True), ((2,) * 2, True), ((2,) * 7, False)]
+    facts = facts_of([TokenizedPair((1,), t, (9,) * 5, desirable=good) for t, good in rows])
+    nothing = mx.zeros((3,))
+    scored = Scored(PairLogps(nothing, nothing), PairLogps(nothing, nothing), facts, nothing)
+    found = named(summarise(PairOutcomes(nothing, scored, nothing, nothing), labelled=True))
+    assert (found["lengths/chosen"], found["lengths/rejected"]) == (3.0, 7.0)
 
 
 def labelled(desirable):
@@ -116,5 +126,8 @@ def test_the_margin_is_correlated_with_how_much_longer_chosen_is():
     scored = Scored(PairLogps(chosen, zeros), PairLogps(zeros, zeros), facts, zeros)
     found = summarise(PairOutcomes(zeros, scored, chosen, zeros))
     assert found.length_correlation == pytest.approx(2 / 16**0.5)
-    same = scored._replace(facts=facts_of([TokenizedPair((1,), (2,), (3,))] * 3))
-    assert summarise(PairOutcomes(zeros, same, chosen, zeros)).length_correlation is None
+    assert (found.chosen_tokens, found.rejected_tokens) == (2.0, 2.0)
+    same = scored._replace(facts=facts_of([TokenizedPair((1,), (2,), (3, 3, 3))] * 3))
+    found = summarise(PairOutcomes(zeros, same, chosen, zeros))
+    assert (found.chosen_tokens, found.rejected_tokens) == (1.0, 3.0)
+    assert found.length_correlation is None

@@ -1,5 +1,6 @@
 import io
 
+import pytest
 from rich.console import Console
 
 from mlx_dpo.reporting.console import (
@@ -60,6 +61,20 @@ def test_a_terminal_gets_a_bar_that_goes_on_where_the_run_does():
     assert "2/4" in drawn
     assert "loss 0.6931" in drawn
     assert "held out after step 2" in drawn
+
+
+@pytest.mark.parametrize(
+    ("width", "last"),
+    [(60, "loss 0.6931"), (80, "accuracy 50%"), (99, "1,234 tok/s"), (100, "1.25 GB")],
+)
+def test_the_bar_shows_the_figures_that_there_is_room_for_and_cuts_none(width, last):
+    console = terminal()
+    console.width = width
+    with showing_steps(console, total=9999, done=0, every=1) as steps:
+        steps.show(STEP)
+    drawn = console.file.getvalue().rpartition("steps ")[2]
+    assert "…" not in drawn and "2/9999 -:--:-- loss 0.6931" in drawn
+    assert drawn.partition("\n")[0].rstrip().endswith(last)
 
 
 def test_facts_are_lines_in_a_pipe_and_keep_brackets():

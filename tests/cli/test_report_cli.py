@@ -1,0 +1,119 @@
+"""`mlx-dpo report`: what a person sees of one run, of several, and of one that is going on."""
+
+import json
+import re
+import shutil
+
+import pytest
+from click.testing import CliRunner
+
+from mlx_dpo import DPOConfig
+from mlx_dpo.cli import cli
+from mlx_dpo.reporting.rows import read_rows
+from mlx_dpo.runs.reports import names_of
+from tests.checkpoints import make_checkpoint
+from tests.runs.trained import train
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two finished runs of eight steps, `a/run` and `b/run`, and `going/on`, which was stopped."""
+    folder = tmp_path_factory.mktemp("runs")
+    rows = [{"prompt": f"Is {i}?", "chosen": f"It is {i}.", "rejected": "no"} for i in range(16)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    base = make_checkpoint(folder / "base")
+    for name, rate, stop in (("a/run", 1e-3, None), ("b/run", 3e-3, None), ("going/on", 1e-3, 3)):
+        config = DPOConfig(
+            model=str(base), pairs=(str(folder / "pairs.jsonl"),), output=str(folder / name),
+            valid_fraction=0.25, batch_size=3, epochs=2, eval_steps=2, learning_rate=rate,
+        )  # fmt: skip
+        train(config, stop_after=stop)
+    return folder
+
+
+@pytest.fixture
+def there(runs, monkeypatch):
+    monkeypatch.chdir(runs)
+    return runs
+
+
+def call(*words):
+    return CliRunner().invoke(cli, ["report", *words])
+
+
+def test_the_figures_of_a_run_are_printed_and_its_page_and_picture_lie_in_it(there):
+    done = call("a/run")
+    assert done.exit_code == 0, done.output
+    last = [row for row in read_rows(there / "a/run/metrics.jsonl") if "eval_loss" in row][-1]
+    said = dict(re.findall(r"^  (\w[\w -]*?)  +(\S+)  $", done.stdout, re.MULTILINE))
+    assert said["step"] == "8" and said["loss"] == f"{last['eval_loss']:.4f}"
+    assert said["log-prob of rejected"] == f"{last['eval_logps/rejected']:.4f}"
+    assert done.stderr == "Written to a/run/report.html\nWritten to a/run/report.png\n"
+    page = (there / "a/run/report.html").read_text()
+    assert "8 of 8" in page and "12 trained on, 4 held out" in page
+    assert "learning_rate 0.001" in page and str(there) not in page
+    assert (there / "a/run/report.png").read_bytes().startswith(b"\x89PNG")
+    assert not list((there / "a/run").glob("partial*"))
+
+
+def test_several_runs_are_laid_over_each_other_with_the_settings_in_which_they_differ(there):
+    done = call("a/run", "b/run", "--output", "both")
+    assert done.exit_code == 0, done.output
+    table = [line.split() for line in done.stdout.splitlines() if line.strip()]
+    assert table[1] == ["learning_rate", "step", "loss", "accuracy", "margin"]
+    assert table[3][:3] == ["a/run", "0.001", "8"] and table[4][:3] == ["b/run", "0.003", "8"]
+    page = (there / "both/report.html").read_text()
+    assert "Loss. a/run: from 0.6931" in page and ". b/run, held out: from " in page
+
+
+def test_a_run_that_is_going_on_is_drawn_as_far_as_it_is(there):
+    done = call("going/on", "--x", "tokens", "--output", "part")
+    assert done.exit_code == 0, done.output
+    assert re.search(r"step +3 ", done.stdout)
+    assert "3 of 8, not finished" in (there / "part/report.html").read_text()
+
+
+def test_figures_are_of_the_adapters_that_were_kept_and_warnings_are_repeated(there):
+    shutil.copytree(there / "a/run", there / "kept")
+    record = json.loads((there / "kept/run.json").read_text())
+    changed = {
+        "kept": {"step": 4, "eval_loss": 0.125},
+        "evaluation": {"eval_loss": 0.125},
+        "warnings": ["it <fell>"],
+    }
+    (there / "kept/run.json").write_text(json.dumps(record | changed))
+    done = call("kept")
+    assert re.search(r"loss +0\.1250 ", done.stdout)
+    page = (there / "kept/report.html").read_text()
+    assert (
+        "8 of 8; the adapters of step 4 were kept (eval_loss 0.1250)" in page
+        and "it &lt;fell&gt;" in page
+    )
+    (there / "kept/run.json").write_text(json.dumps(record | {"stopped_early_at": 6}))
+    call("kept")
+    assert "6 of 8, then stopped early" in (there / "kept/report.html").read_text()
+
+
+def test_what_cannot_be_drawn_is_said_in_one_line_and_nothing_is_written(there):
+    (there / "new").mkdir()
+    record = json.loads((there / "a/run/run.json").read_text())
+    (there / "new/run.json").write_text(json.dumps(record))
+    for words, said in (
+        (["new", "--output", "x"], "new: no step was taken yet; there is nothing to draw"),
+        (["a/run", "base", "--output", "x"], "base: not a run folder (no `run.json` in it)"),
+        (["a/run", "b/run"], "`--output` is missing: the folder for a report of several runs"),
+        (["a/run", "b/../a/run", "--output", "x"], "a/run: is named twice"),
+        (["a/run", "--output", "pairs.jsonl"], "pairs.jsonl/report.html: cannot be written"),
+    ):
+        done = call(*words)
+        assert done.exit_code == 1 and done.output.startswith(f"Error: {said}"), done.output
+        assert done.output.count("\n") == 1 and not (there / "x").exists()
+
+
+def test_names_are_as_short_as_tells_them_apart(tmp_path):
+    def named(*places):
+        return names_of([tmp_path / place for place in places])
+
+    assert named("x/run") == ["run"]
+    assert named("x/a", "y/b") == ["a", "b"]
+    assert named("x/run", "y/run", "y/z") == ["x/run", "y/run", "y/z"]
