@@ -11,6 +11,7 @@ from typing import Any
 
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.options import Option, coerce, refuse_unknown
+from mlx_dpo.settings.elsewhere import ELSEWHERE
 from mlx_dpo.settings.evaluation import EvaluationSettings
 from mlx_dpo.settings.lora import LoRASettings
 from mlx_dpo.settings.loss import LossSettings
@@ -19,15 +20,17 @@ from mlx_dpo.settings.model import ModelSettings
 from mlx_dpo.settings.optimizer import OptimizerSettings
 from mlx_dpo.settings.pairs import PairSettings
 from mlx_dpo.settings.reference import ReferenceSettings
+from mlx_dpo.settings.reporting import ReportingSettings
 from mlx_dpo.settings.run import RunSettings
 from mlx_dpo.settings.training import PassLimit, TrainingSettings
 
-# What other trainers call by a name that is no near miss of the one here.
-NAMED_HERE = {"use_dora": "`fine_tune_type` `dora`"}
+# What names places of one machine, or is nobody else's business.
+OWN = frozenset({"pairs", "valid", "model", "revision", "reference_model", "system", "mix"})
 
 
 @dataclass(frozen=True, kw_only=True)
 class DPOConfig(  # fields come in the order of the bases, last one first
+    ReportingSettings,
     RunSettings,
     EvaluationSettings,
     TrainingSettings,
@@ -60,6 +63,7 @@ class DPOConfig(  # fields come in the order of the bases, last one first
         self.refuse_idle_pair_settings(labelled=self.labelled)
         self.refuse_idle_optimizer_settings()
         self.refuse_idle_evaluation_settings()
+        self.refuse_idle_reporting_settings()
         if self.epochs is not None and self.max_steps is not None:
             raise ConfigError("`epochs` has no effect beside `max_steps`")
         if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
@@ -129,14 +133,24 @@ class DPOConfig(  # fields come in the order of the bases, last one first
         """Build from parsed keys; ConfigError names one that is unknown or has an unfit value."""
         known = [f.name for f in fields(cls)]
         for name in values:
-            if name in NAMED_HERE:
-                raise ConfigError(f"unknown setting `{name}`; use {NAMED_HERE[name]}")
+            if name in ELSEWHERE:
+                raise ConfigError(f"unknown setting `{name}`; use {ELSEWHERE[name]}")
             refuse_unknown(str(name), known, "setting")
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for `run.json`; `from_dict` takes them back."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    def shareable(self) -> dict[str, Any]:
+        """What was set that changes the result, but for what is of this machine alone."""
+        return {
+            name: value
+            for name, value in self.to_dict().items()
+            if (known := options()[name])[1].changes_result
+            and not (known[1].path or name in OWN)
+            and getattr(self, name) != known[0]
+        }
 
     def differing(self, other: "DPOConfig") -> str | None:
         """The first setting that would change the result and differs from `other`."""

@@ -1,9 +1,11 @@
 import dataclasses
+import re
 
 import pytest
 
 from mlx_dpo.config import DPOConfig, options
 from mlx_dpo.errors import ConfigError
+from mlx_dpo.settings.elsewhere import ELSEWHERE
 from mlx_dpo.settings.training import PassLimit
 
 GIVEN = {"model": "m", "pairs": "p", "output": "o"}
@@ -255,8 +257,15 @@ def test_an_unknown_setting_names_its_neighbour(typed, meant):
 
 
 def test_another_trainers_name_is_answered_with_ours():
-    with pytest.raises(ConfigError, match=r"^unknown setting `use_dora`; use `fine_tune_type` `d"):
-        DPOConfig.from_dict({"use_dora": True})
+    with pytest.raises(ConfigError, match=r"^unknown setting `num_train_epochs`; use `epochs`$"):
+        DPOConfig.from_dict({"num_train_epochs": 3})
+
+
+def test_what_stands_for_other_trainers_names_is_there_and_none_of_them_is():
+    assert not ELSEWHERE.keys() & options().keys()
+    for name, here in ELSEWHERE.items():
+        meant = re.findall(r"`(\w+)`", here)
+        assert set(meant) <= options().keys(), name
 
 
 def test_a_setting_like_no_other_is_only_unknown():

@@ -13,6 +13,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from mlx_dpo.cli import COMMANDS, cli
+from mlx_dpo.reporting.programs import PROGRAMS
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mlx_dpo"
@@ -50,7 +51,8 @@ def test_every_library_that_is_imported_is_declared():
                 imported.add((node.module or "").split(".")[0])
     declared = {Requirement(line).name.lower() for line in PROJECT["project"]["dependencies"]}
     names = {name.replace("-", "_") for name in declared - {"pyyaml"}} | {"yaml", "mlx_dpo"}
-    assert imported - sys.stdlib_module_names == names
+    optional = {"tensorboardX", *PROGRAMS.keys() - {"tensorboard"}}
+    assert imported - sys.stdlib_module_names == names | optional
 
 
 def test_the_architecture_page_names_every_room():
@@ -87,9 +89,15 @@ def test_every_command_and_option_has_help(name):
 
 def test_every_backend_has_its_extra_and_they_exclude_each_other():
     extras = PROJECT["project"]["optional-dependencies"]
-    assert extras.keys() == {"cpu", "cuda12", "cuda13", "dev"}
+    assert extras.keys() == {"cpu", "cuda12", "cuda13", "dev"} | PROGRAMS.keys()
     [conflict] = PROJECT["tool"]["uv"]["conflicts"]
-    assert {entry["extra"] for entry in conflict} == extras.keys() - {"dev"}
+    assert {entry["extra"] for entry in conflict} == extras.keys() - {"dev"} - PROGRAMS.keys()
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_every_program_that_a_run_can_tell_has_its_extra(name):
+    wanted = PROJECT["project"]["optional-dependencies"][name]
+    assert PROGRAMS[name].library in {Requirement(line).name for line in wanted}
 
 
 def requirement(name: str, specifier: str, extra: str) -> tuple[str, str, str]:

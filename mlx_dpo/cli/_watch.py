@@ -40,19 +40,18 @@ def _watch(run: Run, awake: str | None, go_on: str) -> None:
         kept = f"; go on with: {go_on}" if begun else ": nothing was written"
         click.echo(f"\nInterrupted before the first step{kept}", err=True)
         raise SystemExit(INTERRUPTED) from None
+    warnings = _Warnings(run)
     with (
         _saving_when_asked(run) as received,
         showing_steps(
             console, total=run.total_steps, done=run.start.step, every=config.logging_steps
         ) as shown,
     ):
-        heard = len(run.warnings)  # a run that goes on has said these before
         for row in run.train():
             shown.show(row)
-            for sentence in run.warnings[heard:]:
-                # `click.echo` writes into the live bar's line where the locale is not UTF-8.
-                print(f"Warning: {sentence}", file=sys.stderr)
-            heard = len(run.warnings)
+            warnings.say()
+    run.sinks.close(whole=True)
+    warnings.say()
     if run.stopped:
         console.print(f"Stopped and saved; go on with: {go_on}")
         raise SystemExit(128 + received[0])
@@ -60,6 +59,22 @@ def _watch(run: Run, awake: str | None, go_on: str) -> None:
     if run.evaluation is not None:
         title = f"{len(run.inputs.valid):,} held-out {config.unit}"
         console.print(closing_table(run.evaluation, title=title))
+
+
+class _Warnings:
+    """What goes wrong, each thing said once; a run that goes on has said some before."""
+
+    def __init__(self, run: Run) -> None:
+        self._run, self._heard = run, len(run.warnings)
+        self._lost = 0
+
+    def say(self) -> None:
+        """Say what was not said yet."""
+        run = self._run
+        for sentence in run.warnings[self._heard :] + run.sinks.lost[self._lost :]:
+            # `click.echo` writes into the live bar's line where the locale is not UTF-8.
+            print(f"Warning: {sentence}", file=sys.stderr)
+        self._heard, self._lost = len(run.warnings), len(run.sinks.lost)
 
 
 def _prepare(run: Run, console: Console, awake: str | None) -> None:

@@ -1,6 +1,7 @@
 """`mlx-dpo train`: pairs and a model in, a run folder out."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,34 @@ import yaml
 from mlx_dpo.config import DPOConfig, options
 from mlx_dpo.errors import ConfigError, reason
 from mlx_dpo.options import Option
+from mlx_dpo.settings.elsewhere import ELSEWHERE
 
 Command = Callable[..., Any]
 
 
 class Sectioned(click.Command):
-    """A command whose help shows settings under the headings of their sections."""
+    """A command whose help shows settings under the headings of their sections, and which knows
+    by what names other trainers call them.
+    """
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse; a flag of another trainer's is told what it is here."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            here = self._here(error.option_name)
+            if here is None:
+                raise
+            said = f"No such option '{error.option_name}'; use {here}"
+            raise click.UsageError(said, ctx) from None
+
+    def _here(self, flag: str) -> str | None:
+        """What another trainer's flag is here, if this command has it."""
+        said = ELSEWHERE.get(flag.lstrip("-").replace("-", "_"), "")
+        meant = {_flag_name(name) for name in re.findall(r"`(\w+)`", said)}
+        known = {name for parameter in self.params for name in parameter.opts}
+        here = re.sub(r"`(\w+)`", lambda found: _flag_name(found[1]), said)
+        return here if here and meant <= known else None
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write them; what is no setting comes first."""
@@ -44,8 +67,12 @@ def setting_flags(wanted: Callable[[Option], bool]) -> Callable[[Command], Comma
     return with_flags
 
 
+def _flag_name(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
 def _flag(name: str, default: Any, spec: Option) -> Callable[..., Any]:
-    flag = "--" + name.replace("_", "-")
+    flag = _flag_name(name)
     show = default not in (None, (), "")
     if spec.kind is bool:
         flag = f"{flag}/--no-{flag[2:]}"
@@ -99,8 +126,8 @@ def resolve(
         ConfigError: a setting is unfit, or one that the command cannot do without is missing.
     """
     values = (read_settings(config_file) if config_file else {}) | typed_settings(ctx, flags)
-    if resume and (output := values.get("output")):
-        values = _settings_of(str(output)) | values
+    if resume:
+        values = _settings_of(values) | values
     for name, what in (("pairs", "PAIRS"), ("model", "--model"), ("output", "--output")):
         if name in flags and not values.get(name):
             raise ConfigError(f"{what} is missing; see `mlx-dpo {ctx.command.name} --help`")
@@ -118,13 +145,22 @@ def typed_settings(ctx: click.Context, flags: dict[str, Any]) -> dict[str, Any]:
 
 def _plain(name: str, value: Any) -> Any:
     spec = options()[name][1]
-    return spec.kind(value) if spec.choices and value is not None else value
+    if not spec.choices or value is None:
+        return value
+    return tuple(map(spec.kind, value)) if spec.many else spec.kind(value)
 
 
-def _settings_of(output: str) -> dict[str, Any]:
-    from mlx_dpo.runs.paths import RunPaths, read_record
+def _settings_of(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the run that is to go on, which need not be there if `values` can begin it."""
+    from mlx_dpo.runs.paths import RunPaths, known_run, read_record
 
-    record = read_record(RunPaths(Path(output)))
+    output = str(values.get("output") or "")
+    if not output:
+        raise ConfigError("--output is missing: the folder of the run that is to go on")
+    if values.get("pairs"):
+        record = read_record(RunPaths(Path(output).expanduser()))
+    else:
+        record = known_run(output)[1]
     return dict(record["settings"]) if record else {}
 
 

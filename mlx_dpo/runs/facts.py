@@ -50,6 +50,7 @@ def facts_of_training(run: "Run") -> list[Fact]:
         *_passes(run),
         ("memory", run.fitted.line()),
         ("output", run.config.output + _resumed(run)),
+        *[("told", f"{sink.name}: {sink.where}") for sink in run.sinks.open],
     ]
 
 

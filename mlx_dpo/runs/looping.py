@@ -32,6 +32,7 @@ from mlx_dpo.runs.loop_folder import (
 )
 from mlx_dpo.runs.loop_prompts import LoopPrompts, digest, read_loop_prompts
 from mlx_dpo.runs.paths import RunPaths, claimed, read_record
+from mlx_dpo.runs.sinks import check_sinks, name_there
 from mlx_dpo.runs.training import Run
 from mlx_dpo.runs.voices import Voice, open_voice, starting_voice
 from mlx_dpo.settings.lora import LoRASettings
@@ -64,6 +65,7 @@ class Loop:
                 "the reference; convert or fuse it first"
             )
         self.training(settings.rounds)  # what later rounds contradict is to be known now
+        check_sinks(config)
 
     def __enter__(self) -> Self:
         named = self.settings.prompts, self.settings.valid_prompts
@@ -155,6 +157,8 @@ class Loop:
         """
         here = self.paths.round(number)
         settings: dict[str, Any] = {"pairs": (str(here.pairs),), "output": str(here.run.folder)}
+        if self.config.named_there:
+            settings["run_name"] = f"{name_there(self.config)}-{here.folder.name}"
         if number > 1:
             known = options()
             own = [f.name for f in fields(LoRASettings) if f.name not in KEPT]

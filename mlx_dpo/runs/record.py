@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 from mlx_dpo.config import DPOConfig
@@ -13,7 +14,7 @@ from mlx_dpo.policy.adapter_files import content_digest
 from mlx_dpo.runs.inputs import Inputs
 from mlx_dpo.runs.paths import RunPaths
 
-SCORER = 1  # to be raised when the same pairs get other log-probabilities than before
+SCORER = 2  # to be raised when the same pairs get other log-probabilities than before
 
 CONTENTS = {
     "model": "the model",
@@ -37,10 +38,19 @@ def start_provenance(config: DPOConfig) -> dict[str, Any]:
 
 
 def new_record(
-    config: DPOConfig, inputs: Inputs, start: dict[str, Any], *, total_steps: int
+    config: DPOConfig,
+    inputs: Inputs,
+    start: dict[str, Any],
+    earlier: Mapping[str, Any] | None = None,
+    *,
+    total_steps: int,
 ) -> dict[str, Any]:
-    """The record of a run that is about to begin; `start` as `start_provenance` says."""
+    """The record of a run that is about to begin; `start` as `start_provenance` says.
+
+    A run that goes on keeps the id of its `earlier` record.
+    """
     return {
+        "id": (earlier or {}).get("id") or token_hex(8),
         "state": "unfinished",
         "steps": total_steps,
         "settings": config.to_dict(),
@@ -58,6 +68,13 @@ def new_record(
         "stopped_early_at": None,
         "warnings": [],
     }
+
+
+def hub_model(record: Mapping[str, Any]) -> str | None:
+    """The Hub id of the model that a run is trained on; None for a folder, whose path would mean
+    nothing elsewhere.
+    """
+    return None if record["model_folder"] else str(record["settings"]["model"])
 
 
 def _relative(model: str, output: str) -> str | None:

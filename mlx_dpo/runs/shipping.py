@@ -11,6 +11,7 @@ from mlx_dpo.policy.source import is_hub_id
 from mlx_dpo.publishing.checkpoint import Checkpoint, hub_checkpoint, local_checkpoint
 from mlx_dpo.publishing.layouts import peft_side
 from mlx_dpo.runs.policies import Opened, base_of, open_run, put_policy
+from mlx_dpo.runs.record import hub_model
 
 IN_BOTH = "loads in mlx-lm and in PEFT"
 
@@ -80,8 +81,7 @@ def hub_id_of(opened: Opened) -> str | None:
     """The Hub id of the model that a run was trained on; None for a folder, whose path would
     mean nothing elsewhere.
     """
-    settings = opened.record["settings"]
-    return None if opened.record["model_folder"] else str(settings["model"])
+    return hub_model(opened.record)
 
 
 def _add(

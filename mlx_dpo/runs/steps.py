@@ -69,11 +69,16 @@ class Steps:
                 "tokens_per_second": tokens / seconds,
                 "peak_memory_gb": mx.get_peak_memory() / 1e9,
             }
-            row = self.log.write(step_row(metrics) | speed)
+            row = self._written(step_row(metrics) | speed)
             if said := run.monitor.hear(row):
                 run.warnings += said
                 write_record(run.paths, run.record)
             yield row
+
+    def _written(self, row: Row) -> Row:
+        """Keep a row, then tell it: what is not kept is going to be told again."""
+        self.run.sinks.write(self.log.write(row))
+        return row
 
     def _due(self, every: int | None) -> bool:
         step = self.progress.step
@@ -84,7 +89,7 @@ class Steps:
         run, step = self.run, self.progress.step
         row = {"step": step, **run.evaluate()}
         run.best.judge(row, lambda folder: save_adapter(folder, run.policy, run.adapter_config))
-        return self.log.write(row)
+        return self._written(row)
 
     def _save(self) -> None:
         run = self.run

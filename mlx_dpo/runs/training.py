@@ -16,6 +16,7 @@ from mlx_dpo.policy.gated_delta import fused_gated_delta
 from mlx_dpo.policy.limits import bounded_buffers
 from mlx_dpo.preferences.batches import steps_per_epoch
 from mlx_dpo.reporting.rows import read_rows
+from mlx_dpo.reporting.sinks import Sinks
 from mlx_dpo.runs.best import Best
 from mlx_dpo.runs.fitting import settle
 from mlx_dpo.runs.inputs import CountingRows, Inputs, read_inputs, unheard
@@ -39,6 +40,7 @@ from mlx_dpo.runs.record import (
     start_provenance,
 )
 from mlx_dpo.runs.reference_cache import ask_reference
+from mlx_dpo.runs.sinks import check_sinks, open_sinks
 from mlx_dpo.runs.steps import Steps
 from mlx_dpo.runs.watching import make_monitor
 from mlx_dpo.training import checkpoint, loop
@@ -77,17 +79,20 @@ class Run:
         self.warnings: list[str] = []  # what the monitor said, before a resume as well
         self.shipped = ""  # where the adapters of a finished run load
         self.best = Best(config, self.paths)
+        self.sinks = Sinks()  # other programs that are told the rows
         self._open = ExitStack()
         self.stop_requested = False
 
     def __enter__(self) -> Self:
+        check_sinks(self.config)
         refuse_foreign_folder(self.paths)
         with ExitStack() as stack:
             stack.enter_context(claimed(self.paths))
             stack.enter_context(bounded_buffers())
-            self._earlier = read_record(self.paths)
-            if self._earlier is not None:
-                check_resumable(self.paths, self._earlier, self.config, resume=self.resume)
+            stack.push(lambda kind, error, trace: self.sinks.close(whole=kind is None))
+            self.earlier = read_record(self.paths)
+            if self.earlier is not None:
+                check_resumable(self.paths, self.earlier, self.config, resume=self.resume)
             self._open = stack.pop_all()
         return self
 
@@ -118,9 +123,11 @@ class Run:
             total_steps=self.total_steps,
             held_out=len(self.inputs.valid),
         )
-        self.record = new_record(self.config, self.inputs, start, total_steps=self.total_steps)
-        if self._earlier is not None:
-            check_contents(self.paths, self._earlier, self.record["provenance"])
+        self.record = new_record(
+            self.config, self.inputs, start, self.earlier, total_steps=self.total_steps
+        )
+        if self.earlier is not None:
+            check_contents(self.paths, self.earlier, self.record["provenance"])
 
     def attach(self) -> None:
         """Make the base a policy, choose how pairs are scored and passed, and begin the record.
@@ -134,7 +141,7 @@ class Run:
         self._open.enter_context(fused_gated_delta(self.policy))
         self.adapter_config = attach_adapters(self.inputs.base, self.config)
         self.choice = choose_scorer(self.inputs.base, self.config)
-        self.fitted = settle(self.inputs, self.config, self.choice, self._earlier, self.force)
+        self.fitted = settle(self.inputs, self.config, self.choice, self.earlier, self.force)
         self.record["settled"] = self.fitted.settled()
         if self.fitted.config.recompute and not self.config.recompute:
             self.choice = choose_scorer(self.inputs.base, self.fitted.config)
@@ -172,7 +179,11 @@ class Run:
         return logps
 
     def restore(self) -> None:
-        """Begin where the last checkpoint is, if there is one."""
+        """Begin where the last checkpoint is, if there is one, and tell other programs so.
+
+        Raises:
+            ConfigError: one of them cannot be told.
+        """
         self.optimizer = make_optimizer(self.policy, self.config)
         self.start = loop.Progress()
         self.moving = make_moving(self.policy, self.config, self.choice)
@@ -184,6 +195,7 @@ class Run:
         self.warnings = [sentence for row in rows for sentence in self.monitor.hear(row)]
         self.record["warnings"] = self.warnings
         write_record(self.paths, self.record)
+        open_sinks(self, rows)
 
     def prepare(self, progress: Heard = lambda scored: None) -> None:
         """All of it; afterwards `train` can begin."""

@@ -358,3 +358,32 @@ def test_help_shows_every_setting_once_under_its_section():
         flag = "--" + name.replace("_", "-")
         lines = [line for line in shown.splitlines() if line.lstrip().startswith(f"{flag} ")]
         assert len(lines) == (name != "pairs"), name
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("train", "x", "--num-train-epochs", "3"), "'--num-train-epochs'; use --epochs"),
+        (("train", "x", "--use_dora"), "'--use_dora'; use --fine-tune-type dora"),
+        (("train", "x", "--lerning-rate", "1"), "'--lerning-rate'. (Did you mean one of: '--l"),
+        # What is not here either is no help.
+        (("data", "check", "x", "--num-train-epochs", "3"), "'--num-train-epochs'."),
+    ],
+)
+def test_a_flag_of_another_trainer_is_answered_with_the_one_here(words, said):
+    done = run(*words)
+    assert done.exit_code == 2
+    assert f"Error: No such option {said}" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((), "--output is missing: the folder of the run that is to go on"),
+        (("--output", "none"), "none: not a run folder (no such folder)"),
+        (("--output", "."), ".: not a run folder (no `run.json` in it)"),
+    ],
+)
+def test_going_on_with_nothing_says_what_is_missing(tmp_path, monkeypatch, words, said):
+    monkeypatch.chdir(tmp_path)
+    assert_one_line(run("train", "--resume", *words), said)
