@@ -58,14 +58,19 @@ def fuse(run: str, output: Path, bits: str | None, **wishes: Any) -> None:
     the policy: what is left of the margin and of the adapters' change is printed, and a model that
     lost it is not kept.
     """
+    from mlx_dpo.policy.target import megabytes
     from mlx_dpo.reporting.console import make_console, print_facts
-    from mlx_dpo.runs.fusing import Wish, fuse_run
+    from mlx_dpo.runs.fusing import Wish, convert_to_gguf, fuse_run
 
     console = make_console()
     wish = Wish(bits=int(bits) if bits else None, **wishes)
     with console.status(f"Fusing {run}"):
         fused = fuse_run(run, output, wish)
     print_facts(console, facts(fused))
+    if wish.gguf is not None:
+        with console.status(f"Converting {output}"):
+            convert_to_gguf(fused, wish)
+        print_facts(console, [("gguf", f"{wish.gguf}, {megabytes(wish.gguf.stat().st_size)}")])
 
 
 def facts(fused: "Fused") -> list[tuple[str, str]]:

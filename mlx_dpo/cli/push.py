@@ -35,28 +35,43 @@ def push(
     It is one commit, so that a failure leaves nothing half-published; a second try sends what is
     missing. Log in with `hf auth login`.
     """
-    from mlx_dpo.errors import ConfigError
+    from mlx_dpo.policy.licences import CARD
     from mlx_dpo.publishing import hub
-    from mlx_dpo.runs.cards import README, card_of_run, write_card
+    from mlx_dpo.runs.cards import card_of_run, write_card
     from mlx_dpo.runs.publishing import pack
 
     folder = Path(run).expanduser()
-    if not (folder / README).is_file():
+    if not (folder / CARD).is_file():
         made, notes = card_of_run(run, name, base=base, online=not dry_run)
         write_card(folder, made, overwrite=False)
         for note in notes:
             click.echo(f"Note: {note}", err=True)
-    elif base is not None:
-        raise ConfigError(f"`--base` has no effect: {folder / README} is there already")
+    else:
+        _refuse_other_card(folder / CARD, name, base)
     parcel = pack(run, also)
     _show(parcel)
     if dry_run:
-        click.echo(f"\n{(folder / README).read_text(encoding='utf-8')}")
+        click.echo(f"\n{(folder / CARD).read_text(encoding='utf-8')}")
         click.echo(f"Nothing was sent to {name}.")
         return
     done = hub.push(parcel.files, name, message=parcel.message, public=public, overwrite=overwrite)
-    kind = "public" if public else "private"
-    click.echo(f"{done.address}{f' (new, {kind})' * done.is_new}, commit {done.commit[:12]}")
+    kind = f"{'new, ' * done.is_new}{'public' if public else 'private'}"
+    said = "has all of it already, in" if done.is_same else "has it in"
+    click.echo(f"{done.address} ({kind}) {said} commit {done.commit[:12]}")
+
+
+def _refuse_other_card(page: Path, name: str, base: str | None) -> None:
+    """See that the card that is there says what is asked for."""
+    from mlx_dpo.errors import ConfigError
+
+    text = page.read_text(encoding="utf-8")
+    if base is not None and f"base_model: {base}\n" not in text:
+        raise ConfigError(f"`--base` has no effect: {page} is there already; mend it there")
+    if "ORG/NAME" in text:
+        raise ConfigError(
+            f"{page}: it says `ORG/NAME` where `{name}` is meant; mend it, or make it anew with "
+            f"`mlx-dpo card {page.parent} --name {name} --overwrite`"
+        )
 
 
 def _show(parcel: "Parcel") -> None:

@@ -74,7 +74,10 @@ def read_adapter(folder: Path) -> Saved:
         raise ModelError(f"{path}: not an adapter description in mlx-lm's layout")
     if missing := {"rank", "scale", "dropout"} - parameters.keys():
         raise ModelError(f"{path}: missing `{min(missing)}`")
-    sizes = (parameters["rank"], float(parameters["scale"]), float(parameters["dropout"]))
+    try:
+        sizes = (int(parameters["rank"]), float(parameters["scale"]), float(parameters["dropout"]))
+    except (TypeError, ValueError):
+        raise ModelError(f"{path}: no numbers for `rank`, `scale` and `dropout`") from None
     return Saved(folder / WEIGHTS, way, read_weights(folder / WEIGHTS), *sizes)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
+from huggingface_hub import ModelCardData
 from mlx_lm import convert as mlx_convert
 
 from mlx_dpo.errors import ModelError
@@ -19,9 +20,11 @@ from mlx_dpo.policy import load
 from mlx_dpo.policy.device import number_type
 from mlx_dpo.policy.fidelity import LARGE, mean_difference, sample_ids, tolerance
 from mlx_dpo.policy.files import CONFIG, INDEX, check_files, read_json, weight_bytes
+from mlx_dpo.policy.licences import CARD, card_of, copy_licences, inherited
 from mlx_dpo.policy.logps import token_logps
 from mlx_dpo.policy.packing import Packing, packing_of
 from mlx_dpo.policy.quantise import check_quantisable, expected_bytes, left_note, quantisable
+from mlx_dpo.policy.rope import unread_rope
 from mlx_dpo.policy.source import is_hub_id, locate
 from mlx_dpo.policy.target import check_target, partial_folder, writing
 
@@ -71,7 +74,7 @@ def convert(  # noqa: PLR0913 (one argument for each option of the command)
     with partial_folder(output) as partial:
         with load.one_line(source, "cannot be converted", "take other settings"), writing(output):
             _write(path, partial, packing, trust_remote_code)
-            _tidy(partial, source, packing)
+            _tidy(path, partial, source, packing)
         written, _ = load.read_model(partial, source, trust_remote_code=trust_remote_code)
         difference, tokens = _difference(path, partial, trust_remote_code)
         if not packing.quantises:
@@ -108,19 +111,20 @@ def _write(path: Path, partial: Path, packing: Packing, trust_remote_code: bool)
         )
 
 
-def _tidy(partial: Path, source: str, packing: Packing) -> None:
-    """Say in the folder what it holds, and nothing of this machine."""
+def _tidy(path: Path, partial: Path, source: str, packing: Packing) -> None:
+    """Say in the folder what it holds and under which licence, and nothing of this machine."""
+    read = read_json(partial / CONFIG, CONFIG)
+    config = read | unread_rope(read, source)
     if packing.dtype is not None:
         # mlx-lm casts by `torch_dtype` when it converts again.
-        config = read_json(partial / CONFIG, CONFIG)
         for entries in (config, config.get("text_config") or {}):
             for key in entries.keys() & {"torch_dtype", "dtype"}:
                 entries[key] = packing.dtype
-        _write_text(partial / CONFIG, json.dumps(config, indent=4))
-    lines = ["library_name: mlx", "pipeline_tag: text-generation", "tags:", "- mlx"]
-    if is_hub_id(source):
-        lines.insert(0, f"base_model: {source}")
-    _write_text(partial / "README.md", "\n".join(["---", *lines, "---", ""]))
+    _write_text(partial / CONFIG, json.dumps(config, indent=4))
+    known = inherited(card_of(path)) | ({"base_model": source} if is_hub_id(source) else {})
+    data = ModelCardData(library_name="mlx", pipeline_tag="text-generation", tags=["mlx"], **known)
+    _write_text(partial / CARD, f"---\n{data.to_yaml()}\n---\n")
+    copy_licences(path, partial)
 
 
 def _write_text(file: Path, text: str) -> None:

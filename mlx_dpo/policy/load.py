@@ -23,6 +23,7 @@ from mlx_dpo.policy.files import (
     tokenizer_fingerprint,
 )
 from mlx_dpo.policy.quantise import quantise
+from mlx_dpo.policy.rope import rope_notes, unread_rope
 from mlx_dpo.policy.source import locate
 
 __all__ = ["Base", "fingerprint", "load_base", "locate", "tokenizer_fingerprint"]
@@ -74,10 +75,10 @@ def load_base(
     if group_size is not None and bits is None:
         raise ConfigError("`group_size` has no effect without `bits`; the model is not quantised")
     path = locate(source, revision=revision, trust_remote_code=trust_remote_code)
-    check_files(path, source, trust_remote_code=trust_remote_code)
+    entries = check_files(path, source, trust_remote_code=trust_remote_code)
+    notes = rope_notes(entries, source)
     tokenizer = read_tokenizer(path, source, trust_remote_code=trust_remote_code)
     model, config = read_model(path, source, trust_remote_code=trust_remote_code)
-    notes: tuple[str, ...] = ()
     with one_line(source):
         if dtype is not None:
             cast(model, getattr(mx, dtype))
@@ -103,7 +104,12 @@ def read_model(
         ModelError: weights and configuration do not fit each other, or cannot be read.
     """
     with one_line(source):
-        model, config = mlx_lm.load_model(path, lazy=True, trust_remote_code=trust_remote_code)
+        model, config = mlx_lm.load_model(
+            path,
+            lazy=True,
+            model_config=unread_rope(mlx_lm.load_config(path), source),
+            trust_remote_code=trust_remote_code,
+        )
     return model, config
 
 

@@ -69,6 +69,8 @@ def read(folder: Path, config: dict[str, Any]) -> Saved:
         dropout = float(config.get("lora_dropout") or 0.0)
     except (KeyError, TypeError, ValueError):
         raise ModelError(f"{where}: no numbers for `r`, `lora_alpha` and `lora_dropout`") from None
+    if rank < 1 or not math.isfinite(alpha):
+        raise ModelError(f"{where}: no adapter has `r` {rank} and `lora_alpha` {alpha:g}")
     weights = _read_weights(folder)
     tables = tuple(name for name in weights if name.endswith("lora_embedding_A"))
     if config.get("use_dora") and tables:

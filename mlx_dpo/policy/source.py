@@ -18,10 +18,12 @@ from huggingface_hub.errors import (
 )
 
 from mlx_dpo.errors import ConfigError, ModelError
+from mlx_dpo.policy.licences import CARD, TEXTS
 
-# What mlx-lm and the tokenizers read, and nothing that runs: pickles never leave the Hub.
+# What mlx-lm and the tokenizers read, what the licence says, and nothing that runs: pickles never
+# leave the Hub.
 WEIGHTS = "model*.safetensors"
-WANTED = ("*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja")
+WANTED = ("*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja", CARD, *TEXTS)
 CODE = "*.py"
 
 

@@ -4,25 +4,20 @@ Facts come in, text goes out; every program that is shown is run by a test.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from mlx_dpo.settings.loss_kinds import LOSS_KINDS, Reward
+
 CURVES = "curves.png"  # in the run folder
-MEANINGS = {
-    "eval_loss": "the loss; log 2 = 0.693 before anything is learnt",
-    "eval_rewards/accuracies": "share of pairs whose chosen answer gained more than rejected",
-    "eval_rewards/margins": "beta × how much more",
-    "eval_rewards/chosen": "beta × what the chosen answer gained over the reference, in nats",
-    "eval_rewards/rejected": "the same of the rejected answer",
-    "eval_logps/chosen": "log-probability of the whole chosen answer",
-    "eval_logps/rejected": "the same of the rejected answer",
-    "eval_kl": "estimate of the divergence from the reference, in nats",
-    "eval_length_correlation": "between how much longer chosen is and the margin; near 1 or -1: it "
-    "learnt lengths",
+FULL = "full"  # the way in which there is no adapter
+REWARDED: Mapping[Reward, str] = {
+    "log-ratio": "how much likelier the answer is than under the reference, as a log-ratio",
+    "log-probability": "the log-probability of the answer",
+    "average log-probability": "the average log-probability of a token of the answer",
 }
-PAPER = "[arXiv:2305.18290](https://arxiv.org/abs/2305.18290)"
 
 
 @dataclass(frozen=True)
@@ -44,7 +39,10 @@ class CardFacts:
     language: Any
     datasets: Sequence[str]  # Hub ids
     pairs: str  # what was trained on, as a sentence's end
-    loss: str
+    loss: str  # with its settings
+    losses: Sequence[str]  # their names
+    rewarded: Reward
+    labelled: bool
     reference: str
     adapter: str  # its kind and size
     steps: int
@@ -60,23 +58,24 @@ class CardFacts:
     warnings: Sequence[str] = ()
     samples: Sequence[Sample] = ()
     curves: bool = False
-    extra_tags: Sequence[str] = field(default_factory=tuple)
 
 
 def metadata(facts: CardFacts) -> ModelCardData:
     """The card's metadata as the Hub reads it."""
     known: dict[str, Any] = dict(facts.license)
     if facts.base_model is not None:
-        known |= {"base_model": facts.base_model, "base_model_relation": "adapter"}
+        relation = "finetune" if facts.way == FULL else "adapter"
+        known |= {"base_model": facts.base_model, "base_model_relation": relation}
     if facts.language:
         known["language"] = facts.language
     if facts.datasets:
         known["datasets"] = list(facts.datasets)
+    tags = ["dpo"] if list(facts.losses) == ["sigmoid"] else facts.losses
     # An adapter's repository cannot be loaded as a model, which tag `library_name: mlx` promises.
     return ModelCardData(
         library_name="mlx" if facts.not_in_peft else "peft",
         pipeline_tag="text-generation",
-        tags=["mlx-dpo", "mlx", facts.way, "preference-optimization", *facts.extra_tags],
+        tags=["mlx-dpo", "mlx", facts.way, "preference-optimization", *tags],
         **known,
     )
 
@@ -100,11 +99,15 @@ def card(facts: CardFacts) -> ModelCard:
     return ModelCard(f"---\n{metadata(facts).to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
 
 
-def fused_card(base_model: str | None, *, to: str, bits: int | None) -> ModelCard:
-    """The card of a model that a run was fused into: metadata, and what it is."""
-    known: dict[str, Any] = {}
+def fused_card(
+    base_model: str | None, *, to: str, bits: int | None, inherited: Mapping[str, Any]
+) -> ModelCard:
+    """The card of a model that a run was fused into: metadata, what it is `inherited` from its
+    base among it, and what it is.
+    """
+    known = dict(inherited)
     if base_model:
-        known = {"base_model": base_model, "base_model_relation": "finetune"}
+        known |= {"base_model": base_model, "base_model_relation": "finetune"}
     data = ModelCardData(
         library_name="transformers" if to == "hf" else "mlx",
         pipeline_tag="text-generation",
@@ -124,12 +127,14 @@ def _base(facts: CardFacts) -> str:
 
 def _about(facts: CardFacts) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in facts.versions.items())
+    what = "Weights" if facts.way == FULL else "An adapter"
+    aim = "answer as the good of" if facts.labelled else "prefer the chosen answers of"
     lines = [
-        f"An adapter for {_base(facts)}, trained to prefer the chosen answers of {facts.pairs}.",
+        f"{what} for {_base(facts)}, trained to {aim} {facts.pairs}.",
         "",
-        f"* Loss: {facts.loss} (preference optimization, {PAPER})",
+        f"* Loss: {facts.loss} ({'; '.join(LOSS_KINDS[name].source for name in facts.losses)})",
         f"* Reference: {facts.reference}",
-        f"* Adapter: {facts.adapter}; digest `{facts.digest[:12]}`",
+        f"* Trained: {facts.adapter}; digest `{facts.digest[:12]}`",
         f"* {facts.steps:,} steps, with {versions}",
     ]
     if facts.curves:
@@ -142,10 +147,30 @@ def _results(facts: CardFacts) -> str:
         return "None were held out, so nothing is known of unseen pairs."
     rows = [
         (f"`{name}`", f"{facts.evaluation[name]:.4f}", meaning)
-        for name, meaning in MEANINGS.items()
+        for name, meaning in _meanings(facts).items()
         if name in facts.evaluation
     ]
     return f"Means over {facts.held_out:,}.\n\n" + _table(("metric", "value", "what it is"), rows)
+
+
+def _meanings(facts: CardFacts) -> dict[str, str]:
+    """What the figures of an evaluation are."""
+    right = "pairs whose chosen answer has the larger reward"
+    if facts.labelled:
+        right = "answers whose reward lies on the side of KTO's reference point that they should"
+    start = "; log 2 = 0.693 before anything is learnt" * (list(facts.losses) == ["sigmoid"])
+    return {
+        "eval_loss": f"the loss{start}",
+        "eval_rewards/accuracies": f"share of {right}",
+        "eval_rewards/margins": "reward of the chosen answer less that of the rejected one",
+        "eval_rewards/chosen": f"reward of chosen answers: beta × {REWARDED[facts.rewarded]}",
+        "eval_rewards/rejected": "the same of rejected answers",
+        "eval_logps/chosen": "log-probability of whole chosen answers",
+        "eval_logps/rejected": "the same of rejected answers",
+        "eval_kl": "KTO's estimate of the divergence from the reference, in nats",
+        "eval_length_correlation": "between how much longer chosen is and the margin; near 1 or "
+        "-1: it learnt lengths",
+    }
 
 
 def _sample(sample: Sample) -> str:

@@ -4,8 +4,9 @@ Only named files go up, in one commit: a repository has all of them or none. Obj
 before a failure are not sent again.
 """
 
+import hashlib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,10 @@ from huggingface_hub.errors import (
     LocalTokenNotFoundError,
     RepositoryNotFoundError,
 )
+from huggingface_hub.hf_api import ModelInfo
 
 from mlx_dpo.errors import ConfigError, ModelError, reason
+from mlx_dpo.publishing.card import CURVES
 from mlx_dpo.publishing.leaks import leaks_in
 
 Files = Mapping[str, Path]  # what is to go up, by its name there
@@ -28,8 +31,11 @@ ADAPTER_FILES = (
     "adapter_config.json",
     "adapters.safetensors",
     "adapter_model.safetensors",
+    CURVES,
 )
-REFUSALS = (HTTPError, LocalTokenNotFoundError, OSError, ValueError)
+# A RuntimeError is around what a thread met, or is that of the program that packs large files.
+REFUSALS = (HTTPError, LocalTokenNotFoundError, OSError, ValueError, RuntimeError)
+NO_NAME = "no name of a repository; it is `ORG/NAME`"
 LOGIN = "log in with `hf auth login`, with a token that may write"
 
 
@@ -39,16 +45,17 @@ class Pushed:
 
     address: str
     commit: str
-    is_new: bool
+    is_new: bool  # it was made for them
+    is_same: bool  # all of them were there
 
 
-def refuse_leaks(files: Files) -> None:
+def refuse_leaks(files: Mapping[str, Path | bytes]) -> None:
     """See that nothing that must stay here is among what goes up.
 
     Raises:
         ConfigError: names every place.
     """
-    found = [leak for name, file in files.items() for leak in leaks_in(file, name)]
+    found = [leak for name, content in files.items() for leak in leaks_in(content, name)]
     if found:
         places = ", ".join(f"{leak.where} has {leak.what}" for leak in found[:5])
         more = f", and {len(found) - 5} more" * (len(found) > 5)
@@ -60,37 +67,90 @@ def push(files: Files, name: str, *, message: str, public: bool, overwrite: bool
 
     Raises:
         ConfigError: something must not leave the machine, the repository is public and
-            `public` is not set, or it has some of the files and `overwrite` is not set.
+            `public` is not set or the other way round, or it has other files of these names and
+            `overwrite` is not set.
         ModelError: the Hub refuses, or cannot be reached.
     """
-    refuse_leaks(files)
+    if name.count("/") != 1:
+        raise ConfigError(f"{name}: {NO_NAME}")
+    additions = [_addition(path, file) for path, file in files.items()]
+    refuse_leaks({one.path_in_repo: _content(one) for one in additions})
     api = HfApi()
     with _one_line(name):
-        is_new = _prepare(api, name, files, public=public, overwrite=overwrite)
-        operations = [CommitOperationAdd(path, str(file)) for path, file in files.items()]
+        there = _find_or_make(api, name, public=public)
+        is_same = there is not None and _compare(there, additions, name, overwrite=overwrite)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the card's check: about what no card needs
-            done = api.create_commit(name, operations, commit_message=message)
-    return Pushed(f"{api.endpoint}/{name}", done.oid, is_new)
+            done = api.create_commit(
+                name,
+                additions,
+                commit_message=message,
+                parent_commit=there.sha if there else None,  # nobody's work meanwhile is undone
+            )
+    return Pushed(f"{api.endpoint}/{name}", done.oid, there is None, is_same)
 
 
-def _prepare(api: HfApi, name: str, files: Files, *, public: bool, overwrite: bool) -> bool:
-    """See whether the files may go there; whether the repository was made for them."""
+def _addition(path: str, file: Path) -> CommitOperationAdd:
+    """A file as it is now, so that no other content is sent than was searched.
+
+    Weights may be large. They are named by their digest, and sent under no other.
+    """
+    if not path.endswith(".safetensors"):
+        return CommitOperationAdd(path, file.read_bytes())
+    made = CommitOperationAdd(path, str(file))
+    made.upload_info.sha256  # noqa: B018  taken once, when it is asked for first
+    return made
+
+
+def _content(addition: CommitOperationAdd) -> Path | bytes:
+    content = addition.path_or_fileobj
+    assert isinstance(content, (str, bytes))
+    return Path(content) if isinstance(content, str) else content
+
+
+def _find_or_make(api: HfApi, name: str, *, public: bool) -> ModelInfo | None:
+    """The repository that is there; None if it was made."""
     try:
-        there = api.model_info(name)
+        there = api.model_info(name, files_metadata=True)
     except RepositoryNotFoundError:
         api.create_repo(name, private=not public)
-        return True
+        return None
     if not there.private and not public:
         raise ConfigError(
             f"{name}: is public already; add --public to publish, or take another name"
         )
-    taken = sorted(files.keys() & {sibling.rfilename for sibling in there.siblings or ()})
-    if taken and not overwrite:
+    if there.private and public:
         raise ConfigError(
-            f"{name}: has `{taken[0]}` already; add --overwrite to replace it, or take another name"
+            f"{name}: is private, and `--public` makes new ones only; leave it out, or make that "
+            "one public on its page"
         )
-    return False
+    return there
+
+
+def _compare(
+    there: ModelInfo, additions: Sequence[CommitOperationAdd], name: str, *, overwrite: bool
+) -> bool:
+    """Whether the repository has all of it; refuses to replace other content unless asked."""
+    digests = {
+        one.rfilename: one.lfs.sha256 if one.lfs else one.blob_id for one in there.siblings or ()
+    }
+    here = {one.path_in_repo: _digests(one) for one in additions}
+    others = [path for path in sorted(here.keys() & digests) if digests[path] not in here[path]]
+    if others and not overwrite:
+        raise ConfigError(
+            f"{name}: has another `{others[0]}`; add --overwrite to replace it, or take another "
+            "name"
+        )
+    return not others and here.keys() <= digests.keys()
+
+
+def _digests(addition: CommitOperationAdd) -> set[str]:
+    """What the Hub may know a file by: git's digest, or that of a large file."""
+    content = addition.path_or_fileobj
+    found = {addition.upload_info.sha256.hex()}
+    if isinstance(content, bytes):
+        found.add(hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest())
+    return found
 
 
 def pull(name: str, *, revision: str | None = None) -> Path:
@@ -115,23 +175,33 @@ def _one_line(name: str) -> Iterator[None]:
     try:
         yield
     except REFUSALS as error:
-        raise ModelError(f"{name}: {_said(error)}") from error
-    except RuntimeError as error:  # around what the network said of an object
-        if not isinstance(error.__cause__, REFUSALS):
-            raise
-        raise ModelError(f"{name}: {_said(error.__cause__)}") from error
+        inner = error.__cause__
+        around = isinstance(error, RuntimeError) and isinstance(inner, REFUSALS)
+        raise ModelError(f"{name}: {_said(inner if around and inner else error)}") from error
 
 
-def _said(error: Exception) -> str:
+def _said(error: BaseException) -> str:
     if isinstance(error, HFValidationError):
-        return "no name of a repository; it is `ORG/NAME`"
+        return NO_NAME
     if isinstance(error, RepositoryNotFoundError):
         return f"the Hub has no such repository for you; check the name, or {LOGIN}"
     if isinstance(error, HfHubHTTPError):
-        code = error.response.status_code
-        if code in (401, 403):
-            return f"the Hub refuses ({code}); {LOGIN}, and look whether you may write there"
-        return f"the Hub answered {code} ({reason(error)}); try again"
-    if isinstance(error, ValueError):
+        return _answered(error)
+    if isinstance(error, ValueError) and "README.md" in str(error):
         return f"the Hub refuses the card ({reason(error)}); mend README.md"
+    if isinstance(error, ValueError):
+        return f"what answers is not the Hub ({reason(error)}); look at the network, then try again"
     return f"the Hub cannot be reached ({reason(error)}); try again"
+
+
+def _answered(error: HfHubHTTPError) -> str:
+    """Without the address, which of an object that is sent is as good as a password."""
+    code, phrase = error.response.status_code, error.response.reason_phrase
+    words = " ".join((error.server_message or phrase).split())[:200]
+    if code in (401, 403):
+        return f"the Hub refuses ({code}: {words}); {LOGIN}, and see whether you may write there"
+    if code == 409:
+        return f"the Hub refuses ({code}: {words}); take another name, or {LOGIN}"
+    if code == 412:
+        return f"was changed meanwhile ({code}: {words}); look at it, then try again"
+    return f"the Hub answered {code} ({words}); try again{' later' * (code == 429)}"

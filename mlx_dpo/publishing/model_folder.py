@@ -14,6 +14,7 @@ from mlx_dpo.arrays import Arrays, flat, read_arrays, write_arrays
 from mlx_dpo.errors import ModelError
 from mlx_dpo.policy.adapters import adapted_modules, way_of
 from mlx_dpo.policy.files import CONFIG, INDEX, TOKENIZER_FILES, weight_files
+from mlx_dpo.policy.licences import TEXTS
 from mlx_dpo.policy.targets import is_tied
 from mlx_dpo.publishing.checkpoint import Checkpoint
 from mlx_dpo.publishing.counterparts import (
@@ -25,7 +26,7 @@ from mlx_dpo.publishing.counterparts import (
 )
 from mlx_dpo.publishing.fusing import fused_weight
 
-BESIDE = (*TOKENIZER_FILES, "generation_config.json", "*.py")
+BESIDE = (*TOKENIZER_FILES, "generation_config.json", "*.py", *TEXTS)
 TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 

@@ -36,7 +36,8 @@ def retention(
 ) -> Retention:
     """What `other` keeps of the way from `reference` to `policy`.
 
-    The change that is left is projected on the whole one, so that noise alone counts as nothing.
+    The change that is left is projected on the whole one. Noise adds nothing to that on average,
+    but much to a small change, up or down: a share far above one says as little as one below.
     """
     moved, left = _moved(pairs, reference, policy), _moved(pairs, reference, other)
     before, after = _margins(pairs, moved).mean(), _margins(pairs, left).mean()

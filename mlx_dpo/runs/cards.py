@@ -8,23 +8,24 @@ from typing import Any
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HTTPError
 
-from mlx_dpo.config import DPOConfig, options
+from mlx_dpo.config import DPOConfig
 from mlx_dpo.errors import ConfigError, ModelError
 from mlx_dpo.policy.adapter_files import CONFIG, content_digest
+from mlx_dpo.policy.licences import CARD, card_of, inherited
 from mlx_dpo.policy.sampling import Sampling
 from mlx_dpo.policy.source import locate
 from mlx_dpo.preferences.hub import hub_dataset
 from mlx_dpo.preferences.prompts import Prompt
-from mlx_dpo.publishing.card import CURVES, CardFacts, Sample
+from mlx_dpo.publishing.card import CardFacts, Sample
 from mlx_dpo.publishing.card import card as make_card
 from mlx_dpo.runs.comparing import compare
 from mlx_dpo.runs.facts import loss_line
 from mlx_dpo.runs.policies import Opened
+from mlx_dpo.runs.reports import draw_curves
 from mlx_dpo.runs.shipping import IN_BOTH, hub_id_of, open_finished
 
 SAMPLES = 3
 ANSWER = Sampling(max_tokens=200)  # the likeliest words
-README = "README.md"
 
 
 def card_of_run(
@@ -96,15 +97,18 @@ def _facts(
         "license": {k: v for k, v in base.items() if k.startswith("license")},
         "language": base.get("language"),
         "datasets": datasets,
-        "pairs": f"{count:,} preference {config.unit}"
+        "pairs": f"{count:,} {'judged answers' if config.labelled else 'preference pairs'}"
         + (f" of {named}" if named else ", which are not public"),
         "loss": loss_line(config),
+        "losses": config.loss_type,
+        "rewarded": config.rewarded,
+        "labelled": config.labelled,
         "reference": _reference(config),
         "adapter": _sizes(adapter),
-        "steps": record["stopped_early_at"] or record["steps"],
+        "steps": steps_of(record),
         "evaluation": record["evaluation"] or {},
         "held_out": record["counts"]["valid"],
-        "settings": _settings(DPOConfig.from_dict(record["settings"])),
+        "settings": DPOConfig.from_dict(record["settings"]).shareable(),
         "versions": record["versions"],
         "digest": content_digest(opened.paths.folder),
         "way": adapter["fine_tune_type"],
@@ -112,9 +116,14 @@ def _facts(
         "peft_base": adapter.get("base_model_name_or_path"),
         "bits": config.bits,
         "warnings": record["warnings"],
-        "curves": (opened.paths.folder / CURVES).is_file(),
-        "extra_tags": ["dpo"] if config.loss_type == ("sigmoid",) else list(config.loss_type),
+        "curves": draw_curves(opened.paths.folder),
     }
+
+
+def steps_of(record: Mapping[str, Any]) -> int:
+    """How many steps its adapters were trained for: fewer than it made if the best were kept."""
+    kept = record["kept"] or {}
+    return int(kept.get("step") or record["stopped_early_at"] or record["steps"])
 
 
 def _reference(config: DPOConfig) -> str:
@@ -128,38 +137,36 @@ def _reference(config: DPOConfig) -> str:
 
 def _sizes(adapter: Mapping[str, Any]) -> str:
     if adapter["fine_tune_type"] == "full":
-        return f"weights of the last {adapter['num_layers']} blocks themselves"
+        return "the weights of the model itself (full fine-tuning)"
     sizes = adapter["lora_parameters"]
     kind = "DoRA" if adapter["fine_tune_type"] == "dora" else "LoRA"
     return f"{kind}, rank {sizes['rank']}, scale {sizes['scale']:g}"
 
 
-def _settings(config: DPOConfig) -> dict[str, Any]:
-    """What was set, but for what names places of this machine or does not change the result."""
-    places = {"pairs", "valid", "model", "revision", "reference_model", "system", "mix"}
-    return {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, (default, spec) in options().items()
-        if (value := getattr(config, name)) != default
-        and spec.changes_result and not spec.path and name not in places
-    }  # fmt: skip
-
-
 def _inherited(opened: Opened, hub_id: str | None, *, online: bool) -> dict[str, Any]:
     """Licence and language, as the base's own card says."""
+    found = inherited(_base_card(opened) or (_card_on_the_hub(hub_id) if online else {}))
+    link = found.get("license_link")
+    if link and "://" not in link:  # a file beside the base, which does not go along
+        found["license_link"] = f"https://huggingface.co/{hub_id}/blob/main/{link}"
+        if hub_id is None:
+            del found["license_link"]
+    return found
+
+
+def _base_card(opened: Opened) -> dict[str, Any]:
     try:
-        page = locate(opened.config.model, revision=opened.config.revision) / README
-        if page.is_file():
-            return dict(ModelCard.load(page, ignore_metadata_errors=True).data.to_dict())
+        return card_of(locate(opened.config.model, revision=opened.config.revision))
     except (ModelError, ConfigError):
-        pass  # its folder is gone; the Hub may know it
-    if online and hub_id is not None:
-        try:
-            found = HfApi().model_info(hub_id).card_data
-            return dict(found.to_dict()) if found else {}
-        except (HTTPError, OSError, ValueError):
-            return {}  # said: the licence is not known
-    return {}
+        return {}  # its folder is gone; the Hub may know it
+
+
+def _card_on_the_hub(hub_id: str | None) -> dict[str, Any]:
+    try:
+        found = HfApi().model_info(hub_id).card_data if hub_id else None
+        return dict(found.to_dict()) if found else {}
+    except (HTTPError, OSError, ValueError):
+        return {}  # said: the licence is not known
 
 
 def _samples(
@@ -197,10 +204,10 @@ def write_card(folder: Path, made: ModelCard, *, overwrite: bool) -> Path:
     Raises:
         ConfigError: there is one, which somebody may have written on.
     """
-    path = folder / README
+    path = folder / CARD
     if path.exists() and not overwrite:
         raise ConfigError(f"{path}: is there already; add --overwrite to make it anew")
-    partial = path.with_name(f"partial-{README}")
+    partial = path.with_name(f"partial-{CARD}")
     partial.write_text(str(made).rstrip() + "\n", encoding="utf-8")
     partial.replace(path)
     return path

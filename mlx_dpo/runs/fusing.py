@@ -10,6 +10,7 @@ import mlx.core as mx
 from mlx_dpo.errors import ConfigError, ModelError
 from mlx_dpo.policy.device import number_type
 from mlx_dpo.policy.files import weight_bytes
+from mlx_dpo.policy.licences import CARD, card_of, inherited
 from mlx_dpo.policy.load import Base, load_base, read_model
 from mlx_dpo.policy.quantise import AFFINE_GROUP, expected_bytes, quantise
 from mlx_dpo.policy.scoring import score_pairs
@@ -17,7 +18,7 @@ from mlx_dpo.policy.target import check_target, partial_folder, writing
 from mlx_dpo.publishing.card import fused_card
 from mlx_dpo.publishing.checkpoint import Checkpoint, local_checkpoint
 from mlx_dpo.publishing.fusing import Packed, Rounding, fuse
-from mlx_dpo.publishing.gguf import find_converter, write_gguf
+from mlx_dpo.publishing.gguf import check_file, find_converter, write_gguf
 from mlx_dpo.publishing.model_folder import changed_tensors, name_dtype, write_hf, write_mlx
 from mlx_dpo.publishing.retention import Retention, retention
 from mlx_dpo.runs.evaluation import named_pairs, own_pairs
@@ -87,7 +88,9 @@ def fuse_run(folder: str, output: Path, wish: Wish) -> Fused:
             no such form, or cannot be written.
         RunError, DataError: the run, its model or its pairs are at fault.
     """
-    converter = find_converter(wish.converter) if wish.gguf is not None else None
+    if wish.gguf is not None:
+        find_converter(wish.converter)
+        check_file(wish.gguf)
     opened = open_run(folder)
     base, pairs, name, notes = (
         own_pairs(opened) if wish.pairs is None else named_pairs(opened, wish.pairs)
@@ -108,18 +111,27 @@ def fuse_run(folder: str, output: Path, wish: Wish) -> Fused:
         partial = stack.enter_context(partial_folder(output))
         with writing(output):
             rounding, left = _write(partial, base, wish, dtype, checkpoint)
-            page = fused_card(hub_id_of(opened), to=wish.to, bits=wish.bits)
-            (partial / "README.md").write_text(f"{page}\n", encoding="utf-8")
+            licence = inherited(card_of(base.path))
+            page = fused_card(hub_id_of(opened), to=wish.to, bits=wish.bits, inherited=licence)
+            (partial / CARD).write_text(f"{page}\n", encoding="utf-8")
         del base  # one model is held at a time
         written = load_base(str(partial), trust_remote_code=opened.config.trust_remote_code)
         found = retention(pairs, reference, policy, _score(opened, written, pairs))
         _refuse_loss(output, found, wish)
         size = weight_bytes(partial)
-    if converter is not None and wish.gguf is not None:
-        write_gguf(converter, output, wish.gguf)
     notes = (*notes, *left, *([] if opened.finished else [unfinished(opened)]))
     kind = f"{wish.bits} bits" if wish.bits else dtype if checkpoint is None else "types as before"
     return Fused(output, size, kind, f"{len(pairs):,} {name}", found, rounding, notes)
+
+
+def convert_to_gguf(fused: Fused, wish: Wish) -> None:
+    """Write the file that is wished for beside a fused checkpoint, which stays as it is.
+
+    Raises:
+        ConfigError, ModelError: as `write_gguf`.
+    """
+    assert wish.gguf is not None
+    write_gguf(find_converter(wish.converter), fused.output, wish.gguf)
 
 
 def _checkpoint(base: Base, wish: Wish) -> Checkpoint | None:
@@ -166,12 +178,18 @@ def _write(
 
 
 def _refuse_loss(output: Path, found: Retention, wish: Wish) -> None:
-    if found.least >= wish.min_retained or wish.force:
+    """Refuse less than was asked for, and as much more: an adapter that goes in twice doubles."""
+    most = 2 - wish.min_retained
+    if (wish.min_retained <= found.least and found.change <= most) or wish.force:
         return
     advice = "leave `--bits` out, or take more" if wish.bits else "take a wider `--dtype`"
+    if wish.to == "hf":
+        advice = "see that the checkpoint is the one that was trained on"
+    bound = f"less than `--min-retained` {wish.min_retained:g}"
+    if found.least >= wish.min_retained:
+        bound = f"which is beyond {most:.0%}"
     raise ModelError(
         f"{output}: the fused model keeps {found.margin:.1%} of the margin and {found.change:.1%} "
-        f"of the adapters' change of log-probabilities, less than `--min-retained` "
-        f"{wish.min_retained:g}, so it was not written; {advice}, keep the adapter beside the "
-        "model, or --force"
+        f"of the adapters' change of log-probabilities, {bound}, so it was not written; {advice}, "
+        "keep the adapter beside the model, or --force"
     )

@@ -1,5 +1,6 @@
 """Runs to the Hub, and adapters from it."""
 
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,14 +8,15 @@ from pathlib import Path
 from mlx_dpo.errors import ConfigError, ModelError
 from mlx_dpo.policy.adapter_files import CONFIG, WEIGHTS, content_digest, read_adapter
 from mlx_dpo.policy.files import read_json
+from mlx_dpo.policy.licences import CARD, card_of
 from mlx_dpo.policy.peft_layout import WEIGHTS as PEFT_WEIGHTS
 from mlx_dpo.policy.target import check_target, partial_folder, writing
 from mlx_dpo.publishing import hub
 from mlx_dpo.publishing.card import CURVES
-from mlx_dpo.runs.cards import README
+from mlx_dpo.runs.cards import steps_of
 from mlx_dpo.runs.shipping import open_finished
 
-ALWAYS = (README, CONFIG, WEIGHTS)
+ALWAYS = (CARD, CONFIG, WEIGHTS)
 IF_THERE = (PEFT_WEIGHTS, CURVES)
 
 
@@ -36,18 +38,25 @@ def pack(folder: str, also: tuple[str, ...] = ()) -> Parcel:
     """
     opened = open_finished(folder)
     place = opened.paths.folder
-    names = [*ALWAYS, *(name for name in IF_THERE if (place / name).is_file())]
-    for name in also:
-        inside = (place / name).resolve().is_relative_to(place.resolve())
-        if not inside or not (place / name).is_file():
-            raise ConfigError(f"`--also` {name}: no file of the run folder {folder}")
-        names.append(Path(name).as_posix())
     if missing := [name for name in ALWAYS if not (place / name).is_file()]:
         raise ConfigError(f"{place}: no `{missing[0]}`; make it with `mlx-dpo card {folder}`")
-    files = {name: place / name for name in dict.fromkeys(names)}
+    names = [*ALWAYS, *(name for name in IF_THERE if (place / name).is_file())]
+    if "peft_type" not in read_json(place / CONFIG, str(place / CONFIG)):
+        names = [name for name in names if name != PEFT_WEIGHTS]  # of another adapter, or half made
+    files = {name: _own_file(place, name) for name in names}
+    files |= {Path(os.path.normpath(name)).as_posix(): _own_file(place, name) for name in also}
     hub.refuse_leaks(files)
     digest = content_digest(place)[:12]
-    return Parcel(files, f"Adapter {digest} of an mlx-dpo run of {opened.record['steps']} steps")
+    steps = steps_of(opened.record)
+    return Parcel(files, f"Adapter {digest} of an mlx-dpo run, trained for {steps} steps")
+
+
+def _own_file(place: Path, name: str) -> Path:
+    """A file of the run folder, which is none elsewhere that a link leads to."""
+    file = place / name
+    if not file.is_file() or not file.resolve().is_relative_to(place.resolve()):
+        raise ConfigError(f"{name}: no file of the run folder {place}; nothing else is sent")
+    return file
 
 
 @dataclass(frozen=True)
@@ -83,16 +92,8 @@ def pull_adapter(name: str, output: Path, revision: str | None = None) -> Pulled
 
 def _base_of(folder: Path) -> str | None:
     """The model that an adapter is for, as its card or else its settings say."""
-    from huggingface_hub import ModelCard
-
-    page = folder / README
-    said = (
-        ModelCard.load(page, ignore_metadata_errors=True).data.base_model
-        if page.is_file()
-        else None
-    )
-    if isinstance(said, list):
-        said = said[0] if said else None
+    said = card_of(folder).get("base_model")
+    said = said[0] if isinstance(said, list) and said else said
     entries = read_json(folder / CONFIG, str(folder / CONFIG))
     named = said or entries.get("base_model_name_or_path")
-    return str(named) if named else None
+    return named if isinstance(named, str) else None

@@ -10,7 +10,6 @@ from mlx_dpo.types import TokenizedPair
 
 def make_monitor(config: DPOConfig, pairs: Sequence[TokenizedPair], *, total_steps: int) -> Monitor:
     """A monitor for a run on these pairs."""
-    rewards = [kind.rewards for kind in config.loss_kinds if kind.rewards]
     return Monitor(
         Facts(
             total_steps=total_steps,
@@ -20,7 +19,7 @@ def make_monitor(config: DPOConfig, pairs: Sequence[TokenizedPair], *, total_ste
             learning_rate=config.learning_rate,
             max_grad_norm=config.max_grad_norm,
             chosen_tokens=float(column(pairs, LENGTHS)[:, 1].mean()),
-            referenced=rewards[:1] == ["log-ratio"] and config.reference_model is None,
+            referenced=config.rewarded == "log-ratio" and config.reference_model is None,
             from_start=config.reference_model is None and not config.sync_ref_model,
         )
     )

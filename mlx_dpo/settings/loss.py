@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.options import option, refuse_unknown
-from mlx_dpo.settings.loss_kinds import LOSS_KINDS, LossKind
+from mlx_dpo.settings.loss_kinds import LOSS_KINDS, LossKind, Reward
 
 LOSS = "Loss"
 DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
@@ -87,6 +87,12 @@ class LossSettings:
             return self.beta
         known = [kind.defaults["beta"] for kind in self.loss_kinds if "beta" in kind.defaults]
         return known[0] if known else 0.1
+
+    @property
+    def rewarded(self) -> Reward:
+        """What rewards are beta times of: as the first loss implies that implies any."""
+        kinds = [kind.rewards for kind in self.loss_kinds if kind.rewards]
+        return kinds[0] if kinds else "log-probability"
 
     @property
     def alpha_of_divergence(self) -> float:

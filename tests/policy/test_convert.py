@@ -9,6 +9,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from huggingface_hub import ModelCard
 from mlx_lm import load as mlx_load
 from mlx_lm.models import gpt2
 
@@ -139,6 +140,30 @@ def test_a_model_of_the_hub_is_named_in_the_card(checkpoint, output, monkeypatch
     monkeypatch.setattr("mlx_dpo.policy.source.snapshot_download", download)
     convert("org/name", output)
     assert "base_model: org/name\n" in (output / "README.md").read_text()
+
+
+def test_the_licence_goes_along_by_name_and_by_text(tmp_path, output):
+    folder = make_checkpoint(tmp_path / "model")
+    (folder / "README.md").write_text(
+        "---\nlicense: llama3\nlanguage: [en, de]\nbase_model: other/x\ntags: [y]\n---\nHello"
+    )
+    (folder / "LICENSE.txt").write_text("You may.")
+    (folder / "NOTICE").write_text("Built with it.")
+    convert(str(folder), output)
+    assert ModelCard.load(output / "README.md").data.to_dict() == {
+        "license": "llama3", "language": ["en", "de"],
+        "library_name": "mlx", "pipeline_tag": "text-generation", "tags": ["mlx"],
+    }  # fmt: skip
+    assert (output / "LICENSE.txt").read_text() == "You may."
+    assert (output / "NOTICE").read_text() == "Built with it."
+
+
+@pytest.mark.parametrize("page", ["no card", "---\n- a\n---\n", "---\na: [\n---\n", "\udc80"])
+def test_a_page_that_is_no_card_says_nothing_of_a_licence(tmp_path, output, page):
+    folder = make_checkpoint(tmp_path / "model")
+    (folder / "README.md").write_bytes(page.encode("utf-8", "surrogateescape"))
+    convert(str(folder), output)
+    assert "license" not in (output / "README.md").read_text()
 
 
 def test_nothing_is_printed(checkpoint, output, capfd):

@@ -217,7 +217,9 @@ REPOSITORY = {
     "model.gguf": False,
     "optimizer.pt": False,
     "modeling_custom.py": "trusted",
-    "README.md": False,
+    "README.md": True,  # says the licence
+    "LICENSE": True,
+    "images.png": False,
 }
 
 

@@ -90,6 +90,10 @@ def test_embeddings_apart_from_their_tied_head_are_refused():
         ({"alpha_pattern": {"q_proj": 4}}, "`alpha_pattern` is set .*, but its scales differ"),
         ({"init_lora_weights": "pissa"}, "`init_lora_weights` is `pissa`, which changes the model"),
         ({"of_a_later_peft": 1}, "`of_a_later_peft` is set .*, but it is not known here"),
+        ({"lora_bias": True}, "`lora_bias` is set"),
+        ({"init_lora_weights": "mica"}, "`init_lora_weights` is `mica`"),
+        ({"r": 0}, "no adapter has `r` 0 and"),
+        ({"lora_alpha": float("nan")}, "no adapter has `r` 2 and `lora_alpha` nan"),
         ({"r": None}, "no numbers for `r`, `lora_alpha` and `lora_dropout`"),
     ],
 )

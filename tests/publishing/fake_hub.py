@@ -29,6 +29,11 @@ class FakeHub(ThreadingHTTPServer):
         self.repos, self.objects = {}, {}
         self.seen = Counter()  # requests by kind
         self.breaking = set()  # kinds whose connection is cut
+        self.losing = set()  # kinds that are done, and whose connection is cut before the answer
+        self.answers = {}  # by kind: a status and headers instead of an answer
+        self.meanwhile = {}  # by kind: what happens before it is done
+        self.transfer = "basic"  # how large files are to be sent
+        self.foreign = set()  # organisations that the token may not write to
         self.given = set()  # files that were asked for
         self.received = b""  # all that ever arrived in bodies
 
@@ -72,12 +77,18 @@ class _Handler(BaseHTTPRequestHandler):
         for method, pattern, kind in ROUTES:
             if re.fullmatch(method, self.command) and (found := re.fullmatch(pattern, place)):
                 self.server.seen[kind] += 1
+                self.kind = kind
+                if kind in self.server.meanwhile:
+                    self.server.meanwhile.pop(kind)()
                 if kind in self.server.breaking:
-                    self.connection.close()
-                    self.close_connection = True
-                    return
-                getattr(self, f"_{kind}")(body, **found.groupdict())
+                    self._cut()
+                elif kind in self.server.answers:
+                    code, headers = self.server.answers[kind]
+                    self._send(code, {"error": f"no {kind} today"}, **headers)
+                else:
+                    getattr(self, f"_{kind}")(body, **found.groupdict())
                 return
+        self.kind = None
         self._send(404, {"error": f"no route for {self.command} {place}"})
 
     do_GET = do_HEAD = do_POST = do_PUT = _serve  # noqa: N815
@@ -85,7 +96,14 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, format, *args):
         pass
 
+    def _cut(self):
+        self.connection.close()
+        self.close_connection = True
+
     def _send(self, code, content, **headers):
+        if self.kind in self.server.losing:
+            self._cut()
+            return
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(code)
         for name, value in {"Content-Length": str(len(data)), **headers}.items():
@@ -111,8 +129,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _create(self, body):
         asked = json.loads(body)
-        if self._may():
-            name = f"{asked['organization']}/{asked['name']}"
+        name = f"{asked['organization']}/{asked['name']}"
+        if not self._may():
+            return
+        if asked["organization"] in self.server.foreign:
+            said = f'You don\'t have the rights to create a model under the namespace "{name}"'
+            self._send(403, {"error": said}, X_Error_Message=said)
+        elif name in self.server.repos:
+            said = "You already created this model repo"
+            self._send(409, {"error": said}, X_Error_Message=said)
+        else:
             private = asked.get("visibility") == "private"
             self.server.repos[name] = {"private": private, "commits": []}
             self._send(200, {"url": f"{self.server.address}/{name}", "name": name, "id": name})
@@ -134,6 +160,8 @@ class _Handler(BaseHTTPRequestHandler):
         if (repo := self._repo(name)) is not None:
             sha = self._sha(name)
             names = [{"rfilename": file} for file in self.server.files(name)]
+            if "blobs=true" in self.path.lower():
+                names = [_entry(file, data) for file, data in self.server.files(name).items()]
             self._send(
                 200,
                 {"id": name, "modelId": name, "sha": sha, "private": repo["private"],
@@ -179,7 +207,7 @@ class _Handler(BaseHTTPRequestHandler):
                 entry["actions"] = {"upload": {"href": href}}
             objects.append(entry)
         kind = "application/vnd.git-lfs+json"
-        self._send(200, {"transfer": "basic", "objects": objects}, Content_Type=kind)
+        self._send(200, {"transfer": self.server.transfer, "objects": objects}, Content_Type=kind)
 
     def _object(self, body, oid):
         assert hashlib.sha256(body).hexdigest() == oid
@@ -195,6 +223,10 @@ class _Handler(BaseHTTPRequestHandler):
             value = entry["value"]
             if entry["key"] == "header":
                 message = value["summary"]
+                if value.get("parentCommit", self._sha(name)) != self._sha(name):
+                    said = "A commit has happened since. Please refresh and try again."
+                    self._send(412, {"error": said}, X_Error_Message=said)
+                    return
             elif entry["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             else:
@@ -218,6 +250,16 @@ class _Handler(BaseHTTPRequestHandler):
             part = data[int(start[1]) : end]
             tag = f'"{_oid(file, data)}"'
             self._send(200, part, ETag=tag, X_Repo_Commit=self._sha(name))
+
+
+def _entry(path, data):
+    """As the Hub lists a file: of a large one git holds a pointer to it."""
+    found = {"rfilename": path, "size": len(data), "blobId": _git_oid(data)}
+    if path.endswith(LARGE):
+        digest = hashlib.sha256(data).hexdigest()
+        found["blobId"] = _git_oid(b"a pointer to " + digest.encode())
+        found["lfs"] = {"sha256": digest, "size": len(data), "pointerSize": 134}
+    return found
 
 
 def _git_oid(data):

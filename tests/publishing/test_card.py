@@ -22,6 +22,9 @@ FACTS = CardFacts(
     datasets=["org/pairs"],
     pairs="90 preference pairs",
     loss="sigmoid, beta 0.1",
+    losses=("sigmoid",),
+    rewarded="log-ratio",
+    labelled=False,
     reference="the base",
     adapter="LoRA, rank 8, scale 2",
     steps=10,
@@ -34,7 +37,6 @@ FACTS = CardFacts(
     not_in_peft=None,
     peft_base=None,
     bits=None,
-    extra_tags=["dpo"],
 )
 
 
@@ -51,6 +53,21 @@ def test_metadata_is_what_the_hub_reads():
         "datasets": ["org/pairs"],
         "tags": ["mlx-dpo", "mlx", "lora", "preference-optimization", "dpo"],
     }
+
+
+def test_the_figures_of_other_losses_are_called_what_they_are():
+    """SimPO has no reference to gain over, does not start at log 2, and has a paper of its own."""
+    changed = {"losses": ("simpo",), "rewarded": "average log-probability", "loss": "simpo, beta 2"}
+    evaluation = {"eval_loss": 0.5, "eval_rewards/chosen": 1.0}
+    made = card(replace(FACTS, evaluation=evaluation, **changed))
+    assert "| 0.5000 | the loss |" in made.text and "log 2" in card(FACTS).text
+    assert "beta × the average log-probability of a token of the answer" in made.text
+    assert "* Loss: simpo, beta 2 (SimPO: Meng et al. 2024, arXiv:2405.14734, Eq. 6)" in made.text
+    assert made.data.tags[-1] == "simpo" and "dpo" not in made.data.tags
+    judged = card(replace(FACTS, losses=("kto",), labelled=True)).text
+    assert "share of answers whose reward lies on the side" in judged
+    assert "trained to answer as the good of 90" in judged
+    assert "share of pairs whose chosen answer has the larger reward" in card(FACTS).text
 
 
 def test_a_base_without_a_hub_id_is_left_out_of_the_metadata():
@@ -97,12 +114,14 @@ def test_peft_is_given_the_checkpoint_that_names_were_proved_on():
 
 
 def test_a_fused_models_card_is_of_a_model():
-    assert fused_card("org/base", to="hf", bits=None).data.to_dict() == {
+    licence = {"license": "gemma", "language": ["de"]}
+    assert fused_card("org/base", to="hf", bits=None, inherited=licence).data.to_dict() == {
+        **licence,
         "base_model": "org/base", "base_model_relation": "finetune",
         "library_name": "transformers", "pipeline_tag": "text-generation",
         "tags": ["mlx-dpo", "preference-optimization"],
     }  # fmt: skip
-    made = fused_card(None, to="mlx", bits=8)
+    made = fused_card(None, to="mlx", bits=8, inherited={})
     assert made.data.library_name == "mlx" and made.data.base_model is None
     assert "quantised to 8 bits" in made.text
 
@@ -166,6 +185,20 @@ def test_the_licence_is_the_bases(workplace):
     )
     assert "x" not in data["tags"]
     assert not any("licence" in note for note in notes)
+
+
+def test_a_licence_beside_the_base_is_linked_where_the_base_is(workplace):
+    Path("base/README.md").write_text("---\nlicense: other\nlicense_link: LICENSE\n---\n")
+    data = card_of_run("run", "org/adapter", base="org/base")[0].data
+    assert data.license_link == "https://huggingface.co/org/base/blob/main/LICENSE"
+    data = card_of_run("run", "org/adapter")[0].data
+    assert data.license == "other" and "license_link" not in data.to_dict()
+
+
+def test_weights_that_were_trained_themselves_are_no_adapter():
+    made = card(replace(FACTS, way="full"))
+    assert made.data.base_model_relation == "finetune"
+    assert made.text.count("An adapter") == 0 and "\nWeights for [org/base]" in made.text
 
 
 def test_a_card_that_somebody_wrote_on_is_not_replaced_unasked(workplace):

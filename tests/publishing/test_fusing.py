@@ -7,9 +7,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from click.testing import CliRunner
+from huggingface_hub import ModelCard
 from mlx_lm.utils import load_model
 
 from mlx_dpo.arrays import flat, read_arrays
+from mlx_dpo.cli import cli
 from mlx_dpo.errors import ConfigError, ModelError
 from mlx_dpo.policy import adapters
 from mlx_dpo.policy.adapter_files import load_adapter
@@ -173,14 +176,17 @@ def test_wishes_without_effect_are_refused(wish, message):
 
 
 def test_a_run_becomes_a_model_that_is_measured_after_it_was_written(workplace):
+    Path("base/LICENSE").write_text("You may.")
+    Path("base/README.md").write_text("---\nlicense: mit\n---\n")
     fused = fuse_run("run", Path("fused"), Wish())
     assert fused.retention.margin == pytest.approx(1, abs=1e-4)
     assert fused.retention.change == pytest.approx(1, abs=1e-4)
     assert fused.measured_on == "3 held-out pairs"
     assert sorted(path.name for path in Path("fused").iterdir()) == [
-        "README.md", "chat_template.jinja", "config.json", "model.safetensors",
+        "LICENSE", "README.md", "chat_template.jinja", "config.json", "model.safetensors",
         "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json",
     ]  # fmt: skip
+    assert ModelCard.load("fused/README.md").data.license == "mit"
     model, _ = load_model(Path("fused"))
     base, _ = load_model(Path("base"))
     load_adapter(base, Path("run"))
@@ -225,6 +231,28 @@ def test_a_run_on_a_packed_base_is_fused_unpacked_in_its_own_type(workplace):
     fuse_run("other", Path("hf"), Wish(to="hf", base="base", min_retained=0.0))
 
 
+def test_noise_that_happens_to_lie_along_a_small_change_is_not_kept_training(workplace):
+    """What 4 bits make of a model is many times such a change, and a share of it points there."""
+    train(workplace, pairs=["pairs.jsonl"], output="slight", learning_rate=1e-5, epochs=1)
+    kept = fuse_run("slight", Path("plain"), Wish()).retention
+    assert kept.change == pytest.approx(1, abs=1e-2)
+    found = fuse_run("slight", Path("forced"), Wish(bits=4, force=True))
+    assert found.retention.least > 2 and found.rounding.cosine < 0.01
+    with pytest.raises(ModelError, match=r"which is beyond 110%, so it was not written; leave"):
+        fuse_run("slight", Path("packed"), Wish(bits=4))
+
+
+def test_an_adapter_that_goes_in_twice_is_refused(workplace):
+    """Names and shapes of a fused model are those of its base, and its weights nearly so."""
+    train(workplace, pairs=["pairs.jsonl"], output="slight", learning_rate=1e-4, epochs=1)
+    fuse_run("slight", Path("once"), Wish(to="hf"))
+    with pytest.raises(
+        ModelError, match=r"keeps 20\d.* of the adapters' .*beyond 110%.*trained on"
+    ):
+        fuse_run("slight", Path("twice"), Wish(to="hf", base="once"))
+    assert not Path("twice").exists()
+
+
 def test_a_run_that_computed_in_another_type_is_written_in_that(workplace):
     train(workplace, dtype="bfloat16", pairs=["pairs.jsonl"], output="other")
     assert fuse_run("other", Path("fused"), Wish(min_retained=0.0)).kind == "bfloat16"
@@ -238,18 +266,53 @@ def converter(folder, does):
     return path
 
 
+def fused_with(own, to="model.gguf", output="fused"):
+    words = ["fuse", "run", "--output", output, "--to", "hf", "--gguf", to, "--converter", str(own)]
+    return CliRunner().invoke(cli, words)
+
+
 def test_gguf_is_made_by_llama_cpps_converter(workplace):
     own = converter(workplace, 'test -f "$1/config.json" && cat "$1/model.safetensors" > "$3"')
-    wish = Wish(to="hf", gguf=Path("model.gguf"), converter=str(own))
-    fuse_run("run", Path("fused"), wish)
+    done = fused_with(own)
+    assert done.exit_code == 0, done.output
+    assert done.output.splitlines()[-1].split()[:2] == ["gguf", "model.gguf,"]
     assert Path("model.gguf").read_bytes() == Path("fused/model.safetensors").read_bytes()
 
 
-def test_what_the_converter_says_is_said(workplace):
-    own = converter(workplace, "echo noise; echo 'Model X is not supported' >&2; exit 1")
-    with pytest.raises(ModelError, match=r"model\.gguf: .*\(Model X is not supported\)"):
-        fuse_run("run", Path("fused"), Wish(to="hf", gguf=Path("model.gguf"), converter=str(own)))
+@pytest.mark.parametrize(
+    ("does", "said"),
+    [
+        ("echo noise; echo 'Model X is not supported' >&2; exit 1", "Model X is not supported"),
+        ('echo half > "$3"; exit 1', "it wrote nothing"),
+        ("exit 0", "it wrote nothing"),
+    ],
+)
+def test_what_the_converter_says_is_said_and_the_checkpoint_stays(workplace, does, said):
+    done = fused_with(converter(workplace, does))
+    assert done.exit_code == 1
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["model", "margin", "change"]
+    [line] = done.stderr.splitlines()
+    assert f"model.gguf: convert_hf_to_gguf.py cannot convert the model ({said})" in line
+    assert "the checkpoint is whole in fused" in line and Path("fused/config.json").is_file()
     assert not list(workplace.glob("*.gguf*")) and not list(workplace.glob(".*gguf*"))
+
+
+def test_a_converter_that_is_no_program_is_one_line(workplace):
+    own = converter(workplace, "exit 0")
+    own.write_text("no first line")
+    done = fused_with(own)
+    assert done.exit_code == 1 and "(Exec format error)" in done.stderr
+    own.chmod(0o644)
+    done = fused_with(own, output="other")
+    assert "is no program; allow it to run with `chmod +x`" in done.stderr
+
+
+def test_where_gguf_cannot_go_is_said_before_anything_is_loaded(workplace):
+    own = converter(workplace, "exit 0")
+    Path("model.gguf").touch()
+    assert "model.gguf: is there already" in fused_with(own).stderr
+    assert "there is no folder no" in fused_with(own, "no/model.gguf").stderr
+    assert not Path("fused").exists()
 
 
 def test_gguf_without_a_converter_is_refused_before_anything_is_loaded(workplace, monkeypatch):

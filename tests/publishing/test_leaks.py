@@ -1,5 +1,7 @@
 """Secrets and personal paths are found by file and line, and ordinary text is left in peace."""
 
+import gzip
+
 import mlx.core as mx
 import pytest
 
@@ -11,29 +13,53 @@ from mlx_dpo.publishing.leaks import leaks_in
 TAIL = "A1b2C3d4" * 5
 PLANTED = {
     "hf_" + TAIL: "a Hugging Face token",
-    "sk-" + "proj-" + TAIL: "an OpenAI or Anthropic key",
+    "sk-" + "proj-" + TAIL: "an OpenAI, Anthropic or DeepSeek key",
+    "gsk_" + TAIL: "a key of a model's vendor",
     "ghp_" + TAIL: "a GitHub token",
+    "github_pat_" + TAIL: "a GitHub token",
+    "glpat-" + TAIL: "a GitLab token",
     "AKIA" + "ABCDEFGH12345678": "an AWS key",
     "AIza" + "x" * 35: "a Google key",
+    "GOCSPX-" + TAIL: "a Google key",
     "xoxb-" + "1234567890-abc": "a Slack token",
+    "https://hooks.slack." + "com/services/T01/B02/x3": "a Slack token",
+    "sk_live_" + TAIL: "a Stripe key",
+    "npm_" + TAIL[:36]: "a token of a package registry",
+    "pypi-AgEI" + TAIL: "a token of a package registry",
+    "dapi" + "0123456789abcdef" * 2: "a token of a cloud or a service",
+    "SG." + TAIL[:22] + "." + (TAIL + TAIL)[:43]: "a token of a cloud or a service",
+    "123456789:AA" + TAIL[:33]: "a token of a cloud or a service",
+    "AZURE_OPENAI_KEY=" + TAIL: "a password or key",
+    "client_secret = " + "correct-horse": "a password or key",
+    "my_hf_" + TAIL: "a Hugging Face token",
     "WANDB_API_KEY=" + "0123456789" * 4: "a W&B key",
     "-----BEGIN RSA PRIVATE " + "KEY-----": "a private key",
     "eyJ" + "hbGciOiJIUzI1NiJ9.eyJ" + "zdWIiOiIxMjM0In0.x": "a JSON web token",
     "https://someone:" + "word@example.org/x": "a password in an address",
+    "redis://:" + "word@example.org/x": "a password in an address",
     '"api_key": ' + '"0123456789abc"': "a password or key",
+    "AWS_SECRET_ACCESS_KEY=" + TAIL: "a password or key",
+    "DB_PASSWORD: " + "correct-horse": "a password or key",
+    "Authorization: Bearer " + TAIL: "a password or key",
+    "-----BEGIN PGP PRIVATE " + "KEY BLOCK-----": "a private key",
     "/home/" + "someone/pairs.jsonl": "a personal path",
     "/Users/" + "someone/pairs.jsonl": "a personal path",
     "C:\\Users\\" + "someone": "a personal path",
+    "%2Fhome%2F" + "someone%2Fx": "a personal path",
+    "\\/home\\/" + "someone": "a personal path",
+    "/var/folders/" + "x1/y": "a personal path",
     "/root/" + "data": "a personal path",
     "file:///" + "data": "a personal path",
 }
 
 
 @pytest.mark.parametrize(("text", "what"), PLANTED.items(), ids=range(len(PLANTED)))
-@pytest.mark.parametrize("around", ["{}", '"x": "{}",', "see {}", "\ufeff{}\n"])
+@pytest.mark.parametrize("around", ["{}", '"x": "{}",', "see {}", "\ufeff{}\n", '"a\\n{}\\t"'])
 def test_what_must_stay_is_found_with_its_line(tmp_path, text, what, around):
     file = tmp_path / "README.md"
-    file.write_text("one\ntwo\n" + around.format(text), encoding="utf-8")
+    content = "one\ntwo\n" + around.format(text)
+    file.write_text(content, encoding="utf-8")
+    assert list(leaks_in(content.encode(), "README.md")) == list(leaks_in(file, "README.md"))
     assert ("README.md:3", what) in [
         (leak.where, leak.what) for leak in leaks_in(file, "README.md")
     ]
@@ -46,6 +72,10 @@ def test_what_must_stay_is_found_with_its_line(tmp_path, text, what, around):
         "the home/folder of /homework, a secret: none, tokens: 1234567890",
         "task-oriented, risk-" + "a" * 10 + ", hf_hub_download and `hf auth login`",
         '{"num_tokens": 5153, "padding_share": 0.0, "password": ""}',
+        "The secret: patience. My secret is butterflies; her passwords were many",
+        "api_key=os.environ['KEY'] api_key='YOUR_API_KEY' password=<password> API_KEY=$KEY",
+        "cd /home/user/project; ls /Users/username/Desktop; the /home/ folder",
+        "mlx-dpo pull org/name --output adapter; hf download org/name --local-dir adapter",
         "sha256 " + "0123456789abcdef" * 4,
     ],
 )
@@ -59,9 +89,61 @@ def test_of_safetensors_the_header_is_searched_and_the_numbers_are_not(tmp_path)
     token = ("hf_" + TAIL).encode()
     write_arrays(path, {"a": mx.array(list(token), mx.uint8)}, {"made": "here"})
     assert token in path.read_bytes()
-    assert list(leaks_in(path, "x")) == []
+    assert list(leaks_in(path, path.name)) == []
     write_arrays(path, {"a": mx.zeros((2,))}, {"made": "/home/" + "someone/run"})
-    assert [leak.what for leak in leaks_in(path, "x")] == ["a personal path"]
+    assert [leak.what for leak in leaks_in(path, path.name)] == ["a personal path"]
+
+
+def png(said):
+    """A picture of one point as Pillow writes it, with these texts in it."""
+    from io import BytesIO
+
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    texts, file = PngInfo(), BytesIO()
+    for kind, text in said.items() - {("eXIf", said.get("eXIf"))}:
+        if kind == "iTXt":
+            texts.add_itxt("about", text, zip=True)
+        else:
+            texts.add_text("about", text, zip=kind == "zTXt")
+    exif = Image.Exif()
+    exif[0x013B] = said.get("eXIf", "")  # the artist
+    Image.new("RGB", (1, 1)).save(file, "PNG", pnginfo=texts, exif=exif)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["tEXt", "zTXt", "iTXt", "eXIf"])
+def test_what_a_picture_says_beside_its_points_is_searched(kind):
+    secret = "hf_" + TAIL
+    assert list(leaks_in(png({kind: "nothing"}), "curves.png")) == []
+    made = png({kind: secret})
+    assert kind.encode() in made
+    assert (secret.encode() in made) == (kind in ("tEXt", "eXIf"))
+    [leak] = leaks_in(made, "curves.png")
+    assert leak.what == "a Hugging Face token"
+    [leak] = leaks_in(png({}) + secret.encode(), "curves.png")
+    assert leak.what == "a Hugging Face token"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        gzip.compress(b"pairs"),
+        b"PK\x03\x04\xff",
+        b"PAR1\x15\x04\x00\x00PAR1",
+        "text".encode("utf-16"),
+        "text".encode("utf-16-le"),
+        b"\x89PNG\r\n\x1a\n cut off",
+        b"\xff\xd8\xff\xe0 a photograph",
+    ],
+)
+def test_what_cannot_be_searched_is_a_find_itself(content, tmp_path):
+    [leak] = leaks_in(content, "logs/x")
+    assert leak.where == "logs/x" and leak.what.startswith("what cannot be searched")
+    (tmp_path / "x.safetensors").write_bytes(content)
+    [leak] = leaks_in(tmp_path / "x.safetensors", "x.safetensors")
+    assert leak.what.startswith("what cannot be searched")
 
 
 def test_this_machines_own_home_is_a_personal_path_wherever_it_is(tmp_path, monkeypatch):

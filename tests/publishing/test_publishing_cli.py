@@ -10,7 +10,13 @@ from click.testing import CliRunner
 from mlx_dpo.cli import cli
 from tests.publishing.fake_hub import TOKEN, FakeHub
 
-SENT = ["README.md", "adapter_config.json", "adapters.safetensors", "adapter_model.safetensors"]
+SENT = [
+    "README.md",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "adapters.safetensors",
+    "curves.png",
+]
 
 
 def call(*words):
@@ -45,10 +51,27 @@ def test_a_dry_run_lists_every_file_with_its_size_and_the_card_and_asks_nobody(
     assert sorted(listed) == sorted(SENT)
     assert "base_model: org/base" in done.output and "# org/adapter" in done.output
     assert done.output.endswith("Nothing was sent to org/adapter.\n")
-    done = call("push", "run", "org/adapter", "--dry-run", "--base", "org/base")
+    again = call("push", "run", "org/adapter", "--dry-run", "--base", "org/base")
+    assert again.stdout == done.stdout and not again.stderr
+    done = call("push", "run", "org/adapter", "--dry-run", "--base", "org/other")
     assert "`--base` has no effect: run/README.md is there already" in done.output
     done = call("card", "run")
     assert "run/README.md: is there already; add --overwrite" in done.output
+
+
+def test_a_second_push_of_the_same_says_so(workplace, fake_hub):
+    call("card", "run", "--name", "org/adapter")
+    call("push", "run", "org/adapter")
+    done = call("push", "run", "org/adapter")
+    said = done.stdout.splitlines()[-1]
+    assert f"{fake_hub.address}/org/adapter (private) has all of it already, in commit" in said
+
+
+def test_a_card_that_names_no_repository_is_not_sent(workplace):
+    call("card", "run")
+    done = call("push", "run", "org/adapter")
+    assert done.exit_code == 1 and done.output.count("\n") == 1
+    assert "run/README.md: it says `ORG/NAME` where `org/adapter` is meant; mend" in done.output
 
 
 def test_push_pull_and_a_chat_with_it(workplace):
@@ -68,10 +91,10 @@ def test_push_pull_and_a_chat_with_it(workplace):
             return done.stdout
 
         pushed = program("push", "run", "org/adapter", "--base", "org/base")
-        assert f"{hub.address}/org/adapter (new, private), commit " in pushed
+        assert f"{hub.address}/org/adapter (new, private) has it in commit " in pushed
         assert sorted(hub.files("org/adapter")) == sorted(SENT)
         pulled = program("pull", "org/adapter", "--output", "mine")
-        assert "mine: 0.1 MB, for org/base\nNext: " in pulled
+        assert "mine: 0.2 MB, for org/base\nNext: " in pulled
         assert "chat --model org/base --adapter mine" in pulled
     assert (
         Path("mine/adapters.safetensors").read_bytes()

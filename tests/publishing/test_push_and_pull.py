@@ -13,9 +13,16 @@ from mlx_dpo.publishing import hub
 from mlx_dpo.publishing.checkpoint import hub_checkpoint, local_checkpoint
 from mlx_dpo.runs.cards import card_of_run, write_card
 from mlx_dpo.runs.publishing import pack, pull_adapter
+from tests.publishing.test_leaks import png
 
 NAME = "org/adapter"
-SENT = ["README.md", "adapter_config.json", "adapters.safetensors", "adapter_model.safetensors"]
+SENT = [
+    "README.md",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "adapters.safetensors",
+    "curves.png",
+]
 SECRET = "hf_" + "A1b2C3d4" * 5
 
 
@@ -66,9 +73,10 @@ def test_a_file_that_is_named_goes_along(carded, fake_hub):
 
 
 def test_a_picture_of_the_curves_goes_along_if_there_is_one(carded, fake_hub):
-    (carded / "run" / "curves.png").write_bytes(b"\x89PNG")
+    picture = png({})
+    (carded / "run" / "curves.png").write_bytes(picture)
     send()
-    assert fake_hub.files(NAME)["curves.png"] == b"\x89PNG"
+    assert fake_hub.files(NAME)["curves.png"] == picture
 
 
 @pytest.mark.parametrize(
@@ -110,24 +118,28 @@ def test_after_a_failure_in_the_middle_nothing_is_there_and_a_second_try_complet
     before = fake_hub.seen["object"]
     send()
     assert sorted(fake_hub.files(NAME)) == sorted(SENT)
-    arrived = 2 if kind == "commit" else 0
-    assert fake_hub.seen["object"] - before == 2 - arrived  # what had arrived is not sent again
+    objects = 3  # the weights in both layouts and the picture
+    arrived = objects if kind == "commit" else 0  # what had arrived is not sent again
+    assert fake_hub.seen["object"] - before == objects - arrived
 
 
 def test_a_wrong_token_and_none_are_told_from_a_missing_repository(carded, fake_hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "wrong")
-    with pytest.raises(ModelError, match=r"the Hub refuses \(401\); log in with `hf auth login`"):
+    with pytest.raises(
+        ModelError, match=r"the Hub refuses \(401: Invalid .*\); log in with `hf auth"
+    ):
         send()
     assert fake_hub.repos == {}
 
 
 def test_a_repository_that_has_such_files_is_left_alone_unless_asked(carded, fake_hub):
     send()
-    with pytest.raises(ConfigError, match=r"org/adapter: has `README.md` already; add --overwrite"):
+    (carded / "run/README.md").write_text((carded / "run/README.md").read_text() + "\nMore.\n")
+    with pytest.raises(ConfigError, match=r"org/adapter: has another `README.md`; add --overwrite"):
         send()
     assert len(fake_hub.repos[NAME]["commits"]) == 1
-    (carded / "run/README.md").write_text((carded / "run/README.md").read_text() + "\nMore.\n")
-    assert not send(overwrite=True).is_new
+    done = send(overwrite=True)
+    assert not done.is_new and not done.is_same
     assert fake_hub.files(NAME)["README.md"].endswith(b"More.\n")
 
 
@@ -138,6 +150,12 @@ def test_a_public_repository_is_written_to_only_if_that_is_said(carded, fake_hub
     assert fake_hub.repos[NAME]["commits"] == []
     send(public=True)
     assert sorted(fake_hub.files(NAME)) == sorted(SENT)
+
+
+def test_a_private_repository_does_not_pass_for_a_public_one(carded, fake_hub):
+    send()
+    with pytest.raises(ConfigError, match="is private, and `--public` makes new ones only"):
+        send(public=True)
 
 
 def test_a_card_that_the_hub_refuses_is_said_before_anything_is_sent(carded, fake_hub):
@@ -153,8 +171,10 @@ def test_a_card_that_the_hub_refuses_is_said_before_anything_is_sent(carded, fak
 
 
 def test_a_name_that_is_none_is_refused(carded, fake_hub):
-    with pytest.raises(ModelError, match="no name of a repository; it is `ORG/NAME`"):
-        hub.push(pack("run").files, "a/b/c", message="m", public=False, overwrite=False)
+    for name, error in (("a/b/c", ConfigError), ("adapter", ConfigError), ("a/b c", ModelError)):
+        with pytest.raises(error, match="no name of a repository; it is `ORG/NAME`"):
+            hub.push(pack("run").files, name, message="m", public=False, overwrite=False)
+    assert not fake_hub.seen
 
 
 def test_an_unfinished_run_and_one_without_a_card_are_not_packed(workplace):
@@ -164,6 +184,20 @@ def test_an_unfinished_run_and_one_without_a_card_are_not_packed(workplace):
     Path("run/run.json").write_text(json.dumps(record | {"state": "unfinished"}))
     with pytest.raises(RunError, match="the run is unfinished"):
         pack("run")
+
+
+def test_the_steps_of_an_adapter_are_those_that_it_was_trained_for(carded):
+    """Not those that the run made after its best evaluation, or that it did not make."""
+    record = json.loads(Path("run/run.json").read_text())
+    for changes, steps in (
+        ({}, record["steps"]),
+        ({"stopped_early_at": 8}, 8),
+        ({"stopped_early_at": 8, "kept": {"step": 6, "eval_loss": 0.1}}, 6),
+    ):
+        Path("run/run.json").write_text(json.dumps(record | changes))
+        assert pack("run").message.endswith(f"trained for {steps} steps")
+        made, _ = card_of_run("run", NAME, samples=0)
+        assert f"\n* {steps} steps, with" in made.text
 
 
 def test_what_was_pushed_is_pulled_whole_and_can_be_used(carded, fake_hub):
@@ -177,6 +211,21 @@ def test_what_was_pushed_is_pulled_whole_and_can_be_used(carded, fake_hub):
         assert Path("pulled", name).read_bytes() == (carded / "run" / name).read_bytes()
     assert read_adapter(Path("pulled")).way == "lora"
     assert fake_hub.given == set(SENT)
+
+
+@pytest.mark.parametrize(
+    "page",
+    [b"no card", b"", b"\xff\xfe", b"---\nbase_model: [\n---\n", b"---\n- a\n---\n",
+     b"---\nbase_model: {a: b}\n---\n", b"---\nbase_model: a\ntags: 5\n---\n"],
+)  # fmt: skip
+def test_a_page_that_is_no_card_does_not_keep_an_adapter_from_being_pulled(carded, fake_hub, page):
+    send()
+    files = fake_hub.repos[NAME]["commits"][-1][1]
+    entries = json.loads(files["adapter_config.json"]) | {"base_model_name_or_path": "org/other"}
+    fake_hub.repos[NAME]["commits"].append(
+        ("m", files | {"README.md": page, "adapter_config.json": json.dumps(entries).encode()})
+    )
+    assert pull_adapter(NAME, Path("pulled")).base_model == "org/other"
 
 
 def test_what_cannot_be_pulled_is_said_and_leaves_nothing(carded, fake_hub, monkeypatch):
@@ -195,7 +244,7 @@ def test_what_cannot_be_pulled_is_said_and_leaves_nothing(carded, fake_hub, monk
     with pytest.raises(ModelError, match="taken: is not empty"):
         pull_adapter(NAME, Path("taken"))
     monkeypatch.setenv("HF_TOKEN", "wrong")
-    with pytest.raises(ModelError, match=r"the Hub refuses \(401\)"):
+    with pytest.raises(ModelError, match=r"the Hub refuses \(401: "):
         pull_adapter(NAME, Path("pulled"))
     assert not Path("pulled").exists() and not list(carded.glob(".pulled*"))
 

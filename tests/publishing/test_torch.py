@@ -12,11 +12,11 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_lm.utils import load_model
 
 from mlx_dpo.errors import ModelError
 from mlx_dpo.policy import adapters
 from mlx_dpo.policy.adapter_files import add_peft, load_adapter, save_adapter
+from mlx_dpo.policy.load import read_model
 from mlx_dpo.policy.targets import linear_names
 from mlx_dpo.publishing.checkpoint import local_checkpoint
 from mlx_dpo.publishing.counterparts import ALIKE
@@ -100,12 +100,10 @@ def built(torch, kind, folder):
         del entries["layer_types"], entries["sliding_window"]
     torch("make", entries, folder)
     written = json.loads((folder / "config.json").read_text())
-    # mlx-lm reads these where earlier versions of transformers wrote them.
-    rope = {"rope_theta": written.get("rope_parameters", {}).get("rope_theta", 10000.0)}
-    (folder / "config.json").write_text(
-        json.dumps(written | rope | {"rope_scaling": None} | entries)
-    )
-    model, entries = load_model(folder)
+    # Of what transformers leaves out mlx-lm wants some; positions are as transformers says.
+    more = {name: value for name, value in entries.items() if "rop" not in name.lower()}
+    (folder / "config.json").write_text(json.dumps(more | written))
+    model, entries = read_model(folder, kind, trust_remote_code=False)
     return model, entries, local_checkpoint(folder, kind)
 
 
