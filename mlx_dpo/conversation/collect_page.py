@@ -8,6 +8,7 @@ from mlx_dpo.conversation.loopback import Loopback
 from mlx_dpo.errors import ConfigError, DataError
 
 AHEAD = 1  # questions to have ready while the person reads
+PARTING = 10.0  # seconds that the last reply may take to leave
 NONE_LEFT = "No prompt is left: u takes the last pick back, q finishes"
 PASSED = {"tie": TIE, "skip": SKIPPED}
 State = dict[str, Any]
@@ -29,6 +30,7 @@ def serve_picks(session: Session, server: Loopback) -> None:
             over = (request.command or {}).get("do") == "quit"
             said = None if request.command is None or over else do(session, request.command)
             request.reply.set_result(shown(session, said, over=over))
+        request.answered.wait(PARTING)  # its thread ends with the program
 
 
 def shown(session: Session, said: str | None = None, *, over: bool = False) -> State:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from hmac import compare_digest
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from queue import Queue
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -35,6 +35,7 @@ class Request:
 
     command: dict[str, Any] | None
     reply: Future[dict[str, Any]] = field(default_factory=Future)
+    answered: Event = field(default_factory=Event)  # the reply is on its way, or nobody waits
 
 
 class Loopback(ThreadingHTTPServer):
@@ -133,6 +134,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(200, "application/json", json.dumps(request.reply.result(PATIENCE)))
         except TimeoutError:
             self._send(503, "text/plain", "the program is busy; reload this page")
+        finally:
+            request.answered.set()
 
     def _send_page(self) -> None:
         nonce = secrets.token_urlsafe(12)
