@@ -129,7 +129,7 @@ def test_what_a_picture_says_beside_its_points_is_searched(kind):
 @pytest.mark.parametrize(
     "content",
     [
-        gzip.compress(b"pairs"),
+        gzip.compress(b"pairs", mtime=0),
         b"PK\x03\x04\xff",
         b"PAR1\x15\x04\x00\x00PAR1",
         "text".encode("utf-16"),
@@ -137,6 +137,7 @@ def test_what_a_picture_says_beside_its_points_is_searched(kind):
         b"\x89PNG\r\n\x1a\n cut off",
         b"\xff\xd8\xff\xe0 a photograph",
     ],
+    ids=["gzip", "zip", "parquet", "utf-16", "utf-16 without its mark", "cut png", "jpeg"],
 )
 def test_what_cannot_be_searched_is_a_find_itself(content, tmp_path):
     [leak] = leaks_in(content, "logs/x")
