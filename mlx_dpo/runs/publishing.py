@@ -93,7 +93,7 @@ def pull_adapter(name: str, output: Path, revision: str | None = None) -> Pulled
 def _base_of(folder: Path) -> str | None:
     """The model that an adapter is for, as its card or else its settings say."""
     said = card_of(folder).get("base_model")
-    said = said[0] if isinstance(said, list) and said else said
     entries = read_json(folder / CONFIG, str(folder / CONFIG))
-    named = said or entries.get("base_model_name_or_path")
-    return named if isinstance(named, str) else None
+    found = [said[0] if isinstance(said, list) and said else said]
+    found.append(entries.get("base_model_name_or_path"))
+    return next((name for name in found if name and isinstance(name, str)), None)
