@@ -10,7 +10,7 @@ import yaml
 
 from mlx_dpo.config import DPOConfig, options
 from mlx_dpo.errors import ConfigError, reason
-from mlx_dpo.options import Option
+from mlx_dpo.options import Option, coerce
 from mlx_dpo.settings.elsewhere import ELSEWHERE
 
 Command = Callable[..., Any]
@@ -96,7 +96,8 @@ def read_settings(path: str) -> dict[str, Any]:
     """A YAML file as settings.
 
     Raises:
-        ConfigError: there is no such file, or it is not a mapping of names to values.
+        ConfigError: there is no such file, it is not a mapping of names to values, or a value is
+            unfit for the setting of its name.
     """
     try:
         values = yaml.safe_load(Path(path).expanduser().read_text("utf-8"))
@@ -110,6 +111,12 @@ def read_settings(path: str) -> dict[str, Any]:
         raise ConfigError(
             f"{path}: expected lines of `setting: value`, found {type(values).__name__}"
         )
+    known = options()
+    try:
+        for name in (name for name in values if name in known):
+            coerce(name, values[name], known[name][1])
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
     return values
 
 
