@@ -12,7 +12,7 @@ import click
 
 from mlx_dpo.cli._answers import CONTROLS
 from mlx_dpo.conversation.collecting import SKIPPED, TIE, Asked, Question, Session
-from mlx_dpo.errors import ConfigError
+from mlx_dpo.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from mlx_dpo.preferences.prompts import Prompt
@@ -29,7 +29,7 @@ def at_terminal(asked: Asked, *, typed: Typed | None) -> None:
         try:
             if not _turn(session, question):
                 return
-        except ConfigError as error:
+        except (ConfigError, DataError) as error:
             _say(f"{error}")
 
 

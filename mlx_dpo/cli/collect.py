@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from mlx_dpo.cli._judged import answer_flags, judge_flags, samplings
 from mlx_dpo.errors import ConfigError
 
 if TYPE_CHECKING:
+    from mlx_dpo.cli._collect_terminal import Typed
     from mlx_dpo.conversation.collecting import Asked
     from mlx_dpo.conversation.picks import Picks
     from mlx_dpo.preferences.prompts import Prompt
@@ -81,14 +83,15 @@ def collect(  # noqa: PLR0913 (one argument for each flag)
     picks = _open_picks(output)
     asked_for = _read(prompts)
     decides = open_judge(reward, judge, rubric) if automatic else None
-    asked = _open(runs, model, asked_for, picks, asking, automatic=automatic)
+    asked, system = _open(runs, model, asked_for, picks, asking, automatic=automatic)
     _say_state(asked)
     if decides is not None:
         from mlx_dpo.runs.collecting import judge_all
 
         _watch(asked, (pick.passed for _, pick in judge_all(asked, decides)))
     else:
-        _ask_a_person(asked, web=web, port=port, typed=prompts is None)
+        typed = partial(_typed, system) if prompts is None else None
+        _ask_a_person(asked, web=web, port=port, typed=typed)
     _say_end(picks)
 
 
@@ -115,8 +118,8 @@ def _open(
     asking: "Asking",
     *,
     automatic: bool,
-) -> "Asked":
-    """The prompts and who answers them; says what was done to the weights."""
+) -> "tuple[Asked, str | None]":
+    """The prompts and who answers them, after which system message; says what there is to say."""
     from mlx_dpo.conversation.collecting import Asked
     from mlx_dpo.preferences.prompts import with_system
     from mlx_dpo.runs.collecting import CHUNK, CHUNK_OF_A_PERSON, open_voices, sampler
@@ -125,20 +128,27 @@ def _open(
     for voice in voices:
         for note in voice.base.notes:
             click.echo(note, err=True)
-    return Asked(
-        with_system(asked_for, voices[0].system),
+    system = voices[0].system
+    if len({voice.system for voice in voices}) > 1:
+        told = (
+            "without a system message" if system is None else f"after the system message {system}"
+        )
+        click.echo(f"RUNs differ in their system messages; all are asked {told}", err=True)
+    asked = Asked(
+        with_system(asked_for, system),
         picks,
         sampler(voices, asking),
         chunk=CHUNK if automatic else CHUNK_OF_A_PERSON,
         seed=asking.samplings[0].seed or 0,
     )
+    return asked, system
 
 
-def _ask_a_person(asked: "Asked", *, web: bool, port: int | None, typed: bool) -> None:
+def _ask_a_person(asked: "Asked", *, web: bool, port: int | None, typed: "Typed | None") -> None:
     if not web:
         from mlx_dpo.cli._collect_terminal import at_terminal
 
-        at_terminal(asked, typed=_typed if typed else None)
+        at_terminal(asked, typed=typed)
     elif asked.left:
         from mlx_dpo.cli._collect_web import in_browser
 
@@ -156,15 +166,16 @@ def _refuse_idle(automatic: bool, web: bool, port: int | None, prompts: str | No
         raise ConfigError("--prompts is missing; prompts are typed only where a person picks here")
 
 
-def _typed() -> "Prompt | None":
+def _typed(system: str | None) -> "Prompt | None":
     """The next prompt that a person types; None to leave."""
-    from mlx_dpo.preferences.prompts import as_prompt
+    from mlx_dpo.preferences.prompts import as_prompt, with_system
 
     try:
         text = input("prompt> ") if sys.stdin.isatty() else input()
     except EOFError:
         return None
-    return as_prompt(text, "prompt") if text.strip() else None
+    [prompt] = with_system([as_prompt(text, "prompt")], system) if text.strip() else [None]
+    return prompt
 
 
 def _watch(asked: "Asked", decisions: Iterable[str | None]) -> None:

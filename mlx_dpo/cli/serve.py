@@ -52,7 +52,8 @@ def serve(
     curl localhost:8080/v1/chat/completions -H "Content-Type: application/json" \\
       -d '{"model": "aligned", "messages": [{"role": "user", "content": "Hello"}]}'
     """
-    from mlx_dpo.conversation.serving import Server, is_loopback
+    from mlx_dpo.conversation.answering import is_loopback
+    from mlx_dpo.conversation.serving import Server
     from mlx_dpo.runs.sides import open_sides
 
     thinking = settings.pop("thinking")
@@ -87,6 +88,7 @@ def _service(
         tokenizer,
         opened.sides,
         {"aligned": "aligned", "base": "base"} if opened.sides.both else {"base": "base"},
+        min(len(tokenizer), opened.base.vocab_size),
         sampling,
         thinking=bool(thought),
         system=config.system if config else None,

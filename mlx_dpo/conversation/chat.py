@@ -5,7 +5,7 @@ from contextlib import closing
 from typing import Any, Literal
 
 from mlx_dpo.conversation.cache import PromptCache
-from mlx_dpo.conversation.streaming import Piece, parted, stream_answer
+from mlx_dpo.conversation.streaming import Piece, answer_in, stream_answer
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.policy.generation import check_thinking, make_sampler, prompt_tokens, text_tokens
 from mlx_dpo.policy.sampling import Sampling
@@ -44,6 +44,7 @@ class Chat:
         self.system: str | None = None
         self.turns: list[Message] = []
         self.authors: list[Author] = []  # of the answers in them, the last ones
+        self._systems: list[str | None] = []  # messages that these were answers after
         self.sides = sides or Sides(model)
         self._model, self._tokenizer = model, tokenizer
         self._caches: dict[Side, PromptCache] = {}
@@ -77,7 +78,7 @@ class Chat:
 
     def reset(self) -> None:
         """Start over, as if nothing had been said: the draws start over, too."""
-        self.turns, self.authors = [], []
+        self.turns, self.authors, self._systems = [], [], []
         self._sampler = make_sampler(self.sampling)
 
     def reply(self, text: str) -> Generator[Piece]:
@@ -100,6 +101,7 @@ class Chat:
             if answer is not None:
                 self.turns = [*kept, asked, _turn("assistant", answer)]
                 self.authors = [*self.authors, self.sides.now]
+                self._systems = [*self._systems, self.system]
 
     def retry(self) -> Generator[Piece]:
         """Stream another answer to the last question; it takes the place of the one there is.
@@ -109,13 +111,13 @@ class Chat:
         """
         if self.sampling.temperature == 0:
             raise ConfigError("with `temperature` 0 the answer is always the same; set one above 0")
-        before = self.turns, self.authors
+        before = self._said
         question, undone = self.undo(), self.turns
         try:
             yield from self.reply(question)
         finally:
             if self.turns is undone:  # stopped before it began
-                self.turns, self.authors = before
+                self._said = before
 
     def undo(self) -> str:
         """Take the last question and its answer back; returns the question.
@@ -125,17 +127,31 @@ class Chat:
         """
         self.last_answer()
         *self.turns, asked, _ = self.turns
-        self.authors = self.authors[:-1]
+        self.authors, self._systems = self.authors[:-1], self._systems[:-1]
         return str(asked["content"])
 
     def other_answer(self, side: Side) -> Generator[Piece]:
-        """Stream what `side` says to the last question; the turns stay as they are."""
-        before = self.turns, self.authors
+        """Stream what `side` says to the last question; the turns stay as they are.
+
+        It is asked after the system message that the last answer was given after.
+        """
+        self.last_answer()
+        before, system = self._said, self.system
         with self.sides.on(side):
             try:
+                self.system = self._systems[-1]
                 yield from self.reply(self.undo())
             finally:
-                self.turns, self.authors = before
+                self._said, self.system = before, system
+
+    @property
+    def _said(self) -> tuple[list[Message], list[Author], list[str | None]]:
+        """Everything that was said, and what is known of it."""
+        return self.turns, self.authors, self._systems
+
+    @_said.setter
+    def _said(self, said: tuple[list[Message], list[Author], list[str | None]]) -> None:
+        self.turns, self.authors, self._systems = said
 
     def replace(self, answer: str, author: Author) -> None:
         """Go on as if this had been the answer to the last question."""
@@ -151,28 +167,26 @@ class Chat:
         """
         if not self.turns:
             raise ConfigError("nothing has been said yet; ask something first")
-        return self.answer_in(self.turns[-1]["content"])
+        said = str(self.turns[-1]["content"])
+        return said if self.authors[-1] == "person" else self.answer_in(said)
 
     def answer_in(self, said: str) -> str:
         """What was said to the last question, without what was thought."""
-        split = parted(self._tokenizer, self._ids(self._with_system(self.turns[:-1])))
-        parts = [*split.feed(said), *split.finish()]
-        answer = "".join(part.text for part in parts if not part.thinking)
-        return answer.strip("\n") if any(part.thinking for part in parts) else answer
+        return answer_in(self._tokenizer, self._ids(self._with_system(self.turns[:-1])), said)
 
     def asked(self) -> Text:
         """What the last answer is an answer to: messages, or text without a chat template."""
         self.last_answer()
         if self.raw:
             return "\n".join(turn["content"] for turn in self.turns[:-1])
-        return tuple(self._with_system(self.turns[:-1]))
+        return tuple(_after(self._systems[-1], self.turns[:-1]))
 
     def conversation(self) -> list[Message]:
         """Everything that the model sees, with the last answer."""
         return self._with_system(self.turns)
 
     def _with_system(self, turns: Sequence[Message]) -> list[Message]:
-        return [*([] if self.system is None else [_turn("system", self.system)]), *turns]
+        return _after(self.system, turns)
 
     def _ids(self, turns: Sequence[Message]) -> list[int]:
         if self.raw:
@@ -214,6 +228,10 @@ class Chat:
             limit=min(self.sampling.max_tokens, room),
             left_out=left_out,
         )
+
+
+def _after(system: str | None, turns: Sequence[Message]) -> list[Message]:
+    return [*([] if system is None else [_turn("system", system)]), *turns]
 
 
 def _turn(role: str, content: str) -> Message:

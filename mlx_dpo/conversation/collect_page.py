@@ -51,9 +51,12 @@ def shown(session: Session, said: str | None = None, *, over: bool = False) -> S
 
 
 def mark(session: Session) -> str:
-    """Tells one state of the session from the next, so that no key counts twice."""
+    """Tells one state of the session from the next, so that no key counts twice.
+
+    What is passed over while answers are sampled ahead changes nothing of what a person sees.
+    """
     question = session.question if session.ready else None
-    return f"{len(session.picks.order)}:{question.prompt.key[:16] if question else ''}"
+    return f"{session.decisions}:{question.prompt.key[:16] if question else ''}"
 
 
 def do(session: Session, command: State) -> str | None:

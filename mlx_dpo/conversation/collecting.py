@@ -12,6 +12,7 @@ from typing import Any
 from mlx_dpo.conversation.picks import Pick, Picks
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.preferences.prompts import Prompt
+from mlx_dpo.preferences.schemas.messages import refuse_unreadable
 
 TIE, SKIPPED, ALIKE, EMPTY = "tie", "skipped", "all answers are alike", "too few answers"
 PERSON = "person"
@@ -72,7 +73,7 @@ class Asked:
             question = self.question(prompt, answers)
             if question is None:
                 texts = tuple(answer.text for answer in answers)
-                why = ALIKE if len(set(texts)) == 1 else EMPTY
+                why = ALIKE if len({text.strip() for text in texts}) == 1 else EMPTY
                 told = {"by": "nobody"}
                 self.picks.add(Pick(prompt, told, passed=why, answers=texts))
             else:
@@ -96,6 +97,7 @@ class Session:
         self._chunks = asked.chunks()
         self._ready: deque[Question] = deque()
         self._decided: list[Question] = []
+        self.decisions = 0  # taken back or not
 
     def prepare(self) -> bool:
         """Sample the next chunk; False where none is left."""
@@ -129,11 +131,16 @@ class Session:
         self._decide(pick_of(question, best, worst, {"by": PERSON}))
 
     def improve(self, worse: int, text: str) -> None:
-        """A text of the person's own is better than an answer."""
+        """A text of the person's own is better than an answer.
+
+        Raises:
+            ConfigError, DataError: it says nothing else, or cannot be written.
+        """
         question, text = self._current(), text.strip()
         rejected = question.answers[worse]
         if not text or text == rejected.text.strip():
             raise ConfigError("the edited answer is empty or unchanged; nothing is kept")
+        refuse_unreadable(text, "the edited answer", "improve")
         told = {"by": PERSON, "edited": True, "rejected_from": rejected.source}
         self._decide(Pick(question.prompt, told, chosen=text, rejected=rejected.text))
 
@@ -144,15 +151,21 @@ class Session:
         self._decide(Pick(question.prompt, {"by": PERSON}, passed=why, answers=texts))
 
     def undo(self) -> bool:
-        """Take back the last decision of this session and ask again; False if there is none."""
+        """Take back the last decision of this session and ask again; False if there is none.
+
+        Raises:
+            DataError: another program has written behind it; nothing is taken back.
+        """
         if not self._decided:
             return False
-        question, passed = self._decided.pop(), []
-        while (kept := self.picks.undo()) is not None and kept.key != question.prompt.key:
-            passed.append(kept)  # by nobody, while answers were sampled ahead
-        for kept in reversed(passed):
-            self.picks.put_back(kept)
-        self.put(question)
+        question, passed = self._decided[-1], []
+        try:
+            while (kept := self.picks.undo()) is not None and kept.key != question.prompt.key:
+                passed.append(kept)  # by nobody, while answers were sampled ahead
+        finally:
+            for kept in reversed(passed):
+                self.picks.put_back(kept)
+        self.put(self._decided.pop())
         return True
 
     def _current(self) -> Question:
@@ -164,6 +177,7 @@ class Session:
     def _decide(self, pick: Pick) -> None:
         self.picks.add(pick)
         self._decided.append(self._ready.popleft())
+        self.decisions += 1
 
 
 def pick_of(question: Question, best: int, worst: int, provenance: dict[str, Any]) -> Pick:

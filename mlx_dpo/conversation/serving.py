@@ -3,7 +3,6 @@
 mlx-lm finishes what it is answering before it asks for another model, so a side can be put on then.
 """
 
-import json
 import socket
 import sys
 from argparse import Namespace
@@ -11,26 +10,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from http.server import ThreadingHTTPServer
-from ipaddress import ip_address
 from typing import Any
-from urllib.parse import urlsplit
 
 import mlx.core as mx
 from mlx_lm.models.cache import LRUPromptCache
 from mlx_lm.server import (
-    APIHandler,
     CompletionRequest,
     ModelProvider,
     ResponseGenerator,
     get_system_fingerprint,
 )
 
+from mlx_dpo.conversation.answering import DEFAULT, Handler
 from mlx_dpo.errors import ConfigError, reason
 from mlx_dpo.policy.batched import batches_exactly
 from mlx_dpo.policy.sampling import Sampling
 from mlx_dpo.policy.sides import Side, Sides, evaluated
 
-DEFAULT = "default_model"  # what mlx-lm calls the model of a request that names none
 PROBES = (3, 40)  # lengths of the prompts on which batching is tried
 PROMPT_CACHES = 10
 
@@ -43,6 +39,7 @@ class Service:
     tokenizer: Any
     sides: Sides
     names: Mapping[str, Side]  # the first one is for requests that name none
+    vocab_size: int  # ids at or above it must not reach the model
     sampling: Sampling
     thinking: bool = False
     system: str | None = None  # for conversations that have none
@@ -81,70 +78,17 @@ class Provider(ModelProvider):
 class Generator(ResponseGenerator):
     """mlx-lm's, whose thread leaves nothing running behind it."""
 
+    def _tokenize(self, tokenizer: Any, request: CompletionRequest, args: Any) -> Any:
+        found = super()._tokenize(tokenizer, request, args)
+        if not found[0]:  # the model cannot begin with nothing, and the thread would end there
+            raise ValueError("the prompt is empty")
+        return found
+
     def _run_generate(self) -> None:
         super()._run_generate()
         # Work that is still under way when the thread ends would abort the program.
         mx.synchronize()
         mx.clear_streams()
-
-
-class Handler(APIHandler):
-    """mlx-lm's, that lists what is served here and answers no page that was not let in."""
-
-    def parse_request(self) -> bool:
-        """Read the head of a request; a foreign one is refused."""
-        if not super().parse_request():
-            return False
-        if not self._is_let_in():
-            self.send_error(403, "Origin or Host is not allowed")
-            return False
-        return True
-
-    def _is_let_in(self) -> bool:
-        """A browser sends the origin of a page, and a name that a page may have made up."""
-        allowed = self.response_generator.cli_args.allowed_origins
-        origin = self.headers.get("Origin")
-        if origin is not None and "*" not in allowed and origin not in allowed:
-            return False
-        host = urlsplit(f"//{self.headers.get('Host', '')}").hostname or ""
-        return not is_loopback(self.server.server_address[0]) or is_loopback(host)
-
-    def handle_models_request(self) -> None:
-        """List the names."""
-        names = self.response_generator.model_provider.service.names
-        rows = [{"id": n, "object": "model", "created": self.created} for n in names]
-        self._answer(200, {"object": "list", "data": rows})
-
-    def _answer(self, status: int, body: Mapping[str, Any]) -> None:
-        data = json.dumps(body).encode()
-        self._set_completion_headers(status)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def handle_completion(self, request: CompletionRequest, stop_words: list[str]) -> None:
-        """Answer, unless something is asked for that is not here."""
-        names = self.response_generator.model_provider.service.names
-        wrong = None
-        if self.requested_model not in (*names, DEFAULT):
-            known = ", ".join(f"`{name}`" for name in names)
-            wrong = f"model `{self.requested_model}` is not served here; ask for {known}"
-        elif self.adapter is not None or self.requested_draft_model != DEFAULT:
-            wrong = "`adapters` and `draft_model` are not for a request to choose here"
-        if wrong is None:
-            super().handle_completion(request, stop_words)
-        else:
-            error = {"message": wrong, "type": "invalid_request_error", "code": "model_not_found"}
-            self._answer(404, {"error": error})
-
-    def handle_chat_completions(self) -> CompletionRequest:
-        """A conversation, with the system message that it was trained with if it has none."""
-        request = super().handle_chat_completions()
-        system = self.response_generator.model_provider.service.system
-        roles = {message.get("role") for message in request.messages}
-        if system is not None and not roles & {"system", "developer"}:
-            request.messages.insert(0, {"role": "system", "content": system})
-        return request
 
 
 class Server(ThreadingHTTPServer):
@@ -186,14 +130,6 @@ class Server(ThreadingHTTPServer):
         """Clients that leave in the middle are no errors."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can ask there."""
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _arguments(service: Service) -> Namespace:

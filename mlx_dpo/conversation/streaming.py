@@ -49,19 +49,19 @@ def stream_answer(  # noqa: PLR0913 (one argument for each thing an answer depen
     left_out: int = 0,
 ) -> Generator[Piece]:
     """What the model says to the prompt, in at most `limit` tokens."""
-    fresh = cache.rewind(prompt)
-    cached = prompt[: len(prompt) - len(fresh)]
-    tokens = stream_tokens(
-        model,
-        fresh,
-        max_tokens=limit,
-        sampler=sampler,
-        processors=make_processors(sampling, cached),
-        cache=cache.layers,
-    )
     clock, ended = _Clock(), False
     text, split = TextStream(tokenizer), parted(tokenizer, prompt)
     try:
+        fresh = cache.rewind(prompt)
+        cached = prompt[: len(prompt) - len(fresh)]
+        tokens = stream_tokens(
+            model,
+            fresh,
+            max_tokens=limit,
+            sampler=sampler,
+            processors=make_processors(sampling, cached),
+            cache=cache.layers,
+        )
         with closing(tokens):
             for token in tokens:
                 clock.tick()
@@ -72,7 +72,7 @@ def stream_answer(  # noqa: PLR0913 (one argument for each thing an answer depen
     except GeneratorExit:
         raise
     except BaseException:
-        cache.drop()  # stopped within a forward pass: layers may disagree
+        cache.drop()  # stopped before all of it was held, or within a forward pass
         raise
     yield from _told([*split.feed(text.finish()), *split.finish()])
     cut: FinishReason = "length" if limit == sampling.max_tokens else "context"
@@ -96,6 +96,14 @@ def parted(tokenizer: Any, prompt: Sequence[int]) -> ThinkingSplit:
     # Some templates begin to think for the model.
     within = tokenizer.rfind_think_start(tail) > tokenizer.rfind_think_end(tail)
     return ThinkingSplit(tokenizer.think_start, tokenizer.think_end, within=within)
+
+
+def answer_in(tokenizer: Any, prompt: Sequence[int], said: str) -> str:
+    """What was said to `prompt`, without what was thought."""
+    split = parted(tokenizer, prompt)
+    parts = [*split.feed(said), *split.finish()]
+    answer = "".join(part.text for part in parts if not part.thinking)
+    return answer.strip("\n") if any(part.thinking for part in parts) else answer
 
 
 def _told(parts: Iterable[Part]) -> Iterator[Piece]:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.resources import files
 from itertools import combinations
 from pathlib import Path
@@ -17,8 +18,10 @@ VERDICT = re.compile(r"\[\[([ABC])\]\]")
 VALUES = {"A": WIN, "C": TIE, "B": LOSS}
 DISAGREED = "the two orders disagree"
 UNCLEAR = "the judge gave no verdict"
+CONTRARY = "the worst answer beat the best one"
 
 Ask = Callable[[Sequence[Sequence[Message]]], list[str]]
+Answered = Callable[[Sequence[Message], str], str]
 
 
 def default_rubric() -> str:
@@ -43,16 +46,25 @@ def read_rubric(path: Path) -> str:
 
 
 class ModelJudge:
-    """A judge that is asked in text. `ask` answers conversations, one text for each.
+    """A judge that is asked in text. `ask` answers conversations, one text for each; `answered`
+    is what such a text answers, without thoughts, in which verdicts are tried and dropped.
 
     The form of the verdict is that of MT-Bench (Zheng et al. 2023, arXiv:2306.05685), where a
     judge was found to favour the answer that stands first: hence both orders.
     """
 
-    def __init__(self, name: str, ask: Ask, rubric: str, **facts: Any) -> None:
+    def __init__(
+        self,
+        name: str,
+        ask: Ask,
+        rubric: str,
+        *,
+        answered: Answered = lambda asked, text: text,
+        **facts: Any,
+    ) -> None:
         self.name = name
         self.rubric = rubric
-        self._ask = ask
+        self._ask, self._answered = ask, answered
         self._facts = facts
 
     def facts(self) -> dict[str, Any]:
@@ -74,9 +86,13 @@ class ModelJudge:
             for pair in ((texts[first], texts[second]), (texts[second], texts[first])):
                 conversations.append(self._question(prompts[number], *pair))
         said = self._ask(conversations)
+        verdicts = [
+            verdict(self._answered(*each)) for each in zip(conversations, said, strict=True)
+        ]
         duels: dict[int, list[_Duel]] = {number: [] for number in range(len(answers))}
         for at, (number, first, second) in enumerate(asked):
-            duels[number].append(_Duel(first, second, said[2 * at], said[2 * at + 1]))
+            both = slice(2 * at, 2 * at + 2)
+            duels[number].append(_Duel(first, second, said[both], *verdicts[both]))
         return [_ranking(len(texts), duels[n]) for n, texts in enumerate(answers)]
 
     def _question(self, prompt: Conversation, first: str, second: str) -> list[Message]:
@@ -118,9 +134,10 @@ def refuse_mute(name: str, rankings: Sequence[Ranking]) -> None:
 class _Duel:
     """Two answers, and what was said of them in both orders."""
 
-    def __init__(self, first: int, second: int, forth: str, back: str) -> None:
-        self.first, self.second, self.said = first, second, (forth, back)
-        one, other = verdict(forth), verdict(back)
+    def __init__(
+        self, first: int, second: int, said: Sequence[str], one: float | None, other: float | None
+    ) -> None:
+        self.first, self.second, self.said = first, second, said
         self.value, self.doubt = TIE, ""
         if one is None or other is None:
             self.doubt = UNCLEAR
@@ -129,15 +146,20 @@ class _Duel:
         else:
             self.value = one
 
+    def doubt_of(self, best: int) -> str:
+        """Why the pair with `best` as chosen may not be relied on; empty where it may."""
+        lost = self.value == (LOSS if best == self.first else WIN)
+        return self.doubt or (CONTRARY if lost else "")
+
 
 def _ranking(count: int, duels: Sequence[_Duel]) -> Ranking:
     points = [0.0] * count
     for duel in duels:
         points[duel.first] += duel.value
         points[duel.second] += WIN - duel.value
-    ranked = Ranking(tuple(points))
+    said = tuple(text for duel in duels for text in duel.said)
+    ranked = Ranking(tuple(points), said=said)
     # Of more than two answers, only the duel between best and worst makes the pair.
     ends = {ranked.best, ranked.worst}
-    doubts = tuple(duel.doubt for duel in duels if duel.doubt and {duel.first, duel.second} == ends)
-    said = tuple(text for duel in duels for text in duel.said)
-    return Ranking(ranked.points, doubts, said)
+    between = [duel.doubt_of(ranked.best) for duel in duels if {duel.first, duel.second} == ends]
+    return replace(ranked, doubts=tuple(doubt for doubt in between if doubt))

@@ -25,6 +25,8 @@ class Reward:
         self.name = name
         self._function = function
         self._file = file
+        # Now: the code that runs is this, whatever the file may say later.
+        self._digest = sha256(file.read_bytes()).hexdigest() if file else None
 
     def __call__(self, prompt: Conversation, answer: str) -> float:
         """The reward of one answer.
@@ -54,8 +56,8 @@ class Reward:
 
     def facts(self) -> dict[str, Any]:
         """Its name, and a digest of the file it stands in."""
-        digest = sha256(self._file.read_bytes()).hexdigest() if self._file else None
-        return {"by": f"reward {self.name}"} | ({"reward_digest": digest} if digest else {})
+        digest = {"reward_digest": self._digest} if self._digest else {}
+        return {"by": f"reward {self.name}"} | digest
 
 
 def load_reward(spec: str) -> Reward:

@@ -17,6 +17,8 @@ from mlx_dpo.errors import DataError, reason
 from mlx_dpo.preferences.rows import Row
 
 BATCH = 1000  # rows of a table that are held at once
+SPOKEN = {"prompt", "question", "instruction", "chosen", "rejected", "completion"}
+TURN = {"role", "from"}  # one of them is in every turn
 Items = Iterator[tuple[str, Any]]
 WHAT = "`.jsonl`, `.json`, `.parquet` or `.csv`, each also `.gz`, `.bz2`, `.xz` or `.zst`"
 
@@ -111,10 +113,10 @@ def _csv(stream: IO[bytes], name: str) -> Items:
         if cells and len(cells) != len(header):
             raise DataError(f"{where}: {len(cells)} cells under a header of {len(header)}")
         if cells:
-            yield where, dict(zip(header, map(_cell, cells), strict=True))
+            yield where, dict(zip(header, map(_cell, header, cells), strict=True))
 
 
-def _cell(text: str) -> Any:
+def _cell(column: str, text: str) -> Any:
     if not text.startswith(("[", "{")):
         return text
     try:
@@ -122,7 +124,11 @@ def _cell(text: str) -> Any:
     except (ValueError, RecursionError):
         return text
     objects = value if isinstance(value, list) else [value]
-    return value if objects and all(isinstance(one, dict) for one in objects) else text
+    if not objects or not all(isinstance(one, dict) for one in objects):
+        return text
+    # Where turns or text may stand, objects that are no turns are an answer in JSON: text.
+    turns = all(TURN & one.keys() for one in objects)
+    return value if turns or column not in SPOKEN else text
 
 
 def _decoded(stream: IO[bytes], name: str) -> Iterator[str]:

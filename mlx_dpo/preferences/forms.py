@@ -30,7 +30,7 @@ class Form(NamedTuple):
     said: Preference
     as_chat: bool
     was_dialogue: bool  # text that marks its turns, which became messages
-    system_added: bool
+    with_system: bool  # it begins with the system turn that was asked for
     thinking: bool  # whether the template is to open a thought
 
 
@@ -43,8 +43,8 @@ def form_of(tokenizer: Any, given: Preference, rules: TokenRules) -> Form:
     """
     marked = dialogues.as_messages(given) if given.whole and _may_chat(tokenizer, rules) else None
     as_chat = _is_chat(tokenizer, marked or given, rules)
-    said, system_added = _with_system(marked or given, rules, as_chat)
-    return Form(said, as_chat, marked is not None, system_added, _thinking(said, rules))
+    said, with_system = _with_system(marked or given, rules, as_chat)
+    return Form(said, as_chat, marked is not None, with_system, _thinking(said, rules))
 
 
 def _may_chat(tokenizer: Any, rules: TokenRules) -> bool:
@@ -82,7 +82,7 @@ def _with_system(
         )
     turns = as_turns(preference.prompt, "user")
     if turns[0]["role"] in SYSTEM:
-        return preference, False
+        return preference, turns[0]["content"] == rules.system
     return replace(preference, prompt=({"role": "system", "content": rules.system}, *turns)), True
 
 

@@ -38,7 +38,7 @@ from mlx_dpo.preferences.tokenizing import Hands, Heard, blocks
 from mlx_dpo.preferences.tokens import check_rules
 from mlx_dpo.preferences.views import StoredPairs
 
-RULES = 1  # to be raised when the same rows become other pairs than before
+RULES = 2  # to be raised when the same rows become other pairs, or other counts, than before
 SUFFIX = ".pairs"
 SMALL = 1 << 20  # bytes of files that take about a second
 LIBRARIES = ("transformers", "tokenizers", "mlx-lm", "jinja2")  # that make tokens of text
@@ -70,12 +70,12 @@ def stored_pairs(
     """
     check_rules(hands.tokenizer, rules.tokens)
     files = _files(source)
+    before = _stamps(files)  # ahead of the digest, so that no change falls in between
     key = _key(source, files, hands.tokenizer, rules, cache) if files else None
     path = cache.folder / f"{key}{SUFFIX}" if key else None
     if path is not None and (kept := _read(path, key)) is not None:
         return _pair_set(*kept, source, FROM_CACHE)
     origin = DAMAGED if path is not None and path.is_file() else ""
-    before = _stamps(files)
     with _beside(path) as (stream, partial, why_not):
         _write(stream, source, hands, rules, counting, _labels(key, source, cache))
         made = read_arrays(stream)

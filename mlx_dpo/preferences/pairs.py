@@ -120,7 +120,7 @@ def refuse_idle(rules: TokenRules, rows: RowRules, reports: Sequence[PairsReport
         raise ConfigError("`pair_labelled` has no effect; no row has a `label`")
     if rules.thinking is not None and not any(report.as_chat for report in reports):
         raise ConfigError("`thinking` has no effect; no pair goes through the chat template")
-    if rules.system is not None and not any(report.system_added for report in reports):
+    if rules.system is not None and not any(report.with_system for report in reports):
         raise ConfigError("`system` has no effect; every row has a system turn of its own")
 
 

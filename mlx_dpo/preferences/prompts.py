@@ -1,15 +1,16 @@
 """A file -> prompts: what a model is asked, without answers."""
 
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from mlx_dpo.errors import DataError
+from mlx_dpo.preferences.faults import BadPair
 from mlx_dpo.preferences.rows import Row
-from mlx_dpo.preferences.schemas import to_preferences
+from mlx_dpo.preferences.schemas import SCHEMAS, dialogues, to_preferences
 from mlx_dpo.preferences.schemas.messages import as_turns, kind_of, text_of, turns_of
 from mlx_dpo.preferences.sources import find, source_of
 from mlx_dpo.types import Message, Text
@@ -23,6 +24,7 @@ class Prompt:
 
     messages: tuple[Message, ...]
     where: str = ""
+    text: str | None = None  # a whole text as it stood, where its marks made the messages
 
     @property
     def key(self) -> str:
@@ -72,8 +74,13 @@ def distinct(prompts: Iterable[Prompt]) -> list[Prompt]:
     return list(first.values())
 
 
-def as_prompt(text: Text, where: str = "") -> Prompt:
-    """Text as one turn of the user; messages as they are, without answers at their end."""
+def as_prompt(text: Text, where: str = "", *, whole: bool = False) -> Prompt:
+    """Text as one turn of the user; messages as they are, without answers at their end.
+
+    A `whole` text that marks its turns is these turns, as where it is trained on.
+    """
+    if whole and isinstance(text, str) and (marked := dialogues.turns(text)) is not None:
+        return replace(as_prompt(marked, where), text=text)
     turns = as_turns(text, "user")
     while turns and turns[-1]["role"] == "assistant":
         turns = turns[:-1]
@@ -88,13 +95,13 @@ def with_system(prompts: Iterable[Prompt], system: str | None) -> list[Prompt]:
     return [
         prompt
         if system is None or prompt.messages[0]["role"] in ("system", "developer")
-        else Prompt((turn, *prompt.messages), prompt.where)
+        else replace(prompt, messages=(turn, *prompt.messages))
         for prompt in prompts
     ]
 
 
 def prompt_of_row(row: Row) -> Prompt:
-    """What a row asks.
+    """What a row asks: that of a pair as it is trained on.
 
     Raises:
         DataError: it asks nothing, or with more than text.
@@ -102,20 +109,60 @@ def prompt_of_row(row: Row) -> Prompt:
     record = row.record
     for name in ("tools", "chat_template_kwargs"):
         if record.get(name):
-            raise DataError(f"{row.where}: `{name}` beside a prompt cannot be asked with here")
+            raise _more_than_text(row.where, name)
+    if not record.get("messages") and any(schema.fits(record) for schema in SCHEMAS.values()):
+        return _of_pair(row)
+    return _alone(row)
+
+
+def refuse_given(given: Mapping[str, Any], where: str) -> None:
+    """DataError for what a template reads beside the turns."""
+    for name in given:
+        raise _more_than_text(where, name)
+
+
+def _more_than_text(where: str, name: str) -> DataError:
+    return DataError(f"{where}: `{name}` beside a prompt cannot be asked with here")
+
+
+def _of_pair(row: Row) -> Prompt:
+    try:
+        found = to_preferences(row)
+    except BadPair as bad:
+        why = bad.reason
+    else:
+        if found:
+            refuse_given(found[0].given, row.where)
+            return as_prompt(found[0].prompt, row.where, whole=found[0].whole)
+        why = "its answers tie"
+    # A pair may teach nothing and still ask something; answers in turns bring more than `prompt`.
+    if row.record.get("prompt") and not isinstance(row.record.get("chosen"), list):
+        return _alone(row)
+    raise DataError(f"{row.where}: no prompt can be read of it ({why}); leave the row out")
+
+
+def _alone(row: Row) -> Prompt:
+    """The prompt, or the conversation, that stands in a field of its own."""
+    record = row.record
     for name in ("prompt", "messages"):
         value: Any = record.get(name)
-        if value is not None and value != "":
-            text = kind_of(value, name, row.where) == "text"
-            read = text_of(value, name, row.where) if text else turns_of(value, name, row.where)
-            return as_prompt(read, row.where)
-    if not {"chosen", "rejected"} & record.keys():
-        found = ", ".join(f"`{name}`" for name in sorted(record)) or "nothing"
-        raise DataError(f"{row.where}: no `prompt` and no `messages` (found {found})")
-    found_pairs = to_preferences(row)
-    if not found_pairs:
-        raise DataError(f"{row.where}: no prompt can be read of a row whose answers tie")
-    return as_prompt(found_pairs[0].prompt, row.where)
+        if value is None or value == "":
+            continue
+        if kind_of(value, name, row.where) == "messages":
+            return as_prompt(turns_of(value, name, row.where), row.where)
+        [prompt] = with_system(
+            [as_prompt(text_of(value, name, row.where), row.where)], _system_beside(row)
+        )
+        return prompt
+    found = ", ".join(f"`{name}`" for name in sorted(record)) or "nothing"
+    raise DataError(f"{row.where}: no `prompt` and no `messages` (found {found})")
+
+
+def _system_beside(row: Row) -> str | None:
+    """The `system` beside a text; labelled rows are trained on without it."""
+    if "label" in row.record:
+        return None
+    return text_of(row.record.get("system") or "", "system", row.where) or None
 
 
 def _lines(path: Path) -> Iterator[Prompt]:

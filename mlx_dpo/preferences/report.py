@@ -27,7 +27,7 @@ class PairsReport:
     unused_fields: Counter[str] = field(default_factory=Counter)  # rows that have such a field
     wrapped: int = 0  # strings that became a user and an assistant turn
     dialogues: int = 0  # marked text that became messages
-    system_added: int = 0
+    with_system: int = 0
     as_chat: int = 0
     specials: Counter[str] = field(default_factory=Counter)  # that stand in a text
     with_specials: int = 0
@@ -56,7 +56,7 @@ class PairsReport:
         self.desirable += bool(pair.desirable)
         self.dialogues += encoded.was_dialogue
         self.wrapped += was_text and encoded.as_chat and not encoded.was_dialogue
-        self.system_added += encoded.system_added
+        self.with_system += encoded.with_system
         self.as_chat += encoded.as_chat
         self.specials.update(encoded.specials)
         self.with_specials += bool(encoded.specials)
@@ -149,8 +149,8 @@ class PairsReport:
                 f"{self._count(self.dialogues)} of text that marks its turns put into the model's "
                 "chat template, turn by turn; --chat-template text keeps the text"
             )
-        if self.system_added:
-            lines.append(f"{self._count(self.system_added)} given the system turn of --system")
+        if self.with_system:
+            lines.append(f"{self._count(self.with_system)} with the system turn of --system")
         return lines
 
     def _special_tokens(self) -> list[str]:

@@ -29,7 +29,7 @@ class Encoded:
     pair: TokenizedPair
     as_chat: bool  # through the model's chat template
     was_dialogue: bool  # text that marks its turns, which became messages
-    system_added: bool
+    with_system: bool
     specials: frozenset[str]  # special tokens that stand in its text
     boundary_moved: int  # prompt tokens that merge with a completion and went over to it
     stops_added: int  # completions that had no stop token of their own
@@ -136,7 +136,7 @@ def _encoded(
         pair=pair,
         as_chat=form.as_chat,
         was_dialogue=form.was_dialogue,
-        system_added=form.system_added,
+        with_system=form.with_system,
         specials=_specials(tokenizer, form),
         boundary_moved=parts.moved,
         stops_added=stops_added,

@@ -144,7 +144,7 @@ def _page(said: Said, eyes: Eyes) -> Page:
         notes.append("plain text: no chat template")
     if kept.was_dialogue:
         notes.append("marked text that became turns")
-    if kept.system_added:
+    if kept.with_system:
         notes.append("with the system turn of --system")
     if kept.specials:
         notes.append(f"kept as characters: {' '.join(sorted(kept.specials))}")

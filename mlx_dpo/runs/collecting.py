@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import lcm
 
 from mlx_dpo.conversation.collecting import TIE, Answer, Asked, Question, Sample, pick_of
 from mlx_dpo.conversation.picks import Pick, Picks
@@ -19,6 +20,8 @@ CHUNK_OF_A_PERSON = 4  # few, so that nobody waits long
 @dataclass(frozen=True, kw_only=True)
 class Asking:
     """How answers are sampled: `answers` of them, by the voices and samplings in turn.
+
+    The first ones have every voice and every sampling; enough of them have each voice with each.
 
     Raises:
         ConfigError: two answers could not differ, or a voice or sampling would have no answer.
@@ -46,8 +49,10 @@ class Asking:
     def places(self, voices: int) -> dict[tuple[int, int], list[int]]:
         """Places of answers by voice and sampling."""
         places: dict[tuple[int, int], list[int]] = {}
+        samplings = len(self.samplings)
         for place in range(self.answers):
-            of = (place % voices, place % len(self.samplings))
+            around = place // lcm(voices, samplings)  # then each voice meets its next sampling
+            of = (place % voices, (place + around) % samplings)
             places.setdefault(of, []).append(place)
         return places
 

@@ -116,7 +116,8 @@ def _logps(
 def _ids(opened: TwoSided, run: Opened, prompt: Prompt) -> Ids:
     tokenizer = opened.base.tokenizer
     if run.trained_on_text or not tokenizer.has_chat_template:
-        return text_tokens(tokenizer, "\n".join(str(m["content"]) for m in prompt.messages))
+        said = "\n".join(str(m["content"]) for m in prompt.messages)
+        return text_tokens(tokenizer, said if prompt.text is None else prompt.text)
     return prompt_tokens(tokenizer, prompt.messages, thinking=run.config.thinking)
 
 

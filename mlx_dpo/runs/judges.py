@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from mlx_dpo.conversation.streaming import answer_in
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.evaluation.judging import ModelJudge, default_rubric, read_rubric
 from mlx_dpo.evaluation.ranking import Judge
 from mlx_dpo.evaluation.rewards import load_reward
+from mlx_dpo.policy.generation import prompt_tokens
 from mlx_dpo.policy.sampling import Sampling
 from mlx_dpo.runs.voices import open_voice
 from mlx_dpo.types import Message
@@ -44,4 +46,9 @@ def open_judge(reward: str | None, judge: str | None, rubric: str | None) -> Jud
     def ask(conversations: Sequence[Sequence[Message]]) -> list[str]:
         return voice.answer(conversations, JUDGED) if conversations else []
 
-    return ModelJudge(judge, ask, text, judge_digest=voice.facts["model_digest"])
+    def answered(asked: Sequence[Message], said: str) -> str:
+        tokenizer = voice.base.tokenizer
+        return answer_in(tokenizer, prompt_tokens(tokenizer, asked), said)
+
+    digest = voice.facts["model_digest"]
+    return ModelJudge(judge, ask, text, answered=answered, judge_digest=digest)

@@ -6,7 +6,7 @@ from hashlib import sha256
 from typing import NamedTuple
 
 from mlx_dpo.errors import ConfigError
-from mlx_dpo.preferences.prompts import Prompt, held_out_prompts, read_prompts
+from mlx_dpo.preferences.prompts import Prompt, held_out_prompts, read_prompts, with_system
 
 HELD_OUT_SHARE = 0.1
 
@@ -26,8 +26,10 @@ class LoopPrompts(NamedTuple):
         return [self.train[at % len(self.train)] for at in range(start, start + count)]
 
 
-def read_loop_prompts(prompts: str, valid_prompts: str | None) -> LoopPrompts:
-    """Prompts to collect with and to measure on; none is in both.
+def read_loop_prompts(
+    prompts: str, valid_prompts: str | None, system: str | None = None
+) -> LoopPrompts:
+    """Prompts to collect with and to measure on, each with a system turn; none is in both.
 
     Raises:
         DataError, ConfigError: there are none, or too few to hold some out.
@@ -37,6 +39,7 @@ def read_loop_prompts(prompts: str, valid_prompts: str | None) -> LoopPrompts:
         valid = held_out_prompts(valid_prompts) or read_prompts(valid_prompts)
     else:
         valid = held_out_prompts(prompts) or _some(train)
+    train, valid = with_system(train, system), with_system(valid, system)
     keys = {prompt.key for prompt in valid}
     kept = [prompt for prompt in train if prompt.key not in keys]
     if not kept:

@@ -16,8 +16,9 @@ from mlx_dpo.conversation.picks import Picks
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.evaluation.ranking import Judge
 from mlx_dpo.evaluation.rewards import Reward
+from mlx_dpo.policy.adapter_files import content_digest
 from mlx_dpo.policy.load import fingerprint, locate
-from mlx_dpo.preferences.prompts import Prompt, with_system
+from mlx_dpo.preferences.prompts import Prompt
 from mlx_dpo.reporting.rounds import loop_page, round_page
 from mlx_dpo.runs.collecting import CHUNK, Asking, counted, judge_all, sampler
 from mlx_dpo.runs.contests import hold
@@ -69,7 +70,8 @@ class Loop:
 
     def __enter__(self) -> Self:
         named = self.settings.prompts, self.settings.valid_prompts
-        self.asked: LoopPrompts = read_loop_prompts(*named)
+        # With the system message from here on: what was collected is told by the whole prompt.
+        self.asked: LoopPrompts = read_loop_prompts(*named, self.config.system)
         model = locate(
             self.config.model,
             revision=self.config.revision,
@@ -81,6 +83,8 @@ class Loop:
             "the model": fingerprint(model),
             "the judge": self.judge.facts(),
         }
+        if self.config.start_adapter is not None:
+            contents["the start adapter"] = content_digest(Path(self.config.start_adapter))
         with ExitStack() as stack:
             stack.enter_context(claimed(RunPaths(self.paths.folder)))
             begin(self.paths, self.config, self.settings, contents, resume=self.resume)
@@ -136,7 +140,7 @@ class Loop:
         asking = Asking(
             answers=settings.answers, samplings=(replace(settings.sampling, seed=seed),)
         )
-        prompts = self._prompts(self.asked.of_round(number, settings.prompts_per_round), voice)
+        prompts = self.asked.of_round(number, settings.prompts_per_round)
         picks = Picks(self.paths.round(number).pairs)
         questions = Asked(prompts, picks, sampler([voice], asking), chunk=CHUNK, seed=seed)
         yield questions.left
@@ -171,15 +175,16 @@ class Loop:
     def evaluate(self, number: int) -> dict[str, Any]:
         """Answer the held-out prompts, have the answers judged, and end the round."""
         voice = self.voice(number)
-        prompts = self._prompts(self.asked.valid, voice)
+        prompts = self.asked.valid
         answers = voice.say(prompts, self.settings.sampling)
         del voice
         found = self._measured(number, prompts, answers)
         here = self.paths.round(number)
+        rounds = [*(self.evaluation(earlier) for earlier in range(number)), found]
         write_whole(here.page, round_page(found))
-        write_whole(here.evaluation, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-        rounds = [self.evaluation(earlier) for earlier in range(number + 1)]
         write_whole(self.paths.page, loop_page(rounds, str(self.judge.name)))
+        # Last: the round is over where it is, and nothing before it is written again.
+        write_whole(here.evaluation, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
         return found
 
     def evaluation(self, number: int) -> dict[str, Any]:
@@ -205,6 +210,3 @@ class Loop:
             for at, prompt in enumerate(prompts)
         ]
         return found
-
-    def _prompts(self, prompts: list[Prompt], voice: Voice) -> list[Prompt]:
-        return with_system(prompts, voice.system)

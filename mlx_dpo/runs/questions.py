@@ -3,7 +3,7 @@
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.policy.load import Base
 from mlx_dpo.preferences.columns import prompts as prompts_of_pairs
-from mlx_dpo.preferences.prompts import Prompt, as_prompt, prompts_of
+from mlx_dpo.preferences.prompts import Prompt, as_prompt, prompts_of, refuse_given
 from mlx_dpo.preferences.reading import told
 from mlx_dpo.preferences.report import PairsReport
 from mlx_dpo.preferences.schemas import asked
@@ -17,7 +17,7 @@ def prompts_held_out(run: Opened, base: Base) -> list[Prompt]:
 
     Raises:
         ConfigError: the run held none out.
-        RunError, DataError: its pairs are gone, or cannot be read any more.
+        RunError, DataError: its pairs are gone, cannot be read any more, or ask with tools.
     """
     config = run.config
     wanted = set(prompts_of_pairs(read_inputs(config, read=lambda _: base).valid))
@@ -29,5 +29,6 @@ def prompts_held_out(run: Opened, base: Base) -> list[Prompt]:
         report = PairsReport(source.name, config.max_length, judged=config.labelled)
         for one in told(source.rows(), row_rules(config), report, bad_pairs="drop"):
             if bytes.fromhex(asked(one.said)) in wanted:
-                prompts.append(as_prompt(one.said.prompt, one.said.where))
+                refuse_given(one.said.given, one.said.where)
+                prompts.append(as_prompt(one.said.prompt, one.said.where, whole=one.said.whole))
     return prompts_of(prompts, str(run.paths.folder))

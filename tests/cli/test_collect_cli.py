@@ -140,6 +140,38 @@ def test_prompts_are_typed_where_no_file_is_given(folder, model):
     assert answers[0] != answers[1]
 
 
+def trained(folder, model, name, *more):
+    pairs = [{"prompt": f"Is it {n}?", "chosen": "It is.", "rejected": "no"} for n in range(4)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    words = ["train", str(folder / "train.jsonl"), "--model", model, "--output", str(folder / name)]
+    words += ["--max-steps", "1", "--batch-size", "2", "--warmup-ratio", "0"]
+    result = CliRunner().invoke(cli, [*words, "--valid-fraction", "0", *more])
+    assert result.exit_code == 0, result.output
+    return str(folder / name)
+
+
+def test_what_is_typed_is_asked_as_the_run_was_trained(folder, model, monkeypatch):
+    monkeypatch.setenv("MLX_DPO_CACHE", str(folder / "cache"))
+    kind = trained(folder, model, "kind", "--system", "Be kind.")
+    words = ("--output", str(folder / "pairs.jsonl"), "--max-tokens", "6")
+    result = run(kind, *words, stdin="Where is the cat?\n1\n")
+    assert result.exit_code == 0, result.output
+    [row] = rows(folder / "pairs.jsonl")
+    assert row["prompt"] == [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "Where is the cat?"},
+    ]
+    # Two runs that were trained after other messages are asked the same, and that is said.
+    plain = trained(folder, model, "plain")
+    for first, second, told in (
+        (kind, plain, "all are asked after the system message Be kind."),
+        (plain, kind, "all are asked without a system message"),
+    ):
+        result = run(first, second, *words, stdin="")
+        assert f"RUNs differ in their system messages; {told}" in result.stderr
+    assert "RUNs differ" not in run(kind, kind, *words, stdin="").stderr
+
+
 def test_through_a_pipe_each_line_is_a_key(folder, model):
     keys = "1\ne2 My own words.\ns\nu\n?\nt\n\nq\n"
     result = run(*words(folder, model), stdin=keys)

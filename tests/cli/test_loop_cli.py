@@ -14,7 +14,7 @@ from mlx_dpo.cli import cli
 from mlx_dpo.demo.rules import is_right
 from mlx_dpo.paths import tiny_chat
 from mlx_dpo.runs import open_run
-from tests.checkpoints import make_checkpoint
+from tests.checkpoints import make_adapter, make_checkpoint
 
 PROGRAM = [sys.executable, "-c", "from mlx_dpo.cli import main; main()", "loop"]
 REWARD = """\
@@ -120,6 +120,40 @@ def test_two_rounds_from_prompts_alone(folder, model):
     assert [row["before"] for row in evaluation(loop, 2)["answers"]] == before
     base = [row["now"] for row in evaluation(loop, 0)["answers"]]
     assert [row["base"] for row in evaluation(loop, 2)["answers"]] == base
+
+
+def test_a_round_is_over_only_when_its_pages_are_written(folder, model):
+    assert run(*words(folder, model, "--rounds", "1")).exit_code == 0
+    loop = folder / "loop"
+    over = (loop / "round-01" / "evaluation.json").stat().st_mtime_ns
+    pages = [loop / "results.md", loop / "round-01" / "results.md"]
+    assert all(page.stat().st_mtime_ns < over for page in pages)
+
+
+def test_a_system_message_is_asked_with_and_trained_with(folder, model):
+    result = run(*words(folder, model, "--rounds", "1", "--system", "Be brief."))
+    assert result.exit_code == 0, result.output
+    assert stages(result) == STAGES[:4]
+    system = {"role": "system", "content": "Be brief."}
+    loop = folder / "loop"
+    kept = rows(loop / "round-01" / "pairs.jsonl")
+    assert all(row["prompt"][0] == system for row in kept)
+    assert all(row["prompt"][0] == system for row in evaluation(loop, 1)["answers"])
+    # Whoever talks to the policy afterwards does so with it.
+    record = json.loads((loop / "round-01" / "run" / "run.json").read_text())
+    assert record["settings"]["system"] == "Be brief."
+
+
+def test_a_start_adapter_that_changed_is_named(folder, model):
+    (folder / "start").mkdir()
+    start = make_adapter(folder / "start", model)
+    more = ("--rounds", "1", "--start-adapter", str(start))
+    assert run(*words(folder, model, *more)).exit_code == 0
+    weights = mx.load(str(start / "adapters.safetensors"))
+    changed = {name: 2 * value for name, value in weights.items()}
+    mx.save_safetensors(str(start / "adapters.safetensors"), changed)
+    result = run("--resume", "--output", str(folder / "loop"))
+    assert "the start adapter changed since the loop began" in result.stderr
 
 
 def test_a_loop_that_is_over_has_nothing_to_do_until_it_gets_more_rounds(folder, model):

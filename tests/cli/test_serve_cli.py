@@ -155,12 +155,70 @@ def test_another_model_is_refused_by_name(client):
         ask(client, "base", "hi", extra_body={"adapters": "/etc"})
 
 
+DEADLY = [  # each of them ended the thread that answers, or the program
+    ("completions", {"prompt": ["a b", "c"]}),
+    ("completions", {"prompt": ""}),
+    ("chat/completions", {"messages": [{"role": "user", "content": "hi"}], "stop": [3]}),
+    ("chat/completions", {"messages": [{"role": "user", "content": "hi"}], "top_k": 10**6}),
+    (
+        "chat/completions",
+        {"messages": [{"role": "user", "content": "hi"}], "logit_bias": {"999999": 5}},
+    ),
+    ("chat/completions", b"\xff\xfe"),
+]
+
+
+def posted(address, path, body, **headers):
+    """Status and body of what is sent as it stands."""
+    host, port = re.fullmatch(r"http://(.+):(\d+)/v1", address).groups()
+    connection = HTTPConnection(host, int(port), timeout=30)
+    data = body if isinstance(body, bytes) else json.dumps({"model": "base"} | body).encode()
+    connection.request("POST", f"/v1/{path}", data, headers)
+    answer = connection.getresponse()
+    try:
+        return answer.status, answer.read().decode()
+    finally:
+        connection.close()
+
+
+def test_no_request_ends_the_server(address, client, expected):
+    for path, body in DEADLY:
+        assert posted(address, path, body)[0] == 400, body
+        said = ask(client, "base", QUESTIONS[0]).choices[0].message.content
+        assert said == expected["base"][QUESTIONS[0]], body
+    for length in ("-1", "99999999999"):
+        status, said = posted(address, "completions", b"{}", **{"Content-Length": length})
+        assert (status, "a request may have 67,108,864 bytes" in said) == (413, True)
+
+
+def test_a_link_in_a_message_is_not_followed(address):
+    """mlx-lm fetches images before it knows whether the model can see: from anywhere."""
+    with socket.create_server(("127.0.0.1", 0)) as elsewhere:
+        elsewhere.settimeout(0.2)
+        url = f"http://127.0.0.1:{elsewhere.getsockname()[1]}/secret"
+        content = [{"type": "image_url", "image_url": {"url": url}}]
+        status, said = posted(
+            address, "chat/completions", {"messages": [{"role": "user", "content": content}]}
+        )
+        assert (status, "only text is read here" in said) == (400, True)
+        with pytest.raises(TimeoutError):
+            elsewhere.accept()
+
+
+def test_a_stream_without_word_on_usage_comes_to_its_end(client):
+    chunks = list(ask(client, "base", "no", stream=True, stream_options={}))
+    assert chunks[-1].choices[0].finish_reason == "length"
+    counted = list(ask(client, "base", "no", stream=True, stream_options={"include_usage": True}))
+    assert counted[-1].usage.completion_tokens == TOKENS
+
+
 @pytest.mark.parametrize(
     ("header", "value", "status"),
     [
         ("Origin", "https://example.org", 403),
         ("Origin", "null", 403),
         ("Host", "example.org", 403),
+        ("Host", "[", 403),
         ("Host", "localhost:1", 200),
     ],
 )

@@ -10,6 +10,7 @@ from mlx_dpo.conversation.chat import Chat
 from mlx_dpo.errors import ConfigError, ModelError
 from mlx_dpo.policy.generation import prompt_tokens
 from mlx_dpo.policy.sampling import Sampling
+from mlx_dpo.policy.sides import Sides
 from tests.checkpoints import END, VOCAB, make_checkpoint
 
 QUESTIONS = ("Where is the cat?", "and the hat", "Is it here?", "no")
@@ -112,6 +113,26 @@ class Says:
         self._told = 0 if tokens[0, -1].item() == ASSISTANT else self._told + 1
         coming = self._answer[min(self._told, len(self._answer) - 1)]
         return mx.where(mx.arange(VOCAB) == coming, 9.0, 0.0)[None, None]
+
+
+class Thinker:
+    """A tokenizer whose template has begun to think where the model is to answer."""
+
+    def __init__(self, tokenizer, marks):
+        self._tokenizer = tokenizer
+        self.__dict__ |= marks
+
+    def __getattr__(self, name):
+        return getattr(self._tokenizer, name)
+
+    def __len__(self):
+        return len(self._tokenizer)
+
+    def rfind_think_start(self, tokens):
+        return len(tokens) - 1
+
+    def rfind_think_end(self, tokens):
+        return -1
 
 
 def say(chat, text):
@@ -239,6 +260,24 @@ def test_ctrl_c_within_a_forward_pass_leaves_a_chat_that_answers_rightly(llama, 
     assert say(chat, "no")[0] == expected
 
 
+def test_ctrl_c_before_a_forward_pass_leaves_nothing_that_is_not_held(
+    llama, tokenizer, monkeypatch
+):
+    model = llama[0]
+    chat = Chat(model, tokenizer, Sampling(max_tokens=8))
+    say(chat, "Where is the cat?")
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("mlx_dpo.conversation.streaming.make_processors", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            list(chat.reply("and the hat"))
+    expected = without_cache(model, tokenizer, [*chat.turns, user("and the hat")], 8)
+    assert say(chat, "and the hat")[0] == expected
+
+
 def test_ctrl_c_before_the_first_token_takes_the_question_back(tokenizer):
     chat = Chat(Says(tokenizer, "yes", fail_at=1), tokenizer, Sampling())
     with pytest.raises(KeyboardInterrupt):
@@ -315,6 +354,39 @@ def test_the_system_message_comes_first(tokenizer):
     system = tokenizer.encode("<|system|>Be brief.<|end|>", add_special_tokens=False)
     chat = Chat(model, tokenizer, Sampling(), system="Be brief.")
     assert say(chat, "?")[1].prompt_tokens == plain + len(system)
+
+
+def test_an_answer_belongs_to_the_system_message_that_it_was_given_after(llama, tokenizer):
+    """Not to the one that has been set since: rows and the other side's answer keep to it."""
+    sides = Sides(llama[0])
+    sides.keep("base")
+    chat = Chat(llama[0], tokenizer, Sampling(max_tokens=4), system="Be brief.", sides=sides)
+    brief = say(chat, "?")[1].prompt_tokens
+    chat.instruct("Be kind and take all the time you need.")
+    told = {"role": "system", "content": "Be brief."}
+    assert chat.asked() == (told, user("?"))
+    *_, last = chat.other_answer("base")
+    assert last.summary.prompt_tokens == brief
+    assert chat.asked() == (told, user("?"))
+    say(chat, "!")
+    assert chat.asked()[0]["content"] == chat.system == "Be kind and take all the time you need."
+    chat.undo()
+    assert chat.asked() == (told, user("?"))
+    chat.sampling = Sampling(max_tokens=4, temperature=1.0, seed=1)
+    list(chat.retry())
+    assert chat.asked()[0]["content"] == chat.system
+    chat.instruct(None)
+    assert chat.asked()[0]["role"] == "system"
+
+
+def test_what_a_person_wrote_is_all_answer_where_the_prompt_began_to_think(tokenizer):
+    marks = {"has_thinking": True, "think_start": "<t>", "think_end": "</t>"}
+    opened = Thinker(tokenizer, marks)
+    chat = Chat(Says(tokenizer, "hm</t>ok"), opened, Sampling())
+    say(chat, "?")
+    assert chat.last_answer() == "ok"
+    chat.replace("better", "person")
+    assert chat.last_answer() == "better"
 
 
 def test_a_thinking_model_thinks_when_asked_to_and_not_otherwise(tokenizer):

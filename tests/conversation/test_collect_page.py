@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from mlx_dpo.conversation.collect_page import page, serve_picks
+from mlx_dpo.conversation.collect_page import do, mark, page, serve_picks, shown
 from mlx_dpo.conversation.collecting import Answer, Asked, Session
 from mlx_dpo.conversation.loopback import Loopback
 from mlx_dpo.conversation.picks import Picks
@@ -125,6 +125,26 @@ def test_a_key_that_arrives_twice_counts_once(served, tmp_path):
     again = served.do(question=question, do="prefer", best=1, worst=0)
     assert again["said"] == "That was decided already"
     assert len(rows(tmp_path / "pairs.jsonl")) == 1
+
+
+def test_what_is_passed_over_meanwhile_makes_no_key_come_too_late(tmp_path):
+    """Prompts whose answers are alike are decided by nobody while the person reads."""
+
+    def alike(prompts, chunk):
+        return [[Answer("same", {})] * 2] if chunk else sample(prompts, chunk)
+
+    prompts = [as_prompt(text) for text in QUESTIONS]
+    session = Session(Asked(prompts, Picks(tmp_path / "pairs.jsonl"), alike, chunk=1, seed=0))
+    state = shown(session)
+    assert session.prepare() and len(rows(tmp_path / "pairs.passed.jsonl")) == 1
+    assert do(session, {"question": state["question"], "do": "prefer", "best": 0, "worst": 1}) is (
+        None
+    )
+    assert len(rows(tmp_path / "pairs.jsonl")) == 1
+    # After a step back the state is another one, though the same question stands there.
+    assert do(session, {"question": mark(session), "do": "undo"}) is None
+    assert shown(session)["prompt"] == state["prompt"]
+    assert mark(session) != state["question"]
 
 
 def test_undo_asks_the_same_again_and_takes_the_row_off(served, tmp_path):

@@ -117,7 +117,8 @@ def test_a_tie_is_kept_with_its_answers_apart_from_the_pairs(path):
 
 
 @pytest.mark.parametrize(
-    ("texts", "why"), [(("same", "same"), ALIKE), (("", "one"), EMPTY), (("", ""), ALIKE)]
+    ("texts", "why"),
+    [(("same", "same"), ALIKE), (("", "one"), EMPTY), (("", ""), ALIKE)],
 )
 def test_answers_that_cannot_differ_are_never_shown(path, texts, why):
     sampler = Sampler(*texts)
@@ -125,6 +126,14 @@ def test_answers_that_cannot_differ_are_never_shown(path, texts, why):
     passed = rows(path.with_suffix(".passed.jsonl"))
     assert [row["passed"] for row in passed] == [why] * 6
     assert [row["provenance"]["by"] for row in passed] == ["nobody"] * 6
+
+
+def test_answers_that_differ_in_white_space_alone_are_alike(path):
+    def spaced(prompts, chunk):
+        return [[Answer("same", {}), Answer("same\n", {})] for _ in prompts]
+
+    assert Session(begin(path, spaced)).question is None
+    assert {row["passed"] for row in rows(path.with_suffix(".passed.jsonl"))} == {ALIKE}
 
 
 def test_of_several_answers_only_the_different_ones_are_shown(path):
@@ -190,6 +199,37 @@ def test_undo_leaves_what_nobody_decided(path):
     assert name_of(session) == "q0"
     assert rows(path) == []
     assert len(rows(path.with_suffix(".passed.jsonl"))) == 1
+
+
+def test_what_cannot_be_undone_stays_as_it_was(path):
+    """Another program wrote behind the last pick while answers were sampled ahead."""
+    sampler = Sampler()
+
+    def alike_later(prompts, chunk):
+        return Sampler("same", "same")(prompts, chunk) if chunk else sampler(prompts, chunk)
+
+    session = Session(begin(path, alike_later, chunk=1))
+    session.prefer(0, 1)
+    session.prepare()  # nobody's pick stands behind the person's
+    before = path.read_bytes()
+    path.write_bytes(before + b'{"prompt": "of another", "chosen": "a", "rejected": "b"}\n')
+    for _ in range(2):
+        with pytest.raises(DataError, match="something else wrote behind the last pick"):
+            session.undo()
+        assert len(rows(path.with_suffix(".passed.jsonl"))) == 1
+    path.write_bytes(before)
+    assert session.undo()
+    assert (rows(path), name_of(session)) == ([], "q0")
+    assert len(rows(path.with_suffix(".passed.jsonl"))) == 1
+
+
+def test_half_a_character_in_an_edit_is_refused_and_nothing_is_lost(path):
+    session = Session(begin(path))
+    with pytest.raises(DataError, match="the edited answer` holds half a character"):
+        session.improve(0, "better \ud800")
+    assert rows(path) == []
+    session.improve(0, "better")
+    assert len(rows(path)) == 1
 
 
 def test_rows_of_others_stay_and_are_not_undone(path):

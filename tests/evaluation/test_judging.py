@@ -4,6 +4,7 @@ import pytest
 
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.evaluation.judging import (
+    CONTRARY,
     DISAGREED,
     UNCLEAR,
     ModelJudge,
@@ -84,6 +85,40 @@ def test_only_a_doubt_between_best_and_worst_counts():
 
     assert rank(shy("bb", "dddd"), "bb", "dddd", "a").doubts == ()
     assert rank(shy(" a", "dddd"), "bb", "dddd", "a").doubts == (UNCLEAR,)
+
+
+def test_a_best_answer_that_lost_to_the_worst_makes_no_pair():
+    """a beats b and c, b and c beat d, and d beats a: whoever has most points is not believed."""
+    beats = {"ab", "ac", "bd", "cd", "da", "bc"}
+
+    def say(text):
+        first, second = text.removeprefix("Q hi A ").split(" B ")
+        return "[[A]]" if first + second in beats else "[[B]]"
+
+    ranking = rank(say, *"abcd")
+    assert ranking.points == (2, 2, 1, 1)
+    assert (ranking.best, ranking.worst, ranking.doubts) == (0, 3, (CONTRARY,))
+    assert rank(say, *"badc").doubts == ()  # b is the first of the best here, and beat c
+
+
+def test_verdicts_within_a_thought_are_none():
+    def thoughtless(asked, text):
+        assert asked == [{"role": "user", "content": asked[0]["content"]}]
+        return text.rpartition("</t>")[2]
+
+    def ranked(*said):
+        words = iter(said)
+        ask = ModelJudge(
+            "m", lambda asked: [next(words) for _ in asked], RUBRIC, answered=thoughtless
+        )
+        [ranking] = ask.rank([PROMPT], [["one", "other"]])
+        assert ranking.said == said  # all of its words are kept
+        return ranking
+
+    found = ranked("[[B]] or [[A]]?</t>[[A]]", "[[A]]?</t>[[B]]")
+    assert (found.points, found.doubts) == ((1.0, 0.0), ())
+    found = ranked("perhaps [[A]]</t>", "perhaps [[B]]</t>")
+    assert found.doubts == (UNCLEAR,)
 
 
 def test_prompts_keep_their_answers_apart():

@@ -138,3 +138,11 @@ def test_a_file_that_cannot_run_is_told_with_its_line(tmp_path, code, place):
     with pytest.raises(ConfigError, match=rf"broken\.py:{place}: cannot be imported"):
         load_reward(f"{path}:f")
     sys.modules.pop("_reward_broken", None)
+
+
+def test_the_code_that_was_loaded_is_what_the_facts_are_of(file):
+    reward = load_reward(f"{file}:length")
+    before = reward.facts()
+    file.write_text(CODE.replace("2.0", "3.0"))
+    assert reward(PROMPT, "abc") == 6.0
+    assert reward.facts() == before != load_reward(f"{file}:length").facts()

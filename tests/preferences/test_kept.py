@@ -106,6 +106,32 @@ CHANGED = {
 }
 
 
+def test_rows_that_change_behind_their_digest_are_not_kept_under_it(write, cache):
+    path = write(*ROWS)
+
+    class Slow(ByteTokenizer):
+        """Its end tokens are asked for once the digest of the files is there."""
+
+        @property
+        def eos_token_ids(self):
+            if not cache.folder.exists() and kept_digests:
+                write({"prompt": "q", "chosen": "new", "rejected": "other"})
+            return {EOS}
+
+        @eos_token_ids.setter
+        def eos_token_ids(self, value):
+            pass
+
+    kept_digests = []
+    digest = kept._digest
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(kept, "_digest", lambda path: kept_digests.append(path) or digest(path))
+        changed = read(path, cache, tokenizer=Slow(CHAT))
+    assert len(changed.pairs) == 1
+    write(*ROWS)
+    assert len(read(path, cache).pairs) == 5
+
+
 def test_there_is_a_case_for_every_rule():
     names = {*TokenRules.__dataclass_fields__, *RowRules.__dataclass_fields__, "bad_pairs"}
     assert CHANGED.keys() == names
@@ -135,7 +161,7 @@ def test_everything_else_that_acts_does_too(write, cache, monkeypatch):
     other = Silent(CHAT)
     other.eos_token_ids = [EOS, 7]
     assert missed(path, cache, tokenizer=other)
-    for name, value in (("RULES", 2), ("version", lambda name: "9"), ("LIBRARIES", ())):
+    for name, value in (("RULES", 3), ("version", lambda name: "9"), ("LIBRARIES", ())):
         with monkeypatch.context() as patched:
             patched.setattr(kept, name, value)
             assert missed(path, cache)

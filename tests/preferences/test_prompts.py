@@ -29,12 +29,53 @@ def rows(path, *records):
         ({"messages": [SYSTEM, USER, ANSWER]}, [SYSTEM, USER]),
         ({"prompt": "hi", "chosen": "a", "rejected": "b"}, [USER]),
         ({"chosen": [USER, ANSWER], "rejected": [USER, {**ANSWER, "content": "no"}]}, [USER]),
+        # What is asked beside the prompt's text is asked here as well.
+        ({"system": "be kind", "prompt": "hi", "chosen": "a", "rejected": "b"}, [SYSTEM, USER]),
+        ({"system": "be kind", "prompt": "hi"}, [SYSTEM, USER]),
+        ({"system": "", "prompt": "hi"}, [USER]),
+        ({"system": "be kind", "prompt": "hi", "completion": "a", "label": True}, [USER]),
+        (
+            {
+                "prompt": "hi",
+                "chosen": [SYSTEM, USER, ANSWER],
+                "rejected": [SYSTEM, USER, {**ANSWER, "content": "no"}],
+            },
+            [SYSTEM, USER],
+        ),
+        # Ways without a field of that name.
+        ({"instruction": "hi", "output": ["a", "b"]}, [USER]),
+        ({"history": "hi", "human_ref_A": "a", "human_ref_B": "b", "labels": 1}, [USER]),
+        ({"instruction": "hi", "completions": ["a", "b"], "scores": [1, 2]}, [USER]),
+        (
+            {
+                "input": {"messages": [SYSTEM, USER]},
+                "preferred_output": [ANSWER],
+                "non_preferred_output": [{**ANSWER, "content": "no"}],
+            },
+            [SYSTEM, USER],
+        ),
+        # A pair that teaches nothing still asks something.
+        ({"system": "be kind", "prompt": "hi", "chosen": "", "rejected": "b"}, [SYSTEM, USER]),
+        ({"prompt": "hi", "completions": ["a", "b"], "scores": [1, 1]}, [USER]),
     ],
 )
 def test_a_prompt_is_what_stands_before_the_answer(tmp_path, record, messages):
     [prompt] = read_prompts(rows(tmp_path / "p.jsonl", record))
     assert list(prompt.messages) == messages
     assert prompt.where == f"{tmp_path}/p.jsonl:1"
+
+
+def test_a_text_that_marks_its_turns_is_asked_as_these_turns(tmp_path):
+    before = "\n\nHuman: hi\n\nAssistant: ho\n\nHuman: hi\n\nAssistant:"
+    pair = {"chosen": f"{before} yes", "rejected": f"{before} no"}
+    [prompt] = read_prompts(rows(tmp_path / "p.jsonl", pair))
+    assert list(prompt.messages) == [USER, ANSWER, USER]
+    assert prompt.text == before
+    [told] = with_system([prompt], "be kind")
+    assert (list(told.messages), told.text) == ([SYSTEM, USER, ANSWER, USER], before)
+    # Only where all of a row is such a text: a prompt by itself is what somebody typed.
+    [prompt] = read_prompts(rows(tmp_path / "p.jsonl", {"prompt": before}))
+    assert (prompt.messages[0]["content"], prompt.text) == (before, None)
 
 
 def test_a_text_file_has_a_prompt_on_each_line_and_each_is_asked_once(tmp_path):
@@ -67,6 +108,19 @@ def test_a_folder_gives_its_training_and_its_held_out_prompts(tmp_path):
         ({"messages": [ANSWER]}, r"p\.jsonl:1: the prompt is empty"),
         ({"prompt": "hi", "tools": [{"name": "f"}]}, r"p\.jsonl:1: `tools` beside a prompt"),
         ({"prompt": 3}, r"p\.jsonl:1: `prompt` must be text or a list of messages"),
+        ({"instruction": "hi", "completions": ["a", "b"], "scores": [1, 1]}, "its answers tie"),
+        (
+            {"prompt": "hi", "chosen": [USER, ANSWER], "rejected": [USER, ANSWER]},
+            r"p\.jsonl:1: no prompt can be read of it \(chosen and rejected are the same text\)",
+        ),
+        (
+            {
+                "input": {"messages": [USER], "tools": [{"name": "f"}]},
+                "preferred_output": [ANSWER],
+                "non_preferred_output": [{**ANSWER, "content": "no"}],
+            },
+            r"p\.jsonl:1: `tools` beside a prompt",
+        ),
     ],
 )
 def test_a_row_that_asks_nothing_is_named(tmp_path, record, message):

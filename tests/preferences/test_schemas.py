@@ -157,6 +157,11 @@ def test_other_text_shares_whole_words_and_the_space_goes_with_the_completion(
             "conversations with it",
         ),
         (
+            {"messages": [user("a")], "chosen": "b", "rejected": "c"},
+            "missing `prompt` beside answers that are text (found `messages`); use "
+            "--column prompt=messages",
+        ),
+        (
             {"prompt": "a", "chosen": "b\ud83d", "rejected": "c"},
             "`chosen` holds half a character (\\ud83d at 1); mend the text",
         ),

@@ -1,4 +1,5 @@
 import bz2
+import csv
 import gzip
 import io
 import json
@@ -147,6 +148,20 @@ def test_cells_of_several_lines_are_counted_from_where_a_row_begins(tmp_path, mo
         ("pairs.csv:2", {"prompt": "one\ntwo", "chosen": "a"}),
         ("pairs.csv:5", {"prompt": "three", "chosen": "[not json"}),
     ]
+
+
+def test_an_answer_in_json_is_text_and_turns_are_turns(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    turns = '[{"role": "user", "content": "hi"}]'
+    told = '[{"from": "human", "value": "hi"}]'
+    cells = [turns, '{"k": 1}', '[{"k": 1}]', told, '{"thought": true}']
+    with Path("pairs.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["prompt", "chosen", "rejected", "conversations", "chat_template_kwargs"])
+        table.writerow(cells)
+    [(_, record)] = records(Path("pairs.csv"))
+    read = [json.loads(turns), '{"k": 1}', '[{"k": 1}]', json.loads(told), {"thought": True}]
+    assert list(record.values()) == read
 
 
 @pytest.mark.parametrize(

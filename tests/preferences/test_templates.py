@@ -88,11 +88,13 @@ def test_a_system_turn_is_written_or_the_row_is_refused_with_the_templates_words
 def test_the_system_turn_that_is_asked_for_comes_first_where_there_is_none():
     tokenizer = byte_level("chatml")
     asked = pair_of(tokenizer, turns("is it?"), system="be kind")
-    assert asked.system_added
+    assert asked.with_system
     assert asked.pair == pair_of(tokenizer, turns("is it?", system="be kind")).pair
     own = pair_of(tokenizer, turns("is it?", system="be short"), system="be kind")
-    assert not own.system_added
+    assert not own.with_system
     assert own.pair == pair_of(tokenizer, turns("is it?", system="be short")).pair
+    same = pair_of(tokenizer, turns("is it?", system="be kind"), system="be kind")
+    assert (same.with_system, same.pair) == (True, asked.pair)
 
 
 @pytest.mark.parametrize(

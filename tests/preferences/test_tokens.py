@@ -298,7 +298,7 @@ def test_a_system_turn_needs_a_template(plain, chat):
     with pytest.raises(ConfigError, match="`system` needs a chat template"):
         tokenize_pair(plain, strings(), rules(system="be kind"))
     encoded = tokenize_pair(chat(), strings(), rules(system="be kind"))
-    assert encoded.system_added
+    assert encoded.with_system
     assert encoded.pair.prompt == ids(SYSTEM, "be kind", EOS, USER, "hi", EOS, ASSISTANT)
 
 

@@ -46,10 +46,24 @@ def test_every_prompt_gets_its_own_answers():
 
 def test_voices_and_temperatures_answer_in_turn():
     speakers = [Speaker("a"), Speaker("b")]
+    answers = said(speakers, Asking(answers=2, samplings=warm(0.5, 2)))
+    assert answers == [[f"a 0.5 {t} 1", f"b 2 {t} 1"] for t in "pqr"]
+    # No run always answers at the same temperature: that would be what is judged.
     answers = said(speakers, Asking(answers=4, samplings=warm(0.5, 2)))
-    assert answers == [[f"a 0.5 {t} 1", f"b 2 {t} 1", f"a 0.5 {t} 2", f"b 2 {t} 2"] for t in "pqr"]
+    assert answers == [[f"a 0.5 {t} 1", f"b 2 {t} 1", f"a 2 {t} 1", f"b 0.5 {t} 1"] for t in "pqr"]
     answers = said(speakers, Asking(answers=3, samplings=warm(0.5, 1, 2)))
     assert answers == [[f"a 0.5 {t} 1", f"b 1 {t} 1", f"a 2 {t} 1"] for t in "pqr"]
+
+
+@pytest.mark.parametrize(("voices", "temperatures"), [(1, 3), (2, 2), (2, 3), (4, 2), (4, 6)])
+def test_each_voice_meets_each_temperature_before_one_comes_again(voices, temperatures):
+    every = voices * temperatures
+    asking = Asking(answers=every, samplings=warm(*range(1, temperatures + 1)))
+    assert len(asking.places(voices)) == every
+    few = max(voices, temperatures)
+    seen = Asking(answers=few, samplings=asking.samplings).places(voices)
+    assert len({voice for voice, _ in seen}) == voices
+    assert len({sampling for _, sampling in seen}) == temperatures
 
 
 def test_every_chunk_and_every_voice_has_a_seed_of_its_own():

@@ -87,7 +87,7 @@ def schema_of(row: Row, rules: RowRules = DEFAULT) -> Schema:
     for schema in SCHEMAS.values():
         if schema.fits(row.record):
             if schema in (DIALOGUES, WHOLE_STRINGS, WHOLE_MESSAGES):
-                _refuse_misspelt_prompt(row)
+                _refuse_other_prompt(row)
             return schema
     raise _no_pair(row)
 
@@ -119,8 +119,13 @@ def _no_pair(row: Row) -> DataError:
     return DataError(f"{where}: in no way that is read here (found {listed(record)})")
 
 
-def _refuse_misspelt_prompt(row: Row) -> None:
+def _refuse_other_prompt(row: Row) -> None:
     """A row without a prompt may be whole dialogues; one with a `promt` is a slip."""
+    if isinstance(row.record.get("chosen"), str) and isinstance(row.record.get("messages"), list):
+        raise DataError(
+            f"{row.where}: missing `prompt` beside answers that are text (found `messages`); use "
+            "--column prompt=messages"
+        )
     near = get_close_matches("prompt", row.record, n=1, cutoff=0.75)
     if "prompt" not in row.record and near:
         raise DataError(f"{row.where}: missing `prompt` (found `{near[0]}`)")
