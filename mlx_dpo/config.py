@@ -152,6 +152,15 @@ class DPOConfig(  # fields come in the order of the bases, last one first
             and getattr(self, name) != known[0]
         }
 
+    def withheld(self) -> list[str]:
+        """Names of the settings that were made, but that no path, and are not `shareable`."""
+        known = options()
+        return [
+            name
+            for name in known
+            if name in OWN and not known[name][1].path and getattr(self, name) != known[name][0]
+        ]
+
     def differing(self, other: "DPOConfig") -> str | None:
         """The first setting that would change the result and differs from `other`."""
         for f in fields(self):

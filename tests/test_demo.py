@@ -37,9 +37,9 @@ def test_lists_count_different_members():
 
 def test_the_demos_folder_is_replaced_and_no_other(tmp_path):
     tour = Tour(tmp_path / "demo")
-    tour.clear()
+    assert not tour.clear()
     (tmp_path / "demo" / "model").mkdir()
-    tour.clear()
+    assert tour.clear()
     assert [path.name for path in (tmp_path / "demo").iterdir()] == [MARK]
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")

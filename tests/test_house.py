@@ -10,6 +10,7 @@ from zipfile import ZipFile
 
 import click
 import pytest
+from click.testing import CliRunner
 from packaging.requirements import Requirement
 
 from mlx_dpo.cli import COMMANDS, cli
@@ -74,6 +75,13 @@ sys.exit(", ".join({"mlx_lm", "transformers", "huggingface_hub"} & sys.modules.k
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.count("Usage: ") == 1 + len(COMMANDS)
+
+
+def test_what_commands_do_is_said_whole_on_a_narrow_terminal():
+    shown = CliRunner().invoke(cli, ["--help"], terminal_width=80).output
+    commands = " ".join(shown.partition("\nCommands:\n")[2].split())
+    assert "..." not in commands
+    assert "in transformers + PEFT too, from the same folder." in commands
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -54,7 +54,9 @@ def test_the_python_in_it_runs(tmp_path, monkeypatch, capsys):
     with_fewer_pairs(tmp_path / "models" / "tiny-chat")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLX_DPO_CACHE", str(tmp_path / "cache"))
-    [program] = [block for kind, block in BLOCKS if kind == "python"]
+    reward, program = [block for kind, block in BLOCKS if kind == "python"]
+    exec(compile(reward, "README.md", "exec"), found := {})
+    assert [found["courtesy"]([], answer) for answer in ("Please do.", "No.")] == [1.0, 0.0]
     assert "max_steps=20" in program
     exec(compile(program.replace("max_steps=20", "max_steps=2"), "README.md", "exec"), {})
     lines = capsys.readouterr().out.splitlines()

@@ -52,4 +52,11 @@ def test_none_tells_nobody_and_keeps_the_names_of_a_run_that_is_resumed():
 def test_telling_does_not_change_the_result():
     told = DPOConfig(**GIVEN, report_to=("wandb",), run_name="n", project="p")
     assert DPOConfig(**GIVEN).differing(told) is None
-    assert told.shareable() == {}
+    assert told.shareable() == {} and told.withheld() == []
+
+
+def test_what_is_nobody_elses_business_is_named_and_not_told():
+    private = {"system": "Be brief", "revision": "main", "valid": "held.jsonl", "beta": 0.2}
+    config = DPOConfig(**GIVEN, **private)
+    assert config.shareable() == {"beta": 0.2}
+    assert sorted(config.withheld()) == ["revision", "system"]

@@ -56,6 +56,12 @@ class Commands(click.Group):
         assert isinstance(command, click.Command)
         return command
 
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """What each does, whole: a narrow terminal folds it."""
+        rows = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
+        with formatter.section("Commands"):
+            formatter.write_dl([(n, c.get_short_help_str(limit=200)) for n, c in rows if c])
+
     def invoke(self, ctx: click.Context) -> Any:
         """Turn errors that a person can mend into one line; any other keeps its traceback."""
         try:

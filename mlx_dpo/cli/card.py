@@ -30,10 +30,13 @@ def card(
 
     `push` sends it. It is yours to edit.
     """
-    from mlx_dpo.runs.cards import card_of_run, write_card
+    from mlx_dpo.runs.cards import card_of_run, refuse_card, write_card
 
+    folder = Path(run).expanduser()
+    if not overwrite:
+        refuse_card(folder)  # before the work
     made, notes = card_of_run(run, name, base=base, prompts=prompts, samples=samples, online=online)
-    path = write_card(Path(run).expanduser(), made, overwrite=overwrite)
+    path = write_card(folder, made, overwrite=overwrite)
     for note in notes:
         click.echo(f"Note: {note}", err=True)
     click.echo(f"{path}: read it, mend it, then: mlx-dpo push {run} {name}")

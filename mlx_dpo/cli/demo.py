@@ -32,7 +32,8 @@ def demo(output: str) -> None:
     from mlx_dpo.runs import Run
 
     console, tour = make_console(), Tour(Path(output))
-    tour.clear()
+    if tour.clear():
+        console.print(f"(in place of the earlier demo in {tour.folder})")
 
     console.print(f"\n1. Convert {tour.source.name} to {BITS} bits", style="bold")
     report = tour.convert()

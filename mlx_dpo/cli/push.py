@@ -30,8 +30,9 @@ def push(
 ) -> None:
     """Send the adapter of RUN to ORG/NAME on the Hub: private, unless you say --public.
 
-    The adapter, README.md (made if there is none) and curves.png if there is one are sent; pairs,
-    checkpoints and logs are not. Every file is searched for secrets and personal paths first.
+    The adapter, README.md (written into RUN if there is none, for --dry-run as well) and
+    curves.png if there is one are sent; pairs, checkpoints and logs are not. Every file is
+    searched for secrets and personal paths first.
     It is one commit, so that a failure leaves nothing half-published; a second try sends what is
     missing. Log in with `hf auth login`.
     """
@@ -43,7 +44,7 @@ def push(
     folder = Path(run).expanduser()
     if not (folder / CARD).is_file():
         made, notes = card_of_run(run, name, base=base, online=not dry_run)
-        write_card(folder, made, overwrite=False)
+        click.echo(f"Written to {write_card(folder, made, overwrite=False)}", err=True)
         for note in notes:
             click.echo(f"Note: {note}", err=True)
     else:

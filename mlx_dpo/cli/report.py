@@ -1,10 +1,14 @@
 """`mlx-dpo report`: the curves of runs, as a page and a picture."""
 
-from typing import TYPE_CHECKING, Any
+import sys
+from typing import TYPE_CHECKING
 
 import click
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
     from mlx_dpo.reporting.run_page import Told
 
 
@@ -33,29 +37,59 @@ def report(runs: tuple[str, ...], output: str | None, along: str) -> None:
     from mlx_dpo.runs.reports import report as write
 
     told, files = write(runs, output, along)
-    make_console().print(_table(told))
+    console = make_console()
+    if len(told) == 1:
+        console.print(_figures(told[0]))
+    else:
+        _print_runs(console, told)
     for file in files:
         click.echo(f"Written to {file}", err=True)
 
 
-def _table(told: "list[Told]") -> Any:
-    """Figures of held-out pairs: all of one run; of several what fits, a line for each."""
+def _table() -> "Table":
     from rich.box import SIMPLE
     from rich.table import Table
 
+    return Table(title="held out", title_justify="left", box=SIMPLE)
+
+
+def _figures(told: "Told") -> "Table":
+    """All figures of one run."""
+    from rich.text import Text
+
+    table = _table()
+    table.add_column()
+    table.add_column(Text(told.name), justify="right")
+    for label, value in told.figures.items():
+        table.add_row(label, value)
+    return table
+
+
+def _print_runs(console: "Console", told: "list[Told]") -> None:
+    """What there is room for of several runs, a line for each; of the rest only the names."""
     from mlx_dpo.reporting.console import CLOSING
 
-    table = Table(title="held out", title_justify="left", box=SIMPLE)
-    table.add_column()
-    if len(told) == 1:
-        table.add_column(told[0].name, justify="right")
-        for label, value in told[0].figures.items():
-            table.add_row(label, value)
-        return table
     left_to_the_page = [label for label, _ in CLOSING[3:]]
     labels = [label for label in told[0].figures if label not in left_to_the_page]
+    settings, figures = labels[: labels.index("step")], labels[labels.index("step") :]
+    most, unbounded = console.width // 3, console.options.update(width=sys.maxsize)
+    shown: list[str] = []
+    for name in settings:
+        table = _runs(told, [*shown, name, *figures], most)
+        if console.measure(table, options=unbounded).maximum <= console.width:
+            shown.append(name)
+    console.print(_runs(told, shown + figures, most))
+    if left := [name for name in settings if name not in shown]:
+        click.echo(f"On the page: {', '.join(left)}", err=True)
+
+
+def _runs(told: "list[Told]", labels: list[str], most: int) -> "Table":
+    from rich.text import Text
+
+    table = _table()
+    table.add_column(overflow="fold", max_width=most)
     for label in labels:
         table.add_column(label, justify="right", overflow="fold")
     for run in told:
-        table.add_row(run.name, *(run.figures[label] for label in labels))
+        table.add_row(Text(run.name), *(Text(run.figures[label]) for label in labels))
     return table

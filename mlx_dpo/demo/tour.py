@@ -60,19 +60,24 @@ class Tour:
         """The run folder."""
         return self.folder / "run"
 
-    def clear(self) -> None:
+    def clear(self) -> bool:
         """Begin with an empty folder; an earlier demo in it is removed, anything else is not.
+
+        Returns:
+            Whether there was one.
 
         Raises:
             RunError: the folder holds something that is not the demo's.
         """
-        if self.folder.exists() and any(self.folder.iterdir()):
+        earlier = self.folder.exists() and any(self.folder.iterdir())
+        if earlier:
             if not (self.folder / MARK).is_file():
                 raise RunError(f"{self.folder}: not empty and not of an earlier demo; "
                                "choose another --output")  # fmt: skip
             shutil.rmtree(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / MARK).write_text("Written by `mlx-dpo demo`, which may replace it.\n")
+        return earlier
 
     def convert(self) -> ConvertReport:
         """The shipped checkpoint, quantised."""

@@ -91,7 +91,7 @@ def _wanted(rope: Entries, known: set[str], where: str) -> dict[str, Any]:
     # Layers that see little have at most a base of their own, and the others alone are scaled.
     base, has_own = local.pop("rope_theta", None), "rope_local_base_freq" in known
     alike = local == {name: value for name, value in whole.items() if name not in BY_LAYER}
-    if rope.keys() != {ALL, SOME} or not alike or not (has_own or base == whole["rope_theta"]):
+    if rope.keys() != {ALL, SOME} or not alike or not (has_own or base == whole.get("rope_theta")):
         raise ModelError(
             f"{where}: `{KEY}` differ from layer to layer ({', '.join(rope)}) in a way for which "
             "mlx-lm has no room, so that it would be another model; take another one"

@@ -9,9 +9,12 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from mlx_dpo.publishing.usage import usage
 from mlx_dpo.settings.loss_kinds import LOSS_KINDS, Reward
 
 CURVES = "curves.png"  # in the run folder
+# What makes a loss that is log 2 before anything is learnt another one.
+MOVED = {"reference_model", "margin_column", "weight_column", "use_weighting", "loss_weights"}
 FULL = "full"  # the way in which there is no adapter
 REWARDED: Mapping[Reward, str] = {
     "log-ratio": "how much likelier the answer is than under the reference, as a log-ratio",
@@ -45,7 +48,7 @@ class CardFacts:
     labelled: bool
     reference: str
     adapter: str  # its kind and size
-    steps: int
+    steps: str  # how many, and why not more
     evaluation: Mapping[str, float]
     held_out: int
     settings: Mapping[str, Any]  # that are not the default
@@ -89,10 +92,9 @@ def card(facts: CardFacts) -> ModelCard:
         _results(facts),
         *(["## Before and after", *map(_sample, facts.samples)] if facts.samples else []),
         "## How to use it",
-        *_usage(facts),
+        *usage(facts),
         "## Settings",
-        _table(("setting", "value"), [(f"`{k}`", f"`{v}`") for k, v in facts.settings.items()]),
-        "Everything else has mlx-dpo's default.",
+        *_settings(facts),
         "## Limits",
         _limits(facts),
     ]
@@ -135,7 +137,7 @@ def _about(facts: CardFacts) -> str:
         f"* Loss: {facts.loss} ({'; '.join(LOSS_KINDS[name].source for name in facts.losses)})",
         f"* Reference: {facts.reference}",
         f"* Trained: {facts.adapter}; digest `{facts.digest[:12]}`",
-        f"* {facts.steps:,} steps, with {versions}",
+        f"* {facts.steps}, with {versions}",
     ]
     if facts.curves:
         lines += ["", f"![Loss, rewards and accuracy over the steps]({CURVES})"]
@@ -158,7 +160,8 @@ def _meanings(facts: CardFacts) -> dict[str, str]:
     right = "pairs whose chosen answer has the larger reward"
     if facts.labelled:
         right = "answers whose reward lies on the side of KTO's reference point that they should"
-    start = "; log 2 = 0.693 before anything is learnt" * (list(facts.losses) == ["sigmoid"])
+    plain = list(facts.losses) == ["sigmoid"] and not MOVED & facts.settings.keys()
+    start = "; log 2 = 0.693 before anything is learnt" * plain
     return {
         "eval_loss": f"the loss{start}",
         "eval_rewards/accuracies": f"share of {right}",
@@ -176,57 +179,15 @@ def _meanings(facts: CardFacts) -> dict[str, str]:
 def _sample(sample: Sample) -> str:
     return "\n>\n".join(
         f"> **{name}:** " + text.strip().replace("\n", "\n> ")
-        for name, text in (
-            ("prompt", sample.prompt),
-            ("before", sample.before),
-            ("after", sample.after),
-        )
+        for name, text in vars(sample).items()
     )
 
 
-def _usage(facts: CardFacts) -> list[str]:
-    base = facts.base_model or "BASE"
-    parts = [] if facts.base_model else ["`BASE` is the model that it was trained on."]
-    if facts.bits is not None:
-        parts.append(
-            f"In MLX it belongs to its base quantised to {facts.bits} bits: make that first with "
-            f"`mlx-dpo convert {base} --bits {facts.bits} --output base`, and use `base` below."
-        )
-    mine = "base" if facts.bits is not None else base
-    theirs = facts.peft_base or base
-    parts += [
-        "### mlx-lm",
-        f"```sh\nhf download {facts.name} --local-dir adapter\n```",
-        f"""```python
-from mlx_lm import generate, load
-
-model, tokenizer = load("{mine}", adapter_path="adapter")
-chat = [{{"role": "user", "content": "Hello"}}]
-prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True)
-print(generate(model, tokenizer, prompt, max_tokens=100))
-```""",
-        "### mlx-dpo",
-        f"```sh\nmlx-dpo pull {facts.name} --output adapter\n"
-        f"mlx-dpo chat --model {mine} --adapter adapter\n```",
-        "### transformers and PEFT",
-    ]
-    if facts.not_in_peft:
-        return [*parts, f"It does not load there: {facts.not_in_peft}."]
-    return [
-        *parts,
-        f"""```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("{theirs}")
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{theirs}"), "{facts.name}")
-chat = [{{"role": "user", "content": "Hello"}}]
-inputs = tokenizer.apply_chat_template(
-    chat, add_generation_prompt=True, return_dict=True, return_tensors="pt"
-)
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0]))
-```""",
-    ]
+def _settings(facts: CardFacts) -> list[str]:
+    if not facts.settings:
+        return ["All of them have mlx-dpo's default."]
+    rows = [(f"`{name}`", f"`{value}`") for name, value in facts.settings.items()]
+    return [_table(("setting", "value"), rows), "Everything else has mlx-dpo's default."]
 
 
 def _limits(facts: CardFacts) -> str:

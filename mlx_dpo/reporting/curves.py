@@ -1,7 +1,6 @@
 """What is drawn of runs: rows of metrics in, charts out. Pure; `drawing` makes pictures of them."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from statistics import fmean
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 Row = Mapping[str, float]
@@ -23,6 +22,7 @@ class Line(NamedTuple):
     x: Sequence[float]
     y: Sequence[float]
     mean: Sequence[float]  # of y and of what came before it; y itself where it is not noisy
+    is_thinned: bool = False  # a point is several neighbours
 
 
 class Chart(NamedTuple):
@@ -31,7 +31,7 @@ class Chart(NamedTuple):
     title: str
     unit: str
     meaning: str
-    level: float | None  # of a run that has learnt nothing
+    level: float | None  # of the reference itself, or of a coin
     lines: Sequence[Line]
     from_zero: bool = False  # less than nothing cannot be; small differences are to look small
 
@@ -148,7 +148,11 @@ def _lines(run: int, rows: Sequence[Row], curve: Curve, along: str) -> Iterator[
     for part, name in curve.names.items():
         for prefix in ("", HELD_OUT):
             whole = prefix + name
-            found = [(reached[row["step"]], row[whole]) for row in rows if whole in row]
+            found = [
+                (reached[row["step"]], row[whole])
+                for row in rows
+                if whole in row and row["step"] in reached
+            ]
             if found:
                 yield _line(run, part, found, curve, held_out=bool(prefix))
 
@@ -157,15 +161,17 @@ def _line(
     run: int, part: str, found: list[tuple[float, float]], curve: Curve, *, held_out: bool
 ) -> Line:
     """Neighbours become their mean where there are more points than can be told apart."""
-    smooth = curve.noisy and not held_out and len(found) >= SMOOTHED
-    means = trailing_mean([y for _, y in found], window(len(found)) if smooth else 1)
-    width = 1 if held_out else -(-len(found) // MOST)
-    x, y = ([fmean(group) for group in _cut(axis, width)] for axis in zip(*found, strict=True))
-    return Line(run, part, held_out, x, y, [group[-1] for group in _cut(means, width)])
-
-
-def _cut(values: Sequence[float], width: int) -> list[Sequence[float]]:
-    return [values[start : start + width] for start in range(0, len(values), width)]
+    count = len(found)
+    smooth = curve.noisy and not held_out and count >= SMOOTHED
+    width = 1 if held_out else -(-count // MOST)
+    starts = range(0, count, width)
+    x, y = (
+        [_mean(axis[start : start + width]) for start in starts]
+        for axis in zip(*found, strict=True)
+    )
+    ends = [min(start + width, count) for start in starts]
+    means = trailing_mean([y for _, y in found], window(count), ends) if smooth else y
+    return Line(run, part, held_out, x, y, means, width > 1)
 
 
 def window(points: int) -> int:
@@ -173,6 +179,10 @@ def window(points: int) -> int:
     return max(5, points // WINDOW)
 
 
-def trailing_mean(values: Sequence[float], width: int) -> list[float]:
-    """The mean of each value and of up to `width` - 1 before it: a step knows no later one."""
-    return [fmean(values[max(0, end - width) : end]) for end in range(1, len(values) + 1)]
+def trailing_mean(values: Sequence[float], width: int, ends: Iterable[int]) -> list[float]:
+    """The mean of the last `width` of the first so many values: a step knows no later one."""
+    return [_mean(values[max(0, end - width) : end]) for end in ends]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)  # `fmean` refuses infinities of both signs

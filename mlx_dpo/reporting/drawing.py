@@ -1,10 +1,11 @@
 """Charts as pictures, by matplotlib, which is imported only here and only when something is drawn.
 
-What a line is can be told without colours: runs by their marks, parts by their dashes, held-out
-pairs by filled marks.
+What a line is can be told without colours: up to eight runs by their marks, parts by their dashes,
+held-out pairs by filled marks.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,9 +17,11 @@ if TYPE_CHECKING:
 
 WIDE, HIGH = 4.6, 3.1  # inches of one chart
 COLUMNS = 2
+ABOVE = 0.5  # inches for a legend, at least
 DOTS = 150  # per inch of a PNG
 MARKS = "os^DvPX*"
-LEGEND: Mapping[str, Any] = {"ncols": 4, "frameon": False, "handlelength": 3.2}
+COLUMNS_OF_LEGEND = 4  # at most; long names leave room for fewer
+LONGEST = 80  # characters of a name; of longer ones the middle is left out
 FONTS = ("DejaVu Sans", "Hiragino Sans", "PingFang SC", "Apple SD Gothic Neo", "Noto Sans CJK SC")
 
 
@@ -49,19 +52,21 @@ def png(charts: Sequence[Chart], names: Sequence[str], along: str) -> bytes:
         along: what x is.
     """
     rows = -(-len(charts) // COLUMNS)
-    figure = _figure(WIDE * COLUMNS, HIGH * rows + 0.5)
     with _style(LIGHT):
+        figure = _figure(WIDE * COLUMNS, HIGH * rows)
         for place, chart in enumerate(charts):
             _draw(figure.add_subplot(rows, COLUMNS, place + 1), chart, len(names), along, LIGHT)
         keys = _keys([line for chart in charts for line in chart.lines], names, LIGHT)
-        figure.legend(handles=keys, loc="outside upper left", **LEGEND)
+        drawn = _legend(figure, keys, "outside upper left")
+        above = drawn.get_window_extent().height / figure.dpi
+        figure.set_figheight(HIGH * rows + max(ABOVE, above))
         return _saved(figure, "png", LIGHT)
 
 
 def svg(chart: Chart, runs: int, along: str, theme: Theme) -> bytes:
     """One chart of so many runs, as large as it is shown."""
-    figure = _figure(WIDE, HIGH)
     with _style(theme):
+        figure = _figure(WIDE, HIGH)
         _draw(figure.add_subplot(), chart, runs, along, theme)
         return _saved(figure, "svg", theme)
 
@@ -69,10 +74,22 @@ def svg(chart: Chart, runs: int, along: str, theme: Theme) -> bytes:
 def legend(charts: Sequence[Chart], names: Sequence[str], theme: Theme) -> bytes:
     """What lines, dashes and marks mean, as an SVG."""
     keys = _keys([line for chart in charts for line in chart.lines], names, theme)
-    figure = _figure(2 * WIDE, 0.3 * -(-len(keys) // LEGEND["ncols"]))
     with _style(theme):
-        figure.legend(handles=keys, loc="center left", **LEGEND)
+        figure = _figure(COLUMNS * WIDE, HIGH)
+        drawn = _legend(figure, keys, "center left")
+        figure.set_figheight(drawn.get_window_extent().height / figure.dpi)
         return _saved(figure, "svg", theme)
+
+
+def _legend(
+    figure: "Figure", keys: Sequence[Any], place: Any, columns: int = COLUMNS_OF_LEGEND
+) -> Any:
+    """In so many columns, or in as many as there is room for."""
+    drawn = figure.legend(handles=keys, loc=place, ncols=columns, frameon=False, handlelength=3.2)
+    if columns == 1 or drawn.get_window_extent().width <= figure.bbox.width:
+        return drawn
+    drawn.remove()
+    return _legend(figure, keys, place, columns - 1)
 
 
 def _figure(wide: float, high: float) -> "Figure":
@@ -81,21 +98,27 @@ def _figure(wide: float, high: float) -> "Figure":
     return Figure(figsize=(wide, high), layout="constrained")
 
 
-def _style(theme: Theme) -> Any:
+@contextmanager
+def _style(theme: Theme) -> Iterator[None]:
+    """Ours, whatever a `matplotlibrc` of the reader's wants."""
     import matplotlib
     from matplotlib.font_manager import fontManager
 
     there = set(fontManager.get_font_names())
-    return matplotlib.rc_context(
-        {
-            "font.family": [font for font in FONTS if font in there],
-            "svg.hashsalt": "",  # the same picture is the same file
-            "text.color": theme.ink,
-            "axes.labelcolor": theme.ink,
-            "xtick.color": theme.ink,
-            "ytick.color": theme.ink,
-        }
-    )
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(
+            {
+                "font.family": [font for font in FONTS if font in there],
+                "text.parse_math": False,  # a run may be named `a$b$`
+                "svg.hashsalt": "",  # the same picture is the same file
+                "text.color": theme.ink,
+                "axes.labelcolor": theme.ink,
+                "xtick.color": theme.ink,
+                "ytick.color": theme.ink,
+            }
+        )
+        yield
 
 
 def _saved(figure: "Figure", kind: str, theme: Theme) -> bytes:
@@ -118,6 +141,7 @@ def _draw(axes: "Axes", chart: Chart, runs: int, along: str, theme: Theme) -> No
     for line in chart.lines:
         _draw_line(axes, line, runs, theme)
     if chart.from_zero:
+        axes.axhline(0, visible=False)  # so that there is room above what never changes
         axes.set_ylim(0, None if any(any(line.y) for line in chart.lines) else 1)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(lambda value, _: f"{value:,.10g}")
@@ -125,6 +149,8 @@ def _draw(axes: "Axes", chart: Chart, runs: int, along: str, theme: Theme) -> No
 
 def _draw_line(axes: "Axes", line: Line, runs: int, theme: Theme) -> None:
     look = _look(line, runs, theme)
+    if len(line.x) == 1:
+        look["marker"] = look["marker"] or MARKS[0]  # a line from a point to itself is nothing
     if line.mean != line.y:
         axes.plot(line.x, line.y, color=look["color"], linewidth=0.8, alpha=0.25)
     every = max(1, len(line.x) // 6)
@@ -140,7 +166,7 @@ def _look(line: Line, runs: int, theme: Theme) -> dict[str, Any]:
         "color": colour,
         "linestyle": (0, (4, 2)) if rejected else "-",
         "linewidth": 1.0 if line.held_out else 1.7,
-        "marker": MARKS[line.run % len(MARKS)] if marked else "",
+        "marker": MARKS[(line.run + line.run // len(MARKS)) % len(MARKS)] if marked else "",
         "markersize": 5.5,
         "markerfacecolor": colour if line.held_out else theme.paper,
     }
@@ -154,7 +180,8 @@ def _keys(lines: Sequence[Line], names: Sequence[str], theme: Theme) -> list[Any
     keys = [("train", _look(plain, runs, theme))] if runs == 1 else []
     if runs > 1:
         looks = (_look(plain._replace(run=run), runs, theme) for run in range(runs))
-        keys += zip(names, looks, strict=True)
+        keys += zip(map(_shortened, names), looks, strict=True)
+    meant = {}
     # What holds for every run is shown in nobody's colour and with nobody's mark.
     anyone = {"color": theme.ink, "marker": ""} if runs > 1 else {}
     for part, held_out in sorted({(line.part, line.held_out) for line in lines}):
@@ -162,5 +189,10 @@ def _keys(lines: Sequence[Line], names: Sequence[str], theme: Theme) -> list[Any
         if label and (runs == 1 or label in (REJECTED, "held out")):
             look = _look(plain._replace(part=part, held_out=held_out), runs, theme) | anyone
             mark = {"marker": "o", "markerfacecolor": theme.ink} if held_out and anyone else {}
-            keys.append((label, look | mark))
-    return [Line2D([], [], label=label, **look) for label, look in dict(keys).items()]
+            meant[label] = look | mark
+    return [Line2D([], [], label=label, **look) for label, look in [*keys, *meant.items()]]
+
+
+def _shortened(name: str) -> str:
+    half = LONGEST // 2
+    return name if len(name) <= LONGEST else f"{name[: half - 1]}…{name[-half:]}"

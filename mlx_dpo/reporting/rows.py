@@ -7,6 +7,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import TypeVar
 
+from mlx_dpo.errors import RunError
+
 Row = dict[str, float]
 T = TypeVar("T")
 
@@ -39,14 +41,28 @@ def _line(row: Row) -> str:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The whole rows of a file; a last line that a crash cut short is left out."""
+    """The whole rows of a file; a last line that a crash cut short is left out.
+
+    Raises:
+        RunError: another line is no row.
+    """
     if not path.is_file():
         return []
-    rows = []
-    for line in path.read_text().splitlines(keepends=True):
-        if line.endswith("\n"):
-            rows.append(json.loads(line))
-    return rows
+    lines = path.read_text(errors="replace").split("\n")[:-1]
+    return [_row(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
+
+
+def _row(line: str, where: str) -> Row:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        row = None
+    if not isinstance(row, dict) or "step" not in row:
+        raise RunError(
+            f"{where}: not a row of metrics (found {line[:40]!r}); the file was changed or damaged "
+            "after it was written: put back what was there"
+        )
+    return row
 
 
 def timed(items: Iterator[T]) -> Iterator[tuple[float, T]]:

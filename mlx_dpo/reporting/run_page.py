@@ -6,8 +6,9 @@ from html import escape
 from typing import NamedTuple
 
 from mlx_dpo.reporting import drawing
-from mlx_dpo.reporting.curves import Chart, Line
+from mlx_dpo.reporting.curves import MOST, Chart, Line
 from mlx_dpo.reporting.document import document
+from mlx_dpo.reporting.drawing import MARKS
 
 STYLE = f"""
 :root {{ color-scheme: light dark; --paper: {drawing.LIGHT.paper}; --ink: {drawing.LIGHT.ink};
@@ -70,9 +71,14 @@ def _figures(runs: Sequence[Told]) -> str:
 
 
 def _note(charts: Sequence[Chart]) -> str:
-    said = ["Dotted: where a run that has learnt nothing would be."]
-    if any(line.mean != line.y for chart in charts for line in chart.lines):
+    said = ["Dotted: where the reference itself would be, or a coin."]
+    drawn = [line for chart in charts for line in chart.lines]
+    if any(line.mean != line.y for line in drawn):
         said.append("Faint: each step; strong: the mean of it and of those before it.")
+    if any(line.is_thinned for line in drawn):
+        said.append(f"Of more than {MOST} steps, neighbours are one, their mean.")
+    if len({line.run for line in drawn}) > len(MARKS):
+        said.append(f"Marks repeat after {len(MARKS)} runs, then in other colours.")
     return " ".join(said)
 
 

@@ -87,6 +87,7 @@ def _facts(
     opened: Opened, name: str, hub_id: str | None, base: Mapping[str, Any], datasets: Sequence[str]
 ) -> dict[str, Any]:
     config, record = opened.config, opened.record
+    given = DPOConfig.from_dict(record["settings"])
     adapter = json.loads((opened.paths.folder / CONFIG).read_text())
     loads = record.get("adapter", "") if "peft_type" not in adapter else IN_BOTH
     named = datasets and ", ".join(f"[{d}](https://huggingface.co/datasets/{d})" for d in datasets)
@@ -105,10 +106,10 @@ def _facts(
         "labelled": config.labelled,
         "reference": _reference(config),
         "adapter": _sizes(adapter),
-        "steps": steps_of(record),
+        "steps": _steps(record),
         "evaluation": record["evaluation"] or {},
         "held_out": record["counts"]["valid"],
-        "settings": DPOConfig.from_dict(record["settings"]).shareable(),
+        "settings": given.shareable() | dict.fromkeys(given.withheld(), "not shown"),
         "versions": record["versions"],
         "digest": content_digest(opened.paths.folder),
         "way": adapter["fine_tune_type"],
@@ -124,6 +125,14 @@ def steps_of(record: Mapping[str, Any]) -> int:
     """How many steps its adapters were trained for: fewer than it made if the best were kept."""
     kept = record["kept"] or {}
     return int(kept.get("step") or record["stopped_early_at"] or record["steps"])
+
+
+def _steps(record: Mapping[str, Any]) -> str:
+    made, kept = record["stopped_early_at"] or record["steps"], record["kept"]
+    if kept is None:
+        return f"{made:,} step{'s' * (made != 1)}"
+    by = next(name for name in kept if name != "step")
+    return f"{kept['step']:,} of {made:,} steps, kept for their `{by}` on the pairs held out"
 
 
 def _reference(config: DPOConfig) -> str:
@@ -198,15 +207,25 @@ def _asked(prompt: Prompt) -> str:
     return "\n\n".join(str(message["content"]) for message in prompt.messages)
 
 
+def refuse_card(folder: Path) -> None:
+    """Leave a card alone that somebody may have written on.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    if (path := folder / CARD).exists():
+        raise ConfigError(f"{path}: is there already; add --overwrite to make it anew")
+
+
 def write_card(folder: Path, made: ModelCard, *, overwrite: bool) -> Path:
     """Put the card into the run folder.
 
     Raises:
-        ConfigError: there is one, which somebody may have written on.
+        ConfigError: there is one.
     """
+    if not overwrite:
+        refuse_card(folder)
     path = folder / CARD
-    if path.exists() and not overwrite:
-        raise ConfigError(f"{path}: is there already; add --overwrite to make it anew")
     partial = path.with_name(f"partial-{CARD}")
     partial.write_text(str(made).rstrip() + "\n", encoding="utf-8")
     partial.replace(path)

@@ -142,4 +142,6 @@ def _passes(run: "Run") -> list[Fact]:
 
 
 def _resumed(run: "Run") -> str:
-    return f", going on after step {run.start.step}" if run.start.step else ""
+    if run.start.step:
+        return f", going on after step {run.start.step}"
+    return ", from the beginning: there was no checkpoint yet" if run.earlier else ""

@@ -26,6 +26,8 @@ from mlx_dpo.runs.policies import Opened, open_run, put_policy, put_reference, u
 from mlx_dpo.runs.shipping import hub_id_of
 from mlx_dpo.types import PairLogps, TokenizedPair
 
+SLIGHT = 0.01  # nats of margin that rounding may well drown
+
 
 @dataclass(frozen=True)
 class Wish:
@@ -185,6 +187,8 @@ def _refuse_loss(output: Path, found: Retention, wish: Wish) -> None:
     advice = "leave `--bits` out, or take more" if wish.bits else "take a wider `--dtype`"
     if wish.to == "hf":
         advice = "see that the checkpoint is the one that was trained on"
+    elif abs(found.margin_before) < SLIGHT:
+        advice = f"training hardly moved it (a margin of {found.margin_before:.1g} nats): train on"
     bound = f"less than `--min-retained` {wish.min_retained:g}"
     if found.least >= wish.min_retained:
         bound = f"which is beyond {most:.0%}"

@@ -84,6 +84,8 @@ def known_run(folder: str) -> tuple[RunPaths, dict[str, Any]]:
     record = read_record(paths)
     if record is None:
         there = "no `run.json` in it" if paths.folder.is_dir() else "no such folder"
+        if (paths.folder / "config.json").is_file():
+            raise RunError(f"{folder}: a model, not a run folder; name models by `--model`")
         raise RunError(f"{folder}: not a run folder ({there}); train one with `mlx-dpo train`")
     return paths, record
 

@@ -32,10 +32,10 @@ class Followed(NamedTuple):
         return int(self.rows[-1]["step"])
 
     @property
-    def evaluation(self) -> Row | None:
-        """On held-out pairs: of the adapters that were kept, else the last there is."""
+    def evaluation(self) -> Row:
+        """On held-out pairs: of the adapters that were kept, else the last there is, if any."""
         judged = [row for row in self.rows if "eval_loss" in row]
-        return self.record["evaluation"] or (judged[-1] if judged else None)
+        return dict(self.record["evaluation"] or (judged[-1] if judged else {}))
 
 
 def follow(folder: str) -> Followed:
@@ -85,7 +85,7 @@ def draw_curves(folder: Path) -> bool:
 
 
 def names_of(folders: Sequence[Path]) -> list[str]:
-    """The shortest ends of their paths by which folders are told apart.
+    """The shortest ends of their paths by which folders are told apart, fit to be printed.
 
     Raises:
         ConfigError: one is named twice.
@@ -96,7 +96,8 @@ def names_of(folders: Sequence[Path]) -> list[str]:
         raise ConfigError(f"{twice}: is named twice")
     deepest = max(len(each) for each in parts)
     tails = ([os.path.join(*each[-n:]) for each in parts] for n in range(1, deepest + 1))
-    return next(names for names in tails if len(set(names)) == len(names))
+    found = next(names for names in tails if len(set(names)) == len(names))
+    return ["".join(c if c.isprintable() else ascii(c)[1:-1] for c in name) for name in found]
 
 
 def _told(run: Followed, name: str) -> Told:
@@ -109,11 +110,16 @@ def _told(run: Followed, name: str) -> Told:
         ("model", model),
         ("loss", loss_line(config)),
         (config.unit, "{train:,} trained on, {valid:,} held out".format(**record["counts"])),
-        ("settings", _said(config.shareable()) or "all as they are by default"),
+        ("settings", _said(config) or "all as they are by default"),
         *([("adapter", record["adapter"])] if "adapter" in record else []),
         ("versions", versions),
     ]
-    figures = {"step": f"{run.step:,}"} | closing(run.evaluation or {})
+    judged = run.evaluation
+    figures = {
+        "step": f"{run.step:,}",
+        "judged at": f"{judged['step']:,}" if "step" in judged else "-",
+        **closing(judged),
+    }
     return Told(name, facts, figures, record.get("warnings", []))
 
 
@@ -127,23 +133,33 @@ def _state(run: Followed) -> str:
     return said
 
 
-def _said(settings: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {_value(value)}" for name, value in settings.items())
+def _said(config: DPOConfig) -> str:
+    shown = [f"{name} {_value(value)}" for name, value in config.shareable().items()]
+    return ", ".join([*shown, *(f"{name} (not shown)" for name in config.withheld())])
 
 
 def _value(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    if value is None or value == ():
+        return "default"
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _apart(told: Sequence[Told], runs: Sequence[Followed]) -> list[Told]:
-    """With the settings in which the runs differ before their figures."""
+    """With the model and the settings in which the runs differ before their figures."""
     configs = [DPOConfig.from_dict(run.record["settings"]) for run in runs]
     set_by = [config.shareable() for config in configs]
     names = dict.fromkeys(name for settings in set_by for name in settings)
     differing = [n for n in names if len({_value(getattr(c, n)) for c in configs}) > 1]
+    models = [dict(one.facts)["model"] for one in told]
     return [
-        one._replace(figures={**{n: _value(getattr(c, n)) for n in differing}, **one.figures})
-        for one, c in zip(told, configs, strict=True)
+        one._replace(
+            figures={
+                **({"model": model} if len(set(models)) > 1 else {}),
+                **{n: _value(getattr(c, n)) for n in differing},
+                **one.figures,
+            }
+        )
+        for one, model, c in zip(told, models, configs, strict=True)
     ]
 
 

@@ -10,6 +10,7 @@ from mlx_dpo.policy.load import Base
 from mlx_dpo.policy.source import is_hub_id
 from mlx_dpo.publishing.checkpoint import Checkpoint, hub_checkpoint, local_checkpoint
 from mlx_dpo.publishing.layouts import peft_side
+from mlx_dpo.runs.paths import write_record
 from mlx_dpo.runs.policies import Opened, base_of, open_run, put_policy
 from mlx_dpo.runs.record import hub_model
 
@@ -23,8 +24,9 @@ def ship(folder: Path, base: Base, config: DPOConfig) -> str:
         Where the adapter loads, and why not elsewhere.
     """
     try:
+        name = base.source if is_hub_id(base.source) else "its base"  # on cards, so no path
         # Names suffice: the model was loaded from these very weights.
-        checkpoint = replace(local_checkpoint(base.path, base.source), folder=None)
+        checkpoint = replace(local_checkpoint(base.path, name), folder=None)
         hub_id = config.model if is_hub_id(config.model) else None
         _add(folder, base, config, checkpoint, (hub_id, config.revision))
     except ModelError as error:
@@ -52,6 +54,7 @@ def export_run(folder: str, base: str | None = None, revision: str | None = None
         checkpoint = find_checkpoint(base, revision)
         source = (base if is_hub_id(base) else None, revision)
     _add(opened.paths.folder, model, opened.config, checkpoint, source)
+    write_record(opened.paths, opened.record | {"adapter": IN_BOTH})
     return IN_BOTH
 
 

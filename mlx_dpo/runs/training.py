@@ -102,7 +102,7 @@ class Run:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._open.close()
+        self._open.__exit__(kind, error, trace)
 
     # --- before the first step -------------------------------------------------------------
 
@@ -112,6 +112,7 @@ class Run:
         Another model as the reference is asked before, and counts its pairs; many `rows` are
         counted as they become tokens.
         """
+        mx.reset_peak_memory()  # of what the same program did before
         start = start_provenance(self.config)
         if self.config.reference_model is not None:
             self._answers, digest = ask_other(self.config, counting, rows)

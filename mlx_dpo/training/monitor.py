@@ -12,6 +12,7 @@ from statistics import fmean, median
 Row = Mapping[str, float]
 
 FEWEST, WIDEST = 10, 50  # steps in a window: fewer are noise, more come too late
+SHORTEST = 3  # steps of a run that can say anything: the first one's margins are zero
 SETTLED, SETTLING = 20, 0.1  # steps after the warm-up, or that share of all, in which rates show
 UNMOVED = 0.01  # margin; what is less after a tenth of a run does not become a tenth by its end
 SURE = 0.99  # accuracy that is all but perfect
@@ -77,7 +78,8 @@ def unmoved(facts: Facts, rows: Sequence[Row]) -> str | None:
     when = min(facts.warmup_steps + rest, facts.total_steps)
     recent = rows[-FEWEST:]
     margin = _mean(recent, "rewards/margins", size=abs)
-    if not (facts.referenced and facts.from_start) or len(recent) < FEWEST:
+    enough = max(SHORTEST, min(FEWEST, facts.total_steps))
+    if not (facts.referenced and facts.from_start) or len(recent) < enough:
         return None
     if rows[-1]["step"] != when:
         return None
@@ -86,7 +88,7 @@ def unmoved(facts: Facts, rows: Sequence[Row]) -> str | None:
     return (
         f"{_steps(recent)}: the loss stays at {_mean(recent, 'loss'):.4f}, where it began "
         f"(margins of {margin:.1g} on average): the policy has hardly moved; use a larger "
-        f"learning_rate than {facts.learning_rate:g}"
+        f"learning_rate than {facts.learning_rate:g}" + ", or more epochs" * (len(rows) < FEWEST)
     )
 
 

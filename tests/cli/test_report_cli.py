@@ -60,8 +60,9 @@ def test_several_runs_are_laid_over_each_other_with_the_settings_in_which_they_d
     done = call("a/run", "b/run", "--output", "both")
     assert done.exit_code == 0, done.output
     table = [line.split() for line in done.stdout.splitlines() if line.strip()]
-    assert table[1] == ["learning_rate", "step", "loss", "accuracy", "margin"]
-    assert table[3][:3] == ["a/run", "0.001", "8"] and table[4][:3] == ["b/run", "0.003", "8"]
+    assert table[1] == ["learning_rate", "step", "judged", "at", "loss", "accuracy", "margin"]
+    assert table[3][:4] == ["a/run", "0.001", "8", "8"]
+    assert table[4][:4] == ["b/run", "0.003", "8", "8"]
     page = (there / "both/report.html").read_text()
     assert "Loss. a/run: from 0.6931" in page and ". b/run, held out: from " in page
 
@@ -69,7 +70,7 @@ def test_several_runs_are_laid_over_each_other_with_the_settings_in_which_they_d
 def test_a_run_that_is_going_on_is_drawn_as_far_as_it_is(there):
     done = call("going/on", "--x", "tokens", "--output", "part")
     assert done.exit_code == 0, done.output
-    assert re.search(r"step +3 ", done.stdout)
+    assert re.search(r"step +3 ", done.stdout) and re.search(r"judged at +2 ", done.stdout)
     assert "3 of 8, not finished" in (there / "part/report.html").read_text()
 
 
@@ -78,20 +79,25 @@ def test_figures_are_of_the_adapters_that_were_kept_and_warnings_are_repeated(th
     record = json.loads((there / "kept/run.json").read_text())
     changed = {
         "kept": {"step": 4, "eval_loss": 0.125},
-        "evaluation": {"eval_loss": 0.125},
+        "evaluation": {"step": 4, "eval_loss": 0.125},
         "warnings": ["it <fell>"],
     }
     (there / "kept/run.json").write_text(json.dumps(record | changed))
     done = call("kept")
+    assert re.search(r"step +8 ", done.stdout) and re.search(r"judged at +4 ", done.stdout)
     assert re.search(r"loss +0\.1250 ", done.stdout)
     page = (there / "kept/report.html").read_text()
     assert (
         "8 of 8; the adapters of step 4 were kept (eval_loss 0.1250)" in page
         and "it &lt;fell&gt;" in page
     )
-    (there / "kept/run.json").write_text(json.dumps(record | {"stopped_early_at": 6}))
+    settings = record["settings"] | {"system": "Be brief"}
+    again = {"stopped_early_at": 6, "settings": settings}
+    (there / "kept/run.json").write_text(json.dumps(record | again))
     call("kept")
-    assert "6 of 8, then stopped early" in (there / "kept/report.html").read_text()
+    page = (there / "kept/report.html").read_text()
+    assert "6 of 8, then stopped early" in page
+    assert "system (not shown)" in page and "Be brief" not in page
 
 
 def test_what_cannot_be_drawn_is_said_in_one_line_and_nothing_is_written(there):
@@ -100,7 +106,10 @@ def test_what_cannot_be_drawn_is_said_in_one_line_and_nothing_is_written(there):
     (there / "new/run.json").write_text(json.dumps(record))
     for words, said in (
         (["new", "--output", "x"], "new: no step was taken yet; there is nothing to draw"),
-        (["a/run", "base", "--output", "x"], "base: not a run folder (no `run.json` in it)"),
+        (
+            ["a/run", "base", "--output", "x"],
+            "base: a model, not a run folder; name models by `--model`",
+        ),
         (["a/run", "b/run"], "`--output` is missing: the folder for a report of several runs"),
         (["a/run", "b/../a/run", "--output", "x"], "a/run: is named twice"),
         (["a/run", "--output", "pairs.jsonl"], "pairs.jsonl/report.html: cannot be written"),
@@ -108,6 +117,47 @@ def test_what_cannot_be_drawn_is_said_in_one_line_and_nothing_is_written(there):
         done = call(*words)
         assert done.exit_code == 1 and done.output.startswith(f"Error: {said}"), done.output
         assert done.output.count("\n") == 1 and not (there / "x").exists()
+
+
+def copies(there, changes):
+    """Copies of a run under names, with other settings."""
+    record = json.loads((there / "a/run/run.json").read_text())
+    for name, changed in changes.items():
+        shutil.copytree(there / "a/run", there / name)
+        settings = record["settings"] | changed
+        (there / name / "run.json").write_text(json.dumps(record | {"settings": settings}))
+
+
+def test_names_are_shown_as_they_are_unless_they_cannot_be_printed(there):
+    """rich takes square brackets for markup, terminals what follows an escape for orders."""
+    changes = {"b[b]c": {}, "$a$_^{": {}, "new\nline": {}, "\x1b[31m": {}, "\udcff": {}}
+    copies(there, changes)
+    shown = ["b[b]c", "$a$_^{", r"new\nline", r"\x1b[31m", r"\udcff"]
+    assert names_of([there / name for name in changes]) == shown
+    done = call(*changes, "--output", "odd")
+    assert done.exit_code == 0, done.output
+    table = [line.split()[0] for line in done.stdout.splitlines() if line.strip()]
+    assert table[3:] == shown
+    assert all(f"<th>{name}</th>" in (there / "odd/report.html").read_text() for name in shown)
+    assert "b[b]c" in call("b[b]c").stdout
+
+
+def test_settings_for_which_there_is_no_room_are_left_to_the_page(there):
+    copies(there, {
+        "one": {"loss_type": ["sigmoid", "sft"], "lora_target_modules": ["self_attn.q_proj"]},
+        "two": {"model": str(there / "elsewhere"), "beta": 0.3},
+    })  # fmt: skip
+    done = call("one", "two", "--output", "wide")
+    assert done.exit_code == 0, done.output
+    lines = done.stdout.splitlines()
+    figures = ["step", "judged", "at", "loss", "accuracy", "margin"]
+    assert lines[2].split() == ["model", "beta", *figures]
+    assert max(map(len, lines)) <= 80 and "│" not in done.stdout
+    assert [line.split()[1] for line in lines[4:6]] == ["base", "elsewhere"]
+    assert done.stderr.startswith("On the page: loss_type, lora_target_modules\nWritten to ")
+    page = (there / "wide/report.html").read_text()
+    assert "<td>sigmoid sft</td>" in page and "<td>default</td>" in page
+    assert str(there) not in page
 
 
 def test_names_are_as_short_as_tells_them_apart(tmp_path):

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -209,6 +210,15 @@ def test_control_c_saves_and_resume_needs_no_more_than_the_folder(tmp_path):
         assert mx.array_equal(value, expected[name]), name
 
 
+def test_a_run_that_was_killed_before_its_first_checkpoint_says_that_it_begins_again():
+    assert train().exit_code == 0
+    shutil.rmtree("run/checkpoints")
+    record = json.loads(Path("run/run.json").read_text())
+    Path("run/run.json").write_text(json.dumps(record | {"state": "unfinished"}))
+    done = run("train", "--resume", "--output", "run")
+    assert "output     run, from the beginning: there was no checkpoint yet" in done.output
+
+
 def test_resuming_with_another_typed_setting_is_one_line():
     process = subprocess.Popen(
         command("train", "pairs.jsonl", "--model", "base", "--output", "run", *MATTER,
@@ -382,6 +392,7 @@ def test_a_flag_of_another_trainer_is_answered_with_the_one_here(words, said):
         ((), "--output is missing: the folder of the run that is to go on"),
         (("--output", "none"), "none: not a run folder (no such folder)"),
         (("--output", "."), ".: not a run folder (no `run.json` in it)"),
+        (("--output", "base"), "base: a model, not a run folder; name models by `--model`"),
     ],
 )
 def test_going_on_with_nothing_says_what_is_missing(tmp_path, monkeypatch, words, said):

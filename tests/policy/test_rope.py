@@ -116,6 +116,7 @@ def test_each_architecture_has_its_own_names(kind, rope, found):
         ("llama", {"rope_theta": 5.0, "partial_rotary_factor": 0.5}, "no `partial_rotary_factor`"),
         ("olmo3", BY_LAYER, "differ from layer to layer"),
         ("gemma3_text", BY_LAYER | {"sliding_attention": FULL}, "differ from layer to layer"),
+        ("olmo3", {"full_attention": {}, "sliding_attention": SLIDING}, "differ from layer"),
         ("llama", {"others": SLIDING, "full_attention": SLIDING}, "differ from layer to layer"),
     ],
 )

@@ -27,7 +27,7 @@ FACTS = CardFacts(
     labelled=False,
     reference="the base",
     adapter="LoRA, rank 8, scale 2",
-    steps=10,
+    steps="10 steps",
     evaluation={"eval_loss": 0.5, "eval_rewards/accuracies": 0.75},
     held_out=10,
     settings={"learning_rate": 1e-5},
@@ -64,6 +64,8 @@ def test_the_figures_of_other_losses_are_called_what_they_are():
     assert "beta × the average log-probability of a token of the answer" in made.text
     assert "* Loss: simpo, beta 2 (SimPO: Meng et al. 2024, arXiv:2405.14734, Eq. 6)" in made.text
     assert made.data.tags[-1] == "simpo" and "dpo" not in made.data.tags
+    led = card(replace(FACTS, settings={"margin_column": "lead"})).text
+    assert "log 2" not in led
     judged = card(replace(FACTS, losses=("kto",), labelled=True)).text
     assert "share of answers whose reward lies on the side" in judged
     assert "trained to answer as the good of 90" in judged
@@ -147,12 +149,14 @@ def test_no_path_of_this_machine_is_in_the_card(workplace, trained):
         output=str(workplace / "next"),
         start_adapter=str(workplace / "run"),
         lora_r=None,
+        system="Be brief",
         valid=str(workplace / "pairs.jsonl"),
         valid_fraction=None,
     )
     made, _ = card_of_run("next", "org/adapter")
     path = write_card(Path("next"), made, overwrite=False)
     text = path.read_text()
+    assert "| `system` | `not shown` |" in text and "Be brief" not in text
     assert list(leaks_in(path, "README.md")) == []
     for name in (str(workplace), workplace.name, "pairs.jsonl", "start_adapter"):
         assert name not in text
@@ -193,6 +197,11 @@ def test_a_licence_beside_the_base_is_linked_where_the_base_is(workplace):
     assert data.license_link == "https://huggingface.co/org/base/blob/main/LICENSE"
     data = card_of_run("run", "org/adapter")[0].data
     assert data.license == "other" and "license_link" not in data.to_dict()
+
+
+def test_a_card_without_settings_has_no_empty_table():
+    text = card(replace(FACTS, settings={})).text
+    assert "All of them have mlx-dpo's default." in text and "| setting |" not in text
 
 
 def test_weights_that_were_trained_themselves_are_no_adapter():

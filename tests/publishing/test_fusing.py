@@ -240,6 +240,9 @@ def test_noise_that_happens_to_lie_along_a_small_change_is_not_kept_training(wor
     assert found.retention.least > 2 and found.rounding.cosine < 0.01
     with pytest.raises(ModelError, match=r"which is beyond 110%, so it was not written; leave"):
         fuse_run("slight", Path("packed"), Wish(bits=4))
+    train(workplace, pairs=["pairs.jsonl"], output="slighter", learning_rate=1e-7, epochs=1)
+    with pytest.raises(ModelError, match=r"training hardly moved it \(a margin of .* nats\)"):
+        fuse_run("slighter", Path("packed"), Wish(bits=4))
 
 
 def test_an_adapter_that_goes_in_twice_is_refused(workplace):

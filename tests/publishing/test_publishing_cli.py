@@ -1,5 +1,6 @@
 """Fuse, export, card, push and pull at the command line, and a chat with what came back."""
 
+import json
 import os
 import subprocess
 import sys
@@ -39,6 +40,7 @@ def test_fuse_prints_what_is_left(workplace):
 def test_export_says_where_the_adapter_loads(workplace):
     done = call("export", "run", "--base", "base")
     assert done.output == "run: its adapter loads in mlx-lm and in PEFT\n"
+    assert json.loads(Path("run/run.json").read_text())["adapter"] == "loads in mlx-lm and in PEFT"
 
 
 def test_a_dry_run_lists_every_file_with_its_size_and_the_card_and_asks_nobody(
@@ -49,14 +51,19 @@ def test_a_dry_run_lists_every_file_with_its_size_and_the_card_and_asks_nobody(
     assert done.exit_code == 0, done.output
     listed = [line.split()[-1] for line in done.output.splitlines() if " bytes  " in line]
     assert sorted(listed) == sorted(SENT)
+    assert done.stderr.startswith("Written to run/README.md\n")
     assert "base_model: org/base" in done.output and "# org/adapter" in done.output
     assert done.output.endswith("Nothing was sent to org/adapter.\n")
     again = call("push", "run", "org/adapter", "--dry-run", "--base", "org/base")
     assert again.stdout == done.stdout and not again.stderr
     done = call("push", "run", "org/adapter", "--dry-run", "--base", "org/other")
     assert "`--base` has no effect: run/README.md is there already" in done.output
+    Path("run/curves.png").write_bytes(b"mine")
     done = call("card", "run")
     assert "run/README.md: is there already; add --overwrite" in done.output
+    assert Path("run/curves.png").read_bytes() == b"mine"
+    assert call("card", "run", "--overwrite").exit_code == 0
+    assert Path("run/curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_second_push_of_the_same_says_so(workplace, fake_hub):

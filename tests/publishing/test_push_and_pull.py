@@ -189,15 +189,16 @@ def test_an_unfinished_run_and_one_without_a_card_are_not_packed(workplace):
 def test_the_steps_of_an_adapter_are_those_that_it_was_trained_for(carded):
     """Not those that the run made after its best evaluation, or that it did not make."""
     record = json.loads(Path("run/run.json").read_text())
-    for changes, steps in (
-        ({}, record["steps"]),
-        ({"stopped_early_at": 8}, 8),
-        ({"stopped_early_at": 8, "kept": {"step": 6, "eval_loss": 0.1}}, 6),
+    kept = {"stopped_early_at": 8, "kept": {"step": 6, "eval_loss": 0.1}}
+    for changes, steps, on_the_card in (
+        ({}, record["steps"], f"{record['steps']} steps, with"),
+        ({"stopped_early_at": 8}, 8, "8 steps, with"),
+        (kept, 6, "6 of 8 steps, kept for their `eval_loss` on the pairs held out, with"),
     ):
         Path("run/run.json").write_text(json.dumps(record | changes))
         assert pack("run").message.endswith(f"trained for {steps} steps")
         made, _ = card_of_run("run", NAME, samples=0)
-        assert f"\n* {steps} steps, with" in made.text
+        assert f"\n* {on_the_card} mlx-dpo" in made.text
 
 
 def test_what_was_pushed_is_pulled_whole_and_can_be_used(carded, fake_hub):

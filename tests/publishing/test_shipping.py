@@ -31,9 +31,9 @@ def test_a_run_on_a_packed_model_says_why_not_and_export_mends_it(workplace):
     from mlx_dpo.policy.convert import convert
 
     convert("base", Path("packed"), bits=8, group_size=32)
-    run = train(workplace, model="packed", output="next", pairs=["pairs.jsonl"])
+    run = train(workplace, model=str(Path("packed").resolve()), output="next")
     [(_, said)] = facts_of_end(run)
-    assert said.startswith("loads in mlx-lm; not in PEFT: packed was quantised by MLX")
+    assert said.startswith("loads in mlx-lm; not in PEFT: its base was quantised by MLX")
     assert not Path("next/adapter_model.safetensors").exists()
     before = load_policy("next").model.parameters()
     with pytest.raises(ModelError, match="packed was quantised by MLX"):

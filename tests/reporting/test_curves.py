@@ -5,6 +5,7 @@ import math
 import pytest
 
 from mlx_dpo.objective.metrics import NAMES, step_row
+from mlx_dpo.reporting import curves
 from mlx_dpo.reporting.curves import (
     AXES,
     CURVES,
@@ -37,8 +38,10 @@ def test_whatever_a_run_measures_is_drawn_or_is_what_it_is_drawn_over():
 
 def test_a_mean_goes_over_what_came_before_and_never_over_what_comes_later():
     """By hand, over three."""
-    assert trailing_mean([3.0, 5.0, 1.0, 9.0, 2.0], 3) == [3.0, 4.0, 3.0, 5.0, 4.0]
-    assert trailing_mean([3.0, 5.0], 1) == [3.0, 5.0]
+    values = [3.0, 5.0, 1.0, 9.0, 2.0]
+    assert trailing_mean(values, 3, range(1, 6)) == [3.0, 4.0, 3.0, 5.0, 4.0]
+    assert trailing_mean(values, 3, [2, 4]) == [4.0, 5.0]
+    assert trailing_mean(values[:2], 1, [1, 2]) == [3.0, 5.0]
 
 
 def test_noisy_curves_of_long_runs_alone_have_a_mean():
@@ -96,3 +99,32 @@ def test_a_value_that_is_no_number_stays_where_it_is():
     rows = [step(n, loss=math.nan if n == 2 else 1.0) for n in (1, 2, 3)]
     [line] = only([rows], "Loss").lines
     assert math.isnan(line.y[1]) and line.y[::2] == [1.0, 1.0]
+    assert line.mean == line.y  # or each step would be drawn behind itself
+
+
+def test_infinities_of_both_signs_have_a_mean_that_is_no_number():
+    rows = [step(n, loss=math.inf * (-1) ** n) for n in range(1, SMOOTHED + 1)]
+    [line] = only([rows], "Loss").lines
+    assert line.mean[0] == -math.inf and all(map(math.isnan, line.mean[1:]))
+
+
+def test_the_last_of_many_steps_is_not_drawn_behind_what_is_not_noisy():
+    rows = [step(n, learning_rate=float(n)) for n in range(1, 2 * MOST + 1)]
+    [line] = only([rows], "Learning rate").lines
+    assert line.mean == line.y == [2 * n + 1.5 for n in range(MOST)]
+
+
+def test_an_evaluation_whose_step_is_gone_has_no_place_along_epochs():
+    rows = [step(1, loss=1.0), {"step": 2, "eval_loss": 3.0}]
+    assert len(only([rows], "Loss", along="step").lines) == 2
+    assert len(only([rows], "Loss", along="epoch").lines) == 1
+
+
+def test_the_work_grows_no_faster_than_the_run(monkeypatch):
+    """Values that means are taken of, a step of the run."""
+    taken = []
+    monkeypatch.setattr(curves, "sum", lambda v: taken.append(len(v)) or sum(v), raising=False)
+    for count in (5_000, 50_000):
+        charts([[step(n, loss=1.0) for n in range(1, count + 1)]])
+        assert sum(taken) < 30 * count
+        taken.clear()

@@ -10,7 +10,7 @@ from PIL import Image
 
 from mlx_dpo.reporting import drawing
 from mlx_dpo.reporting.curves import CHOSEN, REJECTED, Chart, Line, charts
-from mlx_dpo.reporting.drawing import DARK, DOTS, HIGH, LIGHT, WIDE
+from mlx_dpo.reporting.drawing import ABOVE, DARK, DOTS, HIGH, LIGHT, WIDE
 
 COLOURS = {"color", "markerfacecolor"}
 ROWS = [
@@ -37,6 +37,18 @@ def test_a_line_goes_through_the_mean_and_each_step_shows_faintly_behind_it():
     assert strong.get_xydata().tolist() == [[1, 3], [2, 3.5]] and strong.get_alpha() is None
 
 
+def test_a_single_step_is_a_hollow_mark_and_a_single_evaluation_a_filled_one():
+    step, held_out = (
+        line(held_out=held_out)._replace(x=(1.0,), y=(3.0,), mean=(3.0,))
+        for held_out in (False, True)
+    )
+    drawn = axes_of(Chart("Loss", "", "", None, [step, held_out]), 1).lines
+    assert [one.get_marker() for one in drawn] == ["o", "o"]
+    assert [one.get_markerfacecolor() for one in drawn] == [LIGHT.paper, LIGHT.colours[0]]
+    many = axes_of(Chart("Loss", "", "", None, [line()]), 1).lines
+    assert {one.get_marker() for one in many} <= {"", "None"}
+
+
 def test_the_level_of_nothing_learnt_is_drawn_and_what_cannot_be_negative_starts_at_zero():
     chart = Chart("Margin", "", "", 0.25, [line()], from_zero=True)
     axes = axes_of(chart, 1)
@@ -44,6 +56,8 @@ def test_the_level_of_nothing_learnt_is_drawn_and_what_cannot_be_negative_starts
     assert axes.get_ylim()[0] == 0 < 4 < axes.get_ylim()[1]
     flat = Chart("Padding", "", "", None, [line()._replace(y=(0, 0), mean=(0, 0))], from_zero=True)
     assert axes_of(flat, 1).get_ylim() == (0, 1)
+    same = Chart("Memory", "", "", None, [line()._replace(y=(2, 2), mean=(2, 2))], from_zero=True)
+    assert axes_of(same, 1).get_ylim() == (0, pytest.approx(2.1))
 
 
 @pytest.mark.parametrize("runs", [1, 2, 8])
@@ -88,6 +102,56 @@ def test_the_legend_names_what_there_is_and_nothing_else():
     assert labels([ROWS], ["a"]) == ["train", "held out", "rejected", "rejected held out"]
     assert labels(RUNS, ["a", "b"]) == ["a", "b", "held out", "rejected"]
     assert labels([[{"step": 1, "loss": 1.0}]], ["a"]) == ["train"]
+    names = ["rejected", "held out"]  # of runs
+    assert labels(RUNS, names) == [*names, "held out", "rejected"]
+    long = [f"{letter * 300}{number}" for letter in "ab" for number in range(2)]
+    shown = labels([ROWS] * 4, long)[:4]
+    assert len(set(shown)) == 4 and max(map(len, shown)) == drawing.LONGEST
+
+
+def drawn_legend(names):
+    figure = drawing._figure(2 * WIDE, HIGH)
+    keys = drawing._keys([line()], names, LIGHT)
+    with drawing._style(LIGHT):
+        return drawing._legend(figure, keys, "center left"), figure
+
+
+@pytest.mark.parametrize(("letters", "columns"), [(3, 4), (25, 3), (40, 2), (75, 1), (500, 1)])
+def test_a_legend_has_as_many_columns_as_there_is_room_for(letters, columns):
+    drawn, figure = drawn_legend([f"{number:n>{letters}}" for number in range(12)])
+    assert drawn._ncols == columns and len(figure.legends) == 1
+    assert drawn.get_window_extent().width <= figure.bbox.width
+
+
+def test_names_are_drawn_as_they_are():
+    """Between dollars matplotlib sets formulas, and fails at what is none."""
+    names = ["a$b$", r"c$\frac{", "x_1", "_hidden"]
+    drawn, _ = drawn_legend(names)
+    assert [text.get_text() for text in drawn.get_texts()] == names
+    assert not any(text.get_parse_math() for text in drawn.get_texts())
+    svg = drawing.legend(charts([ROWS] * 4), names, LIGHT).decode()
+    assert all(f"<!-- {name} -->" in svg for name in names)
+
+
+def test_a_matplotlibrc_of_the_reader_changes_no_picture():
+    import matplotlib
+
+    shown = charts([ROWS])
+    before = drawing.png(shown, ["a"], "step"), drawing.svg(shown[0], 1, "step", DARK)
+    theirs = {"text.usetex": True, "savefig.bbox": "tight", "figure.dpi": 50, "font.size": 30}
+    with matplotlib.rc_context(theirs):
+        assert before == (
+            drawing.png(shown, ["a"], "step"),
+            drawing.svg(shown[0], 1, "step", DARK),
+        )
+        assert matplotlib.rcParams["font.size"] == 30
+
+
+def test_many_runs_have_no_two_looks_alike():
+    """Of more than eight, marks and colours tell them apart together."""
+    count = len(drawing.MARKS) * len(LIGHT.colours)
+    looks = [drawing._look(line(run), count, LIGHT) for run in range(count)]
+    assert len({(look["marker"], look["color"]) for look in looks}) == count
 
 
 def test_a_png_is_as_large_as_its_charts_on_white_and_says_nothing_of_its_making():
@@ -95,11 +159,19 @@ def test_a_png_is_as_large_as_its_charts_on_white_and_says_nothing_of_its_making
     content = drawing.png(shown, ["a"], "step")
     picture = Image.open(io.BytesIO(content))
     assert len(shown) == 2
-    assert picture.size == (round(2 * WIDE * DOTS), round((HIGH + 0.5) * DOTS))
+    assert picture.size == (round(2 * WIDE * DOTS), round((HIGH + ABOVE) * DOTS))
     assert set(picture.info) <= {"dpi"}
     pixels = np.asarray(picture.convert("RGB"))
     assert (pixels[0] == 255).all() and (pixels < 100).any()
     assert content == drawing.png(shown, ["a"], "step")
+
+
+def test_many_names_take_no_room_from_the_charts():
+    names = [f"{number:a>40}" for number in range(100)]
+    picture = Image.open(io.BytesIO(drawing.png(charts([ROWS] * 100), names, "step")))
+    drawn, figure = drawn_legend(names)
+    lines = drawn.get_window_extent().height / figure.dpi
+    assert lines > 2 * HIGH and picture.size[1] == pytest.approx((HIGH + lines) * DOTS, rel=0.05)
 
 
 def test_an_svg_has_the_colours_of_its_theme_and_draws_by_itself():

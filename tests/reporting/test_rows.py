@@ -1,5 +1,9 @@
 import json
+import re
 
+import pytest
+
+from mlx_dpo.errors import RunError
 from mlx_dpo.reporting.rows import MetricsLog, read_rows
 
 
@@ -31,6 +35,14 @@ def test_the_evaluation_of_a_step_is_found(tmp_path):
     log.write({"step": 2, "loss": 1.0})
     assert log.evaluation_at(1) == {"step": 1, "eval_loss": 0.5}
     assert log.evaluation_at(2) is None
+
+
+@pytest.mark.parametrize("line", [b'{"step": 2, "lo', b"[1]", b"", b'{"loss": 1}', b"\xff\xfe"])
+def test_a_damaged_line_is_named_and_not_passed_over(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n')
+    with pytest.raises(RunError, match=rf"^{re.escape(str(path))}:2: not a row of metrics \(found"):
+        read_rows(path)
 
 
 def test_no_file_is_no_rows(tmp_path):

@@ -23,6 +23,25 @@ def test_the_page_asks_nothing_of_the_network_and_runs_nothing():
     assert "default-src 'none'" in page and "<script" not in page
 
 
+def noted(runs):
+    told = [RUN._replace(name=str(n)) for n in range(len(runs))]
+    return re.search(r'<p class="note">(.*?)</p>', run_page(told, charts(runs), "step"))[1]
+
+
+def test_the_note_says_what_is_in_the_pictures_and_no_more():
+    """A mean from 50 steps on, neighbours as one from 601 on, marks again from the ninth run on."""
+    rows = [{"step": n, "loss": (-1) ** n} for n in range(1, 602)]
+    dotted = "Dotted: where the reference itself would be, or a coin."
+    mean = " Faint: each step; strong: the mean of it and of those before it."
+    assert noted([rows[:49]]) == dotted
+    assert noted([rows[:600]]) == dotted + mean
+    thinned = dotted + mean + " Of more than 600 steps, neighbours are one, their mean."
+    assert noted([rows]) == thinned
+    assert noted([rows[:3]] * 8) == dotted
+    again = dotted + " Marks repeat after 8 runs, then in other colours."
+    assert noted([rows[:3]] * 9) == again
+
+
 def test_names_and_facts_are_text():
     evil = RUN._replace(name="<b>&", facts=[("<i>", "</table>")], figures={"<u>": "<s>"})
     page = text_of(run_page([evil, RUN], charts([ROWS, ROWS]), "step"))

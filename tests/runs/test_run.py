@@ -340,3 +340,11 @@ def test_a_folder_that_is_no_run_is_said_so(tmp_path):
     for name, why in ((".", "no `run.json`"), ("nowhere", "no such folder")):
         with pytest.raises(RunError, match=why):
             evaluate_run(str(tmp_path / name))
+
+
+def test_memory_is_that_of_the_run_and_not_of_what_was_done_before(config):
+    held = mx.zeros((200_000_000,))
+    mx.eval(held)
+    del held
+    _, rows = train(config)
+    assert 0 < rows[0]["peak_memory_gb"] < 0.4

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -100,6 +101,25 @@ def test_a_resumed_run_goes_on_telling_and_none_ends_it(told, config, tmp_path):
     before = in_tensorboard(tmp_path / "run")
     train(replace(config, report_to=("none",)), resume=True)
     assert in_tensorboard(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize(("error", "whole"), [(None, True), (ValueError, False)])
+def test_programs_hear_whether_a_run_broke_off(told, monkeypatch, error, whole):
+    heard = []
+    program = PROGRAMS["tensorboard"]
+    end = program.close
+
+    def close(self, *, whole):
+        heard.append(whole)
+        end(self, whole=whole)
+
+    monkeypatch.setattr(program, "close", close)
+    with nullcontext() if error is None else pytest.raises(error), Run(told) as run:
+        run.prepare()
+        next(run.train())
+        if error is not None:
+            raise error
+    assert heard == [whole]
 
 
 def test_what_is_told_changes_nothing(config, told, tmp_path):

@@ -72,7 +72,12 @@ def test_in_a_short_run_it_is_told_at_the_end():
     short = replace(RUN, total_steps=15, warmup_steps=2)
     [sentence] = heard(short, **at(rewards_margins=1e-4))
     assert sentence.startswith("steps 6 to 15: ")
-    assert heard(replace(RUN, total_steps=9), **at(rewards_margins=1e-4)) == []
+    shortest = replace(RUN, total_steps=3, warmup_steps=1)
+    [sentence] = heard(shortest, **at(rewards_margins=1e-4))
+    assert sentence.startswith("steps 1 to 3: ")
+    assert sentence.endswith("a larger learning_rate than 5e-06, or more epochs")
+    # Margins of the first step are zero in any run.
+    assert heard(replace(RUN, total_steps=2), **at(rewards_margins=0.0)) == []
 
 
 def test_perfect_accuracy_at_once_is_said_and_later_it_is_not():
