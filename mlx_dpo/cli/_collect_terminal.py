@@ -133,7 +133,8 @@ def _show(session: Session, question: Question) -> None:
         _styled(f"{turn['role']}: ", bold=True)
         _say(_plain(str(turn["content"])))
     for place, answer in enumerate(question.answers, start=1):
-        _styled(f"\n[{place}]\n", bold=True)
+        cut = " (cut: its tokens ran out)" if answer.is_cut else ""
+        _styled(f"\n[{place}]{cut}\n", bold=True)
         _say(indent(_plain(answer.text.strip()), "    "))
     _say("")
 

@@ -199,10 +199,16 @@ def _say_state(asked: "Asked") -> None:
 
 def _say_end(picks: "Picks") -> None:
     from mlx_dpo.cli import program
-    from mlx_dpo.runs.collecting import counted
+    from mlx_dpo.runs.collecting import counted, cut_short
 
     (_, pairs), *passed = counted(picks)
     counts = [f"{pairs:,} pair{'s' * (pairs != 1)}", *(f"{count:,} {why}" for why, count in passed)]
     click.echo(f"{picks.path}: {', '.join(counts)}")
+    if cut := cut_short(picks):
+        click.echo(
+            f"{cut:,} of the chosen answers {'was' if cut == 1 else 'were'} cut where their tokens "
+            "ran out, which teaches to stop there; raise --max-tokens",
+            err=True,
+        )
     if pairs:
         click.echo(f"Train on them: {program()} train {picks.path} --model … --output …")

@@ -24,6 +24,11 @@ class Answer:
 
     text: str
     source: dict[str, Any]  # model, adapter, temperature, seed
+    is_cut: bool = False  # it would have gone on, so that its end is not one to learn
+
+    def told(self) -> dict[str, Any]:
+        """Where it came from, for its row."""
+        return self.source | ({"cut": True} if self.is_cut else {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +146,7 @@ class Session:
         if not text or text == rejected.text.strip():
             raise ConfigError("the edited answer is empty or unchanged; nothing is kept")
         refuse_unreadable(text, "the edited answer", "improve")
-        told = {"by": PERSON, "edited": True, "rejected_from": rejected.source}
+        told = {"by": PERSON, "edited": True, "rejected_from": rejected.told()}
         self._decide(Pick(question.prompt, told, chosen=text, rejected=rejected.text))
 
     def pass_over(self, why: str) -> None:
@@ -183,5 +188,5 @@ class Session:
 def pick_of(question: Question, best: int, worst: int, provenance: dict[str, Any]) -> Pick:
     """The pair of two answers of a question."""
     chosen, rejected = question.answers[best], question.answers[worst]
-    told = provenance | {"chosen_from": chosen.source, "rejected_from": rejected.source}
+    told = provenance | {"chosen_from": chosen.told(), "rejected_from": rejected.told()}
     return Pick(question.prompt, told, chosen=chosen.text, rejected=rejected.text)

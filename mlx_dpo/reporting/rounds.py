@@ -57,6 +57,8 @@ def round_page(found: Found) -> str:
     for why, count in (found.get("collected") or {}).items():
         if why != PAIRS:
             lines.append(f"* passed over, {why}: {count:,}")
+    if cut := found.get("cut"):
+        lines.append(f"* chosen answers that were cut where their tokens ran out: {cut:,}")
     pairs = found.get("held_out_pairs")
     if pairs:
         accuracy = pairs["eval_rewards/accuracies"]

@@ -66,10 +66,11 @@ def sampler(voices: Sequence[Voice], asking: Asking) -> Sample:
             voice, sampling = voices[who], asking.samplings[how]
             if sampling.seed is not None:
                 sampling = replace(sampling, seed=seed_of(sampling.seed, chunk, places[0]))
-            texts = voice.say([p for p in prompts for _ in places], sampling)
-            for number, text in enumerate(texts):
+            replies = voice.reply([p for p in prompts for _ in places], sampling)
+            for number, reply in enumerate(replies):
                 of, place = divmod(number, len(places))
-                answers[of][places[place]] = Answer(text, told(voice, sampling))
+                said = Answer(reply.text, told(voice, sampling), reply.is_cut)
+                answers[of][places[place]] = said
         return [[of[place] for place in sorted(of)] for of in answers]
 
     return sample
@@ -125,3 +126,9 @@ def counted(picks: Picks) -> list[tuple[str, int]]:
             reasons[why] = reasons.get(why, 0) + 1
     rest = sorted(reasons.items(), key=lambda item: -item[1])
     return [("pairs", picks.count(picks.pairs)), *rest]
+
+
+def cut_short(picks: Picks) -> int:
+    """How many chosen answers end where their tokens ran out, and would teach to stop there."""
+    sources = (kept.row["provenance"].get("chosen_from", {}) for kept in picks.order)
+    return sum(bool(source.get("cut")) for source in sources)

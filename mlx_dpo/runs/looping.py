@@ -20,7 +20,7 @@ from mlx_dpo.policy.adapter_files import content_digest
 from mlx_dpo.policy.load import fingerprint, locate
 from mlx_dpo.preferences.prompts import Prompt
 from mlx_dpo.reporting.rounds import loop_page, round_page
-from mlx_dpo.runs.collecting import CHUNK, Asking, counted, judge_all, sampler
+from mlx_dpo.runs.collecting import CHUNK, Asking, counted, cut_short, judge_all, sampler
 from mlx_dpo.runs.contests import hold
 from mlx_dpo.runs.judges import check_judge, open_judge
 from mlx_dpo.runs.loop_folder import (
@@ -199,7 +199,8 @@ class Loop:
             found["mean_reward"] = fmean(self.judge(p.messages, text) for p, text in asked)
         said = {"now": answers}
         if number:
-            found["collected"] = dict(counted(Picks(here.pairs)))
+            picks = Picks(here.pairs)
+            found |= {"collected": dict(counted(picks)), "cut": cut_short(picks)}
             record = read_record(here.run) or {}
             found["held_out_pairs"] = record.get("evaluation")
             for name, other in (("base", 0), ("before", number - 1)):

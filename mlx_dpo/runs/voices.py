@@ -7,7 +7,7 @@ from typing import Any
 
 from mlx_dpo.config import DPOConfig
 from mlx_dpo.errors import ConfigError
-from mlx_dpo.evaluation.generation import generate_batch
+from mlx_dpo.evaluation.generation import Reply, reply_batch
 from mlx_dpo.policy.adapter_files import content_digest, load_adapter
 from mlx_dpo.policy.generation import context_length, prompt_tokens
 from mlx_dpo.policy.load import Base, fingerprint
@@ -30,7 +30,11 @@ class Voice:
     system: str | None = None  # that a run was trained with
 
     def say(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[str]:
-        """One answer to each prompt.
+        """One answer to each prompt; see `reply`."""
+        return [reply.text for reply in self.reply(prompts, sampling)]
+
+    def reply(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Reply]:
+        """One answer to each prompt, and whether it was cut.
 
         Raises:
             ConfigError: a prompt leaves no room in the model's context.
@@ -43,12 +47,17 @@ class Voice:
                     f"{prompt.where}: {tokens} tokens leave no room for an answer (the model's "
                     f"context is {room}); leave the prompt out"
                 )
-        return self.answer([prompt.messages for prompt in prompts], sampling)
+        return self._replies([prompt.messages for prompt in prompts], sampling)
 
     def answer(self, conversations: Sequence[Sequence[Message]], sampling: Sampling) -> list[str]:
         """One answer to each conversation."""
+        return [reply.text for reply in self._replies(conversations, sampling)]
+
+    def _replies(
+        self, conversations: Sequence[Sequence[Message]], sampling: Sampling
+    ) -> list[Reply]:
         model, tokenizer = self.base.model, self.base.tokenizer
-        return generate_batch(
+        return reply_batch(
             model, tokenizer, conversations, sampling=sampling, thinking=self.thinking
         )
 

@@ -79,7 +79,7 @@ KEYS = r"q quit: "
 def shown(text):
     """The answers of the last question on a terminal."""
     question = text[text.rindex("user:") :]
-    parts = re.split(r"\n\[(\d)\]\n", question)
+    parts = re.split(r"\n\[(\d)\](?: \(cut: its tokens ran out\))?\n", question)
     return {key: part.strip() for key, part in zip(parts[1::2], parts[2::2], strict=True)}
 
 
@@ -100,6 +100,7 @@ def test_at_a_terminal_one_key_is_one_pick(folder, model):
         assert "11 left" in terminal.until(KEYS)
         [row] = rows(folder / "pairs.jsonl")
         assert row["chosen"][0]["content"].strip() == second
+        assert row["provenance"]["chosen_from"]["cut"] is True
         terminal.type("t")
         assert "10 left" in terminal.until(KEYS)
         terminal.type("u")
@@ -177,6 +178,8 @@ def test_through_a_pipe_each_line_is_a_key(folder, model):
     result = run(*words(folder, model), stdin=keys)
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith(f"{folder}/pairs.jsonl: 2 pairs, 1 tie\n")
+    # The other chosen one is a person's own.
+    assert "1 of the chosen answers was cut where their tokens ran out" in result.stderr
     assert rows(folder / "pairs.jsonl")[1]["chosen"][0]["content"] == "My own words."
     again = run(*words(folder, model), stdin="1\n" * 20)
     assert "3 of 12 prompts are decided already" in again.stderr

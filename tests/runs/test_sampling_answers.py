@@ -2,10 +2,13 @@
 
 import pytest
 
+from mlx_dpo.conversation.collecting import Question, pick_of
+from mlx_dpo.conversation.picks import Picks
 from mlx_dpo.errors import ConfigError
+from mlx_dpo.evaluation.generation import Reply
 from mlx_dpo.policy.sampling import Sampling
 from mlx_dpo.preferences.prompts import as_prompt
-from mlx_dpo.runs.collecting import Asking, sampler
+from mlx_dpo.runs.collecting import Asking, cut_short, sampler
 from mlx_dpo.runs.voices import seed_of
 
 PROMPTS = [as_prompt(text) for text in ("p", "q", "r")]
@@ -18,14 +21,15 @@ class Speaker:
         self.facts = {"model": name}
         self.asked = []
 
-    def say(self, prompts, sampling):
+    def reply(self, prompts, sampling):
         self.asked.append(sampling)
         seen = {}
         texts = []
         for prompt in prompts:
             text = prompt.messages[0]["content"]
             seen[text] = seen.get(text, 0) + 1
-            texts.append(f"{self.facts['model']} {sampling.temperature:g} {text} {seen[text]}")
+            said = f"{self.facts['model']} {sampling.temperature:g} {text} {seen[text]}"
+            texts.append(Reply(said, is_cut=seen[text] == 2))
         return texts
 
 
@@ -99,3 +103,16 @@ def test_answers_that_could_not_differ_are_refused(asking, voices, message):
 
 def test_greedy_answers_of_two_voices_may_differ():
     Asking(answers=2, samplings=(Sampling(),)).check(2)
+
+
+def test_what_was_cut_is_kept_with_the_pair_and_counted(tmp_path):
+    """Of each prompt the second answer was cut: chosen once, rejected once."""
+    [first, second, _] = sampler([Speaker("a")], Asking(samplings=warm(1)))(PROMPTS, 0)
+    picks = Picks(tmp_path / "pairs.jsonl")
+    for prompt, answers, best in ((PROMPTS[0], first, 1), (PROMPTS[1], second, 0)):
+        picks.add(pick_of(Question(prompt, tuple(answers)), best, 1 - best, {}))
+    rows = [kept.row["provenance"] for kept in picks.order]
+    assert [(r["chosen_from"].get("cut"), r["rejected_from"].get("cut")) for r in rows] == [
+        (True, None), (None, True),
+    ]  # fmt: skip
+    assert cut_short(picks) == 1
