@@ -113,7 +113,7 @@ def _facts(
         "versions": record["versions"],
         "digest": content_digest(opened.paths.folder),
         "way": adapter["fine_tune_type"],
-        "not_in_peft": None if loads == IN_BOTH else loads.partition(": ")[2] or "its run is older",
+        "not_in_peft": None if loads == IN_BOTH else _why(loads),
         "peft_base": adapter.get("base_model_name_or_path"),
         "bits": config.bits,
         "warnings": record["warnings"],
@@ -133,6 +133,11 @@ def _steps(record: Mapping[str, Any]) -> str:
         return f"{made:,} step{'s' * (made != 1)}"
     by = next(name for name in kept if name != "step")
     return f"{kept['step']:,} of {made:,} steps, kept for their `{by}` on the pairs held out"
+
+
+def _why(loads: str) -> str:
+    """Why an adapter does not load in PEFT; what its owner may do about it is not for a card."""
+    return loads.partition(": ")[2].partition(";")[0] or "its run is older"
 
 
 def _reference(config: DPOConfig) -> str:

@@ -199,6 +199,18 @@ def test_a_licence_beside_the_base_is_linked_where_the_base_is(workplace):
     assert data.license == "other" and "license_link" not in data.to_dict()
 
 
+def test_advice_for_the_owner_is_not_on_the_card(workplace):
+    record = json.loads(Path("run/run.json").read_text())
+    said = "loads in mlx-lm; not in PEFT: its base was packed; name another with `--base`"
+    Path("run/run.json").write_text(json.dumps(record | {"adapter": said}))
+    entries = json.loads(Path("run/adapter_config.json").read_text())
+    del entries["peft_type"]
+    Path("run/adapter_config.json").write_text(json.dumps(entries))
+    made, _ = card_of_run("run", "org/adapter")
+    assert "It does not load there: its base was packed.\n" in made.text
+    assert "--base" not in made.text
+
+
 def test_a_card_without_settings_has_no_empty_table():
     text = card(replace(FACTS, settings={})).text
     assert "All of them have mlx-dpo's default." in text and "| setting |" not in text
