@@ -55,10 +55,9 @@ def card_of_run(
     hub_id = base or hub_id_of(opened)
     inherited = _inherited(opened, hub_id, online=online)
     if not inherited.get("license"):
-        notes += (
-            "the base's licence is not known here: add `license` to the card, or let "
-            "`mlx-dpo card --online` ask the Hub",
-        )
+        asked = ", and the Hub did not tell it" if online and hub_id else ""
+        more = "" if online else ", or let `mlx-dpo card --online` ask the Hub"
+        notes += (f"the base's licence is not known here{asked}: add `license` to the card{more}",)
     if hub_id is None:
         notes += ("the base has no Hub id: name it with --base, so that others find it",)
     facts = _facts(opened, name, hub_id, inherited, datasets or [])

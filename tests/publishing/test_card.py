@@ -216,6 +216,13 @@ def test_a_card_without_settings_has_no_empty_table():
     assert "All of them have mlx-dpo's default." in text and "| setting |" not in text
 
 
+def test_the_hub_is_not_advised_to_who_asked_it(workplace):
+    for online, said in ((False, "or let `mlx-dpo card --online` ask"), (True, "to the card")):
+        notes = card_of_run("run", "org/adapter", online=online)[1]
+        [note] = [note for note in notes if "licence" in note]
+        assert said in note and ("--online" in note) == (not online)
+
+
 def test_weights_that_were_trained_themselves_are_no_adapter():
     made = card(replace(FACTS, way="full"))
     assert made.data.base_model_relation == "finetune"
