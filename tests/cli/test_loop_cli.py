@@ -308,7 +308,7 @@ def test_killed_at_random_moments_the_loop_ends_as_if_it_had_not_been(folder, mo
     loop = folder / "loop"
 
     def soon(process):
-        grown = state(loop) + draw.randint(0, 12)
+        grown = state(loop) + draw.randint(0, 4)
         end = time.monotonic() + draw.uniform(2, 12)
         while state(loop) <= grown and process.poll() is None and time.monotonic() < end:
             time.sleep(0.001)
