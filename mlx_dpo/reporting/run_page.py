@@ -20,10 +20,11 @@ body {{ font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 90re
 h1 {{ font-size: 1.3rem; }} h2 {{ font-size: 1.05rem; margin: 2rem 0 .5rem; }}
 .wide {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; }}
-th, td {{ padding: .25rem 1.2rem .25rem 0; text-align: right; white-space: nowrap;
+th, td {{ padding: .25rem .9rem .25rem 0; text-align: right; vertical-align: bottom;
   border-bottom: 1px solid var(--faint); }}
 th:first-child, .facts td {{ text-align: left; }}
-.facts td {{ white-space: normal; overflow-wrap: anywhere; }}
+.facts th, .facts td {{ vertical-align: top; }} .facts td {{ overflow-wrap: anywhere; }}
+.facts th {{ white-space: nowrap; }}
 .charts {{ display: grid; gap: 1.5rem;
   grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); }}
 figure {{ margin: 0; }} figcaption, .note {{ opacity: .75; font-size: .9rem; }}
