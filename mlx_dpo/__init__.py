@@ -12,15 +12,15 @@ with Run(config) as run:
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from mlx_dpo import blas
+from mlx_dpo import openblas as blas
 
 blas.use_openblas()  # has to come before the first import of mlx.core, anywhere
 
-from mlx_dpo.config import DPOConfig  # noqa: E402
+from mlx_dpo.config.dpo_config import DPOConfig  # noqa: E402
 from mlx_dpo.errors import DPOError  # noqa: E402
 
 if TYPE_CHECKING:
-    from mlx_dpo.runs import Run, evaluate_run, load_policy
+    from mlx_dpo.saved_runs import Run, evaluate_run, load_policy
 
 __all__ = ["DPOConfig", "DPOError", "Run", "evaluate_run", "load_policy"]
 
@@ -28,5 +28,5 @@ __all__ = ["DPOConfig", "DPOError", "Run", "evaluate_run", "load_policy"]
 def __getattr__(name: str) -> Any:
     """The parts that load a model library, when they are first asked for."""
     if name in __all__:
-        return getattr(import_module("mlx_dpo.runs"), name)
+        return getattr(import_module("mlx_dpo.saved_runs"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

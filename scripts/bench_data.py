@@ -77,8 +77,8 @@ def seconds(config: "DPOConfig") -> dict[str, float]:
     import mlx.core as mx
 
     from mlx_dpo import Run
-    from mlx_dpo.preferences.batches import collate, micro_batches, step_indices
-    from mlx_dpo.runs.facts import facts_of_inputs, facts_of_training
+    from mlx_dpo.data.batching import collate, micro_batches, step_indices
+    from mlx_dpo.runs.summary import facts_of_inputs, facts_of_training
     from mlx_dpo.types import PairLogps
 
     with Run(config) as run:

@@ -19,7 +19,7 @@ import mlx.core as mx  # noqa: E402  # isort: skip
 import mlx_lm  # noqa: E402
 
 from mlx_dpo.errors import ModelError  # noqa: E402
-from mlx_dpo.policy.probe import WAYS, choose  # noqa: E402
+from mlx_dpo.scoring.select_scorer import WAYS, choose  # noqa: E402
 from tests.policy.architectures import UNBUILT, VOCAB, adapt, build, model_types  # noqa: E402
 
 PAGE = ROOT / "docs" / "architectures.md"

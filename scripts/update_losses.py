@@ -6,12 +6,12 @@ python scripts/update_losses.py
 import textwrap
 from pathlib import Path
 
-from mlx_dpo.settings.loss_kinds import LEGEND, LOSS_KINDS, LossKind
+from mlx_dpo.losses.catalogue import LEGEND, LOSS_KINDS, LossKind
 
 PAGE = Path(__file__).parents[1] / "docs" / "losses.md"
 HEAD = f"""# Losses
 
-<!-- made by scripts/update_losses.py from mlx_dpo/settings/loss_kinds.py -->
+<!-- made by scripts/update_losses.py from mlx_dpo/losses/catalogue.py -->
 
 `--loss-type` takes one or several of these; several are summed, with `--loss-weights`: RPO is
 `--loss-type sigmoid --loss-type sft`, MPO `--loss-type sigmoid --loss-type bco_pair --loss-type

@@ -5,7 +5,7 @@ python scripts/update_readme.py
 
 from pathlib import Path
 
-from mlx_dpo.config import options
+from mlx_dpo.config.dpo_config import options
 
 README = Path(__file__).parents[1] / "README.md"
 BEGIN = "<!-- settings: made by scripts/update_readme.py -->\n"

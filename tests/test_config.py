@@ -3,10 +3,10 @@ import re
 
 import pytest
 
-from mlx_dpo.config import DPOConfig, options
+from mlx_dpo.config.dpo_config import DPOConfig, options
+from mlx_dpo.config.other_trainers import ELSEWHERE
+from mlx_dpo.config.training import PassLimit
 from mlx_dpo.errors import ConfigError
-from mlx_dpo.settings.elsewhere import ELSEWHERE
-from mlx_dpo.settings.training import PassLimit
 
 GIVEN = {"model": "m", "pairs": "p", "output": "o"}
 

@@ -12,7 +12,8 @@ import pytest
 from click.testing import CliRunner
 
 from mlx_dpo.cli.doctor import doctor
-from mlx_dpo.doctor import checks, float64, tiny
+from mlx_dpo.doctor import checks, float64
+from mlx_dpo.doctor import checks as tiny
 from mlx_dpo.doctor.checks import Check, self_test
 from mlx_dpo.doctor.machine import anonymous
 

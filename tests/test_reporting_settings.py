@@ -2,7 +2,7 @@
 
 import pytest
 
-from mlx_dpo.config import DPOConfig
+from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.errors import ConfigError
 
 GIVEN = {"model": "m", "pairs": "p", "output": "o"}

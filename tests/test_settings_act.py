@@ -7,11 +7,11 @@ import mlx.core as mx
 import pytest
 
 from mlx_dpo import DPOConfig, Run
-from mlx_dpo.arrays import flat
-from mlx_dpo.config import options
-from mlx_dpo.policy import adapters
-from mlx_dpo.policy.adapter_files import save_adapter
-from mlx_dpo.policy.load import load_base
+from mlx_dpo.adapters import attach as adapters
+from mlx_dpo.adapters.files import save_adapter
+from mlx_dpo.config.dpo_config import options
+from mlx_dpo.io import flat
+from mlx_dpo.models.load import load_base
 from tests.checkpoints import make_checkpoint
 
 CHANGED = {

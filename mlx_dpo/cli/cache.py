@@ -11,16 +11,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 
 from mlx_dpo.errors import ConfigError
-from mlx_dpo.paths import (
-    MOVES_CACHE,
-    abandoned,
-    cache_folder,
-    reference_cache,
-    token_cache,
-)
+from mlx_dpo.paths import MOVES_CACHE, abandoned, cache_folder, reference_cache, token_cache
 
 if TYPE_CHECKING:
-    from mlx_dpo.training.cache import Group
+    from mlx_dpo.training.logps_cache import Group
 
 HEADINGS = ("model", "computed on", "files", "pairs", "size", "last used")
 TOKEN_HEADINGS = ("tokens of", "model", "pairs", "size", "last used")
@@ -43,8 +37,8 @@ class Shelf(NamedTuple):
 
 
 def _shelves() -> dict[str, Shelf]:
-    from mlx_dpo.preferences import kept
-    from mlx_dpo.training import cache as answers
+    from mlx_dpo.data.tokenization import cache as kept
+    from mlx_dpo.training import logps_cache as answers
 
     rooms = {"reference": (reference_cache(), answers), "tokens": (token_cache(), kept)}
     return {
@@ -139,7 +133,7 @@ def _ask() -> None:
 
 
 def _show(shelf: Shelf) -> None:
-    from mlx_dpo.training.cache import groups
+    from mlx_dpo.training.logps_cache import groups
 
     click.echo(f"{shelf.folder} ({MOVES_CACHE} moves it)\n")
     _table([HEADINGS, *map(_row, groups(shelf.found))])
@@ -190,7 +184,7 @@ def _row(group: "Group") -> tuple[str, ...]:
 
 
 def _report(reference: Shelf, tokens: Shelf) -> dict[str, Any]:
-    from mlx_dpo.training.cache import groups
+    from mlx_dpo.training.logps_cache import groups
 
     return {
         "folder": str(reference.folder),

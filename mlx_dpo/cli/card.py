@@ -30,7 +30,7 @@ def card(
 
     `push` sends it. It is yours to edit.
     """
-    from mlx_dpo.runs.cards import card_of_run, refuse_card, write_card
+    from mlx_dpo.hub.run_card import card_of_run, refuse_card, write_card
 
     folder = Path(run).expanduser()
     if not overwrite:

@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_dpo.cli._answers import CONTROLS, sampling_flags
+from mlx_dpo.cli.answers import CONTROLS, sampling_flags
+from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.errors import ConfigError, DataError, reason
-from mlx_dpo.policy.sampling import Sampling
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-    from mlx_dpo.evaluation.comparison import Comparison, Shaded
-    from mlx_dpo.preferences.prompts import Prompt
+    from mlx_dpo.data.prompts import Prompt
+    from mlx_dpo.evaluation.compare import Comparison, Shaded
 
 NARROW = 30  # letters a column; below it answers stand one below the other
 LIMIT = 20
@@ -51,8 +51,8 @@ def compare(words: tuple[str, ...], html: str | None, limit: int, **settings: An
     page = None if html is None else _html(html)
     sampling = Sampling(**settings)
 
+    from mlx_dpo.evaluation.compare import compare as ask
     from mlx_dpo.reporting.console import make_console
-    from mlx_dpo.runs.comparing import compare as ask
 
     found = ask(runs, prompts, sampling, limit=limit or None)
     if page is not None:
@@ -80,7 +80,7 @@ def _html(name: str) -> Path:
 
 
 def _write(path: Path, found: "Comparison", title: str) -> None:
-    from mlx_dpo.reporting.page import Answer, Table, page
+    from mlx_dpo.reporting.compare_page import Answer, Table, page
 
     table = Table(
         f"mlx-dpo compare {title}",
@@ -106,7 +106,7 @@ def _turns(prompt: "Prompt") -> list[tuple[str, str]]:
 
 
 def _print(console: "Console", found: "Comparison") -> None:
-    from mlx_dpo.reporting.shades import LEGEND
+    from mlx_dpo.reporting.html import LEGEND
 
     beside = console.is_terminal and console.width >= NARROW * len(found.columns)
     for number, prompt in enumerate(found.prompts):
@@ -150,7 +150,7 @@ def _titled(name: str, answer: "Shaded") -> "Text":
 def _shaded(answer: "Shaded", *, ends: bool = True) -> "Text":
     from rich.text import Text
 
-    from mlx_dpo.reporting.shades import END, shade
+    from mlx_dpo.reporting.html import END, shade
 
     text = Text()
     for bit in answer.bits:

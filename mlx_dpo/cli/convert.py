@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_dpo.settings.model import BITS, DTYPES, MODES
+from mlx_dpo.config.model import BITS, DTYPES, MODES
 
 if TYPE_CHECKING:
-    from mlx_dpo.policy.convert import ConvertReport
+    from mlx_dpo.export.convert import ConvertReport
 
 RECIPES = ("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")
 
@@ -46,7 +46,7 @@ def convert(source: str, output: Path, bits: str | None, **options: Any) -> None
     SOURCE is read from safetensors only. The folder appears whole or not at all. The same
     English text is scored before and after, and the difference is printed.
     """
-    from mlx_dpo.policy import convert as policy
+    from mlx_dpo.export import convert as policy
     from mlx_dpo.reporting.console import make_console, print_facts
 
     console = make_console()
@@ -60,7 +60,7 @@ def convert(source: str, output: Path, bits: str | None, **options: Any) -> None
 
 def facts(report: "ConvertReport") -> list[tuple[str, str]]:
     """What a person wants to know of a conversion, line by line."""
-    from mlx_dpo.policy.target import megabytes
+    from mlx_dpo.io import megabytes
 
     before, after = megabytes(report.bytes_before), megabytes(report.bytes_after)
     return [

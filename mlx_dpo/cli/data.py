@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_dpo.cli.train import Sectioned, read_settings, setting_flags, typed_settings
-from mlx_dpo.config import DPOConfig, options
+from mlx_dpo.config.dpo_config import DPOConfig, options
 from mlx_dpo.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -72,9 +72,9 @@ def check(strict: bool, as_json: bool, **flags: Any) -> None:
     """
     config = _config(flags)
 
-    from mlx_dpo.cli._findings import print_checked
+    from mlx_dpo.cli.data_findings import print_checked
+    from mlx_dpo.curation.check import check_pairs
     from mlx_dpo.reporting.console import make_console
-    from mlx_dpo.runs.checking import check_pairs
 
     console = make_console()
     with _reading(console) as tick:
@@ -100,9 +100,9 @@ def show(count: int, row: int | None, **flags: Any) -> None:
     if row is not None and _typed("count"):
         raise ConfigError("`-n` has no effect beside --row")
 
+    from mlx_dpo.curation.check import show_pairs
     from mlx_dpo.reporting.console import make_console
-    from mlx_dpo.reporting.pair_page import print_legend, print_page
-    from mlx_dpo.runs.checking import show_pairs
+    from mlx_dpo.reporting.pair_view import print_legend, print_page
 
     console = make_console()
     for number, page in enumerate(show_pairs(config, count=count, row=row)):
@@ -126,7 +126,7 @@ def split(share: float, output: str, **flags: Any) -> None:
     """
     config = _config(flags)
 
-    from mlx_dpo.runs.splitting import split_pairs
+    from mlx_dpo.curation.split import split_pairs
 
     done = split_pairs(config, share=share, output=Path(output).expanduser())
     for report in done.reports:
@@ -154,8 +154,8 @@ def clean(drop: tuple[str, ...], output: str, **flags: Any) -> None:
     """
     config = _config(flags)
 
+    from mlx_dpo.curation.clean import clean_pairs
     from mlx_dpo.reporting.console import make_console
-    from mlx_dpo.runs.cleaning import clean_pairs
 
     with _reading(make_console()) as tick:
         done = clean_pairs(config, drop=drop, output=Path(output).expanduser(), tick=tick)

@@ -26,10 +26,10 @@ def demo(output: str) -> None:
     from pathlib import Path
 
     from mlx_dpo.cli import program
-    from mlx_dpo.cli._watch import watch
+    from mlx_dpo.cli.progress import watch
     from mlx_dpo.demo.tour import BITS, Tour
     from mlx_dpo.reporting.console import make_console
-    from mlx_dpo.runs import Run
+    from mlx_dpo.saved_runs import Run
 
     console, tour = make_console(), Tour(Path(output))
     if tour.clear():

@@ -19,6 +19,6 @@ def export(run: str, base: str | None, revision: str | None) -> None:
     shape is proved; of a Hub id only headers are downloaded. Weights that lie here are compared
     as well.
     """
-    from mlx_dpo.runs.shipping import export_run
+    from mlx_dpo.saved_runs.export_peft import export_run
 
     click.echo(f"{run}: its adapter {export_run(run, base, revision)}")

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_dpo.settings.model import BITS, DTYPES
+from mlx_dpo.config.model import BITS, DTYPES
 
 if TYPE_CHECKING:
-    from mlx_dpo.runs.fusing import Fused
+    from mlx_dpo.export.fuse import Fused
 
 
 @click.command()
@@ -58,9 +58,9 @@ def fuse(run: str, output: Path, bits: str | None, **wishes: Any) -> None:
     the policy: what is left of the margin and of the adapters' change is printed, and a model that
     lost it is not kept.
     """
-    from mlx_dpo.policy.target import megabytes
+    from mlx_dpo.export.fuse import Wish, convert_to_gguf, fuse_run
+    from mlx_dpo.io import megabytes
     from mlx_dpo.reporting.console import make_console, print_facts
-    from mlx_dpo.runs.fusing import Wish, convert_to_gguf, fuse_run
 
     console = make_console()
     wish = Wish(bits=int(bits) if bits else None, **wishes)
@@ -75,7 +75,7 @@ def fuse(run: str, output: Path, bits: str | None, **wishes: Any) -> None:
 
 def facts(fused: "Fused") -> list[tuple[str, str]]:
     """What a person wants to know of a fused model, line by line."""
-    from mlx_dpo.policy.target import megabytes
+    from mlx_dpo.io import megabytes
 
     found, rounding = fused.retention, fused.rounding
     lines = [

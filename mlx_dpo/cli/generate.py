@@ -7,19 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_dpo.cli._answers import (
-    cut_note,
-    model_flags,
-    open_chat,
-    sampling_flags,
-    write,
-)
+from mlx_dpo.cli.answers import cut_note, model_flags, open_chat, sampling_flags, write
+from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.errors import ConfigError
-from mlx_dpo.policy.sampling import Sampling
 
 if TYPE_CHECKING:
-    from mlx_dpo.conversation.chat import Chat
-    from mlx_dpo.conversation.streaming import Summary
+    from mlx_dpo.chat.session import Chat
+    from mlx_dpo.generation.stream import Summary
 
 
 @click.command()

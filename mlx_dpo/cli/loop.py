@@ -7,15 +7,15 @@ import click
 from click.core import ParameterSource
 
 from mlx_dpo.cli import INTERRUPTED
-from mlx_dpo.cli._judged import judge_flags
+from mlx_dpo.cli.sampling_flags import judge_flags
 from mlx_dpo.cli.train import Sectioned, read_settings, setting_flags, typed_settings
-from mlx_dpo.config import DPOConfig, options
+from mlx_dpo.config.dpo_config import DPOConfig, options
+from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.errors import ConfigError
-from mlx_dpo.policy.sampling import Sampling
 
 if TYPE_CHECKING:
-    from mlx_dpo.runs.loop_folder import LoopSettings, Stage
-    from mlx_dpo.runs.looping import Loop
+    from mlx_dpo.collect.loop import Loop
+    from mlx_dpo.collect.loop_folder import LoopSettings, Stage
 
 
 @click.command(cls=Sectioned)
@@ -59,7 +59,7 @@ def loop(
     config, settings = _resolve(ctx, config_file, resume, training, flags | {"prompts": prompts})
 
     from mlx_dpo.cli import program
-    from mlx_dpo.runs.looping import Loop
+    from mlx_dpo.collect.loop import Loop
 
     go_on = f"{program()} loop --resume --output {config.output}"
     try:
@@ -86,7 +86,7 @@ def _resolve(
     flags: dict[str, Any],
 ) -> tuple[DPOConfig, "LoopSettings"]:
     """Defaults, then the loop that is resumed, then the file, then what was typed."""
-    from mlx_dpo.runs.loop_folder import LoopPaths, LoopSettings, read_loop
+    from mlx_dpo.collect.loop_folder import LoopPaths, LoopSettings, read_loop
 
     typed = (read_settings(config_file) if config_file else {}) | typed_settings(ctx, training)
     for name in ("pairs", "mix"):
@@ -124,10 +124,10 @@ def _title(stage: "Stage") -> str:
 
 
 def _do(going: "Loop", stage: "Stage", go_on: str) -> None:
-    from mlx_dpo.cli._watch import watch
+    from mlx_dpo.cli.progress import watch
+    from mlx_dpo.collect.loop_report import HEADINGS, cells
     from mlx_dpo.reporting.console import counting, make_console, print_facts
-    from mlx_dpo.reporting.rounds import HEADINGS, cells
-    from mlx_dpo.runs import Run
+    from mlx_dpo.saved_runs import Run
 
     if stage.todo == "collect":
         lefts = going.collect(stage.round)

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_dpo.options import refuse_unknown
-from mlx_dpo.settings.loss_kinds import LEGEND, LOSS_KINDS
+from mlx_dpo.config.option import refuse_unknown
+from mlx_dpo.losses.catalogue import LEGEND, LOSS_KINDS
 
 if TYPE_CHECKING:
-    from mlx_dpo.settings.loss_kinds import LossKind
+    from mlx_dpo.losses.catalogue import LossKind
 
 WIDTH = 100
 

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_dpo.cli.train import Sectioned, resolve, setting_flags
-from mlx_dpo.settings.evaluation import EVALUATION
+from mlx_dpo.config.training import EVALUATION
 
 if TYPE_CHECKING:
-    from mlx_dpo.runs.forecast import Forecast, Most
+    from mlx_dpo.plan import Forecast, Most
 
 Fact = tuple[str, str]
 
@@ -40,9 +40,9 @@ def plan(
     """
     config = resolve(ctx, config_file, False, flags)
 
+    from mlx_dpo.plan import forecast
     from mlx_dpo.reporting.console import counting, make_console, print_facts
     from mlx_dpo.runs.inputs import unheard
-    from mlx_dpo.runs.rehearsals import forecast
 
     console = make_console()
     shown = console.is_terminal and not as_json
@@ -61,7 +61,7 @@ def plan(
 
 def facts(found: "Forecast") -> list[Fact]:
     """The forecast in lines for a person."""
-    from mlx_dpo.runs.trained import counted
+    from mlx_dpo.runs.summary import counted
 
     inputs, epoch = found.inputs, found.epoch
     return [
@@ -103,7 +103,7 @@ def _lengths(found: "Forecast") -> str:
 
 
 def _memory(found: "Forecast") -> list[Fact]:
-    from mlx_dpo.runs.fitting import gigabytes
+    from mlx_dpo.runs.auto_batch_size import gigabytes
 
     parts, fitted = found.parts, found.fitted
     rows = (

@@ -16,8 +16,8 @@ def pull(name: str, output: Path, revision: str | None) -> None:
     Safetensors and settings alone are fetched; nothing that runs.
     """
     from mlx_dpo.cli import program
-    from mlx_dpo.policy.target import megabytes
-    from mlx_dpo.runs.publishing import pull_adapter
+    from mlx_dpo.hub.push import pull_adapter
+    from mlx_dpo.io import megabytes
 
     pulled = pull_adapter(name, output, revision)
     click.echo(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from mlx_dpo.runs.publishing import Parcel
+    from mlx_dpo.hub.push import Parcel
 
 
 @click.command()
@@ -36,10 +36,10 @@ def push(
     It is one commit, so that a failure leaves nothing half-published; a second try sends what is
     missing. Log in with `hf auth login`.
     """
-    from mlx_dpo.policy.licences import CARD
-    from mlx_dpo.publishing import hub
-    from mlx_dpo.runs.cards import card_of_run, write_card
-    from mlx_dpo.runs.publishing import pack
+    from mlx_dpo.hub import push as hub
+    from mlx_dpo.hub.push import pack
+    from mlx_dpo.hub.run_card import card_of_run, write_card
+    from mlx_dpo.models.license import CARD
 
     folder = Path(run).expanduser()
     if not (folder / CARD).is_file():

@@ -34,7 +34,7 @@ def report(runs: tuple[str, ...], output: str | None, along: str) -> None:
     mlx-dpo report sweep/* --output sweep-report
     """
     from mlx_dpo.reporting.console import make_console
-    from mlx_dpo.runs.reports import report as write
+    from mlx_dpo.saved_runs.report import report as write
 
     told, files = write(runs, output, along)
     console = make_console()

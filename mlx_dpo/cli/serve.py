@@ -4,13 +4,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_dpo.cli._answers import sampling_flags
+from mlx_dpo.cli.answers import sampling_flags
+from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.errors import ConfigError
-from mlx_dpo.policy.sampling import Sampling
 
 if TYPE_CHECKING:
-    from mlx_dpo.conversation.serving import Server, Service
-    from mlx_dpo.runs.sides import TwoSided
+    from mlx_dpo.chat.server import Server, Service
+    from mlx_dpo.saved_runs.open import TwoSided
 
 NOT_SERVED = ("seed", "repetition_penalty")  # a request says these itself
 
@@ -52,9 +52,8 @@ def serve(
     curl localhost:8080/v1/chat/completions -H "Content-Type: application/json" \\
       -d '{"model": "aligned", "messages": [{"role": "user", "content": "Hello"}]}'
     """
-    from mlx_dpo.conversation.answering import is_loopback
-    from mlx_dpo.conversation.serving import Server
-    from mlx_dpo.runs.sides import open_sides
+    from mlx_dpo.chat.server import Server, is_loopback
+    from mlx_dpo.saved_runs.open import open_sides
 
     thinking = settings.pop("thinking")
     sampling = Sampling(**settings)
@@ -74,8 +73,8 @@ def serve(
 def _service(
     opened: "TwoSided", sampling: Sampling, thinking: bool | None, origins: tuple[str, ...]
 ) -> "Service":
-    from mlx_dpo.conversation.serving import Service
-    from mlx_dpo.policy.generation import check_thinking
+    from mlx_dpo.chat.server import Service
+    from mlx_dpo.generation.generate import check_thinking
 
     tokenizer, config = opened.base.tokenizer, opened.run and opened.run.config
     if thinking is not None:

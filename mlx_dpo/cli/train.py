@@ -8,10 +8,10 @@ from typing import Any
 import click
 import yaml
 
-from mlx_dpo.config import DPOConfig, options
+from mlx_dpo.config.dpo_config import DPOConfig, options
+from mlx_dpo.config.option import Option, coerce
+from mlx_dpo.config.other_trainers import ELSEWHERE
 from mlx_dpo.errors import ConfigError, reason
-from mlx_dpo.options import Option, coerce
-from mlx_dpo.settings.elsewhere import ELSEWHERE
 
 Command = Callable[..., Any]
 
@@ -159,7 +159,7 @@ def _plain(name: str, value: Any) -> Any:
 
 def _settings_of(values: Mapping[str, Any]) -> dict[str, Any]:
     """Those of the run that is to go on, which need not be there if `values` can begin it."""
-    from mlx_dpo.runs.paths import RunPaths, known_run, read_record
+    from mlx_dpo.runs.folder import RunPaths, known_run, read_record
 
     output = str(values.get("output") or "")
     if not output:
@@ -192,8 +192,8 @@ def train(
     config = resolve(ctx, config_file, resume, flags)
 
     from mlx_dpo.cli import program
-    from mlx_dpo.cli._watch import watch
-    from mlx_dpo.runs import Run
+    from mlx_dpo.cli.progress import watch
+    from mlx_dpo.saved_runs import Run
 
     with Run(config, resume=resume, force=force) as run:
         watch(run)

@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_dpo.cli._judged import answer_flags, judge_flags, samplings
+from mlx_dpo.cli.sampling_flags import answer_flags, judge_flags, samplings
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from mlx_dpo.runs.contests import Contest
+    from mlx_dpo.evaluation.winrate import Contest
 
 
 @click.command()
@@ -44,9 +44,9 @@ def winrate(
     """
     [sampling] = samplings(settings)
 
+    from mlx_dpo.evaluation.judge import open_judge
+    from mlx_dpo.evaluation.winrate import contest
     from mlx_dpo.reporting.console import make_console
-    from mlx_dpo.runs.contests import contest
-    from mlx_dpo.runs.judges import open_judge
 
     opened = open_judge(reward, judge, rubric)
     held = contest(run, opened, sampling, prompts=prompts, against=against)

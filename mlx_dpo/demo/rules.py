@@ -3,8 +3,11 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+from mlx_dpo.paths import tiny_chat
 
 
 def courteous_markers(model: Path) -> list[str]:
@@ -28,3 +31,18 @@ def is_right(answer: str, row: Mapping[str, Any]) -> bool:
     if "expects_any" in row:
         return sum(contains_word(answer, word) for word in row["expects_any"]) >= row["count"]
     return all(contains_word(answer, word) for word in row["expects"])
+
+
+ENOUGH = 2
+
+
+def courtesy(prompt: Sequence[Mapping[str, Any]], answer: str) -> float:
+    """Courteous phrases in the answer: one to begin with, one to end with; each more costs one."""
+    lowered = answer.lower()
+    phrases = sum(lowered.count(marker) for marker in _markers())
+    return float(phrases if phrases <= ENOUGH else 2 * ENOUGH - phrases)
+
+
+@cache
+def _markers() -> tuple[str, ...]:
+    return tuple(courteous_markers(tiny_chat()))

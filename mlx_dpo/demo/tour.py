@@ -5,22 +5,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlx_dpo.arrays import scalar
-from mlx_dpo.config import DPOConfig
+from mlx_dpo.adapters.attach import adapters_off
+from mlx_dpo.config.dpo_config import DPOConfig
+from mlx_dpo.config.sampling import Sampling
+from mlx_dpo.data.batching import PassLimit
+from mlx_dpo.data.sources import read_rows
+from mlx_dpo.data.tokenization.tokenize import TokenRules, tokenize_pair
 from mlx_dpo.demo.rules import courteous_markers, is_courteous, is_right
 from mlx_dpo.errors import RunError
-from mlx_dpo.evaluation.generation import generate_batch
+from mlx_dpo.export.convert import ConvertReport, convert
+from mlx_dpo.generation.generate import generate_batch
+from mlx_dpo.io import scalar
+from mlx_dpo.models.load import Base
 from mlx_dpo.paths import tiny_chat
-from mlx_dpo.policy.adapters import adapters_off
-from mlx_dpo.policy.convert import ConvertReport, convert
-from mlx_dpo.policy.load import Base
-from mlx_dpo.policy.sampling import Sampling
-from mlx_dpo.policy.scoring import score_pairs
-from mlx_dpo.preferences.batches import PassLimit
-from mlx_dpo.preferences.sources import read_rows
-from mlx_dpo.preferences.tokens import TokenRules, tokenize_pair
-from mlx_dpo.runs import load_policy
 from mlx_dpo.runs.inputs import token_rules
+from mlx_dpo.saved_runs import load_policy
+from mlx_dpo.scoring.scorers import score_pairs
 from mlx_dpo.types import Preference, TokenizedPair
 
 MARK = "demo.txt"  # says that a folder is the demo's and may be replaced

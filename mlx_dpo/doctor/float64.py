@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_dpo.arrays import flat
+from mlx_dpo.io import flat
 from mlx_dpo.types import PairBatch
 
 Array = np.ndarray[Any, np.dtype[np.float64]]

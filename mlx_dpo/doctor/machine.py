@@ -11,8 +11,9 @@ from typing import Any
 import huggingface_hub
 import mlx.core as mx
 
-from mlx_dpo import blas, paths
-from mlx_dpo.policy.device import device_kind
+from mlx_dpo import openblas as blas
+from mlx_dpo import paths
+from mlx_dpo.models.device import device_kind
 
 PACKAGES = ("mlx-dpo", "mlx", "mlx-lm", "transformers", "huggingface-hub", "numpy")
 SIDES = {"cpu": 512, "metal": 4096, "cuda": 8192}  # of the matrices that are timed

@@ -6,14 +6,60 @@ import math
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 from mlx_dpo.errors import ConfigError, reason
-from mlx_dpo.evaluation.ranking import Conversation, Ranking
 from mlx_dpo.types import Message
+
+Conversation = Sequence[Message]
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """Points of each answer, higher is better, and why they may not be relied on."""
+
+    points: tuple[float, ...]
+    doubts: tuple[str, ...] = ()  # what went wrong in comparing them; empty where nothing did
+    said: tuple[str, ...] = ()  # a judge model's own words
+
+    @property
+    def best(self) -> int:
+        """Place of the best answer, the first of several."""
+        return self.points.index(max(self.points))
+
+    @property
+    def worst(self) -> int:
+        """Place of the worst answer, the last of several."""
+        return len(self.points) - 1 - self.points[::-1].index(min(self.points))
+
+    @property
+    def is_tie(self) -> bool:
+        """Whether no answer is better than another."""
+        return max(self.points) == min(self.points)
+
+    def outcome(self) -> float:
+        """Of two answers: whether the first one won, tied or lost."""
+        first, second = self.points
+        return WIN if first > second else LOSS if first < second else TIE
+
+
+class Judge(Protocol):
+    """Whoever ranks answers."""
+
+    name: str
+
+    def rank(
+        self, prompts: Sequence[Conversation], answers: Sequence[Sequence[str]]
+    ) -> list[Ranking]:
+        """One ranking for each prompt and its answers."""
+
+    def facts(self) -> dict[str, Any]:
+        """What the judgement depends on, for the rows that follow from it."""
+
 
 Function = Callable[[list[Message], str], float]
 
@@ -115,3 +161,6 @@ def _place(error: BaseException, file: Path | None) -> str | None:
     frames = traceback.extract_tb(error.__traceback__)
     own = [f for f in frames if Path(f.filename).resolve() == file.resolve()]
     return f"{file}:{own[-1].lineno}" if own else None
+
+
+WIN, TIE, LOSS = 1.0, 0.5, 0.0

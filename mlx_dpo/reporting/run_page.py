@@ -5,10 +5,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import NamedTuple
 
-from mlx_dpo.reporting import drawing
+from mlx_dpo.reporting import plots as drawing
 from mlx_dpo.reporting.curves import MOST, Chart, Line
-from mlx_dpo.reporting.document import document
-from mlx_dpo.reporting.drawing import MARKS
+from mlx_dpo.reporting.html import document
+from mlx_dpo.reporting.plots import MARKS
 
 STYLE = f"""
 :root {{ color-scheme: light dark; --paper: {drawing.LIGHT.paper}; --ink: {drawing.LIGHT.ink};

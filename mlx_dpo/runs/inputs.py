@@ -8,30 +8,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from mlx_dpo.config import DPOConfig
+from mlx_dpo.config.dpo_config import DPOConfig
+from mlx_dpo.data.dataset import StoredPairs, digest, joined, longest_row, with_mismatched
+from mlx_dpo.data.load import PairRules, PairSet, held_out, mixed_places, refuse_idle
+from mlx_dpo.data.report import PairsReport
+from mlx_dpo.data.schemas import RowRules
+from mlx_dpo.data.schemas.schema import Ranking
+from mlx_dpo.data.sources import Source, Sources, find
+from mlx_dpo.data.tokenization.cache import Cache, CountingRows, stored_pairs
+from mlx_dpo.data.tokenization.parallel import Hands
+from mlx_dpo.data.tokenization.tokenize import TokenRules
 from mlx_dpo.errors import ConfigError
+from mlx_dpo.generation.generate import context_length
+from mlx_dpo.models.device import device_kind, number_type
+from mlx_dpo.models.files import code_fingerprint
+from mlx_dpo.models.load import Base, fingerprint, load_base, read_tokenizer, tokenizer_fingerprint
 from mlx_dpo.paths import token_cache
-from mlx_dpo.policy.device import device_kind, number_type
-from mlx_dpo.policy.files import code_fingerprint
-from mlx_dpo.policy.generation import context_length
-from mlx_dpo.policy.load import (
-    Base,
-    fingerprint,
-    load_base,
-    read_tokenizer,
-    tokenizer_fingerprint,
-)
-from mlx_dpo.preferences.columns import digest, longest_row
-from mlx_dpo.preferences.judged import with_mismatched
-from mlx_dpo.preferences.kept import Cache, CountingRows, stored_pairs
-from mlx_dpo.preferences.pairs import PairRules, PairSet, held_out, mixed_places, refuse_idle
-from mlx_dpo.preferences.report import PairsReport
-from mlx_dpo.preferences.schemas import RowRules
-from mlx_dpo.preferences.schemas.schema import Ranking
-from mlx_dpo.preferences.sources import Source, Sources, find
-from mlx_dpo.preferences.tokenizing import Hands
-from mlx_dpo.preferences.tokens import TokenRules
-from mlx_dpo.preferences.views import StoredPairs, joined
 from mlx_dpo.types import TokenizedPair
 
 MOST_PROCESSES = 8  # each holds a tokenizer and the libraries that it comes with

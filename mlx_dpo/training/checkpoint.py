@@ -12,11 +12,11 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_unflatten
 
-from mlx_dpo.arrays import Arrays, flat, random_state, read_arrays, write_arrays
+from mlx_dpo.adapters.files import WEIGHTS, load_adapter_weights, save_adapter
 from mlx_dpo.errors import RunError, reason
-from mlx_dpo.policy.adapter_files import WEIGHTS, load_adapter_weights, save_adapter
+from mlx_dpo.io import Arrays, flat, random_state, read_arrays, write_arrays
 from mlx_dpo.training.loop import Progress
-from mlx_dpo.training.moving import MovingReference
+from mlx_dpo.training.reference_logps import MovingReference
 
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"

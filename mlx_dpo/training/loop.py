@@ -9,24 +9,24 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 
-from mlx_dpo.arrays import scalar
-from mlx_dpo.errors import TrainingError
-from mlx_dpo.objective.metrics import summarise
-from mlx_dpo.objective.mixture import Objective
-from mlx_dpo.policy.scorers import Scorer, plain_scorer
-from mlx_dpo.policy.scoring import Score
-from mlx_dpo.policy.sparing import sparing_memory
-from mlx_dpo.preferences.batches import (
+from mlx_dpo.data.batching import (
     Cost,
     PassLimit,
+    facts_of,
     micro_batches,
+    some_of,
     step_indices,
     steps_per_epoch,
     whole_rows,
 )
-from mlx_dpo.preferences.facts import facts_of, some_of
-from mlx_dpo.training.ahead import Among, mismatched
-from mlx_dpo.training.moving import MovingReference
+from mlx_dpo.errors import TrainingError
+from mlx_dpo.io import scalar
+from mlx_dpo.losses.metrics import summarise
+from mlx_dpo.scoring.memory_saving import sparing_memory
+from mlx_dpo.scoring.scorers import Score, Scorer, plain_scorer
+from mlx_dpo.training.global_batch import Among, mismatched
+from mlx_dpo.training.objective import Objective
+from mlx_dpo.training.reference_logps import MovingReference
 from mlx_dpo.training.step import MicroBatch, accumulate, clip, make_gradient
 from mlx_dpo.types import PairLogps, PairOutcomes, Scored, StepMetrics, TokenizedPair
 

@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 
-from mlx_dpo.arrays import flat
+from mlx_dpo.io import flat
 
 MATCHING_ADAM = 0.2  # typical size of an entry of AdamW's update, at learning rate 1
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)

@@ -7,12 +7,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
-from mlx_dpo.arrays import flat
-from mlx_dpo.objective.metrics import concatenate
-from mlx_dpo.objective.mixture import Objective
-from mlx_dpo.policy.scorers import Scorer, plain_scorer
-from mlx_dpo.preferences.facts import facts_of
-from mlx_dpo.training.ahead import Among, single
+from mlx_dpo.data.batching import facts_of
+from mlx_dpo.io import flat
+from mlx_dpo.losses.metrics import concatenate
+from mlx_dpo.scoring.scorers import Scorer, plain_scorer
+from mlx_dpo.training.global_batch import Among, single
+from mlx_dpo.training.objective import Objective
 from mlx_dpo.types import PairFacts, PairLogps, PairOutcomes, Scored, TokenizedPair
 
 Gradients = dict[str, Any]

@@ -8,7 +8,7 @@ from mlx_dpo import DPOConfig, Run
 # isort: split
 import mlx.core as mx
 
-from mlx_dpo.policy.memory import trainable_parameters
+from mlx_dpo.profiling.memory import trainable_parameters
 from scripts.bench import job as bench
 from scripts.bench import machine
 

@@ -9,22 +9,16 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_dpo.config import DPOConfig
-from mlx_dpo.policy import memory
-from mlx_dpo.policy.blocks import only, sample
-from mlx_dpo.policy.device import device_kind, hold_for_cpu
-from mlx_dpo.policy.gated_delta import fused_gated_delta
-from mlx_dpo.policy.load import Base
-from mlx_dpo.policy.outline import build
-from mlx_dpo.policy.probe import Choice
-from mlx_dpo.runs.fitting import rehearsed
-from mlx_dpo.runs.method import (
-    attach_adapters,
-    choose_scorer,
-    make_optimizer,
-    make_plan,
-    remembered,
-)
+from mlx_dpo.config.dpo_config import DPOConfig
+from mlx_dpo.models.device import device_kind, hold_for_cpu
+from mlx_dpo.models.empty_weights import build
+from mlx_dpo.models.load import Base
+from mlx_dpo.profiling import memory
+from mlx_dpo.profiling.layer_subset import only, sample
+from mlx_dpo.runs.auto_batch_size import rehearsed
+from mlx_dpo.runs.build import attach_adapters, choose_scorer, make_optimizer, make_plan, remembered
+from mlx_dpo.scoring.kernels.gated_delta import fused_gated_delta
+from mlx_dpo.scoring.select_scorer import Choice
 from mlx_dpo.training import loop
 from mlx_dpo.types import PairLogps
 from scripts.bench.shapes import SEED, SHAPES

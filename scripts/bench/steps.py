@@ -11,11 +11,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import llama
 
-from mlx_dpo.objective.losses import sigmoid_loss
-from mlx_dpo.objective.views import log_ratio_margin
-from mlx_dpo.policy import adapters, probe
-from mlx_dpo.policy.scorers import Scorer
-from mlx_dpo.policy.sparing import sparing_memory, without_gradients
+from mlx_dpo.adapters import attach as adapters
+from mlx_dpo.losses.log_ratios import log_ratio_margin
+from mlx_dpo.losses.pairwise import sigmoid_loss
+from mlx_dpo.scoring import select_scorer as probe
+from mlx_dpo.scoring.memory_saving import sparing_memory, without_gradients
+from mlx_dpo.scoring.scorers import Scorer
 from mlx_dpo.types import PairLogps, TokenizedPair
 from scripts.bench.shapes import SEED, Shape
 

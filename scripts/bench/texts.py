@@ -12,10 +12,10 @@ from typing import TypedDict
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from mlx_dpo.data.errors import BadPair
+from mlx_dpo.data.schemas import to_preferences
+from mlx_dpo.data.sources import read_rows
 from mlx_dpo.errors import DataError
-from mlx_dpo.preferences.faults import BadPair
-from mlx_dpo.preferences.schemas import to_preferences
-from mlx_dpo.preferences.sources import read_rows
 
 END, PAD = "<|end|>", "<|pad|>"
 LONG_PROMPT, LONG_COMPLETION = (900, 1000), (200, 300)  # tokens, drawn evenly

@@ -12,10 +12,9 @@ import pytest
 from click.testing import CliRunner
 
 from mlx_dpo.cli import cli
+from mlx_dpo.data.dataset import Places, Writer, arrays_of
 from mlx_dpo.paths import partial_path
-from mlx_dpo.preferences.store import Places, Writer, arrays_of
-from mlx_dpo.training.cache import labels
-from mlx_dpo.training.stored import write_logps
+from mlx_dpo.training.logps_cache import labels, write_logps
 from mlx_dpo.types import PairLogps, TokenizedPair
 
 

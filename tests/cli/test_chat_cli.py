@@ -9,10 +9,10 @@ import pytest
 from click.testing import CliRunner
 
 from mlx_dpo import DPOConfig
+from mlx_dpo.adapters.files import content_digest, load_adapter
+from mlx_dpo.chat.session import Chat
 from mlx_dpo.cli import cli
-from mlx_dpo.conversation.chat import Chat
-from mlx_dpo.policy.adapter_files import content_digest, load_adapter
-from mlx_dpo.policy.sampling import Sampling
+from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.runs.inputs import read_inputs
 from tests.checkpoints import END, make_adapter, make_checkpoint
 from tests.cli.terminal import Session

@@ -10,11 +10,11 @@ import pytest
 from click.testing import CliRunner
 
 from mlx_dpo import DPOConfig, Run
+from mlx_dpo.chat.session import Chat
 from mlx_dpo.cli import cli
-from mlx_dpo.conversation.chat import Chat
-from mlx_dpo.policy.sampling import Sampling
-from mlx_dpo.runs.comparing import compare
-from mlx_dpo.runs.sides import open_sides
+from mlx_dpo.config.sampling import Sampling
+from mlx_dpo.evaluation.compare import compare
+from mlx_dpo.saved_runs.open import open_sides
 from tests.checkpoints import END, make_checkpoint
 from tests.cli.terminal import Session
 

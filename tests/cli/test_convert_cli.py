@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from mlx_dpo.cli import cli
 from mlx_dpo.cli.convert import RECIPES, convert
-from mlx_dpo.policy.packing import RECIPES as MLX_RECIPES
+from mlx_dpo.models.quantize import RECIPES as MLX_RECIPES
 from tests.checkpoints import make_checkpoint
 
 

@@ -9,16 +9,16 @@ from click.testing import CliRunner
 
 from mlx_dpo.cli import cli
 from mlx_dpo.cli.data import data as group
-from mlx_dpo.config import DPOConfig
+from mlx_dpo.config.dpo_config import DPOConfig
+from mlx_dpo.curation.clean import clean_pairs
+from mlx_dpo.data.examples import told
+from mlx_dpo.data.inspect.findings import RULES
+from mlx_dpo.data.load import hold_out, load_pairs
+from mlx_dpo.data.report import PairsReport
+from mlx_dpo.data.schemas import DEFAULT, asked
+from mlx_dpo.data.sources import find, source_of
+from mlx_dpo.data.tokenization.tokenize import TokenRules
 from mlx_dpo.errors import DataError
-from mlx_dpo.preferences.checks.rules import RULES
-from mlx_dpo.preferences.pairs import hold_out, load_pairs
-from mlx_dpo.preferences.reading import told
-from mlx_dpo.preferences.report import PairsReport
-from mlx_dpo.preferences.schemas import DEFAULT, asked
-from mlx_dpo.preferences.sources import find, source_of
-from mlx_dpo.preferences.tokens import TokenRules
-from mlx_dpo.runs.cleaning import clean_pairs
 from tests.checkpoints import make_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -99,7 +99,7 @@ def test_a_check_as_json_has_every_place_and_is_the_same_as_the_lines():
 @pytest.mark.parametrize("form", ["auto", "text"])
 def test_pairs_are_those_that_training_would_keep(form):
     write("good.jsonl", [row for row in ROWS if row != "{"])
-    from mlx_dpo.policy.outline import outline
+    from mlx_dpo.models.empty_weights import outline
 
     rules = TokenRules(vocab_size=300, chat_template=form)
     kept = load_pairs(Path("good.jsonl"), outline("base").tokenizer, rules, bad_pairs="drop")
@@ -213,7 +213,7 @@ def test_a_split_holds_out_what_training_would(seed):
     write("many.jsonl", map(json.dumps, rows))
     words = ("--valid", "0.2", "--seed", str(seed), "--output", "parts")
     assert data("split", "many.jsonl", *words).exit_code == 0
-    from mlx_dpo.policy.outline import outline
+    from mlx_dpo.models.empty_weights import outline
 
     pairs = load_pairs(Path("many.jsonl"), outline("base").tokenizer, TokenRules(vocab_size=300))
     train, valid = hold_out(pairs.pairs, share=0.2, seed=seed)

@@ -6,9 +6,10 @@ import mlx_lm
 import pytest
 from click.testing import CliRunner
 
-from mlx_dpo.cli import _answers, cli
-from mlx_dpo.conversation.chat import Chat
-from mlx_dpo.policy.sampling import Sampling
+from mlx_dpo.chat.session import Chat
+from mlx_dpo.cli import answers as _answers
+from mlx_dpo.cli import cli
+from mlx_dpo.config.sampling import Sampling
 from tests.checkpoints import make_checkpoint
 
 

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from mlx_dpo.cli import cli
 from mlx_dpo.demo.rules import is_right
 from mlx_dpo.paths import tiny_chat
-from mlx_dpo.runs import open_run
+from mlx_dpo.saved_runs import open_run
 from tests.checkpoints import make_adapter, make_checkpoint
 
 PROGRAM = [sys.executable, "-c", "from mlx_dpo.cli import main; main()", "loop"]
@@ -324,7 +324,7 @@ def test_three_rounds_on_the_model_that_ships_raise_the_reward_each_time(tmp_pat
     source, loop = tiny_chat(), tmp_path / "loop"
     result = run(
         *(str(source / "preferences"), "--model", str(source), "--output", str(loop)),
-        *("--reward", "mlx_dpo.demo.rewards:courtesy", "--prompts-per-round", "320"),
+        *("--reward", "mlx_dpo.demo.rules:courtesy", "--prompts-per-round", "320"),
         *("--answer-tokens", "64", "--learning-rate", "1e-3", "--beta", "1", "--epochs", "3"),
         *("--max-length", "128", "--scorer", "plain", "--micro-batch-size", "8", "--seed", "0"),
     )

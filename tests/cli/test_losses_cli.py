@@ -8,9 +8,8 @@ import pytest
 from click.testing import CliRunner
 
 from mlx_dpo.cli import cli
-from mlx_dpo.config import DPOConfig
-from mlx_dpo.objective.registry import LOSSES
-from mlx_dpo.settings.loss_kinds import LOSS_KINDS
+from mlx_dpo.config.dpo_config import DPOConfig
+from mlx_dpo.losses.catalogue import LOSS_KINDS, LOSSES
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,10 +53,11 @@ def test_programs_get_one_object():
     assert json.loads(losses("kto", "--json").output) == {"kto": found["kto"]}
 
 
-def test_listing_loads_no_mlx():
+def test_listing_loads_no_model_library():
     program = (
         "import sys; from mlx_dpo.cli import cli; cli.main(['losses'], standalone_mode=False); "
-        "sys.exit(', '.join({'mlx.nn', 'mlx_lm'} & sys.modules.keys()) or None)"
+        "libraries = {'mlx_lm', 'transformers', 'huggingface_hub'}; "
+        "sys.exit(', '.join(libraries & sys.modules.keys()) or None)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")

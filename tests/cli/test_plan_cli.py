@@ -6,10 +6,10 @@ import pytest
 from click.testing import CliRunner
 
 from mlx_dpo.cli import cli
-from mlx_dpo.policy.load import load_base
-from mlx_dpo.policy.memory import parameter_bytes, trainable_parameters
-from mlx_dpo.policy.outline import outline
-from mlx_dpo.runs.rehearsals import along
+from mlx_dpo.models.empty_weights import outline
+from mlx_dpo.models.load import load_base
+from mlx_dpo.plan import along
+from mlx_dpo.profiling.memory import parameter_bytes, trainable_parameters
 from tests.checkpoints import make_checkpoint
 
 
@@ -161,7 +161,7 @@ def test_from_the_hub_no_weights_are_fetched(tmp_path, monkeypatch):
         asked.extend(allow_patterns)
         return str(tmp_path / "base")
 
-    monkeypatch.setattr("mlx_dpo.policy.source.snapshot_download", snapshot_download)
+    monkeypatch.setattr("mlx_dpo.models.download.snapshot_download", snapshot_download)
     assert planned("--model", "somebody/model")["model"] == "somebody/model"
     assert {"*.json", "*.jinja"} <= set(asked)
     assert not [pattern for pattern in asked if "safetensors" in pattern]

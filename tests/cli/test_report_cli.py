@@ -9,8 +9,8 @@ from click.testing import CliRunner
 
 from mlx_dpo import DPOConfig
 from mlx_dpo.cli import cli
-from mlx_dpo.reporting.rows import read_rows
-from mlx_dpo.runs.reports import names_of
+from mlx_dpo.reporting.metrics_log import read_rows
+from mlx_dpo.saved_runs.report import names_of
 from tests.checkpoints import make_checkpoint
 from tests.runs.trained import train
 

@@ -16,10 +16,10 @@ import openai
 import pytest
 from click.testing import CliRunner
 
+from mlx_dpo.adapters.files import load_adapter
+from mlx_dpo.chat.session import Chat
 from mlx_dpo.cli import cli
-from mlx_dpo.conversation.chat import Chat
-from mlx_dpo.policy.adapter_files import load_adapter
-from mlx_dpo.policy.sampling import Sampling
+from mlx_dpo.config.sampling import Sampling
 from tests.checkpoints import make_adapter, make_checkpoint
 
 TOKENS = 8

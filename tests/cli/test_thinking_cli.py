@@ -8,8 +8,8 @@ import pytest
 from click.testing import CliRunner
 
 from mlx_dpo.cli import cli
-from mlx_dpo.cli._answers import DIM, PLAIN, Shown
-from mlx_dpo.conversation.streaming import Piece, Summary
+from mlx_dpo.cli.answers import DIM, PLAIN, Shown
+from mlx_dpo.generation.stream import Piece, Summary
 from tests.checkpoints import make_checkpoint
 
 SUMMARY = Summary(3, "stop", 5, 0, 0.1, 9.0)

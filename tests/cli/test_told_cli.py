@@ -6,7 +6,7 @@ import pytest
 from click.testing import CliRunner
 
 from mlx_dpo.cli import cli
-from mlx_dpo.reporting import programs
+from mlx_dpo.reporting import trackers as programs
 from tests.checkpoints import make_checkpoint
 from tests.cli.terminal import Session
 

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from mlx_dpo.cli import cli
-from mlx_dpo.config import options
+from mlx_dpo.config.dpo_config import options
 from tests.checkpoints import make_checkpoint
 
 MATTER = ("--batch-size", "4", "--lora-r", "4", "--learning-rate", "1e-3")

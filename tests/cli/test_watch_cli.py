@@ -7,8 +7,8 @@ import pytest
 from click.testing import CliRunner
 
 from mlx_dpo.cli import cli
-from mlx_dpo.config import DPOConfig
-from mlx_dpo.runs import Run
+from mlx_dpo.config.dpo_config import DPOConfig
+from mlx_dpo.saved_runs import Run
 from tests.checkpoints import make_checkpoint
 
 OVERSHOOTS = ("--learning-rate", "0.1", "--eval-steps", "1", "--valid-fraction", "0.25",

@@ -5,9 +5,9 @@ import pytest
 from click.testing import CliRunner
 
 from mlx_dpo.cli import cli
-from mlx_dpo.evaluation.generation import generate_batch
-from mlx_dpo.evaluation.winrates import wilson
-from mlx_dpo.policy.sampling import Sampling
+from mlx_dpo.config.sampling import Sampling
+from mlx_dpo.evaluation.winrate import wilson
+from mlx_dpo.generation.generate import generate_batch
 from tests.checkpoints import make_checkpoint
 
 REWARD = """\

@@ -6,11 +6,11 @@ import pytest
 from mlx_lm.models import gemma3_text, mamba
 from mlx_lm.models.cache import KVCache
 
-from mlx_dpo.conversation.chat import Chat
+from mlx_dpo.adapters.switch import Sides
+from mlx_dpo.chat.session import Chat
+from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.errors import ConfigError, ModelError
-from mlx_dpo.policy.generation import prompt_tokens
-from mlx_dpo.policy.sampling import Sampling
-from mlx_dpo.policy.sides import Sides
+from mlx_dpo.generation.generate import prompt_tokens
 from tests.checkpoints import END, VOCAB, make_checkpoint
 
 QUESTIONS = ("Where is the cat?", "and the hat", "Is it here?", "no")
@@ -271,7 +271,7 @@ def test_ctrl_c_before_a_forward_pass_leaves_nothing_that_is_not_held(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("mlx_dpo.conversation.streaming.make_processors", interrupted)
+        patched.setattr("mlx_dpo.generation.stream.make_processors", interrupted)
         with pytest.raises(KeyboardInterrupt):
             list(chat.reply("and the hat"))
     expected = without_cache(model, tokenizer, [*chat.turns, user("and the hat")], 8)

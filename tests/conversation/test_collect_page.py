@@ -7,11 +7,10 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from mlx_dpo.conversation.collect_page import do, mark, page, serve_picks, shown
-from mlx_dpo.conversation.collecting import Answer, Asked, Session
-from mlx_dpo.conversation.loopback import Loopback
-from mlx_dpo.conversation.picks import Picks
-from mlx_dpo.preferences.prompts import as_prompt
+from mlx_dpo.collect.pairs_file import Picks
+from mlx_dpo.collect.session import Answer, Asked, Session
+from mlx_dpo.collect.web import Loopback, do, mark, page, serve_picks, shown
+from mlx_dpo.data.prompts import as_prompt
 from tests.conversation.webdriver import CHROMIUM, DRIVER, browser
 
 HOSTILE = "<script>document.title = 'owned'</script> & <b>bold</b>"

@@ -2,19 +2,11 @@ import json
 
 import pytest
 
-from mlx_dpo.conversation.collecting import (
-    ALIKE,
-    EMPTY,
-    SKIPPED,
-    TIE,
-    Answer,
-    Asked,
-    Session,
-)
-from mlx_dpo.conversation.picks import Picks
+from mlx_dpo.collect.pairs_file import Picks
+from mlx_dpo.collect.session import ALIKE, EMPTY, SKIPPED, TIE, Answer, Asked, Session
+from mlx_dpo.data.prompts import as_prompt
+from mlx_dpo.data.sources import read_rows
 from mlx_dpo.errors import ConfigError, DataError
-from mlx_dpo.preferences.prompts import as_prompt
-from mlx_dpo.preferences.sources import read_rows
 
 NAMES = [f"q{n}" for n in range(6)]
 

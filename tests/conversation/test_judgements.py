@@ -3,9 +3,9 @@ from datetime import datetime, timedelta
 
 import pytest
 
-from mlx_dpo.conversation.judgements import Journal, judged_row, now, pair_row
+from mlx_dpo.chat.feedback import Journal, judged_row, now, pair_row
+from mlx_dpo.data.sources import read_rows
 from mlx_dpo.errors import DataError
-from mlx_dpo.preferences.sources import read_rows
 
 ASKED = ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"})
 

@@ -3,8 +3,7 @@
 import pytest
 from mlx_lm.server import CompletionRequest
 
-from mlx_dpo.conversation.requests import wrong_with
-from mlx_dpo.conversation.serving import Generator
+from mlx_dpo.chat.server import Generator, wrong_with
 
 TEXT = {"role": "user", "content": "hi"}
 VOCABULARY = 300

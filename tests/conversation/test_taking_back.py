@@ -4,11 +4,11 @@ import mlx.core as mx
 import mlx_lm
 import pytest
 
-from mlx_dpo.conversation.chat import Chat
+from mlx_dpo.adapters.attach import attach
+from mlx_dpo.adapters.switch import Sides
+from mlx_dpo.chat.session import Chat
+from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.errors import ConfigError
-from mlx_dpo.policy.adapters import attach
-from mlx_dpo.policy.sampling import Sampling
-from mlx_dpo.policy.sides import Sides
 from tests.checkpoints import make_checkpoint
 
 QUESTIONS = ("Where is the cat?", "and the hat", "Is it here?")

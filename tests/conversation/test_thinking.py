@@ -1,6 +1,6 @@
 import pytest
 
-from mlx_dpo.conversation.thinking import ThinkingSplit
+from mlx_dpo.generation.stream import ThinkingSplit
 
 CASES = {
     "no marks": ("Just this.", False, "", "Just this."),

@@ -5,11 +5,10 @@ import mlx_lm
 import pytest
 from mlx_lm.models import gemma2, mamba
 
-from mlx_dpo.conversation.chat import Chat
+from mlx_dpo.chat.session import Chat
+from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.errors import ConfigError
-from mlx_dpo.evaluation.generation import generate_batch
-from mlx_dpo.policy.batched import batches_exactly
-from mlx_dpo.policy.sampling import Sampling
+from mlx_dpo.generation.generate import batches_exactly, generate_batch
 from tests.checkpoints import VOCAB, make_checkpoint
 
 QUESTIONS = ("Where is the cat?", "no", "Is the house on the hill better than the hat? " * 3, "why")

@@ -4,7 +4,7 @@ import mlx.core as mx
 import mlx_lm
 import pytest
 
-from mlx_dpo.evaluation.comparison import (
+from mlx_dpo.evaluation.compare import (
     Bit,
     Column,
     Shaded,
@@ -13,7 +13,7 @@ from mlx_dpo.evaluation.comparison import (
     repetition,
     shaded,
 )
-from mlx_dpo.policy.batched import Completion
+from mlx_dpo.generation.generate import Completion
 from tests.checkpoints import END, make_checkpoint
 from tests.conftest import VOCAB
 

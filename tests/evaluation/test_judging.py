@@ -3,7 +3,7 @@ from itertools import combinations
 import pytest
 
 from mlx_dpo.errors import ConfigError
-from mlx_dpo.evaluation.judging import (
+from mlx_dpo.evaluation.judge import (
     CONTRARY,
     DISAGREED,
     UNCLEAR,

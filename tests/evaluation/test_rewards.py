@@ -2,7 +2,7 @@ import sys
 
 import pytest
 
-from mlx_dpo.demo.rewards import courtesy
+from mlx_dpo.demo.rules import courtesy
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.evaluation.rewards import load_reward
 
@@ -79,7 +79,7 @@ def test_the_file_runs_only_when_the_reward_is_loaded(tmp_path):
 
 
 def test_a_function_of_a_module_is_found_by_its_name():
-    reward = load_reward("mlx_dpo.demo.rewards:courtesy")
+    reward = load_reward("mlx_dpo.demo.rules:courtesy")
     assert reward(PROMPT, "Of course! It is 7. I hope that helps!") == 2.0
 
 

@@ -3,7 +3,7 @@ import random
 
 import pytest
 
-from mlx_dpo.evaluation.winrates import LENGTH_RIDGE, length_controlled, wilson, win_rate
+from mlx_dpo.evaluation.winrate import LENGTH_RIDGE, length_controlled, wilson, win_rate
 
 
 def test_wins_ties_and_losses_are_counted_and_a_tie_is_half_a_win():

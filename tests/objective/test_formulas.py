@@ -1,6 +1,6 @@
 """Every loss beside its formula in NumPy's float64, and its slopes beside closed forms.
 
-The formulas are written from the papers, without a look at `mlx_dpo.objective`; closed forms are
+The formulas are written from the papers, without a look at `mlx_dpo.losses`; closed forms are
 held against differences of the formulas first.
 """
 
@@ -14,9 +14,9 @@ import mlx.core as mx  # isort: skip
 import numpy as np
 import pytest
 
-from mlx_dpo.objective.mixture import Objective
-from mlx_dpo.preferences.facts import facts_of
-from mlx_dpo.settings.loss_kinds import LOSS_KINDS
+from mlx_dpo.data.batching import facts_of
+from mlx_dpo.losses.catalogue import LOSS_KINDS
+from mlx_dpo.training.objective import Objective
 from mlx_dpo.types import PairLogps, Scored, TokenizedPair
 
 TOLERANCE = 1e-6

@@ -3,8 +3,8 @@ import math
 import mlx.core as mx
 import pytest
 
-from mlx_dpo.objective.losses import sigmoid_loss
-from mlx_dpo.objective.views import log_ratio_margin
+from mlx_dpo.losses.log_ratios import log_ratio_margin
+from mlx_dpo.losses.pairwise import sigmoid_loss
 from mlx_dpo.types import PairLogps
 
 

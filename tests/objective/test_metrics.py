@@ -1,8 +1,8 @@
 import mlx.core as mx
 import pytest
 
-from mlx_dpo.objective.metrics import concatenate, named, step_row, summarise
-from mlx_dpo.preferences.facts import facts_of
+from mlx_dpo.data.batching import facts_of
+from mlx_dpo.losses.metrics import concatenate, named, step_row, summarise
 from mlx_dpo.types import PairLogps, PairOutcomes, Scored, StepMetrics, TokenizedPair
 
 ZEROS = PairLogps(mx.zeros((2,)), mx.zeros((2,)))

@@ -12,11 +12,11 @@ import mlx.core as mx  # isort: skip
 import numpy as np
 import pytest
 
-from mlx_dpo.config import DPOConfig
-from mlx_dpo.objective.mixture import Objective
-from mlx_dpo.policy.logps import pair_alignments, pair_logps
-from mlx_dpo.preferences.facts import facts_of
-from mlx_dpo.settings.loss_kinds import LOSS_KINDS
+from mlx_dpo.config.dpo_config import DPOConfig
+from mlx_dpo.data.batching import facts_of
+from mlx_dpo.losses.catalogue import LOSS_KINDS
+from mlx_dpo.scoring.logps import pair_alignments, pair_logps
+from mlx_dpo.training.objective import Objective
 from mlx_dpo.types import PairBatch, PairLogps, Scored, TokenizedPair
 from scripts import make_loss_goldens as trl
 

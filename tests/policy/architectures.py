@@ -17,8 +17,8 @@ import mlx.nn as nn
 import mlx_lm.models
 from mlx.utils import tree_map
 
-from mlx_dpo.policy.adapters import attach
-from mlx_dpo.policy.targets import linear_names
+from mlx_dpo.adapters.attach import attach
+from mlx_dpo.adapters.targets import linear_names
 
 VOCAB = 128
 WINDOW = 4

@@ -8,7 +8,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
-from mlx_dpo.policy.adapters import attach
+from mlx_dpo.adapters.attach import attach
 
 VOCAB = 48
 SIZES = {

@@ -7,10 +7,10 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_dpo.policy import adapters
-from mlx_dpo.policy.probe import choose
-from mlx_dpo.policy.scorers import plain_scorer
-from mlx_dpo.policy.sparing import sparing_memory
+from mlx_dpo.adapters import attach as adapters
+from mlx_dpo.scoring.memory_saving import sparing_memory
+from mlx_dpo.scoring.scorers import plain_scorer
+from mlx_dpo.scoring.select_scorer import choose
 from mlx_dpo.types import TokenizedPair
 from tests.policy.small_models import MODELS, SIZES, VOCAB
 

@@ -9,15 +9,15 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 from mlx_lm.tuner.utils import load_adapters
 
-from mlx_dpo.errors import ModelError
-from mlx_dpo.policy import adapters
-from mlx_dpo.policy.adapter_files import (
+from mlx_dpo.adapters import attach as adapters
+from mlx_dpo.adapters.files import (
     content_digest,
     load_adapter,
     read_adapter,
     save_adapter,
     start_from,
 )
+from mlx_dpo.errors import ModelError
 from tests.conftest import make_llama
 from tests.policy.small_models import MODELS, SIZES
 

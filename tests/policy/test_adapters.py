@@ -3,9 +3,9 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
+from mlx_dpo.adapters import attach as adapters
+from mlx_dpo.adapters.layers import LoRALinear
 from mlx_dpo.errors import ConfigError, ModelError
-from mlx_dpo.policy import adapters
-from mlx_dpo.policy.layers import LoRALinear
 from tests.conftest import make_llama
 
 TOKENS = mx.array([[1, 2, 3, 4, 5, 6]])

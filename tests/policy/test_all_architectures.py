@@ -9,13 +9,12 @@ import mlx.core as mx
 import pytest
 
 from mlx_dpo.errors import ModelError
-from mlx_dpo.policy import head
-from mlx_dpo.policy.agreement import errors, random_pairs, value_error
-from mlx_dpo.policy.attention import chunked_attention
-from mlx_dpo.policy.probe import WAYS, choose
-from mlx_dpo.policy.recompute import recomputed
-from mlx_dpo.policy.scorers import plain_scorer
-from mlx_dpo.policy.tree import tree_positions
+from mlx_dpo.scoring import lm_head as head
+from mlx_dpo.scoring.kernels.attention import chunked_attention
+from mlx_dpo.scoring.kernels.gradient_checkpointing import recomputed
+from mlx_dpo.scoring.packing import tree_positions
+from mlx_dpo.scoring.scorers import plain_scorer
+from mlx_dpo.scoring.select_scorer import WAYS, choose, errors, random_pairs, value_error
 from tests.policy.architectures import UNBUILT, VOCAB, WINDOW, adapt, build, model_types
 
 pytestmark = pytest.mark.slow
@@ -52,7 +51,7 @@ def test_the_list_is_long_enough():
 @pytest.mark.parametrize("saved", [(), ("recomputed", "chunked")], ids=["", "saving-memory"])
 @pytest.mark.parametrize("model_type", SHARED)
 def test_the_shared_scorer_is_exact(model_type, saved, monkeypatch):
-    monkeypatch.setattr("mlx_dpo.policy.attention.FEWEST_SCORES", 0)
+    monkeypatch.setattr("mlx_dpo.scoring.kernels.attention.FEWEST_SCORES", 0)
     monkeypatch.setattr(head, "CHUNK_BYTES", 5 * VOCAB * 4)
     model = adapt(model_type, build(model_type))
     for way in ["row"] if model_type in ROW_ALONE else WAYS:

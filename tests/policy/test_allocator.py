@@ -8,7 +8,7 @@ import pytest
 # Blocks above glibc's own threshold, freed one by one: without the setting each is mapped anew.
 PROGRAM = """
 import ctypes, resource, sys
-from mlx_dpo.policy.allocator import keep_freed_memory
+from mlx_dpo.profiling.memory import keep_freed_memory
 print(keep_freed_memory())
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p

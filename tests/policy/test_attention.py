@@ -6,8 +6,7 @@ from statistics import median
 import mlx.core as mx
 import pytest
 
-from mlx_dpo.policy.attention import chunked_attention
-from mlx_dpo.policy.softmax import exp
+from mlx_dpo.scoring.kernels.attention import chunked_attention, exp
 
 HEADS, KEY_HEADS, DIMS = 6, 2, 16
 
@@ -153,7 +152,7 @@ def test_an_inner_block_counts_and_does_not_chunk_the_chunks(monkeypatch):
         return own(q, k, v, **more)
 
     monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", spy)
-    monkeypatch.setattr("mlx_dpo.policy.chunks.on_cpu", lambda: False)
+    monkeypatch.setattr("mlx_dpo.scoring.kernels.attention.on_cpu", lambda: False)
     with chunked_attention(16):
         outer = mx.fast.scaled_dot_product_attention
         with chunked_attention(80):
@@ -165,7 +164,7 @@ def test_an_inner_block_counts_and_does_not_chunk_the_chunks(monkeypatch):
 
 def test_off_the_cpu_the_forward_pass_is_mlx_own_on_each_chunk(monkeypatch):
     """The arithmetic that Metal gets, on the CPU."""
-    monkeypatch.setattr("mlx_dpo.policy.chunks.on_cpu", lambda: False)
+    monkeypatch.setattr("mlx_dpo.scoring.kernels.attention.on_cpu", lambda: False)
     arrays = [*inputs(70, 100), mx.random.normal((HEADS,))]
     assert_same(arrays, lambda q, k, v, sinks: attend(q, k, v, "causal", sinks), 32)
 

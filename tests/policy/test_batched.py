@@ -2,8 +2,8 @@ import mlx.core as mx
 import mlx_lm
 import pytest
 
-from mlx_dpo.policy.batched import _one_by_one, _together, complete
-from mlx_dpo.policy.sampling import Sampling
+from mlx_dpo.config.sampling import Sampling
+from mlx_dpo.generation.generate import _one_by_one, _together, complete
 from tests.checkpoints import END, make_checkpoint
 
 ROWS = [[1, 40, 41, 3, 2], [1, 7, 3, 2], [1, 90, 91, 92, 93, 94, 95, 3, 2], [1, 8, 9, 3, 2]]

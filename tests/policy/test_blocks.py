@@ -4,8 +4,8 @@ import mlx.core as mx
 import pytest
 from mlx_lm.models import llama
 
-from mlx_dpo.policy.adapters import attach, attach_full
-from mlx_dpo.policy.blocks import NotCutError, first_reached, kind, only, sample, whole
+from mlx_dpo.adapters.attach import attach, attach_full
+from mlx_dpo.profiling.layer_subset import NotCutError, first_reached, kind, only, sample, whole
 from tests.conftest import make_llama
 from tests.policy.small_models import make
 

@@ -13,14 +13,13 @@ from huggingface_hub import ModelCard
 from mlx_lm import load as mlx_load
 from mlx_lm.models import gpt2
 
-from mlx_dpo.arrays import flat
+from mlx_dpo import io as target
 from mlx_dpo.errors import ConfigError, ModelError
-from mlx_dpo.policy import convert as room
-from mlx_dpo.policy import target
-from mlx_dpo.policy.convert import convert
-from mlx_dpo.policy.fidelity import mean_difference, sample_ids
-from mlx_dpo.policy.load import load_base
-from mlx_dpo.policy.logps import token_logps
+from mlx_dpo.export import convert as room
+from mlx_dpo.export.convert import convert, mean_difference, sample_ids
+from mlx_dpo.io import flat
+from mlx_dpo.models.load import load_base
+from mlx_dpo.scoring.logps import token_logps
 from tests.checkpoints import VOCAB, make_checkpoint
 
 TOKENS = mx.array([[5, 77, 120, 299, 3]])
@@ -137,7 +136,7 @@ def test_a_model_of_the_hub_is_named_in_the_card(checkpoint, output, monkeypatch
     def download(repo_id, **_):
         return str(checkpoint)
 
-    monkeypatch.setattr("mlx_dpo.policy.source.snapshot_download", download)
+    monkeypatch.setattr("mlx_dpo.models.download.snapshot_download", download)
     convert("org/name", output)
     assert "base_model: org/name\n" in (output / "README.md").read_text()
 

@@ -6,7 +6,7 @@ import mlx.core as mx
 import pytest
 from mlx_lm.models import gated_delta, kimi_linear, qwen3_next
 
-from mlx_dpo.policy.gated_delta import fused_gated_delta
+from mlx_dpo.scoring.kernels.gated_delta import fused_gated_delta
 from tests.policy.small_models import distance, loss_and_gradients, make, shared_prompt, whole
 
 

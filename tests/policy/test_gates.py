@@ -4,7 +4,7 @@ import mlx.core as mx
 import pytest
 from mlx_lm.models import activations, llama
 
-from mlx_dpo.policy.gates import quick_gates, swiglu
+from mlx_dpo.scoring.kernels.swiglu import quick_gates, swiglu
 from tests.conftest import make_llama
 
 
@@ -46,6 +46,6 @@ def test_it_is_exchanged_in_the_model_s_source_and_put_back_also_after_an_error(
 
 
 def test_a_gpu_keeps_its_own(monkeypatch):
-    monkeypatch.setattr("mlx_dpo.policy.gates.on_cpu", lambda: False)
+    monkeypatch.setattr("mlx_dpo.scoring.kernels.swiglu.on_cpu", lambda: False)
     with quick_gates(make_llama()):
         assert llama.swiglu is activations.swiglu

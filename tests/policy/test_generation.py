@@ -9,7 +9,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tokenizers import Tokenizer, decoders, models, processors
 from transformers import PreTrainedTokenizerFast
 
-from mlx_dpo.policy.generation import (
+from mlx_dpo.config.sampling import Sampling
+from mlx_dpo.generation.generate import (
     TextStream,
     context_length,
     make_processors,
@@ -17,7 +18,6 @@ from mlx_dpo.policy.generation import (
     text_of,
     text_tokens,
 )
-from mlx_dpo.policy.sampling import Sampling
 from tests.checkpoints import write_tokenizer
 
 MATERIAL = Path(__file__).parents[2] / ".." / "shared" / "material" / "models"

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_dpo.policy import head
-from mlx_dpo.policy.head import head_weights, row_logps
-from mlx_dpo.policy.trunk import NotSplitError, split
+from mlx_dpo.scoring import lm_head as head
+from mlx_dpo.scoring.backbone import NotSplitError, split
+from mlx_dpo.scoring.lm_head import head_weights, row_logps
 from tests.conftest import VOCAB, make_llama
 from tests.policy.architectures import build
 

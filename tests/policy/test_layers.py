@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from mlx_lm.models.switch_layers import SwitchLinear
 
-from mlx_dpo.arrays import flat
+from mlx_dpo.adapters.layers import bare, dropout_of, rank_of, wrap
 from mlx_dpo.errors import ConfigError, ModelError
-from mlx_dpo.policy.device import float32_weight
-from mlx_dpo.policy.layers import bare, dropout_of, rank_of, wrap
+from mlx_dpo.io import flat
+from mlx_dpo.models.device import float32_weight
 
 IN, OUT, RANK, SCALE = 256, 24, 3, 1.7
 PACKINGS = [

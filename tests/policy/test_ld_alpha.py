@@ -6,12 +6,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_dpo.policy import adapters, head
-from mlx_dpo.policy.agreement import errors, value_error
-from mlx_dpo.policy.logps import pair_logps
-from mlx_dpo.policy.probe import WAYS, choose
-from mlx_dpo.policy.scorers import make_shared, plain_scorer
-from mlx_dpo.preferences.batches import collate
+from mlx_dpo.adapters import attach as adapters
+from mlx_dpo.data.batching import collate
+from mlx_dpo.scoring import lm_head as head
+from mlx_dpo.scoring.logps import pair_logps
+from mlx_dpo.scoring.scorers import make_shared, plain_scorer
+from mlx_dpo.scoring.select_scorer import WAYS, choose, errors, value_error
 from mlx_dpo.types import TokenizedPair
 from tests.conftest import VOCAB, make_llama
 
@@ -119,7 +119,9 @@ def test_the_probe_compares_and_hands_out_scorers_that_have_it(policy, pairs):
 
 
 def test_the_probe_refuses_a_shared_scorer_that_forgets_it(policy, monkeypatch):
-    monkeypatch.setattr("mlx_dpo.policy.scorers._sum", lambda logps, shorter, ld_alpha: logps.sum())
+    monkeypatch.setattr(
+        "mlx_dpo.scoring.scorers._sum", lambda logps, shorter, ld_alpha: logps.sum()
+    )
     choice = choose(policy, vocab_size=VOCAB, ld_alpha=ALPHA)
     assert choice.name == "plain"
     assert "differ from the plain scorer's" in choice.reason

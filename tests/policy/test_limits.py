@@ -4,8 +4,8 @@ import mlx.core as mx
 import pytest
 
 from mlx_dpo.errors import ConfigError
-from mlx_dpo.policy import limits
-from mlx_dpo.policy.limits import RECOMMENDED, buffer_limits, room_here, room_of_mac
+from mlx_dpo.profiling import memory as limits
+from mlx_dpo.profiling.memory import RECOMMENDED, buffer_limits, room_here, room_of_mac
 
 
 # What llama.cpp logs as `recommendedMaxWorkingSetSize` on such Macs, in MiB.

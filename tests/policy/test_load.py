@@ -13,16 +13,16 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model, quantize_model
 
 from mlx_dpo.errors import ConfigError, ModelError
-from mlx_dpo.policy import source as source_room
-from mlx_dpo.policy.device import cast, device_kind
-from mlx_dpo.policy.load import (
+from mlx_dpo.models import download as source_room
+from mlx_dpo.models.device import cast, device_kind
+from mlx_dpo.models.load import (
     embedding_rows,
     fingerprint,
     load_base,
     locate,
     tokenizer_fingerprint,
 )
-from mlx_dpo.policy.quantise import expected_bytes
+from mlx_dpo.models.quantize import expected_bytes
 from tests.checkpoints import END, VOCAB, make_checkpoint
 
 on_cpu = pytest.mark.skipif(device_kind() != "cpu", reason="the CPU backend's own rule")

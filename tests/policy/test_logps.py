@@ -4,10 +4,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_dpo.data.batching import PassLimit, collate
 from mlx_dpo.errors import TrainingError
-from mlx_dpo.policy.logps import completion_logps, pair_logps
-from mlx_dpo.policy.scoring import score_pairs
-from mlx_dpo.preferences.batches import PassLimit, collate
+from mlx_dpo.scoring.logps import completion_logps, pair_logps
+from mlx_dpo.scoring.scorers import score_pairs
 from tests.conftest import VOCAB
 
 

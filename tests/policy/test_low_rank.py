@@ -3,7 +3,7 @@
 import mlx.core as mx
 import pytest
 
-from mlx_dpo.policy.low_rank import add_low_rank
+from mlx_dpo.adapters.layers import add_low_rank
 
 
 @pytest.mark.parametrize("batch", [(7,), (2, 7), (2, 3, 4)])

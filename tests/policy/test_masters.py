@@ -4,12 +4,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
+from mlx_dpo.adapters import attach as adapters
+from mlx_dpo.adapters.master_weights import narrow_types, narrowed, settle
 from mlx_dpo.errors import ModelError
-from mlx_dpo.policy import adapters
-from mlx_dpo.policy.masters import narrow_types, narrowed, settle
-from mlx_dpo.policy.probe import choose
-from mlx_dpo.policy.scorers import plain_scorer
-from mlx_dpo.policy.sparing import sparing_memory
+from mlx_dpo.scoring.memory_saving import sparing_memory
+from mlx_dpo.scoring.scorers import plain_scorer
+from mlx_dpo.scoring.select_scorer import choose
 from tests.conftest import VOCAB, make_llama
 
 TOKENS = mx.array([[1, 2, 3, 4, 5, 6]])

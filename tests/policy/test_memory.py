@@ -3,8 +3,8 @@ import mlx.nn as nn
 import pytest
 from mlx_lm.models import llama
 
-from mlx_dpo.policy import adapters
-from mlx_dpo.policy.memory import (
+from mlx_dpo.adapters import attach as adapters
+from mlx_dpo.profiling.memory import (
     at_most,
     base_parameters,
     held_in_training,
@@ -13,8 +13,8 @@ from mlx_dpo.policy.memory import (
     total_parameters,
     trainable_parameters,
 )
-from mlx_dpo.policy.scorers import plain_scorer
-from mlx_dpo.policy.sparing import sparing_memory
+from mlx_dpo.scoring.memory_saving import sparing_memory
+from mlx_dpo.scoring.scorers import plain_scorer
 from mlx_dpo.types import TokenizedPair
 from tests.conftest import make_llama
 from tests.policy.small_models import make

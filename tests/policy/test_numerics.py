@@ -2,7 +2,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_dpo.policy.numerics import in_pieces, log_sum_exp
+from mlx_dpo.scoring.logps import in_pieces, log_sum_exp
 
 
 def float64(logits):

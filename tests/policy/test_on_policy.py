@@ -5,13 +5,16 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mlx_dpo.arrays import flat
-from mlx_dpo.policy import head
-from mlx_dpo.policy.agreement import value_error
-from mlx_dpo.policy.probe import WAYS, choose
-from mlx_dpo.policy.scorers import make_shared_alignments, plain_alignments
-from mlx_dpo.policy.scoring import on_policy_weights, score_pairs
-from mlx_dpo.preferences.batches import PassLimit
+from mlx_dpo.data.batching import PassLimit
+from mlx_dpo.io import flat
+from mlx_dpo.scoring import lm_head as head
+from mlx_dpo.scoring.scorers import (
+    make_shared_alignments,
+    on_policy_weights,
+    plain_alignments,
+    score_pairs,
+)
+from mlx_dpo.scoring.select_scorer import WAYS, choose, value_error
 from mlx_dpo.types import TokenizedPair
 from tests.conftest import VOCAB
 

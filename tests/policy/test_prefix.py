@@ -4,8 +4,8 @@ import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import KVCache
 
-from mlx_dpo.policy.prefix import predicting_rows, right_padded
-from mlx_dpo.policy.trunk import split
+from mlx_dpo.scoring.backbone import split
+from mlx_dpo.scoring.shared_prefix import predicting_rows, right_padded
 from mlx_dpo.types import TokenizedPair
 from tests.conftest import make_llama
 from tests.policy.architectures import WINDOW, build

@@ -7,12 +7,11 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 
-from mlx_dpo.arrays import random_state
+from mlx_dpo.adapters import attach as adapters
 from mlx_dpo.errors import ModelError
-from mlx_dpo.policy import adapters
-from mlx_dpo.policy.agreement import errors, random_pairs, value_error
-from mlx_dpo.policy.probe import WAYS, choose
-from mlx_dpo.policy.scorers import plain_scorer
+from mlx_dpo.io import random_state
+from mlx_dpo.scoring.scorers import plain_scorer
+from mlx_dpo.scoring.select_scorer import WAYS, choose, errors, random_pairs, value_error
 from tests.conftest import VOCAB, make_llama
 from tests.policy.architectures import WINDOW, build
 

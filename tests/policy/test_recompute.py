@@ -7,9 +7,9 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
-from mlx_dpo.policy.adapters import attach
-from mlx_dpo.policy.attention import chunked_attention
-from mlx_dpo.policy.recompute import recomputed
+from mlx_dpo.adapters.attach import attach
+from mlx_dpo.scoring.kernels.attention import chunked_attention
+from mlx_dpo.scoring.kernels.gradient_checkpointing import recomputed
 from tests.policy.small_models import (
     MODELS,
     SIZES,

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from mlx_dpo.errors import ModelError
-from mlx_dpo.policy.convert import convert
-from mlx_dpo.policy.load import load_base
-from mlx_dpo.policy.rope import rope_notes, unread_rope
+from mlx_dpo.export.convert import convert
+from mlx_dpo.models.load import load_base
+from mlx_dpo.models.rope import rope_notes, unread_rope
 from tests.checkpoints import make_checkpoint
 
 LLAMA3 = {

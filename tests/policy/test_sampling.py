@@ -1,7 +1,7 @@
 import pytest
 
+from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.errors import ConfigError
-from mlx_dpo.policy.sampling import Sampling
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from mlx_dpo.policy import adapters, head
-from mlx_dpo.policy.agreement import errors, value_error
-from mlx_dpo.policy.attention import chunked_attention
-from mlx_dpo.policy.probe import WAYS
-from mlx_dpo.policy.recompute import recomputed
-from mlx_dpo.policy.scorers import make_shared, plain_scorer
-from mlx_dpo.policy.sparing import sparing_memory
+from mlx_dpo.adapters import attach as adapters
+from mlx_dpo.scoring import lm_head as head
+from mlx_dpo.scoring.kernels.attention import chunked_attention
+from mlx_dpo.scoring.kernels.gradient_checkpointing import recomputed
+from mlx_dpo.scoring.memory_saving import sparing_memory
+from mlx_dpo.scoring.scorers import make_shared, plain_scorer
+from mlx_dpo.scoring.select_scorer import WAYS, errors, value_error
 from mlx_dpo.types import TokenizedPair
 from tests.conftest import VOCAB, make_llama
 
@@ -48,7 +48,7 @@ def memory_savers(model, names):
 @pytest.mark.parametrize("saved", [(), ("recomputed",), ("chunked",), ("recomputed", "chunked")])
 @pytest.mark.parametrize("way", WAYS)
 def test_it_equals_the_plain_scorer(policy, pairs, way, saved, monkeypatch):
-    monkeypatch.setattr("mlx_dpo.policy.attention.FEWEST_SCORES", 0)
+    monkeypatch.setattr("mlx_dpo.scoring.kernels.attention.FEWEST_SCORES", 0)
     monkeypatch.setattr(head, "CHUNK_BYTES", 3 * VOCAB * 4)
     expected = rows(plain_scorer, pairs)
     with memory_savers(policy, saved):

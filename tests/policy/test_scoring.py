@@ -3,10 +3,9 @@
 import mlx.core as mx
 import pytest
 
-from mlx_dpo.policy.probe import choose
-from mlx_dpo.policy.scorers import COSTS, make_shared, plain_scorer
-from mlx_dpo.policy.scoring import score_pairs
-from mlx_dpo.preferences.batches import PassLimit, whole_rows
+from mlx_dpo.data.batching import PassLimit, whole_rows
+from mlx_dpo.scoring.scorers import COSTS, make_shared, plain_scorer, score_pairs
+from mlx_dpo.scoring.select_scorer import choose
 from mlx_dpo.types import TokenizedPair
 from tests.conftest import VOCAB, make_llama
 

@@ -2,9 +2,9 @@ import mlx.core as mx
 import mlx_lm
 import pytest
 
-from mlx_dpo.arrays import flat
-from mlx_dpo.policy.adapters import attach, attach_full, detach
-from mlx_dpo.policy.sides import Sides, evaluated
+from mlx_dpo.adapters.attach import attach, attach_full, detach
+from mlx_dpo.adapters.switch import Sides, evaluated
+from mlx_dpo.io import flat
 from tests.checkpoints import make_checkpoint
 
 TOKENS = mx.array([[1, 40, 41, 42, 3, 2]])

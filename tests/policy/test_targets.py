@@ -3,8 +3,8 @@
 import pytest
 from mlx_lm.models import llama
 
+from mlx_dpo.adapters.targets import adaptable, chosen, linear_names, mlx_lm_keys, trainable
 from mlx_dpo.errors import ConfigError
-from mlx_dpo.policy.targets import adaptable, chosen, linear_names, mlx_lm_keys, trainable
 from tests.conftest import make_llama
 from tests.policy.small_models import make
 

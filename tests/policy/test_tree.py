@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from mlx_lm.models.rope_utils import initialize_rope
 
-from mlx_dpo.policy import adapters
-from mlx_dpo.policy.agreement import errors
-from mlx_dpo.policy.attention import QUERIES_PER_CHUNK, chunked_attention
-from mlx_dpo.policy.scorers import make_shared, plain_scorer
-from mlx_dpo.policy.sparing import sparing_memory
-from mlx_dpo.policy.tree import Positions, Tree, TreeCache, TreeMask, tree_positions
+from mlx_dpo.adapters import attach as adapters
+from mlx_dpo.scoring.kernels.attention import QUERIES_PER_CHUNK, chunked_attention
+from mlx_dpo.scoring.memory_saving import sparing_memory
+from mlx_dpo.scoring.packing import Positions, Tree, TreeCache, TreeMask, tree_positions
+from mlx_dpo.scoring.scorers import make_shared, plain_scorer
+from mlx_dpo.scoring.select_scorer import errors
 from mlx_dpo.types import TokenizedPair
 from tests.conftest import VOCAB, make_llama
 
@@ -164,8 +164,8 @@ def long_pairs():
 @pytest.mark.parametrize("kept", [0, 10**6], ids=["again", "kept"])
 @pytest.mark.parametrize("on_cpu", [True, False], ids=["cpu", "gpu's arithmetic"])
 def test_long_pairs_score_as_whole_rows_do(monkeypatch, recompute, kept, on_cpu):
-    monkeypatch.setattr("mlx_dpo.policy.chunks.KEPT_KEYS", kept)
-    monkeypatch.setattr("mlx_dpo.policy.chunks.on_cpu", lambda: on_cpu)
+    monkeypatch.setattr("mlx_dpo.scoring.kernels.attention.KEPT_KEYS", kept)
+    monkeypatch.setattr("mlx_dpo.scoring.kernels.attention.on_cpu", lambda: on_cpu)
     model = make_llama()
     adapters.attach(model, rank=4, scale=2.0)
     pairs = long_pairs()
@@ -183,7 +183,7 @@ def test_long_pairs_score_as_whole_rows_do(monkeypatch, recompute, kept, on_cpu)
 
 
 def test_on_a_gpu_the_row_is_filled_up_with_what_nothing_sees(monkeypatch):
-    monkeypatch.setattr("mlx_dpo.policy.tree.padded_width", lambda length: 16)
+    monkeypatch.setattr("mlx_dpo.scoring.packing.padded_width", lambda length: 16)
     tree = Tree(TWO)
     assert tree.tokens.shape == (1, 16)
     whole = seen(tree, 4)

@@ -6,9 +6,9 @@ import mlx.nn as nn
 import pytest
 from mlx_lm.models import llama
 
-from mlx_dpo.policy import adapters
-from mlx_dpo.policy.adapters import attach, attach_full
-from mlx_dpo.policy.work import Tokens, Work, seen_keys, work_of
+from mlx_dpo.adapters import attach as adapters
+from mlx_dpo.adapters.attach import attach, attach_full
+from mlx_dpo.profiling.flops import Tokens, Work, seen_keys, work_of
 from mlx_dpo.types import TokenizedPair
 from tests.conftest import make_llama
 from tests.policy.small_models import make

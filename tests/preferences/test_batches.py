@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_dpo.preferences.batches import (
+from mlx_dpo.data.batching import (
     PassLimit,
     PassTokens,
     collate,

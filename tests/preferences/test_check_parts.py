@@ -4,10 +4,10 @@ import tracemalloc
 
 import pytest
 
-from mlx_dpo.preferences.checks.alike import Digests
-from mlx_dpo.preferences.checks.lengths import Bin, Lengths, Spread
-from mlx_dpo.preferences.checks.places import OTHERS, WORDINGS, Hits, Places
-from mlx_dpo.preferences.checks.texts import refusal, unusual
+from mlx_dpo.data.inspect.duplicates import Digests
+from mlx_dpo.data.inspect.findings import OTHERS, WORDINGS, Hits, Places
+from mlx_dpo.data.inspect.lengths import Bin, Lengths, Spread
+from mlx_dpo.data.inspect.text_anomalies import refusal, unusual
 from mlx_dpo.types import Preference
 
 PARTS = ("prompt", "chosen", "rejected")

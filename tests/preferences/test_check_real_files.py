@@ -1,9 +1,9 @@
 """The known faults of the real files are found, with their places."""
 
-from mlx_dpo.preferences.checks.check import check, findings
-from mlx_dpo.preferences.checks.pass_over import Eyes
-from mlx_dpo.preferences.schemas import RowRules
-from mlx_dpo.preferences.sources import find
+from mlx_dpo.data.inspect.check import check, findings
+from mlx_dpo.data.inspect.scan import Eyes
+from mlx_dpo.data.schemas import RowRules
+from mlx_dpo.data.sources import find
 
 
 def places(path, **rules):

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 from families import byte_level
 
-from mlx_dpo.config import options
-from mlx_dpo.preferences import judged
-from mlx_dpo.preferences.pairs import load_pairs
-from mlx_dpo.preferences.schemas import SCHEMAS, RowRules, schema_of
-from mlx_dpo.preferences.sources import read_rows
-from mlx_dpo.preferences.tokens import TokenRules
+from mlx_dpo.config.dpo_config import options
+from mlx_dpo.data import examples as judged
+from mlx_dpo.data.load import load_pairs
+from mlx_dpo.data.schemas import SCHEMAS, RowRules, schema_of
+from mlx_dpo.data.sources import read_rows
+from mlx_dpo.data.tokenization.tokenize import TokenRules
 
 EXAMPLES = Path(__file__).parent / "examples"
 WHOLE = {"whole-strings"}  # plain text without turns: there are no messages of the same content

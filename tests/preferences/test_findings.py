@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 import pytest
 from byte_tokenizer import CHAT, ByteTokenizer
 
-from mlx_dpo.preferences import faults
-from mlx_dpo.preferences.checks.check import check, findings
-from mlx_dpo.preferences.checks.pass_over import Eyes
-from mlx_dpo.preferences.checks.rules import LOST, RULES
-from mlx_dpo.preferences.forms import TokenRules
-from mlx_dpo.preferences.schemas import RowRules
-from mlx_dpo.preferences.sources import find
+from mlx_dpo.data import errors as faults
+from mlx_dpo.data.inspect.check import check, findings
+from mlx_dpo.data.inspect.findings import LOST, RULES
+from mlx_dpo.data.inspect.scan import Eyes
+from mlx_dpo.data.schemas import RowRules
+from mlx_dpo.data.sources import find
+from mlx_dpo.data.tokenization.chat_template import TokenRules
 
 GOOD = {"prompt": "Which way?", "chosen": "That way.", "rejected": "No way!"}
 LONG = "It is the way that everybody goes who has ever been here."

@@ -8,12 +8,12 @@ from families import byte_level, metaspace
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mlx_dpo.data.errors import SPECIAL
+from mlx_dpo.data.load import load_pairs
+from mlx_dpo.data.schemas import SCHEMAS, RowRules
+from mlx_dpo.data.tokenization.special_tokens import specials_of
+from mlx_dpo.data.tokenization.tokenize import TokenRules, tokenize_pair
 from mlx_dpo.errors import DataError, DPOError
-from mlx_dpo.preferences.faults import SPECIAL
-from mlx_dpo.preferences.pairs import load_pairs
-from mlx_dpo.preferences.schemas import SCHEMAS, RowRules
-from mlx_dpo.preferences.special import specials_of
-from mlx_dpo.preferences.tokens import TokenRules, tokenize_pair
 from mlx_dpo.types import Preference
 
 FEW = settings(

@@ -5,9 +5,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from mlx_dpo.data.sources import HubDataset, find, held_out_of, hub_dataset
 from mlx_dpo.errors import DataError
-from mlx_dpo.preferences.hub import HubDataset, hub_dataset
-from mlx_dpo.preferences.sources import find, held_out_of
 
 ROWS = [{"prompt": f"q{i}", "chosen": "a", "rejected": "b"} for i in range(3)]
 

@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mlx_dpo.data.dataset import digest, with_mismatched
+from mlx_dpo.data.examples import schema_of, to_judgements
+from mlx_dpo.data.files import Row
+from mlx_dpo.data.load import load_pairs
+from mlx_dpo.data.schemas import RowRules
+from mlx_dpo.data.tokenization.tokenize import TokenRules
 from mlx_dpo.errors import ConfigError, DataError
-from mlx_dpo.preferences.columns import digest
-from mlx_dpo.preferences.judged import schema_of, to_judgements, with_mismatched
-from mlx_dpo.preferences.pairs import load_pairs
-from mlx_dpo.preferences.rows import Row
-from mlx_dpo.preferences.schemas import RowRules
-from mlx_dpo.preferences.tokens import TokenRules
 from mlx_dpo.types import Judgement, TokenizedPair
 
 JUDGED = RowRules(judged=True)

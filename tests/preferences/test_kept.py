@@ -13,15 +13,15 @@ import datasets
 import pytest
 from byte_tokenizer import CHAT, EOS, ByteTokenizer
 
+from mlx_dpo.data.errors import SAME_TEXT
+from mlx_dpo.data.load import PairRules, load_pairs
+from mlx_dpo.data.schemas import RowRules
+from mlx_dpo.data.sources import STDIN, find, source_of
+from mlx_dpo.data.tokenization import cache as kept
+from mlx_dpo.data.tokenization.cache import DAMAGED, FROM_CACHE, Cache, entries, stored_pairs
+from mlx_dpo.data.tokenization.parallel import Hands
+from mlx_dpo.data.tokenization.tokenize import TokenRules
 from mlx_dpo.errors import DataError
-from mlx_dpo.preferences import kept
-from mlx_dpo.preferences.faults import SAME_TEXT
-from mlx_dpo.preferences.kept import DAMAGED, FROM_CACHE, Cache, entries, stored_pairs
-from mlx_dpo.preferences.pairs import PairRules, load_pairs
-from mlx_dpo.preferences.schemas import RowRules
-from mlx_dpo.preferences.sources import STDIN, find, source_of
-from mlx_dpo.preferences.tokenizing import Hands
-from mlx_dpo.preferences.tokens import TokenRules
 
 ROWS = [
     {"prompt": f"q{i}", "chosen": f"yes {i}", "rejected": "no" if i % 3 else f"yes {i}", "s": i}

@@ -6,12 +6,12 @@ from byte_tokenizer import ASSISTANT, BOS, EOS, USER
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mlx_dpo.data.dataset import digest
+from mlx_dpo.data.errors import EMPTY, NO_ROOM, SAME_TEXT, TOO_LONG, BadPair
+from mlx_dpo.data.load import hold_out, load_pairs, mixed, refuse_idle
+from mlx_dpo.data.schemas import RowRules
+from mlx_dpo.data.tokenization.tokenize import TokenRules
 from mlx_dpo.errors import ConfigError, DataError, ModelError
-from mlx_dpo.preferences.columns import digest
-from mlx_dpo.preferences.faults import EMPTY, NO_ROOM, SAME_TEXT, TOO_LONG, BadPair
-from mlx_dpo.preferences.pairs import hold_out, load_pairs, mixed, refuse_idle
-from mlx_dpo.preferences.schemas import RowRules
-from mlx_dpo.preferences.tokens import TokenRules
 from mlx_dpo.types import TokenizedPair
 
 GOOD = {"prompt": "hi", "chosen": "yo", "rejected": "no!"}

@@ -2,14 +2,8 @@ import json
 
 import pytest
 
+from mlx_dpo.data.prompts import Prompt, as_prompt, held_out_prompts, read_prompts, with_system
 from mlx_dpo.errors import DataError
-from mlx_dpo.preferences.prompts import (
-    Prompt,
-    as_prompt,
-    held_out_prompts,
-    read_prompts,
-    with_system,
-)
 
 USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}
 SYSTEM = {"role": "system", "content": "be kind"}

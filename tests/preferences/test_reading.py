@@ -5,14 +5,14 @@ import json
 import pytest
 from byte_tokenizer import EOS
 
+from mlx_dpo.data.errors import EMPTY, NOT_TEXT, TIED, UNPAIRED, BadPair
+from mlx_dpo.data.examples import told
+from mlx_dpo.data.files import Row, renamed
+from mlx_dpo.data.load import load_pairs, refuse_idle
+from mlx_dpo.data.report import PairsReport
+from mlx_dpo.data.schemas import RowRules, outcomes, schema_of, to_preferences
+from mlx_dpo.data.tokenization.tokenize import TokenRules
 from mlx_dpo.errors import ConfigError, DataError
-from mlx_dpo.preferences.faults import EMPTY, NOT_TEXT, TIED, UNPAIRED, BadPair
-from mlx_dpo.preferences.pairs import load_pairs, refuse_idle
-from mlx_dpo.preferences.reading import told
-from mlx_dpo.preferences.report import PairsReport
-from mlx_dpo.preferences.rows import Row, renamed
-from mlx_dpo.preferences.schemas import RowRules, outcomes, schema_of, to_preferences
-from mlx_dpo.preferences.tokens import TokenRules
 
 TOKENS = TokenRules(vocab_size=262)
 

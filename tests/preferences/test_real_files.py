@@ -3,11 +3,11 @@
 import pytest
 from families import byte_level
 
+from mlx_dpo.data.errors import EMPTY
+from mlx_dpo.data.load import load_pairs
+from mlx_dpo.data.schemas import RowRules
+from mlx_dpo.data.tokenization.tokenize import TokenRules
 from mlx_dpo.errors import DataError
-from mlx_dpo.preferences.faults import EMPTY
-from mlx_dpo.preferences.pairs import load_pairs
-from mlx_dpo.preferences.schemas import RowRules
-from mlx_dpo.preferences.tokens import TokenRules
 
 RULES = TokenRules(vocab_size=1000, max_length=100_000)
 FILES = {

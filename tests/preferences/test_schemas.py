@@ -1,10 +1,10 @@
 import pytest
 
+from mlx_dpo.data.errors import DIVERGED, EMPTY, SAME_TEXT, BadPair
+from mlx_dpo.data.files import Row
+from mlx_dpo.data.schemas import schema_of, to_preferences
+from mlx_dpo.data.sources import read_rows
 from mlx_dpo.errors import DataError
-from mlx_dpo.preferences.faults import DIVERGED, EMPTY, SAME_TEXT, BadPair
-from mlx_dpo.preferences.rows import Row
-from mlx_dpo.preferences.schemas import schema_of, to_preferences
-from mlx_dpo.preferences.sources import read_rows
 
 
 def user(text):

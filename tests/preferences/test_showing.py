@@ -4,9 +4,9 @@ import pytest
 from byte_tokenizer import ASSISTANT, BOS, EOS, USER, ByteTokenizer
 from families import TEMPLATES, byte_level, metaspace
 
-from mlx_dpo.preferences.forms import TokenRules
-from mlx_dpo.preferences.showing import Piece, parts_of
-from mlx_dpo.preferences.tokens import tokenize_pair
+from mlx_dpo.data.inspect.show import Piece, parts_of
+from mlx_dpo.data.tokenization.chat_template import TokenRules
+from mlx_dpo.data.tokenization.tokenize import tokenize_pair
 from mlx_dpo.types import Preference, TokenizedPair
 
 

@@ -10,8 +10,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from mlx_dpo.data.sources import find, held_out_of, read_rows, source_of
 from mlx_dpo.errors import ConfigError, DataError
-from mlx_dpo.preferences.sources import find, held_out_of, read_rows, source_of
 
 
 def records(path):

@@ -6,10 +6,10 @@ from families import TEMPLATES, byte_level, metaspace, unigram
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_dpo.preferences.boundary import render
-from mlx_dpo.preferences.faults import SPECIAL, BadPair
-from mlx_dpo.preferences.special import Specials, specials_of
-from mlx_dpo.preferences.tokens import TokenRules, tokenize_pair
+from mlx_dpo.data.errors import SPECIAL, BadPair
+from mlx_dpo.data.tokenization.chat_template import render
+from mlx_dpo.data.tokenization.special_tokens import Specials, specials_of
+from mlx_dpo.data.tokenization.tokenize import TokenRules, tokenize_pair
 from mlx_dpo.types import Preference
 
 NAMES = sorted(TEMPLATES)

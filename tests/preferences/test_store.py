@@ -8,21 +8,27 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_dpo.preferences.columns import (
+from mlx_dpo.data.batching import facts_of
+from mlx_dpo.data.dataset import (
     COLUMNS,
+    Places,
+    Store,
+    StoredPairs,
+    Writer,
+    arrays_of,
     column,
     digest,
+    joined,
     longest_pairs,
     longest_row,
     prompts,
+    read_arrays,
+    read_facts,
     shared,
     sketches,
+    with_mismatched,
 )
-from mlx_dpo.preferences.facts import facts_of
-from mlx_dpo.preferences.judged import with_mismatched
-from mlx_dpo.preferences.pairs import held_out, hold_out
-from mlx_dpo.preferences.store import Places, Store, Writer, arrays_of, read_arrays, read_facts
-from mlx_dpo.preferences.views import StoredPairs, joined
+from mlx_dpo.data.load import held_out, hold_out
 from mlx_dpo.types import TokenizedPair
 
 NAMES = ("a.jsonl", "b and c.json")

@@ -3,9 +3,9 @@
 import pytest
 from families import TEMPLATES, byte_level, metaspace
 
+from mlx_dpo.data.errors import REFUSED, BadPair
+from mlx_dpo.data.tokenization.tokenize import TokenRules, check_rules, tokenize_pair
 from mlx_dpo.errors import ConfigError, DataError
-from mlx_dpo.preferences.faults import REFUSED, BadPair
-from mlx_dpo.preferences.tokens import TokenRules, check_rules, tokenize_pair
 from mlx_dpo.types import Preference
 
 PREFIXED = sorted(TEMPLATES.keys() - {"deepseek-r1"})

@@ -7,15 +7,15 @@ from functools import partial
 import pytest
 from byte_tokenizer import CHAT, ByteTokenizer
 
+from mlx_dpo.data.dataset import Places
+from mlx_dpo.data.errors import BadPair
+from mlx_dpo.data.load import PairRules, load_pairs, new_report
+from mlx_dpo.data.schemas import RowRules
+from mlx_dpo.data.sources import source_of
+from mlx_dpo.data.tokenization import parallel as tokenizing
+from mlx_dpo.data.tokenization.parallel import Hands, blocks
+from mlx_dpo.data.tokenization.tokenize import TokenRules
 from mlx_dpo.errors import ConfigError, DataError
-from mlx_dpo.preferences import tokenizing
-from mlx_dpo.preferences.faults import BadPair
-from mlx_dpo.preferences.pairs import PairRules, load_pairs, new_report
-from mlx_dpo.preferences.schemas import RowRules
-from mlx_dpo.preferences.sources import source_of
-from mlx_dpo.preferences.store import Places
-from mlx_dpo.preferences.tokenizing import Hands, blocks
-from mlx_dpo.preferences.tokens import TokenRules
 
 TOKENS = TokenRules(vocab_size=262, max_length=48, truncation="keep_end")
 LOAD = partial(ByteTokenizer, CHAT)

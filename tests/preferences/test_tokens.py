@@ -3,9 +3,9 @@ from dataclasses import replace
 import pytest
 from byte_tokenizer import ASSISTANT, BOS, CHAT, EOS, SYSTEM, TWO_LINES, USER, ByteTokenizer
 
+from mlx_dpo.data.errors import EMPTY, EMPTY_PROMPT, SAME_TOKENS, BadPair
+from mlx_dpo.data.tokenization.tokenize import TokenRules, check_rules, tokenize_pair
 from mlx_dpo.errors import ConfigError, DataError, ModelError
-from mlx_dpo.preferences.faults import EMPTY, EMPTY_PROMPT, SAME_TOKENS, BadPair
-from mlx_dpo.preferences.tokens import TokenRules, check_rules, tokenize_pair
 from mlx_dpo.types import Preference
 
 

@@ -2,8 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_dpo.preferences.faults import NO_ROOM, SAME_WHEN_CUT, TOO_LONG, BadPair
-from mlx_dpo.preferences.truncation import truncate
+from mlx_dpo.data.errors import NO_ROOM, SAME_WHEN_CUT, TOO_LONG, BadPair
+from mlx_dpo.data.tokenization.tokenize import truncate
 from mlx_dpo.types import TokenizedPair
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from mlx_dpo.data.files import Row
+from mlx_dpo.data.inspect.raw_rows import Written, written
+from mlx_dpo.data.sources import source_of
 from mlx_dpo.errors import DataError
-from mlx_dpo.preferences.rows import Row
-from mlx_dpo.preferences.sources import source_of
-from mlx_dpo.preferences.written import Written, written
 
 ODD = '{"b" : 1.50,  "a":"\\u00e9", "a": "twice", "n": 1e2}'
 

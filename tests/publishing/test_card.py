@@ -9,9 +9,9 @@ import pytest
 from huggingface_hub import ModelCard
 
 from mlx_dpo.errors import ConfigError
-from mlx_dpo.publishing.card import CardFacts, Sample, card, fused_card
-from mlx_dpo.publishing.leaks import leaks_in
-from mlx_dpo.runs.cards import card_of_run, write_card
+from mlx_dpo.hub.model_card import CardFacts, Sample, card, fused_card
+from mlx_dpo.hub.run_card import card_of_run, write_card
+from mlx_dpo.hub.secret_scan import leaks_in
 from tests.publishing.conftest import train
 
 FACTS = CardFacts(

@@ -11,15 +11,15 @@ from click.testing import CliRunner
 from huggingface_hub import ModelCard
 from mlx_lm.utils import load_model
 
-from mlx_dpo.arrays import flat, read_arrays
+from mlx_dpo.adapters import attach as adapters
+from mlx_dpo.adapters.files import load_adapter
+from mlx_dpo.adapters.merge import Packed, fuse, fused_weight
 from mlx_dpo.cli import cli
 from mlx_dpo.errors import ConfigError, ModelError
-from mlx_dpo.policy import adapters
-from mlx_dpo.policy.adapter_files import load_adapter
-from mlx_dpo.policy.device import float32_weight
-from mlx_dpo.publishing.fusing import Packed, fuse, fused_weight
-from mlx_dpo.publishing.model_folder import changed_tensors, name_dtype, write_hf
-from mlx_dpo.runs.fusing import Wish, fuse_run
+from mlx_dpo.export.fuse import Wish, fuse_run
+from mlx_dpo.export.model_folder import changed_tensors, name_dtype, write_hf
+from mlx_dpo.io import flat, read_arrays
+from mlx_dpo.models.device import float32_weight
 from tests.publishing.conftest import GOLDENS, train
 from tests.publishing.test_layouts import EVERY, GOLDEN, TOKENS, opened
 
@@ -82,7 +82,7 @@ def test_experts_are_fused_one_by_one():
 def test_a_row_without_length_is_not_stretched():
     base = nn.Linear(2, 2, bias=False)
     base.weight = mx.array([[0.0, 0.0], [3.0, 4.0]])
-    from mlx_dpo.policy.layers import wrap
+    from mlx_dpo.adapters.layers import wrap
 
     adapted = wrap(base, "x", kind="dora", rank=1, scale=1.0, dropout=0.0)
     adapted.m = mx.array([7.0, 10.0])
@@ -212,7 +212,7 @@ def test_fusing_measures_on_other_pairs_if_asked(workplace):
 
 
 def test_a_run_on_a_packed_base_is_fused_unpacked_in_its_own_type(workplace):
-    from mlx_dpo.policy.convert import convert
+    from mlx_dpo.export.convert import convert
 
     convert("base", Path("packed"), bits=4, group_size=32, dtype="bfloat16")
     train(workplace, model="packed", pairs=["pairs.jsonl"], output="other")

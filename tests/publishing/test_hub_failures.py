@@ -8,8 +8,8 @@ from huggingface_hub import constants
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
 from mlx_dpo.errors import ConfigError, ModelError
-from mlx_dpo.publishing import hub
-from mlx_dpo.runs.publishing import pack
+from mlx_dpo.hub import push as hub
+from mlx_dpo.hub.push import pack
 from tests.publishing.fake_hub import TOKEN
 from tests.publishing.test_push_and_pull import NAME, SECRET, SENT, carded, send
 

@@ -8,10 +8,8 @@ import numpy as np
 import pytest
 from mlx_lm.utils import load_model
 
-from mlx_dpo.arrays import read_arrays
-from mlx_dpo.errors import ModelError
-from mlx_dpo.policy import adapters
-from mlx_dpo.policy.adapter_files import (
+from mlx_dpo.adapters import attach as adapters
+from mlx_dpo.adapters.files import (
     add_peft,
     content_digest,
     load_adapter,
@@ -19,8 +17,10 @@ from mlx_dpo.policy.adapter_files import (
     save_adapter,
     start_from,
 )
-from mlx_dpo.publishing.checkpoint import local_checkpoint
-from mlx_dpo.publishing.layouts import peft_side
+from mlx_dpo.adapters.hf_checkpoint import local_checkpoint
+from mlx_dpo.adapters.hf_names import peft_side
+from mlx_dpo.errors import ModelError
+from mlx_dpo.io import read_arrays
 from tests.publishing.conftest import GOLDENS
 
 GOLDEN = json.loads((GOLDENS / "logits.json").read_text())

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from huggingface_hub import HfApi
 
+from mlx_dpo.adapters.files import read_adapter
+from mlx_dpo.adapters.hf_checkpoint import hub_checkpoint, local_checkpoint
 from mlx_dpo.errors import ConfigError, ModelError, RunError
-from mlx_dpo.policy.adapter_files import read_adapter
-from mlx_dpo.publishing import hub
-from mlx_dpo.publishing.checkpoint import hub_checkpoint, local_checkpoint
-from mlx_dpo.runs.cards import card_of_run, write_card
-from mlx_dpo.runs.publishing import pack, pull_adapter
+from mlx_dpo.hub import push as hub
+from mlx_dpo.hub.push import pack, pull_adapter
+from mlx_dpo.hub.run_card import card_of_run, write_card
 from tests.publishing.test_leaks import png
 
 NAME = "org/adapter"
@@ -50,7 +50,7 @@ def test_what_is_sent_is_there_byte_for_byte_in_one_commit_of_a_private_reposito
     assert sorted(files) == sorted(SENT)
     for name, data in files.items():
         assert data == (carded / "run" / name).read_bytes()
-    from mlx_dpo.policy.adapter_files import content_digest
+    from mlx_dpo.adapters.files import content_digest
 
     assert content_digest(carded / "run")[:12] in message
 

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from mlx_dpo.errors import ConfigError, ModelError, RunError
-from mlx_dpo.runs import load_policy
-from mlx_dpo.runs.facts import facts_of_end
-from mlx_dpo.runs.shipping import IN_BOTH, export_run
+from mlx_dpo.runs.save_peft import IN_BOTH
+from mlx_dpo.runs.summary import facts_of_end
+from mlx_dpo.saved_runs import load_policy
+from mlx_dpo.saved_runs.export_peft import export_run
 from tests.publishing.conftest import train
 
 
@@ -28,7 +29,7 @@ def test_a_run_on_a_hugging_face_checkpoint_loads_in_both(workplace):
 
 
 def test_a_run_on_a_packed_model_says_why_not_and_export_mends_it(workplace):
-    from mlx_dpo.policy.convert import convert
+    from mlx_dpo.export.convert import convert
 
     convert("base", Path("packed"), bits=8, group_size=32)
     run = train(workplace, model=str(Path("packed").resolve()), output="next")
@@ -41,7 +42,7 @@ def test_a_run_on_a_packed_model_says_why_not_and_export_mends_it(workplace):
     assert export_run("next", "base") == IN_BOTH
     assert config("next")["peft_type"] == "LORA"
     after = load_policy("next").model.parameters()
-    from mlx_dpo.arrays import flat
+    from mlx_dpo.io import flat
 
     assert flat(before).keys() == flat(after).keys()
 

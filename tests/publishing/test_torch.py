@@ -13,16 +13,15 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_dpo.adapters import attach as adapters
+from mlx_dpo.adapters.files import add_peft, load_adapter, save_adapter
+from mlx_dpo.adapters.hf_checkpoint import local_checkpoint
+from mlx_dpo.adapters.hf_names import ALIKE, peft_side
+from mlx_dpo.adapters.targets import linear_names
 from mlx_dpo.errors import ModelError
-from mlx_dpo.policy import adapters
-from mlx_dpo.policy.adapter_files import add_peft, load_adapter, save_adapter
-from mlx_dpo.policy.load import read_model
-from mlx_dpo.policy.targets import linear_names
-from mlx_dpo.publishing.checkpoint import local_checkpoint
-from mlx_dpo.publishing.counterparts import ALIKE
-from mlx_dpo.publishing.layouts import peft_side
-from mlx_dpo.publishing.model_folder import changed_tensors, write_hf
-from mlx_dpo.runs.cards import card_of_run
+from mlx_dpo.export.model_folder import changed_tensors, write_hf
+from mlx_dpo.hub.run_card import card_of_run
+from mlx_dpo.models.load import read_model
 from tests.policy import architectures
 from tests.publishing.conftest import GOLDENS
 from tests.publishing.test_fusing import moved

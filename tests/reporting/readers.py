@@ -7,7 +7,7 @@ import sys
 import zlib
 from pathlib import Path
 
-from mlx_dpo.reporting.sinks import named_there
+from mlx_dpo.reporting.trackers.base import named_there
 
 BLOCK = 32768  # of a log of LevelDB, in which wandb keeps its records
 

@@ -4,17 +4,9 @@ import math
 
 import pytest
 
-from mlx_dpo.objective.metrics import NAMES, step_row
+from mlx_dpo.losses.metrics import NAMES, step_row
 from mlx_dpo.reporting import curves
-from mlx_dpo.reporting.curves import (
-    AXES,
-    CURVES,
-    MOST,
-    SMOOTHED,
-    charts,
-    trailing_mean,
-    window,
-)
+from mlx_dpo.reporting.curves import AXES, CURVES, MOST, SMOOTHED, charts, trailing_mean, window
 from mlx_dpo.types import PreferenceMetrics, StepMetrics
 
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlx_dpo.reporting import drawing
+from mlx_dpo.reporting import plots as drawing
 from mlx_dpo.reporting.curves import CHOSEN, REJECTED, Chart, Line, charts
-from mlx_dpo.reporting.drawing import ABOVE, DARK, DOTS, HIGH, LIGHT, WIDE
+from mlx_dpo.reporting.plots import ABOVE, DARK, DOTS, HIGH, LIGHT, WIDE
 
 COLOURS = {"color", "markerfacecolor"}
 ROWS = [

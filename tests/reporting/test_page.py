@@ -5,8 +5,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from mlx_dpo.reporting.page import Answer, Table, page
-from mlx_dpo.reporting.shades import shade
+from mlx_dpo.reporting.compare_page import Answer, Table, page
+from mlx_dpo.reporting.html import shade
 
 EVIL = '<script>alert(1)</script><img src=x onerror=alert(2)> & "it\'s"'
 TABLE = Table(

@@ -4,10 +4,19 @@ import io
 
 from rich.console import Console
 
-from mlx_dpo.preferences import showing
-from mlx_dpo.preferences.showing import Part, Piece
-from mlx_dpo.reporting.histogram import bar, histogram, spread_lines
-from mlx_dpo.reporting.pair_page import HEAD, MARKS, STYLES, TAIL, print_legend, print_page
+from mlx_dpo.data.inspect import show as showing
+from mlx_dpo.data.inspect.show import Part, Piece
+from mlx_dpo.reporting.pair_view import (
+    HEAD,
+    MARKS,
+    STYLES,
+    TAIL,
+    bar,
+    histogram,
+    print_legend,
+    print_page,
+    spread_lines,
+)
 
 PROMPT = Part("prompt", "prompt", 4, [Piece("<s>", True), Piece("a\nb <s>", False)])
 SCORED = Part("chosen", "scored", 1, [Piece("c", False), Piece("</s>", True)])

@@ -1,4 +1,4 @@
-from mlx_dpo.reporting.rounds import HEADINGS, cells, loop_page, round_page
+from mlx_dpo.collect.loop_report import HEADINGS, cells, loop_page, round_page
 
 CONTEST = {
     "win_rate": 0.75,

@@ -4,7 +4,7 @@ import re
 import pytest
 
 from mlx_dpo.errors import RunError
-from mlx_dpo.reporting.rows import MetricsLog, read_rows
+from mlx_dpo.reporting.metrics_log import MetricsLog, read_rows
 
 
 def lines(path):

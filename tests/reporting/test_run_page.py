@@ -5,7 +5,7 @@ import re
 from xml.etree import ElementTree
 
 from mlx_dpo.reporting.curves import charts
-from mlx_dpo.reporting.drawing import DARK, LIGHT
+from mlx_dpo.reporting.plots import DARK, LIGHT
 from mlx_dpo.reporting.run_page import Told, run_page
 
 ROWS = [{"step": n, "loss": 1 / n, "rewards/chosen": n / 7} for n in range(1, 5)]

@@ -5,7 +5,7 @@ import base64
 import pytest
 
 from mlx_dpo.reporting.curves import charts
-from mlx_dpo.reporting.drawing import DARK, LIGHT
+from mlx_dpo.reporting.plots import DARK, LIGHT
 from mlx_dpo.reporting.run_page import run_page
 from tests.conversation.webdriver import CHROMIUM, DRIVER, browser
 from tests.reporting.test_run_page import ROWS, RUN

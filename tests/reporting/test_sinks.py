@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from mlx_dpo.errors import ConfigError
-from mlx_dpo.reporting import programs
-from mlx_dpo.reporting.sinks import Announced, Sinks, named_there
+from mlx_dpo.reporting import trackers as programs
+from mlx_dpo.reporting.trackers.base import Announced, Sinks, named_there
 from tests.reporting import readers
 
 ROOT = Path(__file__).parents[2]
@@ -168,7 +168,7 @@ def test_whoever_begins_anew_tells_everything_once(announced, offline, name):
 IN_TRACKIO = """
 from dataclasses import replace
 from pathlib import Path
-from mlx_dpo.reporting.sinks import Announced
+from mlx_dpo.reporting.trackers.base import Announced
 from tests.reporting.test_sinks import ROWS, told
 announced = Announced(id="0123456789abcdef", name="run", project=None, folder=Path("run"),
                       settings={"beta": 0.5})
@@ -194,8 +194,8 @@ def test_trackio_is_told_everything_once_and_other_runs_are_left_alone(tmp_path,
 ON_A_SERVER = """
 from dataclasses import replace
 from pathlib import Path
-from mlx_dpo.reporting import programs
-from mlx_dpo.reporting.sinks import Announced, Sinks
+from mlx_dpo.reporting import trackers as programs
+from mlx_dpo.reporting.trackers.base import Announced, Sinks
 sink = programs.begin("trackio", Announced(
     id="0123456789abcdef", name="run", project=None, folder=Path("run"), settings={}, before=2))
 sinks = Sinks([sink])
@@ -393,7 +393,7 @@ def test_a_name_that_a_program_does_not_take_is_said(announced, monkeypatch):
 def test_no_library_is_imported_for_a_run_that_names_none():
     """mlx-lm itself imports wandb and swanlab where they are installed."""
     program = (
-        "import sys, mlx_dpo.runs\n"
+        "import sys, mlx_dpo.saved_runs\n"
         "sys.exit(', '.join({'tensorboardX', 'trackio'} & sys.modules.keys()) or None)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

@@ -10,7 +10,7 @@ import pytest
 
 from mlx_dpo import Run, evaluate_run
 from mlx_dpo.errors import ConfigError, RunError
-from mlx_dpo.reporting.rows import read_rows
+from mlx_dpo.reporting.metrics_log import read_rows
 
 EVERY = 2
 
@@ -136,7 +136,7 @@ def test_a_run_killed_after_it_stopped_early_does_not_go_on(config, monkeypatch)
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("mlx_dpo.runs.best.Best.put_into", fail)
+        patch.setattr("mlx_dpo.runs.early_stopping.Best.put_into", fail)
         with pytest.raises(OSError, match="space"):
             train(config)
     assert record(config)["state"] == "unfinished"

@@ -8,13 +8,13 @@ import mlx.core as mx
 import pytest
 
 from mlx_dpo import Run
-from mlx_dpo.config import DPOConfig
+from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.errors import ConfigError
-from mlx_dpo.policy.agreement import random_pairs
-from mlx_dpo.policy.limits import Room
-from mlx_dpo.runs.fitting import fit, gigabytes, longest_pass, possible
+from mlx_dpo.profiling.memory import Room
+from mlx_dpo.runs.auto_batch_size import fit, gigabytes, longest_pass, possible
+from mlx_dpo.runs.build import attach_adapters, choose_scorer
 from mlx_dpo.runs.inputs import read_base
-from mlx_dpo.runs.method import attach_adapters, choose_scorer
+from mlx_dpo.scoring.select_scorer import random_pairs
 from tests.checkpoints import VOCAB, make_checkpoint
 
 ROOMY = Room(10**12, "a test's")

@@ -2,8 +2,8 @@
 
 from types import SimpleNamespace
 
-from mlx_dpo.evaluation.judging import UNCLEAR
-from mlx_dpo.runs import judges
+from mlx_dpo.evaluation import judge as judges
+from mlx_dpo.evaluation.judge import UNCLEAR
 
 
 class Thinker:

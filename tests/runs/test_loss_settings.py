@@ -5,12 +5,12 @@ import json
 import pytest
 
 from mlx_dpo import DPOConfig
-from mlx_dpo.objective.mixture import Objective
-from mlx_dpo.policy.probe import Choice
-from mlx_dpo.policy.scorers import plain_scorer
-from mlx_dpo.runs.facts import loss_line
-from mlx_dpo.runs.method import make_objective, weigher
-from mlx_dpo.runs.record import reference_provenance
+from mlx_dpo.runs.build import make_objective, weigher
+from mlx_dpo.runs.folder import reference_provenance
+from mlx_dpo.runs.summary import loss_line
+from mlx_dpo.scoring.scorers import plain_scorer
+from mlx_dpo.scoring.select_scorer import Choice
+from mlx_dpo.training.objective import Objective
 
 CHOICE = Choice(plain_scorer, plain_scorer, "plain", "as asked")
 

@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 
 from mlx_dpo import DPOConfig, Run
-from mlx_dpo.preferences import kept, store
-from mlx_dpo.preferences.columns import digest
+from mlx_dpo.data import dataset as store
+from mlx_dpo.data.dataset import digest
+from mlx_dpo.data.tokenization import cache as kept
+from mlx_dpo.plan import forecast
 from mlx_dpo.runs import inputs as inputs_of_runs
-from mlx_dpo.runs.facts import facts_of_inputs, facts_of_training
 from mlx_dpo.runs.inputs import read_inputs
-from mlx_dpo.runs.rehearsals import forecast
-from mlx_dpo.training.cache import entries
+from mlx_dpo.runs.summary import facts_of_inputs, facts_of_training
+from mlx_dpo.training.logps_cache import entries
 from mlx_dpo.types import PairLogps
 from tests.checkpoints import make_checkpoint
 
@@ -122,7 +123,7 @@ def test_the_reference_is_asked_block_by_block(many, made, tmp_path):
 
 def test_other_processes_load_the_tokenizer_themselves(many, monkeypatch):
     """The tokens are the same, from the checkpoint's own files."""
-    from mlx_dpo.preferences import tokenizing
+    from mlx_dpo.data.tokenization import parallel as tokenizing
 
     monkeypatch.setattr(kept, "SMALL", 1 << 30)
     monkeypatch.setattr(inputs_of_runs, "processes", lambda: 2)

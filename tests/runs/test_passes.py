@@ -8,10 +8,10 @@ import pytest
 
 from mlx_dpo import DPOConfig, Run, evaluate_run
 from mlx_dpo.paths import reference_cache
-from mlx_dpo.policy.probe import Choice
-from mlx_dpo.runs.facts import facts_of_training
-from mlx_dpo.runs.method import FORWARD_ONLY, forward_only
-from mlx_dpo.training.cache import entries
+from mlx_dpo.runs.build import FORWARD_ONLY, forward_only
+from mlx_dpo.runs.summary import facts_of_training
+from mlx_dpo.scoring.select_scorer import Choice
+from mlx_dpo.training.logps_cache import entries
 from mlx_dpo.types import PairLogps, TokenizedPair
 
 
@@ -82,7 +82,7 @@ def test_tokens_bound_the_passes_of_a_run_and_change_no_result(config, tmp_path)
 def test_forward_passes_are_larger_where_training_keeps_more(
     name, recompute, device, largest, monkeypatch
 ):
-    monkeypatch.setattr("mlx_dpo.runs.method.on_cpu", lambda: device == "cpu")
+    monkeypatch.setattr("mlx_dpo.runs.build.on_cpu", lambda: device == "cpu")
     held = []
 
     def scorer(model, pairs):

@@ -5,13 +5,13 @@ import json
 import pytest
 
 from mlx_dpo import DPOConfig
+from mlx_dpo.data.prompts import with_system
 from mlx_dpo.errors import DataError
-from mlx_dpo.policy.generation import prompt_tokens
-from mlx_dpo.preferences.prompts import with_system
-from mlx_dpo.runs.comparing import _ids
+from mlx_dpo.evaluation.compare import _ids
+from mlx_dpo.generation.generate import prompt_tokens
 from mlx_dpo.runs.inputs import read_inputs
-from mlx_dpo.runs.questions import prompts_held_out
-from mlx_dpo.runs.sides import open_sides
+from mlx_dpo.saved_runs.evaluate import prompts_held_out
+from mlx_dpo.saved_runs.open import open_sides
 from tests.checkpoints import make_checkpoint
 from tests.runs.trained import train
 

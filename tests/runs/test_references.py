@@ -12,10 +12,11 @@ from click.testing import CliRunner
 
 from mlx_dpo import DPOConfig, Run, evaluate_run
 from mlx_dpo.cli import cli
+from mlx_dpo.data.batching import PassLimit, step_indices
 from mlx_dpo.errors import ConfigError, RunError
-from mlx_dpo.policy.scoring import score_pairs
-from mlx_dpo.preferences.batches import PassLimit, step_indices
-from mlx_dpo.runs import other_reference, training
+from mlx_dpo.runs import reference as other_reference
+from mlx_dpo.runs import trainer as training
+from mlx_dpo.scoring.scorers import score_pairs
 from tests.checkpoints import make_checkpoint
 from tests.runs.trained import train, weights
 

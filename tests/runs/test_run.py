@@ -8,11 +8,10 @@ import mlx_lm
 import pytest
 
 from mlx_dpo import DPOConfig, Run, evaluate_run, load_policy
+from mlx_dpo.adapters import attach as adapters
 from mlx_dpo.errors import ConfigError, RunError, TrainingError
-from mlx_dpo.policy import adapters
-from mlx_dpo.reporting.rows import read_rows
-from mlx_dpo.runs.paths import RunPaths, claimed
-from mlx_dpo.runs.record import reference_provenance
+from mlx_dpo.reporting.metrics_log import read_rows
+from mlx_dpo.runs.folder import RunPaths, claimed, reference_provenance
 from tests.runs.trained import train, weights
 
 TOKENS = mx.array([[1, 40, 41, 42, 3, 2]])

@@ -2,14 +2,14 @@
 
 import pytest
 
-from mlx_dpo.conversation.collecting import Question, pick_of
-from mlx_dpo.conversation.picks import Picks
+from mlx_dpo.collect.pairs_file import Picks
+from mlx_dpo.collect.sample import Asking, cut_short, sampler
+from mlx_dpo.collect.session import Question, pick_of
+from mlx_dpo.config.sampling import Sampling
+from mlx_dpo.data.prompts import as_prompt
 from mlx_dpo.errors import ConfigError
-from mlx_dpo.evaluation.generation import Reply
-from mlx_dpo.policy.sampling import Sampling
-from mlx_dpo.preferences.prompts import as_prompt
-from mlx_dpo.runs.collecting import Asking, cut_short, sampler
-from mlx_dpo.runs.voices import seed_of
+from mlx_dpo.generation.generate import Reply
+from mlx_dpo.saved_runs.respond import seed_of
 
 PROMPTS = [as_prompt(text) for text in ("p", "q", "r")]
 

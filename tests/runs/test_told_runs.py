@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from mlx_dpo import DPOConfig, Run
+from mlx_dpo.collect.loop import Loop
+from mlx_dpo.collect.loop_folder import LoopSettings
 from mlx_dpo.errors import ConfigError, RunError
-from mlx_dpo.reporting.programs import PROGRAMS
-from mlx_dpo.reporting.rows import read_rows
-from mlx_dpo.runs.loop_folder import LoopSettings
-from mlx_dpo.runs.looping import Loop
+from mlx_dpo.reporting.metrics_log import read_rows
+from mlx_dpo.reporting.trackers import PROGRAMS
 from tests.reporting import readers
 from tests.runs.trained import train
 
@@ -212,7 +212,7 @@ def test_a_record_without_an_id_gets_one(told, tmp_path):
 def test_the_rounds_of_a_loop_have_names_of_their_own(config, tmp_path, monkeypatch):
     (tmp_path / "prompts.txt").write_text("One?\nTwo?\n")
     (tmp_path / "rewards.py").write_text("def length(prompt, answer):\n    return len(answer)\n")
-    monkeypatch.setattr("mlx_dpo.runs.looping.check_sinks", lambda config: None)
+    monkeypatch.setattr("mlx_dpo.collect.loop.check_sinks", lambda config: None)
     settings = LoopSettings(
         prompts=str(tmp_path / "prompts.txt"), reward=f"{tmp_path}/rewards.py:length"
     )
@@ -235,7 +235,7 @@ def test_a_loop_asks_for_what_is_missing_before_it_collects(config, tmp_path, mo
 
 
 def test_a_name_is_that_of_the_folder_as_it_is_called(config, monkeypatch, tmp_path):
-    from mlx_dpo.runs.sinks import name_there
+    from mlx_dpo.runs.trackers import name_there
 
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")

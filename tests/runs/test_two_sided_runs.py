@@ -8,12 +8,12 @@ import mlx_lm
 import pytest
 
 from mlx_dpo import Run, load_policy
-from mlx_dpo.conversation.chat import Chat
+from mlx_dpo.adapters.files import content_digest
+from mlx_dpo.chat.session import Chat
+from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.errors import ConfigError, ModelError
 from mlx_dpo.paths import tiny_chat
-from mlx_dpo.policy.adapter_files import content_digest
-from mlx_dpo.policy.sampling import Sampling
-from mlx_dpo.runs.sides import open_sides
+from mlx_dpo.saved_runs.open import open_sides
 
 QUESTIONS = ("Hello", "What is 3?", "What is 30?")
 PEFT = Path(__file__).parents[1] / "goldens" / "peft" / "lora"

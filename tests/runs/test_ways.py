@@ -11,8 +11,8 @@ import pytest
 
 from mlx_dpo import DPOConfig, evaluate_run, load_policy
 from mlx_dpo.errors import ConfigError, ModelError, RunError
-from mlx_dpo.runs.record import reference_provenance
-from mlx_dpo.runs.trained import trained
+from mlx_dpo.runs.folder import reference_provenance
+from mlx_dpo.runs.summary import trained
 from tests.runs.test_run import TOKENS, train, weights
 
 # Settings of a way; `bits` and the like belong to the base.

@@ -3,8 +3,8 @@ import math
 import pytest
 
 from mlx_dpo.errors import ConfigError
-from mlx_dpo.objective.metrics import NAMES
-from mlx_dpo.training.best import LOWER_IS_BETTER, Standing, Watched
+from mlx_dpo.losses.metrics import NAMES
+from mlx_dpo.runs.early_stopping import LOWER_IS_BETTER, Standing, Watched
 
 
 def watched(metric="loss", patience=None, threshold=None):

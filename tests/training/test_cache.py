@@ -7,8 +7,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_dpo.paths import abandoned, partial_path
-from mlx_dpo.training.cache import UNKNOWN, entries, groups, labels
-from mlx_dpo.training.stored import SUFFIX, write_logps
+from mlx_dpo.training.logps_cache import SUFFIX, UNKNOWN, entries, groups, labels, write_logps
 from mlx_dpo.types import PairLogps
 
 

@@ -2,8 +2,7 @@
 
 import pytest
 
-from mlx_dpo.training.growth import Sized, growth, largest
-from mlx_dpo.training.rehearsal import Cost, PassCost
+from mlx_dpo.profiling.profile import Cost, PassCost, Sized, growth, largest
 
 
 def sized(outside, block, pairs, tokens, blocks=10):

@@ -8,15 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_dpo.arrays import flat
+from mlx_dpo.adapters import attach as adapters
+from mlx_dpo.data.batching import PassLimit, micro_batches, whole_rows
 from mlx_dpo.errors import TrainingError
-from mlx_dpo.objective.metrics import named
-from mlx_dpo.objective.mixture import Objective
-from mlx_dpo.policy import adapters
-from mlx_dpo.policy.scorers import COSTS, make_shared, plain_scorer
-from mlx_dpo.policy.scoring import score_pairs
-from mlx_dpo.preferences.batches import PassLimit, micro_batches, whole_rows
+from mlx_dpo.io import flat
+from mlx_dpo.losses.metrics import named
+from mlx_dpo.scoring.scorers import COSTS, make_shared, plain_scorer, score_pairs
 from mlx_dpo.training.loop import Plan, Progress, train
+from mlx_dpo.training.objective import Objective
 from mlx_dpo.training.step import MicroBatch, accumulate, make_gradient
 from mlx_dpo.types import TokenizedPair
 from tests.conftest import VOCAB, make_llama

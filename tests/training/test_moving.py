@@ -6,13 +6,13 @@ import mlx.core as mx
 import mlx.optimizers as optim
 import pytest
 
-from mlx_dpo.arrays import flat
-from mlx_dpo.objective.mixture import Objective
-from mlx_dpo.policy import adapters
-from mlx_dpo.policy.scoring import score_pairs
-from mlx_dpo.preferences.batches import PassLimit
+from mlx_dpo.adapters import attach as adapters
+from mlx_dpo.data.batching import PassLimit
+from mlx_dpo.io import flat
+from mlx_dpo.scoring.scorers import score_pairs
 from mlx_dpo.training.loop import Plan, Progress, train
-from mlx_dpo.training.moving import MovingReference
+from mlx_dpo.training.objective import Objective
+from mlx_dpo.training.reference_logps import MovingReference
 from tests.conftest import make_llama
 
 

@@ -9,9 +9,9 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mlx_dpo.arrays import flat
-from mlx_dpo.policy import adapters
-from mlx_dpo.settings.optimizer import KINDS
+from mlx_dpo.adapters import attach as adapters
+from mlx_dpo.config.optimizer import KINDS
+from mlx_dpo.io import flat
 from mlx_dpo.training import checkpoint
 from mlx_dpo.training.loop import Progress, train
 from mlx_dpo.training.optimizers import BY_NAME, make, orthogonal, state_bytes

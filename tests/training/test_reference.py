@@ -5,10 +5,10 @@ from functools import partial
 import mlx.core as mx
 import pytest
 
-from mlx_dpo.policy.scoring import score_pairs
-from mlx_dpo.preferences.batches import PassLimit
-from mlx_dpo.training import reference
-from mlx_dpo.training.reference import reference_logps
+from mlx_dpo.data.batching import PassLimit
+from mlx_dpo.scoring.scorers import score_pairs
+from mlx_dpo.training import reference_logps as reference
+from mlx_dpo.training.reference_logps import reference_logps
 
 
 class Counting:

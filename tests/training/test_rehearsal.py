@@ -4,15 +4,15 @@ import mlx.core as mx
 import pytest
 from mlx_lm.models import llama
 
-from mlx_dpo.arrays import flat, random_state
-from mlx_dpo.objective.mixture import Objective
-from mlx_dpo.policy.adapters import attach
-from mlx_dpo.policy.agreement import random_pairs
-from mlx_dpo.policy.blocks import only
-from mlx_dpo.policy.memory import trainable_bytes
-from mlx_dpo.policy.scorers import make_shared
-from mlx_dpo.training import rehearsal
-from mlx_dpo.training.rehearsal import Step, rehearse_step, shortened
+from mlx_dpo.adapters.attach import attach
+from mlx_dpo.io import flat, random_state
+from mlx_dpo.profiling import profile as rehearsal
+from mlx_dpo.profiling.layer_subset import only
+from mlx_dpo.profiling.memory import trainable_bytes
+from mlx_dpo.profiling.profile import Step, rehearse_step, shortened
+from mlx_dpo.scoring.scorers import make_shared
+from mlx_dpo.scoring.select_scorer import random_pairs
+from mlx_dpo.training.objective import Objective
 from mlx_dpo.types import TokenizedPair
 
 VOCAB = 512

@@ -1,7 +1,7 @@
 import pytest
 
-from mlx_dpo.settings.optimizer import SCHEDULES
-from mlx_dpo.training.schedule import learning_rate
+from mlx_dpo.config.optimizer import SCHEDULES
+from mlx_dpo.training.lr_schedule import learning_rate
 
 # Peak 0.3; rates of transformers.get_scheduler (5.23) with SGD, read before each step.
 TRANSFORMERS = [

@@ -1,9 +1,9 @@
 import mlx.core as mx
 import pytest
 
-from mlx_dpo.arrays import flat
-from mlx_dpo.objective.mixture import Objective
-from mlx_dpo.policy import adapters
+from mlx_dpo.adapters import attach as adapters
+from mlx_dpo.io import flat
+from mlx_dpo.training.objective import Objective
 from mlx_dpo.training.step import MicroBatch, accumulate, clip, make_gradient
 from mlx_dpo.types import PairLogps
 from tests.conftest import make_llama

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from mlx_dpo.paths import partial_path, writer_of
-from mlx_dpo.training.stored import read_labelled, read_logps, write_logps
+from mlx_dpo.training.logps_cache import read_labelled, read_logps, write_logps
 from mlx_dpo.types import PairLogps
 
 LOGPS = PairLogps(mx.array([1.0, 2.0]), mx.array([3.0, 4.0]))

@@ -20,17 +20,17 @@ import numpy as np
 import pytest
 
 from mlx_dpo import DPOConfig, Run
-from mlx_dpo.objective.metrics import step_row
-from mlx_dpo.objective.mixture import Objective
-from mlx_dpo.policy import adapters
-from mlx_dpo.policy.load import Base, load_base
-from mlx_dpo.policy.scoring import score_pairs
-from mlx_dpo.preferences.batches import PassLimit, step_indices
-from mlx_dpo.preferences.schemas import to_preferences
-from mlx_dpo.preferences.sources import Row
-from mlx_dpo.preferences.tokens import TokenRules, tokenize_pair
+from mlx_dpo.adapters import attach as adapters
+from mlx_dpo.data.batching import PassLimit, step_indices
+from mlx_dpo.data.schemas import to_preferences
+from mlx_dpo.data.sources import Row
+from mlx_dpo.data.tokenization.tokenize import TokenRules, tokenize_pair
+from mlx_dpo.losses.metrics import step_row
+from mlx_dpo.models.load import Base, load_base
+from mlx_dpo.scoring.scorers import score_pairs
 from mlx_dpo.training.loop import Plan, Progress, train
-from mlx_dpo.training.schedule import learning_rate
+from mlx_dpo.training.lr_schedule import learning_rate
+from mlx_dpo.training.objective import Objective
 from mlx_dpo.types import PairLogps, TokenizedPair
 from scripts import make_goldens as trl
 

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 
 from mlx_dpo import DPOConfig
-from mlx_dpo.objective.metrics import step_row
-from mlx_dpo.policy import adapters
-from mlx_dpo.policy.load import load_base
-from mlx_dpo.policy.scoring import score_pairs
-from mlx_dpo.preferences import judged
-from mlx_dpo.preferences.batches import PassLimit, step_indices
-from mlx_dpo.preferences.sources import Row
-from mlx_dpo.preferences.tokens import TokenRules, tokenize_judgement
-from mlx_dpo.runs.method import make_objective
+from mlx_dpo.adapters import attach as adapters
+from mlx_dpo.data import examples as judged
+from mlx_dpo.data.batching import PassLimit, step_indices
+from mlx_dpo.data.sources import Row
+from mlx_dpo.data.tokenization.tokenize import TokenRules, tokenize_judgement
+from mlx_dpo.losses.metrics import step_row
+from mlx_dpo.models.load import load_base
+from mlx_dpo.runs.build import make_objective
+from mlx_dpo.scoring.scorers import score_pairs
 from mlx_dpo.training.loop import Plan, Progress, train
 from scripts import make_goldens as trl
 from scripts import make_kto_golden as kto

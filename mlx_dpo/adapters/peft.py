@@ -1,0 +1,183 @@
+"""PEFT's adapters (`adapter_model.safetensors`) and those here: names and arrays, both ways.
+
+PEFT has A and B transposed, and its names begin with those of its wrappers. Whatever such an
+adapter may do beyond LoRA, rsLoRA and DoRA is refused by name, never left out. Whether a model's
+layers have counterparts in transformers is not known here but in `publishing.counterparts`.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_dpo.adapters.attach import Saved, adapted_modules, read_weights, way_of
+from mlx_dpo.adapters.layers import LoRAEmbedding, dropout_of, rank_of
+from mlx_dpo.errors import ModelError
+from mlx_dpo.io import Arrays
+
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+# Endings in PEFT, those here, and whether the matrix is transposed.
+LEAVES = {
+    ".lora_A.weight": (".lora_a", True),
+    ".lora_B.weight": (".lora_b", True),
+    ".lora_embedding_A": (".lora_a", True),
+    ".lora_embedding_B": (".lora_b", True),
+    ".lora_magnitude_vector": (".m", False),
+    ".lora_magnitude_vector.weight": (".m", False),
+}
+
+# How the paths of an architecture begin in mlx-lm and in transformers, where that differs.
+ROOTS = {"gpt2": ("model.", "transformer.")}
+
+# What is read here, and what does not change what an adapter computes.
+READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "bias",
+        "init_lora_weights"}  # fmt: skip
+WITHOUT_EFFECT = {
+    "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+    "inference_mode", "target_modules", "exclude_modules", "layers_to_transform",
+    "layers_pattern", "megatron_core", "eva_config", "corda_config", "lora_ga_config",
+    "loftq_config", "qalora_group_size", "runtime_config", "ensure_weight_tying",
+    "fan_in_fan_out",  # how the base lies in torch; A and B are laid out alike
+    "fine_tune_type", "num_layers", "lora_parameters",
+}  # fmt: skip
+WHY = {
+    "modules_to_save": "it brings whole layers, which would be trained beside the adapter",
+    "rank_pattern": "its ranks differ from layer to layer, for which mlx-lm's layout has no room",
+    "alpha_pattern": "its scales differ from layer to layer, for which mlx-lm's layout has no room",
+    "layer_replication": "it repeats layers of the model",
+    "target_parameters": "it adapts bare parameters, which no layer here does",
+}
+PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
+
+
+def read(folder: Path, config: dict[str, Any]) -> Saved:
+    """The adapter in `folder`, whose `adapter_config.json` holds `config`.
+
+    Raises:
+        ModelError: it is damaged, or does what cannot be carried over.
+    """
+    where = f"{folder}/adapter_config.json"
+    _refuse_what_is_left_out(config, where)
+    try:
+        rank, alpha = int(config["r"]), float(config["lora_alpha"])
+        dropout = float(config.get("lora_dropout") or 0.0)
+    except (KeyError, TypeError, ValueError):
+        raise ModelError(f"{where}: no numbers for `r`, `lora_alpha` and `lora_dropout`") from None
+    if rank < 1 or not math.isfinite(alpha):
+        raise ModelError(f"{where}: no adapter has `r` {rank} and `lora_alpha` {alpha:g}")
+    weights = _read_weights(folder)
+    tables = tuple(name for name in weights if name.endswith("lora_embedding_A"))
+    if config.get("use_dora") and tables:
+        raise ModelError(
+            f"{where}: `{tables[0]}`: DoRA stretches the columns of a table in PEFT, its rows in "
+            "mlx-lm; adapt other layers"
+        )
+    return Saved(
+        where=folder / WEIGHTS,
+        way="dora" if config.get("use_dora") else "lora",
+        weights=_renamed(weights, folder / WEIGHTS),
+        tables=tables,
+        rank=rank,
+        scale=alpha / (math.sqrt(rank) if config.get("use_rslora") else rank),
+        dropout=dropout,
+    )
+
+
+def _refuse_what_is_left_out(config: dict[str, Any], where: str) -> None:
+    if config["peft_type"] != "LORA":
+        raise ModelError(f"{where}: peft_type `{config['peft_type']}` is unknown here, only LORA")
+    if config.get("bias", "none") != "none":
+        raise ModelError(f"{where}: `bias` is `{config['bias']}`; adapters here have no biases")
+    if (start := config.get("init_lora_weights")) not in PLAIN_STARTS:
+        raise ModelError(
+            f"{where}: `init_lora_weights` is `{start}`, which changes the model as well; convert "
+            "the adapter with PEFT's `path_initial_model_for_weight_conversion`"
+        )
+    for name in sorted(config.keys() - READ - WITHOUT_EFFECT):
+        if config[name]:
+            why = WHY.get(name, "it is not known here")
+            raise ModelError(f"{where}: `{name}` is set ({config[name]!r}), but {why}")
+
+
+def _read_weights(folder: Path) -> Arrays:
+    if not (folder / WEIGHTS).is_file() and (folder / "adapter_model.bin").is_file():
+        raise ModelError(
+            f"{folder}: weights are pickled (`adapter_model.bin`), and pickles are never read, for "
+            "they run code; save the adapter as safetensors with PEFT"
+        )
+    return read_weights(folder / WEIGHTS)
+
+
+def _renamed(weights: Arrays, where: Path) -> Arrays:
+    found: Arrays = {}
+    for name, value in weights.items():
+        leaf = next((end for end in LEAVES if name.endswith(end)), None)
+        if leaf is None or not name.startswith(PREFIX):
+            raise ModelError(f"{where}: `{name}` is no part of an adapter that is known here")
+        ending, transposed = LEAVES[leaf]
+        path = name.removeprefix(PREFIX).removesuffix(leaf)
+        # Laid out anew, for products with a turned matrix round otherwise than those after a save.
+        found[path + ending] = mx.contiguous(value.T) if transposed else value
+    return found
+
+
+def their_path(path: str, model_type: str) -> str:
+    """The path in transformers of what has this one in mlx-lm."""
+    own, theirs = ROOTS.get(model_type, ("", ""))
+    return theirs + path.removeprefix(own)
+
+
+def own_names(weights: Arrays, model: nn.Module) -> Arrays:
+    """Arrays of transformers' paths under those that the model has here."""
+    own, theirs = ROOTS.get(getattr(model, "model_type", ""), ("", ""))
+    if not all(name.startswith(theirs) for name in weights):
+        return weights
+    return {own + name.removeprefix(theirs): value for name, value in weights.items()}
+
+
+def arrays_of(model: nn.Module, model_type: str) -> Arrays:
+    """The adapters of a model under PEFT's names."""
+    found: Arrays = {}
+    for path, module in adapted_modules(model).items():
+        start = PREFIX + their_path(path, model_type)
+        a, b = ".lora_A.weight", ".lora_B.weight"
+        if isinstance(module, LoRAEmbedding):
+            a, b = ".lora_embedding_A", ".lora_embedding_B"
+        found[start + a] = mx.contiguous(module.lora_a.T)
+        found[start + b] = mx.contiguous(module.lora_b.T)
+        if "m" in module:
+            found[start + ".lora_magnitude_vector"] = module.m
+    return found
+
+
+def config_of(
+    model: nn.Module, targets: Sequence[str], *, rslora: bool, transposed: bool
+) -> dict[str, Any]:
+    """PEFT's settings of a model's adapters.
+
+    Args:
+        targets: Its `target_modules`.
+        rslora: Whether the scale is alpha / sqrt(rank), not alpha / rank.
+        transposed: Whether the base's weights lie as (in, out) in torch.
+    """
+    one = next(iter(adapted_modules(model).values()))
+    rank = rank_of(one)
+    alpha = one.scale * (math.sqrt(rank) if rslora else rank)
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": round(alpha, 9),  # whole where it was whole
+        "lora_dropout": dropout_of(one),
+        "use_rslora": rslora,
+        "use_dora": way_of(model) == "dora",
+        "target_modules": list(targets),
+        "bias": "none",
+        "fan_in_fan_out": transposed,
+        "inference_mode": True,
+    }

@@ -1,0 +1,174 @@
+"""`mlx-dpo chat`: a conversation at a terminal, or line by line through a pipe."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mlx_dpo.cli.answers import Shown, model_flags, open_chat, sampling_flags, write
+from mlx_dpo.cli.chat.commands import Talk, is_command, say
+from mlx_dpo.cli.chat.feedback import Rows
+from mlx_dpo.cli.chat.prompt import Typed, ask, ask_again, line_editing, next_message
+from mlx_dpo.config.sampling import Sampling
+from mlx_dpo.errors import ConfigError, DPOError
+
+if TYPE_CHECKING:
+    from mlx_dpo.chat.session import Chat
+    from mlx_dpo.saved_runs.open import TwoSided
+
+
+@click.command()
+@click.argument("run", required=False)
+@model_flags
+@click.option("--hide-thinking", is_flag=True, help="Show answers without what was thought.")
+@click.option(
+    "--context",
+    type=click.IntRange(min=2),
+    help="Tokens of the conversation that are kept. [default: as many as the model places]",
+)
+@click.option(
+    "--pairs",
+    default="chat-pairs.jsonl",
+    metavar="FILE",
+    help="Where /edit and /compare write pairs.",
+)
+@click.option(
+    "--judged",
+    default="chat-judged.jsonl",
+    metavar="FILE",
+    help="Where /good and /bad write judged answers.",
+)
+@click.option("--whole", is_flag=True, help="Through a pipe: all of stdin is one question.")
+@sampling_flags(temperature=0.7)
+def chat(
+    run: str | None,
+    hide_thinking: bool,
+    pairs: str,
+    judged: str,
+    whole: bool,
+    **settings: Any,
+) -> None:
+    """Talk to the policy of a RUN, to its reference, or to a model.
+
+    `/help` lists what else can be said: switch between the base and the aligned model, compare
+    them, take things back, and judge or mend answers in rows that `train` reads.
+
+    Through a pipe each line of stdin gets one answer on stdout; everything else goes to stderr.
+    At a terminal the lines that are typed are kept for the next time, in `chat-history` in the
+    folder of the cache.
+
+    \b
+    mlx-dpo chat run
+    mlx-dpo chat --model ORG/MODEL --adapter folder
+    mlx-dpo chat --model models/tiny-chat --temperature 0 < questions.txt
+    """
+    from mlx_dpo.chat.feedback import Journal
+
+    at_terminal = sys.stdin.isatty()
+    if whole and at_terminal:
+        raise ConfigError("`--whole` has no effect at a terminal; pipe a question in")
+    given = {
+        name: settings.pop(name)
+        for name in ("model", "adapter", "reference", "system", "thinking", "context")
+    }
+    journals = Journal(Path(pairs)), Journal(Path(judged))
+    session, opened = open_chat(Sampling(**settings), run=run, switching=True, **given)
+    if hide_thinking and not opened.base.tokenizer.has_thinking:
+        raise ConfigError("`hide_thinking` has no effect; the model knows no thinking")
+    rows, shown = Rows(*journals, session, opened), Shown(hide_thinking=hide_thinking)
+    if session.raw:
+        say("No chat template is used: what you write is continued as plain text.")
+    if at_terminal:
+        _at_terminal(Talk(rows, shown, pick=_pick, edit=_edit), opened)
+    else:
+        _through_pipe(Talk(rows, shown), whole=whole)
+
+
+def _at_terminal(talk: Talk, opened: "TwoSided") -> None:
+    for note in [*_header(talk.chat, opened), talk.rows.where(), *talk.rows.mend()]:
+        say(note)
+    say("/help lists the commands, Ctrl-D leaves.")
+    with line_editing():
+        while (typed := next_message(_prompt(talk.chat))) is not None and _turn(talk, typed):
+            pass
+    say("\nGoodbye")
+
+
+def _header(session: "Chat", opened: "TwoSided") -> Iterator[str]:
+    name = opened.base.source
+    if opened.adapter is not None:
+        name += f" with the adapter of {opened.adapter}"
+        yield f"{name}; /base answers without it" if session.sides.both else name
+    else:
+        yield name
+    if session.context is not None:
+        yield (
+            f"The context holds {session.context:,} tokens; when it is full, the oldest turns are "
+            "left out"
+        )
+    if session.system is not None:
+        yield f"System message: {session.system}"
+
+
+def _prompt(session: "Chat") -> str:
+    """It says so when the base answers where the aligned model could."""
+    return "base> " if session.sides.both and session.sides.now == "base" else "> "
+
+
+def _turn(talk: Talk, typed: Typed) -> bool:
+    """One turn at the terminal; False to leave."""
+    text = typed.text
+    try:
+        if is_command(text) and not typed.block:
+            return talk.obey(text)
+        if text.startswith("/") and text[1:].isalpha() and not typed.block:
+            say(f"Unknown command `{text}`; /help lists them")
+        elif text.strip():
+            talk.answer(text)
+    except KeyboardInterrupt:
+        write("\n")
+        say("Stopped.")
+    except DPOError as error:
+        say(f"Error: {error}")
+    return True
+
+
+def _pick(question: str) -> str | None:
+    try:
+        return ask(question)
+    except (EOFError, KeyboardInterrupt):
+        say("")
+        return None
+
+
+def _edit(answer: str) -> str | None:
+    return ask_again("Better: ", answer)
+
+
+def _through_pipe(talk: Talk, *, whole: bool) -> None:
+    for number, line in _whole() if whole else _lines():
+        if is_command(line) and not whole:
+            if not talk.obey(line):
+                return
+        elif line:
+            talk.answer(line)
+        else:
+            say(f"stdin:{number}: the line is empty; no answer")
+
+
+def _lines() -> Iterator[tuple[int, str]]:
+    for number, line in enumerate(sys.stdin.buffer, start=1):
+        yield number, _decoded(line, f"stdin:{number}: the line").strip()
+
+
+def _whole() -> Iterator[tuple[int, str]]:
+    yield 1, _decoded(sys.stdin.buffer.read(), "stdin: it").removesuffix("\n")
+
+
+def _decoded(data: bytes, what: str) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        raise ConfigError(f"{what} is not UTF-8; convert the text") from None

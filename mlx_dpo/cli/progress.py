@@ -1,0 +1,143 @@
+"""A run on the terminal: header, reference, steps, closing table, and Ctrl-C that saves."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+from rich.console import Console
+
+from mlx_dpo.cli import INTERRUPTED, program
+from mlx_dpo.reporting.console import (
+    closing_table,
+    counting,
+    make_console,
+    print_facts,
+    showing_steps,
+)
+from mlx_dpo.runs.summary import facts_of_end, facts_of_inputs, facts_of_training
+from mlx_dpo.saved_runs import Run
+
+
+@contextmanager
+def kept_awake(wanted: bool) -> Iterator[str | None]:
+    """Keep a Mac awake inside the block; yields what to tell the person, None elsewhere.
+
+    Idle sleep is held off; a closed lid without power still sleeps, and the run goes on
+    when it opens.
+    """
+    if sys.platform != "darwin" or not wanted:
+        yield None
+        return
+    if shutil.which("caffeinate") is None:
+        yield "`caffeinate` was not found; this Mac may fall asleep"
+        return
+    # -w: it ends with this process, whatever ends this process.
+    helper = subprocess.Popen(["caffeinate", "-i", "-m", "-s", "-w", str(os.getpid())])
+    try:
+        yield "kept awake by `caffeinate` while it trains (--no-caffeinate turns it off)"
+    finally:
+        helper.terminate()
+        helper.wait()
+
+
+def watch(run: Run, go_on: str | None = None) -> None:
+    """Prepare and train with everything a person wants to see; saves and leaves when asked to.
+
+    `go_on` is what to type to go on then, where it is not `train`.
+    """
+    with kept_awake(run.config.caffeinate) as awake:
+        _watch(run, awake, go_on or f"{program()} train --resume --output {run.config.output}")
+
+
+def _watch(run: Run, awake: str | None, go_on: str) -> None:
+    console, config = make_console(), run.config
+    try:
+        _prepare(run, console, awake)
+    except KeyboardInterrupt:
+        begun = run.paths.record.is_file()
+        kept = f"; go on with: {go_on}" if begun else ": nothing was written"
+        click.echo(f"\nInterrupted before the first step{kept}", err=True)
+        raise SystemExit(INTERRUPTED) from None
+    warnings = _Warnings(run)
+    with (
+        _saving_when_asked(run) as received,
+        showing_steps(
+            console, total=run.total_steps, done=run.start.step, every=config.logging_steps
+        ) as shown,
+    ):
+        for row in run.train():
+            shown.show(row)
+            warnings.say()
+    run.sinks.close(whole=True)
+    warnings.say()
+    if run.stopped:
+        console.print(f"Stopped and saved; go on with: {go_on}")
+        raise SystemExit(128 + received[0])
+    print_facts(console, facts_of_end(run))
+    if run.evaluation is not None:
+        title = f"{len(run.inputs.valid):,} held-out {config.unit}"
+        console.print(closing_table(run.evaluation, title=title))
+
+
+class _Warnings:
+    """What goes wrong, each thing said once; a run that goes on has said some before."""
+
+    def __init__(self, run: Run) -> None:
+        self._run, self._heard = run, len(run.warnings)
+        self._lost = 0
+
+    def say(self) -> None:
+        """Say what was not said yet."""
+        run = self._run
+        for sentence in run.warnings[self._heard :] + run.sinks.lost[self._lost :]:
+            # `click.echo` writes into the live bar's line where the locale is not UTF-8.
+            print(f"Warning: {sentence}", file=sys.stderr)
+        self._heard, self._lost = len(run.warnings), len(run.sinks.lost)
+
+
+def _prepare(run: Run, console: Console, awake: str | None) -> None:
+    run.load(
+        lambda total: counting(console, "reference model", total=total),
+        lambda total: counting(console, "tokens", total=total, unit="rows"),
+    )
+    print_facts(console, facts_of_inputs(run))
+    run.attach()
+    if run.config.needs_reference and run.config.reference_model is None:
+        config = run.config
+        pairs = len(run.inputs.train) + len(run.inputs.valid)
+        with counting(console, "reference", total=pairs, unit=config.unit) as count:
+            run.score_reference(count)
+    else:
+        run.score_reference()
+    run.restore()
+    print_facts(console, facts_of_training(run))
+    if awake:
+        print_facts(console, [("awake", awake)])
+
+
+@contextmanager
+def _saving_when_asked(run: Run) -> Iterator[list[int]]:
+    """Let Ctrl-C, `kill` and a closed terminal save first; a second Ctrl-C ends at once."""
+    received: list[int] = []
+
+    def ask(number: int, frame: Any) -> None:
+        received.append(number)
+        run.request_stop()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        click.echo("\nSaving after this step (Ctrl-C: stop without saving)", err=True)
+
+    before = {
+        number: signal.signal(number, ask)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    }
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,214 @@
+"""Rounds of collecting, training and measuring, each policy collected from by the next round."""
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import fields, replace
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean
+from types import TracebackType
+from typing import Any, Self
+
+from mlx_dpo.adapters.files import content_digest
+from mlx_dpo.collect.loop_folder import (
+    LoopPaths,
+    LoopPrompts,
+    LoopSettings,
+    Stage,
+    begin,
+    digest,
+    left_to_do,
+    read_loop_prompts,
+    write_whole,
+)
+from mlx_dpo.collect.loop_report import loop_page, round_page
+from mlx_dpo.collect.pairs_file import Picks
+from mlx_dpo.collect.sample import CHUNK, Asking, counted, cut_short, judge_all, sampler
+from mlx_dpo.collect.session import Asked
+from mlx_dpo.config.dpo_config import DPOConfig, options
+from mlx_dpo.config.model import LoRASettings
+from mlx_dpo.data.prompts import Prompt
+from mlx_dpo.errors import ConfigError
+from mlx_dpo.evaluation.judge import check_judge, open_judge
+from mlx_dpo.evaluation.rewards import Judge, Reward
+from mlx_dpo.evaluation.winrate import hold
+from mlx_dpo.models.load import fingerprint, locate
+from mlx_dpo.runs.folder import RunPaths, claimed, read_record
+from mlx_dpo.runs.trackers import check_sinks, name_there
+from mlx_dpo.runs.trainer import Run
+from mlx_dpo.saved_runs.respond import Voice, open_voice, starting_voice
+
+ROUND_SEEDS = 7_919  # between the seeds of rounds; prime, so that they meet late
+KEPT = ("lora_dropout", "start_adapter")  # what a round may say of an adapter it goes on from
+
+
+class Loop:
+    """A loop that a program or a notebook can drive.
+
+        with Loop(config, settings) as loop:
+            for stage in loop.stages():
+                loop.do(stage)
+
+    `config` says how each round is trained; its `pairs` and `output` are set for each round.
+    """
+
+    def __init__(self, config: DPOConfig, settings: LoopSettings, *, resume: bool = False) -> None:
+        check_judge(settings.reward, settings.judge, settings.rubric)
+        if settings.reward is None and settings.judge is None:
+            raise ConfigError("who judges is missing; give --reward or --judge")
+        self.config, self.settings, self.resume = config, settings, resume
+        self.paths = LoopPaths(Path(config.output))
+        self._open = ExitStack()
+        if settings.reference == "base" and (config.bits or config.start_adapter):
+            name = "bits" if config.bits else "start_adapter"
+            raise ConfigError(
+                f"`{name}` makes the policy begin as another model than the base, which is to be "
+                "the reference; convert or fuse it first"
+            )
+        self.training(settings.rounds)  # what later rounds contradict is to be known now
+        check_sinks(config)
+
+    def __enter__(self) -> Self:
+        named = self.settings.prompts, self.settings.valid_prompts
+        # With the system message from here on: what was collected is told by the whole prompt.
+        self.asked: LoopPrompts = read_loop_prompts(*named, self.config.system)
+        model = locate(
+            self.config.model,
+            revision=self.config.revision,
+            trust_remote_code=self.config.trust_remote_code,
+        )
+        contents = {
+            "the prompts": digest(self.asked.train),
+            "the held-out prompts": digest(self.asked.valid),
+            "the model": fingerprint(model),
+            "the judge": self.judge.facts(),
+        }
+        if self.config.start_adapter is not None:
+            contents["the start adapter"] = content_digest(Path(self.config.start_adapter))
+        with ExitStack() as stack:
+            stack.enter_context(claimed(RunPaths(self.paths.folder)))
+            begin(self.paths, self.config, self.settings, contents, resume=self.resume)
+            for number in range(1, self.settings.rounds + 1):
+                self.asked.notes.extend(Picks(self.paths.round(number).pairs).notes)
+            self._open = stack.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._open.close()
+
+    @cached_property
+    def judge(self) -> Judge:
+        """The reward function, or the model that judges."""
+        settings = self.settings
+        return open_judge(settings.reward, settings.judge, settings.rubric)
+
+    def stages(self) -> Iterator[Stage]:
+        """What is left to do, read off the files each time."""
+        while (stage := left_to_do(self.paths, self.asked, self.settings)) is not None:
+            yield stage
+
+    def do(self, stage: Stage) -> None:
+        """Do it, without a word."""
+        if stage.todo == "collect":
+            for _ in self.collect(stage.round):
+                pass
+        elif stage.todo == "train":
+            with Run(self.training(stage.round), resume=True) as run:
+                run.prepare()
+                for _ in run.train():
+                    pass
+        else:
+            self.evaluate(stage.round)
+
+    # --- the three stages of a round ---------------------------------------------------------
+
+    def voice(self, number: int) -> Voice:
+        """The policy as a round leaves it; as it starts, of round 0."""
+        if number == 0:
+            return starting_voice(self.config)
+        return open_voice(str(self.paths.round(number).run.folder))
+
+    def collect(self, number: int) -> Iterator[int]:
+        """Judge the last policy's answers; yields how many prompts are left, after each one."""
+        voice, settings = self.voice(number - 1), self.settings
+        seed = (settings.sampling.seed or 0) + ROUND_SEEDS * number
+        asking = Asking(
+            answers=settings.answers, samplings=(replace(settings.sampling, seed=seed),)
+        )
+        prompts = self.asked.of_round(number, settings.prompts_per_round)
+        picks = Picks(self.paths.round(number).pairs)
+        questions = Asked(prompts, picks, sampler([voice], asking), chunk=CHUNK, seed=seed)
+        yield questions.left
+        for _ in judge_all(questions, self.judge):
+            yield questions.left
+        if not picks.count(picks.pairs):
+            why = ", ".join(f"{count} {what}" for what, count in counted(picks)[1:])
+            raise ConfigError(
+                f"{picks.path}: no prompt has a better and a worse answer ({why}); use more "
+                "--answers or a higher --temperature"
+            )
+
+    def training(self, number: int) -> DPOConfig:
+        """The settings with which a round is trained.
+
+        Raises:
+            ConfigError: they contradict the way the loop goes on from round to round.
+        """
+        here = self.paths.round(number)
+        settings: dict[str, Any] = {"pairs": (str(here.pairs),), "output": str(here.run.folder)}
+        if self.config.named_there:
+            settings["run_name"] = f"{name_there(self.config)}-{here.folder.name}"
+        if number > 1:
+            known = options()
+            own = [f.name for f in fields(LoRASettings) if f.name not in KEPT]
+            settings |= {name: known[name][0] for name in own}
+            settings["start_adapter"] = str(self.paths.round(number - 1).run.folder)
+            if self.settings.reference == "base":
+                settings["reference_model"] = self.config.model
+        return replace(self.config, **settings)
+
+    def evaluate(self, number: int) -> dict[str, Any]:
+        """Answer the held-out prompts, have the answers judged, and end the round."""
+        voice = self.voice(number)
+        prompts = self.asked.valid
+        answers = voice.say(prompts, self.settings.sampling)
+        del voice
+        found = self._measured(number, prompts, answers)
+        here = self.paths.round(number)
+        rounds = [*(self.evaluation(earlier) for earlier in range(number)), found]
+        write_whole(here.page, round_page(found))
+        write_whole(self.paths.page, loop_page(rounds, str(self.judge.name)))
+        # Last: the round is over where it is, and nothing before it is written again.
+        write_whole(here.evaluation, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+        return found
+
+    def evaluation(self, number: int) -> dict[str, Any]:
+        """What was found out about a round that is over."""
+        return dict(json.loads(self.paths.round(number).evaluation.read_text("utf-8")))
+
+    def _measured(self, number: int, prompts: list[Prompt], answers: list[str]) -> dict[str, Any]:
+        here = self.paths.round(number)
+        found: dict[str, Any] = {"round": number, "mean_characters": fmean(map(len, answers))}
+        if isinstance(self.judge, Reward):
+            asked = zip(prompts, answers, strict=True)
+            found["mean_reward"] = fmean(self.judge(p.messages, text) for p, text in asked)
+        said = {"now": answers}
+        if number:
+            picks = Picks(here.pairs)
+            found |= {"collected": dict(counted(picks)), "cut": cut_short(picks)}
+            record = read_record(here.run) or {}
+            found["held_out_pairs"] = record.get("evaluation")
+            for name, other in (("base", 0), ("before", number - 1)):
+                said[name] = [shown["now"] for shown in self.evaluation(other)["answers"]]
+                found[f"against_{name}"] = hold(self.judge, prompts, answers, said[name]).to_dict()
+        found["answers"] = [
+            {"prompt": list(prompt.messages)} | {name: texts[at] for name, texts in said.items()}
+            for at, prompt in enumerate(prompts)
+        ]
+        return found

@@ -1,0 +1,261 @@
+"""Rows -> what they say: preferences or judgements with margin and weight, and counted faults.
+
+Text only: knows no tokenizer. Prints nothing.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from mlx_dpo.data import examples as judged
+from mlx_dpo.data import schemas
+from mlx_dpo.data.errors import ASKED_FOR, EMPTY, UNPAIRED, BadPair
+from mlx_dpo.data.files import Row, listed, renamed
+from mlx_dpo.data.report import PairsReport
+from mlx_dpo.data.schemas import TEMPLATE_FIELDS, Outcome, RowRules, Schema, outcomes
+from mlx_dpo.data.schemas.messages import (
+    as_turns,
+    kind_of,
+    pair,
+    refuse_media,
+    said,
+    template_input,
+    text_of,
+    turns_of,
+)
+from mlx_dpo.data.schemas.sharegpt import conversation
+from mlx_dpo.errors import ConfigError, DataError
+from mlx_dpo.types import Judgement, Preference, Text
+
+FIELDS = frozenset({"prompt", "completion", "messages", "conversations", "label"})
+LABELS = {"true": True, "false": False, "1": True, "0": False}  # as CSV has them
+
+
+def schema_of(row: Row, rules: RowRules = schemas.DEFAULT) -> Schema:
+    """How the row is written: as a judged answer, or as a pair, which is two of them.
+
+    Raises:
+        DataError: it is neither.
+    """
+    if rules.schema == LABELLED.name or (rules.schema is None and "label" in row.record):
+        return LABELLED
+    return schemas.schema_of(row, rules)
+
+
+def to_judgements(row: Row, schema: Schema, rules: RowRules = schemas.DEFAULT) -> list[Judgement]:
+    """One judgement of a labelled row, two of a pair: chosen is good, rejected is bad.
+
+    Raises:
+        DataError: a field is missing or of another kind.
+        BadPair: the row says nothing.
+    """
+    if schema is not LABELLED:
+        return [
+            Judgement(one.prompt, text, good, row.where, one.given, one.whole)
+            for one in schemas.to_preferences(row, rules)
+            for text, good in ((one.chosen, True), (one.rejected, False))
+        ]
+    refuse_media(row)
+    desirable = _label(row)
+    prompt, completion = _answer(row)
+    if not said(completion):
+        raise BadPair(row.where, EMPTY)
+    given = template_input(row.record, row.record.get("tools"), row.where)
+    return [Judgement(prompt, completion, desirable, row.where, given)]
+
+
+def _label(row: Row) -> bool:
+    label = row.record.get("label")
+    if isinstance(label, str):
+        label = LABELS.get(label.strip().lower(), label)
+    if not isinstance(label, bool | int) or label not in (0, 1):
+        raise DataError(f"{row.where}: `label` must be true or false, found {label!r}"[:300])
+    return bool(label)
+
+
+def _answer(row: Row) -> tuple[Text, Text]:
+    """The prompt and the answer of a labelled row."""
+    record = row.record
+    for name in ("messages", "conversations"):
+        if name not in record:
+            continue
+        turns = conversation(row) if name != "messages" else turns_of(record[name], name, row.where)
+        *earlier, last = turns
+        if last["role"] != "assistant" or not earlier:
+            raise DataError(
+                f"{row.where}: `{name}` must end with the assistant's answer to earlier turns, "
+                f"found a turn of `{last['role']}`"
+            )
+        return tuple(earlier), (last,)
+    for name in ("prompt", "completion"):
+        if name not in record:
+            raise DataError(f"{row.where}: a labelled row without `{name}`; add it, or `messages`")
+    prompt, completion = (_text(row, name) for name in ("prompt", "completion"))
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return prompt, completion
+    return as_turns(prompt, "user"), as_turns(completion, "assistant")
+
+
+def _text(row: Row, name: str) -> Text:
+    value = row.record[name]
+    if kind_of(value, name, row.where) == "text":
+        return text_of(value, name, row.where)
+    return turns_of(value, name, row.where)
+
+
+def _no_pair(row: Row, rules: RowRules) -> list[Outcome]:
+    raise DataError(f"{row.where}: a single judged answer, and no pair")
+
+
+LABELLED = Schema("labelled", lambda record: "label" in record, _no_pair, FIELDS)
+
+
+def paired(judgements: Iterable[Judgement]) -> list[Outcome]:
+    """The n-th good answer to a prompt beside the n-th bad one; those left over are faults."""
+    by_prompt: defaultdict[str, tuple[list[Judgement], list[Judgement]]]
+    by_prompt = defaultdict(lambda: ([], []))
+    for one in judgements:
+        by_prompt[schemas.asked(one)][not one.desirable].append(one)
+    found: list[Outcome] = []
+    for good, bad in by_prompt.values():
+        for better, worse in zip(good, bad, strict=False):
+            row = Row({}, f"{better.where} and {worse.where}")
+            found += [
+                replace(made, given=better.given) if not isinstance(made, BadPair) else made
+                for made in pair(row, better.prompt, better.completion, worse.completion)
+            ]
+        shorter = min(len(good), len(bad))
+        found += [BadPair(one.where, UNPAIRED) for one in (*good[shorter:], *bad[shorter:])]
+    return found
+
+
+SIDES = ("{}_{}", "{}-{}")  # of chosen and rejected, each with the name of a margin
+
+
+class Told(NamedTuple):
+    """What a row says, and how much."""
+
+    said: Preference | Judgement
+    margin: float
+    weight: float
+
+
+def told(
+    rows: Iterable[Row], rules: RowRules, report: PairsReport, *, bad_pairs: str = "error"
+) -> Iterator[Told]:
+    """Everything that the rows say, in their order; what is lost is counted in the report.
+
+    Labelled rows come last where they are paired.
+
+    Raises:
+        DataError: a row cannot be read.
+        BadPair: a pair teaches nothing, and `bad_pairs` is `error`.
+        ConfigError: a column is renamed to what no row is read by.
+    """
+    single: list[Judgement] = []
+    for row in (renamed(row, rules.renamed) for row in rows):
+        schema = _schema_of(row, rules)
+        _count(row, schema, rules, report)
+        if rules.pair_labelled and schema is judged.LABELLED:
+            found: list[Any] = _judgements(row, schema, rules)
+            single += [one for one in found if not isinstance(one, BadPair)]
+            found = [one for one in found if isinstance(one, BadPair)]
+        elif rules.judged:
+            found = _judgements(row, schema, rules)
+        else:
+            found = list(outcomes(row, rules, schema))
+        for one in _kept(found, report, bad_pairs):
+            yield Told(one, _margin(row, one, rules), _weight(row, rules))
+    for one in _kept(judged.paired(single), report, bad_pairs):
+        yield Told(one, 0.0, 1.0)
+
+
+def keep_or_raise(bad: BadPair, report: PairsReport, bad_pairs: str) -> None:
+    """Count a pair that is lost; BadPair if it is not to be."""
+    if bad_pairs == "error" and bad.reason not in ASKED_FOR:
+        raise bad
+    report.drop(bad.where, bad.reason)
+
+
+def _kept(found: Iterable[Any], report: PairsReport, bad_pairs: str) -> Iterator[Any]:
+    for one in found:
+        if isinstance(one, BadPair):
+            keep_or_raise(one, report, bad_pairs)
+        else:
+            yield one
+
+
+def _schema_of(row: Row, rules: RowRules) -> Schema:
+    labelled = rules.judged or (rules.pair_labelled and "chosen" not in row.record)
+    if labelled or rules.schema == judged.LABELLED.name:
+        return judged.schema_of(row, rules)
+    return judged.schemas.schema_of(row, rules)
+
+
+def _judgements(row: Row, schema: Schema, rules: RowRules) -> list[Judgement | BadPair]:
+    try:
+        return list(judged.to_judgements(row, schema, rules))
+    except BadPair as bad:
+        return [bad]
+
+
+def _count(row: Row, schema: Schema, rules: RowRules, report: PairsReport) -> None:
+    report.read += 1
+    report.schemas[schema.name] += 1
+    read = schema.fields | TEMPLATE_FIELDS | {rules.margin, rules.weight}
+    if rules.margin is not None:
+        read |= {name for pair in _sides(rules.margin) for name in pair}
+    for name in rules.renamed:
+        if name not in read:
+            raise ConfigError(
+                f"`column` {name}={rules.renamed[name]} has no effect; rows written as "
+                f"{schema.name} have {listed(dict.fromkeys(schema.fields))}"
+            )
+    report.unused_fields.update(row.record.keys() - read)
+
+
+def _sides(name: str) -> list[tuple[str, str]]:
+    """Names under which chosen and rejected may each have a rating."""
+    return [
+        (form.format(*chosen), form.format(*rejected))
+        for form in SIDES
+        for chosen, rejected in (
+            ((name, "chosen"), (name, "rejected")),
+            (("chosen", name), ("rejected", name)),
+        )
+    ]
+
+
+def _margin(row: Row, one: Preference | Judgement, rules: RowRules) -> float:
+    """The field itself, or the ratings of both sides, or those that a list was ranked by."""
+    name = rules.margin
+    if name is None:
+        return 0.0
+    if name not in row.record:
+        for chosen, rejected in _sides(name):
+            if chosen in row.record and rejected in row.record:
+                return _number(row, chosen) - _number(row, rejected)
+        if isinstance(one, Preference) and one.lead is not None:
+            return one.lead
+    return _number(row, name)
+
+
+def _weight(row: Row, rules: RowRules) -> float:
+    return 1.0 if rules.weight is None else _number(row, rules.weight, least=0.0)
+
+
+def _number(row: Row, name: str, *, least: float = -math.inf) -> float:
+    value = row.record.get(name)
+    number = math.nan
+    if isinstance(value, int | float | str) and not isinstance(value, bool):
+        try:
+            number = float(value)  # CSV has text alone
+        except (ValueError, OverflowError):
+            number = math.nan
+    if math.isfinite(number) and number >= least:
+        return number
+    wanted = "a number" if least == -math.inf else f"a number of at least {least:g}"
+    found = "missing" if name not in row.record else f"found {value!r}"[:200]
+    raise DataError(f"{row.where}: `{name}` must be {wanted} ({found}); mend the row")

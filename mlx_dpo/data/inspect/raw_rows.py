@@ -1,0 +1,149 @@
+"""Sources -> rows beside the lines that they were written on, unreadable ones among them."""
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from mlx_dpo.config.dpo_config import DPOConfig
+from mlx_dpo.data.files import READERS, Row, kind_of_file, opened, parse, rows_of
+from mlx_dpo.data.sources import STDIN, Source
+from mlx_dpo.errors import ConfigError, DataError
+
+LINES = ".jsonl"
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A row of a source, or what is wrong with it."""
+
+    where: str
+    row: Row | DataError
+    line: bytes | None = None  # of JSON lines, as it stands there
+
+    def as_line(self) -> bytes:
+        """The row as one line of JSON without a newline; byte for byte where it was one.
+
+        Raises:
+            DataError: it cannot be read, or holds what JSON cannot say.
+        """
+        if isinstance(self.row, DataError):
+            raise self.row
+        if self.line is not None:
+            return self.line
+        try:
+            return json.dumps(self.row.record, ensure_ascii=False).encode()
+        except UnicodeEncodeError:  # half a surrogate pair, which only an escape can write
+            return json.dumps(self.row.record).encode()
+        except (TypeError, ValueError, RecursionError) as error:
+            raise DataError(f"{self.where}: cannot be written as JSON ({error})") from error
+
+
+def written(source: Source) -> Iterator[Written]:
+    """Every row of a source, in its order; one that is no object of JSON is a DataError in it.
+
+    Raises:
+        DataError: the source cannot be read on.
+    """
+    if source.dataset is not None:
+        for row in source.dataset.rows(source.split):
+            yield Written(row.where, row)
+    for path in source.files:
+        yield from _of_file(path)
+    if source.name == STDIN:
+        yield from _of_lines(sys.stdin.buffer, STDIN)
+
+
+def _of_file(path: Path) -> Iterator[Written]:
+    kind, _ = kind_of_file(path)
+    with opened(path) as stream:
+        if kind == LINES:
+            yield from _of_lines(stream, str(path))
+            return
+        for where, item in READERS[kind](stream, str(path)):
+            try:
+                yield from (Written(where, row) for row in rows_of(iter([(where, item)])))
+            except DataError as error:
+                yield Written(where, error)
+
+
+def _of_lines(stream: Iterable[bytes], name: str) -> Iterator[Written]:
+    for number, line in enumerate(stream, start=1):
+        if not line.strip():
+            continue
+        where, text = f"{name}:{number}", line.rstrip()
+        try:
+            [row] = rows_of(iter([(where, parse(text, where))]))
+        except DataError as error:
+            yield Written(where, error)
+        else:
+            yield Written(where, row, text.removeprefix(BYTE_ORDER_MARK))
+
+
+def all_rows(sources: Sequence[Source]) -> Iterator[Written]:
+    """Every row of every source, in order."""
+    for source in sources:
+        yield from written(source)
+
+
+def write_row(stream: IO[bytes], one: Written) -> None:
+    """One row as a line."""
+    stream.write(one.as_line() + b"\n")
+
+
+def refuse_read_once(sources: Sequence[Source]) -> None:
+    """ConfigError for standard input."""
+    if any(source.name == STDIN for source in sources):
+        raise ConfigError("`-` can be read but once, and rows are read twice here; give a file")
+
+
+def refuse_pairing(config: DPOConfig) -> None:
+    """ConfigError for rows that make a pair together."""
+    if config.pair_labelled:
+        raise ConfigError(
+            "`pair_labelled` has no effect where rows are written as they are; use --loss-type kto"
+        )
+
+
+def refuse_changed(found: int, before: int, source: Source) -> None:
+    """DataError where a second reading had not as many rows."""
+    if found != before:
+        raise DataError(f"{source.name}: changed while it was read; nothing was written")
+
+
+def refuse_taken(path: Path) -> None:
+    """ConfigError for a place where something is already."""
+    if path.exists():
+        raise ConfigError(f"{path}: is there already; name another place, or remove it")
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder that is there when all is written, and not before."""
+    partial = folder.with_name(f"partial-{folder.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file that is there when all is written, and not before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"partial-{path.name}")
+    try:
+        with partial.open("wb") as stream:
+            yield stream
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

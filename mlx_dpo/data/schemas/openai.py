@@ -1,0 +1,42 @@
+"""OpenAI's form for preference fine-tuning: `input`, `preferred_output`, `non_preferred_output`."""
+
+from typing import Any
+
+from mlx_dpo.data.files import Row
+from mlx_dpo.data.schemas.messages import pair, turns_of
+from mlx_dpo.data.schemas.schema import Outcome, Record, RowRules, Schema
+from mlx_dpo.errors import DataError
+
+FIELDS = frozenset({"input", "preferred_output", "non_preferred_output"})
+
+
+def _input(record: Record) -> dict[str, Any]:
+    given = record.get("input")
+    return given if isinstance(given, dict) else {}
+
+
+def _read(row: Row, rules: RowRules) -> list[Outcome]:
+    given = _input(row.record)
+    if "messages" not in given:
+        raise DataError(f"{row.where}: `input` must be an object with `messages`")
+    prompt = turns_of(given["messages"], "input.messages", row.where)
+    chosen, rejected = (
+        turns_of(row.record.get(name), name, row.where)
+        for name in ("preferred_output", "non_preferred_output")
+    )
+    for turn in (*chosen, *rejected):
+        if turn["role"] != "assistant":
+            raise DataError(
+                f"{row.where}: an output holds a turn of `{turn['role']}`; it may hold only the "
+                "assistant's turns"
+            )
+    return pair(row, prompt, chosen, rejected)
+
+
+OPENAI = Schema(
+    "openai",
+    lambda record: "preferred_output" in record,
+    _read,
+    FIELDS,
+    tools=lambda record: _input(record).get("tools"),
+)

@@ -1,0 +1,247 @@
+"""Answers side by side, each bit with how much more the policy likes it than its reference."""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_dpo.adapters.switch import Side
+from mlx_dpo.config.sampling import Sampling
+from mlx_dpo.data.prompts import Prompt, read_prompts, with_system
+from mlx_dpo.errors import ConfigError
+from mlx_dpo.generation.generate import (
+    Completion,
+    TextStream,
+    complete,
+    context_length,
+    prompt_tokens,
+    text_tokens,
+)
+from mlx_dpo.saved_runs.evaluate import prompts_held_out
+from mlx_dpo.saved_runs.open import Opened, TwoSided, open_sides
+from mlx_dpo.scoring.logps import token_logps
+
+GRAM = 4  # tokens in a row that count as repeated where they were said before
+REFUSAL = re.compile(
+    r"\b(i('m| am) (sorry|afraid),? (but |that )*(i|this|that)\b"
+    r"|i (can('t|not| not)|won't|will not|must decline)"
+    r"|i('m| am) (unable|not able)|(as|i('m| am)) an? (ai|language model))\b"
+)
+OPENING = 80  # letters in which a refusal is looked for
+
+
+@dataclass(frozen=True, slots=True)
+class Bit:
+    """A bit of an answer: a token, or the tokens of a character that takes several."""
+
+    text: str
+    log_ratio: float  # log policy - log reference, in nats
+
+
+@dataclass(frozen=True, slots=True)
+class Shaded:
+    """An answer by its bits."""
+
+    bits: tuple[Bit, ...]
+    end: float | None  # log-ratio of ending here; None where the answer was cut
+    tokens: tuple[int, ...]
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return "".join(bit.text for bit in self.bits)
+
+    @property
+    def log_ratio(self) -> float:
+        """Of the whole answer, in nats."""
+        return sum(bit.log_ratio for bit in self.bits) + (self.end or 0.0)
+
+
+@dataclass(frozen=True)
+class Column:
+    """What one policy said to every prompt."""
+
+    name: str
+    answers: tuple[Shaded, ...]
+
+    def figures(self) -> dict[str, str]:
+        """Counts and means for a person."""
+        texts = [answer.text for answer in self.answers]
+        lengths = [len(answer.tokens) for answer in self.answers]
+        return {
+            "tokens an answer": f"{fmean(lengths):.1f}",
+            "cut before their end": str(sum(answer.end is None for answer in self.answers)),
+            f"{GRAM} tokens said before": f"{fmean(map(repetition, self.answers)):.1%}",
+            "refusals": str(sum(map(refuses, texts))),
+            "log-ratio, nats an answer": f"{fmean(a.log_ratio for a in self.answers):+.2f}",
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Prompts, and a column of answers for each policy."""
+
+    prompts: tuple[Prompt, ...]
+    columns: tuple[Column, ...]
+    notes: tuple[str, ...]
+
+
+def completion_token_logps(
+    model: Any, prompt: Sequence[int], completion: Sequence[int]
+) -> list[float]:
+    """log p of each token of a completion. (len(completion),)"""
+    if not completion:
+        return []
+    logps = token_logps(model, mx.array([[*prompt, *completion]]))
+    return [float(logp) for logp in np.array(logps[0, len(prompt) - 1 :])]
+
+
+def shaded(
+    tokenizer: Any, said: Completion, policy: Sequence[float], reference: Sequence[float]
+) -> Shaded:
+    """The text of a completion with the log-ratio of each bit; `policy` and `reference` are log p
+    of its tokens, that of its end among them where it has one.
+    """
+    ratios = [p - r for p, r in zip(policy, reference, strict=True)]
+    stream, bits, waiting = TextStream(tokenizer), [], 0.0
+    for token, ratio in zip(said.tokens, ratios, strict=False):
+        waiting += ratio
+        if text := stream.add(token):
+            bits.append(Bit(text, waiting))
+            waiting = 0.0
+    if (text := stream.finish()) or waiting:
+        bits.append(Bit(text, waiting))
+    end = None if said.end is None else ratios[-1]
+    return Shaded(tuple(bits), end, tuple(said.tokens))
+
+
+def repetition(answer: Shaded) -> float:
+    """Share of the runs of four tokens that stood in the same answer before.
+
+    Source: Welleck et al. 2019, arXiv:1908.04319, section 6.1, seq-rep-4.
+    """
+    tokens = answer.tokens
+    runs = [tokens[i : i + GRAM] for i in range(len(tokens) - GRAM + 1)]
+    return 1 - len(set(runs)) / len(runs) if runs else 0.0
+
+
+def refuses(text: str) -> bool:
+    """Whether an answer begins as refusals in English do."""
+    return REFUSAL.search(text[:OPENING].lower().replace("’", "'")) is not None
+
+
+Ids = list[int]
+
+
+def compare(
+    runs: Sequence[str], prompts: str | None, sampling: Sampling, *, limit: int | None = None
+) -> Comparison:
+    """Base and aligned of a run; of several runs the aligned ones, one in memory at a time.
+
+    Without a file of `prompts`, those that the first run held out; `limit` takes the first ones.
+
+    Raises:
+        ConfigError: a prompt leaves no room for an answer, or there are none.
+        RunError, ModelError, DataError: a run, its model or the prompts are at fault.
+    """
+    asked, columns, notes = _ask(runs[0], prompts, sampling, limit, alone=len(runs) == 1)
+    for name in runs[1:]:
+        _, more, also = _ask(name, asked, sampling, None, alone=False)
+        columns, notes = columns + more, notes + also
+    return Comparison(tuple(asked), tuple(columns), tuple(dict.fromkeys(notes)))
+
+
+def _ask(
+    name: str,
+    prompts: str | list[Prompt] | None,
+    sampling: Sampling,
+    limit: int | None,
+    *,
+    alone: bool,
+) -> tuple[list[Prompt], list[Column], list[str]]:
+    """The prompts, the columns of one run and what there is to say of it; it is freed here."""
+    opened = open_sides(name)
+    run = opened.run
+    assert run is not None
+    if prompts is None:
+        prompts = prompts_held_out(run, opened.base)
+    elif isinstance(prompts, str):
+        prompts = read_prompts(prompts)
+    asked = prompts[:limit]
+    notes = [*_limited(len(prompts), limit), *_notes(name, opened, run)]
+    sides: tuple[Side, ...] = ("base", "aligned") if alone else ("aligned",)
+    told = with_system(asked, run.config.system)
+    columns = [
+        Column(side if alone else name, answers)
+        for side, answers in _answers(opened, run, told, sides, sampling)
+    ]
+    return asked, columns, notes
+
+
+def _limited(found: int, limit: int | None) -> Iterator[str]:
+    if limit is not None and limit < found:
+        yield f"the first {limit} of {found} prompts"
+
+
+def _notes(name: str, opened: TwoSided, run: Opened) -> Iterator[str]:
+    yield from opened.notes
+    if run.config.reference_model is not None:
+        yield (
+            f"{name} was trained against {run.config.reference_model}; here it is held against "
+            "the model that it started from"
+        )
+
+
+def _answers(
+    opened: TwoSided,
+    run: Opened,
+    prompts: Sequence[Prompt],
+    sides: Sequence[Side],
+    sampling: Sampling,
+) -> Iterator[tuple[Side, tuple[Shaded, ...]]]:
+    """What each of the sides says, shaded by both."""
+    base = opened.base
+    rows = [_ids(opened, run, prompt) for prompt in prompts]
+    _refuse_full(rows, prompts, context_length(base.config), sampling.max_tokens)
+    for side in sides:
+        with opened.sides.on(side):
+            said = complete(base.model, base.tokenizer.eos_token_ids, rows, sampling)
+        aligned, reference = (_logps(opened, which, rows, said) for which in ("aligned", "base"))
+        whole = zip(said, aligned, reference, strict=True)
+        yield side, tuple(shaded(base.tokenizer, *each) for each in whole)
+
+
+def _logps(
+    opened: TwoSided, side: Side, rows: Sequence[Ids], said: Sequence[Completion]
+) -> list[list[float]]:
+    """log p of the tokens of each completion, and of its end where it has one."""
+    with opened.sides.on(side):
+        return [
+            completion_token_logps(
+                opened.base.model, row, [*one.tokens, *([] if one.end is None else [one.end])]
+            )
+            for row, one in zip(rows, said, strict=True)
+        ]
+
+
+def _ids(opened: TwoSided, run: Opened, prompt: Prompt) -> Ids:
+    tokenizer = opened.base.tokenizer
+    if run.trained_on_text or not tokenizer.has_chat_template:
+        said = "\n".join(str(m["content"]) for m in prompt.messages)
+        return text_tokens(tokenizer, said if prompt.text is None else prompt.text)
+    return prompt_tokens(tokenizer, prompt.messages, thinking=run.config.thinking)
+
+
+def _refuse_full(
+    rows: Sequence[Ids], prompts: Sequence[Prompt], context: int | None, room: int
+) -> None:
+    for row, prompt in zip(rows, prompts, strict=True):
+        if context is not None and len(row) + room > context:
+            raise ConfigError(
+                f"{prompt.where}: {len(row)} tokens leave no room for an answer of {room} (the "
+                f"model's context is {context}); use a smaller --max-tokens, or leave it out"
+            )

@@ -1,0 +1,218 @@
+"""A model of the Hub → MLX's own layout, smaller if asked, and proven to be the same model.
+
+mlx-lm converts. Here the request is checked before anything is written, the folder appears
+whole or not at all, and the result is scored beside its source.
+"""
+
+import contextlib
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from huggingface_hub import ModelCardData
+from mlx_lm import convert as mlx_convert
+
+from mlx_dpo.errors import ModelError
+from mlx_dpo.io import check_target, partial_folder, scalar, writing
+from mlx_dpo.models import load
+from mlx_dpo.models.device import number_type
+from mlx_dpo.models.download import is_hub_id, locate
+from mlx_dpo.models.files import CONFIG, INDEX, check_files, read_json, weight_bytes
+from mlx_dpo.models.license import CARD, card_of, copy_licences, inherited
+from mlx_dpo.models.load import Base
+from mlx_dpo.models.quantize import (
+    Packing,
+    check_quantisable,
+    expected_bytes,
+    left_note,
+    packing_of,
+    quantisable,
+)
+from mlx_dpo.models.rope import unread_rope
+from mlx_dpo.scoring.logps import token_logps
+
+TEXT = (
+    "Every morning the old ferry left the harbour at seven, and a small boy stood on the pier "
+    "and waved. The captain once asked the baker about him. He waves because the boat always "
+    "comes back, the baker said. After that, the captain waved too."
+)
+
+# Nats per token. The same number type must give the same numbers; a narrower one rounds
+# every weight, to 11 bits (float16) or 8 (bfloat16): small models here move by a thousandth
+# and a hundredth, eight layers of random weights by ten times as much.
+SAME = 1e-4
+ROUNDED = {"float32": SAME, "float16": 0.05, "bfloat16": 0.3}
+LARGE = 0.5  # a quantised model this far off writes visibly worse
+
+
+def sample_ids(base: Base) -> mx.array:
+    """The text as token ids, cut to ids that the model has. (1, T) int32"""
+    ids = base.tokenizer.encode(TEXT)
+    return mx.array([[min(i, base.vocab_size - 1) for i in ids]], dtype=mx.int32)
+
+
+def mean_difference(source: mx.array, converted: mx.array) -> float:
+    """Mean absolute difference of two sets of token log-probabilities, in nats.
+
+    Raises:
+        ModelError: a log-probability is not a number.
+    """
+    for name, logps in (("the source", source), ("the converted model", converted)):
+        if not scalar(mx.isfinite(logps).all()):
+            raise ModelError(
+                f"{name} gives log-probabilities that are not numbers; "
+                "its weights are broken or out of range for `dtype`"
+            )
+    return scalar(mx.abs(source - converted).mean())
+
+
+def tolerance(source: str, converted: str) -> float:
+    """How far two models may be apart that differ in the number type of their weights alone."""
+    return SAME if source == converted else max(ROUNDED[source], ROUNDED[converted])
+
+
+RECIPE_BITS = 6  # the most that a recipe gives any layer, to be on the safe side
+
+
+@dataclass(frozen=True)
+class ConvertReport:
+    """What was written, and how far it is from its source."""
+
+    source: str
+    output: Path
+    bytes_before: int  # of the weight files
+    bytes_after: int
+    bits_per_weight: float
+    mean_difference: float  # nats per token, mean absolute difference of log-probabilities
+    tokens: int  # over which the difference was taken
+    notes: tuple[str, ...]  # layers left unquantised, a number type nobody asked for
+
+
+def convert(  # noqa: PLR0913 (one argument for each option of the command)
+    source: str,
+    output: Path,
+    *,
+    bits: int | None = None,
+    group_size: int | None = None,
+    mode: str = "affine",
+    dtype: str | None = None,
+    revision: str | None = None,
+    recipe: str | None = None,
+    trust_remote_code: bool = False,
+) -> ConvertReport:
+    """Write the model that `source` names to the folder `output`, and compare the two.
+
+    Raises:
+        ConfigError: settings contradict each other or the model, or have no effect.
+        ModelError: the source cannot be read, the target cannot be written, or the result
+            is not the same model. Nothing is left behind then.
+    """
+    packing = packing_of(bits, group_size, mode, recipe, dtype)
+    path = locate(source, revision=revision, trust_remote_code=trust_remote_code)
+    check_files(path, source, trust_remote_code=trust_remote_code)
+    model, config = load.read_model(path, source, trust_remote_code=trust_remote_code)
+    if packing.quantises:
+        check_quantisable(model, config, packing.group_size, packing.groups)
+    check_target(output, _expected_bytes(model, packing))
+    with partial_folder(output) as partial:
+        with load.one_line(source, "cannot be converted", "take other settings"), writing(output):
+            _write(path, partial, packing, trust_remote_code)
+            _tidy(path, partial, source, packing)
+        written, _ = load.read_model(partial, source, trust_remote_code=trust_remote_code)
+        difference, tokens = _difference(path, partial, trust_remote_code)
+        if not packing.quantises:
+            _refuse_other_model(source, difference, number_type(model), number_type(written))
+        return ConvertReport(
+            source=source,
+            output=output,
+            bytes_before=weight_bytes(path),
+            bytes_after=weight_bytes(partial),
+            bits_per_weight=_bits_per_weight(partial),
+            mean_difference=difference,
+            tokens=tokens,
+            notes=_notes(model, written, packing, difference),
+        )
+
+
+def _expected_bytes(model: nn.Module, packing: Packing) -> int:
+    bits = RECIPE_BITS if packing.recipe else packing.bits
+    return expected_bytes(model, bits, packing.group_size, packing.dtype)
+
+
+def _write(path: Path, partial: Path, packing: Packing, trust_remote_code: bool) -> None:
+    with contextlib.redirect_stdout(io.StringIO()):  # mlx-lm prints its progress
+        mlx_convert(
+            str(path),
+            str(partial),
+            quantize=packing.quantises,
+            q_group_size=packing.group_size,
+            q_bits=packing.bits,
+            q_mode=packing.mode,
+            dtype=packing.dtype,
+            quant_predicate=packing.recipe,
+            trust_remote_code=trust_remote_code,
+        )
+
+
+def _tidy(path: Path, partial: Path, source: str, packing: Packing) -> None:
+    """Say in the folder what it holds and under which licence, and nothing of this machine."""
+    read = read_json(partial / CONFIG, CONFIG)
+    config = read | unread_rope(read, source)
+    if packing.dtype is not None:
+        # mlx-lm casts by `torch_dtype` when it converts again.
+        for entries in (config, config.get("text_config") or {}):
+            for key in entries.keys() & {"torch_dtype", "dtype"}:
+                entries[key] = packing.dtype
+    _write_text(partial / CONFIG, json.dumps(config, indent=4))
+    known = inherited(card_of(path)) | ({"base_model": source} if is_hub_id(source) else {})
+    data = ModelCardData(library_name="mlx", pipeline_tag="text-generation", tags=["mlx"], **known)
+    _write_text(partial / CARD, f"---\n{data.to_yaml()}\n---\n")
+    copy_licences(path, partial)
+
+
+def _write_text(file: Path, text: str) -> None:
+    file.write_text(text, encoding="utf-8")
+
+
+def _difference(path: Path, partial: Path, trust_remote_code: bool) -> tuple[float, int]:
+    """Mean difference of log-probabilities, and over how many; one model is held at a time."""
+    base = load.load_base(str(path), trust_remote_code=trust_remote_code)
+    ids = sample_ids(base)
+    before = token_logps(base.model, ids)
+    mx.eval(before)  # the source is about to be freed
+    del base
+    base = load.load_base(str(partial), trust_remote_code=trust_remote_code)
+    after = token_logps(base.model, ids)
+    return mean_difference(before, after), after.size
+
+
+def _refuse_other_model(source: str, difference: float, stored: str, written: str) -> None:
+    """Raise if a model that was not quantised is further from its source than rounding explains."""
+    allowed = tolerance(stored, written)
+    if difference > allowed:
+        raise ModelError(
+            f"{source}: the converted model is another one (its log-probabilities differ by "
+            f"{difference:.2g} nats a token, and {stored} to {written} explains {allowed:.2g}); "
+            "nothing was kept"
+        )
+
+
+def _bits_per_weight(folder: Path) -> float:
+    sizes = read_json(folder / INDEX, INDEX)["metadata"]
+    return 8 * sizes["total_size"] / sizes["total_parameters"]
+
+
+def _notes(
+    before: nn.Module, after: nn.Module, packing: Packing, difference: float
+) -> tuple[str, ...]:
+    if packing.quantises:
+        left = left_note(after, len(quantisable(before)), packing.group_size)
+        far = f"{difference:.2g} nats per token is a lot: take more bits or smaller groups"
+        return (*left, far) if difference > LARGE else left
+    stored, written = number_type(before), number_type(after)
+    if packing.dtype is None and stored != written:
+        return (f"{stored} weights written in {written}, which `{CONFIG}` names as theirs",)
+    return ()

@@ -1,0 +1,177 @@
+"""A fused model on disk: in MLX's layout, or as the Hugging Face checkpoint that it came from."""
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.utils import save_config, save_model
+
+from mlx_dpo.adapters.attach import adapted_modules, way_of
+from mlx_dpo.adapters.hf_checkpoint import Checkpoint
+from mlx_dpo.adapters.hf_names import (
+    ALIKE,
+    TRANSPOSED,
+    find_counterparts,
+    refuse_other_weights,
+    tensor_name,
+)
+from mlx_dpo.adapters.merge import fused_weight
+from mlx_dpo.adapters.targets import is_tied
+from mlx_dpo.errors import ConfigError, ModelError, reason
+from mlx_dpo.io import Arrays, flat, read_arrays, write_arrays
+from mlx_dpo.models.files import CONFIG, INDEX, TOKENIZER_FILES, weight_files
+from mlx_dpo.models.license import TEXTS
+
+BESIDE = (*TOKENIZER_FILES, "generation_config.json", "*.py", *TEXTS)
+TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def write_mlx(folder: Path, model: nn.Module, entries: Mapping[str, Any], source: Path) -> None:
+    """A plain model with its configuration; what else a model needs comes from `source`."""
+    folder.mkdir()
+    save_model(folder, model)
+    save_config(dict(entries), folder / CONFIG)
+    _copy(source, folder, BESIDE)
+
+
+def write_hf(folder: Path, changed: Arrays, checkpoint: Checkpoint) -> None:
+    """The checkpoint with other values for the tensors of these names; each in its own type.
+
+    One of its files is held at a time, and `changed` is emptied on the way.
+    """
+    assert checkpoint.folder is not None
+    folder.mkdir()
+    for file in weight_files(checkpoint.folder):
+        arrays, metadata = read_arrays(file)
+        for name in arrays.keys() & changed.keys():
+            arrays[name] = changed.pop(name).astype(arrays[name].dtype)
+        mx.eval(arrays)
+        write_arrays(folder / file.name, arrays, metadata)
+    _copy(checkpoint.folder, folder, (CONFIG, INDEX, *BESIDE))
+
+
+def changed_tensors(model: nn.Module, entries: Mapping[str, Any], checkpoint: Checkpoint) -> Arrays:
+    """What training makes of the tensors of the checkpoint, in float32 and by name.
+
+    Raises:
+        ModelError: a layer has no counterpart in the checkpoint, or its weights are not here.
+    """
+    kind = str(entries.get("model_type"))
+    if checkpoint.folder is None:
+        raise ModelError(f"{checkpoint.name}: its weights are needed here; name a folder")
+    if way_of(model) == "full":
+        return _trained(model, kind, checkpoint)
+    found = find_counterparts(model, entries, checkpoint, whole=True)
+    refuse_other_weights(model, found, checkpoint)
+    there, changed = checkpoint.tensors(), {}
+    for path, adapted in adapted_modules(model).items():
+        whole = fused_weight(adapted, found.take(path, there))
+        changed[found.tensors[path]] = mx.contiguous(whole.T) if path in found.turned else whole
+    return _with_head(changed, model, checkpoint)
+
+
+def _trained(model: nn.Module, kind: str, checkpoint: Checkpoint) -> Arrays:
+    if kind not in ALIKE - TRANSPOSED or checkpoint.is_packed:
+        raise ModelError(
+            f"{checkpoint.name}: layers of `{kind}` are not known to lie in it as here"
+        )
+    changed = {tensor_name(name, kind): value for name, value in flat(model.parameters()).items()}
+    for name, value in changed.items():
+        if checkpoint.shapes.get(name) != value.shape:
+            raise ModelError(f"{checkpoint.name}: it has no `{name}` of the shape {value.shape}")
+    return _with_head(changed, model, checkpoint)
+
+
+def _with_head(changed: Arrays, model: nn.Module, checkpoint: Checkpoint) -> Arrays:
+    """A head that is the table of embeddings may be written out all the same."""
+    if HEAD in checkpoint.shapes and TABLE in changed and is_tied(model):
+        changed[HEAD] = changed[TABLE]
+    return changed
+
+
+def name_dtype(entries: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """A configuration that says in which number type its weights are, and of no packing."""
+    entries = json.loads(json.dumps(entries))
+    for packing in ("quantization", "quantization_config"):
+        entries.pop(packing, None)
+    for part in (entries, entries.get("text_config") or {}):
+        for key in part.keys() & {"torch_dtype", "dtype"}:
+            part[key] = dtype
+    return entries
+
+
+def _copy(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
+    for file in {file for pattern in patterns for file in source.glob(pattern)}:
+        place = target / file.relative_to(source)
+        place.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, place)
+
+
+CONVERTER = "convert_hf_to_gguf.py"
+
+
+def find_converter(given: str | None) -> Path:
+    """The converter that is given, or else the one that is found as a program.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    found = given or shutil.which(CONVERTER)
+    path = Path(found).expanduser() if found else None
+    if path is not None and path.is_dir():
+        path /= CONVERTER
+    if path is None or not path.is_file():
+        raise ConfigError(
+            f"`--gguf` needs llama.cpp's `{CONVERTER}` ({given or 'none found'}); it comes with "
+            "llama.cpp (`brew install llama.cpp`); name it with `--converter`"
+        )
+    if not os.access(path, os.X_OK):
+        raise ConfigError(f"{path}: is no program; allow it to run with `chmod +x`")
+    return path
+
+
+def check_file(output: Path) -> None:
+    """See that a file may be written, before work is done for it.
+
+    Raises:
+        ConfigError: it is there already, or its folder is not.
+    """
+    if output.exists():
+        raise ConfigError(f"{output}: is there already; take another name")
+    if not output.resolve().parent.is_dir():
+        raise ConfigError(f"{output}: there is no folder {output.parent}; make it first")
+
+
+def write_gguf(converter: Path, model: Path, output: Path) -> None:
+    """Convert the checkpoint in the folder `model`.
+
+    Raises:
+        ModelError: the converter refuses it, an architecture that it does not know for one.
+    """
+    partial = output.with_name(f".{output.name}.partial")
+    # By its own first line, for what it imports is in another environment than this one.
+    command = [str(converter.resolve()), str(model), "--outfile", str(partial)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode or not partial.is_file():
+            said = done.stderr.strip() or done.stdout.strip() or "it wrote nothing"
+            raise ModelError(_refused(output, converter, model, said.splitlines()[-1]))
+        partial.replace(output)
+    except OSError as error:
+        raise ModelError(_refused(output, converter, model, reason(error))) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _refused(output: Path, converter: Path, model: Path, said: str) -> str:
+    return (
+        f"{output}: {converter.name} cannot convert the model ({said[:200]}); the checkpoint is "
+        f"whole in {model}: see that the converter's own requirements are installed, and that it "
+        "knows the architecture and the tokenizer"
+    )

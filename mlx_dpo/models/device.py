@@ -1,0 +1,173 @@
+"""What the device wants: number types, and packed weights unpacked where that is faster.
+
+MLX's CPU backend multiplies quantised and 16-bit matrices in plain loops; float32 goes
+through BLAS. There a model is held in float32, with the same weights.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, Literal
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_map_with_path, tree_unflatten
+from mlx_lm.models.afm7 import FusedLinear, FusedQuantizedLinear
+from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+from mlx_dpo.io import flat
+from mlx_dpo.errors import ModelError
+
+
+DeviceKind = Literal["metal", "cuda", "cpu"]
+
+# The plain layer behind each packed one. Types are matched exactly: a subclass may compute
+# something else. Sizes do not matter, for the weight is put in afterwards.
+PLAIN: dict[type, Callable[[Any], nn.Module]] = {
+    nn.QuantizedLinear: lambda packed: nn.Linear(1, 1, bias=False),
+    nn.QuantizedEmbedding: lambda packed: nn.Embedding(1, 1),
+    QuantizedSwitchLinear: lambda packed: SwitchLinear(1, 1, 1, bias=False),
+    QuantizedMultiLinear: lambda packed: MultiLinear(1, 1, 1),
+    FusedQuantizedLinear: lambda packed: FusedLinear(1, packed.output_dims),
+}
+
+
+def device_kind() -> DeviceKind:
+    """What MLX computes on by default."""
+    if mx.default_device().type == mx.DeviceType.cpu:
+        return "cpu"
+    return "metal" if mx.metal.is_available() else "cuda"
+
+
+def on_cpu() -> bool:
+    """Whether MLX computes on the CPU."""
+    return device_kind() == "cpu"
+
+
+def dtype_name(dtype: mx.Dtype) -> str:
+    """`float32` for `mx.float32`."""
+    return str(dtype).removeprefix("mlx.core.")
+
+
+def number_type(model: nn.Module) -> str:
+    """The number type of most of a model's floating-point weights, by name."""
+    bits: Counter[str] = Counter()
+    for value in flat(model.parameters()).values():
+        if mx.issubdtype(value.dtype, mx.floating):
+            bits[dtype_name(value.dtype)] += value.nbytes
+    return max(bits, key=lambda name: bits[name])
+
+
+def cast(model: nn.Module, dtype: mx.Dtype) -> None:
+    """Cast the floating-point parameters to `dtype`, but for those the model wants kept."""
+    wanted = getattr(model, "cast_predicate", lambda name: True)
+
+    def convert(name: str, value: mx.array) -> mx.array:
+        floating = mx.issubdtype(value.dtype, mx.floating)
+        return value.astype(dtype) if floating and wanted(name) else value
+
+    model.update(tree_map_with_path(convert, model.parameters()))
+
+
+def hold_for_cpu(model: nn.Module, dtype: mx.Dtype = mx.float32) -> tuple[str, ...]:
+    """Unpack quantised layers and hold every weight in `dtype`; what was done, for the user.
+
+    In float32 the weights are those that were packed or rounded before, to the last bit.
+    Layers are unpacked one at a time, so that no second model is held.
+
+    Raises:
+        ModelError: a layer is packed in a way the CPU backend cannot unpack.
+    """
+    stored = _stored_dtypes(model)
+    bits = _unpack_all(model, dtype)
+    _cast_leaves(model, dtype)
+    held = dtype_name(dtype)
+    notes = []
+    if bits:
+        widths = " and ".join(str(width) for width in sorted(bits))
+        notes.append(
+            f"{widths}-bit weights held unpacked in {held}: "
+            "the CPU backend multiplies packed weights slowly"
+        )
+    if left := sum("scales" in module for module in model.modules()):
+        layers = "1 layer" if left == 1 else f"{left} layers"
+        notes.append(f"{layers} of an unusual kind left packed, which the CPU computes slowly")
+    if stored - {held}:
+        names = " and ".join(sorted(stored - {held}))
+        notes.append(f"{names} weights held in {held}")
+    return tuple(notes)
+
+
+def _stored_dtypes(model: nn.Module) -> set[str]:
+    """Number types of weights that are not packed (scales and biases of packed ones aside)."""
+    return {
+        dtype_name(value.dtype)
+        for module in model.modules()
+        if "scales" not in module
+        for value in module.values()
+        if isinstance(value, mx.array) and mx.issubdtype(value.dtype, mx.floating)
+    }
+
+
+def _unpack_all(model: nn.Module, dtype: mx.Dtype) -> Counter[int]:
+    """Replace packed layers one by one; how many there were of each width in bits."""
+    packed = [(name, m) for name, m in model.named_modules() if type(m) in PLAIN]
+    bits: Counter[int] = Counter()
+    while packed:  # popped, so that each packed weight is freed before the next is unpacked
+        name, module = packed.pop()
+        bits[module.bits] += 1
+        model.update_modules(tree_unflatten([(name, unpack(module, dtype, name))]))
+    return bits
+
+
+def unpack(packed: nn.Module, dtype: mx.Dtype = mx.float32, name: str = "layer") -> nn.Module:
+    """The plain layer with the weights of a quantised one.
+
+    Raises:
+        ModelError: the weights carry a global scale, which the CPU backend cannot read.
+    """
+    if packed.get("global_scale") is not None:
+        raise ModelError(
+            f"{name}: packed as nvfp4 with a global scale, which MLX reads on a GPU only; "
+            "take a model packed without one"
+        )
+    weight = float32_weight(packed)
+    plain = PLAIN[type(packed)](packed)
+    plain.weight = weight.astype(dtype)
+    if "bias" in packed:
+        plain.bias = packed["bias"].astype(dtype)
+    mx.eval(plain.parameters())
+    return plain
+
+
+def float32_weight(layer: nn.Module) -> mx.array:
+    """The weight of a layer, unpacked if it is packed."""
+    if "scales" not in layer:
+        weight: mx.array = layer["weight"]
+        return weight.astype(mx.float32)
+    # Scales are widened first: dequantised in 16 bits, every weight would be rounded once more.
+    biases = layer.get("biases")  # affine packing alone has them
+    return mx.dequantize(
+        layer["weight"],
+        _widened(layer["scales"]),
+        None if biases is None else _widened(biases),
+        group_size=layer.group_size,
+        bits=layer.bits,
+        mode=layer.mode,
+        dtype=mx.float32,
+    )
+
+
+def _widened(value: mx.array) -> mx.array:
+    """Scales in float32, unless they are bytes, as those of all but affine packing."""
+    floating = mx.issubdtype(value.dtype, mx.floating)
+    return value.astype(mx.float32) if floating else value
+
+
+def _cast_leaves(model: nn.Module, dtype: mx.Dtype) -> None:
+    """Cast one array at a time, so that each narrow one is freed before the next is widened."""
+    stored = flat(model.parameters())
+    while stored:
+        name, value = stored.popitem()
+        if mx.issubdtype(value.dtype, mx.floating) and value.dtype != dtype:
+            wide = value.astype(dtype)
+            mx.eval(wide)
+            model.update(tree_unflatten([(name, wide)]))

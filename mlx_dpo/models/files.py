@@ -1,0 +1,202 @@
+"""The files of a model: checked before anything is loaded, and told apart by their contents.
+
+Knows names and bytes; nothing of layers.
+"""
+
+import hashlib
+import json
+import pkgutil
+from collections.abc import Iterable
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+from mlx_dpo.errors import ModelError
+
+
+CONFIG = "config.json"
+WEIGHTS = "model*.safetensors"
+INDEX = "model.safetensors.index.json"
+CODE_REFUSED = (
+    "Python code that comes with the model is not run unasked; "
+    "read it, then allow it with `trust_remote_code`"
+)
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+# `hf_quant_config.json` holds ModelOpt's settings, `*.py` a model's own architecture.
+MODEL_FILES = (CONFIG, WEIGHTS, "hf_quant_config.json", "*.py")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "chat_template.*",
+    "additional_chat_templates/*.jinja",
+)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The weight files that mlx-lm reads, in the order of their names."""
+    return sorted(folder.glob(WEIGHTS))
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes on disk of the weight files."""
+    return sum(file.stat().st_size for file in weight_files(folder))
+
+
+def fingerprint(base_path: Path) -> str:
+    """SHA-256 over the names and whole contents of a model's weights and configuration, in hex."""
+    return _digest(base_path, MODEL_FILES)
+
+
+def tokenizer_fingerprint(path: Path) -> str:
+    """SHA-256 over the names and contents of the tokenizer's files and templates, in hex."""
+    return _digest(path, TOKENIZER_FILES)
+
+
+def code_fingerprint(path: Path) -> str:
+    """SHA-256 over the names and contents of Python code that comes with a model, in hex."""
+    return _digest(path, ("*.py",))
+
+
+def _digest(folder: Path, patterns: Iterable[str]) -> str:
+    found = {file for pattern in patterns for file in folder.glob(pattern)}
+    digest = hashlib.sha256()
+    for file in sorted(found):
+        with file.open("rb") as stream:
+            content = hashlib.file_digest(stream, "sha256").hexdigest()
+        digest.update(json.dumps([file.relative_to(folder).as_posix(), content]).encode())
+    return digest.hexdigest()
+
+
+def check_files(folder: Path, source: str, *, trust_remote_code: bool) -> dict[str, Any]:
+    """The contents of `config.json`, once the folder is seen to hold a model that can be read.
+
+    Raises:
+        ModelError: the folder holds adapters, pickles or nothing; a file is missing or broken;
+            the model type is unknown to mlx-lm, or is Python code that nobody allowed to run.
+    """
+    config = check_config(folder, source, trust_remote_code=trust_remote_code)
+    _check_weights(folder, source)
+    check_tokenizer(folder, source)
+    return config
+
+
+def check_config(folder: Path, source: str, *, trust_remote_code: bool) -> dict[str, Any]:
+    """The contents of `config.json`, once it is seen to be of a model that mlx-lm can build.
+
+    Raises:
+        ModelError: as `check_files`, but for weights and tokenizer.
+    """
+    config = _read_config(folder, source)
+    _check_code(config, source, trust_remote_code)
+    return config
+
+
+def check_tokenizer(folder: Path, source: str) -> None:
+    """Refuse a folder without any file of a tokenizer.
+
+    Raises:
+        ModelError: there is none.
+    """
+    if not any(any(folder.glob(name)) for name in TOKENIZER_FILES):
+        raise ModelError(
+            f"{source}: no tokenizer (`tokenizer.json` is missing); copy the tokenizer's files "
+            "of the original model into the folder"
+        )
+
+
+def _read_config(folder: Path, source: str) -> dict[str, Any]:
+    if not (folder / CONFIG).is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise ModelError(_adapters_not_model(folder, source))
+        raise ModelError(f"{source}: not a model (no `{CONFIG}`); name the folder that holds it")
+    config = read_json(folder / CONFIG, f"{source}/{CONFIG}")
+    if not isinstance(config.get("model_type"), str):
+        raise ModelError(f"{source}/{CONFIG}: no `model_type`; mlx-lm cannot tell what to build")
+    return config
+
+
+def _adapters_not_model(folder: Path, source: str) -> str:
+    entries = read_json(folder / "adapter_config.json", f"{source}/adapter_config.json")
+    base = entries.get("base_model_name_or_path") or entries.get("model")
+    named = f" (`{base}`)" if isinstance(base, str) else ""
+    return (
+        f"{source}: adapters, not a model; name the model they were trained on{named}, "
+        "or, if this is a run folder, give it without --model"
+    )
+
+
+def read_json(file: Path, where: str) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+        ModelError: the file is not JSON, or holds no object.
+    """
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # of JSON and of UTF-8 alike
+        raise ModelError(f"{where}: not JSON ({error}); copy the file again") from error
+    if not isinstance(entries, dict):
+        raise ModelError(f"{where}: not a JSON object (found {type(entries).__name__})")
+    return entries
+
+
+def _check_code(config: dict[str, Any], source: str, trust_remote_code: bool) -> None:
+    if (code := config.get("model_file")) is not None:
+        if not trust_remote_code:
+            raise ModelError(f"{source}: `{code}`: {CODE_REFUSED}")
+        return
+    known = known_model_types()
+    if (kind := config["model_type"]) not in known:
+        near = get_close_matches(kind, sorted(known), n=3)
+        hint = f"; near names it knows: {', '.join(f'`{name}`' for name in near)}" if near else ""
+        raise ModelError(
+            f"{source}/{CONFIG}: mlx-lm has no model type `{kind}`{hint or '; update mlx-lm'}"
+        )
+
+
+def known_model_types() -> set[str]:
+    """Every `model_type` that mlx-lm can build."""
+    from mlx_lm import models, utils
+
+    return {module.name for module in pkgutil.iter_modules(models.__path__)} | set(
+        utils.MODEL_REMAPPING
+    )
+
+
+def _check_weights(folder: Path, source: str) -> None:
+    if weight_files(folder):
+        _check_shards(folder, source)
+        return
+    files = [file.name for file in folder.iterdir()]
+    if pickles := [file.name for pattern in PICKLES for file in folder.glob(pattern)]:
+        raise ModelError(
+            f"{source}: weights are pickled (`{min(pickles)}`), and pickles are never read, for "
+            "they run code; take the model's safetensors, or save it as such with transformers"
+        )
+    if gguf := [name for name in files if name.endswith(".gguf")]:
+        raise ModelError(
+            f"{source}: weights are GGUF (`{min(gguf)}`), which cannot be trained; "
+            "take the model's safetensors"
+        )
+    other = sorted(name for name in files if name.endswith(".safetensors"))
+    found = f" (found `{other[0]}`)" if other else ""
+    raise ModelError(f"{source}: no weights: no file is named `{WEIGHTS}`{found}")
+
+
+def _check_shards(folder: Path, source: str) -> None:
+    if not (folder / INDEX).is_file():
+        return
+    index = read_json(folder / INDEX, f"{source}/{INDEX}").get("weight_map")
+    shards = set(index.values()) if isinstance(index, dict) else set()
+    missing = sorted(str(name) for name in shards if not (folder / str(name)).is_file())
+    if missing:
+        raise ModelError(
+            f"{source}: {len(missing)} of {len(shards)} weight files are missing "
+            f"(`{missing[0]}`); download the model again"
+        )

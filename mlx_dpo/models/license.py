@@ -1,0 +1,36 @@
+"""What a model's licence asks of what is made from the model: that its name and its text go along.
+
+Cards are written by anybody; what cannot be read as one says nothing.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+from huggingface_hub import ModelCard
+from yaml import YAMLError
+
+
+CARD = "README.md"
+TEXTS = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+INHERITED = ("license", "license_name", "license_link", "language")
+
+
+def card_of(folder: Path) -> dict[str, Any]:
+    """The metadata of the card in a folder; nothing where there is none."""
+    try:
+        return dict(ModelCard.load(folder / CARD, ignore_metadata_errors=True).data.to_dict())
+    except (OSError, ValueError, TypeError, YAMLError):
+        return {}
+
+
+def inherited(card: dict[str, Any]) -> dict[str, Any]:
+    """What of a model's card holds for what is made from the model."""
+    return {name: card[name] for name in INHERITED if card.get(name)}
+
+
+def copy_licences(source: Path, target: Path) -> None:
+    """Put the texts of a model's licence beside what was made from it."""
+    for pattern in TEXTS:
+        for file in source.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, target / file.name)

@@ -1,0 +1,158 @@
+"""A frozen base: what the user named → a model, its tokenizer and its facts, checked first.
+
+Everything goes through mlx-lm's loaders. Knows nothing of adapters or pairs.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm import utils as mlx_lm
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_dpo.errors import ConfigError, ModelError
+from mlx_dpo.models.device import cast, hold_for_cpu, on_cpu
+from mlx_dpo.models.files import CODE_REFUSED, check_files, fingerprint, tokenizer_fingerprint
+from mlx_dpo.models.quantize import quantise
+from mlx_dpo.models.rope import rope_notes, unread_rope
+from mlx_dpo.models.download import locate
+
+
+__all__ = ["Base", "fingerprint", "load_base", "locate", "tokenizer_fingerprint"]
+
+# What mlx-lm and MLX raise for files that do not fit: wrong tensors, values, keys or bytes.
+UNFIT = (ValueError, RuntimeError, TypeError, KeyError, OSError)
+
+NO_FAST_TOKENIZER = (
+    "there is no `tokenizer.json`; copy it from the original model, "
+    "or install `sentencepiece` and `tiktoken` to make do without"
+)
+
+
+# Rows are held against the model's context; transformers would warn of every long text.
+UNLIMITED = 10**9
+
+
+@dataclass(frozen=True)
+class Base:
+    """A model as it was found: frozen, in evaluation mode, in the number type of the device."""
+
+    model: nn.Module
+    tokenizer: TokenizerWrapper
+    config: dict[str, Any]
+    path: Path  # the local folder
+    source: str  # as the user named it
+    vocab_size: int  # rows of the embedding; ids at or above it must not reach the model
+    notes: tuple[str, ...]  # what was done to the weights, for the device or on request
+
+
+def load_base(
+    source: str,
+    *,
+    revision: str | None = None,
+    bits: int | None = None,
+    group_size: int | None = None,
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+) -> Base:
+    """The model that `source` names, ready to be scored or adapted.
+
+    `bits` quantises it, `dtype` casts it; on the CPU backend weights are then held unpacked,
+    in float32 unless `dtype` says otherwise.
+
+    Raises:
+        ModelError: the model cannot be found or read, or is not what its files say.
+        ConfigError: a setting contradicts the model, or has no effect on it.
+    """
+    if group_size is not None and bits is None:
+        raise ConfigError("`group_size` has no effect without `bits`; the model is not quantised")
+    path = locate(source, revision=revision, trust_remote_code=trust_remote_code)
+    entries = check_files(path, source, trust_remote_code=trust_remote_code)
+    notes = rope_notes(entries, source)
+    tokenizer = read_tokenizer(path, source, trust_remote_code=trust_remote_code)
+    model, config = read_model(path, source, trust_remote_code=trust_remote_code)
+    with one_line(source):
+        if dtype is not None:
+            cast(model, getattr(mx, dtype))
+            notes += (f"weights cast to {dtype}, as asked",)
+        if bits is not None:
+            config, left = quantise(model, config, bits, group_size)
+            notes += (f"weights quantised to {bits} bits, as asked", *left)
+        if on_cpu():
+            notes += hold_for_cpu(model, getattr(mx, dtype or "float32"))
+        mx.eval(model.parameters())
+    model.freeze()
+    model.eval()
+    vocab_size = embedding_rows(model, config)
+    return Base(model, tokenizer, config, path, source, vocab_size, notes)
+
+
+def read_model(
+    path: Path, source: str, *, trust_remote_code: bool
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The model of a checked folder and its configuration; weights stay on disk until used.
+
+    Raises:
+        ModelError: weights and configuration do not fit each other, or cannot be read.
+    """
+    with one_line(source):
+        model, config = mlx_lm.load_model(
+            path,
+            lazy=True,
+            model_config=unread_rope(mlx_lm.load_config(path), source),
+            trust_remote_code=trust_remote_code,
+        )
+    return model, config
+
+
+def read_tokenizer(path: Path, source: str, *, trust_remote_code: bool) -> TokenizerWrapper:
+    """The tokenizer of a checked folder, with the stop tokens that its configuration names.
+
+    Raises:
+        ModelError: its files cannot be read, or are Python code that nobody allowed to run.
+    """
+    where = f"{source}: tokenizer"
+    with one_line(where):
+        try:
+            return mlx_lm.load_tokenizer(
+                path,
+                {"trust_remote_code": trust_remote_code, "model_max_length": UNLIMITED},
+                eos_token_ids=mlx_lm.load_config(path).get("eos_token_id"),
+            )
+        except ValueError as error:
+            if "sentencepiece" in str(error):
+                raise ModelError(f"{where}: {NO_FAST_TOKENIZER}") from error
+            if trust_remote_code or "trust_remote_code" not in str(error):
+                raise
+            raise ModelError(f"{where}: {CODE_REFUSED}") from error
+
+
+@contextmanager
+def one_line(
+    where: str, what: str = "cannot be read", advice: str = "get its files again"
+) -> Iterator[None]:
+    """Turn what mlx-lm raises over a user's files into one line."""
+    try:
+        yield
+    except UNFIT as error:
+        said = " ".join(str(error).split())[:200] or type(error).__name__
+        if isinstance(error, KeyError):
+            said = f"no entry {said}"
+        if isinstance(error, RuntimeError) and "malloc" in said:
+            advice = "it does not fit into memory: take a smaller model, or fewer `bits`"
+        raise ModelError(f"{where}: {what} ({said}); {advice}") from error
+
+
+def embedding_rows(model: nn.Module, config: dict[str, Any]) -> int:
+    """Rows of the token embedding.
+
+    A model may hold other tables (positions, n-grams): the token embedding is the smallest
+    with room for the configured vocabulary.
+    """
+    text = config.get("text_config") or {}
+    vocab = config.get("vocab_size") or text.get("vocab_size") or 0
+    tables = (nn.Embedding, nn.QuantizedEmbedding)
+    rows = [m.weight.shape[0] for m in model.modules() if isinstance(m, tables)]
+    return min((n for n in rows if n >= vocab), default=vocab) if vocab else max(rows, default=0)

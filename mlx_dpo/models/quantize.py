@@ -1,0 +1,164 @@
+"""Quantising: which layers of a model can be, which were left, and what it makes of the size."""
+
+import io
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from typing import Any
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm import utils as mlx_lm
+from mlx_dpo.io import flat
+from mlx_dpo.errors import ConfigError
+from dataclasses import dataclass
+from mlx_lm.convert import QUANT_RECIPES
+from mlx_dpo.config.model import BITS, DTYPES, MODES
+
+
+AFFINE_GROUPS = (32, 64, 128)  # what MLX has for plain scales and biases
+AFFINE_GROUP = 64  # the default
+
+
+def quantise(
+    model: nn.Module, config: dict[str, Any], bits: int, group_size: int | None
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Quantise `model` in place; its new configuration, and a note on layers left as they were.
+
+    Raises:
+        ConfigError: the model is quantised already, or the groups fit none of its layers.
+    """
+    group_size = group_size or AFFINE_GROUP
+    check_quantisable(model, config, group_size, AFFINE_GROUPS)
+    layers = len(quantisable(model))
+    with redirect_stdout(io.StringIO()):  # mlx-lm prints its progress
+        model, config = mlx_lm.quantize_model(model, config, group_size, bits)
+    return config, left_note(model, layers, group_size)
+
+
+def quantisable(model: nn.Module) -> dict[str, int]:
+    """The layers that could be quantised and are not: their names and widths."""
+    modules = model.named_modules()
+    return {name: m.weight.shape[-1] for name, m in modules if hasattr(m, "to_quantized")}
+
+
+def left_note(model: nn.Module, layers: int, group_size: int) -> tuple[str, ...]:
+    """What to say of layers that quantising `model`, which had `layers`, left as they were."""
+    widths = quantisable(model).values()
+    unfit = sum(width % group_size != 0 for width in widths)
+    notes = []
+    if unfit:
+        notes.append(
+            f"{unfit} of {layers} layers left unquantised: "
+            f"their width is no multiple of {group_size}"
+        )
+    if kept := len(widths) - unfit:
+        notes.append(f"{kept} of {layers} layers left unquantised, as the model's own rule says")
+    return tuple(notes)
+
+
+def check_quantisable(
+    model: nn.Module, config: dict[str, Any], group_size: int, groups: Sequence[int]
+) -> None:
+    """Refuse to quantise twice, and groups that MLX does not have or that fit no layer.
+
+    Raises:
+        ConfigError: one of these.
+    """
+    if config.get("quantization") or config.get("quantization_config"):
+        raise ConfigError("`bits` has no effect: the model is quantised already; leave it out")
+    if group_size not in groups:
+        allowed = ", ".join(map(str, groups))
+        raise ConfigError(f"`group_size` must be one of {allowed}, got {group_size}")
+    widths = sorted(set(quantisable(model).values()))
+    if not any(width % group_size == 0 for width in widths):
+        found = ", ".join(map(str, widths)) or "none"
+        raise ConfigError(
+            f"`group_size` {group_size} fits no layer of this model (widths: {found}); "
+            "take a smaller one"
+        )
+
+
+def expected_bytes(model: nn.Module, bits: int | None, group_size: int, dtype: str | None) -> int:
+    """About how large the weights of `model` will be on disk."""
+    fits = {f"{name}.weight" for name, w in quantisable(model).items() if w % group_size == 0}
+    plain = getattr(mx, dtype).size if dtype else None
+    total = 0.0
+    for name, value in flat(model.parameters()).items():
+        if bits is not None and name in fits:
+            total += value.size * (bits + 64 / group_size) / 8  # a scale and a bias per group
+        else:
+            floating = mx.issubdtype(value.dtype, mx.floating)
+            total += value.size * (plain if plain and floating else value.dtype.size)
+    return int(total)
+
+
+RECIPES = tuple(QUANT_RECIPES)
+FIXED = {"mxfp4": (32, 4), "nvfp4": (16, 4), "mxfp8": (32, 8)}  # mode: group size and bits
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Settings that agree with each other."""
+
+    bits: int | None  # None: not quantised, or as the recipe says
+    group_size: int
+    mode: str
+    recipe: str | None
+    dtype: str | None  # None: as mlx-lm decides
+
+    @property
+    def quantises(self) -> bool:
+        """Whether any layer is to be quantised."""
+        return self.bits is not None or self.recipe is not None
+
+    @property
+    def groups(self) -> tuple[int, ...]:
+        """The group sizes that the mode has."""
+        return (self.group_size,) if self.mode in FIXED else AFFINE_GROUPS
+
+
+def packing_of(
+    bits: int | None,
+    group_size: int | None,
+    mode: str = "affine",
+    recipe: str | None = None,
+    dtype: str | None = None,
+) -> Packing:
+    """The settings as one value.
+
+    Raises:
+        ConfigError: one is unknown or without effect, or two contradict each other.
+    """
+    for name, value, known in (
+        ("bits", bits, BITS),
+        ("mode", mode, MODES),
+        ("recipe", recipe, RECIPES),
+        ("dtype", dtype, DTYPES),
+    ):
+        if value is not None and value not in known:
+            allowed = ", ".join(map(str, known))
+            raise ConfigError(f"`{name}` must be one of {allowed}, got {value!r}")
+    if recipe is not None:
+        _check_recipe(recipe, bits, mode)
+    if mode in FIXED:
+        return _fixed(mode, bits, group_size, dtype)
+    if group_size is not None and bits is None and recipe is None:
+        raise ConfigError(
+            "`group_size` has no effect without `bits` or `recipe`; the model is not quantised"
+        )
+    return Packing(bits, group_size or AFFINE_GROUP, mode, recipe, dtype)
+
+
+def _check_recipe(recipe: str, bits: int | None, mode: str) -> None:
+    if bits is not None:
+        raise ConfigError(f"`bits` has no effect with `recipe`: `{recipe}` names its own")
+    if mode != "affine":
+        raise ConfigError(f"`recipe` needs the mode `affine`, got `{mode}`; leave one of them out")
+
+
+def _fixed(mode: str, bits: int | None, group_size: int | None, dtype: str | None) -> Packing:
+    """The only packing that `mode` has; it quantises whether or not `bits` is given."""
+    only_group, only_bits = FIXED[mode]
+    for name, value, only in (("bits", bits, only_bits), ("group_size", group_size, only_group)):
+        if value is not None and value != only:
+            raise ConfigError(f"`{name}` is {only} with the mode `{mode}`, got {value}")
+    return Packing(only_bits, only_group, mode, None, dtype)

@@ -1,0 +1,286 @@
+"""What a run is going to need, as it is said before anything large is loaded."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_dpo.config.dpo_config import DPOConfig
+from mlx_dpo.data.batching import epoch_passes, largest_pass, whole_rows
+from mlx_dpo.data.dataset import longest_pairs, row_lengths, sketches
+from mlx_dpo.errors import ModelError
+from mlx_dpo.generation.generate import context_length
+from mlx_dpo.models.empty_weights import outline
+from mlx_dpo.models.load import Base
+from mlx_dpo.profiling import memory
+from mlx_dpo.profiling.flops import Tokens, seen_keys, work_of
+from mlx_dpo.profiling.layer_subset import NotCutError, only, sample
+from mlx_dpo.profiling.memory import Room, room_here, room_of_mac
+from mlx_dpo.profiling.profile import (
+    PassCost,
+    Sized,
+    growth,
+    largest,
+    rehearse_reference,
+    shortened,
+)
+from mlx_dpo.runs.auto_batch_size import Fitted, fit, longest_pass, rehearsed
+from mlx_dpo.runs.build import (
+    as_reference,
+    attach_adapters,
+    choose_scorer,
+    forward_limit,
+    forward_only,
+    remembered,
+)
+from mlx_dpo.runs.inputs import CountingRows, Inputs, read_base, read_inputs, unheard
+from mlx_dpo.scoring.kernels.gated_delta import fused_gated_delta
+from mlx_dpo.scoring.select_scorer import Choice
+from mlx_dpo.types import TokenizedPair
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of the longer row of a pair."""
+
+    median: int
+    most: int  # nine in ten have no more
+    longest: int
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Memory of a training step, in bytes; they add up to it."""
+
+    weights: int
+    adapters: int  # with gradient and moments
+    activations: int  # what the blocks keep
+    head: int  # logits, and what does not grow with the blocks
+
+
+@dataclass(frozen=True)
+class Most:
+    """What fits into the memory there is."""
+
+    pairs: int  # as long as the longest, in one pass
+    tokens: int  # of a pair that is alone
+    context: bool  # as many as the model places
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One pass over the training pairs."""
+
+    steps: int
+    passes: int
+    tokens: int  # through the blocks
+    whole_rows: int  # tokens that whole rows would need
+    rows: int  # through the head
+    operations: int
+    seconds: float
+    reference_operations: int  # the same pairs, and those held out
+    reference_seconds: float
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """All of it."""
+
+    inputs: Inputs
+    choice: Choice
+    fitted: Fitted
+    lengths: Lengths
+    parameters: int
+    parts: Parts
+    reference: int  # bytes at the peak of the reference pass
+    without: Most  # without recomputation
+    recomputed: Most
+    epoch: Epoch
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; bytes, tokens, operations and seconds."""
+        fitted = self.fitted
+        return {
+            "model": self.inputs.base.source,
+            "parameters": self.parameters,
+            "pairs": len(self.inputs.train),
+            "held_out": len(self.inputs.valid),
+            "lengths": asdict(self.lengths),
+            "scorer": self.choice.name,
+            "memory": {
+                **asdict(self.parts),
+                "training": fitted.bytes,
+                "reference": self.reference,
+                "available": fitted.room.bytes,
+                "available_is": fitted.room.what,
+            },
+            "most": {"stored": asdict(self.without), "recomputed": asdict(self.recomputed)},
+            "chosen": {**fitted.settled(), "fits": fitted.fits},
+            "epoch": asdict(self.epoch),
+        }
+
+
+Pairs = Sequence[TokenizedPair]
+SHORT = 0.5  # of the longest pair: the second point of the curves
+MOST_PAIRS = 1024
+MOST_TOKENS = 2**20  # where a model does not say how many it places
+
+
+def forecast(
+    config: DPOConfig, *, mac: str | None = None, rows: CountingRows = unheard
+) -> Forecast:
+    """Rehearse a run of these settings; `mac` is the memory of a Mac to plan for.
+
+    Many `rows` are counted as they become tokens.
+
+    Raises:
+        ConfigError, DataError, ModelError: as a run would.
+    """
+    room = room_here() if mac is None else room_of_mac(mac)
+    inputs = read_inputs(config, read=partial(read_base, load=outline), counting=rows)
+    with fused_gated_delta(inputs.base.model):
+        attach_adapters(inputs.base, config)
+        choice = _choose(inputs.base, config)
+        return _Rehearsals(inputs, config, choice, room).forecast()
+
+
+def _choose(base: Base, config: DPOConfig) -> Choice:
+    """The scorer, found on a few blocks; on all of them if the model does not run on those."""
+    try:
+        with only(base.model, sample(base.model).large):
+            mx.eval(base.model.parameters())
+            return choose_scorer(base, config)
+    except (NotCutError, ModelError):
+        mx.eval(base.model.parameters())
+        return choose_scorer(base, config)
+
+
+class _Rehearsals:
+    """The rehearsals that a forecast is made of: a long pass and a short one, both ways."""
+
+    def __init__(self, inputs: Inputs, config: DPOConfig, choice: Choice, room: Room) -> None:
+        self.inputs, self.choice, self.room = inputs, choice, room
+        self.base, self.model = inputs.base, inputs.base.model
+        self.fitted = fit(self.base, config, choice, inputs.train, room=room, measure=True)
+        self.config = self.fitted.config
+        self.state = remembered(self.model, config)
+        self.longest = longest_pass(self.config, choice, inputs.train)
+        self.short = shortened(self.longest[:1], SHORT)
+
+    def forecast(self) -> Forecast:
+        """Everything."""
+        curves = {again: self._curve(recompute=again) for again in (False, True)}
+        chosen = curves[bool(self.config.recompute)]
+        reference, asked = self._reference()
+        return Forecast(
+            inputs=self.inputs,
+            choice=self.choice,
+            fitted=self.fitted,
+            lengths=_lengths(self.inputs.train),
+            parameters=memory.base_parameters(self.model),
+            parts=self._parts(chosen[0].cost),
+            reference=memory.parameter_bytes(self.model) + reference.bytes,
+            without=self._most(*curves[False]),
+            recomputed=self._most(*curves[True]),
+            epoch=self._epoch(*chosen, reference, asked),
+        )
+
+    def _curve(self, *, recompute: bool) -> tuple[Sized, Sized]:
+        settings = replace(self.config, recompute=recompute)
+        known = self.fitted.cost if recompute == self.config.recompute else None
+        long = known or rehearsed(self.base, settings, self.choice, self.longest)
+        short = rehearsed(self.base, settings, self.choice, self.short)
+        return self._sized(long, self.longest), self._sized(short, self.short)
+
+    def _sized(self, cost: PassCost, pairs: Pairs) -> Sized:
+        return Sized(cost, len(pairs), self._trunk([pairs]) / len(pairs))
+
+    def _reference(self) -> tuple[PassCost, Pairs]:
+        """What the largest pass without gradients costs, and the pairs in it."""
+        limit, score = forward_limit(self.config, self.choice), self._score
+        longest = longest_pairs(MOST_PAIRS, self.inputs.train, self.inputs.valid)
+        asked = largest_pass(longest, limit, cost=self.choice.cost)
+        return rehearse_reference(self.model, asked, score, memory=room_here().bytes), asked
+
+    def _score(self, pairs: Pairs) -> object:
+        with as_reference(self.model, self.config):
+            return forward_only(self.config, self.choice)(self.model, pairs)
+
+    def _parts(self, cost: PassCost) -> Parts:
+        trained = memory.trainable_bytes(self.model)
+        weights = memory.parameter_bytes(self.model) - trained
+        adapters = memory.COPIES_IN_TRAINING * trained + self.state
+        rest = max(0, self.fitted.bytes - weights - adapters)
+        head = min(rest, max(0, int(cost.outside.bytes)))
+        return Parts(weights, adapters, rest - head, head)
+
+    def _most(self, long: Sized, short: Sized) -> Most:
+        curve = growth(long, short)
+        free = self.room.bytes - memory.held_in_training(self.model, self.state)
+        row = len(self.longest[0]) / long.tokens  # of a pair's tokens, those of its longer row
+        context = context_length(self.base.config) or MOST_TOKENS
+        tokens = largest(lambda n: curve.bytes(1, n / row) <= free, most=context)
+        pairs = largest(lambda n: curve.bytes(n, long.tokens) <= free, most=MOST_PAIRS)
+        return Most(pairs, tokens, tokens == context)
+
+    def _epoch(self, long: Sized, short: Sized, reference: PassCost, asked: Pairs) -> Epoch:
+        config, train, valid = self.config, self.inputs.train, self.inputs.valid
+        passes = partial(
+            epoch_passes, train, config.pass_limit, batch_size=config.batch_size, seed=config.seed
+        )
+        found = passes(cost=self.choice.cost)
+        work = work_of(self.model, self.base.config, vocab_size=self.base.vocab_size)
+        training = partial(work.training, recompute=bool(config.recompute))
+        scoring = partial(work.forward, adapted=False)
+        tokens = self._tokens(sketches(train), found.tokens.total)
+        both = [pair for pairs in (train, valid) for pair in sketches(pairs)]
+        every = scoring(self._tokens(both, self._trunk([pair] for pair in both)))
+        every *= config.needs_reference
+        ahead = config.passes_ahead * work.forward(tokens, adapted=True)
+        a_second = scoring(self._tokens(asked, self._trunk([asked]))) / reference.seconds
+        points = [
+            (training(self._tokens(pairs, self._trunk([pairs]))), sized.cost.seconds)
+            for pairs, sized in ((self.short, short), (self.longest, long))
+        ]
+        return Epoch(
+            steps=found.steps,
+            passes=found.passes,
+            tokens=tokens.trunk,
+            whole_rows=passes(cost=whole_rows).tokens.total,
+            rows=tokens.head,
+            operations=training(tokens) + ahead,
+            seconds=along(points[0], points[1], passes=found.passes, operations=training(tokens))
+            + ahead / a_second,
+            reference_operations=every,
+            reference_seconds=every / a_second,
+        )
+
+    def _trunk(self, passes: Iterable[Pairs]) -> int:
+        return sum(self.choice.cost(pairs).total for pairs in passes)
+
+    def _tokens(self, pairs: Pairs, trunk: int) -> Tokens:
+        shared = self.choice.name == "shared"
+        rows = sum(len(pair.chosen) + len(pair.rejected) for pair in pairs) if shared else trunk
+        return Tokens(trunk, rows, seen_keys(pairs, shared=shared))
+
+
+Point = tuple[int, float]  # operations and seconds of a pass
+
+
+def along(short: Point, long: Point, *, passes: int, operations: int) -> float:
+    """Seconds of so many passes with so many operations in all: a line through two of them."""
+    more = long[0] - short[0]
+    rate = (long[1] - short[1]) / more if more > 0 else 0.0
+    start = short[1] - rate * short[0]
+    if rate <= 0 or start < 0:  # noise; in proportion, then
+        rate, start = long[1] / long[0], 0.0
+    return start * passes + rate * operations
+
+
+def _lengths(pairs: Pairs) -> Lengths:
+    rows = row_lengths(pairs)
+    median, most = np.percentile(rows, [50, 90], method="higher")
+    return Lengths(int(median), int(most), int(rows.max()))

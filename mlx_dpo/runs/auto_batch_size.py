@@ -1,0 +1,179 @@
+"""Which passes a run makes: what the settings leave open, decided by what fits into memory."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from mlx_dpo.config.dpo_config import DPOConfig
+from mlx_dpo.data.batching import largest_pass
+from mlx_dpo.data.dataset import LENGTHS, column, longest_pairs, longest_row
+from mlx_dpo.errors import ConfigError
+from mlx_dpo.models.device import device_kind
+from mlx_dpo.models.load import Base
+from mlx_dpo.profiling import memory
+from mlx_dpo.profiling.memory import Room, room_here
+from mlx_dpo.profiling.profile import PassCost, Step, rehearse_step
+from mlx_dpo.runs.build import make_objective, remembered
+from mlx_dpo.runs.inputs import Inputs
+from mlx_dpo.scoring.select_scorer import Choice
+from mlx_dpo.training.global_batch import single
+from mlx_dpo.types import TokenizedPair
+
+# Larger passes gain nothing on the CPU; on a GPU little beyond a few thousand tokens.
+SIZES = {"cpu": (2, 1), "metal": (8, 4, 2, 1), "cuda": (8, 4, 2, 1)}
+SPARE = 1.5  # where a bound fits so many times, nothing has to be measured
+LEFT_OPEN = ("micro_batch_size", "recompute")
+
+Pairs = Sequence[TokenizedPair]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The settings with nothing left open, and the memory that a step is going to need."""
+
+    config: DPOConfig
+    bytes: int
+    room: Room
+    is_bound: bool = False  # a rough bound; nothing was measured
+    instead_of: "Fitted | None" = None  # what was preferred and does not fit
+    cost: PassCost | None = None
+    kept: bool = False  # decided when the run began
+
+    @property
+    def fits(self) -> bool:
+        """Whether there is room enough."""
+        return self.kept or self.bytes <= self.room.bytes
+
+    def settled(self) -> dict[str, Any]:
+        """What was decided, for `run.json`."""
+        return {name: getattr(self.config, name) for name in LEFT_OPEN}
+
+    def line(self) -> str:
+        """What was decided, and why, for a person."""
+        if self.kept:
+            return f"as when the run began: {_how(self.config)}"
+        about = "at most about" if self.is_bound else "about"
+        said = f"{about} {gigabytes(self.bytes)} at the longest pairs"
+        said += f", of {gigabytes(self.room.bytes)} ({self.room.what})"
+        if self.cost is not None and self.cost.share < 1:
+            said += ", drawn out from shorter ones"
+        if self.instead_of is not None:
+            said += f"; {_how(self.config)}, because {_how(self.instead_of.config)} "
+            said += f"would need {gigabytes(self.instead_of.bytes)}"
+        return said if self.fits else f"{said}: more than there is, and begun by --force"
+
+
+def gigabytes(count: float) -> str:
+    """Bytes in units of 10^9, or of 10^6 where there are few."""
+    if count < 1e8:
+        return f"{count / 1e6:.0f} MB"
+    return f"{count / 1e9:.{0 if count >= 1e11 else 1 if count >= 1e10 else 2}f} GB"
+
+
+def settle(
+    inputs: Inputs,
+    config: DPOConfig,
+    choice: Choice,
+    earlier: Mapping[str, Any] | None,
+    force: bool,
+) -> Fitted:
+    """What a run makes of its settings; one that goes on keeps what its record `earlier` says.
+
+    Raises:
+        ConfigError: nothing that they allow fits, and it is not to be tried by `force`.
+    """
+    settled = (earlier or {}).get("settled")
+    if settled is not None:  # so that it goes on bit for bit
+        return Fitted(replace(config, **settled), 0, room_here(), kept=True)
+    fitted = fit(inputs.base, config, choice, inputs.train, room=room_here(), measure=False)
+    if not force:
+        _refuse_too_large(fitted, longest_row(inputs.train))
+    return fitted
+
+
+def longest_pass(config: DPOConfig, choice: Choice, pairs: Pairs) -> list[TokenizedPair]:
+    """The pass that needs most: the longest pairs that may go through together."""
+    longest = longest_pairs(config.batch_size, pairs)
+    if config.labelled:  # only a token of what an answer is held against goes both ways
+        own = column(pairs, LENGTHS)[:, :2].sum(axis=1)
+        at = np.argsort(own, kind="stable")[-config.batch_size :].tolist()
+        longest = single([pairs[i] for i in at])
+    return largest_pass(longest, config.pass_limit, cost=choice.cost)
+
+
+def rehearsed(base: Base, config: DPOConfig, choice: Choice, pairs: Pairs) -> PassCost:
+    """What a training pass over `pairs` costs, adapters attached."""
+    step = Step(
+        scorer=choice.scorer,
+        objective=make_objective(config),
+        accumulates=config.batch_size > len(pairs),
+        recompute=bool(config.recompute),
+    )
+    return rehearse_step(base.model, pairs, step, memory=room_here().bytes)
+
+
+def fit(
+    base: Base, config: DPOConfig, choice: Choice, pairs: Pairs, *, room: Room, measure: bool
+) -> Fitted:
+    """The first of the possible settings that fits, or the one that needs least if none does.
+
+    As much as possible goes through together, and blocks are recomputed only if one pair at a
+    time does not fit without. Unless asked to `measure`, a rough bound decides where it can.
+    """
+    preferred, *others = possible(config)
+    longest = longest_pass(preferred, choice, pairs)
+    state = remembered(base.model, config)
+    bound = memory.at_most(
+        base.model, base.config, longest, vocab_size=base.vocab_size, state=state
+    )
+    if not measure and bound is not None and SPARE * bound <= room.bytes:
+        return Fitted(preferred, bound, room, is_bound=True)
+    first = found = _measured(base, preferred, choice, pairs, room)
+    for candidate in others:
+        if found.fits:
+            break
+        again = _measured(base, candidate, choice, pairs, room)
+        found = replace(again, instead_of=first)
+    return found
+
+
+def possible(config: DPOConfig) -> Iterator[DPOConfig]:
+    """The settings with nothing left open, the ones that are preferred first."""
+    sizes: Sequence[int | None] = (config.micro_batch_size,)
+    if config.micro_batch_size is None and config.max_tokens is None:
+        sizes = sorted({min(size, config.batch_size) for size in SIZES[device_kind()]})[::-1]
+    for recompute in (False, True) if config.recompute is None else (config.recompute,):
+        for size in sizes:
+            yield replace(config, micro_batch_size=size, recompute=recompute)
+
+
+def _refuse_too_large(fitted: Fitted, longest: int) -> None:
+    if fitted.fits:
+        return
+    config = fitted.config
+    less = [
+        f"--max-length below {longest}",
+        *(["--recompute"] if not config.recompute else []),
+        *(["--micro-batch-size 1"] if config.pass_limit.pairs != 1 else []),
+        *(["--bits 4"] if config.bits is None and device_kind() != "cpu" else []),
+        "fewer --num-layers",
+    ]
+    raise ConfigError(
+        f"the longest pairs do not fit into memory, {_how(config)} "
+        f"({gigabytes(fitted.bytes)} needed, {gigabytes(fitted.room.bytes)} is "
+        f"{fitted.room.what}); use {', '.join(less)} or a smaller model, or go on with --force"
+    )
+
+
+def _measured(base: Base, config: DPOConfig, choice: Choice, pairs: Pairs, room: Room) -> Fitted:
+    cost = rehearsed(base, config, choice, longest_pass(config, choice, pairs))
+    peak = memory.step_peak(base.model, cost.bytes, remembered(base.model, config))
+    return Fitted(config, peak, room, cost=cost)
+
+
+def _how(config: DPOConfig) -> str:
+    pairs, tokens = config.pass_limit
+    size = f"{tokens:,} tokens" if pairs is None else "1 pair" if pairs == 1 else f"{pairs} pairs"
+    return f"{size} a pass{', recomputed' if config.recompute else ''}"

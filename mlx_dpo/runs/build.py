@@ -1,0 +1,222 @@
+"""Settings turned into the parts of training: adapters, optimizer, loss and plan."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+
+from mlx_dpo.adapters import attach as adapters
+from mlx_dpo.adapters.files import read_adapter, start_from
+from mlx_dpo.config.dpo_config import DPOConfig
+from mlx_dpo.config.optimizer import KINDS
+from mlx_dpo.data.batching import PassLimit
+from mlx_dpo.errors import ConfigError
+from mlx_dpo.models.device import on_cpu
+from mlx_dpo.models.load import Base
+from mlx_dpo.profiling.memory import trainable_bytes
+from mlx_dpo.scoring.memory_saving import sparing_memory
+from mlx_dpo.scoring.scorers import Score, on_policy_weights, score_pairs
+from mlx_dpo.scoring.select_scorer import Choice, Wanted, choose
+from mlx_dpo.training import optimizers
+from mlx_dpo.training.loop import Plan
+from mlx_dpo.training.lr_schedule import learning_rate
+from mlx_dpo.training.objective import Objective
+from mlx_dpo.training.reference_logps import MovingReference
+from mlx_dpo.types import PairLogps, TokenizedPair
+
+OnPolicy = Callable[[nn.Module, Sequence[TokenizedPair]], mx.array]  # weights of pairs. (B,)
+
+# A pass without a backward one may be so many times as large: it keeps nothing of the layers.
+FORWARD_ONLY = 4
+
+
+def attach_adapters(base: Base, config: DPOConfig) -> dict[str, Any]:
+    """Make `base` a policy, as the settings say; returns what mlx-lm has to know of it.
+
+    Raises:
+        ConfigError: a setting fits neither the model nor the adapter to start from.
+        ModelError: that adapter is damaged or of another model, or layers cannot be trained.
+    """
+    mx.random.seed(config.seed % 2**64)  # of dropout as well, where nothing fresh is drawn
+    if config.start_adapter is not None:
+        saved = read_adapter(Path(config.start_adapter))
+        if saved.way == "full":
+            _refuse_packed(base, config)
+            if config.lora_dropout is not None:
+                raise ConfigError("`lora_dropout` has no effect: `start_adapter` has no adapters")
+        start_from(base.model, saved, dropout=config.dropout)
+    elif config.fine_tune_type == "full":
+        _refuse_packed(base, config)
+        targets, num_layers = config.lora_target_modules, config.num_layers
+        adapters.attach_full(base.model, target_modules=targets, num_layers=num_layers)
+    else:
+        adapters.attach(
+            base.model,
+            kind="dora" if config.fine_tune_type == "dora" else "lora",
+            rank=config.rank,
+            scale=config.lora_scale,
+            dropout=config.dropout,
+            target_modules=config.lora_target_modules,
+            num_layers=config.num_layers,
+            seed=config.seed,
+        )
+    return adapters.description(base.model)
+
+
+def _refuse_packed(base: Base, config: DPOConfig) -> None:
+    """Packed weights that the CPU holds unpacked would train here, and fit no packed model.
+
+    Raises:
+        ConfigError: the base is quantised.
+    """
+    if base.config.get("quantization") or base.config.get("quantization_config"):
+        instead = "the model as it was before" if config.bits is None else "it without --bits"
+        raise ConfigError(
+            "fine_tune_type `full`: the model is quantised, and packed weights cannot move; take "
+            f"{instead}, or fine_tune_type `lora` or `dora`"
+        )
+
+
+def as_reference(policy: nn.Module, config: DPOConfig) -> AbstractContextManager[None]:
+    """Inside the block a policy that was not trained yet is its reference.
+
+    It is already, but without fresh adapters there is less to compute.
+    """
+    fresh = config.start_adapter is None and adapters.way_of(policy) != "full"
+    return adapters.adapters_off(policy) if fresh else nullcontext()
+
+
+def make_optimizer(policy: nn.Module, config: DPOConfig) -> optim.Optimizer:
+    """The optimizer of the settings, ready for what `policy` trains."""
+    given = {name: getattr(config, name) for name in KINDS[config.optim].takes}
+    kept = {name: value for name, value in given.items() if value is not None}
+    return optimizers.make(config.optim, policy, config.learning_rate, **kept)
+
+
+def remembered(policy: nn.Module, config: DPOConfig) -> int:
+    """Bytes that optimizer and moving reference remember; nothing is allocated."""
+    moving = trainable_bytes(policy) if config.sync_ref_model else 0
+    return optimizers.state_bytes(make_optimizer(policy, config)) + moving
+
+
+def choose_scorer(base: Base, config: DPOConfig) -> Choice:
+    """How the pairs of a run are scored; adapters have to be attached.
+
+    Raises:
+        ModelError: a scorer is wanted that is not exact for this model.
+    """
+    wanted = cast(Wanted, config.scorer)
+    with sparing_memory(base.model, recompute=bool(config.recompute)):  # as in training
+        return choose(
+            base.model, vocab_size=base.vocab_size, wanted=wanted, ld_alpha=config.ld_alpha
+        )
+
+
+def forward_limit(config: DPOConfig, choice: Choice) -> PassLimit:
+    """The most that one pass without gradients holds."""
+    # Whole rows of logits, or a training pass that keeps no more either, leave no room for it;
+    # and on the CPU larger arrays leave its caches, so that long pairs take four times as long.
+    roomy = choice.name == "shared" and not config.recompute
+    more = roomy and not on_cpu()
+    return config.pass_limit.times(FORWARD_ONLY if more else 1)
+
+
+def forward_only(config: DPOConfig, choice: Choice) -> Score:
+    """How the reference is asked and the policy is measured."""
+    return partial(
+        score_pairs,
+        limit=forward_limit(config, choice),
+        scorer=choice.forward_only,
+        cost=choice.cost,
+    )
+
+
+def weigher(config: DPOConfig, choice: Choice) -> OnPolicy | None:
+    """How pairs are weighed by what the policy would write itself; None unless asked for."""
+    if not config.use_weighting:
+        return None
+    score = partial(
+        score_pairs,
+        limit=forward_limit(config, choice),
+        scorer=choice.alignments,
+        cost=choice.cost,
+    )
+    return partial(on_policy_weights, score=score)
+
+
+def make_objective(config: DPOConfig) -> Objective:
+    """What the settings make small."""
+    return Objective(**{f.name: getattr(config, f.name) for f in fields(Objective)})
+
+
+def make_moving(policy: nn.Module, config: DPOConfig, choice: Choice) -> MovingReference | None:
+    """A reference that follows the policy, which is as it starts; None unless asked for."""
+    if not config.sync_ref_model:
+        return None
+    score = forward_only(config, choice)
+    return MovingReference(policy, alpha=config.mixup_alpha, every=config.sync_steps, score=score)
+
+
+def refuse_standstill(config: DPOConfig, total_steps: int) -> None:
+    """A warm-up begins at rate 0 and has to end within the run.
+
+    Raises:
+        ConfigError: no update of the run would change anything, or none has the peak rate.
+    """
+    if total_steps == 1 and config.warmup(total_steps) > 0:
+        raise ConfigError(
+            "the run has 1 step, and a warm-up begins at learning rate 0, so nothing would be "
+            "trained; use --warmup-ratio 0, more pairs, --max-steps, or a smaller --batch-size"
+        )
+    if config.sync_ref_model and config.sync_steps >= total_steps:
+        raise ConfigError(
+            f"`sync_ref_model` has no effect: the reference moves every {config.sync_steps} steps "
+            f"and the run has {total_steps}; use a smaller --ref-model-sync-steps"
+        )
+    if config.warmup_steps is not None and config.warmup_steps >= total_steps:
+        raise ConfigError(
+            f"`warmup_steps` {config.warmup_steps} leaves none of the run's {total_steps} steps "
+            "for the learning rate it rises to; use fewer"
+        )
+
+
+def make_plan(
+    config: DPOConfig,
+    pairs: Sequence[TokenizedPair],
+    reference: PairLogps,
+    *,
+    choice: Choice,
+    total_steps: int,
+    moving: MovingReference | None = None,
+) -> Plan:
+    """What each step sees and does."""
+    return Plan(
+        pairs=pairs,
+        reference=reference,
+        objective=make_objective(config),
+        learning_rate=partial(
+            learning_rate,
+            peak=config.learning_rate,
+            total=total_steps,
+            warmup=config.warmup(total_steps),
+            kind=config.lr_scheduler_type,
+            floor=config.floor,
+        ),
+        total_steps=total_steps,
+        batch_size=config.batch_size,
+        limit=config.pass_limit,
+        max_grad_norm=config.max_grad_norm,
+        seed=config.seed,
+        scorer=choice.scorer,
+        cost=choice.cost,
+        score=forward_only(config, choice),
+        on_policy=weigher(config, choice),
+        moving=moving,
+        recompute=bool(config.recompute),
+    )

@@ -1,0 +1,162 @@
+"""What the reference says of a run's pairs, out of the cache that runs share."""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from mlx_dpo import paths as places
+from mlx_dpo.config.dpo_config import DPOConfig
+from mlx_dpo.data.sources import STDIN
+from mlx_dpo.errors import ConfigError
+from mlx_dpo.models.empty_weights import outline
+from mlx_dpo.models.load import Base, fingerprint, load_base
+from mlx_dpo.runs.build import choose_scorer, forward_only
+from mlx_dpo.runs.folder import reference_provenance
+from mlx_dpo.runs.inputs import CountingRows, held, read_base, read_inputs, refuse_beyond_context
+from mlx_dpo.scoring.scorers import Score
+from mlx_dpo.training.logps_cache import labels
+from mlx_dpo.training.reference_logps import reference_logps
+from mlx_dpo.types import PairLogps, TokenizedPair
+
+
+def ask_reference(
+    model: nn.Module,
+    pairs: Sequence[TokenizedPair],
+    record: dict[str, Any],
+    *,
+    held: str,
+    score: Score,
+    progress: Callable[[int], None] = lambda scored: None,
+) -> PairLogps:
+    """Log-probabilities under the adapter-off base of the run of `record`. (len(pairs),) each
+
+    `held` says on what device and in what number type it is asked now.
+    """
+    return reference_logps(
+        model,
+        pairs,
+        provenance=reference_provenance(record, held),
+        cache=places.reference_cache(),
+        score=score,
+        labels=labels(_name(record), held),
+        progress=progress,
+    )
+
+
+def _name(record: dict[str, Any]) -> str:
+    """The model as it was named; of a folder, not the way to it."""
+    model: str = record["settings"]["model"]
+    local = record.get("model_folder") is not None
+    return os.path.basename(os.path.abspath(os.path.expanduser(model))) if local else model
+
+
+Heard = Callable[[int], None]
+Counting = Callable[[int], AbstractContextManager[Heard]]  # of so many pairs
+
+
+@contextmanager
+def uncounted(pairs: int) -> Iterator[Heard]:
+    """Nobody hears how many are done."""
+    yield lambda more: None
+
+
+Splits = dict[str, Sequence[TokenizedPair]]
+
+
+def load_other(config: DPOConfig) -> Base:
+    """The reference model of the settings, as it is stored: `bits` is for the policy."""
+    assert config.reference_model is not None
+    return load_base(
+        config.reference_model, dtype=config.dtype, trust_remote_code=config.trust_remote_code
+    )
+
+
+def ask_other(
+    config: DPOConfig, counting: Counting, rows: CountingRows
+) -> tuple[dict[str, PairLogps], str]:
+    """What the reference model says of both splits, and its digest. (len(pairs),) each
+
+    The policy's weights are not read for it.
+
+    Raises:
+        ConfigError: its tokens are not those of the policy, or rows are longer than it places.
+    """
+    if STDIN in (*config.pairs, config.valid):
+        raise ConfigError(
+            f"`{STDIN}`: pairs are read twice with `reference_model`, and standard input once; "
+            "write them to a file"
+        )
+    inputs = read_inputs(config, read=partial(read_base, load=outline), counting=rows)
+    splits: Splits = {"train": inputs.train, "valid": inputs.valid}
+    return ask_about(config, load_other(config), inputs.base.tokenizer, splits, counting)
+
+
+def ask_about(
+    config: DPOConfig,
+    other: Base,
+    tokenizer: TokenizerWrapper,
+    splits: Splits,
+    counting: Counting,
+) -> tuple[dict[str, PairLogps], str]:
+    """As above, of pairs that `tokenizer` made."""
+    refuse_other_tokens(other, tokenizer, chain.from_iterable(splits.values()))
+    refuse_beyond_context(config, other, *splits.values())
+    digest = fingerprint(other.path)
+    score = forward_only(config, choose_scorer(other, config))
+    with counting(sum(map(len, splits.values()))) as progress:
+        answers = {
+            split: ask_reference(
+                other.model,
+                pairs,
+                _record(config, digest),
+                held=held(other),
+                score=score,
+                progress=progress,
+            )
+            for split, pairs in splits.items()
+        }
+    mx.eval(list(answers.values()))
+    del other, score
+    mx.clear_cache()
+    return answers, digest
+
+
+def _record(config: DPOConfig, digest: str) -> dict[str, Any]:
+    """What a run of the reference model itself would say of where its numbers come from."""
+    asked = {"model": config.reference_model, "bits": None, "group_size": None}
+    folder = Path(str(config.reference_model)).expanduser()
+    return {
+        "settings": config.to_dict() | asked,
+        "provenance": {"model": digest},
+        "model_folder": str(folder) if folder.is_dir() else None,
+    }
+
+
+def refuse_other_tokens(
+    other: Base, tokenizer: TokenizerWrapper, pairs: Iterable[TokenizedPair]
+) -> None:
+    """Every id in the pairs has to stand for the same piece of text in both models.
+
+    Raises:
+        ConfigError: names the first id that does not.
+    """
+    used = sorted({t for p in pairs for part in (p.prompt, p.chosen, p.rejected) for t in part})
+    ours = tokenizer.convert_ids_to_tokens(used)
+    known = [t for t in used if t < other.vocab_size]
+    theirs = dict(zip(known, other.tokenizer.convert_ids_to_tokens(known), strict=True))
+    for token, piece in zip(used, ours, strict=True):
+        if (found := theirs.get(token)) != piece:
+            said = "has no such token" if found is None else f"reads `{found}`"
+            raise ConfigError(
+                f"`reference_model` {other.source}: its tokens are not the model's (where the "
+                f"model reads `{piece}`, token {token}, it {said}); take a model with the same "
+                "tokenizer"
+            )

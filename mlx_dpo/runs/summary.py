@@ -1,0 +1,244 @@
+"""What a run is about to do, in lines for a person."""
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import mlx.nn as nn
+
+from mlx_dpo.adapters.attach import adapted_modules, way_of
+from mlx_dpo.adapters.layers import LoRAEmbedding, LoRASwitchLinear, rank_of
+from mlx_dpo.adapters.master_weights import narrow_types
+from mlx_dpo.adapters.targets import block_paths, is_tied
+from mlx_dpo.config.dpo_config import DPOConfig
+from mlx_dpo.config.optimizer import KINDS
+from mlx_dpo.data.batching import epoch_passes
+from mlx_dpo.data.dataset import shared
+from mlx_dpo.io import flat
+from mlx_dpo.models.device import dtype_name
+from mlx_dpo.profiling import memory
+
+if TYPE_CHECKING:
+    from mlx_dpo.runs.trainer import Run
+
+TABLE = "the embeddings"
+
+Fact = tuple[str, str]
+
+
+def reference(policy: nn.Module, config: DPOConfig) -> str:
+    """What the policy is held against."""
+    if not config.needs_reference:
+        return "none: the loss needs none"
+    if config.reference_model is not None:
+        return f"{config.reference_model}, asked once before the policy was loaded, and freed"
+    if config.start_adapter is not None:
+        what = f"with the adapter of {config.start_adapter}"
+    else:
+        what = "before it is trained" if way_of(policy) == "full" else "without adapters"
+    if config.sync_ref_model:
+        return (
+            f"the model {what}; every {config.sync_steps} steps it moves "
+            f"{config.mixup_alpha:.0%} of the way to the policy, and a step then asks it anew"
+        )
+    return f"the model {what}, scored once before the first step"
+
+
+def trained(policy: nn.Module, config: DPOConfig, entries: Mapping[str, Any]) -> list[Fact]:
+    """What training moves, how much that is, and what follows from it.
+
+    `entries` are those of the base's `config.json`.
+    """
+    count, moved = memory.base_parameters(policy), memory.trainable_parameters(policy)
+    share = f"{counted(moved)} parameters trained, {moved / count:.2%} of the model"
+    if way_of(policy) == "full":
+        narrow = " and ".join(sorted(dtype_name(dtype) for dtype in narrow_types(policy)))
+        note = ("", f"held in float32, computed with in {narrow}")
+        what = f"full fine-tuning, in {_parts(policy)}: {share}"
+        return [("weights", what), *[note] * bool(narrow)]
+    lines = [("adapters", f"{_sizes(policy, config)}: {share}")]
+    if any(isinstance(module, LoRAEmbedding) for module in adapted_modules(policy).values()):
+        note = ("", "the head is the embeddings turned round, and adapted with them")
+        lines += [note] * is_tied(policy)
+    if unread := _unread_by_mlx_lm(policy, entries):
+        lines.append(("", f"mlx-lm itself cannot load DoRA on {unread}; mlx-dpo can"))
+    return lines
+
+
+def _unread_by_mlx_lm(policy: nn.Module, entries: Mapping[str, Any]) -> str | None:
+    """Layers that its own DoRA takes for narrower than they are."""
+    packed = entries.get("quantization") or {}
+    if way_of(policy) != "dora" or not packed:
+        return None
+    kinds = {_kind(module) for module in adapted_modules(policy).values()}
+    if TABLE in kinds:
+        return "packed embeddings"
+    return f"{packed['bits']}-bit layers" if packed["bits"] not in (2, 4, 8) else None
+
+
+def _sizes(policy: nn.Module, config: DPOConfig) -> str:
+    adapted = adapted_modules(policy)
+    kinds = Counter(_kind(module) for module in adapted.values())
+    layers = " and ".join(f"{number} {kind}" for kind, number in kinds.items() if kind != TABLE)
+    layers += f"{' and ' * bool(layers)}{TABLE}" * (TABLE in kinds)
+    one = next(iter(adapted.values()))
+    rank, rooted = rank_of(one), config.start_adapter is None and config.use_rslora
+    alpha = f"{config.alpha:g} / sqrt(rank)" if rooted else f"{one.scale * rank:g}"
+    way = "DoRA" if way_of(policy) == "dora" else "LoRA"
+    return f"{way}, rank {rank}, alpha {alpha} on {layers}"
+
+
+def _kind(module: nn.Module) -> str:
+    if isinstance(module, LoRASwitchLinear):
+        return "layers of experts"
+    return TABLE if isinstance(module, LoRAEmbedding) else "linear layers"
+
+
+def _parts(policy: nn.Module) -> str:
+    """The blocks whose own weights are trained, and what is outside of them."""
+    names, paths = flat(policy.trainable_parameters()), block_paths(policy)
+    blocks = sum(any(name.startswith(f"{path}.") for name in names) for path in paths)
+    inside = tuple(f"{path}." for path in paths)
+    outside = sorted({n.rpartition(".")[0] for n in names if not n.startswith(inside)})
+    return " and ".join([f"{blocks} of {len(paths)} blocks"] * bool(blocks) + outside)
+
+
+def counted(number: int) -> str:
+    """A number with three digits and a letter for thousands, millions, billions."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return str(number)
+
+
+QUANTISED_ON_LOAD = (
+    "they belong to the base as it is quantised here; for mlx-lm and others, write that base "
+    "with `mlx-dpo convert --bits` first and train on it"
+)
+
+
+def facts_of_inputs(run: "Run") -> list[Fact]:
+    """What was loaded."""
+    base, inputs = run.inputs.base, run.inputs
+    count = counted(memory.total_parameters(base.model))
+    lines = [("model", f"{base.source}, {count} parameters")]
+    lines += [("", note) for note in base.notes]
+    lines += [
+        (run.config.unit, f"{len(inputs.train):,} to train on, {len(inputs.valid):,} held out")
+    ]
+    lines += [("", line) for report in inputs.reports for line in report.lines()]
+    if leaked := shared(inputs.valid, inputs.train):
+        lines.append(("", f"{leaked:,} of the held-out {run.config.unit} are trained on as well"))
+    lines += [("", f"{name}: not used, for --valid was given") for name in inputs.passed_over]
+    return lines
+
+
+def facts_of_training(run: "Run") -> list[Fact]:
+    """What is about to be done with it."""
+    quantised = run.config.bits is not None
+    return [
+        ("reference", reference(run.policy, run.config)),
+        *trained(run.policy, run.config, run.inputs.base.config),
+        *([("", QUANTISED_ON_LOAD)] if quantised else []),
+        ("scorer", f"{run.choice.name}: {run.choice.reason}"),
+        ("loss", loss_line(run.config)),
+        ("steps", _steps(run)),
+        *_watched(run),
+        *_passes(run),
+        ("memory", run.fitted.line()),
+        ("output", run.config.output + _resumed(run)),
+        *[("told", f"{sink.name}: {sink.where}") for sink in run.sinks.open],
+    ]
+
+
+def facts_of_end(run: "Run") -> list[Fact]:
+    """How it ended, where that is not at the last step with the last adapters, and with what."""
+    best, step = run.best, run.stopped_early_at
+    lines = [("adapter", run.shipped)]
+    if best.watched is None:
+        return lines
+    if step is not None:
+        waited = best.standing.waited
+        none = f"{waited} evaluation{'s' * (waited != 1)} in a row without an improvement"
+        lines.append(("stopped", f"early, after step {step} of {run.total_steps}: {none}"))
+    if best.kept is not None:
+        value = f"{best.watched.name} {best.standing.value:.4f}"
+        lines.append(("kept", f"the adapters of step {best.kept}, whose {value} is the best"))
+    return lines
+
+
+def loss_line(config: DPOConfig) -> str:
+    """The sum that is made small, and all that acts on it."""
+    terms = zip(config.weights_of_losses, config.loss_type, strict=True)
+    total = " + ".join(name if weight == 1 else f"{weight:g} {name}" for weight, name in terms)
+    said = _read_by_losses(config)
+    if config.f_divergence_type is not None:
+        said.append(config.f_divergence_type)
+    if config.f_divergence_type == "alpha_divergence":
+        said[-1] += f" {config.alpha_of_divergence:g}"
+    if config.ld_alpha is not None:
+        said.append(f"ld_alpha {config.ld_alpha:g}")
+    weighed = ["weighed by what the policy would write"] if config.use_weighting else []
+    return ", ".join([total, *said, *weighed])
+
+
+def _read_by_losses(config: DPOConfig) -> list[str]:
+    """The settings that losses read, loss by loss where they differ."""
+    read: dict[str, dict[str, float]] = {}
+    for kind in config.loss_kinds:
+        for name in kind.defaults:
+            read.setdefault(name, {})[kind.name] = config.read_by(kind, name)
+    said: list[str] = []
+    for name, values in read.items():
+        if len(set(values.values())) > 1:
+            said += [f"{name} {value:g} of {loss}" for loss, value in values.items()]
+        elif any(values.values()) or getattr(config, name) is not None:
+            said.append(f"{name} {next(iter(values.values())):g}")
+    return said
+
+
+def _steps(run: "Run") -> str:
+    config, rising = run.config, run.config.warmup(run.total_steps)
+    return (
+        f"{run.total_steps} of {config.batch_size} {config.unit}; {KINDS[config.optim].title}, "
+        f"learning rate {config.learning_rate:g}, {config.lr_scheduler_type}, "
+        f"warm-up over {rising} step{'s' * (rising != 1)}"
+    )
+
+
+def _watched(run: "Run") -> list[Fact]:
+    best = run.best
+    return [("best", best.watched.line(keeps=best.keeps))] if best.watched else []
+
+
+def _passes(run: "Run") -> list[Fact]:
+    """How the steps of an epoch are cut into passes."""
+    config, limit = run.config, run.config.pass_limit
+    found = epoch_passes(
+        run.inputs.train,
+        limit,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        cost=run.choice.cost,
+    )
+    named = ((limit.pairs, config.unit), (limit.tokens, "tokens"))
+    bounds = [f"{bound:,} {what}" for bound, what in named if bound is not None]
+    lines = [
+        (
+            "passes",
+            f"of up to {' and '.join(bounds)}: {found.passes / found.steps:.3g} a step, "
+            f"{found.tokens.total / found.passes:,.0f} tokens each on average, "
+            f"{found.tokens.padding / found.tokens.total:.1%} of them padding",
+        )
+    ]
+    if found.alone:
+        one = found.alone == 1
+        pairs = f"1 {config.unit[:-1]} takes" if one else f"{found.alone:,} {config.unit} take"
+        lines.append(("", f"{pairs} more and go alone; the longest takes {found.longest:,} tokens"))
+    return lines
+
+
+def _resumed(run: "Run") -> str:
+    if run.start.step:
+        return f", going on after step {run.start.step}"
+    return ", from the beginning: there was no checkpoint yet" if run.earlier else ""

@@ -1,0 +1,63 @@
+"""The adapter of a run, made to load in other programs as well."""
+
+from pathlib import Path
+
+from mlx_dpo.adapters.hf_checkpoint import Checkpoint, hub_checkpoint, local_checkpoint
+from mlx_dpo.errors import ConfigError, RunError
+from mlx_dpo.models.download import is_hub_id
+from mlx_dpo.runs.folder import hub_model, write_record
+from mlx_dpo.runs.save_peft import IN_BOTH, _add
+from mlx_dpo.saved_runs.open import Opened, base_of, open_run, put_policy
+
+
+def export_run(folder: str, base: str | None = None, revision: str | None = None) -> str:
+    """Add PEFT's layout to the folder of a finished run; `base` is the Hugging Face checkpoint,
+    a Hub id or a folder, that the run's model was made from.
+
+    Raises:
+        RunError, ConfigError: the run is unfinished, or a setting has no effect.
+        ModelError: a layer has no counterpart in transformers.
+    """
+    opened = open_finished(folder)
+    if revision is not None and (base is None or not is_hub_id(base)):
+        raise ConfigError("`revision` has no effect without a Hub id for `--base`")
+    model = base_of(opened)
+    put_policy(opened, model)
+    if base is None:
+        checkpoint = local_checkpoint(model.path, model.source)
+        source = (hub_id_of(opened), opened.config.revision)
+    else:
+        checkpoint = find_checkpoint(base, revision)
+        source = (base if is_hub_id(base) else None, revision)
+    _add(opened.paths.folder, model, opened.config, checkpoint, source)
+    write_record(opened.paths, opened.record | {"adapter": IN_BOTH})
+    return IN_BOTH
+
+
+def open_finished(folder: str) -> Opened:
+    """A run whose adapters are those of its end.
+
+    Raises:
+        RunError: it is unfinished, or no run.
+    """
+    opened = open_run(folder)
+    if not opened.finished:
+        raise RunError(
+            f"{folder}: the run is unfinished; go on with `mlx-dpo train --resume --output "
+            f"{folder}`"
+        )
+    return opened
+
+
+def find_checkpoint(base: str, revision: str | None = None) -> Checkpoint:
+    """The Hugging Face checkpoint that a person names."""
+    if is_hub_id(base):
+        return hub_checkpoint(base, revision)
+    return local_checkpoint(Path(base).expanduser(), base)
+
+
+def hub_id_of(opened: Opened) -> str | None:
+    """The Hub id of the model that a run was trained on; None for a folder, whose path would
+    mean nothing elsewhere.
+    """
+    return hub_model(opened.record)

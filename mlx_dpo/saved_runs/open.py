@@ -1,0 +1,227 @@
+"""A finished or unfinished run, or a plain model, opened to be used."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from mlx_dpo.adapters import attach as adapters
+from mlx_dpo.adapters.files import content_digest, load_adapter
+from mlx_dpo.adapters.switch import Side, Sides
+from mlx_dpo.config.dpo_config import DPOConfig
+from mlx_dpo.errors import ConfigError, RunError
+from mlx_dpo.models.load import Base, fingerprint, load_base, tokenizer_fingerprint
+from mlx_dpo.runs.folder import RunPaths, check_contents, known_run
+from mlx_dpo.runs.inputs import read_base
+from mlx_dpo.training import checkpoint
+
+FOLDERS = {  # settings that may name a folder, and where the record says how it is found
+    "model": "model_folder",
+    "start_adapter": "start_folder",
+    "reference_model": "reference_folder",
+}
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A run folder: what it trained, and where its newest adapters lie."""
+
+    paths: RunPaths
+    record: dict[str, Any]
+    config: DPOConfig  # with the model's folder as it is found from here
+    adapter: Path  # the run folder, or its last checkpoint
+
+    @property
+    def trained_on_text(self) -> bool:
+        """Whether the pairs were plain text, so that the policy knows no chat template."""
+        return not any(report["as_chat"] for report in self.record["pairs"])
+
+    @property
+    def finished(self) -> bool:
+        """Whether the adapters are those of the whole run."""
+        return self.adapter == self.paths.folder
+
+
+def open_run(folder: str) -> Opened:
+    """Find the record and the newest adapters of a run.
+
+    Raises:
+        RunError: the folder is no run folder, or holds no adapters yet.
+    """
+    paths, record = known_run(folder)
+    adapter = paths.folder
+    if record["state"] != "finished":
+        last = checkpoint.latest(paths.checkpoints)
+        if last is None:
+            raise RunError(
+                f"{folder}: the run has no checkpoint yet; go on with `mlx-dpo train --resume "
+                f"--output {folder}`"
+            )
+        adapter = last
+    settings = record["settings"] | record.get("settled", {})
+    for name, recorded in FOLDERS.items():
+        if record.get(recorded):
+            nearby = os.path.normpath(paths.folder / record[recorded])
+            settings[name] = nearby if os.path.isdir(nearby) else settings[name]
+    return Opened(paths, record, DPOConfig.from_dict(settings), adapter)
+
+
+def load_policy(run: str | None, *, model: str | None = None, reference: bool = False) -> Base:
+    """The policy of a run, its reference (the policy as it started), or a plain model.
+
+    Raises:
+        RunError: the model is no longer the one that was trained on.
+        ConfigError: neither or both of `run` and `model` are given, or a plain model is
+            asked for its reference.
+    """
+    if (run is None) == (model is None):
+        raise ConfigError("name a run folder or a --model, and only one of them")
+    if model is not None:
+        if reference:
+            raise ConfigError("`--reference` has no effect with `--model`: there are no adapters")
+        return load_base(model)
+    assert run is not None
+    opened = open_run(run)
+    base = base_of(opened)
+    if reference:
+        put_reference(opened, base)
+        return base
+    put_policy(opened, base)
+    return base if opened.finished else replace(base, notes=(*base.notes, unfinished(opened)))
+
+
+def base_of(opened: Opened) -> Base:
+    """The model that the run was trained on, as it is loaded.
+
+    Raises:
+        RunError: it is no longer what it was.
+    """
+    base = read_base(opened.config)
+    check_contents(
+        opened.paths,
+        opened.record,
+        {"model": fingerprint(base.path), "tokenizer": tokenizer_fingerprint(base.path)},
+    )
+    return base
+
+
+def unfinished(opened: Opened) -> str:
+    """What to say of a run that has not come to its end."""
+    return f"the run is unfinished; these are its adapters of {opened.adapter.name}"
+
+
+def put_reference(opened: Opened, base: Base) -> None:
+    """Make `base`, as it was loaded, the policy that the run started from.
+
+    Raises:
+        RunError: the adapter that it started from is gone, or another one.
+    """
+    if opened.config.start_adapter is None:
+        return
+    folder = Path(opened.config.start_adapter)
+    if not folder.is_dir():
+        raise RunError(
+            f"{opened.paths.folder}: its reference is the model with the adapter of {folder}, "
+            "which is gone; put it back there"
+        )
+    check_contents(opened.paths, opened.record, {"start": content_digest(folder)})
+    load_adapter(base.model, folder)
+
+
+def put_policy(opened: Opened, base: Base) -> None:
+    """Make `base`, or the reference that it was made, the policy of the run."""
+    adapters.detach(base.model)
+    load_adapter(base.model, opened.adapter)
+
+
+@dataclass(frozen=True)
+class TwoSided:
+    """A model that answers as the base or as what was trained on it; aligned to begin with."""
+
+    base: Base
+    sides: Sides
+    run: Opened | None  # where it is one
+    adapter: Path | None  # the folder of the aligned side's adapter
+    notes: tuple[str, ...]
+
+    def facts(self, side: Side) -> dict[str, Any]:
+        """Where the answers of a side come from: model, adapter, by name and content."""
+        start = self.run.config.start_adapter if self.run else None
+        folder = self.adapter if side == "aligned" else start
+        found: dict[str, Any] = {"model": self.base.source, "side": side}
+        found["model_digest"] = self._model_digest
+        if self.run is not None:
+            found["run"] = str(self.run.paths.folder)
+        if folder is not None:
+            found["adapter_digest"] = content_digest(Path(folder))
+        return found
+
+    @cached_property
+    def _model_digest(self) -> str:
+        if self.run is None:
+            return fingerprint(self.base.path)  # reads all of its weights
+        return str(self.run.record["provenance"]["model"])
+
+
+def open_sides(
+    run: str | None,
+    *,
+    model: str | None = None,
+    adapter: str | None = None,
+    wanted: Sequence[Side] = ("base", "aligned"),
+) -> TwoSided:
+    """A run, whose base is what it started from; or a model, with an adapter or without.
+
+    The last of the `wanted` sides that there is, is on.
+
+    Raises:
+        RunError: the model is no longer the one that was trained on.
+        ConfigError: neither or both of `run` and `model` are given, or something has no effect.
+        ModelError: the model or the adapter cannot be read.
+    """
+    if (run is None) == (model is None):
+        raise ConfigError("name a run folder or a --model, and only one of them")
+    if run is not None:
+        if adapter is not None:
+            raise ConfigError("`--adapter` has no effect with a run, which has its own")
+        return _of_run(open_run(run), wanted)
+    assert model is not None
+    if adapter is None and "aligned" not in wanted:
+        raise ConfigError("`--reference` has no effect with `--model`: there are no adapters")
+    folder = None if adapter is None else Path(adapter).expanduser()
+    return _of_model(load_base(model), folder, wanted)
+
+
+def _of_model(base: Base, adapter: Path | None, wanted: Sequence[Side]) -> TwoSided:
+    sides = Sides(base.model)
+    if adapter is None or "base" in wanted:
+        sides.keep("base")
+    if adapter is not None and "aligned" in wanted:
+        load_adapter(base.model, adapter)
+        sides.keep("aligned")
+    return TwoSided(base, sides, None, adapter, (*base.notes, *_twice(sides)))
+
+
+def _of_run(opened: Opened, wanted: Sequence[Side]) -> TwoSided:
+    base = base_of(opened)
+    sides = Sides(base.model)
+    put_reference(opened, base)
+    if "base" in wanted:
+        sides.keep("base")
+    notes = [*base.notes]
+    if "aligned" in wanted:
+        put_policy(opened, base)
+        sides.keep("aligned")
+        notes += [] if opened.finished else [unfinished(opened)]
+    return TwoSided(base, sides, opened, opened.adapter, (*notes, *_twice(sides)))
+
+
+def _twice(sides: Sides) -> list[str]:
+    if not (size := sides.held_twice()):
+        return []
+    return [
+        "weights of the model itself were trained: they are held twice, as the base has them and "
+        f"as they are now ({size / 1e9:.1f} GB more)"
+    ]

@@ -1,0 +1,173 @@
+"""What became of runs, as curves and a page: from what lies in their folders, nothing computed."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mlx_dpo.config.dpo_config import DPOConfig
+from mlx_dpo.errors import ConfigError, RunError, reason
+from mlx_dpo.reporting import plots as drawing
+from mlx_dpo.reporting.console import closing
+from mlx_dpo.reporting.curves import charts
+from mlx_dpo.reporting.metrics_log import Row, read_rows
+from mlx_dpo.reporting.run_page import Told, run_page
+from mlx_dpo.runs.folder import CURVES, RunPaths, known_run
+from mlx_dpo.runs.summary import loss_line
+
+PAGE, PICTURE = "report.html", "report.png"
+
+
+class Followed(NamedTuple):
+    """One run, as far as it has come."""
+
+    paths: RunPaths
+    record: dict[str, Any]
+    rows: list[Row]
+
+    @property
+    def step(self) -> int:
+        """The last one that was taken."""
+        return int(self.rows[-1]["step"])
+
+    @property
+    def evaluation(self) -> Row:
+        """On held-out pairs: of the adapters that were kept, else the last there is, if any."""
+        judged = [row for row in self.rows if "eval_loss" in row]
+        return dict(self.record["evaluation"] or (judged[-1] if judged else {}))
+
+
+def follow(folder: str) -> Followed:
+    """A run, finished or not.
+
+    Raises:
+        RunError: it is no run, or no step was taken yet.
+    """
+    paths, record = known_run(folder)
+    rows = read_rows(paths.metrics)
+    if not rows:
+        raise RunError(f"{folder}: no step was taken yet; there is nothing to draw")
+    return Followed(paths, record, rows)
+
+
+def report(folders: Sequence[str], output: str | None, along: str) -> tuple[list[Told], list[Path]]:
+    """Write the page and the picture of one run, or of several overlaid.
+
+    Args:
+        output: folder for both; that of the run if there is only one.
+        along: what x is, a key of `curves.AXES`.
+
+    Raises:
+        RunError: a folder is no run, or nothing can be written.
+        ConfigError: several runs, and no folder named.
+    """
+    if output is None and len(folders) > 1:
+        raise ConfigError("`--output` is missing: the folder for a report of several runs")
+    runs = [follow(folder) for folder in folders]
+    names = names_of([run.paths.folder for run in runs])
+    told = _apart([_told(run, name) for run, name in zip(runs, names, strict=True)], runs)
+    drawn = charts([run.rows for run in runs], along=along)
+    there = Path(output).expanduser() if output else runs[0].paths.folder
+    files = {
+        PAGE: run_page(told, drawn, along).encode(),
+        PICTURE: drawing.png(drawn, names, along),
+    }
+    return told, [_write(there / name, content) for name, content in files.items()]
+
+
+def draw_curves(folder: Path) -> bool:
+    """Put the picture that goes with a card into a run folder; False: it has no metrics."""
+    drawn = charts([read_rows(RunPaths(folder).metrics)], headline=True)
+    if drawn:
+        _write(folder / CURVES, drawing.png(drawn, [folder.name], "step"))
+    return bool(drawn)
+
+
+def names_of(folders: Sequence[Path]) -> list[str]:
+    """The shortest ends of their paths by which folders are told apart, fit to be printed.
+
+    Raises:
+        ConfigError: one is named twice.
+    """
+    parts = [folder.resolve().parts for folder in folders]
+    if len(set(parts)) < len(parts):
+        twice = next(folder for folder in folders if parts.count(folder.resolve().parts) > 1)
+        raise ConfigError(f"{twice}: is named twice")
+    deepest = max(len(each) for each in parts)
+    tails = ([os.path.join(*each[-n:]) for each in parts] for n in range(1, deepest + 1))
+    found = next(names for names in tails if len(set(names)) == len(names))
+    return ["".join(c if c.isprintable() else ascii(c)[1:-1] for c in name) for name in found]
+
+
+def _told(run: Followed, name: str) -> Told:
+    record, settings = run.record, run.record["settings"]
+    config = DPOConfig.from_dict(settings)
+    versions = ", ".join(f"{what} {number}" for what, number in record["versions"].items())
+    model = Path(config.model).name if record["model_folder"] else config.model
+    facts = [
+        ("steps", _state(run)),
+        ("model", model),
+        ("loss", loss_line(config)),
+        (config.unit, "{train:,} trained on, {valid:,} held out".format(**record["counts"])),
+        ("settings", _said(config) or "all as they are by default"),
+        *([("adapter", record["adapter"])] if "adapter" in record else []),
+        ("versions", versions),
+    ]
+    judged = run.evaluation
+    figures = {
+        "step": f"{run.step:,}",
+        "judged at": f"{judged['step']:,}" if "step" in judged else "-",
+        **closing(judged),
+    }
+    return Told(name, facts, figures, record.get("warnings", []))
+
+
+def _state(run: Followed) -> str:
+    steps, early = run.record["steps"], run.record.get("stopped_early_at")
+    state = "" if run.record["state"] == "finished" else ", not finished"
+    said = f"{early or run.step:,} of {steps:,}{state}" + ", then stopped early" * bool(early)
+    if kept := run.record.get("kept"):
+        values = ", ".join(f"{name} {kept[name]:.4f}" for name in kept if name != "step")
+        said += f"; the adapters of step {kept['step']:,} were kept ({values})"
+    return said
+
+
+def _said(config: DPOConfig) -> str:
+    shown = [f"{name} {_value(value)}" for name, value in config.shareable().items()]
+    return ", ".join([*shown, *(f"{name} (not shown)" for name in config.withheld())])
+
+
+def _value(value: Any) -> str:
+    if value is None or value == ():
+        return "default"
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _apart(told: Sequence[Told], runs: Sequence[Followed]) -> list[Told]:
+    """With the model and the settings in which the runs differ before their figures."""
+    configs = [DPOConfig.from_dict(run.record["settings"]) for run in runs]
+    set_by = [config.shareable() for config in configs]
+    names = dict.fromkeys(name for settings in set_by for name in settings)
+    differing = [n for n in names if len({_value(getattr(c, n)) for c in configs}) > 1]
+    models = [dict(one.facts)["model"] for one in told]
+    return [
+        one._replace(
+            figures={
+                **({"model": model} if len(set(models)) > 1 else {}),
+                **{n: _value(getattr(c, n)) for n in differing},
+                **one.figures,
+            }
+        )
+        for one, model, c in zip(told, models, configs, strict=True)
+    ]
+
+
+def _write(path: Path, content: bytes) -> Path:
+    partial = path.with_name(f"partial-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(content)
+        partial.replace(path)
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written ({reason(error)})") from error
+    return path

@@ -1,0 +1,120 @@
+"""A run or a model that answers prompts, with what made its answers written down."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_dpo.adapters.files import content_digest, load_adapter
+from mlx_dpo.config.dpo_config import DPOConfig
+from mlx_dpo.config.sampling import SEEDS, Sampling
+from mlx_dpo.data.prompts import Prompt
+from mlx_dpo.errors import ConfigError
+from mlx_dpo.generation.generate import Reply, context_length, prompt_tokens, reply_batch
+from mlx_dpo.models.load import Base, fingerprint
+from mlx_dpo.runs.inputs import read_base
+from mlx_dpo.saved_runs.open import load_policy, open_run
+from mlx_dpo.types import Message
+
+STRIDE = 1_000_003  # between the seeds of chunks; prime, so that they meet late
+
+
+@dataclass(frozen=True)
+class Voice:
+    """A loaded policy, and who it is."""
+
+    base: Base
+    facts: dict[str, Any]  # model and, of a run, its adapter, by name and content
+    thinking: bool | None = None
+    system: str | None = None  # that a run was trained with
+
+    def say(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[str]:
+        """One answer to each prompt; see `reply`."""
+        return [reply.text for reply in self.reply(prompts, sampling)]
+
+    def reply(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Reply]:
+        """One answer to each prompt, and whether it was cut.
+
+        Raises:
+            ConfigError: a prompt leaves no room in the model's context.
+        """
+        room = context_length(self.base.config)
+        for prompt in prompts:
+            tokens = len(prompt_tokens(self.base.tokenizer, prompt.messages))
+            if room is not None and tokens >= room:
+                raise ConfigError(
+                    f"{prompt.where}: {tokens} tokens leave no room for an answer (the model's "
+                    f"context is {room}); leave the prompt out"
+                )
+        return self._replies([prompt.messages for prompt in prompts], sampling)
+
+    def answer(self, conversations: Sequence[Sequence[Message]], sampling: Sampling) -> list[str]:
+        """One answer to each conversation."""
+        return [reply.text for reply in self._replies(conversations, sampling)]
+
+    def _replies(
+        self, conversations: Sequence[Sequence[Message]], sampling: Sampling
+    ) -> list[Reply]:
+        model, tokenizer = self.base.model, self.base.tokenizer
+        return reply_batch(
+            model, tokenizer, conversations, sampling=sampling, thinking=self.thinking
+        )
+
+
+def open_voice(run: str | None, *, model: str | None = None, reference: bool = False) -> Voice:
+    """The policy of a run, its reference, or a model.
+
+    Raises:
+        ConfigError: it knows no chat template, or a run was trained on plain text.
+    """
+    base = load_policy(run, model=model, reference=reference)
+    _refuse_without_template(base)
+    facts: dict[str, Any] = {"model": base.source}
+    if run is None:
+        return Voice(base, facts | {"model_digest": fingerprint(base.path)})
+    opened = open_run(run)
+    if opened.trained_on_text:
+        raise ConfigError(
+            f"{run}: it was trained on plain text; answers are asked for through the chat "
+            "template, so train it on messages, or use `mlx-dpo generate`"
+        )
+    config = opened.config
+    adapter = config.start_adapter if reference else str(opened.adapter)
+    facts |= {"model_digest": opened.record["provenance"]["model"]}
+    if adapter is not None:
+        facts |= {"run": run, "adapter_digest": content_digest(Path(adapter))}
+    return Voice(base, facts, config.thinking, config.system)
+
+
+def starting_voice(config: DPOConfig) -> Voice:
+    """The policy that a run with these settings begins with.
+
+    Raises:
+        ConfigError: it knows no chat template.
+    """
+    base = read_base(config)
+    _refuse_without_template(base)
+    facts: dict[str, Any] = {"model": base.source, "model_digest": fingerprint(base.path)}
+    if config.start_adapter is not None:
+        folder = Path(config.start_adapter)
+        load_adapter(base.model, folder)
+        facts |= {"adapter": config.start_adapter, "adapter_digest": content_digest(folder)}
+    return Voice(base, facts, config.thinking, config.system)
+
+
+def _refuse_without_template(base: Base) -> None:
+    if not base.tokenizer.has_chat_template:
+        raise ConfigError(
+            f"{base.source}: its tokenizer has no chat template; take a model that can chat"
+        )
+
+
+def seed_of(seed: int, chunk: int, place: int) -> int:
+    """The seed of the `place`-th answers to a chunk of prompts."""
+    return (seed + STRIDE * chunk + place) % SEEDS
+
+
+def told(voice: Voice, sampling: Sampling) -> dict[str, Any]:
+    """Where an answer came from."""
+    settings = {name: value for name, value in asdict(sampling).items() if value is not None}
+    return voice.facts | {"sampling": settings}

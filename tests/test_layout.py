@@ -1,0 +1,158 @@
+"""Rules of the package's layout: layers, sizes, import circles, help, and what is shipped."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from collections import Counter
+from pathlib import Path
+from zipfile import ZipFile
+
+import click
+import pytest
+from click.testing import CliRunner
+from packaging.requirements import Requirement
+
+from mlx_dpo.cli import COMMANDS, cli
+from mlx_dpo.reporting.trackers import PROGRAMS
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "mlx_dpo"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+LOCK = tomllib.loads((ROOT / "uv.lock").read_text())
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def test_no_file_is_longer_than_490_lines():
+    lengths = {str(f.relative_to(ROOT)): len(f.read_text().splitlines()) for f in FILES}
+    assert {name: length for name, length in lengths.items() if length > 490} == {}
+
+
+def test_no_package_but_the_command_line_has_more_than_ten_files():
+    sizes = Counter(
+        str(f.parent.relative_to(ROOT))
+        for f in FILES
+        if f.name != "__init__.py" and f.parent != PACKAGE / "cli"
+    )
+    assert {package: size for package, size in sizes.items() if size > 10} == {}
+
+
+def test_the_import_contract_covers_every_package():
+    [contract] = PROJECT["tool"]["importlinter"]["contracts"]
+    covered = {name for layer in contract["layers"] for name in layer.split(" | ")}
+    packages = {f.relative_to(PACKAGE).parts[0].removesuffix(".py") for f in FILES}
+    assert covered == packages - {"__init__"}
+    assert contract["exhaustive"] is True
+
+
+def test_nothing_is_named_for_what_it_is_not():
+    names = {f.stem for f in FILES} | {f.parent.name for f in FILES}
+    assert names & {"utils", "util", "helpers", "common", "misc"} == set()
+
+
+def test_every_library_that_is_imported_is_declared():
+    """What only another library asks for may be gone with its next release."""
+    imported = set()
+    for file in FILES:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add((node.module or "").split(".")[0])
+    declared = {Requirement(line).name.lower() for line in PROJECT["project"]["dependencies"]}
+    names = {name.replace("-", "_") for name in declared - {"pyyaml"}} | {"yaml", "mlx_dpo"}
+    optional = {"tensorboardX", *PROGRAMS.keys() - {"tensorboard"}}
+    assert imported - sys.stdlib_module_names == names | optional
+
+
+def test_the_architecture_page_names_every_package():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    packages = {f.relative_to(PACKAGE).parts[0] for f in FILES} - {"__init__.py"}
+    named = {name.rstrip("/") for name in re.findall(r"`([a-z]\w*(?:\.py|/))`", page)}
+    assert packages - named == set()
+
+
+def test_help_loads_no_model_library():
+    """They cost seconds; whoever asks for help should not pay them."""
+    program = """
+import sys
+from mlx_dpo.cli import COMMANDS, cli
+for words in ([], *([name] for name in COMMANDS)):
+    cli.main([*words, "--help"], standalone_mode=False)
+sys.exit(", ".join({"mlx_lm", "transformers", "huggingface_hub"} & sys.modules.keys()) or None)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("Usage: ") == 1 + len(COMMANDS)
+
+
+def test_what_commands_do_is_said_whole_on_a_narrow_terminal():
+    shown = CliRunner().invoke(cli, ["--help"], terminal_width=80).output
+    commands = " ".join(shown.partition("\nCommands:\n")[2].split())
+    assert "..." not in commands
+    assert "in transformers + PEFT too, from the same folder." in commands
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_and_option_has_help(name):
+    command = cli.get_command(click.Context(cli), name)
+    assert command is not None
+    assert command.get_short_help_str()
+    for option in command.params:
+        if isinstance(option, click.Option):
+            assert option.help, f"{name} {option.opts[0]}"
+            assert not option.help.startswith(" ")
+
+
+def test_every_backend_has_its_extra_and_they_exclude_each_other():
+    extras = PROJECT["project"]["optional-dependencies"]
+    assert extras.keys() == {"cpu", "cuda12", "cuda13", "dev"} | PROGRAMS.keys()
+    [conflict] = PROJECT["tool"]["uv"]["conflicts"]
+    assert {entry["extra"] for entry in conflict} == extras.keys() - {"dev"} - PROGRAMS.keys()
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_every_program_that_a_run_can_tell_has_its_extra(name):
+    wanted = PROJECT["project"]["optional-dependencies"][name]
+    assert PROGRAMS[name].library in {Requirement(line).name for line in wanted}
+
+
+def requirement(name: str, specifier: str, extra: str) -> tuple[str, str, str]:
+    return re.sub(r"[-_.]+", "-", name).lower(), specifier, extra
+
+
+def test_the_lock_was_made_from_these_requirements():
+    project = PROJECT["project"]
+    declared = {"": project["dependencies"], **project["optional-dependencies"]}
+    wanted = {
+        requirement(r.name, str(r.specifier), extra)
+        for extra, lines in declared.items()
+        for r in map(Requirement, lines)
+    }
+    [own] = [package for package in LOCK["package"] if package["name"] == "mlx-dpo"]
+    locked = set()
+    for entry in own["metadata"]["requires-dist"]:
+        found = re.search(r"extra == '(\w+)'", entry.get("marker", ""))
+        extra = found.group(1) if found else ""
+        locked.add(requirement(entry["name"], entry.get("specifier", ""), extra))
+    assert locked == wanted
+    assert own["version"] == project["version"]
+
+
+def test_the_lock_names_the_public_index_only():
+    indexes = {package["source"].get("registry", "") for package in LOCK["package"]}
+    assert indexes == {"https://pypi.org/simple", ""}  # the project itself has none
+
+
+def test_the_wheel_holds_the_package_and_the_model_that_ships(tmp_path):
+    from hatchling.builders.wheel import WheelBuilder
+
+    [wheel] = WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])
+    with ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    assert {str(f.relative_to(ROOT)) for f in FILES} <= names
+    folder = ROOT / "models" / "tiny-chat"
+    model = {str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= model
+    assert {f"mlx_dpo/shipped/tiny-chat/{name}" for name in model} <= names
