@@ -7,8 +7,16 @@ import pytest
 from mlx_lm.models import llama
 
 from mlx_dpo.types import TokenizedPair
+from tests.trained_run import trained, workplace  # noqa: F401  (fixtures)
 
 VOCAB = 64
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLX_DPO_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 class Uniform:

@@ -1,7 +1,7 @@
 """Which layer of transformers a layer here is, proved on the checkpoint both were made from.
 
 A layer has a counterpart if its architecture was held against transformers and PEFT, logits
-against logits (tests/publishing/test_torch.py), and the checkpoint has its weight in its shape.
+against logits (tests/hub/test_torch.py), and the checkpoint has its weight in its shape.
 Knows no files.
 """
 

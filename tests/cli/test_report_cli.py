@@ -12,7 +12,7 @@ from mlx_dpo.cli import cli
 from mlx_dpo.reporting.metrics_log import read_rows
 from mlx_dpo.saved_runs.report import names_of
 from tests.checkpoints import make_checkpoint
-from tests.runs.trained import train
+from tests.runs.train_helper import train
 
 
 @pytest.fixture(scope="module")

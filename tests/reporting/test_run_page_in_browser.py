@@ -7,8 +7,8 @@ import pytest
 from mlx_dpo.reporting.curves import charts
 from mlx_dpo.reporting.plots import DARK, LIGHT
 from mlx_dpo.reporting.run_page import run_page
-from tests.conversation.webdriver import CHROMIUM, DRIVER, browser
 from tests.reporting.test_run_page import ROWS, RUN
+from tests.webdriver import CHROMIUM, DRIVER, browser
 
 SHOWN = """
 return [...document.images].map(image => [image.naturalWidth, image.width, image.currentSrc]);

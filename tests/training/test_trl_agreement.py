@@ -1,6 +1,7 @@
 """Optimizer steps beside TRL's: the same weights, adapters, pairs and order, in float32.
 
-TRL's values come from `scripts/make_goldens.py`, which says what it needs to make them again.
+TRL's values come from `scripts/tools/goldens/trl_sigmoid.py`, which says what it
+needs to make them again.
 """
 
 import json
@@ -32,7 +33,7 @@ from mlx_dpo.training.loop import Plan, Progress, train
 from mlx_dpo.training.lr_schedule import learning_rate
 from mlx_dpo.training.objective import Objective
 from mlx_dpo.types import PairLogps, TokenizedPair
-from scripts import make_goldens as trl
+from scripts.tools.goldens import trl_sigmoid as trl
 
 SEED = 7  # of our order of the pairs, which is undone here: TRL takes them as they stand
 LARGEST, MEAN = 1e-4, 1e-5  # of loss and rewards; a shift to one side shows in the mean

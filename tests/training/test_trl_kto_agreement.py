@@ -21,8 +21,8 @@ from mlx_dpo.models.load import load_base
 from mlx_dpo.runs.build import make_objective
 from mlx_dpo.scoring.scorers import score_pairs
 from mlx_dpo.training.loop import Plan, Progress, train
-from scripts import make_goldens as trl
-from scripts import make_kto_golden as kto
+from scripts.tools.goldens import trl_kto as kto
+from scripts.tools.goldens import trl_sigmoid as trl
 
 SEED = 3
 

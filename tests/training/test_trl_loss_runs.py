@@ -1,6 +1,6 @@
 """Optimizer steps of some losses beside TRL's, as `test_trl_agreement.py` has them for `sigmoid`.
 
-TRL's values come from `scripts/make_loss_goldens.py`.
+TRL's values come from `scripts/tools/goldens/trl_losses.py`.
 """
 
 import json
@@ -26,8 +26,8 @@ from mlx_dpo.training.loop import Plan, Progress, train
 from mlx_dpo.training.lr_schedule import learning_rate
 from mlx_dpo.training.objective import Objective
 from mlx_dpo.types import PairLogps
-from scripts import make_goldens as sigmoid
-from scripts import make_loss_goldens as trl
+from scripts.tools.goldens import trl_losses as trl
+from scripts.tools.goldens import trl_sigmoid as sigmoid
 from tests.training.test_trl_agreement import SEED, fresh_base, order_of, set_initial_a
 
 LARGEST, MEAN = 1e-4, 1e-5  # of rewards, and of losses around 1; a shift shows in the mean

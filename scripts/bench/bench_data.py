@@ -1,0 +1,157 @@
+"""How long many pairs take to become tokens, how soon a second run begins, and what they hold.
+
+    python -m scripts.bench.bench_data                      200,000 pairs of about 300 tokens
+    python -m scripts.bench.bench_data --pairs 20000        fewer
+
+Synthetic pairs go through the chat model that ships, twice, each time in a process of its own
+and into a cache of their own. A start ends where the first micro-batch could go; the reference's
+answers are taken to be there. A row for each start is appended to docs/bench/data.csv.
+"""
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+import mlx_dpo  # noqa: F401  the fast BLAS is loaded with it, before MLX
+
+# isort: split
+
+from scripts.bench import machine, tables
+from scripts.bench.tables import Row
+
+if TYPE_CHECKING:
+    from mlx_dpo import DPOConfig
+
+CSV = machine.ROOT / "docs" / "bench" / "data.csv"
+MODEL = machine.ROOT / "models" / "tiny-chat"
+STARTS = ("first", "second", "second", "second", "second", "second")
+WORDS = 26  # of a text; three texts are about 300 tokens of this model
+SHOWN = ("start", "pairs", "tokens", "seconds", "load_s", "resident_mb", "whole_epoch_mb")
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options."""
+    parser = argparse.ArgumentParser(
+        prog="bench_data", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--pairs", type=int, default=200_000, help="how many [200000]")
+    parser.add_argument("--csv", type=Path, default=CSV, help="file to append rows to")
+    parser.add_argument("--start", type=Path, help=argparse.SUPPRESS)  # one start, as JSON
+    return parser.parse_args(arguments)
+
+
+def write_pairs(path: Path, count: int) -> None:
+    """Pairs of random words, no two alike."""
+    draw = random.Random(0)
+    letters = "aeioulnrstdm"
+    words = ["".join(draw.choices(letters, k=draw.randint(2, 8))) for _ in range(5000)]
+
+    def text() -> str:
+        return " ".join(draw.choices(words, k=draw.randint(WORDS // 2, WORDS * 3 // 2)))
+
+    with path.open("w") as lines:
+        for _ in range(count):
+            row = {name: text() for name in ("prompt", "chosen", "rejected")}
+            lines.write(json.dumps(row) + "\n")
+
+
+def start(folder: Path) -> dict[str, float]:
+    """Begin a run on the pairs of the folder, up to its first micro-batch."""
+    from mlx_dpo import DPOConfig
+
+    output, pairs = tempfile.mkdtemp(dir=folder), str(folder / "pairs.jsonl")
+    config = DPOConfig(model=str(MODEL), pairs=pairs, output=output, max_steps=100)
+    return {**seconds(config), **memory(config)}
+
+
+def seconds(config: "DPOConfig") -> dict[str, float]:
+    """How long it takes, with everything that `train` does and says before the first step."""
+    import mlx.core as mx
+
+    from mlx_dpo import Run
+    from mlx_dpo.data.batching import collate, micro_batches, step_indices
+    from mlx_dpo.runs.summary import facts_of_inputs, facts_of_training
+    from mlx_dpo.types import PairLogps
+
+    with Run(config) as run:
+        began = perf_counter()
+        run.load()
+        loaded = perf_counter() - began
+        facts_of_inputs(run)
+        run.attach()
+        zeros = mx.zeros((len(run.inputs.train),))
+        run.reference = dict.fromkeys(("train", "valid"), PairLogps(zeros, zeros))
+        run.restore()
+        facts_of_training(run)
+        settings, pairs = run.config, run.inputs.train
+        indices = step_indices(0, count=len(pairs), batch_size=settings.batch_size, seed=0)
+        group = micro_batches(indices, pairs, settings.pass_limit, cost=run.choice.cost)[0]
+        mx.eval(collate([pairs[i] for i in group]))
+        done = perf_counter() - began
+    counts = [(r.prompt_tokens, r.chosen_tokens, r.rejected_tokens) for r in run.inputs.reports]
+    return {"seconds": done, "load_s": loaded, "tokens": sum(map(sum, counts))}
+
+
+def memory(config: "DPOConfig") -> dict[str, float]:
+    """What the pairs hold beside the model: as a run begins, and after each was asked for."""
+    from mlx_dpo.runs.inputs import read_base, read_inputs
+
+    base = read_base(config)
+    before = machine.resident_bytes()
+    inputs = read_inputs(config, read=lambda _: base)
+    inputs.provenance(config)
+    resident = machine.resident_bytes() - before
+    for _ in inputs.train:
+        pass
+    whole = machine.resident_bytes() - before
+    return {"resident_mb": resident / 1e6, "whole_epoch_mb": whole / 1e6}
+
+
+def one_start(name: str, folder: Path, pairs: int) -> Row:
+    """The columns of one start, in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "scripts.bench.bench_data", "--start", str(folder)],
+        cwd=machine.ROOT, env=os.environ | {"MLX_DPO_CACHE": str(folder / "cache")},
+        stdout=subprocess.PIPE, text=True, check=True,
+    )  # fmt: skip
+    found = json.loads(done.stdout.splitlines()[-1])
+    return {
+        "versions": machine.versions("mlx-dpo", "mlx", "mlx-lm", "transformers"),
+        "start": name,
+        "pairs": str(pairs),
+        "tokens": f"{found['tokens'] / pairs:.0f}",
+        "seconds": f"{found['seconds']:.2f}",
+        "load_s": f"{found['load_s']:.2f}",
+        "resident_mb": f"{found['resident_mb']:.0f}",
+        "whole_epoch_mb": f"{found['whole_epoch_mb']:.0f}",
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark."""
+    options = parse(arguments)
+    if options.start is not None:
+        print(json.dumps(start(options.start)))
+        return 0
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_pairs(folder / "pairs.jsonl", options.pairs)
+        for at in STARTS:
+            rows.append(one_start(at, folder, options.pairs))
+            tables.append_csv(options.csv, [machine.facts() | rows[-1]])
+            print(" ".join(rows[-1][name] for name in SHOWN), file=sys.stderr)
+    print(tables.text_table(rows, SHOWN))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

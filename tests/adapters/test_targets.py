@@ -1,0 +1,96 @@
+"""Which layers a name means, and the names under which mlx-lm finds exactly those."""
+
+import pytest
+from mlx_lm.models import llama
+
+from mlx_dpo.adapters.targets import adaptable, chosen, linear_names, mlx_lm_keys, trainable
+from mlx_dpo.errors import ConfigError
+from tests.conftest import make_llama
+from tests.scoring.small_models import make
+
+Q = [f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)]
+
+
+def meant(model, *targets, num_layers=None):
+    return chosen(model, adaptable(model), targets, num_layers)
+
+
+@pytest.fixture
+def untied():
+    return llama.Model(
+        llama.ModelArgs(
+            model_type="llama", hidden_size=64, num_hidden_layers=2, intermediate_size=128,
+            num_attention_heads=4, rms_norm_eps=1e-5, vocab_size=64, tie_word_embeddings=False,
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("target", ["q_proj", "self_attn.q_proj"])
+def test_a_name_is_a_path_in_the_blocks_or_its_last_parts(tiny_llama, target):
+    assert meant(tiny_llama, target) == Q
+    assert meant(tiny_llama, target, num_layers=1) == Q[1:]
+
+
+def test_a_whole_path_means_one_layer(tiny_llama):
+    assert meant(tiny_llama, Q[0]) == Q[:1]
+
+
+def test_half_a_name_means_nothing(tiny_llama):
+    with pytest.raises(ConfigError, match="`proj` matches nothing that can be trained in this"):
+        meant(tiny_llama, "proj")
+
+
+def test_outside_of_the_blocks_only_what_is_named(untied):
+    assert not any("layers" not in path for path in meant(untied))
+    assert set(meant(untied, "embed_tokens", "lm_head")) == {"model.embed_tokens", "lm_head"}
+    assert meant(untied, "model.embed_tokens") == ["model.embed_tokens"]
+
+
+def test_experts_only_if_named():
+    model = make("mixtral")  # its linear layers are adapted: what is left are the experts
+    names = {place.name for place in adaptable(model) if place.asked and place.inside}
+    experts = {f"block_sparse_moe.switch_mlp.{x}_proj" for x in ("up", "gate", "down")}
+    assert experts <= names
+    assert not any("switch_mlp" in name for name in linear_names(model))
+    assert len(meant(model, "switch_mlp.up_proj")) == 3
+
+
+@pytest.mark.parametrize(
+    ("targets", "num_layers", "message"),
+    [
+        (["q_proj", "nope"], None, r"`nope` matches nothing.* it has mlp.down_proj, .*q_proj"),
+        (["nope"], None, "outside of the blocks lm_head, model.embed_tokens"),
+        ([Q[0]], 1, "matches nothing that can be trained in the last 1 blocks"),
+        (["lm_head"], 1, "`num_layers` has no effect: no target is inside the blocks"),
+        ([], 3, "`num_layers` is 3, but the model has 2 layers"),
+    ],
+)
+def test_what_means_nothing_is_refused_with_what_there_is(untied, targets, num_layers, message):
+    with pytest.raises(ConfigError, match=message):
+        meant(untied, *targets, num_layers=num_layers)
+
+
+def test_whole_blocks_are_trained_unless_parts_are_named(tiny_llama):
+    places = trainable(tiny_llama)
+    assert chosen(tiny_llama, places, [], None) == ["model.layers.0", "model.layers.1"]
+    assert chosen(tiny_llama, places, [], 1) == ["model.layers.1"]
+    assert chosen(tiny_llama, places, ["mlp"], 1) == ["model.layers.1.mlp"]
+    norms = [f"model.layers.{i}.input_layernorm" for i in (0, 1)]
+    assert chosen(tiny_llama, places, ["input_layernorm", "model.norm"], None) == [
+        *norms, "model.norm",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("paths", "expected"),
+    [
+        (Q, (2, ["self_attn.q_proj"])),
+        (Q[1:], (1, ["self_attn.q_proj"])),
+        (Q[:1], (2, Q[:1])),  # of no last blocks
+        ([*Q, "model.embed_tokens"], (2, ["self_attn.q_proj", "model.embed_tokens"])),
+        (["model.embed_tokens"], (2, ["model.embed_tokens"])),
+        ([Q[0], "model.layers.1.mlp.up_proj"], (2, [Q[0], "model.layers.1.mlp.up_proj"])),
+    ],
+)
+def test_keys_are_short_where_blocks_are_alike_and_whole_paths_elsewhere(paths, expected):
+    assert mlx_lm_keys(make_llama(), paths) == expected

@@ -1,0 +1,121 @@
+"""Every loss that TRL has, beside TRL's own code: value, slopes and rewards, from the logits on.
+
+TRL's values come from `scripts/tools/goldens/trl_losses.py`, which says what it
+needs to make them again.
+"""
+
+import json
+from dataclasses import fields
+
+import mlx_dpo  # noqa: F401  (first: it loads OpenBLAS before MLX is imported)
+
+import mlx.core as mx  # isort: skip
+import numpy as np
+import pytest
+
+from mlx_dpo.config.dpo_config import DPOConfig
+from mlx_dpo.data.batching import facts_of
+from mlx_dpo.losses.catalogue import LOSS_KINDS
+from mlx_dpo.scoring.logps import pair_alignments, pair_logps
+from mlx_dpo.training.objective import Objective
+from mlx_dpo.types import PairBatch, PairLogps, Scored, TokenizedPair
+from scripts.tools.goldens import trl_losses as trl
+
+TOLERANCE = 1e-6  # of the largest number there is to be had
+NOT_IN_TRL = {"cdpo", "dpop"}
+
+
+def settings_of_all():
+    """Every case of the script in our words."""
+    found = {}
+    for name, settings in trl.DPO.items():
+        found[name] = settings
+    for name, settings in trl.CPO.items():
+        kind = "simpo" if settings["loss_type"] == "simpo" else "cpo"
+        idle = {"loss_type", "cpo_alpha"} if kind == "simpo" else {"loss_type"}
+        kept = {key: value for key, value in settings.items() if key not in idle}
+        found[name] = {"loss_type": [kind], **kept}
+    found |= {name: {"loss_type": ["orpo"], **settings} for name, settings in trl.ORPO.items()}
+    found |= {name: {"loss_type": ["kto"], **settings} for name, settings in trl.KTO.items()}
+    return {
+        name: settings if settings["loss_type"] == ["sft"] else {"beta": trl.BETA} | settings
+        for name, settings in found.items()
+    }
+
+
+CASES = settings_of_all()
+TEXTS = trl.texts()
+
+
+@pytest.fixture(scope="module")
+def golden():
+    golden = json.loads(trl.GOLDEN.read_text())
+    assert golden["versions"].keys() >= {"trl", "torch"}
+    return golden["cases"]
+
+
+def ours(name):
+    """Loss, slopes along each row's direction, and rewards."""
+    config = DPOConfig(**CASES[name])
+    objective = Objective(**{f.name: getattr(config, f.name) for f in fields(Objective)})
+    batch = PairBatch(mx.array(TEXTS.tokens.astype(np.int32)), mx.array(TEXTS.mask))
+    logits, reference, direction = (
+        mx.array(value.astype(np.float32))
+        for value in (TEXTS.policy, TEXTS.reference, TEXTS.direction)
+    )
+    labels = trl.DESIRABLE if objective.labelled else (None,) * len(trl.LENGTHS)
+    facts = facts_of(
+        [
+            TokenizedPair((0,), (1,) * chosen, (1,) * rejected, desirable=label)
+            for (chosen, rejected), label in zip(trl.LENGTHS, labels, strict=True)
+        ]
+    )
+    weights = mx.ones((len(labels),))
+    if config.use_weighting:
+        weights = mx.exp(sum(pair_alignments(lambda tokens: logits, batch)))
+
+    def scored(along):
+        moved = logits + along[:, None, None] * direction
+        policy = pair_logps(lambda tokens: moved, batch, ld_alpha=config.ld_alpha)
+        base = pair_logps(lambda tokens: reference, batch, ld_alpha=config.ld_alpha)
+        if objective.labelled and trl.labelled_rows(name)[0].start:
+            policy, base = PairLogps(*reversed(policy)), PairLogps(*reversed(base))
+        return Scored(policy, base, facts, weights)
+
+    zero = mx.zeros((len(TEXTS.tokens),))
+    loss, slopes = mx.value_and_grad(lambda along: objective.losses(scored(along)).mean())(zero)
+    return loss.item(), np.array(slopes), [r.tolist() for r in objective.rewards(scored(zero))]
+
+
+def test_every_loss_that_trl_has_is_compared():
+    alone = {settings["loss_type"][0] for settings in CASES.values()}
+    assert alone == LOSS_KINDS.keys() - NOT_IN_TRL
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_value_and_slopes_are_trls(golden, name):
+    theirs = golden[name]
+    loss, slopes, _ = ours(name)
+    assert loss == pytest.approx(theirs["loss"], rel=TOLERANCE, abs=TOLERANCE)
+    largest = max(1.0, *map(abs, theirs["slopes"]))
+    assert np.abs(slopes - theirs["slopes"]).max() <= TOLERANCE * largest
+
+
+# Of `sft` alone TRL logs log-ratios, for which it runs a reference that the loss does not need.
+@pytest.mark.parametrize("name", sorted(CASES.keys() - {"sft"}))
+def test_rewards_are_what_trl_logs(golden, name):
+    _, _, (chosen, rejected) = ours(name)
+    if CASES[name]["loss_type"] == ["kto"]:
+        good = np.array(trl.DESIRABLE)
+        chosen, rejected = np.array(chosen)[good], np.array(chosen)[~good]
+    assert np.mean(chosen) == pytest.approx(golden[name]["rewards/chosen"], rel=1e-5, abs=1e-6)
+    assert np.mean(rejected) == pytest.approx(golden[name]["rewards/rejected"], rel=1e-5, abs=1e-6)
+
+
+def test_the_golden_values_could_show_a_fault(golden):
+    """No two cases agree, no row is without a slope where the loss reads it."""
+    losses = [case["loss"] for case in golden.values()]
+    assert len({round(loss, 5) for loss in losses}) == len(losses)
+    for name, case in golden.items():
+        silent = len(trl.LENGTHS) * (name == "sft" or name.startswith("kto"))
+        assert sum(abs(slope) < 30 * TOLERANCE for slope in case["slopes"]) <= silent + 1, name

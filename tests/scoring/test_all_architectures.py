@@ -1,0 +1,79 @@
+"""Every architecture of mlx-lm that can be built here: the fast path is exact, or is not taken.
+
+`scripts/tools/docs/architectures_page.py` writes the table of what was chosen
+to docs/architectures.md.
+"""
+
+from contextlib import ExitStack
+
+import mlx.core as mx
+import pytest
+
+from mlx_dpo.errors import ModelError
+from mlx_dpo.scoring import lm_head as head
+from mlx_dpo.scoring.kernels.attention import chunked_attention
+from mlx_dpo.scoring.kernels.gradient_checkpointing import recomputed
+from mlx_dpo.scoring.packing import tree_positions
+from mlx_dpo.scoring.scorers import plain_scorer
+from mlx_dpo.scoring.select_scorer import WAYS, choose, errors, random_pairs, value_error
+from tests.scoring.architectures import UNBUILT, VOCAB, WINDOW, adapt, build, model_types
+
+pytestmark = pytest.mark.slow
+
+# Why the shared scorer is refused: mlx-lm's own passes with and without caches differ.
+REFUSED = {"gemma3n": "values differ"}
+ROW_ALONE = {"plamo3"}  # its window is another one with a cache than without
+UNTRAINABLE = {"deepseek_v41": "Cannot calculate VJP with respect to indices"}
+SHARED = sorted(set(model_types()) - UNBUILT.keys() - REFUSED.keys() - UNTRAINABLE.keys())
+
+# A prompt of one token, completions of one, two prompts of one length, one past the window.
+SHAPES = ((1, 3, 2), (6, 1, 1), (2 * WINDOW + 3, 5, 2), (6, 2, 7))
+
+
+def rows(scorer):
+    pairs = random_pairs(SHAPES, VOCAB)
+    return lambda model: mx.concatenate([*scorer(model, pairs)])[:, None]
+
+
+def memory_savers(model, names):
+    stack = ExitStack()
+    stack.enter_context(tree_positions())
+    if "recomputed" in names:
+        stack.enter_context(recomputed(model))
+    if "chunked" in names:
+        stack.enter_context(chunked_attention(2))
+    return stack
+
+
+def test_the_list_is_long_enough():
+    assert len(SHARED) >= 70
+
+
+@pytest.mark.parametrize("saved", [(), ("recomputed", "chunked")], ids=["", "saving-memory"])
+@pytest.mark.parametrize("model_type", SHARED)
+def test_the_shared_scorer_is_exact(model_type, saved, monkeypatch):
+    monkeypatch.setattr("mlx_dpo.scoring.kernels.attention.FEWEST_SCORES", 0)
+    monkeypatch.setattr(head, "CHUNK_BYTES", 5 * VOCAB * 4)
+    model = adapt(model_type, build(model_type))
+    for way in ["row"] if model_type in ROW_ALONE else WAYS:
+        choice = choose(model, vocab_size=VOCAB, ways=(way, "lengths"))
+        assert choice.name == "shared", choice.reason
+        with memory_savers(model, saved):
+            found = errors(model, rows(choice.scorer), rows(plain_scorer))
+        assert found.values <= 1e-5
+        assert found.gradients <= 1e-4
+        assert value_error(model, rows(choice.forward_only), rows(plain_scorer)) <= 1e-5
+
+
+@pytest.mark.parametrize("model_type", REFUSED)
+def test_where_it_is_not_exact_it_is_not_run(model_type):
+    model = adapt(model_type, build(model_type))
+    choice = choose(model, vocab_size=VOCAB)
+    assert choice.scorer is plain_scorer
+    assert REFUSED[model_type] in choice.reason
+
+
+@pytest.mark.parametrize("model_type", UNTRAINABLE)
+def test_what_mlx_cannot_differentiate_is_said(model_type):
+    with pytest.raises(ModelError, match=UNTRAINABLE[model_type]):
+        choose(adapt(model_type, build(model_type)), vocab_size=VOCAB)

@@ -1,0 +1,193 @@
+"""The model's two halves, and log-probabilities of rows without an array over all of them."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from mlx_dpo.scoring import lm_head as head
+from mlx_dpo.scoring.backbone import NotSplitError, split
+from mlx_dpo.scoring.lm_head import head_weights, row_logps
+from tests.conftest import VOCAB, make_llama
+from tests.scoring.architectures import build
+
+ROWS = 10
+
+
+@pytest.fixture
+def hidden():
+    return mx.random.normal((ROWS, 64), key=mx.random.key(1))
+
+
+@pytest.fixture
+def targets():
+    return mx.random.randint(0, VOCAB, (ROWS,), key=mx.random.key(2))
+
+
+@pytest.fixture
+def chunks_of_four(monkeypatch):
+    monkeypatch.setattr(head, "CHUNK_BYTES", 4 * VOCAB * 4)
+
+
+def autodiff(halves, hidden, targets):
+    """The same from whole logits, differentiated by MLX."""
+    logits = halves.logits(hidden[None])[0]
+    return mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0] - mx.logsumexp(logits, -1)
+
+
+# Tied; soft cap; scale; divided before; own names; a wrapper around the language model.
+@pytest.mark.parametrize(
+    "name", ["llama", "gemma2", "cohere", "minicpm3", "internlm2", "mamba", "gpt_bigcode", "gemma3"]
+)
+def test_the_halves_together_are_the_model(name):
+    model = build(name)
+    tokens = mx.array([[3, 1, 4, 1, 5]])
+    halves = split(model)
+    found = halves.hidden(tokens)
+    assert mx.array_equal(halves.logits(found), model(tokens))
+    some = halves.logits(found[:, 1:4:2])
+    assert mx.allclose(some, model(tokens)[:, 1:4:2], rtol=1e-6, atol=1e-6)
+
+
+def test_the_head_is_not_run_to_get_hidden_states():
+    model = make_llama()
+    model.lm_head = None  # a call would raise
+    model.args.tie_word_embeddings = False
+    assert split(model).hidden(mx.array([[1, 2]])).shape == (1, 2, 64)
+
+
+def test_a_model_without_a_trunk_is_refused():
+    class Bigram(nn.Module):
+        def __call__(self, tokens, cache=None):
+            return mx.zeros((*tokens.shape, VOCAB))
+
+    with pytest.raises(NotSplitError, match="no trunk named"):
+        split(Bigram())
+
+
+def test_log_probabilities_are_those_of_float64(tiny_llama, hidden, targets, chunks_of_four):
+    logps = row_logps(split(tiny_llama), hidden, targets, vocab_size=VOCAB, gradients=False)
+    weight = np.array(tiny_llama.model.embed_tokens.weight, np.float64)
+    logits = np.array(hidden, np.float64) @ weight.T
+    expected = logits[np.arange(ROWS), np.array(targets)] - np.log(np.exp(logits).sum(axis=1))
+    assert np.allclose(np.array(logps), expected, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_gradients_are_those_of_whole_logits(tiny_llama, hidden, targets, chunks_of_four, trained):
+    tiny_llama.freeze()
+    if trained:
+        tiny_llama.model.embed_tokens.unfreeze()
+        tiny_llama.model.norm.unfreeze()  # outside the blocks, and not of the head
+    halves, weights = split(tiny_llama), mx.arange(ROWS) - 3.5
+    before = tiny_llama.model.embed_tokens.weight
+
+    def gradients(logps):
+        def loss(trainable, hidden):
+            tiny_llama.update(trainable)
+            return (logps(hidden) * weights).sum()
+
+        found = mx.grad(loss, argnums=[0, 1])(tiny_llama.trainable_parameters(), hidden)
+        tiny_llama.model.embed_tokens.weight = before
+        return dict(tree_flatten(found))
+
+    expected = gradients(lambda h: autodiff(halves, h, targets))
+    found = gradients(lambda h: row_logps(halves, h, targets, vocab_size=VOCAB, gradients=True))
+    assert found.keys() == expected.keys()
+    assert ("0.model.embed_tokens.weight" in found) == trained
+    for name in found:
+        error = mx.linalg.norm(found[name] - expected[name])
+        assert error.item() <= 1e-5 * max(mx.linalg.norm(expected[name]).item(), 1e-3), name
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_values_do_not_depend_on_whether_gradients_are_wanted(
+    tiny_llama, hidden, targets, chunks_of_four, trained
+):
+    tiny_llama.freeze()
+    if trained:
+        tiny_llama.model.embed_tokens.unfreeze()
+    halves = split(tiny_llama)
+    alone, beside = (
+        row_logps(halves, hidden, targets, vocab_size=VOCAB, gradients=gradients)
+        for gradients in (False, True)
+    )
+    assert mx.array_equal(alone, beside)
+
+
+def test_only_what_is_outside_the_blocks_is_taken_for_the_head(tiny_llama):
+    assert head_weights(split(tiny_llama)).keys() == {
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+    }
+    tiny_llama.freeze()
+    tiny_llama.layers[0].unfreeze()
+    assert head_weights(split(tiny_llama)) == {}
+
+
+def test_blocks_are_found_inside_a_model_that_also_sees_images():
+    model = build("kimi_vl")
+    names = head_weights(split(model)).keys()
+    assert names == {"lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"}
+
+
+class CountsRows(nn.Module):
+    """A head that writes down how many rows it was given each time."""
+
+    def __init__(self, dims, vocab):
+        super().__init__()
+        self.weight = 0.02 * mx.random.normal((dims, vocab))
+        self.seen = []
+
+    def __call__(self, x):
+        self.seen.append(x.shape[0] * x.shape[1])
+        return x @ self.weight
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_every_row_passes_once_and_no_chunk_is_larger_than_allowed(
+    tiny_llama, hidden, targets, chunks_of_four, gradients
+):
+    tiny_llama.args.tie_word_embeddings = False
+    tiny_llama.lm_head = CountsRows(64, VOCAB)
+    tiny_llama.freeze()
+
+    def loss(hidden):
+        return row_logps(
+            split(tiny_llama), hidden, targets, vocab_size=VOCAB, gradients=gradients
+        ).sum()
+
+    mx.eval(mx.grad(loss)(hidden) if gradients else loss(hidden))
+    assert tiny_llama.lm_head.seen == [4, 4, 2]
+
+
+def peak(vocab, trained):
+    """Bytes beyond the weights at the peak of 768 rows, value and gradient."""
+    model = make_llama()
+    model.args.tie_word_embeddings = False
+    model.lm_head = nn.Linear(8, vocab, bias=False)
+    model.freeze()
+    if trained:
+        model.lm_head.unfreeze()
+    hidden, targets = mx.random.normal((768, 8)), mx.random.randint(0, vocab, (768,))
+    mx.eval(model.parameters(), hidden, targets)
+
+    def loss(model, hidden):
+        return row_logps(split(model), hidden, targets, vocab_size=vocab, gradients=True).sum()
+
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    if trained:
+        mx.eval(nn.value_and_grad(model, loss)(model, hidden))
+    else:
+        mx.eval(mx.value_and_grad(loss, argnums=1)(model, hidden))
+    return mx.get_peak_memory() - before
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_twice_the_vocabulary_needs_hardly_more_memory(trained):
+    # A trained head has a gradient of its size, held twice while chunks add to it.
+    own = trained * 2 * (65536 - 32768) * 8 * 4
+    assert peak(65536, trained) - own <= 1.1 * peak(32768, trained)

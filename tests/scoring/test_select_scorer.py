@@ -1,0 +1,216 @@
+"""Where the shared scorer is exact it is taken; where it is not, it is never run."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.models import llama
+from mlx_lm.models.cache import KVCache, RotatingKVCache
+
+from mlx_dpo.adapters import attach as adapters
+from mlx_dpo.errors import ModelError
+from mlx_dpo.io import random_state
+from mlx_dpo.scoring.scorers import plain_scorer
+from mlx_dpo.scoring.select_scorer import WAYS, choose, errors, random_pairs, value_error
+from tests.conftest import VOCAB, make_llama
+from tests.scoring.architectures import WINDOW, build
+
+
+def adapted(model, **settings):
+    adapters.attach(model, rank=2, scale=2.0, **settings)
+    return model
+
+
+def with_caches(make_cache, **more):
+    """A small llama whose caches are made by `make_cache`; its uncached passes are right."""
+    kind = type("Model", (llama.Model,), {"make_cache": make_cache, **more})
+    model = make_llama()
+    model.__class__ = kind
+    return adapted(model)
+
+
+def assert_plain(choice, said):
+    assert choice.name == "plain"
+    assert choice.scorer is plain_scorer
+    assert choice.forward_only is plain_scorer
+    assert said in choice.reason
+    assert choice.way is None
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_exact_model_gets_the_shared_scorer(way):
+    choice = choose(adapted(make_llama()), vocab_size=VOCAB, ways=(way,))
+    assert choice.name == "shared"
+    assert choice.way == way
+    assert choice.reason.startswith(f"{WAYS[way]}; equal to the plain scorer on a probe, to ")
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_rounding_is_no_reason_to_refuse(dtype):
+    model = make_llama()
+    model.set_dtype(dtype)
+    assert choose(adapted(model), vocab_size=VOCAB).name == "shared"
+
+
+def test_a_model_without_adapters_is_probed_by_its_values():
+    model = make_llama()
+    model.freeze()
+    assert choose(model, vocab_size=VOCAB).name == "shared"
+
+
+class Detached(KVCache):
+    """Right values, but no gradient through what was kept."""
+
+    def update_and_fetch(self, keys, values):
+        keys, values = super().update_and_fetch(keys, values)
+        kept = self.offset - 1
+        return tuple(
+            mx.concatenate([mx.stop_gradient(x[..., :kept, :]), x[..., kept:, :]], axis=2)
+            for x in (keys, values)
+        )
+
+
+class Forgetful(KVCache):
+    """Keeps positions and loses the first key."""
+
+    def update_and_fetch(self, keys, values):
+        first = self.empty()
+        keys, values = super().update_and_fetch(keys, values)
+        if first:
+            self.keys[..., :1, :] = 0
+        return keys, values
+
+
+def test_wrong_values_are_refused():
+    model = with_caches(lambda self: [Forgetful() for _ in self.layers])
+    assert_plain(choose(model, vocab_size=VOCAB), "values differ from the plain scorer's by ")
+
+
+def test_wrong_gradients_are_refused_where_values_are_right():
+    model = with_caches(lambda self: [Detached() for _ in self.layers])
+    assert_plain(choose(model, vocab_size=VOCAB), "gradients differ from the plain scorer's by ")
+
+
+def test_a_window_that_only_caches_know_is_refused():
+    """Wide enough for the probe's short pairs; a prompt past it shows the difference."""
+    model = with_caches(lambda self: [RotatingKVCache(32) for _ in self.layers])
+    choice = choose(model, vocab_size=VOCAB, ways=("lengths",))
+    assert_plain(choice, "values past the window differ")
+
+
+def test_a_head_that_mixes_rows_is_refused():
+    def call(self, tokens, cache=None):
+        hidden = self.model(tokens, cache)
+        return self.model.embed_tokens.as_linear(mx.cumsum(hidden, axis=1))
+
+    model = with_caches(lambda self: [KVCache() for _ in self.layers], __call__=call)
+    assert_plain(choose(model, vocab_size=VOCAB), "differ from the plain scorer's by ")
+
+
+# Wrong on the probe's pairs; wrong on longer ones alone, where it chooses among blocks of keys.
+@pytest.mark.parametrize("name", ["gemma2", "minimax_m3_vl"])
+def test_uneven_prompts_go_one_by_one_where_batched_caches_are_wrong(name):
+    choice = choose(adapted(build(name)), vocab_size=128, ways=("batch", "lengths"))
+    assert choice.name == "shared"
+    assert choice.way == "lengths"
+
+
+def test_a_cache_that_cannot_be_made_is_no_obstacle():
+    def make_cache(self):
+        raise NotImplementedError("no cache for this one")
+
+    assert_plain(
+        choose(with_caches(make_cache), vocab_size=VOCAB),
+        "NotImplementedError: no cache for this one",
+    )
+
+
+def test_a_model_without_a_trunk_is_scored_plainly():
+    class Bigram(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(VOCAB, VOCAB)
+
+        def __call__(self, tokens, cache=None):
+            return self.table(tokens)
+
+    assert_plain(choose(Bigram(), vocab_size=VOCAB), "no trunk named `model`")
+
+
+def test_what_was_asked_for_is_done():
+    model = with_caches(lambda self: [Forgetful() for _ in self.layers])
+    assert_plain(choose(adapted(make_llama()), vocab_size=VOCAB, wanted="plain"), "as asked")
+    with pytest.raises(ModelError, match=r"^the scorer `shared` is not exact .* by \d"):
+        choose(model, vocab_size=VOCAB, wanted="shared")
+
+
+def test_a_model_that_cannot_be_trained_at_all_is_said_in_one_line():
+    def call(self, tokens, cache=None):
+        raise RuntimeError("[metal_kernel] No Metal back-end.")
+
+    model = with_caches(lambda self: [KVCache() for _ in self.layers], __call__=call)
+    with pytest.raises(ModelError, match=r"No Metal back-end\); name other layers") as caught:
+        choose(model, vocab_size=VOCAB)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_model_is_left_as_it_was():
+    model = adapted(make_llama(), dropout=0.5)
+    model.train()
+    model.layers[0].eval()
+    mx.random.seed(7)
+    before = {name: mx.array(value) for name, value in tree_flatten(model.parameters())}
+    modes = [(name, module.training) for name, module in model.named_modules()]
+    state = random_state().tolist()
+
+    assert choose(model, vocab_size=VOCAB).name == "shared"  # dropout would make them differ
+
+    after = dict(tree_flatten(model.parameters()))
+    assert after.keys() == before.keys()
+    assert all(mx.array_equal(after[name], before[name]) for name in before)
+    assert not any(mx.any(v).item() for name, v in after.items() if name.endswith("lora_b"))
+    assert [(name, module.training) for name, module in model.named_modules()] == modes
+    assert random_state().tolist() == state
+
+
+def test_what_is_not_a_number_is_never_near():
+    model = adapted(make_llama())
+    pairs = random_pairs([(3, 2, 2)], VOCAB)
+
+    def oracle(model):
+        return mx.concatenate([*plain_scorer(model, pairs)])[:, None]
+
+    def one_nan(model):
+        return mx.where(mx.arange(2)[:, None] == 1, mx.nan, oracle(model))
+
+    def one_nan_gradient(model):  # sqrt has an infinite slope at zero, and zero times it is nan
+        a = model.layers[0].self_attn.q_proj.lora_a
+        return oracle(model) + mx.sqrt(mx.stop_gradient(a).sum() * 0 + (a - a).sum())
+
+    assert not value_error(model, one_nan, oracle) <= 1
+    assert not errors(model, one_nan, oracle).values <= 1
+    assert not errors(model, one_nan_gradient, oracle).gradients <= 1
+
+
+def test_a_lost_gradient_of_one_small_adapter_is_seen():
+    """Measured against its own size, not against that of all adapters together."""
+    model = adapted(make_llama())
+    pairs = random_pairs([(3, 2, 2)], VOCAB)
+
+    def oracle(model):
+        return mx.concatenate([*plain_scorer(model, pairs)])[:, None]
+
+    def without_one(model):
+        layer = model.layers[0].self_attn.k_proj
+        kept = layer.lora_a
+        layer.lora_a = mx.stop_gradient(kept)
+        scores = oracle(model)
+        layer.lora_a = kept
+        return scores
+
+    assert errors(model, without_one, oracle).gradients >= 0.1
+
+
+def test_prompts_longer_than_a_narrow_window_are_exact():
+    assert WINDOW < 5  # so that the probe's own pairs do not fit into it
+    assert choose(adapted(build("gemma3_text")), vocab_size=128).name == "shared"
