@@ -11,6 +11,7 @@ import numpy as np
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.data.batching import epoch_passes, largest_pass, whole_rows
 from mlx_dpo.data.dataset import longest_pairs, row_lengths, sketches
+from mlx_dpo.data.tokenization.cache import CountingRows
 from mlx_dpo.errors import ModelError
 from mlx_dpo.generation.generate import context_length
 from mlx_dpo.models.empty_weights import outline
@@ -36,7 +37,7 @@ from mlx_dpo.runs.build import (
     forward_only,
     remembered,
 )
-from mlx_dpo.runs.inputs import CountingRows, Inputs, read_base, read_inputs, unheard
+from mlx_dpo.runs.inputs import Inputs, read_base, read_inputs, unheard
 from mlx_dpo.scoring.kernels.gated_delta import fused_gated_delta
 from mlx_dpo.scoring.select_scorer import Choice
 from mlx_dpo.types import TokenizedPair

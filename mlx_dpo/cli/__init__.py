@@ -4,6 +4,7 @@ import errno
 import os
 import shutil
 import sys
+import traceback
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -63,26 +64,36 @@ class Commands(click.Group):
             formatter.write_dl([(n, c.get_short_help_str(limit=200)) for n, c in rows if c])
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Turn errors that a person can mend into one line; any other keeps its traceback."""
+        """Run the command; print an error that a person can fix as one line.
+
+        Any other exception keeps its traceback. With MLX_DPO_DEBUG=1 these errors print theirs
+        too, before the line.
+        """
         try:
             return super().invoke(ctx)
-        except DPOError as error:
-            raise click.ClickException(str(error)) from error
-        except OSError as error:
-            if error.errno not in DISK_ERRORS:
+        except (DPOError, OSError, ImportError) as error:
+            message = one_line(error)
+            if message is None:
                 raise
-            place = f"{error.filename}: " if error.filename else ""
-            raise click.ClickException(f"{place}{error.strerror}") from error
-        except ImportError as error:
-            if "libmlx" not in str(error):
-                raise
-            raise click.ClickException(
-                "MLX is installed without a backend; on Linux: pip install 'mlx[cpu]', or "
-                "mlx[cuda13]"
-            ) from error
+            if os.environ.get("MLX_DPO_DEBUG", "0") not in ("", "0"):
+                traceback.print_exception(error)
+            raise click.ClickException(message) from error
         except KeyboardInterrupt:
             click.echo("Interrupted", err=True)
             sys.exit(INTERRUPTED)
+
+
+def one_line(error: DPOError | OSError | ImportError) -> str | None:
+    """Return the message of an error that a person can fix, or None for any other error."""
+    if isinstance(error, DPOError):
+        return str(error)
+    if isinstance(error, OSError):
+        if error.errno not in DISK_ERRORS:
+            return None
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if "libmlx" not in str(error):
+        return None
+    return "MLX is installed without a backend; on Linux: pip install 'mlx[cpu]', or mlx[cuda13]"
 
 
 @click.group(

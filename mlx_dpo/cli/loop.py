@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 @setting_flags(lambda spec: True)
 @click.pass_context
 def loop(
-    ctx: click.Context, prompts: str | None, config_file: str | None, resume: bool, **flags: Any
+    ctx: click.Context, /, prompts: str | None, config_file: str | None, resume: bool, **flags: Any
 ) -> None:
     """Train on a policy's own answers to PROMPTS, round after round: on-policy DPO.
 

@@ -27,6 +27,7 @@ Fact = tuple[str, str]
 @click.pass_context
 def plan(
     ctx: click.Context,
+    /,
     config_file: str | None,
     memory: str | None,
     as_json: bool,

@@ -179,7 +179,7 @@ def _settings_of(values: Mapping[str, Any]) -> dict[str, Any]:
 @setting_flags(lambda spec: True)
 @click.pass_context
 def train(
-    ctx: click.Context, config_file: str | None, resume: bool, force: bool, **flags: Any
+    ctx: click.Context, /, config_file: str | None, resume: bool, force: bool, **flags: Any
 ) -> None:
     """Train adapters on PAIRS by Direct Preference Optimization.
 

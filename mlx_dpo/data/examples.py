@@ -191,7 +191,7 @@ def _schema_of(row: Row, rules: RowRules) -> Schema:
     labelled = rules.judged or (rules.pair_labelled and "chosen" not in row.record)
     if labelled or rules.schema == judged.LABELLED.name:
         return judged.schema_of(row, rules)
-    return judged.schemas.schema_of(row, rules)
+    return schemas.schema_of(row, rules)
 
 
 def _judgements(row: Row, schema: Schema, rules: RowRules) -> list[Judgement | BadPair]:

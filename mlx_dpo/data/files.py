@@ -217,7 +217,8 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     try:
-        with UNPACKED.get(packed, lambda path: path.open("rb"))(path) as stream:
+        unpack: Callable[[Path], Any] = UNPACKED.get(packed, lambda path: path.open("rb"))
+        with unpack(path) as stream:
             yield stream
     except (OSError, EOFError, zlib.error, lzma.LZMAError, csv.Error) as error:
         raise DataError(f"{path}: cannot be read ({reason(error)})") from error

@@ -15,8 +15,8 @@ from mlx_dpo.data.files import Row
 from mlx_dpo.data.report import PairsReport
 from mlx_dpo.data.schemas import DEFAULT, RowRules, asked
 from mlx_dpo.data.sources import Source, source_of
+from mlx_dpo.data.tokenization.chat_template import TokenRules
 from mlx_dpo.data.tokenization.tokenize import (
-    TokenRules,
     check_rules,
     tokenize_judgement,
     tokenize_pair,

@@ -19,7 +19,8 @@ from mlx_lm.models import llama
 
 from mlx_dpo.adapters import attach as adapters
 from mlx_dpo.adapters.files import load_adapter, save_adapter
-from mlx_dpo.data.batching import PassLimit, collate
+from mlx_dpo.config.training import PassLimit
+from mlx_dpo.data.batching import collate
 from mlx_dpo.doctor import float64
 from mlx_dpo.errors import DPOError, reason
 from mlx_dpo.io import flat

@@ -15,7 +15,7 @@ from mlx_dpo.adapters import attach as adapters
 from mlx_dpo.adapters.files import read_adapter, start_from
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.config.optimizer import KINDS
-from mlx_dpo.data.batching import PassLimit
+from mlx_dpo.config.training import PassLimit
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.models.device import on_cpu
 from mlx_dpo.models.load import Base

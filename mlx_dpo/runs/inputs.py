@@ -16,8 +16,8 @@ from mlx_dpo.data.schemas import RowRules
 from mlx_dpo.data.schemas.schema import Ranking
 from mlx_dpo.data.sources import Source, Sources, find
 from mlx_dpo.data.tokenization.cache import Cache, CountingRows, stored_pairs
+from mlx_dpo.data.tokenization.chat_template import TokenRules
 from mlx_dpo.data.tokenization.parallel import Hands
-from mlx_dpo.data.tokenization.tokenize import TokenRules
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.generation.generate import context_length
 from mlx_dpo.models.device import device_kind, number_type

@@ -15,12 +15,13 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_dpo import paths as places
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.data.sources import STDIN
+from mlx_dpo.data.tokenization.cache import CountingRows
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.models.empty_weights import outline
 from mlx_dpo.models.load import Base, fingerprint, load_base
 from mlx_dpo.runs.build import choose_scorer, forward_only
 from mlx_dpo.runs.folder import reference_provenance
-from mlx_dpo.runs.inputs import CountingRows, held, read_base, read_inputs, refuse_beyond_context
+from mlx_dpo.runs.inputs import held, read_base, read_inputs, refuse_beyond_context
 from mlx_dpo.scoring.scorers import Score
 from mlx_dpo.training.logps_cache import labels
 from mlx_dpo.training.reference_logps import reference_logps

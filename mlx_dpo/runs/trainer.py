@@ -11,6 +11,7 @@ import mlx.core as mx
 from mlx_dpo.adapters.files import save_adapter
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.data.batching import steps_per_epoch
+from mlx_dpo.data.tokenization.cache import CountingRows
 from mlx_dpo.errors import ConfigError, TrainingError
 from mlx_dpo.losses.metrics import named, step_row
 from mlx_dpo.profiling.memory import bounded_buffers
@@ -41,7 +42,7 @@ from mlx_dpo.runs.folder import (
     start_provenance,
     write_record,
 )
-from mlx_dpo.runs.inputs import CountingRows, Inputs, read_inputs, unheard
+from mlx_dpo.runs.inputs import Inputs, read_inputs, unheard
 from mlx_dpo.runs.reference import Counting, ask_other, ask_reference, uncounted
 from mlx_dpo.runs.save_peft import ship
 from mlx_dpo.runs.trackers import check_sinks, make_monitor, open_sinks

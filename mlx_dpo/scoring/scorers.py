@@ -14,9 +14,9 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_dpo.adapters.master_weights import narrowed
+from mlx_dpo.config.training import PassLimit
 from mlx_dpo.data.batching import (
     Cost,
-    PassLimit,
     collate,
     micro_batches,
     one_row,

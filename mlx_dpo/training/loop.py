@@ -9,9 +9,9 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 
+from mlx_dpo.config.training import PassLimit
 from mlx_dpo.data.batching import (
     Cost,
-    PassLimit,
     facts_of,
     micro_batches,
     some_of,

@@ -36,7 +36,7 @@ class Muon(optim.Optimizer):
 
     def __init__(self, learning_rate: float, *, momentum: float, weight_decay: float) -> None:
         """Begin with no momentum."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._maybe_schedule("learning_rate", learning_rate)
         self.momentum, self.weight_decay = momentum, weight_decay
 

@@ -1,0 +1,39 @@
+"""MLX_DPO_DEBUG=1 shows where an error comes from; without it an error is one line."""
+
+import pytest
+from click.testing import CliRunner
+
+from mlx_dpo.cli import cli, one_line
+from mlx_dpo.errors import RunError
+
+MESSAGE = "Error: nosuch: not a run folder (no such folder); train one with `mlx-dpo train`\n"
+
+
+@pytest.mark.parametrize("value", [None, "", "0"])
+def test_an_error_is_one_line(tmp_path, monkeypatch, value):
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(cli, ["eval", "nosuch"], env={"MLX_DPO_DEBUG": value})
+    assert (result.exit_code, result.stderr) == (1, MESSAGE)
+
+
+def test_debugging_prints_the_traceback_before_the_same_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(cli, ["eval", "nosuch"], env={"MLX_DPO_DEBUG": "1"})
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Traceback (most recent call last):\n")
+    assert "open_run" in result.stderr
+    assert result.stderr.endswith("\n" + MESSAGE)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (RunError("run: what"), "run: what"),
+        (PermissionError(13, "Permission denied", "a/b"), "a/b: Permission denied"),
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (ConnectionResetError(104, "Connection reset by peer"), None),
+        (ImportError("No module named 'x'"), None),
+    ],
+)
+def test_only_what_a_person_can_fix_becomes_a_line(error, message):
+    assert one_line(error) == message
