@@ -54,9 +54,9 @@ def tiny_llama():
 @pytest.fixture
 def pairs():
     return [
-        TokenizedPair(prompt=(1, 2, 3), chosen=(10, 11), rejected=(20,), where="a:1"),
-        TokenizedPair(prompt=(4,), chosen=(12, 13, 14, 15), rejected=(21, 22), where="a:2"),
-        TokenizedPair(prompt=(5, 6), chosen=(16,), rejected=(23, 24, 25), where="a:3"),
-        TokenizedPair(prompt=(7, 8, 9, 2), chosen=(17, 18), rejected=(26, 27), where="a:4"),
-        TokenizedPair(prompt=(3,), chosen=(19, 30, 31), rejected=(28,), where="a:5"),
+        TokenizedPair(prompt=(1, 2, 3), chosen=(10, 11), rejected=(20,), location="a:1"),
+        TokenizedPair(prompt=(4,), chosen=(12, 13, 14, 15), rejected=(21, 22), location="a:2"),
+        TokenizedPair(prompt=(5, 6), chosen=(16,), rejected=(23, 24, 25), location="a:3"),
+        TokenizedPair(prompt=(7, 8, 9, 2), chosen=(17, 18), rejected=(26, 27), location="a:4"),
+        TokenizedPair(prompt=(3,), chosen=(19, 30, 31), rejected=(28,), location="a:5"),
     ]

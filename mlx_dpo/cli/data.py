@@ -108,7 +108,7 @@ def show(count: int, row: int | None, **flags: Any) -> None:
     for number, page in enumerate(show_pairs(config, count=count, row=row)):
         if not number:
             print_legend(console)
-        print_page(console, page.where, page.notes, page.parts)
+        print_page(console, page.location, page.notes, page.parts)
 
 
 @data.command(cls=Sectioned)

@@ -18,7 +18,7 @@ from mlx_dpo.data.sources import Sources, find
 from mlx_dpo.data.tokenization.tokenize import check_rules
 from mlx_dpo.errors import ConfigError, DataError
 from mlx_dpo.runs.inputs import read_base, row_rules, token_rules
-from mlx_dpo.types import Judgement
+from mlx_dpo.types import UnpairedExample
 
 OF_MODELS = (
     "chat_template", "thinking", "system", "max_length", "truncation", "revision",
@@ -30,7 +30,7 @@ OF_MODELS = (
 class Page:
     """A pair as the model sees it, or why it never does."""
 
-    where: str
+    location: str
     notes: list[str]
     parts: list[Part]
 
@@ -106,7 +106,7 @@ def eyes_of(config: DPOConfig) -> Eyes:
 
 def _pages(sources: Sources, eyes: Eyes, wanted: re.Pattern[str] | None) -> Iterator[Page]:
     for source in sources.train:
-        rows = (one for one in written(source) if wanted is None or wanted.fullmatch(one.where))
+        rows = (one for one in written(source) if wanted is None or wanted.fullmatch(one.location))
         # Labelled answers find each other across rows; any other row stands by itself.
         groups = [list(rows)] if eyes.rows.pair_labelled else ([one] for one in rows)
         for group in groups:
@@ -116,8 +116,8 @@ def _pages(sources: Sources, eyes: Eyes, wanted: re.Pattern[str] | None) -> Iter
                     yield _page(one.said, eyes)
             except DataError as error:
                 yield Page(
-                    group[0].where,
-                    [f"training stops here: {without_place(error, group[0].where)}"],
+                    group[0].location,
+                    [f"training stops here: {without_place(error, group[0].location)}"],
                     [],
                 )
             for reason, places in report.dropped.items():
@@ -136,9 +136,9 @@ def _page(said: Said, eyes: Eyes) -> Page:
         whole = encoded(said, eyes, uncut=True).pair
         kept = encoded(said, eyes)
     except BadPair as bad:
-        return Page(said.where, [f"left out: {bad.reason}"], [])
+        return Page(said.location, [f"left out: {bad.reason}"], [])
     notes = []
-    if isinstance(said, Judgement):
+    if isinstance(said, UnpairedExample):
         notes.append(f"judged {'good' if said.desirable else 'bad'}")
     if not kept.as_chat:
         notes.append("plain text: no chat template")
@@ -150,4 +150,4 @@ def _page(said: Said, eyes: Eyes) -> Page:
         notes.append(f"kept as characters: {' '.join(sorted(kept.specials))}")
     if kept.stops_added:
         notes.append("the stop token at the end is added by training")
-    return Page(said.where, notes, parts_of(eyes.tokenizer, whole, kept.pair))
+    return Page(said.location, notes, parts_of(eyes.tokenizer, whole, kept.pair))

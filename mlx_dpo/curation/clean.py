@@ -65,7 +65,7 @@ def clean_pairs(
     with new_file(output) as lines, new_file(report) as record:  # the report is there first
         kept = 0
         for one in all_rows(sources.train):
-            if one.where not in gone:
+            if one.location not in gone:
                 write_row(lines, one)
                 kept += 1
         refuse_changed(kept + len(gone), checked.train.rows, sources.train[0])

@@ -21,7 +21,7 @@ from mlx_dpo.data.inspect.raw_rows import (
 )
 from mlx_dpo.data.load import apart
 from mlx_dpo.data.report import PairsReport
-from mlx_dpo.data.schemas import asked
+from mlx_dpo.data.schemas import prompt_digest
 from mlx_dpo.data.sources import Source, find
 from mlx_dpo.errors import ConfigError, DataError
 from mlx_dpo.runs.inputs import row_rules
@@ -89,7 +89,7 @@ def _prompts(
             if isinstance(one.row, DataError):
                 raise one.row
             for pair in told([one.row], row_rules(config), report, bad_pairs=config.bad_pairs):
-                prompts.append(asked(pair.said))
+                prompts.append(prompt_digest(pair.said))
                 rows.append(number)
             number += 1
     if not prompts:

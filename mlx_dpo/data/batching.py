@@ -13,7 +13,7 @@ import numpy as np
 
 from mlx_dpo.config.training import PassLimit
 from mlx_dpo.data.dataset import LABEL, LENGTHS, TOLD, column, sketches
-from mlx_dpo.types import PairBatch, PairFacts, TokenizedPair
+from mlx_dpo.types import PairBatch, PairMetadata, TokenizedPair
 
 PAD_MULTIPLE = 8  # of the widths of whole rows
 SHORTEST_CONTINUATION = 2  # tokens after a shared prompt, if there are any; see policy.prefix
@@ -198,11 +198,11 @@ def collate(pairs: Sequence[TokenizedPair], *, pad_multiple: int = PAD_MULTIPLE)
     return PairBatch(mx.array(tokens), mx.array(mask))
 
 
-def facts_of(pairs: Sequence[TokenizedPair]) -> PairFacts:
+def pair_metadata(pairs: Sequence[TokenizedPair]) -> PairMetadata:
     """Of the pairs that a loss is a mean of: all of a step, or of an evaluation. (B,) each"""
     lengths, told = (column(pairs, name).astype(np.float32) for name in (LENGTHS, TOLD))
     chosen = mx.array(lengths[:, 1])
-    return PairFacts(
+    return PairMetadata(
         chosen_tokens=chosen,
         rejected_tokens=mx.array(lengths[:, 2]),
         mean_chosen_tokens=chosen.mean(),
@@ -212,9 +212,9 @@ def facts_of(pairs: Sequence[TokenizedPair]) -> PairFacts:
     )
 
 
-def some_of(facts: PairFacts, at: mx.array) -> PairFacts:
+def some_of(facts: PairMetadata, at: mx.array) -> PairMetadata:
     """The facts of the pairs at these places. (b,) each; the mean stays that of all."""
     taken = {
         name: value if value.ndim == 0 else value[at] for name, value in facts._asdict().items()
     }
-    return PairFacts(**taken)
+    return PairMetadata(**taken)

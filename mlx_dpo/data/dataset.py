@@ -44,7 +44,7 @@ LENGTHS, PARTS, PROMPT, TOLD, LABEL = "lengths", "parts", "prompt", "told", "lab
 COLUMNS = {
     LENGTHS: Column("<i4", (3,), lambda pair: [len(ids) for ids in _parts(pair)]),
     PARTS: Column(f"V{DIGEST}", (3,), lambda pair: [part_digest(ids) for ids in _parts(pair)]),
-    PROMPT: Column(f"V{ASKED}", (), lambda pair: bytes.fromhex(pair.asked)),
+    PROMPT: Column(f"V{ASKED}", (), lambda pair: bytes.fromhex(pair.prompt_digest)),
     TOLD: Column("<f8", (2,), lambda pair: (pair.margin, pair.weight)),
     LABEL: Column("i1", (), lambda p: UNJUDGED if p.desirable is None else int(p.desirable)),
 }
@@ -92,7 +92,9 @@ def prompts(pairs: Sequence[TokenizedPair]) -> list[object]:
     """What tells each pair's prompt from others, as it was before anything was cut."""
     if isinstance(pairs, Table):
         return list(pairs.column(PROMPT).tolist())
-    return [pair.asked or pair.prompt for pair in pairs]  # made by hand, it knows only tokens
+    return [
+        pair.prompt_digest or pair.prompt for pair in pairs
+    ]  # made by hand, it knows only tokens
 
 
 def digest(pairs: Sequence[TokenizedPair]) -> str:
@@ -174,24 +176,24 @@ class Places:
         self.names = names
         self._number = {name: number for number, name in enumerate(names)}
 
-    def coded(self, where: str) -> list[int]:
+    def coded(self, location: str) -> list[int]:
         """One place, or two of them (`a:1 and b:2`).
 
         Raises:
             ValueError: it is in none of the files.
         """
-        if (found := self._coded(where)) is not None:
+        if (found := self._coded(location)) is not None:
             return [*found, NOWHERE, NOWHERE]
-        for both in re.finditer(" and ", where):  # which may be part of a name as well
-            one, other = self._coded(where[: both.start()]), self._coded(where[both.end() :])
+        for both in re.finditer(" and ", location):  # which may be part of a name as well
+            one, other = self._coded(location[: both.start()]), self._coded(location[both.end() :])
             if one is not None and other is not None:
                 return [*one, *other]
-        raise ValueError(f"`{where}` is in none of {self.names}")
+        raise ValueError(f"`{location}` is in none of {self.names}")
 
-    def _coded(self, where: str) -> tuple[int, int] | None:
+    def _coded(self, location: str) -> tuple[int, int] | None:
         """The file, and the line; of an index, what is below 0."""
-        indexed = where.endswith("]")
-        name, _, number = where.removesuffix("]").rpartition("[" if indexed else ":")
+        indexed = location.endswith("]")
+        name, _, number = location.removesuffix("]").rpartition("[" if indexed else ":")
         if name not in self._number or not number.isdecimal():
             return None
         return self._number[name], -1 - int(number) if indexed else int(number)
@@ -210,7 +212,7 @@ class Places:
 def arrays_of(pairs: Sequence[TokenizedPair], places: Places) -> Arrays:
     """Everything that a file holds of some pairs."""
     ids = [i for pair in pairs for part in (pair.prompt, pair.chosen, pair.rejected) for i in part]
-    coded = [places.coded(pair.where) for pair in pairs]
+    coded = [places.coded(pair.location) for pair in pairs]
     arrays = {name: column(pairs, name) for name in COLUMNS}
     return arrays | {TOKENS: np.array(ids, "<i4"), PLACES: np.array(coded, "<i8").reshape(-1, 4)}
 

@@ -28,13 +28,15 @@ class NoBoundary(DataError):  # noqa: N818 -- the template is at fault
 class BadPair(DataError):  # noqa: N818 -- a pair is at fault, not the program
     """A pair that cannot be trained on; it may be left out and counted under its `reason`."""
 
-    def __init__(self, where: str, reason: str, found: str = "", *, mend: str = "mend it") -> None:
-        self.where = where
+    def __init__(
+        self, location: str, reason: str, found: str = "", *, mend: str = "mend it"
+    ) -> None:
+        self.location = location
         self.reason = reason
-        self._given = (where, reason, found, mend)
+        self._given = (location, reason, found, mend)
         shown = f" ({found})" if found else ""
         super().__init__(
-            f"{where}: {reason}{shown}; {mend}, or leave such pairs out with --bad-pairs drop"
+            f"{location}: {reason}{shown}; {mend}, or leave such pairs out with --bad-pairs drop"
         )
 
     def __reduce__(self) -> tuple[Callable[..., "BadPair"], tuple[str, ...]]:
@@ -42,5 +44,5 @@ class BadPair(DataError):  # noqa: N818 -- a pair is at fault, not the program
         return _again, self._given
 
 
-def _again(where: str, reason: str, found: str, mend: str) -> BadPair:
-    return BadPair(where, reason, found, mend=mend)
+def _again(location: str, reason: str, found: str, mend: str) -> BadPair:
+    return BadPair(location, reason, found, mend=mend)

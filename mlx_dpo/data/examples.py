@@ -27,7 +27,7 @@ from mlx_dpo.data.schemas.messages import (
 )
 from mlx_dpo.data.schemas.sharegpt import conversation
 from mlx_dpo.errors import ConfigError, DataError
-from mlx_dpo.types import Judgement, Preference, Text
+from mlx_dpo.types import PreferenceExample, Text, UnpairedExample
 
 FIELDS = frozenset({"prompt", "completion", "messages", "conversations", "label"})
 LABELS = {"true": True, "false": False, "1": True, "0": False}  # as CSV has them
@@ -44,7 +44,9 @@ def schema_of(row: Row, rules: RowRules = schemas.DEFAULT) -> Schema:
     return schemas.schema_of(row, rules)
 
 
-def to_judgements(row: Row, schema: Schema, rules: RowRules = schemas.DEFAULT) -> list[Judgement]:
+def to_judgements(
+    row: Row, schema: Schema, rules: RowRules = schemas.DEFAULT
+) -> list[UnpairedExample]:
     """One judgement of a labelled row, two of a pair: chosen is good, rejected is bad.
 
     Raises:
@@ -53,7 +55,9 @@ def to_judgements(row: Row, schema: Schema, rules: RowRules = schemas.DEFAULT) -
     """
     if schema is not LABELLED:
         return [
-            Judgement(one.prompt, text, good, row.where, one.given, one.whole)
+            UnpairedExample(
+                one.prompt, text, good, row.location, one.template_kwargs, one.implicit_prompt
+            )
             for one in schemas.to_preferences(row, rules)
             for text, good in ((one.chosen, True), (one.rejected, False))
         ]
@@ -61,9 +65,9 @@ def to_judgements(row: Row, schema: Schema, rules: RowRules = schemas.DEFAULT) -
     desirable = _label(row)
     prompt, completion = _answer(row)
     if not said(completion):
-        raise BadPair(row.where, EMPTY)
-    given = template_input(row.record, row.record.get("tools"), row.where)
-    return [Judgement(prompt, completion, desirable, row.where, given)]
+        raise BadPair(row.location, EMPTY)
+    given = template_input(row.record, row.record.get("tools"), row.location)
+    return [UnpairedExample(prompt, completion, desirable, row.location, given)]
 
 
 def _label(row: Row) -> bool:
@@ -71,7 +75,7 @@ def _label(row: Row) -> bool:
     if isinstance(label, str):
         label = LABELS.get(label.strip().lower(), label)
     if not isinstance(label, bool | int) or label not in (0, 1):
-        raise DataError(f"{row.where}: `label` must be true or false, found {label!r}"[:300])
+        raise DataError(f"{row.location}: `label` must be true or false, found {label!r}"[:300])
     return bool(label)
 
 
@@ -81,17 +85,21 @@ def _answer(row: Row) -> tuple[Text, Text]:
     for name in ("messages", "conversations"):
         if name not in record:
             continue
-        turns = conversation(row) if name != "messages" else turns_of(record[name], name, row.where)
+        turns = (
+            conversation(row) if name != "messages" else turns_of(record[name], name, row.location)
+        )
         *earlier, last = turns
         if last["role"] != "assistant" or not earlier:
             raise DataError(
-                f"{row.where}: `{name}` must end with the assistant's answer to earlier turns, "
+                f"{row.location}: `{name}` must end with the assistant's answer to earlier turns, "
                 f"found a turn of `{last['role']}`"
             )
         return tuple(earlier), (last,)
     for name in ("prompt", "completion"):
         if name not in record:
-            raise DataError(f"{row.where}: a labelled row without `{name}`; add it, or `messages`")
+            raise DataError(
+                f"{row.location}: a labelled row without `{name}`; add it, or `messages`"
+            )
     prompt, completion = (_text(row, name) for name in ("prompt", "completion"))
     if isinstance(prompt, str) and isinstance(completion, str):
         return prompt, completion
@@ -100,34 +108,36 @@ def _answer(row: Row) -> tuple[Text, Text]:
 
 def _text(row: Row, name: str) -> Text:
     value = row.record[name]
-    if kind_of(value, name, row.where) == "text":
-        return text_of(value, name, row.where)
-    return turns_of(value, name, row.where)
+    if kind_of(value, name, row.location) == "text":
+        return text_of(value, name, row.location)
+    return turns_of(value, name, row.location)
 
 
 def _no_pair(row: Row, rules: RowRules) -> list[Outcome]:
-    raise DataError(f"{row.where}: a single judged answer, and no pair")
+    raise DataError(f"{row.location}: a single judged answer, and no pair")
 
 
 LABELLED = Schema("labelled", lambda record: "label" in record, _no_pair, FIELDS)
 
 
-def paired(judgements: Iterable[Judgement]) -> list[Outcome]:
+def paired(judgements: Iterable[UnpairedExample]) -> list[Outcome]:
     """The n-th good answer to a prompt beside the n-th bad one; those left over are faults."""
-    by_prompt: defaultdict[str, tuple[list[Judgement], list[Judgement]]]
+    by_prompt: defaultdict[str, tuple[list[UnpairedExample], list[UnpairedExample]]]
     by_prompt = defaultdict(lambda: ([], []))
     for one in judgements:
-        by_prompt[schemas.asked(one)][not one.desirable].append(one)
+        by_prompt[schemas.prompt_digest(one)][not one.desirable].append(one)
     found: list[Outcome] = []
     for good, bad in by_prompt.values():
         for better, worse in zip(good, bad, strict=False):
-            row = Row({}, f"{better.where} and {worse.where}")
+            row = Row({}, f"{better.location} and {worse.location}")
             found += [
-                replace(made, given=better.given) if not isinstance(made, BadPair) else made
+                replace(made, template_kwargs=better.template_kwargs)
+                if not isinstance(made, BadPair)
+                else made
                 for made in pair(row, better.prompt, better.completion, worse.completion)
             ]
         shorter = min(len(good), len(bad))
-        found += [BadPair(one.where, UNPAIRED) for one in (*good[shorter:], *bad[shorter:])]
+        found += [BadPair(one.location, UNPAIRED) for one in (*good[shorter:], *bad[shorter:])]
     return found
 
 
@@ -137,7 +147,7 @@ SIDES = ("{}_{}", "{}-{}")  # of chosen and rejected, each with the name of a ma
 class Told(NamedTuple):
     """What a row says, and how much."""
 
-    said: Preference | Judgement
+    said: PreferenceExample | UnpairedExample
     margin: float
     weight: float
 
@@ -154,7 +164,7 @@ def told(
         BadPair: a pair teaches nothing, and `bad_pairs` is `error`.
         ConfigError: a column is renamed to what no row is read by.
     """
-    single: list[Judgement] = []
+    single: list[UnpairedExample] = []
     for row in (renamed(row, rules.renamed) for row in rows):
         schema = _schema_of(row, rules)
         _count(row, schema, rules, report)
@@ -176,7 +186,7 @@ def keep_or_raise(bad: BadPair, report: PairsReport, bad_pairs: str) -> None:
     """Count a pair that is lost; BadPair if it is not to be."""
     if bad_pairs == "error" and bad.reason not in ASKED_FOR:
         raise bad
-    report.drop(bad.where, bad.reason)
+    report.drop(bad.location, bad.reason)
 
 
 def _kept(found: Iterable[Any], report: PairsReport, bad_pairs: str) -> Iterator[Any]:
@@ -194,7 +204,7 @@ def _schema_of(row: Row, rules: RowRules) -> Schema:
     return schemas.schema_of(row, rules)
 
 
-def _judgements(row: Row, schema: Schema, rules: RowRules) -> list[Judgement | BadPair]:
+def _judgements(row: Row, schema: Schema, rules: RowRules) -> list[UnpairedExample | BadPair]:
     try:
         return list(judged.to_judgements(row, schema, rules))
     except BadPair as bad:
@@ -228,7 +238,7 @@ def _sides(name: str) -> list[tuple[str, str]]:
     ]
 
 
-def _margin(row: Row, one: Preference | Judgement, rules: RowRules) -> float:
+def _margin(row: Row, one: PreferenceExample | UnpairedExample, rules: RowRules) -> float:
     """The field itself, or the ratings of both sides, or those that a list was ranked by."""
     name = rules.margin
     if name is None:
@@ -237,8 +247,8 @@ def _margin(row: Row, one: Preference | Judgement, rules: RowRules) -> float:
         for chosen, rejected in _sides(name):
             if chosen in row.record and rejected in row.record:
                 return _number(row, chosen) - _number(row, rejected)
-        if isinstance(one, Preference) and one.lead is not None:
-            return one.lead
+        if isinstance(one, PreferenceExample) and one.score_gap is not None:
+            return one.score_gap
     return _number(row, name)
 
 
@@ -258,4 +268,4 @@ def _number(row: Row, name: str, *, least: float = -math.inf) -> float:
         return number
     wanted = "a number" if least == -math.inf else f"a number of at least {least:g}"
     found = "missing" if name not in row.record else f"found {value!r}"[:200]
-    raise DataError(f"{row.where}: `{name}` must be {wanted} ({found}); mend the row")
+    raise DataError(f"{row.location}: `{name}` must be {wanted} ({found}); mend the row")

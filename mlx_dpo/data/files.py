@@ -22,7 +22,7 @@ class Row:
     """One object of a source."""
 
     record: dict[str, Any]
-    where: str  # `file:line`, `file[index]` counted from 0, or `org/name:split[index]`
+    location: str  # `file:line`, `file[index]` counted from 0, or `org/name:split[index]`
 
 
 def renamed(row: Row, names: Mapping[str, str]) -> Row:
@@ -37,7 +37,7 @@ def renamed(row: Row, names: Mapping[str, str]) -> Row:
         return row
     values = {new: _at(row, old) for new, old in names.items()}
     kept = {name: value for name, value in row.record.items() if name not in names.values()}
-    return Row(kept | values, row.where)
+    return Row(kept | values, row.location)
 
 
 def _at(row: Row, name: str) -> Any:
@@ -46,7 +46,7 @@ def _at(row: Row, name: str) -> Any:
     value: Any = row.record
     for part in name.split("."):
         if not isinstance(value, dict) or part not in value:
-            raise DataError(f"{row.where}: no column `{name}` (found {listed(row.record)})")
+            raise DataError(f"{row.location}: no column `{name}` (found {listed(row.record)})")
         value = value[part]
     return value
 
@@ -176,29 +176,29 @@ def _decoded(stream: IO[bytes], name: str) -> Iterator[str]:
         yield _text(line, f"{name}:{number}")
 
 
-def _text(data: bytes, where: str) -> str:
+def _text(data: bytes, location: str) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         byte = data[error.start]
         raise DataError(
-            f"{where}: not UTF-8 (byte 0x{byte:02x} at {error.start}); save the file as UTF-8"
+            f"{location}: not UTF-8 (byte 0x{byte:02x} at {error.start}); save the file as UTF-8"
         ) from None
 
 
-def parse(data: bytes, where: str) -> Any:
+def parse(data: bytes, location: str) -> Any:
     """The JSON value.
 
     Raises:
         DataError: it is none, or not UTF-8.
     """
     try:
-        return json.loads(_text(data, where))
+        return json.loads(_text(data, location))
     except json.JSONDecodeError as error:
         at = f"line {error.lineno}, " if error.lineno > 1 else ""
-        raise DataError(f"{where}: not JSON ({error.msg}, {at}column {error.colno})") from None
+        raise DataError(f"{location}: not JSON ({error.msg}, {at}column {error.colno})") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, a deep nest
-        raise DataError(f"{where}: not JSON that can be read ({reason(error)})") from None
+        raise DataError(f"{location}: not JSON that can be read ({reason(error)})") from None
 
 
 def _kind(value: Any) -> str:

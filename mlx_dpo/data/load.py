@@ -13,7 +13,7 @@ from mlx_dpo.data.errors import BadPair
 from mlx_dpo.data.examples import Told, keep_or_raise, told
 from mlx_dpo.data.files import Row
 from mlx_dpo.data.report import PairsReport
-from mlx_dpo.data.schemas import DEFAULT, RowRules, asked
+from mlx_dpo.data.schemas import DEFAULT, RowRules, prompt_digest
 from mlx_dpo.data.sources import Source, source_of
 from mlx_dpo.data.tokenization.chat_template import TokenRules
 from mlx_dpo.data.tokenization.tokenize import (
@@ -22,7 +22,7 @@ from mlx_dpo.data.tokenization.tokenize import (
     tokenize_pair,
 )
 from mlx_dpo.errors import ConfigError, DataError
-from mlx_dpo.types import Preference, TokenizedPair
+from mlx_dpo.types import PreferenceExample, TokenizedPair
 
 Pairs = TypeVar("Pairs", bound=Sequence[TokenizedPair])
 
@@ -103,12 +103,14 @@ def tokenized(one: Told, tokenizer: Any, rules: TokenRules, report: PairsReport)
         DataError, BadPair: as `tokenize_pair`.
     """
     said = one.said
-    if isinstance(said, Preference):
+    if isinstance(said, PreferenceExample):
         encoded = tokenize_pair(tokenizer, said, rules)
     else:
         encoded = tokenize_judgement(tokenizer, said, rules)
     report.keep(encoded, was_text=isinstance(said.prompt, str))
-    return replace(encoded.pair, asked=asked(said), margin=one.margin, weight=one.weight)
+    return replace(
+        encoded.pair, prompt_digest=prompt_digest(said), margin=one.margin, weight=one.weight
+    )
 
 
 def refuse_idle(rules: TokenRules, rows: RowRules, reports: Sequence[PairsReport]) -> None:

@@ -24,7 +24,7 @@ class Prompt:
     """A conversation that ends where a model is to answer."""
 
     messages: tuple[Message, ...]
-    where: str = ""
+    location: str = ""
     text: str | None = None  # a whole text as it stood, where its marks made the messages
 
     @property
@@ -75,19 +75,19 @@ def distinct(prompts: Iterable[Prompt]) -> list[Prompt]:
     return list(first.values())
 
 
-def as_prompt(text: Text, where: str = "", *, whole: bool = False) -> Prompt:
+def as_prompt(text: Text, location: str = "", *, whole: bool = False) -> Prompt:
     """Text as one turn of the user; messages as they are, without answers at their end.
 
     A `whole` text that marks its turns is these turns, as where it is trained on.
     """
     if whole and isinstance(text, str) and (marked := dialogues.turns(text)) is not None:
-        return replace(as_prompt(marked, where), text=text)
+        return replace(as_prompt(marked, location), text=text)
     turns = as_turns(text, "user")
     while turns and turns[-1]["role"] == "assistant":
         turns = turns[:-1]
     if not turns or not any(str(turn["content"]).strip() for turn in turns):
-        raise DataError(f"{where}: the prompt is empty; write what is to be asked")
-    return Prompt(turns, where)
+        raise DataError(f"{location}: the prompt is empty; write what is to be asked")
+    return Prompt(turns, location)
 
 
 def with_system(prompts: Iterable[Prompt], system: str | None) -> list[Prompt]:
@@ -110,20 +110,20 @@ def prompt_of_row(row: Row) -> Prompt:
     record = row.record
     for name in ("tools", "chat_template_kwargs"):
         if record.get(name):
-            raise _more_than_text(row.where, name)
+            raise _more_than_text(row.location, name)
     if not record.get("messages") and any(schema.fits(record) for schema in SCHEMAS.values()):
         return _of_pair(row)
     return _alone(row)
 
 
-def refuse_given(given: Mapping[str, Any], where: str) -> None:
+def refuse_given(given: Mapping[str, Any], location: str) -> None:
     """DataError for what a template reads beside the turns."""
     for name in given:
-        raise _more_than_text(where, name)
+        raise _more_than_text(location, name)
 
 
-def _more_than_text(where: str, name: str) -> DataError:
-    return DataError(f"{where}: `{name}` beside a prompt cannot be asked with here")
+def _more_than_text(location: str, name: str) -> DataError:
+    return DataError(f"{location}: `{name}` beside a prompt cannot be asked with here")
 
 
 def _of_pair(row: Row) -> Prompt:
@@ -133,13 +133,13 @@ def _of_pair(row: Row) -> Prompt:
         why = bad.reason
     else:
         if found:
-            refuse_given(found[0].given, row.where)
-            return as_prompt(found[0].prompt, row.where, whole=found[0].whole)
+            refuse_given(found[0].template_kwargs, row.location)
+            return as_prompt(found[0].prompt, row.location, whole=found[0].implicit_prompt)
         why = "its answers tie"
     # A pair may teach nothing and still ask something; answers in turns bring more than `prompt`.
     if row.record.get("prompt") and not isinstance(row.record.get("chosen"), list):
         return _alone(row)
-    raise DataError(f"{row.where}: no prompt can be read of it ({why}); leave the row out")
+    raise DataError(f"{row.location}: no prompt can be read of it ({why}); leave the row out")
 
 
 def _alone(row: Row) -> Prompt:
@@ -149,21 +149,21 @@ def _alone(row: Row) -> Prompt:
         value: Any = record.get(name)
         if value is None or value == "":
             continue
-        if kind_of(value, name, row.where) == "messages":
-            return as_prompt(turns_of(value, name, row.where), row.where)
+        if kind_of(value, name, row.location) == "messages":
+            return as_prompt(turns_of(value, name, row.location), row.location)
         [prompt] = with_system(
-            [as_prompt(text_of(value, name, row.where), row.where)], _system_beside(row)
+            [as_prompt(text_of(value, name, row.location), row.location)], _system_beside(row)
         )
         return prompt
     found = ", ".join(f"`{name}`" for name in sorted(record)) or "nothing"
-    raise DataError(f"{row.where}: no `prompt` and no `messages` (found {found})")
+    raise DataError(f"{row.location}: no `prompt` and no `messages` (found {found})")
 
 
 def _system_beside(row: Row) -> str | None:
     """The `system` beside a text; labelled rows are trained on without it."""
     if "label" in row.record:
         return None
-    return text_of(row.record.get("system") or "", "system", row.where) or None
+    return text_of(row.record.get("system") or "", "system", row.location) or None
 
 
 def _lines(path: Path) -> Iterator[Prompt]:

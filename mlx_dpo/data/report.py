@@ -45,9 +45,9 @@ class PairsReport:
     per_epoch: int = 0  # pairs to train on that make up an epoch, where `weight` was said
     origin: str = field(default="", compare=False)  # of the tokens, if there is anything to say
 
-    def drop(self, where: str, reason: str) -> None:
+    def drop(self, location: str, reason: str) -> None:
         """Count a pair that is left out."""
-        self.dropped.setdefault(reason, []).append(where)
+        self.dropped.setdefault(reason, []).append(location)
 
     def keep(self, encoded: Encoded, *, was_text: bool) -> None:
         """Count a pair that is used."""

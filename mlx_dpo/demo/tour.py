@@ -22,7 +22,7 @@ from mlx_dpo.paths import tiny_chat
 from mlx_dpo.runs.inputs import token_rules
 from mlx_dpo.saved_runs import load_policy
 from mlx_dpo.scoring.scorers import score_pairs
-from mlx_dpo.types import Preference, TokenizedPair
+from mlx_dpo.types import PreferenceExample, TokenizedPair
 
 MARK = "demo.txt"  # says that a folder is the demo's and may be replaced
 SAMPLING = Sampling(temperature=1.0, max_tokens=64, seed=0)
@@ -139,6 +139,6 @@ class Tour:
         other = ({"role": "assistant", "content": text + "."},)
         prompt = tuple(row["prompt"])
         pair = tokenize_pair(
-            base.tokenizer, Preference(prompt, reply, other, where="demo"), rules
+            base.tokenizer, PreferenceExample(prompt, reply, other, location="demo"), rules
         ).pair
         return pair.prompt, pair.chosen

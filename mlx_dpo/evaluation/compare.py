@@ -242,6 +242,6 @@ def _refuse_full(
     for row, prompt in zip(rows, prompts, strict=True):
         if context is not None and len(row) + room > context:
             raise ConfigError(
-                f"{prompt.where}: {len(row)} tokens leave no room for an answer of {room} (the "
+                f"{prompt.location}: {len(row)} tokens leave no room for an answer of {room} (the "
                 f"model's context is {context}); use a smaller --max-tokens, or leave it out"
             )

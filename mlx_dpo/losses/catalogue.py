@@ -16,10 +16,10 @@ from mlx_dpo.losses import pointwise as separate
 from mlx_dpo.losses import reference_free
 
 LOSSES: Mapping[str, Callable[..., mx.array]] = {
-    "sigmoid": lambda v, **s: losses.sigmoid_loss(v.margin, more=v.facts.margins, **s),
-    "cdpo": lambda v, **s: losses.sigmoid_loss(v.margin, more=v.facts.margins, **s),
-    "robust": lambda v, **s: losses.robust_loss(v.margin, more=v.facts.margins, **s),
-    "hinge": lambda v, **s: losses.hinge_loss(v.margin, more=v.facts.margins, **s),
+    "sigmoid": lambda v, **s: losses.sigmoid_loss(v.margin, more=v.metadata.margins, **s),
+    "cdpo": lambda v, **s: losses.sigmoid_loss(v.margin, more=v.metadata.margins, **s),
+    "robust": lambda v, **s: losses.robust_loss(v.margin, more=v.metadata.margins, **s),
+    "hinge": lambda v, **s: losses.hinge_loss(v.margin, more=v.metadata.margins, **s),
     "ipo": lambda v, **s: losses.ipo_loss(v.average_margin, **s),
     "exo_pair": lambda v, **s: losses.exo_pair_loss(v.margin, **s),
     "nca_pair": lambda v, **s: separate.nca_pair_loss(*v.ratios, **s),
@@ -30,26 +30,30 @@ LOSSES: Mapping[str, Callable[..., mx.array]] = {
     "apo_zero": lambda v, **s: separate.apo_zero_loss(*v.ratios, **s),
     "apo_down": lambda v, **s: separate.apo_down_loss(*v.ratios, **s),
     "discopop": lambda v, **s: losses.discopop_loss(v.margin, **s),
-    "sigmoid_norm": lambda v, **s: losses.sigmoid_loss(v.average_margin, more=v.facts.margins, **s),
-    "sft": lambda v, **s: reference_free.sft_loss(
-        v.scored.policy.chosen, v.facts.mean_chosen_tokens, **s
+    "sigmoid_norm": lambda v, **s: losses.sigmoid_loss(
+        v.average_margin, more=v.metadata.margins, **s
     ),
-    "dpop": lambda v, **s: losses.dpop_loss(v.margin, v.ratios.chosen, more=v.facts.margins, **s),
+    "sft": lambda v, **s: reference_free.sft_loss(
+        v.scored.policy.chosen, v.metadata.mean_chosen_tokens, **s
+    ),
+    "dpop": lambda v, **s: losses.dpop_loss(
+        v.margin, v.ratios.chosen, more=v.metadata.margins, **s
+    ),
     "simpo": lambda v, **s: reference_free.simpo_loss(
-        v.own_average_margin, more=v.facts.margins, **s
+        v.own_average_margin, more=v.metadata.margins, **s
     ),
     "cpo": lambda v, **s: reference_free.cpo_loss(
-        v.scored.policy, v.facts.mean_chosen_tokens, more=v.facts.margins, **s
+        v.scored.policy, v.metadata.mean_chosen_tokens, more=v.metadata.margins, **s
     ),
     "orpo": lambda v, **s: reference_free.orpo_loss(
         v.scored.policy,
-        v.facts.chosen_tokens,
-        v.facts.rejected_tokens,
-        v.facts.mean_chosen_tokens,
+        v.metadata.chosen_tokens,
+        v.metadata.rejected_tokens,
+        v.metadata.mean_chosen_tokens,
         **s,
     ),
     "kto": lambda v, **s: separate.kto_loss(
-        v.ratios.chosen, v.ratios.rejected, v.facts.desirable, **s
+        v.ratios.chosen, v.ratios.rejected, v.metadata.desirable, **s
     ),
 }
 

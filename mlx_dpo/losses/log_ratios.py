@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlx_dpo.losses.divergences import Divergence
-from mlx_dpo.types import PairFacts, PairLogps, Scored
+from mlx_dpo.types import PairLogps, PairMetadata, ScoredPairs
 
 
 def log_ratios(policy: PairLogps, reference: PairLogps) -> PairLogps:
@@ -22,9 +22,11 @@ def log_ratio_margin(policy: PairLogps, reference: PairLogps) -> mx.array:
     return difference(log_ratios(policy, reference))
 
 
-def averages(values: PairLogps, facts: PairFacts) -> PairLogps:
+def averages(values: PairLogps, metadata: PairMetadata) -> PairLogps:
     """What a token of each completion has on average. (B,) each"""
-    return PairLogps(values.chosen / facts.chosen_tokens, values.rejected / facts.rejected_tokens)
+    return PairLogps(
+        values.chosen / metadata.chosen_tokens, values.rejected / metadata.rejected_tokens
+    )
 
 
 def difference(values: PairLogps) -> mx.array:
@@ -36,13 +38,13 @@ def difference(values: PairLogps) -> mx.array:
 class View:
     """Scored pairs under a divergence."""
 
-    scored: Scored
+    scored: ScoredPairs
     divergence: Divergence
 
     @property
-    def facts(self) -> PairFacts:
+    def metadata(self) -> PairMetadata:
         """What is known of the pairs. (B,) each"""
-        return self.scored.facts
+        return self.scored.metadata
 
     @property
     def ratios(self) -> PairLogps:
@@ -57,12 +59,12 @@ class View:
     @property
     def average_margin(self) -> mx.array:
         """The same in what a token has on average. (B,)"""
-        return difference(averages(self._scores, self.facts))
+        return difference(averages(self._scores, self.metadata))
 
     @property
     def own_average_margin(self) -> mx.array:
         """How far chosen is ahead in the policy's log-probability of a token. (B,)"""
-        return difference(averages(self.scored.policy, self.facts))
+        return difference(averages(self.scored.policy, self.metadata))
 
     @property
     def _scores(self) -> PairLogps:

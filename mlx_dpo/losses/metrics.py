@@ -11,7 +11,7 @@ import mlx.core as mx
 from mlx.utils import tree_map
 
 from mlx_dpo.io import scalar
-from mlx_dpo.types import PairOutcomes, PreferenceMetrics, StepMetrics
+from mlx_dpo.types import LossOutputs, PreferenceMetrics, StepMetrics
 
 NAMES = {
     "loss": "loss",
@@ -28,16 +28,16 @@ NAMES = {
 }
 
 
-def concatenate(parts: Sequence[PairOutcomes]) -> PairOutcomes:
+def concatenate(parts: Sequence[LossOutputs]) -> LossOutputs:
     """Outcomes of several micro-batches as those of one set of pairs."""
 
     def joined(*arrays: mx.array) -> mx.array:
         return mx.concatenate(list(arrays)) if arrays[0].ndim else arrays[0]
 
-    return cast(PairOutcomes, tree_map(joined, parts[0], *parts[1:]))
+    return cast(LossOutputs, tree_map(joined, parts[0], *parts[1:]))
 
 
-def summarise(of: PairOutcomes, *, labelled: bool = False) -> PreferenceMetrics:
+def summarise(of: LossOutputs, *, labelled: bool = False) -> PreferenceMetrics:
     """Means over the pairs. Accuracy counts pairs, and a tie counts as wrong.
 
     Of `labelled` rows: means over the desirable and over the undesirable ones, as TRL takes
@@ -46,7 +46,7 @@ def summarise(of: PairOutcomes, *, labelled: bool = False) -> PreferenceMetrics:
     """
     if labelled:
         return _summarise_labelled(of)
-    margins, facts = of.chosen_rewards - of.rejected_rewards, of.scored.facts
+    margins, facts = of.chosen_rewards - of.rejected_rewards, of.scored.metadata
     means = mx.stack(
         [
             of.losses.mean(),
@@ -71,9 +71,9 @@ def _correlation(a: mx.array, b: mx.array) -> float | None:
     return scalar((a * b).sum()) / spread if spread > 0 else None
 
 
-def _summarise_labelled(of: PairOutcomes) -> PreferenceMetrics:
+def _summarise_labelled(of: LossOutputs) -> PreferenceMetrics:
     rewards, logps = of.chosen_rewards, of.scored.policy.chosen
-    good, tokens = of.scored.facts.desirable, of.scored.facts.chosen_tokens
+    good, tokens = of.scored.metadata.desirable, of.scored.metadata.chosen_tokens
     moved = mx.maximum(of.rejected_rewards.mean(), 0)  # beta times the estimate of the KL
     ratios = of.scored.policy.rejected - of.scored.reference.rejected
     right = mx.where(good, rewards > moved, rewards < moved).astype(mx.float32)

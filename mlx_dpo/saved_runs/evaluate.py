@@ -10,7 +10,7 @@ from mlx_dpo.data.dataset import prompts as prompts_of_pairs
 from mlx_dpo.data.examples import told
 from mlx_dpo.data.prompts import Prompt, as_prompt, prompts_of, refuse_given
 from mlx_dpo.data.report import PairsReport
-from mlx_dpo.data.schemas import asked
+from mlx_dpo.data.schemas import prompt_digest
 from mlx_dpo.data.sources import STDIN, find, held_out_of
 from mlx_dpo.errors import ConfigError, RunError
 from mlx_dpo.io import flat
@@ -167,7 +167,9 @@ def prompts_held_out(run: Opened, base: Base) -> list[Prompt]:
     for source in (*sources.train, *sources.valid):
         report = PairsReport(source.name, config.max_length, judged=config.labelled)
         for one in told(source.rows(), row_rules(config), report, bad_pairs="drop"):
-            if bytes.fromhex(asked(one.said)) in wanted:
-                refuse_given(one.said.given, one.said.where)
-                prompts.append(as_prompt(one.said.prompt, one.said.where, whole=one.said.whole))
+            if bytes.fromhex(prompt_digest(one.said)) in wanted:
+                refuse_given(one.said.template_kwargs, one.said.location)
+                prompts.append(
+                    as_prompt(one.said.prompt, one.said.location, whole=one.said.implicit_prompt)
+                )
     return prompts_of(prompts, str(run.paths.folder))

@@ -43,7 +43,7 @@ class Voice:
             tokens = len(prompt_tokens(self.base.tokenizer, prompt.messages))
             if room is not None and tokens >= room:
                 raise ConfigError(
-                    f"{prompt.where}: {tokens} tokens leave no room for an answer (the model's "
+                    f"{prompt.location}: {tokens} tokens leave no room for an answer (the model's "
                     f"context is {room}); leave the prompt out"
                 )
         return self._replies([prompt.messages for prompt in prompts], sampling)

@@ -201,6 +201,6 @@ def _refuse_nan(group: Sequence[int], logps: np.ndarray, pairs: Sequence[Tokeniz
     for index in group:
         if not np.isfinite(logps[index]):
             raise TrainingError(
-                f"{pairs[index].where}: a completion has log-probability {logps[index]}; "
+                f"{pairs[index].location}: a completion has log-probability {logps[index]}; "
                 "the model gives no finite number for it; try --dtype float32"
             )

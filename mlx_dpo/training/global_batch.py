@@ -12,25 +12,25 @@ from typing import NamedTuple, Self, cast
 import mlx.core as mx
 from mlx.utils import tree_map
 
-from mlx_dpo.types import PairLogps, PairOutcomes, Scored, TokenizedPair
+from mlx_dpo.types import LossOutputs, PairLogps, ScoredPairs, TokenizedPair
 
 
 class Among(NamedTuple):
     """A micro-batch among the pairs of its step."""
 
-    whole: Scored  # (B,) each, as scored ahead
+    whole: ScoredPairs  # (B,) each, as scored ahead
     at: mx.array  # (b,) places of the micro-batch's pairs in the step
     others: mx.array  # (B - b,) all other places
     order: mx.array  # (B,) where each place is found behind (at, others)
 
     @classmethod
-    def of(cls, whole: Scored, at: Sequence[int]) -> Self:
+    def of(cls, whole: ScoredPairs, at: Sequence[int]) -> Self:
         """The pairs `at` these places of the step."""
         others = [i for i in range(len(whole.policy.chosen)) if i not in set(at)]
         order = mx.argsort(mx.array([*at, *others]))
         return cls(whole, mx.array(list(at)), mx.array(others, dtype=mx.int32), order)
 
-    def with_live(self, logps: PairLogps, *, labelled: bool) -> Scored:
+    def with_live(self, logps: PairLogps, *, labelled: bool) -> ScoredPairs:
         """The whole step, with these log-probabilities of the micro-batch. (B,) each
 
         Of labelled rows the mismatched completion is what it was ahead: no gradient flows
@@ -44,13 +44,13 @@ class Among(NamedTuple):
             )
         )
 
-    def own(self, outcome: PairOutcomes) -> PairOutcomes:
+    def own(self, outcome: LossOutputs) -> LossOutputs:
         """What concerns the micro-batch. (b,) each"""
 
         def own(x: mx.array) -> mx.array:
             return x[self.at] if x.ndim else x
 
-        return cast(PairOutcomes, tree_map(own, outcome))
+        return cast(LossOutputs, tree_map(own, outcome))
 
     def _put(self, live: mx.array, ahead: mx.array) -> mx.array:
         return mx.concatenate([live, ahead[self.others]])[self.order]

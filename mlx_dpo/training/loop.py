@@ -12,8 +12,8 @@ import numpy as np
 from mlx_dpo.config.training import PassLimit
 from mlx_dpo.data.batching import (
     Cost,
-    facts_of,
     micro_batches,
+    pair_metadata,
     some_of,
     step_indices,
     steps_per_epoch,
@@ -28,7 +28,7 @@ from mlx_dpo.training.global_batch import Among, mismatched
 from mlx_dpo.training.objective import Objective
 from mlx_dpo.training.reference_logps import MovingReference
 from mlx_dpo.training.step import MicroBatch, accumulate, clip, make_gradient
-from mlx_dpo.types import PairLogps, PairOutcomes, Scored, StepMetrics, TokenizedPair
+from mlx_dpo.types import LossOutputs, PairLogps, ScoredPairs, StepMetrics, TokenizedPair
 
 Pairs = Sequence[TokenizedPair]
 
@@ -110,7 +110,7 @@ def train(
         )
 
 
-def _known(policy: nn.Module, plan: Plan, indices: Sequence[int]) -> Scored:
+def _known(policy: nn.Module, plan: Plan, indices: Sequence[int]) -> ScoredPairs:
     """What is known of a step before its gradients; policy: zeros, unless pairs are coupled."""
     pairs = [plan.pairs[i] for i in indices]
     zeros = mx.zeros((len(pairs),))
@@ -120,21 +120,21 @@ def _known(policy: nn.Module, plan: Plan, indices: Sequence[int]) -> Scored:
         logps = plan.score(policy, mismatched(pairs) if plan.objective.labelled else pairs)
     weights = mx.ones_like(zeros) if plan.on_policy is None else plan.on_policy(policy, pairs)
     moved = None if plan.moving is None else plan.moving.logps(policy, pairs)
-    reference = moved or plan.reference.at(indices)
-    return Scored(logps, reference, facts_of(pairs), weights)
+    reference = moved or plan.reference.take(indices)
+    return ScoredPairs(logps, reference, pair_metadata(pairs), weights)
 
 
 def _micro_batches(
-    plan: Plan, indices: Sequence[int], groups: Sequence[list[int]], known: Scored
+    plan: Plan, indices: Sequence[int], groups: Sequence[list[int]], known: ScoredPairs
 ) -> Iterator[MicroBatch]:
     places = {index: place for place, index in enumerate(indices)}
     for group in groups:
         at = [places[index] for index in group]
         yield MicroBatch(
             [plan.pairs[i] for i in group],
-            known.reference.at(at),
-            some_of(known.facts, mx.array(at)),
-            known.on_policy[mx.array(at)],
+            known.reference.take(at),
+            some_of(known.metadata, mx.array(at)),
+            known.on_policy_weights[mx.array(at)],
             Among.of(known, at) if plan.objective.couples else None,
         )
 
@@ -156,14 +156,14 @@ def _epoch(plan: Plan, step: int) -> float:
 
 
 def _refuse_nan(
-    step: int, outcome: PairOutcomes, norm: float, pairs: Sequence[TokenizedPair]
+    step: int, outcome: LossOutputs, norm: float, pairs: Sequence[TokenizedPair]
 ) -> None:
     finite = np.isfinite(np.array(outcome.losses))
     if finite.all() and math.isfinite(norm):
         return
     what = "the gradient is" if finite.all() else "the loss is"
-    culprits = [pair.where for pair, ok in zip(pairs, finite, strict=True) if not ok]
-    places = culprits or [pair.where for pair in pairs]
+    culprits = [pair.location for pair, ok in zip(pairs, finite, strict=True) if not ok]
+    places = culprits or [pair.location for pair in pairs]
     shown = ", ".join(places[:4]) + (f" and {len(places) - 4} more" if len(places) > 4 else "")
     raise TrainingError(
         f"step {step}: {what} not a number at {shown}; "

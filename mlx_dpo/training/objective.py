@@ -9,13 +9,13 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_dpo.config.loss import LossSettings
-from mlx_dpo.data.batching import facts_of
+from mlx_dpo.data.batching import pair_metadata
 from mlx_dpo.losses.catalogue import LOSSES, LossKind
 from mlx_dpo.losses.divergences import Divergence
 from mlx_dpo.losses.log_ratios import View, averages, log_ratios
 from mlx_dpo.losses.metrics import summarise
 from mlx_dpo.scoring.scorers import Score
-from mlx_dpo.types import PairLogps, PairOutcomes, PreferenceMetrics, Scored, TokenizedPair
+from mlx_dpo.types import LossOutputs, PairLogps, PreferenceMetrics, ScoredPairs, TokenizedPair
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,18 +27,18 @@ class Objective(LossSettings):
         """What keeps the policy near the reference."""
         return Divergence(self.f_divergence_type or "reverse_kl", self.alpha_of_divergence)
 
-    def losses(self, scored: Scored) -> mx.array:
+    def losses(self, scored: ScoredPairs) -> mx.array:
         """The loss of each pair; the mean over a step's pairs is what is made small. (B,)"""
         terms = zip(self.loss_kinds, self.weights_of_losses, strict=True)
         total = reduce(add, (weight * self._loss(kind, scored) for kind, weight in terms))
-        return scored.facts.weights * scored.on_policy * total
+        return scored.metadata.weights * scored.on_policy_weights * total
 
-    def outcomes(self, scored: Scored) -> PairOutcomes:
+    def outcomes(self, scored: ScoredPairs) -> LossOutputs:
         """Losses and implied rewards of each pair. (B,) each"""
         chosen, rejected = self.rewards(scored)
-        return PairOutcomes(self.losses(scored), scored, chosen, rejected)
+        return LossOutputs(self.losses(scored), scored, chosen, rejected)
 
-    def rewards(self, scored: Scored) -> tuple[mx.array, mx.array]:
+    def rewards(self, scored: ScoredPairs) -> tuple[mx.array, mx.array]:
         """Those that the first loss implies that implies any, as TRL logs them. (B,) each
 
         beta times the log-ratio of the chosen and of the rejected completion; for losses
@@ -48,10 +48,10 @@ class Objective(LossSettings):
         if self.rewarded == "log-ratio":
             logps = log_ratios(scored.policy, scored.reference)
         if self.rewarded == "average log-probability":
-            logps = averages(logps, scored.facts)
+            logps = averages(logps, scored.metadata)
         return self.loss_beta * logps.chosen, self.loss_beta * logps.rejected
 
-    def _loss(self, kind: LossKind, scored: Scored) -> mx.array:
+    def _loss(self, kind: LossKind, scored: ScoredPairs) -> mx.array:
         settings = {name: self.read_by(kind, name) for name in kind.defaults}
         return LOSSES[kind.name](View(scored, self.divergence), **settings)
 
@@ -68,5 +68,5 @@ def evaluate(
     """Means over all of `pairs`, every pair with the same weight. Leaves evaluation mode on."""
     logps = score(policy, pairs)
     weights = mx.ones((len(pairs),)) if on_policy is None else on_policy(policy, pairs)
-    scored = Scored(logps, reference, facts_of(pairs), weights)
+    scored = ScoredPairs(logps, reference, pair_metadata(pairs), weights)
     return summarise(objective.outcomes(scored), labelled=objective.labelled)

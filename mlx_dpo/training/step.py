@@ -7,13 +7,13 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
-from mlx_dpo.data.batching import facts_of
+from mlx_dpo.data.batching import pair_metadata
 from mlx_dpo.io import flat
 from mlx_dpo.losses.metrics import concatenate
 from mlx_dpo.scoring.scorers import Scorer, plain_scorer
 from mlx_dpo.training.global_batch import Among, single
 from mlx_dpo.training.objective import Objective
-from mlx_dpo.types import PairFacts, PairLogps, PairOutcomes, Scored, TokenizedPair
+from mlx_dpo.types import LossOutputs, PairLogps, PairMetadata, ScoredPairs, TokenizedPair
 
 Gradients = dict[str, Any]
 
@@ -23,26 +23,26 @@ class MicroBatch(NamedTuple):
 
     pairs: Sequence[TokenizedPair]
     reference: PairLogps  # (B,) each, of `pairs`
-    facts: PairFacts
-    on_policy: mx.array  # (B,)
+    metadata: PairMetadata
+    on_policy_weights: mx.array  # (B,)
     among: Among | None = None  # the rest of the step, where the objective couples its pairs
 
     @classmethod
     def of(cls, pairs: Sequence[TokenizedPair], reference: PairLogps) -> Self:
         """A micro-batch that is all of its step."""
-        return cls(pairs, reference, facts_of(pairs), mx.ones((len(pairs),)))
+        return cls(pairs, reference, pair_metadata(pairs), mx.ones((len(pairs),)))
 
 
 def make_gradient(
     policy: nn.Module, objective: Objective, *, scorer: Scorer = plain_scorer
-) -> Callable[[MicroBatch, float], tuple[PairOutcomes, Gradients]]:
+) -> Callable[[MicroBatch, float], tuple[LossOutputs, Gradients]]:
     """Build the function from a micro-batch to its outcomes and its share of the gradient."""
 
-    def weighed(model: nn.Module, micro: MicroBatch, share: float) -> tuple[mx.array, PairOutcomes]:
+    def weighed(model: nn.Module, micro: MicroBatch, share: float) -> tuple[mx.array, LossOutputs]:
         pairs = single(micro.pairs) if objective.labelled else micro.pairs
         logps = scorer(model, pairs)
         if micro.among is None:
-            scored = Scored(logps, micro.reference, micro.facts, micro.on_policy)
+            scored = ScoredPairs(logps, micro.reference, micro.metadata, micro.on_policy_weights)
             outcome = objective.outcomes(scored)
             # A sum over pairs: micro-batches of any size then add up to the mean of the step.
             return outcome.losses.sum() * share, outcome
@@ -51,7 +51,7 @@ def make_gradient(
 
     value_and_grad = nn.value_and_grad(policy, weighed)
 
-    def gradient(micro: MicroBatch, share: float) -> tuple[PairOutcomes, Gradients]:
+    def gradient(micro: MicroBatch, share: float) -> tuple[LossOutputs, Gradients]:
         (_, outcome), gradients = value_and_grad(policy, micro, share)
         return outcome, gradients
 
@@ -59,17 +59,17 @@ def make_gradient(
 
 
 def accumulate(
-    gradient: Callable[[MicroBatch, float], tuple[PairOutcomes, Gradients]],
+    gradient: Callable[[MicroBatch, float], tuple[LossOutputs, Gradients]],
     micro_batches: Iterable[MicroBatch],
     *,
     pairs: int,
-) -> tuple[PairOutcomes, Gradients]:
+) -> tuple[LossOutputs, Gradients]:
     """Gradient of the mean loss over `pairs` pairs that arrive in micro-batches of any size.
 
     One graph and one evaluation per micro-batch: while the device works on it, the next
     batch is built, and no second one is begun, so memory stays that of one.
     """
-    parts: list[PairOutcomes] = []
+    parts: list[LossOutputs] = []
     total: Gradients | None = None
     waiting = iter(micro_batches)
     micro = next(waiting, None)

@@ -42,7 +42,7 @@ def read_pairs(path: Path) -> tuple[list[TextPair], int]:
             continue
         texts = [pair.prompt, pair.chosen, pair.rejected]
         if not all(isinstance(text, str) for text in texts):
-            raise DataError(f"{row.where}: holds messages; the benchmark takes plain text")
+            raise DataError(f"{row.location}: holds messages; the benchmark takes plain text")
         prompt, chosen, rejected = (str(text) for text in texts)
         if not prompt.strip():
             faulty += 1

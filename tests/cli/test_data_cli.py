@@ -15,7 +15,7 @@ from mlx_dpo.data.examples import told
 from mlx_dpo.data.inspect.findings import RULES
 from mlx_dpo.data.load import hold_out, load_pairs
 from mlx_dpo.data.report import PairsReport
-from mlx_dpo.data.schemas import DEFAULT, asked
+from mlx_dpo.data.schemas import DEFAULT, prompt_digest
 from mlx_dpo.data.sources import find, source_of
 from mlx_dpo.data.tokenization.tokenize import TokenRules
 from mlx_dpo.errors import DataError
@@ -219,7 +219,7 @@ def test_a_split_holds_out_what_training_would(seed):
     train, valid = hold_out(pairs.pairs, share=0.2, seed=seed)
     for name, part in (("train", train), ("valid", valid)):
         said = told(source_of(f"parts/{name}.jsonl").rows(), DEFAULT, PairsReport("", 0))
-        assert [asked(one.said) for one in said] == [pair.asked for pair in part]
+        assert [prompt_digest(one.said) for one in said] == [pair.prompt_digest for pair in part]
 
 
 def test_a_row_of_several_pairs_goes_to_one_side_whole():

@@ -6,7 +6,7 @@ from families import TEMPLATES, byte_level, metaspace
 from mlx_dpo.data.errors import REFUSED, BadPair
 from mlx_dpo.data.tokenization.tokenize import TokenRules, check_rules, tokenize_pair
 from mlx_dpo.errors import ConfigError, DataError
-from mlx_dpo.types import Preference
+from mlx_dpo.types import PreferenceExample
 
 PREFIXED = sorted(TEMPLATES.keys() - {"deepseek-r1"})
 NO_SYSTEM = {"gemma"}
@@ -21,7 +21,7 @@ def turns(*texts, system=None):
 
 def pair_of(tokenizer, prompt, chosen="yes it is", rejected="no", **rules):
     replies = (({"role": "assistant", "content": text},) for text in (chosen, rejected))
-    preference = Preference(prompt, *replies, "pairs.jsonl:7")
+    preference = PreferenceExample(prompt, *replies, "pairs.jsonl:7")
     return tokenize_pair(tokenizer, preference, TokenRules(vocab_size=1000, **rules))
 
 
@@ -150,7 +150,7 @@ def test_tools_and_arguments_of_a_row_reach_the_template():
     )
     given = {"tools": [tool]}
     pair = tokenize_pair(
-        tokenizer, Preference(prompt, *answers, "x:1", given), TokenRules(vocab_size=1000)
+        tokenizer, PreferenceExample(prompt, *answers, "x:1", given), TokenRules(vocab_size=1000)
     ).pair
     asked = tokenizer.apply_chat_template(
         list(prompt), tools=[tool], add_generation_prompt=True, return_dict=False
@@ -158,14 +158,14 @@ def test_tools_and_arguments_of_a_row_reach_the_template():
     assert list(pair.prompt) == asked
     assert '"name": "look", "arguments": {"at": "it"}' in tokenizer.decode(pair.chosen)
     assert pair.prompt != tokenize_pair(
-        tokenizer, Preference(prompt, *answers, "x:1"), TokenRules(vocab_size=1000)
+        tokenizer, PreferenceExample(prompt, *answers, "x:1"), TokenRules(vocab_size=1000)
     ).pair.prompt  # fmt: skip
 
 
 def test_a_rows_own_word_on_thinking_counts_unless_the_setting_says_otherwise():
     tokenizer = byte_level("qwen-3")
     answers = (({"role": "assistant", "content": text},) for text in ("yes", "no"))
-    row = Preference(turns("is it?"), *answers, "x:1", {"enable_thinking": True})
+    row = PreferenceExample(turns("is it?"), *answers, "x:1", {"enable_thinking": True})
     free, on = (
         tokenize_pair(tokenizer, row, TokenRules(vocab_size=1000, thinking=thinking)).pair
         for thinking in (None, True)

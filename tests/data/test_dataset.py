@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_dpo.data.batching import facts_of
+from mlx_dpo.data.batching import pair_metadata
 from mlx_dpo.data.dataset import (
     COLUMNS,
     Places,
@@ -38,21 +38,21 @@ def asked(number):
     return f"{number:064x}"
 
 
-def pair(i, *, where="a.jsonl:7", label=None, prompt=None, margin=0.0, weight=1.0):
+def pair(i, *, location="a.jsonl:7", label=None, prompt=None, margin=0.0, weight=1.0):
     """A pair whose parts have i + 1, 2 and 3 tokens."""
     ids = tuple(range(100 * i, 100 * i + i + 6))
     return TokenizedPair(
         ids[: i + 1], ids[i + 1 : i + 3], () if label is not None else ids[i + 3 :],
-        where, asked(i if prompt is None else prompt), margin, weight, label,
+        location, asked(i if prompt is None else prompt), margin, weight, label,
     )  # fmt: skip
 
 
 PAIRS = [
     pair(0),
-    pair(4, where="a.jsonl:12", margin=-1.5),
-    pair(1, where="b and c.json[0]", weight=0.25),
-    pair(2, where="b and c.json[3] and a.jsonl:2"),
-    pair(3, where="b and c.json[3] and b and c.json[1]"),
+    pair(4, location="a.jsonl:12", margin=-1.5),
+    pair(1, location="b and c.json[0]", weight=0.25),
+    pair(2, location="b and c.json[3] and a.jsonl:2"),
+    pair(3, location="b and c.json[3] and b and c.json[1]"),
 ]
 JUDGED = [pair(i, label=i % 2 == 0, prompt=prompt) for i, prompt in enumerate((5, 5, 6, 5, 7, 7))]
 
@@ -81,7 +81,7 @@ def stored(pairs):
 
 def fields(pairs):
     """Everything of pairs, digests of prompts too, which `==` leaves out."""
-    return [(pair, pair.asked) for pair in pairs]
+    return [(pair, pair.prompt_digest) for pair in pairs]
 
 
 @pytest.mark.parametrize("pairs", [PAIRS, JUDGED, PAIRS[:1], []])
@@ -96,7 +96,7 @@ def test_what_is_written_comes_back(pairs):
 part = st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=5).map(tuple)
 anything = st.builds(
     TokenizedPair, part, part, part,
-    st.sampled_from([one.where for one in PAIRS]),
+    st.sampled_from([one.location for one in PAIRS]),
     st.integers(0, 2**256 - 1).map(asked),
     st.floats(allow_nan=False, allow_infinity=False), st.floats(0, 1e6),
     st.none() | st.booleans(),
@@ -122,14 +122,14 @@ def test_every_column_lies_where_the_processor_reads_it_fastest():
 
 def test_places_have_the_names_that_the_files_have_now():
     arrays, _ = read(written(PAIRS))
-    places = [one.where for one in StoredPairs([Store.of(arrays, Places(["x", "y"]))])]
+    places = [one.location for one in StoredPairs([Store.of(arrays, Places(["x", "y"]))])]
     assert places == ["x:7", "x:12", "y[0]", "y[3] and x:2", "y[3] and y[1]"]
 
 
-@pytest.mark.parametrize("where", ["c.jsonl:1", "a.jsonl", "a.jsonl:x", "a.jsonl[-1]", ""])
-def test_a_place_in_no_file_is_refused(where):
+@pytest.mark.parametrize("location", ["c.jsonl:1", "a.jsonl", "a.jsonl:x", "a.jsonl[-1]", ""])
+def test_a_place_in_no_file_is_refused(location):
     with pytest.raises(ValueError, match="is in none of"):
-        Places(NAMES).coded(where)
+        Places(NAMES).coded(location)
 
 
 @pytest.mark.parametrize("at", [0, 5, 200, -1, -40, -41])
@@ -192,15 +192,15 @@ def test_judged_answers_are_held_against_the_same_others_as_in_a_list(max_length
 
 
 def test_facts_of_a_view_are_those_of_its_pairs():
-    for ours, theirs in zip(facts_of(stored(PAIRS)), facts_of(PAIRS), strict=True):
+    for ours, theirs in zip(pair_metadata(stored(PAIRS)), pair_metadata(PAIRS), strict=True):
         assert ours.dtype == theirs.dtype
         assert ours.tolist() == theirs.tolist()
-    assert facts_of(PAIRS).margins.tolist() == [0.0, -1.5, 0.0, 0.0, 0.0]
-    assert facts_of(JUDGED).desirable.tolist() == [True, False] * 3
+    assert pair_metadata(PAIRS).margins.tolist() == [0.0, -1.5, 0.0, 0.0, 0.0]
+    assert pair_metadata(JUDGED).desirable.tolist() == [True, False] * 3
 
 
 def test_the_longest_come_last_and_ties_in_order():
-    pairs = [pair(i, where=f"a.jsonl:{n}") for n, i in enumerate((2, 0, 2, 1))]
+    pairs = [pair(i, location=f"a.jsonl:{n}") for n, i in enumerate((2, 0, 2, 1))]
     for some in (pairs, stored(pairs)):
         assert longest_pairs(3, some) == [pairs[3], pairs[0], pairs[2]]
         assert longest_pairs(9, some) == [pairs[1], pairs[3], pairs[0], pairs[2]]
@@ -213,7 +213,7 @@ def test_the_same_prompts_are_held_out_of_a_view_as_of_a_list():
     held = held_out(view, share=0.3, seed=4)
     assert held == held_out(pairs, share=0.3, seed=4)
     assert hold_out(view, share=0.3, seed=4) == hold_out(pairs, share=0.3, seed=4)
-    assert prompts(view) == [bytes.fromhex(one.asked) for one in pairs]
+    assert prompts(view) == [bytes.fromhex(one.prompt_digest) for one in pairs]
 
 
 def test_a_pair_that_is_in_both_splits_is_found_whatever_the_data_says_of_it():

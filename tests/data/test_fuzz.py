@@ -14,7 +14,7 @@ from mlx_dpo.data.schemas import SCHEMAS, RowRules
 from mlx_dpo.data.tokenization.special_tokens import specials_of
 from mlx_dpo.data.tokenization.tokenize import TokenRules, tokenize_pair
 from mlx_dpo.errors import DataError, DPOError
-from mlx_dpo.types import Preference
+from mlx_dpo.types import PreferenceExample
 
 FEW = settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -147,7 +147,9 @@ def test_special_tokens_in_a_text_never_act(prompt, chosen, rejected, make):
     ids = specials_of(tokenizer).ids
     try:
         pair = tokenize_pair(
-            tokenizer, Preference(prompt, chosen, rejected, "x:1"), TokenRules(vocab_size=2000)
+            tokenizer,
+            PreferenceExample(prompt, chosen, rejected, "x:1"),
+            TokenRules(vocab_size=2000),
         ).pair
     except DataError as error:
         assert getattr(error, "reason", "") != SPECIAL  # empty, or the same

@@ -50,7 +50,7 @@ def test_a_name_has_its_parts(name, parts):
 
 def test_rows_come_from_the_split_that_is_asked_for_with_their_places(hub):
     sources = find("org/name:en@v1")
-    assert [row.where for row in sources.train[0].rows()] == [
+    assert [row.location for row in sources.train[0].rows()] == [
         f"org/name:en:train[{i}]" for i in range(3)
     ]
     assert hub[-1] == ("load", "org/name", "en", "train", "v1")
@@ -117,6 +117,6 @@ def test_the_library_itself_reads_a_folder_of_tables(tmp_path, monkeypatch):
     assert dataset.splits() == ["train", "test"]
     rows = list(dataset.rows("train"))
     assert [row.record["prompt"] for row in rows] == ["q0", "q1", "q2"]
-    assert rows[2].where == "org/set:train[2]"
+    assert rows[2].location == "org/set:train[2]"
     # The same files are a source by themselves.
     assert [row.record for row in find("org/set").train[0].rows()] == [row.record for row in rows]

@@ -8,7 +8,7 @@ from mlx_dpo.data.inspect.duplicates import Digests
 from mlx_dpo.data.inspect.findings import OTHERS, WORDINGS, Hits, Places
 from mlx_dpo.data.inspect.lengths import Bin, Lengths, Spread
 from mlx_dpo.data.inspect.text_anomalies import refusal, unusual
-from mlx_dpo.types import Preference
+from mlx_dpo.types import PreferenceExample
 
 PARTS = ("prompt", "chosen", "rejected")
 
@@ -83,7 +83,7 @@ def test_a_place_that_is_named_again_at_once_is_the_same():
 
 def test_a_million_places_and_digests_would_fit_into_70_megabytes():
     places, digests = Places(), Digests()
-    pair = Preference("p", "c" * 100, "r" * 100, "x")
+    pair = PreferenceExample("p", "c" * 100, "r" * 100, "x")
     tracemalloc.start()
     for i in range(5000):
         digests.add(pair, places.add(f"a-rather-long-name-of-a-file-of-pairs.jsonl:{i}"))

@@ -31,7 +31,7 @@ def test_a_bad_pair_stops_unless_it_may_be_dropped(write, plain):
     with pytest.raises(BadPair, match=r"^pairs\.jsonl:2: a completion is empty; mend it, or"):
         load_pairs(path, plain, RULES)
     found = load_pairs(path, plain, RULES, bad_pairs="drop")
-    assert [pair.where for pair in found.pairs] == ["pairs.jsonl:1"]
+    assert [pair.location for pair in found.pairs] == ["pairs.jsonl:1"]
     assert (found.report.read, found.report.kept) == (4, 1)
     assert found.report.dropped == {
         EMPTY: ["pairs.jsonl:2", "pairs.jsonl:4"],
@@ -206,6 +206,6 @@ def test_prompts_that_truncation_told_apart_are_held_out_together(write, plain):
     assert len({pair.prompt for pair in pairs}) > 8
     train, held = hold_out(pairs, share=0.25, seed=0)
     prompts = [row["prompt"] for row in rows]
-    line = {pair.where: prompt for pair, prompt in zip(pairs, prompts, strict=True)}
+    line = {pair.location: prompt for pair, prompt in zip(pairs, prompts, strict=True)}
     assert len(held) == 8
-    assert not {line[pair.where] for pair in held} & {line[pair.where] for pair in train}
+    assert not {line[pair.location] for pair in held} & {line[pair.location] for pair in train}

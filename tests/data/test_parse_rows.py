@@ -68,7 +68,7 @@ def test_ties_are_counted_and_never_an_error(write, plain):
         {"prompt": "q", "completions": ["a", "b", "c"], "scores": [1, 1, 0]},
     ]
     found = load_pairs(write(*rows), plain, TOKENS, rows=RowRules(ranked="all"))
-    assert [pair.where for pair in found.pairs] == ["pairs.jsonl:2"] * 2
+    assert [pair.location for pair in found.pairs] == ["pairs.jsonl:2"] * 2
     assert found.report.dropped == {TIED: ["pairs.jsonl:1", "pairs.jsonl:2"]}
 
 
@@ -117,7 +117,7 @@ def test_good_answers_meet_bad_ones_of_the_same_prompt_only_where_that_is_asked(
     assert [(bytes(p.chosen[:-1]), bytes(p.rejected[:-1])) for p in found.pairs] == [
         (b"x", b"y"), (b"good", b"bad"), (b"better", b"worse"),
     ]  # fmt: skip
-    assert found.pairs[1].where == "pairs.jsonl:1 and pairs.jsonl:2"
+    assert found.pairs[1].location == "pairs.jsonl:1 and pairs.jsonl:2"
     assert found.report.dropped == {UNPAIRED: ["pairs.jsonl:3"]}
 
 

@@ -56,7 +56,7 @@ def rows(path, *records):
 def test_a_prompt_is_what_stands_before_the_answer(tmp_path, record, messages):
     [prompt] = read_prompts(rows(tmp_path / "p.jsonl", record))
     assert list(prompt.messages) == messages
-    assert prompt.where == f"{tmp_path}/p.jsonl:1"
+    assert prompt.location == f"{tmp_path}/p.jsonl:1"
 
 
 def test_a_text_that_marks_its_turns_is_asked_as_these_turns(tmp_path):
@@ -77,7 +77,7 @@ def test_a_text_file_has_a_prompt_on_each_line_and_each_is_asked_once(tmp_path):
     path.write_bytes("\ufeffhi\n\n  wie gäht's \r\nhi\n".encode())
     prompts = read_prompts(str(path))
     assert [prompt.messages[0]["content"] for prompt in prompts] == ["hi", "wie gäht's"]
-    assert prompts[1].where.endswith("p.txt:3")
+    assert prompts[1].location.endswith("p.txt:3")
 
 
 def test_like_prompts_have_the_same_key_wherever_they_come_from():
@@ -134,4 +134,4 @@ def test_a_text_file_that_asks_nothing_is_named(tmp_path, data, message):
 def test_a_system_turn_comes_before_prompts_that_have_none():
     first, second = with_system([Prompt((USER,), "a:1"), Prompt((SYSTEM, USER))], "new")
     assert first.messages == ({"role": "system", "content": "new"}, USER)
-    assert (first.where, second.messages) == ("a:1", (SYSTEM, USER))
+    assert (first.location, second.messages) == ("a:1", (SYSTEM, USER))

@@ -23,7 +23,7 @@ def lines_of(name):
 def test_a_line_stays_as_it_was_but_for_what_ends_it(write):
     path = write("\ufeff" + ODD + " \r", "", '{"c": "é"}')
     assert lines_of(path) == [ODD, '{"c": "é"}']
-    assert [one.where for one in written(source_of(str(path)))] == [
+    assert [one.location for one in written(source_of(str(path)))] == [
         "pairs.jsonl:1",
         "pairs.jsonl:3",
     ]

@@ -68,5 +68,5 @@ def test_the_labelled_file_is_refused_with_the_way_on_and_read_where_labels_are_
     assert (report.kept, report.desirable) == (300, 150)
     paired = load_pairs(path, tokenizer, RULES, rows=RowRules(pair_labelled=True))
     [pair] = paired.pairs  # two more prompts occur twice, but with the same label
-    assert "[" in pair.where and " and " in pair.where
+    assert "[" in pair.location and " and " in pair.location
     assert sum(map(len, paired.report.dropped.values())) == 298

@@ -26,7 +26,7 @@ def only(row):
 
 def read(**record):
     found = only(Row(record, "pairs.jsonl:7"))
-    assert found.where == "pairs.jsonl:7"
+    assert found.location == "pairs.jsonl:7"
     return found.prompt, found.chosen, found.rejected
 
 
@@ -254,7 +254,7 @@ def test_the_bad_pairs_of_real_dialogues_are_found(material):
         try:
             [preference] = to_preferences(row)
         except BadPair as bad:
-            faults.setdefault(bad.reason, []).append(int(row.where.rpartition(":")[2]))
+            faults.setdefault(bad.reason, []).append(int(row.location.rpartition(":")[2]))
             continue
         assert schema_of(row).name == "dialogues"
         assert preference.prompt.endswith("\n\nAssistant:")

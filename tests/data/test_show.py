@@ -7,7 +7,7 @@ from families import TEMPLATES, byte_level, metaspace
 from mlx_dpo.data.inspect.show import Piece, parts_of
 from mlx_dpo.data.tokenization.chat_template import TokenRules
 from mlx_dpo.data.tokenization.tokenize import tokenize_pair
-from mlx_dpo.types import Preference, TokenizedPair
+from mlx_dpo.types import PreferenceExample, TokenizedPair
 
 
 def ids(*parts):
@@ -66,7 +66,7 @@ def test_a_judged_answer_stands_alone(chat):
 def test_the_pieces_together_are_the_text_of_the_tokens(make, name):
     """Also where the decoder drops a space that a text begins with."""
     tokenizer = make(name)
-    said = Preference("a b  c", " d e", "f\n g", "x:1")
+    said = PreferenceExample("a b  c", " d e", "f\n g", "x:1")
     rules = TokenRules(vocab_size=10_000, max_length=1000)
     pair = tokenize_pair(tokenizer, said, rules).pair
     prompt, chosen, _ = parts_of(tokenizer, pair, pair)

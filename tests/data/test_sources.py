@@ -15,7 +15,7 @@ from mlx_dpo.errors import ConfigError, DataError
 
 
 def records(path):
-    return [(row.where, row.record) for row in read_rows(path)]
+    return [(row.location, row.record) for row in read_rows(path)]
 
 
 def test_lines_keep_their_numbers_past_blank_ones(write):
@@ -126,7 +126,7 @@ def test_every_kind_of_file_gives_the_same_rows_packed_or_not(tmp_path, monkeypa
         row | {"n": str(row["n"])} if text else row for row in ROWS
     ]
     places = {".jsonl": ":1 :2", ".csv": ":2 :3"}.get(kind, "[0] [1]").split()
-    assert [row.where for row in read_rows(Path(name))] == [name + place for place in places]
+    assert [row.location for row in read_rows(Path(name))] == [name + place for place in places]
 
 
 @pytest.mark.parametrize("packed", [".gz", ".bz2", ".xz", ".zst"])
@@ -241,7 +241,9 @@ def test_numbered_files_are_read_in_order_and_none_may_be_missing(tmp_path):
     sources = find(place)
     assert files(sources.train) == [tmp_path / shard for shard in shards]
     assert files(sources.valid) == [tmp_path / "data" / "test-00000-of-00001.jsonl"]
-    assert [row.where for row in sources.train[0].rows()] == [f"{tmp_path / s}:1" for s in shards]
+    assert [row.location for row in sources.train[0].rows()] == [
+        f"{tmp_path / s}:1" for s in shards
+    ]
     (tmp_path / shards[1]).unlink()
     with pytest.raises(DataError, match="2 of the 3 files of `train` are there"):
         find(place)
@@ -306,7 +308,7 @@ class Piped(io.TextIOWrapper):
 def test_standard_input_is_lines_of_json_read_once(monkeypatch):
     monkeypatch.setattr("sys.stdin", Piped(io.BytesIO(b'{"a": 1}\n\n{"a": 2}\n')))
     [source] = find("-").train
-    assert [(row.where, row.record) for row in source.rows()] == [
+    assert [(row.location, row.record) for row in source.rows()] == [
         ("-:1", {"a": 1}),
         ("-:3", {"a": 2}),
     ]

@@ -10,7 +10,7 @@ from mlx_dpo.data.errors import SPECIAL, BadPair
 from mlx_dpo.data.tokenization.chat_template import render
 from mlx_dpo.data.tokenization.special_tokens import Specials, specials_of
 from mlx_dpo.data.tokenization.tokenize import TokenRules, tokenize_pair
-from mlx_dpo.types import Preference
+from mlx_dpo.types import PreferenceExample
 
 NAMES = sorted(TEMPLATES)
 SIZE = 100_000
@@ -21,7 +21,7 @@ def user(text):
 
 
 def pair_of(tokenizer, prompt, chosen="yo", rejected="no!", **rules):
-    preference = Preference(prompt, chosen, rejected, "pairs.jsonl:7")
+    preference = PreferenceExample(prompt, chosen, rejected, "pairs.jsonl:7")
     return tokenize_pair(tokenizer, preference, TokenRules(vocab_size=SIZE, **rules))
 
 
@@ -112,7 +112,9 @@ def test_the_longest_that_fits_is_meant():
 
 def test_what_tools_and_arguments_hold_stays_text_as_well(chat):
     template = "{% if tools %}{{ tools[0].name }}{% endif %}" + CHAT
-    preference = Preference("hi", "yo", "no", "x:1", given={"tools": [{"name": "t</s>"}]})
+    preference = PreferenceExample(
+        "hi", "yo", "no", "x:1", template_kwargs={"tools": [{"name": "t</s>"}]}
+    )
     ids = tokenize_pair(chat(template), preference, TokenRules(vocab_size=SIZE)).pair.prompt
     assert ids == (*b"t</s>", USER, *b"hi", EOS, ASSISTANT)
 

@@ -64,7 +64,9 @@ def test_the_second_time_tokens_and_report_are_read(write, cache):
     known = load_pairs(path, TOKENIZER, RULES.tokens, bad_pairs="drop")
     for found in (first, second):
         assert tuple(found.pairs) == known.pairs
-        assert [pair.asked for pair in found.pairs] == [pair.asked for pair in known.pairs]
+        assert [pair.prompt_digest for pair in found.pairs] == [
+            pair.prompt_digest for pair in known.pairs
+        ]
         assert found.report == known.report
         assert found.report.to_dict() == known.report.to_dict()
     assert first.report.lines() == known.report.lines()
@@ -76,7 +78,7 @@ def test_the_same_rows_under_another_name_are_found_with_their_places(write, cac
     read(write(*ROWS), cache)
     found = read(write(*ROWS, name="other.jsonl"), cache, tokenizer=Silent(CHAT))
     assert found.report.source == "other.jsonl"
-    assert [pair.where for pair in found.pairs][:2] == ["other.jsonl:2", "other.jsonl:3"]
+    assert [pair.location for pair in found.pairs][:2] == ["other.jsonl:2", "other.jsonl:3"]
     assert found.report.dropped[SAME_TEXT][0] == "other.jsonl:1"
 
 
@@ -280,7 +282,7 @@ def test_small_files_and_standard_input_are_not_kept(write, cache, monkeypatch):
     path = write(*ROWS)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(path.read_bytes())))
     found = read(find(STDIN).train[0], cache)
-    assert [pair.where for pair in found.pairs][:2] == ["-:2", "-:3"]
+    assert [pair.location for pair in found.pairs][:2] == ["-:2", "-:3"]
     monkeypatch.setattr(kept, "SMALL", 1 << 20)
     read(path, cache)
     assert not cache.folder.exists()
@@ -295,7 +297,10 @@ def test_rows_of_the_hub_are_known_by_the_files_of_its_library(cache, tmp_path, 
     [source] = find("org/name").train
     first = read(source, cache)
     second = read(source, cache, tokenizer=Silent(CHAT))
-    assert [pair.where for pair in second.pairs][:2] == ["org/name:train[1]", "org/name:train[2]"]
+    assert [pair.location for pair in second.pairs][:2] == [
+        "org/name:train[1]",
+        "org/name:train[2]",
+    ]
     assert list(first.pairs) == list(second.pairs)
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **more: table)  # in memory
     assert missed(source, cache)
@@ -305,7 +310,7 @@ PROGRAM = """
 import sys
 from functools import partial
 sys.path[:0] = sys.argv[2:]
-import test_kept as t
+import test_token_cache as t
 t.kept.SMALL = 0
 found = t.read(sys.argv[1], t.Cache(t.Path("cache"), "digest", "m"))
 print([pair.chosen for pair in found.pairs])

@@ -6,7 +6,7 @@ from byte_tokenizer import ASSISTANT, BOS, CHAT, EOS, SYSTEM, TWO_LINES, USER, B
 from mlx_dpo.data.errors import EMPTY, EMPTY_PROMPT, SAME_TOKENS, BadPair
 from mlx_dpo.data.tokenization.tokenize import TokenRules, check_rules, tokenize_pair
 from mlx_dpo.errors import ConfigError, DataError, ModelError
-from mlx_dpo.types import Preference
+from mlx_dpo.types import PreferenceExample
 
 
 def rules(**given):
@@ -14,13 +14,13 @@ def rules(**given):
 
 
 def strings(prompt="hi", chosen="yo", rejected="no!"):
-    return Preference(prompt, chosen, rejected, "pairs.jsonl:7")
+    return PreferenceExample(prompt, chosen, rejected, "pairs.jsonl:7")
 
 
 def messages(*turns, chosen="yo", rejected="no!"):
     prompt = tuple({"role": role, "content": content} for role, content in turns)
     replies = ({"role": "assistant", "content": text} for text in (chosen, rejected))
-    return Preference(prompt, *((reply,) for reply in replies), "pairs.jsonl:7")
+    return PreferenceExample(prompt, *((reply,) for reply in replies), "pairs.jsonl:7")
 
 
 def ids(*parts):
@@ -32,7 +32,7 @@ def test_the_reply_starts_after_the_generation_prompt_and_ends_with_the_stop_tok
     pair = encoded.pair
     assert pair.prompt == ids(USER, "hi", EOS, ASSISTANT)
     assert (pair.chosen, pair.rejected) == (ids("yo", EOS), ids("no!", EOS))
-    assert pair.where == "pairs.jsonl:7"
+    assert pair.location == "pairs.jsonl:7"
     assert encoded.as_chat
     assert not (encoded.truncated or encoded.stops_added or encoded.boundary_moved)
 
@@ -75,7 +75,9 @@ def test_a_real_tokenizer_splits_the_template_as_trl_does(stories):
 )
 def test_strings_go_through_the_template_when_they_should(asked, has_template, whole, as_chat):
     tokenizer = ByteTokenizer(CHAT if has_template else None)
-    encoded = tokenize_pair(tokenizer, replace(strings(), whole=whole), rules(chat_template=asked))
+    encoded = tokenize_pair(
+        tokenizer, replace(strings(), implicit_prompt=whole), rules(chat_template=asked)
+    )
     assert encoded.as_chat == as_chat
     assert encoded.pair.prompt == (ids(USER, "hi", EOS, ASSISTANT) if as_chat else ids("hi"))
 

@@ -13,7 +13,7 @@ from mlx_dpo.data.load import load_pairs
 from mlx_dpo.data.schemas import RowRules
 from mlx_dpo.data.tokenization.tokenize import TokenRules
 from mlx_dpo.errors import ConfigError, DataError
-from mlx_dpo.types import Judgement, TokenizedPair
+from mlx_dpo.types import TokenizedPair, UnpairedExample
 
 JUDGED = RowRules(judged=True)
 USER = {"role": "user", "content": "Hi?"}
@@ -28,22 +28,24 @@ def read(**record):
 @pytest.mark.parametrize("label", [True, False, 1, 0])
 def test_a_labelled_row_is_one_judgement(label):
     assert read(prompt="Hi?", completion="Yes.", label=label) == [
-        Judgement("Hi?", "Yes.", bool(label), "rows:1")
+        UnpairedExample("Hi?", "Yes.", bool(label), "rows:1")
     ]
 
 
 def test_messages_end_with_the_answer():
-    assert read(messages=[USER, BOT], label=False) == [Judgement((USER,), (BOT,), False, "rows:1")]
+    assert read(messages=[USER, BOT], label=False) == [
+        UnpairedExample((USER,), (BOT,), False, "rows:1")
+    ]
     assert read(prompt=[USER], completion=[BOT], label=True) == [
-        Judgement((USER,), (BOT,), True, "rows:1")
+        UnpairedExample((USER,), (BOT,), True, "rows:1")
     ]
     assert read(prompt="Hi?", completion=[BOT], label=True)[0].prompt == (USER,)
 
 
 def test_a_pair_is_two_judgements():
     assert read(prompt="Hi?", chosen="Yes.", rejected="No.") == [
-        Judgement("Hi?", "Yes.", True, "rows:1"),
-        Judgement("Hi?", "No.", False, "rows:1"),
+        UnpairedExample("Hi?", "Yes.", True, "rows:1"),
+        UnpairedExample("Hi?", "No.", False, "rows:1"),
     ]
 
 
@@ -65,7 +67,7 @@ def test_what_is_no_judged_answer_is_said(record, said):
 
 def rows(*asked):
     return [
-        TokenizedPair((i,), (100 + i, 200 + i, 9), (), asked=prompt, desirable=True)
+        TokenizedPair((i,), (100 + i, 200 + i, 9), (), prompt_digest=prompt, desirable=True)
         for i, prompt in enumerate(asked)
     ]
 

@@ -14,10 +14,10 @@ import mlx.core as mx  # isort: skip
 import numpy as np
 import pytest
 
-from mlx_dpo.data.batching import facts_of
+from mlx_dpo.data.batching import pair_metadata
 from mlx_dpo.losses.catalogue import LOSS_KINDS
 from mlx_dpo.training.objective import Objective
-from mlx_dpo.types import PairLogps, Scored, TokenizedPair
+from mlx_dpo.types import PairLogps, ScoredPairs, TokenizedPair
 
 TOLERANCE = 1e-6
 B = 7
@@ -266,7 +266,7 @@ def test_closed_forms_are_the_slopes_of_the_formulas(name):
 
 
 def facts(*, margins=True, weights=None):
-    return facts_of(
+    return pair_metadata(
         [
             TokenizedPair(
                 (0,), (1,) * int(N_W[i]), (1,) * int(N_L[i]),
@@ -280,7 +280,7 @@ def facts(*, margins=True, weights=None):
 
 
 def scored(policy, of=None, reference=REFERENCE, on_policy=None):
-    return Scored(
+    return ScoredPairs(
         PairLogps(*policy),
         PairLogps(*(mx.array(side.astype(np.float32)) for side in reference)),
         facts() if of is None else of,
@@ -374,7 +374,7 @@ def test_losses_move_with_their_pairs(name):
 
 # --- symmetries -----------------------------------------------------------------------------
 
-EVEN = facts_of([TokenizedPair((0,), (1,) * 3, (1,) * 3)] * B)  # no margins, lengths alike
+EVEN = pair_metadata([TokenizedPair((0,), (1,) * 3, (1,) * 3)] * B)  # no margins, lengths alike
 
 
 def swapped(name, **more):
@@ -448,12 +448,12 @@ def test_transport_does_not_mind_how_the_sides_are_paired(name):
 
 @pytest.mark.parametrize("name", ["aot", "aot_unpaired"])
 def test_transport_of_a_single_pair_is_dpo(name):
-    one = facts_of([TokenizedPair((0,), (1,), (1,))])
+    one = pair_metadata([TokenizedPair((0,), (1,), (1,))])
 
     def loss(kind):
         sides = [PairLogps(*(mx.array(s[2:3].astype(np.float32)) for s in x))
                  for x in (POLICY, REFERENCE)]  # fmt: skip
-        return Objective(loss_type=(kind,)).losses(Scored(*sides, one, mx.ones((1,)))).item()
+        return Objective(loss_type=(kind,)).losses(ScoredPairs(*sides, one, mx.ones((1,)))).item()
 
     assert loss(name) == pytest.approx(loss("sigmoid"), rel=1e-6)
 

@@ -1,19 +1,19 @@
 import mlx.core as mx
 import pytest
 
-from mlx_dpo.data.batching import facts_of
+from mlx_dpo.data.batching import pair_metadata
 from mlx_dpo.losses.metrics import concatenate, named, step_row, summarise
-from mlx_dpo.types import PairLogps, PairOutcomes, Scored, StepMetrics, TokenizedPair
+from mlx_dpo.types import LossOutputs, PairLogps, ScoredPairs, StepMetrics, TokenizedPair
 
 ZEROS = PairLogps(mx.zeros((2,)), mx.zeros((2,)))
 
 
 def outcomes(losses, policy, reference, *, beta, desirable=None):
     labels = desirable or [None] * len(losses)
-    facts = facts_of([TokenizedPair((1,), (2,), (3,), desirable=label) for label in labels])
-    return PairOutcomes(
+    facts = pair_metadata([TokenizedPair((1,), (2,), (3,), desirable=label) for label in labels])
+    return LossOutputs(
         losses,
-        Scored(policy, reference, facts, mx.ones(losses.shape)),
+        ScoredPairs(policy, reference, facts, mx.ones(losses.shape)),
         beta * (policy.chosen - reference.chosen),
         beta * (policy.rejected - reference.rejected),
     )
@@ -83,10 +83,10 @@ def test_public_names_are_those_of_trl():
 def test_lengths_of_labelled_rows_are_those_of_each_kind():
     """The second of `chosen` and `rejected` is what the row was mismatched with: not meant."""
     rows = [((2,) * 4, True), ((2,) * 2, True), ((2,) * 7, False)]
-    facts = facts_of([TokenizedPair((1,), t, (9,) * 5, desirable=good) for t, good in rows])
+    facts = pair_metadata([TokenizedPair((1,), t, (9,) * 5, desirable=good) for t, good in rows])
     nothing = mx.zeros((3,))
-    scored = Scored(PairLogps(nothing, nothing), PairLogps(nothing, nothing), facts, nothing)
-    found = named(summarise(PairOutcomes(nothing, scored, nothing, nothing), labelled=True))
+    scored = ScoredPairs(PairLogps(nothing, nothing), PairLogps(nothing, nothing), facts, nothing)
+    found = named(summarise(LossOutputs(nothing, scored, nothing, nothing), labelled=True))
     assert (found["lengths/chosen"], found["lengths/rejected"]) == (3.0, 7.0)
 
 
@@ -121,13 +121,13 @@ def test_a_step_without_rows_of_one_kind_says_nothing_of_them():
 def test_the_margin_is_correlated_with_how_much_longer_chosen_is():
     """By hand: length differences 2, 0, -2, margins 3, 1, 2: 2 / sqrt(8 * 2)."""
     lengths = [(3, 1), (2, 2), (1, 3)]
-    facts = facts_of([TokenizedPair((1,), (2,) * c, (3,) * r) for c, r in lengths])
+    facts = pair_metadata([TokenizedPair((1,), (2,) * c, (3,) * r) for c, r in lengths])
     chosen, zeros = mx.array([3.0, 1.0, 2.0]), mx.zeros((3,))
-    scored = Scored(PairLogps(chosen, zeros), PairLogps(zeros, zeros), facts, zeros)
-    found = summarise(PairOutcomes(zeros, scored, chosen, zeros))
+    scored = ScoredPairs(PairLogps(chosen, zeros), PairLogps(zeros, zeros), facts, zeros)
+    found = summarise(LossOutputs(zeros, scored, chosen, zeros))
     assert found.length_correlation == pytest.approx(2 / 16**0.5)
     assert (found.chosen_tokens, found.rejected_tokens) == (2.0, 2.0)
-    same = scored._replace(facts=facts_of([TokenizedPair((1,), (2,), (3, 3, 3))] * 3))
-    found = summarise(PairOutcomes(zeros, same, chosen, zeros))
+    same = scored._replace(metadata=pair_metadata([TokenizedPair((1,), (2,), (3, 3, 3))] * 3))
+    found = summarise(LossOutputs(zeros, same, chosen, zeros))
     assert (found.chosen_tokens, found.rejected_tokens) == (1.0, 3.0)
     assert found.length_correlation is None

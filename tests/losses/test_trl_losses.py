@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 from mlx_dpo.config.dpo_config import DPOConfig
-from mlx_dpo.data.batching import facts_of
+from mlx_dpo.data.batching import pair_metadata
 from mlx_dpo.losses.catalogue import LOSS_KINDS
 from mlx_dpo.scoring.logps import pair_alignments, pair_logps
 from mlx_dpo.training.objective import Objective
-from mlx_dpo.types import PairBatch, PairLogps, Scored, TokenizedPair
+from mlx_dpo.types import PairBatch, PairLogps, ScoredPairs, TokenizedPair
 from scripts.tools.goldens import trl_losses as trl
 
 TOLERANCE = 1e-6  # of the largest number there is to be had
@@ -64,7 +64,7 @@ def ours(name):
         for value in (TEXTS.policy, TEXTS.reference, TEXTS.direction)
     )
     labels = trl.DESIRABLE if objective.labelled else (None,) * len(trl.LENGTHS)
-    facts = facts_of(
+    facts = pair_metadata(
         [
             TokenizedPair((0,), (1,) * chosen, (1,) * rejected, desirable=label)
             for (chosen, rejected), label in zip(trl.LENGTHS, labels, strict=True)
@@ -80,7 +80,7 @@ def ours(name):
         base = pair_logps(lambda tokens: reference, batch, ld_alpha=config.ld_alpha)
         if objective.labelled and trl.labelled_rows(name)[0].start:
             policy, base = PairLogps(*reversed(policy)), PairLogps(*reversed(base))
-        return Scored(policy, base, facts, weights)
+        return ScoredPairs(policy, base, facts, weights)
 
     zero = mx.zeros((len(TEXTS.tokens),))
     loss, slopes = mx.value_and_grad(lambda along: objective.losses(scored(along)).mean())(zero)

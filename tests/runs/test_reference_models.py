@@ -47,7 +47,7 @@ def test_another_model_is_what_rewards_are_taken_against(against_other, other):
     # The first update has rate 0, so the policy is the base: by hand from both models.
     base = score_pairs(mlx_lm.load(against_other.model)[0], pairs, limit=PassLimit(pairs=2))
     at = step_indices(0, count=len(pairs), batch_size=4, seed=against_other.seed)
-    rewards = 0.1 * (base.at(at).chosen - known.at(at).chosen)
+    rewards = 0.1 * (base.take(at).chosen - known.take(at).chosen)
     assert first["rewards/chosen"] == pytest.approx(rewards.mean().item(), abs=1e-4)
 
 

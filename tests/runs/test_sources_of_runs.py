@@ -31,7 +31,7 @@ def sources(config, tmp_path):
 
 
 def places(pairs):
-    return [pair.where.rpartition("/")[2] for pair in pairs]
+    return [pair.location.rpartition("/")[2] for pair in pairs]
 
 
 def test_sources_are_joined_in_their_order(sources):

@@ -7,13 +7,13 @@ import mlx.optimizers as optim
 import pytest
 
 from mlx_dpo.adapters import attach as adapters
-from mlx_dpo.data.batching import PassLimit, facts_of
+from mlx_dpo.data.batching import PassLimit, pair_metadata
 from mlx_dpo.io import flat
 from mlx_dpo.scoring.scorers import score_pairs
 from mlx_dpo.training.global_batch import Among, mismatched, single
 from mlx_dpo.training.loop import Plan, Progress, train
 from mlx_dpo.training.objective import Objective
-from mlx_dpo.types import PairLogps, Scored
+from mlx_dpo.types import PairLogps, ScoredPairs
 from tests.conftest import make_llama
 
 LIMIT = PassLimit(pairs=2)
@@ -40,7 +40,7 @@ class Judged(Objective):
     def losses(self, scored):
         ratios = scored.policy.chosen - scored.reference.chosen
         point = mx.stop_gradient((scored.policy.rejected - scored.reference.rejected).mean())
-        return mx.where(scored.facts.desirable, -1.0, 1.0) * (ratios - point) ** 3
+        return mx.where(scored.metadata.desirable, -1.0, 1.0) * (ratios - point) ** 3
 
 
 def stepped(pairs, objective, limit, scored=None):
@@ -105,8 +105,8 @@ def test_no_gradient_flows_through_the_mismatched_completion(pairs):
 
 def test_a_pair_keeps_its_place_in_the_step(pairs):
     numbers = mx.arange(5.0)
-    whole = Scored(
-        PairLogps(numbers, 10 + numbers), PairLogps(numbers, numbers), facts_of(pairs), numbers
+    whole = ScoredPairs(
+        PairLogps(numbers, 10 + numbers), PairLogps(numbers, numbers), pair_metadata(pairs), numbers
     )
     among = Among.of(whole, [3, 0])
     live = among.with_live(
@@ -117,5 +117,5 @@ def test_a_pair_keeps_its_place_in_the_step(pairs):
     own = among.own(Objective(beta=1.0).outcomes(live))
     assert own.scored.policy.chosen.tolist() == [33.0, 30.0]
     assert own.chosen_rewards.tolist() == [30.0, 30.0]
-    assert own.scored.on_policy.tolist() == [3.0, 0.0]
-    assert own.scored.facts.mean_chosen_tokens.ndim == 0
+    assert own.scored.on_policy_weights.tolist() == [3.0, 0.0]
+    assert own.scored.metadata.mean_chosen_tokens.ndim == 0

@@ -163,7 +163,9 @@ def test_no_limit_of_a_pass_changes_the_gradient(lengths, limit, scored):
 
     def gradient(limit, scorer=plain_scorer, cost=whole_rows):
         groups = micro_batches(range(len(pairs)), pairs, limit, cost=cost)
-        micros = [MicroBatch.of([pairs[i] for i in group], reference.at(group)) for group in groups]
+        micros = [
+            MicroBatch.of([pairs[i] for i in group], reference.take(group)) for group in groups
+        ]
         by_scorer = make_gradient(policy, Objective(beta=0.1), scorer=scorer)
         return flat(accumulate(by_scorer, micros, pairs=len(pairs))[1])
 

@@ -86,7 +86,7 @@ def beside(request, golden, rows, reference):
 
     count = settings["steps"] if request.param == trl.BATCH else 6
     plan = Plan(
-        pairs=[rows[i] for i in order], reference=reference.at(order),
+        pairs=[rows[i] for i in order], reference=reference.take(order),
         objective=make_objective(config), learning_rate=lambda done: settings["learning_rate"],
         total_steps=count, batch_size=trl.BATCH, limit=PassLimit(pairs=request.param),
         max_grad_norm=1.0, seed=SEED, score=score,

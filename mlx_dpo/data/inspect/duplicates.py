@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from mlx_dpo.data.inspect.findings import Hits
-from mlx_dpo.data.schemas import asked
+from mlx_dpo.data.schemas import prompt_digest
 from mlx_dpo.data.schemas.messages import as_turns
-from mlx_dpo.types import Judgement, Preference, Text
+from mlx_dpo.types import PreferenceExample, Text, UnpairedExample
 
 TELLING = 40  # characters from which on two like answers are no coincidence
 Found = Iterator[tuple[int, int]]  # a pair, and the one that it goes with
@@ -27,10 +27,10 @@ class Digests:
             name: array("Q") for name in ("prompt", "pair", "flipped", "chosen", "rejected")
         }
 
-    def add(self, said: Preference | Judgement, at: int) -> None:
+    def add(self, said: PreferenceExample | UnpairedExample, at: int) -> None:
         """A pair, or a judged answer, at a place."""
-        prompt = int(asked(said)[:16], 16)
-        if isinstance(said, Judgement):
+        prompt = int(prompt_digest(said)[:16], 16)
+        if isinstance(said, UnpairedExample):
             one, other, label = _answer(said.completion), "", int(said.desirable)
             # A judged answer is flipped by its judgement, a pair by exchanging its answers.
             told: tuple[tuple[Any, ...], ...] = ((one, label), (one, 1 - label))

@@ -145,10 +145,10 @@ class Places:
     def __len__(self) -> int:
         return len(self._form)
 
-    def add(self, where: str) -> int:
+    def add(self, location: str) -> int:
         """Keep a place; gives its number, which is that of the last where it is the same."""
-        found = NUMBERED.fullmatch(where)
-        name = (found[1], found[3]) if found else where
+        found = NUMBERED.fullmatch(location)
+        name = (found[1], found[3]) if found else location
         form = self._forms.setdefault(name, len(self._names))
         if form == len(self._names):
             self._names.append(name)

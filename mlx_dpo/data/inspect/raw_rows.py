@@ -23,7 +23,7 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 class Written:
     """A row of a source, or what is wrong with it."""
 
-    where: str
+    location: str
     row: Row | DataError
     line: bytes | None = None  # of JSON lines, as it stands there
 
@@ -42,7 +42,7 @@ class Written:
         except UnicodeEncodeError:  # half a surrogate pair, which only an escape can write
             return json.dumps(self.row.record).encode()
         except (TypeError, ValueError, RecursionError) as error:
-            raise DataError(f"{self.where}: cannot be written as JSON ({error})") from error
+            raise DataError(f"{self.location}: cannot be written as JSON ({error})") from error
 
 
 def written(source: Source) -> Iterator[Written]:
@@ -53,7 +53,7 @@ def written(source: Source) -> Iterator[Written]:
     """
     if source.dataset is not None:
         for row in source.dataset.rows(source.split):
-            yield Written(row.where, row)
+            yield Written(row.location, row)
     for path in source.files:
         yield from _of_file(path)
     if source.name == STDIN:

@@ -21,11 +21,11 @@ from mlx_dpo.data.tokenization.chat_template import TokenRules
 from mlx_dpo.data.tokenization.special_tokens import stop_tokens, texts
 from mlx_dpo.data.tokenization.tokenize import Encoded, tokenize_judgement, tokenize_pair
 from mlx_dpo.errors import DataError
-from mlx_dpo.types import Judgement, Preference, Text, TokenizedPair
+from mlx_dpo.types import PreferenceExample, Text, TokenizedPair, UnpairedExample
 
 UNCUT = 1 << 40
 CUT = (TOO_LONG, NO_ROOM, SAME_WHEN_CUT)  # reasons that a larger `max_length` would mend
-Said = Preference | Judgement
+Said = PreferenceExample | UnpairedExample
 Tick = Callable[[int], None]  # told of further rows
 
 
@@ -103,28 +103,28 @@ class _Unreadable:
                     pass
             except DataError as error:
                 self.count += 1
-                at = hits.places.add(one.where)
-                hits.add("unreadable", at, detail=without_place(error, one.where))
+                at = hits.places.add(one.location)
+                hits.add("unreadable", at, detail=without_place(error, one.location))
             else:
                 yield one.row
 
 
 def _look(one: Told, split: Split, report: PairsReport) -> None:
     said, hits = one.said, split.hits
-    at = hits.places.add(said.where)
+    at = hits.places.add(said.location)
     if split.eyes.tokens is None:
         report.kept += 1
-        report.desirable += isinstance(said, Judgement) and said.desirable
+        report.desirable += isinstance(said, UnpairedExample) and said.desirable
         split.lengths.add(*(_characters(text) for text in _parts(said)))
     elif not _look_at_tokens(said, at, split, report):
         return
     split.digests.add(said, at)
-    for name, characters in unusual(texts([*_parts(said), said.given])):
+    for name, characters in unusual(texts([*_parts(said), said.template_kwargs])):
         hits.add(name, at)
         for found in characters:
             hits.detail(name, found)
-    answer = said.chosen if isinstance(said, Preference) else said.completion
-    good = isinstance(said, Preference) or said.desirable
+    answer = said.chosen if isinstance(said, PreferenceExample) else said.completion
+    good = isinstance(said, PreferenceExample) or said.desirable
     if good and (phrase := refusal(as_turns(answer, "assistant")[0]["content"])):
         hits.add("refusal", at, detail=phrase)
 
@@ -134,15 +134,15 @@ def _look_at_tokens(said: Said, at: int, split: Split, report: PairsReport) -> b
     try:
         found = encoded(said, split.eyes)
     except BadPair as bad:
-        report.drop(bad.where, bad.reason)
+        report.drop(bad.location, bad.reason)
         if bad.reason in CUT:
             split.lengths.add(*_lens(encoded(said, split.eyes, uncut=True).pair))
         return False
     except NoBoundary as error:
-        split.hits.add("prompt-not-prefix", at, detail=without_place(error, said.where))
+        split.hits.add("prompt-not-prefix", at, detail=without_place(error, said.location))
         return False
     except DataError as error:
-        split.hits.add("untrainable", at, detail=without_place(error, said.where))
+        split.hits.add("untrainable", at, detail=without_place(error, said.location))
         return False
     report.keep(found, was_text=isinstance(said.prompt, str))
     whole = encoded(said, split.eyes, uncut=True) if found.truncated else found
@@ -177,7 +177,7 @@ def encoded(said: Said, eyes: Eyes, *, uncut: bool = False) -> Encoded:
     """
     assert eyes.tokens is not None
     rules = replace(eyes.tokens, max_length=UNCUT) if uncut else eyes.tokens
-    if isinstance(said, Preference):
+    if isinstance(said, PreferenceExample):
         return tokenize_pair(eyes.tokenizer, said, rules)
     return tokenize_judgement(eyes.tokenizer, said, rules)
 
@@ -194,7 +194,7 @@ class _Parts(NamedTuple):
 
 
 def _parts(said: Said) -> Sequence[Text]:
-    if isinstance(said, Preference):
+    if isinstance(said, PreferenceExample):
         return _Parts(said.prompt, said.chosen, said.rejected)
     return said.prompt, said.completion
 
@@ -205,6 +205,6 @@ def _characters(text: Text) -> int:
     return sum(len(turn["content"]) for turn in text)
 
 
-def without_place(error: DataError, where: str) -> str:
+def without_place(error: DataError, location: str) -> str:
     """What an error says beside its place."""
-    return str(error).removeprefix(f"{where}: ")
+    return str(error).removeprefix(f"{location}: ")

@@ -19,11 +19,11 @@ from mlx_dpo.data.schemas.schema import Outcome, RowRules, Schema
 from mlx_dpo.data.schemas.sharegpt import SHAREGPT
 from mlx_dpo.data.schemas.trl import MESSAGES, STRINGS, WHOLE_MESSAGES, WHOLE_STRINGS
 from mlx_dpo.errors import DataError
-from mlx_dpo.types import Judgement, Preference
+from mlx_dpo.types import PreferenceExample, UnpairedExample
 
 __all__ = [
     "DEFAULT", "SCHEMAS", "TEMPLATE_FIELDS", "Outcome", "RowRules", "Schema",
-    "asked", "outcomes", "schema_of", "to_preferences",
+    "outcomes", "prompt_digest", "schema_of", "to_preferences",
 ]  # fmt: skip
 
 # The first that fits is taken: those with field names of their own come first.
@@ -37,7 +37,7 @@ SCHEMAS = {
 DEFAULT = RowRules()
 
 
-def to_preferences(row: Row, rules: RowRules = DEFAULT) -> list[Preference]:
+def to_preferences(row: Row, rules: RowRules = DEFAULT) -> list[PreferenceExample]:
     """What the row prefers: one pair, or several of a ranked list; ties make none.
 
     Raises:
@@ -46,7 +46,7 @@ def to_preferences(row: Row, rules: RowRules = DEFAULT) -> list[Preference]:
     """
     found = []
     for outcome in outcomes(renamed(row, rules.renamed), rules):
-        if isinstance(outcome, Preference):
+        if isinstance(outcome, PreferenceExample):
             found.append(outcome)
         elif outcome.reason != TIED:
             raise outcome
@@ -64,11 +64,14 @@ def outcomes(row: Row, rules: RowRules = DEFAULT, schema: Schema | None = None) 
     schema = schema or schema_of(row, rules)
     try:
         refuse_media(row)
-        given = template_input(row.record, schema.tools(row.record), row.where)
+        given = template_input(row.record, schema.tools(row.record), row.location)
         found = schema.read(row, rules)
     except BadPair as bad:
         return [bad]
-    return [replace(one, given=given) if isinstance(one, Preference) else one for one in found]
+    return [
+        replace(one, template_kwargs=given) if isinstance(one, PreferenceExample) else one
+        for one in found
+    ]
 
 
 def schema_of(row: Row, rules: RowRules = DEFAULT) -> Schema:
@@ -87,14 +90,14 @@ def schema_of(row: Row, rules: RowRules = DEFAULT) -> Schema:
     raise _no_pair(row)
 
 
-def asked(one: Preference | Judgement) -> str:
+def prompt_digest(one: PreferenceExample | UnpairedExample) -> str:
     """Digest of the prompt and of what the template reads beside it, to tell like prompts by."""
-    parts = [one.prompt, one.given] if one.given else one.prompt
+    parts = [one.prompt, one.template_kwargs] if one.template_kwargs else one.prompt
     return sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _no_pair(row: Row) -> DataError:
-    record, where = row.record, row.where
+    record, where = row.record, row.location
     if "label" in record and "chosen" not in record:
         return DataError(
             f"{where}: a single judged answer (`label`), and no pair; use --loss-type kto, or "
@@ -118,9 +121,9 @@ def _refuse_other_prompt(row: Row) -> None:
     """A row without a prompt may be whole dialogues; one with a `promt` is a slip."""
     if isinstance(row.record.get("chosen"), str) and isinstance(row.record.get("messages"), list):
         raise DataError(
-            f"{row.where}: missing `prompt` beside answers that are text (found `messages`); use "
-            "--column prompt=messages"
+            f"{row.location}: missing `prompt` beside answers that are text (found `messages`); "
+            "use --column prompt=messages"
         )
     near = get_close_matches("prompt", row.record, n=1, cutoff=0.75)
     if "prompt" not in row.record and near:
-        raise DataError(f"{row.where}: missing `prompt` (found `{near[0]}`)")
+        raise DataError(f"{row.location}: missing `prompt` (found `{near[0]}`)")

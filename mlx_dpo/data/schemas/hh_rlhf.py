@@ -4,7 +4,7 @@ from mlx_dpo.data.errors import DIVERGED, BadPair
 from mlx_dpo.data.files import Row
 from mlx_dpo.data.schemas.messages import pair, text_of
 from mlx_dpo.data.schemas.schema import Outcome, Record, RowRules, Schema
-from mlx_dpo.types import Message, Preference, Text
+from mlx_dpo.types import Message, PreferenceExample, Text
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 ROLES = {HUMAN: "user", ASSISTANT: "assistant"}
@@ -27,7 +27,7 @@ def turns(prompt: Text) -> tuple[Message, ...] | None:
     return tuple(found)
 
 
-def as_messages(preference: Preference) -> Preference | None:
+def as_messages(preference: PreferenceExample) -> PreferenceExample | None:
     """The same pair as turns; None where the text is not marked."""
     prompt = turns(preference.prompt)
     if prompt is None:
@@ -36,7 +36,9 @@ def as_messages(preference: Preference) -> Preference | None:
         ({"role": "assistant", "content": str(text).strip()},)
         for text in (preference.chosen, preference.rejected)
     )
-    return Preference(prompt, chosen, rejected, preference.where, preference.given)
+    return PreferenceExample(
+        prompt, chosen, rejected, preference.location, preference.template_kwargs
+    )
 
 
 def _marked(record: Record) -> bool:
@@ -48,11 +50,11 @@ def _marked(record: Record) -> bool:
 
 def _read(row: Row, rules: RowRules) -> list[Outcome]:
     chosen, rejected = (
-        text_of(row.record.get(name), name, row.where) for name in ("chosen", "rejected")
+        text_of(row.record.get(name), name, row.location) for name in ("chosen", "rejected")
     )
     end, other = (text.rfind(ASSISTANT) + len(ASSISTANT) for text in (chosen, rejected))
     if chosen[:end] != rejected[:other]:
-        return [BadPair(row.where, DIVERGED)]
+        return [BadPair(row.location, DIVERGED)]
     return pair(row, chosen[:end], chosen[end:], rejected[end:], whole=True)
 
 

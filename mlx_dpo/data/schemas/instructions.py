@@ -16,8 +16,8 @@ def _read_alpaca(row: Row, rules: RowRules) -> list[Outcome]:
     output = row.record.get("output")
     if "chosen" not in row.record and isinstance(output, list):
         if len(output) != 2:
-            raise DataError(f"{row.where}: `output` must be the chosen and the rejected answer")
-        chosen, rejected = (text_of(text, "output", row.where) for text in output)
+            raise DataError(f"{row.location}: `output` must be the chosen and the rejected answer")
+        chosen, rejected = (text_of(text, "output", row.location) for text in output)
     else:
         chosen, rejected = _answers(row)
     question = "\n".join(text for text in texts if text)
@@ -27,12 +27,12 @@ def _read_alpaca(row: Row, rules: RowRules) -> list[Outcome]:
 
 def _read_orca(row: Row, rules: RowRules) -> list[Outcome]:
     name = "question" if "question" in row.record else "prompt"
-    question = text_of(row.record.get(name), name, row.where)
+    question = text_of(row.record.get(name), name, row.location)
     return pair(row, _after(row, question, _system(row)), *_answers(row))
 
 
 def _read_shp(row: Row, rules: RowRules) -> list[Outcome]:
-    record, where = row.record, row.where
+    record, where = row.record, row.location
     answers = [text_of(record.get(f"human_ref_{x}"), f"human_ref_{x}", where) for x in "AB"]
     if record.get("labels") not in (0, 1):
         raise DataError(f"{where}: `labels` must be 1 where A was preferred, or 0")
@@ -42,13 +42,13 @@ def _read_shp(row: Row, rules: RowRules) -> list[Outcome]:
 
 def _answers(row: Row) -> tuple[str, str]:
     chosen, rejected = (
-        text_of(row.record.get(name), name, row.where) for name in ("chosen", "rejected")
+        text_of(row.record.get(name), name, row.location) for name in ("chosen", "rejected")
     )
     return chosen, rejected
 
 
 def _optional(row: Row, name: str) -> str:
-    return text_of(row.record.get(name) or "", name, row.where)
+    return text_of(row.record.get(name) or "", name, row.location)
 
 
 def _system(row: Row) -> list[Message]:
@@ -62,9 +62,9 @@ def _history(row: Row) -> list[Message]:
     if not isinstance(rounds, list) or any(
         not isinstance(one, list) or len(one) != 2 for one in rounds
     ):
-        raise DataError(f"{row.where}: `history` must be a list of questions with their answers")
+        raise DataError(f"{row.location}: `history` must be a list of questions with their answers")
     return [
-        {"role": role, "content": text_of(text, "history", row.where)}
+        {"role": role, "content": text_of(text, "history", row.location)}
         for one in rounds
         for role, text in zip(("user", "assistant"), one, strict=True)
     ]

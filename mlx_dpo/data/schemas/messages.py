@@ -8,7 +8,7 @@ from mlx_dpo.data.errors import EMPTY, NOT_TEXT, SAME_TEXT, BadPair
 from mlx_dpo.data.files import Row
 from mlx_dpo.data.schemas.schema import Outcome
 from mlx_dpo.errors import DataError
-from mlx_dpo.types import Message, Preference, Text
+from mlx_dpo.types import Message, PreferenceExample, Text
 
 MEDIA = ("images", "image", "videos", "video", "audios", "audio")  # fields of a row
 TEMPLATE_FIELDS = frozenset({"tools", "chat_template_kwargs", *MEDIA})
@@ -32,10 +32,10 @@ def pair(
         chosen, rejected = (as_turns(text, "assistant") for text in (chosen, rejected))
     for completion in (chosen, rejected):
         if not said(completion):
-            return [BadPair(row.where, EMPTY)]
+            return [BadPair(row.location, EMPTY)]
     if chosen == rejected:
-        return [BadPair(row.where, SAME_TEXT)]
-    return [Preference(prompt, chosen, rejected, row.where, whole=whole)]
+        return [BadPair(row.location, SAME_TEXT)]
+    return [PreferenceExample(prompt, chosen, rejected, row.location, implicit_prompt=whole)]
 
 
 def as_turns(text: Text, role: str) -> tuple[Message, ...]:
@@ -50,29 +50,29 @@ def said(completion: Text) -> bool:
     return any(turn["content"].strip() or turn.get("tool_calls") for turn in completion)
 
 
-def kind_of(value: Any, name: str, where: str) -> str:
+def kind_of(value: Any, name: str, location: str) -> str:
     """`text` or `messages`; DataError if the field is neither."""
     if isinstance(value, str):
         return "text"
     if isinstance(value, list) and value:
         return "messages"
     found = "an empty list" if value == [] else type(value).__name__
-    raise DataError(f"{where}: `{name}` must be text or a list of messages, found {found}")
+    raise DataError(f"{location}: `{name}` must be text or a list of messages, found {found}")
 
 
-def text_of(value: Any, name: str, where: str) -> str:
+def text_of(value: Any, name: str, location: str) -> str:
     """The field as text.
 
     Raises:
         DataError: it is something else, or holds half a character.
     """
     if not isinstance(value, str):
-        raise DataError(f"{where}: `{name}` must be text, found {type(value).__name__}")
-    refuse_unreadable(value, name, where)
+        raise DataError(f"{location}: `{name}` must be text, found {type(value).__name__}")
+    refuse_unreadable(value, name, location)
     return value
 
 
-def turns_of(value: Any, name: str, where: str) -> tuple[Message, ...]:
+def turns_of(value: Any, name: str, location: str) -> tuple[Message, ...]:
     """The field as messages: `role` and `content` as text, and what else they hold.
 
     Content in parts of text is joined. A field that is null is as if it were absent.
@@ -81,45 +81,45 @@ def turns_of(value: Any, name: str, where: str) -> tuple[Message, ...]:
         DataError: it is no list of messages.
         BadPair: a part is an image, or anything else but text.
     """
-    if kind_of(value, name, where) == "text":
-        raise DataError(f"{where}: `{name}` must be a list of messages, found text")
-    return tuple(message_of(one, f"{name}[{i}]", where) for i, one in enumerate(value))
+    if kind_of(value, name, location) == "text":
+        raise DataError(f"{location}: `{name}` must be a list of messages, found text")
+    return tuple(message_of(one, f"{name}[{i}]", location) for i, one in enumerate(value))
 
 
-def message_of(value: Any, name: str, where: str) -> Message:
+def message_of(value: Any, name: str, location: str) -> Message:
     """One message; see `turns_of`."""
     fields = value if isinstance(value, dict) else {}
     message = {key: item for key, item in fields.items() if item is not None}
     if not isinstance(message.get("role"), str):
-        raise DataError(f"{where}: `{name}` needs a `role` that is text")
+        raise DataError(f"{location}: `{name}` needs a `role` that is text")
     if calls := message.pop("tool_calls", None):  # an empty list says no more than none
-        message["tool_calls"] = _calls(calls, name, where)
+        message["tool_calls"] = _calls(calls, name, location)
         message.setdefault("content", "")
     if isinstance(message.get("content"), list):
-        message["content"] = _joined(message["content"], name, where)
+        message["content"] = _joined(message["content"], name, location)
     if not isinstance(message.get("content"), str):
-        raise DataError(f"{where}: `{name}` needs a `content` that is text")
-    refuse_unreadable(message, name, where)
+        raise DataError(f"{location}: `{name}` needs a `content` that is text")
+    refuse_unreadable(message, name, location)
     return message
 
 
-def template_input(record: Mapping[str, Any], tools: Any, where: str) -> dict[str, Any]:
+def template_input(record: Mapping[str, Any], tools: Any, location: str) -> dict[str, Any]:
     """What else the chat template is to read: `tools`, and the row's `chat_template_kwargs`.
 
     Raises:
         DataError: they are no list of objects, and no object.
     """
     if isinstance(tools, str):
-        tools = parsed(tools, "tools", where) if tools.strip() else None
+        tools = parsed(tools, "tools", location) if tools.strip() else None
     if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise DataError(f"{where}: `tools` must be a list of objects, or JSON text of one")
+        raise DataError(f"{location}: `tools` must be a list of objects, or JSON text of one")
     given = record.get("chat_template_kwargs") or {}
     if not isinstance(given, dict):
-        raise DataError(f"{where}: `chat_template_kwargs` must be an object")
+        raise DataError(f"{location}: `chat_template_kwargs` must be an object")
     if taken := sorted(OURS & given.keys()):
-        raise DataError(f"{where}: `chat_template_kwargs` cannot say {', '.join(taken)}")
+        raise DataError(f"{location}: `chat_template_kwargs` cannot say {', '.join(taken)}")
     found = {name: value for name, value in given.items() if value is not None}
-    refuse_unreadable([tools, found], "tools", where)
+    refuse_unreadable([tools, found], "tools", location)
     return found | ({"tools": tools} if tools else {})
 
 
@@ -127,29 +127,30 @@ def refuse_media(row: Row) -> None:
     """BadPair for a row that shows or plays something."""
     for name in MEDIA:
         if row.record.get(name):
-            raise BadPair(row.where, NOT_TEXT, f"`{name}`")
+            raise BadPair(row.location, NOT_TEXT, f"`{name}`")
 
 
-def refuse_unreadable(value: Any, name: str, where: str) -> None:
+def refuse_unreadable(value: Any, name: str, location: str) -> None:
     """DataError for text that no tokenizer takes, and for nests that no template ends."""
     for text, depth in _texts(value):
         if depth > DEEPEST:
-            raise DataError(f"{where}: `{name}` is nested too deeply (over {DEEPEST} levels)")
+            raise DataError(f"{location}: `{name}` is nested too deeply (over {DEEPEST} levels)")
         try:
             text.encode()
         except UnicodeEncodeError as error:  # JSON can write half of a surrogate pair
             half = f"\\u{ord(text[error.start]):04x}"
             raise DataError(
-                f"{where}: `{name}` holds half a character ({half} at {error.start}); mend the text"
+                f"{location}: `{name}` holds half a character ({half} at {error.start}); "
+                "mend the text"
             ) from None
 
 
-def parsed(text: str, name: str, where: str) -> Any:
+def parsed(text: str, name: str, location: str) -> Any:
     """JSON inside a field that is text."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: `{name}` is not JSON ({error})") from None
+        raise DataError(f"{location}: `{name}` is not JSON ({error})") from None
 
 
 def _texts(value: Any) -> Iterator[tuple[str, int]]:
@@ -165,20 +166,20 @@ def _texts(value: Any) -> Iterator[tuple[str, int]]:
             left += [(item, depth + 1) for item in one]
 
 
-def _joined(parts: list[Any], name: str, where: str) -> str:
+def _joined(parts: list[Any], name: str, location: str) -> str:
     texts = []
     for part in parts:
         fields = part if isinstance(part, dict) else {"type": "text", "text": part}
         kind = fields.get("type", "text")
         if kind != "text":
-            raise BadPair(where, NOT_TEXT, f"`{name}` has a part of type {kind!r}")
+            raise BadPair(location, NOT_TEXT, f"`{name}` has a part of type {kind!r}")
         if not isinstance(fields.get("text"), str):
-            raise DataError(f"{where}: `{name}` has a part of content without text")
+            raise DataError(f"{location}: `{name}` has a part of content without text")
         texts.append(fields["text"])
     return "".join(texts)
 
 
-def _calls(calls: Any, name: str, where: str) -> list[Any]:
+def _calls(calls: Any, name: str, location: str) -> list[Any]:
     fit = isinstance(calls, list) and all(
         isinstance(call, dict)
         and isinstance(function := call.get("function", call), dict)
@@ -187,6 +188,6 @@ def _calls(calls: Any, name: str, where: str) -> list[Any]:
     )
     if not fit:
         raise DataError(
-            f"{where}: `{name}` has `tool_calls` that are no list of objects with a `name`"
+            f"{location}: `{name}` has `tool_calls` that are no list of objects with a `name`"
         )
     return list(calls)

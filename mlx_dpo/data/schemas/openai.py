@@ -18,16 +18,16 @@ def _input(record: Record) -> dict[str, Any]:
 def _read(row: Row, rules: RowRules) -> list[Outcome]:
     given = _input(row.record)
     if "messages" not in given:
-        raise DataError(f"{row.where}: `input` must be an object with `messages`")
-    prompt = turns_of(given["messages"], "input.messages", row.where)
+        raise DataError(f"{row.location}: `input` must be an object with `messages`")
+    prompt = turns_of(given["messages"], "input.messages", row.location)
     chosen, rejected = (
-        turns_of(row.record.get(name), name, row.where)
+        turns_of(row.record.get(name), name, row.location)
         for name in ("preferred_output", "non_preferred_output")
     )
     for turn in (*chosen, *rejected):
         if turn["role"] != "assistant":
             raise DataError(
-                f"{row.where}: an output holds a turn of `{turn['role']}`; it may hold only the "
+                f"{row.location}: an output holds a turn of `{turn['role']}`; it may hold only the "
                 "assistant's turns"
             )
     return pair(row, prompt, chosen, rejected)

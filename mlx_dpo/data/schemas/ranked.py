@@ -11,7 +11,7 @@ from mlx_dpo.data.files import Row
 from mlx_dpo.data.schemas.messages import pair, text_of, turns_of
 from mlx_dpo.data.schemas.schema import Outcome, Ranking, Record, RowRules, Schema
 from mlx_dpo.errors import DataError
-from mlx_dpo.types import Preference, Text
+from mlx_dpo.types import PreferenceExample, Text
 
 LISTS = ("completions", "responses")  # the field that holds the completions
 PROMPTS = ("prompt", "instruction", "question", "messages")  # the first that a row has is taken
@@ -41,12 +41,14 @@ def _read(row: Row, rules: RowRules) -> list[Outcome]:
     found: list[Outcome] = []
     for better, worse in pairs_among(rated, rules.ranked or "best_worst"):
         if better.score == worse.score:
-            found.append(BadPair(row.where, TIED, f"{better.score:g}"))
+            found.append(BadPair(row.location, TIED, f"{better.score:g}"))
             continue
         for outcome in pair(row, prompt, better.text, worse.text):
             lead = better.score - worse.score
             found.append(
-                replace(outcome, lead=lead) if isinstance(outcome, Preference) else outcome
+                replace(outcome, score_gap=lead)
+                if isinstance(outcome, PreferenceExample)
+                else outcome
             )
     return found
 
@@ -55,35 +57,35 @@ def _prompt(row: Row) -> Text:
     name = next((name for name in PROMPTS if row.record.get(name) is not None), "prompt")
     value = row.record.get(name)
     if isinstance(value, list):
-        return turns_of(value, name, row.where)
-    return text_of(value, name, row.where)
+        return turns_of(value, name, row.location)
+    return text_of(value, name, row.location)
 
 
 def _rated(row: Row) -> list[Rated]:
     name = next((name for name in LISTS if name in row.record), LISTS[0])
     items = row.record.get(name)
     if not isinstance(items, list) or len(items) < 2:
-        raise DataError(f"{row.where}: `{name}` must be a list of at least two completions")
+        raise DataError(f"{row.location}: `{name}` must be a list of at least two completions")
     scores = _scores(row, items)
     if len(scores) != len(items):
         raise DataError(
-            f"{row.where}: {len(scores)} ratings of {len(items)} completions; give one of each"
+            f"{row.location}: {len(scores)} ratings of {len(items)} completions; give one of each"
         )
-    texts = [_completion(item, f"{name}[{i}]", row.where) for i, item in enumerate(items)]
+    texts = [_completion(item, f"{name}[{i}]", row.location) for i, item in enumerate(items)]
     return [Rated(text, score) for text, score in zip(texts, scores, strict=True)]
 
 
-def _completion(item: Any, name: str, where: str) -> Text:
+def _completion(item: Any, name: str, location: str) -> Text:
     if isinstance(item, dict) and "role" not in item:
         key = next((key for key in TEXTS if isinstance(item.get(key), str | list)), None)
         if key is None:
-            raise DataError(f"{where}: `{name}` has no text (looked for {', '.join(TEXTS)})")
+            raise DataError(f"{location}: `{name}` has no text (looked for {', '.join(TEXTS)})")
         item = item[key]
     if isinstance(item, str):
-        return text_of(item, name, where)
-    turns = turns_of([item] if isinstance(item, dict) else item, name, where)
+        return text_of(item, name, location)
+    turns = turns_of([item] if isinstance(item, dict) else item, name, location)
     if any(turn["role"] != "assistant" for turn in turns):
-        raise DataError(f"{where}: `{name}` may hold only the assistant's turns")
+        raise DataError(f"{location}: `{name}` may hold only the assistant's turns")
     return turns
 
 
@@ -92,23 +94,23 @@ def _scores(row: Row, items: list[Any]) -> list[float]:
     for name in (*SCORES, *RANKS):
         if isinstance(items[0], dict) and items[0].get(name) is not None:
             values = [item.get(name) if isinstance(item, dict) else None for item in items]
-            return [_number(value, name, row.where, name in RANKS) for value in values]
+            return [_number(value, name, row.location, name in RANKS) for value in values]
     for name in BESIDE:
         beside = row.record.get(name)
         if isinstance(beside, list):
             is_rank = name.removesuffix("s") in RANKS
-            return [_number(value, name, row.where, is_rank) for value in beside]
+            return [_number(value, name, row.location, is_rank) for value in beside]
     known = ", ".join((*SCORES, *RANKS))
-    raise DataError(f"{row.where}: completions without ratings (looked for {known})")
+    raise DataError(f"{row.location}: completions without ratings (looked for {known})")
 
 
-def _number(value: Any, name: str, where: str, is_rank: bool) -> float:
+def _number(value: Any, name: str, location: str, is_rank: bool) -> float:
     try:
         number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):  # UltraFeedback writes "N/A"
         number = math.nan
     if not math.isfinite(number):
-        raise DataError(f"{where}: `{name}` must be a number, found {value!r}"[:300])
+        raise DataError(f"{location}: `{name}` must be a number, found {value!r}"[:300])
     return -number if is_rank else number
 
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from mlx_dpo.data.errors import BadPair
 from mlx_dpo.data.files import Row
-from mlx_dpo.types import Preference
+from mlx_dpo.types import PreferenceExample
 
 Record = Mapping[str, Any]
 Ranking = Literal["best_worst", "all", "adjacent"]
@@ -25,7 +25,7 @@ class RowRules:
     renamed: Mapping[str, str] = field(default_factory=dict)  # new name of a field: where it is
 
 
-Outcome = Preference | BadPair  # a pair, or what is wrong with what would have been one
+Outcome = PreferenceExample | BadPair  # a pair, or what is wrong with what would have been one
 
 
 @dataclass(frozen=True)

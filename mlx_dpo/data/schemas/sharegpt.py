@@ -26,13 +26,13 @@ def conversation(row: Row) -> tuple[Message, ...]:
     """
     turns = row.record.get("conversations")
     if not isinstance(turns, list) or not turns:
-        raise DataError(f"{row.where}: `conversations` must be a list of turns")
-    read = tuple(turn(one, f"conversations[{i}]", row.where) for i, one in enumerate(turns))
-    system = text_of(row.record.get("system") or "", "system", row.where)
+        raise DataError(f"{row.location}: `conversations` must be a list of turns")
+    read = tuple(turn(one, f"conversations[{i}]", row.location) for i, one in enumerate(turns))
+    system = text_of(row.record.get("system") or "", "system", row.location)
     return ({"role": "system", "content": system}, *read) if system else read
 
 
-def turn(value: Any, name: str, where: str) -> Message:
+def turn(value: Any, name: str, location: str) -> Message:
     """One turn as a message; a call of a function is the assistant's.
 
     Raises:
@@ -41,21 +41,25 @@ def turn(value: Any, name: str, where: str) -> Message:
     if isinstance(value, str):
         value = {"from": "gpt", "value": value}
     if isinstance(value, dict) and "role" in value:
-        return message_of(value, name, where)
+        return message_of(value, name, location)
     if not isinstance(value, dict) or not isinstance(value.get("from"), str):
-        raise DataError(f"{where}: `{name}` needs a `from` and a `value` that are text")
+        raise DataError(f"{location}: `{name}` needs a `from` and a `value` that are text")
     if value["from"] not in ROLES:
         known = ", ".join(ROLES)
-        raise DataError(f"{where}: `{name}` is from `{value['from']}`, not one of {known}")
-    content = text_of(value.get("value"), name, where)
+        raise DataError(f"{location}: `{name}` is from `{value['from']}`, not one of {known}")
+    content = text_of(value.get("value"), name, location)
     message: dict[str, Any] = {"role": ROLES[value["from"]], "content": content}
     if value["from"] == "function_call":
-        message = {"role": "assistant", "content": "", "tool_calls": _calls(content, name, where)}
-    return message_of(message, name, where)
+        message = {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": _calls(content, name, location),
+        }
+    return message_of(message, name, location)
 
 
-def _calls(text: str, name: str, where: str) -> list[dict[str, Any]]:
-    calls = parsed(text, name, where)
+def _calls(text: str, name: str, location: str) -> list[dict[str, Any]]:
+    calls = parsed(text, name, location)
     calls = calls if isinstance(calls, list) else [calls]
     return [{"type": "function", "function": call} for call in calls]
 
@@ -69,10 +73,10 @@ def _read(row: Row, rules: RowRules) -> list[Outcome]:
 def _reply(row: Row, name: str) -> tuple[Message, ...]:
     value = row.record.get(name)
     reply = tuple(
-        turn(one, name, row.where) for one in (value if isinstance(value, list) else [value])
+        turn(one, name, row.location) for one in (value if isinstance(value, list) else [value])
     )
     if not reply or any(one["role"] != "assistant" for one in reply):
-        raise DataError(f"{row.where}: `{name}` must be a turn of `gpt`")
+        raise DataError(f"{row.location}: `{name}` must be a turn of `gpt`")
     return reply
 
 

@@ -35,22 +35,23 @@ def _whole_messages(record: Record) -> bool:
 
 def _read_strings(row: Row, rules: RowRules) -> list[Outcome]:
     prompt, chosen, rejected = (
-        text_of(row.record.get(name), name, row.where) for name in ("prompt", "chosen", "rejected")
+        text_of(row.record.get(name), name, row.location)
+        for name in ("prompt", "chosen", "rejected")
     )
     return pair(row, prompt, chosen, rejected)
 
 
 def _read_messages(row: Row, rules: RowRules) -> list[Outcome]:
-    turns = turns_of(_as_list(row.record.get("prompt"), "user"), "prompt", row.where)
+    turns = turns_of(_as_list(row.record.get("prompt"), "user"), "prompt", row.location)
     return pair(row, turns, _replies(row, "chosen"), _replies(row, "rejected"))
 
 
 def _replies(row: Row, name: str) -> tuple[Message, ...]:
-    turns = turns_of(_as_list(row.record.get(name), "assistant"), name, row.where)
+    turns = turns_of(_as_list(row.record.get(name), "assistant"), name, row.location)
     for turn in turns:
         if turn["role"] != "assistant":
             raise DataError(
-                f"{row.where}: `{name}` holds a turn of `{turn['role']}`; beside a `prompt` "
+                f"{row.location}: `{name}` holds a turn of `{turn['role']}`; beside a `prompt` "
                 "it may hold only the assistant's turns"
             )
     return turns
@@ -62,21 +63,21 @@ def _as_list(value: object, role: str) -> object:
 
 def _read_whole_messages(row: Row, rules: RowRules) -> list[Outcome]:
     chosen, rejected = (
-        turns_of(row.record.get(name), name, row.where) for name in ("chosen", "rejected")
+        turns_of(row.record.get(name), name, row.location) for name in ("chosen", "rejected")
     )
     if chosen[0]["role"] == "assistant":
         raise DataError(
-            f"{row.where}: missing `prompt` (`chosen` begins with the assistant's turn); "
+            f"{row.location}: missing `prompt` (`chosen` begins with the assistant's turn); "
             "add it, or begin both conversations with it"
         )
     end = _end_of_shared(chosen, rejected)
     completions = chosen[end:], rejected[end:]
     if any(turn["role"] != "assistant" for turns in completions for turn in turns):
-        return [BadPair(row.where, DIVERGED)]
+        return [BadPair(row.location, DIVERGED)]
     asked = row.record.get("prompt")
     if isinstance(asked, str) and not any(turn["content"] == asked for turn in chosen[:end]):
         raise DataError(
-            f"{row.where}: `chosen` has a prompt of its own that differs from `prompt`; drop one"
+            f"{row.location}: `chosen` has a prompt of its own that differs from `prompt`; drop one"
         )
     return pair(row, chosen[:end], *completions)
 
@@ -91,7 +92,7 @@ def _end_of_shared(chosen: tuple[Message, ...], rejected: tuple[Message, ...]) -
 
 def _read_whole_strings(row: Row, rules: RowRules) -> list[Outcome]:
     chosen, rejected = (
-        text_of(row.record.get(name), name, row.where) for name in ("chosen", "rejected")
+        text_of(row.record.get(name), name, row.location) for name in ("chosen", "rejected")
     )
     end = _end_of_shared_words(chosen, rejected)
     return pair(row, chosen[:end], chosen[end:], rejected[end:], whole=True)

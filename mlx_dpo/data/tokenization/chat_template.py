@@ -14,7 +14,7 @@ from mlx_dpo.data.schemas import hh_rlhf as dialogues
 from mlx_dpo.data.schemas.messages import as_turns, said
 from mlx_dpo.data.tokenization.special_tokens import NotPlain, specials_of, stop_tokens
 from mlx_dpo.errors import ConfigError, DataError
-from mlx_dpo.types import Message, Preference
+from mlx_dpo.types import Message, PreferenceExample
 
 Ids = tuple[int, ...]
 # A template is a program: what it makes of turns that it was not written for is its own.
@@ -86,7 +86,7 @@ def knows_thinking(tokenizer: Any) -> bool:
     return on != off
 
 
-def chat_rows(tokenizer: Any, preference: Preference, *, thinking: bool) -> Rows:
+def chat_rows(tokenizer: Any, preference: PreferenceExample, *, thinking: bool) -> Rows:
     """Ids through the model's chat template, strings as one user and one assistant turn.
 
     A prompt that ends with the assistant's turn is continued by the completions.
@@ -97,9 +97,9 @@ def chat_rows(tokenizer: Any, preference: Preference, *, thinking: bool) -> Rows
     """
     prompt = as_turns(preference.prompt, "user")
     if not said(prompt):
-        raise BadPair(preference.where, EMPTY_PROMPT)
+        raise BadPair(preference.location, EMPTY_PROMPT)
     continues = prompt[-1]["role"] == "assistant"
-    asked = Asked(prompt, thinking, preference.given)
+    asked = Asked(prompt, thinking, preference.template_kwargs)
     before = asked._replace(open_reply=not continues, unfinished=continues)
     wholes = [
         asked._replace(turns=_joined(prompt, as_turns(completion, "assistant")))
@@ -110,26 +110,26 @@ def chat_rows(tokenizer: Any, preference: Preference, *, thinking: bool) -> Rows
         rows = [ids_of(tokenizer, whole) for whole in wholes]
         for row, whole in zip(rows, wholes, strict=True):
             if row[: len(opened)] != opened and not _text_begins(tokenizer, before, whole):
-                raise _no_boundary(tokenizer, preference.where, opened, row)
+                raise _no_boundary(tokenizer, preference.location, opened, row)
     except NotPlain as error:
-        raise BadPair(preference.where, SPECIAL, str(error)) from None
+        raise BadPair(preference.location, SPECIAL, str(error)) from None
     except TemplateError as error:
         found = " ".join(str(error).split())[:200]
         mend = "mend its turns, or take another model"
-        raise BadPair(preference.where, REFUSED, found, mend=mend) from None
+        raise BadPair(preference.location, REFUSED, found, mend=mend) from None
     return _split(opened, rows)
 
 
-def turn_starts(tokenizer: Any, preference: Preference, *, thinking: bool) -> list[int]:
+def turn_starts(tokenizer: Any, preference: PreferenceExample, *, thinking: bool) -> list[int]:
     """Where the user's later turns begin in the prompt's ids, as far as the template tells."""
     turns = as_turns(preference.prompt, "user")
-    whole = ids_of(tokenizer, Asked(turns, thinking, preference.given))
+    whole = ids_of(tokenizer, Asked(turns, thinking, preference.template_kwargs))
     starts = []
     for number, turn in enumerate(turns):
         if not number or turn["role"] != "user":
             continue
         try:
-            before = ids_of(tokenizer, Asked(turns[:number], thinking, preference.given))
+            before = ids_of(tokenizer, Asked(turns[:number], thinking, preference.template_kwargs))
         except (TemplateError, NotPlain):
             continue
         if whole[: len(before)] == before:
@@ -137,7 +137,7 @@ def turn_starts(tokenizer: Any, preference: Preference, *, thinking: bool) -> li
     return starts
 
 
-def text_rows(tokenizer: Any, preference: Preference, *, controls: bool = False) -> Rows:
+def text_rows(tokenizer: Any, preference: PreferenceExample, *, controls: bool = False) -> Rows:
     """Ids of plain text, prompt and completion tokenized as one.
 
     A special token within it stays plain text, but for one that begins the prompt or ends a
@@ -155,12 +155,12 @@ def text_rows(tokenizer: Any, preference: Preference, *, controls: bool = False)
             [_encode(tokenizer, whole, controls, ends=True) for whole in wholes],
         )
     except NotPlain as error:
-        raise BadPair(preference.where, SPECIAL, str(error)) from None
+        raise BadPair(preference.location, SPECIAL, str(error)) from None
     if rows.prompt:
         return rows
     if tokenizer.bos_token_id is None:
         found = "the tokenizer has no token that begins a text"
-        raise BadPair(preference.where, EMPTY_PROMPT, found)
+        raise BadPair(preference.location, EMPTY_PROMPT, found)
     return rows._replace(prompt=(tokenizer.bos_token_id,))
 
 
@@ -197,11 +197,11 @@ def _text_begins(tokenizer: Any, before: Asked, whole: Asked) -> bool:
     return bool(text.startswith(begin))
 
 
-def _no_boundary(tokenizer: Any, where: str, before: Ids, whole: Ids) -> NoBoundary:
+def _no_boundary(tokenizer: Any, location: str, before: Ids, whole: Ids) -> NoBoundary:
     at = _shared(before, whole)
     was, became = (shown(tokenizer, ids[at : at + 1]) for ids in (before, whole))
     return NoBoundary(
-        f"{where}: the chat template changes the prompt once a reply follows it "
+        f"{location}: the chat template changes the prompt once a reply follows it "
         f"(token {at}: {was} became {became}), so nothing says where the reply begins; "
         "take a model whose template keeps the prompt"
     )
@@ -259,21 +259,25 @@ class TokenRules:
 class Form(NamedTuple):
     """A preference as it goes to the tokenizer."""
 
-    said: Preference
+    said: PreferenceExample
     as_chat: bool
     was_dialogue: bool  # text that marks its turns, which became messages
     with_system: bool  # it begins with the system turn that was asked for
     thinking: bool  # whether the template is to open a thought
 
 
-def form_of(tokenizer: Any, given: Preference, rules: TokenRules) -> Form:
+def form_of(tokenizer: Any, given: PreferenceExample, rules: TokenRules) -> Form:
     """The form that the rules and the tokenizer's template give a preference.
 
     Raises:
         DataError: messages without a template, or a row that says otherwise than `thinking`.
         ConfigError: `system` cannot be put before plain text.
     """
-    marked = dialogues.as_messages(given) if given.whole and _may_chat(tokenizer, rules) else None
+    marked = (
+        dialogues.as_messages(given)
+        if given.implicit_prompt and _may_chat(tokenizer, rules)
+        else None
+    )
     as_chat = _is_chat(tokenizer, marked or given, rules)
     said, with_system = _with_system(marked or given, rules, as_chat)
     return Form(said, as_chat, marked is not None, with_system, _thinking(said, rules))
@@ -283,34 +287,34 @@ def _may_chat(tokenizer: Any, rules: TokenRules) -> bool:
     return rules.chat_template != "text" and has_template(tokenizer)
 
 
-def _is_chat(tokenizer: Any, preference: Preference, rules: TokenRules) -> bool:
+def _is_chat(tokenizer: Any, preference: PreferenceExample, rules: TokenRules) -> bool:
     if isinstance(preference.prompt, str):
         if rules.chat_template == "chat":
             return True
-        return _may_chat(tokenizer, rules) and not preference.whole
+        return _may_chat(tokenizer, rules) and not preference.implicit_prompt
     if rules.chat_template == "text":
         raise DataError(
-            f"{preference.where}: messages cannot stay plain text; write the pair as strings, "
+            f"{preference.location}: messages cannot stay plain text; write the pair as strings, "
             "or leave out --chat-template text"
         )
     if not has_template(tokenizer):
         raise DataError(
-            f"{preference.where}: messages need a chat template and the model has none; "
+            f"{preference.location}: messages need a chat template and the model has none; "
             "take a chat model, or write the pair as strings"
         )
     return True
 
 
 def _with_system(
-    preference: Preference, rules: TokenRules, as_chat: bool
-) -> tuple[Preference, bool]:
+    preference: PreferenceExample, rules: TokenRules, as_chat: bool
+) -> tuple[PreferenceExample, bool]:
     """The pair after the system turn that was asked for, where it has none."""
     if rules.system is None:
         return preference, False
     if not as_chat:
         raise ConfigError(
-            f"{preference.where}: `system` needs a chat template, and this pair stays plain text; "
-            "take a chat model, or leave out --system"
+            f"{preference.location}: `system` needs a chat template, and this pair stays plain "
+            "text; take a chat model, or leave out --system"
         )
     turns = as_turns(preference.prompt, "user")
     if turns[0]["role"] in SYSTEM:
@@ -318,12 +322,12 @@ def _with_system(
     return replace(preference, prompt=({"role": "system", "content": rules.system}, *turns)), True
 
 
-def _thinking(preference: Preference, rules: TokenRules) -> bool:
+def _thinking(preference: PreferenceExample, rules: TokenRules) -> bool:
     """Whether the template is to open a thought; the row's own word counts where none was asked."""
-    own = preference.given.get("enable_thinking")
+    own = preference.template_kwargs.get("enable_thinking")
     if own is not None and rules.thinking is not None and own != rules.thinking:
         raise DataError(
-            f"{preference.where}: `chat_template_kwargs` has enable_thinking {own!r}, and "
+            f"{preference.location}: `chat_template_kwargs` has enable_thinking {own!r}, and "
             f"--thinking says otherwise; leave out one of them"
         )
     return bool(rules.thinking)

@@ -20,7 +20,7 @@ from mlx_dpo.data.tokenization.chat_template import (
 )
 from mlx_dpo.data.tokenization.special_tokens import specials_of, stop_tokens
 from mlx_dpo.errors import ConfigError, DataError, ModelError
-from mlx_dpo.types import Judgement, Preference, TokenizedPair
+from mlx_dpo.types import PreferenceExample, TokenizedPair, UnpairedExample
 
 
 def truncate(
@@ -47,7 +47,7 @@ def truncate(
     if len(pair) <= max_length:
         return pair
     if how == "drop":
-        raise BadPair(pair.where, TOO_LONG, f"{len(pair)} tokens, max_length {max_length}")
+        raise BadPair(pair.location, TOO_LONG, f"{len(pair)} tokens, max_length {max_length}")
     prompt = pair.prompt
     if how == "keep_end":
         longest_completion = len(pair) - len(prompt)
@@ -55,11 +55,11 @@ def truncate(
     room = max_length - len(prompt)
     if room < 1:
         found = f"prompt of {len(prompt)} tokens, max_length {max_length}"
-        raise BadPair(pair.where, NO_ROOM, found, mend="raise --max-length")
+        raise BadPair(pair.location, NO_ROOM, found, mend="raise --max-length")
     cut = replace(pair, prompt=prompt, chosen=pair.chosen[:room], rejected=pair.rejected[:room])
     if cut.chosen == cut.rejected:
         found = f"max_length {max_length}"
-        raise BadPair(pair.where, SAME_WHEN_CUT, found, mend="raise --max-length")
+        raise BadPair(pair.location, SAME_WHEN_CUT, found, mend="raise --max-length")
     return cut
 
 
@@ -119,7 +119,7 @@ def check_rules(tokenizer: Any, rules: TokenRules) -> None:
         raise ConfigError("`thinking` has no effect; the model has no template with such a mode")
 
 
-def tokenize_pair(tokenizer: Any, preference: Preference, rules: TokenRules) -> Encoded:
+def tokenize_pair(tokenizer: Any, preference: PreferenceExample, rules: TokenRules) -> Encoded:
     """The pair as token ids, each completion with the stop token that ends it.
 
     Under `auto`, strings go through the model's chat template, unless they are parts of a
@@ -132,25 +132,30 @@ def tokenize_pair(tokenizer: Any, preference: Preference, rules: TokenRules) -> 
     parts = _parts(tokenizer, preference, rules)
     chosen, rejected = parts.completions
     if chosen == rejected:
-        raise BadPair(preference.where, SAME_TOKENS)
-    whole = TokenizedPair(parts.prompt, chosen, rejected, preference.where)
+        raise BadPair(preference.location, SAME_TOKENS)
+    whole = TokenizedPair(parts.prompt, chosen, rejected, preference.location)
     return _encoded(tokenizer, whole, parts, rules, stops_added=sum(parts.stops_added))
 
 
-def tokenize_judgement(tokenizer: Any, judgement: Judgement, rules: TokenRules) -> Encoded:
+def tokenize_judgement(tokenizer: Any, judgement: UnpairedExample, rules: TokenRules) -> Encoded:
     """A judged answer as token ids: `chosen` is the answer, `rejected` is left empty.
 
     Raises:
         DataError, BadPair: as for a pair.
     """
     answer = judgement.completion
-    twice = Preference(
-        judgement.prompt, answer, answer, judgement.where, judgement.given, judgement.whole
+    twice = PreferenceExample(
+        judgement.prompt,
+        answer,
+        answer,
+        judgement.location,
+        judgement.template_kwargs,
+        judgement.implicit_prompt,
     )
     parts = _parts(tokenizer, twice, rules)
     answer_ids = parts.completions[0]
     whole = TokenizedPair(
-        parts.prompt, answer_ids, (), judgement.where, desirable=judgement.desirable
+        parts.prompt, answer_ids, (), judgement.location, desirable=judgement.desirable
     )
     return _encoded(tokenizer, whole, parts, rules, stops_added=parts.stops_added[0])
 
@@ -163,7 +168,7 @@ class _Parts(NamedTuple):
     moved: int
 
 
-def _parts(tokenizer: Any, given: Preference, rules: TokenRules) -> _Parts:
+def _parts(tokenizer: Any, given: PreferenceExample, rules: TokenRules) -> _Parts:
     """Prompt and completions as ids that the model knows, neither of them empty."""
     form = form_of(tokenizer, given, rules)
     said = form.said
@@ -175,9 +180,9 @@ def _parts(tokenizer: Any, given: Preference, rules: TokenRules) -> _Parts:
     completions, added = zip(
         *(_ended(tokenizer, completion, stops) for completion in rows.completions), strict=True
     )
-    _check_ids(tokenizer, (rows.prompt, *completions), said.where, rules.vocab_size)
+    _check_ids(tokenizer, (rows.prompt, *completions), said.location, rules.vocab_size)
     if any(len(ids) == 1 and ids[0] in stops for ids in completions):
-        raise BadPair(said.where, EMPTY, "once tokenized")
+        raise BadPair(said.location, EMPTY, "once tokenized")
     return _Parts(form, rows.prompt, completions, added, rows.moved)
 
 
@@ -206,7 +211,9 @@ def _specials(tokenizer: Any, form: Form) -> frozenset[str]:
     """Special tokens that somebody typed; not those that frame a plain text."""
     said, specials = form.said, specials_of(tokenizer)
     if form.as_chat:
-        return frozenset(specials.found([said.prompt, said.chosen, said.rejected, said.given]))
+        return frozenset(
+            specials.found([said.prompt, said.chosen, said.rejected, said.template_kwargs])
+        )
     wholes = (f"{said.prompt}{text}" for text in (said.chosen, said.rejected))
     inner = [inner_text(tokenizer, whole, ends=True)[1] for whole in wholes]
     return frozenset(specials.found(inner))
@@ -221,11 +228,11 @@ def _ended(tokenizer: Any, completion: Ids, stops: set[int]) -> tuple[Ids, bool]
     return (*completion, tokenizer.eos_token_id), True
 
 
-def _check_ids(tokenizer: Any, parts: Sequence[Ids], where: str, vocab_size: int) -> None:
+def _check_ids(tokenizer: Any, parts: Sequence[Ids], location: str, vocab_size: int) -> None:
     # MLX checks no bounds: a foreign id would read other memory without a word.
     for token in set().union(*parts):
         if not 0 <= token < vocab_size:
             raise DataError(
-                f"{where}: token {token} ({shown(tokenizer, (token,))}) is outside the "
+                f"{location}: token {token} ({shown(tokenizer, (token,))}) is outside the "
                 f"model's vocabulary of {vocab_size}; the tokenizer does not belong to this model"
             )
