@@ -10,6 +10,7 @@ with Run(config) as run:
 """
 
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from mlx_dpo import openblas as blas
@@ -22,6 +23,7 @@ from mlx_dpo.errors import DPOError  # noqa: E402
 if TYPE_CHECKING:
     from mlx_dpo.saved_runs import Run, evaluate_run, load_policy
 
+__version__ = version("mlx-dpo")
 __all__ = ["DPOConfig", "DPOError", "Run", "evaluate_run", "load_policy"]
 
 
