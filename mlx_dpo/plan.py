@@ -17,16 +17,16 @@ from mlx_dpo.generation.generate import context_length
 from mlx_dpo.models.empty_weights import outline
 from mlx_dpo.models.load import Base
 from mlx_dpo.profiling import memory
-from mlx_dpo.profiling.flops import Tokens, seen_keys, work_of
-from mlx_dpo.profiling.layer_subset import NotCutError, only, sample
-from mlx_dpo.profiling.memory import Room, room_here, room_of_mac
+from mlx_dpo.profiling.flops import TokenCounts, count_attended_keys, model_flops
+from mlx_dpo.profiling.layer_subset import LayersNotFoundError, sample_layers, with_layers
+from mlx_dpo.profiling.memory import MemoryBudget, available_memory, mac_memory
 from mlx_dpo.profiling.profile import (
-    PassCost,
-    Sized,
-    growth,
-    largest,
-    rehearse_reference,
-    shortened,
+    PassProfile,
+    ProfilePoint,
+    fit_memory_curve,
+    largest_that_fits,
+    profile_inference_pass,
+    shorten_pairs,
 )
 from mlx_dpo.runs.auto_batch_size import Fitted, fit, longest_pass, rehearsed
 from mlx_dpo.runs.build import (
@@ -38,13 +38,13 @@ from mlx_dpo.runs.build import (
     remembered,
 )
 from mlx_dpo.runs.inputs import Inputs, read_base, read_inputs, unheard
-from mlx_dpo.scoring.kernels.gated_delta import fused_gated_delta
-from mlx_dpo.scoring.select_scorer import Choice
+from mlx_dpo.scoring.kernels.gated_delta import use_fused_gated_delta
+from mlx_dpo.scoring.select_scorer import ScorerChoice
 from mlx_dpo.types import TokenizedPair
 
 
 @dataclass(frozen=True)
-class Lengths:
+class RowLengths:
     """Tokens of the longer row of a pair."""
 
     median: int
@@ -53,7 +53,7 @@ class Lengths:
 
 
 @dataclass(frozen=True)
-class Parts:
+class MemoryParts:
     """Memory of a training step, in bytes; they add up to it."""
 
     weights: int
@@ -63,7 +63,7 @@ class Parts:
 
 
 @dataclass(frozen=True)
-class Most:
+class Capacity:
     """What fits into the memory there is."""
 
     pairs: int  # as long as the longest, in one pass
@@ -72,7 +72,7 @@ class Most:
 
 
 @dataclass(frozen=True)
-class Epoch:
+class EpochEstimate:
     """One pass over the training pairs."""
 
     steps: int
@@ -87,19 +87,19 @@ class Epoch:
 
 
 @dataclass(frozen=True)
-class Forecast:
+class RunEstimate:
     """All of it."""
 
     inputs: Inputs
-    choice: Choice
+    choice: ScorerChoice
     fitted: Fitted
-    lengths: Lengths
+    lengths: RowLengths
     parameters: int
-    parts: Parts
+    parts: MemoryParts
     reference: int  # bytes at the peak of the reference pass
-    without: Most  # without recomputation
-    recomputed: Most
-    epoch: Epoch
+    without: Capacity  # without recomputation
+    recomputed: Capacity
+    epoch: EpochEstimate
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; bytes, tokens, operations and seconds."""
@@ -125,14 +125,14 @@ class Forecast:
 
 
 Pairs = Sequence[TokenizedPair]
-SHORT = 0.5  # of the longest pair: the second point of the curves
-MOST_PAIRS = 1024
-MOST_TOKENS = 2**20  # where a model does not say how many it places
+SHORT_SHARE = 0.5  # of the longest pair: the second point of the curves
+MAX_PAIRS = 1024
+MAX_TOKENS = 2**20  # where a model does not say how many it places
 
 
-def forecast(
+def estimate_run(
     config: DPOConfig, *, mac: str | None = None, rows: CountingRows = unheard
-) -> Forecast:
+) -> RunEstimate:
     """Rehearse a run of these settings; `mac` is the memory of a Mac to plan for.
 
     Many `rows` are counted as they become tokens.
@@ -140,47 +140,49 @@ def forecast(
     Raises:
         ConfigError, DataError, ModelError: as a run would.
     """
-    room = room_here() if mac is None else room_of_mac(mac)
+    room = available_memory() if mac is None else mac_memory(mac)
     inputs = read_inputs(config, read=partial(read_base, load=outline), counting=rows)
-    with fused_gated_delta(inputs.base.model):
+    with use_fused_gated_delta(inputs.base.model):
         attach_adapters(inputs.base, config)
-        choice = _choose(inputs.base, config)
-        return _Rehearsals(inputs, config, choice, room).forecast()
+        choice = _select_scorer(inputs.base, config)
+        return _RunEstimator(inputs, config, choice, room).forecast()
 
 
-def _choose(base: Base, config: DPOConfig) -> Choice:
+def _select_scorer(base: Base, config: DPOConfig) -> ScorerChoice:
     """The scorer, found on a few blocks; on all of them if the model does not run on those."""
     try:
-        with only(base.model, sample(base.model).large):
+        with with_layers(base.model, sample_layers(base.model).large):
             mx.eval(base.model.parameters())
             return choose_scorer(base, config)
-    except (NotCutError, ModelError):
+    except (LayersNotFoundError, ModelError):
         mx.eval(base.model.parameters())
         return choose_scorer(base, config)
 
 
-class _Rehearsals:
+class _RunEstimator:
     """The rehearsals that a forecast is made of: a long pass and a short one, both ways."""
 
-    def __init__(self, inputs: Inputs, config: DPOConfig, choice: Choice, room: Room) -> None:
+    def __init__(
+        self, inputs: Inputs, config: DPOConfig, choice: ScorerChoice, room: MemoryBudget
+    ) -> None:
         self.inputs, self.choice, self.room = inputs, choice, room
         self.base, self.model = inputs.base, inputs.base.model
         self.fitted = fit(self.base, config, choice, inputs.train, room=room, measure=True)
         self.config = self.fitted.config
         self.state = remembered(self.model, config)
         self.longest = longest_pass(self.config, choice, inputs.train)
-        self.short = shortened(self.longest[:1], SHORT)
+        self.short = shorten_pairs(self.longest[:1], SHORT_SHARE)
 
-    def forecast(self) -> Forecast:
+    def forecast(self) -> RunEstimate:
         """Everything."""
         curves = {again: self._curve(recompute=again) for again in (False, True)}
         chosen = curves[bool(self.config.recompute)]
         reference, asked = self._reference()
-        return Forecast(
+        return RunEstimate(
             inputs=self.inputs,
             choice=self.choice,
             fitted=self.fitted,
-            lengths=_lengths(self.inputs.train),
+            lengths=_row_lengths(self.inputs.train),
             parameters=memory.base_parameters(self.model),
             parts=self._parts(chosen[0].cost),
             reference=memory.parameter_bytes(self.model) + reference.bytes,
@@ -189,51 +191,55 @@ class _Rehearsals:
             epoch=self._epoch(*chosen, reference, asked),
         )
 
-    def _curve(self, *, recompute: bool) -> tuple[Sized, Sized]:
+    def _curve(self, *, recompute: bool) -> tuple[ProfilePoint, ProfilePoint]:
         settings = replace(self.config, recompute=recompute)
         known = self.fitted.cost if recompute == self.config.recompute else None
         long = known or rehearsed(self.base, settings, self.choice, self.longest)
         short = rehearsed(self.base, settings, self.choice, self.short)
         return self._sized(long, self.longest), self._sized(short, self.short)
 
-    def _sized(self, cost: PassCost, pairs: Pairs) -> Sized:
-        return Sized(cost, len(pairs), self._trunk([pairs]) / len(pairs))
+    def _sized(self, cost: PassProfile, pairs: Pairs) -> ProfilePoint:
+        return ProfilePoint(cost, len(pairs), self._trunk([pairs]) / len(pairs))
 
-    def _reference(self) -> tuple[PassCost, Pairs]:
+    def _reference(self) -> tuple[PassProfile, Pairs]:
         """What the largest pass without gradients costs, and the pairs in it."""
         limit, score = forward_limit(self.config, self.choice), self._score
-        longest = longest_pairs(MOST_PAIRS, self.inputs.train, self.inputs.valid)
+        longest = longest_pairs(MAX_PAIRS, self.inputs.train, self.inputs.valid)
         asked = largest_pass(longest, limit, cost=self.choice.cost)
-        return rehearse_reference(self.model, asked, score, memory=room_here().bytes), asked
+        return profile_inference_pass(
+            self.model, asked, score, memory=available_memory().bytes
+        ), asked
 
     def _score(self, pairs: Pairs) -> object:
         with as_reference(self.model, self.config):
             return forward_only(self.config, self.choice)(self.model, pairs)
 
-    def _parts(self, cost: PassCost) -> Parts:
+    def _parts(self, cost: PassProfile) -> MemoryParts:
         trained = memory.trainable_bytes(self.model)
         weights = memory.parameter_bytes(self.model) - trained
-        adapters = memory.COPIES_IN_TRAINING * trained + self.state
+        adapters = memory.TRAINING_COPIES * trained + self.state
         rest = max(0, self.fitted.bytes - weights - adapters)
         head = min(rest, max(0, int(cost.outside.bytes)))
-        return Parts(weights, adapters, rest - head, head)
+        return MemoryParts(weights, adapters, rest - head, head)
 
-    def _most(self, long: Sized, short: Sized) -> Most:
-        curve = growth(long, short)
-        free = self.room.bytes - memory.held_in_training(self.model, self.state)
+    def _most(self, long: ProfilePoint, short: ProfilePoint) -> Capacity:
+        curve = fit_memory_curve(long, short)
+        free = self.room.bytes - memory.resident_bytes(self.model, self.state)
         row = len(self.longest[0]) / long.tokens  # of a pair's tokens, those of its longer row
-        context = context_length(self.base.config) or MOST_TOKENS
-        tokens = largest(lambda n: curve.bytes(1, n / row) <= free, most=context)
-        pairs = largest(lambda n: curve.bytes(n, long.tokens) <= free, most=MOST_PAIRS)
-        return Most(pairs, tokens, tokens == context)
+        context = context_length(self.base.config) or MAX_TOKENS
+        tokens = largest_that_fits(lambda n: curve.bytes(1, n / row) <= free, most=context)
+        pairs = largest_that_fits(lambda n: curve.bytes(n, long.tokens) <= free, most=MAX_PAIRS)
+        return Capacity(pairs, tokens, tokens == context)
 
-    def _epoch(self, long: Sized, short: Sized, reference: PassCost, asked: Pairs) -> Epoch:
+    def _epoch(
+        self, long: ProfilePoint, short: ProfilePoint, reference: PassProfile, asked: Pairs
+    ) -> EpochEstimate:
         config, train, valid = self.config, self.inputs.train, self.inputs.valid
         passes = partial(
             epoch_passes, train, config.pass_limit, batch_size=config.batch_size, seed=config.seed
         )
         found = passes(cost=self.choice.cost)
-        work = work_of(self.model, self.base.config, vocab_size=self.base.vocab_size)
+        work = model_flops(self.model, self.base.config, vocab_size=self.base.vocab_size)
         training = partial(work.training, recompute=bool(config.recompute))
         scoring = partial(work.forward, adapted=False)
         tokens = self._tokens(sketches(train), found.tokens.total)
@@ -246,14 +252,16 @@ class _Rehearsals:
             (training(self._tokens(pairs, self._trunk([pairs]))), sized.cost.seconds)
             for pairs, sized in ((self.short, short), (self.longest, long))
         ]
-        return Epoch(
+        return EpochEstimate(
             steps=found.steps,
             passes=found.passes,
             tokens=tokens.trunk,
             whole_rows=passes(cost=whole_rows).tokens.total,
             rows=tokens.head,
             operations=training(tokens) + ahead,
-            seconds=along(points[0], points[1], passes=found.passes, operations=training(tokens))
+            seconds=extrapolate_seconds(
+                points[0], points[1], passes=found.passes, operations=training(tokens)
+            )
             + ahead / a_second,
             reference_operations=every,
             reference_seconds=every / a_second,
@@ -262,16 +270,16 @@ class _Rehearsals:
     def _trunk(self, passes: Iterable[Pairs]) -> int:
         return sum(self.choice.cost(pairs).total for pairs in passes)
 
-    def _tokens(self, pairs: Pairs, trunk: int) -> Tokens:
+    def _tokens(self, pairs: Pairs, trunk: int) -> TokenCounts:
         shared = self.choice.name == "shared"
         rows = sum(len(pair.chosen) + len(pair.rejected) for pair in pairs) if shared else trunk
-        return Tokens(trunk, rows, seen_keys(pairs, shared=shared))
+        return TokenCounts(trunk, rows, count_attended_keys(pairs, shared=shared))
 
 
 Point = tuple[int, float]  # operations and seconds of a pass
 
 
-def along(short: Point, long: Point, *, passes: int, operations: int) -> float:
+def extrapolate_seconds(short: Point, long: Point, *, passes: int, operations: int) -> float:
     """Seconds of so many passes with so many operations in all: a line through two of them."""
     more = long[0] - short[0]
     rate = (long[1] - short[1]) / more if more > 0 else 0.0
@@ -281,7 +289,7 @@ def along(short: Point, long: Point, *, passes: int, operations: int) -> float:
     return start * passes + rate * operations
 
 
-def _lengths(pairs: Pairs) -> Lengths:
+def _row_lengths(pairs: Pairs) -> RowLengths:
     rows = row_lengths(pairs)
     median, most = np.percentile(rows, [50, 90], method="higher")
-    return Lengths(int(median), int(most), int(rows.max()))
+    return RowLengths(int(median), int(most), int(rows.max()))

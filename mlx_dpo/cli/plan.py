@@ -9,9 +9,9 @@ from mlx_dpo.cli.train import Sectioned, resolve, setting_flags
 from mlx_dpo.config.training import EVALUATION
 
 if TYPE_CHECKING:
-    from mlx_dpo.plan import Forecast, Most
+    from mlx_dpo.plan import Capacity, RunEstimate
 
-Fact = tuple[str, str]
+SummaryLine = tuple[str, str]
 
 
 @click.command(cls=Sectioned)
@@ -41,13 +41,13 @@ def plan(
     """
     config = resolve(ctx, config_file, False, flags)
 
-    from mlx_dpo.plan import forecast
+    from mlx_dpo.plan import estimate_run
     from mlx_dpo.reporting.console import counting, make_console, print_facts
     from mlx_dpo.runs.inputs import unheard
 
     console = make_console()
     shown = console.is_terminal and not as_json
-    found = forecast(
+    found = estimate_run(
         config,
         mac=memory,
         rows=lambda total: (
@@ -57,10 +57,10 @@ def plan(
     if as_json:
         click.echo(json.dumps(found.to_dict()))
         return
-    print_facts(console, facts(found))
+    print_facts(console, summary_lines(found))
 
 
-def facts(found: "Forecast") -> list[Fact]:
+def summary_lines(found: "RunEstimate") -> list[SummaryLine]:
     """The forecast in lines for a person."""
     from mlx_dpo.runs.summary import counted
 
@@ -70,12 +70,12 @@ def facts(found: "Forecast") -> list[Fact]:
         *[("", note) for note in inputs.base.notes],
         ("pairs", f"{len(inputs.train):,} to train on, {len(inputs.valid):,} held out"),
         *[("", line) for report in inputs.reports for line in report.lines()],
-        ("", _lengths(found)),
+        ("", _lengths_line(found)),
         ("scorer", f"{found.choice.name}: {found.choice.reason}"),
-        *_memory(found),
-        ("fits", _most(found.without, "kept activations")),
-        ("", _most(found.recomputed, "blocks recomputed")),
-        ("train", _choice(found)),
+        *_memory_lines(found),
+        ("fits", _capacity_line(found.without, "kept activations")),
+        ("", _capacity_line(found.recomputed, "blocks recomputed")),
+        ("train", _choice_line(found)),
         (
             "epoch",
             f"{epoch.steps:,} steps, {epoch.passes:,} passes: {counted(epoch.tokens)} tokens "
@@ -89,13 +89,14 @@ def facts(found: "Forecast") -> list[Fact]:
         ),
         (
             "time",
-            f"about {_time(epoch.seconds)} an epoch and {_time(epoch.reference_seconds)} for the "
-            "reference on this machine, estimated from a short rehearsal",
+            f"about {_duration(epoch.seconds)} an epoch and "
+            f"{_duration(epoch.reference_seconds)} for the reference on this machine, "
+            "estimated from a short rehearsal",
         ),
     ]
 
 
-def _lengths(found: "Forecast") -> str:
+def _lengths_line(found: "RunEstimate") -> str:
     lengths = found.lengths
     return (
         f"rows: half of them up to {lengths.median:,} tokens, 90 % up to {lengths.most:,}, "
@@ -103,7 +104,7 @@ def _lengths(found: "Forecast") -> str:
     )
 
 
-def _memory(found: "Forecast") -> list[Fact]:
+def _memory_lines(found: "RunEstimate") -> list[SummaryLine]:
     from mlx_dpo.runs.auto_batch_size import gigabytes
 
     parts, fitted = found.parts, found.fitted
@@ -119,7 +120,7 @@ def _memory(found: "Forecast") -> list[Fact]:
     return [("memory", lines[0]), *[("", line) for line in lines[1:]]]
 
 
-def _most(most: "Most", how: str) -> str:
+def _capacity_line(most: "Capacity", how: str) -> str:
     if not most.tokens:
         return f"nothing, with {how}"
     all_of_them = ", all that the model places" if most.context else ""
@@ -129,12 +130,12 @@ def _most(most: "Most", how: str) -> str:
     )
 
 
-def _choice(found: "Forecast") -> str:
+def _choice_line(found: "RunEstimate") -> str:
     line = found.fitted.line()
     return line if found.fitted.fits else f"refused: {line.replace(', and begun by --force', '')}"
 
 
-def _time(seconds: float) -> str:
+def _duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.2g} s"
     if seconds < 5400:

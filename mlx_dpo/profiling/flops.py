@@ -14,18 +14,18 @@ from mlx_lm.models.cache import ArraysCache, make_prompt_cache
 
 from mlx_dpo.adapters.layers import ADAPTED
 from mlx_dpo.adapters.master_weights import has_masters
-from mlx_dpo.profiling.layer_subset import first_reached
+from mlx_dpo.profiling.layer_subset import first_trained_layer
 from mlx_dpo.types import TokenizedPair
 
 # Names that architectures have for the number of experts that a token meets.
-EXPERTS = (
+EXPERTS_PER_TOKEN_KEYS = (
     "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k",
     "top_k_experts",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Tokens:
+class TokenCounts:
     """What goes through a model in some passes."""
 
     trunk: int  # tokens through the blocks, padding included
@@ -34,7 +34,7 @@ class Tokens:
 
 
 @dataclass(frozen=True)
-class Work:
+class ModelFlops:
     """Operations per unit of a model, adapters attached.
 
     With t tokens through the blocks, h rows through the head and s keys seen, a pass takes
@@ -58,13 +58,13 @@ class Work:
     head: int
     tuned: int = 0
 
-    def forward(self, tokens: Tokens, *, adapted: bool = True) -> int:
+    def forward(self, tokens: TokenCounts, *, adapted: bool = True) -> int:
         """Operations of a pass without gradients."""
         weights = self.linear + (self.adapters if adapted else 0)
         products = weights * tokens.trunk + self.head * tokens.head
         return 2 * products + 4 * self.attention * tokens.seen
 
-    def training(self, tokens: Tokens, *, recompute: bool) -> int:
+    def training(self, tokens: TokenCounts, *, recompute: bool) -> int:
         """Operations of a pass with gradients, both ways."""
         back = 2 * (self.linear_reached + 2 * self.adapters + self.tuned) * tokens.trunk
         back += 10 * self.attention_reached * tokens.seen + 2 * self.head * tokens.head
@@ -73,44 +73,46 @@ class Work:
         return self.forward(tokens) + back + (again if recompute else 0)
 
 
-def work_of(model: nn.Module, config: Mapping[str, Any], *, vocab_size: int) -> Work:
+def model_flops(model: nn.Module, config: Mapping[str, Any], *, vocab_size: int) -> ModelFlops:
     """Operations per unit, from shapes and, for attention and experts, `config.json`."""
     entries = {**config, **(config.get("text_config") or {})}
-    experts = next((int(entries[name]) for name in EXPERTS if entries.get(name)), None)
+    experts = next(
+        (int(entries[name]) for name in EXPERTS_PER_TOKEN_KEYS if entries.get(name)), None
+    )
     blocks = list(model.layers)
-    linear = [sum(_weights(part, experts) for part in block.modules()) for block in blocks]
-    attention = _attention(model, entries)
-    first = first_reached(model)
+    linear = [sum(_linear_weights(part, experts) for part in block.modules()) for block in blocks]
+    attention = _attention_widths(model, entries)
+    first = first_trained_layer(model)
     parts = [part for block in blocks for part in block.modules()]
     trained = [part for part in parts if "weight" in part.trainable_parameters()]
-    return Work(
+    return ModelFlops(
         linear=sum(linear),
         linear_reached=sum(linear[first:]),
         adapters=sum(_adapter_weights(part, experts) for part in parts),
         attention=sum(attention),
         attention_reached=sum(attention[first:]),
         head=vocab_size * int(entries.get("hidden_size") or entries.get("n_embd") or 0),
-        tuned=sum(_weights(part, experts) for part in trained) if has_masters(model) else 0,
+        tuned=sum(_linear_weights(part, experts) for part in trained) if has_masters(model) else 0,
     )
 
 
-def seen_keys(pairs: Iterable[TokenizedPair], *, shared: bool) -> int:
+def count_attended_keys(pairs: Iterable[TokenizedPair], *, shared: bool) -> int:
     """Keys that queries see in one layer, over all pairs; a window of attention is not counted."""
-    return sum(_seen(pair, shared) for pair in pairs)
+    return sum(_pair_attended_keys(pair, shared) for pair in pairs)
 
 
-def _seen(pair: TokenizedPair, shared: bool) -> int:
+def _pair_attended_keys(pair: TokenizedPair, shared: bool) -> int:
     prompt = len(pair.prompt)
     ends = [prompt + len(completion) - 1 for completion in (pair.chosen, pair.rejected)]
-    once = (len(ends) - 1) * _triangle(prompt) if shared else 0
-    return sum(map(_triangle, ends)) - once
+    once = (len(ends) - 1) * _causal_entries(prompt) if shared else 0
+    return sum(map(_causal_entries, ends)) - once
 
 
-def _triangle(length: int) -> int:
+def _causal_entries(length: int) -> int:
     return length * (length + 1) // 2
 
 
-def _weights(part: nn.Module, experts: int | None) -> int:
+def _linear_weights(part: nn.Module, experts: int | None) -> int:
     """Weights of a linear layer that a token meets; 0 for any other part."""
     weight = part.get("weight")
     if not isinstance(weight, mx.array) or weight.ndim not in (2, 3):
@@ -122,7 +124,7 @@ def _weights(part: nn.Module, experts: int | None) -> int:
     return met * weight.shape[-2] * (weight.shape[-1] * 32 // bits)
 
 
-def _attention(model: nn.Module, entries: Mapping[str, Any]) -> Sequence[int]:
+def _attention_widths(model: nn.Module, entries: Mapping[str, Any]) -> Sequence[int]:
     """Heads times their width in each block, 0 where it has a state in place of attention."""
     heads = int(entries.get("num_attention_heads") or entries.get("n_head") or 0)
     hidden = int(entries.get("hidden_size") or entries.get("n_embd") or 0)

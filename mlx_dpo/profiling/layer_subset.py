@@ -14,21 +14,21 @@ import mlx.nn as nn
 from mlx_dpo.adapters.layers import ADAPTED
 from mlx_dpo.io import flat
 
-FEWEST = 2  # a single block is the first and the last one, which MLX treats better than others
+MIN_LAYERS = 2  # a single block is the first and the last one, which MLX treats better than others
 
-Blocks = tuple[nn.Module, ...]
+Layers = tuple[nn.Module, ...]
 
 
-class NotCutError(Exception):
+class LayersNotFoundError(Exception):
     """The list of the model's blocks was not found in it."""
 
 
 @dataclass(frozen=True)
-class Sample:
+class LayerSample:
     """Two samples of the blocks in which gradients flow, and how many of these there are."""
 
-    small: Blocks
-    large: Blocks  # the same as `small` where that is all there are
+    small: Layers
+    large: Layers  # the same as `small` where that is all there are
     count: int
 
     @property
@@ -37,32 +37,32 @@ class Sample:
         return len(self.large) in (self.count, len(self.small))
 
 
-def sample(model: nn.Module) -> Sample:
+def sample_layers(model: nn.Module) -> LayerSample:
     """The blocks to look at: as the model begins, and only such that gradients reach.
 
     Below the first that is trained none flows and nothing is kept, so those blocks cost next
     to nothing; they stand in for none of the others.
     """
     blocks = tuple(model.layers)
-    adapted = blocks[first_reached(model) :] or blocks
-    kinds = [kind(block) for block in blocks]
-    present = {kind(block) for block in adapted}
+    adapted = blocks[first_trained_layer(model) :] or blocks
+    kinds = [layer_signature(block) for block in blocks]
+    present = {layer_signature(block) for block in adapted}
     shortest = next(k for k in range(1, len(blocks) + 1) if present <= set(kinds[:k]))
-    small = max(FEWEST, shortest)
-    return Sample(
-        small=_like(kinds[:small], adapted),
-        large=_like(kinds[: 2 * small], adapted),
+    small = max(MIN_LAYERS, shortest)
+    return LayerSample(
+        small=_layers_with_signatures(kinds[:small], adapted),
+        large=_layers_with_signatures(kinds[: 2 * small], adapted),
         count=len(adapted),
     )
 
 
-def whole(model: nn.Module) -> Sample:
+def all_layers(model: nn.Module) -> LayerSample:
     """All blocks, for a model that does not run on some of them."""
     blocks = tuple(model.layers)
-    return Sample(blocks, blocks, len(blocks))
+    return LayerSample(blocks, blocks, len(blocks))
 
 
-def kind(block: nn.Module) -> Hashable:
+def layer_signature(block: nn.Module) -> Hashable:
     """What a block costs depends on this alone: the types, shapes and switches of its parts.
 
     Adapters do not count. Whole numbers do not either: many blocks hold their own position.
@@ -89,7 +89,7 @@ def kind(block: nn.Module) -> Hashable:
 
 
 @contextmanager
-def only(model: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[None]:
+def with_layers(model: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[None]:
     """The model with these blocks alone inside the block, with all of its own afterwards.
 
     Raises:
@@ -99,7 +99,7 @@ def only(model: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[None]:
     if list(map(id, before)) == list(map(id, blocks)):
         yield
         return
-    holder, name = _holder(model, before)
+    holder, name = _find_layer_list(model, before)
     setattr(holder, name, list(blocks))
     try:
         yield
@@ -107,17 +107,17 @@ def only(model: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[None]:
         setattr(holder, name, before)
 
 
-def _holder(model: nn.Module, blocks: Sequence[nn.Module]) -> tuple[nn.Module, str]:
+def _find_layer_list(model: nn.Module, blocks: Sequence[nn.Module]) -> tuple[nn.Module, str]:
     """The module that holds the list of blocks, and its name there."""
     wanted = list(map(id, blocks))
     for module in model.modules():
         for name, value in module.items():
             if isinstance(value, list) and list(map(id, value)) == wanted:
                 return module, name
-    raise NotCutError("the list of the model's blocks was not found")
+    raise LayersNotFoundError("the list of the model's blocks was not found")
 
 
-def first_reached(model: nn.Module) -> int:
+def first_trained_layer(model: nn.Module) -> int:
     """The first block that gradients reach; their number if none does.
 
     What is trained outside of the blocks may lie before them, as embeddings do.
@@ -129,9 +129,9 @@ def first_reached(model: nn.Module) -> int:
     return next((i for i, count in enumerate(counts) if count), len(blocks))
 
 
-def _like(kinds: Sequence[Hashable], blocks: Blocks) -> Blocks:
+def _layers_with_signatures(kinds: Sequence[Hashable], blocks: Layers) -> Layers:
     """Different `blocks` of these kinds, as many as there are, in the order of the kinds."""
     unused: dict[Hashable, list[nn.Module]] = {}
     for block in blocks:
-        unused.setdefault(kind(block), []).append(block)
+        unused.setdefault(layer_signature(block), []).append(block)
     return tuple(unused[k].pop(0) for k in kinds if unused.get(k))

@@ -17,24 +17,30 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_dpo.io import random_state
-from mlx_dpo.profiling.layer_subset import NotCutError, Sample, only, sample, whole
+from mlx_dpo.profiling.layer_subset import (
+    LayerSample,
+    LayersNotFoundError,
+    all_layers,
+    sample_layers,
+    with_layers,
+)
 from mlx_dpo.profiling.memory import trainable_bytes
-from mlx_dpo.scoring.memory_saving import sparing_memory
+from mlx_dpo.scoring.memory_saving import memory_efficient_training
 from mlx_dpo.scoring.scorers import Scorer
-from mlx_dpo.scoring.select_scorer import UNSUITED
+from mlx_dpo.scoring.select_scorer import UNSUPPORTED_ERRORS
 from mlx_dpo.training.objective import Objective
 from mlx_dpo.training.step import MicroBatch, accumulate, make_gradient
 from mlx_dpo.types import PairLogps, TokenizedPair
 
-PARTS = (1 / 16, 1 / 4, 1 / 2, 1)  # of each text, tried until it is seen that all of it fits
-MARGIN = 2  # such a guess may be wrong by so much
+TRIAL_SHARES = (1 / 16, 1 / 4, 1 / 2, 1)  # of each text, tried until it is seen that all of it fits
+SAFETY_FACTOR = 2  # such a guess may be wrong by so much
 REPEATS = 3  # MLX works ahead, at times one array further than mostly
 
 Pairs = Sequence[TokenizedPair]
-Run = Callable[[Pairs], Any]  # a pass over pairs; returns what is to be evaluated
+PassFunction = Callable[[Pairs], Any]  # a pass over pairs; returns what is to be evaluated
 
 
-class Cost(NamedTuple):
+class Usage(NamedTuple):
     """What something costs."""
 
     bytes: float  # at the peak, beyond what was held before
@@ -42,11 +48,11 @@ class Cost(NamedTuple):
 
 
 @dataclass(frozen=True)
-class PassCost:
+class PassProfile:
     """What a pass through the whole model costs."""
 
-    outside: Cost  # what does not grow with the blocks: the head, and what is in flight
-    block: Cost
+    outside: Usage  # what does not grow with the blocks: the head, and what is in flight
+    block: Usage
     blocks: int  # of the whole model
     share: float = 1.0  # of the texts that was run, where the whole ones might not have fitted
 
@@ -62,7 +68,7 @@ class PassCost:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step:
+class TrainingPass:
     """The passes of an optimizer step, as the loop makes them."""
 
     scorer: Scorer
@@ -71,7 +77,9 @@ class Step:
     recompute: bool = False
 
 
-def rehearse_step(policy: nn.Module, pairs: Pairs, step: Step, *, memory: int) -> PassCost:
+def profile_training_pass(
+    policy: nn.Module, pairs: Pairs, step: TrainingPass, *, memory: int
+) -> PassProfile:
     """What a training pass over `pairs` costs; adapters are attached.
 
     The policy is left as it was, MLX's random state as well; its peak counter starts anew.
@@ -82,24 +90,26 @@ def rehearse_step(policy: nn.Module, pairs: Pairs, step: Step, *, memory: int) -
     def run(pairs: Pairs) -> Any:
         zeros = mx.zeros((len(pairs),))
         micro = MicroBatch.of(pairs, PairLogps(zeros, zeros))
-        with sparing_memory(policy, recompute=step.recompute):
+        with memory_efficient_training(policy, recompute=step.recompute):
             return accumulate(gradient, [micro], pairs=len(pairs))
 
     with _as_it_was(policy):
         policy.train()
-        cost = _rehearsed(policy, pairs, run, memory)
+        cost = _profile_pass(policy, pairs, run, memory)
     held = trainable_bytes(policy) if step.accumulates else 0
     return replace(cost, outside=cost.outside._replace(bytes=cost.outside.bytes + held))
 
 
-def rehearse_reference(policy: nn.Module, pairs: Pairs, score: Run, *, memory: int) -> PassCost:
+def profile_inference_pass(
+    policy: nn.Module, pairs: Pairs, score: PassFunction, *, memory: int
+) -> PassProfile:
     """What a pass without gradients costs under `score`; else as above."""
     with _as_it_was(policy):
         policy.eval()
-        return _rehearsed(policy, pairs, score, memory)
+        return _profile_pass(policy, pairs, score, memory)
 
 
-def shortened(pairs: Pairs, share: float) -> list[TokenizedPair]:
+def shorten_pairs(pairs: Pairs, share: float) -> list[TokenizedPair]:
     """Pairs with this share of each text, at least two tokens of it if there are."""
 
     def part(tokens: tuple[int, ...]) -> tuple[int, ...]:
@@ -111,43 +121,45 @@ def shortened(pairs: Pairs, share: float) -> list[TokenizedPair]:
     ]
 
 
-def _rehearsed(policy: nn.Module, pairs: Pairs, run: Run, memory: int) -> PassCost:
+def _profile_pass(policy: nn.Module, pairs: Pairs, run: PassFunction, memory: int) -> PassProfile:
     """The pass through samples of the blocks; through all where the model does not run on some."""
     try:
-        return _drawn_out(policy, sample(policy), pairs, run, memory)
-    except (NotCutError, *UNSUITED):
-        return _drawn_out(policy, whole(policy), pairs, run, memory)
+        return _extrapolate_layers(policy, sample_layers(policy), pairs, run, memory)
+    except (LayersNotFoundError, *UNSUPPORTED_ERRORS):
+        return _extrapolate_layers(policy, all_layers(policy), pairs, run, memory)
 
 
-def _drawn_out(policy: nn.Module, chosen: Sample, pairs: Pairs, run: Run, memory: int) -> PassCost:
+def _extrapolate_layers(
+    policy: nn.Module, chosen: LayerSample, pairs: Pairs, run: PassFunction, memory: int
+) -> PassProfile:
     """Bytes and seconds of two samples, as a line in the number of blocks."""
-    with only(policy, chosen.large):
+    with with_layers(policy, chosen.large):
         mx.eval(policy.parameters())  # of a model that was built without weights, only these
-        share = _fitting_share(pairs, run, memory)
-        used = pairs if share == 1 else shortened(pairs, share)
-        costs = _repeated(run, used)
-    large, more = _least(costs), len(chosen.large)
-    small, fewer = Cost(0, 0), 0  # if all blocks ran, there is nothing to be concluded
+        share = _share_that_fits(pairs, run, memory)
+        used = pairs if share == 1 else shorten_pairs(pairs, share)
+        costs = _measure_repeatedly(run, used)
+    large, more = _minimum(costs), len(chosen.large)
+    small, fewer = Usage(0, 0), 0  # if all blocks ran, there is nothing to be concluded
     if not chosen.is_whole:
-        with only(policy, chosen.small):
-            small, fewer = _least(_repeated(run, used)), len(chosen.small)
+        with with_layers(policy, chosen.small):
+            small, fewer = _minimum(_measure_repeatedly(run, used)), len(chosen.small)
     # Noise must not make the whole cheaper than its part.
-    block = Cost(*(max(0.0, (b - a) / (more - fewer)) for a, b in zip(small, large, strict=True)))
-    usual = Cost(sorted(cost.bytes for cost in costs)[len(costs) // 2], large.seconds)
-    outside = Cost(*(b - more * each for b, each in zip(usual, block, strict=True)))
-    return PassCost(
-        outside=Cost(*(value / share for value in outside)),
-        block=Cost(*(value / share for value in block)),
+    block = Usage(*(max(0.0, (b - a) / (more - fewer)) for a, b in zip(small, large, strict=True)))
+    usual = Usage(sorted(cost.bytes for cost in costs)[len(costs) // 2], large.seconds)
+    outside = Usage(*(b - more * each for b, each in zip(usual, block, strict=True)))
+    return PassProfile(
+        outside=Usage(*(value / share for value in outside)),
+        block=Usage(*(value / share for value in block)),
         blocks=chosen.count if fewer else more,
         share=share,
     )
 
 
-def _fitting_share(pairs: Pairs, run: Run, memory: int) -> float:
+def _share_that_fits(pairs: Pairs, run: PassFunction, memory: int) -> float:
     """The share of the texts for which there is room; kernels are compiled on the way."""
     free = memory - mx.get_active_memory()
-    for part, following in pairwise(PARTS):
-        needed = _measured(run, shortened(pairs, part)).bytes * MARGIN / part
+    for part, following in pairwise(TRIAL_SHARES):
+        needed = _measure(run, shorten_pairs(pairs, part)).bytes * SAFETY_FACTOR / part
         if needed <= free:
             return 1.0
         if needed * following > free:
@@ -155,16 +167,16 @@ def _fitting_share(pairs: Pairs, run: Run, memory: int) -> float:
     return part
 
 
-def _repeated(run: Run, pairs: Pairs) -> list[Cost]:
-    return [_measured(run, pairs) for _ in range(REPEATS)]
+def _measure_repeatedly(run: PassFunction, pairs: Pairs) -> list[Usage]:
+    return [_measure(run, pairs) for _ in range(REPEATS)]
 
 
-def _least(costs: Sequence[Cost]) -> Cost:
+def _minimum(costs: Sequence[Usage]) -> Usage:
     """The least of several runs, in bytes and in seconds."""
-    return Cost(min(cost.bytes for cost in costs), min(cost.seconds for cost in costs))
+    return Usage(min(cost.bytes for cost in costs), min(cost.seconds for cost in costs))
 
 
-def _measured(run: Run, pairs: Pairs) -> Cost:
+def _measure(run: PassFunction, pairs: Pairs) -> Usage:
     mx.synchronize()
     mx.clear_cache()
     before = mx.get_active_memory()
@@ -172,7 +184,7 @@ def _measured(run: Run, pairs: Pairs) -> Cost:
     began = perf_counter()
     mx.eval(run(pairs))
     seconds = perf_counter() - began
-    return Cost(mx.get_peak_memory() - before, seconds)
+    return Usage(mx.get_peak_memory() - before, seconds)
 
 
 @contextmanager
@@ -188,14 +200,16 @@ def _as_it_was(policy: nn.Module) -> Iterator[None]:
             module.train(mode)
 
 
-EVIDENT = 0.15  # of what a block keeps: a smaller part that grows with the square is noise
+QUADRATIC_THRESHOLD = (
+    0.15  # of what a block keeps: a smaller part that grows with the square is noise
+)
 
 
 @dataclass(frozen=True)
-class Sized:
+class ProfilePoint:
     """A measured pass: so many pairs, and the tokens of each."""
 
-    cost: PassCost
+    cost: PassProfile
     pairs: int
     tokens: float
 
@@ -206,7 +220,7 @@ class Sized:
 
 
 @dataclass(frozen=True)
-class Growth:
+class MemoryCurve:
     """Bytes of a pass over `pairs` pairs of `tokens` tokens each, t = tokens, m = pairs:
 
     outside + slope m t + blocks m (linear t + square t^2)
@@ -224,17 +238,17 @@ class Growth:
         return self.outside + self.slope * pairs * tokens + self.blocks * pairs * kept
 
 
-def growth(long: Sized, short: Sized) -> Growth:
+def fit_memory_curve(long: ProfilePoint, short: ProfilePoint) -> MemoryCurve:
     """The curve through both: a line, unless a part that grows with the square is evident."""
     square = 0.0
     if long.tokens > short.tokens:
         square = max(0.0, (long.kept - short.kept) / (long.tokens - short.tokens))
-    if square * long.tokens < EVIDENT * long.kept:
+    if square * long.tokens < QUADRATIC_THRESHOLD * long.kept:
         square = 0.0
     more = long.pairs * long.tokens - short.pairs * short.tokens
     gained = long.cost.outside.bytes - short.cost.outside.bytes
     slope = max(0.0, gained / more) if more > 0 else 0.0
-    return Growth(
+    return MemoryCurve(
         outside=long.cost.outside.bytes - slope * long.pairs * long.tokens,
         slope=slope,
         linear=long.kept - square * long.tokens,
@@ -243,7 +257,7 @@ def growth(long: Sized, short: Sized) -> Growth:
     )
 
 
-def largest(fits: Callable[[int], bool], *, most: int) -> int:
+def largest_that_fits(fits: Callable[[int], bool], *, most: int) -> int:
     """The largest number up to `most` that fits, 0 if not even 1 does."""
     low, high = 0, most
     while low < high:

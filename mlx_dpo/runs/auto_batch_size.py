@@ -13,11 +13,11 @@ from mlx_dpo.errors import ConfigError
 from mlx_dpo.models.device import device_kind
 from mlx_dpo.models.load import Base
 from mlx_dpo.profiling import memory
-from mlx_dpo.profiling.memory import Room, room_here
-from mlx_dpo.profiling.profile import PassCost, Step, rehearse_step
+from mlx_dpo.profiling.memory import MemoryBudget, available_memory
+from mlx_dpo.profiling.profile import PassProfile, TrainingPass, profile_training_pass
 from mlx_dpo.runs.build import make_objective, remembered
 from mlx_dpo.runs.inputs import Inputs
-from mlx_dpo.scoring.select_scorer import Choice
+from mlx_dpo.scoring.select_scorer import ScorerChoice
 from mlx_dpo.training.global_batch import single
 from mlx_dpo.types import TokenizedPair
 
@@ -35,10 +35,10 @@ class Fitted:
 
     config: DPOConfig
     bytes: int
-    room: Room
+    room: MemoryBudget
     is_bound: bool = False  # a rough bound; nothing was measured
     instead_of: "Fitted | None" = None  # what was preferred and does not fit
-    cost: PassCost | None = None
+    cost: PassProfile | None = None
     kept: bool = False  # decided when the run began
 
     @property
@@ -75,7 +75,7 @@ def gigabytes(count: float) -> str:
 def settle(
     inputs: Inputs,
     config: DPOConfig,
-    choice: Choice,
+    choice: ScorerChoice,
     earlier: Mapping[str, Any] | None,
     force: bool,
 ) -> Fitted:
@@ -86,14 +86,14 @@ def settle(
     """
     settled = (earlier or {}).get("settled")
     if settled is not None:  # so that it goes on bit for bit
-        return Fitted(replace(config, **settled), 0, room_here(), kept=True)
-    fitted = fit(inputs.base, config, choice, inputs.train, room=room_here(), measure=False)
+        return Fitted(replace(config, **settled), 0, available_memory(), kept=True)
+    fitted = fit(inputs.base, config, choice, inputs.train, room=available_memory(), measure=False)
     if not force:
         _refuse_too_large(fitted, longest_row(inputs.train))
     return fitted
 
 
-def longest_pass(config: DPOConfig, choice: Choice, pairs: Pairs) -> list[TokenizedPair]:
+def longest_pass(config: DPOConfig, choice: ScorerChoice, pairs: Pairs) -> list[TokenizedPair]:
     """The pass that needs most: the longest pairs that may go through together."""
     longest = longest_pairs(config.batch_size, pairs)
     if config.labelled:  # only a token of what an answer is held against goes both ways
@@ -103,19 +103,25 @@ def longest_pass(config: DPOConfig, choice: Choice, pairs: Pairs) -> list[Tokeni
     return largest_pass(longest, config.pass_limit, cost=choice.cost)
 
 
-def rehearsed(base: Base, config: DPOConfig, choice: Choice, pairs: Pairs) -> PassCost:
+def rehearsed(base: Base, config: DPOConfig, choice: ScorerChoice, pairs: Pairs) -> PassProfile:
     """What a training pass over `pairs` costs, adapters attached."""
-    step = Step(
+    step = TrainingPass(
         scorer=choice.scorer,
         objective=make_objective(config),
         accumulates=config.batch_size > len(pairs),
         recompute=bool(config.recompute),
     )
-    return rehearse_step(base.model, pairs, step, memory=room_here().bytes)
+    return profile_training_pass(base.model, pairs, step, memory=available_memory().bytes)
 
 
 def fit(
-    base: Base, config: DPOConfig, choice: Choice, pairs: Pairs, *, room: Room, measure: bool
+    base: Base,
+    config: DPOConfig,
+    choice: ScorerChoice,
+    pairs: Pairs,
+    *,
+    room: MemoryBudget,
+    measure: bool,
 ) -> Fitted:
     """The first of the possible settings that fits, or the one that needs least if none does.
 
@@ -125,7 +131,7 @@ def fit(
     preferred, *others = possible(config)
     longest = longest_pass(preferred, choice, pairs)
     state = remembered(base.model, config)
-    bound = memory.at_most(
+    bound = memory.step_peak_upper_bound(
         base.model, base.config, longest, vocab_size=base.vocab_size, state=state
     )
     if not measure and bound is not None and SPARE * bound <= room.bytes:
@@ -167,9 +173,11 @@ def _refuse_too_large(fitted: Fitted, longest: int) -> None:
     )
 
 
-def _measured(base: Base, config: DPOConfig, choice: Choice, pairs: Pairs, room: Room) -> Fitted:
+def _measured(
+    base: Base, config: DPOConfig, choice: ScorerChoice, pairs: Pairs, room: MemoryBudget
+) -> Fitted:
     cost = rehearsed(base, config, choice, longest_pass(config, choice, pairs))
-    peak = memory.step_peak(base.model, cost.bytes, remembered(base.model, config))
+    peak = memory.step_peak_bytes(base.model, cost.bytes, remembered(base.model, config))
     return Fitted(config, peak, room, cost=cost)
 
 

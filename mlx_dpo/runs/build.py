@@ -20,9 +20,9 @@ from mlx_dpo.errors import ConfigError
 from mlx_dpo.models.device import on_cpu
 from mlx_dpo.models.load import Base
 from mlx_dpo.profiling.memory import trainable_bytes
-from mlx_dpo.scoring.memory_saving import sparing_memory
-from mlx_dpo.scoring.scorers import Score, on_policy_weights, score_pairs
-from mlx_dpo.scoring.select_scorer import Choice, Wanted, choose
+from mlx_dpo.scoring.memory_saving import memory_efficient_training
+from mlx_dpo.scoring.scorers import DatasetScorer, on_policy_weights, score_pairs
+from mlx_dpo.scoring.select_scorer import ScorerChoice, ScorerSetting, select_scorer
 from mlx_dpo.training import optimizers
 from mlx_dpo.training.loop import Plan
 from mlx_dpo.training.lr_schedule import learning_rate
@@ -105,20 +105,20 @@ def remembered(policy: nn.Module, config: DPOConfig) -> int:
     return optimizers.state_bytes(make_optimizer(policy, config)) + moving
 
 
-def choose_scorer(base: Base, config: DPOConfig) -> Choice:
+def choose_scorer(base: Base, config: DPOConfig) -> ScorerChoice:
     """How the pairs of a run are scored; adapters have to be attached.
 
     Raises:
         ModelError: a scorer is wanted that is not exact for this model.
     """
-    wanted = cast(Wanted, config.scorer)
-    with sparing_memory(base.model, recompute=bool(config.recompute)):  # as in training
-        return choose(
+    wanted = cast(ScorerSetting, config.scorer)
+    with memory_efficient_training(base.model, recompute=bool(config.recompute)):  # as in training
+        return select_scorer(
             base.model, vocab_size=base.vocab_size, wanted=wanted, ld_alpha=config.ld_alpha
         )
 
 
-def forward_limit(config: DPOConfig, choice: Choice) -> PassLimit:
+def forward_limit(config: DPOConfig, choice: ScorerChoice) -> PassLimit:
     """The most that one pass without gradients holds."""
     # Whole rows of logits, or a training pass that keeps no more either, leave no room for it;
     # and on the CPU larger arrays leave its caches, so that long pairs take four times as long.
@@ -127,7 +127,7 @@ def forward_limit(config: DPOConfig, choice: Choice) -> PassLimit:
     return config.pass_limit.times(FORWARD_ONLY if more else 1)
 
 
-def forward_only(config: DPOConfig, choice: Choice) -> Score:
+def forward_only(config: DPOConfig, choice: ScorerChoice) -> DatasetScorer:
     """How the reference is asked and the policy is measured."""
     return partial(
         score_pairs,
@@ -137,7 +137,7 @@ def forward_only(config: DPOConfig, choice: Choice) -> Score:
     )
 
 
-def weigher(config: DPOConfig, choice: Choice) -> OnPolicy | None:
+def weigher(config: DPOConfig, choice: ScorerChoice) -> OnPolicy | None:
     """How pairs are weighed by what the policy would write itself; None unless asked for."""
     if not config.use_weighting:
         return None
@@ -155,7 +155,9 @@ def make_objective(config: DPOConfig) -> Objective:
     return Objective(**{f.name: getattr(config, f.name) for f in fields(Objective)})
 
 
-def make_moving(policy: nn.Module, config: DPOConfig, choice: Choice) -> MovingReference | None:
+def make_moving(
+    policy: nn.Module, config: DPOConfig, choice: ScorerChoice
+) -> MovingReference | None:
     """A reference that follows the policy, which is as it starts; None unless asked for."""
     if not config.sync_ref_model:
         return None
@@ -191,7 +193,7 @@ def make_plan(
     pairs: Sequence[TokenizedPair],
     reference: PairLogps,
     *,
-    choice: Choice,
+    choice: ScorerChoice,
     total_steps: int,
     moving: MovingReference | None = None,
 ) -> Plan:

@@ -14,7 +14,7 @@ from mlx_dpo.data.batching import steps_per_epoch
 from mlx_dpo.data.tokenization.cache import CountingRows
 from mlx_dpo.errors import ConfigError, TrainingError
 from mlx_dpo.losses.metrics import named, step_row
-from mlx_dpo.profiling.memory import bounded_buffers
+from mlx_dpo.profiling.memory import limited_buffers
 from mlx_dpo.reporting.metrics_log import MetricsLog, read_rows, timed
 from mlx_dpo.reporting.trackers.base import Sinks
 from mlx_dpo.runs.auto_batch_size import settle
@@ -46,7 +46,7 @@ from mlx_dpo.runs.inputs import Inputs, read_inputs, unheard
 from mlx_dpo.runs.reference import Counting, ask_other, ask_reference, uncounted
 from mlx_dpo.runs.save_peft import ship
 from mlx_dpo.runs.trackers import check_sinks, make_monitor, open_sinks
-from mlx_dpo.scoring.kernels.gated_delta import fused_gated_delta
+from mlx_dpo.scoring.kernels.gated_delta import use_fused_gated_delta
 from mlx_dpo.training import checkpoint, loop
 from mlx_dpo.training.logps_cache import read_logps, write_logps
 from mlx_dpo.training.objective import evaluate
@@ -93,7 +93,7 @@ class Run:
         refuse_foreign_folder(self.paths)
         with ExitStack() as stack:
             stack.enter_context(claimed(self.paths))
-            stack.enter_context(bounded_buffers())
+            stack.enter_context(limited_buffers())
             stack.push(lambda kind, error, trace: self.sinks.close(whole=kind is None))
             self.earlier = read_record(self.paths)
             if self.earlier is not None:
@@ -144,7 +144,7 @@ class Run:
             ConfigError: no pass that the settings allow fits into memory.
         """
         self.policy = self.inputs.base.model
-        self._open.enter_context(fused_gated_delta(self.policy))
+        self._open.enter_context(use_fused_gated_delta(self.policy))
         self.adapter_config = attach_adapters(self.inputs.base, self.config)
         self.choice = choose_scorer(self.inputs.base, self.config)
         self.fitted = settle(self.inputs, self.config, self.choice, self.earlier, self.force)

@@ -28,8 +28,8 @@ from mlx_dpo.runs.inputs import (
 )
 from mlx_dpo.runs.reference import ask_about, ask_reference, load_other, uncounted
 from mlx_dpo.saved_runs.open import Opened, open_run, put_policy, put_reference
-from mlx_dpo.scoring.kernels.gated_delta import fused_gated_delta
-from mlx_dpo.scoring.scorers import Score
+from mlx_dpo.scoring.kernels.gated_delta import use_fused_gated_delta
+from mlx_dpo.scoring.scorers import DatasetScorer
 from mlx_dpo.training import checkpoint
 from mlx_dpo.training.objective import evaluate
 from mlx_dpo.types import PairLogps, PreferenceMetrics, TokenizedPair
@@ -110,7 +110,7 @@ def _metrics(
     pairs: Sequence[TokenizedPair],
 ) -> PreferenceMetrics:
     config = run.config
-    with fused_gated_delta(base.model):
+    with use_fused_gated_delta(base.model):
         put_reference(run, base)
         choice = choose_scorer(base, config)
         score = forward_only(config, choice)
@@ -126,7 +126,9 @@ def _metrics(
         )
 
 
-def _reference(run: Opened, base: Base, pairs: Sequence[TokenizedPair], score: Score) -> PairLogps:
+def _reference(
+    run: Opened, base: Base, pairs: Sequence[TokenizedPair], score: DatasetScorer
+) -> PairLogps:
     """What the run's reference says of the pairs; `base` is put as it. (len(pairs),) each"""
     config = run.config
     if not make_objective(config).needs_reference:

@@ -11,16 +11,16 @@ from typing import Any, NoReturn
 import mlx.core as mx
 import mlx.nn as nn
 
-TRUNKS = ("model", "transformer", "backbone")
-WRAPPED = "language_model"  # where models that also see images keep the part that reads
+BACKBONE_NAMES = ("model", "transformer", "backbone")
+LANGUAGE_MODEL = "language_model"  # where models that also see images keep the part that reads
 
 
-class NotSplitError(Exception):
+class UnsupportedModelError(Exception):
     """The model has no trunk that can be taken from its head; says why."""
 
 
 @dataclass(frozen=True)
-class Halves:
+class ModelParts:
     """A causal language model and the name of its trunk. Weights are read when called."""
 
     outer: nn.Module
@@ -38,13 +38,13 @@ class Halves:
         trunk = getattr(self.outer, self.trunk)
 
         def leave(*args: Any, **kwargs: Any) -> NoReturn:
-            raise _TrunkDoneError(trunk(*args, **kwargs))
+            raise _BackboneOutputError(trunk(*args, **kwargs))
 
         try:
             self._run(leave, tokens, cache=caches)
-        except _TrunkDoneError as done:
+        except _BackboneOutputError as done:
             return done.hidden()
-        raise NotSplitError(f"the model does not call its `{self.trunk}`")
+        raise UnsupportedModelError(f"the model does not call its `{self.trunk}`")
 
     def logits(self, hidden: mx.array) -> mx.array:
         """The head alone. (B, T, D) -> (B, T, V)"""
@@ -53,36 +53,38 @@ class Halves:
 
     def _run(self, trunk: Any, tokens: mx.array, **more: Any) -> mx.array:
         real = getattr(self.outer, self.trunk)
-        outer = _Stand(self.outer, **{self.trunk: _Stand(real, _call=trunk)})
+        outer = _ModuleProxy(self.outer, **{self.trunk: _ModuleProxy(real, _call=trunk)})
         return type(self.outer).__call__(outer, tokens, **more)
 
 
-def split(model: nn.Module) -> Halves:
+def split_backbone(model: nn.Module) -> ModelParts:
     """Find the trunk of `model`.
 
     Raises:
         NotSplitError: there is none under the names that mlx-lm uses.
     """
     blocks = tuple(getattr(model, "layers", ()))
-    while isinstance(getattr(model, WRAPPED, None), nn.Module):
-        model = getattr(model, WRAPPED)
-    for name in TRUNKS:
+    while isinstance(getattr(model, LANGUAGE_MODEL, None), nn.Module):
+        model = getattr(model, LANGUAGE_MODEL)
+    for name in BACKBONE_NAMES:
         if isinstance(getattr(model, name, None), nn.Module):
-            return Halves(model, name, blocks)
-    raise NotSplitError(f"no trunk named {', '.join(f'`{name}`' for name in TRUNKS)}")
+            return ModelParts(model, name, blocks)
+    raise UnsupportedModelError(
+        f"no trunk named {', '.join(f'`{name}`' for name in BACKBONE_NAMES)}"
+    )
 
 
-class _TrunkDoneError(Exception):
+class _BackboneOutputError(Exception):
     """Leaves the model's `__call__` with the trunk's output, before the head is run on it."""
 
     def hidden(self) -> mx.array:
         [output] = self.args
         if not isinstance(output, mx.array) or output.ndim != 3:
-            raise NotSplitError("the trunk gives more than one array of hidden states")
+            raise UnsupportedModelError("the trunk gives more than one array of hidden states")
         return output
 
 
-class _Stand:
+class _ModuleProxy:
     """A module with some attributes replaced, `_call` being what calls it; it stays untouched."""
 
     _call: Callable[..., Any]

@@ -10,38 +10,42 @@ import mlx.core as mx
 from mlx.utils import tree_unflatten
 
 from mlx_dpo.io import Arrays, flat
-from mlx_dpo.scoring.backbone import Halves
-from mlx_dpo.scoring.logps import alignments, log_sum_exp
+from mlx_dpo.scoring.backbone import ModelParts
+from mlx_dpo.scoring.logps import log_weights, logsumexp
 
-CHUNK_BYTES = 32 * 2**20  # one float32 array of logits; MLX has about ten of them in flight
+LOGITS_BYTES_PER_CHUNK = (
+    32 * 2**20
+)  # one float32 array of logits; MLX has about ten of them in flight
 
-Of = Callable[[Halves, mx.array, mx.array], mx.array]  # of a chunk. (n, D), (n,) -> (n,)
+ChunkFunction = Callable[
+    [ModelParts, mx.array, mx.array], mx.array
+]  # of a chunk. (n, D), (n,) -> (n,)
 
 
-def row_logps(
-    halves: Halves, hidden: mx.array, targets: mx.array, *, vocab_size: int, gradients: bool
+def chunked_logps(
+    halves: ModelParts, hidden: mx.array, targets: mx.array, *, vocab_size: int, gradients: bool
 ) -> mx.array:
     """log p(target | hidden state) of each row. (n, D), (n,) -> (n,) float32
 
     Without `gradients` the value alone is right.
     """
-    chunks = _chunks(len(targets), vocab_size)
+    chunks = _row_chunks(len(targets), vocab_size)
     if not gradients:
-        return mx.stop_gradient(_values(halves, hidden, targets, chunks))
-    if weights := head_weights(halves):
-        return _recomputed(halves, weights, hidden, targets, chunks)
-    return _with_slopes(halves, hidden, targets, chunks)
+        return mx.stop_gradient(_map_chunks(halves, hidden, targets, chunks))
+    if weights := trainable_head_parameters(halves):
+        return _logps_with_recomputed_gradient(halves, weights, hidden, targets, chunks)
+    return _logps_with_saved_gradient(halves, hidden, targets, chunks)
 
 
-def row_alignments(
-    halves: Halves, hidden: mx.array, targets: mx.array, *, vocab_size: int
+def chunked_log_weights(
+    halves: ModelParts, hidden: mx.array, targets: mx.array, *, vocab_size: int
 ) -> mx.array:
     """`logps.token_alignments` of each row, the value alone. (n, D), (n,) -> (n,) float32"""
-    chunks = _chunks(len(targets), vocab_size)
-    return mx.stop_gradient(_values(halves, hidden, targets, chunks, of=_alignments))
+    chunks = _row_chunks(len(targets), vocab_size)
+    return mx.stop_gradient(_map_chunks(halves, hidden, targets, chunks, of=_chunk_log_weights))
 
 
-def head_weights(halves: Halves) -> Arrays:
+def trainable_head_parameters(halves: ModelParts) -> Arrays:
     """What is trained outside the blocks, and so may be part of the head, by name."""
     blocks = {id(block) for block in halves.blocks}
     modules = halves.outer.named_modules()
@@ -50,42 +54,47 @@ def head_weights(halves: Halves) -> Arrays:
     return {name: value for name, value in trained.items() if not name.startswith(inside)}
 
 
-def _chunks(count: int, vocab_size: int) -> list[slice]:
+def _row_chunks(count: int, vocab_size: int) -> list[slice]:
     """Slices of like size that cover `count` rows, each within CHUNK_BYTES of logits."""
-    most = max(1, CHUNK_BYTES // (vocab_size * mx.float32.size))
+    most = max(1, LOGITS_BYTES_PER_CHUNK // (vocab_size * mx.float32.size))
     size = -(-count // -(-count // most))
     return [slice(start, start + size) for start in range(0, count, size)]
 
 
-def _after(value: mx.array, earlier: Iterable[mx.array]) -> mx.array:
+def _evaluated_after(value: mx.array, earlier: Iterable[mx.array]) -> mx.array:
     """`value`, not to be used before `earlier` is there: MLX would begin all chunks at once."""
     before = list(earlier)
     return mx.depends([value], before)[0] if before else value
 
 
-def _logps(halves: Halves, hidden: mx.array, targets: mx.array) -> mx.array:
+def _chunk_logps(halves: ModelParts, hidden: mx.array, targets: mx.array) -> mx.array:
     """One chunk. (n, D), (n,) -> (n,) float32"""
     logits = halves.logits(hidden[None])[0].astype(mx.float32)
     picked = mx.take_along_axis(logits, targets[:, None], axis=-1).squeeze(-1)
-    return picked - log_sum_exp(logits)
+    return picked - logsumexp(logits)
 
 
-def _alignments(halves: Halves, hidden: mx.array, targets: mx.array) -> mx.array:
+def _chunk_log_weights(halves: ModelParts, hidden: mx.array, targets: mx.array) -> mx.array:
     """One chunk. (n, D), (n,) -> (n,) float32"""
-    return alignments(halves.logits(hidden[None])[0].astype(mx.float32), targets)
+    return log_weights(halves.logits(hidden[None])[0].astype(mx.float32), targets)
 
 
-def _values(
-    halves: Halves, hidden: mx.array, targets: mx.array, chunks: list[slice], *, of: Of = _logps
+def _map_chunks(
+    halves: ModelParts,
+    hidden: mx.array,
+    targets: mx.array,
+    chunks: list[slice],
+    *,
+    of: ChunkFunction = _chunk_logps,
 ) -> mx.array:
     parts: list[mx.array] = []
     for rows in chunks:
-        parts.append(of(halves, _after(hidden[rows], parts[-1:]), targets[rows]))
+        parts.append(of(halves, _evaluated_after(hidden[rows], parts[-1:]), targets[rows]))
     return mx.concatenate(parts)
 
 
-def _with_slopes(
-    halves: Halves, hidden: mx.array, targets: mx.array, chunks: list[slice]
+def _logps_with_saved_gradient(
+    halves: ModelParts, hidden: mx.array, targets: mx.array, chunks: list[slice]
 ) -> mx.array:
     """For a frozen head: the slope towards the hidden states comes from the same pass.
 
@@ -96,8 +105,8 @@ def _with_slopes(
     values: list[mx.array] = []
     slopes: list[mx.array] = []
     for rows in chunks:
-        chunk = _after(detached[rows], [*values[-1:], *slopes[-1:]])
-        value, slope = _value_and_slope(halves, chunk, targets[rows])
+        chunk = _evaluated_after(detached[rows], [*values[-1:], *slopes[-1:]])
+        value, slope = _chunk_logps_and_gradient(halves, chunk, targets[rows])
         values.append(value)
         slopes.append(slope)
     slope = mx.stop_gradient(mx.concatenate(slopes)).astype(mx.float32)
@@ -106,18 +115,18 @@ def _with_slopes(
     return mx.stop_gradient(mx.concatenate(values)) + carried
 
 
-def _value_and_slope(
-    halves: Halves, hidden: mx.array, targets: mx.array
+def _chunk_logps_and_gradient(
+    halves: ModelParts, hidden: mx.array, targets: mx.array
 ) -> tuple[mx.array, mx.array]:
     """One chunk: log-probabilities, and the gradient of each. (n,), (n, D)"""
     # A row's value depends on its own hidden state alone: ones give every row's gradient.
     ones = mx.ones(targets.shape)
-    [value], [slope] = mx.vjp(lambda rows: _logps(halves, rows, targets), [hidden], [ones])
+    [value], [slope] = mx.vjp(lambda rows: _chunk_logps(halves, rows, targets), [hidden], [ones])
     return value, slope
 
 
-def _recomputed(
-    halves: Halves, weights: Arrays, hidden: mx.array, targets: mx.array, chunks: list[slice]
+def _logps_with_recomputed_gradient(
+    halves: ModelParts, weights: Arrays, hidden: mx.array, targets: mx.array, chunks: list[slice]
 ) -> mx.array:
     """For a head that is trained: each chunk is computed again when gradients are wanted.
 
@@ -129,7 +138,7 @@ def _recomputed(
         held = flat(halves.outer.trainable_parameters())
         halves.outer.update(tree_unflatten(list(zip(weights, values, strict=True))))
         try:
-            return _logps(halves, chunk, targets[rows])
+            return _chunk_logps(halves, chunk, targets[rows])
         finally:
             halves.outer.update(tree_unflatten([(name, held[name]) for name in weights]))
 
@@ -137,7 +146,7 @@ def _recomputed(
     def forward(values: list[mx.array], hidden: mx.array) -> mx.array:
         parts: list[mx.array] = []
         for rows in chunks:
-            parts.append(with_weights(values, _after(hidden[rows], parts[-1:]), rows))
+            parts.append(with_weights(values, _evaluated_after(hidden[rows], parts[-1:]), rows))
         return mx.concatenate(parts)
 
     @forward.vjp
@@ -145,7 +154,7 @@ def _recomputed(
         values, hidden = primals
         totals, slopes = [mx.zeros_like(value) for value in values], [output]
         for rows in chunks:
-            chunk = _after(hidden[rows], [slopes[-1], *totals])
+            chunk = _evaluated_after(hidden[rows], [slopes[-1], *totals])
             _, gradients = mx.vjp(
                 lambda *given, rows=rows: with_weights(list(given[:-1]), given[-1], rows),
                 [*values, chunk],

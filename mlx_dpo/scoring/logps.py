@@ -14,22 +14,22 @@ from mlx_dpo.scoring.kernels.attention import exp
 from mlx_dpo.types import PairBatch, PairLogps
 
 
-def log_sum_exp(logits: mx.array) -> mx.array:
+def logsumexp(logits: mx.array) -> mx.array:
     """log of the sum of exponentials over the last axis, for float32 logits. (..., V) -> (...)
 
     MLX's CPU backend adds one term after another, so that small ones vanish beside the
     sum: 7e-4 nats a token at V = 152k. Adding in pieces of about sqrt(V) leaves 2e-6.
     A GPU adds in parallel and has no such error.
     """
-    return in_pieces(logits) if on_cpu() else mx.logsumexp(logits, axis=-1)
+    return blockwise_logsumexp(logits) if on_cpu() else mx.logsumexp(logits, axis=-1)
 
 
-def in_pieces(logits: mx.array) -> mx.array:
+def blockwise_logsumexp(logits: mx.array) -> mx.array:
     """`log_sum_exp` by a sum of sums, with its own gradient. (..., V) -> (...)"""
     fixed = mx.stop_gradient(logits)
     top = fixed.max(axis=-1, keepdims=True)
     terms = exp(fixed - top)
-    total = _sum_of_sums(terms)
+    total = _blockwise_sum(terms)
     return cast(mx.array, _log_of_sum(logits, top, terms, total))
 
 
@@ -46,7 +46,7 @@ def _log_of_sum_vjp(primals: Any, cotangent: mx.array, output: mx.array) -> Any:
     return terms * (cotangent / total)[..., None], *[mx.zeros_like(value) for value in fixed]
 
 
-def _sum_of_sums(terms: mx.array) -> mx.array:
+def _blockwise_sum(terms: mx.array) -> mx.array:
     """Over the last axis. (..., V) -> (...)"""
     vocab = terms.shape[-1]
     width = math.isqrt(vocab)
@@ -65,22 +65,22 @@ def token_logps(model: CausalLM, tokens: mx.array) -> mx.array:
     """
     logits = model(tokens[:, :-1]).astype(mx.float32)
     picked = mx.take_along_axis(logits, tokens[:, 1:, None], axis=-1).squeeze(-1)
-    return picked - log_sum_exp(logits)
+    return picked - logsumexp(logits)
 
 
-def token_alignments(model: CausalLM, tokens: mx.array) -> mx.array:
+def token_log_weights(model: CausalLM, tokens: mx.array) -> mx.array:
     """Of every token but the first, how likely it is beside one that the model would draw:
     log p(token) - log of the sum of p(v)^2 over the vocabulary. (N, T) -> (N, T - 1) float32
 
     Source: WPO, Zhou et al. 2024, arXiv:2406.11827, Eq. 2.
     """
-    return alignments(model(tokens[:, :-1]).astype(mx.float32), tokens[:, 1:])
+    return log_weights(model(tokens[:, :-1]).astype(mx.float32), tokens[:, 1:])
 
 
-def alignments(logits: mx.array, targets: mx.array) -> mx.array:
+def log_weights(logits: mx.array, targets: mx.array) -> mx.array:
     """`token_alignments` of logits. (..., V) float32, (...) -> (...)"""
     picked = mx.take_along_axis(logits, targets[..., None], axis=-1).squeeze(-1)
-    return picked + log_sum_exp(logits) - log_sum_exp(2 * logits)
+    return picked + logsumexp(logits) - logsumexp(2 * logits)
 
 
 def completion_logps(
@@ -96,12 +96,12 @@ def completion_logps(
     scored = batch.completion_mask[:, 1:]
     logps = token_logps(model, batch.tokens)
     if ld_alpha is not None:
-        logps = mx.where(_within_both(scored), logps, ld_alpha * logps)
+        logps = mx.where(_within_shorter_completion(scored), logps, ld_alpha * logps)
     # `where`, not a product: an infinite log-probability under the mask must not become NaN.
     return mx.where(scored, logps, 0.0).sum(axis=-1)
 
 
-def _within_both(scored: mx.array) -> mx.array:
+def _within_shorter_completion(scored: mx.array) -> mx.array:
     """Whether a token lies within the length of the shorter completion of its pair. (N, T)"""
     chosen, rejected = mx.split(scored.sum(axis=-1), 2)
     shorter = mx.minimum(chosen, rejected)
@@ -114,9 +114,9 @@ def pair_logps(model: CausalLM, batch: PairBatch, *, ld_alpha: float | None = No
     return PairLogps(chosen, rejected)
 
 
-def pair_alignments(model: CausalLM, batch: PairBatch) -> PairLogps:
+def pair_log_weights(model: CausalLM, batch: PairBatch) -> PairLogps:
     """Means of `token_alignments` over each completion. (B,) each"""
     scored = batch.completion_mask[:, 1:]
-    sums = mx.where(scored, token_alignments(model, batch.tokens), 0.0).sum(axis=-1)
+    sums = mx.where(scored, token_log_weights(model, batch.tokens), 0.0).sum(axis=-1)
     chosen, rejected = mx.split(sums / scored.sum(axis=-1), 2)
     return PairLogps(chosen, rejected)

@@ -24,12 +24,12 @@ from mlx_dpo.data.batching import (
     whole_rows,
 )
 from mlx_dpo.errors import TrainingError
-from mlx_dpo.scoring.backbone import split
-from mlx_dpo.scoring.lm_head import row_alignments, row_logps
-from mlx_dpo.scoring.logps import pair_alignments, pair_logps
-from mlx_dpo.scoring.memory_saving import without_gradients
-from mlx_dpo.scoring.packing import predicting_rows_of_tree
-from mlx_dpo.scoring.shared_prefix import predicting_rows
+from mlx_dpo.scoring.backbone import split_backbone
+from mlx_dpo.scoring.lm_head import chunked_log_weights, chunked_logps
+from mlx_dpo.scoring.logps import pair_log_weights, pair_logps
+from mlx_dpo.scoring.memory_saving import fast_inference
+from mlx_dpo.scoring.packing import packed_hidden_states
+from mlx_dpo.scoring.shared_prefix import completion_hidden_states
 from mlx_dpo.types import PairLogps, TokenizedPair
 
 Scorer = Callable[[nn.Module, Sequence[TokenizedPair]], PairLogps]  # (B,) float32 each
@@ -46,56 +46,63 @@ def plain_scorer(
         return pair_logps(model, collate(pairs), ld_alpha=ld_alpha)
 
 
-def plain_alignments(model: nn.Module, pairs: Sequence[TokenizedPair]) -> PairLogps:
+def plain_log_weights(model: nn.Module, pairs: Sequence[TokenizedPair]) -> PairLogps:
     """In place of log-probabilities, means of `logps.token_alignments` over each completion:
     what WPO weighs pairs by. (B,) each
     """
     with narrowed(model):
-        return pair_alignments(model, collate(pairs))
+        return pair_log_weights(model, collate(pairs))
 
 
 # How pairs that share their prompts go through a model together: behind one another in a row,
 # as a batch whose prompts are padded, or as batches of those with equally long prompts.
-Way = Literal["row", "batch", "lengths"]
+Packing = Literal["row", "batch", "lengths"]
 
-COSTS: dict[Way, Cost] = {
+TOKEN_COUNTS: dict[Packing, Cost] = {
     "row": one_row,
     "batch": partial(shared_prompts, together=True),
     "lengths": partial(shared_prompts, together=False),
 }
 
 
-def make_shared(
-    *, vocab_size: int, gradients: bool, way: Way, ld_alpha: float | None = None
+def make_shared_scorer(
+    *, vocab_size: int, gradients: bool, way: Packing, ld_alpha: float | None = None
 ) -> Scorer:
     """A scorer that runs each prompt once, and the head only where a token is scored.
 
     Without `gradients` the values alone are right. For models that `policy.probe` has found
     it exact for.
     """
-    values = partial(row_logps, vocab_size=vocab_size, gradients=gradients)
-    return partial(_shared, way=way, values=values, total=partial(_sum, ld_alpha=ld_alpha))
+    values = partial(chunked_logps, vocab_size=vocab_size, gradients=gradients)
+    return partial(
+        _score_with_shared_prompts,
+        way=way,
+        values=values,
+        total=partial(_sum_logps, ld_alpha=ld_alpha),
+    )
 
 
-def make_shared_alignments(*, vocab_size: int, way: Way) -> Scorer:
+def make_shared_log_weights(*, vocab_size: int, way: Packing) -> Scorer:
     """`plain_alignments` where each prompt runs once."""
-    values = partial(row_alignments, vocab_size=vocab_size)
-    return partial(_shared, way=way, values=values, total=lambda part, shorter: part.mean())
+    values = partial(chunked_log_weights, vocab_size=vocab_size)
+    return partial(
+        _score_with_shared_prompts, way=way, values=values, total=lambda part, shorter: part.mean()
+    )
 
 
-def _shared(
+def _score_with_shared_prompts(
     model: nn.Module,
     pairs: Sequence[TokenizedPair],
     *,
-    way: Way,
+    way: Packing,
     values: Callable[..., mx.array],
     total: Callable[[mx.array, int], mx.array],
 ) -> PairLogps:
     """`values` of all rows that predict, and the `total` of them over each completion, given
     the length of the shorter one of the pair. (B,) each
     """
-    predicting = predicting_rows_of_tree if way == "row" else predicting_rows
-    groups = _groups(pairs, by_length=way == "lengths")
+    predicting = packed_hidden_states if way == "row" else completion_hidden_states
+    groups = _batches(pairs, by_length=way == "lengths")
     completions = [
         (completion, min(len(pairs[i].chosen), len(pairs[i].rejected)))
         for group in groups
@@ -105,22 +112,22 @@ def _shared(
     ]
     targets = mx.array([token for completion, _ in completions for token in completion])
     with narrowed(model):
-        halves = split(model)
+        halves = split_backbone(model)
         hidden = [predicting(model, halves, [pairs[i] for i in group]) for group in groups]
         found = values(halves, mx.concatenate(hidden), targets)
     ends = list(itertools.accumulate(len(completion) for completion, _ in completions))
     parts = zip(mx.split(found, ends[:-1]), completions, strict=True)
-    return _by_pair([total(part, shorter) for part, (_, shorter) in parts], groups)
+    return _in_pair_order([total(part, shorter) for part, (_, shorter) in parts], groups)
 
 
-def _sum(logps: mx.array, shorter: int, *, ld_alpha: float | None) -> mx.array:
+def _sum_logps(logps: mx.array, shorter: int, *, ld_alpha: float | None) -> mx.array:
     """Over a completion; what is beyond the shorter one of its pair counts `ld_alpha` times. ()"""
     if ld_alpha is None:
         return logps.sum()
     return logps[:shorter].sum() + ld_alpha * logps[shorter:].sum()
 
 
-def _groups(pairs: Sequence[TokenizedPair], *, by_length: bool) -> list[list[int]]:
+def _batches(pairs: Sequence[TokenizedPair], *, by_length: bool) -> list[list[int]]:
     """Positions of the pairs that go through the model as one batch."""
     groups: dict[int, list[int]] = {}
     for position, pair in enumerate(pairs):
@@ -128,7 +135,7 @@ def _groups(pairs: Sequence[TokenizedPair], *, by_length: bool) -> list[list[int
     return list(groups.values())
 
 
-def _by_pair(sums: Sequence[mx.array], groups: Sequence[Sequence[int]]) -> PairLogps:
+def _in_pair_order(sums: Sequence[mx.array], groups: Sequence[Sequence[int]]) -> PairLogps:
     """Sums that come as chosen, then rejected, of each group, in the order of the pairs."""
     chosen: dict[int, mx.array] = {}
     rejected: dict[int, mx.array] = {}
@@ -140,7 +147,7 @@ def _by_pair(sums: Sequence[mx.array], groups: Sequence[Sequence[int]]) -> PairL
     return PairLogps(mx.stack([chosen[i] for i in order]), mx.stack([rejected[i] for i in order]))
 
 
-class Score(Protocol):
+class DatasetScorer(Protocol):
     """`score_pairs` with all but the model and the pairs decided."""
 
     def __call__(
@@ -174,17 +181,17 @@ def score_pairs(
     chosen = np.zeros(len(pairs), np.float32)
     rejected = np.zeros(len(pairs), np.float32)
     for group in micro_batches(range(len(pairs)), pairs, limit, cost=cost):
-        with without_gradients(model):
+        with fast_inference(model):
             logps = scorer(model, [pairs[i] for i in group])
         mx.eval(logps)  # one batch at a time: a graph over all of them would hold every logit
         chosen[group], rejected[group] = np.array(logps.chosen), np.array(logps.rejected)
-        _refuse_nan(group, chosen + rejected, pairs)
+        _check_finite(group, chosen + rejected, pairs)
         progress(len(group))
     return PairLogps(mx.array(chosen), mx.array(rejected))
 
 
 def on_policy_weights(
-    model: nn.Module, pairs: Sequence[TokenizedPair], *, score: Score
+    model: nn.Module, pairs: Sequence[TokenizedPair], *, score: DatasetScorer
 ) -> mx.array:
     """How much a policy would write both completions of each pair itself. (len(pairs),)
 
@@ -197,7 +204,7 @@ def on_policy_weights(
     return mx.exp(chosen + rejected)
 
 
-def _refuse_nan(group: Sequence[int], logps: np.ndarray, pairs: Sequence[TokenizedPair]) -> None:
+def _check_finite(group: Sequence[int], logps: np.ndarray, pairs: Sequence[TokenizedPair]) -> None:
     for index in group:
         if not np.isfinite(logps[index]):
             raise TrainingError(

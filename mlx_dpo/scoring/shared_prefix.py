@@ -14,13 +14,15 @@ import numpy as np
 from mlx_lm.models.cache import ConcatenateKVCache, KVCache, make_prompt_cache
 
 from mlx_dpo.data.batching import SHORTEST_CONTINUATION, padded_width
-from mlx_dpo.scoring.backbone import Halves
+from mlx_dpo.scoring.backbone import ModelParts
 from mlx_dpo.types import TokenizedPair
 
 Tokens = Sequence[int]
 
 
-def predicting_rows(model: nn.Module, halves: Halves, pairs: Sequence[TokenizedPair]) -> mx.array:
+def completion_hidden_states(
+    model: nn.Module, halves: ModelParts, pairs: Sequence[TokenizedPair]
+) -> mx.array:
     """Hidden states that predict every token of every completion. (n, D)
 
     Rows: those of all chosen completions in the order of `pairs`, then of all rejected ones.
@@ -31,7 +33,7 @@ def predicting_rows(model: nn.Module, halves: Halves, pairs: Sequence[TokenizedP
     lengths = [len(prompt) for prompt in prompts]
     even = len(set(lengths)) == 1
     width = max(lengths) if even else padded_width(max(lengths))
-    caches = _caches(model) if even else _batched_caches(model, lengths, width)
+    caches = _empty_caches(model) if even else _empty_batched_caches(model, lengths, width)
     hidden = halves.hidden(right_padded(prompts, width), caches)
     last = hidden[:, -1:]
     if not even:
@@ -39,11 +41,13 @@ def predicting_rows(model: nn.Module, halves: Halves, pairs: Sequence[TokenizedP
             cache.finalize()
         last = mx.take_along_axis(hidden, mx.array(lengths)[:, None, None] - 1, axis=1)
     sides = ([pair.chosen for pair in pairs], [pair.rejected for pair in pairs])
-    return mx.concatenate([_continued(halves, last, caches, side, even=even) for side in sides])
+    return mx.concatenate(
+        [_continue_from_caches(halves, last, caches, side, even=even) for side in sides]
+    )
 
 
-def _continued(
-    halves: Halves,
+def _continue_from_caches(
+    halves: ModelParts,
     last: mx.array,
     caches: list[Any],
     completions: Sequence[Tokens],
@@ -76,13 +80,13 @@ def right_padded(rows: Sequence[Tokens], width: int) -> mx.array:
     return mx.array(tokens)
 
 
-def _caches(model: nn.Module) -> list[Any]:
+def _empty_caches(model: nn.Module) -> list[Any]:
     """Empty caches, one for each layer."""
     # The plain one grows by 256 positions at a time and keeps as many zeros for the gradient.
     return [ConcatenateKVCache() if type(c) is KVCache else c for c in make_prompt_cache(model)]
 
 
-def _batched_caches(model: nn.Module, lengths: Sequence[int], width: int) -> list[Any]:
+def _empty_batched_caches(model: nn.Module, lengths: Sequence[int], width: int) -> list[Any]:
     """Empty caches for rows of these lengths that are padded on the right."""
     single = [make_prompt_cache(model) for _ in lengths]
     caches = [type(layer[0]).merge(list(layer)) for layer in zip(*single, strict=True)]

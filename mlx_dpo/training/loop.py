@@ -22,8 +22,8 @@ from mlx_dpo.data.batching import (
 from mlx_dpo.errors import TrainingError
 from mlx_dpo.io import scalar
 from mlx_dpo.losses.metrics import summarise
-from mlx_dpo.scoring.memory_saving import sparing_memory
-from mlx_dpo.scoring.scorers import Score, Scorer, plain_scorer
+from mlx_dpo.scoring.memory_saving import memory_efficient_training
+from mlx_dpo.scoring.scorers import DatasetScorer, Scorer, plain_scorer
 from mlx_dpo.training.global_batch import Among, mismatched
 from mlx_dpo.training.objective import Objective
 from mlx_dpo.training.reference_logps import MovingReference
@@ -57,7 +57,9 @@ class Plan:
     scorer: Scorer = plain_scorer
     cost: Cost = whole_rows  # of a pass through that scorer
     recompute: bool = False
-    score: Score | None = None  # without gradients; what couples pairs, or moves, asks ahead
+    score: DatasetScorer | None = (
+        None  # without gradients; what couples pairs, or moves, asks ahead
+    )
     on_policy: Callable[[nn.Module, Pairs], mx.array] | None = None  # weights of pairs. (B,)
     moving: MovingReference | None = None  # takes the place of `reference` once it has moved
 
@@ -80,7 +82,7 @@ def train(
         groups = micro_batches(indices, plan.pairs, plan.limit, cost=plan.cost)
         known = _known(policy, plan, indices)
         policy.train()  # what was asked ahead, and the caller's evaluation, left it otherwise
-        with sparing_memory(policy, recompute=plan.recompute):
+        with memory_efficient_training(policy, recompute=plan.recompute):
             outcome, gradients = accumulate(
                 gradient, _micro_batches(plan, indices, groups, known), pairs=len(indices)
             )

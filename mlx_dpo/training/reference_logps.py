@@ -16,7 +16,7 @@ from mlx.utils import tree_unflatten
 
 from mlx_dpo.data.dataset import digest
 from mlx_dpo.io import Arrays, flat
-from mlx_dpo.scoring.scorers import Score
+from mlx_dpo.scoring.scorers import DatasetScorer
 from mlx_dpo.training.logps_cache import SUFFIX, read_logps, write_logps
 from mlx_dpo.types import PairLogps, TokenizedPair
 
@@ -29,7 +29,7 @@ def reference_logps(
     *,
     provenance: str,
     cache: Path,
-    score: Score,
+    score: DatasetScorer,
     labels: Mapping[str, str] | None = None,
     progress: Callable[[int], None] = lambda scored: None,
 ) -> PairLogps:
@@ -79,7 +79,9 @@ class MovingReference:
     Source: Gorbatovski et al. 2024, arXiv:2404.09656, Eq. 6 (soft) and Eq. 7 (hard, alpha = 1).
     """
 
-    def __init__(self, policy: nn.Module, *, alpha: float, every: int, score: Score) -> None:
+    def __init__(
+        self, policy: nn.Module, *, alpha: float, every: int, score: DatasetScorer
+    ) -> None:
         """Start from the policy as it is before the first step."""
         self.alpha, self.every, self._score = alpha, every, score
         self.weights: Arrays = flat(policy.trainable_parameters())

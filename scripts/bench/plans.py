@@ -14,11 +14,11 @@ from mlx_dpo.models.device import device_kind, hold_for_cpu
 from mlx_dpo.models.empty_weights import build
 from mlx_dpo.models.load import Base
 from mlx_dpo.profiling import memory
-from mlx_dpo.profiling.layer_subset import only, sample
+from mlx_dpo.profiling.layer_subset import sample_layers, with_layers
 from mlx_dpo.runs.auto_batch_size import rehearsed
 from mlx_dpo.runs.build import attach_adapters, choose_scorer, make_optimizer, make_plan, remembered
-from mlx_dpo.scoring.kernels.gated_delta import fused_gated_delta
-from mlx_dpo.scoring.select_scorer import Choice
+from mlx_dpo.scoring.kernels.gated_delta import use_fused_gated_delta
+from mlx_dpo.scoring.select_scorer import ScorerChoice
 from mlx_dpo.training import loop
 from mlx_dpo.types import PairLogps
 from scripts.bench.shapes import SEED, SHAPES
@@ -123,15 +123,15 @@ def compare(case: Case) -> Found:
     pairs = case.point.draw(CONFIGS[case.shape]["vocab_size"]) * 2
     with ExitStack() as stack:
         base = _outlined(case)
-        stack.enter_context(fused_gated_delta(base.model))
+        stack.enter_context(use_fused_gated_delta(base.model))
         attach_adapters(base, config)
-        with only(base.model, sample(base.model).large):
+        with with_layers(base.model, sample_layers(base.model).large):
             mx.eval(base.model.parameters())
             choice = choose_scorer(base, config)
         cost = rehearsed(base, config, choice, pairs[: case.point.pairs])
         state = remembered(base.model, config)
-        planned = memory.step_peak(base.model, cost.bytes, state)
-        held = memory.held_in_training(base.model, state)
+        planned = memory.step_peak_bytes(base.model, cost.bytes, state)
+        held = memory.resident_bytes(base.model, state)
     del base
     mx.clear_cache()
     return Found(planned, _measured(case, config, choice), held, choice.name)
@@ -147,13 +147,13 @@ def _outlined(case: Case, *, packed: bool = False) -> Base:
     return Base(model, None, config, Path(), case.shape, config["vocab_size"], ())
 
 
-def _measured(case: Case, config: DPOConfig, choice: Choice) -> int:
+def _measured(case: Case, config: DPOConfig, choice: ScorerChoice) -> int:
     base = _outlined(case, packed=True)
     model = base.model
     mx.eval(model.parameters())
     if device_kind() == "cpu":
         hold_for_cpu(model)
-    with fused_gated_delta(model):
+    with use_fused_gated_delta(model):
         attach_adapters(base, config)
         optimizer = make_optimizer(model, config)
         mx.eval(model.parameters(), optimizer.state)

@@ -7,9 +7,9 @@ import pytest
 from mlx_dpo.adapters import attach as adapters
 from mlx_dpo.adapters.master_weights import narrow_types, narrowed, settle
 from mlx_dpo.errors import ModelError
-from mlx_dpo.scoring.memory_saving import sparing_memory
+from mlx_dpo.scoring.memory_saving import memory_efficient_training
 from mlx_dpo.scoring.scorers import plain_scorer
-from mlx_dpo.scoring.select_scorer import choose
+from mlx_dpo.scoring.select_scorer import select_scorer
 from tests.conftest import VOCAB, make_llama
 
 TOKENS = mx.array([[1, 2, 3, 4, 5, 6]])
@@ -67,12 +67,12 @@ def test_gradients_of_the_shared_scorer_are_the_plain_ones(pairs, dtype, recompu
         def total(model):
             return (scorer(model, pairs).chosen - 0.5 * scorer(model, pairs).rejected).sum()
 
-        with sparing_memory(policy, recompute=recompute):
+        with memory_efficient_training(policy, recompute=recompute):
             found = nn.value_and_grad(policy, total)(policy)[1]
         mx.eval(found)
         return dict(nn.utils.tree_flatten(found))
 
-    choice = choose(policy, vocab_size=VOCAB)
+    choice = select_scorer(policy, vocab_size=VOCAB)
     assert choice.name == "shared"
     plain, shared = gradients(plain_scorer), gradients(choice.scorer)
     limit = 1e-4 if dtype == mx.float32 else 5e-2

@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from mlx_dpo.cli import cli
 from mlx_dpo.models.empty_weights import outline
 from mlx_dpo.models.load import load_base
-from mlx_dpo.plan import along
+from mlx_dpo.plan import extrapolate_seconds
 from mlx_dpo.profiling.memory import parameter_bytes, trainable_parameters
 from tests.checkpoints import make_checkpoint
 
@@ -170,10 +170,10 @@ def test_from_the_hub_no_weights_are_fetched(tmp_path, monkeypatch):
 def test_time_is_a_line_through_two_passes():
     # 2 s a pass, and 3 s for every 100 operations.
     short, long = (100, 5.0), (400, 14.0)
-    assert along(short, long, passes=10, operations=2000) == pytest.approx(20 + 60)
+    assert extrapolate_seconds(short, long, passes=10, operations=2000) == pytest.approx(20 + 60)
     # A long pass that seems no dearer, or a negative start, is noise: 14 s for 400, then.
     for noisy in ((100, 14.5), (100, 0.5)):
-        assert along(noisy, long, passes=10, operations=2000) == pytest.approx(70)
+        assert extrapolate_seconds(noisy, long, passes=10, operations=2000) == pytest.approx(70)
 
 
 def test_twice_the_pairs_take_twice_the_work_and_more_time(tmp_path):

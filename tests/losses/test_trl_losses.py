@@ -16,7 +16,7 @@ import pytest
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.data.batching import pair_metadata
 from mlx_dpo.losses.catalogue import LOSS_KINDS
-from mlx_dpo.scoring.logps import pair_alignments, pair_logps
+from mlx_dpo.scoring.logps import pair_log_weights, pair_logps
 from mlx_dpo.training.objective import Objective
 from mlx_dpo.types import PairBatch, PairLogps, ScoredPairs, TokenizedPair
 from scripts.tools.goldens import trl_losses as trl
@@ -72,7 +72,7 @@ def ours(name):
     )
     weights = mx.ones((len(labels),))
     if config.use_weighting:
-        weights = mx.exp(sum(pair_alignments(lambda tokens: logits, batch)))
+        weights = mx.exp(sum(pair_log_weights(lambda tokens: logits, batch)))
 
     def scored(along):
         moved = logits + along[:, None, None] * direction

@@ -8,7 +8,7 @@ from mlx_lm.models import llama
 
 from mlx_dpo.adapters import attach as adapters
 from mlx_dpo.adapters.attach import attach, attach_full
-from mlx_dpo.profiling.flops import Tokens, Work, seen_keys, work_of
+from mlx_dpo.profiling.flops import ModelFlops, TokenCounts, count_attended_keys, model_flops
 from mlx_dpo.types import TokenizedPair
 from tests.conftest import make_llama
 from tests.scoring.small_models import make
@@ -26,11 +26,11 @@ ADAPTERS = 2 * (16 + 12 + 12 + 16 + 3 * 20)  # of rank 2: inputs and outputs of 
 def adapted(num_layers=None):
     model = llama.Model(llama.ModelArgs.from_dict(CONFIG))
     attach(model, rank=2, scale=1.0, num_layers=num_layers)
-    return work_of(model, CONFIG, vocab_size=10)
+    return model_flops(model, CONFIG, vocab_size=10)
 
 
 def test_a_block_is_its_matrices_and_the_head_its_table():
-    assert adapted() == Work(
+    assert adapted() == ModelFlops(
         linear=3 * BLOCK,
         linear_reached=3 * BLOCK,
         adapters=3 * ADAPTERS,
@@ -50,9 +50,9 @@ def test_gradients_end_at_the_first_adapter():
 def test_weights_that_are_trained_themselves_are_no_adapters():
     model = llama.Model(llama.ModelArgs.from_dict(CONFIG))
     attach_full(model, num_layers=1, target_modules=["mlp", "input_layernorm"])
-    work = work_of(model, CONFIG, vocab_size=10)
+    work = model_flops(model, CONFIG, vocab_size=10)
     assert (work.adapters, work.tuned, work.linear_reached) == (0, 3 * 96, BLOCK)
-    tokens = Tokens(trunk=7, head=4, seen=25)
+    tokens = TokenCounts(trunk=7, head=4, seen=25)
     frozen = replace(work, tuned=0)
     assert work.forward(tokens) == frozen.forward(tokens)
     more = work.training(tokens, recompute=False) - frozen.training(tokens, recompute=False)
@@ -63,15 +63,15 @@ def test_a_token_meets_the_adapters_of_its_experts():
     model = make("mixtral")
     adapters.detach(model)
     attach(model, rank=2, scale=1.0, target_modules=["switch_mlp.up_proj"])
-    work = work_of(model, {"num_experts_per_tok": 2, "hidden_size": 32}, vocab_size=48)
+    work = model_flops(model, {"num_experts_per_tok": 2, "hidden_size": 32}, vocab_size=48)
     assert work.adapters == 3 * 2 * 2 * (32 + 48)  # blocks, experts, rank
 
 
 def test_operations_of_a_pass_by_hand():
-    work = Work(
+    work = ModelFlops(
         linear=100, linear_reached=50, adapters=10, attention=8, attention_reached=4, head=30
     )
-    tokens = Tokens(trunk=7, head=4, seen=25)
+    tokens = TokenCounts(trunk=7, head=4, seen=25)
     forward = 2 * (100 + 10) * 7 + 4 * 8 * 25 + 2 * 30 * 4
     assert work.forward(tokens) == forward == 2580
     assert work.forward(tokens, adapted=False) == forward - 2 * 10 * 7
@@ -83,22 +83,22 @@ def test_operations_of_a_pass_by_hand():
 
 def test_every_token_sees_itself_and_all_before_it():
     # Rows of 6 and 4 tokens, but for the last of each: 21 and 10 keys; 10 of them twice.
-    assert seen_keys([PAIR], shared=False) == 21 + 10
-    assert seen_keys([PAIR], shared=True) == 21
-    assert seen_keys([PAIR, PAIR], shared=True) == 42
+    assert count_attended_keys([PAIR], shared=False) == 21 + 10
+    assert count_attended_keys([PAIR], shared=True) == 21
+    assert count_attended_keys([PAIR, PAIR], shared=True) == 42
 
 
 def test_a_token_meets_some_of_the_experts():
     model = make("mixtral")
-    met = work_of(model, {"num_experts_per_tok": 2, "hidden_size": 32}, vocab_size=48).linear
-    every = work_of(model, {"hidden_size": 32}, vocab_size=48).linear
+    met = model_flops(model, {"num_experts_per_tok": 2, "hidden_size": 32}, vocab_size=48).linear
+    every = model_flops(model, {"hidden_size": 32}, vocab_size=48).linear
     experts = 3 * 3 * 32 * 48  # in three blocks: three matrices of each expert
     assert every - met == 2 * experts
 
 
 def test_a_recurrent_block_has_no_attention():
     model = make("qwen3_next")
-    work = work_of(model, {"num_attention_heads": 4, "head_dim": 8}, vocab_size=48)
+    work = model_flops(model, {"num_attention_heads": 4, "head_dim": 8}, vocab_size=48)
     assert work.attention == 32  # one block of three
 
 
@@ -106,5 +106,5 @@ def test_a_recurrent_block_has_no_attention():
 def test_packed_weights_are_counted_as_what_they_stand_for(bits):
     plain, packed = make_llama(), make_llama()
     nn.quantize(packed, group_size=64, bits=bits)
-    counts = [work_of(m, {"hidden_size": 64}, vocab_size=64).linear for m in (plain, packed)]
+    counts = [model_flops(m, {"hidden_size": 64}, vocab_size=64).linear for m in (plain, packed)]
     assert counts[0] == counts[1] == 2 * (4 * 64 * 64 + 3 * 64 * 128)

@@ -5,15 +5,15 @@ from mlx_lm.models import llama
 
 from mlx_dpo.adapters import attach as adapters
 from mlx_dpo.profiling.memory import (
-    at_most,
     base_parameters,
-    held_in_training,
     parameter_bytes,
-    step_peak,
+    resident_bytes,
+    step_peak_bytes,
+    step_peak_upper_bound,
     total_parameters,
     trainable_parameters,
 )
-from mlx_dpo.scoring.memory_saving import sparing_memory
+from mlx_dpo.scoring.memory_saving import memory_efficient_training
 from mlx_dpo.scoring.scorers import plain_scorer
 from mlx_dpo.types import TokenizedPair
 from tests.conftest import make_llama
@@ -42,7 +42,7 @@ def test_adapters_are_no_part_of_the_base_and_trained_weights_are():
     adapters.attach(adapted, rank=4, scale=1.0, kind="dora")
     adapters.attach_full(full, num_layers=1)
     assert base_parameters(adapted) == base_parameters(full) == count
-    assert held_in_training(full, 0) == parameter_bytes(make_llama())
+    assert resident_bytes(full, 0) == parameter_bytes(make_llama())
 
 
 def peak_of_step(policy, recompute):
@@ -54,7 +54,7 @@ def peak_of_step(policy, recompute):
 
     mx.clear_cache()
     mx.reset_peak_memory()
-    with sparing_memory(policy, recompute=recompute):
+    with memory_efficient_training(policy, recompute=recompute):
         mx.eval(nn.value_and_grad(policy, total)(policy))
     return mx.get_peak_memory()
 
@@ -70,14 +70,16 @@ def test_no_step_reaches_the_bound(recompute, target_modules):
     policy = llama.Model(llama.ModelArgs.from_dict(config))
     adapters.attach(policy, rank=8, scale=1.0, target_modules=target_modules)
     mx.eval(policy.parameters())
-    bound = at_most(policy, config, PAIRS, vocab_size=VOCAB, state=0)
+    bound = step_peak_upper_bound(policy, config, PAIRS, vocab_size=VOCAB, state=0)
     assert bound is not None
     assert peak_of_step(policy, recompute) < bound
 
 
 def test_a_model_with_a_state_of_its_own_has_no_bound():
     for kind, is_known in (("llama", True), ("mamba", False), ("qwen3_next", False)):
-        bound = at_most(make(kind), {"num_attention_heads": 4}, PAIRS, vocab_size=48, state=0)
+        bound = step_peak_upper_bound(
+            make(kind), {"num_attention_heads": 4}, PAIRS, vocab_size=48, state=0
+        )
         assert (bound is not None) is is_known
 
 
@@ -87,7 +89,7 @@ def test_what_is_held_in_training_is_counted_by_hand():
     trained = 2 * 4 * (64 + 64) * 4  # bytes
     weights = parameter_bytes(make_llama())
     held = weights + trained + 1000  # that the optimizer remembers
-    assert held_in_training(model, 1000) == held
-    assert step_peak(model, 10**9, 1000) == held + 10**9
+    assert resident_bytes(model, 1000) == held
+    assert step_peak_bytes(model, 10**9, 1000) == held + 10**9
     # A pass of nothing: the update holds copies of what is trained.
-    assert step_peak(model, 0, 1000) == held + 5 * trained
+    assert step_peak_bytes(model, 0, 1000) == held + 5 * trained

@@ -5,7 +5,12 @@ import pytest
 
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.profiling import memory as limits
-from mlx_dpo.profiling.memory import RECOMMENDED, buffer_limits, room_here, room_of_mac
+from mlx_dpo.profiling.memory import (
+    RECOMMENDED_BYTES_KEY,
+    available_memory,
+    buffer_limits,
+    mac_memory,
+)
 
 
 # What llama.cpp logs as `recommendedMaxWorkingSetSize` on such Macs, in MiB.
@@ -14,26 +19,29 @@ from mlx_dpo.profiling.memory import RECOMMENDED, buffer_limits, room_here, room
     [("16GB", 10922.67), ("32 GB", 21845.33), ("64GiB", 49152.0), ("96g", 73728.0)],
 )
 def test_a_mac_recommends_what_metal_reports_there(memory, mebibytes):
-    assert room_of_mac(memory).bytes == pytest.approx(mebibytes * 2**20, rel=1e-6)
-    assert memory in room_of_mac(memory).what
+    assert mac_memory(memory).bytes == pytest.approx(mebibytes * 2**20, rel=1e-6)
+    assert memory in mac_memory(memory).what
 
 
 @pytest.mark.parametrize("memory", ["16", "0GB", "-8GB", "16 TB", "much", "1e3GB", ""])
 def test_what_is_no_amount_of_memory_is_refused(memory):
     with pytest.raises(ConfigError, match="`memory` must be like 16GB"):
-        room_of_mac(memory)
+        mac_memory(memory)
 
 
 def test_a_limit_that_was_set_is_the_room_there_is():
     before = mx.set_memory_limit(123_000_000)
     try:
-        assert room_here().bytes == 123_000_000
+        assert available_memory().bytes == 123_000_000
     finally:
         mx.set_memory_limit(before)
 
 
 def test_metal_keeps_a_quarter_for_buffers_and_wires_half():
-    assert buffer_limits("metal", {RECOMMENDED: 12_000_000_000}) == (3_000_000_000, 6_000_000_000)
+    assert buffer_limits("metal", {RECOMMENDED_BYTES_KEY: 12_000_000_000}) == (
+        3_000_000_000,
+        6_000_000_000,
+    )
 
 
 @pytest.mark.parametrize(("kind", "info"), [("cpu", {}), ("cuda", {}), ("metal", {})])
@@ -44,10 +52,10 @@ def test_elsewhere_the_limits_of_mlx_stay(kind, info):
 def test_limits_hold_during_a_run_and_are_what_they_were_after_it(monkeypatch):
     monkeypatch.setattr(limits, "device_kind", lambda: "metal")
     monkeypatch.setattr(limits, "on_cpu", lambda: False)
-    monkeypatch.setattr(mx, "device_info", lambda device: {RECOMMENDED: 80_000_000})
+    monkeypatch.setattr(mx, "device_info", lambda device: {RECOMMENDED_BYTES_KEY: 80_000_000})
     before = mx.set_cache_limit(7_000_000)
     try:
-        with pytest.raises(KeyError), limits.bounded_buffers():
+        with pytest.raises(KeyError), limits.limited_buffers():
             assert mx.set_cache_limit(20_000_000) == 20_000_000
             raise KeyError
         assert mx.set_cache_limit(7_000_000) == 7_000_000

@@ -2,15 +2,21 @@
 
 import pytest
 
-from mlx_dpo.profiling.profile import Cost, PassCost, Sized, growth, largest
+from mlx_dpo.profiling.profile import (
+    PassProfile,
+    ProfilePoint,
+    Usage,
+    fit_memory_curve,
+    largest_that_fits,
+)
 
 
 def sized(outside, block, pairs, tokens, blocks=10):
-    return Sized(PassCost(Cost(outside, 0), Cost(block, 0), blocks), pairs, tokens)
+    return ProfilePoint(PassProfile(Usage(outside, 0), Usage(block, 0), blocks), pairs, tokens)
 
 
 def test_what_grows_with_the_tokens_is_a_line():
-    curve = growth(sized(500, 2 * 300 * 7, 2, 300), sized(350, 150 * 7, 1, 150))
+    curve = fit_memory_curve(sized(500, 2 * 300 * 7, 2, 300), sized(350, 150 * 7, 1, 150))
     # Outside 350 at 150 tokens and 500 at 600: a third of a byte a token, and 300.
     assert curve.bytes(1, 150) == pytest.approx(350 + 10 * 1050)
     assert curve.bytes(2, 300) == pytest.approx(500 + 10 * 4200)
@@ -18,20 +24,20 @@ def test_what_grows_with_the_tokens_is_a_line():
 
 
 def test_what_grows_with_the_square_is_seen():
-    curve = growth(sized(0, 2 * (100 + 100**2), 2, 100), sized(0, 50 + 50**2, 1, 50))
+    curve = fit_memory_curve(sized(0, 2 * (100 + 100**2), 2, 100), sized(0, 50 + 50**2, 1, 50))
     assert curve.bytes(1, 400) == pytest.approx(10 * (400 + 400**2))
 
 
 def test_a_little_noise_is_not_drawn_out_to_a_square():
-    curve = growth(sized(0, 105 * 1000, 1, 1000), sized(0, 100 * 500, 1, 500))
+    curve = fit_memory_curve(sized(0, 105 * 1000, 1, 1000), sized(0, 100 * 500, 1, 500))
     assert curve.bytes(1, 8000) == pytest.approx(10 * 105 * 8000)
 
 
 def test_a_cheaper_long_pass_makes_no_negative_growth():
-    curve = growth(sized(90, 1000, 1, 100), sized(100, 520, 1, 50))
+    curve = fit_memory_curve(sized(90, 1000, 1, 100), sized(100, 520, 1, 50))
     assert curve.bytes(1, 1000) == pytest.approx(90 + 10 * 10_000)
 
 
 @pytest.mark.parametrize(("room", "most"), [(0, 0), (6, 0), (7, 1), (20, 2), (21, 3), (999, 9)])
 def test_the_largest_that_fits_is_found(room, most):
-    assert largest(lambda n: 7 * n <= room, most=9) == most
+    assert largest_that_fits(lambda n: 7 * n <= room, most=9) == most

@@ -7,10 +7,10 @@ from mlx_lm.models import llama
 from mlx_dpo.adapters.attach import attach
 from mlx_dpo.io import flat, random_state
 from mlx_dpo.profiling import profile as rehearsal
-from mlx_dpo.profiling.layer_subset import only
+from mlx_dpo.profiling.layer_subset import with_layers
 from mlx_dpo.profiling.memory import trainable_bytes
-from mlx_dpo.profiling.profile import Step, rehearse_step, shortened
-from mlx_dpo.scoring.scorers import make_shared
+from mlx_dpo.profiling.profile import TrainingPass, profile_training_pass, shorten_pairs
+from mlx_dpo.scoring.scorers import make_shared_scorer
 from mlx_dpo.scoring.select_scorer import random_pairs
 from mlx_dpo.training.objective import Objective
 from mlx_dpo.types import TokenizedPair
@@ -35,11 +35,11 @@ def policy():
 
 def step(**changes):
     settings = {
-        "scorer": make_shared(vocab_size=VOCAB, gradients=True, way="lengths"),
+        "scorer": make_shared_scorer(vocab_size=VOCAB, gradients=True, way="lengths"),
         "objective": Objective(beta=0.1),
         "accumulates": False,
     }
-    return Step(**(settings | changes))
+    return TrainingPass(**(settings | changes))
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_the_policy_is_left_as_it_was(policy, pairs):
     blocks, weights = list(map(id, policy.layers)), flat(policy.parameters())
     modes = [module.training for module in policy.modules()]
     drawn = mx.array(random_state())
-    rehearse_step(policy, pairs, step(), memory=ROOM)
+    profile_training_pass(policy, pairs, step(), memory=ROOM)
     assert list(map(id, policy.layers)) == blocks
     assert [module.training for module in policy.modules()] == modes
     assert mx.array_equal(random_state(), drawn)
@@ -63,26 +63,26 @@ def test_the_policy_is_left_as_it_was(policy, pairs):
 
 
 def test_a_part_says_what_the_whole_costs(policy, pairs, monkeypatch):
-    drawn_out = rehearse_step(policy, pairs, step(), memory=ROOM)
-    monkeypatch.setattr(rehearsal, "sample", rehearsal.whole)
-    whole = rehearse_step(policy, pairs, step(), memory=ROOM)
+    drawn_out = profile_training_pass(policy, pairs, step(), memory=ROOM)
+    monkeypatch.setattr(rehearsal, "sample_layers", rehearsal.all_layers)
+    whole = profile_training_pass(policy, pairs, step(), memory=ROOM)
     assert whole.blocks == drawn_out.blocks == 9
     assert drawn_out.bytes == pytest.approx(whole.bytes, rel=0.1)
 
 
 def test_a_gradient_is_held_where_several_passes_make_a_step(policy, pairs, monkeypatch):
     # How far MLX works ahead in two runs differs by more than this gradient weighs.
-    measured = rehearse_step(policy, pairs, step(), memory=ROOM)
-    monkeypatch.setattr(rehearsal, "_rehearsed", lambda *_: measured)
-    among = rehearse_step(policy, pairs, step(accumulates=True), memory=ROOM)
+    measured = profile_training_pass(policy, pairs, step(), memory=ROOM)
+    monkeypatch.setattr(rehearsal, "_profile_pass", lambda *_: measured)
+    among = profile_training_pass(policy, pairs, step(accumulates=True), memory=ROOM)
     assert among.bytes - measured.bytes == trainable_bytes(policy)
     assert (among.block, among.seconds) == (measured.block, measured.seconds)
 
 
 def test_only_what_has_adapters_is_counted(policy, pairs):
-    every = rehearse_step(policy, pairs, step(), memory=ROOM)
-    with only(policy, policy.layers[:6]):
-        fewer = rehearse_step(policy, pairs, step(), memory=ROOM)
+    every = profile_training_pass(policy, pairs, step(), memory=ROOM)
+    with with_layers(policy, policy.layers[:6]):
+        fewer = profile_training_pass(policy, pairs, step(), memory=ROOM)
     assert (every.blocks, fewer.blocks) == (9, 6)
     assert every.bytes - fewer.bytes == pytest.approx(3 * every.block.bytes, rel=0.2)
 
@@ -96,9 +96,9 @@ def test_no_more_than_there_is_room_for_is_tried(policy, pairs):
         return step().scorer(model, pairs)
 
     room = mx.get_active_memory() + 8_000_000
-    found = rehearse_step(policy, long, step(scorer=watching), memory=room)
+    found = profile_training_pass(policy, long, step(scorer=watching), memory=room)
     assert max(lengths) == round(600 * found.share) < 600
-    whole = rehearse_step(policy, long, step(), memory=ROOM)
+    whole = profile_training_pass(policy, long, step(), memory=ROOM)
     assert whole.share == 1
     assert whole.bytes > 8_000_000  # it would indeed not have fitted
     assert found.bytes == pytest.approx(whole.bytes, rel=0.5)
@@ -112,12 +112,12 @@ def test_a_model_that_does_not_run_on_a_part_is_run_whole(policy, pairs):
             return llama.Model.__call__(self, *args, **kwargs)
 
     policy.__class__ = Particular
-    found = rehearse_step(policy, pairs, step(), memory=ROOM)
+    found = profile_training_pass(policy, pairs, step(), memory=ROOM)
     assert found.blocks == 9
     assert found.bytes > 0
 
 
 def test_texts_are_shortened_but_never_away():
     pair = TokenizedPair(tuple(range(40)), tuple(range(9)), (7,))
-    [short] = shortened([pair], 0.25)
+    [short] = shorten_pairs([pair], 0.25)
     assert short == TokenizedPair(tuple(range(10)), (0, 1), (7,))

@@ -10,14 +10,14 @@ import pytest
 from mlx_dpo import Run
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.errors import ConfigError
-from mlx_dpo.profiling.memory import Room
+from mlx_dpo.profiling.memory import MemoryBudget
 from mlx_dpo.runs.auto_batch_size import fit, gigabytes, longest_pass, possible
 from mlx_dpo.runs.build import attach_adapters, choose_scorer
 from mlx_dpo.runs.inputs import read_base
 from mlx_dpo.scoring.select_scorer import random_pairs
 from tests.checkpoints import VOCAB, make_checkpoint
 
-ROOMY = Room(10**12, "a test's")
+ROOMY = MemoryBudget(10**12, "a test's")
 
 
 @contextmanager
@@ -76,18 +76,18 @@ def test_less_is_taken_only_as_far_as_memory_asks_for_it(deep):
     # How far MLX works ahead differs from time to time, by an array more and never by one less.
     least = min(needed(deep, micro_batch_size=1, recompute=True) for _ in range(5))
     assert least < 0.9 * one < 0.9 * two
-    assert decided(fitted(deep, Room(int(1.08 * two), ""))) == (2, False, True)
-    found = fitted(deep, Room(int(1.08 * one), "of a test"))
+    assert decided(fitted(deep, MemoryBudget(int(1.08 * two), ""))) == (2, False, True)
+    found = fitted(deep, MemoryBudget(int(1.08 * one), "of a test"))
     assert decided(found) == (1, False, True)
     assert "1 pair a pass, because 2 pairs a pass would need " in found.line()
-    found = fitted(deep, Room(int(0.92 * one), ""))
+    found = fitted(deep, MemoryBudget(int(0.92 * one), ""))
     assert (found.config.recompute, found.fits) == (True, True)
     assert ", recomputed, because 2 pairs a pass would need" in found.line()
-    assert decided(fitted(deep, Room(int(0.9 * least), ""))) == (1, True, False)
+    assert decided(fitted(deep, MemoryBudget(int(0.9 * least), ""))) == (1, True, False)
 
 
 def test_what_was_asked_for_is_not_made_less(deep):
-    tight = Room(int(0.9 * needed(deep, micro_batch_size=2, recompute=False)), "")
+    tight = MemoryBudget(int(0.9 * needed(deep, micro_batch_size=2, recompute=False)), "")
     assert decided(fitted(deep, tight, micro_batch_size=2, recompute=False)) == (2, False, False)
 
 
@@ -96,7 +96,7 @@ def test_where_there_is_room_enough_nothing_is_measured(deep):
     assert (found.is_bound, found.cost) == (True, None)
     assert found.bytes > needed(deep)
     assert found.line().startswith("at most about ")
-    close = fitted(deep, Room(int(1.2 * found.bytes), ""), measure=False)
+    close = fitted(deep, MemoryBudget(int(1.2 * found.bytes), ""), measure=False)
     assert not close.is_bound
     assert close.cost is not None
 

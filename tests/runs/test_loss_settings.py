@@ -9,10 +9,10 @@ from mlx_dpo.runs.build import make_objective, weigher
 from mlx_dpo.runs.folder import reference_provenance
 from mlx_dpo.runs.summary import loss_line
 from mlx_dpo.scoring.scorers import plain_scorer
-from mlx_dpo.scoring.select_scorer import Choice
+from mlx_dpo.scoring.select_scorer import ScorerChoice
 from mlx_dpo.training.objective import Objective
 
-CHOICE = Choice(plain_scorer, plain_scorer, "plain", "as asked")
+CHOICE = ScorerChoice(plain_scorer, plain_scorer, "plain", "as asked")
 
 
 def provenance(**settings):

@@ -10,7 +10,7 @@ from mlx_dpo import DPOConfig, Run
 from mlx_dpo.data import dataset as store
 from mlx_dpo.data.dataset import digest
 from mlx_dpo.data.tokenization import cache as kept
-from mlx_dpo.plan import forecast
+from mlx_dpo.plan import estimate_run
 from mlx_dpo.runs import inputs as inputs_of_runs
 from mlx_dpo.runs.inputs import read_inputs
 from mlx_dpo.runs.summary import facts_of_inputs, facts_of_training
@@ -84,7 +84,7 @@ def test_the_second_start_says_and_does_the_same_and_that_it_read_the_tokens(man
 
 
 def test_a_plan_makes_few_of_the_pairs(many, made):
-    found = forecast(replace(many, loss_type=("sigmoid",)))
+    found = estimate_run(replace(many, loss_type=("sigmoid",)))
     assert found.lengths.longest > 100
     assert len(made) <= 1100, "more than the thousand longest, which a pass is chosen of"
 

@@ -10,7 +10,7 @@ from mlx_dpo import DPOConfig, Run, evaluate_run
 from mlx_dpo.paths import reference_cache
 from mlx_dpo.runs.build import FORWARD_ONLY, forward_only
 from mlx_dpo.runs.summary import facts_of_training
-from mlx_dpo.scoring.select_scorer import Choice
+from mlx_dpo.scoring.select_scorer import ScorerChoice
 from mlx_dpo.training.logps_cache import entries
 from mlx_dpo.types import PairLogps, TokenizedPair
 
@@ -95,7 +95,7 @@ def test_forward_passes_are_larger_where_training_keeps_more(
 
     config = DPOConfig(micro_batch_size=3, recompute=recompute)
     score = forward_only(
-        config, Choice(scorer, scorer, name, "", None if name == "plain" else "row")
+        config, ScorerChoice(scorer, scorer, name, "", None if name == "plain" else "row")
     )
     score(Model(), [TokenizedPair((1,), (2, 3), (4, 5))] * 30)
     assert max(held) == held[0] == largest

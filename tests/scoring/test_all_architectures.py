@@ -11,11 +11,17 @@ import pytest
 
 from mlx_dpo.errors import ModelError
 from mlx_dpo.scoring import lm_head as head
-from mlx_dpo.scoring.kernels.attention import chunked_attention
-from mlx_dpo.scoring.kernels.gradient_checkpointing import recomputed
-from mlx_dpo.scoring.packing import tree_positions
+from mlx_dpo.scoring.kernels.attention import use_chunked_attention
+from mlx_dpo.scoring.kernels.gradient_checkpointing import gradient_checkpointing
+from mlx_dpo.scoring.packing import use_packed_positions
 from mlx_dpo.scoring.scorers import plain_scorer
-from mlx_dpo.scoring.select_scorer import WAYS, choose, errors, random_pairs, value_error
+from mlx_dpo.scoring.select_scorer import (
+    PACKINGS,
+    random_pairs,
+    relative_errors,
+    select_scorer,
+    value_error,
+)
 from tests.scoring.architectures import UNBUILT, VOCAB, WINDOW, adapt, build, model_types
 
 pytestmark = pytest.mark.slow
@@ -37,11 +43,11 @@ def rows(scorer):
 
 def memory_savers(model, names):
     stack = ExitStack()
-    stack.enter_context(tree_positions())
+    stack.enter_context(use_packed_positions())
     if "recomputed" in names:
-        stack.enter_context(recomputed(model))
+        stack.enter_context(gradient_checkpointing(model))
     if "chunked" in names:
-        stack.enter_context(chunked_attention(2))
+        stack.enter_context(use_chunked_attention(2))
     return stack
 
 
@@ -52,14 +58,14 @@ def test_the_list_is_long_enough():
 @pytest.mark.parametrize("saved", [(), ("recomputed", "chunked")], ids=["", "saving-memory"])
 @pytest.mark.parametrize("model_type", SHARED)
 def test_the_shared_scorer_is_exact(model_type, saved, monkeypatch):
-    monkeypatch.setattr("mlx_dpo.scoring.kernels.attention.FEWEST_SCORES", 0)
-    monkeypatch.setattr(head, "CHUNK_BYTES", 5 * VOCAB * 4)
+    monkeypatch.setattr("mlx_dpo.scoring.kernels.attention.MIN_SCORES", 0)
+    monkeypatch.setattr(head, "LOGITS_BYTES_PER_CHUNK", 5 * VOCAB * 4)
     model = adapt(model_type, build(model_type))
-    for way in ["row"] if model_type in ROW_ALONE else WAYS:
-        choice = choose(model, vocab_size=VOCAB, ways=(way, "lengths"))
+    for way in ["row"] if model_type in ROW_ALONE else PACKINGS:
+        choice = select_scorer(model, vocab_size=VOCAB, ways=(way, "lengths"))
         assert choice.name == "shared", choice.reason
         with memory_savers(model, saved):
-            found = errors(model, rows(choice.scorer), rows(plain_scorer))
+            found = relative_errors(model, rows(choice.scorer), rows(plain_scorer))
         assert found.values <= 1e-5
         assert found.gradients <= 1e-4
         assert value_error(model, rows(choice.forward_only), rows(plain_scorer)) <= 1e-5
@@ -68,7 +74,7 @@ def test_the_shared_scorer_is_exact(model_type, saved, monkeypatch):
 @pytest.mark.parametrize("model_type", REFUSED)
 def test_where_it_is_not_exact_it_is_not_run(model_type):
     model = adapt(model_type, build(model_type))
-    choice = choose(model, vocab_size=VOCAB)
+    choice = select_scorer(model, vocab_size=VOCAB)
     assert choice.scorer is plain_scorer
     assert REFUSED[model_type] in choice.reason
 
@@ -76,4 +82,4 @@ def test_where_it_is_not_exact_it_is_not_run(model_type):
 @pytest.mark.parametrize("model_type", UNTRAINABLE)
 def test_what_mlx_cannot_differentiate_is_said(model_type):
     with pytest.raises(ModelError, match=UNTRAINABLE[model_type]):
-        choose(adapt(model_type, build(model_type)), vocab_size=VOCAB)
+        select_scorer(adapt(model_type, build(model_type)), vocab_size=VOCAB)

@@ -6,7 +6,7 @@ from statistics import median
 import mlx.core as mx
 import pytest
 
-from mlx_dpo.scoring.kernels.attention import chunked_attention, exp
+from mlx_dpo.scoring.kernels.attention import exp, use_chunked_attention
 
 HEADS, KEY_HEADS, DIMS = 6, 2, 16
 
@@ -34,7 +34,7 @@ def values_and_gradients(arrays, function):
 
 def assert_same(arrays, function, chunk):
     plain = values_and_gradients(arrays, function)
-    with chunked_attention(chunk):
+    with use_chunked_attention(chunk):
         chunked = values_and_gradients(arrays, function)
     for ours, theirs in zip(chunked, plain, strict=True):
         assert ours.shape == theirs.shape
@@ -96,7 +96,7 @@ def test_bfloat16_errs_no_more_than_mlx_does():
     exact = values_and_gradients(arrays, lambda *a: attend(*a, "causal"))
     half = [array.astype(mx.bfloat16) for array in arrays]
     plain = values_and_gradients(half, lambda *a: attend(*a, "causal"))
-    with chunked_attention(10):
+    with use_chunked_attention(10):
         chunked = values_and_gradients(half, lambda *a: attend(*a, "causal"))
     for ours, theirs, true in zip(chunked, plain, exact, strict=True):
         assert ours.dtype == mx.bfloat16
@@ -130,14 +130,14 @@ def test_nothing_is_kept_that_grows_with_the_square_of_the_length():
     def both(arrays):
         return values_and_gradients(arrays, lambda q, k, v: attend(q, k, v, "causal"))
 
-    with chunked_attention(32):
+    with use_chunked_attention(32):
         assert peak(1024, forward) < 2.5 * peak(512, forward)
         assert peak(1024, both) < 2.5 * peak(512, both)
 
 
 def test_the_block_restores_what_was_there_also_after_an_error():
     own = mx.fast.scaled_dot_product_attention
-    with pytest.raises(KeyError), chunked_attention():
+    with pytest.raises(KeyError), use_chunked_attention():
         assert mx.fast.scaled_dot_product_attention is not own
         raise KeyError
     assert mx.fast.scaled_dot_product_attention is own
@@ -153,9 +153,9 @@ def test_an_inner_block_counts_and_does_not_chunk_the_chunks(monkeypatch):
 
     monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", spy)
     monkeypatch.setattr("mlx_dpo.scoring.kernels.attention.on_cpu", lambda: False)
-    with chunked_attention(16):
+    with use_chunked_attention(16):
         outer = mx.fast.scaled_dot_product_attention
-        with chunked_attention(80):
+        with use_chunked_attention(80):
             attend(*inputs(170))
         assert mx.fast.scaled_dot_product_attention is outer
         attend(*inputs(100))
@@ -174,13 +174,13 @@ def test_off_the_cpu_the_forward_pass_is_mlx_own_on_each_chunk(monkeypatch):
 )
 def test_what_it_does_not_cover_goes_to_mlx_unchanged(monkeypatch, length, seen, mask):
     monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", lambda *_, **__: "MLX's own")
-    with chunked_attention(32):
+    with use_chunked_attention(32):
         assert attend(*inputs(length, seen), mask) == "MLX's own"
 
 
 def test_a_call_for_the_fused_kernel_goes_to_mlx_unchanged(monkeypatch):
     monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", lambda *_, **__: "MLX's own")
-    with chunked_attention(32):
+    with use_chunked_attention(32):
         own = mx.fast.scaled_dot_product_attention(*inputs(200), scale=1.0, force_fused=True)
     assert own == "MLX's own"
 

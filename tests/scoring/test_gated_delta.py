@@ -6,7 +6,7 @@ import mlx.core as mx
 import pytest
 from mlx_lm.models import gated_delta, kimi_linear, qwen3_next
 
-from mlx_dpo.scoring.kernels.gated_delta import fused_gated_delta
+from mlx_dpo.scoring.kernels.gated_delta import use_fused_gated_delta
 from tests.scoring.small_models import distance, loss_and_gradients, make, shared_prompt, whole
 
 
@@ -23,7 +23,7 @@ def arrays(*, batch=2, length=23, seed=0, dtype=mx.float32):
 @pytest.fixture
 def fused():
     """What the models call inside the block."""
-    with fused_gated_delta(make("qwen3_next")) as files:
+    with use_fused_gated_delta(make("qwen3_next")) as files:
         assert files == 1
         return qwen3_next.gated_delta_update
 
@@ -80,7 +80,7 @@ def test_a_long_memory_in_bfloat16_is_not_rounded_away(fused):
 def test_a_hybrid_model_trains_to_the_same_gradients(scores):
     model = make("qwen3_next")
     loss, gradients = loss_and_gradients(model, scores)
-    with fused_gated_delta(model):
+    with use_fused_gated_delta(model):
         again, ours = loss_and_gradients(model, scores)
     assert again == pytest.approx(loss, abs=2e-4)
     assert distance(ours, gradients) < 1e-5
@@ -91,7 +91,7 @@ def test_training_and_evaluation_take_the_same_steps(monkeypatch):
     own = mx.fast.gated_delta_update
     monkeypatch.setattr(mx.fast, "gated_delta_update", lambda *a: calls.append(1) or own(*a))
     model = make("qwen3_next")
-    with fused_gated_delta(model):
+    with use_fused_gated_delta(model):
         trained = model.train()(mx.array([[1, 2, 3]]))
         scored = model.eval()(mx.array([[1, 2, 3]]))
     assert mx.array_equal(trained, scored)
@@ -112,7 +112,7 @@ def test_a_gate_for_each_channel_stays_with_mlx_lm(fused, monkeypatch):
 
 def test_only_the_models_own_files_change_and_are_restored_after_an_error():
     own = gated_delta.gated_delta_update
-    with pytest.raises(KeyError), fused_gated_delta(make("qwen3_next")):
+    with pytest.raises(KeyError), use_fused_gated_delta(make("qwen3_next")):
         assert qwen3_next.gated_delta_update is not own
         assert kimi_linear.gated_delta_update is own
         assert gated_delta.gated_delta_update is own
@@ -121,7 +121,7 @@ def test_only_the_models_own_files_change_and_are_restored_after_an_error():
 
 
 def test_a_model_without_the_recurrence_is_left_alone():
-    with fused_gated_delta(make("llama")) as files:
+    with use_fused_gated_delta(make("llama")) as files:
         assert files == 0
 
 

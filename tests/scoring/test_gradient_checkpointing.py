@@ -8,8 +8,8 @@ from mlx_lm.models import llama
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from mlx_dpo.adapters.attach import attach
-from mlx_dpo.scoring.kernels.attention import chunked_attention
-from mlx_dpo.scoring.kernels.gradient_checkpointing import recomputed
+from mlx_dpo.scoring.kernels.attention import use_chunked_attention
+from mlx_dpo.scoring.kernels.gradient_checkpointing import gradient_checkpointing
 from tests.scoring.small_models import (
     MODELS,
     SIZES,
@@ -28,7 +28,7 @@ from tests.scoring.small_models import (
 def test_values_and_gradients_are_those_of_the_plain_layers(kind, scores):
     model = make(kind)
     loss, gradients = loss_and_gradients(model, scores)
-    with recomputed(model):
+    with gradient_checkpointing(model):
         again, ours = loss_and_gradients(model, scores)
     assert again == loss
     assert distance(ours, gradients) < 1e-6
@@ -38,7 +38,7 @@ def test_values_and_gradients_are_those_of_the_plain_layers(kind, scores):
 def test_together_with_chunked_attention_they_are_too(kind):
     model = make(kind)
     loss, gradients = loss_and_gradients(model, shared_prompt)
-    with recomputed(model), chunked_attention(32):
+    with gradient_checkpointing(model), use_chunked_attention(32):
         again, ours = loss_and_gradients(model, shared_prompt)
     assert again == pytest.approx(loss, abs=2e-4)  # a sum of thousands that cancel
     assert distance(ours, gradients) < 1e-5
@@ -46,7 +46,7 @@ def test_together_with_chunked_attention_they_are_too(kind):
 
 def test_every_adapter_gets_a_gradient():
     model = make("llama")
-    with recomputed(model):
+    with gradient_checkpointing(model):
         _, gradients = loss_and_gradients(model, shared_prompt)
     assert {name for name, value in gradients.items() if mx.abs(value).max().item() == 0} == set()
     assert gradients.keys() == dict(tree_flatten(model.trainable_parameters())).keys()
@@ -59,7 +59,7 @@ def test_caches_end_as_they_would_without(kind):
     inner = [vars(cache).get("caches") for cache in ours]
     for tokens in ([1, 2, 3, 4, 5], [6], [7, 8]):
         expected = model(mx.array([tokens]), cache=plain)
-        with recomputed(model):
+        with gradient_checkpointing(model):
             assert mx.allclose(model(mx.array([tokens]), cache=ours), expected, atol=1e-5)
     for cache, other, parts in zip(ours, plain, inner, strict=True):
         assert_same_state(cache, other)
@@ -92,7 +92,7 @@ def test_the_backward_pass_leaves_caches_and_parameters_alone():
         first = weighted(model(mx.array([[1, 2, 3]]), cache=caches))
         return first + weighted(model(mx.array([[4, 5]]), cache=caches))
 
-    with recomputed(model):
+    with gradient_checkpointing(model):
         mx.eval(
             mx.grad(lambda x: weighted(model.layers[0](x, cache=caches[0])))(mx.ones((1, 3, 32)))
         )
@@ -108,7 +108,7 @@ def test_dropout_falls_on_the_same_numbers_in_the_recomputation():
     mx.random.seed(11)
     loss, gradients = loss_and_gradients(model, shared_prompt)
     following = mx.random.uniform(shape=(3,)).tolist()
-    with recomputed(model):
+    with gradient_checkpointing(model):
         mx.random.seed(11)
         again, ours = loss_and_gradients(model, shared_prompt)
         assert again == pytest.approx(loss, rel=1e-5)
@@ -124,7 +124,7 @@ def test_gradients_reach_the_input_and_a_learned_mask():
         return weighted(layer(x, mask=mask))
 
     expected = mx.grad(scores, argnums=(0, 1))(x, mask)
-    with recomputed(layer, [layer]):
+    with gradient_checkpointing(layer, [layer]):
         found = mx.grad(scores, argnums=(0, 1))(x, mask)
     for ours, theirs in zip(found, expected, strict=True):
         assert mx.allclose(ours, theirs, atol=1e-5)
@@ -133,7 +133,7 @@ def test_gradients_reach_the_input_and_a_learned_mask():
 def test_other_models_of_the_same_class_stay_as_they_are():
     model, other = make("llama"), make("llama")
     kind, names = type(other.layers[0]), list(flat_names(model))
-    with recomputed(model):
+    with gradient_checkpointing(model):
         assert type(other.layers[0]) is kind
         assert isinstance(model.layers[0], kind) and type(model.layers[0]) is not kind
         assert type(model.layers[0]).__name__ == kind.__name__
@@ -147,7 +147,7 @@ def flat_names(model):
 
 def test_only_the_layers_that_are_named_change():
     model = make("llama")
-    with recomputed(model, model.layers[1:]):
+    with gradient_checkpointing(model, model.layers[1:]):
         assert [type(layer) is llama.TransformerBlock for layer in model.layers] == [
             True,
             False,
@@ -157,7 +157,7 @@ def test_only_the_layers_that_are_named_change():
 
 def test_the_block_says_which_layers_it_has_reached():
     model = make("llama")
-    with recomputed(model) as called:
+    with gradient_checkpointing(model) as called:
         assert called == set()
         model.layers[1](mx.ones((1, 2, 32)))
         assert called == {1}
@@ -172,7 +172,7 @@ def test_an_array_that_comes_out_twice_gets_both_gradients():
             return y, y
 
     layer, x = Twice(), mx.array([1.0])
-    with recomputed(layer, [layer]):
+    with gradient_checkpointing(layer, [layer]):
         assert mx.grad(lambda x: sum(part.sum() for part in layer(x)))(x).item() == 6
 
 
@@ -180,8 +180,8 @@ def test_blocks_do_not_nest_and_end_with_an_error_too():
     model = make("llama")
     with (
         pytest.raises(RuntimeError, match="recomputed already"),
-        recomputed(model),
-        recomputed(model),
+        gradient_checkpointing(model),
+        gradient_checkpointing(model),
     ):
         pass
     assert type(model.layers[0]) is llama.TransformerBlock
@@ -193,7 +193,10 @@ def test_a_module_whose_gradient_would_be_lost_is_refused():
             return other(x)
 
     layer = Borrows()
-    with recomputed(layer, [layer]), pytest.raises(TypeError, match="`Linear` with trainable"):
+    with (
+        gradient_checkpointing(layer, [layer]),
+        pytest.raises(TypeError, match="`Linear` with trainable"),
+    ):
         layer(mx.ones((1, 2)), nn.Linear(2, 2))
 
 
@@ -210,7 +213,7 @@ def test_a_cache_that_a_layer_makes_itself_is_handed_out():
 
     layer, x = Opens(), mx.ones((1, 1, 4, 2))
     expected = mx.grad(scores, argnums=1)(layer, x)
-    with recomputed(layer, [layer]):
+    with gradient_checkpointing(layer, [layer]):
         assert mx.allclose(mx.grad(scores, argnums=1)(layer, x), expected)
 
 
@@ -230,7 +233,7 @@ def peak(model, length):
 def test_memory_grows_in_step_with_the_length():
     """Twice the tokens, at most 2.2 times the memory; without, attention alone makes it 3.5."""
     model = make("llama")
-    with recomputed(model), chunked_attention():
+    with gradient_checkpointing(model), use_chunked_attention():
         assert peak(model, 2048) < 2.2 * peak(model, 1024)
 
 
@@ -238,7 +241,7 @@ def test_a_step_leaves_nothing_behind():
     model = make("qwen3_next")
     held = []
     for _ in range(3):
-        with recomputed(model), chunked_attention(32):
+        with gradient_checkpointing(model), use_chunked_attention(32):
             loss_and_gradients(model, shared_prompt)
         held.append(mx.get_active_memory())
     assert held[1] == held[2]
@@ -254,6 +257,6 @@ def test_more_layers_cost_a_fraction_of_their_activations():
         attach(model, rank=2, scale=2.0)
         mx.eval(model.parameters())
         plain.append(peak(model, 256))
-        with recomputed(model):
+        with gradient_checkpointing(model):
             ours.append(peak(model, 256))
     assert ours[1] - ours[0] < 0.1 * (plain[1] - plain[0])

@@ -7,8 +7,8 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_dpo.scoring import lm_head as head
-from mlx_dpo.scoring.backbone import NotSplitError, split
-from mlx_dpo.scoring.lm_head import head_weights, row_logps
+from mlx_dpo.scoring.backbone import UnsupportedModelError, split_backbone
+from mlx_dpo.scoring.lm_head import chunked_logps, trainable_head_parameters
 from tests.conftest import VOCAB, make_llama
 from tests.scoring.architectures import build
 
@@ -27,7 +27,7 @@ def targets():
 
 @pytest.fixture
 def chunks_of_four(monkeypatch):
-    monkeypatch.setattr(head, "CHUNK_BYTES", 4 * VOCAB * 4)
+    monkeypatch.setattr(head, "LOGITS_BYTES_PER_CHUNK", 4 * VOCAB * 4)
 
 
 def autodiff(halves, hidden, targets):
@@ -43,7 +43,7 @@ def autodiff(halves, hidden, targets):
 def test_the_halves_together_are_the_model(name):
     model = build(name)
     tokens = mx.array([[3, 1, 4, 1, 5]])
-    halves = split(model)
+    halves = split_backbone(model)
     found = halves.hidden(tokens)
     assert mx.array_equal(halves.logits(found), model(tokens))
     some = halves.logits(found[:, 1:4:2])
@@ -54,7 +54,7 @@ def test_the_head_is_not_run_to_get_hidden_states():
     model = make_llama()
     model.lm_head = None  # a call would raise
     model.args.tie_word_embeddings = False
-    assert split(model).hidden(mx.array([[1, 2]])).shape == (1, 2, 64)
+    assert split_backbone(model).hidden(mx.array([[1, 2]])).shape == (1, 2, 64)
 
 
 def test_a_model_without_a_trunk_is_refused():
@@ -62,12 +62,14 @@ def test_a_model_without_a_trunk_is_refused():
         def __call__(self, tokens, cache=None):
             return mx.zeros((*tokens.shape, VOCAB))
 
-    with pytest.raises(NotSplitError, match="no trunk named"):
-        split(Bigram())
+    with pytest.raises(UnsupportedModelError, match="no trunk named"):
+        split_backbone(Bigram())
 
 
 def test_log_probabilities_are_those_of_float64(tiny_llama, hidden, targets, chunks_of_four):
-    logps = row_logps(split(tiny_llama), hidden, targets, vocab_size=VOCAB, gradients=False)
+    logps = chunked_logps(
+        split_backbone(tiny_llama), hidden, targets, vocab_size=VOCAB, gradients=False
+    )
     weight = np.array(tiny_llama.model.embed_tokens.weight, np.float64)
     logits = np.array(hidden, np.float64) @ weight.T
     expected = logits[np.arange(ROWS), np.array(targets)] - np.log(np.exp(logits).sum(axis=1))
@@ -80,7 +82,7 @@ def test_gradients_are_those_of_whole_logits(tiny_llama, hidden, targets, chunks
     if trained:
         tiny_llama.model.embed_tokens.unfreeze()
         tiny_llama.model.norm.unfreeze()  # outside the blocks, and not of the head
-    halves, weights = split(tiny_llama), mx.arange(ROWS) - 3.5
+    halves, weights = split_backbone(tiny_llama), mx.arange(ROWS) - 3.5
     before = tiny_llama.model.embed_tokens.weight
 
     def gradients(logps):
@@ -93,7 +95,7 @@ def test_gradients_are_those_of_whole_logits(tiny_llama, hidden, targets, chunks
         return dict(tree_flatten(found))
 
     expected = gradients(lambda h: autodiff(halves, h, targets))
-    found = gradients(lambda h: row_logps(halves, h, targets, vocab_size=VOCAB, gradients=True))
+    found = gradients(lambda h: chunked_logps(halves, h, targets, vocab_size=VOCAB, gradients=True))
     assert found.keys() == expected.keys()
     assert ("0.model.embed_tokens.weight" in found) == trained
     for name in found:
@@ -108,27 +110,27 @@ def test_values_do_not_depend_on_whether_gradients_are_wanted(
     tiny_llama.freeze()
     if trained:
         tiny_llama.model.embed_tokens.unfreeze()
-    halves = split(tiny_llama)
+    halves = split_backbone(tiny_llama)
     alone, beside = (
-        row_logps(halves, hidden, targets, vocab_size=VOCAB, gradients=gradients)
+        chunked_logps(halves, hidden, targets, vocab_size=VOCAB, gradients=gradients)
         for gradients in (False, True)
     )
     assert mx.array_equal(alone, beside)
 
 
 def test_only_what_is_outside_the_blocks_is_taken_for_the_head(tiny_llama):
-    assert head_weights(split(tiny_llama)).keys() == {
+    assert trainable_head_parameters(split_backbone(tiny_llama)).keys() == {
         "model.embed_tokens.weight",
         "model.norm.weight",
     }
     tiny_llama.freeze()
     tiny_llama.layers[0].unfreeze()
-    assert head_weights(split(tiny_llama)) == {}
+    assert trainable_head_parameters(split_backbone(tiny_llama)) == {}
 
 
 def test_blocks_are_found_inside_a_model_that_also_sees_images():
     model = build("kimi_vl")
-    names = head_weights(split(model)).keys()
+    names = trainable_head_parameters(split_backbone(model)).keys()
     assert names == {"lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"}
 
 
@@ -154,8 +156,8 @@ def test_every_row_passes_once_and_no_chunk_is_larger_than_allowed(
     tiny_llama.freeze()
 
     def loss(hidden):
-        return row_logps(
-            split(tiny_llama), hidden, targets, vocab_size=VOCAB, gradients=gradients
+        return chunked_logps(
+            split_backbone(tiny_llama), hidden, targets, vocab_size=VOCAB, gradients=gradients
         ).sum()
 
     mx.eval(mx.grad(loss)(hidden) if gradients else loss(hidden))
@@ -174,7 +176,9 @@ def peak(vocab, trained):
     mx.eval(model.parameters(), hidden, targets)
 
     def loss(model, hidden):
-        return row_logps(split(model), hidden, targets, vocab_size=vocab, gradients=True).sum()
+        return chunked_logps(
+            split_backbone(model), hidden, targets, vocab_size=vocab, gradients=True
+        ).sum()
 
     mx.clear_cache()
     mx.reset_peak_memory()

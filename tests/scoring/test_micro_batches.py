@@ -4,14 +4,14 @@ import mlx.core as mx
 import pytest
 
 from mlx_dpo.data.batching import PassLimit, whole_rows
-from mlx_dpo.scoring.scorers import COSTS, make_shared, plain_scorer, score_pairs
-from mlx_dpo.scoring.select_scorer import choose
+from mlx_dpo.scoring.scorers import TOKEN_COUNTS, make_shared_scorer, plain_scorer, score_pairs
+from mlx_dpo.scoring.select_scorer import select_scorer
 from mlx_dpo.types import TokenizedPair
 from tests.conftest import VOCAB, make_llama
 
 SCORERS = {"plain": (plain_scorer, whole_rows)} | {
-    way: (make_shared(vocab_size=VOCAB, gradients=False, way=way), cost)
-    for way, cost in COSTS.items()
+    way: (make_shared_scorer(vocab_size=VOCAB, gradients=False, way=way), cost)
+    for way, cost in TOKEN_COUNTS.items()
 }
 
 
@@ -61,10 +61,10 @@ def test_a_pass_costs_the_tokens_that_go_through_the_layers(counted, name, pairs
 
 
 @pytest.mark.parametrize("wanted", ["plain", "shared"])
-@pytest.mark.parametrize("way", COSTS)
+@pytest.mark.parametrize("way", TOKEN_COUNTS)
 def test_a_choice_knows_the_cost_of_its_own_scorer(counted, wanted, way):
     model, counting = counted
-    choice = choose(make_llama(), vocab_size=VOCAB, wanted=wanted, ways=(way,))
+    choice = select_scorer(make_llama(), vocab_size=VOCAB, wanted=wanted, ways=(way,))
     for pairs in PASSES:
         counting.tokens.clear()
         choice.forward_only(model, pairs)

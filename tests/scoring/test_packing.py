@@ -9,11 +9,17 @@ import pytest
 from mlx_lm.models.rope_utils import initialize_rope
 
 from mlx_dpo.adapters import attach as adapters
-from mlx_dpo.scoring.kernels.attention import QUERIES_PER_CHUNK, chunked_attention
-from mlx_dpo.scoring.memory_saving import sparing_memory
-from mlx_dpo.scoring.packing import Positions, Tree, TreeCache, TreeMask, tree_positions
-from mlx_dpo.scoring.scorers import make_shared, plain_scorer
-from mlx_dpo.scoring.select_scorer import errors
+from mlx_dpo.scoring.kernels.attention import QUERIES_PER_CHUNK, use_chunked_attention
+from mlx_dpo.scoring.memory_saving import memory_efficient_training
+from mlx_dpo.scoring.packing import (
+    PackedCache,
+    PackedMask,
+    PackedPositions,
+    PackedRow,
+    use_packed_positions,
+)
+from mlx_dpo.scoring.scorers import make_shared_scorer, plain_scorer
+from mlx_dpo.scoring.select_scorer import relative_errors
 from mlx_dpo.types import TokenizedPair
 from tests.conftest import VOCAB, make_llama
 
@@ -25,16 +31,16 @@ TWO = [
 
 
 def test_the_last_tokens_of_completions_stay_out():
-    assert Tree(TWO).tokens.tolist() == [[0, 1, 2, 3, 4, 6, 8, 10, 11]]
+    assert PackedRow(TWO).tokens.tolist() == [[0, 1, 2, 3, 4, 6, 8, 10, 11]]
 
 
 def test_both_completions_follow_the_prompt():
-    assert Tree(TWO).positions.tolist() == [0, 1, 2, 3, 4, 3, 0, 1, 2]
+    assert PackedRow(TWO).positions.tolist() == [0, 1, 2, 3, 4, 3, 0, 1, 2]
 
 
 def test_what_predicts_a_token_is_what_comes_before_it_in_its_own_text():
     chosen, rejected = [2, 3, 4, 6], [2, 5, 6, 7, 8]  # 3 4 5 and 9; 6 7 and 10 11 12
-    assert Tree(TWO).predicting().tolist() == [*chosen, *rejected]
+    assert PackedRow(TWO).predicting().tolist() == [*chosen, *rejected]
 
 
 def seen(tree, size, window=None):
@@ -67,13 +73,13 @@ SEEN = [
 @pytest.mark.parametrize("size", [1, 2, 3, 64])
 def test_a_token_sees_its_prompt_and_its_own_completion_up_to_itself(size):
     expected = [[mark == "x" for mark in row] for row in SEEN]
-    assert seen(Tree(TWO), size).tolist() == expected
+    assert seen(PackedRow(TWO), size).tolist() == expected
 
 
 @pytest.mark.parametrize("size", [1, 2, 64])
 def test_a_window_is_one_of_positions(size):
     """The rejected completion's first token stands fifth, and is the fourth of its text."""
-    tree = Tree(TWO)
+    tree = PackedRow(TWO)
     near = tree.positions[:, None] - tree.positions[None] < 2
     assert (seen(tree, size, 2) == seen(tree, size) & near).all()
     assert seen(tree, size, 2)[5].nonzero()[0].tolist() == [2, 5]
@@ -98,21 +104,21 @@ ROTATIONS = {
 def test_every_token_is_turned_by_its_position_in_its_text(name):
     rope = ROTATIONS[name]
     mx.random.seed(0)
-    tree = Tree(TWO)
+    tree = PackedRow(TWO)
     x = mx.random.normal((1, 3, len(tree), 8))
-    with tree_positions():
-        turned = rope(x, offset=Positions(tree))
+    with use_packed_positions():
+        turned = rope(x, offset=PackedPositions(tree))
     for place, position in enumerate(tree.positions.tolist()):
         alone = rope(x[:, :, place : place + 1], offset=position)
         assert mx.allclose(turned[:, :, place : place + 1], alone, atol=1e-6)
 
 
 def test_frequencies_that_come_and_go_are_not_taken_for_each_other():
-    tree, ones = Tree(TWO), mx.ones((1, 1, len(Tree(TWO)), 8))
+    tree, ones = PackedRow(TWO), mx.ones((1, 1, len(PackedRow(TWO)), 8))
     for base in range(1, 40):  # of a list that is gone, the next array often gets the id
-        with tree_positions():
+        with use_packed_positions():
             found = mx.fast.rope(
-                ones, 8, traditional=False, base=None, scale=1.0, offset=Positions(tree),
+                ones, 8, traditional=False, base=None, scale=1.0, offset=PackedPositions(tree),
                 freqs=base * mx.arange(1.0, 5.0),
             )  # fmt: skip
         angles = tree.positions[:, None] / (base * np.arange(1.0, 5.0))
@@ -120,20 +126,20 @@ def test_frequencies_that_come_and_go_are_not_taken_for_each_other():
 
 
 def test_other_rows_than_its_own_are_refused():
-    tree = Tree(TWO)
-    with tree_positions(), pytest.raises(TypeError, match="other arrays"):
-        nn.RoPE(8)(mx.zeros((1, 3, 5, 8)), offset=Positions(tree))
+    tree = PackedRow(TWO)
+    with use_packed_positions(), pytest.raises(TypeError, match="other arrays"):
+        nn.RoPE(8)(mx.zeros((1, 3, 5, 8)), offset=PackedPositions(tree))
 
 
 @pytest.mark.parametrize("asked", [{"return_array": True}, {"length": 5}])
 def test_a_model_that_wants_its_mask_as_an_array_is_refused(asked):
     with pytest.raises(TypeError, match="an array"):
-        TreeCache(Tree(TWO)).make_mask(**{"length": 9} | asked)
+        PackedCache(PackedRow(TWO)).make_mask(**{"length": 9} | asked)
 
 
 def test_positions_cannot_be_computed_with():
     """A model that does would take the place in the row for the position in the text."""
-    offset = TreeCache(Tree(TWO)).offset
+    offset = PackedCache(PackedRow(TWO)).offset
     for compute in (lambda: offset + 1, lambda: 1 + offset, lambda: mx.arange(offset, 9)):
         with pytest.raises(TypeError):
             compute()
@@ -141,12 +147,12 @@ def test_positions_cannot_be_computed_with():
 
 def test_outside_the_block_neither_is_understood():
     """So that no model runs on such a row with positions and sight of its own."""
-    tree = Tree(TWO)
+    tree = PackedRow(TWO)
     with pytest.raises((TypeError, ValueError)):
-        nn.RoPE(8)(mx.zeros((1, 3, len(tree), 8)), offset=Positions(tree))
+        nn.RoPE(8)(mx.zeros((1, 3, len(tree), 8)), offset=PackedPositions(tree))
     q = mx.zeros((1, 2, len(tree), 8))
     with pytest.raises(TypeError):
-        mx.fast.scaled_dot_product_attention(q, q, q, scale=1.0, mask=TreeMask(tree, None))
+        mx.fast.scaled_dot_product_attention(q, q, q, scale=1.0, mask=PackedMask(tree, None))
 
 
 def long_pairs():
@@ -164,33 +170,33 @@ def long_pairs():
 @pytest.mark.parametrize("kept", [0, 10**6], ids=["again", "kept"])
 @pytest.mark.parametrize("on_cpu", [True, False], ids=["cpu", "gpu's arithmetic"])
 def test_long_pairs_score_as_whole_rows_do(monkeypatch, recompute, kept, on_cpu):
-    monkeypatch.setattr("mlx_dpo.scoring.kernels.attention.KEPT_KEYS", kept)
+    monkeypatch.setattr("mlx_dpo.scoring.kernels.attention.MAX_SAVED_KEYS", kept)
     monkeypatch.setattr("mlx_dpo.scoring.kernels.attention.on_cpu", lambda: on_cpu)
     model = make_llama()
     adapters.attach(model, rank=4, scale=2.0)
     pairs = long_pairs()
-    shared = make_shared(vocab_size=VOCAB, gradients=True, way="row")
+    shared = make_shared_scorer(vocab_size=VOCAB, gradients=True, way="row")
 
     def rows(scorer):
         return lambda model: mx.concatenate([*scorer(model, pairs)])[:, None]
 
     with ExitStack() as stack:
-        stack.enter_context(sparing_memory(model, recompute=recompute))
-        stack.enter_context(chunked_attention(QUERIES_PER_CHUNK))
-        found = errors(model, rows(shared), rows(plain_scorer))
+        stack.enter_context(memory_efficient_training(model, recompute=recompute))
+        stack.enter_context(use_chunked_attention(QUERIES_PER_CHUNK))
+        found = relative_errors(model, rows(shared), rows(plain_scorer))
     assert found.values <= 1e-5
     assert found.gradients <= 1e-4
 
 
 def test_on_a_gpu_the_row_is_filled_up_with_what_nothing_sees(monkeypatch):
     monkeypatch.setattr("mlx_dpo.scoring.packing.padded_width", lambda length: 16)
-    tree = Tree(TWO)
+    tree = PackedRow(TWO)
     assert tree.tokens.shape == (1, 16)
     whole = seen(tree, 4)
     assert not whole[:9, 9:].any()
     assert not whole[9:, :9].any()
     assert tree.predicting().max().item() < 9
     model = make_llama()
-    shared = make_shared(vocab_size=VOCAB, gradients=False, way="row")
+    shared = make_shared_scorer(vocab_size=VOCAB, gradients=False, way="row")
     for ours, known in zip(shared(model, TWO), plain_scorer(model, TWO), strict=True):
         assert mx.allclose(ours, known, rtol=1e-5)

@@ -9,11 +9,11 @@ import pytest
 
 from mlx_dpo.adapters import attach as adapters
 from mlx_dpo.scoring import lm_head as head
-from mlx_dpo.scoring.kernels.attention import chunked_attention
-from mlx_dpo.scoring.kernels.gradient_checkpointing import recomputed
-from mlx_dpo.scoring.memory_saving import sparing_memory
-from mlx_dpo.scoring.scorers import make_shared, plain_scorer
-from mlx_dpo.scoring.select_scorer import WAYS, errors, value_error
+from mlx_dpo.scoring.kernels.attention import use_chunked_attention
+from mlx_dpo.scoring.kernels.gradient_checkpointing import gradient_checkpointing
+from mlx_dpo.scoring.memory_saving import memory_efficient_training
+from mlx_dpo.scoring.scorers import make_shared_scorer, plain_scorer
+from mlx_dpo.scoring.select_scorer import PACKINGS, relative_errors, value_error
 from mlx_dpo.types import TokenizedPair
 from tests.conftest import VOCAB, make_llama
 
@@ -26,7 +26,7 @@ def policy():
 
 
 def shared(*, gradients=True, way="lengths"):
-    return make_shared(vocab_size=VOCAB, gradients=gradients, way=way)
+    return make_shared_scorer(vocab_size=VOCAB, gradients=gradients, way=way)
 
 
 def rows(scorer, pairs):
@@ -37,27 +37,27 @@ def rows(scorer, pairs):
 @contextmanager
 def memory_savers(model, names):
     with ExitStack() as stack:
-        stack.enter_context(sparing_memory(model, recompute=False))
+        stack.enter_context(memory_efficient_training(model, recompute=False))
         if "recomputed" in names:
-            stack.enter_context(recomputed(model))
+            stack.enter_context(gradient_checkpointing(model))
         if "chunked" in names:
-            stack.enter_context(chunked_attention(2))
+            stack.enter_context(use_chunked_attention(2))
         yield
 
 
 @pytest.mark.parametrize("saved", [(), ("recomputed",), ("chunked",), ("recomputed", "chunked")])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", PACKINGS)
 def test_it_equals_the_plain_scorer(policy, pairs, way, saved, monkeypatch):
-    monkeypatch.setattr("mlx_dpo.scoring.kernels.attention.FEWEST_SCORES", 0)
-    monkeypatch.setattr(head, "CHUNK_BYTES", 3 * VOCAB * 4)
+    monkeypatch.setattr("mlx_dpo.scoring.kernels.attention.MIN_SCORES", 0)
+    monkeypatch.setattr(head, "LOGITS_BYTES_PER_CHUNK", 3 * VOCAB * 4)
     expected = rows(plain_scorer, pairs)
     with memory_savers(policy, saved):
-        found = errors(policy, rows(shared(way=way), pairs), expected)
+        found = relative_errors(policy, rows(shared(way=way), pairs), expected)
     assert found.values <= 1e-5
     assert found.gradients <= 1e-4
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", PACKINGS)
 def test_without_gradients_the_values_are_the_same(policy, pairs, way):
     scorer = shared(gradients=False, way=way)
     assert value_error(policy, rows(scorer, pairs), rows(plain_scorer, pairs)) <= 1e-5
@@ -65,7 +65,7 @@ def test_without_gradients_the_values_are_the_same(policy, pairs, way):
 
 def test_every_weight_can_be_trained(pairs):
     """Tied embeddings: gradients come through the trunk, the head, and their common weight."""
-    found = errors(make_llama(), rows(shared(), pairs), rows(plain_scorer, pairs))
+    found = relative_errors(make_llama(), rows(shared(), pairs), rows(plain_scorer, pairs))
     assert found.values <= 1e-5
     assert found.gradients <= 1e-4
 
@@ -122,7 +122,7 @@ def test_no_token_passes_twice_and_only_scored_ones_reach_the_head(policy, gradi
     assert logits.tokens == c + r
 
 
-@pytest.mark.parametrize("way", [None, *WAYS])
+@pytest.mark.parametrize("way", [None, *PACKINGS])
 def test_fifty_lengths_leave_nothing_behind(policy, way):
     """Kernels and traces that are kept for each length would pile up over a run."""
     scorer = shared(way=way) if way else plain_scorer
@@ -130,7 +130,7 @@ def test_fifty_lengths_leave_nothing_behind(policy, way):
     held = {}
     for length in range(2, 53):
         prompt = tuple(1 + i % (VOCAB - 1) for i in range(length))
-        with sparing_memory(policy, recompute=True):
+        with memory_efficient_training(policy, recompute=True):
             mx.eval(gradient(policy, [TokenizedPair(prompt, (1, 2, 3)[: 1 + length % 3], (3, 1))]))
         if length in (3, 52):
             gc.collect()  # a tenth of a second each time: not after every length

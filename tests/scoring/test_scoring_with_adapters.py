@@ -8,9 +8,9 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_dpo.adapters import attach as adapters
-from mlx_dpo.scoring.memory_saving import sparing_memory
+from mlx_dpo.scoring.memory_saving import memory_efficient_training
 from mlx_dpo.scoring.scorers import plain_scorer
-from mlx_dpo.scoring.select_scorer import choose
+from mlx_dpo.scoring.select_scorer import select_scorer
 from mlx_dpo.types import TokenizedPair
 from tests.scoring.small_models import MODELS, SIZES, VOCAB
 
@@ -48,7 +48,7 @@ def gradients(model, scorer, *, recompute):
         logps = scorer(model, PAIRS)
         return (logps.chosen * mx.array([1.0, -2.0, 0.5])).sum() - 0.3 * logps.rejected.sum()
 
-    with sparing_memory(model, recompute=recompute):
+    with memory_efficient_training(model, recompute=recompute):
         value, found = nn.value_and_grad(model, total)(model)
     mx.eval(value, found)
     return value.item(), dict(tree_flatten(found))
@@ -77,7 +77,7 @@ def test_the_shared_scorer_is_exact(kind, tied, bits, settings, recompute):
     model = build(kind, tied=tied, bits=bits)
     adapters.attach(model, rank=2, scale=2.0, seed=1, **settings)
     stirred(model)
-    choice = choose(model, vocab_size=VOCAB)
+    choice = select_scorer(model, vocab_size=VOCAB)
     assert choice.name == "shared", choice.reason
     value, plain = gradients(model, plain_scorer, recompute=False)
     found, shared = gradients(model, choice.scorer, recompute=recompute)

@@ -11,7 +11,13 @@ from mlx_dpo.adapters import attach as adapters
 from mlx_dpo.errors import ModelError
 from mlx_dpo.io import random_state
 from mlx_dpo.scoring.scorers import plain_scorer
-from mlx_dpo.scoring.select_scorer import WAYS, choose, errors, random_pairs, value_error
+from mlx_dpo.scoring.select_scorer import (
+    PACKINGS,
+    random_pairs,
+    relative_errors,
+    select_scorer,
+    value_error,
+)
 from tests.conftest import VOCAB, make_llama
 from tests.scoring.architectures import WINDOW, build
 
@@ -37,25 +43,25 @@ def assert_plain(choice, said):
     assert choice.way is None
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", PACKINGS)
 def test_an_exact_model_gets_the_shared_scorer(way):
-    choice = choose(adapted(make_llama()), vocab_size=VOCAB, ways=(way,))
+    choice = select_scorer(adapted(make_llama()), vocab_size=VOCAB, ways=(way,))
     assert choice.name == "shared"
     assert choice.way == way
-    assert choice.reason.startswith(f"{WAYS[way]}; equal to the plain scorer on a probe, to ")
+    assert choice.reason.startswith(f"{PACKINGS[way]}; equal to the plain scorer on a probe, to ")
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
 def test_rounding_is_no_reason_to_refuse(dtype):
     model = make_llama()
     model.set_dtype(dtype)
-    assert choose(adapted(model), vocab_size=VOCAB).name == "shared"
+    assert select_scorer(adapted(model), vocab_size=VOCAB).name == "shared"
 
 
 def test_a_model_without_adapters_is_probed_by_its_values():
     model = make_llama()
     model.freeze()
-    assert choose(model, vocab_size=VOCAB).name == "shared"
+    assert select_scorer(model, vocab_size=VOCAB).name == "shared"
 
 
 class Detached(KVCache):
@@ -83,18 +89,22 @@ class Forgetful(KVCache):
 
 def test_wrong_values_are_refused():
     model = with_caches(lambda self: [Forgetful() for _ in self.layers])
-    assert_plain(choose(model, vocab_size=VOCAB), "values differ from the plain scorer's by ")
+    assert_plain(
+        select_scorer(model, vocab_size=VOCAB), "values differ from the plain scorer's by "
+    )
 
 
 def test_wrong_gradients_are_refused_where_values_are_right():
     model = with_caches(lambda self: [Detached() for _ in self.layers])
-    assert_plain(choose(model, vocab_size=VOCAB), "gradients differ from the plain scorer's by ")
+    assert_plain(
+        select_scorer(model, vocab_size=VOCAB), "gradients differ from the plain scorer's by "
+    )
 
 
 def test_a_window_that_only_caches_know_is_refused():
     """Wide enough for the probe's short pairs; a prompt past it shows the difference."""
     model = with_caches(lambda self: [RotatingKVCache(32) for _ in self.layers])
-    choice = choose(model, vocab_size=VOCAB, ways=("lengths",))
+    choice = select_scorer(model, vocab_size=VOCAB, ways=("lengths",))
     assert_plain(choice, "values past the window differ")
 
 
@@ -104,13 +114,13 @@ def test_a_head_that_mixes_rows_is_refused():
         return self.model.embed_tokens.as_linear(mx.cumsum(hidden, axis=1))
 
     model = with_caches(lambda self: [KVCache() for _ in self.layers], __call__=call)
-    assert_plain(choose(model, vocab_size=VOCAB), "differ from the plain scorer's by ")
+    assert_plain(select_scorer(model, vocab_size=VOCAB), "differ from the plain scorer's by ")
 
 
 # Wrong on the probe's pairs; wrong on longer ones alone, where it chooses among blocks of keys.
 @pytest.mark.parametrize("name", ["gemma2", "minimax_m3_vl"])
 def test_uneven_prompts_go_one_by_one_where_batched_caches_are_wrong(name):
-    choice = choose(adapted(build(name)), vocab_size=128, ways=("batch", "lengths"))
+    choice = select_scorer(adapted(build(name)), vocab_size=128, ways=("batch", "lengths"))
     assert choice.name == "shared"
     assert choice.way == "lengths"
 
@@ -120,7 +130,7 @@ def test_a_cache_that_cannot_be_made_is_no_obstacle():
         raise NotImplementedError("no cache for this one")
 
     assert_plain(
-        choose(with_caches(make_cache), vocab_size=VOCAB),
+        select_scorer(with_caches(make_cache), vocab_size=VOCAB),
         "NotImplementedError: no cache for this one",
     )
 
@@ -134,14 +144,14 @@ def test_a_model_without_a_trunk_is_scored_plainly():
         def __call__(self, tokens, cache=None):
             return self.table(tokens)
 
-    assert_plain(choose(Bigram(), vocab_size=VOCAB), "no trunk named `model`")
+    assert_plain(select_scorer(Bigram(), vocab_size=VOCAB), "no trunk named `model`")
 
 
 def test_what_was_asked_for_is_done():
     model = with_caches(lambda self: [Forgetful() for _ in self.layers])
-    assert_plain(choose(adapted(make_llama()), vocab_size=VOCAB, wanted="plain"), "as asked")
+    assert_plain(select_scorer(adapted(make_llama()), vocab_size=VOCAB, wanted="plain"), "as asked")
     with pytest.raises(ModelError, match=r"^the scorer `shared` is not exact .* by \d"):
-        choose(model, vocab_size=VOCAB, wanted="shared")
+        select_scorer(model, vocab_size=VOCAB, wanted="shared")
 
 
 def test_a_model_that_cannot_be_trained_at_all_is_said_in_one_line():
@@ -150,7 +160,7 @@ def test_a_model_that_cannot_be_trained_at_all_is_said_in_one_line():
 
     model = with_caches(lambda self: [KVCache() for _ in self.layers], __call__=call)
     with pytest.raises(ModelError, match=r"No Metal back-end\); name other layers") as caught:
-        choose(model, vocab_size=VOCAB)
+        select_scorer(model, vocab_size=VOCAB)
     assert "\n" not in str(caught.value)
 
 
@@ -163,7 +173,7 @@ def test_the_model_is_left_as_it_was():
     modes = [(name, module.training) for name, module in model.named_modules()]
     state = random_state().tolist()
 
-    assert choose(model, vocab_size=VOCAB).name == "shared"  # dropout would make them differ
+    assert select_scorer(model, vocab_size=VOCAB).name == "shared"  # dropout would make them differ
 
     after = dict(tree_flatten(model.parameters()))
     assert after.keys() == before.keys()
@@ -188,8 +198,8 @@ def test_what_is_not_a_number_is_never_near():
         return oracle(model) + mx.sqrt(mx.stop_gradient(a).sum() * 0 + (a - a).sum())
 
     assert not value_error(model, one_nan, oracle) <= 1
-    assert not errors(model, one_nan, oracle).values <= 1
-    assert not errors(model, one_nan_gradient, oracle).gradients <= 1
+    assert not relative_errors(model, one_nan, oracle).values <= 1
+    assert not relative_errors(model, one_nan_gradient, oracle).gradients <= 1
 
 
 def test_a_lost_gradient_of_one_small_adapter_is_seen():
@@ -208,9 +218,9 @@ def test_a_lost_gradient_of_one_small_adapter_is_seen():
         layer.lora_a = kept
         return scores
 
-    assert errors(model, without_one, oracle).gradients >= 0.1
+    assert relative_errors(model, without_one, oracle).gradients >= 0.1
 
 
 def test_prompts_longer_than_a_narrow_window_are_exact():
     assert WINDOW < 5  # so that the probe's own pairs do not fit into it
-    assert choose(adapted(build("gemma3_text")), vocab_size=128).name == "shared"
+    assert select_scorer(adapted(build("gemma3_text")), vocab_size=128).name == "shared"

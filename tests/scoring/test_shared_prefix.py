@@ -4,8 +4,8 @@ import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import KVCache
 
-from mlx_dpo.scoring.backbone import split
-from mlx_dpo.scoring.shared_prefix import predicting_rows, right_padded
+from mlx_dpo.scoring.backbone import split_backbone
+from mlx_dpo.scoring.shared_prefix import completion_hidden_states, right_padded
 from mlx_dpo.types import TokenizedPair
 from tests.conftest import make_llama
 from tests.scoring.architectures import WINDOW, build
@@ -23,12 +23,15 @@ def whole_rows(model, pairs):
     rows = [(pair.prompt, pair.chosen) for pair in pairs]
     rows += [(pair.prompt, pair.rejected) for pair in pairs]
     return mx.concatenate(
-        [split(model).hidden(mx.array([p + c[:-1]]))[0, len(p) - 1 :] for p, c in rows]
+        [split_backbone(model).hidden(mx.array([p + c[:-1]]))[0, len(p) - 1 :] for p, c in rows]
     )
 
 
 def assert_equal_rows(model, pairs):
-    found, expected = predicting_rows(model, split(model), pairs), whole_rows(model, pairs)
+    found, expected = (
+        completion_hidden_states(model, split_backbone(model), pairs),
+        whole_rows(model, pairs),
+    )
     assert found.shape == expected.shape
     assert mx.allclose(found, expected, rtol=1e-5, atol=1e-5)
 
@@ -56,8 +59,8 @@ def test_the_second_completion_does_not_see_the_first():
     model = build("gemma3_text")
     pairs = [TokenizedPair(prompt=(1, 2), chosen=(3, 4, 5, 6, 7), rejected=(3, 9, 8))]
     swapped = [TokenizedPair(prompt=(1, 2), chosen=(3, 9, 8), rejected=(3, 4, 5, 6, 7))]
-    rows = predicting_rows(model, split(model), pairs)
-    other = predicting_rows(model, split(model), swapped)
+    rows = completion_hidden_states(model, split_backbone(model), pairs)
+    other = completion_hidden_states(model, split_backbone(model), swapped)
     assert mx.array_equal(rows, mx.concatenate([other[3:], other[:3]]))
 
 
@@ -84,14 +87,14 @@ def counted():
 def test_the_prompt_passes_once_and_last_tokens_do_not_pass(counted):
     model, shapes = counted
     pair = TokenizedPair(prompt=tuple(range(7)), chosen=tuple(range(5)), rejected=(1, 2, 3))
-    predicting_rows(model, split(model), [pair])
+    completion_hidden_states(model, split_backbone(model), [pair])
     assert shapes == [(1, 7), (1, 4), (1, 2)]
 
 
 def test_completions_of_one_token_need_the_prompt_alone(counted):
     model, shapes = counted
     pair = TokenizedPair(prompt=(1, 2), chosen=(3,), rejected=(4,))
-    predicting_rows(model, split(model), [pair])
+    completion_hidden_states(model, split_backbone(model), [pair])
     assert shapes == [(1, 2)]
 
 
@@ -124,7 +127,7 @@ def test_gradients_flow_through_the_prompt():
         model.model.embed_tokens.weight = embedding
         return mx.linalg.norm(found, axis=1), found
 
-    norms, found = gradient(lambda: predicting_rows(model, split(model), pairs))
+    norms, found = gradient(lambda: completion_hidden_states(model, split_backbone(model), pairs))
     _, expected = gradient(lambda: whole_rows(model, pairs))
     assert [i for i, norm in enumerate(norms.tolist()) if norm > 0] == [1, 2, 3, 10, 11, 20]
     assert mx.allclose(found, expected, rtol=1e-4, atol=1e-5)

@@ -4,7 +4,7 @@ import mlx.core as mx
 import pytest
 from mlx_lm.models import activations, llama
 
-from mlx_dpo.scoring.kernels.swiglu import quick_gates, swiglu
+from mlx_dpo.scoring.kernels.swiglu import swiglu, use_fast_swiglu
 from tests.conftest import make_llama
 
 
@@ -39,7 +39,7 @@ def test_sixteen_bits_are_left_to_mlx_lm_whose_error_is_that_of_one_rounding(dty
 def test_it_is_exchanged_in_the_model_s_source_and_put_back_also_after_an_error():
     model = make_llama()
     assert llama.swiglu is activations.swiglu
-    with pytest.raises(KeyError), quick_gates(model):
+    with pytest.raises(KeyError), use_fast_swiglu(model):
         assert llama.swiglu is swiglu
         raise KeyError
     assert llama.swiglu is activations.swiglu
@@ -47,5 +47,5 @@ def test_it_is_exchanged_in_the_model_s_source_and_put_back_also_after_an_error(
 
 def test_a_gpu_keeps_its_own(monkeypatch):
     monkeypatch.setattr("mlx_dpo.scoring.kernels.swiglu.on_cpu", lambda: False)
-    with quick_gates(make_llama()):
+    with use_fast_swiglu(make_llama()):
         assert llama.swiglu is activations.swiglu

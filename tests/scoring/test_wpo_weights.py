@@ -9,12 +9,12 @@ from mlx_dpo.data.batching import PassLimit
 from mlx_dpo.io import flat
 from mlx_dpo.scoring import lm_head as head
 from mlx_dpo.scoring.scorers import (
-    make_shared_alignments,
+    make_shared_log_weights,
     on_policy_weights,
-    plain_alignments,
+    plain_log_weights,
     score_pairs,
 )
-from mlx_dpo.scoring.select_scorer import WAYS, choose, value_error
+from mlx_dpo.scoring.select_scorer import PACKINGS, select_scorer, value_error
 from mlx_dpo.types import TokenizedPair
 from tests.conftest import VOCAB
 
@@ -35,7 +35,7 @@ def rows(scorer, pairs):
     return lambda model: mx.concatenate([*scorer(model, pairs)])[:, None]
 
 
-def weights(model, pairs, scorer=plain_alignments, size=2):
+def weights(model, pairs, scorer=plain_log_weights, size=2):
     def score(model, pairs):
         return score_pairs(model, pairs, limit=PassLimit(pairs=size), scorer=scorer)
 
@@ -43,7 +43,7 @@ def weights(model, pairs, scorer=plain_alignments, size=2):
 
 
 def test_it_equals_a_token_loop_in_float64(tiny_llama, pairs):
-    found = plain_alignments(tiny_llama, pairs)
+    found = plain_log_weights(tiny_llama, pairs)
     for i, pair in enumerate(pairs):
         for side in ("chosen", "rejected"):
             expected = by_hand(tiny_llama, pair.prompt, getattr(pair, side))
@@ -51,12 +51,12 @@ def test_it_equals_a_token_loop_in_float64(tiny_llama, pairs):
 
 
 @pytest.mark.parametrize("chunk", [None, 3 * VOCAB * 4])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", PACKINGS)
 def test_with_shared_prompts_it_is_the_same(tiny_llama, pairs, way, chunk, monkeypatch):
     if chunk:
-        monkeypatch.setattr(head, "CHUNK_BYTES", chunk)
-    shared = make_shared_alignments(vocab_size=VOCAB, way=way)
-    assert value_error(tiny_llama, rows(shared, pairs), rows(plain_alignments, pairs)) <= 1e-5
+        monkeypatch.setattr(head, "LOGITS_BYTES_PER_CHUNK", chunk)
+    shared = make_shared_log_weights(vocab_size=VOCAB, way=way)
+    assert value_error(tiny_llama, rows(shared, pairs), rows(plain_log_weights, pairs)) <= 1e-5
 
 
 def test_a_weight_is_the_product_of_both_sides_whatever_the_passes(tiny_llama, pairs):
@@ -70,20 +70,20 @@ def test_a_weight_is_the_product_of_both_sides_whatever_the_passes(tiny_llama, p
 
 def test_a_policy_that_knows_nothing_writes_anything(uniform):
     """All tokens are alike, so that each is as likely as what would be drawn."""
-    found = plain_alignments(uniform, [TokenizedPair((1,), (2, 3), (4,))])
+    found = plain_log_weights(uniform, [TokenizedPair((1,), (2, 3), (4,))])
     assert [part.item() for part in found] == pytest.approx([0, 0], abs=1e-5)
 
 
 def test_the_scorer_that_is_chosen_brings_its_own(tiny_llama, pairs):
     expected = weights(tiny_llama, pairs)
     for wanted in ("shared", "plain"):
-        choice = choose(tiny_llama, vocab_size=VOCAB, wanted=wanted)
+        choice = select_scorer(tiny_llama, vocab_size=VOCAB, wanted=wanted)
         found = weights(tiny_llama, pairs, choice.alignments)
         assert mx.allclose(found, expected, rtol=1e-4)
 
 
 def test_no_gradient_flows_through_them(tiny_llama, pairs):
-    shared = make_shared_alignments(vocab_size=VOCAB, way="lengths")
+    shared = make_shared_log_weights(vocab_size=VOCAB, way="lengths")
     slope = nn.value_and_grad(tiny_llama, lambda m: sum(x.sum() for x in shared(m, pairs)))
     _, gradients = slope(tiny_llama)
     assert not any(mx.any(value).item() for value in flat(gradients).values())

@@ -13,7 +13,7 @@ from mlx_dpo.data.batching import PassLimit, micro_batches, whole_rows
 from mlx_dpo.errors import TrainingError
 from mlx_dpo.io import flat
 from mlx_dpo.losses.metrics import named
-from mlx_dpo.scoring.scorers import COSTS, make_shared, plain_scorer, score_pairs
+from mlx_dpo.scoring.scorers import TOKEN_COUNTS, make_shared_scorer, plain_scorer, score_pairs
 from mlx_dpo.training.loop import Plan, Progress, train
 from mlx_dpo.training.objective import Objective
 from mlx_dpo.training.step import MicroBatch, accumulate, make_gradient
@@ -90,10 +90,10 @@ def test_the_size_of_a_pass_changes_nothing(plan, pairs_per_pass):
 
 SHARED = {
     way: {
-        "scorer": make_shared(vocab_size=VOCAB, gradients=True, way=way),
-        "cost": COSTS[way],
+        "scorer": make_shared_scorer(vocab_size=VOCAB, gradients=True, way=way),
+        "cost": TOKEN_COUNTS[way],
     }
-    for way in COSTS
+    for way in TOKEN_COUNTS
 }
 
 

@@ -21,7 +21,7 @@ from mlx_dpo.data.schemas import to_preferences
 from mlx_dpo.data.sources import Row
 from mlx_dpo.data.tokenization.tokenize import TokenRules, tokenize_pair
 from mlx_dpo.losses.metrics import step_row
-from mlx_dpo.scoring.scorers import COSTS, make_shared, score_pairs
+from mlx_dpo.scoring.scorers import TOKEN_COUNTS, make_shared_scorer, score_pairs
 from mlx_dpo.training.loop import Plan, Progress, train
 from mlx_dpo.training.lr_schedule import learning_rate
 from mlx_dpo.training.objective import Objective
@@ -53,9 +53,9 @@ def pairs():
 @pytest.fixture(scope="module")
 def reference(pairs):
     base = fresh_base()
-    scorer = make_shared(vocab_size=base.vocab_size, gradients=False, way="row")
+    scorer = make_shared_scorer(vocab_size=base.vocab_size, gradients=False, way="row")
     limit = PassLimit(pairs=16)
-    return score_pairs(base.model, pairs, limit=limit, scorer=scorer, cost=COSTS["row"])
+    return score_pairs(base.model, pairs, limit=limit, scorer=scorer, cost=TOKEN_COUNTS["row"])
 
 
 @pytest.fixture(scope="module", params=trl.STEPS)
@@ -81,8 +81,8 @@ def beside(request, golden, pairs, reference):
         total_steps=settings["steps"],
         batch_size=sigmoid.BATCH,
         limit=PassLimit(pairs=8),
-        scorer=make_shared(vocab_size=base.vocab_size, gradients=True, way="row"),
-        cost=COSTS["row"],
+        scorer=make_shared_scorer(vocab_size=base.vocab_size, gradients=True, way="row"),
+        cost=TOKEN_COUNTS["row"],
         max_grad_norm=settings["max_grad_norm"],
         seed=SEED,
     )

@@ -16,13 +16,13 @@ import mlx.core as mx
 from mlx_dpo.models.device import on_cpu
 
 
-def causal(length: int, seen: int, dtype: mx.Dtype) -> mx.array:
+def causal_mask(length: int, seen: int, dtype: mx.Dtype) -> mx.array:
     """To be added to scores; only the last corner hides anything. (C, S)"""
     corner = mx.triu(mx.full((length, length), -mx.inf, dtype), k=1)
     return mx.pad(corner, [(0, 0), (seen - length, 0)])
 
 
-def added(mask: mx.array, dtype: mx.Dtype) -> mx.array:
+def additive_mask(mask: mx.array, dtype: mx.Dtype) -> mx.array:
     """A mask as something to add to scores. Shape of the mask"""
     if mask.dtype != mx.bool_:
         return mask
@@ -47,13 +47,13 @@ def exp(x: mx.array) -> mx.array:
 
 # Keys a query sees, on average, up to which the CPU keeps its probabilities: few bytes beside
 # what a block keeps anyway, and a third of attention's time.
-KEPT_KEYS = 256
+MAX_SAVED_KEYS = 256
 
 Attention = Callable[..., mx.array]
 Probabilities = tuple[mx.array, mx.array | None]  # (B, H, C, S), and of sinks (B, H, C, 1)
 
 
-class Inputs(NamedTuple):
+class AttentionInputs(NamedTuple):
     """What attention is given, a chunk of it, or the gradients towards it."""
 
     queries: mx.array  # (B, H, T_q, D)
@@ -63,7 +63,7 @@ class Inputs(NamedTuple):
     sinks: mx.array | None  # (H,) scores of a key without a value
 
 
-class Chunk(NamedTuple):
+class QueryChunk(NamedTuple):
     """Queries `start` to `end` see keys `first` to `seen`, but for what `hidden` hides."""
 
     start: int
@@ -73,16 +73,16 @@ class Chunk(NamedTuple):
     hidden: mx.array | None = None  # (C, S), added to the scores
 
 
-class Rule(NamedTuple):
+class AttentionOptions(NamedTuple):
     """What is the same for every chunk."""
 
     plain: Attention
     scale: float
     causal: bool
-    chunks: Sequence[Chunk]
+    chunks: Sequence[QueryChunk]
 
 
-def attend_in_chunks(inputs: Inputs, rule: Rule) -> mx.array:
+def chunked_attention(inputs: AttentionInputs, rule: AttentionOptions) -> mx.array:
     """Attention of which only inputs and output are kept. (B, H, T_q, E)
 
     A captured array gets no gradient, so everything that may want one is an argument.
@@ -93,7 +93,7 @@ def attend_in_chunks(inputs: Inputs, rule: Rule) -> mx.array:
         if value is not None and mx.issubdtype(value.dtype, mx.floating)
     ]
 
-    kept = _kept(inputs, rule)
+    kept = _saved_probabilities(inputs, rule)
 
     @mx.custom_function
     def attend(*arrays: mx.array) -> mx.array:
@@ -110,34 +110,38 @@ def attend_in_chunks(inputs: Inputs, rule: Rule) -> mx.array:
     return cast("mx.array", attend(*[getattr(inputs, name) for name in names], *kept))
 
 
-def _kept(inputs: Inputs, rule: Rule) -> list[mx.array]:
+def _saved_probabilities(inputs: AttentionInputs, rule: AttentionOptions) -> list[mx.array]:
     """The probabilities of every chunk, where keeping them is cheap. (B, H, C, S) each"""
     scores = sum((c.end - c.start) * (c.seen - c.first) for c in rule.chunks)
-    if not on_cpu() or inputs.sinks is not None or scores > KEPT_KEYS * inputs.queries.shape[2]:
+    if (
+        not on_cpu()
+        or inputs.sinks is not None
+        or scores > MAX_SAVED_KEYS * inputs.queries.shape[2]
+    ):
         return []
     given = {name: mx.stop_gradient(x) for name, x in inputs._asdict().items() if x is not None}
     fixed = inputs._replace(**given)
-    return [_probabilities(_cut(fixed, chunk), rule, chunk)[0] for chunk in rule.chunks]
+    return [_probabilities(_chunk_inputs(fixed, chunk), rule, chunk)[0] for chunk in rule.chunks]
 
 
-def _forward(inputs: Inputs, rule: Rule, kept: Sequence[mx.array]) -> mx.array:
+def _forward(inputs: AttentionInputs, rule: AttentionOptions, kept: Sequence[mx.array]) -> mx.array:
     outputs: list[mx.array] = []
     for number, chunk in enumerate(rule.chunks):
-        part = _cut(inputs, chunk)
+        part = _chunk_inputs(inputs, chunk)
         if kept:
-            outputs.append(_mixed(kept[number], part))
+            outputs.append(_weighted_values(kept[number], part))
             continue
         # Without an order MLX starts every chunk before it ends one, and all are in memory.
         queries = mx.depends(part.queries, outputs[-1:]) if outputs else part.queries
-        outputs.append(_attend(part._replace(queries=queries), rule, chunk))
+        outputs.append(_attend_chunk(part._replace(queries=queries), rule, chunk))
     return mx.concatenate(outputs, axis=2)
 
 
-def _cut(inputs: Inputs, chunk: Chunk) -> Inputs:
+def _chunk_inputs(inputs: AttentionInputs, chunk: QueryChunk) -> AttentionInputs:
     mask = inputs.mask
     if mask is not None and mask.shape[2] > 1:
         mask = mask[:, :, chunk.start : chunk.end]
-    return Inputs(
+    return AttentionInputs(
         inputs.queries[:, :, chunk.start : chunk.end],
         inputs.keys[:, :, chunk.first : chunk.seen],
         inputs.values[:, :, chunk.first : chunk.seen],
@@ -146,28 +150,28 @@ def _cut(inputs: Inputs, chunk: Chunk) -> Inputs:
     )
 
 
-def _attend(part: Inputs, rule: Rule, chunk: Chunk) -> mx.array:
+def _attend_chunk(part: AttentionInputs, rule: AttentionOptions, chunk: QueryChunk) -> mx.array:
     """One chunk of queries. (B, H, C, E)"""
     if not on_cpu():
         q, k, v, mask, sinks = part
         hidden = "causal" if rule.causal else mask if chunk.hidden is None else chunk.hidden
         return rule.plain(q, k, v, scale=rule.scale, mask=hidden, sinks=sinks)
     probabilities, _ = _probabilities(part, rule, chunk)
-    return _mixed(probabilities, part)
+    return _weighted_values(probabilities, part)
 
 
-def _mixed(probabilities: mx.array, part: Inputs) -> mx.array:
+def _weighted_values(probabilities: mx.array, part: AttentionInputs) -> mx.array:
     """The values, as much of each as is given. (B, H, C, E)"""
-    return _per_head(_grouped(probabilities, part.keys) @ part.values, part.queries)
+    return _ungroup(_group_by_key_head(probabilities, part.keys) @ part.values, part.queries)
 
 
 def _backward(
-    inputs: Inputs,
-    rule: Rule,
+    inputs: AttentionInputs,
+    rule: AttentionOptions,
     output: mx.array,
     cotangent: mx.array,
     kept: Sequence[mx.array],
-) -> Inputs:
+) -> AttentionInputs:
     """Gradients towards the inputs, a chunk at a time; sums over chunks are float32."""
     queries: list[mx.array] = []
     masks: list[mx.array | None] = []
@@ -175,7 +179,7 @@ def _backward(
     keys = mx.zeros(inputs.keys.shape, mx.float32)
     values = mx.zeros(inputs.values.shape, mx.float32)
     for number, chunk in enumerate(rule.chunks):
-        part = _cut(inputs, chunk)
+        part = _chunk_inputs(inputs, chunk)
         if queries:
             # The sums pass through: held by nothing else, they are added to in place.
             waiting = [part.queries, keys, values]
@@ -190,16 +194,16 @@ def _backward(
         queries.append(found.queries)
         masks.append(found.mask)
         sinks.append(found.sinks)
-    return Inputs(
+    return AttentionInputs(
         mx.concatenate(queries, axis=2),
         keys.astype(inputs.keys.dtype),
         values.astype(inputs.values.dtype),
-        _joined(inputs.mask, masks),
-        _joined(inputs.sinks, sinks),
+        _join_gradients(inputs.mask, masks),
+        _join_gradients(inputs.sinks, sinks),
     )
 
 
-def _joined(value: mx.array | None, parts: Sequence[mx.array | None]) -> mx.array | None:
+def _join_gradients(value: mx.array | None, parts: Sequence[mx.array | None]) -> mx.array | None:
     """The gradient towards a mask or sinks: one part for each chunk's rows, or summed."""
     found = [part for part in parts if part is not None]
     if value is None or not found:
@@ -210,42 +214,48 @@ def _joined(value: mx.array | None, parts: Sequence[mx.array | None]) -> mx.arra
 
 
 def _chunk_gradients(
-    part: Inputs, rule: Rule, given: Probabilities, output: mx.array, cotangent: mx.array
-) -> Inputs:
+    part: AttentionInputs,
+    rule: AttentionOptions,
+    given: Probabilities,
+    output: mx.array,
+    cotangent: mx.array,
+) -> AttentionInputs:
     """With p = softmax(s) and o = p v:  ds = p (do v' - do·o),  dq = ds k,  dk = ds' q."""
     probabilities, sink = given
-    out = _grouped(cotangent, part.keys)
+    out = _group_by_key_head(cotangent, part.keys)
     agreement = (cotangent.astype(mx.float32) * output).sum(-1, keepdims=True)
-    towards = _per_head(out @ part.values.swapaxes(-1, -2), part.queries)
+    towards = _ungroup(out @ part.values.swapaxes(-1, -2), part.queries)
     scores = probabilities * (towards - agreement).astype(probabilities.dtype)
     if part.mask is not None and part.mask.dtype == mx.bool_:
         scores = scores * part.mask  # a row that sees nothing moves no score
-    grouped = _grouped(scores, part.keys)
-    return Inputs(
-        queries=_per_head(grouped @ part.keys, part.queries) * rule.scale,
-        keys=grouped.swapaxes(-1, -2) @ _grouped(part.queries * rule.scale, part.keys),
-        values=_grouped(probabilities, part.keys).swapaxes(-1, -2) @ out,
-        mask=None if part.mask is None else _unbroadcast(scores, part.mask),
+    grouped = _group_by_key_head(scores, part.keys)
+    return AttentionInputs(
+        queries=_ungroup(grouped @ part.keys, part.queries) * rule.scale,
+        keys=grouped.swapaxes(-1, -2) @ _group_by_key_head(part.queries * rule.scale, part.keys),
+        values=_group_by_key_head(probabilities, part.keys).swapaxes(-1, -2) @ out,
+        mask=None if part.mask is None else _sum_to_shape(scores, part.mask),
         sinks=None if sink is None else -(sink * agreement).sum((0, 2, 3)),
     )
 
 
-def _unbroadcast(gradient: mx.array, value: mx.array) -> mx.array:
+def _sum_to_shape(gradient: mx.array, value: mx.array) -> mx.array:
     """Summed over the axes along which `value` was repeated. Shape of `value`"""
     axes = [axis for axis, size in enumerate(value.shape) if size == 1]
     return gradient.sum(axes, keepdims=True) if axes else gradient
 
 
-def _probabilities(part: Inputs, rule: Rule, chunk: Chunk) -> Probabilities:
+def _probabilities(
+    part: AttentionInputs, rule: AttentionOptions, chunk: QueryChunk
+) -> Probabilities:
     """What each query gives to each key, and to the sink. (B, H, C, S), (B, H, C, 1)"""
-    queries = _grouped(part.queries * rule.scale, part.keys)
-    scores = _per_head(queries @ part.keys.swapaxes(-1, -2), part.queries)
+    queries = _group_by_key_head(part.queries * rule.scale, part.keys)
+    scores = _ungroup(queries @ part.keys.swapaxes(-1, -2), part.queries)
     if rule.causal:
-        scores = scores + causal(scores.shape[-2], scores.shape[-1], scores.dtype)
+        scores = scores + causal_mask(scores.shape[-2], scores.shape[-1], scores.dtype)
     elif chunk.hidden is not None:
         scores = scores + chunk.hidden
     elif part.mask is not None:
-        scores = scores + added(part.mask, scores.dtype)
+        scores = scores + additive_mask(part.mask, scores.dtype)
     if part.sinks is None:
         return softmax(scores), None
     sinks = mx.broadcast_to(part.sinks.reshape(-1, 1, 1), (*scores.shape[:-1], 1))
@@ -253,32 +263,32 @@ def _probabilities(part: Inputs, rule: Rule, chunk: Chunk) -> Probabilities:
     return both[..., 1:], both[..., :1]
 
 
-def _grouped(x: mx.array, keys: mx.array) -> mx.array:
+def _group_by_key_head(x: mx.array, keys: mx.array) -> mx.array:
     """The heads that share keys, one under the other. (B, H, C, ·) -> (B, K, H/K C, ·)"""
     return x.reshape(*keys.shape[:2], -1, x.shape[-1])
 
 
-def _per_head(x: mx.array, queries: mx.array) -> mx.array:
+def _ungroup(x: mx.array, queries: mx.array) -> mx.array:
     """(B, K, H/K C, ·) -> (B, H, C, ·)"""
     return x.reshape(*queries.shape[:3], -1)
 
 
 QUERIES_PER_CHUNK = 64  # measured on the CPU: larger chunks leave its caches
-FEWEST_SCORES = 64 * 64  # T_q T_k; below, MLX's own is as fast and what it keeps is small
+MIN_SCORES = 64 * 64  # T_q T_k; below, MLX's own is as fast and what it keeps is small
 
 
-class Mask(ABC):
+class StructuredMask(ABC):
     """A mask that is known by its structure, not as an array: which keys each chunk may see."""
 
     __slots__ = ()
 
     @abstractmethod
-    def chunks(self, size: int, dtype: mx.Dtype) -> Sequence[Chunk]:
+    def chunks(self, size: int, dtype: mx.Dtype) -> Sequence[QueryChunk]:
         """Chunks of at most `size` queries that cover all queries in order."""
 
 
 @contextmanager
-def chunked_attention(queries_per_chunk: int = QUERIES_PER_CHUNK) -> Iterator[None]:
+def use_chunked_attention(queries_per_chunk: int = QUERIES_PER_CHUNK) -> Iterator[None]:
     """Inside the block MLX's fused attention is computed in chunks of queries.
 
     Models of mlx-lm call it by attribute and see the change; those that write out their
@@ -289,7 +299,7 @@ def chunked_attention(queries_per_chunk: int = QUERIES_PER_CHUNK) -> Iterator[No
     innermost counts. The change is seen by every thread.
     """
     before: Any = mx.fast.scaled_dot_product_attention
-    plain = before.args[0] if _is_ours(before) else before
+    plain = before.args[0] if _is_patched(before) else before
     mx.fast.scaled_dot_product_attention = partial(_attention, plain, queries_per_chunk)
     try:
         yield
@@ -298,10 +308,10 @@ def chunked_attention(queries_per_chunk: int = QUERIES_PER_CHUNK) -> Iterator[No
 
 
 @contextmanager
-def structured_attention() -> Iterator[None]:
+def use_structured_masks() -> Iterator[None]:
     """Inside the block MLX's fused attention takes a `Mask`, and all else as it would before."""
     before: Any = mx.fast.scaled_dot_product_attention
-    if _is_ours(before):
+    if _is_patched(before):
         yield
         return
     mx.fast.scaled_dot_product_attention = partial(_attention, before, None)
@@ -311,7 +321,7 @@ def structured_attention() -> Iterator[None]:
         mx.fast.scaled_dot_product_attention = before
 
 
-def _is_ours(function: Any) -> bool:
+def _is_patched(function: Any) -> bool:
     return isinstance(function, partial) and function.func is _attention
 
 
@@ -322,38 +332,39 @@ def _attention(
     k: mx.array,
     v: mx.array,
     *,
-    mask: str | mx.array | Mask | None = None,
+    mask: str | mx.array | StructuredMask | None = None,
     sinks: mx.array | None = None,
     **more: Any,
 ) -> mx.array:
     """As `mx.fast.scaled_dot_product_attention`. (B, H, T_q, E)"""
-    if isinstance(mask, Mask):
+    if isinstance(mask, StructuredMask):
         chunks = mask.chunks(queries_per_chunk or q.shape[2], q.dtype)
-        return attend_in_chunks(
-            Inputs(q, k, v, None, sinks), Rule(plain, more["scale"], False, chunks)
+        return chunked_attention(
+            AttentionInputs(q, k, v, None, sinks),
+            AttentionOptions(plain, more["scale"], False, chunks),
         )
     if (
         queries_per_chunk is None
         or more.keys() != {"scale"}
-        or not _worth_chunks(q.shape[2], k.shape[2], mask)
+        or not _is_worth_chunking(q.shape[2], k.shape[2], mask)
     ):
         return plain(q, k, v, mask=mask, sinks=sinks, **more)
     array = mask if isinstance(mask, mx.array) else None
     if array is not None:
         array = array.reshape((1,) * (4 - array.ndim) + array.shape)
-    chunks = list(_chunks(q.shape[2], k.shape[2], queries_per_chunk, causal=mask == "causal"))
-    rule = Rule(plain, more["scale"], mask == "causal", chunks)
-    return attend_in_chunks(Inputs(q, k, v, array, sinks), rule)
+    chunks = list(_query_chunks(q.shape[2], k.shape[2], queries_per_chunk, causal=mask == "causal"))
+    rule = AttentionOptions(plain, more["scale"], mask == "causal", chunks)
+    return chunked_attention(AttentionInputs(q, k, v, array, sinks), rule)
 
 
-def _worth_chunks(length: int, seen: int, mask: str | mx.array | None) -> bool:
-    if length == 1 or length * seen < FEWEST_SCORES:
+def _is_worth_chunking(length: int, seen: int, mask: str | mx.array | None) -> bool:
+    if length == 1 or length * seen < MIN_SCORES:
         return False
     return not isinstance(mask, str) or (mask == "causal" and length <= seen)
 
 
-def _chunks(length: int, seen: int, size: int, *, causal: bool) -> Iterator[Chunk]:
+def _query_chunks(length: int, seen: int, size: int, *, causal: bool) -> Iterator[QueryChunk]:
     for start in range(0, length, size):
         end = min(start + size, length)
         # The last query sees the last key, also where there are more keys than queries.
-        yield Chunk(start, end, 0, seen - length + end if causal else seen)
+        yield QueryChunk(start, end, 0, seen - length + end if causal else seen)

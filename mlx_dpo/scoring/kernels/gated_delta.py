@@ -14,13 +14,13 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import gated_delta
 
-NAME = "gated_delta_update"
+FUNCTION_NAME = "gated_delta_update"
 
 Update = Callable[..., tuple[mx.array, mx.array]]
 
 
 @contextmanager
-def fused_gated_delta(model: nn.Module) -> Iterator[int]:
+def use_fused_gated_delta(model: nn.Module) -> Iterator[int]:
     """Inside the block the model's gated-delta layers use MLX's fused recurrence.
 
     In training and evaluation mode alike, so that policy and reference are computed by the
@@ -30,23 +30,27 @@ def fused_gated_delta(model: nn.Module) -> Iterator[int]:
     Yields:
         How many source files of the model use the recurrence: 0 for most models.
     """
-    changed = {module: vars(module)[NAME] for module in _sources(model) if NAME in vars(module)}
+    changed = {
+        module: vars(module)[FUNCTION_NAME]
+        for module in _source_modules(model)
+        if FUNCTION_NAME in vars(module)
+    }
     for module, update in changed.items():
-        setattr(module, NAME, _fused(update))
+        setattr(module, FUNCTION_NAME, _with_fused_recurrence(update))
     try:
         yield len(changed)
     finally:
         for module, update in changed.items():
-            setattr(module, NAME, update)
+            setattr(module, FUNCTION_NAME, update)
 
 
-def _sources(model: nn.Module) -> set[ModuleType]:
+def _source_modules(model: nn.Module) -> set[ModuleType]:
     """The Python modules in which the model's parts are written; they import the name."""
     kinds = {kind for _, part in model.named_modules() for kind in type(part).__mro__}
     return {sys.modules[kind.__module__] for kind in kinds}
 
 
-def _fused(update: Update) -> Update:
+def _with_fused_recurrence(update: Update) -> Update:
     """`update` with the recurrence replaced where the gate is one number for each head."""
 
     def fused(
@@ -60,7 +64,7 @@ def _fused(update: Update) -> Update:
     ) -> tuple[mx.array, mx.array]:
         if a.ndim > b.ndim:
             return update(q, k, v, a, b, *rest, **options)
-        gate, beta, state, mask = _coefficients(a, b, *rest, **options)
+        gate, beta, state, mask = _recurrence_inputs(a, b, *rest, **options)
         # In float32, as mlx-lm computes: of mixed types MLX takes the gate in the smallest, and
         # bfloat16 rounds a decay of 0.999 to no decay at all.
         arrays = [array.astype(mx.float32) for array in (q, k, v, gate, beta)]
@@ -71,7 +75,7 @@ def _fused(update: Update) -> Update:
     return fused
 
 
-def _coefficients(  # noqa: PLR0913 (mlx-lm's own signature)
+def _recurrence_inputs(  # noqa: PLR0913 (mlx-lm's own signature)
     a: mx.array,
     b: mx.array,
     A_log: mx.array,  # noqa: N803 (mlx-lm's name, by which it may be given)

@@ -20,16 +20,16 @@ from mlx_dpo.io import Arrays, flat, random_state
 
 
 @dataclass(frozen=True)
-class _Array:
+class _ArrayIndex:
     index: int
 
 
 @dataclass(frozen=True)
-class _Object:
+class _ObjectIndex:
     index: int
 
 
-class Captured:
+class FlattenedArguments:
     """Trees taken apart: their arrays, and their objects in the order in which they were met."""
 
     def __init__(self, objects: Sequence[Any] = ()) -> None:
@@ -50,15 +50,15 @@ class Captured:
     def _take(self, value: Any) -> Any:
         if isinstance(value, mx.array):
             self.arrays.append(value)
-            return _Array(len(self.arrays) - 1)
+            return _ArrayIndex(len(self.arrays) - 1)
         if isinstance(value, nn.Module):
-            return _without_trainables(value)
+            return _check_frozen(value)
         if isinstance(value, dict):
             return {key: self._take(item) for key, item in value.items()}
         if isinstance(value, list | tuple):
-            return _like(value, [self._take(item) for item in value])
+            return _same_type(value, [self._take(item) for item in value])
         if hasattr(value, "__dict__") and not callable(value):
-            return _Object(self._number(value))
+            return _ObjectIndex(self._number(value))
         return value
 
     def _number(self, found: Any) -> int:
@@ -74,11 +74,14 @@ class Captured:
             self.states[-1] = self._take(vars(self.objects[len(self.states) - 1]))
 
 
-class Rebuilt:
+class RebuiltArguments:
     """What was captured, around other arrays."""
 
     def __init__(
-        self, captured: Captured, arrays: Sequence[mx.array], into: Sequence[Any] | None = None
+        self,
+        captured: FlattenedArguments,
+        arrays: Sequence[mx.array],
+        into: Sequence[Any] | None = None,
     ) -> None:
         """Fill copies of the captured objects, or the objects `into` themselves."""
         self.arrays = arrays
@@ -91,25 +94,25 @@ class Rebuilt:
 
     def put(self, shape: Any) -> Any:
         """The tree of this shape."""
-        if isinstance(shape, _Array):
+        if isinstance(shape, _ArrayIndex):
             return self.arrays[shape.index]
-        if isinstance(shape, _Object):
+        if isinstance(shape, _ObjectIndex):
             return self.objects[shape.index]
         if isinstance(shape, nn.Module):
             return shape
         if isinstance(shape, dict):
             return {key: self.put(item) for key, item in shape.items()}
         if isinstance(shape, list | tuple):
-            return _like(shape, [self.put(item) for item in shape])
+            return _same_type(shape, [self.put(item) for item in shape])
         return shape
 
 
-def _like(original: Any, items: list[Any]) -> Any:
+def _same_type(original: Any, items: list[Any]) -> Any:
     kind = type(original)
     return kind(*items) if hasattr(original, "_fields") else kind(items)
 
 
-def _without_trainables(module: nn.Module) -> nn.Module:
+def _check_frozen(module: nn.Module) -> nn.Module:
     """A module passed as an argument counts as a constant, so it must be one."""
     if tree_flatten(module.trainable_parameters()):
         raise TypeError(
@@ -122,15 +125,17 @@ def _without_trainables(module: nn.Module) -> nn.Module:
 Call = Callable[..., Any]
 
 
-class _Result(NamedTuple):
+class _LayerResult(NamedTuple):
     """What a layer gave: its output and its caches as they then are."""
 
-    taken: Captured
+    taken: FlattenedArguments
     shape: Any  # of the output
 
 
 @contextmanager
-def recomputed(model: nn.Module, layers: Sequence[nn.Module] | None = None) -> Iterator[set[int]]:
+def gradient_checkpointing(
+    model: nn.Module, layers: Sequence[nn.Module] | None = None
+) -> Iterator[set[int]]:
     """Inside the block, gradients through `layers`, all of the model's if None, cost a second
     forward pass and keep no activation but the inputs of each layer.
 
@@ -149,7 +154,7 @@ def recomputed(model: nn.Module, layers: Sequence[nn.Module] | None = None) -> I
         raise RuntimeError("these layers are recomputed already; blocks do not nest")
     called: set[int] = set()
     for position, layer in enumerate(chosen):
-        layer.__class__ = _recomputing(type(layer), partial(called.add, position))
+        layer.__class__ = _checkpointed_class(type(layer), partial(called.add, position))
     try:
         yield called
     finally:
@@ -157,42 +162,44 @@ def recomputed(model: nn.Module, layers: Sequence[nn.Module] | None = None) -> I
             layer.__class__ = type(layer).__bases__[0]
 
 
-def _recomputing(kind: type, note: Callable[[], None]) -> type:
+def _checkpointed_class(kind: type, note: Callable[[], None]) -> type:
     """The class with another `__call__`: Python looks it up on the class, not on the object."""
 
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
         note()
-        return _call(self, kind.__call__, args, kwargs)
+        return _checkpointed_call(self, kind.__call__, args, kwargs)
 
     members = {"__call__": __call__, "__module__": kind.__module__, "_recomputed_call": True}
     return type(kind.__name__, (kind,), members)
 
 
-def _call(layer: nn.Module, plain: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _checkpointed_call(
+    layer: nn.Module, plain: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     """`plain(layer, *args, **kwargs)`, of which only arrays that go in are kept."""
-    given = Captured()
+    given = FlattenedArguments()
     call = given.take((args, kwargs))
     parameters = flat(layer.trainable_parameters())
     count = len(parameters)
     key = mx.array(random_state())  # as it is before the layer draws
 
-    def run(arrays: Sequence[mx.array]) -> _Result:
-        inside = Rebuilt(given, arrays[count:-1])
+    def run(arrays: Sequence[mx.array]) -> _LayerResult:
+        inside = RebuiltArguments(given, arrays[count:-1])
         inner_args, inner_kwargs = inside.put(call)
-        with _parameters(layer, dict(zip(parameters, arrays[:count], strict=True))):
+        with _with_parameters(layer, dict(zip(parameters, arrays[:count], strict=True))):
             out = plain(layer, *inner_args, **inner_kwargs)
-        taken = Captured(inside.objects)
-        return _Result(taken, taken.take(out))
+        taken = FlattenedArguments(inside.objects)
+        return _LayerResult(taken, taken.take(out))
 
-    arrays, result = _run_twice(run, [*parameters.values(), *given.arrays, key])
-    return Rebuilt(result.taken, arrays, into=given.objects).put(result.shape)
+    arrays, result = _run_with_recomputation(run, [*parameters.values(), *given.arrays, key])
+    return RebuiltArguments(result.taken, arrays, into=given.objects).put(result.shape)
 
 
-def _run_twice(
-    run: Callable[[Sequence[mx.array]], _Result], inputs: list[mx.array]
-) -> tuple[list[mx.array], _Result]:
+def _run_with_recomputation(
+    run: Callable[[Sequence[mx.array]], _LayerResult], inputs: list[mx.array]
+) -> tuple[list[mx.array], _LayerResult]:
     """`run(inputs)`, whose backward pass runs it again; the last input is the random state."""
-    results: list[_Result] = []
+    results: list[_LayerResult] = []
 
     @mx.custom_function
     def forward(*arrays: mx.array) -> list[mx.array]:
@@ -205,7 +212,7 @@ def _run_twice(
     ) -> list[mx.array]:
         # The second run waits for the gradient that asks for it; MLX promises no order.
         arrays = mx.depends(list(arrays), list(cotangents))
-        wanted, sought = _floating(outputs), _floating(arrays)
+        wanted, sought = _floating_indices(outputs), _floating_indices(arrays)
 
         def again(*floats: mx.array) -> Sequence[mx.array]:
             merged = list(arrays)
@@ -227,19 +234,19 @@ def _run_twice(
         return gradients
 
     outputs: Any = forward(*inputs)
-    floating = set(_floating(outputs))
+    floating = set(_floating_indices(outputs))
     # Whole numbers, such as a cache's offsets, may index later on, where MLX refuses gradients.
     constant = [o if i in floating else mx.stop_gradient(o) for i, o in enumerate(outputs)]
     return constant, results.pop()
 
 
-def _floating(arrays: Sequence[mx.array]) -> list[int]:
+def _floating_indices(arrays: Sequence[mx.array]) -> list[int]:
     """Which of them can have a gradient."""
     return [i for i, array in enumerate(arrays) if mx.issubdtype(array.dtype, mx.floating)]
 
 
 @contextmanager
-def _parameters(layer: nn.Module, arrays: Arrays) -> Iterator[None]:
+def _with_parameters(layer: nn.Module, arrays: Arrays) -> Iterator[None]:
     """The layer with these parameters inside the block, its own afterwards."""
     before = flat(layer.parameters())
     layer.update(tree_unflatten(list(arrays.items())))

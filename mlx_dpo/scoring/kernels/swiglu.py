@@ -12,7 +12,7 @@ from mlx_lm.models import activations
 
 from mlx_dpo.models.device import on_cpu
 
-NAME = "swiglu"
+FUNCTION_NAME = "swiglu"
 
 
 def swiglu(gate: mx.array, x: mx.array) -> mx.array:
@@ -21,16 +21,16 @@ def swiglu(gate: mx.array, x: mx.array) -> mx.array:
         return activations.swiglu(gate, x)
     # Where the power is infinite, the gate is shut.
     opened = 1 / (1 + mx.power(1 / math.e, mx.stop_gradient(gate)))
-    return cast(mx.array, _gated(gate, x, opened))
+    return cast(mx.array, _swiglu(gate, x, opened))
 
 
 @mx.custom_function
-def _gated(gate: mx.array, x: mx.array, opened: mx.array) -> mx.array:
+def _swiglu(gate: mx.array, x: mx.array, opened: mx.array) -> mx.array:
     return gate * opened * x
 
 
-@_gated.vjp
-def _gated_vjp(primals: Any, cotangent: mx.array, output: mx.array) -> Any:
+@_swiglu.vjp
+def _swiglu_vjp(primals: Any, cotangent: mx.array, output: mx.array) -> Any:
     """With s = sigmoid(g):  d(g s x) = s x (1 + g (1 - s)) dg + g s dx."""
     gate, x, opened = primals
     through = cotangent * opened
@@ -38,15 +38,15 @@ def _gated_vjp(primals: Any, cotangent: mx.array, output: mx.array) -> Any:
 
 
 @contextmanager
-def quick_gates(model: nn.Module) -> Iterator[None]:
+def use_fast_swiglu(model: nn.Module) -> Iterator[None]:
     """Inside the block, on the CPU, mlx-lm's `swiglu` is ours in the source files of `model`."""
     parts = model.modules() if isinstance(model, nn.Module) and on_cpu() else []
     sources = {sys.modules[type(part).__module__] for part in parts}
-    changed = [s for s in sources if getattr(s, NAME, None) is activations.swiglu]
+    changed = [s for s in sources if getattr(s, FUNCTION_NAME, None) is activations.swiglu]
     for source in changed:
-        setattr(source, NAME, swiglu)
+        setattr(source, FUNCTION_NAME, swiglu)
     try:
         yield
     finally:
         for source in changed:
-            setattr(source, NAME, activations.swiglu)
+            setattr(source, FUNCTION_NAME, activations.swiglu)

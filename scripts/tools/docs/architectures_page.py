@@ -19,7 +19,7 @@ import mlx.core as mx  # noqa: E402  # isort: skip
 import mlx_lm  # noqa: E402
 
 from mlx_dpo.errors import ModelError  # noqa: E402
-from mlx_dpo.scoring.select_scorer import WAYS, choose  # noqa: E402
+from mlx_dpo.scoring.select_scorer import PACKINGS, select_scorer  # noqa: E402
 from tests.scoring.architectures import UNBUILT, VOCAB, adapt, build, model_types  # noqa: E402
 
 PAGE = ROOT / "docs" / "architectures.md"
@@ -56,7 +56,7 @@ def examine(model_type: str) -> Row:
         return Row(model_type, "not tried", "", UNBUILT[model_type])
     model = adapt(model_type, build(model_type))
     try:
-        choice = choose(model, vocab_size=VOCAB, ways=tuple(WAYS))
+        choice = select_scorer(model, vocab_size=VOCAB, ways=tuple(PACKINGS))
     except ModelError as error:
         return Row(model_type, "none", "", str(error).partition(";")[0])
     remark = choice.reason
