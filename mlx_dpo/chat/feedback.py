@@ -17,10 +17,10 @@ from mlx_dpo.types import Message, Text
 Row = dict[str, Any]
 
 
-def judged_row(prompt: Text, answer: str, *, good: bool, provenance: Row) -> Row:
+def unpaired_row(prompt: Text, answer: str, *, good: bool, provenance: Row) -> Row:
     """One answer that was found good or bad by itself, as KTO takes it."""
     return {
-        **_parts(prompt, completion=answer),
+        **_format_turns(prompt, completion=answer),
         "label": good,
         "provenance": provenance,
     }
@@ -28,10 +28,10 @@ def judged_row(prompt: Text, answer: str, *, good: bool, provenance: Row) -> Row
 
 def pair_row(prompt: Text, *, chosen: str, rejected: str, provenance: Row) -> Row:
     """Two answers to the same prompt, the better one and the other."""
-    return {**_parts(prompt, chosen=chosen, rejected=rejected), "provenance": provenance}
+    return {**_format_turns(prompt, chosen=chosen, rejected=rejected), "provenance": provenance}
 
 
-def _parts(prompt: Text, **answers: str) -> Row:
+def _format_turns(prompt: Text, **answers: str) -> Row:
     """As messages where the prompt is messages, else as plain text."""
     if isinstance(prompt, str):
         return {"prompt": prompt, **answers}
@@ -41,13 +41,13 @@ def _parts(prompt: Text, **answers: str) -> Row:
     return {"prompt": list(prompt), **turns}
 
 
-def now() -> str:
+def utc_timestamp() -> str:
     """The time of a row: UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 @dataclass(frozen=True)
-class Journal:
+class JsonlFile:
     """A JSONL file that rows are appended to; it and its folder appear with the first one."""
 
     path: Path

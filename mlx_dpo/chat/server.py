@@ -33,7 +33,7 @@ from mlx_dpo.generation.generate import batches_exactly
 
 SEEDS = 2**64
 # Fields that would change the answer, each with the values that ask for what is done anyway.
-UNSERVED: Mapping[str, tuple[Any, ...]] = {
+UNSUPPORTED_FIELDS: Mapping[str, tuple[Any, ...]] = {
     "n": (1,),
     "best_of": (1,),
     "echo": (False,),
@@ -46,32 +46,32 @@ UNSERVED: Mapping[str, tuple[Any, ...]] = {
 }
 
 
-def wrong_with(body: Mapping[str, Any], *, vocab_size: int) -> str | None:
+def find_request_error(body: Mapping[str, Any], *, vocab_size: int) -> str | None:
     """What of a request cannot be done, None where all of it can."""
-    return next(_faults(body, vocab_size), None)
+    return next(_request_errors(body, vocab_size), None)
 
 
-def _faults(body: Mapping[str, Any], vocab_size: int) -> Iterator[str]:
-    for name, served in UNSERVED.items():
+def _request_errors(body: Mapping[str, Any], vocab_size: int) -> Iterator[str]:
+    for name, served in UNSUPPORTED_FIELDS.items():
         if (value := body.get(name)) is not None and value not in served:
-            yield f"`{name}` is not served here (found {_shown(value)}); leave it out"
+            yield f"`{name}` is not served here (found {_abbreviate(value)}); leave it out"
     if body.get("tools") and body.get("tool_choice") == "none":
         yield "`tool_choice` none is not served here; leave `tools` out"
     if "prompt" in body and not (isinstance(body["prompt"], str) and body["prompt"]):
-        yield f"`prompt` must be text, one for a request, found {_shown(body['prompt'])}"
-    yield from _faults_of_messages(body.get("messages", ()))
-    yield from _faults_of_choice(body, vocab_size)
+        yield f"`prompt` must be text, one for a request, found {_abbreviate(body['prompt'])}"
+    yield from _message_errors(body.get("messages", ()))
+    yield from _sampling_errors(body, vocab_size)
     given = body.get("chat_template_kwargs") or {}
     if not isinstance(given, dict):
-        yield f"`chat_template_kwargs` must be an object, found {_shown(given)}"
+        yield f"`chat_template_kwargs` must be an object, found {_abbreviate(given)}"
     elif taken := sorted(OURS & given.keys()):
         yield f"`chat_template_kwargs` cannot say {', '.join(taken)}"
     told = body.get("stream_options") or {}
     if not isinstance(told, dict):
-        yield f"`stream_options` must be an object, found {_shown(told)}"
+        yield f"`stream_options` must be an object, found {_abbreviate(told)}"
 
 
-def _faults_of_messages(messages: Any) -> Iterator[str]:
+def _message_errors(messages: Any) -> Iterator[str]:
     """Only text is read: a link to an image would be fetched, wherever it leads."""
     if not isinstance(messages, list | tuple) or not all(isinstance(m, dict) for m in messages):
         yield "`messages` must be a list of objects"
@@ -82,17 +82,17 @@ def _faults_of_messages(messages: Any) -> Iterator[str]:
         for part in parts:
             kind = part.get("type") if isinstance(part, dict) else type(part).__name__
             if kind != "text" or not isinstance(part.get("text"), str):
-                yield f"`messages` hold a part of type {_shown(kind)}; only text is read here"
+                yield f"`messages` hold a part of type {_abbreviate(kind)}; only text is read here"
         if not isinstance(content, str | list | None):
-            yield f"`content` must be text, found {_shown(content)}"
+            yield f"`content` must be text, found {_abbreviate(content)}"
 
 
-def _faults_of_choice(body: Mapping[str, Any], vocab_size: int) -> Iterator[str]:
+def _sampling_errors(body: Mapping[str, Any], vocab_size: int) -> Iterator[str]:
     """Of settings of the choice, those that mlx-lm does not look at before it begins."""
     stop = body.get("stop") or []
     stops = stop if isinstance(stop, list) else [stop]
     if not all(isinstance(one, str) and one for one in stops):
-        yield f"`stop` must be text or a list of texts, none of them empty, found {_shown(stop)}"
+        yield f"`stop` must be a non-empty text or a list of such, found {_abbreviate(stop)}"
     top_k = body.get("top_k")
     if isinstance(top_k, int) and top_k >= vocab_size:
         yield f"`top_k` must be below the vocabulary of {vocab_size} tokens, found {top_k}"
@@ -103,18 +103,21 @@ def _faults_of_choice(body: Mapping[str, Any], vocab_size: int) -> Iterator[str]
     for token in bias if isinstance(bias, dict) else ():
         # MLX checks no bounds: a foreign id would be written into other memory.
         if not (token.isdecimal() and int(token) < vocab_size):
-            yield f"`logit_bias` must name tokens from 0 to {vocab_size - 1}, found {_shown(token)}"
+            yield (
+                f"`logit_bias` must name tokens from 0 to {vocab_size - 1}, "
+                f"found {_abbreviate(token)}"
+            )
 
 
-def _shown(value: Any) -> str:
+def _abbreviate(value: Any) -> str:
     return repr(value)[:80]
 
 
-DEFAULT = "default_model"  # what mlx-lm calls the model of a request that names none
-LONGEST = 1 << 26  # bytes of a request's body
+DEFAULT_MODEL = "default_model"  # what mlx-lm calls the model of a request that names none
+MAX_BODY_BYTES = 1 << 26  # bytes of a request's body
 
 
-class Handler(APIHandler):
+class RequestHandler(APIHandler):
     """mlx-lm's, that lists what is served here and answers no page that was not let in."""
 
     def parse_request(self) -> bool:
@@ -143,8 +146,8 @@ class Handler(APIHandler):
     def do_POST(self) -> None:  # noqa: N802 (http.server's name)
         """Answer a question, if there is one that can be read."""
         length = self.headers.get("Content-Length")
-        if length is not None and not _is_short(length):
-            self._refuse(413, f"a request may have {LONGEST:,} bytes, found {length[:20]!r}")
+        if length is not None and not _is_valid_length(length):
+            self._refuse(413, f"a request may have {MAX_BODY_BYTES:,} bytes, found {length[:20]!r}")
             return
         try:
             super().do_POST()
@@ -155,7 +158,7 @@ class Handler(APIHandler):
         """Refuse what cannot be done; ValueError says what."""
         super().validate_model_parameters()
         service = self.response_generator.model_provider.service
-        if wrong := wrong_with(self.body, vocab_size=service.vocab_size):
+        if wrong := find_request_error(self.body, vocab_size=service.vocab_size):
             raise ValueError(wrong)
         if (told := self.body.get("stream_options")) is not None:
             # mlx-lm reads this field of it in any case.
@@ -182,10 +185,10 @@ class Handler(APIHandler):
         """Answer, unless something is asked for that is not here."""
         names = self.response_generator.model_provider.service.names
         wrong = None
-        if self.requested_model not in (*names, DEFAULT):
+        if self.requested_model not in (*names, DEFAULT_MODEL):
             known = ", ".join(f"`{name}`" for name in names)
             wrong = f"model `{self.requested_model}` is not served here; ask for {known}"
-        elif self.adapter is not None or self.requested_draft_model != DEFAULT:
+        elif self.adapter is not None or self.requested_draft_model != DEFAULT_MODEL:
             wrong = "`adapters` and `draft_model` are not for a request to choose here"
         if wrong is None:
             super().handle_completion(request, stop_words)
@@ -210,17 +213,17 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _is_short(length: str) -> bool:
+def _is_valid_length(length: str) -> bool:
     """Whether what `Content-Length` says can be read; less than nothing would be read for ever."""
-    return length.isdecimal() and len(length) < 20 and int(length) <= LONGEST
+    return length.isdecimal() and len(length) < 20 and int(length) <= MAX_BODY_BYTES
 
 
-PROBES = (3, 40)  # lengths of the prompts on which batching is tried
-PROMPT_CACHES = 10
+PROBE_LENGTHS = (3, 40)  # lengths of the prompts on which batching is tried
+PROMPT_CACHE_SIZE = 10
 
 
 @dataclass(frozen=True)
-class Service:
+class ServedModel:
     """What is served, and how where a request does not say."""
 
     model: Any
@@ -234,28 +237,28 @@ class Service:
     origins: Sequence[str] = ()  # web pages that may ask; `*` is any
 
 
-class Provider(ModelProvider):
+class SwitchingModelProvider(ModelProvider):
     """Puts on the side that a request names, where mlx-lm would load another model."""
 
-    def __init__(self, service: Service) -> None:
-        super().__init__(_arguments(service))
+    def __init__(self, service: ServedModel) -> None:
+        super().__init__(_mlx_lm_arguments(service))
         self.service = service
         self.batches = batches_exactly(
-            service.model, [[n % 7 for n in range(length)] for length in PROBES]
+            service.model, [[n % 7 for n in range(length)] for length in PROBE_LENGTHS]
         )
         # The server's thread could compute nothing that was begun on this one.
         evaluated(service.model)
 
     def load_default(self) -> None:
         """The side that is for requests that name none."""
-        self.load(DEFAULT)
+        self.load(DEFAULT_MODEL)
 
     def load(
         self, model_path: str, adapter_path: str | None = None, draft_model_path: str | None = None
     ) -> tuple[Any, Any]:
         """Put on the side of that name."""
         names = self.service.names
-        side = names[next(iter(names)) if model_path == DEFAULT else model_path]
+        side = names[next(iter(names)) if model_path == DEFAULT_MODEL else model_path]
         self.service.sides.put(side)
         self.model_key = (side, None, None)  # prompt caches are kept apart by it
         self.model, self.tokenizer = self.service.model, self.service.tokenizer
@@ -263,7 +266,7 @@ class Provider(ModelProvider):
         return self.model, self.tokenizer
 
 
-class Generator(ResponseGenerator):
+class SynchronizedResponseGenerator(ResponseGenerator):
     """mlx-lm's, whose thread leaves nothing running behind it."""
 
     def _tokenize(self, tokenizer: Any, request: CompletionRequest, args: Any) -> Any:
@@ -289,7 +292,7 @@ class Server(ThreadingHTTPServer):
             [(self.address_family, *_), *_] = socket.getaddrinfo(
                 host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
             )
-            super().__init__((host, port), Handler)
+            super().__init__((host, port), RequestHandler)
         except OSError as error:
             raise ConfigError(
                 f"{host}:{port}: cannot be listened at ({reason(error)}); choose another --port or "
@@ -302,11 +305,13 @@ class Server(ThreadingHTTPServer):
         host, port = str(self.server_address[0]), self.server_address[1]
         return f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
 
-    def answer(self, service: Service) -> None:
+    def answer(self, service: ServedModel) -> None:
         """Answer requests until Ctrl-C."""
-        generator = Generator(Provider(service), LRUPromptCache(PROMPT_CACHES))
+        generator = SynchronizedResponseGenerator(
+            SwitchingModelProvider(service), LRUPromptCache(PROMPT_CACHE_SIZE)
+        )
         fingerprint = get_system_fingerprint()
-        handler = partial(Handler, generator, system_fingerprint=fingerprint)
+        handler = partial(RequestHandler, generator, system_fingerprint=fingerprint)
         self.RequestHandlerClass = handler
         try:
             self.serve_forever()
@@ -320,7 +325,7 @@ class Server(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
-def _arguments(service: Service) -> Namespace:
+def _mlx_lm_arguments(service: ServedModel) -> Namespace:
     """What mlx-lm's server reads of its command line."""
     sampling = service.sampling
     return Namespace(
@@ -340,7 +345,7 @@ def _arguments(service: Service) -> Namespace:
         decode_concurrency=32,
         prompt_concurrency=8,
         prefill_step_size=2048,
-        prompt_cache_size=PROMPT_CACHES,
+        prompt_cache_size=PROMPT_CACHE_SIZE,
         prompt_cache_bytes=None,
         kv_bits=None,
         kv_group_size=64,

@@ -14,7 +14,7 @@ from mlx_dpo.types import Message, Text
 Author = Side | Literal["person"]  # of an answer
 
 
-class Chat:
+class ChatSession:
     """One session: turns, a prompt cache for each side, and the state of the sampler.
 
     `raw` continues plain text; it is the only way for a tokenizer without a chat template.
@@ -70,8 +70,8 @@ class Chat:
         """
         if system is not None and self.raw:
             raise ConfigError("`system` has no effect: no chat template is used")
-        asked = [_turn("user", "?")]
-        if system and self._ids([_turn("system", system), *asked]) == self._ids(asked):
+        asked = [_message("user", "?")]
+        if system and self._ids([_message("system", system), *asked]) == self._ids(asked):
             raise ConfigError("`system` has no effect; the model's chat template leaves it out")
         self.system = system
 
@@ -87,7 +87,7 @@ class Chat:
             ConfigError: the question leaves no room in the model's context.
             ModelError: the chat template refuses the conversation.
         """
-        asked = _turn("user", text)
+        asked = _message("user", text)
         kept, prompt = self._fitting(asked)
         left_out = len(self.turns) - len(kept)
         answer: str | None = None
@@ -98,7 +98,7 @@ class Chat:
                     yield piece
         finally:
             if answer is not None:
-                self.turns = [*kept, asked, _turn("assistant", answer)]
+                self.turns = [*kept, asked, _message("assistant", answer)]
                 self.authors = [*self.authors, self.sides.now]
                 self._systems = [*self._systems, self.system]
 
@@ -155,7 +155,7 @@ class Chat:
     def replace(self, answer: str, author: Author) -> None:
         """Go on as if this had been the answer to the last question."""
         self.last_answer()
-        self.turns = [*self.turns[:-1], _turn("assistant", answer)]
+        self.turns = [*self.turns[:-1], _message("assistant", answer)]
         self.authors = [*self.authors[:-1], author]
 
     def last_answer(self) -> str:
@@ -178,14 +178,14 @@ class Chat:
         self.last_answer()
         if self.raw:
             return "\n".join(turn["content"] for turn in self.turns[:-1])
-        return tuple(_after(self._systems[-1], self.turns[:-1]))
+        return tuple(_with_system(self._systems[-1], self.turns[:-1]))
 
     def conversation(self) -> list[Message]:
         """Everything that the model sees, with the last answer."""
         return self._with_system(self.turns)
 
     def _with_system(self, turns: Sequence[Message]) -> list[Message]:
-        return _after(self.system, turns)
+        return _with_system(self.system, turns)
 
     def _ids(self, turns: Sequence[Message]) -> list[int]:
         if self.raw:
@@ -229,9 +229,9 @@ class Chat:
         )
 
 
-def _after(system: str | None, turns: Sequence[Message]) -> list[Message]:
-    return [*([] if system is None else [_turn("system", system)]), *turns]
+def _with_system(system: str | None, turns: Sequence[Message]) -> list[Message]:
+    return [*([] if system is None else [_message("system", system)]), *turns]
 
 
-def _turn(role: str, content: str) -> Message:
+def _message(role: str, content: str) -> Message:
     return {"role": role, "content": content}

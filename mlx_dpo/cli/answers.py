@@ -15,7 +15,7 @@ from mlx_dpo.errors import ConfigError
 
 if TYPE_CHECKING:
     from mlx_dpo.adapters.switch import Side
-    from mlx_dpo.chat.session import Chat
+    from mlx_dpo.chat.session import ChatSession
     from mlx_dpo.generation.stream import Piece, Summary
     from mlx_dpo.saved_runs.open import TwoSided
 
@@ -80,13 +80,13 @@ def open_chat(  # noqa: PLR0913 (one argument for each flag)
     raw: bool = False,
     context: int | None = None,
     switching: bool = False,
-) -> tuple["Chat", "TwoSided"]:
+) -> tuple["ChatSession", "TwoSided"]:
     """Load what is to be talked to, say on stderr what loading had to say.
 
     A run is spoken to as it was trained: as plain text, thinking, or with a system message, where
     it was. Both sides are kept only for `switching`.
     """
-    from mlx_dpo.chat.session import Chat
+    from mlx_dpo.chat.session import ChatSession
     from mlx_dpo.saved_runs.open import open_sides
 
     one: Side = "base" if reference else "aligned"
@@ -101,7 +101,7 @@ def open_chat(  # noqa: PLR0913 (one argument for each flag)
         config = opened.run.config
         thinking = config.thinking if thinking is None and not raw else thinking
         system = config.system if system is None and not raw else system
-    chat = Chat(
+    chat = ChatSession(
         opened.base.model,
         opened.base.tokenizer,
         sampling,

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from mlx_dpo.data.prompts import Prompt
-    from mlx_dpo.evaluation.compare import Comparison, Shaded
+    from mlx_dpo.evaluation.compare import Comparison, ScoredAnswer
 
-NARROW = 30  # letters a column; below it answers stand one below the other
-LIMIT = 20
+MIN_COLUMN_WIDTH = 30  # letters a column; below it answers stand one below the other
+DEFAULT_LIMIT = 20
 STYLES = {
     1: "black on #d6e8ff", 2: "bold black on #9cc6ff", 3: "bold black on #4d9bff",
     -1: "black on #ffe6cc", -2: "underline black on #ffc080", -3: "underline black on #ff9933",
@@ -32,7 +32,7 @@ STYLES = {
 @click.option(
     "--limit",
     type=click.IntRange(min=0),
-    default=LIMIT,
+    default=DEFAULT_LIMIT,
     help="Prompts to ask, the first so many; 0 is all.",
 )
 @sampling_flags(temperature=0.0, max_tokens=256)
@@ -47,16 +47,16 @@ def compare(words: tuple[str, ...], html: str | None, limit: int, **settings: An
     mlx-dpo compare run --html compare.html
     mlx-dpo compare run another-run prompts.txt
     """
-    runs, prompts = _sort(words)
-    page = None if html is None else _html(html)
+    runs, prompts = _split_runs_and_prompts(words)
+    page = None if html is None else _html_path(html)
     sampling = Sampling(**settings)
 
-    from mlx_dpo.evaluation.compare import compare as ask
+    from mlx_dpo.evaluation.compare import compare_runs as ask
     from mlx_dpo.reporting.console import make_console
 
     found = ask(runs, prompts, sampling, limit=limit or None)
     if page is not None:
-        _write(page, found, " and ".join(runs))
+        _write_page(page, found, " and ".join(runs))
     for note in found.notes:
         click.echo(note, err=True)
     _print(make_console(), found)
@@ -64,7 +64,7 @@ def compare(words: tuple[str, ...], html: str | None, limit: int, **settings: An
         click.echo(f"Written to {page}", err=True)
 
 
-def _sort(words: Sequence[str]) -> tuple[list[str], str | None]:
+def _split_runs_and_prompts(words: Sequence[str]) -> tuple[list[str], str | None]:
     """The runs, and the prompts: the last word where that is no run folder beside another word."""
     is_run = [(Path(word).expanduser() / "run.json").is_file() for word in words]
     if len(words) > 1 and not is_run[-1]:
@@ -72,14 +72,14 @@ def _sort(words: Sequence[str]) -> tuple[list[str], str | None]:
     return list(words), None
 
 
-def _html(name: str) -> Path:
+def _html_path(name: str) -> Path:
     path = Path(name).expanduser()
     if path.suffix not in (".html", ".htm"):
         raise ConfigError(f"{name}: `--html` writes a page; give a name in `.html`")
     return path
 
 
-def _write(path: Path, found: "Comparison", title: str) -> None:
+def _write_page(path: Path, found: "Comparison", title: str) -> None:
     from mlx_dpo.reporting.compare_page import Answer, Table, page
 
     table = Table(
@@ -108,63 +108,65 @@ def _turns(prompt: "Prompt") -> list[tuple[str, str]]:
 def _print(console: "Console", found: "Comparison") -> None:
     from mlx_dpo.reporting.html import LEGEND
 
-    beside = console.is_terminal and console.width >= NARROW * len(found.columns)
+    beside = console.is_terminal and console.width >= MIN_COLUMN_WIDTH * len(found.columns)
     for number, prompt in enumerate(found.prompts):
         console.print()
         for role, text in _turns(prompt):
-            console.print(f"{role}: {_safe(text)}", markup=False, style="bold")
+            console.print(f"{role}: {_strip_controls(text)}", markup=False, style="bold")
         cells = [(column.name, column.answers[number]) for column in found.columns]
         if beside:
             console.print(_table(cells))
             continue
         for name, answer in cells:
             console.print(
-                _titled(name, answer), _shaded(answer, ends=console.is_terminal), sep="\n"
+                _column_title(name, answer),
+                _shade_answer(answer, ends=console.is_terminal),
+                sep="\n",
             )
     console.print()
     if console.is_terminal:
         console.print(LEGEND, markup=False)
     else:
         click.echo("Tokens are shaded on a terminal, and on the page of --html", err=True)
-    console.print(_closing(found))
+    console.print(_summary_table(found))
 
 
-def _table(cells: Sequence[tuple[str, "Shaded"]]) -> Any:
+def _table(cells: Sequence[tuple[str, "ScoredAnswer"]]) -> Any:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     table = Table(box=SIMPLE_HEAD, expand=True)
     for name, answer in cells:
-        table.add_column(_titled(name, answer), overflow="fold", ratio=1)
-    table.add_row(*(_shaded(answer) for _, answer in cells))
+        table.add_column(_column_title(name, answer), overflow="fold", ratio=1)
+    table.add_row(*(_shade_answer(answer) for _, answer in cells))
     return table
 
 
-def _titled(name: str, answer: "Shaded") -> "Text":
+def _column_title(name: str, answer: "ScoredAnswer") -> "Text":
     from rich.text import Text
 
     cut = ", cut" if answer.end is None else ""
     return Text(f"{name} ({answer.log_ratio:+.2f} nats{cut})", style="dim")
 
 
-def _shaded(answer: "Shaded", *, ends: bool = True) -> "Text":
+def _shade_answer(answer: "ScoredAnswer", *, ends: bool = True) -> "Text":
     from rich.text import Text
 
     from mlx_dpo.reporting.html import END, shade
 
     text = Text()
     for bit in answer.bits:
-        text.append(_safe(bit.text), style=STYLES.get(shade(bit.log_ratio)))
+        text.append(_strip_controls(bit.text), style=STYLES.get(shade(bit.log_ratio)))
     if ends and answer.end is not None and shade(answer.end):
         text.append(END, style=STYLES[shade(answer.end)])
     return text
 
 
-def _safe(text: str) -> str:
+def _strip_controls(text: str) -> str:
     return CONTROLS.sub("", text)
 
 
-def _closing(found: "Comparison") -> Any:
+def _summary_table(found: "Comparison") -> Any:
     from rich.box import SIMPLE
     from rich.table import Table
 

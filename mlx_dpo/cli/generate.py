@@ -12,7 +12,7 @@ from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.errors import ConfigError
 
 if TYPE_CHECKING:
-    from mlx_dpo.chat.session import Chat
+    from mlx_dpo.chat.session import ChatSession
     from mlx_dpo.generation.stream import Summary
 
 
@@ -98,7 +98,7 @@ def _from_stdin() -> str:
         raise ConfigError(f"stdin: not UTF-8 (at byte {error.start}); convert the text") from None
 
 
-def _complete(chat: "Chat", prompt: str, *, stream: bool) -> tuple[str, "Summary"]:
+def _complete(chat: "ChatSession", prompt: str, *, stream: bool) -> tuple[str, "Summary"]:
     text, summary = "", None
     for piece in chat.reply(prompt):
         text, summary = text + piece.text, piece.summary

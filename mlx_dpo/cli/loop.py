@@ -14,8 +14,8 @@ from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.errors import ConfigError
 
 if TYPE_CHECKING:
-    from mlx_dpo.collect.loop import Loop
-    from mlx_dpo.collect.loop_folder import LoopSettings, Stage
+    from mlx_dpo.collect.iterative_dpo import IterativeDPO
+    from mlx_dpo.collect.iterative_folder import IterativeSettings, Stage
 
 
 @click.command(cls=Sectioned)
@@ -56,19 +56,21 @@ def loop(
     mlx-dpo loop prompts.txt --model model --judge mlx-community/Qwen3-8B-4bit --output loop
     """
     training = {name: flags.pop(name) for name in list(flags) if name in options()}
-    config, settings = _resolve(ctx, config_file, resume, training, flags | {"prompts": prompts})
+    config, settings = _resolve_settings(
+        ctx, config_file, resume, training, flags | {"prompts": prompts}
+    )
 
     from mlx_dpo.cli import program
-    from mlx_dpo.collect.loop import Loop
+    from mlx_dpo.collect.iterative_dpo import IterativeDPO
 
     go_on = f"{program()} loop --resume --output {config.output}"
     try:
-        with Loop(config, settings, resume=resume) as going:
+        with IterativeDPO(config, settings, resume=resume) as going:
             for note in going.asked.notes:
                 click.echo(note)
             for stage in going.stages():
-                click.secho(f"\n{_title(stage)}", bold=True)
-                _do(going, stage, go_on)
+                click.secho(f"\n{_stage_title(stage)}", bold=True)
+                _run_stage(going, stage, go_on)
     except KeyboardInterrupt:
         click.echo(f"\nInterrupted; go on with: {go_on}", err=True)
         raise SystemExit(INTERRUPTED) from None
@@ -78,15 +80,15 @@ def loop(
     click.echo(f"Talk to the last policy: {program()} chat {last.run.folder}")
 
 
-def _resolve(
+def _resolve_settings(
     ctx: click.Context,
     config_file: str | None,
     resume: bool,
     training: dict[str, Any],
     flags: dict[str, Any],
-) -> tuple[DPOConfig, "LoopSettings"]:
+) -> tuple[DPOConfig, "IterativeSettings"]:
     """Defaults, then the loop that is resumed, then the file, then what was typed."""
-    from mlx_dpo.collect.loop_folder import LoopPaths, LoopSettings, read_loop
+    from mlx_dpo.collect.iterative_folder import IterativePaths, IterativeSettings, read_loop_record
 
     typed = (read_settings(config_file) if config_file else {}) | typed_settings(ctx, training)
     for name in ("pairs", "mix"):
@@ -94,7 +96,9 @@ def _resolve(
             raise ConfigError(f"`{name}` has no effect in a loop, which makes its own pairs")
     if not typed.get("output"):
         raise ConfigError("--output is missing; see `mlx-dpo loop --help`")
-    earlier = read_loop(LoopPaths(Path(typed["output"]).expanduser())) if resume else None
+    earlier = (
+        read_loop_record(IterativePaths(Path(typed["output"]).expanduser())) if resume else None
+    )
     before = earlier or {"settings": {}, "loop": {}}
     config = DPOConfig.from_dict(before["settings"] | typed)
     given = {
@@ -111,10 +115,10 @@ def _resolve(
     for name, there in (("--model", config.model), ("PROMPTS", wanted["prompts"])):
         if not there:
             raise ConfigError(f"{name} is missing; see `mlx-dpo loop --help`")
-    return config, LoopSettings(**wanted)
+    return config, IterativeSettings(**wanted)
 
 
-def _title(stage: "Stage") -> str:
+def _stage_title(stage: "Stage") -> str:
     done = {
         "collect": "collect answers and judge them",
         "train": "train on the pairs",
@@ -123,9 +127,9 @@ def _title(stage: "Stage") -> str:
     return f"Round {stage.round}: {done}" if stage.round else f"Base: {done}"
 
 
-def _do(going: "Loop", stage: "Stage", go_on: str) -> None:
+def _run_stage(going: "IterativeDPO", stage: "Stage", go_on: str) -> None:
     from mlx_dpo.cli.progress import watch
-    from mlx_dpo.collect.loop_report import HEADINGS, cells
+    from mlx_dpo.collect.iterative_report import HEADINGS, round_cells
     from mlx_dpo.reporting.console import counting, make_console, print_facts
     from mlx_dpo.saved_runs import Run
 
@@ -140,5 +144,5 @@ def _do(going: "Loop", stage: "Stage", go_on: str) -> None:
         with Run(going.training(stage.round), resume=True) as run:
             watch(run, go_on)
     else:
-        figures = zip(HEADINGS, cells(going.evaluate(stage.round)), strict=True)
+        figures = zip(HEADINGS, round_cells(going.evaluate(stage.round)), strict=True)
         print_facts(make_console(), [(name, cell) for name, cell in figures if cell])

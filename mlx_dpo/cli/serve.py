@@ -9,10 +9,10 @@ from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.errors import ConfigError
 
 if TYPE_CHECKING:
-    from mlx_dpo.chat.server import Server, Service
+    from mlx_dpo.chat.server import ServedModel, Server
     from mlx_dpo.saved_runs.open import TwoSided
 
-NOT_SERVED = ("seed", "repetition_penalty")  # a request says these itself
+REQUEST_ONLY_SETTINGS = ("seed", "repetition_penalty")  # a request says these itself
 
 
 @click.command()
@@ -32,7 +32,7 @@ NOT_SERVED = ("seed", "repetition_penalty")  # a request says these itself
     default=None,
     help="Let a model think first that can. [default: no-thinking]",
 )
-@sampling_flags(without=NOT_SERVED, temperature=0.7)
+@sampling_flags(without=REQUEST_ONLY_SETTINGS, temperature=0.7)
 def serve(
     run: str | None,
     model: str | None,
@@ -59,7 +59,7 @@ def serve(
     sampling = Sampling(**settings)
     with Server(host, port) as server:
         opened = open_sides(run, model=model, adapter=adapter)
-        service = _service(opened, sampling, thinking, allowed_origins)
+        service = _make_served_model(opened, sampling, thinking, allowed_origins)
         for line in _header(opened, service, server):
             click.echo(line, err=True)
         if not is_loopback(str(server.server_address[0])):
@@ -70,10 +70,10 @@ def serve(
             click.echo("\nStopped", err=True)
 
 
-def _service(
+def _make_served_model(
     opened: "TwoSided", sampling: Sampling, thinking: bool | None, origins: tuple[str, ...]
-) -> "Service":
-    from mlx_dpo.chat.server import Service
+) -> "ServedModel":
+    from mlx_dpo.chat.server import ServedModel
     from mlx_dpo.generation.generate import check_thinking
 
     tokenizer, config = opened.base.tokenizer, opened.run and opened.run.config
@@ -82,7 +82,7 @@ def _service(
     if sampling.top_k >= len(tokenizer):
         raise ConfigError(f"`top_k` must be below the vocabulary of {len(tokenizer)} tokens")
     thought = config.thinking if thinking is None and config else thinking
-    return Service(
+    return ServedModel(
         opened.base.model,
         tokenizer,
         opened.sides,
@@ -95,7 +95,7 @@ def _service(
     )
 
 
-def _header(opened: "TwoSided", service: "Service", server: "Server") -> list[str]:
+def _header(opened: "TwoSided", service: "ServedModel", server: "Server") -> list[str]:
     names = " and ".join(f"`{name}`" for name in service.names)
     lines = [*opened.notes, f"{opened.base.source} as {names} at {server.url}"]
     if opened.run is not None and opened.run.trained_on_text:

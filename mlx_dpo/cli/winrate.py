@@ -10,7 +10,7 @@ from mlx_dpo.cli.sampling_flags import answer_flags, judge_flags, samplings
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from mlx_dpo.evaluation.winrate import Contest
+    from mlx_dpo.evaluation.winrate import PairwiseComparison
 
 
 @click.command()
@@ -45,11 +45,11 @@ def winrate(
     [sampling] = samplings(settings)
 
     from mlx_dpo.evaluation.judge import open_judge
-    from mlx_dpo.evaluation.winrate import contest
+    from mlx_dpo.evaluation.winrate import compare_policies
     from mlx_dpo.reporting.console import make_console
 
     opened = open_judge(reward, judge, rubric)
-    held = contest(run, opened, sampling, prompts=prompts, against=against)
+    held = compare_policies(run, opened, sampling, prompts=prompts, against=against)
     for note in held.notes:
         click.echo(note, err=True)
     if as_json:
@@ -59,7 +59,7 @@ def winrate(
     make_console().print(_table(held, against or "what it started from"))
 
 
-def _table(held: "Contest", against: str) -> "Table":
+def _table(held: "PairwiseComparison", against: str) -> "Table":
     from rich.box import SIMPLE
     from rich.table import Table
 

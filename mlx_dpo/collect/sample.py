@@ -4,21 +4,21 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import lcm
 
-from mlx_dpo.collect.pairs_file import Pick, Picks
-from mlx_dpo.collect.session import TIE, Answer, Asked, Question, Sample, pick_of
+from mlx_dpo.collect.pairs_file import Decision, PairsFile
+from mlx_dpo.collect.session import TIE, Answer, RankingTask, SampleAnswers, TaskSampler, make_pair
 from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.data.prompts import Prompt
 from mlx_dpo.errors import ConfigError
-from mlx_dpo.evaluation.judge import refuse_mute
+from mlx_dpo.evaluation.judge import check_verdicts
 from mlx_dpo.evaluation.rewards import Judge, Ranking
 from mlx_dpo.saved_runs.respond import Voice, open_voice, seed_of, told
 
-CHUNK = 16  # prompts that a judge is given at once
-CHUNK_OF_A_PERSON = 4  # few, so that nobody waits long
+JUDGE_CHUNK = 16  # prompts that a judge is given at once
+PERSON_CHUNK = 4  # few, so that nobody waits long
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asking:
+class SamplingPlan:
     """How answers are sampled: `answers` of them, by the voices and samplings in turn.
 
     The first ones have every voice and every sampling; enough of them have each voice with each.
@@ -57,7 +57,7 @@ class Asking:
         return places
 
 
-def sampler(voices: Sequence[Voice], asking: Asking) -> Sample:
+def make_answer_sampler(voices: Sequence[Voice], asking: SamplingPlan) -> SampleAnswers:
     """A function of prompts and the number of their chunk, which seeds what is sampled."""
 
     def sample(prompts: Sequence[Prompt], chunk: int) -> list[list[Answer]]:
@@ -76,7 +76,7 @@ def sampler(voices: Sequence[Voice], asking: Asking) -> Sample:
     return sample
 
 
-def open_voices(runs: Sequence[str], model: str | None) -> list[Voice]:
+def open_responders(runs: Sequence[str], model: str | None) -> list[Voice]:
     """The policies of runs, or a model.
 
     Raises:
@@ -87,7 +87,7 @@ def open_voices(runs: Sequence[str], model: str | None) -> list[Voice]:
     return [open_voice(run) for run in runs] or [open_voice(None, model=model)]
 
 
-def judge_all(asked: Asked, judge: Judge) -> Iterator[tuple[Question, Pick]]:
+def judge_all(asked: TaskSampler, judge: Judge) -> Iterator[tuple[RankingTask, Decision]]:
     """Every question that is left with what the judge made of it, written before it is yielded.
 
     Raises:
@@ -98,26 +98,26 @@ def judge_all(asked: Asked, judge: Judge) -> Iterator[tuple[Question, Pick]]:
         texts = [[answer.text for answer in question.answers] for question in questions]
         rankings = judge.rank([question.prompt.messages for question in questions], texts)
         if not heard and questions:
-            refuse_mute(judge.name, rankings)
+            check_verdicts(judge.name, rankings)
             heard = True
         for question, ranking in zip(questions, rankings, strict=True):
-            pick = decided(question, ranking, facts)
+            pick = decide(question, ranking, facts)
             asked.picks.add(pick)
             yield question, pick
 
 
-def decided(question: Question, ranking: Ranking, facts: dict[str, object]) -> Pick:
+def decide(question: RankingTask, ranking: Ranking, facts: dict[str, object]) -> Decision:
     """The pair of the best and the worst answer; none where they tie or the judge is in doubt."""
     told_by = dict(facts) | {"points": list(ranking.points)}
     if ranking.said:
         told_by |= {"said": list(ranking.said)}
     if ranking.is_tie or ranking.doubts:
         texts = tuple(answer.text for answer in question.answers)
-        return Pick(question.prompt, told_by, passed=(*ranking.doubts, TIE)[0], answers=texts)
-    return pick_of(question, ranking.best, ranking.worst, told_by)
+        return Decision(question.prompt, told_by, passed=(*ranking.doubts, TIE)[0], answers=texts)
+    return make_pair(question, ranking.best, ranking.worst, told_by)
 
 
-def counted(picks: Picks) -> list[tuple[str, int]]:
+def count_outcomes(picks: PairsFile) -> list[tuple[str, int]]:
     """How many prompts became pairs, and why others did not, the commonest reason first."""
     reasons: dict[str, int] = {}
     for kept in picks.order:
@@ -128,7 +128,7 @@ def counted(picks: Picks) -> list[tuple[str, int]]:
     return [("pairs", picks.count(picks.pairs)), *rest]
 
 
-def cut_short(picks: Picks) -> int:
+def count_truncated(picks: PairsFile) -> int:
     """How many chosen answers end where their tokens ran out, and would teach to stop there."""
     sources = (kept.row["provenance"].get("chosen_from", {}) for kept in picks.order)
     return sum(bool(source.get("cut")) for source in sources)

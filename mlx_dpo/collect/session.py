@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_dpo.collect.pairs_file import Pick, Picks
+from mlx_dpo.collect.pairs_file import Decision, PairsFile
 from mlx_dpo.data.prompts import Prompt
 from mlx_dpo.data.schemas.messages import refuse_unreadable
 from mlx_dpo.errors import ConfigError
 
-TIE, SKIPPED, ALIKE, EMPTY = "tie", "skipped", "all answers are alike", "too few answers"
+TIE, SKIPPED, IDENTICAL, EMPTY = "tie", "skipped", "all answers are alike", "too few answers"
 PERSON = "person"
 
 
@@ -32,17 +32,19 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class RankingTask:
     """A prompt and its answers, in an order that tells nothing of where they came from."""
 
     prompt: Prompt
     answers: tuple[Answer, ...]
 
 
-Sample = Callable[[Sequence[Prompt], int], list[list[Answer]]]  # prompts of a chunk, its number
+SampleAnswers = Callable[
+    [Sequence[Prompt], int], list[list[Answer]]
+]  # prompts of a chunk, its number
 
 
-class Asked:
+class TaskSampler:
     """The questions that are still to be answered, sampled a chunk at a time.
 
     A chunk is always sampled whole and its number seeds it, so a program that begins again in
@@ -50,7 +52,13 @@ class Asked:
     """
 
     def __init__(
-        self, prompts: Sequence[Prompt], picks: Picks, sample: Sample, *, chunk: int, seed: int
+        self,
+        prompts: Sequence[Prompt],
+        picks: PairsFile,
+        sample: SampleAnswers,
+        *,
+        chunk: int,
+        seed: int,
     ) -> None:
         self.prompts, self.picks = prompts, picks
         self.sample, self._size, self._seed = sample, chunk, seed
@@ -60,7 +68,7 @@ class Asked:
         """Prompts of which nothing is decided."""
         return sum(prompt.key not in self.picks.done for prompt in self.prompts)
 
-    def chunks(self) -> Iterator[list[Question]]:
+    def chunks(self) -> Iterator[list[RankingTask]]:
         """The questions of each chunk in which something is left, in the order of the prompts.
 
         A prompt of which there are no two different answers is passed over here.
@@ -70,7 +78,7 @@ class Asked:
             if any(prompt.key not in self.picks.done for prompt in prompts):
                 yield list(self._questions(prompts, number))
 
-    def _questions(self, prompts: Sequence[Prompt], number: int) -> Iterator[Question]:
+    def _questions(self, prompts: Sequence[Prompt], number: int) -> Iterator[RankingTask]:
         sampled = self.sample(prompts, number)
         for prompt, answers in zip(prompts, sampled, strict=True):
             if prompt.key in self.picks.done:
@@ -78,30 +86,30 @@ class Asked:
             question = self.question(prompt, answers)
             if question is None:
                 texts = tuple(answer.text for answer in answers)
-                why = ALIKE if len({text.strip() for text in texts}) == 1 else EMPTY
+                why = IDENTICAL if len({text.strip() for text in texts}) == 1 else EMPTY
                 told = {"by": "nobody"}
-                self.picks.add(Pick(prompt, told, passed=why, answers=texts))
+                self.picks.add(Decision(prompt, told, passed=why, answers=texts))
             else:
                 yield question
 
-    def question(self, prompt: Prompt, answers: Sequence[Answer]) -> Question | None:
+    def question(self, prompt: Prompt, answers: Sequence[Answer]) -> RankingTask | None:
         """The different answers that say anything, shuffled; None if there are fewer than two."""
         different = {a.text.strip(): a for a in reversed(answers) if a.text.strip()}
         if len(different) < 2:
             return None
         shuffled = list(different.values())
         random.Random(f"{self._seed} {prompt.key}").shuffle(shuffled)
-        return Question(prompt, tuple(shuffled))
+        return RankingTask(prompt, tuple(shuffled))
 
 
-class Session:
+class RankingSession:
     """A person's way through the questions: one at a time, with a way back."""
 
-    def __init__(self, asked: Asked) -> None:
+    def __init__(self, asked: TaskSampler) -> None:
         self.asked, self.picks = asked, asked.picks
         self._chunks = asked.chunks()
-        self._ready: deque[Question] = deque()
-        self._decided: list[Question] = []
+        self._ready: deque[RankingTask] = deque()
+        self._decided: list[RankingTask] = []
         self.decisions = 0  # taken back or not
 
     def prepare(self) -> bool:
@@ -113,7 +121,7 @@ class Session:
         return True
 
     @property
-    def question(self) -> Question | None:
+    def question(self) -> RankingTask | None:
         """What is to be decided now; None at the end. Samples where nothing is ready."""
         while not self._ready and self.prepare():
             pass
@@ -124,7 +132,7 @@ class Session:
         """Questions that need no more sampling."""
         return len(self._ready)
 
-    def put(self, question: Question) -> None:
+    def put(self, question: RankingTask) -> None:
         """Ask this next."""
         self._ready.appendleft(question)
 
@@ -133,7 +141,7 @@ class Session:
         question = self._current()
         if best == worst:
             raise ConfigError("an answer cannot be better than itself; choose another")
-        self._decide(pick_of(question, best, worst, {"by": PERSON}))
+        self._decide(make_pair(question, best, worst, {"by": PERSON}))
 
     def improve(self, worse: int, text: str) -> None:
         """A text of the person's own is better than an answer.
@@ -147,13 +155,13 @@ class Session:
             raise ConfigError("the edited answer is empty or unchanged; nothing is kept")
         refuse_unreadable(text, "the edited answer", "improve")
         told = {"by": PERSON, "edited": True, "rejected_from": rejected.told()}
-        self._decide(Pick(question.prompt, told, chosen=text, rejected=rejected.text))
+        self._decide(Decision(question.prompt, told, chosen=text, rejected=rejected.text))
 
     def pass_over(self, why: str) -> None:
         """Decide nothing: `TIE` or `SKIPPED`."""
         question = self._current()
         texts = tuple(answer.text for answer in question.answers)
-        self._decide(Pick(question.prompt, {"by": PERSON}, passed=why, answers=texts))
+        self._decide(Decision(question.prompt, {"by": PERSON}, passed=why, answers=texts))
 
     def undo(self) -> bool:
         """Take back the last decision of this session and ask again; False if there is none.
@@ -173,20 +181,20 @@ class Session:
         self.put(self._decided.pop())
         return True
 
-    def _current(self) -> Question:
+    def _current(self) -> RankingTask:
         question = self.question
         if question is None:
             raise ConfigError("no question is left; nothing can be decided")
         return question
 
-    def _decide(self, pick: Pick) -> None:
+    def _decide(self, pick: Decision) -> None:
         self.picks.add(pick)
         self._decided.append(self._ready.popleft())
         self.decisions += 1
 
 
-def pick_of(question: Question, best: int, worst: int, provenance: dict[str, Any]) -> Pick:
+def make_pair(question: RankingTask, best: int, worst: int, provenance: dict[str, Any]) -> Decision:
     """The pair of two answers of a question."""
     chosen, rejected = question.answers[best], question.answers[worst]
     told = provenance | {"chosen_from": chosen.told(), "rejected_from": rejected.told()}
-    return Pick(question.prompt, told, chosen=chosen.text, rejected=rejected.text)
+    return Decision(question.prompt, told, chosen=chosen.text, rejected=rejected.text)

@@ -14,13 +14,13 @@ from threading import Event, Thread
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from mlx_dpo.collect.session import SKIPPED, TIE, Session
+from mlx_dpo.collect.session import SKIPPED, TIE, RankingSession
 from mlx_dpo.errors import ConfigError, DataError
 
 LOOPBACK = "127.0.0.1"
-LONGEST = 1_000_000  # bytes of a request's body
-PATIENCE = 600.0  # seconds that sampling may take
-POLICY = (
+MAX_BODY_BYTES = 1_000_000  # bytes of a request's body
+REPLY_TIMEOUT = 600.0  # seconds that sampling may take
+CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; "
     "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'"
@@ -28,7 +28,7 @@ POLICY = (
 
 
 @dataclass(frozen=True)
-class Request:
+class PageRequest:
     """Something the page asks: a command, or its state where there is none."""
 
     command: dict[str, Any] | None
@@ -36,7 +36,7 @@ class Request:
     answered: Event = field(default_factory=Event)  # the reply is on its way, or nobody waits
 
 
-class Loopback(ThreadingHTTPServer):
+class LoopbackServer(ThreadingHTTPServer):
     """Serves a page at `address`; what it asks is in `requests`, to be replied to in order."""
 
     daemon_threads = True
@@ -48,7 +48,7 @@ class Loopback(ThreadingHTTPServer):
             ConfigError: the port is taken.
         """
         self.page, self.token = page, secrets.token_urlsafe(24)
-        self.requests: Queue[Request] = Queue()
+        self.requests: Queue[PageRequest] = Queue()
         try:
             super().__init__((LOOPBACK, port), _Handler)
         except OSError as error:
@@ -71,7 +71,7 @@ class Loopback(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    server: Loopback
+    server: LoopbackServer
     timeout = 30  # a browser opens connections that it may never use
 
     def do_GET(self) -> None:
@@ -110,7 +110,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _body(self) -> dict[str, Any] | None:
         length = self.headers.get("Content-Length", "")
-        if not length.isdecimal() or int(length) > LONGEST:
+        if not length.isdecimal() or int(length) > MAX_BODY_BYTES:
             self._send(413, "text/plain", "the request is too long or of no length")
             return None
         if self.headers.get_content_type() != "application/json":
@@ -126,10 +126,10 @@ class _Handler(BaseHTTPRequestHandler):
         return command
 
     def _ask(self, command: dict[str, Any] | None) -> None:
-        request = Request(command)
+        request = PageRequest(command)
         self.server.requests.put(request)
         try:
-            self._send(200, "application/json", json.dumps(request.reply.result(PATIENCE)))
+            self._send(200, "application/json", json.dumps(request.reply.result(REPLY_TIMEOUT)))
         except TimeoutError:
             self._send(503, "text/plain", "the program is busy; reload this page")
         finally:
@@ -138,7 +138,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _send_page(self) -> None:
         nonce = secrets.token_urlsafe(12)
         page = self.server.page.replace("{nonce}", nonce)
-        self._send(200, "text/html", page, POLICY.format(nonce=nonce))
+        self._send(200, "text/html", page, CONTENT_SECURITY_POLICY.format(nonce=nonce))
 
     def _send(self, code: int, kind: str, text: str, policy: str = "default-src 'none'") -> None:
         body = text.encode()
@@ -163,40 +163,44 @@ class _Handler(BaseHTTPRequestHandler):
         """Say nothing: lines of HTTP would hide the address."""
 
 
-AHEAD = 1  # questions to have ready while the person reads
-PARTING = 10.0  # seconds that the last reply may take to leave
-NONE_LEFT = "No prompt is left: u takes the last pick back, q finishes"
-PASSED = {"tie": TIE, "skip": SKIPPED}
-State = dict[str, Any]
+SAMPLE_AHEAD = 1  # questions to have ready while the person reads
+LAST_REPLY_TIMEOUT = 10.0  # seconds that the last reply may take to leave
+NO_PROMPT_LEFT = "No prompt is left: u takes the last pick back, q finishes"
+SKIP_REASONS = {"tie": TIE, "skip": SKIPPED}
+PageState = dict[str, Any]
 
 
-def page() -> str:
+def read_page() -> str:
     """The page itself; it asks for nothing from elsewhere."""
     return (files("mlx_dpo.collect") / "collect.html").read_text("utf-8")
 
 
-def serve_picks(session: Session, server: Loopback) -> None:
+def serve_session(session: RankingSession, server: LoopbackServer) -> None:
     """Let the page decide until it is told to finish; samples ahead while nothing is asked."""
     over = False
     with server.running():
         while not over:
-            while server.requests.empty() and session.ready <= AHEAD and session.prepare():
+            while server.requests.empty() and session.ready <= SAMPLE_AHEAD and session.prepare():
                 pass
             request = server.requests.get()
             over = (request.command or {}).get("do") == "quit"
-            said = None if request.command is None or over else do(session, request.command)
-            request.reply.set_result(shown(session, said, over=over))
-        request.answered.wait(PARTING)  # its thread ends with the program
+            said = (
+                None if request.command is None or over else run_command(session, request.command)
+            )
+            request.reply.set_result(page_state(session, said, over=over))
+        request.answered.wait(LAST_REPLY_TIMEOUT)  # its thread ends with the program
 
 
-def shown(session: Session, said: str | None = None, *, over: bool = False) -> State:
+def page_state(
+    session: RankingSession, said: str | None = None, *, over: bool = False
+) -> PageState:
     """What the page is to show now; `over` without looking for another question."""
     question = None if over else session.question
     asked = question.prompt.messages if question else ()
     if question is None and not over:
-        said = said or NONE_LEFT
+        said = said or NO_PROMPT_LEFT
     return {
-        "question": mark(session),
+        "question": state_token(session),
         "prompt": [{"role": turn["role"], "content": str(turn["content"])} for turn in asked],
         "answers": [answer.text.strip() for answer in question.answers] if question else [],
         "left": session.asked.left,
@@ -206,7 +210,7 @@ def shown(session: Session, said: str | None = None, *, over: bool = False) -> S
     }
 
 
-def mark(session: Session) -> str:
+def state_token(session: RankingSession) -> str:
     """Tells one state of the session from the next, so that no key counts twice.
 
     What is passed over while answers are sampled ahead changes nothing of what a person sees.
@@ -215,32 +219,35 @@ def mark(session: Session) -> str:
     return f"{session.decisions}:{question.prompt.key[:16] if question else ''}"
 
 
-def do(session: Session, command: State) -> str | None:
+def run_command(session: RankingSession, command: PageState) -> str | None:
     """Obey a command of the page; what is to be said about it."""
-    if command.get("question") != mark(session):
+    if command.get("question") != state_token(session):
         return "That was decided already"
     try:
-        return _do(session, command)
+        return _run_command(session, command)
     except (ConfigError, DataError) as error:
         return str(error)
 
 
-def _do(session: Session, command: State) -> str | None:
+def _run_command(session: RankingSession, command: PageState) -> str | None:
     what = command.get("do")
     if what == "undo":
         return None if session.undo() else "Nothing of this session to take back"
-    if what in PASSED:
-        session.pass_over(PASSED[what])
+    if what in SKIP_REASONS:
+        session.pass_over(SKIP_REASONS[what])
     elif what == "prefer":
-        session.prefer(_place(session, command.get("best")), _place(session, command.get("worst")))
+        session.prefer(
+            _answer_index(session, command.get("best")),
+            _answer_index(session, command.get("worst")),
+        )
     elif what == "improve":
-        session.improve(_place(session, command.get("worse")), str(command.get("text", "")))
+        session.improve(_answer_index(session, command.get("worse")), str(command.get("text", "")))
     else:
         return f"Unknown command {what!r}"
     return None
 
 
-def _place(session: Session, value: object) -> int:
+def _answer_index(session: RankingSession, value: object) -> int:
     question = session.question
     if question is None or not isinstance(value, int) or not 0 <= value < len(question.answers):
         raise ConfigError(f"no answer {value!r}; choose one that is shown")

@@ -25,17 +25,17 @@ from mlx_dpo.saved_runs.evaluate import prompts_held_out
 from mlx_dpo.saved_runs.open import Opened, TwoSided, open_sides
 from mlx_dpo.scoring.logps import token_logps
 
-GRAM = 4  # tokens in a row that count as repeated where they were said before
+NGRAM = 4  # tokens in a row that count as repeated where they were said before
 REFUSAL = re.compile(
     r"\b(i('m| am) (sorry|afraid),? (but |that )*(i|this|that)\b"
     r"|i (can('t|not| not)|won't|will not|must decline)"
     r"|i('m| am) (unable|not able)|(as|i('m| am)) an? (ai|language model))\b"
 )
-OPENING = 80  # letters in which a refusal is looked for
+REFUSAL_CHARACTERS = 80  # letters in which a refusal is looked for
 
 
 @dataclass(frozen=True, slots=True)
-class Bit:
+class TextSpan:
     """A bit of an answer: a token, or the tokens of a character that takes several."""
 
     text: str
@@ -43,10 +43,10 @@ class Bit:
 
 
 @dataclass(frozen=True, slots=True)
-class Shaded:
+class ScoredAnswer:
     """An answer by its bits."""
 
-    bits: tuple[Bit, ...]
+    bits: tuple[TextSpan, ...]
     end: float | None  # log-ratio of ending here; None where the answer was cut
     tokens: tuple[int, ...]
 
@@ -66,7 +66,7 @@ class Column:
     """What one policy said to every prompt."""
 
     name: str
-    answers: tuple[Shaded, ...]
+    answers: tuple[ScoredAnswer, ...]
 
     def figures(self) -> dict[str, str]:
         """Counts and means for a person."""
@@ -75,8 +75,8 @@ class Column:
         return {
             "tokens an answer": f"{fmean(lengths):.1f}",
             "cut before their end": str(sum(answer.end is None for answer in self.answers)),
-            f"{GRAM} tokens said before": f"{fmean(map(repetition, self.answers)):.1%}",
-            "refusals": str(sum(map(refuses, texts))),
+            f"{NGRAM} tokens said before": f"{fmean(map(repetition_rate, self.answers)):.1%}",
+            "refusals": str(sum(map(is_refusal, texts))),
             "log-ratio, nats an answer": f"{fmean(a.log_ratio for a in self.answers):+.2f}",
         }
 
@@ -100,9 +100,9 @@ def completion_token_logps(
     return [float(logp) for logp in np.array(logps[0, len(prompt) - 1 :])]
 
 
-def shaded(
+def score_spans(
     tokenizer: Any, said: Completion, policy: Sequence[float], reference: Sequence[float]
-) -> Shaded:
+) -> ScoredAnswer:
     """The text of a completion with the log-ratio of each bit; `policy` and `reference` are log p
     of its tokens, that of its end among them where it has one.
     """
@@ -111,33 +111,33 @@ def shaded(
     for token, ratio in zip(said.tokens, ratios, strict=False):
         waiting += ratio
         if text := stream.add(token):
-            bits.append(Bit(text, waiting))
+            bits.append(TextSpan(text, waiting))
             waiting = 0.0
     if (text := stream.finish()) or waiting:
-        bits.append(Bit(text, waiting))
+        bits.append(TextSpan(text, waiting))
     end = None if said.end is None else ratios[-1]
-    return Shaded(tuple(bits), end, tuple(said.tokens))
+    return ScoredAnswer(tuple(bits), end, tuple(said.tokens))
 
 
-def repetition(answer: Shaded) -> float:
+def repetition_rate(answer: ScoredAnswer) -> float:
     """Share of the runs of four tokens that stood in the same answer before.
 
     Source: Welleck et al. 2019, arXiv:1908.04319, section 6.1, seq-rep-4.
     """
     tokens = answer.tokens
-    runs = [tokens[i : i + GRAM] for i in range(len(tokens) - GRAM + 1)]
+    runs = [tokens[i : i + NGRAM] for i in range(len(tokens) - NGRAM + 1)]
     return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
 
-def refuses(text: str) -> bool:
+def is_refusal(text: str) -> bool:
     """Whether an answer begins as refusals in English do."""
-    return REFUSAL.search(text[:OPENING].lower().replace("’", "'")) is not None
+    return REFUSAL.search(text[:REFUSAL_CHARACTERS].lower().replace("’", "'")) is not None
 
 
-Ids = list[int]
+TokenIds = list[int]
 
 
-def compare(
+def compare_runs(
     runs: Sequence[str], prompts: str | None, sampling: Sampling, *, limit: int | None = None
 ) -> Comparison:
     """Base and aligned of a run; of several runs the aligned ones, one in memory at a time.
@@ -148,14 +148,14 @@ def compare(
         ConfigError: a prompt leaves no room for an answer, or there are none.
         RunError, ModelError, DataError: a run, its model or the prompts are at fault.
     """
-    asked, columns, notes = _ask(runs[0], prompts, sampling, limit, alone=len(runs) == 1)
+    asked, columns, notes = _compare_run(runs[0], prompts, sampling, limit, alone=len(runs) == 1)
     for name in runs[1:]:
-        _, more, also = _ask(name, asked, sampling, None, alone=False)
+        _, more, also = _compare_run(name, asked, sampling, None, alone=False)
         columns, notes = columns + more, notes + also
     return Comparison(tuple(asked), tuple(columns), tuple(dict.fromkeys(notes)))
 
 
-def _ask(
+def _compare_run(
     name: str,
     prompts: str | list[Prompt] | None,
     sampling: Sampling,
@@ -172,17 +172,17 @@ def _ask(
     elif isinstance(prompts, str):
         prompts = read_prompts(prompts)
     asked = prompts[:limit]
-    notes = [*_limited(len(prompts), limit), *_notes(name, opened, run)]
+    notes = [*_limit_note(len(prompts), limit), *_notes(name, opened, run)]
     sides: tuple[Side, ...] = ("base", "aligned") if alone else ("aligned",)
     told = with_system(asked, run.config.system)
     columns = [
         Column(side if alone else name, answers)
-        for side, answers in _answers(opened, run, told, sides, sampling)
+        for side, answers in _score_answers(opened, run, told, sides, sampling)
     ]
     return asked, columns, notes
 
 
-def _limited(found: int, limit: int | None) -> Iterator[str]:
+def _limit_note(found: int, limit: int | None) -> Iterator[str]:
     if limit is not None and limit < found:
         yield f"the first {limit} of {found} prompts"
 
@@ -196,27 +196,29 @@ def _notes(name: str, opened: TwoSided, run: Opened) -> Iterator[str]:
         )
 
 
-def _answers(
+def _score_answers(
     opened: TwoSided,
     run: Opened,
     prompts: Sequence[Prompt],
     sides: Sequence[Side],
     sampling: Sampling,
-) -> Iterator[tuple[Side, tuple[Shaded, ...]]]:
+) -> Iterator[tuple[Side, tuple[ScoredAnswer, ...]]]:
     """What each of the sides says, shaded by both."""
     base = opened.base
-    rows = [_ids(opened, run, prompt) for prompt in prompts]
-    _refuse_full(rows, prompts, context_length(base.config), sampling.max_tokens)
+    rows = [_prompt_ids(opened, run, prompt) for prompt in prompts]
+    _check_context(rows, prompts, context_length(base.config), sampling.max_tokens)
     for side in sides:
         with opened.sides.on(side):
             said = complete(base.model, base.tokenizer.eos_token_ids, rows, sampling)
-        aligned, reference = (_logps(opened, which, rows, said) for which in ("aligned", "base"))
+        aligned, reference = (
+            _completion_logps(opened, which, rows, said) for which in ("aligned", "base")
+        )
         whole = zip(said, aligned, reference, strict=True)
-        yield side, tuple(shaded(base.tokenizer, *each) for each in whole)
+        yield side, tuple(score_spans(base.tokenizer, *each) for each in whole)
 
 
-def _logps(
-    opened: TwoSided, side: Side, rows: Sequence[Ids], said: Sequence[Completion]
+def _completion_logps(
+    opened: TwoSided, side: Side, rows: Sequence[TokenIds], said: Sequence[Completion]
 ) -> list[list[float]]:
     """log p of the tokens of each completion, and of its end where it has one."""
     with opened.sides.on(side):
@@ -228,7 +230,7 @@ def _logps(
         ]
 
 
-def _ids(opened: TwoSided, run: Opened, prompt: Prompt) -> Ids:
+def _prompt_ids(opened: TwoSided, run: Opened, prompt: Prompt) -> TokenIds:
     tokenizer = opened.base.tokenizer
     if run.trained_on_text or not tokenizer.has_chat_template:
         said = "\n".join(str(m["content"]) for m in prompt.messages)
@@ -236,8 +238,8 @@ def _ids(opened: TwoSided, run: Opened, prompt: Prompt) -> Ids:
     return prompt_tokens(tokenizer, prompt.messages, thinking=run.config.thinking)
 
 
-def _refuse_full(
-    rows: Sequence[Ids], prompts: Sequence[Prompt], context: int | None, room: int
+def _check_context(
+    rows: Sequence[TokenIds], prompts: Sequence[Prompt], context: int | None, room: int
 ) -> None:
     for row, prompt in zip(rows, prompts, strict=True):
         if context is not None and len(row) + room > context:

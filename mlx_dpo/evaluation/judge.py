@@ -16,15 +16,15 @@ from mlx_dpo.generation.stream import answer_in
 from mlx_dpo.saved_runs.respond import open_voice
 from mlx_dpo.types import Message
 
-PLACES = ("{prompt}", "{first}", "{second}")
+PLACEHOLDERS = ("{prompt}", "{first}", "{second}")
 VERDICT = re.compile(r"\[\[([ABC])\]\]")
 VALUES = {"A": WIN, "C": TIE, "B": LOSS}
-DISAGREED = "the two orders disagree"
-UNCLEAR = "the judge gave no verdict"
+INCONSISTENT = "the two orders disagree"
+NO_VERDICT = "the judge gave no verdict"
 CONTRARY = "the worst answer beat the best one"
 
-Ask = Callable[[Sequence[Sequence[Message]]], list[str]]
-Answered = Callable[[Sequence[Message], str], str]
+GenerateReplies = Callable[[Sequence[Sequence[Message]]], list[str]]
+StripThinking = Callable[[Sequence[Message], str], str]
 
 
 def default_rubric() -> str:
@@ -42,7 +42,7 @@ def read_rubric(path: Path) -> str:
         text = path.expanduser().read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({reason(error)})") from error
-    missing = [place for place in PLACES if place not in text]
+    missing = [place for place in PLACEHOLDERS if place not in text]
     if missing:
         raise ConfigError(f"{path}: the rubric has no {' and no '.join(missing)}; add it")
     return text
@@ -59,10 +59,10 @@ class ModelJudge:
     def __init__(
         self,
         name: str,
-        ask: Ask,
+        ask: GenerateReplies,
         rubric: str,
         *,
-        answered: Answered = lambda asked, text: text,
+        answered: StripThinking = lambda asked, text: text,
         **facts: Any,
     ) -> None:
         self.name = name
@@ -90,51 +90,51 @@ class ModelJudge:
                 conversations.append(self._question(prompts[number], *pair))
         said = self._ask(conversations)
         verdicts = [
-            verdict(self._answered(*each)) for each in zip(conversations, said, strict=True)
+            parse_verdict(self._answered(*each)) for each in zip(conversations, said, strict=True)
         ]
-        duels: dict[int, list[_Duel]] = {number: [] for number in range(len(answers))}
+        duels: dict[int, list[_PairwiseVerdict]] = {number: [] for number in range(len(answers))}
         for at, (number, first, second) in enumerate(asked):
             both = slice(2 * at, 2 * at + 2)
-            duels[number].append(_Duel(first, second, said[both], *verdicts[both]))
-        return [_ranking(len(texts), duels[n]) for n, texts in enumerate(answers)]
+            duels[number].append(_PairwiseVerdict(first, second, said[both], *verdicts[both]))
+        return [_make_ranking(len(texts), duels[n]) for n, texts in enumerate(answers)]
 
     def _question(self, prompt: Conversation, first: str, second: str) -> list[Message]:
-        text = as_text(prompt)
+        text = format_conversation(prompt)
         values = {"{prompt}": text, "{first}": first, "{second}": second}
         # In one pass: an answer may itself contain the name of a place.
-        pattern = "|".join(map(re.escape, PLACES))
+        pattern = "|".join(map(re.escape, PLACEHOLDERS))
         filled = re.sub(pattern, lambda found: values[found.group()], self.rubric)
         return [{"role": "user", "content": filled}]
 
 
-def as_text(prompt: Conversation) -> str:
+def format_conversation(prompt: Conversation) -> str:
     """A conversation for a reader: its only turn as it is, else each turn behind its role."""
     if len(prompt) == 1:
         return str(prompt[0]["content"])
     return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
 
 
-def verdict(text: str) -> float | None:
+def parse_verdict(text: str) -> float | None:
     """What a judge said of the first answer: 1 better, 0.5 as good, 0 worse, None unclear."""
     found = VERDICT.findall(text)
     return VALUES[found[-1]] if found else None
 
 
-def refuse_mute(name: str, rankings: Sequence[Ranking]) -> None:
+def check_verdicts(name: str, rankings: Sequence[Ranking]) -> None:
     """A judge that never gives a verdict is no judge.
 
     Raises:
         ConfigError: none of the rankings has one; shows what was said instead.
     """
-    if all(UNCLEAR in ranking.doubts for ranking in rankings):
+    if all(NO_VERDICT in ranking.doubts for ranking in rankings):
         said = " ".join(rankings[0].said[0].split())[:120]
         raise ConfigError(
-            f"{name}: {UNCLEAR} on any prompt (it said {said!r}); take another judge, or a "
+            f"{name}: {NO_VERDICT} on any prompt (it said {said!r}); take another judge, or a "
             "--rubric it can follow"
         )
 
 
-class _Duel:
+class _PairwiseVerdict:
     """Two answers, and what was said of them in both orders."""
 
     def __init__(
@@ -143,9 +143,9 @@ class _Duel:
         self.first, self.second, self.said = first, second, said
         self.value, self.doubt = TIE, ""
         if one is None or other is None:
-            self.doubt = UNCLEAR
+            self.doubt = NO_VERDICT
         elif one != WIN - other:
-            self.doubt = DISAGREED
+            self.doubt = INCONSISTENT
         else:
             self.value = one
 
@@ -155,7 +155,7 @@ class _Duel:
         return self.doubt or (CONTRARY if lost else "")
 
 
-def _ranking(count: int, duels: Sequence[_Duel]) -> Ranking:
+def _make_ranking(count: int, duels: Sequence[_PairwiseVerdict]) -> Ranking:
     points = [0.0] * count
     for duel in duels:
         points[duel.first] += duel.value
@@ -168,7 +168,7 @@ def _ranking(count: int, duels: Sequence[_Duel]) -> Ranking:
     return replace(ranked, doubts=tuple(doubt for doubt in between if doubt))
 
 
-JUDGED = Sampling(max_tokens=512)  # greedy: the same verdict each time
+JUDGE_SAMPLING = Sampling(max_tokens=512)  # greedy: the same verdict each time
 
 
 def check_judge(reward: str | None, judge: str | None, rubric: str | None) -> None:
@@ -199,7 +199,7 @@ def open_judge(reward: str | None, judge: str | None, rubric: str | None) -> Jud
     voice = open_voice(None, model=judge)
 
     def ask(conversations: Sequence[Sequence[Message]]) -> list[str]:
-        return voice.answer(conversations, JUDGED) if conversations else []
+        return voice.answer(conversations, JUDGE_SAMPLING) if conversations else []
 
     def answered(asked: Sequence[Message], said: str) -> str:
         tokenizer = voice.base.tokenizer

@@ -61,13 +61,13 @@ class Judge(Protocol):
         """What the judgement depends on, for the rows that follow from it."""
 
 
-Function = Callable[[list[Message], str], float]
+RewardCallable = Callable[[list[Message], str], float]
 
 
-class Reward:
+class RewardFunction:
     """`function(prompt, answer) -> float`: higher is better. `prompt` is a list of messages."""
 
-    def __init__(self, name: str, function: Function, file: Path | None = None) -> None:
+    def __init__(self, name: str, function: RewardCallable, file: Path | None = None) -> None:
         self.name = name
         self._function = function
         self._file = file
@@ -84,7 +84,7 @@ class Reward:
         try:
             value = self._function(asked, answer)
         except Exception as error:  # code of the user's may raise anything
-            place = _place(error, self._file)
+            place = _error_location(error, self._file)
             told = f"{type(error).__name__}: {reason(error)}"
             raise ConfigError(f"{place or self.name}: the reward failed ({told})") from error
         if isinstance(value, int | float) and math.isfinite(value):
@@ -106,7 +106,7 @@ class Reward:
         return {"by": f"reward {self.name}"} | digest
 
 
-def load_reward(spec: str) -> Reward:
+def load_reward(spec: str) -> RewardFunction:
     """The function that `file.py:function` or `package.module:function` names.
 
     Its code is run by this, and by nothing before it.
@@ -119,7 +119,7 @@ def load_reward(spec: str) -> Reward:
         raise ConfigError(
             f"`reward` must be `file.py:function` or `package.module:function`, got {spec!r}"
         )
-    module = _run(where)
+    module = _import_module(where)
     function = getattr(module, name, None)
     if not callable(function):
         there = ", ".join(
@@ -127,10 +127,10 @@ def load_reward(spec: str) -> Reward:
             if callable(value) and getattr(value, "__module__", None) == module.__name__
         )  # fmt: skip
         raise ConfigError(f"{where}: no function `{name}` in it (found {there or 'none'})")
-    return Reward(spec, function, Path(module.__file__) if module.__file__ else None)
+    return RewardFunction(spec, function, Path(module.__file__) if module.__file__ else None)
 
 
-def _run(where: str) -> ModuleType:
+def _import_module(where: str) -> ModuleType:
     path = Path(where).expanduser()
     try:
         if not where.endswith(".py"):
@@ -146,13 +146,13 @@ def _run(where: str) -> ModuleType:
     except ConfigError:
         raise
     except Exception as error:  # code of the user's may raise anything
-        place = _place(error, path) or where
+        place = _error_location(error, path) or where
         raise ConfigError(
             f"{place}: cannot be imported ({type(error).__name__}: {reason(error)})"
         ) from error
 
 
-def _place(error: BaseException, file: Path | None) -> str | None:
+def _error_location(error: BaseException, file: Path | None) -> str | None:
     """The innermost line of the user's own file that an error came through."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}:{error.lineno}"

@@ -15,16 +15,16 @@ import numpy as np
 
 from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.data.prompts import Prompt, read_prompts, with_system
-from mlx_dpo.evaluation.judge import UNCLEAR, refuse_mute
-from mlx_dpo.evaluation.rewards import LOSS, TIE, WIN, Judge, Ranking, Reward
+from mlx_dpo.evaluation.judge import NO_VERDICT, check_verdicts
+from mlx_dpo.evaluation.rewards import LOSS, TIE, WIN, Judge, Ranking, RewardFunction
 from mlx_dpo.runs.folder import RunPaths
 from mlx_dpo.saved_runs.evaluate import prompts_held_out
 from mlx_dpo.saved_runs.open import open_run
 from mlx_dpo.saved_runs.respond import open_voice
 
-Z = 1.959963984540054  # of a two-sided interval of 95 %
+Z_95 = 1.959963984540054  # of a two-sided interval of 95 %
 LENGTH_RIDGE = 1.0  # on the weight of length, in units of its own spread
-ROUNDS = 100
+NEWTON_STEPS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ def win_rate(outcomes: Sequence[float], lengths: Sequence[int]) -> WinRate:
     Needs at least one outcome.
     """
     count, total = len(outcomes), math.fsum(outcomes)
-    low, high = wilson(total, count)
+    low, high = wilson_interval(total, count)
     return WinRate(
         wins=sum(value == WIN for value in outcomes),
         ties=sum(value == TIE for value in outcomes),
@@ -59,11 +59,11 @@ def win_rate(outcomes: Sequence[float], lengths: Sequence[int]) -> WinRate:
         rate=total / count,
         low=low,
         high=high,
-        length_controlled=length_controlled(outcomes, lengths),
+        length_controlled=length_controlled_rate(outcomes, lengths),
     )
 
 
-def wilson(total: float, count: int, *, z: float = Z) -> tuple[float, float]:
+def wilson_interval(total: float, count: int, *, z: float = Z_95) -> tuple[float, float]:
     """Interval for the mean of `count` outcomes that sum to `total`.
 
         (p + z²/2n ± z sqrt(p(1 - p)/n + z²/4n²)) / (1 + z²/n)
@@ -80,7 +80,7 @@ def wilson(total: float, count: int, *, z: float = Z) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def length_controlled(outcomes: Sequence[float], lengths: Sequence[int]) -> float | None:
+def length_controlled_rate(outcomes: Sequence[float], lengths: Sequence[int]) -> float | None:
     """The rate at equal length: σ(a) of the regression that follows, or None without spread.
 
         log-odds of an outcome = a + b tanh(d / std(d)),  d = difference in length
@@ -100,7 +100,7 @@ def length_controlled(outcomes: Sequence[float], lengths: Sequence[int]) -> floa
     design = np.stack([np.ones_like(x), x], axis=1)
     ridge = np.array([0.0, LENGTH_RIDGE])
     weights = np.zeros(2)
-    for _ in range(ROUNDS):
+    for _ in range(NEWTON_STEPS):
         p = 1 / (1 + np.exp(-design @ weights))
         slope = design.T @ (y - p) - ridge * weights
         curve = (design * (p * (1 - p))[:, None]).T @ design + np.diag(ridge)
@@ -112,7 +112,7 @@ def length_controlled(outcomes: Sequence[float], lengths: Sequence[int]) -> floa
 
 
 @dataclass(frozen=True)
-class Contest:
+class PairwiseComparison:
     """What a judge made of the answers of a policy and of its opponent."""
 
     prompts: Sequence[Prompt]
@@ -148,9 +148,9 @@ class Contest:
         }
 
 
-def hold(
+def compare_pairwise(
     judge: Judge, prompts: Sequence[Prompt], answers: Sequence[str], opposed: Sequence[str]
-) -> Contest:
+) -> PairwiseComparison:
     """Let a judge compare two answers to each prompt.
 
     Raises:
@@ -163,21 +163,23 @@ def hold(
     clear = [
         (0.5 if a == b else ranking.outcome(), len(a) - len(b))
         for ranking, (a, b) in zip(rankings, both, strict=True)
-        if UNCLEAR not in ranking.doubts or a == b
+        if NO_VERDICT not in ranking.doubts or a == b
     ]
     if not clear:
-        refuse_mute(judge.name, rankings)
+        check_verdicts(judge.name, rankings)
     means = None
-    if isinstance(judge, Reward):
+    if isinstance(judge, RewardFunction):
         first, second = zip(*(ranking.points for ranking in rankings), strict=True)
         means = fmean(first), fmean(second)
     outcomes, lengths = zip(*clear, strict=True)
-    return Contest(prompts, answers, opposed, rankings, win_rate(outcomes, lengths), means, doubts)
+    return PairwiseComparison(
+        prompts, answers, opposed, rankings, win_rate(outcomes, lengths), means, doubts
+    )
 
 
-def contest(
+def compare_policies(
     run: str, judge: Judge, sampling: Sampling, *, prompts: str | None, against: str | None
-) -> Contest:
+) -> PairwiseComparison:
     """The policy of a run against what it started from, or against another run or model.
 
     One of them is in memory at a time. Without `prompts` the run is asked those it held out.
@@ -201,4 +203,4 @@ def contest(
     opposed = opponent.say(asked, sampling)
     notes += tuple(note for note in opponent.base.notes if note not in notes)
     del opponent
-    return replace(hold(judge, asked, answers, opposed), notes=notes)
+    return replace(compare_pairwise(judge, asked, answers, opposed), notes=notes)

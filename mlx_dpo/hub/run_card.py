@@ -14,7 +14,7 @@ from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.data.prompts import Prompt
 from mlx_dpo.data.sources import hub_dataset
 from mlx_dpo.errors import ConfigError, ModelError
-from mlx_dpo.evaluation.compare import compare
+from mlx_dpo.evaluation.compare import compare_runs
 from mlx_dpo.hub.model_card import CardFacts, Sample
 from mlx_dpo.hub.model_card import card as make_card
 from mlx_dpo.models.download import locate
@@ -199,7 +199,7 @@ def _samples(
         return [], ("no samples: the pairs are yours; --prompts FILE or --samples N shows some",)
     if prompts is None and not opened.record["counts"]["valid"]:
         return [], ("no samples: no pairs were held out",)
-    found = compare([folder], prompts, ANSWER, limit=wanted)
+    found = compare_runs([folder], prompts, ANSWER, limit=wanted)
     before, after = (column.answers for column in found.columns)
     said = [
         Sample(_asked(prompt), one.text, other.text)

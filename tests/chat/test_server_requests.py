@@ -3,14 +3,14 @@
 import pytest
 from mlx_lm.server import CompletionRequest
 
-from mlx_dpo.chat.server import Generator, wrong_with
+from mlx_dpo.chat.server import SynchronizedResponseGenerator, find_request_error
 
 TEXT = {"role": "user", "content": "hi"}
 VOCABULARY = 300
 
 
 def wrong(**body):
-    return wrong_with(body, vocab_size=VOCABULARY)
+    return find_request_error(body, vocab_size=VOCABULARY)
 
 
 @pytest.mark.parametrize(
@@ -53,8 +53,8 @@ def test_what_is_done_as_asked_is_let_through(body):
         ({"messages": [{"role": "user", "content": 3}]}, "`content` must be text, found 3"),
         ({"messages": [{"role": "user", "content": ["x"]}]}, "a part of type 'str'; only text"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "a part of type 'text'"),
-        ({"stop": [""]}, "`stop` must be text or a list of texts, none of them empty, found ['']"),
-        ({"stop": [3]}, "`stop` must be text"),
+        ({"stop": [""]}, "`stop` must be a non-empty text or a list of such, found ['']"),
+        ({"stop": [3]}, "`stop` must be a non-empty text"),
         ({"top_k": 300}, "`top_k` must be below the vocabulary of 300 tokens, found 300"),
         ({"seed": -1}, "`seed` must be from 0 to"),
         ({"seed": 2**64}, "`seed` must be from 0 to"),
@@ -83,7 +83,9 @@ def test_a_prompt_of_no_tokens_never_reaches_the_model():
         def encode(self, text):
             return []
 
-    generator = Generator.__new__(Generator)  # its thread is not begun
+    generator = SynchronizedResponseGenerator.__new__(
+        SynchronizedResponseGenerator
+    )  # its thread is not begun
     request = CompletionRequest("text", "\u200b", [], None, None)
     with pytest.raises(ValueError, match="the prompt is empty"):
         generator._tokenize(Silent(), request, None)

@@ -7,7 +7,7 @@ from mlx_lm.models import gemma3_text, mamba
 from mlx_lm.models.cache import KVCache
 
 from mlx_dpo.adapters.switch import Sides
-from mlx_dpo.chat.session import Chat
+from mlx_dpo.chat.session import ChatSession
 from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.errors import ConfigError, ModelError
 from mlx_dpo.generation.generate import prompt_tokens
@@ -167,7 +167,7 @@ def assistant(text):
 
 @pytest.mark.parametrize("penalty", [1.0, 1.5])
 def test_every_answer_is_the_one_computed_without_a_cache(model, tokenizer, penalty):
-    chat = Chat(model, tokenizer, Sampling(max_tokens=24, repetition_penalty=penalty))
+    chat = ChatSession(model, tokenizer, Sampling(max_tokens=24, repetition_penalty=penalty))
     messages = []
     for question in QUESTIONS:
         messages.append(user(question))
@@ -189,7 +189,9 @@ def test_the_penalty_reaches_back_into_what_the_cache_holds(tokenizer):
             super().__call__(tokens, cache)
             return logits
 
-    chat = Chat(Constant(tokenizer, ""), tokenizer, Sampling(max_tokens=1, repetition_penalty=2.0))
+    chat = ChatSession(
+        Constant(tokenizer, ""), tokenizer, Sampling(max_tokens=1, repetition_penalty=2.0)
+    )
     assert say(chat, "a")[0] == "b"
     answer, summary = say(chat, "?")
     assert answer == "c"
@@ -198,7 +200,7 @@ def test_the_penalty_reaches_back_into_what_the_cache_holds(tokenizer):
 
 def test_only_the_tokens_of_the_new_turn_go_through_the_model(tokenizer):
     model = Says(tokenizer, "The cat sat.")
-    chat = Chat(model, tokenizer, Sampling())
+    chat = ChatSession(model, tokenizer, Sampling())
     say(chat, "Where is the cat?")
     held = len(tokenizer.apply_chat_template(chat.turns))
     model.seen.clear()
@@ -215,7 +217,7 @@ def test_a_cache_that_cannot_forget_is_filled_anew_when_the_past_changes(tokeniz
     tokenizer.chat_template = tokenizer.chat_template.replace("content", "content[:3]")
     mx.random.seed(1)
     model = spread(state_space())
-    chat = Chat(model, tokenizer, Sampling(max_tokens=9))
+    chat = ChatSession(model, tokenizer, Sampling(max_tokens=9))
     messages = []
     for question in QUESTIONS[:3]:
         messages.append(user(question))
@@ -227,7 +229,7 @@ def test_a_cache_that_cannot_forget_is_filled_anew_when_the_past_changes(tokeniz
 
 
 def test_an_answer_closed_early_stays_as_far_as_it_was_said(llama, tokenizer):
-    chat = Chat(llama[0], tokenizer, Sampling(max_tokens=30))
+    chat = ChatSession(llama[0], tokenizer, Sampling(max_tokens=30))
     pieces = chat.reply("Where is the cat?")
     said = "".join(next(pieces).text for _ in range(7))
     pieces.close()
@@ -248,7 +250,7 @@ def test_ctrl_c_within_a_forward_pass_leaves_a_chat_that_answers_rightly(llama, 
             return result
 
     plain = type(model)
-    chat = Chat(model, tokenizer, Sampling(max_tokens=30))
+    chat = ChatSession(model, tokenizer, Sampling(max_tokens=30))
     model.__class__ = Interrupted
     try:
         with pytest.raises(KeyboardInterrupt):
@@ -264,7 +266,7 @@ def test_ctrl_c_before_a_forward_pass_leaves_nothing_that_is_not_held(
     llama, tokenizer, monkeypatch
 ):
     model = llama[0]
-    chat = Chat(model, tokenizer, Sampling(max_tokens=8))
+    chat = ChatSession(model, tokenizer, Sampling(max_tokens=8))
     say(chat, "Where is the cat?")
 
     def interrupted(*_):
@@ -279,7 +281,7 @@ def test_ctrl_c_before_a_forward_pass_leaves_nothing_that_is_not_held(
 
 
 def test_ctrl_c_before_the_first_token_takes_the_question_back(tokenizer):
-    chat = Chat(Says(tokenizer, "yes", fail_at=1), tokenizer, Sampling())
+    chat = ChatSession(Says(tokenizer, "yes", fail_at=1), tokenizer, Sampling())
     with pytest.raises(KeyboardInterrupt):
         list(chat.reply("Where is the cat?"))
     assert chat.turns == []
@@ -288,14 +290,14 @@ def test_ctrl_c_before_the_first_token_takes_the_question_back(tokenizer):
 def test_characters_of_several_tokens_come_whole(tokenizer):
     text = "dog 🐶, naïve 日本"
     assert len(tokenizer.encode("🐶", add_special_tokens=False)) == 4
-    pieces = [p.text for p in Chat(Says(tokenizer, text), tokenizer, Sampling()).reply("?")]
+    pieces = [p.text for p in ChatSession(Says(tokenizer, text), tokenizer, Sampling()).reply("?")]
     assert "".join(pieces) == text
     assert all("\ufffd" not in piece for piece in pieces)
     assert "🐶" in pieces  # streamed as soon as it is complete
 
 
 def test_an_answer_keeps_its_leading_space(tokenizer):
-    assert say(Chat(Says(tokenizer, " on the hill"), tokenizer, Sampling()), "?")[0] == (
+    assert say(ChatSession(Says(tokenizer, " on the hill"), tokenizer, Sampling()), "?")[0] == (
         " on the hill"
     )
 
@@ -303,56 +305,56 @@ def test_an_answer_keeps_its_leading_space(tokenizer):
 def test_the_summary_counts_the_answer_without_its_end_token(tokenizer):
     model = Says(tokenizer, "abc")
     assert len(tokenizer.encode("abc", add_special_tokens=False)) == 3
-    answer, summary = say(Chat(model, tokenizer, Sampling()), "?")
+    answer, summary = say(ChatSession(model, tokenizer, Sampling()), "?")
     assert (answer, summary.tokens, summary.finish_reason) == ("abc", 3, "stop")
-    answer, summary = say(Chat(model, tokenizer, Sampling(max_tokens=2)), "?")
+    answer, summary = say(ChatSession(model, tokenizer, Sampling(max_tokens=2)), "?")
     assert (answer, summary.tokens, summary.finish_reason) == ("ab", 2, "length")
 
 
 def test_an_answer_ends_where_the_context_does(tokenizer):
     model = Says(tokenizer, "abcdefghij")
     prompt = len(tokenizer.apply_chat_template([user("?")], add_generation_prompt=True))
-    chat = Chat(model, tokenizer, Sampling(), context=prompt + 4)
+    chat = ChatSession(model, tokenizer, Sampling(), context=prompt + 4)
     answer, summary = say(chat, "?")
     assert (answer, summary.finish_reason) == ("abcd", "context")
     with pytest.raises(ConfigError, match=r"^the question: \d+ tokens leave no room .* context is"):
         say(chat, "and what now?")
     assert len(chat.turns) == 2
     with pytest.raises(ConfigError, match="leave no room"):
-        say(Chat(model, tokenizer, Sampling(), context=prompt), "?")
+        say(ChatSession(model, tokenizer, Sampling(), context=prompt), "?")
 
 
 def test_a_seed_says_the_same_again_and_reset_starts_its_draws_over(llama, tokenizer):
     sampling = Sampling(temperature=1.0, top_p=0.95, top_k=50, min_p=0.01, seed=3, max_tokens=12)
-    chat = Chat(llama[0], tokenizer, sampling)
+    chat = ChatSession(llama[0], tokenizer, sampling)
     first = [say(chat, question)[0] for question in QUESTIONS[:2]]
     chat.reset()
     assert [say(chat, question)[0] for question in QUESTIONS[:2]] == first
-    other = Chat(llama[0], tokenizer, Sampling(temperature=1.0, seed=4, max_tokens=12))
+    other = ChatSession(llama[0], tokenizer, Sampling(temperature=1.0, seed=4, max_tokens=12))
     assert say(other, QUESTIONS[0])[0] != first[0]
 
 
 def test_the_seed_drawn_for_a_session_repeats_it(llama, tokenizer):
-    chat = Chat(llama[0], tokenizer, Sampling(temperature=1.0, max_tokens=12))
-    again = Chat(llama[0], tokenizer, chat.sampling)
+    chat = ChatSession(llama[0], tokenizer, Sampling(temperature=1.0, max_tokens=12))
+    again = ChatSession(llama[0], tokenizer, chat.sampling)
     assert say(chat, "?")[0] == say(again, "?")[0]
 
 
 def test_a_chat_neither_reads_nor_moves_the_global_random_state(llama, tokenizer):
     sampling = Sampling(temperature=1.0, top_p=0.9, seed=3, max_tokens=6)
     mx.random.seed(0)
-    first = say(Chat(llama[0], tokenizer, sampling), "?")[0]
+    first = say(ChatSession(llama[0], tokenizer, sampling), "?")[0]
     drawn = mx.random.uniform().item()
     mx.random.seed(0)
     assert mx.random.uniform().item() == drawn
-    assert say(Chat(llama[0], tokenizer, sampling), "?")[0] == first
+    assert say(ChatSession(llama[0], tokenizer, sampling), "?")[0] == first
 
 
 def test_the_system_message_comes_first(tokenizer):
     model = Says(tokenizer, "ok")
-    plain = say(Chat(model, tokenizer, Sampling()), "?")[1].prompt_tokens
+    plain = say(ChatSession(model, tokenizer, Sampling()), "?")[1].prompt_tokens
     system = tokenizer.encode("<|system|>Be brief.<|end|>", add_special_tokens=False)
-    chat = Chat(model, tokenizer, Sampling(), system="Be brief.")
+    chat = ChatSession(model, tokenizer, Sampling(), system="Be brief.")
     assert say(chat, "?")[1].prompt_tokens == plain + len(system)
 
 
@@ -360,7 +362,7 @@ def test_an_answer_belongs_to_the_system_message_that_it_was_given_after(llama, 
     """Not to the one that has been set since: rows and the other side's answer keep to it."""
     sides = Sides(llama[0])
     sides.keep("base")
-    chat = Chat(llama[0], tokenizer, Sampling(max_tokens=4), system="Be brief.", sides=sides)
+    chat = ChatSession(llama[0], tokenizer, Sampling(max_tokens=4), system="Be brief.", sides=sides)
     brief = say(chat, "?")[1].prompt_tokens
     chat.instruct("Be kind and take all the time you need.")
     told = {"role": "system", "content": "Be brief."}
@@ -382,7 +384,7 @@ def test_an_answer_belongs_to_the_system_message_that_it_was_given_after(llama, 
 def test_what_a_person_wrote_is_all_answer_where_the_prompt_began_to_think(tokenizer):
     marks = {"has_thinking": True, "think_start": "<t>", "think_end": "</t>"}
     opened = Thinker(tokenizer, marks)
-    chat = Chat(Says(tokenizer, "hm</t>ok"), opened, Sampling())
+    chat = ChatSession(Says(tokenizer, "hm</t>ok"), opened, Sampling())
     say(chat, "?")
     assert chat.last_answer() == "ok"
     chat.replace("better", "person")
@@ -394,7 +396,9 @@ def test_a_thinking_model_thinks_when_asked_to_and_not_otherwise(tokenizer):
     hm = len(tokenizer.encode("Hm", add_special_tokens=False))
     lengths = {}
     for thinking in (None, False, True):
-        chat = Chat(Says(tokenizer, "ok"), tokenizer, Sampling(max_tokens=1), thinking=thinking)
+        chat = ChatSession(
+            Says(tokenizer, "ok"), tokenizer, Sampling(max_tokens=1), thinking=thinking
+        )
         lengths[thinking] = say(chat, "?")[1].prompt_tokens
     assert lengths[None] == lengths[False] == lengths[True] - hm
 
@@ -412,17 +416,17 @@ def test_settings_that_the_template_ignores_are_refused(tokenizer, template, set
     if template:
         tokenizer.chat_template = template
     with pytest.raises(ConfigError, match=message):
-        Chat(Says(tokenizer, ""), tokenizer, Sampling(), **settings)
+        ChatSession(Says(tokenizer, ""), tokenizer, Sampling(), **settings)
 
 
 def test_top_k_must_leave_something_out(tokenizer):
     with pytest.raises(ConfigError, match="`top_k` must be below the vocabulary of 300 tokens"):
-        Chat(Says(tokenizer, ""), tokenizer, Sampling(temperature=1, top_k=VOCAB))
+        ChatSession(Says(tokenizer, ""), tokenizer, Sampling(temperature=1, top_k=VOCAB))
 
 
 def test_a_template_that_refuses_the_conversation_is_one_line(tokenizer):
     tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
-    chat = Chat(Says(tokenizer, ""), tokenizer, Sampling())
+    chat = ChatSession(Says(tokenizer, ""), tokenizer, Sampling())
     with pytest.raises(ModelError, match=r"refuses the conversation \(System role not supported\)"):
         say(chat, "?")
     assert chat.turns == []
@@ -431,7 +435,7 @@ def test_a_template_that_refuses_the_conversation_is_one_line(tokenizer):
 def test_without_a_template_the_text_is_continued(tokenizer):
     tokenizer.has_chat_template = False
     model = Says(tokenizer, " sat")
-    chat = Chat(model, tokenizer, Sampling(max_tokens=2))
+    chat = ChatSession(model, tokenizer, Sampling(max_tokens=2))
     assert chat.raw
     prompts = [say(chat, text)[1].prompt_tokens for text in ("The cat", "The hat")]
     texts = ("The cat", f"The cat\n{chat.turns[1]['content']}\nThe hat")
@@ -440,7 +444,7 @@ def test_without_a_template_the_text_is_continued(tokenizer):
 
 def test_the_cache_holds_exactly_the_tokens_it_is_said_to_hold(llama, tokenizer):
     """One token more or less in the count would shift every later turn."""
-    chat = Chat(llama[0], tokenizer, Sampling(max_tokens=5))
+    chat = ChatSession(llama[0], tokenizer, Sampling(max_tokens=5))
     for question in QUESTIONS:
         say(chat, question)
         cache = chat._caches["base"]

@@ -6,7 +6,7 @@ import pytest
 
 from mlx_dpo.adapters.attach import attach
 from mlx_dpo.adapters.switch import Sides
-from mlx_dpo.chat.session import Chat
+from mlx_dpo.chat.session import ChatSession
 from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.errors import ConfigError
 from tests.checkpoints import make_checkpoint
@@ -62,7 +62,7 @@ def user(text):
 def test_base_answers_are_those_of_the_base_alone_before_and_after_ten_switches(two_sided, plain):
     """In one conversation each: the aligned side's answers in between leave no trace."""
     model, tokenizer, sides = two_sided
-    chat, alone = Chat(model, tokenizer, GREEDY, sides=sides), Chat(*plain, GREEDY)
+    chat, alone = ChatSession(model, tokenizer, GREEDY, sides=sides), ChatSession(*plain, GREEDY)
     for question in QUESTIONS:
         sides.put("base")
         assert say(chat, question) == say(alone, question)
@@ -78,7 +78,7 @@ def test_base_answers_are_those_of_the_base_alone_before_and_after_ten_switches(
 
 def test_each_side_goes_on_from_its_own_cache(two_sided):
     model, tokenizer, sides = two_sided
-    chat = Chat(model, tokenizer, GREEDY, sides=sides)
+    chat = ChatSession(model, tokenizer, GREEDY, sides=sides)
     say(chat, QUESTIONS[0])
     *_, last = chat.other_answer("base")
     assert last.summary.cached_tokens == 0
@@ -86,14 +86,14 @@ def test_each_side_goes_on_from_its_own_cache(two_sided):
     assert last.summary.cached_tokens == last.summary.prompt_tokens - 1
     *_, last = chat.reply(QUESTIONS[1])
     assert last.summary.cached_tokens > 0
-    fresh = Chat(model, tokenizer, GREEDY, sides=sides)
+    fresh = ChatSession(model, tokenizer, GREEDY, sides=sides)
     fresh.turns = chat.turns[:2]
     assert say(fresh, QUESTIONS[1]) == chat.last_answer()
 
 
 def test_the_other_answer_leaves_conversation_and_side_as_they_were(two_sided):
     model, tokenizer, sides = two_sided
-    chat = Chat(model, tokenizer, GREEDY, sides=sides)
+    chat = ChatSession(model, tokenizer, GREEDY, sides=sides)
     say(chat, QUESTIONS[0])
     before = list(chat.turns)
     pieces = chat.other_answer("base")
@@ -104,7 +104,7 @@ def test_the_other_answer_leaves_conversation_and_side_as_they_were(two_sided):
 
 
 def test_undo_takes_back_a_question_with_its_answer(plain):
-    chat = Chat(*plain, GREEDY)
+    chat = ChatSession(*plain, GREEDY)
     first = say(chat, QUESTIONS[0])
     second = say(chat, QUESTIONS[1])
     assert chat.undo() == QUESTIONS[1]
@@ -116,7 +116,7 @@ def test_undo_takes_back_a_question_with_its_answer(plain):
 
 
 def test_retry_puts_another_answer_in_the_place_of_the_last(plain):
-    chat = Chat(*plain, WARM)
+    chat = ChatSession(*plain, WARM)
     say(chat, QUESTIONS[0])
     before = say(chat, QUESTIONS[1])
     again = text_of(chat.retry())
@@ -126,7 +126,7 @@ def test_retry_puts_another_answer_in_the_place_of_the_last(plain):
 
 
 def test_a_retry_that_never_begins_keeps_the_answer_there_is(plain):
-    chat = Chat(*plain, WARM)
+    chat = ChatSession(*plain, WARM)
     answer = say(chat, QUESTIONS[0])
     pieces = chat.retry()
     chat.context = 1
@@ -137,48 +137,50 @@ def test_a_retry_that_never_begins_keeps_the_answer_there_is(plain):
 
 
 def test_retry_is_refused_where_the_answer_would_be_the_same(plain):
-    chat = Chat(*plain, GREEDY)
+    chat = ChatSession(*plain, GREEDY)
     say(chat, QUESTIONS[0])
     with pytest.raises(ConfigError, match="with `temperature` 0 the answer is always the same"):
         next(chat.retry())
 
 
 def test_a_replaced_answer_is_what_the_model_reads_next(plain):
-    chat = Chat(*plain, GREEDY)
+    chat = ChatSession(*plain, GREEDY)
     say(chat, QUESTIONS[0])
     chat.replace("On the mat.", "person")
-    other = Chat(*plain, GREEDY)
+    other = ChatSession(*plain, GREEDY)
     other.turns = [user(QUESTIONS[0]), {"role": "assistant", "content": "On the mat."}]
     assert say(chat, QUESTIONS[1]) == say(other, QUESTIONS[1])
     assert chat.authors == ["person", "base"]
 
 
 def test_what_was_asked_is_all_that_the_model_saw_before_its_answer(plain):
-    chat = Chat(*plain, GREEDY, system="Be brief.")
+    chat = ChatSession(*plain, GREEDY, system="Be brief.")
     first = say(chat, QUESTIONS[0])
     say(chat, QUESTIONS[1])
     system = {"role": "system", "content": "Be brief."}
     answer = {"role": "assistant", "content": first}
     assert chat.asked() == (system, user(QUESTIONS[0]), answer, user(QUESTIONS[1]))
-    raw = Chat(*plain, GREEDY, raw=True)
+    raw = ChatSession(*plain, GREEDY, raw=True)
     first = say(raw, "The cat")
     say(raw, "The hat")
     assert raw.asked() == f"The cat\n{first}\nThe hat"
 
 
 def test_a_system_message_can_come_and_go(plain):
-    chat = Chat(*plain, GREEDY)
+    chat = ChatSession(*plain, GREEDY)
     bare = say(chat, QUESTIONS[0])
     chat.reset()
     chat.instruct("Be brief.")
-    assert say(chat, QUESTIONS[0]) == say(Chat(*plain, GREEDY, system="Be brief."), QUESTIONS[0])
+    assert say(chat, QUESTIONS[0]) == say(
+        ChatSession(*plain, GREEDY, system="Be brief."), QUESTIONS[0]
+    )
     chat.reset()
     chat.instruct(None)
     assert say(chat, QUESTIONS[0]) == bare
 
 
 def test_when_the_context_is_full_the_oldest_questions_are_left_out(plain):
-    chat = Chat(*plain, Sampling(max_tokens=8), context=64)
+    chat = ChatSession(*plain, Sampling(max_tokens=8), context=64)
     shortened = []
     for number in range(12):
         *_, last = chat.reply(f"Question {number}, where is the cat?")
@@ -190,7 +192,7 @@ def test_when_the_context_is_full_the_oldest_questions_are_left_out(plain):
     assert sum(shortened) > 0
     assert len(chat.turns) == 2 * 12 - sum(shortened)
     assert len(chat.authors) == 12  # the last ones belong to the turns that are left
-    after = Chat(*plain, Sampling(max_tokens=8))
+    after = ChatSession(*plain, Sampling(max_tokens=8))
     after.turns = chat.turns[:-2]
     assert say(after, chat.turns[-2]["content"]) == chat.turns[-1]["content"]
 
@@ -202,7 +204,7 @@ def test_thinking_is_kept_in_the_conversation_and_left_out_of_the_answer(plain):
     tokenizer._think_start, tokenizer._think_end = "<t>", "</t>"
     tokenizer._think_start_tokens, tokenizer._think_end_tokens = (60,), (61,)
     try:
-        chat = Chat(model, tokenizer, GREEDY)
+        chat = ChatSession(model, tokenizer, GREEDY)
         say(chat, "Why?")
         chat.replace("<t>hm\n</t>\n\nSo.\n", "base")
         assert chat.turns[-1]["content"] == "<t>hm\n</t>\n\nSo.\n"

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from mlx_dpo import DPOConfig
 from mlx_dpo.adapters.files import content_digest, load_adapter
-from mlx_dpo.chat.session import Chat
+from mlx_dpo.chat.session import ChatSession
 from mlx_dpo.cli import cli
 from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.runs.inputs import read_inputs
@@ -45,7 +45,7 @@ def answers(model, questions, tokens=6, adapter=None):
     policy, tokenizer = mlx_lm.load(model)
     if adapter is not None:
         load_adapter(policy, Path(adapter))
-    chat = Chat(policy, tokenizer, Sampling(max_tokens=tokens))
+    chat = ChatSession(policy, tokenizer, Sampling(max_tokens=tokens))
     return ["".join(piece.text for piece in chat.reply(question)) for question in questions]
 
 
@@ -95,7 +95,7 @@ def test_a_model_without_a_template_says_that_it_continues_text(model, tmp_path)
     (folder / "chat_template.jinja").unlink()
     result = pipe(str(folder), "The cat\n")
     assert "continued as plain text" in result.stderr
-    chat = Chat(*mlx_lm.load(model), Sampling(max_tokens=6), raw=True)
+    chat = ChatSession(*mlx_lm.load(model), Sampling(max_tokens=6), raw=True)
     assert result.stdout == "".join(p.text for p in chat.reply("The cat")) + "\n"
 
 

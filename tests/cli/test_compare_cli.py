@@ -10,10 +10,10 @@ import pytest
 from click.testing import CliRunner
 
 from mlx_dpo import DPOConfig, Run
-from mlx_dpo.chat.session import Chat
+from mlx_dpo.chat.session import ChatSession
 from mlx_dpo.cli import cli
 from mlx_dpo.config.sampling import Sampling
-from mlx_dpo.evaluation.compare import compare
+from mlx_dpo.evaluation.compare import compare_runs
 from mlx_dpo.saved_runs.open import open_sides
 from tests.checkpoints import END, make_checkpoint
 from tests.cli.terminal import Session
@@ -67,7 +67,7 @@ def run(config):
 
 @pytest.fixture(scope="module")
 def found(run):
-    return compare([run], None, GREEDY)
+    return compare_runs([run], None, GREEDY)
 
 
 def call(*words):
@@ -81,7 +81,7 @@ def test_the_prompts_are_those_the_run_held_out_and_the_answers_those_of_each_si
     for column in found.columns:
         opened.sides.put(column.name)
         for question, answer in zip(asked, column.answers, strict=True):
-            chat = Chat(opened.base.model, opened.base.tokenizer, GREEDY)
+            chat = ChatSession(opened.base.model, opened.base.tokenizer, GREEDY)
             said = "".join(piece.text for piece in chat.reply(question))
             assert answer.text == said
     assert [column.name for column in found.columns] == ["base", "aligned"]
@@ -91,7 +91,7 @@ def test_the_prompts_are_those_the_run_held_out_and_the_answers_those_of_each_si
 def test_log_ratios_are_aligned_minus_base_summed_by_hand(run, ending, found, ends):
     """From whole forward passes of the two models loaded apart, over all tokens at once."""
     folder = ending if ends else run
-    found = compare([ending], None, GREEDY) if ends else found
+    found = compare_runs([ending], None, GREEDY) if ends else found
     both = {side: open_sides(folder, wanted=(side,)).base for side in ("aligned", "base")}
     template = both["base"].tokenizer.apply_chat_template
     ended = []
@@ -122,11 +122,11 @@ def test_each_side_likes_its_own_answers_better(found):
 def test_several_runs_stand_side_by_side_each_against_its_own_base(config, run):
     other = replace(config, output=run + "-other", learning_rate=3e-2)
     train(other)
-    both = compare([run, other.output], None, GREEDY, limit=2)
+    both = compare_runs([run, other.output], None, GREEDY, limit=2)
     assert [column.name for column in both.columns] == [run, other.output]
     assert both.notes[0] == "the first 2 of 4 prompts"
     for name, column in zip((run, other.output), both.columns, strict=True):
-        alone = compare([name], None, GREEDY, limit=2).columns[1]
+        alone = compare_runs([name], None, GREEDY, limit=2).columns[1]
         assert column.answers == alone.answers
 
 

@@ -6,7 +6,7 @@ import mlx_lm
 import pytest
 from click.testing import CliRunner
 
-from mlx_dpo.chat.session import Chat
+from mlx_dpo.chat.session import ChatSession
 from mlx_dpo.cli import answers as _answers
 from mlx_dpo.cli import cli
 from mlx_dpo.config.sampling import Sampling
@@ -24,7 +24,7 @@ def expected(model):
 
     def answer(prompt, *, raw=False, **settings):
         policy, tokenizer = mlx_lm.load(model)
-        chat = Chat(policy, tokenizer, Sampling(max_tokens=8, **settings), raw=raw)
+        chat = ChatSession(policy, tokenizer, Sampling(max_tokens=8, **settings), raw=raw)
         return "".join(piece.text for piece in chat.reply(prompt))
 
     return answer

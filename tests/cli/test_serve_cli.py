@@ -17,7 +17,7 @@ import pytest
 from click.testing import CliRunner
 
 from mlx_dpo.adapters.files import load_adapter
-from mlx_dpo.chat.session import Chat
+from mlx_dpo.chat.session import ChatSession
 from mlx_dpo.cli import cli
 from mlx_dpo.config.sampling import Sampling
 from tests.checkpoints import make_adapter, make_checkpoint
@@ -85,7 +85,7 @@ def alone(model, adapter=None):
         load_adapter(policy, Path(adapter))
     answers = {}
     for question in QUESTIONS:
-        chat = Chat(policy, tokenizer, Sampling(max_tokens=TOKENS))
+        chat = ChatSession(policy, tokenizer, Sampling(max_tokens=TOKENS))
         said = "".join(piece.text for piece in chat.reply(question))
         answers[question] = said.removeprefix(" ")  # as mlx-lm's server leaves it out
     return answers
@@ -143,7 +143,7 @@ def test_plain_text_is_continued(client, model):
     answer = client.completions.create(
         model="base", prompt="The cat", max_tokens=TOKENS, temperature=0
     )
-    chat = Chat(*mlx_lm.load(model), Sampling(max_tokens=TOKENS), raw=True)
+    chat = ChatSession(*mlx_lm.load(model), Sampling(max_tokens=TOKENS), raw=True)
     said = "".join(piece.text for piece in chat.reply("The cat"))
     assert answer.choices[0].text == said.removeprefix(" ")
 

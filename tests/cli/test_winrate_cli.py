@@ -6,7 +6,7 @@ from click.testing import CliRunner
 
 from mlx_dpo.cli import cli
 from mlx_dpo.config.sampling import Sampling
-from mlx_dpo.evaluation.winrate import wilson
+from mlx_dpo.evaluation.winrate import wilson_interval
 from mlx_dpo.generation.generate import generate_batch
 from tests.checkpoints import make_checkpoint
 
@@ -67,7 +67,7 @@ def test_base_and_aligned_are_compared_on_prompts_as_mlx_lm_answers_them(place):
         for a, b in zip(aligned, base, strict=True)
     ]
     assert found["win_rate"] == pytest.approx(sum(outcomes) / 3)
-    assert found["interval_95"] == pytest.approx(wilson(sum(outcomes), 3))
+    assert found["interval_95"] == pytest.approx(wilson_interval(sum(outcomes), 3))
     assert found["mean_rewards"] == pytest.approx(
         [sum(map(len, aligned)) / 3, sum(map(len, base)) / 3]
     )

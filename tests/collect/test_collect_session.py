@@ -2,8 +2,16 @@ import json
 
 import pytest
 
-from mlx_dpo.collect.pairs_file import Picks
-from mlx_dpo.collect.session import ALIKE, EMPTY, SKIPPED, TIE, Answer, Asked, Session
+from mlx_dpo.collect.pairs_file import PairsFile
+from mlx_dpo.collect.session import (
+    EMPTY,
+    IDENTICAL,
+    SKIPPED,
+    TIE,
+    Answer,
+    RankingSession,
+    TaskSampler,
+)
 from mlx_dpo.data.prompts import as_prompt
 from mlx_dpo.data.sources import read_rows
 from mlx_dpo.errors import ConfigError, DataError
@@ -31,7 +39,7 @@ class Sampler:
 
 def begin(path, sampler=None, names=NAMES, chunk=4, seed=0):
     prompts = [as_prompt(name) for name in names]
-    return Asked(prompts, Picks(path), sampler or Sampler(), chunk=chunk, seed=seed)
+    return TaskSampler(prompts, PairsFile(path), sampler or Sampler(), chunk=chunk, seed=seed)
 
 
 def rows(path):
@@ -48,7 +56,7 @@ def name_of(session):
 
 
 def test_a_pick_is_a_row_that_train_reads_with_where_it_came_from(path):
-    session = Session(begin(path))
+    session = RankingSession(begin(path))
     texts = [answer.text for answer in session.question.answers]
     session.prefer(1, 0)
     [row] = rows(path)
@@ -74,12 +82,12 @@ def test_the_order_of_answers_tells_nothing_of_where_they_came_from(path):
 
 
 def test_what_is_decided_is_not_asked_again_and_chunks_stay_where_they_were(path):
-    session = Session(begin(path))
+    session = RankingSession(begin(path))
     session.prefer(0, 1)
     session.pass_over(TIE)
     session.pass_over(SKIPPED)
     sampler = Sampler()
-    again = Session(begin(path, sampler))
+    again = RankingSession(begin(path, sampler))
     left = []
     while again.question:
         left.append(again.question)
@@ -87,20 +95,20 @@ def test_what_is_decided_is_not_asked_again_and_chunks_stay_where_they_were(path
     assert [question.prompt.messages[0]["content"] for question in left] == ["q3", "q4", "q5"]
     # The chunk that was begun is sampled whole, under its own number: the answers are the same.
     assert sampler.asked == [(0, NAMES[:4]), (1, NAMES[4:])]
-    assert Session(begin(path, Sampler())).question is None
+    assert RankingSession(begin(path, Sampler())).question is None
 
 
 def test_a_decided_chunk_is_not_sampled(path):
-    session = Session(begin(path, names=NAMES[:4]))
+    session = RankingSession(begin(path, names=NAMES[:4]))
     for _ in range(4):
         session.prefer(0, 1)
     sampler = Sampler()
-    assert name_of(Session(begin(path, sampler))) == "q4"
+    assert name_of(RankingSession(begin(path, sampler))) == "q4"
     assert [chunk for chunk, _ in sampler.asked] == [1]
 
 
 def test_a_tie_is_kept_with_its_answers_apart_from_the_pairs(path):
-    session = Session(begin(path))
+    session = RankingSession(begin(path))
     texts = [answer.text for answer in session.question.answers]
     session.pass_over(TIE)
     assert rows(path) == []
@@ -110,11 +118,11 @@ def test_a_tie_is_kept_with_its_answers_apart_from_the_pairs(path):
 
 @pytest.mark.parametrize(
     ("texts", "why"),
-    [(("same", "same"), ALIKE), (("", "one"), EMPTY), (("", ""), ALIKE)],
+    [(("same", "same"), IDENTICAL), (("", "one"), EMPTY), (("", ""), IDENTICAL)],
 )
 def test_answers_that_cannot_differ_are_never_shown(path, texts, why):
     sampler = Sampler(*texts)
-    assert Session(begin(path, sampler)).question is None
+    assert RankingSession(begin(path, sampler)).question is None
     passed = rows(path.with_suffix(".passed.jsonl"))
     assert [row["passed"] for row in passed] == [why] * 6
     assert [row["provenance"]["by"] for row in passed] == ["nobody"] * 6
@@ -124,17 +132,17 @@ def test_answers_that_differ_in_white_space_alone_are_alike(path):
     def spaced(prompts, chunk):
         return [[Answer("same", {}), Answer("same\n", {})] for _ in prompts]
 
-    assert Session(begin(path, spaced)).question is None
-    assert {row["passed"] for row in rows(path.with_suffix(".passed.jsonl"))} == {ALIKE}
+    assert RankingSession(begin(path, spaced)).question is None
+    assert {row["passed"] for row in rows(path.with_suffix(".passed.jsonl"))} == {IDENTICAL}
 
 
 def test_of_several_answers_only_the_different_ones_are_shown(path):
-    question = Session(begin(path, Sampler("a", "b", "a", "", "b"))).question
+    question = RankingSession(begin(path, Sampler("a", "b", "a", "", "b"))).question
     assert sorted(answer.source["place"] for answer in question.answers) == [0, 1]
 
 
 def test_an_edited_answer_is_better_than_the_one_it_improves(path):
-    session = Session(begin(path))
+    session = RankingSession(begin(path))
     worse = session.question.answers[1]
     session.improve(1, "  mine\n")
     [row] = rows(path)
@@ -146,7 +154,7 @@ def test_an_edited_answer_is_better_than_the_one_it_improves(path):
 
 
 def test_an_edit_that_changes_nothing_decides_nothing(path):
-    session = Session(begin(path))
+    session = RankingSession(begin(path))
     for text in ("", "  \n", session.question.answers[0].text + " "):
         with pytest.raises(ConfigError, match="empty or unchanged"):
             session.improve(0, text)
@@ -156,8 +164,8 @@ def test_an_edit_that_changes_nothing_decides_nothing(path):
 
 
 def test_undo_goes_back_step_by_step_to_where_the_session_began(path):
-    Session(begin(path)).prefer(0, 1)
-    session = Session(begin(path))
+    RankingSession(begin(path)).prefer(0, 1)
+    session = RankingSession(begin(path))
     first = session.question
     session.prefer(0, 1)
     session.pass_over(TIE)
@@ -180,7 +188,7 @@ def test_undo_leaves_what_nobody_decided(path):
             for p in prompts
         ]
 
-    session = Session(begin(path, sample, chunk=1))
+    session = RankingSession(begin(path, sample, chunk=1))
     session.prefer(0, 1)
     session.prepare()
     session.prepare()
@@ -200,7 +208,7 @@ def test_what_cannot_be_undone_stays_as_it_was(path):
     def alike_later(prompts, chunk):
         return Sampler("same", "same")(prompts, chunk) if chunk else sampler(prompts, chunk)
 
-    session = Session(begin(path, alike_later, chunk=1))
+    session = RankingSession(begin(path, alike_later, chunk=1))
     session.prefer(0, 1)
     session.prepare()  # nobody's pick stands behind the person's
     before = path.read_bytes()
@@ -216,7 +224,7 @@ def test_what_cannot_be_undone_stays_as_it_was(path):
 
 
 def test_half_a_character_in_an_edit_is_refused_and_nothing_is_lost(path):
-    session = Session(begin(path))
+    session = RankingSession(begin(path))
     with pytest.raises(DataError, match="the edited answer` holds half a character"):
         session.improve(0, "better \ud800")
     assert rows(path) == []
@@ -226,7 +234,7 @@ def test_half_a_character_in_an_edit_is_refused_and_nothing_is_lost(path):
 
 def test_rows_of_others_stay_and_are_not_undone(path):
     path.write_text('{"prompt": "x", "chosen": "y", "rejected": "z"}\n')
-    session = Session(begin(path))
+    session = RankingSession(begin(path))
     session.prefer(0, 1)
     with path.open("a") as file:
         file.write('{"prompt": "later", "chosen": "y", "rejected": "z"}\n')
@@ -236,11 +244,11 @@ def test_rows_of_others_stay_and_are_not_undone(path):
 
 
 def test_a_line_that_a_crash_cut_short_is_taken_off_and_said(path):
-    Session(begin(path)).prefer(0, 1)
+    RankingSession(begin(path)).prefer(0, 1)
     whole = path.read_bytes()
     for cut in range(1, len(whole) - 1, 37):
         path.write_bytes(whole + whole[:cut])
-        picks = Picks(path)
+        picks = PairsFile(path)
         assert picks.notes == [f"{path}: the last line was never finished; it is taken off"]
         assert path.read_bytes() == whole
         assert len(picks.order) == 1
@@ -248,7 +256,7 @@ def test_a_line_that_a_crash_cut_short_is_taken_off_and_said(path):
 
 def test_numbers_go_on_over_both_files(path):
     for decide in ("prefer", "pass", "prefer", "pass", "pass", "prefer"):
-        session = Session(begin(path))
+        session = RankingSession(begin(path))
         session.prefer(0, 1) if decide == "prefer" else session.pass_over(TIE)
     files = (path, path.with_suffix(".passed.jsonl"))
     numbers = [[row["provenance"]["number"] for row in rows(file)] for file in files]
@@ -256,7 +264,7 @@ def test_numbers_go_on_over_both_files(path):
 
 
 def test_every_row_is_whole_json_on_its_own_line(path):
-    session = Session(begin(path, Sampler("line\nbreak \u2028 ü", "other")))
+    session = RankingSession(begin(path, Sampler("line\nbreak \u2028 ü", "other")))
     session.prefer(0, 1)
     session.prefer(0, 1)
     lines = path.read_text("utf-8").split("\n")

@@ -2,9 +2,9 @@
 
 import pytest
 
-from mlx_dpo.collect.pairs_file import Picks
-from mlx_dpo.collect.sample import Asking, cut_short, sampler
-from mlx_dpo.collect.session import Question, pick_of
+from mlx_dpo.collect.pairs_file import PairsFile
+from mlx_dpo.collect.sample import SamplingPlan, count_truncated, make_answer_sampler
+from mlx_dpo.collect.session import RankingTask, make_pair
 from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.data.prompts import as_prompt
 from mlx_dpo.errors import ConfigError
@@ -35,7 +35,8 @@ class Speaker:
 
 def said(speakers, asking, chunk=0):
     return [
-        [answer.text for answer in of_one] for of_one in sampler(speakers, asking)(PROMPTS, chunk)
+        [answer.text for answer in of_one]
+        for of_one in make_answer_sampler(speakers, asking)(PROMPTS, chunk)
     ]
 
 
@@ -44,35 +45,35 @@ def warm(*temperatures):
 
 
 def test_every_prompt_gets_its_own_answers():
-    answers = said([Speaker("a")], Asking(answers=3, samplings=warm(1)))
+    answers = said([Speaker("a")], SamplingPlan(answers=3, samplings=warm(1)))
     assert answers == [[f"a 1 {text} {n}" for n in (1, 2, 3)] for text in "pqr"]
 
 
 def test_voices_and_temperatures_answer_in_turn():
     speakers = [Speaker("a"), Speaker("b")]
-    answers = said(speakers, Asking(answers=2, samplings=warm(0.5, 2)))
+    answers = said(speakers, SamplingPlan(answers=2, samplings=warm(0.5, 2)))
     assert answers == [[f"a 0.5 {t} 1", f"b 2 {t} 1"] for t in "pqr"]
     # No run always answers at the same temperature: that would be what is judged.
-    answers = said(speakers, Asking(answers=4, samplings=warm(0.5, 2)))
+    answers = said(speakers, SamplingPlan(answers=4, samplings=warm(0.5, 2)))
     assert answers == [[f"a 0.5 {t} 1", f"b 2 {t} 1", f"a 2 {t} 1", f"b 0.5 {t} 1"] for t in "pqr"]
-    answers = said(speakers, Asking(answers=3, samplings=warm(0.5, 1, 2)))
+    answers = said(speakers, SamplingPlan(answers=3, samplings=warm(0.5, 1, 2)))
     assert answers == [[f"a 0.5 {t} 1", f"b 1 {t} 1", f"a 2 {t} 1"] for t in "pqr"]
 
 
 @pytest.mark.parametrize(("voices", "temperatures"), [(1, 3), (2, 2), (2, 3), (4, 2), (4, 6)])
 def test_each_voice_meets_each_temperature_before_one_comes_again(voices, temperatures):
     every = voices * temperatures
-    asking = Asking(answers=every, samplings=warm(*range(1, temperatures + 1)))
+    asking = SamplingPlan(answers=every, samplings=warm(*range(1, temperatures + 1)))
     assert len(asking.places(voices)) == every
     few = max(voices, temperatures)
-    seen = Asking(answers=few, samplings=asking.samplings).places(voices)
+    seen = SamplingPlan(answers=few, samplings=asking.samplings).places(voices)
     assert len({voice for voice, _ in seen}) == voices
     assert len({sampling for _, sampling in seen}) == temperatures
 
 
 def test_every_chunk_and_every_voice_has_a_seed_of_its_own():
     speakers = [Speaker("a"), Speaker("b")]
-    asking = Asking(answers=2, samplings=warm(1))
+    asking = SamplingPlan(answers=2, samplings=warm(1))
     for chunk in (0, 1, 0):
         said(speakers, asking, chunk)
     seeds = [[sampling.seed for sampling in speaker.asked] for speaker in speakers]
@@ -81,7 +82,7 @@ def test_every_chunk_and_every_voice_has_a_seed_of_its_own():
 
 
 def test_an_answer_says_where_it_came_from():
-    [first, *_] = sampler([Speaker("a")], Asking(samplings=warm(1.5)))(PROMPTS, 2)
+    [first, *_] = make_answer_sampler([Speaker("a")], SamplingPlan(samplings=warm(1.5)))(PROMPTS, 2)
     assert first[0].source["model"] == "a"
     told = first[0].source["sampling"]
     assert (told["temperature"], told["seed"]) == (1.5, seed_of(7, 2, 0))
@@ -90,10 +91,18 @@ def test_an_answer_says_where_it_came_from():
 @pytest.mark.parametrize(
     ("asking", "voices", "message"),
     [
-        (Asking(answers=2), 3, "leaves some of the 3 runs without an answer; use --answers 3"),
-        (Asking(answers=2, samplings=warm(1, 2, 3)), 1, "some of the 3 temperatures without"),
-        (Asking(answers=1), 1, "`answers` must be at least 2, got 1"),
-        (Asking(answers=3, samplings=(Sampling(),)), 2, "`temperature` 0 gives the same answer"),
+        (
+            SamplingPlan(answers=2),
+            3,
+            "leaves some of the 3 runs without an answer; use --answers 3",
+        ),
+        (SamplingPlan(answers=2, samplings=warm(1, 2, 3)), 1, "some of the 3 temperatures without"),
+        (SamplingPlan(answers=1), 1, "`answers` must be at least 2, got 1"),
+        (
+            SamplingPlan(answers=3, samplings=(Sampling(),)),
+            2,
+            "`temperature` 0 gives the same answer",
+        ),
     ],
 )
 def test_answers_that_could_not_differ_are_refused(asking, voices, message):
@@ -102,17 +111,19 @@ def test_answers_that_could_not_differ_are_refused(asking, voices, message):
 
 
 def test_greedy_answers_of_two_voices_may_differ():
-    Asking(answers=2, samplings=(Sampling(),)).check(2)
+    SamplingPlan(answers=2, samplings=(Sampling(),)).check(2)
 
 
 def test_what_was_cut_is_kept_with_the_pair_and_counted(tmp_path):
     """Of each prompt the second answer was cut: chosen once, rejected once."""
-    [first, second, _] = sampler([Speaker("a")], Asking(samplings=warm(1)))(PROMPTS, 0)
-    picks = Picks(tmp_path / "pairs.jsonl")
+    [first, second, _] = make_answer_sampler([Speaker("a")], SamplingPlan(samplings=warm(1)))(
+        PROMPTS, 0
+    )
+    picks = PairsFile(tmp_path / "pairs.jsonl")
     for prompt, answers, best in ((PROMPTS[0], first, 1), (PROMPTS[1], second, 0)):
-        picks.add(pick_of(Question(prompt, tuple(answers)), best, 1 - best, {}))
+        picks.add(make_pair(RankingTask(prompt, tuple(answers)), best, 1 - best, {}))
     rows = [kept.row["provenance"] for kept in picks.order]
     assert [(r["chosen_from"].get("cut"), r["rejected_from"].get("cut")) for r in rows] == [
         (True, None), (None, True),
     ]  # fmt: skip
-    assert cut_short(picks) == 1
+    assert count_truncated(picks) == 1

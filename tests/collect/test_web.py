@@ -7,9 +7,16 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from mlx_dpo.collect.pairs_file import Picks
-from mlx_dpo.collect.session import Answer, Asked, Session
-from mlx_dpo.collect.web import Loopback, do, mark, page, serve_picks, shown
+from mlx_dpo.collect.pairs_file import PairsFile
+from mlx_dpo.collect.session import Answer, RankingSession, TaskSampler
+from mlx_dpo.collect.web import (
+    LoopbackServer,
+    page_state,
+    read_page,
+    run_command,
+    serve_session,
+    state_token,
+)
 from mlx_dpo.data.prompts import as_prompt
 from tests.webdriver import CHROMIUM, DRIVER, browser
 
@@ -28,9 +35,11 @@ class Served:
     """A session served in a thread of its own."""
 
     def __init__(self, path, prompts=QUESTIONS):
-        asked = Asked([as_prompt(text) for text in prompts], Picks(path), sample, chunk=2, seed=0)
-        self.session, self.server = Session(asked), Loopback(page())
-        self.thread = threading.Thread(target=serve_picks, args=(self.session, self.server))
+        asked = TaskSampler(
+            [as_prompt(text) for text in prompts], PairsFile(path), sample, chunk=2, seed=0
+        )
+        self.session, self.server = RankingSession(asked), LoopbackServer(read_page())
+        self.thread = threading.Thread(target=serve_session, args=(self.session, self.server))
         self.thread.start()
 
     def ask(self, method, path, body=None, *, host=None, kind="application/json", **headers):
@@ -133,17 +142,19 @@ def test_what_is_passed_over_meanwhile_makes_no_key_come_too_late(tmp_path):
         return [[Answer("same", {})] * 2] if chunk else sample(prompts, chunk)
 
     prompts = [as_prompt(text) for text in QUESTIONS]
-    session = Session(Asked(prompts, Picks(tmp_path / "pairs.jsonl"), alike, chunk=1, seed=0))
-    state = shown(session)
-    assert session.prepare() and len(rows(tmp_path / "pairs.passed.jsonl")) == 1
-    assert do(session, {"question": state["question"], "do": "prefer", "best": 0, "worst": 1}) is (
-        None
+    session = RankingSession(
+        TaskSampler(prompts, PairsFile(tmp_path / "pairs.jsonl"), alike, chunk=1, seed=0)
     )
+    state = page_state(session)
+    assert session.prepare() and len(rows(tmp_path / "pairs.passed.jsonl")) == 1
+    assert run_command(
+        session, {"question": state["question"], "do": "prefer", "best": 0, "worst": 1}
+    ) is (None)
     assert len(rows(tmp_path / "pairs.jsonl")) == 1
     # After a step back the state is another one, though the same question stands there.
-    assert do(session, {"question": mark(session), "do": "undo"}) is None
-    assert shown(session)["prompt"] == state["prompt"]
-    assert mark(session) != state["question"]
+    assert run_command(session, {"question": state_token(session), "do": "undo"}) is None
+    assert page_state(session)["prompt"] == state["prompt"]
+    assert state_token(session) != state["question"]
 
 
 def test_undo_asks_the_same_again_and_takes_the_row_off(served, tmp_path):

@@ -5,13 +5,13 @@ import mlx_lm
 import pytest
 
 from mlx_dpo.evaluation.compare import (
-    Bit,
     Column,
-    Shaded,
+    ScoredAnswer,
+    TextSpan,
     completion_token_logps,
-    refuses,
-    repetition,
-    shaded,
+    is_refusal,
+    repetition_rate,
+    score_spans,
 )
 from mlx_dpo.generation.generate import Completion
 from tests.checkpoints import END, make_checkpoint
@@ -19,7 +19,7 @@ from tests.conftest import VOCAB
 
 
 def answer(*tokens, end=0.0):
-    return Shaded(tuple(Bit(str(token), 0.0) for token in tokens), end, tokens)
+    return ScoredAnswer(tuple(TextSpan(str(token), 0.0) for token in tokens), end, tokens)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_bits_are_tokens_and_whole_characters_with_the_sum_of_theirs(tokenizer):
     text = "cat 🐶!"
     tokens = tokenizer.encode(text, add_special_tokens=False)
     ratios = [float(n) for n in range(1, len(tokens) + 2)]
-    found = shaded(tokenizer, Completion(tokens, END), ratios, [0.5] * len(ratios))
+    found = score_spans(tokenizer, Completion(tokens, END), ratios, [0.5] * len(ratios))
     assert found.text == text
     assert [bit.text for bit in found.bits if not bit.text.isascii()] == ["🐶"]
     at = [bit.text for bit in found.bits].index("🐶")
@@ -58,7 +58,9 @@ def test_bits_are_tokens_and_whole_characters_with_the_sum_of_theirs(tokenizer):
 def test_an_answer_that_was_cut_has_no_end_and_loses_no_token(tokenizer):
     """Cut within a character: what is left of it is shown, and its ratio counted."""
     tokens = tokenizer.encode("a🐶", add_special_tokens=False)[:-1]
-    found = shaded(tokenizer, Completion(tokens, None), [1.0] * len(tokens), [0.0] * len(tokens))
+    found = score_spans(
+        tokenizer, Completion(tokens, None), [1.0] * len(tokens), [0.0] * len(tokens)
+    )
     assert found.end is None
     assert found.log_ratio == len(tokens)
     assert found.tokens == tuple(tokens)
@@ -66,7 +68,7 @@ def test_an_answer_that_was_cut_has_no_end_and_loses_no_token(tokenizer):
 
 def test_policy_and_reference_must_have_scored_the_same_tokens(tokenizer):
     with pytest.raises(ValueError):
-        shaded(tokenizer, Completion([5, 6], END), [0.0] * 3, [0.0] * 2)
+        score_spans(tokenizer, Completion([5, 6], END), [0.0] * 3, [0.0] * 2)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +81,7 @@ def test_policy_and_reference_must_have_scored_the_same_tokens(tokenizer):
     ],
 )
 def test_repetition_is_the_share_of_runs_of_four_that_were_there_before(tokens, share):
-    assert repetition(answer(*tokens)) == pytest.approx(share)
+    assert repetition_rate(answer(*tokens)) == pytest.approx(share)
 
 
 @pytest.mark.parametrize(
@@ -97,13 +99,13 @@ def test_repetition_is_the_share_of_runs_of_four_that_were_there_before(tokens, 
     ],
 )  # fmt: skip
 def test_refusals_are_known_by_how_they_begin(text, refusal):
-    assert refuses(text) is refusal
+    assert is_refusal(text) is refusal
 
 
 def test_figures_are_counts_and_means_over_answers():
     said = (
-        Shaded((Bit("I cannot", 1.5),), None, (1, 2, 3)),
-        Shaded((Bit("Yes", -0.5), Bit("!", 0.25)), 0.25, (7,) * 5),
+        ScoredAnswer((TextSpan("I cannot", 1.5),), None, (1, 2, 3)),
+        ScoredAnswer((TextSpan("Yes", -0.5), TextSpan("!", 0.25)), 0.25, (7,) * 5),
     )
     assert Column("base", said).figures() == {
         "tokens an answer": "4.0",

@@ -5,14 +5,14 @@ import pytest
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.evaluation.judge import (
     CONTRARY,
-    DISAGREED,
-    UNCLEAR,
+    INCONSISTENT,
+    NO_VERDICT,
     ModelJudge,
-    as_text,
+    check_verdicts,
     default_rubric,
+    format_conversation,
+    parse_verdict,
     read_rubric,
-    refuse_mute,
-    verdict,
 )
 
 PROMPT = [{"role": "user", "content": "hi"}]
@@ -41,7 +41,7 @@ def rank(say, *answers):
     [("[[A]]", 1.0), ("[[B]]", 0.0), ("x [[C]]", 0.5), ("[[A]] no: [[B]]", 0.0), ("A", None)],
 )
 def test_the_last_verdict_counts(text, value):
-    assert verdict(text) == value
+    assert parse_verdict(text) == value
 
 
 def test_both_orders_are_asked_and_what_they_agree_on_is_believed():
@@ -56,15 +56,15 @@ def test_both_orders_are_asked_and_what_they_agree_on_is_believed():
 @pytest.mark.parametrize("always", ["[[A]]", "[[B]]"])
 def test_a_judge_that_follows_the_place_decides_nothing(always):
     ranking = rank(lambda text: always, "one", "other")
-    assert (ranking.points, ranking.doubts) == ((0.5, 0.5), (DISAGREED,))
+    assert (ranking.points, ranking.doubts) == ((0.5, 0.5), (INCONSISTENT,))
     assert ranking.outcome() == 0.5
 
 
 def test_half_a_verdict_is_none():
     ranking = rank(lambda text: "[[A]]" if "A one" in text else "[[C]]", "one", "other")
-    assert ranking.doubts == (DISAGREED,)
+    assert ranking.doubts == (INCONSISTENT,)
     mute = rank(lambda text: "[[A]]" if "A one" in text else "hm", "one", "other")
-    assert (mute.points, mute.doubts) == ((0.5, 0.5), (UNCLEAR,))
+    assert (mute.points, mute.doubts) == ((0.5, 0.5), (NO_VERDICT,))
 
 
 def test_an_agreed_tie_is_a_tie_and_no_doubt():
@@ -84,7 +84,7 @@ def test_only_a_doubt_between_best_and_worst_counts():
         return lambda text: "hm" if all(name in text for name in pair) else longer(text)
 
     assert rank(shy("bb", "dddd"), "bb", "dddd", "a").doubts == ()
-    assert rank(shy(" a", "dddd"), "bb", "dddd", "a").doubts == (UNCLEAR,)
+    assert rank(shy(" a", "dddd"), "bb", "dddd", "a").doubts == (NO_VERDICT,)
 
 
 def test_a_best_answer_that_lost_to_the_worst_makes_no_pair():
@@ -118,7 +118,7 @@ def test_verdicts_within_a_thought_are_none():
     found = ranked("[[B]] or [[A]]?</t>[[A]]", "[[A]]?</t>[[B]]")
     assert (found.points, found.doubts) == ((1.0, 0.0), ())
     found = ranked("perhaps [[A]]</t>", "perhaps [[B]]</t>")
-    assert found.doubts == (UNCLEAR,)
+    assert found.doubts == (NO_VERDICT,)
 
 
 def test_prompts_keep_their_answers_apart():
@@ -134,8 +134,8 @@ def test_an_answer_cannot_write_itself_into_the_rubric():
 
 def test_a_conversation_is_shown_with_its_roles():
     turns = [*PROMPT, {"role": "assistant", "content": "ho"}, {"role": "user", "content": "?"}]
-    assert as_text(PROMPT) == "hi"
-    assert as_text(turns) == "user: hi\n\nassistant: ho\n\nuser: ?"
+    assert format_conversation(PROMPT) == "hi"
+    assert format_conversation(turns) == "user: hi\n\nassistant: ho\n\nuser: ?"
 
 
 def test_what_the_judge_was_told_is_among_its_facts():
@@ -162,5 +162,5 @@ def test_a_rubric_without_a_place_for_an_answer_is_refused(tmp_path):
 def test_a_judge_without_any_verdict_is_refused_with_its_words():
     rankings = judge(lambda text: "I  cannot\nsay").rank([PROMPT, PROMPT], [["a", "b"]] * 2)
     with pytest.raises(ConfigError, match=r"fake: .* on any prompt \(it said 'I cannot say'\)"):
-        refuse_mute("fake", rankings)
-    refuse_mute("fake", [*rankings, *judge(longer).rank([PROMPT], [["a", "b"]])])
+        check_verdicts("fake", rankings)
+    check_verdicts("fake", [*rankings, *judge(longer).rank([PROMPT], [["a", "b"]])])

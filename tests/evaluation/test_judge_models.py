@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 
 from mlx_dpo.evaluation import judge as judges
-from mlx_dpo.evaluation.judge import UNCLEAR
+from mlx_dpo.evaluation.judge import NO_VERDICT
 
 
 class Thinker:
@@ -40,5 +40,5 @@ def judged(monkeypatch, said):
 
 def test_a_judge_that_was_cut_while_it_thought_gave_no_verdict(monkeypatch):
     """Its prompt has begun the thought: nothing in the text says that it is one."""
-    assert judged(monkeypatch, "[[C]]? Perhaps. But then").doubts == (UNCLEAR,)
+    assert judged(monkeypatch, "[[C]]? Perhaps. But then").doubts == (NO_VERDICT,)
     assert judged(monkeypatch, "[[A]]?</t>[[C]]").doubts == ()

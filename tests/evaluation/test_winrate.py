@@ -3,7 +3,12 @@ import random
 
 import pytest
 
-from mlx_dpo.evaluation.winrate import LENGTH_RIDGE, length_controlled, wilson, win_rate
+from mlx_dpo.evaluation.winrate import (
+    LENGTH_RIDGE,
+    length_controlled_rate,
+    wilson_interval,
+    win_rate,
+)
 
 
 def test_wins_ties_and_losses_are_counted_and_a_tie_is_half_a_win():
@@ -23,12 +28,12 @@ def test_wins_ties_and_losses_are_counted_and_a_tie_is_half_a_win():
     ],
 )
 def test_the_interval_is_wilsons(won, count, low, high):
-    assert wilson(won, count) == pytest.approx((low, high), abs=5e-5)
+    assert wilson_interval(won, count) == pytest.approx((low, high), abs=5e-5)
 
 
 def test_the_interval_of_the_other_side_is_mirrored():
-    low, high = wilson(13.5, 40)
-    assert wilson(40 - 13.5, 40) == pytest.approx((1 - high, 1 - low))
+    low, high = wilson_interval(13.5, 40)
+    assert wilson_interval(40 - 13.5, 40) == pytest.approx((1 - high, 1 - low))
 
 
 def sample(count, seed, prefer, by_length):
@@ -49,26 +54,26 @@ def test_what_length_alone_decides_is_taken_out(prefer):
     outcomes, lengths = sample(8000, 3, prefer, by_length=2.0)
     raw = sum(outcomes) / len(outcomes)
     wanted = 1 / (1 + math.exp(-prefer))
-    assert length_controlled(outcomes, lengths) == pytest.approx(wanted, abs=0.02)
+    assert length_controlled_rate(outcomes, lengths) == pytest.approx(wanted, abs=0.02)
     assert abs(raw - wanted) > 0.05
 
 
 def test_without_an_effect_of_length_the_rate_is_the_plain_one():
     outcomes, lengths = sample(8000, 4, 0.4, by_length=0.0)
     raw = sum(outcomes) / len(outcomes)
-    assert length_controlled(outcomes, lengths) == pytest.approx(raw, abs=0.01)
+    assert length_controlled_rate(outcomes, lengths) == pytest.approx(raw, abs=0.01)
 
 
 def test_the_other_side_has_the_rest():
     outcomes, lengths = sample(60, 5, 0.8, by_length=1.0)
-    mirrored = length_controlled([1 - y for y in outcomes], [-d for d in lengths])
-    assert mirrored == pytest.approx(1 - length_controlled(outcomes, lengths), abs=1e-9)
+    mirrored = length_controlled_rate([1 - y for y in outcomes], [-d for d in lengths])
+    assert mirrored == pytest.approx(1 - length_controlled_rate(outcomes, lengths), abs=1e-9)
 
 
 def test_the_unit_of_length_does_not_matter():
     outcomes, lengths = sample(60, 6, 0.8, by_length=1.0)
-    again = length_controlled(outcomes, [7 * d for d in lengths])
-    assert again == pytest.approx(length_controlled(outcomes, lengths), abs=1e-9)
+    again = length_controlled_rate(outcomes, [7 * d for d in lengths])
+    assert again == pytest.approx(length_controlled_rate(outcomes, lengths), abs=1e-9)
 
 
 def test_the_fit_is_the_minimum_of_its_loss():
@@ -83,12 +88,14 @@ def test_the_fit_is_the_minimum_of_its_loss():
         left = [(y - 1 / (1 + math.exp(-(a + b * x))), x) for x, y in points]
         a += 0.05 * sum(r for r, _ in left)
         b += 0.05 * (sum(r * x for r, x in left) - LENGTH_RIDGE * b)
-    assert length_controlled(outcomes, lengths) == pytest.approx(1 / (1 + math.exp(-a)), abs=1e-8)
+    assert length_controlled_rate(outcomes, lengths) == pytest.approx(
+        1 / (1 + math.exp(-a)), abs=1e-8
+    )
 
 
 @pytest.mark.parametrize("outcome", [0.0, 1.0])
 def test_one_side_winning_everything_stays_finite(outcome):
-    found = length_controlled([outcome] * 200, list(range(200)))
+    found = length_controlled_rate([outcome] * 200, list(range(200)))
     assert found == pytest.approx(outcome, abs=0.02)
 
 

@@ -5,7 +5,7 @@ import mlx_lm
 import pytest
 from mlx_lm.models import gemma2, mamba
 
-from mlx_dpo.chat.session import Chat
+from mlx_dpo.chat.session import ChatSession
 from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.generation.generate import batches_exactly, generate_batch
@@ -66,7 +66,7 @@ def state_space():
 
 def alone(model, tokenizer, sampling):
     return [
-        "".join(piece.text for piece in Chat(model, tokenizer, sampling).reply(question))
+        "".join(piece.text for piece in ChatSession(model, tokenizer, sampling).reply(question))
         for question in QUESTIONS
     ]
 

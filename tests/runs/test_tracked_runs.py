@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from mlx_dpo import DPOConfig, Run
-from mlx_dpo.collect.loop import Loop
-from mlx_dpo.collect.loop_folder import LoopSettings
+from mlx_dpo.collect.iterative_dpo import IterativeDPO
+from mlx_dpo.collect.iterative_folder import IterativeSettings
 from mlx_dpo.errors import ConfigError, RunError
 from mlx_dpo.reporting.metrics_log import read_rows
 from mlx_dpo.reporting.trackers import PROGRAMS
@@ -212,26 +212,26 @@ def test_a_record_without_an_id_gets_one(told, tmp_path):
 def test_the_rounds_of_a_loop_have_names_of_their_own(config, tmp_path, monkeypatch):
     (tmp_path / "prompts.txt").write_text("One?\nTwo?\n")
     (tmp_path / "rewards.py").write_text("def length(prompt, answer):\n    return len(answer)\n")
-    monkeypatch.setattr("mlx_dpo.collect.loop.check_sinks", lambda config: None)
-    settings = LoopSettings(
+    monkeypatch.setattr("mlx_dpo.collect.iterative_dpo.check_sinks", lambda config: None)
+    settings = IterativeSettings(
         prompts=str(tmp_path / "prompts.txt"), reward=f"{tmp_path}/rewards.py:length"
     )
     given = {"model": config.model, "output": str(tmp_path / "loop")}
-    named = Loop(DPOConfig(**given, report_to=("wandb",)), settings)
+    named = IterativeDPO(DPOConfig(**given, report_to=("wandb",)), settings)
     assert [named.training(n).run_name for n in (1, 2)] == ["loop-round-01", "loop-round-02"]
-    mine = Loop(DPOConfig(**given, report_to=("wandb",), run_name="mine"), settings)
+    mine = IterativeDPO(DPOConfig(**given, report_to=("wandb",), run_name="mine"), settings)
     assert mine.training(2).run_name == "mine-round-02"
-    folders = Loop(DPOConfig(**given, report_to=("tensorboard",)), settings)
+    folders = IterativeDPO(DPOConfig(**given, report_to=("tensorboard",)), settings)
     assert folders.training(2).run_name is None
 
 
 def test_a_loop_asks_for_what_is_missing_before_it_collects(config, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     (tmp_path / "rewards.py").write_text("def length(prompt, answer):\n    return len(answer)\n")
-    settings = LoopSettings(prompts="prompts.txt", reward=f"{tmp_path}/rewards.py:length")
+    settings = IterativeSettings(prompts="prompts.txt", reward=f"{tmp_path}/rewards.py:length")
     told = DPOConfig(model=config.model, output=str(tmp_path / "l"), report_to=("tensorboard",))
     with pytest.raises(ConfigError, match="tensorboardX"):
-        Loop(told, settings)
+        IterativeDPO(told, settings)
 
 
 def test_a_name_is_that_of_the_folder_as_it_is_called(config, monkeypatch, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from mlx_dpo import DPOConfig
 from mlx_dpo.data.prompts import with_system
 from mlx_dpo.errors import DataError
-from mlx_dpo.evaluation.compare import _ids
+from mlx_dpo.evaluation.compare import _prompt_ids
 from mlx_dpo.generation.generate import prompt_tokens
 from mlx_dpo.runs.inputs import read_inputs
 from mlx_dpo.saved_runs.evaluate import prompts_held_out
@@ -76,7 +76,7 @@ def test_a_run_on_plain_text_is_asked_the_text_with_its_marks(trained):
     found = prompts_held_out(opened.run, opened.base)
     texts = {dialogue(n)["chosen"].removesuffix(" It is so.") for n in range(COUNT)}
     assert {prompt.text for prompt in found} < texts
-    asked = {tuple(_ids(opened, opened.run, prompt)) for prompt in found}
+    asked = {tuple(_prompt_ids(opened, opened.run, prompt)) for prompt in found}
     assert asked == {pair.prompt for pair in valid}
 
 

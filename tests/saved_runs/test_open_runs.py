@@ -9,7 +9,7 @@ import pytest
 
 from mlx_dpo import Run, load_policy
 from mlx_dpo.adapters.files import content_digest
-from mlx_dpo.chat.session import Chat
+from mlx_dpo.chat.session import ChatSession
 from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.errors import ConfigError, ModelError
 from mlx_dpo.paths import tiny_chat
@@ -45,7 +45,7 @@ def say(chat, question):
 
 
 def answers(model, tokenizer):
-    chat = Chat(model, tokenizer, GREEDY)
+    chat = ChatSession(model, tokenizer, GREEDY)
     return [say(chat, question) for question in QUESTIONS]
 
 

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_dpo.cli.answers import Shown, model_flags, open_chat, sampling_flags, write
-from mlx_dpo.cli.chat.commands import Talk, is_command, say
-from mlx_dpo.cli.chat.feedback import Rows
-from mlx_dpo.cli.chat.prompt import Typed, ask, ask_again, line_editing, next_message
+from mlx_dpo.cli.chat.commands import ChatCommands, is_command, print_note
+from mlx_dpo.cli.chat.feedback import FeedbackFiles
+from mlx_dpo.cli.chat.prompt import TypedMessage, edit_text, line_editing, next_message, read_line
 from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.errors import ConfigError, DPOError
 
 if TYPE_CHECKING:
-    from mlx_dpo.chat.session import Chat
+    from mlx_dpo.chat.session import ChatSession
     from mlx_dpo.saved_runs.open import TwoSided
 
 
@@ -64,7 +64,7 @@ def chat(
     mlx-dpo chat --model ORG/MODEL --adapter folder
     mlx-dpo chat --model models/tiny-chat --temperature 0 < questions.txt
     """
-    from mlx_dpo.chat.feedback import Journal
+    from mlx_dpo.chat.feedback import JsonlFile
 
     at_terminal = sys.stdin.isatty()
     if whole and at_terminal:
@@ -73,30 +73,30 @@ def chat(
         name: settings.pop(name)
         for name in ("model", "adapter", "reference", "system", "thinking", "context")
     }
-    journals = Journal(Path(pairs)), Journal(Path(judged))
+    journals = JsonlFile(Path(pairs)), JsonlFile(Path(judged))
     session, opened = open_chat(Sampling(**settings), run=run, switching=True, **given)
     if hide_thinking and not opened.base.tokenizer.has_thinking:
         raise ConfigError("`hide_thinking` has no effect; the model knows no thinking")
-    rows, shown = Rows(*journals, session, opened), Shown(hide_thinking=hide_thinking)
+    rows, shown = FeedbackFiles(*journals, session, opened), Shown(hide_thinking=hide_thinking)
     if session.raw:
-        say("No chat template is used: what you write is continued as plain text.")
+        print_note("No chat template is used: what you write is continued as plain text.")
     if at_terminal:
-        _at_terminal(Talk(rows, shown, pick=_pick, edit=_edit), opened)
+        _run_at_terminal(ChatCommands(rows, shown, pick=_ask_choice, edit=_ask_edit), opened)
     else:
-        _through_pipe(Talk(rows, shown), whole=whole)
+        _run_through_pipe(ChatCommands(rows, shown), whole=whole)
 
 
-def _at_terminal(talk: Talk, opened: "TwoSided") -> None:
+def _run_at_terminal(talk: ChatCommands, opened: "TwoSided") -> None:
     for note in [*_header(talk.chat, opened), talk.rows.where(), *talk.rows.mend()]:
-        say(note)
-    say("/help lists the commands, Ctrl-D leaves.")
+        print_note(note)
+    print_note("/help lists the commands, Ctrl-D leaves.")
     with line_editing():
-        while (typed := next_message(_prompt(talk.chat))) is not None and _turn(talk, typed):
+        while (typed := next_message(_prompt(talk.chat))) is not None and _run_turn(talk, typed):
             pass
-    say("\nGoodbye")
+    print_note("\nGoodbye")
 
 
-def _header(session: "Chat", opened: "TwoSided") -> Iterator[str]:
+def _header(session: "ChatSession", opened: "TwoSided") -> Iterator[str]:
     name = opened.base.source
     if opened.adapter is not None:
         name += f" with the adapter of {opened.adapter}"
@@ -112,62 +112,62 @@ def _header(session: "Chat", opened: "TwoSided") -> Iterator[str]:
         yield f"System message: {session.system}"
 
 
-def _prompt(session: "Chat") -> str:
+def _prompt(session: "ChatSession") -> str:
     """It says so when the base answers where the aligned model could."""
     return "base> " if session.sides.both and session.sides.now == "base" else "> "
 
 
-def _turn(talk: Talk, typed: Typed) -> bool:
+def _run_turn(talk: ChatCommands, typed: TypedMessage) -> bool:
     """One turn at the terminal; False to leave."""
     text = typed.text
     try:
         if is_command(text) and not typed.block:
             return talk.obey(text)
         if text.startswith("/") and text[1:].isalpha() and not typed.block:
-            say(f"Unknown command `{text}`; /help lists them")
+            print_note(f"Unknown command `{text}`; /help lists them")
         elif text.strip():
             talk.answer(text)
     except KeyboardInterrupt:
         write("\n")
-        say("Stopped.")
+        print_note("Stopped.")
     except DPOError as error:
-        say(f"Error: {error}")
+        print_note(f"Error: {error}")
     return True
 
 
-def _pick(question: str) -> str | None:
+def _ask_choice(question: str) -> str | None:
     try:
-        return ask(question)
+        return read_line(question)
     except (EOFError, KeyboardInterrupt):
-        say("")
+        print_note("")
         return None
 
 
-def _edit(answer: str) -> str | None:
-    return ask_again("Better: ", answer)
+def _ask_edit(answer: str) -> str | None:
+    return edit_text("Better: ", answer)
 
 
-def _through_pipe(talk: Talk, *, whole: bool) -> None:
-    for number, line in _whole() if whole else _lines():
+def _run_through_pipe(talk: ChatCommands, *, whole: bool) -> None:
+    for number, line in _read_all() if whole else _read_lines():
         if is_command(line) and not whole:
             if not talk.obey(line):
                 return
         elif line:
             talk.answer(line)
         else:
-            say(f"stdin:{number}: the line is empty; no answer")
+            print_note(f"stdin:{number}: the line is empty; no answer")
 
 
-def _lines() -> Iterator[tuple[int, str]]:
+def _read_lines() -> Iterator[tuple[int, str]]:
     for number, line in enumerate(sys.stdin.buffer, start=1):
-        yield number, _decoded(line, f"stdin:{number}: the line").strip()
+        yield number, _decode(line, f"stdin:{number}: the line").strip()
 
 
-def _whole() -> Iterator[tuple[int, str]]:
-    yield 1, _decoded(sys.stdin.buffer.read(), "stdin: it").removesuffix("\n")
+def _read_all() -> Iterator[tuple[int, str]]:
+    yield 1, _decode(sys.stdin.buffer.read(), "stdin: it").removesuffix("\n")
 
 
-def _decoded(data: bytes, what: str) -> str:
+def _decode(data: bytes, what: str) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError:

@@ -14,7 +14,7 @@ from mlx_dpo.errors import ConfigError, DataError, reason
 
 if TYPE_CHECKING:
     from mlx_dpo.adapters.switch import Side
-    from mlx_dpo.cli.chat.feedback import Rows
+    from mlx_dpo.cli.chat.feedback import FeedbackFiles
     from mlx_dpo.generation.stream import Piece, Summary
 
 COMMANDS = {
@@ -33,19 +33,24 @@ COMMANDS = {
     "/exit": ("", "leave, as /quit and Ctrl-D do"),
 }
 ALIASES = {"/quit": "/exit"}
-INPUT = '''\
+INPUT_HELP = '''\
 A line that ends with \\ goes on in the next; """ begins and ends a message of several lines.
 Ctrl-C stops an answer; twice at the prompt it leaves.'''
-BETTER = "Which is better: 1 (the first), 2 (the second), Enter (neither)? "
+PICK_QUESTION = "Which is better: 1 (the first), 2 (the second), Enter (neither)? "
 
-Ask = Callable[[str], str | None]
+AskPerson = Callable[[str], str | None]
 
 
-class Talk:
+class ChatCommands:
     """A chat and its commands. `pick` asks a person for a choice, `edit` for a better answer."""
 
     def __init__(
-        self, rows: "Rows", shown: Shown, *, pick: Ask | None = None, edit: Ask | None = None
+        self,
+        rows: "FeedbackFiles",
+        shown: Shown,
+        *,
+        pick: AskPerson | None = None,
+        edit: AskPerson | None = None,
     ) -> None:
         self.rows, self.chat, self.shown = rows, rows.chat, shown
         self._pick, self._edit = pick, edit
@@ -69,7 +74,7 @@ class Talk:
     def _stream(self, pieces: Generator["Piece"]) -> str:
         said, summary = self.shown.stream(pieces)
         for note in self._notes(summary):
-            say(note)
+            print_note(note)
         return said
 
     def _notes(self, summary: "Summary") -> Iterator[str]:
@@ -78,29 +83,29 @@ class Talk:
         if note := cut_note(summary.finish_reason, self.chat.sampling.max_tokens):
             yield note
         if self._pick is not None:
-            yield report(summary, self.chat.context)
+            yield format_statistics(summary, self.chat.context)
 
     def do_help(self) -> None:
         """List the commands."""
         width = max(len(f"{name} {words}") for name, (words, _) in COMMANDS.items())
         for name, (words, what) in COMMANDS.items():
-            say(f"{f'{name} {words}':<{width}}  {what}")
-        say(INPUT)
+            print_note(f"{f'{name} {words}':<{width}}  {what}")
+        print_note(INPUT_HELP)
 
     def do_system(self, text: str) -> None:
         """Set the system message, or take it away."""
         self.chat.instruct(text or None)
-        say("The system message is set." if text else "There is no system message now.")
+        print_note("The system message is set." if text else "There is no system message now.")
 
     def do_base(self) -> None:
         """Let the base answer."""
         self._put("base")
-        say("The base answers from here on; /aligned switches back.")
+        print_note("The base answers from here on; /aligned switches back.")
 
     def do_aligned(self) -> None:
         """Let the aligned model answer."""
         self._put("aligned")
-        say("The aligned model answers from here on.")
+        print_note("The aligned model answers from here on.")
 
     def _put(self, side: "Side") -> None:
         self._need_both()
@@ -119,20 +124,20 @@ class Talk:
             self.answer(question)
         first, [author] = self.chat.last_answer(), self.chat.authors[-1:]
         side: Side = "base" if author == "aligned" else "aligned"
-        say(f"The {side} model says:")
+        print_note(f"The {side} model says:")
         said = self._stream(self.chat.other_answer(side))
         second = self.chat.answer_in(said)
         if first == second:
-            say("Both say the same; there is nothing to choose.")
+            print_note("Both say the same; there is nothing to choose.")
         elif self._pick is None:
             return
-        elif (better := (self._pick(BETTER) or "").strip()) == "1":
-            say(self.rows.pair((first, author), (second, side)))
+        elif (better := (self._pick(PICK_QUESTION) or "").strip()) == "1":
+            print_note(self.rows.pair((first, author), (second, side)))
         elif better == "2":
-            say(self.rows.pair((second, side), (first, author)))
+            print_note(self.rows.pair((second, side), (first, author)))
             self.chat.replace(said, side)
         else:
-            say("No pair is written.")
+            print_note("No pair is written.")
 
     def do_retry(self) -> None:
         """Answer the last question again."""
@@ -140,20 +145,20 @@ class Talk:
 
     def do_undo(self) -> None:
         """Take the last question back."""
-        say(f"Taken back: {self.chat.undo().splitlines()[0]}")
+        print_note(f"Taken back: {self.chat.undo().splitlines()[0]}")
 
     def do_reset(self) -> None:
         """Start over."""
         self.chat.reset()
-        say("Started over.")
+        print_note("Started over.")
 
     def do_good(self) -> None:
         """Judge the last answer."""
-        say(self.rows.judge(good=True))
+        print_note(self.rows.judge(good=True))
 
     def do_bad(self) -> None:
         """Judge the last answer."""
-        say(self.rows.judge(good=False))
+        print_note(self.rows.judge(good=False))
 
     def do_edit(self, text: str) -> None:
         """Put a better answer in the place of the last one."""
@@ -162,17 +167,17 @@ class Talk:
             raise ConfigError("`/edit` needs the better answer behind it")
         better = text or (self._edit and self._edit(answer))
         if not better or better == answer:
-            say("The answer stays as it is; no pair is written.")
+            print_note("The answer stays as it is; no pair is written.")
             return
-        say(self.rows.pair((better, "person"), (answer, author)))
+        print_note(self.rows.pair((better, "person"), (answer, author)))
         self.chat.replace(better, "person")
 
     def do_save(self, name: str) -> None:
         """Write the conversation."""
         self.chat.last_answer()
         path = Path(name or f"chat-{datetime.now():%Y-%m-%d-%H%M%S}.json").expanduser()
-        save(path, {"messages": self.chat.conversation(), "authors": self.chat.authors})
-        say(f"Saved as {path}.")
+        write_json(path, {"messages": self.chat.conversation(), "authors": self.chat.authors})
+        print_note(f"Saved as {path}.")
 
 
 def is_command(line: str) -> bool:
@@ -181,7 +186,7 @@ def is_command(line: str) -> bool:
     return name in COMMANDS or name in ALIASES
 
 
-def report(summary: "Summary", context: int | None) -> str:
+def format_statistics(summary: "Summary", context: int | None) -> str:
     """Counts and speed of an answer."""
     rate = summary.tokens_per_second
     speed = "" if rate is None else f", {rate:.0f} a second"
@@ -190,7 +195,7 @@ def report(summary: "Summary", context: int | None) -> str:
     return f"({summary.tokens} tokens{speed}{room})"
 
 
-def save(path: Path, record: dict[str, object]) -> None:
+def write_json(path: Path, record: dict[str, object]) -> None:
     """Write a new file, whole or not at all.
 
     Raises:
@@ -206,6 +211,6 @@ def save(path: Path, record: dict[str, object]) -> None:
         raise DataError(f"{path}: cannot be written ({reason(error)})") from error
 
 
-def say(line: str) -> None:
+def print_note(line: str) -> None:
     """A line for the person, beside the answers."""
     click.echo(line, err=True)

@@ -4,20 +4,20 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mlx_dpo.chat.feedback import Journal
-    from mlx_dpo.chat.session import Author, Chat
+    from mlx_dpo.chat.feedback import JsonlFile
+    from mlx_dpo.chat.session import Author, ChatSession
     from mlx_dpo.saved_runs.open import TwoSided
 
-Facts = dict[str, Any]
+Provenance = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Rows:
+class FeedbackFiles:
     """The two files of a chat, and where its answers come from."""
 
-    pairs: "Journal"
-    judged: "Journal"
-    chat: "Chat"
+    pairs: "JsonlFile"
+    judged: "JsonlFile"
+    chat: "ChatSession"
     opened: "TwoSided"
 
     def where(self) -> str:
@@ -34,11 +34,11 @@ class Rows:
 
     def judge(self, *, good: bool) -> str:
         """Write down that the last answer is good or bad."""
-        from mlx_dpo.chat.feedback import judged_row
+        from mlx_dpo.chat.feedback import unpaired_row
 
         answer, [author] = self.chat.last_answer(), self.chat.authors[-1:]
         told = self._told() | self._facts(author)
-        row = judged_row(self.chat.asked(), answer, good=good, provenance=told)
+        row = unpaired_row(self.chat.asked(), answer, good=good, provenance=told)
         self.judged.append(row)
         return f"Written to {self.judged.path}: {'good' if good else 'bad'}."
 
@@ -56,12 +56,12 @@ class Rows:
         self.pairs.append(row)
         return f"Written to {self.pairs.path}."
 
-    def _told(self) -> Facts:
-        from mlx_dpo.chat.feedback import now
+    def _told(self) -> Provenance:
+        from mlx_dpo.chat.feedback import utc_timestamp
 
-        return {"by": "mlx-dpo chat", "judge": "person", "time": now()}
+        return {"by": "mlx-dpo chat", "judge": "person", "time": utc_timestamp()}
 
-    def _facts(self, author: "Author") -> Facts:
+    def _facts(self, author: "Author") -> Provenance:
         if author == "person":
             return {"author": author}
         settings = asdict(self.chat.sampling).items()

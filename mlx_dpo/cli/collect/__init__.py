@@ -13,10 +13,10 @@ from mlx_dpo.cli.sampling_flags import answer_flags, judge_flags, samplings
 from mlx_dpo.errors import ConfigError
 
 if TYPE_CHECKING:
-    from mlx_dpo.cli.collect.terminal import Typed
-    from mlx_dpo.collect.pairs_file import Picks
-    from mlx_dpo.collect.sample import Asking
-    from mlx_dpo.collect.session import Asked
+    from mlx_dpo.cli.collect.terminal import ReadPrompt
+    from mlx_dpo.collect.pairs_file import PairsFile
+    from mlx_dpo.collect.sample import SamplingPlan
+    from mlx_dpo.collect.session import TaskSampler
     from mlx_dpo.data.prompts import Prompt
 
 
@@ -72,59 +72,64 @@ def collect(  # noqa: PLR0913 (one argument for each flag)
     mlx-dpo collect run --prompts prompts.txt --output pairs.jsonl --reward rewards.py:courtesy
     """
     automatic = reward is not None or judge is not None
-    _refuse_idle(automatic, web, port, prompts)
+    _check_flags(automatic, web, port, prompts)
 
-    from mlx_dpo.collect.sample import Asking
+    from mlx_dpo.collect.sample import SamplingPlan
     from mlx_dpo.evaluation.judge import check_judge, open_judge
 
-    asking = Asking(answers=answers, samplings=samplings(settings))
+    asking = SamplingPlan(answers=answers, samplings=samplings(settings))
     asking.check(max(1, len(runs)))
     check_judge(reward, judge, rubric)
-    picks = _open_picks(output)
-    asked_for = _read(prompts)
+    picks = _open_pairs_file(output)
+    asked_for = _read_prompts(prompts)
     decides = open_judge(reward, judge, rubric) if automatic else None
-    asked, system = _open(runs, model, asked_for, picks, asking, automatic=automatic)
-    _say_state(asked)
+    asked, system = _open_sampler(runs, model, asked_for, picks, asking, automatic=automatic)
+    _print_progress(asked)
     if decides is not None:
         from mlx_dpo.collect.sample import judge_all
 
-        _watch(asked, (pick.passed for _, pick in judge_all(asked, decides)))
+        _show_progress(asked, (pick.passed for _, pick in judge_all(asked, decides)))
     else:
-        typed = partial(_typed, system) if prompts is None else None
-        _ask_a_person(asked, web=web, port=port, typed=typed)
-    _say_end(picks)
+        typed = partial(_read_typed_prompt, system) if prompts is None else None
+        _ask_person(asked, web=web, port=port, typed=typed)
+    _print_summary(picks)
 
 
-def _open_picks(output: str) -> "Picks":
-    from mlx_dpo.collect.pairs_file import Picks
+def _open_pairs_file(output: str) -> "PairsFile":
+    from mlx_dpo.collect.pairs_file import PairsFile
 
-    picks = Picks(Path(output).expanduser())
+    picks = PairsFile(Path(output).expanduser())
     for note in picks.notes:
         click.echo(note, err=True)
     return picks
 
 
-def _read(prompts: str | None) -> "list[Prompt]":
+def _read_prompts(prompts: str | None) -> "list[Prompt]":
     from mlx_dpo.data.prompts import read_prompts
 
     return [] if prompts is None else read_prompts(prompts)
 
 
-def _open(
+def _open_sampler(
     runs: tuple[str, ...],
     model: str | None,
     asked_for: "list[Prompt]",
-    picks: "Picks",
-    asking: "Asking",
+    picks: "PairsFile",
+    asking: "SamplingPlan",
     *,
     automatic: bool,
-) -> "tuple[Asked, str | None]":
+) -> "tuple[TaskSampler, str | None]":
     """The prompts and who answers them, after which system message; says what there is to say."""
-    from mlx_dpo.collect.sample import CHUNK, CHUNK_OF_A_PERSON, open_voices, sampler
-    from mlx_dpo.collect.session import Asked
+    from mlx_dpo.collect.sample import (
+        JUDGE_CHUNK,
+        PERSON_CHUNK,
+        make_answer_sampler,
+        open_responders,
+    )
+    from mlx_dpo.collect.session import TaskSampler
     from mlx_dpo.data.prompts import with_system
 
-    voices = open_voices(runs, model)
+    voices = open_responders(runs, model)
     for voice in voices:
         for note in voice.base.notes:
             click.echo(note, err=True)
@@ -134,28 +139,30 @@ def _open(
             "without a system message" if system is None else f"after the system message {system}"
         )
         click.echo(f"RUNs differ in their system messages; all are asked {told}", err=True)
-    asked = Asked(
+    asked = TaskSampler(
         with_system(asked_for, system),
         picks,
-        sampler(voices, asking),
-        chunk=CHUNK if automatic else CHUNK_OF_A_PERSON,
+        make_answer_sampler(voices, asking),
+        chunk=JUDGE_CHUNK if automatic else PERSON_CHUNK,
         seed=asking.samplings[0].seed or 0,
     )
     return asked, system
 
 
-def _ask_a_person(asked: "Asked", *, web: bool, port: int | None, typed: "Typed | None") -> None:
+def _ask_person(
+    asked: "TaskSampler", *, web: bool, port: int | None, typed: "ReadPrompt | None"
+) -> None:
     if not web:
-        from mlx_dpo.cli.collect.terminal import at_terminal
+        from mlx_dpo.cli.collect.terminal import rank_at_terminal
 
-        at_terminal(asked, typed=typed)
+        rank_at_terminal(asked, typed=typed)
     elif asked.left:
-        from mlx_dpo.cli.collect.terminal import in_browser
+        from mlx_dpo.cli.collect.terminal import rank_in_browser
 
-        in_browser(asked, port or 0)
+        rank_in_browser(asked, port or 0)
 
 
-def _refuse_idle(automatic: bool, web: bool, port: int | None, prompts: str | None) -> None:
+def _check_flags(automatic: bool, web: bool, port: int | None, prompts: str | None) -> None:
     if port is not None and not web:
         raise ConfigError("`port` has no effect without --web")
     if automatic and web:
@@ -166,7 +173,7 @@ def _refuse_idle(automatic: bool, web: bool, port: int | None, prompts: str | No
         raise ConfigError("--prompts is missing; prompts are typed only where a person picks here")
 
 
-def _typed(system: str | None) -> "Prompt | None":
+def _read_typed_prompt(system: str | None) -> "Prompt | None":
     """The next prompt that a person types; None to leave."""
     from mlx_dpo.data.prompts import as_prompt, with_system
 
@@ -178,7 +185,7 @@ def _typed(system: str | None) -> "Prompt | None":
     return prompt
 
 
-def _watch(asked: "Asked", decisions: Iterable[str | None]) -> None:
+def _show_progress(asked: "TaskSampler", decisions: Iterable[str | None]) -> None:
     from mlx_dpo.reporting.console import counting, make_console
 
     try:
@@ -186,25 +193,25 @@ def _watch(asked: "Asked", decisions: Iterable[str | None]) -> None:
             for _ in decisions:
                 count(1)
     except KeyboardInterrupt:
-        _say_end(asked.picks)
+        _print_summary(asked.picks)
         click.echo("Interrupted; the same command goes on", err=True)
         raise SystemExit(INTERRUPTED) from None
 
 
-def _say_state(asked: "Asked") -> None:
+def _print_progress(asked: "TaskSampler") -> None:
     done = len(asked.prompts) - asked.left
     if done:
         click.echo(f"{done:,} of {len(asked.prompts):,} prompts are decided already", err=True)
 
 
-def _say_end(picks: "Picks") -> None:
+def _print_summary(picks: "PairsFile") -> None:
     from mlx_dpo.cli import program
-    from mlx_dpo.collect.sample import counted, cut_short
+    from mlx_dpo.collect.sample import count_outcomes, count_truncated
 
-    (_, pairs), *passed = counted(picks)
+    (_, pairs), *passed = count_outcomes(picks)
     counts = [f"{pairs:,} pair{'s' * (pairs != 1)}", *(f"{count:,} {why}" for why, count in passed)]
     click.echo(f"{picks.path}: {', '.join(counts)}")
-    if cut := cut_short(picks):
+    if cut := count_truncated(picks):
         click.echo(
             f"{cut:,} of the chosen answers {'was' if cut == 1 else 'were'} cut where their tokens "
             "ran out, which teaches to stop there; raise --max-tokens",

@@ -11,39 +11,49 @@ from types import TracebackType
 from typing import Any, Self
 
 from mlx_dpo.adapters.files import content_digest
-from mlx_dpo.collect.loop_folder import (
-    LoopPaths,
-    LoopPrompts,
-    LoopSettings,
+from mlx_dpo.collect.iterative_folder import (
+    IterativePaths,
+    IterativeSettings,
+    SplitPrompts,
     Stage,
-    begin,
-    digest,
-    left_to_do,
-    read_loop_prompts,
+    next_stage,
+    prompts_digest,
+    read_split_prompts,
+    start_or_resume,
     write_whole,
 )
-from mlx_dpo.collect.loop_report import loop_page, round_page
-from mlx_dpo.collect.pairs_file import Picks
-from mlx_dpo.collect.sample import CHUNK, Asking, counted, cut_short, judge_all, sampler
-from mlx_dpo.collect.session import Asked
+from mlx_dpo.collect.iterative_report import round_page, summary_page
+from mlx_dpo.collect.pairs_file import PairsFile
+from mlx_dpo.collect.sample import (
+    JUDGE_CHUNK,
+    SamplingPlan,
+    count_outcomes,
+    count_truncated,
+    judge_all,
+    make_answer_sampler,
+)
+from mlx_dpo.collect.session import TaskSampler
 from mlx_dpo.config.dpo_config import DPOConfig, options
 from mlx_dpo.config.model import LoRASettings
 from mlx_dpo.data.prompts import Prompt
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.evaluation.judge import check_judge, open_judge
-from mlx_dpo.evaluation.rewards import Judge, Reward
-from mlx_dpo.evaluation.winrate import hold
+from mlx_dpo.evaluation.rewards import Judge, RewardFunction
+from mlx_dpo.evaluation.winrate import compare_pairwise
 from mlx_dpo.models.load import fingerprint, locate
 from mlx_dpo.runs.folder import RunPaths, claimed, read_record
 from mlx_dpo.runs.trackers import check_sinks, name_there
 from mlx_dpo.runs.trainer import Run
 from mlx_dpo.saved_runs.respond import Voice, open_voice, starting_voice
 
-ROUND_SEEDS = 7_919  # between the seeds of rounds; prime, so that they meet late
-KEPT = ("lora_dropout", "start_adapter")  # what a round may say of an adapter it goes on from
+ROUND_SEED_STRIDE = 7_919  # between the seeds of rounds; prime, so that they meet late
+ADAPTER_SETTINGS_KEPT = (
+    "lora_dropout",
+    "start_adapter",
+)  # what a round may say of an adapter it goes on from
 
 
-class Loop:
+class IterativeDPO:
     """A loop that a program or a notebook can drive.
 
         with Loop(config, settings) as loop:
@@ -53,12 +63,14 @@ class Loop:
     `config` says how each round is trained; its `pairs` and `output` are set for each round.
     """
 
-    def __init__(self, config: DPOConfig, settings: LoopSettings, *, resume: bool = False) -> None:
+    def __init__(
+        self, config: DPOConfig, settings: IterativeSettings, *, resume: bool = False
+    ) -> None:
         check_judge(settings.reward, settings.judge, settings.rubric)
         if settings.reward is None and settings.judge is None:
             raise ConfigError("who judges is missing; give --reward or --judge")
         self.config, self.settings, self.resume = config, settings, resume
-        self.paths = LoopPaths(Path(config.output))
+        self.paths = IterativePaths(Path(config.output))
         self._open = ExitStack()
         if settings.reference == "base" and (config.bits or config.start_adapter):
             name = "bits" if config.bits else "start_adapter"
@@ -72,15 +84,15 @@ class Loop:
     def __enter__(self) -> Self:
         named = self.settings.prompts, self.settings.valid_prompts
         # With the system message from here on: what was collected is told by the whole prompt.
-        self.asked: LoopPrompts = read_loop_prompts(*named, self.config.system)
+        self.asked: SplitPrompts = read_split_prompts(*named, self.config.system)
         model = locate(
             self.config.model,
             revision=self.config.revision,
             trust_remote_code=self.config.trust_remote_code,
         )
         contents = {
-            "the prompts": digest(self.asked.train),
-            "the held-out prompts": digest(self.asked.valid),
+            "the prompts": prompts_digest(self.asked.train),
+            "the held-out prompts": prompts_digest(self.asked.valid),
             "the model": fingerprint(model),
             "the judge": self.judge.facts(),
         }
@@ -88,9 +100,9 @@ class Loop:
             contents["the start adapter"] = content_digest(Path(self.config.start_adapter))
         with ExitStack() as stack:
             stack.enter_context(claimed(RunPaths(self.paths.folder)))
-            begin(self.paths, self.config, self.settings, contents, resume=self.resume)
+            start_or_resume(self.paths, self.config, self.settings, contents, resume=self.resume)
             for number in range(1, self.settings.rounds + 1):
-                self.asked.notes.extend(Picks(self.paths.round(number).pairs).notes)
+                self.asked.notes.extend(PairsFile(self.paths.round(number).pairs).notes)
             self._open = stack.pop_all()
         return self
 
@@ -110,7 +122,7 @@ class Loop:
 
     def stages(self) -> Iterator[Stage]:
         """What is left to do, read off the files each time."""
-        while (stage := left_to_do(self.paths, self.asked, self.settings)) is not None:
+        while (stage := next_stage(self.paths, self.asked, self.settings)) is not None:
             yield stage
 
     def do(self, stage: Stage) -> None:
@@ -137,18 +149,20 @@ class Loop:
     def collect(self, number: int) -> Iterator[int]:
         """Judge the last policy's answers; yields how many prompts are left, after each one."""
         voice, settings = self.voice(number - 1), self.settings
-        seed = (settings.sampling.seed or 0) + ROUND_SEEDS * number
-        asking = Asking(
+        seed = (settings.sampling.seed or 0) + ROUND_SEED_STRIDE * number
+        asking = SamplingPlan(
             answers=settings.answers, samplings=(replace(settings.sampling, seed=seed),)
         )
         prompts = self.asked.of_round(number, settings.prompts_per_round)
-        picks = Picks(self.paths.round(number).pairs)
-        questions = Asked(prompts, picks, sampler([voice], asking), chunk=CHUNK, seed=seed)
+        picks = PairsFile(self.paths.round(number).pairs)
+        questions = TaskSampler(
+            prompts, picks, make_answer_sampler([voice], asking), chunk=JUDGE_CHUNK, seed=seed
+        )
         yield questions.left
         for _ in judge_all(questions, self.judge):
             yield questions.left
         if not picks.count(picks.pairs):
-            why = ", ".join(f"{count} {what}" for what, count in counted(picks)[1:])
+            why = ", ".join(f"{count} {what}" for what, count in count_outcomes(picks)[1:])
             raise ConfigError(
                 f"{picks.path}: no prompt has a better and a worse answer ({why}); use more "
                 "--answers or a higher --temperature"
@@ -166,7 +180,7 @@ class Loop:
             settings["run_name"] = f"{name_there(self.config)}-{here.folder.name}"
         if number > 1:
             known = options()
-            own = [f.name for f in fields(LoRASettings) if f.name not in KEPT]
+            own = [f.name for f in fields(LoRASettings) if f.name not in ADAPTER_SETTINGS_KEPT]
             settings |= {name: known[name][0] for name in own}
             settings["start_adapter"] = str(self.paths.round(number - 1).run.folder)
             if self.settings.reference == "base":
@@ -183,7 +197,7 @@ class Loop:
         here = self.paths.round(number)
         rounds = [*(self.evaluation(earlier) for earlier in range(number)), found]
         write_whole(here.page, round_page(found))
-        write_whole(self.paths.page, loop_page(rounds, str(self.judge.name)))
+        write_whole(self.paths.page, summary_page(rounds, str(self.judge.name)))
         # Last: the round is over where it is, and nothing before it is written again.
         write_whole(here.evaluation, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
         return found
@@ -195,18 +209,20 @@ class Loop:
     def _measured(self, number: int, prompts: list[Prompt], answers: list[str]) -> dict[str, Any]:
         here = self.paths.round(number)
         found: dict[str, Any] = {"round": number, "mean_characters": fmean(map(len, answers))}
-        if isinstance(self.judge, Reward):
+        if isinstance(self.judge, RewardFunction):
             asked = zip(prompts, answers, strict=True)
             found["mean_reward"] = fmean(self.judge(p.messages, text) for p, text in asked)
         said = {"now": answers}
         if number:
-            picks = Picks(here.pairs)
-            found |= {"collected": dict(counted(picks)), "cut": cut_short(picks)}
+            picks = PairsFile(here.pairs)
+            found |= {"collected": dict(count_outcomes(picks)), "cut": count_truncated(picks)}
             record = read_record(here.run) or {}
             found["held_out_pairs"] = record.get("evaluation")
             for name, other in (("base", 0), ("before", number - 1)):
                 said[name] = [shown["now"] for shown in self.evaluation(other)["answers"]]
-                found[f"against_{name}"] = hold(self.judge, prompts, answers, said[name]).to_dict()
+                found[f"against_{name}"] = compare_pairwise(
+                    self.judge, prompts, answers, said[name]
+                ).to_dict()
         found["answers"] = [
             {"prompt": list(prompt.messages)} | {name: texts[at] for name, texts in said.items()}
             for at, prompt in enumerate(prompts)

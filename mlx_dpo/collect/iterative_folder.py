@@ -12,18 +12,18 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from mlx_dpo.collect.pairs_file import Picks
-from mlx_dpo.collect.sample import Asking
+from mlx_dpo.collect.pairs_file import PairsFile
+from mlx_dpo.collect.sample import SamplingPlan
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.data.prompts import Prompt, held_out_prompts, read_prompts, with_system
 from mlx_dpo.errors import ConfigError, RunError
 from mlx_dpo.runs.folder import RunPaths, read_record
 
-HELD_OUT_SHARE = 0.1
+HELD_OUT_FRACTION = 0.1
 
 
-class LoopPrompts(NamedTuple):
+class SplitPrompts(NamedTuple):
     """The prompts of a loop."""
 
     train: list[Prompt]
@@ -38,9 +38,9 @@ class LoopPrompts(NamedTuple):
         return [self.train[at % len(self.train)] for at in range(start, start + count)]
 
 
-def read_loop_prompts(
+def read_split_prompts(
     prompts: str, valid_prompts: str | None, system: str | None = None
-) -> LoopPrompts:
+) -> SplitPrompts:
     """Prompts to collect with and to measure on, each with a system turn; none is in both.
 
     Raises:
@@ -50,7 +50,7 @@ def read_loop_prompts(
     if valid_prompts is not None:
         valid = held_out_prompts(valid_prompts) or read_prompts(valid_prompts)
     else:
-        valid = held_out_prompts(prompts) or _some(train)
+        valid = held_out_prompts(prompts) or _sample_held_out(train)
     train, valid = with_system(train, system), with_system(valid, system)
     keys = {prompt.key for prompt in valid}
     kept = [prompt for prompt in train if prompt.key not in keys]
@@ -58,34 +58,34 @@ def read_loop_prompts(
         raise ConfigError(f"{prompts}: every prompt is held out; give more of them")
     asked_of = valid_prompts or prompts
     notes = [f"{len(kept):,} prompts to collect with, {len(valid):,} held out ({asked_of})"]
-    return LoopPrompts(kept, valid, notes)
+    return SplitPrompts(kept, valid, notes)
 
 
-def _some(prompts: Sequence[Prompt]) -> list[Prompt]:
-    count = max(1, round(HELD_OUT_SHARE * len(prompts)))
+def _sample_held_out(prompts: Sequence[Prompt]) -> list[Prompt]:
+    count = max(1, round(HELD_OUT_FRACTION * len(prompts)))
     places = random.Random(0).sample(range(len(prompts)), count)
     return [prompts[at] for at in sorted(places)]
 
 
-def digest(prompts: Sequence[Prompt]) -> str:
+def prompts_digest(prompts: Sequence[Prompt]) -> str:
     """SHA-256 over the prompts in order, in hex."""
     return sha256("".join(prompt.key for prompt in prompts).encode()).hexdigest()
 
 
-LATER = ("rounds",)  # settings of a loop that may be raised when it goes on
+CHANGEABLE_SETTINGS = ("rounds",)  # settings of a loop that may be raised when it goes on
 
-Todo = Literal["collect", "train", "evaluate"]
+Action = Literal["collect", "train", "evaluate"]
 
 
 class Stage(NamedTuple):
     """Something that is left to be done."""
 
     round: int
-    todo: Todo
+    todo: Action
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoopSettings:
+class IterativeSettings:
     """What a loop does beside training."""
 
     prompts: str
@@ -105,7 +105,7 @@ class LoopSettings:
                 raise ConfigError(f"`{name}` must be at least 1, got {value}")
         if self.prompts == "-":
             raise ConfigError("prompts are read in every round; `-` can be read but once")
-        Asking(answers=self.answers, samplings=(self.sampling,)).check(1)
+        SamplingPlan(answers=self.answers, samplings=(self.sampling,)).check(1)
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class RoundPaths:
 
 
 @dataclass(frozen=True)
-class LoopPaths:
+class IterativePaths:
     """The files of a loop."""
 
     folder: Path
@@ -162,7 +162,9 @@ class LoopPaths:
         return RoundPaths(self.folder / f"round-{number:02d}")
 
 
-def left_to_do(paths: LoopPaths, asked: LoopPrompts, settings: LoopSettings) -> Stage | None:
+def next_stage(
+    paths: IterativePaths, asked: SplitPrompts, settings: IterativeSettings
+) -> Stage | None:
     """The first thing that the files of the loop do not show as done; None at the end."""
     for number in range(settings.rounds + 1):
         here = paths.round(number)
@@ -170,7 +172,7 @@ def left_to_do(paths: LoopPaths, asked: LoopPrompts, settings: LoopSettings) -> 
             continue
         if number and not here.trained:
             wanted = asked.of_round(number, settings.prompts_per_round)
-            done = Picks(here.pairs).done
+            done = PairsFile(here.pairs).done
             collected = all(prompt.key in done for prompt in wanted)
             return Stage(number, "train" if collected else "collect")
         return Stage(number, "evaluate")
@@ -188,10 +190,10 @@ def write_whole(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
-def begin(
-    paths: LoopPaths,
+def start_or_resume(
+    paths: IterativePaths,
     config: DPOConfig,
-    settings: LoopSettings,
+    settings: IterativeSettings,
     digests: dict[str, Any],
     *,
     resume: bool,
@@ -212,18 +214,18 @@ def begin(
                 f"`{min(others)}`); choose another --output"
             )
     else:
-        earlier = read_loop(paths)
+        earlier = read_loop_record(paths)
         assert earlier is not None
         if not resume:
             raise RunError(
                 f"{paths.folder}: holds a loop; add --resume to go on with it, or choose "
                 "another --output"
             )
-        _refuse_other(paths, earlier, now, config)
+        _check_unchanged(paths, earlier, now, config)
     write_whole(paths.record, json.dumps(now, indent=2) + "\n")
 
 
-def read_loop(paths: LoopPaths) -> dict[str, Any] | None:
+def read_loop_record(paths: IterativePaths) -> dict[str, Any] | None:
     """What `loop.json` says, or None where there is none.
 
     Raises:
@@ -239,15 +241,15 @@ def read_loop(paths: LoopPaths) -> dict[str, Any] | None:
         raise RunError(f"{paths.record}: not the record of a loop ({error})") from error
 
 
-def _refuse_other(
-    paths: LoopPaths, earlier: dict[str, Any], now: dict[str, Any], config: DPOConfig
+def _check_unchanged(
+    paths: IterativePaths, earlier: dict[str, Any], now: dict[str, Any], config: DPOConfig
 ) -> None:
     for name, value in earlier["loop"].items():
-        if name not in LATER and now["loop"].get(name) != value:
-            raise _other(paths, name, value, now["loop"].get(name))
+        if name not in CHANGEABLE_SETTINGS and now["loop"].get(name) != value:
+            raise _changed_error(paths, name, value, now["loop"].get(name))
     before = DPOConfig.from_dict(earlier["settings"])
     if (name := before.differing(config)) is not None:
-        raise _other(paths, name, getattr(before, name), getattr(config, name))
+        raise _changed_error(paths, name, getattr(before, name), getattr(config, name))
     for name, content in earlier["contents"].items():
         if now["contents"].get(name) != content:
             raise RunError(
@@ -255,7 +257,7 @@ def _refuse_other(
             )
 
 
-def _other(paths: LoopPaths, name: str, before: object, now: object) -> RunError:
+def _changed_error(paths: IterativePaths, name: str, before: object, now: object) -> RunError:
     return RunError(
         f"{paths.folder}: the loop began with {name} = {before!r}, not {now!r}; resume with the "
         "same settings, or choose another --output"

@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-Found = Mapping[str, Any]
+Evaluation = Mapping[str, Any]
 PAIRS = "pairs"  # among the counts of what was collected
-SHOWN = 8  # prompts whose answers stand on a round's page
+ANSWERS_PER_PAGE = 8  # prompts whose answers stand on a round's page
 HEADINGS = (
     "round",
     "pairs",
@@ -23,14 +23,17 @@ LEGEND = (
 )
 
 
-def loop_page(rounds: Sequence[Found], judge: str) -> str:
+def summary_page(rounds: Sequence[Evaluation], judge: str) -> str:
     """All rounds so far, as a table."""
-    lines = ["# Rounds", "", f"Judged by {judge}.", "", _row(HEADINGS)]
-    lines += [_row(["--:"] * len(HEADINGS)), *(_row(cells(found)) for found in rounds)]
+    lines = ["# Rounds", "", f"Judged by {judge}.", "", _table_row(HEADINGS)]
+    lines += [
+        _table_row(["--:"] * len(HEADINGS)),
+        *(_table_row(round_cells(found)) for found in rounds),
+    ]
     return "\n".join([*lines, "", LEGEND, ""])
 
 
-def cells(found: Found) -> list[str]:
+def round_cells(found: Evaluation) -> list[str]:
     """A round's figures, under `HEADINGS`."""
     collected = dict(found.get("collected") or {})
     pairs = collected.pop(PAIRS, None)
@@ -38,21 +41,21 @@ def cells(found: Found) -> list[str]:
     reward = found.get("mean_reward")
     return [
         str(found["round"]) if found["round"] else "base",
-        _number(pairs),
-        _number(sum(collected.values()) if pairs is not None else None),
+        _format_count(pairs),
+        _format_count(sum(collected.values()) if pairs is not None else None),
         "" if reward is None else f"{reward:.3f}",
-        "" if base is None else _won(base),
-        "" if base is None else _share(base["length_controlled_win_rate"]),
-        "" if before is None else _share(before["win_rate"]),
+        "" if base is None else _format_win_rate(base),
+        "" if base is None else _format_percent(base["length_controlled_win_rate"]),
+        "" if before is None else _format_percent(before["win_rate"]),
         f"{found['mean_characters']:.0f}",
     ]
 
 
-def round_page(found: Found) -> str:
+def round_page(found: Evaluation) -> str:
     """One round: its figures, and some of its answers beside those before it."""
     title = f"Round {found['round']}" if found["round"] else "The base"
     lines = [f"# {title}", ""]
-    figures = zip(HEADINGS[1:], cells(found)[1:], strict=True)
+    figures = zip(HEADINGS[1:], round_cells(found)[1:], strict=True)
     lines += [f"* {name}: {cell}" for name, cell in figures if cell]
     for why, count in (found.get("collected") or {}).items():
         if why != PAIRS:
@@ -66,18 +69,20 @@ def round_page(found: Found) -> str:
     doubts = (found.get("against_base") or {}).get("doubts", {})
     lines += [f"* held-out prompts, {why}: {count:,}" for why, count in doubts.items()]
     names = [name for name in ("base", "before", "now") if name in found["answers"][0]]
-    lines += ["", _row(["prompt", *names]), _row(["---"] * (1 + len(names)))]
-    for shown in found["answers"][:SHOWN]:
+    lines += ["", _table_row(["prompt", *names]), _table_row(["---"] * (1 + len(names)))]
+    for shown in found["answers"][:ANSWERS_PER_PAGE]:
         asked = " / ".join(str(turn["content"]) for turn in shown["prompt"])
-        lines.append(_row([_cell(asked), *(_cell(shown[name]) for name in names)]))
+        lines.append(
+            _table_row([_escape_cell(asked), *(_escape_cell(shown[name]) for name in names)])
+        )
     return "\n".join([*lines, ""])
 
 
-def _row(texts: Sequence[str]) -> str:
+def _table_row(texts: Sequence[str]) -> str:
     return f"| {' | '.join(texts)} |"
 
 
-def _cell(text: str) -> str:
+def _escape_cell(text: str) -> str:
     """Text that stays inside its cell and is no markup."""
     plain = " ".join(text.split())[:200]
     for sign in "\\`*_<>|[]":
@@ -85,14 +90,14 @@ def _cell(text: str) -> str:
     return plain or "(nothing)"
 
 
-def _won(against: Found) -> str:
+def _format_win_rate(against: Evaluation) -> str:
     low, high = against["interval_95"]
-    return f"{_share(against['win_rate'])} ({low:.1%} to {high:.1%})"
+    return f"{_format_percent(against['win_rate'])} ({low:.1%} to {high:.1%})"
 
 
-def _share(value: float | None) -> str:
+def _format_percent(value: float | None) -> str:
     return "" if value is None else f"{value:.1%}"
 
 
-def _number(value: int | None) -> str:
+def _format_count(value: int | None) -> str:
     return "" if value is None else f"{value:,}"

@@ -1,4 +1,4 @@
-from mlx_dpo.collect.loop_report import HEADINGS, cells, loop_page, round_page
+from mlx_dpo.collect.iterative_report import HEADINGS, round_cells, round_page, summary_page
 
 CONTEST = {
     "win_rate": 0.75,
@@ -30,7 +30,7 @@ FIRST = {
 
 
 def test_a_round_has_its_figures_under_their_headings():
-    assert dict(zip(HEADINGS, cells(FIRST), strict=True)) == {
+    assert dict(zip(HEADINGS, round_cells(FIRST), strict=True)) == {
         "round": "1",
         "pairs": "1,200",
         "no pair": "34",
@@ -43,15 +43,15 @@ def test_a_round_has_its_figures_under_their_headings():
 
 
 def test_what_is_not_known_of_the_base_is_left_empty():
-    assert cells(BASE) == ["base", "", "", "0.635", "", "", "", "30"]
+    assert round_cells(BASE) == ["base", "", "", "0.635", "", "", "", "30"]
     unrewarded = {name: value for name, value in BASE.items() if name != "mean_reward"}
-    assert cells(unrewarded)[3] == ""
+    assert round_cells(unrewarded)[3] == ""
     unmeasured = FIRST | {"against_base": CONTEST | {"length_controlled_win_rate": None}}
-    assert cells(unmeasured)[5] == ""
+    assert round_cells(unmeasured)[5] == ""
 
 
 def test_the_page_of_a_loop_has_a_line_for_each_round():
-    lines = loop_page([BASE, FIRST], "r.py:f").splitlines()
+    lines = summary_page([BASE, FIRST], "r.py:f").splitlines()
     table = [line for line in lines if line.startswith("|")]
     assert "Judged by r.py:f." in lines
     assert len(table) == 4
