@@ -8,7 +8,7 @@ from statistics import fmean
 
 import pytest
 
-from mlx_dpo import DPOConfig, Run
+from mlx_dpo import DPOConfig, DPOTrainer
 
 pytestmark = pytest.mark.slow
 
@@ -48,7 +48,7 @@ def trained(tmp_path, name, **settings):
         model=str(MODEL), output=str(tmp_path / name), scorer="plain", micro_batch_size=8,
         max_length=128, **settings,
     )  # fmt: skip
-    with Run(config) as run:
+    with DPOTrainer(config) as run:
         run.prepare()
         steps = [row for row in run.train() if "loss" in row]
     return run, steps

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_dpo import DPOConfig, Run
+from mlx_dpo import DPOConfig, DPOTrainer
 from tests.checkpoints import make_checkpoint
 
 GOLDENS = Path(__file__).parent / "goldens" / "publishing"
@@ -40,7 +40,7 @@ def train(folder, **settings):
         }
         | settings
     )
-    with Run(config) as run:
+    with DPOTrainer(config) as run:
         run.prepare()
         list(run.train())
     return run

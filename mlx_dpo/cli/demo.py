@@ -25,11 +25,11 @@ def demo(output: str) -> None:
     """
     from pathlib import Path
 
+    from mlx_dpo import DPOTrainer
     from mlx_dpo.cli import program
     from mlx_dpo.cli.progress import watch
     from mlx_dpo.demo.tour import BITS, Tour
     from mlx_dpo.reporting.console import make_console
-    from mlx_dpo.saved_runs import Run
 
     console, tour = make_console(), Tour(Path(output))
     if tour.clear():
@@ -46,7 +46,7 @@ def demo(output: str) -> None:
     console.print(f"{before.courteous:.0%} courteous, {before.right:.0%} right")
 
     console.print("\n3. Train on pairs that prefer courteous answers", style="bold")
-    with Run(tour.config()) as run:
+    with DPOTrainer(tour.config()) as run:
         watch(run)
 
     console.print("\n4. Ask the aligned model the same questions", style="bold")

@@ -22,9 +22,9 @@ def eval(run: str, pairs: str | None, bad_pairs: str | None, as_json: bool) -> N
     Loss, rewards, margins, accuracies and log-probabilities are means over pairs, under the
     names that TRL gives them.
     """
+    from mlx_dpo import evaluate_run
     from mlx_dpo.losses.metrics import named
     from mlx_dpo.reporting.console import closing_table, make_console
-    from mlx_dpo.saved_runs import evaluate_run
 
     evaluation = evaluate_run(run, pairs, bad_pairs=bad_pairs)
     row = named(evaluation.metrics, prefix="eval_")

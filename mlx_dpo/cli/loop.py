@@ -128,10 +128,10 @@ def _stage_title(stage: "Stage") -> str:
 
 
 def _run_stage(going: "IterativeDPO", stage: "Stage", go_on: str) -> None:
+    from mlx_dpo import DPOTrainer
     from mlx_dpo.cli.progress import watch
     from mlx_dpo.collect.iterative_report import HEADINGS, round_cells
     from mlx_dpo.reporting.console import counting, make_console, print_facts
-    from mlx_dpo.saved_runs import Run
 
     if stage.todo == "collect":
         lefts = going.collect(stage.round)
@@ -141,7 +141,7 @@ def _run_stage(going: "IterativeDPO", stage: "Stage", go_on: str) -> None:
                 count(left - now)
                 left = now
     elif stage.todo == "train":
-        with Run(going.training(stage.round), resume=True) as run:
+        with DPOTrainer(going.training(stage.round), resume=True) as run:
             watch(run, go_on)
     else:
         figures = zip(HEADINGS, round_cells(going.evaluate(stage.round)), strict=True)

@@ -12,6 +12,7 @@ from typing import Any
 import click
 from rich.console import Console
 
+from mlx_dpo import DPOTrainer
 from mlx_dpo.cli import INTERRUPTED, program
 from mlx_dpo.reporting.console import (
     closing_table,
@@ -21,7 +22,6 @@ from mlx_dpo.reporting.console import (
     showing_steps,
 )
 from mlx_dpo.runs.summary import facts_of_end, facts_of_inputs, facts_of_training
-from mlx_dpo.saved_runs import Run
 
 
 @contextmanager
@@ -46,7 +46,7 @@ def kept_awake(wanted: bool) -> Iterator[str | None]:
         helper.wait()
 
 
-def watch(run: Run, go_on: str | None = None) -> None:
+def watch(run: DPOTrainer, go_on: str | None = None) -> None:
     """Prepare and train with everything a person wants to see; saves and leaves when asked to.
 
     `go_on` is what to type to go on then, where it is not `train`.
@@ -55,7 +55,7 @@ def watch(run: Run, go_on: str | None = None) -> None:
         _watch(run, awake, go_on or f"{program()} train --resume --output {run.config.output}")
 
 
-def _watch(run: Run, awake: str | None, go_on: str) -> None:
+def _watch(run: DPOTrainer, awake: str | None, go_on: str) -> None:
     console, config = make_console(), run.config
     try:
         _prepare(run, console, awake)
@@ -74,7 +74,7 @@ def _watch(run: Run, awake: str | None, go_on: str) -> None:
         for row in run.train():
             shown.show(row)
             warnings.say()
-    run.sinks.close(whole=True)
+    run.trackers.close(whole=True)
     warnings.say()
     if run.stopped:
         console.print(f"Stopped and saved; go on with: {go_on}")
@@ -88,20 +88,20 @@ def _watch(run: Run, awake: str | None, go_on: str) -> None:
 class _Warnings:
     """What goes wrong, each thing said once; a run that goes on has said some before."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: DPOTrainer) -> None:
         self._run, self._heard = run, len(run.warnings)
         self._lost = 0
 
     def say(self) -> None:
         """Say what was not said yet."""
         run = self._run
-        for sentence in run.warnings[self._heard :] + run.sinks.lost[self._lost :]:
+        for sentence in run.warnings[self._heard :] + run.trackers.lost[self._lost :]:
             # `click.echo` writes into the live bar's line where the locale is not UTF-8.
             print(f"Warning: {sentence}", file=sys.stderr)
-        self._heard, self._lost = len(run.warnings), len(run.sinks.lost)
+        self._heard, self._lost = len(run.warnings), len(run.trackers.lost)
 
 
-def _prepare(run: Run, console: Console, awake: str | None) -> None:
+def _prepare(run: DPOTrainer, console: Console, awake: str | None) -> None:
     run.load(
         lambda total: counting(console, "reference model", total=total),
         lambda total: counting(console, "tokens", total=total, unit="rows"),
@@ -122,7 +122,7 @@ def _prepare(run: Run, console: Console, awake: str | None) -> None:
 
 
 @contextmanager
-def _saving_when_asked(run: Run) -> Iterator[list[int]]:
+def _saving_when_asked(run: DPOTrainer) -> Iterator[list[int]]:
     """Let Ctrl-C, `kill` and a closed terminal save first; a second Ctrl-C ends at once."""
     received: list[int] = []
 

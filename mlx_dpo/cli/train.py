@@ -191,11 +191,11 @@ def train(
     """
     config = resolve(ctx, config_file, resume, flags)
 
+    from mlx_dpo import DPOTrainer
     from mlx_dpo.cli import program
     from mlx_dpo.cli.progress import watch
-    from mlx_dpo.saved_runs import Run
 
-    with Run(config, resume=resume, force=force) as run:
+    with DPOTrainer(config, resume=resume, force=force) as run:
         watch(run)
     if run.evaluation is None:
         click.echo("No pairs were held out, so nothing was measured on unseen pairs")

@@ -42,8 +42,8 @@ from mlx_dpo.evaluation.rewards import Judge, RewardFunction
 from mlx_dpo.evaluation.winrate import compare_pairwise
 from mlx_dpo.models.load import fingerprint, locate
 from mlx_dpo.runs.folder import RunPaths, claimed, read_record
-from mlx_dpo.runs.trackers import check_sinks, name_there
-from mlx_dpo.runs.trainer import Run
+from mlx_dpo.runs.trackers import check_trackers, run_name
+from mlx_dpo.runs.trainer import DPOTrainer
 from mlx_dpo.saved_runs.respond import Voice, open_voice, starting_voice
 
 ROUND_SEED_STRIDE = 7_919  # between the seeds of rounds; prime, so that they meet late
@@ -79,7 +79,7 @@ class IterativeDPO:
                 "the reference; convert or fuse it first"
             )
         self.training(settings.rounds)  # what later rounds contradict is to be known now
-        check_sinks(config)
+        check_trackers(config)
 
     def __enter__(self) -> Self:
         named = self.settings.prompts, self.settings.valid_prompts
@@ -131,7 +131,7 @@ class IterativeDPO:
             for _ in self.collect(stage.round):
                 pass
         elif stage.todo == "train":
-            with Run(self.training(stage.round), resume=True) as run:
+            with DPOTrainer(self.training(stage.round), resume=True) as run:
                 run.prepare()
                 for _ in run.train():
                     pass
@@ -177,7 +177,7 @@ class IterativeDPO:
         here = self.paths.round(number)
         settings: dict[str, Any] = {"pairs": (str(here.pairs),), "output": str(here.run.folder)}
         if self.config.named_there:
-            settings["run_name"] = f"{name_there(self.config)}-{here.folder.name}"
+            settings["run_name"] = f"{run_name(self.config)}-{here.folder.name}"
         if number > 1:
             known = options()
             own = [f.name for f in fields(LoRASettings) if f.name not in ADAPTER_SETTINGS_KEPT]

@@ -20,7 +20,7 @@ from mlx_dpo.io import scalar
 from mlx_dpo.models.load import Base
 from mlx_dpo.paths import tiny_chat
 from mlx_dpo.runs.inputs import token_rules
-from mlx_dpo.saved_runs import load_policy
+from mlx_dpo.saved_runs.open import load_policy
 from mlx_dpo.scoring.scorers import score_pairs
 from mlx_dpo.types import PreferenceExample, TokenizedPair
 

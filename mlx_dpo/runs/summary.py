@@ -19,7 +19,7 @@ from mlx_dpo.models.device import dtype_name
 from mlx_dpo.profiling import memory
 
 if TYPE_CHECKING:
-    from mlx_dpo.runs.trainer import Run
+    from mlx_dpo.runs.trainer import DPOTrainer
 
 TABLE = "the embeddings"
 
@@ -117,7 +117,7 @@ QUANTISED_ON_LOAD = (
 )
 
 
-def facts_of_inputs(run: "Run") -> list[Fact]:
+def facts_of_inputs(run: "DPOTrainer") -> list[Fact]:
     """What was loaded."""
     base, inputs = run.inputs.base, run.inputs
     count = counted(memory.total_parameters(base.model))
@@ -133,7 +133,7 @@ def facts_of_inputs(run: "Run") -> list[Fact]:
     return lines
 
 
-def facts_of_training(run: "Run") -> list[Fact]:
+def facts_of_training(run: "DPOTrainer") -> list[Fact]:
     """What is about to be done with it."""
     quantised = run.config.bits is not None
     return [
@@ -147,11 +147,11 @@ def facts_of_training(run: "Run") -> list[Fact]:
         *_passes(run),
         ("memory", run.fitted.line()),
         ("output", run.config.output + _resumed(run)),
-        *[("told", f"{sink.name}: {sink.where}") for sink in run.sinks.open],
+        *[("told", f"{sink.name}: {sink.where}") for sink in run.trackers.open],
     ]
 
 
-def facts_of_end(run: "Run") -> list[Fact]:
+def facts_of_end(run: "DPOTrainer") -> list[Fact]:
     """How it ended, where that is not at the last step with the last adapters, and with what."""
     best, step = run.best, run.stopped_early_at
     lines = [("adapter", run.shipped)]
@@ -197,7 +197,7 @@ def _read_by_losses(config: DPOConfig) -> list[str]:
     return said
 
 
-def _steps(run: "Run") -> str:
+def _steps(run: "DPOTrainer") -> str:
     config, rising = run.config, run.config.warmup(run.total_steps)
     return (
         f"{run.total_steps} of {config.batch_size} {config.unit}; {KINDS[config.optim].title}, "
@@ -206,12 +206,12 @@ def _steps(run: "Run") -> str:
     )
 
 
-def _watched(run: "Run") -> list[Fact]:
+def _watched(run: "DPOTrainer") -> list[Fact]:
     best = run.best
     return [("best", best.watched.line(keeps=best.keeps))] if best.watched else []
 
 
-def _passes(run: "Run") -> list[Fact]:
+def _passes(run: "DPOTrainer") -> list[Fact]:
     """How the steps of an epoch are cut into passes."""
     config, limit = run.config, run.config.pass_limit
     found = epoch_passes(
@@ -238,7 +238,7 @@ def _passes(run: "Run") -> list[Fact]:
     return lines
 
 
-def _resumed(run: "Run") -> str:
+def _resumed(run: "DPOTrainer") -> str:
     if run.start.step:
         return f", going on after step {run.start.step}"
     return ", from the beginning: there was no checkpoint yet" if run.earlier else ""

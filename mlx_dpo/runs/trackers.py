@@ -1,65 +1,72 @@
-"""Which programs a run tells of itself, and what: its rows, what was set, never a path."""
+"""Experiment trackers and monitor of a run, made from its settings."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.data.dataset import LENGTHS, column
-from mlx_dpo.reporting import trackers as programs
-from mlx_dpo.reporting.trackers.base import Announced, Row
+from mlx_dpo.reporting import trackers
+from mlx_dpo.reporting.trackers.base import Announced, Row, Sinks
 from mlx_dpo.runs.folder import hub_model
 from mlx_dpo.training.monitor import Facts, Monitor
 from mlx_dpo.types import TokenizedPair
 
-if TYPE_CHECKING:
-    from mlx_dpo.runs.trainer import Run
 
+def check_trackers(config: DPOConfig) -> None:
+    """Raise `ConfigError` if the library of a tracker is missing or nobody is logged in.
 
-def check_sinks(config: DPOConfig) -> None:
-    """Ask for what is missing before anything is loaded.
-
-    Raises:
-        ConfigError: a library is not installed, or nobody is logged in.
+    Runs before anything is loaded.
     """
     for name in config.reports_to:
-        programs.check(name)
+        trackers.check(name)
 
 
-def open_sinks(run: "Run", rows: Sequence[Row]) -> None:
-    """Begin to tell them of a run, the rows that there are already first.
+def open_trackers(
+    opened: Sinks,
+    names: Sequence[str],
+    info: Announced,
+    rows: Sequence[Row],
+    *,
+    resumed: Collection[str] = (),
+) -> None:
+    """Open the trackers of a run and log the rows of earlier processes first.
+
+    Args:
+        opened: Collection to which the trackers are added.
+        names: Names of the trackers.
+        info: Description of the run; `before` is the step at which it resumes.
+        rows: Rows of metrics that are in `metrics.jsonl` already.
+        resumed: Trackers to which earlier processes of the run logged.
 
     Raises:
-        ConfigError: one of them cannot be told, as its library says.
+        ConfigError: A tracker cannot be opened.
     """
-    earlier = run.earlier["settings"].get("report_to", ()) if run.earlier else ()
-    for name in run.config.reports_to:
-        told = Announced(
-            id=run.record["id"],
-            name=name_there(run.config),
-            project=run.config.project,
-            folder=run.paths.folder,
-            settings=_settings(run.record),
-            before=run.start.step if name in earlier else 0,
-        )
-        run.sinks.open.append(programs.begin(name, told, run.sinks.lost))
+    for name in names:
+        known = info if name in resumed else replace(info, before=0)
+        opened.open.append(trackers.begin(name, known, opened.lost))
     for row in rows:
-        run.sinks.write(row)
+        opened.write(row)
 
 
-def name_there(config: DPOConfig) -> str:
-    """The name of a run in other programs."""
+def run_name(config: DPOConfig) -> str:
+    """Return the name of the run in trackers: `run_name`, or the name of the run folder."""
     return config.run_name or Path(config.output).resolve().name
 
 
-def _settings(record: dict[str, Any]) -> dict[str, Any]:
+def shared_settings(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a run that trackers may see.
+
+    They contain no paths; the model is named if it is on the Hub.
+    """
     shareable = DPOConfig.from_dict(record["settings"]).shareable()
     model = hub_model(record)
     return ({"model": model} if model else {}) | shareable
 
 
 def make_monitor(config: DPOConfig, pairs: Sequence[TokenizedPair], *, total_steps: int) -> Monitor:
-    """A monitor for a run on these pairs."""
+    """Return the training monitor of a run on `pairs`."""
     return Monitor(
         Facts(
             total_steps=total_steps,

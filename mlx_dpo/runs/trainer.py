@@ -1,4 +1,4 @@
-"""A training run: settings in, a run folder out. The wiring; it knows all rooms."""
+"""DPO trainer: reads a `DPOConfig`, trains, and writes a run folder."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -16,7 +16,7 @@ from mlx_dpo.errors import ConfigError, TrainingError
 from mlx_dpo.losses.metrics import named, step_row
 from mlx_dpo.profiling.memory import limited_buffers
 from mlx_dpo.reporting.metrics_log import MetricsLog, read_rows, timed
-from mlx_dpo.reporting.trackers.base import Sinks
+from mlx_dpo.reporting.trackers.base import Announced, Sinks
 from mlx_dpo.runs.auto_batch_size import settle
 from mlx_dpo.runs.build import (
     as_reference,
@@ -45,7 +45,13 @@ from mlx_dpo.runs.folder import (
 from mlx_dpo.runs.inputs import Inputs, read_inputs, unheard
 from mlx_dpo.runs.reference import Counting, ask_other, ask_reference, uncounted
 from mlx_dpo.runs.save_peft import ship
-from mlx_dpo.runs.trackers import check_sinks, make_monitor, open_sinks
+from mlx_dpo.runs.trackers import (
+    check_trackers,
+    make_monitor,
+    open_trackers,
+    run_name,
+    shared_settings,
+)
 from mlx_dpo.scoring.kernels.gated_delta import use_fused_gated_delta
 from mlx_dpo.training import checkpoint, loop
 from mlx_dpo.training.logps_cache import read_logps, write_logps
@@ -57,17 +63,22 @@ Heard = Callable[[int], None]
 SPLITS = ("train", "valid")
 
 
-class Run:
-    """A run that a program or a notebook can drive.
+class DPOTrainer:
+    """A training run, driven by a program or a notebook.
 
-        with Run(DPOConfig(model=..., pairs=..., output=...)) as run:
-            run.prepare()
-            for row in run.train():
+        with DPOTrainer(DPOConfig(model=..., pairs=..., output=...)) as trainer:
+            trainer.prepare()
+            for row in trainer.train():
                 print(row)
 
-    Entering claims the folder; `prepare` loads, scores the reference and attaches the
-    adapters; `train` yields a row per step and per evaluation; leaving releases the folder.
-    With `force` a run begins although it is not going to fit into memory.
+    Entering the context locks the run folder and leaving releases it. `prepare` loads model and
+    pairs, attaches the adapters and scores the reference. `train` yields one row of metrics per
+    optimizer step and one per evaluation.
+
+    Args:
+        config: Settings; `model`, `pairs` and `output` are required.
+        resume: Continue the unfinished run in `output`.
+        force: Start even if the estimated memory does not fit.
     """
 
     def __init__(self, config: DPOConfig, *, resume: bool = False, force: bool = False) -> None:
@@ -78,27 +89,27 @@ class Run:
         self.resume = resume
         self.force = force
         self.paths = RunPaths(Path(config.output))
-        self.stopped = False
+        self.stopped = False  # on request, before the last step
         self.stopped_early_at: int | None = None
-        self.evaluation: Row | None = None  # of the adapters that the run finishes with
-        self.warnings: list[str] = []  # what the monitor said, before a resume as well
-        self.shipped = ""  # where the adapters of a finished run load
+        self.evaluation: Row | None = None  # of the adapters that the run ends with
+        self.warnings: list[str] = []  # from the monitor, including those before a resume
+        self.shipped = ""  # programs that can load the adapters of the finished run
         self.best = Best(config, self.paths)
-        self.sinks = Sinks()  # other programs that are told the rows
-        self._open = ExitStack()
+        self.trackers = Sinks()
         self.stop_requested = False
+        self._resources = ExitStack()
 
     def __enter__(self) -> Self:
-        check_sinks(self.config)
+        check_trackers(self.config)
         refuse_foreign_folder(self.paths)
         with ExitStack() as stack:
             stack.enter_context(claimed(self.paths))
             stack.enter_context(limited_buffers())
-            stack.push(lambda kind, error, trace: self.sinks.close(whole=kind is None))
+            stack.push(lambda kind, error, trace: self.trackers.close(whole=kind is None))
             self.earlier = read_record(self.paths)
             if self.earlier is not None:
                 check_resumable(self.paths, self.earlier, self.config, resume=self.resume)
-            self._open = stack.pop_all()
+            self._resources = stack.pop_all()
         return self
 
     def __exit__(
@@ -107,20 +118,40 @@ class Run:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._open.__exit__(kind, error, trace)
+        self._resources.__exit__(kind, error, trace)
 
-    # --- before the first step -------------------------------------------------------------
+    @property
+    def total_steps(self) -> int:
+        """Number of optimizer steps of the whole run."""
+        per_epoch = steps_per_epoch(len(self.inputs.train), self.config.batch_size)
+        return self.config.max_steps or per_epoch * (self.config.epochs or 1)
+
+    # --- prepare ---------------------------------------------------------------------------
+
+    def prepare(self, progress: Heard = lambda scored: None) -> None:
+        """Load model and pairs, attach adapters, score the reference and restore a checkpoint.
+
+        Args:
+            progress: Called with the number of newly scored pairs of the reference pass.
+        """
+        self.load()
+        self.attach()
+        self.score_reference(progress)
+        self.restore()
 
     def load(self, counting: Counting = uncounted, rows: CountingRows = unheard) -> None:
-        """Load base and pairs; nothing is written yet.
+        """Load the base model and the pairs; write nothing.
 
-        Another model as the reference is asked before, and counts its pairs; many `rows` are
-        counted as they become tokens.
+        A separate reference model is scored first and freed again.
+
+        Args:
+            counting: Progress of the reference model's scoring, in pairs.
+            rows: Progress of tokenization, in rows; used for large datasets only.
         """
-        mx.reset_peak_memory()  # of what the same program did before
+        mx.reset_peak_memory()  # earlier work of the same process does not count
         start = start_provenance(self.config)
         if self.config.reference_model is not None:
-            self._answers, digest = ask_other(self.config, counting, rows)
+            self._reference_model_logps, digest = ask_other(self.config, counting, rows)
             start |= {"reference": digest}
         self.inputs: Inputs = read_inputs(self.config, counting=rows)
         refuse_standstill(self.config, self.total_steps)
@@ -136,15 +167,15 @@ class Run:
             check_contents(self.paths, self.earlier, self.record["provenance"])
 
     def attach(self) -> None:
-        """Make the base a policy, choose how pairs are scored and passed, and begin the record.
+        """Attach the adapters, choose scorer and micro-batch size, and write `run.json`.
 
-        Afterwards `config` leaves nothing open.
+        Afterwards `config` contains the micro-batch size that is used.
 
         Raises:
-            ConfigError: no pass that the settings allow fits into memory.
+            ConfigError: No micro-batch size that the settings allow fits into memory.
         """
         self.policy = self.inputs.base.model
-        self._open.enter_context(use_fused_gated_delta(self.policy))
+        self._resources.enter_context(use_fused_gated_delta(self.policy))
         self.adapter_config = attach_adapters(self.inputs.base, self.config)
         self.choice = choose_scorer(self.inputs.base, self.config)
         self.fitted = settle(self.inputs, self.config, self.choice, self.earlier, self.force)
@@ -152,26 +183,27 @@ class Run:
         if self.fitted.config.recompute and not self.config.recompute:
             self.choice = choose_scorer(self.inputs.base, self.fitted.config)
         self.config = self.fitted.config
-        write_record(self.paths, self.record)  # only now is every setting known to be possible
+        write_record(self.paths, self.record)  # only now are all settings known to be possible
 
     def score_reference(self, progress: Heard = lambda scored: None) -> None:
-        """Ask the policy as it starts about every pair, or read what it said before.
+        """Compute the reference log-probabilities of all pairs, or read them from disk.
 
-        An objective that needs no reference is given zeros.
+        Reference-free losses get zeros.
         """
         with as_reference(self.policy, self.config):
-            self.reference = {split: self._scored(split, progress) for split in SPLITS}
+            self.reference = {split: self._reference_logps(split, progress) for split in SPLITS}
 
-    def _scored(self, split: str, progress: Heard) -> PairLogps:
+    def _reference_logps(self, split: str, progress: Heard) -> PairLogps:
+        """Return the reference log-probabilities of a split, (len(pairs),) each."""
         pairs = getattr(self.inputs, split)
         if not make_objective(self.config).needs_reference:
             return PairLogps(mx.zeros((len(pairs),)), mx.zeros((len(pairs),)))
-        kept = read_logps(self.paths.reference(split), len(pairs))
-        if kept is not None:
+        stored = read_logps(self.paths.reference(split), len(pairs))
+        if stored is not None:
             progress(len(pairs))
-            return kept
+            return stored
         if self.config.reference_model is not None:
-            logps = self._answers[split]
+            logps = self._reference_model_logps[split]
         else:
             logps = ask_reference(
                 self.policy,
@@ -185,10 +217,10 @@ class Run:
         return logps
 
     def restore(self) -> None:
-        """Begin where the last checkpoint is, if there is one, and tell other programs so.
+        """Restore the last checkpoint, if there is one, and open the experiment trackers.
 
         Raises:
-            ConfigError: one of them cannot be told.
+            ConfigError: A tracker cannot be opened.
         """
         self.optimizer = make_optimizer(self.policy, self.config)
         self.start = loop.Progress()
@@ -198,157 +230,150 @@ class Run:
         rows = [row for row in read_rows(self.paths.metrics) if row["step"] <= self.start.step]
         self.best.go_on(rows)
         self.monitor = make_monitor(self.config, self.inputs.train, total_steps=self.total_steps)
-        self.warnings = [sentence for row in rows for sentence in self.monitor.hear(row)]
+        self.warnings = [warning for row in rows for warning in self.monitor.hear(row)]
         self.record["warnings"] = self.warnings
         write_record(self.paths, self.record)
-        open_sinks(self, rows)
+        self._open_trackers(rows)
 
-    def prepare(self, progress: Heard = lambda scored: None) -> None:
-        """All of it; afterwards `train` can begin."""
-        self.load()
-        self.attach()
-        self.score_reference(progress)
-        self.restore()
+    def _open_trackers(self, rows: list[Row]) -> None:
+        earlier = self.earlier["settings"].get("report_to", ()) if self.earlier else ()
+        info = Announced(
+            id=self.record["id"],
+            name=run_name(self.config),
+            project=self.config.project,
+            folder=self.paths.folder,
+            settings=shared_settings(self.record),
+            before=self.start.step,
+        )
+        open_trackers(self.trackers, self.config.reports_to, info, rows, resumed=earlier)
 
-    # --- the steps -------------------------------------------------------------------------
-
-    @property
-    def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        an_epoch = steps_per_epoch(len(self.inputs.train), self.config.batch_size)
-        return self.config.max_steps or an_epoch * (self.config.epochs or 1)
+    # --- train -----------------------------------------------------------------------------
 
     def request_stop(self) -> None:
-        """Save after the step that is under way, and stop."""
+        """Save a checkpoint after the current step and stop."""
         self.stop_requested = True
 
     def train(self) -> Iterator[Row]:
-        """A row of metrics per step, and one per evaluation with names that begin with `eval_`.
+        """Yield one row of metrics per step, and one with `eval_` names per evaluation.
 
-        Every row is in `metrics.jsonl` before it is yielded. After the last one the
-        adapters lie in the run folder, unless the run was asked to stop: then `stopped`
-        is True and the run can be resumed. What the monitor finds is in `warnings`.
+        Each row is in `metrics.jsonl` before it is yielded. After the last row the adapters are
+        in the run folder, unless a stop was requested: then `stopped` is True and the run can
+        be resumed. Warnings of the monitor are in `warnings`.
         """
-        yield from Steps(self).rows()
+        self._progress = self.start
+        self._log = MetricsLog(self.paths.metrics, after=self.start.step)
+        try:
+            for row in self._take_steps():
+                yield row
+                if self._is_due(self.config.eval_steps) and self.inputs.valid:
+                    yield self._evaluate_and_log()
+                    if self.best.is_over:
+                        break
+                if self._is_due(self.config.save_steps) or self.stop_requested:
+                    self._save_checkpoint()
+                if self.stop_requested and self._progress.step < self.total_steps:
+                    self.stopped = True
+                    return
+        except TrainingError:
+            self._save_checkpoint()
+            raise
+        yield from self._finish()
+
+    def _take_steps(self) -> Iterator[Row]:
+        """Yield the logged metrics of each optimizer step.
+
+        Nothing is left to do if the run was killed after early stopping had ended it.
+        """
+        if self.best.is_over:
+            return
+        plan = make_plan(
+            self.config,
+            self.inputs.train,
+            self.reference["train"],
+            choice=self.choice,
+            total_steps=self.total_steps,
+            moving=self.moving,
+        )
+        steps = loop.train(self.policy, self.optimizer, plan, start=self._progress)
+        for seconds, (progress, metrics) in timed(steps):
+            tokens = progress.num_tokens - self._progress.num_tokens
+            self._progress = progress
+            speed = {
+                "tokens_per_second": tokens / seconds,
+                "peak_memory_gb": mx.get_peak_memory() / 1e9,
+            }
+            row = self._log_row(step_row(metrics) | speed)
+            if warnings := self.monitor.hear(row):
+                self.warnings += warnings
+                write_record(self.paths, self.record)
+            yield row
+
+    def _log_row(self, row: Row) -> Row:
+        """Write a row to `metrics.jsonl` first, then to the trackers.
+
+        A row that a crash keeps out of the file is computed and logged again on resume.
+        """
+        self.trackers.write(self._log.write(row))
+        return row
+
+    def _is_due(self, every: int | None) -> bool:
+        step = self._progress.step
+        return every is not None and step % every == 0 and step < self.total_steps
+
+    def _evaluate_and_log(self) -> Row:
+        """Evaluate, save the adapters of a new best evaluation, then log its row."""
+        row = {"step": self._progress.step, **self.evaluate()}
+        self.best.judge(row, lambda folder: save_adapter(folder, self.policy, self.adapter_config))
+        return self._log_row(row)
 
     def evaluate(self) -> Row:
-        """Metrics on the held-out pairs under `eval_` names, as the policy is now."""
-        moved = self.moving and self.moving.logps(self.policy, self.inputs.valid)
+        """Return metrics of the current policy on the held-out pairs, with `eval_` names."""
+        synced = self.moving and self.moving.logps(self.policy, self.inputs.valid)
         metrics = evaluate(
             self.policy,
             self.inputs.valid,
-            moved or self.reference["valid"],
+            synced or self.reference["valid"],
             make_objective(self.config),
             score=forward_only(self.config, self.choice),
             on_policy=weigher(self.config, self.choice),
         )
         return named(metrics, prefix="eval_")
 
-
-class Steps:
-    """The rest of a run, from the step at which it goes on."""
-
-    def __init__(self, run: "Run") -> None:
-        """Drop the rows that are going to be written again."""
-        self.run = run
-        self.progress = run.start
-        self.log = MetricsLog(run.paths.metrics, after=run.start.step)
-
-    def rows(self) -> Iterator[Row]:
-        """A row per step and per evaluation, each in `metrics.jsonl` before it is yielded."""
-        run = self.run
-        try:
-            for row in self._trained():
-                yield row
-                if self._due(run.config.eval_steps) and run.inputs.valid:
-                    yield self._judged()
-                    if run.best.is_over:
-                        break
-                if self._due(run.config.save_steps) or run.stop_requested:
-                    self._save()
-                if run.stop_requested and self.progress.step < run.total_steps:
-                    run.stopped = True
-                    return
-        except TrainingError:
-            self._save()
-            raise
-        yield from self._finish()
-
-    def _trained(self) -> Iterator[Row]:
-        """Take the steps, unless the run is over: it was killed after it had stopped early."""
-        run = self.run
-        if run.best.is_over:
-            return
-        plan = make_plan(
-            run.config,
-            run.inputs.train,
-            run.reference["train"],
-            choice=run.choice,
-            total_steps=run.total_steps,
-            moving=run.moving,
-        )
-        steps = loop.train(run.policy, run.optimizer, plan, start=self.progress)
-        for seconds, (reached, metrics) in timed(steps):
-            tokens, self.progress = reached.num_tokens - self.progress.num_tokens, reached
-            speed = {
-                "tokens_per_second": tokens / seconds,
-                "peak_memory_gb": mx.get_peak_memory() / 1e9,
-            }
-            row = self._written(step_row(metrics) | speed)
-            if said := run.monitor.hear(row):
-                run.warnings += said
-                write_record(run.paths, run.record)
-            yield row
-
-    def _written(self, row: Row) -> Row:
-        """Keep a row, then tell it: what is not kept is going to be told again."""
-        self.run.sinks.write(self.log.write(row))
-        return row
-
-    def _due(self, every: int | None) -> bool:
-        step = self.progress.step
-        return every is not None and step % every == 0 and step < self.run.total_steps
-
-    def _judged(self) -> Row:
-        """Evaluate; the adapters of a best one are on the disk before its row is."""
-        run, step = self.run, self.progress.step
-        row = {"step": step, **run.evaluate()}
-        run.best.judge(row, lambda folder: save_adapter(folder, run.policy, run.adapter_config))
-        return self._written(row)
-
-    def _save(self) -> None:
-        run = self.run
+    def _save_checkpoint(self) -> None:
         checkpoint.save(
-            run.paths.checkpoints,
-            run.policy,
-            run.optimizer,
-            self.progress,
-            run.adapter_config,
-            run.moving,
+            self.paths.checkpoints,
+            self.policy,
+            self.optimizer,
+            self._progress,
+            self.adapter_config,
+            self.moving,
         )
-        checkpoint.prune(run.paths.checkpoints, run.config.save_total_limit)
-        run.best.prune(read_rows(run.paths.metrics))
+        checkpoint.prune(self.paths.checkpoints, self.config.save_total_limit)
+        self.best.prune(read_rows(self.paths.metrics))
+
+    # --- finish ----------------------------------------------------------------------------
 
     def _finish(self) -> Iterator[Row]:
-        run, step = self.run, self.progress.step
-        self._save()
-        if step < run.total_steps:
-            run.stopped_early_at = step
-        if run.inputs.valid:
+        """Write the final adapters and results; yield the last evaluation if it is new."""
+        step = self._progress.step
+        self._save_checkpoint()
+        if step < self.total_steps:
+            self.stopped_early_at = step
+        if self.inputs.valid:
             # A crash may have come between the last evaluation and the end of the run.
-            last = self.log.evaluation_at(step) or self._judged()
-            if run.stopped_early_at is None or run.start == self.progress:
+            last = self._log.evaluation_at(step) or self._evaluate_and_log()
+            if self.stopped_early_at is None or self.start == self._progress:
                 yield last
-            run.evaluation = self.log.evaluation_at(run.best.kept or step)
-        run.best.put_into(run.policy)
-        save_adapter(run.paths.folder, run.policy, run.adapter_config)
-        run.shipped = ship(run.paths.folder, run.inputs.base, run.config)
-        run.record |= {
+            self.evaluation = self._log.evaluation_at(self.best.kept or step)
+        self.best.put_into(self.policy)
+        save_adapter(self.paths.folder, self.policy, self.adapter_config)
+        self.shipped = ship(self.paths.folder, self.inputs.base, self.config)
+        self.record |= {
             "state": "finished",
-            "evaluation": run.evaluation,
-            "kept": run.best.told(),
-            "stopped_early_at": run.stopped_early_at,
-            "adapter": run.shipped,
+            "evaluation": self.evaluation,
+            "kept": self.best.told(),
+            "stopped_early_at": self.stopped_early_at,
+            "adapter": self.shipped,
         }
-        write_record(run.paths, run.record)
-        run.best.clear()
+        write_record(self.paths, self.record)
+        self.best.clear()

@@ -76,12 +76,12 @@ def seconds(config: "DPOConfig") -> dict[str, float]:
     """How long it takes, with everything that `train` does and says before the first step."""
     import mlx.core as mx
 
-    from mlx_dpo import Run
+    from mlx_dpo import DPOTrainer
     from mlx_dpo.data.batching import collate, micro_batches, step_indices
     from mlx_dpo.runs.summary import facts_of_inputs, facts_of_training
     from mlx_dpo.types import PairLogps
 
-    with Run(config) as run:
+    with DPOTrainer(config) as run:
         began = perf_counter()
         run.load()
         loaded = perf_counter() - began

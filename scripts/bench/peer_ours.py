@@ -3,7 +3,7 @@
 from pathlib import Path
 from time import perf_counter
 
-from mlx_dpo import DPOConfig, Run
+from mlx_dpo import DPOConfig, DPOTrainer
 
 # isort: split
 import mlx.core as mx
@@ -29,7 +29,7 @@ def train(job: bench.Job, folder: Path) -> bench.Result:
         max_length=job.max_length,
         **job.setting,
     )
-    with Run(config) as run:
+    with DPOTrainer(config) as run:
         run.load()
         mx.clear_cache()
         mx.reset_peak_memory()

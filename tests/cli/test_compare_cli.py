@@ -9,7 +9,7 @@ import mlx.core as mx
 import pytest
 from click.testing import CliRunner
 
-from mlx_dpo import DPOConfig, Run
+from mlx_dpo import DPOConfig, DPOTrainer
 from mlx_dpo.chat.session import ChatSession
 from mlx_dpo.cli import cli
 from mlx_dpo.config.sampling import Sampling
@@ -42,7 +42,7 @@ def trained(folder, **entries):
 def train(config):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLX_DPO_CACHE", config.output + "-cache")
-        with Run(config) as run:
+        with DPOTrainer(config) as run:
             run.prepare()
             for _ in run.train():
                 pass

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from mlx_dpo.cli import cli
 from mlx_dpo.demo.rules import is_right
 from mlx_dpo.paths import tiny_chat
-from mlx_dpo.saved_runs import open_run
+from mlx_dpo.saved_runs.open import open_run
 from tests.checkpoints import make_adapter, make_checkpoint
 
 PROGRAM = [sys.executable, "-c", "from mlx_dpo.cli import main; main()", "loop"]

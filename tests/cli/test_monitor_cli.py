@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from mlx_dpo import DPOTrainer
 from mlx_dpo.cli import cli
 from mlx_dpo.config.dpo_config import DPOConfig
-from mlx_dpo.saved_runs import Run
 from tests.checkpoints import make_checkpoint
 
 OVERSHOOTS = ("--learning-rate", "0.1", "--eval-steps", "1", "--valid-fraction", "0.25",
@@ -90,14 +90,14 @@ def test_a_run_that_goes_on_does_not_say_it_again():
     settings = {"model": "base", "pairs": "pairs.jsonl", "output": "run", "max_steps": 24,
                 "learning_rate": 1e-9, "batch_size": 4, "save_steps": 1,
                 "max_grad_norm": 0.0}  # fmt: skip
-    with Run(DPOConfig.from_dict(settings)) as run:
+    with DPOTrainer(DPOConfig.from_dict(settings)) as run:
         run.prepare()
         for row in run.train():
             if row["step"] == 24:
                 break  # killed, with the last checkpoint at 23
     assert len(run.warnings) == 1
     assert record()["warnings"] == run.warnings
-    with Run(DPOConfig.from_dict(settings), resume=True) as again:
+    with DPOTrainer(DPOConfig.from_dict(settings), resume=True) as again:
         again.prepare()  # killed here
     assert record()["warnings"] == again.warnings == run.warnings
     result = train(*IDLE, "--resume", "--save-steps", "1")

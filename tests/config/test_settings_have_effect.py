@@ -6,7 +6,7 @@ from dataclasses import replace
 import mlx.core as mx
 import pytest
 
-from mlx_dpo import DPOConfig, Run
+from mlx_dpo import DPOConfig, DPOTrainer
 from mlx_dpo.adapters import attach as adapters
 from mlx_dpo.adapters.files import save_adapter
 from mlx_dpo.config.dpo_config import options
@@ -192,7 +192,7 @@ def outcome(folder, monkeypatch, output, **changes):
         model="base", pairs="pairs.jsonl", output=str(output), batch_size=2, lora_r=4,
         learning_rate=1e-3,
     )  # fmt: skip
-    with Run(replace(config, **changes)) as run:
+    with DPOTrainer(replace(config, **changes)) as run:
         run.prepare()
         *_, last = run.train()
     return flat(run.policy.trainable_parameters()), last

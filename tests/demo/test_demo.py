@@ -5,7 +5,7 @@ import shutil
 import pytest
 from click.testing import CliRunner
 
-from mlx_dpo import Run
+from mlx_dpo import DPOTrainer
 from mlx_dpo.cli import cli
 from mlx_dpo.demo.rules import contains_word, courteous_markers, is_courteous, is_right
 from mlx_dpo.demo.tour import MARK, Tour
@@ -80,7 +80,7 @@ def test_the_divergence_of_a_policy_from_itself_is_zero(few_pairs, tmp_path):
     tour = Tour(tmp_path / "demo")
     tour.clear()
     tour.convert()
-    with Run(tour.config()) as run:
+    with DPOTrainer(tour.config()) as run:
         run.prepare()
         checkpoint.save(
             run.paths.checkpoints, run.policy, run.optimizer, run.start, run.adapter_config

@@ -7,7 +7,7 @@ from dataclasses import replace
 import mlx.core as mx
 import pytest
 
-from mlx_dpo import Run
+from mlx_dpo import DPOTrainer
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.profiling.memory import MemoryBudget
@@ -102,7 +102,7 @@ def test_where_there_is_room_enough_nothing_is_measured(deep):
 
 
 def test_a_run_that_cannot_fit_is_refused_before_anything_is_written(config, tmp_path):
-    with memory_limit(600_000), pytest.raises(ConfigError) as error, Run(config) as run:
+    with memory_limit(600_000), pytest.raises(ConfigError) as error, DPOTrainer(config) as run:
         run.prepare()
     message = str(error.value)
     assert message.startswith(
@@ -116,7 +116,7 @@ def test_a_run_that_cannot_fit_is_refused_before_anything_is_written(config, tmp
 
 
 def stopped_after(config, step, **how):
-    with Run(config, **how) as run:
+    with DPOTrainer(config, **how) as run:
         run.prepare()
         for row in run.train():
             if row["step"] == step:

@@ -8,7 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from mlx_dpo import Run, evaluate_run
+from mlx_dpo import DPOTrainer, evaluate_run
 from mlx_dpo.errors import ConfigError, RunError
 from mlx_dpo.reporting.metrics_log import read_rows
 
@@ -27,7 +27,7 @@ def config(config):
 def train(config, *, resume=False, drop_after=None):
     """Rows of a run; it is killed after so many of them."""
     rows = []
-    with Run(config, resume=resume) as run:
+    with DPOTrainer(config, resume=resume) as run:
         run.prepare()
         for row in run.train():
             rows.append(row)
@@ -110,7 +110,7 @@ def test_a_run_killed_after_any_row_ends_at_the_same_adapters(config, tmp_path):
     )
     straight = replace(config, output=str(tmp_path / "straight"))
     cuts = []
-    with Run(straight) as run:
+    with DPOTrainer(straight) as run:
         run.prepare()
         for _ in run.train():
             cuts.append(replace(config, output=str(tmp_path / f"cut-{len(cuts)}")))
@@ -160,7 +160,7 @@ def test_an_older_checkpoint_still_finds_the_best_of_its_time(config):
 def test_no_more_than_what_a_checkpoint_can_need_is_kept(config):
     config = replace(config, learning_rate=1e-3, early_stopping_patience=None)
     most = 0
-    with Run(config) as run:
+    with DPOTrainer(config) as run:
         run.prepare()
         for row in run.train():
             if row["step"] % config.save_steps == 1:
@@ -178,13 +178,13 @@ def test_a_best_that_was_removed_is_said_before_it_is_missed(config):
 def test_a_finished_run_says_after_how_many_steps(config):
     run, _ = train(config)
     with pytest.raises(RunError, match=f"finished after {run.stopped_early_at} steps"):
-        Run(config).__enter__()
+        DPOTrainer(config).__enter__()
 
 
 def test_resuming_with_other_evaluations_is_refused_where_they_decide(config):
     train(config, drop_after=5)
     with pytest.raises(RunError, match="began with eval_steps = 2, not 3"):
-        Run(replace(config, eval_steps=3), resume=True).__enter__()
+        DPOTrainer(replace(config, eval_steps=3), resume=True).__enter__()
 
 
 @pytest.mark.parametrize(
@@ -203,5 +203,5 @@ def test_what_can_decide_nothing_is_refused_before_anything_is_written(config, c
 
 
 def test_the_most_patience_that_can_end_is_taken(config):
-    with Run(replace(config, early_stopping_patience=10)) as run:
+    with DPOTrainer(replace(config, early_stopping_patience=10)) as run:
         run.load()

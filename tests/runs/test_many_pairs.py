@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_dpo import DPOConfig, Run
+from mlx_dpo import DPOConfig, DPOTrainer
 from mlx_dpo.data import dataset as store
 from mlx_dpo.data.dataset import digest
 from mlx_dpo.data.tokenization import cache as kept
@@ -54,7 +54,7 @@ def made(monkeypatch):
 
 def start(config):
     """A run up to its first step; what is said before it."""
-    with Run(config) as run:
+    with DPOTrainer(config) as run:
         run.prepare()
         said = facts_of_inputs(run) + facts_of_training(run)
         row = next(run.train())
@@ -108,11 +108,11 @@ def test_the_reference_is_asked_block_by_block(many, made, tmp_path):
     few = tmp_path / "few.jsonl"
     few.write_text("".join(Path(many.pairs[0]).read_text().splitlines(keepends=True)[:300]))
     config = replace(many, pairs=(str(few),), loss_type=("sigmoid",), valid_fraction=0.1)
-    with Run(config) as run:
+    with DPOTrainer(config) as run:
         run.prepare()
     assert len(entries(tmp_path / "cache" / "reference")) == 3
     made.clear()
-    with Run(replace(config, output=config.output + "2")) as again:
+    with DPOTrainer(replace(config, output=config.output + "2")) as again:
         again.prepare()
     assert len(made) <= 40
     for split in ("train", "valid"):

@@ -6,7 +6,7 @@ from dataclasses import replace
 import mlx.core as mx
 import pytest
 
-from mlx_dpo import DPOConfig, Run, evaluate_run
+from mlx_dpo import DPOConfig, DPOTrainer, evaluate_run
 from mlx_dpo.paths import reference_cache
 from mlx_dpo.runs.build import FORWARD_ONLY, forward_only
 from mlx_dpo.runs.summary import facts_of_training
@@ -16,7 +16,7 @@ from mlx_dpo.types import PairLogps, TokenizedPair
 
 
 def prepared(config):
-    with Run(config) as run:
+    with DPOTrainer(config) as run:
         run.prepare()
         return run, [text for name, text in passes(facts_of_training(run))]
 
@@ -60,7 +60,7 @@ def test_tokens_bound_the_passes_of_a_run_and_change_no_result(config, tmp_path)
     rows = []
     for name, changes in (("all", {"max_tokens": 10**6}), ("one", {"max_tokens": 1})):
         changed = replace(config, output=str(tmp_path / name), lora_dropout=0.0, **changes)
-        with Run(changed) as run:
+        with DPOTrainer(changed) as run:
             run.prepare()
             rows.append(list(run.train()))
     for together, alone in zip(*rows, strict=True):
@@ -103,7 +103,7 @@ def test_forward_passes_are_larger_where_training_keeps_more(
 
 
 def test_the_cache_names_a_local_model_without_the_way_to_it(config, checkpoint_folder):
-    with Run(config) as run:
+    with DPOTrainer(config) as run:
         run.prepare()
         list(run.train())
     evaluate_run(config.output, config.pairs[0])

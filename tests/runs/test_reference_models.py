@@ -10,7 +10,7 @@ import mlx_lm
 import pytest
 from click.testing import CliRunner
 
-from mlx_dpo import DPOConfig, Run, evaluate_run
+from mlx_dpo import DPOConfig, DPOTrainer, evaluate_run
 from mlx_dpo.cli import cli
 from mlx_dpo.data.batching import PassLimit, step_indices
 from mlx_dpo.errors import ConfigError, RunError
@@ -36,7 +36,7 @@ def against_other(config, other):
 
 
 def test_another_model_is_what_rewards_are_taken_against(against_other, other):
-    with Run(against_other) as run:
+    with DPOTrainer(against_other) as run:
         run.prepare()
         pairs = run.inputs.train
         first = next(run.train())
@@ -168,7 +168,7 @@ def test_kto_resumes_bit_for_bit_and_is_evaluated_again(judged, tmp_path):
 
 def test_pairs_become_judged_answers_for_kto(config, tmp_path):
     config = replace(config, loss_type=("kto",))
-    with Run(config) as run:
+    with DPOTrainer(config) as run:
         run.load()
     assert len(run.inputs.train) + len(run.inputs.valid) == 24
     for row in run.inputs.train:

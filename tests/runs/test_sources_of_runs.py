@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from mlx_dpo import Run, evaluate_run
+from mlx_dpo import DPOTrainer, evaluate_run
 from mlx_dpo.errors import ConfigError, DataError
 from mlx_dpo.runs.inputs import read_inputs
 
@@ -90,7 +90,7 @@ def test_a_run_reads_standard_input_once_and_is_not_measured_on_it_again(config,
     text = "".join(json.dumps(row) + "\n" for row in rows(0, 8)).encode()
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text)))
     config = replace(config, pairs=("-",), epochs=1)
-    with Run(config) as run:
+    with DPOTrainer(config) as run:
         run.prepare()
         list(run.train())
     assert json.loads((run.paths.record).read_text())["settings"]["pairs"] == ["-"]

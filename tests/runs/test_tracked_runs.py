@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlx_dpo import DPOConfig, Run
+from mlx_dpo import DPOConfig, DPOTrainer
 from mlx_dpo.collect.iterative_dpo import IterativeDPO
 from mlx_dpo.collect.iterative_folder import IterativeSettings
 from mlx_dpo.errors import ConfigError, RunError
@@ -93,7 +93,7 @@ def test_a_program_that_is_told_later_is_told_all_of_it(config, told, tmp_path):
     train(config, stop_after=3)
     run, _ = train(told, resume=True)
     assert in_tensorboard(tmp_path / "run") == wanted(tmp_path / "run")
-    assert run.sinks.open == []
+    assert run.trackers.open == []
 
 
 def test_a_resumed_run_goes_on_telling_and_none_ends_it(told, config, tmp_path):
@@ -114,7 +114,7 @@ def test_programs_hear_whether_a_run_broke_off(told, monkeypatch, error, whole):
         end(self, whole=whole)
 
     monkeypatch.setattr(program, "close", close)
-    with nullcontext() if error is None else pytest.raises(error), Run(told) as run:
+    with nullcontext() if error is None else pytest.raises(error), DPOTrainer(told) as run:
         run.prepare()
         next(run.train())
         if error is not None:
@@ -146,7 +146,7 @@ def test_settings_are_told_and_paths_are_not(told, tmp_path):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
 def test_a_full_disk_of_a_program_ends_no_run(told, tmp_path):
     """Its open file is put on a device on which nothing fits."""
-    with Run(told) as run:
+    with DPOTrainer(told) as run:
         run.prepare()
         rows = []
         for row in run.train():
@@ -160,26 +160,29 @@ def test_a_full_disk_of_a_program_ends_no_run(told, tmp_path):
                 os.close(full)
     assert read_rows(tmp_path / "run" / "metrics.jsonl") == rows
     assert json.loads((tmp_path / "run" / "run.json").read_text())["state"] == "finished"
-    assert run.sinks.lost == [
+    assert run.trackers.lost == [
         "tensorboard is told nothing from step 2 on (No space left on device); the run goes on, "
         "and all is in metrics.jsonl"
     ]
 
 
 def test_a_run_that_breaks_off_lets_go_of_its_programs(told, tmp_path):
-    with pytest.raises(KeyboardInterrupt), Run(told) as run:
+    with pytest.raises(KeyboardInterrupt), DPOTrainer(told) as run:
         run.prepare()
         for row in run.train():
             if row["step"] == 2:
                 raise KeyboardInterrupt
-    assert run.sinks.open == []
+    assert run.trackers.open == []
     assert in_tensorboard(tmp_path / "run") == wanted(tmp_path / "run")
 
 
 def test_a_library_that_is_missing_is_said_before_anything_is_read(told, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     nothing = replace(told, pairs="nothing.jsonl", model="nothing")
-    with pytest.raises(ConfigError, match=r"pip install 'mlx-dpo\[tensorboard\]'"), Run(nothing):
+    with (
+        pytest.raises(ConfigError, match=r"pip install 'mlx-dpo\[tensorboard\]'"),
+        DPOTrainer(nothing),
+    ):
         pass
     assert not (tmp_path / "run").exists()
 
@@ -187,7 +190,7 @@ def test_a_library_that_is_missing_is_said_before_anything_is_read(told, monkeyp
 def test_a_run_that_may_not_be_resumed_tells_nothing(told, tmp_path):
     train(told)
     before = in_tensorboard(tmp_path / "run")
-    with pytest.raises(RunError, match="finished"), Run(told, resume=True):
+    with pytest.raises(RunError, match="finished"), DPOTrainer(told, resume=True):
         pass
     assert in_tensorboard(tmp_path / "run") == before
 
@@ -212,7 +215,7 @@ def test_a_record_without_an_id_gets_one(told, tmp_path):
 def test_the_rounds_of_a_loop_have_names_of_their_own(config, tmp_path, monkeypatch):
     (tmp_path / "prompts.txt").write_text("One?\nTwo?\n")
     (tmp_path / "rewards.py").write_text("def length(prompt, answer):\n    return len(answer)\n")
-    monkeypatch.setattr("mlx_dpo.collect.iterative_dpo.check_sinks", lambda config: None)
+    monkeypatch.setattr("mlx_dpo.collect.iterative_dpo.check_trackers", lambda config: None)
     settings = IterativeSettings(
         prompts=str(tmp_path / "prompts.txt"), reward=f"{tmp_path}/rewards.py:length"
     )
@@ -235,9 +238,9 @@ def test_a_loop_asks_for_what_is_missing_before_it_collects(config, tmp_path, mo
 
 
 def test_a_name_is_that_of_the_folder_as_it_is_called(config, monkeypatch, tmp_path):
-    from mlx_dpo.runs.trackers import name_there
+    from mlx_dpo.runs.trackers import run_name
 
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    assert name_there(replace(config, output=".")) == "here"
-    assert name_there(replace(config, report_to=("wandb",), run_name="mine")) == "mine"
+    assert run_name(replace(config, output=".")) == "here"
+    assert run_name(replace(config, report_to=("wandb",), run_name="mine")) == "mine"

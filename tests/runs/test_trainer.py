@@ -7,7 +7,7 @@ import mlx.core as mx
 import mlx_lm
 import pytest
 
-from mlx_dpo import DPOConfig, Run, evaluate_run, load_policy
+from mlx_dpo import DPOConfig, DPOTrainer, evaluate_run, load_policy
 from mlx_dpo.adapters import attach as adapters
 from mlx_dpo.errors import ConfigError, RunError, TrainingError
 from mlx_dpo.reporting.metrics_log import read_rows
@@ -51,7 +51,7 @@ def test_step_one_is_log_two_fresh_and_resumed(config, bits):
     assert rows[0]["rewards/chosen"] == pytest.approx(0, abs=1e-5)
     assert rows[0]["rewards/rejected"] == pytest.approx(0, abs=1e-5)
     fresh = replace(config, output=config.output + "-2")
-    with Run(fresh) as run:
+    with DPOTrainer(fresh) as run:
         run.prepare()  # killed here: the reference is on disk, no checkpoint is
     _, rows = train(fresh, resume=True, stop_after=1)
     assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
@@ -76,7 +76,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights_bit_for_bit(config, tmp_
 
 def test_rows_after_the_last_checkpoint_are_not_written_twice(config, tmp_path):
     """As after `kill -9` at step 3, when the last checkpoint is that of step 2."""
-    with Run(config) as run:
+    with DPOTrainer(config) as run:
         run.prepare()
         for row in run.train():
             if row["step"] == 3:
@@ -134,7 +134,7 @@ def test_a_run_is_not_resumed_in_another_number_type(config, tmp_path):
     record = tmp_path / "run" / "run.json"
     record.write_text(record.read_text().replace("cpu float32", "metal bfloat16"))
     with (
-        Run(config, resume=True) as run,
+        DPOTrainer(config, resume=True) as run,
         pytest.raises(
             RunError, match="the device, or the number type of the weights on it, changed"
         ),
@@ -211,7 +211,7 @@ def test_a_run_moved_with_its_model_still_opens(config, tmp_path):
 def test_resuming_with_another_setting_names_it(config, name, value):
     train(config, stop_after=1)
     with pytest.raises(RunError, match=f"began with {name} = .*, not {value}"):
-        Run(replace(config, **{name: value}), resume=True).__enter__()
+        DPOTrainer(replace(config, **{name: value}), resume=True).__enter__()
 
 
 def test_resuming_may_change_what_does_not_change_the_result(config):
@@ -231,30 +231,30 @@ def test_resuming_on_other_contents_names_them(config, pairs_file, checkpoint_fo
         arrays = mx.load(str(path))
         arrays["model.norm.weight"] = arrays["model.norm.weight"] * 1.5
         mx.save_safetensors(str(path), arrays, {"format": "pt"})
-    with Run(config, resume=True) as run, pytest.raises(RunError, match=f"{name} changed"):
+    with DPOTrainer(config, resume=True) as run, pytest.raises(RunError, match=f"{name} changed"):
         run.load()
 
 
 def test_a_folder_with_a_run_is_not_overwritten(config):
     train(config, stop_after=1)
     with pytest.raises(RunError, match="unfinished run; add --resume"):
-        Run(config).__enter__()
+        DPOTrainer(config).__enter__()
     train(config, resume=True)
     for resume in (False, True):
         with pytest.raises(RunError, match="finished after 6 steps"):
-            Run(config, resume=resume).__enter__()
+            DPOTrainer(config, resume=resume).__enter__()
 
 
 def test_a_folder_with_other_files_is_left_alone(config, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("x")
     with pytest.raises(RunError, match=r"not a run folder \(found `thesis.txt`\)"):
-        Run(config).__enter__()
+        DPOTrainer(config).__enter__()
 
 
 def test_a_second_run_into_the_same_folder_is_refused_while_the_first_lives(config):
-    with Run(config), pytest.raises(RunError, match="another run is writing here"):
-        Run(config).__enter__()
+    with DPOTrainer(config), pytest.raises(RunError, match="another run is writing here"):
+        DPOTrainer(config).__enter__()
 
 
 def test_a_folder_in_which_nothing_was_written_disappears(tmp_path):
@@ -265,14 +265,14 @@ def test_a_folder_in_which_nothing_was_written_disappears(tmp_path):
 
 def test_bad_pairs_leave_nothing_behind(config, pairs_file, tmp_path):
     pairs_file.write_text("{")
-    with Run(config) as run, pytest.raises(Exception, match=r"pairs\.jsonl:1: "):
+    with DPOTrainer(config) as run, pytest.raises(Exception, match=r"pairs\.jsonl:1: "):
         run.load()
     assert not (tmp_path / "run").exists()
 
 
 def test_a_loss_that_is_no_number_keeps_the_last_good_state(config, tmp_path):
     config = replace(config, learning_rate=1e30, warmup_ratio=0.0, max_grad_norm=0.0)
-    with Run(config) as run:
+    with DPOTrainer(config) as run:
         run.prepare()
         with pytest.raises(TrainingError, match=r"step \d: .*not a number at .*pairs\.jsonl:\d+"):
             list(run.train())
@@ -287,7 +287,7 @@ def test_rows_longer_than_the_models_context_are_refused(config, pairs_file):
     row = {"prompt": "word " * 200, "chosen": "yes", "rejected": "no"}
     pairs_file.write_text(pairs_file.read_text() + json.dumps(row) + "\n")
     with (
-        Run(replace(config, max_length=2048)) as run,
+        DPOTrainer(replace(config, max_length=2048)) as run,
         pytest.raises(ConfigError, match=r"`max_length` is 2048, .* 512 tokens.*--max-length 512"),
     ):
         run.load()
@@ -297,7 +297,7 @@ def test_rows_longer_than_the_models_context_are_refused(config, pairs_file):
 def test_what_a_run_cannot_do_without_is_asked_for(settings, name):
     del settings[name]
     with pytest.raises(ConfigError, match=f"`{name}` is not set"):
-        Run(DPOConfig.from_dict(settings))
+        DPOTrainer(DPOConfig.from_dict(settings))
 
 
 def test_max_steps_takes_the_place_of_epochs(settings, tmp_path):
@@ -311,7 +311,7 @@ def test_a_run_in_which_nothing_would_move_is_refused(settings):
     """One step, and the warm-up of Transformers begins at a learning rate of 0."""
     del settings["epochs"]
     with (
-        Run(DPOConfig.from_dict(settings | {"max_steps": 1})) as run,
+        DPOTrainer(DPOConfig.from_dict(settings | {"max_steps": 1})) as run,
         pytest.raises(ConfigError, match="nothing would be trained; use --warmup-ratio 0"),
     ):
         run.load()
@@ -319,11 +319,11 @@ def test_a_run_in_which_nothing_would_move_is_refused(settings):
 
 def test_a_warm_up_that_does_not_end_is_refused(config):
     with (
-        Run(replace(config, warmup_steps=6)) as run,
+        DPOTrainer(replace(config, warmup_steps=6)) as run,
         pytest.raises(ConfigError, match="`warmup_steps` 6 leaves none of the run's 6 steps"),
     ):
         run.load()
-    with Run(replace(config, warmup_steps=5)) as run:
+    with DPOTrainer(replace(config, warmup_steps=5)) as run:
         run.load()
 
 

@@ -2,12 +2,12 @@
 
 import mlx.core as mx
 
-from mlx_dpo import Run
+from mlx_dpo import DPOTrainer
 
 
 def train(config, *, resume=False, stop_after=None):
     """The run and its rows; asked to stop after the row of a step."""
-    with Run(config, resume=resume) as run:
+    with DPOTrainer(config, resume=resume) as run:
         run.prepare()
         rows = []
         for row in run.train():

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from mlx_dpo import load_policy
 from mlx_dpo.errors import ConfigError, ModelError, RunError
 from mlx_dpo.runs.save_peft import IN_BOTH
 from mlx_dpo.runs.summary import facts_of_end
-from mlx_dpo.saved_runs import load_policy
 from mlx_dpo.saved_runs.export_peft import export_run
 from tests.trained_run import train
 

@@ -7,7 +7,7 @@ import mlx.core as mx
 import mlx_lm
 import pytest
 
-from mlx_dpo import Run, load_policy
+from mlx_dpo import DPOTrainer, load_policy
 from mlx_dpo.adapters.files import content_digest
 from mlx_dpo.chat.session import ChatSession
 from mlx_dpo.config.sampling import Sampling
@@ -22,7 +22,7 @@ TOKENS = mx.array([[1, 40, 41, 42, 3, 2]])
 
 
 def train(config):
-    with Run(config) as run:
+    with DPOTrainer(config) as run:
         run.prepare()
         for _ in run.train():
             pass

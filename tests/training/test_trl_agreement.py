@@ -20,7 +20,7 @@ import mlx.optimizers as optim
 import numpy as np
 import pytest
 
-from mlx_dpo import DPOConfig, Run
+from mlx_dpo import DPOConfig, DPOTrainer
 from mlx_dpo.adapters import attach as adapters
 from mlx_dpo.data.batching import PassLimit, step_indices
 from mlx_dpo.data.schemas import to_preferences
@@ -158,7 +158,7 @@ def through_a_run(golden: dict[str, Any], folder: Path) -> Iterator[dict[str, fl
         seed=SEED,
         **settings,
     )
-    with Run(config) as run:
+    with DPOTrainer(config) as run:
         run.prepare()
         set_initial_a(run.policy, golden)
         yield from (row for row in run.train() if "loss" in row)
