@@ -18,7 +18,7 @@ from mlx_dpo.adapters import master_weights as masters
 from mlx_dpo.adapters.layers import ADAPTED, DORA, Kind, bare, dropout_of, rank_of, wrap
 from mlx_dpo.adapters.targets import adaptable, block_paths, chosen, mlx_lm_keys, trainable
 from mlx_dpo.errors import ModelError, reason
-from mlx_dpo.io import Arrays, flat, read_arrays
+from mlx_dpo.io.arrays import Arrays, named_arrays, read_arrays
 
 Way = Literal["lora", "dora", "full"]
 
@@ -84,7 +84,7 @@ def attach_full(
     """
     parts = chosen(model, trainable(model), target_modules, num_layers)
     within = tuple(f"{part}." for part in parts)
-    unfreeze(model, [name for name in flat(model.parameters()) if name.startswith(within)])
+    unfreeze(model, [name for name in named_arrays(model.parameters()) if name.startswith(within)])
 
 
 def unfreeze(model: nn.Module, names: Sequence[str]) -> None:
@@ -137,7 +137,7 @@ def detach(model: nn.Module) -> None:
 
 def adapter_weights(model: nn.Module) -> Arrays:
     """What is trained, by name."""
-    return flat(model.trainable_parameters())
+    return named_arrays(model.trainable_parameters())
 
 
 def way_of(model: nn.Module) -> Way:
@@ -152,7 +152,7 @@ def description(model: nn.Module) -> dict[str, Any]:
     """What mlx-lm needs to put the same adapters on the same base."""
     way, adapted = way_of(model), adapted_modules(model)
     if way == "full":
-        trained = flat(model.trainable_parameters())
+        trained = named_arrays(model.trainable_parameters())
         blocks = block_paths(model)
         first = min(
             (i for i, b in enumerate(blocks) if any(name.startswith(b + ".") for name in trained)),

@@ -6,7 +6,6 @@ arrays decide which layers are adapted. `peft_layout` reads the other layout.
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,8 @@ from mlx_dpo.adapters import peft as peft_layout
 from mlx_dpo.adapters.attach import Saved, adapter_weights, attach_at, read_weights, unfreeze
 from mlx_dpo.adapters.targets import is_tied
 from mlx_dpo.errors import ModelError, reason
-from mlx_dpo.io import Arrays, flat, write_arrays
+from mlx_dpo.io.arrays import Arrays, named_arrays, write_arrays
+from mlx_dpo.io.atomic import atomic_file, write_file
 from mlx_dpo.models.files import read_json
 
 WEIGHTS = "adapters.safetensors"
@@ -42,15 +42,12 @@ def add_peft(folder: Path, settings: dict[str, Any], arrays: Arrays) -> None:
 
 
 def _put_config(folder: Path, config: dict[str, Any]) -> None:
-    partial = folder / f"partial-{CONFIG}"
-    partial.write_text(json.dumps(config, indent=2) + "\n")
-    os.replace(partial, folder / CONFIG)
+    write_file(folder / CONFIG, json.dumps(config, indent=2) + "\n")
 
 
 def _put_arrays(path: Path, arrays: Arrays, made_by: str) -> None:
-    partial = path.with_name(f"partial-{path.name}")  # mlx insists on the ending
-    write_arrays(partial, arrays, {"format": made_by})
-    os.replace(partial, path)
+    with atomic_file(path) as temporary:
+        write_arrays(temporary, arrays, {"format": made_by})
 
 
 def read_adapter(folder: Path) -> Saved:
@@ -121,7 +118,7 @@ def start_from(model: nn.Module, saved: Saved, *, dropout: float) -> None:
     """
     weights = saved.weights
     if saved.way == "full":
-        here = flat(model.parameters())
+        here = named_arrays(model.parameters())
         _refuse_other_model(
             saved.where,
             {name: here[name].shape for name in saved.weights if name in here},

@@ -14,7 +14,7 @@ from huggingface_hub.errors import (
 )
 
 from mlx_dpo.errors import ModelError, reason
-from mlx_dpo.io import Arrays, read_arrays
+from mlx_dpo.io.arrays import Arrays, read_arrays
 from mlx_dpo.models.files import weight_files
 
 UNREADABLE = (HTTPError, NotASafetensorsRepoError, SafetensorsParsingError, OSError)

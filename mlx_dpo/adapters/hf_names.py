@@ -19,7 +19,7 @@ from mlx_dpo.adapters.layers import EXPERTS, TABLES, DoRAEmbedding, bare
 from mlx_dpo.adapters.peft import ROOTS
 from mlx_dpo.adapters.targets import is_tied
 from mlx_dpo.errors import ModelError
-from mlx_dpo.io import Arrays, scalar
+from mlx_dpo.io.arrays import Arrays, scalar
 from mlx_dpo.models.device import float32_weight
 
 # `model_type`s whose linear layers have the same paths and weights in transformers.

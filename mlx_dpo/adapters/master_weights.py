@@ -14,7 +14,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from mlx_dpo.errors import ModelError
-from mlx_dpo.io import flat
+from mlx_dpo.io.arrays import named_arrays
 
 MARK = "_masters"
 
@@ -36,7 +36,7 @@ def unfreeze(model: nn.Module, names: Sequence[str]) -> None:
         ModelError: one of them is packed.
     """
     modules = dict(model.named_modules())
-    values = flat(model.parameters())
+    values = named_arrays(model.parameters())
     narrow: dict[str, mx.Dtype] = {}
     for name in names:
         owner, key = _place(modules, name)
@@ -85,7 +85,7 @@ def narrowed(model: nn.Module) -> Iterator[None]:
     if masters is None or not masters.narrow:
         yield
         return
-    trained = flat(model.trainable_parameters())
+    trained = named_arrays(model.trainable_parameters())
     held = {name: trained[name] for name in masters.narrow if name in trained}
     cast = [(name, value.astype(masters.narrow[name])) for name, value in held.items()]
     model.update(tree_unflatten(cast))
@@ -98,6 +98,6 @@ def narrowed(model: nn.Module) -> Iterator[None]:
 def settle(model: nn.Module) -> None:
     """For good what `narrowed` is for a while: of a policy that is not trained any further."""
     masters: _Masters = vars(model)[MARK]
-    values = flat(model.parameters())
+    values = named_arrays(model.parameters())
     model.update(tree_unflatten([(k, values[k].astype(t)) for k, t in masters.narrow.items()]))
     setattr(model, MARK, _Masters())

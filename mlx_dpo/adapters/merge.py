@@ -13,7 +13,7 @@ from mlx.utils import tree_unflatten
 from mlx_dpo.adapters import master_weights as masters
 from mlx_dpo.adapters.attach import adapted_modules
 from mlx_dpo.adapters.layers import DORA, LoRAEmbedding, LoRASwitchLinear, bare
-from mlx_dpo.io import scalar
+from mlx_dpo.io.arrays import scalar
 from mlx_dpo.models.device import PLAIN, cast, float32_weight, unpack
 
 

@@ -16,7 +16,7 @@ import mlx.nn as nn
 from mlx_dpo.adapters.attach import Saved, adapted_modules, read_weights, way_of
 from mlx_dpo.adapters.layers import LoRAEmbedding, dropout_of, rank_of
 from mlx_dpo.errors import ModelError
-from mlx_dpo.io import Arrays
+from mlx_dpo.io.arrays import Arrays
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."

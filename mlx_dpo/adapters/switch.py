@@ -13,7 +13,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from mlx_dpo.adapters.attach import adapted_modules, detach
-from mlx_dpo.io import Arrays, flat
+from mlx_dpo.io.arrays import Arrays, named_arrays
 
 Side = Literal["base", "aligned"]
 
@@ -42,7 +42,7 @@ class Sides:
         """Remember what the model has on now as this side."""
         adapted = adapted_modules(self.model)
         detach(self.model)
-        self._kept[side] = _Kept(adapted, flat(self.model.parameters()))
+        self._kept[side] = _Kept(adapted, named_arrays(self.model.parameters()))
         self._attach(adapted)
         self.now = side
 
@@ -52,7 +52,7 @@ class Sides:
         if side == self.now:
             return
         detach(self.model)
-        here = flat(self.model.parameters())
+        here = named_arrays(self.model.parameters())
         other = [(k, value) for k, value in kept.weights.items() if here[k] is not value]
         self.model.update(tree_unflatten(other))
         self._attach(kept.adapted)

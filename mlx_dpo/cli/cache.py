@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 
 from mlx_dpo.errors import ConfigError
-from mlx_dpo.paths import MOVES_CACHE, abandoned, cache_folder, reference_cache, token_cache
+from mlx_dpo.io.atomic import abandoned_paths
+from mlx_dpo.paths import MOVES_CACHE, cache_folder, reference_cache, token_cache
 
 if TYPE_CHECKING:
     from mlx_dpo.training.logps_cache import Group
@@ -42,7 +43,7 @@ def _shelves() -> dict[str, Shelf]:
 
     rooms = {"reference": (reference_cache(), answers), "tokens": (token_cache(), kept)}
     return {
-        name: Shelf(folder, room.entries(folder), abandoned(folder, room.SUFFIX))
+        name: Shelf(folder, room.entries(folder), abandoned_paths(folder))
         for name, (folder, room) in rooms.items()
     }
 

@@ -1,6 +1,5 @@
 """`mlx-dpo compare`: answers side by side, shaded where the preference acts."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ import click
 from mlx_dpo.cli.answers import CONTROLS, sampling_flags
 from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.errors import ConfigError, DataError, reason
+from mlx_dpo.io.atomic import write_file
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -93,10 +93,8 @@ def _write_page(path: Path, found: "Comparison", title: str) -> None:
         ],
         [column.figures() for column in found.columns],
     )
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(page(table), "utf-8")
-        os.replace(partial, path)
+        write_file(path, page(table))
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({reason(error)})") from error
 

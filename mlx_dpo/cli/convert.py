@@ -60,9 +60,9 @@ def convert(source: str, output: Path, bits: str | None, **options: Any) -> None
 
 def facts(report: "ConvertReport") -> list[tuple[str, str]]:
     """What a person wants to know of a conversion, line by line."""
-    from mlx_dpo.io import megabytes
+    from mlx_dpo.models.output_folder import format_bytes
 
-    before, after = megabytes(report.bytes_before), megabytes(report.bytes_after)
+    before, after = format_bytes(report.bytes_before), format_bytes(report.bytes_after)
     return [
         ("model", f"{report.source} → {report.output}"),
         ("weights", f"{before} → {after}, {report.bits_per_weight:.2f} bits per weight"),

@@ -59,7 +59,7 @@ def fuse(run: str, output: Path, bits: str | None, **wishes: Any) -> None:
     lost it is not kept.
     """
     from mlx_dpo.export.fuse import Wish, convert_to_gguf, fuse_run
-    from mlx_dpo.io import megabytes
+    from mlx_dpo.models.output_folder import format_bytes
     from mlx_dpo.reporting.console import make_console, print_facts
 
     console = make_console()
@@ -70,16 +70,16 @@ def fuse(run: str, output: Path, bits: str | None, **wishes: Any) -> None:
     if wish.gguf is not None:
         with console.status(f"Converting {output}"):
             convert_to_gguf(fused, wish)
-        print_facts(console, [("gguf", f"{wish.gguf}, {megabytes(wish.gguf.stat().st_size)}")])
+        print_facts(console, [("gguf", f"{wish.gguf}, {format_bytes(wish.gguf.stat().st_size)}")])
 
 
 def facts(fused: "Fused") -> list[tuple[str, str]]:
     """What a person wants to know of a fused model, line by line."""
-    from mlx_dpo.io import megabytes
+    from mlx_dpo.models.output_folder import format_bytes
 
     found, rounding = fused.retention, fused.rounding
     lines = [
-        ("model", f"{fused.output}, {megabytes(fused.bytes)}, {fused.kind}"),
+        ("model", f"{fused.output}, {format_bytes(fused.bytes)}, {fused.kind}"),
         (
             "margin",
             f"{found.margin:.2%} kept: {found.margin_before:.3f} before, {found.margin_after:.3f} "

@@ -17,11 +17,10 @@ def pull(name: str, output: Path, revision: str | None) -> None:
     """
     from mlx_dpo.cli import program
     from mlx_dpo.hub.push import pull_adapter
-    from mlx_dpo.io import megabytes
+    from mlx_dpo.models.output_folder import format_bytes
 
     pulled = pull_adapter(name, output, revision)
-    click.echo(
-        f"{output}: {megabytes(pulled.bytes)}, for {pulled.base_model or 'a base it does not name'}"
-    )
+    base_model = pulled.base_model or "a base it does not name"
+    click.echo(f"{output}: {format_bytes(pulled.bytes)}, for {base_model}")
     base = shlex.quote(pulled.base_model or "MODEL")
     click.echo(f"Next: {program()} chat --model {base} --adapter {shlex.quote(str(output))}")

@@ -4,7 +4,6 @@ Where a loop stands is read off its files alone, so that it can be ended at any 
 """
 
 import json
-import os
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,6 +17,7 @@ from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.data.prompts import Prompt, held_out_prompts, read_prompts, with_system
 from mlx_dpo.errors import ConfigError, RunError
+from mlx_dpo.io.atomic import is_temporary, write_file
 from mlx_dpo.runs.folder import RunPaths, read_record
 
 HELD_OUT_FRACTION = 0.1
@@ -180,14 +180,9 @@ def next_stage(
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Replace a file by another whole one."""
+    """Write or replace a file of the loop; its content is on the disk before its name."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"partial-{path.name}")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    write_file(path, text, durable=True)
 
 
 def start_or_resume(
@@ -206,8 +201,8 @@ def start_or_resume(
     now = {"loop": asdict(settings), "settings": config.to_dict(), "contents": digests}
     now = json.loads(json.dumps(now))
     if not paths.record.is_file():
-        own = {".lock", f"partial-{paths.record.name}"}
-        others = {path.name for path in paths.folder.iterdir()} - own
+        others = {path.name for path in paths.folder.iterdir() if not is_temporary(path)}
+        others.discard(".lock")
         if others:
             raise RunError(
                 f"{paths.folder}: not empty and not the folder of a loop (found "

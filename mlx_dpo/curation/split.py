@@ -11,7 +11,6 @@ from mlx_dpo.data.examples import told
 from mlx_dpo.data.inspect.raw_rows import (
     LINES,
     all_rows,
-    new_folder,
     refuse_changed,
     refuse_pairing,
     refuse_read_once,
@@ -24,6 +23,7 @@ from mlx_dpo.data.report import PairsReport
 from mlx_dpo.data.schemas import prompt_digest
 from mlx_dpo.data.sources import Source, find
 from mlx_dpo.errors import ConfigError, DataError
+from mlx_dpo.io.atomic import atomic_folder
 from mlx_dpo.runs.inputs import row_rules
 
 TRAIN, VALID = "train", "valid"
@@ -57,7 +57,7 @@ def split_pairs(config: DPOConfig, *, share: float, output: Path) -> Divided:
     if not held:
         raise ConfigError(f"{sources.train[0].name}: holds one pair, and two make a split")
     sides = {number: VALID if number in held else TRAIN for number in rows}
-    with new_folder(output) as folder:
+    with atomic_folder(output) as folder:
         _write_sides(sources.train, sides, folder)
     counts = Counter(sides.values())
     named = {name: counts[name] for name in (TRAIN, VALID)}

@@ -16,7 +16,7 @@ from mlx_dpo.demo.rules import courteous_markers, is_courteous, is_right
 from mlx_dpo.errors import RunError
 from mlx_dpo.export.convert import ConvertReport, convert
 from mlx_dpo.generation.generate import generate_batch
-from mlx_dpo.io import scalar
+from mlx_dpo.io.arrays import scalar
 from mlx_dpo.models.load import Base
 from mlx_dpo.paths import tiny_chat
 from mlx_dpo.runs.inputs import token_rules

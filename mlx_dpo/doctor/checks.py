@@ -23,7 +23,7 @@ from mlx_dpo.config.training import PassLimit
 from mlx_dpo.data.batching import collate
 from mlx_dpo.doctor import float64
 from mlx_dpo.errors import DPOError, reason
-from mlx_dpo.io import flat
+from mlx_dpo.io.arrays import named_arrays
 from mlx_dpo.models.device import cast, device_kind, dtype_name
 from mlx_dpo.scoring.logps import completion_logps, pair_logps
 from mlx_dpo.scoring.scorers import score_pairs
@@ -146,7 +146,7 @@ def gradient_error(bits: int | None) -> float:
         return float(np.mean(np.log1p(np.exp(-BETA * (chosen - rejected)))))
 
     rng, step, errors = np.random.default_rng(3), 1e-4, []
-    for name, value in flat(gradients).items():
+    for name, value in named_arrays(gradients).items():
         found = np.array(value, np.float64)
         size, other = np.linalg.norm(found), rng.normal(size=found.shape)
         if size == 0:

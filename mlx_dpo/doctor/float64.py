@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_dpo.io import flat
+from mlx_dpo.io.arrays import named_arrays
 from mlx_dpo.types import PairBatch
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -20,7 +20,7 @@ def weights_of(model: nn.Module) -> Weights:
     """Every weight by name in float64; quantised ones as the numbers that they stand for."""
     weights = {  # NumPy knows no bfloat16; packed weights are whole numbers, and stay so
         name: value.astype(mx.float32) if mx.issubdtype(value.dtype, mx.floating) else value
-        for name, value in flat(model.parameters()).items()
+        for name, value in named_arrays(model.parameters()).items()
     }
     for path, module in model.named_modules():
         if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding):

@@ -16,13 +16,14 @@ from huggingface_hub import ModelCardData
 from mlx_lm import convert as mlx_convert
 
 from mlx_dpo.errors import ModelError
-from mlx_dpo.io import check_target, partial_folder, scalar, writing
+from mlx_dpo.io.arrays import scalar
 from mlx_dpo.models import load
 from mlx_dpo.models.device import number_type
 from mlx_dpo.models.download import is_hub_id, locate
 from mlx_dpo.models.files import CONFIG, INDEX, check_files, read_json, weight_bytes
 from mlx_dpo.models.license import CARD, card_of, copy_licences, inherited
 from mlx_dpo.models.load import Base
+from mlx_dpo.models.output_folder import check_output_folder, disk_errors, new_output_folder
 from mlx_dpo.models.quantize import (
     Packing,
     check_quantisable,
@@ -116,9 +117,12 @@ def convert(  # noqa: PLR0913 (one argument for each option of the command)
     model, config = load.read_model(path, source, trust_remote_code=trust_remote_code)
     if packing.quantises:
         check_quantisable(model, config, packing.group_size, packing.groups)
-    check_target(output, _expected_bytes(model, packing))
-    with partial_folder(output) as partial:
-        with load.one_line(source, "cannot be converted", "take other settings"), writing(output):
+    check_output_folder(output, _expected_bytes(model, packing))
+    with new_output_folder(output) as partial:
+        with (
+            load.one_line(source, "cannot be converted", "take other settings"),
+            disk_errors(output),
+        ):
             _write(path, partial, packing, trust_remote_code)
             _tidy(path, partial, source, packing)
         written, _ = load.read_model(partial, source, trust_remote_code=trust_remote_code)
@@ -143,6 +147,7 @@ def _expected_bytes(model: nn.Module, packing: Packing) -> int:
 
 
 def _write(path: Path, partial: Path, packing: Packing, trust_remote_code: bool) -> None:
+    partial.rmdir()  # mlx-lm insists on making the folder
     with contextlib.redirect_stdout(io.StringIO()):  # mlx-lm prints its progress
         mlx_convert(
             str(path),

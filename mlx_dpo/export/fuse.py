@@ -21,11 +21,11 @@ from mlx_dpo.export.model_folder import (
     write_mlx,
 )
 from mlx_dpo.hub.model_card import fused_card
-from mlx_dpo.io import check_target, partial_folder, writing
 from mlx_dpo.models.device import number_type
 from mlx_dpo.models.files import weight_bytes
 from mlx_dpo.models.license import CARD, card_of, inherited
 from mlx_dpo.models.load import Base, load_base, read_model
+from mlx_dpo.models.output_folder import check_output_folder, disk_errors, new_output_folder
 from mlx_dpo.models.quantize import AFFINE_GROUP, expected_bytes, quantise
 from mlx_dpo.saved_runs.evaluate import named_pairs, own_pairs
 from mlx_dpo.saved_runs.export_peft import hub_id_of
@@ -175,14 +175,14 @@ def fuse_run(folder: str, output: Path, wish: Wish) -> Fused:
     checkpoint = _checkpoint(base, wish)
     dtype = wish.dtype or _stored_type(base, opened)
     size = _size(base, wish, dtype, checkpoint)
-    check_target(output, size)
+    check_output_folder(output, size)
     put_reference(opened, base)
     reference = _score(opened, base, pairs)
     put_policy(opened, base)
     policy = _score(opened, base, pairs)
     with ExitStack() as stack:
-        partial = stack.enter_context(partial_folder(output))
-        with writing(output):
+        partial = stack.enter_context(new_output_folder(output))
+        with disk_errors(output):
             rounding, left = _write(partial, base, wish, dtype, checkpoint)
             licence = inherited(card_of(base.path))
             page = fused_card(hub_id_of(opened), to=wish.to, bits=wish.bits, inherited=licence)

@@ -24,7 +24,8 @@ from mlx_dpo.adapters.hf_names import (
 from mlx_dpo.adapters.merge import fused_weight
 from mlx_dpo.adapters.targets import is_tied
 from mlx_dpo.errors import ConfigError, ModelError, reason
-from mlx_dpo.io import Arrays, flat, read_arrays, write_arrays
+from mlx_dpo.io.arrays import Arrays, named_arrays, read_arrays, write_arrays
+from mlx_dpo.io.atomic import atomic_file
 from mlx_dpo.models.files import CONFIG, INDEX, TOKENIZER_FILES, weight_files
 from mlx_dpo.models.license import TEXTS
 
@@ -34,7 +35,6 @@ TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 def write_mlx(folder: Path, model: nn.Module, entries: Mapping[str, Any], source: Path) -> None:
     """A plain model with its configuration; what else a model needs comes from `source`."""
-    folder.mkdir()
     save_model(folder, model)
     save_config(dict(entries), folder / CONFIG)
     _copy(source, folder, BESIDE)
@@ -46,7 +46,6 @@ def write_hf(folder: Path, changed: Arrays, checkpoint: Checkpoint) -> None:
     One of its files is held at a time, and `changed` is emptied on the way.
     """
     assert checkpoint.folder is not None
-    folder.mkdir()
     for file in weight_files(checkpoint.folder):
         arrays, metadata = read_arrays(file)
         for name in arrays.keys() & changed.keys():
@@ -81,7 +80,9 @@ def _trained(model: nn.Module, kind: str, checkpoint: Checkpoint) -> Arrays:
         raise ModelError(
             f"{checkpoint.name}: layers of `{kind}` are not known to lie in it as here"
         )
-    changed = {tensor_name(name, kind): value for name, value in flat(model.parameters()).items()}
+    changed = {
+        tensor_name(name, kind): value for name, value in named_arrays(model.parameters()).items()
+    }
     for name, value in changed.items():
         if checkpoint.shapes.get(name) != value.shape:
             raise ModelError(f"{checkpoint.name}: it has no `{name}` of the shape {value.shape}")
@@ -154,19 +155,16 @@ def write_gguf(converter: Path, model: Path, output: Path) -> None:
     Raises:
         ModelError: the converter refuses it, an architecture that it does not know for one.
     """
-    partial = output.with_name(f".{output.name}.partial")
     # By its own first line, for what it imports is in another environment than this one.
-    command = [str(converter.resolve()), str(model), "--outfile", str(partial)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode or not partial.is_file():
-            said = done.stderr.strip() or done.stdout.strip() or "it wrote nothing"
-            raise ModelError(_refused(output, converter, model, said.splitlines()[-1]))
-        partial.replace(output)
+        with atomic_file(output) as partial:
+            command = [str(converter.resolve()), str(model), "--outfile", str(partial)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode or not partial.is_file():
+                message = done.stderr.strip() or done.stdout.strip() or "it wrote nothing"
+                raise ModelError(_refused(output, converter, model, message.splitlines()[-1]))
     except OSError as error:
         raise ModelError(_refused(output, converter, model, reason(error))) from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _refused(output: Path, converter: Path, model: Path, said: str) -> str:

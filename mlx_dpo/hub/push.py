@@ -29,9 +29,9 @@ from mlx_dpo.errors import ConfigError, ModelError, reason
 from mlx_dpo.hub import push as hub
 from mlx_dpo.hub.run_card import steps_of
 from mlx_dpo.hub.secret_scan import leaks_in
-from mlx_dpo.io import check_target, partial_folder, writing
 from mlx_dpo.models.files import read_json
 from mlx_dpo.models.license import CARD, card_of
+from mlx_dpo.models.output_folder import check_output_folder, disk_errors, new_output_folder
 from mlx_dpo.runs.folder import CURVES
 from mlx_dpo.saved_runs.export_peft import open_finished
 
@@ -275,15 +275,14 @@ def pull_adapter(name: str, output: Path, revision: str | None = None) -> Pulled
     Raises:
         ModelError: there is none, it cannot be read here, or it cannot be written.
     """
-    check_target(output, 0)
+    check_output_folder(output, 0)
     found = hub.pull(name, revision=revision)
     try:
         read_adapter(found)
     except ModelError as error:  # says where the Hub's copy lies
         raise ModelError(str(error).replace(str(found), name)) from error
-    check_target(output, sum(file.stat().st_size for file in found.iterdir()))
-    with partial_folder(output) as partial, writing(output):
-        partial.mkdir()
+    check_output_folder(output, sum(file.stat().st_size for file in found.iterdir()))
+    with new_output_folder(output) as partial, disk_errors(output):
         for file in hub.ADAPTER_FILES:
             if (found / file).is_file():
                 shutil.copyfile(found / file, partial / file)

@@ -17,6 +17,7 @@ from mlx_dpo.errors import ConfigError, ModelError
 from mlx_dpo.evaluation.compare import compare_runs
 from mlx_dpo.hub.model_card import CardFacts, Sample
 from mlx_dpo.hub.model_card import card as make_card
+from mlx_dpo.io.atomic import write_file
 from mlx_dpo.models.download import locate
 from mlx_dpo.models.license import CARD, card_of, inherited
 from mlx_dpo.runs.save_peft import IN_BOTH
@@ -231,7 +232,5 @@ def write_card(folder: Path, made: ModelCard, *, overwrite: bool) -> Path:
     if not overwrite:
         refuse_card(folder)
     path = folder / CARD
-    partial = path.with_name(f"partial-{CARD}")
-    partial.write_text(str(made).rstrip() + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_file(path, str(made).rstrip() + "\n")
     return path

@@ -10,7 +10,7 @@ from typing import cast
 import mlx.core as mx
 from mlx.utils import tree_map
 
-from mlx_dpo.io import scalar
+from mlx_dpo.io.arrays import scalar
 from mlx_dpo.types import LossOutputs, PreferenceMetrics, StepMetrics
 
 NAMES = {

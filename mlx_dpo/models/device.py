@@ -13,7 +13,7 @@ from mlx.utils import tree_map_with_path, tree_unflatten
 from mlx_lm.models.afm7 import FusedLinear, FusedQuantizedLinear
 from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
-from mlx_dpo.io import flat
+from mlx_dpo.io.arrays import named_arrays
 from mlx_dpo.errors import ModelError
 
 
@@ -50,7 +50,7 @@ def dtype_name(dtype: mx.Dtype) -> str:
 def number_type(model: nn.Module) -> str:
     """The number type of most of a model's floating-point weights, by name."""
     bits: Counter[str] = Counter()
-    for value in flat(model.parameters()).values():
+    for value in named_arrays(model.parameters()).values():
         if mx.issubdtype(value.dtype, mx.floating):
             bits[dtype_name(value.dtype)] += value.nbytes
     return max(bits, key=lambda name: bits[name])
@@ -164,7 +164,7 @@ def _widened(value: mx.array) -> mx.array:
 
 def _cast_leaves(model: nn.Module, dtype: mx.Dtype) -> None:
     """Cast one array at a time, so that each narrow one is freed before the next is widened."""
-    stored = flat(model.parameters())
+    stored = named_arrays(model.parameters())
     while stored:
         name, value = stored.popitem()
         if mx.issubdtype(value.dtype, mx.floating) and value.dtype != dtype:

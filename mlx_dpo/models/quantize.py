@@ -7,7 +7,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm import utils as mlx_lm
-from mlx_dpo.io import flat
+from mlx_dpo.io.arrays import named_arrays
 from mlx_dpo.errors import ConfigError
 from dataclasses import dataclass
 from mlx_lm.convert import QUANT_RECIPES
@@ -82,7 +82,7 @@ def expected_bytes(model: nn.Module, bits: int | None, group_size: int, dtype: s
     fits = {f"{name}.weight" for name, w in quantisable(model).items() if w % group_size == 0}
     plain = getattr(mx, dtype).size if dtype else None
     total = 0.0
-    for name, value in flat(model.parameters()).items():
+    for name, value in named_arrays(model.parameters()).items():
         if bits is not None and name in fits:
             total += value.size * (bits + 64 / group_size) / 8  # a scale and a bias per group
         else:

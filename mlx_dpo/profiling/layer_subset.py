@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_dpo.adapters.layers import ADAPTED
-from mlx_dpo.io import flat
+from mlx_dpo.io.arrays import named_arrays
 
 MIN_LAYERS = 2  # a single block is the first and the last one, which MLX treats better than others
 
@@ -123,8 +123,8 @@ def first_trained_layer(model: nn.Module) -> int:
     What is trained outside of the blocks may lie before them, as embeddings do.
     """
     blocks = list(model.layers)
-    counts = [len(flat(block.trainable_parameters())) for block in blocks]
-    if len(flat(model.trainable_parameters())) > sum(counts):
+    counts = [len(named_arrays(block.trainable_parameters())) for block in blocks]
+    if len(named_arrays(model.trainable_parameters())) > sum(counts):
         return 0
     return next((i for i, count in enumerate(counts) if count), len(blocks))
 

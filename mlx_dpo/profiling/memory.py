@@ -15,7 +15,7 @@ from mlx_lm.models.cache import ArraysCache, make_prompt_cache
 
 from mlx_dpo.adapters.master_weights import has_masters
 from mlx_dpo.errors import ConfigError
-from mlx_dpo.io import flat
+from mlx_dpo.io.arrays import named_arrays
 from mlx_dpo.models.device import DeviceKind, device_kind, on_cpu
 from mlx_dpo.types import TokenizedPair
 
@@ -33,22 +33,22 @@ MAX_EXPERTS_PER_TOKEN = 8
 
 def parameter_bytes(model: nn.Module) -> int:
     """Memory of all weights as they are held."""
-    return sum(value.nbytes for value in flat(model.parameters()).values())
+    return sum(value.nbytes for value in named_arrays(model.parameters()).values())
 
 
 def trainable_parameters(model: nn.Module) -> int:
     """Number of weights that training moves."""
-    return sum(value.size for value in flat(model.trainable_parameters()).values())
+    return sum(value.size for value in named_arrays(model.trainable_parameters()).values())
 
 
 def trainable_bytes(model: nn.Module) -> int:
     """Memory of the weights that training moves, which is that of their gradient."""
-    return sum(value.nbytes for value in flat(model.trainable_parameters()).values())
+    return sum(value.nbytes for value in named_arrays(model.trainable_parameters()).values())
 
 
 def total_parameters(model: nn.Module) -> int:
     """Number of weights; packed ones are counted as the numbers they stand for."""
-    total = sum(value.size for value in flat(model.parameters()).values())
+    total = sum(value.size for value in named_arrays(model.parameters()).values())
     for _, module in model.named_modules():
         if "scales" in module and hasattr(module, "bits"):
             packed, scales = module["weight"], module["scales"]

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_dpo.io import random_state
+from mlx_dpo.io.arrays import random_state
 from mlx_dpo.profiling.layer_subset import (
     LayerSample,
     LayersNotFoundError,

@@ -1,13 +1,13 @@
 """Metrics as lines of JSON: each whole, in the order of steps, without repeats after a resume."""
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from time import perf_counter
 from typing import TypeVar
 
 from mlx_dpo.errors import RunError
+from mlx_dpo.io.atomic import write_file
 
 Row = dict[str, float]
 T = TypeVar("T")
@@ -20,9 +20,7 @@ class MetricsLog:
         """Keep the rows up to step `after`; what a crash wrote beyond it will be written again."""
         self.path = path
         kept = [row for row in read_rows(path) if row["step"] <= after]
-        partial = path.with_name(f"partial-{path.name}")
-        partial.write_text("".join(_line(row) for row in kept))
-        os.replace(partial, path)
+        write_file(path, "".join(_line(row) for row in kept))
 
     def write(self, row: Row) -> Row:
         """Append a row and hand it on."""

@@ -14,9 +14,8 @@ from typing import Any
 from mlx_dpo.adapters.files import content_digest
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.errors import RunError
+from mlx_dpo.io.atomic import is_temporary, write_file
 from mlx_dpo.runs.inputs import Inputs
-
-PARTIAL_RECORD = "partial-run.json"
 
 
 @dataclass(frozen=True)
@@ -57,9 +56,7 @@ class RunPaths:
 
 def write_record(paths: RunPaths, record: dict[str, Any]) -> None:
     """Replace `run.json` by another whole one."""
-    partial = paths.record.with_name(PARTIAL_RECORD)
-    partial.write_text(json.dumps(record, indent=2) + "\n")
-    os.replace(partial, paths.record)
+    write_file(paths.record, json.dumps(record, indent=2) + "\n")
 
 
 def read_record(paths: RunPaths) -> dict[str, Any] | None:
@@ -102,8 +99,9 @@ def refuse_foreign_folder(paths: RunPaths) -> None:
     """
     if paths.record.is_file() or not paths.folder.is_dir():
         return
-    ours = {paths.lock.name, PARTIAL_RECORD}  # what a run that was killed at once leaves
-    others = {path.name for path in paths.folder.iterdir()} - ours
+    # A run that was killed at once leaves its lock and a temporary file.
+    others = {path.name for path in paths.folder.iterdir() if not is_temporary(path)}
+    others.discard(paths.lock.name)
     if others:
         raise RunError(
             f"{paths.folder}: not empty and not a run folder (found `{min(others)}`); "

@@ -14,7 +14,7 @@ from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.config.optimizer import KINDS
 from mlx_dpo.data.batching import epoch_passes
 from mlx_dpo.data.dataset import shared
-from mlx_dpo.io import flat
+from mlx_dpo.io.arrays import named_arrays
 from mlx_dpo.models.device import dtype_name
 from mlx_dpo.profiling import memory
 
@@ -96,7 +96,7 @@ def _kind(module: nn.Module) -> str:
 
 def _parts(policy: nn.Module) -> str:
     """The blocks whose own weights are trained, and what is outside of them."""
-    names, paths = flat(policy.trainable_parameters()), block_paths(policy)
+    names, paths = named_arrays(policy.trainable_parameters()), block_paths(policy)
     blocks = sum(any(name.startswith(f"{path}.") for name in names) for path in paths)
     inside = tuple(f"{path}." for path in paths)
     outside = sorted({n.rpartition(".")[0] for n in names if not n.startswith(inside)})

@@ -13,7 +13,7 @@ from mlx_dpo.data.report import PairsReport
 from mlx_dpo.data.schemas import prompt_digest
 from mlx_dpo.data.sources import STDIN, find, held_out_of
 from mlx_dpo.errors import ConfigError, RunError
-from mlx_dpo.io import flat
+from mlx_dpo.io.arrays import named_arrays
 from mlx_dpo.models.load import Base, fingerprint, tokenizer_fingerprint
 from mlx_dpo.runs.build import choose_scorer, forward_only, make_objective, weigher
 from mlx_dpo.runs.folder import check_contents
@@ -147,7 +147,7 @@ def _reference(
             )
         return ask_reference(base.model, pairs, run.record, held=held(base), score=score)
     put_policy(run, base)
-    types = {name: value.dtype for name, value in flat(base.model.parameters()).items()}
+    types = {name: value.dtype for name, value in named_arrays(base.model.parameters()).items()}
     weights = [(name, value.astype(types[name])) for name, value in moved.items()]
     base.model.load_weights(weights, strict=False)
     return score(base.model, pairs)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.errors import ConfigError, RunError, reason
+from mlx_dpo.io.atomic import write_file
 from mlx_dpo.reporting import plots as drawing
 from mlx_dpo.reporting.console import closing
 from mlx_dpo.reporting.curves import charts
@@ -163,11 +164,9 @@ def _apart(told: Sequence[Told], runs: Sequence[Followed]) -> list[Told]:
 
 
 def _write(path: Path, content: bytes) -> Path:
-    partial = path.with_name(f"partial-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content)
-        partial.replace(path)
+        write_file(path, content)
     except OSError as error:
         raise RunError(f"{path}: cannot be written ({reason(error)})") from error
     return path

@@ -9,7 +9,7 @@ from typing import Any, cast
 import mlx.core as mx
 from mlx.utils import tree_unflatten
 
-from mlx_dpo.io import Arrays, flat
+from mlx_dpo.io.arrays import Arrays, named_arrays
 from mlx_dpo.scoring.backbone import ModelParts
 from mlx_dpo.scoring.logps import log_weights, logsumexp
 
@@ -50,7 +50,7 @@ def trainable_head_parameters(halves: ModelParts) -> Arrays:
     blocks = {id(block) for block in halves.blocks}
     modules = halves.outer.named_modules()
     inside = tuple(f"{name}." for name, module in modules if id(module) in blocks)
-    trained = flat(halves.outer.trainable_parameters())
+    trained = named_arrays(halves.outer.trainable_parameters())
     return {name: value for name, value in trained.items() if not name.startswith(inside)}
 
 
@@ -135,7 +135,7 @@ def _logps_with_recomputed_gradient(
 
     def with_weights(values: list[mx.array], chunk: mx.array, rows: slice) -> mx.array:
         # Gradients are built later, when the model may hold its weights in another type.
-        held = flat(halves.outer.trainable_parameters())
+        held = named_arrays(halves.outer.trainable_parameters())
         halves.outer.update(tree_unflatten(list(zip(weights, values, strict=True))))
         try:
             return _chunk_logps(halves, chunk, targets[rows])

@@ -20,7 +20,7 @@ from mlx_lm.models.cache import CacheList, make_prompt_cache
 from mlx_dpo.adapters.master_weights import narrowed
 from mlx_dpo.data.batching import Cost, whole_rows
 from mlx_dpo.errors import ModelError, reason
-from mlx_dpo.io import Arrays, flat, scalar
+from mlx_dpo.io.arrays import Arrays, named_arrays, scalar
 from mlx_dpo.models.device import number_type, on_cpu
 from mlx_dpo.scoring.backbone import UnsupportedModelError, split_backbone
 from mlx_dpo.scoring.lm_head import trainable_head_parameters
@@ -96,11 +96,11 @@ def _values_and_gradients(model: nn.Module, rows: RowFunction) -> tuple[mx.array
         values = rows(model).astype(mx.float32)
         return (values * mx.random.normal(values.shape, key=mx.random.key(SEED))).sum(), values
 
-    if not flat(model.trainable_parameters()):
+    if not named_arrays(model.trainable_parameters()):
         return rows(model), {}
     (_, values), gradients = nn.value_and_grad(model, weighed)(model)
     mx.eval(values, gradients)
-    return values, flat(gradients)
+    return values, named_arrays(gradients)
 
 
 def _max_value_error(found: mx.array, expected: mx.array) -> float:

@@ -1,7 +1,6 @@
 """Run state on disk. A checkpoint folder either exists whole or not at all."""
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +13,8 @@ from mlx.utils import tree_unflatten
 
 from mlx_dpo.adapters.files import WEIGHTS, load_adapter_weights, save_adapter
 from mlx_dpo.errors import RunError, reason
-from mlx_dpo.io import Arrays, flat, random_state, read_arrays, write_arrays
+from mlx_dpo.io.arrays import Arrays, named_arrays, random_state, read_arrays, write_arrays
+from mlx_dpo.io.atomic import atomic_folder, remove_abandoned
 from mlx_dpo.training.loop import Progress
 from mlx_dpo.training.reference_logps import MovingReference
 
@@ -46,7 +46,7 @@ def save(
     target = path_of(folder, progress.step)
     with whole_folder(target) as partial:
         save_adapter(partial, policy, adapter_config)
-        state = flat(optimizer.state) | {"random": random_state()}
+        state = named_arrays(optimizer.state) | {"random": random_state()}
         write_arrays(partial / OPTIMIZER, state)
         if moving is not None and moving.moved:
             write_arrays(partial / MOVED, moving.weights)
@@ -62,31 +62,14 @@ def whole_folder(target: Path) -> Iterator[Path]:
     Raises:
         RunError: the disk is full or cannot be written.
     """
-    partial = target.with_name(f"partial-{target.name}")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        for path in partial.iterdir():
-            flush_to_disk(path)
-        shutil.rmtree(target, ignore_errors=True)  # of a run that was resumed before it
-        os.replace(partial, target)
-        flush_to_disk(target.parent)
+        # A folder of this step is left over if the run was resumed from an earlier one.
+        with atomic_folder(target, durable=True, overwrite=True) as partial:
+            yield partial
     except OSError as error:
         raise RunError(
             f"{target}: cannot be written ({reason(error)}); earlier checkpoints are kept"
         ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def flush_to_disk(path: Path) -> None:
-    """A rename may reach the disk before the contents do, unless they were flushed."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def steps_in(folder: Path) -> list[int]:
@@ -101,8 +84,9 @@ def latest(folder: Path) -> Path | None:
 
 def prune(folder: Path, keep: int) -> None:
     """Remove all but the last `keep` checkpoints, and what a crash left half-written."""
-    for path in [*sorted(folder.glob("step-*"))[:-keep], *folder.glob("partial-*")]:
+    for path in sorted(folder.glob("step-*"))[:-keep]:
         shutil.rmtree(path, ignore_errors=True)
+    remove_abandoned(folder)
 
 
 def restore(

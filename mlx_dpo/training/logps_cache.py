@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mlx_dpo.io import read_arrays, write_arrays
-from mlx_dpo.paths import partial_path, writer_of
+from mlx_dpo.io.arrays import read_arrays, write_arrays
+from mlx_dpo.io.atomic import is_temporary, temporary_path
 from mlx_dpo.types import PairLogps
 
 SUFFIX = ".safetensors"
@@ -27,12 +27,9 @@ def write_logps(path: Path, logps: PairLogps, labels: Mapping[str, str] | None =
     `labels` say for people where the numbers come from.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = partial_path(path, os.getpid())
-    try:
-        write_arrays(partial, logps._asdict(), {**(labels or {}), CHECKSUM: _checksum(logps)})
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with temporary_path(path) as temporary:
+        write_arrays(temporary, logps._asdict(), {**(labels or {}), CHECKSUM: _checksum(logps)})
+        os.replace(temporary, path)
 
 
 def read_logps(path: Path, count: int) -> PairLogps | None:
@@ -101,7 +98,7 @@ def entries(folder: Path) -> list[Entry]:
     found = []
     for path in sorted(_files(folder)):
         with suppress(FileNotFoundError):  # somebody else clears
-            found += [_entry(path)] if writer_of(path) is None else []
+            found += [] if is_temporary(path) else [_entry(path)]
     return found
 
 

@@ -20,7 +20,7 @@ from mlx_dpo.data.batching import (
     whole_rows,
 )
 from mlx_dpo.errors import TrainingError
-from mlx_dpo.io import scalar
+from mlx_dpo.io.arrays import scalar
 from mlx_dpo.losses.metrics import summarise
 from mlx_dpo.scoring.memory_saving import memory_efficient_training
 from mlx_dpo.scoring.scorers import DatasetScorer, Scorer, plain_scorer

@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 
-from mlx_dpo.io import flat
+from mlx_dpo.io.arrays import named_arrays
 
 MATCHING_ADAM = 0.2  # typical size of an entry of AdamW's update, at learning rate 1
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -157,4 +157,4 @@ def make(name: str, policy: nn.Module, rate: float, **settings: Any) -> optim.Op
 
 def state_bytes(optimizer: optim.Optimizer) -> int:
     """What it remembers of the gradients before; its step and its rate are next to nothing."""
-    return sum(value.nbytes for value in flat(optimizer.state).values() if value.ndim)
+    return sum(value.nbytes for value in named_arrays(optimizer.state).values() if value.ndim)

@@ -15,7 +15,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from mlx_dpo.data.dataset import digest
-from mlx_dpo.io import Arrays, flat
+from mlx_dpo.io.arrays import Arrays, named_arrays
 from mlx_dpo.scoring.scorers import DatasetScorer
 from mlx_dpo.training.logps_cache import SUFFIX, read_logps, write_logps
 from mlx_dpo.types import PairLogps, TokenizedPair
@@ -84,7 +84,7 @@ class MovingReference:
     ) -> None:
         """Start from the policy as it is before the first step."""
         self.alpha, self.every, self._score = alpha, every, score
-        self.weights: Arrays = flat(policy.trainable_parameters())
+        self.weights: Arrays = named_arrays(policy.trainable_parameters())
         self.moved = False
 
     def restore(self, weights: Arrays) -> None:
@@ -95,7 +95,7 @@ class MovingReference:
         """Take a stride towards the policy, if `step` updates are a multiple of `every`."""
         if step % self.every:
             return
-        own = flat(policy.trainable_parameters())
+        own = named_arrays(policy.trainable_parameters())
         self.weights = {
             name: self.alpha * own[name] + (1 - self.alpha) * value
             for name, value in self.weights.items()
@@ -107,7 +107,7 @@ class MovingReference:
         """What it says of the pairs, None while it is where it started. (len(pairs),) each"""
         if not self.moved:
             return None
-        own = flat(policy.trainable_parameters())
+        own = named_arrays(policy.trainable_parameters())
         policy.update(tree_unflatten(list(self.weights.items())))
         try:
             return self._score(policy, pairs)

@@ -8,7 +8,7 @@ import mlx.nn as nn
 from mlx.utils import tree_map
 
 from mlx_dpo.data.batching import pair_metadata
-from mlx_dpo.io import flat
+from mlx_dpo.io.arrays import named_arrays
 from mlx_dpo.losses.metrics import concatenate
 from mlx_dpo.scoring.scorers import Scorer, plain_scorer
 from mlx_dpo.training.global_batch import Among, single
@@ -91,7 +91,7 @@ def clip(gradients: Gradients, max_norm: float) -> tuple[Gradients, mx.array]:
     The norm is taken in float32 whatever their type: squares of float16 overflow, and a sum of
     bfloat16 squares rounds. Each gradient keeps its type. As PyTorch: 1e-6 beside the norm.
     """
-    squares = (mx.square(g.astype(mx.float32)).sum() for g in flat(gradients).values())
+    squares = (mx.square(g.astype(mx.float32)).sum() for g in named_arrays(gradients).values())
     norm = mx.sqrt(sum(squares, start=mx.array(0.0)))
     if max_norm <= 0:
         return gradients, norm

@@ -20,7 +20,7 @@ from mlx_dpo.adapters.files import (
 from mlx_dpo.adapters.hf_checkpoint import local_checkpoint
 from mlx_dpo.adapters.hf_names import peft_side
 from mlx_dpo.errors import ModelError
-from mlx_dpo.io import read_arrays
+from mlx_dpo.io.arrays import read_arrays
 from tests.trained_run import GOLDENS
 
 GOLDEN = json.loads((GOLDENS / "logits.json").read_text())

@@ -8,7 +8,7 @@ from mlx_lm.models.switch_layers import SwitchLinear
 
 from mlx_dpo.adapters.layers import bare, dropout_of, rank_of, wrap
 from mlx_dpo.errors import ConfigError, ModelError
-from mlx_dpo.io import flat
+from mlx_dpo.io.arrays import named_arrays
 from mlx_dpo.models.device import float32_weight
 
 IN, OUT, RANK, SCALE = 256, 24, 3, 1.7
@@ -79,7 +79,7 @@ def test_dora_is_the_papers_equation_and_its_gradient(packing, bias):
         return (layer(values["x"]) * cotangent).sum()
 
     np.testing.assert_allclose(wide(layer(x)).reshape(-1, OUT), expected, rtol=2e-5, atol=2e-5)
-    found = mx.grad(product)({**flat(layer.trainable_parameters()), "x": x})
+    found = mx.grad(product)({**named_arrays(layer.trainable_parameters()), "x": x})
     assert found.keys() == slopes.keys()
     for name, slope in slopes.items():
         largest = np.abs(slope).max()
@@ -111,7 +111,7 @@ def test_rows_of_zeros_stay_zeros_and_keep_their_gradients_numbers():
     assert mx.array_equal(layer(inputs()), base(inputs()))
     gradients = nn.value_and_grad(layer, lambda layer, x: mx.square(layer(x)).sum())
     _, slopes = gradients(layer, inputs())
-    assert all(mx.all(mx.isfinite(slope)).item() for slope in flat(slopes).values())
+    assert all(mx.all(mx.isfinite(slope)).item() for slope in named_arrays(slopes).values())
     layer.lora_b = mx.ones_like(layer.lora_b)
     assert not mx.any(layer(inputs())[..., 3]).item()
 

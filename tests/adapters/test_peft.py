@@ -14,7 +14,7 @@ from mlx_dpo import paths
 from mlx_dpo.adapters.attach import adapted_modules, description
 from mlx_dpo.adapters.files import content_digest, load_adapter, read_adapter, save_adapter
 from mlx_dpo.errors import ModelError
-from mlx_dpo.io import read_arrays, write_arrays
+from mlx_dpo.io.arrays import read_arrays, write_arrays
 from mlx_dpo.models.load import load_base
 
 FOLDER = Path(__file__).parents[1] / "goldens" / "peft"

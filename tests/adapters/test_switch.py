@@ -4,7 +4,7 @@ import pytest
 
 from mlx_dpo.adapters.attach import attach, attach_full, detach
 from mlx_dpo.adapters.switch import Sides, evaluated
-from mlx_dpo.io import flat
+from mlx_dpo.io.arrays import named_arrays
 from tests.checkpoints import make_checkpoint
 
 TOKENS = mx.array([[1, 40, 41, 42, 3, 2]])
@@ -24,7 +24,7 @@ def train(model, seed):
 
 
 def trained(model):
-    return flat(model.trainable_parameters())
+    return named_arrays(model.trainable_parameters())
 
 
 def lora(model):
@@ -89,7 +89,7 @@ def test_only_weights_of_the_model_itself_are_held_twice(folder):
     sizes = {}
     for learn in (lora, full):
         model = mlx_lm.load(folder)[0]
-        last = sum(v.nbytes for k, v in flat(model.parameters()).items() if "layers.1" in k)
+        last = sum(v.nbytes for k, v in named_arrays(model.parameters()).items() if "layers.1" in k)
         sides = Sides(model)
         sides.keep("base")
         assert sides.held_twice() == 0

@@ -13,9 +13,9 @@ from click.testing import CliRunner
 
 from mlx_dpo.cli import cli
 from mlx_dpo.data.dataset import Places, Writer, arrays_of
-from mlx_dpo.paths import partial_path
 from mlx_dpo.training.logps_cache import labels, write_logps
 from mlx_dpo.types import PairLogps, TokenizedPair
+from tests.temporary_files import ended_process, temporary_path
 
 
 @pytest.fixture(autouse=True)
@@ -94,13 +94,12 @@ def test_the_same_is_there_for_programs(folder, some):
 
 def test_damaged_and_half_written_files_are_named(folder, some):
     some["old"].write_bytes(b"not this")
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    partial_path(some["new"], process.pid).write_bytes(b"half")
+    leftover = temporary_path(some["new"], ended_process())
+    leftover.write_bytes(b"half")
     lines = run().stdout.splitlines()
     assert lines[-2:] == [
         "damaged, its pairs will be scored again: c.safetensors",
-        f"half-written by a process that is gone: .a-{process.pid}.safetensors",
+        f"half-written by a process that is gone: {leftover.name}",
     ]
     found = json.loads(run("--json").stdout)
     assert (found["damaged"], len(found["half_written"])) == (["c.safetensors"], 1)
@@ -108,15 +107,14 @@ def test_damaged_and_half_written_files_are_named(folder, some):
 
 def test_clearing_takes_all_but_what_a_live_process_writes(folder, some):
     some["old"].write_bytes(b"not this")
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    for pid in (process.pid, os.getpid()):
-        partial_path(some["new"], pid).write_bytes(b"half")
+    live = temporary_path(some["new"], os.getppid())
+    for path in (live, temporary_path(some["new"], ended_process())):
+        path.write_bytes(b"half")
     result = run("clear", "--yes")
     freed = result.stdout.splitlines()
     assert freed[0].startswith(f"To be removed from {folder}: 5 files, 1,265 pairs, ")
     assert freed[1] == "Freed " + freed[0].rpartition(", ")[2]
-    assert [path.name for path in folder.iterdir()] == [f".a-{os.getpid()}.safetensors"]
+    assert [path.name for path in folder.iterdir()] == [live.name]
 
 
 @pytest.mark.parametrize(

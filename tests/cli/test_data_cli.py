@@ -20,6 +20,7 @@ from mlx_dpo.data.sources import find, source_of
 from mlx_dpo.data.tokenization.tokenize import TokenRules
 from mlx_dpo.errors import DataError
 from tests.checkpoints import make_checkpoint
+from tests.temporary_files import ended_process, temporary_path
 
 ROOT = Path(__file__).parents[2]
 GOOD = '{"prompt": "Where is  the cat?", "chosen": "On the mat.", "rejected": "No."}'
@@ -248,12 +249,24 @@ def test_a_split_that_cannot_be_made_leaves_nothing_behind():
 
 
 def test_what_a_crash_left_behind_is_neither_in_the_way_nor_taken_over():
-    Path("partial-parts").mkdir()
-    write("partial-parts/old.jsonl", [GOOD])
+    leftover = temporary_path(Path("parts"), ended_process())
+    leftover.mkdir()
+    write(leftover / "old.jsonl", [GOOD])
     write("good.jsonl", [ROWS[0], ROWS[6]])
     assert data("split", "good.jsonl", "--output", "parts").exit_code == 0
     assert {path.name for path in Path("parts").iterdir()} == {"train.jsonl", "valid.jsonl"}
-    assert not Path("partial-parts").exists()
+    assert not leftover.exists()
+
+
+def test_a_users_files_named_as_if_half_written_are_left_alone():
+    Path("partial-parts").mkdir()
+    for name in ("partial-parts/mine.jsonl", "partial-new.jsonl"):
+        write(name, [GOOD])
+    write("good.jsonl", [ROWS[0], ROWS[6]])
+    assert data("split", "good.jsonl", "--output", "parts").exit_code == 0
+    assert data("clean", "good.jsonl", "--output", "new.jsonl").exit_code == 0
+    for name in ("partial-parts/mine.jsonl", "partial-new.jsonl"):
+        assert Path(name).read_text() == f"{GOOD}\n"
 
 
 def test_labelled_rows_are_split_and_cleaned_by_themselves():

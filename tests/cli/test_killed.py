@@ -94,7 +94,7 @@ def assert_same(folder):
         for run in ("straight", "killed")
     ]
     assert steps[0] == steps[1]
-    assert not list((folder / "killed").rglob("partial-*"))
+    assert not list((folder / "killed").rglob(".mlx-dpo-*"))
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")

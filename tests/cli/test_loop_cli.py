@@ -285,7 +285,7 @@ def assert_same(folder, rounds=2):
         assert all(mx.array_equal(value, weights[1][name]) for name, value in weights[0].items())
         assert evaluation(straight, number) == evaluation(killed, number)
     assert (straight / "results.md").read_text() == (killed / "results.md").read_text()
-    assert not list(killed.rglob("partial-*"))
+    assert not list(killed.rglob(".mlx-dpo-*"))
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")

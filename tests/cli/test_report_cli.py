@@ -53,7 +53,7 @@ def test_the_figures_of_a_run_are_printed_and_its_page_and_picture_lie_in_it(the
     assert "8 of 8" in page and "12 trained on, 4 held out" in page
     assert "learning_rate 0.001" in page and str(there) not in page
     assert (there / "a/run/report.png").read_bytes().startswith(b"\x89PNG")
-    assert not list((there / "a/run").glob("partial*"))
+    assert not list((there / "a/run").glob(".mlx-dpo-*"))
 
 
 def test_several_runs_are_laid_over_each_other_with_the_settings_in_which_they_differ(there):

@@ -10,7 +10,7 @@ from mlx_dpo import DPOConfig, DPOTrainer
 from mlx_dpo.adapters import attach as adapters
 from mlx_dpo.adapters.files import save_adapter
 from mlx_dpo.config.dpo_config import options
-from mlx_dpo.io import flat
+from mlx_dpo.io.arrays import named_arrays
 from mlx_dpo.models.load import load_base
 from tests.checkpoints import make_checkpoint
 
@@ -195,7 +195,7 @@ def outcome(folder, monkeypatch, output, **changes):
     with DPOTrainer(replace(config, **changes)) as run:
         run.prepare()
         *_, last = run.train()
-    return flat(run.policy.trainable_parameters()), last
+    return named_arrays(run.policy.trainable_parameters()), last
 
 
 def same(a, b):

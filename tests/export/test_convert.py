@@ -3,8 +3,6 @@
 import errno
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import mlx.core as mx
@@ -13,14 +11,15 @@ from huggingface_hub import ModelCard
 from mlx_lm import load as mlx_load
 from mlx_lm.models import gpt2
 
-from mlx_dpo import io as target
 from mlx_dpo.errors import ConfigError, ModelError
 from mlx_dpo.export import convert as room
 from mlx_dpo.export.convert import convert, mean_difference, sample_ids
-from mlx_dpo.io import flat
+from mlx_dpo.io.arrays import named_arrays
+from mlx_dpo.models import output_folder as target
 from mlx_dpo.models.load import load_base
 from mlx_dpo.scoring.logps import token_logps
 from tests.checkpoints import VOCAB, make_checkpoint
+from tests.temporary_files import ended_process, temporary_path
 
 TOKENS = mx.array([[5, 77, 120, 299, 3]])
 
@@ -271,7 +270,7 @@ def test_what_mlx_lm_cannot_convert_is_one_line(tmp_path, output):
     folder = make_checkpoint(tmp_path / "model", **config)
     entries = json.loads((folder / "config.json").read_text())
     model = gpt2.Model(gpt2.ModelArgs.from_dict(entries))
-    mx.save_safetensors(str(folder / "model.safetensors"), flat(model.parameters()))
+    mx.save_safetensors(str(folder / "model.safetensors"), named_arrays(model.parameters()))
     with pytest.raises(
         ModelError, match=r"cannot be converted \(Model does not have expected keys"
     ):
@@ -280,8 +279,7 @@ def test_what_mlx_lm_cannot_convert_is_one_line(tmp_path, output):
 
 
 def test_what_a_dead_process_left_is_removed(checkpoint, output):
-    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], stdout=-1)
-    stale = output.with_name(f".converted.partial-{int(dead.stdout)}")
+    stale = temporary_path(output, ended_process())
     stale.mkdir()
     (stale / "model.safetensors").write_bytes(b"half")
     convert(str(checkpoint), output)
@@ -289,7 +287,7 @@ def test_what_a_dead_process_left_is_removed(checkpoint, output):
 
 
 def test_two_processes_do_not_write_the_same_target(checkpoint, output):
-    other = output.with_name(f".converted.partial-{os.getppid()}")
+    other = temporary_path(output, os.getppid())
     other.mkdir()
     with pytest.raises(ModelError, match=f"process {os.getppid()} is writing it"):
         convert(str(checkpoint), output)

@@ -18,7 +18,7 @@ from mlx_dpo.cli import cli
 from mlx_dpo.errors import ConfigError, ModelError
 from mlx_dpo.export.fuse import Wish, fuse_run
 from mlx_dpo.export.model_folder import changed_tensors, name_dtype, write_hf
-from mlx_dpo.io import flat, read_arrays
+from mlx_dpo.io.arrays import named_arrays, read_arrays
 from mlx_dpo.models.device import float32_weight
 from tests.adapters.test_hf_names import EVERY, GOLDEN, TOKENS, opened
 from tests.trained_run import GOLDENS, train
@@ -41,6 +41,7 @@ def moved(model, **settings):
 def test_the_written_checkpoint_gives_the_logits_of_peft(kind, name, tmp_path):
     model, entries, checkpoint = opened(kind)
     load_adapter(model, GOLDENS / kind / name)
+    (tmp_path / "fused").mkdir()
     write_hf(tmp_path / "fused", changed_tensors(model, entries, checkpoint), checkpoint)
     fused, _ = load_model(tmp_path / "fused")
     expected = np.array(GOLDEN["logits"][kind][name])
@@ -128,6 +129,7 @@ def test_weights_that_were_trained_themselves_are_written(tmp_path):
     for name, value in adapters.adapter_weights(model).items():
         model.load_weights([(name, value * 1.5)], strict=False)
     expected = model(TOKENS)
+    (tmp_path / "fused").mkdir()
     write_hf(tmp_path / "fused", changed_tensors(model, entries, checkpoint), checkpoint)
     fused, _ = load_model(tmp_path / "fused")
     np.testing.assert_allclose(fused(TOKENS), expected, atol=1e-5)
@@ -218,7 +220,7 @@ def test_a_run_on_a_packed_base_is_fused_unpacked_in_its_own_type(workplace):
     train(workplace, model="packed", pairs=["pairs.jsonl"], output="other")
     fused = fuse_run("other", Path("fused"), Wish(min_retained=0.5))
     assert fused.kind == "bfloat16"
-    weights = flat(load_model(Path("fused"))[0].parameters())
+    weights = named_arrays(load_model(Path("fused"))[0].parameters())
     assert {value.dtype for value in weights.values()} == {mx.bfloat16}
     packed, _ = load_model(Path("packed"))
     load_adapter(packed, Path("other"))

@@ -139,6 +139,7 @@ def test_every_architecture_that_is_said_to_be_alike_is(torch, kind, tmp_path):
 def test_transformers_loads_the_fused_checkpoint(torch, kind, way, tmp_path):
     model, entries, checkpoint = trained(kind, way)
     expected = np.array(model(TOKENS)[0])
+    (tmp_path / "fused").mkdir()
     write_hf(tmp_path / "fused", changed_tensors(model, entries, checkpoint), checkpoint)
     np.testing.assert_allclose(logits(torch, "model", tmp_path / "fused"), expected, atol=1e-4)
 

@@ -8,7 +8,7 @@ import pytest
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.hub.push import refuse_leaks
 from mlx_dpo.hub.secret_scan import leaks_in
-from mlx_dpo.io import write_arrays
+from mlx_dpo.io.arrays import write_arrays
 
 TAIL = "A1b2C3d4" * 5
 PLANTED = {

@@ -5,7 +5,7 @@ import pytest
 from mlx_lm.models import llama
 
 from mlx_dpo.adapters.attach import attach
-from mlx_dpo.io import flat, random_state
+from mlx_dpo.io.arrays import named_arrays, random_state
 from mlx_dpo.profiling import profile as rehearsal
 from mlx_dpo.profiling.layer_subset import with_layers
 from mlx_dpo.profiling.memory import trainable_bytes
@@ -50,14 +50,14 @@ def pairs():
 def test_the_policy_is_left_as_it_was(policy, pairs):
     policy.eval()
     policy.layers[3].train()
-    blocks, weights = list(map(id, policy.layers)), flat(policy.parameters())
+    blocks, weights = list(map(id, policy.layers)), named_arrays(policy.parameters())
     modes = [module.training for module in policy.modules()]
     drawn = mx.array(random_state())
     profile_training_pass(policy, pairs, step(), memory=ROOM)
     assert list(map(id, policy.layers)) == blocks
     assert [module.training for module in policy.modules()] == modes
     assert mx.array_equal(random_state(), drawn)
-    after = flat(policy.parameters())
+    after = named_arrays(policy.parameters())
     assert after.keys() == weights.keys()
     assert all(mx.array_equal(after[name], value) for name, value in weights.items())
 

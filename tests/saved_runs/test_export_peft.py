@@ -42,9 +42,9 @@ def test_a_run_on_a_packed_model_says_why_not_and_export_mends_it(workplace):
     assert export_run("next", "base") == IN_BOTH
     assert config("next")["peft_type"] == "LORA"
     after = load_policy("next").model.parameters()
-    from mlx_dpo.io import flat
+    from mlx_dpo.io.arrays import named_arrays
 
-    assert flat(before).keys() == flat(after).keys()
+    assert named_arrays(before).keys() == named_arrays(after).keys()
 
 
 def test_a_run_goes_on_from_an_adapter_that_was_exported_meanwhile(workplace):

@@ -9,7 +9,7 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache
 
 from mlx_dpo.adapters import attach as adapters
 from mlx_dpo.errors import ModelError
-from mlx_dpo.io import random_state
+from mlx_dpo.io.arrays import random_state
 from mlx_dpo.scoring.scorers import plain_scorer
 from mlx_dpo.scoring.select_scorer import (
     PACKINGS,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mlx_dpo.data.batching import PassLimit
-from mlx_dpo.io import flat
+from mlx_dpo.io.arrays import named_arrays
 from mlx_dpo.scoring import lm_head as head
 from mlx_dpo.scoring.scorers import (
     make_shared_log_weights,
@@ -86,4 +86,4 @@ def test_no_gradient_flows_through_them(tiny_llama, pairs):
     shared = make_shared_log_weights(vocab_size=VOCAB, way="lengths")
     slope = nn.value_and_grad(tiny_llama, lambda m: sum(x.sum() for x in shared(m, pairs)))
     _, gradients = slope(tiny_llama)
-    assert not any(mx.any(value).item() for value in flat(gradients).values())
+    assert not any(mx.any(value).item() for value in named_arrays(gradients).values())

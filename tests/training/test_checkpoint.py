@@ -12,6 +12,7 @@ from mlx_dpo.training import checkpoint
 from mlx_dpo.training.loop import Plan, Progress, train
 from mlx_dpo.training.objective import Objective
 from tests.conftest import make_llama
+from tests.temporary_files import ended_process, temporary_path
 
 
 def fresh(rank=4):
@@ -63,7 +64,7 @@ def test_resuming_is_the_same_as_never_stopping_bit_for_bit(plan, tmp_path):
         assert mx.array_equal(value, adapters.adapter_weights(straight)[name]), name
 
 
-@pytest.mark.parametrize("moment", ["os.replace", "mlx_dpo.training.checkpoint.flush_to_disk"])
+@pytest.mark.parametrize("moment", ["os.replace", "mlx_dpo.io.atomic.flush"])
 def test_a_save_that_fails_leaves_the_one_before_and_nothing_half_written(
     tmp_path, monkeypatch, moment
 ):
@@ -83,7 +84,7 @@ def test_only_the_last_ones_are_kept_and_halves_of_a_crash_removed(tmp_path):
     policy, optimizer = fresh()
     for step in (9, 10, 11):
         save(tmp_path, policy, optimizer, Progress(step=step))
-    (tmp_path / "partial-step-000012").mkdir()
+    temporary_path(tmp_path / "step-000012", ended_process()).mkdir()
     checkpoint.prune(tmp_path, keep=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000010", "step-000011"]
     assert checkpoint.latest(tmp_path).name == "step-000011"

@@ -8,7 +8,7 @@ import pytest
 
 from mlx_dpo.adapters import attach as adapters
 from mlx_dpo.data.batching import PassLimit
-from mlx_dpo.io import flat
+from mlx_dpo.io.arrays import named_arrays
 from mlx_dpo.losses.catalogue import LOSS_KINDS
 from mlx_dpo.scoring.scorers import score_pairs
 from mlx_dpo.training.loop import Plan, Progress, train
@@ -39,9 +39,9 @@ def stepped(pairs, loss_type, limit):
         pairs=pairs, reference=reference, objective=objective, learning_rate=lambda done: 0.01,
         total_steps=1, batch_size=len(pairs), limit=limit, max_grad_norm=0.0, seed=0, score=score,
     )  # fmt: skip
-    before = flat(policy.trainable_parameters())
+    before = named_arrays(policy.trainable_parameters())
     [(_, metrics)] = train(policy, optim.SGD(0.01), plan, start=Progress())
-    after = flat(policy.trainable_parameters())
+    after = named_arrays(policy.trainable_parameters())
     return metrics.preferences, {n: (before[n] - after[n]) / 0.01 for n in before}
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from mlx_dpo.adapters import attach as adapters
 from mlx_dpo.data.batching import PassLimit, pair_metadata
-from mlx_dpo.io import flat
+from mlx_dpo.io.arrays import named_arrays
 from mlx_dpo.scoring.scorers import score_pairs
 from mlx_dpo.training.global_batch import Among, mismatched, single
 from mlx_dpo.training.loop import Plan, Progress, train
@@ -63,9 +63,9 @@ def stepped(pairs, objective, limit, scored=None):
         pairs=pairs, reference=reference, objective=objective, learning_rate=lambda done: 0.01,
         total_steps=1, batch_size=len(pairs), limit=limit, max_grad_norm=0.0, seed=0, score=score,
     )  # fmt: skip
-    before = flat(policy.trainable_parameters())
+    before = named_arrays(policy.trainable_parameters())
     [(_, metrics)] = train(policy, optim.SGD(0.01), plan, start=Progress())
-    after = flat(policy.trainable_parameters())
+    after = named_arrays(policy.trainable_parameters())
     return metrics, {name: before[name] - after[name] for name in before}
 
 

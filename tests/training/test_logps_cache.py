@@ -1,10 +1,7 @@
-import os
-
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_dpo.paths import partial_path, writer_of
 from mlx_dpo.training.logps_cache import read_labelled, read_logps, write_logps
 from mlx_dpo.types import PairLogps
 
@@ -45,11 +42,3 @@ def test_nothing_half_written_is_left(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         write_logps(tmp_path / "x.safetensors", LOGPS)
     assert not list(tmp_path.iterdir())
-
-
-def test_a_partial_file_names_its_writer(tmp_path):
-    path = tmp_path / "ab12.safetensors"
-    assert writer_of(partial_path(path, os.getpid())) == os.getpid()
-    assert writer_of(path) is None
-    assert writer_of(tmp_path / "ab-12.safetensors") is None
-    assert writer_of(tmp_path / ".ab12.safetensors") is None

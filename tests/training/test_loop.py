@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from mlx_dpo.adapters import attach as adapters
 from mlx_dpo.data.batching import PassLimit, micro_batches, whole_rows
 from mlx_dpo.errors import TrainingError
-from mlx_dpo.io import flat
+from mlx_dpo.io.arrays import named_arrays
 from mlx_dpo.losses.metrics import named
 from mlx_dpo.scoring.scorers import TOKEN_COUNTS, make_shared_scorer, plain_scorer, score_pairs
 from mlx_dpo.training.loop import Plan, Progress, train
@@ -167,7 +167,7 @@ def test_no_limit_of_a_pass_changes_the_gradient(lengths, limit, scored):
             MicroBatch.of([pairs[i] for i in group], reference.take(group)) for group in groups
         ]
         by_scorer = make_gradient(policy, Objective(beta=0.1), scorer=scorer)
-        return flat(accumulate(by_scorer, micros, pairs=len(pairs))[1])
+        return named_arrays(accumulate(by_scorer, micros, pairs=len(pairs))[1])
 
     found, expected = gradient(limit, **scored), gradient(PassLimit(pairs=1))
     for name, value in expected.items():

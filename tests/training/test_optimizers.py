@@ -11,7 +11,7 @@ import pytest
 
 from mlx_dpo.adapters import attach as adapters
 from mlx_dpo.config.optimizer import KINDS
-from mlx_dpo.io import flat
+from mlx_dpo.io.arrays import named_arrays
 from mlx_dpo.training import checkpoint
 from mlx_dpo.training.loop import Progress, train
 from mlx_dpo.training.optimizers import BY_NAME, make, orthogonal, state_bytes
@@ -131,7 +131,7 @@ def five_steps(name, start=START, gradients=GRADIENTS, **settings):
         g = {key: mx.array(value, dtype=mx.float32) for key, value in g.items()}
         optimizer.learning_rate = rate
         optimizer.update(model, g | {"layers": [g]})
-    return flat(model.parameters())
+    return named_arrays(model.parameters())
 
 
 def assert_close(found, expected):
@@ -225,7 +225,7 @@ def test_resuming_is_the_same_as_never_stopping_bit_for_bit(plan, tmp_path, name
 
     resumed, again = fresh(name, kind)
     start = checkpoint.restore(checkpoint.latest(tmp_path), resumed, again)
-    kept, found = flat(optimizer.state), flat(again.state)
+    kept, found = named_arrays(optimizer.state), named_arrays(again.state)
     assert kept.keys() == found.keys()
     for key, value in kept.items():
         assert value.dtype == found[key].dtype, key

@@ -1,14 +1,13 @@
 import os
-import subprocess
-import sys
 from datetime import UTC, datetime
 
 import mlx.core as mx
 import pytest
 
-from mlx_dpo.paths import abandoned, partial_path
-from mlx_dpo.training.logps_cache import SUFFIX, UNKNOWN, entries, groups, labels, write_logps
+from mlx_dpo.io.atomic import abandoned_paths
+from mlx_dpo.training.logps_cache import UNKNOWN, entries, groups, labels, write_logps
 from mlx_dpo.types import PairLogps
+from tests.temporary_files import ended_process, temporary_path
 
 
 def stored(folder, name, pairs, *, model=None, day=1):
@@ -19,13 +18,6 @@ def stored(folder, name, pairs, *, model=None, day=1):
     used = datetime(2026, 1, day, tzinfo=UTC).timestamp()
     os.utime(path, (used, used))
     return path
-
-
-def ended():
-    """The number of a process that is over."""
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    return process.pid
 
 
 def test_files_are_grouped_by_the_model_that_said_it(tmp_path):
@@ -63,23 +55,14 @@ def test_damaged_files_are_found_and_counted_with_no_model(tmp_path):
 
 def test_only_what_a_process_that_is_gone_left_is_abandoned(tmp_path):
     path = stored(tmp_path, "a", 7)
-    mine, left = partial_path(path, os.getpid()), partial_path(path, ended())
-    for partial in (mine, left):
-        partial.write_bytes(b"half")
-    assert abandoned(tmp_path, SUFFIX) == [left]
+    running, left = (temporary_path(path, pid) for pid in (os.getppid(), ended_process()))
+    for temporary in (running, left):
+        temporary.write_bytes(b"half")
+    assert abandoned_paths(tmp_path) == [left]
     assert [entry.path for entry in entries(tmp_path)] == [path]
-
-
-def test_a_process_of_another_user_is_not_gone(tmp_path, monkeypatch):
-    def refused(process, signal):
-        raise PermissionError(1, "Operation not permitted")
-
-    monkeypatch.setattr("os.kill", refused)
-    partial_path(tmp_path / "a.safetensors", 1).write_bytes(b"half")
-    assert abandoned(tmp_path, SUFFIX) == []
 
 
 @pytest.mark.parametrize("folder", ["none", "empty"])
 def test_no_folder_and_an_empty_one_hold_nothing(tmp_path, folder):
     (tmp_path / "empty").mkdir()
-    assert entries(tmp_path / folder) == abandoned(tmp_path / folder, SUFFIX) == []
+    assert entries(tmp_path / folder) == abandoned_paths(tmp_path / folder) == []

@@ -2,7 +2,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_dpo.adapters import attach as adapters
-from mlx_dpo.io import flat
+from mlx_dpo.io.arrays import named_arrays
 from mlx_dpo.training.objective import Objective
 from mlx_dpo.training.step import MicroBatch, accumulate, clip, make_gradient
 from mlx_dpo.types import PairLogps
@@ -31,7 +31,7 @@ def gradients(policy, parts, count):
     outcome, grads = accumulate(
         make_gradient(policy, OBJECTIVE), [micro(part) for part in parts], pairs=count
     )
-    return outcome, flat(grads)
+    return outcome, named_arrays(grads)
 
 
 @pytest.mark.parametrize("cuts", [[1, 1, 1, 1, 1], [2, 3], [4, 1]])

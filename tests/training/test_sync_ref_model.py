@@ -8,7 +8,7 @@ import pytest
 
 from mlx_dpo.adapters import attach as adapters
 from mlx_dpo.data.batching import PassLimit
-from mlx_dpo.io import flat
+from mlx_dpo.io.arrays import named_arrays
 from mlx_dpo.scoring.scorers import score_pairs
 from mlx_dpo.training.loop import Plan, Progress, train
 from mlx_dpo.training.objective import Objective
@@ -88,4 +88,4 @@ def test_it_goes_on_from_saved_weights(policy, pairs):
     other = MovingReference(policy, alpha=0.5, every=1, score=score)
     other.restore(dict(moving.weights))
     assert mx.array_equal(other.logps(policy, pairs).chosen, moving.logps(policy, pairs).chosen)
-    assert flat(policy.trainable_parameters()).keys() == other.weights.keys()
+    assert named_arrays(policy.trainable_parameters()).keys() == other.weights.keys()

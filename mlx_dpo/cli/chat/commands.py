@@ -1,7 +1,6 @@
 """What can be said to `mlx-dpo chat` beside questions: its commands, each a method of `Talk`."""
 
 import json
-import os
 from collections.abc import Callable, Generator, Iterator
 from datetime import datetime
 from pathlib import Path
@@ -11,6 +10,7 @@ import click
 
 from mlx_dpo.cli.answers import Shown, cut_note
 from mlx_dpo.errors import ConfigError, DataError, reason
+from mlx_dpo.io.atomic import write_file
 
 if TYPE_CHECKING:
     from mlx_dpo.adapters.switch import Side
@@ -203,10 +203,8 @@ def write_json(path: Path, record: dict[str, object]) -> None:
     """
     if path.exists():
         raise DataError(f"{path}: is there already; choose another name")
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(json.dumps(record, ensure_ascii=False, indent=2) + "\n", "utf-8")
-        os.replace(partial, path)
+        write_file(path, json.dumps(record, ensure_ascii=False, indent=2) + "\n")
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({reason(error)})") from error
 

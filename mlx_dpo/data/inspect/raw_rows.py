@@ -1,8 +1,6 @@
 """Sources -> rows beside the lines that they were written on, unreadable ones among them."""
 
 import json
-import os
-import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +12,7 @@ from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.data.files import READERS, Row, kind_of_file, opened, parse, rows_of
 from mlx_dpo.data.sources import STDIN, Source
 from mlx_dpo.errors import ConfigError, DataError
+from mlx_dpo.io.atomic import atomic_file
 
 LINES = ".jsonl"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -124,26 +123,8 @@ def refuse_taken(path: Path) -> None:
 
 
 @contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder that is there when all is written, and not before."""
-    partial = folder.with_name(f"partial-{folder.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-@contextmanager
 def new_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file that is there when all is written, and not before."""
+    """Yield the stream of a new file, which is at `path` when all is written and not before."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"partial-{path.name}")
-    try:
-        with partial.open("wb") as stream:
-            yield stream
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic_file(path) as temporary, temporary.open("wb") as stream:
+        yield stream

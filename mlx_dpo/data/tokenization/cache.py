@@ -36,7 +36,7 @@ from mlx_dpo.data.tokenization.parallel import Hands, Heard, blocks
 from mlx_dpo.data.tokenization.special_tokens import stop_tokens
 from mlx_dpo.data.tokenization.tokenize import check_rules
 from mlx_dpo.errors import reason
-from mlx_dpo.paths import partial_path, writer_of
+from mlx_dpo.io.atomic import is_temporary, temporary_path
 
 RULES = 2  # to be raised when the same rows become other pairs, or other counts, than before
 SUFFIX = ".pairs"
@@ -185,19 +185,16 @@ def _beside(path: Path | None) -> Iterator[tuple[IO[bytes], Path | None, str]]:
     """A file to write, where it is, and why it is not where it should be."""
     why_not = ""
     if path is not None:
-        beside = partial_path(path, os.getpid())
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            stream = beside.open("w+b")
-        except OSError as error:
-            why_not = f"tokens are not kept: {path.parent}: {reason(error)}"
-        else:
+        with temporary_path(path) as temporary:
             try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                stream = temporary.open("w+b")
+            except OSError as error:
+                why_not = f"tokens are not kept: {path.parent}: {reason(error)}"
+            else:
                 with stream:
-                    yield stream, beside, ""
-            finally:
-                beside.unlink(missing_ok=True)
-            return
+                    yield stream, temporary, ""
+                return
     with tempfile.TemporaryFile() as stream:
         yield stream, None, why_not
 
@@ -221,7 +218,7 @@ def entries(folder: Path) -> list[Entry]:
     found = []
     for path in sorted(folder.glob(f"*{SUFFIX}")):
         with suppress(FileNotFoundError):  # somebody else clears
-            found += [_entry(path)] if writer_of(path) is None else []
+            found += [] if is_temporary(path) else [_entry(path)]
     return found
 
 

@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_dpo.io import Arrays, flat, random_state
+from mlx_dpo.io.arrays import Arrays, named_arrays, random_state
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ def _checkpointed_call(
     """`plain(layer, *args, **kwargs)`, of which only arrays that go in are kept."""
     given = FlattenedArguments()
     call = given.take((args, kwargs))
-    parameters = flat(layer.trainable_parameters())
+    parameters = named_arrays(layer.trainable_parameters())
     count = len(parameters)
     key = mx.array(random_state())  # as it is before the layer draws
 
@@ -248,7 +248,7 @@ def _floating_indices(arrays: Sequence[mx.array]) -> list[int]:
 @contextmanager
 def _with_parameters(layer: nn.Module, arrays: Arrays) -> Iterator[None]:
     """The layer with these parameters inside the block, its own afterwards."""
-    before = flat(layer.parameters())
+    before = named_arrays(layer.parameters())
     layer.update(tree_unflatten(list(arrays.items())))
     try:
         yield

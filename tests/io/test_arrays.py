@@ -3,7 +3,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from mlx_dpo.io import read_arrays, write_arrays
+from mlx_dpo.io.arrays import read_arrays, write_arrays
 
 FULL = Path("/dev/full")
 

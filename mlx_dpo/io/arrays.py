@@ -1,0 +1,46 @@
+"""Typed access to MLX's parameter trees, safetensors files and random state."""
+
+import errno
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+Arrays = dict[str, mx.array]
+
+
+def named_arrays(tree: Any) -> Arrays:
+    """Flatten a tree of arrays to a dictionary with dotted names as keys."""
+    return dict(cast("list[tuple[str, mx.array]]", tree_flatten(tree)))
+
+
+def read_arrays(path: Path) -> tuple[Arrays, dict[str, str]]:
+    """Read the arrays and the metadata of a safetensors file.
+
+    Raises:
+        RuntimeError: the file is missing or is not a safetensors file.
+    """
+    return cast("tuple[Arrays, dict[str, str]]", mx.load(str(path), return_metadata=True))
+
+
+def write_arrays(path: Path, arrays: Arrays, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file.
+
+    Raises:
+        OSError: the file cannot be written, as for Python's own files.
+    """
+    try:
+        mx.save_safetensors(str(path), arrays, metadata or {})
+    except RuntimeError as error:  # MLX's only sign of a full disk, without an error number
+        raise OSError(errno.ENOSPC, "the disk refused it; is it full?", str(path)) from error
+
+
+def scalar(array: mx.array) -> float:
+    """Evaluate an array of one element and return its value. ()"""
+    return cast("float", array.item())
+
+
+def random_state() -> mx.array:
+    """Return MLX's random state; assigning to its elements restores a saved state. (2,) uint32"""
+    return cast("list[mx.array]", mx.random.state)[0]

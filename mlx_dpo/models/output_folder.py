@@ -1,0 +1,77 @@
+"""The folder that a model or an adapter is written to: checks before, and errors as one line."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from mlx_dpo.errors import ModelError
+from mlx_dpo.io.atomic import atomic_folder, other_writer
+
+SPARE = 1.05  # for the tokenizer, the configuration and the file system, next to the weights
+
+
+def check_output_folder(output: Path, expected_bytes: int) -> None:
+    """Raise `ModelError` if `output` is taken, cannot be written or lacks `expected_bytes`."""
+    if output.exists() and not output.is_dir():
+        raise ModelError(f"{output}: is a file; name a folder that does not exist yet")
+    if output.is_dir() and any(output.iterdir()):
+        raise ModelError(f"{output}: is not empty; name a folder that does not exist yet")
+    parent = _nearest_folder(output.resolve().parent)
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ModelError(f"{output}: `{parent}` cannot be written to; name another folder")
+    free = shutil.disk_usage(parent).free
+    if free < expected_bytes * SPARE:
+        raise ModelError(
+            f"{output}: needs about {format_bytes(expected_bytes)} and the disk has "
+            f"{format_bytes(free)} left; free some space, or name a folder on another disk"
+        )
+
+
+def format_bytes(size: float) -> str:
+    """Return a size as `1.5 GB`, `350 MB` or `0.4 MB`, in powers of ten as disks are sold."""
+    if size >= 1e9:
+        return f"{size / 1e9:.1f} GB"
+    return f"{size / 1e6:.0f} MB" if size >= 1e7 else f"{size / 1e6:.1f} MB"
+
+
+@contextmanager
+def new_output_folder(output: Path) -> Iterator[Path]:
+    """Yield a new empty folder to write to, which becomes `output` if the block succeeds.
+
+    Raises:
+        ModelError: another process is writing to `output`, or the folder cannot be made.
+    """
+    final = output.resolve()
+    if (process := other_writer(final)) is not None:
+        raise ModelError(
+            f"{output}: process {process} is writing it at this moment; wait for it, "
+            "or name another folder"
+        )
+    with ExitStack() as stack:
+        with disk_errors(output):
+            folder = stack.enter_context(atomic_folder(final))
+        yield folder
+        with disk_errors(output):
+            stack.close()
+
+
+@contextmanager
+def disk_errors(output: Path) -> Iterator[None]:
+    """Raise errors of the disk as `ModelError`; MLX reports its own as a RuntimeError."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not str(error).startswith("[write]"):
+            raise
+        message = (getattr(error, "strerror", None) or str(error)).rstrip(".")
+        raise ModelError(
+            f"{output}: cannot be written ({message}); see whether the disk is full, "
+            "or name another folder"
+        ) from error
+
+
+def _nearest_folder(path: Path) -> Path:
+    """Return `path`, or the nearest folder above it that exists."""
+    return next(folder for folder in (path, *path.parents) if folder.is_dir())
