@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 Message = dict[str, Any]  # at least `role` and `content`, as chat templates read them
+MetricsRow = Mapping[str, float]  # a line of metrics.jsonl: `step` and metrics by name
 Text = str | tuple[Message, ...]  # plain text, or the turns of a conversation
 
 

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from packaging.requirements import Requirement
 
 from mlx_dpo.cli import COMMANDS, cli
-from mlx_dpo.reporting.trackers import PROGRAMS
+from mlx_dpo.trackers import TRACKERS
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mlx_dpo"
@@ -62,7 +62,7 @@ def test_every_library_that_is_imported_is_declared():
                 imported.add((node.module or "").split(".")[0])
     declared = {Requirement(line).name.lower() for line in PROJECT["project"]["dependencies"]}
     names = {name.replace("-", "_") for name in declared - {"pyyaml"}} | {"yaml", "mlx_dpo"}
-    optional = {"tensorboardX", *PROGRAMS.keys() - {"tensorboard"}}
+    optional = {tracker.library for tracker in TRACKERS.values()}
     assert imported - sys.stdlib_module_names == names | optional
 
 
@@ -107,15 +107,15 @@ def test_every_command_and_option_has_help(name):
 
 def test_every_backend_has_its_extra_and_they_exclude_each_other():
     extras = PROJECT["project"]["optional-dependencies"]
-    assert extras.keys() == {"cpu", "cuda12", "cuda13", "dev"} | PROGRAMS.keys()
+    assert extras.keys() == {"cpu", "cuda12", "cuda13", "dev"} | TRACKERS.keys()
     [conflict] = PROJECT["tool"]["uv"]["conflicts"]
-    assert {entry["extra"] for entry in conflict} == extras.keys() - {"dev"} - PROGRAMS.keys()
+    assert {entry["extra"] for entry in conflict} == extras.keys() - {"dev"} - TRACKERS.keys()
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
-def test_every_program_that_a_run_can_tell_has_its_extra(name):
+@pytest.mark.parametrize("name", TRACKERS)
+def test_every_tracker_has_its_extra(name):
     wanted = PROJECT["project"]["optional-dependencies"][name]
-    assert PROGRAMS[name].library in {Requirement(line).name for line in wanted}
+    assert TRACKERS[name].library in {Requirement(line).name for line in wanted}
 
 
 def requirement(name: str, specifier: str, extra: str) -> tuple[str, str, str]:

@@ -74,7 +74,7 @@ def _watch(run: DPOTrainer, awake: str | None, go_on: str) -> None:
         for row in run.train():
             shown.show(row)
             warnings.say()
-    run.trackers.close(whole=True)
+    run.trackers.close(completed=True)
     warnings.say()
     if run.stopped:
         console.print(f"Stopped and saved; go on with: {go_on}")
@@ -95,10 +95,10 @@ class _Warnings:
     def say(self) -> None:
         """Say what was not said yet."""
         run = self._run
-        for sentence in run.warnings[self._heard :] + run.trackers.lost[self._lost :]:
+        for sentence in run.warnings[self._heard :] + run.trackers.warnings[self._lost :]:
             # `click.echo` writes into the live bar's line where the locale is not UTF-8.
             print(f"Warning: {sentence}", file=sys.stderr)
-        self._heard, self._lost = len(run.warnings), len(run.trackers.lost)
+        self._heard, self._lost = len(run.warnings), len(run.trackers.warnings)
 
 
 def _prepare(run: DPOTrainer, console: Console, awake: str | None) -> None:

@@ -176,7 +176,7 @@ class IterativeDPO:
         """
         here = self.paths.round(number)
         settings: dict[str, Any] = {"pairs": (str(here.pairs),), "output": str(here.run.folder)}
-        if self.config.named_there:
+        if self.config.has_run_name:
             settings["run_name"] = f"{run_name(self.config)}-{here.folder.name}"
         if number > 1:
             known = options()

@@ -5,6 +5,8 @@ from typing import NamedTuple, NoReturn
 
 from mlx_dpo.config.option import option
 from mlx_dpo.errors import ConfigError
+from mlx_dpo.trackers import TRACKERS
+from mlx_dpo.trackers.base import DEFAULT_PROJECT
 
 TRAINING = "Training"
 
@@ -134,41 +136,39 @@ class RunSettings:
 
 
 REPORTING = "Reporting"
-NOBODY = "none"
-NAMELESS = "tensorboard"  # knows runs by their folders alone
-PROJECT = "mlx-dpo"  # where neither a setting nor the program's own says another
+NO_TRACKER = "none"  # with --resume: stop logging
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportingSettings:
-    """Which other programs are told of a run, and under which names."""
+    """Trackers that a run logs to, and its name and project there."""
 
     report_to: tuple[str, ...] = option(
-        (), "Send metrics to this program too; may be repeated. `none`: to no program any more.",
+        (), "Log metrics to this tracker too; may be repeated. `none` stops logging on resume.",
         str, REPORTING, many=True, changes_result=False,
-        choices=(NAMELESS, "wandb", "trackio", "swanlab", NOBODY),
+        choices=(*TRACKERS, NO_TRACKER),
     )  # fmt: skip
     run_name: str | None = option(
-        None, "Name of the run there. [default: that of the output folder]",
+        None, "Name of the run in trackers. [default: name of the output folder]",
         str, REPORTING, changes_result=False,
     )  # fmt: skip
     project: str | None = option(
-        None, f"Project of the run there. [default: the program's own setting, else {PROJECT}]",
+        None, f"Project in trackers. [default: the tracker's own setting, else {DEFAULT_PROJECT}]",
         str, REPORTING, changes_result=False,
     )  # fmt: skip
 
     @property
-    def reports_to(self) -> tuple[str, ...]:
-        """The programs that are told."""
-        return tuple(name for name in self.report_to if name != NOBODY)
+    def tracker_names(self) -> tuple[str, ...]:
+        """Names of the trackers that the run logs to."""
+        return tuple(name for name in self.report_to if name != NO_TRACKER)
 
     @property
-    def named_there(self) -> bool:
-        """Whether a program is told that knows names."""
-        return bool(set(self.reports_to) - {NAMELESS})
+    def has_run_name(self) -> bool:
+        """Whether `run_name` and `project` have an effect on one of the trackers."""
+        return any(TRACKERS[name].has_run_names for name in self.tracker_names)
 
     def refuse_idle_reporting_settings(self) -> None:
-        """Programs named twice, and names that nobody is told.
+        """Check that no tracker is named twice and that `run_name` and `project` have an effect.
 
         Raises:
             ConfigError: names the first setting without effect, and why it has none.
@@ -176,8 +176,8 @@ class ReportingSettings:
         for name in self.report_to:
             if self.report_to.count(name) > 1:
                 raise ConfigError(f"`report_to` names {name} twice")
-        if NOBODY in self.report_to and self.reports_to:
-            raise ConfigError(f"`report_to` {NOBODY} contradicts {self.reports_to[0]}")
+        if NO_TRACKER in self.report_to and self.tracker_names:
+            raise ConfigError(f"`report_to` {NO_TRACKER} contradicts {self.tracker_names[0]}")
         for setting in ("run_name", "project"):
             if (name := getattr(self, setting)) is not None:
                 self._refuse_idle_name(setting, name)
@@ -185,10 +185,11 @@ class ReportingSettings:
     def _refuse_idle_name(self, setting: str, name: str) -> None:
         if not name.strip():
             raise ConfigError(f"`{setting}` is empty; give a name, or leave it out")
-        if not self.report_to:  # beside `none`, the names of a run that is resumed are kept
+        if not self.report_to:  # `none` is given to a resumed run, which may have a name
             raise ConfigError(f"`{setting}` has no effect without `report_to`")
-        if self.report_to == (NAMELESS,):
+        if self.tracker_names and not self.has_run_name:
+            names = " and ".join(self.tracker_names)
             raise ConfigError(
-                f"`{setting}` has no effect with report_to {NAMELESS} alone, which knows runs by "
-                "their folders"
+                f"`{setting}` has no effect with report_to {names} alone, which names a run after "
+                "its folder"
             )

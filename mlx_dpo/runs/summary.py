@@ -147,7 +147,7 @@ def facts_of_training(run: "DPOTrainer") -> list[Fact]:
         *_passes(run),
         ("memory", run.fitted.line()),
         ("output", run.config.output + _resumed(run)),
-        *[("told", f"{sink.name}: {sink.where}") for sink in run.trackers.open],
+        *[("logging", f"{tracker.name}: {tracker.location}") for tracker in run.trackers.trackers],
     ]
 
 

@@ -7,27 +7,27 @@ from typing import Any
 
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.data.dataset import LENGTHS, column
-from mlx_dpo.reporting import trackers
-from mlx_dpo.reporting.trackers.base import Announced, Row, Sinks
 from mlx_dpo.runs.folder import hub_model
+from mlx_dpo.trackers import check_tracker, open_tracker
+from mlx_dpo.trackers.base import OpenTrackers, RunInfo
 from mlx_dpo.training.monitor import Facts, Monitor
-from mlx_dpo.types import TokenizedPair
+from mlx_dpo.types import MetricsRow, TokenizedPair
 
 
 def check_trackers(config: DPOConfig) -> None:
-    """Raise `ConfigError` if the library of a tracker is missing or nobody is logged in.
+    """Raise `ConfigError` if the library of a tracker is missing or the user is not logged in.
 
     Runs before anything is loaded.
     """
-    for name in config.reports_to:
-        trackers.check(name)
+    for name in config.tracker_names:
+        check_tracker(name)
 
 
 def open_trackers(
-    opened: Sinks,
+    opened: OpenTrackers,
     names: Sequence[str],
-    info: Announced,
-    rows: Sequence[Row],
+    info: RunInfo,
+    rows: Sequence[MetricsRow],
     *,
     resumed: Collection[str] = (),
 ) -> None:
@@ -36,7 +36,7 @@ def open_trackers(
     Args:
         opened: Collection to which the trackers are added.
         names: Names of the trackers.
-        info: Description of the run; `before` is the step at which it resumes.
+        info: Description of the run; `last_logged_step` is the step at which it resumes.
         rows: Rows of metrics that are in `metrics.jsonl` already.
         resumed: Trackers to which earlier processes of the run logged.
 
@@ -44,10 +44,10 @@ def open_trackers(
         ConfigError: A tracker cannot be opened.
     """
     for name in names:
-        known = info if name in resumed else replace(info, before=0)
-        opened.open.append(trackers.begin(name, known, opened.lost))
+        known = info if name in resumed else replace(info, last_logged_step=0)
+        opened.trackers.append(open_tracker(name, known, opened.warnings))
     for row in rows:
-        opened.write(row)
+        opened.log(row)
 
 
 def run_name(config: DPOConfig) -> str:

@@ -16,7 +16,6 @@ from mlx_dpo.errors import ConfigError, TrainingError
 from mlx_dpo.losses.metrics import named, step_row
 from mlx_dpo.profiling.memory import limited_buffers
 from mlx_dpo.reporting.metrics_log import MetricsLog, read_rows, timed
-from mlx_dpo.reporting.trackers.base import Announced, Sinks
 from mlx_dpo.runs.auto_batch_size import settle
 from mlx_dpo.runs.build import (
     as_reference,
@@ -53,6 +52,7 @@ from mlx_dpo.runs.trackers import (
     shared_settings,
 )
 from mlx_dpo.scoring.kernels.gated_delta import use_fused_gated_delta
+from mlx_dpo.trackers.base import OpenTrackers, RunInfo
 from mlx_dpo.training import checkpoint, loop
 from mlx_dpo.training.logps_cache import read_logps, write_logps
 from mlx_dpo.training.objective import evaluate
@@ -95,7 +95,7 @@ class DPOTrainer:
         self.warnings: list[str] = []  # from the monitor, including those before a resume
         self.shipped = ""  # programs that can load the adapters of the finished run
         self.best = Best(config, self.paths)
-        self.trackers = Sinks()
+        self.trackers = OpenTrackers()
         self.stop_requested = False
         self._resources = ExitStack()
 
@@ -105,7 +105,7 @@ class DPOTrainer:
         with ExitStack() as stack:
             stack.enter_context(claimed(self.paths))
             stack.enter_context(limited_buffers())
-            stack.push(lambda kind, error, trace: self.trackers.close(whole=kind is None))
+            stack.push(lambda kind, error, trace: self.trackers.close(completed=kind is None))
             self.earlier = read_record(self.paths)
             if self.earlier is not None:
                 check_resumable(self.paths, self.earlier, self.config, resume=self.resume)
@@ -237,15 +237,15 @@ class DPOTrainer:
 
     def _open_trackers(self, rows: list[Row]) -> None:
         earlier = self.earlier["settings"].get("report_to", ()) if self.earlier else ()
-        info = Announced(
+        info = RunInfo(
             id=self.record["id"],
             name=run_name(self.config),
             project=self.config.project,
             folder=self.paths.folder,
             settings=shared_settings(self.record),
-            before=self.start.step,
+            last_logged_step=self.start.step,
         )
-        open_trackers(self.trackers, self.config.reports_to, info, rows, resumed=earlier)
+        open_trackers(self.trackers, self.config.tracker_names, info, rows, resumed=earlier)
 
     # --- train -----------------------------------------------------------------------------
 
@@ -313,7 +313,7 @@ class DPOTrainer:
 
         A row that a crash keeps out of the file is computed and logged again on resume.
         """
-        self.trackers.write(self._log.write(row))
+        self.trackers.log(self._log.write(row))
         return row
 
     def _is_due(self, every: int | None) -> bool:

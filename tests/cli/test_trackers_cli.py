@@ -1,4 +1,4 @@
-"""What `train` says of the programs that it tells."""
+"""What `train` prints about its trackers."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 from click.testing import CliRunner
 
 from mlx_dpo.cli import cli
-from mlx_dpo.reporting import trackers as programs
+from mlx_dpo.runs import trackers
 from tests.checkpoints import make_checkpoint
 from tests.cli.terminal import Session
 
@@ -30,19 +30,19 @@ def train(*words):
     return CliRunner().invoke(cli, [*WORDS, *words])
 
 
-def test_where_to_see_it_is_said_in_the_header():
+def test_the_header_shows_where_the_run_is_logged():
     result = train("--max-steps", "3", "--report-to", "tensorboard")
     assert result.exit_code == 0, result.output
-    assert "told       tensorboard: tensorboard --logdir run/tensorboard\n" in result.stdout
+    assert "logging    tensorboard: tensorboard --logdir run/tensorboard\n" in result.stdout
 
 
-def test_nobody_told_is_not_said():
+def test_the_header_has_no_logging_line_without_trackers():
     result = train("--max-steps", "3")
-    assert "told" not in result.stdout
+    assert "logging" not in result.stdout
 
 
-def test_on_a_terminal_a_library_that_talks_leaves_the_bar_alone(monkeypatch, tmp_path):
-    """trackio prints when it begins and when it ends."""
+def test_what_a_library_prints_does_not_break_the_progress_bar(monkeypatch, tmp_path):
+    """trackio prints when it starts and when it finishes."""
     pytest.importorskip("trackio")
     session = Session(*WORDS, "--max-steps", "3", "--report-to", "trackio", "--project", "a b",
                       TRACKIO_DIR=str(tmp_path / "trackio"), HF_HUB_OFFLINE="1")  # fmt: skip
@@ -54,44 +54,44 @@ def test_on_a_terminal_a_library_that_talks_leaves_the_bar_alone(monkeypatch, tm
 
 
 class Failing:
-    name, where = "failing", "nowhere"
+    name, location = "failing", "nowhere"
 
-    def write(self, row):
+    def log(self, row):
         if row["step"] == 2:
             raise OSError(28, "No space left on device")
 
-    def close(self, *, whole):
+    def close(self, *, completed):
         raise OSError(28, "No space left on device")
 
     @staticmethod
-    def failures():
+    def library_errors():
         return (OSError,)
 
 
-def test_a_program_that_fails_is_said_once_and_the_run_ends_well(monkeypatch):
-    monkeypatch.setattr(programs, "check", lambda name: None)
-    monkeypatch.setattr(programs, "begin", lambda name, announced, heard: Failing())
+def test_a_failing_tracker_is_one_warning_and_the_run_completes(monkeypatch):
+    monkeypatch.setattr(trackers, "check_tracker", lambda name: None)
+    monkeypatch.setattr(trackers, "open_tracker", lambda name, run_info, warned: Failing())
     result = train("--max-steps", "4", "--report-to", "wandb")
     assert result.exit_code == 0, result.output
     assert result.stderr.count("failing") == 1
     assert (
-        "Warning: failing is told nothing from step 2 on (No space left on device); the run goes "
-        "on, and all is in metrics.jsonl\n"
+        "Warning: failing: logging stopped at step 2 (No space left on device); the run continues, "
+        "and metrics.jsonl has every row\n"
     ) in result.stderr
 
 
-def test_an_end_that_a_program_does_not_get_is_said(monkeypatch):
-    monkeypatch.setattr(programs, "check", lambda name: None)
-    monkeypatch.setattr(programs, "begin", lambda name, announced, heard: Failing())
+def test_a_failure_when_the_tracker_closes_is_a_warning(monkeypatch):
+    monkeypatch.setattr(trackers, "check_tracker", lambda name: None)
+    monkeypatch.setattr(trackers, "open_tracker", lambda name, run_info, warned: Failing())
     result = train("--max-steps", "1", "--warmup-ratio", "0", "--report-to", "wandb")
     assert result.exit_code == 0, result.output
     assert (
-        "Warning: failing may lack the end of the run (No space left on device); all is in "
-        "metrics.jsonl\n"
+        "Warning: failing: the last rows may be missing (No space left on device); metrics.jsonl "
+        "has every row\n"
     ) in result.stderr
 
 
-def test_flags_and_files_name_several(tmp_path):
+def test_a_settings_file_may_list_trackers(tmp_path):
     (tmp_path / "run.yaml").write_text("report_to: [tensorboard]\nmax_steps: 3\n")
     result = train("--config", "run.yaml")
     assert result.exit_code == 0, result.output

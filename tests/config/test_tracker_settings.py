@@ -1,4 +1,4 @@
-"""Which programs are told, and which of their settings would have no effect."""
+"""Settings of the trackers, and those that would have no effect."""
 
 import pytest
 
@@ -15,13 +15,13 @@ GIVEN = {"model": "m", "pairs": "p", "output": "o"}
         ({"project": "p"}, "`project` has no effect without `report_to`"),
         (
             {"project": "p", "report_to": "tensorboard"},
-            "`project` has no effect with report_to tensorboard alone, which knows runs by their "
-            "folders",
+            "`project` has no effect with report_to tensorboard alone, which names a run after "
+            "its folder",
         ),
         (
             {"run_name": "n", "report_to": ["tensorboard"]},
-            "`run_name` has no effect with report_to tensorboard alone, which knows runs by their "
-            "folders",
+            "`run_name` has no effect with report_to tensorboard alone, which names a run after "
+            "its folder",
         ),
         ({"report_to": ["wandb", "wandb"]}, "`report_to` names wandb twice"),
         ({"report_to": ["none", "wandb"]}, "`report_to` none contradicts wandb"),
@@ -33,29 +33,29 @@ GIVEN = {"model": "m", "pairs": "p", "output": "o"}
          "out"),
     ],
 )  # fmt: skip
-def test_what_would_have_no_effect_is_refused(given, message):
+def test_a_setting_without_effect_is_an_error(given, message):
     with pytest.raises(ConfigError) as error:
         DPOConfig.from_dict(GIVEN | given)
     assert str(error.value) == message
 
 
-def test_names_act_where_one_of_the_programs_knows_names():
+def test_names_have_an_effect_if_one_of_the_trackers_uses_them():
     config = DPOConfig(**GIVEN, report_to=("tensorboard", "wandb"), run_name="n", project="p")
-    assert (config.reports_to, config.named_there) == (("tensorboard", "wandb"), True)
+    assert (config.tracker_names, config.has_run_name) == (("tensorboard", "wandb"), True)
 
 
-def test_none_tells_nobody_and_keeps_the_names_of_a_run_that_is_resumed():
+def test_none_is_no_tracker_and_keeps_the_name_of_a_resumed_run():
     config = DPOConfig(**GIVEN, report_to=("none",), run_name="n")
-    assert (config.reports_to, config.named_there) == ((), False)
+    assert (config.tracker_names, config.has_run_name) == ((), False)
 
 
-def test_telling_does_not_change_the_result():
-    told = DPOConfig(**GIVEN, report_to=("wandb",), run_name="n", project="p")
-    assert DPOConfig(**GIVEN).differing(told) is None
-    assert told.shareable() == {} and told.withheld() == []
+def test_trackers_do_not_change_the_result():
+    tracked = DPOConfig(**GIVEN, report_to=("wandb",), run_name="n", project="p")
+    assert DPOConfig(**GIVEN).differing(tracked) is None
+    assert tracked.shareable() == {} and tracked.withheld() == []
 
 
-def test_what_is_nobody_elses_business_is_named_and_not_told():
+def test_private_settings_are_listed_as_withheld_and_not_shared():
     private = {"system": "Be brief", "revision": "main", "valid": "held.jsonl", "beta": 0.2}
     config = DPOConfig(**GIVEN, **private)
     assert config.shareable() == {"beta": 0.2}

@@ -1,4 +1,4 @@
-"""Runs that tell other programs: every row once, also after `kill -9`, and nothing private."""
+"""Runs with trackers: every metrics row once, also after `kill -9`, and nothing private."""
 
 import json
 import os
@@ -17,36 +17,36 @@ from mlx_dpo.collect.iterative_dpo import IterativeDPO
 from mlx_dpo.collect.iterative_folder import IterativeSettings
 from mlx_dpo.errors import ConfigError, RunError
 from mlx_dpo.reporting.metrics_log import read_rows
-from mlx_dpo.reporting.trackers import PROGRAMS
-from tests.reporting import tracker_readers as readers
+from mlx_dpo.trackers import TRACKERS
 from tests.runs.train_helper import train
+from tests.trackers import tracker_readers as readers
 
-INSTALLED = [name for name, program in PROGRAMS.items() if find_spec(program.library)]
-PROGRAM = [sys.executable, "-c", "from mlx_dpo.cli import main; main()", "train"]
-
-
-def as_float32(found):
-    return [(step, name, float(np.float32(value))) for step, name, value in found]
+INSTALLED = [name for name, tracker in TRACKERS.items() if find_spec(tracker.library)]
+TRAIN_COMMAND = [sys.executable, "-c", "from mlx_dpo.cli import main; main()", "train"]
 
 
-def wanted(folder, name="tensorboard"):
-    """What a program is to hold of a run folder."""
-    found = sorted(readers.expected(read_rows(folder / "metrics.jsonl")))
-    return as_float32(found) if name == "tensorboard" else found
+def as_float32(values):
+    return [(step, name, float(np.float32(value))) for step, name, value in values]
 
 
-def in_tensorboard(folder):
+def expected_values(folder, name="tensorboard"):
+    """Return the values that a tracker must have of a run folder."""
+    values = sorted(readers.expected(read_rows(folder / "metrics.jsonl")))
+    return as_float32(values) if name == "tensorboard" else values
+
+
+def tensorboard_values(folder):
     return sorted(readers.tensorboard(folder))
 
 
 @pytest.fixture
-def told(config):
+def tracked(config):
     return replace(config, report_to=("tensorboard",), eval_steps=2)
 
 
 @pytest.fixture
-def elsewhere(tmp_path, monkeypatch):
-    """What those programs keep outside of a run folder, and whether they go online."""
+def offline_trackers(tmp_path, monkeypatch):
+    """Keep the trackers offline and their files in the test's folder."""
     for name in ("CONFIG", "CACHE", "DATA"):
         monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path / name))
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -57,83 +57,83 @@ def elsewhere(tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
-def test_killed_and_resumed_every_program_has_every_row_once(settings, elsewhere, tmp_path):
+def test_after_a_kill_every_tracker_has_every_row_once(settings, offline_trackers, tmp_path):
     flags = {"batch_size": 2, "epochs": 6, "save_steps": 5, "eval_steps": 4}
     words = [f"--{k.replace('_', '-')}={v}" for k, v in (settings | flags).items() if k != "pairs"]
-    told = [f"--report-to={name}" for name in INSTALLED]
+    trackers = [f"--report-to={name}" for name in INSTALLED]
     folder = tmp_path / "run"
 
     def start(*more):
         return subprocess.Popen(
-            [*PROGRAM, settings["pairs"], *words, *more], stdout=subprocess.PIPE,
+            [*TRAIN_COMMAND, settings["pairs"], *words, *more], stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 
-    first = start(*told)
+    first = start(*trackers)
     for line in first.stdout:
         if line.startswith("step  8/"):
             first.kill()
     first.communicate()
     assert first.returncode == -9
-    begun = json.loads((folder / "run.json").read_text())["id"]
+    run_id = json.loads((folder / "run.json").read_text())["id"]
     second = start("--resume")
-    said, errors = second.communicate()
+    output, errors = second.communicate()
     assert second.returncode == 0, errors
     assert all(line.startswith("Warning: steps ") for line in errors.splitlines()), errors
-    assert [line.split()[1] for line in said.splitlines() if line.startswith("told")] == [
+    assert [line.split()[1] for line in output.splitlines() if line.startswith("logging")] == [
         f"{name}:" for name in INSTALLED
     ]
-    assert json.loads((folder / "run.json").read_text())["id"] == begun
+    assert json.loads((folder / "run.json").read_text())["id"] == run_id
     for name in INSTALLED:
-        found = sorted(getattr(readers, name)(folder))
-        assert found == wanted(folder, name), name
+        values = sorted(getattr(readers, name)(folder))
+        assert values == expected_values(folder, name), name
 
 
-def test_a_program_that_is_told_later_is_told_all_of_it(config, told, tmp_path):
+def test_a_tracker_added_on_resume_gets_the_whole_run(config, tracked, tmp_path):
     train(config, stop_after=3)
-    run, _ = train(told, resume=True)
-    assert in_tensorboard(tmp_path / "run") == wanted(tmp_path / "run")
-    assert run.trackers.open == []
+    run, _ = train(tracked, resume=True)
+    assert tensorboard_values(tmp_path / "run") == expected_values(tmp_path / "run")
+    assert run.trackers.trackers == []
 
 
-def test_a_resumed_run_goes_on_telling_and_none_ends_it(told, config, tmp_path):
-    train(told, stop_after=3)
-    before = in_tensorboard(tmp_path / "run")
+def test_none_stops_logging_on_resume(tracked, config, tmp_path):
+    train(tracked, stop_after=3)
+    before = tensorboard_values(tmp_path / "run")
     train(replace(config, report_to=("none",)), resume=True)
-    assert in_tensorboard(tmp_path / "run") == before
+    assert tensorboard_values(tmp_path / "run") == before
 
 
-@pytest.mark.parametrize(("error", "whole"), [(None, True), (ValueError, False)])
-def test_programs_hear_whether_a_run_broke_off(told, monkeypatch, error, whole):
-    heard = []
-    program = PROGRAMS["tensorboard"]
-    end = program.close
+@pytest.mark.parametrize(("error", "completed"), [(None, True), (ValueError, False)])
+def test_trackers_learn_whether_the_run_was_interrupted(tracked, monkeypatch, error, completed):
+    closed = []
+    tracker = TRACKERS["tensorboard"]
+    original_close = tracker.close
 
-    def close(self, *, whole):
-        heard.append(whole)
-        end(self, whole=whole)
+    def close(self, *, completed):
+        closed.append(completed)
+        original_close(self, completed=completed)
 
-    monkeypatch.setattr(program, "close", close)
-    with nullcontext() if error is None else pytest.raises(error), DPOTrainer(told) as run:
+    monkeypatch.setattr(tracker, "close", close)
+    with nullcontext() if error is None else pytest.raises(error), DPOTrainer(tracked) as run:
         run.prepare()
         next(run.train())
         if error is not None:
             raise error
-    assert heard == [whole]
+    assert closed == [completed]
 
 
-def test_what_is_told_changes_nothing(config, told, tmp_path):
+def test_a_tracker_does_not_change_the_weights(config, tracked, tmp_path):
     from tests.runs.train_helper import weights
 
     train(replace(config, eval_steps=2))
-    other = replace(told, output=str(tmp_path / "other"))
+    other = replace(tracked, output=str(tmp_path / "other"))
     train(other)
     for name, value in weights(config).items():
         assert (value == weights(other)[name]).all(), name
 
 
-def test_settings_are_told_and_paths_are_not(told, tmp_path):
-    train(told)
+def test_settings_are_logged_without_paths(tracked, tmp_path):
+    train(tracked)
     [file] = (tmp_path / "run" / "tensorboard").iterdir()
     data = file.read_bytes()
     assert b'"learning_rate": 0.001' in data
@@ -144,71 +144,68 @@ def test_settings_are_told_and_paths_are_not(told, tmp_path):
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # tensorboardX leaves such a file open
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
-def test_a_full_disk_of_a_program_ends_no_run(told, tmp_path):
-    """Its open file is put on a device on which nothing fits."""
-    with DPOTrainer(told) as run:
+def test_a_tracker_with_a_full_disk_does_not_end_the_run(tracked, tmp_path):
+    """The descriptor of its open file is replaced by one of /dev/full."""
+    with DPOTrainer(tracked) as run:
         run.prepare()
         rows = []
         for row in run.train():
             rows.append(row)
             if row["step"] == 2 and "eval_loss" not in row:
                 [file] = (tmp_path / "run" / "tensorboard").iterdir()
-                own = Path("/proc/self/fd").iterdir()
-                [handle] = [int(fd.name) for fd in own if fd.exists() and fd.samefile(file)]
+                descriptors = Path("/proc/self/fd").iterdir()
+                [handle] = [int(fd.name) for fd in descriptors if fd.exists() and fd.samefile(file)]
                 full = os.open("/dev/full", os.O_WRONLY)
                 os.dup2(full, handle)
                 os.close(full)
     assert read_rows(tmp_path / "run" / "metrics.jsonl") == rows
     assert json.loads((tmp_path / "run" / "run.json").read_text())["state"] == "finished"
-    assert run.trackers.lost == [
-        "tensorboard is told nothing from step 2 on (No space left on device); the run goes on, "
-        "and all is in metrics.jsonl"
+    assert run.trackers.warnings == [
+        "tensorboard: logging stopped at step 2 (No space left on device); the run continues, "
+        "and metrics.jsonl has every row"
     ]
 
 
-def test_a_run_that_breaks_off_lets_go_of_its_programs(told, tmp_path):
-    with pytest.raises(KeyboardInterrupt), DPOTrainer(told) as run:
+def test_an_interrupted_run_closes_its_trackers(tracked, tmp_path):
+    with pytest.raises(KeyboardInterrupt), DPOTrainer(tracked) as run:
         run.prepare()
         for row in run.train():
             if row["step"] == 2:
                 raise KeyboardInterrupt
-    assert run.trackers.open == []
-    assert in_tensorboard(tmp_path / "run") == wanted(tmp_path / "run")
+    assert run.trackers.trackers == []
+    assert tensorboard_values(tmp_path / "run") == expected_values(tmp_path / "run")
 
 
-def test_a_library_that_is_missing_is_said_before_anything_is_read(told, monkeypatch, tmp_path):
+def test_a_missing_library_is_reported_before_anything_is_read(tracked, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    nothing = replace(told, pairs="nothing.jsonl", model="nothing")
-    with (
-        pytest.raises(ConfigError, match=r"pip install 'mlx-dpo\[tensorboard\]'"),
-        DPOTrainer(nothing),
-    ):
+    missing = replace(tracked, pairs="missing.jsonl", model="missing")
+    with pytest.raises(ConfigError, match=r"pip install 'mlx-dpo\[tensorboard\]'"), DPOTrainer(missing):
         pass
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_that_may_not_be_resumed_tells_nothing(told, tmp_path):
-    train(told)
-    before = in_tensorboard(tmp_path / "run")
-    with pytest.raises(RunError, match="finished"), DPOTrainer(told, resume=True):
+def test_a_run_that_may_not_be_resumed_logs_nothing(tracked, tmp_path):
+    train(tracked)
+    before = tensorboard_values(tmp_path / "run")
+    with pytest.raises(RunError, match="finished"), DPOTrainer(tracked, resume=True):
         pass
-    assert in_tensorboard(tmp_path / "run") == before
+    assert tensorboard_values(tmp_path / "run") == before
 
 
-def test_runs_are_told_apart_by_their_ids(told, tmp_path):
-    train(told, stop_after=1)
-    train(replace(told, output=str(tmp_path / "other")), stop_after=1)
+def test_every_run_has_an_id_of_its_own(tracked, tmp_path):
+    train(tracked, stop_after=1)
+    train(replace(tracked, output=str(tmp_path / "other")), stop_after=1)
     ids = [json.loads((tmp_path / n / "run.json").read_text())["id"] for n in ("run", "other")]
     assert len(set(ids)) == 2
 
 
-def test_a_record_without_an_id_gets_one(told, tmp_path):
-    train(told, stop_after=1)
+def test_a_record_without_an_id_gets_one(tracked, tmp_path):
+    train(tracked, stop_after=1)
     path = tmp_path / "run" / "run.json"
     record = json.loads(path.read_text())
     del record["id"]
     path.write_text(json.dumps(record))
-    train(told, resume=True)
+    train(tracked, resume=True)
     assert len(json.loads(path.read_text())["id"]) == 16
 
 
@@ -228,16 +225,16 @@ def test_the_rounds_of_a_loop_have_names_of_their_own(config, tmp_path, monkeypa
     assert folders.training(2).run_name is None
 
 
-def test_a_loop_asks_for_what_is_missing_before_it_collects(config, tmp_path, monkeypatch):
+def test_a_loop_checks_its_trackers_before_it_collects(config, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     (tmp_path / "rewards.py").write_text("def length(prompt, answer):\n    return len(answer)\n")
     settings = IterativeSettings(prompts="prompts.txt", reward=f"{tmp_path}/rewards.py:length")
-    told = DPOConfig(model=config.model, output=str(tmp_path / "l"), report_to=("tensorboard",))
+    tracked = DPOConfig(model=config.model, output=str(tmp_path / "l"), report_to=("tensorboard",))
     with pytest.raises(ConfigError, match="tensorboardX"):
-        IterativeDPO(told, settings)
+        IterativeDPO(tracked, settings)
 
 
-def test_a_name_is_that_of_the_folder_as_it_is_called(config, monkeypatch, tmp_path):
+def test_the_run_name_is_the_resolved_folders_name(config, monkeypatch, tmp_path):
     from mlx_dpo.runs.trackers import run_name
 
     (tmp_path / "here").mkdir()
