@@ -179,7 +179,8 @@ def test_an_interrupted_run_closes_its_trackers(tracked, tmp_path):
 def test_a_missing_library_is_reported_before_anything_is_read(tracked, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     missing = replace(tracked, pairs="missing.jsonl", model="missing")
-    with pytest.raises(ConfigError, match=r"pip install 'mlx-dpo\[tensorboard\]'"), DPOTrainer(missing):
+    remedy = r"pip install 'mlx-dpo\[tensorboard\]'"
+    with pytest.raises(ConfigError, match=remedy), DPOTrainer(missing):
         pass
     assert not (tmp_path / "run").exists()
 
