@@ -9,9 +9,9 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_dpo.config.dpo_config import DPOConfig
-from mlx_dpo.data.batching import epoch_passes, largest_pass, whole_rows
-from mlx_dpo.data.dataset import longest_pairs, row_lengths, sketches
-from mlx_dpo.data.tokenization.cache import CountingRows
+from mlx_dpo.data.batching import count_micro_batches, largest_micro_batch, padded_row_tokens
+from mlx_dpo.data.dataset import lengths_only, longest_pairs, row_lengths
+from mlx_dpo.data.tokenization.cache import RowProgress
 from mlx_dpo.errors import ModelError
 from mlx_dpo.generation.generate import context_length
 from mlx_dpo.models.empty_weights import outline
@@ -131,7 +131,7 @@ MAX_TOKENS = 2**20  # where a model does not say how many it places
 
 
 def estimate_run(
-    config: DPOConfig, *, mac: str | None = None, rows: CountingRows = unheard
+    config: DPOConfig, *, mac: str | None = None, rows: RowProgress = unheard
 ) -> RunEstimate:
     """Rehearse a run of these settings; `mac` is the memory of a Mac to plan for.
 
@@ -205,7 +205,7 @@ class _RunEstimator:
         """What the largest pass without gradients costs, and the pairs in it."""
         limit, score = forward_limit(self.config, self.choice), self._score
         longest = longest_pairs(MAX_PAIRS, self.inputs.train, self.inputs.valid)
-        asked = largest_pass(longest, limit, cost=self.choice.cost)
+        asked = largest_micro_batch(longest, limit, cost=self.choice.cost)
         return profile_inference_pass(
             self.model, asked, score, memory=available_memory().bytes
         ), asked
@@ -236,14 +236,18 @@ class _RunEstimator:
     ) -> EpochEstimate:
         config, train, valid = self.config, self.inputs.train, self.inputs.valid
         passes = partial(
-            epoch_passes, train, config.pass_limit, batch_size=config.batch_size, seed=config.seed
+            count_micro_batches,
+            train,
+            config.pass_limit,
+            batch_size=config.batch_size,
+            seed=config.seed,
         )
         found = passes(cost=self.choice.cost)
         work = model_flops(self.model, self.base.config, vocab_size=self.base.vocab_size)
         training = partial(work.training, recompute=bool(config.recompute))
         scoring = partial(work.forward, adapted=False)
-        tokens = self._tokens(sketches(train), found.tokens.total)
-        both = [pair for pairs in (train, valid) for pair in sketches(pairs)]
+        tokens = self._tokens(lengths_only(train), found.tokens.total)
+        both = [pair for pairs in (train, valid) for pair in lengths_only(pairs)]
         every = scoring(self._tokens(both, self._trunk([pair] for pair in both)))
         every *= config.needs_reference
         ahead = config.passes_ahead * work.forward(tokens, adapted=True)
@@ -256,7 +260,7 @@ class _RunEstimator:
             steps=found.steps,
             passes=found.passes,
             tokens=tokens.trunk,
-            whole_rows=passes(cost=whole_rows).tokens.total,
+            whole_rows=passes(cost=padded_row_tokens).tokens.total,
             rows=tokens.head,
             operations=training(tokens) + ahead,
             seconds=extrapolate_seconds(

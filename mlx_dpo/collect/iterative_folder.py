@@ -15,7 +15,7 @@ from mlx_dpo.collect.pairs_file import PairsFile
 from mlx_dpo.collect.sample import SamplingPlan
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.config.sampling import Sampling
-from mlx_dpo.data.prompts import Prompt, held_out_prompts, read_prompts, with_system
+from mlx_dpo.data.prompts import Prompt, add_system_prompt, read_held_out_prompts, read_prompts
 from mlx_dpo.errors import ConfigError, RunError
 from mlx_dpo.io.atomic import is_temporary, write_file
 from mlx_dpo.runs.folder import RunPaths, read_record
@@ -48,10 +48,10 @@ def read_split_prompts(
     """
     train = read_prompts(prompts)
     if valid_prompts is not None:
-        valid = held_out_prompts(valid_prompts) or read_prompts(valid_prompts)
+        valid = read_held_out_prompts(valid_prompts) or read_prompts(valid_prompts)
     else:
-        valid = held_out_prompts(prompts) or _sample_held_out(train)
-    train, valid = with_system(train, system), with_system(valid, system)
+        valid = read_held_out_prompts(prompts) or _sample_held_out(train)
+    train, valid = add_system_prompt(train, system), add_system_prompt(valid, system)
     keys = {prompt.key for prompt in valid}
     kept = [prompt for prompt in train if prompt.key not in keys]
     if not kept:

@@ -5,17 +5,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mlx_dpo.config.dpo_config import DPOConfig, options
-from mlx_dpo.data.errors import BadPair
-from mlx_dpo.data.examples import told
+from mlx_dpo.data.errors import BadPairError
+from mlx_dpo.data.examples import parse_rows
 from mlx_dpo.data.files import Row
 from mlx_dpo.data.inspect.check import Checked, check
 from mlx_dpo.data.inspect.raw_rows import Written, written
 from mlx_dpo.data.inspect.scan import Eyes, Said, Tick, encoded, without_place
 from mlx_dpo.data.inspect.show import Part, parts_of
-from mlx_dpo.data.load import refuse_idle
+from mlx_dpo.data.load import check_settings_used
 from mlx_dpo.data.report import PairsReport
-from mlx_dpo.data.sources import Sources, find
-from mlx_dpo.data.tokenization.tokenize import check_rules
+from mlx_dpo.data.sources import SplitSources, find_sources
+from mlx_dpo.data.tokenization.tokenize import check_token_rules
 from mlx_dpo.errors import ConfigError, DataError
 from mlx_dpo.runs.inputs import read_base, row_rules, token_rules
 from mlx_dpo.types import UnpairedExample
@@ -35,7 +35,7 @@ class Page:
     parts: list[Part]
 
 
-def check_pairs(config: DPOConfig, tick: Tick = lambda more: None) -> tuple[Sources, Checked]:
+def check_pairs(config: DPOConfig, tick: Tick = lambda more: None) -> tuple[SplitSources, Checked]:
     """Everything that is to be said of the pairs that the settings name.
 
     Without a model, what takes tokens is not looked for.
@@ -44,13 +44,13 @@ def check_pairs(config: DPOConfig, tick: Tick = lambda more: None) -> tuple[Sour
         DataError: a source cannot be read on.
         ConfigError: a setting has no effect.
     """
-    sources = find(config.pairs, config.valid, config.split)
+    sources = find_sources(config.pairs, config.valid, config.split)
     eyes = eyes_of(config)
     checked = check(sources, eyes, tick)
     if eyes.tokens is not None:
         splits = checked.splits.values()
         reports = [report for split in splits for report in split.reports]
-        refuse_idle(eyes.tokens, eyes.rows, reports)
+        check_settings_used(eyes.tokens, eyes.rows, reports)
     return sources, checked
 
 
@@ -62,7 +62,7 @@ def show_pairs(config: DPOConfig, *, count: int, row: int | None) -> Iterator[Pa
     """
     if not config.model:
         raise ConfigError("--model is missing; see `mlx-dpo data show --help`")
-    sources = find(config.pairs, config.valid, config.split)
+    sources = find_sources(config.pairs, config.valid, config.split)
     eyes = eyes_of(config)
     wanted = None if row is None else re.compile(rf"(?:.*[:\[ ])?{row}\]?", re.DOTALL)
     shown = 0
@@ -95,7 +95,7 @@ def eyes_of(config: DPOConfig) -> Eyes:
 
     base = read_base(config, outline)
     rules = token_rules(config, base)
-    check_rules(base.tokenizer, rules)
+    check_token_rules(base.tokenizer, rules)
     return Eyes(
         rows=row_rules(config),
         tokens=rules,
@@ -104,7 +104,7 @@ def eyes_of(config: DPOConfig) -> Eyes:
     )
 
 
-def _pages(sources: Sources, eyes: Eyes, wanted: re.Pattern[str] | None) -> Iterator[Page]:
+def _pages(sources: SplitSources, eyes: Eyes, wanted: re.Pattern[str] | None) -> Iterator[Page]:
     for source in sources.train:
         rows = (one for one in written(source) if wanted is None or wanted.fullmatch(one.location))
         # Labelled answers find each other across rows; any other row stands by itself.
@@ -112,8 +112,8 @@ def _pages(sources: Sources, eyes: Eyes, wanted: re.Pattern[str] | None) -> Iter
         for group in groups:
             report = PairsReport(source.name, 0, judged=eyes.rows.judged)
             try:
-                for one in told(map(_readable, group), eyes.rows, report, bad_pairs="drop"):
-                    yield _page(one.said, eyes)
+                for one in parse_rows(map(_readable, group), eyes.rows, report, bad_pairs="drop"):
+                    yield _page(one.example, eyes)
             except DataError as error:
                 yield Page(
                     group[0].location,
@@ -135,7 +135,7 @@ def _page(said: Said, eyes: Eyes) -> Page:
     try:
         whole = encoded(said, eyes, uncut=True).pair
         kept = encoded(said, eyes)
-    except BadPair as bad:
+    except BadPairError as bad:
         return Page(said.location, [f"left out: {bad.reason}"], [])
     notes = []
     if isinstance(said, UnpairedExample):

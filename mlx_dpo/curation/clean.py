@@ -23,7 +23,7 @@ from mlx_dpo.data.inspect.raw_rows import (
     write_row,
 )
 from mlx_dpo.data.inspect.scan import Tick
-from mlx_dpo.data.sources import Source, find
+from mlx_dpo.data.sources import Source, find_sources
 from mlx_dpo.errors import ConfigError, DataError
 
 
@@ -56,7 +56,7 @@ def clean_pairs(
         refuse_taken(path)
     refuse_pairing(config)
     wanted = _rules(drop)
-    sources = find(config.pairs, config.valid, config.split)
+    sources = find_sources(config.pairs, config.valid, config.split)
     refuse_read_once([*sources.train, *sources.valid])
     _refuse_twice(sources.train)
     _, checked = check_pairs(config, tick)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_dpo.config.dpo_config import DPOConfig
-from mlx_dpo.data.examples import told
+from mlx_dpo.data.examples import parse_rows
 from mlx_dpo.data.inspect.raw_rows import (
     LINES,
     all_rows,
@@ -18,10 +18,10 @@ from mlx_dpo.data.inspect.raw_rows import (
     write_row,
     written,
 )
-from mlx_dpo.data.load import apart
+from mlx_dpo.data.load import hold_out_prompts
 from mlx_dpo.data.report import PairsReport
 from mlx_dpo.data.schemas import prompt_digest
-from mlx_dpo.data.sources import Source, find
+from mlx_dpo.data.sources import Source, find_sources
 from mlx_dpo.errors import ConfigError, DataError
 from mlx_dpo.io.atomic import atomic_folder
 from mlx_dpo.runs.inputs import row_rules
@@ -49,11 +49,11 @@ def split_pairs(config: DPOConfig, *, share: float, output: Path) -> Divided:
     """
     refuse_taken(output)
     refuse_pairing(config)
-    sources = find(config.pairs, None, config.split)
+    sources = find_sources(config.pairs, None, config.split)
     refuse_read_once(sources.train)
     reports = [PairsReport(one.name, 0, judged=config.labelled) for one in sources.train]
     prompts, rows = _prompts(config, sources.train, reports)
-    held = {rows[i] for i in apart(prompts, share=share, seed=config.seed)}
+    held = {rows[i] for i in hold_out_prompts(prompts, share=share, seed=config.seed)}
     if not held:
         raise ConfigError(f"{sources.train[0].name}: holds one pair, and two make a split")
     sides = {number: VALID if number in held else TRAIN for number in rows}
@@ -88,8 +88,10 @@ def _prompts(
         for one in written(source):
             if isinstance(one.row, DataError):
                 raise one.row
-            for pair in told([one.row], row_rules(config), report, bad_pairs=config.bad_pairs):
-                prompts.append(prompt_digest(pair.said))
+            for pair in parse_rows(
+                [one.row], row_rules(config), report, bad_pairs=config.bad_pairs
+            ):
+                prompts.append(prompt_digest(pair.example))
                 rows.append(number)
             number += 1
     if not prompts:

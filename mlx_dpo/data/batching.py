@@ -12,11 +12,11 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_dpo.config.training import PassLimit
-from mlx_dpo.data.dataset import LABEL, LENGTHS, TOLD, column, sketches
+from mlx_dpo.data.dataset import LABELS, LENGTHS, MARGINS_AND_WEIGHTS, column, lengths_only
 from mlx_dpo.types import PairBatch, PairMetadata, TokenizedPair
 
 PAD_MULTIPLE = 8  # of the widths of whole rows
-SHORTEST_CONTINUATION = 2  # tokens after a shared prompt, if there are any; see policy.prefix
+MIN_CONTINUATION = 2  # tokens after a shared prompt, if there are any; see policy.prefix
 
 
 def steps_per_epoch(count: int, batch_size: int) -> int:
@@ -35,7 +35,7 @@ def step_indices(step: int, *, count: int, batch_size: int, seed: int) -> list[i
     return picked
 
 
-def epoch_steps(epoch: int, *, count: int, batch_size: int, seed: int) -> list[list[int]]:
+def epoch_step_indices(epoch: int, *, count: int, batch_size: int, seed: int) -> list[list[int]]:
     """Which pairs make up each step of an epoch, counted from 0."""
     order = _order(epoch, count, seed).tolist()
     return [order[start : start + batch_size] for start in range(0, count, batch_size)]
@@ -49,29 +49,31 @@ def _order(epoch: int, count: int, seed: int) -> np.ndarray:
     return order
 
 
-class PassTokens(NamedTuple):
+class TokenCount(NamedTuple):
     """Tokens that go through the layers of a model."""
 
     total: int  # with padding
     padding: int
 
 
-Cost = Callable[[Sequence[TokenizedPair]], PassTokens]  # of one pass over these pairs
+CountTokens = Callable[[Sequence[TokenizedPair]], TokenCount]  # of one pass over these pairs
 
 
-def whole_rows(pairs: Sequence[TokenizedPair]) -> PassTokens:
+def padded_row_tokens(pairs: Sequence[TokenizedPair]) -> TokenCount:
     """What the plain scorer costs: two padded rows a pair, but for the last token of each."""
     total = 2 * len(pairs) * (_row_width(pairs, PAD_MULTIPLE) - 1)
-    return PassTokens(total, total - sum(2 * len(p.prompt) + _continued(p) for p in pairs))
+    return TokenCount(
+        total, total - sum(2 * len(p.prompt) + _continuation_tokens(p) for p in pairs)
+    )
 
 
-def one_row(pairs: Sequence[TokenizedPair]) -> PassTokens:
+def packed_row_tokens(pairs: Sequence[TokenizedPair]) -> TokenCount:
     """What the shared scorer costs where all pairs lie in one row, one behind the other."""
-    tokens = sum(len(p.prompt) + _continued(p) for p in pairs)
-    return PassTokens(padded_width(tokens), padded_width(tokens) - tokens)
+    tokens = sum(len(p.prompt) + _continuation_tokens(p) for p in pairs)
+    return TokenCount(padded_width(tokens), padded_width(tokens) - tokens)
 
 
-def shared_prompts(pairs: Sequence[TokenizedPair], *, together: bool) -> PassTokens:
+def shared_prompt_tokens(pairs: Sequence[TokenizedPair], *, together: bool) -> TokenCount:
     """What it costs where prompts are forked: they once, completions but for their last token.
 
     Pairs whose prompts are equally long are one batch; all are with `together`.
@@ -80,10 +82,10 @@ def shared_prompts(pairs: Sequence[TokenizedPair], *, together: bool) -> PassTok
     for pair in pairs:
         batches.setdefault(0 if together else len(pair.prompt), []).append(pair)
     total = sum(len(batch) * _shared_width(batch) for batch in batches.values())
-    return PassTokens(total, total - sum(len(p.prompt) + _continued(p) for p in pairs))
+    return TokenCount(total, total - sum(len(p.prompt) + _continuation_tokens(p) for p in pairs))
 
 
-def _continued(pair: TokenizedPair) -> int:
+def _continuation_tokens(pair: TokenizedPair) -> int:
     return len(pair.chosen) - 1 + len(pair.rejected) - 1
 
 
@@ -94,7 +96,7 @@ def _shared_width(pairs: Sequence[TokenizedPair]) -> int:
     width = padded_width(max(prompts)) if uneven else max(prompts)
     for longest in (max(len(p.chosen) for p in pairs), max(len(p.rejected) for p in pairs)):
         if longest > 1:
-            needed = max(longest - 1, SHORTEST_CONTINUATION)
+            needed = max(longest - 1, MIN_CONTINUATION)
             width += padded_width(needed) if uneven else needed
     return width
 
@@ -108,26 +110,26 @@ def padded_width(length: int) -> int:
     if mx.default_device().type == mx.DeviceType.cpu:
         return length
     # The largest power of two within length / 8 + 8, so 8 at least.
-    return _rounded_up(length, 1 << (length // 8 + 8).bit_length() - 1)
+    return _round_up(length, 1 << (length // 8 + 8).bit_length() - 1)
 
 
 def _row_width(pairs: Sequence[TokenizedPair], multiple: int) -> int:
-    return _rounded_up(padded_width(max(len(pair) for pair in pairs)), multiple)
+    return _round_up(padded_width(max(len(pair) for pair in pairs)), multiple)
 
 
-def _rounded_up(number: int, multiple: int) -> int:
+def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
 def micro_batches(
-    indices: Iterable[int], pairs: Sequence[TokenizedPair], limit: PassLimit, *, cost: Cost
+    indices: Iterable[int], pairs: Sequence[TokenizedPair], limit: PassLimit, *, cost: CountTokens
 ) -> list[list[int]]:
     """The passes of a step: `indices` into `pairs`, in groups as large as `limit` allows.
 
     Shorter pairs come first, so that like pads like; ties keep their order.
     """
     groups: list[list[int]] = []
-    sizes = sketches(pairs)
+    sizes = lengths_only(pairs)
     for index in sorted(indices, key=lambda i: len(sizes[i])):
         grown = [*groups[-1], index] if groups else []
         if grown and _fits(grown, sizes, limit, cost):
@@ -137,8 +139,8 @@ def micro_batches(
     return groups
 
 
-def largest_pass(
-    pairs: Iterable[TokenizedPair], limit: PassLimit, *, cost: Cost
+def largest_micro_batch(
+    pairs: Iterable[TokenizedPair], limit: PassLimit, *, cost: CountTokens
 ) -> list[TokenizedPair]:
     """The longest pair, with the longest others that may go through beside it."""
     held: list[TokenizedPair] = []
@@ -149,32 +151,37 @@ def largest_pass(
     return held
 
 
-class EpochPasses(NamedTuple):
+class EpochMicroBatches(NamedTuple):
     """What the passes of one epoch are going to be."""
 
     steps: int
     passes: int
-    tokens: PassTokens
+    tokens: TokenCount
     alone: int  # pairs that are above the limit of tokens by themselves
     longest: int  # tokens of the longest of these, 0 if there are none
 
 
-def epoch_passes(
-    pairs: Sequence[TokenizedPair], limit: PassLimit, *, batch_size: int, seed: int, cost: Cost
-) -> EpochPasses:
+def count_micro_batches(
+    pairs: Sequence[TokenizedPair],
+    limit: PassLimit,
+    *,
+    batch_size: int,
+    seed: int,
+    cost: CountTokens,
+) -> EpochMicroBatches:
     """The passes of the first epoch, from lengths alone."""
-    sizes = sketches(pairs)
-    steps = epoch_steps(0, count=len(pairs), batch_size=batch_size, seed=seed)
+    sizes = lengths_only(pairs)
+    steps = epoch_step_indices(0, count=len(pairs), batch_size=batch_size, seed=seed)
     groups = [g for step in steps for g in micro_batches(step, sizes, limit, cost=cost)]
     costs = [cost([sizes[i] for i in group]) for group in groups]
     # Only a pair that goes alone may be above the limit.
     above = [c.total for c in costs if limit.tokens is not None and c.total > limit.tokens]
-    tokens = PassTokens(sum(c.total for c in costs), sum(c.padding for c in costs))
-    return EpochPasses(len(steps), len(groups), tokens, len(above), max(above, default=0))
+    tokens = TokenCount(sum(c.total for c in costs), sum(c.padding for c in costs))
+    return EpochMicroBatches(len(steps), len(groups), tokens, len(above), max(above, default=0))
 
 
 def _fits(
-    places: Sequence[int], pairs: Sequence[TokenizedPair], limit: PassLimit, cost: Cost
+    places: Sequence[int], pairs: Sequence[TokenizedPair], limit: PassLimit, cost: CountTokens
 ) -> bool:
     few = limit.pairs is None or len(places) <= limit.pairs
     return few and (limit.tokens is None or cost([pairs[i] for i in places]).total <= limit.tokens)
@@ -200,7 +207,9 @@ def collate(pairs: Sequence[TokenizedPair], *, pad_multiple: int = PAD_MULTIPLE)
 
 def pair_metadata(pairs: Sequence[TokenizedPair]) -> PairMetadata:
     """Of the pairs that a loss is a mean of: all of a step, or of an evaluation. (B,) each"""
-    lengths, told = (column(pairs, name).astype(np.float32) for name in (LENGTHS, TOLD))
+    lengths, told = (
+        column(pairs, name).astype(np.float32) for name in (LENGTHS, MARGINS_AND_WEIGHTS)
+    )
     chosen = mx.array(lengths[:, 1])
     return PairMetadata(
         chosen_tokens=chosen,
@@ -208,11 +217,11 @@ def pair_metadata(pairs: Sequence[TokenizedPair]) -> PairMetadata:
         mean_chosen_tokens=chosen.mean(),
         margins=mx.array(told[:, 0]),
         weights=mx.array(told[:, 1]),
-        desirable=mx.array(column(pairs, LABEL) != 0),
+        desirable=mx.array(column(pairs, LABELS) != 0),
     )
 
 
-def some_of(facts: PairMetadata, at: mx.array) -> PairMetadata:
+def select_metadata(facts: PairMetadata, at: mx.array) -> PairMetadata:
     """The facts of the pairs at these places. (b,) each; the mean stays that of all."""
     taken = {
         name: value if value.ndim == 0 else value[at] for name, value in facts._asdict().items()

@@ -19,11 +19,11 @@ import numpy as np
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.types import TokenizedPair
 
-UNJUDGED = -1  # in place of a label
-DIGEST, ASKED = 16, 32  # bytes of the digest of a part, and of a prompt
+NO_LABEL = -1  # in place of a label
+PART_DIGEST_BYTES, PROMPT_DIGEST_BYTES = 16, 32  # bytes of the digest of a part, and of a prompt
 
 
-class Column(NamedTuple):
+class ColumnSpec(NamedTuple):
     """One value, or one row of them, for each pair."""
 
     dtype: str
@@ -31,26 +31,36 @@ class Column(NamedTuple):
     of: Callable[[TokenizedPair], Any]
 
 
-def part_digest(ids: Sequence[int]) -> bytes:
+def token_digest(ids: Sequence[int]) -> bytes:
     """What tells a prompt or a completion from all others, by its tokens."""
-    return blake2b(np.array(ids, "<i4").tobytes(), digest_size=DIGEST).digest()
+    return blake2b(np.array(ids, "<i4").tobytes(), digest_size=PART_DIGEST_BYTES).digest()
 
 
 def _parts(pair: TokenizedPair) -> tuple[tuple[int, ...], ...]:
     return pair.prompt, pair.chosen, pair.rejected
 
 
-LENGTHS, PARTS, PROMPT, TOLD, LABEL = "lengths", "parts", "prompt", "told", "label"
+LENGTHS, PART_DIGESTS, PROMPT_DIGESTS, MARGINS_AND_WEIGHTS, LABELS = (
+    "lengths",
+    "parts",
+    "prompt",
+    "told",
+    "label",
+)
 COLUMNS = {
-    LENGTHS: Column("<i4", (3,), lambda pair: [len(ids) for ids in _parts(pair)]),
-    PARTS: Column(f"V{DIGEST}", (3,), lambda pair: [part_digest(ids) for ids in _parts(pair)]),
-    PROMPT: Column(f"V{ASKED}", (), lambda pair: bytes.fromhex(pair.prompt_digest)),
-    TOLD: Column("<f8", (2,), lambda pair: (pair.margin, pair.weight)),
-    LABEL: Column("i1", (), lambda p: UNJUDGED if p.desirable is None else int(p.desirable)),
+    LENGTHS: ColumnSpec("<i4", (3,), lambda pair: [len(ids) for ids in _parts(pair)]),
+    PART_DIGESTS: ColumnSpec(
+        f"V{PART_DIGEST_BYTES}", (3,), lambda pair: [token_digest(ids) for ids in _parts(pair)]
+    ),
+    PROMPT_DIGESTS: ColumnSpec(
+        f"V{PROMPT_DIGEST_BYTES}", (), lambda pair: bytes.fromhex(pair.prompt_digest)
+    ),
+    MARGINS_AND_WEIGHTS: ColumnSpec("<f8", (2,), lambda pair: (pair.margin, pair.weight)),
+    LABELS: ColumnSpec("i1", (), lambda p: NO_LABEL if p.desirable is None else int(p.desirable)),
 }
 
 
-class Table(Sequence[TokenizedPair]):
+class ColumnarPairs(Sequence[TokenizedPair]):
     """Pairs whose columns are there without them."""
 
     @abstractmethod
@@ -60,7 +70,7 @@ class Table(Sequence[TokenizedPair]):
 
 def column(pairs: Sequence[TokenizedPair], name: str) -> Any:
     """One of `COLUMNS` of any pairs. (B, …)"""
-    if isinstance(pairs, Table):
+    if isinstance(pairs, ColumnarPairs):
         return pairs.column(name)
     dtype, shape, of = COLUMNS[name]
     return np.array([of(pair) for pair in pairs], dtype).reshape(len(pairs), *shape)
@@ -88,28 +98,28 @@ def longest_pairs(count: int, *splits: Sequence[TokenizedPair]) -> list[Tokenize
     return found
 
 
-def prompts(pairs: Sequence[TokenizedPair]) -> list[object]:
+def prompt_keys(pairs: Sequence[TokenizedPair]) -> list[object]:
     """What tells each pair's prompt from others, as it was before anything was cut."""
-    if isinstance(pairs, Table):
-        return list(pairs.column(PROMPT).tolist())
+    if isinstance(pairs, ColumnarPairs):
+        return list(pairs.column(PROMPT_DIGESTS).tolist())
     return [
         pair.prompt_digest or pair.prompt for pair in pairs
     ]  # made by hand, it knows only tokens
 
 
-def digest(pairs: Sequence[TokenizedPair]) -> str:
+def pairs_digest(pairs: Sequence[TokenizedPair]) -> str:
     """SHA-256 over the pairs in order, as hex; the places they came from do not matter.
 
     Over digests of the token ids, and over margins, weights and judgements. All of one width,
     so that no two sets of pairs read the same.
     """
     hashed = sha256()
-    for name in (PARTS, TOLD, LABEL):
+    for name in (PART_DIGESTS, MARGINS_AND_WEIGHTS, LABELS):
         hashed.update(column(pairs, name).tobytes())
     return hashed.hexdigest()
 
 
-def shared(ours: Sequence[TokenizedPair], theirs: Sequence[TokenizedPair]) -> int:
+def count_shared_pairs(ours: Sequence[TokenizedPair], theirs: Sequence[TokenizedPair]) -> int:
     """How many different pairs, by tokens, are in both.
 
     What a judged answer is held against belongs to another row, and does not count.
@@ -118,14 +128,14 @@ def shared(ours: Sequence[TokenizedPair], theirs: Sequence[TokenizedPair]) -> in
 
 
 def _contents(pairs: Sequence[TokenizedPair]) -> set[bytes]:
-    parts = np.array(column(pairs, PARTS))
-    parts[column(pairs, LABEL) != UNJUDGED, 2] = bytes(DIGEST)
-    width = 3 * DIGEST
+    parts = np.array(column(pairs, PART_DIGESTS))
+    parts[column(pairs, LABELS) != NO_LABEL, 2] = bytes(PART_DIGEST_BYTES)
+    width = 3 * PART_DIGEST_BYTES
     whole = parts.tobytes()
     return {whole[start : start + width] for start in range(0, len(whole), width)}
 
 
-class Sketch(NamedTuple):
+class PairLengths(NamedTuple):
     """A pair of which only lengths are known: all that the cost of a pass is a function of."""
 
     prompt: range
@@ -138,7 +148,7 @@ class Sketch(NamedTuple):
         return self.row
 
 
-class Sketches(Sequence[Any]):
+class PairLengthsView(Sequence[Any]):
     """Pairs by their lengths, made when asked for."""
 
     def __init__(self, lengths: Any) -> None:
@@ -149,27 +159,30 @@ class Sketches(Sequence[Any]):
 
     def __getitem__(self, at: Any) -> Any:
         if isinstance(at, slice):
-            return Sketches(self._lengths[at])
+            return PairLengthsView(self._lengths[at])
         prompt, chosen, rejected = self._lengths[at].tolist()
         row = prompt + max(chosen, rejected)
-        return Sketch(range(prompt), range(chosen), range(rejected), row)
+        return PairLengths(range(prompt), range(chosen), range(rejected), row)
 
 
-def sketches(pairs: Sequence[TokenizedPair]) -> Sequence[Any]:
+def lengths_only(pairs: Sequence[TokenizedPair]) -> Sequence[Any]:
     """Something that has the lengths of the pairs, whose tokens are left where they are."""
-    return Sketches(pairs.column(LENGTHS)) if isinstance(pairs, Table) else pairs
+    return PairLengthsView(pairs.column(LENGTHS)) if isinstance(pairs, ColumnarPairs) else pairs
 
 
-TOKENS, PLACES = "tokens", "places"
-IN_FILE = {name: (spec.dtype, spec.shape) for name, spec in COLUMNS.items()}
-IN_FILE |= {TOKENS: ("<i4", ()), PLACES: ("<i8", (4,))}  # two places: file and number of each
+TOKENS, LOCATIONS = "tokens", "places"
+FILE_COLUMNS = {name: (spec.dtype, spec.shape) for name, spec in COLUMNS.items()}
+FILE_COLUMNS |= {
+    TOKENS: ("<i4", ()),
+    LOCATIONS: ("<i8", (4,)),
+}  # two places: file and number of each
 NOWHERE = -1
-ALIGNED = 8
-BLOCK = 1 << 20  # bytes that are read at once
+ALIGNMENT = 8
+READ_BYTES = 1 << 20  # bytes that are read at once
 Arrays = dict[str, Any]
 
 
-class Places:
+class RowLocations:
     """`file:12` and `file[12]` as numbers, and back, with the names of the files by number."""
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -209,15 +222,15 @@ class Places:
         return f"{name}:{number}" if number >= 0 else f"{name}[{-1 - number}]"
 
 
-def arrays_of(pairs: Sequence[TokenizedPair], places: Places) -> Arrays:
+def pairs_to_arrays(pairs: Sequence[TokenizedPair], places: RowLocations) -> Arrays:
     """Everything that a file holds of some pairs."""
     ids = [i for pair in pairs for part in (pair.prompt, pair.chosen, pair.rejected) for i in part]
     coded = [places.coded(pair.location) for pair in pairs]
     arrays = {name: column(pairs, name) for name in COLUMNS}
-    return arrays | {TOKENS: np.array(ids, "<i4"), PLACES: np.array(coded, "<i8").reshape(-1, 4)}
+    return arrays | {TOKENS: np.array(ids, "<i4"), LOCATIONS: np.array(coded, "<i8").reshape(-1, 4)}
 
 
-class Writer:
+class PairFileWriter:
     """Writes a file, block after block; of tokens none is held."""
 
     def __init__(self, stream: IO[bytes]) -> None:
@@ -234,11 +247,11 @@ class Writer:
     def finish(self, facts: dict[str, Any]) -> None:
         """The columns, and `facts`; afterwards the file can be read."""
         index: dict[str, list[int]] = {TOKENS: [0, self._tokens]}
-        for name in sorted(IN_FILE.keys() - {TOKENS}):
-            dtype, shape = IN_FILE[name]
+        for name in sorted(FILE_COLUMNS.keys() - {TOKENS}):
+            dtype, shape = FILE_COLUMNS[name]
             parts = [block[name] for block in self._blocks]
             array = np.concatenate(parts) if parts else np.zeros((0, *shape), dtype)
-            self._write(bytes(-self._written % ALIGNED))
+            self._write(bytes(-self._written % ALIGNMENT))
             index[name] = [self._written, len(array)]
             self._write(array.tobytes())
         said = json.dumps({"index": index, "facts": facts}).encode()
@@ -253,31 +266,31 @@ class Writer:
         self._written += len(data)
 
 
-def read_facts(stream: IO[bytes]) -> dict[str, Any] | None:
+def read_metadata(stream: IO[bytes]) -> dict[str, Any] | None:
     """What `Writer.finish` was told, whole or not; None if it is none of these."""
     found = _footer(stream)
     return None if found is None else found["facts"]
 
 
-def read_arrays(stream: IO[bytes]) -> tuple[Arrays, dict[str, Any]] | None:
+def read_pair_file(stream: IO[bytes]) -> tuple[Arrays, dict[str, Any]] | None:
     """The mapped columns and the facts of a file; None if it is damaged, or none of these."""
-    if not _is_whole(stream) or (found := _footer(stream)) is None:
+    if not _has_valid_checksum(stream) or (found := _footer(stream)) is None:
         return None
     mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
     arrays = {}
     for name, (offset, count) in found["index"].items():
-        dtype, shape = IN_FILE[name]
+        dtype, shape = FILE_COLUMNS[name]
         flat = np.frombuffer(mapped, dtype, count * int(np.prod(shape, dtype=int)), offset)
         arrays[name] = flat.reshape(count, *shape)
     return arrays, found["facts"]
 
 
-def _is_whole(stream: IO[bytes]) -> bool:
+def _has_valid_checksum(stream: IO[bytes]) -> bool:
     width, hashed = sha256().digest_size, sha256()
     left = stream.seek(0, 2) - width
     stream.seek(0)
     while left > 0:
-        data = stream.read(min(BLOCK, left))
+        data = stream.read(min(READ_BYTES, left))
         if not data:
             return False
         hashed.update(data)
@@ -300,19 +313,19 @@ def _footer(stream: IO[bytes]) -> dict[str, Any] | None:
     except ValueError:
         return None
     wanted = isinstance(found, dict) and found.keys() == {"index", "facts"}
-    return found if wanted and found["index"].keys() == IN_FILE.keys() else None
+    return found if wanted and found["index"].keys() == FILE_COLUMNS.keys() else None
 
 
 @dataclass(frozen=True, eq=False)
-class Store:
+class MappedPairs:
     """The pairs of one source, on disk."""
 
     arrays: Arrays
-    places: Places
+    places: RowLocations
     starts: Any  # (B + 1,) where the tokens of each begin
 
     @classmethod
-    def of(cls, arrays: Arrays, places: Places) -> "Store":
+    def of(cls, arrays: Arrays, places: RowLocations) -> "MappedPairs":
         """What `read_arrays` gave, with the names of the files."""
         ends = np.cumsum(arrays[LENGTHS].sum(axis=1, dtype=np.int64))
         return cls(arrays, places, np.concatenate([np.zeros(1, np.int64), ends]))
@@ -325,32 +338,35 @@ class Store:
         arrays = self.arrays
         prompt, chosen, _ = arrays[LENGTHS][at].tolist()
         ids = tuple(arrays[TOKENS][self.starts[at] : self.starts[at + 1]].tolist())
-        margin, weight = arrays[TOLD][at].tolist()
-        label = int(arrays[LABEL][at])
+        margin, weight = arrays[MARGINS_AND_WEIGHTS][at].tolist()
+        label = int(arrays[LABELS][at])
         return TokenizedPair(
             ids[:prompt],
             ids[prompt : prompt + chosen],
             ids[prompt + chosen :],
-            self.places.said(arrays[PLACES][at].tolist()),
-            arrays[PROMPT][at].tobytes().hex(),
+            self.places.said(arrays[LOCATIONS][at].tolist()),
+            arrays[PROMPT_DIGESTS][at].tobytes().hex(),
             margin,
             weight,
-            None if label == UNJUDGED else bool(label),
+            None if label == NO_LABEL else bool(label),
         )
 
 
-class Against(NamedTuple):
+class MismatchedCompletions(NamedTuple):
     """Whose chosen completions stand in place of the rejected ones, and how long rows may be."""
 
     at: Any  # (B,) places in the stores
     max_length: int
 
 
-class StoredPairs(Table):
+class PairDataset(ColumnarPairs):
     """Places in one store or several behind one another; a pair may stand there twice."""
 
     def __init__(
-        self, stores: Sequence[Store], at: Any = None, against: Against | None = None
+        self,
+        stores: Sequence[MappedPairs],
+        at: Any = None,
+        against: MismatchedCompletions | None = None,
     ) -> None:
         """All pairs of the stores, or those `at` these places (B,)."""
         counts = [len(store) for store in stores]
@@ -365,8 +381,8 @@ class StoredPairs(Table):
     @overload
     def __getitem__(self, at: int) -> TokenizedPair: ...
     @overload
-    def __getitem__(self, at: slice) -> "StoredPairs": ...
-    def __getitem__(self, at: int | slice) -> "TokenizedPair | StoredPairs":
+    def __getitem__(self, at: slice) -> "PairDataset": ...
+    def __getitem__(self, at: int | slice) -> "TokenizedPair | PairDataset":
         if isinstance(at, slice):
             return self._some(at)
         pair = self._made(self._at[at])
@@ -375,20 +391,20 @@ class StoredPairs(Table):
         other = self._made(self._against.at[at])
         return replace(pair, rejected=other.chosen[: self._room(len(pair.prompt))])
 
-    def picked(self, at: Any) -> "StoredPairs":
+    def select(self, at: Any) -> "PairDataset":
         """The pairs at these places of this sequence. (b,)"""
         return self._some(np.asarray(at, np.int64))
 
-    def against(self, others: Any, max_length: int) -> "StoredPairs":
+    def with_mismatched(self, others: Any, max_length: int) -> "PairDataset":
         """Judged answers, each with the answer at another place (B,) as `rejected`, cut to fit."""
         at = self._at[np.asarray(others, np.int64)]
-        return StoredPairs(self._stores, self._at, Against(at, max_length))
+        return PairDataset(self._stores, self._at, MismatchedCompletions(at, max_length))
 
     def column(self, name: str) -> Any:
         """One of `columns.COLUMNS`. (B, …)"""
         every = np.concatenate([store.arrays[name] for store in self._stores])
         found = every[self._at]
-        if self._against is not None and name in (LENGTHS, PARTS):
+        if self._against is not None and name in (LENGTHS, PART_DIGESTS):
             found[:, 2] = self._others(name, every)
         return found
 
@@ -399,7 +415,7 @@ class StoredPairs(Table):
         if name == LENGTHS:
             return np.minimum(others, self._rooms())
         for i in np.flatnonzero(self._cut()).tolist():  # only of these the digest is not known
-            others[i] = part_digest(self[i].rejected)
+            others[i] = token_digest(self[i].rejected)
         return others
 
     def _rooms(self) -> Any:
@@ -416,24 +432,26 @@ class StoredPairs(Table):
         assert self._against is not None
         return max(1, self._against.max_length - prompt)
 
-    def _some(self, at: Any) -> "StoredPairs":
+    def _some(self, at: Any) -> "PairDataset":
         against = self._against and self._against._replace(at=self._against.at[at])
-        return StoredPairs(self._stores, self._at[at], against)
+        return PairDataset(self._stores, self._at[at], against)
 
     def _made(self, at: int) -> TokenizedPair:
         number = int(np.searchsorted(self._begins, at, side="right")) - 1
         return self._stores[number].pair(int(at - self._begins[number]))
 
 
-def joined(parts: Sequence[StoredPairs]) -> StoredPairs:
+def concatenate(parts: Sequence[PairDataset]) -> PairDataset:
     """The pairs of all parts, one behind the other."""
     stores = [store for part in parts for store in part._stores]
     ends = np.cumsum([0] + [part._begins[-1] for part in parts])
     at = [part._at + begin for part, begin in zip(parts, ends[:-1], strict=True)]
-    return StoredPairs(stores, np.concatenate(at) if at else None)
+    return PairDataset(stores, np.concatenate(at) if at else None)
 
 
-def with_mismatched(rows: Sequence[TokenizedPair], max_length: int) -> Sequence[TokenizedPair]:
+def with_mismatched_completions(
+    rows: Sequence[TokenizedPair], max_length: int
+) -> Sequence[TokenizedPair]:
     """Each judged answer with an answer to another prompt as `rejected`, cut to `max_length`.
 
     The answers are all those of the rows, turned against their prompts: KTO estimates by them
@@ -445,16 +463,16 @@ def with_mismatched(rows: Sequence[TokenizedPair], max_length: int) -> Sequence[
     Raises:
         ConfigError: all rows have the same prompt.
     """
-    others = _others(prompts(rows))
-    if isinstance(rows, StoredPairs):
-        return rows.against(others, max_length)
+    others = _other_prompt_indices(prompt_keys(rows))
+    if isinstance(rows, PairDataset):
+        return rows.with_mismatched(others, max_length)
     return [
         replace(row, rejected=rows[other].chosen[: max(1, max_length - len(row.prompt))])
         for row, other in zip(rows, others, strict=True)
     ]
 
 
-def _others(asked: Sequence[object]) -> list[int]:
+def _other_prompt_indices(asked: Sequence[object]) -> list[int]:
     """For each row the place of one that was asked something else.
 
     Every answer is taken once: good and bad ones as often as there are. Only where more than

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from mlx_dpo.data import examples as judged
 from mlx_dpo.data import schemas
-from mlx_dpo.data.errors import ASKED_FOR, EMPTY, UNPAIRED, BadPair
-from mlx_dpo.data.files import Row, listed, renamed
+from mlx_dpo.data.errors import ALWAYS_DROPPED, EMPTY_COMPLETION, UNPAIRED, BadPairError
+from mlx_dpo.data.files import Row, format_names, rename_columns
 from mlx_dpo.data.report import PairsReport
 from mlx_dpo.data.schemas import TEMPLATE_FIELDS, Outcome, RowRules, Schema, outcomes
 from mlx_dpo.data.schemas.messages import (
@@ -44,14 +44,14 @@ def schema_of(row: Row, rules: RowRules = schemas.DEFAULT) -> Schema:
     return schemas.schema_of(row, rules)
 
 
-def to_judgements(
+def to_unpaired_examples(
     row: Row, schema: Schema, rules: RowRules = schemas.DEFAULT
 ) -> list[UnpairedExample]:
     """One judgement of a labelled row, two of a pair: chosen is good, rejected is bad.
 
     Raises:
         DataError: a field is missing or of another kind.
-        BadPair: the row says nothing.
+        BadPairError: the row says nothing.
     """
     if schema is not LABELLED:
         return [
@@ -65,7 +65,7 @@ def to_judgements(
     desirable = _label(row)
     prompt, completion = _answer(row)
     if not said(completion):
-        raise BadPair(row.location, EMPTY)
+        raise BadPairError(row.location, EMPTY_COMPLETION)
     given = template_input(row.record, row.record.get("tools"), row.location)
     return [UnpairedExample(prompt, completion, desirable, row.location, given)]
 
@@ -120,7 +120,7 @@ def _no_pair(row: Row, rules: RowRules) -> list[Outcome]:
 LABELLED = Schema("labelled", lambda record: "label" in record, _no_pair, FIELDS)
 
 
-def paired(judgements: Iterable[UnpairedExample]) -> list[Outcome]:
+def pair_by_prompt(judgements: Iterable[UnpairedExample]) -> list[Outcome]:
     """The n-th good answer to a prompt beside the n-th bad one; those left over are faults."""
     by_prompt: defaultdict[str, tuple[list[UnpairedExample], list[UnpairedExample]]]
     by_prompt = defaultdict(lambda: ([], []))
@@ -132,67 +132,67 @@ def paired(judgements: Iterable[UnpairedExample]) -> list[Outcome]:
             row = Row({}, f"{better.location} and {worse.location}")
             found += [
                 replace(made, template_kwargs=better.template_kwargs)
-                if not isinstance(made, BadPair)
+                if not isinstance(made, BadPairError)
                 else made
                 for made in pair(row, better.prompt, better.completion, worse.completion)
             ]
         shorter = min(len(good), len(bad))
-        found += [BadPair(one.location, UNPAIRED) for one in (*good[shorter:], *bad[shorter:])]
+        found += [BadPairError(one.location, UNPAIRED) for one in (*good[shorter:], *bad[shorter:])]
     return found
 
 
-SIDES = ("{}_{}", "{}-{}")  # of chosen and rejected, each with the name of a margin
+SCORE_COLUMN_FORMATS = ("{}_{}", "{}-{}")  # of chosen and rejected, each with the name of a margin
 
 
-class Told(NamedTuple):
+class ParsedExample(NamedTuple):
     """What a row says, and how much."""
 
-    said: PreferenceExample | UnpairedExample
+    example: PreferenceExample | UnpairedExample
     margin: float
     weight: float
 
 
-def told(
+def parse_rows(
     rows: Iterable[Row], rules: RowRules, report: PairsReport, *, bad_pairs: str = "error"
-) -> Iterator[Told]:
+) -> Iterator[ParsedExample]:
     """Everything that the rows say, in their order; what is lost is counted in the report.
 
     Labelled rows come last where they are paired.
 
     Raises:
         DataError: a row cannot be read.
-        BadPair: a pair teaches nothing, and `bad_pairs` is `error`.
+        BadPairError: a pair teaches nothing, and `bad_pairs` is `error`.
         ConfigError: a column is renamed to what no row is read by.
     """
     single: list[UnpairedExample] = []
-    for row in (renamed(row, rules.renamed) for row in rows):
+    for row in (rename_columns(row, rules.renamed) for row in rows):
         schema = _schema_of(row, rules)
         _count(row, schema, rules, report)
         if rules.pair_labelled and schema is judged.LABELLED:
             found: list[Any] = _judgements(row, schema, rules)
-            single += [one for one in found if not isinstance(one, BadPair)]
-            found = [one for one in found if isinstance(one, BadPair)]
+            single += [one for one in found if not isinstance(one, BadPairError)]
+            found = [one for one in found if isinstance(one, BadPairError)]
         elif rules.judged:
             found = _judgements(row, schema, rules)
         else:
             found = list(outcomes(row, rules, schema))
         for one in _kept(found, report, bad_pairs):
-            yield Told(one, _margin(row, one, rules), _weight(row, rules))
-    for one in _kept(judged.paired(single), report, bad_pairs):
-        yield Told(one, 0.0, 1.0)
+            yield ParsedExample(one, _margin(row, one, rules), _weight(row, rules))
+    for one in _kept(judged.pair_by_prompt(single), report, bad_pairs):
+        yield ParsedExample(one, 0.0, 1.0)
 
 
-def keep_or_raise(bad: BadPair, report: PairsReport, bad_pairs: str) -> None:
-    """Count a pair that is lost; BadPair if it is not to be."""
-    if bad_pairs == "error" and bad.reason not in ASKED_FOR:
+def drop_or_raise(bad: BadPairError, report: PairsReport, bad_pairs: str) -> None:
+    """Count a pair that is lost; BadPairError if it is not to be."""
+    if bad_pairs == "error" and bad.reason not in ALWAYS_DROPPED:
         raise bad
     report.drop(bad.location, bad.reason)
 
 
 def _kept(found: Iterable[Any], report: PairsReport, bad_pairs: str) -> Iterator[Any]:
     for one in found:
-        if isinstance(one, BadPair):
-            keep_or_raise(one, report, bad_pairs)
+        if isinstance(one, BadPairError):
+            drop_or_raise(one, report, bad_pairs)
         else:
             yield one
 
@@ -204,10 +204,10 @@ def _schema_of(row: Row, rules: RowRules) -> Schema:
     return schemas.schema_of(row, rules)
 
 
-def _judgements(row: Row, schema: Schema, rules: RowRules) -> list[UnpairedExample | BadPair]:
+def _judgements(row: Row, schema: Schema, rules: RowRules) -> list[UnpairedExample | BadPairError]:
     try:
-        return list(judged.to_judgements(row, schema, rules))
-    except BadPair as bad:
+        return list(judged.to_unpaired_examples(row, schema, rules))
+    except BadPairError as bad:
         return [bad]
 
 
@@ -221,7 +221,7 @@ def _count(row: Row, schema: Schema, rules: RowRules, report: PairsReport) -> No
         if name not in read:
             raise ConfigError(
                 f"`column` {name}={rules.renamed[name]} has no effect; rows written as "
-                f"{schema.name} have {listed(dict.fromkeys(schema.fields))}"
+                f"{schema.name} have {format_names(dict.fromkeys(schema.fields))}"
             )
     report.unused_fields.update(row.record.keys() - read)
 
@@ -230,7 +230,7 @@ def _sides(name: str) -> list[tuple[str, str]]:
     """Names under which chosen and rejected may each have a rating."""
     return [
         (form.format(*chosen), form.format(*rejected))
-        for form in SIDES
+        for form in SCORE_COLUMN_FORMATS
         for chosen, rejected in (
             ((name, "chosen"), (name, "rejected")),
             (("chosen", name), ("rejected", name)),

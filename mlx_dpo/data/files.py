@@ -25,7 +25,7 @@ class Row:
     location: str  # `file:line`, `file[index]` counted from 0, or `org/name:split[index]`
 
 
-def renamed(row: Row, names: Mapping[str, str]) -> Row:
+def rename_columns(row: Row, names: Mapping[str, str]) -> Row:
     """The row with fields under other names: `names` has the new one and where it is now.
 
     A dotted name reaches into objects. The field keeps its old name only if that is dotted.
@@ -46,21 +46,25 @@ def _at(row: Row, name: str) -> Any:
     value: Any = row.record
     for part in name.split("."):
         if not isinstance(value, dict) or part not in value:
-            raise DataError(f"{row.location}: no column `{name}` (found {listed(row.record)})")
+            raise DataError(
+                f"{row.location}: no column `{name}` (found {format_names(row.record)})"
+            )
         value = value[part]
     return value
 
 
-def listed(names: Mapping[str, Any]) -> str:
+def format_names(names: Mapping[str, Any]) -> str:
     """The names in backticks, or `nothing`."""
     return ", ".join(f"`{name}`" for name in sorted(names)) or "nothing"
 
 
-BATCH = 1000  # rows of a table that are held at once
-SPOKEN = {"prompt", "question", "instruction", "chosen", "rejected", "completion"}
-TURN = {"role", "from"}  # one of them is in every turn
+TABLE_BATCH_ROWS = 1000  # rows of a table that are held at once
+TEXT_COLUMNS = {"prompt", "question", "instruction", "chosen", "rejected", "completion"}
+ROLE_KEYS = {"role", "from"}  # one of them is in every turn
 Items = Iterator[tuple[str, Any]]
-WHAT = "`.jsonl`, `.json`, `.parquet` or `.csv`, each also `.gz`, `.bz2`, `.xz` or `.zst`"
+SUPPORTED_FORMATS = (
+    "`.jsonl`, `.json`, `.parquet` or `.csv`, each also `.gz`, `.bz2`, `.xz` or `.zst`"
+)
 
 
 def read_file(path: Path) -> Iterator[Row]:
@@ -69,12 +73,12 @@ def read_file(path: Path) -> Iterator[Row]:
     Raises:
         DataError: names the file, the line or index, and what was found there.
     """
-    kind, _ = kind_of_file(path)
-    with opened(path) as stream:
-        yield from rows_of(READERS[kind](stream, str(path)))
+    kind, _ = file_format(path)
+    with open_data_file(path) as stream:
+        yield from to_rows(READERS[kind](stream, str(path)))
 
 
-def rows_of(items: Items) -> Iterator[Row]:
+def to_rows(items: Items) -> Iterator[Row]:
     """The items as rows.
 
     Raises:
@@ -86,31 +90,33 @@ def rows_of(items: Items) -> Iterator[Row]:
         yield Row(item, where)
 
 
-def kind_of_file(path: Path) -> tuple[str, str]:
+def file_format(path: Path) -> tuple[str, str]:
     """Its ending, and that of the compression around it, from the name alone.
 
     Raises:
         DataError: such files are not read.
     """
-    packed = path.suffix.lower() if path.suffix.lower() in UNPACKED else ""
+    packed = path.suffix.lower() if path.suffix.lower() in DECOMPRESSORS else ""
     kind = Path(path.stem if packed else path.name).suffix.lower()
     if kind not in READERS:
         found = f"`{kind}{packed}`" if kind + packed else "no ending"
-        raise DataError(f"{path}: this kind of file is not read ({found}); give {WHAT}")
+        raise DataError(
+            f"{path}: this kind of file is not read ({found}); give {SUPPORTED_FORMATS}"
+        )
     return kind, packed
 
 
-def json_lines(stream: Iterable[bytes], name: str) -> Items:
+def read_json_lines(stream: Iterable[bytes], name: str) -> Items:
     """One object a line; blank lines are passed over."""
     # As bytes, so that only a newline ends a line and a bad byte is blamed on its own line.
     for number, line in enumerate(stream, start=1):
         if line.strip():
             where = f"{name}:{number}"
-            yield where, parse(line.rstrip(), where)
+            yield where, parse_json(line.rstrip(), where)
 
 
 def _json_list(stream: IO[bytes], name: str) -> Items:
-    items = parse(stream.read(), name)
+    items = parse_json(stream.read(), name)
     if not isinstance(items, list):
         raise DataError(
             f"{name}: expected a list of objects, found {_kind(items)}; "
@@ -127,7 +133,7 @@ def _parquet(stream: IO[bytes], name: str) -> Items:
     try:
         table = pyarrow.parquet.ParquetFile(_seekable(stream))
         index = 0
-        for batch in table.iter_batches(batch_size=BATCH):
+        for batch in table.iter_batches(batch_size=TABLE_BATCH_ROWS):
             for item in batch.to_pylist():
                 yield f"{name}[{index}]", item
                 index += 1
@@ -167,8 +173,8 @@ def _cell(column: str, text: str) -> Any:
     if not objects or not all(isinstance(one, dict) for one in objects):
         return text
     # Where turns or text may stand, objects that are no turns are an answer in JSON: text.
-    turns = all(TURN & one.keys() for one in objects)
-    return value if turns or column not in SPOKEN else text
+    turns = all(ROLE_KEYS & one.keys() for one in objects)
+    return value if turns or column not in TEXT_COLUMNS else text
 
 
 def _decoded(stream: IO[bytes], name: str) -> Iterator[str]:
@@ -186,7 +192,7 @@ def _text(data: bytes, location: str) -> str:
         ) from None
 
 
-def parse(data: bytes, location: str) -> Any:
+def parse_json(data: bytes, location: str) -> Any:
     """The JSON value.
 
     Raises:
@@ -207,17 +213,17 @@ def _kind(value: Any) -> str:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[IO[bytes]]:
+def open_data_file(path: Path) -> Iterator[IO[bytes]]:
     """The file, unpacked.
 
     Raises:
         DataError: there is none, or it cannot be read to its end.
     """
-    _, packed = kind_of_file(path)
+    _, packed = file_format(path)
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     try:
-        unpack: Callable[[Path], Any] = UNPACKED.get(packed, lambda path: path.open("rb"))
+        unpack: Callable[[Path], Any] = DECOMPRESSORS.get(packed, lambda path: path.open("rb"))
         with unpack(path) as stream:
             yield stream
     except (OSError, EOFError, zlib.error, lzma.LZMAError, csv.Error) as error:
@@ -232,12 +238,12 @@ def _zstandard(path: Path) -> Any:
 
 
 READERS: dict[str, Callable[[IO[bytes], str], Items]] = {
-    ".jsonl": json_lines,
+    ".jsonl": read_json_lines,
     ".json": _json_list,
     ".parquet": _parquet,
     ".csv": _csv,
 }
-UNPACKED: dict[str, Callable[[Path], Any]] = {
+DECOMPRESSORS: dict[str, Callable[[Path], Any]] = {
     ".gz": gzip.open,
     ".bz2": bz2.open,
     ".xz": lzma.open,

@@ -8,18 +8,18 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from mlx_dpo.data.dataset import prompts
-from mlx_dpo.data.errors import BadPair
-from mlx_dpo.data.examples import Told, keep_or_raise, told
+from mlx_dpo.data.dataset import prompt_keys
+from mlx_dpo.data.errors import BadPairError
+from mlx_dpo.data.examples import ParsedExample, drop_or_raise, parse_rows
 from mlx_dpo.data.files import Row
 from mlx_dpo.data.report import PairsReport
 from mlx_dpo.data.schemas import DEFAULT, RowRules, prompt_digest
-from mlx_dpo.data.sources import Source, source_of
+from mlx_dpo.data.sources import Source, resolve_source
 from mlx_dpo.data.tokenization.chat_template import TokenRules
 from mlx_dpo.data.tokenization.tokenize import (
-    check_rules,
-    tokenize_judgement,
+    check_token_rules,
     tokenize_pair,
+    tokenize_unpaired,
 )
 from mlx_dpo.errors import ConfigError, DataError
 from mlx_dpo.types import PreferenceExample, TokenizedPair
@@ -28,7 +28,7 @@ Pairs = TypeVar("Pairs", bound=Sequence[TokenizedPair])
 
 
 @dataclass(frozen=True)
-class PairSet(Generic[Pairs]):
+class LoadedPairs(Generic[Pairs]):
     """The pairs of a source in its order, and what became of the others."""
 
     pairs: Pairs
@@ -51,7 +51,7 @@ def load_pairs(
     *,
     rows: RowRules = DEFAULT,
     bad_pairs: str = "error",
-) -> PairSet[tuple[TokenizedPair, ...]]:
+) -> LoadedPairs[tuple[TokenizedPair, ...]]:
     """Read and tokenize a source; `bad_pairs` says whether a bad one is an `error` or a `drop`.
 
     Raises:
@@ -59,32 +59,32 @@ def load_pairs(
         ConfigError: a setting has no effect with this tokenizer.
         ModelError: the tokenizer has no stop token.
     """
-    check_rules(tokenizer, rules)
-    source = source if isinstance(source, Source) else source_of(str(source))
+    check_token_rules(tokenizer, rules)
+    source = source if isinstance(source, Source) else resolve_source(str(source))
     report = new_report(source.name, rules, rows)
     every = PairRules(rules, rows, bad_pairs)
-    pairs = tuple(pairs_of_rows(source.rows(), tokenizer, every, report))
-    refuse_none(report)
-    return PairSet(pairs, report)
+    pairs = tuple(tokenize_rows(source.rows(), tokenizer, every, report))
+    check_any_pair(report)
+    return LoadedPairs(pairs, report)
 
 
-def pairs_of_rows(
+def tokenize_rows(
     rows: Iterable[Row], tokenizer: Any, rules: PairRules, report: PairsReport
 ) -> Iterator[TokenizedPair]:
     """The pairs of rows, one after the other; `report` counts.
 
     Raises:
         DataError: a row cannot be read as a pair.
-        BadPair: a pair is bad, and `rules.bad_pairs` is `error`.
+        BadPairError: a pair is bad, and `rules.bad_pairs` is `error`.
     """
-    for one in told(rows, rules.rows, report, bad_pairs=rules.bad_pairs):
+    for one in parse_rows(rows, rules.rows, report, bad_pairs=rules.bad_pairs):
         try:
-            yield tokenized(one, tokenizer, rules.tokens, report)
-        except BadPair as bad:
-            keep_or_raise(bad, report, rules.bad_pairs)
+            yield tokenize_example(one, tokenizer, rules.tokens, report)
+        except BadPairError as bad:
+            drop_or_raise(bad, report, rules.bad_pairs)
 
 
-def refuse_none(report: PairsReport) -> None:
+def check_any_pair(report: PairsReport) -> None:
     """DataError if no pair of a source was kept; says why."""
     if not report.kept:
         raise DataError(f"{report.source}: no pair left {_why(report)}; give other pairs")
@@ -96,24 +96,26 @@ def new_report(source: str, rules: TokenRules, rows: RowRules) -> PairsReport:
     return PairsReport(source, rules.max_length, judged=rows.judged, specials_act=controls)
 
 
-def tokenized(one: Told, tokenizer: Any, rules: TokenRules, report: PairsReport) -> TokenizedPair:
+def tokenize_example(
+    one: ParsedExample, tokenizer: Any, rules: TokenRules, report: PairsReport
+) -> TokenizedPair:
     """What a row says as token ids; it is counted.
 
     Raises:
-        DataError, BadPair: as `tokenize_pair`.
+        DataError, BadPairError: as `tokenize_pair`.
     """
-    said = one.said
+    said = one.example
     if isinstance(said, PreferenceExample):
         encoded = tokenize_pair(tokenizer, said, rules)
     else:
-        encoded = tokenize_judgement(tokenizer, said, rules)
+        encoded = tokenize_unpaired(tokenizer, said, rules)
     report.keep(encoded, was_text=isinstance(said.prompt, str))
     return replace(
         encoded.pair, prompt_digest=prompt_digest(said), margin=one.margin, weight=one.weight
     )
 
 
-def refuse_idle(rules: TokenRules, rows: RowRules, reports: Sequence[PairsReport]) -> None:
+def check_settings_used(rules: TokenRules, rows: RowRules, reports: Sequence[PairsReport]) -> None:
     """ConfigError for a setting that did nothing to any pair of any source."""
     seen = {name for report in reports for name in report.schemas}
     if rows.ranked is not None and "ranked" not in seen:
@@ -137,17 +139,17 @@ def hold_out(
     Raises:
         ConfigError: all pairs have the same prompt, so none can be held out.
     """
-    held = held_out(pairs, share=share, seed=seed)
+    held = held_out_indices(pairs, share=share, seed=seed)
     train = [pair for index, pair in enumerate(pairs) if index not in held]
     return train, [pairs[index] for index in sorted(held)]
 
 
-def held_out(pairs: Sequence[TokenizedPair], *, share: float, seed: int) -> set[int]:
+def held_out_indices(pairs: Sequence[TokenizedPair], *, share: float, seed: int) -> set[int]:
     """Places of the pairs that `hold_out` holds out."""
-    return apart(prompts(pairs), share=share, seed=seed)
+    return hold_out_prompts(prompt_keys(pairs), share=share, seed=seed)
 
 
-def apart(keys: Sequence[object], *, share: float, seed: int) -> set[int]:
+def hold_out_prompts(keys: Sequence[object], *, share: float, seed: int) -> set[int]:
     """Places of the pairs that are held out, from the prompt of each."""
     if not share or len(keys) < 2:
         return set()
@@ -175,10 +177,10 @@ def mixed(
     pairs: Sequence[TokenizedPair], weight: float, *, seed: Sequence[int]
 ) -> list[TokenizedPair]:
     """A source's pairs as often as `weight` says; see `mixed_places`."""
-    return [pairs[i] for i in mixed_places(len(pairs), weight, seed=seed)]
+    return [pairs[i] for i in mix_indices(len(pairs), weight, seed=seed)]
 
 
-def mixed_places(count: int, weight: float, *, seed: Sequence[int]) -> list[int]:
+def mix_indices(count: int, weight: float, *, seed: Sequence[int]) -> list[int]:
     """Places of a source's pairs: each of them for every whole of `weight`, some for the rest.
 
     Which some depends on `seed` and the number of pairs alone; at least one pair is left.

@@ -7,12 +7,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from mlx_dpo.data.errors import BadPair
+from mlx_dpo.data.errors import BadPairError
 from mlx_dpo.data.files import Row
 from mlx_dpo.data.schemas import SCHEMAS, to_preferences
 from mlx_dpo.data.schemas import hh_rlhf as dialogues
 from mlx_dpo.data.schemas.messages import as_turns, kind_of, text_of, turns_of
-from mlx_dpo.data.sources import find, source_of
+from mlx_dpo.data.sources import find_sources, resolve_source
 from mlx_dpo.errors import DataError
 from mlx_dpo.types import Message, Text
 
@@ -44,30 +44,32 @@ def read_prompts(name: str) -> list[Prompt]:
     """
     path = Path(name).expanduser()
     lines = path.suffix == LINES
-    return prompts_of(_lines(path) if lines else map(prompt_of_row, source_of(name).rows()), name)
+    return check_prompts(
+        _lines(path) if lines else map(row_to_prompt, resolve_source(name).rows()), name
+    )
 
 
-def held_out_prompts(name: str) -> list[Prompt] | None:
+def read_held_out_prompts(name: str) -> list[Prompt] | None:
     """The prompts of a folder's or a dataset's own held-out split, None where there is none."""
     if Path(name).suffix == LINES:
         return None
-    rows = [row for source in find(name).valid for row in source.rows()]
-    return prompts_of(map(prompt_of_row, rows), name) if rows else None
+    rows = [row for source in find_sources(name).valid for row in source.rows()]
+    return check_prompts(map(row_to_prompt, rows), name) if rows else None
 
 
-def prompts_of(prompts: Iterable[Prompt], name: str) -> list[Prompt]:
+def check_prompts(prompts: Iterable[Prompt], name: str) -> list[Prompt]:
     """Each prompt once, in order.
 
     Raises:
         DataError: there is none.
     """
-    found = distinct(prompts)
+    found = unique_prompts(prompts)
     if not found:
         raise DataError(f"{name}: no prompts in it; write one on each line")
     return found
 
 
-def distinct(prompts: Iterable[Prompt]) -> list[Prompt]:
+def unique_prompts(prompts: Iterable[Prompt]) -> list[Prompt]:
     """Each prompt once, in order."""
     first: dict[str, Prompt] = {}
     for prompt in prompts:
@@ -75,13 +77,13 @@ def distinct(prompts: Iterable[Prompt]) -> list[Prompt]:
     return list(first.values())
 
 
-def as_prompt(text: Text, location: str = "", *, whole: bool = False) -> Prompt:
+def make_prompt(text: Text, location: str = "", *, whole: bool = False) -> Prompt:
     """Text as one turn of the user; messages as they are, without answers at their end.
 
     A `whole` text that marks its turns is these turns, as where it is trained on.
     """
     if whole and isinstance(text, str) and (marked := dialogues.turns(text)) is not None:
-        return replace(as_prompt(marked, location), text=text)
+        return replace(make_prompt(marked, location), text=text)
     turns = as_turns(text, "user")
     while turns and turns[-1]["role"] == "assistant":
         turns = turns[:-1]
@@ -90,7 +92,7 @@ def as_prompt(text: Text, location: str = "", *, whole: bool = False) -> Prompt:
     return Prompt(turns, location)
 
 
-def with_system(prompts: Iterable[Prompt], system: str | None) -> list[Prompt]:
+def add_system_prompt(prompts: Iterable[Prompt], system: str | None) -> list[Prompt]:
     """Each with a system turn before it where it has none; as they are without one."""
     turn: Message = {"role": "system", "content": system}
     return [
@@ -101,7 +103,7 @@ def with_system(prompts: Iterable[Prompt], system: str | None) -> list[Prompt]:
     ]
 
 
-def prompt_of_row(row: Row) -> Prompt:
+def row_to_prompt(row: Row) -> Prompt:
     """What a row asks: that of a pair as it is trained on.
 
     Raises:
@@ -116,7 +118,7 @@ def prompt_of_row(row: Row) -> Prompt:
     return _alone(row)
 
 
-def refuse_given(given: Mapping[str, Any], location: str) -> None:
+def check_no_template_kwargs(given: Mapping[str, Any], location: str) -> None:
     """DataError for what a template reads beside the turns."""
     for name in given:
         raise _more_than_text(location, name)
@@ -129,12 +131,12 @@ def _more_than_text(location: str, name: str) -> DataError:
 def _of_pair(row: Row) -> Prompt:
     try:
         found = to_preferences(row)
-    except BadPair as bad:
+    except BadPairError as bad:
         why = bad.reason
     else:
         if found:
-            refuse_given(found[0].template_kwargs, row.location)
-            return as_prompt(found[0].prompt, row.location, whole=found[0].implicit_prompt)
+            check_no_template_kwargs(found[0].template_kwargs, row.location)
+            return make_prompt(found[0].prompt, row.location, whole=found[0].implicit_prompt)
         why = "its answers tie"
     # A pair may teach nothing and still ask something; answers in turns bring more than `prompt`.
     if row.record.get("prompt") and not isinstance(row.record.get("chosen"), list):
@@ -150,9 +152,9 @@ def _alone(row: Row) -> Prompt:
         if value is None or value == "":
             continue
         if kind_of(value, name, row.location) == "messages":
-            return as_prompt(turns_of(value, name, row.location), row.location)
-        [prompt] = with_system(
-            [as_prompt(text_of(value, name, row.location), row.location)], _system_beside(row)
+            return make_prompt(turns_of(value, name, row.location), row.location)
+        [prompt] = add_system_prompt(
+            [make_prompt(text_of(value, name, row.location), row.location)], _system_beside(row)
         )
         return prompt
     found = ", ".join(f"`{name}`" for name in sorted(record)) or "nothing"
@@ -176,4 +178,4 @@ def _lines(path: Path) -> Iterator[Prompt]:
         except UnicodeDecodeError:
             raise DataError(f"{where}: not UTF-8; save the file as UTF-8") from None
         if text:
-            yield as_prompt(text, where)
+            yield make_prompt(text, where)

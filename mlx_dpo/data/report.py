@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
-from mlx_dpo.data.tokenization.tokenize import Encoded
+from mlx_dpo.data.tokenization.tokenize import TokenizedExample
 
-OF_SOURCE = ("max_length", "longest", "per_epoch")  # numbers that do not add up over its rows
+NOT_ADDITIVE = ("max_length", "longest", "per_epoch")  # numbers that do not add up over its rows
 COUNTERS = ("schemas", "unused_fields", "specials")
-SHOWN = 3  # places named for each reason; `to_dict` has all of them
+MAX_SHOWN = 3  # places named for each reason; `to_dict` has all of them
 
 
 @dataclass
@@ -49,7 +49,7 @@ class PairsReport:
         """Count a pair that is left out."""
         self.dropped.setdefault(reason, []).append(location)
 
-    def keep(self, encoded: Encoded, *, was_text: bool) -> None:
+    def keep(self, encoded: TokenizedExample, *, was_text: bool) -> None:
         """Count a pair that is used."""
         pair = encoded.pair
         self.kept += 1
@@ -76,7 +76,7 @@ class PairsReport:
             ours, theirs = getattr(self, f.name), getattr(other, f.name)
             if isinstance(ours, Counter):
                 ours.update(theirs)
-            elif f.name not in OF_SOURCE and type(ours) is int:
+            elif f.name not in NOT_ADDITIVE and type(ours) is int:
                 setattr(self, f.name, ours + theirs)
         self.longest = max(self.longest, other.longest)
         for reason, places in other.dropped.items():
@@ -156,8 +156,8 @@ class PairsReport:
     def _special_tokens(self) -> list[str]:
         if not self.with_specials:
             return []
-        named = ", ".join(f"`{name}`" for name, _ in self.specials.most_common(SHOWN))
-        named += ", …" * (len(self.specials) > SHOWN)
+        named = ", ".join(f"`{name}`" for name, _ in self.specials.most_common(MAX_SHOWN))
+        named += ", …" * (len(self.specials) > MAX_SHOWN)
         what = "which act as such in plain text"
         if not self.specials_act:
             what = "kept as plain text; if they are to act, use --chat-template text"
@@ -183,8 +183,8 @@ class PairsReport:
         lines = []
         for reason, places in self.dropped.items():
             # The file has been named: `:12` or `[12]` is enough.
-            named = [place.removeprefix(self.source) for place in places[:SHOWN]]
-            more = ["…"] * (len(places) > SHOWN)
+            named = [place.removeprefix(self.source) for place in places[:MAX_SHOWN]]
+            more = ["…"] * (len(places) > MAX_SHOWN)
             unit = "row" if self.judged else "pair"  # a row may hold two judged answers
             left_out = _counted(len(places), unit)
             lines.append(f"left out {left_out}: {reason} ({', '.join(named + more)})")

@@ -7,11 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_dpo.data.files import READERS, UNPACKED, Row, json_lines, kind_of_file, read_file, rows_of
+from mlx_dpo.data.files import (
+    DECOMPRESSORS,
+    READERS,
+    Row,
+    file_format,
+    read_file,
+    read_json_lines,
+    to_rows,
+)
 from mlx_dpo.errors import ConfigError, DataError, reason
 
 BATCH = 1000  # rows that are held as Python objects at once
-WRITTEN = re.compile(
+HUB_NAME = re.compile(
     r"(?P<path>[\w.-]+/[\w.-]+)(?::(?P<config>[\w.+-]+))?(?:@(?P<revision>[\w./-]+))?"
 )
 
@@ -35,7 +43,7 @@ class HubDataset:
         """
         import datasets
 
-        names = _asked(
+        names = _call_hub(
             self, datasets.get_dataset_split_names, self.path, self.config, revision=self.revision
         )
         return list(names)
@@ -63,19 +71,19 @@ class HubDataset:
     def _table(self, split: str) -> Any:
         import datasets
 
-        return _asked(
+        return _call_hub(
             self, datasets.load_dataset, self.path, self.config, split=split,
             revision=self.revision,
         )  # fmt: skip
 
 
-def hub_dataset(name: str) -> HubDataset | None:
+def parse_hub_name(name: str) -> HubDataset | None:
     """The dataset that a name stands for; None if no dataset is written like that."""
-    found = WRITTEN.fullmatch(name)
+    found = HUB_NAME.fullmatch(name)
     return HubDataset(**found.groupdict()) if found else None
 
 
-def _asked(dataset: HubDataset, ask: Any, *args: Any, **more: Any) -> Any:
+def _call_hub(dataset: HubDataset, ask: Any, *args: Any, **more: Any) -> Any:
     from datasets.exceptions import DatasetsError
 
     try:
@@ -89,7 +97,7 @@ def _asked(dataset: HubDataset, ask: Any, *args: Any, **more: Any) -> Any:
 
 STDIN = "-"
 TRAIN = "train"
-HELD_OUT = ("valid", "validation", "eval", "test")  # the first that there is is taken
+HELD_OUT_SPLITS = ("valid", "validation", "eval", "test")  # the first that there is is taken
 SHARD = re.compile(r"-(\d+)-of-(\d+)$")
 
 
@@ -113,19 +121,21 @@ class Source:
         for path in self.files:
             yield from read_file(path)
         if self.name == STDIN:
-            yield from rows_of(json_lines(sys.stdin.buffer, STDIN))
+            yield from to_rows(read_json_lines(sys.stdin.buffer, STDIN))
 
 
 @dataclass(frozen=True)
-class Sources:
+class SplitSources:
     """The sources of training pairs and of held-out ones."""
 
     train: tuple[Source, ...]
     valid: tuple[Source, ...] = ()
-    passed_over: tuple[Source, ...] = ()  # held-out splits beside others that were asked for
+    unused_valid: tuple[Source, ...] = ()  # held-out splits beside others that were asked for
 
 
-def find(pairs: str | Sequence[str], valid: str | None = None, split: str | None = None) -> Sources:
+def find_sources(
+    pairs: str | Sequence[str], valid: str | None = None, split: str | None = None
+) -> SplitSources:
     """The sources that `pairs` and `valid` stand for: each a file, a folder, a dataset or `-`.
 
     Of a folder or a dataset `split` is trained on (`train` if not said), and the first of
@@ -140,15 +150,15 @@ def find(pairs: str | Sequence[str], valid: str | None = None, split: str | None
         raise ConfigError("`-` stands for standard input, which can be read but once")
     if split is not None and not any(_has_splits(name) for name in names):
         raise ConfigError("`split` has no effect on files; they have none")
-    typed = (held_out_of(valid),) if valid is not None else ()
-    train = tuple(source_of(name, split) for name in names)
+    typed = (resolve_held_out_source(valid),) if valid is not None else ()
+    train = tuple(resolve_source(name, split) for name in names)
     own = tuple(found for name in names if (found := _own_held_out(name, split)) is not None)
     if not typed:
-        return Sources(train, own)
-    return Sources(train, typed, passed_over=tuple(one for one in own if one not in typed))
+        return SplitSources(train, own)
+    return SplitSources(train, typed, unused_valid=tuple(one for one in own if one not in typed))
 
 
-def source_of(name: str, split: str | None = None) -> Source:
+def resolve_source(name: str, split: str | None = None) -> Source:
     """What is trained on of a place.
 
     Raises:
@@ -168,18 +178,18 @@ def source_of(name: str, split: str | None = None) -> Source:
                 "like, in it and in `data`)"
             )
         return found
-    if not place.exists() and (dataset := hub_dataset(name)) and not _named_like_a_file(place):
+    if not place.exists() and (dataset := parse_hub_name(name)) and not _named_like_a_file(place):
         return _of_dataset(dataset, (split or TRAIN,)) or _no_split(dataset, split or TRAIN)
     return _file(place)
 
 
-def held_out_of(name: str) -> Source:
+def resolve_held_out_source(name: str) -> Source:
     """What is measured on of a place: a folder's or a dataset's held-out split, else all of it.
 
     Raises:
         DataError: nothing is there, or not of a kind that is read.
     """
-    return _own_held_out(name, None) or source_of(name)
+    return _own_held_out(name, None) or resolve_source(name)
 
 
 def read_rows(path: Path) -> Iterator[Row]:
@@ -190,11 +200,11 @@ def read_rows(path: Path) -> Iterator[Row]:
 def _own_held_out(name: str, split: str | None) -> Source | None:
     place = Path(name)
     # `train_prefs` has `test_prefs` beside it.
-    names = tuple((split or TRAIN).replace(TRAIN, held) for held in HELD_OUT)
+    names = tuple((split or TRAIN).replace(TRAIN, held) for held in HELD_OUT_SPLITS)
     names = tuple(held for held in names if held != split)
     if place.is_dir():
         return _in_folder(place, names)
-    if _has_splits(name) and (dataset := hub_dataset(name)):
+    if _has_splits(name) and (dataset := parse_hub_name(name)):
         return _of_dataset(dataset, names)
     return None
 
@@ -203,11 +213,14 @@ def _has_splits(name: str) -> bool:
     place = Path(name)
     if place.exists() or name == STDIN:
         return place.is_dir()
-    return hub_dataset(name) is not None and not _named_like_a_file(place)
+    return parse_hub_name(name) is not None and not _named_like_a_file(place)
 
 
 def _named_like_a_file(place: Path) -> bool:
-    return place.suffix.lower() in (*READERS, *UNPACKED) or place.parts[:1] in (("..",), ("~",))
+    return place.suffix.lower() in (*READERS, *DECOMPRESSORS) or place.parts[:1] in (
+        ("..",),
+        ("~",),
+    )
 
 
 def _of_dataset(dataset: HubDataset, names: Sequence[str]) -> Source | None:
@@ -228,7 +241,7 @@ def _file(path: Path) -> Source:
         raise DataError(
             f"{path}: no such file or folder; a dataset on the Hub is written `org/name`"
         )
-    kind_of_file(path)
+    file_format(path)
     return Source(str(path), (path,))
 
 
@@ -258,7 +271,7 @@ def _files_of(folder: Path, split: str) -> list[Path]:
         named = " and ".join(f"`{path.name}`" for path in [*single, *shards][:2])
         raise DataError(f"{folder}: holds both {named}; keep one of them")
     if shards:
-        _refuse_missing(folder, split, shards)
+        _check_all_shards(folder, split, shards)
     return single or shards
 
 
@@ -266,11 +279,11 @@ def _is_read(path: Path) -> bool:
     """Whether it is a file of rows; a README beside them is none."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     return bool(suffixes) and (
-        suffixes[-1] in READERS or (suffixes[-1] in UNPACKED and suffixes[-2:-1] != [])
+        suffixes[-1] in READERS or (suffixes[-1] in DECOMPRESSORS and suffixes[-2:-1] != [])
     )
 
 
-def _refuse_missing(folder: Path, split: str, shards: Iterable[Path]) -> None:
+def _check_all_shards(folder: Path, split: str, shards: Iterable[Path]) -> None:
     numbers = [SHARD.search(path.name.partition(".")[0]) for path in shards]
     have = sorted((int(found[2]), int(found[1])) for found in numbers if found)
     count = have[0][0]

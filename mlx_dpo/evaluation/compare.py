@@ -11,7 +11,7 @@ import numpy as np
 
 from mlx_dpo.adapters.switch import Side
 from mlx_dpo.config.sampling import Sampling
-from mlx_dpo.data.prompts import Prompt, read_prompts, with_system
+from mlx_dpo.data.prompts import Prompt, add_system_prompt, read_prompts
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.generation.generate import (
     Completion,
@@ -174,7 +174,7 @@ def _compare_run(
     asked = prompts[:limit]
     notes = [*_limit_note(len(prompts), limit), *_notes(name, opened, run)]
     sides: tuple[Side, ...] = ("base", "aligned") if alone else ("aligned",)
-    told = with_system(asked, run.config.system)
+    told = add_system_prompt(asked, run.config.system)
     columns = [
         Column(side if alone else name, answers)
         for side, answers in _score_answers(opened, run, told, sides, sampling)

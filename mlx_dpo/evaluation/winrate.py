@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from mlx_dpo.config.sampling import Sampling
-from mlx_dpo.data.prompts import Prompt, read_prompts, with_system
+from mlx_dpo.data.prompts import Prompt, add_system_prompt, read_prompts
 from mlx_dpo.evaluation.judge import NO_VERDICT, check_verdicts
 from mlx_dpo.evaluation.rewards import LOSS, TIE, WIN, Judge, Ranking, RewardFunction
 from mlx_dpo.runs.folder import RunPaths
@@ -191,7 +191,7 @@ def compare_policies(
     opened = open_run(run)
     voice = open_voice(run)
     asked = prompts_held_out(opened, voice.base) if prompts is None else read_prompts(prompts)
-    asked = with_system(asked, voice.system)
+    asked = add_system_prompt(asked, voice.system)
     answers, notes = voice.say(asked, sampling), voice.base.notes
     del voice
     if against is None:

@@ -14,7 +14,7 @@ import mlx.core as mx
 from jinja2.exceptions import TemplateError
 
 from mlx_dpo.config.sampling import Sampling
-from mlx_dpo.data.tokenization.chat_template import knows_thinking, render
+from mlx_dpo.data.tokenization.chat_template import encode_conversation, has_thinking_mode
 from mlx_dpo.errors import ConfigError, ModelError
 from mlx_dpo.types import Message
 
@@ -31,7 +31,7 @@ def check_thinking(tokenizer: Any) -> None:
     Raises:
         ConfigError: the template writes the same with and without thinking.
     """
-    if not knows_thinking(tokenizer):
+    if not has_thinking_mode(tokenizer):
         raise ConfigError(
             "`thinking` has no effect; the model's chat template knows no thinking mode"
         )
@@ -48,7 +48,9 @@ def prompt_tokens(
         ModelError: the template refuses the messages.
     """
     try:
-        return list(render(tokenizer, messages, open_reply=True, thinking=bool(thinking)))
+        return list(
+            encode_conversation(tokenizer, messages, open_reply=True, thinking=bool(thinking))
+        )
     except TemplateError as error:
         raise ModelError(f"the model's chat template refuses the conversation ({error})") from None
 

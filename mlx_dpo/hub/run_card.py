@@ -12,7 +12,7 @@ from mlx_dpo.adapters.files import CONFIG, content_digest
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.data.prompts import Prompt
-from mlx_dpo.data.sources import hub_dataset
+from mlx_dpo.data.sources import parse_hub_name
 from mlx_dpo.errors import ConfigError, ModelError
 from mlx_dpo.evaluation.compare import compare_runs
 from mlx_dpo.hub.model_card import CardFacts, Sample
@@ -72,8 +72,8 @@ def hub_datasets(opened: Opened) -> list[str] | None:
     found = []
     for source in sources:
         named, split = source.rpartition(":")[::2]
-        dataset = hub_dataset(named)
-        given = {str(hub_dataset(pairs)) for pairs in _given(opened.config)}
+        dataset = parse_hub_name(named)
+        given = {str(parse_hub_name(pairs)) for pairs in _given(opened.config)}
         if dataset is None or not split or named not in given:
             return None
         found.append(dataset.path)

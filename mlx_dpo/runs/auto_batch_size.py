@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from mlx_dpo.config.dpo_config import DPOConfig
-from mlx_dpo.data.batching import largest_pass
+from mlx_dpo.data.batching import largest_micro_batch
 from mlx_dpo.data.dataset import LENGTHS, column, longest_pairs, longest_row
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.models.device import device_kind
@@ -100,7 +100,7 @@ def longest_pass(config: DPOConfig, choice: ScorerChoice, pairs: Pairs) -> list[
         own = column(pairs, LENGTHS)[:, :2].sum(axis=1)
         at = np.argsort(own, kind="stable")[-config.batch_size :].tolist()
         longest = single([pairs[i] for i in at])
-    return largest_pass(longest, config.pass_limit, cost=choice.cost)
+    return largest_micro_batch(longest, config.pass_limit, cost=choice.cost)
 
 
 def rehearsed(base: Base, config: DPOConfig, choice: ScorerChoice, pairs: Pairs) -> PassProfile:

@@ -9,15 +9,27 @@ from pathlib import Path
 from typing import Any, cast
 
 from mlx_dpo.config.dpo_config import DPOConfig
-from mlx_dpo.data.dataset import StoredPairs, digest, joined, longest_row, with_mismatched
-from mlx_dpo.data.load import PairRules, PairSet, held_out, mixed_places, refuse_idle
+from mlx_dpo.data.dataset import (
+    PairDataset,
+    concatenate,
+    longest_row,
+    pairs_digest,
+    with_mismatched_completions,
+)
+from mlx_dpo.data.load import (
+    LoadedPairs,
+    PairRules,
+    check_settings_used,
+    held_out_indices,
+    mix_indices,
+)
 from mlx_dpo.data.report import PairsReport
 from mlx_dpo.data.schemas import RowRules
 from mlx_dpo.data.schemas.schema import Ranking
-from mlx_dpo.data.sources import Source, Sources, find
-from mlx_dpo.data.tokenization.cache import Cache, CountingRows, stored_pairs
+from mlx_dpo.data.sources import Source, SplitSources, find_sources
+from mlx_dpo.data.tokenization.cache import RowProgress, TokenCache, load_source
 from mlx_dpo.data.tokenization.chat_template import TokenRules
-from mlx_dpo.data.tokenization.parallel import Hands
+from mlx_dpo.data.tokenization.parallel import TokenizerWorkers
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.generation.generate import context_length
 from mlx_dpo.models.device import device_kind, number_type
@@ -45,8 +57,8 @@ class Inputs:
             "model": fingerprint(self.base.path),
             "tokenizer": tokenizer_fingerprint(self.base.path),
             "held": held(self.base),
-            "train": digest(self.train),
-            "valid": digest(self.valid),
+            "train": pairs_digest(self.train),
+            "valid": pairs_digest(self.valid),
         }
 
 
@@ -99,19 +111,19 @@ def unheard(rows: int | None) -> Iterator[Callable[[int], None]]:
 
 
 def read_pairs(
-    config: DPOConfig, base: Base, source: Source, counting: CountingRows = unheard
-) -> PairSet[StoredPairs]:
+    config: DPOConfig, base: Base, source: Source, counting: RowProgress = unheard
+) -> LoadedPairs[PairDataset]:
     """One source of pairs, as the settings say."""
     path, code = base.path, config.trust_remote_code
     load = partial(read_tokenizer, path, base.source, trust_remote_code=code)
     files = tokenizer_fingerprint(path) + (code_fingerprint(path) if code else "")
     local = Path(base.source).expanduser().is_dir()
     name = os.path.basename(os.path.abspath(path)) if local else base.source
-    return stored_pairs(
+    return load_source(
         source,
-        Hands(base.tokenizer, load, processes()),
+        TokenizerWorkers(base.tokenizer, load, processes()),
         PairRules(token_rules(config, base), row_rules(config), config.bad_pairs),
-        Cache(token_cache(), files, name),
+        TokenCache(token_cache(), files, name),
         counting=counting,
     )
 
@@ -124,14 +136,14 @@ def processes() -> int:
 
 def completed(config: DPOConfig, pairs: Sequence[TokenizedPair]) -> Sequence[TokenizedPair]:
     """The pairs of a split; judged answers get what KTO holds them against."""
-    return with_mismatched(pairs, config.max_length) if config.labelled else pairs
+    return with_mismatched_completions(pairs, config.max_length) if config.labelled else pairs
 
 
 def read_inputs(
     config: DPOConfig,
     *,
     read: Callable[[DPOConfig], Base] = read_base,
-    counting: CountingRows = unheard,
+    counting: RowProgress = unheard,
 ) -> Inputs:
     """Find the pairs, load the base, tokenise; files are found before anything large is loaded.
 
@@ -140,40 +152,40 @@ def read_inputs(
     Raises:
         ConfigError: a setting has no effect, or rows are longer than what the model can place.
     """
-    sources = find(config.pairs, config.valid, config.split)
+    sources = find_sources(config.pairs, config.valid, config.split)
     refuse_without_effect(config, sources)
     base = read(config)
     train = [read_pairs(config, base, source, counting) for source in sources.train]
     valid = [read_pairs(config, base, source, counting) for source in sources.valid]
     reports = [read.report for read in (*train, *valid)]
-    refuse_idle(token_rules(config, base), row_rules(config), reports)
+    check_settings_used(token_rules(config, base), row_rules(config), reports)
     kept, apart = (completed(config, split) for split in _splits(config, train, valid))
-    inputs = Inputs(base, kept, apart, reports, [one.name for one in sources.passed_over])
+    inputs = Inputs(base, kept, apart, reports, [one.name for one in sources.unused_valid])
     refuse_beyond_context(config, base, inputs.train, inputs.valid)
     return inputs
 
 
 def _splits(
     config: DPOConfig,
-    train: Sequence[PairSet[StoredPairs]],
-    valid: Sequence[PairSet[StoredPairs]],
-) -> tuple[StoredPairs, StoredPairs]:
+    train: Sequence[LoadedPairs[PairDataset]],
+    valid: Sequence[LoadedPairs[PairDataset]],
+) -> tuple[PairDataset, PairDataset]:
     """Pairs to train on, each source as often as it is wanted, and pairs to measure on."""
-    every = joined([read.pairs for read in train])
-    held = held_out(every, share=0.0 if valid else config.held_out_share, seed=config.seed)
-    apart = joined([read.pairs for read in valid]) if valid else every.picked(sorted(held))
+    every = concatenate([read.pairs for read in train])
+    held = held_out_indices(every, share=0.0 if valid else config.held_out_share, seed=config.seed)
+    apart = concatenate([read.pairs for read in valid]) if valid else every.select(sorted(held))
     kept: list[int] = []
     begin = 0
     for number, read in enumerate(train):
         places = [i for i in range(begin, begin + len(read.pairs)) if i not in held]
         if config.mix:
             read.report.weight = weight = config.mix[number]
-            drawn = mixed_places(len(places), weight, seed=(config.seed, number))
+            drawn = mix_indices(len(places), weight, seed=(config.seed, number))
             places = [places[i] for i in drawn]
             read.report.per_epoch = len(places)
         kept += places
         begin += len(read.pairs)
-    return every.picked(kept), apart
+    return every.select(kept), apart
 
 
 def refuse_beyond_context(config: DPOConfig, base: Base, *splits: Sequence[TokenizedPair]) -> None:
@@ -191,7 +203,7 @@ def refuse_beyond_context(config: DPOConfig, base: Base, *splits: Sequence[Token
         )
 
 
-def refuse_without_effect(config: DPOConfig, sources: Sources) -> None:
+def refuse_without_effect(config: DPOConfig, sources: SplitSources) -> None:
     """Settings about held-out pairs that the files leave no room for.
 
     Raises:

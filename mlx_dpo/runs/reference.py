@@ -15,7 +15,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_dpo import paths as places
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.data.sources import STDIN
-from mlx_dpo.data.tokenization.cache import CountingRows
+from mlx_dpo.data.tokenization.cache import RowProgress
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.models.empty_weights import outline
 from mlx_dpo.models.load import Base, fingerprint, load_base
@@ -81,7 +81,7 @@ def load_other(config: DPOConfig) -> Base:
 
 
 def ask_other(
-    config: DPOConfig, counting: Counting, rows: CountingRows
+    config: DPOConfig, counting: Counting, rows: RowProgress
 ) -> tuple[dict[str, PairLogps], str]:
     """What the reference model says of both splits, and its digest. (len(pairs),) each
 

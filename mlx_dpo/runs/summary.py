@@ -12,8 +12,8 @@ from mlx_dpo.adapters.master_weights import narrow_types
 from mlx_dpo.adapters.targets import block_paths, is_tied
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.config.optimizer import KINDS
-from mlx_dpo.data.batching import epoch_passes
-from mlx_dpo.data.dataset import shared
+from mlx_dpo.data.batching import count_micro_batches
+from mlx_dpo.data.dataset import count_shared_pairs
 from mlx_dpo.io.arrays import named_arrays
 from mlx_dpo.models.device import dtype_name
 from mlx_dpo.profiling import memory
@@ -127,7 +127,7 @@ def facts_of_inputs(run: "DPOTrainer") -> list[Fact]:
         (run.config.unit, f"{len(inputs.train):,} to train on, {len(inputs.valid):,} held out")
     ]
     lines += [("", line) for report in inputs.reports for line in report.lines()]
-    if leaked := shared(inputs.valid, inputs.train):
+    if leaked := count_shared_pairs(inputs.valid, inputs.train):
         lines.append(("", f"{leaked:,} of the held-out {run.config.unit} are trained on as well"))
     lines += [("", f"{name}: not used, for --valid was given") for name in inputs.passed_over]
     return lines
@@ -214,7 +214,7 @@ def _watched(run: "DPOTrainer") -> list[Fact]:
 def _passes(run: "DPOTrainer") -> list[Fact]:
     """How the steps of an epoch are cut into passes."""
     config, limit = run.config, run.config.pass_limit
-    found = epoch_passes(
+    found = count_micro_batches(
         run.inputs.train,
         limit,
         batch_size=config.batch_size,

@@ -11,7 +11,7 @@ import mlx.core as mx
 from mlx_dpo.adapters.files import save_adapter
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.data.batching import steps_per_epoch
-from mlx_dpo.data.tokenization.cache import CountingRows
+from mlx_dpo.data.tokenization.cache import RowProgress
 from mlx_dpo.errors import ConfigError, TrainingError
 from mlx_dpo.losses.metrics import named, step_row
 from mlx_dpo.profiling.memory import limited_buffers
@@ -139,7 +139,7 @@ class DPOTrainer:
         self.score_reference(progress)
         self.restore()
 
-    def load(self, counting: Counting = uncounted, rows: CountingRows = unheard) -> None:
+    def load(self, counting: Counting = uncounted, rows: RowProgress = unheard) -> None:
         """Load the base model and the pairs; write nothing.
 
         A separate reference model is scored first and freed again.

@@ -5,13 +5,13 @@ from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
-from mlx_dpo.data.dataset import digest
-from mlx_dpo.data.dataset import prompts as prompts_of_pairs
-from mlx_dpo.data.examples import told
-from mlx_dpo.data.prompts import Prompt, as_prompt, prompts_of, refuse_given
+from mlx_dpo.data.dataset import pairs_digest
+from mlx_dpo.data.dataset import prompt_keys as prompts_of_pairs
+from mlx_dpo.data.examples import parse_rows
+from mlx_dpo.data.prompts import Prompt, check_no_template_kwargs, check_prompts, make_prompt
 from mlx_dpo.data.report import PairsReport
 from mlx_dpo.data.schemas import prompt_digest
-from mlx_dpo.data.sources import STDIN, find, held_out_of
+from mlx_dpo.data.sources import STDIN, find_sources, resolve_held_out_source
 from mlx_dpo.errors import ConfigError, RunError
 from mlx_dpo.io.arrays import named_arrays
 from mlx_dpo.models.load import Base, fingerprint, tokenizer_fingerprint
@@ -87,19 +87,19 @@ def own_pairs(run: Opened) -> Measured:
             "name a file of pairs"
         )
     inputs = read_inputs(run.config)
-    check_contents(run.paths, run.record, {"valid": digest(inputs.valid)})
+    check_contents(run.paths, run.record, {"valid": pairs_digest(inputs.valid)})
     return inputs.base, inputs.valid, f"held-out {run.config.unit}", ()
 
 
 def named_pairs(run: Opened, pairs: str) -> Measured:
     """The model of a run, and the pairs of a file, or of a held-out split."""
-    source = held_out_of(pairs)
+    source = resolve_held_out_source(pairs)
     base = read_base(run.config)
     read = read_pairs(run.config, base, source)
     pairs_read = completed(run.config, read.pairs)
     refuse_beyond_context(run.config, base, pairs_read)
     notes = tuple(read.report.lines())
-    if digest(pairs_read) == run.record["provenance"]["train"]:
+    if pairs_digest(pairs_read) == run.record["provenance"]["train"]:
         notes += ("the run was trained on these pairs; this says nothing of unseen ones",)
     return base, pairs_read, f"{run.config.unit} of {source.name}", notes
 
@@ -164,14 +164,16 @@ def prompts_held_out(run: Opened, base: Base) -> list[Prompt]:
     wanted = set(prompts_of_pairs(read_inputs(config, read=lambda _: base).valid))
     if not wanted:
         raise ConfigError(f"{run.paths.folder}: the run held no pairs out; name a file of prompts")
-    sources = find(config.pairs, config.valid, config.split)
+    sources = find_sources(config.pairs, config.valid, config.split)
     prompts = []
     for source in (*sources.train, *sources.valid):
         report = PairsReport(source.name, config.max_length, judged=config.labelled)
-        for one in told(source.rows(), row_rules(config), report, bad_pairs="drop"):
-            if bytes.fromhex(prompt_digest(one.said)) in wanted:
-                refuse_given(one.said.template_kwargs, one.said.location)
+        for one in parse_rows(source.rows(), row_rules(config), report, bad_pairs="drop"):
+            if bytes.fromhex(prompt_digest(one.example)) in wanted:
+                check_no_template_kwargs(one.example.template_kwargs, one.example.location)
                 prompts.append(
-                    as_prompt(one.said.prompt, one.said.location, whole=one.said.implicit_prompt)
+                    make_prompt(
+                        one.example.prompt, one.example.location, whole=one.example.implicit_prompt
+                    )
                 )
-    return prompts_of(prompts, str(run.paths.folder))
+    return check_prompts(prompts, str(run.paths.folder))

@@ -16,12 +16,12 @@ import numpy as np
 from mlx_dpo.adapters.master_weights import narrowed
 from mlx_dpo.config.training import PassLimit
 from mlx_dpo.data.batching import (
-    Cost,
+    CountTokens,
     collate,
     micro_batches,
-    one_row,
-    shared_prompts,
-    whole_rows,
+    packed_row_tokens,
+    padded_row_tokens,
+    shared_prompt_tokens,
 )
 from mlx_dpo.errors import TrainingError
 from mlx_dpo.scoring.backbone import split_backbone
@@ -58,10 +58,10 @@ def plain_log_weights(model: nn.Module, pairs: Sequence[TokenizedPair]) -> PairL
 # as a batch whose prompts are padded, or as batches of those with equally long prompts.
 Packing = Literal["row", "batch", "lengths"]
 
-TOKEN_COUNTS: dict[Packing, Cost] = {
-    "row": one_row,
-    "batch": partial(shared_prompts, together=True),
-    "lengths": partial(shared_prompts, together=False),
+TOKEN_COUNTS: dict[Packing, CountTokens] = {
+    "row": packed_row_tokens,
+    "batch": partial(shared_prompt_tokens, together=True),
+    "lengths": partial(shared_prompt_tokens, together=False),
 }
 
 
@@ -166,7 +166,7 @@ def score_pairs(
     *,
     limit: PassLimit,
     scorer: Scorer = plain_scorer,
-    cost: Cost = whole_rows,
+    cost: CountTokens = padded_row_tokens,
     progress: Callable[[int], None] = lambda scored: None,
 ) -> PairLogps:
     """Log-probabilities of every pair under `model`, in the order of `pairs`. (len(pairs),) each

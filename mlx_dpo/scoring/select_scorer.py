@@ -18,7 +18,7 @@ from mlx.utils import tree_map
 from mlx_lm.models.cache import CacheList, make_prompt_cache
 
 from mlx_dpo.adapters.master_weights import narrowed
-from mlx_dpo.data.batching import Cost, whole_rows
+from mlx_dpo.data.batching import CountTokens, padded_row_tokens
 from mlx_dpo.errors import ModelError, reason
 from mlx_dpo.io.arrays import Arrays, named_arrays, scalar
 from mlx_dpo.models.device import number_type, on_cpu
@@ -196,9 +196,9 @@ class ScorerChoice:
     alignments: Scorer = plain_log_weights  # what WPO weighs pairs by, in the same way
 
     @property
-    def cost(self) -> Cost:
+    def cost(self) -> CountTokens:
         """What a pass through the scorer costs, in tokens."""
-        return whole_rows if self.way is None else TOKEN_COUNTS[self.way]
+        return padded_row_tokens if self.way is None else TOKEN_COUNTS[self.way]
 
 
 class _NotEquivalentError(Exception):

@@ -13,7 +13,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.cache import ConcatenateKVCache, KVCache, make_prompt_cache
 
-from mlx_dpo.data.batching import SHORTEST_CONTINUATION, padded_width
+from mlx_dpo.data.batching import MIN_CONTINUATION, padded_width
 from mlx_dpo.scoring.backbone import ModelParts
 from mlx_dpo.types import TokenizedPair
 
@@ -60,7 +60,7 @@ def _continue_from_caches(
     if longest:
         # mlx-lm takes a single token after a cache for generation, where some models switch
         # to kernels that have no gradient.
-        needed = max(longest, SHORTEST_CONTINUATION)
+        needed = max(longest, MIN_CONTINUATION)
         width = needed if even else padded_width(needed)
         tokens = right_padded([c[:-1] for c in completions], width)
         # Copied, for mlx-lm writes into its caches: a second use would see the first.

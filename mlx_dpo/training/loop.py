@@ -11,13 +11,13 @@ import numpy as np
 
 from mlx_dpo.config.training import PassLimit
 from mlx_dpo.data.batching import (
-    Cost,
+    CountTokens,
     micro_batches,
+    padded_row_tokens,
     pair_metadata,
-    some_of,
+    select_metadata,
     step_indices,
     steps_per_epoch,
-    whole_rows,
 )
 from mlx_dpo.errors import TrainingError
 from mlx_dpo.io.arrays import scalar
@@ -55,7 +55,7 @@ class Plan:
     max_grad_norm: float
     seed: int
     scorer: Scorer = plain_scorer
-    cost: Cost = whole_rows  # of a pass through that scorer
+    cost: CountTokens = padded_row_tokens  # of a pass through that scorer
     recompute: bool = False
     score: DatasetScorer | None = (
         None  # without gradients; what couples pairs, or moves, asks ahead
@@ -135,7 +135,7 @@ def _micro_batches(
         yield MicroBatch(
             [plan.pairs[i] for i in group],
             known.reference.take(at),
-            some_of(known.metadata, mx.array(at)),
+            select_metadata(known.metadata, mx.array(at)),
             known.on_policy_weights[mx.array(at)],
             Among.of(known, at) if plan.objective.couples else None,
         )

@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from mlx_dpo.data.dataset import digest
+from mlx_dpo.data.dataset import pairs_digest
 from mlx_dpo.io.arrays import Arrays, named_arrays
 from mlx_dpo.scoring.scorers import DatasetScorer
 from mlx_dpo.training.logps_cache import SUFFIX, read_logps, write_logps
@@ -66,7 +66,7 @@ def reference_logps(
 
 
 def _name(provenance: str, block: Sequence[TokenizedPair]) -> str:
-    return hashlib.sha256(f"{provenance}\n{digest(block)}".encode()).hexdigest()
+    return hashlib.sha256(f"{provenance}\n{pairs_digest(block)}".encode()).hexdigest()
 
 
 class MovingReference:

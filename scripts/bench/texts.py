@@ -12,7 +12,7 @@ from typing import TypedDict
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from mlx_dpo.data.errors import BadPair
+from mlx_dpo.data.errors import BadPairError
 from mlx_dpo.data.schemas import to_preferences
 from mlx_dpo.data.sources import read_rows
 from mlx_dpo.errors import DataError
@@ -37,7 +37,7 @@ def read_pairs(path: Path) -> tuple[list[TextPair], int]:
     for row in read_rows(path):
         try:
             [pair] = to_preferences(row)
-        except BadPair:
+        except BadPairError:
             faulty += 1
             continue
         texts = [pair.prompt, pair.chosen, pair.rejected]

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from mlx_dpo.cli import cli
-from mlx_dpo.data.dataset import Places, Writer, arrays_of
+from mlx_dpo.data.dataset import PairFileWriter, RowLocations, pairs_to_arrays
 from mlx_dpo.training.logps_cache import labels, write_logps
 from mlx_dpo.types import PairLogps, TokenizedPair
 from tests.temporary_files import ended_process, temporary_path
@@ -189,8 +189,8 @@ def kept(folder, name, pairs=3, *, model="org/one", days_ago=0):
     path.parent.mkdir(exist_ok=True)
     one = TokenizedPair((1, 2), (3,), (4,), "x.jsonl:1", "0" * 64)
     with path.open("wb") as stream:
-        writer = Writer(stream)
-        writer.add(arrays_of([one] * pairs, Places(["x.jsonl"])))
+        writer = PairFileWriter(stream)
+        writer.add(pairs_to_arrays([one] * pairs, RowLocations(["x.jsonl"])))
         writer.finish({"name": "data/x.jsonl", "model": model, "pairs": pairs, "written": "then"})
     used = datetime.now().timestamp() - 86_400 * days_ago
     os.utime(path, (used, used))

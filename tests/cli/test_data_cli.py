@@ -11,12 +11,12 @@ from mlx_dpo.cli import cli
 from mlx_dpo.cli.data import data as group
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.curation.clean import clean_pairs
-from mlx_dpo.data.examples import told
+from mlx_dpo.data.examples import parse_rows
 from mlx_dpo.data.inspect.findings import RULES
 from mlx_dpo.data.load import hold_out, load_pairs
 from mlx_dpo.data.report import PairsReport
 from mlx_dpo.data.schemas import DEFAULT, prompt_digest
-from mlx_dpo.data.sources import find, source_of
+from mlx_dpo.data.sources import find_sources, resolve_source
 from mlx_dpo.data.tokenization.tokenize import TokenRules
 from mlx_dpo.errors import DataError
 from tests.checkpoints import make_checkpoint
@@ -202,7 +202,7 @@ def test_a_split_has_no_prompt_twice_and_rows_as_they_were():
     prompts = [{json.loads(line)["prompt"] for line in part} for part in (train, valid)]
     assert not prompts[0] & prompts[1]
     assert result.output == "parts: 3 rows to train on, 2 held out\n"
-    assert [one.name for one in find("parts").valid] == ["parts/valid.jsonl"]
+    assert [one.name for one in find_sources("parts").valid] == ["parts/valid.jsonl"]
 
 
 @pytest.mark.parametrize("seed", [0, 1, 7])
@@ -219,8 +219,8 @@ def test_a_split_holds_out_what_training_would(seed):
     pairs = load_pairs(Path("many.jsonl"), outline("base").tokenizer, TokenRules(vocab_size=300))
     train, valid = hold_out(pairs.pairs, share=0.2, seed=seed)
     for name, part in (("train", train), ("valid", valid)):
-        said = told(source_of(f"parts/{name}.jsonl").rows(), DEFAULT, PairsReport("", 0))
-        assert [prompt_digest(one.said) for one in said] == [pair.prompt_digest for pair in part]
+        said = parse_rows(resolve_source(f"parts/{name}.jsonl").rows(), DEFAULT, PairsReport("", 0))
+        assert [prompt_digest(one.example) for one in said] == [pair.prompt_digest for pair in part]
 
 
 def test_a_row_of_several_pairs_goes_to_one_side_whole():

@@ -12,7 +12,7 @@ from mlx_dpo.collect.session import (
     RankingSession,
     TaskSampler,
 )
-from mlx_dpo.data.prompts import as_prompt
+from mlx_dpo.data.prompts import make_prompt
 from mlx_dpo.data.sources import read_rows
 from mlx_dpo.errors import ConfigError, DataError
 
@@ -38,7 +38,7 @@ class Sampler:
 
 
 def begin(path, sampler=None, names=NAMES, chunk=4, seed=0):
-    prompts = [as_prompt(name) for name in names]
+    prompts = [make_prompt(name) for name in names]
     return TaskSampler(prompts, PairsFile(path), sampler or Sampler(), chunk=chunk, seed=seed)
 
 

@@ -6,12 +6,12 @@ from mlx_dpo.collect.pairs_file import PairsFile
 from mlx_dpo.collect.sample import SamplingPlan, count_truncated, make_answer_sampler
 from mlx_dpo.collect.session import RankingTask, make_pair
 from mlx_dpo.config.sampling import Sampling
-from mlx_dpo.data.prompts import as_prompt
+from mlx_dpo.data.prompts import make_prompt
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.generation.generate import Reply
 from mlx_dpo.saved_runs.respond import seed_of
 
-PROMPTS = [as_prompt(text) for text in ("p", "q", "r")]
+PROMPTS = [make_prompt(text) for text in ("p", "q", "r")]
 
 
 class Speaker:

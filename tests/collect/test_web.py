@@ -17,7 +17,7 @@ from mlx_dpo.collect.web import (
     serve_session,
     state_token,
 )
-from mlx_dpo.data.prompts import as_prompt
+from mlx_dpo.data.prompts import make_prompt
 from tests.webdriver import CHROMIUM, DRIVER, browser
 
 HOSTILE = "<script>document.title = 'owned'</script> & <b>bold</b>"
@@ -36,7 +36,7 @@ class Served:
 
     def __init__(self, path, prompts=QUESTIONS):
         asked = TaskSampler(
-            [as_prompt(text) for text in prompts], PairsFile(path), sample, chunk=2, seed=0
+            [make_prompt(text) for text in prompts], PairsFile(path), sample, chunk=2, seed=0
         )
         self.session, self.server = RankingSession(asked), LoopbackServer(read_page())
         self.thread = threading.Thread(target=serve_session, args=(self.session, self.server))
@@ -141,7 +141,7 @@ def test_what_is_passed_over_meanwhile_makes_no_key_come_too_late(tmp_path):
     def alike(prompts, chunk):
         return [[Answer("same", {})] * 2] if chunk else sample(prompts, chunk)
 
-    prompts = [as_prompt(text) for text in QUESTIONS]
+    prompts = [make_prompt(text) for text in QUESTIONS]
     session = RankingSession(
         TaskSampler(prompts, PairsFile(tmp_path / "pairs.jsonl"), alike, chunk=1, seed=0)
     )

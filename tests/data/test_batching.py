@@ -9,16 +9,16 @@ from hypothesis import strategies as st
 
 from mlx_dpo.data.batching import (
     PassLimit,
-    PassTokens,
+    TokenCount,
     collate,
-    epoch_passes,
-    largest_pass,
+    count_micro_batches,
+    largest_micro_batch,
     micro_batches,
+    padded_row_tokens,
     padded_width,
-    shared_prompts,
+    shared_prompt_tokens,
     step_indices,
     steps_per_epoch,
-    whole_rows,
 )
 from mlx_dpo.types import TokenizedPair
 
@@ -78,9 +78,9 @@ def lengths(*whole):
 
 
 COSTS = [
-    whole_rows,
-    partial(shared_prompts, together=False),
-    partial(shared_prompts, together=True),
+    padded_row_tokens,
+    partial(shared_prompt_tokens, together=False),
+    partial(shared_prompt_tokens, together=True),
 ]
 costs = st.sampled_from(COSTS)
 some_pairs = st.lists(
@@ -100,32 +100,32 @@ def on_a_gpu(monkeypatch):
 
 def test_pairs_of_like_length_go_together():
     pairs = lengths(2, 40, 2, 10, 50, 2, 2, 50, 2, 10)
-    found = micro_batches([7, 3, 4, 1, 9], pairs, PassLimit(pairs=2), cost=whole_rows)
+    found = micro_batches([7, 3, 4, 1, 9], pairs, PassLimit(pairs=2), cost=padded_row_tokens)
     assert found == [[3, 9], [1, 7], [4]]
 
 
 def test_ties_keep_their_order_whatever_the_indices():
     pairs = lengths(*[5] * 10)
-    assert micro_batches([9, 2, 5], pairs, PassLimit(), cost=whole_rows) == [[9, 2, 5]]
+    assert micro_batches([9, 2, 5], pairs, PassLimit(), cost=padded_row_tokens) == [[9, 2, 5]]
 
 
 def test_a_pass_is_filled_up_to_its_tokens_and_no_further():
     """Rows of 9 tokens are padded to 16, of which 15 go through: 30 tokens a pair."""
     pairs = lengths(9, 9, 9, 9, 9)
     for tokens, sizes in ((60, [2, 2, 1]), (59, [1] * 5), (89, [2, 2, 1]), (90, [3, 2])):
-        groups = micro_batches(range(5), pairs, PassLimit(tokens=tokens), cost=whole_rows)
+        groups = micro_batches(range(5), pairs, PassLimit(tokens=tokens), cost=padded_row_tokens)
         assert [len(group) for group in groups] == sizes
 
 
 def test_both_limits_hold_at_once():
     pairs = lengths(9, 9, 9, 17, 17, 17)  # 30 and 46 tokens each
-    groups = micro_batches(range(6), pairs, PassLimit(2, 90), cost=whole_rows)
+    groups = micro_batches(range(6), pairs, PassLimit(2, 90), cost=padded_row_tokens)
     assert groups == [[0, 1], [2], [3], [4], [5]]
 
 
 def test_a_pair_that_is_too_long_goes_alone():
     pairs = lengths(90, 3, 100, 3)
-    groups = micro_batches(range(4), pairs, PassLimit(tokens=28), cost=whole_rows)
+    groups = micro_batches(range(4), pairs, PassLimit(tokens=28), cost=padded_row_tokens)
     assert groups == [[1, 3], [0], [2]]
 
 
@@ -161,32 +161,32 @@ def test_a_limit_can_be_widened_where_there_is_one():
 def test_whole_rows_cost_twice_the_padded_row_but_its_last_token():
     """Rows of 5, 8 and 17 tokens: 24 wide, of which 23 go through."""
     pairs = [of(3, 2, 1), of(1, 7, 7), of(10, 7, 1)]
-    assert whole_rows(pairs) == (6 * 23, 6 * 23 - (4 + 3) - (7 + 7) - (16 + 10))
+    assert padded_row_tokens(pairs) == (6 * 23, 6 * 23 - (4 + 3) - (7 + 7) - (16 + 10))
 
 
 def test_a_shared_prompt_costs_once_and_last_tokens_nothing():
-    assert shared_prompts([of(7, 5, 3)], together=False) == (7 + 4 + 2, 0)
-    assert shared_prompts([of(7, 1, 1)], together=False) == (7, 0)
+    assert shared_prompt_tokens([of(7, 5, 3)], together=False) == (7 + 4 + 2, 0)
+    assert shared_prompt_tokens([of(7, 1, 1)], together=False) == (7, 0)
     # A single token after a cache is padded to two.
-    assert shared_prompts([of(7, 2, 1)], together=False) == (7 + 2, 1)
+    assert shared_prompt_tokens([of(7, 2, 1)], together=False) == (7 + 2, 1)
 
 
 @pytest.mark.parametrize(
     ("together", "tokens"),
     [
-        (False, PassTokens(2 * (4 + 4 + 2) + (9 + 6), 2)),
-        (True, PassTokens(3 * (9 + 6 + 2), (5 + 5) + (2 + 4) + 2)),
+        (False, TokenCount(2 * (4 + 4 + 2) + (9 + 6), 2)),
+        (True, TokenCount(3 * (9 + 6 + 2), (5 + 5) + (2 + 4) + 2)),
     ],
 )
 def test_prompts_of_one_length_are_a_batch_or_all_are(together, tokens):
     pairs = [of(4, 5, 3), of(9, 7, 1), of(4, 3, 3)]
-    assert shared_prompts(pairs, together=together) == tokens
+    assert shared_prompt_tokens(pairs, together=together) == tokens
 
 
 @given(some_pairs, costs)
 def test_no_cost_falls_when_a_pair_is_added_and_padding_is_what_is_not_a_token(pairs, cost):
     assert cost(pairs[:-1] or pairs).total <= cost(pairs).total
-    rows = 2 if cost is whole_rows else 1
+    rows = 2 if cost is padded_row_tokens else 1
     real = sum(rows * len(p.prompt) + len(p.chosen) + len(p.rejected) - 2 for p in pairs)
     assert cost(pairs) == (cost(pairs).total, cost(pairs).total - real)
 
@@ -208,29 +208,34 @@ def test_on_a_gpu_widths_are_few_and_padding_is_little(on_a_gpu):
 
 def test_on_a_gpu_what_is_padded_has_one_of_these_widths(on_a_gpu):
     assert collate([of(300, 9, 2)]).tokens.shape == (2, 320)
-    assert whole_rows([of(300, 9, 2)]).total == 2 * 319
-    assert shared_prompts([of(300, 41, 2)], together=True).total == 300 + 40 + 2
+    assert padded_row_tokens([of(300, 9, 2)]).total == 2 * 319
+    assert shared_prompt_tokens([of(300, 41, 2)], together=True).total == 300 + 40 + 2
     both = [of(300, 41, 2), of(9, 2, 2)]
-    assert shared_prompts(both, together=True).total == 2 * (320 + 40 + 8)
-    assert shared_prompts(both, together=False).total == (300 + 40 + 2) + (9 + 2 + 2)
+    assert shared_prompt_tokens(both, together=True).total == 2 * (320 + 40 + 8)
+    assert shared_prompt_tokens(both, together=False).total == (300 + 40 + 2) + (9 + 2 + 2)
 
 
 def test_the_largest_pass_holds_the_longest_pairs():
     pairs = lengths(9, 40, 17, 80, 33)
-    assert largest_pass(pairs, PassLimit(pairs=2), cost=whole_rows) == [pairs[3], pairs[1]]
-    assert largest_pass(pairs, PassLimit(tokens=10), cost=whole_rows) == [pairs[3]]
+    assert largest_micro_batch(pairs, PassLimit(pairs=2), cost=padded_row_tokens) == [
+        pairs[3],
+        pairs[1],
+    ]
+    assert largest_micro_batch(pairs, PassLimit(tokens=10), cost=padded_row_tokens) == [pairs[3]]
     two = PassLimit(tokens=2 * 2 * 79)
-    assert largest_pass(pairs, two, cost=whole_rows) == [pairs[3], pairs[1]]
+    assert largest_micro_batch(pairs, two, cost=padded_row_tokens) == [pairs[3], pairs[1]]
     # 79 tokens, and 8 beside them where 39 have no room.
     uneven = [of(1, 8, 1), of(2, 38, 1), of(3, 77, 1)]
-    alone = partial(shared_prompts, together=False)
-    assert largest_pass(uneven, PassLimit(tokens=90), cost=alone) == [uneven[2], uneven[0]]
+    alone = partial(shared_prompt_tokens, together=False)
+    assert largest_micro_batch(uneven, PassLimit(tokens=90), cost=alone) == [uneven[2], uneven[0]]
 
 
 def test_an_epoch_is_known_before_it_begins():
     """Rows of 8, 16 and 40 tokens, of which all but one go through, twice a pair."""
     pairs = lengths(8, 8, 8, 8, 9, 40)
-    found = epoch_passes(pairs, PassLimit(tokens=56), batch_size=6, seed=0, cost=whole_rows)
+    found = count_micro_batches(
+        pairs, PassLimit(tokens=56), batch_size=6, seed=0, cost=padded_row_tokens
+    )
     assert found == (1, 3, (4 * 14 + 30 + 78, 4 * (14 - 8) + (30 - 9) + (78 - 40)), 1, 78)
 
 
@@ -240,7 +245,7 @@ def test_what_is_known_of_an_epoch_is_what_its_steps_add_up_to(
 ):
     steps = epoch(0, count=len(pairs), batch_size=batch_size, seed=seed)
     groups = [g for step in steps for g in micro_batches(step, pairs, limit, cost=cost)]
-    known = epoch_passes(pairs, limit, batch_size=batch_size, seed=seed, cost=cost)
+    known = count_micro_batches(pairs, limit, batch_size=batch_size, seed=seed, cost=cost)
     assert (known.steps, known.passes) == (len(steps), len(groups))
     passes = [cost([pairs[i] for i in group]) for group in groups]
     assert known.tokens == (sum(p.total for p in passes), sum(p.padding for p in passes))

@@ -3,8 +3,8 @@
 import pytest
 from families import TEMPLATES, byte_level, metaspace
 
-from mlx_dpo.data.errors import REFUSED, BadPair
-from mlx_dpo.data.tokenization.tokenize import TokenRules, check_rules, tokenize_pair
+from mlx_dpo.data.errors import TEMPLATE_ERROR, BadPairError
+from mlx_dpo.data.tokenization.tokenize import TokenRules, check_token_rules, tokenize_pair
 from mlx_dpo.errors import ConfigError, DataError
 from mlx_dpo.types import PreferenceExample
 
@@ -80,9 +80,9 @@ def test_a_system_turn_is_written_or_the_row_is_refused_with_the_templates_words
     if name not in NO_SYSTEM:
         assert "be kind" in tokenizer.decode(pair_of(tokenizer, prompt).pair.prompt)
         return
-    with pytest.raises(BadPair, match="System role not supported") as error:
+    with pytest.raises(BadPairError, match="System role not supported") as error:
         pair_of(tokenizer, prompt)
-    assert error.value.reason == REFUSED
+    assert error.value.reason == TEMPLATE_ERROR
 
 
 def test_the_system_turn_that_is_asked_for_comes_first_where_there_is_none():
@@ -123,7 +123,7 @@ def test_a_thought_in_an_answer_is_refused_while_thinking_is_off():
 @pytest.mark.parametrize("name", sorted(TEMPLATES.keys() - {"qwen-3"}))
 def test_thinking_is_refused_where_the_template_knows_none(name):
     with pytest.raises(ConfigError, match="`thinking` has no effect"):
-        check_rules(byte_level(name), TokenRules(vocab_size=1000, thinking=True))
+        check_token_rules(byte_level(name), TokenRules(vocab_size=1000, thinking=True))
 
 
 @pytest.mark.parametrize("name", PREFIXED)

@@ -11,24 +11,24 @@ from hypothesis import strategies as st
 from mlx_dpo.data.batching import pair_metadata
 from mlx_dpo.data.dataset import (
     COLUMNS,
-    Places,
-    Store,
-    StoredPairs,
-    Writer,
-    arrays_of,
+    MappedPairs,
+    PairDataset,
+    PairFileWriter,
+    RowLocations,
     column,
-    digest,
-    joined,
+    concatenate,
+    count_shared_pairs,
+    lengths_only,
     longest_pairs,
     longest_row,
-    prompts,
-    read_arrays,
-    read_facts,
-    shared,
-    sketches,
-    with_mismatched,
+    pairs_digest,
+    pairs_to_arrays,
+    prompt_keys,
+    read_metadata,
+    read_pair_file,
+    with_mismatched_completions,
 )
-from mlx_dpo.data.load import held_out, hold_out
+from mlx_dpo.data.load import held_out_indices, hold_out
 from mlx_dpo.types import TokenizedPair
 
 NAMES = ("a.jsonl", "b and c.json")
@@ -59,10 +59,10 @@ JUDGED = [pair(i, label=i % 2 == 0, prompt=prompt) for i, prompt in enumerate((5
 
 def written(pairs, facts=None):
     """The file of the pairs, in blocks of two."""
-    stream, places = io.BytesIO(), Places(NAMES)
-    writer = Writer(stream)
+    stream, places = io.BytesIO(), RowLocations(NAMES)
+    writer = PairFileWriter(stream)
     for start in range(0, len(pairs), 2):
-        writer.add(arrays_of(pairs[start : start + 2], places))
+        writer.add(pairs_to_arrays(pairs[start : start + 2], places))
     writer.finish(facts or {})
     return stream.getvalue()
 
@@ -71,12 +71,12 @@ def read(data):
     with tempfile.TemporaryFile() as stream:
         stream.write(data)
         stream.flush()
-        return read_arrays(stream)
+        return read_pair_file(stream)
 
 
 def stored(pairs):
     arrays, _ = read(written(pairs))
-    return StoredPairs([Store.of(arrays, Places(NAMES))])
+    return PairDataset([MappedPairs.of(arrays, RowLocations(NAMES))])
 
 
 def fields(pairs):
@@ -109,7 +109,7 @@ def test_any_pairs_come_back_and_their_columns_are_known_without_them(pairs):
     assert fields(found) == fields(pairs)
     for name in COLUMNS:
         assert column(found, name).tobytes() == column(pairs, name).tobytes(), name
-    assert digest(found) == digest(pairs)
+    assert pairs_digest(found) == pairs_digest(pairs)
     assert longest_row(found) == max(map(len, pairs), default=0)
 
 
@@ -122,14 +122,16 @@ def test_every_column_lies_where_the_processor_reads_it_fastest():
 
 def test_places_have_the_names_that_the_files_have_now():
     arrays, _ = read(written(PAIRS))
-    places = [one.location for one in StoredPairs([Store.of(arrays, Places(["x", "y"]))])]
+    places = [
+        one.location for one in PairDataset([MappedPairs.of(arrays, RowLocations(["x", "y"]))])
+    ]
     assert places == ["x:7", "x:12", "y[0]", "y[3] and x:2", "y[3] and y[1]"]
 
 
 @pytest.mark.parametrize("location", ["c.jsonl:1", "a.jsonl", "a.jsonl:x", "a.jsonl[-1]", ""])
 def test_a_place_in_no_file_is_refused(location):
     with pytest.raises(ValueError, match="is in none of"):
-        Places(NAMES).coded(location)
+        RowLocations(NAMES).coded(location)
 
 
 @pytest.mark.parametrize("at", [0, 5, 200, -1, -40, -41])
@@ -144,51 +146,53 @@ def test_a_file_with_one_other_byte_anywhere_is_not_believed(at):
 def test_a_file_that_was_cut_is_not_believed(kept):
     data = written(PAIRS)[:kept]
     assert read(data) is None
-    assert read_facts(io.BytesIO(data)) is None
+    assert read_metadata(io.BytesIO(data)) is None
 
 
 def test_what_was_said_is_read_without_the_rest():
     data = written(PAIRS, facts={"name": "über"})
-    assert read_facts(io.BytesIO(data)) == {"name": "über"}
+    assert read_metadata(io.BytesIO(data)) == {"name": "über"}
     assert read(data)[1] == {"name": "über"}
-    assert read_facts(io.BytesIO(b"{}" * 40)) is None
+    assert read_metadata(io.BytesIO(b"{}" * 40)) is None
 
 
 # --- views ------------------------------------------------------------------------------
 
 
 def test_a_view_is_the_pairs_at_its_places():
-    found = stored(PAIRS).picked([4, 0, 0, 2])
+    found = stored(PAIRS).select([4, 0, 0, 2])
     wanted = [PAIRS[i] for i in (4, 0, 0, 2)]
     assert list(found) == wanted
     assert list(found[1:3]) == wanted[1:3]
     assert list(found[::-1]) == wanted[::-1]
     assert found[-1] == wanted[-1]
-    assert list(found.picked([3, 0])) == [wanted[3], wanted[0]]
-    assert digest(found) == digest(wanted) != digest(wanted[::-1])
+    assert list(found.select([3, 0])) == [wanted[3], wanted[0]]
+    assert pairs_digest(found) == pairs_digest(wanted) != pairs_digest(wanted[::-1])
 
 
 def test_stores_are_joined_in_their_order():
-    parts = [stored(PAIRS[:2]), stored([]), stored(PAIRS[2:]).picked([2, 0])]
+    parts = [stored(PAIRS[:2]), stored([]), stored(PAIRS[2:]).select([2, 0])]
     wanted = [*PAIRS[:2], PAIRS[4], PAIRS[2]]
-    assert list(joined(parts)) == wanted
-    assert list(joined(parts).picked([3, 0])) == [wanted[3], wanted[0]]
-    assert digest(joined(parts)) == digest(wanted)
+    assert list(concatenate(parts)) == wanted
+    assert list(concatenate(parts).select([3, 0])) == [wanted[3], wanted[0]]
+    assert pairs_digest(concatenate(parts)) == pairs_digest(wanted)
 
 
 @pytest.mark.parametrize("max_length", [64, 4])
 @pytest.mark.parametrize("at", [[0, 1, 2, 3, 4, 5], [5, 5, 2, 0]])
 def test_judged_answers_are_held_against_the_same_others_as_in_a_list(max_length, at):
     """Cut or not, with everything that is known of them."""
-    wanted = with_mismatched([JUDGED[i] for i in at], max_length)
-    found = with_mismatched(stored(JUDGED).picked(at), max_length)
+    wanted = with_mismatched_completions([JUDGED[i] for i in at], max_length)
+    found = with_mismatched_completions(stored(JUDGED).select(at), max_length)
     assert list(found) == wanted
     assert list(found[1:4]) == wanted[1:4]
     for name in COLUMNS:
         assert column(found, name).tobytes() == column(wanted, name).tobytes(), name
         assert column(found[2:], name).tobytes() == column(wanted[2:], name).tobytes(), name
-    assert digest(found) == digest(wanted)
-    assert digest(with_mismatched(stored(JUDGED).picked(at[::-1]), max_length)) != digest(wanted)
+    assert pairs_digest(found) == pairs_digest(wanted)
+    assert pairs_digest(
+        with_mismatched_completions(stored(JUDGED).select(at[::-1]), max_length)
+    ) != pairs_digest(wanted)
 
 
 def test_facts_of_a_view_are_those_of_its_pairs():
@@ -210,29 +214,29 @@ def test_the_longest_come_last_and_ties_in_order():
 def test_the_same_prompts_are_held_out_of_a_view_as_of_a_list():
     pairs = [pair(i % 5, prompt=i % 7) for i in range(40)]
     view = stored(pairs)
-    held = held_out(view, share=0.3, seed=4)
-    assert held == held_out(pairs, share=0.3, seed=4)
+    held = held_out_indices(view, share=0.3, seed=4)
+    assert held == held_out_indices(pairs, share=0.3, seed=4)
     assert hold_out(view, share=0.3, seed=4) == hold_out(pairs, share=0.3, seed=4)
-    assert prompts(view) == [bytes.fromhex(one.prompt_digest) for one in pairs]
+    assert prompt_keys(view) == [bytes.fromhex(one.prompt_digest) for one in pairs]
 
 
 def test_a_pair_that_is_in_both_splits_is_found_whatever_the_data_says_of_it():
     other = [pair(0, margin=3.0), pair(9), pair(9)]
     for ours in (PAIRS, stored(PAIRS)):
         for theirs in (other, stored(other)):
-            assert shared(ours, theirs) == shared(theirs, ours) == 1
-    judged = with_mismatched(JUDGED, 64)
-    assert shared(judged, with_mismatched(JUDGED[::-1], 64)) == len(JUDGED)
+            assert count_shared_pairs(ours, theirs) == count_shared_pairs(theirs, ours) == 1
+    judged = with_mismatched_completions(JUDGED, 64)
+    assert count_shared_pairs(judged, with_mismatched_completions(JUDGED[::-1], 64)) == len(JUDGED)
 
 
 def test_a_sketch_has_the_lengths_of_its_pair():
     view = stored(PAIRS)
-    for sketch, whole in zip(sketches(view), PAIRS, strict=True):
+    for sketch, whole in zip(lengths_only(view), PAIRS, strict=True):
         parts = ("prompt", "chosen", "rejected")
         assert [len(getattr(sketch, n)) for n in parts] == [len(getattr(whole, n)) for n in parts]
         assert len(sketch) == len(whole)
-    assert sketches(PAIRS) is PAIRS
-    assert len(sketches(view)[1:3]) == 2
+    assert lengths_only(PAIRS) is PAIRS
+    assert len(lengths_only(view)[1:3]) == 2
 
 
 def test_no_two_sets_of_pairs_have_a_digest_in_common():
@@ -241,5 +245,5 @@ def test_no_two_sets_of_pairs_have_a_digest_in_common():
         [pair(0, margin=1.0)], [pair(0, weight=0.0)], [pair(0)],
         [pair(0, label=True)], [pair(0, label=False)],
     ]  # fmt: skip
-    assert len({digest(pairs) for pairs in changed}) == len(changed)
+    assert len({pairs_digest(pairs) for pairs in changed}) == len(changed)
     assert np.array_equal(column([], "lengths"), np.zeros((0, 3)))

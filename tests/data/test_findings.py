@@ -11,7 +11,7 @@ from mlx_dpo.data.inspect.check import check, findings
 from mlx_dpo.data.inspect.findings import LOST, RULES
 from mlx_dpo.data.inspect.scan import Eyes
 from mlx_dpo.data.schemas import RowRules
-from mlx_dpo.data.sources import find
+from mlx_dpo.data.sources import find_sources
 from mlx_dpo.data.tokenization.chat_template import TokenRules
 
 GOOD = {"prompt": "Which way?", "chosen": "That way.", "rejected": "No way!"}
@@ -148,7 +148,7 @@ def checked(case, rows, write):
         tokenizer=tokenizer,
         context=case.context,
     )
-    return check(find(str(path), valid), eyes)
+    return check(find_sources(str(path), valid), eyes)
 
 
 def found(case, rows, write):

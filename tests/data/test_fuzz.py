@@ -8,10 +8,10 @@ from families import byte_level, metaspace
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mlx_dpo.data.errors import SPECIAL
+from mlx_dpo.data.errors import SPECIAL_TOKEN
 from mlx_dpo.data.load import load_pairs
 from mlx_dpo.data.schemas import SCHEMAS, RowRules
-from mlx_dpo.data.tokenization.special_tokens import specials_of
+from mlx_dpo.data.tokenization.special_tokens import get_special_tokens
 from mlx_dpo.data.tokenization.tokenize import TokenRules, tokenize_pair
 from mlx_dpo.errors import DataError, DPOError
 from mlx_dpo.types import PreferenceExample
@@ -144,7 +144,7 @@ TYPED = st.lists(
 def test_special_tokens_in_a_text_never_act(prompt, chosen, rejected, make):
     """There are as many control tokens as in the same turns without any; none in an answer."""
     tokenizer = make("qwen-2.5")
-    ids = specials_of(tokenizer).ids
+    ids = get_special_tokens(tokenizer).ids
     try:
         pair = tokenize_pair(
             tokenizer,
@@ -152,7 +152,7 @@ def test_special_tokens_in_a_text_never_act(prompt, chosen, rejected, make):
             TokenRules(vocab_size=2000),
         ).pair
     except DataError as error:
-        assert getattr(error, "reason", "") != SPECIAL  # empty, or the same
+        assert getattr(error, "reason", "") != SPECIAL_TOKEN  # empty, or the same
         return
     assert sum(token in ids for token in pair.prompt) == 5  # system, user, and the reply begun
     for completion in (pair.chosen, pair.rejected):

@@ -5,7 +5,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from mlx_dpo.data.sources import HubDataset, find, held_out_of, hub_dataset
+from mlx_dpo.data.sources import HubDataset, find_sources, parse_hub_name, resolve_held_out_source
 from mlx_dpo.errors import DataError
 
 ROWS = [{"prompt": f"q{i}", "chosen": "a", "rejected": "b"} for i in range(3)]
@@ -45,30 +45,30 @@ def hub(monkeypatch):
     ],
 )
 def test_a_name_has_its_parts(name, parts):
-    assert hub_dataset(name) == (parts and HubDataset(*parts))
+    assert parse_hub_name(name) == (parts and HubDataset(*parts))
 
 
 def test_rows_come_from_the_split_that_is_asked_for_with_their_places(hub):
-    sources = find("org/name:en@v1")
+    sources = find_sources("org/name:en@v1")
     assert [row.location for row in sources.train[0].rows()] == [
         f"org/name:en:train[{i}]" for i in range(3)
     ]
     assert hub[-1] == ("load", "org/name", "en", "train", "v1")
     assert {row.record["chosen"] for row in sources.valid[0].rows()} == {"test"}
-    sources = find("org/name", split="train_prefs")
+    sources = find_sources("org/name", split="train_prefs")
     assert {row.record["chosen"] for row in sources.train[0].rows()} == {"train_prefs"}
     assert {row.record["chosen"] for row in sources.valid[0].rows()} == {"test_prefs"}
-    assert held_out_of("org/name").name == "org/name:test"
+    assert resolve_held_out_source("org/name").name == "org/name:test"
 
 
 def test_a_path_that_is_there_goes_before_a_dataset(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org" / "name").mkdir(parents=True)
     (tmp_path / "org" / "name" / "train.jsonl").write_text("{}\n")
-    assert find("org/name").train[0].dataset is None
+    assert find_sources("org/name").train[0].dataset is None
     (tmp_path / "org" / "file").write_text("{}\n")
     with pytest.raises(DataError, match="org/file: this kind of file is not read"):
-        find("org/file")
+        find_sources("org/file")
     assert not hub
 
 
@@ -85,7 +85,7 @@ def test_a_path_that_is_there_goes_before_a_dataset(hub, tmp_path, monkeypatch):
 )
 def test_what_is_not_there_is_one_line(hub, name, split, said):
     with pytest.raises(DataError, match=said) as error:
-        find(name, split=split)
+        find_sources(name, split=split)
     assert "\n" not in str(error.value)
 
 
@@ -96,7 +96,7 @@ def test_an_error_of_the_library_is_one_line(hub, monkeypatch, error):
     def fails(*args, **more):
         raise error
 
-    [source] = find("org/name").train
+    [source] = find_sources("org/name").train
     monkeypatch.setattr(datasets, "load_dataset", fails)
     with pytest.raises(DataError, match=str(error)):
         list(source.rows())
@@ -119,4 +119,6 @@ def test_the_library_itself_reads_a_folder_of_tables(tmp_path, monkeypatch):
     assert [row.record["prompt"] for row in rows] == ["q0", "q1", "q2"]
     assert rows[2].location == "org/set:train[2]"
     # The same files are a source by themselves.
-    assert [row.record for row in find("org/set").train[0].rows()] == [row.record for row in rows]
+    assert [row.record for row in find_sources("org/set").train[0].rows()] == [
+        row.record for row in rows
+    ]

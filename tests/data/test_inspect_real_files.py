@@ -3,11 +3,11 @@
 from mlx_dpo.data.inspect.check import check, findings
 from mlx_dpo.data.inspect.scan import Eyes
 from mlx_dpo.data.schemas import RowRules
-from mlx_dpo.data.sources import find
+from mlx_dpo.data.sources import find_sources
 
 
 def places(path, **rules):
-    split = check(find(str(path)), Eyes(rows=RowRules(**rules))).train
+    split = check(find_sources(str(path)), Eyes(rows=RowRules(**rules))).train
     return split, {
         one.rule.name: [
             tuple(where.removeprefix(str(path)) for where in pair if where is not None)

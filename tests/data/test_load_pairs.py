@@ -6,9 +6,9 @@ from byte_tokenizer import ASSISTANT, BOS, EOS, USER
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_dpo.data.dataset import digest
-from mlx_dpo.data.errors import EMPTY, NO_ROOM, SAME_TEXT, TOO_LONG, BadPair
-from mlx_dpo.data.load import hold_out, load_pairs, mixed, refuse_idle
+from mlx_dpo.data.dataset import pairs_digest
+from mlx_dpo.data.errors import EMPTY_COMPLETION, NO_ROOM, SAME_TEXT, TOO_LONG, BadPairError
+from mlx_dpo.data.load import check_settings_used, hold_out, load_pairs, mixed
 from mlx_dpo.data.schemas import RowRules
 from mlx_dpo.data.tokenization.tokenize import TokenRules
 from mlx_dpo.errors import ConfigError, DataError, ModelError
@@ -28,13 +28,13 @@ def test_pairs_come_in_file_order_with_their_places(write, plain):
 
 def test_a_bad_pair_stops_unless_it_may_be_dropped(write, plain):
     path = write(GOOD, GOOD | {"chosen": ""}, GOOD | {"rejected": "yo"}, GOOD | {"chosen": " "})
-    with pytest.raises(BadPair, match=r"^pairs\.jsonl:2: a completion is empty; mend it, or"):
+    with pytest.raises(BadPairError, match=r"^pairs\.jsonl:2: a completion is empty; mend it, or"):
         load_pairs(path, plain, RULES)
     found = load_pairs(path, plain, RULES, bad_pairs="drop")
     assert [pair.location for pair in found.pairs] == ["pairs.jsonl:1"]
     assert (found.report.read, found.report.kept) == (4, 1)
     assert found.report.dropped == {
-        EMPTY: ["pairs.jsonl:2", "pairs.jsonl:4"],
+        EMPTY_COMPLETION: ["pairs.jsonl:2", "pairs.jsonl:4"],
         SAME_TEXT: ["pairs.jsonl:3"],
     }
 
@@ -51,9 +51,9 @@ def test_overlong_pairs_are_dropped_where_truncation_says_so(write, plain):
     rules = TokenRules(vocab_size=262, max_length=8, truncation="drop")
     found = load_pairs(write(long, GOOD), plain, rules)
     assert found.report.dropped == {TOO_LONG: ["pairs.jsonl:1"]}
-    with pytest.raises(BadPair, match=SAME_TEXT):
+    with pytest.raises(BadPairError, match=SAME_TEXT):
         load_pairs(write(long, GOOD | {"chosen": "no!"}), plain, rules)
-    with pytest.raises(BadPair, match=NO_ROOM):
+    with pytest.raises(BadPairError, match=NO_ROOM):
         load_pairs(write(GOOD), plain, TokenRules(vocab_size=262, max_length=3))
 
 
@@ -78,7 +78,7 @@ def test_thinking_has_no_effect_on_pairs_that_stay_text(write, chat):
     rules = TokenRules(vocab_size=262, thinking=True)
     report = load_pairs(path, chat("{{ enable_thinking }}"), rules).report
     with pytest.raises(ConfigError, match="no pair goes through the chat template"):
-        refuse_idle(rules, RowRules(), [report])
+        check_settings_used(rules, RowRules(), [report])
 
 
 def test_text_that_marks_its_turns_becomes_turns_where_there_is_a_template(write, chat, plain):
@@ -182,16 +182,16 @@ def test_the_digest_tells_where_a_part_ends():
         [TokenizedPair((258, 2), (3,), (4,))],  # 1 plus a byte's worth
         [],
     ]
-    assert len({digest(pairs) for pairs in parted}) == len(parted)
+    assert len({pairs_digest(pairs) for pairs in parted}) == len(parted)
 
 
 def test_the_digest_does_not_know_places_and_stays_what_it_is():
     here, there = (TokenizedPair((1, 2), (3,), (4,), where) for where in ("a:1", "b:9"))
-    assert digest([here]) == digest([there])
+    assert pairs_digest([here]) == pairs_digest([there])
     parts = [struct.pack(f"<{len(ids)}i", *ids) for ids in ((1, 2), (3,), (4,))]
     whole = b"".join(hashlib.blake2b(part, digest_size=16).digest() for part in parts)
     whole += struct.pack("<2d", 0.0, 1.0) + b"\xff"  # margin, weight, and no judgement
-    assert digest([here]) == hashlib.sha256(whole).hexdigest()
+    assert pairs_digest([here]) == hashlib.sha256(whole).hexdigest()
 
 
 def test_prompts_that_truncation_told_apart_are_held_out_together(write, plain):

@@ -7,13 +7,13 @@ from functools import partial
 import pytest
 from byte_tokenizer import CHAT, ByteTokenizer
 
-from mlx_dpo.data.dataset import Places
-from mlx_dpo.data.errors import BadPair
+from mlx_dpo.data.dataset import RowLocations
+from mlx_dpo.data.errors import BadPairError
 from mlx_dpo.data.load import PairRules, load_pairs, new_report
 from mlx_dpo.data.schemas import RowRules
-from mlx_dpo.data.sources import source_of
+from mlx_dpo.data.sources import resolve_source
 from mlx_dpo.data.tokenization import parallel as tokenizing
-from mlx_dpo.data.tokenization.parallel import Hands, blocks
+from mlx_dpo.data.tokenization.parallel import TokenizerWorkers, tokenize_chunks
 from mlx_dpo.data.tokenization.tokenize import TokenRules
 from mlx_dpo.errors import ConfigError, DataError
 
@@ -37,8 +37,8 @@ def row(i):
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setattr(tokenizing, "ALONE", 12)
-    monkeypatch.setattr(tokenizing, "CHUNK", 5)
+    monkeypatch.setattr(tokenizing, "MIN_PARALLEL_ROWS", 12)
+    monkeypatch.setattr(tokenizing, "CHUNK_ROWS", 5)
 
 
 @contextmanager
@@ -48,10 +48,10 @@ def unheard():
 
 def tokenized(path, rules, processes, counting=unheard, load=LOAD):
     """All columns of all blocks, and the report."""
-    source = source_of(str(path))
+    source = resolve_source(str(path))
     report = new_report(source.name, rules.tokens, rules.rows)
-    places, hands = Places([source.name]), Hands(LOAD(), load, processes)
-    made = [*blocks(source.rows(), hands, rules, report, places, counting)]
+    places, hands = RowLocations([source.name]), TokenizerWorkers(LOAD(), load, processes)
+    made = [*tokenize_chunks(source.rows(), hands, rules, report, places, counting)]
     return {name: b"".join(one[name].tobytes() for one in made) for name in made[0]}, report
 
 
@@ -92,11 +92,15 @@ SAME = {"prompt": "hi", "chosen": "yo", "rejected": "yo"}
 @pytest.mark.parametrize(
     ("faults", "kind", "said"),
     [
-        ({40: SAME}, BadPair, "pairs.jsonl:40: chosen and rejected are the same text; mend it"),
-        ({40: SAME, 41: "{"}, BadPair, "pairs.jsonl:40: "),
+        (
+            {40: SAME},
+            BadPairError,
+            "pairs.jsonl:40: chosen and rejected are the same text; mend it",
+        ),
+        ({40: SAME, 41: "{"}, BadPairError, "pairs.jsonl:40: "),
         ({40: "{", 41: SAME}, DataError, "pairs.jsonl:40: not JSON"),
-        ({33: SAME, 39: SAME}, BadPair, "pairs.jsonl:33: "),
-        ({20: SAME, 59: "{"}, BadPair, "pairs.jsonl:20: "),
+        ({33: SAME, 39: SAME}, BadPairError, "pairs.jsonl:33: "),
+        ({20: SAME, 59: "{"}, BadPairError, "pairs.jsonl:20: "),
         ({59: "{"}, DataError, "pairs.jsonl:59: not JSON"),
         ({30: {"prompt": "a"}}, DataError, "pairs.jsonl:30: missing `chosen`"),
         ({3: "{", 30: SAME}, DataError, "pairs.jsonl:3: not JSON"),
@@ -137,7 +141,7 @@ def test_every_row_is_heard_of_once(write):
 
 
 def test_few_rows_start_no_process_and_show_no_bar(write, monkeypatch):
-    monkeypatch.setattr(tokenizing, "Workers", None)
+    monkeypatch.setattr(tokenizing, "WorkerPool", None)
 
     @contextmanager
     def never():

@@ -5,10 +5,10 @@ import json
 import pytest
 from byte_tokenizer import EOS
 
-from mlx_dpo.data.errors import EMPTY, NOT_TEXT, TIED, UNPAIRED, BadPair
-from mlx_dpo.data.examples import told
-from mlx_dpo.data.files import Row, renamed
-from mlx_dpo.data.load import load_pairs, refuse_idle
+from mlx_dpo.data.errors import EMPTY_COMPLETION, NOT_TEXT, TIED, UNPAIRED, BadPairError
+from mlx_dpo.data.examples import parse_rows
+from mlx_dpo.data.files import Row, rename_columns
+from mlx_dpo.data.load import check_settings_used, load_pairs
 from mlx_dpo.data.report import PairsReport
 from mlx_dpo.data.schemas import RowRules, outcomes, schema_of, to_preferences
 from mlx_dpo.data.tokenization.tokenize import TokenRules
@@ -27,12 +27,12 @@ def pairs(found):
     return [
         (int(one.chosen[-1]), int(one.rejected[-1]))
         for one in found
-        if not isinstance(one, BadPair)
+        if not isinstance(one, BadPairError)
     ]
 
 
 def ties(found):
-    return [one.reason for one in found if isinstance(one, BadPair)]
+    return [one.reason for one in found if isinstance(one, BadPairError)]
 
 
 @pytest.mark.parametrize(
@@ -74,11 +74,11 @@ def test_ties_are_counted_and_never_an_error(write, plain):
 
 def test_a_fault_of_one_pair_of_a_list_leaves_the_others(write, plain):
     row = {"prompt": "q", "completions": ["a", " ", "c"], "scores": [3, 2, 1]}
-    with pytest.raises(BadPair, match=EMPTY):
+    with pytest.raises(BadPairError, match=EMPTY_COMPLETION):
         load_pairs(write(row), plain, TOKENS, rows=RowRules(ranked="all"))
     found = load_pairs(write(row), plain, TOKENS, rows=RowRules(ranked="all"), bad_pairs="drop")
     assert [pair.chosen for pair in found.pairs] == [(*b"a", EOS)]
-    assert found.report.dropped == {EMPTY: ["pairs.jsonl:1"] * 2}
+    assert found.report.dropped == {EMPTY_COMPLETION: ["pairs.jsonl:1"] * 2}
 
 
 def test_the_scores_that_ranked_a_pair_may_be_its_margin(write, plain):
@@ -128,7 +128,7 @@ def test_rules_that_did_nothing_are_refused(write, plain):
     ):  # fmt: skip
         report = load_pairs(path, plain, TOKENS, rows=rules).report
         with pytest.raises(ConfigError, match=f"`{name}` has no effect"):
-            refuse_idle(TOKENS, rules, [report])
+            check_settings_used(TOKENS, rules, [report])
 
 
 def test_columns_are_renamed_before_a_row_is_recognised():
@@ -136,17 +136,17 @@ def test_columns_are_renamed_before_a_row_is_recognised():
     names = {"prompt": "q.text", "chosen": "good"}
     [found] = to_preferences(Row(record, "rows:1"), RowRules(renamed=names))
     assert (found.prompt, found.chosen, found.rejected) == ("hi", "yo", "no")
-    assert renamed(Row(record, "rows:1"), names).record == {
+    assert rename_columns(Row(record, "rows:1"), names).record == {
         "q": {"text": "hi"}, "rejected": "no", "prompt": "hi", "chosen": "yo",
     }  # fmt: skip
-    assert renamed(Row({"a.b": 1}, ""), {"c": "a.b"}).record == {"c": 1}
+    assert rename_columns(Row({"a.b": 1}, ""), {"c": "a.b"}).record == {"c": 1}
 
 
 @pytest.mark.parametrize("column", ["question", "q.answer", "good.text"])
 def test_a_column_that_is_not_there_is_named_with_those_that_are(column):
     row = Row({"q": {"text": "hi"}, "good": "yo"}, "rows:1")
     with pytest.raises(DataError) as error:
-        renamed(row, {"prompt": column})
+        rename_columns(row, {"prompt": column})
     assert str(error.value) == f"rows:1: no column `{column}` (found `good`, `q`)"
 
 
@@ -172,7 +172,7 @@ def test_a_name_that_no_row_is_read_by_is_refused(write, plain):
 )
 def test_a_row_that_shows_or_plays_something_is_a_named_fault(more):
     row = Row({"prompt": "q", "chosen": "a", "rejected": "b"} | more, "rows:1")
-    with pytest.raises(BadPair, match="only text is trained on") as error:
+    with pytest.raises(BadPairError, match="only text is trained on") as error:
         to_preferences(row)
     assert error.value.reason == NOT_TEXT
 
@@ -201,8 +201,8 @@ def test_a_wrong_guess_is_overridden():
 def test_reading_is_pure_and_gives_what_a_row_says_with_margin_and_weight():
     rows = [Row({"prompt": "q", "chosen": "a", "rejected": "b", "m": 2, "w": "0.5"}, "rows:1")]
     report = PairsReport("rows", 64)
-    [one] = told(rows, RowRules(margin="m", weight="w"), report)
-    assert (one.said.prompt, one.margin, one.weight) == ("q", 2.0, 0.5)
+    [one] = parse_rows(rows, RowRules(margin="m", weight="w"), report)
+    assert (one.example.prompt, one.margin, one.weight) == ("q", 2.0, 0.5)
     assert json.loads(json.dumps(report.to_dict()))["schemas"] == {"strings": 1}
 
 
@@ -213,4 +213,4 @@ def test_an_answer_that_only_calls_a_tool_says_something():
     assert found.chosen[0]["content"] == ""
     silent = {"role": "assistant", "content": "", "tool_calls": []}
     [bad] = outcomes(Row(row | {"chosen": [silent]}, "rows:1"))
-    assert bad.reason == EMPTY
+    assert bad.reason == EMPTY_COMPLETION

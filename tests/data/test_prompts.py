@@ -2,7 +2,13 @@ import json
 
 import pytest
 
-from mlx_dpo.data.prompts import Prompt, as_prompt, held_out_prompts, read_prompts, with_system
+from mlx_dpo.data.prompts import (
+    Prompt,
+    add_system_prompt,
+    make_prompt,
+    read_held_out_prompts,
+    read_prompts,
+)
 from mlx_dpo.errors import DataError
 
 USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}
@@ -65,7 +71,7 @@ def test_a_text_that_marks_its_turns_is_asked_as_these_turns(tmp_path):
     [prompt] = read_prompts(rows(tmp_path / "p.jsonl", pair))
     assert list(prompt.messages) == [USER, ANSWER, USER]
     assert prompt.text == before
-    [told] = with_system([prompt], "be kind")
+    [told] = add_system_prompt([prompt], "be kind")
     assert (list(told.messages), told.text) == ([SYSTEM, USER, ANSWER, USER], before)
     # Only where all of a row is such a text: a prompt by itself is what somebody typed.
     [prompt] = read_prompts(rows(tmp_path / "p.jsonl", {"prompt": before}))
@@ -81,17 +87,17 @@ def test_a_text_file_has_a_prompt_on_each_line_and_each_is_asked_once(tmp_path):
 
 
 def test_like_prompts_have_the_same_key_wherever_they_come_from():
-    assert as_prompt("hi", "a:1").key == as_prompt((USER,), "b:2").key != as_prompt("ho").key
+    assert make_prompt("hi", "a:1").key == make_prompt((USER,), "b:2").key != make_prompt("ho").key
 
 
 def test_a_folder_gives_its_training_and_its_held_out_prompts(tmp_path):
     rows(tmp_path / "train.jsonl", {"prompt": "hi"})
     rows(tmp_path / "valid.jsonl", {"prompt": "ho"})
     assert [p.messages[0]["content"] for p in read_prompts(str(tmp_path))] == ["hi"]
-    held = held_out_prompts(str(tmp_path))
+    held = read_held_out_prompts(str(tmp_path))
     assert held is not None
     assert [p.messages[0]["content"] for p in held] == ["ho"]
-    assert held_out_prompts(str(tmp_path / "train.jsonl")) is None
+    assert read_held_out_prompts(str(tmp_path / "train.jsonl")) is None
 
 
 @pytest.mark.parametrize(
@@ -132,6 +138,6 @@ def test_a_text_file_that_asks_nothing_is_named(tmp_path, data, message):
 
 
 def test_a_system_turn_comes_before_prompts_that_have_none():
-    first, second = with_system([Prompt((USER,), "a:1"), Prompt((SYSTEM, USER))], "new")
+    first, second = add_system_prompt([Prompt((USER,), "a:1"), Prompt((SYSTEM, USER))], "new")
     assert first.messages == ({"role": "system", "content": "new"}, USER)
     assert (first.location, second.messages) == ("a:1", (SYSTEM, USER))

@@ -3,7 +3,7 @@
 import pytest
 from families import byte_level
 
-from mlx_dpo.data.errors import EMPTY
+from mlx_dpo.data.errors import EMPTY_COMPLETION
 from mlx_dpo.data.load import load_pairs
 from mlx_dpo.data.schemas import RowRules
 from mlx_dpo.data.tokenization.tokenize import TokenRules
@@ -46,7 +46,9 @@ def test_the_turns_of_real_dialogues_are_those_of_the_text(dialogues):
     found = load_pairs(dialogues, tokenizer, RULES, bad_pairs="drop")
     assert found.report.schemas == {"dialogues": SOME}
     assert found.report.dialogues == len(found.pairs) == SOME - 2
-    assert {reason: len(places) for reason, places in found.report.dropped.items()} == {EMPTY: 2}
+    assert {reason: len(places) for reason, places in found.report.dropped.items()} == {
+        EMPTY_COMPLETION: 2
+    }
     text = load_pairs(
         dialogues, tokenizer, TokenRules(vocab_size=1000, max_length=100_000, chat_template="text"),
         bad_pairs="drop",

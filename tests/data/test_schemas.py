@@ -1,6 +1,6 @@
 import pytest
 
-from mlx_dpo.data.errors import DIVERGED, EMPTY, SAME_TEXT, BadPair
+from mlx_dpo.data.errors import DIFFERENT_PROMPTS, EMPTY_COMPLETION, SAME_TEXT, BadPairError
 from mlx_dpo.data.files import Row
 from mlx_dpo.data.schemas import schema_of, to_preferences
 from mlx_dpo.data.sources import read_rows
@@ -102,7 +102,7 @@ def test_other_text_shares_whole_words_and_the_space_goes_with_the_completion(
     chosen, rejected, prompt
 ):
     if chosen == prompt:
-        with pytest.raises(BadPair, match=EMPTY):
+        with pytest.raises(BadPairError, match=EMPTY_COMPLETION):
             read(chosen=chosen, rejected=rejected)
         return
     expected = (prompt, chosen[len(prompt) :], rejected[len(prompt) :])
@@ -203,7 +203,7 @@ def test_a_row_that_is_no_pair_is_refused_with_its_place(record, message):
     with pytest.raises(DataError) as error:
         only(Row(record, "pairs.jsonl:7"))
     assert str(error.value) == f"pairs.jsonl:7: {message}"
-    assert not isinstance(error.value, BadPair)  # such rows cannot be dropped
+    assert not isinstance(error.value, BadPairError)  # such rows cannot be dropped
 
 
 CONVERSATION = [user("a"), assistant("b")]
@@ -212,30 +212,33 @@ CONVERSATION = [user("a"), assistant("b")]
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
-        ({"prompt": "a", "chosen": " \n", "rejected": "b"}, EMPTY),
-        ({"prompt": "a", "chosen": "b", "rejected": ""}, EMPTY),
-        ({"prompt": "a", "chosen": [assistant("")], "rejected": [assistant("b")]}, EMPTY),
+        ({"prompt": "a", "chosen": " \n", "rejected": "b"}, EMPTY_COMPLETION),
+        ({"prompt": "a", "chosen": "b", "rejected": ""}, EMPTY_COMPLETION),
+        (
+            {"prompt": "a", "chosen": [assistant("")], "rejected": [assistant("b")]},
+            EMPTY_COMPLETION,
+        ),
         ({"prompt": "a", "chosen": "b", "rejected": "b"}, SAME_TEXT),
         ({"chosen": CONVERSATION, "rejected": CONVERSATION}, SAME_TEXT),
-        ({"chosen": [*CONVERSATION], "rejected": [user("x"), assistant("b")]}, DIVERGED),
+        ({"chosen": [*CONVERSATION], "rejected": [user("x"), assistant("b")]}, DIFFERENT_PROMPTS),
         (
             {
                 "chosen": [*CONVERSATION, user("c"), assistant("d")],
                 "rejected": [user("a"), assistant("x"), user("c"), assistant("e")],
             },
-            DIVERGED,
+            DIFFERENT_PROMPTS,
         ),
         (
             {
                 "chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d",
                 "rejected": "\n\nHuman: a\n\nAssistant: x\n\nHuman: c\n\nAssistant: e",
             },
-            DIVERGED,
+            DIFFERENT_PROMPTS,
         ),
     ],
 )
 def test_a_pair_that_teaches_nothing_is_a_bad_pair(record, reason):
-    with pytest.raises(BadPair) as error:
+    with pytest.raises(BadPairError) as error:
         only(Row(record, "pairs.jsonl:12"))
     assert error.value.reason == reason
     assert str(error.value) == (
@@ -253,11 +256,14 @@ def test_the_bad_pairs_of_real_dialogues_are_found(material):
     for row in read_rows(material / "data" / "hh-harmless-test" / "test.jsonl"):
         try:
             [preference] = to_preferences(row)
-        except BadPair as bad:
+        except BadPairError as bad:
             faults.setdefault(bad.reason, []).append(int(row.location.rpartition(":")[2]))
             continue
         assert schema_of(row).name == "dialogues"
         assert preference.prompt.endswith("\n\nAssistant:")
         assert preference.prompt + preference.chosen == row.record["chosen"]
         assert preference.prompt + preference.rejected == row.record["rejected"]
-    assert faults == {EMPTY: [87, 517, 926, 1104], DIVERGED: [1255, 1689, 1951, 1953, 2037]}
+    assert faults == {
+        EMPTY_COMPLETION: [87, 517, 926, 1104],
+        DIFFERENT_PROMPTS: [1255, 1689, 1951, 1953, 2037],
+    }

@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from mlx_dpo.data.sources import find, held_out_of, read_rows, source_of
+from mlx_dpo.data.sources import find_sources, read_rows, resolve_held_out_source, resolve_source
 from mlx_dpo.errors import ConfigError, DataError
 
 
@@ -197,7 +197,11 @@ def test_a_huge_cell_and_a_huge_line_are_read(tmp_path):
 def test_other_endings_are_refused_by_name(write, name, found):
     path = write({}, name=name)
     write({})
-    for ask in (lambda: records(path), lambda: find(name), lambda: find("pairs.jsonl", name)):
+    for ask in (
+        lambda: records(path),
+        lambda: find_sources(name),
+        lambda: find_sources("pairs.jsonl", name),
+    ):
         with pytest.raises(DataError) as error:
             ask()
         assert str(error.value) == (
@@ -208,7 +212,10 @@ def test_other_endings_are_refused_by_name(write, name, found):
 
 def test_a_missing_file_is_refused(write):
     write({})
-    for ask in (lambda: find("none.jsonl"), lambda: find("pairs.jsonl", "a/none.jsonl.gz")):
+    for ask in (
+        lambda: find_sources("none.jsonl"),
+        lambda: find_sources("pairs.jsonl", "a/none.jsonl.gz"),
+    ):
         with pytest.raises(DataError, match="no such file or folder; a dataset on the Hub is"):
             ask()
 
@@ -226,19 +233,19 @@ def files(sources):
 
 def test_a_folder_gives_its_train_file_and_the_first_held_out_one(tmp_path):
     place = folder(tmp_path, "train.jsonl", "test.jsonl", "validation.csv.gz", "other.jsonl")
-    sources = find(place)
+    sources = find_sources(place)
     assert files(sources.train) == [tmp_path / "train.jsonl"]
     assert files(sources.valid) == [tmp_path / "validation.csv.gz"]  # before `test`
 
 
 def test_a_folder_may_have_no_held_out_file(tmp_path):
-    assert find(folder(tmp_path, "train.json")).valid == ()
+    assert find_sources(folder(tmp_path, "train.json")).valid == ()
 
 
 def test_numbered_files_are_read_in_order_and_none_may_be_missing(tmp_path):
     shards = [f"data/train-0000{i}-of-00003.jsonl" for i in range(3)]
     place = folder(tmp_path, *shards, "data/test-00000-of-00001.jsonl", "README.md")
-    sources = find(place)
+    sources = find_sources(place)
     assert files(sources.train) == [tmp_path / shard for shard in shards]
     assert files(sources.valid) == [tmp_path / "data" / "test-00000-of-00001.jsonl"]
     assert [row.location for row in sources.train[0].rows()] == [
@@ -246,49 +253,49 @@ def test_numbered_files_are_read_in_order_and_none_may_be_missing(tmp_path):
     ]
     (tmp_path / shards[1]).unlink()
     with pytest.raises(DataError, match="2 of the 3 files of `train` are there"):
-        find(place)
+        find_sources(place)
 
 
 def test_another_split_has_its_own_held_out_one_beside_it(tmp_path):
     place = folder(tmp_path, "train_sft.jsonl", "train_prefs.jsonl", "test_prefs.jsonl")
-    sources = find(place, split="train_prefs")
+    sources = find_sources(place, split="train_prefs")
     assert files(sources.train) == [tmp_path / "train_prefs.jsonl"]
     assert files(sources.valid) == [tmp_path / "test_prefs.jsonl"]
     with pytest.raises(DataError, match="no file of the split `train`"):
-        find(place)
+        find_sources(place)
 
 
 def test_a_split_of_files_is_refused(write):
     with pytest.raises(ConfigError, match="`split` has no effect on files"):
-        find(str(write({})), split="test")
+        find_sources(str(write({})), split="test")
 
 
 def test_the_held_out_file_that_is_asked_for_goes_before_the_folders_own(tmp_path):
     place = folder(tmp_path, "train.jsonl", "valid.jsonl", "mine.jsonl")
-    sources = find(place, str(tmp_path / "mine.jsonl"))
+    sources = find_sources(place, str(tmp_path / "mine.jsonl"))
     assert files(sources.valid) == [tmp_path / "mine.jsonl"]
-    assert files(sources.passed_over) == [tmp_path / "valid.jsonl"]
-    assert find(place, str(tmp_path / "valid.jsonl")).passed_over == ()
+    assert files(sources.unused_valid) == [tmp_path / "valid.jsonl"]
+    assert find_sources(place, str(tmp_path / "valid.jsonl")).unused_valid == ()
 
 
 def test_what_is_measured_on_is_the_held_out_split_or_all_there_is(tmp_path):
     place = folder(tmp_path, "train.jsonl")
-    assert held_out_of(place).files == (tmp_path / "train.jsonl",)
+    assert resolve_held_out_source(place).files == (tmp_path / "train.jsonl",)
     folder(tmp_path, "test.jsonl")
-    assert held_out_of(place).files == (tmp_path / "test.jsonl",)
-    assert held_out_of(place + "/train.jsonl").files == (tmp_path / "train.jsonl",)
+    assert resolve_held_out_source(place).files == (tmp_path / "test.jsonl",)
+    assert resolve_held_out_source(place + "/train.jsonl").files == (tmp_path / "train.jsonl",)
 
 
 def test_several_sources_are_found_in_their_order(tmp_path):
     place = folder(tmp_path, "train.jsonl", "valid.jsonl", "more.jsonl")
-    sources = find([str(tmp_path / "more.jsonl"), place])
+    sources = find_sources([str(tmp_path / "more.jsonl"), place])
     assert files(sources.train) == [tmp_path / "more.jsonl", tmp_path / "train.jsonl"]
     assert files(sources.valid) == [tmp_path / "valid.jsonl"]
 
 
 def test_a_folder_without_a_train_file_says_what_is_looked_for(tmp_path):
     with pytest.raises(DataError) as error:
-        find(folder(tmp_path, "valid.jsonl"))
+        find_sources(folder(tmp_path, "valid.jsonl"))
     assert str(error.value) == (
         f"{tmp_path}: no file of the split `train` (looked for `train.jsonl` and the like, in it "
         "and in `data`)"
@@ -298,7 +305,7 @@ def test_a_folder_without_a_train_file_says_what_is_looked_for(tmp_path):
 @pytest.mark.parametrize("other", ["train.json", "train-00000-of-00001.jsonl"])
 def test_a_folder_with_two_train_files_is_refused(tmp_path, other):
     with pytest.raises(DataError, match=r"holds both `train.*` and `train.*`; keep one of them"):
-        find(folder(tmp_path, "train.jsonl", other))
+        find_sources(folder(tmp_path, "train.jsonl", other))
 
 
 class Piped(io.TextIOWrapper):
@@ -307,14 +314,14 @@ class Piped(io.TextIOWrapper):
 
 def test_standard_input_is_lines_of_json_read_once(monkeypatch):
     monkeypatch.setattr("sys.stdin", Piped(io.BytesIO(b'{"a": 1}\n\n{"a": 2}\n')))
-    [source] = find("-").train
+    [source] = find_sources("-").train
     assert [(row.location, row.record) for row in source.rows()] == [
         ("-:1", {"a": 1}),
         ("-:3", {"a": 2}),
     ]
     for given in ((["-", "-"], None), ("-", "-")):
         with pytest.raises(ConfigError, match="which can be read but once"):
-            find(*given)
+            find_sources(*given)
 
 
 def test_a_terminal_is_no_source(monkeypatch):
@@ -324,4 +331,4 @@ def test_a_terminal_is_no_source(monkeypatch):
 
     monkeypatch.setattr("sys.stdin", Terminal(io.BytesIO()))
     with pytest.raises(DataError, match="standard input is a terminal"):
-        source_of("-")
+        resolve_source("-")

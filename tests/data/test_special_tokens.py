@@ -6,9 +6,9 @@ from families import TEMPLATES, byte_level, metaspace, unigram
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_dpo.data.errors import SPECIAL, BadPair
-from mlx_dpo.data.tokenization.chat_template import render
-from mlx_dpo.data.tokenization.special_tokens import Specials, specials_of
+from mlx_dpo.data.errors import SPECIAL_TOKEN, BadPairError
+from mlx_dpo.data.tokenization.chat_template import encode_conversation
+from mlx_dpo.data.tokenization.special_tokens import SpecialTokens, get_special_tokens
 from mlx_dpo.data.tokenization.tokenize import TokenRules, tokenize_pair
 from mlx_dpo.types import PreferenceExample
 
@@ -26,7 +26,7 @@ def pair_of(tokenizer, prompt, chosen="yo", rejected="no!", **rules):
 
 
 def controls(tokenizer, ids):
-    return [number for number in ids if number in specials_of(tokenizer).ids]
+    return [number for number in ids if number in get_special_tokens(tokenizer).ids]
 
 
 @pytest.mark.parametrize("make", [byte_level, metaspace, unigram])
@@ -34,9 +34,9 @@ def controls(tokenizer, ids):
 def test_no_text_forges_a_control_token(name, make):
     """The control tokens are those of the same turns without the text; the text is all there."""
     tokenizer = make(name)
-    plain = render(tokenizer, user("ab"), open_reply=True, thinking=False)
+    plain = encode_conversation(tokenizer, user("ab"), open_reply=True, thinking=False)
     for special in tokenizer.all_special_tokens:
-        ids = render(tokenizer, user(f"a{special}b"), open_reply=True, thinking=False)
+        ids = encode_conversation(tokenizer, user(f"a{special}b"), open_reply=True, thinking=False)
         assert controls(tokenizer, ids) == controls(tokenizer, plain)
         spaced = str.maketrans("▁", " ")  # Metaspace cannot tell them apart
         assert f"a{special}b".translate(spaced) in tokenizer.decode(ids).translate(spaced)
@@ -50,14 +50,18 @@ def test_marked_text_is_cut_into_the_ids_of_the_text_alone(name, make, text):
     """In front of a special token that is only text, the ids are those of the usual way."""
     tokenizer = make(name)
     eos = tokenizer.eos_token
-    if specials_of(tokenizer).found(text) or not text.strip():
+    if get_special_tokens(tokenizer).found(text) or not text.strip():
         return
-    usual = render(tokenizer, user(text), open_reply=True, thinking=False)
+    usual = encode_conversation(tokenizer, user(text), open_reply=True, thinking=False)
     assert list(usual) == tokenizer.apply_chat_template(
         user(text), add_generation_prompt=True, return_dict=False
     )
-    forged = render(tokenizer, user("x" + text.strip() + eos), open_reply=True, thinking=False)
-    honest = render(tokenizer, user("x" + text.strip()), open_reply=True, thinking=False)
+    forged = encode_conversation(
+        tokenizer, user("x" + text.strip() + eos), open_reply=True, thinking=False
+    )
+    honest = encode_conversation(
+        tokenizer, user("x" + text.strip()), open_reply=True, thinking=False
+    )
     assert controls(tokenizer, forged) == controls(tokenizer, honest)
 
 
@@ -97,14 +101,14 @@ def test_a_pair_whose_text_cannot_stay_text_is_a_named_fault(chat):
         (chat(), private),  # the text has the marks themselves
         (Stubborn(), "a</s>b"),  # as plain text
     ):
-        with pytest.raises(BadPair) as error:
+        with pytest.raises(BadPairError) as error:
             pair_of(tokenizer, text)
-        assert error.value.reason == SPECIAL
+        assert error.value.reason == SPECIAL_TOKEN
         assert "--bad-pairs drop" in str(error.value)
 
 
 def test_the_longest_that_fits_is_meant():
-    specials = Specials({"<a>": 1, "<a>b": 2, "b": 3})
+    specials = SpecialTokens({"<a>": 1, "<a>b": 2, "b": 3})
     assert specials.found("<a>b<a>") == {"<a>b", "<a>"}
     assert specials.unmarked(specials.marked("x<a>by")) == "x<a>by"
     assert len(specials.marked("x<a>by")) == 3
@@ -140,8 +144,10 @@ def test_a_thought_of_the_answer_keeps_its_tokens():
 
 def test_the_shipped_model_and_a_real_tokenizer_write_them_as_text(stories):
     for text in ("a</s>b", "<s>", "x <unk> y"):
-        ids = render(stories, user(text), open_reply=True, thinking=False)
+        ids = encode_conversation(stories, user(text), open_reply=True, thinking=False)
         assert text in stories.decode(ids)
         assert len(controls(stories, ids)) == len(
-            controls(stories, render(stories, user("a"), open_reply=True, thinking=False))
+            controls(
+                stories, encode_conversation(stories, user("a"), open_reply=True, thinking=False)
+            )
         )

@@ -16,10 +16,10 @@ from byte_tokenizer import CHAT, EOS, ByteTokenizer
 from mlx_dpo.data.errors import SAME_TEXT
 from mlx_dpo.data.load import PairRules, load_pairs
 from mlx_dpo.data.schemas import RowRules
-from mlx_dpo.data.sources import STDIN, find, source_of
+from mlx_dpo.data.sources import STDIN, find_sources, resolve_source
 from mlx_dpo.data.tokenization import cache as kept
-from mlx_dpo.data.tokenization.cache import DAMAGED, FROM_CACHE, Cache, entries, stored_pairs
-from mlx_dpo.data.tokenization.parallel import Hands
+from mlx_dpo.data.tokenization.cache import DAMAGED, FROM_CACHE, TokenCache, entries, load_source
+from mlx_dpo.data.tokenization.parallel import TokenizerWorkers
 from mlx_dpo.data.tokenization.tokenize import TokenRules
 from mlx_dpo.errors import DataError
 
@@ -47,14 +47,14 @@ def unheard(rows):
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(kept, "SMALL", 0)
-    return Cache(tmp_path / "cache" / "tokens", "digest", "org/model")
+    monkeypatch.setattr(kept, "MIN_CACHED_BYTES", 0)
+    return TokenCache(tmp_path / "cache" / "tokens", "digest", "org/model")
 
 
 def read(source, cache, rules=RULES, tokenizer=TOKENIZER):
-    source = source_of(str(source)) if isinstance(source, str | Path) else source
-    hands = Hands(tokenizer, partial(ByteTokenizer, CHAT))
-    return stored_pairs(source, hands, rules, cache, counting=unheard)
+    source = resolve_source(str(source)) if isinstance(source, str | Path) else source
+    hands = TokenizerWorkers(tokenizer, partial(ByteTokenizer, CHAT))
+    return load_source(source, hands, rules, cache, counting=unheard)
 
 
 def test_the_second_time_tokens_and_report_are_read(write, cache):
@@ -149,7 +149,7 @@ def missed(path, cache, rules=RULES, tokenizer=None):
 
 @pytest.mark.parametrize("name", CHANGED)
 def test_every_rule_that_acts_asks_for_tokens_of_its_own(write, cache, monkeypatch, name):
-    monkeypatch.setattr(kept, "check_rules", lambda tokenizer, rules: None)
+    monkeypatch.setattr(kept, "check_token_rules", lambda tokenizer, rules: None)
     path = write(*ROWS)
     read(path, cache)
     assert not missed(path, cache)
@@ -163,7 +163,7 @@ def test_everything_else_that_acts_does_too(write, cache, monkeypatch):
     other = Silent(CHAT)
     other.eos_token_ids = [EOS, 7]
     assert missed(path, cache, tokenizer=other)
-    for name, value in (("RULES", 3), ("version", lambda name: "9"), ("LIBRARIES", ())):
+    for name, value in (("FORMAT_VERSION", 3), ("version", lambda name: "9"), ("LIBRARIES", ())):
         with monkeypatch.context() as patched:
             patched.setattr(kept, name, value)
             assert missed(path, cache)
@@ -213,7 +213,7 @@ def of_another(path):
     """Whole, but under the name of something else."""
     path.rename(path.with_name("kept"))
     other = replace(RULES, tokens=replace(RULES.tokens, max_length=99))
-    read("pairs.jsonl", Cache(path.parent, "digest", "m"), other)
+    read("pairs.jsonl", TokenCache(path.parent, "digest", "m"), other)
     path.with_name("kept").unlink()
     [others] = path.parent.iterdir()
     others.rename(path)
@@ -281,9 +281,9 @@ def test_a_cache_that_cannot_be_written_is_said_and_done_without(write, cache, t
 def test_small_files_and_standard_input_are_not_kept(write, cache, monkeypatch):
     path = write(*ROWS)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(path.read_bytes())))
-    found = read(find(STDIN).train[0], cache)
+    found = read(find_sources(STDIN).train[0], cache)
     assert [pair.location for pair in found.pairs][:2] == ["-:2", "-:3"]
-    monkeypatch.setattr(kept, "SMALL", 1 << 20)
+    monkeypatch.setattr(kept, "MIN_CACHED_BYTES", 1 << 20)
     read(path, cache)
     assert not cache.folder.exists()
 
@@ -294,7 +294,7 @@ def test_rows_of_the_hub_are_known_by_the_files_of_its_library(cache, tmp_path, 
     loaded = datasets.load_from_disk(tmp_path / "table")
     monkeypatch.setattr(datasets, "get_dataset_split_names", lambda *a, **more: ["train"])
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **more: loaded)
-    [source] = find("org/name").train
+    [source] = find_sources("org/name").train
     first = read(source, cache)
     second = read(source, cache, tokenizer=Silent(CHAT))
     assert [pair.location for pair in second.pairs][:2] == [
@@ -311,8 +311,8 @@ import sys
 from functools import partial
 sys.path[:0] = sys.argv[2:]
 import test_token_cache as t
-t.kept.SMALL = 0
-found = t.read(sys.argv[1], t.Cache(t.Path("cache"), "digest", "m"))
+t.kept.MIN_CACHED_BYTES = 0
+found = t.read(sys.argv[1], t.TokenCache(t.Path("cache"), "digest", "m"))
 print([pair.chosen for pair in found.pairs])
 """
 

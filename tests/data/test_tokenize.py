@@ -3,8 +3,8 @@ from dataclasses import replace
 import pytest
 from byte_tokenizer import ASSISTANT, BOS, CHAT, EOS, SYSTEM, TWO_LINES, USER, ByteTokenizer
 
-from mlx_dpo.data.errors import EMPTY, EMPTY_PROMPT, SAME_TOKENS, BadPair
-from mlx_dpo.data.tokenization.tokenize import TokenRules, check_rules, tokenize_pair
+from mlx_dpo.data.errors import EMPTY_COMPLETION, EMPTY_PROMPT, SAME_TOKENS, BadPairError
+from mlx_dpo.data.tokenization.tokenize import TokenRules, check_token_rules, tokenize_pair
 from mlx_dpo.errors import ConfigError, DataError, ModelError
 from mlx_dpo.types import PreferenceExample
 
@@ -166,7 +166,7 @@ THINKING = (
 def test_thinking_is_off_unless_asked_for(chat, thinking, opened):
     """As Qwen3 does: an empty thought stands before the last reply, and opens it when off."""
     asked = rules(thinking=thinking)
-    check_rules(chat(THINKING), asked)
+    check_token_rules(chat(THINKING), asked)
     pair = tokenize_pair(chat(THINKING), strings(), asked).pair
     assert pair.prompt == ids(USER, "hi", EOS, ASSISTANT, opened)
     assert pair.prompt + pair.chosen == ids(USER, "hi", EOS, ASSISTANT, "()yo", EOS)
@@ -176,18 +176,18 @@ def test_thinking_is_off_unless_asked_for(chat, thinking, opened):
 def test_thinking_without_effect_is_refused(plain, chat, thinking):
     for tokenizer in (plain, chat()):
         with pytest.raises(ConfigError, match="`thinking` has no effect"):
-            check_rules(tokenizer, rules(thinking=thinking))
+            check_token_rules(tokenizer, rules(thinking=thinking))
 
 
 def test_chat_without_a_template_is_refused(plain):
     with pytest.raises(ConfigError, match="`chat_template` is chat, but the model has no"):
-        check_rules(plain, rules(chat_template="chat"))
+        check_token_rules(plain, rules(chat_template="chat"))
 
 
 def test_a_tokenizer_without_a_stop_token_is_refused(plain):
     plain.eos_token_id = None
     with pytest.raises(ModelError, match="names no stop token"):
-        check_rules(plain, rules())
+        check_token_rules(plain, rules())
 
 
 def test_plain_text_begins_once_and_ends_once(plain):
@@ -219,7 +219,7 @@ def test_without_prompt_and_beginning_there_is_no_pair(chat):
     nothing = ByteTokenizer()
     nothing.bos_token = nothing.bos_token_id = None
     for tokenizer in (nothing, chat()):
-        with pytest.raises(BadPair) as error:
+        with pytest.raises(BadPairError) as error:
             tokenize_pair(tokenizer, strings(prompt=""), rules())
         assert error.value.reason == EMPTY_PROMPT
 
@@ -239,7 +239,7 @@ def test_a_real_tokenizer_gives_text_as_it_is(stories):
 
 def test_completions_that_only_text_tells_apart_are_a_bad_pair(chat):
     trims = chat(CHAT.replace("m.content", "m.content | trim"))
-    with pytest.raises(BadPair) as error:
+    with pytest.raises(BadPairError) as error:
         tokenize_pair(trims, strings(chosen="yo", rejected=" yo\n"), rules())
     assert error.value.reason == SAME_TOKENS
 
@@ -248,9 +248,9 @@ def test_completions_that_only_text_tells_apart_are_a_bad_pair(chat):
 def test_a_completion_of_which_only_the_stop_token_is_left_is_a_bad_pair(chat, stop):
     template = CHAT.replace("m.content", "m.content | replace('no!', '')")
     drops = chat(template.replace("</s>", stop))
-    with pytest.raises(BadPair) as error:
+    with pytest.raises(BadPairError) as error:
         tokenize_pair(drops, strings(), rules())
-    assert error.value.reason == EMPTY
+    assert error.value.reason == EMPTY_COMPLETION
 
 
 @pytest.mark.parametrize("text", ["prompt", "chosen", "rejected"])

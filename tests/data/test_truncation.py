@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_dpo.data.errors import NO_ROOM, SAME_WHEN_CUT, TOO_LONG, BadPair
+from mlx_dpo.data.errors import NO_ROOM, SAME_AFTER_TRUNCATION, TOO_LONG, BadPairError
 from mlx_dpo.data.tokenization.tokenize import truncate
 from mlx_dpo.types import TokenizedPair
 
@@ -42,12 +42,24 @@ def test_what_gives_way_is_what_was_said(how, max_length, kept):
             "(prompt of 4 tokens, max_length 4); raise --max-length,",
         ),
         (pair(), "drop", 6, TOO_LONG, "(7 tokens, max_length 6); mend it,"),
-        (pair(rejected=(11, 12)), "keep_start", 6, SAME_WHEN_CUT, "(max_length 6); raise --max-"),
-        (pair(rejected=(11, 12)), "keep_end", 3, SAME_WHEN_CUT, "(max_length 3); raise --max-"),
+        (
+            pair(rejected=(11, 12)),
+            "keep_start",
+            6,
+            SAME_AFTER_TRUNCATION,
+            "(max_length 6); raise --max-",
+        ),
+        (
+            pair(rejected=(11, 12)),
+            "keep_end",
+            3,
+            SAME_AFTER_TRUNCATION,
+            "(max_length 3); raise --max-",
+        ),
     ],
 )
 def test_a_pair_that_cannot_be_cut_is_bad(bad, how, max_length, reason, message):
-    with pytest.raises(BadPair) as error:
+    with pytest.raises(BadPairError) as error:
         truncate(bad, max_length, how)
     assert error.value.reason == reason
     assert str(error.value).startswith(f"pairs.jsonl:7: {reason} {message}")
@@ -61,9 +73,9 @@ def test_what_is_kept_is_a_piece_of_what_was_given(prompt, chosen, rejected, max
     whole = TokenizedPair(prompt, chosen, rejected, "pairs.jsonl:7")
     try:
         cut = truncate(whole, max_length, how)
-    except BadPair as bad:
+    except BadPairError as bad:
         assert len(whole) > max_length
-        assert how != "keep_end" or bad.reason == SAME_WHEN_CUT
+        assert how != "keep_end" or bad.reason == SAME_AFTER_TRUNCATION
         return
     assert len(cut) == min(len(whole), max_length)  # nothing is given away that has room
     assert cut.chosen

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_dpo.data.dataset import digest, with_mismatched
-from mlx_dpo.data.examples import schema_of, to_judgements
+from mlx_dpo.data.dataset import pairs_digest, with_mismatched_completions
+from mlx_dpo.data.examples import schema_of, to_unpaired_examples
 from mlx_dpo.data.files import Row
 from mlx_dpo.data.load import load_pairs
 from mlx_dpo.data.schemas import RowRules
@@ -22,7 +22,7 @@ BOT = {"role": "assistant", "content": "Yes."}
 
 def read(**record):
     row = Row(record, "rows:1")
-    return to_judgements(row, schema_of(row))
+    return to_unpaired_examples(row, schema_of(row))
 
 
 @pytest.mark.parametrize("label", [True, False, 1, 0])
@@ -83,7 +83,7 @@ def rows(*asked):
     ],
 )
 def test_each_is_held_against_an_answer_to_another_prompt(asked, expected):
-    made = with_mismatched(rows(*asked), max_length=64)
+    made = with_mismatched_completions(rows(*asked), max_length=64)
     assert [row.rejected[0] - 100 for row in made] == expected
     assert [row.chosen for row in made] == [row.chosen for row in rows(*asked)]
 
@@ -91,7 +91,7 @@ def test_each_is_held_against_an_answer_to_another_prompt(asked, expected):
 @given(st.lists(st.integers(0, 6), min_size=2, max_size=40).filter(lambda a: len(set(a)) > 1))
 def test_every_answer_is_held_against_once_and_never_to_its_own_prompt(asked):
     """Of pairs made judgements, the bad ones alone would tell how far the policy left them."""
-    made = with_mismatched(rows(*map(str, asked)), max_length=64)
+    made = with_mismatched_completions(rows(*map(str, asked)), max_length=64)
     against = [row.rejected[0] - 100 for row in made]
     assert all(asked[i] != asked[other] for i, other in enumerate(against))
     if 2 * max(map(asked.count, asked)) <= len(asked):
@@ -99,15 +99,17 @@ def test_every_answer_is_held_against_once_and_never_to_its_own_prompt(asked):
 
 
 def test_the_foreign_answer_is_cut_to_the_room_beside_the_prompt_and_never_empty():
-    made = with_mismatched(rows("a", "b"), max_length=3)
+    made = with_mismatched_completions(rows("a", "b"), max_length=3)
     assert [len(row.rejected) for row in made] == [2, 2]
-    assert [len(row.rejected) for row in with_mismatched(rows("a", "b"), max_length=1)] == [1, 1]
+    assert [
+        len(row.rejected) for row in with_mismatched_completions(rows("a", "b"), max_length=1)
+    ] == [1, 1]
 
 
 def test_rows_of_a_single_prompt_are_refused():
     with pytest.raises(ConfigError, match="at least two prompts"):
-        with_mismatched(rows("a", "a"), max_length=64)
-    assert with_mismatched([], max_length=64) == []
+        with_mismatched_completions(rows("a", "a"), max_length=64)
+    assert with_mismatched_completions([], max_length=64) == []
 
 
 def written(path, *records):
@@ -154,7 +156,7 @@ def test_margins_and_weights_are_read_where_they_are_asked_for(tmp_path, plain):
     assert set(silent.report.unused_fields) == {"lead", "trust"}
     assert not told.report.unused_fields
     # What a run depends on is its digest.
-    assert digest(silent.pairs) != digest(told.pairs)
+    assert pairs_digest(silent.pairs) != pairs_digest(told.pairs)
 
 
 @pytest.mark.parametrize("value", ["much", None, True, float("nan"), -1])

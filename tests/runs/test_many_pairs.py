@@ -8,7 +8,7 @@ import pytest
 
 from mlx_dpo import DPOConfig, DPOTrainer
 from mlx_dpo.data import dataset as store
-from mlx_dpo.data.dataset import digest
+from mlx_dpo.data.dataset import pairs_digest
 from mlx_dpo.data.tokenization import cache as kept
 from mlx_dpo.plan import estimate_run
 from mlx_dpo.runs import inputs as inputs_of_runs
@@ -24,7 +24,7 @@ COUNT = 2000
 @pytest.fixture
 def many(tmp_path, monkeypatch):
     """Settings of a run on many pairs, whose tokens are kept."""
-    monkeypatch.setattr(kept, "SMALL", 0)
+    monkeypatch.setattr(kept, "MIN_CACHED_BYTES", 0)
     rows = [
         {"prompt": f"Q{i}", "chosen": "y" * (i % 17 + 1), "rejected": "n" * (i % 5 + 1)}
         for i in range(COUNT)
@@ -42,13 +42,13 @@ def many(tmp_path, monkeypatch):
 def made(monkeypatch):
     """The places of all pairs that are made of tokens on the disk."""
     places = []
-    pair = store.Store.pair
+    pair = store.MappedPairs.pair
 
     def noted(self, at):
         places.append(at)
         return pair(self, at)
 
-    monkeypatch.setattr(store.Store, "pair", noted)
+    monkeypatch.setattr(store.MappedPairs, "pair", noted)
     return places
 
 
@@ -99,7 +99,7 @@ def test_mixed_sources_and_judged_answers_are_views_too(many, made, tmp_path):
     answers = read_inputs(judged)
     whole = answers.provenance(judged)
     assert len(made) == 0
-    assert whole["train"] == digest(list(answers.train))
+    assert whole["train"] == pairs_digest(list(answers.train))
     assert all(pair.rejected for pair in answers.train[:50])
 
 
@@ -125,10 +125,10 @@ def test_other_processes_load_the_tokenizer_themselves(many, monkeypatch):
     """The tokens are the same, from the checkpoint's own files."""
     from mlx_dpo.data.tokenization import parallel as tokenizing
 
-    monkeypatch.setattr(kept, "SMALL", 1 << 30)
+    monkeypatch.setattr(kept, "MIN_CACHED_BYTES", 1 << 30)
     monkeypatch.setattr(inputs_of_runs, "processes", lambda: 2)
     alone = read_inputs(many)
-    monkeypatch.setattr(tokenizing, "ALONE", 100)
+    monkeypatch.setattr(tokenizing, "MIN_PARALLEL_ROWS", 100)
     together = read_inputs(many)
     assert alone.provenance(many) == together.provenance(many)
     assert alone.reports == together.reports

@@ -3,13 +3,13 @@
 import mlx.core as mx
 import pytest
 
-from mlx_dpo.data.batching import PassLimit, whole_rows
+from mlx_dpo.data.batching import PassLimit, padded_row_tokens
 from mlx_dpo.scoring.scorers import TOKEN_COUNTS, make_shared_scorer, plain_scorer, score_pairs
 from mlx_dpo.scoring.select_scorer import select_scorer
 from mlx_dpo.types import TokenizedPair
 from tests.conftest import VOCAB, make_llama
 
-SCORERS = {"plain": (plain_scorer, whole_rows)} | {
+SCORERS = {"plain": (plain_scorer, padded_row_tokens)} | {
     way: (make_shared_scorer(vocab_size=VOCAB, gradients=False, way=way), cost)
     for way, cost in TOKEN_COUNTS.items()
 }

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_dpo.adapters import attach as adapters
-from mlx_dpo.data.batching import PassLimit, micro_batches, whole_rows
+from mlx_dpo.data.batching import PassLimit, micro_batches, padded_row_tokens
 from mlx_dpo.errors import TrainingError
 from mlx_dpo.io.arrays import named_arrays
 from mlx_dpo.losses.metrics import named
@@ -161,7 +161,7 @@ def test_no_limit_of_a_pass_changes_the_gradient(lengths, limit, scored):
     reference = score_pairs(policy, pairs, limit=PassLimit(pairs=1))
     adapters.attach(policy, rank=4, scale=2.0, seed=1)
 
-    def gradient(limit, scorer=plain_scorer, cost=whole_rows):
+    def gradient(limit, scorer=plain_scorer, cost=padded_row_tokens):
         groups = micro_batches(range(len(pairs)), pairs, limit, cost=cost)
         micros = [
             MicroBatch.of([pairs[i] for i in group], reference.take(group)) for group in groups

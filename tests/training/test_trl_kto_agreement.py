@@ -15,7 +15,7 @@ from mlx_dpo.adapters import attach as adapters
 from mlx_dpo.data import examples as judged
 from mlx_dpo.data.batching import PassLimit, step_indices
 from mlx_dpo.data.sources import Row
-from mlx_dpo.data.tokenization.tokenize import TokenRules, tokenize_judgement
+from mlx_dpo.data.tokenization.tokenize import TokenRules, tokenize_unpaired
 from mlx_dpo.losses.metrics import step_row
 from mlx_dpo.models.load import load_base
 from mlx_dpo.runs.build import make_objective
@@ -44,8 +44,8 @@ def rows(golden):
     rows = []
     for record in kto.judged(trl.first_lines(golden["pairs"]["count"])):
         row = Row(record, "")
-        [judgement] = judged.to_judgements(row, judged.schema_of(row))
-        rows.append(tokenize_judgement(base.tokenizer, judgement, rules).pair)
+        [judgement] = judged.to_unpaired_examples(row, judged.schema_of(row))
+        rows.append(tokenize_unpaired(base.tokenizer, judgement, rules).pair)
     steps = [rows[start : start + trl.BATCH] for start in range(0, len(rows), trl.BATCH)]
     return [
         replace(row, rejected=step[place - 1].chosen)

@@ -127,7 +127,7 @@ def _open_sampler(
         open_responders,
     )
     from mlx_dpo.collect.session import TaskSampler
-    from mlx_dpo.data.prompts import with_system
+    from mlx_dpo.data.prompts import add_system_prompt
 
     voices = open_responders(runs, model)
     for voice in voices:
@@ -140,7 +140,7 @@ def _open_sampler(
         )
         click.echo(f"RUNs differ in their system messages; all are asked {told}", err=True)
     asked = TaskSampler(
-        with_system(asked_for, system),
+        add_system_prompt(asked_for, system),
         picks,
         make_answer_sampler(voices, asking),
         chunk=JUDGE_CHUNK if automatic else PERSON_CHUNK,
@@ -175,13 +175,13 @@ def _check_flags(automatic: bool, web: bool, port: int | None, prompts: str | No
 
 def _read_typed_prompt(system: str | None) -> "Prompt | None":
     """The next prompt that a person types; None to leave."""
-    from mlx_dpo.data.prompts import as_prompt, with_system
+    from mlx_dpo.data.prompts import add_system_prompt, make_prompt
 
     try:
         text = input("prompt> ") if sys.stdin.isatty() else input()
     except EOFError:
         return None
-    [prompt] = with_system([as_prompt(text, "prompt")], system) if text.strip() else [None]
+    [prompt] = add_system_prompt([make_prompt(text, "prompt")], system) if text.strip() else [None]
     return prompt
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from mlx_dpo.data.inspect.duplicates import find_alike, find_leaks
 from mlx_dpo.data.inspect.findings import MODEL, ROWS, RULES, TELLING, VALID, Hits, Places, Rule
 from mlx_dpo.data.inspect.scan import Eyes, Split, Tick, pass_over
-from mlx_dpo.data.sources import Sources
+from mlx_dpo.data.sources import SplitSources
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Checked:
         return {"faults": self.faults, **told, "not_looked_for": self.not_looked_for}
 
 
-def check(sources: Sources, eyes: Eyes, tick: Tick = lambda more: None) -> Checked:
+def check(sources: SplitSources, eyes: Eyes, tick: Tick = lambda more: None) -> Checked:
     """Look at all pairs once.
 
     Raises:

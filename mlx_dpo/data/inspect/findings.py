@@ -111,19 +111,19 @@ RULES = {
 }  # fmt: skip
 
 LOST = {  # the reason of a pair that is left out: the finding
-    faults.EMPTY: "empty-completion",
+    faults.EMPTY_COMPLETION: "empty-completion",
     faults.SAME_TEXT: "same-text",
     faults.SAME_TOKENS: "same-tokens",
-    faults.DIVERGED: "diverged",
+    faults.DIFFERENT_PROMPTS: "diverged",
     faults.EMPTY_PROMPT: "empty-prompt",
     faults.NO_ROOM: "no-room",
-    faults.SAME_WHEN_CUT: "same-when-cut",
+    faults.SAME_AFTER_TRUNCATION: "same-when-cut",
     faults.TOO_LONG: "too-long",
     faults.NOT_TEXT: "not-text",
     faults.TIED: "tied",
     faults.UNPAIRED: "unpaired",
-    faults.REFUSED: "template-refused",
-    faults.SPECIAL: "no-plain-text",
+    faults.TEMPLATE_ERROR: "template-refused",
+    faults.SPECIAL_TOKEN: "no-plain-text",
 }
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO
 
 from mlx_dpo.config.dpo_config import DPOConfig
-from mlx_dpo.data.files import READERS, Row, kind_of_file, opened, parse, rows_of
+from mlx_dpo.data.files import READERS, Row, file_format, open_data_file, parse_json, to_rows
 from mlx_dpo.data.sources import STDIN, Source
 from mlx_dpo.errors import ConfigError, DataError
 from mlx_dpo.io.atomic import atomic_file
@@ -60,14 +60,14 @@ def written(source: Source) -> Iterator[Written]:
 
 
 def _of_file(path: Path) -> Iterator[Written]:
-    kind, _ = kind_of_file(path)
-    with opened(path) as stream:
+    kind, _ = file_format(path)
+    with open_data_file(path) as stream:
         if kind == LINES:
             yield from _of_lines(stream, str(path))
             return
         for where, item in READERS[kind](stream, str(path)):
             try:
-                yield from (Written(where, row) for row in rows_of(iter([(where, item)])))
+                yield from (Written(where, row) for row in to_rows(iter([(where, item)])))
             except DataError as error:
                 yield Written(where, error)
 
@@ -78,7 +78,7 @@ def _of_lines(stream: Iterable[bytes], name: str) -> Iterator[Written]:
             continue
         where, text = f"{name}:{number}", line.rstrip()
         try:
-            [row] = rows_of(iter([(where, parse(text, where))]))
+            [row] = to_rows(iter([(where, parse_json(text, where))]))
         except DataError as error:
             yield Written(where, error)
         else:

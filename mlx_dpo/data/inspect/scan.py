@@ -4,8 +4,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from mlx_dpo.data.errors import NO_ROOM, SAME_WHEN_CUT, TOO_LONG, BadPair, NoBoundary
-from mlx_dpo.data.examples import Told, told
+from mlx_dpo.data.errors import (
+    NO_ROOM,
+    SAME_AFTER_TRUNCATION,
+    TOO_LONG,
+    BadPairError,
+    PromptBoundaryError,
+)
+from mlx_dpo.data.examples import ParsedExample, parse_rows
 from mlx_dpo.data.files import Row
 from mlx_dpo.data.inspect.duplicates import Digests
 from mlx_dpo.data.inspect.findings import LOST, Hits
@@ -18,13 +24,13 @@ from mlx_dpo.data.schemas import RowRules
 from mlx_dpo.data.schemas.messages import as_turns
 from mlx_dpo.data.sources import Source
 from mlx_dpo.data.tokenization.chat_template import TokenRules
-from mlx_dpo.data.tokenization.special_tokens import stop_tokens, texts
-from mlx_dpo.data.tokenization.tokenize import Encoded, tokenize_judgement, tokenize_pair
+from mlx_dpo.data.tokenization.special_tokens import iterate_texts, stop_tokens
+from mlx_dpo.data.tokenization.tokenize import TokenizedExample, tokenize_pair, tokenize_unpaired
 from mlx_dpo.errors import DataError
 from mlx_dpo.types import PreferenceExample, Text, TokenizedPair, UnpairedExample
 
 UNCUT = 1 << 40
-CUT = (TOO_LONG, NO_ROOM, SAME_WHEN_CUT)  # reasons that a larger `max_length` would mend
+CUT = (TOO_LONG, NO_ROOM, SAME_AFTER_TRUNCATION)  # reasons that a larger `max_length` would mend
 Said = PreferenceExample | UnpairedExample
 Tick = Callable[[int], None]  # told of further rows
 
@@ -71,7 +77,7 @@ def pass_over(sources: Sequence[Source], split: Split, tick: Tick) -> None:
         report = _new_report(source.name, split.eyes)
         split.reports.append(report)
         unreadable = _Unreadable(source, split, tick)
-        for one in told(unreadable.others(), split.eyes.rows, report, bad_pairs="drop"):
+        for one in parse_rows(unreadable.others(), split.eyes.rows, report, bad_pairs="drop"):
             _look(one, split, report)
         report.read += unreadable.count
         for reason, places in report.dropped.items():
@@ -99,7 +105,7 @@ class _Unreadable:
             try:
                 if isinstance(one.row, DataError):
                     raise one.row
-                for _ in told([one.row], rules, PairsReport("", 0), bad_pairs="drop"):
+                for _ in parse_rows([one.row], rules, PairsReport("", 0), bad_pairs="drop"):
                     pass
             except DataError as error:
                 self.count += 1
@@ -109,8 +115,8 @@ class _Unreadable:
                 yield one.row
 
 
-def _look(one: Told, split: Split, report: PairsReport) -> None:
-    said, hits = one.said, split.hits
+def _look(one: ParsedExample, split: Split, report: PairsReport) -> None:
+    said, hits = one.example, split.hits
     at = hits.places.add(said.location)
     if split.eyes.tokens is None:
         report.kept += 1
@@ -119,7 +125,7 @@ def _look(one: Told, split: Split, report: PairsReport) -> None:
     elif not _look_at_tokens(said, at, split, report):
         return
     split.digests.add(said, at)
-    for name, characters in unusual(texts([*_parts(said), said.template_kwargs])):
+    for name, characters in unusual(iterate_texts([*_parts(said), said.template_kwargs])):
         hits.add(name, at)
         for found in characters:
             hits.detail(name, found)
@@ -133,12 +139,12 @@ def _look_at_tokens(said: Said, at: int, split: Split, report: PairsReport) -> b
     """Tokenize as training would; whether the pair would be used."""
     try:
         found = encoded(said, split.eyes)
-    except BadPair as bad:
+    except BadPairError as bad:
         report.drop(bad.location, bad.reason)
         if bad.reason in CUT:
             split.lengths.add(*_lens(encoded(said, split.eyes, uncut=True).pair))
         return False
-    except NoBoundary as error:
+    except PromptBoundaryError as error:
         split.hits.add("prompt-not-prefix", at, detail=without_place(error, said.location))
         return False
     except DataError as error:
@@ -152,7 +158,7 @@ def _look_at_tokens(said: Said, at: int, split: Split, report: PairsReport) -> b
     return True
 
 
-def _odd(found: Encoded, eyes: Eyes) -> Iterator[tuple[str, str]]:
+def _odd(found: TokenizedExample, eyes: Eyes) -> Iterator[tuple[str, str]]:
     pair, stops = found.pair, stop_tokens(eyes.tokenizer)
     if pair.prompt[:2] == (eyes.tokenizer.bos_token_id,) * 2:
         yield "double-bos", ""
@@ -169,17 +175,17 @@ def _odd(found: Encoded, eyes: Eyes) -> Iterator[tuple[str, str]]:
         yield "truncated", " and ".join(parts)
 
 
-def encoded(said: Said, eyes: Eyes, *, uncut: bool = False) -> Encoded:
+def encoded(said: Said, eyes: Eyes, *, uncut: bool = False) -> TokenizedExample:
     """A pair as training would tokenize it, or as it would be without a limit.
 
     Raises:
-        DataError, BadPair: as training.
+        DataError, BadPairError: as training.
     """
     assert eyes.tokens is not None
     rules = replace(eyes.tokens, max_length=UNCUT) if uncut else eyes.tokens
     if isinstance(said, PreferenceExample):
         return tokenize_pair(eyes.tokenizer, said, rules)
-    return tokenize_judgement(eyes.tokenizer, said, rules)
+    return tokenize_unpaired(eyes.tokenizer, said, rules)
 
 
 def _lens(pair: TokenizedPair) -> list[int]:

@@ -6,7 +6,7 @@ Knows tokens and no terminal.
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from mlx_dpo.data.tokenization.special_tokens import specials_of
+from mlx_dpo.data.tokenization.special_tokens import get_special_tokens
 from mlx_dpo.types import TokenizedPair
 
 PROMPT, SCORED, CUT = "prompt", "scored", "cut"
@@ -53,7 +53,7 @@ def _of_prompt(whole: Ids, kept: Ids) -> Iterable[tuple[str, Ids]]:
 
 
 def _pieces(tokenizer: Any, ids: Sequence[int]) -> list[Piece]:
-    specials = specials_of(tokenizer).ids
+    specials = get_special_tokens(tokenizer).ids
     pieces, begin = [], 0
     for end in _ends(ids, specials):
         special = ids[begin] in specials

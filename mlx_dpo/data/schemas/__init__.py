@@ -8,8 +8,8 @@ from dataclasses import replace
 from difflib import get_close_matches
 from hashlib import sha256
 
-from mlx_dpo.data.errors import TIED, BadPair
-from mlx_dpo.data.files import Row, listed, renamed
+from mlx_dpo.data.errors import TIED, BadPairError
+from mlx_dpo.data.files import Row, format_names, rename_columns
 from mlx_dpo.data.schemas.hh_rlhf import DIALOGUES
 from mlx_dpo.data.schemas.instructions import ALPACA, ORCA, SHP
 from mlx_dpo.data.schemas.messages import TEMPLATE_FIELDS, kind_of, refuse_media, template_input
@@ -42,10 +42,10 @@ def to_preferences(row: Row, rules: RowRules = DEFAULT) -> list[PreferenceExampl
 
     Raises:
         DataError: a field is missing or of another kind, or the row is no pair at all.
-        BadPair: the row is a pair, but teaches nothing.
+        BadPairError: the row is a pair, but teaches nothing.
     """
     found = []
-    for outcome in outcomes(renamed(row, rules.renamed), rules):
+    for outcome in outcomes(rename_columns(row, rules.renamed), rules):
         if isinstance(outcome, PreferenceExample):
             found.append(outcome)
         elif outcome.reason != TIED:
@@ -66,7 +66,7 @@ def outcomes(row: Row, rules: RowRules = DEFAULT, schema: Schema | None = None) 
         refuse_media(row)
         given = template_input(row.record, schema.tools(row.record), row.location)
         found = schema.read(row, rules)
-    except BadPair as bad:
+    except BadPairError as bad:
         return [bad]
     return [
         replace(one, template_kwargs=given) if isinstance(one, PreferenceExample) else one
@@ -106,15 +106,15 @@ def _no_pair(row: Row) -> DataError:
     for name in ("chosen", "rejected"):
         if name not in record:
             return DataError(
-                f"{where}: missing `{name}` (found {listed(record)}); if a column has another "
-                f"name, --column {name}=NAME"
+                f"{where}: missing `{name}` (found {format_names(record)}); if a column has "
+                f"another name, --column {name}=NAME"
             )
     kinds = {kind_of(record[name], name, where) for name in ("chosen", "rejected")}
     if record.get("prompt") is not None:
         kind_of(record["prompt"], "prompt", where)
     if len(kinds) > 1:
         return DataError(f"{where}: one of `chosen` and `rejected` is text, the other messages")
-    return DataError(f"{where}: in no way that is read here (found {listed(record)})")
+    return DataError(f"{where}: in no way that is read here (found {format_names(record)})")
 
 
 def _refuse_other_prompt(row: Row) -> None:

@@ -1,6 +1,6 @@
 """Whole dialogues as text with Anthropic's turn marks, which both answers share up to the last."""
 
-from mlx_dpo.data.errors import DIVERGED, BadPair
+from mlx_dpo.data.errors import DIFFERENT_PROMPTS, BadPairError
 from mlx_dpo.data.files import Row
 from mlx_dpo.data.schemas.messages import pair, text_of
 from mlx_dpo.data.schemas.schema import Outcome, Record, RowRules, Schema
@@ -54,7 +54,7 @@ def _read(row: Row, rules: RowRules) -> list[Outcome]:
     )
     end, other = (text.rfind(ASSISTANT) + len(ASSISTANT) for text in (chosen, rejected))
     if chosen[:end] != rejected[:other]:
-        return [BadPair(row.location, DIVERGED)]
+        return [BadPairError(row.location, DIFFERENT_PROMPTS)]
     return pair(row, chosen[:end], chosen[end:], rejected[end:], whole=True)
 
 

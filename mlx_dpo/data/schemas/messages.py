@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from mlx_dpo.data.errors import EMPTY, NOT_TEXT, SAME_TEXT, BadPair
+from mlx_dpo.data.errors import EMPTY_COMPLETION, NOT_TEXT, SAME_TEXT, BadPairError
 from mlx_dpo.data.files import Row
 from mlx_dpo.data.schemas.schema import Outcome
 from mlx_dpo.errors import DataError
@@ -32,9 +32,9 @@ def pair(
         chosen, rejected = (as_turns(text, "assistant") for text in (chosen, rejected))
     for completion in (chosen, rejected):
         if not said(completion):
-            return [BadPair(row.location, EMPTY)]
+            return [BadPairError(row.location, EMPTY_COMPLETION)]
     if chosen == rejected:
-        return [BadPair(row.location, SAME_TEXT)]
+        return [BadPairError(row.location, SAME_TEXT)]
     return [PreferenceExample(prompt, chosen, rejected, row.location, implicit_prompt=whole)]
 
 
@@ -79,7 +79,7 @@ def turns_of(value: Any, name: str, location: str) -> tuple[Message, ...]:
 
     Raises:
         DataError: it is no list of messages.
-        BadPair: a part is an image, or anything else but text.
+        BadPairError: a part is an image, or anything else but text.
     """
     if kind_of(value, name, location) == "text":
         raise DataError(f"{location}: `{name}` must be a list of messages, found text")
@@ -124,10 +124,10 @@ def template_input(record: Mapping[str, Any], tools: Any, location: str) -> dict
 
 
 def refuse_media(row: Row) -> None:
-    """BadPair for a row that shows or plays something."""
+    """BadPairError for a row that shows or plays something."""
     for name in MEDIA:
         if row.record.get(name):
-            raise BadPair(row.location, NOT_TEXT, f"`{name}`")
+            raise BadPairError(row.location, NOT_TEXT, f"`{name}`")
 
 
 def refuse_unreadable(value: Any, name: str, location: str) -> None:
@@ -172,7 +172,7 @@ def _joined(parts: list[Any], name: str, location: str) -> str:
         fields = part if isinstance(part, dict) else {"type": "text", "text": part}
         kind = fields.get("type", "text")
         if kind != "text":
-            raise BadPair(location, NOT_TEXT, f"`{name}` has a part of type {kind!r}")
+            raise BadPairError(location, NOT_TEXT, f"`{name}` has a part of type {kind!r}")
         if not isinstance(fields.get("text"), str):
             raise DataError(f"{location}: `{name}` has a part of content without text")
         texts.append(fields["text"])

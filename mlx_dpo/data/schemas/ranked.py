@@ -6,7 +6,7 @@ from dataclasses import replace
 from itertools import combinations, pairwise
 from typing import Any, NamedTuple
 
-from mlx_dpo.data.errors import TIED, BadPair
+from mlx_dpo.data.errors import TIED, BadPairError
 from mlx_dpo.data.files import Row
 from mlx_dpo.data.schemas.messages import pair, text_of, turns_of
 from mlx_dpo.data.schemas.schema import Outcome, Ranking, Record, RowRules, Schema
@@ -41,7 +41,7 @@ def _read(row: Row, rules: RowRules) -> list[Outcome]:
     found: list[Outcome] = []
     for better, worse in pairs_among(rated, rules.ranked or "best_worst"):
         if better.score == worse.score:
-            found.append(BadPair(row.location, TIED, f"{better.score:g}"))
+            found.append(BadPairError(row.location, TIED, f"{better.score:g}"))
             continue
         for outcome in pair(row, prompt, better.text, worse.text):
             lead = better.score - worse.score

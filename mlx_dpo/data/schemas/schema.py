@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from mlx_dpo.data.errors import BadPair
+from mlx_dpo.data.errors import BadPairError
 from mlx_dpo.data.files import Row
 from mlx_dpo.types import PreferenceExample
 
@@ -16,7 +16,7 @@ Ranking = Literal["best_worst", "all", "adjacent"]
 class RowRules:
     """The settings under which rows become preferences."""
 
-    judged: bool = False  # answers are judged one by one; `judged.with_mismatched` completes them
+    judged: bool = False  # answers are judged one by one
     pair_labelled: bool = False  # good answers meet bad ones of the same prompt
     margin: str | None = None  # field that says how much better chosen is
     weight: str | None = None  # field that says how much the row counts
@@ -25,7 +25,7 @@ class RowRules:
     renamed: Mapping[str, str] = field(default_factory=dict)  # new name of a field: where it is
 
 
-Outcome = PreferenceExample | BadPair  # a pair, or what is wrong with what would have been one
+Outcome = PreferenceExample | BadPairError  # a pair, or what is wrong with what would have been one
 
 
 @dataclass(frozen=True)

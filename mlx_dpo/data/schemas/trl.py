@@ -1,6 +1,6 @@
 """TRL's ways: `prompt`, `chosen`, `rejected` as text or messages, or a prompt that both share."""
 
-from mlx_dpo.data.errors import DIVERGED, BadPair
+from mlx_dpo.data.errors import DIFFERENT_PROMPTS, BadPairError
 from mlx_dpo.data.files import Row
 from mlx_dpo.data.schemas.messages import pair, text_of, turns_of
 from mlx_dpo.data.schemas.schema import Outcome, Record, RowRules, Schema
@@ -73,7 +73,7 @@ def _read_whole_messages(row: Row, rules: RowRules) -> list[Outcome]:
     end = _end_of_shared(chosen, rejected)
     completions = chosen[end:], rejected[end:]
     if any(turn["role"] != "assistant" for turns in completions for turn in turns):
-        return [BadPair(row.location, DIVERGED)]
+        return [BadPairError(row.location, DIFFERENT_PROMPTS)]
     asked = row.record.get("prompt")
     if isinstance(asked, str) and not any(turn["content"] == asked for turn in chosen[:end]):
         raise DataError(

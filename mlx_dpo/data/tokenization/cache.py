@@ -19,28 +19,30 @@ from pathlib import Path
 from typing import IO, Any
 
 from mlx_dpo.data.dataset import (
-    BLOCK,
+    READ_BYTES,
     Arrays,
-    Places,
-    Store,
-    StoredPairs,
-    Writer,
-    read_arrays,
-    read_facts,
+    MappedPairs,
+    PairDataset,
+    PairFileWriter,
+    RowLocations,
+    read_metadata,
+    read_pair_file,
 )
-from mlx_dpo.data.files import kind_of_file
-from mlx_dpo.data.load import PairRules, PairSet, new_report, refuse_none
+from mlx_dpo.data.files import file_format
+from mlx_dpo.data.load import LoadedPairs, PairRules, check_any_pair, new_report
 from mlx_dpo.data.report import PairsReport
 from mlx_dpo.data.sources import Source
-from mlx_dpo.data.tokenization.parallel import Hands, Heard, blocks
+from mlx_dpo.data.tokenization.parallel import Advance, TokenizerWorkers, tokenize_chunks
 from mlx_dpo.data.tokenization.special_tokens import stop_tokens
-from mlx_dpo.data.tokenization.tokenize import check_rules
+from mlx_dpo.data.tokenization.tokenize import check_token_rules
 from mlx_dpo.errors import reason
 from mlx_dpo.io.atomic import is_temporary, temporary_path
 
-RULES = 2  # to be raised when the same rows become other pairs, or other counts, than before
+FORMAT_VERSION = (
+    2  # to be raised when the same rows become other pairs, or other counts, than before
+)
 SUFFIX = ".pairs"
-SMALL = 1 << 20  # bytes of files that take about a second
+MIN_CACHED_BYTES = 1 << 20  # bytes of files that take about a second
 LIBRARIES = ("transformers", "tokenizers", "mlx-lm", "jinja2")  # that make tokens of text
 DATED = "strftime_now"  # a template that asks for the date
 
@@ -48,11 +50,11 @@ UNKNOWN = "unknown"
 FROM_CACHE = "tokens read from the cache"
 DAMAGED = "what the cache held of these tokens is damaged; they were made again"
 
-CountingRows = Callable[[int | None], AbstractContextManager[Heard]]  # of so many rows, if known
+RowProgress = Callable[[int | None], AbstractContextManager[Advance]]  # of so many rows, if known
 
 
 @dataclass(frozen=True)
-class Cache:
+class TokenCache:
     """Where tokens are kept, and what only others know of them."""
 
     folder: Path
@@ -60,15 +62,20 @@ class Cache:
     model: str  # its name, for a person
 
 
-def stored_pairs(
-    source: Source, hands: Hands, rules: PairRules, cache: Cache, *, counting: CountingRows
-) -> PairSet[StoredPairs]:
+def load_source(
+    source: Source,
+    hands: TokenizerWorkers,
+    rules: PairRules,
+    cache: TokenCache,
+    *,
+    counting: RowProgress,
+) -> LoadedPairs[PairDataset]:
     """`load_pairs` for any number of pairs: they stay on the disk, and are tokenized but once.
 
     Raises:
         DataError, ConfigError, ModelError: as `load_pairs`.
     """
-    check_rules(hands.tokenizer, rules.tokens)
+    check_token_rules(hands.tokenizer, rules.tokens)
     files = _files(source)
     before = _stamps(files)  # ahead of the digest, so that no change falls in between
     key = _key(source, files, hands.tokenizer, rules, cache) if files else None
@@ -76,9 +83,9 @@ def stored_pairs(
     if path is not None and (kept := _read(path, key)) is not None:
         return _pair_set(*kept, source, FROM_CACHE)
     origin = DAMAGED if path is not None and path.is_file() else ""
-    with _beside(path) as (stream, partial, why_not):
+    with _partial_file(path) as (stream, partial, why_not):
         _write(stream, source, hands, rules, counting, _labels(key, source, cache))
-        made = read_arrays(stream)
+        made = read_pair_file(stream)
         if path is not None and partial is not None and _stamps(files) == before:
             os.replace(partial, path)  # what changed meanwhile is not what has this digest
     if made is None:
@@ -88,43 +95,47 @@ def stored_pairs(
 
 def _pair_set(
     arrays: Arrays, facts: dict[str, Any], source: Source, origin: str
-) -> PairSet[StoredPairs]:
+) -> LoadedPairs[PairDataset]:
     """Pairs and report with the names that the files have now."""
     places = _places(source)
     said = facts["report"]
     dropped = {why: [places.said(one) for one in at] for why, at in said["dropped"].items()}
     own = {"source": source.name, "origin": origin, "dropped": dropped}
     report = PairsReport.from_dict(said | own)
-    return PairSet(StoredPairs([Store.of(arrays, places)]), report)
+    return LoadedPairs(PairDataset([MappedPairs.of(arrays, places)]), report)
 
 
-def _places(source: Source) -> Places:
-    return Places([str(path) for path in source.files] or [source.name])
+def _places(source: Source) -> RowLocations:
+    return RowLocations([str(path) for path in source.files] or [source.name])
 
 
 def _write(
-    stream: IO[bytes], source: Source, hands: Hands, rules: PairRules, counting: CountingRows,
+    stream: IO[bytes],
+    source: Source,
+    hands: TokenizerWorkers,
+    rules: PairRules,
+    counting: RowProgress,
     labels: dict[str, Any],
-) -> None:  # fmt: skip
-    places, writer = _places(source), Writer(stream)
+) -> None:
+    places, writer = _places(source), PairFileWriter(stream)
     report = new_report(source.name, rules.tokens, rules.rows)
     heard = partial(_counted, source, counting)
-    for arrays in blocks(source.rows(), hands, rules, report, places, heard):
+    for arrays in tokenize_chunks(source.rows(), hands, rules, report, places, heard):
         writer.add(arrays)
-    refuse_none(report)
+    check_any_pair(report)
     dropped = {why: [places.coded(one) for one in at] for why, at in report.dropped.items()}
     said = report.to_dict() | {"source": "", "dropped": dropped}
     writer.finish({**labels, "pairs": report.kept, "report": said})
 
 
-def _counted(source: Source, counting: CountingRows) -> AbstractContextManager[Heard]:
+def _counted(source: Source, counting: RowProgress) -> AbstractContextManager[Advance]:
     """Rows heard of as they are done; how many there are is quickly known of lines alone."""
-    if not source.files or any(kind_of_file(path) != (".jsonl", "") for path in source.files):
+    if not source.files or any(file_format(path) != (".jsonl", "") for path in source.files):
         return counting(None)
     lines = 0
     for path in source.files:
         with path.open("rb") as stream:
-            while block := stream.read(BLOCK):
+            while block := stream.read(READ_BYTES):
                 lines += block.count(b"\n")
     return counting(lines)
 
@@ -132,17 +143,17 @@ def _counted(source: Source, counting: CountingRows) -> AbstractContextManager[H
 def _files(source: Source) -> tuple[Path, ...]:
     """The files that hold the rows, if they are worth to be remembered."""
     files = source.files if source.dataset is None else source.dataset.files(source.split)
-    return files if sum(path.stat().st_size for path in files) >= SMALL else ()
+    return files if sum(path.stat().st_size for path in files) >= MIN_CACHED_BYTES else ()
 
 
 def _key(
-    source: Source, files: Sequence[Path], tokenizer: Any, rules: PairRules, cache: Cache
+    source: Source, files: Sequence[Path], tokenizer: Any, rules: PairRules, cache: TokenCache
 ) -> str:
     """A digest of everything that the pairs are a function of."""
-    kinds: list[Any] = [kind_of_file(path) for path in source.files]
+    kinds: list[Any] = [file_format(path) for path in source.files]
     dated = DATED in str(getattr(tokenizer, "chat_template", ""))
     content = {
-        "rules": [RULES, asdict(rules)],
+        "rules": [FORMAT_VERSION, asdict(rules)],
         "files": [kinds, [_digest(path) for path in files]],
         "tokenizer": [cache.tokenizer, sorted(stop_tokens(tokenizer)), tokenizer.eos_token_id],
         "libraries": [version(name) for name in LIBRARIES],
@@ -161,7 +172,7 @@ def _stamps(files: Sequence[Path]) -> list[tuple[int, int, int]]:
     return [(one.st_ino, one.st_size, one.st_mtime_ns) for one in facts]
 
 
-def _labels(key: str | None, source: Source, cache: Cache) -> dict[str, Any]:
+def _labels(key: str | None, source: Source, cache: TokenCache) -> dict[str, Any]:
     """What a new file says of itself. A file is named without the way to it."""
     name = source.name if source.dataset else "/".join(Path(source.name).parts[-2:])
     now = datetime.now(UTC).isoformat(timespec="seconds")
@@ -172,7 +183,7 @@ def _read(path: Path, key: str | None) -> tuple[Arrays, dict[str, Any]] | None:
     """What is kept there; None if it is nothing, damaged, or something else under this name."""
     try:
         with path.open("rb") as stream:
-            found = read_arrays(stream)
+            found = read_pair_file(stream)
     except OSError:
         return None
     with suppress(OSError):  # a cache that can only be read serves as well
@@ -181,7 +192,7 @@ def _read(path: Path, key: str | None) -> tuple[Arrays, dict[str, Any]] | None:
 
 
 @contextmanager
-def _beside(path: Path | None) -> Iterator[tuple[IO[bytes], Path | None, str]]:
+def _partial_file(path: Path | None) -> Iterator[tuple[IO[bytes], Path | None, str]]:
     """A file to write, where it is, and why it is not where it should be."""
     why_not = ""
     if path is not None:
@@ -224,7 +235,7 @@ def entries(folder: Path) -> list[Entry]:
 
 def _entry(path: Path) -> Entry:
     with path.open("rb") as stream:
-        facts = read_facts(stream)
+        facts = read_metadata(stream)
     found, said = path.stat(), facts or {}
     return Entry(
         path=path,

@@ -9,20 +9,37 @@ from typing import Any, NamedTuple
 
 from jinja2.exceptions import TemplateError
 
-from mlx_dpo.data.errors import EMPTY_PROMPT, REFUSED, SPECIAL, BadPair, NoBoundary
+from mlx_dpo.data.errors import (
+    EMPTY_PROMPT,
+    SPECIAL_TOKEN,
+    TEMPLATE_ERROR,
+    BadPairError,
+    PromptBoundaryError,
+)
 from mlx_dpo.data.schemas import hh_rlhf as dialogues
 from mlx_dpo.data.schemas.messages import as_turns, said
-from mlx_dpo.data.tokenization.special_tokens import NotPlain, specials_of, stop_tokens
+from mlx_dpo.data.tokenization.special_tokens import (
+    NotPlainTextError,
+    get_special_tokens,
+    stop_tokens,
+)
 from mlx_dpo.errors import ConfigError, DataError
 from mlx_dpo.types import Message, PreferenceExample
 
 Ids = tuple[int, ...]
 # A template is a program: what it makes of turns that it was not written for is its own.
-BREAKDOWNS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
-NOTHING: Mapping[str, Any] = {}
+TEMPLATE_EXCEPTIONS = (
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
+NO_KWARGS: Mapping[str, Any] = {}
 
 
-class Rows(NamedTuple):
+class TokenizedParts(NamedTuple):
     """A pair as ids, before anything is added or cut."""
 
     prompt: Ids
@@ -30,12 +47,12 @@ class Rows(NamedTuple):
     moved: int  # prompt tokens that merge with a completion and went over to it
 
 
-class Asked(NamedTuple):
+class TemplateInput(NamedTuple):
     """Turns, and how the template is asked to write them."""
 
     turns: Sequence[Message]
     thinking: bool
-    given: Mapping[str, Any] = NOTHING  # `tools` and the row's own arguments
+    given: Mapping[str, Any] = NO_KWARGS  # `tools` and the row's own arguments
     open_reply: bool = False  # begin the assistant's next turn
     unfinished: bool = False  # leave the last turn open
 
@@ -46,23 +63,23 @@ def has_template(tokenizer: Any) -> bool:
     return has if has is not None else getattr(tokenizer, "chat_template", None) is not None
 
 
-def render(
+def encode_conversation(
     tokenizer: Any, messages: Sequence[Message], *, open_reply: bool = False, thinking: bool
 ) -> Ids:
     """A conversation as the model sees it; `open_reply` begins the assistant's next turn.
 
     A special token that stands in a message stays plain text.
     """
-    return ids_of(tokenizer, Asked(messages, thinking, open_reply=open_reply))
+    return apply_template(tokenizer, TemplateInput(messages, thinking, open_reply=open_reply))
 
 
-def ids_of(tokenizer: Any, asked: Asked) -> Ids:
+def apply_template(tokenizer: Any, asked: TemplateInput) -> Ids:
     """What the template writes, as token ids.
 
     Raises:
-        NotPlain: a special token stands in the turns, and it cannot be kept as plain text.
+        NotPlainTextError: a special token stands in the turns, and it cannot be kept as plain text.
     """
-    specials = specials_of(tokenizer)
+    specials = get_special_tokens(tokenizer)
     if not specials.found([asked.turns, asked.given]):
         ids = _template(tokenizer, asked, tokenize=True)
         # Tokenizers of transformers return a mapping, mlx-lm's wrapper a list.
@@ -70,81 +87,91 @@ def ids_of(tokenizer: Any, asked: Asked) -> Ids:
     turns, given = specials.marked(asked.turns), specials.marked(asked.given)
     text = _template(tokenizer, asked._replace(turns=turns, given=given), tokenize=False)
     if specials.unmarked(text) != _template(tokenizer, asked, tokenize=False):
-        raise NotPlain("the template treats a special token within a message in its own way")
+        raise NotPlainTextError(
+            "the template treats a special token within a message in its own way"
+        )
     return tuple(specials.encode(tokenizer, text))
 
 
-def knows_thinking(tokenizer: Any) -> bool:
+def has_thinking_mode(tokenizer: Any) -> bool:
     """Whether the chat template writes another prompt when thinking is asked for."""
     if not has_template(tokenizer):
         return False
     question = [{"role": "user", "content": "?"}]
     on, off = (
-        render(tokenizer, question, open_reply=True, thinking=thinking)
+        encode_conversation(tokenizer, question, open_reply=True, thinking=thinking)
         for thinking in (True, False)
     )
     return on != off
 
 
-def chat_rows(tokenizer: Any, preference: PreferenceExample, *, thinking: bool) -> Rows:
+def tokenize_as_chat(
+    tokenizer: Any, preference: PreferenceExample, *, thinking: bool
+) -> TokenizedParts:
     """Ids through the model's chat template, strings as one user and one assistant turn.
 
     A prompt that ends with the assistant's turn is continued by the completions.
 
     Raises:
-        NoBoundary: the template changes the prompt once a reply follows.
-        BadPair: the prompt says nothing, or the template refuses the turns.
+        PromptBoundaryError: the template changes the prompt once a reply follows.
+        BadPairError: the prompt says nothing, or the template refuses the turns.
     """
     prompt = as_turns(preference.prompt, "user")
     if not said(prompt):
-        raise BadPair(preference.location, EMPTY_PROMPT)
+        raise BadPairError(preference.location, EMPTY_PROMPT)
     continues = prompt[-1]["role"] == "assistant"
-    asked = Asked(prompt, thinking, preference.template_kwargs)
+    asked = TemplateInput(prompt, thinking, preference.template_kwargs)
     before = asked._replace(open_reply=not continues, unfinished=continues)
     wholes = [
         asked._replace(turns=_joined(prompt, as_turns(completion, "assistant")))
         for completion in (preference.chosen, preference.rejected)
     ]
     try:
-        opened = ids_of(tokenizer, before)
-        rows = [ids_of(tokenizer, whole) for whole in wholes]
+        opened = apply_template(tokenizer, before)
+        rows = [apply_template(tokenizer, whole) for whole in wholes]
         for row, whole in zip(rows, wholes, strict=True):
             if row[: len(opened)] != opened and not _text_begins(tokenizer, before, whole):
                 raise _no_boundary(tokenizer, preference.location, opened, row)
-    except NotPlain as error:
-        raise BadPair(preference.location, SPECIAL, str(error)) from None
+    except NotPlainTextError as error:
+        raise BadPairError(preference.location, SPECIAL_TOKEN, str(error)) from None
     except TemplateError as error:
         found = " ".join(str(error).split())[:200]
-        mend = "mend its turns, or take another model"
-        raise BadPair(preference.location, REFUSED, found, mend=mend) from None
+        advice = "mend its turns, or take another model"
+        raise BadPairError(preference.location, TEMPLATE_ERROR, found, advice=advice) from None
     return _split(opened, rows)
 
 
-def turn_starts(tokenizer: Any, preference: PreferenceExample, *, thinking: bool) -> list[int]:
+def later_turn_starts(
+    tokenizer: Any, preference: PreferenceExample, *, thinking: bool
+) -> list[int]:
     """Where the user's later turns begin in the prompt's ids, as far as the template tells."""
     turns = as_turns(preference.prompt, "user")
-    whole = ids_of(tokenizer, Asked(turns, thinking, preference.template_kwargs))
+    whole = apply_template(tokenizer, TemplateInput(turns, thinking, preference.template_kwargs))
     starts = []
     for number, turn in enumerate(turns):
         if not number or turn["role"] != "user":
             continue
         try:
-            before = ids_of(tokenizer, Asked(turns[:number], thinking, preference.template_kwargs))
-        except (TemplateError, NotPlain):
+            before = apply_template(
+                tokenizer, TemplateInput(turns[:number], thinking, preference.template_kwargs)
+            )
+        except (TemplateError, NotPlainTextError):
             continue
         if whole[: len(before)] == before:
             starts.append(len(before))
     return starts
 
 
-def text_rows(tokenizer: Any, preference: PreferenceExample, *, controls: bool = False) -> Rows:
+def tokenize_as_text(
+    tokenizer: Any, preference: PreferenceExample, *, controls: bool = False
+) -> TokenizedParts:
     """Ids of plain text, prompt and completion tokenized as one.
 
     A special token within it stays plain text, but for one that begins the prompt or ends a
     completion as such tokens do; with `controls` all of them act.
 
     Raises:
-        BadPair: the prompt is empty and nothing else could predict the first token, or a
+        BadPairError: the prompt is empty and nothing else could predict the first token, or a
             special token cannot be kept as plain text.
     """
     prompt = str(preference.prompt)
@@ -154,17 +181,17 @@ def text_rows(tokenizer: Any, preference: PreferenceExample, *, controls: bool =
             _encode(tokenizer, prompt, controls, ends=False),
             [_encode(tokenizer, whole, controls, ends=True) for whole in wholes],
         )
-    except NotPlain as error:
-        raise BadPair(preference.location, SPECIAL, str(error)) from None
+    except NotPlainTextError as error:
+        raise BadPairError(preference.location, SPECIAL_TOKEN, str(error)) from None
     if rows.prompt:
         return rows
     if tokenizer.bos_token_id is None:
         found = "the tokenizer has no token that begins a text"
-        raise BadPair(preference.location, EMPTY_PROMPT, found)
+        raise BadPairError(preference.location, EMPTY_PROMPT, found)
     return rows._replace(prompt=(tokenizer.bos_token_id,))
 
 
-def inner_text(tokenizer: Any, text: str, *, ends: bool) -> tuple[str, str, str]:
+def split_control_tokens(tokenizer: Any, text: str, *, ends: bool) -> tuple[str, str, str]:
     """A token that begins the text as the tokenizer would, the text, and one that ends it."""
     bos = getattr(tokenizer, "bos_token", None) or ""
     start = len(bos) if bos and text.startswith(bos) else 0
@@ -177,7 +204,7 @@ def inner_text(tokenizer: Any, text: str, *, ends: bool) -> tuple[str, str, str]
     return text[:start], text[start:end], text[end:]
 
 
-def shown(tokenizer: Any, ids: Ids) -> str:
+def format_ids(tokenizer: Any, ids: Ids) -> str:
     """Ids as text, for messages."""
     return f"`{tokenizer.decode(list(ids))}`".replace("\n", "\\n") if ids else "nothing"
 
@@ -191,26 +218,26 @@ def _joined(prompt: tuple[Message, ...], completion: tuple[Message, ...]) -> lis
     return [*prompt[:-1], joined, *completion[1:]]
 
 
-def _text_begins(tokenizer: Any, before: Asked, whole: Asked) -> bool:
+def _text_begins(tokenizer: Any, before: TemplateInput, whole: TemplateInput) -> bool:
     """Whether it is only a token across the seam that makes the ids differ, not the template."""
     begin, text = (_template(tokenizer, asked, tokenize=False) for asked in (before, whole))
     return bool(text.startswith(begin))
 
 
-def _no_boundary(tokenizer: Any, location: str, before: Ids, whole: Ids) -> NoBoundary:
+def _no_boundary(tokenizer: Any, location: str, before: Ids, whole: Ids) -> PromptBoundaryError:
     at = _shared(before, whole)
-    was, became = (shown(tokenizer, ids[at : at + 1]) for ids in (before, whole))
-    return NoBoundary(
+    was, became = (format_ids(tokenizer, ids[at : at + 1]) for ids in (before, whole))
+    return PromptBoundaryError(
         f"{location}: the chat template changes the prompt once a reply follows it "
         f"(token {at}: {was} became {became}), so nothing says where the reply begins; "
         "take a model whose template keeps the prompt"
     )
 
 
-def _split(before: Ids, rows: Sequence[Ids]) -> Rows:
+def _split(before: Ids, rows: Sequence[Ids]) -> TokenizedParts:
     """Cut where all agree: a token across the seam belongs to the completions, in both rows."""
     end = min(_shared(before, row) for row in rows)
-    return Rows(before[:end], [row[end:] for row in rows], len(before) - end)
+    return TokenizedParts(before[:end], [row[end:] for row in rows], len(before) - end)
 
 
 def _shared(first: Ids, second: Ids) -> int:
@@ -218,7 +245,7 @@ def _shared(first: Ids, second: Ids) -> int:
     return next((i for i in range(shorter) if first[i] != second[i]), shorter)
 
 
-def _template(tokenizer: Any, asked: Asked, *, tokenize: bool) -> Any:
+def _template(tokenizer: Any, asked: TemplateInput, *, tokenize: bool) -> Any:
     # mlx-lm turns thinking on wherever a model knows it, so it is always said.
     told = {"enable_thinking": asked.thinking, **asked.given}
     if asked.unfinished:
@@ -227,13 +254,13 @@ def _template(tokenizer: Any, asked: Asked, *, tokenize: bool) -> Any:
         return tokenizer.apply_chat_template(
             list(asked.turns), add_generation_prompt=asked.open_reply, tokenize=tokenize, **told
         )
-    except BREAKDOWNS as error:
+    except TEMPLATE_EXCEPTIONS as error:
         raise TemplateError(f"{type(error).__name__}: {error}") from error
 
 
 def _encode(tokenizer: Any, text: str, controls: bool, *, ends: bool) -> Ids:
-    begin, inner, end = inner_text(tokenizer, text, ends=ends)
-    specials = specials_of(tokenizer)
+    begin, inner, end = split_control_tokens(tokenizer, text, ends=ends)
+    specials = get_special_tokens(tokenizer)
     if controls or not specials.found(inner):
         return tuple(tokenizer.encode(text, add_special_tokens=not begin))
     ids = specials.encode(tokenizer, begin + specials.marked(inner) + end)
@@ -241,7 +268,7 @@ def _encode(tokenizer: Any, text: str, controls: bool, *, ends: bool) -> Ids:
     return (tokenizer.bos_token_id, *ids) if opens and not begin else tuple(ids)
 
 
-SYSTEM = ("system", "developer")  # roles of a turn that comes before the conversation
+SYSTEM_ROLES = ("system", "developer")  # roles of a turn that comes before the conversation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,7 +283,7 @@ class TokenRules:
     vocab_size: int
 
 
-class Form(NamedTuple):
+class FormattedPreference(NamedTuple):
     """A preference as it goes to the tokenizer."""
 
     said: PreferenceExample
@@ -266,7 +293,9 @@ class Form(NamedTuple):
     thinking: bool  # whether the template is to open a thought
 
 
-def form_of(tokenizer: Any, given: PreferenceExample, rules: TokenRules) -> Form:
+def format_preference(
+    tokenizer: Any, given: PreferenceExample, rules: TokenRules
+) -> FormattedPreference:
     """The form that the rules and the tokenizer's template give a preference.
 
     Raises:
@@ -280,7 +309,9 @@ def form_of(tokenizer: Any, given: PreferenceExample, rules: TokenRules) -> Form
     )
     as_chat = _is_chat(tokenizer, marked or given, rules)
     said, with_system = _with_system(marked or given, rules, as_chat)
-    return Form(said, as_chat, marked is not None, with_system, _thinking(said, rules))
+    return FormattedPreference(
+        said, as_chat, marked is not None, with_system, _thinking(said, rules)
+    )
 
 
 def _may_chat(tokenizer: Any, rules: TokenRules) -> bool:
@@ -317,7 +348,7 @@ def _with_system(
             "text; take a chat model, or leave out --system"
         )
     turns = as_turns(preference.prompt, "user")
-    if turns[0]["role"] in SYSTEM:
+    if turns[0]["role"] in SYSTEM_ROLES:
         return preference, turns[0]["content"] == rules.system
     return replace(preference, prompt=({"role": "system", "content": rules.system}, *turns)), True
 

@@ -15,13 +15,13 @@ from itertools import chain, islice
 from queue import SimpleQueue
 from typing import IO, Any, NamedTuple, Self
 
-from mlx_dpo.data.dataset import Arrays, Places, arrays_of
+from mlx_dpo.data.dataset import Arrays, RowLocations, pairs_to_arrays
 from mlx_dpo.data.files import Row
-from mlx_dpo.data.load import PairRules, new_report, pairs_of_rows
+from mlx_dpo.data.load import PairRules, new_report, tokenize_rows
 from mlx_dpo.data.report import PairsReport
 from mlx_dpo.errors import DataError, DPOError
 
-PROGRAM = """
+WORKER_PROGRAM = """
 import pickle, sys
 sys.path[:] = pickle.load(sys.stdin.buffer)
 from mlx_dpo.data.tokenization.parallel import main
@@ -29,7 +29,7 @@ main()
 """
 
 
-class Answer(NamedTuple):
+class TokenizedChunk(NamedTuple):
     """What became of some rows."""
 
     arrays: Arrays
@@ -37,22 +37,22 @@ class Answer(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Job:
+class WorkerSetup:
     """What a process has to know."""
 
     load: Callable[[], Any]  # the tokenizer
     rules: PairRules
-    places: Places
+    places: RowLocations
 
 
-class Workers:
+class WorkerPool:
     """So many processes; they end with the block."""
 
     def __init__(
-        self, count: int, load: Callable[[], Any], rules: PairRules, places: Places
+        self, count: int, load: Callable[[], Any], rules: PairRules, places: RowLocations
     ) -> None:
         self.count = count
-        self._job = pickle.dumps(Job(load, rules, places))
+        self._job = pickle.dumps(WorkerSetup(load, rules, places))
         self._all: list[subprocess.Popen[bytes]] = []
         self._idle: SimpleQueue[subprocess.Popen[bytes]] = SimpleQueue()
 
@@ -60,7 +60,7 @@ class Workers:
         for _ in range(self.count):
             # A session of its own: Ctrl-C is for the process that waits for this one.
             worker = subprocess.Popen(
-                [sys.executable, "-c", PROGRAM],
+                [sys.executable, "-c", WORKER_PROGRAM],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
             )  # fmt: skip
             self._all.append(worker)
@@ -76,11 +76,11 @@ class Workers:
             with suppress(BrokenPipeError):  # what it was being told when it ended
                 worker.communicate()
 
-    def ask(self, rows: Sequence[Row]) -> Answer:
+    def ask(self, rows: Sequence[Row]) -> TokenizedChunk:
         """What becomes of these rows; waits for a process that is free. From any thread.
 
         Raises:
-            DataError, BadPair, ConfigError: what one process would have raised.
+            DataError, BadPairError, ConfigError: what one process would have raised.
         """
         worker = self._idle.get()
         try:
@@ -92,7 +92,7 @@ class Workers:
             self._idle.put(worker)
         if isinstance(answer, DPOError):
             raise answer
-        return Answer(*answer)
+        return TokenizedChunk(*answer)
 
 
 def _send(stream: IO[bytes] | None, data: bytes) -> None:
@@ -112,14 +112,14 @@ def main() -> None:
     """Answer until nothing more is asked. Errors are answers too."""
     # Whatever a library prints must not come between the answers.
     answers, sys.stdout = sys.stdout.buffer, sys.stderr
-    job: Job = pickle.load(sys.stdin.buffer)
+    job: WorkerSetup = pickle.load(sys.stdin.buffer)
     tokenizer = job.load()
     while True:
         try:
             rows = pickle.load(sys.stdin.buffer)
         except EOFError:
             return
-        answer: Answer | DPOError
+        answer: TokenizedChunk | DPOError
         try:
             answer = _answer(rows, tokenizer, job)
         except DPOError as error:
@@ -127,22 +127,22 @@ def main() -> None:
         _send(answers, pickle.dumps(answer))
 
 
-def _answer(rows: Sequence[Row], tokenizer: Any, job: Job) -> Answer:
+def _answer(rows: Sequence[Row], tokenizer: Any, job: WorkerSetup) -> TokenizedChunk:
     report = new_report("", job.rules.tokens, job.rules.rows)
-    pairs = list(pairs_of_rows(rows, tokenizer, job.rules, report))
-    return Answer(arrays_of(pairs, job.places), report)
+    pairs = list(tokenize_rows(rows, tokenizer, job.rules, report))
+    return TokenizedChunk(pairs_to_arrays(pairs, job.places), report)
 
 
-ALONE = 5000  # rows that are done before other processes are worth their start
-CHUNK = 250  # rows that one of them is given at a time
-AHEAD = 3  # chunks for each, so that none waits
+MIN_PARALLEL_ROWS = 5000  # rows that are done before other processes are worth their start
+CHUNK_ROWS = 250  # rows that one of them is given at a time
+CHUNKS_AHEAD = 3  # chunks for each, so that none waits
 
-Heard = Callable[[int], None]
-Counting = Callable[[], AbstractContextManager[Heard]]  # of rows, how ever many they are
+Advance = Callable[[int], None]
+ChunkProgress = Callable[[], AbstractContextManager[Advance]]  # of rows, how ever many they are
 
 
 @dataclass(frozen=True)
-class Hands:
+class TokenizerWorkers:
     """Who tokenizes: this process, or so many others, which load the tokenizer themselves."""
 
     tokenizer: Any
@@ -150,42 +150,42 @@ class Hands:
     processes: int = 1
 
 
-def blocks(
+def tokenize_chunks(
     rows: Iterator[Row],
-    hands: Hands,
+    hands: TokenizerWorkers,
     rules: PairRules,
     report: PairsReport,
-    places: Places,
-    counting: Counting,
+    places: RowLocations,
+    counting: ChunkProgress,
 ) -> Iterator[Arrays]:
     """Everything that a store holds of the rows' pairs, in order; `report` counts.
 
     Raises:
-        DataError, BadPair, ConfigError: as `load_pairs`, the first that there is.
+        DataError, BadPairError, ConfigError: as `load_pairs`, the first that there is.
     """
     whole = rules.rows.pair_labelled  # answers meet others from far away
-    few = rows if whole else islice(rows, ALONE)
-    for chunk in _chunks(pairs_of_rows(few, hands.tokenizer, rules, report)):
-        yield arrays_of(chunk, places)
+    few = rows if whole else islice(rows, MIN_PARALLEL_ROWS)
+    for chunk in _chunks(tokenize_rows(few, hands.tokenizer, rules, report)):
+        yield pairs_to_arrays(chunk, places)
     more = next(rows, None)
     if more is None:
         return
     with counting() as heard:
-        heard(ALONE)
+        heard(MIN_PARALLEL_ROWS)
         rest = chain([more], rows)
         if hands.processes == 1:
             counted = _counted(rest, heard)
-            for chunk in _chunks(pairs_of_rows(counted, hands.tokenizer, rules, report)):
-                yield arrays_of(chunk, places)
+            for chunk in _chunks(tokenize_rows(counted, hands.tokenizer, rules, report)):
+                yield pairs_to_arrays(chunk, places)
             return
-        with Workers(hands.processes, hands.load, rules, places) as workers:
+        with WorkerPool(hands.processes, hands.load, rules, places) as workers:
             for answer in _asked(_chunks(rest), workers):
                 report.add(answer.report)
                 heard(answer.report.read)
                 yield answer.arrays
 
 
-def _counted(rows: Iterable[Row], heard: Heard) -> Iterator[Row]:
+def _counted(rows: Iterable[Row], heard: Advance) -> Iterator[Row]:
     for row in rows:
         heard(1)
         yield row
@@ -197,7 +197,7 @@ def _chunks(items: Iterable[Any]) -> Iterator[Sequence[Any]]:
     try:
         for item in items:
             chunk.append(item)
-            if len(chunk) == CHUNK:
+            if len(chunk) == CHUNK_ROWS:
                 yield chunk
                 chunk = []
     except DPOError:
@@ -206,9 +206,9 @@ def _chunks(items: Iterable[Any]) -> Iterator[Sequence[Any]]:
     yield chunk
 
 
-def _asked(chunks: Iterator[Sequence[Row]], workers: Workers) -> Iterator[Answer]:
+def _asked(chunks: Iterator[Sequence[Row]], workers: WorkerPool) -> Iterator[TokenizedChunk]:
     """Answers in the order of the chunks; what cannot be read is raised behind all before it."""
-    waiting: deque[Future[Answer]] = deque()
+    waiting: deque[Future[TokenizedChunk]] = deque()
     unreadable = None
     threads = ThreadPoolExecutor(workers.count)
     try:
@@ -219,7 +219,7 @@ def _asked(chunks: Iterator[Sequence[Row]], workers: Workers) -> Iterator[Answer
                 break
             except DPOError as error:
                 unreadable = error
-            if len(waiting) == AHEAD * workers.count:
+            if len(waiting) == CHUNKS_AHEAD * workers.count:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

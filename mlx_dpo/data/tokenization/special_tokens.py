@@ -12,14 +12,14 @@ from typing import Any
 from mlx_dpo.errors import DataError
 
 FIRST_MARK = 0x100000  # characters that Unicode leaves to private use
-SEAMS = ("\n", "x", ".")  # after which a piece is encoded that begins no text
+CONTEXTS = ("\n", "x", ".")  # after which a piece is encoded that begins no text
 
 
-class NotPlain(DataError):  # noqa: N818 -- named for what the text is
+class NotPlainTextError(DataError):
     """A text with a special token in it that this tokenizer cannot write as plain text."""
 
 
-class Specials:
+class SpecialTokens:
     """The special tokens of a tokenizer, each with a character that stands for it."""
 
     def __init__(self, names: Mapping[str, int]) -> None:
@@ -33,17 +33,17 @@ class Specials:
 
     def found(self, value: Any) -> set[str]:
         """Those that stand in a text, or in any text of nested messages."""
-        return {name for text in texts(value) for name in self._written.findall(text)}
+        return {name for text in iterate_texts(value) for name in self._written.findall(text)}
 
     def marked(self, value: Any) -> Any:
         """The same value with marks in their places; roles are the template's business.
 
         Raises:
-            NotPlain: a text holds the characters of marks already.
+            NotPlainTextError: a text holds the characters of marks already.
         """
         if isinstance(value, str):
             if self._marked.search(value):
-                raise NotPlain("the text holds private characters beside a special token")
+                raise NotPlainTextError("the text holds private characters beside a special token")
             return self._written.sub(lambda match: self._mark[match[0]], value)
         if isinstance(value, Mapping):
             return {k: v if k == "role" else self.marked(v) for k, v in value.items()}
@@ -57,7 +57,7 @@ class Specials:
         """Ids of a marked text: what is marked as plain text, everything else as ever.
 
         Raises:
-            NotPlain: the tokenizer makes a special token of its name whatever it is asked.
+            NotPlainTextError: the tokenizer makes a special token of its name whatever it is asked.
         """
         pieces = self._marked.split(text)
         ids = _plain(tokenizer)(pieces[0]) if pieces[0] else []
@@ -74,12 +74,12 @@ class Specials:
             plain = _plain(tokenizer)
             ids = _continued(plain, name[:1], inside) + _continued(plain, name[1:], True)
         if self.ids & set(ids):
-            raise NotPlain(f"the tokenizer has no plain text for `{name}`")
+            raise NotPlainTextError(f"the tokenizer has no plain text for `{name}`")
         return ids
 
 
 @lru_cache(maxsize=4)
-def specials_of(tokenizer: Any) -> Specials:
+def get_special_tokens(tokenizer: Any) -> SpecialTokens:
     """The control tokens of a tokenizer: the special ones, and those that end a reply."""
     names: dict[str, int] = {}
     for token in getattr(tokenizer, "all_special_tokens", ()):
@@ -91,7 +91,7 @@ def specials_of(tokenizer: Any) -> Specials:
         token = tokenizer.convert_ids_to_tokens(number)
         if isinstance(token, str):
             names[token] = number
-    return Specials({name: number for name, number in names.items() if name.strip()})
+    return SpecialTokens({name: number for name, number in names.items() if name.strip()})
 
 
 def stop_tokens(tokenizer: Any) -> set[int]:
@@ -101,17 +101,17 @@ def stop_tokens(tokenizer: Any) -> set[int]:
     return set(known) if isinstance(known, set | list | tuple) else {tokenizer.eos_token_id}
 
 
-def texts(value: Any) -> Iterator[str]:
+def iterate_texts(value: Any) -> Iterator[str]:
     """Every text in a value but for roles."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
         for key, item in value.items():
             if key != "role":
-                yield from texts(item)
+                yield from iterate_texts(item)
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from texts(item)
+            yield from iterate_texts(item)
 
 
 def _plain(tokenizer: Any, *, split: bool = False) -> Callable[[str], list[int]]:
@@ -123,8 +123,8 @@ def _continued(encode: Callable[[str], list[int]], piece: str, inside: bool) -> 
     """Ids of a piece that stands within a text: some tokenizers put a space before a beginning."""
     if not inside:
         return encode(piece)
-    for seam in SEAMS:
+    for seam in CONTEXTS:
         before, both = encode(seam), encode(seam + piece)
         if both[: len(before)] == before:
             return both[len(before) :]
-    raise NotPlain("the tokenizer joins what stands beside a special token with it")
+    raise NotPlainTextError("the tokenizer joins what stands beside a special token with it")

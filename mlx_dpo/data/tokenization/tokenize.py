@@ -4,21 +4,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from mlx_dpo.data.errors import EMPTY, NO_ROOM, SAME_TOKENS, SAME_WHEN_CUT, TOO_LONG, BadPair
+from mlx_dpo.data.errors import (
+    EMPTY_COMPLETION,
+    NO_ROOM,
+    SAME_AFTER_TRUNCATION,
+    SAME_TOKENS,
+    TOO_LONG,
+    BadPairError,
+)
 from mlx_dpo.data.tokenization.chat_template import (
-    Form,
+    FormattedPreference,
     Ids,
     TokenRules,
-    chat_rows,
-    form_of,
+    format_ids,
+    format_preference,
     has_template,
-    inner_text,
-    knows_thinking,
-    shown,
-    text_rows,
-    turn_starts,
+    has_thinking_mode,
+    later_turn_starts,
+    split_control_tokens,
+    tokenize_as_chat,
+    tokenize_as_text,
 )
-from mlx_dpo.data.tokenization.special_tokens import specials_of, stop_tokens
+from mlx_dpo.data.tokenization.special_tokens import get_special_tokens, stop_tokens
 from mlx_dpo.errors import ConfigError, DataError, ModelError
 from mlx_dpo.types import PreferenceExample, TokenizedPair, UnpairedExample
 
@@ -42,12 +49,12 @@ def truncate(
     the token that begins a text, that token stays.
 
     Raises:
-        BadPair: there is no such pair, or the cut leaves no difference.
+        BadPairError: there is no such pair, or the cut leaves no difference.
     """
     if len(pair) <= max_length:
         return pair
     if how == "drop":
-        raise BadPair(pair.location, TOO_LONG, f"{len(pair)} tokens, max_length {max_length}")
+        raise BadPairError(pair.location, TOO_LONG, f"{len(pair)} tokens, max_length {max_length}")
     prompt = pair.prompt
     if how == "keep_end":
         longest_completion = len(pair) - len(prompt)
@@ -55,11 +62,11 @@ def truncate(
     room = max_length - len(prompt)
     if room < 1:
         found = f"prompt of {len(prompt)} tokens, max_length {max_length}"
-        raise BadPair(pair.location, NO_ROOM, found, mend="raise --max-length")
+        raise BadPairError(pair.location, NO_ROOM, found, advice="raise --max-length")
     cut = replace(pair, prompt=prompt, chosen=pair.chosen[:room], rejected=pair.rejected[:room])
     if cut.chosen == cut.rejected:
         found = f"max_length {max_length}"
-        raise BadPair(pair.location, SAME_WHEN_CUT, found, mend="raise --max-length")
+        raise BadPairError(pair.location, SAME_AFTER_TRUNCATION, found, advice="raise --max-length")
     return cut
 
 
@@ -80,7 +87,7 @@ def _end_of_prompt(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Encoded:
+class TokenizedExample:
     """A tokenized pair, and what happened to it on the way."""
 
     pair: TokenizedPair
@@ -99,7 +106,7 @@ class Encoded:
         return self.prompt_cut or self.completions_cut > 0
 
 
-def check_rules(tokenizer: Any, rules: TokenRules) -> None:
+def check_token_rules(tokenizer: Any, rules: TokenRules) -> None:
     """Refuse rules that this tokenizer cannot follow.
 
     Raises:
@@ -115,11 +122,13 @@ def check_rules(tokenizer: Any, rules: TokenRules) -> None:
             "`chat_template` is chat, but the model has no chat template; "
             "take a chat model, or --chat-template text"
         )
-    if rules.thinking is not None and not knows_thinking(tokenizer):
+    if rules.thinking is not None and not has_thinking_mode(tokenizer):
         raise ConfigError("`thinking` has no effect; the model has no template with such a mode")
 
 
-def tokenize_pair(tokenizer: Any, preference: PreferenceExample, rules: TokenRules) -> Encoded:
+def tokenize_pair(
+    tokenizer: Any, preference: PreferenceExample, rules: TokenRules
+) -> TokenizedExample:
     """The pair as token ids, each completion with the stop token that ends it.
 
     Under `auto`, strings go through the model's chat template, unless they are parts of a
@@ -127,21 +136,23 @@ def tokenize_pair(tokenizer: Any, preference: PreferenceExample, rules: TokenRul
 
     Raises:
         DataError: the template or the tokenizer does not fit the pair or the model.
-        BadPair: nothing to learn is left of the pair.
+        BadPairError: nothing to learn is left of the pair.
     """
     parts = _parts(tokenizer, preference, rules)
     chosen, rejected = parts.completions
     if chosen == rejected:
-        raise BadPair(preference.location, SAME_TOKENS)
+        raise BadPairError(preference.location, SAME_TOKENS)
     whole = TokenizedPair(parts.prompt, chosen, rejected, preference.location)
     return _encoded(tokenizer, whole, parts, rules, stops_added=sum(parts.stops_added))
 
 
-def tokenize_judgement(tokenizer: Any, judgement: UnpairedExample, rules: TokenRules) -> Encoded:
+def tokenize_unpaired(
+    tokenizer: Any, judgement: UnpairedExample, rules: TokenRules
+) -> TokenizedExample:
     """A judged answer as token ids: `chosen` is the answer, `rejected` is left empty.
 
     Raises:
-        DataError, BadPair: as for a pair.
+        DataError, BadPairError: as for a pair.
     """
     answer = judgement.completion
     twice = PreferenceExample(
@@ -161,7 +172,7 @@ def tokenize_judgement(tokenizer: Any, judgement: UnpairedExample, rules: TokenR
 
 
 class _Parts(NamedTuple):
-    form: Form
+    form: FormattedPreference
     prompt: Ids
     completions: tuple[Ids, ...]  # each with the stop token that ends it
     stops_added: tuple[bool, ...]
@@ -170,31 +181,31 @@ class _Parts(NamedTuple):
 
 def _parts(tokenizer: Any, given: PreferenceExample, rules: TokenRules) -> _Parts:
     """Prompt and completions as ids that the model knows, neither of them empty."""
-    form = form_of(tokenizer, given, rules)
+    form = format_preference(tokenizer, given, rules)
     said = form.said
     if form.as_chat:
-        rows = chat_rows(tokenizer, said, thinking=form.thinking)
+        rows = tokenize_as_chat(tokenizer, said, thinking=form.thinking)
     else:
-        rows = text_rows(tokenizer, said, controls=rules.chat_template == "text")
+        rows = tokenize_as_text(tokenizer, said, controls=rules.chat_template == "text")
     stops = stop_tokens(tokenizer)
     completions, added = zip(
         *(_ended(tokenizer, completion, stops) for completion in rows.completions), strict=True
     )
     _check_ids(tokenizer, (rows.prompt, *completions), said.location, rules.vocab_size)
     if any(len(ids) == 1 and ids[0] in stops for ids in completions):
-        raise BadPair(said.location, EMPTY, "once tokenized")
+        raise BadPairError(said.location, EMPTY_COMPLETION, "once tokenized")
     return _Parts(form, rows.prompt, completions, added, rows.moved)
 
 
 def _encoded(
     tokenizer: Any, whole: TokenizedPair, parts: _Parts, rules: TokenRules, *, stops_added: int
-) -> Encoded:
+) -> TokenizedExample:
     form, turns = parts.form, list[int]()
     if rules.truncation == "keep_end" and form.as_chat and len(whole) > rules.max_length:
-        turns = turn_starts(tokenizer, form.said, thinking=form.thinking)
+        turns = later_turn_starts(tokenizer, form.said, thinking=form.thinking)
     begins = whole.prompt[0] == tokenizer.bos_token_id
     pair = truncate(whole, rules.max_length, rules.truncation, begins=begins, turns=turns)
-    return Encoded(
+    return TokenizedExample(
         pair=pair,
         as_chat=form.as_chat,
         was_dialogue=form.was_dialogue,
@@ -207,15 +218,15 @@ def _encoded(
     )
 
 
-def _specials(tokenizer: Any, form: Form) -> frozenset[str]:
+def _specials(tokenizer: Any, form: FormattedPreference) -> frozenset[str]:
     """Special tokens that somebody typed; not those that frame a plain text."""
-    said, specials = form.said, specials_of(tokenizer)
+    said, specials = form.said, get_special_tokens(tokenizer)
     if form.as_chat:
         return frozenset(
             specials.found([said.prompt, said.chosen, said.rejected, said.template_kwargs])
         )
     wholes = (f"{said.prompt}{text}" for text in (said.chosen, said.rejected))
-    inner = [inner_text(tokenizer, whole, ends=True)[1] for whole in wholes]
+    inner = [split_control_tokens(tokenizer, whole, ends=True)[1] for whole in wholes]
     return frozenset(specials.found(inner))
 
 
@@ -233,6 +244,6 @@ def _check_ids(tokenizer: Any, parts: Sequence[Ids], location: str, vocab_size: 
     for token in set().union(*parts):
         if not 0 <= token < vocab_size:
             raise DataError(
-                f"{location}: token {token} ({shown(tokenizer, (token,))}) is outside the "
+                f"{location}: token {token} ({format_ids(tokenizer, (token,))}) is outside the "
                 f"model's vocabulary of {vocab_size}; the tokenizer does not belong to this model"
             )
