@@ -1,14 +1,35 @@
-"""The errors a user can fix. Anything else is a bug and keeps its traceback.
+"""Errors that a user can fix. Any other exception is a bug and keeps its traceback.
 
     DPOError
     ├── ConfigError      a setting is unknown, out of range, without effect or contradicts another
-    ├── DataError        preferences cannot be read, or nothing is left of them
+    ├── DataError                preference data cannot be read, or no pair is left
+    │   ├── BadPairError         a pair cannot be trained on; it may be left out
+    │   └── PromptBoundaryError  the chat template hides where the completion begins
     ├── ModelError       a model cannot be found, loaded, converted or adapted
     ├── RunError         a run folder is taken, foreign, unfinished or cannot be written
     └── TrainingError    training went wrong (a loss that is not a number)
 
 Messages read `where: what is wrong (what was found); what to do`, on one line.
 """
+
+from collections.abc import Callable
+
+# Reasons of a `BadPairError`.
+EMPTY_COMPLETION = "a completion is empty"
+SAME_TEXT = "chosen and rejected are the same text"
+SAME_TOKENS = "chosen and rejected are the same tokens"
+DIFFERENT_PROMPTS = "the dialogues differ before the last answer"
+EMPTY_PROMPT = "the prompt is empty"
+NO_ROOM = "the prompt leaves no room for a completion"
+SAME_AFTER_TRUNCATION = "chosen and rejected are the same once cut"
+TOO_LONG = "the pair is too long"
+NOT_TEXT = "it holds images, audio or video, and only text is trained on"
+TIED = "completions are rated alike"
+UNPAIRED = "no answer of the other kind to the same prompt"
+TEMPLATE_ERROR = "the model's chat template refuses the conversation"
+SPECIAL_TOKEN = "a special token of the model in its text cannot be kept as plain text"
+
+ALWAYS_DROPPED = (TOO_LONG, TIED, UNPAIRED)  # a setting or a rating asks for it; never an error
 
 
 class DPOError(Exception):
@@ -20,7 +41,34 @@ class ConfigError(DPOError):
 
 
 class DataError(DPOError):
-    """Preferences cannot be read as prompt, chosen, rejected, or none is left."""
+    """Preference data cannot be read as prompt, chosen and rejected, or no pair is left."""
+
+
+class PromptBoundaryError(DataError):
+    """The chat template hides where the completion begins; no setting leaves such a pair out."""
+
+
+class BadPairError(DataError):
+    """A pair cannot be trained on; it may be left out and counted under its `reason`."""
+
+    def __init__(
+        self, location: str, reason: str, found: str = "", *, advice: str = "mend it"
+    ) -> None:
+        self.location = location
+        self.reason = reason
+        self._arguments = (location, reason, found, advice)
+        shown = f" ({found})" if found else ""
+        super().__init__(
+            f"{location}: {reason}{shown}; {advice}, or leave such pairs out with --bad-pairs drop"
+        )
+
+    def __reduce__(self) -> tuple[Callable[..., "BadPairError"], tuple[str, ...]]:
+        # By default, pickle would rebuild the exception from its message alone.
+        return _rebuild_bad_pair, self._arguments
+
+
+def _rebuild_bad_pair(location: str, reason: str, found: str, advice: str) -> BadPairError:
+    return BadPairError(location, reason, found, advice=advice)
 
 
 class ModelError(DPOError):
@@ -36,7 +84,7 @@ class TrainingError(DPOError):
 
 
 def reason(error: BaseException) -> str:
-    """What an error of the system or of another library says, in one short line."""
+    """Return the message of an error of the system or of another library, in one short line."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return " ".join(str(error).split())[:200] or type(error).__name__

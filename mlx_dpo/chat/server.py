@@ -27,9 +27,9 @@ from mlx_lm.server import (
 
 from mlx_dpo.adapters.switch import Side, Sides, evaluated
 from mlx_dpo.config.sampling import Sampling
-from mlx_dpo.data.schemas.messages import OURS
 from mlx_dpo.errors import ConfigError, reason
 from mlx_dpo.generation.generate import batches_exactly
+from mlx_dpo.schemas.messages import OURS
 
 SEEDS = 2**64
 # Fields that would change the answer, each with the values that ask for what is done anyway.

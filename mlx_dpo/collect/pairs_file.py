@@ -12,9 +12,9 @@ from typing import Any
 
 from mlx_dpo.chat.feedback import JsonlFile, pair_row, utc_timestamp
 from mlx_dpo.data.prompts import Prompt
-from mlx_dpo.data.schemas.messages import as_turns
 from mlx_dpo.data.sources import read_rows
 from mlx_dpo.errors import DataError
+from mlx_dpo.schemas.messages import as_turns
 
 Row = dict[str, Any]
 PROVENANCE = "provenance"

@@ -11,8 +11,8 @@ from typing import Any
 
 from mlx_dpo.collect.pairs_file import Decision, PairsFile
 from mlx_dpo.data.prompts import Prompt
-from mlx_dpo.data.schemas.messages import refuse_unreadable
 from mlx_dpo.errors import ConfigError
+from mlx_dpo.schemas.messages import refuse_unreadable
 
 TIE, SKIPPED, IDENTICAL, EMPTY = "tie", "skipped", "all answers are alike", "too few answers"
 PERSON = "person"

@@ -4,12 +4,9 @@ from dataclasses import dataclass
 
 from mlx_dpo.config.option import option
 from mlx_dpo.errors import ConfigError
+from mlx_dpo.schemas import SCHEMAS
 
 DATA = "Pairs"
-SCHEMAS = (  # ways of writing rows, as `preferences.schemas` and `preferences.judged` read them
-    "openai", "sharegpt", "shp", "ranked", "alpaca", "orca",
-    "strings", "whole-messages", "messages", "dialogues", "whole-strings", "labelled",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +38,7 @@ class PairSettings:
         open_high=True,
     )
     schema: str | None = option(
-        None, "Read rows as this kind. [default: by their shape]", str, DATA, choices=SCHEMAS
+        None, "Read rows as this kind. [default: by their shape]", str, DATA, choices=tuple(SCHEMAS)
     )
     column: tuple[str, ...] = option(
         (), "NAME=COLUMN: where a field is; dots reach into objects (`prompt=input.question`).",

@@ -5,9 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mlx_dpo.config.dpo_config import DPOConfig, options
-from mlx_dpo.data.errors import BadPairError
 from mlx_dpo.data.examples import parse_rows
-from mlx_dpo.data.files import Row
 from mlx_dpo.data.inspect.check import Checked, check
 from mlx_dpo.data.inspect.raw_rows import Written, written
 from mlx_dpo.data.inspect.scan import Eyes, Said, Tick, encoded, without_place
@@ -16,8 +14,9 @@ from mlx_dpo.data.load import check_settings_used
 from mlx_dpo.data.report import PairsReport
 from mlx_dpo.data.sources import SplitSources, find_sources
 from mlx_dpo.data.tokenization.tokenize import check_token_rules
-from mlx_dpo.errors import ConfigError, DataError
+from mlx_dpo.errors import BadPairError, ConfigError, DataError
 from mlx_dpo.runs.inputs import read_base, row_rules, token_rules
+from mlx_dpo.schemas.schema import Row
 from mlx_dpo.types import UnpairedExample
 
 OF_MODELS = (

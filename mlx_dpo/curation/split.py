@@ -20,11 +20,11 @@ from mlx_dpo.data.inspect.raw_rows import (
 )
 from mlx_dpo.data.load import hold_out_prompts
 from mlx_dpo.data.report import PairsReport
-from mlx_dpo.data.schemas import prompt_digest
 from mlx_dpo.data.sources import Source, find_sources
 from mlx_dpo.errors import ConfigError, DataError
 from mlx_dpo.io.atomic import atomic_folder
 from mlx_dpo.runs.inputs import row_rules
+from mlx_dpo.schemas.messages import prompt_digest
 
 TRAIN, VALID = "train", "valid"
 

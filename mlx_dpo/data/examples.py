@@ -4,142 +4,23 @@ Text only: knows no tokenizer. Prints nothing.
 """
 
 import math
-from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from typing import Any, NamedTuple
 
-from mlx_dpo.data import examples as judged
-from mlx_dpo.data import schemas
-from mlx_dpo.data.errors import ALWAYS_DROPPED, EMPTY_COMPLETION, UNPAIRED, BadPairError
-from mlx_dpo.data.files import Row, format_names, rename_columns
 from mlx_dpo.data.report import PairsReport
-from mlx_dpo.data.schemas import TEMPLATE_FIELDS, Outcome, RowRules, Schema, outcomes
-from mlx_dpo.data.schemas.messages import (
-    as_turns,
-    kind_of,
-    pair,
-    refuse_media,
-    said,
-    template_input,
-    text_of,
-    turns_of,
+from mlx_dpo.errors import (
+    ALWAYS_DROPPED,
+    BadPairError,
+    ConfigError,
+    DataError,
 )
-from mlx_dpo.data.schemas.sharegpt import conversation
-from mlx_dpo.errors import ConfigError, DataError
-from mlx_dpo.types import PreferenceExample, Text, UnpairedExample
-
-FIELDS = frozenset({"prompt", "completion", "messages", "conversations", "label"})
-LABELS = {"true": True, "false": False, "1": True, "0": False}  # as CSV has them
-
-
-def schema_of(row: Row, rules: RowRules = schemas.DEFAULT) -> Schema:
-    """How the row is written: as a judged answer, or as a pair, which is two of them.
-
-    Raises:
-        DataError: it is neither.
-    """
-    if rules.schema == LABELLED.name or (rules.schema is None and "label" in row.record):
-        return LABELLED
-    return schemas.schema_of(row, rules)
-
-
-def to_unpaired_examples(
-    row: Row, schema: Schema, rules: RowRules = schemas.DEFAULT
-) -> list[UnpairedExample]:
-    """One judgement of a labelled row, two of a pair: chosen is good, rejected is bad.
-
-    Raises:
-        DataError: a field is missing or of another kind.
-        BadPairError: the row says nothing.
-    """
-    if schema is not LABELLED:
-        return [
-            UnpairedExample(
-                one.prompt, text, good, row.location, one.template_kwargs, one.implicit_prompt
-            )
-            for one in schemas.to_preferences(row, rules)
-            for text, good in ((one.chosen, True), (one.rejected, False))
-        ]
-    refuse_media(row)
-    desirable = _label(row)
-    prompt, completion = _answer(row)
-    if not said(completion):
-        raise BadPairError(row.location, EMPTY_COMPLETION)
-    given = template_input(row.record, row.record.get("tools"), row.location)
-    return [UnpairedExample(prompt, completion, desirable, row.location, given)]
-
-
-def _label(row: Row) -> bool:
-    label = row.record.get("label")
-    if isinstance(label, str):
-        label = LABELS.get(label.strip().lower(), label)
-    if not isinstance(label, bool | int) or label not in (0, 1):
-        raise DataError(f"{row.location}: `label` must be true or false, found {label!r}"[:300])
-    return bool(label)
-
-
-def _answer(row: Row) -> tuple[Text, Text]:
-    """The prompt and the answer of a labelled row."""
-    record = row.record
-    for name in ("messages", "conversations"):
-        if name not in record:
-            continue
-        turns = (
-            conversation(row) if name != "messages" else turns_of(record[name], name, row.location)
-        )
-        *earlier, last = turns
-        if last["role"] != "assistant" or not earlier:
-            raise DataError(
-                f"{row.location}: `{name}` must end with the assistant's answer to earlier turns, "
-                f"found a turn of `{last['role']}`"
-            )
-        return tuple(earlier), (last,)
-    for name in ("prompt", "completion"):
-        if name not in record:
-            raise DataError(
-                f"{row.location}: a labelled row without `{name}`; add it, or `messages`"
-            )
-    prompt, completion = (_text(row, name) for name in ("prompt", "completion"))
-    if isinstance(prompt, str) and isinstance(completion, str):
-        return prompt, completion
-    return as_turns(prompt, "user"), as_turns(completion, "assistant")
-
-
-def _text(row: Row, name: str) -> Text:
-    value = row.record[name]
-    if kind_of(value, name, row.location) == "text":
-        return text_of(value, name, row.location)
-    return turns_of(value, name, row.location)
-
-
-def _no_pair(row: Row, rules: RowRules) -> list[Outcome]:
-    raise DataError(f"{row.location}: a single judged answer, and no pair")
-
-
-LABELLED = Schema("labelled", lambda record: "label" in record, _no_pair, FIELDS)
-
-
-def pair_by_prompt(judgements: Iterable[UnpairedExample]) -> list[Outcome]:
-    """The n-th good answer to a prompt beside the n-th bad one; those left over are faults."""
-    by_prompt: defaultdict[str, tuple[list[UnpairedExample], list[UnpairedExample]]]
-    by_prompt = defaultdict(lambda: ([], []))
-    for one in judgements:
-        by_prompt[schemas.prompt_digest(one)][not one.desirable].append(one)
-    found: list[Outcome] = []
-    for good, bad in by_prompt.values():
-        for better, worse in zip(good, bad, strict=False):
-            row = Row({}, f"{better.location} and {worse.location}")
-            found += [
-                replace(made, template_kwargs=better.template_kwargs)
-                if not isinstance(made, BadPairError)
-                else made
-                for made in pair(row, better.prompt, better.completion, worse.completion)
-            ]
-        shorter = min(len(good), len(bad))
-        found += [BadPairError(one.location, UNPAIRED) for one in (*good[shorter:], *bad[shorter:])]
-    return found
-
+from mlx_dpo.schemas import find_schema, parse_row, parse_unpaired
+from mlx_dpo.schemas.messages import (
+    TEMPLATE_FIELDS,
+)
+from mlx_dpo.schemas.schema import Row, RowRules, Schema, format_names, rename_columns
+from mlx_dpo.schemas.unpaired import pair_by_prompt
+from mlx_dpo.types import PreferenceExample, UnpairedExample
 
 SCORE_COLUMN_FORMATS = ("{}_{}", "{}-{}")  # of chosen and rejected, each with the name of a margin
 
@@ -166,19 +47,19 @@ def parse_rows(
     """
     single: list[UnpairedExample] = []
     for row in (rename_columns(row, rules.renamed) for row in rows):
-        schema = _schema_of(row, rules)
+        schema = find_schema(row, rules)
         _count(row, schema, rules, report)
-        if rules.pair_labelled and schema is judged.LABELLED:
+        if rules.pair_labelled and schema.unpaired:
             found: list[Any] = _judgements(row, schema, rules)
             single += [one for one in found if not isinstance(one, BadPairError)]
             found = [one for one in found if isinstance(one, BadPairError)]
         elif rules.judged:
             found = _judgements(row, schema, rules)
         else:
-            found = list(outcomes(row, rules, schema))
+            found = list(parse_row(row, rules, schema))
         for one in _kept(found, report, bad_pairs):
             yield ParsedExample(one, _margin(row, one, rules), _weight(row, rules))
-    for one in _kept(judged.pair_by_prompt(single), report, bad_pairs):
+    for one in _kept(pair_by_prompt(single), report, bad_pairs):
         yield ParsedExample(one, 0.0, 1.0)
 
 
@@ -197,16 +78,9 @@ def _kept(found: Iterable[Any], report: PairsReport, bad_pairs: str) -> Iterator
             yield one
 
 
-def _schema_of(row: Row, rules: RowRules) -> Schema:
-    labelled = rules.judged or (rules.pair_labelled and "chosen" not in row.record)
-    if labelled or rules.schema == judged.LABELLED.name:
-        return judged.schema_of(row, rules)
-    return schemas.schema_of(row, rules)
-
-
 def _judgements(row: Row, schema: Schema, rules: RowRules) -> list[UnpairedExample | BadPairError]:
     try:
-        return list(judged.to_unpaired_examples(row, schema, rules))
+        return list(parse_unpaired(row, rules, schema))
     except BadPairError as bad:
         return [bad]
 

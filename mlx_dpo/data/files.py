@@ -8,55 +8,13 @@ import json
 import lzma
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from mlx_dpo.errors import DataError, reason
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One object of a source."""
-
-    record: dict[str, Any]
-    location: str  # `file:line`, `file[index]` counted from 0, or `org/name:split[index]`
-
-
-def rename_columns(row: Row, names: Mapping[str, str]) -> Row:
-    """The row with fields under other names: `names` has the new one and where it is now.
-
-    A dotted name reaches into objects. The field keeps its old name only if that is dotted.
-
-    Raises:
-        DataError: there is no such field; says which there are.
-    """
-    if not names:
-        return row
-    values = {new: _at(row, old) for new, old in names.items()}
-    kept = {name: value for name, value in row.record.items() if name not in names.values()}
-    return Row(kept | values, row.location)
-
-
-def _at(row: Row, name: str) -> Any:
-    if name in row.record:
-        return row.record[name]
-    value: Any = row.record
-    for part in name.split("."):
-        if not isinstance(value, dict) or part not in value:
-            raise DataError(
-                f"{row.location}: no column `{name}` (found {format_names(row.record)})"
-            )
-        value = value[part]
-    return value
-
-
-def format_names(names: Mapping[str, Any]) -> str:
-    """The names in backticks, or `nothing`."""
-    return ", ".join(f"`{name}`" for name in sorted(names)) or "nothing"
-
+from mlx_dpo.schemas.schema import Row
 
 TABLE_BATCH_ROWS = 1000  # rows of a table that are held at once
 TEXT_COLUMNS = {"prompt", "question", "instruction", "chosen", "rejected", "completion"}

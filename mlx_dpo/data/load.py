@@ -9,11 +9,8 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from mlx_dpo.data.dataset import prompt_keys
-from mlx_dpo.data.errors import BadPairError
 from mlx_dpo.data.examples import ParsedExample, drop_or_raise, parse_rows
-from mlx_dpo.data.files import Row
 from mlx_dpo.data.report import PairsReport
-from mlx_dpo.data.schemas import DEFAULT, RowRules, prompt_digest
 from mlx_dpo.data.sources import Source, resolve_source
 from mlx_dpo.data.tokenization.chat_template import TokenRules
 from mlx_dpo.data.tokenization.tokenize import (
@@ -21,7 +18,9 @@ from mlx_dpo.data.tokenization.tokenize import (
     tokenize_pair,
     tokenize_unpaired,
 )
-from mlx_dpo.errors import ConfigError, DataError
+from mlx_dpo.errors import BadPairError, ConfigError, DataError
+from mlx_dpo.schemas.messages import prompt_digest
+from mlx_dpo.schemas.schema import DEFAULT, Row, RowRules
 from mlx_dpo.types import PreferenceExample, TokenizedPair
 
 Pairs = TypeVar("Pairs", bound=Sequence[TokenizedPair])

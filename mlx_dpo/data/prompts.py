@@ -7,13 +7,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from mlx_dpo.data.errors import BadPairError
-from mlx_dpo.data.files import Row
-from mlx_dpo.data.schemas import SCHEMAS, to_preferences
-from mlx_dpo.data.schemas import hh_rlhf as dialogues
-from mlx_dpo.data.schemas.messages import as_turns, kind_of, text_of, turns_of
 from mlx_dpo.data.sources import find_sources, resolve_source
-from mlx_dpo.errors import DataError
+from mlx_dpo.errors import BadPairError, DataError
+from mlx_dpo.schemas import has_pair_schema, parse_pairs
+from mlx_dpo.schemas import hh_rlhf as dialogues
+from mlx_dpo.schemas.messages import as_turns, kind_of, text_of, turns_of
+from mlx_dpo.schemas.schema import Row
 from mlx_dpo.types import Message, Text
 
 LINES = ".txt"
@@ -113,7 +112,7 @@ def row_to_prompt(row: Row) -> Prompt:
     for name in ("tools", "chat_template_kwargs"):
         if record.get(name):
             raise _more_than_text(row.location, name)
-    if not record.get("messages") and any(schema.fits(record) for schema in SCHEMAS.values()):
+    if not record.get("messages") and has_pair_schema(row):
         return _of_pair(row)
     return _alone(row)
 
@@ -130,7 +129,7 @@ def _more_than_text(location: str, name: str) -> DataError:
 
 def _of_pair(row: Row) -> Prompt:
     try:
-        found = to_preferences(row)
+        found = parse_pairs(row)
     except BadPairError as bad:
         why = bad.reason
     else:

@@ -10,13 +10,13 @@ from typing import Any
 from mlx_dpo.data.files import (
     DECOMPRESSORS,
     READERS,
-    Row,
     file_format,
     read_file,
     read_json_lines,
     to_rows,
 )
 from mlx_dpo.errors import ConfigError, DataError, reason
+from mlx_dpo.schemas.schema import Row
 
 BATCH = 1000  # rows that are held as Python objects at once
 HUB_NAME = re.compile(

@@ -24,8 +24,6 @@ from mlx_dpo.data.load import (
     mix_indices,
 )
 from mlx_dpo.data.report import PairsReport
-from mlx_dpo.data.schemas import RowRules
-from mlx_dpo.data.schemas.schema import Ranking
 from mlx_dpo.data.sources import Source, SplitSources, find_sources
 from mlx_dpo.data.tokenization.cache import RowProgress, TokenCache, load_source
 from mlx_dpo.data.tokenization.chat_template import TokenRules
@@ -36,6 +34,7 @@ from mlx_dpo.models.device import device_kind, number_type
 from mlx_dpo.models.files import code_fingerprint
 from mlx_dpo.models.load import Base, fingerprint, load_base, read_tokenizer, tokenizer_fingerprint
 from mlx_dpo.paths import token_cache
+from mlx_dpo.schemas.schema import Ranking, RowRules
 from mlx_dpo.types import TokenizedPair
 
 MOST_PROCESSES = 8  # each holds a tokenizer and the libraries that it comes with

@@ -10,7 +10,6 @@ from mlx_dpo.data.dataset import prompt_keys as prompts_of_pairs
 from mlx_dpo.data.examples import parse_rows
 from mlx_dpo.data.prompts import Prompt, check_no_template_kwargs, check_prompts, make_prompt
 from mlx_dpo.data.report import PairsReport
-from mlx_dpo.data.schemas import prompt_digest
 from mlx_dpo.data.sources import STDIN, find_sources, resolve_held_out_source
 from mlx_dpo.errors import ConfigError, RunError
 from mlx_dpo.io.arrays import named_arrays
@@ -28,6 +27,7 @@ from mlx_dpo.runs.inputs import (
 )
 from mlx_dpo.runs.reference import ask_about, ask_reference, load_other, uncounted
 from mlx_dpo.saved_runs.open import Opened, open_run, put_policy, put_reference
+from mlx_dpo.schemas.messages import prompt_digest
 from mlx_dpo.scoring.kernels.gated_delta import use_fused_gated_delta
 from mlx_dpo.scoring.scorers import DatasetScorer
 from mlx_dpo.training import checkpoint

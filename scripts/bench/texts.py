@@ -12,10 +12,9 @@ from typing import TypedDict
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from mlx_dpo.data.errors import BadPairError
-from mlx_dpo.data.schemas import to_preferences
 from mlx_dpo.data.sources import read_rows
-from mlx_dpo.errors import DataError
+from mlx_dpo.errors import BadPairError, DataError
+from mlx_dpo.schemas import parse_pairs
 
 END, PAD = "<|end|>", "<|pad|>"
 LONG_PROMPT, LONG_COMPLETION = (900, 1000), (200, 300)  # tokens, drawn evenly
@@ -36,7 +35,7 @@ def read_pairs(path: Path) -> tuple[list[TextPair], int]:
     faulty = 0
     for row in read_rows(path):
         try:
-            [pair] = to_preferences(row)
+            [pair] = parse_pairs(row)
         except BadPairError:
             faulty += 1
             continue

@@ -15,10 +15,11 @@ from mlx_dpo.data.examples import parse_rows
 from mlx_dpo.data.inspect.findings import RULES
 from mlx_dpo.data.load import hold_out, load_pairs
 from mlx_dpo.data.report import PairsReport
-from mlx_dpo.data.schemas import DEFAULT, prompt_digest
 from mlx_dpo.data.sources import find_sources, resolve_source
 from mlx_dpo.data.tokenization.tokenize import TokenRules
 from mlx_dpo.errors import DataError
+from mlx_dpo.schemas.messages import prompt_digest
+from mlx_dpo.schemas.schema import DEFAULT
 from tests.checkpoints import make_checkpoint
 from tests.temporary_files import ended_process, temporary_path
 

@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 import pytest
 from byte_tokenizer import CHAT, ByteTokenizer
 
-from mlx_dpo.data import errors as faults
+from mlx_dpo import errors as faults
 from mlx_dpo.data.inspect.check import check, findings
 from mlx_dpo.data.inspect.findings import LOST, RULES
 from mlx_dpo.data.inspect.scan import Eyes
-from mlx_dpo.data.schemas import RowRules
 from mlx_dpo.data.sources import find_sources
 from mlx_dpo.data.tokenization.chat_template import TokenRules
+from mlx_dpo.schemas.schema import RowRules
 
 GOOD = {"prompt": "Which way?", "chosen": "That way.", "rejected": "No way!"}
 LONG = "It is the way that everybody goes who has ever been here."

@@ -2,8 +2,8 @@
 
 from mlx_dpo.data.inspect.check import check, findings
 from mlx_dpo.data.inspect.scan import Eyes
-from mlx_dpo.data.schemas import RowRules
 from mlx_dpo.data.sources import find_sources
+from mlx_dpo.schemas.schema import RowRules
 
 
 def places(path, **rules):

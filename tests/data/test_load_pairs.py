@@ -7,11 +7,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_dpo.data.dataset import pairs_digest
-from mlx_dpo.data.errors import EMPTY_COMPLETION, NO_ROOM, SAME_TEXT, TOO_LONG, BadPairError
 from mlx_dpo.data.load import check_settings_used, hold_out, load_pairs, mixed
-from mlx_dpo.data.schemas import RowRules
 from mlx_dpo.data.tokenization.tokenize import TokenRules
-from mlx_dpo.errors import ConfigError, DataError, ModelError
+from mlx_dpo.errors import (
+    EMPTY_COMPLETION,
+    NO_ROOM,
+    SAME_TEXT,
+    TOO_LONG,
+    BadPairError,
+    ConfigError,
+    DataError,
+    ModelError,
+)
+from mlx_dpo.schemas.schema import RowRules
 from mlx_dpo.types import TokenizedPair
 
 GOOD = {"prompt": "hi", "chosen": "yo", "rejected": "no!"}

@@ -8,14 +8,13 @@ import pytest
 from byte_tokenizer import CHAT, ByteTokenizer
 
 from mlx_dpo.data.dataset import RowLocations
-from mlx_dpo.data.errors import BadPairError
 from mlx_dpo.data.load import PairRules, load_pairs, new_report
-from mlx_dpo.data.schemas import RowRules
 from mlx_dpo.data.sources import resolve_source
 from mlx_dpo.data.tokenization import parallel as tokenizing
 from mlx_dpo.data.tokenization.parallel import TokenizerWorkers, tokenize_chunks
 from mlx_dpo.data.tokenization.tokenize import TokenRules
-from mlx_dpo.errors import ConfigError, DataError
+from mlx_dpo.errors import BadPairError, ConfigError, DataError
+from mlx_dpo.schemas.schema import RowRules
 
 TOKENS = TokenRules(vocab_size=262, max_length=48, truncation="keep_end")
 LOAD = partial(ByteTokenizer, CHAT)

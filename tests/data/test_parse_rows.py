@@ -5,14 +5,21 @@ import json
 import pytest
 from byte_tokenizer import EOS
 
-from mlx_dpo.data.errors import EMPTY_COMPLETION, NOT_TEXT, TIED, UNPAIRED, BadPairError
 from mlx_dpo.data.examples import parse_rows
-from mlx_dpo.data.files import Row, rename_columns
 from mlx_dpo.data.load import check_settings_used, load_pairs
 from mlx_dpo.data.report import PairsReport
-from mlx_dpo.data.schemas import RowRules, outcomes, schema_of, to_preferences
 from mlx_dpo.data.tokenization.tokenize import TokenRules
-from mlx_dpo.errors import ConfigError, DataError
+from mlx_dpo.errors import (
+    EMPTY_COMPLETION,
+    NOT_TEXT,
+    TIED,
+    UNPAIRED,
+    BadPairError,
+    ConfigError,
+    DataError,
+)
+from mlx_dpo.schemas import find_schema, parse_pairs, parse_row
+from mlx_dpo.schemas.schema import Row, RowRules, rename_columns
 
 TOKENS = TokenRules(vocab_size=262)
 
@@ -20,7 +27,7 @@ TOKENS = TokenRules(vocab_size=262)
 def ranked(scores, how=None, /, **more):
     texts = [f"answer {i}" for i in range(len(scores))]
     record = {"prompt": "q", "completions": texts, "scores": scores} | more
-    return outcomes(Row(record, "rows:1"), RowRules(ranked=how))
+    return parse_row(Row(record, "rows:1"), RowRules(ranked=how))
 
 
 def pairs(found):
@@ -134,7 +141,7 @@ def test_rules_that_did_nothing_are_refused(write, plain):
 def test_columns_are_renamed_before_a_row_is_recognised():
     record = {"q": {"text": "hi"}, "good": "yo", "rejected": "no"}
     names = {"prompt": "q.text", "chosen": "good"}
-    [found] = to_preferences(Row(record, "rows:1"), RowRules(renamed=names))
+    [found] = parse_pairs(rename_columns(Row(record, "rows:1"), names))
     assert (found.prompt, found.chosen, found.rejected) == ("hi", "yo", "no")
     assert rename_columns(Row(record, "rows:1"), names).record == {
         "q": {"text": "hi"}, "rejected": "no", "prompt": "hi", "chosen": "yo",
@@ -173,29 +180,29 @@ def test_a_name_that_no_row_is_read_by_is_refused(write, plain):
 def test_a_row_that_shows_or_plays_something_is_a_named_fault(more):
     row = Row({"prompt": "q", "chosen": "a", "rejected": "b"} | more, "rows:1")
     with pytest.raises(BadPairError, match="only text is trained on") as error:
-        to_preferences(row)
+        parse_pairs(row)
     assert error.value.reason == NOT_TEXT
 
 
 def test_empty_media_fields_are_no_reason_to_refuse_a_row():
     row = {"prompt": "q", "chosen": "a", "rejected": "b", "images": None, "audios": []}
-    assert to_preferences(Row(row, "rows:1"))
+    assert parse_pairs(Row(row, "rows:1"))
 
 
 def test_a_null_field_of_a_message_is_as_if_it_were_absent():
     """Tables have every field in every message."""
     turn = {"role": "user", "content": "q", "name": None, "tool_calls": None}
-    [found] = to_preferences(Row({"prompt": [turn], "chosen": "a", "rejected": "b"}, "rows:1"))
+    [found] = parse_pairs(Row({"prompt": [turn], "chosen": "a", "rejected": "b"}, "rows:1"))
     assert found.prompt == ({"role": "user", "content": "q"},)
 
 
 def test_a_wrong_guess_is_overridden():
     record = {"instruction": "i", "chosen": "a", "rejected": "b"}
     row = Row(record, "rows:1")
-    assert schema_of(row).name == "alpaca"
-    assert schema_of(row, RowRules(schema="whole-strings")).name == "whole-strings"
+    assert find_schema(row).name == "alpaca"
+    assert find_schema(row, RowRules(schema="whole-strings")).name == "whole-strings"
     with pytest.raises(DataError, match="rows:1: `conversations` must be a list of turns"):
-        to_preferences(row, RowRules(schema="sharegpt"))
+        parse_pairs(row, RowRules(schema="sharegpt"))
 
 
 def test_reading_is_pure_and_gives_what_a_row_says_with_margin_and_weight():
@@ -209,8 +216,8 @@ def test_reading_is_pure_and_gives_what_a_row_says_with_margin_and_weight():
 def test_an_answer_that_only_calls_a_tool_says_something():
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "look"}}]}
     row = {"prompt": "q", "chosen": [call], "rejected": [{"role": "assistant", "content": "b"}]}
-    [found] = to_preferences(Row(row, "rows:1"))
+    [found] = parse_pairs(Row(row, "rows:1"))
     assert found.chosen[0]["content"] == ""
     silent = {"role": "assistant", "content": "", "tool_calls": []}
-    [bad] = outcomes(Row(row | {"chosen": [silent]}, "rows:1"))
+    [bad] = parse_row(Row(row | {"chosen": [silent]}, "rows:1"))
     assert bad.reason == EMPTY_COMPLETION

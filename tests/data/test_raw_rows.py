@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from mlx_dpo.data.files import Row
 from mlx_dpo.data.inspect.raw_rows import Written, written
 from mlx_dpo.data.sources import resolve_source
 from mlx_dpo.errors import DataError
+from mlx_dpo.schemas.schema import Row
 
 ODD = '{"b" : 1.50,  "a":"\\u00e9", "a": "twice", "n": 1e2}'
 

@@ -3,11 +3,12 @@
 import pytest
 from families import byte_level
 
-from mlx_dpo.data.errors import EMPTY_COMPLETION
 from mlx_dpo.data.load import load_pairs
-from mlx_dpo.data.schemas import RowRules
+from mlx_dpo.data.sources import read_rows
 from mlx_dpo.data.tokenization.tokenize import TokenRules
-from mlx_dpo.errors import DataError
+from mlx_dpo.errors import DIFFERENT_PROMPTS, EMPTY_COMPLETION, BadPairError, DataError
+from mlx_dpo.schemas import find_schema, parse_pairs
+from mlx_dpo.schemas.schema import RowRules
 
 RULES = TokenRules(vocab_size=1000, max_length=100_000)
 FILES = {
@@ -72,3 +73,22 @@ def test_the_labelled_file_is_refused_with_the_way_on_and_read_where_labels_are_
     [pair] = paired.pairs  # two more prompts occur twice, but with the same label
     assert "[" in pair.location and " and " in pair.location
     assert sum(map(len, paired.report.dropped.values())) == 298
+
+
+def test_the_bad_pairs_of_real_dialogues_are_found(material):
+    """Four answers are empty, five dialogues part before the last answer, as its ABOUT.md says."""
+    faults = {}
+    for row in read_rows(material / "data" / "hh-harmless-test" / "test.jsonl"):
+        try:
+            [preference] = parse_pairs(row)
+        except BadPairError as bad:
+            faults.setdefault(bad.reason, []).append(int(row.location.rpartition(":")[2]))
+            continue
+        assert find_schema(row).name == "dialogues"
+        assert preference.prompt.endswith("\n\nAssistant:")
+        assert preference.prompt + preference.chosen == row.record["chosen"]
+        assert preference.prompt + preference.rejected == row.record["rejected"]
+    assert faults == {
+        EMPTY_COMPLETION: [87, 517, 926, 1104],
+        DIFFERENT_PROMPTS: [1255, 1689, 1951, 1953, 2037],
+    }

@@ -6,14 +6,15 @@ import pytest
 from families import byte_level
 
 from mlx_dpo.config.dpo_config import options
-from mlx_dpo.data import examples as judged
 from mlx_dpo.data.load import load_pairs
-from mlx_dpo.data.schemas import SCHEMAS, RowRules, schema_of
 from mlx_dpo.data.sources import read_rows
 from mlx_dpo.data.tokenization.tokenize import TokenRules
+from mlx_dpo.schemas import SCHEMAS, find_schema
+from mlx_dpo.schemas.schema import RowRules
 
 EXAMPLES = Path(__file__).parent / "examples"
-WHOLE = {"whole-strings"}  # plain text without turns: there are no messages of the same content
+# Plain text without turns has no messages of the same content; labelled rows are no pairs.
+WITHOUT_EXAMPLES = {"whole-strings", "labelled"}
 RULES = TokenRules(vocab_size=1000, max_length=4096)
 
 
@@ -38,15 +39,15 @@ def test_tools_reach_the_tokens(name):
     assert "Looks a word up." not in byte_level("qwen-2.5").decode(prompts[0])
 
 
-@pytest.mark.parametrize("name", sorted(SCHEMAS.keys() - WHOLE))
+@pytest.mark.parametrize("name", sorted(SCHEMAS.keys() - WITHOUT_EXAMPLES))
 def test_an_example_is_recognised_by_its_shape_and_named(name):
     for row in read_rows(EXAMPLES / f"{name}.jsonl"):
-        assert schema_of(row).name == name
+        assert find_schema(row).name == name
     report = load_pairs(EXAMPLES / f"{name}.jsonl", byte_level("qwen-2.5"), RULES).report
     assert report.lines()[0].endswith(f"(schema {name})")
 
 
-@pytest.mark.parametrize("name", sorted(SCHEMAS.keys() - WHOLE))
+@pytest.mark.parametrize("name", sorted(SCHEMAS.keys() - WITHOUT_EXAMPLES))
 def test_naming_the_schema_reads_the_same(name):
     path = EXAMPLES / f"{name}.jsonl"
     assert tokens(path, RowRules(schema=name)) == tokens(path)
@@ -54,4 +55,4 @@ def test_naming_the_schema_reads_the_same(name):
 
 def test_the_settings_offer_every_schema_there_is():
     _, schema = options()["schema"]
-    assert set(schema.choices) == {*SCHEMAS, judged.LABELLED.name}
+    assert set(schema.choices) == SCHEMAS.keys()

@@ -6,10 +6,10 @@ from families import TEMPLATES, byte_level, metaspace, unigram
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_dpo.data.errors import SPECIAL_TOKEN, BadPairError
 from mlx_dpo.data.tokenization.chat_template import encode_conversation
 from mlx_dpo.data.tokenization.special_tokens import SpecialTokens, get_special_tokens
 from mlx_dpo.data.tokenization.tokenize import TokenRules, tokenize_pair
+from mlx_dpo.errors import SPECIAL_TOKEN, BadPairError
 from mlx_dpo.types import PreferenceExample
 
 NAMES = sorted(TEMPLATES)

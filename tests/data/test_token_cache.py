@@ -13,15 +13,14 @@ import datasets
 import pytest
 from byte_tokenizer import CHAT, EOS, ByteTokenizer
 
-from mlx_dpo.data.errors import SAME_TEXT
 from mlx_dpo.data.load import PairRules, load_pairs
-from mlx_dpo.data.schemas import RowRules
 from mlx_dpo.data.sources import STDIN, find_sources, resolve_source
 from mlx_dpo.data.tokenization import cache as kept
 from mlx_dpo.data.tokenization.cache import DAMAGED, FROM_CACHE, TokenCache, entries, load_source
 from mlx_dpo.data.tokenization.parallel import TokenizerWorkers
 from mlx_dpo.data.tokenization.tokenize import TokenRules
-from mlx_dpo.errors import DataError
+from mlx_dpo.errors import SAME_TEXT, DataError
+from mlx_dpo.schemas.schema import RowRules
 
 ROWS = [
     {"prompt": f"q{i}", "chosen": f"yes {i}", "rejected": "no" if i % 3 else f"yes {i}", "s": i}

@@ -3,9 +3,16 @@ from dataclasses import replace
 import pytest
 from byte_tokenizer import ASSISTANT, BOS, CHAT, EOS, SYSTEM, TWO_LINES, USER, ByteTokenizer
 
-from mlx_dpo.data.errors import EMPTY_COMPLETION, EMPTY_PROMPT, SAME_TOKENS, BadPairError
 from mlx_dpo.data.tokenization.tokenize import TokenRules, check_token_rules, tokenize_pair
-from mlx_dpo.errors import ConfigError, DataError, ModelError
+from mlx_dpo.errors import (
+    EMPTY_COMPLETION,
+    EMPTY_PROMPT,
+    SAME_TOKENS,
+    BadPairError,
+    ConfigError,
+    DataError,
+    ModelError,
+)
 from mlx_dpo.types import PreferenceExample
 
 

@@ -2,8 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_dpo.data.errors import NO_ROOM, SAME_AFTER_TRUNCATION, TOO_LONG, BadPairError
 from mlx_dpo.data.tokenization.tokenize import truncate
+from mlx_dpo.errors import NO_ROOM, SAME_AFTER_TRUNCATION, TOO_LONG, BadPairError
 from mlx_dpo.types import TokenizedPair
 
 

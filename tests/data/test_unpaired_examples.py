@@ -7,12 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_dpo.data.dataset import pairs_digest, with_mismatched_completions
-from mlx_dpo.data.examples import schema_of, to_unpaired_examples
-from mlx_dpo.data.files import Row
+from mlx_dpo.data.examples import parse_rows
 from mlx_dpo.data.load import load_pairs
-from mlx_dpo.data.schemas import RowRules
+from mlx_dpo.data.report import PairsReport
 from mlx_dpo.data.tokenization.tokenize import TokenRules
 from mlx_dpo.errors import ConfigError, DataError
+from mlx_dpo.schemas import parse_unpaired
+from mlx_dpo.schemas.schema import Row, RowRules
 from mlx_dpo.types import TokenizedPair, UnpairedExample
 
 JUDGED = RowRules(judged=True)
@@ -21,8 +22,7 @@ BOT = {"role": "assistant", "content": "Yes."}
 
 
 def read(**record):
-    row = Row(record, "rows:1")
-    return to_unpaired_examples(row, schema_of(row))
+    return parse_unpaired(Row(record, "rows:1"), JUDGED)
 
 
 @pytest.mark.parametrize("label", [True, False, 1, 0])
@@ -47,6 +47,14 @@ def test_a_pair_is_two_judgements():
         UnpairedExample("Hi?", "Yes.", True, "rows:1"),
         UnpairedExample("Hi?", "No.", False, "rows:1"),
     ]
+
+
+def test_a_pair_in_renamed_columns_is_two_unpaired_examples():
+    row = Row({"prompt": "Hi?", "good": "Yes.", "bad": "No."}, "rows:1")
+    rules = RowRules(judged=True, renamed={"chosen": "good", "rejected": "bad"})
+    report = PairsReport("rows", 0, judged=True)
+    examples = [parsed.example for parsed in parse_rows([row], rules, report)]
+    assert examples == read(prompt="Hi?", chosen="Yes.", rejected="No.")
 
 
 @pytest.mark.parametrize(

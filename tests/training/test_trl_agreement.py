@@ -23,11 +23,11 @@ import pytest
 from mlx_dpo import DPOConfig, DPOTrainer
 from mlx_dpo.adapters import attach as adapters
 from mlx_dpo.data.batching import PassLimit, step_indices
-from mlx_dpo.data.schemas import to_preferences
 from mlx_dpo.data.sources import Row
 from mlx_dpo.data.tokenization.tokenize import TokenRules, tokenize_pair
 from mlx_dpo.losses.metrics import step_row
 from mlx_dpo.models.load import Base, load_base
+from mlx_dpo.schemas import parse_pairs
 from mlx_dpo.scoring.scorers import score_pairs
 from mlx_dpo.training.loop import Plan, Progress, train
 from mlx_dpo.training.lr_schedule import learning_rate
@@ -79,7 +79,7 @@ def pairs(golden: dict[str, Any]) -> list[TokenizedPair]:
     base = fresh_base()
     rules = TokenRules(vocab_size=base.vocab_size)
     rows = [Row(json.loads(line), "") for line in trl.first_lines(golden["pairs"]["count"])]
-    return [tokenize_pair(base.tokenizer, to_preferences(row)[0], rules).pair for row in rows]
+    return [tokenize_pair(base.tokenizer, parse_pairs(row)[0], rules).pair for row in rows]
 
 
 @pytest.fixture(scope="module")

@@ -12,13 +12,13 @@ import pytest
 
 from mlx_dpo import DPOConfig
 from mlx_dpo.adapters import attach as adapters
-from mlx_dpo.data import examples as judged
 from mlx_dpo.data.batching import PassLimit, step_indices
-from mlx_dpo.data.sources import Row
 from mlx_dpo.data.tokenization.tokenize import TokenRules, tokenize_unpaired
 from mlx_dpo.losses.metrics import step_row
 from mlx_dpo.models.load import load_base
 from mlx_dpo.runs.build import make_objective
+from mlx_dpo.schemas import parse_unpaired
+from mlx_dpo.schemas.schema import Row, RowRules
 from mlx_dpo.scoring.scorers import score_pairs
 from mlx_dpo.training.loop import Plan, Progress, train
 from scripts.tools.goldens import trl_kto as kto
@@ -44,7 +44,7 @@ def rows(golden):
     rows = []
     for record in kto.judged(trl.first_lines(golden["pairs"]["count"])):
         row = Row(record, "")
-        [judgement] = judged.to_unpaired_examples(row, judged.schema_of(row))
+        [judgement] = parse_unpaired(row, RowRules(judged=True))
         rows.append(tokenize_unpaired(base.tokenizer, judgement, rules).pair)
     steps = [rows[start : start + trl.BATCH] for start in range(0, len(rows), trl.BATCH)]
     return [

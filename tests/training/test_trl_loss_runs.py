@@ -17,10 +17,10 @@ import pytest
 from mlx_dpo.adapters import attach as adapters
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.data.batching import PassLimit
-from mlx_dpo.data.schemas import to_preferences
 from mlx_dpo.data.sources import Row
 from mlx_dpo.data.tokenization.tokenize import TokenRules, tokenize_pair
 from mlx_dpo.losses.metrics import step_row
+from mlx_dpo.schemas import parse_pairs
 from mlx_dpo.scoring.scorers import TOKEN_COUNTS, make_shared_scorer, score_pairs
 from mlx_dpo.training.loop import Plan, Progress, train
 from mlx_dpo.training.lr_schedule import learning_rate
@@ -47,7 +47,7 @@ def pairs():
     rules = TokenRules(vocab_size=base.vocab_size)
     count = sigmoid.BATCH * max(run["steps"] for run in trl.STEPS.values())
     rows = [Row(json.loads(line), "") for line in sigmoid.first_lines(count)]
-    return [tokenize_pair(base.tokenizer, to_preferences(row)[0], rules).pair for row in rows]
+    return [tokenize_pair(base.tokenizer, parse_pairs(row)[0], rules).pair for row in rows]
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from mlx_dpo.data.inspect.findings import Hits
-from mlx_dpo.data.schemas import prompt_digest
-from mlx_dpo.data.schemas.messages import as_turns
+from mlx_dpo.schemas.messages import as_turns, prompt_digest
 from mlx_dpo.types import PreferenceExample, Text, UnpairedExample
 
 TELLING = 40  # characters from which on two like answers are no coincidence

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mlx_dpo.data import errors as faults
+from mlx_dpo import errors as faults
 
 FAULT, REMARK = "fault", "remark"
 MODEL, VALID = "--model", "held-out pairs"  # what it takes to look for a finding

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import IO
 
 from mlx_dpo.config.dpo_config import DPOConfig
-from mlx_dpo.data.files import READERS, Row, file_format, open_data_file, parse_json, to_rows
+from mlx_dpo.data.files import READERS, file_format, open_data_file, parse_json, to_rows
 from mlx_dpo.data.sources import STDIN, Source
 from mlx_dpo.errors import ConfigError, DataError
 from mlx_dpo.io.atomic import atomic_file
+from mlx_dpo.schemas.schema import Row
 
 LINES = ".jsonl"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"

@@ -4,15 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from mlx_dpo.data.errors import (
-    NO_ROOM,
-    SAME_AFTER_TRUNCATION,
-    TOO_LONG,
-    BadPairError,
-    PromptBoundaryError,
-)
 from mlx_dpo.data.examples import ParsedExample, parse_rows
-from mlx_dpo.data.files import Row
 from mlx_dpo.data.inspect.duplicates import Digests
 from mlx_dpo.data.inspect.findings import LOST, Hits
 from mlx_dpo.data.inspect.lengths import Lengths
@@ -20,13 +12,20 @@ from mlx_dpo.data.inspect.raw_rows import written
 from mlx_dpo.data.inspect.text_anomalies import refusal, unusual
 from mlx_dpo.data.load import new_report
 from mlx_dpo.data.report import PairsReport
-from mlx_dpo.data.schemas import RowRules
-from mlx_dpo.data.schemas.messages import as_turns
 from mlx_dpo.data.sources import Source
 from mlx_dpo.data.tokenization.chat_template import TokenRules
 from mlx_dpo.data.tokenization.special_tokens import iterate_texts, stop_tokens
 from mlx_dpo.data.tokenization.tokenize import TokenizedExample, tokenize_pair, tokenize_unpaired
-from mlx_dpo.errors import DataError
+from mlx_dpo.errors import (
+    NO_ROOM,
+    SAME_AFTER_TRUNCATION,
+    TOO_LONG,
+    BadPairError,
+    DataError,
+    PromptBoundaryError,
+)
+from mlx_dpo.schemas.messages import as_turns
+from mlx_dpo.schemas.schema import Row, RowRules
 from mlx_dpo.types import PreferenceExample, Text, TokenizedPair, UnpairedExample
 
 UNCUT = 1 << 40

@@ -9,21 +9,22 @@ from typing import Any, NamedTuple
 
 from jinja2.exceptions import TemplateError
 
-from mlx_dpo.data.errors import (
-    EMPTY_PROMPT,
-    SPECIAL_TOKEN,
-    TEMPLATE_ERROR,
-    BadPairError,
-    PromptBoundaryError,
-)
-from mlx_dpo.data.schemas import hh_rlhf as dialogues
-from mlx_dpo.data.schemas.messages import as_turns, said
 from mlx_dpo.data.tokenization.special_tokens import (
     NotPlainTextError,
     get_special_tokens,
     stop_tokens,
 )
-from mlx_dpo.errors import ConfigError, DataError
+from mlx_dpo.errors import (
+    EMPTY_PROMPT,
+    SPECIAL_TOKEN,
+    TEMPLATE_ERROR,
+    BadPairError,
+    ConfigError,
+    DataError,
+    PromptBoundaryError,
+)
+from mlx_dpo.schemas import hh_rlhf as dialogues
+from mlx_dpo.schemas.messages import as_turns, said
 from mlx_dpo.types import Message, PreferenceExample
 
 Ids = tuple[int, ...]

@@ -16,10 +16,10 @@ from queue import SimpleQueue
 from typing import IO, Any, NamedTuple, Self
 
 from mlx_dpo.data.dataset import Arrays, RowLocations, pairs_to_arrays
-from mlx_dpo.data.files import Row
 from mlx_dpo.data.load import PairRules, new_report, tokenize_rows
 from mlx_dpo.data.report import PairsReport
 from mlx_dpo.errors import DataError, DPOError
+from mlx_dpo.schemas.schema import Row
 
 WORKER_PROGRAM = """
 import pickle, sys

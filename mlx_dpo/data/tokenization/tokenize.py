@@ -4,14 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from mlx_dpo.data.errors import (
-    EMPTY_COMPLETION,
-    NO_ROOM,
-    SAME_AFTER_TRUNCATION,
-    SAME_TOKENS,
-    TOO_LONG,
-    BadPairError,
-)
 from mlx_dpo.data.tokenization.chat_template import (
     FormattedPreference,
     Ids,
@@ -26,7 +18,17 @@ from mlx_dpo.data.tokenization.chat_template import (
     tokenize_as_text,
 )
 from mlx_dpo.data.tokenization.special_tokens import get_special_tokens, stop_tokens
-from mlx_dpo.errors import ConfigError, DataError, ModelError
+from mlx_dpo.errors import (
+    EMPTY_COMPLETION,
+    NO_ROOM,
+    SAME_AFTER_TRUNCATION,
+    SAME_TOKENS,
+    TOO_LONG,
+    BadPairError,
+    ConfigError,
+    DataError,
+    ModelError,
+)
 from mlx_dpo.types import PreferenceExample, TokenizedPair, UnpairedExample
 
 

@@ -6,11 +6,9 @@ from dataclasses import replace
 from itertools import combinations, pairwise
 from typing import Any, NamedTuple
 
-from mlx_dpo.data.errors import TIED, BadPairError
-from mlx_dpo.data.files import Row
-from mlx_dpo.data.schemas.messages import pair, text_of, turns_of
-from mlx_dpo.data.schemas.schema import Outcome, Ranking, Record, RowRules, Schema
-from mlx_dpo.errors import DataError
+from mlx_dpo.errors import TIED, BadPairError, DataError
+from mlx_dpo.schemas.messages import pair, text_of, turns_of
+from mlx_dpo.schemas.schema import PairOrError, Ranking, Record, Row, RowRules, Schema
 from mlx_dpo.types import PreferenceExample, Text
 
 LISTS = ("completions", "responses")  # the field that holds the completions
@@ -36,9 +34,9 @@ def pairs_among(rated: list[Rated], how: Ranking) -> Iterable[tuple[Rated, Rated
     return pairwise(order) if how == "adjacent" else [(order[0], order[-1])]
 
 
-def _read(row: Row, rules: RowRules) -> list[Outcome]:
+def _parse(row: Row, rules: RowRules) -> list[PairOrError]:
     prompt, rated = _prompt(row), _rated(row)
-    found: list[Outcome] = []
+    found: list[PairOrError] = []
     for better, worse in pairs_among(rated, rules.ranked or "best_worst"):
         if better.score == worse.score:
             found.append(BadPairError(row.location, TIED, f"{better.score:g}"))
@@ -119,4 +117,4 @@ def _fits(record: Record) -> bool:
     return lists and "chosen" not in record and "label" not in record
 
 
-RANKED = Schema("ranked", _fits, _read, frozenset({*LISTS, *PROMPTS, *BESIDE}))
+RANKED = Schema("ranked", _fits, _parse, frozenset({*LISTS, *PROMPTS, *BESIDE}))

@@ -2,10 +2,9 @@
 
 from typing import Any
 
-from mlx_dpo.data.files import Row
-from mlx_dpo.data.schemas.messages import message_of, pair, parsed, text_of
-from mlx_dpo.data.schemas.schema import Outcome, RowRules, Schema
 from mlx_dpo.errors import DataError
+from mlx_dpo.schemas.messages import message_of, pair, parsed, text_of
+from mlx_dpo.schemas.schema import PairOrError, Row, RowRules, Schema
 from mlx_dpo.types import Message
 
 ROLES = {
@@ -64,7 +63,7 @@ def _calls(text: str, name: str, location: str) -> list[dict[str, Any]]:
     return [{"type": "function", "function": call} for call in calls]
 
 
-def _read(row: Row, rules: RowRules) -> list[Outcome]:
+def _parse(row: Row, rules: RowRules) -> list[PairOrError]:
     prompt = conversation(row)
     chosen, rejected = (_reply(row, name) for name in ("chosen", "rejected"))
     return pair(row, prompt, chosen, rejected)
@@ -83,6 +82,6 @@ def _reply(row: Row, name: str) -> tuple[Message, ...]:
 SHAREGPT = Schema(
     "sharegpt",
     lambda record: "conversations" in record and "chosen" in record,
-    _read,
+    _parse,
     FIELDS,
 )

@@ -1,10 +1,8 @@
 """TRL's ways: `prompt`, `chosen`, `rejected` as text or messages, or a prompt that both share."""
 
-from mlx_dpo.data.errors import DIFFERENT_PROMPTS, BadPairError
-from mlx_dpo.data.files import Row
-from mlx_dpo.data.schemas.messages import pair, text_of, turns_of
-from mlx_dpo.data.schemas.schema import Outcome, Record, RowRules, Schema
-from mlx_dpo.errors import DataError
+from mlx_dpo.errors import DIFFERENT_PROMPTS, BadPairError, DataError
+from mlx_dpo.schemas.messages import pair, text_of, turns_of
+from mlx_dpo.schemas.schema import PairOrError, Record, Row, RowRules, Schema
 from mlx_dpo.types import Message
 
 FIELDS = frozenset({"prompt", "chosen", "rejected"})
@@ -33,7 +31,7 @@ def _whole_messages(record: Record) -> bool:
     return prompt is None or not (isinstance(first, dict) and first.get("role") == "assistant")
 
 
-def _read_strings(row: Row, rules: RowRules) -> list[Outcome]:
+def _read_strings(row: Row, rules: RowRules) -> list[PairOrError]:
     prompt, chosen, rejected = (
         text_of(row.record.get(name), name, row.location)
         for name in ("prompt", "chosen", "rejected")
@@ -41,7 +39,7 @@ def _read_strings(row: Row, rules: RowRules) -> list[Outcome]:
     return pair(row, prompt, chosen, rejected)
 
 
-def _read_messages(row: Row, rules: RowRules) -> list[Outcome]:
+def _read_messages(row: Row, rules: RowRules) -> list[PairOrError]:
     turns = turns_of(_as_list(row.record.get("prompt"), "user"), "prompt", row.location)
     return pair(row, turns, _replies(row, "chosen"), _replies(row, "rejected"))
 
@@ -61,7 +59,7 @@ def _as_list(value: object, role: str) -> object:
     return [{"role": role, "content": value}] if isinstance(value, str) else value
 
 
-def _read_whole_messages(row: Row, rules: RowRules) -> list[Outcome]:
+def _read_whole_messages(row: Row, rules: RowRules) -> list[PairOrError]:
     chosen, rejected = (
         turns_of(row.record.get(name), name, row.location) for name in ("chosen", "rejected")
     )
@@ -90,7 +88,7 @@ def _end_of_shared(chosen: tuple[Message, ...], rejected: tuple[Message, ...]) -
     return end
 
 
-def _read_whole_strings(row: Row, rules: RowRules) -> list[Outcome]:
+def _read_whole_strings(row: Row, rules: RowRules) -> list[PairOrError]:
     chosen, rejected = (
         text_of(row.record.get(name), name, row.location) for name in ("chosen", "rejected")
     )

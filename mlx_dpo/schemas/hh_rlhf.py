@@ -1,9 +1,8 @@
 """Whole dialogues as text with Anthropic's turn marks, which both answers share up to the last."""
 
-from mlx_dpo.data.errors import DIFFERENT_PROMPTS, BadPairError
-from mlx_dpo.data.files import Row
-from mlx_dpo.data.schemas.messages import pair, text_of
-from mlx_dpo.data.schemas.schema import Outcome, Record, RowRules, Schema
+from mlx_dpo.errors import DIFFERENT_PROMPTS, BadPairError
+from mlx_dpo.schemas.messages import pair, text_of
+from mlx_dpo.schemas.schema import PairOrError, Record, Row, RowRules, Schema
 from mlx_dpo.types import Message, PreferenceExample, Text
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
@@ -48,7 +47,7 @@ def _marked(record: Record) -> bool:
     return all(HUMAN in f"\n\n{text}" and ASSISTANT in str(text) for text in texts)
 
 
-def _read(row: Row, rules: RowRules) -> list[Outcome]:
+def _parse(row: Row, rules: RowRules) -> list[PairOrError]:
     chosen, rejected = (
         text_of(row.record.get(name), name, row.location) for name in ("chosen", "rejected")
     )
@@ -58,4 +57,4 @@ def _read(row: Row, rules: RowRules) -> list[Outcome]:
     return pair(row, chosen[:end], chosen[end:], rejected[end:], whole=True)
 
 
-DIALOGUES = Schema("dialogues", _marked, _read, frozenset({"chosen", "rejected"}))
+DIALOGUES = Schema("dialogues", _marked, _parse, frozenset({"chosen", "rejected"}))

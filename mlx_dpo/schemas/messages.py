@@ -2,13 +2,12 @@
 
 import json
 from collections.abc import Iterator, Mapping
+from hashlib import sha256
 from typing import Any
 
-from mlx_dpo.data.errors import EMPTY_COMPLETION, NOT_TEXT, SAME_TEXT, BadPairError
-from mlx_dpo.data.files import Row
-from mlx_dpo.data.schemas.schema import Outcome
-from mlx_dpo.errors import DataError
-from mlx_dpo.types import Message, PreferenceExample, Text
+from mlx_dpo.errors import EMPTY_COMPLETION, NOT_TEXT, SAME_TEXT, BadPairError, DataError
+from mlx_dpo.schemas.schema import PairOrError, Row
+from mlx_dpo.types import Message, PreferenceExample, Text, UnpairedExample
 
 MEDIA = ("images", "image", "videos", "video", "audios", "audio")  # fields of a row
 TEMPLATE_FIELDS = frozenset({"tools", "chat_template_kwargs", *MEDIA})
@@ -22,7 +21,7 @@ DEEPEST = 64  # objects and lists inside each other
 
 def pair(
     row: Row, prompt: Text, chosen: Text, rejected: Text, *, whole: bool = False
-) -> list[Outcome]:
+) -> list[PairOrError]:
     """The pair of a row, or why there is nothing to learn from it.
 
     Text beside messages becomes a turn: the prompt the user's, a completion the assistant's.
@@ -36,6 +35,15 @@ def pair(
     if chosen == rejected:
         return [BadPairError(row.location, SAME_TEXT)]
     return [PreferenceExample(prompt, chosen, rejected, row.location, implicit_prompt=whole)]
+
+
+def prompt_digest(example: PreferenceExample | UnpairedExample) -> str:
+    """Return a digest of the prompt and of the other inputs of the chat template.
+
+    Examples with the same digest have the same prompt.
+    """
+    parts = [example.prompt, example.template_kwargs] if example.template_kwargs else example.prompt
+    return sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def as_turns(text: Text, role: str) -> tuple[Message, ...]:

@@ -1,9 +1,8 @@
 """One question in fields of its own: Alpaca's, Orca's, SHP's, and a `system` beside a prompt."""
 
-from mlx_dpo.data.files import Row
-from mlx_dpo.data.schemas.messages import pair, text_of
-from mlx_dpo.data.schemas.schema import Outcome, Record, RowRules, Schema
 from mlx_dpo.errors import DataError
+from mlx_dpo.schemas.messages import pair, text_of
+from mlx_dpo.schemas.schema import PairOrError, Record, Row, RowRules, Schema
 from mlx_dpo.types import Message, Text
 
 ALPACA_FIELDS = frozenset(
@@ -11,7 +10,7 @@ ALPACA_FIELDS = frozenset(
 )
 
 
-def _read_alpaca(row: Row, rules: RowRules) -> list[Outcome]:
+def _read_alpaca(row: Row, rules: RowRules) -> list[PairOrError]:
     texts = [_optional(row, name) for name in ("instruction", "input")]
     output = row.record.get("output")
     if "chosen" not in row.record and isinstance(output, list):
@@ -25,13 +24,13 @@ def _read_alpaca(row: Row, rules: RowRules) -> list[Outcome]:
     return pair(row, prompt, chosen, rejected)
 
 
-def _read_orca(row: Row, rules: RowRules) -> list[Outcome]:
+def _read_orca(row: Row, rules: RowRules) -> list[PairOrError]:
     name = "question" if "question" in row.record else "prompt"
     question = text_of(row.record.get(name), name, row.location)
     return pair(row, _after(row, question, _system(row)), *_answers(row))
 
 
-def _read_shp(row: Row, rules: RowRules) -> list[Outcome]:
+def _read_shp(row: Row, rules: RowRules) -> list[PairOrError]:
     record, where = row.record, row.location
     answers = [text_of(record.get(f"human_ref_{x}"), f"human_ref_{x}", where) for x in "AB"]
     if record.get("labels") not in (0, 1):

@@ -2,10 +2,9 @@
 
 from typing import Any
 
-from mlx_dpo.data.files import Row
-from mlx_dpo.data.schemas.messages import pair, turns_of
-from mlx_dpo.data.schemas.schema import Outcome, Record, RowRules, Schema
 from mlx_dpo.errors import DataError
+from mlx_dpo.schemas.messages import pair, turns_of
+from mlx_dpo.schemas.schema import PairOrError, Record, Row, RowRules, Schema
 
 FIELDS = frozenset({"input", "preferred_output", "non_preferred_output"})
 
@@ -15,7 +14,7 @@ def _input(record: Record) -> dict[str, Any]:
     return given if isinstance(given, dict) else {}
 
 
-def _read(row: Row, rules: RowRules) -> list[Outcome]:
+def _parse(row: Row, rules: RowRules) -> list[PairOrError]:
     given = _input(row.record)
     if "messages" not in given:
         raise DataError(f"{row.location}: `input` must be an object with `messages`")
@@ -36,7 +35,7 @@ def _read(row: Row, rules: RowRules) -> list[Outcome]:
 OPENAI = Schema(
     "openai",
     lambda record: "preferred_output" in record,
-    _read,
+    _parse,
     FIELDS,
     tools=lambda record: _input(record).get("tools"),
 )

@@ -1,10 +1,8 @@
 import pytest
 
-from mlx_dpo.data.errors import DIFFERENT_PROMPTS, EMPTY_COMPLETION, SAME_TEXT, BadPairError
-from mlx_dpo.data.files import Row
-from mlx_dpo.data.schemas import schema_of, to_preferences
-from mlx_dpo.data.sources import read_rows
-from mlx_dpo.errors import DataError
+from mlx_dpo.errors import DIFFERENT_PROMPTS, EMPTY_COMPLETION, SAME_TEXT, BadPairError, DataError
+from mlx_dpo.schemas import parse_pairs
+from mlx_dpo.schemas.schema import Row
 
 
 def user(text):
@@ -20,7 +18,7 @@ def system(text):
 
 
 def only(row):
-    [found] = to_preferences(row)
+    [found] = parse_pairs(row)
     return found
 
 
@@ -248,22 +246,3 @@ def test_a_pair_that_teaches_nothing_is_a_bad_pair(record, reason):
 
 def test_a_label_beside_a_pair_is_no_reason_to_refuse_it():
     assert read(prompt="a", chosen="b", rejected="c", label=True) == ("a", "b", "c")
-
-
-def test_the_bad_pairs_of_real_dialogues_are_found(material):
-    """Four answers are empty, five dialogues part before the last answer, as its ABOUT.md says."""
-    faults = {}
-    for row in read_rows(material / "data" / "hh-harmless-test" / "test.jsonl"):
-        try:
-            [preference] = to_preferences(row)
-        except BadPairError as bad:
-            faults.setdefault(bad.reason, []).append(int(row.location.rpartition(":")[2]))
-            continue
-        assert schema_of(row).name == "dialogues"
-        assert preference.prompt.endswith("\n\nAssistant:")
-        assert preference.prompt + preference.chosen == row.record["chosen"]
-        assert preference.prompt + preference.rejected == row.record["rejected"]
-    assert faults == {
-        EMPTY_COMPLETION: [87, 517, 926, 1104],
-        DIFFERENT_PROMPTS: [1255, 1689, 1951, 1953, 2037],
-    }

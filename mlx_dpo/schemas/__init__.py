@@ -1,0 +1,164 @@
+"""Table of the data set schemas, and the functions that parse a row by its schema.
+
+A schema says how rows spell a preference pair (or an unpaired example): its name for `--schema`,
+the shape by which a row is recognized, and the function that parses it. To add a schema, write it
+in a file of this package and put it into `SCHEMAS`. Schemas know no files and no tokenizer.
+"""
+
+from dataclasses import replace
+from difflib import get_close_matches
+
+from mlx_dpo.errors import TIED, BadPairError, DataError
+from mlx_dpo.schemas.hh_rlhf import DIALOGUES
+from mlx_dpo.schemas.instructions import ALPACA, ORCA, SHP
+from mlx_dpo.schemas.messages import kind_of, refuse_media, template_input
+from mlx_dpo.schemas.openai import OPENAI
+from mlx_dpo.schemas.ranked import RANKED
+from mlx_dpo.schemas.schema import DEFAULT, Parsed, Row, RowRules, Schema, format_names
+from mlx_dpo.schemas.sharegpt import SHAREGPT
+from mlx_dpo.schemas.trl import MESSAGES, STRINGS, WHOLE_MESSAGES, WHOLE_STRINGS
+from mlx_dpo.schemas.unpaired import LABELLED
+from mlx_dpo.types import PreferenceExample, UnpairedExample
+
+# The first schema that fits a row parses it: those with field names of their own come first.
+SCHEMAS = {
+    schema.name: schema
+    for schema in (
+        OPENAI, SHAREGPT, SHP, RANKED, ALPACA, ORCA,
+        STRINGS, WHOLE_MESSAGES, MESSAGES, DIALOGUES, WHOLE_STRINGS, LABELLED,
+    )
+}  # fmt: skip
+
+
+def find_schema(row: Row, rules: RowRules = DEFAULT) -> Schema:
+    """Return the schema that `rules` name, or the first one that fits the row.
+
+    Raises:
+        DataError: no schema fits the row.
+    """
+    if rules.schema is not None:
+        return SCHEMAS[rules.schema]
+    reads_labels = rules.judged or (rules.pair_labelled and "chosen" not in row.record)
+    if reads_labels and LABELLED.fits(row.record):
+        return LABELLED
+    for schema in SCHEMAS.values():
+        if not schema.unpaired and schema.fits(row.record):
+            if schema in (DIALOGUES, WHOLE_STRINGS, WHOLE_MESSAGES):
+                _check_prompt_name(row)
+            return schema
+    raise _unknown_schema(row)
+
+
+def has_pair_schema(row: Row) -> bool:
+    """Return True if the row looks like a preference pair."""
+    return any(not schema.unpaired and schema.fits(row.record) for schema in SCHEMAS.values())
+
+
+def parse_row(row: Row, rules: RowRules = DEFAULT, schema: Schema | None = None) -> list[Parsed]:
+    """Return the examples of the row, with a `BadPairError` for each one that cannot be trained on.
+
+    Args:
+        row: its columns have been renamed.
+        schema: `find_schema(row, rules)`, if the caller has it already.
+
+    Raises:
+        DataError: the row cannot be read at all.
+    """
+    schema = schema or find_schema(row, rules)
+    if schema.unpaired and not (rules.judged or rules.pair_labelled):
+        raise DataError(f"{row.location}: a single judged answer, and no pair")
+    try:
+        refuse_media(row)
+        given = template_input(row.record, schema.tools(row.record), row.location)
+        examples = schema.parse(row, rules)
+    except BadPairError as bad:
+        return [bad]
+    return [
+        example if isinstance(example, BadPairError) else replace(example, template_kwargs=given)
+        for example in examples
+    ]
+
+
+def parse_pairs(
+    row: Row, rules: RowRules = DEFAULT, schema: Schema | None = None
+) -> list[PreferenceExample]:
+    """Return the preference pairs of the row; equally rated completions make none.
+
+    The arguments are those of `parse_row`.
+
+    Raises:
+        DataError: a field is missing or of another type, or the row is no pair at all.
+        BadPairError: the row is a pair, but nothing can be learned from it.
+    """
+    pairs = []
+    for example in parse_row(row, rules, schema):
+        if isinstance(example, PreferenceExample):
+            pairs.append(example)
+        elif isinstance(example, BadPairError) and example.reason != TIED:
+            raise example
+    return pairs
+
+
+def parse_unpaired(
+    row: Row, rules: RowRules = DEFAULT, schema: Schema | None = None
+) -> list[UnpairedExample]:
+    """Return one unpaired example of a labelled row, two of each pair (chosen good, rejected bad).
+
+    The arguments are those of `parse_row`.
+
+    Raises:
+        DataError: a field is missing or of another type.
+        BadPairError: nothing can be learned from the row.
+    """
+    schema = schema or find_schema(row, rules)
+    if not schema.unpaired:
+        return [
+            UnpairedExample(
+                pair.prompt, text, good, row.location, pair.template_kwargs, pair.implicit_prompt
+            )
+            for pair in parse_pairs(row, rules, schema)
+            for text, good in ((pair.chosen, True), (pair.rejected, False))
+        ]
+    examples = []
+    for example in parse_row(row, rules, schema):
+        if isinstance(example, BadPairError):
+            raise example
+        if isinstance(example, UnpairedExample):
+            examples.append(example)
+    return examples
+
+
+def _unknown_schema(row: Row) -> DataError:
+    record, where = row.record, row.location
+    if "label" in record and "chosen" not in record:
+        return DataError(
+            f"{where}: a single judged answer (`label`), and no pair; use --loss-type kto, or "
+            "--pair-labelled where a prompt has good and bad answers"
+        )
+    for name in ("chosen", "rejected"):
+        if name not in record:
+            return DataError(
+                f"{where}: missing `{name}` (found {format_names(record)}); if a column has "
+                f"another name, --column {name}=NAME"
+            )
+    kinds = {kind_of(record[name], name, where) for name in ("chosen", "rejected")}
+    if record.get("prompt") is not None:
+        kind_of(record["prompt"], "prompt", where)
+    if len(kinds) > 1:
+        return DataError(f"{where}: one of `chosen` and `rejected` is text, the other messages")
+    return DataError(f"{where}: in no way that is read here (found {format_names(record)})")
+
+
+def _check_prompt_name(row: Row) -> None:
+    """Raise `DataError` if the row seems to have a prompt in a column of another name.
+
+    A row without `prompt` may hold whole dialogues, but `promt` is a typing error.
+    """
+    if isinstance(row.record.get("chosen"), str) and isinstance(row.record.get("messages"), list):
+        raise DataError(
+            f"{row.location}: missing `prompt` beside answers that are text (found `messages`); "
+            "use --column prompt=messages"
+        )
+    near = get_close_matches("prompt", row.record, n=1, cutoff=0.75)
+    if "prompt" not in row.record and near:
+        raise DataError(f"{row.location}: missing `prompt` (found `{near[0]}`)")

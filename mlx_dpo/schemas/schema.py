@@ -1,0 +1,83 @@
+"""A row of a data set, the options under which rows are parsed, and the type of a schema."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from mlx_dpo.errors import BadPairError, DataError
+from mlx_dpo.types import PreferenceExample, UnpairedExample
+
+Record = Mapping[str, Any]
+Ranking = Literal["best_worst", "all", "adjacent"]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One object of a data source."""
+
+    record: dict[str, Any]
+    location: str  # `file:line`, `file[index]` counted from 0, or `org/name:split[index]`
+
+
+@dataclass(frozen=True)
+class RowRules:
+    """The settings under which rows become preference pairs or unpaired examples."""
+
+    judged: bool = False  # make unpaired examples (for KTO): one per labelled row, two per pair
+    pair_labelled: bool = False  # pair good and bad labelled completions of the same prompt
+    margin: str | None = None  # field that says how much better chosen is
+    weight: str | None = None  # field that says how much the row counts
+    schema: str | None = None  # name of the schema; None: find it by the row's shape
+    ranked: Ranking | None = None  # pairs to make of a list of rated completions
+    renamed: Mapping[str, str] = field(default_factory=dict)  # field name -> column that holds it
+
+
+DEFAULT = RowRules()
+
+PairOrError = PreferenceExample | BadPairError  # the error says why the pair cannot be trained on
+Parsed = PreferenceExample | UnpairedExample | BadPairError
+
+
+@dataclass(frozen=True)
+class Schema:
+    """A layout of rows: how to recognize it and how to parse it."""
+
+    name: str  # value of `--schema`
+    fits: Callable[[Record], bool]  # recognizes a row by its shape
+    parse: Callable[[Row, RowRules], list[Any]]  # list of `Parsed`
+    fields: frozenset[str]  # names of the fields that `parse` reads
+    tools: Callable[[Record], Any] = lambda record: record.get("tools")
+    unpaired: bool = False  # rows hold one labelled completion instead of a pair
+
+
+def rename_columns(row: Row, columns: Mapping[str, str]) -> Row:
+    """Return the row with its columns renamed; `columns` maps each new name to the present one.
+
+    A dotted name reaches into nested objects. A column that is not dotted loses its old name.
+
+    Raises:
+        DataError: the row has no such column.
+    """
+    if not columns:
+        return row
+    values = {new: _get_column(row, old) for new, old in columns.items()}
+    others = {name: value for name, value in row.record.items() if name not in columns.values()}
+    return Row(others | values, row.location)
+
+
+def _get_column(row: Row, name: str) -> Any:
+    if name in row.record:
+        return row.record[name]
+    value: Any = row.record
+    for part in name.split("."):
+        if not isinstance(value, dict) or part not in value:
+            raise DataError(
+                f"{row.location}: no column `{name}` (found {format_names(row.record)})"
+            )
+        value = value[part]
+    return value
+
+
+def format_names(names: Mapping[str, Any]) -> str:
+    """Return the names, sorted and in backticks, or `nothing` if there is none."""
+    return ", ".join(f"`{name}`" for name in sorted(names)) or "nothing"

@@ -1,0 +1,95 @@
+"""Schema of unpaired preferences (KTO): one completion per row with a label, good or bad."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import replace
+
+from mlx_dpo.errors import EMPTY_COMPLETION, UNPAIRED, BadPairError, DataError
+from mlx_dpo.schemas.messages import as_turns, kind_of, pair, prompt_digest, said, text_of, turns_of
+from mlx_dpo.schemas.schema import PairOrError, Row, RowRules, Schema
+from mlx_dpo.schemas.sharegpt import conversation
+from mlx_dpo.types import Text, UnpairedExample
+
+FIELDS = frozenset({"prompt", "completion", "messages", "conversations", "label"})
+LABELS = {"true": True, "false": False, "1": True, "0": False}  # as text, for CSV
+
+
+def pair_by_prompt(examples: Iterable[UnpairedExample]) -> list[PairOrError]:
+    """Pair the n-th good completion of each prompt with the n-th bad one.
+
+    Completions without a partner become `BadPairError` errors with the reason `UNPAIRED`.
+    """
+    by_prompt: defaultdict[str, tuple[list[UnpairedExample], list[UnpairedExample]]]
+    by_prompt = defaultdict(lambda: ([], []))
+    for example in examples:
+        by_prompt[prompt_digest(example)][not example.desirable].append(example)
+    pairs: list[PairOrError] = []
+    for good, bad in by_prompt.values():
+        for chosen, rejected in zip(good, bad, strict=False):
+            row = Row({}, f"{chosen.location} and {rejected.location}")
+            pairs += [
+                replace(made, template_kwargs=chosen.template_kwargs)
+                if not isinstance(made, BadPairError)
+                else made
+                for made in pair(row, chosen.prompt, chosen.completion, rejected.completion)
+            ]
+        shorter = min(len(good), len(bad))
+        pairs += [
+            BadPairError(example.location, UNPAIRED)
+            for example in (*good[shorter:], *bad[shorter:])
+        ]
+    return pairs
+
+
+def _parse(row: Row, rules: RowRules) -> list[UnpairedExample]:
+    desirable = _parse_label(row)
+    prompt, completion = _parse_completion(row)
+    if not said(completion):
+        raise BadPairError(row.location, EMPTY_COMPLETION)
+    return [UnpairedExample(prompt, completion, desirable, row.location)]
+
+
+def _parse_label(row: Row) -> bool:
+    label = row.record.get("label")
+    if isinstance(label, str):
+        label = LABELS.get(label.strip().lower(), label)
+    if not isinstance(label, bool | int) or label not in (0, 1):
+        raise DataError(f"{row.location}: `label` must be true or false, found {label!r}"[:300])
+    return bool(label)
+
+
+def _parse_completion(row: Row) -> tuple[Text, Text]:
+    """Return the prompt and the completion of a labelled row."""
+    record = row.record
+    for name in ("messages", "conversations"):
+        if name not in record:
+            continue
+        turns = (
+            conversation(row) if name != "messages" else turns_of(record[name], name, row.location)
+        )
+        *earlier, last = turns
+        if last["role"] != "assistant" or not earlier:
+            raise DataError(
+                f"{row.location}: `{name}` must end with the assistant's answer to earlier turns, "
+                f"found a turn of `{last['role']}`"
+            )
+        return tuple(earlier), (last,)
+    for name in ("prompt", "completion"):
+        if name not in record:
+            raise DataError(
+                f"{row.location}: a labelled row without `{name}`; add it, or `messages`"
+            )
+    prompt, completion = (_text(row, name) for name in ("prompt", "completion"))
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return prompt, completion
+    return as_turns(prompt, "user"), as_turns(completion, "assistant")
+
+
+def _text(row: Row, name: str) -> Text:
+    value = row.record[name]
+    if kind_of(value, name, row.location) == "text":
+        return text_of(value, name, row.location)
+    return turns_of(value, name, row.location)
+
+
+LABELLED = Schema("labelled", lambda record: "label" in record, _parse, FIELDS, unpaired=True)
