@@ -27,9 +27,10 @@ from mlx_dpo.io.arrays import named_arrays
 from mlx_dpo.models.device import cast, device_kind, dtype_name
 from mlx_dpo.scoring.logps import completion_logps, pair_logps
 from mlx_dpo.scoring.scorers import score_pairs
-from mlx_dpo.training.loop import Plan, Progress, train
+from mlx_dpo.training.loop import Progress, train
 from mlx_dpo.training.objective import Objective
-from mlx_dpo.training.step import MicroBatch, make_gradient
+from mlx_dpo.training.plan import MicroBatch, TrainingPlan
+from mlx_dpo.training.step import loss_and_gradients
 from mlx_dpo.types import TokenizedPair
 
 # Heads of 64: the size for which GPUs have a fused attention kernel.
@@ -135,8 +136,8 @@ def gradient_error(bits: int | None) -> float:
     policy, batch = tiny_policy(bits=bits), collate(PAIRS)
     with adapters.adapters_off(policy):
         reference = pair_logps(policy, batch)
-    gradient = make_gradient(policy, Objective(beta=BETA))
-    _, gradients = gradient(MicroBatch.of(PAIRS, reference), 1 / len(PAIRS))
+    micro_batch = MicroBatch.of(PAIRS, reference)
+    _, gradients = loss_and_gradients(policy, Objective(beta=BETA), [micro_batch])
     weights = float64.weights_of(policy)
 
     def loss(moved: float64.Weights) -> float:
@@ -163,7 +164,7 @@ def first_losses() -> tuple[float, float]:
     policy = tiny_policy(fresh=True)
     with adapters.adapters_off(policy):
         reference = score_pairs(policy, PAIRS, limit=PassLimit(pairs=2))
-    plan = Plan(
+    plan = TrainingPlan(
         pairs=PAIRS,
         reference=reference,
         objective=Objective(beta=BETA),

@@ -39,17 +39,13 @@ class View:
     """Scored pairs under a divergence."""
 
     scored: ScoredPairs
+    ratios: PairLogps  # log-ratios of policy and reference, (B,) each
     divergence: Divergence
 
     @property
     def metadata(self) -> PairMetadata:
         """What is known of the pairs. (B,) each"""
         return self.scored.metadata
-
-    @property
-    def ratios(self) -> PairLogps:
-        """Log-ratios of policy and reference. (B,) each"""
-        return log_ratios(self.scored.policy, self.scored.reference)
 
     @property
     def margin(self) -> mx.array:

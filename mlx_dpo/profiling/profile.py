@@ -29,7 +29,8 @@ from mlx_dpo.scoring.memory_saving import memory_efficient_training
 from mlx_dpo.scoring.scorers import Scorer
 from mlx_dpo.scoring.select_scorer import UNSUPPORTED_ERRORS
 from mlx_dpo.training.objective import Objective
-from mlx_dpo.training.step import MicroBatch, accumulate, make_gradient
+from mlx_dpo.training.plan import MicroBatch
+from mlx_dpo.training.step import loss_and_gradients
 from mlx_dpo.types import PairLogps, TokenizedPair
 
 TRIAL_SHARES = (1 / 16, 1 / 4, 1 / 2, 1)  # of each text, tried until it is seen that all of it fits
@@ -85,13 +86,12 @@ def profile_training_pass(
     The policy is left as it was, MLX's random state as well; its peak counter starts anew.
     No more than `memory` bytes are used: pairs are shortened if they might need more.
     """
-    gradient = make_gradient(policy, step.objective, scorer=step.scorer)
 
     def run(pairs: Pairs) -> Any:
         zeros = mx.zeros((len(pairs),))
-        micro = MicroBatch.of(pairs, PairLogps(zeros, zeros))
+        batch = MicroBatch.of(pairs, PairLogps(zeros, zeros))
         with memory_efficient_training(policy, recompute=step.recompute):
-            return accumulate(gradient, [micro], pairs=len(pairs))
+            return loss_and_gradients(policy, step.objective, [batch], scorer=step.scorer)
 
     with _as_it_was(policy):
         policy.train()

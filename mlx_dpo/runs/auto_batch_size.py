@@ -18,7 +18,7 @@ from mlx_dpo.profiling.profile import PassProfile, TrainingPass, profile_trainin
 from mlx_dpo.runs.build import make_objective, remembered
 from mlx_dpo.runs.inputs import Inputs
 from mlx_dpo.scoring.select_scorer import ScorerChoice
-from mlx_dpo.training.global_batch import single
+from mlx_dpo.training.grad_cache import skip_kl_completions
 from mlx_dpo.types import TokenizedPair
 
 # Larger passes gain nothing on the CPU; on a GPU little beyond a few thousand tokens.
@@ -99,7 +99,7 @@ def longest_pass(config: DPOConfig, choice: ScorerChoice, pairs: Pairs) -> list[
     if config.labelled:  # only a token of what an answer is held against goes both ways
         own = column(pairs, LENGTHS)[:, :2].sum(axis=1)
         at = np.argsort(own, kind="stable")[-config.batch_size :].tolist()
-        longest = single([pairs[i] for i in at])
+        longest = skip_kl_completions([pairs[i] for i in at])
     return largest_micro_batch(longest, config.pass_limit, cost=choice.cost)
 
 

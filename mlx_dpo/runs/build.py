@@ -24,10 +24,10 @@ from mlx_dpo.scoring.memory_saving import memory_efficient_training
 from mlx_dpo.scoring.scorers import DatasetScorer, on_policy_weights, score_pairs
 from mlx_dpo.scoring.select_scorer import ScorerChoice, ScorerSetting, select_scorer
 from mlx_dpo.training import optimizers
-from mlx_dpo.training.loop import Plan
 from mlx_dpo.training.lr_schedule import learning_rate
 from mlx_dpo.training.objective import Objective
-from mlx_dpo.training.reference_logps import MovingReference
+from mlx_dpo.training.plan import TrainingPlan
+from mlx_dpo.training.reference_logps import SyncedReference
 from mlx_dpo.types import PairLogps, TokenizedPair
 
 OnPolicy = Callable[[nn.Module, Sequence[TokenizedPair]], mx.array]  # weights of pairs. (B,)
@@ -100,9 +100,9 @@ def make_optimizer(policy: nn.Module, config: DPOConfig) -> optim.Optimizer:
 
 
 def remembered(policy: nn.Module, config: DPOConfig) -> int:
-    """Bytes that optimizer and moving reference remember; nothing is allocated."""
-    moving = trainable_bytes(policy) if config.sync_ref_model else 0
-    return optimizers.state_bytes(make_optimizer(policy, config)) + moving
+    """Bytes that optimizer and synced reference remember; nothing is allocated."""
+    synced = trainable_bytes(policy) if config.sync_ref_model else 0
+    return optimizers.state_bytes(make_optimizer(policy, config)) + synced
 
 
 def choose_scorer(base: Base, config: DPOConfig) -> ScorerChoice:
@@ -155,14 +155,14 @@ def make_objective(config: DPOConfig) -> Objective:
     return Objective(**{f.name: getattr(config, f.name) for f in fields(Objective)})
 
 
-def make_moving(
+def make_synced_reference(
     policy: nn.Module, config: DPOConfig, choice: ScorerChoice
-) -> MovingReference | None:
+) -> SyncedReference | None:
     """A reference that follows the policy, which is as it starts; None unless asked for."""
     if not config.sync_ref_model:
         return None
     score = forward_only(config, choice)
-    return MovingReference(policy, alpha=config.mixup_alpha, every=config.sync_steps, score=score)
+    return SyncedReference(policy, alpha=config.mixup_alpha, every=config.sync_steps, score=score)
 
 
 def refuse_standstill(config: DPOConfig, total_steps: int) -> None:
@@ -195,10 +195,10 @@ def make_plan(
     *,
     choice: ScorerChoice,
     total_steps: int,
-    moving: MovingReference | None = None,
-) -> Plan:
+    synced_reference: SyncedReference | None = None,
+) -> TrainingPlan:
     """What each step sees and does."""
-    return Plan(
+    return TrainingPlan(
         pairs=pairs,
         reference=reference,
         objective=make_objective(config),
@@ -218,7 +218,7 @@ def make_plan(
         scorer=choice.scorer,
         cost=choice.cost,
         score=forward_only(config, choice),
-        on_policy=weigher(config, choice),
-        moving=moving,
+        on_policy_weights=weigher(config, choice),
+        synced_reference=synced_reference,
         recompute=bool(config.recompute),
     )

@@ -22,10 +22,10 @@ from mlx_dpo.runs.build import (
     attach_adapters,
     choose_scorer,
     forward_only,
-    make_moving,
     make_objective,
     make_optimizer,
     make_plan,
+    make_synced_reference,
     refuse_standstill,
     weigher,
 )
@@ -224,9 +224,11 @@ class DPOTrainer:
         """
         self.optimizer = make_optimizer(self.policy, self.config)
         self.start = loop.Progress()
-        self.moving = make_moving(self.policy, self.config, self.choice)
+        self.synced_reference = make_synced_reference(self.policy, self.config, self.choice)
         if (last := checkpoint.latest(self.paths.checkpoints)) is not None:
-            self.start = checkpoint.restore(last, self.policy, self.optimizer, self.moving)
+            self.start = checkpoint.restore(
+                last, self.policy, self.optimizer, self.synced_reference
+            )
         rows = [row for row in read_rows(self.paths.metrics) if row["step"] <= self.start.step]
         self.best.go_on(rows)
         self.monitor = make_monitor(self.config, self.inputs.train, total_steps=self.total_steps)
@@ -292,7 +294,7 @@ class DPOTrainer:
             self.reference["train"],
             choice=self.choice,
             total_steps=self.total_steps,
-            moving=self.moving,
+            synced_reference=self.synced_reference,
         )
         steps = loop.train(self.policy, self.optimizer, plan, start=self._progress)
         for seconds, (progress, metrics) in timed(steps):
@@ -328,7 +330,9 @@ class DPOTrainer:
 
     def evaluate(self) -> Row:
         """Return metrics of the current policy on the held-out pairs, with `eval_` names."""
-        synced = self.moving and self.moving.logps(self.policy, self.inputs.valid)
+        synced = self.synced_reference and self.synced_reference.logps(
+            self.policy, self.inputs.valid
+        )
         metrics = evaluate(
             self.policy,
             self.inputs.valid,
@@ -346,7 +350,7 @@ class DPOTrainer:
             self.optimizer,
             self._progress,
             self.adapter_config,
-            self.moving,
+            self.synced_reference,
         )
         checkpoint.prune(self.paths.checkpoints, self.config.save_total_limit)
         self.best.prune(read_rows(self.paths.metrics))

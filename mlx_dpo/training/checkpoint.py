@@ -16,7 +16,7 @@ from mlx_dpo.errors import RunError, reason
 from mlx_dpo.io.arrays import Arrays, named_arrays, random_state, read_arrays, write_arrays
 from mlx_dpo.io.atomic import atomic_folder, remove_abandoned
 from mlx_dpo.training.loop import Progress
-from mlx_dpo.training.reference_logps import MovingReference
+from mlx_dpo.training.reference_logps import SyncedReference
 
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
@@ -34,7 +34,7 @@ def save(
     optimizer: optim.Optimizer,
     progress: Progress,
     adapter_config: dict[str, Any],
-    moving: MovingReference | None = None,
+    synced: SyncedReference | None = None,
 ) -> Path:
     """Write adapters, optimizer, random state and position beside, then rename into place.
 
@@ -48,8 +48,8 @@ def save(
         save_adapter(partial, policy, adapter_config)
         state = named_arrays(optimizer.state) | {"random": random_state()}
         write_arrays(partial / OPTIMIZER, state)
-        if moving is not None and moving.moved:
-            write_arrays(partial / MOVED, moving.weights)
+        if synced is not None and synced.moved:
+            write_arrays(partial / MOVED, synced.weights)
         position = {"step": progress.step, "num_tokens": progress.num_tokens}
         (partial / STATE).write_text(json.dumps(position) + "\n")
     return target
@@ -93,9 +93,9 @@ def restore(
     folder: Path,
     policy: nn.Module,
     optimizer: optim.Optimizer,
-    moving: MovingReference | None = None,
+    synced: SyncedReference | None = None,
 ) -> Progress:
-    """Load what `save` wrote into policy, optimizer, moving reference and MLX's random state.
+    """Load what `save` wrote into policy, optimizer, synced reference and MLX's random state.
 
     Raises:
         RunError: a file is missing or damaged.
@@ -106,8 +106,8 @@ def restore(
         state, _ = read_arrays(folder / OPTIMIZER)
         progress = Progress(step=position["step"], num_tokens=position["num_tokens"])
         random_state()[:] = state.pop("random")
-        if moving is not None and (folder / MOVED).is_file():
-            moving.restore(read_arrays(folder / MOVED)[0])
+        if synced is not None and (folder / MOVED).is_file():
+            synced.restore(read_arrays(folder / MOVED)[0])
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise RunError(
             f"{folder}: the checkpoint cannot be read ({reason(error)}); remove it to resume "

@@ -27,18 +27,18 @@ class Objective(LossSettings):
         """What keeps the policy near the reference."""
         return Divergence(self.f_divergence_type or "reverse_kl", self.alpha_of_divergence)
 
-    def losses(self, scored: ScoredPairs) -> mx.array:
-        """The loss of each pair; the mean over a step's pairs is what is made small. (B,)"""
+    def losses(self, scored: ScoredPairs, ratios: PairLogps) -> mx.array:
+        """Return the loss of each pair; training minimizes the mean over a step. (B,)"""
         terms = zip(self.loss_kinds, self.weights_of_losses, strict=True)
-        total = reduce(add, (weight * self._loss(kind, scored) for kind, weight in terms))
+        total = reduce(add, (weight * self._loss(kind, scored, ratios) for kind, weight in terms))
         return scored.metadata.weights * scored.on_policy_weights * total
 
-    def outcomes(self, scored: ScoredPairs) -> LossOutputs:
-        """Losses and implied rewards of each pair. (B,) each"""
-        chosen, rejected = self.rewards(scored)
-        return LossOutputs(self.losses(scored), scored, chosen, rejected)
+    def outcomes(self, scored: ScoredPairs, ratios: PairLogps) -> LossOutputs:
+        """Return losses and implied rewards of pairs with these log-ratios. (B,) each"""
+        chosen, rejected = self.rewards(scored, ratios)
+        return LossOutputs(self.losses(scored, ratios), scored, chosen, rejected)
 
-    def rewards(self, scored: ScoredPairs) -> tuple[mx.array, mx.array]:
+    def rewards(self, scored: ScoredPairs, ratios: PairLogps) -> tuple[mx.array, mx.array]:
         """Those that the first loss implies that implies any, as TRL logs them. (B,) each
 
         beta times the log-ratio of the chosen and of the rejected completion; for losses
@@ -46,14 +46,14 @@ class Objective(LossSettings):
         """
         logps = scored.policy
         if self.rewarded == "log-ratio":
-            logps = log_ratios(scored.policy, scored.reference)
+            logps = ratios
         if self.rewarded == "average log-probability":
             logps = averages(logps, scored.metadata)
         return self.loss_beta * logps.chosen, self.loss_beta * logps.rejected
 
-    def _loss(self, kind: LossKind, scored: ScoredPairs) -> mx.array:
+    def _loss(self, kind: LossKind, scored: ScoredPairs, ratios: PairLogps) -> mx.array:
         settings = {name: self.read_by(kind, name) for name in kind.defaults}
-        return LOSSES[kind.name](View(scored, self.divergence), **settings)
+        return LOSSES[kind.name](View(scored, ratios, self.divergence), **settings)
 
 
 def evaluate(
@@ -69,4 +69,5 @@ def evaluate(
     logps = score(policy, pairs)
     weights = mx.ones((len(pairs),)) if on_policy is None else on_policy(policy, pairs)
     scored = ScoredPairs(logps, reference, pair_metadata(pairs), weights)
-    return summarise(objective.outcomes(scored), labelled=objective.labelled)
+    ratios = log_ratios(scored.policy, scored.reference)
+    return summarise(objective.outcomes(scored, ratios), labelled=objective.labelled)

@@ -69,7 +69,7 @@ def _name(provenance: str, block: Sequence[TokenizedPair]) -> str:
     return hashlib.sha256(f"{provenance}\n{pairs_digest(block)}".encode()).hexdigest()
 
 
-class MovingReference:
+class SyncedReference:
     """Every so many steps, reference <- alpha policy + (1 - alpha) reference.
 
     It starts where the policy does. Until it moves, nothing is asked of it: what the

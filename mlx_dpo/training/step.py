@@ -1,95 +1,101 @@
-"""One optimizer update from the micro-batches of a step, lazily evaluated."""
+"""One optimizer step of DPO: log-probs, log-ratios, loss, gradient, update."""
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, Self
+from collections.abc import Sequence
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
 from mlx.utils import tree_map
 
-from mlx_dpo.data.batching import pair_metadata
+from mlx_dpo.errors import TrainingError
 from mlx_dpo.io.arrays import named_arrays
+from mlx_dpo.losses.log_ratios import log_ratios
 from mlx_dpo.losses.metrics import concatenate
+from mlx_dpo.scoring.memory_saving import memory_efficient_training
 from mlx_dpo.scoring.scorers import Scorer, plain_scorer
-from mlx_dpo.training.global_batch import Among, single
+from mlx_dpo.training.grad_cache import skip_kl_completions
 from mlx_dpo.training.objective import Objective
-from mlx_dpo.types import LossOutputs, PairLogps, PairMetadata, ScoredPairs, TokenizedPair
+from mlx_dpo.training.plan import MicroBatch, TrainingPlan
+from mlx_dpo.types import LossOutputs
 
 Gradients = dict[str, Any]
 
 
-class MicroBatch(NamedTuple):
-    """What one forward and backward pass sees."""
-
-    pairs: Sequence[TokenizedPair]
-    reference: PairLogps  # (B,) each, of `pairs`
-    metadata: PairMetadata
-    on_policy_weights: mx.array  # (B,)
-    among: Among | None = None  # the rest of the step, where the objective couples its pairs
-
-    @classmethod
-    def of(cls, pairs: Sequence[TokenizedPair], reference: PairLogps) -> Self:
-        """A micro-batch that is all of its step."""
-        return cls(pairs, reference, pair_metadata(pairs), mx.ones((len(pairs),)))
-
-
-def make_gradient(
-    policy: nn.Module, objective: Objective, *, scorer: Scorer = plain_scorer
-) -> Callable[[MicroBatch, float], tuple[LossOutputs, Gradients]]:
-    """Build the function from a micro-batch to its outcomes and its share of the gradient."""
-
-    def weighed(model: nn.Module, micro: MicroBatch, share: float) -> tuple[mx.array, LossOutputs]:
-        pairs = single(micro.pairs) if objective.labelled else micro.pairs
-        logps = scorer(model, pairs)
-        if micro.among is None:
-            scored = ScoredPairs(logps, micro.reference, micro.metadata, micro.on_policy_weights)
-            outcome = objective.outcomes(scored)
-            # A sum over pairs: micro-batches of any size then add up to the mean of the step.
-            return outcome.losses.sum() * share, outcome
-        outcome = objective.outcomes(micro.among.with_live(logps, labelled=objective.labelled))
-        return outcome.losses.sum() * share, micro.among.own(outcome)
-
-    value_and_grad = nn.value_and_grad(policy, weighed)
-
-    def gradient(micro: MicroBatch, share: float) -> tuple[LossOutputs, Gradients]:
-        (_, outcome), gradients = value_and_grad(policy, micro, share)
-        return outcome, gradients
-
-    return gradient
-
-
-def accumulate(
-    gradient: Callable[[MicroBatch, float], tuple[LossOutputs, Gradients]],
-    micro_batches: Iterable[MicroBatch],
+def loss_and_gradients(
+    policy: nn.Module,
+    objective: Objective,
+    micro_batches: Sequence[MicroBatch],
     *,
-    pairs: int,
+    scorer: Scorer = plain_scorer,
 ) -> tuple[LossOutputs, Gradients]:
-    """Gradient of the mean loss over `pairs` pairs that arrive in micro-batches of any size.
+    """Return loss outputs of all pairs, and the gradient of their mean loss."""
+    num_pairs = sum(len(batch.pairs) for batch in micro_batches)
 
-    One graph and one evaluation per micro-batch: while the device works on it, the next
-    batch is built, and no second one is begun, so memory stays that of one.
+    def loss(model: nn.Module, batch: MicroBatch) -> tuple[mx.array, LossOutputs]:
+        pairs = skip_kl_completions(batch.pairs) if objective.labelled else batch.pairs
+        logps = scorer(model, pairs)  # log pi(y|x) of chosen and rejected, (B,) each
+        scored = batch.with_policy_logps(logps)  # together with log pi_ref(y|x)
+        ratios = log_ratios(scored.policy, scored.reference)  # log pi(y|x) - log pi_ref(y|x)
+        outputs = objective.outcomes(scored, ratios)  # DPO: -log sigmoid(beta (chosen - rejected))
+        # Sums, not means: micro-batches of any size add up to the mean loss of the step.
+        return outputs.losses.sum() * (1.0 / num_pairs), batch.select_outputs(outputs)
+
+    return _accumulate(policy, nn.value_and_grad(policy, loss), micro_batches)
+
+
+def optimizer_step(
+    policy: nn.Module,
+    optimizer: optim.Optimizer,
+    plan: TrainingPlan,
+    micro_batches: Sequence[MicroBatch],
+    *,
+    step: int,
+) -> tuple[LossOutputs, mx.array]:
+    """Update `policy` once; return the loss outputs and the gradient norm before clipping.
+
+    Raises:
+        TrainingError: A loss or the gradient is not a number; the policy is not changed.
+    """
+    with memory_efficient_training(policy, recompute=plan.recompute):
+        outputs, gradients = loss_and_gradients(
+            policy, plan.objective, micro_batches, scorer=plan.scorer
+        )
+    gradients, norm = clip_grad_norm(gradients, plan.max_grad_norm)
+    mx.eval(norm, outputs)
+    _check_finite(step, outputs, norm, micro_batches)
+    optimizer.learning_rate = plan.learning_rate(step - 1)
+    optimizer.update(policy, gradients)
+    mx.eval(policy.trainable_parameters(), optimizer.state)
+    return outputs, norm
+
+
+def _accumulate(
+    policy: nn.Module, value_and_grad: Any, micro_batches: Sequence[MicroBatch]
+) -> tuple[LossOutputs, Gradients]:
+    """Return the outputs of all micro-batches, concatenated, and the sum of their gradients.
+
+    Each micro-batch is evaluated before the next one is built, so memory stays that of one.
     """
     parts: list[LossOutputs] = []
     total: Gradients | None = None
-    waiting = iter(micro_batches)
-    micro = next(waiting, None)
-    while micro is not None:
-        outcome, gradients = gradient(micro, 1.0 / pairs)
+    for batch in micro_batches:
+        (_, outputs), gradients = value_and_grad(policy, batch)
         total = gradients if total is None else tree_map(mx.add, total, gradients)
-        parts.append(outcome)
-        mx.async_eval(outcome, total)
-        micro = next(waiting, None)
-        mx.eval(total)
+        parts.append(outputs)
+        mx.eval(outputs, total)
     if total is None:
         raise ValueError("a step without pairs")
     return concatenate(parts), total
 
 
-def clip(gradients: Gradients, max_norm: float) -> tuple[Gradients, mx.array]:
-    """Gradients of global norm at most `max_norm` (0: as they are), and the norm before. ()
+def clip_grad_norm(gradients: Gradients, max_norm: float) -> tuple[Gradients, mx.array]:
+    """Return the gradients with a global norm of at most `max_norm`, and the norm before. ()
 
-    The norm is taken in float32 whatever their type: squares of float16 overflow, and a sum of
-    bfloat16 squares rounds. Each gradient keeps its type. As PyTorch: 1e-6 beside the norm.
+    With `max_norm` 0 nothing is clipped. The norm is computed in float32 whatever the dtype of
+    the gradients: squares of float16 overflow, and a sum of bfloat16 squares rounds. Each
+    gradient keeps its dtype. As in PyTorch, 1e-6 is added to the norm.
     """
     squares = (mx.square(g.astype(mx.float32)).sum() for g in named_arrays(gradients).values())
     norm = mx.sqrt(sum(squares, start=mx.array(0.0)))
@@ -97,3 +103,21 @@ def clip(gradients: Gradients, max_norm: float) -> tuple[Gradients, mx.array]:
         return gradients, norm
     factor = mx.minimum(max_norm / (norm + 1e-6), 1.0)
     return tree_map(lambda g: (g.astype(mx.float32) * factor).astype(g.dtype), gradients), norm
+
+
+def _check_finite(
+    step: int, outputs: LossOutputs, norm: mx.array, micro_batches: Sequence[MicroBatch]
+) -> None:
+    """Raise `TrainingError` with the locations of pairs whose loss is not a finite number."""
+    finite = np.isfinite(np.array(outputs.losses))
+    if finite.all() and mx.isfinite(norm).item():
+        return
+    what = "the gradient is" if finite.all() else "the loss is"
+    locations = [pair.location for batch in micro_batches for pair in batch.pairs]
+    not_finite = [name for name, is_ok in zip(locations, finite, strict=True) if not is_ok]
+    places = not_finite or locations
+    shown = ", ".join(places[:4]) + (f" and {len(places) - 4} more" if len(places) > 4 else "")
+    raise TrainingError(
+        f"step {step}: {what} not a number at {shown}; "
+        "lower the learning rate, or try --dtype float32"
+    )

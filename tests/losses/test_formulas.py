@@ -16,6 +16,7 @@ import pytest
 
 from mlx_dpo.data.batching import pair_metadata
 from mlx_dpo.losses.catalogue import LOSS_KINDS
+from mlx_dpo.losses.log_ratios import log_ratios
 from mlx_dpo.training.objective import Objective
 from mlx_dpo.types import PairLogps, ScoredPairs, TokenizedPair
 
@@ -292,7 +293,8 @@ def value_and_slopes(objective, policy, of=None, reference=REFERENCE, on_policy=
     """Losses (B,), and the slope of their sum towards chosen and rejected. (B,) each"""
 
     def total(w, l):
-        losses = objective.losses(scored((w, l), of, reference, on_policy))
+        pairs = scored((w, l), of, reference, on_policy)
+        losses = objective.losses(pairs, log_ratios(pairs.policy, pairs.reference))
         return losses.sum(), losses
 
     given = [mx.array(np.asarray(side, np.float32)) for side in policy]
@@ -453,7 +455,8 @@ def test_transport_of_a_single_pair_is_dpo(name):
     def loss(kind):
         sides = [PairLogps(*(mx.array(s[2:3].astype(np.float32)) for s in x))
                  for x in (POLICY, REFERENCE)]  # fmt: skip
-        return Objective(loss_type=(kind,)).losses(ScoredPairs(*sides, one, mx.ones((1,)))).item()
+        pairs = ScoredPairs(*sides, one, mx.ones((1,)))
+        return Objective(loss_type=(kind,)).losses(pairs, log_ratios(*sides)).item()
 
     assert loss(name) == pytest.approx(loss("sigmoid"), rel=1e-6)
 

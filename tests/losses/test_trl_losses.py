@@ -16,6 +16,7 @@ import pytest
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.data.batching import pair_metadata
 from mlx_dpo.losses.catalogue import LOSS_KINDS
+from mlx_dpo.losses.log_ratios import log_ratios
 from mlx_dpo.scoring.logps import pair_log_weights, pair_logps
 from mlx_dpo.training.objective import Objective
 from mlx_dpo.types import PairBatch, PairLogps, ScoredPairs, TokenizedPair
@@ -83,8 +84,15 @@ def ours(name):
         return ScoredPairs(policy, base, facts, weights)
 
     zero = mx.zeros((len(TEXTS.tokens),))
-    loss, slopes = mx.value_and_grad(lambda along: objective.losses(scored(along)).mean())(zero)
-    return loss.item(), np.array(slopes), [r.tolist() for r in objective.rewards(scored(zero))]
+
+    def with_ratios(pairs):
+        return pairs, log_ratios(pairs.policy, pairs.reference)
+
+    loss, slopes = mx.value_and_grad(
+        lambda along: objective.losses(*with_ratios(scored(along))).mean()
+    )(zero)
+    rewards = objective.rewards(*with_ratios(scored(zero)))
+    return loss.item(), np.array(slopes), [r.tolist() for r in rewards]
 
 
 def test_every_loss_that_trl_has_is_compared():

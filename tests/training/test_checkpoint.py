@@ -9,8 +9,9 @@ from mlx_dpo.data.batching import PassLimit
 from mlx_dpo.errors import ModelError, RunError
 from mlx_dpo.scoring.scorers import score_pairs
 from mlx_dpo.training import checkpoint
-from mlx_dpo.training.loop import Plan, Progress, train
+from mlx_dpo.training.loop import Progress, train
 from mlx_dpo.training.objective import Objective
+from mlx_dpo.training.plan import TrainingPlan
 from tests.conftest import make_llama
 from tests.temporary_files import ended_process, temporary_path
 
@@ -25,7 +26,7 @@ def fresh(rank=4):
 
 @pytest.fixture
 def plan(tiny_llama, pairs):
-    return Plan(
+    return TrainingPlan(
         pairs=pairs,
         reference=score_pairs(tiny_llama, pairs, limit=PassLimit(pairs=2)),
         objective=Objective(beta=0.1),

@@ -11,8 +11,9 @@ from mlx_dpo.data.batching import PassLimit
 from mlx_dpo.io.arrays import named_arrays
 from mlx_dpo.losses.catalogue import LOSS_KINDS
 from mlx_dpo.scoring.scorers import score_pairs
-from mlx_dpo.training.loop import Plan, Progress, train
+from mlx_dpo.training.loop import Progress, train
 from mlx_dpo.training.objective import Objective
+from mlx_dpo.training.plan import TrainingPlan
 from tests.conftest import make_llama
 
 LIMIT = PassLimit(pairs=2)
@@ -35,7 +36,7 @@ def stepped(pairs, loss_type, limit):
 
     with adapters.adapters_off(policy):
         reference = score(policy, pairs)
-    plan = Plan(
+    plan = TrainingPlan(
         pairs=pairs, reference=reference, objective=objective, learning_rate=lambda done: 0.01,
         total_steps=1, batch_size=len(pairs), limit=limit, max_grad_norm=0.0, seed=0, score=score,
     )  # fmt: skip

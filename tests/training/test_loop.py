@@ -14,16 +14,17 @@ from mlx_dpo.errors import TrainingError
 from mlx_dpo.io.arrays import named_arrays
 from mlx_dpo.losses.metrics import named
 from mlx_dpo.scoring.scorers import TOKEN_COUNTS, make_shared_scorer, plain_scorer, score_pairs
-from mlx_dpo.training.loop import Plan, Progress, train
+from mlx_dpo.training.loop import Progress, train
 from mlx_dpo.training.objective import Objective
-from mlx_dpo.training.step import MicroBatch, accumulate, make_gradient
+from mlx_dpo.training.plan import MicroBatch, TrainingPlan
+from mlx_dpo.training.step import loss_and_gradients
 from mlx_dpo.types import TokenizedPair
 from tests.conftest import VOCAB, make_llama
 
 
 @pytest.fixture
 def plan(tiny_llama, pairs):
-    return Plan(
+    return TrainingPlan(
         pairs=pairs,
         reference=score_pairs(tiny_llama, pairs, limit=PassLimit(pairs=2)),
         objective=Objective(beta=0.1),
@@ -166,8 +167,8 @@ def test_no_limit_of_a_pass_changes_the_gradient(lengths, limit, scored):
         micros = [
             MicroBatch.of([pairs[i] for i in group], reference.take(group)) for group in groups
         ]
-        by_scorer = make_gradient(policy, Objective(beta=0.1), scorer=scorer)
-        return named_arrays(accumulate(by_scorer, micros, pairs=len(pairs))[1])
+        _, found = loss_and_gradients(policy, Objective(beta=0.1), micros, scorer=scorer)
+        return named_arrays(found)
 
     found, expected = gradient(limit, **scored), gradient(PassLimit(pairs=1))
     for name, value in expected.items():

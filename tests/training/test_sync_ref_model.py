@@ -10,9 +10,10 @@ from mlx_dpo.adapters import attach as adapters
 from mlx_dpo.data.batching import PassLimit
 from mlx_dpo.io.arrays import named_arrays
 from mlx_dpo.scoring.scorers import score_pairs
-from mlx_dpo.training.loop import Plan, Progress, train
+from mlx_dpo.training.loop import Progress, train
 from mlx_dpo.training.objective import Objective
-from mlx_dpo.training.reference_logps import MovingReference
+from mlx_dpo.training.plan import TrainingPlan
+from mlx_dpo.training.reference_logps import SyncedReference
 from tests.conftest import make_llama
 
 
@@ -34,7 +35,7 @@ def shifted(policy, by):
 
 def test_it_takes_its_stride_when_the_steps_are_a_multiple(policy):
     """By hand: B is 0, then 0.25 * 1 + 0.75 * 0, then 0.25 * 3 + 0.75 * 0.25."""
-    moving = MovingReference(policy, alpha=0.25, every=2, score=score)
+    moving = SyncedReference(policy, alpha=0.25, every=2, score=score)
     name = next(name for name in moving.weights if name.endswith("lora_b"))
     found = []
     for step, by in ((1, 1.0), (2, 0.0), (3, 2.0), (4, 0.0)):
@@ -45,7 +46,7 @@ def test_it_takes_its_stride_when_the_steps_are_a_multiple(policy):
 
 
 def test_it_speaks_for_its_own_weights_and_leaves_the_policy_its_own(policy, pairs):
-    moving = MovingReference(policy, alpha=1.0, every=1, score=score)
+    moving = SyncedReference(policy, alpha=1.0, every=1, score=score)
     assert moving.logps(policy, pairs) is None
     shifted(policy, 0.01)
     moving.follow(policy, 1)
@@ -60,19 +61,17 @@ def test_it_speaks_for_its_own_weights_and_leaves_the_policy_its_own(policy, pai
 
 def test_in_the_loop_rewards_are_zero_after_a_hard_update(policy, pairs):
     """With alpha 1 the reference is the policy: rewards begin at zero every second step."""
-    moving = MovingReference(policy, alpha=1.0, every=2, score=score)
+    moving = SyncedReference(policy, alpha=1.0, every=2, score=score)
     with adapters.adapters_off(policy):
         reference = score(policy, pairs)
-    plan = Plan(
+    plan = TrainingPlan(
         pairs=pairs, reference=reference, objective=Objective(beta=0.1),
         learning_rate=lambda done: 1e-2, total_steps=5, batch_size=5, limit=PassLimit(pairs=2),
         max_grad_norm=1.0, seed=0, score=score,
     )  # fmt: skip
     fixed = adapters.adapter_weights(policy)
-    rows = [
-        m
-        for _, m in train(policy, optim.AdamW(1e-2), replace(plan, moving=moving), start=Progress())
-    ]
+    synced = replace(plan, synced_reference=moving)
+    rows = [m for _, m in train(policy, optim.AdamW(1e-2), synced, start=Progress())]
     rewards = [abs(row.preferences.margins) for row in rows]
     assert [reward < 1e-5 for reward in rewards] == [True, False, True, False, True]
     # The fixed reference sees the policy leave for good.
@@ -82,10 +81,10 @@ def test_in_the_loop_rewards_are_zero_after_a_hard_update(policy, pairs):
 
 
 def test_it_goes_on_from_saved_weights(policy, pairs):
-    moving = MovingReference(policy, alpha=0.5, every=1, score=score)
+    moving = SyncedReference(policy, alpha=0.5, every=1, score=score)
     shifted(policy, 0.01)
     moving.follow(policy, 1)
-    other = MovingReference(policy, alpha=0.5, every=1, score=score)
+    other = SyncedReference(policy, alpha=0.5, every=1, score=score)
     other.restore(dict(moving.weights))
     assert mx.array_equal(other.logps(policy, pairs).chosen, moving.logps(policy, pairs).chosen)
     assert named_arrays(policy.trainable_parameters()).keys() == other.weights.keys()

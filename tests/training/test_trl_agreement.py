@@ -29,9 +29,10 @@ from mlx_dpo.losses.metrics import step_row
 from mlx_dpo.models.load import Base, load_base
 from mlx_dpo.schemas import parse_pairs
 from mlx_dpo.scoring.scorers import score_pairs
-from mlx_dpo.training.loop import Plan, Progress, train
+from mlx_dpo.training.loop import Progress, train
 from mlx_dpo.training.lr_schedule import learning_rate
 from mlx_dpo.training.objective import Objective
+from mlx_dpo.training.plan import TrainingPlan
 from mlx_dpo.types import PairLogps, TokenizedPair
 from scripts.tools.goldens import trl_sigmoid as trl
 
@@ -115,7 +116,7 @@ def through_the_loop(
     )
     set_initial_a(policy, golden)
     order = order_of(len(pairs))
-    plan = Plan(
+    plan = TrainingPlan(
         pairs=[pairs[row] for row in order],
         reference=PairLogps(*(logps[mx.array(order)] for logps in reference)),
         objective=Objective(beta=settings["beta"]),

@@ -20,7 +20,8 @@ from mlx_dpo.runs.build import make_objective
 from mlx_dpo.schemas import parse_unpaired
 from mlx_dpo.schemas.schema import Row, RowRules
 from mlx_dpo.scoring.scorers import score_pairs
-from mlx_dpo.training.loop import Plan, Progress, train
+from mlx_dpo.training.loop import Progress, train
+from mlx_dpo.training.plan import TrainingPlan
 from scripts.tools.goldens import trl_kto as kto
 from scripts.tools.goldens import trl_sigmoid as trl
 
@@ -85,7 +86,7 @@ def beside(request, golden, rows, reference):
         return score_pairs(model, pairs, limit=PassLimit(pairs=16), **more)
 
     count = settings["steps"] if request.param == trl.BATCH else 6
-    plan = Plan(
+    plan = TrainingPlan(
         pairs=[rows[i] for i in order], reference=reference.take(order),
         objective=make_objective(config), learning_rate=lambda done: settings["learning_rate"],
         total_steps=count, batch_size=trl.BATCH, limit=PassLimit(pairs=request.param),

@@ -22,9 +22,10 @@ from mlx_dpo.data.tokenization.tokenize import TokenRules, tokenize_pair
 from mlx_dpo.losses.metrics import step_row
 from mlx_dpo.schemas import parse_pairs
 from mlx_dpo.scoring.scorers import TOKEN_COUNTS, make_shared_scorer, score_pairs
-from mlx_dpo.training.loop import Plan, Progress, train
+from mlx_dpo.training.loop import Progress, train
 from mlx_dpo.training.lr_schedule import learning_rate
 from mlx_dpo.training.objective import Objective
+from mlx_dpo.training.plan import TrainingPlan
 from mlx_dpo.types import PairLogps
 from scripts.tools.goldens import trl_losses as trl
 from scripts.tools.goldens import trl_sigmoid as sigmoid
@@ -67,7 +68,7 @@ def beside(request, golden, pairs, reference):
     adapters.attach(policy, rank=settings["lora_r"], scale=settings["lora_alpha"] / 16)
     set_initial_a(policy, json.loads(sigmoid.GOLDEN.read_text()))
     order = order_of(len(pairs))
-    plan = Plan(
+    plan = TrainingPlan(
         pairs=[pairs[row] for row in order],
         reference=PairLogps(*(logps[mx.array(order)] for logps in reference)),
         objective=Objective(**{f.name: getattr(config, f.name) for f in fields(Objective)}),

@@ -9,10 +9,12 @@ import pytest
 from mlx_dpo.adapters import attach as adapters
 from mlx_dpo.data.batching import PassLimit, pair_metadata
 from mlx_dpo.io.arrays import named_arrays
+from mlx_dpo.losses.log_ratios import log_ratios
 from mlx_dpo.scoring.scorers import score_pairs
-from mlx_dpo.training.global_batch import Among, mismatched, single
-from mlx_dpo.training.loop import Plan, Progress, train
+from mlx_dpo.training.grad_cache import GradCache, only_kl_completions, skip_kl_completions
+from mlx_dpo.training.loop import Progress, train
 from mlx_dpo.training.objective import Objective
+from mlx_dpo.training.plan import TrainingPlan
 from mlx_dpo.types import PairLogps, ScoredPairs
 from tests.conftest import make_llama
 
@@ -25,9 +27,8 @@ class Products(Objective):
 
     couples = True
 
-    def losses(self, scored):
-        ratios = scored.policy.chosen - scored.reference.chosen
-        return ratios * mx.roll(ratios, -1)
+    def losses(self, scored, ratios):
+        return ratios.chosen * mx.roll(ratios.chosen, -1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +38,9 @@ class Judged(Objective):
     couples = True
     labelled = True
 
-    def losses(self, scored):
-        ratios = scored.policy.chosen - scored.reference.chosen
-        point = mx.stop_gradient((scored.policy.rejected - scored.reference.rejected).mean())
-        return mx.where(scored.metadata.desirable, -1.0, 1.0) * (ratios - point) ** 3
+    def losses(self, scored, ratios):
+        point = mx.stop_gradient(ratios.rejected.mean())
+        return mx.where(scored.metadata.desirable, -1.0, 1.0) * (ratios.chosen - point) ** 3
 
 
 def stepped(pairs, objective, limit, scored=None):
@@ -59,7 +59,7 @@ def stepped(pairs, objective, limit, scored=None):
 
     with adapters.adapters_off(policy):
         reference = score_pairs(policy, pairs, limit=LIMIT)
-    plan = Plan(
+    plan = TrainingPlan(
         pairs=pairs, reference=reference, objective=objective, learning_rate=lambda done: 0.01,
         total_steps=1, batch_size=len(pairs), limit=limit, max_grad_norm=0.0, seed=0, score=score,
     )  # fmt: skip
@@ -93,9 +93,9 @@ def test_no_gradient_flows_through_the_mismatched_completion(pairs):
     [(ahead, logps)] = asked
     assert sorted(len(pair.rejected) for pair in ahead) == sorted(len(p.rejected) for p in rows)
     assert {len(pair.chosen) for pair in ahead} == {1}
-    assert {len(pair.rejected) for pair in single(rows)} == {1}
-    assert [p.chosen for p in single(rows)] == [p.chosen for p in rows]
-    assert [p.rejected for p in mismatched(rows)] == [p.rejected for p in rows]
+    assert {len(pair.rejected) for pair in skip_kl_completions(rows)} == {1}
+    assert [p.chosen for p in skip_kl_completions(rows)] == [p.chosen for p in rows]
+    assert [p.rejected for p in only_kl_completions(rows)] == [p.rejected for p in rows]
     # What is said of the step is what was scored ahead, not the one token.
     policy = make_llama()
     reference = score_pairs(policy, ahead, limit=LIMIT)
@@ -108,13 +108,12 @@ def test_a_pair_keeps_its_place_in_the_step(pairs):
     whole = ScoredPairs(
         PairLogps(numbers, 10 + numbers), PairLogps(numbers, numbers), pair_metadata(pairs), numbers
     )
-    among = Among.of(whole, [3, 0])
-    live = among.with_live(
-        PairLogps(mx.array([33.0, 30.0]), mx.array([43.0, 40.0])), labelled=False
-    )
+    cache = GradCache.of(whole, [3, 0])
+    live = cache.with_gradients(PairLogps(mx.array([33.0, 30.0]), mx.array([43.0, 40.0])))
     assert live.policy.chosen.tolist() == [30.0, 1.0, 2.0, 33.0, 4.0]
     assert live.policy.rejected.tolist() == [40.0, 11.0, 12.0, 43.0, 14.0]
-    own = among.own(Objective(beta=1.0).outcomes(live))
+    ratios = log_ratios(live.policy, live.reference)
+    own = cache.select(Objective(beta=1.0).outcomes(live, ratios))
     assert own.scored.policy.chosen.tolist() == [33.0, 30.0]
     assert own.chosen_rewards.tolist() == [30.0, 30.0]
     assert own.scored.on_policy_weights.tolist() == [3.0, 0.0]

@@ -1,0 +1,71 @@
+"""GradCache for losses that couple the pairs of a step, computed one micro-batch at a time.
+
+First the whole step is scored without gradients. Each micro-batch then computes the loss of the
+whole step, with gradients through its own log-probabilities only. Parameters do not change in
+between, so the gradients of all micro-batches add up to the gradient of the step.
+
+Source: Gao et al. 2021, arXiv:2101.06983.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple, Self, cast
+
+import mlx.core as mx
+from mlx.utils import tree_map
+
+from mlx_dpo.types import LossOutputs, PairLogps, ScoredPairs, TokenizedPair
+
+
+class GradCache(NamedTuple):
+    """A micro-batch of b pairs and the cached log-probabilities of its step of B pairs."""
+
+    step: ScoredPairs  # (B,) each, scored without gradients
+    at: mx.array  # (b,) positions of the micro-batch in the step
+    others: mx.array  # (B - b,) all other positions
+    order: mx.array  # (B,) index of each position in the concatenation of `at` and `others`
+    labelled: bool = False  # unpaired examples, whose `rejected` is the KL completion
+
+    @classmethod
+    def of(cls, step: ScoredPairs, at: Sequence[int], *, labelled: bool = False) -> Self:
+        """Return the cache of the micro-batch with the positions `at`."""
+        others = [i for i in range(len(step.policy.chosen)) if i not in set(at)]
+        order = mx.argsort(mx.array([*at, *others]))
+        return cls(step, mx.array(list(at)), mx.array(others, dtype=mx.int32), order, labelled)
+
+    def with_gradients(self, logps: PairLogps) -> ScoredPairs:
+        """Return the whole step with `logps` of the micro-batch in place. (B,) each
+
+        KL completions of unpaired examples keep their cached values: they have no gradient.
+        """
+        cached = self.step.policy
+        rejected = cached.rejected[self.at] if self.labelled else logps.rejected
+        return self.step._replace(
+            policy=PairLogps(
+                self._insert(logps.chosen, cached.chosen), self._insert(rejected, cached.rejected)
+            )
+        )
+
+    def select(self, outputs: LossOutputs) -> LossOutputs:
+        """Return the outputs of the micro-batch. (b,) each"""
+
+        def select(x: mx.array) -> mx.array:
+            return x[self.at] if x.ndim else x
+
+        return cast(LossOutputs, tree_map(select, outputs))
+
+    def _insert(self, logps: mx.array, cached: mx.array) -> mx.array:
+        return mx.concatenate([logps, cached[self.others]])[self.order]
+
+
+def skip_kl_completions(pairs: Sequence[TokenizedPair]) -> list[TokenizedPair]:
+    """Return unpaired examples to be scored with gradients: one token of each KL completion.
+
+    That token costs nothing in the model's layers: the prompt's last token predicts it.
+    """
+    return [replace(pair, rejected=pair.rejected[:1]) for pair in pairs]
+
+
+def only_kl_completions(pairs: Sequence[TokenizedPair]) -> list[TokenizedPair]:
+    """Return unpaired examples to be scored for their KL completions only."""
+    return [replace(pair, chosen=pair.chosen[:1]) for pair in pairs]
