@@ -1,6 +1,6 @@
-"""What a person, a judge or a rule found of answers, as rows that `train` reads.
+"""Preference rows (pairs and unpaired examples) and the JSONL file that they are appended to.
 
-Rows are appended to a JSONL file the moment they are made; whatever ends the program, they stay.
+Every row is flushed to disk before the program continues, so a crash loses no feedback.
 """
 
 import fcntl
@@ -18,7 +18,7 @@ Row = dict[str, Any]
 
 
 def unpaired_row(prompt: Text, answer: str, *, good: bool, provenance: Row) -> Row:
-    """One answer that was found good or bad by itself, as KTO takes it."""
+    """Return an unpaired preference, TRL's `prompt`, `completion` and `label`, as KTO reads it."""
     return {
         **_format_turns(prompt, completion=answer),
         "label": good,
@@ -27,12 +27,12 @@ def unpaired_row(prompt: Text, answer: str, *, good: bool, provenance: Row) -> R
 
 
 def pair_row(prompt: Text, *, chosen: str, rejected: str, provenance: Row) -> Row:
-    """Two answers to the same prompt, the better one and the other."""
+    """Return a preference pair: `prompt`, `chosen` and `rejected`."""
     return {**_format_turns(prompt, chosen=chosen, rejected=rejected), "provenance": provenance}
 
 
 def _format_turns(prompt: Text, **answers: str) -> Row:
-    """As messages where the prompt is messages, else as plain text."""
+    """Return prompt and answers as messages if the prompt is messages, else as plain text."""
     if isinstance(prompt, str):
         return {"prompt": prompt, **answers}
     turns: dict[str, list[Message]] = {
@@ -42,65 +42,72 @@ def _format_turns(prompt: Text, **answers: str) -> Row:
 
 
 def utc_timestamp() -> str:
-    """The time of a row: UTC, to the second."""
+    """Return the current time in UTC, to the second, in ISO format."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 @dataclass(frozen=True)
 class JsonlFile:
-    """A JSONL file that rows are appended to; it and its folder appear with the first one."""
+    """An append-only JSONL file. The file and its folder are created with the first row.
+
+    Raises:
+        DataError: the path is a folder or does not end in `.jsonl`.
+    """
 
     path: Path
 
     def __post_init__(self) -> None:
         if self.path.suffix != ".jsonl":
-            raise DataError(f"{self.path}: rows are written one a line; give a name in `.jsonl`")
+            raise DataError(
+                f"{self.path}: rows are written as JSON lines; give a name that ends in `.jsonl`"
+            )
         if self.path.is_dir():
             raise DataError(f"{self.path}: is a folder; give the name of a file")
 
-    def mend(self) -> str | None:
-        """Take off the end of a line that was never finished; says so, or None.
+    def repair(self) -> str | None:
+        """Remove an incomplete last line; return a note about the removal, or None.
 
         Raises:
             DataError: the file cannot be read or written.
         """
         if not self.path.is_file():
             return None
-        with self._opened() as file:
-            return self._mend(file)
+        with self._open_locked() as file:
+            return self._repair(file)
 
     def append(self, row: Row) -> None:
-        """Add a row; it is on disk when this returns.
+        """Append a row and flush it to disk.
 
         Raises:
             DataError: the file cannot be written.
         """
         line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
-        with self._opened() as file:
-            self._mend(file)
+        with self._open_locked() as file:
+            self._repair(file)
             try:
                 file.write(line)
                 file.flush()
                 os.fsync(file.fileno())
             except OSError as error:
-                raise self._unwritable(error) from error
+                raise self._write_error(error) from error
 
-    def _opened(self) -> BinaryIO:
-        """The file, held against other programs that append to it."""
+    def _open_locked(self) -> BinaryIO:
+        """Open the file with an exclusive lock against other programs that append to it."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             file = open(self.path, "a+b")  # noqa: SIM115 (the caller closes it)
         except OSError as error:
-            raise self._unwritable(error) from error
+            raise self._write_error(error) from error
         fcntl.flock(file, fcntl.LOCK_EX)
         return file
 
-    def _unwritable(self, error: OSError) -> DataError:
+    def _write_error(self, error: OSError) -> DataError:
         return DataError(
             f"{self.path}: cannot be written ({reason(error)}); choose another file for the rows"
         )
 
-    def _mend(self, file: BinaryIO) -> str | None:
+    def _repair(self, file: BinaryIO) -> str | None:
+        """Remove an incomplete last line from the open file; see `repair`."""
         if not (size := file.seek(0, os.SEEK_END)):
             return None
         file.seek(size - 1)
@@ -108,11 +115,11 @@ class JsonlFile:
             return None
         file.seek(0)
         data = file.read()
-        kept = data.rfind(b"\n") + 1
+        start = data.rfind(b"\n") + 1
         try:
-            json.loads(data[kept:])
+            json.loads(data[start:])
         except ValueError:
-            file.truncate(kept)
-            return f"{self.path}: the last line was never finished; it is taken off"
-        file.write(b"\n")  # whole, from an editor that ends no last line
+            file.truncate(start)
+            return f"{self.path}: the last line was incomplete and has been removed"
+        file.write(b"\n")  # a complete row from an editor that writes no final newline
         return None

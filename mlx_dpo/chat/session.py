@@ -1,8 +1,8 @@
-"""A conversation with a model: text in, pieces of text out. Knows no terminal and no files."""
+"""A chat session with a model: text in, a stream of text out, without terminal or files."""
 
 from collections.abc import Generator, Sequence
 from contextlib import closing
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from mlx_dpo.adapters.switch import Side, Sides
 from mlx_dpo.config.sampling import Sampling
@@ -14,18 +14,27 @@ from mlx_dpo.types import Message, Text
 Author = Side | Literal["person"]  # of an answer
 
 
-class ChatSession:
-    """One session: turns, a prompt cache for each side, and the state of the sampler.
+class _History(NamedTuple):
+    """The turns of a chat with the author and the system message of each answer."""
 
-    `raw` continues plain text; it is the only way for a tokenizer without a chat template.
-    `context` is the number of positions to be used, None for no limit. `sides` are those of
-    `model`, where it has any.
+    turns: list[Message]
+    authors: list[Author]
+    systems: list[str | None]
+
+
+class ChatSession:
+    """A conversation with a prompt cache per adapter state and a seeded sampler.
+
+    Args:
+        raw: continue plain text without a chat template; forced if the tokenizer has none.
+        context: maximum number of tokens in the context, None for no limit.
+        switch: the adapter switch of `model`; without one the session has only the base model.
 
     Raises:
         ConfigError: `system` or `thinking` has no effect, or `top_k` is not below the vocabulary.
     """
 
-    def __init__(  # noqa: PLR0913 (one argument for each thing that makes up a session)
+    def __init__(  # noqa: PLR0913 (one argument per setting of a session)
         self,
         model: Any,
         tokenizer: Any,
@@ -35,187 +44,185 @@ class ChatSession:
         thinking: bool | None = None,
         context: int | None = None,
         raw: bool = False,
-        sides: Sides | None = None,
+        switch: Sides | None = None,
     ) -> None:
         self.raw = raw or not tokenizer.has_chat_template
         self.sampling = sampling.seeded()
         self.thinking, self.context = thinking, context
         self.system: str | None = None
         self.turns: list[Message] = []
-        self.authors: list[Author] = []  # of the answers in them, the last ones
-        self._systems: list[str | None] = []  # messages that these were answers after
-        self.sides = sides or Sides(model)
+        # Of the last answers: turns that no longer fit into the context are dropped from `turns`.
+        self.authors: list[Author] = []
+        self._systems: list[str | None] = []  # system message in effect for each answer
+        self.switch = switch or Sides(model)
         self._model, self._tokenizer = model, tokenizer
         self._caches: dict[Side, PromptCache] = {}
-        self._refuse_settings_without_effect()
-        self.instruct(system)
+        self._check_settings()
+        self.set_system(system)
         self.reset()
 
-    def _refuse_settings_without_effect(self) -> None:
+    def _check_settings(self) -> None:
         if self.sampling.top_k >= len(self._tokenizer):
             raise ConfigError(
-                f"`top_k` must be below the vocabulary of {len(self._tokenizer)} tokens, "
-                f"got {self.sampling.top_k}; 0 chooses among all"
+                f"`top_k` must be below the vocabulary size of {len(self._tokenizer)}, "
+                f"got {self.sampling.top_k}; 0 disables it"
             )
         if self.raw and self.thinking is not None:
             raise ConfigError("`thinking` has no effect: no chat template is used")
         if self.thinking is not None:
             check_thinking(self._tokenizer)
 
-    def instruct(self, system: str | None) -> None:
-        """Have this system message before everything from now on, or none.
+    def set_system(self, system: str | None) -> None:
+        """Set the system message for the answers from now on; None removes it.
 
         Raises:
-            ConfigError: it would have no effect.
+            ConfigError: the system message would have no effect.
         """
         if system is not None and self.raw:
             raise ConfigError("`system` has no effect: no chat template is used")
-        asked = [_message("user", "?")]
-        if system and self._ids([_message("system", system), *asked]) == self._ids(asked):
-            raise ConfigError("`system` has no effect; the model's chat template leaves it out")
+        probe = [_message("user", "?")]
+        if system and self._tokens([_message("system", system), *probe]) == self._tokens(probe):
+            raise ConfigError("`system` has no effect; the model's chat template ignores it")
         self.system = system
 
     def reset(self) -> None:
-        """Start over, as if nothing had been said: the draws start over, too."""
+        """Clear the conversation and restart the sampler from its seed."""
         self.turns, self.authors, self._systems = [], [], []
         self._sampler = make_sampler(self.sampling)
 
     def reply(self, text: str) -> Generator[Piece]:
-        """Stream the answer to `text`. Closed early, what was said so far stays in the turns.
+        """Stream the answer to `text`. If closed early, the partial answer stays in the turns.
 
         Raises:
             ConfigError: the question leaves no room in the model's context.
-            ModelError: the chat template refuses the conversation.
+            ModelError: the chat template rejects the conversation.
         """
-        asked = _message("user", text)
-        kept, prompt = self._fitting(asked)
-        left_out = len(self.turns) - len(kept)
+        question = _message("user", text)
+        earlier, prompt = self._fit_context(question)
+        left_out = len(self.turns) - len(earlier)
         answer: str | None = None
         try:
-            with closing(self._pieces(prompt, left_out)) as pieces:
+            with closing(self._stream(prompt, left_out)) as pieces:
                 for piece in pieces:
                     answer = (answer or "") + piece.text
                     yield piece
         finally:
             if answer is not None:
-                self.turns = [*kept, asked, _message("assistant", answer)]
-                self.authors = [*self.authors, self.sides.now]
+                self.turns = [*earlier, question, _message("assistant", answer)]
+                self.authors = [*self.authors, self.switch.now]
                 self._systems = [*self._systems, self.system]
 
     def retry(self) -> Generator[Piece]:
-        """Stream another answer to the last question; it takes the place of the one there is.
+        """Stream another answer to the last question and replace the earlier answer.
 
         Raises:
-            ConfigError: nothing has been said, or the answer would be the same again.
+            ConfigError: there is no answer yet, or the new answer would be identical.
         """
         if self.sampling.temperature == 0:
             raise ConfigError("with `temperature` 0 the answer is always the same; set one above 0")
-        before = self._said
+        before = self._history
         question, undone = self.undo(), self.turns
         try:
             yield from self.reply(question)
         finally:
-            if self.turns is undone:  # stopped before it began
-                self._said = before
+            if self.turns is undone:  # stopped before the first token
+                self._history = before
 
     def undo(self) -> str:
-        """Take the last question and its answer back; returns the question.
+        """Remove the last question and its answer; return the question.
 
         Raises:
-            ConfigError: nothing has been said.
+            ConfigError: there is no answer yet.
         """
         self.last_answer()
-        *self.turns, asked, _ = self.turns
+        *self.turns, question, _ = self.turns
         self.authors, self._systems = self.authors[:-1], self._systems[:-1]
-        return str(asked["content"])
+        return str(question["content"])
 
-    def other_answer(self, side: Side) -> Generator[Piece]:
-        """Stream what `side` says to the last question; the turns stay as they are.
+    def answer_with(self, adapter_state: Side) -> Generator[Piece]:
+        """Stream the answer of another adapter state to the last question, and forget the answer.
 
-        It is asked after the system message that the last answer was given after.
+        The question has the same system message as for the last answer.
         """
         self.last_answer()
-        before, system = self._said, self.system
-        with self.sides.on(side):
+        before, system = self._history, self.system
+        with self.switch.on(adapter_state):
             try:
                 self.system = self._systems[-1]
                 yield from self.reply(self.undo())
             finally:
-                self._said, self.system = before, system
+                self._history, self.system = before, system
 
     @property
-    def _said(self) -> tuple[list[Message], list[Author], list[str | None]]:
-        """Everything that was said, and what is known of it."""
-        return self.turns, self.authors, self._systems
+    def _history(self) -> _History:
+        return _History(self.turns, self.authors, self._systems)
 
-    @_said.setter
-    def _said(self, said: tuple[list[Message], list[Author], list[str | None]]) -> None:
-        self.turns, self.authors, self._systems = said
+    @_history.setter
+    def _history(self, history: _History) -> None:
+        self.turns, self.authors, self._systems = history
 
-    def replace(self, answer: str, author: Author) -> None:
-        """Go on as if this had been the answer to the last question."""
+    def replace_answer(self, answer: str, author: Author) -> None:
+        """Replace the last answer by another one and continue the conversation from it."""
         self.last_answer()
         self.turns = [*self.turns[:-1], _message("assistant", answer)]
         self.authors = [*self.authors[:-1], author]
 
     def last_answer(self) -> str:
-        """The answer to the last question, without thinking.
+        """Return the answer to the last question, without thinking.
 
         Raises:
-            ConfigError: nothing has been said.
+            ConfigError: there is no answer yet.
         """
         if not self.turns:
-            raise ConfigError("nothing has been said yet; ask something first")
-        said = str(self.turns[-1]["content"])
-        return said if self.authors[-1] == "person" else self.answer_in(said)
+            raise ConfigError("there is no answer yet; ask something first")
+        text = str(self.turns[-1]["content"])
+        return text if self.authors[-1] == "person" else self.strip_thinking(text)
 
-    def answer_in(self, said: str) -> str:
-        """What was said to the last question, without what was thought."""
-        return answer_in(self._tokenizer, self._ids(self._with_system(self.turns[:-1])), said)
+    def strip_thinking(self, text: str) -> str:
+        """Return the answer in `text`, a reply to the last question, without its thinking."""
+        prompt = self._tokens(_with_system(self.system, self.turns[:-1]))
+        return answer_in(self._tokenizer, prompt, text)
 
-    def asked(self) -> Text:
-        """What the last answer is an answer to: messages, or text without a chat template."""
+    def last_prompt(self) -> Text:
+        """Return the prompt of the last answer: messages, or text without a chat template."""
         self.last_answer()
         if self.raw:
             return "\n".join(turn["content"] for turn in self.turns[:-1])
         return tuple(_with_system(self._systems[-1], self.turns[:-1]))
 
     def conversation(self) -> list[Message]:
-        """Everything that the model sees, with the last answer."""
-        return self._with_system(self.turns)
+        """Return all messages in the model's context, including the last answer."""
+        return _with_system(self.system, self.turns)
 
-    def _with_system(self, turns: Sequence[Message]) -> list[Message]:
-        return _with_system(self.system, turns)
-
-    def _ids(self, turns: Sequence[Message]) -> list[int]:
+    def _tokens(self, turns: Sequence[Message]) -> list[int]:
         if self.raw:
             return text_tokens(self._tokenizer, "\n".join(turn["content"] for turn in turns))
         return prompt_tokens(self._tokenizer, turns, thinking=self.thinking)
 
-    def _fitting(self, asked: Message) -> tuple[list[Message], list[int]]:
-        """The turns before `asked` that there is room for, and the prompt that they make.
+    def _fit_context(self, question: Message) -> tuple[list[Message], list[int]]:
+        """Return the earlier turns that fit into the context, and the prompt tokens with them.
 
-        The oldest questions go first, each with its answer; a quarter of the context is kept for
-        the answer.
+        The oldest questions are dropped first, each with its answer; a quarter of the context is
+        reserved for the new answer.
         """
-        kept = list(self.turns)
-        prompt = self._ids(self._with_system([*kept, asked]))
+        earlier = list(self.turns)
+        prompt = self._tokens(_with_system(self.system, [*earlier, question]))
         if self.context is None:
-            return kept, prompt
-        room = min(self.sampling.max_tokens, self.context // 4)
-        while kept and len(prompt) + room > self.context:
-            del kept[:2]
-            prompt = self._ids(self._with_system([*kept, asked]))
+            return earlier, prompt
+        reserved = min(self.sampling.max_tokens, self.context // 4)
+        while earlier and len(prompt) + reserved > self.context:
+            del earlier[:2]
+            prompt = self._tokens(_with_system(self.system, [*earlier, question]))
         if len(prompt) >= self.context:
             raise ConfigError(
                 f"the question: {len(prompt)} tokens leave no room for an answer (the context is "
                 f"{self.context}); shorten it"
             )
-        return kept, prompt
+        return earlier, prompt
 
-    def _pieces(self, prompt: list[int], left_out: int) -> Generator[Piece]:
-        side = self.sides.now
-        cache = self._caches[side] = self._caches.get(side) or PromptCache(self._model)
+    def _stream(self, prompt: list[int], left_out: int) -> Generator[Piece]:
+        state = self.switch.now
+        cache = self._caches[state] = self._caches.get(state) or PromptCache(self._model)
         room = self.sampling.max_tokens if self.context is None else self.context - len(prompt)
         return stream_answer(
             self._model,

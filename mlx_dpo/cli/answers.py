@@ -109,7 +109,7 @@ def open_chat(  # noqa: PLR0913 (one argument for each flag)
         thinking=thinking,
         context=_context(opened.base.config, context),
         raw=raw,
-        sides=opened.sides,
+        switch=opened.sides,
     )
     return chat, opened
 

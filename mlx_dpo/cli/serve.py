@@ -1,4 +1,4 @@
-"""`mlx-dpo serve`: base and aligned behind an OpenAI-compatible endpoint."""
+"""`mlx-dpo serve`: an OpenAI-compatible server for the base and the aligned model."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -12,25 +12,26 @@ if TYPE_CHECKING:
     from mlx_dpo.chat.server import ServedModel, Server
     from mlx_dpo.saved_runs.open import TwoSided
 
-REQUEST_ONLY_SETTINGS = ("seed", "repetition_penalty")  # a request says these itself
+REQUEST_ONLY_SETTINGS = ("seed", "repetition_penalty")  # set by each request, not by a flag
 
 
 @click.command()
 @click.argument("run", required=False)
-@click.option("--model", metavar="MODEL", help="A folder or Hub id, in place of a run.")
+@click.option("--model", metavar="MODEL", help="A folder or Hub id, instead of a run.")
 @click.option("--adapter", metavar="FOLDER", help="Adapter on top of --model, mlx-lm's or PEFT's.")
-@click.option("--host", default="127.0.0.1", help="Address to listen at; 0.0.0.0 is the network.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8080, help="0 takes any.")
+@click.option("--host", default="127.0.0.1", help="Address to listen on; 0.0.0.0 is the network.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, help="0 picks a free port.")
 @click.option(
     "--allowed-origins",
     multiple=True,
     metavar="ORIGIN",
-    help="Web page that may ask (`https://example.org`, `*`); repeat it. [default: none]",
+    help="Web page that may send requests (`https://example.org`, `*`); repeatable. "
+    "[default: none]",
 )
 @click.option(
     "--thinking/--no-thinking",
     default=None,
-    help="Let a model think first that can. [default: no-thinking]",
+    help="Enable thinking mode, if the model has one. [default: no-thinking]",
 )
 @sampling_flags(without=REQUEST_ONLY_SETTINGS, temperature=0.7)
 def serve(
@@ -42,10 +43,10 @@ def serve(
     allowed_origins: tuple[str, ...],
     **settings: Any,
 ) -> None:
-    """Serve a RUN, or a model, as OpenAI's API does: chat, completions, models.
+    """Serve a RUN or a model with OpenAI's API: chat, completions, models.
 
-    `aligned` and `base` are two models by name on one set of weights. The sampling flags are for
-    requests that say nothing themselves. This is mlx-lm's server; it is not made for the internet.
+    `aligned` and `base` are two model names on one set of weights. The sampling flags are the
+    defaults for requests. The server is mlx-lm's and is not made for the internet.
 
     \b
     mlx-dpo serve run
@@ -59,13 +60,16 @@ def serve(
     sampling = Sampling(**settings)
     with Server(host, port) as server:
         opened = open_sides(run, model=model, adapter=adapter)
-        service = _make_served_model(opened, sampling, thinking, allowed_origins)
-        for line in _header(opened, service, server):
+        served = _make_served_model(opened, sampling, thinking, allowed_origins)
+        for line in _header(opened, served, server):
             click.echo(line, err=True)
         if not is_loopback(str(server.server_address[0])):
-            click.echo("Anyone who reaches this machine can ask; there is no password.", err=True)
+            click.echo(
+                "Anyone who can reach this machine can send requests; there is no password.",
+                err=True,
+            )
         try:
-            server.answer(service)
+            server.serve(served)
         except KeyboardInterrupt:
             click.echo("\nStopped", err=True)
 
@@ -80,8 +84,7 @@ def _make_served_model(
     if thinking is not None:
         check_thinking(tokenizer)
     if sampling.top_k >= len(tokenizer):
-        raise ConfigError(f"`top_k` must be below the vocabulary of {len(tokenizer)} tokens")
-    thought = config.thinking if thinking is None and config else thinking
+        raise ConfigError(f"`top_k` must be below the vocabulary size of {len(tokenizer)}")
     return ServedModel(
         opened.base.model,
         tokenizer,
@@ -89,17 +92,17 @@ def _make_served_model(
         {"aligned": "aligned", "base": "base"} if opened.sides.both else {"base": "base"},
         min(len(tokenizer), opened.base.vocab_size),
         sampling,
-        thinking=bool(thought),
+        thinking=bool(config.thinking if thinking is None and config else thinking),
         system=config.system if config else None,
         origins=origins,
     )
 
 
-def _header(opened: "TwoSided", service: "ServedModel", server: "Server") -> list[str]:
-    names = " and ".join(f"`{name}`" for name in service.names)
+def _header(opened: "TwoSided", served: "ServedModel", server: "Server") -> list[str]:
+    names = " and ".join(f"`{name}`" for name in served.names)
     lines = [*opened.notes, f"{opened.base.source} as {names} at {server.url}"]
     if opened.run is not None and opened.run.trained_on_text:
-        lines.append("It was trained on plain text: ask at /v1/completions, not as chat")
-    if service.system is not None:
-        lines.append(f"Conversations without a system message get: {service.system}")
+        lines.append("The run was trained on plain text: use /v1/completions, not chat")
+    if served.system is not None:
+        lines.append(f"Conversations without a system message get: {served.system}")
     return [*lines, "Ctrl-C stops it."]

@@ -64,7 +64,7 @@ class PairsFile:
         self.pairs = JsonlFile(self.path)
         self.passed = JsonlFile(self.path.with_suffix(".passed.jsonl"))
         for journal in (self.pairs, self.passed):
-            if note := journal.mend():
+            if note := journal.repair():
                 self.notes.append(note)
             for row in read_rows(journal.path) if journal.path.is_file() else ():
                 if (number := decision_number(row.record)) is not None:

@@ -1,4 +1,4 @@
-"""What can be done to a conversation beside asking: sides, undo, retry, and a full context."""
+"""Switching models, undo, retry, replaced answers, and a full context."""
 
 import mlx.core as mx
 import mlx_lm
@@ -13,12 +13,12 @@ from tests.checkpoints import make_checkpoint
 
 QUESTIONS = ("Where is the cat?", "and the hat", "Is it here?")
 GREEDY = Sampling(max_tokens=12)
-WARM = Sampling(max_tokens=12, temperature=1.0, seed=5)
+SAMPLED = Sampling(max_tokens=12, temperature=1.0, seed=5)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def uncompiled():
-    """Compiling a filter for the CPU takes seconds."""
+    """Disable compilation: compiling a sampling filter for the CPU takes seconds."""
     mx.disable_compile()
     yield
     mx.enable_compile()
@@ -30,28 +30,28 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def plain(folder):
+def base(folder):
     return mlx_lm.load(folder)
 
 
 @pytest.fixture
-def two_sided(folder):
+def switchable(folder):
     model, tokenizer = mlx_lm.load(folder)
-    sides = Sides(model)
-    sides.keep("base")
+    switch = Sides(model)
+    switch.keep("base")
     attach(model, rank=4, scale=8.0)
     for name, module in model.named_modules():
         if name.endswith("_proj"):
             module.lora_b = mx.random.normal(module.lora_b.shape, key=mx.random.key(2)) * 0.2
-    sides.keep("aligned")
-    return model, tokenizer, sides
+    switch.keep("aligned")
+    return model, tokenizer, switch
 
 
-def say(chat, text):
+def ask(chat, text):
     return "".join(piece.text for piece in chat.reply(text))
 
 
-def text_of(pieces):
+def join(pieces):
     return "".join(piece.text for piece in pieces)
 
 
@@ -59,75 +59,75 @@ def user(text):
     return {"role": "user", "content": text}
 
 
-def test_base_answers_are_those_of_the_base_alone_before_and_after_ten_switches(two_sided, plain):
-    """In one conversation each: the aligned side's answers in between leave no trace."""
-    model, tokenizer, sides = two_sided
-    chat, alone = ChatSession(model, tokenizer, GREEDY, sides=sides), ChatSession(*plain, GREEDY)
+def test_base_answers_equal_those_of_the_base_loaded_alone_after_ten_switches(switchable, base):
+    """In one conversation each: the aligned model's answers in between have no effect."""
+    model, tokenizer, switch = switchable
+    chat, alone = ChatSession(model, tokenizer, GREEDY, switch=switch), ChatSession(*base, GREEDY)
     for question in QUESTIONS:
-        sides.put("base")
-        assert say(chat, question) == say(alone, question)
+        switch.put("base")
+        assert ask(chat, question) == ask(alone, question)
         for _ in range(5):
-            sides.put("aligned")
-            aligned = text_of(chat.other_answer("aligned"))
+            switch.put("aligned")
+            aligned = join(chat.answer_with("aligned"))
             assert aligned != chat.last_answer()
-            sides.put("base")
-            assert text_of(chat.other_answer("base")) == chat.last_answer()
+            switch.put("base")
+            assert join(chat.answer_with("base")) == chat.last_answer()
     assert chat.turns == alone.turns
     assert chat.authors == ["base"] * 3
 
 
-def test_each_side_goes_on_from_its_own_cache(two_sided):
-    model, tokenizer, sides = two_sided
-    chat = ChatSession(model, tokenizer, GREEDY, sides=sides)
-    say(chat, QUESTIONS[0])
-    *_, last = chat.other_answer("base")
+def test_each_model_continues_from_its_own_cache(switchable):
+    model, tokenizer, switch = switchable
+    chat = ChatSession(model, tokenizer, GREEDY, switch=switch)
+    ask(chat, QUESTIONS[0])
+    *_, last = chat.answer_with("base")
     assert last.summary.cached_tokens == 0
-    *_, last = chat.other_answer("base")
+    *_, last = chat.answer_with("base")
     assert last.summary.cached_tokens == last.summary.prompt_tokens - 1
     *_, last = chat.reply(QUESTIONS[1])
     assert last.summary.cached_tokens > 0
-    fresh = ChatSession(model, tokenizer, GREEDY, sides=sides)
+    fresh = ChatSession(model, tokenizer, GREEDY, switch=switch)
     fresh.turns = chat.turns[:2]
-    assert say(fresh, QUESTIONS[1]) == chat.last_answer()
+    assert ask(fresh, QUESTIONS[1]) == chat.last_answer()
 
 
-def test_the_other_answer_leaves_conversation_and_side_as_they_were(two_sided):
-    model, tokenizer, sides = two_sided
-    chat = ChatSession(model, tokenizer, GREEDY, sides=sides)
-    say(chat, QUESTIONS[0])
+def test_answering_with_the_other_model_changes_neither_conversation_nor_model(switchable):
+    model, tokenizer, switch = switchable
+    chat = ChatSession(model, tokenizer, GREEDY, switch=switch)
+    ask(chat, QUESTIONS[0])
     before = list(chat.turns)
-    pieces = chat.other_answer("base")
+    pieces = chat.answer_with("base")
     next(pieces)
-    assert sides.now == "base"
+    assert switch.now == "base"
     pieces.close()
-    assert (chat.turns, chat.authors, sides.now) == (before, ["aligned"], "aligned")
+    assert (chat.turns, chat.authors, switch.now) == (before, ["aligned"], "aligned")
 
 
-def test_undo_takes_back_a_question_with_its_answer(plain):
-    chat = ChatSession(*plain, GREEDY)
-    first = say(chat, QUESTIONS[0])
-    second = say(chat, QUESTIONS[1])
+def test_undo_removes_a_question_with_its_answer(base):
+    chat = ChatSession(*base, GREEDY)
+    first = ask(chat, QUESTIONS[0])
+    second = ask(chat, QUESTIONS[1])
     assert chat.undo() == QUESTIONS[1]
     assert chat.turns == [user(QUESTIONS[0]), {"role": "assistant", "content": first}]
-    assert say(chat, QUESTIONS[1]) == second
+    assert ask(chat, QUESTIONS[1]) == second
     chat.undo(), chat.undo()
-    with pytest.raises(ConfigError, match="nothing has been said yet"):
+    with pytest.raises(ConfigError, match="there is no answer yet"):
         chat.undo()
 
 
-def test_retry_puts_another_answer_in_the_place_of_the_last(plain):
-    chat = ChatSession(*plain, WARM)
-    say(chat, QUESTIONS[0])
-    before = say(chat, QUESTIONS[1])
-    again = text_of(chat.retry())
+def test_retry_replaces_the_last_answer(base):
+    chat = ChatSession(*base, SAMPLED)
+    ask(chat, QUESTIONS[0])
+    before = ask(chat, QUESTIONS[1])
+    again = join(chat.retry())
     assert again != before
     assert [turn["content"] for turn in chat.turns[2:]] == [QUESTIONS[1], again]
     assert len(chat.authors) == 2
 
 
-def test_a_retry_that_never_begins_keeps_the_answer_there_is(plain):
-    chat = ChatSession(*plain, WARM)
-    answer = say(chat, QUESTIONS[0])
+def test_a_retry_that_fails_at_once_keeps_the_earlier_answer(base):
+    chat = ChatSession(*base, SAMPLED)
+    answer = ask(chat, QUESTIONS[0])
     pieces = chat.retry()
     chat.context = 1
     with pytest.raises(ConfigError, match="leave no room"):
@@ -136,77 +136,77 @@ def test_a_retry_that_never_begins_keeps_the_answer_there_is(plain):
     assert chat.authors == ["base"]
 
 
-def test_retry_is_refused_where_the_answer_would_be_the_same(plain):
-    chat = ChatSession(*plain, GREEDY)
-    say(chat, QUESTIONS[0])
+def test_retry_is_rejected_if_the_answer_would_be_identical(base):
+    chat = ChatSession(*base, GREEDY)
+    ask(chat, QUESTIONS[0])
     with pytest.raises(ConfigError, match="with `temperature` 0 the answer is always the same"):
         next(chat.retry())
 
 
-def test_a_replaced_answer_is_what_the_model_reads_next(plain):
-    chat = ChatSession(*plain, GREEDY)
-    say(chat, QUESTIONS[0])
-    chat.replace("On the mat.", "person")
-    other = ChatSession(*plain, GREEDY)
+def test_the_model_reads_the_replaced_answer_in_the_next_turn(base):
+    chat = ChatSession(*base, GREEDY)
+    ask(chat, QUESTIONS[0])
+    chat.replace_answer("On the mat.", "person")
+    other = ChatSession(*base, GREEDY)
     other.turns = [user(QUESTIONS[0]), {"role": "assistant", "content": "On the mat."}]
-    assert say(chat, QUESTIONS[1]) == say(other, QUESTIONS[1])
+    assert ask(chat, QUESTIONS[1]) == ask(other, QUESTIONS[1])
     assert chat.authors == ["person", "base"]
 
 
-def test_what_was_asked_is_all_that_the_model_saw_before_its_answer(plain):
-    chat = ChatSession(*plain, GREEDY, system="Be brief.")
-    first = say(chat, QUESTIONS[0])
-    say(chat, QUESTIONS[1])
+def test_the_last_prompt_is_all_that_the_model_read_before_its_answer(base):
+    chat = ChatSession(*base, GREEDY, system="Be brief.")
+    first = ask(chat, QUESTIONS[0])
+    ask(chat, QUESTIONS[1])
     system = {"role": "system", "content": "Be brief."}
     answer = {"role": "assistant", "content": first}
-    assert chat.asked() == (system, user(QUESTIONS[0]), answer, user(QUESTIONS[1]))
-    raw = ChatSession(*plain, GREEDY, raw=True)
-    first = say(raw, "The cat")
-    say(raw, "The hat")
-    assert raw.asked() == f"The cat\n{first}\nThe hat"
+    assert chat.last_prompt() == (system, user(QUESTIONS[0]), answer, user(QUESTIONS[1]))
+    raw = ChatSession(*base, GREEDY, raw=True)
+    first = ask(raw, "The cat")
+    ask(raw, "The hat")
+    assert raw.last_prompt() == f"The cat\n{first}\nThe hat"
 
 
-def test_a_system_message_can_come_and_go(plain):
-    chat = ChatSession(*plain, GREEDY)
-    bare = say(chat, QUESTIONS[0])
+def test_a_system_message_can_be_set_and_cleared(base):
+    chat = ChatSession(*base, GREEDY)
+    without_system = ask(chat, QUESTIONS[0])
     chat.reset()
-    chat.instruct("Be brief.")
-    assert say(chat, QUESTIONS[0]) == say(
-        ChatSession(*plain, GREEDY, system="Be brief."), QUESTIONS[0]
+    chat.set_system("Be brief.")
+    assert ask(chat, QUESTIONS[0]) == ask(
+        ChatSession(*base, GREEDY, system="Be brief."), QUESTIONS[0]
     )
     chat.reset()
-    chat.instruct(None)
-    assert say(chat, QUESTIONS[0]) == bare
+    chat.set_system(None)
+    assert ask(chat, QUESTIONS[0]) == without_system
 
 
-def test_when_the_context_is_full_the_oldest_questions_are_left_out(plain):
-    chat = ChatSession(*plain, Sampling(max_tokens=8), context=64)
-    shortened = []
+def test_when_the_context_is_full_the_oldest_turns_are_dropped(base):
+    chat = ChatSession(*base, Sampling(max_tokens=8), context=64)
+    dropped = []
     for number in range(12):
         *_, last = chat.reply(f"Question {number}, where is the cat?")
-        shortened.append(last.summary.left_out)
+        dropped.append(last.summary.left_out)
         assert last.summary.prompt_tokens + last.summary.tokens <= 64
         assert last.summary.finish_reason in ("stop", "length")
         assert [turn["role"] for turn in chat.turns[:2]] == ["user", "assistant"]
-    assert shortened[0] == 0
-    assert sum(shortened) > 0
-    assert len(chat.turns) == 2 * 12 - sum(shortened)
-    assert len(chat.authors) == 12  # the last ones belong to the turns that are left
-    after = ChatSession(*plain, Sampling(max_tokens=8))
-    after.turns = chat.turns[:-2]
-    assert say(after, chat.turns[-2]["content"]) == chat.turns[-1]["content"]
+    assert dropped[0] == 0
+    assert sum(dropped) > 0
+    assert len(chat.turns) == 2 * 12 - sum(dropped)
+    assert len(chat.authors) == 12  # the last authors belong to the remaining turns
+    fresh = ChatSession(*base, Sampling(max_tokens=8))
+    fresh.turns = chat.turns[:-2]
+    assert ask(fresh, chat.turns[-2]["content"]) == chat.turns[-1]["content"]
 
 
-def test_thinking_is_kept_in_the_conversation_and_left_out_of_the_answer(plain):
-    model, tokenizer = plain
+def test_thinking_stays_in_the_conversation_but_not_in_the_answer(base):
+    model, tokenizer = base
     marks = tokenizer._think_start, tokenizer._think_end
     tokens = tokenizer._think_start_tokens, tokenizer._think_end_tokens
     tokenizer._think_start, tokenizer._think_end = "<t>", "</t>"
     tokenizer._think_start_tokens, tokenizer._think_end_tokens = (60,), (61,)
     try:
         chat = ChatSession(model, tokenizer, GREEDY)
-        say(chat, "Why?")
-        chat.replace("<t>hm\n</t>\n\nSo.\n", "base")
+        ask(chat, "Why?")
+        chat.replace_answer("<t>hm\n</t>\n\nSo.\n", "base")
         assert chat.turns[-1]["content"] == "<t>hm\n</t>\n\nSo.\n"
         assert chat.last_answer() == "So."
     finally:

@@ -1,4 +1,4 @@
-"""A command of ours under a terminal of its own: type, wait, press Ctrl-C, resize."""
+"""Run `mlx-dpo` in a pseudo-terminal: type, wait for output, press Ctrl-C, resize."""
 
 import fcntl
 import os
@@ -13,15 +13,15 @@ import termios
 import time
 
 
-class Session:
-    """`mlx-dpo` with these words, at a terminal of 80 columns."""
+class TerminalSession:
+    """A process of `mlx-dpo` with the given arguments, at a terminal of 80 columns."""
 
-    def __init__(self, *words, **env):
-        self.seen, self._screen = "", b""
+    def __init__(self, *arguments, **env):
+        self.output, self._bytes = "", b""
         self._master, terminal = pty.openpty()
         self.resize(80)
         self._child = subprocess.Popen(
-            [sys.executable, "-c", "from mlx_dpo.cli import main; main()", *words],
+            [sys.executable, "-c", "from mlx_dpo.cli import main; main()", *arguments],
             stdin=terminal,
             stdout=terminal,
             stderr=terminal,
@@ -32,27 +32,27 @@ class Session:
         os.close(terminal)
 
     def until(self, pattern, seconds=60):
-        """Read on until `pattern` appears after what was seen before; returns what came."""
+        """Read until `pattern` appears in new output; return the new output."""
         deadline = time.monotonic() + seconds
-        start = len(self.seen)
-        while not (found := re.search(pattern, self.seen[start:])):
-            assert time.monotonic() < deadline, f"{pattern!r} not in {self.seen[start:]!r}"
+        start = len(self.output)
+        while not (match := re.search(pattern, self.output[start:])):
+            assert time.monotonic() < deadline, f"{pattern!r} not in {self.output[start:]!r}"
             self._read(0.2)
-        return self.seen[start : start + found.end()]
+        return self.output[start : start + match.end()]
 
     def _read(self, seconds):
         if select.select([self._master], [], [], seconds)[0]:
             try:
-                self._screen += os.read(self._master, 4096)
-            except OSError:  # Linux says so when the other side has closed
+                self._bytes += os.read(self._master, 4096)
+            except OSError:  # Linux raises it when the process has closed the terminal
                 return
-            self.seen = self._screen.decode("utf-8", "ignore").replace("\r\n", "\n")
+            self.output = self._bytes.decode("utf-8", "ignore").replace("\r\n", "\n")
 
     def type(self, text):
         os.write(self._master, text.encode())
 
-    def say(self, text, pattern="> $"):
-        """Type a line and read until the pattern; returns what came."""
+    def type_line(self, text, pattern="> $"):
+        """Type a line and read until the pattern; return the new output."""
         self.type(text + "\n")
         return self.until(pattern)
 
@@ -73,6 +73,6 @@ class Session:
 
 
 def _own_terminal():
-    """Make the terminal the controlling one, so that Ctrl-C reaches the child as a signal."""
+    """Make the terminal the controlling terminal, so that Ctrl-C sends the child a signal."""
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -15,7 +15,7 @@ from mlx_dpo.cli import cli
 from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.runs.inputs import read_inputs
 from tests.checkpoints import END, make_adapter, make_checkpoint
-from tests.cli.terminal import Session
+from tests.cli.terminal import TerminalSession
 
 GREEDY = ("--temperature", "0")
 
@@ -27,7 +27,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def endless(tmp_path_factory):
-    """A model whose likeliest token is never the one that ends an answer."""
+    """A model that never ends a greedy answer."""
     folder = make_checkpoint(tmp_path_factory.mktemp("endless"), max_position_embeddings=10**6)
     weights = mx.load(str(folder / "model.safetensors"))
     weights["lm_head.weight"][END] = 0.0
@@ -41,7 +41,7 @@ def adapter(model, tmp_path_factory):
 
 
 def answers(model, questions, tokens=6, adapter=None):
-    """What a session says, computed without the command line."""
+    """The answers of a chat session, computed without the command line."""
     policy, tokenizer = mlx_lm.load(model)
     if adapter is not None:
         load_adapter(policy, Path(adapter))
@@ -54,7 +54,7 @@ def pipe(model, stdin, *arguments):
     return CliRunner().invoke(cli, ["chat", *flags], input=stdin)
 
 
-def test_through_a_pipe_each_line_gets_its_answer_within_one_conversation(model):
+def test_through_a_pipe_each_line_is_a_question_of_one_conversation(model):
     questions = ["Where is the cat?", "and the hat", "no"]
     result = pipe(model, "\n".join(questions))
     assert result.exit_code == 0
@@ -64,9 +64,9 @@ def test_through_a_pipe_each_line_gets_its_answer_within_one_conversation(model)
 
 def test_commands_work_through_a_pipe_and_are_not_sent_to_the_model(model):
     result = pipe(model, "cat\n/reset\n/help\n/etc\n\nhat\n/exit\nnever read\n")
-    said = answers(model, ["cat"]) + answers(model, ["/etc", "hat"])
+    expected = answers(model, ["cat"]) + answers(model, ["/etc", "hat"])
     assert result.exit_code == 0
-    assert result.stdout == "".join(f"{answer}\n" for answer in said)
+    assert result.stdout == "".join(f"{answer}\n" for answer in expected)
     notes = [line for line in result.stderr.splitlines() if "was cut" not in line]
     assert [n for n in notes if n.startswith(("Started", "Unknown", "stdin"))] == [
         "Started over.",
@@ -75,7 +75,7 @@ def test_commands_work_through_a_pipe_and_are_not_sent_to_the_model(model):
     assert any(note.split() == ["/reset", "start", "over"] for note in notes)
 
 
-def test_a_line_that_is_not_text_ends_a_pipe_with_one_line(model):
+def test_a_line_that_is_not_utf_8_ends_a_pipe_with_a_one_line_error(model):
     result = pipe(model, b"cat\n\xff\n")
     assert result.exit_code == 1
     assert result.stdout == answers(model, ["cat"])[0] + "\n"
@@ -84,13 +84,13 @@ def test_a_line_that_is_not_text_ends_a_pipe_with_one_line(model):
     )
 
 
-def test_a_full_context_ends_a_pipe_with_one_line(model):
+def test_a_full_context_ends_a_pipe_with_a_one_line_error(model):
     result = pipe(model, "word " * 600 + "\nnever asked\n")
     assert (result.exit_code, result.stdout) == (1, "")
     assert "leave no room for an answer" in result.stderr.splitlines()[-1]
 
 
-def test_a_model_without_a_template_says_that_it_continues_text(model, tmp_path):
+def test_a_note_says_that_a_model_without_a_template_continues_text(model, tmp_path):
     folder = make_checkpoint(tmp_path / "plain")
     (folder / "chat_template.jinja").unlink()
     result = pipe(str(folder), "The cat\n")
@@ -108,20 +108,20 @@ def test_a_run_or_a_model_must_be_named():
 @pytest.fixture
 def session(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    opened = []
+    sessions = []
 
     def open_session(*arguments, **env):
         env = {"MLX_DPO_CACHE": str(tmp_path / "cache")} | env
-        opened.append(Session("chat", *arguments, **env))
-        return opened[-1]
+        sessions.append(TerminalSession("chat", *arguments, **env))
+        return sessions[-1]
 
     yield open_session
-    for each in opened:
+    for each in sessions:
         each.close()
 
 
 def test_a_session_at_a_terminal(endless, session):
-    """An answer streams, Ctrl-C stops it, the next is answered, Ctrl-D leaves."""
+    """An answer streams, Ctrl-C stops it, the next question is answered, Ctrl-D leaves."""
     chat = session("--model", endless, "--max-tokens", "100000", *GREEDY)
     chat.until("Ctrl-D leaves\\.\n> ")
     chat.type("Where is the cat?\n")
@@ -140,27 +140,27 @@ def test_a_session_at_a_terminal(endless, session):
     chat.type("\x04")
     chat.until("Goodbye\n")
     assert chat.exit_code() == 0
-    written = chat.seen.replace("^C", "").replace("^D", "")
-    assert not re.search(r"[\x00-\x07\x0b-\x0c\x0e-\x1f\x7f-\x9f]", written)
+    output = chat.output.replace("^C", "").replace("^D", "")
+    assert not re.search(r"[\x00-\x07\x0b-\x0c\x0e-\x1f\x7f-\x9f]", output)
 
 
-def test_ctrl_c_at_the_prompt_stays_once_and_leaves_twice(model, session):
+def test_ctrl_c_at_the_prompt_leaves_only_if_pressed_twice(model, session):
     chat = session("--model", model, "--max-tokens", "4", *GREEDY)
     chat.until("> ")
-    chat.say("hi", r"\(4 tokens, \d+ a second; context: \d+ of 512\)\n> ")
+    chat.type_line("hi", r"\(4 tokens, \d+ per second; context: \d+ of 512\)\n> ")
     for _ in range(2):
         time.sleep(0.5)  # Python draws the prompt just before it listens for signals
         chat.type("\x03")
-        chat.until("Ctrl-C once more leaves.+\n> ")
-        chat.say("/undo", "Taken back: hi\n> |nothing has been said yet.+\n> ")
-    for pattern in ("once more leaves.+\n> ", "Goodbye\n"):
+        chat.until("Press Ctrl-C once more.+\n> ")
+        chat.type_line("/undo", "Removed: hi\n> |there is no answer yet.+\n> ")
+    for pattern in ("once more to leave.+\n> ", "Goodbye\n"):
         time.sleep(0.5)
         chat.type("\x03")
         chat.until(pattern)
     assert chat.exit_code() == 0
 
 
-def test_messages_of_several_lines_are_one_question_each(model, session):
+def test_a_message_of_several_lines_is_one_question(model, session):
     chat = session("--model", model, "--max-tokens", "4", *GREEDY)
     chat.until("leaves\\.\n> ")
     for line, pattern in (
@@ -172,24 +172,24 @@ def test_messages_of_several_lines_are_one_question_each(model, session):
         ('/edit """', "\\.\\.\\. "),
         ("One", "\\.\\.\\. "),
         ('Two"""', "Written to .+\n> "),
-        ("/save said.json", "Saved as said.json\\.\n> "),
+        ("/save chat.json", "Saved as chat.json\\.\n> "),
     ):
-        chat.say(line, pattern)
-    said = [m["content"] for m in json.loads(Path("said.json").read_text())["messages"]]
-    assert said[::2] == ["the cat \nand the hat", "/help is no command here\nno"]
-    assert said[3] == "One\nTwo"
+        chat.type_line(line, pattern)
+    contents = [m["content"] for m in json.loads(Path("chat.json").read_text())["messages"]]
+    assert contents[::2] == ["the cat \nand the hat", "/help is no command here\nno"]
+    assert contents[3] == "One\nTwo"
 
 
-def test_what_was_typed_in_an_earlier_chat_can_be_called_back(model, session):
+def test_lines_of_an_earlier_chat_are_in_the_history(model, session):
     first = session("--model", model, "--max-tokens", "4", *GREEDY)
     first.until("leaves\\.\n> ")
-    first.say("/help")
-    first.say("/exit", "Goodbye\n")
+    first.type_line("/help")
+    first.type_line("/exit", "Goodbye\n")
     assert first.exit_code() == 0
     assert (Path("cache") / "chat-history").stat().st_mode & 0o777 == 0o600
     second = session("--model", model, *GREEDY)
     second.until("leaves\\.\n> ")
-    second.type("\x10")  # Ctrl-P: the line before
+    second.type("\x10")  # Ctrl-P: the previous line
     second.until("/exit")
 
 
@@ -205,8 +205,8 @@ def assistant(text):
     return [{"role": "assistant", "content": text}]
 
 
-def test_answers_are_compared_judged_and_mended_at_a_terminal(model, adapter, session):
-    """The files hold what was picked, and the conversation goes on with it."""
+def test_answers_are_compared_labeled_and_edited_at_a_terminal(model, adapter, session):
+    """The files hold the picked answers, and the conversation continues with them."""
     [base] = answers(model, ["cat"])
     [aligned] = answers(model, ["cat"], adapter=adapter)
     chat = session("--model", model, "--adapter", adapter, "--max-tokens", "6", *GREEDY)
@@ -215,37 +215,37 @@ def test_answers_are_compared_judged_and_mended_at_a_terminal(model, adapter, se
     for line, pattern in (
         ("cat", r"of 512\)\n> "),
         ("/good", "Written to chat-judged.jsonl: good\\.\n> "),
-        ("/compare", r"The base model says:\n(.|\n)+neither\)\? "),
+        ("/compare", r"Answer of the base model:\n(.|\n)+neither\)\? "),
         ("2", "Written to chat-pairs.jsonl\\.\n> "),
         ("/bad", "bad\\.\n> "),
         ("/base", "switches back\\.\nbase> "),
         ("/aligned", "from here on\\.\n> "),
         ("/edit On the mat.", "Written to chat-pairs.jsonl\\.\n> "),
-        ("/edit", "Better: On the mat\\."),
+        ("/edit", "Better answer: On the mat\\."),
         (" There.", "Written to chat-pairs.jsonl\\.\n> "),
         ("/nonsense", "Unknown command `/nonsense`; /help lists them\n> "),
-        ("/good now", "Error: `/good` takes nothing behind it.+\n> "),
+        ("/good now", "Error: `/good` takes no text.+\n> "),
         ("/quit", "Goodbye\n"),
     ):
-        chat.say(line, pattern)
-    judged, pairs = rows("chat-judged.jsonl"), rows("chat-pairs.jsonl")
-    assert [(r["completion"], r["label"]) for r in judged] == [
+        chat.type_line(line, pattern)
+    labeled, pairs = rows("chat-judged.jsonl"), rows("chat-pairs.jsonl")
+    assert [(r["completion"], r["label"]) for r in labeled] == [
         (assistant(aligned), True), (assistant(base), False)]  # fmt: skip
     assert [(r["chosen"], r["rejected"]) for r in pairs] == [
         (assistant(base), assistant(aligned)),
         (assistant("On the mat."), assistant(base)),
         (assistant("On the mat. There."), assistant("On the mat.")),
     ]
-    assert all(row["prompt"] == [user("cat")] for row in judged + pairs)
-    told = [(r["provenance"]["chosen"], r["provenance"]["rejected"]) for r in pairs]
-    sides = [[facts.get("side", facts.get("author")) for facts in pair] for pair in told]
-    assert sides == [["base", "aligned"], ["person", "base"], ["person", "person"]]
-    assert {r["provenance"]["judge"] for r in judged + pairs} == {"person"}
-    assert judged[0]["provenance"]["adapter_digest"] == content_digest(Path(adapter))
-    assert "adapter_digest" not in judged[1]["provenance"]
+    assert all(row["prompt"] == [user("cat")] for row in labeled + pairs)
+    sources = [(r["provenance"]["chosen"], r["provenance"]["rejected"]) for r in pairs]
+    authors = [[facts.get("side", facts.get("author")) for facts in pair] for pair in sources]
+    assert authors == [["base", "aligned"], ["person", "base"], ["person", "person"]]
+    assert {r["provenance"]["judge"] for r in labeled + pairs} == {"person"}
+    assert labeled[0]["provenance"]["adapter_digest"] == content_digest(Path(adapter))
+    assert "adapter_digest" not in labeled[1]["provenance"]
 
 
-def test_train_reads_what_a_chat_wrote(model, adapter, tmp_path, monkeypatch):
+def test_train_reads_the_rows_of_a_chat(model, adapter, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     script = "cat\n/good\n/edit On the mat.\n/bad\nhat\n/bad\n/edit No.\n"
     assert pipe(model, script, "--adapter", adapter).exit_code == 0
@@ -258,17 +258,17 @@ def test_train_reads_what_a_chat_wrote(model, adapter, tmp_path, monkeypatch):
         assert len(read_inputs(config).train) == count
 
 
-def test_a_pipe_compares_without_asking_and_says_whose_answer_is_whose(model, adapter, tmp_path):
-    said = answers(model, ["cat"], adapter=adapter) + answers(model, ["cat"])
+def test_compare_through_a_pipe_asks_no_question_and_names_the_model(model, adapter, tmp_path):
+    expected = answers(model, ["cat"], adapter=adapter) + answers(model, ["cat"])
     result = pipe(model, "/compare cat\n", "--adapter", adapter)
-    assert result.stdout == "".join(f"{answer}\n" for answer in said)
-    assert "The base model says:" in result.stderr.splitlines()
+    assert result.stdout == "".join(f"{answer}\n" for answer in expected)
+    assert "Answer of the base model:" in result.stderr.splitlines()
 
 
-def test_the_reference_answers_first_where_it_is_asked_for(model, adapter):
+def test_with_the_reference_flag_the_base_answers_first(model, adapter):
     result = pipe(model, "cat\n/aligned\n/reset\ncat\n", "--adapter", adapter, "--reference")
-    said = answers(model, ["cat"]) + answers(model, ["cat"], adapter=adapter)
-    assert result.stdout == "".join(f"{answer}\n" for answer in said)
+    expected = answers(model, ["cat"]) + answers(model, ["cat"], adapter=adapter)
+    assert result.stdout == "".join(f"{answer}\n" for answer in expected)
 
 
 def test_all_of_stdin_can_be_one_question(model):
@@ -280,13 +280,13 @@ def test_all_of_stdin_can_be_one_question(model):
     ("line", "message"),
     [
         ("/base", "there is nothing to switch to; name a run, or a --model with an --adapter"),
-        ("/undo", "nothing has been said yet; ask something first"),
+        ("/undo", "there is no answer yet; ask something first"),
         ("/retry", "with `temperature` 0 the answer is always the same; set one above 0"),
-        ("/good", "nothing has been said yet; ask something first"),
-        ("hi\n/edit", "`/edit` needs the better answer behind it"),
+        ("/good", "there is no answer yet; ask something first"),
+        ("hi\n/edit", "`/edit` needs the better answer after it"),
     ],
 )
-def test_a_command_that_cannot_be_obeyed_ends_a_pipe_with_one_line(model, line, message):
+def test_a_command_that_cannot_be_run_ends_a_pipe_with_a_one_line_error(model, line, message):
     result = pipe(model, line + "\nnever asked\n")
     assert result.exit_code == 1
     assert result.stderr.splitlines()[-1] == f"Error: {message}"
@@ -296,19 +296,19 @@ def test_a_command_that_cannot_be_obeyed_ends_a_pipe_with_one_line(model, line, 
     ("flags", "message"),
     [
         (["--context", "513"], "the model places no more than 512 tokens; use --context 512"),
-        (["--hide-thinking"], "`hide_thinking` has no effect; the model knows no thinking"),
-        (["--pairs", "rows.json"], "rows.json: rows are written one a line"),
+        (["--hide-thinking"], "`hide_thinking` has no effect; the model has no thinking mode"),
+        (["--pairs", "rows.json"], "rows.json: rows are written as JSON lines"),
     ],
 )
-def test_a_flag_without_effect_is_refused_with_one_line(model, flags, message):
+def test_a_flag_without_effect_gives_a_one_line_error(model, flags, message):
     result = pipe(model, "hi\n", *flags)
     assert (result.exit_code, result.stdout) == (1, "")
     assert message in result.stderr.splitlines()[-1]
 
 
-def test_a_conversation_is_not_saved_over_another_file(model, tmp_path):
+def test_save_never_overwrites_a_file(model, tmp_path):
     path = tmp_path / "there.json"
     path.write_text("mine")
     result = pipe(model, f"hi\n/save {path}\n")
-    assert result.stderr.splitlines()[-1] == f"Error: {path}: is there already; choose another name"
+    assert result.stderr.splitlines()[-1] == f"Error: {path}: already exists; choose another name"
     assert path.read_text() == "mine"

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from mlx_dpo.cli import cli
 from mlx_dpo.paths import tiny_chat
 from tests.checkpoints import make_checkpoint
-from tests.cli.terminal import Session
+from tests.cli.terminal import TerminalSession
 
 PROGRAM = [sys.executable, "-c", "from mlx_dpo.cli import main; main()", "collect"]
 REWARD = """\
@@ -91,7 +91,7 @@ def test_at_a_terminal_one_key_is_one_pick(folder, model):
     editor = folder / "editor.sh"
     editor.write_text('#!/bin/sh\nprintf "edited by hand\\n" > "$1"\n')
     editor.chmod(0o755)
-    terminal = Session("collect", *words(folder, model), EDITOR=str(editor), NO_COLOR="1")
+    terminal = TerminalSession("collect", *words(folder, model), EDITOR=str(editor), NO_COLOR="1")
     try:
         text = terminal.until(KEYS)
         assert "12 left" in text and "user: What is 0?" in text
@@ -121,7 +121,7 @@ def test_at_a_terminal_one_key_is_one_pick(folder, model):
 
 def test_prompts_are_typed_where_no_file_is_given(folder, model):
     command = ["collect", "--model", model, "--output", str(folder / "pairs.jsonl")]
-    terminal = Session(*command, "--max-tokens", "6", NO_COLOR="1")
+    terminal = TerminalSession(*command, "--max-tokens", "6", NO_COLOR="1")
     try:
         for number in (1, 2):
             terminal.until("prompt> ")
@@ -249,7 +249,7 @@ def test_where_a_reward_prefers_nothing_there_is_no_pair(folder, model):
             ["--judge", "{m}", "--prompts", "{f}/one.txt"],
             "{m}: the judge gave no verdict on any prompt (it said",
         ),
-        (["--output", "{f}/pairs.json"], "pairs.json: rows are written one a line"),
+        (["--output", "{f}/pairs.json"], "pairs.json: rows are written as JSON lines"),
         (["{f}/no-run"], "name run folders or a --model, and only one of the two"),
     ],
 )
@@ -403,7 +403,7 @@ def test_a_scripted_person_makes_a_file_that_train_reaches_nine_tenths_on(tmp_pa
     lines = (source / "preferences" / "train.jsonl").read_text().splitlines()[:600]
     prompts.write_text("\n".join(lines) + "\n")
     words = ("--model", str(source), "--prompts", str(prompts), "--output", str(output))
-    terminal = Session("collect", *words, "--max-tokens", "64", NO_COLOR="1")
+    terminal = TerminalSession("collect", *words, "--max-tokens", "64", NO_COLOR="1")
     try:
         markers = courteous_markers(source)
         while "Train on them" not in (text := terminal.until(rf"{KEYS}|Train on them")):

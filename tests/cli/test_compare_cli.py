@@ -16,7 +16,7 @@ from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.evaluation.compare import compare_runs
 from mlx_dpo.saved_runs.open import open_sides
 from tests.checkpoints import END, make_checkpoint
-from tests.cli.terminal import Session
+from tests.cli.terminal import TerminalSession
 
 GREEDY = Sampling(max_tokens=8)
 
@@ -171,7 +171,7 @@ def test_a_terminal_shows_answers_beside_each_other_and_shaded(
 ):
     monkeypatch.delenv("NO_COLOR", raising=False)  # as the gate sets it
     env = {"TERM": "xterm-256color", "COLUMNS": str(columns), **env}
-    session = Session("compare", run, "--limit", "1", "--max-tokens", "8", **env)
+    session = TerminalSession("compare", run, "--limit", "1", "--max-tokens", "8", **env)
     try:
         seen = session.until("log-ratio, nats.+\n")
         assert session.exit_code() == 0

@@ -1,4 +1,4 @@
-"""`mlx-dpo serve` in a process of its own, asked by OpenAI's client."""
+"""`mlx-dpo serve` in its own process, queried with OpenAI's client."""
 
 import json
 import os
@@ -38,18 +38,18 @@ def adapter(model, tmp_path_factory):
 
 @contextmanager
 def served(*flags):
-    """The address of a server, once it says where it listens; leaves it with Ctrl-C."""
+    """The base URL of a running server; Ctrl-C stops it at the end of the block."""
     command = [sys.executable, "-c", "from mlx_dpo.cli import main; main()", "serve", *flags]
     with subprocess.Popen(
         [*command, "--port", "0"], stderr=subprocess.PIPE, text=True, env=dict(os.environ)
     ) as server:
-        said = ""
-        while "Ctrl-C stops it" not in said:
+        header = ""
+        while "Ctrl-C stops it" not in header:
             line = server.stderr.readline()
-            assert line, said
-            said += line
+            assert line, header
+            header += line
         try:
-            yield re.search(r"at (http://127\.0\.0\.1:\d+/v1)\n", said).group(1)
+            yield re.search(r"at (http://127\.0\.0\.1:\d+/v1)\n", header).group(1)
         finally:
             server.send_signal(signal.SIGINT)
             _, rest = server.communicate(timeout=60)
@@ -78,30 +78,33 @@ def ask(client, name, question, **settings):
     )
 
 
-def alone(model, adapter=None):
-    """The greedy answer to each question by itself, computed without a server."""
+def answers_without_server(model, adapter=None):
+    """The greedy answer to each question in a chat of its own, computed without a server."""
     policy, tokenizer = mlx_lm.load(model)
     if adapter:
         load_adapter(policy, Path(adapter))
     answers = {}
     for question in QUESTIONS:
         chat = ChatSession(policy, tokenizer, Sampling(max_tokens=TOKENS))
-        said = "".join(piece.text for piece in chat.reply(question))
-        answers[question] = said.removeprefix(" ")  # as mlx-lm's server leaves it out
+        reply = "".join(piece.text for piece in chat.reply(question))
+        answers[question] = reply.removeprefix(" ")  # as mlx-lm's server does
     return answers
 
 
 @pytest.fixture(scope="module")
 def expected(model, adapter):
-    return {"base": alone(model), "aligned": alone(model, adapter)}
+    return {
+        "base": answers_without_server(model),
+        "aligned": answers_without_server(model, adapter),
+    }
 
 
 def test_base_and_aligned_are_two_models_by_name(client):
     assert [model.id for model in client.models.list()] == ["aligned", "base"]
 
 
-def test_each_name_answers_as_it_does_loaded_alone(client, expected):
-    """In turn, so that a cache of one side that reached the other would show."""
+def test_each_model_answers_as_if_it_were_loaded_alone(client, expected):
+    """Alternating, so that one model using the prompt cache of the other would be detected."""
     assert expected["base"] != expected["aligned"]
     for _ in range(2):
         for question in QUESTIONS:
@@ -111,31 +114,31 @@ def test_each_name_answers_as_it_does_loaded_alone(client, expected):
                 assert answer.model == name
 
 
-def test_questions_that_come_at_once_get_the_answers_of_their_model(address, expected):
+def test_concurrent_requests_get_the_answers_of_their_model(address, expected):
     from concurrent.futures import ThreadPoolExecutor
 
-    asked = [(name, question) for question in QUESTIONS for name in ("base", "aligned")] * 2
+    requests = [(name, question) for question in QUESTIONS for name in ("base", "aligned")] * 2
 
     def answer(name, question):
         with openai.OpenAI(base_url=address, api_key="none", max_retries=0) as client:
             return ask(client, name, question).choices[0].message.content
 
-    with ThreadPoolExecutor(len(asked)) as pool:
-        answers = list(pool.map(lambda words: answer(*words), asked))
-    assert answers == [expected[name][question] for name, question in asked]
+    with ThreadPoolExecutor(len(requests)) as pool:
+        answers = list(pool.map(lambda request: answer(*request), requests))
+    assert answers == [expected[name][question] for name, question in requests]
 
 
 def test_a_streamed_answer_is_the_same(client, expected):
     chunks = list(ask(client, "aligned", QUESTIONS[0], stream=True))
-    said = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
-    assert said == expected["aligned"][QUESTIONS[0]]
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert text == expected["aligned"][QUESTIONS[0]]
     assert len(chunks) > 3
     assert chunks[-1].choices[0].finish_reason == "length"
 
 
-def test_a_seed_says_the_same_again(client):
-    warm = {"temperature": 1.0, "seed": 7}
-    first, again = (ask(client, "base", "no", **warm) for _ in range(2))
+def test_a_seed_repeats_the_answer(client):
+    settings = {"temperature": 1.0, "seed": 7}
+    first, again = (ask(client, "base", "no", **settings) for _ in range(2))
     assert first.choices[0].message.content == again.choices[0].message.content
 
 
@@ -144,18 +147,18 @@ def test_plain_text_is_continued(client, model):
         model="base", prompt="The cat", max_tokens=TOKENS, temperature=0
     )
     chat = ChatSession(*mlx_lm.load(model), Sampling(max_tokens=TOKENS), raw=True)
-    said = "".join(piece.text for piece in chat.reply("The cat"))
-    assert answer.choices[0].text == said.removeprefix(" ")
+    reply = "".join(piece.text for piece in chat.reply("The cat"))
+    assert answer.choices[0].text == reply.removeprefix(" ")
 
 
-def test_another_model_is_refused_by_name(client):
-    with pytest.raises(openai.NotFoundError, match="`gpt` is not served here; ask for `aligned`, "):
+def test_an_unknown_model_gets_404_with_the_known_names(client):
+    with pytest.raises(openai.NotFoundError, match="`gpt` is not served here; request `aligned`, "):
         ask(client, "gpt", "hi")
-    with pytest.raises(openai.NotFoundError, match="`adapters` and `draft_model` are not for a"):
+    with pytest.raises(openai.NotFoundError, match="cannot choose `adapters` or `draft_model`"):
         ask(client, "base", "hi", extra_body={"adapters": "/etc"})
 
 
-DEADLY = [  # each of them ended the thread that answers, or the program
+CRASHING = [  # each of these requests once ended the generating thread or the program
     ("completions", {"prompt": ["a b", "c"]}),
     ("completions", {"prompt": ""}),
     ("chat/completions", {"messages": [{"role": "user", "content": "hi"}], "stop": [3]}),
@@ -169,7 +172,7 @@ DEADLY = [  # each of them ended the thread that answers, or the program
 
 
 def posted(address, path, body, **headers):
-    """Status and body of what is sent as it stands."""
+    """Status and body of the answer to a raw request."""
     host, port = re.fullmatch(r"http://(.+):(\d+)/v1", address).groups()
     connection = HTTPConnection(host, int(port), timeout=30)
     data = body if isinstance(body, bytes) else json.dumps({"model": "base"} | body).encode()
@@ -182,34 +185,36 @@ def posted(address, path, body, **headers):
 
 
 def test_no_request_ends_the_server(address, client, expected):
-    for path, body in DEADLY:
+    for path, body in CRASHING:
         assert posted(address, path, body)[0] == 400, body
-        said = ask(client, "base", QUESTIONS[0]).choices[0].message.content
-        assert said == expected["base"][QUESTIONS[0]], body
+        answer = ask(client, "base", QUESTIONS[0]).choices[0].message.content
+        assert answer == expected["base"][QUESTIONS[0]], body
     for length in ("-1", "99999999999"):
-        status, said = posted(address, "completions", b"{}", **{"Content-Length": length})
-        assert (status, "a request may have 67,108,864 bytes" in said) == (413, True)
+        status, body = posted(address, "completions", b"{}", **{"Content-Length": length})
+        assert (status, "a request may have 67,108,864 bytes" in body) == (413, True)
 
 
-def test_a_link_in_a_message_is_not_followed(address):
-    """mlx-lm fetches images before it knows whether the model can see: from anywhere."""
-    with socket.create_server(("127.0.0.1", 0)) as elsewhere:
-        elsewhere.settimeout(0.2)
-        url = f"http://127.0.0.1:{elsewhere.getsockname()[1]}/secret"
+def test_an_image_url_in_a_message_is_not_fetched(address):
+    """mlx-lm would fetch images from any host before it checks whether the model reads images."""
+    with socket.create_server(("127.0.0.1", 0)) as image_host:
+        image_host.settimeout(0.2)
+        url = f"http://127.0.0.1:{image_host.getsockname()[1]}/secret"
         content = [{"type": "image_url", "image_url": {"url": url}}]
-        status, said = posted(
+        status, body = posted(
             address, "chat/completions", {"messages": [{"role": "user", "content": content}]}
         )
-        assert (status, "only text is read here" in said) == (400, True)
+        assert (status, "only text is read" in body) == (400, True)
         with pytest.raises(TimeoutError):
-            elsewhere.accept()
+            image_host.accept()
 
 
-def test_a_stream_without_word_on_usage_comes_to_its_end(client):
+def test_a_stream_without_usage_option_is_complete(client):
     chunks = list(ask(client, "base", "no", stream=True, stream_options={}))
     assert chunks[-1].choices[0].finish_reason == "length"
-    counted = list(ask(client, "base", "no", stream=True, stream_options={"include_usage": True}))
-    assert counted[-1].usage.completion_tokens == TOKENS
+    with_usage = list(
+        ask(client, "base", "no", stream=True, stream_options={"include_usage": True})
+    )
+    assert with_usage[-1].usage.completion_tokens == TOKENS
 
 
 @pytest.mark.parametrize(
@@ -222,15 +227,15 @@ def test_a_stream_without_word_on_usage_comes_to_its_end(client):
         ("Host", "localhost:1", 200),
     ],
 )
-def test_pages_of_a_browser_cannot_ask(address, header, value, status):
-    """Neither from their own origin, nor by a name of theirs that leads to this machine."""
+def test_web_pages_cannot_send_requests(address, header, value, status):
+    """Neither with their own origin, nor through a host name that resolves to this machine."""
     connection = HTTPConnection(address.removeprefix("http://").removesuffix("/v1"))
     connection.request("GET", "/v1/models", headers={header: value})
     assert connection.getresponse().status == status
     connection.close()
 
 
-def test_a_page_that_is_let_in_may_ask(model):
+def test_a_page_of_an_allowed_origin_may_send_requests(model):
     with served("--model", model, "--allowed-origins", "https://example.org") as address:
         connection = HTTPConnection(address.removeprefix("http://").removesuffix("/v1"))
         connection.request("GET", "/v1/models", headers={"Origin": "https://example.org"})
@@ -244,13 +249,13 @@ def serve(*flags):
     return CliRunner().invoke(cli, ["serve", *flags])
 
 
-def test_a_port_that_is_taken_is_said_before_a_model_is_loaded():
+def test_an_occupied_port_is_reported_before_a_model_is_loaded():
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         result = serve("--model", "nowhere", "--port", str(port))
     assert result.exit_code == 1
     assert re.fullmatch(
-        rf"Error: 127\.0\.0\.1:{port}: cannot be listened at \(.+\); choose another --port or "
+        rf"Error: 127\.0\.0\.1:{port}: cannot listen here \(.+\); choose another --port or "
         r"--host\n",
         result.stderr,
     )
@@ -264,7 +269,7 @@ def test_a_port_that_is_taken_is_said_before_a_model_is_loaded():
         (("--model", "m", "--temperature", "0", "--top-k", "4"), "`top_k` has no effect with"),
     ],
 )
-def test_flags_that_contradict_are_one_line(flags, message):
+def test_contradicting_flags_give_a_one_line_error(flags, message):
     result = serve("--port", "0", *flags)
     assert (result.exit_code, result.stdout) == (1, "")
     assert message in result.stderr

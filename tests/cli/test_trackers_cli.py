@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from mlx_dpo.cli import cli
 from mlx_dpo.runs import trackers
 from tests.checkpoints import make_checkpoint
-from tests.cli.terminal import Session
+from tests.cli.terminal import TerminalSession
 
 
 @pytest.fixture(autouse=True)
@@ -44,13 +44,14 @@ def test_the_header_has_no_logging_line_without_trackers():
 def test_what_a_library_prints_does_not_break_the_progress_bar(monkeypatch, tmp_path):
     """trackio prints when it starts and when it finishes."""
     pytest.importorskip("trackio")
-    session = Session(*WORDS, "--max-steps", "3", "--report-to", "trackio", "--project", "a b",
-                      TRACKIO_DIR=str(tmp_path / "trackio"), HF_HUB_OFFLINE="1")  # fmt: skip
+    flags = ("--max-steps", "3", "--report-to", "trackio", "--project", "a b")
+    env = {"TRACKIO_DIR": str(tmp_path / "trackio"), "HF_HUB_OFFLINE": "1"}
+    session = TerminalSession(*WORDS, *flags, **env)
     session.until("Adapters in run")
     assert session.exit_code() == 0
     session.close()
-    assert "trackio: trackio show --project 'a b'" in session.seen
-    assert "* " not in session.seen
+    assert "trackio: trackio show --project 'a b'" in session.output
+    assert "* " not in session.output
 
 
 class Failing:

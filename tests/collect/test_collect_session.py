@@ -249,7 +249,7 @@ def test_a_line_that_a_crash_cut_short_is_taken_off_and_said(path):
     for cut in range(1, len(whole) - 1, 37):
         path.write_bytes(whole + whole[:cut])
         picks = PairsFile(path)
-        assert picks.notes == [f"{path}: the last line was never finished; it is taken off"]
+        assert picks.notes == [f"{path}: the last line was incomplete and has been removed"]
         assert path.read_bytes() == whole
         assert len(picks.order) == 1
 

@@ -1,4 +1,4 @@
-"""`mlx-dpo chat`: a conversation at a terminal, or line by line through a pipe."""
+"""`mlx-dpo chat`: a chat at a terminal, or line by line through a pipe."""
 
 import sys
 from collections.abc import Iterator
@@ -10,7 +10,13 @@ import click
 from mlx_dpo.cli.answers import Shown, model_flags, open_chat, sampling_flags, write
 from mlx_dpo.cli.chat.commands import ChatCommands, is_command, print_note
 from mlx_dpo.cli.chat.feedback import FeedbackFiles
-from mlx_dpo.cli.chat.prompt import TypedMessage, edit_text, line_editing, next_message, read_line
+from mlx_dpo.cli.chat.prompt import (
+    TypedMessage,
+    edit_text,
+    line_editing,
+    next_message,
+    read_line,
+)
 from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.errors import ConfigError, DPOError
 
@@ -22,11 +28,11 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("run", required=False)
 @model_flags
-@click.option("--hide-thinking", is_flag=True, help="Show answers without what was thought.")
+@click.option("--hide-thinking", is_flag=True, help="Show answers without their thinking.")
 @click.option(
     "--context",
     type=click.IntRange(min=2),
-    help="Tokens of the conversation that are kept. [default: as many as the model places]",
+    help="Context window in tokens. [default: the model's maximum]",
 )
 @click.option(
     "--pairs",
@@ -38,7 +44,7 @@ if TYPE_CHECKING:
     "--judged",
     default="chat-judged.jsonl",
     metavar="FILE",
-    help="Where /good and /bad write judged answers.",
+    help="Where /good and /bad write labeled answers.",
 )
 @click.option("--whole", is_flag=True, help="Through a pipe: all of stdin is one question.")
 @sampling_flags(temperature=0.7)
@@ -50,14 +56,14 @@ def chat(
     whole: bool,
     **settings: Any,
 ) -> None:
-    """Talk to the policy of a RUN, to its reference, or to a model.
+    """Chat with the policy of a RUN, with its reference, or with a model.
 
-    `/help` lists what else can be said: switch between the base and the aligned model, compare
-    them, take things back, and judge or mend answers in rows that `train` reads.
+    `/help` lists the commands: switch between the base and the aligned model, compare their
+    answers, undo turns, and label or edit answers in rows that `train` reads.
 
     Through a pipe each line of stdin gets one answer on stdout; everything else goes to stderr.
-    At a terminal the lines that are typed are kept for the next time, in `chat-history` in the
-    folder of the cache.
+    The lines belong to one conversation. At a terminal the typed lines are saved for the next
+    chat, in `chat-history` in the cache folder.
 
     \b
     mlx-dpo chat run
@@ -73,26 +79,28 @@ def chat(
         name: settings.pop(name)
         for name in ("model", "adapter", "reference", "system", "thinking", "context")
     }
-    journals = JsonlFile(Path(pairs)), JsonlFile(Path(judged))
+    files = JsonlFile(Path(pairs)), JsonlFile(Path(judged))
     session, opened = open_chat(Sampling(**settings), run=run, switching=True, **given)
     if hide_thinking and not opened.base.tokenizer.has_thinking:
-        raise ConfigError("`hide_thinking` has no effect; the model knows no thinking")
-    rows, shown = FeedbackFiles(*journals, session, opened), Shown(hide_thinking=hide_thinking)
+        raise ConfigError("`hide_thinking` has no effect; the model has no thinking mode")
+    feedback, shown = FeedbackFiles(*files, session, opened), Shown(hide_thinking=hide_thinking)
     if session.raw:
-        print_note("No chat template is used: what you write is continued as plain text.")
+        print_note("No chat template is used: your text is continued as plain text.")
     if at_terminal:
-        _run_at_terminal(ChatCommands(rows, shown, pick=_ask_choice, edit=_ask_edit), opened)
+        _run_at_terminal(ChatCommands(feedback, shown, pick=_ask_choice, edit=_ask_edit), opened)
     else:
-        _run_through_pipe(ChatCommands(rows, shown), whole=whole)
+        _run_through_pipe(ChatCommands(feedback, shown), whole=whole)
 
 
-def _run_at_terminal(talk: ChatCommands, opened: "TwoSided") -> None:
-    for note in [*_header(talk.chat, opened), talk.rows.where(), *talk.rows.mend()]:
+def _run_at_terminal(commands: ChatCommands, opened: "TwoSided") -> None:
+    feedback = commands.feedback
+    for note in [*_header(commands.chat, opened), feedback.description(), *feedback.repair()]:
         print_note(note)
     print_note("/help lists the commands, Ctrl-D leaves.")
     with line_editing():
-        while (typed := next_message(_prompt(talk.chat))) is not None and _run_turn(talk, typed):
-            pass
+        while (message := next_message(_prompt(commands.chat))) is not None:
+            if not _run_turn(commands, message):
+                break
     print_note("\nGoodbye")
 
 
@@ -100,33 +108,33 @@ def _header(session: "ChatSession", opened: "TwoSided") -> Iterator[str]:
     name = opened.base.source
     if opened.adapter is not None:
         name += f" with the adapter of {opened.adapter}"
-        yield f"{name}; /base answers without it" if session.sides.both else name
+        yield f"{name}; /base answers without it" if session.switch.both else name
     else:
         yield name
     if session.context is not None:
         yield (
             f"The context holds {session.context:,} tokens; when it is full, the oldest turns are "
-            "left out"
+            "dropped"
         )
     if session.system is not None:
         yield f"System message: {session.system}"
 
 
 def _prompt(session: "ChatSession") -> str:
-    """It says so when the base answers where the aligned model could."""
-    return "base> " if session.sides.both and session.sides.now == "base" else "> "
+    """Return the input prompt, which names the base if it answers instead of the aligned model."""
+    return "base> " if session.switch.both and session.switch.now == "base" else "> "
 
 
-def _run_turn(talk: ChatCommands, typed: TypedMessage) -> bool:
-    """One turn at the terminal; False to leave."""
-    text = typed.text
+def _run_turn(commands: ChatCommands, message: TypedMessage) -> bool:
+    """Run one turn at the terminal; return False to leave."""
+    text = message.text
     try:
-        if is_command(text) and not typed.block:
-            return talk.obey(text)
-        if text.startswith("/") and text[1:].isalpha() and not typed.block:
+        if is_command(text) and not message.is_block:
+            return commands.run(text)
+        if text.startswith("/") and text[1:].isalpha() and not message.is_block:
             print_note(f"Unknown command `{text}`; /help lists them")
         elif text.strip():
-            talk.answer(text)
+            commands.answer(text)
     except KeyboardInterrupt:
         write("\n")
         print_note("Stopped.")
@@ -144,16 +152,16 @@ def _ask_choice(question: str) -> str | None:
 
 
 def _ask_edit(answer: str) -> str | None:
-    return edit_text("Better: ", answer)
+    return edit_text("Better answer: ", answer)
 
 
-def _run_through_pipe(talk: ChatCommands, *, whole: bool) -> None:
+def _run_through_pipe(commands: ChatCommands, *, whole: bool) -> None:
     for number, line in _read_all() if whole else _read_lines():
         if is_command(line) and not whole:
-            if not talk.obey(line):
+            if not commands.run(line):
                 return
         elif line:
-            talk.answer(line)
+            commands.answer(line)
         else:
             print_note(f"stdin:{number}: the line is empty; no answer")
 
@@ -164,11 +172,11 @@ def _read_lines() -> Iterator[tuple[int, str]]:
 
 
 def _read_all() -> Iterator[tuple[int, str]]:
-    yield 1, _decode(sys.stdin.buffer.read(), "stdin: it").removesuffix("\n")
+    yield 1, _decode(sys.stdin.buffer.read(), "stdin: the text").removesuffix("\n")
 
 
-def _decode(data: bytes, what: str) -> str:
+def _decode(data: bytes, name: str) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError:
-        raise ConfigError(f"{what} is not UTF-8; convert the text") from None
+        raise ConfigError(f"{name} is not UTF-8; convert the text") from None

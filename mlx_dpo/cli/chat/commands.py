@@ -1,4 +1,4 @@
-"""What can be said to `mlx-dpo chat` beside questions: its commands, each a method of `Talk`."""
+"""The slash commands of `mlx-dpo chat`, each a method of `ChatCommands`."""
 
 import json
 from collections.abc import Callable, Generator, Iterator
@@ -19,67 +19,72 @@ if TYPE_CHECKING:
 
 COMMANDS = {
     "/help": ("", "this list"),
-    "/system": ("[TEXT]", "have this system message from here on; without TEXT, none"),
-    "/base": ("", "answer without what was learned from here on"),
-    "/aligned": ("", "answer with it again"),
-    "/compare": ("[QUESTION]", "what the other one says to the last question, or to this one"),
+    "/system": ("[TEXT]", "set the system message; no TEXT clears it"),
+    "/base": ("", "switch to the base model"),
+    "/aligned": ("", "switch to the aligned model"),
+    "/compare": ("[QUESTION]", "answer QUESTION, or the last one, with the other model as well"),
     "/retry": ("", "another answer to the last question"),
-    "/undo": ("", "take the last question and its answer back"),
+    "/undo": ("", "undo the last turn"),
     "/reset": ("", "start over"),
-    "/good": ("", "the last answer is good: a row to train on"),
-    "/bad": ("", "the last answer is bad: a row to train on"),
-    "/edit": ("[TEXT]", "the answer that it should have been: a pair to train on"),
+    "/good": ("", "label the last answer as good, for training"),
+    "/bad": ("", "label the last answer as bad, for training"),
+    "/edit": ("[TEXT]", "write a better answer: a preference pair for training"),
     "/save": ("[FILE]", "write the conversation as JSON"),
-    "/exit": ("", "leave, as /quit and Ctrl-D do"),
+    "/exit": ("", "leave; /quit and Ctrl-D do the same"),
 }
 ALIASES = {"/quit": "/exit"}
 INPUT_HELP = '''\
-A line that ends with \\ goes on in the next; """ begins and ends a message of several lines.
-Ctrl-C stops an answer; twice at the prompt it leaves.'''
+A line that ends with \\ continues on the next; """ begins and ends a message of several lines.
+Ctrl-C stops an answer; pressed twice at the prompt, it leaves.'''
 PICK_QUESTION = "Which is better: 1 (the first), 2 (the second), Enter (neither)? "
 
 AskPerson = Callable[[str], str | None]
 
 
 class ChatCommands:
-    """A chat and its commands. `pick` asks a person for a choice, `edit` for a better answer."""
+    """A chat session and its slash commands.
+
+    Args:
+        pick: asks the person for a choice; None through a pipe.
+        edit: lets the person edit an answer; None through a pipe.
+    """
 
     def __init__(
         self,
-        rows: "FeedbackFiles",
+        feedback: "FeedbackFiles",
         shown: Shown,
         *,
         pick: AskPerson | None = None,
         edit: AskPerson | None = None,
     ) -> None:
-        self.rows, self.chat, self.shown = rows, rows.chat, shown
+        self.feedback, self.chat, self.shown = feedback, feedback.chat, shown
         self._pick, self._edit = pick, edit
 
-    def obey(self, line: str) -> bool:
-        """Do what a line that `is_command` says; False to leave."""
+    def run(self, line: str) -> bool:
+        """Run the command in a line for which `is_command` is true; return False to leave."""
         name, _, text = line.partition(" ")
         name = ALIASES.get(name, name)
         if name == "/exit":
             return False
         takes_text, text = bool(COMMANDS[name][0]), text.strip()
         if text and not takes_text:
-            raise ConfigError(f"`{name}` takes nothing behind it (found `{text}`)")
+            raise ConfigError(f"`{name}` takes no text (found `{text}`)")
         getattr(self, f"do_{name[1:]}")(*([text] if takes_text else []))
         return True
 
     def answer(self, text: str) -> None:
-        """Answer a question, and say what there is to say of the answer."""
+        """Stream the answer to a question and print notes about it."""
         self._stream(self.chat.reply(text))
 
     def _stream(self, pieces: Generator["Piece"]) -> str:
-        said, summary = self.shown.stream(pieces)
+        text, summary = self.shown.stream(pieces)
         for note in self._notes(summary):
             print_note(note)
-        return said
+        return text
 
     def _notes(self, summary: "Summary") -> Iterator[str]:
         if turns := summary.left_out:
-            yield f"The context is full: from here on the oldest {turns} turns are left out."
+            yield f"The context is full: the oldest {turns} turns are dropped from here on."
         if note := cut_note(summary.finish_reason, self.chat.sampling.max_tokens):
             yield note
         if self._pick is not None:
@@ -87,55 +92,55 @@ class ChatCommands:
 
     def do_help(self) -> None:
         """List the commands."""
-        width = max(len(f"{name} {words}") for name, (words, _) in COMMANDS.items())
-        for name, (words, what) in COMMANDS.items():
-            print_note(f"{f'{name} {words}':<{width}}  {what}")
+        width = max(len(f"{name} {argument}") for name, (argument, _) in COMMANDS.items())
+        for name, (argument, description) in COMMANDS.items():
+            print_note(f"{f'{name} {argument}':<{width}}  {description}")
         print_note(INPUT_HELP)
 
     def do_system(self, text: str) -> None:
-        """Set the system message, or take it away."""
-        self.chat.instruct(text or None)
-        print_note("The system message is set." if text else "There is no system message now.")
+        """Set or clear the system message."""
+        self.chat.set_system(text or None)
+        print_note("The system message is set." if text else "The system message is cleared.")
 
     def do_base(self) -> None:
-        """Let the base answer."""
-        self._put("base")
-        print_note("The base answers from here on; /aligned switches back.")
+        """Switch to the base model."""
+        self._switch_to("base")
+        print_note("The base model answers from here on; /aligned switches back.")
 
     def do_aligned(self) -> None:
-        """Let the aligned model answer."""
-        self._put("aligned")
+        """Switch to the aligned model."""
+        self._switch_to("aligned")
         print_note("The aligned model answers from here on.")
 
-    def _put(self, side: "Side") -> None:
-        self._need_both()
-        self.chat.sides.put(side)
+    def _switch_to(self, adapter_state: "Side") -> None:
+        self._check_two_models()
+        self.chat.switch.put(adapter_state)
 
-    def _need_both(self) -> None:
-        if not self.chat.sides.both:
+    def _check_two_models(self) -> None:
+        if not self.chat.switch.both:
             raise ConfigError(
                 "there is nothing to switch to; name a run, or a --model with an --adapter"
             )
 
     def do_compare(self, question: str) -> None:
-        """Have the other side answer, too, and the person choose."""
-        self._need_both()
+        """Stream the other model's answer as well, and write a pair if the person picks one."""
+        self._check_two_models()
         if question:
             self.answer(question)
         first, [author] = self.chat.last_answer(), self.chat.authors[-1:]
-        side: Side = "base" if author == "aligned" else "aligned"
-        print_note(f"The {side} model says:")
-        said = self._stream(self.chat.other_answer(side))
-        second = self.chat.answer_in(said)
+        other: Side = "base" if author == "aligned" else "aligned"
+        print_note(f"Answer of the {other} model:")
+        text = self._stream(self.chat.answer_with(other))
+        second = self.chat.strip_thinking(text)
         if first == second:
-            print_note("Both say the same; there is nothing to choose.")
+            print_note("Both answers are identical; there is nothing to pick.")
         elif self._pick is None:
             return
         elif (better := (self._pick(PICK_QUESTION) or "").strip()) == "1":
-            print_note(self.rows.pair((first, author), (second, side)))
+            print_note(self.feedback.write_pair(chosen=(first, author), rejected=(second, other)))
         elif better == "2":
-            print_note(self.rows.pair((second, side), (first, author)))
-            self.chat.replace(said, side)
+            print_note(self.feedback.write_pair(chosen=(second, other), rejected=(first, author)))
+            self.chat.replace_answer(text, other)
         else:
             print_note("No pair is written.")
 
@@ -144,36 +149,36 @@ class ChatCommands:
         self._stream(self.chat.retry())
 
     def do_undo(self) -> None:
-        """Take the last question back."""
-        print_note(f"Taken back: {self.chat.undo().splitlines()[0]}")
+        """Remove the last question and its answer."""
+        print_note(f"Removed: {self.chat.undo().splitlines()[0]}")
 
     def do_reset(self) -> None:
-        """Start over."""
+        """Clear the conversation."""
         self.chat.reset()
         print_note("Started over.")
 
     def do_good(self) -> None:
-        """Judge the last answer."""
-        print_note(self.rows.judge(good=True))
+        """Label the last answer as good."""
+        print_note(self.feedback.write_label(good=True))
 
     def do_bad(self) -> None:
-        """Judge the last answer."""
-        print_note(self.rows.judge(good=False))
+        """Label the last answer as bad."""
+        print_note(self.feedback.write_label(good=False))
 
     def do_edit(self, text: str) -> None:
-        """Put a better answer in the place of the last one."""
+        """Replace the last answer by a better one and write both as a pair."""
         answer, [author] = self.chat.last_answer(), self.chat.authors[-1:]
         if not text and self._edit is None:
-            raise ConfigError("`/edit` needs the better answer behind it")
+            raise ConfigError("`/edit` needs the better answer after it")
         better = text or (self._edit and self._edit(answer))
         if not better or better == answer:
-            print_note("The answer stays as it is; no pair is written.")
+            print_note("The answer is unchanged; no pair is written.")
             return
-        print_note(self.rows.pair((better, "person"), (answer, author)))
-        self.chat.replace(better, "person")
+        print_note(self.feedback.write_pair(chosen=(better, "person"), rejected=(answer, author)))
+        self.chat.replace_answer(better, "person")
 
     def do_save(self, name: str) -> None:
-        """Write the conversation."""
+        """Write the conversation to a JSON file."""
         self.chat.last_answer()
         path = Path(name or f"chat-{datetime.now():%Y-%m-%d-%H%M%S}.json").expanduser()
         write_json(path, {"messages": self.chat.conversation(), "authors": self.chat.authors})
@@ -181,28 +186,28 @@ class ChatCommands:
 
 
 def is_command(line: str) -> bool:
-    """Whether a line is one of the commands, with or without words behind it."""
+    """Return whether a line begins with the name of a command."""
     name = line.partition(" ")[0]
     return name in COMMANDS or name in ALIASES
 
 
 def format_statistics(summary: "Summary", context: int | None) -> str:
-    """Counts and speed of an answer."""
+    """Return token counts and speed of an answer in one line."""
     rate = summary.tokens_per_second
-    speed = "" if rate is None else f", {rate:.0f} a second"
+    speed = "" if rate is None else f", {rate:.0f} per second"
     used = summary.prompt_tokens + summary.tokens
     room = f"; context: {used:,}" + ("" if context is None else f" of {context:,}")
     return f"({summary.tokens} tokens{speed}{room})"
 
 
 def write_json(path: Path, record: dict[str, object]) -> None:
-    """Write a new file, whole or not at all.
+    """Write a new JSON file atomically.
 
     Raises:
-        DataError: there is one already, or it cannot be written.
+        DataError: the file exists already or cannot be written.
     """
     if path.exists():
-        raise DataError(f"{path}: is there already; choose another name")
+        raise DataError(f"{path}: already exists; choose another name")
     try:
         write_file(path, json.dumps(record, ensure_ascii=False, indent=2) + "\n")
     except OSError as error:
@@ -210,5 +215,5 @@ def write_json(path: Path, record: dict[str, object]) -> None:
 
 
 def print_note(line: str) -> None:
-    """A line for the person, beside the answers."""
+    """Print a line for the person on stderr, apart from the answers on stdout."""
     click.echo(line, err=True)

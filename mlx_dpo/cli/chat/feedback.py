@@ -1,4 +1,4 @@
-"""What a person finds of the answers in a chat, written to the files that `train` reads."""
+"""The two files to which `mlx-dpo chat` writes a person's feedback."""
 
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,55 +13,58 @@ Provenance = dict[str, Any]
 
 @dataclass(frozen=True)
 class FeedbackFiles:
-    """The two files of a chat, and where its answers come from."""
+    """A file of preference pairs and a file of labeled answers, for one chat session."""
 
     pairs: "JsonlFile"
-    judged: "JsonlFile"
+    labeled: "JsonlFile"
     chat: "ChatSession"
     opened: "TwoSided"
 
-    def where(self) -> str:
-        """What is written where, for the header."""
+    def description(self) -> str:
+        """Return the header line that says which command writes to which file."""
         return (
-            f"/edit and /compare write pairs to {self.pairs.path}, /good and /bad write judged "
-            f"answers to {self.judged.path}"
+            f"/edit and /compare write pairs to {self.pairs.path}, /good and /bad write labeled "
+            f"answers to {self.labeled.path}"
         )
 
-    def mend(self) -> list[str]:
-        """Repair what a crash left of a last line; says so."""
-        notes = (journal.mend() for journal in (self.pairs, self.judged))
+    def repair(self) -> list[str]:
+        """Remove incomplete last lines that a crash left; return a note per file."""
+        notes = (file.repair() for file in (self.pairs, self.labeled))
         return [note for note in notes if note is not None]
 
-    def judge(self, *, good: bool) -> str:
-        """Write down that the last answer is good or bad."""
+    def write_label(self, *, good: bool) -> str:
+        """Write the last answer with its label; return a note for the person."""
         from mlx_dpo.chat.feedback import unpaired_row
 
         answer, [author] = self.chat.last_answer(), self.chat.authors[-1:]
-        told = self._told() | self._facts(author)
-        row = unpaired_row(self.chat.asked(), answer, good=good, provenance=told)
-        self.judged.append(row)
-        return f"Written to {self.judged.path}: {'good' if good else 'bad'}."
+        provenance = self._provenance() | self._answer_provenance(author)
+        row = unpaired_row(self.chat.last_prompt(), answer, good=good, provenance=provenance)
+        self.labeled.append(row)
+        return f"Written to {self.labeled.path}: {'good' if good else 'bad'}."
 
-    def pair(self, chosen: tuple[str, "Author"], rejected: tuple[str, "Author"]) -> str:
-        """Write down which of two answers to the last question is better."""
+    def write_pair(self, *, chosen: tuple[str, "Author"], rejected: tuple[str, "Author"]) -> str:
+        """Write two answers to the last question as a pair; return a note for the person."""
         from mlx_dpo.chat.feedback import pair_row
 
-        authors = {"chosen": self._facts(chosen[1]), "rejected": self._facts(rejected[1])}
+        authors = {
+            "chosen": self._answer_provenance(chosen[1]),
+            "rejected": self._answer_provenance(rejected[1]),
+        }
         row = pair_row(
-            self.chat.asked(),
+            self.chat.last_prompt(),
             chosen=chosen[0],
             rejected=rejected[0],
-            provenance=self._told() | authors,
+            provenance=self._provenance() | authors,
         )
         self.pairs.append(row)
         return f"Written to {self.pairs.path}."
 
-    def _told(self) -> Provenance:
+    def _provenance(self) -> Provenance:
         from mlx_dpo.chat.feedback import utc_timestamp
 
         return {"by": "mlx-dpo chat", "judge": "person", "time": utc_timestamp()}
 
-    def _facts(self, author: "Author") -> Provenance:
+    def _answer_provenance(self, author: "Author") -> Provenance:
         if author == "person":
             return {"author": author}
         settings = asdict(self.chat.sampling).items()

@@ -1,4 +1,4 @@
-"""What a person types at a terminal: lines, several as one message, their history, and Ctrl-C."""
+"""Input of a chat at a terminal: lines, multi-line messages, history, and Ctrl-C."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -11,44 +11,44 @@ from mlx_dpo.paths import chat_history
 
 BLOCK_MARK = '"""'
 CONTINUATION_PROMPT = "... "
-HISTORY_LINES = 1000  # lines that are kept
+HISTORY_LINES = 1000
 
 ReadLine = Callable[[str], str]
 
 
 class TypedMessage(NamedTuple):
-    """A message; one that is a block by itself is meant as it stands, and is no command."""
+    """A message typed by a person. A message that is one whole block is never a command."""
 
     text: str
-    block: bool = False
+    is_block: bool = False
 
 
-def read_message(ask: ReadLine, prompt: str) -> TypedMessage:
-    r"""One message: a line; more where it ends with `\`; or all lines of a block in `\"""`.
+def read_message(read_line: ReadLine, prompt: str) -> TypedMessage:
+    r"""Read one message: a line, lines joined by a final `\`, or a block between `\"""` marks.
 
-    A block may also stand behind a command.
+    A block may also follow a command.
     """
-    line = ask(prompt)
+    line = read_line(prompt)
     before, mark, rest = line.partition(BLOCK_MARK)
     if mark and (not before.strip() or before.startswith("/")):
-        return TypedMessage(before + _block(ask, rest), block=not before.strip())
+        return TypedMessage(before + _read_block(read_line, rest), is_block=not before.strip())
     lines = [line]
     while lines[-1].endswith("\\"):
         lines[-1] = lines[-1].removesuffix("\\")
-        lines.append(ask(CONTINUATION_PROMPT))
+        lines.append(read_line(CONTINUATION_PROMPT))
     return TypedMessage("\n".join(lines).strip())
 
 
-def _block(ask: ReadLine, first: str) -> str:
+def _read_block(read_line: ReadLine, first: str) -> str:
     lines = [first]
     while not lines[-1].rstrip().endswith(BLOCK_MARK):
-        lines.append(ask(CONTINUATION_PROMPT))
+        lines.append(read_line(CONTINUATION_PROMPT))
     lines[-1] = lines[-1].rstrip().removesuffix(BLOCK_MARK)
     return "\n".join(lines).strip("\n")
 
 
 def next_message(prompt: str) -> TypedMessage | None:
-    """What is typed next; None to leave: Ctrl-D, or Ctrl-C twice in a row."""
+    """Read the next message; return None on Ctrl-D, or on Ctrl-C twice in a row."""
     interrupted = False
     while True:
         try:
@@ -59,11 +59,11 @@ def next_message(prompt: str) -> TypedMessage | None:
             if interrupted:
                 return None
             interrupted = True
-            click.echo("\nCtrl-C once more leaves, as Ctrl-D and /exit do.", err=True)
+            click.echo("\nPress Ctrl-C once more to leave; Ctrl-D and /exit leave too.", err=True)
 
 
 def read_line(prompt: str) -> str:
-    """One line. EOFError at the end of input, KeyboardInterrupt as it comes."""
+    """Read one line. Raises EOFError at the end of input; KeyboardInterrupt passes through."""
     if sys.stdout.isatty():
         return input(prompt)  # readline must know the prompt to redraw the line
     click.echo(prompt, err=True, nl=False)
@@ -71,7 +71,7 @@ def read_line(prompt: str) -> str:
 
 
 def edit_text(prompt: str, text: str) -> str | None:
-    """A message that begins as `text`, where the terminal can; None where nothing is typed."""
+    """Let the person edit `text` in place if readline is available; return None if left empty."""
     readline = _readline()
     if readline is not None and "\n" not in text:
         readline.set_startup_hook(lambda: readline.insert_text(text))
@@ -84,14 +84,13 @@ def edit_text(prompt: str, text: str) -> str | None:
         if readline is not None:
             readline.set_startup_hook()
     lines = iter([first])
-    return (
-        read_message(lambda more: next(lines, None) or read_line(more), prompt).text.strip() or None
-    )
+    message = read_message(lambda more: next(lines, None) or read_line(more), prompt)
+    return message.text.strip() or None
 
 
 @contextmanager
 def line_editing() -> Iterator[None]:
-    """Editing and history inside the block, with that of earlier chats, where there is readline."""
+    """Enable line editing with the history of earlier chats inside the block, if available."""
     readline = _readline()
     if readline is None:
         yield
@@ -105,7 +104,7 @@ def line_editing() -> Iterator[None]:
     finally:
         with suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch(mode=0o600)  # what a person types is theirs
+            path.touch(mode=0o600)  # the history is private to its user
             readline.write_history_file(path)
 
 
