@@ -21,7 +21,7 @@ from mlx_dpo.models.load import Base
 from mlx_dpo.paths import tiny_chat
 from mlx_dpo.runs.inputs import token_rules
 from mlx_dpo.saved_runs.open import load_policy
-from mlx_dpo.scoring.scorers import score_pairs
+from mlx_dpo.scoring.score_pairs import score_pairs
 from mlx_dpo.types import PreferenceExample, TokenizedPair
 
 MARK = "demo.txt"  # says that a folder is the demo's and may be replaced

@@ -26,7 +26,7 @@ from mlx_dpo.errors import DPOError, reason
 from mlx_dpo.io.arrays import named_arrays
 from mlx_dpo.models.device import cast, device_kind, dtype_name
 from mlx_dpo.scoring.logps import completion_logps, pair_logps
-from mlx_dpo.scoring.scorers import score_pairs
+from mlx_dpo.scoring.score_pairs import score_pairs
 from mlx_dpo.training.loop import Progress, train
 from mlx_dpo.training.objective import Objective
 from mlx_dpo.training.plan import MicroBatch, TrainingPlan

@@ -30,7 +30,7 @@ from mlx_dpo.models.quantize import AFFINE_GROUP, expected_bytes, quantise
 from mlx_dpo.saved_runs.evaluate import named_pairs, own_pairs
 from mlx_dpo.saved_runs.export_peft import hub_id_of
 from mlx_dpo.saved_runs.open import Opened, open_run, put_policy, put_reference, unfinished
-from mlx_dpo.scoring.scorers import score_pairs
+from mlx_dpo.scoring.score_pairs import score_pairs
 from mlx_dpo.types import PairLogps, TokenizedPair
 
 Values = np.ndarray  # (n,) float64

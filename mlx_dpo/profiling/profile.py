@@ -25,8 +25,7 @@ from mlx_dpo.profiling.layer_subset import (
     with_layers,
 )
 from mlx_dpo.profiling.memory import trainable_bytes
-from mlx_dpo.scoring.memory_saving import memory_efficient_training
-from mlx_dpo.scoring.scorers import Scorer
+from mlx_dpo.scoring.scorers import Scorer, memory_efficient_training
 from mlx_dpo.scoring.select_scorer import UNSUPPORTED_ERRORS
 from mlx_dpo.training.objective import Objective
 from mlx_dpo.training.plan import MicroBatch

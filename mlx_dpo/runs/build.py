@@ -20,8 +20,8 @@ from mlx_dpo.errors import ConfigError
 from mlx_dpo.models.device import on_cpu
 from mlx_dpo.models.load import Base
 from mlx_dpo.profiling.memory import trainable_bytes
-from mlx_dpo.scoring.memory_saving import memory_efficient_training
-from mlx_dpo.scoring.scorers import DatasetScorer, on_policy_weights, score_pairs
+from mlx_dpo.scoring.score_pairs import DatasetScorer, on_policy_weights, score_pairs
+from mlx_dpo.scoring.scorers import memory_efficient_training
 from mlx_dpo.scoring.select_scorer import ScorerChoice, ScorerSetting, select_scorer
 from mlx_dpo.training import optimizers
 from mlx_dpo.training.lr_schedule import learning_rate
@@ -114,7 +114,7 @@ def choose_scorer(base: Base, config: DPOConfig) -> ScorerChoice:
     wanted = cast(ScorerSetting, config.scorer)
     with memory_efficient_training(base.model, recompute=bool(config.recompute)):  # as in training
         return select_scorer(
-            base.model, vocab_size=base.vocab_size, wanted=wanted, ld_alpha=config.ld_alpha
+            base.model, vocab_size=base.vocab_size, requested=wanted, ld_alpha=config.ld_alpha
         )
 
 
@@ -144,7 +144,7 @@ def weigher(config: DPOConfig, choice: ScorerChoice) -> OnPolicy | None:
     score = partial(
         score_pairs,
         limit=forward_limit(config, choice),
-        scorer=choice.alignments,
+        scorer=choice.log_weights,
         cost=choice.cost,
     )
     return partial(on_policy_weights, score=score)

@@ -22,7 +22,7 @@ from mlx_dpo.models.load import Base, fingerprint, load_base
 from mlx_dpo.runs.build import choose_scorer, forward_only
 from mlx_dpo.runs.folder import reference_provenance
 from mlx_dpo.runs.inputs import held, read_base, read_inputs, refuse_beyond_context
-from mlx_dpo.scoring.scorers import DatasetScorer
+from mlx_dpo.scoring.score_pairs import DatasetScorer
 from mlx_dpo.training.logps_cache import labels
 from mlx_dpo.training.reference_logps import reference_logps
 from mlx_dpo.types import PairLogps, TokenizedPair

@@ -29,7 +29,7 @@ from mlx_dpo.runs.reference import ask_about, ask_reference, load_other, uncount
 from mlx_dpo.saved_runs.open import Opened, open_run, put_policy, put_reference
 from mlx_dpo.schemas.messages import prompt_digest
 from mlx_dpo.scoring.kernels.gated_delta import use_fused_gated_delta
-from mlx_dpo.scoring.scorers import DatasetScorer
+from mlx_dpo.scoring.score_pairs import DatasetScorer
 from mlx_dpo.training import checkpoint
 from mlx_dpo.training.objective import evaluate
 from mlx_dpo.types import PairLogps, PreferenceMetrics, TokenizedPair

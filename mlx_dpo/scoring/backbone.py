@@ -1,7 +1,7 @@
-"""A model in two halves: the trunk gives hidden states, the head turns them into logits.
+"""A model separated into backbone and head: hidden states, and logits computed from them.
 
-What a model does after its trunk (tied or quantised heads, scales, soft caps) stays its own
-code: the model's `__call__` is run with its trunk replaced, so nothing is written down twice.
+Whatever a model does after its backbone (tied or quantized heads, scaling, soft caps) stays its
+own code: the model's `__call__` runs with the backbone replaced, so no head is implemented here.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,80 +12,92 @@ import mlx.core as mx
 import mlx.nn as nn
 
 BACKBONE_NAMES = ("model", "transformer", "backbone")
-LANGUAGE_MODEL = "language_model"  # where models that also see images keep the part that reads
+LANGUAGE_MODEL = "language_model"  # attribute of multimodal models that holds the text model
 
 
 class UnsupportedModelError(Exception):
-    """The model has no trunk that can be taken from its head; says why."""
+    """The model does not fit the requirements of a scorer; the message names the reason."""
 
 
 @dataclass(frozen=True)
 class ModelParts:
-    """A causal language model and the name of its trunk. Weights are read when called."""
+    """A causal language model, the name of its backbone, and its layers.
 
-    outer: nn.Module
-    trunk: str
-    blocks: tuple[nn.Module, ...]
+    Weights are read at call time, so an object stays valid while the model is trained.
+    """
 
-    def hidden(self, tokens: mx.array, caches: Sequence[Any] | None = None) -> mx.array:
-        """Hidden states as the head wants them. (B, T) -> (B, T, D)
+    model: nn.Module
+    backbone_name: str
+    layers: tuple[nn.Module, ...]
 
-        Caches, as mlx-lm makes them, say what came before and take up `tokens`.
+    def hidden_states(self, tokens: mx.array, caches: Sequence[Any] | None = None) -> mx.array:
+        """Return the hidden states that the head receives. (B, T) -> (B, T, D)
+
+        Args:
+            caches: mlx-lm's caches of preceding tokens; `tokens` are added to them.
 
         Raises:
-            NotSplitError: the trunk gives something else than one array.
+            UnsupportedModelError: the backbone does not return a single array.
         """
-        trunk = getattr(self.outer, self.trunk)
+        backbone = getattr(self.model, self.backbone_name)
 
-        def leave(*args: Any, **kwargs: Any) -> NoReturn:
-            raise _BackboneOutputError(trunk(*args, **kwargs))
+        def stop_after_backbone(*args: Any, **kwargs: Any) -> NoReturn:
+            raise _BackboneOutputError(backbone(*args, **kwargs))
 
         try:
-            self._run(leave, tokens, cache=caches)
+            self._call_model(stop_after_backbone, tokens, cache=caches)
         except _BackboneOutputError as done:
-            return done.hidden()
-        raise UnsupportedModelError(f"the model does not call its `{self.trunk}`")
+            return done.hidden_states()
+        raise UnsupportedModelError(f"the model does not call its `{self.backbone_name}`")
 
     def logits(self, hidden: mx.array) -> mx.array:
-        """The head alone. (B, T, D) -> (B, T, V)"""
+        """Apply the head alone. (B, T, D) -> (B, T, V)"""
         tokens = mx.zeros(hidden.shape[:2], mx.int32)
-        return self._run(lambda *args, **kwargs: hidden, tokens)
+        return self._call_model(lambda *args, **kwargs: hidden, tokens)
 
-    def _run(self, trunk: Any, tokens: mx.array, **more: Any) -> mx.array:
-        real = getattr(self.outer, self.trunk)
-        outer = _ModuleProxy(self.outer, **{self.trunk: _ModuleProxy(real, _call=trunk)})
-        return type(self.outer).__call__(outer, tokens, **more)
+    def _call_model(self, backbone: Any, tokens: mx.array, **more: Any) -> mx.array:
+        """Call the model with its backbone replaced by the function `backbone`."""
+        original = getattr(self.model, self.backbone_name)
+        proxy = _ModuleProxy(
+            self.model, **{self.backbone_name: _ModuleProxy(original, _call=backbone)}
+        )
+        return type(self.model).__call__(proxy, tokens, **more)
 
 
 def split_backbone(model: nn.Module) -> ModelParts:
-    """Find the trunk of `model`.
+    """Return the parts of `model`.
 
     Raises:
-        NotSplitError: there is none under the names that mlx-lm uses.
+        UnsupportedModelError: there is no backbone under the names that mlx-lm uses.
     """
-    blocks = tuple(getattr(model, "layers", ()))
+    layers = tuple(getattr(model, "layers", ()))
     while isinstance(getattr(model, LANGUAGE_MODEL, None), nn.Module):
         model = getattr(model, LANGUAGE_MODEL)
     for name in BACKBONE_NAMES:
         if isinstance(getattr(model, name, None), nn.Module):
-            return ModelParts(model, name, blocks)
-    raise UnsupportedModelError(
-        f"no trunk named {', '.join(f'`{name}`' for name in BACKBONE_NAMES)}"
-    )
+            return ModelParts(model, name, layers)
+    names = ", ".join(f"`{name}`" for name in BACKBONE_NAMES)
+    raise UnsupportedModelError(f"no backbone named {names}")
 
 
 class _BackboneOutputError(Exception):
-    """Leaves the model's `__call__` with the trunk's output, before the head is run on it."""
+    """Carries the backbone's output out of the model's `__call__`, before the head runs."""
 
-    def hidden(self) -> mx.array:
+    def hidden_states(self) -> mx.array:
+        """Return the output. (B, T, D)"""
         [output] = self.args
         if not isinstance(output, mx.array) or output.ndim != 3:
-            raise UnsupportedModelError("the trunk gives more than one array of hidden states")
+            raise UnsupportedModelError(
+                "the backbone returns more than a single array of hidden states"
+            )
         return output
 
 
 class _ModuleProxy:
-    """A module with some attributes replaced, `_call` being what calls it; it stays untouched."""
+    """A stand-in for a module with some attributes replaced; the module is not changed.
+
+    Calling the proxy calls `_call`.
+    """
 
     _call: Callable[..., Any]
 

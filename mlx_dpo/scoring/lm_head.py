@@ -1,6 +1,10 @@
-"""Hidden states → log-probabilities of their targets, without an array over all rows and words.
+"""Log-probabilities of target tokens from hidden states, without the full array of logits.
 
-Rows go through the head in chunks, one after the other, so that memory is that of one chunk.
+Logits of n tokens over a vocabulary of V words are the largest array of training. Here tokens go
+through the head in chunks, one after another, so that memory is that of one chunk: the idea of
+chunked (or fused linear) cross-entropy.
+
+Shape letters: n tokens, D width of hidden states, V vocabulary.
 """
 
 from collections.abc import Callable, Iterable
@@ -11,158 +15,173 @@ from mlx.utils import tree_unflatten
 
 from mlx_dpo.io.arrays import Arrays, named_arrays
 from mlx_dpo.scoring.backbone import ModelParts
-from mlx_dpo.scoring.logps import log_weights, logsumexp
+from mlx_dpo.scoring.kernels.softmax import logsumexp
+from mlx_dpo.scoring.logps import log_weights
 
-LOGITS_BYTES_PER_CHUNK = (
-    32 * 2**20
-)  # one float32 array of logits; MLX has about ten of them in flight
+# Size of one float32 array of logits. MLX has about ten arrays of this size in flight.
+LOGITS_BYTES_PER_CHUNK = 32 * 2**20
 
-ChunkFunction = Callable[
-    [ModelParts, mx.array, mx.array], mx.array
-]  # of a chunk. (n, D), (n,) -> (n,)
+# Hidden states and targets of a chunk to one number per token. (n, D), (n,) -> (n,)
+ChunkFunction = Callable[[ModelParts, mx.array, mx.array], mx.array]
 
 
 def chunked_logps(
-    halves: ModelParts, hidden: mx.array, targets: mx.array, *, vocab_size: int, gradients: bool
+    parts: ModelParts, hidden: mx.array, targets: mx.array, *, vocab_size: int, gradients: bool
 ) -> mx.array:
-    """log p(target | hidden state) of each row. (n, D), (n,) -> (n,) float32
+    """Return log p(target | hidden state) of each token. (n, D), (n,) -> (n,) float32
 
-    Without `gradients` the value alone is right.
+    Args:
+        gradients: whether the result will be differentiated. False saves the work for it.
     """
     chunks = _row_chunks(len(targets), vocab_size)
     if not gradients:
-        return mx.stop_gradient(_map_chunks(halves, hidden, targets, chunks))
-    if weights := trainable_head_parameters(halves):
-        return _logps_with_recomputed_gradient(halves, weights, hidden, targets, chunks)
-    return _logps_with_saved_gradient(halves, hidden, targets, chunks)
+        return mx.stop_gradient(_map_chunks(parts, hidden, targets, chunks))
+    if parameters := trainable_head_parameters(parts):
+        return _logps_with_recomputed_gradient(parts, parameters, hidden, targets, chunks)
+    return _logps_with_saved_gradient(parts, hidden, targets, chunks)
 
 
 def chunked_log_weights(
-    halves: ModelParts, hidden: mx.array, targets: mx.array, *, vocab_size: int
+    parts: ModelParts, hidden: mx.array, targets: mx.array, *, vocab_size: int
 ) -> mx.array:
-    """`logps.token_alignments` of each row, the value alone. (n, D), (n,) -> (n,) float32"""
+    """Return `logps.log_weights` of each token, without gradient. (n, D), (n,) -> (n,) float32"""
     chunks = _row_chunks(len(targets), vocab_size)
-    return mx.stop_gradient(_map_chunks(halves, hidden, targets, chunks, of=_chunk_log_weights))
+    weights = _map_chunks(parts, hidden, targets, chunks, function=_chunk_log_weights)
+    return mx.stop_gradient(weights)
 
 
-def trainable_head_parameters(halves: ModelParts) -> Arrays:
-    """What is trained outside the blocks, and so may be part of the head, by name."""
-    blocks = {id(block) for block in halves.blocks}
-    modules = halves.outer.named_modules()
-    inside = tuple(f"{name}." for name, module in modules if id(module) in blocks)
-    trained = named_arrays(halves.outer.trainable_parameters())
-    return {name: value for name, value in trained.items() if not name.startswith(inside)}
+def trainable_head_parameters(parts: ModelParts) -> Arrays:
+    """Return the trainable parameters outside the layers, by name: the head may contain them."""
+    layers = {id(layer) for layer in parts.layers}
+    modules = parts.model.named_modules()
+    inside = tuple(f"{name}." for name, module in modules if id(module) in layers)
+    trainable = named_arrays(parts.model.trainable_parameters())
+    return {name: value for name, value in trainable.items() if not name.startswith(inside)}
 
 
 def _row_chunks(count: int, vocab_size: int) -> list[slice]:
-    """Slices of like size that cover `count` rows, each within CHUNK_BYTES of logits."""
-    most = max(1, LOGITS_BYTES_PER_CHUNK // (vocab_size * mx.float32.size))
-    size = -(-count // -(-count // most))
+    """Return slices of similar size over `count` tokens, within LOGITS_BYTES_PER_CHUNK each."""
+    limit = max(1, LOGITS_BYTES_PER_CHUNK // (vocab_size * mx.float32.size))
+    size = -(-count // -(-count // limit))
     return [slice(start, start + size) for start in range(0, count, size)]
 
 
 def _evaluated_after(value: mx.array, earlier: Iterable[mx.array]) -> mx.array:
-    """`value`, not to be used before `earlier` is there: MLX would begin all chunks at once."""
+    """Return `value`, made dependent on `earlier`, so that chunks are evaluated one by one.
+
+    MLX evaluates a graph breadth-first. Without the dependency all chunks would start before the
+    first one ends, and the logits of all of them would be in memory.
+    """
     before = list(earlier)
     return mx.depends([value], before)[0] if before else value
 
 
-def _chunk_logps(halves: ModelParts, hidden: mx.array, targets: mx.array) -> mx.array:
-    """One chunk. (n, D), (n,) -> (n,) float32"""
-    logits = halves.logits(hidden[None])[0].astype(mx.float32)
-    picked = mx.take_along_axis(logits, targets[:, None], axis=-1).squeeze(-1)
-    return picked - logsumexp(logits)
+def _chunk_logps(parts: ModelParts, hidden: mx.array, targets: mx.array) -> mx.array:
+    """Return the log-probabilities of one chunk. (n, D), (n,) -> (n,) float32"""
+    logits = parts.logits(hidden[None])[0].astype(mx.float32)  # (n, V)
+    target_logits = mx.take_along_axis(logits, targets[:, None], axis=-1).squeeze(-1)
+    return target_logits - logsumexp(logits)
 
 
-def _chunk_log_weights(halves: ModelParts, hidden: mx.array, targets: mx.array) -> mx.array:
-    """One chunk. (n, D), (n,) -> (n,) float32"""
-    return log_weights(halves.logits(hidden[None])[0].astype(mx.float32), targets)
+def _chunk_log_weights(parts: ModelParts, hidden: mx.array, targets: mx.array) -> mx.array:
+    """Return the log-weights of one chunk. (n, D), (n,) -> (n,) float32"""
+    return log_weights(parts.logits(hidden[None])[0].astype(mx.float32), targets)
 
 
 def _map_chunks(
-    halves: ModelParts,
+    parts: ModelParts,
     hidden: mx.array,
     targets: mx.array,
     chunks: list[slice],
     *,
-    of: ChunkFunction = _chunk_logps,
+    function: ChunkFunction = _chunk_logps,
 ) -> mx.array:
-    parts: list[mx.array] = []
+    """Return `function` of all chunks, concatenated. (n,)"""
+    values: list[mx.array] = []
     for rows in chunks:
-        parts.append(of(halves, _evaluated_after(hidden[rows], parts[-1:]), targets[rows]))
-    return mx.concatenate(parts)
+        chunk = _evaluated_after(hidden[rows], values[-1:])
+        values.append(function(parts, chunk, targets[rows]))
+    return mx.concatenate(values)
 
 
 def _logps_with_saved_gradient(
-    halves: ModelParts, hidden: mx.array, targets: mx.array, chunks: list[slice]
+    parts: ModelParts, hidden: mx.array, targets: mx.array, chunks: list[slice]
 ) -> mx.array:
-    """For a frozen head: the slope towards the hidden states comes from the same pass.
+    """Return the log-probabilities under a frozen head, which is run once. (n,)
 
-    It is computed beside the value while the logits are there, and kept in their place:
-    (n, D) instead of (n, V).
+    The gradient towards the hidden states is computed in the forward pass, while the logits of a
+    chunk are in memory, and saved: (n, D) instead of (n, V).
     """
-    detached = mx.stop_gradient(hidden)
-    values: list[mx.array] = []
-    slopes: list[mx.array] = []
+    constant = mx.stop_gradient(hidden)
+    values: list[mx.array] = []  # (n,) each
+    gradients: list[mx.array] = []  # (n, D) each
     for rows in chunks:
-        chunk = _evaluated_after(detached[rows], [*values[-1:], *slopes[-1:]])
-        value, slope = _chunk_logps_and_gradient(halves, chunk, targets[rows])
+        chunk = _evaluated_after(constant[rows], [*values[-1:], *gradients[-1:]])
+        value, gradient = _chunk_logps_and_gradient(parts, chunk, targets[rows])
         values.append(value)
-        slopes.append(slope)
-    slope = mx.stop_gradient(mx.concatenate(slopes)).astype(mx.float32)
-    # Zero in value, `slope` in gradient.
-    carried = ((hidden - detached).astype(mx.float32) * slope).sum(axis=-1)
-    return mx.stop_gradient(mx.concatenate(values)) + carried
+        gradients.append(gradient)
+    gradient = mx.stop_gradient(mx.concatenate(gradients)).astype(mx.float32)
+    # A term whose value is zero and whose gradient is `gradient`: a custom VJP by arithmetic.
+    gradient_term = ((hidden - constant).astype(mx.float32) * gradient).sum(axis=-1)
+    return mx.stop_gradient(mx.concatenate(values)) + gradient_term
 
 
 def _chunk_logps_and_gradient(
-    halves: ModelParts, hidden: mx.array, targets: mx.array
+    parts: ModelParts, hidden: mx.array, targets: mx.array
 ) -> tuple[mx.array, mx.array]:
-    """One chunk: log-probabilities, and the gradient of each. (n,), (n, D)"""
-    # A row's value depends on its own hidden state alone: ones give every row's gradient.
+    """Return the log-probabilities of one chunk and the gradient of each. (n,), (n, D)"""
+    # A token's value depends on its own hidden state only, so that a cotangent of ones gives
+    # the gradients of all tokens at once.
     ones = mx.ones(targets.shape)
-    [value], [slope] = mx.vjp(lambda rows: _chunk_logps(halves, rows, targets), [hidden], [ones])
-    return value, slope
+    [value], [gradient] = mx.vjp(lambda rows: _chunk_logps(parts, rows, targets), [hidden], [ones])
+    return value, gradient
 
 
 def _logps_with_recomputed_gradient(
-    halves: ModelParts, weights: Arrays, hidden: mx.array, targets: mx.array, chunks: list[slice]
+    parts: ModelParts,
+    parameters: Arrays,
+    hidden: mx.array,
+    targets: mx.array,
+    chunks: list[slice],
 ) -> mx.array:
-    """For a head that is trained: each chunk is computed again when gradients are wanted.
+    """Return the log-probabilities under a trainable head. (n,)
 
-    Its weights are arguments: what a custom function merely reads gets no gradient.
+    The gradient of the head's weights depends on the cotangent of every token, so that it cannot
+    be computed in the forward pass: the backward pass runs each chunk again. The weights are
+    arguments, because `mx.custom_function` gives no gradient to captured arrays.
     """
 
-    def with_weights(values: list[mx.array], chunk: mx.array, rows: slice) -> mx.array:
-        # Gradients are built later, when the model may hold its weights in another type.
-        held = named_arrays(halves.outer.trainable_parameters())
-        halves.outer.update(tree_unflatten(list(zip(weights, values, strict=True))))
+    def logps(values: list[mx.array], chunk: mx.array, rows: slice) -> mx.array:
+        # The backward graph is built later, when the model may hold weights of another dtype.
+        current = named_arrays(parts.model.trainable_parameters())
+        parts.model.update(tree_unflatten(list(zip(parameters, values, strict=True))))
         try:
-            return _chunk_logps(halves, chunk, targets[rows])
+            return _chunk_logps(parts, chunk, targets[rows])
         finally:
-            halves.outer.update(tree_unflatten([(name, held[name]) for name in weights]))
+            parts.model.update(tree_unflatten([(name, current[name]) for name in parameters]))
 
     @mx.custom_function
     def forward(values: list[mx.array], hidden: mx.array) -> mx.array:
-        parts: list[mx.array] = []
+        outputs: list[mx.array] = []
         for rows in chunks:
-            parts.append(with_weights(values, _evaluated_after(hidden[rows], parts[-1:]), rows))
-        return mx.concatenate(parts)
+            outputs.append(logps(values, _evaluated_after(hidden[rows], outputs[-1:]), rows))
+        return mx.concatenate(outputs)
 
     @forward.vjp
     def backward(primals: Any, cotangent: mx.array, output: mx.array) -> Any:
         values, hidden = primals
-        totals, slopes = [mx.zeros_like(value) for value in values], [output]
+        sums = [mx.zeros_like(value) for value in values]  # gradients of the parameters
+        hidden_gradients = [output]  # the first chunk waits for the forward pass
         for rows in chunks:
-            chunk = _evaluated_after(hidden[rows], [slopes[-1], *totals])
+            chunk = _evaluated_after(hidden[rows], [hidden_gradients[-1], *sums])
             _, gradients = mx.vjp(
-                lambda *given, rows=rows: with_weights(list(given[:-1]), given[-1], rows),
+                lambda *inputs, rows=rows: logps(list(inputs[:-1]), inputs[-1], rows),
                 [*values, chunk],
                 [cotangent[rows]],
             )
-            *more, slope = gradients
-            totals = [total + new for total, new in zip(totals, more, strict=True)]
-            slopes.append(slope)
-        return totals, mx.concatenate(slopes[1:])
+            *parameter_gradients, hidden_gradient = gradients
+            sums = [total + new for total, new in zip(sums, parameter_gradients, strict=True)]
+            hidden_gradients.append(hidden_gradient)
+        return sums, mx.concatenate(hidden_gradients[1:])
 
-    return cast(mx.array, forward(list(weights.values()), hidden))
+    return cast(mx.array, forward(list(parameters.values()), hidden))

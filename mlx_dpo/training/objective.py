@@ -14,7 +14,7 @@ from mlx_dpo.losses.catalogue import LOSSES, LossKind
 from mlx_dpo.losses.divergences import Divergence
 from mlx_dpo.losses.log_ratios import View, averages, log_ratios
 from mlx_dpo.losses.metrics import summarise
-from mlx_dpo.scoring.scorers import DatasetScorer
+from mlx_dpo.scoring.score_pairs import DatasetScorer
 from mlx_dpo.types import LossOutputs, PairLogps, PreferenceMetrics, ScoredPairs, TokenizedPair
 
 

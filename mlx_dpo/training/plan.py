@@ -17,7 +17,8 @@ from mlx_dpo.data.batching import (
     step_indices,
     steps_per_epoch,
 )
-from mlx_dpo.scoring.scorers import DatasetScorer, Scorer, plain_scorer
+from mlx_dpo.scoring.score_pairs import DatasetScorer
+from mlx_dpo.scoring.scorers import Scorer, plain_scorer
 from mlx_dpo.training.grad_cache import GradCache, only_kl_completions
 from mlx_dpo.training.objective import Objective
 from mlx_dpo.training.reference_logps import SyncedReference

@@ -16,7 +16,7 @@ from mlx.utils import tree_unflatten
 
 from mlx_dpo.data.dataset import pairs_digest
 from mlx_dpo.io.arrays import Arrays, named_arrays
-from mlx_dpo.scoring.scorers import DatasetScorer
+from mlx_dpo.scoring.score_pairs import DatasetScorer
 from mlx_dpo.training.logps_cache import SUFFIX, read_logps, write_logps
 from mlx_dpo.types import PairLogps, TokenizedPair
 

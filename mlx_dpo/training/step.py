@@ -13,8 +13,7 @@ from mlx_dpo.errors import TrainingError
 from mlx_dpo.io.arrays import named_arrays
 from mlx_dpo.losses.log_ratios import log_ratios
 from mlx_dpo.losses.metrics import concatenate
-from mlx_dpo.scoring.memory_saving import memory_efficient_training
-from mlx_dpo.scoring.scorers import Scorer, plain_scorer
+from mlx_dpo.scoring.scorers import Scorer, memory_efficient_training, plain_scorer
 from mlx_dpo.training.grad_cache import skip_kl_completions
 from mlx_dpo.training.objective import Objective
 from mlx_dpo.training.plan import MicroBatch, TrainingPlan

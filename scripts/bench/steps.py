@@ -15,8 +15,7 @@ from mlx_dpo.adapters import attach as adapters
 from mlx_dpo.losses.log_ratios import log_ratio_margin
 from mlx_dpo.losses.pairwise import sigmoid_loss
 from mlx_dpo.scoring import select_scorer as probe
-from mlx_dpo.scoring.memory_saving import fast_inference, memory_efficient_training
-from mlx_dpo.scoring.scorers import Scorer
+from mlx_dpo.scoring.scorers import Scorer, fast_inference, memory_efficient_training
 from mlx_dpo.types import PairLogps, TokenizedPair
 from scripts.bench.shapes import SEED, Shape
 
@@ -89,7 +88,7 @@ def build(shape: Shape) -> nn.Module:
 def ways(model: nn.Module, vocab_size: int) -> list[Way]:
     """The plain scorer as mlx-lm runs it, and the engine where the probe lets the model have it."""
     plain, engine = (
-        probe.select_scorer(model, vocab_size=vocab_size, wanted=wanted)
+        probe.select_scorer(model, vocab_size=vocab_size, requested=wanted)
         for wanted in ("plain", "auto")
     )
     found = [Way("plain", plain.scorer, plain.forward_only)]

@@ -7,8 +7,7 @@ import pytest
 from mlx_dpo.adapters import attach as adapters
 from mlx_dpo.adapters.master_weights import narrow_types, narrowed, settle
 from mlx_dpo.errors import ModelError
-from mlx_dpo.scoring.memory_saving import memory_efficient_training
-from mlx_dpo.scoring.scorers import plain_scorer
+from mlx_dpo.scoring.scorers import memory_efficient_training, plain_scorer
 from mlx_dpo.scoring.select_scorer import select_scorer
 from tests.conftest import VOCAB, make_llama
 

@@ -13,8 +13,7 @@ from mlx_dpo.profiling.memory import (
     total_parameters,
     trainable_parameters,
 )
-from mlx_dpo.scoring.memory_saving import memory_efficient_training
-from mlx_dpo.scoring.scorers import plain_scorer
+from mlx_dpo.scoring.scorers import memory_efficient_training, plain_scorer
 from mlx_dpo.types import TokenizedPair
 from tests.conftest import make_llama
 from tests.scoring.small_models import make

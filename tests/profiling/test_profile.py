@@ -10,8 +10,8 @@ from mlx_dpo.profiling import profile as rehearsal
 from mlx_dpo.profiling.layer_subset import with_layers
 from mlx_dpo.profiling.memory import trainable_bytes
 from mlx_dpo.profiling.profile import TrainingPass, profile_training_pass, shorten_pairs
+from mlx_dpo.scoring.equivalence import random_pairs
 from mlx_dpo.scoring.scorers import make_shared_scorer
-from mlx_dpo.scoring.select_scorer import random_pairs
 from mlx_dpo.training.objective import Objective
 from mlx_dpo.types import TokenizedPair
 
@@ -35,7 +35,7 @@ def policy():
 
 def step(**changes):
     settings = {
-        "scorer": make_shared_scorer(vocab_size=VOCAB, gradients=True, way="lengths"),
+        "scorer": make_shared_scorer(vocab_size=VOCAB, gradients=True, packing="lengths"),
         "objective": Objective(beta=0.1),
         "accumulates": False,
     }

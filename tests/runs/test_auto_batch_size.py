@@ -14,7 +14,7 @@ from mlx_dpo.profiling.memory import MemoryBudget
 from mlx_dpo.runs.auto_batch_size import fit, gigabytes, longest_pass, possible
 from mlx_dpo.runs.build import attach_adapters, choose_scorer
 from mlx_dpo.runs.inputs import read_base
-from mlx_dpo.scoring.select_scorer import random_pairs
+from mlx_dpo.scoring.equivalence import random_pairs
 from tests.checkpoints import VOCAB, make_checkpoint
 
 ROOMY = MemoryBudget(10**12, "a test's")

@@ -16,7 +16,7 @@ from mlx_dpo.data.batching import PassLimit, step_indices
 from mlx_dpo.errors import ConfigError, RunError
 from mlx_dpo.runs import reference as other_reference
 from mlx_dpo.runs import trainer as training
-from mlx_dpo.scoring.scorers import score_pairs
+from mlx_dpo.scoring.score_pairs import score_pairs
 from tests.checkpoints import make_checkpoint
 from tests.runs.train_helper import train, weights
 

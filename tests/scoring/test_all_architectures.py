@@ -11,17 +11,12 @@ import pytest
 
 from mlx_dpo.errors import ModelError
 from mlx_dpo.scoring import lm_head as head
-from mlx_dpo.scoring.kernels.attention import use_chunked_attention
+from mlx_dpo.scoring.equivalence import random_pairs, relative_errors, value_error
+from mlx_dpo.scoring.kernels.attention_dispatch import use_chunked_attention
 from mlx_dpo.scoring.kernels.gradient_checkpointing import gradient_checkpointing
-from mlx_dpo.scoring.packing import use_packed_positions
+from mlx_dpo.scoring.kernels.rope import use_token_positions
 from mlx_dpo.scoring.scorers import plain_scorer
-from mlx_dpo.scoring.select_scorer import (
-    PACKINGS,
-    random_pairs,
-    relative_errors,
-    select_scorer,
-    value_error,
-)
+from mlx_dpo.scoring.select_scorer import PACKINGS, select_scorer
 from tests.scoring.architectures import UNBUILT, VOCAB, WINDOW, adapt, build, model_types
 
 pytestmark = pytest.mark.slow
@@ -43,7 +38,7 @@ def rows(scorer):
 
 def memory_savers(model, names):
     stack = ExitStack()
-    stack.enter_context(use_packed_positions())
+    stack.enter_context(use_token_positions())
     if "recomputed" in names:
         stack.enter_context(gradient_checkpointing(model))
     if "chunked" in names:
@@ -58,11 +53,11 @@ def test_the_list_is_long_enough():
 @pytest.mark.parametrize("saved", [(), ("recomputed", "chunked")], ids=["", "saving-memory"])
 @pytest.mark.parametrize("model_type", SHARED)
 def test_the_shared_scorer_is_exact(model_type, saved, monkeypatch):
-    monkeypatch.setattr("mlx_dpo.scoring.kernels.attention.MIN_SCORES", 0)
+    monkeypatch.setattr("mlx_dpo.scoring.kernels.attention_dispatch.MIN_SCORES", 0)
     monkeypatch.setattr(head, "LOGITS_BYTES_PER_CHUNK", 5 * VOCAB * 4)
     model = adapt(model_type, build(model_type))
-    for way in ["row"] if model_type in ROW_ALONE else PACKINGS:
-        choice = select_scorer(model, vocab_size=VOCAB, ways=(way, "lengths"))
+    for packing in ["row"] if model_type in ROW_ALONE else PACKINGS:
+        choice = select_scorer(model, vocab_size=VOCAB, packings=(packing, "lengths"))
         assert choice.name == "shared", choice.reason
         with memory_savers(model, saved):
             found = relative_errors(model, rows(choice.scorer), rows(plain_scorer))

@@ -8,7 +8,7 @@ from mlx_lm.models import llama
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from mlx_dpo.adapters.attach import attach
-from mlx_dpo.scoring.kernels.attention import use_chunked_attention
+from mlx_dpo.scoring.kernels.attention_dispatch import use_chunked_attention
 from mlx_dpo.scoring.kernels.gradient_checkpointing import gradient_checkpointing
 from tests.scoring.small_models import (
     MODELS,
@@ -179,7 +179,7 @@ def test_an_array_that_comes_out_twice_gets_both_gradients():
 def test_blocks_do_not_nest_and_end_with_an_error_too():
     model = make("llama")
     with (
-        pytest.raises(RuntimeError, match="recomputed already"),
+        pytest.raises(RuntimeError, match="checkpointed already"),
         gradient_checkpointing(model),
         gradient_checkpointing(model),
     ):

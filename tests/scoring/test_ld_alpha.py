@@ -9,9 +9,10 @@ import pytest
 from mlx_dpo.adapters import attach as adapters
 from mlx_dpo.data.batching import collate
 from mlx_dpo.scoring import lm_head as head
+from mlx_dpo.scoring.equivalence import relative_errors, value_error
 from mlx_dpo.scoring.logps import pair_logps
 from mlx_dpo.scoring.scorers import make_shared_scorer, plain_scorer
-from mlx_dpo.scoring.select_scorer import PACKINGS, relative_errors, select_scorer, value_error
+from mlx_dpo.scoring.select_scorer import PACKINGS, select_scorer
 from mlx_dpo.types import TokenizedPair
 from tests.conftest import VOCAB, make_llama
 
@@ -45,10 +46,10 @@ def by_hand(model, prompt, completion, shorter):
     return total
 
 
-@pytest.mark.parametrize("way", ["plain", *PACKINGS])
-def test_it_equals_a_token_loop_in_float64(tiny_llama, pairs, way):
-    shared = make_shared_scorer(vocab_size=VOCAB, gradients=False, way=way, ld_alpha=ALPHA)
-    found = plain(tiny_llama, pairs) if way == "plain" else shared(tiny_llama, pairs)
+@pytest.mark.parametrize("packing", ["plain", *PACKINGS])
+def test_it_equals_a_token_loop_in_float64(tiny_llama, pairs, packing):
+    shared = make_shared_scorer(vocab_size=VOCAB, gradients=False, packing=packing, ld_alpha=ALPHA)
+    found = plain(tiny_llama, pairs) if packing == "plain" else shared(tiny_llama, pairs)
     for i, pair in enumerate(pairs):
         shorter = min(len(pair.chosen), len(pair.rejected))
         for side in ("chosen", "rejected"):
@@ -68,30 +69,32 @@ def test_a_token_too_many_counts_a_share_of_a_token(uniform, pairs):
 
 
 @pytest.mark.parametrize("saved", [None, 3 * VOCAB * 4])
-@pytest.mark.parametrize("way", PACKINGS)
+@pytest.mark.parametrize("packing", PACKINGS)
 def test_the_shared_scorer_equals_the_plain_one_in_values_and_gradients(
-    policy, pairs, way, saved, monkeypatch
+    policy, pairs, packing, saved, monkeypatch
 ):
     if saved:
         monkeypatch.setattr(head, "LOGITS_BYTES_PER_CHUNK", saved)
-    scorer = make_shared_scorer(vocab_size=VOCAB, gradients=True, way=way, ld_alpha=ALPHA)
+    scorer = make_shared_scorer(vocab_size=VOCAB, gradients=True, packing=packing, ld_alpha=ALPHA)
     found = relative_errors(policy, rows(scorer, pairs), rows(plain, pairs))
     assert found.values <= 1e-5
     assert found.gradients <= 1e-4
 
 
-@pytest.mark.parametrize("way", ["plain", *PACKINGS])
-def test_at_one_it_is_the_whole_and_without_it_the_same_bits(policy, pairs, way):
+@pytest.mark.parametrize("packing", ["plain", *PACKINGS])
+def test_at_one_it_is_the_whole_and_without_it_the_same_bits(policy, pairs, packing):
     def scored(alpha):
-        if way == "plain":
+        if packing == "plain":
             return plain(policy, pairs, alpha)
-        shared = make_shared_scorer(vocab_size=VOCAB, gradients=False, way=way, ld_alpha=alpha)
+        shared = make_shared_scorer(
+            vocab_size=VOCAB, gradients=False, packing=packing, ld_alpha=alpha
+        )
         return shared(policy, pairs)
 
     for one, without in zip(scored(1.0), scored(None), strict=True):
         assert mx.allclose(one, without, atol=1e-5, rtol=0)
     whole = plain_scorer(policy, pairs)
-    if way == "plain":
+    if packing == "plain":
         assert all(mx.array_equal(a, b) for a, b in zip(whole, scored(None), strict=True))
 
 
@@ -112,7 +115,7 @@ def test_order_and_company_change_nothing(tiny_llama, pairs):
 
 def test_the_probe_compares_and_hands_out_scorers_that_have_it(policy, pairs):
     for wanted in ("shared", "plain"):
-        choice = select_scorer(policy, vocab_size=VOCAB, wanted=wanted, ld_alpha=ALPHA)
+        choice = select_scorer(policy, vocab_size=VOCAB, requested=wanted, ld_alpha=ALPHA)
         assert choice.name == wanted
         for scorer in (choice.scorer, choice.forward_only):
             assert value_error(policy, rows(scorer, pairs), rows(plain, pairs)) <= 1e-5

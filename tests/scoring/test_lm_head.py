@@ -1,4 +1,4 @@
-"""The model's two halves, and log-probabilities of rows without an array over all of them."""
+"""Backbone and head of a model, and log-probabilities of rows without the full array of logits."""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -30,9 +30,9 @@ def chunks_of_four(monkeypatch):
     monkeypatch.setattr(head, "LOGITS_BYTES_PER_CHUNK", 4 * VOCAB * 4)
 
 
-def autodiff(halves, hidden, targets):
+def autodiff(parts, hidden, targets):
     """The same from whole logits, differentiated by MLX."""
-    logits = halves.logits(hidden[None])[0]
+    logits = parts.logits(hidden[None])[0]
     return mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0] - mx.logsumexp(logits, -1)
 
 
@@ -40,13 +40,13 @@ def autodiff(halves, hidden, targets):
 @pytest.mark.parametrize(
     "name", ["llama", "gemma2", "cohere", "minicpm3", "internlm2", "mamba", "gpt_bigcode", "gemma3"]
 )
-def test_the_halves_together_are_the_model(name):
+def test_the_parts_together_are_the_model(name):
     model = build(name)
     tokens = mx.array([[3, 1, 4, 1, 5]])
-    halves = split_backbone(model)
-    found = halves.hidden(tokens)
-    assert mx.array_equal(halves.logits(found), model(tokens))
-    some = halves.logits(found[:, 1:4:2])
+    parts = split_backbone(model)
+    found = parts.hidden_states(tokens)
+    assert mx.array_equal(parts.logits(found), model(tokens))
+    some = parts.logits(found[:, 1:4:2])
     assert mx.allclose(some, model(tokens)[:, 1:4:2], rtol=1e-6, atol=1e-6)
 
 
@@ -54,7 +54,7 @@ def test_the_head_is_not_run_to_get_hidden_states():
     model = make_llama()
     model.lm_head = None  # a call would raise
     model.args.tie_word_embeddings = False
-    assert split_backbone(model).hidden(mx.array([[1, 2]])).shape == (1, 2, 64)
+    assert split_backbone(model).hidden_states(mx.array([[1, 2]])).shape == (1, 2, 64)
 
 
 def test_a_model_without_a_trunk_is_refused():
@@ -62,7 +62,7 @@ def test_a_model_without_a_trunk_is_refused():
         def __call__(self, tokens, cache=None):
             return mx.zeros((*tokens.shape, VOCAB))
 
-    with pytest.raises(UnsupportedModelError, match="no trunk named"):
+    with pytest.raises(UnsupportedModelError, match="no backbone named"):
         split_backbone(Bigram())
 
 
@@ -82,7 +82,7 @@ def test_gradients_are_those_of_whole_logits(tiny_llama, hidden, targets, chunks
     if trained:
         tiny_llama.model.embed_tokens.unfreeze()
         tiny_llama.model.norm.unfreeze()  # outside the blocks, and not of the head
-    halves, weights = split_backbone(tiny_llama), mx.arange(ROWS) - 3.5
+    parts, weights = split_backbone(tiny_llama), mx.arange(ROWS) - 3.5
     before = tiny_llama.model.embed_tokens.weight
 
     def gradients(logps):
@@ -94,8 +94,8 @@ def test_gradients_are_those_of_whole_logits(tiny_llama, hidden, targets, chunks
         tiny_llama.model.embed_tokens.weight = before
         return dict(tree_flatten(found))
 
-    expected = gradients(lambda h: autodiff(halves, h, targets))
-    found = gradients(lambda h: chunked_logps(halves, h, targets, vocab_size=VOCAB, gradients=True))
+    expected = gradients(lambda h: autodiff(parts, h, targets))
+    found = gradients(lambda h: chunked_logps(parts, h, targets, vocab_size=VOCAB, gradients=True))
     assert found.keys() == expected.keys()
     assert ("0.model.embed_tokens.weight" in found) == trained
     for name in found:
@@ -110,9 +110,9 @@ def test_values_do_not_depend_on_whether_gradients_are_wanted(
     tiny_llama.freeze()
     if trained:
         tiny_llama.model.embed_tokens.unfreeze()
-    halves = split_backbone(tiny_llama)
+    parts = split_backbone(tiny_llama)
     alone, beside = (
-        chunked_logps(halves, hidden, targets, vocab_size=VOCAB, gradients=gradients)
+        chunked_logps(parts, hidden, targets, vocab_size=VOCAB, gradients=gradients)
         for gradients in (False, True)
     )
     assert mx.array_equal(alone, beside)

@@ -7,7 +7,7 @@ import pytest
 from mlx_dpo.data.batching import PassLimit, collate
 from mlx_dpo.errors import TrainingError
 from mlx_dpo.scoring.logps import completion_logps, pair_logps
-from mlx_dpo.scoring.scorers import score_pairs
+from mlx_dpo.scoring.score_pairs import score_pairs
 from tests.conftest import VOCAB
 
 

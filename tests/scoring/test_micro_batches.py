@@ -4,14 +4,15 @@ import mlx.core as mx
 import pytest
 
 from mlx_dpo.data.batching import PassLimit, padded_row_tokens
-from mlx_dpo.scoring.scorers import TOKEN_COUNTS, make_shared_scorer, plain_scorer, score_pairs
+from mlx_dpo.scoring.score_pairs import score_pairs
+from mlx_dpo.scoring.scorers import TOKEN_COUNTS, make_shared_scorer, plain_scorer
 from mlx_dpo.scoring.select_scorer import select_scorer
 from mlx_dpo.types import TokenizedPair
 from tests.conftest import VOCAB, make_llama
 
 SCORERS = {"plain": (plain_scorer, padded_row_tokens)} | {
-    way: (make_shared_scorer(vocab_size=VOCAB, gradients=False, way=way), cost)
-    for way, cost in TOKEN_COUNTS.items()
+    packing: (make_shared_scorer(vocab_size=VOCAB, gradients=False, packing=packing), cost)
+    for packing, cost in TOKEN_COUNTS.items()
 }
 
 
@@ -61,10 +62,10 @@ def test_a_pass_costs_the_tokens_that_go_through_the_layers(counted, name, pairs
 
 
 @pytest.mark.parametrize("wanted", ["plain", "shared"])
-@pytest.mark.parametrize("way", TOKEN_COUNTS)
-def test_a_choice_knows_the_cost_of_its_own_scorer(counted, wanted, way):
+@pytest.mark.parametrize("packing", TOKEN_COUNTS)
+def test_a_choice_knows_the_cost_of_its_own_scorer(counted, wanted, packing):
     model, counting = counted
-    choice = select_scorer(make_llama(), vocab_size=VOCAB, wanted=wanted, ways=(way,))
+    choice = select_scorer(make_llama(), vocab_size=VOCAB, requested=wanted, packings=(packing,))
     for pairs in PASSES:
         counting.tokens.clear()
         choice.forward_only(model, pairs)

@@ -9,17 +9,11 @@ import pytest
 from mlx_lm.models.rope_utils import initialize_rope
 
 from mlx_dpo.adapters import attach as adapters
-from mlx_dpo.scoring.kernels.attention import QUERIES_PER_CHUNK, use_chunked_attention
-from mlx_dpo.scoring.memory_saving import memory_efficient_training
-from mlx_dpo.scoring.packing import (
-    PackedCache,
-    PackedMask,
-    PackedPositions,
-    PackedRow,
-    use_packed_positions,
-)
-from mlx_dpo.scoring.scorers import make_shared_scorer, plain_scorer
-from mlx_dpo.scoring.select_scorer import relative_errors
+from mlx_dpo.scoring.equivalence import relative_errors
+from mlx_dpo.scoring.kernels.attention_dispatch import QUERIES_PER_CHUNK, use_chunked_attention
+from mlx_dpo.scoring.kernels.rope import use_token_positions
+from mlx_dpo.scoring.packing import PackedCache, PackedMask, PackedRow
+from mlx_dpo.scoring.scorers import make_shared_scorer, memory_efficient_training, plain_scorer
 from mlx_dpo.types import TokenizedPair
 from tests.conftest import VOCAB, make_llama
 
@@ -40,20 +34,20 @@ def test_both_completions_follow_the_prompt():
 
 def test_what_predicts_a_token_is_what_comes_before_it_in_its_own_text():
     chosen, rejected = [2, 3, 4, 6], [2, 5, 6, 7, 8]  # 3 4 5 and 9; 6 7 and 10 11 12
-    assert PackedRow(TWO).predicting().tolist() == [*chosen, *rejected]
+    assert PackedRow(TWO).prediction_indices().tolist() == [*chosen, *rejected]
 
 
-def seen(tree, size, window=None):
+def seen(row, size, window=None):
     """Who sees whom, put together from the chunks. (T, T)"""
-    whole = np.zeros((len(tree), len(tree)), bool)
+    whole = np.zeros((len(row), len(row)), bool)
     at = 0
-    for chunk in tree.chunks(size, mx.float32, window):
-        assert chunk.start == at
-        at = chunk.end
-        hidden = np.array(chunk.hidden)
+    for chunk in row.chunks(size, mx.float32, window):
+        assert chunk.query_start == at
+        at = chunk.query_end
+        hidden = np.array(chunk.mask)
         assert set(np.unique(hidden)) <= {0.0, -np.inf}
-        whole[chunk.start : chunk.end, chunk.first : chunk.seen] = hidden == 0
-    assert at == len(tree)
+        whole[chunk.query_start : chunk.query_end, chunk.key_start : chunk.key_end] = hidden == 0
+    assert at == len(row)
     return whole
 
 
@@ -79,10 +73,10 @@ def test_a_token_sees_its_prompt_and_its_own_completion_up_to_itself(size):
 @pytest.mark.parametrize("size", [1, 2, 64])
 def test_a_window_is_one_of_positions(size):
     """The rejected completion's first token stands fifth, and is the fourth of its text."""
-    tree = PackedRow(TWO)
-    near = tree.positions[:, None] - tree.positions[None] < 2
-    assert (seen(tree, size, 2) == seen(tree, size) & near).all()
-    assert seen(tree, size, 2)[5].nonzero()[0].tolist() == [2, 5]
+    row = PackedRow(TWO)
+    near = row.positions[:, None] - row.positions[None] < 2
+    assert (seen(row, size, 2) == seen(row, size) & near).all()
+    assert seen(row, size, 2)[5].nonzero()[0].tolist() == [2, 5]
 
 
 LLAMA3 = {
@@ -104,31 +98,31 @@ ROTATIONS = {
 def test_every_token_is_turned_by_its_position_in_its_text(name):
     rope = ROTATIONS[name]
     mx.random.seed(0)
-    tree = PackedRow(TWO)
-    x = mx.random.normal((1, 3, len(tree), 8))
-    with use_packed_positions():
-        turned = rope(x, offset=PackedPositions(tree))
-    for place, position in enumerate(tree.positions.tolist()):
+    row = PackedRow(TWO)
+    x = mx.random.normal((1, 3, len(row), 8))
+    with use_token_positions():
+        turned = rope(x, offset=row.rope_offset)
+    for place, position in enumerate(row.positions.tolist()):
         alone = rope(x[:, :, place : place + 1], offset=position)
         assert mx.allclose(turned[:, :, place : place + 1], alone, atol=1e-6)
 
 
 def test_frequencies_that_come_and_go_are_not_taken_for_each_other():
-    tree, ones = PackedRow(TWO), mx.ones((1, 1, len(PackedRow(TWO)), 8))
+    row, ones = PackedRow(TWO), mx.ones((1, 1, len(PackedRow(TWO)), 8))
     for base in range(1, 40):  # of a list that is gone, the next array often gets the id
-        with use_packed_positions():
+        with use_token_positions():
             found = mx.fast.rope(
-                ones, 8, traditional=False, base=None, scale=1.0, offset=PackedPositions(tree),
+                ones, 8, traditional=False, base=None, scale=1.0, offset=row.rope_offset,
                 freqs=base * mx.arange(1.0, 5.0),
             )  # fmt: skip
-        angles = tree.positions[:, None] / (base * np.arange(1.0, 5.0))
+        angles = row.positions[:, None] / (base * np.arange(1.0, 5.0))
         assert np.allclose(found[0, 0, :, :4], np.cos(angles) - np.sin(angles), atol=1e-4)
 
 
 def test_other_rows_than_its_own_are_refused():
-    tree = PackedRow(TWO)
-    with use_packed_positions(), pytest.raises(TypeError, match="other arrays"):
-        nn.RoPE(8)(mx.zeros((1, 3, 5, 8)), offset=PackedPositions(tree))
+    row = PackedRow(TWO)
+    with use_token_positions(), pytest.raises(TypeError, match="other arrays"):
+        nn.RoPE(8)(mx.zeros((1, 3, 5, 8)), offset=row.rope_offset)
 
 
 @pytest.mark.parametrize("asked", [{"return_array": True}, {"length": 5}])
@@ -147,12 +141,12 @@ def test_positions_cannot_be_computed_with():
 
 def test_outside_the_block_neither_is_understood():
     """So that no model runs on such a row with positions and sight of its own."""
-    tree = PackedRow(TWO)
+    row = PackedRow(TWO)
     with pytest.raises((TypeError, ValueError)):
-        nn.RoPE(8)(mx.zeros((1, 3, len(tree), 8)), offset=PackedPositions(tree))
-    q = mx.zeros((1, 2, len(tree), 8))
+        nn.RoPE(8)(mx.zeros((1, 3, len(row), 8)), offset=row.rope_offset)
+    q = mx.zeros((1, 2, len(row), 8))
     with pytest.raises(TypeError):
-        mx.fast.scaled_dot_product_attention(q, q, q, scale=1.0, mask=PackedMask(tree, None))
+        mx.fast.scaled_dot_product_attention(q, q, q, scale=1.0, mask=PackedMask(row, None))
 
 
 def long_pairs():
@@ -171,11 +165,12 @@ def long_pairs():
 @pytest.mark.parametrize("on_cpu", [True, False], ids=["cpu", "gpu's arithmetic"])
 def test_long_pairs_score_as_whole_rows_do(monkeypatch, recompute, kept, on_cpu):
     monkeypatch.setattr("mlx_dpo.scoring.kernels.attention.MAX_SAVED_KEYS", kept)
-    monkeypatch.setattr("mlx_dpo.scoring.kernels.attention.on_cpu", lambda: on_cpu)
+    for kernel in ("attention", "softmax"):
+        monkeypatch.setattr(f"mlx_dpo.scoring.kernels.{kernel}.on_cpu", lambda: on_cpu)
     model = make_llama()
     adapters.attach(model, rank=4, scale=2.0)
     pairs = long_pairs()
-    shared = make_shared_scorer(vocab_size=VOCAB, gradients=True, way="row")
+    shared = make_shared_scorer(vocab_size=VOCAB, gradients=True, packing="row")
 
     def rows(scorer):
         return lambda model: mx.concatenate([*scorer(model, pairs)])[:, None]
@@ -190,13 +185,13 @@ def test_long_pairs_score_as_whole_rows_do(monkeypatch, recompute, kept, on_cpu)
 
 def test_on_a_gpu_the_row_is_filled_up_with_what_nothing_sees(monkeypatch):
     monkeypatch.setattr("mlx_dpo.scoring.packing.padded_width", lambda length: 16)
-    tree = PackedRow(TWO)
-    assert tree.tokens.shape == (1, 16)
-    whole = seen(tree, 4)
+    row = PackedRow(TWO)
+    assert row.tokens.shape == (1, 16)
+    whole = seen(row, 4)
     assert not whole[:9, 9:].any()
     assert not whole[9:, :9].any()
-    assert tree.predicting().max().item() < 9
+    assert row.prediction_indices().max().item() < 9
     model = make_llama()
-    shared = make_shared_scorer(vocab_size=VOCAB, gradients=False, way="row")
+    shared = make_shared_scorer(vocab_size=VOCAB, gradients=False, packing="row")
     for ours, known in zip(shared(model, TWO), plain_scorer(model, TWO), strict=True):
         assert mx.allclose(ours, known, rtol=1e-5)

@@ -9,11 +9,11 @@ import pytest
 
 from mlx_dpo.adapters import attach as adapters
 from mlx_dpo.scoring import lm_head as head
-from mlx_dpo.scoring.kernels.attention import use_chunked_attention
+from mlx_dpo.scoring.equivalence import relative_errors, value_error
+from mlx_dpo.scoring.kernels.attention_dispatch import use_chunked_attention
 from mlx_dpo.scoring.kernels.gradient_checkpointing import gradient_checkpointing
-from mlx_dpo.scoring.memory_saving import memory_efficient_training
-from mlx_dpo.scoring.scorers import make_shared_scorer, plain_scorer
-from mlx_dpo.scoring.select_scorer import PACKINGS, relative_errors, value_error
+from mlx_dpo.scoring.scorers import make_shared_scorer, memory_efficient_training, plain_scorer
+from mlx_dpo.scoring.select_scorer import PACKINGS
 from mlx_dpo.types import TokenizedPair
 from tests.conftest import VOCAB, make_llama
 
@@ -25,8 +25,8 @@ def policy():
     return model
 
 
-def shared(*, gradients=True, way="lengths"):
-    return make_shared_scorer(vocab_size=VOCAB, gradients=gradients, way=way)
+def shared(*, gradients=True, packing="lengths"):
+    return make_shared_scorer(vocab_size=VOCAB, gradients=gradients, packing=packing)
 
 
 def rows(scorer, pairs):
@@ -46,20 +46,20 @@ def memory_savers(model, names):
 
 
 @pytest.mark.parametrize("saved", [(), ("recomputed",), ("chunked",), ("recomputed", "chunked")])
-@pytest.mark.parametrize("way", PACKINGS)
-def test_it_equals_the_plain_scorer(policy, pairs, way, saved, monkeypatch):
-    monkeypatch.setattr("mlx_dpo.scoring.kernels.attention.MIN_SCORES", 0)
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_it_equals_the_plain_scorer(policy, pairs, packing, saved, monkeypatch):
+    monkeypatch.setattr("mlx_dpo.scoring.kernels.attention_dispatch.MIN_SCORES", 0)
     monkeypatch.setattr(head, "LOGITS_BYTES_PER_CHUNK", 3 * VOCAB * 4)
     expected = rows(plain_scorer, pairs)
     with memory_savers(policy, saved):
-        found = relative_errors(policy, rows(shared(way=way), pairs), expected)
+        found = relative_errors(policy, rows(shared(packing=packing), pairs), expected)
     assert found.values <= 1e-5
     assert found.gradients <= 1e-4
 
 
-@pytest.mark.parametrize("way", PACKINGS)
-def test_without_gradients_the_values_are_the_same(policy, pairs, way):
-    scorer = shared(gradients=False, way=way)
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_without_gradients_the_values_are_the_same(policy, pairs, packing):
+    scorer = shared(gradients=False, packing=packing)
     assert value_error(policy, rows(scorer, pairs), rows(plain_scorer, pairs)) <= 1e-5
 
 
@@ -122,10 +122,10 @@ def test_no_token_passes_twice_and_only_scored_ones_reach_the_head(policy, gradi
     assert logits.tokens == c + r
 
 
-@pytest.mark.parametrize("way", [None, *PACKINGS])
-def test_fifty_lengths_leave_nothing_behind(policy, way):
+@pytest.mark.parametrize("packing", [None, *PACKINGS])
+def test_fifty_lengths_leave_nothing_behind(policy, packing):
     """Kernels and traces that are kept for each length would pile up over a run."""
-    scorer = shared(way=way) if way else plain_scorer
+    scorer = shared(packing=packing) if packing else plain_scorer
     gradient = nn.value_and_grad(policy, lambda model, pairs: scorer(model, pairs).chosen.sum())
     held = {}
     for length in range(2, 53):

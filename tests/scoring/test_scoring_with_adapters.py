@@ -8,8 +8,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_dpo.adapters import attach as adapters
-from mlx_dpo.scoring.memory_saving import memory_efficient_training
-from mlx_dpo.scoring.scorers import plain_scorer
+from mlx_dpo.scoring.scorers import memory_efficient_training, plain_scorer
 from mlx_dpo.scoring.select_scorer import select_scorer
 from mlx_dpo.types import TokenizedPair
 from tests.scoring.small_models import MODELS, SIZES, VOCAB

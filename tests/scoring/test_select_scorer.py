@@ -10,14 +10,9 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache
 from mlx_dpo.adapters import attach as adapters
 from mlx_dpo.errors import ModelError
 from mlx_dpo.io.arrays import random_state
+from mlx_dpo.scoring.equivalence import random_pairs, relative_errors, value_error
 from mlx_dpo.scoring.scorers import plain_scorer
-from mlx_dpo.scoring.select_scorer import (
-    PACKINGS,
-    random_pairs,
-    relative_errors,
-    select_scorer,
-    value_error,
-)
+from mlx_dpo.scoring.select_scorer import PACKINGS, select_scorer
 from tests.conftest import VOCAB, make_llama
 from tests.scoring.architectures import WINDOW, build
 
@@ -40,15 +35,16 @@ def assert_plain(choice, said):
     assert choice.scorer is plain_scorer
     assert choice.forward_only is plain_scorer
     assert said in choice.reason
-    assert choice.way is None
+    assert choice.packing is None
 
 
-@pytest.mark.parametrize("way", PACKINGS)
-def test_an_exact_model_gets_the_shared_scorer(way):
-    choice = select_scorer(adapted(make_llama()), vocab_size=VOCAB, ways=(way,))
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_an_exact_model_gets_the_shared_scorer(packing):
+    choice = select_scorer(adapted(make_llama()), vocab_size=VOCAB, packings=(packing,))
     assert choice.name == "shared"
-    assert choice.way == way
-    assert choice.reason.startswith(f"{PACKINGS[way]}; equal to the plain scorer on a probe, to ")
+    assert choice.packing == packing
+    expected = f"{PACKINGS[packing]}; verified against the plain scorer (values to "
+    assert choice.reason.startswith(expected)
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
@@ -104,7 +100,7 @@ def test_wrong_gradients_are_refused_where_values_are_right():
 def test_a_window_that_only_caches_know_is_refused():
     """Wide enough for the probe's short pairs; a prompt past it shows the difference."""
     model = with_caches(lambda self: [RotatingKVCache(32) for _ in self.layers])
-    choice = select_scorer(model, vocab_size=VOCAB, ways=("lengths",))
+    choice = select_scorer(model, vocab_size=VOCAB, packings=("lengths",))
     assert_plain(choice, "values past the window differ")
 
 
@@ -120,9 +116,9 @@ def test_a_head_that_mixes_rows_is_refused():
 # Wrong on the probe's pairs; wrong on longer ones alone, where it chooses among blocks of keys.
 @pytest.mark.parametrize("name", ["gemma2", "minimax_m3_vl"])
 def test_uneven_prompts_go_one_by_one_where_batched_caches_are_wrong(name):
-    choice = select_scorer(adapted(build(name)), vocab_size=128, ways=("batch", "lengths"))
+    choice = select_scorer(adapted(build(name)), vocab_size=128, packings=("batch", "lengths"))
     assert choice.name == "shared"
-    assert choice.way == "lengths"
+    assert choice.packing == "lengths"
 
 
 def test_a_cache_that_cannot_be_made_is_no_obstacle():
@@ -144,14 +140,16 @@ def test_a_model_without_a_trunk_is_scored_plainly():
         def __call__(self, tokens, cache=None):
             return self.table(tokens)
 
-    assert_plain(select_scorer(Bigram(), vocab_size=VOCAB), "no trunk named `model`")
+    assert_plain(select_scorer(Bigram(), vocab_size=VOCAB), "no backbone named `model`")
 
 
 def test_what_was_asked_for_is_done():
     model = with_caches(lambda self: [Forgetful() for _ in self.layers])
-    assert_plain(select_scorer(adapted(make_llama()), vocab_size=VOCAB, wanted="plain"), "as asked")
+    assert_plain(
+        select_scorer(adapted(make_llama()), vocab_size=VOCAB, requested="plain"), "as requested"
+    )
     with pytest.raises(ModelError, match=r"^the scorer `shared` is not exact .* by \d"):
-        select_scorer(model, vocab_size=VOCAB, wanted="shared")
+        select_scorer(model, vocab_size=VOCAB, requested="shared")
 
 
 def test_a_model_that_cannot_be_trained_at_all_is_said_in_one_line():

@@ -23,7 +23,10 @@ def whole_rows(model, pairs):
     rows = [(pair.prompt, pair.chosen) for pair in pairs]
     rows += [(pair.prompt, pair.rejected) for pair in pairs]
     return mx.concatenate(
-        [split_backbone(model).hidden(mx.array([p + c[:-1]]))[0, len(p) - 1 :] for p, c in rows]
+        [
+            split_backbone(model).hidden_states(mx.array([p + c[:-1]]))[0, len(p) - 1 :]
+            for p, c in rows
+        ]
     )
 
 

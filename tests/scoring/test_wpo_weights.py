@@ -8,13 +8,10 @@ import pytest
 from mlx_dpo.data.batching import PassLimit
 from mlx_dpo.io.arrays import named_arrays
 from mlx_dpo.scoring import lm_head as head
-from mlx_dpo.scoring.scorers import (
-    make_shared_log_weights,
-    on_policy_weights,
-    plain_log_weights,
-    score_pairs,
-)
-from mlx_dpo.scoring.select_scorer import PACKINGS, select_scorer, value_error
+from mlx_dpo.scoring.equivalence import value_error
+from mlx_dpo.scoring.score_pairs import on_policy_weights, score_pairs
+from mlx_dpo.scoring.scorers import make_shared_log_weights, plain_log_weights
+from mlx_dpo.scoring.select_scorer import PACKINGS, select_scorer
 from mlx_dpo.types import TokenizedPair
 from tests.conftest import VOCAB
 
@@ -51,11 +48,11 @@ def test_it_equals_a_token_loop_in_float64(tiny_llama, pairs):
 
 
 @pytest.mark.parametrize("chunk", [None, 3 * VOCAB * 4])
-@pytest.mark.parametrize("way", PACKINGS)
-def test_with_shared_prompts_it_is_the_same(tiny_llama, pairs, way, chunk, monkeypatch):
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_with_shared_prompts_it_is_the_same(tiny_llama, pairs, packing, chunk, monkeypatch):
     if chunk:
         monkeypatch.setattr(head, "LOGITS_BYTES_PER_CHUNK", chunk)
-    shared = make_shared_log_weights(vocab_size=VOCAB, way=way)
+    shared = make_shared_log_weights(vocab_size=VOCAB, packing=packing)
     assert value_error(tiny_llama, rows(shared, pairs), rows(plain_log_weights, pairs)) <= 1e-5
 
 
@@ -77,13 +74,13 @@ def test_a_policy_that_knows_nothing_writes_anything(uniform):
 def test_the_scorer_that_is_chosen_brings_its_own(tiny_llama, pairs):
     expected = weights(tiny_llama, pairs)
     for wanted in ("shared", "plain"):
-        choice = select_scorer(tiny_llama, vocab_size=VOCAB, wanted=wanted)
-        found = weights(tiny_llama, pairs, choice.alignments)
+        choice = select_scorer(tiny_llama, vocab_size=VOCAB, requested=wanted)
+        found = weights(tiny_llama, pairs, choice.log_weights)
         assert mx.allclose(found, expected, rtol=1e-4)
 
 
 def test_no_gradient_flows_through_them(tiny_llama, pairs):
-    shared = make_shared_log_weights(vocab_size=VOCAB, way="lengths")
+    shared = make_shared_log_weights(vocab_size=VOCAB, packing="lengths")
     slope = nn.value_and_grad(tiny_llama, lambda m: sum(x.sum() for x in shared(m, pairs)))
     _, gradients = slope(tiny_llama)
     assert not any(mx.any(value).item() for value in named_arrays(gradients).values())

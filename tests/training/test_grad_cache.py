@@ -10,7 +10,7 @@ from mlx_dpo.adapters import attach as adapters
 from mlx_dpo.data.batching import PassLimit, pair_metadata
 from mlx_dpo.io.arrays import named_arrays
 from mlx_dpo.losses.log_ratios import log_ratios
-from mlx_dpo.scoring.scorers import score_pairs
+from mlx_dpo.scoring.score_pairs import score_pairs
 from mlx_dpo.training.grad_cache import GradCache, only_kl_completions, skip_kl_completions
 from mlx_dpo.training.loop import Progress, train
 from mlx_dpo.training.objective import Objective

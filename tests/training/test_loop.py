@@ -13,7 +13,8 @@ from mlx_dpo.data.batching import PassLimit, micro_batches, padded_row_tokens
 from mlx_dpo.errors import TrainingError
 from mlx_dpo.io.arrays import named_arrays
 from mlx_dpo.losses.metrics import named
-from mlx_dpo.scoring.scorers import TOKEN_COUNTS, make_shared_scorer, plain_scorer, score_pairs
+from mlx_dpo.scoring.score_pairs import score_pairs
+from mlx_dpo.scoring.scorers import TOKEN_COUNTS, make_shared_scorer, plain_scorer
 from mlx_dpo.training.loop import Progress, train
 from mlx_dpo.training.objective import Objective
 from mlx_dpo.training.plan import MicroBatch, TrainingPlan
@@ -91,7 +92,7 @@ def test_the_size_of_a_pass_changes_nothing(plan, pairs_per_pass):
 
 SHARED = {
     way: {
-        "scorer": make_shared_scorer(vocab_size=VOCAB, gradients=True, way=way),
+        "scorer": make_shared_scorer(vocab_size=VOCAB, gradients=True, packing=way),
         "cost": TOKEN_COUNTS[way],
     }
     for way in TOKEN_COUNTS

@@ -6,7 +6,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_dpo.data.batching import PassLimit
-from mlx_dpo.scoring.scorers import score_pairs
+from mlx_dpo.scoring.score_pairs import score_pairs
 from mlx_dpo.training import reference_logps as reference
 from mlx_dpo.training.reference_logps import reference_logps
 

@@ -9,7 +9,7 @@ import pytest
 from mlx_dpo.adapters import attach as adapters
 from mlx_dpo.data.batching import PassLimit
 from mlx_dpo.io.arrays import named_arrays
-from mlx_dpo.scoring.scorers import score_pairs
+from mlx_dpo.scoring.score_pairs import score_pairs
 from mlx_dpo.training.loop import Progress, train
 from mlx_dpo.training.objective import Objective
 from mlx_dpo.training.plan import TrainingPlan

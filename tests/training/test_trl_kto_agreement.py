@@ -19,7 +19,7 @@ from mlx_dpo.models.load import load_base
 from mlx_dpo.runs.build import make_objective
 from mlx_dpo.schemas import parse_unpaired
 from mlx_dpo.schemas.schema import Row, RowRules
-from mlx_dpo.scoring.scorers import score_pairs
+from mlx_dpo.scoring.score_pairs import score_pairs
 from mlx_dpo.training.loop import Progress, train
 from mlx_dpo.training.plan import TrainingPlan
 from scripts.tools.goldens import trl_kto as kto

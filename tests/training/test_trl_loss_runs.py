@@ -21,7 +21,8 @@ from mlx_dpo.data.sources import Row
 from mlx_dpo.data.tokenization.tokenize import TokenRules, tokenize_pair
 from mlx_dpo.losses.metrics import step_row
 from mlx_dpo.schemas import parse_pairs
-from mlx_dpo.scoring.scorers import TOKEN_COUNTS, make_shared_scorer, score_pairs
+from mlx_dpo.scoring.score_pairs import score_pairs
+from mlx_dpo.scoring.scorers import TOKEN_COUNTS, make_shared_scorer
 from mlx_dpo.training.loop import Progress, train
 from mlx_dpo.training.lr_schedule import learning_rate
 from mlx_dpo.training.objective import Objective
@@ -54,7 +55,7 @@ def pairs():
 @pytest.fixture(scope="module")
 def reference(pairs):
     base = fresh_base()
-    scorer = make_shared_scorer(vocab_size=base.vocab_size, gradients=False, way="row")
+    scorer = make_shared_scorer(vocab_size=base.vocab_size, gradients=False, packing="row")
     limit = PassLimit(pairs=16)
     return score_pairs(base.model, pairs, limit=limit, scorer=scorer, cost=TOKEN_COUNTS["row"])
 
@@ -82,7 +83,7 @@ def beside(request, golden, pairs, reference):
         total_steps=settings["steps"],
         batch_size=sigmoid.BATCH,
         limit=PassLimit(pairs=8),
-        scorer=make_shared_scorer(vocab_size=base.vocab_size, gradients=True, way="row"),
+        scorer=make_shared_scorer(vocab_size=base.vocab_size, gradients=True, packing="row"),
         cost=TOKEN_COUNTS["row"],
         max_grad_norm=settings["max_grad_norm"],
         seed=SEED,

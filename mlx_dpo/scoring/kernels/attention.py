@@ -1,259 +1,161 @@
-"""Attention that never keeps a T×T array: MLX's own, in chunks of queries.
+"""Attention in chunks of queries, whose backward pass computes the probabilities again.
 
-MLX keeps the probabilities of every head and layer for the backward pass. Inside the blocks
-here its fused attention computes them again, chunk by chunk, by `policy.chunks`.
+MLX saves the attention probabilities of every head and layer for the backward pass: an array of
+T x T per head. Here a custom VJP saves only inputs and output, like FlashAttention
+(Dao et al. 2022, arXiv:2205.14135), so that memory grows with T x C for chunks of C queries.
+
+Shape letters: B rows, H query heads, K key heads (H is a multiple of K: grouped-query
+attention), T_q queries, T_k keys, C queries of a chunk, S keys that the chunk sees, D width of
+queries and keys, E width of values.
 """
 
-import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 
 from mlx_dpo.models.device import on_cpu
+from mlx_dpo.scoring.kernels.softmax import softmax
 
-
-def causal_mask(length: int, seen: int, dtype: mx.Dtype) -> mx.array:
-    """To be added to scores; only the last corner hides anything. (C, S)"""
-    corner = mx.triu(mx.full((length, length), -mx.inf, dtype), k=1)
-    return mx.pad(corner, [(0, 0), (seen - length, 0)])
-
-
-def additive_mask(mask: mx.array, dtype: mx.Dtype) -> mx.array:
-    """A mask as something to add to scores. Shape of the mask"""
-    if mask.dtype != mx.bool_:
-        return mask
-    # A product, because `where` is slow on the CPU. Half of the lowest number, so that a score
-    # added to it does not overflow, and a row that sees nothing stays finite.
-    return (1 - mask.astype(dtype)) * (mx.finfo(dtype).min / 2)
-
-
-def softmax(scores: mx.array) -> mx.array:
-    """Over the last axis, in float32 at least. Shape and type of the scores"""
-    if not on_cpu() or scores.dtype == mx.float64:
-        return mx.softmax(scores, axis=-1, precise=True)
-    x = scores.astype(mx.float32)
-    weights = exp(x - x.max(axis=-1, keepdims=True))
-    return (weights * (1 / weights.sum(axis=-1, keepdims=True))).astype(scores.dtype)
-
-
-def exp(x: mx.array) -> mx.array:
-    """e^x. Shape of x, float32"""
-    return mx.power(math.e, x)
-
-
-# Keys a query sees, on average, up to which the CPU keeps its probabilities: few bytes beside
-# what a block keeps anyway, and a third of attention's time.
+# Keys per query, on average, up to which the CPU saves probabilities for the backward pass
+# instead of computing them again: few bytes next to a layer's other activations, and a third of
+# the time of attention.
 MAX_SAVED_KEYS = 256
 
-Attention = Callable[..., mx.array]
+Attention = Callable[..., mx.array]  # signature of `mx.fast.scaled_dot_product_attention`
 Probabilities = tuple[mx.array, mx.array | None]  # (B, H, C, S), and of sinks (B, H, C, 1)
 
 
 class AttentionInputs(NamedTuple):
-    """What attention is given, a chunk of it, or the gradients towards it."""
+    """The inputs of attention or of one chunk of it, or the gradients of such inputs."""
 
     queries: mx.array  # (B, H, T_q, D)
-    keys: mx.array  # (B, K, T_k, D), H a multiple of K
+    keys: mx.array  # (B, K, T_k, D)
     values: mx.array  # (B, K, T_k, E)
     mask: mx.array | None  # bool, or added to the scores; broadcasts to (B, H, T_q, T_k)
     sinks: mx.array | None  # (H,) scores of a key without a value
 
 
 class QueryChunk(NamedTuple):
-    """Queries `start` to `end` see keys `first` to `seen`, but for what `hidden` hides."""
+    """A range of queries and the range of keys that they see."""
 
-    start: int
-    end: int
-    first: int
-    seen: int
-    hidden: mx.array | None = None  # (C, S), added to the scores
+    query_start: int
+    query_end: int
+    key_start: int
+    key_end: int
+    mask: mx.array | None = None  # (C, S), added to the scores of this chunk
 
 
 class AttentionOptions(NamedTuple):
-    """What is the same for every chunk."""
+    """Options that all chunks of a call share."""
 
-    plain: Attention
+    fused_attention: Attention  # MLX's own
     scale: float
-    causal: bool
+    is_causal: bool
     chunks: Sequence[QueryChunk]
 
 
-def chunked_attention(inputs: AttentionInputs, rule: AttentionOptions) -> mx.array:
-    """Attention of which only inputs and output are kept. (B, H, T_q, E)
-
-    A captured array gets no gradient, so everything that may want one is an argument.
-    """
+def chunked_attention(inputs: AttentionInputs, options: AttentionOptions) -> mx.array:
+    """Return the attention output, computed and differentiated chunk by chunk. (B, H, T_q, E)"""
+    # `mx.custom_function` gives no gradient to arrays that its function captures, so every
+    # array that may need a gradient is passed as an argument.
     names = [
         name
         for name, value in inputs._asdict().items()
         if value is not None and mx.issubdtype(value.dtype, mx.floating)
     ]
-
-    kept = _saved_probabilities(inputs, rule)
+    saved = _saved_probabilities(inputs, options)
 
     @mx.custom_function
     def attend(*arrays: mx.array) -> mx.array:
-        given = dict(zip(names, arrays, strict=False))  # what is kept comes behind them
-        return _forward(inputs._replace(**given), rule, arrays[len(names) :])
+        arguments = dict(zip(names, arrays, strict=False))  # saved probabilities follow
+        return _forward(inputs._replace(**arguments), options, arrays[len(names) :])
 
     @attend.vjp
     def attend_vjp(arrays: Any, cotangent: mx.array, output: mx.array) -> list[mx.array]:
-        given = inputs._replace(**dict(zip(names, arrays, strict=False)))
-        gradients = _backward(given, rule, output, cotangent, arrays[len(names) :])
-        found = [getattr(gradients, name) for name in names]
-        return found + [mx.zeros_like(array) for array in arrays[len(names) :]]
+        arguments = inputs._replace(**dict(zip(names, arrays, strict=False)))
+        gradients = _backward(arguments, options, output, cotangent, arrays[len(names) :])
+        # Saved probabilities are constants: the gradients of queries and keys include theirs.
+        zeros = [mx.zeros_like(array) for array in arrays[len(names) :]]
+        return [getattr(gradients, name) for name in names] + zeros
 
-    return cast("mx.array", attend(*[getattr(inputs, name) for name in names], *kept))
+    return cast("mx.array", attend(*[getattr(inputs, name) for name in names], *saved))
 
 
-def _saved_probabilities(inputs: AttentionInputs, rule: AttentionOptions) -> list[mx.array]:
-    """The probabilities of every chunk, where keeping them is cheap. (B, H, C, S) each"""
-    scores = sum((c.end - c.start) * (c.seen - c.first) for c in rule.chunks)
-    if (
-        not on_cpu()
-        or inputs.sinks is not None
-        or scores > MAX_SAVED_KEYS * inputs.queries.shape[2]
-    ):
+def _saved_probabilities(inputs: AttentionInputs, options: AttentionOptions) -> list[mx.array]:
+    """Return the probabilities of every chunk if saving them is cheap. (B, H, C, S) each
+
+    An empty list means that the backward pass computes them again.
+    """
+    scores = sum((c.query_end - c.query_start) * (c.key_end - c.key_start) for c in options.chunks)
+    is_large = scores > MAX_SAVED_KEYS * inputs.queries.shape[2]
+    if not on_cpu() or inputs.sinks is not None or is_large:
         return []
-    given = {name: mx.stop_gradient(x) for name, x in inputs._asdict().items() if x is not None}
-    fixed = inputs._replace(**given)
-    return [_probabilities(_chunk_inputs(fixed, chunk), rule, chunk)[0] for chunk in rule.chunks]
+    arrays = {name: mx.stop_gradient(x) for name, x in inputs._asdict().items() if x is not None}
+    constant = inputs._replace(**arrays)
+    return [
+        _probabilities(_chunk_inputs(constant, chunk), options, chunk)[0]
+        for chunk in options.chunks
+    ]
 
 
-def _forward(inputs: AttentionInputs, rule: AttentionOptions, kept: Sequence[mx.array]) -> mx.array:
-    outputs: list[mx.array] = []
-    for number, chunk in enumerate(rule.chunks):
+def _forward(
+    inputs: AttentionInputs, options: AttentionOptions, saved: Sequence[mx.array]
+) -> mx.array:
+    """Return the attention output. (B, H, T_q, E)"""
+    outputs: list[mx.array] = []  # (B, H, C, E) each
+    for index, chunk in enumerate(options.chunks):
         part = _chunk_inputs(inputs, chunk)
-        if kept:
-            outputs.append(_weighted_values(kept[number], part))
+        if saved:
+            outputs.append(_weighted_values(saved[index], part))
             continue
-        # Without an order MLX starts every chunk before it ends one, and all are in memory.
+        # Each chunk waits for the previous one. MLX evaluates a graph breadth-first and would
+        # otherwise hold the scores of all chunks in memory at once.
         queries = mx.depends(part.queries, outputs[-1:]) if outputs else part.queries
-        outputs.append(_attend_chunk(part._replace(queries=queries), rule, chunk))
+        outputs.append(_attend_chunk(part._replace(queries=queries), options, chunk))
     return mx.concatenate(outputs, axis=2)
 
 
 def _chunk_inputs(inputs: AttentionInputs, chunk: QueryChunk) -> AttentionInputs:
+    """Return the inputs of one chunk: its queries, and the keys and values that they see."""
     mask = inputs.mask
     if mask is not None and mask.shape[2] > 1:
-        mask = mask[:, :, chunk.start : chunk.end]
+        mask = mask[:, :, chunk.query_start : chunk.query_end]
     return AttentionInputs(
-        inputs.queries[:, :, chunk.start : chunk.end],
-        inputs.keys[:, :, chunk.first : chunk.seen],
-        inputs.values[:, :, chunk.first : chunk.seen],
+        inputs.queries[:, :, chunk.query_start : chunk.query_end],
+        inputs.keys[:, :, chunk.key_start : chunk.key_end],
+        inputs.values[:, :, chunk.key_start : chunk.key_end],
         mask,
         inputs.sinks,
     )
 
 
-def _attend_chunk(part: AttentionInputs, rule: AttentionOptions, chunk: QueryChunk) -> mx.array:
-    """One chunk of queries. (B, H, C, E)"""
-    if not on_cpu():
+def _attend_chunk(part: AttentionInputs, options: AttentionOptions, chunk: QueryChunk) -> mx.array:
+    """Return the attention output of one chunk. (B, H, C, E)"""
+    if not on_cpu():  # a GPU has a fused kernel for the forward pass
         q, k, v, mask, sinks = part
-        hidden = "causal" if rule.causal else mask if chunk.hidden is None else chunk.hidden
-        return rule.plain(q, k, v, scale=rule.scale, mask=hidden, sinks=sinks)
-    probabilities, _ = _probabilities(part, rule, chunk)
+        fused_mask = "causal" if options.is_causal else mask if chunk.mask is None else chunk.mask
+        return options.fused_attention(q, k, v, scale=options.scale, mask=fused_mask, sinks=sinks)
+    probabilities, _ = _probabilities(part, options, chunk)
     return _weighted_values(probabilities, part)
 
 
 def _weighted_values(probabilities: mx.array, part: AttentionInputs) -> mx.array:
-    """The values, as much of each as is given. (B, H, C, E)"""
-    return _ungroup(_group_by_key_head(probabilities, part.keys) @ part.values, part.queries)
-
-
-def _backward(
-    inputs: AttentionInputs,
-    rule: AttentionOptions,
-    output: mx.array,
-    cotangent: mx.array,
-    kept: Sequence[mx.array],
-) -> AttentionInputs:
-    """Gradients towards the inputs, a chunk at a time; sums over chunks are float32."""
-    queries: list[mx.array] = []
-    masks: list[mx.array | None] = []
-    sinks: list[mx.array | None] = []
-    keys = mx.zeros(inputs.keys.shape, mx.float32)
-    values = mx.zeros(inputs.values.shape, mx.float32)
-    for number, chunk in enumerate(rule.chunks):
-        part = _chunk_inputs(inputs, chunk)
-        if queries:
-            # The sums pass through: held by nothing else, they are added to in place.
-            waiting = [part.queries, keys, values]
-            here, keys, values = mx.depends(waiting, queries[-1:])
-            part = part._replace(queries=here)
-        rows, seen = slice(chunk.start, chunk.end), slice(chunk.first, chunk.seen)
-        given = output[:, :, rows], cotangent[:, :, rows]
-        probabilities = (kept[number], None) if kept else _probabilities(part, rule, chunk)
-        found = _chunk_gradients(part, rule, probabilities, *given)
-        keys = keys.at[:, :, seen].add(found.keys)
-        values = values.at[:, :, seen].add(found.values)
-        queries.append(found.queries)
-        masks.append(found.mask)
-        sinks.append(found.sinks)
-    return AttentionInputs(
-        mx.concatenate(queries, axis=2),
-        keys.astype(inputs.keys.dtype),
-        values.astype(inputs.values.dtype),
-        _join_gradients(inputs.mask, masks),
-        _join_gradients(inputs.sinks, sinks),
-    )
-
-
-def _join_gradients(value: mx.array | None, parts: Sequence[mx.array | None]) -> mx.array | None:
-    """The gradient towards a mask or sinks: one part for each chunk's rows, or summed."""
-    found = [part for part in parts if part is not None]
-    if value is None or not found:
-        return None
-    if value.ndim == 4 and value.shape[2] > 1:
-        return mx.concatenate(found, axis=2).astype(value.dtype)
-    return mx.stack(found).sum(0).astype(value.dtype)
-
-
-def _chunk_gradients(
-    part: AttentionInputs,
-    rule: AttentionOptions,
-    given: Probabilities,
-    output: mx.array,
-    cotangent: mx.array,
-) -> AttentionInputs:
-    """With p = softmax(s) and o = p v:  ds = p (do v' - do·o),  dq = ds k,  dk = ds' q."""
-    probabilities, sink = given
-    out = _group_by_key_head(cotangent, part.keys)
-    agreement = (cotangent.astype(mx.float32) * output).sum(-1, keepdims=True)
-    towards = _ungroup(out @ part.values.swapaxes(-1, -2), part.queries)
-    scores = probabilities * (towards - agreement).astype(probabilities.dtype)
-    if part.mask is not None and part.mask.dtype == mx.bool_:
-        scores = scores * part.mask  # a row that sees nothing moves no score
-    grouped = _group_by_key_head(scores, part.keys)
-    return AttentionInputs(
-        queries=_ungroup(grouped @ part.keys, part.queries) * rule.scale,
-        keys=grouped.swapaxes(-1, -2) @ _group_by_key_head(part.queries * rule.scale, part.keys),
-        values=_group_by_key_head(probabilities, part.keys).swapaxes(-1, -2) @ out,
-        mask=None if part.mask is None else _sum_to_shape(scores, part.mask),
-        sinks=None if sink is None else -(sink * agreement).sum((0, 2, 3)),
-    )
-
-
-def _sum_to_shape(gradient: mx.array, value: mx.array) -> mx.array:
-    """Summed over the axes along which `value` was repeated. Shape of `value`"""
-    axes = [axis for axis, size in enumerate(value.shape) if size == 1]
-    return gradient.sum(axes, keepdims=True) if axes else gradient
+    """Return the values averaged by the probabilities. (B, H, C, S) -> (B, H, C, E)"""
+    grouped = _group_by_key_head(probabilities, part.keys)  # (B, K, H/K C, S)
+    return _ungroup(grouped @ part.values, part.queries)
 
 
 def _probabilities(
-    part: AttentionInputs, rule: AttentionOptions, chunk: QueryChunk
+    part: AttentionInputs, options: AttentionOptions, chunk: QueryChunk
 ) -> Probabilities:
-    """What each query gives to each key, and to the sink. (B, H, C, S), (B, H, C, 1)"""
-    queries = _group_by_key_head(part.queries * rule.scale, part.keys)
-    scores = _ungroup(queries @ part.keys.swapaxes(-1, -2), part.queries)
-    if rule.causal:
+    """Return the attention weights of keys and sinks. (B, H, C, S), (B, H, C, 1)"""
+    queries = _group_by_key_head(part.queries * options.scale, part.keys)  # (B, K, H/K C, D)
+    scores = _ungroup(queries @ part.keys.swapaxes(-1, -2), part.queries)  # (B, H, C, S)
+    if options.is_causal:
         scores = scores + causal_mask(scores.shape[-2], scores.shape[-1], scores.dtype)
-    elif chunk.hidden is not None:
-        scores = scores + chunk.hidden
+    elif chunk.mask is not None:
+        scores = scores + chunk.mask
     elif part.mask is not None:
         scores = scores + additive_mask(part.mask, scores.dtype)
     if part.sinks is None:
@@ -263,108 +165,126 @@ def _probabilities(
     return both[..., 1:], both[..., :1]
 
 
+def causal_mask(queries: int, keys: int, dtype: mx.Dtype) -> mx.array:
+    """Return the additive causal mask of the last `queries` of `keys` positions. (C, S)"""
+    corner = mx.triu(mx.full((queries, queries), -mx.inf, dtype), k=1)
+    return mx.pad(corner, [(0, 0), (keys - queries, 0)])
+
+
+def additive_mask(mask: mx.array, dtype: mx.Dtype) -> mx.array:
+    """Return a boolean mask as numbers to add to the scores. Shape of `mask`"""
+    if mask.dtype != mx.bool_:
+        return mask
+    # A product, because `where` is slow on the CPU. Half of the lowest number, so that a score
+    # added to it does not overflow, and a query that sees no key stays finite.
+    return (1 - mask.astype(dtype)) * (mx.finfo(dtype).min / 2)
+
+
+def _backward(
+    inputs: AttentionInputs,
+    options: AttentionOptions,
+    output: mx.array,  # (B, H, T_q, E)
+    cotangent: mx.array,  # (B, H, T_q, E)
+    saved: Sequence[mx.array],
+) -> AttentionInputs:
+    """Return the gradients of the inputs, computed chunk by chunk.
+
+    A key is seen by many chunks. Its gradients are summed in float32, because repeated addition
+    in 16 bits loses small terms.
+    """
+    queries: list[mx.array] = []
+    masks: list[mx.array | None] = []
+    sinks: list[mx.array | None] = []
+    keys = mx.zeros(inputs.keys.shape, mx.float32)  # (B, K, T_k, D)
+    values = mx.zeros(inputs.values.shape, mx.float32)  # (B, K, T_k, E)
+    for index, chunk in enumerate(options.chunks):
+        part = _chunk_inputs(inputs, chunk)
+        if queries:
+            # Chunks run one after another, as in the forward pass. The sums go through
+            # `depends` too: with no other reference to them, MLX adds to them in place.
+            chunk_queries, keys, values = mx.depends([part.queries, keys, values], queries[-1:])
+            part = part._replace(queries=chunk_queries)
+        rows = slice(chunk.query_start, chunk.query_end)
+        seen = slice(chunk.key_start, chunk.key_end)
+        # Without saved probabilities, this is the computation that the chunk repeats.
+        weights = (saved[index], None) if saved else _probabilities(part, options, chunk)
+        gradients = _chunk_gradients(
+            part, options.scale, weights, output[:, :, rows], cotangent[:, :, rows]
+        )
+        keys = keys.at[:, :, seen].add(gradients.keys)
+        values = values.at[:, :, seen].add(gradients.values)
+        queries.append(gradients.queries)
+        masks.append(gradients.mask)
+        sinks.append(gradients.sinks)
+    return AttentionInputs(
+        mx.concatenate(queries, axis=2),
+        keys.astype(inputs.keys.dtype),
+        values.astype(inputs.values.dtype),
+        _join_gradients(inputs.mask, masks),
+        _join_gradients(inputs.sinks, sinks),
+    )
+
+
+def _chunk_gradients(
+    part: AttentionInputs,
+    scale: float,
+    weights: Probabilities,
+    output: mx.array,
+    cotangent: mx.array,
+) -> AttentionInputs:
+    """Return the gradients of one chunk's inputs.
+
+    With scores s = scale q k', probabilities p = softmax(s) and output o = p v:
+
+        dv = p' do,   ds = p * (do v' - rowsum(do * o)),   dq = scale ds k,   dk = scale ds' q
+
+    rowsum(do * o) equals rowsum(p * dp) and needs no array of C x S (FlashAttention, App. B.2).
+    """
+    probabilities, sink = weights
+    grouped_cotangent = _group_by_key_head(cotangent, part.keys)  # (B, K, H/K C, E)
+    row_sum = (cotangent.astype(mx.float32) * output).sum(-1, keepdims=True)  # (B, H, C, 1)
+    d_probabilities = _ungroup(grouped_cotangent @ part.values.swapaxes(-1, -2), part.queries)
+    d_scores = probabilities * (d_probabilities - row_sum).astype(probabilities.dtype)
+    if part.mask is not None and part.mask.dtype == mx.bool_:
+        # A query that sees no key has uniform probabilities, but no score to change.
+        d_scores = d_scores * part.mask
+    grouped = _group_by_key_head(d_scores, part.keys)  # (B, K, H/K C, S)
+    grouped_probabilities = _group_by_key_head(probabilities, part.keys)
+    scaled_queries = _group_by_key_head(part.queries * scale, part.keys)
+    return AttentionInputs(
+        queries=_ungroup(grouped @ part.keys, part.queries) * scale,
+        keys=grouped.swapaxes(-1, -2) @ scaled_queries,
+        values=grouped_probabilities.swapaxes(-1, -2) @ grouped_cotangent,
+        mask=None if part.mask is None else _sum_to_shape(d_scores, part.mask),
+        sinks=None if sink is None else -(sink * row_sum).sum((0, 2, 3)),
+    )
+
+
+def _join_gradients(value: mx.array | None, parts: Sequence[mx.array | None]) -> mx.array | None:
+    """Return the gradient of a mask or of sinks from those of all chunks.
+
+    Rows of a mask of shape (·, ·, T_q, ·) belong to one chunk each and are concatenated; all
+    other values are shared by the chunks, and their gradients are summed.
+    """
+    gradients = [part for part in parts if part is not None]
+    if value is None or not gradients:
+        return None
+    if value.ndim == 4 and value.shape[2] > 1:
+        return mx.concatenate(gradients, axis=2).astype(value.dtype)
+    return mx.stack(gradients).sum(0).astype(value.dtype)
+
+
+def _sum_to_shape(gradient: mx.array, value: mx.array) -> mx.array:
+    """Return the gradient summed over the axes along which `value` was broadcast."""
+    axes = [axis for axis, size in enumerate(value.shape) if size == 1]
+    return gradient.sum(axes, keepdims=True) if axes else gradient
+
+
 def _group_by_key_head(x: mx.array, keys: mx.array) -> mx.array:
-    """The heads that share keys, one under the other. (B, H, C, ·) -> (B, K, H/K C, ·)"""
+    """Stack the query heads that share a key head. (B, H, C, ·) -> (B, K, H/K C, ·)"""
     return x.reshape(*keys.shape[:2], -1, x.shape[-1])
 
 
 def _ungroup(x: mx.array, queries: mx.array) -> mx.array:
-    """(B, K, H/K C, ·) -> (B, H, C, ·)"""
+    """Undo `_group_by_key_head`. (B, K, H/K C, ·) -> (B, H, C, ·)"""
     return x.reshape(*queries.shape[:3], -1)
-
-
-QUERIES_PER_CHUNK = 64  # measured on the CPU: larger chunks leave its caches
-MIN_SCORES = 64 * 64  # T_q T_k; below, MLX's own is as fast and what it keeps is small
-
-
-class StructuredMask(ABC):
-    """A mask that is known by its structure, not as an array: which keys each chunk may see."""
-
-    __slots__ = ()
-
-    @abstractmethod
-    def chunks(self, size: int, dtype: mx.Dtype) -> Sequence[QueryChunk]:
-        """Chunks of at most `size` queries that cover all queries in order."""
-
-
-@contextmanager
-def use_chunked_attention(queries_per_chunk: int = QUERIES_PER_CHUNK) -> Iterator[None]:
-    """Inside the block MLX's fused attention is computed in chunks of queries.
-
-    Models of mlx-lm call it by attribute and see the change; those that write out their
-    softmax do not. From inside it cannot be seen whether gradients will be asked for, so the
-    block is the statement that they are: on Metal, passes without gradients belong outside,
-    where MLX's fused kernel takes the whole length at once. Single queries, few scores, and
-    calls that ask for `force_fused` or a stream go to MLX unchanged. Blocks nest; the
-    innermost counts. The change is seen by every thread.
-    """
-    before: Any = mx.fast.scaled_dot_product_attention
-    plain = before.args[0] if _is_patched(before) else before
-    mx.fast.scaled_dot_product_attention = partial(_attention, plain, queries_per_chunk)
-    try:
-        yield
-    finally:
-        mx.fast.scaled_dot_product_attention = before
-
-
-@contextmanager
-def use_structured_masks() -> Iterator[None]:
-    """Inside the block MLX's fused attention takes a `Mask`, and all else as it would before."""
-    before: Any = mx.fast.scaled_dot_product_attention
-    if _is_patched(before):
-        yield
-        return
-    mx.fast.scaled_dot_product_attention = partial(_attention, before, None)
-    try:
-        yield
-    finally:
-        mx.fast.scaled_dot_product_attention = before
-
-
-def _is_patched(function: Any) -> bool:
-    return isinstance(function, partial) and function.func is _attention
-
-
-def _attention(
-    plain: Attention,
-    queries_per_chunk: int | None,
-    q: mx.array,
-    k: mx.array,
-    v: mx.array,
-    *,
-    mask: str | mx.array | StructuredMask | None = None,
-    sinks: mx.array | None = None,
-    **more: Any,
-) -> mx.array:
-    """As `mx.fast.scaled_dot_product_attention`. (B, H, T_q, E)"""
-    if isinstance(mask, StructuredMask):
-        chunks = mask.chunks(queries_per_chunk or q.shape[2], q.dtype)
-        return chunked_attention(
-            AttentionInputs(q, k, v, None, sinks),
-            AttentionOptions(plain, more["scale"], False, chunks),
-        )
-    if (
-        queries_per_chunk is None
-        or more.keys() != {"scale"}
-        or not _is_worth_chunking(q.shape[2], k.shape[2], mask)
-    ):
-        return plain(q, k, v, mask=mask, sinks=sinks, **more)
-    array = mask if isinstance(mask, mx.array) else None
-    if array is not None:
-        array = array.reshape((1,) * (4 - array.ndim) + array.shape)
-    chunks = list(_query_chunks(q.shape[2], k.shape[2], queries_per_chunk, causal=mask == "causal"))
-    rule = AttentionOptions(plain, more["scale"], mask == "causal", chunks)
-    return chunked_attention(AttentionInputs(q, k, v, array, sinks), rule)
-
-
-def _is_worth_chunking(length: int, seen: int, mask: str | mx.array | None) -> bool:
-    if length == 1 or length * seen < MIN_SCORES:
-        return False
-    return not isinstance(mask, str) or (mask == "causal" and length <= seen)
-
-
-def _query_chunks(length: int, seen: int, size: int, *, causal: bool) -> Iterator[QueryChunk]:
-    for start in range(0, length, size):
-        end = min(start + size, length)
-        # The last query sees the last key, also where there are more keys than queries.
-        yield QueryChunk(start, end, 0, seen - length + end if causal else seen)

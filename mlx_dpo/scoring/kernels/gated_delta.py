@@ -1,12 +1,15 @@
-"""Hybrid models in training: mlx-lm's gated-delta recurrence through MLX's own, fused one.
+"""Training of hybrid models: mlx-lm's gated delta rule, computed by MLX's fused recurrence.
 
-In training mlx-lm steps through the tokens in Python, a graph as long as the text; its kernel
-for Metal has no gradient. `mx.fast.gated_delta_update` is the same recurrence with both.
+In training, mlx-lm steps through the tokens in Python, which builds a graph as long as the
+text; its Metal kernel has no gradient. `mx.fast.gated_delta_update` computes the same
+recurrence in one operation that has a gradient.
+
+Shape letters: B rows, T tokens, K key heads, H value heads, D width of keys, E width of values.
 """
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -14,59 +17,56 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import gated_delta
 
+from mlx_dpo.models.restore import patched
+
 FUNCTION_NAME = "gated_delta_update"
 
-Update = Callable[..., tuple[mx.array, mx.array]]
+Update = Callable[..., tuple[mx.array, mx.array]]  # output and state
 
 
 @contextmanager
 def use_fused_gated_delta(model: nn.Module) -> Iterator[int]:
-    """Inside the block the model's gated-delta layers use MLX's fused recurrence.
+    """Let the gated-delta layers of the model use MLX's fused recurrence inside the block.
 
-    In training and evaluation mode alike, so that policy and reference are computed by the
-    same steps. Layers with a gate for each channel (Kimi's) stay with mlx-lm's. Outputs under a
-    mask are zero. The model's source files are changed, hence every model of its type is.
+    Training and evaluation mode use it alike, so that policy and reference are computed by the
+    same operations. Layers with a gate per channel (Kimi's) keep mlx-lm's recurrence. Outputs of
+    masked tokens are zero. The model's Python modules are changed, and with them every model of
+    its type.
 
     Yields:
-        How many source files of the model use the recurrence: 0 for most models.
+        The number of Python modules changed: 0 for models without gated-delta layers.
     """
-    changed = {
-        module: vars(module)[FUNCTION_NAME]
-        for module in _source_modules(model)
-        if FUNCTION_NAME in vars(module)
-    }
-    for module, update in changed.items():
-        setattr(module, FUNCTION_NAME, _with_fused_recurrence(update))
-    try:
-        yield len(changed)
-    finally:
-        for module, update in changed.items():
-            setattr(module, FUNCTION_NAME, update)
+    modules = [module for module in _source_modules(model) if FUNCTION_NAME in vars(module)]
+    with ExitStack() as stack:
+        for module in modules:
+            fused = _with_fused_recurrence(vars(module)[FUNCTION_NAME])
+            stack.enter_context(patched(module, FUNCTION_NAME, fused))
+        yield len(modules)
 
 
 def _source_modules(model: nn.Module) -> set[ModuleType]:
-    """The Python modules in which the model's parts are written; they import the name."""
-    kinds = {kind for _, part in model.named_modules() for kind in type(part).__mro__}
-    return {sys.modules[kind.__module__] for kind in kinds}
+    """Return the Python modules that define the model's layers and import the function."""
+    classes = {base for _, part in model.named_modules() for base in type(part).__mro__}
+    return {sys.modules[base.__module__] for base in classes}
 
 
 def _with_fused_recurrence(update: Update) -> Update:
-    """`update` with the recurrence replaced where the gate is one number for each head."""
+    """Return `update` with the recurrence replaced, for gates of one number per head."""
 
     def fused(
         q: mx.array,  # (B, T, K, D)
-        k: mx.array,
+        k: mx.array,  # (B, T, K, D)
         v: mx.array,  # (B, T, H, E)
-        a: mx.array,  # (B, T, H), or (B, T, H, D) with a gate for each channel
-        b: mx.array,
+        a: mx.array,  # (B, T, H), or (B, T, H, D) with a gate per channel
+        b: mx.array,  # (B, T, H)
         *rest: Any,
         **options: Any,
     ) -> tuple[mx.array, mx.array]:
         if a.ndim > b.ndim:
             return update(q, k, v, a, b, *rest, **options)
         gate, beta, state, mask = _recurrence_inputs(a, b, *rest, **options)
-        # In float32, as mlx-lm computes: of mixed types MLX takes the gate in the smallest, and
-        # bfloat16 rounds a decay of 0.999 to no decay at all.
+        # In float32, as mlx-lm computes. Given mixed dtypes, MLX takes the gate in the narrowest
+        # one, and bfloat16 rounds a decay of 0.999 to 1: no decay at all.
         arrays = [array.astype(mx.float32) for array in (q, k, v, gate, beta)]
         recurrence: Any = mx.fast.gated_delta_update
         out, state = recurrence(*arrays, state, mask)
@@ -78,16 +78,16 @@ def _with_fused_recurrence(update: Update) -> Update:
 def _recurrence_inputs(  # noqa: PLR0913 (mlx-lm's own signature)
     a: mx.array,
     b: mx.array,
-    A_log: mx.array,  # noqa: N803 (mlx-lm's name, by which it may be given)
+    A_log: mx.array,  # noqa: N803 (mlx-lm's name, usable as a keyword)
     dt_bias: mx.array,
     state: mx.array | None = None,
     mask: mx.array | None = None,
     *,
-    use_kernel: bool = True,  # always: this kernel has a gradient
+    use_kernel: bool = True,  # ignored: MLX's recurrence has a gradient in every mode
     lower_bound: float | None = None,
     allow_neg_eigval: bool = False,
 ) -> tuple[mx.array, mx.array, mx.array | None, mx.array | None]:
-    """What is kept and what is learned at each step, both (B, T, H); and state and mask."""
+    """Return decay gate and write strength beta, (B, T, H) each, and state and mask."""
     beta = mx.sigmoid(b) * (2.0 if allow_neg_eigval else 1.0)
     if lower_bound is None:
         return gated_delta.compute_g(A_log, a, dt_bias), beta, state, mask

@@ -1,9 +1,15 @@
-"""Blocks that keep only their inputs, and are computed again for the backward pass.
+"""Gradient checkpointing: layers that save only their inputs and run again for the backward pass.
 
-Right also where mlx-lm's own `grad_checkpoint` is silently wrong: inside a function that MLX
-recomputes, caches are copies and come out as results, trainable parameters are arguments
-(a captured array gets no gradient), and random numbers are drawn as the first time. Single
-blocks change, not their class. Knows any block that is called; nothing of architectures.
+Correct also where mlx-lm's own `grad_checkpoint` silently gives wrong gradients. Inside a
+function that MLX runs twice,
+
+* trainable parameters must be arguments, because a captured array gets no gradient;
+* caches must be copies that are returned as results, because the second run would write into
+  them again;
+* random numbers (dropout) must be the same in both runs.
+
+Only the given layers are changed, not their class. Works for any callable layer, without code
+per architecture.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,106 +23,124 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_dpo.io.arrays import Arrays, named_arrays, random_state
+from mlx_dpo.models.restore import preserved_random_state
 
 
 @dataclass(frozen=True)
 class _ArrayIndex:
+    """Placeholder of an array: its index in `FlattenedArguments.arrays`."""
+
     index: int
 
 
 @dataclass(frozen=True)
 class _ObjectIndex:
+    """Placeholder of an object with attributes, such as a cache."""
+
     index: int
 
 
 class FlattenedArguments:
-    """Trees taken apart: their arrays, and their objects in the order in which they were met."""
+    """Arguments separated into arrays, objects with attributes (caches), and a structure.
+
+    MLX differentiates functions of arrays only. Objects are numbered in the order in which they
+    are met, so that one that occurs twice stays a single object.
+    """
 
     def __init__(self, objects: Sequence[Any] = ()) -> None:
-        """Begin with `objects`, whose state is taken first; others follow as they are met."""
+        """Flatten the attributes of `objects` first; `flatten` adds further objects."""
         self.arrays: list[mx.array] = []
         self.objects: list[Any] = []
-        self.states: list[Any] = []
-        for found in objects:
-            self._number(found)
-        self._take_states()
+        self.states: list[Any] = []  # structure of the attributes of each object
+        for known in objects:
+            self._index(known)
+        self._flatten_states()
 
-    def take(self, tree: Any) -> Any:
-        """What is left of a tree without its arrays: the shape that `Rebuilt` fills again."""
-        shape = self._take(tree)
-        self._take_states()
-        return shape
+    def flatten(self, tree: Any) -> Any:
+        """Add a tree and return its structure, which `RebuiltArguments.unflatten` fills."""
+        structure = self._flatten(tree)
+        self._flatten_states()
+        return structure
 
-    def _take(self, value: Any) -> Any:
+    def _flatten(self, value: Any) -> Any:
+        """Return the structure of `value`: its arrays and objects replaced by placeholders."""
         if isinstance(value, mx.array):
             self.arrays.append(value)
             return _ArrayIndex(len(self.arrays) - 1)
         if isinstance(value, nn.Module):
             return _check_frozen(value)
         if isinstance(value, dict):
-            return {key: self._take(item) for key, item in value.items()}
+            return {key: self._flatten(item) for key, item in value.items()}
         if isinstance(value, list | tuple):
-            return _same_type(value, [self._take(item) for item in value])
+            return _same_type(value, [self._flatten(item) for item in value])
         if hasattr(value, "__dict__") and not callable(value):
-            return _ObjectIndex(self._number(value))
+            return _ObjectIndex(self._index(value))
         return value
 
-    def _number(self, found: Any) -> int:
+    def _index(self, value: Any) -> int:
+        """Return the index of an object, adding it if it is new."""
         for index, known in enumerate(self.objects):
-            if known is found:
+            if known is value:
                 return index
-        self.objects.append(found)
+        self.objects.append(value)
         return len(self.objects) - 1
 
-    def _take_states(self) -> None:
+    def _flatten_states(self) -> None:
+        """Flatten the attributes of all objects; these may add objects in turn."""
         while len(self.states) < len(self.objects):
-            self.states.append(None)  # numbered before its parts, which may be new objects
-            self.states[-1] = self._take(vars(self.objects[len(self.states) - 1]))
+            self.states.append(None)  # reserves the index: attributes may add objects
+            self.states[-1] = self._flatten(vars(self.objects[len(self.states) - 1]))
 
 
 class RebuiltArguments:
-    """What was captured, around other arrays."""
+    """The structure of `FlattenedArguments` filled with other arrays."""
 
     def __init__(
         self,
-        captured: FlattenedArguments,
+        flattened: FlattenedArguments,
         arrays: Sequence[mx.array],
         into: Sequence[Any] | None = None,
     ) -> None:
-        """Fill copies of the captured objects, or the objects `into` themselves."""
+        """Fill the objects `into`; None fills new objects of the same types."""
         self.arrays = arrays
         if into is None:
-            into = [object.__new__(type(found)) for found in captured.objects]
-        # An object that the call made itself is nobody else's: it stays what it is.
-        self.objects = [*into, *captured.objects[len(into) :]]
-        for target, state in zip(self.objects, captured.states, strict=True):
-            vars(target).update(self.put(state))
+            into = [object.__new__(type(original)) for original in flattened.objects]
+        # Objects that the layer itself created are in no one else's hands: they are reused.
+        self.objects = [*into, *flattened.objects[len(into) :]]
+        for target, state in zip(self.objects, flattened.states, strict=True):
+            vars(target).update(self.unflatten(state))
 
-    def put(self, shape: Any) -> Any:
-        """The tree of this shape."""
-        if isinstance(shape, _ArrayIndex):
-            return self.arrays[shape.index]
-        if isinstance(shape, _ObjectIndex):
-            return self.objects[shape.index]
-        if isinstance(shape, nn.Module):
-            return shape
-        if isinstance(shape, dict):
-            return {key: self.put(item) for key, item in shape.items()}
-        if isinstance(shape, list | tuple):
-            return _same_type(shape, [self.put(item) for item in shape])
-        return shape
+    def unflatten(self, structure: Any) -> Any:
+        """Return the tree of this structure."""
+        if isinstance(structure, _ArrayIndex):
+            return self.arrays[structure.index]
+        if isinstance(structure, _ObjectIndex):
+            return self.objects[structure.index]
+        if isinstance(structure, nn.Module):
+            return structure
+        if isinstance(structure, dict):
+            return {key: self.unflatten(item) for key, item in structure.items()}
+        if isinstance(structure, list | tuple):
+            return _same_type(structure, [self.unflatten(item) for item in structure])
+        return structure
 
 
 def _same_type(original: Any, items: list[Any]) -> Any:
-    kind = type(original)
-    return kind(*items) if hasattr(original, "_fields") else kind(items)
+    """Return `items` as a list, tuple or named tuple, like `original`."""
+    sequence_type = type(original)
+    return sequence_type(*items) if hasattr(original, "_fields") else sequence_type(items)
 
 
 def _check_frozen(module: nn.Module) -> nn.Module:
-    """A module passed as an argument counts as a constant, so it must be one."""
+    """Return a module that is an argument of a layer.
+
+    Raises:
+        TypeError: the module has trainable parameters. They would be constants of the
+            function that MLX differentiates.
+    """
     if tree_flatten(module.trainable_parameters()):
         raise TypeError(
-            f"a `{type(module).__name__}` with trainable parameters is passed to a block; "
+            f"a `{type(module).__name__}` with trainable parameters is passed to a layer; "
             "its gradients would be lost"
         )
     return module
@@ -126,142 +150,146 @@ Call = Callable[..., Any]
 
 
 class _LayerResult(NamedTuple):
-    """What a layer gave: its output and its caches as they then are."""
+    """Result of a layer: its output, and its caches after the call."""
 
-    taken: FlattenedArguments
-    shape: Any  # of the output
+    flattened: FlattenedArguments
+    output_structure: Any
 
 
 @contextmanager
 def gradient_checkpointing(
     model: nn.Module, layers: Sequence[nn.Module] | None = None
 ) -> Iterator[set[int]]:
-    """Inside the block, gradients through `layers`, all of the model's if None, cost a second
-    forward pass and keep no activation but the inputs of each layer.
+    """Checkpoint `layers` inside the block: they save only their inputs for the backward pass.
 
-    Values, gradients, caches, random numbers and parameter names are as outside. Gradients
-    reach the parameters that are trainable when a layer is called.
+    The backward pass costs a second forward pass. Values, gradients, caches, random numbers and
+    parameter names stay the same. Parameters that are trainable when a layer is called get
+    gradients.
+
+    Args:
+        layers: all layers of the model if None.
 
     Yields:
-        The positions of the layers that were called so far. It stays empty with a model that
-        calls the parts of its layers one by one: nothing is saved there.
+        The indices of the layers called so far. The set stays empty for a model that calls the
+        submodules of its layers directly: there, nothing is saved.
 
     Raises:
-        RuntimeError: a layer is recomputed already.
+        RuntimeError: a layer is checkpointed already.
     """
-    chosen = list({id(layer): layer for layer in layers or model.layers}.values())
-    if any(hasattr(type(layer), "_recomputed_call") for layer in chosen):
-        raise RuntimeError("these layers are recomputed already; blocks do not nest")
+    selected = list({id(layer): layer for layer in layers or model.layers}.values())
+    if any(hasattr(type(layer), "_checkpointed") for layer in selected):
+        raise RuntimeError("these layers are checkpointed already; blocks do not nest")
     called: set[int] = set()
-    for position, layer in enumerate(chosen):
-        layer.__class__ = _checkpointed_class(type(layer), partial(called.add, position))
+    for index, layer in enumerate(selected):
+        layer.__class__ = _checkpointed_class(type(layer), partial(called.add, index))
     try:
         yield called
     finally:
-        for layer in chosen:
+        for layer in selected:
             layer.__class__ = type(layer).__bases__[0]
 
 
-def _checkpointed_class(kind: type, note: Callable[[], None]) -> type:
-    """The class with another `__call__`: Python looks it up on the class, not on the object."""
+def _checkpointed_class(layer_class: type, note_call: Callable[[], None]) -> type:
+    """Return a subclass with another `__call__`, which Python looks up on the class only."""
 
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
-        note()
-        return _checkpointed_call(self, kind.__call__, args, kwargs)
+        note_call()
+        return _checkpointed_call(self, layer_class.__call__, args, kwargs)
 
-    members = {"__call__": __call__, "__module__": kind.__module__, "_recomputed_call": True}
-    return type(kind.__name__, (kind,), members)
+    members = {"__call__": __call__, "__module__": layer_class.__module__, "_checkpointed": True}
+    return type(layer_class.__name__, (layer_class,), members)
 
 
 def _checkpointed_call(
-    layer: nn.Module, plain: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
+    layer: nn.Module, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """`plain(layer, *args, **kwargs)`, of which only arrays that go in are kept."""
-    given = FlattenedArguments()
-    call = given.take((args, kwargs))
+    """Return `call(layer, *args, **kwargs)`, saving only its input arrays for the backward pass."""
+    arguments = FlattenedArguments()
+    structure = arguments.flatten((args, kwargs))
     parameters = named_arrays(layer.trainable_parameters())
     count = len(parameters)
-    key = mx.array(random_state())  # as it is before the layer draws
+    key = mx.array(random_state())  # before the layer draws random numbers
 
     def run(arrays: Sequence[mx.array]) -> _LayerResult:
-        inside = RebuiltArguments(given, arrays[count:-1])
-        inner_args, inner_kwargs = inside.put(call)
+        # Copies of the caches are written to, so that a second run starts from the same state.
+        copies = RebuiltArguments(arguments, arrays[count:-1])
+        copied_args, copied_kwargs = copies.unflatten(structure)
         with _with_parameters(layer, dict(zip(parameters, arrays[:count], strict=True))):
-            out = plain(layer, *inner_args, **inner_kwargs)
-        taken = FlattenedArguments(inside.objects)
-        return _LayerResult(taken, taken.take(out))
+            output = call(layer, *copied_args, **copied_kwargs)
+        flattened = FlattenedArguments(copies.objects)
+        return _LayerResult(flattened, flattened.flatten(output))
 
-    arrays, result = _run_with_recomputation(run, [*parameters.values(), *given.arrays, key])
-    return RebuiltArguments(result.taken, arrays, into=given.objects).put(result.shape)
+    inputs = [*parameters.values(), *arguments.arrays, key]
+    arrays, result = _run_with_recomputation(run, inputs)
+    # The original caches take the new state.
+    rebuilt = RebuiltArguments(result.flattened, arrays, into=arguments.objects)
+    return rebuilt.unflatten(result.output_structure)
 
 
 def _run_with_recomputation(
     run: Callable[[Sequence[mx.array]], _LayerResult], inputs: list[mx.array]
 ) -> tuple[list[mx.array], _LayerResult]:
-    """`run(inputs)`, whose backward pass runs it again; the last input is the random state."""
+    """Return the arrays of `run(inputs)` and its result; the backward pass calls `run` again.
+
+    Args:
+        inputs: arrays to differentiate with respect to; the last one is the random state.
+    """
     results: list[_LayerResult] = []
 
     @mx.custom_function
     def forward(*arrays: mx.array) -> list[mx.array]:
         results.append(run(arrays))
-        return results[-1].taken.arrays
+        return results[-1].flattened.arrays
 
     @forward.vjp
     def backward(
         arrays: Sequence[mx.array], cotangents: Sequence[mx.array], outputs: Sequence[mx.array]
     ) -> list[mx.array]:
-        # The second run waits for the gradient that asks for it; MLX promises no order.
+        # The recomputation must wait for the incoming gradient. MLX promises no order, and
+        # recomputing early would hold the activations of all layers at once.
         arrays = mx.depends(list(arrays), list(cotangents))
-        wanted, sought = _floating_indices(outputs), _floating_indices(arrays)
+        float_outputs, float_inputs = _floating_indices(outputs), _floating_indices(arrays)
 
-        def again(*floats: mx.array) -> Sequence[mx.array]:
+        def recompute(*floats: mx.array) -> Sequence[mx.array]:
             merged = list(arrays)
-            for index, value in zip(sought, floats, strict=True):
+            for index, value in zip(float_inputs, floats, strict=True):
                 merged[index] = value
-            found = run(merged).taken.arrays
-            # As arrays of their own: of one that comes out twice, as a cache's keys and as what
-            # the layer returns, MLX would take the gradient once.
-            return mx.depends([found[index] for index in wanted], [arrays[-1]])
+            recomputed = run(merged).flattened.arrays
+            # `depends` makes them distinct arrays. Of an array that is returned twice, as keys
+            # of a cache and as output of the layer, MLX would use one cotangent only.
+            return mx.depends([recomputed[index] for index in float_outputs], [arrays[-1]])
 
-        with _random_state(arrays[-1]):
-            _, found = mx.vjp(
-                again, [arrays[index] for index in sought], [cotangents[i] for i in wanted]
+        with preserved_random_state(arrays[-1]):
+            _, float_gradients = mx.vjp(
+                recompute,
+                [arrays[index] for index in float_inputs],
+                [cotangents[index] for index in float_outputs],
             )
-        # Not None: MLX leaves those out, and the gradients after them move up.
+        # Zeros, not None: MLX drops None, which shifts the gradients that follow.
         gradients = [mx.zeros_like(array) for array in arrays]
-        for index, gradient in zip(sought, found, strict=True):
+        for index, gradient in zip(float_inputs, float_gradients, strict=True):
             gradients[index] = gradient
         return gradients
 
     outputs: Any = forward(*inputs)
     floating = set(_floating_indices(outputs))
-    # Whole numbers, such as a cache's offsets, may index later on, where MLX refuses gradients.
-    constant = [o if i in floating else mx.stop_gradient(o) for i, o in enumerate(outputs)]
-    return constant, results.pop()
+    # Integers, such as offsets of a cache, may later be used as indices, and MLX refuses to
+    # differentiate with respect to indices.
+    arrays = [o if i in floating else mx.stop_gradient(o) for i, o in enumerate(outputs)]
+    return arrays, results.pop()
 
 
 def _floating_indices(arrays: Sequence[mx.array]) -> list[int]:
-    """Which of them can have a gradient."""
+    """Return the indices of the floating-point arrays, which alone have gradients."""
     return [i for i, array in enumerate(arrays) if mx.issubdtype(array.dtype, mx.floating)]
 
 
 @contextmanager
 def _with_parameters(layer: nn.Module, arrays: Arrays) -> Iterator[None]:
-    """The layer with these parameters inside the block, its own afterwards."""
+    """Give the layer these parameters inside the block, and its own afterwards."""
     before = named_arrays(layer.parameters())
     layer.update(tree_unflatten(list(arrays.items())))
     try:
         yield
     finally:
         layer.update(tree_unflatten([(name, before[name]) for name in arrays]))
-
-
-@contextmanager
-def _random_state(key: mx.array) -> Iterator[None]:
-    """Random numbers as they follow on `key` inside the block; outside nothing was drawn."""
-    before = mx.array(random_state())
-    random_state()[:] = key
-    try:
-        yield
-    finally:
-        random_state()[:] = before

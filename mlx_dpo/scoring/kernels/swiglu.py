@@ -1,9 +1,9 @@
-"""silu(gate) * x with its own gradient, for the CPU, where MLX's sigmoid sets a step's pace."""
+"""SwiGLU with a custom VJP for the CPU, where MLX's slow sigmoid dominates the time of an MLP."""
 
 import math
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import mlx.core as mx
@@ -11,42 +11,46 @@ import mlx.nn as nn
 from mlx_lm.models import activations
 
 from mlx_dpo.models.device import on_cpu
+from mlx_dpo.models.restore import patched
 
 FUNCTION_NAME = "swiglu"
+MLX_LM_SWIGLU = activations.swiglu  # under this name it stays the original inside the block
 
 
 def swiglu(gate: mx.array, x: mx.array) -> mx.array:
-    """silu(gate) x. Shape of both"""
+    """Return silu(gate) * x. Shape of both"""
     if gate.dtype != mx.float32:  # 1 / e in 16 bits is off by up to 0.2 %, its powers by more
-        return activations.swiglu(gate, x)
-    # Where the power is infinite, the gate is shut.
-    opened = 1 / (1 + mx.power(1 / math.e, mx.stop_gradient(gate)))
-    return cast(mx.array, _swiglu(gate, x, opened))
+        return cast(mx.array, MLX_LM_SWIGLU(gate, x))
+    # sigmoid(g) = 1 / (1 + e^-g), by `power`, which takes 4.5 ns per number where `exp` takes 12
+    # and `sigmoid` 11. For very negative gates the power is infinite and the sigmoid 0.
+    sigmoid = 1 / (1 + mx.power(1 / math.e, mx.stop_gradient(gate)))
+    return cast(mx.array, _swiglu(gate, x, sigmoid))
 
 
 @mx.custom_function
-def _swiglu(gate: mx.array, x: mx.array, opened: mx.array) -> mx.array:
-    return gate * opened * x
+def _swiglu(gate: mx.array, x: mx.array, sigmoid: mx.array) -> mx.array:
+    """Return gate * sigmoid * x. The sigmoid is an argument, so that the VJP can reuse it."""
+    return gate * sigmoid * x
 
 
 @_swiglu.vjp
 def _swiglu_vjp(primals: Any, cotangent: mx.array, output: mx.array) -> Any:
-    """With s = sigmoid(g):  d(g s x) = s x (1 + g (1 - s)) dg + g s dx."""
-    gate, x, opened = primals
-    through = cotangent * opened
-    return through * x * (1 + gate * (1 - opened)), through * gate, mx.zeros_like(opened)
+    """Return the gradients, with s = sigmoid(g):  d(g s x) = s x (1 + g (1 - s)) dg + g s dx.
+
+    The gradient of `sigmoid` is zero: that of `gate` includes it.
+    """
+    gate, x, sigmoid = primals
+    scaled = cotangent * sigmoid
+    return scaled * x * (1 + gate * (1 - sigmoid)), scaled * gate, mx.zeros_like(sigmoid)
 
 
 @contextmanager
 def use_fast_swiglu(model: nn.Module) -> Iterator[None]:
-    """Inside the block, on the CPU, mlx-lm's `swiglu` is ours in the source files of `model`."""
+    """Replace mlx-lm's `swiglu` in the Python modules of `model` inside the block, on the CPU."""
     parts = model.modules() if isinstance(model, nn.Module) and on_cpu() else []
-    sources = {sys.modules[type(part).__module__] for part in parts}
-    changed = [s for s in sources if getattr(s, FUNCTION_NAME, None) is activations.swiglu]
-    for source in changed:
-        setattr(source, FUNCTION_NAME, swiglu)
-    try:
+    modules = {sys.modules[type(part).__module__] for part in parts}
+    with ExitStack() as stack:
+        for module in modules:
+            if getattr(module, FUNCTION_NAME, None) is MLX_LM_SWIGLU:
+                stack.enter_context(patched(module, FUNCTION_NAME, swiglu))
         yield
-    finally:
-        for source in changed:
-            setattr(source, FUNCTION_NAME, activations.swiglu)

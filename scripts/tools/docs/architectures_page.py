@@ -56,13 +56,13 @@ def examine(model_type: str) -> Row:
         return Row(model_type, "not tried", "", UNBUILT[model_type])
     model = adapt(model_type, build(model_type))
     try:
-        choice = select_scorer(model, vocab_size=VOCAB, ways=tuple(PACKINGS))
+        choice = select_scorer(model, vocab_size=VOCAB, packings=tuple(PACKINGS))
     except ModelError as error:
         return Row(model_type, "none", "", str(error).partition(";")[0])
     remark = choice.reason
     if choice.name == "shared":  # how near it was differs from machine to machine
         remark = remark.partition("; ")[2].partition("; ")[2]
-    return Row(model_type, choice.name, choice.way or "", remark)
+    return Row(model_type, choice.name, choice.packing or "", remark)
 
 
 def page(rows: list[Row]) -> str:

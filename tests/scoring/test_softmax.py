@@ -1,8 +1,12 @@
+"""Exponential and log-sum-exp against float64."""
+
+import math
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_dpo.scoring.logps import blockwise_logsumexp, logsumexp
+from mlx_dpo.scoring.kernels.softmax import blockwise_logsumexp, exp, logsumexp
 
 
 def float64(logits):
@@ -32,3 +36,18 @@ def test_forbidden_tokens_and_large_logits_are_nothing_special():
     logits = mx.array([[-mx.inf, 3.0, -mx.inf, 3.0], [1000.0, 1000.0, -mx.inf, -1000.0]])
     assert blockwise_logsumexp(logits).tolist() == pytest.approx([3 + np.log(2), 1000 + np.log(2)])
     assert mx.isfinite(mx.grad(lambda x: blockwise_logsumexp(x).sum())(logits)).all()
+
+
+def test_exp_is_as_near_to_the_truth_as_single_precision_allows():
+    x = mx.linspace(-60, 60, 20001)
+    truth = [math.exp(value) for value in x.tolist()]
+    errors = [abs(ours / true - 1) for ours, true in zip(exp(x).tolist(), truth, strict=True)]
+    theirs = [abs(own / true - 1) for own, true in zip(mx.exp(x).tolist(), truth, strict=True)]
+    assert max(errors) < 1.1 * max(theirs)
+    assert max(errors[9900:10101]) < 3e-7  # |x| < 0.3, where x log2(e) is not yet rounded much
+
+
+def test_exp_at_its_ends():
+    assert exp(mx.array([0.0, -1000.0, -mx.inf, -1e38])).tolist() == [1, 0, 0, 0]
+    assert exp(mx.array([88.0])).item() == pytest.approx(math.exp(88), rel=1e-5)
+    assert math.isnan(exp(mx.array([mx.nan])).item())

@@ -1,0 +1,53 @@
+"""Context managers that undo a temporary change: a replaced name, training modes, random state."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_dpo.io.arrays import random_state
+
+
+@contextmanager
+def patched(module: Any, name: str, value: Any) -> Iterator[None]:
+    """Replace `module.name` by `value` inside the block and restore it afterwards.
+
+    Blocks nest: every block restores the value that it replaced. The replacement is visible to
+    all threads.
+    """
+    replaced = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, replaced)
+
+
+@contextmanager
+def module_modes(model: nn.Module) -> Iterator[None]:
+    """Restore the training or evaluation mode of every module after the block."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        # `train` sets a whole subtree; `modules` lists parents before their children.
+        for module, is_training in modes:
+            module.train(is_training)
+
+
+@contextmanager
+def preserved_random_state(start: mx.array | None = None) -> Iterator[None]:
+    """Restore MLX's random state after the block.
+
+    Args:
+        start: the random state at the beginning of the block; None continues the current one.
+    """
+    before = mx.array(random_state())
+    if start is not None:
+        random_state()[:] = start
+    try:
+        yield
+    finally:
+        random_state()[:] = before

@@ -1,0 +1,137 @@
+"""Equivalence check: relative errors of values and gradients between two scoring functions."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_map
+
+from mlx_dpo.io.arrays import Arrays, named_arrays, scalar
+from mlx_dpo.models.restore import module_modes
+from mlx_dpo.types import TokenizedPair
+
+RowFunction = Callable[[nn.Module], mx.array]  # any quantity to compare, (n, K)
+SEED = 0
+PERTURBATION = 0.02  # standard deviation; about the size of a trained adapter's weights
+# A gradient's error is relative to its own norm, or to this share of the largest norm if that is
+# more: the error of a negligible gradient is mostly rounding.
+MIN_NORM_SHARE = 0.01
+
+
+class RelativeErrors(NamedTuple):
+    """Largest relative error of a row, and of the gradient of a trainable parameter."""
+
+    values: float
+    gradients: float  # 0 if nothing is trainable
+
+
+def random_pairs(lengths: Sequence[tuple[int, int, int]], vocab_size: int) -> list[TokenizedPair]:
+    """Return pairs of random token ids with these lengths of prompt, chosen and rejected."""
+    rng = np.random.default_rng(SEED)
+
+    def ids(length: int) -> tuple[int, ...]:
+        return tuple(rng.integers(0, vocab_size, length).tolist())
+
+    return [TokenizedPair(ids(p), ids(c), ids(r)) for p, c, r in lengths]
+
+
+@contextmanager
+def mode_without_dropout(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Put the model in training or evaluation mode inside the block, with dropout disabled.
+
+    Some models use different kernels in the two modes.
+    """
+    with module_modes(model):
+        model.train(training)
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.eval()
+        yield
+
+
+def value_error(model: nn.Module, tested: RowFunction, expected: RowFunction) -> float:
+    """Return the largest relative error of a row in evaluation mode."""
+    with mode_without_dropout(model, training=False):
+        return _max_value_error(tested(model), expected(model))
+
+
+def relative_errors(model: nn.Module, tested: RowFunction, expected: RowFunction) -> RelativeErrors:
+    """Return the errors of values and gradients in training mode, with dropout disabled."""
+    with mode_without_dropout(model, training=True), _perturbed_parameters(model):
+        expected_values, expected_gradients = _values_and_gradients(model, expected)
+        values, gradients = _values_and_gradients(model, tested)
+        return RelativeErrors(
+            _max_value_error(values, expected_values),
+            _max_gradient_error(gradients, expected_gradients),
+        )
+
+
+def _values_and_gradients(model: nn.Module, function: RowFunction) -> tuple[mx.array, Arrays]:
+    """Return the rows, and the gradients of a random weighted sum of them."""
+
+    def weighted_sum(model: nn.Module) -> tuple[mx.array, mx.array]:
+        values = function(model).astype(mx.float32)
+        return (values * mx.random.normal(values.shape, key=mx.random.key(SEED))).sum(), values
+
+    if not named_arrays(model.trainable_parameters()):
+        return function(model), {}
+    (_, values), gradients = nn.value_and_grad(model, weighted_sum)(model)
+    mx.eval(values, gradients)
+    return values, named_arrays(gradients)
+
+
+def _max_value_error(values: mx.array, expected: mx.array) -> float:
+    """Return the largest error of a row, relative to the norm of the row."""
+    values, expected = values.astype(mx.float32), expected.astype(mx.float32)
+    norms = mx.linalg.norm(expected, axis=-1)
+    return _max_or_nan(scalar(row) for row in mx.linalg.norm(values - expected, axis=-1) / norms)
+
+
+def _max_gradient_error(gradients: Arrays, expected: Arrays) -> float:
+    """Return the largest relative error of a parameter's gradient; NaN if all are zero."""
+    if not expected:
+        return 0.0
+    norms = {name: _norm(value) for name, value in expected.items()}
+    minimum = MIN_NORM_SHARE * _max_or_nan(norms.values())
+    if minimum == 0:
+        return float("nan")
+    return _max_or_nan(
+        _norm(gradients[name] - expected[name]) / max(norm, minimum) for name, norm in norms.items()
+    )
+
+
+def _max_or_nan(values: Iterable[float]) -> float:
+    """Return the maximum, or NaN if any value is NaN; Python's `max` may ignore it."""
+    return float(np.max(list(values)))
+
+
+def _norm(value: mx.array) -> float:
+    """Return the Euclidean norm."""
+    return scalar(mx.linalg.norm(value.astype(mx.float32)))
+
+
+@contextmanager
+def _perturbed_parameters(model: nn.Module) -> Iterator[None]:
+    """Give random values to trainable parameters that are all zero, inside the block.
+
+    LoRA initializes B with zeros, which makes the gradient of A zero: errors would not show.
+    """
+    before = model.trainable_parameters()
+    key = mx.random.key(SEED)
+
+    def perturb(value: mx.array) -> mx.array:
+        nonlocal key
+        if scalar(mx.any(value)):
+            return value
+        key, parameter_key = mx.random.split(key)
+        noise = PERTURBATION * mx.random.normal(value.shape, key=parameter_key)
+        return noise.astype(value.dtype)
+
+    model.update(tree_map(perturb, before))
+    try:
+        yield
+    finally:
+        model.update(before)

@@ -1,0 +1,123 @@
+"""Replacement of MLX's attention function: which calls are computed in chunks.
+
+Models of mlx-lm call `mx.fast.scaled_dot_product_attention` as an attribute, so replacing it
+reaches all of them without code per model. Models that write out their own softmax are not
+affected.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_dpo.models.restore import patched
+from mlx_dpo.scoring.kernels.attention import (
+    Attention,
+    AttentionInputs,
+    AttentionOptions,
+    QueryChunk,
+    chunked_attention,
+)
+
+QUERIES_PER_CHUNK = 64  # measured on the CPU: scores of larger chunks do not fit into its caches
+MIN_SCORES = 64 * 64  # T_q T_k; below, MLX's own is as fast and saves little memory
+FUNCTION_NAME = "scaled_dot_product_attention"
+
+
+class StructuredMask(ABC):
+    """A mask given as ranges of keys per chunk of queries instead of an array."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def chunks(self, size: int, dtype: mx.Dtype) -> Sequence[QueryChunk]:
+        """Return chunks of at most `size` queries that cover all queries in order."""
+
+
+@contextmanager
+def use_chunked_attention(queries_per_chunk: int = QUERIES_PER_CHUNK) -> Iterator[None]:
+    """Compute MLX's fused attention in chunks of queries inside the block.
+
+    Use it for passes with gradients. The function cannot know whether gradients will follow;
+    on Metal, passes without gradients are faster outside the block, where MLX's fused kernel
+    takes all queries at once. Single queries, few scores, and calls with `force_fused` or a
+    stream go to MLX unchanged. Blocks nest, the innermost one counts; all threads are affected.
+    """
+    current: Any = mx.fast.scaled_dot_product_attention
+    # An inner block must not cut the chunks of the outer one into chunks again.
+    fused = current.args[0] if _is_replacement(current) else current
+    with patched(mx.fast, FUNCTION_NAME, partial(_attention, fused, queries_per_chunk)):
+        yield
+
+
+@contextmanager
+def use_structured_masks() -> Iterator[None]:
+    """Let MLX's fused attention accept a `StructuredMask` inside the block."""
+    current: Any = mx.fast.scaled_dot_product_attention
+    if _is_replacement(current):
+        yield
+        return
+    with patched(mx.fast, FUNCTION_NAME, partial(_attention, current, None)):
+        yield
+
+
+def _is_replacement(function: Any) -> bool:
+    """Return whether `function` is the replacement that this module installs."""
+    return isinstance(function, partial) and function.func is _attention
+
+
+def _attention(
+    fused: Attention,
+    queries_per_chunk: int | None,
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    *,
+    mask: str | mx.array | StructuredMask | None = None,
+    sinks: mx.array | None = None,
+    **more: Any,
+) -> mx.array:
+    """Compute `mx.fast.scaled_dot_product_attention`, in chunks if that pays. (B, H, T_q, E)
+
+    Args:
+        fused: MLX's own function.
+        queries_per_chunk: None computes only structured masks here, in a single chunk.
+    """
+    if isinstance(mask, StructuredMask):
+        chunks = mask.chunks(queries_per_chunk or q.shape[2], q.dtype)
+        options = AttentionOptions(fused, more["scale"], False, chunks)
+        return chunked_attention(AttentionInputs(q, k, v, None, sinks), options)
+    if (
+        queries_per_chunk is None
+        or more.keys() != {"scale"}
+        or not _is_worth_chunking(q.shape[2], k.shape[2], mask)
+    ):
+        return fused(q, k, v, mask=mask, sinks=sinks, **more)
+    array = mask if isinstance(mask, mx.array) else None
+    if array is not None:
+        array = array.reshape((1,) * (4 - array.ndim) + array.shape)
+    is_causal = mask == "causal"
+    chunks = list(_query_chunks(q.shape[2], k.shape[2], queries_per_chunk, is_causal=is_causal))
+    options = AttentionOptions(fused, more["scale"], is_causal, chunks)
+    return chunked_attention(AttentionInputs(q, k, v, array, sinks), options)
+
+
+def _is_worth_chunking(queries: int, keys: int, mask: str | mx.array | None) -> bool:
+    """Return whether chunks save memory or time, and `mask` is one that they support."""
+    if queries == 1 or queries * keys < MIN_SCORES:
+        return False
+    return not isinstance(mask, str) or (mask == "causal" and queries <= keys)
+
+
+def _query_chunks(queries: int, keys: int, size: int, *, is_causal: bool) -> Iterator[QueryChunk]:
+    """Yield chunks of `size` queries. Under a causal mask a chunk stops at its last query's key.
+
+    Half of the scores of causal attention are never computed.
+    """
+    for start in range(0, queries, size):
+        end = min(start + size, queries)
+        # The last query sees the last key, also if there are more keys than queries.
+        yield QueryChunk(start, end, 0, keys - queries + end if is_causal else keys)

@@ -1,0 +1,111 @@
+"""Rotary position embeddings with a position per token, for packed sequences.
+
+`mx.fast.rope` rotates consecutive tokens from one offset per row. In a packed sequence
+positions restart: both completions of a pair follow the same prompt.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_dpo.models.restore import patched
+
+Rope = Callable[..., mx.array]  # signature of `mx.fast.rope`
+
+
+class TokenPositions:
+    """Position of every token of a row, in the place of a cache's `offset`.
+
+    It supports no arithmetic on purpose: a model that computes with the offset itself fails,
+    instead of taking the index in the row for the position in the text.
+    """
+
+    __slots__ = ("_tables", "positions")
+
+    def __init__(self, positions: np.ndarray) -> None:
+        """Keep the `positions`, (T,)."""
+        self.positions = positions
+        self._tables: dict[Any, tuple[dict[str, Any], Any]] = {}
+
+    def rotation_table(self, rope: Rope, dims: int, **options: Any) -> tuple[mx.array, mx.array]:
+        """Return cosines and signed sines of every token's rotation. (T, dims) each
+
+        Tables are cached, because all layers with the same `options` share one.
+        """
+        values = ((k, id(v) if isinstance(v, mx.array) else v) for k, v in options.items())
+        key = dims, *values
+        if key not in self._tables:
+            # Storing the options keeps their arrays alive, so that no other array gets the id.
+            self._tables[key] = options, _rotation_table(rope, dims, self.positions, **options)
+        table: tuple[mx.array, mx.array] = self._tables[key][1]
+        return table
+
+
+@contextmanager
+def use_token_positions() -> Iterator[None]:
+    """Let `mx.fast.rope` accept `TokenPositions` as its offset inside the block."""
+    with patched(mx.fast, "rope", partial(_rope, mx.fast.rope)):
+        yield
+
+
+def _rope(original: Rope, x: mx.array, dims: int, *, offset: Any = 0, **options: Any) -> mx.array:
+    """Compute `mx.fast.rope`, with one position per token if `offset` holds them."""
+    if isinstance(offset, TokenPositions):
+        return _rotate(original, x, dims, offset, **options)
+    return original(x, dims, offset=offset, **options)
+
+
+def _rotate(
+    rope: Rope, x: mx.array, dims: int, positions: TokenPositions, **options: Any
+) -> mx.array:
+    """Rotate each token by its own position. (1, H, T, D) -> (1, H, T, D)
+
+    A pair (a, b) of numbers becomes (a cos - b sin, b cos + a sin). Only the first `dims`
+    numbers of a head are rotated.
+    """
+    if x.shape[0] != 1 or x.shape[-2] != len(positions.positions):
+        raise TypeError("it gives positions to other arrays than its queries and keys")
+    cos, signed_sin = positions.rotation_table(rope, dims, **options)  # (T, dims) each
+    rotary = x[..., :dims].astype(cos.dtype)
+    first, second = _split_pairs(rotary, options["traditional"])
+    swapped = _join_pairs(second, first, options["traditional"])
+    rotated = (rotary * cos + swapped * signed_sin).astype(x.dtype)
+    return rotated if dims == x.shape[-1] else mx.concatenate([rotated, x[..., dims:]], axis=-1)
+
+
+def _rotation_table(
+    rope: Rope, dims: int, positions: np.ndarray, *, traditional: bool, **options: Any
+) -> tuple[mx.array, mx.array]:
+    """Return cosines and signed sines of the rotation at every position. (T, dims) each
+
+    MLX's function rotates (1, 0) to (cos, sin). Reading them off its output covers every kind
+    of scaling and frequencies without repeating their formulas.
+    """
+    first_of_pair = mx.arange(dims) % 2 == 0 if traditional else mx.arange(dims) < dims // 2
+    length = int(positions.max()) + 1
+    ones = mx.broadcast_to(first_of_pair.astype(mx.float32), (1, 1, length, dims))
+    rotated = rope(ones, dims, traditional=traditional, offset=0, **options)[0, 0]
+    cos, sin = _split_pairs(rotated[mx.array(positions)], traditional)  # (T, dims / 2) each
+    return _join_pairs(cos, cos, traditional), _join_pairs(-sin, sin, traditional)
+
+
+def _split_pairs(x: mx.array, traditional: bool) -> tuple[mx.array, mx.array]:
+    """Return first and second numbers of the rotated pairs. (..., D) -> (..., D / 2) each
+
+    Traditional RoPE pairs neighbors; otherwise number i is paired with number i + D / 2.
+    """
+    if traditional:
+        return x[..., ::2], x[..., 1::2]
+    first, second = mx.split(x, 2, axis=-1)
+    return first, second
+
+
+def _join_pairs(first: mx.array, second: mx.array, traditional: bool) -> mx.array:
+    """Undo `_split_pairs`. (..., D / 2) each -> (..., D)"""
+    if traditional:
+        return mx.stack([first, second], axis=-1).flatten(-2)
+    return mx.concatenate([first, second], axis=-1)

@@ -1,0 +1,75 @@
+"""Exponential, softmax and log-sum-exp, made fast and accurate on MLX's CPU backend.
+
+On a GPU all of them are MLX's own.
+"""
+
+import math
+from typing import Any, cast
+
+import mlx.core as mx
+
+from mlx_dpo.models.device import on_cpu
+
+
+def exp(x: mx.array) -> mx.array:
+    """Return e^x. Shape of x, float32"""
+    # On one CPU core MLX's `exp` takes 12 ns per number and `power` 4.5 ns.
+    return mx.power(math.e, x)
+
+
+def softmax(scores: mx.array) -> mx.array:
+    """Return the softmax over the last axis, computed in float32 at least.
+
+    Shape and dtype of `scores`. Without a gradient of its own: callers differentiate by hand.
+    """
+    if not on_cpu() or scores.dtype == mx.float64:
+        return mx.softmax(scores, axis=-1, precise=True)
+    x = scores.astype(mx.float32)
+    weights = exp(x - x.max(axis=-1, keepdims=True))
+    # One division per row instead of one per number.
+    return (weights * (1 / weights.sum(axis=-1, keepdims=True))).astype(scores.dtype)
+
+
+def logsumexp(logits: mx.array) -> mx.array:
+    """Return log(sum(exp(logits))) over the last axis of float32 logits. (..., V) -> (...)
+
+    MLX's CPU backend adds one term after another, so small terms are lost next to a large sum:
+    an error of 7e-4 nats per token at V = 152k. A blockwise sum leaves 2e-6. A GPU adds in
+    parallel and has no such error.
+    """
+    return blockwise_logsumexp(logits) if on_cpu() else mx.logsumexp(logits, axis=-1)
+
+
+def blockwise_logsumexp(logits: mx.array) -> mx.array:
+    """Return the log-sum-exp, with sums taken blockwise and a custom VJP. (..., V) -> (...)"""
+    constant = mx.stop_gradient(logits)
+    maximum = constant.max(axis=-1, keepdims=True)  # (..., 1)
+    terms = exp(constant - maximum)  # (..., V)
+    total = _blockwise_sum(terms)  # (...)
+    return cast(mx.array, _log_of_sum(logits, maximum, terms, total))
+
+
+@mx.custom_function
+def _log_of_sum(logits: mx.array, maximum: mx.array, terms: mx.array, total: mx.array) -> mx.array:
+    """Return maximum + log(total). `logits` is an argument only to receive the gradient."""
+    return maximum.squeeze(-1) + mx.log(total)
+
+
+@_log_of_sum.vjp
+def _log_of_sum_vjp(primals: Any, cotangent: mx.array, output: mx.array) -> Any:
+    """Return the gradients: softmax(logits) = terms / total for the logits, zero for the rest.
+
+    The terms of the forward pass are reused, so the backward pass needs no exponential.
+    """
+    _, *constants = primals
+    _, terms, total = constants
+    return terms * (cotangent / total)[..., None], *[mx.zeros_like(value) for value in constants]
+
+
+def _blockwise_sum(terms: mx.array) -> mx.array:
+    """Return the sum over the last axis, in blocks of about sqrt(V) terms. (..., V) -> (...)"""
+    vocab = terms.shape[-1]
+    width = math.isqrt(vocab)
+    whole = vocab // width * width
+    sums = terms[..., :whole].reshape(*terms.shape[:-1], -1, width).sum(axis=-1)
+    return sums.sum(axis=-1) + terms[..., whole:].sum(axis=-1)
