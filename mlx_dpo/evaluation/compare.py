@@ -1,6 +1,5 @@
 """Answers side by side, each bit with how much more the policy likes it than its reference."""
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -11,6 +10,7 @@ import numpy as np
 
 from mlx_dpo.adapters.switch import Side
 from mlx_dpo.config.sampling import Sampling
+from mlx_dpo.data.inspect.text_anomalies import find_refusal
 from mlx_dpo.data.prompts import Prompt, add_system_prompt, read_prompts
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.generation.generate import (
@@ -26,12 +26,6 @@ from mlx_dpo.saved_runs.open import Opened, TwoSided, open_sides
 from mlx_dpo.scoring.logps import token_logps
 
 NGRAM = 4  # tokens in a row that count as repeated where they were said before
-REFUSAL = re.compile(
-    r"\b(i('m| am) (sorry|afraid),? (but |that )*(i|this|that)\b"
-    r"|i (can('t|not| not)|won't|will not|must decline)"
-    r"|i('m| am) (unable|not able)|(as|i('m| am)) an? (ai|language model))\b"
-)
-REFUSAL_CHARACTERS = 80  # letters in which a refusal is looked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +70,7 @@ class Column:
             "tokens an answer": f"{fmean(lengths):.1f}",
             "cut before their end": str(sum(answer.end is None for answer in self.answers)),
             f"{NGRAM} tokens said before": f"{fmean(map(repetition_rate, self.answers)):.1%}",
-            "refusals": str(sum(map(is_refusal, texts))),
+            "refusals": str(sum(find_refusal(text) is not None for text in texts)),
             "log-ratio, nats an answer": f"{fmean(a.log_ratio for a in self.answers):+.2f}",
         }
 
@@ -127,11 +121,6 @@ def repetition_rate(answer: ScoredAnswer) -> float:
     tokens = answer.tokens
     runs = [tokens[i : i + NGRAM] for i in range(len(tokens) - NGRAM + 1)]
     return 1 - len(set(runs)) / len(runs) if runs else 0.0
-
-
-def is_refusal(text: str) -> bool:
-    """Whether an answer begins as refusals in English do."""
-    return REFUSAL.search(text[:REFUSAL_CHARACTERS].lower().replace("’", "'")) is not None
 
 
 TokenIds = list[int]

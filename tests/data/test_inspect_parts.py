@@ -7,14 +7,14 @@ import pytest
 from mlx_dpo.data.inspect.duplicates import Digests
 from mlx_dpo.data.inspect.findings import OTHERS, WORDINGS, Hits, Places
 from mlx_dpo.data.inspect.lengths import Bin, Lengths, Spread
-from mlx_dpo.data.inspect.text_anomalies import refusal, unusual
+from mlx_dpo.data.inspect.text_anomalies import find_odd_characters, find_refusal
 from mlx_dpo.types import PreferenceExample
 
 PARTS = ("prompt", "chosen", "rejected")
 
 
 def names(text):
-    return [name for name, _ in unusual([text])]
+    return [name for name, _ in find_odd_characters([text])]
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_half_of_a_garbled_character_is_no_finding_of_its_own():
 
 
 def test_characters_are_named_by_number_and_shown_where_they_can_be():
-    assert list(unusual(["a\x00b\x00c\x1b", "fÃ©e"])) == [
+    assert list(find_odd_characters(["a\x00b\x00c\x1b", "fÃ©e"])) == [
         ("mojibake", ["U+00C3 U+00A9 (Ã©)"]),
         ("control-character", ["U+0000", "U+001B"]),
     ]
@@ -66,7 +66,27 @@ def test_a_joiner_between_latin_letters_is_debris():
     ],
 )
 def test_a_refusal_is_known_by_how_it_begins(answer, phrase):
-    assert refusal(answer) == phrase
+    assert find_refusal(answer) == phrase
+
+
+@pytest.mark.parametrize(
+    ("text", "refusal"),
+    [
+        ("I'm sorry, but I can't help with that.", True),
+        ("I’m sorry, I cannot do this.", True),
+        ("As an AI language model, I have no body.", True),
+        ("I am not able to say.", True),
+        ("Sorry to hear that! I am sorry for your loss.", False),
+        ("Thank you for asking. I won't do that.", True),
+        ("I am afraid that I have no answer.", True),
+        ("I can do that.", False),
+        ("Cats cannot fly.", False),
+        ("Here is the poem you asked for, with all of its lines and their rhymes, which end "
+         "in: I cannot", False),
+    ],
+)  # fmt: skip
+def test_a_refusal_begins_a_sentence_near_the_start(text, refusal):
+    assert (find_refusal(text) is not None) is refusal
 
 
 def test_places_come_back_as_they_were():

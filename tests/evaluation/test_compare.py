@@ -9,7 +9,6 @@ from mlx_dpo.evaluation.compare import (
     ScoredAnswer,
     TextSpan,
     completion_token_logps,
-    is_refusal,
     repetition_rate,
     score_spans,
 )
@@ -82,24 +81,6 @@ def test_policy_and_reference_must_have_scored_the_same_tokens(tokenizer):
 )
 def test_repetition_is_the_share_of_runs_of_four_that_were_there_before(tokens, share):
     assert repetition_rate(answer(*tokens)) == pytest.approx(share)
-
-
-@pytest.mark.parametrize(
-    ("text", "refusal"),
-    [
-        ("I'm sorry, but I can't help with that.", True),
-        ("I’m sorry, I cannot do this.", True),
-        ("As an AI language model, I have no body.", True),
-        ("I am not able to say.", True),
-        ("Sorry to hear that! I am sorry for your loss.", False),
-        ("I can do that.", False),
-        ("Cats cannot fly.", False),
-        ("Here is the poem you asked for, with all of its lines and their rhymes, which end "
-         "in: I cannot", False),
-    ],
-)  # fmt: skip
-def test_refusals_are_known_by_how_they_begin(text, refusal):
-    assert is_refusal(text) is refusal
 
 
 def test_figures_are_counts_and_means_over_answers():

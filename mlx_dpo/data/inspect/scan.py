@@ -9,7 +9,7 @@ from mlx_dpo.data.inspect.duplicates import Digests
 from mlx_dpo.data.inspect.findings import LOST, Hits
 from mlx_dpo.data.inspect.lengths import Lengths
 from mlx_dpo.data.inspect.raw_rows import written
-from mlx_dpo.data.inspect.text_anomalies import refusal, unusual
+from mlx_dpo.data.inspect.text_anomalies import find_odd_characters, find_refusal
 from mlx_dpo.data.load import new_report
 from mlx_dpo.data.report import PairsReport
 from mlx_dpo.data.sources import Source
@@ -124,13 +124,15 @@ def _look(one: ParsedExample, split: Split, report: PairsReport) -> None:
     elif not _look_at_tokens(said, at, split, report):
         return
     split.digests.add(said, at)
-    for name, characters in unusual(iterate_texts([*_parts(said), said.template_kwargs])):
+    for name, characters in find_odd_characters(
+        iterate_texts([*_parts(said), said.template_kwargs])
+    ):
         hits.add(name, at)
         for found in characters:
             hits.detail(name, found)
     answer = said.chosen if isinstance(said, PreferenceExample) else said.completion
     good = isinstance(said, PreferenceExample) or said.desirable
-    if good and (phrase := refusal(as_turns(answer, "assistant")[0]["content"])):
+    if good and (phrase := find_refusal(as_turns(answer, "assistant")[0]["content"])):
         hits.add("refusal", at, detail=phrase)
 
 

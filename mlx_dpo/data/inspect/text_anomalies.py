@@ -1,17 +1,17 @@
-"""What single texts may hold that nobody meant: characters, refusals. Text in, names out."""
+"""Anomalies of single texts: odd characters and refusals."""
 
 import re
 from collections.abc import Iterable, Iterator
 
-# Line feed, tab and carriage return are meant.
+# Line feed, tab and carriage return are legitimate.
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 REPLACEMENT = re.compile("\ufffd")
-# Joiners belong to emoji and to many scripts; between Latin letters they are debris.
+# Emoji and many scripts need joiners; between Latin letters joiners are debris.
 INVISIBLE = re.compile(
     "[\u00ad\u200b\u2060-\u2064\u202a-\u202e\u2066-\u2069\ufeff]|(?<=[!-~])[\u200c\u200d](?=[!-~])"
 )
-# UTF-8 of Latin letters, of typographic signs and of emoji, read as Latin-1 or Windows-1252. Signs
-# that may follow a capital letter in good text (quotes, dashes) are left out.
+# UTF-8 of Latin letters, of typographic signs and of emoji, decoded as Latin-1 or Windows-1252.
+# Signs that may follow a capital letter in correct text (quotes, dashes) are left out.
 MOJIBAKE = re.compile(
     "[ÂÃ][\u0080-\u00bf€ƒ†‡ˆŠŒŽšœžŸ˜™]"
     "|â(?:€[\u0080-\u00bf™œ\u009d˜“”¦¢‹›š]|\u0080[\u0080-\u00bf])"
@@ -24,37 +24,44 @@ CHARACTERS = {
     "invisible-character": INVISIBLE,
 }
 
-REFUSALS = (  # with which an answer begins
+AI_PHRASES = ("as an ai language model", "as an ai assistant", "i'm just an ai", "i am just an ai")
+REFUSALS = (  # phrases and regular expressions that begin a refusal
     "i cannot", "i can't", "i can not", "i am unable to", "i'm unable to", "i am not able to",
     "i'm not able to", "i won't be able", "i must decline",
     "sorry, but i", "i'm sorry, but", "i'm sorry, i can", "i am sorry, but", "i apologize, but",
     "unfortunately, i can", "as an ai", "as a language model", "as a large language model",
     "as an artificial intelligence",
+    "i(?:'m| am) (?:sorry|afraid),? (?:but |that )*(?:i|this|that)", "i won't", "i will not",
+    "i(?:'m| am) (?:unable|not able)", "i(?:'m| am) an? (?:ai|language model)",
 )  # fmt: skip
-MACHINES = ("as an ai language model", "as an ai assistant", "i'm just an ai", "i am just an ai")
-_BEGINS = re.compile(rf"\W*({'|'.join(map(re.escape, REFUSALS))})(?![a-z])")
-_HOLDS = re.compile(rf"\b({'|'.join(map(re.escape, MACHINES))})\b")
-HEAD = 300  # characters of an answer that are looked at
+_SENTENCE_START = re.compile(rf"(?:^|[.!?\n])\W*({'|'.join((*AI_PHRASES, *REFUSALS))})(?![a-z])")
+_ANYWHERE = re.compile(rf"\b({'|'.join(AI_PHRASES)})\b")
+SENTENCE_CHARACTERS = 80  # characters of the text that are searched for `REFUSALS`
+AI_CHARACTERS = 300  # characters of the text that are searched for `AI_PHRASES`
 
 
-def unusual(texts: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
-    """The names of findings, each with the characters that were found, as code points."""
-    whole = "\n".join(texts)
-    looked_for = ["control-character"] if whole.isascii() else CHARACTERS
-    for name in looked_for:
+def find_odd_characters(texts: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
+    """Yield the name of each finding with the code points of the characters found."""
+    text = "\n".join(texts)
+    names = ["control-character"] if text.isascii() else CHARACTERS
+    for name in names:
         pattern = CHARACTERS[name]
-        if found := dict.fromkeys(pattern.findall(whole)):
-            yield name, [_code_points(text) for text in found]
-            whole = pattern.sub("", whole)  # half of such a sequence is no finding of its own
+        if matches := dict.fromkeys(pattern.findall(text)):
+            yield name, [_format_code_points(match) for match in matches]
+            text = pattern.sub("", text)  # half of such a sequence is no finding of its own
 
 
-def refusal(answer: str) -> str | None:
-    """The phrase by which an answer is taken for a refusal."""
-    head = answer[:HEAD].replace("’", "'").lower()
-    found = _BEGINS.match(head) or _HOLDS.search(head)
-    return found[1] if found else None
+def find_refusal(text: str) -> str | None:
+    """Return the phrase that makes the text a refusal (in English), or None if it is none.
+
+    A refusal has a sentence near its beginning that starts with one of `REFUSALS`, or one of
+    `AI_PHRASES` anywhere near its beginning.
+    """
+    start = text[:AI_CHARACTERS].replace("’", "'").lower()
+    match = _SENTENCE_START.search(start[:SENTENCE_CHARACTERS]) or _ANYWHERE.search(start)
+    return match[1] if match else None
 
 
-def _code_points(text: str) -> str:
+def _format_code_points(text: str) -> str:
     codes = " ".join(f"U+{ord(character):04X}" for character in text)
     return f"{codes} ({text})" if text.isprintable() else codes
