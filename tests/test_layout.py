@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tomllib
 from collections import Counter
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -44,6 +45,33 @@ def test_the_import_contract_covers_every_package():
     packages = {f.relative_to(PACKAGE).parts[0].removesuffix(".py") for f in FILES}
     assert covered == packages - {"__init__"}
     assert contract["exhaustive"] is True
+
+
+def module_name(file: Path) -> str:
+    return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imported_modules(file: Path, modules: set[str]) -> set[str]:
+    """Return all modules of the package that a file imports, anywhere in it and for any reason."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                submodule = f"{node.module}.{alias.name}"
+                names.add(submodule if submodule in modules else node.module)
+    return (names & modules) - {"mlx_dpo"}  # its public names are imported when first used
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    """Imports for type checkers and imports inside functions count as well."""
+    modules = {module_name(f) for f in FILES}
+    sorter = TopologicalSorter({module_name(f): imported_modules(f, modules) for f in FILES})
+    try:
+        sorter.prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
 
 
 def test_nothing_is_named_for_what_it_is_not():

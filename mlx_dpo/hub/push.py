@@ -26,7 +26,6 @@ from huggingface_hub.hf_api import ModelInfo
 from mlx_dpo.adapters.files import CONFIG, WEIGHTS, content_digest, read_adapter
 from mlx_dpo.adapters.peft import WEIGHTS as PEFT_WEIGHTS
 from mlx_dpo.errors import ConfigError, ModelError, reason
-from mlx_dpo.hub import push as hub
 from mlx_dpo.hub.run_card import steps_of
 from mlx_dpo.hub.secret_scan import leaks_in
 from mlx_dpo.models.files import read_json
@@ -246,7 +245,7 @@ def pack(folder: str, also: tuple[str, ...] = ()) -> Parcel:
         names = [name for name in names if name != PEFT_WEIGHTS]  # of another adapter, or half made
     files = {name: _own_file(place, name) for name in names}
     files |= {Path(os.path.normpath(name)).as_posix(): _own_file(place, name) for name in also}
-    hub.refuse_leaks(files)
+    refuse_leaks(files)
     digest = content_digest(place)[:12]
     steps = steps_of(opened.record)
     return Parcel(files, f"Adapter {digest} of an mlx-dpo run, trained for {steps} steps")
@@ -276,14 +275,14 @@ def pull_adapter(name: str, output: Path, revision: str | None = None) -> Pulled
         ModelError: there is none, it cannot be read here, or it cannot be written.
     """
     check_output_folder(output, 0)
-    found = hub.pull(name, revision=revision)
+    found = pull(name, revision=revision)
     try:
         read_adapter(found)
     except ModelError as error:  # says where the Hub's copy lies
         raise ModelError(str(error).replace(str(found), name)) from error
     check_output_folder(output, sum(file.stat().st_size for file in found.iterdir()))
     with new_output_folder(output) as partial, disk_errors(output):
-        for file in hub.ADAPTER_FILES:
+        for file in ADAPTER_FILES:
             if (found / file).is_file():
                 shutil.copyfile(found / file, partial / file)
     size = sum(file.stat().st_size for file in output.iterdir())
