@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import tarfile
 import tomllib
 from collections import Counter
 from graphlib import CycleError, TopologicalSorter
@@ -173,14 +174,33 @@ def test_the_lock_names_the_public_index_only():
     assert indexes == {"https://pypi.org/simple", ""}  # the project itself has none
 
 
+def package_files():
+    """Return every file of the package, templates and other data included."""
+    return {
+        str(path.relative_to(ROOT))
+        for path in PACKAGE.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+
+
 def test_the_wheel_holds_the_package_and_the_model_that_ships(tmp_path):
     from hatchling.builders.wheel import WheelBuilder
 
+    assert "mlx_dpo/reporting/templates/base.html" in package_files()
     [wheel] = WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])
     with ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    assert {str(f.relative_to(ROOT)) for f in FILES} <= names
+    assert package_files() <= names
     folder = ROOT / "models" / "tiny-chat"
     model = {str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file()}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= model
     assert {f"mlx_dpo/shipped/tiny-chat/{name}" for name in model} <= names
+
+
+def test_the_source_distribution_holds_the_package(tmp_path):
+    from hatchling.builders.sdist import SdistBuilder
+
+    [sdist] = SdistBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert package_files() <= names

@@ -80,21 +80,21 @@ def _html_path(name: str) -> Path:
 
 
 def _write_page(path: Path, found: "Comparison", title: str) -> None:
-    from mlx_dpo.reporting.compare_page import Answer, Table, page
+    from mlx_dpo.reporting.compare_page import Comparison, Completion, render_compare_page
 
-    table = Table(
+    comparison = Comparison(
         f"mlx-dpo compare {title}",
         found.notes,
         [column.name for column in found.columns],
         [_turns(prompt) for prompt in found.prompts],
         [
-            [Answer([(b.text, b.log_ratio) for b in a.bits], a.end) for a in answers]
+            [Completion([(b.text, b.log_ratio) for b in a.bits], a.end) for a in answers]
             for answers in zip(*(column.answers for column in found.columns), strict=True)
         ],
         [column.figures() for column in found.columns],
     )
     try:
-        write_file(path, page(table))
+        write_file(path, render_compare_page(comparison))
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({reason(error)})") from error
 
@@ -104,7 +104,7 @@ def _turns(prompt: "Prompt") -> list[tuple[str, str]]:
 
 
 def _print(console: "Console", found: "Comparison") -> None:
-    from mlx_dpo.reporting.html import LEGEND
+    from mlx_dpo.reporting.compare_page import LEGEND
 
     beside = console.is_terminal and console.width >= MIN_COLUMN_WIDTH * len(found.columns)
     for number, prompt in enumerate(found.prompts):
@@ -150,13 +150,13 @@ def _column_title(name: str, answer: "ScoredAnswer") -> "Text":
 def _shade_answer(answer: "ScoredAnswer", *, ends: bool = True) -> "Text":
     from rich.text import Text
 
-    from mlx_dpo.reporting.html import END, shade
+    from mlx_dpo.reporting.compare_page import END_MARK, shade_level
 
     text = Text()
     for bit in answer.bits:
-        text.append(_strip_controls(bit.text), style=STYLES.get(shade(bit.log_ratio)))
-    if ends and answer.end is not None and shade(answer.end):
-        text.append(END, style=STYLES[shade(answer.end)])
+        text.append(_strip_controls(bit.text), style=STYLES.get(shade_level(bit.log_ratio)))
+    if ends and answer.end is not None and shade_level(answer.end):
+        text.append(END_MARK, style=STYLES[shade_level(answer.end)])
     return text
 
 

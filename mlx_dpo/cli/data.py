@@ -102,13 +102,13 @@ def show(count: int, row: int | None, **flags: Any) -> None:
 
     from mlx_dpo.curation.check import show_pairs
     from mlx_dpo.reporting.console import make_console
-    from mlx_dpo.reporting.pair_view import print_legend, print_page
+    from mlx_dpo.reporting.pair_view import print_legend, print_pair
 
     console = make_console()
     for number, page in enumerate(show_pairs(config, count=count, row=row)):
         if not number:
             print_legend(console)
-        print_page(console, page.location, page.notes, page.parts)
+        print_pair(console, page.location, page.notes, page.parts)
 
 
 @data.command(cls=Sectioned)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from mlx_dpo.data.inspect.check import Checked, Finding, findings
 from mlx_dpo.data.inspect.scan import Split
-from mlx_dpo.reporting.pair_view import histogram, spread_lines
+from mlx_dpo.reporting.pair_view import format_histogram, format_length_summary
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -57,9 +57,9 @@ def head(split: Split, *, cuts: bool) -> Iterator[str]:
 def length_lines(split: Split) -> Iterator[str]:
     """Lengths and what they tell."""
     lengths = split.lengths
-    yield from spread_lines(lengths.spreads())
+    yield from format_length_summary(lengths.spreads())
     yield ""
-    yield from histogram(lengths.parts, lengths.histogram(), lengths.unit)
+    yield from format_histogram(lengths.parts, lengths.histogram(), lengths.unit)
     bias = lengths.bias()
     if bias is None:
         return

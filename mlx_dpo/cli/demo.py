@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from mlx_dpo.demo.tour import Answers, Tour
+    from mlx_dpo.types import MetricsRow
 
 SHOWN = 6  # prompts whose answers stand side by side
 
@@ -71,7 +72,7 @@ def _side_by_side(tour: "Tour", before: "Answers", after: "Answers") -> "Table":
 
 
 def _figures(
-    evaluation: dict[str, float], before: "Answers", after: "Answers", divergence: float
+    evaluation: "MetricsRow", before: "Answers", after: "Answers", divergence: float
 ) -> "Table":
     from rich.table import Table
 

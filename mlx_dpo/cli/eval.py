@@ -24,7 +24,7 @@ def eval(run: str, pairs: str | None, bad_pairs: str | None, as_json: bool) -> N
     """
     from mlx_dpo import evaluate_run
     from mlx_dpo.losses.metrics import named
-    from mlx_dpo.reporting.console import closing_table, make_console
+    from mlx_dpo.reporting.console import final_metrics_table, make_console
 
     evaluation = evaluate_run(run, pairs, bad_pairs=bad_pairs)
     row = named(evaluation.metrics, prefix="eval_")
@@ -38,4 +38,4 @@ def eval(run: str, pairs: str | None, bad_pairs: str | None, as_json: bool) -> N
         console.print(f"The run is unfinished; these are its adapters of {evaluation.run.adapter}")
     for note in evaluation.notes:
         console.print(note, markup=False)
-    console.print(closing_table(row, title=f"{evaluation.pairs:,} {evaluation.name}"))
+    console.print(final_metrics_table(row, title=f"{evaluation.pairs:,} {evaluation.name}"))

@@ -131,12 +131,12 @@ def _run_stage(going: "IterativeDPO", stage: "Stage", go_on: str) -> None:
     from mlx_dpo import DPOTrainer
     from mlx_dpo.cli.progress import watch
     from mlx_dpo.collect.iterative_report import HEADINGS, round_cells
-    from mlx_dpo.reporting.console import counting, make_console, print_facts
+    from mlx_dpo.reporting.console import make_console, print_facts, show_progress
 
     if stage.todo == "collect":
         lefts = going.collect(stage.round)
         left = next(lefts)
-        with counting(make_console(), "judged", total=left, unit="prompts") as count:
+        with show_progress(make_console(), "judged", total=left, unit="prompts") as count:
             for now in lefts:
                 count(left - now)
                 left = now

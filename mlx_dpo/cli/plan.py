@@ -42,7 +42,7 @@ def plan(
     config = resolve(ctx, config_file, False, flags)
 
     from mlx_dpo.plan import estimate_run
-    from mlx_dpo.reporting.console import counting, make_console, print_facts
+    from mlx_dpo.reporting.console import make_console, print_facts, show_progress
     from mlx_dpo.runs.inputs import unheard
 
     console = make_console()
@@ -51,7 +51,7 @@ def plan(
         config,
         mac=memory,
         rows=lambda total: (
-            counting(console, "tokens", total=total, unit="rows") if shown else unheard(total)
+            show_progress(console, "tokens", total=total, unit="rows") if shown else unheard(total)
         ),
     )
     if as_json:

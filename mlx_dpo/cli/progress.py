@@ -15,11 +15,11 @@ from rich.console import Console
 from mlx_dpo import DPOTrainer
 from mlx_dpo.cli import INTERRUPTED, program
 from mlx_dpo.reporting.console import (
-    closing_table,
-    counting,
+    final_metrics_table,
     make_console,
     print_facts,
-    showing_steps,
+    show_progress,
+    show_steps,
 )
 from mlx_dpo.runs.summary import facts_of_end, facts_of_inputs, facts_of_training
 
@@ -67,7 +67,7 @@ def _watch(run: DPOTrainer, awake: str | None, go_on: str) -> None:
     warnings = _Warnings(run)
     with (
         _saving_when_asked(run) as received,
-        showing_steps(
+        show_steps(
             console, total=run.total_steps, done=run.start.step, every=config.logging_steps
         ) as shown,
     ):
@@ -82,7 +82,7 @@ def _watch(run: DPOTrainer, awake: str | None, go_on: str) -> None:
     print_facts(console, facts_of_end(run))
     if run.evaluation is not None:
         title = f"{len(run.inputs.valid):,} held-out {config.unit}"
-        console.print(closing_table(run.evaluation, title=title))
+        console.print(final_metrics_table(run.evaluation, title=title))
 
 
 class _Warnings:
@@ -103,15 +103,15 @@ class _Warnings:
 
 def _prepare(run: DPOTrainer, console: Console, awake: str | None) -> None:
     run.load(
-        lambda total: counting(console, "reference model", total=total),
-        lambda total: counting(console, "tokens", total=total, unit="rows"),
+        lambda total: show_progress(console, "reference model", total=total),
+        lambda total: show_progress(console, "tokens", total=total, unit="rows"),
     )
     print_facts(console, facts_of_inputs(run))
     run.attach()
     if run.config.needs_reference and run.config.reference_model is None:
         config = run.config
         pairs = len(run.inputs.train) + len(run.inputs.valid)
-        with counting(console, "reference", total=pairs, unit=config.unit) as count:
+        with show_progress(console, "reference", total=pairs, unit=config.unit) as count:
             run.score_reference(count)
     else:
         run.score_reference()

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from mlx_dpo.reporting.run_page import Told
+    from mlx_dpo.reporting.run_page import RunDetails
 
 
 @click.command()
@@ -53,24 +53,24 @@ def _table() -> "Table":
     return Table(title="held out", title_justify="left", box=SIMPLE)
 
 
-def _figures(told: "Told") -> "Table":
+def _figures(told: "RunDetails") -> "Table":
     """All figures of one run."""
     from rich.text import Text
 
     table = _table()
     table.add_column()
     table.add_column(Text(told.name), justify="right")
-    for label, value in told.figures.items():
+    for label, value in told.cells.items():
         table.add_row(label, value)
     return table
 
 
-def _print_runs(console: "Console", told: "list[Told]") -> None:
+def _print_runs(console: "Console", told: "list[RunDetails]") -> None:
     """What there is room for of several runs, a line for each; of the rest only the names."""
-    from mlx_dpo.reporting.console import CLOSING
+    from mlx_dpo.reporting.console import FINAL_METRICS
 
-    left_to_the_page = [label for label, _ in CLOSING[3:]]
-    labels = [label for label in told[0].figures if label not in left_to_the_page]
+    left_to_the_page = [label for label, _ in FINAL_METRICS[3:]]
+    labels = [label for label in told[0].cells if label not in left_to_the_page]
     settings, figures = labels[: labels.index("step")], labels[labels.index("step") :]
     most, unbounded = console.width // 3, console.options.update(width=sys.maxsize)
     shown: list[str] = []
@@ -83,7 +83,7 @@ def _print_runs(console: "Console", told: "list[Told]") -> None:
         click.echo(f"On the page: {', '.join(left)}", err=True)
 
 
-def _runs(told: "list[Told]", labels: list[str], most: int) -> "Table":
+def _runs(told: "list[RunDetails]", labels: list[str], most: int) -> "Table":
     from rich.text import Text
 
     table = _table()
@@ -91,5 +91,5 @@ def _runs(told: "list[Told]", labels: list[str], most: int) -> "Table":
     for label in labels:
         table.add_column(label, justify="right", overflow="fold")
     for run in told:
-        table.add_row(Text(run.name), *(Text(run.figures[label]) for label in labels))
+        table.add_row(Text(run.name), *(Text(run.cells[label]) for label in labels))
     return table

@@ -1,86 +1,68 @@
-"""A comparison as one HTML page that needs nothing else, neither files nor the network."""
+"""The HTML page of `mlx-dpo compare`: completions side by side, shaded by log π − log π_ref."""
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import NamedTuple
 
-from mlx_dpo.reporting.html import END, LEGEND, document, shade
+from mlx_dpo.reporting.html import render_page
 
-STYLE = """
-:root { color-scheme: light dark; --up: 0, 110, 230; --down: 235, 120, 0; }
-body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 90rem; padding: 0 1rem; }
-h1 { font-size: 1.3rem; } h2 { font-size: 1rem; white-space: pre-wrap; margin: 2rem 0 .5rem; }
-h2 small, .note, figcaption { font-weight: normal; opacity: .7; }
-.row { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); }
-figure { margin: 0; border: 1px solid rgba(128, 128, 128, .4); border-radius: .4rem;
-  padding: .6rem .8rem; }
-figure p { margin: .3rem 0 0; white-space: pre-wrap; overflow-wrap: anywhere; }
-.u1 { background: rgba(var(--up), .15); } .u2 { background: rgba(var(--up), .32); }
-.u3 { background: rgba(var(--up), .55); } .d1 { background: rgba(var(--down), .15); }
-.d2 { background: rgba(var(--down), .32); } .d3 { background: rgba(var(--down), .55); }
-.d2, .d3 { text-decoration: underline; } .u2, .u3 { font-weight: 600; }
-table { border-collapse: collapse; margin-top: 2.5rem; }
-th, td { padding: .2rem .9rem .2rem 0; text-align: right; } th:first-child { text-align: left; }
-"""
+SHADE_STEPS = (0.1, 0.5, 2.0)  # |log-ratio| in nats from which a span gets shade 1, 2, 3
+LEGEND = (
+    "Blue, bold if strong: more likely under the aligned model than under its base; orange, "
+    f"underlined if strong: less likely. Shades start at {SHADE_STEPS[0]}, {SHADE_STEPS[1]} and "
+    f"{SHADE_STEPS[2]:g} nats of log π − log π_ref."
+)
+END_MARK = "∎"  # shown for the end-of-sequence token
 
 
-class Answer(NamedTuple):
-    """One cell: bits of text, each with its log-ratio, and that of the end; None where cut."""
+class Completion(NamedTuple):
+    """A completion as text spans with their log-ratios (log π − log π_ref, in nats)."""
 
-    bits: Sequence[tuple[str, float]]
-    end: float | None
+    spans: Sequence[tuple[str, float]]
+    end: float | None  # log-ratio of the end-of-sequence token; None if the completion was cut
+
+    @property
+    def log_ratio(self) -> float:
+        """Log-ratio of the whole completion."""
+        return sum(ratio for _, ratio in self.spans) + (self.end or 0.0)
 
 
-class Table(NamedTuple):
-    """What the page shows; rows go with prompts, cells and figures with names."""
+class Comparison(NamedTuple):
+    """Content of the page: P prompts answered by M models."""
 
     title: str
     notes: Sequence[str]
-    names: Sequence[str]
-    prompts: Sequence[Sequence[tuple[str, str]]]  # role and text of each turn
-    rows: Sequence[Sequence[Answer]]
-    figures: Sequence[Mapping[str, str]]
+    names: Sequence[str]  # (M,)
+    prompts: Sequence[Sequence[tuple[str, str]]]  # (P,) of (role, text) per turn
+    completions: Sequence[Sequence[Completion]]  # (P, M)
+    summaries: Sequence[Mapping[str, str]]  # (M,) of label: value, with the same labels
 
 
-def page(table: Table) -> str:
-    """The page. Whatever a model, a person or a file said stands in it as text."""
-    rows = "".join(
-        _prompt(prompt) + '<div class="row">' + "".join(map(_cell, table.names, row)) + "</div>\n"
-        for prompt, row in zip(table.prompts, table.rows, strict=True)
-    )
-    notes = "".join(f'<p class="note">{escape(note)}</p>\n' for note in table.notes)
-    legend = f'<p class="note">{escape(LEGEND)}</p>\n'
-    return document(table.title, STYLE, notes + legend + rows + _figures(table))
-
-
-def _prompt(turns: Sequence[tuple[str, str]]) -> str:
-    said = "<br>".join(f"<small>{escape(role)}</small> {escape(text)}" for role, text in turns)
-    return f"<h2>{said}</h2>\n"
-
-
-def _cell(name: str, answer: Answer) -> str:
-    end = [] if answer.end is None else [(END, answer.end)]
-    bits = "".join(_bit(text, ratio) for text, ratio in [*answer.bits, *end])
-    total = sum(ratio for _, ratio in [*answer.bits, *end])
-    cut = "" if end else ", cut"
-    return (
-        f"<figure><figcaption>{escape(name)} ({total:+.2f} nats{cut})</figcaption>"
-        f"<p>{bits}</p></figure>"
+def render_compare_page(comparison: Comparison) -> str:
+    """Return the page as HTML."""
+    rows = [
+        (turns, list(zip(comparison.names, completions, strict=True)))
+        for turns, completions in zip(comparison.prompts, comparison.completions, strict=True)
+    ]
+    return render_page(
+        "compare.html",
+        title=comparison.title,
+        notes=comparison.notes,
+        legend=LEGEND,
+        end_mark=END_MARK,
+        names=comparison.names,
+        rows=rows,
+        summaries=comparison.summaries,
+        shade_class=_shade_class,
     )
 
 
-def _bit(text: str, ratio: float) -> str:
-    step = shade(ratio)
-    name = "" if not step else f' class="{"u" if step > 0 else "d"}{abs(step)}"'
-    return f'<span{name} title="{ratio:+.2f}">{escape(text)}</span>'
+def shade_level(log_ratio: float) -> int:
+    """Return the shade of a span: -3 (much less likely) to 3 (much more likely), 0 for none."""
+    level = sum(abs(log_ratio) >= step for step in SHADE_STEPS)
+    return level if log_ratio > 0 else -level
 
 
-def _figures(table: Table) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in table.names)
-    body = "".join(
-        f"<tr><th>{escape(label)}</th>"
-        + "".join(f"<td>{escape(figures[label])}</td>" for figures in table.figures)
-        + "</tr>\n"
-        for label in table.figures[0]
-    )
-    return f"<table>\n<tr><th></th>{head}</tr>\n{body}</table>\n"
+def _shade_class(log_ratio: float) -> str:
+    """Return the CSS class of a span's shade: `u1` to `u3`, `d1` to `d3`, or nothing."""
+    level = shade_level(log_ratio)
+    return f"{'u' if level > 0 else 'd'}{abs(level)}" if level else ""

@@ -1,8 +1,8 @@
-"""What a person sees of a run: a header, a live bar or plain lines, and a closing table."""
+"""Terminal output of a run: header, progress bar or plain lines, and the table of final metrics."""
 
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -12,9 +12,9 @@ from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeR
 from rich.table import Table
 from rich.text import Text
 
-Row = Mapping[str, float]
+from mlx_dpo.types import MetricsRow
 
-CLOSING = (
+FINAL_METRICS = (  # label, key of an evaluation row
     ("loss", "eval_loss"),
     ("accuracy", "eval_rewards/accuracies"),
     ("margin", "eval_rewards/margins"),
@@ -24,154 +24,166 @@ CLOSING = (
     ("log-prob of rejected", "eval_logps/rejected"),
 )
 
-BAR = 12  # cells: at 80 there is room for the figures that matter most
+BAR_WIDTH = 12  # columns; leaves room for the most important metrics on a terminal of 80 columns
 
 
 def make_console() -> Console:
-    """Standard output; colours and live drawing only on a terminal that wants them."""
-    plain = bool(os.environ.get("NO_COLOR")) or not sys.stdout.isatty()
-    return Console(no_color=plain, highlight=False, soft_wrap=plain)
+    """Return a console on standard output, with colours and live updates only on a terminal."""
+    is_plain = bool(os.environ.get("NO_COLOR")) or not sys.stdout.isatty()
+    return Console(no_color=is_plain, highlight=False, soft_wrap=is_plain)
 
 
 def print_facts(console: Console, facts: Iterable[tuple[str, str]]) -> None:
-    """Lines of `name  what it is`; on a terminal, long texts are folded beside their name."""
+    """Print (label, text) pairs in two columns; a terminal wraps long texts in their column."""
     table = Table.grid(padding=(0, 1))
     table.add_column(style="bold", min_width=10, no_wrap=True)
     table.add_column(overflow="fold")
-    for name, text in facts:
+    for label, text in facts:
         if not console.is_terminal:
-            console.print(f"{name:<10} {text}", markup=False)
-        table.add_row(name, Text(text))
+            console.print(f"{label:<10} {text}", markup=False)
+        table.add_row(label, Text(text))
     if console.is_terminal:
         console.print(table)
 
 
-def step_line(row: Row, total: int) -> str:
-    """One step as a plain line."""
+def format_step(row: MetricsRow, total: int) -> str:
+    """Return a training row as one line; `total` is the number of steps of the run."""
     return (
         f"step {int(row['step']):>{len(str(total))}}/{total}  loss {row['loss']:.4f}  "
-        f"margin {_figure(row, 'rewards/margins', '+.3f')}  "
+        f"margin {_format_metric(row, 'rewards/margins', '+.3f')}  "
         f"accuracy {row['rewards/accuracies']:4.0%}  "
         f"lr {row['learning_rate']:.2e}  {row['tokens_per_second']:,.0f} tok/s  "
         f"{row['peak_memory_gb']:.2f} GB"
     )
 
 
-def evaluation_line(row: Row) -> str:
-    """One evaluation as a plain line."""
+def format_evaluation(row: MetricsRow) -> str:
+    """Return an evaluation row as one line."""
     return (
         f"held out after step {int(row['step'])}: loss {row['eval_loss']:.4f}  "
-        f"margin {_figure(row, 'eval_rewards/margins', '+.3f')}  "
+        f"margin {_format_metric(row, 'eval_rewards/margins', '+.3f')}  "
         f"accuracy {row['eval_rewards/accuracies']:.1%}"
     )
 
 
-def closing(row: Row) -> dict[str, str]:
-    """The means of an evaluation, as a person reads them."""
-    forms = {"accuracy": ".1%"}
-    return {label: _figure(row, name, forms.get(label, ".4f")) for label, name in CLOSING}
+def format_final_metrics(row: MetricsRow) -> dict[str, str]:
+    """Return the metrics of an evaluation row as text by label."""
+    formats = {"accuracy": ".1%"}
+    return {
+        label: _format_metric(row, key, formats.get(label, ".4f")) for label, key in FINAL_METRICS
+    }
 
 
-def closing_table(row: Row, *, title: str) -> Table:
-    """The means of an evaluation."""
+def final_metrics_table(row: MetricsRow, *, title: str) -> Table:
+    """Return a table of the metrics of an evaluation row."""
     table = Table(title=title, title_justify="left", show_header=False, box=SIMPLE)
     table.add_column()
     table.add_column(justify="right")
-    for label, value in closing(row).items():
+    for label, value in format_final_metrics(row).items():
         table.add_row(label, value)
     return table
 
 
-def _figure(row: Row, name: str, form: str) -> str:
-    """A value; a set of judged answers may have none, for want of good or of bad ones."""
-    return format(row[name], form) if name in row else "-"
+def _format_metric(row: MetricsRow, key: str, form: str) -> str:
+    """Format a metric, or return "-": labelled data without both labels have no margin."""
+    return format(row[key], form) if key in row else "-"
 
 
-class Steps(Protocol):
-    """Somewhere to show steps."""
+class StepDisplay(Protocol):
+    """Display of a run's metrics rows."""
 
-    def show(self, row: Row) -> None:
-        """Show a row of metrics, of a step or of an evaluation."""
+    def show(self, row: MetricsRow) -> None:
+        """Show a training or evaluation row."""
 
 
-class Lines:
-    """Plain lines, for logs and pipes."""
+class PlainLines:
+    """Metrics rows as plain lines, for logs and pipes."""
 
     def __init__(self, console: Console, total: int, every: int) -> None:
         self.console, self.total, self.every = console, total, every
 
-    def show(self, row: Row) -> None:
-        """Print every so many steps, the last one, and every evaluation."""
+    def show(self, row: MetricsRow) -> None:
+        """Print evaluations, the last step, and every `every`-th step."""
         if "eval_loss" in row:
-            self.console.print(evaluation_line(row))
+            self.console.print(format_evaluation(row))
         elif row["step"] % self.every == 0 or row["step"] == self.total:
-            self.console.print(step_line(row, self.total))
+            self.console.print(format_step(row, self.total))
 
 
-class Bar:
-    """A live bar with the figures of the last step beside it, as many as there is room for."""
+class StepBar:
+    """A progress bar followed by as many metrics of the last step as fit into the line."""
 
     def __init__(self, progress: Progress, total: int, done: int) -> None:
         self.progress = progress
-        self.task = progress.add_task("steps", total=total, completed=done, figures="")
-        self.beside = len(f"steps {total}/{total} -:--:-- ") + BAR + 2
+        self.task = progress.add_task("steps", total=total, completed=done, metrics="")
+        self.bar_width = len(f"steps {total}/{total} -:--:-- ") + BAR_WIDTH + 2
 
-    def show(self, row: Row) -> None:
-        """Move the bar, or print an evaluation above it."""
+    def show(self, row: MetricsRow) -> None:
+        """Advance the bar, or print an evaluation above the bar."""
         if "eval_loss" in row:
-            self.progress.console.print(evaluation_line(row))
+            self.progress.console.print(format_evaluation(row))
             return
-        figures = [
+        metrics = [
             f"loss {row['loss']:.4f}",
-            f"margin {_figure(row, 'rewards/margins', '+.3f')}",
+            f"margin {_format_metric(row, 'rewards/margins', '+.3f')}",
             f"accuracy {row['rewards/accuracies']:.0%}",
             f"{row['tokens_per_second']:,.0f} tok/s",
             f"{row['peak_memory_gb']:.2f} GB",
         ]
-        room = self.progress.console.width - self.beside  # of now: windows are resized
-        while len(figures) > 1 and len("  ".join(figures)) > room:
-            figures.pop()
-        self.progress.update(self.task, completed=row["step"], figures="  ".join(figures))
+        available = self.progress.console.width - self.bar_width  # windows may be resized
+        while len(metrics) > 1 and len("  ".join(metrics)) > available:
+            metrics.pop()
+        self.progress.update(self.task, completed=row["step"], metrics="  ".join(metrics))
 
 
 @contextmanager
-def showing_steps(console: Console, *, total: int, done: int, every: int) -> Iterator[Steps]:
-    """A bar on a terminal, lines elsewhere."""
+def show_steps(console: Console, *, total: int, done: int, every: int) -> Iterator[StepDisplay]:
+    """Yield a progress bar on a terminal, plain lines elsewhere.
+
+    Args:
+        total: number of optimizer steps of the run.
+        done: steps taken before a resume.
+        every: steps between plain lines.
+    """
     if not console.is_terminal:
-        yield Lines(console, total, every)
+        yield PlainLines(console, total, every)
         return
-    columns = [*_columns(total), TextColumn("{task.fields[figures]}")]
+    columns = [*_make_columns(total), TextColumn("{task.fields[metrics]}")]
     with Progress(*columns, console=console) as progress:
-        yield Bar(progress, total, done)
+        yield StepBar(progress, total, done)
 
 
 @contextmanager
-def counting(
-    console: Console, what: str, *, total: int | None, unit: str = "pairs"
-) -> Iterator["Count"]:
-    """A bar that counts on a terminal, one line elsewhere; `total` None: nobody knows it."""
+def show_progress(
+    console: Console, description: str, *, total: int | None, unit: str = "pairs"
+) -> Iterator["AdvanceProgress"]:
+    """Yield a function that advances a progress bar; without a terminal, print one line at the end.
+
+    Args:
+        total: number of items; None if it is unknown.
+    """
     if not console.is_terminal:
-        yield lambda more: None
+        yield lambda items: None
         if total is not None:
-            console.print(f"{what}: {total} {unit}")
+            console.print(f"{description}: {total} {unit}")
         return
-    with Progress(*_columns(total), console=console, transient=True) as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda more: progress.advance(task, more)
+    with Progress(*_make_columns(total), console=console, transient=True) as progress:
+        task = progress.add_task(description, total=total)
+        yield lambda items: progress.advance(task, items)
 
 
-class Count(Protocol):
-    """Told how many further pairs are done."""
+class AdvanceProgress(Protocol):
+    """A function that advances a progress bar."""
 
-    def __call__(self, more: int, /) -> None:
-        """So many more."""
+    def __call__(self, items: int, /) -> None:
+        """Advance by so many items."""
 
 
-def _columns(total: int | None) -> list[ProgressColumn]:
-    counted = "{task.completed}" if total is None else "{task.completed}/{task.total}"
+def _make_columns(total: int | None) -> list[ProgressColumn]:
+    counter = "{task.completed}" if total is None else "{task.completed}/{task.total}"
     return [
         TextColumn("{task.description}"),
-        BarColumn(bar_width=BAR),
-        TextColumn(counted),
+        BarColumn(bar_width=BAR_WIDTH),
+        TextColumn(counter),
         TimeRemainingColumn(),
     ]

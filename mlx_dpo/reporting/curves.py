@@ -1,188 +1,207 @@
-"""What is drawn of runs: rows of metrics in, charts out. Pure; `drawing` makes pictures of them."""
+"""Training curves as data: metrics rows in, charts out. `plots` draws the charts."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-Row = Mapping[str, float]
+from mlx_dpo.types import MetricsRow
 
 CHOSEN, REJECTED = "chosen", "rejected"
-HELD_OUT = "eval_"  # before the names of what was measured on held-out pairs
-AXES = {"step": "step", "epoch": "epoch", "tokens": "num_tokens"}  # along x: the name in a row
-WINDOW = 25  # a line's mean goes over so many-th parts of the run
-SMOOTHED = 50  # points from which a mean says more than they do
-MOST = 600  # points of one line; more cannot be told apart
+EVAL_PREFIX = "eval_"  # of metrics on held-out pairs
+X_AXES = {"step": "step", "epoch": "epoch", "tokens": "num_tokens"}  # name: key of a metrics row
+WINDOWS_PER_RUN = 25  # a trailing mean covers 1/25 of the run
+MIN_POINTS_TO_SMOOTH = 50  # shorter lines have no trailing mean
+MAX_POINTS = 600  # of a line; more cannot be distinguished in a chart
 
 
 class Line(NamedTuple):
-    """One metric of one run."""
+    """A metric of one run over the x axis, as N points."""
 
-    run: int
-    part: str  # `CHOSEN`, `REJECTED`, or nothing
+    run: int  # index of the run
+    completion: str  # `CHOSEN`, `REJECTED`, or "" for a metric of the pair
     held_out: bool
-    x: Sequence[float]
-    y: Sequence[float]
-    mean: Sequence[float]  # of y and of what came before it; y itself where it is not noisy
-    is_thinned: bool = False  # a point is several neighbours
+    x: Sequence[float]  # (N,)
+    y: Sequence[float]  # (N,)
+    smoothed: Sequence[float]  # (N,) trailing means of y; y itself if the line is not smoothed
+    is_downsampled: bool = False  # every point is the mean of several neighbours
 
 
 class Chart(NamedTuple):
-    """What goes into one picture."""
+    """Lines that share a plot."""
 
     title: str
     unit: str
     meaning: str
-    level: float | None  # of the reference itself, or of a coin
+    baseline: float | None  # value of the reference model, or of chance
     lines: Sequence[Line]
-    from_zero: bool = False  # less than nothing cannot be; small differences are to look small
+    starts_at_zero: bool = False  # for metrics that cannot be negative
 
 
 class Curve(NamedTuple):
-    """A chart that a run may have, and the metrics in it."""
+    """Definition of a chart: title, and the metrics that are drawn in it."""
 
     title: str
     unit: str
     meaning: str
-    names: Mapping[str, str]  # part: name in a row
-    level: float | None = None
-    noisy: bool = True  # a step says little; a mean over some is drawn as well
-    headline: bool = True  # belongs on a card, for those who did not train it
-    from_zero: bool = False
+    metrics: Mapping[str, str]  # completion ("" for the pair): key of a metrics row
+    baseline: float | None = None
+    is_noisy: bool = True  # a trailing mean is drawn as well
+    on_model_card: bool = True
+    starts_at_zero: bool = False
 
 
 CURVES = (
-    Curve("Loss", "", "what is made small", {"": "loss"}),
+    Curve("Loss", "", "training loss; lower is better", {"": "loss"}),
     Curve(
         "Margin",
         "nats",
-        "reward of chosen less that of rejected",
+        "reward of chosen minus reward of rejected",
         {"": "rewards/margins"},
-        level=0.0,
+        baseline=0.0,
     ),
     Curve(
         "Accuracy",
         "share",
-        "of pairs, or of judged answers, that the rewards put the right way round",
+        "pairs with the higher reward for chosen, or labelled completions rewarded correctly",
         {"": "rewards/accuracies"},
-        level=0.5,
+        baseline=0.5,
     ),
     Curve(
         "Rewards",
         "nats",
-        "β × log-ratio to the reference, or what the loss rewards in its place",
+        "β × log-ratio to the reference, or the loss's own implicit reward",
         {CHOSEN: "rewards/chosen", REJECTED: "rewards/rejected"},
-        level=0.0,
+        baseline=0.0,
     ),
     Curve(
         "Log-probabilities",
-        "nats an answer",
-        "how likely whole answers are",
+        "nats per completion",
+        "mean log-probability of a whole completion",
         {CHOSEN: "logps/chosen", REJECTED: "logps/rejected"},
     ),
-    Curve("KL", "nats", "estimate of the divergence from the reference", {"": "kl"}, level=0.0),
+    Curve("KL", "nats", "estimated KL divergence from the reference", {"": "kl"}, baseline=0.0),
     Curve(
         "Lengths",
         "tokens",
-        "of the answers that were scored",
+        "mean length of the scored completions",
         {CHOSEN: "lengths/chosen", REJECTED: "lengths/rejected"},
-        headline=False,
+        on_model_card=False,
     ),
     Curve(
         "Margin and length",
         "correlation",
-        "between how much longer chosen is and the margin; near 1 or -1: lengths are learnt",
+        "of the margin with the length difference; near 1 or -1 the policy learns length",
         {"": "length_correlation"},
-        level=0.0,
-        headline=False,
+        baseline=0.0,
+        on_model_card=False,
     ),
-    Curve("Gradient norm", "", "before clipping", {"": "grad_norm"}, from_zero=True),
-    Curve("Learning rate", "", "of the step", {"": "learning_rate"}, noisy=False, headline=False),
+    Curve("Gradient norm", "", "before clipping", {"": "grad_norm"}, starts_at_zero=True),
+    Curve(
+        "Learning rate",
+        "",
+        "after warm-up and decay",
+        {"": "learning_rate"},
+        is_noisy=False,
+        on_model_card=False,
+    ),
     Curve(
         "Speed",
-        "tokens a second",
+        "tokens per second",
         "without padding",
         {"": "tokens_per_second"},
-        headline=False,
-        from_zero=True,
+        on_model_card=False,
+        starts_at_zero=True,
     ),
     Curve(
         "Memory",
         "GB",
-        "the most that MLX held so far",
+        "peak memory of MLX so far",
         {"": "peak_memory_gb"},
-        noisy=False,
-        headline=False,
-        from_zero=True,
+        is_noisy=False,
+        on_model_card=False,
+        starts_at_zero=True,
     ),
     Curve(
         "Padding",
         "share of tokens",
-        "that went through the layers for nothing",
+        "padding tokens among all tokens of the forward passes",
         {"": "padding_share"},
-        headline=False,
-        from_zero=True,
+        on_model_card=False,
+        starts_at_zero=True,
     ),
 )
 
 
-def charts(
-    runs: Sequence[Sequence[Row]], *, along: str = "step", headline: bool = False
+def make_charts(
+    runs: Sequence[Sequence[MetricsRow]], *, x_axis: str = "step", for_model_card: bool = False
 ) -> list[Chart]:
-    """The charts that at least one run has something for; `headline`: those for a card.
+    """Return the charts for which at least one run has values.
 
     Args:
-        runs: rows of each, in the order of steps.
-        along: a key of `AXES`.
+        runs: metrics rows of each run, in the order of steps.
+        x_axis: a key of `X_AXES`.
+        for_model_card: leave out the curves that only matter to whoever trains the model.
     """
-    drawn = []
+    charts = []
     for curve in CURVES:
-        lines = [line for run, rows in enumerate(runs) for line in _lines(run, rows, curve, along)]
-        if lines and (curve.headline or not headline):
-            facts = (curve.title, curve.unit, curve.meaning, curve.level)
-            drawn.append(Chart(*facts, lines, curve.from_zero))
-    return drawn
+        lines = [
+            line for run, rows in enumerate(runs) for line in _make_lines(run, rows, curve, x_axis)
+        ]
+        if lines and (curve.on_model_card or not for_model_card):
+            charts.append(
+                Chart(
+                    curve.title,
+                    curve.unit,
+                    curve.meaning,
+                    curve.baseline,
+                    lines,
+                    curve.starts_at_zero,
+                )
+            )
+    return charts
 
 
-def _lines(run: int, rows: Sequence[Row], curve: Curve, along: str) -> Iterator[Line]:
-    # An evaluation says after which step it was; where that is along x, the step's own row says.
-    reached = {row["step"]: row[AXES[along]] for row in rows if AXES[along] in row}
-    for part, name in curve.names.items():
-        for prefix in ("", HELD_OUT):
-            whole = prefix + name
-            found = [
-                (reached[row["step"]], row[whole])
+def _make_lines(run: int, rows: Sequence[MetricsRow], curve: Curve, x_axis: str) -> Iterator[Line]:
+    # An evaluation row has a step, but no epoch or token count: the step's training row has both.
+    x_of_step = {row["step"]: row[X_AXES[x_axis]] for row in rows if X_AXES[x_axis] in row}
+    for completion, metric in curve.metrics.items():
+        for prefix in ("", EVAL_PREFIX):
+            key = prefix + metric
+            points = [
+                (x_of_step[row["step"]], row[key])
                 for row in rows
-                if whole in row and row["step"] in reached
+                if key in row and row["step"] in x_of_step
             ]
-            if found:
-                yield _line(run, part, found, curve, held_out=bool(prefix))
+            if points:
+                yield _make_line(run, completion, points, curve, held_out=bool(prefix))
 
 
-def _line(
-    run: int, part: str, found: list[tuple[float, float]], curve: Curve, *, held_out: bool
+def _make_line(
+    run: int, completion: str, points: list[tuple[float, float]], curve: Curve, *, held_out: bool
 ) -> Line:
-    """Neighbours become their mean where there are more points than can be told apart."""
-    count = len(found)
-    smooth = curve.noisy and not held_out and count >= SMOOTHED
-    width = 1 if held_out else -(-count // MOST)
-    starts = range(0, count, width)
+    """Return a line of at most `MAX_POINTS` points; held-out points are not downsampled."""
+    count = len(points)
+    group = 1 if held_out else -(-count // MAX_POINTS)  # neighbours per point
+    starts = range(0, count, group)
     x, y = (
-        [_mean(axis[start : start + width]) for start in starts]
-        for axis in zip(*found, strict=True)
+        [_mean(values[start : start + group]) for start in starts]
+        for values in zip(*points, strict=True)
     )
-    ends = [min(start + width, count) for start in starts]
-    means = trailing_mean([y for _, y in found], window(count), ends) if smooth else y
-    return Line(run, part, held_out, x, y, means, width > 1)
+    smoothed = y
+    if curve.is_noisy and not held_out and count >= MIN_POINTS_TO_SMOOTH:
+        ends = [min(start + group, count) for start in starts]
+        smoothed = trailing_mean([y for _, y in points], window_size(count), ends)
+    return Line(run, completion, held_out, x, y, smoothed, group > 1)
 
 
-def window(points: int) -> int:
-    """How many points a mean goes over."""
-    return max(5, points // WINDOW)
+def window_size(points: int) -> int:
+    """Return the number of points of a trailing mean over a line of so many points."""
+    return max(5, points // WINDOWS_PER_RUN)
 
 
-def trailing_mean(values: Sequence[float], width: int, ends: Iterable[int]) -> list[float]:
-    """The mean of the last `width` of the first so many values: a step knows no later one."""
-    return [_mean(values[max(0, end - width) : end]) for end in ends]
+def trailing_mean(values: Sequence[float], window: int, ends: Iterable[int]) -> list[float]:
+    """Return, for each of `ends`, the mean of the `window` values before it."""
+    return [_mean(values[max(0, end - window) : end]) for end in ends]
 
 
 def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)  # `fmean` refuses infinities of both signs
+    return sum(values) / len(values)  # `fmean` raises for infinities of both signs

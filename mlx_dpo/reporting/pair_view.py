@@ -1,6 +1,6 @@
-"""Pairs as the model sees them, on a terminal: told apart by marks, and by colours where there are.
+"""Terminal views of preference pairs: their text with a mark per line, and length histograms.
 
-A mark stands before every line, so that nothing hangs on colours.
+Every line of text begins with a mark, so that its meaning does not depend on colours.
 """
 
 import re
@@ -14,81 +14,83 @@ from rich.text import Text
 PROMPT, SCORED, CUT = "prompt", "scored", "cut"
 MARKS = {PROMPT: "│", SCORED: "█", CUT: "╳"}
 STYLES = {PROMPT: "", SCORED: "green", CUT: "red dim"}
-SPECIAL = "bold cyan"
+SPECIAL_TOKEN_STYLE = "bold cyan"
 OPEN, CLOSE, NEWLINE = "⟦", "⟧", "⏎"
 LEGEND = (
-    f"{MARKS[PROMPT]} read   {MARKS[SCORED]} scored   {MARKS[CUT]} cut   "
-    f"{OPEN}control token{CLOSE}   {NEWLINE} end of a line"
+    f"{MARKS[PROMPT]} prompt   {MARKS[SCORED]} scored   {MARKS[CUT]} cut   "
+    f"{OPEN}special token{CLOSE}   {NEWLINE} end of a line"
 )
-HEAD, TAIL = 300, 100  # characters that are shown of what was cut
-# What would move the cursor, colour the screen or turn the writing round is shown by its number.
-UNSEEN = re.compile(
+HEAD, TAIL = 300, 100  # characters of a cut text that are shown
+# Characters that move the cursor, change colours or the writing direction are shown as \uXXXX.
+CONTROL_CHARACTERS = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]"
 )
 
 
 class Piece(Protocol):
-    """Text of tokens; see `preferences.showing`."""
+    """Decoded text of consecutive tokens; `data.inspect.show` makes the pieces."""
 
     @property
     def text(self) -> str:
-        """As the tokenizer decodes it."""
+        """Text as the tokenizer decodes it."""
 
     @property
     def special(self) -> bool:
-        """Whether it is a control token."""
+        """Whether the piece is a special token."""
 
 
 class Part(Protocol):
-    """Tokens that are treated alike."""
+    """Consecutive tokens of a pair with the same treatment: prompt, scored or cut."""
 
     @property
     def name(self) -> str:
-        """Whose they are."""
+        """Name of the text that the tokens are from, such as `chosen`."""
 
     @property
     def kind(self) -> str:
-        """What is done to them."""
+        """Treatment of the tokens, a key of `MARKS`."""
 
     @property
     def tokens(self) -> int:
-        """How many they are."""
+        """Number of tokens."""
 
     @property
     def pieces(self) -> Sequence[Piece]:
-        """Their text."""
+        """Text of the tokens."""
 
 
 def print_legend(console: Console) -> None:
-    """What the marks mean."""
+    """Print the meaning of the marks."""
     console.print(LEGEND, style="dim", markup=False)
 
 
-def print_page(console: Console, where: str, notes: Iterable[str], parts: Iterable[Part]) -> None:
-    """One pair."""
+def print_pair(
+    console: Console, location: str, notes: Iterable[str], parts: Iterable[Part]
+) -> None:
+    """Print a pair: its location, notes, and the text of its parts with a mark per line."""
     console.print()
-    console.print(Rule(Text(where), align="left", characters="─", style="bold"))
+    console.print(Rule(Text(location), align="left", characters="─", style="bold"))
     for note in notes:
         console.print(note, markup=False)
     for part in parts:
         tokens = f"{part.tokens:,} token{'s' * (part.tokens != 1)}"
-        console.print(f"{part.name}, {tokens}, {_done(part)}", style="bold")
-        for line in _lines(console, part):
+        console.print(f"{part.name}, {tokens}, {_treatment(part)}", style="bold")
+        for line in _wrap_lines(console, part):
             console.print(Text(f"{MARKS[part.kind]} ", style=STYLES[part.kind]) + line)
 
 
-def _done(part: Part) -> str:
-    return {PROMPT: "read", SCORED: "scored", CUT: "cut: never seen"}[part.kind]
+def _treatment(part: Part) -> str:
+    return {PROMPT: "not scored", SCORED: "scored", CUT: "cut: not in the model's input"}[part.kind]
 
 
-def _lines(console: Console, part: Part) -> Iterator[Text]:
+def _wrap_lines(console: Console, part: Part) -> Iterator[Text]:
     text = Text()
     for piece in part.pieces:
-        shown = UNSEEN.sub(lambda match: f"\\u{ord(match[0]):04x}", piece.text)
+        printable = CONTROL_CHARACTERS.sub(lambda match: f"\\u{ord(match[0]):04x}", piece.text)
         if piece.special:
-            text.append(f"{OPEN}{shown}{CLOSE}", SPECIAL)
+            text.append(f"{OPEN}{printable}{CLOSE}", SPECIAL_TOKEN_STYLE)
         else:
-            text.append(shown.replace("\n", f"{NEWLINE}\n"), STYLES[part.kind])
+            text.append(printable.replace("\n", f"{NEWLINE}\n"), STYLES[part.kind])
     if part.kind == CUT and len(text) > HEAD + TAIL:
         text = text[:HEAD] + Text(" […] ", STYLES[CUT]) + text[-TAIL:]
     for line in text.split("\n"):
@@ -98,40 +100,45 @@ def _lines(console: Console, part: Part) -> Iterator[Text]:
             yield line
 
 
-WIDTH = 16  # of the longest bar
+MAX_BAR_WIDTH = 16  # characters
 EIGHTHS = " ▏▎▍▌▋▊▉"
 
 
-def histogram(
-    parts: Sequence[str], bins: Sequence[tuple[int, int, Sequence[int]]], unit: str
+def format_histogram(
+    columns: Sequence[str], bins: Sequence[tuple[int, int, Sequence[int]]], unit: str
 ) -> list[str]:
-    """One line for each bin of (low, high, counts), one column of bars for each part."""
-    most = max(max(counts) for _, _, counts in bins)
+    """Return a histogram as lines, with a line per bin and a column of bars per name in `columns`.
+
+    Args:
+        bins: (low, high, counts), where counts has a number per column.
+        unit: heading of the bins' bounds.
+    """
+    max_count = max(max(counts) for _, _, counts in bins)
     labels = [f"{low:,}" if low == high else f"{low:,}–{high:,}" for low, high, _ in bins]
-    left = max(len(unit), *map(len, labels))
-    digits = len(f"{most:,}")
-    column = WIDTH + 1 + digits
-    lines = [f"{unit:>{left}}  " + "  ".join(f"{part:<{column}}" for part in parts)]
+    label_width = max(len(unit), *map(len, labels))
+    column_width = MAX_BAR_WIDTH + 1 + len(f"{max_count:,}")
+    lines = [f"{unit:>{label_width}}  " + "  ".join(f"{name:<{column_width}}" for name in columns)]
     for label, (_, _, counts) in zip(labels, bins, strict=True):
-        cells = (f"{f'{bar(n / most)} {n:,}' if n else '':<{column}}" for n in counts)
-        lines.append(f"{label:>{left}}  " + "  ".join(cells))
+        bars = (f"{format_bar(n / max_count)} {n:,}" if n else "" for n in counts)
+        cells = "  ".join(f"{bar:<{column_width}}" for bar in bars)
+        lines.append(f"{label:>{label_width}}  {cells}")
     return [line.rstrip() for line in lines]
 
 
-def bar(share: float) -> str:
-    """A bar, in eighths of a character; what is there is never invisible."""
-    eighths = max(1, round(share * WIDTH * 8)) if share else 0
+def format_bar(share: float) -> str:
+    """Return a bar in eighths of a character; a share above 0 has at least one eighth."""
+    eighths = max(1, round(share * MAX_BAR_WIDTH * 8)) if share else 0
     full, rest = divmod(eighths, 8)
     return "█" * full + EIGHTHS[rest].strip()
 
 
-def spread_lines(spreads: Mapping[str, Sequence[int]]) -> list[str]:
-    """Median, the length that 95 % keep within, and the longest of each part."""
-    names = ("median", "95 %", "longest")
-    left = max(map(len, spreads))
-    rows = [f"{'':{left}}  " + "  ".join(f"{name:>9}" for name in names)]
+def format_length_summary(lengths: Mapping[str, Sequence[int]]) -> list[str]:
+    """Return a table as lines: name, then median, 95th percentile and maximum of the lengths."""
+    headings = ("median", "95 %", "longest")
+    width = max(map(len, lengths))
+    rows = [f"{'':{width}}  " + "  ".join(f"{heading:>9}" for heading in headings)]
     rows += [
-        f"{part:<{left}}  " + "  ".join(f"{value:>9,}" for value in values)
-        for part, values in spreads.items()
+        f"{name:<{width}}  " + "  ".join(f"{value:>9,}" for value in values)
+        for name, values in lengths.items()
     ]
     return rows

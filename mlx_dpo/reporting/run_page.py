@@ -1,121 +1,78 @@
-"""Runs as one HTML page that needs nothing else: figures, curves, and what was set otherwise."""
+"""The HTML page of `mlx-dpo report`: metrics, curves and settings of one run or of several."""
 
 from base64 import b64encode
 from collections.abc import Iterator, Mapping, Sequence
-from html import escape
 from typing import NamedTuple
 
-from mlx_dpo.reporting import plots as drawing
-from mlx_dpo.reporting.curves import MOST, Chart, Line
-from mlx_dpo.reporting.html import document
-from mlx_dpo.reporting.plots import MARKS
-
-STYLE = f"""
-:root {{ color-scheme: light dark; --paper: {drawing.LIGHT.paper}; --ink: {drawing.LIGHT.ink};
-  --faint: {drawing.LIGHT.faint}; }}
-@media (prefers-color-scheme: dark) {{ :root {{ --paper: {drawing.DARK.paper};
-  --ink: {drawing.DARK.ink}; --faint: {drawing.DARK.faint}; }} }}
-body {{ font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 90rem;
-  padding: 0 1rem; background: var(--paper); color: var(--ink); }}
-h1 {{ font-size: 1.3rem; }} h2 {{ font-size: 1.05rem; margin: 2rem 0 .5rem; }}
-.wide {{ overflow-x: auto; }}
-table {{ border-collapse: collapse; }}
-th, td {{ padding: .25rem .9rem .25rem 0; text-align: right; vertical-align: bottom;
-  border-bottom: 1px solid var(--faint); }}
-th:first-child, .facts td {{ text-align: left; }}
-.facts th, .facts td {{ vertical-align: top; }} .facts td {{ overflow-wrap: anywhere; }}
-.facts th {{ white-space: nowrap; }}
-.charts {{ display: grid; gap: 1.5rem;
-  grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); }}
-figure {{ margin: 0; }} figcaption, .note {{ opacity: .75; font-size: .9rem; }}
-.charts img {{ width: 100%; height: auto; }} .legend img {{ max-width: 100%; }}
-"""
-
-THEMES = (drawing.LIGHT, drawing.DARK)
+from mlx_dpo.reporting import plots
+from mlx_dpo.reporting.curves import MAX_POINTS, Chart
+from mlx_dpo.reporting.html import render_page
+from mlx_dpo.reporting.plots import DARK, LIGHT, MARKERS
 
 
-class Told(NamedTuple):
-    """What is said of one run beside its curves."""
+class RunDetails(NamedTuple):
+    """Facts about a run that are shown with its curves."""
 
     name: str
-    facts: Sequence[tuple[str, str]]
-    figures: Mapping[str, str]  # label: value, in the order they are shown
+    facts: Sequence[tuple[str, str]]  # name and text, below the curves
+    cells: Mapping[str, str]  # heading: value, in the order of the table above the curves
     warnings: Sequence[str]
 
 
-def run_page(runs: Sequence[Told], charts: Sequence[Chart], along: str) -> str:
-    """The page of one run or of several; whatever a person or a file said stands in it as text."""
+class _Picture(NamedTuple):
+    """An image for light and for dark themes, as data URIs."""
+
+    light: str
+    dark: str
+    alt: str
+
+
+def render_run_page(runs: Sequence[RunDetails], charts: Sequence[Chart], x_axis: str) -> str:
+    """Return the page of one run or of several as HTML."""
     names = [run.name for run in runs]
-    legend = _picture([drawing.legend(charts, names, t) for t in THEMES], ", ".join(names))
-    body = [
-        f'<div class="wide">{_figures(runs)}</div>\n',
-        f'<h2>Curves</h2>\n<p class="note">{escape(_note(charts))}</p>\n',
-        f'<p class="legend">{legend}</p>\n',
-        '<div class="charts">\n',
-        *(_chart(chart, names, along) for chart in charts),
-        "</div>\n",
-        *(_facts(run, alone=len(runs) == 1) for run in runs),
-    ]
-    return document(", ".join(names), STYLE, "".join(body), pictures=True)
-
-
-def _figures(runs: Sequence[Told]) -> str:
-    labels = list(dict.fromkeys(label for run in runs for label in run.figures))
-    head = "".join(f"<th>{escape(label)}</th>" for label in labels)
-    rows = "".join(
-        f"<tr><th>{escape(run.name)}</th>"
-        + "".join(f"<td>{escape(run.figures.get(label, ''))}</td>" for label in labels)
-        + "</tr>\n"
-        for run in runs
+    legend = [plots.legend_svg(charts, names, theme) for theme in (LIGHT, DARK)]
+    return render_page(
+        "run.html",
+        title=", ".join(names),
+        light=LIGHT,
+        dark=DARK,
+        labels=list(dict.fromkeys(label for run in runs for label in run.cells)),
+        runs=runs,
+        note=_note(charts),
+        legend=_picture(legend, ", ".join(names)),
+        charts=[(chart, _draw(chart, names, x_axis)) for chart in charts],
     )
-    return f"<table>\n<tr><th>on held-out pairs</th>{head}</tr>\n{rows}</table>\n"
 
 
 def _note(charts: Sequence[Chart]) -> str:
-    said = ["Dotted: where the reference itself would be, or a coin."]
-    drawn = [line for chart in charts for line in chart.lines]
-    if any(line.mean != line.y for line in drawn):
-        said.append("Faint: each step; strong: the mean of it and of those before it.")
-    if any(line.is_thinned for line in drawn):
-        said.append(f"Of more than {MOST} steps, neighbours are one, their mean.")
-    if len({line.run for line in drawn}) > len(MARKS):
-        said.append(f"Marks repeat after {len(MARKS)} runs, then in other colours.")
-    return " ".join(said)
+    """Explain the line styles that occur in the charts."""
+    sentences = ["Dotted: the value of the reference model, or of chance."]
+    lines = [line for chart in charts for line in chart.lines]
+    if any(line.smoothed != line.y for line in lines):
+        sentences.append("Faint: every step; strong: trailing mean.")
+    if any(line.is_downsampled for line in lines):
+        sentences.append(
+            f"Runs of more than {MAX_POINTS} steps are downsampled: a point is the mean of "
+            "neighbouring steps."
+        )
+    if len({line.run for line in lines}) > len(MARKERS):
+        sentences.append(f"Markers repeat after {len(MARKERS)} runs, with other colours.")
+    return " ".join(sentences)
 
 
-def _chart(chart: Chart, names: Sequence[str], along: str) -> str:
-    pictures = [drawing.svg(chart, len(names), along, theme) for theme in THEMES]
-    said = ". ".join(_in_words(chart, names))
-    return (
-        f"<figure>{_picture(pictures, f'{chart.title}. {said}')}"
-        f"<figcaption>{escape(chart.title)}: {escape(chart.meaning)}</figcaption></figure>\n"
-    )
+def _draw(chart: Chart, names: Sequence[str], x_axis: str) -> _Picture:
+    svgs = [plots.chart_svg(chart, len(names), x_axis, theme) for theme in (LIGHT, DARK)]
+    return _picture(svgs, f"{chart.title}. {'. '.join(_describe_lines(chart, names))}")
 
 
-def _in_words(chart: Chart, names: Sequence[str]) -> Iterator[str]:
-    """What a picture shows, for those who cannot see it."""
+def _describe_lines(chart: Chart, names: Sequence[str]) -> Iterator[str]:
+    """Yield the first and last value of each line, for screen readers."""
     for line in chart.lines:
-        of = [names[line.run], line.part, "held out" * line.held_out]
-        yield f"{', '.join(filter(None, of))}: from {_value(line, 0)} to {_value(line, -1)}"
+        parts = [names[line.run], line.completion, "held out" * line.held_out]
+        first, last = line.smoothed[0], line.smoothed[-1]
+        yield f"{', '.join(filter(None, parts))}: from {first:.4g} to {last:.4g}"
 
 
-def _value(line: Line, place: int) -> str:
-    return f"{line.mean[place]:.4g}"
-
-
-def _picture(pictures: Sequence[bytes], said: str) -> str:
-    light, dark = (f"data:image/svg+xml;base64,{b64encode(p).decode()}" for p in pictures)
-    return (
-        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
-        f'<img src="{light}" alt="{escape(said)}"></picture>'
-    )
-
-
-def _facts(run: Told, *, alone: bool) -> str:
-    title = "The run" if alone else run.name
-    warned = [("warning", said) for said in run.warnings]
-    rows = "".join(
-        f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>\n"
-        for name, text in [*run.facts, *warned]
-    )
-    return f'<h2>{escape(title)}</h2>\n<table class="facts">\n{rows}</table>\n'
+def _picture(svgs: Sequence[bytes], alt: str) -> _Picture:
+    light, dark = (f"data:image/svg+xml;base64,{b64encode(svg).decode()}" for svg in svgs)
+    return _Picture(light, dark, alt)

@@ -19,6 +19,7 @@ from mlx_dpo.errors import ConfigError, RunError
 from mlx_dpo.losses.metrics import NAMES
 from mlx_dpo.runs.folder import RunPaths
 from mlx_dpo.training.checkpoint import path_of, steps_in, whole_folder
+from mlx_dpo.types import MetricsRow
 
 LOWER_IS_BETTER = {
     "loss": True,
@@ -101,9 +102,6 @@ class Watched:
         return "; ".join(parts)
 
 
-Row = dict[str, float]
-
-
 class Best:
     """The best evaluation so far; of a run that watches no metric, nothing."""
 
@@ -141,7 +139,7 @@ class Best:
                 f"use less than {between}, or a smaller --eval-steps"
             )
 
-    def go_on(self, rows: Sequence[Row]) -> None:
+    def go_on(self, rows: Sequence[MetricsRow]) -> None:
         """Stand where the rows up to a checkpoint lead.
 
         Raises:
@@ -156,7 +154,7 @@ class Best:
                 "put them back, or begin again with another --output"
             )
 
-    def judge(self, row: Row, save: Callable[[Path], None]) -> None:
+    def judge(self, row: MetricsRow, save: Callable[[Path], None]) -> None:
         """Judge an evaluation; `save` its adapters into a folder if it is the best."""
         if self.watched is None:
             return
@@ -180,7 +178,7 @@ class Best:
         """The step whose adapters the run finishes with, None for the last."""
         return self.standing.step if self.keeps else None
 
-    def prune(self, rows: Sequence[Row]) -> None:
+    def prune(self, rows: Sequence[MetricsRow]) -> None:
         """Remove what no checkpoint that is left can still need."""
         if self.watched is None or not self.keeps:
             return

@@ -15,7 +15,7 @@ from mlx_dpo.data.tokenization.cache import RowProgress
 from mlx_dpo.errors import ConfigError, TrainingError
 from mlx_dpo.losses.metrics import named, step_row
 from mlx_dpo.profiling.memory import limited_buffers
-from mlx_dpo.reporting.metrics_log import MetricsLog, read_rows, timed
+from mlx_dpo.reporting.metrics_log import MetricsLog, read_metrics, timed
 from mlx_dpo.runs.auto_batch_size import settle
 from mlx_dpo.runs.build import (
     as_reference,
@@ -56,9 +56,8 @@ from mlx_dpo.trackers.base import OpenTrackers, RunInfo
 from mlx_dpo.training import checkpoint, loop
 from mlx_dpo.training.logps_cache import read_logps, write_logps
 from mlx_dpo.training.objective import evaluate
-from mlx_dpo.types import PairLogps
+from mlx_dpo.types import MetricsRow, PairLogps
 
-Row = dict[str, float]
 Heard = Callable[[int], None]
 SPLITS = ("train", "valid")
 
@@ -91,7 +90,7 @@ class DPOTrainer:
         self.paths = RunPaths(Path(config.output))
         self.stopped = False  # on request, before the last step
         self.stopped_early_at: int | None = None
-        self.evaluation: Row | None = None  # of the adapters that the run ends with
+        self.evaluation: MetricsRow | None = None  # of the adapters that the run ends with
         self.warnings: list[str] = []  # from the monitor, including those before a resume
         self.shipped = ""  # programs that can load the adapters of the finished run
         self.best = Best(config, self.paths)
@@ -229,7 +228,7 @@ class DPOTrainer:
             self.start = checkpoint.restore(
                 last, self.policy, self.optimizer, self.synced_reference
             )
-        rows = [row for row in read_rows(self.paths.metrics) if row["step"] <= self.start.step]
+        rows = [row for row in read_metrics(self.paths.metrics) if row["step"] <= self.start.step]
         self.best.go_on(rows)
         self.monitor = make_monitor(self.config, self.inputs.train, total_steps=self.total_steps)
         self.warnings = [warning for row in rows for warning in self.monitor.hear(row)]
@@ -237,7 +236,7 @@ class DPOTrainer:
         write_record(self.paths, self.record)
         self._open_trackers(rows)
 
-    def _open_trackers(self, rows: list[Row]) -> None:
+    def _open_trackers(self, rows: list[MetricsRow]) -> None:
         earlier = self.earlier["settings"].get("report_to", ()) if self.earlier else ()
         info = RunInfo(
             id=self.record["id"],
@@ -255,7 +254,7 @@ class DPOTrainer:
         """Save a checkpoint after the current step and stop."""
         self.stop_requested = True
 
-    def train(self) -> Iterator[Row]:
+    def train(self) -> Iterator[MetricsRow]:
         """Yield one row of metrics per step, and one with `eval_` names per evaluation.
 
         Each row is in `metrics.jsonl` before it is yielded. After the last row the adapters are
@@ -281,7 +280,7 @@ class DPOTrainer:
             raise
         yield from self._finish()
 
-    def _take_steps(self) -> Iterator[Row]:
+    def _take_steps(self) -> Iterator[MetricsRow]:
         """Yield the logged metrics of each optimizer step.
 
         Nothing is left to do if the run was killed after early stopping had ended it.
@@ -310,7 +309,7 @@ class DPOTrainer:
                 write_record(self.paths, self.record)
             yield row
 
-    def _log_row(self, row: Row) -> Row:
+    def _log_row(self, row: MetricsRow) -> MetricsRow:
         """Write a row to `metrics.jsonl` first, then to the trackers.
 
         A row that a crash keeps out of the file is computed and logged again on resume.
@@ -322,13 +321,13 @@ class DPOTrainer:
         step = self._progress.step
         return every is not None and step % every == 0 and step < self.total_steps
 
-    def _evaluate_and_log(self) -> Row:
+    def _evaluate_and_log(self) -> MetricsRow:
         """Evaluate, save the adapters of a new best evaluation, then log its row."""
         row = {"step": self._progress.step, **self.evaluate()}
         self.best.judge(row, lambda folder: save_adapter(folder, self.policy, self.adapter_config))
         return self._log_row(row)
 
-    def evaluate(self) -> Row:
+    def evaluate(self) -> MetricsRow:
         """Return metrics of the current policy on the held-out pairs, with `eval_` names."""
         synced = self.synced_reference and self.synced_reference.logps(
             self.policy, self.inputs.valid
@@ -353,11 +352,11 @@ class DPOTrainer:
             self.synced_reference,
         )
         checkpoint.prune(self.paths.checkpoints, self.config.save_total_limit)
-        self.best.prune(read_rows(self.paths.metrics))
+        self.best.prune(read_metrics(self.paths.metrics))
 
     # --- finish ----------------------------------------------------------------------------
 
-    def _finish(self) -> Iterator[Row]:
+    def _finish(self) -> Iterator[MetricsRow]:
         """Write the final adapters and results; yield the last evaluation if it is new."""
         step = self._progress.step
         self._save_checkpoint()

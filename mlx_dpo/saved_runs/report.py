@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.errors import ConfigError, RunError, reason
 from mlx_dpo.io.atomic import write_file
-from mlx_dpo.reporting import plots as drawing
-from mlx_dpo.reporting.console import closing
-from mlx_dpo.reporting.curves import charts
-from mlx_dpo.reporting.metrics_log import Row, read_rows
-from mlx_dpo.reporting.run_page import Told, run_page
+from mlx_dpo.reporting import plots
+from mlx_dpo.reporting.console import format_final_metrics
+from mlx_dpo.reporting.curves import make_charts
+from mlx_dpo.reporting.metrics_log import read_metrics
+from mlx_dpo.reporting.run_page import RunDetails, render_run_page
 from mlx_dpo.runs.folder import CURVES, RunPaths, known_run
 from mlx_dpo.runs.summary import loss_line
+from mlx_dpo.types import MetricsRow
 
 PAGE, PICTURE = "report.html", "report.png"
 
@@ -24,7 +25,7 @@ class Followed(NamedTuple):
 
     paths: RunPaths
     record: dict[str, Any]
-    rows: list[Row]
+    rows: list[MetricsRow]
 
     @property
     def step(self) -> int:
@@ -32,7 +33,7 @@ class Followed(NamedTuple):
         return int(self.rows[-1]["step"])
 
     @property
-    def evaluation(self) -> Row:
+    def evaluation(self) -> MetricsRow:
         """On held-out pairs: of the adapters that were kept, else the last there is, if any."""
         judged = [row for row in self.rows if "eval_loss" in row]
         return dict(self.record["evaluation"] or (judged[-1] if judged else {}))
@@ -45,18 +46,20 @@ def follow(folder: str) -> Followed:
         RunError: it is no run, or no step was taken yet.
     """
     paths, record = known_run(folder)
-    rows = read_rows(paths.metrics)
+    rows = read_metrics(paths.metrics)
     if not rows:
         raise RunError(f"{folder}: no step was taken yet; there is nothing to draw")
     return Followed(paths, record, rows)
 
 
-def report(folders: Sequence[str], output: str | None, along: str) -> tuple[list[Told], list[Path]]:
+def report(
+    folders: Sequence[str], output: str | None, along: str
+) -> tuple[list[RunDetails], list[Path]]:
     """Write the page and the picture of one run, or of several overlaid.
 
     Args:
         output: folder for both; that of the run if there is only one.
-        along: what x is, a key of `curves.AXES`.
+        along: what x is, a key of `curves.X_AXES`.
 
     Raises:
         RunError: a folder is no run, or nothing can be written.
@@ -67,20 +70,20 @@ def report(folders: Sequence[str], output: str | None, along: str) -> tuple[list
     runs = [follow(folder) for folder in folders]
     names = names_of([run.paths.folder for run in runs])
     told = _apart([_told(run, name) for run, name in zip(runs, names, strict=True)], runs)
-    drawn = charts([run.rows for run in runs], along=along)
+    drawn = make_charts([run.rows for run in runs], x_axis=along)
     there = Path(output).expanduser() if output else runs[0].paths.folder
     files = {
-        PAGE: run_page(told, drawn, along).encode(),
-        PICTURE: drawing.png(drawn, names, along),
+        PAGE: render_run_page(told, drawn, along).encode(),
+        PICTURE: plots.charts_png(drawn, names, along),
     }
     return told, [_write(there / name, content) for name, content in files.items()]
 
 
 def draw_curves(folder: Path) -> bool:
     """Put the picture that goes with a card into a run folder; False: it has no metrics."""
-    drawn = charts([read_rows(RunPaths(folder).metrics)], headline=True)
+    drawn = make_charts([read_metrics(RunPaths(folder).metrics)], for_model_card=True)
     if drawn:
-        _write(folder / CURVES, drawing.png(drawn, [folder.name], "step"))
+        _write(folder / CURVES, plots.charts_png(drawn, [folder.name], "step"))
     return bool(drawn)
 
 
@@ -100,7 +103,7 @@ def names_of(folders: Sequence[Path]) -> list[str]:
     return ["".join(c if c.isprintable() else ascii(c)[1:-1] for c in name) for name in found]
 
 
-def _told(run: Followed, name: str) -> Told:
+def _told(run: Followed, name: str) -> RunDetails:
     record, settings = run.record, run.record["settings"]
     config = DPOConfig.from_dict(settings)
     versions = ", ".join(f"{what} {number}" for what, number in record["versions"].items())
@@ -118,9 +121,9 @@ def _told(run: Followed, name: str) -> Told:
     figures = {
         "step": f"{run.step:,}",
         "judged at": f"{judged['step']:,}" if "step" in judged else "-",
-        **closing(judged),
+        **format_final_metrics(judged),
     }
-    return Told(name, facts, figures, record.get("warnings", []))
+    return RunDetails(name, facts, figures, record.get("warnings", []))
 
 
 def _state(run: Followed) -> str:
@@ -144,7 +147,7 @@ def _value(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def _apart(told: Sequence[Told], runs: Sequence[Followed]) -> list[Told]:
+def _apart(told: Sequence[RunDetails], runs: Sequence[Followed]) -> list[RunDetails]:
     """With the model and the settings in which the runs differ before their figures."""
     configs = [DPOConfig.from_dict(run.record["settings"]) for run in runs]
     set_by = [config.shareable() for config in configs]
@@ -153,10 +156,10 @@ def _apart(told: Sequence[Told], runs: Sequence[Followed]) -> list[Told]:
     models = [dict(one.facts)["model"] for one in told]
     return [
         one._replace(
-            figures={
+            cells={
                 **({"model": model} if len(set(models)) > 1 else {}),
                 **{n: _value(getattr(c, n)) for n in differing},
-                **one.figures,
+                **one.cells,
             }
         )
         for one, model, c in zip(told, models, configs, strict=True)

@@ -180,7 +180,7 @@ def test_a_terminal_shows_answers_beside_each_other_and_shaded(
     plain = re.sub(r"\x1b\[[0-9;]*m", "", seen)
     assert bool(re.search(r"base \(.+ nats.*\).+aligned \(.+ nats", plain)) is beside
     assert ("\x1b[38;5;" in seen or "48;" in seen) is coloured
-    assert re.search(r"Blue, bold where strong", plain)
+    assert re.search(r"Blue, bold if strong", plain)
 
 
 @pytest.mark.parametrize(

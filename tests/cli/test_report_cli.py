@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from mlx_dpo import DPOConfig
 from mlx_dpo.cli import cli
-from mlx_dpo.reporting.metrics_log import read_rows
+from mlx_dpo.reporting.metrics_log import read_metrics
 from mlx_dpo.saved_runs.report import names_of
 from tests.checkpoints import make_checkpoint
 from tests.runs.train_helper import train
@@ -44,7 +44,7 @@ def call(*words):
 def test_the_figures_of_a_run_are_printed_and_its_page_and_picture_lie_in_it(there):
     done = call("a/run")
     assert done.exit_code == 0, done.output
-    last = [row for row in read_rows(there / "a/run/metrics.jsonl") if "eval_loss" in row][-1]
+    last = [row for row in read_metrics(there / "a/run/metrics.jsonl") if "eval_loss" in row][-1]
     said = dict(re.findall(r"^  (\w[\w -]*?)  +(\S+)  $", done.stdout, re.MULTILINE))
     assert said["step"] == "8" and said["loss"] == f"{last['eval_loss']:.4f}"
     assert said["log-prob of rejected"] == f"{last['eval_logps/rejected']:.4f}"

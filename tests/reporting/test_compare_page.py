@@ -1,31 +1,40 @@
-"""The page of a comparison: one file, nothing from elsewhere, text that stays text."""
+"""The compare page: one self-contained file in which all text is escaped."""
 
 import re
 from html.parser import HTMLParser
 
 import pytest
 
-from mlx_dpo.reporting.compare_page import Answer, Table, page
-from mlx_dpo.reporting.html import shade
+from mlx_dpo.reporting.compare_page import (
+    Comparison,
+    Completion,
+    render_compare_page,
+    shade_level,
+)
 
-EVIL = '<script>alert(1)</script><img src=x onerror=alert(2)> & "it\'s"'
-TABLE = Table(
-    title=f"compare {EVIL}",
-    notes=[f"note {EVIL}"],
-    names=[f"base {EVIL}", "aligned"],
-    prompts=[[("system", EVIL), ("user", EVIL)]],
-    rows=[[Answer([(EVIL, 0.7), (" so", -2.5), (".", 0.0)], -0.2), Answer([("Yes", 0.05)], None)]],
-    figures=[{"tokens": "3"}, {"tokens": "1"}],
+HOSTILE = '<script>alert(1)</script><img src=x onerror=alert(2)> & "it\'s" {{ 7 * 7 }} {% if %}'
+COMPARISON = Comparison(
+    title=f"compare {HOSTILE}",
+    notes=[f"note {HOSTILE}"],
+    names=[f"base {HOSTILE}", "aligned"],
+    prompts=[[("system", HOSTILE), ("user", HOSTILE)]],
+    completions=[
+        [
+            Completion([(HOSTILE, 0.7), (" so", -2.5), (".", 0.0)], -0.2),
+            Completion([("Yes", 0.05)], None),
+        ]
+    ],
+    summaries=[{"tokens": "3"}, {"tokens": "1"}],
 )
 
 
-class Read(HTMLParser):
-    """What a browser would make of the page."""
+class ParsedPage(HTMLParser):
+    """Tags, attributes and texts of a page as a browser parses it."""
 
-    def __init__(self, text):
+    def __init__(self, page):
         super().__init__()
         self.tags, self.spans, self._open, self.texts = [], [], [], []
-        self.feed(text)
+        self.feed(page)
         assert self._open == []
 
     def handle_starttag(self, tag, attrs):
@@ -43,42 +52,58 @@ class Read(HTMLParser):
             self.texts.append(data)
 
 
-def test_whatever_was_said_stands_in_the_page_as_text():
-    read = Read(page(TABLE))
-    assert {tag for tag, _ in read.tags} == {
+def test_markup_and_template_syntax_in_texts_stay_text():
+    parsed = ParsedPage(render_compare_page(COMPARISON))
+    assert {tag for tag, _ in parsed.tags} == {
         "html", "head", "meta", "title", "style", "body", "h1", "h2", "p", "div", "small", "br",
         "figure", "figcaption", "span", "table", "tr", "th", "td",
     }  # fmt: skip
-    assert sum(EVIL in text for text in read.texts) == 8  # title and h1, note, name twice, …
+    assert sum(HOSTILE in text for text in parsed.texts) == 8  # title and h1, note, name twice, …
 
 
-def test_every_bit_carries_its_log_ratio_and_its_shade():
-    read = Read(page(TABLE))
-    assert read.spans == [
-        (EVIL, {"class": "u2", "title": "+0.70"}),
+def test_every_span_has_its_log_ratio_and_its_shade():
+    parsed = ParsedPage(render_compare_page(COMPARISON))
+    assert parsed.spans == [
+        (HOSTILE, {"class": "u2", "title": "+0.70"}),
         (" so", {"class": "d3", "title": "-2.50"}),
         (".", {"title": "+0.00"}),
         ("∎", {"class": "d1", "title": "-0.20"}),
         ("Yes", {"title": "+0.05"}),
     ]
-    assert any("(-2.00 nats)" in text for text in read.texts)  # 0.7 - 2.5 - 0.2
-    assert any("(+0.05 nats, cut)" in text for text in read.texts)
+    assert any("(-2.00 nats)" in text for text in parsed.texts)  # 0.7 - 2.5 - 0.2
+    assert any("(+0.05 nats, cut)" in text for text in parsed.texts)
+
+
+def test_white_space_of_texts_is_kept_and_none_is_added():
+    """Prompts and completions are shown with `white-space: pre-wrap`."""
+    text = "  two\n\n lines \n"
+    page = render_compare_page(
+        COMPARISON._replace(
+            prompts=[[("user", text)]],
+            completions=[[Completion([(text, 0.0), (text, 0.0)], None), Completion([], 0.0)]],
+        )
+    )
+    assert f"<h2><small>user</small> {text}</h2>" in page
+    span = f'<span title="+0.00">{text}</span>'
+    assert f"<p>{span}{span}</p>" in page
+    assert '<p><span title="+0.00">∎</span></p>' in page
 
 
 def test_the_page_loads_and_runs_nothing():
-    read = Read(page(TABLE))
-    assert all(not {"src", "href", "onload", "style"} & attrs.keys() for _, attrs in read.tags)
-    [policy] = [a["content"] for _, a in read.tags if "http-equiv" in a]
+    page = render_compare_page(COMPARISON)
+    parsed = ParsedPage(page)
+    assert all(not {"src", "href", "onload", "style"} & attrs.keys() for _, attrs in parsed.tags)
+    [policy] = [a["content"] for _, a in parsed.tags if "http-equiv" in a]
     assert policy == "default-src 'none'; style-src 'unsafe-inline'"
-    [style] = re.findall("<style>(.+)</style>", page(TABLE), re.DOTALL)
+    [style] = re.findall("<style>(.+)</style>", page, re.DOTALL)
     assert "url(" not in style
     assert "@import" not in style
 
 
 @pytest.mark.parametrize(
-    ("ratio", "step"),
+    ("log_ratio", "level"),
     [(0.0, 0), (0.09, 0), (-0.09, 0), (0.1, 1), (-0.1, -1), (0.5, 2), (-1.9, -2), (2.0, 3),
      (-50.0, -3)],
 )  # fmt: skip
-def test_shades_grow_in_three_steps_to_both_sides(ratio, step):
-    assert shade(ratio) == step
+def test_shades_have_three_levels_in_each_direction(log_ratio, level):
+    assert shade_level(log_ratio) == level

@@ -4,11 +4,11 @@ import pytest
 from rich.console import Console
 
 from mlx_dpo.reporting.console import (
-    closing_table,
-    counting,
+    final_metrics_table,
     make_console,
     print_facts,
-    showing_steps,
+    show_progress,
+    show_steps,
 )
 
 STEP = {
@@ -22,19 +22,19 @@ EVALUATION = {
 }  # fmt: skip
 
 
-def plain():
+def plain_console():
     return Console(file=io.StringIO(), force_terminal=False, soft_wrap=True, highlight=False)
 
 
-def terminal():
+def terminal_console():
     return Console(
         file=io.StringIO(), force_terminal=True, width=100, no_color=True, highlight=False
     )
 
 
-def test_a_pipe_gets_one_whole_line_per_step():
-    console = plain()
-    with showing_steps(console, total=2, done=0, every=1) as steps:
+def test_without_a_terminal_every_row_is_a_line():
+    console = plain_console()
+    with show_steps(console, total=2, done=0, every=1) as steps:
         steps.show(STEP)
         steps.show(EVALUATION)
     assert console.file.getvalue() == (
@@ -43,61 +43,61 @@ def test_a_pipe_gets_one_whole_line_per_step():
     )
 
 
-def test_lines_come_every_so_many_steps_and_at_the_end():
-    console = plain()
-    with showing_steps(console, total=5, done=0, every=2) as steps:
+def test_lines_are_printed_every_n_steps_and_at_the_end():
+    console = plain_console()
+    with show_steps(console, total=5, done=0, every=2) as steps:
         for step in range(1, 6):
             steps.show(STEP | {"step": step})
-    shown = [line.split()[1] for line in console.file.getvalue().splitlines()]
-    assert shown == ["2/5", "4/5", "5/5"]
+    steps = [line.split()[1] for line in console.file.getvalue().splitlines()]
+    assert steps == ["2/5", "4/5", "5/5"]
 
 
-def test_a_terminal_gets_a_bar_that_goes_on_where_the_run_does():
-    console = terminal()
-    with showing_steps(console, total=4, done=1, every=1) as steps:
+def test_the_bar_of_a_resumed_run_starts_at_its_step():
+    console = terminal_console()
+    with show_steps(console, total=4, done=1, every=1) as steps:
         steps.show(STEP)
         steps.show(EVALUATION)
-    drawn = console.file.getvalue()
-    assert "2/4" in drawn
-    assert "loss 0.6931" in drawn
-    assert "held out after step 2" in drawn
+    output = console.file.getvalue()
+    assert "2/4" in output
+    assert "loss 0.6931" in output
+    assert "held out after step 2" in output
 
 
 @pytest.mark.parametrize(
     ("width", "last"),
     [(60, "loss 0.6931"), (80, "accuracy 50%"), (99, "1,234 tok/s"), (100, "1.25 GB")],
 )
-def test_the_bar_shows_the_figures_that_there_is_room_for_and_cuts_none(width, last):
-    console = terminal()
+def test_the_bar_shows_as_many_metrics_as_fit_and_cuts_none(width, last):
+    console = terminal_console()
     console.width = width
-    with showing_steps(console, total=9999, done=0, every=1) as steps:
+    with show_steps(console, total=9999, done=0, every=1) as steps:
         steps.show(STEP)
-    drawn = console.file.getvalue().rpartition("steps ")[2]
-    assert "…" not in drawn and "2/9999 -:--:-- loss 0.6931" in drawn
-    assert drawn.partition("\n")[0].rstrip().endswith(last)
+    output = console.file.getvalue().rpartition("steps ")[2]
+    assert "…" not in output and "2/9999 -:--:-- loss 0.6931" in output
+    assert output.partition("\n")[0].rstrip().endswith(last)
 
 
-def test_facts_are_lines_in_a_pipe_and_keep_brackets():
-    console = plain()
+def test_without_a_terminal_facts_are_lines_and_brackets_are_kept():
+    console = plain_console()
     print_facts(console, [("model", "a [b] c"), ("", "more " * 40)])
     assert console.file.getvalue() == "model      a [b] c\n" + " " * 11 + "more " * 40 + "\n"
 
 
-def test_counting_says_how_many_in_a_pipe_and_draws_on_a_terminal():
-    console = plain()
-    with counting(console, "reference", total=7) as count:
-        count(7)
+def test_progress_is_a_line_without_a_terminal_and_a_bar_on_one():
+    console = plain_console()
+    with show_progress(console, "reference", total=7) as advance:
+        advance(7)
     assert console.file.getvalue() == "reference: 7 pairs\n"
-    with counting(terminal(), "reference", total=7) as count:
-        count(3)
+    with show_progress(terminal_console(), "reference", total=7) as advance:
+        advance(3)
 
 
-def test_the_closing_table_shows_the_means():
-    console = plain()
-    console.print(closing_table(EVALUATION, title="1,234 held-out pairs"))
-    shown = console.file.getvalue()
-    assert "1,234 held-out pairs" in shown
-    rows = [" ".join(line.split()) for line in shown.splitlines()]
+def test_the_table_of_final_metrics_has_every_metric():
+    console = plain_console()
+    console.print(final_metrics_table(EVALUATION, title="1,234 held-out pairs"))
+    output = console.file.getvalue()
+    assert "1,234 held-out pairs" in output
+    rows = [" ".join(line.split()) for line in output.splitlines()]
     assert {"accuracy 75.0%", "margin 1.0000", "log-prob of rejected -20.0000"} <= set(rows)
 
 

@@ -1,4 +1,4 @@
-"""What is drawn: the right values at the right place, of everything that a run measures."""
+"""Training curves: every metric of a run has a chart with the right points."""
 
 import math
 
@@ -6,7 +6,15 @@ import pytest
 
 from mlx_dpo.losses.metrics import NAMES, step_row
 from mlx_dpo.reporting import curves
-from mlx_dpo.reporting.curves import AXES, CURVES, MOST, SMOOTHED, charts, trailing_mean, window
+from mlx_dpo.reporting.curves import (
+    CURVES,
+    MAX_POINTS,
+    MIN_POINTS_TO_SMOOTH,
+    X_AXES,
+    make_charts,
+    trailing_mean,
+    window_size,
+)
 from mlx_dpo.types import PreferenceMetrics, StepMetrics
 
 
@@ -14,109 +22,114 @@ def step(number, **metrics):
     return {"step": number, "epoch": number / 10, "num_tokens": 100 * number, **metrics}
 
 
-def only(runs, title, **asked):
-    [chart] = [chart for chart in charts(runs, **asked) if chart.title == title]
+def make_chart(runs, title, **options):
+    [chart] = [chart for chart in make_charts(runs, **options) if chart.title == title]
     return chart
 
 
-def test_whatever_a_run_measures_is_drawn_or_is_what_it_is_drawn_over():
-    everything = PreferenceMetrics(*[0.0] * len(PreferenceMetrics._fields))
-    row = step_row(StepMetrics(1, 0.1, everything, 1.0, 1e-5, 10, 0.0))
-    assert len(everything) == len(NAMES)
+def test_every_metric_of_a_row_is_in_a_chart_or_an_x_axis():
+    metrics = PreferenceMetrics(*[0.0] * len(PreferenceMetrics._fields))
+    row = step_row(StepMetrics(1, 0.1, metrics, 1.0, 1e-5, 10, 0.0))
+    assert len(metrics) == len(NAMES)
     timed = {"tokens_per_second", "peak_memory_gb"}
-    drawn = {name for curve in CURVES for name in curve.names.values()}
-    assert row.keys() | timed == drawn | set(AXES.values())
+    drawn = {name for curve in CURVES for name in curve.metrics.values()}
+    assert row.keys() | timed == drawn | set(X_AXES.values())
 
 
-def test_a_mean_goes_over_what_came_before_and_never_over_what_comes_later():
-    """By hand, over three."""
+def test_a_trailing_mean_covers_earlier_values_only():
+    """Expected values were computed by hand, with a window of 3."""
     values = [3.0, 5.0, 1.0, 9.0, 2.0]
     assert trailing_mean(values, 3, range(1, 6)) == [3.0, 4.0, 3.0, 5.0, 4.0]
     assert trailing_mean(values, 3, [2, 4]) == [4.0, 5.0]
     assert trailing_mean(values[:2], 1, [1, 2]) == [3.0, 5.0]
 
 
-def test_noisy_curves_of_long_runs_alone_have_a_mean():
-    rows = [step(n, loss=(-1.0) ** n, learning_rate=0.5 * n) for n in range(1, SMOOTHED + 1)]
-    rows.append({"step": SMOOTHED, "eval_loss": 7.0})
-    assert window(SMOOTHED) == 5 and window(1000) == 40
-    train, held_out = only([rows], "Loss").lines
-    assert train.mean[4] == pytest.approx(-1 / 5) and train.y[4] == -1.0
-    assert (held_out.x, held_out.y, held_out.mean) == ([SMOOTHED], [7.0], [7.0])
-    [rate] = only([rows], "Learning rate").lines
-    assert rate.mean == rate.y == [row["learning_rate"] for row in rows[:-1]]
-    [short, _] = only([rows[1:]], "Loss").lines
-    assert short.mean == short.y
+def test_only_noisy_curves_of_long_runs_are_smoothed():
+    rows = [
+        step(n, loss=(-1.0) ** n, learning_rate=0.5 * n) for n in range(1, MIN_POINTS_TO_SMOOTH + 1)
+    ]
+    rows.append({"step": MIN_POINTS_TO_SMOOTH, "eval_loss": 7.0})
+    assert window_size(MIN_POINTS_TO_SMOOTH) == 5 and window_size(1000) == 40
+    train, held_out = make_chart([rows], "Loss").lines
+    assert train.smoothed[4] == pytest.approx(-1 / 5) and train.y[4] == -1.0
+    assert (held_out.x, held_out.y, held_out.smoothed) == ([MIN_POINTS_TO_SMOOTH], [7.0], [7.0])
+    [rate] = make_chart([rows], "Learning rate").lines
+    assert rate.smoothed == rate.y == [row["learning_rate"] for row in rows[:-1]]
+    [short, _] = make_chart([rows[1:]], "Loss").lines
+    assert short.smoothed == short.y
 
 
-@pytest.mark.parametrize(("along", "x"), [("step", 20), ("epoch", 2.0), ("tokens", 2000)])
-def test_an_evaluation_stands_where_its_step_stands(along, x):
+@pytest.mark.parametrize(("x_axis", "x"), [("step", 20), ("epoch", 2.0), ("tokens", 2000)])
+def test_an_evaluation_has_the_x_value_of_its_step(x_axis, x):
     rows = [step(n, loss=1.0) for n in (10, 20, 30)]
     rows.insert(2, {"step": 20, "eval_loss": 3.0})
-    train, held_out = only([rows], "Loss", along=along).lines
+    train, held_out = make_chart([rows], "Loss", x_axis=x_axis).lines
     assert (held_out.x, held_out.y) == ([x], [3.0])
     assert train.x[1] == x and len(train.x) == 3
 
 
-def test_many_points_become_means_of_neighbours_and_the_last_one_is_kept():
+def test_long_runs_are_downsampled_to_means_of_neighbouring_steps():
     """5,000 steps are 556 groups of nine, the last one of five."""
     rows = [step(n, loss=float(n)) for n in range(1, 5001)]
-    [line] = only([rows], "Loss").lines
-    assert len(line.x) == len(line.y) == len(line.mean) == 556 <= MOST
+    [line] = make_chart([rows], "Loss").lines
+    assert len(line.x) == len(line.y) == len(line.smoothed) == 556 <= MAX_POINTS
     assert line.y[0] == line.x[0] == 5.0 and line.y[-1] == 4998.0
-    assert line.mean[-1] == pytest.approx(5000 - (window(5000) - 1) / 2)
+    assert line.smoothed[-1] == pytest.approx(5000 - (window_size(5000) - 1) / 2)
     rows += [{"step": n, "eval_loss": float(n)} for n in range(1, 5001)]
-    assert len(only([rows], "Loss").lines[1].x) == 5000
+    assert len(make_chart([rows], "Loss").lines[1].x) == 5000
 
 
-def test_parts_and_runs_are_told_apart_and_what_a_run_has_not_is_left_out():
+def test_every_run_and_completion_has_a_line_and_missing_metrics_have_none():
     rows = [step(1, loss=0.5, **{"rewards/chosen": 1.0, "rewards/rejected": -1.0})]
     other = [step(1, loss=0.7, kl=0.2)]
-    found = {chart.title: chart for chart in charts([rows, other])}
-    assert list(found) == ["Loss", "Rewards", "KL"]
-    assert [(line.run, line.y) for line in found["Loss"].lines] == [(0, [0.5]), (1, [0.7])]
-    assert [(line.part, line.y) for line in found["Rewards"].lines] == [
+    by_title = {chart.title: chart for chart in make_charts([rows, other])}
+    assert list(by_title) == ["Loss", "Rewards", "KL"]
+    assert [(line.run, line.y) for line in by_title["Loss"].lines] == [(0, [0.5]), (1, [0.7])]
+    assert [(line.completion, line.y) for line in by_title["Rewards"].lines] == [
         ("chosen", [1.0]), ("rejected", [-1.0]),
     ]  # fmt: skip
-    assert [line.run for line in found["KL"].lines] == [1]
-    assert charts([[]]) == []
+    assert [line.run for line in by_title["KL"].lines] == [1]
+    assert make_charts([[]]) == []
 
 
-def test_a_card_gets_what_tells_of_the_result_and_not_of_the_machine():
+def test_a_model_card_has_no_charts_about_the_machine():
     rows = [step(1, loss=0.5, grad_norm=1.0, peak_memory_gb=1.0, tokens_per_second=9.0)]
-    assert [chart.title for chart in charts([rows], headline=True)] == ["Loss", "Gradient norm"]
+    assert [chart.title for chart in make_charts([rows], for_model_card=True)] == [
+        "Loss",
+        "Gradient norm",
+    ]
 
 
-def test_a_value_that_is_no_number_stays_where_it_is():
+def test_nan_stays_at_its_step():
     rows = [step(n, loss=math.nan if n == 2 else 1.0) for n in (1, 2, 3)]
-    [line] = only([rows], "Loss").lines
+    [line] = make_chart([rows], "Loss").lines
     assert math.isnan(line.y[1]) and line.y[::2] == [1.0, 1.0]
-    assert line.mean == line.y  # or each step would be drawn behind itself
+    assert line.smoothed == line.y  # equal, so that the line is not drawn twice
 
 
-def test_infinities_of_both_signs_have_a_mean_that_is_no_number():
-    rows = [step(n, loss=math.inf * (-1) ** n) for n in range(1, SMOOTHED + 1)]
-    [line] = only([rows], "Loss").lines
-    assert line.mean[0] == -math.inf and all(map(math.isnan, line.mean[1:]))
+def test_the_mean_of_infinities_of_both_signs_is_nan():
+    rows = [step(n, loss=math.inf * (-1) ** n) for n in range(1, MIN_POINTS_TO_SMOOTH + 1)]
+    [line] = make_chart([rows], "Loss").lines
+    assert line.smoothed[0] == -math.inf and all(map(math.isnan, line.smoothed[1:]))
 
 
-def test_the_last_of_many_steps_is_not_drawn_behind_what_is_not_noisy():
-    rows = [step(n, learning_rate=float(n)) for n in range(1, 2 * MOST + 1)]
-    [line] = only([rows], "Learning rate").lines
-    assert line.mean == line.y == [2 * n + 1.5 for n in range(MOST)]
+def test_a_downsampled_line_without_noise_is_not_smoothed():
+    rows = [step(n, learning_rate=float(n)) for n in range(1, 2 * MAX_POINTS + 1)]
+    [line] = make_chart([rows], "Learning rate").lines
+    assert line.smoothed == line.y == [2 * n + 1.5 for n in range(MAX_POINTS)]
 
 
-def test_an_evaluation_whose_step_is_gone_has_no_place_along_epochs():
+def test_an_evaluation_without_a_training_row_has_no_epoch():
     rows = [step(1, loss=1.0), {"step": 2, "eval_loss": 3.0}]
-    assert len(only([rows], "Loss", along="step").lines) == 2
-    assert len(only([rows], "Loss", along="epoch").lines) == 1
+    assert len(make_chart([rows], "Loss", x_axis="step").lines) == 2
+    assert len(make_chart([rows], "Loss", x_axis="epoch").lines) == 1
 
 
-def test_the_work_grows_no_faster_than_the_run(monkeypatch):
-    """Values that means are taken of, a step of the run."""
-    taken = []
-    monkeypatch.setattr(curves, "sum", lambda v: taken.append(len(v)) or sum(v), raising=False)
+def test_the_cost_of_smoothing_is_linear_in_the_steps(monkeypatch):
+    """Count the values that are summed for means, per step of the run."""
+    lengths = []
+    monkeypatch.setattr(curves, "sum", lambda v: lengths.append(len(v)) or sum(v), raising=False)
     for count in (5_000, 50_000):
-        charts([[step(n, loss=1.0) for n in range(1, count + 1)]])
-        assert sum(taken) < 30 * count
-        taken.clear()
+        make_charts([[step(n, loss=1.0) for n in range(1, count + 1)]])
+        assert sum(lengths) < 30 * count
+        lengths.clear()

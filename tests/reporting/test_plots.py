@@ -1,4 +1,4 @@
-"""Pictures: what is drawn, and that it can be read in both themes and without colours."""
+"""Drawn charts: the right lines, readable in both themes and without colours."""
 
 import io
 from itertools import product
@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlx_dpo.reporting import plots as drawing
-from mlx_dpo.reporting.curves import CHOSEN, REJECTED, Chart, Line, charts
-from mlx_dpo.reporting.plots import ABOVE, DARK, DOTS, HIGH, LIGHT, WIDE
+from mlx_dpo.reporting import plots
+from mlx_dpo.reporting.curves import CHOSEN, REJECTED, Chart, Line, make_charts
+from mlx_dpo.reporting.plots import CHART_HEIGHT, CHART_WIDTH, DARK, DPI, LIGHT, MIN_LEGEND_HEIGHT
 
 COLOURS = {"color", "markerfacecolor"}
 ROWS = [
@@ -21,59 +21,60 @@ ROWS.insert(4, {"step": 4, "eval_loss": 0.3, "eval_rewards/chosen": 1, "eval_rew
 RUNS = [ROWS, ROWS[:4]]
 
 
-def line(run=0, part="", held_out=False):
-    return Line(run, part, held_out, x=(1.0, 2.0), y=(3.0, 4.0), mean=(3.0, 3.5))
+def make_line(run=0, completion="", held_out=False):
+    return Line(run, completion, held_out, x=(1.0, 2.0), y=(3.0, 4.0), smoothed=(3.0, 3.5))
 
 
 def axes_of(chart, runs):
-    axes = drawing._figure(WIDE, HIGH).add_subplot()
-    drawing._draw(axes, chart, runs, "step", LIGHT)
+    axes = plots._make_figure(CHART_WIDTH, CHART_HEIGHT).add_subplot()
+    plots._draw_chart(axes, chart, runs, "step", LIGHT)
     return axes
 
 
-def test_a_line_goes_through_the_mean_and_each_step_shows_faintly_behind_it():
-    faint, strong = axes_of(Chart("Loss", "", "", None, [line()]), 1).lines
+def test_the_smoothed_line_is_strong_and_the_steps_are_faint():
+    faint, strong = axes_of(Chart("Loss", "", "", None, [make_line()]), 1).lines
     assert faint.get_xydata().tolist() == [[1, 3], [2, 4]] and faint.get_alpha() < 0.5
     assert strong.get_xydata().tolist() == [[1, 3], [2, 3.5]] and strong.get_alpha() is None
 
 
-def test_a_single_step_is_a_hollow_mark_and_a_single_evaluation_a_filled_one():
+def test_a_single_step_is_a_hollow_marker_and_a_single_evaluation_a_filled_one():
     step, held_out = (
-        line(held_out=held_out)._replace(x=(1.0,), y=(3.0,), mean=(3.0,))
+        make_line(held_out=held_out)._replace(x=(1.0,), y=(3.0,), smoothed=(3.0,))
         for held_out in (False, True)
     )
-    drawn = axes_of(Chart("Loss", "", "", None, [step, held_out]), 1).lines
-    assert [one.get_marker() for one in drawn] == ["o", "o"]
-    assert [one.get_markerfacecolor() for one in drawn] == [LIGHT.paper, LIGHT.colours[0]]
-    many = axes_of(Chart("Loss", "", "", None, [line()]), 1).lines
-    assert {one.get_marker() for one in many} <= {"", "None"}
+    lines = axes_of(Chart("Loss", "", "", None, [step, held_out]), 1).lines
+    assert [line.get_marker() for line in lines] == ["o", "o"]
+    assert [line.get_markerfacecolor() for line in lines] == [LIGHT.paper, LIGHT.colours[0]]
+    longer = axes_of(Chart("Loss", "", "", None, [make_line()]), 1).lines
+    assert {line.get_marker() for line in longer} <= {"", "None"}
 
 
-def test_the_level_of_nothing_learnt_is_drawn_and_what_cannot_be_negative_starts_at_zero():
-    chart = Chart("Margin", "", "", 0.25, [line()], from_zero=True)
+def test_the_baseline_is_drawn_and_nonnegative_metrics_start_at_zero():
+    chart = Chart("Margin", "", "", 0.25, [make_line()], starts_at_zero=True)
     axes = axes_of(chart, 1)
     assert axes.lines[0].get_ydata() == [0.25, 0.25]
     assert axes.get_ylim()[0] == 0 < 4 < axes.get_ylim()[1]
-    flat = Chart("Padding", "", "", None, [line()._replace(y=(0, 0), mean=(0, 0))], from_zero=True)
+    zeros, twos = (make_line()._replace(y=y, smoothed=y) for y in ((0, 0), (2, 2)))
+    flat = Chart("Padding", "", "", None, [zeros], starts_at_zero=True)
     assert axes_of(flat, 1).get_ylim() == (0, 1)
-    same = Chart("Memory", "", "", None, [line()._replace(y=(2, 2), mean=(2, 2))], from_zero=True)
-    assert axes_of(same, 1).get_ylim() == (0, pytest.approx(2.1))
+    constant = Chart("Memory", "", "", None, [twos], starts_at_zero=True)
+    assert axes_of(constant, 1).get_ylim() == (0, pytest.approx(2.1))
 
 
 @pytest.mark.parametrize("runs", [1, 2, 8])
-def test_lines_are_told_apart_by_shape_alone(runs):
-    """Filled or hollow is a shape as well: it is seen without colours."""
-    seen = set()
-    for run, part, held_out in product(range(runs), (CHOSEN, REJECTED), (False, True)):
-        look = drawing._look(line(run, part, held_out), runs, LIGHT)
-        filled = look["markerfacecolor"] == look["color"]
-        shape = tuple((k, str(v)) for k, v in look.items() if k not in COLOURS)
-        seen.add((*shape, filled and bool(look["marker"])))
-    assert len(seen) == 4 * runs
+def test_lines_can_be_distinguished_without_colours(runs):
+    """A filled and a hollow marker differ without colours."""
+    styles = set()
+    for run, completion, held_out in product(range(runs), (CHOSEN, REJECTED), (False, True)):
+        style = plots._line_style(make_line(run, completion, held_out), runs, LIGHT)
+        is_filled = style["markerfacecolor"] == style["color"]
+        shape = tuple((k, str(v)) for k, v in style.items() if k not in COLOURS)
+        styles.add((*shape, is_filled and bool(style["marker"])))
+    assert len(styles) == 4 * runs
 
 
 def luminance(colour):
-    """WCAG 2's relative luminance."""
+    """Return the relative luminance of WCAG 2."""
     values = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     red, green, blue = (v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in values)
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
@@ -85,106 +86,116 @@ def contrast(a, b):
 
 
 @pytest.mark.parametrize("theme", [LIGHT, DARK])
-def test_lines_and_text_stand_out_from_the_paper(theme):
-    """WCAG 2 asks 3 of graphics (1.4.11) and 7 of text (1.4.6)."""
+def test_lines_and_text_have_enough_contrast(theme):
+    """WCAG 2 requires a contrast of 3 for graphics (1.4.11) and 7 for text (1.4.6)."""
     assert contrast("#000000", "#ffffff") == 21
     assert min(contrast(colour, theme.paper) for colour in theme.colours) >= 3
     assert contrast(theme.ink, theme.paper) >= 7
-    assert len(set(theme.colours)) == len(theme.colours) == len(drawing.MARKS)
+    assert len(set(theme.colours)) == len(theme.colours) == len(plots.MARKERS)
 
 
-def labels(runs, names):
-    lines = [line for chart in charts(runs) for line in chart.lines]
-    return [key.get_label() for key in drawing._keys(lines, names, LIGHT)]
+def legend_labels(runs, names):
+    lines = [line for chart in make_charts(runs) for line in chart.lines]
+    return [handle.get_label() for handle in plots._legend_handles(lines, names, LIGHT)]
 
 
-def test_the_legend_names_what_there_is_and_nothing_else():
-    assert labels([ROWS], ["a"]) == ["train", "held out", "rejected", "rejected held out"]
-    assert labels(RUNS, ["a", "b"]) == ["a", "b", "held out", "rejected"]
-    assert labels([[{"step": 1, "loss": 1.0}]], ["a"]) == ["train"]
+def test_the_legend_has_an_entry_for_everything_drawn_and_no_other():
+    assert legend_labels([ROWS], ["a"]) == ["train", "held out", "rejected", "rejected held out"]
+    assert legend_labels(RUNS, ["a", "b"]) == ["a", "b", "held out", "rejected"]
+    assert legend_labels([[{"step": 1, "loss": 1.0}]], ["a"]) == ["train"]
     names = ["rejected", "held out"]  # of runs
-    assert labels(RUNS, names) == [*names, "held out", "rejected"]
+    assert legend_labels(RUNS, names) == [*names, "held out", "rejected"]
     long = [f"{letter * 300}{number}" for letter in "ab" for number in range(2)]
-    shown = labels([ROWS] * 4, long)[:4]
-    assert len(set(shown)) == 4 and max(map(len, shown)) == drawing.LONGEST
+    shortened = legend_labels([ROWS] * 4, long)[:4]
+    assert len(set(shortened)) == 4 and max(map(len, shortened)) == plots.MAX_NAME_LENGTH
 
 
-def drawn_legend(names):
-    figure = drawing._figure(2 * WIDE, HIGH)
-    keys = drawing._keys([line()], names, LIGHT)
-    with drawing._style(LIGHT):
-        return drawing._legend(figure, keys, "center left"), figure
+def draw_legend(names):
+    figure = plots._make_figure(2 * CHART_WIDTH, CHART_HEIGHT)
+    handles = plots._legend_handles([make_line()], names, LIGHT)
+    with plots._matplotlib_style(LIGHT):
+        return plots._add_legend(figure, handles, "center left"), figure
 
 
 @pytest.mark.parametrize(("letters", "columns"), [(3, 4), (25, 3), (40, 2), (75, 1), (500, 1)])
-def test_a_legend_has_as_many_columns_as_there_is_room_for(letters, columns):
-    drawn, figure = drawn_legend([f"{number:n>{letters}}" for number in range(12)])
-    assert drawn._ncols == columns and len(figure.legends) == 1
-    assert drawn.get_window_extent().width <= figure.bbox.width
+def test_a_legend_has_as_many_columns_as_fit(letters, columns):
+    legend, figure = draw_legend([f"{number:n>{letters}}" for number in range(12)])
+    assert legend._ncols == columns and len(figure.legends) == 1
+    assert legend.get_window_extent().width <= figure.bbox.width
 
 
-def test_names_are_drawn_as_they_are():
-    """Between dollars matplotlib sets formulas, and fails at what is none."""
+def test_names_are_drawn_literally():
+    """By default matplotlib reads text between dollar signs as a formula and may raise."""
     names = ["a$b$", r"c$\frac{", "x_1", "_hidden"]
-    drawn, _ = drawn_legend(names)
-    assert [text.get_text() for text in drawn.get_texts()] == names
-    assert not any(text.get_parse_math() for text in drawn.get_texts())
-    svg = drawing.legend(charts([ROWS] * 4), names, LIGHT).decode()
+    legend, _ = draw_legend(names)
+    assert [text.get_text() for text in legend.get_texts()] == names
+    assert not any(text.get_parse_math() for text in legend.get_texts())
+    svg = plots.legend_svg(make_charts([ROWS] * 4), names, LIGHT).decode()
     assert all(f"<!-- {name} -->" in svg for name in names)
 
 
-def test_a_matplotlibrc_of_the_reader_changes_no_picture():
+def test_the_users_matplotlibrc_has_no_effect():
     import matplotlib
 
-    shown = charts([ROWS])
-    before = drawing.png(shown, ["a"], "step"), drawing.svg(shown[0], 1, "step", DARK)
-    theirs = {"text.usetex": True, "savefig.bbox": "tight", "figure.dpi": 50, "font.size": 30}
-    with matplotlib.rc_context(theirs):
+    charts = make_charts([ROWS])
+    before = plots.charts_png(charts, ["a"], "step"), plots.chart_svg(charts[0], 1, "step", DARK)
+    user_settings = {
+        "text.usetex": True,
+        "savefig.bbox": "tight",
+        "figure.dpi": 50,
+        "font.size": 30,
+    }
+    with matplotlib.rc_context(user_settings):
         assert before == (
-            drawing.png(shown, ["a"], "step"),
-            drawing.svg(shown[0], 1, "step", DARK),
+            plots.charts_png(charts, ["a"], "step"),
+            plots.chart_svg(charts[0], 1, "step", DARK),
         )
         assert matplotlib.rcParams["font.size"] == 30
 
 
-def test_many_runs_have_no_two_looks_alike():
-    """Of more than eight, marks and colours tell them apart together."""
-    count = len(drawing.MARKS) * len(LIGHT.colours)
-    looks = [drawing._look(line(run), count, LIGHT) for run in range(count)]
-    assert len({(look["marker"], look["color"]) for look in looks}) == count
+def test_many_runs_have_different_styles():
+    """More than eight runs differ by the combination of marker and colour."""
+    count = len(plots.MARKERS) * len(LIGHT.colours)
+    styles = [plots._line_style(make_line(run), count, LIGHT) for run in range(count)]
+    assert len({(style["marker"], style["color"]) for style in styles}) == count
 
 
-def test_a_png_is_as_large_as_its_charts_on_white_and_says_nothing_of_its_making():
-    shown = charts([ROWS])
-    content = drawing.png(shown, ["a"], "step")
+def test_a_png_is_white_and_deterministic_and_has_no_metadata():
+    charts = make_charts([ROWS])
+    content = plots.charts_png(charts, ["a"], "step")
     picture = Image.open(io.BytesIO(content))
-    assert len(shown) == 2
-    assert picture.size == (round(2 * WIDE * DOTS), round((HIGH + ABOVE) * DOTS))
+    assert len(charts) == 2
+    assert picture.size == (
+        round(2 * CHART_WIDTH * DPI),
+        round((CHART_HEIGHT + MIN_LEGEND_HEIGHT) * DPI),
+    )
     assert set(picture.info) <= {"dpi"}
     pixels = np.asarray(picture.convert("RGB"))
     assert (pixels[0] == 255).all() and (pixels < 100).any()
-    assert content == drawing.png(shown, ["a"], "step")
+    assert content == plots.charts_png(charts, ["a"], "step")
 
 
-def test_many_names_take_no_room_from_the_charts():
+def test_a_large_legend_does_not_shrink_the_charts():
     names = [f"{number:a>40}" for number in range(100)]
-    picture = Image.open(io.BytesIO(drawing.png(charts([ROWS] * 100), names, "step")))
-    drawn, figure = drawn_legend(names)
-    lines = drawn.get_window_extent().height / figure.dpi
-    assert lines > 2 * HIGH and picture.size[1] == pytest.approx((HIGH + lines) * DOTS, rel=0.05)
+    picture = Image.open(io.BytesIO(plots.charts_png(make_charts([ROWS] * 100), names, "step")))
+    legend, figure = draw_legend(names)
+    legend_height = legend.get_window_extent().height / figure.dpi
+    assert legend_height > 2 * CHART_HEIGHT and picture.size[1] == pytest.approx(
+        (CHART_HEIGHT + legend_height) * DPI, rel=0.05
+    )
 
 
-def test_an_svg_has_the_colours_of_its_theme_and_draws_by_itself():
-    chart = charts(RUNS)[0]
+def test_an_svg_has_the_colours_of_its_theme_and_loads_nothing():
+    chart = make_charts(RUNS)[0]
     for theme, other in ((LIGHT, DARK), (DARK, LIGHT)):
-        text = drawing.svg(chart, 2, "step", theme).decode()
+        text = plots.chart_svg(chart, 2, "step", theme).decode()
         root = ElementTree.fromstring(text)
         assert root.tag.endswith("svg") and "<image" not in text and "<script" not in text
         assert theme.paper in text and theme.colours[0] in text and theme.colours[1] in text
         assert other.paper not in text and other.colours[0] not in text
 
 
-def test_names_that_are_no_latin_are_drawn_without_complaint(recwarn):
-    """Where a font for them is missing, matplotlib says so, and says it once."""
-    drawing.legend(charts(RUNS), ["naïve ± β", "Ω"], LIGHT)
+def test_names_in_other_scripts_are_drawn_without_warnings(recwarn):
+    """matplotlib warns once if it has no font for a character."""
+    plots.legend_svg(make_charts(RUNS), ["naïve ± β", "Ω"], LIGHT)
     assert not recwarn.list

@@ -10,7 +10,7 @@ import pytest
 
 from mlx_dpo import DPOTrainer, evaluate_run
 from mlx_dpo.errors import ConfigError, RunError
-from mlx_dpo.reporting.metrics_log import read_rows
+from mlx_dpo.reporting.metrics_log import read_metrics
 
 EVERY = 2
 
@@ -51,7 +51,7 @@ def record(config):
 
 
 def losses(config):
-    rows = read_rows(Path(config.output) / "metrics.jsonl")
+    rows = read_metrics(Path(config.output) / "metrics.jsonl")
     return {row["step"]: row["eval_loss"] for row in rows if "eval_loss" in row}
 
 

@@ -16,7 +16,7 @@ from mlx_dpo import DPOConfig, DPOTrainer
 from mlx_dpo.collect.iterative_dpo import IterativeDPO
 from mlx_dpo.collect.iterative_folder import IterativeSettings
 from mlx_dpo.errors import ConfigError, RunError
-from mlx_dpo.reporting.metrics_log import read_rows
+from mlx_dpo.reporting.metrics_log import read_metrics
 from mlx_dpo.trackers import TRACKERS
 from tests.runs.train_helper import train
 from tests.trackers import tracker_readers as readers
@@ -31,7 +31,7 @@ def as_float32(values):
 
 def expected_values(folder, name="tensorboard"):
     """Return the values that a tracker must have of a run folder."""
-    values = sorted(readers.expected(read_rows(folder / "metrics.jsonl")))
+    values = sorted(readers.expected(read_metrics(folder / "metrics.jsonl")))
     return as_float32(values) if name == "tensorboard" else values
 
 
@@ -158,7 +158,7 @@ def test_a_tracker_with_a_full_disk_does_not_end_the_run(tracked, tmp_path):
                 full = os.open("/dev/full", os.O_WRONLY)
                 os.dup2(full, handle)
                 os.close(full)
-    assert read_rows(tmp_path / "run" / "metrics.jsonl") == rows
+    assert read_metrics(tmp_path / "run" / "metrics.jsonl") == rows
     assert json.loads((tmp_path / "run" / "run.json").read_text())["state"] == "finished"
     assert run.trackers.warnings == [
         "tensorboard: logging stopped at step 2 (No space left on device); the run continues, "

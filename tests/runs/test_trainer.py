@@ -10,7 +10,7 @@ import pytest
 from mlx_dpo import DPOConfig, DPOTrainer, evaluate_run, load_policy
 from mlx_dpo.adapters import attach as adapters
 from mlx_dpo.errors import ConfigError, RunError, TrainingError
-from mlx_dpo.reporting.metrics_log import read_rows
+from mlx_dpo.reporting.metrics_log import read_metrics
 from mlx_dpo.runs.folder import RunPaths, claimed, reference_provenance
 from tests.runs.train_helper import train, weights
 
@@ -32,7 +32,7 @@ def test_a_run_writes_exactly_these_files_and_its_rows(config, tmp_path):
         ".lock", "adapter_config.json", "adapter_model.safetensors", "adapters.safetensors",
         "checkpoints", "metrics.jsonl", "reference", "run.json",
     ]  # fmt: skip
-    assert read_rows(folder / "metrics.jsonl") == rows
+    assert read_metrics(folder / "metrics.jsonl") == rows
     # 9 pairs to train on, 4 a step, 2 epochs: 3 + 3 steps, and one evaluation at the end
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6, 6]
     assert [row["epoch"] for row in rows[:6]] == pytest.approx([4 / 9, 8 / 9, 1, 13 / 9, 17 / 9, 2])
@@ -70,7 +70,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights_bit_for_bit(config, tmp_
     assert rows[0]["step"] == stop_after + 1
     for name, value in weights(straight).items():
         assert mx.array_equal(value, weights(config)[name]), name
-    written = read_rows(tmp_path / "run" / "metrics.jsonl")
+    written = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert comparable(written) == comparable(expected)
 
 
@@ -84,7 +84,7 @@ def test_rows_after_the_last_checkpoint_are_not_written_twice(config, tmp_path):
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')
     train(config, resume=True)
-    written = read_rows(tmp_path / "run" / "metrics.jsonl")
+    written = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [row["step"] for row in written] == [1, 2, 3, 4, 5, 6, 6]
 
 
@@ -95,7 +95,7 @@ def test_a_run_killed_after_its_last_evaluation_does_not_write_it_twice(config, 
     record.write_text(record.read_text().replace('"finished"', '"unfinished"'))
     (tmp_path / "run" / "adapters.safetensors").unlink()
     _, rows = train(config, resume=True)
-    assert [row["step"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")][-2:] == [6, 6]
+    assert [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")][-2:] == [6, 6]
     assert len(rows) == 1
     for name, value in weights(config).items():
         assert mx.array_equal(value, expected[name]), name
@@ -276,7 +276,7 @@ def test_a_loss_that_is_no_number_keeps_the_last_good_state(config, tmp_path):
         run.prepare()
         with pytest.raises(TrainingError, match=r"step \d: .*not a number at .*pairs\.jsonl:\d+"):
             list(run.train())
-    steps = [row["step"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")]
+    steps = [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")]
     last = tmp_path / "run" / "checkpoints" / f"step-{steps[-1]:06d}"
     saved = mx.load(str(last / "adapters.safetensors"))
     for name, value in adapters.adapter_weights(run.policy).items():

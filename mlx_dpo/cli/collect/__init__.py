@@ -186,10 +186,10 @@ def _read_typed_prompt(system: str | None) -> "Prompt | None":
 
 
 def _show_progress(asked: "TaskSampler", decisions: Iterable[str | None]) -> None:
-    from mlx_dpo.reporting.console import counting, make_console
+    from mlx_dpo.reporting.console import make_console, show_progress
 
     try:
-        with counting(make_console(), "judged", total=asked.left, unit="prompts") as count:
+        with show_progress(make_console(), "judged", total=asked.left, unit="prompts") as count:
             for _ in decisions:
                 count(1)
     except KeyboardInterrupt:
