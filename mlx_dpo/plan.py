@@ -14,8 +14,8 @@ from mlx_dpo.data.dataset import lengths_only, longest_pairs, row_lengths
 from mlx_dpo.data.tokenization.cache import RowProgress
 from mlx_dpo.errors import ModelError
 from mlx_dpo.generation.generate import context_length
-from mlx_dpo.models.empty_weights import outline
-from mlx_dpo.models.load import Base
+from mlx_dpo.models.empty_weights import load_empty_model
+from mlx_dpo.models.load import LoadedModel
 from mlx_dpo.profiling import memory
 from mlx_dpo.profiling.flops import TokenCounts, count_attended_keys, model_flops
 from mlx_dpo.profiling.layer_subset import LayersNotFoundError, sample_layers, with_layers
@@ -141,14 +141,14 @@ def estimate_run(
         ConfigError, DataError, ModelError: as a run would.
     """
     room = available_memory() if mac is None else mac_memory(mac)
-    inputs = read_inputs(config, read=partial(read_base, load=outline), counting=rows)
+    inputs = read_inputs(config, read=partial(read_base, load=load_empty_model), counting=rows)
     with use_fused_gated_delta(inputs.base.model):
         attach_adapters(inputs.base, config)
         choice = _select_scorer(inputs.base, config)
         return _RunEstimator(inputs, config, choice, room).forecast()
 
 
-def _select_scorer(base: Base, config: DPOConfig) -> ScorerChoice:
+def _select_scorer(base: LoadedModel, config: DPOConfig) -> ScorerChoice:
     """The scorer, found on a few blocks; on all of them if the model does not run on those."""
     try:
         with with_layers(base.model, sample_layers(base.model).large):

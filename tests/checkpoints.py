@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models import llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from mlx_dpo.adapters.attach import attach, description
+from mlx_dpo.adapters.attach import attach_adapters, make_adapter_config
 from mlx_dpo.adapters.files import save_adapter
 
 SPECIAL = ("<|pad|>", "<|user|>", "<|assistant|>", "<|end|>")  # ids 0, 1, 2, 3
@@ -126,9 +126,9 @@ def _write_json(path: Path, entries: dict[str, Any]) -> None:
 def make_adapter(folder: Path, model: str) -> Path:
     """An adapter of large, random weights on a checkpoint: another mind on the same model."""
     policy = mlx_lm.load(model)[0]
-    attach(policy, rank=4, scale=8.0)
+    attach_adapters(policy, rank=4, scale=8.0)
     for path, module in policy.named_modules():
         if path.endswith("_proj"):
             module.lora_b = mx.random.normal(module.lora_b.shape, key=mx.random.key(2)) * 0.2
-    save_adapter(folder, policy, description(policy))
+    save_adapter(folder, policy, make_adapter_config(policy))
     return folder

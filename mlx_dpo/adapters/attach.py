@@ -15,21 +15,35 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from mlx_dpo.adapters import master_weights as masters
-from mlx_dpo.adapters.layers import ADAPTED, DORA, Kind, bare, dropout_of, rank_of, wrap
-from mlx_dpo.adapters.targets import adaptable, block_paths, chosen, mlx_lm_keys, trainable
+from mlx_dpo.adapters.layers import (
+    ADAPTER_TYPES,
+    DORA_TYPES,
+    AdapterType,
+    adapter_dropout,
+    adapter_rank,
+    add_adapter,
+    base_layer,
+)
+from mlx_dpo.adapters.targets import (
+    adaptable_modules,
+    block_paths,
+    mlx_lm_keys,
+    select_modules,
+    trainable_modules,
+)
 from mlx_dpo.errors import ModelError, reason
 from mlx_dpo.io.arrays import Arrays, named_arrays, read_arrays
 
-Way = Literal["lora", "dora", "full"]
+FineTuneType = Literal["lora", "dora", "full"]
 
 
-def attach(  # noqa: PLR0913 (one argument for each setting)
+def attach_adapters(  # noqa: PLR0913 (one argument for each setting)
     model: nn.Module,
     *,
     rank: int,
     scale: float,
     dropout: float = 0.0,
-    kind: Kind = "lora",
+    kind: AdapterType = "lora",
     target_modules: Sequence[str] = (),
     num_layers: int | None = None,
     seed: int = 0,
@@ -47,31 +61,37 @@ def attach(  # noqa: PLR0913 (one argument for each setting)
         ConfigError: a target matches nothing, or there are fewer blocks than `num_layers`.
         ModelError: the model has adapters already, or a layer is of an unknown type.
     """
-    paths = chosen(model, adaptable(model), target_modules, num_layers)
+    paths = select_modules(model, adaptable_modules(model), target_modules, num_layers)
     mx.random.seed(seed % 2**64)
-    attach_at(model, paths, kind=kind, rank=rank, scale=scale, dropout=dropout)
+    attach_adapters_at(model, paths, kind=kind, rank=rank, scale=scale, dropout=dropout)
     return mlx_lm_keys(model, paths)[1]
 
 
-def attach_at(
-    model: nn.Module, paths: Sequence[str], *, kind: Kind, rank: int, scale: float, dropout: float
+def attach_adapters_at(
+    model: nn.Module,
+    paths: Sequence[str],
+    *,
+    kind: AdapterType,
+    rank: int,
+    scale: float,
+    dropout: float,
 ) -> None:
     """Freeze the model and put fresh adapters on the layers at these paths.
 
     Raises:
         ModelError, ConfigError: as `attach`.
     """
-    _refuse_second(model)
+    _check_no_adapters(model)
     modules = dict(model.named_modules())
     model.freeze()
     wrapped = [
-        (path, wrap(modules[path], path, kind=kind, rank=rank, scale=scale, dropout=dropout))
+        (path, add_adapter(modules[path], path, kind=kind, rank=rank, scale=scale, dropout=dropout))
         for path in paths
     ]
     model.update_modules(tree_unflatten(wrapped))
 
 
-def attach_full(
+def enable_full_fine_tuning(
     model: nn.Module, *, target_modules: Sequence[str] = (), num_layers: int | None = None
 ) -> None:
     """Let the weights of the last `num_layers` blocks be trained, or those of the named parts.
@@ -82,34 +102,38 @@ def attach_full(
         ConfigError: as `attach`.
         ModelError: the model has adapters, or a part is quantised.
     """
-    parts = chosen(model, trainable(model), target_modules, num_layers)
+    parts = select_modules(model, trainable_modules(model), target_modules, num_layers)
     within = tuple(f"{part}." for part in parts)
-    unfreeze(model, [name for name in named_arrays(model.parameters()) if name.startswith(within)])
+    unfreeze_parameters(
+        model, [name for name in named_arrays(model.parameters()) if name.startswith(within)]
+    )
 
 
-def unfreeze(model: nn.Module, names: Sequence[str]) -> None:
+def unfreeze_parameters(model: nn.Module, names: Sequence[str]) -> None:
     """Let the parameters of these names be trained, and no others.
 
     Raises:
-        ModelError: as `attach_full`.
+        ModelError: as `enable_full_fine_tuning`.
     """
-    _refuse_second(model)
+    _check_no_adapters(model)
     model.freeze()
-    masters.unfreeze(model, names)
+    masters.unfreeze_with_master_weights(model, names)
 
 
-def _refuse_second(model: nn.Module) -> None:
-    if adapted_modules(model) or masters.has_masters(model):
+def _check_no_adapters(model: nn.Module) -> None:
+    if adapted_layers(model) or masters.has_master_weights(model):
         raise ModelError("the model has adapters already; load it afresh to attach others")
 
 
-def adapted_modules(model: nn.Module) -> dict[str, nn.Module]:
+def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The layers with adapters by path."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, ADAPTED)}
+    return {
+        path: module for path, module in model.named_modules() if isinstance(module, ADAPTER_TYPES)
+    }
 
 
 @contextmanager
-def adapters_off(model: nn.Module) -> Iterator[None]:
+def disable_adapters(model: nn.Module) -> Iterator[None]:
     """The bare base inside the block, bit for bit: the adapted layers are swapped out.
 
     Setting their scale to zero would still pay for the products and keep the names.
@@ -117,22 +141,22 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     Raises:
         RuntimeError: weights of the base itself were trained; it has to be loaded anew.
     """
-    if masters.has_masters(model):
+    if masters.has_master_weights(model):
         raise RuntimeError("the base's own weights were trained: there is nothing to switch off")
-    adapted = adapted_modules(model)
-    detach(model)
+    adapted = adapted_layers(model)
+    detach_adapters(model)
     try:
         yield
     finally:
         model.update_modules(tree_unflatten(list(adapted.items())))
 
 
-def detach(model: nn.Module) -> None:
+def detach_adapters(model: nn.Module) -> None:
     """Make room for another adapter. Weights of the base that were trained stay as they are, for
     those of one that went on from them to take their place."""
-    masters.forget(model)
-    adapted = adapted_modules(model)
-    model.update_modules(tree_unflatten([(path, bare(m)) for path, m in adapted.items()]))
+    masters.drop_master_weights(model)
+    adapted = adapted_layers(model)
+    model.update_modules(tree_unflatten([(path, base_layer(m)) for path, m in adapted.items()]))
 
 
 def adapter_weights(model: nn.Module) -> Arrays:
@@ -140,17 +164,17 @@ def adapter_weights(model: nn.Module) -> Arrays:
     return named_arrays(model.trainable_parameters())
 
 
-def way_of(model: nn.Module) -> Way:
+def get_fine_tune_type(model: nn.Module) -> FineTuneType:
     """How the policy differs from its base."""
-    if masters.has_masters(model):
+    if masters.has_master_weights(model):
         return "full"
-    found = adapted_modules(model).values()
-    return "dora" if any(isinstance(module, DORA) for module in found) else "lora"
+    found = adapted_layers(model).values()
+    return "dora" if any(isinstance(module, DORA_TYPES) for module in found) else "lora"
 
 
-def description(model: nn.Module) -> dict[str, Any]:
+def make_adapter_config(model: nn.Module) -> dict[str, Any]:
     """What mlx-lm needs to put the same adapters on the same base."""
-    way, adapted = way_of(model), adapted_modules(model)
+    way, adapted = get_fine_tune_type(model), adapted_layers(model)
     if way == "full":
         trained = named_arrays(model.trainable_parameters())
         blocks = block_paths(model)
@@ -161,7 +185,7 @@ def description(model: nn.Module) -> dict[str, Any]:
         return {"fine_tune_type": way, "num_layers": len(blocks) - first}
     one = next(iter(adapted.values()))
     num_layers, keys = mlx_lm_keys(model, list(adapted))
-    parameters = {"rank": rank_of(one), "scale": one.scale, "dropout": dropout_of(one)}
+    parameters = {"rank": adapter_rank(one), "scale": one.scale, "dropout": adapter_dropout(one)}
     return {
         "fine_tune_type": way,
         "num_layers": num_layers,
@@ -170,11 +194,11 @@ def description(model: nn.Module) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Saved:
+class LoadedAdapter:
     """An adapter that lies in memory; arrays are named as in a policy that has it attached."""
 
     where: Path  # of the weights
-    way: Way
+    way: FineTuneType
     weights: Arrays
     rank: int = 0
     scale: float = 0.0
@@ -182,7 +206,7 @@ class Saved:
     tables: tuple[str, ...] = ()  # whose adapters leave a head that is tied to them alone
 
 
-def read_weights(path: Path) -> Arrays:
+def read_adapter_weights(path: Path) -> Arrays:
     """The arrays of a file of adapters.
 
     Raises:

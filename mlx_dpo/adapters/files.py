@@ -14,8 +14,14 @@ import mlx.nn as nn
 
 from mlx_dpo.adapters import master_weights as masters
 from mlx_dpo.adapters import peft as peft_layout
-from mlx_dpo.adapters.attach import Saved, adapter_weights, attach_at, read_weights, unfreeze
-from mlx_dpo.adapters.targets import is_tied
+from mlx_dpo.adapters.attach import (
+    LoadedAdapter,
+    adapter_weights,
+    attach_adapters_at,
+    read_adapter_weights,
+    unfreeze_parameters,
+)
+from mlx_dpo.adapters.targets import has_tied_embeddings
 from mlx_dpo.errors import ModelError, reason
 from mlx_dpo.io.arrays import Arrays, named_arrays, write_arrays
 from mlx_dpo.io.atomic import atomic_file, write_file
@@ -23,34 +29,34 @@ from mlx_dpo.models.files import read_json
 
 WEIGHTS = "adapters.safetensors"
 CONFIG = "adapter_config.json"
-READ = ("fine_tune_type", "num_layers", "lora_parameters")  # mlx-lm's settings
+MLX_LM_KEYS = ("fine_tune_type", "num_layers", "lora_parameters")  # mlx-lm's settings
 
 
 def save_adapter(folder: Path, model: nn.Module, config: dict[str, Any]) -> None:
     """Write weights and config into `folder`, each whole or not at all, weights last."""
-    _put_config(folder, config)
-    _put_arrays(folder / WEIGHTS, adapter_weights(model), "mlx")
+    _write_config(folder, config)
+    _write_weights(folder / WEIGHTS, adapter_weights(model), "mlx")
 
 
-def add_peft(folder: Path, settings: dict[str, Any], arrays: Arrays) -> None:
+def add_peft_files(folder: Path, settings: dict[str, Any], arrays: Arrays) -> None:
     """Write PEFT's layout of the adapter in `folder` beside mlx-lm's.
 
     The file of settings is one for both: each program passes over what it does not know.
     """
-    _put_arrays(folder / peft_layout.WEIGHTS, arrays, "pt")
-    _put_config(folder, _read_config(folder) | settings)
+    _write_weights(folder / peft_layout.WEIGHTS, arrays, "pt")
+    _write_config(folder, _read_config(folder) | settings)
 
 
-def _put_config(folder: Path, config: dict[str, Any]) -> None:
+def _write_config(folder: Path, config: dict[str, Any]) -> None:
     write_file(folder / CONFIG, json.dumps(config, indent=2) + "\n")
 
 
-def _put_arrays(path: Path, arrays: Arrays, made_by: str) -> None:
+def _write_weights(path: Path, arrays: Arrays, made_by: str) -> None:
     with atomic_file(path) as temporary:
         write_arrays(temporary, arrays, {"format": made_by})
 
 
-def read_adapter(folder: Path) -> Saved:
+def read_adapter(folder: Path) -> LoadedAdapter:
     """The adapter in `folder`, in mlx-lm's layout or in PEFT's; mlx-lm's where it has both.
 
     Raises:
@@ -58,14 +64,14 @@ def read_adapter(folder: Path) -> Saved:
             what cannot be carried over.
     """
     config = _read_config(folder)
-    if _weights_of(folder, config) != folder / WEIGHTS:
-        return peft_layout.read(folder, config)
+    if _weights_path(folder, config) != folder / WEIGHTS:
+        return peft_layout.read_peft_adapter(folder, config)
     path = folder / CONFIG
     way = config.get("fine_tune_type", "lora")
     if way not in ("lora", "dora", "full"):
         raise ModelError(f"{path}: fine_tune_type `{way}` is unknown; it is lora, dora or full")
     if way == "full":
-        return Saved(folder / WEIGHTS, way, read_weights(folder / WEIGHTS))
+        return LoadedAdapter(folder / WEIGHTS, way, read_adapter_weights(folder / WEIGHTS))
     parameters = config.get("lora_parameters")
     if not isinstance(parameters, dict):
         raise ModelError(f"{path}: not an adapter description in mlx-lm's layout")
@@ -75,10 +81,10 @@ def read_adapter(folder: Path) -> Saved:
         sizes = (int(parameters["rank"]), float(parameters["scale"]), float(parameters["dropout"]))
     except (TypeError, ValueError):
         raise ModelError(f"{path}: no numbers for `rank`, `scale` and `dropout`") from None
-    return Saved(folder / WEIGHTS, way, read_weights(folder / WEIGHTS), *sizes)
+    return LoadedAdapter(folder / WEIGHTS, way, read_adapter_weights(folder / WEIGHTS), *sizes)
 
 
-def content_digest(folder: Path) -> str:
+def adapter_digest(folder: Path) -> str:
     """SHA-256 over what `read_adapter` reads, in hex; the same with and without PEFT's layout
     beside mlx-lm's.
 
@@ -86,9 +92,9 @@ def content_digest(folder: Path) -> str:
         ModelError: a file is missing.
     """
     config = _read_config(folder)
-    path = _weights_of(folder, config)
+    path = _weights_path(folder, config)
     if path.name == WEIGHTS:
-        config = {name: config.get(name) for name in READ}
+        config = {name: config.get(name) for name in MLX_LM_KEYS}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     try:
         with path.open("rb") as stream:
@@ -105,12 +111,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return read_json(path, str(path))
 
 
-def _weights_of(folder: Path, config: dict[str, Any]) -> Path:
+def _weights_path(folder: Path, config: dict[str, Any]) -> Path:
     is_peft = "peft_type" in config and not (folder / WEIGHTS).is_file()
     return folder / (peft_layout.WEIGHTS if is_peft else WEIGHTS)
 
 
-def start_from(model: nn.Module, saved: Saved, *, dropout: float) -> None:
+def attach_loaded_adapter(model: nn.Module, saved: LoadedAdapter, *, dropout: float) -> None:
     """Attach a saved adapter to go on training it.
 
     Raises:
@@ -119,41 +125,43 @@ def start_from(model: nn.Module, saved: Saved, *, dropout: float) -> None:
     weights = saved.weights
     if saved.way == "full":
         here = named_arrays(model.parameters())
-        _refuse_other_model(
+        _check_same_shapes(
             saved.where,
             {name: here[name].shape for name in saved.weights if name in here},
             saved.weights,
         )
-        unfreeze(model, list(saved.weights))
+        unfreeze_parameters(model, list(saved.weights))
     else:
-        weights = peft_layout.own_names(weights, model)
+        weights = peft_layout.to_mlx_names(weights, model)
         paths = list(dict.fromkeys(name.rpartition(".")[0] for name in weights))
         present = {path for path, _ in model.named_modules()}
         if strangers := [path for path in paths if path not in present]:
             raise ModelError(
                 f"{saved.where}: adapters of another model; it has no `{strangers[0]}`"
             )
-        if saved.tables and is_tied(model):
+        if saved.tables and has_tied_embeddings(model):
             raise ModelError(
                 f"{saved.where}: `{saved.tables[0]}` leaves the head as it is, which in this model "
                 "is the same table, so that mlx-lm's layer adapts both; adapt other layers"
             )
-        attach_at(model, paths, kind=saved.way, rank=saved.rank, scale=saved.scale, dropout=dropout)
-    put_weights(model, weights, saved.where)
+        attach_adapters_at(
+            model, paths, kind=saved.way, rank=saved.rank, scale=saved.scale, dropout=dropout
+        )
+    set_adapter_weights(model, weights, saved.where)
 
 
 def load_adapter(model: nn.Module, folder: Path) -> None:
     """Attach the adapter in `folder` to be used. Frozen afterwards.
 
     Raises:
-        ModelError: as `read_adapter` and `start_from`.
+        ModelError: as `read_adapter` and `attach_loaded_adapter`.
     """
     saved = read_adapter(folder)
-    start_from(model, saved, dropout=saved.dropout)
+    attach_loaded_adapter(model, saved, dropout=saved.dropout)
     model.freeze()
     model.eval()
     if saved.way == "full":
-        masters.settle(model)
+        masters.cast_permanently(model)
 
 
 def load_adapter_weights(model: nn.Module, path: Path) -> None:
@@ -162,22 +170,22 @@ def load_adapter_weights(model: nn.Module, path: Path) -> None:
     Raises:
         ModelError: they do not, or the file cannot be read.
     """
-    put_weights(model, read_weights(path), path)
+    set_adapter_weights(model, read_adapter_weights(path), path)
 
 
-def put_weights(model: nn.Module, weights: Arrays, where: Path) -> None:
+def set_adapter_weights(model: nn.Module, weights: Arrays, where: Path) -> None:
     """Give what is trained these values, in float32.
 
     Raises:
         ModelError: names or shapes do not agree exactly.
     """
     wanted = {name: value.shape for name, value in adapter_weights(model).items()}
-    _refuse_other_model(where, wanted, weights)
+    _check_same_shapes(where, wanted, weights)
     wide = [(name, value.astype(mx.float32)) for name, value in weights.items()]
     model.load_weights(wide, strict=False)  # strict would want the base as well
 
 
-def _refuse_other_model(where: Path, wanted: dict[str, tuple[int, ...]], weights: Arrays) -> None:
+def _check_same_shapes(where: Path, wanted: dict[str, tuple[int, ...]], weights: Arrays) -> None:
     found = {name: value.shape for name, value in weights.items()}
     names = {name for name in wanted | found if wanted.get(name) != found.get(name)}
     if names:

@@ -17,12 +17,12 @@ from mlx_dpo.errors import ModelError, reason
 from mlx_dpo.io.arrays import Arrays, read_arrays
 from mlx_dpo.models.files import weight_files
 
-UNREADABLE = (HTTPError, NotASafetensorsRepoError, SafetensorsParsingError, OSError)
-LONGEST_HEADER = 100_000_000  # bytes; what safetensors itself allows
+HUB_ERRORS = (HTTPError, NotASafetensorsRepoError, SafetensorsParsingError, OSError)
+MAX_HEADER_BYTES = 100_000_000  # bytes; what safetensors itself allows
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class HFCheckpoint:
     """Names and shapes of a checkpoint's tensors, and where its weights lie if that is here."""
 
     name: str
@@ -42,7 +42,7 @@ class Checkpoint:
         return found
 
 
-def local_checkpoint(folder: Path, name: str) -> Checkpoint:
+def local_checkpoint(folder: Path, name: str) -> HFCheckpoint:
     """The checkpoint in a folder.
 
     Raises:
@@ -50,14 +50,14 @@ def local_checkpoint(folder: Path, name: str) -> Checkpoint:
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for file in weight_files(folder):
-        entries = json.loads(header_of(file))
+        entries = json.loads(read_safetensors_header(file))
         shapes |= {k: tuple(v["shape"]) for k, v in entries.items() if k != "__metadata__"}
     if not shapes:
         raise ModelError(f"{name}: no weights that are safetensors; name a model's folder")
-    return Checkpoint(name, shapes, folder)
+    return HFCheckpoint(name, shapes, folder)
 
 
-def hub_checkpoint(hub_id: str, revision: str | None = None) -> Checkpoint:
+def hub_checkpoint(hub_id: str, revision: str | None = None) -> HFCheckpoint:
     """The checkpoint of a Hub repository, of which headers alone are downloaded.
 
     Raises:
@@ -67,7 +67,7 @@ def hub_checkpoint(hub_id: str, revision: str | None = None) -> Checkpoint:
         found = HfApi().get_safetensors_metadata(hub_id, revision=revision)
     except HFValidationError as error:
         raise ModelError(f"{hub_id}: no such folder, and not a Hub id (`ORG/NAME`)") from error
-    except UNREADABLE as error:
+    except HUB_ERRORS as error:
         raise ModelError(
             f"{hub_id}: the names of its tensors cannot be read ({reason(error)}); name a Hub id "
             "or a folder that holds safetensors"
@@ -77,10 +77,10 @@ def hub_checkpoint(hub_id: str, revision: str | None = None) -> Checkpoint:
         for file in found.files_metadata.values()
         for name, tensor in file.tensors.items()
     }
-    return Checkpoint(hub_id, shapes)
+    return HFCheckpoint(hub_id, shapes)
 
 
-def header_of(file: Path) -> bytes:
+def read_safetensors_header(file: Path) -> bytes:
     """The JSON that a safetensors file begins with.
 
     Raises:
@@ -89,7 +89,7 @@ def header_of(file: Path) -> bytes:
     with file.open("rb") as stream:
         start = stream.read(8)
         size = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        header = stream.read(size) if 0 < size <= LONGEST_HEADER else b""
+        header = stream.read(size) if 0 < size <= MAX_HEADER_BYTES else b""
     if not header.startswith(b"{"):
         raise ModelError(f"{file}: not a safetensors file; get it again")
     return header

@@ -13,30 +13,30 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_dpo.adapters import peft as peft_layout
-from mlx_dpo.adapters.attach import adapted_modules, way_of
-from mlx_dpo.adapters.hf_checkpoint import Checkpoint
-from mlx_dpo.adapters.layers import EXPERTS, TABLES, DoRAEmbedding, bare
-from mlx_dpo.adapters.peft import ROOTS
-from mlx_dpo.adapters.targets import is_tied
+from mlx_dpo.adapters.attach import adapted_layers, get_fine_tune_type
+from mlx_dpo.adapters.hf_checkpoint import HFCheckpoint
+from mlx_dpo.adapters.layers import EMBEDDING_TYPES, EXPERT_TYPES, DoRAEmbedding, base_layer
+from mlx_dpo.adapters.peft import PATH_PREFIXES
+from mlx_dpo.adapters.targets import has_tied_embeddings
 from mlx_dpo.errors import ModelError
 from mlx_dpo.io.arrays import Arrays, scalar
 from mlx_dpo.models.device import float32_weight
 
 # `model_type`s whose linear layers have the same paths and weights in transformers.
-ALIKE = {
+SAME_LAYOUT = {
     "cohere", "cohere2", "dbrx", "ernie4_5", "gemma", "gemma2", "gemma3_text", "glm4", "gpt2",
     "granite", "granitemoe", "helium", "hunyuan_v1_dense", "lfm2", "lfm2_moe", "llama", "mistral",
     "mixtral", "nemotron", "olmo2", "olmoe", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3",
     "qwen3_moe", "seed_oss", "smollm3", "stablelm", "starcoder2",
 }  # fmt: skip
 TRANSPOSED = {"gpt2"}  # linear layers whose weights lie as (in, out)
-CHECKPOINT_ROOTS = {"gpt2": ("model.", "")}  # as ROOTS, in checkpoint files
-ROUTERS = ("gate", "router")  # in transformers bare parameters, beside experts
-ALMOST = 0.9  # cosine of a weight and the one it was quantised from: 2 bits give about 0.9
+CHECKPOINT_PREFIXES = {"gpt2": ("model.", "")}  # as ROOTS, in checkpoint files
+ROUTER_NAMES = ("gate", "router")  # in transformers bare parameters, beside experts
+MIN_COSINE = 0.9  # cosine of a weight and the one it was quantised from: 2 bits give about 0.9
 
 
 @dataclass(frozen=True)
-class Counterparts:
+class HFTensors:
     """The checkpoint's tensor for each adapted layer's path, and how PEFT is to find them."""
 
     tensors: dict[str, str]
@@ -49,9 +49,9 @@ class Counterparts:
         return found.T if path in self.turned else found
 
 
-def find_counterparts(
-    model: nn.Module, entries: Mapping[str, Any], checkpoint: Checkpoint, *, whole: bool = False
-) -> Counterparts:
+def find_hf_tensors(
+    model: nn.Module, entries: Mapping[str, Any], checkpoint: HFCheckpoint, *, whole: bool = False
+) -> HFTensors:
     """The counterparts of a model's adapted layers; `entries` are those of `config.json`.
 
     For the `whole` checkpoint a tensor is enough, where PEFT wants a layer.
@@ -60,17 +60,17 @@ def find_counterparts(
         ModelError: an adapted layer has none; says which and why.
     """
     kind = str(entries.get("model_type"))
-    _refuse_whole(model, kind, checkpoint)
+    _check_model(model, kind, checkpoint)
     modules = dict(model.named_modules())
     tensors, turned = {}, set()
-    for path, adapted in adapted_modules(model).items():
-        layer = bare(adapted)
-        _refuse_experts(path, layer)
+    for path, adapted in adapted_layers(model).items():
+        layer = base_layer(adapted)
+        _check_no_experts(path, layer)
         if not whole:
-            _refuse_for_peft(model, modules, path, layer)
-        tensors[path] = tensor_name(f"{path}.weight", kind)
-        shape = _shape(layer)
-        if kind in TRANSPOSED and not isinstance(layer, TABLES):
+            _check_peft_can_adapt(model, modules, path, layer)
+        tensors[path] = hf_tensor_name(f"{path}.weight", kind)
+        shape = _weight_shape(layer)
+        if kind in TRANSPOSED and not isinstance(layer, EMBEDDING_TYPES):
             shape = shape[::-1]
             turned.add(path)
         if (found := checkpoint.shapes.get(tensors[path])) != shape:
@@ -78,16 +78,16 @@ def find_counterparts(
             raise ModelError(
                 f"`{path}`: {checkpoint.name} has no `{tensors[path]}` of shape {shape}: {there}"
             )
-    return Counterparts(tensors, _targets(tensors, kind, checkpoint), frozenset(turned))
+    return HFTensors(tensors, _target_modules(tensors, kind, checkpoint), frozenset(turned))
 
 
-def tensor_name(name: str, model_type: str) -> str:
+def hf_tensor_name(name: str, model_type: str) -> str:
     """The name in a checkpoint of a parameter that has this one here."""
-    own, theirs = CHECKPOINT_ROOTS.get(model_type, ("", ""))
+    own, theirs = CHECKPOINT_PREFIXES.get(model_type, ("", ""))
     return theirs + name.removeprefix(own)
 
 
-def refuse_other_weights(model: nn.Module, found: Counterparts, checkpoint: Checkpoint) -> None:
+def check_same_weights(model: nn.Module, found: HFTensors, checkpoint: HFCheckpoint) -> None:
     """See that the checkpoint's weights are those that the adapters were trained on, or what they
     were quantised from; where its weights are here.
 
@@ -95,24 +95,24 @@ def refuse_other_weights(model: nn.Module, found: Counterparts, checkpoint: Chec
         ModelError: names a layer that has others.
     """
     there = checkpoint.tensors()
-    for path, adapted in adapted_modules(model).items() if there else ():
-        own = float32_weight(bare(adapted))
+    for path, adapted in adapted_layers(model).items() if there else ():
+        own = float32_weight(base_layer(adapted))
         other = found.take(path, there).astype(mx.float32)
         cosine = (own * other).sum() / mx.sqrt(mx.square(own).sum() * mx.square(other).sum())
-        if not scalar(cosine) > ALMOST:
+        if not scalar(cosine) > MIN_COSINE:
             raise ModelError(
                 f"{checkpoint.name}: `{path}` has other weights than the model that was trained on "
                 f"(cosine {scalar(cosine):.2f}); name the checkpoint that it was made from"
             )
 
 
-def _refuse_whole(model: nn.Module, kind: str, checkpoint: Checkpoint) -> None:
-    if way_of(model) == "full":
+def _check_model(model: nn.Module, kind: str, checkpoint: HFCheckpoint) -> None:
+    if get_fine_tune_type(model) == "full":
         raise ModelError(
             "weights of the model itself were trained, so there is no adapter; write the whole "
             "model with `mlx-dpo fuse --to hf`"
         )
-    if kind not in ALIKE:
+    if kind not in SAME_LAYOUT:
         raise ModelError(
             f"layers of `{kind}` have not been held against those of transformers, or are others "
             "there"
@@ -125,21 +125,21 @@ def _refuse_whole(model: nn.Module, kind: str, checkpoint: Checkpoint) -> None:
         )
 
 
-def _refuse_experts(path: str, layer: nn.Module) -> None:
-    if isinstance(layer, EXPERTS):
+def _check_no_experts(path: str, layer: nn.Module) -> None:
+    if isinstance(layer, EXPERT_TYPES):
         raise ModelError(
             f"`{path}` stacks the experts of a block, which lie one by one, or stacked otherwise, "
             "in a Hugging Face checkpoint"
         )
 
 
-def _refuse_for_peft(
+def _check_peft_can_adapt(
     model: nn.Module, modules: dict[str, nn.Module], path: str, layer: nn.Module
 ) -> None:
     parts = path.split(".")
     for end in range(1, len(parts)):
         holder = modules.get(".".join(parts[:end]))
-        if parts[end] in ROUTERS and holder is not None and _holds_experts(holder):
+        if parts[end] in ROUTER_NAMES and holder is not None and _holds_experts(holder):
             raise ModelError(
                 f"`{path}` chooses among experts, and is no linear layer in transformers; leave it "
                 "out with `lora_target_modules`"
@@ -148,37 +148,37 @@ def _refuse_for_peft(
         raise ModelError(
             f"`{path}`: DoRA stretches the rows of a table here and in mlx-lm, its columns in PEFT"
         )
-    if isinstance(layer, TABLES) and is_tied(model):
+    if isinstance(layer, EMBEDDING_TYPES) and has_tied_embeddings(model):
         raise ModelError(
             f"`{path}` is the head as well, and PEFT would adapt the table without the head"
         )
 
 
 def _holds_experts(module: nn.Module) -> bool:
-    return any(isinstance(child, EXPERTS) for child in module.modules())
+    return any(isinstance(child, EXPERT_TYPES) for child in module.modules())
 
 
-def _shape(layer: nn.Module) -> tuple[int, ...]:
+def _weight_shape(layer: nn.Module) -> tuple[int, ...]:
     """Of the weight as it is when unpacked. (out, in)"""
     rows, width = layer.weight.shape
     return rows, width * 32 // layer.bits if "scales" in layer else width
 
 
-def _targets(tensors: Mapping[str, str], kind: str, checkpoint: Checkpoint) -> list[str]:
+def _target_modules(tensors: Mapping[str, str], kind: str, checkpoint: HFCheckpoint) -> list[str]:
     """Last names where they mean the adapted layers and no others, else whole paths."""
     names = sorted({path.rpartition(".")[2] for path in tensors})
     ends = tuple(f".{name}.weight" for name in names)
     meant = {name for name in checkpoint.shapes if f".{name}".endswith(ends)}
     if meant == set(tensors.values()):
         return names
-    own, theirs = ROOTS.get(kind, ("", ""))
+    own, theirs = PATH_PREFIXES.get(kind, ("", ""))
     return [theirs + path.removeprefix(own) for path in tensors]
 
 
-def peft_side(
+def make_peft_adapter(
     model: nn.Module,
     entries: Mapping[str, Any],
-    checkpoint: Checkpoint,
+    checkpoint: HFCheckpoint,
     *,
     rslora: bool = False,
     base_model: str | None = None,
@@ -196,10 +196,10 @@ def peft_side(
     Raises:
         ModelError: a layer has no counterpart in transformers.
     """
-    found = find_counterparts(model, entries, checkpoint)
-    refuse_other_weights(model, found, checkpoint)
-    settings = peft_layout.config_of(
+    found = find_hf_tensors(model, entries, checkpoint)
+    check_same_weights(model, found, checkpoint)
+    settings = peft_layout.make_peft_config(
         model, found.targets, rslora=rslora, transposed=bool(found.turned)
     )
     settings |= {"base_model_name_or_path": base_model, "revision": revision}
-    return settings, peft_layout.arrays_of(model, str(entries["model_type"]))
+    return settings, peft_layout.make_peft_weights(model, str(entries["model_type"]))

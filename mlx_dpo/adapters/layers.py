@@ -43,10 +43,10 @@ def add_low_rank(y: mx.array, x: mx.array, a: mx.array, b: mx.array, scale: floa
     return cast(mx.array, add(y, x, a, b, thin))
 
 
-Kind = Literal["lora", "dora"]
-LINEAR = (nn.Linear, nn.QuantizedLinear)
-EXPERTS = (SwitchLinear, QuantizedSwitchLinear)
-TABLES = (nn.Embedding, nn.QuantizedEmbedding)
+AdapterType = Literal["lora", "dora"]
+LINEAR_TYPES = (nn.Linear, nn.QuantizedLinear)
+EXPERT_TYPES = (SwitchLinear, QuantizedSwitchLinear)
+EMBEDDING_TYPES = (nn.Embedding, nn.QuantizedEmbedding)
 
 
 class LoRALinear(lora.LoRALinear):
@@ -111,12 +111,12 @@ class DoRALinear(LoRALinear):
         whole = super().__call__(x)
         biased = "bias" in self.linear
         directed = whole - self.linear.bias if biased else whole
-        return whole + _stretch(self.m, self._norms()).astype(x.dtype) * directed
+        return whole + _magnitude_factor(self.m, self._norms()).astype(x.dtype) * directed
 
     def _norms(self) -> mx.array:
         """Length of each row of the adapted weight. (out,) float32"""
         a, rows = mx.stop_gradient(self.lora_a), mx.stop_gradient(self.lora_b).T
-        return _row_norms(self._squares, _rows_times(self.linear, a), rows, a.T @ a, self.scale)
+        return _row_norms(self._squares, _weight_times(self.linear, a), rows, a.T @ a, self.scale)
 
 
 class DoRAEmbedding(LoRAEmbedding):
@@ -134,22 +134,22 @@ class DoRAEmbedding(LoRAEmbedding):
         rows = mx.stop_gradient(self.lora_a[ids])
         crossed = self.embedding(ids).astype(mx.float32) @ b.T
         norms = _row_norms(self._squares[ids], crossed, rows, b @ b.T, self.scale)
-        return out + _stretch(self.m[ids], norms)[..., None].astype(out.dtype) * out
+        return out + _magnitude_factor(self.m[ids], norms)[..., None].astype(out.dtype) * out
 
     def as_linear(self, x: mx.array) -> mx.array:
         """Products with the rows of the adapted table. (..., D) -> (..., V)"""
         out = super().as_linear(x)
         b, rows = mx.stop_gradient(self.lora_b), mx.stop_gradient(self.lora_a)
-        crossed = _rows_times(self.embedding, b.T)
+        crossed = _weight_times(self.embedding, b.T)
         norms = _row_norms(self._squares, crossed, rows, b @ b.T, self.scale)
-        return out + _stretch(self.m, norms).astype(out.dtype) * out
+        return out + _magnitude_factor(self.m, norms).astype(out.dtype) * out
 
 
-ADAPTED = (LoRALinear, LoRASwitchLinear, LoRAEmbedding)  # DoRA's are among them
-DORA = (DoRALinear, DoRAEmbedding)
+ADAPTER_TYPES = (LoRALinear, LoRASwitchLinear, LoRAEmbedding)  # DoRA's are among them
+DORA_TYPES = (DoRALinear, DoRAEmbedding)
 
 
-def _stretch(magnitude: mx.array, norms: mx.array) -> mx.array:
+def _magnitude_factor(magnitude: mx.array, norms: mx.array) -> mx.array:
     """magnitude / norm - 1: near one, 16 bits would swallow what a magnitude learns. (n,)"""
     # A row of zeros has no direction to be stretched in.
     tiny = mx.finfo(mx.float32).smallest_normal
@@ -180,7 +180,7 @@ def _row_squares(base: nn.Module) -> mx.array:
     return mx.square(float32_weight(base)).sum(-1)
 
 
-def _rows_times(base: nn.Module, columns: mx.array) -> mx.array:
+def _weight_times(base: nn.Module, columns: mx.array) -> mx.array:
     """W V^T, in float32. (in, r) -> (n, r)"""
     if "scales" not in base:
         return base.weight.astype(mx.float32) @ columns
@@ -196,8 +196,8 @@ def _rows_times(base: nn.Module, columns: mx.array) -> mx.array:
     ).T
 
 
-def wrap(
-    base: nn.Module, name: str, *, kind: Kind, rank: int, scale: float, dropout: float
+def add_adapter(
+    base: nn.Module, name: str, *, kind: AdapterType, rank: int, scale: float, dropout: float
 ) -> nn.Module:
     """`base` with a fresh adapter, which changes nothing yet. `name` is for messages.
 
@@ -208,11 +208,11 @@ def wrap(
     sizes = {"r": rank, "scale": scale, "dropout": dropout}
     adapted: nn.Module
     # The constructors make a dense layer first; lazily, so that it is never allocated.
-    if type(base) in LINEAR:
+    if type(base) in LINEAR_TYPES:
         linear = LoRALinear if kind == "lora" else DoRALinear
-        adapted = linear(_inputs(base), base.weight.shape[0], **sizes)
+        adapted = linear(_input_size(base), base.weight.shape[0], **sizes)
         adapted.linear = base
-    elif type(base) in EXPERTS:
+    elif type(base) in EXPERT_TYPES:
         if kind == "dora":
             raise ConfigError(
                 f"fine_tune_type `dora`: `{name}` holds experts, for which neither mlx-lm nor "
@@ -220,36 +220,36 @@ def wrap(
             )
         adapted = LoRASwitchLinear(base.input_dims, base.output_dims, base.num_experts, **sizes)
         adapted.linear = base
-    elif type(base) in TABLES:
+    elif type(base) in EMBEDDING_TYPES:
         table = LoRAEmbedding if kind == "lora" else DoRAEmbedding
-        adapted = table(base.weight.shape[0], _inputs(base), **sizes)
+        adapted = table(base.weight.shape[0], _input_size(base), **sizes)
         adapted.embedding = base
     else:
         raise ModelError(f"`{name}`: no adapter is known for a layer of type "
                          f"`{type(base).__name__}`")  # fmt: skip
-    if isinstance(adapted, DORA):
+    if isinstance(adapted, DORA_TYPES):
         adapted.measure()
     return adapted
 
 
-def bare(adapted: nn.Module) -> nn.Module:
+def base_layer(adapted: nn.Module) -> nn.Module:
     """The layer of the base that an adapter is beside."""
     base: nn.Module = adapted["embedding" if isinstance(adapted, LoRAEmbedding) else "linear"]
     return base
 
 
-def rank_of(adapted: nn.Module) -> int:
+def adapter_rank(adapted: nn.Module) -> int:
     """Rank of an adapter."""
     rank: int = adapted.lora_a.shape[-2 if isinstance(adapted, LoRASwitchLinear) else -1]
     return rank
 
 
-def dropout_of(adapted: nn.Module) -> float:
+def adapter_dropout(adapted: nn.Module) -> float:
     """Dropout on an adapter's input."""
     return round(1 - float(adapted.dropout._p_1), 12)  # MLX keeps its complement alone
 
 
-def _inputs(base: nn.Module) -> int:
+def _input_size(base: nn.Module) -> int:
     """Width of a row of the weight, packed or not."""
     width: int = base.weight.shape[-1]
     return width * 32 // base.bits if "scales" in base else width

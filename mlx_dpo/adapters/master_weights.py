@@ -16,11 +16,11 @@ from mlx.utils import tree_unflatten
 from mlx_dpo.errors import ModelError
 from mlx_dpo.io.arrays import named_arrays
 
-MARK = "_masters"
+ATTRIBUTE = "_masters"
 
 
 @dataclass(frozen=True)
-class _Masters:
+class _MasterWeights:
     """Beside a model whose own weights are trained: the types of those held wider than they were.
 
     An object, because MLX takes a dict among a module's attributes for parameters.
@@ -29,7 +29,7 @@ class _Masters:
     narrow: dict[str, mx.Dtype] = field(default_factory=dict)
 
 
-def unfreeze(model: nn.Module, names: Sequence[str]) -> None:
+def unfreeze_with_master_weights(model: nn.Module, names: Sequence[str]) -> None:
     """Let the parameters of these names be trained; whole numbers stay as they are.
 
     Raises:
@@ -39,7 +39,7 @@ def unfreeze(model: nn.Module, names: Sequence[str]) -> None:
     values = named_arrays(model.parameters())
     narrow: dict[str, mx.Dtype] = {}
     for name in names:
-        owner, key = _place(modules, name)
+        owner, key = _owner_and_key(modules, name)
         if "scales" in modules[owner]:
             raise ModelError(
                 f"fine_tune_type `full`: `{owner}` is quantised, and packed weights cannot move; "
@@ -51,10 +51,10 @@ def unfreeze(model: nn.Module, names: Sequence[str]) -> None:
         if values[name].dtype != mx.float32:
             narrow[name] = values[name].dtype
     model.update(tree_unflatten([(k, values[k].astype(mx.float32)) for k in narrow]))
-    setattr(model, MARK, _Masters(narrow))
+    setattr(model, ATTRIBUTE, _MasterWeights(narrow))
 
 
-def _place(modules: dict[str, nn.Module], name: str) -> tuple[str, str]:
+def _owner_and_key(modules: dict[str, nn.Module], name: str) -> tuple[str, str]:
     """The module that holds a parameter, and its key there, which may be that of a list."""
     parts = name.split(".")
     ends = range(len(parts) - 1, -1, -1)
@@ -62,26 +62,28 @@ def _place(modules: dict[str, nn.Module], name: str) -> tuple[str, str]:
     return ".".join(parts[:end]), parts[end]
 
 
-def forget(model: nn.Module) -> None:
+def drop_master_weights(model: nn.Module) -> None:
     """Take the model's weights, as they are now, for those of a base."""
-    vars(model).pop(MARK, None)
+    vars(model).pop(ATTRIBUTE, None)
 
 
-def has_masters(model: nn.Module) -> bool:
+def has_master_weights(model: nn.Module) -> bool:
     """Whether weights of the model itself are trained, or were."""
-    return MARK in vars(model)
+    return ATTRIBUTE in vars(model)
 
 
-def narrow_types(model: nn.Module) -> set[mx.Dtype]:
+def forward_dtypes(model: nn.Module) -> set[mx.Dtype]:
     """The types in which masters are computed with, where those are narrower than they."""
-    masters: _Masters | None = vars(model).get(MARK)
+    masters: _MasterWeights | None = vars(model).get(ATTRIBUTE)
     return set(masters.narrow.values()) if masters else set()
 
 
 @contextmanager
-def narrowed(model: nn.Module) -> Iterator[None]:
+def cast_for_forward(model: nn.Module) -> Iterator[None]:
     """Inside the block, what is trained is in the type that the base has it in."""
-    masters: _Masters | None = vars(model).get(MARK) if isinstance(model, nn.Module) else None
+    masters: _MasterWeights | None = (
+        vars(model).get(ATTRIBUTE) if isinstance(model, nn.Module) else None
+    )
     if masters is None or not masters.narrow:
         yield
         return
@@ -95,9 +97,9 @@ def narrowed(model: nn.Module) -> Iterator[None]:
         model.update(tree_unflatten(list(held.items())))
 
 
-def settle(model: nn.Module) -> None:
-    """For good what `narrowed` is for a while: of a policy that is not trained any further."""
-    masters: _Masters = vars(model)[MARK]
+def cast_permanently(model: nn.Module) -> None:
+    """Cast a policy that is not trained any further as `cast_for_forward` does, for good."""
+    masters: _MasterWeights = vars(model)[ATTRIBUTE]
     values = named_arrays(model.parameters())
     model.update(tree_unflatten([(k, values[k].astype(t)) for k, t in masters.narrow.items()]))
-    setattr(model, MARK, _Masters())
+    setattr(model, ATTRIBUTE, _MasterWeights())

@@ -11,14 +11,14 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from mlx_dpo.adapters import master_weights as masters
-from mlx_dpo.adapters.attach import adapted_modules
-from mlx_dpo.adapters.layers import DORA, LoRAEmbedding, LoRASwitchLinear, bare
+from mlx_dpo.adapters.attach import adapted_layers
+from mlx_dpo.adapters.layers import DORA_TYPES, LoRAEmbedding, LoRASwitchLinear, base_layer
 from mlx_dpo.io.arrays import scalar
-from mlx_dpo.models.device import PLAIN, cast, float32_weight, unpack
+from mlx_dpo.models.device import PLAIN_LAYERS, cast_model, dequantize_layer, float32_weight
 
 
 @dataclass(frozen=True)
-class Rounding:
+class RoundingLoss:
     """What number type and packing leave of the adapters' change of the weights."""
 
     kept: float  # the change that is left, projected on the whole one
@@ -26,7 +26,7 @@ class Rounding:
 
 
 @dataclass(frozen=True)
-class Packed:
+class AffineQuantization:
     """Bits and group of affine quantisation."""
 
     bits: int
@@ -40,7 +40,7 @@ class Packed:
         return mx.dequantize(packed, scales, biases, group_size=self.group_size, bits=self.bits)
 
 
-def fused_weight(adapted: nn.Module, weight: mx.array) -> mx.array:
+def merged_weight(adapted: nn.Module, weight: mx.array) -> mx.array:
     """`weight` with the adapter in it. (..., out, in) float32
 
     DoRA's magnitudes are those of the rows afterwards.
@@ -51,14 +51,16 @@ def fused_weight(adapted: nn.Module, weight: mx.array) -> mx.array:
     else:
         added = a @ b if isinstance(adapted, LoRAEmbedding) else (a @ b).T
     whole = weight.astype(mx.float32) + adapted.scale * added
-    if isinstance(adapted, DORA):
+    if isinstance(adapted, DORA_TYPES):
         norms = mx.linalg.norm(whole, axis=-1)
         # A row of zeros has no direction to be stretched in.
         whole = whole * mx.where(norms > 0, adapted.m / norms, 1.0)[:, None]
     return whole
 
 
-def fuse(model: nn.Module, dtype: mx.Dtype, packed: Packed | None = None) -> Rounding | None:
+def merge_adapters(
+    model: nn.Module, dtype: mx.Dtype, packed: AffineQuantization | None = None
+) -> RoundingLoss | None:
     """Put the adapters into the weights, unpack every layer and hold it in `dtype`.
 
     Returns:
@@ -66,10 +68,10 @@ def fuse(model: nn.Module, dtype: mx.Dtype, packed: Packed | None = None) -> Rou
         weights of the model itself were trained.
     """
     sums = mx.zeros((3,))
-    for path, adapted in adapted_modules(model).items():
-        before = float32_weight(bare(adapted))
-        whole = fused_weight(adapted, before)
-        plain = _plain(bare(adapted), whole.astype(dtype), path)
+    for path, adapted in adapted_layers(model).items():
+        before = float32_weight(base_layer(adapted))
+        whole = merged_weight(adapted, before)
+        plain = _plain_layer(base_layer(adapted), whole.astype(dtype), path)
         left = packed.rounded(plain.weight) if packed else plain.weight
         change, kept = whole - before, left.astype(mx.float32) - before
         sums = sums + mx.stack(
@@ -77,18 +79,18 @@ def fuse(model: nn.Module, dtype: mx.Dtype, packed: Packed | None = None) -> Rou
         )
         mx.eval(sums, plain.parameters())
         model.update_modules(tree_unflatten([(path, plain)]))
-    masters.forget(model)
-    for path, module in [(p, m) for p, m in model.named_modules() if type(m) in PLAIN]:
-        model.update_modules(tree_unflatten([(path, unpack(module, dtype, path))]))
-    cast(model, dtype)
+    masters.drop_master_weights(model)
+    for path, module in [(p, m) for p, m in model.named_modules() if type(m) in PLAIN_LAYERS]:
+        model.update_modules(tree_unflatten([(path, dequantize_layer(module, dtype, path))]))
+    cast_model(model, dtype)
     crossed, whole_size, left_size = (scalar(value) for value in sums)
     if not whole_size:
         return None
-    return Rounding(crossed / whole_size, crossed / max((whole_size * left_size) ** 0.5, 1e-30))
+    return RoundingLoss(crossed / whole_size, crossed / max((whole_size * left_size) ** 0.5, 1e-30))
 
 
-def _plain(layer: nn.Module, weight: mx.array, path: str) -> nn.Module:
-    if type(layer) in PLAIN:
-        layer = unpack(layer, weight.dtype, path)
+def _plain_layer(layer: nn.Module, weight: mx.array, path: str) -> nn.Module:
+    if type(layer) in PLAIN_LAYERS:
+        layer = dequantize_layer(layer, weight.dtype, path)
     layer.weight = weight
     return layer

@@ -13,8 +13,13 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_dpo.adapters.attach import Saved, adapted_modules, read_weights, way_of
-from mlx_dpo.adapters.layers import LoRAEmbedding, dropout_of, rank_of
+from mlx_dpo.adapters.attach import (
+    LoadedAdapter,
+    adapted_layers,
+    get_fine_tune_type,
+    read_adapter_weights,
+)
+from mlx_dpo.adapters.layers import LoRAEmbedding, adapter_dropout, adapter_rank
 from mlx_dpo.errors import ModelError
 from mlx_dpo.io.arrays import Arrays
 
@@ -22,7 +27,7 @@ WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
 # Endings in PEFT, those here, and whether the matrix is transposed.
-LEAVES = {
+WEIGHT_SUFFIXES = {
     ".lora_A.weight": (".lora_a", True),
     ".lora_B.weight": (".lora_b", True),
     ".lora_embedding_A": (".lora_a", True),
@@ -32,12 +37,12 @@ LEAVES = {
 }
 
 # How the paths of an architecture begin in mlx-lm and in transformers, where that differs.
-ROOTS = {"gpt2": ("model.", "transformer.")}
+PATH_PREFIXES = {"gpt2": ("model.", "transformer.")}
 
 # What is read here, and what does not change what an adapter computes.
-READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "bias",
+SUPPORTED = {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "bias",
         "init_lora_weights"}  # fmt: skip
-WITHOUT_EFFECT = {
+IGNORED = {
     "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
     "inference_mode", "target_modules", "exclude_modules", "layers_to_transform",
     "layers_pattern", "megatron_core", "eva_config", "corda_config", "lora_ga_config",
@@ -45,24 +50,24 @@ WITHOUT_EFFECT = {
     "fan_in_fan_out",  # how the base lies in torch; A and B are laid out alike
     "fine_tune_type", "num_layers", "lora_parameters",
 }  # fmt: skip
-WHY = {
+UNSUPPORTED = {
     "modules_to_save": "it brings whole layers, which would be trained beside the adapter",
     "rank_pattern": "its ranks differ from layer to layer, for which mlx-lm's layout has no room",
     "alpha_pattern": "its scales differ from layer to layer, for which mlx-lm's layout has no room",
     "layer_replication": "it repeats layers of the model",
     "target_parameters": "it adapts bare parameters, which no layer here does",
 }
-PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
+SUPPORTED_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
-def read(folder: Path, config: dict[str, Any]) -> Saved:
+def read_peft_adapter(folder: Path, config: dict[str, Any]) -> LoadedAdapter:
     """The adapter in `folder`, whose `adapter_config.json` holds `config`.
 
     Raises:
         ModelError: it is damaged, or does what cannot be carried over.
     """
     where = f"{folder}/adapter_config.json"
-    _refuse_what_is_left_out(config, where)
+    _check_supported(config, where)
     try:
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
         dropout = float(config.get("lora_dropout") or 0.0)
@@ -77,10 +82,10 @@ def read(folder: Path, config: dict[str, Any]) -> Saved:
             f"{where}: `{tables[0]}`: DoRA stretches the columns of a table in PEFT, its rows in "
             "mlx-lm; adapt other layers"
         )
-    return Saved(
+    return LoadedAdapter(
         where=folder / WEIGHTS,
         way="dora" if config.get("use_dora") else "lora",
-        weights=_renamed(weights, folder / WEIGHTS),
+        weights=_to_mlx_weights(weights, folder / WEIGHTS),
         tables=tables,
         rank=rank,
         scale=alpha / (math.sqrt(rank) if config.get("use_rslora") else rank),
@@ -88,19 +93,19 @@ def read(folder: Path, config: dict[str, Any]) -> Saved:
     )
 
 
-def _refuse_what_is_left_out(config: dict[str, Any], where: str) -> None:
+def _check_supported(config: dict[str, Any], where: str) -> None:
     if config["peft_type"] != "LORA":
         raise ModelError(f"{where}: peft_type `{config['peft_type']}` is unknown here, only LORA")
     if config.get("bias", "none") != "none":
         raise ModelError(f"{where}: `bias` is `{config['bias']}`; adapters here have no biases")
-    if (start := config.get("init_lora_weights")) not in PLAIN_STARTS:
+    if (start := config.get("init_lora_weights")) not in SUPPORTED_INITS:
         raise ModelError(
             f"{where}: `init_lora_weights` is `{start}`, which changes the model as well; convert "
             "the adapter with PEFT's `path_initial_model_for_weight_conversion`"
         )
-    for name in sorted(config.keys() - READ - WITHOUT_EFFECT):
+    for name in sorted(config.keys() - SUPPORTED - IGNORED):
         if config[name]:
-            why = WHY.get(name, "it is not known here")
+            why = UNSUPPORTED.get(name, "it is not known here")
             raise ModelError(f"{where}: `{name}` is set ({config[name]!r}), but {why}")
 
 
@@ -110,41 +115,41 @@ def _read_weights(folder: Path) -> Arrays:
             f"{folder}: weights are pickled (`adapter_model.bin`), and pickles are never read, for "
             "they run code; save the adapter as safetensors with PEFT"
         )
-    return read_weights(folder / WEIGHTS)
+    return read_adapter_weights(folder / WEIGHTS)
 
 
-def _renamed(weights: Arrays, where: Path) -> Arrays:
+def _to_mlx_weights(weights: Arrays, where: Path) -> Arrays:
     found: Arrays = {}
     for name, value in weights.items():
-        leaf = next((end for end in LEAVES if name.endswith(end)), None)
+        leaf = next((end for end in WEIGHT_SUFFIXES if name.endswith(end)), None)
         if leaf is None or not name.startswith(PREFIX):
             raise ModelError(f"{where}: `{name}` is no part of an adapter that is known here")
-        ending, transposed = LEAVES[leaf]
+        ending, transposed = WEIGHT_SUFFIXES[leaf]
         path = name.removeprefix(PREFIX).removesuffix(leaf)
         # Laid out anew, for products with a turned matrix round otherwise than those after a save.
         found[path + ending] = mx.contiguous(value.T) if transposed else value
     return found
 
 
-def their_path(path: str, model_type: str) -> str:
+def hf_path(path: str, model_type: str) -> str:
     """The path in transformers of what has this one in mlx-lm."""
-    own, theirs = ROOTS.get(model_type, ("", ""))
+    own, theirs = PATH_PREFIXES.get(model_type, ("", ""))
     return theirs + path.removeprefix(own)
 
 
-def own_names(weights: Arrays, model: nn.Module) -> Arrays:
+def to_mlx_names(weights: Arrays, model: nn.Module) -> Arrays:
     """Arrays of transformers' paths under those that the model has here."""
-    own, theirs = ROOTS.get(getattr(model, "model_type", ""), ("", ""))
+    own, theirs = PATH_PREFIXES.get(getattr(model, "model_type", ""), ("", ""))
     if not all(name.startswith(theirs) for name in weights):
         return weights
     return {own + name.removeprefix(theirs): value for name, value in weights.items()}
 
 
-def arrays_of(model: nn.Module, model_type: str) -> Arrays:
+def make_peft_weights(model: nn.Module, model_type: str) -> Arrays:
     """The adapters of a model under PEFT's names."""
     found: Arrays = {}
-    for path, module in adapted_modules(model).items():
-        start = PREFIX + their_path(path, model_type)
+    for path, module in adapted_layers(model).items():
+        start = PREFIX + hf_path(path, model_type)
         a, b = ".lora_A.weight", ".lora_B.weight"
         if isinstance(module, LoRAEmbedding):
             a, b = ".lora_embedding_A", ".lora_embedding_B"
@@ -155,7 +160,7 @@ def arrays_of(model: nn.Module, model_type: str) -> Arrays:
     return found
 
 
-def config_of(
+def make_peft_config(
     model: nn.Module, targets: Sequence[str], *, rslora: bool, transposed: bool
 ) -> dict[str, Any]:
     """PEFT's settings of a model's adapters.
@@ -165,17 +170,17 @@ def config_of(
         rslora: Whether the scale is alpha / sqrt(rank), not alpha / rank.
         transposed: Whether the base's weights lie as (in, out) in torch.
     """
-    one = next(iter(adapted_modules(model).values()))
-    rank = rank_of(one)
+    one = next(iter(adapted_layers(model).values()))
+    rank = adapter_rank(one)
     alpha = one.scale * (math.sqrt(rank) if rslora else rank)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "r": rank,
         "lora_alpha": round(alpha, 9),  # whole where it was whole
-        "lora_dropout": dropout_of(one),
+        "lora_dropout": adapter_dropout(one),
         "use_rslora": rslora,
-        "use_dora": way_of(model) == "dora",
+        "use_dora": get_fine_tune_type(model) == "dora",
         "target_modules": list(targets),
         "bias": "none",
         "fan_in_fan_out": transposed,

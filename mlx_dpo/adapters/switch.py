@@ -12,46 +12,46 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from mlx_dpo.adapters.attach import adapted_modules, detach
+from mlx_dpo.adapters.attach import adapted_layers, detach_adapters
 from mlx_dpo.io.arrays import Arrays, named_arrays
 
-Side = Literal["base", "aligned"]
+AdapterState = Literal["base", "aligned"]
 
 
-class _Kept(NamedTuple):
+class _SavedState(NamedTuple):
     """What a model has on: the layers with adapters, and the weights below them."""
 
     adapted: dict[str, nn.Module]
     weights: Arrays
 
 
-class Sides:
+class AdapterSwitch:
     """The sides of `model`; `now` is the one it has on."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.now: Side = "base"
-        self._kept: dict[Side, _Kept] = {}
+        self.now: AdapterState = "base"
+        self._kept: dict[AdapterState, _SavedState] = {}
 
     @property
     def both(self) -> bool:
         """Whether there is something to switch to."""
         return len(self._kept) > 1
 
-    def keep(self, side: Side) -> None:
+    def keep(self, side: AdapterState) -> None:
         """Remember what the model has on now as this side."""
-        adapted = adapted_modules(self.model)
-        detach(self.model)
-        self._kept[side] = _Kept(adapted, named_arrays(self.model.parameters()))
+        adapted = adapted_layers(self.model)
+        detach_adapters(self.model)
+        self._kept[side] = _SavedState(adapted, named_arrays(self.model.parameters()))
         self._attach(adapted)
         self.now = side
 
-    def put(self, side: Side) -> None:
+    def put(self, side: AdapterState) -> None:
         """Make the model compute as this side, bit for bit; KeyError if it was never kept."""
         kept = self._kept[side]
         if side == self.now:
             return
-        detach(self.model)
+        detach_adapters(self.model)
         here = named_arrays(self.model.parameters())
         other = [(k, value) for k, value in kept.weights.items() if here[k] is not value]
         self.model.update(tree_unflatten(other))
@@ -62,7 +62,7 @@ class Sides:
         self.model.update_modules(tree_unflatten(list(adapted.items())))
 
     @contextmanager
-    def on(self, side: Side) -> Iterator[None]:
+    def on(self, side: AdapterState) -> Iterator[None]:
         """The side inside the block, afterwards the one that was on before."""
         before = self.now
         self.put(side)
@@ -79,7 +79,7 @@ class Sides:
         return sum(value.nbytes for name, value in one.items() if other[name] is not value)
 
 
-def evaluated(model: nn.Module) -> None:
+def evaluate_arrays(model: nn.Module) -> None:
     """Compute every array of the model, also those that MLX does not count as parameters.
 
     Another thread could not: what is not computed yet belongs to the stream that it was made on.

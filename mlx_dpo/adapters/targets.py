@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_dpo.adapters.layers import EXPERTS, LINEAR, TABLES
+from mlx_dpo.adapters.layers import EMBEDDING_TYPES, EXPERT_TYPES, LINEAR_TYPES
 from mlx_dpo.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Place:
+class TargetModule:
     """A part of the model that may be trained."""
 
     path: str  # from the model
@@ -34,44 +34,46 @@ def block_paths(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(paths[id(block)] for block in model.layers))
 
 
-def adaptable(model: nn.Module) -> list[Place]:
+def adaptable_modules(model: nn.Module) -> list[TargetModule]:
     """The layers that adapters are known for, or that count as linear."""
 
     def asked(module: nn.Module) -> bool | None:
-        if isinstance(module, LINEAR):
+        if isinstance(module, LINEAR_TYPES):
             return False
-        return True if isinstance(module, EXPERTS + TABLES) else None
+        return True if isinstance(module, EXPERT_TYPES + EMBEDDING_TYPES) else None
 
-    return list(_places(model, asked))
+    return list(_find_modules(model, asked))
 
 
 def linear_names(model: nn.Module) -> list[str]:
     """Paths of the linear layers inside the blocks, relative to their block, without repeats."""
-    return list(dict.fromkeys(place.name for place in adaptable(model) if not place.asked))
+    return list(dict.fromkeys(place.name for place in adaptable_modules(model) if not place.asked))
 
 
-def trainable(model: nn.Module) -> list[Place]:
+def trainable_modules(model: nn.Module) -> list[TargetModule]:
     """Every part of the model that holds weights; the blocks' whole ones are not asked for."""
 
     def asked(module: nn.Module) -> bool | None:
         return True if any(isinstance(value, mx.array) for value in module.values()) else None
 
     paths = block_paths(model)
-    blocks = [Place(path, path, inside=True, asked=False) for path in paths]
+    blocks = [TargetModule(path, path, inside=True, asked=False) for path in paths]
     parts = [  # `mlp` has no weights of its own, but is a name for all of its layers'
-        Place(f"{path}.{name}", name, inside=True, asked=True)
+        TargetModule(f"{path}.{name}", name, inside=True, asked=True)
         for path, block in zip(paths, _blocks(model), strict=True)
         for name, module in block.named_modules()
         if name and any(True for _ in _arrays(module))
     ]
-    return blocks + parts + [place for place in _places(model, asked) if not place.inside]
+    return blocks + parts + [place for place in _find_modules(model, asked) if not place.inside]
 
 
-def is_tied(model: nn.Module) -> bool:
+def has_tied_embeddings(model: nn.Module) -> bool:
     """Whether the head is the table of embeddings: no other product lies outside of the blocks."""
     inside = tuple(f"{path}." for path in block_paths(model))
     modules = model.named_modules()
-    return not any(isinstance(m, LINEAR) and not path.startswith(inside) for path, m in modules)
+    return not any(
+        isinstance(m, LINEAR_TYPES) and not path.startswith(inside) for path, m in modules
+    )
 
 
 def _arrays(module: nn.Module) -> Iterator[mx.array]:
@@ -83,21 +85,23 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
     return list({id(block): block for block in model.layers}.values())
 
 
-def _places(model: nn.Module, asked: Callable[[nn.Module], bool | None]) -> Iterator[Place]:
+def _find_modules(
+    model: nn.Module, asked: Callable[[nn.Module], bool | None]
+) -> Iterator[TargetModule]:
     """The modules for which `asked` is not None, inside the blocks first."""
     paths = block_paths(model)
     for path, block in zip(paths, _blocks(model), strict=True):
         for name, module in block.named_modules():
             if (only := asked(module)) is not None:
-                yield Place(f"{path}.{name}", name, inside=True, asked=only)
+                yield TargetModule(f"{path}.{name}", name, inside=True, asked=only)
     within = tuple(f"{path}." for path in paths)
     for path, module in model.named_modules():
         if not path.startswith(within) and path not in paths and asked(module) is not None:
-            yield Place(path, path, inside=False, asked=True)
+            yield TargetModule(path, path, inside=False, asked=True)
 
 
-def chosen(
-    model: nn.Module, places: Sequence[Place], targets: Sequence[str], num_layers: int | None
+def select_modules(
+    model: nn.Module, places: Sequence[TargetModule], targets: Sequence[str], num_layers: int | None
 ) -> list[str]:
     """Paths of what `targets` mean within the last `num_layers` blocks and outside of the blocks;
     without targets, of what needs no naming.
@@ -113,7 +117,7 @@ def chosen(
     found = {target: [p for p in reached if p.is_meant(target)] for target in targets}
     for target, meant in found.items():
         if not meant:
-            raise ConfigError(_nothing(target, places, num_layers))
+            raise ConfigError(_no_match_message(target, places, num_layers))
     if not targets:
         return [place.path for place in reached if not place.asked]
     meant = [place for place in reached if any(place in found[target] for target in targets)]
@@ -122,7 +126,7 @@ def chosen(
     return [place.path for place in meant]
 
 
-def _nothing(target: str, places: Sequence[Place], num_layers: int | None) -> str:
+def _no_match_message(target: str, places: Sequence[TargetModule], num_layers: int | None) -> str:
     def listed(names: Iterable[str]) -> str:
         return ", ".join(sorted(set(names)))
 

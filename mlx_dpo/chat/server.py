@@ -26,11 +26,11 @@ from mlx_lm.server import (
     get_system_fingerprint,
 )
 
-from mlx_dpo.adapters.switch import Side, Sides, evaluated
+from mlx_dpo.adapters.switch import AdapterState, AdapterSwitch, evaluate_arrays
 from mlx_dpo.chat.requests import find_request_error
 from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.errors import ConfigError, reason
-from mlx_dpo.generation.generate import batches_exactly
+from mlx_dpo.generation.generate import is_batching_exact
 
 DEFAULT_MODEL = "default_model"  # mlx-lm's name for the model of a request that names none
 MAX_BODY_BYTES = 1 << 26
@@ -44,8 +44,8 @@ class ServedModel:
 
     model: Any
     tokenizer: Any
-    switch: Sides
-    names: Mapping[str, Side]  # the first entry serves requests that name no model
+    switch: AdapterSwitch
+    names: Mapping[str, AdapterState]  # the first entry serves requests that name no model
     vocab_size: int  # token ids from here on must not reach the model
     sampling: Sampling
     thinking: bool = False
@@ -59,11 +59,11 @@ class SwitchingModelProvider(ModelProvider):
     def __init__(self, served: ServedModel) -> None:
         super().__init__(_mlx_lm_arguments(served))
         self.served = served
-        self.batches = batches_exactly(
+        self.batches = is_batching_exact(
             served.model, [[n % 7 for n in range(length)] for length in PROBE_LENGTHS]
         )
         # The server's thread cannot evaluate arrays whose computation began on this thread.
-        evaluated(served.model)
+        evaluate_arrays(served.model)
 
     def load_default(self) -> None:
         """Activate the model for requests that name none."""

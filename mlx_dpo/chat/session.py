@@ -4,14 +4,14 @@ from collections.abc import Generator, Sequence
 from contextlib import closing
 from typing import Any, Literal, NamedTuple
 
-from mlx_dpo.adapters.switch import Side, Sides
+from mlx_dpo.adapters.switch import AdapterState, AdapterSwitch
 from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.errors import ConfigError
-from mlx_dpo.generation.generate import check_thinking, make_sampler, prompt_tokens, text_tokens
-from mlx_dpo.generation.stream import Piece, PromptCache, answer_in, stream_answer
+from mlx_dpo.generation.generate import check_thinking, encode_prompt, encode_text, make_sampler
+from mlx_dpo.generation.stream import AnswerChunk, PromptCache, stream_answer, strip_thinking
 from mlx_dpo.types import Message, Text
 
-Author = Side | Literal["person"]  # of an answer
+Author = AdapterState | Literal["person"]  # of an answer
 
 
 class _History(NamedTuple):
@@ -44,7 +44,7 @@ class ChatSession:
         thinking: bool | None = None,
         context: int | None = None,
         raw: bool = False,
-        switch: Sides | None = None,
+        switch: AdapterSwitch | None = None,
     ) -> None:
         self.raw = raw or not tokenizer.has_chat_template
         self.sampling = sampling.seeded()
@@ -54,9 +54,9 @@ class ChatSession:
         # Of the last answers: turns that no longer fit into the context are dropped from `turns`.
         self.authors: list[Author] = []
         self._systems: list[str | None] = []  # system message in effect for each answer
-        self.switch = switch or Sides(model)
+        self.switch = switch or AdapterSwitch(model)
         self._model, self._tokenizer = model, tokenizer
-        self._caches: dict[Side, PromptCache] = {}
+        self._caches: dict[AdapterState, PromptCache] = {}
         self._check_settings()
         self.set_system(system)
         self.reset()
@@ -90,7 +90,7 @@ class ChatSession:
         self.turns, self.authors, self._systems = [], [], []
         self._sampler = make_sampler(self.sampling)
 
-    def reply(self, text: str) -> Generator[Piece]:
+    def reply(self, text: str) -> Generator[AnswerChunk]:
         """Stream the answer to `text`. If closed early, the partial answer stays in the turns.
 
         Raises:
@@ -112,7 +112,7 @@ class ChatSession:
                 self.authors = [*self.authors, self.switch.now]
                 self._systems = [*self._systems, self.system]
 
-    def retry(self) -> Generator[Piece]:
+    def retry(self) -> Generator[AnswerChunk]:
         """Stream another answer to the last question and replace the earlier answer.
 
         Raises:
@@ -139,7 +139,7 @@ class ChatSession:
         self.authors, self._systems = self.authors[:-1], self._systems[:-1]
         return str(question["content"])
 
-    def answer_with(self, adapter_state: Side) -> Generator[Piece]:
+    def answer_with(self, adapter_state: AdapterState) -> Generator[AnswerChunk]:
         """Stream the answer of another adapter state to the last question, and forget the answer.
 
         The question has the same system message as for the last answer.
@@ -181,7 +181,7 @@ class ChatSession:
     def strip_thinking(self, text: str) -> str:
         """Return the answer in `text`, a reply to the last question, without its thinking."""
         prompt = self._tokens(_with_system(self.system, self.turns[:-1]))
-        return answer_in(self._tokenizer, prompt, text)
+        return strip_thinking(self._tokenizer, prompt, text)
 
     def last_prompt(self) -> Text:
         """Return the prompt of the last answer: messages, or text without a chat template."""
@@ -196,8 +196,8 @@ class ChatSession:
 
     def _tokens(self, turns: Sequence[Message]) -> list[int]:
         if self.raw:
-            return text_tokens(self._tokenizer, "\n".join(turn["content"] for turn in turns))
-        return prompt_tokens(self._tokenizer, turns, thinking=self.thinking)
+            return encode_text(self._tokenizer, "\n".join(turn["content"] for turn in turns))
+        return encode_prompt(self._tokenizer, turns, thinking=self.thinking)
 
     def _fit_context(self, question: Message) -> tuple[list[Message], list[int]]:
         """Return the earlier turns that fit into the context, and the prompt tokens with them.
@@ -220,7 +220,7 @@ class ChatSession:
             )
         return earlier, prompt
 
-    def _stream(self, prompt: list[int], left_out: int) -> Generator[Piece]:
+    def _stream(self, prompt: list[int], left_out: int) -> Generator[AnswerChunk]:
         state = self.switch.now
         cache = self._caches[state] = self._caches.get(state) or PromptCache(self._model)
         room = self.sampling.max_tokens if self.context is None else self.context - len(prompt)

@@ -14,9 +14,9 @@ from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.errors import ConfigError
 
 if TYPE_CHECKING:
-    from mlx_dpo.adapters.switch import Side
+    from mlx_dpo.adapters.switch import AdapterState
     from mlx_dpo.chat.session import ChatSession
-    from mlx_dpo.generation.stream import Piece, Summary
+    from mlx_dpo.generation.stream import AnswerChunk, GenerationSummary
     from mlx_dpo.saved_runs.open import TwoSided
 
 # Escape sequences in a model's text must not steer a terminal; newline and tab may stay.
@@ -89,8 +89,10 @@ def open_chat(  # noqa: PLR0913 (one argument for each flag)
     from mlx_dpo.chat.session import ChatSession
     from mlx_dpo.saved_runs.open import open_sides
 
-    one: Side = "base" if reference else "aligned"
-    both: tuple[Side, ...] = ("base", "aligned") if switching and (run or adapter) else (one,)
+    one: AdapterState = "base" if reference else "aligned"
+    both: tuple[AdapterState, ...] = (
+        ("base", "aligned") if switching and (run or adapter) else (one,)
+    )
     opened = open_sides(run, model=model, adapter=adapter, wanted=both)
     for note in opened.notes:
         click.echo(note, err=True)
@@ -142,7 +144,7 @@ class Shown:
         wants = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
         self._dim = wants and not os.environ.get("NO_COLOR")
 
-    def stream(self, pieces: Generator["Piece"]) -> tuple[str, "Summary"]:
+    def stream(self, pieces: Generator["AnswerChunk"]) -> tuple[str, "GenerationSummary"]:
         """Write an answer to its end; all of its text, and what is known of it."""
         said, answered, summary = "", "", None
         with closing(pieces):

@@ -8,7 +8,7 @@ import click
 from mlx_dpo.config.model import BITS, DTYPES
 
 if TYPE_CHECKING:
-    from mlx_dpo.export.fuse import Fused
+    from mlx_dpo.export.fuse import FusedModel
 
 
 @click.command()
@@ -58,12 +58,12 @@ def fuse(run: str, output: Path, bits: str | None, **wishes: Any) -> None:
     the policy: what is left of the margin and of the adapters' change is printed, and a model that
     lost it is not kept.
     """
-    from mlx_dpo.export.fuse import Wish, convert_to_gguf, fuse_run
+    from mlx_dpo.export.fuse import FuseOptions, convert_to_gguf, fuse_run
     from mlx_dpo.models.output_folder import format_bytes
     from mlx_dpo.reporting.console import make_console, print_facts
 
     console = make_console()
-    wish = Wish(bits=int(bits) if bits else None, **wishes)
+    wish = FuseOptions(bits=int(bits) if bits else None, **wishes)
     with console.status(f"Fusing {run}"):
         fused = fuse_run(run, output, wish)
     print_facts(console, facts(fused))
@@ -73,7 +73,7 @@ def fuse(run: str, output: Path, bits: str | None, **wishes: Any) -> None:
         print_facts(console, [("gguf", f"{wish.gguf}, {format_bytes(wish.gguf.stat().st_size)}")])
 
 
-def facts(fused: "Fused") -> list[tuple[str, str]]:
+def facts(fused: "FusedModel") -> list[tuple[str, str]]:
     """What a person wants to know of a fused model, line by line."""
     from mlx_dpo.models.output_folder import format_bytes
 

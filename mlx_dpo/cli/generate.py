@@ -13,7 +13,7 @@ from mlx_dpo.errors import ConfigError
 
 if TYPE_CHECKING:
     from mlx_dpo.chat.session import ChatSession
-    from mlx_dpo.generation.stream import Summary
+    from mlx_dpo.generation.stream import GenerationSummary
 
 
 @click.command()
@@ -98,7 +98,7 @@ def _from_stdin() -> str:
         raise ConfigError(f"stdin: not UTF-8 (at byte {error.start}); convert the text") from None
 
 
-def _complete(chat: "ChatSession", prompt: str, *, stream: bool) -> tuple[str, "Summary"]:
+def _complete(chat: "ChatSession", prompt: str, *, stream: bool) -> tuple[str, "GenerationSummary"]:
     text, summary = "", None
     for piece in chat.reply(prompt):
         text, summary = text + piece.text, piece.summary
@@ -110,7 +110,9 @@ def _complete(chat: "ChatSession", prompt: str, *, stream: bool) -> tuple[str, "
     return text, summary
 
 
-def _write_json(prompt: str, completion: str, summary: "Summary", settings: dict[str, Any]) -> None:
+def _write_json(
+    prompt: str, completion: str, summary: "GenerationSummary", settings: dict[str, Any]
+) -> None:
     rate = summary.tokens_per_second
     answer = {
         "prompt": prompt,

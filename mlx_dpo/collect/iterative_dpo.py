@@ -10,7 +10,7 @@ from statistics import fmean
 from types import TracebackType
 from typing import Any, Self
 
-from mlx_dpo.adapters.files import content_digest
+from mlx_dpo.adapters.files import adapter_digest
 from mlx_dpo.collect.iterative_folder import (
     IterativePaths,
     IterativeSettings,
@@ -40,7 +40,8 @@ from mlx_dpo.errors import ConfigError
 from mlx_dpo.evaluation.judge import check_judge, open_judge
 from mlx_dpo.evaluation.rewards import Judge, RewardFunction
 from mlx_dpo.evaluation.winrate import compare_pairwise
-from mlx_dpo.models.load import fingerprint, locate
+from mlx_dpo.models.download import resolve_model
+from mlx_dpo.models.files import model_fingerprint
 from mlx_dpo.runs.folder import RunPaths, claimed, read_record
 from mlx_dpo.runs.trackers import check_trackers, run_name
 from mlx_dpo.runs.trainer import DPOTrainer
@@ -85,7 +86,7 @@ class IterativeDPO:
         named = self.settings.prompts, self.settings.valid_prompts
         # With the system message from here on: what was collected is told by the whole prompt.
         self.asked: SplitPrompts = read_split_prompts(*named, self.config.system)
-        model = locate(
+        model = resolve_model(
             self.config.model,
             revision=self.config.revision,
             trust_remote_code=self.config.trust_remote_code,
@@ -93,11 +94,11 @@ class IterativeDPO:
         contents = {
             "the prompts": prompts_digest(self.asked.train),
             "the held-out prompts": prompts_digest(self.asked.valid),
-            "the model": fingerprint(model),
+            "the model": model_fingerprint(model),
             "the judge": self.judge.facts(),
         }
         if self.config.start_adapter is not None:
-            contents["the start adapter"] = content_digest(Path(self.config.start_adapter))
+            contents["the start adapter"] = adapter_digest(Path(self.config.start_adapter))
         with ExitStack() as stack:
             stack.enter_context(claimed(RunPaths(self.paths.folder)))
             start_or_resume(self.paths, self.config, self.settings, contents, resume=self.resume)

@@ -90,9 +90,9 @@ def eyes_of(config: DPOConfig) -> Eyes:
         return Eyes(rows=row_rules(config))
 
     from mlx_dpo.generation.generate import context_length
-    from mlx_dpo.models.empty_weights import outline
+    from mlx_dpo.models.empty_weights import load_empty_model
 
-    base = read_base(config, outline)
+    base = read_base(config, load_empty_model)
     rules = token_rules(config, base)
     check_token_rules(base.tokenizer, rules)
     return Eyes(

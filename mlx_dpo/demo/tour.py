@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlx_dpo.adapters.attach import adapters_off
+from mlx_dpo.adapters.attach import disable_adapters
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.config.training import PassLimit
@@ -17,7 +17,7 @@ from mlx_dpo.errors import RunError
 from mlx_dpo.export.convert import ConvertReport, convert
 from mlx_dpo.generation.generate import generate_batch
 from mlx_dpo.io.arrays import scalar
-from mlx_dpo.models.load import Base
+from mlx_dpo.models.load import LoadedModel
 from mlx_dpo.paths import tiny_chat
 from mlx_dpo.runs.inputs import token_rules
 from mlx_dpo.saved_runs.open import load_policy
@@ -128,12 +128,12 @@ class Tour:
             )
         ]
         policy = score_pairs(base.model, pairs, limit=PassLimit(pairs=8))
-        with adapters_off(base.model):
+        with disable_adapters(base.model):
             reference = score_pairs(base.model, pairs, limit=PassLimit(pairs=8))
         return scalar((policy.chosen - reference.chosen).mean())
 
     def _encoded(
-        self, base: Base, row: dict[str, Any], text: str, rules: TokenRules
+        self, base: LoadedModel, row: dict[str, Any], text: str, rules: TokenRules
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
         reply = ({"role": "assistant", "content": text},)
         other = ({"role": "assistant", "content": text + "."},)

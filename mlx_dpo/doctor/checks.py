@@ -24,7 +24,7 @@ from mlx_dpo.data.batching import collate
 from mlx_dpo.doctor import float64
 from mlx_dpo.errors import DPOError, reason
 from mlx_dpo.io.arrays import named_arrays
-from mlx_dpo.models.device import cast, device_kind, dtype_name
+from mlx_dpo.models.device import cast_model, device_kind, dtype_name
 from mlx_dpo.scoring.logps import completion_logps, pair_logps
 from mlx_dpo.scoring.score_pairs import score_pairs
 from mlx_dpo.training.loop import Progress, train
@@ -76,8 +76,8 @@ def tiny_policy(
     model = llama.Model(ARGS)
     if bits is not None:
         nn.quantize(model, group_size=GROUP_SIZE, bits=bits)
-    cast(model, dtype)
-    adapters.attach(model, rank=RANK, scale=SCALE, seed=1)
+    cast_model(model, dtype)
+    adapters.attach_adapters(model, rank=RANK, scale=SCALE, seed=1)
     if not fresh:
         rng = np.random.default_rng(2)
         weights = adapters.adapter_weights(model)
@@ -134,7 +134,7 @@ def gradient_error(bits: int | None) -> float:
     is taken from central differences in float64.
     """
     policy, batch = tiny_policy(bits=bits), collate(PAIRS)
-    with adapters.adapters_off(policy):
+    with adapters.disable_adapters(policy):
         reference = pair_logps(policy, batch)
     micro_batch = MicroBatch.of(PAIRS, reference)
     _, gradients = loss_and_gradients(policy, Objective(beta=BETA), [micro_batch])
@@ -162,7 +162,7 @@ def gradient_error(bits: int | None) -> float:
 def first_losses() -> tuple[float, float]:
     """Losses of the first two updates on the same pairs, from fresh adapters."""
     policy = tiny_policy(fresh=True)
-    with adapters.adapters_off(policy):
+    with adapters.disable_adapters(policy):
         reference = score_pairs(policy, PAIRS, limit=PassLimit(pairs=2))
     plan = TrainingPlan(
         pairs=PAIRS,
@@ -198,7 +198,7 @@ def reload_error() -> float:
     mx.random.seed(0)
     loaded = llama.Model(ARGS)
     with tempfile.TemporaryDirectory() as folder:
-        save_adapter(Path(folder), policy, adapters.description(policy))
+        save_adapter(Path(folder), policy, adapters.make_adapter_config(policy))
         load_adapter(loaded, Path(folder))
     return float(np.max(np.abs(np.array(policy(tokens) - loaded(tokens)))))
 

@@ -8,18 +8,18 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_dpo.adapters.switch import Side
+from mlx_dpo.adapters.switch import AdapterState
 from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.data.inspect.text_anomalies import find_refusal
 from mlx_dpo.data.prompts import Prompt, add_system_prompt, read_prompts
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.generation.generate import (
-    Completion,
-    TextStream,
-    complete,
+    GeneratedTokens,
+    StreamingDecoder,
     context_length,
-    prompt_tokens,
-    text_tokens,
+    encode_prompt,
+    encode_text,
+    generate_tokens,
 )
 from mlx_dpo.saved_runs.evaluate import prompts_held_out
 from mlx_dpo.saved_runs.open import Opened, TwoSided, open_sides
@@ -95,13 +95,13 @@ def completion_token_logps(
 
 
 def score_spans(
-    tokenizer: Any, said: Completion, policy: Sequence[float], reference: Sequence[float]
+    tokenizer: Any, said: GeneratedTokens, policy: Sequence[float], reference: Sequence[float]
 ) -> ScoredAnswer:
     """The text of a completion with the log-ratio of each bit; `policy` and `reference` are log p
     of its tokens, that of its end among them where it has one.
     """
     ratios = [p - r for p, r in zip(policy, reference, strict=True)]
-    stream, bits, waiting = TextStream(tokenizer), [], 0.0
+    stream, bits, waiting = StreamingDecoder(tokenizer), [], 0.0
     for token, ratio in zip(said.tokens, ratios, strict=False):
         waiting += ratio
         if text := stream.add(token):
@@ -162,7 +162,7 @@ def _compare_run(
         prompts = read_prompts(prompts)
     asked = prompts[:limit]
     notes = [*_limit_note(len(prompts), limit), *_notes(name, opened, run)]
-    sides: tuple[Side, ...] = ("base", "aligned") if alone else ("aligned",)
+    sides: tuple[AdapterState, ...] = ("base", "aligned") if alone else ("aligned",)
     told = add_system_prompt(asked, run.config.system)
     columns = [
         Column(side if alone else name, answers)
@@ -189,16 +189,16 @@ def _score_answers(
     opened: TwoSided,
     run: Opened,
     prompts: Sequence[Prompt],
-    sides: Sequence[Side],
+    sides: Sequence[AdapterState],
     sampling: Sampling,
-) -> Iterator[tuple[Side, tuple[ScoredAnswer, ...]]]:
+) -> Iterator[tuple[AdapterState, tuple[ScoredAnswer, ...]]]:
     """What each of the sides says, shaded by both."""
     base = opened.base
     rows = [_prompt_ids(opened, run, prompt) for prompt in prompts]
     _check_context(rows, prompts, context_length(base.config), sampling.max_tokens)
     for side in sides:
         with opened.sides.on(side):
-            said = complete(base.model, base.tokenizer.eos_token_ids, rows, sampling)
+            said = generate_tokens(base.model, base.tokenizer.eos_token_ids, rows, sampling)
         aligned, reference = (
             _completion_logps(opened, which, rows, said) for which in ("aligned", "base")
         )
@@ -207,7 +207,7 @@ def _score_answers(
 
 
 def _completion_logps(
-    opened: TwoSided, side: Side, rows: Sequence[TokenIds], said: Sequence[Completion]
+    opened: TwoSided, side: AdapterState, rows: Sequence[TokenIds], said: Sequence[GeneratedTokens]
 ) -> list[list[float]]:
     """log p of the tokens of each completion, and of its end where it has one."""
     with opened.sides.on(side):
@@ -223,8 +223,8 @@ def _prompt_ids(opened: TwoSided, run: Opened, prompt: Prompt) -> TokenIds:
     tokenizer = opened.base.tokenizer
     if run.trained_on_text or not tokenizer.has_chat_template:
         said = "\n".join(str(m["content"]) for m in prompt.messages)
-        return text_tokens(tokenizer, said if prompt.text is None else prompt.text)
-    return prompt_tokens(tokenizer, prompt.messages, thinking=run.config.thinking)
+        return encode_text(tokenizer, said if prompt.text is None else prompt.text)
+    return encode_prompt(tokenizer, prompt.messages, thinking=run.config.thinking)
 
 
 def _check_context(

@@ -11,8 +11,8 @@ from typing import Any
 from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.errors import ConfigError, reason
 from mlx_dpo.evaluation.rewards import LOSS, TIE, WIN, Conversation, Judge, Ranking, load_reward
-from mlx_dpo.generation.generate import prompt_tokens
-from mlx_dpo.generation.stream import answer_in
+from mlx_dpo.generation.generate import encode_prompt
+from mlx_dpo.generation.stream import strip_thinking
 from mlx_dpo.saved_runs.respond import open_voice
 from mlx_dpo.types import Message
 
@@ -203,7 +203,7 @@ def open_judge(reward: str | None, judge: str | None, rubric: str | None) -> Jud
 
     def answered(asked: Sequence[Message], said: str) -> str:
         tokenizer = voice.base.tokenizer
-        return answer_in(tokenizer, prompt_tokens(tokenizer, asked), said)
+        return strip_thinking(tokenizer, encode_prompt(tokenizer, asked), said)
 
     digest = voice.facts["model_digest"]
     return ModelJudge(judge, ask, text, answered=answered, judge_digest=digest)

@@ -18,24 +18,24 @@ from mlx_lm import convert as mlx_convert
 from mlx_dpo.errors import ModelError
 from mlx_dpo.io.arrays import scalar
 from mlx_dpo.models import load
-from mlx_dpo.models.device import number_type
-from mlx_dpo.models.download import is_hub_id, locate
-from mlx_dpo.models.files import CONFIG, INDEX, check_files, read_json, weight_bytes
-from mlx_dpo.models.license import CARD, card_of, copy_licences, inherited
-from mlx_dpo.models.load import Base
+from mlx_dpo.models.device import main_dtype
+from mlx_dpo.models.download import is_hub_id, resolve_model
+from mlx_dpo.models.files import CONFIG, INDEX, check_model_folder, read_json, weight_bytes
+from mlx_dpo.models.license import CARD, copy_license_files, inherited_metadata, read_card_metadata
+from mlx_dpo.models.load import LoadedModel
 from mlx_dpo.models.output_folder import check_output_folder, disk_errors, new_output_folder
 from mlx_dpo.models.quantize import (
-    Packing,
-    check_quantisable,
+    QuantizationConfig,
+    check_quantizable,
     expected_bytes,
-    left_note,
-    packing_of,
-    quantisable,
+    make_quantization_config,
+    quantizable_layers,
+    unquantized_notes,
 )
-from mlx_dpo.models.rope import unread_rope
+from mlx_dpo.models.rope import rope_overrides
 from mlx_dpo.scoring.logps import token_logps
 
-TEXT = (
+SAMPLE_TEXT = (
     "Every morning the old ferry left the harbour at seven, and a small boy stood on the pier "
     "and waved. The captain once asked the baker about him. He waves because the boat always "
     "comes back, the baker said. After that, the captain waved too."
@@ -44,18 +44,18 @@ TEXT = (
 # Nats per token. The same number type must give the same numbers; a narrower one rounds
 # every weight, to 11 bits (float16) or 8 (bfloat16): small models here move by a thousandth
 # and a hundredth, eight layers of random weights by ten times as much.
-SAME = 1e-4
-ROUNDED = {"float32": SAME, "float16": 0.05, "bfloat16": 0.3}
-LARGE = 0.5  # a quantised model this far off writes visibly worse
+EXACT_TOLERANCE = 1e-4
+ROUNDING_TOLERANCES = {"float32": EXACT_TOLERANCE, "float16": 0.05, "bfloat16": 0.3}
+LARGE_ERROR = 0.5  # a quantised model this far off writes visibly worse
 
 
-def sample_ids(base: Base) -> mx.array:
+def sample_token_ids(base: LoadedModel) -> mx.array:
     """The text as token ids, cut to ids that the model has. (1, T) int32"""
-    ids = base.tokenizer.encode(TEXT)
+    ids = base.tokenizer.encode(SAMPLE_TEXT)
     return mx.array([[min(i, base.vocab_size - 1) for i in ids]], dtype=mx.int32)
 
 
-def mean_difference(source: mx.array, converted: mx.array) -> float:
+def mean_logp_difference(source: mx.array, converted: mx.array) -> float:
     """Mean absolute difference of two sets of token log-probabilities, in nats.
 
     Raises:
@@ -72,10 +72,14 @@ def mean_difference(source: mx.array, converted: mx.array) -> float:
 
 def tolerance(source: str, converted: str) -> float:
     """How far two models may be apart that differ in the number type of their weights alone."""
-    return SAME if source == converted else max(ROUNDED[source], ROUNDED[converted])
+    return (
+        EXACT_TOLERANCE
+        if source == converted
+        else max(ROUNDING_TOLERANCES[source], ROUNDING_TOLERANCES[converted])
+    )
 
 
-RECIPE_BITS = 6  # the most that a recipe gives any layer, to be on the safe side
+MAX_RECIPE_BITS = 6  # the most that a recipe gives any layer, to be on the safe side
 
 
 @dataclass(frozen=True)
@@ -111,24 +115,24 @@ def convert(  # noqa: PLR0913 (one argument for each option of the command)
         ModelError: the source cannot be read, the target cannot be written, or the result
             is not the same model. Nothing is left behind then.
     """
-    packing = packing_of(bits, group_size, mode, recipe, dtype)
-    path = locate(source, revision=revision, trust_remote_code=trust_remote_code)
-    check_files(path, source, trust_remote_code=trust_remote_code)
-    model, config = load.read_model(path, source, trust_remote_code=trust_remote_code)
+    packing = make_quantization_config(bits, group_size, mode, recipe, dtype)
+    path = resolve_model(source, revision=revision, trust_remote_code=trust_remote_code)
+    check_model_folder(path, source, trust_remote_code=trust_remote_code)
+    model, config = load.load_lazy_model(path, source, trust_remote_code=trust_remote_code)
     if packing.quantises:
-        check_quantisable(model, config, packing.group_size, packing.groups)
+        check_quantizable(model, config, packing.group_size, packing.groups)
     check_output_folder(output, _expected_bytes(model, packing))
     with new_output_folder(output) as partial:
         with (
-            load.one_line(source, "cannot be converted", "take other settings"),
+            load.loading_errors(source, "cannot be converted", "take other settings"),
             disk_errors(output),
         ):
             _write(path, partial, packing, trust_remote_code)
-            _tidy(path, partial, source, packing)
-        written, _ = load.read_model(partial, source, trust_remote_code=trust_remote_code)
-        difference, tokens = _difference(path, partial, trust_remote_code)
+            _write_metadata(path, partial, source, packing)
+        written, _ = load.load_lazy_model(partial, source, trust_remote_code=trust_remote_code)
+        difference, tokens = _conversion_error(path, partial, trust_remote_code)
         if not packing.quantises:
-            _refuse_other_model(source, difference, number_type(model), number_type(written))
+            _check_same_model(source, difference, main_dtype(model), main_dtype(written))
         return ConvertReport(
             source=source,
             output=output,
@@ -141,12 +145,12 @@ def convert(  # noqa: PLR0913 (one argument for each option of the command)
         )
 
 
-def _expected_bytes(model: nn.Module, packing: Packing) -> int:
-    bits = RECIPE_BITS if packing.recipe else packing.bits
+def _expected_bytes(model: nn.Module, packing: QuantizationConfig) -> int:
+    bits = MAX_RECIPE_BITS if packing.recipe else packing.bits
     return expected_bytes(model, bits, packing.group_size, packing.dtype)
 
 
-def _write(path: Path, partial: Path, packing: Packing, trust_remote_code: bool) -> None:
+def _write(path: Path, partial: Path, packing: QuantizationConfig, trust_remote_code: bool) -> None:
     partial.rmdir()  # mlx-lm insists on making the folder
     with contextlib.redirect_stdout(io.StringIO()):  # mlx-lm prints its progress
         mlx_convert(
@@ -162,39 +166,41 @@ def _write(path: Path, partial: Path, packing: Packing, trust_remote_code: bool)
         )
 
 
-def _tidy(path: Path, partial: Path, source: str, packing: Packing) -> None:
+def _write_metadata(path: Path, partial: Path, source: str, packing: QuantizationConfig) -> None:
     """Say in the folder what it holds and under which licence, and nothing of this machine."""
     read = read_json(partial / CONFIG, CONFIG)
-    config = read | unread_rope(read, source)
+    config = read | rope_overrides(read, source)
     if packing.dtype is not None:
         # mlx-lm casts by `torch_dtype` when it converts again.
         for entries in (config, config.get("text_config") or {}):
             for key in entries.keys() & {"torch_dtype", "dtype"}:
                 entries[key] = packing.dtype
     _write_text(partial / CONFIG, json.dumps(config, indent=4))
-    known = inherited(card_of(path)) | ({"base_model": source} if is_hub_id(source) else {})
+    known = inherited_metadata(read_card_metadata(path)) | (
+        {"base_model": source} if is_hub_id(source) else {}
+    )
     data = ModelCardData(library_name="mlx", pipeline_tag="text-generation", tags=["mlx"], **known)
     _write_text(partial / CARD, f"---\n{data.to_yaml()}\n---\n")
-    copy_licences(path, partial)
+    copy_license_files(path, partial)
 
 
 def _write_text(file: Path, text: str) -> None:
     file.write_text(text, encoding="utf-8")
 
 
-def _difference(path: Path, partial: Path, trust_remote_code: bool) -> tuple[float, int]:
+def _conversion_error(path: Path, partial: Path, trust_remote_code: bool) -> tuple[float, int]:
     """Mean difference of log-probabilities, and over how many; one model is held at a time."""
-    base = load.load_base(str(path), trust_remote_code=trust_remote_code)
-    ids = sample_ids(base)
+    base = load.load_model(str(path), trust_remote_code=trust_remote_code)
+    ids = sample_token_ids(base)
     before = token_logps(base.model, ids)
     mx.eval(before)  # the source is about to be freed
     del base
-    base = load.load_base(str(partial), trust_remote_code=trust_remote_code)
+    base = load.load_model(str(partial), trust_remote_code=trust_remote_code)
     after = token_logps(base.model, ids)
-    return mean_difference(before, after), after.size
+    return mean_logp_difference(before, after), after.size
 
 
-def _refuse_other_model(source: str, difference: float, stored: str, written: str) -> None:
+def _check_same_model(source: str, difference: float, stored: str, written: str) -> None:
     """Raise if a model that was not quantised is further from its source than rounding explains."""
     allowed = tolerance(stored, written)
     if difference > allowed:
@@ -211,13 +217,13 @@ def _bits_per_weight(folder: Path) -> float:
 
 
 def _notes(
-    before: nn.Module, after: nn.Module, packing: Packing, difference: float
+    before: nn.Module, after: nn.Module, packing: QuantizationConfig, difference: float
 ) -> tuple[str, ...]:
     if packing.quantises:
-        left = left_note(after, len(quantisable(before)), packing.group_size)
+        left = unquantized_notes(after, len(quantizable_layers(before)), packing.group_size)
         far = f"{difference:.2g} nats per token is a lot: take more bits or smaller groups"
-        return (*left, far) if difference > LARGE else left
-    stored, written = number_type(before), number_type(after)
+        return (*left, far) if difference > LARGE_ERROR else left
+    stored, written = main_dtype(before), main_dtype(after)
     if packing.dtype is None and stored != written:
         return (f"{stored} weights written in {written}, which `{CONFIG}` names as theirs",)
     return ()

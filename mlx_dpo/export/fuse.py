@@ -8,25 +8,25 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mlx_dpo.adapters.hf_checkpoint import Checkpoint, local_checkpoint
-from mlx_dpo.adapters.merge import Packed, Rounding, fuse
+from mlx_dpo.adapters.hf_checkpoint import HFCheckpoint, local_checkpoint
+from mlx_dpo.adapters.merge import AffineQuantization, RoundingLoss, merge_adapters
 from mlx_dpo.errors import ConfigError, ModelError
 from mlx_dpo.export.model_folder import (
-    changed_tensors,
-    check_file,
-    find_converter,
-    name_dtype,
+    check_output_file,
+    find_gguf_converter,
+    merged_tensors,
+    set_config_dtype,
     write_gguf,
     write_hf,
     write_mlx,
 )
 from mlx_dpo.hub.model_card import fused_card
-from mlx_dpo.models.device import number_type
+from mlx_dpo.models.device import main_dtype
 from mlx_dpo.models.files import weight_bytes
-from mlx_dpo.models.license import CARD, card_of, inherited
-from mlx_dpo.models.load import Base, load_base, read_model
+from mlx_dpo.models.license import CARD, inherited_metadata, read_card_metadata
+from mlx_dpo.models.load import LoadedModel, load_lazy_model, load_model
 from mlx_dpo.models.output_folder import check_output_folder, disk_errors, new_output_folder
-from mlx_dpo.models.quantize import AFFINE_GROUP, expected_bytes, quantise
+from mlx_dpo.models.quantize import DEFAULT_GROUP_SIZE, expected_bytes, quantize_model
 from mlx_dpo.saved_runs.evaluate import named_pairs, own_pairs
 from mlx_dpo.saved_runs.export_peft import hub_id_of
 from mlx_dpo.saved_runs.open import Opened, open_run, put_policy, put_reference, unfinished
@@ -53,7 +53,7 @@ class Retention:
         return min(self.margin, self.change) if self.margin_before > 0 else self.change
 
 
-def retention(
+def measure_retention(
     pairs: Sequence[TokenizedPair], reference: PairLogps, policy: PairLogps, other: PairLogps
 ) -> Retention:
     """What `other` keeps of the way from `reference` to `policy`.
@@ -61,9 +61,9 @@ def retention(
     The change that is left is projected on the whole one. Noise adds nothing to that on average,
     but much to a small change, up or down: a share far above one says as little as one below.
     """
-    moved, left = _moved(pairs, reference, policy), _moved(pairs, reference, other)
+    moved, left = _log_ratios(pairs, reference, policy), _log_ratios(pairs, reference, other)
     before, after = _margins(pairs, moved).mean(), _margins(pairs, left).mean()
-    tokens = sum(map(sum, _tokens(pairs)))
+    tokens = sum(map(sum, _token_counts(pairs)))
     size = float((moved * moved).sum())
     return Retention(
         pairs=len(pairs),
@@ -75,33 +75,33 @@ def retention(
     )
 
 
-def _labelled(pairs: Sequence[TokenizedPair]) -> bool:
+def _is_labelled(pairs: Sequence[TokenizedPair]) -> bool:
     return pairs[0].desirable is not None
 
 
-def _moved(pairs: Sequence[TokenizedPair], start: PairLogps, end: PairLogps) -> Values:
+def _log_ratios(pairs: Sequence[TokenizedPair], start: PairLogps, end: PairLogps) -> Values:
     """Log-ratios of the completions that the pairs judge. (1 or 2, len(pairs))"""
     rows = [np.array(e) - np.array(s) for s, e in zip(start, end, strict=True)]
-    return np.array(rows[:1] if _labelled(pairs) else rows, np.float64)
+    return np.array(rows[:1] if _is_labelled(pairs) else rows, np.float64)
 
 
 def _margins(pairs: Sequence[TokenizedPair], moved: Values) -> Values:
-    if _labelled(pairs):
+    if _is_labelled(pairs):
         return moved[0] * np.array([1.0 if pair.desirable else -1.0 for pair in pairs])
     return moved[0] - moved[1]
 
 
-def _tokens(pairs: Sequence[TokenizedPair]) -> list[tuple[int, ...]]:
-    if _labelled(pairs):
+def _token_counts(pairs: Sequence[TokenizedPair]) -> list[tuple[int, ...]]:
+    if _is_labelled(pairs):
         return [(len(pair.chosen),) for pair in pairs]
     return [(len(pair.chosen), len(pair.rejected)) for pair in pairs]
 
 
-SLIGHT = 0.01  # nats of margin that rounding may well drown
+SMALL_MARGIN = 0.01  # nats of margin that rounding may well drown
 
 
 @dataclass(frozen=True)
-class Wish:
+class FuseOptions:
     """What a fused model is to be.
 
     Raises:
@@ -134,13 +134,17 @@ class Wish:
                 raise ConfigError(f"`--{name}` has no effect {why}")
 
     @property
-    def packed(self) -> Packed | None:
+    def packed(self) -> AffineQuantization | None:
         """How weights are to be packed."""
-        return Packed(self.bits, self.group_size or AFFINE_GROUP) if self.bits else None
+        return (
+            AffineQuantization(self.bits, self.group_size or DEFAULT_GROUP_SIZE)
+            if self.bits
+            else None
+        )
 
 
 @dataclass(frozen=True)
-class Fused:
+class FusedModel:
     """What was written, and how much of the training is in it."""
 
     output: Path
@@ -148,11 +152,11 @@ class Fused:
     kind: str  # number type, or bits
     measured_on: str
     retention: Retention
-    rounding: Rounding | None
+    rounding: RoundingLoss | None
     notes: tuple[str, ...]
 
 
-def fuse_run(folder: str, output: Path, wish: Wish) -> Fused:
+def fuse_run(folder: str, output: Path, wish: FuseOptions) -> FusedModel:
     """Write the policy of a run to the folder `output`, whole or not at all.
 
     Raises:
@@ -162,8 +166,8 @@ def fuse_run(folder: str, output: Path, wish: Wish) -> Fused:
         RunError, DataError: the run, its model or its pairs are at fault.
     """
     if wish.gguf is not None:
-        find_converter(wish.converter)
-        check_file(wish.gguf)
+        find_gguf_converter(wish.converter)
+        check_output_file(wish.gguf)
     opened = open_run(folder)
     base, pairs, name, notes = (
         own_pairs(opened) if wish.pairs is None else named_pairs(opened, wish.pairs)
@@ -172,9 +176,9 @@ def fuse_run(folder: str, output: Path, wish: Wish) -> Fused:
         raise ConfigError(
             f"{folder}: the run held no pairs out to measure on; name some with --pairs"
         )
-    checkpoint = _checkpoint(base, wish)
-    dtype = wish.dtype or _stored_type(base, opened)
-    size = _size(base, wish, dtype, checkpoint)
+    checkpoint = _find_checkpoint(base, wish)
+    dtype = wish.dtype or _stored_dtype(base, opened)
+    size = _expected_bytes(base, wish, dtype, checkpoint)
     check_output_folder(output, size)
     put_reference(opened, base)
     reference = _score(opened, base, pairs)
@@ -184,73 +188,75 @@ def fuse_run(folder: str, output: Path, wish: Wish) -> Fused:
         partial = stack.enter_context(new_output_folder(output))
         with disk_errors(output):
             rounding, left = _write(partial, base, wish, dtype, checkpoint)
-            licence = inherited(card_of(base.path))
+            licence = inherited_metadata(read_card_metadata(base.path))
             page = fused_card(hub_id_of(opened), to=wish.to, bits=wish.bits, inherited=licence)
             (partial / CARD).write_text(f"{page}\n", encoding="utf-8")
         del base  # one model is held at a time
-        written = load_base(str(partial), trust_remote_code=opened.config.trust_remote_code)
-        found = retention(pairs, reference, policy, _score(opened, written, pairs))
-        _refuse_loss(output, found, wish)
+        written = load_model(str(partial), trust_remote_code=opened.config.trust_remote_code)
+        found = measure_retention(pairs, reference, policy, _score(opened, written, pairs))
+        _check_retention(output, found, wish)
         size = weight_bytes(partial)
     notes = (*notes, *left, *([] if opened.finished else [unfinished(opened)]))
     kind = f"{wish.bits} bits" if wish.bits else dtype if checkpoint is None else "types as before"
-    return Fused(output, size, kind, f"{len(pairs):,} {name}", found, rounding, notes)
+    return FusedModel(output, size, kind, f"{len(pairs):,} {name}", found, rounding, notes)
 
 
-def convert_to_gguf(fused: Fused, wish: Wish) -> None:
+def convert_to_gguf(fused: FusedModel, wish: FuseOptions) -> None:
     """Write the file that is wished for beside a fused checkpoint, which stays as it is.
 
     Raises:
         ConfigError, ModelError: as `write_gguf`.
     """
     assert wish.gguf is not None
-    write_gguf(find_converter(wish.converter), fused.output, wish.gguf)
+    write_gguf(find_gguf_converter(wish.converter), fused.output, wish.gguf)
 
 
-def _checkpoint(base: Base, wish: Wish) -> Checkpoint | None:
+def _find_checkpoint(base: LoadedModel, wish: FuseOptions) -> HFCheckpoint | None:
     if wish.to == "mlx":
         return None
     folder = base.path if wish.base is None else Path(wish.base).expanduser()
     return local_checkpoint(folder, wish.base or base.source)
 
 
-def _stored_type(base: Base, opened: Opened) -> str:
+def _stored_dtype(base: LoadedModel, opened: Opened) -> str:
     """The number type that the model computes in where it is not held for the CPU."""
     config = opened.config
     if config.dtype is not None:
         return config.dtype
-    model, _ = read_model(base.path, base.source, trust_remote_code=config.trust_remote_code)
-    return number_type(model)
+    model, _ = load_lazy_model(base.path, base.source, trust_remote_code=config.trust_remote_code)
+    return main_dtype(model)
 
 
-def _size(base: Base, wish: Wish, dtype: str, checkpoint: Checkpoint | None) -> int:
+def _expected_bytes(
+    base: LoadedModel, wish: FuseOptions, dtype: str, checkpoint: HFCheckpoint | None
+) -> int:
     if checkpoint is not None and checkpoint.folder is not None:
         return weight_bytes(checkpoint.folder)
-    return expected_bytes(base.model, wish.bits, wish.group_size or AFFINE_GROUP, dtype)
+    return expected_bytes(base.model, wish.bits, wish.group_size or DEFAULT_GROUP_SIZE, dtype)
 
 
-def _score(opened: Opened, base: Base, pairs: Sequence[TokenizedPair]) -> PairLogps:
+def _score(opened: Opened, base: LoadedModel, pairs: Sequence[TokenizedPair]) -> PairLogps:
     """By whole rows, which is exact for every architecture. (len(pairs),) each"""
     return score_pairs(base.model, pairs, limit=opened.config.pass_limit)
 
 
 def _write(
-    partial: Path, base: Base, wish: Wish, dtype: str, checkpoint: Checkpoint | None
-) -> tuple[Rounding | None, tuple[str, ...]]:
+    partial: Path, base: LoadedModel, wish: FuseOptions, dtype: str, checkpoint: HFCheckpoint | None
+) -> tuple[RoundingLoss | None, tuple[str, ...]]:
     """Write the model; what rounding left of the weights' change, and notes on layers."""
     if checkpoint is not None:
-        write_hf(partial, changed_tensors(base.model, base.config, checkpoint), checkpoint)
+        write_hf(partial, merged_tensors(base.model, base.config, checkpoint), checkpoint)
         return None, ()
-    rounding = fuse(base.model, getattr(mx, dtype), wish.packed)
-    entries = name_dtype(base.config, dtype)
+    rounding = merge_adapters(base.model, getattr(mx, dtype), wish.packed)
+    entries = set_config_dtype(base.config, dtype)
     left: tuple[str, ...] = ()
     if wish.bits is not None:
-        entries, left = quantise(base.model, entries, wish.bits, wish.group_size)
+        entries, left = quantize_model(base.model, entries, wish.bits, wish.group_size)
     write_mlx(partial, base.model, entries, base.path)
     return rounding, left
 
 
-def _refuse_loss(output: Path, found: Retention, wish: Wish) -> None:
+def _check_retention(output: Path, found: Retention, wish: FuseOptions) -> None:
     """Refuse less than was asked for, and as much more: an adapter that goes in twice doubles."""
     most = 2 - wish.min_retained
     if (wish.min_retained <= found.least and found.change <= most) or wish.force:
@@ -258,7 +264,7 @@ def _refuse_loss(output: Path, found: Retention, wish: Wish) -> None:
     advice = "leave `--bits` out, or take more" if wish.bits else "take a wider `--dtype`"
     if wish.to == "hf":
         advice = "see that the checkpoint is the one that was trained on"
-    elif abs(found.margin_before) < SLIGHT:
+    elif abs(found.margin_before) < SMALL_MARGIN:
         advice = f"training hardly moved it (a margin of {found.margin_before:.1g} nats): train on"
     bound = f"less than `--min-retained` {wish.min_retained:g}"
     if found.least >= wish.min_retained:

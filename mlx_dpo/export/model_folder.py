@@ -12,35 +12,35 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.utils import save_config, save_model
 
-from mlx_dpo.adapters.attach import adapted_modules, way_of
-from mlx_dpo.adapters.hf_checkpoint import Checkpoint
+from mlx_dpo.adapters.attach import adapted_layers, get_fine_tune_type
+from mlx_dpo.adapters.hf_checkpoint import HFCheckpoint
 from mlx_dpo.adapters.hf_names import (
-    ALIKE,
+    SAME_LAYOUT,
     TRANSPOSED,
-    find_counterparts,
-    refuse_other_weights,
-    tensor_name,
+    check_same_weights,
+    find_hf_tensors,
+    hf_tensor_name,
 )
-from mlx_dpo.adapters.merge import fused_weight
-from mlx_dpo.adapters.targets import is_tied
+from mlx_dpo.adapters.merge import merged_weight
+from mlx_dpo.adapters.targets import has_tied_embeddings
 from mlx_dpo.errors import ConfigError, ModelError, reason
 from mlx_dpo.io.arrays import Arrays, named_arrays, read_arrays, write_arrays
 from mlx_dpo.io.atomic import atomic_file
 from mlx_dpo.models.files import CONFIG, INDEX, TOKENIZER_FILES, weight_files
-from mlx_dpo.models.license import TEXTS
+from mlx_dpo.models.license import LICENSE_PATTERNS
 
-BESIDE = (*TOKENIZER_FILES, "generation_config.json", "*.py", *TEXTS)
-TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+COPIED_FILES = (*TOKENIZER_FILES, "generation_config.json", "*.py", *LICENSE_PATTERNS)
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def write_mlx(folder: Path, model: nn.Module, entries: Mapping[str, Any], source: Path) -> None:
     """A plain model with its configuration; what else a model needs comes from `source`."""
     save_model(folder, model)
     save_config(dict(entries), folder / CONFIG)
-    _copy(source, folder, BESIDE)
+    _copy(source, folder, COPIED_FILES)
 
 
-def write_hf(folder: Path, changed: Arrays, checkpoint: Checkpoint) -> None:
+def write_hf(folder: Path, changed: Arrays, checkpoint: HFCheckpoint) -> None:
     """The checkpoint with other values for the tensors of these names; each in its own type.
 
     One of its files is held at a time, and `changed` is emptied on the way.
@@ -52,10 +52,12 @@ def write_hf(folder: Path, changed: Arrays, checkpoint: Checkpoint) -> None:
             arrays[name] = changed.pop(name).astype(arrays[name].dtype)
         mx.eval(arrays)
         write_arrays(folder / file.name, arrays, metadata)
-    _copy(checkpoint.folder, folder, (CONFIG, INDEX, *BESIDE))
+    _copy(checkpoint.folder, folder, (CONFIG, INDEX, *COPIED_FILES))
 
 
-def changed_tensors(model: nn.Module, entries: Mapping[str, Any], checkpoint: Checkpoint) -> Arrays:
+def merged_tensors(
+    model: nn.Module, entries: Mapping[str, Any], checkpoint: HFCheckpoint
+) -> Arrays:
     """What training makes of the tensors of the checkpoint, in float32 and by name.
 
     Raises:
@@ -64,24 +66,25 @@ def changed_tensors(model: nn.Module, entries: Mapping[str, Any], checkpoint: Ch
     kind = str(entries.get("model_type"))
     if checkpoint.folder is None:
         raise ModelError(f"{checkpoint.name}: its weights are needed here; name a folder")
-    if way_of(model) == "full":
-        return _trained(model, kind, checkpoint)
-    found = find_counterparts(model, entries, checkpoint, whole=True)
-    refuse_other_weights(model, found, checkpoint)
+    if get_fine_tune_type(model) == "full":
+        return _trained_weights(model, kind, checkpoint)
+    found = find_hf_tensors(model, entries, checkpoint, whole=True)
+    check_same_weights(model, found, checkpoint)
     there, changed = checkpoint.tensors(), {}
-    for path, adapted in adapted_modules(model).items():
-        whole = fused_weight(adapted, found.take(path, there))
+    for path, adapted in adapted_layers(model).items():
+        whole = merged_weight(adapted, found.take(path, there))
         changed[found.tensors[path]] = mx.contiguous(whole.T) if path in found.turned else whole
     return _with_head(changed, model, checkpoint)
 
 
-def _trained(model: nn.Module, kind: str, checkpoint: Checkpoint) -> Arrays:
-    if kind not in ALIKE - TRANSPOSED or checkpoint.is_packed:
+def _trained_weights(model: nn.Module, kind: str, checkpoint: HFCheckpoint) -> Arrays:
+    if kind not in SAME_LAYOUT - TRANSPOSED or checkpoint.is_packed:
         raise ModelError(
             f"{checkpoint.name}: layers of `{kind}` are not known to lie in it as here"
         )
     changed = {
-        tensor_name(name, kind): value for name, value in named_arrays(model.parameters()).items()
+        hf_tensor_name(name, kind): value
+        for name, value in named_arrays(model.parameters()).items()
     }
     for name, value in changed.items():
         if checkpoint.shapes.get(name) != value.shape:
@@ -89,14 +92,14 @@ def _trained(model: nn.Module, kind: str, checkpoint: Checkpoint) -> Arrays:
     return _with_head(changed, model, checkpoint)
 
 
-def _with_head(changed: Arrays, model: nn.Module, checkpoint: Checkpoint) -> Arrays:
+def _with_head(changed: Arrays, model: nn.Module, checkpoint: HFCheckpoint) -> Arrays:
     """A head that is the table of embeddings may be written out all the same."""
-    if HEAD in checkpoint.shapes and TABLE in changed and is_tied(model):
-        changed[HEAD] = changed[TABLE]
+    if HEAD in checkpoint.shapes and EMBEDDING in changed and has_tied_embeddings(model):
+        changed[HEAD] = changed[EMBEDDING]
     return changed
 
 
-def name_dtype(entries: dict[str, Any], dtype: str) -> dict[str, Any]:
+def set_config_dtype(entries: dict[str, Any], dtype: str) -> dict[str, Any]:
     """A configuration that says in which number type its weights are, and of no packing."""
     entries = json.loads(json.dumps(entries))
     for packing in ("quantization", "quantization_config"):
@@ -117,7 +120,7 @@ def _copy(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
 CONVERTER = "convert_hf_to_gguf.py"
 
 
-def find_converter(given: str | None) -> Path:
+def find_gguf_converter(given: str | None) -> Path:
     """The converter that is given, or else the one that is found as a program.
 
     Raises:
@@ -137,7 +140,7 @@ def find_converter(given: str | None) -> Path:
     return path
 
 
-def check_file(output: Path) -> None:
+def check_output_file(output: Path) -> None:
     """See that a file may be written, before work is done for it.
 
     Raises:
@@ -162,12 +165,14 @@ def write_gguf(converter: Path, model: Path, output: Path) -> None:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode or not partial.is_file():
                 message = done.stderr.strip() or done.stdout.strip() or "it wrote nothing"
-                raise ModelError(_refused(output, converter, model, message.splitlines()[-1]))
+                raise ModelError(
+                    _converter_message(output, converter, model, message.splitlines()[-1])
+                )
     except OSError as error:
-        raise ModelError(_refused(output, converter, model, reason(error))) from error
+        raise ModelError(_converter_message(output, converter, model, reason(error))) from error
 
 
-def _refused(output: Path, converter: Path, model: Path, said: str) -> str:
+def _converter_message(output: Path, converter: Path, model: Path, said: str) -> str:
     return (
         f"{output}: {converter.name} cannot convert the model ({said[:200]}); the checkpoint is "
         f"whole in {model}: see that the converter's own requirements are installed, and that it "

@@ -22,7 +22,7 @@ INCOMPLETE = "\ufffd"  # what a decoder writes for the bytes of an unfinished ch
 PENALTY_WINDOW = 20  # mlx-lm's own
 
 Sampler = Callable[[mx.array], mx.array]
-Processor = Callable[[mx.array, mx.array], mx.array]
+LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 
 
 def check_thinking(tokenizer: Any) -> None:
@@ -37,7 +37,7 @@ def check_thinking(tokenizer: Any) -> None:
         )
 
 
-def prompt_tokens(
+def encode_prompt(
     tokenizer: Any, messages: Sequence[Message], *, thinking: bool | None = None
 ) -> list[int]:
     """The conversation as the chat template writes it, up to where the model is to answer.
@@ -55,7 +55,7 @@ def prompt_tokens(
         raise ModelError(f"the model's chat template refuses the conversation ({error})") from None
 
 
-def text_tokens(tokenizer: Any, text: str) -> list[int]:
+def encode_text(tokenizer: Any, text: str) -> list[int]:
     """Plain text to be continued: begins as the tokenizer begins a text, has no end token."""
     body = list(tokenizer.encode(text, add_special_tokens=False))
     whole = list(tokenizer.encode(text))
@@ -102,7 +102,9 @@ def make_sampler(sampling: Sampling) -> Sampler:
     return sample
 
 
-def make_processors(sampling: Sampling, earlier: Sequence[int] = ()) -> list[Processor]:
+def make_logits_processors(
+    sampling: Sampling, earlier: Sequence[int] = ()
+) -> list[LogitsProcessor]:
     """What changes logits (B, V) before the choice.
 
     `earlier` are the tokens of the prompt that mlx-lm does not see, because a cache holds them.
@@ -124,7 +126,7 @@ def stream_tokens(
     *,
     max_tokens: int,
     sampler: Sampler,
-    processors: list[Processor],
+    processors: list[LogitsProcessor],
     cache: list[Any] | None = None,
 ) -> Generator[int]:
     """Tokens one by one, end tokens included; each is in `cache` when it is yielded."""
@@ -146,7 +148,7 @@ def stream_tokens(
             yield token
 
 
-class TextStream:
+class StreamingDecoder:
     """Tokens to text, piece by piece; the pieces together are what `decode` gives at once.
 
     mlx-lm's detokenizers drop a leading space, which a continued text needs. Only of bytes that
@@ -179,35 +181,35 @@ class TextStream:
         return self._decode(self._tokens[self._start :])[len(told) :]
 
 
-def text_of(tokenizer: Any, tokens: Iterable[int]) -> str:
+def decode_tokens(tokenizer: Any, tokens: Iterable[int]) -> str:
     """The text of all `tokens`, as a stream of them tells it."""
-    stream = TextStream(tokenizer)
+    stream = StreamingDecoder(tokenizer)
     return "".join([*map(stream.add, tokens), stream.finish()])
 
 
 PROBE_PROMPT, PROBE_TOKENS = 64, 16
 
 
-class Completion(NamedTuple):
+class GeneratedTokens(NamedTuple):
     """What a model said to one prompt."""
 
     tokens: list[int]  # without the one that ended it
     end: int | None  # the token that ended it; None where it was cut
 
 
-def complete(
+def generate_tokens(
     model: Any, stops: AbstractSet[int], rows: Sequence[Sequence[int]], sampling: Sampling
-) -> list[Completion]:
+) -> list[GeneratedTokens]:
     """A completion for each row of prompt tokens, in order.
 
     With `temperature` 0 these are the ones that each would get alone. They are computed together
     where the architecture's batched cache is exact, else one after another.
     """
-    batched = len(rows) > 1 and batches_exactly(model, rows)
-    return (_together if batched else _one_by_one)(model, stops, rows, sampling)
+    batched = len(rows) > 1 and is_batching_exact(model, rows)
+    return (_generate_batched if batched else _generate_sequentially)(model, stops, rows, sampling)
 
 
-def batches_exactly(model: Any, rows: Sequence[Sequence[int]]) -> bool:
+def is_batching_exact(model: Any, rows: Sequence[Sequence[int]]) -> bool:
     """Whether this architecture's batched cache gives the tokens that single prompts give.
 
     Tried on the shortest and the longest prompt: padding is where such caches go wrong.
@@ -216,26 +218,26 @@ def batches_exactly(model: Any, rows: Sequence[Sequence[int]]) -> bool:
     pair[0] = pair[0][: max(1, len(pair[1]) // 2)]
     probe = Sampling(max_tokens=PROBE_TOKENS)
     try:
-        together = _together(model, frozenset(), pair, probe)
+        together = _generate_batched(model, frozenset(), pair, probe)
     except ValueError:  # mlx-lm's word for a cache that cannot be batched, MLX's for shapes
         return False
-    return together == _one_by_one(model, frozenset(), pair, probe)
+    return together == _generate_sequentially(model, frozenset(), pair, probe)
 
 
-def _together(
+def _generate_batched(
     model: Any, stops: AbstractSet[int], rows: Sequence[Sequence[int]], sampling: Sampling
-) -> list[Completion]:
+) -> list[GeneratedTokens]:
     from mlx_lm.generate import BatchGenerator
 
     generator = BatchGenerator(
         model,
         stop_tokens=[[stop] for stop in stops],
         sampler=make_sampler(sampling),
-        logits_processors=make_processors(sampling),
+        logits_processors=make_logits_processors(sampling),
     )
     with closing(generator):
         numbers = generator.insert([list(row) for row in rows], [sampling.max_tokens] * len(rows))
-        said = {number: Completion([], None) for number in numbers}
+        said = {number: GeneratedTokens([], None) for number in numbers}
         while responses := generator.next_generated():
             for response in responses:
                 if response.finish_reason == "stop":
@@ -245,33 +247,33 @@ def _together(
     return [said[number] for number in numbers]
 
 
-def _one_by_one(
+def _generate_sequentially(
     model: Any, stops: AbstractSet[int], rows: Sequence[Sequence[int]], sampling: Sampling
-) -> list[Completion]:
+) -> list[GeneratedTokens]:
     sampler = make_sampler(sampling)
-    return [_alone(model, stops, row, sampling, sampler) for row in rows]
+    return [_generate_one(model, stops, row, sampling, sampler) for row in rows]
 
 
-def _alone(
+def _generate_one(
     model: Any, stops: AbstractSet[int], row: Sequence[int], sampling: Sampling, sampler: Any
-) -> Completion:
+) -> GeneratedTokens:
     tokens = stream_tokens(
         model,
         row,
         max_tokens=sampling.max_tokens,
         sampler=sampler,
-        processors=make_processors(sampling),
+        processors=make_logits_processors(sampling),
     )
     said: list[int] = []
     with closing(tokens):
         for token in tokens:
             if token in stops:
-                return Completion(said, token)
+                return GeneratedTokens(said, token)
             said.append(token)
-    return Completion(said, None)
+    return GeneratedTokens(said, None)
 
 
-class Reply(NamedTuple):
+class GeneratedText(NamedTuple):
     """What a model said to a conversation."""
 
     text: str
@@ -286,19 +288,19 @@ def generate_batch(
     sampling: Sampling,
     thinking: bool | None = None,
 ) -> list[str]:
-    """One answer for each conversation, in order; see `reply_batch`."""
-    replies = reply_batch(model, tokenizer, prompts, sampling=sampling, thinking=thinking)
+    """One answer for each conversation, in order; see `generate_replies`."""
+    replies = generate_replies(model, tokenizer, prompts, sampling=sampling, thinking=thinking)
     return [reply.text for reply in replies]
 
 
-def reply_batch(
+def generate_replies(
     model: Any,
     tokenizer: Any,
     prompts: Sequence[Sequence[Message]],
     *,
     sampling: Sampling,
     thinking: bool | None = None,
-) -> list[Reply]:
+) -> list[GeneratedText]:
     """One answer for each conversation, in order, as `policy.batched` completes them.
 
     Raises:
@@ -307,6 +309,6 @@ def reply_batch(
     """
     if thinking is not None:
         check_thinking(tokenizer)
-    rows = [prompt_tokens(tokenizer, messages, thinking=thinking) for messages in prompts]
-    said = complete(model, tokenizer.eos_token_ids, rows, sampling)
-    return [Reply(text_of(tokenizer, one.tokens), one.end is None) for one in said]
+    rows = [encode_prompt(tokenizer, messages, thinking=thinking) for messages in prompts]
+    said = generate_tokens(model, tokenizer.eos_token_ids, rows, sampling)
+    return [GeneratedText(decode_tokens(tokenizer, one.tokens), one.end is None) for one in said]

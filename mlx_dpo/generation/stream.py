@@ -10,17 +10,22 @@ from typing import Any, Literal, NamedTuple
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache
 
 from mlx_dpo.config.sampling import Sampling
-from mlx_dpo.generation.generate import Sampler, TextStream, make_processors, stream_tokens
+from mlx_dpo.generation.generate import (
+    Sampler,
+    StreamingDecoder,
+    make_logits_processors,
+    stream_tokens,
+)
 
 
-class Part(NamedTuple):
+class TextPart(NamedTuple):
     """A bit of text; the marks of thinking belong to it."""
 
     text: str
     thinking: bool
 
 
-class ThinkingSplit:
+class ThinkingSplitter:
     """Parts of a stream: text between `start` and `end` is thinking, the marks with it.
 
     `within` says that the prompt has begun the thinking. The texts of all parts together are
@@ -32,30 +37,30 @@ class ThinkingSplit:
         self._within = within and end is not None
         self._held = ""  # may be the beginning of a mark
 
-    def feed(self, text: str) -> Iterator[Part]:
+    def feed(self, text: str) -> Iterator[TextPart]:
         """The parts that are certain now."""
         self._held += text
         while (mark := self._marks[self._within]) and mark in self._held:
             before, _, self._held = self._held.partition(mark)
             if self._within:
-                yield Part(before + mark, True)
+                yield TextPart(before + mark, True)
             else:
                 yield from _nonempty(before, False)
-                yield Part(mark, True)
+                yield TextPart(mark, True)
             self._within = not self._within
         kept = _overlap(self._held, mark or "")
         out, self._held = self._held[: len(self._held) - kept], self._held[len(self._held) - kept :]
         yield from _nonempty(out, self._within)
 
-    def finish(self) -> Iterator[Part]:
+    def finish(self) -> Iterator[TextPart]:
         """What is left when no text follows."""
         out, self._held = self._held, ""
         yield from _nonempty(out, self._within)
 
 
-def _nonempty(text: str, thinking: bool) -> Iterator[Part]:
+def _nonempty(text: str, thinking: bool) -> Iterator[TextPart]:
     if text:
-        yield Part(text, thinking)
+        yield TextPart(text, thinking)
 
 
 def _overlap(text: str, mark: str) -> int:
@@ -105,7 +110,7 @@ THINKING_TAIL = 11  # tokens at the end of a prompt among which a template begin
 
 
 @dataclass(frozen=True, slots=True)
-class Summary:
+class GenerationSummary:
     """What is known when an answer is complete."""
 
     tokens: int  # of the answer, without the end token
@@ -118,12 +123,12 @@ class Summary:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class AnswerChunk:
     """The next bit of an answer; the last one carries the summary."""
 
     text: str
     thinking: bool = False
-    summary: Summary | None = None
+    summary: GenerationSummary | None = None
 
 
 def stream_answer(  # noqa: PLR0913 (one argument for each thing an answer depends on)
@@ -136,10 +141,10 @@ def stream_answer(  # noqa: PLR0913 (one argument for each thing an answer depen
     sampler: Sampler,
     limit: int,
     left_out: int = 0,
-) -> Generator[Piece]:
+) -> Generator[AnswerChunk]:
     """What the model says to the prompt, in at most `limit` tokens."""
     clock, ended = _Clock(), False
-    text, split = TextStream(tokenizer), parted(tokenizer, prompt)
+    text, split = StreamingDecoder(tokenizer), make_thinking_splitter(tokenizer, prompt)
     try:
         fresh = cache.rewind(prompt)
         cached = prompt[: len(prompt) - len(fresh)]
@@ -148,7 +153,7 @@ def stream_answer(  # noqa: PLR0913 (one argument for each thing an answer depen
             fresh,
             max_tokens=limit,
             sampler=sampler,
-            processors=make_processors(sampling, cached),
+            processors=make_logits_processors(sampling, cached),
             cache=cache.layers,
         )
         with closing(tokens):
@@ -157,15 +162,15 @@ def stream_answer(  # noqa: PLR0913 (one argument for each thing an answer depen
                 cache.tokens.append(token)
                 if ended := token in tokenizer.eos_token_ids:
                     break
-                yield from _told(split.feed(text.add(token)))
+                yield from _as_chunks(split.feed(text.add(token)))
     except GeneratorExit:
         raise
     except BaseException:
         cache.drop()  # stopped before all of it was held, or within a forward pass
         raise
-    yield from _told([*split.feed(text.finish()), *split.finish()])
+    yield from _as_chunks([*split.feed(text.finish()), *split.finish()])
     cut: FinishReason = "length" if limit == sampling.max_tokens else "context"
-    summary = Summary(
+    summary = GenerationSummary(
         tokens=clock.ticks - ended,
         finish_reason="stop" if ended else cut,
         prompt_tokens=len(prompt),
@@ -174,29 +179,29 @@ def stream_answer(  # noqa: PLR0913 (one argument for each thing an answer depen
         tokens_per_second=clock.rate,
         left_out=left_out,
     )
-    yield Piece("", summary=summary)
+    yield AnswerChunk("", summary=summary)
 
 
-def parted(tokenizer: Any, prompt: Sequence[int]) -> ThinkingSplit:
+def make_thinking_splitter(tokenizer: Any, prompt: Sequence[int]) -> ThinkingSplitter:
     """How the text that follows `prompt` is parted into thinking and answer."""
     if not tokenizer.has_thinking:
-        return ThinkingSplit(None, None)
+        return ThinkingSplitter(None, None)
     tail = list(prompt[-THINKING_TAIL:])
     # Some templates begin to think for the model.
     within = tokenizer.rfind_think_start(tail) > tokenizer.rfind_think_end(tail)
-    return ThinkingSplit(tokenizer.think_start, tokenizer.think_end, within=within)
+    return ThinkingSplitter(tokenizer.think_start, tokenizer.think_end, within=within)
 
 
-def answer_in(tokenizer: Any, prompt: Sequence[int], said: str) -> str:
+def strip_thinking(tokenizer: Any, prompt: Sequence[int], said: str) -> str:
     """What was said to `prompt`, without what was thought."""
-    split = parted(tokenizer, prompt)
+    split = make_thinking_splitter(tokenizer, prompt)
     parts = [*split.feed(said), *split.finish()]
     answer = "".join(part.text for part in parts if not part.thinking)
     return answer.strip("\n") if any(part.thinking for part in parts) else answer
 
 
-def _told(parts: Iterable[Part]) -> Iterator[Piece]:
-    return (Piece(part.text, part.thinking) for part in parts)
+def _as_chunks(parts: Iterable[TextPart]) -> Iterator[AnswerChunk]:
+    return (AnswerChunk(part.text, part.thinking) for part in parts)
 
 
 class _Clock:

@@ -23,13 +23,13 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.hf_api import ModelInfo
 
-from mlx_dpo.adapters.files import CONFIG, WEIGHTS, content_digest, read_adapter
+from mlx_dpo.adapters.files import CONFIG, WEIGHTS, adapter_digest, read_adapter
 from mlx_dpo.adapters.peft import WEIGHTS as PEFT_WEIGHTS
 from mlx_dpo.errors import ConfigError, ModelError, reason
 from mlx_dpo.hub.run_card import steps_of
 from mlx_dpo.hub.secret_scan import leaks_in
 from mlx_dpo.models.files import read_json
-from mlx_dpo.models.license import CARD, card_of
+from mlx_dpo.models.license import CARD, read_card_metadata
 from mlx_dpo.models.output_folder import check_output_folder, disk_errors, new_output_folder
 from mlx_dpo.runs.folder import CURVES
 from mlx_dpo.saved_runs.export_peft import open_finished
@@ -246,7 +246,7 @@ def pack(folder: str, also: tuple[str, ...] = ()) -> Parcel:
     files = {name: _own_file(place, name) for name in names}
     files |= {Path(os.path.normpath(name)).as_posix(): _own_file(place, name) for name in also}
     refuse_leaks(files)
-    digest = content_digest(place)[:12]
+    digest = adapter_digest(place)[:12]
     steps = steps_of(opened.record)
     return Parcel(files, f"Adapter {digest} of an mlx-dpo run, trained for {steps} steps")
 
@@ -291,7 +291,7 @@ def pull_adapter(name: str, output: Path, revision: str | None = None) -> Pulled
 
 def _base_of(folder: Path) -> str | None:
     """The model that an adapter is for, as its card or else its settings say."""
-    said = card_of(folder).get("base_model")
+    said = read_card_metadata(folder).get("base_model")
     entries = read_json(folder / CONFIG, str(folder / CONFIG))
     found = [said[0] if isinstance(said, list) and said else said]
     found.append(entries.get("base_model_name_or_path"))

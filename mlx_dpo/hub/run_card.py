@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HTTPError
 
-from mlx_dpo.adapters.files import CONFIG, content_digest
+from mlx_dpo.adapters.files import CONFIG, adapter_digest
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.data.prompts import Prompt
@@ -18,8 +18,8 @@ from mlx_dpo.evaluation.compare import compare_runs
 from mlx_dpo.hub.model_card import CardFacts, Sample
 from mlx_dpo.hub.model_card import card as make_card
 from mlx_dpo.io.atomic import write_file
-from mlx_dpo.models.download import locate
-from mlx_dpo.models.license import CARD, card_of, inherited
+from mlx_dpo.models.download import resolve_model
+from mlx_dpo.models.license import CARD, inherited_metadata, read_card_metadata
 from mlx_dpo.runs.save_peft import IN_BOTH
 from mlx_dpo.runs.summary import loss_line
 from mlx_dpo.saved_runs.export_peft import hub_id_of, open_finished
@@ -112,7 +112,7 @@ def _facts(
         "held_out": record["counts"]["valid"],
         "settings": given.shareable() | dict.fromkeys(given.withheld(), "not shown"),
         "versions": record["versions"],
-        "digest": content_digest(opened.paths.folder),
+        "digest": adapter_digest(opened.paths.folder),
         "way": adapter["fine_tune_type"],
         "not_in_peft": None if loads == IN_BOTH else _why(loads),
         "peft_base": adapter.get("base_model_name_or_path"),
@@ -160,7 +160,7 @@ def _sizes(adapter: Mapping[str, Any]) -> str:
 
 def _inherited(opened: Opened, hub_id: str | None, *, online: bool) -> dict[str, Any]:
     """Licence and language, as the base's own card says."""
-    found = inherited(_base_card(opened) or (_card_on_the_hub(hub_id) if online else {}))
+    found = inherited_metadata(_base_card(opened) or (_card_on_the_hub(hub_id) if online else {}))
     link = found.get("license_link")
     if link and "://" not in link:  # a file beside the base, which does not go along
         found["license_link"] = f"https://huggingface.co/{hub_id}/blob/main/{link}"
@@ -171,7 +171,9 @@ def _inherited(opened: Opened, hub_id: str | None, *, online: bool) -> dict[str,
 
 def _base_card(opened: Opened) -> dict[str, Any]:
     try:
-        return card_of(locate(opened.config.model, revision=opened.config.revision))
+        return read_card_metadata(
+            resolve_model(opened.config.model, revision=opened.config.revision)
+        )
     except (ModelError, ConfigError):
         return {}  # its folder is gone; the Hub may know it
 

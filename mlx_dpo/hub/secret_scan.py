@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_dpo.adapters.hf_checkpoint import header_of
+from mlx_dpo.adapters.hf_checkpoint import read_safetensors_header
 from mlx_dpo.errors import ModelError
 
 SECRETS = {
@@ -88,7 +88,7 @@ def _searchable(content: Path | bytes, name: str) -> bytes:
     """
     if isinstance(content, Path):
         if name.endswith(".safetensors"):
-            return header_of(content)
+            return read_safetensors_header(content)
         content = content.read_bytes()
     if content.startswith(PNG):
         return b"\n".join(_beside_picture(content))

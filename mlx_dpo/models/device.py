@@ -21,7 +21,7 @@ DeviceKind = Literal["metal", "cuda", "cpu"]
 
 # The plain layer behind each packed one. Types are matched exactly: a subclass may compute
 # something else. Sizes do not matter, for the weight is put in afterwards.
-PLAIN: dict[type, Callable[[Any], nn.Module]] = {
+PLAIN_LAYERS: dict[type, Callable[[Any], nn.Module]] = {
     nn.QuantizedLinear: lambda packed: nn.Linear(1, 1, bias=False),
     nn.QuantizedEmbedding: lambda packed: nn.Embedding(1, 1),
     QuantizedSwitchLinear: lambda packed: SwitchLinear(1, 1, 1, bias=False),
@@ -37,7 +37,7 @@ def device_kind() -> DeviceKind:
     return "metal" if mx.metal.is_available() else "cuda"
 
 
-def on_cpu() -> bool:
+def is_cpu() -> bool:
     """Whether MLX computes on the CPU."""
     return device_kind() == "cpu"
 
@@ -47,7 +47,7 @@ def dtype_name(dtype: mx.Dtype) -> str:
     return str(dtype).removeprefix("mlx.core.")
 
 
-def number_type(model: nn.Module) -> str:
+def main_dtype(model: nn.Module) -> str:
     """The number type of most of a model's floating-point weights, by name."""
     bits: Counter[str] = Counter()
     for value in named_arrays(model.parameters()).values():
@@ -56,7 +56,7 @@ def number_type(model: nn.Module) -> str:
     return max(bits, key=lambda name: bits[name])
 
 
-def cast(model: nn.Module, dtype: mx.Dtype) -> None:
+def cast_model(model: nn.Module, dtype: mx.Dtype) -> None:
     """Cast the floating-point parameters to `dtype`, but for those the model wants kept."""
     wanted = getattr(model, "cast_predicate", lambda name: True)
 
@@ -67,7 +67,7 @@ def cast(model: nn.Module, dtype: mx.Dtype) -> None:
     model.update(tree_map_with_path(convert, model.parameters()))
 
 
-def hold_for_cpu(model: nn.Module, dtype: mx.Dtype = mx.float32) -> tuple[str, ...]:
+def prepare_for_cpu(model: nn.Module, dtype: mx.Dtype = mx.float32) -> tuple[str, ...]:
     """Unpack quantised layers and hold every weight in `dtype`; what was done, for the user.
 
     In float32 the weights are those that were packed or rounded before, to the last bit.
@@ -77,8 +77,8 @@ def hold_for_cpu(model: nn.Module, dtype: mx.Dtype = mx.float32) -> tuple[str, .
         ModelError: a layer is packed in a way the CPU backend cannot unpack.
     """
     stored = _stored_dtypes(model)
-    bits = _unpack_all(model, dtype)
-    _cast_leaves(model, dtype)
+    bits = _dequantize_layers(model, dtype)
+    _cast_weights(model, dtype)
     held = dtype_name(dtype)
     notes = []
     if bits:
@@ -107,18 +107,18 @@ def _stored_dtypes(model: nn.Module) -> set[str]:
     }
 
 
-def _unpack_all(model: nn.Module, dtype: mx.Dtype) -> Counter[int]:
+def _dequantize_layers(model: nn.Module, dtype: mx.Dtype) -> Counter[int]:
     """Replace packed layers one by one; how many there were of each width in bits."""
-    packed = [(name, m) for name, m in model.named_modules() if type(m) in PLAIN]
+    packed = [(name, m) for name, m in model.named_modules() if type(m) in PLAIN_LAYERS]
     bits: Counter[int] = Counter()
     while packed:  # popped, so that each packed weight is freed before the next is unpacked
         name, module = packed.pop()
         bits[module.bits] += 1
-        model.update_modules(tree_unflatten([(name, unpack(module, dtype, name))]))
+        model.update_modules(tree_unflatten([(name, dequantize_layer(module, dtype, name))]))
     return bits
 
 
-def unpack(packed: nn.Module, dtype: mx.Dtype = mx.float32, name: str = "layer") -> nn.Module:
+def dequantize_layer(packed: nn.Module, dtype: mx.Dtype = mx.float32, name: str = "layer") -> nn.Module:
     """The plain layer with the weights of a quantised one.
 
     Raises:
@@ -130,7 +130,7 @@ def unpack(packed: nn.Module, dtype: mx.Dtype = mx.float32, name: str = "layer")
             "take a model packed without one"
         )
     weight = float32_weight(packed)
-    plain = PLAIN[type(packed)](packed)
+    plain = PLAIN_LAYERS[type(packed)](packed)
     plain.weight = weight.astype(dtype)
     if "bias" in packed:
         plain.bias = packed["bias"].astype(dtype)
@@ -147,8 +147,8 @@ def float32_weight(layer: nn.Module) -> mx.array:
     biases = layer.get("biases")  # affine packing alone has them
     return mx.dequantize(
         layer["weight"],
-        _widened(layer["scales"]),
-        None if biases is None else _widened(biases),
+        _to_float32(layer["scales"]),
+        None if biases is None else _to_float32(biases),
         group_size=layer.group_size,
         bits=layer.bits,
         mode=layer.mode,
@@ -156,13 +156,13 @@ def float32_weight(layer: nn.Module) -> mx.array:
     )
 
 
-def _widened(value: mx.array) -> mx.array:
+def _to_float32(value: mx.array) -> mx.array:
     """Scales in float32, unless they are bytes, as those of all but affine packing."""
     floating = mx.issubdtype(value.dtype, mx.floating)
     return value.astype(mx.float32) if floating else value
 
 
-def _cast_leaves(model: nn.Module, dtype: mx.Dtype) -> None:
+def _cast_weights(model: nn.Module, dtype: mx.Dtype) -> None:
     """Cast one array at a time, so that each narrow one is freed before the next is widened."""
     stored = named_arrays(model.parameters())
     while stored:

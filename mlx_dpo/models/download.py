@@ -16,17 +16,17 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from mlx_dpo.errors import ConfigError, ModelError
-from mlx_dpo.models.license import CARD, TEXTS
+from mlx_dpo.models.license import CARD, LICENSE_PATTERNS
 
 
 # What mlx-lm and the tokenizers read, what the licence says, and nothing that runs: pickles never
 # leave the Hub.
-WEIGHTS = "model*.safetensors"
-WANTED = ("*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja", CARD, *TEXTS)
-CODE = "*.py"
+WEIGHT_PATTERN = "model*.safetensors"
+CONFIG_PATTERNS = ("*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja", CARD, *LICENSE_PATTERNS)
+CODE_PATTERN = "*.py"
 
 
-def locate(
+def resolve_model(
     source: str,
     *,
     revision: str | None = None,
@@ -54,7 +54,7 @@ def locate(
             f"{source or '(nothing)'}: no such folder; a model is a folder or a Hub id "
             "(`organisation/name`)"
         )
-    patterns = [*WANTED, *([WEIGHTS] if weights else []), *([CODE] if trust_remote_code else [])]
+    patterns = [*CONFIG_PATTERNS, *([WEIGHT_PATTERN] if weights else []), *([CODE_PATTERN] if trust_remote_code else [])]
     return _download(source, revision, patterns)
 
 

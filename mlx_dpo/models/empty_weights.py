@@ -11,23 +11,23 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm import utils as mlx_lm
 from mlx_dpo.errors import ConfigError, ModelError
-from mlx_dpo.models.device import cast, dtype_name, on_cpu
+from mlx_dpo.models.device import cast_model, dtype_name, is_cpu
 from mlx_dpo.models.files import check_config, check_tokenizer
-from mlx_dpo.models.load import Base, embedding_rows, one_line, read_tokenizer
-from mlx_dpo.models.quantize import AFFINE_GROUP, AFFINE_GROUPS, check_quantisable, expected_bytes
-from mlx_dpo.models.download import locate
+from mlx_dpo.models.load import LoadedModel, embedding_size, loading_errors, load_tokenizer
+from mlx_dpo.models.quantize import DEFAULT_GROUP_SIZE, AFFINE_GROUP_SIZES, check_quantizable, expected_bytes
+from mlx_dpo.models.download import resolve_model
 
 
 # Ways of packing that other libraries' configurations name, and what mlx-lm makes of them.
-PACKED: dict[str, dict[str, Any]] = {
+QUANT_METHODS: dict[str, dict[str, Any]] = {
     "mxfp4": {"group_size": 32, "bits": 4, "mode": "mxfp4"},
     "mxfp8": {"group_size": 32, "bits": 8, "mode": "mxfp8"},
 }
-GROUPED = ("awq", "gptq")  # these state their own sizes
-UNSTATED = "float32"  # where a configuration names no number type
+OWN_SIZE_METHODS = ("awq", "gptq")  # these state their own sizes
+DEFAULT_DTYPE = "float32"  # where a configuration names no number type
 
 
-def outline(
+def load_empty_model(
     source: str,
     *,
     revision: str | None = None,
@@ -35,8 +35,8 @@ def outline(
     group_size: int | None = None,
     dtype: str | None = None,
     trust_remote_code: bool = False,
-) -> Base:
-    """What `load_base` would give, but for the weights: they are not read, and not allocated.
+) -> LoadedModel:
+    """What `load_model` would give, but for the weights: they are not read, and not allocated.
 
     From the Hub the configuration and the tokenizer alone are fetched.
 
@@ -46,7 +46,7 @@ def outline(
     """
     if group_size is not None and bits is None:
         raise ConfigError("`group_size` has no effect without `bits`; the model is not quantised")
-    path = locate(source, revision=revision, trust_remote_code=trust_remote_code, weights=False)
+    path = resolve_model(source, revision=revision, trust_remote_code=trust_remote_code, weights=False)
     config = check_config(path, source, trust_remote_code=trust_remote_code)
     check_tokenizer(path, source)
     if "model_file" in config:
@@ -54,19 +54,19 @@ def outline(
             f"{source}: `{config['model_file']}` is the model's own code, which is not planned "
             "for; `train` says what it needs"
         )
-    with one_line(source):
-        model = build(config)
+    with loading_errors(source):
+        model = build_model(config)
         if bits is not None:
-            check_quantisable(model, config, group_size or AFFINE_GROUP, AFFINE_GROUPS)
-        packing = _packing(config, bits, group_size)
-        notes = _held(model, config, packing, dtype)
+            check_quantizable(model, config, group_size or DEFAULT_GROUP_SIZE, AFFINE_GROUP_SIZES)
+        packing = _quantization(config, bits, group_size)
+        notes = _cast_and_quantize(model, config, packing, dtype)
     model.freeze()
     model.eval()
-    tokenizer = read_tokenizer(path, source, trust_remote_code=trust_remote_code)
-    return Base(model, tokenizer, config, path, source, embedding_rows(model, config), notes)
+    tokenizer = load_tokenizer(path, source, trust_remote_code=trust_remote_code)
+    return LoadedModel(model, tokenizer, config, path, source, embedding_size(model, config), notes)
 
 
-def build(config: dict[str, Any]) -> nn.Module:
+def build_model(config: dict[str, Any]) -> nn.Module:
     """The model that a `config.json` describes, its random weights not computed yet."""
     # mlx-lm's loaders look for weights first; this is how they find a class.
     kind, arguments = mlx_lm._get_classes(config)
@@ -75,40 +75,40 @@ def build(config: dict[str, Any]) -> nn.Module:
     return model
 
 
-def _packing(
+def _quantization(
     config: dict[str, Any], bits: int | None, group_size: int | None
 ) -> dict[str, Any] | None:
     """How linear layers are going to be packed: `group_size`, `bits`, and exceptions by name."""
     if bits is not None:
-        return {"group_size": group_size or AFFINE_GROUP, "bits": bits}
+        return {"group_size": group_size or DEFAULT_GROUP_SIZE, "bits": bits}
     if stated := config.get("quantization"):
         return dict(stated)
     other = (config.get("text_config") or config).get("quantization_config") or {}
     method = str(other.get("quant_method"))
-    if method in GROUPED:
+    if method in OWN_SIZE_METHODS:
         return {"group_size": other["group_size"], "bits": other["bits"]}
-    return PACKED.get(method)
+    return QUANT_METHODS.get(method)
 
 
-def _held(
+def _cast_and_quantize(
     model: nn.Module, config: dict[str, Any], packing: dict[str, Any] | None, dtype: str | None
 ) -> tuple[str, ...]:
     """Bring the weights to how the device holds them; what to say of it."""
     stated = config | (config.get("text_config") or {})
-    stored = str(stated.get("torch_dtype") or stated.get("dtype") or UNSTATED)
+    stored = str(stated.get("torch_dtype") or stated.get("dtype") or DEFAULT_DTYPE)
     wanted = dtype or (stored.removeprefix("torch."))
-    if not on_cpu():
-        cast(model, getattr(mx, wanted))
+    if not is_cpu():
+        cast_model(model, getattr(mx, wanted))
         if packing:
-            _pack(model, packing)
+            _quantize(model, packing)
         return ()
     wide = getattr(mx, dtype or "float32")
     if not packing and wanted == dtype_name(wide):
-        cast(model, wide)
+        cast_model(model, wide)
         return ()
-    group, width = (packing or {}).get("group_size", AFFINE_GROUP), (packing or {}).get("bits")
+    group, width = (packing or {}).get("group_size", DEFAULT_GROUP_SIZE), (packing or {}).get("bits")
     on_gpu = expected_bytes(model, width, group, wanted)
-    cast(model, wide)
+    cast_model(model, wide)
     how = f"packed in {width} bits" if width else f"in {wanted}"
     return (
         f"held in {dtype_name(wide)}, as the CPU backend wants it; on a Mac's GPU {how}, "
@@ -116,7 +116,7 @@ def _held(
     )
 
 
-def _pack(model: nn.Module, packing: dict[str, Any]) -> None:
+def _quantize(model: nn.Module, packing: dict[str, Any]) -> None:
     def how(path: str, module: nn.Module) -> Any:
         if path in packing:
             return packing[path]

@@ -14,15 +14,15 @@ from mlx_dpo.errors import ModelError
 
 
 CONFIG = "config.json"
-WEIGHTS = "model*.safetensors"
+WEIGHT_PATTERN = "model*.safetensors"
 INDEX = "model.safetensors.index.json"
-CODE_REFUSED = (
+REMOTE_CODE_REFUSED = (
     "Python code that comes with the model is not run unasked; "
     "read it, then allow it with `trust_remote_code`"
 )
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # `hf_quant_config.json` holds ModelOpt's settings, `*.py` a model's own architecture.
-MODEL_FILES = (CONFIG, WEIGHTS, "hf_quant_config.json", "*.py")
+MODEL_FILES = (CONFIG, WEIGHT_PATTERN, "hf_quant_config.json", "*.py")
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -40,7 +40,7 @@ TOKENIZER_FILES = (
 
 def weight_files(folder: Path) -> list[Path]:
     """The weight files that mlx-lm reads, in the order of their names."""
-    return sorted(folder.glob(WEIGHTS))
+    return sorted(folder.glob(WEIGHT_PATTERN))
 
 
 def weight_bytes(folder: Path) -> int:
@@ -48,7 +48,7 @@ def weight_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in weight_files(folder))
 
 
-def fingerprint(base_path: Path) -> str:
+def model_fingerprint(base_path: Path) -> str:
     """SHA-256 over the names and whole contents of a model's weights and configuration, in hex."""
     return _digest(base_path, MODEL_FILES)
 
@@ -73,7 +73,7 @@ def _digest(folder: Path, patterns: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def check_files(folder: Path, source: str, *, trust_remote_code: bool) -> dict[str, Any]:
+def check_model_folder(folder: Path, source: str, *, trust_remote_code: bool) -> dict[str, Any]:
     """The contents of `config.json`, once the folder is seen to hold a model that can be read.
 
     Raises:
@@ -90,7 +90,7 @@ def check_config(folder: Path, source: str, *, trust_remote_code: bool) -> dict[
     """The contents of `config.json`, once it is seen to be of a model that mlx-lm can build.
 
     Raises:
-        ModelError: as `check_files`, but for weights and tokenizer.
+        ModelError: as `check_model_folder`, but for weights and tokenizer.
     """
     config = _read_config(folder, source)
     _check_code(config, source, trust_remote_code)
@@ -149,7 +149,7 @@ def read_json(file: Path, where: str) -> dict[str, Any]:
 def _check_code(config: dict[str, Any], source: str, trust_remote_code: bool) -> None:
     if (code := config.get("model_file")) is not None:
         if not trust_remote_code:
-            raise ModelError(f"{source}: `{code}`: {CODE_REFUSED}")
+            raise ModelError(f"{source}: `{code}`: {REMOTE_CODE_REFUSED}")
         return
     known = known_model_types()
     if (kind := config["model_type"]) not in known:
@@ -174,7 +174,7 @@ def _check_weights(folder: Path, source: str) -> None:
         _check_shards(folder, source)
         return
     files = [file.name for file in folder.iterdir()]
-    if pickles := [file.name for pattern in PICKLES for file in folder.glob(pattern)]:
+    if pickles := [file.name for pattern in PICKLE_PATTERNS for file in folder.glob(pattern)]:
         raise ModelError(
             f"{source}: weights are pickled (`{min(pickles)}`), and pickles are never read, for "
             "they run code; take the model's safetensors, or save it as such with transformers"
@@ -186,7 +186,7 @@ def _check_weights(folder: Path, source: str) -> None:
         )
     other = sorted(name for name in files if name.endswith(".safetensors"))
     found = f" (found `{other[0]}`)" if other else ""
-    raise ModelError(f"{source}: no weights: no file is named `{WEIGHTS}`{found}")
+    raise ModelError(f"{source}: no weights: no file is named `{WEIGHT_PATTERN}`{found}")
 
 
 def _check_shards(folder: Path, source: str) -> None:

@@ -11,11 +11,11 @@ from yaml import YAMLError
 
 
 CARD = "README.md"
-TEXTS = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
-INHERITED = ("license", "license_name", "license_link", "language")
+LICENSE_PATTERNS = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+INHERITED_KEYS = ("license", "license_name", "license_link", "language")
 
 
-def card_of(folder: Path) -> dict[str, Any]:
+def read_card_metadata(folder: Path) -> dict[str, Any]:
     """The metadata of the card in a folder; nothing where there is none."""
     try:
         return dict(ModelCard.load(folder / CARD, ignore_metadata_errors=True).data.to_dict())
@@ -23,14 +23,14 @@ def card_of(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def inherited(card: dict[str, Any]) -> dict[str, Any]:
+def inherited_metadata(card: dict[str, Any]) -> dict[str, Any]:
     """What of a model's card holds for what is made from the model."""
-    return {name: card[name] for name in INHERITED if card.get(name)}
+    return {name: card[name] for name in INHERITED_KEYS if card.get(name)}
 
 
-def copy_licences(source: Path, target: Path) -> None:
+def copy_license_files(source: Path, target: Path) -> None:
     """Put the texts of a model's licence beside what was made from it."""
-    for pattern in TEXTS:
+    for pattern in LICENSE_PATTERNS:
         for file in source.glob(pattern):
             if file.is_file():
                 shutil.copyfile(file, target / file.name)

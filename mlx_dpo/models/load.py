@@ -13,17 +13,16 @@ import mlx.nn as nn
 from mlx_lm import utils as mlx_lm
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_dpo.errors import ConfigError, ModelError
-from mlx_dpo.models.device import cast, hold_for_cpu, on_cpu
-from mlx_dpo.models.files import CODE_REFUSED, check_files, fingerprint, tokenizer_fingerprint
-from mlx_dpo.models.quantize import quantise
-from mlx_dpo.models.rope import rope_notes, unread_rope
-from mlx_dpo.models.download import locate
+from mlx_dpo.models.device import cast_model, prepare_for_cpu, is_cpu
+from mlx_dpo.models.files import REMOTE_CODE_REFUSED, check_model_folder, model_fingerprint, tokenizer_fingerprint
+from mlx_dpo.models.quantize import quantize_model
+from mlx_dpo.models.rope import rope_notes, rope_overrides
+from mlx_dpo.models.download import resolve_model
 
 
-__all__ = ["Base", "fingerprint", "load_base", "locate", "tokenizer_fingerprint"]
 
 # What mlx-lm and MLX raise for files that do not fit: wrong tensors, values, keys or bytes.
-UNFIT = (ValueError, RuntimeError, TypeError, KeyError, OSError)
+LOADING_ERRORS = (ValueError, RuntimeError, TypeError, KeyError, OSError)
 
 NO_FAST_TOKENIZER = (
     "there is no `tokenizer.json`; copy it from the original model, "
@@ -32,11 +31,11 @@ NO_FAST_TOKENIZER = (
 
 
 # Rows are held against the model's context; transformers would warn of every long text.
-UNLIMITED = 10**9
+NO_LENGTH_LIMIT = 10**9
 
 
 @dataclass(frozen=True)
-class Base:
+class LoadedModel:
     """A model as it was found: frozen, in evaluation mode, in the number type of the device."""
 
     model: nn.Module
@@ -48,7 +47,7 @@ class Base:
     notes: tuple[str, ...]  # what was done to the weights, for the device or on request
 
 
-def load_base(
+def load_model(
     source: str,
     *,
     revision: str | None = None,
@@ -56,7 +55,7 @@ def load_base(
     group_size: int | None = None,
     dtype: str | None = None,
     trust_remote_code: bool = False,
-) -> Base:
+) -> LoadedModel:
     """The model that `source` names, ready to be scored or adapted.
 
     `bits` quantises it, `dtype` casts it; on the CPU backend weights are then held unpacked,
@@ -68,28 +67,28 @@ def load_base(
     """
     if group_size is not None and bits is None:
         raise ConfigError("`group_size` has no effect without `bits`; the model is not quantised")
-    path = locate(source, revision=revision, trust_remote_code=trust_remote_code)
-    entries = check_files(path, source, trust_remote_code=trust_remote_code)
+    path = resolve_model(source, revision=revision, trust_remote_code=trust_remote_code)
+    entries = check_model_folder(path, source, trust_remote_code=trust_remote_code)
     notes = rope_notes(entries, source)
-    tokenizer = read_tokenizer(path, source, trust_remote_code=trust_remote_code)
-    model, config = read_model(path, source, trust_remote_code=trust_remote_code)
-    with one_line(source):
+    tokenizer = load_tokenizer(path, source, trust_remote_code=trust_remote_code)
+    model, config = load_lazy_model(path, source, trust_remote_code=trust_remote_code)
+    with loading_errors(source):
         if dtype is not None:
-            cast(model, getattr(mx, dtype))
+            cast_model(model, getattr(mx, dtype))
             notes += (f"weights cast to {dtype}, as asked",)
         if bits is not None:
-            config, left = quantise(model, config, bits, group_size)
+            config, left = quantize_model(model, config, bits, group_size)
             notes += (f"weights quantised to {bits} bits, as asked", *left)
-        if on_cpu():
-            notes += hold_for_cpu(model, getattr(mx, dtype or "float32"))
+        if is_cpu():
+            notes += prepare_for_cpu(model, getattr(mx, dtype or "float32"))
         mx.eval(model.parameters())
     model.freeze()
     model.eval()
-    vocab_size = embedding_rows(model, config)
-    return Base(model, tokenizer, config, path, source, vocab_size, notes)
+    vocab_size = embedding_size(model, config)
+    return LoadedModel(model, tokenizer, config, path, source, vocab_size, notes)
 
 
-def read_model(
+def load_lazy_model(
     path: Path, source: str, *, trust_remote_code: bool
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The model of a checked folder and its configuration; weights stay on disk until used.
@@ -97,28 +96,28 @@ def read_model(
     Raises:
         ModelError: weights and configuration do not fit each other, or cannot be read.
     """
-    with one_line(source):
+    with loading_errors(source):
         model, config = mlx_lm.load_model(
             path,
             lazy=True,
-            model_config=unread_rope(mlx_lm.load_config(path), source),
+            model_config=rope_overrides(mlx_lm.load_config(path), source),
             trust_remote_code=trust_remote_code,
         )
     return model, config
 
 
-def read_tokenizer(path: Path, source: str, *, trust_remote_code: bool) -> TokenizerWrapper:
+def load_tokenizer(path: Path, source: str, *, trust_remote_code: bool) -> TokenizerWrapper:
     """The tokenizer of a checked folder, with the stop tokens that its configuration names.
 
     Raises:
         ModelError: its files cannot be read, or are Python code that nobody allowed to run.
     """
     where = f"{source}: tokenizer"
-    with one_line(where):
+    with loading_errors(where):
         try:
             return mlx_lm.load_tokenizer(
                 path,
-                {"trust_remote_code": trust_remote_code, "model_max_length": UNLIMITED},
+                {"trust_remote_code": trust_remote_code, "model_max_length": NO_LENGTH_LIMIT},
                 eos_token_ids=mlx_lm.load_config(path).get("eos_token_id"),
             )
         except ValueError as error:
@@ -126,17 +125,17 @@ def read_tokenizer(path: Path, source: str, *, trust_remote_code: bool) -> Token
                 raise ModelError(f"{where}: {NO_FAST_TOKENIZER}") from error
             if trust_remote_code or "trust_remote_code" not in str(error):
                 raise
-            raise ModelError(f"{where}: {CODE_REFUSED}") from error
+            raise ModelError(f"{where}: {REMOTE_CODE_REFUSED}") from error
 
 
 @contextmanager
-def one_line(
+def loading_errors(
     where: str, what: str = "cannot be read", advice: str = "get its files again"
 ) -> Iterator[None]:
     """Turn what mlx-lm raises over a user's files into one line."""
     try:
         yield
-    except UNFIT as error:
+    except LOADING_ERRORS as error:
         said = " ".join(str(error).split())[:200] or type(error).__name__
         if isinstance(error, KeyError):
             said = f"no entry {said}"
@@ -145,7 +144,7 @@ def one_line(
         raise ModelError(f"{where}: {what} ({said}); {advice}") from error
 
 
-def embedding_rows(model: nn.Module, config: dict[str, Any]) -> int:
+def embedding_size(model: nn.Module, config: dict[str, Any]) -> int:
     """Rows of the token embedding.
 
     A model may hold other tables (positions, n-grams): the token embedding is the smallest

@@ -14,11 +14,11 @@ from mlx_lm.convert import QUANT_RECIPES
 from mlx_dpo.config.model import BITS, DTYPES, MODES
 
 
-AFFINE_GROUPS = (32, 64, 128)  # what MLX has for plain scales and biases
-AFFINE_GROUP = 64  # the default
+AFFINE_GROUP_SIZES = (32, 64, 128)  # what MLX has for plain scales and biases
+DEFAULT_GROUP_SIZE = 64  # the default
 
 
-def quantise(
+def quantize_model(
     model: nn.Module, config: dict[str, Any], bits: int, group_size: int | None
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Quantise `model` in place; its new configuration, and a note on layers left as they were.
@@ -26,23 +26,23 @@ def quantise(
     Raises:
         ConfigError: the model is quantised already, or the groups fit none of its layers.
     """
-    group_size = group_size or AFFINE_GROUP
-    check_quantisable(model, config, group_size, AFFINE_GROUPS)
-    layers = len(quantisable(model))
+    group_size = group_size or DEFAULT_GROUP_SIZE
+    check_quantizable(model, config, group_size, AFFINE_GROUP_SIZES)
+    layers = len(quantizable_layers(model))
     with redirect_stdout(io.StringIO()):  # mlx-lm prints its progress
         model, config = mlx_lm.quantize_model(model, config, group_size, bits)
-    return config, left_note(model, layers, group_size)
+    return config, unquantized_notes(model, layers, group_size)
 
 
-def quantisable(model: nn.Module) -> dict[str, int]:
+def quantizable_layers(model: nn.Module) -> dict[str, int]:
     """The layers that could be quantised and are not: their names and widths."""
     modules = model.named_modules()
     return {name: m.weight.shape[-1] for name, m in modules if hasattr(m, "to_quantized")}
 
 
-def left_note(model: nn.Module, layers: int, group_size: int) -> tuple[str, ...]:
+def unquantized_notes(model: nn.Module, layers: int, group_size: int) -> tuple[str, ...]:
     """What to say of layers that quantising `model`, which had `layers`, left as they were."""
-    widths = quantisable(model).values()
+    widths = quantizable_layers(model).values()
     unfit = sum(width % group_size != 0 for width in widths)
     notes = []
     if unfit:
@@ -55,7 +55,7 @@ def left_note(model: nn.Module, layers: int, group_size: int) -> tuple[str, ...]
     return tuple(notes)
 
 
-def check_quantisable(
+def check_quantizable(
     model: nn.Module, config: dict[str, Any], group_size: int, groups: Sequence[int]
 ) -> None:
     """Refuse to quantise twice, and groups that MLX does not have or that fit no layer.
@@ -68,7 +68,7 @@ def check_quantisable(
     if group_size not in groups:
         allowed = ", ".join(map(str, groups))
         raise ConfigError(f"`group_size` must be one of {allowed}, got {group_size}")
-    widths = sorted(set(quantisable(model).values()))
+    widths = sorted(set(quantizable_layers(model).values()))
     if not any(width % group_size == 0 for width in widths):
         found = ", ".join(map(str, widths)) or "none"
         raise ConfigError(
@@ -79,7 +79,7 @@ def check_quantisable(
 
 def expected_bytes(model: nn.Module, bits: int | None, group_size: int, dtype: str | None) -> int:
     """About how large the weights of `model` will be on disk."""
-    fits = {f"{name}.weight" for name, w in quantisable(model).items() if w % group_size == 0}
+    fits = {f"{name}.weight" for name, w in quantizable_layers(model).items() if w % group_size == 0}
     plain = getattr(mx, dtype).size if dtype else None
     total = 0.0
     for name, value in named_arrays(model.parameters()).items():
@@ -92,11 +92,11 @@ def expected_bytes(model: nn.Module, bits: int | None, group_size: int, dtype: s
 
 
 RECIPES = tuple(QUANT_RECIPES)
-FIXED = {"mxfp4": (32, 4), "nvfp4": (16, 4), "mxfp8": (32, 8)}  # mode: group size and bits
+FIXED_MODES = {"mxfp4": (32, 4), "nvfp4": (16, 4), "mxfp8": (32, 8)}  # mode: group size and bits
 
 
 @dataclass(frozen=True)
-class Packing:
+class QuantizationConfig:
     """Settings that agree with each other."""
 
     bits: int | None  # None: not quantised, or as the recipe says
@@ -113,16 +113,16 @@ class Packing:
     @property
     def groups(self) -> tuple[int, ...]:
         """The group sizes that the mode has."""
-        return (self.group_size,) if self.mode in FIXED else AFFINE_GROUPS
+        return (self.group_size,) if self.mode in FIXED_MODES else AFFINE_GROUP_SIZES
 
 
-def packing_of(
+def make_quantization_config(
     bits: int | None,
     group_size: int | None,
     mode: str = "affine",
     recipe: str | None = None,
     dtype: str | None = None,
-) -> Packing:
+) -> QuantizationConfig:
     """The settings as one value.
 
     Raises:
@@ -139,13 +139,13 @@ def packing_of(
             raise ConfigError(f"`{name}` must be one of {allowed}, got {value!r}")
     if recipe is not None:
         _check_recipe(recipe, bits, mode)
-    if mode in FIXED:
-        return _fixed(mode, bits, group_size, dtype)
+    if mode in FIXED_MODES:
+        return _fixed_mode(mode, bits, group_size, dtype)
     if group_size is not None and bits is None and recipe is None:
         raise ConfigError(
             "`group_size` has no effect without `bits` or `recipe`; the model is not quantised"
         )
-    return Packing(bits, group_size or AFFINE_GROUP, mode, recipe, dtype)
+    return QuantizationConfig(bits, group_size or DEFAULT_GROUP_SIZE, mode, recipe, dtype)
 
 
 def _check_recipe(recipe: str, bits: int | None, mode: str) -> None:
@@ -155,10 +155,10 @@ def _check_recipe(recipe: str, bits: int | None, mode: str) -> None:
         raise ConfigError(f"`recipe` needs the mode `affine`, got `{mode}`; leave one of them out")
 
 
-def _fixed(mode: str, bits: int | None, group_size: int | None, dtype: str | None) -> Packing:
+def _fixed_mode(mode: str, bits: int | None, group_size: int | None, dtype: str | None) -> QuantizationConfig:
     """The only packing that `mode` has; it quantises whether or not `bits` is given."""
-    only_group, only_bits = FIXED[mode]
+    only_group, only_bits = FIXED_MODES[mode]
     for name, value, only in (("bits", bits, only_bits), ("group_size", group_size, only_group)):
         if value is not None and value != only:
             raise ConfigError(f"`{name}` is {only} with the mode `{mode}`, got {value}")
-    return Packing(only_bits, only_group, mode, None, dtype)
+    return QuantizationConfig(only_bits, only_group, mode, None, dtype)

@@ -12,8 +12,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import ArraysCache, make_prompt_cache
 
-from mlx_dpo.adapters.layers import ADAPTED
-from mlx_dpo.adapters.master_weights import has_masters
+from mlx_dpo.adapters.layers import ADAPTER_TYPES
+from mlx_dpo.adapters.master_weights import has_master_weights
 from mlx_dpo.profiling.layer_subset import first_trained_layer
 from mlx_dpo.types import TokenizedPair
 
@@ -92,7 +92,9 @@ def model_flops(model: nn.Module, config: Mapping[str, Any], *, vocab_size: int)
         attention=sum(attention),
         attention_reached=sum(attention[first:]),
         head=vocab_size * int(entries.get("hidden_size") or entries.get("n_embd") or 0),
-        tuned=sum(_linear_weights(part, experts) for part in trained) if has_masters(model) else 0,
+        tuned=sum(_linear_weights(part, experts) for part in trained)
+        if has_master_weights(model)
+        else 0,
     )
 
 
@@ -137,7 +139,7 @@ def _attention_widths(model: nn.Module, entries: Mapping[str, Any]) -> Sequence[
 
 def _adapter_weights(part: nn.Module, experts: int | None) -> int:
     """Weights of an adapter that a token meets; 0 for any other part."""
-    if not isinstance(part, ADAPTED):
+    if not isinstance(part, ADAPTER_TYPES):
         return 0
     a, b = part.lora_a, part.lora_b
     met = 1 if a.ndim == 2 else min(experts or a.shape[0], a.shape[0]) / a.shape[0]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_dpo.adapters.layers import ADAPTED
+from mlx_dpo.adapters.layers import ADAPTER_TYPES
 from mlx_dpo.io.arrays import named_arrays
 
 MIN_LAYERS = 2  # a single block is the first and the last one, which MLX treats better than others
@@ -68,7 +68,7 @@ def layer_signature(block: nn.Module) -> Hashable:
     Adapters do not count. Whole numbers do not either: many blocks hold their own position.
     """
     parts: list[Hashable] = [type(block).__qualname__]
-    adapted = {path for path, part in block.named_modules() if isinstance(part, ADAPTED)}
+    adapted = {path for path, part in block.named_modules() if isinstance(part, ADAPTER_TYPES)}
     for path, part in sorted(block.named_modules()):
         parent, _, last = path.rpartition(".")
         if path in adapted or (parent in adapted and last != "linear"):

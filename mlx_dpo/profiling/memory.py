@@ -13,10 +13,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import ArraysCache, make_prompt_cache
 
-from mlx_dpo.adapters.master_weights import has_masters
+from mlx_dpo.adapters.master_weights import has_master_weights
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.io.arrays import named_arrays
-from mlx_dpo.models.device import DeviceKind, device_kind, on_cpu
+from mlx_dpo.models.device import DeviceKind, device_kind, is_cpu
 from mlx_dpo.types import TokenizedPair
 
 TRAINING_COPIES = 3  # of the adapters: weights, two gradients; beside the optimizer's state
@@ -59,7 +59,7 @@ def total_parameters(model: nn.Module) -> int:
 
 def base_parameters(model: nn.Module) -> int:
     """Number of weights of the model without adapters."""
-    adapters = 0 if has_masters(model) else trainable_parameters(model)
+    adapters = 0 if has_master_weights(model) else trainable_parameters(model)
     return total_parameters(model) - adapters
 
 
@@ -208,7 +208,7 @@ def limited_buffers() -> Iterator[BufferLimits | None]:
 
     On the CPU buffers come from the C library, which is told to keep them.
     """
-    if on_cpu():
+    if is_cpu():
         keep_freed_memory()
     limits = buffer_limits(device_kind(), mx.device_info(mx.default_device()))
     if limits is None:

@@ -11,7 +11,7 @@ from mlx_dpo.data.batching import largest_micro_batch
 from mlx_dpo.data.dataset import LENGTHS, column, longest_pairs, longest_row
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.models.device import device_kind
-from mlx_dpo.models.load import Base
+from mlx_dpo.models.load import LoadedModel
 from mlx_dpo.profiling import memory
 from mlx_dpo.profiling.memory import MemoryBudget, available_memory
 from mlx_dpo.profiling.profile import PassProfile, TrainingPass, profile_training_pass
@@ -103,7 +103,9 @@ def longest_pass(config: DPOConfig, choice: ScorerChoice, pairs: Pairs) -> list[
     return largest_micro_batch(longest, config.pass_limit, cost=choice.cost)
 
 
-def rehearsed(base: Base, config: DPOConfig, choice: ScorerChoice, pairs: Pairs) -> PassProfile:
+def rehearsed(
+    base: LoadedModel, config: DPOConfig, choice: ScorerChoice, pairs: Pairs
+) -> PassProfile:
     """What a training pass over `pairs` costs, adapters attached."""
     step = TrainingPass(
         scorer=choice.scorer,
@@ -115,7 +117,7 @@ def rehearsed(base: Base, config: DPOConfig, choice: ScorerChoice, pairs: Pairs)
 
 
 def fit(
-    base: Base,
+    base: LoadedModel,
     config: DPOConfig,
     choice: ScorerChoice,
     pairs: Pairs,
@@ -174,7 +176,7 @@ def _refuse_too_large(fitted: Fitted, longest: int) -> None:
 
 
 def _measured(
-    base: Base, config: DPOConfig, choice: ScorerChoice, pairs: Pairs, room: MemoryBudget
+    base: LoadedModel, config: DPOConfig, choice: ScorerChoice, pairs: Pairs, room: MemoryBudget
 ) -> Fitted:
     cost = rehearsed(base, config, choice, longest_pass(config, choice, pairs))
     peak = memory.step_peak_bytes(base.model, cost.bytes, remembered(base.model, config))

@@ -12,13 +12,13 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 
 from mlx_dpo.adapters import attach as adapters
-from mlx_dpo.adapters.files import read_adapter, start_from
+from mlx_dpo.adapters.files import attach_loaded_adapter, read_adapter
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.config.optimizer import KINDS
 from mlx_dpo.config.training import PassLimit
 from mlx_dpo.errors import ConfigError
-from mlx_dpo.models.device import on_cpu
-from mlx_dpo.models.load import Base
+from mlx_dpo.models.device import is_cpu
+from mlx_dpo.models.load import LoadedModel
 from mlx_dpo.profiling.memory import trainable_bytes
 from mlx_dpo.scoring.score_pairs import DatasetScorer, on_policy_weights, score_pairs
 from mlx_dpo.scoring.scorers import memory_efficient_training
@@ -36,7 +36,7 @@ OnPolicy = Callable[[nn.Module, Sequence[TokenizedPair]], mx.array]  # weights o
 FORWARD_ONLY = 4
 
 
-def attach_adapters(base: Base, config: DPOConfig) -> dict[str, Any]:
+def attach_adapters(base: LoadedModel, config: DPOConfig) -> dict[str, Any]:
     """Make `base` a policy, as the settings say; returns what mlx-lm has to know of it.
 
     Raises:
@@ -50,13 +50,13 @@ def attach_adapters(base: Base, config: DPOConfig) -> dict[str, Any]:
             _refuse_packed(base, config)
             if config.lora_dropout is not None:
                 raise ConfigError("`lora_dropout` has no effect: `start_adapter` has no adapters")
-        start_from(base.model, saved, dropout=config.dropout)
+        attach_loaded_adapter(base.model, saved, dropout=config.dropout)
     elif config.fine_tune_type == "full":
         _refuse_packed(base, config)
         targets, num_layers = config.lora_target_modules, config.num_layers
-        adapters.attach_full(base.model, target_modules=targets, num_layers=num_layers)
+        adapters.enable_full_fine_tuning(base.model, target_modules=targets, num_layers=num_layers)
     else:
-        adapters.attach(
+        adapters.attach_adapters(
             base.model,
             kind="dora" if config.fine_tune_type == "dora" else "lora",
             rank=config.rank,
@@ -66,10 +66,10 @@ def attach_adapters(base: Base, config: DPOConfig) -> dict[str, Any]:
             num_layers=config.num_layers,
             seed=config.seed,
         )
-    return adapters.description(base.model)
+    return adapters.make_adapter_config(base.model)
 
 
-def _refuse_packed(base: Base, config: DPOConfig) -> None:
+def _refuse_packed(base: LoadedModel, config: DPOConfig) -> None:
     """Packed weights that the CPU holds unpacked would train here, and fit no packed model.
 
     Raises:
@@ -88,8 +88,8 @@ def as_reference(policy: nn.Module, config: DPOConfig) -> AbstractContextManager
 
     It is already, but without fresh adapters there is less to compute.
     """
-    fresh = config.start_adapter is None and adapters.way_of(policy) != "full"
-    return adapters.adapters_off(policy) if fresh else nullcontext()
+    fresh = config.start_adapter is None and adapters.get_fine_tune_type(policy) != "full"
+    return adapters.disable_adapters(policy) if fresh else nullcontext()
 
 
 def make_optimizer(policy: nn.Module, config: DPOConfig) -> optim.Optimizer:
@@ -105,7 +105,7 @@ def remembered(policy: nn.Module, config: DPOConfig) -> int:
     return optimizers.state_bytes(make_optimizer(policy, config)) + synced
 
 
-def choose_scorer(base: Base, config: DPOConfig) -> ScorerChoice:
+def choose_scorer(base: LoadedModel, config: DPOConfig) -> ScorerChoice:
     """How the pairs of a run are scored; adapters have to be attached.
 
     Raises:
@@ -123,7 +123,7 @@ def forward_limit(config: DPOConfig, choice: ScorerChoice) -> PassLimit:
     # Whole rows of logits, or a training pass that keeps no more either, leave no room for it;
     # and on the CPU larger arrays leave its caches, so that long pairs take four times as long.
     roomy = choice.name == "shared" and not config.recompute
-    more = roomy and not on_cpu()
+    more = roomy and not is_cpu()
     return config.pass_limit.times(FORWARD_ONLY if more else 1)
 
 

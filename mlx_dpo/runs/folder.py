@@ -11,7 +11,7 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
-from mlx_dpo.adapters.files import content_digest
+from mlx_dpo.adapters.files import adapter_digest
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.errors import RunError
 from mlx_dpo.io.atomic import is_temporary, write_file
@@ -161,7 +161,7 @@ def start_provenance(config: DPOConfig) -> dict[str, Any]:
         ModelError: there is none where the settings say.
     """
     folder = config.start_adapter
-    return {} if folder is None else {"start": content_digest(Path(folder))}
+    return {} if folder is None else {"start": adapter_digest(Path(folder))}
 
 
 def new_record(

@@ -30,9 +30,9 @@ from mlx_dpo.data.tokenization.chat_template import TokenRules
 from mlx_dpo.data.tokenization.parallel import TokenizerWorkers
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.generation.generate import context_length
-from mlx_dpo.models.device import device_kind, number_type
-from mlx_dpo.models.files import code_fingerprint
-from mlx_dpo.models.load import Base, fingerprint, load_base, read_tokenizer, tokenizer_fingerprint
+from mlx_dpo.models.device import device_kind, main_dtype
+from mlx_dpo.models.files import code_fingerprint, model_fingerprint, tokenizer_fingerprint
+from mlx_dpo.models.load import LoadedModel, load_model, load_tokenizer
 from mlx_dpo.paths import token_cache
 from mlx_dpo.schemas.schema import Ranking, RowRules
 from mlx_dpo.types import TokenizedPair
@@ -44,7 +44,7 @@ MOST_PROCESSES = 8  # each holds a tokenizer and the libraries that it comes wit
 class Inputs:
     """The base and the pairs of a run."""
 
-    base: Base
+    base: LoadedModel
     train: Sequence[TokenizedPair]
     valid: Sequence[TokenizedPair]
     reports: Sequence[PairsReport]  # one per source
@@ -53,7 +53,7 @@ class Inputs:
     def provenance(self, config: DPOConfig) -> dict[str, Any]:
         """What the results depend on beside the settings, by content."""
         return {
-            "model": fingerprint(self.base.path),
+            "model": model_fingerprint(self.base.path),
             "tokenizer": tokenizer_fingerprint(self.base.path),
             "held": held(self.base),
             "train": pairs_digest(self.train),
@@ -61,12 +61,12 @@ class Inputs:
         }
 
 
-def held(base: Base) -> str:
+def held(base: LoadedModel) -> str:
     """The device and the number type in which the base is computed with."""
-    return f"{device_kind()} {number_type(base.model)}"
+    return f"{device_kind()} {main_dtype(base.model)}"
 
 
-def token_rules(config: DPOConfig, base: Base) -> TokenRules:
+def token_rules(config: DPOConfig, base: LoadedModel) -> TokenRules:
     """The settings that decide how text becomes tokens."""
     return TokenRules(
         chat_template=config.chat_template,
@@ -78,8 +78,8 @@ def token_rules(config: DPOConfig, base: Base) -> TokenRules:
     )
 
 
-def read_base(config: DPOConfig, load: Callable[..., Base] = load_base) -> Base:
-    """The frozen base that the settings name; `load` is `policy.outline` where shapes do."""
+def read_base(config: DPOConfig, load: Callable[..., LoadedModel] = load_model) -> LoadedModel:
+    """The frozen base that the settings name; `load` is `load_empty_model` where shapes do."""
     return load(
         config.model,
         revision=config.revision,
@@ -110,11 +110,11 @@ def unheard(rows: int | None) -> Iterator[Callable[[int], None]]:
 
 
 def read_pairs(
-    config: DPOConfig, base: Base, source: Source, counting: RowProgress = unheard
+    config: DPOConfig, base: LoadedModel, source: Source, counting: RowProgress = unheard
 ) -> LoadedPairs[PairDataset]:
     """One source of pairs, as the settings say."""
     path, code = base.path, config.trust_remote_code
-    load = partial(read_tokenizer, path, base.source, trust_remote_code=code)
+    load = partial(load_tokenizer, path, base.source, trust_remote_code=code)
     files = tokenizer_fingerprint(path) + (code_fingerprint(path) if code else "")
     local = Path(base.source).expanduser().is_dir()
     name = os.path.basename(os.path.abspath(path)) if local else base.source
@@ -141,7 +141,7 @@ def completed(config: DPOConfig, pairs: Sequence[TokenizedPair]) -> Sequence[Tok
 def read_inputs(
     config: DPOConfig,
     *,
-    read: Callable[[DPOConfig], Base] = read_base,
+    read: Callable[[DPOConfig], LoadedModel] = read_base,
     counting: RowProgress = unheard,
 ) -> Inputs:
     """Find the pairs, load the base, tokenise; files are found before anything large is loaded.
@@ -187,7 +187,9 @@ def _splits(
     return every.select(kept), apart
 
 
-def refuse_beyond_context(config: DPOConfig, base: Base, *splits: Sequence[TokenizedPair]) -> None:
+def refuse_beyond_context(
+    config: DPOConfig, base: LoadedModel, *splits: Sequence[TokenizedPair]
+) -> None:
     """Positions that a model never saw in its training give numbers that mean nothing.
 
     Raises:

@@ -17,8 +17,9 @@ from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.data.sources import STDIN
 from mlx_dpo.data.tokenization.cache import RowProgress
 from mlx_dpo.errors import ConfigError
-from mlx_dpo.models.empty_weights import outline
-from mlx_dpo.models.load import Base, fingerprint, load_base
+from mlx_dpo.models.empty_weights import load_empty_model
+from mlx_dpo.models.files import model_fingerprint
+from mlx_dpo.models.load import LoadedModel, load_model
 from mlx_dpo.runs.build import choose_scorer, forward_only
 from mlx_dpo.runs.folder import reference_provenance
 from mlx_dpo.runs.inputs import held, read_base, read_inputs, refuse_beyond_context
@@ -72,10 +73,10 @@ def uncounted(pairs: int) -> Iterator[Heard]:
 Splits = dict[str, Sequence[TokenizedPair]]
 
 
-def load_other(config: DPOConfig) -> Base:
+def load_other(config: DPOConfig) -> LoadedModel:
     """The reference model of the settings, as it is stored: `bits` is for the policy."""
     assert config.reference_model is not None
-    return load_base(
+    return load_model(
         config.reference_model, dtype=config.dtype, trust_remote_code=config.trust_remote_code
     )
 
@@ -95,14 +96,14 @@ def ask_other(
             f"`{STDIN}`: pairs are read twice with `reference_model`, and standard input once; "
             "write them to a file"
         )
-    inputs = read_inputs(config, read=partial(read_base, load=outline), counting=rows)
+    inputs = read_inputs(config, read=partial(read_base, load=load_empty_model), counting=rows)
     splits: Splits = {"train": inputs.train, "valid": inputs.valid}
     return ask_about(config, load_other(config), inputs.base.tokenizer, splits, counting)
 
 
 def ask_about(
     config: DPOConfig,
-    other: Base,
+    other: LoadedModel,
     tokenizer: TokenizerWrapper,
     splits: Splits,
     counting: Counting,
@@ -110,7 +111,7 @@ def ask_about(
     """As above, of pairs that `tokenizer` made."""
     refuse_other_tokens(other, tokenizer, chain.from_iterable(splits.values()))
     refuse_beyond_context(config, other, *splits.values())
-    digest = fingerprint(other.path)
+    digest = model_fingerprint(other.path)
     score = forward_only(config, choose_scorer(other, config))
     with counting(sum(map(len, splits.values()))) as progress:
         answers = {
@@ -142,7 +143,7 @@ def _record(config: DPOConfig, digest: str) -> dict[str, Any]:
 
 
 def refuse_other_tokens(
-    other: Base, tokenizer: TokenizerWrapper, pairs: Iterable[TokenizedPair]
+    other: LoadedModel, tokenizer: TokenizerWrapper, pairs: Iterable[TokenizedPair]
 ) -> None:
     """Every id in the pairs has to stand for the same piece of text in both models.
 

@@ -3,18 +3,18 @@
 from dataclasses import replace
 from pathlib import Path
 
-from mlx_dpo.adapters.files import add_peft
-from mlx_dpo.adapters.hf_checkpoint import Checkpoint, local_checkpoint
-from mlx_dpo.adapters.hf_names import peft_side
+from mlx_dpo.adapters.files import add_peft_files
+from mlx_dpo.adapters.hf_checkpoint import HFCheckpoint, local_checkpoint
+from mlx_dpo.adapters.hf_names import make_peft_adapter
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.errors import ModelError
 from mlx_dpo.models.download import is_hub_id
-from mlx_dpo.models.load import Base
+from mlx_dpo.models.load import LoadedModel
 
 IN_BOTH = "loads in mlx-lm and in PEFT"
 
 
-def ship(folder: Path, base: Base, config: DPOConfig) -> str:
+def ship(folder: Path, base: LoadedModel, config: DPOConfig) -> str:
     """Add PEFT's layout to a finished run, if the model's own folder is proof of the names.
 
     Returns:
@@ -33,13 +33,13 @@ def ship(folder: Path, base: Base, config: DPOConfig) -> str:
 
 def _add(
     folder: Path,
-    base: Base,
+    base: LoadedModel,
     config: DPOConfig,
-    checkpoint: Checkpoint,
+    checkpoint: HFCheckpoint,
     source: tuple[str | None, str | None],
 ) -> None:
     """`source` is the checkpoint's Hub id and revision."""
-    settings, arrays = peft_side(
+    settings, arrays = make_peft_adapter(
         base.model,
         base.config,
         checkpoint,
@@ -47,4 +47,4 @@ def _add(
         base_model=source[0],
         revision=source[1],
     )
-    add_peft(folder, settings, arrays)
+    add_peft_files(folder, settings, arrays)

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.nn as nn
 
-from mlx_dpo.adapters.attach import adapted_modules, way_of
-from mlx_dpo.adapters.layers import LoRAEmbedding, LoRASwitchLinear, rank_of
-from mlx_dpo.adapters.master_weights import narrow_types
-from mlx_dpo.adapters.targets import block_paths, is_tied
+from mlx_dpo.adapters.attach import adapted_layers, get_fine_tune_type
+from mlx_dpo.adapters.layers import LoRAEmbedding, LoRASwitchLinear, adapter_rank
+from mlx_dpo.adapters.master_weights import forward_dtypes
+from mlx_dpo.adapters.targets import block_paths, has_tied_embeddings
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.config.optimizer import KINDS
 from mlx_dpo.data.batching import count_micro_batches
@@ -35,7 +35,9 @@ def reference(policy: nn.Module, config: DPOConfig) -> str:
     if config.start_adapter is not None:
         what = f"with the adapter of {config.start_adapter}"
     else:
-        what = "before it is trained" if way_of(policy) == "full" else "without adapters"
+        what = (
+            "before it is trained" if get_fine_tune_type(policy) == "full" else "without adapters"
+        )
     if config.sync_ref_model:
         return (
             f"the model {what}; every {config.sync_steps} steps it moves "
@@ -51,15 +53,15 @@ def trained(policy: nn.Module, config: DPOConfig, entries: Mapping[str, Any]) ->
     """
     count, moved = memory.base_parameters(policy), memory.trainable_parameters(policy)
     share = f"{counted(moved)} parameters trained, {moved / count:.2%} of the model"
-    if way_of(policy) == "full":
-        narrow = " and ".join(sorted(dtype_name(dtype) for dtype in narrow_types(policy)))
+    if get_fine_tune_type(policy) == "full":
+        narrow = " and ".join(sorted(dtype_name(dtype) for dtype in forward_dtypes(policy)))
         note = ("", f"held in float32, computed with in {narrow}")
         what = f"full fine-tuning, in {_parts(policy)}: {share}"
         return [("weights", what), *[note] * bool(narrow)]
     lines = [("adapters", f"{_sizes(policy, config)}: {share}")]
-    if any(isinstance(module, LoRAEmbedding) for module in adapted_modules(policy).values()):
+    if any(isinstance(module, LoRAEmbedding) for module in adapted_layers(policy).values()):
         note = ("", "the head is the embeddings turned round, and adapted with them")
-        lines += [note] * is_tied(policy)
+        lines += [note] * has_tied_embeddings(policy)
     if unread := _unread_by_mlx_lm(policy, entries):
         lines.append(("", f"mlx-lm itself cannot load DoRA on {unread}; mlx-dpo can"))
     return lines
@@ -68,23 +70,23 @@ def trained(policy: nn.Module, config: DPOConfig, entries: Mapping[str, Any]) ->
 def _unread_by_mlx_lm(policy: nn.Module, entries: Mapping[str, Any]) -> str | None:
     """Layers that its own DoRA takes for narrower than they are."""
     packed = entries.get("quantization") or {}
-    if way_of(policy) != "dora" or not packed:
+    if get_fine_tune_type(policy) != "dora" or not packed:
         return None
-    kinds = {_kind(module) for module in adapted_modules(policy).values()}
+    kinds = {_kind(module) for module in adapted_layers(policy).values()}
     if TABLE in kinds:
         return "packed embeddings"
     return f"{packed['bits']}-bit layers" if packed["bits"] not in (2, 4, 8) else None
 
 
 def _sizes(policy: nn.Module, config: DPOConfig) -> str:
-    adapted = adapted_modules(policy)
+    adapted = adapted_layers(policy)
     kinds = Counter(_kind(module) for module in adapted.values())
     layers = " and ".join(f"{number} {kind}" for kind, number in kinds.items() if kind != TABLE)
     layers += f"{' and ' * bool(layers)}{TABLE}" * (TABLE in kinds)
     one = next(iter(adapted.values()))
-    rank, rooted = rank_of(one), config.start_adapter is None and config.use_rslora
+    rank, rooted = adapter_rank(one), config.start_adapter is None and config.use_rslora
     alpha = f"{config.alpha:g} / sqrt(rank)" if rooted else f"{one.scale * rank:g}"
-    way = "DoRA" if way_of(policy) == "dora" else "LoRA"
+    way = "DoRA" if get_fine_tune_type(policy) == "dora" else "LoRA"
     return f"{way}, rank {rank}, alpha {alpha} on {layers}"
 
 

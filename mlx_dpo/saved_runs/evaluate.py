@@ -13,7 +13,8 @@ from mlx_dpo.data.report import PairsReport
 from mlx_dpo.data.sources import STDIN, find_sources, resolve_held_out_source
 from mlx_dpo.errors import ConfigError, RunError
 from mlx_dpo.io.arrays import named_arrays
-from mlx_dpo.models.load import Base, fingerprint, tokenizer_fingerprint
+from mlx_dpo.models.files import model_fingerprint, tokenizer_fingerprint
+from mlx_dpo.models.load import LoadedModel
 from mlx_dpo.runs.build import choose_scorer, forward_only, make_objective, weigher
 from mlx_dpo.runs.folder import check_contents
 from mlx_dpo.runs.inputs import (
@@ -66,13 +67,13 @@ def evaluate_run(
     base, measured, name, notes = own_pairs(run) if pairs is None else named_pairs(run, pairs)
     if not measured:
         raise ConfigError(f"{folder}: the run held no pairs out; name a file of pairs")
-    now = {"model": fingerprint(base.path), "tokenizer": tokenizer_fingerprint(base.path)}
+    now = {"model": model_fingerprint(base.path), "tokenizer": tokenizer_fingerprint(base.path)}
     check_contents(run.paths, run.record, now)
     metrics = _metrics(run, base, measured)
     return Evaluation(run, name, len(measured), metrics, notes)
 
 
-Measured = tuple[Base, Sequence[TokenizedPair], str, tuple[str, ...]]
+Measured = tuple[LoadedModel, Sequence[TokenizedPair], str, tuple[str, ...]]
 
 
 def own_pairs(run: Opened) -> Measured:
@@ -106,7 +107,7 @@ def named_pairs(run: Opened, pairs: str) -> Measured:
 
 def _metrics(
     run: Opened,
-    base: Base,
+    base: LoadedModel,
     pairs: Sequence[TokenizedPair],
 ) -> PreferenceMetrics:
     config = run.config
@@ -127,7 +128,7 @@ def _metrics(
 
 
 def _reference(
-    run: Opened, base: Base, pairs: Sequence[TokenizedPair], score: DatasetScorer
+    run: Opened, base: LoadedModel, pairs: Sequence[TokenizedPair], score: DatasetScorer
 ) -> PairLogps:
     """What the run's reference says of the pairs; `base` is put as it. (len(pairs),) each"""
     config = run.config
@@ -153,7 +154,7 @@ def _reference(
     return score(base.model, pairs)
 
 
-def prompts_held_out(run: Opened, base: Base) -> list[Prompt]:
+def prompts_held_out(run: Opened, base: LoadedModel) -> list[Prompt]:
     """Each prompt once, in the order of the pairs; `base` is the run's model, however adapted.
 
     Raises:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from mlx_dpo.adapters.hf_checkpoint import Checkpoint, hub_checkpoint, local_checkpoint
+from mlx_dpo.adapters.hf_checkpoint import HFCheckpoint, hub_checkpoint, local_checkpoint
 from mlx_dpo.errors import ConfigError, RunError
 from mlx_dpo.models.download import is_hub_id
 from mlx_dpo.runs.folder import hub_model, write_record
@@ -49,7 +49,7 @@ def open_finished(folder: str) -> Opened:
     return opened
 
 
-def find_checkpoint(base: str, revision: str | None = None) -> Checkpoint:
+def find_checkpoint(base: str, revision: str | None = None) -> HFCheckpoint:
     """The Hugging Face checkpoint that a person names."""
     if is_hub_id(base):
         return hub_checkpoint(base, revision)

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from mlx_dpo.adapters import attach as adapters
-from mlx_dpo.adapters.files import content_digest, load_adapter
-from mlx_dpo.adapters.switch import Side, Sides
+from mlx_dpo.adapters.files import adapter_digest, load_adapter
+from mlx_dpo.adapters.switch import AdapterState, AdapterSwitch
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.errors import ConfigError, RunError
-from mlx_dpo.models.load import Base, fingerprint, load_base, tokenizer_fingerprint
+from mlx_dpo.models.files import model_fingerprint, tokenizer_fingerprint
+from mlx_dpo.models.load import LoadedModel, load_model
 from mlx_dpo.runs.folder import RunPaths, check_contents, known_run
 from mlx_dpo.runs.inputs import read_base
 from mlx_dpo.training import checkpoint
@@ -68,7 +69,9 @@ def open_run(folder: str) -> Opened:
     return Opened(paths, record, DPOConfig.from_dict(settings), adapter)
 
 
-def load_policy(run: str | None, *, model: str | None = None, reference: bool = False) -> Base:
+def load_policy(
+    run: str | None, *, model: str | None = None, reference: bool = False
+) -> LoadedModel:
     """The policy of a run, its reference (the policy as it started), or a plain model.
 
     Raises:
@@ -81,7 +84,7 @@ def load_policy(run: str | None, *, model: str | None = None, reference: bool = 
     if model is not None:
         if reference:
             raise ConfigError("`--reference` has no effect with `--model`: there are no adapters")
-        return load_base(model)
+        return load_model(model)
     assert run is not None
     opened = open_run(run)
     base = base_of(opened)
@@ -92,7 +95,7 @@ def load_policy(run: str | None, *, model: str | None = None, reference: bool = 
     return base if opened.finished else replace(base, notes=(*base.notes, unfinished(opened)))
 
 
-def base_of(opened: Opened) -> Base:
+def base_of(opened: Opened) -> LoadedModel:
     """The model that the run was trained on, as it is loaded.
 
     Raises:
@@ -102,7 +105,7 @@ def base_of(opened: Opened) -> Base:
     check_contents(
         opened.paths,
         opened.record,
-        {"model": fingerprint(base.path), "tokenizer": tokenizer_fingerprint(base.path)},
+        {"model": model_fingerprint(base.path), "tokenizer": tokenizer_fingerprint(base.path)},
     )
     return base
 
@@ -112,7 +115,7 @@ def unfinished(opened: Opened) -> str:
     return f"the run is unfinished; these are its adapters of {opened.adapter.name}"
 
 
-def put_reference(opened: Opened, base: Base) -> None:
+def put_reference(opened: Opened, base: LoadedModel) -> None:
     """Make `base`, as it was loaded, the policy that the run started from.
 
     Raises:
@@ -126,13 +129,13 @@ def put_reference(opened: Opened, base: Base) -> None:
             f"{opened.paths.folder}: its reference is the model with the adapter of {folder}, "
             "which is gone; put it back there"
         )
-    check_contents(opened.paths, opened.record, {"start": content_digest(folder)})
+    check_contents(opened.paths, opened.record, {"start": adapter_digest(folder)})
     load_adapter(base.model, folder)
 
 
-def put_policy(opened: Opened, base: Base) -> None:
+def put_policy(opened: Opened, base: LoadedModel) -> None:
     """Make `base`, or the reference that it was made, the policy of the run."""
-    adapters.detach(base.model)
+    adapters.detach_adapters(base.model)
     load_adapter(base.model, opened.adapter)
 
 
@@ -140,13 +143,13 @@ def put_policy(opened: Opened, base: Base) -> None:
 class TwoSided:
     """A model that answers as the base or as what was trained on it; aligned to begin with."""
 
-    base: Base
-    sides: Sides
+    base: LoadedModel
+    sides: AdapterSwitch
     run: Opened | None  # where it is one
     adapter: Path | None  # the folder of the aligned side's adapter
     notes: tuple[str, ...]
 
-    def facts(self, side: Side) -> dict[str, Any]:
+    def facts(self, side: AdapterState) -> dict[str, Any]:
         """Where the answers of a side come from: model, adapter, by name and content."""
         start = self.run.config.start_adapter if self.run else None
         folder = self.adapter if side == "aligned" else start
@@ -155,13 +158,13 @@ class TwoSided:
         if self.run is not None:
             found["run"] = str(self.run.paths.folder)
         if folder is not None:
-            found["adapter_digest"] = content_digest(Path(folder))
+            found["adapter_digest"] = adapter_digest(Path(folder))
         return found
 
     @cached_property
     def _model_digest(self) -> str:
         if self.run is None:
-            return fingerprint(self.base.path)  # reads all of its weights
+            return model_fingerprint(self.base.path)  # reads all of its weights
         return str(self.run.record["provenance"]["model"])
 
 
@@ -170,7 +173,7 @@ def open_sides(
     *,
     model: str | None = None,
     adapter: str | None = None,
-    wanted: Sequence[Side] = ("base", "aligned"),
+    wanted: Sequence[AdapterState] = ("base", "aligned"),
 ) -> TwoSided:
     """A run, whose base is what it started from; or a model, with an adapter or without.
 
@@ -191,11 +194,11 @@ def open_sides(
     if adapter is None and "aligned" not in wanted:
         raise ConfigError("`--reference` has no effect with `--model`: there are no adapters")
     folder = None if adapter is None else Path(adapter).expanduser()
-    return _of_model(load_base(model), folder, wanted)
+    return _of_model(load_model(model), folder, wanted)
 
 
-def _of_model(base: Base, adapter: Path | None, wanted: Sequence[Side]) -> TwoSided:
-    sides = Sides(base.model)
+def _of_model(base: LoadedModel, adapter: Path | None, wanted: Sequence[AdapterState]) -> TwoSided:
+    sides = AdapterSwitch(base.model)
     if adapter is None or "base" in wanted:
         sides.keep("base")
     if adapter is not None and "aligned" in wanted:
@@ -204,9 +207,9 @@ def _of_model(base: Base, adapter: Path | None, wanted: Sequence[Side]) -> TwoSi
     return TwoSided(base, sides, None, adapter, (*base.notes, *_twice(sides)))
 
 
-def _of_run(opened: Opened, wanted: Sequence[Side]) -> TwoSided:
+def _of_run(opened: Opened, wanted: Sequence[AdapterState]) -> TwoSided:
     base = base_of(opened)
-    sides = Sides(base.model)
+    sides = AdapterSwitch(base.model)
     put_reference(opened, base)
     if "base" in wanted:
         sides.keep("base")
@@ -218,7 +221,7 @@ def _of_run(opened: Opened, wanted: Sequence[Side]) -> TwoSided:
     return TwoSided(base, sides, opened, opened.adapter, (*notes, *_twice(sides)))
 
 
-def _twice(sides: Sides) -> list[str]:
+def _twice(sides: AdapterSwitch) -> list[str]:
     if not (size := sides.held_twice()):
         return []
     return [

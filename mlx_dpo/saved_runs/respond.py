@@ -5,13 +5,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_dpo.adapters.files import content_digest, load_adapter
+from mlx_dpo.adapters.files import adapter_digest, load_adapter
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.config.sampling import SEEDS, Sampling
 from mlx_dpo.data.prompts import Prompt
 from mlx_dpo.errors import ConfigError
-from mlx_dpo.generation.generate import Reply, context_length, prompt_tokens, reply_batch
-from mlx_dpo.models.load import Base, fingerprint
+from mlx_dpo.generation.generate import (
+    GeneratedText,
+    context_length,
+    encode_prompt,
+    generate_replies,
+)
+from mlx_dpo.models.files import model_fingerprint
+from mlx_dpo.models.load import LoadedModel
 from mlx_dpo.runs.inputs import read_base
 from mlx_dpo.saved_runs.open import load_policy, open_run
 from mlx_dpo.types import Message
@@ -23,7 +29,7 @@ STRIDE = 1_000_003  # between the seeds of chunks; prime, so that they meet late
 class Voice:
     """A loaded policy, and who it is."""
 
-    base: Base
+    base: LoadedModel
     facts: dict[str, Any]  # model and, of a run, its adapter, by name and content
     thinking: bool | None = None
     system: str | None = None  # that a run was trained with
@@ -32,7 +38,7 @@ class Voice:
         """One answer to each prompt; see `reply`."""
         return [reply.text for reply in self.reply(prompts, sampling)]
 
-    def reply(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Reply]:
+    def reply(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[GeneratedText]:
         """One answer to each prompt, and whether it was cut.
 
         Raises:
@@ -40,7 +46,7 @@ class Voice:
         """
         room = context_length(self.base.config)
         for prompt in prompts:
-            tokens = len(prompt_tokens(self.base.tokenizer, prompt.messages))
+            tokens = len(encode_prompt(self.base.tokenizer, prompt.messages))
             if room is not None and tokens >= room:
                 raise ConfigError(
                     f"{prompt.location}: {tokens} tokens leave no room for an answer (the model's "
@@ -54,9 +60,9 @@ class Voice:
 
     def _replies(
         self, conversations: Sequence[Sequence[Message]], sampling: Sampling
-    ) -> list[Reply]:
+    ) -> list[GeneratedText]:
         model, tokenizer = self.base.model, self.base.tokenizer
-        return reply_batch(
+        return generate_replies(
             model, tokenizer, conversations, sampling=sampling, thinking=self.thinking
         )
 
@@ -71,7 +77,7 @@ def open_voice(run: str | None, *, model: str | None = None, reference: bool = F
     _refuse_without_template(base)
     facts: dict[str, Any] = {"model": base.source}
     if run is None:
-        return Voice(base, facts | {"model_digest": fingerprint(base.path)})
+        return Voice(base, facts | {"model_digest": model_fingerprint(base.path)})
     opened = open_run(run)
     if opened.trained_on_text:
         raise ConfigError(
@@ -82,7 +88,7 @@ def open_voice(run: str | None, *, model: str | None = None, reference: bool = F
     adapter = config.start_adapter if reference else str(opened.adapter)
     facts |= {"model_digest": opened.record["provenance"]["model"]}
     if adapter is not None:
-        facts |= {"run": run, "adapter_digest": content_digest(Path(adapter))}
+        facts |= {"run": run, "adapter_digest": adapter_digest(Path(adapter))}
     return Voice(base, facts, config.thinking, config.system)
 
 
@@ -94,15 +100,15 @@ def starting_voice(config: DPOConfig) -> Voice:
     """
     base = read_base(config)
     _refuse_without_template(base)
-    facts: dict[str, Any] = {"model": base.source, "model_digest": fingerprint(base.path)}
+    facts: dict[str, Any] = {"model": base.source, "model_digest": model_fingerprint(base.path)}
     if config.start_adapter is not None:
         folder = Path(config.start_adapter)
         load_adapter(base.model, folder)
-        facts |= {"adapter": config.start_adapter, "adapter_digest": content_digest(folder)}
+        facts |= {"adapter": config.start_adapter, "adapter_digest": adapter_digest(folder)}
     return Voice(base, facts, config.thinking, config.system)
 
 
-def _refuse_without_template(base: Base) -> None:
+def _refuse_without_template(base: LoadedModel) -> None:
     if not base.tokenizer.has_chat_template:
         raise ConfigError(
             f"{base.source}: its tokenizer has no chat template; take a model that can chat"

@@ -14,9 +14,9 @@ from typing import Literal
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_dpo.adapters.master_weights import narrowed
+from mlx_dpo.adapters.master_weights import cast_for_forward
 from mlx_dpo.data.batching import CountTokens, collate, packed_row_tokens, shared_prompt_tokens
-from mlx_dpo.models.device import on_cpu
+from mlx_dpo.models.device import is_cpu
 from mlx_dpo.scoring.backbone import split_backbone
 from mlx_dpo.scoring.kernels.attention_dispatch import use_chunked_attention
 from mlx_dpo.scoring.kernels.gradient_checkpointing import gradient_checkpointing
@@ -60,7 +60,7 @@ def fast_inference(model: nn.Module) -> Iterator[None]:
 
     On the CPU chunked attention is faster in the forward pass as well; a GPU has a fused kernel.
     """
-    attention = use_chunked_attention() if on_cpu() else nullcontext()
+    attention = use_chunked_attention() if is_cpu() else nullcontext()
     with attention, use_fast_swiglu(model):
         yield
 
@@ -73,13 +73,13 @@ def plain_scorer(
     Args:
         ld_alpha: weight of tokens beyond the length of the pair's shorter completion (LD-DPO).
     """
-    with narrowed(model):
+    with cast_for_forward(model):
         return pair_logps(model, collate(pairs), ld_alpha=ld_alpha)
 
 
 def plain_log_weights(model: nn.Module, pairs: Sequence[TokenizedPair]) -> PairLogps:
     """Return the mean of WPO's log-weights over each completion, from whole rows. (B,) each"""
-    with narrowed(model):
+    with cast_for_forward(model):
         return pair_log_weights(model, collate(pairs))
 
 
@@ -137,7 +137,7 @@ def _score_with_shared_prompts(
     ]
     targets = mx.array([token for completion, _ in completions for token in completion])
     hidden_states = packed_hidden_states if packing == "row" else completion_hidden_states
-    with narrowed(model):
+    with cast_for_forward(model):
         parts = split_backbone(model)
         hidden = [hidden_states(model, parts, [pairs[i] for i in batch]) for batch in batches]
         values = token_values(parts, mx.concatenate(hidden), targets)  # (n,)

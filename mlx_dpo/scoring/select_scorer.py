@@ -14,10 +14,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import CacheList, make_prompt_cache
 
-from mlx_dpo.adapters.master_weights import narrowed
+from mlx_dpo.adapters.master_weights import cast_for_forward
 from mlx_dpo.data.batching import CountTokens, padded_row_tokens
 from mlx_dpo.errors import ModelError, reason
-from mlx_dpo.models.device import number_type, on_cpu
+from mlx_dpo.models.device import is_cpu, main_dtype
 from mlx_dpo.scoring.backbone import UnsupportedModelError, split_backbone
 from mlx_dpo.scoring.equivalence import (
     RelativeErrors,
@@ -119,7 +119,7 @@ def select_scorer(
     if requested == "plain":
         return _plain_choice(plain, "as requested")
     why = ""
-    for packing in packings or (("row", "lengths") if on_cpu() else PACKINGS):
+    for packing in packings or (("row", "lengths") if is_cpu() else PACKINGS):
         try:
             return _shared_choice(model, vocab_size, packing, plain, ld_alpha)
         except _NotEquivalentError as error:
@@ -206,9 +206,9 @@ def _describe_choice(model: nn.Module, errors: RelativeErrors, packing: Packing)
 
 def _check_tolerance(model: nn.Module, case: str, errors: RelativeErrors) -> None:
     """Raise `_NotEquivalentError` if an error is NaN or above the tolerance of the dtype."""
-    with narrowed(model):
-        dtype = number_type(model)
-    is_gpu_float32 = dtype == "float32" and not on_cpu()
+    with cast_for_forward(model):
+        dtype = main_dtype(model)
+    is_gpu_float32 = dtype == "float32" and not is_cpu()
     tolerance = FLOAT32_GPU_TOLERANCE if is_gpu_float32 else TOLERANCES[dtype]
     for name, error, limit in zip(("values", "gradients"), errors, tolerance, strict=True):
         if not error <= limit:  # also for NaN

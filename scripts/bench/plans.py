@@ -10,9 +10,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_dpo.config.dpo_config import DPOConfig
-from mlx_dpo.models.device import device_kind, hold_for_cpu
-from mlx_dpo.models.empty_weights import build
-from mlx_dpo.models.load import Base
+from mlx_dpo.models.device import device_kind, prepare_for_cpu
+from mlx_dpo.models.empty_weights import build_model
+from mlx_dpo.models.load import LoadedModel
 from mlx_dpo.profiling import memory
 from mlx_dpo.profiling.layer_subset import sample_layers, with_layers
 from mlx_dpo.runs.auto_batch_size import rehearsed
@@ -137,14 +137,14 @@ def compare(case: Case) -> Found:
     return Found(planned, _measured(case, config, choice), held, choice.name)
 
 
-def _outlined(case: Case, *, packed: bool = False) -> Base:
+def _outlined(case: Case, *, packed: bool = False) -> LoadedModel:
     mx.random.seed(SEED)
     config = CONFIGS[case.shape]
-    model = build(config)
+    model = build_model(config)
     if case.bits is not None and (packed or device_kind() != "cpu"):
         nn.quantize(model, GROUP, case.bits)
     model.freeze()
-    return Base(model, None, config, Path(), case.shape, config["vocab_size"], ())
+    return LoadedModel(model, None, config, Path(), case.shape, config["vocab_size"], ())
 
 
 def _measured(case: Case, config: DPOConfig, choice: ScorerChoice) -> int:
@@ -152,7 +152,7 @@ def _measured(case: Case, config: DPOConfig, choice: ScorerChoice) -> int:
     model = base.model
     mx.eval(model.parameters())
     if device_kind() == "cpu":
-        hold_for_cpu(model)
+        prepare_for_cpu(model)
     with use_fused_gated_delta(model):
         attach_adapters(base, config)
         optimizer = make_optimizer(model, config)

@@ -78,8 +78,8 @@ def build(shape: Shape) -> nn.Module:
     """A random model of this shape with adapters on all linear layers, none of them zero."""
     mx.random.seed(SEED)
     model = llama.Model(llama.ModelArgs.from_dict(shape.config()))
-    adapters.attach(model, rank=RANK, scale=SCALE, seed=SEED)
-    for module in adapters.adapted_modules(model).values():
+    adapters.attach_adapters(model, rank=RANK, scale=SCALE, seed=SEED)
+    for module in adapters.adapted_layers(model).values():
         module.lora_b = mx.random.normal(module.lora_b.shape) * 0.01
     mx.eval(model.parameters())
     return model
@@ -104,7 +104,7 @@ def reference_pass(model: nn.Module, way: Way, pairs: Sequence[TokenizedPair]) -
     """Scores alone, adapters off."""
 
     def run() -> PairLogps:
-        with adapters.adapters_off(model), way.around_reference():
+        with adapters.disable_adapters(model), way.around_reference():
             return way.forward_only(model, pairs)
 
     return run

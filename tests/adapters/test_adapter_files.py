@@ -11,11 +11,11 @@ from mlx_lm.tuner.utils import load_adapters
 
 from mlx_dpo.adapters import attach as adapters
 from mlx_dpo.adapters.files import (
-    content_digest,
+    adapter_digest,
+    attach_loaded_adapter,
     load_adapter,
     read_adapter,
     save_adapter,
-    start_from,
 )
 from mlx_dpo.errors import ModelError
 from tests.conftest import make_llama
@@ -39,9 +39,9 @@ def base(packing=None):
 
 def trained(model, **settings):
     """Adapters with values as training would give them."""
-    adapters.attach(model, **({"rank": 4, "scale": 2.0, "seed": 1} | settings))
+    adapters.attach_adapters(model, **({"rank": 4, "scale": 2.0, "seed": 1} | settings))
     mx.random.seed(7)
-    for module in adapters.adapted_modules(model).values():
+    for module in adapters.adapted_layers(model).values():
         module.lora_b = 0.1 * mx.random.normal(module.lora_b.shape)
         if "m" in module:
             module.m = module.m * (1 + 0.1 * mx.random.normal(module.m.shape))
@@ -49,7 +49,7 @@ def trained(model, **settings):
 
 
 def save(folder, policy):
-    save_adapter(folder, policy, adapters.description(policy))
+    save_adapter(folder, policy, adapters.make_adapter_config(policy))
     assert sorted(path.name for path in folder.iterdir()) == [
         "adapter_config.json", "adapters.safetensors",
     ]  # fmt: skip
@@ -114,7 +114,7 @@ def test_experts_load_in_mlx_lm(tmp_path, packed):
 
 def test_trained_weights_load_here_and_in_mlx_lm(tmp_path):
     policy = base()
-    adapters.attach_full(policy, num_layers=1)
+    adapters.enable_full_fine_tuning(policy, num_layers=1)
     for name, value in adapters.adapter_weights(policy).items():
         policy.load_weights([(name, value * 1.1)], strict=False)
     save(tmp_path, policy)
@@ -130,7 +130,7 @@ def test_trained_weights_load_here_and_in_mlx_lm(tmp_path):
 def test_trained_weights_are_used_in_the_type_that_the_base_has(tmp_path):
     policy = base()
     policy.set_dtype(mx.bfloat16)
-    adapters.attach_full(policy, target_modules=["q_proj"])
+    adapters.enable_full_fine_tuning(policy, target_modules=["q_proj"])
     save(tmp_path, policy)
     ours = base()
     ours.set_dtype(mx.bfloat16)
@@ -144,16 +144,16 @@ def test_trained_weights_are_used_in_the_type_that_the_base_has(tmp_path):
 def test_a_start_goes_on_from_what_was_saved_and_can_be_trained(tmp_path, way):
     policy = base()
     if way == "full":
-        adapters.attach_full(policy, target_modules=["v_proj"])
+        adapters.enable_full_fine_tuning(policy, target_modules=["v_proj"])
     else:
         policy = trained(policy, kind=way, target_modules=["v_proj"])
     save(tmp_path, policy)
     again = base()
-    start_from(again, read_adapter(tmp_path), dropout=0.25)
+    attach_loaded_adapter(again, read_adapter(tmp_path), dropout=0.25)
     assert mx.array_equal(again.eval()(TOKENS), policy.eval()(TOKENS))
     weights = adapters.adapter_weights(policy)
     assert adapters.adapter_weights(again).keys() == weights.keys()
-    before, after = adapters.description(policy), adapters.description(again)
+    before, after = adapters.make_adapter_config(policy), adapters.make_adapter_config(again)
     if way != "full":
         after["lora_parameters"]["dropout"] = before["lora_parameters"]["dropout"]
     assert before == after
@@ -165,14 +165,14 @@ def test_adapters_of_sixteen_bits_are_trained_in_float32(tmp_path):
     save(tmp_path, policy)
     mx.save_safetensors(str(tmp_path / "adapters.safetensors"), narrow)
     again = base()
-    start_from(again, read_adapter(tmp_path), dropout=0.0)
+    attach_loaded_adapter(again, read_adapter(tmp_path), dropout=0.0)
     assert {v.dtype for v in adapters.adapter_weights(again).values()} == {mx.float32}
 
 
 def test_adapters_without_keys_are_where_their_arrays_say(tmp_path):
     """mlx-lm leaves keys out for all layers of the blocks, experts and embeddings among them."""
     policy = trained(base())
-    config = adapters.description(policy)
+    config = adapters.make_adapter_config(policy)
     del config["lora_parameters"]["keys"]
     save_adapter(tmp_path, policy, config)
     ours = base()
@@ -182,15 +182,15 @@ def test_adapters_without_keys_are_where_their_arrays_say(tmp_path):
 
 def test_the_digest_is_of_what_is_read(tmp_path):
     save(tmp_path, trained(base()))
-    before = content_digest(tmp_path)
+    before = adapter_digest(tmp_path)
     (tmp_path / "notes.txt").write_text("x")
-    assert content_digest(tmp_path) == before
+    assert adapter_digest(tmp_path) == before
     weights = tmp_path / "adapters.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
-    changed = content_digest(tmp_path)
+    changed = adapter_digest(tmp_path)
     config = tmp_path / "adapter_config.json"
     config.write_text(config.read_text().replace("2.0", "3.0"))
-    assert len({before, changed, content_digest(tmp_path)}) == 3
+    assert len({before, changed, adapter_digest(tmp_path)}) == 3
 
 
 def test_adapters_of_another_model_are_refused_by_name(tmp_path):

@@ -16,13 +16,13 @@ ALL = [
 
 
 def attach(model, **more):
-    return adapters.attach(model, **({"rank": 4, "scale": 2.0, "seed": 1} | more))
+    return adapters.attach_adapters(model, **({"rank": 4, "scale": 2.0, "seed": 1} | more))
 
 
 def randomise(model, seed=7):
     """Give B values as training would, so that the adapters do something."""
     mx.random.seed(seed)
-    for module in adapters.adapted_modules(model).values():
+    for module in adapters.adapted_layers(model).values():
         module.lora_b = 0.1 * mx.random.normal(module.lora_b.shape)
 
 
@@ -86,7 +86,7 @@ def test_the_seed_decides_the_start(tiny_llama):
 @pytest.mark.parametrize("target", ["q_proj", "self_attn.q_proj"])
 def test_a_target_is_a_path_or_its_last_part(tiny_llama, target):
     assert attach(tiny_llama, target_modules=[target]) == ["self_attn.q_proj"]
-    assert sorted(adapters.adapted_modules(tiny_llama)) == [
+    assert sorted(adapters.adapted_layers(tiny_llama)) == [
         "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj",
     ]  # fmt: skip
 
@@ -98,7 +98,7 @@ def test_a_target_that_matches_nothing_is_refused_with_what_there_is(tiny_llama)
 
 def test_only_the_last_layers(tiny_llama):
     attach(tiny_llama, num_layers=1, target_modules=["q_proj"])
-    assert list(adapters.adapted_modules(tiny_llama)) == ["model.layers.1.self_attn.q_proj"]
+    assert list(adapters.adapted_layers(tiny_llama)) == ["model.layers.1.self_attn.q_proj"]
     with pytest.raises(ConfigError, match="`num_layers` is 3, but the model has 2"):
         attach(make_llama(), num_layers=3)
 
@@ -116,15 +116,15 @@ def test_switched_off_is_the_base_bit_for_bit_and_back_again(tiny_llama):
     adapted = tiny_llama(TOKENS)
     assert not mx.allclose(adapted, base, atol=1e-2)
     for _ in range(3):
-        with adapters.adapters_off(tiny_llama):
+        with adapters.disable_adapters(tiny_llama):
             assert mx.array_equal(tiny_llama(TOKENS), base)
         assert mx.array_equal(tiny_llama(TOKENS), adapted)
 
 
 def test_off_is_refused_where_the_base_itself_was_trained(tiny_llama):
-    adapters.attach_full(tiny_llama)
+    adapters.enable_full_fine_tuning(tiny_llama)
     with (
         pytest.raises(RuntimeError, match="nothing to switch off"),
-        adapters.adapters_off(tiny_llama),
+        adapters.disable_adapters(tiny_llama),
     ):
         pass

@@ -10,15 +10,15 @@ from mlx_lm.utils import load_model
 
 from mlx_dpo.adapters import attach as adapters
 from mlx_dpo.adapters.files import (
-    add_peft,
-    content_digest,
+    adapter_digest,
+    add_peft_files,
+    attach_loaded_adapter,
     load_adapter,
     read_adapter,
     save_adapter,
-    start_from,
 )
 from mlx_dpo.adapters.hf_checkpoint import local_checkpoint
-from mlx_dpo.adapters.hf_names import peft_side
+from mlx_dpo.adapters.hf_names import make_peft_adapter
 from mlx_dpo.errors import ModelError
 from mlx_dpo.io.arrays import read_arrays
 from tests.trained_run import GOLDENS
@@ -37,7 +37,7 @@ def opened(kind):
 def policy(kind, name):
     """The golden's model with its adapter, as if it had just been trained."""
     model, entries, checkpoint = opened(kind)
-    start_from(model, read_adapter(GOLDENS / kind / name), dropout=0.0)
+    attach_loaded_adapter(model, read_adapter(GOLDENS / kind / name), dropout=0.0)
     return model.eval(), entries, checkpoint
 
 
@@ -54,9 +54,9 @@ def test_logits_of_what_peft_saved_are_pefts(kind, name):
 @pytest.mark.parametrize(("kind", "name"), EVERY)
 def test_what_is_written_for_peft_is_what_peft_wrote(kind, name, tmp_path):
     model, entries, checkpoint = policy(kind, name)
-    save_adapter(tmp_path, model, adapters.description(model))
-    side = peft_side(model, entries, checkpoint, rslora=name == "rslora")
-    add_peft(tmp_path, *side)
+    save_adapter(tmp_path, model, adapters.make_adapter_config(model))
+    side = make_peft_adapter(model, entries, checkpoint, rslora=name == "rslora")
+    add_peft_files(tmp_path, *side)
     theirs, _ = read_arrays(GOLDENS / kind / name / "adapter_model.safetensors")
     ours, metadata = read_arrays(tmp_path / "adapter_model.safetensors")
     assert metadata == {"format": "pt"}
@@ -76,28 +76,28 @@ def test_the_folder_of_both_layouts_loads_in_mlx_lm(kind, name, tmp_path):
     from mlx_lm.tuner.utils import load_adapters
 
     model, entries, checkpoint = policy(kind, name)
-    save_adapter(tmp_path, model, adapters.description(model))
-    before = content_digest(tmp_path)
-    add_peft(tmp_path, *peft_side(model, entries, checkpoint))
-    assert content_digest(tmp_path) == before
+    save_adapter(tmp_path, model, adapters.make_adapter_config(model))
+    before = adapter_digest(tmp_path)
+    add_peft_files(tmp_path, *make_peft_adapter(model, entries, checkpoint))
+    assert adapter_digest(tmp_path) == before
     theirs = load_adapters(opened(kind)[0], str(tmp_path))
     np.testing.assert_allclose(theirs(TOKENS), model(TOKENS), atol=1e-4)
 
 
 def test_targets_are_last_names_only_where_they_mean_the_same_layers():
-    targets = peft_side(*policy("llama", "lora"))[0]["target_modules"]
+    targets = make_peft_adapter(*policy("llama", "lora"))[0]["target_modules"]
     assert targets == [f"{x}_proj" for x in ("down", "gate", "k", "o", "q", "up", "v")]
-    targets = peft_side(*policy("llama", "last-layers"))[0]["target_modules"]
+    targets = make_peft_adapter(*policy("llama", "last-layers"))[0]["target_modules"]
     assert len(targets) == 14
     assert {path.split(".")[2] for path in targets} == {"1", "2"}
-    targets = peft_side(*policy("gpt2", "last-layers"))[0]["target_modules"]
+    targets = make_peft_adapter(*policy("gpt2", "last-layers"))[0]["target_modules"]
     assert {path.split(".")[0] for path in targets} == {"transformer"}
 
 
 def test_a_head_of_its_own_goes_along():
     model, entries, checkpoint = opened("llama")
-    adapters.attach(model, rank=2, scale=2.0, target_modules=["lm_head", "embed_tokens"])
-    settings, arrays = peft_side(model, entries, checkpoint)
+    adapters.attach_adapters(model, rank=2, scale=2.0, target_modules=["lm_head", "embed_tokens"])
+    settings, arrays = make_peft_adapter(model, entries, checkpoint)
     assert settings["target_modules"] == ["embed_tokens", "lm_head"]
     table = arrays["base_model.model.model.embed_tokens.lora_embedding_A"]
     head = arrays["base_model.model.lm_head.lora_B.weight"]
@@ -106,31 +106,31 @@ def test_a_head_of_its_own_goes_along():
 
 def attach(architecture, **settings):
     model, entries, checkpoint = opened(architecture)
-    adapters.attach(model, **({"rank": 2, "scale": 2.0} | settings))
+    adapters.attach_adapters(model, **({"rank": 2, "scale": 2.0} | settings))
     return model, entries, checkpoint
 
 
 def test_experts_and_what_chooses_among_them_have_no_counterpart():
     with pytest.raises(ModelError, match=r"block_sparse_moe.gate` chooses among experts"):
-        peft_side(*attach("mixtral"))
+        make_peft_adapter(*attach("mixtral"))
     with pytest.raises(ModelError, match=r"switch_mlp.up_proj` stacks the experts"):
-        peft_side(*attach("mixtral", target_modules=["switch_mlp.up_proj"]))
+        make_peft_adapter(*attach("mixtral", target_modules=["switch_mlp.up_proj"]))
 
 
 def test_a_table_that_is_the_head_too_has_none():
     with pytest.raises(ModelError, match="is the head as well"):
-        peft_side(*attach("qwen2", target_modules=["embed_tokens"]))
+        make_peft_adapter(*attach("qwen2", target_modules=["embed_tokens"]))
 
 
 def test_a_table_under_dora_has_none():
     with pytest.raises(ModelError, match="DoRA stretches the rows of a table here"):
-        peft_side(*attach("llama", kind="dora", target_modules=["embed_tokens"]))
+        make_peft_adapter(*attach("llama", kind="dora", target_modules=["embed_tokens"]))
 
 
 def test_architectures_that_were_not_tried_are_refused_by_name():
     model, entries, checkpoint = attach("llama")
     with pytest.raises(ModelError, match="layers of `exaone` have not been held against"):
-        peft_side(model, entries | {"model_type": "exaone"}, checkpoint)
+        make_peft_adapter(model, entries | {"model_type": "exaone"}, checkpoint)
 
 
 def test_a_layer_that_the_checkpoint_has_otherwise_is_named(tmp_path):
@@ -143,7 +143,7 @@ def test_a_layer_that_the_checkpoint_has_otherwise_is_named(tmp_path):
     ):
         other = type(checkpoint)("other", shapes)
         with pytest.raises(ModelError, match=rf"`model\.layers\.0.*q_proj`: other has.*{said}"):
-            peft_side(model, entries, other)
+            make_peft_adapter(model, entries, other)
 
 
 def test_a_checkpoint_of_other_weights_is_not_the_one_that_was_trained_on(tmp_path):
@@ -152,7 +152,7 @@ def test_a_checkpoint_of_other_weights_is_not_the_one_that_was_trained_on(tmp_pa
     model, entries, _ = attach("llama", target_modules=["q_proj"])
     checkpoint = local_checkpoint(tmp_path / "other", "other")
     with pytest.raises(ModelError, match=r"`model.layers.*` has other weights.*\(cosine -?0\.\d"):
-        peft_side(model, entries, checkpoint)
+        make_peft_adapter(model, entries, checkpoint)
 
 
 def test_a_quantised_base_is_proved_on_the_checkpoint_that_it_was_made_from(tmp_path):
@@ -168,15 +168,15 @@ def test_a_quantised_base_is_proved_on_the_checkpoint_that_it_was_made_from(tmp_
     model, entries = load_model(original)
     nn.quantize(model, group_size=32, bits=4)
     save_model(tmp_path / "packed", model)
-    adapters.attach(model, rank=2, scale=2.0)
+    adapters.attach_adapters(model, rank=2, scale=2.0)
     with pytest.raises(ModelError, match="was quantised by MLX"):
-        peft_side(model, entries, local_checkpoint(tmp_path / "packed", "packed"))
-    settings, _ = peft_side(model, entries, local_checkpoint(original, "original"))
+        make_peft_adapter(model, entries, local_checkpoint(tmp_path / "packed", "packed"))
+    settings, _ = make_peft_adapter(model, entries, local_checkpoint(original, "original"))
     assert "q_proj" in settings["target_modules"]
 
 
 def test_trained_weights_of_the_model_are_no_adapter():
     model, entries, checkpoint = opened("llama")
-    adapters.attach_full(model, num_layers=1)
+    adapters.enable_full_fine_tuning(model, num_layers=1)
     with pytest.raises(ModelError, match="there is no adapter; write the whole model"):
-        peft_side(model, entries, checkpoint)
+        make_peft_adapter(model, entries, checkpoint)

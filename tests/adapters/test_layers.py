@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from mlx_lm.models.switch_layers import SwitchLinear
 
-from mlx_dpo.adapters.layers import bare, dropout_of, rank_of, wrap
+from mlx_dpo.adapters.layers import adapter_dropout, adapter_rank, add_adapter, base_layer
 from mlx_dpo.errors import ConfigError, ModelError
 from mlx_dpo.io.arrays import named_arrays
 from mlx_dpo.models.device import float32_weight
@@ -31,7 +31,7 @@ def linear(packing=None, *, bias=False, seed=0):
 
 
 def adapted(base, kind, *, stirred=True, dropout=0.0):
-    layer = wrap(base, "it", kind=kind, rank=RANK, scale=SCALE, dropout=dropout)
+    layer = add_adapter(base, "it", kind=kind, rank=RANK, scale=SCALE, dropout=dropout)
     if stirred:
         mx.random.seed(5)
         layer.lora_a = 0.1 * mx.random.normal(layer.lora_a.shape)
@@ -139,7 +139,7 @@ def test_each_expert_has_its_own_adapter(packed, in_order):
     experts = SwitchLinear(64, 24, 4, bias=False)
     experts = (experts.to_quantized(64, 4) if packed else experts).freeze()
     layer = adapted(experts, "lora")
-    assert (rank_of(layer), bare(layer) is experts) == (RANK, True)
+    assert (adapter_rank(layer), base_layer(layer) is experts) == (RANK, True)
     x = mx.random.normal((6, 1, 64), key=mx.random.key(3))
     met = mx.array([0, 0, 1, 2, 2, 3])
     found = layer(x, met, sorted_indices=in_order)
@@ -176,7 +176,7 @@ def test_a_magnitude_moves_by_less_than_sixteen_bits_tell_from_one():
 
 def test_dropout_is_on_the_adapters_input_alone_and_only_in_training():
     layer = adapted(linear(), "dora", dropout=0.5)
-    assert dropout_of(layer) == 0.5
+    assert adapter_dropout(layer) == 0.5
     assert not mx.array_equal(layer(inputs()), layer(inputs()))
     layer.lora_b = mx.zeros_like(layer.lora_b)
     assert mx.array_equal(layer(inputs()), layer(inputs()))

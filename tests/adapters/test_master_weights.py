@@ -5,7 +5,7 @@ import mlx.nn as nn
 import pytest
 
 from mlx_dpo.adapters import attach as adapters
-from mlx_dpo.adapters.master_weights import narrow_types, narrowed, settle
+from mlx_dpo.adapters.master_weights import cast_for_forward, cast_permanently, forward_dtypes
 from mlx_dpo.errors import ModelError
 from mlx_dpo.scoring.scorers import memory_efficient_training, plain_scorer
 from mlx_dpo.scoring.select_scorer import select_scorer
@@ -17,7 +17,7 @@ TOKENS = mx.array([[1, 2, 3, 4, 5, 6]])
 def full(dtype=mx.bfloat16, **settings):
     model = make_llama()
     model.set_dtype(dtype)
-    adapters.attach_full(model, **settings)
+    adapters.enable_full_fine_tuning(model, **settings)
     return model
 
 
@@ -35,10 +35,10 @@ def test_masters_are_float32_and_a_pass_has_the_bases_type_bit_for_bit(pairs):
     base.set_dtype(mx.bfloat16)
     policy = full()
     assert {v.dtype for v in adapters.adapter_weights(policy).values()} == {mx.float32}
-    assert narrow_types(policy) == {mx.bfloat16}
+    assert forward_dtypes(policy) == {mx.bfloat16}
     for found, known in zip(plain_scorer(policy, pairs), plain_scorer(base, pairs), strict=True):
         assert mx.array_equal(found, known)
-    with narrowed(policy):
+    with cast_for_forward(policy):
         assert policy(TOKENS).dtype == mx.bfloat16
     assert {v.dtype for v in adapters.adapter_weights(policy).values()} == {mx.float32}
 
@@ -50,7 +50,7 @@ def test_a_step_that_sixteen_bits_would_lose_is_kept_and_adds_up():
     for _ in range(16):
         moved = {k: v * (1 + 2**-11) for k, v in adapters.adapter_weights(policy).items()}
         policy.load_weights(list(moved.items()), strict=False)
-    with narrowed(policy):
+    with cast_for_forward(policy):
         seen = adapters.adapter_weights(policy)[name]
     assert not mx.array_equal(seen.astype(mx.float32), start)
 
@@ -84,22 +84,22 @@ def test_gradients_of_the_shared_scorer_are_the_plain_ones(pairs, dtype, recompu
 
 def test_a_policy_that_is_settled_has_the_bases_types():
     policy = full()
-    with narrowed(policy):
+    with cast_for_forward(policy):
         expected = policy(TOKENS)
-    settle(policy)
+    cast_permanently(policy)
     assert mx.array_equal(policy(TOKENS), expected)
-    assert narrow_types(policy) == set()
+    assert forward_dtypes(policy) == set()
 
 
 def test_packed_weights_are_refused():
     model = make_llama()
     nn.quantize(model, group_size=64, bits=4)
     with pytest.raises(ModelError, match=r"`model.layers.0.self_attn.q_proj` is quantised"):
-        adapters.attach_full(model)
+        adapters.enable_full_fine_tuning(model)
 
 
 def test_whole_numbers_stay_as_they_are():
     model = make_llama()
     model.layers[0].table = mx.arange(3)
-    adapters.attach_full(model)
+    adapters.enable_full_fine_tuning(model)
     assert "model.layers.0.table" not in adapters.adapter_weights(model)

@@ -11,11 +11,11 @@ import pytest
 from mlx_lm.models import llama
 
 from mlx_dpo import paths
-from mlx_dpo.adapters.attach import adapted_modules, description
-from mlx_dpo.adapters.files import content_digest, load_adapter, read_adapter, save_adapter
+from mlx_dpo.adapters.attach import adapted_layers, make_adapter_config
+from mlx_dpo.adapters.files import adapter_digest, load_adapter, read_adapter, save_adapter
 from mlx_dpo.errors import ModelError
 from mlx_dpo.io.arrays import read_arrays, write_arrays
-from mlx_dpo.models.load import load_base
+from mlx_dpo.models.load import load_model
 
 FOLDER = Path(__file__).parents[1] / "goldens" / "peft"
 GOLDEN = json.loads((FOLDER / "logits.json").read_text())
@@ -23,7 +23,7 @@ TOKENS = mx.array([GOLDEN["tokens"]])
 
 
 def base(*, tied=True):
-    model = load_base(str(paths.tiny_chat()), dtype="float32").model
+    model = load_model(str(paths.tiny_chat()), dtype="float32").model
     if tied:
         return model
     entries = json.loads((paths.tiny_chat() / "config.json").read_text())
@@ -60,7 +60,9 @@ def test_logits_are_those_of_peft(name, tmp_path):
     np.testing.assert_allclose(policy(TOKENS)[0, :, :words], expected, atol=1e-4)
     assert np.abs(np.array(base()(TOKENS)[0, :, :words]) - expected).max() > 0.05
 
-    save_adapter(tmp_path, policy.unfreeze(keys=["lora_a", "lora_b", "m"]), description(policy))
+    save_adapter(
+        tmp_path, policy.unfreeze(keys=["lora_a", "lora_b", "m"]), make_adapter_config(policy)
+    )
     again = base(tied=tied)
     load_adapter(again, tmp_path)
     assert mx.array_equal(again(TOKENS), policy(TOKENS))
@@ -70,9 +72,9 @@ def test_an_adapter_of_some_layers_is_on_those_alone():
     policy = base()
     load_adapter(policy, FOLDER / "some-layers")
     names = {f"model.layers.{i}.self_attn.{x}_proj" for i in (0, 2) for x in "qk"}
-    assert adapted_modules(policy).keys() == names
+    assert adapted_layers(policy).keys() == names
     # No `num_layers` of mlx-lm's means these, so that its keys are whole paths.
-    assert set(description(policy)["lora_parameters"]["keys"]) == names
+    assert set(make_adapter_config(policy)["lora_parameters"]["keys"]) == names
 
 
 def test_embeddings_apart_from_their_tied_head_are_refused():
@@ -137,10 +139,10 @@ def test_pickles_are_not_read(copy):
 
 def test_in_a_folder_of_both_layouts_mlx_lms_is_read(copy):
     folder = copy()
-    before = content_digest(folder)
+    before = adapter_digest(folder)
     own = base()
     load_adapter(own, folder)
     config = json.loads((folder / "adapter_config.json").read_text())
-    save_adapter(folder, own.unfreeze(keys=["lora_a", "lora_b"]), config | description(own))
+    save_adapter(folder, own.unfreeze(keys=["lora_a", "lora_b"]), config | make_adapter_config(own))
     assert read_adapter(folder).where.name == "adapters.safetensors"
-    assert content_digest(folder) != before
+    assert adapter_digest(folder) != before

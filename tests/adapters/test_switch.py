@@ -2,8 +2,8 @@ import mlx.core as mx
 import mlx_lm
 import pytest
 
-from mlx_dpo.adapters.attach import attach, attach_full, detach
-from mlx_dpo.adapters.switch import Sides, evaluated
+from mlx_dpo.adapters.attach import attach_adapters, detach_adapters, enable_full_fine_tuning
+from mlx_dpo.adapters.switch import AdapterSwitch, evaluate_arrays
 from mlx_dpo.io.arrays import named_arrays
 from tests.checkpoints import make_checkpoint
 
@@ -28,24 +28,24 @@ def trained(model):
 
 
 def lora(model):
-    attach(model, rank=4, scale=2.0)
+    attach_adapters(model, rank=4, scale=2.0)
     train(model, 1)
 
 
 def dora(model):
-    attach(model, rank=4, scale=2.0, kind="dora")
+    attach_adapters(model, rank=4, scale=2.0, kind="dora")
     train(model, 1)
 
 
 def full(model):
-    attach_full(model, num_layers=1)
+    enable_full_fine_tuning(model, num_layers=1)
     train(model, 1)
 
 
 def started(model):
     """A base that has an adapter itself, and a policy that went on from it."""
-    detach(model)
-    attach(model, rank=2, scale=1.0, seed=3)
+    detach_adapters(model)
+    attach_adapters(model, rank=2, scale=1.0, seed=3)
     train(model, 3)
 
 
@@ -57,9 +57,9 @@ def test_switching_ten_times_gives_both_sides_bit_for_bit(folder, learn, start):
     if start:
         start(alone)
         start(model)
-    sides = Sides(model)
+    sides = AdapterSwitch(model)
     sides.keep("base")
-    detach(model)
+    detach_adapters(model)
     learn(model)
     sides.keep("aligned")
     base, aligned = alone(TOKENS), model(TOKENS)
@@ -73,7 +73,7 @@ def test_switching_ten_times_gives_both_sides_bit_for_bit(folder, learn, start):
 
 def test_a_side_is_on_for_a_block_even_if_it_fails(folder):
     model = mlx_lm.load(folder)[0]
-    sides = Sides(model)
+    sides = AdapterSwitch(model)
     sides.keep("base")
     lora(model)
     sides.keep("aligned")
@@ -90,7 +90,7 @@ def test_only_weights_of_the_model_itself_are_held_twice(folder):
     for learn in (lora, full):
         model = mlx_lm.load(folder)[0]
         last = sum(v.nbytes for k, v in named_arrays(model.parameters()).items() if "layers.1" in k)
-        sides = Sides(model)
+        sides = AdapterSwitch(model)
         sides.keep("base")
         assert sides.held_twice() == 0
         learn(model)
@@ -100,7 +100,7 @@ def test_only_weights_of_the_model_itself_are_held_twice(folder):
 
 
 def test_a_side_that_was_never_kept_cannot_be_put_on(folder):
-    sides = Sides(mlx_lm.load(folder)[0])
+    sides = AdapterSwitch(mlx_lm.load(folder)[0])
     sides.keep("base")
     assert not sides.both
     with pytest.raises(KeyError):
@@ -112,7 +112,7 @@ def test_another_thread_can_compute_with_a_model_that_is_evaluated(folder):
 
     model = mlx_lm.load(folder, lazy=True)[0]
     lora(model)
-    evaluated(model)
+    evaluate_arrays(model)
     found = []
 
     def compute():

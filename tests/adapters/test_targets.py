@@ -3,7 +3,13 @@
 import pytest
 from mlx_lm.models import llama
 
-from mlx_dpo.adapters.targets import adaptable, chosen, linear_names, mlx_lm_keys, trainable
+from mlx_dpo.adapters.targets import (
+    adaptable_modules,
+    linear_names,
+    mlx_lm_keys,
+    select_modules,
+    trainable_modules,
+)
 from mlx_dpo.errors import ConfigError
 from tests.conftest import make_llama
 from tests.scoring.small_models import make
@@ -12,7 +18,7 @@ Q = [f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)]
 
 
 def meant(model, *targets, num_layers=None):
-    return chosen(model, adaptable(model), targets, num_layers)
+    return select_modules(model, adaptable_modules(model), targets, num_layers)
 
 
 @pytest.fixture
@@ -48,7 +54,7 @@ def test_outside_of_the_blocks_only_what_is_named(untied):
 
 def test_experts_only_if_named():
     model = make("mixtral")  # its linear layers are adapted: what is left are the experts
-    names = {place.name for place in adaptable(model) if place.asked and place.inside}
+    names = {place.name for place in adaptable_modules(model) if place.asked and place.inside}
     experts = {f"block_sparse_moe.switch_mlp.{x}_proj" for x in ("up", "gate", "down")}
     assert experts <= names
     assert not any("switch_mlp" in name for name in linear_names(model))
@@ -71,12 +77,12 @@ def test_what_means_nothing_is_refused_with_what_there_is(untied, targets, num_l
 
 
 def test_whole_blocks_are_trained_unless_parts_are_named(tiny_llama):
-    places = trainable(tiny_llama)
-    assert chosen(tiny_llama, places, [], None) == ["model.layers.0", "model.layers.1"]
-    assert chosen(tiny_llama, places, [], 1) == ["model.layers.1"]
-    assert chosen(tiny_llama, places, ["mlp"], 1) == ["model.layers.1.mlp"]
+    places = trainable_modules(tiny_llama)
+    assert select_modules(tiny_llama, places, [], None) == ["model.layers.0", "model.layers.1"]
+    assert select_modules(tiny_llama, places, [], 1) == ["model.layers.1"]
+    assert select_modules(tiny_llama, places, ["mlp"], 1) == ["model.layers.1.mlp"]
     norms = [f"model.layers.{i}.input_layernorm" for i in (0, 1)]
-    assert chosen(tiny_llama, places, ["input_layernorm", "model.norm"], None) == [
+    assert select_modules(tiny_llama, places, ["input_layernorm", "model.norm"], None) == [
         *norms, "model.norm",
     ]  # fmt: skip
 

@@ -6,11 +6,11 @@ import pytest
 from mlx_lm.models import gemma3_text, mamba
 from mlx_lm.models.cache import KVCache
 
-from mlx_dpo.adapters.switch import Sides
+from mlx_dpo.adapters.switch import AdapterSwitch
 from mlx_dpo.chat.session import ChatSession
 from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.errors import ConfigError, ModelError
-from mlx_dpo.generation.generate import prompt_tokens
+from mlx_dpo.generation.generate import encode_prompt
 from tests.checkpoints import END, VOCAB, make_checkpoint
 
 QUESTIONS = ("Where is the cat?", "and the hat", "Is it here?", "no")
@@ -143,7 +143,7 @@ def ask(chat, text):
 
 def greedy_answer_without_cache(model, tokenizer, messages, limit, penalty=1.0):
     """Return the greedy answer; each token is from a forward pass over the whole prefix."""
-    tokens = prompt_tokens(tokenizer, messages)
+    tokens = encode_prompt(tokenizer, messages)
     answer = []
     while len(answer) < limit:
         logits = model(mx.array([tokens]))[0, -1].tolist()
@@ -274,7 +274,7 @@ def test_after_ctrl_c_before_a_forward_pass_cache_and_chat_agree(llama, tokenize
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("mlx_dpo.generation.stream.make_processors", interrupted)
+        patched.setattr("mlx_dpo.generation.stream.make_logits_processors", interrupted)
         with pytest.raises(KeyboardInterrupt):
             list(chat.reply("and the hat"))
     expected = greedy_answer_without_cache(model, tokenizer, [*chat.turns, user("and the hat")], 8)
@@ -364,7 +364,7 @@ def test_the_system_message_comes_first(tokenizer):
 
 def test_each_answer_keeps_the_system_message_of_its_prompt(llama, tokenizer):
     """Rows and the other model's answer use that message, not the one that was set later."""
-    switch = Sides(llama[0])
+    switch = AdapterSwitch(llama[0])
     switch.keep("base")
     chat = ChatSession(
         llama[0], tokenizer, Sampling(max_tokens=4), system="Be brief.", switch=switch

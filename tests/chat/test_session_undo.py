@@ -4,8 +4,8 @@ import mlx.core as mx
 import mlx_lm
 import pytest
 
-from mlx_dpo.adapters.attach import attach
-from mlx_dpo.adapters.switch import Sides
+from mlx_dpo.adapters.attach import attach_adapters
+from mlx_dpo.adapters.switch import AdapterSwitch
 from mlx_dpo.chat.session import ChatSession
 from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.errors import ConfigError
@@ -37,9 +37,9 @@ def base(folder):
 @pytest.fixture
 def switchable(folder):
     model, tokenizer = mlx_lm.load(folder)
-    switch = Sides(model)
+    switch = AdapterSwitch(model)
     switch.keep("base")
-    attach(model, rank=4, scale=8.0)
+    attach_adapters(model, rank=4, scale=8.0)
     for name, module in model.named_modules():
         if name.endswith("_proj"):
             module.lora_b = mx.random.normal(module.lora_b.shape, key=mx.random.key(2)) * 0.2

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from mlx_dpo import DPOConfig
-from mlx_dpo.adapters.files import content_digest, load_adapter
+from mlx_dpo.adapters.files import adapter_digest, load_adapter
 from mlx_dpo.chat.session import ChatSession
 from mlx_dpo.cli import cli
 from mlx_dpo.config.sampling import Sampling
@@ -241,7 +241,7 @@ def test_answers_are_compared_labeled_and_edited_at_a_terminal(model, adapter, s
     authors = [[facts.get("side", facts.get("author")) for facts in pair] for pair in sources]
     assert authors == [["base", "aligned"], ["person", "base"], ["person", "person"]]
     assert {r["provenance"]["judge"] for r in labeled + pairs} == {"person"}
-    assert labeled[0]["provenance"]["adapter_digest"] == content_digest(Path(adapter))
+    assert labeled[0]["provenance"]["adapter_digest"] == adapter_digest(Path(adapter))
     assert "adapter_digest" not in labeled[1]["provenance"]
 
 

@@ -101,10 +101,12 @@ def test_a_check_as_json_has_every_place_and_is_the_same_as_the_lines():
 @pytest.mark.parametrize("form", ["auto", "text"])
 def test_pairs_are_those_that_training_would_keep(form):
     write("good.jsonl", [row for row in ROWS if row != "{"])
-    from mlx_dpo.models.empty_weights import outline
+    from mlx_dpo.models.empty_weights import load_empty_model
 
     rules = TokenRules(vocab_size=300, chat_template=form)
-    kept = load_pairs(Path("good.jsonl"), outline("base").tokenizer, rules, bad_pairs="drop")
+    kept = load_pairs(
+        Path("good.jsonl"), load_empty_model("base").tokenizer, rules, bad_pairs="drop"
+    )
     words = ("good.jsonl", "--model", "base", "--chat-template", form)
     [report] = found(*words)["train"]["reports"]
     assert report == kept.report.to_dict()
@@ -215,9 +217,11 @@ def test_a_split_holds_out_what_training_would(seed):
     write("many.jsonl", map(json.dumps, rows))
     words = ("--valid", "0.2", "--seed", str(seed), "--output", "parts")
     assert data("split", "many.jsonl", *words).exit_code == 0
-    from mlx_dpo.models.empty_weights import outline
+    from mlx_dpo.models.empty_weights import load_empty_model
 
-    pairs = load_pairs(Path("many.jsonl"), outline("base").tokenizer, TokenRules(vocab_size=300))
+    pairs = load_pairs(
+        Path("many.jsonl"), load_empty_model("base").tokenizer, TokenRules(vocab_size=300)
+    )
     train, valid = hold_out(pairs.pairs, share=0.2, seed=seed)
     for name, part in (("train", train), ("valid", valid)):
         said = parse_rows(resolve_source(f"parts/{name}.jsonl").rows(), DEFAULT, PairsReport("", 0))

@@ -6,8 +6,8 @@ import pytest
 from click.testing import CliRunner
 
 from mlx_dpo.cli import cli
-from mlx_dpo.models.empty_weights import outline
-from mlx_dpo.models.load import load_base
+from mlx_dpo.models.empty_weights import load_empty_model
+from mlx_dpo.models.load import load_model
 from mlx_dpo.plan import extrapolate_seconds
 from mlx_dpo.profiling.memory import parameter_bytes, trainable_parameters
 from tests.checkpoints import make_checkpoint
@@ -74,7 +74,7 @@ def test_tokens_and_rows_of_an_epoch_by_hand(tmp_path):
     rows = [{"prompt": "What is it?", "chosen": "It is.", "rejected": "It is so."}] * 4
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = planned("--valid-fraction", "0", "--chat-template", "text")
-    model = outline("base")
+    model = load_empty_model("base")
     prompt, chosen, rejected = (
         len(model.tokenizer.encode(text)) for text in ("What is it?", "It is.", "It is so.")
     )
@@ -146,8 +146,8 @@ def test_an_outline_is_what_a_loaded_model_is(tmp_path):
     """But for the numbers: the same shapes, types and bytes, packed ones unpacked on the CPU."""
     make_checkpoint(tmp_path / "loaded", tied=True)
     for changes in ({}, {"bits": 4, "group_size": 32}, {"dtype": "float16"}):
-        loaded = load_base(str(tmp_path / "loaded"), **changes)
-        drawn = outline(str(tmp_path / "loaded"), **changes)
+        loaded = load_model(str(tmp_path / "loaded"), **changes)
+        drawn = load_empty_model(str(tmp_path / "loaded"), **changes)
         assert parameter_bytes(drawn.model) == parameter_bytes(loaded.model)
         assert drawn.vocab_size == loaded.vocab_size
         assert type(drawn.model) is type(loaded.model)

@@ -9,13 +9,14 @@ from click.testing import CliRunner
 
 from mlx_dpo.cli import cli
 from mlx_dpo.cli.answers import DIM, PLAIN, Shown
-from mlx_dpo.generation.stream import Piece, Summary
+from mlx_dpo.generation.stream import AnswerChunk, GenerationSummary
 from tests.checkpoints import make_checkpoint
 
-SUMMARY = Summary(3, "stop", 5, 0, 0.1, 9.0)
+SUMMARY = GenerationSummary(3, "stop", 5, 0, 0.1, 9.0)
 PIECES = [
-    Piece("<think>", True), Piece("hm", True), Piece("</think>", True),
-    Piece("\n"), Piece("\nYes"), Piece("\n\nno"), Piece("", summary=SUMMARY),
+    AnswerChunk("<think>", True), AnswerChunk("hm", True), AnswerChunk("</think>", True),
+    AnswerChunk("\n"), AnswerChunk("\nYes"), AnswerChunk("\n\nno"),
+    AnswerChunk("", summary=SUMMARY),
 ]  # fmt: skip
 TEXT = "<think>hm</think>\n\nYes\n\nno"
 
@@ -59,7 +60,7 @@ def test_blank_lines_that_follow_no_thinking_stay():
 
 
 def test_what_is_thought_does_not_steer_the_terminal():
-    pieces = [Piece("\x1b[31mred", True), PIECES[-1]]
+    pieces = [AnswerChunk("\x1b[31mred", True), PIECES[-1]]
     assert shown(pieces)[0] == f"{DIM}[31mred{PLAIN}\n"
 
 

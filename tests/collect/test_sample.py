@@ -8,7 +8,7 @@ from mlx_dpo.collect.session import RankingTask, make_pair
 from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.data.prompts import make_prompt
 from mlx_dpo.errors import ConfigError
-from mlx_dpo.generation.generate import Reply
+from mlx_dpo.generation.generate import GeneratedText
 from mlx_dpo.saved_runs.respond import seed_of
 
 PROMPTS = [make_prompt(text) for text in ("p", "q", "r")]
@@ -29,7 +29,7 @@ class Speaker:
             text = prompt.messages[0]["content"]
             seen[text] = seen.get(text, 0) + 1
             said = f"{self.facts['model']} {sampling.temperature:g} {text} {seen[text]}"
-            texts.append(Reply(said, is_cut=seen[text] == 2))
+            texts.append(GeneratedText(said, is_cut=seen[text] == 2))
         return texts
 
 

@@ -11,7 +11,7 @@ from mlx_dpo.adapters import attach as adapters
 from mlx_dpo.adapters.files import save_adapter
 from mlx_dpo.config.dpo_config import options
 from mlx_dpo.io.arrays import named_arrays
-from mlx_dpo.models.load import load_base
+from mlx_dpo.models.load import load_model
 from tests.checkpoints import make_checkpoint
 
 CHANGED = {
@@ -176,12 +176,12 @@ def make_rows(folder):
 
 def make_adapter(folder):
     """An adapter that does something, in `start`."""
-    policy = load_base(str(folder / "base")).model
-    adapters.attach(policy, rank=2, scale=2.0)
-    for layer in adapters.adapted_modules(policy).values():
+    policy = load_model(str(folder / "base")).model
+    adapters.attach_adapters(policy, rank=2, scale=2.0)
+    for layer in adapters.adapted_layers(policy).values():
         layer.lora_b = layer.lora_b + 0.1
     (folder / "start").mkdir()
-    save_adapter(folder / "start", policy, adapters.description(policy))
+    save_adapter(folder / "start", policy, adapters.make_adapter_config(policy))
 
 
 def outcome(folder, monkeypatch, output, **changes):

@@ -12,7 +12,7 @@ from mlx_dpo.evaluation.compare import (
     repetition_rate,
     score_spans,
 )
-from mlx_dpo.generation.generate import Completion
+from mlx_dpo.generation.generate import GeneratedTokens
 from tests.checkpoints import END, make_checkpoint
 from tests.conftest import VOCAB
 
@@ -45,7 +45,7 @@ def test_bits_are_tokens_and_whole_characters_with_the_sum_of_theirs(tokenizer):
     text = "cat 🐶!"
     tokens = tokenizer.encode(text, add_special_tokens=False)
     ratios = [float(n) for n in range(1, len(tokens) + 2)]
-    found = score_spans(tokenizer, Completion(tokens, END), ratios, [0.5] * len(ratios))
+    found = score_spans(tokenizer, GeneratedTokens(tokens, END), ratios, [0.5] * len(ratios))
     assert found.text == text
     assert [bit.text for bit in found.bits if not bit.text.isascii()] == ["🐶"]
     at = [bit.text for bit in found.bits].index("🐶")
@@ -58,7 +58,7 @@ def test_an_answer_that_was_cut_has_no_end_and_loses_no_token(tokenizer):
     """Cut within a character: what is left of it is shown, and its ratio counted."""
     tokens = tokenizer.encode("a🐶", add_special_tokens=False)[:-1]
     found = score_spans(
-        tokenizer, Completion(tokens, None), [1.0] * len(tokens), [0.0] * len(tokens)
+        tokenizer, GeneratedTokens(tokens, None), [1.0] * len(tokens), [0.0] * len(tokens)
     )
     assert found.end is None
     assert found.log_ratio == len(tokens)
@@ -67,7 +67,7 @@ def test_an_answer_that_was_cut_has_no_end_and_loses_no_token(tokenizer):
 
 def test_policy_and_reference_must_have_scored_the_same_tokens(tokenizer):
     with pytest.raises(ValueError):
-        score_spans(tokenizer, Completion([5, 6], END), [0.0] * 3, [0.0] * 2)
+        score_spans(tokenizer, GeneratedTokens([5, 6], END), [0.0] * 3, [0.0] * 2)
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,10 @@ from mlx_lm.models import gpt2
 
 from mlx_dpo.errors import ConfigError, ModelError
 from mlx_dpo.export import convert as room
-from mlx_dpo.export.convert import convert, mean_difference, sample_ids
+from mlx_dpo.export.convert import convert, mean_logp_difference, sample_token_ids
 from mlx_dpo.io.arrays import named_arrays
 from mlx_dpo.models import output_folder as target
-from mlx_dpo.models.load import load_base
+from mlx_dpo.models.load import load_model
 from mlx_dpo.scoring.logps import token_logps
 from tests.checkpoints import VOCAB, make_checkpoint
 from tests.temporary_files import ended_process, temporary_path
@@ -47,7 +47,7 @@ def test_a_plain_conversion_is_the_same_model_and_mlx_lm_reads_it(checkpoint, ou
     model, tokenizer = mlx_load(str(output))
     original, _ = mlx_load(str(checkpoint))
     assert mx.array_equal(model(TOKENS), original(TOKENS))
-    assert tokenizer.encode("the cat") == load_base(str(checkpoint)).tokenizer.encode("the cat")
+    assert tokenizer.encode("the cat") == load_model(str(checkpoint)).tokenizer.encode("the cat")
     assert report.mean_difference == 0
     assert report.bits_per_weight == 32
     assert beside(output) == {"converted"}
@@ -55,7 +55,7 @@ def test_a_plain_conversion_is_the_same_model_and_mlx_lm_reads_it(checkpoint, ou
 
 def test_the_template_and_the_stop_token_come_along(checkpoint, output):
     convert(str(checkpoint), output)
-    before, after = load_base(str(checkpoint)).tokenizer, load_base(str(output)).tokenizer
+    before, after = load_model(str(checkpoint)).tokenizer, load_model(str(output)).tokenizer
     turns = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "There."}]
     assert after.apply_chat_template(turns) == before.apply_chat_template(turns)
     assert after.eos_token_ids == before.eos_token_ids
@@ -91,8 +91,8 @@ def test_a_recipe_mixes_two_widths(checkpoint, output):
 
 def test_the_reported_difference_is_that_of_the_two_folders(checkpoint, output):
     report = convert(str(checkpoint), output, bits=4)
-    source, converted = load_base(str(checkpoint)), load_base(str(output))
-    ids = sample_ids(source)
+    source, converted = load_model(str(checkpoint)), load_model(str(output))
+    ids = sample_token_ids(source)
     before = mx.log(mx.softmax(source.model(ids), axis=-1))[0]
     after = mx.log(mx.softmax(converted.model(ids), axis=-1))[0]
     row = ids[0].tolist()
@@ -211,8 +211,8 @@ def test_an_empty_folder_is_filled_and_folders_above_are_made(checkpoint, tmp_pa
     (tmp_path / "empty").mkdir()
     convert(str(checkpoint), tmp_path / "empty")
     convert(str(checkpoint), tmp_path / "deep" / "er" / "folder")
-    assert load_base(str(tmp_path / "empty")).vocab_size == VOCAB
-    assert load_base(str(tmp_path / "deep" / "er" / "folder")).vocab_size == VOCAB
+    assert load_model(str(tmp_path / "empty")).vocab_size == VOCAB
+    assert load_model(str(tmp_path / "deep" / "er" / "folder")).vocab_size == VOCAB
 
 
 def test_a_target_that_is_taken_is_left_as_it_is(checkpoint, output):
@@ -330,7 +330,7 @@ def test_weights_out_of_range_for_the_number_type_are_refused(checkpoint, output
 
 def test_differences_are_counted_token_by_token_and_do_not_cancel():
     """+1 and -1 are 1 apart on average, not 0."""
-    assert mean_difference(mx.array([-1.0, -2.0]), mx.array([-2.0, -1.0])) == 1.0
+    assert mean_logp_difference(mx.array([-1.0, -2.0]), mx.array([-2.0, -1.0])) == 1.0
 
 
 def test_every_token_but_the_first_is_scored_given_those_before():

@@ -13,11 +13,11 @@ from mlx_lm.utils import load_model
 
 from mlx_dpo.adapters import attach as adapters
 from mlx_dpo.adapters.files import load_adapter
-from mlx_dpo.adapters.merge import Packed, fuse, fused_weight
+from mlx_dpo.adapters.merge import AffineQuantization, merge_adapters, merged_weight
 from mlx_dpo.cli import cli
 from mlx_dpo.errors import ConfigError, ModelError
-from mlx_dpo.export.fuse import Wish, fuse_run
-from mlx_dpo.export.model_folder import changed_tensors, name_dtype, write_hf
+from mlx_dpo.export.fuse import FuseOptions, fuse_run
+from mlx_dpo.export.model_folder import merged_tensors, set_config_dtype, write_hf
 from mlx_dpo.io.arrays import named_arrays, read_arrays
 from mlx_dpo.models.device import float32_weight
 from tests.adapters.test_hf_names import EVERY, GOLDEN, TOKENS, opened
@@ -28,9 +28,9 @@ SIZES = {"rank": 2, "scale": 2.0}
 
 def moved(model, **settings):
     """Adapters in which every array does something."""
-    adapters.attach(model, **(SIZES | settings))
+    adapters.attach_adapters(model, **(SIZES | settings))
     mx.random.seed(3)
-    for module in adapters.adapted_modules(model).values():
+    for module in adapters.adapted_layers(model).values():
         module.lora_b = 0.3 * mx.random.normal(module.lora_b.shape)
         if "m" in module:
             module.m = module.m * (1 + 0.2 * mx.random.normal(module.m.shape))
@@ -42,7 +42,7 @@ def test_the_written_checkpoint_gives_the_logits_of_peft(kind, name, tmp_path):
     model, entries, checkpoint = opened(kind)
     load_adapter(model, GOLDENS / kind / name)
     (tmp_path / "fused").mkdir()
-    write_hf(tmp_path / "fused", changed_tensors(model, entries, checkpoint), checkpoint)
+    write_hf(tmp_path / "fused", merged_tensors(model, entries, checkpoint), checkpoint)
     fused, _ = load_model(tmp_path / "fused")
     expected = np.array(GOLDEN["logits"][kind][name])
     np.testing.assert_allclose(fused(TOKENS)[0], expected, atol=1e-4)
@@ -64,8 +64,8 @@ def test_a_fused_model_computes_as_base_and_adapter(tiny_llama, kind, bits):
         nn.quantize(tiny_llama, group_size=32, bits=bits)
     model = moved(tiny_llama, kind=kind, target_modules=["q_proj", "down_proj", "embed_tokens"])
     expected = model(TOKENS)
-    rounding = fuse(model, mx.float32)
-    assert not adapters.adapted_modules(model)
+    rounding = merge_adapters(model, mx.float32)
+    assert not adapters.adapted_layers(model)
     assert not any("scales" in module for module in model.modules())
     np.testing.assert_allclose(model(TOKENS), expected, atol=2e-5)
     assert rounding.kept == pytest.approx(1, abs=1e-6)
@@ -76,30 +76,30 @@ def test_experts_are_fused_one_by_one():
     model, _, _ = opened("mixtral")
     model = moved(model, target_modules=["switch_mlp.up_proj", "down_proj", "gate"])
     expected = model(TOKENS)
-    fuse(model, mx.float32)
+    merge_adapters(model, mx.float32)
     np.testing.assert_allclose(model(TOKENS), expected, atol=2e-5)
 
 
 def test_a_row_without_length_is_not_stretched():
     base = nn.Linear(2, 2, bias=False)
     base.weight = mx.array([[0.0, 0.0], [3.0, 4.0]])
-    from mlx_dpo.adapters.layers import wrap
+    from mlx_dpo.adapters.layers import add_adapter
 
-    adapted = wrap(base, "x", kind="dora", rank=1, scale=1.0, dropout=0.0)
+    adapted = add_adapter(base, "x", kind="dora", rank=1, scale=1.0, dropout=0.0)
     adapted.m = mx.array([7.0, 10.0])
-    assert fused_weight(adapted, base.weight).tolist() == [[0, 0], [6, 8]]
+    assert merged_weight(adapted, base.weight).tolist() == [[0, 0], [6, 8]]
 
 
 def test_bits_that_are_too_few_leave_noise_of_a_small_change(tiny_llama):
     """As measured of mlx-lm's re-quantised fuse: 1 % of the weights, 4 bits."""
     model = moved(tiny_llama, target_modules=["q_proj"])
-    for adapted in adapters.adapted_modules(model).values():
-        added = fused_weight(adapted, mx.zeros(adapted.linear.weight.shape))
+    for adapted in adapters.adapted_layers(model).values():
+        added = merged_weight(adapted, mx.zeros(adapted.linear.weight.shape))
         size = mx.linalg.norm(added) / mx.linalg.norm(adapted.linear.weight)
         adapted.lora_b = adapted.lora_b * (0.01 / size)
-    fine = Packed(8, 32).rounded(mx.ones((4, 33)))
+    fine = AffineQuantization(8, 32).rounded(mx.ones((4, 33)))
     assert mx.array_equal(fine, mx.ones((4, 33)))  # whose groups do not fit: left alone
-    found = fuse(model, mx.float32, Packed(4, 32))
+    found = merge_adapters(model, mx.float32, AffineQuantization(4, 32))
     assert found.cosine < 0.3
 
 
@@ -111,44 +111,46 @@ def test_what_is_left_is_counted_on_the_rounded_weight():
     model.layers = [nn.Module()]
     model.layers[0].q_proj = layer
 
-    class Coarse(Packed):
+    class Coarse(AffineQuantization):
         def rounded(self, weight):
             return mx.round(weight / 4) * 4
 
-    adapters.attach_at(model, ["layers.0.q_proj"], kind="lora", rank=1, scale=1.0, dropout=0.0)
+    adapters.attach_adapters_at(
+        model, ["layers.0.q_proj"], kind="lora", rank=1, scale=1.0, dropout=0.0
+    )
     adapted = model.layers[0].q_proj
     adapted.lora_a, adapted.lora_b = mx.array([[4.0], [1.0]]), mx.array([[1.0]])
-    found = fuse(model, mx.float32, Coarse(4, 32))
+    found = merge_adapters(model, mx.float32, Coarse(4, 32))
     assert found.kept == pytest.approx(16 / 17)
     assert found.cosine == pytest.approx(16 / (17 * 16) ** 0.5)
 
 
 def test_weights_that_were_trained_themselves_are_written(tmp_path):
     model, entries, checkpoint = opened("llama")
-    adapters.attach_full(model, num_layers=1)
+    adapters.enable_full_fine_tuning(model, num_layers=1)
     for name, value in adapters.adapter_weights(model).items():
         model.load_weights([(name, value * 1.5)], strict=False)
     expected = model(TOKENS)
     (tmp_path / "fused").mkdir()
-    write_hf(tmp_path / "fused", changed_tensors(model, entries, checkpoint), checkpoint)
+    write_hf(tmp_path / "fused", merged_tensors(model, entries, checkpoint), checkpoint)
     fused, _ = load_model(tmp_path / "fused")
     np.testing.assert_allclose(fused(TOKENS), expected, atol=1e-5)
-    assert fuse(model, mx.float32) is None
+    assert merge_adapters(model, mx.float32) is None
     np.testing.assert_allclose(model(TOKENS), expected, atol=1e-6)
 
 
 def test_a_tensor_that_the_checkpoint_has_twice_is_not_forgotten():
     """A head that is written out although it is the table of embeddings."""
     model, entries, checkpoint = opened("qwen2")
-    adapters.attach(model, **SIZES, target_modules=["embed_tokens"])
-    assert changed_tensors(model, entries, checkpoint).keys() == {"model.embed_tokens.weight"}
+    adapters.attach_adapters(model, **SIZES, target_modules=["embed_tokens"])
+    assert merged_tensors(model, entries, checkpoint).keys() == {"model.embed_tokens.weight"}
     shapes = checkpoint.shapes | {"lm_head.weight": (48, 16)}
     twice = type(checkpoint)("twice", shapes, checkpoint.folder)
-    changed = changed_tensors(model, entries, twice)
+    changed = merged_tensors(model, entries, twice)
     assert mx.array_equal(changed["lm_head.weight"], changed["model.embed_tokens.weight"])
     model, entries, checkpoint = opened("llama")  # whose head is its own
-    adapters.attach(model, **SIZES, target_modules=["embed_tokens"])
-    assert changed_tensors(model, entries, checkpoint).keys() == {"model.embed_tokens.weight"}
+    adapters.attach_adapters(model, **SIZES, target_modules=["embed_tokens"])
+    assert merged_tensors(model, entries, checkpoint).keys() == {"model.embed_tokens.weight"}
 
 
 def test_the_configuration_says_the_type_and_no_packing():
@@ -157,7 +159,7 @@ def test_the_configuration_says_the_type_and_no_packing():
         "text_config": {"dtype": "bfloat16"},
     }  # fmt: skip
     named = {"torch_dtype": "float16", "text_config": {"dtype": "float16"}}
-    assert name_dtype(entries, "float16") == named
+    assert set_config_dtype(entries, "float16") == named
     assert "quantization" in entries
 
 
@@ -174,13 +176,13 @@ def test_the_configuration_says_the_type_and_no_packing():
 )
 def test_wishes_without_effect_are_refused(wish, message):
     with pytest.raises(ConfigError, match=message):
-        Wish(**wish)
+        FuseOptions(**wish)
 
 
 def test_a_run_becomes_a_model_that_is_measured_after_it_was_written(workplace):
     Path("base/LICENSE").write_text("You may.")
     Path("base/README.md").write_text("---\nlicense: mit\n---\n")
-    fused = fuse_run("run", Path("fused"), Wish())
+    fused = fuse_run("run", Path("fused"), FuseOptions())
     assert fused.retention.margin == pytest.approx(1, abs=1e-4)
     assert fused.retention.change == pytest.approx(1, abs=1e-4)
     assert fused.measured_on == "3 held-out pairs"
@@ -199,16 +201,16 @@ def test_a_fuse_that_loses_the_training_is_refused_and_leaves_nothing(workplace)
     with pytest.raises(
         ModelError, match=r"keeps -?\d+\.\d% of the margin and .*or --force"
     ) as error:
-        fuse_run("run", Path("fused"), Wish(bits=2))
+        fuse_run("run", Path("fused"), FuseOptions(bits=2))
     assert "\n" not in str(error.value)
     assert sorted(path.name for path in workplace.iterdir()) == ["base", "pairs.jsonl", "run"]
-    forced = fuse_run("run", Path("fused"), Wish(bits=2, force=True))
+    forced = fuse_run("run", Path("fused"), FuseOptions(bits=2, force=True))
     assert forced.retention.least < 0.9
     assert "quantization" in json.loads(Path("fused/config.json").read_text())
 
 
 def test_fusing_measures_on_other_pairs_if_asked(workplace):
-    fused = fuse_run("run", Path("fused"), Wish(to="hf", pairs="pairs.jsonl"))
+    fused = fuse_run("run", Path("fused"), FuseOptions(to="hf", pairs="pairs.jsonl"))
     assert fused.measured_on.startswith("12 pairs of pairs.jsonl")
     assert read_arrays(Path("fused/model.safetensors"))[1] == {"format": "pt"}
 
@@ -218,50 +220,53 @@ def test_a_run_on_a_packed_base_is_fused_unpacked_in_its_own_type(workplace):
 
     convert("base", Path("packed"), bits=4, group_size=32, dtype="bfloat16")
     train(workplace, model="packed", pairs=["pairs.jsonl"], output="other")
-    fused = fuse_run("other", Path("fused"), Wish(min_retained=0.5))
+    fused = fuse_run("other", Path("fused"), FuseOptions(min_retained=0.5))
     assert fused.kind == "bfloat16"
     weights = named_arrays(load_model(Path("fused"))[0].parameters())
     assert {value.dtype for value in weights.values()} == {mx.bfloat16}
     packed, _ = load_model(Path("packed"))
     load_adapter(packed, Path("other"))
     layer = packed.model.layers[0].self_attn.q_proj
-    whole = fused_weight(layer, float32_weight(layer.linear))
+    whole = merged_weight(layer, float32_weight(layer.linear))
     own = weights["model.layers.0.self_attn.q_proj.weight"].astype(mx.float32)
     np.testing.assert_allclose(own, whole, rtol=2**-8)
     with pytest.raises(ModelError, match="was quantised by MLX"):
-        fuse_run("other", Path("hf"), Wish(to="hf"))
-    fuse_run("other", Path("hf"), Wish(to="hf", base="base", min_retained=0.0))
+        fuse_run("other", Path("hf"), FuseOptions(to="hf"))
+    fuse_run("other", Path("hf"), FuseOptions(to="hf", base="base", min_retained=0.0))
 
 
 def test_noise_that_happens_to_lie_along_a_small_change_is_not_kept_training(workplace):
     """What 4 bits make of a model is many times such a change, and a share of it points there."""
     train(workplace, pairs=["pairs.jsonl"], output="slight", learning_rate=1e-5, epochs=1)
-    kept = fuse_run("slight", Path("plain"), Wish()).retention
+    kept = fuse_run("slight", Path("plain"), FuseOptions()).retention
     assert kept.change == pytest.approx(1, abs=1e-2)
-    found = fuse_run("slight", Path("forced"), Wish(bits=4, force=True))
+    found = fuse_run("slight", Path("forced"), FuseOptions(bits=4, force=True))
     assert found.retention.least > 2 and found.rounding.cosine < 0.01
     with pytest.raises(ModelError, match=r"which is beyond 110%, so it was not written; leave"):
-        fuse_run("slight", Path("packed"), Wish(bits=4))
+        fuse_run("slight", Path("packed"), FuseOptions(bits=4))
     train(workplace, pairs=["pairs.jsonl"], output="slighter", learning_rate=1e-7, epochs=1)
     with pytest.raises(ModelError, match=r"training hardly moved it \(a margin of .* nats\)"):
-        fuse_run("slighter", Path("packed"), Wish(bits=4))
+        fuse_run("slighter", Path("packed"), FuseOptions(bits=4))
 
 
 def test_an_adapter_that_goes_in_twice_is_refused(workplace):
     """Names and shapes of a fused model are those of its base, and its weights nearly so."""
     train(workplace, pairs=["pairs.jsonl"], output="slight", learning_rate=1e-4, epochs=1)
-    fuse_run("slight", Path("once"), Wish(to="hf"))
+    fuse_run("slight", Path("once"), FuseOptions(to="hf"))
     with pytest.raises(
         ModelError, match=r"keeps 20\d.* of the adapters' .*beyond 110%.*trained on"
     ):
-        fuse_run("slight", Path("twice"), Wish(to="hf", base="once"))
+        fuse_run("slight", Path("twice"), FuseOptions(to="hf", base="once"))
     assert not Path("twice").exists()
 
 
 def test_a_run_that_computed_in_another_type_is_written_in_that(workplace):
     train(workplace, dtype="bfloat16", pairs=["pairs.jsonl"], output="other")
-    assert fuse_run("other", Path("fused"), Wish(min_retained=0.0)).kind == "bfloat16"
-    assert fuse_run("other", Path("wide"), Wish(dtype="float32", min_retained=0)).kind == "float32"
+    assert fuse_run("other", Path("fused"), FuseOptions(min_retained=0.0)).kind == "bfloat16"
+    assert (
+        fuse_run("other", Path("wide"), FuseOptions(dtype="float32", min_retained=0)).kind
+        == "float32"
+    )
 
 
 def converter(folder, does):
@@ -323,4 +328,4 @@ def test_where_gguf_cannot_go_is_said_before_anything_is_loaded(workplace):
 def test_gguf_without_a_converter_is_refused_before_anything_is_loaded(workplace, monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ConfigError, match=r"needs llama.cpp's `convert_hf_to_gguf.py`"):
-        fuse_run("no-such-run", Path("fused"), Wish(to="hf", gguf=Path("model.gguf")))
+        fuse_run("no-such-run", Path("fused"), FuseOptions(to="hf", gguf=Path("model.gguf")))

@@ -3,7 +3,7 @@
 import mlx.core as mx
 import pytest
 
-from mlx_dpo.export.fuse import retention
+from mlx_dpo.export.fuse import measure_retention
 from mlx_dpo.types import PairLogps, TokenizedPair
 
 PAIRS = [TokenizedPair((1,), (2, 3), (4,)), TokenizedPair((1,), (2,), (4, 5, 6))]
@@ -18,13 +18,13 @@ END = logps([-4.0, -6.0], [-9.0, -9.0])  # chosen +1 and 0, rejected -2 and -1: 
 
 
 def test_a_copy_keeps_all_of_it():
-    found = retention(PAIRS, START, END, END)
+    found = measure_retention(PAIRS, START, END, END)
     assert (found.margin_before, found.margin_after, found.margin, found.change) == (2, 2, 1, 1)
     assert (found.apart, found.pairs) == (0, 2)
 
 
 def test_the_base_keeps_nothing():
-    found = retention(PAIRS, START, END, START)
+    found = measure_retention(PAIRS, START, END, START)
     assert (found.margin, found.change, found.least) == (0, 0, 0)
     assert found.apart == pytest.approx(4 / 7)  # 1 + 2 + 1 nats over 2 + 1 + 1 + 3 tokens
 
@@ -32,7 +32,7 @@ def test_the_base_keeps_nothing():
 def test_a_margin_may_be_kept_by_another_change():
     """Chosen +3 and +1: the margin is the same, and of 1, 0, -2, -1 it is 3 of 6."""
     other = logps([-2.0, -5.0], [-7.0, -8.0])
-    found = retention(PAIRS, START, END, other)
+    found = measure_retention(PAIRS, START, END, other)
     assert found.margin == 1
     assert found.change == pytest.approx(0.5)
     assert found.least == pytest.approx(0.5)
@@ -40,17 +40,17 @@ def test_a_margin_may_be_kept_by_another_change():
 
 def test_what_went_beyond_is_no_loss_and_noise_is_no_gain():
     noise = logps([-5.0, -3.0], [-7.0, -8.0])  # where nothing was changed
-    assert retention(PAIRS, START, END, noise).change == 0
+    assert measure_retention(PAIRS, START, END, noise).change == 0
 
 
 def test_the_way_back_is_less_than_nothing():
     back = logps([-6.0, -6.0], [-5.0, -7.0])
-    assert retention(PAIRS, START, END, back).change == -1
+    assert measure_retention(PAIRS, START, END, back).change == -1
 
 
 def test_a_policy_that_gained_no_margin_is_measured_by_its_change():
     worse = logps([-6.0, -6.0], [-7.0, -8.0])
-    assert retention(PAIRS, START, worse, worse).least == 1
+    assert measure_retention(PAIRS, START, worse, worse).least == 1
 
 
 def test_judged_answers_have_their_sign():
@@ -59,6 +59,6 @@ def test_judged_answers_have_their_sign():
         TokenizedPair((1,), (2,), (9,), desirable=False),
     ]
     end = logps([-4.0, -8.0], [-1.0, -1.0])  # good +1, bad -2; the others' answers do not count
-    found = retention(rows, START, end, START)
+    found = measure_retention(rows, START, end, START)
     assert found.margin_before == pytest.approx(1.5)
     assert found.apart == pytest.approx(1)  # 3 nats over 3 tokens

@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 
 from mlx_dpo.adapters import attach as adapters
-from mlx_dpo.adapters.files import add_peft, load_adapter, save_adapter
+from mlx_dpo.adapters.files import add_peft_files, load_adapter, save_adapter
 from mlx_dpo.adapters.hf_checkpoint import local_checkpoint
-from mlx_dpo.adapters.hf_names import ALIKE, peft_side
+from mlx_dpo.adapters.hf_names import SAME_LAYOUT, make_peft_adapter
 from mlx_dpo.adapters.targets import linear_names
 from mlx_dpo.errors import ModelError
-from mlx_dpo.export.model_folder import changed_tensors, write_hf
+from mlx_dpo.export.model_folder import merged_tensors, write_hf
 from mlx_dpo.hub.run_card import card_of_run
-from mlx_dpo.models.load import read_model
+from mlx_dpo.models.load import load_lazy_model
 from tests.adapters.test_hf_names import GOLDEN, TOKENS, opened
 from tests.export.test_fuse import moved
 from tests.scoring import architectures
@@ -72,8 +72,8 @@ def trained(kind, way):
 @pytest.mark.parametrize("way", WAYS)
 def test_peft_computes_the_same_logits(torch, kind, way, tmp_path):
     model, entries, checkpoint = trained(kind, way)
-    save_adapter(tmp_path, model, adapters.description(model))
-    add_peft(tmp_path, *peft_side(model, entries, checkpoint, rslora=way == "rslora"))
+    save_adapter(tmp_path, model, adapters.make_adapter_config(model))
+    add_peft_files(tmp_path, *make_peft_adapter(model, entries, checkpoint, rslora=way == "rslora"))
     found = logits(torch, "adapter", GOLDENS / kind, tmp_path)
     np.testing.assert_allclose(found, model(TOKENS)[0], atol=1e-4)
     again, _, _ = opened(kind)
@@ -86,8 +86,8 @@ def test_peft_computes_the_same_logits(torch, kind, way, tmp_path):
 def test_a_head_and_a_table_of_its_own_too(torch, tmp_path):
     model, entries, checkpoint = opened("llama")
     model = moved(model, target_modules=["embed_tokens", "lm_head", "q_proj"])
-    save_adapter(tmp_path, model, adapters.description(model))
-    add_peft(tmp_path, *peft_side(model, entries, checkpoint))
+    save_adapter(tmp_path, model, adapters.make_adapter_config(model))
+    add_peft_files(tmp_path, *make_peft_adapter(model, entries, checkpoint))
     found = logits(torch, "adapter", GOLDENS / "llama", tmp_path)
     np.testing.assert_allclose(found, model(TOKENS)[0], atol=1e-4)
 
@@ -102,33 +102,33 @@ def built(torch, kind, folder):
     # Of what transformers leaves out mlx-lm wants some; positions are as transformers says.
     more = {name: value for name, value in entries.items() if "rop" not in name.lower()}
     (folder / "config.json").write_text(json.dumps(more | written))
-    model, entries = read_model(folder, kind, trust_remote_code=False)
+    model, entries = load_lazy_model(folder, kind, trust_remote_code=False)
     return model, entries, local_checkpoint(folder, kind)
 
 
 def with_counterparts(model, entries, checkpoint):
     """The names of the linear layers that are not refused."""
     for name in linear_names(model):
-        adapters.attach(model, rank=2, scale=2.0, target_modules=[name])
+        adapters.attach_adapters(model, rank=2, scale=2.0, target_modules=[name])
         try:
-            peft_side(model, entries, checkpoint)
+            make_peft_adapter(model, entries, checkpoint)
         except ModelError:
             continue
         else:
             yield name
         finally:
-            adapters.detach(model)
+            adapters.detach_adapters(model)
 
 
-@pytest.mark.parametrize("kind", sorted(ALIKE - {"gpt2"}))
+@pytest.mark.parametrize("kind", sorted(SAME_LAYOUT - {"gpt2"}))
 def test_every_architecture_that_is_said_to_be_alike_is(torch, kind, tmp_path):
     model, entries, checkpoint = built(torch, kind, tmp_path / "base")
     names = list(with_counterparts(model, entries, checkpoint))
     assert len(names) >= 3
     model = moved(model, target_modules=names)
     (tmp_path / "adapter").mkdir()
-    save_adapter(tmp_path / "adapter", model, adapters.description(model))
-    add_peft(tmp_path / "adapter", *peft_side(model, entries, checkpoint))
+    save_adapter(tmp_path / "adapter", model, adapters.make_adapter_config(model))
+    add_peft_files(tmp_path / "adapter", *make_peft_adapter(model, entries, checkpoint))
     found = logits(torch, "adapter", tmp_path / "base", tmp_path / "adapter")
     expected = np.array(model(TOKENS)[0].astype(mx.float32))
     np.testing.assert_allclose(found, expected, atol=5e-4 * max(1, np.abs(expected).max()))
@@ -140,7 +140,7 @@ def test_transformers_loads_the_fused_checkpoint(torch, kind, way, tmp_path):
     model, entries, checkpoint = trained(kind, way)
     expected = np.array(model(TOKENS)[0])
     (tmp_path / "fused").mkdir()
-    write_hf(tmp_path / "fused", changed_tensors(model, entries, checkpoint), checkpoint)
+    write_hf(tmp_path / "fused", merged_tensors(model, entries, checkpoint), checkpoint)
     np.testing.assert_allclose(logits(torch, "model", tmp_path / "fused"), expected, atol=1e-4)
 
 

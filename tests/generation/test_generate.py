@@ -11,12 +11,12 @@ from transformers import PreTrainedTokenizerFast
 
 from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.generation.generate import (
-    TextStream,
+    StreamingDecoder,
     context_length,
-    make_processors,
+    decode_tokens,
+    encode_text,
+    make_logits_processors,
     make_sampler,
-    text_of,
-    text_tokens,
 )
 from tests.checkpoints import write_tokenizer
 
@@ -53,7 +53,7 @@ def sentencepiece():
 
 
 def pieces(tokenizer, tokens):
-    stream = TextStream(tokenizer)
+    stream = StreamingDecoder(tokenizer)
     return [*map(stream.add, tokens), stream.finish()]
 
 
@@ -78,14 +78,14 @@ def test_the_pieces_of_a_text_are_the_text(kind, text, request):
     else:
         tokens = tokenizer.encode(text)
     assert tokenizer.decode(tokens) == text
-    assert text_of(tokenizer, tokens) == text
+    assert decode_tokens(tokenizer, tokens) == text
 
 
 def test_the_pieces_of_any_bytes_are_the_decoded_whole(byte_level):
     draw = random.Random(0)
     for length in (1, 2, 5, 40) * 30:
         tokens = [draw.randrange(len(byte_level)) for _ in range(length)]
-        assert text_of(byte_level, tokens) == byte_level.decode(tokens)
+        assert decode_tokens(byte_level, tokens) == byte_level.decode(tokens)
 
 
 def test_spaces_between_words_survive_where_a_decoder_strips_the_first(sentencepiece):
@@ -111,7 +111,7 @@ def test_a_character_waits_for_its_last_byte(kind, request):
 def test_real_tokenizers_stream_what_they_decode(name):
     tokenizer = mlx_lm.tokenizer_utils.load(MATERIAL / name)
     tokens = tokenizer.encode("Once upon a time, there was a little girl.\nShe said: go!")
-    assert text_of(tokenizer, tokens) == tokenizer.decode(tokens)
+    assert decode_tokens(tokenizer, tokens) == tokenizer.decode(tokens)
 
 
 @pytest.fixture
@@ -153,10 +153,10 @@ def test_each_draw_is_a_new_one():
 
 def test_the_penalty_sees_tokens_that_only_the_cache_holds():
     """Penalty 2 over the last 20: +4 becomes +2, -4 becomes -8; token 2 lies 21 back."""
-    [penalise] = make_processors(Sampling(repetition_penalty=2.0), [2, 0, *[1] * 18])
+    [penalise] = make_logits_processors(Sampling(repetition_penalty=2.0), [2, 0, *[1] * 18])
     logits = penalise(mx.array([1], mx.uint32), mx.array([[4.0, -4.0, 4.0, 4.0]]))
     assert logits.tolist() == [[2.0, -8.0, 4.0, 4.0]]
-    assert make_processors(Sampling()) == []
+    assert make_logits_processors(Sampling()) == []
 
 
 @pytest.mark.parametrize("template", ["<s> $A", "<s> $A </s>"])
@@ -167,8 +167,8 @@ def test_plain_text_begins_once_and_has_no_end(sentencepiece, template):
         single=template, special_tokens=[("<s>", 0), ("</s>", 1)]
     )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
-    assert text_tokens(tokenizer, "s.") == [0, 5, 6]
-    assert text_tokens(tokenizer, "<s>s.") == [0, 5, 6]
+    assert encode_text(tokenizer, "s.") == [0, 5, 6]
+    assert encode_text(tokenizer, "<s>s.") == [0, 5, 6]
 
 
 def test_plain_text_has_no_begin_token_where_the_tokenizer_writes_none():
@@ -176,7 +176,7 @@ def test_plain_text_has_no_begin_token_where_the_tokenizer_writes_none():
         def encode(self, text, add_special_tokens=True):
             return [7, 8]
 
-    assert text_tokens(Bare(bos_token_id=1), "x") == [7, 8]
+    assert encode_text(Bare(bos_token_id=1), "x") == [7, 8]
 
 
 def test_the_context_is_read_where_a_config_has_it():

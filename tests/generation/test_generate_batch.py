@@ -8,7 +8,7 @@ from mlx_lm.models import gemma2, mamba
 from mlx_dpo.chat.session import ChatSession
 from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.errors import ConfigError
-from mlx_dpo.generation.generate import batches_exactly, generate_batch
+from mlx_dpo.generation.generate import generate_batch, is_batching_exact
 from tests.checkpoints import VOCAB, make_checkpoint
 
 QUESTIONS = ("Where is the cat?", "no", "Is the house on the hill better than the hat? " * 3, "why")
@@ -94,7 +94,7 @@ def test_an_empty_answer_keeps_its_place(llama):
 
 
 def test_llama_is_answered_in_batches(llama):
-    assert batches_exactly(llama[0], [[5, 6, 7], list(range(4, 40))])
+    assert is_batching_exact(llama[0], [[5, 6, 7], list(range(4, 40))])
 
 
 @pytest.mark.parametrize("make", [five_dimensional_attention, state_space])
@@ -102,7 +102,7 @@ def test_where_batching_is_not_exact_answers_are_made_one_by_one(llama, make):
     mx.random.seed(0)
     model, tokenizer = make(), llama[1]
     sampling = Sampling(max_tokens=12)
-    assert not batches_exactly(model, [[5, 6, 7], list(range(4, 40))])
+    assert not is_batching_exact(model, [[5, 6, 7], list(range(4, 40))])
     assert generate_batch(model, tokenizer, PROMPTS, sampling=sampling) == alone(
         model, tokenizer, sampling
     )

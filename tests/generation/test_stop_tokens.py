@@ -3,7 +3,7 @@ import mlx_lm
 import pytest
 
 from mlx_dpo.config.sampling import Sampling
-from mlx_dpo.generation.generate import _one_by_one, _together, complete
+from mlx_dpo.generation.generate import _generate_batched, _generate_sequentially, generate_tokens
 from tests.checkpoints import END, make_checkpoint
 
 ROWS = [[1, 40, 41, 3, 2], [1, 7, 3, 2], [1, 90, 91, 92, 93, 94, 95, 3, 2], [1, 8, 9, 3, 2]]
@@ -16,7 +16,7 @@ def model(tmp_path_factory):
     return mlx_lm.load(str(make_checkpoint(tmp_path_factory.mktemp("batched"))))[0]
 
 
-@pytest.mark.parametrize("way", [_together, _one_by_one, complete])
+@pytest.mark.parametrize("way", [_generate_batched, _generate_sequentially, generate_tokens])
 def test_a_completion_is_the_likeliest_tokens_up_to_one_that_ends_it(model, way):
     """Each token from a forward pass over everything before it."""
     ends = []
@@ -32,4 +32,4 @@ def test_a_completion_is_the_likeliest_tokens_up_to_one_that_ends_it(model, way)
 
 
 def test_no_prompts_have_no_completions(model):
-    assert complete(model, STOPS, [], GREEDY) == []
+    assert generate_tokens(model, STOPS, [], GREEDY) == []

@@ -1,6 +1,6 @@
 import pytest
 
-from mlx_dpo.generation.stream import ThinkingSplit
+from mlx_dpo.generation.stream import ThinkingSplitter
 
 CASES = {
     "no marks": ("Just this.", False, "", "Just this."),
@@ -23,7 +23,7 @@ def cuts(text, size):
 @pytest.mark.parametrize("name", CASES)
 def test_parts_are_the_same_however_the_text_comes(name, size):
     text, within, thought, answer = CASES[name]
-    split = ThinkingSplit("<think>", "</think>", within=within)
+    split = ThinkingSplitter("<think>", "</think>", within=within)
     parts = [part for cut in cuts(text, size) for part in split.feed(cut)] + [*split.finish()]
     assert "".join(part.text for part in parts) == text
     assert "".join(part.text for part in parts if part.thinking) == thought
@@ -31,12 +31,12 @@ def test_parts_are_the_same_however_the_text_comes(name, size):
 
 
 def test_a_model_that_knows_no_thinking_only_answers():
-    split = ThinkingSplit(None, None, within=True)
+    split = ThinkingSplitter(None, None, within=True)
     assert [*split.feed("<think>")] == [("<think>", False)]
     assert [*split.finish()] == []
 
 
 def test_only_what_may_begin_a_mark_is_held_back():
-    split = ThinkingSplit("<think>", "</think>")
+    split = ThinkingSplitter("<think>", "</think>")
     assert [*split.feed("well <")] == [("well ", False)]
     assert [*split.feed("3")] == [("<3", False)]

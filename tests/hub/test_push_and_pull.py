@@ -50,9 +50,9 @@ def test_what_is_sent_is_there_byte_for_byte_in_one_commit_of_a_private_reposito
     assert sorted(files) == sorted(SENT)
     for name, data in files.items():
         assert data == (carded / "run" / name).read_bytes()
-    from mlx_dpo.adapters.files import content_digest
+    from mlx_dpo.adapters.files import adapter_digest
 
-    assert content_digest(carded / "run")[:12] in message
+    assert adapter_digest(carded / "run")[:12] in message
 
 
 def test_pairs_records_checkpoints_and_logs_stay_here(carded, fake_hub):

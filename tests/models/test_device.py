@@ -9,7 +9,7 @@ from mlx_lm.models.mla import MultiLinear
 from mlx_lm.models.switch_layers import SwitchLinear
 
 from mlx_dpo.errors import ModelError
-from mlx_dpo.models.device import device_kind, hold_for_cpu, unpack
+from mlx_dpo.models.device import device_kind, prepare_for_cpu, dequantize_layer
 
 MODES = [("affine", 64, 2), ("affine", 32, 3), ("affine", 64, 4), ("affine", 128, 6)]
 MODES += [("affine", 64, 8), ("mxfp4", 32, 4), ("nvfp4", 16, 4), ("mxfp8", 32, 8)]
@@ -44,7 +44,7 @@ def test_an_unpacked_layer_multiplies_as_the_packed_one_does_in_float32(
         bits=bits,
         mode=mode,
     )
-    plain = unpack(packed)
+    plain = dequantize_layer(packed)
     assert type(plain) is nn.Linear and plain.weight.dtype == plain.bias.dtype == mx.float32
     assert close(plain(x), expected + linear.bias.astype(mx.float32))
 
@@ -57,7 +57,7 @@ def test_experts_are_unpacked_with_their_biases(bias):
         experts.bias = mx.random.normal((4, 32))
     packed = experts.to_quantized(32, 4)
     x, chosen = mx.random.normal((5, 1, 1, 64)), mx.array([[0, 2], [1, 3], [3, 0], [2, 2], [1, 0]])
-    plain = unpack(packed)
+    plain = dequantize_layer(packed)
     assert type(plain) is SwitchLinear and ("bias" in plain) == bias
     assert close(plain(x, chosen), packed(x, chosen))
 
@@ -67,14 +67,14 @@ def test_a_matrix_for_each_head_is_unpacked(transpose):
     mx.random.seed(2)
     packed = MultiLinear(64, 32, 4).to_quantized(32, 4)
     x = mx.random.normal((2, 4, 3, 64 if transpose else 32))
-    assert close(unpack(packed)(x, transpose=transpose), packed(x, transpose=transpose))
+    assert close(dequantize_layer(packed)(x, transpose=transpose), packed(x, transpose=transpose))
 
 
 def test_a_fused_projection_is_still_split():
     mx.random.seed(3)
     packed = FusedLinear(64, [32, 16, 16]).to_quantized(32, 4)
     x = mx.random.normal((3, 64))
-    parts, expected = unpack(packed)(x), packed(x)
+    parts, expected = dequantize_layer(packed)(x), packed(x)
     assert [part.shape for part in parts] == [(3, 32), (3, 16), (3, 16)]
     assert all(close(part, other) for part, other in zip(parts, expected, strict=True))
 
@@ -82,7 +82,7 @@ def test_a_fused_projection_is_still_split():
 def test_a_tied_embedding_is_unpacked_for_both_its_uses():
     mx.random.seed(4)
     packed = nn.Embedding(50, 64).to_quantized(32, 4)
-    plain, ids, x = unpack(packed), mx.array([0, 7, 49]), mx.random.normal((3, 64))
+    plain, ids, x = dequantize_layer(packed), mx.array([0, 7, 49]), mx.random.normal((3, 64))
     assert mx.array_equal(plain(ids), packed(ids))
     assert close(plain.as_linear(x), packed.as_linear(x))
 
@@ -91,7 +91,7 @@ def test_a_global_scale_is_refused_because_only_a_gpu_reads_it():
     packed = SwitchLinear(64, 32, 2, bias=False).to_quantized(16, 4, "nvfp4")
     packed.global_scale = mx.ones((2,))
     with pytest.raises(ModelError, match=r"experts: packed as nvfp4 with a global scale"):
-        unpack(packed, name="experts")
+        dequantize_layer(packed, name="experts")
 
 
 class Unusual(nn.QuantizedLinear):
@@ -111,7 +111,7 @@ def test_every_layer_of_a_model_is_replaced_and_an_unusual_one_is_left_and_count
     model.layers[2].set_dtype(mx.bfloat16)
     x = mx.random.normal((2, 64))
     expected = model(x)
-    notes = hold_for_cpu(model)
+    notes = prepare_for_cpu(model)
     assert close(model(x), expected)
     assert [type(layer) for layer in model.layers] == [
         nn.Linear,
@@ -134,7 +134,7 @@ def test_unpacking_never_holds_a_second_model():
     mx.eval(model.parameters())
     mx.reset_peak_memory()
     before = mx.get_active_memory()
-    hold_for_cpu(model)
+    prepare_for_cpu(model)
     added = mx.get_peak_memory() - before
     unpacked, packed = 16 * 512 * 512 * 4, 16 * 512 * 512 * (4 + 1) / 8
     assert added < unpacked - packed + 2 * 512 * 512 * 4

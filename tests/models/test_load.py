@@ -10,22 +10,19 @@ import mlx.core as mx
 import pytest
 from huggingface_hub import errors as hub
 from mlx.utils import tree_flatten
-from mlx_lm.utils import load_model, quantize_model
+from mlx_lm.utils import load_model as mlx_load_model
+from mlx_lm.utils import quantize_model
 
 from mlx_dpo.errors import ConfigError, ModelError
 from mlx_dpo.models import download as source_room
-from mlx_dpo.models.device import cast, device_kind
-from mlx_dpo.models.load import (
-    embedding_rows,
-    fingerprint,
-    load_base,
-    locate,
-    tokenizer_fingerprint,
-)
+from mlx_dpo.models.device import cast_model, device_kind
+from mlx_dpo.models.download import resolve_model
+from mlx_dpo.models.files import model_fingerprint, tokenizer_fingerprint
+from mlx_dpo.models.load import embedding_size, load_model
 from mlx_dpo.models.quantize import expected_bytes
 from tests.checkpoints import END, VOCAB, make_checkpoint
 
-on_cpu = pytest.mark.skipif(device_kind() != "cpu", reason="the CPU backend's own rule")
+needs_cpu = pytest.mark.skipif(device_kind() != "cpu", reason="the CPU backend's own rule")
 
 
 @pytest.fixture
@@ -54,7 +51,7 @@ def edit_weights(folder: Path, **arrays) -> None:
 def refusal(source, **settings) -> str:
     """The one line with which loading is refused."""
     with pytest.raises((ModelError, ConfigError)) as caught:
-        load_base(str(source), **settings)
+        load_model(str(source), **settings)
     message = str(caught.value)
     assert "\n" not in message and not message.endswith(".")
     return message
@@ -64,7 +61,7 @@ def refusal(source, **settings) -> str:
 
 
 def test_a_base_is_frozen_in_evaluation_mode_and_holds_the_stored_numbers(checkpoint):
-    base = load_base(str(checkpoint))
+    base = load_model(str(checkpoint))
     assert tree_flatten(base.model.trainable_parameters()) == []
     assert not base.model.training
     stored = mx.load(str(checkpoint / "model.safetensors"))
@@ -77,15 +74,15 @@ def test_a_base_is_frozen_in_evaluation_mode_and_holds_the_stored_numbers(checkp
 
 def test_the_tokenizer_stops_where_the_configuration_says(checkpoint):
     """Not where the tokenizer's own file says, which may name another token."""
-    assert load_base(str(checkpoint)).tokenizer.eos_token_ids == {END}
+    assert load_model(str(checkpoint)).tokenizer.eos_token_ids == {END}
     (checkpoint / "generation_config.json").write_text('{"eos_token_id": [0, 3]}')
-    assert load_base(str(checkpoint)).tokenizer.eos_token_ids == {0, 3}
+    assert load_model(str(checkpoint)).tokenizer.eos_token_ids == {0, 3}
 
 
-@on_cpu
+@needs_cpu
 def test_sixteen_bit_weights_are_widened_on_the_cpu_and_it_is_said(tmp_path):
     folder = make_checkpoint(tmp_path / "half", dtype=mx.bfloat16)
-    base = load_base(str(folder))
+    base = load_model(str(folder))
     stored = mx.load(str(folder / "model.safetensors"))
     held = parameters(base.model)
     assert {v.dtype for v in held.values()} == {mx.float32}
@@ -94,29 +91,29 @@ def test_sixteen_bit_weights_are_widened_on_the_cpu_and_it_is_said(tmp_path):
 
 
 def test_an_asked_number_type_is_the_one_held(checkpoint):
-    base = load_base(str(checkpoint), dtype="float16")
+    base = load_model(str(checkpoint), dtype="float16")
     assert {v.dtype for v in parameters(base.model).values()} == {mx.float16}
     assert "float16" in base.notes[0]
 
 
 def test_a_cast_leaves_the_weights_that_the_model_wants_kept(checkpoint):
-    model = load_base(str(checkpoint)).model
+    model = load_model(str(checkpoint)).model
     model.cast_predicate = lambda name: "norm" not in name
-    cast(model, mx.float16)
+    cast_model(model, mx.float16)
     for name, value in parameters(model).items():
         assert value.dtype == (mx.float32 if "norm" in name else mx.float16)
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@on_cpu
+@needs_cpu
 def test_quantising_on_load_gives_the_numbers_of_mlx_lms_quantised_model(tmp_path, tied):
     """Float32 throughout: the weights are the same, only where they are unpacked differs."""
     folder = make_checkpoint(tmp_path / "model", tied=tied)
-    packed, config = load_model(folder)
+    packed, config = mlx_load_model(folder)
     packed, _ = quantize_model(packed, config, 32, 4)
     tokens = mx.array([[5, 77, 120, 299, 3]])
     expected = packed(tokens)
-    base = load_base(str(folder), bits=4, group_size=32)
+    base = load_model(str(folder), bits=4, group_size=32)
     assert mx.abs(base.model(tokens) - expected).max() < 1e-5 * mx.abs(expected).max()
     assert base.config["quantization"] == {"group_size": 32, "bits": 4, "mode": "affine"}
     assert any("4-bit" in note for note in base.notes)
@@ -125,17 +122,17 @@ def test_quantising_on_load_gives_the_numbers_of_mlx_lms_quantised_model(tmp_pat
 def test_layers_whose_width_does_not_divide_are_counted(tmp_path):
     """Hidden 64 and intermediate 100: of 16 layers, only the two `down_proj` are 100 wide."""
     folder = make_checkpoint(tmp_path / "model", intermediate_size=100)
-    notes = load_base(str(folder), bits=4).notes
+    notes = load_model(str(folder), bits=4).notes
     assert any(note.startswith("2 of 16 layers left unquantised") for note in notes)
 
 
 def test_the_embedding_rows_are_those_of_the_token_table(checkpoint):
     """Neither a shorter table (positions) nor a longer one (n-grams) is taken for it."""
-    model = load_base(str(checkpoint)).model
+    model = load_model(str(checkpoint)).model
     model.positions = type(model.model.embed_tokens)(32, 64)
     model.ngrams = type(model.model.embed_tokens)(5000, 64)
-    assert embedding_rows(model, {"vocab_size": VOCAB - 20}) == VOCAB
-    assert embedding_rows(model, {"text_config": {"vocab_size": VOCAB}}) == VOCAB
+    assert embedding_size(model, {"vocab_size": VOCAB - 20}) == VOCAB
+    assert embedding_size(model, {"text_config": {"vocab_size": VOCAB}}) == VOCAB
 
 
 # Settings that contradict the model
@@ -143,7 +140,7 @@ def test_the_embedding_rows_are_those_of_the_token_table(checkpoint):
 
 def test_bits_on_a_quantised_model_are_refused(checkpoint):
     edit(checkpoint / "config.json", quantization={"group_size": 64, "bits": 4})
-    model, config = load_model(make_checkpoint(checkpoint.parent / "plain"))
+    model, config = mlx_load_model(make_checkpoint(checkpoint.parent / "plain"))
     model, config = quantize_model(model, config, 64, 4)
     mx.save_safetensors(str(checkpoint / "model.safetensors"), parameters(model))
     assert "quantised already" in refusal(checkpoint, bits=4)
@@ -171,7 +168,7 @@ def test_groups_that_cannot_be_are_refused(tmp_path, group_size, said):
 )
 def test_the_size_on_disk_is_foreseen(tmp_path, bits, dtype, expected):
     folder = make_checkpoint(tmp_path / "model", intermediate_size=100)
-    model, _ = load_model(folder, lazy=True)
+    model, _ = mlx_load_model(folder, lazy=True)
     assert expected_bytes(model, bits, 64, dtype) == expected
 
 
@@ -184,14 +181,14 @@ def test_a_group_size_without_bits_is_refused(checkpoint):
 
 def test_a_revision_of_a_folder_is_refused(checkpoint):
     with pytest.raises(ConfigError, match="`revision` has no effect"):
-        locate(str(checkpoint), revision="main")
+        resolve_model(str(checkpoint), revision="main")
 
 
 @pytest.mark.parametrize("source", ["", "./gone", "/gone/model", "~/gone-model", "a/b/c", "../x"])
 def test_what_looks_like_a_path_is_never_asked_of_the_hub(source, monkeypatch):
     monkeypatch.setattr(source_room, "snapshot_download", lambda *_, **__: pytest.fail("asked"))
     with pytest.raises(ModelError, match="no such folder"):
-        locate(source)
+        resolve_model(source)
 
 
 def test_a_file_is_not_a_model(checkpoint):
@@ -201,7 +198,7 @@ def test_a_file_is_not_a_model(checkpoint):
 def test_a_folder_wins_over_a_hub_id_of_its_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = make_checkpoint(tmp_path / "org" / "model")
-    assert locate("org/model") == folder
+    assert resolve_model("org/model") == folder
 
 
 REPOSITORY = {
@@ -232,7 +229,7 @@ def test_only_what_is_read_is_downloaded_and_code_only_if_trusted(trusted, monke
         return str(tmp_path)
 
     monkeypatch.setattr(source_room, "snapshot_download", download)
-    found = locate("org/name", revision="v2", trust_remote_code=trusted)
+    found = resolve_model("org/name", revision="v2", trust_remote_code=trusted)
     assert (found, asked["repo_id"], asked["revision"]) == (tmp_path, "org/name", "v2")
     for name, wanted in REPOSITORY.items():
         fetched = any(fnmatch(name, pattern) for pattern in asked["patterns"])
@@ -301,7 +298,7 @@ def test_code_that_comes_with_a_model_runs_only_if_trusted(checkpoint):
     )
     assert "`arch.py`" in refusal(checkpoint)
     assert not (checkpoint / "ran").exists()
-    load_base(str(checkpoint), trust_remote_code=True)
+    load_model(str(checkpoint), trust_remote_code=True)
     assert (checkpoint / "ran").exists()
 
 
@@ -383,32 +380,32 @@ def test_a_tokenizer_that_is_code_is_refused(checkpoint):
 
 def test_a_fingerprint_is_of_the_contents_and_not_of_the_place(checkpoint, tmp_path):
     copy = Path(shutil.copytree(checkpoint, tmp_path / "elsewhere"))
-    assert fingerprint(copy) == fingerprint(checkpoint)
+    assert model_fingerprint(copy) == model_fingerprint(checkpoint)
     assert tokenizer_fingerprint(copy) == tokenizer_fingerprint(checkpoint)
     (copy / "README.md").write_text("words")
-    assert fingerprint(copy) == fingerprint(checkpoint)
+    assert model_fingerprint(copy) == model_fingerprint(checkpoint)
 
 
 def test_the_last_byte_of_the_weights_changes_the_fingerprint(checkpoint):
-    before = fingerprint(checkpoint)
+    before = model_fingerprint(checkpoint)
     file = checkpoint / "model.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    assert fingerprint(checkpoint) != before
+    assert model_fingerprint(checkpoint) != before
 
 
 def test_a_setting_or_the_name_of_a_weight_file_changes_the_fingerprint(checkpoint):
-    seen = {fingerprint(checkpoint)}
+    seen = {model_fingerprint(checkpoint)}
     edit(checkpoint / "config.json", rope_theta=5000.0)
-    seen.add(fingerprint(checkpoint))
+    seen.add(model_fingerprint(checkpoint))
     (checkpoint / "model.safetensors").rename(checkpoint / "model-a.safetensors")
-    seen.add(fingerprint(checkpoint))
+    seen.add(model_fingerprint(checkpoint))
     assert len(seen) == 3
 
 
 def test_the_template_changes_the_tokenizers_fingerprint_alone(checkpoint):
-    model, tokenizer = fingerprint(checkpoint), tokenizer_fingerprint(checkpoint)
+    model, tokenizer = model_fingerprint(checkpoint), tokenizer_fingerprint(checkpoint)
     (checkpoint / "chat_template.jinja").write_text("{{ messages }}")
-    assert fingerprint(checkpoint) == model
+    assert model_fingerprint(checkpoint) == model
     assert tokenizer_fingerprint(checkpoint) != tokenizer

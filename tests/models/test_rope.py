@@ -8,8 +8,8 @@ import pytest
 
 from mlx_dpo.errors import ModelError
 from mlx_dpo.export.convert import convert
-from mlx_dpo.models.load import load_base
-from mlx_dpo.models.rope import rope_notes, unread_rope
+from mlx_dpo.models.load import load_model
+from mlx_dpo.models.rope import rope_notes, rope_overrides
 from tests.checkpoints import make_checkpoint
 
 LLAMA3 = {
@@ -24,7 +24,7 @@ def written(folder, without=("rope_theta", "rope_scaling"), **entries):
     path = folder / "config.json"
     found = {k: v for k, v in json.loads(path.read_text()).items() if k not in without}
     path.write_text(json.dumps(found | entries))
-    return load_base(str(folder))
+    return load_model(str(folder))
 
 
 @pytest.mark.parametrize(
@@ -54,14 +54,14 @@ def test_the_newer_way_counts_where_both_are_there(tmp_path):
 
 
 def test_a_converted_model_has_it_where_mlx_lm_reads_it(tmp_path):
-    from mlx_lm.utils import load_model
+    from mlx_lm.utils import load_model as mlx_load_model
 
     rope = LLAMA3 | {"rope_theta": 50.0}
     found = written(tmp_path / "newer", rope_parameters=rope)
     convert(str(tmp_path / "newer"), tmp_path / "converted", dtype="float32")
-    model, _ = load_model(tmp_path / "converted")
+    model, _ = mlx_load_model(tmp_path / "converted")
     np.testing.assert_array_equal(model(TOKENS), found.model(TOKENS))
-    assert [note for note in load_base(str(tmp_path / "converted")).notes if "rope" in note] == []
+    assert [note for note in load_model(str(tmp_path / "converted")).notes if "rope" in note] == []
 
 
 FULL = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}
@@ -76,18 +76,18 @@ def test_layers_of_two_kinds_have_the_bases_that_mlx_lm_has_names_for():
         "rope_scaling": {"rope_type": "linear", "factor": 8.0},
         "rope_local_base_freq": 1e4,
     }
-    assert unread_rope(gemma, "x") == expected
+    assert rope_overrides(gemma, "x") == expected
     inside = {"model_type": "gemma3", "text_config": gemma | {"vocab_size": 9}}
-    part = unread_rope(inside, "x")["text_config"]
+    part = rope_overrides(inside, "x")["text_config"]
     assert part == inside["text_config"] | expected
     assert "`rope_local_base_freq` 10000.0" in rope_notes(inside, "x")[0]
 
 
 def test_dbrx_has_it_in_a_place_of_its_own():
     entries = {"model_type": "dbrx", "attn_config": {"rope_theta": 5.0}}
-    assert unread_rope(entries | {"rope_parameters": {"rope_theta": 5.0}}, "x") == {}
+    assert rope_overrides(entries | {"rope_parameters": {"rope_theta": 5.0}}, "x") == {}
     with pytest.raises(ModelError, match="`dbrx` knows no `rope_theta`"):
-        unread_rope(entries | {"rope_parameters": {"rope_theta": 6.0}}, "x")
+        rope_overrides(entries | {"rope_parameters": {"rope_theta": 6.0}}, "x")
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_dbrx_has_it_in_a_place_of_its_own():
     ],
 )  # fmt: skip
 def test_each_architecture_has_its_own_names(kind, rope, found):
-    assert unread_rope({"model_type": kind, "rope_parameters": rope}, "x") == found
+    assert rope_overrides({"model_type": kind, "rope_parameters": rope}, "x") == found
 
 
 @pytest.mark.parametrize(
@@ -122,4 +122,4 @@ def test_each_architecture_has_its_own_names(kind, rope, found):
 )
 def test_what_mlx_lm_has_no_room_for_is_refused(kind, rope, said):
     with pytest.raises(ModelError, match=rf"^x/config\.json: .*{said}.*take another one$"):
-        unread_rope({"model_type": kind, "rope_parameters": rope}, "x")
+        rope_overrides({"model_type": kind, "rope_parameters": rope}, "x")

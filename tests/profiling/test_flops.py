@@ -7,7 +7,7 @@ import pytest
 from mlx_lm.models import llama
 
 from mlx_dpo.adapters import attach as adapters
-from mlx_dpo.adapters.attach import attach, attach_full
+from mlx_dpo.adapters.attach import attach_adapters, enable_full_fine_tuning
 from mlx_dpo.profiling.flops import ModelFlops, TokenCounts, count_attended_keys, model_flops
 from mlx_dpo.types import TokenizedPair
 from tests.conftest import make_llama
@@ -25,7 +25,7 @@ ADAPTERS = 2 * (16 + 12 + 12 + 16 + 3 * 20)  # of rank 2: inputs and outputs of 
 
 def adapted(num_layers=None):
     model = llama.Model(llama.ModelArgs.from_dict(CONFIG))
-    attach(model, rank=2, scale=1.0, num_layers=num_layers)
+    attach_adapters(model, rank=2, scale=1.0, num_layers=num_layers)
     return model_flops(model, CONFIG, vocab_size=10)
 
 
@@ -49,7 +49,7 @@ def test_gradients_end_at_the_first_adapter():
 
 def test_weights_that_are_trained_themselves_are_no_adapters():
     model = llama.Model(llama.ModelArgs.from_dict(CONFIG))
-    attach_full(model, num_layers=1, target_modules=["mlp", "input_layernorm"])
+    enable_full_fine_tuning(model, num_layers=1, target_modules=["mlp", "input_layernorm"])
     work = model_flops(model, CONFIG, vocab_size=10)
     assert (work.adapters, work.tuned, work.linear_reached) == (0, 3 * 96, BLOCK)
     tokens = TokenCounts(trunk=7, head=4, seen=25)
@@ -61,8 +61,8 @@ def test_weights_that_are_trained_themselves_are_no_adapters():
 
 def test_a_token_meets_the_adapters_of_its_experts():
     model = make("mixtral")
-    adapters.detach(model)
-    attach(model, rank=2, scale=1.0, target_modules=["switch_mlp.up_proj"])
+    adapters.detach_adapters(model)
+    attach_adapters(model, rank=2, scale=1.0, target_modules=["switch_mlp.up_proj"])
     work = model_flops(model, {"num_experts_per_tok": 2, "hidden_size": 32}, vocab_size=48)
     assert work.adapters == 3 * 2 * 2 * (32 + 48)  # blocks, experts, rank
 

@@ -4,7 +4,7 @@ import mlx.core as mx
 import pytest
 from mlx_lm.models import llama
 
-from mlx_dpo.adapters.attach import attach, attach_full
+from mlx_dpo.adapters.attach import attach_adapters, enable_full_fine_tuning
 from mlx_dpo.profiling.layer_subset import (
     LayersNotFoundError,
     all_layers,
@@ -81,13 +81,13 @@ def test_windows_make_another_kind_and_positions_do_not():
 def test_adapters_make_no_other_kind():
     model = make_llama()
     before = layer_signature(model.layers[1])
-    attach(model, rank=4, scale=1.0, dropout=0.1, num_layers=1)
+    attach_adapters(model, rank=4, scale=1.0, dropout=0.1, num_layers=1)
     assert layer_signature(model.layers[1]) == layer_signature(model.layers[0]) == before
 
 
 def test_only_blocks_with_adapters_stand_for_those_that_keep_something():
     model = make_deep()
-    attach(model, rank=2, scale=1.0, num_layers=5)
+    attach_adapters(model, rank=2, scale=1.0, num_layers=5)
     found = sample_layers(model)
     assert positions(model, found.large) == [4, 5, 6, 7]
     assert found.count == 5
@@ -95,20 +95,22 @@ def test_only_blocks_with_adapters_stand_for_those_that_keep_something():
 
 def test_gradients_reach_every_block_below_which_something_is_trained():
     model = make_deep()
-    attach(model, rank=2, scale=1.0, target_modules=["model.layers.6.mlp.up_proj"])
+    attach_adapters(model, rank=2, scale=1.0, target_modules=["model.layers.6.mlp.up_proj"])
     assert first_trained_layer(model) == 6
     model = make_deep()
-    attach(model, rank=2, scale=1.0, target_modules=["model.layers.6.mlp.up_proj", "embed_tokens"])
+    attach_adapters(
+        model, rank=2, scale=1.0, target_modules=["model.layers.6.mlp.up_proj", "embed_tokens"]
+    )
     assert first_trained_layer(model) == 0
     model = make_deep()
-    attach_full(model, num_layers=2)
+    enable_full_fine_tuning(model, num_layers=2)
     assert (first_trained_layer(model), sample_layers(model).count) == (7, 2)
     assert first_trained_layer(make_deep().freeze()) == 9
 
 
 def test_fewer_adapted_blocks_than_a_sample_are_all_taken():
     model = make_deep()
-    attach(model, rank=2, scale=1.0, num_layers=1)
+    attach_adapters(model, rank=2, scale=1.0, num_layers=1)
     found = sample_layers(model)
     assert positions(model, found.large) == [8]
     assert found.is_whole

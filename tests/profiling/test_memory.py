@@ -31,15 +31,15 @@ def test_packed_weights_are_counted_as_what_they_stand_for(bits):
 
 def test_what_is_trained_is_counted_by_rank():
     model = make_llama()
-    adapters.attach(model, rank=4, scale=1.0, target_modules=["q_proj"])
+    adapters.attach_adapters(model, rank=4, scale=1.0, target_modules=["q_proj"])
     assert trainable_parameters(model) == 2 * 4 * (64 + 64)
 
 
 def test_adapters_are_no_part_of_the_base_and_trained_weights_are():
     count = total_parameters(make_llama())
     adapted, full = make_llama(), make_llama()
-    adapters.attach(adapted, rank=4, scale=1.0, kind="dora")
-    adapters.attach_full(full, num_layers=1)
+    adapters.attach_adapters(adapted, rank=4, scale=1.0, kind="dora")
+    adapters.enable_full_fine_tuning(full, num_layers=1)
     assert base_parameters(adapted) == base_parameters(full) == count
     assert resident_bytes(full, 0) == parameter_bytes(make_llama())
 
@@ -67,7 +67,7 @@ def test_no_step_reaches_the_bound(recompute, target_modules):
         "vocab_size": VOCAB,
     }  # fmt: skip
     policy = llama.Model(llama.ModelArgs.from_dict(config))
-    adapters.attach(policy, rank=8, scale=1.0, target_modules=target_modules)
+    adapters.attach_adapters(policy, rank=8, scale=1.0, target_modules=target_modules)
     mx.eval(policy.parameters())
     bound = step_peak_upper_bound(policy, config, PAIRS, vocab_size=VOCAB, state=0)
     assert bound is not None
@@ -84,7 +84,7 @@ def test_a_model_with_a_state_of_its_own_has_no_bound():
 
 def test_what_is_held_in_training_is_counted_by_hand():
     model = make_llama()
-    adapters.attach(model, rank=4, scale=1.0, target_modules=["q_proj"])
+    adapters.attach_adapters(model, rank=4, scale=1.0, target_modules=["q_proj"])
     trained = 2 * 4 * (64 + 64) * 4  # bytes
     weights = parameter_bytes(make_llama())
     held = weights + trained + 1000  # that the optimizer remembers

@@ -51,7 +51,7 @@ def test_elsewhere_the_limits_of_mlx_stay(kind, info):
 
 def test_limits_hold_during_a_run_and_are_what_they_were_after_it(monkeypatch):
     monkeypatch.setattr(limits, "device_kind", lambda: "metal")
-    monkeypatch.setattr(limits, "on_cpu", lambda: False)
+    monkeypatch.setattr(limits, "is_cpu", lambda: False)
     monkeypatch.setattr(mx, "device_info", lambda device: {RECOMMENDED_BYTES_KEY: 80_000_000})
     before = mx.set_cache_limit(7_000_000)
     try:

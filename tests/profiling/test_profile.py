@@ -4,7 +4,7 @@ import mlx.core as mx
 import pytest
 from mlx_lm.models import llama
 
-from mlx_dpo.adapters.attach import attach
+from mlx_dpo.adapters.attach import attach_adapters
 from mlx_dpo.io.arrays import named_arrays, random_state
 from mlx_dpo.profiling import profile as rehearsal
 from mlx_dpo.profiling.layer_subset import with_layers
@@ -28,7 +28,7 @@ def policy():
             num_attention_heads=4, rms_norm_eps=1e-5, vocab_size=VOCAB,
         )
     )  # fmt: skip
-    attach(model, rank=4, scale=1.0, dropout=0.1)
+    attach_adapters(model, rank=4, scale=1.0, dropout=0.1)
     mx.eval(model.parameters())
     return model
 

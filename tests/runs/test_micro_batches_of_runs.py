@@ -82,7 +82,7 @@ def test_tokens_bound_the_passes_of_a_run_and_change_no_result(config, tmp_path)
 def test_forward_passes_are_larger_where_training_keeps_more(
     name, recompute, device, largest, monkeypatch
 ):
-    monkeypatch.setattr("mlx_dpo.runs.build.on_cpu", lambda: device == "cpu")
+    monkeypatch.setattr("mlx_dpo.runs.build.is_cpu", lambda: device == "cpu")
     held = []
 
     def scorer(model, pairs):

@@ -53,13 +53,13 @@ def test_another_model_is_what_rewards_are_taken_against(against_other, other):
 
 def test_it_is_asked_once_and_gone_before_the_policy_is_there(against_other, monkeypatch):
     asked = []
-    load = other_reference.load_base
+    load = other_reference.load_model
 
     def watched(source, **how):
         asked.append(source)
         return load(source, **how)
 
-    monkeypatch.setattr(other_reference, "load_base", watched)
+    monkeypatch.setattr(other_reference, "load_model", watched)
     _, rows = train(against_other, stop_after=2)
     assert asked == [against_other.reference_model]
     _, more = train(against_other, resume=True)

@@ -8,7 +8,7 @@ from mlx_dpo import DPOConfig
 from mlx_dpo.data.prompts import add_system_prompt
 from mlx_dpo.errors import DataError
 from mlx_dpo.evaluation.compare import _prompt_ids
-from mlx_dpo.generation.generate import prompt_tokens
+from mlx_dpo.generation.generate import encode_prompt
 from mlx_dpo.runs.inputs import read_inputs
 from mlx_dpo.saved_runs.evaluate import prompts_held_out
 from mlx_dpo.saved_runs.open import open_sides
@@ -66,7 +66,7 @@ def trained(tmp_path, monkeypatch):
 def test_held_out_prompts_are_the_tokens_that_the_run_measured_on(trained, row, settings):
     opened, valid = trained(row, **settings)
     found = add_system_prompt(prompts_held_out(opened.run, opened.base), opened.run.config.system)
-    asked = [tuple(prompt_tokens(opened.base.tokenizer, p.messages)) for p in found]
+    asked = [tuple(encode_prompt(opened.base.tokenizer, p.messages)) for p in found]
     assert len(asked) == COUNT // 2
     assert set(asked) == {pair.prompt for pair in valid}
 

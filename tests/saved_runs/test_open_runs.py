@@ -8,7 +8,7 @@ import mlx_lm
 import pytest
 
 from mlx_dpo import DPOTrainer, load_policy
-from mlx_dpo.adapters.files import content_digest
+from mlx_dpo.adapters.files import adapter_digest
 from mlx_dpo.chat.session import ChatSession
 from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.errors import ConfigError, ModelError
@@ -75,8 +75,8 @@ def test_the_base_of_a_run_that_went_on_from_an_adapter_has_that_adapter(bold, t
     assert mx.array_equal(aligned, load_policy(second.output).model(TOKENS))
     opened.sides.put("base")
     assert mx.array_equal(opened.base.model(TOKENS), load_policy(first.output).model(TOKENS))
-    assert opened.facts("base")["adapter_digest"] == content_digest(Path(first.output))
-    assert opened.facts("aligned")["adapter_digest"] == content_digest(Path(second.output))
+    assert opened.facts("base")["adapter_digest"] == adapter_digest(Path(first.output))
+    assert opened.facts("aligned")["adapter_digest"] == adapter_digest(Path(second.output))
 
 
 def test_what_is_known_of_an_answer_names_model_and_adapter_by_content(bold):
@@ -103,7 +103,7 @@ def test_a_model_with_an_adapter_of_peft_has_both_sides():
     base = opened.base.model(TOKENS)
     assert mx.array_equal(base, open_sides(None, model=str(tiny_chat())).base.model(TOKENS))
     assert not mx.array_equal(base, aligned)
-    assert opened.facts("aligned")["adapter_digest"] == content_digest(PEFT)
+    assert opened.facts("aligned")["adapter_digest"] == adapter_digest(PEFT)
 
 
 def test_only_what_is_wanted_is_put_on(bold):

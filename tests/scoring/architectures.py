@@ -17,7 +17,7 @@ import mlx.nn as nn
 import mlx_lm.models
 from mlx.utils import tree_map
 
-from mlx_dpo.adapters.attach import attach
+from mlx_dpo.adapters.attach import attach_adapters
 from mlx_dpo.adapters.targets import linear_names
 
 VOCAB = 128
@@ -364,5 +364,5 @@ def adapt(model_type: str, model: nn.Module) -> nn.Module:
     left_out = UNADAPTED.get(model_type, ())
     names = [name for name in linear_names(model) if name.rpartition(".")[2] not in left_out]
     plain = [name for name in names if kinds[name] <= {nn.Linear}]
-    attach(model, rank=2, scale=2.0, target_modules=plain)
+    attach_adapters(model, rank=2, scale=2.0, target_modules=plain)
     return model

@@ -8,7 +8,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
-from mlx_dpo.adapters.attach import attach
+from mlx_dpo.adapters.attach import attach_adapters
 
 VOCAB = 48
 SIZES = {
@@ -92,7 +92,7 @@ def make(kind, *, dropout=0.0):
     module = import_module(f"mlx_lm.models.{kind}")
     mx.random.seed(0)
     model = module.Model(module.ModelArgs.from_dict({"model_type": kind, **SIZES, **MODELS[kind]}))
-    attach(model, rank=2, scale=2.0, dropout=dropout, seed=1)
+    attach_adapters(model, rank=2, scale=2.0, dropout=dropout, seed=1)
     mx.random.seed(2)
     for _, module in model.named_modules():
         if "lora_b" in module:

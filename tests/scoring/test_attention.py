@@ -151,7 +151,7 @@ def test_an_inner_block_counts_and_does_not_chunk_the_chunks(monkeypatch):
         return own(q, k, v, **more)
 
     monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", spy)
-    monkeypatch.setattr("mlx_dpo.scoring.kernels.attention.on_cpu", lambda: False)
+    monkeypatch.setattr("mlx_dpo.scoring.kernels.attention.is_cpu", lambda: False)
     with use_chunked_attention(16):
         outer = mx.fast.scaled_dot_product_attention
         with use_chunked_attention(80):
@@ -164,7 +164,7 @@ def test_an_inner_block_counts_and_does_not_chunk_the_chunks(monkeypatch):
 def test_off_the_cpu_the_forward_pass_is_mlx_own_on_each_chunk(monkeypatch):
     """The arithmetic of a GPU, run on the CPU."""
     for kernel in ("attention", "softmax"):
-        monkeypatch.setattr(f"mlx_dpo.scoring.kernels.{kernel}.on_cpu", lambda: False)
+        monkeypatch.setattr(f"mlx_dpo.scoring.kernels.{kernel}.is_cpu", lambda: False)
     arrays = [*inputs(70, 100), mx.random.normal((HEADS,))]
     assert_same(arrays, lambda q, k, v, sinks: attend(q, k, v, "causal", sinks), 32)
 

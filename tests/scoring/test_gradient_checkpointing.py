@@ -7,7 +7,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
-from mlx_dpo.adapters.attach import attach
+from mlx_dpo.adapters.attach import attach_adapters
 from mlx_dpo.scoring.kernels.attention_dispatch import use_chunked_attention
 from mlx_dpo.scoring.kernels.gradient_checkpointing import gradient_checkpointing
 from tests.scoring.small_models import (
@@ -254,7 +254,7 @@ def test_more_layers_cost_a_fraction_of_their_activations():
     for layers in (4, 12):
         arguments["num_hidden_layers"] = layers
         model = llama.Model(llama.ModelArgs.from_dict(arguments))
-        attach(model, rank=2, scale=2.0)
+        attach_adapters(model, rank=2, scale=2.0)
         mx.eval(model.parameters())
         plain.append(peak(model, 256))
         with gradient_checkpointing(model):

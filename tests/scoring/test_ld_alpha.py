@@ -22,7 +22,7 @@ ALPHA = 0.3
 @pytest.fixture
 def policy():
     model = make_llama()
-    adapters.attach(model, rank=4, scale=2.0)
+    adapters.attach_adapters(model, rank=4, scale=2.0)
     return model
 
 

@@ -162,13 +162,13 @@ def long_pairs():
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("kept", [0, 10**6], ids=["again", "kept"])
-@pytest.mark.parametrize("on_cpu", [True, False], ids=["cpu", "gpu's arithmetic"])
-def test_long_pairs_score_as_whole_rows_do(monkeypatch, recompute, kept, on_cpu):
+@pytest.mark.parametrize("is_cpu", [True, False], ids=["cpu", "gpu's arithmetic"])
+def test_long_pairs_score_as_whole_rows_do(monkeypatch, recompute, kept, is_cpu):
     monkeypatch.setattr("mlx_dpo.scoring.kernels.attention.MAX_SAVED_KEYS", kept)
     for kernel in ("attention", "softmax"):
-        monkeypatch.setattr(f"mlx_dpo.scoring.kernels.{kernel}.on_cpu", lambda: on_cpu)
+        monkeypatch.setattr(f"mlx_dpo.scoring.kernels.{kernel}.is_cpu", lambda: is_cpu)
     model = make_llama()
-    adapters.attach(model, rank=4, scale=2.0)
+    adapters.attach_adapters(model, rank=4, scale=2.0)
     pairs = long_pairs()
     shared = make_shared_scorer(vocab_size=VOCAB, gradients=True, packing="row")
 

@@ -21,7 +21,7 @@ from tests.conftest import VOCAB, make_llama
 @pytest.fixture
 def policy():
     model = make_llama()
-    adapters.attach(model, rank=4, scale=2.0)
+    adapters.attach_adapters(model, rank=4, scale=2.0)
     return model
 
 

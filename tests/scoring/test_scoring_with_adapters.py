@@ -74,7 +74,7 @@ HEAD = ("embed_tokens", "lm_head", "q_proj")
 @pytest.mark.parametrize("recompute", [False, True])
 def test_the_shared_scorer_is_exact(kind, tied, bits, settings, recompute):
     model = build(kind, tied=tied, bits=bits)
-    adapters.attach(model, rank=2, scale=2.0, seed=1, **settings)
+    adapters.attach_adapters(model, rank=2, scale=2.0, seed=1, **settings)
     stirred(model)
     choice = select_scorer(model, vocab_size=VOCAB)
     assert choice.name == "shared", choice.reason
@@ -94,10 +94,10 @@ def test_off_is_the_base_bit_for_bit_whatever_is_adapted():
         model = build("llama", tied=False, bits=None)
         tokens = mx.array([[1, 2, 3, 4]])
         before = model(tokens)
-        adapters.attach(model, rank=2, scale=2.0, kind=kind, target_modules=targets)
+        adapters.attach_adapters(model, rank=2, scale=2.0, kind=kind, target_modules=targets)
         adapted = stirred(model)(tokens)
-        with adapters.adapters_off(model):
+        with adapters.disable_adapters(model):
             assert mx.array_equal(model(tokens), before)
         assert mx.array_equal(model(tokens), adapted)
-        adapters.detach(model)
+        adapters.detach_adapters(model)
         assert mx.array_equal(model(tokens), before)

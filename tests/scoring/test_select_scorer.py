@@ -18,7 +18,7 @@ from tests.scoring.architectures import WINDOW, build
 
 
 def adapted(model, **settings):
-    adapters.attach(model, rank=2, scale=2.0, **settings)
+    adapters.attach_adapters(model, rank=2, scale=2.0, **settings)
     return model
 
 

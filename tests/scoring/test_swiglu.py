@@ -46,6 +46,6 @@ def test_it_is_exchanged_in_the_model_s_source_and_put_back_also_after_an_error(
 
 
 def test_a_gpu_keeps_its_own(monkeypatch):
-    monkeypatch.setattr("mlx_dpo.scoring.kernels.swiglu.on_cpu", lambda: False)
+    monkeypatch.setattr("mlx_dpo.scoring.kernels.swiglu.is_cpu", lambda: False)
     with use_fast_swiglu(make_llama()):
         assert llama.swiglu is activations.swiglu

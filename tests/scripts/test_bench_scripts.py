@@ -415,7 +415,7 @@ def test_the_reference_is_scored_without_adapters():
     [plain, *_] = steps.ways(model, SMALL.vocab_size)
     reference = steps.reference_pass(model, plain, pairs)().chosen.item()
     adapted = plain.scorer(model, pairs).chosen.item()
-    for module in steps.adapters.adapted_modules(model).values():
+    for module in steps.adapters.adapted_layers(model).values():
         module.lora_b = mx.zeros_like(module.lora_b)
     assert reference == pytest.approx(plain.scorer(model, pairs).chosen.item(), rel=1e-6)
     assert reference != pytest.approx(adapted, rel=1e-6)

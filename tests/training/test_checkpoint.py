@@ -18,7 +18,7 @@ from tests.temporary_files import ended_process, temporary_path
 
 def fresh(rank=4):
     policy = make_llama()
-    adapters.attach(policy, rank=rank, scale=2.0, dropout=0.3, seed=1)
+    adapters.attach_adapters(policy, rank=rank, scale=2.0, dropout=0.3, seed=1)
     optimizer = optim.AdamW(1e-2, weight_decay=0.01, bias_correction=True)
     optimizer.init(policy.trainable_parameters())
     return policy, optimizer
@@ -40,7 +40,9 @@ def plan(tiny_llama, pairs):
 
 
 def save(folder, policy, optimizer, progress):
-    return checkpoint.save(folder, policy, optimizer, progress, adapters.description(policy))
+    return checkpoint.save(
+        folder, policy, optimizer, progress, adapters.make_adapter_config(policy)
+    )
 
 
 def test_resuming_is_the_same_as_never_stopping_bit_for_bit(plan, tmp_path):

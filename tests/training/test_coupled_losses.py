@@ -24,9 +24,9 @@ def stepped(pairs, loss_type, limit):
     """Metrics and gradient of one step: descent moves each weight by it."""
     objective = Objective(loss_type=loss_type, beta=0.5)
     policy = make_llama()
-    adapters.attach(policy, rank=4, scale=2.0, seed=1)
+    adapters.attach_adapters(policy, rank=4, scale=2.0, seed=1)
     mx.random.seed(3)
-    for module in adapters.adapted_modules(policy).values():
+    for module in adapters.adapted_layers(policy).values():
         module.lora_b = 0.05 * mx.random.normal(module.lora_b.shape)
     if objective.labelled:
         pairs = [replace(pair, desirable=bool(i % 2)) for i, pair in enumerate(pairs)]
@@ -34,7 +34,7 @@ def stepped(pairs, loss_type, limit):
     def score(model, pairs, **more):
         return score_pairs(model, pairs, limit=LIMIT, **more)
 
-    with adapters.adapters_off(policy):
+    with adapters.disable_adapters(policy):
         reference = score(policy, pairs)
     plan = TrainingPlan(
         pairs=pairs, reference=reference, objective=objective, learning_rate=lambda done: 0.01,

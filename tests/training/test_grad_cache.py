@@ -46,9 +46,9 @@ class Judged(Objective):
 def stepped(pairs, objective, limit, scored=None):
     """Descent at rate 1 moves each weight by its gradient."""
     policy = make_llama()
-    adapters.attach(policy, rank=4, scale=2.0, seed=1)
+    adapters.attach_adapters(policy, rank=4, scale=2.0, seed=1)
     mx.random.seed(3)
-    for module in adapters.adapted_modules(policy).values():
+    for module in adapters.adapted_layers(policy).values():
         module.lora_b = 0.05 * mx.random.normal(module.lora_b.shape)
 
     def score(model, pairs, **more):
@@ -57,7 +57,7 @@ def stepped(pairs, objective, limit, scored=None):
             scored.append((pairs, logps))
         return logps
 
-    with adapters.adapters_off(policy):
+    with adapters.disable_adapters(policy):
         reference = score_pairs(policy, pairs, limit=LIMIT)
     plan = TrainingPlan(
         pairs=pairs, reference=reference, objective=objective, learning_rate=lambda done: 0.01,

@@ -40,7 +40,7 @@ def plan(tiny_llama, pairs):
 
 def run(plan, *, start=Progress(), dropout=0.0):  # noqa: B008  (frozen)
     policy = make_llama()
-    adapters.attach(policy, rank=4, scale=2.0, dropout=dropout, seed=1)
+    adapters.attach_adapters(policy, rank=4, scale=2.0, dropout=dropout, seed=1)
     optimizer = optim.AdamW(1e-2, weight_decay=0.0, bias_correction=True)
     return policy, list(train(policy, optimizer, plan, start=start))
 
@@ -110,7 +110,7 @@ def test_no_limit_of_a_pass_changes_the_step(plan, scored):
 
     def stepped(limit):
         policy = make_llama()
-        adapters.attach(policy, rank=4, scale=2.0, seed=1)
+        adapters.attach_adapters(policy, rank=4, scale=2.0, seed=1)
         changed = replace(
             plan, batch_size=5, total_steps=2, max_grad_norm=0.0, limit=limit, **scored
         )
@@ -161,7 +161,7 @@ def test_no_limit_of_a_pass_changes_the_gradient(lengths, limit, scored):
     pairs = [TokenizedPair(*(tuple(itertools.islice(ids, n)) for n in ls)) for ls in lengths]
     policy = make_llama()
     reference = score_pairs(policy, pairs, limit=PassLimit(pairs=1))
-    adapters.attach(policy, rank=4, scale=2.0, seed=1)
+    adapters.attach_adapters(policy, rank=4, scale=2.0, seed=1)
 
     def gradient(limit, scorer=plain_scorer, cost=padded_row_tokens):
         groups = micro_batches(range(len(pairs)), pairs, limit, cost=cost)
@@ -205,7 +205,7 @@ def test_each_pair_meets_its_own_reference(plan):
 def test_dropout_acts_in_training_even_after_an_evaluation(plan):
     """Evaluation switches the policy to its evaluation mode; the next step switches back."""
     policy = make_llama()
-    adapters.attach(policy, rank=4, scale=2.0, dropout=0.5, seed=1)
+    adapters.attach_adapters(policy, rank=4, scale=2.0, dropout=0.5, seed=1)
     optimizer = optim.AdamW(1e-2, bias_correction=True)
     modes = []
     for _ in train(policy, optimizer, replace(plan, total_steps=3), start=Progress()):
@@ -219,7 +219,7 @@ def test_a_loss_that_is_no_number_stops_before_the_update_and_names_the_pairs(pl
         chosen=mx.where(mx.arange(5) == 2, float("nan"), plan.reference.chosen)
     )
     policy = make_llama()
-    adapters.attach(policy, rank=4, scale=2.0, seed=1)
+    adapters.attach_adapters(policy, rank=4, scale=2.0, seed=1)
     optimizer = optim.AdamW(1e-2, bias_correction=True)
     steps = train(policy, optimizer, replace(plan, reference=broken), start=Progress())
     done, before = 0, adapters.adapter_weights(policy)

@@ -206,7 +206,9 @@ SETTINGS = {"sgd": {"momentum": 0.9}, "adamw": {"weight_decay": 0.01}}
 
 def fresh(name, kind="lora"):
     policy = make_llama()
-    adapters.attach(policy, kind=kind, rank=4, scale=2.0, dropout=0.3, num_layers=1, seed=1)
+    adapters.attach_adapters(
+        policy, kind=kind, rank=4, scale=2.0, dropout=0.3, num_layers=1, seed=1
+    )
     return policy, make(name, policy, 1e-2, **SETTINGS.get(name, {}))
 
 

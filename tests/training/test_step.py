@@ -16,9 +16,9 @@ OBJECTIVE = Objective(beta=BETA)
 @pytest.fixture
 def policy():
     model = make_llama()
-    adapters.attach(model, rank=4, scale=2.0, seed=1)
+    adapters.attach_adapters(model, rank=4, scale=2.0, seed=1)
     mx.random.seed(5)
-    for module in adapters.adapted_modules(model).values():
+    for module in adapters.adapted_layers(model).values():
         module.lora_b = 0.1 * mx.random.normal(module.lora_b.shape)
     return model
 

@@ -24,12 +24,12 @@ def score(model, pairs, **more):
 @pytest.fixture
 def policy():
     model = make_llama()
-    adapters.attach(model, rank=4, scale=2.0, seed=1)
+    adapters.attach_adapters(model, rank=4, scale=2.0, seed=1)
     return model
 
 
 def shifted(policy, by):
-    for module in adapters.adapted_modules(policy).values():
+    for module in adapters.adapted_layers(policy).values():
         module.lora_b = module.lora_b + by
 
 
@@ -62,7 +62,7 @@ def test_it_speaks_for_its_own_weights_and_leaves_the_policy_its_own(policy, pai
 def test_in_the_loop_rewards_are_zero_after_a_hard_update(policy, pairs):
     """With alpha 1 the reference is the policy: rewards begin at zero every second step."""
     moving = SyncedReference(policy, alpha=1.0, every=2, score=score)
-    with adapters.adapters_off(policy):
+    with adapters.disable_adapters(policy):
         reference = score(policy, pairs)
     plan = TrainingPlan(
         pairs=pairs, reference=reference, objective=Objective(beta=0.1),

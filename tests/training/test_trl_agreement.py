@@ -26,7 +26,7 @@ from mlx_dpo.data.batching import PassLimit, step_indices
 from mlx_dpo.data.sources import Row
 from mlx_dpo.data.tokenization.tokenize import TokenRules, tokenize_pair
 from mlx_dpo.losses.metrics import step_row
-from mlx_dpo.models.load import Base, load_base
+from mlx_dpo.models.load import LoadedModel, load_model
 from mlx_dpo.schemas import parse_pairs
 from mlx_dpo.scoring.score_pairs import score_pairs
 from mlx_dpo.training.loop import Progress, train
@@ -71,8 +71,8 @@ def golden() -> dict[str, Any]:
     return golden
 
 
-def fresh_base() -> Base:
-    return load_base(str(trl.MODEL), dtype="float32")
+def fresh_base() -> LoadedModel:
+    return load_model(str(trl.MODEL), dtype="float32")
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def order_of(count: int) -> list[int]:
 
 
 def set_initial_a(policy: nn.Module, golden: dict[str, Any]) -> None:
-    modules = adapters.adapted_modules(policy)
+    modules = adapters.adapted_layers(policy)
     assert {name: module.lora_a.shape[0] for name, module in modules.items()} == golden["adapted"]
     [rank] = {module.lora_a.shape[1] for module in modules.values()}
     for name, factor in trl.initial_a(golden["adapted"], rank=rank).items():
@@ -109,7 +109,7 @@ def through_the_loop(
     """The plain run by hand, every value from the golden file."""
     settings = golden["runs"]["plain"]["settings"]
     policy = fresh_base().model
-    adapters.attach(
+    adapters.attach_adapters(
         policy,
         rank=settings["lora_r"],
         scale=settings["lora_alpha"] / settings["lora_r"],

@@ -15,7 +15,7 @@ from mlx_dpo.adapters import attach as adapters
 from mlx_dpo.data.batching import PassLimit, step_indices
 from mlx_dpo.data.tokenization.tokenize import TokenRules, tokenize_unpaired
 from mlx_dpo.losses.metrics import step_row
-from mlx_dpo.models.load import load_base
+from mlx_dpo.models.load import load_model
 from mlx_dpo.runs.build import make_objective
 from mlx_dpo.schemas import parse_unpaired
 from mlx_dpo.schemas.schema import Row, RowRules
@@ -40,7 +40,7 @@ def golden():
 @pytest.fixture(scope="module")
 def rows(golden):
     """As TRL completes them: with the answer before, turned round within each step."""
-    base = load_base(str(trl.MODEL), dtype="float32")
+    base = load_model(str(trl.MODEL), dtype="float32")
     rules = TokenRules(vocab_size=base.vocab_size)
     rows = []
     for record in kto.judged(trl.first_lines(golden["pairs"]["count"])):
@@ -57,17 +57,17 @@ def rows(golden):
 
 @pytest.fixture(scope="module")
 def reference(rows):
-    policy = load_base(str(trl.MODEL), dtype="float32").model
+    policy = load_model(str(trl.MODEL), dtype="float32").model
     return score_pairs(policy, rows, limit=PassLimit(pairs=16))
 
 
 @pytest.fixture(scope="module", params=[16, 6], ids=["a step a pass", "six rows a pass"])
 def beside(request, golden, rows, reference):
     settings = golden["settings"]
-    policy = load_base(str(trl.MODEL), dtype="float32").model
+    policy = load_model(str(trl.MODEL), dtype="float32").model
     scale = settings["lora_alpha"] / settings["lora_r"]
-    adapters.attach(policy, rank=settings["lora_r"], scale=scale)
-    modules = adapters.adapted_modules(policy)
+    adapters.attach_adapters(policy, rank=settings["lora_r"], scale=scale)
+    modules = adapters.adapted_layers(policy)
     for name, factor in trl.initial_a(golden["adapted"], rank=settings["lora_r"]).items():
         modules[name].lora_a = mx.array(factor.T)
     taken = [

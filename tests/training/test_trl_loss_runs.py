@@ -66,7 +66,7 @@ def beside(request, golden, pairs, reference):
     config = DPOConfig(beta=settings["beta"], **settings["loss"])
     base = fresh_base()
     policy = base.model
-    adapters.attach(policy, rank=settings["lora_r"], scale=settings["lora_alpha"] / 16)
+    adapters.attach_adapters(policy, rank=settings["lora_r"], scale=settings["lora_alpha"] / 16)
     set_initial_a(policy, json.loads(sigmoid.GOLDEN.read_text()))
     order = order_of(len(pairs))
     plan = TrainingPlan(

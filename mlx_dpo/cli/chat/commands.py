@@ -13,9 +13,9 @@ from mlx_dpo.errors import ConfigError, DataError, reason
 from mlx_dpo.io.atomic import write_file
 
 if TYPE_CHECKING:
-    from mlx_dpo.adapters.switch import Side
+    from mlx_dpo.adapters.switch import AdapterState
     from mlx_dpo.cli.chat.feedback import FeedbackFiles
-    from mlx_dpo.generation.stream import Piece, Summary
+    from mlx_dpo.generation.stream import AnswerChunk, GenerationSummary
 
 COMMANDS = {
     "/help": ("", "this list"),
@@ -76,13 +76,13 @@ class ChatCommands:
         """Stream the answer to a question and print notes about it."""
         self._stream(self.chat.reply(text))
 
-    def _stream(self, pieces: Generator["Piece"]) -> str:
+    def _stream(self, pieces: Generator["AnswerChunk"]) -> str:
         text, summary = self.shown.stream(pieces)
         for note in self._notes(summary):
             print_note(note)
         return text
 
-    def _notes(self, summary: "Summary") -> Iterator[str]:
+    def _notes(self, summary: "GenerationSummary") -> Iterator[str]:
         if turns := summary.left_out:
             yield f"The context is full: the oldest {turns} turns are dropped from here on."
         if note := cut_note(summary.finish_reason, self.chat.sampling.max_tokens):
@@ -112,7 +112,7 @@ class ChatCommands:
         self._switch_to("aligned")
         print_note("The aligned model answers from here on.")
 
-    def _switch_to(self, adapter_state: "Side") -> None:
+    def _switch_to(self, adapter_state: "AdapterState") -> None:
         self._check_two_models()
         self.chat.switch.put(adapter_state)
 
@@ -128,7 +128,7 @@ class ChatCommands:
         if question:
             self.answer(question)
         first, [author] = self.chat.last_answer(), self.chat.authors[-1:]
-        other: Side = "base" if author == "aligned" else "aligned"
+        other: AdapterState = "base" if author == "aligned" else "aligned"
         print_note(f"Answer of the {other} model:")
         text = self._stream(self.chat.answer_with(other))
         second = self.chat.strip_thinking(text)
@@ -191,7 +191,7 @@ def is_command(line: str) -> bool:
     return name in COMMANDS or name in ALIASES
 
 
-def format_statistics(summary: "Summary", context: int | None) -> str:
+def format_statistics(summary: "GenerationSummary", context: int | None) -> str:
     """Return token counts and speed of an answer in one line."""
     rate = summary.tokens_per_second
     speed = "" if rate is None else f", {rate:.0f} per second"

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 
-from mlx_dpo.models.device import on_cpu
+from mlx_dpo.models.device import is_cpu
 from mlx_dpo.scoring.kernels.softmax import softmax
 
 # Keys per query, on average, up to which the CPU saves probabilities for the backward pass
@@ -89,7 +89,7 @@ def _saved_probabilities(inputs: AttentionInputs, options: AttentionOptions) -> 
     """
     scores = sum((c.query_end - c.query_start) * (c.key_end - c.key_start) for c in options.chunks)
     is_large = scores > MAX_SAVED_KEYS * inputs.queries.shape[2]
-    if not on_cpu() or inputs.sinks is not None or is_large:
+    if not is_cpu() or inputs.sinks is not None or is_large:
         return []
     arrays = {name: mx.stop_gradient(x) for name, x in inputs._asdict().items() if x is not None}
     constant = inputs._replace(**arrays)
@@ -132,7 +132,7 @@ def _chunk_inputs(inputs: AttentionInputs, chunk: QueryChunk) -> AttentionInputs
 
 def _attend_chunk(part: AttentionInputs, options: AttentionOptions, chunk: QueryChunk) -> mx.array:
     """Return the attention output of one chunk. (B, H, C, E)"""
-    if not on_cpu():  # a GPU has a fused kernel for the forward pass
+    if not is_cpu():  # a GPU has a fused kernel for the forward pass
         q, k, v, mask, sinks = part
         fused_mask = "causal" if options.is_causal else mask if chunk.mask is None else chunk.mask
         return options.fused_attention(q, k, v, scale=options.scale, mask=fused_mask, sinks=sinks)

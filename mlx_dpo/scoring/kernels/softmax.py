@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-from mlx_dpo.models.device import on_cpu
+from mlx_dpo.models.device import is_cpu
 
 
 def exp(x: mx.array) -> mx.array:
@@ -22,7 +22,7 @@ def softmax(scores: mx.array) -> mx.array:
 
     Shape and dtype of `scores`. Without a gradient of its own: callers differentiate by hand.
     """
-    if not on_cpu() or scores.dtype == mx.float64:
+    if not is_cpu() or scores.dtype == mx.float64:
         return mx.softmax(scores, axis=-1, precise=True)
     x = scores.astype(mx.float32)
     weights = exp(x - x.max(axis=-1, keepdims=True))
@@ -37,7 +37,7 @@ def logsumexp(logits: mx.array) -> mx.array:
     an error of 7e-4 nats per token at V = 152k. A blockwise sum leaves 2e-6. A GPU adds in
     parallel and has no such error.
     """
-    return blockwise_logsumexp(logits) if on_cpu() else mx.logsumexp(logits, axis=-1)
+    return blockwise_logsumexp(logits) if is_cpu() else mx.logsumexp(logits, axis=-1)
 
 
 def blockwise_logsumexp(logits: mx.array) -> mx.array:

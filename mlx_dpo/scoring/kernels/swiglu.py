@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import activations
 
-from mlx_dpo.models.device import on_cpu
+from mlx_dpo.models.device import is_cpu
 from mlx_dpo.models.restore import patched
 
 FUNCTION_NAME = "swiglu"
@@ -47,7 +47,7 @@ def _swiglu_vjp(primals: Any, cotangent: mx.array, output: mx.array) -> Any:
 @contextmanager
 def use_fast_swiglu(model: nn.Module) -> Iterator[None]:
     """Replace mlx-lm's `swiglu` in the Python modules of `model` inside the block, on the CPU."""
-    parts = model.modules() if isinstance(model, nn.Module) and on_cpu() else []
+    parts = model.modules() if isinstance(model, nn.Module) and is_cpu() else []
     modules = {sys.modules[type(part).__module__] for part in parts}
     with ExitStack() as stack:
         for module in modules:
