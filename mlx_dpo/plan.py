@@ -10,7 +10,7 @@ import numpy as np
 
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.data.batching import count_micro_batches, largest_micro_batch, padded_row_tokens
-from mlx_dpo.data.dataset import lengths_only, longest_pairs, row_lengths
+from mlx_dpo.data.columns import lengths_only, longest_pairs, row_lengths
 from mlx_dpo.data.tokenization.cache import RowProgress
 from mlx_dpo.errors import ModelError
 from mlx_dpo.generation.generate import context_length

@@ -43,7 +43,7 @@ def _shelves() -> dict[str, Shelf]:
 
     rooms = {"reference": (reference_cache(), answers), "tokens": (token_cache(), kept)}
     return {
-        name: Shelf(folder, room.entries(folder), abandoned_paths(folder))
+        name: Shelf(folder, room.list_entries(folder), abandoned_paths(folder))
         for name, (folder, room) in rooms.items()
     }
 

@@ -12,7 +12,13 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_dpo.config.training import PassLimit
-from mlx_dpo.data.dataset import LABELS, LENGTHS, MARGINS_AND_WEIGHTS, column, lengths_only
+from mlx_dpo.data.columns import (
+    LABELS,
+    LENGTHS,
+    MARGINS_AND_WEIGHTS,
+    column,
+    lengths_only,
+)
 from mlx_dpo.types import PairBatch, PairMetadata, TokenizedPair
 
 PAD_MULTIPLE = 8  # of the widths of whole rows

@@ -1,4 +1,4 @@
-"""Files -> rows: JSON lines, JSON, Parquet and CSV, each also compressed."""
+"""Rows of files: JSON Lines, JSON, Parquet and CSV, each also compressed; and their locations."""
 
 import bz2
 import csv
@@ -6,9 +6,11 @@ import gzip
 import io
 import json
 import lzma
+import re
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -16,20 +18,115 @@ from typing import IO, Any
 from mlx_dpo.errors import DataError, reason
 from mlx_dpo.schemas.schema import Row
 
-TABLE_BATCH_ROWS = 1000  # rows of a table that are held at once
+# A location with a canonical number, which a code can hold: `name:12` or `name[12]`.
+NUMBERED = re.compile(
+    r"(?P<name>.*)(?::(?P<line>0|[1-9]\d{0,9})|\[(?P<index>0|[1-9]\d{0,9})\])", re.S
+)
+LINE, INDEX, NAME_ONLY = range(3)  # kinds of locations
+KIND_BITS, NUMBER_BITS = 2, 36
+NO_ROW = -1  # code in place of a second row
+AND = " and "  # between the locations of a pair that was made from two rows
+
+
+class RowLocations:
+    """Row locations such as `file:12` and `file[3]` as numbers: two 64-bit codes each.
+
+    A code has the number of the file name, the number of the row and the kind of location. The
+    second code is the other row of a pair that was made from two rows (`a:1 and b:2`).
+
+    The object also is a list of locations, see `add`.
+    """
+
+    def __init__(self, names: Iterable[str] | None = None) -> None:
+        """Use these file names; with None, learn the names from the locations."""
+        self._is_fixed = names is not None
+        self._names = list(names or ())
+        self._numbers = {name: number for number, name in enumerate(self._names)}
+        self._codes = array("q")
+
+    def encode(self, location: str) -> tuple[int, int]:
+        """Return the codes of a location.
+
+        Raises:
+            ValueError: the location is in none of the files.
+        """
+        if (code := self._find(location)) is not None:
+            return code, NO_ROW
+        for match in re.finditer(AND, location):  # file names may contain it, too
+            first = self._find_or_learn(location[: match.start()])
+            second = self._find_or_learn(location[match.end() :])
+            if first is not None and second is not None:
+                return first, second
+        if self._is_fixed:
+            raise ValueError(f"`{location}` is in none of {self._names}")
+        if (code := self._find_or_learn(location)) is None:
+            code = _pack(self._learn(location), 0, NAME_ONLY)
+        return code, NO_ROW
+
+    def decode(self, codes: Sequence[int]) -> str:
+        """Return the location of codes from `encode`."""
+        first, second = codes
+        location = self._format(first)
+        return location if second == NO_ROW else f"{location}{AND}{self._format(second)}"
+
+    def add(self, location: str) -> int:
+        """Append a location and return its index; a repetition of the last one is not stored."""
+        codes = array("q", self.encode(location))
+        if self._codes[-2:] != codes:
+            self._codes += codes
+        return len(self) - 1
+
+    def __len__(self) -> int:
+        return len(self._codes) // 2
+
+    def __getitem__(self, index: int) -> str:
+        return self.decode(self._codes[2 * index : 2 * index + 2])
+
+    def _find(self, location: str) -> int | None:
+        """Return the code of one row in a known file, or None."""
+        match = NUMBERED.fullmatch(location)
+        if match is None or match["name"] not in self._numbers:
+            return None
+        kind = INDEX if match["line"] is None else LINE
+        return _pack(self._numbers[match["name"]], int(match["line"] or match["index"]), kind)
+
+    def _find_or_learn(self, location: str) -> int | None:
+        match = NUMBERED.fullmatch(location)
+        if match is not None and not self._is_fixed:
+            self._learn(match["name"])
+        return self._find(location)
+
+    def _learn(self, name: str) -> int:
+        number = self._numbers.setdefault(name, len(self._names))
+        if number == len(self._names):
+            self._names.append(name)
+        return number
+
+    def _format(self, code: int) -> str:
+        kind = code & (1 << KIND_BITS) - 1
+        number = code >> KIND_BITS & (1 << NUMBER_BITS) - 1
+        name = self._names[code >> KIND_BITS + NUMBER_BITS]
+        return (f"{name}:{number}", f"{name}[{number}]", name)[kind]
+
+
+def _pack(file: int, number: int, kind: int) -> int:
+    return (file << NUMBER_BITS | number) << KIND_BITS | kind
+
+
+TABLE_BATCH_ROWS = 1000  # rows of a Parquet file that are Python objects at the same time
 TEXT_COLUMNS = {"prompt", "question", "instruction", "chosen", "rejected", "completion"}
-ROLE_KEYS = {"role", "from"}  # one of them is in every turn
-Items = Iterator[tuple[str, Any]]
+ROLE_KEYS = {"role", "from"}  # every message has one of these keys
+Items = Iterator[tuple[str, Any]]  # locations and parsed values
 SUPPORTED_FORMATS = (
     "`.jsonl`, `.json`, `.parquet` or `.csv`, each also `.gz`, `.bz2`, `.xz` or `.zst`"
 )
 
 
 def read_file(path: Path) -> Iterator[Row]:
-    """Yield the objects of a file, in its order, each with its place.
+    """Yield the rows of a file in their order.
 
     Raises:
-        DataError: names the file, the line or index, and what was found there.
+        DataError: the file cannot be read; the message has the location.
     """
     kind, _ = file_format(path)
     with open_data_file(path) as stream:
@@ -37,54 +134,52 @@ def read_file(path: Path) -> Iterator[Row]:
 
 
 def to_rows(items: Items) -> Iterator[Row]:
-    """The items as rows.
+    """Yield the items as rows.
 
     Raises:
-        DataError: one is no object.
+        DataError: an item is not an object.
     """
-    for where, item in items:
+    for location, item in items:
         if not isinstance(item, dict):
-            raise DataError(f"{where}: expected an object, found {_kind(item)}")
-        yield Row(item, where)
+            raise DataError(f"{location}: expected an object, found {_describe(item)}")
+        yield Row(item, location)
 
 
 def file_format(path: Path) -> tuple[str, str]:
-    """Its ending, and that of the compression around it, from the name alone.
+    """Return the suffixes of the format and of the compression ("" for none) from the file name.
 
     Raises:
-        DataError: such files are not read.
+        DataError: the format is not supported.
     """
-    packed = path.suffix.lower() if path.suffix.lower() in DECOMPRESSORS else ""
-    kind = Path(path.stem if packed else path.name).suffix.lower()
-    if kind not in READERS:
-        found = f"`{kind}{packed}`" if kind + packed else "no ending"
-        raise DataError(
-            f"{path}: this kind of file is not read ({found}); give {SUPPORTED_FORMATS}"
-        )
-    return kind, packed
+    compression = path.suffix.lower() if path.suffix.lower() in DECOMPRESSORS else ""
+    suffix = Path(path.stem if compression else path.name).suffix.lower()
+    if suffix not in READERS:
+        found = f"`{suffix}{compression}`" if suffix + compression else "no suffix"
+        raise DataError(f"{path}: unsupported file type ({found}); use {SUPPORTED_FORMATS}")
+    return suffix, compression
 
 
 def read_json_lines(stream: Iterable[bytes], name: str) -> Items:
-    """One object a line; blank lines are passed over."""
-    # As bytes, so that only a newline ends a line and a bad byte is blamed on its own line.
+    """Yield the JSON value of each line; blank lines are skipped."""
+    # As bytes, so that only a newline ends a line, and an invalid byte is reported for its line.
     for number, line in enumerate(stream, start=1):
         if line.strip():
-            where = f"{name}:{number}"
-            yield where, parse_json(line.rstrip(), where)
+            location = f"{name}:{number}"
+            yield location, parse_json(line.rstrip(), location)
 
 
-def _json_list(stream: IO[bytes], name: str) -> Items:
+def _read_json_list(stream: IO[bytes], name: str) -> Items:
     items = parse_json(stream.read(), name)
     if not isinstance(items, list):
         raise DataError(
-            f"{name}: expected a list of objects, found {_kind(items)}; "
-            "a file with one object a line must end in `.jsonl`"
+            f"{name}: expected a list of objects, found {_describe(items)}; "
+            "a file with one object per line must end in `.jsonl`"
         )
     for index, item in enumerate(items):
         yield f"{name}[{index}]", item
 
 
-def _parquet(stream: IO[bytes], name: str) -> Items:
+def _read_parquet(stream: IO[bytes], name: str) -> Items:
     import pyarrow
     import pyarrow.parquet
 
@@ -100,27 +195,28 @@ def _parquet(stream: IO[bytes], name: str) -> Items:
 
 
 def _seekable(stream: IO[bytes]) -> IO[bytes]:
-    """A table is read from its end, which a packed stream does not have."""
+    """Return the stream, or its content in memory if it is compressed and cannot seek."""
+    # A Parquet file is read from its end.
     return stream if stream.seekable() else io.BytesIO(stream.read())
 
 
-def _csv(stream: IO[bytes], name: str) -> Items:
-    """One object a line under the header; a cell that holds JSON messages is read as such."""
-    csv.field_size_limit(sys.maxsize)  # there is no reason to refuse a long answer
-    lines = csv.reader(_decoded(stream, name), strict=True)
+def _read_csv(stream: IO[bytes], name: str) -> Items:
+    """Yield a dictionary per line below the header; cells with messages as JSON are parsed."""
+    csv.field_size_limit(sys.maxsize)  # completions may be long
+    lines = csv.reader(_decode_lines(stream, name), strict=True)
     header = next(lines, [])
     if len(set(header)) < len(header):
-        raise DataError(f"{name}:1: a column stands there twice")
+        raise DataError(f"{name}:1: duplicate column name")
     last = lines.line_num
     for cells in lines:
-        where, last = f"{name}:{last + 1}", lines.line_num
+        location, last = f"{name}:{last + 1}", lines.line_num
         if cells and len(cells) != len(header):
-            raise DataError(f"{where}: {len(cells)} cells under a header of {len(header)}")
+            raise DataError(f"{location}: {len(cells)} cells under a header of {len(header)}")
         if cells:
-            yield where, dict(zip(header, map(_cell, header, cells), strict=True))
+            yield location, dict(zip(header, map(_parse_cell, header, cells), strict=True))
 
 
-def _cell(column: str, text: str) -> Any:
+def _parse_cell(column: str, text: str) -> Any:
     if not text.startswith(("[", "{")):
         return text
     try:
@@ -128,19 +224,19 @@ def _cell(column: str, text: str) -> Any:
     except (ValueError, RecursionError):
         return text
     objects = value if isinstance(value, list) else [value]
-    if not objects or not all(isinstance(one, dict) for one in objects):
+    if not objects or not all(isinstance(item, dict) for item in objects):
         return text
-    # Where turns or text may stand, objects that are no turns are an answer in JSON: text.
-    turns = all(ROLE_KEYS & one.keys() for one in objects)
-    return value if turns or column not in TEXT_COLUMNS else text
+    # In a column of text or messages, objects that are not messages are text that looks like JSON.
+    are_messages = all(ROLE_KEYS & item.keys() for item in objects)
+    return value if are_messages or column not in TEXT_COLUMNS else text
 
 
-def _decoded(stream: IO[bytes], name: str) -> Iterator[str]:
+def _decode_lines(stream: IO[bytes], name: str) -> Iterator[str]:
     for number, line in enumerate(stream, start=1):
-        yield _text(line, f"{name}:{number}")
+        yield _decode(line, f"{name}:{number}")
 
 
-def _text(data: bytes, location: str) -> str:
+def _decode(data: bytes, location: str) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -151,13 +247,13 @@ def _text(data: bytes, location: str) -> str:
 
 
 def parse_json(data: bytes, location: str) -> Any:
-    """The JSON value.
+    """Return the JSON value.
 
     Raises:
-        DataError: it is none, or not UTF-8.
+        DataError: the data is not JSON or not UTF-8.
     """
     try:
-        return json.loads(_text(data, location))
+        return json.loads(_decode(data, location))
     except json.JSONDecodeError as error:
         at = f"line {error.lineno}, " if error.lineno > 1 else ""
         raise DataError(f"{location}: not JSON ({error.msg}, {at}column {error.colno})") from None
@@ -165,45 +261,45 @@ def parse_json(data: bytes, location: str) -> Any:
         raise DataError(f"{location}: not JSON that can be read ({reason(error)})") from None
 
 
-def _kind(value: Any) -> str:
+def _describe(value: Any) -> str:
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false"}
     return names.get(type(value), "null" if value is None else "a number")
 
 
 @contextmanager
 def open_data_file(path: Path) -> Iterator[IO[bytes]]:
-    """The file, unpacked.
+    """Open the file for reading and decompress it.
 
     Raises:
-        DataError: there is none, or it cannot be read to its end.
+        DataError: the file does not exist, or cannot be read to its end.
     """
-    _, packed = file_format(path)
+    _, compression = file_format(path)
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     try:
-        unpack: Callable[[Path], Any] = DECOMPRESSORS.get(packed, lambda path: path.open("rb"))
+        unpack: Callable[[Path], Any] = DECOMPRESSORS.get(compression, lambda path: path.open("rb"))
         with unpack(path) as stream:
             yield stream
     except (OSError, EOFError, zlib.error, lzma.LZMAError, csv.Error) as error:
         raise DataError(f"{path}: cannot be read ({reason(error)})") from error
 
 
-def _zstandard(path: Path) -> Any:
+def _open_zstandard(path: Path) -> Any:
     import pyarrow
 
-    # Only as a raw stream does it have lines.
+    # pyarrow's stream cannot iterate over lines.
     return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
 
 
 READERS: dict[str, Callable[[IO[bytes], str], Items]] = {
     ".jsonl": read_json_lines,
-    ".json": _json_list,
-    ".parquet": _parquet,
-    ".csv": _csv,
+    ".json": _read_json_list,
+    ".parquet": _read_parquet,
+    ".csv": _read_csv,
 }
 DECOMPRESSORS: dict[str, Callable[[Path], Any]] = {
     ".gz": gzip.open,
     ".bz2": bz2.open,
     ".xz": lzma.open,
-    ".zst": _zstandard,
+    ".zst": _open_zstandard,
 }

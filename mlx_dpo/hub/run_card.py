@@ -11,8 +11,8 @@ from huggingface_hub.errors import HTTPError
 from mlx_dpo.adapters.files import CONFIG, adapter_digest
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.config.sampling import Sampling
+from mlx_dpo.data.hf_datasets import parse_hub_name
 from mlx_dpo.data.prompts import Prompt
-from mlx_dpo.data.sources import parse_hub_name
 from mlx_dpo.errors import ConfigError, ModelError
 from mlx_dpo.evaluation.compare import compare_runs
 from mlx_dpo.hub.model_card import CardFacts, Sample

@@ -9,25 +9,15 @@ from pathlib import Path
 from typing import Any, cast
 
 from mlx_dpo.config.dpo_config import DPOConfig
-from mlx_dpo.data.dataset import (
-    PairDataset,
-    concatenate,
-    longest_row,
-    pairs_digest,
-    with_mismatched_completions,
-)
-from mlx_dpo.data.load import (
-    LoadedPairs,
-    PairRules,
-    check_settings_used,
-    held_out_indices,
-    mix_indices,
-)
+from mlx_dpo.data.columns import longest_row, pairs_digest
+from mlx_dpo.data.dataset import PairDataset, concatenate, with_mismatched_completions
+from mlx_dpo.data.load import check_settings_used, held_out_indices, mix_indices
 from mlx_dpo.data.report import PairsReport
 from mlx_dpo.data.sources import Source, SplitSources, find_sources
 from mlx_dpo.data.tokenization.cache import RowProgress, TokenCache, load_source
 from mlx_dpo.data.tokenization.chat_template import TokenRules
 from mlx_dpo.data.tokenization.parallel import TokenizerWorkers
+from mlx_dpo.data.tokenization.tokenize_rows import LoadedPairs, PairRules
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.generation.generate import context_length
 from mlx_dpo.models.device import device_kind, main_dtype
@@ -123,7 +113,7 @@ def read_pairs(
         TokenizerWorkers(base.tokenizer, load, processes()),
         PairRules(token_rules(config, base), row_rules(config), config.bad_pairs),
         TokenCache(token_cache(), files, name),
-        counting=counting,
+        progress=counting,
     )
 
 

@@ -13,7 +13,7 @@ from mlx_dpo.adapters.targets import block_paths, has_tied_embeddings
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.config.optimizer import KINDS
 from mlx_dpo.data.batching import count_micro_batches
-from mlx_dpo.data.dataset import count_shared_pairs
+from mlx_dpo.data.columns import count_shared_pairs
 from mlx_dpo.io.arrays import named_arrays
 from mlx_dpo.models.device import dtype_name
 from mlx_dpo.profiling import memory

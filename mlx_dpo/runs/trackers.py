@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_dpo.config.dpo_config import DPOConfig
-from mlx_dpo.data.dataset import LENGTHS, column
+from mlx_dpo.data.columns import LENGTHS, column
 from mlx_dpo.runs.folder import hub_model
 from mlx_dpo.trackers import check_tracker, open_tracker
 from mlx_dpo.trackers.base import OpenTrackers, RunInfo

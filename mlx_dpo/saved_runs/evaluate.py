@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
-from mlx_dpo.data.dataset import pairs_digest
-from mlx_dpo.data.dataset import prompt_keys as prompts_of_pairs
+from mlx_dpo.data.columns import pairs_digest
+from mlx_dpo.data.columns import prompt_keys as prompts_of_pairs
 from mlx_dpo.data.examples import parse_rows
 from mlx_dpo.data.prompts import Prompt, check_no_template_kwargs, check_prompts, make_prompt
 from mlx_dpo.data.report import PairsReport

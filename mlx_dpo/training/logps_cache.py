@@ -5,16 +5,17 @@ Knows no models, so that the cache can be looked through without loading one.
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from mlx_dpo.io.arrays import read_arrays, write_arrays
-from mlx_dpo.io.atomic import is_temporary, temporary_path
+from mlx_dpo.io.atomic import temporary_path
+from mlx_dpo.io.cache_listing import UNKNOWN, CacheEntry, list_cache
 from mlx_dpo.types import PairLogps
 
 SUFFIX = ".safetensors"
@@ -56,22 +57,11 @@ def _checksum(logps: PairLogps) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-MODEL, COMPUTED_ON, WRITTEN = "model", "computed_on", "written"  # labels of a file
-UNKNOWN = "unknown"  # of a file that was written before there were labels, or is damaged
+@dataclass(frozen=True, kw_only=True)
+class LogpsCacheEntry(CacheEntry):
+    """A file of cached reference log-probabilities."""
 
-
-@dataclass(frozen=True)
-class Entry:
-    """A file of the cache."""
-
-    path: Path
-    model: str
-    computed_on: str  # device and number type
-    pairs: int
-    size: int  # bytes
-    written: str | None
-    last_used: datetime
-    damaged: bool  # nobody will believe it: its pairs are scored again
+    computed_on: str = UNKNOWN  # device and dtype
 
 
 @dataclass(frozen=True)
@@ -88,23 +78,19 @@ class Group:
 
 
 def labels(model: str, computed_on: str) -> dict[str, str]:
-    """What a new file says of itself. A folder is named without the way to it."""
+    """Return the labels of a new file: model, device and dtype, and the time."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    return {MODEL: model, COMPUTED_ON: computed_on, WRITTEN: now}
+    return {"model": model, "computed_on": computed_on, "written": now}
 
 
-def entries(folder: Path) -> list[Entry]:
-    """Every whole or damaged file of the cache, in the order of their names."""
-    found = []
-    for path in sorted(_files(folder)):
-        with suppress(FileNotFoundError):  # somebody else clears
-            found += [] if is_temporary(path) else [_entry(path)]
-    return found
+def list_entries(folder: Path) -> list[LogpsCacheEntry]:
+    """Return the files of the cache, sorted by name."""
+    return list_cache(folder, SUFFIX, LogpsCacheEntry, _read_labels)
 
 
-def groups(of: Iterable[Entry]) -> list[Group]:
+def groups(of: Iterable[LogpsCacheEntry]) -> list[Group]:
     """The files that are not damaged, model by model."""
-    found: dict[tuple[str, str], list[Entry]] = {}
+    found: dict[tuple[str, str], list[LogpsCacheEntry]] = {}
     for entry in of:
         if not entry.damaged:
             found.setdefault((entry.model, entry.computed_on), []).append(entry)
@@ -121,20 +107,6 @@ def groups(of: Iterable[Entry]) -> list[Group]:
     ]
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    return (path for path in folder.glob(f"*{SUFFIX}") if path.is_file())
-
-
-def _entry(path: Path) -> Entry:
-    found, facts = read_labelled(path), path.stat()
-    given = {} if found is None else found[1]
-    return Entry(
-        path=path,
-        model=given.get(MODEL, UNKNOWN),
-        computed_on=given.get(COMPUTED_ON, UNKNOWN),
-        pairs=0 if found is None else len(found[0].chosen),
-        size=facts.st_size,
-        written=given.get(WRITTEN),
-        last_used=datetime.fromtimestamp(facts.st_mtime, UTC),
-        damaged=found is None,
-    )
+def _read_labels(path: Path) -> dict[str, Any] | None:
+    content = read_labelled(path)
+    return None if content is None else {**content[1], "pairs": len(content[0].chosen)}

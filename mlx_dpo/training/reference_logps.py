@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from mlx_dpo.data.dataset import pairs_digest
+from mlx_dpo.data.columns import pairs_digest
 from mlx_dpo.io.arrays import Arrays, named_arrays
 from mlx_dpo.scoring.score_pairs import DatasetScorer
 from mlx_dpo.training.logps_cache import SUFFIX, read_logps, write_logps

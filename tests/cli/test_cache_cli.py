@@ -12,7 +12,8 @@ import pytest
 from click.testing import CliRunner
 
 from mlx_dpo.cli import cli
-from mlx_dpo.data.dataset import PairFileWriter, RowLocations, pairs_to_arrays
+from mlx_dpo.data.files import RowLocations
+from mlx_dpo.data.tokenization.pair_file import PairFileWriter, pairs_to_arrays
 from mlx_dpo.training.logps_cache import labels, write_logps
 from mlx_dpo.types import PairLogps, TokenizedPair
 from tests.temporary_files import ended_process, temporary_path

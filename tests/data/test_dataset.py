@@ -9,26 +9,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_dpo.data.batching import pair_metadata
-from mlx_dpo.data.dataset import (
+from mlx_dpo.data.columns import (
     COLUMNS,
-    MappedPairs,
-    PairDataset,
-    PairFileWriter,
-    RowLocations,
     column,
-    concatenate,
     count_shared_pairs,
     lengths_only,
     longest_pairs,
     longest_row,
     pairs_digest,
-    pairs_to_arrays,
     prompt_keys,
+)
+from mlx_dpo.data.dataset import MappedPairs, PairDataset, concatenate, with_mismatched_completions
+from mlx_dpo.data.files import RowLocations
+from mlx_dpo.data.load import held_out_indices
+from mlx_dpo.data.tokenization.pair_file import (
+    PairFileWriter,
+    pairs_to_arrays,
     read_metadata,
     read_pair_file,
-    with_mismatched_completions,
 )
-from mlx_dpo.data.load import held_out_indices, hold_out
 from mlx_dpo.types import TokenizedPair
 
 NAMES = ("a.jsonl", "b and c.json")
@@ -76,7 +75,7 @@ def read(data):
 
 def stored(pairs):
     arrays, _ = read(written(pairs))
-    return PairDataset([MappedPairs.of(arrays, RowLocations(NAMES))])
+    return PairDataset([MappedPairs.from_arrays(arrays, RowLocations(NAMES))])
 
 
 def fields(pairs):
@@ -123,7 +122,8 @@ def test_every_column_lies_where_the_processor_reads_it_fastest():
 def test_places_have_the_names_that_the_files_have_now():
     arrays, _ = read(written(PAIRS))
     places = [
-        one.location for one in PairDataset([MappedPairs.of(arrays, RowLocations(["x", "y"]))])
+        one.location
+        for one in PairDataset([MappedPairs.from_arrays(arrays, RowLocations(["x", "y"]))])
     ]
     assert places == ["x:7", "x:12", "y[0]", "y[3] and x:2", "y[3] and y[1]"]
 
@@ -131,7 +131,7 @@ def test_places_have_the_names_that_the_files_have_now():
 @pytest.mark.parametrize("location", ["c.jsonl:1", "a.jsonl", "a.jsonl:x", "a.jsonl[-1]", ""])
 def test_a_place_in_no_file_is_refused(location):
     with pytest.raises(ValueError, match="is in none of"):
-        RowLocations(NAMES).coded(location)
+        RowLocations(NAMES).encode(location)
 
 
 @pytest.mark.parametrize("at", [0, 5, 200, -1, -40, -41])

@@ -5,7 +5,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from mlx_dpo.data.sources import HubDataset, find_sources, parse_hub_name, resolve_held_out_source
+from mlx_dpo.data.hf_datasets import HubDataset, parse_hub_name
+from mlx_dpo.data.sources import find_sources, resolve_held_out_source
 from mlx_dpo.errors import DataError
 
 ROWS = [{"prompt": f"q{i}", "chosen": "a", "rejected": "b"} for i in range(3)]
@@ -67,7 +68,7 @@ def test_a_path_that_is_there_goes_before_a_dataset(hub, tmp_path, monkeypatch):
     (tmp_path / "org" / "name" / "train.jsonl").write_text("{}\n")
     assert find_sources("org/name").train[0].dataset is None
     (tmp_path / "org" / "file").write_text("{}\n")
-    with pytest.raises(DataError, match="org/file: this kind of file is not read"):
+    with pytest.raises(DataError, match="org/file: unsupported file type"):
         find_sources("org/file")
     assert not hub
 

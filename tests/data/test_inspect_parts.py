@@ -4,8 +4,9 @@ import tracemalloc
 
 import pytest
 
+from mlx_dpo.data.files import RowLocations
 from mlx_dpo.data.inspect.duplicates import Digests
-from mlx_dpo.data.inspect.findings import OTHERS, WORDINGS, Hits, Places
+from mlx_dpo.data.inspect.findings import OTHERS, WORDINGS, Hits
 from mlx_dpo.data.inspect.lengths import Bin, Lengths, Spread
 from mlx_dpo.data.inspect.text_anomalies import find_odd_characters, find_refusal
 from mlx_dpo.types import PreferenceExample
@@ -92,17 +93,17 @@ def test_a_refusal_begins_a_sentence_near_the_start(text, refusal):
 def test_places_come_back_as_they_were():
     names = ["a.jsonl:1", "a.jsonl:2", "a[0]", "b 3[17]", "x:007", "none", "", "a[1] and a[3]", "5"]
     names += ["9" * 30, "a.jsonl:1"]
-    places = Places()
+    places = RowLocations()
     assert [places[places.add(name)] for name in names] == names
 
 
 def test_a_place_that_is_named_again_at_once_is_the_same():
-    places = Places()
+    places = RowLocations()
     assert [places.add(name) for name in ("a:1", "a:1", "a:2", "a:1")] == [0, 0, 1, 2]
 
 
 def test_a_million_places_and_digests_would_fit_into_70_megabytes():
-    places, digests = Places(), Digests()
+    places, digests = RowLocations(), Digests()
     pair = PreferenceExample("p", "c" * 100, "r" * 100, "x")
     tracemalloc.start()
     for i in range(5000):
@@ -113,7 +114,7 @@ def test_a_million_places_and_digests_would_fit_into_70_megabytes():
 
 
 def test_wordings_without_end_are_counted_together():
-    hits = Hits(Places())
+    hits = Hits(RowLocations())
     for i in range(WORDINGS + 5):
         hits.detail("unreadable", f"message {i}")
     hits.detail("unreadable", "message 0")

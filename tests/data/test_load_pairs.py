@@ -6,7 +6,7 @@ from byte_tokenizer import ASSISTANT, BOS, EOS, USER
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_dpo.data.dataset import pairs_digest
+from mlx_dpo.data.columns import pairs_digest
 from mlx_dpo.data.load import check_settings_used, hold_out, load_pairs, mixed
 from mlx_dpo.data.tokenization.tokenize import TokenRules
 from mlx_dpo.errors import (

@@ -7,12 +7,13 @@ from functools import partial
 import pytest
 from byte_tokenizer import CHAT, ByteTokenizer
 
-from mlx_dpo.data.dataset import RowLocations
-from mlx_dpo.data.load import PairRules, load_pairs, new_report
+from mlx_dpo.data.files import RowLocations
+from mlx_dpo.data.load import load_pairs
 from mlx_dpo.data.sources import resolve_source
 from mlx_dpo.data.tokenization import parallel as tokenizing
 from mlx_dpo.data.tokenization.parallel import TokenizerWorkers, tokenize_chunks
 from mlx_dpo.data.tokenization.tokenize import TokenRules
+from mlx_dpo.data.tokenization.tokenize_rows import PairRules, new_report
 from mlx_dpo.errors import BadPairError, ConfigError, DataError
 from mlx_dpo.schemas.schema import RowRules
 

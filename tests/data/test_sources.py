@@ -192,7 +192,7 @@ def test_a_huge_cell_and_a_huge_line_are_read(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "found"),
-    [("pairs.txt", "`.txt`"), ("pairs", "no ending"), ("p.gz", "`.gz`"), ("p.txt.gz", "`.txt.gz`")],
+    [("pairs.txt", "`.txt`"), ("pairs", "no suffix"), ("p.gz", "`.gz`"), ("p.txt.gz", "`.txt.gz`")],
 )
 def test_other_endings_are_refused_by_name(write, name, found):
     path = write({}, name=name)
@@ -205,7 +205,7 @@ def test_other_endings_are_refused_by_name(write, name, found):
         with pytest.raises(DataError) as error:
             ask()
         assert str(error.value) == (
-            f"{name}: this kind of file is not read ({found}); give `.jsonl`, `.json`, "
+            f"{name}: unsupported file type ({found}); use `.jsonl`, `.json`, "
             "`.parquet` or `.csv`, each also `.gz`, `.bz2`, `.xz` or `.zst`"
         )
 

@@ -13,12 +13,19 @@ import datasets
 import pytest
 from byte_tokenizer import CHAT, EOS, ByteTokenizer
 
-from mlx_dpo.data.load import PairRules, load_pairs
+from mlx_dpo.data.load import load_pairs
 from mlx_dpo.data.sources import STDIN, find_sources, resolve_source
 from mlx_dpo.data.tokenization import cache as kept
-from mlx_dpo.data.tokenization.cache import DAMAGED, FROM_CACHE, TokenCache, entries, load_source
+from mlx_dpo.data.tokenization.cache import (
+    DAMAGED,
+    FROM_CACHE,
+    TokenCache,
+    list_entries,
+    load_source,
+)
 from mlx_dpo.data.tokenization.parallel import TokenizerWorkers
 from mlx_dpo.data.tokenization.tokenize import TokenRules
+from mlx_dpo.data.tokenization.tokenize_rows import PairRules
 from mlx_dpo.errors import SAME_TEXT, DataError
 from mlx_dpo.schemas.schema import RowRules
 
@@ -53,7 +60,7 @@ def cache(tmp_path, monkeypatch):
 def read(source, cache, rules=RULES, tokenizer=TOKENIZER):
     source = resolve_source(str(source)) if isinstance(source, str | Path) else source
     hands = TokenizerWorkers(tokenizer, partial(ByteTokenizer, CHAT))
-    return load_source(source, hands, rules, cache, counting=unheard)
+    return load_source(source, hands, rules, cache, progress=unheard)
 
 
 def test_the_second_time_tokens_and_report_are_read(write, cache):
@@ -62,7 +69,7 @@ def test_the_second_time_tokens_and_report_are_read(write, cache):
     second = read(path, cache, tokenizer=Silent(CHAT))
     known = load_pairs(path, TOKENIZER, RULES.tokens, bad_pairs="drop")
     for found in (first, second):
-        assert tuple(found.pairs) == known.pairs
+        assert tuple(found.pairs) == tuple(known.pairs)
         assert [pair.prompt_digest for pair in found.pairs] == [
             pair.prompt_digest for pair in known.pairs
         ]
@@ -158,11 +165,11 @@ def test_every_rule_that_acts_asks_for_tokens_of_its_own(write, cache, monkeypat
 def test_everything_else_that_acts_does_too(write, cache, monkeypatch):
     path = write(*ROWS)
     read(path, cache)
-    assert missed(path, replace(cache, tokenizer="other"))
+    assert missed(path, replace(cache, tokenizer_digest="other"))
     other = Silent(CHAT)
     other.eos_token_ids = [EOS, 7]
     assert missed(path, cache, tokenizer=other)
-    for name, value in (("FORMAT_VERSION", 3), ("version", lambda name: "9"), ("LIBRARIES", ())):
+    for name, value in (("FORMAT_VERSION", 4), ("version", lambda name: "9"), ("LIBRARIES", ())):
         with monkeypatch.context() as patched:
             patched.setattr(kept, name, value)
             assert missed(path, cache)
@@ -274,7 +281,7 @@ def test_a_cache_that_cannot_be_written_is_said_and_done_without(write, cache, t
     nowhere = replace(cache, folder=tmp_path / "file" / "tokens")
     found = read(write(*ROWS), nowhere)
     assert len(list(found.pairs)) == 5
-    assert found.report.origin == f"tokens are not kept: {nowhere.folder}: Not a directory"
+    assert found.report.origin == f"tokens are not cached: {nowhere.folder}: Not a directory"
 
 
 def test_small_files_and_standard_input_are_not_kept(write, cache, monkeypatch):
@@ -323,7 +330,7 @@ def test_two_that_write_at_once_leave_one_whole_file(write, cache):
     said = [process.communicate()[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]
     assert said[0] == said[1] != ""
-    [entry] = entries(Path("cache"))
+    [entry] = list_entries(Path("cache"))
     assert [path.name for path in Path("cache").iterdir()] == [entry.path.name]
     assert (entry.pairs, entry.damaged) == (1000, False)
     assert read(path, replace(cache, folder=Path("cache"))).report.origin == FROM_CACHE
@@ -332,9 +339,9 @@ def test_two_that_write_at_once_leave_one_whole_file(write, cache):
 def test_what_is_kept_is_listed(write, cache):
     read(write(*ROWS), cache)
     (cache.folder / "z.pairs").write_bytes(b"not this")
-    whole, damaged = entries(cache.folder)
+    whole, damaged = list_entries(cache.folder)
     assert (whole.model, whole.pairs, whole.damaged) == ("org/model", 5, False)
     assert whole.name == "pairs.jsonl"
     assert whole.size == whole.path.stat().st_size
     assert (damaged.damaged, damaged.model, damaged.pairs) == (True, "unknown", 0)
-    assert entries(cache.folder / "none") == []
+    assert list_entries(cache.folder / "none") == []

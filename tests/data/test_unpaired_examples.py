@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_dpo.data.dataset import pairs_digest, with_mismatched_completions
+from mlx_dpo.data.columns import pairs_digest
+from mlx_dpo.data.dataset import with_mismatched_completions
 from mlx_dpo.data.examples import parse_rows
 from mlx_dpo.data.load import load_pairs
 from mlx_dpo.data.report import PairsReport

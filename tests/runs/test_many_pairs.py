@@ -8,13 +8,13 @@ import pytest
 
 from mlx_dpo import DPOConfig, DPOTrainer
 from mlx_dpo.data import dataset as store
-from mlx_dpo.data.dataset import pairs_digest
+from mlx_dpo.data.columns import pairs_digest
 from mlx_dpo.data.tokenization import cache as kept
 from mlx_dpo.plan import estimate_run
 from mlx_dpo.runs import inputs as inputs_of_runs
 from mlx_dpo.runs.inputs import read_inputs
 from mlx_dpo.runs.summary import facts_of_inputs, facts_of_training
-from mlx_dpo.training.logps_cache import entries
+from mlx_dpo.training.logps_cache import list_entries
 from mlx_dpo.types import PairLogps
 from tests.checkpoints import make_checkpoint
 
@@ -110,7 +110,7 @@ def test_the_reference_is_asked_block_by_block(many, made, tmp_path):
     config = replace(many, pairs=(str(few),), loss_type=("sigmoid",), valid_fraction=0.1)
     with DPOTrainer(config) as run:
         run.prepare()
-    assert len(entries(tmp_path / "cache" / "reference")) == 3
+    assert len(list_entries(tmp_path / "cache" / "reference")) == 3
     made.clear()
     with DPOTrainer(replace(config, output=config.output + "2")) as again:
         again.prepare()

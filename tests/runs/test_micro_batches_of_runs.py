@@ -11,7 +11,7 @@ from mlx_dpo.paths import reference_cache
 from mlx_dpo.runs.build import FORWARD_ONLY, forward_only
 from mlx_dpo.runs.summary import facts_of_training
 from mlx_dpo.scoring.select_scorer import ScorerChoice
-from mlx_dpo.training.logps_cache import entries
+from mlx_dpo.training.logps_cache import list_entries
 from mlx_dpo.types import PairLogps, TokenizedPair
 
 
@@ -107,7 +107,7 @@ def test_the_cache_names_a_local_model_without_the_way_to_it(config, checkpoint_
         run.prepare()
         list(run.train())
     evaluate_run(config.output, config.pairs[0])
-    found = entries(reference_cache())
+    found = list_entries(reference_cache())
     assert len(found) == 3
     assert {(entry.model, entry.computed_on) for entry in found} == {("base", "cpu float32")}
     for entry in found:

@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from mlx_dpo.data.files import RowLocations
 from mlx_dpo.data.inspect.duplicates import find_alike, find_leaks
-from mlx_dpo.data.inspect.findings import MODEL, ROWS, RULES, TELLING, VALID, Hits, Places, Rule
+from mlx_dpo.data.inspect.findings import MODEL, ROWS, RULES, TELLING, VALID, Hits, Rule
 from mlx_dpo.data.inspect.scan import Eyes, Split, Tick, pass_over
 from mlx_dpo.data.sources import SplitSources
 
@@ -90,7 +91,7 @@ def check(sources: SplitSources, eyes: Eyes, tick: Tick = lambda more: None) -> 
         DataError: a source cannot be read on.
         ConfigError: a setting has no effect.
     """
-    places = Places()
+    places = RowLocations()
     train = Split(eyes, Hits(places))
     valid = Split(eyes, Hits(places)) if sources.valid else None
     for split, theirs in ((train, sources.train), (valid, sources.valid)):

@@ -1,12 +1,12 @@
 """Every finding that there may be: its name, whether it is a fault, why it matters, what to do."""
 
-import re
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mlx_dpo import errors as faults
+from mlx_dpo.data.files import RowLocations
 
 FAULT, REMARK = "fault", "remark"
 MODEL, VALID = "--model", "held-out pairs"  # what it takes to look for a finding
@@ -127,46 +127,14 @@ LOST = {  # the reason of a pair that is left out: the finding
 }
 
 
-# A number within 64 bits, written as Python writes it.
-NUMBERED = re.compile(r"(.*?)(0|[1-9]\d{0,17})(\]?)", re.DOTALL)
 WORDINGS = 50  # different details of one finding that are told apart
 OTHERS = "others"
-
-
-class Places:
-    """Names like `file:12` and `file[12]`, by number; 12 bytes each whatever the file is called."""
-
-    def __init__(self) -> None:
-        self._forms: dict[tuple[str, str] | str, int] = {}
-        self._names: list[tuple[str, str] | str] = []
-        self._form = array("i")
-        self._number = array("q")
-
-    def __len__(self) -> int:
-        return len(self._form)
-
-    def add(self, location: str) -> int:
-        """Keep a place; gives its number, which is that of the last where it is the same."""
-        found = NUMBERED.fullmatch(location)
-        name = (found[1], found[3]) if found else location
-        form = self._forms.setdefault(name, len(self._names))
-        if form == len(self._names):
-            self._names.append(name)
-        number = int(found[2]) if found else 0
-        if not self._form or (self._form[-1], self._number[-1]) != (form, number):
-            self._form.append(form)
-            self._number.append(number)
-        return len(self._form) - 1
-
-    def __getitem__(self, at: int) -> str:
-        name = self._names[self._form[at]]
-        return name if isinstance(name, str) else f"{name[0]}{self._number[at]}{name[1]}"
 
 
 class Hits:
     """The places of every finding, in the order in which they were found."""
 
-    def __init__(self, places: Places) -> None:
+    def __init__(self, places: RowLocations) -> None:
         self.places = places
         self.details: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self._at: defaultdict[str, array[int]] = defaultdict(lambda: array("q"))

@@ -1,7 +1,7 @@
-"""Tokenized pairs, kept in the user's cache: made once of the same rows, tokenizer and rules.
+"""Cache of tokenized pairs in the user's cache folder.
 
-What is found there is believed if its checksum holds; otherwise it is made again, and that is
-said. Nothing is kept of standard input, and of files that are tokenized in no time.
+The key of a file is a digest of the rows, the tokenizer and all settings that matter. A file with
+a wrong checksum is made again. Standard input, rows in memory and small files are not cached.
 """
 
 import errno
@@ -18,130 +18,150 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
-from mlx_dpo.data.dataset import (
+from mlx_dpo.data.dataset import MappedPairs, PairDataset
+from mlx_dpo.data.files import RowLocations, file_format
+from mlx_dpo.data.report import PairsReport
+from mlx_dpo.data.sources import Source
+from mlx_dpo.data.tokenization.pair_file import (
     READ_BYTES,
     Arrays,
-    MappedPairs,
-    PairDataset,
     PairFileWriter,
-    RowLocations,
     read_metadata,
     read_pair_file,
 )
-from mlx_dpo.data.files import file_format
-from mlx_dpo.data.load import LoadedPairs, PairRules, check_any_pair, new_report
-from mlx_dpo.data.report import PairsReport
-from mlx_dpo.data.sources import Source
 from mlx_dpo.data.tokenization.parallel import Advance, TokenizerWorkers, tokenize_chunks
 from mlx_dpo.data.tokenization.special_tokens import stop_tokens
 from mlx_dpo.data.tokenization.tokenize import check_token_rules
-from mlx_dpo.errors import reason
-from mlx_dpo.io.atomic import is_temporary, temporary_path
-
-FORMAT_VERSION = (
-    2  # to be raised when the same rows become other pairs, or other counts, than before
+from mlx_dpo.data.tokenization.tokenize_rows import (
+    LoadedPairs,
+    PairRules,
+    check_any_pair,
+    new_report,
 )
+from mlx_dpo.errors import reason
+from mlx_dpo.io.atomic import temporary_path
+from mlx_dpo.io.cache_listing import UNKNOWN, CacheEntry, list_cache
+
+# Increase it if the same rows become other pairs or counts, or if the file format changes.
+FORMAT_VERSION = 3
 SUFFIX = ".pairs"
-MIN_CACHED_BYTES = 1 << 20  # bytes of files that take about a second
-LIBRARIES = ("transformers", "tokenizers", "mlx-lm", "jinja2")  # that make tokens of text
-DATED = "strftime_now"  # a template that asks for the date
+MIN_CACHED_BYTES = 1 << 20  # size of files that take about a second to tokenize
+LIBRARIES = ("transformers", "tokenizers", "mlx-lm", "jinja2")  # their versions change tokens
+DATED = "strftime_now"  # in a chat template that prints the date
 
-UNKNOWN = "unknown"
 FROM_CACHE = "tokens read from the cache"
-DAMAGED = "what the cache held of these tokens is damaged; they were made again"
+DAMAGED = "the cached tokens were damaged; they were made again"
 
-RowProgress = Callable[[int | None], AbstractContextManager[Advance]]  # of so many rows, if known
+# Shows a progress bar for a number of rows, if it is known.
+RowProgress = Callable[[int | None], AbstractContextManager[Advance]]
 
 
 @dataclass(frozen=True)
 class TokenCache:
-    """Where tokens are kept, and what only others know of them."""
+    """The folder of the cache, and the parts of the key that the caller knows."""
 
     folder: Path
-    tokenizer: str  # digest of the tokenizer's files
-    model: str  # its name, for a person
+    tokenizer_digest: str  # of the tokenizer's files
+    model: str  # its name, for `mlx-dpo cache`
+
+
+@contextmanager
+def no_progress(rows: int | None = None) -> Iterator[Advance]:
+    """Show no progress bar."""
+    yield lambda rows: None
 
 
 def load_source(
     source: Source,
-    hands: TokenizerWorkers,
+    workers: TokenizerWorkers,
     rules: PairRules,
-    cache: TokenCache,
+    cache: TokenCache | None = None,
     *,
-    counting: RowProgress,
+    progress: RowProgress = no_progress,
 ) -> LoadedPairs[PairDataset]:
-    """`load_pairs` for any number of pairs: they stay on the disk, and are tokenized but once.
+    """Tokenize the rows of a source, or read the tokens from the cache. The pairs stay on disk.
 
     Raises:
-        DataError, ConfigError, ModelError: as `load_pairs`.
+        DataError: a row cannot be read as a pair, a bad pair is an error, or no pair is left.
+        ConfigError: a setting has no effect with this tokenizer.
+        ModelError: the tokenizer has no stop token.
     """
-    check_token_rules(hands.tokenizer, rules.tokens)
-    files = _files(source)
-    before = _stamps(files)  # ahead of the digest, so that no change falls in between
-    key = _key(source, files, hands.tokenizer, rules, cache) if files else None
-    path = cache.folder / f"{key}{SUFFIX}" if key else None
-    if path is not None and (kept := _read(path, key)) is not None:
-        return _pair_set(*kept, source, FROM_CACHE)
+    check_token_rules(workers.tokenizer, rules.tokens)
+    files = _files_to_cache(source) if cache is not None else ()
+    before = _stamps(files)  # read before the digest, so that no change is missed
+    path, key = None, ""
+    if cache is not None and files:
+        key = _key(source, files, workers.tokenizer, rules, cache)
+        path = cache.folder / f"{key}{SUFFIX}"
+        if (cached := _read(path, key)) is not None:
+            return _loaded_pairs(*cached, source, FROM_CACHE)
     origin = DAMAGED if path is not None and path.is_file() else ""
-    with _partial_file(path) as (stream, partial, why_not):
-        _write(stream, source, hands, rules, counting, _labels(key, source, cache))
-        made = read_pair_file(stream)
-        if path is not None and partial is not None and _stamps(files) == before:
-            os.replace(partial, path)  # what changed meanwhile is not what has this digest
-    if made is None:
-        raise OSError(errno.EIO, "what was just written reads otherwise", str(path or ""))
-    return _pair_set(*made, source, why_not or origin)
+    with _open_new_file(path) as (stream, temporary, problem):
+        labels = _labels(key, source, cache)
+        _write(stream, source, workers, rules, progress, labels)
+        content = read_pair_file(stream)
+        # If the files changed in between, the digest does not belong to these pairs.
+        if path is not None and temporary is not None and _stamps(files) == before:
+            os.replace(temporary, path)
+    if content is None:
+        raise OSError(errno.EIO, "tokens changed while they were written", str(path or ""))
+    return _loaded_pairs(*content, source, problem or origin)
 
 
-def _pair_set(
-    arrays: Arrays, facts: dict[str, Any], source: Source, origin: str
+def _loaded_pairs(
+    arrays: Arrays, metadata: dict[str, Any], source: Source, origin: str
 ) -> LoadedPairs[PairDataset]:
-    """Pairs and report with the names that the files have now."""
-    places = _places(source)
-    said = facts["report"]
-    dropped = {why: [places.said(one) for one in at] for why, at in said["dropped"].items()}
-    own = {"source": source.name, "origin": origin, "dropped": dropped}
-    report = PairsReport.from_dict(said | own)
-    return LoadedPairs(PairDataset([MappedPairs.of(arrays, places)]), report)
-
-
-def _places(source: Source) -> RowLocations:
-    return RowLocations([str(path) for path in source.files] or [source.name])
+    """Return pairs and report; their locations have the present names of the source's files."""
+    locations, report = RowLocations(source.file_names), metadata["report"]
+    report |= {
+        "source": source.name,
+        "origin": origin,
+        "dropped": {
+            reason: [locations.decode(codes) for codes in rows]
+            for reason, rows in report["dropped"].items()
+        },
+    }
+    pairs = PairDataset([MappedPairs.from_arrays(arrays, locations)])
+    return LoadedPairs(pairs, PairsReport.from_dict(report))
 
 
 def _write(
     stream: IO[bytes],
     source: Source,
-    hands: TokenizerWorkers,
+    workers: TokenizerWorkers,
     rules: PairRules,
-    counting: RowProgress,
+    progress: RowProgress,
     labels: dict[str, Any],
 ) -> None:
-    places, writer = _places(source), PairFileWriter(stream)
+    locations, writer = RowLocations(source.file_names), PairFileWriter(stream)
     report = new_report(source.name, rules.tokens, rules.rows)
-    heard = partial(_counted, source, counting)
-    for arrays in tokenize_chunks(source.rows(), hands, rules, report, places, heard):
+    show = partial(_show_progress, source, progress)
+    for arrays in tokenize_chunks(source.rows(), workers, rules, report, locations, show):
         writer.add(arrays)
     check_any_pair(report)
-    dropped = {why: [places.coded(one) for one in at] for why, at in report.dropped.items()}
-    said = report.to_dict() | {"source": "", "dropped": dropped}
-    writer.finish({**labels, "pairs": report.kept, "report": said})
+    # Without file names: a copy of the file under another name has the same key.
+    dropped = {
+        reason: [locations.encode(location) for location in rows]
+        for reason, rows in report.dropped.items()
+    }
+    values = report.to_dict() | {"source": "", "dropped": dropped}
+    writer.finish({**labels, "pairs": report.kept, "report": values})
 
 
-def _counted(source: Source, counting: RowProgress) -> AbstractContextManager[Advance]:
-    """Rows heard of as they are done; how many there are is quickly known of lines alone."""
+def _show_progress(source: Source, progress: RowProgress) -> AbstractContextManager[Advance]:
+    """Show a progress bar; only the rows of uncompressed JSON Lines are quickly counted."""
     if not source.files or any(file_format(path) != (".jsonl", "") for path in source.files):
-        return counting(None)
+        return progress(None)
     lines = 0
     for path in source.files:
         with path.open("rb") as stream:
             while block := stream.read(READ_BYTES):
                 lines += block.count(b"\n")
-    return counting(lines)
+    return progress(lines)
 
 
-def _files(source: Source) -> tuple[Path, ...]:
-    """The files that hold the rows, if they are worth to be remembered."""
+def _files_to_cache(source: Source) -> tuple[Path, ...]:
+    """Return the files that hold the rows; none if there are none or they are small."""
     files = source.files if source.dataset is None else source.dataset.files(source.split)
     return files if sum(path.stat().st_size for path in files) >= MIN_CACHED_BYTES else ()
 
@@ -149,15 +169,19 @@ def _files(source: Source) -> tuple[Path, ...]:
 def _key(
     source: Source, files: Sequence[Path], tokenizer: Any, rules: PairRules, cache: TokenCache
 ) -> str:
-    """A digest of everything that the pairs are a function of."""
-    kinds: list[Any] = [file_format(path) for path in source.files]
-    dated = DATED in str(getattr(tokenizer, "chat_template", ""))
+    """Return a digest of everything that the pairs depend on."""
+    formats: list[Any] = [file_format(path) for path in source.files]
+    is_dated = DATED in str(getattr(tokenizer, "chat_template", ""))
     content = {
         "rules": [FORMAT_VERSION, asdict(rules)],
-        "files": [kinds, [_digest(path) for path in files]],
-        "tokenizer": [cache.tokenizer, sorted(stop_tokens(tokenizer)), tokenizer.eos_token_id],
+        "files": [formats, [_digest(path) for path in files]],
+        "tokenizer": [
+            cache.tokenizer_digest,
+            sorted(stop_tokens(tokenizer)),
+            tokenizer.eos_token_id,
+        ],
         "libraries": [version(name) for name in LIBRARIES],
-        "today": f"{datetime.now():%Y-%m-%d}" if dated else None,
+        "today": f"{datetime.now():%Y-%m-%d}" if is_dated else None,
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -168,82 +192,64 @@ def _digest(path: Path) -> str:
 
 
 def _stamps(files: Sequence[Path]) -> list[tuple[int, int, int]]:
-    facts = [path.stat() for path in files]
-    return [(one.st_ino, one.st_size, one.st_mtime_ns) for one in facts]
+    statuses = [path.stat() for path in files]
+    return [(status.st_ino, status.st_size, status.st_mtime_ns) for status in statuses]
 
 
-def _labels(key: str | None, source: Source, cache: TokenCache) -> dict[str, Any]:
-    """What a new file says of itself. A file is named without the way to it."""
+def _labels(key: str, source: Source, cache: TokenCache | None) -> dict[str, Any]:
+    """Return the labels of a new file; a path is shortened to its last two parts."""
     name = source.name if source.dataset else "/".join(Path(source.name).parts[-2:])
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    return {"key": key, "name": name, "model": cache.model, "written": now}
+    model = cache.model if cache is not None else UNKNOWN
+    return {"key": key, "name": name, "model": model, "written": now}
 
 
-def _read(path: Path, key: str | None) -> tuple[Arrays, dict[str, Any]] | None:
-    """What is kept there; None if it is nothing, damaged, or something else under this name."""
+def _read(path: Path, key: str) -> tuple[Arrays, dict[str, Any]] | None:
+    """Return arrays and metadata of a cached file; None if it is missing, damaged or renamed."""
     try:
         with path.open("rb") as stream:
-            found = read_pair_file(stream)
+            content = read_pair_file(stream)
     except OSError:
         return None
-    with suppress(OSError):  # a cache that can only be read serves as well
+    with suppress(OSError):  # a cache that is read-only still serves
         os.utime(path)
-    return found if found is not None and found[1].get("key") == key else None
+    return content if content is not None and content[1].get("key") == key else None
 
 
 @contextmanager
-def _partial_file(path: Path | None) -> Iterator[tuple[IO[bytes], Path | None, str]]:
-    """A file to write, where it is, and why it is not where it should be."""
-    why_not = ""
+def _open_new_file(path: Path | None) -> Iterator[tuple[IO[bytes], Path | None, str]]:
+    """Open a temporary file next to `path`, or one without a name if that is impossible.
+
+    Yields the stream, the file's path (None without a name) and the reason if it has no name.
+    """
+    problem = ""
     if path is not None:
         with temporary_path(path) as temporary:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 stream = temporary.open("w+b")
             except OSError as error:
-                why_not = f"tokens are not kept: {path.parent}: {reason(error)}"
+                problem = f"tokens are not cached: {path.parent}: {reason(error)}"
             else:
                 with stream:
                     yield stream, temporary, ""
                 return
     with tempfile.TemporaryFile() as stream:
-        yield stream, None, why_not
+        yield stream, None, problem
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A file of the cache."""
+@dataclass(frozen=True, kw_only=True)
+class TokenCacheEntry(CacheEntry):
+    """A file of cached tokens. `damaged` refers to its end; the rest is checked when it is read."""
 
-    path: Path
-    name: str  # of the source
-    model: str
-    pairs: int
-    size: int  # bytes
-    written: str | None
-    last_used: datetime
-    damaged: bool  # its end is no end of such a file; the rest is looked at when it is read
+    name: str = UNKNOWN  # of the source
 
 
-def entries(folder: Path) -> list[Entry]:
-    """Every file of the cache, in the order of their names."""
-    found = []
-    for path in sorted(folder.glob(f"*{SUFFIX}")):
-        with suppress(FileNotFoundError):  # somebody else clears
-            found += [] if is_temporary(path) else [_entry(path)]
-    return found
+def list_entries(folder: Path) -> list[TokenCacheEntry]:
+    """Return the files of the cache, sorted by name."""
+    return list_cache(folder, SUFFIX, TokenCacheEntry, _read_labels)
 
 
-def _entry(path: Path) -> Entry:
+def _read_labels(path: Path) -> dict[str, Any] | None:
     with path.open("rb") as stream:
-        facts = read_metadata(stream)
-    found, said = path.stat(), facts or {}
-    return Entry(
-        path=path,
-        name=said.get("name", UNKNOWN),
-        model=said.get("model", UNKNOWN),
-        pairs=said.get("pairs", 0),
-        size=found.st_size,
-        written=said.get("written"),
-        last_used=datetime.fromtimestamp(found.st_mtime, UTC),
-        damaged=facts is None,
-    )
+        return read_metadata(stream)

@@ -281,7 +281,7 @@ class TokenRules:
     system: str | None = None
     max_length: int = 1024
     truncation: str = "keep_start"
-    vocab_size: int
+    vocab_size: int | None = None  # of the model; None: ids are not checked
 
 
 class FormattedPreference(NamedTuple):

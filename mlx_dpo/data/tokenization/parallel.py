@@ -1,6 +1,6 @@
-"""Rows -> tokenized pairs with a report, in this process and, where they are many, in others.
+"""Tokenize rows in this process and, if there are many rows, in worker processes.
 
-Whichever does it, pairs, order, counts and the first error are the same.
+Pairs, their order, the counts and the first error are the same in both cases.
 """
 
 import pickle
@@ -15,9 +15,10 @@ from itertools import chain, islice
 from queue import SimpleQueue
 from typing import IO, Any, NamedTuple, Self
 
-from mlx_dpo.data.dataset import Arrays, RowLocations, pairs_to_arrays
-from mlx_dpo.data.load import PairRules, new_report, tokenize_rows
+from mlx_dpo.data.files import RowLocations
 from mlx_dpo.data.report import PairsReport
+from mlx_dpo.data.tokenization.pair_file import Arrays, pairs_to_arrays
+from mlx_dpo.data.tokenization.tokenize_rows import PairRules, new_report, tokenize_rows
 from mlx_dpo.errors import DataError, DPOError
 from mlx_dpo.schemas.schema import Row
 
@@ -30,7 +31,7 @@ main()
 
 
 class TokenizedChunk(NamedTuple):
-    """What became of some rows."""
+    """The pairs of some rows as arrays, with the counts."""
 
     arrays: Arrays
     report: PairsReport
@@ -38,61 +39,59 @@ class TokenizedChunk(NamedTuple):
 
 @dataclass(frozen=True)
 class WorkerSetup:
-    """What a process has to know."""
+    """Everything that a worker process needs to tokenize rows."""
 
-    load: Callable[[], Any]  # the tokenizer
+    load_tokenizer: Callable[[], Any]
     rules: PairRules
-    places: RowLocations
+    locations: RowLocations
 
 
 class WorkerPool:
-    """So many processes; they end with the block."""
+    """Worker processes that tokenize rows; a context manager that ends them at the end."""
 
-    def __init__(
-        self, count: int, load: Callable[[], Any], rules: PairRules, places: RowLocations
-    ) -> None:
+    def __init__(self, count: int, setup: WorkerSetup) -> None:
         self.count = count
-        self._job = pickle.dumps(WorkerSetup(load, rules, places))
-        self._all: list[subprocess.Popen[bytes]] = []
+        self._setup = pickle.dumps(setup)
+        self._workers: list[subprocess.Popen[bytes]] = []
         self._idle: SimpleQueue[subprocess.Popen[bytes]] = SimpleQueue()
 
     def __enter__(self) -> Self:
         for _ in range(self.count):
-            # A session of its own: Ctrl-C is for the process that waits for this one.
+            # In a new session, so that Ctrl-C only interrupts the main process.
             worker = subprocess.Popen(
                 [sys.executable, "-c", WORKER_PROGRAM],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
             )  # fmt: skip
-            self._all.append(worker)
+            self._workers.append(worker)
             self._idle.put(worker)
-            with suppress(BrokenPipeError):  # it is gone; whoever asks it will be told
-                _send(worker.stdin, pickle.dumps(sys.path) + self._job)
+            with suppress(BrokenPipeError):  # the worker has ended; `tokenize` raises the error
+                _send(worker.stdin, pickle.dumps(sys.path) + self._setup)
         return self
 
     def __exit__(self, *error: object) -> None:
-        for worker in self._all:
+        for worker in self._workers:
             worker.kill()
-        for worker in self._all:
-            with suppress(BrokenPipeError):  # what it was being told when it ended
+        for worker in self._workers:
+            with suppress(BrokenPipeError):  # rows that were not sent yet
                 worker.communicate()
 
-    def ask(self, rows: Sequence[Row]) -> TokenizedChunk:
-        """What becomes of these rows; waits for a process that is free. From any thread.
+    def tokenize(self, rows: Sequence[Row]) -> TokenizedChunk:
+        """Tokenize the rows in an idle worker; wait for one if none is idle. Thread-safe.
 
         Raises:
-            DataError, BadPairError, ConfigError: what one process would have raised.
+            DataError, BadPairError, ConfigError: as in a single process.
         """
         worker = self._idle.get()
         try:
             _send(worker.stdin, pickle.dumps(rows))
-            answer = pickle.load(worker.stdout)  # type: ignore[arg-type]
+            result = pickle.load(worker.stdout)  # type: ignore[arg-type]
         except (BrokenPipeError, EOFError):
-            raise _gone(worker) from None
+            raise _worker_error(worker) from None
         finally:
             self._idle.put(worker)
-        if isinstance(answer, DPOError):
-            raise answer
-        return TokenizedChunk(*answer)
+        if isinstance(result, DPOError):
+            raise result
+        return TokenizedChunk(*result)
 
 
 def _send(stream: IO[bytes] | None, data: bytes) -> None:
@@ -101,98 +100,102 @@ def _send(stream: IO[bytes] | None, data: bytes) -> None:
     stream.flush()
 
 
-def _gone(worker: subprocess.Popen[bytes]) -> DataError:
+def _worker_error(worker: subprocess.Popen[bytes]) -> DataError:
     return DataError(
-        f"tokenizing: a process that helps ended by itself (exit status {worker.wait()}); if "
-        "memory was short, close other programs; what it said stands above"
+        f"tokenizing: a worker process ended by itself (exit status {worker.wait()}); if memory "
+        "was short, close other programs; its output is above"
     )
 
 
 def main() -> None:
-    """Answer until nothing more is asked. Errors are answers too."""
-    # Whatever a library prints must not come between the answers.
-    answers, sys.stdout = sys.stdout.buffer, sys.stderr
-    job: WorkerSetup = pickle.load(sys.stdin.buffer)
-    tokenizer = job.load()
+    """Tokenize rows from stdin until its end, as a worker process. Errors are results, too."""
+    # The output of libraries must not mix with the results.
+    results, sys.stdout = sys.stdout.buffer, sys.stderr
+    setup: WorkerSetup = pickle.load(sys.stdin.buffer)
+    tokenizer = setup.load_tokenizer()
     while True:
         try:
             rows = pickle.load(sys.stdin.buffer)
         except EOFError:
             return
-        answer: TokenizedChunk | DPOError
+        result: TokenizedChunk | DPOError
         try:
-            answer = _answer(rows, tokenizer, job)
+            result = _tokenize(rows, tokenizer, setup)
         except DPOError as error:
-            answer = error
-        _send(answers, pickle.dumps(answer))
+            result = error
+        _send(results, pickle.dumps(result))
 
 
-def _answer(rows: Sequence[Row], tokenizer: Any, job: WorkerSetup) -> TokenizedChunk:
-    report = new_report("", job.rules.tokens, job.rules.rows)
-    pairs = list(tokenize_rows(rows, tokenizer, job.rules, report))
-    return TokenizedChunk(pairs_to_arrays(pairs, job.places), report)
+def _tokenize(rows: Sequence[Row], tokenizer: Any, setup: WorkerSetup) -> TokenizedChunk:
+    report = new_report("", setup.rules.tokens, setup.rules.rows)
+    pairs = list(tokenize_rows(rows, tokenizer, setup.rules, report))
+    return TokenizedChunk(pairs_to_arrays(pairs, setup.locations), report)
 
 
-MIN_PARALLEL_ROWS = 5000  # rows that are done before other processes are worth their start
-CHUNK_ROWS = 250  # rows that one of them is given at a time
-CHUNKS_AHEAD = 3  # chunks for each, so that none waits
+MIN_PARALLEL_ROWS = 5000  # rows before the workers are worth the time to start them
+CHUNK_ROWS = 250  # rows that a worker gets at a time
+CHUNKS_AHEAD = 3  # chunks per worker that are requested, so that no worker waits
 
-Advance = Callable[[int], None]
-ChunkProgress = Callable[[], AbstractContextManager[Advance]]  # of rows, how ever many they are
+Advance = Callable[[int], None]  # moves a progress bar by some rows
+ChunkProgress = Callable[[], AbstractContextManager[Advance]]  # shows a progress bar
 
 
 @dataclass(frozen=True)
 class TokenizerWorkers:
-    """Who tokenizes: this process, or so many others, which load the tokenizer themselves."""
+    """A tokenizer, and how to use it in several processes."""
 
     tokenizer: Any
-    load: Callable[[], Any]  # to be pickled
+    load_tokenizer: Callable[[], Any] | None = None  # can be pickled; for more than one process
     processes: int = 1
 
 
 def tokenize_chunks(
     rows: Iterator[Row],
-    hands: TokenizerWorkers,
+    workers: TokenizerWorkers,
     rules: PairRules,
     report: PairsReport,
-    places: RowLocations,
-    counting: ChunkProgress,
+    locations: RowLocations,
+    progress: ChunkProgress,
 ) -> Iterator[Arrays]:
-    """Everything that a store holds of the rows' pairs, in order; `report` counts.
+    """Yield the pairs of the rows as the arrays of a pair file, and count them in the report.
+
+    The progress bar is only shown, and other processes are only started, for many rows.
 
     Raises:
-        DataError, BadPairError, ConfigError: as `load_pairs`, the first that there is.
+        DataError, BadPairError, ConfigError: the first error of the rows, as `load_pairs`.
     """
-    whole = rules.rows.pair_labelled  # answers meet others from far away
-    few = rows if whole else islice(rows, MIN_PARALLEL_ROWS)
-    for chunk in _chunks(tokenize_rows(few, hands.tokenizer, rules, report)):
-        yield pairs_to_arrays(chunk, places)
-    more = next(rows, None)
-    if more is None:
+    # Desirable and undesirable completions of one prompt may be far apart.
+    whole = rules.rows.pair_labelled
+    first = rows if whole else islice(rows, MIN_PARALLEL_ROWS)
+    for pairs in _chunks(tokenize_rows(first, workers.tokenizer, rules, report)):
+        yield pairs_to_arrays(pairs, locations)
+    following = next(rows, None)
+    if following is None:
         return
-    with counting() as heard:
-        heard(MIN_PARALLEL_ROWS)
-        rest = chain([more], rows)
-        if hands.processes == 1:
-            counted = _counted(rest, heard)
-            for chunk in _chunks(tokenize_rows(counted, hands.tokenizer, rules, report)):
-                yield pairs_to_arrays(chunk, places)
+    with progress() as advance:
+        advance(MIN_PARALLEL_ROWS)
+        rest = chain([following], rows)
+        if workers.load_tokenizer is None or workers.processes == 1:
+            counted = _advance_by_rows(rest, advance)
+            for pairs in _chunks(tokenize_rows(counted, workers.tokenizer, rules, report)):
+                yield pairs_to_arrays(pairs, locations)
             return
-        with WorkerPool(hands.processes, hands.load, rules, places) as workers:
-            for answer in _asked(_chunks(rest), workers):
-                report.add(answer.report)
-                heard(answer.report.read)
-                yield answer.arrays
+        setup = WorkerSetup(workers.load_tokenizer, rules, locations)
+        with WorkerPool(workers.processes, setup) as pool:
+            for chunk in _tokenize_in_order(_chunks(rest), pool):
+                report.add(chunk.report)
+                advance(chunk.report.read)
+                yield chunk.arrays
 
 
-def _counted(rows: Iterable[Row], heard: Advance) -> Iterator[Row]:
+def _advance_by_rows(rows: Iterable[Row], advance: Advance) -> Iterator[Row]:
     for row in rows:
-        heard(1)
+        advance(1)
         yield row
 
 
 def _chunks(items: Iterable[Any]) -> Iterator[Sequence[Any]]:
-    """So many at a time. Those that come before an error come before it."""
+    """Yield lists of `CHUNK_ROWS` items; items before an error are yielded before it is raised."""
     chunk: list[Any] = []
     try:
         for item in items:
@@ -206,24 +209,29 @@ def _chunks(items: Iterable[Any]) -> Iterator[Sequence[Any]]:
     yield chunk
 
 
-def _asked(chunks: Iterator[Sequence[Row]], workers: WorkerPool) -> Iterator[TokenizedChunk]:
-    """Answers in the order of the chunks; what cannot be read is raised behind all before it."""
+def _tokenize_in_order(
+    chunks: Iterator[Sequence[Row]], pool: WorkerPool
+) -> Iterator[TokenizedChunk]:
+    """Yield the tokenized chunks in their order.
+
+    An error of reading rows is raised after the results, and the errors, of the rows before it.
+    """
     waiting: deque[Future[TokenizedChunk]] = deque()
-    unreadable = None
-    threads = ThreadPoolExecutor(workers.count)
+    read_error = None
+    threads = ThreadPoolExecutor(pool.count)
     try:
-        while unreadable is None:
+        while read_error is None:
             try:
-                waiting.append(threads.submit(workers.ask, next(chunks)))
+                waiting.append(threads.submit(pool.tokenize, next(chunks)))
             except StopIteration:
                 break
             except DPOError as error:
-                unreadable = error
-            if len(waiting) == CHUNKS_AHEAD * workers.count:
+                read_error = error
+            if len(waiting) == CHUNKS_AHEAD * pool.count:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
     finally:
         threads.shutdown(cancel_futures=True)
-    if unreadable is not None:
-        raise unreadable
+    if read_error is not None:
+        raise read_error

@@ -241,10 +241,10 @@ def _ended(tokenizer: Any, completion: Ids, stops: set[int]) -> tuple[Ids, bool]
     return (*completion, tokenizer.eos_token_id), True
 
 
-def _check_ids(tokenizer: Any, parts: Sequence[Ids], location: str, vocab_size: int) -> None:
+def _check_ids(tokenizer: Any, parts: Sequence[Ids], location: str, vocab_size: int | None) -> None:
     # MLX checks no bounds: a foreign id would read other memory without a word.
     for token in set().union(*parts):
-        if not 0 <= token < vocab_size:
+        if vocab_size is not None and not 0 <= token < vocab_size:
             raise DataError(
                 f"{location}: token {token} ({format_ids(tokenizer, (token,))}) is outside the "
                 f"model's vocabulary of {vocab_size}; the tokenizer does not belong to this model"

@@ -1,0 +1,166 @@
+"""Columns of tokenized pairs: lengths, digests, margins, weights and labels as arrays.
+
+Code that looks at all pairs of a run reads columns, so that no pair has to be built for it. For a
+list of pairs the columns are computed; a `ColumnarPairs` has them already.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from hashlib import blake2b, sha256
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mlx_dpo.types import TokenizedPair
+
+NO_LABEL = -1  # value of the label column for preference pairs
+PART_DIGEST_BYTES, PROMPT_DIGEST_BYTES = 16, 32
+
+
+class ColumnSpec(NamedTuple):
+    """Data type, shape and value of a column."""
+
+    dtype: str
+    shape: tuple[int, ...]  # of the value of one pair
+    get_value: Callable[[TokenizedPair], Any]
+
+
+def token_digest(ids: Sequence[int]) -> bytes:
+    """Return a digest of the token ids of a prompt or a completion."""
+    return blake2b(np.array(ids, "<i4").tobytes(), digest_size=PART_DIGEST_BYTES).digest()
+
+
+def _get_lengths(pair: TokenizedPair) -> list[int]:
+    return [len(ids) for ids in (pair.prompt, pair.chosen, pair.rejected)]
+
+
+def _get_part_digests(pair: TokenizedPair) -> list[bytes]:
+    return [token_digest(ids) for ids in (pair.prompt, pair.chosen, pair.rejected)]
+
+
+def _get_label(pair: TokenizedPair) -> int:
+    return NO_LABEL if pair.desirable is None else int(pair.desirable)
+
+
+LENGTHS = "lengths"  # tokens of prompt, chosen and rejected
+PART_DIGESTS = "part_digests"  # of prompt, chosen and rejected, as token ids
+PROMPT_DIGESTS = "prompt_digests"  # of the prompt as text, before truncation
+MARGINS_AND_WEIGHTS = "margins_and_weights"
+LABELS = "labels"  # 1 desirable, 0 undesirable, NO_LABEL for preference pairs
+COLUMNS = {
+    LENGTHS: ColumnSpec("<i4", (3,), _get_lengths),
+    PART_DIGESTS: ColumnSpec(f"V{PART_DIGEST_BYTES}", (3,), _get_part_digests),
+    PROMPT_DIGESTS: ColumnSpec(
+        f"V{PROMPT_DIGEST_BYTES}", (), lambda pair: bytes.fromhex(pair.prompt_digest)
+    ),
+    MARGINS_AND_WEIGHTS: ColumnSpec("<f8", (2,), lambda pair: (pair.margin, pair.weight)),
+    LABELS: ColumnSpec("i1", (), _get_label),
+}
+
+
+class ColumnarPairs(Sequence[TokenizedPair]):
+    """A sequence of pairs that has the columns without building the pairs."""
+
+    @abstractmethod
+    def column(self, name: str) -> Any:
+        """Return one of `COLUMNS` as an array. (B, …)"""
+
+
+def column(pairs: Sequence[TokenizedPair], name: str) -> Any:
+    """Return one of `COLUMNS` of any pairs as an array. (B, …)"""
+    if isinstance(pairs, ColumnarPairs):
+        return pairs.column(name)
+    dtype, shape, get_value = COLUMNS[name]
+    return np.array([get_value(pair) for pair in pairs], dtype).reshape(len(pairs), *shape)
+
+
+def row_lengths(pairs: Sequence[TokenizedPair]) -> Any:
+    """Return the number of tokens of the longer row of each pair. (B,)"""
+    lengths = column(pairs, LENGTHS)
+    return lengths[:, 0] + lengths[:, 1:].max(axis=1)
+
+
+def longest_row(*splits: Sequence[TokenizedPair]) -> int:
+    """Return the number of tokens of the longest row of all splits, 0 if there are no pairs."""
+    return max((int(row_lengths(pairs).max()) for pairs in splits if len(pairs)), default=0)
+
+
+def longest_pairs(count: int, *splits: Sequence[TokenizedPair]) -> list[TokenizedPair]:
+    """Return the `count` pairs with the longest rows, the longest last; ties keep their order."""
+    lengths = np.concatenate([row_lengths(pairs) for pairs in splits])
+    ends = np.cumsum([len(pairs) for pairs in splits])
+    longest = []
+    for index in np.argsort(lengths, kind="stable")[-count:].tolist():
+        split = int(np.searchsorted(ends, index, side="right"))
+        longest.append(splits[split][index - int(ends[split])])  # a negative index of the split
+    return longest
+
+
+def prompt_keys(pairs: Sequence[TokenizedPair]) -> list[object]:
+    """Return a key of each pair's prompt before truncation; equal prompts have equal keys."""
+    if isinstance(pairs, ColumnarPairs):
+        return list(pairs.column(PROMPT_DIGESTS).tolist())
+    return [pair.prompt_digest or pair.prompt for pair in pairs]  # tests build pairs from tokens
+
+
+def pairs_digest(pairs: Sequence[TokenizedPair]) -> str:
+    """Return a SHA-256 digest of the pairs in their order, as hex; locations are not part of it.
+
+    It is computed from the digests of the token ids and from margins, weights and labels. All of
+    these have a fixed width, so that different pairs never produce the same bytes.
+    """
+    hashed = sha256()
+    for name in (PART_DIGESTS, MARGINS_AND_WEIGHTS, LABELS):
+        hashed.update(column(pairs, name).tobytes())
+    return hashed.hexdigest()
+
+
+def count_shared_pairs(first: Sequence[TokenizedPair], second: Sequence[TokenizedPair]) -> int:
+    """Return the number of different pairs, compared by tokens, that are in both sequences.
+
+    The mismatched completion of an unpaired example is another row's, and is not compared.
+    """
+    return len(_part_digests(first) & _part_digests(second))
+
+
+def _part_digests(pairs: Sequence[TokenizedPair]) -> set[bytes]:
+    parts = np.array(column(pairs, PART_DIGESTS))
+    parts[column(pairs, LABELS) != NO_LABEL, 2] = bytes(PART_DIGEST_BYTES)
+    width = 3 * PART_DIGEST_BYTES
+    data = parts.tobytes()
+    return {data[start : start + width] for start in range(0, len(data), width)}
+
+
+class PairLengths(NamedTuple):
+    """Lengths of a pair, with the interface of a pair: enough to count the tokens of a batch."""
+
+    prompt: range
+    chosen: range
+    rejected: range
+    row: int
+
+    def __len__(self) -> int:
+        """Return the number of tokens of the longer of the two rows."""
+        return self.row
+
+
+class PairLengthsView(Sequence[Any]):
+    """A sequence of `PairLengths`, built from a column of lengths on access."""
+
+    def __init__(self, lengths: Any) -> None:
+        self._lengths = lengths
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return PairLengthsView(self._lengths[index])
+        prompt, chosen, rejected = self._lengths[index].tolist()
+        row = prompt + max(chosen, rejected)
+        return PairLengths(range(prompt), range(chosen), range(rejected), row)
+
+
+def lengths_only(pairs: Sequence[TokenizedPair]) -> Sequence[Any]:
+    """Return a sequence with the lengths of the pairs that reads no tokens from disk."""
+    return PairLengthsView(pairs.column(LENGTHS)) if isinstance(pairs, ColumnarPairs) else pairs

@@ -1,0 +1,170 @@
+"""Rows of Hugging Face datasets, on the Hub or in memory, and of lists of dictionaries."""
+
+import json
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from mlx_dpo.data.files import to_rows
+from mlx_dpo.errors import DataError, reason
+from mlx_dpo.schemas.schema import Row
+
+BATCH_ROWS = 1000  # rows of a `datasets.Dataset` that are Python objects at the same time
+HUB_NAME = re.compile(
+    r"(?P<path>[\w.-]+/[\w.-]+)(?::(?P<config>[\w.+-]+))?(?:@(?P<revision>[\w./-]+))?"
+)
+
+
+@dataclass(frozen=True)
+class HubDataset:
+    """A dataset on the Hub: the parts of `org/name[:config][@revision]`."""
+
+    path: str
+    config: str | None = None
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        return self.path + (f":{self.config}" if self.config else "")
+
+    def splits(self) -> list[str]:
+        """Return the names of the splits.
+
+        Raises:
+            DataError: the dataset does not exist, or the Hub cannot be reached.
+        """
+        import datasets
+
+        names = _call_hub(
+            self, datasets.get_dataset_split_names, self.path, self.config, revision=self.revision
+        )
+        return list(names)
+
+    def rows(self, split: str) -> Iterator[Row]:
+        """Yield the rows of a split; it is downloaded if it is not in the Hub's cache.
+
+        Raises:
+            DataError: the dataset cannot be read.
+        """
+        yield from to_rows(_iterate_dataset(self._load(split), f"{self}:{split}"))
+
+    def files(self, split: str) -> tuple[Path, ...]:
+        """Return the files of a split in the cache of `datasets`; none if it is in memory.
+
+        Raises:
+            DataError: the dataset cannot be read.
+        """
+        return tuple(Path(file["filename"]) for file in self._load(split).cache_files)
+
+    def _load(self, split: str) -> Any:
+        import datasets
+
+        return _call_hub(
+            self, datasets.load_dataset, self.path, self.config, split=split,
+            revision=self.revision,
+        )  # fmt: skip
+
+
+def _iterate_dataset(dataset: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """Yield locations and records of a `datasets.Dataset`; images and audio are not decoded."""
+    index = 0
+    for batch in dataset.with_format("arrow").iter(batch_size=BATCH_ROWS):
+        for record in batch.to_pylist():
+            yield f"{name}[{index}]", record
+            index += 1
+
+
+def parse_hub_name(name: str) -> HubDataset | None:
+    """Return the Hub dataset of a name, or None if the name has another form."""
+    match = HUB_NAME.fullmatch(name)
+    return HubDataset(**match.groupdict()) if match else None
+
+
+def _call_hub(dataset: HubDataset, call: Any, *args: Any, **kwargs: Any) -> Any:
+    from datasets.exceptions import DatasetsError
+
+    try:
+        return call(*args, **kwargs)
+    except (OSError, ValueError, LookupError, RuntimeError, DatasetsError) as error:
+        raise DataError(
+            f"{dataset}: neither a local file or folder nor a dataset that can be loaded from "
+            f"the Hub ({reason(error)}); check the name and the connection"
+        ) from error
+
+
+@dataclass(frozen=True, eq=False)
+class InMemoryRows:
+    """Rows in memory: dictionaries or a `datasets.Dataset`. Locations are `pairs[3]`."""
+
+    records: Any  # a sequence of dictionaries, or a Dataset
+    name: str = "pairs"
+
+    @classmethod
+    def from_iterable(cls, records: Iterable[Any], name: str = "pairs") -> "InMemoryRows":
+        """Return the rows of a `datasets.Dataset`, or of any other iterable of dictionaries.
+
+        Raises:
+            DataError: the object has splits, or cannot have rows.
+        """
+        if isinstance(records, Mapping):
+            raise DataError(
+                f"{name}: expected a list of dictionaries or one split of a dataset, found keys "
+                f"{', '.join(f'`{key}`' for key in list(records)[:3]) or 'none'}"
+            )
+        if not isinstance(records, Iterable) or isinstance(records, str | bytes):
+            kind = type(records).__name__
+            raise DataError(f"{name}: expected a list of dictionaries or a dataset, found {kind}")
+        return cls(records if is_dataset(records) else list(records), name)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def rows(self) -> Iterator[Row]:
+        """Yield the rows in their order.
+
+        Raises:
+            DataError: a record is not a dictionary.
+        """
+        yield from to_rows(self._items())
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the content as hex; fields that are null or absent make no difference.
+
+        The digest of a list of dictionaries and that of a `Dataset` made from it are the same.
+
+        Raises:
+            DataError: a record cannot be written as JSON.
+        """
+        hashed = sha256()
+        for location, record in self._items():
+            try:
+                line = json.dumps(_without_nulls(record), sort_keys=True, default=repr)
+            except (TypeError, ValueError, RecursionError) as error:
+                raise DataError(f"{location}: cannot be written as JSON ({error})") from error
+            hashed.update(line.encode() + b"\n")
+        return hashed.hexdigest()
+
+    def _items(self) -> Iterator[tuple[str, Any]]:
+        if is_dataset(self.records):
+            yield from _iterate_dataset(self.records, self.name)
+            return
+        for index, record in enumerate(self.records):
+            item = dict(record) if isinstance(record, Mapping) else record
+            yield f"{self.name}[{index}]", item
+
+
+def is_dataset(records: Any) -> bool:
+    """Return whether this is a `datasets.Dataset`, without importing that library."""
+    library = sys.modules.get("datasets")
+    return library is not None and isinstance(records, library.Dataset)
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list | tuple) else value

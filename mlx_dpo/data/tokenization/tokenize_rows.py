@@ -1,0 +1,90 @@
+"""Rows to tokenized pairs: parse, tokenize and count, or drop, each example of the rows."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Generic, TypeVar
+
+from mlx_dpo.data.examples import ParsedExample, drop_or_raise, parse_rows
+from mlx_dpo.data.report import PairsReport
+from mlx_dpo.data.tokenization.chat_template import TokenRules
+from mlx_dpo.data.tokenization.tokenize import tokenize_pair, tokenize_unpaired
+from mlx_dpo.errors import BadPairError, DataError
+from mlx_dpo.schemas.messages import prompt_digest
+from mlx_dpo.schemas.schema import DEFAULT, Row, RowRules
+from mlx_dpo.types import PreferenceExample, TokenizedPair
+
+Pairs = TypeVar("Pairs", bound=Sequence[TokenizedPair])
+
+
+@dataclass(frozen=True)
+class LoadedPairs(Generic[Pairs]):
+    """The tokenized pairs of a source in its order, and a report with the counts."""
+
+    pairs: Pairs
+    report: PairsReport
+
+
+@dataclass(frozen=True)
+class PairRules:
+    """All settings that decide which tokenized pairs a row becomes."""
+
+    tokens: TokenRules
+    rows: RowRules = DEFAULT
+    bad_pairs: str = "error"  # or `drop`
+
+
+def tokenize_rows(
+    rows: Iterable[Row], tokenizer: Any, rules: PairRules, report: PairsReport
+) -> Iterator[TokenizedPair]:
+    """Yield the tokenized pairs of the rows, and count them in the report.
+
+    Raises:
+        DataError: a row cannot be read as a pair.
+        BadPairError: a pair is bad, and `rules.bad_pairs` is `error`.
+    """
+    for example in parse_rows(rows, rules.rows, report, bad_pairs=rules.bad_pairs):
+        try:
+            yield tokenize_example(example, tokenizer, rules.tokens, report)
+        except BadPairError as bad:
+            drop_or_raise(bad, report, rules.bad_pairs)
+
+
+def tokenize_example(
+    parsed: ParsedExample, tokenizer: Any, rules: TokenRules, report: PairsReport
+) -> TokenizedPair:
+    """Return the example as token ids, and count it in the report.
+
+    Raises:
+        DataError, BadPairError: as `tokenize_pair`.
+    """
+    example = parsed.example
+    if isinstance(example, PreferenceExample):
+        tokenized = tokenize_pair(tokenizer, example, rules)
+    else:
+        tokenized = tokenize_unpaired(tokenizer, example, rules)
+    report.keep(tokenized, was_text=isinstance(example.prompt, str))
+    return replace(
+        tokenized.pair,
+        prompt_digest=prompt_digest(example),
+        margin=parsed.margin,
+        weight=parsed.weight,
+    )
+
+
+def new_report(source: str, rules: TokenRules, rows: RowRules) -> PairsReport:
+    """Return a report in which nothing has been counted yet."""
+    is_text = rules.chat_template == "text"
+    return PairsReport(source, rules.max_length, judged=rows.judged, specials_act=is_text)
+
+
+def check_any_pair(report: PairsReport) -> None:
+    """Raise `DataError`, with the reasons, if no pair of a source is left."""
+    if not report.kept:
+        raise DataError(f"{report.source}: no pair left {_reasons(report)}; give other pairs")
+
+
+def _reasons(report: PairsReport) -> str:
+    if not report.read:
+        return "(it holds none)"
+    counts = ", ".join(f"{len(rows)}: {reason}" for reason, rows in report.dropped.items())
+    return f"of {report.read} ({counts})"
