@@ -13,7 +13,7 @@ from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.curation.clean import clean_pairs
 from mlx_dpo.data.examples import parse_rows
 from mlx_dpo.data.inspect.findings import RULES
-from mlx_dpo.data.load import hold_out, load_pairs
+from mlx_dpo.data.load import held_out_indices, load_pairs
 from mlx_dpo.data.report import PairsReport
 from mlx_dpo.data.sources import find_sources, resolve_source
 from mlx_dpo.data.tokenization.tokenize import TokenRules
@@ -219,10 +219,11 @@ def test_a_split_holds_out_what_training_would(seed):
     assert data("split", "many.jsonl", *words).exit_code == 0
     from mlx_dpo.models.empty_weights import load_empty_model
 
-    pairs = load_pairs(
-        Path("many.jsonl"), load_empty_model("base").tokenizer, TokenRules(vocab_size=300)
-    )
-    train, valid = hold_out(pairs.pairs, share=0.2, seed=seed)
+    rules = TokenRules(vocab_size=300)
+    pairs = load_pairs(Path("many.jsonl"), load_empty_model("base").tokenizer, rules).pairs
+    held_out = held_out_indices(pairs, share=0.2, seed=seed)
+    train = [pair for index, pair in enumerate(pairs) if index not in held_out]
+    valid = [pairs[index] for index in sorted(held_out)]
     for name, part in (("train", train), ("valid", valid)):
         said = parse_rows(resolve_source(f"parts/{name}.jsonl").rows(), DEFAULT, PairsReport("", 0))
         assert [prompt_digest(one.example) for one in said] == [pair.prompt_digest for pair in part]

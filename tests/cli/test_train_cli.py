@@ -337,7 +337,7 @@ def test_a_misspelt_prompt_and_a_file_that_is_not_there_are_named(tmp_path, monk
     (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n")
     assert_one_line(train(), "pairs.jsonl:1: missing `prompt` (found `promt`)")
     result = run("train", "org/data", "--model", "base", "--output", "run")
-    assert_one_line(result, "org/data: neither a file or folder here nor a dataset that the Hub")
+    assert_one_line(result, "org/data: neither a local file or folder nor a dataset that can")
 
 
 def test_held_out_pairs_that_are_trained_on_are_said():

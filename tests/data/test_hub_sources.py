@@ -79,7 +79,7 @@ def test_a_path_that_is_there_goes_before_a_dataset(hub, tmp_path, monkeypatch):
         (
             "org/other",
             None,
-            r"^org/other: neither a file or folder here nor a dataset that the Hub",
+            r"^org/other: neither a local file or folder nor a dataset that can be loaded",
         ),
         ("org/name", "train_x", r"^org/name: no split `train_x` \(found `train`, `train_prefs`, "),
     ],

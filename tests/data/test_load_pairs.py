@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_dpo.data.columns import pairs_digest
-from mlx_dpo.data.load import check_settings_used, hold_out, load_pairs, mixed
+from mlx_dpo.data.load import check_settings_used, held_out_indices, load_pairs, mix_indices
 from mlx_dpo.data.tokenization.tokenize import TokenRules
 from mlx_dpo.errors import (
     EMPTY_COMPLETION,
@@ -28,10 +28,10 @@ RULES = TokenRules(vocab_size=262)
 
 def test_pairs_come_in_file_order_with_their_places(write, plain):
     found = load_pairs(write(GOOD, "", GOOD | {"chosen": "ya"}), plain, RULES)
-    assert found.pairs == (
+    assert list(found.pairs) == [
         TokenizedPair((BOS, *b"hi"), (*b"yo", EOS), (*b"no!", EOS), "pairs.jsonl:1"),
         TokenizedPair((BOS, *b"hi"), (*b"ya", EOS), (*b"no!", EOS), "pairs.jsonl:3"),
-    )
+    ]
 
 
 def test_a_bad_pair_stops_unless_it_may_be_dropped(write, plain):
@@ -125,6 +125,18 @@ def test_the_real_dialogues_are_read_whole(material, stories):
 
 def with_prompts(*prompts):
     return [TokenizedPair((prompt,), (8, i), (9, i)) for i, prompt in enumerate(prompts)]
+
+
+def hold_out(pairs, **options):
+    """Return the training pairs and the held-out pairs, each in the order of `pairs`."""
+    held_out = held_out_indices(pairs, **options)
+    train = [pair for index, pair in enumerate(pairs) if index not in held_out]
+    return train, [pairs[index] for index in sorted(held_out)]
+
+
+def mixed(pairs, weight, *, seed):
+    """Return the pairs of a source as often as its weight says."""
+    return [pairs[index] for index in mix_indices(len(pairs), weight, seed=seed)]
 
 
 def test_a_share_is_held_out_in_file_order():

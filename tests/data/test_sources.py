@@ -169,7 +169,7 @@ def test_an_answer_in_json_is_text_and_turns_are_turns(tmp_path, monkeypatch):
     [
         (b"a,b\n1\n", "pairs.csv:2: 1 cells under a header of 2"),
         (b"a,b\n1,2,3\n", "pairs.csv:2: 3 cells under a header of 2"),
-        (b"a,a\n1,2\n", "pairs.csv:1: a column stands there twice"),
+        (b"a,a\n1,2\n", "pairs.csv:1: duplicate column name"),
         (b"a,b\n1,\xe9\n", "pairs.csv:2: not UTF-8 (byte 0xe9 at 2); save the file as UTF-8"),
         (b'a,b\n"1,2\n', "pairs.csv: cannot be read (unexpected end of data)"),
     ],
@@ -320,7 +320,7 @@ def test_standard_input_is_lines_of_json_read_once(monkeypatch):
         ("-:3", {"a": 2}),
     ]
     for given in ((["-", "-"], None), ("-", "-")):
-        with pytest.raises(ConfigError, match="which can be read but once"):
+        with pytest.raises(ConfigError, match="which can be read only once"):
             find_sources(*given)
 
 

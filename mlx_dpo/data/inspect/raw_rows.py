@@ -51,8 +51,8 @@ def written(source: Source) -> Iterator[Written]:
     Raises:
         DataError: the source cannot be read on.
     """
-    if source.dataset is not None:
-        for row in source.dataset.rows(source.split):
+    if source.dataset is not None or source.memory is not None:
+        for row in source.rows():
             yield Written(row.location, row)
     for path in source.files:
         yield from _of_file(path)
