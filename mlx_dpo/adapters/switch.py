@@ -1,7 +1,7 @@
-"""One set of weights, two policies: the base and what was trained on it, put on in turn.
+"""Switching between the base model and the aligned model on one set of weights.
 
-Nothing is loaded or copied to switch: adapted layers and bare ones share the base's arrays. Only
-where weights of the base itself were trained are those held twice.
+Nothing is loaded or copied to switch: layers with and without adapters share the arrays of the
+base. Only weights of the base that were themselves trained are held twice.
 """
 
 from collections.abc import Iterator
@@ -15,73 +15,77 @@ from mlx.utils import tree_unflatten
 from mlx_dpo.adapters.attach import adapted_layers, detach_adapters
 from mlx_dpo.io.arrays import Arrays, named_arrays
 
-AdapterState = Literal["base", "aligned"]
+AdapterState = Literal["base", "aligned"]  # without and with what was trained
 
 
 class _SavedState(NamedTuple):
-    """What a model has on: the layers with adapters, and the weights below them."""
+    """The layers with adapters of a model, and the weights below them."""
 
     adapted: dict[str, nn.Module]
     weights: Arrays
 
 
 class AdapterSwitch:
-    """The sides of `model`; `now` is the one it has on."""
+    """The remembered states of `model`, one of which is active."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.now: AdapterState = "base"
-        self._kept: dict[AdapterState, _SavedState] = {}
+        self.active: AdapterState = "base"
+        self._states: dict[AdapterState, _SavedState] = {}
 
     @property
-    def both(self) -> bool:
-        """Whether there is something to switch to."""
-        return len(self._kept) > 1
+    def can_switch(self) -> bool:
+        """Whether both states are remembered."""
+        return len(self._states) > 1
 
-    def keep(self, side: AdapterState) -> None:
-        """Remember what the model has on now as this side."""
+    def remember(self, state: AdapterState) -> None:
+        """Remember the model's current adapters and weights as `state`, which is active then."""
         adapted = adapted_layers(self.model)
         detach_adapters(self.model)
-        self._kept[side] = _SavedState(adapted, named_arrays(self.model.parameters()))
+        self._states[state] = _SavedState(adapted, named_arrays(self.model.parameters()))
         self._attach(adapted)
-        self.now = side
+        self.active = state
 
-    def put(self, side: AdapterState) -> None:
-        """Make the model compute as this side, bit for bit; KeyError if it was never kept."""
-        kept = self._kept[side]
-        if side == self.now:
+    def activate(self, state: AdapterState) -> None:
+        """Make the model compute as in `state`, bit for bit.
+
+        Raises:
+            KeyError: the state was never remembered.
+        """
+        saved = self._states[state]
+        if state == self.active:
             return
         detach_adapters(self.model)
-        here = named_arrays(self.model.parameters())
-        other = [(k, value) for k, value in kept.weights.items() if here[k] is not value]
-        self.model.update(tree_unflatten(other))
-        self._attach(kept.adapted)
-        self.now = side
+        current = named_arrays(self.model.parameters())
+        changed = [(k, value) for k, value in saved.weights.items() if current[k] is not value]
+        self.model.update(tree_unflatten(changed))
+        self._attach(saved.adapted)
+        self.active = state
 
     def _attach(self, adapted: dict[str, nn.Module]) -> None:
         self.model.update_modules(tree_unflatten(list(adapted.items())))
 
     @contextmanager
-    def on(self, side: AdapterState) -> Iterator[None]:
-        """The side inside the block, afterwards the one that was on before."""
-        before = self.now
-        self.put(side)
+    def activated(self, state: AdapterState) -> Iterator[None]:
+        """Activate `state` inside the block, and the state from before afterwards."""
+        before = self.active
+        self.activate(state)
         try:
             yield
         finally:
-            self.put(before)
+            self.activate(before)
 
-    def held_twice(self) -> int:
-        """Bytes of the weights that each side has in a version of its own."""
-        if not self.both:
+    def duplicated_bytes(self) -> int:
+        """Return the size of the weights that each state has in its own version."""
+        if not self.can_switch:
             return 0
-        one, other = (kept.weights for kept in self._kept.values())
-        return sum(value.nbytes for name, value in one.items() if other[name] is not value)
+        base, aligned = (state.weights for state in self._states.values())
+        return sum(value.nbytes for name, value in base.items() if aligned[name] is not value)
 
 
 def evaluate_arrays(model: nn.Module) -> None:
-    """Compute every array of the model, also those that MLX does not count as parameters.
+    """Compute every array of the model, including those that MLX does not count as parameters.
 
-    Another thread could not: what is not computed yet belongs to the stream that it was made on.
+    Another thread could not do it: a lazy array belongs to the stream on which it was made.
     """
     mx.eval([v for m in model.modules() for v in m.values() if isinstance(v, mx.array)])

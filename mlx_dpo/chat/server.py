@@ -75,7 +75,7 @@ class SwitchingModelProvider(ModelProvider):
         """Activate the named model by switching the adapters on or off."""
         names = self.served.names
         adapter_state = names[next(iter(names)) if model_path == DEFAULT_MODEL else model_path]
-        self.served.switch.put(adapter_state)
+        self.served.switch.activate(adapter_state)
         self.model_key = (adapter_state, None, None)  # mlx-lm keeps one prompt cache per key
         self.model, self.tokenizer = self.served.model, self.served.tokenizer
         self.is_batchable = self.batches

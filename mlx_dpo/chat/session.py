@@ -109,7 +109,7 @@ class ChatSession:
         finally:
             if answer is not None:
                 self.turns = [*earlier, question, _message("assistant", answer)]
-                self.authors = [*self.authors, self.switch.now]
+                self.authors = [*self.authors, self.switch.active]
                 self._systems = [*self._systems, self.system]
 
     def retry(self) -> Generator[AnswerChunk]:
@@ -146,7 +146,7 @@ class ChatSession:
         """
         self.last_answer()
         before, system = self._history, self.system
-        with self.switch.on(adapter_state):
+        with self.switch.activated(adapter_state):
             try:
                 self.system = self._systems[-1]
                 yield from self.reply(self.undo())
@@ -221,7 +221,7 @@ class ChatSession:
         return earlier, prompt
 
     def _stream(self, prompt: list[int], left_out: int) -> Generator[AnswerChunk]:
-        state = self.switch.now
+        state = self.switch.active
         cache = self._caches[state] = self._caches.get(state) or PromptCache(self._model)
         room = self.sampling.max_tokens if self.context is None else self.context - len(prompt)
         return stream_answer(

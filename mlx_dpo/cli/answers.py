@@ -97,7 +97,7 @@ def open_chat(  # noqa: PLR0913 (one argument for each flag)
     for note in opened.notes:
         click.echo(note, err=True)
     if reference:
-        opened.sides.put("base")
+        opened.sides.activate("base")
     if opened.run is not None:
         raw = raw or opened.run.trained_on_text
         config = opened.run.config

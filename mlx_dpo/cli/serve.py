@@ -89,7 +89,7 @@ def _make_served_model(
         opened.base.model,
         tokenizer,
         opened.sides,
-        {"aligned": "aligned", "base": "base"} if opened.sides.both else {"base": "base"},
+        {"aligned": "aligned", "base": "base"} if opened.sides.can_switch else {"base": "base"},
         min(len(tokenizer), opened.base.vocab_size),
         sampling,
         thinking=bool(config.thinking if thinking is None and config else thinking),

@@ -197,7 +197,7 @@ def _score_answers(
     rows = [_prompt_ids(opened, run, prompt) for prompt in prompts]
     _check_context(rows, prompts, context_length(base.config), sampling.max_tokens)
     for side in sides:
-        with opened.sides.on(side):
+        with opened.sides.activated(side):
             said = generate_tokens(base.model, base.tokenizer.eos_token_ids, rows, sampling)
         aligned, reference = (
             _completion_logps(opened, which, rows, said) for which in ("aligned", "base")
@@ -210,7 +210,7 @@ def _completion_logps(
     opened: TwoSided, side: AdapterState, rows: Sequence[TokenIds], said: Sequence[GeneratedTokens]
 ) -> list[list[float]]:
     """log p of the tokens of each completion, and of its end where it has one."""
-    with opened.sides.on(side):
+    with opened.sides.activated(side):
         return [
             completion_token_logps(
                 opened.base.model, row, [*one.tokens, *([] if one.end is None else [one.end])]

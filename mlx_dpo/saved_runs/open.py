@@ -200,10 +200,10 @@ def open_sides(
 def _of_model(base: LoadedModel, adapter: Path | None, wanted: Sequence[AdapterState]) -> TwoSided:
     sides = AdapterSwitch(base.model)
     if adapter is None or "base" in wanted:
-        sides.keep("base")
+        sides.remember("base")
     if adapter is not None and "aligned" in wanted:
         load_adapter(base.model, adapter)
-        sides.keep("aligned")
+        sides.remember("aligned")
     return TwoSided(base, sides, None, adapter, (*base.notes, *_twice(sides)))
 
 
@@ -212,17 +212,17 @@ def _of_run(opened: Opened, wanted: Sequence[AdapterState]) -> TwoSided:
     sides = AdapterSwitch(base.model)
     put_reference(opened, base)
     if "base" in wanted:
-        sides.keep("base")
+        sides.remember("base")
     notes = [*base.notes]
     if "aligned" in wanted:
         put_policy(opened, base)
-        sides.keep("aligned")
+        sides.remember("aligned")
         notes += [] if opened.finished else [unfinished(opened)]
     return TwoSided(base, sides, opened, opened.adapter, (*notes, *_twice(sides)))
 
 
 def _twice(sides: AdapterSwitch) -> list[str]:
-    if not (size := sides.held_twice()):
+    if not (size := sides.duplicated_bytes()):
         return []
     return [
         "weights of the model itself were trained: they are held twice, as the base has them and "

@@ -12,7 +12,7 @@ TOKENS = mx.array([[1, 40, 41, 42, 3, 2]])
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return str(make_checkpoint(tmp_path_factory.mktemp("sides"), dtype=mx.bfloat16))
+    return str(make_checkpoint(tmp_path_factory.mktemp("switch"), dtype=mx.bfloat16))
 
 
 def train(model, seed):
@@ -57,31 +57,31 @@ def test_switching_ten_times_gives_both_sides_bit_for_bit(folder, learn, start):
     if start:
         start(alone)
         start(model)
-    sides = AdapterSwitch(model)
-    sides.keep("base")
+    switch = AdapterSwitch(model)
+    switch.remember("base")
     detach_adapters(model)
     learn(model)
-    sides.keep("aligned")
+    switch.remember("aligned")
     base, aligned = alone(TOKENS), model(TOKENS)
     assert not mx.array_equal(base, aligned)
     for _ in range(10):
-        sides.put("base")
+        switch.activate("base")
         assert mx.array_equal(model(TOKENS), base)
-        sides.put("aligned")
+        switch.activate("aligned")
         assert mx.array_equal(model(TOKENS), aligned)
 
 
 def test_a_side_is_on_for_a_block_even_if_it_fails(folder):
     model = mlx_lm.load(folder)[0]
-    sides = AdapterSwitch(model)
-    sides.keep("base")
+    switch = AdapterSwitch(model)
+    switch.remember("base")
     lora(model)
-    sides.keep("aligned")
+    switch.remember("aligned")
     aligned = model(TOKENS)
-    with pytest.raises(KeyError), sides.on("base"):
-        assert sides.now == "base"
+    with pytest.raises(KeyError), switch.activated("base"):
+        assert switch.active == "base"
         raise KeyError
-    assert sides.now == "aligned"
+    assert switch.active == "aligned"
     assert mx.array_equal(model(TOKENS), aligned)
 
 
@@ -90,21 +90,21 @@ def test_only_weights_of_the_model_itself_are_held_twice(folder):
     for learn in (lora, full):
         model = mlx_lm.load(folder)[0]
         last = sum(v.nbytes for k, v in named_arrays(model.parameters()).items() if "layers.1" in k)
-        sides = AdapterSwitch(model)
-        sides.keep("base")
-        assert sides.held_twice() == 0
+        switch = AdapterSwitch(model)
+        switch.remember("base")
+        assert switch.duplicated_bytes() == 0
         learn(model)
-        sides.keep("aligned")
-        sizes[learn] = sides.held_twice()
+        switch.remember("aligned")
+        sizes[learn] = switch.duplicated_bytes()
     assert sizes == {lora: 0, full: last}
 
 
 def test_a_side_that_was_never_kept_cannot_be_put_on(folder):
-    sides = AdapterSwitch(mlx_lm.load(folder)[0])
-    sides.keep("base")
-    assert not sides.both
+    switch = AdapterSwitch(mlx_lm.load(folder)[0])
+    switch.remember("base")
+    assert not switch.can_switch
     with pytest.raises(KeyError):
-        sides.put("aligned")
+        switch.activate("aligned")
 
 
 def test_another_thread_can_compute_with_a_model_that_is_evaluated(folder):

@@ -38,12 +38,12 @@ def base(folder):
 def switchable(folder):
     model, tokenizer = mlx_lm.load(folder)
     switch = AdapterSwitch(model)
-    switch.keep("base")
+    switch.remember("base")
     attach_adapters(model, rank=4, scale=8.0)
     for name, module in model.named_modules():
         if name.endswith("_proj"):
             module.lora_b = mx.random.normal(module.lora_b.shape, key=mx.random.key(2)) * 0.2
-    switch.keep("aligned")
+    switch.remember("aligned")
     return model, tokenizer, switch
 
 
@@ -64,13 +64,13 @@ def test_base_answers_equal_those_of_the_base_loaded_alone_after_ten_switches(sw
     model, tokenizer, switch = switchable
     chat, alone = ChatSession(model, tokenizer, GREEDY, switch=switch), ChatSession(*base, GREEDY)
     for question in QUESTIONS:
-        switch.put("base")
+        switch.activate("base")
         assert ask(chat, question) == ask(alone, question)
         for _ in range(5):
-            switch.put("aligned")
+            switch.activate("aligned")
             aligned = join(chat.answer_with("aligned"))
             assert aligned != chat.last_answer()
-            switch.put("base")
+            switch.activate("base")
             assert join(chat.answer_with("base")) == chat.last_answer()
     assert chat.turns == alone.turns
     assert chat.authors == ["base"] * 3
@@ -98,9 +98,9 @@ def test_answering_with_the_other_model_changes_neither_conversation_nor_model(s
     before = list(chat.turns)
     pieces = chat.answer_with("base")
     next(pieces)
-    assert switch.now == "base"
+    assert switch.active == "base"
     pieces.close()
-    assert (chat.turns, chat.authors, switch.now) == (before, ["aligned"], "aligned")
+    assert (chat.turns, chat.authors, switch.active) == (before, ["aligned"], "aligned")
 
 
 def test_undo_removes_a_question_with_its_answer(base):

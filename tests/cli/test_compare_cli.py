@@ -79,7 +79,7 @@ def test_the_prompts_are_those_the_run_held_out_and_the_answers_those_of_each_si
     assert asked == [f"What is {i}?" for i in range(8, 12)]
     opened = open_sides(run)
     for column in found.columns:
-        opened.sides.put(column.name)
+        opened.sides.activate(column.name)
         for question, answer in zip(asked, column.answers, strict=True):
             chat = ChatSession(opened.base.model, opened.base.tokenizer, GREEDY)
             said = "".join(piece.text for piece in chat.reply(question))

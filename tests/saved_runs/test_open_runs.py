@@ -57,13 +57,13 @@ def test_both_sides_of_a_run_say_what_they_say_loaded_alone(bold, full, way):
     expected = {side: answers(*loaded[:2]) for side, loaded in alone.items()}
     assert expected["base"] != expected["aligned"]
     opened = open_sides(config.output)
-    assert opened.sides.now == "aligned"
+    assert opened.sides.active == "aligned"
     for _ in range(2):
         for side in ("base", "aligned"):
-            opened.sides.put(side)
+            opened.sides.activate(side)
             assert answers(opened.base.model, opened.base.tokenizer) == expected[side]
         for side in ("base", "aligned") * 5:
-            opened.sides.put(side)
+            opened.sides.activate(side)
 
 
 def test_the_base_of_a_run_that_went_on_from_an_adapter_has_that_adapter(bold, tmp_path):
@@ -73,7 +73,7 @@ def test_the_base_of_a_run_that_went_on_from_an_adapter_has_that_adapter(bold, t
     opened = open_sides(second.output)
     aligned = opened.base.model(TOKENS)
     assert mx.array_equal(aligned, load_policy(second.output).model(TOKENS))
-    opened.sides.put("base")
+    opened.sides.activate("base")
     assert mx.array_equal(opened.base.model(TOKENS), load_policy(first.output).model(TOKENS))
     assert opened.facts("base")["adapter_digest"] == adapter_digest(Path(first.output))
     assert opened.facts("aligned")["adapter_digest"] == adapter_digest(Path(second.output))
@@ -99,7 +99,7 @@ def test_a_full_run_says_what_it_holds_twice(full):
 def test_a_model_with_an_adapter_of_peft_has_both_sides():
     opened = open_sides(None, model=str(tiny_chat()), adapter=str(PEFT))
     aligned = opened.base.model(TOKENS)
-    opened.sides.put("base")
+    opened.sides.activate("base")
     base = opened.base.model(TOKENS)
     assert mx.array_equal(base, open_sides(None, model=str(tiny_chat())).base.model(TOKENS))
     assert not mx.array_equal(base, aligned)
@@ -109,7 +109,7 @@ def test_a_model_with_an_adapter_of_peft_has_both_sides():
 def test_only_what_is_wanted_is_put_on(bold):
     config = train(bold)
     opened = open_sides(config.output, wanted=("base",))
-    assert not opened.sides.both
+    assert not opened.sides.can_switch
     base = open_sides(None, model=config.model).base.model(TOKENS)
     assert mx.array_equal(opened.base.model(TOKENS), base)
 

@@ -108,7 +108,7 @@ def _header(session: "ChatSession", opened: "TwoSided") -> Iterator[str]:
     name = opened.base.source
     if opened.adapter is not None:
         name += f" with the adapter of {opened.adapter}"
-        yield f"{name}; /base answers without it" if session.switch.both else name
+        yield f"{name}; /base answers without it" if session.switch.can_switch else name
     else:
         yield name
     if session.context is not None:
@@ -122,7 +122,7 @@ def _header(session: "ChatSession", opened: "TwoSided") -> Iterator[str]:
 
 def _prompt(session: "ChatSession") -> str:
     """Return the input prompt, which names the base if it answers instead of the aligned model."""
-    return "base> " if session.switch.both and session.switch.now == "base" else "> "
+    return "base> " if session.switch.can_switch and session.switch.active == "base" else "> "
 
 
 def _run_turn(commands: ChatCommands, message: TypedMessage) -> bool:

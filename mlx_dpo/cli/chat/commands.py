@@ -114,10 +114,10 @@ class ChatCommands:
 
     def _switch_to(self, adapter_state: "AdapterState") -> None:
         self._check_two_models()
-        self.chat.switch.put(adapter_state)
+        self.chat.switch.activate(adapter_state)
 
     def _check_two_models(self) -> None:
-        if not self.chat.switch.both:
+        if not self.chat.switch.can_switch:
             raise ConfigError(
                 "there is nothing to switch to; name a run, or a --model with an --adapter"
             )
