@@ -28,16 +28,21 @@ from mlx_dpo.profiling.profile import (
     profile_inference_pass,
     shorten_pairs,
 )
-from mlx_dpo.runs.auto_batch_size import Fitted, fit, longest_pass, rehearsed
+from mlx_dpo.runs.auto_batch_size import (
+    MicroBatchFit,
+    fit_micro_batch_size,
+    longest_micro_batch,
+    profile_micro_batch,
+)
 from mlx_dpo.runs.build import (
-    as_reference,
     attach_adapters,
     choose_scorer,
-    forward_limit,
-    forward_only,
-    remembered,
+    inference_limit,
+    make_dataset_scorer,
+    optimizer_state_bytes,
+    reference_mode,
 )
-from mlx_dpo.runs.inputs import Inputs, read_base, read_inputs, unheard
+from mlx_dpo.runs.inputs import Inputs, load_configured_base, load_inputs, no_progress
 from mlx_dpo.scoring.kernels.gated_delta import use_fused_gated_delta
 from mlx_dpo.scoring.select_scorer import ScorerChoice
 from mlx_dpo.types import TokenizedPair
@@ -92,7 +97,7 @@ class RunEstimate:
 
     inputs: Inputs
     choice: ScorerChoice
-    fitted: Fitted
+    fitted: MicroBatchFit
     lengths: RowLengths
     parameters: int
     parts: MemoryParts
@@ -131,7 +136,7 @@ MAX_TOKENS = 2**20  # where a model does not say how many it places
 
 
 def estimate_run(
-    config: DPOConfig, *, mac: str | None = None, rows: RowProgress = unheard
+    config: DPOConfig, *, mac: str | None = None, rows: RowProgress = no_progress
 ) -> RunEstimate:
     """Rehearse a run of these settings; `mac` is the memory of a Mac to plan for.
 
@@ -141,7 +146,9 @@ def estimate_run(
         ConfigError, DataError, ModelError: as a run would.
     """
     room = available_memory() if mac is None else mac_memory(mac)
-    inputs = read_inputs(config, read=partial(read_base, load=load_empty_model), counting=rows)
+    inputs = load_inputs(
+        config, read=partial(load_configured_base, load=load_empty_model), counting=rows
+    )
     with use_fused_gated_delta(inputs.base.model):
         attach_adapters(inputs.base, config)
         choice = _select_scorer(inputs.base, config)
@@ -167,10 +174,12 @@ class _RunEstimator:
     ) -> None:
         self.inputs, self.choice, self.room = inputs, choice, room
         self.base, self.model = inputs.base, inputs.base.model
-        self.fitted = fit(self.base, config, choice, inputs.train, room=room, measure=True)
+        self.fitted = fit_micro_batch_size(
+            self.base, config, choice, inputs.train, room=room, measure=True
+        )
         self.config = self.fitted.config
-        self.state = remembered(self.model, config)
-        self.longest = longest_pass(self.config, choice, inputs.train)
+        self.state = optimizer_state_bytes(self.model, config)
+        self.longest = longest_micro_batch(self.config, choice, inputs.train)
         self.short = shorten_pairs(self.longest[:1], SHORT_SHARE)
 
     def forecast(self) -> RunEstimate:
@@ -194,8 +203,8 @@ class _RunEstimator:
     def _curve(self, *, recompute: bool) -> tuple[ProfilePoint, ProfilePoint]:
         settings = replace(self.config, recompute=recompute)
         known = self.fitted.cost if recompute == self.config.recompute else None
-        long = known or rehearsed(self.base, settings, self.choice, self.longest)
-        short = rehearsed(self.base, settings, self.choice, self.short)
+        long = known or profile_micro_batch(self.base, settings, self.choice, self.longest)
+        short = profile_micro_batch(self.base, settings, self.choice, self.short)
         return self._sized(long, self.longest), self._sized(short, self.short)
 
     def _sized(self, cost: PassProfile, pairs: Pairs) -> ProfilePoint:
@@ -203,7 +212,7 @@ class _RunEstimator:
 
     def _reference(self) -> tuple[PassProfile, Pairs]:
         """What the largest pass without gradients costs, and the pairs in it."""
-        limit, score = forward_limit(self.config, self.choice), self._score
+        limit, score = inference_limit(self.config, self.choice), self._score
         longest = longest_pairs(MAX_PAIRS, self.inputs.train, self.inputs.valid)
         asked = largest_micro_batch(longest, limit, cost=self.choice.cost)
         return profile_inference_pass(
@@ -211,8 +220,8 @@ class _RunEstimator:
         ), asked
 
     def _score(self, pairs: Pairs) -> object:
-        with as_reference(self.model, self.config):
-            return forward_only(self.config, self.choice)(self.model, pairs)
+        with reference_mode(self.model, self.config):
+            return make_dataset_scorer(self.config, self.choice)(self.model, pairs)
 
     def _parts(self, cost: PassProfile) -> MemoryParts:
         trained = memory.trainable_bytes(self.model)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mlx_dpo.adapters.switch import AdapterState
     from mlx_dpo.chat.session import ChatSession
     from mlx_dpo.generation.stream import AnswerChunk, GenerationSummary
-    from mlx_dpo.saved_runs.open import TwoSided
+    from mlx_dpo.saved_runs.open import SwitchableModel
 
 # Escape sequences in a model's text must not steer a terminal; newline and tab may stay.
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -80,20 +80,20 @@ def open_chat(  # noqa: PLR0913 (one argument for each flag)
     raw: bool = False,
     context: int | None = None,
     switching: bool = False,
-) -> tuple["ChatSession", "TwoSided"]:
+) -> tuple["ChatSession", "SwitchableModel"]:
     """Load what is to be talked to, say on stderr what loading had to say.
 
     A run is spoken to as it was trained: as plain text, thinking, or with a system message, where
     it was. Both sides are kept only for `switching`.
     """
     from mlx_dpo.chat.session import ChatSession
-    from mlx_dpo.saved_runs.open import open_sides
+    from mlx_dpo.saved_runs.open import open_switchable
 
     one: AdapterState = "base" if reference else "aligned"
     both: tuple[AdapterState, ...] = (
         ("base", "aligned") if switching and (run or adapter) else (one,)
     )
-    opened = open_sides(run, model=model, adapter=adapter, wanted=both)
+    opened = open_switchable(run, model=model, adapter=adapter, wanted=both)
     for note in opened.notes:
         click.echo(note, err=True)
     if reference:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_dpo.cli.train import Sectioned, read_settings, setting_flags, typed_settings
+from mlx_dpo.cli.train import SettingsCommand, read_settings, setting_flags, typed_settings
 from mlx_dpo.config.dpo_config import DPOConfig, options
 from mlx_dpo.errors import ConfigError
 
@@ -59,7 +59,7 @@ def _config(flags: dict[str, Any]) -> DPOConfig:
     return DPOConfig.from_dict(values)
 
 
-@data.command(cls=Sectioned)
+@data.command(cls=SettingsCommand)
 @click.option("--strict", is_flag=True, help="Exit with 1 if there is a fault.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object, with every place.")
 @_flags(*ROWS, *LOOKS)
@@ -86,7 +86,7 @@ def check(strict: bool, as_json: bool, **flags: Any) -> None:
     sys.exit(1 if strict and checked.faults else 0)
 
 
-@data.command(cls=Sectioned)
+@data.command(cls=SettingsCommand)
 @click.option("-n", "count", type=click.IntRange(1), default=3, help="Pairs to show.")
 @click.option("--row", type=click.IntRange(0), help="The row at this line or index instead.")
 @_flags(*ROWS, *LOOKS)
@@ -111,7 +111,7 @@ def show(count: int, row: int | None, **flags: Any) -> None:
         print_pair(console, page.location, page.notes, page.parts)
 
 
-@data.command(cls=Sectioned)
+@data.command(cls=SettingsCommand)
 @click.option(
     "--valid", "share", default=0.05, help="Share of the pairs to hold out.",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
@@ -139,7 +139,7 @@ def split(share: float, output: str, **flags: Any) -> None:
     )
 
 
-@data.command(cls=Sectioned)
+@data.command(cls=SettingsCommand)
 @click.option(
     "--drop", multiple=True, metavar="FINDING",
     help="A finding whose rows go; repeat it. [default: all faults]",

@@ -28,7 +28,7 @@ def demo(output: str) -> None:
 
     from mlx_dpo import DPOTrainer
     from mlx_dpo.cli import program
-    from mlx_dpo.cli.progress import watch
+    from mlx_dpo.cli.progress import run_with_progress
     from mlx_dpo.demo.tour import BITS, Tour
     from mlx_dpo.reporting.console import make_console
 
@@ -48,7 +48,7 @@ def demo(output: str) -> None:
 
     console.print("\n3. Train on pairs that prefer courteous answers", style="bold")
     with DPOTrainer(tour.config()) as run:
-        watch(run)
+        run_with_progress(run)
 
     console.print("\n4. Ask the aligned model the same questions", style="bold")
     after = tour.ask(reference=False)

@@ -8,7 +8,7 @@ from click.core import ParameterSource
 
 from mlx_dpo.cli import INTERRUPTED
 from mlx_dpo.cli.sampling_flags import judge_flags
-from mlx_dpo.cli.train import Sectioned, read_settings, setting_flags, typed_settings
+from mlx_dpo.cli.train import SettingsCommand, read_settings, setting_flags, typed_settings
 from mlx_dpo.config.dpo_config import DPOConfig, options
 from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.errors import ConfigError
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mlx_dpo.collect.iterative_folder import IterativeSettings, Stage
 
 
-@click.command(cls=Sectioned)
+@click.command(cls=SettingsCommand)
 @click.argument("prompts", required=False)
 @click.option("--config", "config_file", metavar="FILE", help="YAML file of training settings.")
 @click.option("--resume", is_flag=True, help="Go on with the loop in --output where it stopped.")
@@ -129,7 +129,7 @@ def _stage_title(stage: "Stage") -> str:
 
 def _run_stage(going: "IterativeDPO", stage: "Stage", go_on: str) -> None:
     from mlx_dpo import DPOTrainer
-    from mlx_dpo.cli.progress import watch
+    from mlx_dpo.cli.progress import run_with_progress
     from mlx_dpo.collect.iterative_report import HEADINGS, round_cells
     from mlx_dpo.reporting.console import make_console, print_facts, show_progress
 
@@ -142,7 +142,7 @@ def _run_stage(going: "IterativeDPO", stage: "Stage", go_on: str) -> None:
                 left = now
     elif stage.todo == "train":
         with DPOTrainer(going.training(stage.round), resume=True) as run:
-            watch(run, go_on)
+            run_with_progress(run, go_on)
     else:
         figures = zip(HEADINGS, round_cells(going.evaluate(stage.round)), strict=True)
         print_facts(make_console(), [(name, cell) for name, cell in figures if cell])

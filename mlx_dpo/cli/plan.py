@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_dpo.cli.train import Sectioned, resolve, setting_flags
+from mlx_dpo.cli.train import SettingsCommand, resolve, setting_flags
 from mlx_dpo.config.training import EVALUATION
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 SummaryLine = tuple[str, str]
 
 
-@click.command(cls=Sectioned)
+@click.command(cls=SettingsCommand)
 @click.argument("pairs", nargs=-1)
 @click.option("--config", "config_file", metavar="FILE", help="YAML file of settings.")
 @click.option(
@@ -43,7 +43,7 @@ def plan(
 
     from mlx_dpo.plan import estimate_run
     from mlx_dpo.reporting.console import make_console, print_facts, show_progress
-    from mlx_dpo.runs.inputs import unheard
+    from mlx_dpo.runs.inputs import no_progress
 
     console = make_console()
     shown = console.is_terminal and not as_json
@@ -51,7 +51,9 @@ def plan(
         config,
         mac=memory,
         rows=lambda total: (
-            show_progress(console, "tokens", total=total, unit="rows") if shown else unheard(total)
+            show_progress(console, "tokens", total=total, unit="rows")
+            if shown
+            else no_progress(total)
         ),
     )
     if as_json:
@@ -62,11 +64,11 @@ def plan(
 
 def summary_lines(found: "RunEstimate") -> list[SummaryLine]:
     """The forecast in lines for a person."""
-    from mlx_dpo.runs.summary import counted
+    from mlx_dpo.runs.summary import format_count
 
     inputs, epoch = found.inputs, found.epoch
     return [
-        ("model", f"{inputs.base.source}, {counted(found.parameters)} parameters"),
+        ("model", f"{inputs.base.source}, {format_count(found.parameters)} parameters"),
         *[("", note) for note in inputs.base.notes],
         ("pairs", f"{len(inputs.train):,} to train on, {len(inputs.valid):,} held out"),
         *[("", line) for report in inputs.reports for line in report.lines()],
@@ -78,9 +80,9 @@ def summary_lines(found: "RunEstimate") -> list[SummaryLine]:
         ("train", _choice_line(found)),
         (
             "epoch",
-            f"{epoch.steps:,} steps, {epoch.passes:,} passes: {counted(epoch.tokens)} tokens "
-            f"through the blocks (whole rows: {counted(epoch.whole_rows)}), "
-            f"{counted(epoch.rows)} rows through the head",
+            f"{epoch.steps:,} steps, {epoch.passes:,} passes: {format_count(epoch.tokens)} tokens "
+            f"through the blocks (whole rows: {format_count(epoch.whole_rows)}), "
+            f"{format_count(epoch.rows)} rows through the head",
         ),
         (
             "work",
@@ -105,7 +107,7 @@ def _lengths_line(found: "RunEstimate") -> str:
 
 
 def _memory_lines(found: "RunEstimate") -> list[SummaryLine]:
-    from mlx_dpo.runs.auto_batch_size import gigabytes
+    from mlx_dpo.runs.auto_batch_size import format_bytes
 
     parts, fitted = found.parts, found.fitted
     rows = (
@@ -113,10 +115,10 @@ def _memory_lines(found: "RunEstimate") -> list[SummaryLine]:
         (parts.adapters, "what is trained, its gradients and moments"),
         (parts.activations, "activations of the longest pass"),
         (parts.head, "logits of the head, and what is in flight"),
-        (fitted.bytes, f"training, of {gigabytes(fitted.room.bytes)} ({fitted.room.what})"),
+        (fitted.bytes, f"training, of {format_bytes(fitted.room.bytes)} ({fitted.room.what})"),
         (found.reference, "reference pass"),
     )
-    lines = [f"{gigabytes(size):>8} {what}" for size, what in rows]
+    lines = [f"{format_bytes(size):>8} {what}" for size, what in rows]
     return [("memory", lines[0]), *[("", line) for line in lines[1:]]]
 
 

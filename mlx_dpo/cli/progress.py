@@ -21,11 +21,11 @@ from mlx_dpo.reporting.console import (
     show_progress,
     show_steps,
 )
-from mlx_dpo.runs.summary import facts_of_end, facts_of_inputs, facts_of_training
+from mlx_dpo.runs.summary import summarize_end, summarize_inputs, summarize_training
 
 
 @contextmanager
-def kept_awake(wanted: bool) -> Iterator[str | None]:
+def keep_awake(wanted: bool) -> Iterator[str | None]:
     """Keep a Mac awake inside the block; yields what to tell the person, None elsewhere.
 
     Idle sleep is held off; a closed lid without power still sleeps, and the run goes on
@@ -46,16 +46,16 @@ def kept_awake(wanted: bool) -> Iterator[str | None]:
         helper.wait()
 
 
-def watch(run: DPOTrainer, go_on: str | None = None) -> None:
+def run_with_progress(run: DPOTrainer, go_on: str | None = None) -> None:
     """Prepare and train with everything a person wants to see; saves and leaves when asked to.
 
     `go_on` is what to type to go on then, where it is not `train`.
     """
-    with kept_awake(run.config.caffeinate) as awake:
-        _watch(run, awake, go_on or f"{program()} train --resume --output {run.config.output}")
+    with keep_awake(run.config.caffeinate) as awake:
+        _run(run, awake, go_on or f"{program()} train --resume --output {run.config.output}")
 
 
-def _watch(run: DPOTrainer, awake: str | None, go_on: str) -> None:
+def _run(run: DPOTrainer, awake: str | None, go_on: str) -> None:
     console, config = make_console(), run.config
     try:
         _prepare(run, console, awake)
@@ -64,9 +64,9 @@ def _watch(run: DPOTrainer, awake: str | None, go_on: str) -> None:
         kept = f"; go on with: {go_on}" if begun else ": nothing was written"
         click.echo(f"\nInterrupted before the first step{kept}", err=True)
         raise SystemExit(INTERRUPTED) from None
-    warnings = _Warnings(run)
+    warnings = _WarningPrinter(run)
     with (
-        _saving_when_asked(run) as received,
+        _save_on_signals(run) as received,
         show_steps(
             console, total=run.total_steps, done=run.start.step, every=config.logging_steps
         ) as shown,
@@ -79,13 +79,13 @@ def _watch(run: DPOTrainer, awake: str | None, go_on: str) -> None:
     if run.stopped:
         console.print(f"Stopped and saved; go on with: {go_on}")
         raise SystemExit(128 + received[0])
-    print_facts(console, facts_of_end(run))
+    print_facts(console, summarize_end(run))
     if run.evaluation is not None:
         title = f"{len(run.inputs.valid):,} held-out {config.unit}"
         console.print(final_metrics_table(run.evaluation, title=title))
 
 
-class _Warnings:
+class _WarningPrinter:
     """What goes wrong, each thing said once; a run that goes on has said some before."""
 
     def __init__(self, run: DPOTrainer) -> None:
@@ -106,7 +106,7 @@ def _prepare(run: DPOTrainer, console: Console, awake: str | None) -> None:
         lambda total: show_progress(console, "reference model", total=total),
         lambda total: show_progress(console, "tokens", total=total, unit="rows"),
     )
-    print_facts(console, facts_of_inputs(run))
+    print_facts(console, summarize_inputs(run))
     run.attach()
     if run.config.needs_reference and run.config.reference_model is None:
         config = run.config
@@ -116,13 +116,13 @@ def _prepare(run: DPOTrainer, console: Console, awake: str | None) -> None:
     else:
         run.score_reference()
     run.restore()
-    print_facts(console, facts_of_training(run))
+    print_facts(console, summarize_training(run))
     if awake:
         print_facts(console, [("awake", awake)])
 
 
 @contextmanager
-def _saving_when_asked(run: DPOTrainer) -> Iterator[list[int]]:
+def _save_on_signals(run: DPOTrainer) -> Iterator[list[int]]:
     """Let Ctrl-C, `kill` and a closed terminal save first; a second Ctrl-C ends at once."""
     received: list[int] = []
 

@@ -34,30 +34,30 @@ def report(runs: tuple[str, ...], output: str | None, along: str) -> None:
     mlx-dpo report sweep/* --output sweep-report
     """
     from mlx_dpo.reporting.console import make_console
-    from mlx_dpo.saved_runs.report import report as write
+    from mlx_dpo.saved_runs.report import write_report as write
 
     told, files = write(runs, output, along)
     console = make_console()
     if len(told) == 1:
-        console.print(_figures(told[0]))
+        console.print(_single_run_table(told[0]))
     else:
         _print_runs(console, told)
     for file in files:
         click.echo(f"Written to {file}", err=True)
 
 
-def _table() -> "Table":
+def _empty_table() -> "Table":
     from rich.box import SIMPLE
     from rich.table import Table
 
     return Table(title="held out", title_justify="left", box=SIMPLE)
 
 
-def _figures(told: "RunDetails") -> "Table":
+def _single_run_table(told: "RunDetails") -> "Table":
     """All figures of one run."""
     from rich.text import Text
 
-    table = _table()
+    table = _empty_table()
     table.add_column()
     table.add_column(Text(told.name), justify="right")
     for label, value in told.cells.items():
@@ -75,18 +75,18 @@ def _print_runs(console: "Console", told: "list[RunDetails]") -> None:
     most, unbounded = console.width // 3, console.options.update(width=sys.maxsize)
     shown: list[str] = []
     for name in settings:
-        table = _runs(told, [*shown, name, *figures], most)
+        table = _runs_table(told, [*shown, name, *figures], most)
         if console.measure(table, options=unbounded).maximum <= console.width:
             shown.append(name)
-    console.print(_runs(told, shown + figures, most))
+    console.print(_runs_table(told, shown + figures, most))
     if left := [name for name in settings if name not in shown]:
         click.echo(f"On the page: {', '.join(left)}", err=True)
 
 
-def _runs(told: "list[RunDetails]", labels: list[str], most: int) -> "Table":
+def _runs_table(told: "list[RunDetails]", labels: list[str], most: int) -> "Table":
     from rich.text import Text
 
-    table = _table()
+    table = _empty_table()
     table.add_column(overflow="fold", max_width=most)
     for label in labels:
         table.add_column(label, justify="right", overflow="fold")

@@ -10,7 +10,7 @@ from mlx_dpo.errors import ConfigError
 
 if TYPE_CHECKING:
     from mlx_dpo.chat.server import ServedModel, Server
-    from mlx_dpo.saved_runs.open import TwoSided
+    from mlx_dpo.saved_runs.open import SwitchableModel
 
 REQUEST_ONLY_SETTINGS = ("seed", "repetition_penalty")  # set by each request, not by a flag
 
@@ -54,12 +54,12 @@ def serve(
       -d '{"model": "aligned", "messages": [{"role": "user", "content": "Hello"}]}'
     """
     from mlx_dpo.chat.server import Server, is_loopback
-    from mlx_dpo.saved_runs.open import open_sides
+    from mlx_dpo.saved_runs.open import open_switchable
 
     thinking = settings.pop("thinking")
     sampling = Sampling(**settings)
     with Server(host, port) as server:
-        opened = open_sides(run, model=model, adapter=adapter)
+        opened = open_switchable(run, model=model, adapter=adapter)
         served = _make_served_model(opened, sampling, thinking, allowed_origins)
         for line in _header(opened, served, server):
             click.echo(line, err=True)
@@ -75,7 +75,7 @@ def serve(
 
 
 def _make_served_model(
-    opened: "TwoSided", sampling: Sampling, thinking: bool | None, origins: tuple[str, ...]
+    opened: "SwitchableModel", sampling: Sampling, thinking: bool | None, origins: tuple[str, ...]
 ) -> "ServedModel":
     from mlx_dpo.chat.server import ServedModel
     from mlx_dpo.generation.generate import check_thinking
@@ -98,7 +98,7 @@ def _make_served_model(
     )
 
 
-def _header(opened: "TwoSided", served: "ServedModel", server: "Server") -> list[str]:
+def _header(opened: "SwitchableModel", served: "ServedModel", server: "Server") -> list[str]:
     names = " and ".join(f"`{name}`" for name in served.names)
     lines = [*opened.notes, f"{opened.base.source} as {names} at {server.url}"]
     if opened.run is not None and opened.run.trained_on_text:

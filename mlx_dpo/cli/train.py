@@ -16,7 +16,7 @@ from mlx_dpo.errors import ConfigError, reason
 Command = Callable[..., Any]
 
 
-class Sectioned(click.Command):
+class SettingsCommand(click.Command):
     """A command whose help shows settings under the headings of their sections, and which knows
     by what names other trainers call them.
     """
@@ -134,7 +134,7 @@ def resolve(
     """
     values = (read_settings(config_file) if config_file else {}) | typed_settings(ctx, flags)
     if resume:
-        values = _settings_of(values) | values
+        values = _recorded_settings(values) | values
     for name, what in (("pairs", "PAIRS"), ("model", "--model"), ("output", "--output")):
         if name in flags and not values.get(name):
             raise ConfigError(f"{what} is missing; see `mlx-dpo {ctx.command.name} --help`")
@@ -144,22 +144,22 @@ def resolve(
 def typed_settings(ctx: click.Context, flags: dict[str, Any]) -> dict[str, Any]:
     """Those of the flags of a run that were really typed."""
     return {
-        name: _plain(name, value)
+        name: _convert_choice(name, value)
         for name, value in flags.items()
         if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
     }
 
 
-def _plain(name: str, value: Any) -> Any:
+def _convert_choice(name: str, value: Any) -> Any:
     spec = options()[name][1]
     if not spec.choices or value is None:
         return value
     return tuple(map(spec.kind, value)) if spec.many else spec.kind(value)
 
 
-def _settings_of(values: Mapping[str, Any]) -> dict[str, Any]:
+def _recorded_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     """Those of the run that is to go on, which need not be there if `values` can begin it."""
-    from mlx_dpo.runs.folder import RunPaths, known_run, read_record
+    from mlx_dpo.runs.folder import RunPaths, find_run, read_record
 
     output = str(values.get("output") or "")
     if not output:
@@ -167,11 +167,11 @@ def _settings_of(values: Mapping[str, Any]) -> dict[str, Any]:
     if values.get("pairs"):
         record = read_record(RunPaths(Path(output).expanduser()))
     else:
-        record = known_run(output)[1]
+        record = find_run(output)[1]
     return dict(record["settings"]) if record else {}
 
 
-@click.command(cls=Sectioned)
+@click.command(cls=SettingsCommand)
 @click.argument("pairs", nargs=-1)
 @click.option("--config", "config_file", metavar="FILE", help="YAML file of settings.")
 @click.option("--resume", is_flag=True, help="Go on with the run in --output where it stopped.")
@@ -193,10 +193,10 @@ def train(
 
     from mlx_dpo import DPOTrainer
     from mlx_dpo.cli import program
-    from mlx_dpo.cli.progress import watch
+    from mlx_dpo.cli.progress import run_with_progress
 
     with DPOTrainer(config, resume=resume, force=force) as run:
-        watch(run)
+        run_with_progress(run)
     if run.evaluation is None:
         click.echo("No pairs were held out, so nothing was measured on unseen pairs")
     click.echo(f"Adapters in {config.output}; talk to them with: {program()} chat {config.output}")

@@ -42,10 +42,10 @@ from mlx_dpo.evaluation.rewards import Judge, RewardFunction
 from mlx_dpo.evaluation.winrate import compare_pairwise
 from mlx_dpo.models.download import resolve_model
 from mlx_dpo.models.files import model_fingerprint
-from mlx_dpo.runs.folder import RunPaths, claimed, read_record
+from mlx_dpo.runs.folder import RunPaths, lock_folder, read_record
 from mlx_dpo.runs.trackers import check_trackers, run_name
 from mlx_dpo.runs.trainer import DPOTrainer
-from mlx_dpo.saved_runs.respond import Voice, open_voice, starting_voice
+from mlx_dpo.saved_runs.respond import Responder, open_responder, open_untrained_responder
 
 ROUND_SEED_STRIDE = 7_919  # between the seeds of rounds; prime, so that they meet late
 ADAPTER_SETTINGS_KEPT = (
@@ -100,7 +100,7 @@ class IterativeDPO:
         if self.config.start_adapter is not None:
             contents["the start adapter"] = adapter_digest(Path(self.config.start_adapter))
         with ExitStack() as stack:
-            stack.enter_context(claimed(RunPaths(self.paths.folder)))
+            stack.enter_context(lock_folder(RunPaths(self.paths.folder)))
             start_or_resume(self.paths, self.config, self.settings, contents, resume=self.resume)
             for number in range(1, self.settings.rounds + 1):
                 self.asked.notes.extend(PairsFile(self.paths.round(number).pairs).notes)
@@ -141,11 +141,11 @@ class IterativeDPO:
 
     # --- the three stages of a round ---------------------------------------------------------
 
-    def voice(self, number: int) -> Voice:
+    def voice(self, number: int) -> Responder:
         """The policy as a round leaves it; as it starts, of round 0."""
         if number == 0:
-            return starting_voice(self.config)
-        return open_voice(str(self.paths.round(number).run.folder))
+            return open_untrained_responder(self.config)
+        return open_responder(str(self.paths.round(number).run.folder))
 
     def collect(self, number: int) -> Iterator[int]:
         """Judge the last policy's answers; yields how many prompts are left, after each one."""

@@ -11,7 +11,7 @@ from mlx_dpo.data.prompts import Prompt
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.evaluation.judge import check_verdicts
 from mlx_dpo.evaluation.rewards import Judge, Ranking
-from mlx_dpo.saved_runs.respond import Voice, open_voice, seed_of, told
+from mlx_dpo.saved_runs.respond import Responder, derive_seed, open_responder, response_provenance
 
 JUDGE_CHUNK = 16  # prompts that a judge is given at once
 PERSON_CHUNK = 4  # few, so that nobody waits long
@@ -57,7 +57,7 @@ class SamplingPlan:
         return places
 
 
-def make_answer_sampler(voices: Sequence[Voice], asking: SamplingPlan) -> SampleAnswers:
+def make_answer_sampler(voices: Sequence[Responder], asking: SamplingPlan) -> SampleAnswers:
     """A function of prompts and the number of their chunk, which seeds what is sampled."""
 
     def sample(prompts: Sequence[Prompt], chunk: int) -> list[list[Answer]]:
@@ -65,18 +65,18 @@ def make_answer_sampler(voices: Sequence[Voice], asking: SamplingPlan) -> Sample
         for (who, how), places in asking.places(len(voices)).items():
             voice, sampling = voices[who], asking.samplings[how]
             if sampling.seed is not None:
-                sampling = replace(sampling, seed=seed_of(sampling.seed, chunk, places[0]))
+                sampling = replace(sampling, seed=derive_seed(sampling.seed, chunk, places[0]))
             replies = voice.reply([p for p in prompts for _ in places], sampling)
             for number, reply in enumerate(replies):
                 of, place = divmod(number, len(places))
-                said = Answer(reply.text, told(voice, sampling), reply.is_cut)
+                said = Answer(reply.text, response_provenance(voice, sampling), reply.is_cut)
                 answers[of][places[place]] = said
         return [[of[place] for place in sorted(of)] for of in answers]
 
     return sample
 
 
-def open_responders(runs: Sequence[str], model: str | None) -> list[Voice]:
+def open_responders(runs: Sequence[str], model: str | None) -> list[Responder]:
     """The policies of runs, or a model.
 
     Raises:
@@ -84,7 +84,7 @@ def open_responders(runs: Sequence[str], model: str | None) -> list[Voice]:
     """
     if bool(runs) == (model is not None):
         raise ConfigError("name run folders or a --model, and only one of the two")
-    return [open_voice(run) for run in runs] or [open_voice(None, model=model)]
+    return [open_responder(run) for run in runs] or [open_responder(None, model=model)]
 
 
 def judge_all(asked: TaskSampler, judge: Judge) -> Iterator[tuple[RankingTask, Decision]]:

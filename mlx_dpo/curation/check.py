@@ -15,7 +15,7 @@ from mlx_dpo.data.report import PairsReport
 from mlx_dpo.data.sources import SplitSources, find_sources
 from mlx_dpo.data.tokenization.tokenize import check_token_rules
 from mlx_dpo.errors import BadPairError, ConfigError, DataError
-from mlx_dpo.runs.inputs import read_base, row_rules, token_rules
+from mlx_dpo.runs.inputs import load_configured_base, row_rules, token_rules
 from mlx_dpo.schemas.schema import Row
 from mlx_dpo.types import UnpairedExample
 
@@ -92,7 +92,7 @@ def eyes_of(config: DPOConfig) -> Eyes:
     from mlx_dpo.generation.generate import context_length
     from mlx_dpo.models.empty_weights import load_empty_model
 
-    base = read_base(config, load_empty_model)
+    base = load_configured_base(config, load_empty_model)
     rules = token_rules(config, base)
     check_token_rules(base.tokenizer, rules)
     return Eyes(

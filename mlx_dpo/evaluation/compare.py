@@ -21,8 +21,8 @@ from mlx_dpo.generation.generate import (
     encode_text,
     generate_tokens,
 )
-from mlx_dpo.saved_runs.evaluate import prompts_held_out
-from mlx_dpo.saved_runs.open import Opened, TwoSided, open_sides
+from mlx_dpo.saved_runs.evaluate import held_out_prompts
+from mlx_dpo.saved_runs.open import OpenRun, SwitchableModel, open_switchable
 from mlx_dpo.scoring.logps import token_logps
 
 NGRAM = 4  # tokens in a row that count as repeated where they were said before
@@ -153,11 +153,11 @@ def _compare_run(
     alone: bool,
 ) -> tuple[list[Prompt], list[Column], list[str]]:
     """The prompts, the columns of one run and what there is to say of it; it is freed here."""
-    opened = open_sides(name)
+    opened = open_switchable(name)
     run = opened.run
     assert run is not None
     if prompts is None:
-        prompts = prompts_held_out(run, opened.base)
+        prompts = held_out_prompts(run, opened.base)
     elif isinstance(prompts, str):
         prompts = read_prompts(prompts)
     asked = prompts[:limit]
@@ -176,7 +176,7 @@ def _limit_note(found: int, limit: int | None) -> Iterator[str]:
         yield f"the first {limit} of {found} prompts"
 
 
-def _notes(name: str, opened: TwoSided, run: Opened) -> Iterator[str]:
+def _notes(name: str, opened: SwitchableModel, run: OpenRun) -> Iterator[str]:
     yield from opened.notes
     if run.config.reference_model is not None:
         yield (
@@ -186,8 +186,8 @@ def _notes(name: str, opened: TwoSided, run: Opened) -> Iterator[str]:
 
 
 def _score_answers(
-    opened: TwoSided,
-    run: Opened,
+    opened: SwitchableModel,
+    run: OpenRun,
     prompts: Sequence[Prompt],
     sides: Sequence[AdapterState],
     sampling: Sampling,
@@ -207,7 +207,10 @@ def _score_answers(
 
 
 def _completion_logps(
-    opened: TwoSided, side: AdapterState, rows: Sequence[TokenIds], said: Sequence[GeneratedTokens]
+    opened: SwitchableModel,
+    side: AdapterState,
+    rows: Sequence[TokenIds],
+    said: Sequence[GeneratedTokens],
 ) -> list[list[float]]:
     """log p of the tokens of each completion, and of its end where it has one."""
     with opened.sides.activated(side):
@@ -219,7 +222,7 @@ def _completion_logps(
         ]
 
 
-def _prompt_ids(opened: TwoSided, run: Opened, prompt: Prompt) -> TokenIds:
+def _prompt_ids(opened: SwitchableModel, run: OpenRun, prompt: Prompt) -> TokenIds:
     tokenizer = opened.base.tokenizer
     if run.trained_on_text or not tokenizer.has_chat_template:
         said = "\n".join(str(m["content"]) for m in prompt.messages)

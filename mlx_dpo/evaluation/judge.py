@@ -13,7 +13,7 @@ from mlx_dpo.errors import ConfigError, reason
 from mlx_dpo.evaluation.rewards import LOSS, TIE, WIN, Conversation, Judge, Ranking, load_reward
 from mlx_dpo.generation.generate import encode_prompt
 from mlx_dpo.generation.stream import strip_thinking
-from mlx_dpo.saved_runs.respond import open_voice
+from mlx_dpo.saved_runs.respond import open_responder
 from mlx_dpo.types import Message
 
 PLACEHOLDERS = ("{prompt}", "{first}", "{second}")
@@ -196,7 +196,7 @@ def open_judge(reward: str | None, judge: str | None, rubric: str | None) -> Jud
     if judge is None:
         raise ConfigError("who judges is missing; give --reward file.py:function or --judge MODEL")
     text = default_rubric() if rubric is None else read_rubric(Path(rubric))
-    voice = open_voice(None, model=judge)
+    voice = open_responder(None, model=judge)
 
     def ask(conversations: Sequence[Sequence[Message]]) -> list[str]:
         return voice.answer(conversations, JUDGE_SAMPLING) if conversations else []

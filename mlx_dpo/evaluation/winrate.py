@@ -18,9 +18,9 @@ from mlx_dpo.data.prompts import Prompt, add_system_prompt, read_prompts
 from mlx_dpo.evaluation.judge import NO_VERDICT, check_verdicts
 from mlx_dpo.evaluation.rewards import LOSS, TIE, WIN, Judge, Ranking, RewardFunction
 from mlx_dpo.runs.folder import RunPaths
-from mlx_dpo.saved_runs.evaluate import prompts_held_out
+from mlx_dpo.saved_runs.evaluate import held_out_prompts
 from mlx_dpo.saved_runs.open import open_run
-from mlx_dpo.saved_runs.respond import open_voice
+from mlx_dpo.saved_runs.respond import open_responder
 
 Z_95 = 1.959963984540054  # of a two-sided interval of 95 %
 LENGTH_RIDGE = 1.0  # on the weight of length, in units of its own spread
@@ -189,17 +189,17 @@ def compare_policies(
         RunError, ModelError, DataError: a run, a model or the prompts are at fault.
     """
     opened = open_run(run)
-    voice = open_voice(run)
-    asked = prompts_held_out(opened, voice.base) if prompts is None else read_prompts(prompts)
+    voice = open_responder(run)
+    asked = held_out_prompts(opened, voice.base) if prompts is None else read_prompts(prompts)
     asked = add_system_prompt(asked, voice.system)
     answers, notes = voice.say(asked, sampling), voice.base.notes
     del voice
     if against is None:
-        opponent = open_voice(run, reference=True)
+        opponent = open_responder(run, reference=True)
     elif RunPaths(Path(against).expanduser()).record.is_file():
-        opponent = open_voice(against)
+        opponent = open_responder(against)
     else:
-        opponent = open_voice(None, model=against)
+        opponent = open_responder(None, model=against)
     opposed = opponent.say(asked, sampling)
     notes += tuple(note for note in opponent.base.notes if note not in notes)
     del opponent

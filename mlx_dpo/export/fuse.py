@@ -27,9 +27,15 @@ from mlx_dpo.models.license import CARD, inherited_metadata, read_card_metadata
 from mlx_dpo.models.load import LoadedModel, load_lazy_model, load_model
 from mlx_dpo.models.output_folder import check_output_folder, disk_errors, new_output_folder
 from mlx_dpo.models.quantize import DEFAULT_GROUP_SIZE, expected_bytes, quantize_model
-from mlx_dpo.saved_runs.evaluate import named_pairs, own_pairs
-from mlx_dpo.saved_runs.export_peft import hub_id_of
-from mlx_dpo.saved_runs.open import Opened, open_run, put_policy, put_reference, unfinished
+from mlx_dpo.saved_runs.evaluate import load_held_out_pairs, load_named_pairs
+from mlx_dpo.saved_runs.export_peft import hub_id_of_run
+from mlx_dpo.saved_runs.open import (
+    OpenRun,
+    load_adapter_into,
+    load_reference_into,
+    open_run,
+    unfinished_note,
+)
 from mlx_dpo.scoring.score_pairs import score_pairs
 from mlx_dpo.types import PairLogps, TokenizedPair
 
@@ -170,7 +176,7 @@ def fuse_run(folder: str, output: Path, wish: FuseOptions) -> FusedModel:
         check_output_file(wish.gguf)
     opened = open_run(folder)
     base, pairs, name, notes = (
-        own_pairs(opened) if wish.pairs is None else named_pairs(opened, wish.pairs)
+        load_held_out_pairs(opened) if wish.pairs is None else load_named_pairs(opened, wish.pairs)
     )
     if not pairs:
         raise ConfigError(
@@ -180,23 +186,23 @@ def fuse_run(folder: str, output: Path, wish: FuseOptions) -> FusedModel:
     dtype = wish.dtype or _stored_dtype(base, opened)
     size = _expected_bytes(base, wish, dtype, checkpoint)
     check_output_folder(output, size)
-    put_reference(opened, base)
+    load_reference_into(opened, base)
     reference = _score(opened, base, pairs)
-    put_policy(opened, base)
+    load_adapter_into(opened, base)
     policy = _score(opened, base, pairs)
     with ExitStack() as stack:
         partial = stack.enter_context(new_output_folder(output))
         with disk_errors(output):
             rounding, left = _write(partial, base, wish, dtype, checkpoint)
             licence = inherited_metadata(read_card_metadata(base.path))
-            page = fused_card(hub_id_of(opened), to=wish.to, bits=wish.bits, inherited=licence)
+            page = fused_card(hub_id_of_run(opened), to=wish.to, bits=wish.bits, inherited=licence)
             (partial / CARD).write_text(f"{page}\n", encoding="utf-8")
         del base  # one model is held at a time
         written = load_model(str(partial), trust_remote_code=opened.config.trust_remote_code)
         found = measure_retention(pairs, reference, policy, _score(opened, written, pairs))
         _check_retention(output, found, wish)
         size = weight_bytes(partial)
-    notes = (*notes, *left, *([] if opened.finished else [unfinished(opened)]))
+    notes = (*notes, *left, *([] if opened.finished else [unfinished_note(opened)]))
     kind = f"{wish.bits} bits" if wish.bits else dtype if checkpoint is None else "types as before"
     return FusedModel(output, size, kind, f"{len(pairs):,} {name}", found, rounding, notes)
 
@@ -218,7 +224,7 @@ def _find_checkpoint(base: LoadedModel, wish: FuseOptions) -> HFCheckpoint | Non
     return local_checkpoint(folder, wish.base or base.source)
 
 
-def _stored_dtype(base: LoadedModel, opened: Opened) -> str:
+def _stored_dtype(base: LoadedModel, opened: OpenRun) -> str:
     """The number type that the model computes in where it is not held for the CPU."""
     config = opened.config
     if config.dtype is not None:
@@ -235,7 +241,7 @@ def _expected_bytes(
     return expected_bytes(base.model, wish.bits, wish.group_size or DEFAULT_GROUP_SIZE, dtype)
 
 
-def _score(opened: Opened, base: LoadedModel, pairs: Sequence[TokenizedPair]) -> PairLogps:
+def _score(opened: OpenRun, base: LoadedModel, pairs: Sequence[TokenizedPair]) -> PairLogps:
     """By whole rows, which is exact for every architecture. (len(pairs),) each"""
     return score_pairs(base.model, pairs, limit=opened.config.pass_limit)
 

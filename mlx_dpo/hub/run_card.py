@@ -20,11 +20,11 @@ from mlx_dpo.hub.model_card import card as make_card
 from mlx_dpo.io.atomic import write_file
 from mlx_dpo.models.download import resolve_model
 from mlx_dpo.models.license import CARD, inherited_metadata, read_card_metadata
-from mlx_dpo.runs.save_peft import IN_BOTH
-from mlx_dpo.runs.summary import loss_line
-from mlx_dpo.saved_runs.export_peft import hub_id_of, open_finished
-from mlx_dpo.saved_runs.open import Opened
-from mlx_dpo.saved_runs.report import draw_curves
+from mlx_dpo.runs.save_peft import LOADS_IN_PEFT
+from mlx_dpo.runs.summary import describe_loss
+from mlx_dpo.saved_runs.export_peft import hub_id_of_run, open_finished
+from mlx_dpo.saved_runs.open import OpenRun
+from mlx_dpo.saved_runs.report import write_curves
 
 SAMPLES = 3
 ANSWER = Sampling(max_tokens=200)  # the likeliest words
@@ -54,7 +54,7 @@ def card_of_run(
     opened = open_finished(folder)
     datasets = hub_datasets(opened)
     shown, notes = _samples(folder, opened, prompts, samples, datasets)
-    hub_id = base or hub_id_of(opened)
+    hub_id = base or hub_id_of_run(opened)
     inherited = _inherited(opened, hub_id, online=online)
     if not inherited.get("license"):
         asked = ", and the Hub did not tell it" if online and hub_id else ""
@@ -66,7 +66,7 @@ def card_of_run(
     return make_card(CardFacts(**facts, samples=shown)), notes
 
 
-def hub_datasets(opened: Opened) -> list[str] | None:
+def hub_datasets(opened: OpenRun) -> list[str] | None:
     """The Hub ids of the run's pairs, None where some of them are of this machine."""
     sources = [report["source"] for report in opened.record["pairs"]]
     found = []
@@ -85,12 +85,12 @@ def _given(config: DPOConfig) -> list[str]:
 
 
 def _facts(
-    opened: Opened, name: str, hub_id: str | None, base: Mapping[str, Any], datasets: Sequence[str]
+    opened: OpenRun, name: str, hub_id: str | None, base: Mapping[str, Any], datasets: Sequence[str]
 ) -> dict[str, Any]:
     config, record = opened.config, opened.record
     given = DPOConfig.from_dict(record["settings"])
     adapter = json.loads((opened.paths.folder / CONFIG).read_text())
-    loads = record.get("adapter", "") if "peft_type" not in adapter else IN_BOTH
+    loads = record.get("adapter", "") if "peft_type" not in adapter else LOADS_IN_PEFT
     named = datasets and ", ".join(f"[{d}](https://huggingface.co/datasets/{d})" for d in datasets)
     count = record["counts"]["train"]
     return {
@@ -101,7 +101,7 @@ def _facts(
         "datasets": datasets,
         "pairs": f"{count:,} {'judged answers' if config.labelled else 'preference pairs'}"
         + (f" of {named}" if named else ", which are not public"),
-        "loss": loss_line(config),
+        "loss": describe_loss(config),
         "losses": config.loss_type,
         "rewarded": config.rewarded,
         "labelled": config.labelled,
@@ -114,11 +114,11 @@ def _facts(
         "versions": record["versions"],
         "digest": adapter_digest(opened.paths.folder),
         "way": adapter["fine_tune_type"],
-        "not_in_peft": None if loads == IN_BOTH else _why(loads),
+        "not_in_peft": None if loads == LOADS_IN_PEFT else _why(loads),
         "peft_base": adapter.get("base_model_name_or_path"),
         "bits": config.bits,
         "warnings": record["warnings"],
-        "curves": draw_curves(opened.paths.folder),
+        "curves": write_curves(opened.paths.folder),
     }
 
 
@@ -158,7 +158,7 @@ def _sizes(adapter: Mapping[str, Any]) -> str:
     return f"{kind}, rank {sizes['rank']}, scale {sizes['scale']:g}"
 
 
-def _inherited(opened: Opened, hub_id: str | None, *, online: bool) -> dict[str, Any]:
+def _inherited(opened: OpenRun, hub_id: str | None, *, online: bool) -> dict[str, Any]:
     """Licence and language, as the base's own card says."""
     found = inherited_metadata(_base_card(opened) or (_card_on_the_hub(hub_id) if online else {}))
     link = found.get("license_link")
@@ -169,7 +169,7 @@ def _inherited(opened: Opened, hub_id: str | None, *, online: bool) -> dict[str,
     return found
 
 
-def _base_card(opened: Opened) -> dict[str, Any]:
+def _base_card(opened: OpenRun) -> dict[str, Any]:
     try:
         return read_card_metadata(
             resolve_model(opened.config.model, revision=opened.config.revision)
@@ -188,7 +188,7 @@ def _card_on_the_hub(hub_id: str | None) -> dict[str, Any]:
 
 def _samples(
     folder: str,
-    opened: Opened,
+    opened: OpenRun,
     prompts: str | None,
     samples: int | None,
     datasets: list[str] | None,

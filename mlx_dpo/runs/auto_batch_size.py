@@ -15,7 +15,7 @@ from mlx_dpo.models.load import LoadedModel
 from mlx_dpo.profiling import memory
 from mlx_dpo.profiling.memory import MemoryBudget, available_memory
 from mlx_dpo.profiling.profile import PassProfile, TrainingPass, profile_training_pass
-from mlx_dpo.runs.build import make_objective, remembered
+from mlx_dpo.runs.build import make_objective, optimizer_state_bytes
 from mlx_dpo.runs.inputs import Inputs
 from mlx_dpo.scoring.select_scorer import ScorerChoice
 from mlx_dpo.training.grad_cache import skip_kl_completions
@@ -23,21 +23,21 @@ from mlx_dpo.types import TokenizedPair
 
 # Larger passes gain nothing on the CPU; on a GPU little beyond a few thousand tokens.
 SIZES = {"cpu": (2, 1), "metal": (8, 4, 2, 1), "cuda": (8, 4, 2, 1)}
-SPARE = 1.5  # where a bound fits so many times, nothing has to be measured
-LEFT_OPEN = ("micro_batch_size", "recompute")
+BOUND_MARGIN = 1.5  # where a bound fits so many times, nothing has to be measured
+AUTOMATIC_SETTINGS = ("micro_batch_size", "recompute")
 
 Pairs = Sequence[TokenizedPair]
 
 
 @dataclass(frozen=True)
-class Fitted:
+class MicroBatchFit:
     """The settings with nothing left open, and the memory that a step is going to need."""
 
     config: DPOConfig
     bytes: int
     room: MemoryBudget
     is_bound: bool = False  # a rough bound; nothing was measured
-    instead_of: "Fitted | None" = None  # what was preferred and does not fit
+    instead_of: "MicroBatchFit | None" = None  # what was preferred and does not fit
     cost: PassProfile | None = None
     kept: bool = False  # decided when the run began
 
@@ -48,37 +48,37 @@ class Fitted:
 
     def settled(self) -> dict[str, Any]:
         """What was decided, for `run.json`."""
-        return {name: getattr(self.config, name) for name in LEFT_OPEN}
+        return {name: getattr(self.config, name) for name in AUTOMATIC_SETTINGS}
 
     def line(self) -> str:
         """What was decided, and why, for a person."""
         if self.kept:
-            return f"as when the run began: {_how(self.config)}"
+            return f"as when the run began: {_describe(self.config)}"
         about = "at most about" if self.is_bound else "about"
-        said = f"{about} {gigabytes(self.bytes)} at the longest pairs"
-        said += f", of {gigabytes(self.room.bytes)} ({self.room.what})"
+        said = f"{about} {format_bytes(self.bytes)} at the longest pairs"
+        said += f", of {format_bytes(self.room.bytes)} ({self.room.what})"
         if self.cost is not None and self.cost.share < 1:
             said += ", drawn out from shorter ones"
         if self.instead_of is not None:
-            said += f"; {_how(self.config)}, because {_how(self.instead_of.config)} "
-            said += f"would need {gigabytes(self.instead_of.bytes)}"
+            said += f"; {_describe(self.config)}, because {_describe(self.instead_of.config)} "
+            said += f"would need {format_bytes(self.instead_of.bytes)}"
         return said if self.fits else f"{said}: more than there is, and begun by --force"
 
 
-def gigabytes(count: float) -> str:
+def format_bytes(count: float) -> str:
     """Bytes in units of 10^9, or of 10^6 where there are few."""
     if count < 1e8:
         return f"{count / 1e6:.0f} MB"
     return f"{count / 1e9:.{0 if count >= 1e11 else 1 if count >= 1e10 else 2}f} GB"
 
 
-def settle(
+def choose_micro_batch_size(
     inputs: Inputs,
     config: DPOConfig,
     choice: ScorerChoice,
     earlier: Mapping[str, Any] | None,
     force: bool,
-) -> Fitted:
+) -> MicroBatchFit:
     """What a run makes of its settings; one that goes on keeps what its record `earlier` says.
 
     Raises:
@@ -86,14 +86,18 @@ def settle(
     """
     settled = (earlier or {}).get("settled")
     if settled is not None:  # so that it goes on bit for bit
-        return Fitted(replace(config, **settled), 0, available_memory(), kept=True)
-    fitted = fit(inputs.base, config, choice, inputs.train, room=available_memory(), measure=False)
+        return MicroBatchFit(replace(config, **settled), 0, available_memory(), kept=True)
+    fitted = fit_micro_batch_size(
+        inputs.base, config, choice, inputs.train, room=available_memory(), measure=False
+    )
     if not force:
-        _refuse_too_large(fitted, longest_row(inputs.train))
+        _check_fits(fitted, longest_row(inputs.train))
     return fitted
 
 
-def longest_pass(config: DPOConfig, choice: ScorerChoice, pairs: Pairs) -> list[TokenizedPair]:
+def longest_micro_batch(
+    config: DPOConfig, choice: ScorerChoice, pairs: Pairs
+) -> list[TokenizedPair]:
     """The pass that needs most: the longest pairs that may go through together."""
     longest = longest_pairs(config.batch_size, pairs)
     if config.labelled:  # only a token of what an answer is held against goes both ways
@@ -103,7 +107,7 @@ def longest_pass(config: DPOConfig, choice: ScorerChoice, pairs: Pairs) -> list[
     return largest_micro_batch(longest, config.pass_limit, cost=choice.cost)
 
 
-def rehearsed(
+def profile_micro_batch(
     base: LoadedModel, config: DPOConfig, choice: ScorerChoice, pairs: Pairs
 ) -> PassProfile:
     """What a training pass over `pairs` costs, adapters attached."""
@@ -116,7 +120,7 @@ def rehearsed(
     return profile_training_pass(base.model, pairs, step, memory=available_memory().bytes)
 
 
-def fit(
+def fit_micro_batch_size(
     base: LoadedModel,
     config: DPOConfig,
     choice: ScorerChoice,
@@ -124,30 +128,30 @@ def fit(
     *,
     room: MemoryBudget,
     measure: bool,
-) -> Fitted:
+) -> MicroBatchFit:
     """The first of the possible settings that fits, or the one that needs least if none does.
 
     As much as possible goes through together, and blocks are recomputed only if one pair at a
     time does not fit without. Unless asked to `measure`, a rough bound decides where it can.
     """
-    preferred, *others = possible(config)
-    longest = longest_pass(preferred, choice, pairs)
-    state = remembered(base.model, config)
+    preferred, *others = candidate_settings(config)
+    longest = longest_micro_batch(preferred, choice, pairs)
+    state = optimizer_state_bytes(base.model, config)
     bound = memory.step_peak_upper_bound(
         base.model, base.config, longest, vocab_size=base.vocab_size, state=state
     )
-    if not measure and bound is not None and SPARE * bound <= room.bytes:
-        return Fitted(preferred, bound, room, is_bound=True)
-    first = found = _measured(base, preferred, choice, pairs, room)
+    if not measure and bound is not None and BOUND_MARGIN * bound <= room.bytes:
+        return MicroBatchFit(preferred, bound, room, is_bound=True)
+    first = found = _profiled_fit(base, preferred, choice, pairs, room)
     for candidate in others:
         if found.fits:
             break
-        again = _measured(base, candidate, choice, pairs, room)
+        again = _profiled_fit(base, candidate, choice, pairs, room)
         found = replace(again, instead_of=first)
     return found
 
 
-def possible(config: DPOConfig) -> Iterator[DPOConfig]:
+def candidate_settings(config: DPOConfig) -> Iterator[DPOConfig]:
     """The settings with nothing left open, the ones that are preferred first."""
     sizes: Sequence[int | None] = (config.micro_batch_size,)
     if config.micro_batch_size is None and config.max_tokens is None:
@@ -157,7 +161,7 @@ def possible(config: DPOConfig) -> Iterator[DPOConfig]:
             yield replace(config, micro_batch_size=size, recompute=recompute)
 
 
-def _refuse_too_large(fitted: Fitted, longest: int) -> None:
+def _check_fits(fitted: MicroBatchFit, longest: int) -> None:
     if fitted.fits:
         return
     config = fitted.config
@@ -169,21 +173,21 @@ def _refuse_too_large(fitted: Fitted, longest: int) -> None:
         "fewer --num-layers",
     ]
     raise ConfigError(
-        f"the longest pairs do not fit into memory, {_how(config)} "
-        f"({gigabytes(fitted.bytes)} needed, {gigabytes(fitted.room.bytes)} is "
+        f"the longest pairs do not fit into memory, {_describe(config)} "
+        f"({format_bytes(fitted.bytes)} needed, {format_bytes(fitted.room.bytes)} is "
         f"{fitted.room.what}); use {', '.join(less)} or a smaller model, or go on with --force"
     )
 
 
-def _measured(
+def _profiled_fit(
     base: LoadedModel, config: DPOConfig, choice: ScorerChoice, pairs: Pairs, room: MemoryBudget
-) -> Fitted:
-    cost = rehearsed(base, config, choice, longest_pass(config, choice, pairs))
-    peak = memory.step_peak_bytes(base.model, cost.bytes, remembered(base.model, config))
-    return Fitted(config, peak, room, cost=cost)
+) -> MicroBatchFit:
+    cost = profile_micro_batch(base, config, choice, longest_micro_batch(config, choice, pairs))
+    peak = memory.step_peak_bytes(base.model, cost.bytes, optimizer_state_bytes(base.model, config))
+    return MicroBatchFit(config, peak, room, cost=cost)
 
 
-def _how(config: DPOConfig) -> str:
+def _describe(config: DPOConfig) -> str:
     pairs, tokens = config.pass_limit
     size = f"{tokens:,} tokens" if pairs is None else "1 pair" if pairs == 1 else f"{pairs} pairs"
     return f"{size} a pass{', recomputed' if config.recompute else ''}"

@@ -30,10 +30,10 @@ from mlx_dpo.training.plan import TrainingPlan
 from mlx_dpo.training.reference_logps import SyncedReference
 from mlx_dpo.types import PairLogps, TokenizedPair
 
-OnPolicy = Callable[[nn.Module, Sequence[TokenizedPair]], mx.array]  # weights of pairs. (B,)
+OnPolicyWeights = Callable[[nn.Module, Sequence[TokenizedPair]], mx.array]  # weights of pairs. (B,)
 
 # A pass without a backward one may be so many times as large: it keeps nothing of the layers.
-FORWARD_ONLY = 4
+INFERENCE_FACTOR = 4
 
 
 def attach_adapters(base: LoadedModel, config: DPOConfig) -> dict[str, Any]:
@@ -47,12 +47,12 @@ def attach_adapters(base: LoadedModel, config: DPOConfig) -> dict[str, Any]:
     if config.start_adapter is not None:
         saved = read_adapter(Path(config.start_adapter))
         if saved.way == "full":
-            _refuse_packed(base, config)
+            _check_not_quantized(base, config)
             if config.lora_dropout is not None:
                 raise ConfigError("`lora_dropout` has no effect: `start_adapter` has no adapters")
         attach_loaded_adapter(base.model, saved, dropout=config.dropout)
     elif config.fine_tune_type == "full":
-        _refuse_packed(base, config)
+        _check_not_quantized(base, config)
         targets, num_layers = config.lora_target_modules, config.num_layers
         adapters.enable_full_fine_tuning(base.model, target_modules=targets, num_layers=num_layers)
     else:
@@ -69,7 +69,7 @@ def attach_adapters(base: LoadedModel, config: DPOConfig) -> dict[str, Any]:
     return adapters.make_adapter_config(base.model)
 
 
-def _refuse_packed(base: LoadedModel, config: DPOConfig) -> None:
+def _check_not_quantized(base: LoadedModel, config: DPOConfig) -> None:
     """Packed weights that the CPU holds unpacked would train here, and fit no packed model.
 
     Raises:
@@ -83,7 +83,7 @@ def _refuse_packed(base: LoadedModel, config: DPOConfig) -> None:
         )
 
 
-def as_reference(policy: nn.Module, config: DPOConfig) -> AbstractContextManager[None]:
+def reference_mode(policy: nn.Module, config: DPOConfig) -> AbstractContextManager[None]:
     """Inside the block a policy that was not trained yet is its reference.
 
     It is already, but without fresh adapters there is less to compute.
@@ -99,7 +99,7 @@ def make_optimizer(policy: nn.Module, config: DPOConfig) -> optim.Optimizer:
     return optimizers.make(config.optim, policy, config.learning_rate, **kept)
 
 
-def remembered(policy: nn.Module, config: DPOConfig) -> int:
+def optimizer_state_bytes(policy: nn.Module, config: DPOConfig) -> int:
     """Bytes that optimizer and synced reference remember; nothing is allocated."""
     synced = trainable_bytes(policy) if config.sync_ref_model else 0
     return optimizers.state_bytes(make_optimizer(policy, config)) + synced
@@ -118,32 +118,32 @@ def choose_scorer(base: LoadedModel, config: DPOConfig) -> ScorerChoice:
         )
 
 
-def forward_limit(config: DPOConfig, choice: ScorerChoice) -> PassLimit:
+def inference_limit(config: DPOConfig, choice: ScorerChoice) -> PassLimit:
     """The most that one pass without gradients holds."""
     # Whole rows of logits, or a training pass that keeps no more either, leave no room for it;
     # and on the CPU larger arrays leave its caches, so that long pairs take four times as long.
     roomy = choice.name == "shared" and not config.recompute
     more = roomy and not is_cpu()
-    return config.pass_limit.times(FORWARD_ONLY if more else 1)
+    return config.pass_limit.times(INFERENCE_FACTOR if more else 1)
 
 
-def forward_only(config: DPOConfig, choice: ScorerChoice) -> DatasetScorer:
+def make_dataset_scorer(config: DPOConfig, choice: ScorerChoice) -> DatasetScorer:
     """How the reference is asked and the policy is measured."""
     return partial(
         score_pairs,
-        limit=forward_limit(config, choice),
+        limit=inference_limit(config, choice),
         scorer=choice.forward_only,
         cost=choice.cost,
     )
 
 
-def weigher(config: DPOConfig, choice: ScorerChoice) -> OnPolicy | None:
+def make_on_policy_weights(config: DPOConfig, choice: ScorerChoice) -> OnPolicyWeights | None:
     """How pairs are weighed by what the policy would write itself; None unless asked for."""
     if not config.use_weighting:
         return None
     score = partial(
         score_pairs,
-        limit=forward_limit(config, choice),
+        limit=inference_limit(config, choice),
         scorer=choice.log_weights,
         cost=choice.cost,
     )
@@ -161,11 +161,11 @@ def make_synced_reference(
     """A reference that follows the policy, which is as it starts; None unless asked for."""
     if not config.sync_ref_model:
         return None
-    score = forward_only(config, choice)
+    score = make_dataset_scorer(config, choice)
     return SyncedReference(policy, alpha=config.mixup_alpha, every=config.sync_steps, score=score)
 
 
-def refuse_standstill(config: DPOConfig, total_steps: int) -> None:
+def check_step_settings(config: DPOConfig, total_steps: int) -> None:
     """A warm-up begins at rate 0 and has to end within the run.
 
     Raises:
@@ -217,8 +217,8 @@ def make_plan(
         seed=config.seed,
         scorer=choice.scorer,
         cost=choice.cost,
-        score=forward_only(config, choice),
-        on_policy_weights=weigher(config, choice),
+        score=make_dataset_scorer(config, choice),
+        on_policy_weights=make_on_policy_weights(config, choice),
         synced_reference=synced_reference,
         recompute=bool(config.recompute),
     )

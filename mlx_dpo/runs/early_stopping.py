@@ -18,7 +18,7 @@ from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.errors import ConfigError, RunError
 from mlx_dpo.losses.metrics import NAMES
 from mlx_dpo.runs.folder import RunPaths
-from mlx_dpo.training.checkpoint import path_of, steps_in, whole_folder
+from mlx_dpo.training.checkpoint import checkpoint_path, saved_steps, whole_folder
 from mlx_dpo.types import MetricsRow
 
 LOWER_IS_BETTER = {
@@ -34,7 +34,7 @@ PREFIX = "eval_"
 
 
 @dataclass(frozen=True)
-class Standing:
+class BestState:
     """How things stand after some evaluations."""
 
     step: int | None = None  # of the best one, if any had a value
@@ -43,7 +43,7 @@ class Standing:
 
 
 @dataclass(frozen=True)
-class Watched:
+class EarlyStopping:
     """What an evaluation is judged by."""
 
     name: str  # as in the rows, with its prefix
@@ -52,7 +52,7 @@ class Watched:
     threshold: float
 
     @classmethod
-    def by(cls, metric: str, *, patience: int | None, threshold: float | None) -> "Watched":
+    def by(cls, metric: str, *, patience: int | None, threshold: float | None) -> "EarlyStopping":
         """Judge by the public name of a metric, with or without the prefix of evaluations.
 
         Raises:
@@ -66,28 +66,28 @@ class Watched:
             )
         return cls(PREFIX + name, known[name], patience, threshold or 0.0)
 
-    def standing(self, rows: Iterable[Mapping[str, float]]) -> Standing:
+    def standing(self, rows: Iterable[Mapping[str, float]]) -> BestState:
         """Where the evaluations among `rows` have led; other rows are passed over."""
-        now = Standing()
+        now = BestState()
         for row in rows:
             now = self.after(now, row)
         return now
 
-    def after(self, before: Standing, row: Mapping[str, float]) -> Standing:
+    def after(self, before: BestState, row: Mapping[str, float]) -> BestState:
         """Where one more row leads."""
         if self.name not in row:
             return before
         step, value = int(row["step"]), row[self.name]
         if before.step is None:
-            return before if math.isnan(value) else Standing(step, value)
+            return before if math.isnan(value) else BestState(step, value)
         gain = before.value - value if self.lower else value - before.value
         # A small gain is the new best all the same; patience ends for want of large ones.
         waited = 0 if gain > self.threshold else before.waited + 1
         if gain > 0:
-            return Standing(step, value, waited)
-        return Standing(before.step, before.value, waited)
+            return BestState(step, value, waited)
+        return BestState(before.step, before.value, waited)
 
-    def is_over(self, now: Standing) -> bool:
+    def is_over(self, now: BestState) -> bool:
         """Whether patience is at its end."""
         return self.patience is not None and now.waited >= self.patience
 
@@ -102,7 +102,7 @@ class Watched:
         return "; ".join(parts)
 
 
-class Best:
+class BestCheckpoint:
     """The best evaluation so far; of a run that watches no metric, nothing."""
 
     def __init__(self, config: DPOConfig, paths: RunPaths) -> None:
@@ -113,11 +113,11 @@ class Best:
         """
         self.paths = paths
         self.keeps = config.load_best_model_at_end
-        self.watched: Watched | None = None
+        self.watched: EarlyStopping | None = None
         if (metric := config.metric_for_best_model) is not None:
             patience, threshold = config.early_stopping_patience, config.early_stopping_threshold
-            self.watched = Watched.by(metric, patience=patience, threshold=threshold)
-        self.standing = Standing()
+            self.watched = EarlyStopping.by(metric, patience=patience, threshold=threshold)
+        self.standing = BestState()
 
     def refuse_idle(self, *, every: int | None, total_steps: int, held_out: int) -> None:
         """Settings that can decide nothing in a run of so many steps.
@@ -183,10 +183,10 @@ class Best:
         if self.watched is None or not self.keeps:
             return
         needed = {self.standing.step}
-        for step in steps_in(self.paths.checkpoints):
+        for step in saved_steps(self.paths.checkpoints):
             needed.add(self.watched.standing(r for r in rows if r["step"] <= step).step)
-        for step in set(steps_in(self.paths.best)) - needed:
-            shutil.rmtree(path_of(self.paths.best, step), ignore_errors=True)
+        for step in set(saved_steps(self.paths.best)) - needed:
+            shutil.rmtree(checkpoint_path(self.paths.best, step), ignore_errors=True)
 
     def put_into(self, policy: nn.Module) -> None:
         """Give `policy` the adapters that are kept."""
@@ -206,4 +206,4 @@ class Best:
     @property
     def _place(self) -> Path:
         assert self.standing.step is not None
-        return path_of(self.paths.best, self.standing.step)
+        return checkpoint_path(self.paths.best, self.standing.step)

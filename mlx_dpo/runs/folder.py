@@ -75,7 +75,7 @@ def read_record(paths: RunPaths) -> dict[str, Any] | None:
     return dict(record)
 
 
-def known_run(folder: str) -> tuple[RunPaths, dict[str, Any]]:
+def find_run(folder: str) -> tuple[RunPaths, dict[str, Any]]:
     """The files of a run that was begun, and its record.
 
     Raises:
@@ -91,7 +91,7 @@ def known_run(folder: str) -> tuple[RunPaths, dict[str, Any]]:
     return paths, record
 
 
-def refuse_foreign_folder(paths: RunPaths) -> None:
+def check_run_folder(paths: RunPaths) -> None:
     """Leave folders alone that hold something else.
 
     Raises:
@@ -110,7 +110,7 @@ def refuse_foreign_folder(paths: RunPaths) -> None:
 
 
 @contextmanager
-def claimed(paths: RunPaths) -> Iterator[None]:
+def lock_folder(paths: RunPaths) -> Iterator[None]:
     """Hold the folder for this process; a folder that nothing was written into disappears again.
 
     The lock belongs to the open file, so that the system releases it whatever ends the process.
@@ -141,9 +141,9 @@ def claimed(paths: RunPaths) -> Iterator[None]:
                 paths.folder.rmdir()
 
 
-SCORER = 2  # to be raised when the same pairs get other log-probabilities than before
+SCORER_VERSION = 2  # to be raised when the same pairs get other log-probabilities than before
 
-CONTENTS = {
+PROVENANCE_NAMES = {
     "model": "the model",
     "tokenizer": "the tokenizer",
     "held": "the device, or the number type of the weights on it,",
@@ -154,7 +154,7 @@ CONTENTS = {
 }
 
 
-def start_provenance(config: DPOConfig) -> dict[str, Any]:
+def start_adapter_provenance(config: DPOConfig) -> dict[str, Any]:
     """The adapter that a run starts from, by content; nothing if it starts from none.
 
     Raises:
@@ -197,7 +197,7 @@ def new_record(
     }
 
 
-def hub_model(record: Mapping[str, Any]) -> str | None:
+def hub_model_id(record: Mapping[str, Any]) -> str | None:
     """The Hub id of the model that a run is trained on; None for a folder, whose path would mean
     nothing elsewhere.
     """
@@ -230,17 +230,17 @@ def check_resumable(
     before = DPOConfig.from_dict(earlier["settings"])
     if (name := before.differing(config)) is not None:
         raise RunError(
-            f"{paths.folder}: the run began with {name} = {_said(getattr(before, name))}, not "
-            f"{_said(getattr(config, name))}; resume with the same settings, or choose another "
+            f"{paths.folder}: the run began with {name} = {_shown(getattr(before, name))}, not "
+            f"{_shown(getattr(config, name))}; resume with the same settings, or choose another "
             "--output"
         )
 
 
-def _said(value: Any) -> str:
+def _shown(value: Any) -> str:
     return "its default" if value is None else repr(value)
 
 
-def check_contents(paths: RunPaths, earlier: dict[str, Any], now: Mapping[str, str]) -> None:
+def check_provenance(paths: RunPaths, earlier: dict[str, Any], now: Mapping[str, str]) -> None:
     """Refuse to go on where something that the run depends on is not what it was.
 
     Raises:
@@ -249,7 +249,7 @@ def check_contents(paths: RunPaths, earlier: dict[str, Any], now: Mapping[str, s
     for name, content in now.items():
         if earlier["provenance"][name] != content:
             raise RunError(
-                f"{paths.folder}: {CONTENTS[name]} changed since the run began; "
+                f"{paths.folder}: {PROVENANCE_NAMES[name]} changed since the run began; "
                 "restore what was there"
             )
 
@@ -266,7 +266,7 @@ def reference_provenance(record: dict[str, Any], held: str) -> str:
     if (alpha := record["settings"].get("ld_alpha")) is not None:
         settings["ld_alpha"] = alpha
     versions = {name: version(name) for name in ("mlx", "mlx-lm")}
-    return json.dumps({"scorer": SCORER, **contents, **settings, **versions})
+    return json.dumps({"scorer": SCORER_VERSION, **contents, **settings, **versions})
 
 
 CURVES = "curves.png"  # in the run folder

@@ -27,7 +27,7 @@ from mlx_dpo.paths import token_cache
 from mlx_dpo.schemas.schema import Ranking, RowRules
 from mlx_dpo.types import TokenizedPair
 
-MOST_PROCESSES = 8  # each holds a tokenizer and the libraries that it comes with
+MAX_PROCESSES = 8  # each holds a tokenizer and the libraries that it comes with
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,13 @@ class Inputs:
         return {
             "model": model_fingerprint(self.base.path),
             "tokenizer": tokenizer_fingerprint(self.base.path),
-            "held": held(self.base),
+            "held": device_and_dtype(self.base),
             "train": pairs_digest(self.train),
             "valid": pairs_digest(self.valid),
         }
 
 
-def held(base: LoadedModel) -> str:
+def device_and_dtype(base: LoadedModel) -> str:
     """The device and the number type in which the base is computed with."""
     return f"{device_kind()} {main_dtype(base.model)}"
 
@@ -68,7 +68,9 @@ def token_rules(config: DPOConfig, base: LoadedModel) -> TokenRules:
     )
 
 
-def read_base(config: DPOConfig, load: Callable[..., LoadedModel] = load_model) -> LoadedModel:
+def load_configured_base(
+    config: DPOConfig, load: Callable[..., LoadedModel] = load_model
+) -> LoadedModel:
     """The frozen base that the settings name; `load` is `load_empty_model` where shapes do."""
     return load(
         config.model,
@@ -94,13 +96,13 @@ def row_rules(config: DPOConfig) -> RowRules:
 
 
 @contextmanager
-def unheard(rows: int | None) -> Iterator[Callable[[int], None]]:
+def no_progress(rows: int | None) -> Iterator[Callable[[int], None]]:
     """Nobody hears how many rows are done."""
     yield lambda more: None
 
 
-def read_pairs(
-    config: DPOConfig, base: LoadedModel, source: Source, counting: RowProgress = unheard
+def load_configured_source(
+    config: DPOConfig, base: LoadedModel, source: Source, counting: RowProgress = no_progress
 ) -> LoadedPairs[PairDataset]:
     """One source of pairs, as the settings say."""
     path, code = base.path, config.trust_remote_code
@@ -110,29 +112,31 @@ def read_pairs(
     name = os.path.basename(os.path.abspath(path)) if local else base.source
     return load_source(
         source,
-        TokenizerWorkers(base.tokenizer, load, processes()),
+        TokenizerWorkers(base.tokenizer, load, count_processes()),
         PairRules(token_rules(config, base), row_rules(config), config.bad_pairs),
         TokenCache(token_cache(), files, name),
         progress=counting,
     )
 
 
-def processes() -> int:
+def count_processes() -> int:
     """How many tokenize at once where there is enough to do."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(cores or 1, MOST_PROCESSES)
+    return min(cores or 1, MAX_PROCESSES)
 
 
-def completed(config: DPOConfig, pairs: Sequence[TokenizedPair]) -> Sequence[TokenizedPair]:
+def add_kl_completions(
+    config: DPOConfig, pairs: Sequence[TokenizedPair]
+) -> Sequence[TokenizedPair]:
     """The pairs of a split; judged answers get what KTO holds them against."""
     return with_mismatched_completions(pairs, config.max_length) if config.labelled else pairs
 
 
-def read_inputs(
+def load_inputs(
     config: DPOConfig,
     *,
-    read: Callable[[DPOConfig], LoadedModel] = read_base,
-    counting: RowProgress = unheard,
+    read: Callable[[DPOConfig], LoadedModel] = load_configured_base,
+    counting: RowProgress = no_progress,
 ) -> Inputs:
     """Find the pairs, load the base, tokenise; files are found before anything large is loaded.
 
@@ -142,19 +146,21 @@ def read_inputs(
         ConfigError: a setting has no effect, or rows are longer than what the model can place.
     """
     sources = find_sources(config.pairs, config.valid, config.split)
-    refuse_without_effect(config, sources)
+    check_held_out_settings(config, sources)
     base = read(config)
-    train = [read_pairs(config, base, source, counting) for source in sources.train]
-    valid = [read_pairs(config, base, source, counting) for source in sources.valid]
+    train = [load_configured_source(config, base, source, counting) for source in sources.train]
+    valid = [load_configured_source(config, base, source, counting) for source in sources.valid]
     reports = [read.report for read in (*train, *valid)]
     check_settings_used(token_rules(config, base), row_rules(config), reports)
-    kept, apart = (completed(config, split) for split in _splits(config, train, valid))
+    kept, apart = (
+        add_kl_completions(config, split) for split in _split_pairs(config, train, valid)
+    )
     inputs = Inputs(base, kept, apart, reports, [one.name for one in sources.unused_valid])
-    refuse_beyond_context(config, base, inputs.train, inputs.valid)
+    check_context_length(config, base, inputs.train, inputs.valid)
     return inputs
 
 
-def _splits(
+def _split_pairs(
     config: DPOConfig,
     train: Sequence[LoadedPairs[PairDataset]],
     valid: Sequence[LoadedPairs[PairDataset]],
@@ -177,7 +183,7 @@ def _splits(
     return every.select(kept), apart
 
 
-def refuse_beyond_context(
+def check_context_length(
     config: DPOConfig, base: LoadedModel, *splits: Sequence[TokenizedPair]
 ) -> None:
     """Positions that a model never saw in its training give numbers that mean nothing.
@@ -194,7 +200,7 @@ def refuse_beyond_context(
         )
 
 
-def refuse_without_effect(config: DPOConfig, sources: SplitSources) -> None:
+def check_held_out_settings(config: DPOConfig, sources: SplitSources) -> None:
     """Settings about held-out pairs that the files leave no room for.
 
     Raises:

@@ -20,16 +20,21 @@ from mlx_dpo.errors import ConfigError
 from mlx_dpo.models.empty_weights import load_empty_model
 from mlx_dpo.models.files import model_fingerprint
 from mlx_dpo.models.load import LoadedModel, load_model
-from mlx_dpo.runs.build import choose_scorer, forward_only
+from mlx_dpo.runs.build import choose_scorer, make_dataset_scorer
 from mlx_dpo.runs.folder import reference_provenance
-from mlx_dpo.runs.inputs import held, read_base, read_inputs, refuse_beyond_context
+from mlx_dpo.runs.inputs import (
+    check_context_length,
+    device_and_dtype,
+    load_configured_base,
+    load_inputs,
+)
 from mlx_dpo.scoring.score_pairs import DatasetScorer
 from mlx_dpo.training.logps_cache import labels
 from mlx_dpo.training.reference_logps import reference_logps
 from mlx_dpo.types import PairLogps, TokenizedPair
 
 
-def ask_reference(
+def cached_reference_logps(
     model: nn.Module,
     pairs: Sequence[TokenizedPair],
     record: dict[str, Any],
@@ -48,24 +53,24 @@ def ask_reference(
         provenance=reference_provenance(record, held),
         cache=places.reference_cache(),
         score=score,
-        labels=labels(_name(record), held),
+        labels=labels(_model_name(record), held),
         progress=progress,
     )
 
 
-def _name(record: dict[str, Any]) -> str:
+def _model_name(record: dict[str, Any]) -> str:
     """The model as it was named; of a folder, not the way to it."""
     model: str = record["settings"]["model"]
     local = record.get("model_folder") is not None
     return os.path.basename(os.path.abspath(os.path.expanduser(model))) if local else model
 
 
-Heard = Callable[[int], None]
-Counting = Callable[[int], AbstractContextManager[Heard]]  # of so many pairs
+ProgressCallback = Callable[[int], None]
+ProgressBar = Callable[[int], AbstractContextManager[ProgressCallback]]  # of so many pairs
 
 
 @contextmanager
-def uncounted(pairs: int) -> Iterator[Heard]:
+def uncounted(pairs: int) -> Iterator[ProgressCallback]:
     """Nobody hears how many are done."""
     yield lambda more: None
 
@@ -73,7 +78,7 @@ def uncounted(pairs: int) -> Iterator[Heard]:
 Splits = dict[str, Sequence[TokenizedPair]]
 
 
-def load_other(config: DPOConfig) -> LoadedModel:
+def load_reference_model(config: DPOConfig) -> LoadedModel:
     """The reference model of the settings, as it is stored: `bits` is for the policy."""
     assert config.reference_model is not None
     return load_model(
@@ -81,8 +86,8 @@ def load_other(config: DPOConfig) -> LoadedModel:
     )
 
 
-def ask_other(
-    config: DPOConfig, counting: Counting, rows: RowProgress
+def score_with_reference_model(
+    config: DPOConfig, counting: ProgressBar, rows: RowProgress
 ) -> tuple[dict[str, PairLogps], str]:
     """What the reference model says of both splits, and its digest. (len(pairs),) each
 
@@ -96,30 +101,34 @@ def ask_other(
             f"`{STDIN}`: pairs are read twice with `reference_model`, and standard input once; "
             "write them to a file"
         )
-    inputs = read_inputs(config, read=partial(read_base, load=load_empty_model), counting=rows)
+    inputs = load_inputs(
+        config, read=partial(load_configured_base, load=load_empty_model), counting=rows
+    )
     splits: Splits = {"train": inputs.train, "valid": inputs.valid}
-    return ask_about(config, load_other(config), inputs.base.tokenizer, splits, counting)
+    return score_splits(
+        config, load_reference_model(config), inputs.base.tokenizer, splits, counting
+    )
 
 
-def ask_about(
+def score_splits(
     config: DPOConfig,
     other: LoadedModel,
     tokenizer: TokenizerWrapper,
     splits: Splits,
-    counting: Counting,
+    counting: ProgressBar,
 ) -> tuple[dict[str, PairLogps], str]:
     """As above, of pairs that `tokenizer` made."""
-    refuse_other_tokens(other, tokenizer, chain.from_iterable(splits.values()))
-    refuse_beyond_context(config, other, *splits.values())
+    check_same_tokens(other, tokenizer, chain.from_iterable(splits.values()))
+    check_context_length(config, other, *splits.values())
     digest = model_fingerprint(other.path)
-    score = forward_only(config, choose_scorer(other, config))
+    score = make_dataset_scorer(config, choose_scorer(other, config))
     with counting(sum(map(len, splits.values()))) as progress:
         answers = {
-            split: ask_reference(
+            split: cached_reference_logps(
                 other.model,
                 pairs,
-                _record(config, digest),
-                held=held(other),
+                _reference_model_record(config, digest),
+                held=device_and_dtype(other),
                 score=score,
                 progress=progress,
             )
@@ -131,7 +140,7 @@ def ask_about(
     return answers, digest
 
 
-def _record(config: DPOConfig, digest: str) -> dict[str, Any]:
+def _reference_model_record(config: DPOConfig, digest: str) -> dict[str, Any]:
     """What a run of the reference model itself would say of where its numbers come from."""
     asked = {"model": config.reference_model, "bits": None, "group_size": None}
     folder = Path(str(config.reference_model)).expanduser()
@@ -142,7 +151,7 @@ def _record(config: DPOConfig, digest: str) -> dict[str, Any]:
     }
 
 
-def refuse_other_tokens(
+def check_same_tokens(
     other: LoadedModel, tokenizer: TokenizerWrapper, pairs: Iterable[TokenizedPair]
 ) -> None:
     """Every id in the pairs has to stand for the same piece of text in both models.

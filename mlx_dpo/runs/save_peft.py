@@ -1,4 +1,4 @@
-"""The adapter of a run that ends, made to load in other programs as well."""
+"""Export of a finished run's adapter to PEFT's file layout."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -11,34 +11,42 @@ from mlx_dpo.errors import ModelError
 from mlx_dpo.models.download import is_hub_id
 from mlx_dpo.models.load import LoadedModel
 
-IN_BOTH = "loads in mlx-lm and in PEFT"
+LOADS_IN_PEFT = "loads in mlx-lm and in PEFT"
 
 
-def ship(folder: Path, base: LoadedModel, config: DPOConfig) -> str:
-    """Add PEFT's layout to a finished run, if the model's own folder is proof of the names.
+def save_peft(folder: Path, base: LoadedModel, config: DPOConfig) -> str:
+    """Add PEFT's files to a finished run, if the model's layer names can be verified.
 
     Returns:
-        Where the adapter loads, and why not elsewhere.
+        The libraries that can load the adapter, and the reason if PEFT is not one of them.
     """
     try:
-        name = base.source if is_hub_id(base.source) else "its base"  # on cards, so no path
+        name = base.source if is_hub_id(base.source) else "its base"  # goes on cards: no path
         # Names suffice: the model was loaded from these very weights.
         checkpoint = replace(local_checkpoint(base.path, name), folder=None)
         hub_id = config.model if is_hub_id(config.model) else None
-        _add(folder, base, config, checkpoint, (hub_id, config.revision))
+        write_peft_files(folder, base, config, checkpoint, (hub_id, config.revision))
     except ModelError as error:
         return f"loads in mlx-lm; not in PEFT: {error}"
-    return IN_BOTH
+    return LOADS_IN_PEFT
 
 
-def _add(
+def write_peft_files(
     folder: Path,
     base: LoadedModel,
     config: DPOConfig,
     checkpoint: HFCheckpoint,
     source: tuple[str | None, str | None],
 ) -> None:
-    """`source` is the checkpoint's Hub id and revision."""
+    """Write the adapter of `base` in PEFT's layout to `folder`.
+
+    Args:
+        folder: Run folder.
+        base: Model with the adapter attached.
+        config: Settings of the run.
+        checkpoint: The Hugging Face checkpoint from which the model was made.
+        source: Hub id and revision of that checkpoint.
+    """
     settings, arrays = make_peft_adapter(
         base.model,
         base.config,

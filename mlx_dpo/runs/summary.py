@@ -21,12 +21,12 @@ from mlx_dpo.profiling import memory
 if TYPE_CHECKING:
     from mlx_dpo.runs.trainer import DPOTrainer
 
-TABLE = "the embeddings"
+EMBEDDINGS = "the embeddings"
 
-Fact = tuple[str, str]
+SummaryLine = tuple[str, str]
 
 
-def reference(policy: nn.Module, config: DPOConfig) -> str:
+def describe_reference(policy: nn.Module, config: DPOConfig) -> str:
     """What the policy is held against."""
     if not config.needs_reference:
         return "none: the loss needs none"
@@ -46,43 +46,47 @@ def reference(policy: nn.Module, config: DPOConfig) -> str:
     return f"the model {what}, scored once before the first step"
 
 
-def trained(policy: nn.Module, config: DPOConfig, entries: Mapping[str, Any]) -> list[Fact]:
+def summarize_trainable(
+    policy: nn.Module, config: DPOConfig, entries: Mapping[str, Any]
+) -> list[SummaryLine]:
     """What training moves, how much that is, and what follows from it.
 
     `entries` are those of the base's `config.json`.
     """
     count, moved = memory.base_parameters(policy), memory.trainable_parameters(policy)
-    share = f"{counted(moved)} parameters trained, {moved / count:.2%} of the model"
+    share = f"{format_count(moved)} parameters trained, {moved / count:.2%} of the model"
     if get_fine_tune_type(policy) == "full":
         narrow = " and ".join(sorted(dtype_name(dtype) for dtype in forward_dtypes(policy)))
         note = ("", f"held in float32, computed with in {narrow}")
-        what = f"full fine-tuning, in {_parts(policy)}: {share}"
+        what = f"full fine-tuning, in {_describe_trained_layers(policy)}: {share}"
         return [("weights", what), *[note] * bool(narrow)]
-    lines = [("adapters", f"{_sizes(policy, config)}: {share}")]
+    lines = [("adapters", f"{_describe_adapters(policy, config)}: {share}")]
     if any(isinstance(module, LoRAEmbedding) for module in adapted_layers(policy).values()):
         note = ("", "the head is the embeddings turned round, and adapted with them")
         lines += [note] * has_tied_embeddings(policy)
-    if unread := _unread_by_mlx_lm(policy, entries):
+    if unread := _unsupported_by_mlx_lm(policy, entries):
         lines.append(("", f"mlx-lm itself cannot load DoRA on {unread}; mlx-dpo can"))
     return lines
 
 
-def _unread_by_mlx_lm(policy: nn.Module, entries: Mapping[str, Any]) -> str | None:
+def _unsupported_by_mlx_lm(policy: nn.Module, entries: Mapping[str, Any]) -> str | None:
     """Layers that its own DoRA takes for narrower than they are."""
     packed = entries.get("quantization") or {}
     if get_fine_tune_type(policy) != "dora" or not packed:
         return None
-    kinds = {_kind(module) for module in adapted_layers(policy).values()}
-    if TABLE in kinds:
+    kinds = {_layer_kind(module) for module in adapted_layers(policy).values()}
+    if EMBEDDINGS in kinds:
         return "packed embeddings"
     return f"{packed['bits']}-bit layers" if packed["bits"] not in (2, 4, 8) else None
 
 
-def _sizes(policy: nn.Module, config: DPOConfig) -> str:
+def _describe_adapters(policy: nn.Module, config: DPOConfig) -> str:
     adapted = adapted_layers(policy)
-    kinds = Counter(_kind(module) for module in adapted.values())
-    layers = " and ".join(f"{number} {kind}" for kind, number in kinds.items() if kind != TABLE)
-    layers += f"{' and ' * bool(layers)}{TABLE}" * (TABLE in kinds)
+    kinds = Counter(_layer_kind(module) for module in adapted.values())
+    layers = " and ".join(
+        f"{number} {kind}" for kind, number in kinds.items() if kind != EMBEDDINGS
+    )
+    layers += f"{' and ' * bool(layers)}{EMBEDDINGS}" * (EMBEDDINGS in kinds)
     one = next(iter(adapted.values()))
     rank, rooted = adapter_rank(one), config.start_adapter is None and config.use_rslora
     alpha = f"{config.alpha:g} / sqrt(rank)" if rooted else f"{one.scale * rank:g}"
@@ -90,13 +94,13 @@ def _sizes(policy: nn.Module, config: DPOConfig) -> str:
     return f"{way}, rank {rank}, alpha {alpha} on {layers}"
 
 
-def _kind(module: nn.Module) -> str:
+def _layer_kind(module: nn.Module) -> str:
     if isinstance(module, LoRASwitchLinear):
         return "layers of experts"
-    return TABLE if isinstance(module, LoRAEmbedding) else "linear layers"
+    return EMBEDDINGS if isinstance(module, LoRAEmbedding) else "linear layers"
 
 
-def _parts(policy: nn.Module) -> str:
+def _describe_trained_layers(policy: nn.Module) -> str:
     """The blocks whose own weights are trained, and what is outside of them."""
     names, paths = named_arrays(policy.trainable_parameters()), block_paths(policy)
     blocks = sum(any(name.startswith(f"{path}.") for name in names) for path in paths)
@@ -105,7 +109,7 @@ def _parts(policy: nn.Module) -> str:
     return " and ".join([f"{blocks} of {len(paths)} blocks"] * bool(blocks) + outside)
 
 
-def counted(number: int) -> str:
+def format_count(number: int) -> str:
     """A number with three digits and a letter for thousands, millions, billions."""
     for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
         if number >= size:
@@ -113,16 +117,16 @@ def counted(number: int) -> str:
     return str(number)
 
 
-QUANTISED_ON_LOAD = (
+QUANTIZED_ON_LOAD = (
     "they belong to the base as it is quantised here; for mlx-lm and others, write that base "
     "with `mlx-dpo convert --bits` first and train on it"
 )
 
 
-def facts_of_inputs(run: "DPOTrainer") -> list[Fact]:
+def summarize_inputs(run: "DPOTrainer") -> list[SummaryLine]:
     """What was loaded."""
     base, inputs = run.inputs.base, run.inputs
-    count = counted(memory.total_parameters(base.model))
+    count = format_count(memory.total_parameters(base.model))
     lines = [("model", f"{base.source}, {count} parameters")]
     lines += [("", note) for note in base.notes]
     lines += [
@@ -135,25 +139,25 @@ def facts_of_inputs(run: "DPOTrainer") -> list[Fact]:
     return lines
 
 
-def facts_of_training(run: "DPOTrainer") -> list[Fact]:
+def summarize_training(run: "DPOTrainer") -> list[SummaryLine]:
     """What is about to be done with it."""
     quantised = run.config.bits is not None
     return [
-        ("reference", reference(run.policy, run.config)),
-        *trained(run.policy, run.config, run.inputs.base.config),
-        *([("", QUANTISED_ON_LOAD)] if quantised else []),
+        ("reference", describe_reference(run.policy, run.config)),
+        *summarize_trainable(run.policy, run.config, run.inputs.base.config),
+        *([("", QUANTIZED_ON_LOAD)] if quantised else []),
         ("scorer", f"{run.choice.name}: {run.choice.reason}"),
-        ("loss", loss_line(run.config)),
-        ("steps", _steps(run)),
-        *_watched(run),
-        *_passes(run),
+        ("loss", describe_loss(run.config)),
+        ("steps", _describe_steps(run)),
+        *_summarize_best(run),
+        *_summarize_micro_batches(run),
         ("memory", run.fitted.line()),
-        ("output", run.config.output + _resumed(run)),
+        ("output", run.config.output + _describe_resume(run)),
         *[("logging", f"{tracker.name}: {tracker.location}") for tracker in run.trackers.trackers],
     ]
 
 
-def facts_of_end(run: "DPOTrainer") -> list[Fact]:
+def summarize_end(run: "DPOTrainer") -> list[SummaryLine]:
     """How it ended, where that is not at the last step with the last adapters, and with what."""
     best, step = run.best, run.stopped_early_at
     lines = [("adapter", run.shipped)]
@@ -169,11 +173,11 @@ def facts_of_end(run: "DPOTrainer") -> list[Fact]:
     return lines
 
 
-def loss_line(config: DPOConfig) -> str:
+def describe_loss(config: DPOConfig) -> str:
     """The sum that is made small, and all that acts on it."""
     terms = zip(config.weights_of_losses, config.loss_type, strict=True)
     total = " + ".join(name if weight == 1 else f"{weight:g} {name}" for weight, name in terms)
-    said = _read_by_losses(config)
+    said = _loss_settings(config)
     if config.f_divergence_type is not None:
         said.append(config.f_divergence_type)
     if config.f_divergence_type == "alpha_divergence":
@@ -184,7 +188,7 @@ def loss_line(config: DPOConfig) -> str:
     return ", ".join([total, *said, *weighed])
 
 
-def _read_by_losses(config: DPOConfig) -> list[str]:
+def _loss_settings(config: DPOConfig) -> list[str]:
     """The settings that losses read, loss by loss where they differ."""
     read: dict[str, dict[str, float]] = {}
     for kind in config.loss_kinds:
@@ -199,7 +203,7 @@ def _read_by_losses(config: DPOConfig) -> list[str]:
     return said
 
 
-def _steps(run: "DPOTrainer") -> str:
+def _describe_steps(run: "DPOTrainer") -> str:
     config, rising = run.config, run.config.warmup(run.total_steps)
     return (
         f"{run.total_steps} of {config.batch_size} {config.unit}; {KINDS[config.optim].title}, "
@@ -208,12 +212,12 @@ def _steps(run: "DPOTrainer") -> str:
     )
 
 
-def _watched(run: "DPOTrainer") -> list[Fact]:
+def _summarize_best(run: "DPOTrainer") -> list[SummaryLine]:
     best = run.best
     return [("best", best.watched.line(keeps=best.keeps))] if best.watched else []
 
 
-def _passes(run: "DPOTrainer") -> list[Fact]:
+def _summarize_micro_batches(run: "DPOTrainer") -> list[SummaryLine]:
     """How the steps of an epoch are cut into passes."""
     config, limit = run.config, run.config.pass_limit
     found = count_micro_batches(
@@ -240,7 +244,7 @@ def _passes(run: "DPOTrainer") -> list[Fact]:
     return lines
 
 
-def _resumed(run: "DPOTrainer") -> str:
+def _describe_resume(run: "DPOTrainer") -> str:
     if run.start.step:
         return f", going on after step {run.start.step}"
     return ", from the beginning: there was no checkpoint yet" if run.earlier else ""

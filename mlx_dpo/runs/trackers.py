@@ -7,10 +7,10 @@ from typing import Any
 
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.data.columns import LENGTHS, column
-from mlx_dpo.runs.folder import hub_model
+from mlx_dpo.runs.folder import hub_model_id
 from mlx_dpo.trackers import check_tracker, open_tracker
 from mlx_dpo.trackers.base import OpenTrackers, RunInfo
-from mlx_dpo.training.monitor import Facts, Monitor
+from mlx_dpo.training.monitor import Monitor, MonitoredRun
 from mlx_dpo.types import MetricsRow, TokenizedPair
 
 
@@ -61,14 +61,14 @@ def shared_settings(record: Mapping[str, Any]) -> dict[str, Any]:
     They contain no paths; the model is named if it is on the Hub.
     """
     shareable = DPOConfig.from_dict(record["settings"]).shareable()
-    model = hub_model(record)
+    model = hub_model_id(record)
     return ({"model": model} if model else {}) | shareable
 
 
 def make_monitor(config: DPOConfig, pairs: Sequence[TokenizedPair], *, total_steps: int) -> Monitor:
     """Return the training monitor of a run on `pairs`."""
     return Monitor(
-        Facts(
+        MonitoredRun(
             total_steps=total_steps,
             warmup_steps=config.warmup(total_steps),
             batch_size=min(config.batch_size, len(pairs)),

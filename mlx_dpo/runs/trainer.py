@@ -16,34 +16,39 @@ from mlx_dpo.errors import ConfigError, TrainingError
 from mlx_dpo.losses.metrics import named, step_row
 from mlx_dpo.profiling.memory import limited_buffers
 from mlx_dpo.reporting.metrics_log import MetricsLog, read_metrics, timed
-from mlx_dpo.runs.auto_batch_size import settle
+from mlx_dpo.runs.auto_batch_size import choose_micro_batch_size
 from mlx_dpo.runs.build import (
-    as_reference,
     attach_adapters,
+    check_step_settings,
     choose_scorer,
-    forward_only,
+    make_dataset_scorer,
     make_objective,
+    make_on_policy_weights,
     make_optimizer,
     make_plan,
     make_synced_reference,
-    refuse_standstill,
-    weigher,
+    reference_mode,
 )
-from mlx_dpo.runs.early_stopping import Best
+from mlx_dpo.runs.early_stopping import BestCheckpoint
 from mlx_dpo.runs.folder import (
     RunPaths,
-    check_contents,
+    check_provenance,
     check_resumable,
-    claimed,
+    check_run_folder,
+    lock_folder,
     new_record,
     read_record,
-    refuse_foreign_folder,
-    start_provenance,
+    start_adapter_provenance,
     write_record,
 )
-from mlx_dpo.runs.inputs import Inputs, read_inputs, unheard
-from mlx_dpo.runs.reference import Counting, ask_other, ask_reference, uncounted
-from mlx_dpo.runs.save_peft import ship
+from mlx_dpo.runs.inputs import Inputs, load_inputs, no_progress
+from mlx_dpo.runs.reference import (
+    ProgressBar,
+    cached_reference_logps,
+    score_with_reference_model,
+    uncounted,
+)
+from mlx_dpo.runs.save_peft import save_peft
 from mlx_dpo.runs.trackers import (
     check_trackers,
     make_monitor,
@@ -93,16 +98,16 @@ class DPOTrainer:
         self.evaluation: MetricsRow | None = None  # of the adapters that the run ends with
         self.warnings: list[str] = []  # from the monitor, including those before a resume
         self.shipped = ""  # programs that can load the adapters of the finished run
-        self.best = Best(config, self.paths)
+        self.best = BestCheckpoint(config, self.paths)
         self.trackers = OpenTrackers()
         self.stop_requested = False
         self._resources = ExitStack()
 
     def __enter__(self) -> Self:
         check_trackers(self.config)
-        refuse_foreign_folder(self.paths)
+        check_run_folder(self.paths)
         with ExitStack() as stack:
-            stack.enter_context(claimed(self.paths))
+            stack.enter_context(lock_folder(self.paths))
             stack.enter_context(limited_buffers())
             stack.push(lambda kind, error, trace: self.trackers.close(completed=kind is None))
             self.earlier = read_record(self.paths)
@@ -138,7 +143,7 @@ class DPOTrainer:
         self.score_reference(progress)
         self.restore()
 
-    def load(self, counting: Counting = uncounted, rows: RowProgress = unheard) -> None:
+    def load(self, counting: ProgressBar = uncounted, rows: RowProgress = no_progress) -> None:
         """Load the base model and the pairs; write nothing.
 
         A separate reference model is scored first and freed again.
@@ -148,12 +153,14 @@ class DPOTrainer:
             rows: Progress of tokenization, in rows; used for large datasets only.
         """
         mx.reset_peak_memory()  # earlier work of the same process does not count
-        start = start_provenance(self.config)
+        start = start_adapter_provenance(self.config)
         if self.config.reference_model is not None:
-            self._reference_model_logps, digest = ask_other(self.config, counting, rows)
+            self._reference_model_logps, digest = score_with_reference_model(
+                self.config, counting, rows
+            )
             start |= {"reference": digest}
-        self.inputs: Inputs = read_inputs(self.config, counting=rows)
-        refuse_standstill(self.config, self.total_steps)
+        self.inputs: Inputs = load_inputs(self.config, counting=rows)
+        check_step_settings(self.config, self.total_steps)
         self.best.refuse_idle(
             every=self.config.eval_steps,
             total_steps=self.total_steps,
@@ -163,7 +170,7 @@ class DPOTrainer:
             self.config, self.inputs, start, self.earlier, total_steps=self.total_steps
         )
         if self.earlier is not None:
-            check_contents(self.paths, self.earlier, self.record["provenance"])
+            check_provenance(self.paths, self.earlier, self.record["provenance"])
 
     def attach(self) -> None:
         """Attach the adapters, choose scorer and micro-batch size, and write `run.json`.
@@ -177,7 +184,9 @@ class DPOTrainer:
         self._resources.enter_context(use_fused_gated_delta(self.policy))
         self.adapter_config = attach_adapters(self.inputs.base, self.config)
         self.choice = choose_scorer(self.inputs.base, self.config)
-        self.fitted = settle(self.inputs, self.config, self.choice, self.earlier, self.force)
+        self.fitted = choose_micro_batch_size(
+            self.inputs, self.config, self.choice, self.earlier, self.force
+        )
         self.record["settled"] = self.fitted.settled()
         if self.fitted.config.recompute and not self.config.recompute:
             self.choice = choose_scorer(self.inputs.base, self.fitted.config)
@@ -189,7 +198,7 @@ class DPOTrainer:
 
         Reference-free losses get zeros.
         """
-        with as_reference(self.policy, self.config):
+        with reference_mode(self.policy, self.config):
             self.reference = {split: self._reference_logps(split, progress) for split in SPLITS}
 
     def _reference_logps(self, split: str, progress: Heard) -> PairLogps:
@@ -204,12 +213,12 @@ class DPOTrainer:
         if self.config.reference_model is not None:
             logps = self._reference_model_logps[split]
         else:
-            logps = ask_reference(
+            logps = cached_reference_logps(
                 self.policy,
                 pairs,
                 self.record,
                 held=self.record["provenance"]["held"],
-                score=forward_only(self.config, self.choice),
+                score=make_dataset_scorer(self.config, self.choice),
                 progress=progress,
             )
         write_logps(self.paths.reference(split), logps)
@@ -337,8 +346,8 @@ class DPOTrainer:
             self.inputs.valid,
             synced or self.reference["valid"],
             make_objective(self.config),
-            score=forward_only(self.config, self.choice),
-            on_policy=weigher(self.config, self.choice),
+            score=make_dataset_scorer(self.config, self.choice),
+            on_policy=make_on_policy_weights(self.config, self.choice),
         )
         return named(metrics, prefix="eval_")
 
@@ -370,7 +379,7 @@ class DPOTrainer:
             self.evaluation = self._log.evaluation_at(self.best.kept or step)
         self.best.put_into(self.policy)
         save_adapter(self.paths.folder, self.policy, self.adapter_config)
-        self.shipped = ship(self.paths.folder, self.inputs.base, self.config)
+        self.shipped = save_peft(self.paths.folder, self.inputs.base, self.config)
         self.record |= {
             "state": "finished",
             "evaluation": self.evaluation,

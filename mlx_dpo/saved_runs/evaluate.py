@@ -15,19 +15,29 @@ from mlx_dpo.errors import ConfigError, RunError
 from mlx_dpo.io.arrays import named_arrays
 from mlx_dpo.models.files import model_fingerprint, tokenizer_fingerprint
 from mlx_dpo.models.load import LoadedModel
-from mlx_dpo.runs.build import choose_scorer, forward_only, make_objective, weigher
-from mlx_dpo.runs.folder import check_contents
+from mlx_dpo.runs.build import (
+    choose_scorer,
+    make_dataset_scorer,
+    make_objective,
+    make_on_policy_weights,
+)
+from mlx_dpo.runs.folder import check_provenance
 from mlx_dpo.runs.inputs import (
-    completed,
-    held,
-    read_base,
-    read_inputs,
-    read_pairs,
-    refuse_beyond_context,
+    add_kl_completions,
+    check_context_length,
+    device_and_dtype,
+    load_configured_base,
+    load_configured_source,
+    load_inputs,
     row_rules,
 )
-from mlx_dpo.runs.reference import ask_about, ask_reference, load_other, uncounted
-from mlx_dpo.saved_runs.open import Opened, open_run, put_policy, put_reference
+from mlx_dpo.runs.reference import (
+    cached_reference_logps,
+    load_reference_model,
+    score_splits,
+    uncounted,
+)
+from mlx_dpo.saved_runs.open import OpenRun, load_adapter_into, load_reference_into, open_run
 from mlx_dpo.schemas.messages import prompt_digest
 from mlx_dpo.scoring.kernels.gated_delta import use_fused_gated_delta
 from mlx_dpo.scoring.score_pairs import DatasetScorer
@@ -40,7 +50,7 @@ from mlx_dpo.types import PairLogps, PreferenceMetrics, TokenizedPair
 class Evaluation:
     """Metrics of a run on a set of pairs."""
 
-    run: Opened
+    run: OpenRun
     name: str  # what the pairs are, for a person
     pairs: int
     metrics: PreferenceMetrics
@@ -64,19 +74,21 @@ def evaluate_run(
         if pairs is None:
             raise ConfigError("`bad_pairs` has no effect without a file of pairs")
         run = replace(run, config=replace(run.config, bad_pairs=bad_pairs))
-    base, measured, name, notes = own_pairs(run) if pairs is None else named_pairs(run, pairs)
+    base, measured, name, notes = (
+        load_held_out_pairs(run) if pairs is None else load_named_pairs(run, pairs)
+    )
     if not measured:
         raise ConfigError(f"{folder}: the run held no pairs out; name a file of pairs")
     now = {"model": model_fingerprint(base.path), "tokenizer": tokenizer_fingerprint(base.path)}
-    check_contents(run.paths, run.record, now)
-    metrics = _metrics(run, base, measured)
+    check_provenance(run.paths, run.record, now)
+    metrics = _compute_metrics(run, base, measured)
     return Evaluation(run, name, len(measured), metrics, notes)
 
 
-Measured = tuple[LoadedModel, Sequence[TokenizedPair], str, tuple[str, ...]]
+EvaluationPairs = tuple[LoadedModel, Sequence[TokenizedPair], str, tuple[str, ...]]
 
 
-def own_pairs(run: Opened) -> Measured:
+def load_held_out_pairs(run: OpenRun) -> EvaluationPairs:
     """The model of a run, and the pairs that it held out.
 
     Raises:
@@ -87,74 +99,76 @@ def own_pairs(run: Opened) -> Measured:
             f"{run.paths.folder}: the run read its pairs from standard input, which is gone; "
             "name a file of pairs"
         )
-    inputs = read_inputs(run.config)
-    check_contents(run.paths, run.record, {"valid": pairs_digest(inputs.valid)})
+    inputs = load_inputs(run.config)
+    check_provenance(run.paths, run.record, {"valid": pairs_digest(inputs.valid)})
     return inputs.base, inputs.valid, f"held-out {run.config.unit}", ()
 
 
-def named_pairs(run: Opened, pairs: str) -> Measured:
+def load_named_pairs(run: OpenRun, pairs: str) -> EvaluationPairs:
     """The model of a run, and the pairs of a file, or of a held-out split."""
     source = resolve_held_out_source(pairs)
-    base = read_base(run.config)
-    read = read_pairs(run.config, base, source)
-    pairs_read = completed(run.config, read.pairs)
-    refuse_beyond_context(run.config, base, pairs_read)
+    base = load_configured_base(run.config)
+    read = load_configured_source(run.config, base, source)
+    pairs_read = add_kl_completions(run.config, read.pairs)
+    check_context_length(run.config, base, pairs_read)
     notes = tuple(read.report.lines())
     if pairs_digest(pairs_read) == run.record["provenance"]["train"]:
         notes += ("the run was trained on these pairs; this says nothing of unseen ones",)
     return base, pairs_read, f"{run.config.unit} of {source.name}", notes
 
 
-def _metrics(
-    run: Opened,
+def _compute_metrics(
+    run: OpenRun,
     base: LoadedModel,
     pairs: Sequence[TokenizedPair],
 ) -> PreferenceMetrics:
     config = run.config
     with use_fused_gated_delta(base.model):
-        put_reference(run, base)
+        load_reference_into(run, base)
         choice = choose_scorer(base, config)
-        score = forward_only(config, choice)
-        reference = _reference(run, base, pairs, score)
-        put_policy(run, base)
+        score = make_dataset_scorer(config, choice)
+        reference = _reference_logps(run, base, pairs, score)
+        load_adapter_into(run, base)
         return evaluate(
             base.model,
             pairs,
             reference,
             make_objective(config),
             score=score,
-            on_policy=weigher(config, choice),
+            on_policy=make_on_policy_weights(config, choice),
         )
 
 
-def _reference(
-    run: Opened, base: LoadedModel, pairs: Sequence[TokenizedPair], score: DatasetScorer
+def _reference_logps(
+    run: OpenRun, base: LoadedModel, pairs: Sequence[TokenizedPair], score: DatasetScorer
 ) -> PairLogps:
     """What the run's reference says of the pairs; `base` is put as it. (len(pairs),) each"""
     config = run.config
     if not make_objective(config).needs_reference:
         return PairLogps(mx.zeros((len(pairs),)), mx.zeros((len(pairs),)))
     if config.reference_model is not None:
-        other = load_other(config)
-        answers, now = ask_about(config, other, base.tokenizer, {"valid": pairs}, uncounted)
-        check_contents(run.paths, run.record, {"reference": now})
+        other = load_reference_model(config)
+        answers, now = score_splits(config, other, base.tokenizer, {"valid": pairs}, uncounted)
+        check_provenance(run.paths, run.record, {"reference": now})
         return answers["valid"]
-    moved = checkpoint.moved_reference(run.paths.checkpoints)
+    moved = checkpoint.synced_reference_weights(run.paths.checkpoints)
     if moved is None:
         if config.sync_ref_model and run.finished:  # a run without a move is refused
             raise RunError(
                 f"{run.paths.checkpoints}: the reference has moved, and its weights are gone "
                 "with the checkpoints; put them back"
             )
-        return ask_reference(base.model, pairs, run.record, held=held(base), score=score)
-    put_policy(run, base)
+        return cached_reference_logps(
+            base.model, pairs, run.record, held=device_and_dtype(base), score=score
+        )
+    load_adapter_into(run, base)
     types = {name: value.dtype for name, value in named_arrays(base.model.parameters()).items()}
     weights = [(name, value.astype(types[name])) for name, value in moved.items()]
     base.model.load_weights(weights, strict=False)
     return score(base.model, pairs)
 
 
-def prompts_held_out(run: Opened, base: LoadedModel) -> list[Prompt]:
+def held_out_prompts(run: OpenRun, base: LoadedModel) -> list[Prompt]:
     """Each prompt once, in the order of the pairs; `base` is the run's model, however adapted.
 
     Raises:
@@ -162,7 +176,7 @@ def prompts_held_out(run: Opened, base: LoadedModel) -> list[Prompt]:
         RunError, DataError: its pairs are gone, cannot be read any more, or ask with tools.
     """
     config = run.config
-    wanted = set(prompts_of_pairs(read_inputs(config, read=lambda _: base).valid))
+    wanted = set(prompts_of_pairs(load_inputs(config, read=lambda _: base).valid))
     if not wanted:
         raise ConfigError(f"{run.paths.folder}: the run held no pairs out; name a file of prompts")
     sources = find_sources(config.pairs, config.valid, config.split)

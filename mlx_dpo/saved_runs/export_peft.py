@@ -5,9 +5,9 @@ from pathlib import Path
 from mlx_dpo.adapters.hf_checkpoint import HFCheckpoint, hub_checkpoint, local_checkpoint
 from mlx_dpo.errors import ConfigError, RunError
 from mlx_dpo.models.download import is_hub_id
-from mlx_dpo.runs.folder import hub_model, write_record
-from mlx_dpo.runs.save_peft import IN_BOTH, _add
-from mlx_dpo.saved_runs.open import Opened, base_of, open_run, put_policy
+from mlx_dpo.runs.folder import hub_model_id, write_record
+from mlx_dpo.runs.save_peft import LOADS_IN_PEFT, write_peft_files
+from mlx_dpo.saved_runs.open import OpenRun, load_adapter_into, load_base_of_run, open_run
 
 
 def export_run(folder: str, base: str | None = None, revision: str | None = None) -> str:
@@ -21,20 +21,20 @@ def export_run(folder: str, base: str | None = None, revision: str | None = None
     opened = open_finished(folder)
     if revision is not None and (base is None or not is_hub_id(base)):
         raise ConfigError("`revision` has no effect without a Hub id for `--base`")
-    model = base_of(opened)
-    put_policy(opened, model)
+    model = load_base_of_run(opened)
+    load_adapter_into(opened, model)
     if base is None:
         checkpoint = local_checkpoint(model.path, model.source)
-        source = (hub_id_of(opened), opened.config.revision)
+        source = (hub_id_of_run(opened), opened.config.revision)
     else:
         checkpoint = find_checkpoint(base, revision)
         source = (base if is_hub_id(base) else None, revision)
-    _add(opened.paths.folder, model, opened.config, checkpoint, source)
-    write_record(opened.paths, opened.record | {"adapter": IN_BOTH})
-    return IN_BOTH
+    write_peft_files(opened.paths.folder, model, opened.config, checkpoint, source)
+    write_record(opened.paths, opened.record | {"adapter": LOADS_IN_PEFT})
+    return LOADS_IN_PEFT
 
 
-def open_finished(folder: str) -> Opened:
+def open_finished(folder: str) -> OpenRun:
     """A run whose adapters are those of its end.
 
     Raises:
@@ -56,8 +56,8 @@ def find_checkpoint(base: str, revision: str | None = None) -> HFCheckpoint:
     return local_checkpoint(Path(base).expanduser(), base)
 
 
-def hub_id_of(opened: Opened) -> str | None:
+def hub_id_of_run(opened: OpenRun) -> str | None:
     """The Hub id of the model that a run was trained on; None for a folder, whose path would
     mean nothing elsewhere.
     """
-    return hub_model(opened.record)
+    return hub_model_id(opened.record)

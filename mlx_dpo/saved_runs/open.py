@@ -14,8 +14,8 @@ from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.errors import ConfigError, RunError
 from mlx_dpo.models.files import model_fingerprint, tokenizer_fingerprint
 from mlx_dpo.models.load import LoadedModel, load_model
-from mlx_dpo.runs.folder import RunPaths, check_contents, known_run
-from mlx_dpo.runs.inputs import read_base
+from mlx_dpo.runs.folder import RunPaths, check_provenance, find_run
+from mlx_dpo.runs.inputs import load_configured_base
 from mlx_dpo.training import checkpoint
 
 FOLDERS = {  # settings that may name a folder, and where the record says how it is found
@@ -26,7 +26,7 @@ FOLDERS = {  # settings that may name a folder, and where the record says how it
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenRun:
     """A run folder: what it trained, and where its newest adapters lie."""
 
     paths: RunPaths
@@ -45,13 +45,13 @@ class Opened:
         return self.adapter == self.paths.folder
 
 
-def open_run(folder: str) -> Opened:
+def open_run(folder: str) -> OpenRun:
     """Find the record and the newest adapters of a run.
 
     Raises:
         RunError: the folder is no run folder, or holds no adapters yet.
     """
-    paths, record = known_run(folder)
+    paths, record = find_run(folder)
     adapter = paths.folder
     if record["state"] != "finished":
         last = checkpoint.latest(paths.checkpoints)
@@ -66,7 +66,7 @@ def open_run(folder: str) -> Opened:
         if record.get(recorded):
             nearby = os.path.normpath(paths.folder / record[recorded])
             settings[name] = nearby if os.path.isdir(nearby) else settings[name]
-    return Opened(paths, record, DPOConfig.from_dict(settings), adapter)
+    return OpenRun(paths, record, DPOConfig.from_dict(settings), adapter)
 
 
 def load_policy(
@@ -87,22 +87,22 @@ def load_policy(
         return load_model(model)
     assert run is not None
     opened = open_run(run)
-    base = base_of(opened)
+    base = load_base_of_run(opened)
     if reference:
-        put_reference(opened, base)
+        load_reference_into(opened, base)
         return base
-    put_policy(opened, base)
-    return base if opened.finished else replace(base, notes=(*base.notes, unfinished(opened)))
+    load_adapter_into(opened, base)
+    return base if opened.finished else replace(base, notes=(*base.notes, unfinished_note(opened)))
 
 
-def base_of(opened: Opened) -> LoadedModel:
+def load_base_of_run(opened: OpenRun) -> LoadedModel:
     """The model that the run was trained on, as it is loaded.
 
     Raises:
         RunError: it is no longer what it was.
     """
-    base = read_base(opened.config)
-    check_contents(
+    base = load_configured_base(opened.config)
+    check_provenance(
         opened.paths,
         opened.record,
         {"model": model_fingerprint(base.path), "tokenizer": tokenizer_fingerprint(base.path)},
@@ -110,12 +110,12 @@ def base_of(opened: Opened) -> LoadedModel:
     return base
 
 
-def unfinished(opened: Opened) -> str:
+def unfinished_note(opened: OpenRun) -> str:
     """What to say of a run that has not come to its end."""
     return f"the run is unfinished; these are its adapters of {opened.adapter.name}"
 
 
-def put_reference(opened: Opened, base: LoadedModel) -> None:
+def load_reference_into(opened: OpenRun, base: LoadedModel) -> None:
     """Make `base`, as it was loaded, the policy that the run started from.
 
     Raises:
@@ -129,23 +129,23 @@ def put_reference(opened: Opened, base: LoadedModel) -> None:
             f"{opened.paths.folder}: its reference is the model with the adapter of {folder}, "
             "which is gone; put it back there"
         )
-    check_contents(opened.paths, opened.record, {"start": adapter_digest(folder)})
+    check_provenance(opened.paths, opened.record, {"start": adapter_digest(folder)})
     load_adapter(base.model, folder)
 
 
-def put_policy(opened: Opened, base: LoadedModel) -> None:
+def load_adapter_into(opened: OpenRun, base: LoadedModel) -> None:
     """Make `base`, or the reference that it was made, the policy of the run."""
     adapters.detach_adapters(base.model)
     load_adapter(base.model, opened.adapter)
 
 
 @dataclass(frozen=True)
-class TwoSided:
+class SwitchableModel:
     """A model that answers as the base or as what was trained on it; aligned to begin with."""
 
     base: LoadedModel
     sides: AdapterSwitch
-    run: Opened | None  # where it is one
+    run: OpenRun | None  # where it is one
     adapter: Path | None  # the folder of the aligned side's adapter
     notes: tuple[str, ...]
 
@@ -168,13 +168,13 @@ class TwoSided:
         return str(self.run.record["provenance"]["model"])
 
 
-def open_sides(
+def open_switchable(
     run: str | None,
     *,
     model: str | None = None,
     adapter: str | None = None,
     wanted: Sequence[AdapterState] = ("base", "aligned"),
-) -> TwoSided:
+) -> SwitchableModel:
     """A run, whose base is what it started from; or a model, with an adapter or without.
 
     The last of the `wanted` sides that there is, is on.
@@ -189,39 +189,41 @@ def open_sides(
     if run is not None:
         if adapter is not None:
             raise ConfigError("`--adapter` has no effect with a run, which has its own")
-        return _of_run(open_run(run), wanted)
+        return _switchable_run(open_run(run), wanted)
     assert model is not None
     if adapter is None and "aligned" not in wanted:
         raise ConfigError("`--reference` has no effect with `--model`: there are no adapters")
     folder = None if adapter is None else Path(adapter).expanduser()
-    return _of_model(load_model(model), folder, wanted)
+    return _switchable_model(load_model(model), folder, wanted)
 
 
-def _of_model(base: LoadedModel, adapter: Path | None, wanted: Sequence[AdapterState]) -> TwoSided:
+def _switchable_model(
+    base: LoadedModel, adapter: Path | None, wanted: Sequence[AdapterState]
+) -> SwitchableModel:
     sides = AdapterSwitch(base.model)
     if adapter is None or "base" in wanted:
         sides.remember("base")
     if adapter is not None and "aligned" in wanted:
         load_adapter(base.model, adapter)
         sides.remember("aligned")
-    return TwoSided(base, sides, None, adapter, (*base.notes, *_twice(sides)))
+    return SwitchableModel(base, sides, None, adapter, (*base.notes, *_memory_notes(sides)))
 
 
-def _of_run(opened: Opened, wanted: Sequence[AdapterState]) -> TwoSided:
-    base = base_of(opened)
+def _switchable_run(opened: OpenRun, wanted: Sequence[AdapterState]) -> SwitchableModel:
+    base = load_base_of_run(opened)
     sides = AdapterSwitch(base.model)
-    put_reference(opened, base)
+    load_reference_into(opened, base)
     if "base" in wanted:
         sides.remember("base")
     notes = [*base.notes]
     if "aligned" in wanted:
-        put_policy(opened, base)
+        load_adapter_into(opened, base)
         sides.remember("aligned")
-        notes += [] if opened.finished else [unfinished(opened)]
-    return TwoSided(base, sides, opened, opened.adapter, (*notes, *_twice(sides)))
+        notes += [] if opened.finished else [unfinished_note(opened)]
+    return SwitchableModel(base, sides, opened, opened.adapter, (*notes, *_memory_notes(sides)))
 
 
-def _twice(sides: AdapterSwitch) -> list[str]:
+def _memory_notes(sides: AdapterSwitch) -> list[str]:
     if not (size := sides.duplicated_bytes()):
         return []
     return [

@@ -13,14 +13,14 @@ from mlx_dpo.reporting.console import format_final_metrics
 from mlx_dpo.reporting.curves import make_charts
 from mlx_dpo.reporting.metrics_log import read_metrics
 from mlx_dpo.reporting.run_page import RunDetails, render_run_page
-from mlx_dpo.runs.folder import CURVES, RunPaths, known_run
-from mlx_dpo.runs.summary import loss_line
+from mlx_dpo.runs.folder import CURVES, RunPaths, find_run
+from mlx_dpo.runs.summary import describe_loss
 from mlx_dpo.types import MetricsRow
 
 PAGE, PICTURE = "report.html", "report.png"
 
 
-class Followed(NamedTuple):
+class LoggedRun(NamedTuple):
     """One run, as far as it has come."""
 
     paths: RunPaths
@@ -39,20 +39,20 @@ class Followed(NamedTuple):
         return dict(self.record["evaluation"] or (judged[-1] if judged else {}))
 
 
-def follow(folder: str) -> Followed:
+def read_logged_run(folder: str) -> LoggedRun:
     """A run, finished or not.
 
     Raises:
         RunError: it is no run, or no step was taken yet.
     """
-    paths, record = known_run(folder)
+    paths, record = find_run(folder)
     rows = read_metrics(paths.metrics)
     if not rows:
         raise RunError(f"{folder}: no step was taken yet; there is nothing to draw")
-    return Followed(paths, record, rows)
+    return LoggedRun(paths, record, rows)
 
 
-def report(
+def write_report(
     folders: Sequence[str], output: str | None, along: str
 ) -> tuple[list[RunDetails], list[Path]]:
     """Write the page and the picture of one run, or of several overlaid.
@@ -67,9 +67,11 @@ def report(
     """
     if output is None and len(folders) > 1:
         raise ConfigError("`--output` is missing: the folder for a report of several runs")
-    runs = [follow(folder) for folder in folders]
-    names = names_of([run.paths.folder for run in runs])
-    told = _apart([_told(run, name) for run, name in zip(runs, names, strict=True)], runs)
+    runs = [read_logged_run(folder) for folder in folders]
+    names = shortest_names([run.paths.folder for run in runs])
+    told = _add_differing_settings(
+        [_run_section(run, name) for run, name in zip(runs, names, strict=True)], runs
+    )
     drawn = make_charts([run.rows for run in runs], x_axis=along)
     there = Path(output).expanduser() if output else runs[0].paths.folder
     files = {
@@ -79,7 +81,7 @@ def report(
     return told, [_write(there / name, content) for name, content in files.items()]
 
 
-def draw_curves(folder: Path) -> bool:
+def write_curves(folder: Path) -> bool:
     """Put the picture that goes with a card into a run folder; False: it has no metrics."""
     drawn = make_charts([read_metrics(RunPaths(folder).metrics)], for_model_card=True)
     if drawn:
@@ -87,7 +89,7 @@ def draw_curves(folder: Path) -> bool:
     return bool(drawn)
 
 
-def names_of(folders: Sequence[Path]) -> list[str]:
+def shortest_names(folders: Sequence[Path]) -> list[str]:
     """The shortest ends of their paths by which folders are told apart, fit to be printed.
 
     Raises:
@@ -103,17 +105,17 @@ def names_of(folders: Sequence[Path]) -> list[str]:
     return ["".join(c if c.isprintable() else ascii(c)[1:-1] for c in name) for name in found]
 
 
-def _told(run: Followed, name: str) -> RunDetails:
+def _run_section(run: LoggedRun, name: str) -> RunDetails:
     record, settings = run.record, run.record["settings"]
     config = DPOConfig.from_dict(settings)
     versions = ", ".join(f"{what} {number}" for what, number in record["versions"].items())
     model = Path(config.model).name if record["model_folder"] else config.model
     facts = [
-        ("steps", _state(run)),
+        ("steps", _describe_progress(run)),
         ("model", model),
-        ("loss", loss_line(config)),
+        ("loss", describe_loss(config)),
         (config.unit, "{train:,} trained on, {valid:,} held out".format(**record["counts"])),
-        ("settings", _said(config) or "all as they are by default"),
+        ("settings", _describe_settings(config) or "all as they are by default"),
         *([("adapter", record["adapter"])] if "adapter" in record else []),
         ("versions", versions),
     ]
@@ -126,7 +128,7 @@ def _told(run: Followed, name: str) -> RunDetails:
     return RunDetails(name, facts, figures, record.get("warnings", []))
 
 
-def _state(run: Followed) -> str:
+def _describe_progress(run: LoggedRun) -> str:
     steps, early = run.record["steps"], run.record.get("stopped_early_at")
     state = "" if run.record["state"] == "finished" else ", not finished"
     said = f"{early or run.step:,} of {steps:,}{state}" + ", then stopped early" * bool(early)
@@ -136,29 +138,31 @@ def _state(run: Followed) -> str:
     return said
 
 
-def _said(config: DPOConfig) -> str:
-    shown = [f"{name} {_value(value)}" for name, value in config.shareable().items()]
+def _describe_settings(config: DPOConfig) -> str:
+    shown = [f"{name} {_format_value(value)}" for name, value in config.shareable().items()]
     return ", ".join([*shown, *(f"{name} (not shown)" for name in config.withheld())])
 
 
-def _value(value: Any) -> str:
+def _format_value(value: Any) -> str:
     if value is None or value == ():
         return "default"
     return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def _apart(told: Sequence[RunDetails], runs: Sequence[Followed]) -> list[RunDetails]:
+def _add_differing_settings(
+    told: Sequence[RunDetails], runs: Sequence[LoggedRun]
+) -> list[RunDetails]:
     """With the model and the settings in which the runs differ before their figures."""
     configs = [DPOConfig.from_dict(run.record["settings"]) for run in runs]
     set_by = [config.shareable() for config in configs]
     names = dict.fromkeys(name for settings in set_by for name in settings)
-    differing = [n for n in names if len({_value(getattr(c, n)) for c in configs}) > 1]
+    differing = [n for n in names if len({_format_value(getattr(c, n)) for c in configs}) > 1]
     models = [dict(one.facts)["model"] for one in told]
     return [
         one._replace(
             cells={
                 **({"model": model} if len(set(models)) > 1 else {}),
-                **{n: _value(getattr(c, n)) for n in differing},
+                **{n: _format_value(getattr(c, n)) for n in differing},
                 **one.cells,
             }
         )

@@ -18,15 +18,15 @@ from mlx_dpo.generation.generate import (
 )
 from mlx_dpo.models.files import model_fingerprint
 from mlx_dpo.models.load import LoadedModel
-from mlx_dpo.runs.inputs import read_base
+from mlx_dpo.runs.inputs import load_configured_base
 from mlx_dpo.saved_runs.open import load_policy, open_run
 from mlx_dpo.types import Message
 
-STRIDE = 1_000_003  # between the seeds of chunks; prime, so that they meet late
+SEED_STRIDE = 1_000_003  # between the seeds of chunks; prime, so that they meet late
 
 
 @dataclass(frozen=True)
-class Voice:
+class Responder:
     """A loaded policy, and who it is."""
 
     base: LoadedModel
@@ -67,17 +67,19 @@ class Voice:
         )
 
 
-def open_voice(run: str | None, *, model: str | None = None, reference: bool = False) -> Voice:
+def open_responder(
+    run: str | None, *, model: str | None = None, reference: bool = False
+) -> Responder:
     """The policy of a run, its reference, or a model.
 
     Raises:
         ConfigError: it knows no chat template, or a run was trained on plain text.
     """
     base = load_policy(run, model=model, reference=reference)
-    _refuse_without_template(base)
+    _check_chat_template(base)
     facts: dict[str, Any] = {"model": base.source}
     if run is None:
-        return Voice(base, facts | {"model_digest": model_fingerprint(base.path)})
+        return Responder(base, facts | {"model_digest": model_fingerprint(base.path)})
     opened = open_run(run)
     if opened.trained_on_text:
         raise ConfigError(
@@ -89,38 +91,38 @@ def open_voice(run: str | None, *, model: str | None = None, reference: bool = F
     facts |= {"model_digest": opened.record["provenance"]["model"]}
     if adapter is not None:
         facts |= {"run": run, "adapter_digest": adapter_digest(Path(adapter))}
-    return Voice(base, facts, config.thinking, config.system)
+    return Responder(base, facts, config.thinking, config.system)
 
 
-def starting_voice(config: DPOConfig) -> Voice:
+def open_untrained_responder(config: DPOConfig) -> Responder:
     """The policy that a run with these settings begins with.
 
     Raises:
         ConfigError: it knows no chat template.
     """
-    base = read_base(config)
-    _refuse_without_template(base)
+    base = load_configured_base(config)
+    _check_chat_template(base)
     facts: dict[str, Any] = {"model": base.source, "model_digest": model_fingerprint(base.path)}
     if config.start_adapter is not None:
         folder = Path(config.start_adapter)
         load_adapter(base.model, folder)
         facts |= {"adapter": config.start_adapter, "adapter_digest": adapter_digest(folder)}
-    return Voice(base, facts, config.thinking, config.system)
+    return Responder(base, facts, config.thinking, config.system)
 
 
-def _refuse_without_template(base: LoadedModel) -> None:
+def _check_chat_template(base: LoadedModel) -> None:
     if not base.tokenizer.has_chat_template:
         raise ConfigError(
             f"{base.source}: its tokenizer has no chat template; take a model that can chat"
         )
 
 
-def seed_of(seed: int, chunk: int, place: int) -> int:
+def derive_seed(seed: int, chunk: int, place: int) -> int:
     """The seed of the `place`-th answers to a chunk of prompts."""
-    return (seed + STRIDE * chunk + place) % SEEDS
+    return (seed + SEED_STRIDE * chunk + place) % SEEDS
 
 
-def told(voice: Voice, sampling: Sampling) -> dict[str, Any]:
+def response_provenance(voice: Responder, sampling: Sampling) -> dict[str, Any]:
     """Where an answer came from."""
     settings = {name: value for name, value in asdict(sampling).items() if value is not None}
     return voice.facts | {"sampling": settings}

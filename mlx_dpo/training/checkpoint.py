@@ -20,10 +20,10 @@ from mlx_dpo.training.reference_logps import SyncedReference
 
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
-MOVED = "reference.safetensors"  # of a reference that follows the policy, once it has
+SYNCED_REFERENCE = "reference.safetensors"  # of a reference that follows the policy, once it has
 
 
-def path_of(folder: Path, step: int) -> Path:
+def checkpoint_path(folder: Path, step: int) -> Path:
     """Where the checkpoint of `step` lies in the folder of checkpoints."""
     return folder / f"step-{step:06d}"
 
@@ -43,13 +43,13 @@ def save(
     Raises:
         RunError: the disk is full or cannot be written.
     """
-    target = path_of(folder, progress.step)
+    target = checkpoint_path(folder, progress.step)
     with whole_folder(target) as partial:
         save_adapter(partial, policy, adapter_config)
         state = named_arrays(optimizer.state) | {"random": random_state()}
         write_arrays(partial / OPTIMIZER, state)
         if synced is not None and synced.moved:
-            write_arrays(partial / MOVED, synced.weights)
+            write_arrays(partial / SYNCED_REFERENCE, synced.weights)
         position = {"step": progress.step, "num_tokens": progress.num_tokens}
         (partial / STATE).write_text(json.dumps(position) + "\n")
     return target
@@ -72,7 +72,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
         ) from error
 
 
-def steps_in(folder: Path) -> list[int]:
+def saved_steps(folder: Path) -> list[int]:
     """The steps of which something lies in the folder, in order."""
     return sorted(int(path.name.removeprefix("step-")) for path in folder.glob("step-*"))
 
@@ -106,8 +106,8 @@ def restore(
         state, _ = read_arrays(folder / OPTIMIZER)
         progress = Progress(step=position["step"], num_tokens=position["num_tokens"])
         random_state()[:] = state.pop("random")
-        if synced is not None and (folder / MOVED).is_file():
-            synced.restore(read_arrays(folder / MOVED)[0])
+        if synced is not None and (folder / SYNCED_REFERENCE).is_file():
+            synced.restore(read_arrays(folder / SYNCED_REFERENCE)[0])
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise RunError(
             f"{folder}: the checkpoint cannot be read ({reason(error)}); remove it to resume "
@@ -118,7 +118,11 @@ def restore(
     return progress
 
 
-def moved_reference(folder: Path) -> Arrays | None:
+def synced_reference_weights(folder: Path) -> Arrays | None:
     """Weights of a reference that follows the policy at the last checkpoint, once it has."""
     last = latest(folder)
-    return read_arrays(last / MOVED)[0] if last and (last / MOVED).is_file() else None
+    return (
+        read_arrays(last / SYNCED_REFERENCE)[0]
+        if last and (last / SYNCED_REFERENCE).is_file()
+        else None
+    )

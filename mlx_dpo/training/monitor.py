@@ -11,24 +11,27 @@ from statistics import fmean, median
 
 Row = Mapping[str, float]
 
-FEWEST, WIDEST = 10, 50  # steps in a window: fewer are noise, more come too late
-SHORTEST = 3  # steps of a run that can say anything: the first one's margins are zero
-SETTLED, SETTLING = 20, 0.1  # steps after the warm-up, or that share of all, in which rates show
-UNMOVED = 0.01  # margin; what is less after a tenth of a run does not become a tenth by its end
-SURE = 0.99  # accuracy that is all but perfect
-JUDGED = 64  # pairs that make a share of pairs worth a word
-SOON = 0.05  # of the run
+MIN_WINDOW, MAX_WINDOW = 10, 50  # steps in a window: fewer are noise, more come too late
+MIN_STEPS = 3  # steps of a run that can say anything: the first one's margins are zero
+SETTLE_STEPS, SETTLE_SHARE = (
+    20,
+    0.1,
+)  # steps after the warm-up, or that share of all, in which rates show
+MIN_MARGIN = 0.01  # margin; what is less after a tenth of a run does not become a tenth by its end
+SATURATED_ACCURACY = 0.99  # accuracy that is all but perfect
+MIN_PAIRS = 64  # pairs that make a share of pairs worth a word
+EARLY_SHARE = 0.05  # of the run
 CLIPPED_SHARE = 0.95
-CLIPPED_BY = 3.0  # times the bound; where norms come near it, it still tells them apart
-LENGTH_TELLS = 0.5  # correlation; its square is a quarter of all that the margins vary by
-LENGTH_MATTERS = 0.1  # margin below which its correlations are those of noise
-LOST = 1.0  # nats of a chosen completion: e times less likely than under the reference
-LOST_A_TOKEN = 0.02  # the same of a long one, which loses a nat by little in each token
-FAR_A_TOKEN = 1.0  # nats; about what a chat model is unsure of a token by at all
+CLIPPED_FACTOR = 3.0  # times the bound; where norms come near it, it still tells them apart
+MIN_LENGTH_CORRELATION = 0.5  # correlation; its square is a quarter of all that the margins vary by
+MIN_LENGTH_MARGIN = 0.1  # margin below which its correlations are those of noise
+MAX_LOSS_NATS = 1.0  # nats of a chosen completion: e times less likely than under the reference
+MAX_LOSS_PER_TOKEN = 0.02  # the same of a long one, which loses a nat by little in each token
+MAX_DISTANCE_PER_TOKEN = 1.0  # nats; about what a chat model is unsure of a token by at all
 
 
 @dataclass(frozen=True, kw_only=True)
-class Facts:
+class MonitoredRun:
     """What has to be known of a run to read its rows."""
 
     total_steps: int
@@ -44,16 +47,16 @@ class Facts:
     @property
     def window(self) -> int:
         """Steps that are looked at together."""
-        return min(WIDEST, max(FEWEST, self.total_steps // 10))
+        return min(MAX_WINDOW, max(MIN_WINDOW, self.total_steps // 10))
 
 
-Check = Callable[[Facts, Sequence[Row]], str | None]
+Check = Callable[[MonitoredRun, Sequence[Row]], str | None]
 
 
 class Monitor:
     """Hears rows in their order, and says what is wrong."""
 
-    def __init__(self, facts: Facts) -> None:
+    def __init__(self, facts: MonitoredRun) -> None:
         """Before the first row."""
         self._facts = facts
         self._rows: list[Row] = []  # the last two windows
@@ -72,43 +75,45 @@ class Monitor:
         return found
 
 
-def unmoved(facts: Facts, rows: Sequence[Row]) -> str | None:
+def not_learning(facts: MonitoredRun, rows: Sequence[Row]) -> str | None:
     """The policy is where it began, although the learning rate has been at its peak."""
-    rest = max(SETTLED, ceil(facts.total_steps * SETTLING))
+    rest = max(SETTLE_STEPS, ceil(facts.total_steps * SETTLE_SHARE))
     when = min(facts.warmup_steps + rest, facts.total_steps)
-    recent = rows[-FEWEST:]
+    recent = rows[-MIN_WINDOW:]
     margin = _mean(recent, "rewards/margins", size=abs)
-    enough = max(SHORTEST, min(FEWEST, facts.total_steps))
+    enough = max(MIN_STEPS, min(MIN_WINDOW, facts.total_steps))
     if not (facts.referenced and facts.from_start) or len(recent) < enough:
         return None
     if rows[-1]["step"] != when:
         return None
-    if margin is None or margin >= UNMOVED:
+    if margin is None or margin >= MIN_MARGIN:
         return None
     return (
-        f"{_steps(recent)}: the loss stays at {_mean(recent, 'loss'):.4f}, where it began "
+        f"{_span(recent)}: the loss stays at {_mean(recent, 'loss'):.4f}, where it began "
         f"(margins of {margin:.1g} on average): the policy has hardly moved; use a larger "
-        f"learning_rate than {facts.learning_rate:g}" + ", or more epochs" * (len(rows) < FEWEST)
+        f"learning_rate than {facts.learning_rate:g}"
+        + ", or more epochs"
+        * (len(rows) < MIN_WINDOW)
     )
 
 
-def saturated(facts: Facts, rows: Sequence[Row]) -> str | None:
+def saturated_accuracy(facts: MonitoredRun, rows: Sequence[Row]) -> str | None:
     """Nearly every pair is right before training has properly begun."""
-    recent = rows[-max(FEWEST // 2, ceil(JUDGED / facts.batch_size)) :]
+    recent = rows[-max(MIN_WINDOW // 2, ceil(MIN_PAIRS / facts.batch_size)) :]
     accuracy = _mean(recent, "rewards/accuracies")
-    soon = rows[-1]["step"] <= ceil(facts.total_steps * SOON)
-    enough = len(recent) * facts.batch_size >= JUDGED and len(recent) >= FEWEST // 2
-    if not (soon and enough) or accuracy is None or accuracy < SURE:
+    soon = rows[-1]["step"] <= ceil(facts.total_steps * EARLY_SHARE)
+    enough = len(recent) * facts.batch_size >= MIN_PAIRS and len(recent) >= MIN_WINDOW // 2
+    if not (soon and enough) or accuracy is None or accuracy < SATURATED_ACCURACY:
         return None
     return (
-        f"{_steps(recent)}: {accuracy:.1%} of the pairs are right already, after "
+        f"{_span(recent)}: {accuracy:.1%} of the pairs are right already, after "
         f"{rows[-1]['step'] / facts.total_steps:.0%} of the steps: something simple tells chosen "
         "from rejected; look at their lengths, their first words, and whether one kind of text "
         "was written by a model and the other not"
     )
 
 
-def displaced(facts: Facts, rows: Sequence[Row]) -> str | None:
+def likelihood_displacement(facts: MonitoredRun, rows: Sequence[Row]) -> str | None:
     """Chosen completions lose likelihood while the margin grows (likelihood displacement).
 
     Source: Razin et al. 2024, arXiv:2410.08847; Pal et al. 2024, arXiv:2402.13228 (DPOP).
@@ -122,53 +127,53 @@ def displaced(facts: Facts, rows: Sequence[Row]) -> str | None:
         return None
     lost = -chosen / facts.beta
     falls = chosen < earlier and margin > max(0.0, less)
-    if not falls or lost < max(LOST, LOST_A_TOKEN * facts.chosen_tokens):
+    if not falls or lost < max(MAX_LOSS_NATS, MAX_LOSS_PER_TOKEN * facts.chosen_tokens):
         return None
     return (
-        f"{_steps(recent)}: chosen completions lose likelihood while the margin grows (log-ratio "
+        f"{_span(recent)}: chosen completions lose likelihood while the margin grows (log-ratio "
         f"{-lost:.1f} nats, {earlier / facts.beta:.1f} before; margin {margin:.2f}, {less:.2f} "
         f"before); mix in `sft`, use loss_type `dpop`, a larger beta than {facts.beta:g}, or a "
         f"smaller learning_rate than {facts.learning_rate:g}"
     )
 
 
-def led_by_length(facts: Facts, rows: Sequence[Row]) -> str | None:
+def length_bias(facts: MonitoredRun, rows: Sequence[Row]) -> str | None:
     """What the margin of a pair is, its lengths tell."""
     recent = [row for row in rows[-facts.window :] if "length_correlation" in row]
     correlation = _mean(recent, "length_correlation")
     margin = _mean(recent, "rewards/margins", size=abs)
-    if len(recent) < facts.window or len(recent) * facts.batch_size < JUDGED:
+    if len(recent) < facts.window or len(recent) * facts.batch_size < MIN_PAIRS:
         return None
     if not facts.from_start or correlation is None or margin is None:
         return None
-    if abs(correlation) < LENGTH_TELLS or margin < LENGTH_MATTERS:
+    if abs(correlation) < MIN_LENGTH_CORRELATION or margin < MIN_LENGTH_MARGIN:
         return None
     longer = "longer" if correlation > 0 else "shorter"
     return (
-        f"{_steps(recent)}: lengths drive the margin (correlation {correlation:+.2f} with how "
+        f"{_span(recent)}: lengths drive the margin (correlation {correlation:+.2f} with how "
         f"much longer chosen is than rejected): the policy learns to be {longer}; balance the "
         "lengths of the pairs, or use a loss that divides by them (`sigmoid_norm`, `simpo`) or "
         "`ld_alpha`"
     )
 
 
-def clipped(facts: Facts, rows: Sequence[Row]) -> str | None:
+def clipped_gradients(facts: MonitoredRun, rows: Sequence[Row]) -> str | None:
     """After the warm-up the bound, not the gradient, still decides how much each step counts."""
     recent = [row for row in rows[-facts.window :] if row["step"] > facts.warmup_steps]
     norms, bound = [row["grad_norm"] for row in recent], facts.max_grad_norm
     if len(recent) < facts.window or not bound:
         return None
     above = sum(norm > bound for norm in norms)
-    if above < CLIPPED_SHARE * len(norms) or median(norms) < CLIPPED_BY * bound:
+    if above < CLIPPED_SHARE * len(norms) or median(norms) < CLIPPED_FACTOR * bound:
         return None
     return (
-        f"{_steps(recent)}: the gradient was clipped in {above} of {len(norms)} steps (median of "
+        f"{_span(recent)}: the gradient was clipped in {above} of {len(norms)} steps (median of "
         f"its norm {median(norms):.3g}, bound {bound:g}): batches count alike, clear or not; use "
         f"a larger max_grad_norm"
     )
 
 
-def far_away(facts: Facts, rows: Sequence[Row]) -> str | None:
+def far_from_reference(facts: MonitoredRun, rows: Sequence[Row]) -> str | None:
     """The policy is far from the reference.
 
     Measured on given texts, not on what the policy would say: the size of the mean log-ratio
@@ -181,10 +186,10 @@ def far_away(facts: Facts, rows: Sequence[Row]) -> str | None:
     if not facts.referenced or len(recent) < facts.window or chosen is None:
         return None
     away = chosen / facts.beta / facts.chosen_tokens
-    if abs(away) < FAR_A_TOKEN:
+    if abs(away) < MAX_DISTANCE_PER_TOKEN:
         return None
     return (
-        f"{_steps(recent)}: the policy runs away from the reference (chosen completions are "
+        f"{_span(recent)}: the policy runs away from the reference (chosen completions are "
         f"{abs(away):.1f} nats a token {'more' if away > 0 else 'less'} likely): look at what it "
         f"says now; use a larger beta than {facts.beta:g}, a smaller learning_rate than "
         f"{facts.learning_rate:g}, or fewer steps"
@@ -192,12 +197,12 @@ def far_away(facts: Facts, rows: Sequence[Row]) -> str | None:
 
 
 CHECKS: dict[str, Check] = {
-    "unmoved": unmoved,
-    "saturated": saturated,
-    "displaced": displaced,
-    "led_by_length": led_by_length,
-    "clipped": clipped,
-    "far_away": far_away,
+    "unmoved": not_learning,
+    "saturated": saturated_accuracy,
+    "displaced": likelihood_displacement,
+    "led_by_length": length_bias,
+    "clipped": clipped_gradients,
+    "far_away": far_from_reference,
 }
 
 
@@ -207,5 +212,5 @@ def _mean(rows: Sequence[Row], name: str, size: Callable[[float], float] = float
     return fmean(values) if values else None
 
 
-def _steps(rows: Sequence[Row]) -> str:
+def _span(rows: Sequence[Row]) -> str:
     return f"steps {int(rows[0]['step'])} to {int(rows[-1]['step'])}"

@@ -20,7 +20,7 @@ from mlx_dpo.scoring.score_pairs import DatasetScorer
 from mlx_dpo.training.logps_cache import SUFFIX, read_logps, write_logps
 from mlx_dpo.types import PairLogps, TokenizedPair
 
-BLOCK = 256  # pairs in a file: what a crash in the middle can cost
+BLOCK_SIZE = 256  # pairs in a file: what a crash in the middle can cost
 
 
 def reference_logps(
@@ -45,9 +45,9 @@ def reference_logps(
         progress: Hears how many further pairs are done.
     """
     parts = []
-    for start in range(0, len(pairs), BLOCK):
-        block = pairs[start : start + BLOCK]
-        path = cache / f"{_name(provenance, block)}{SUFFIX}"
+    for start in range(0, len(pairs), BLOCK_SIZE):
+        block = pairs[start : start + BLOCK_SIZE]
+        path = cache / f"{_block_name(provenance, block)}{SUFFIX}"
         logps = read_logps(path, len(block))
         if logps is None:
             logps = score(model, block, progress=progress)
@@ -65,7 +65,7 @@ def reference_logps(
     )
 
 
-def _name(provenance: str, block: Sequence[TokenizedPair]) -> str:
+def _block_name(provenance: str, block: Sequence[TokenizedPair]) -> str:
     return hashlib.sha256(f"{provenance}\n{pairs_digest(block)}".encode()).hexdigest()
 
 

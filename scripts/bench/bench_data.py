@@ -78,19 +78,19 @@ def seconds(config: "DPOConfig") -> dict[str, float]:
 
     from mlx_dpo import DPOTrainer
     from mlx_dpo.data.batching import collate, micro_batches, step_indices
-    from mlx_dpo.runs.summary import facts_of_inputs, facts_of_training
+    from mlx_dpo.runs.summary import summarize_inputs, summarize_training
     from mlx_dpo.types import PairLogps
 
     with DPOTrainer(config) as run:
         began = perf_counter()
         run.load()
         loaded = perf_counter() - began
-        facts_of_inputs(run)
+        summarize_inputs(run)
         run.attach()
         zeros = mx.zeros((len(run.inputs.train),))
         run.reference = dict.fromkeys(("train", "valid"), PairLogps(zeros, zeros))
         run.restore()
-        facts_of_training(run)
+        summarize_training(run)
         settings, pairs = run.config, run.inputs.train
         indices = step_indices(0, count=len(pairs), batch_size=settings.batch_size, seed=0)
         group = micro_batches(indices, pairs, settings.pass_limit, cost=run.choice.cost)[0]
@@ -102,11 +102,11 @@ def seconds(config: "DPOConfig") -> dict[str, float]:
 
 def memory(config: "DPOConfig") -> dict[str, float]:
     """What the pairs hold beside the model: as a run begins, and after each was asked for."""
-    from mlx_dpo.runs.inputs import read_base, read_inputs
+    from mlx_dpo.runs.inputs import load_configured_base, load_inputs
 
-    base = read_base(config)
+    base = load_configured_base(config)
     before = machine.resident_bytes()
-    inputs = read_inputs(config, read=lambda _: base)
+    inputs = load_inputs(config, read=lambda _: base)
     inputs.provenance(config)
     resident = machine.resident_bytes() - before
     for _ in inputs.train:

@@ -15,8 +15,14 @@ from mlx_dpo.models.empty_weights import build_model
 from mlx_dpo.models.load import LoadedModel
 from mlx_dpo.profiling import memory
 from mlx_dpo.profiling.layer_subset import sample_layers, with_layers
-from mlx_dpo.runs.auto_batch_size import rehearsed
-from mlx_dpo.runs.build import attach_adapters, choose_scorer, make_optimizer, make_plan, remembered
+from mlx_dpo.runs.auto_batch_size import profile_micro_batch
+from mlx_dpo.runs.build import (
+    attach_adapters,
+    choose_scorer,
+    make_optimizer,
+    make_plan,
+    optimizer_state_bytes,
+)
 from mlx_dpo.scoring.kernels.gated_delta import use_fused_gated_delta
 from mlx_dpo.scoring.select_scorer import ScorerChoice
 from mlx_dpo.training import loop
@@ -128,8 +134,8 @@ def compare(case: Case) -> Found:
         with with_layers(base.model, sample_layers(base.model).large):
             mx.eval(base.model.parameters())
             choice = choose_scorer(base, config)
-        cost = rehearsed(base, config, choice, pairs[: case.point.pairs])
-        state = remembered(base.model, config)
+        cost = profile_micro_batch(base, config, choice, pairs[: case.point.pairs])
+        state = optimizer_state_bytes(base.model, config)
         planned = memory.step_peak_bytes(base.model, cost.bytes, state)
         held = memory.resident_bytes(base.model, state)
     del base

@@ -13,7 +13,7 @@ from mlx_dpo.adapters.files import adapter_digest, load_adapter
 from mlx_dpo.chat.session import ChatSession
 from mlx_dpo.cli import cli
 from mlx_dpo.config.sampling import Sampling
-from mlx_dpo.runs.inputs import read_inputs
+from mlx_dpo.runs.inputs import load_inputs
 from tests.checkpoints import END, make_adapter, make_checkpoint
 from tests.cli.terminal import TerminalSession
 
@@ -255,7 +255,7 @@ def test_train_reads_the_rows_of_a_chat(model, adapter, tmp_path, monkeypatch):
     ):
         flags = {"model": model, "pairs": file, "output": "run", "valid_fraction": 0.0}
         config = DPOConfig.from_dict(flags | rules)
-        assert len(read_inputs(config).train) == count
+        assert len(load_inputs(config).train) == count
 
 
 def test_compare_through_a_pipe_asks_no_question_and_names_the_model(model, adapter, tmp_path):

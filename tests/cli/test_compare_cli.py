@@ -14,7 +14,7 @@ from mlx_dpo.chat.session import ChatSession
 from mlx_dpo.cli import cli
 from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.evaluation.compare import compare_runs
-from mlx_dpo.saved_runs.open import open_sides
+from mlx_dpo.saved_runs.open import open_switchable
 from tests.checkpoints import END, make_checkpoint
 from tests.cli.terminal import TerminalSession
 
@@ -77,7 +77,7 @@ def call(*words):
 def test_the_prompts_are_those_the_run_held_out_and_the_answers_those_of_each_side(run, found):
     asked = [prompt.messages[-1]["content"] for prompt in found.prompts]
     assert asked == [f"What is {i}?" for i in range(8, 12)]
-    opened = open_sides(run)
+    opened = open_switchable(run)
     for column in found.columns:
         opened.sides.activate(column.name)
         for question, answer in zip(asked, column.answers, strict=True):
@@ -92,7 +92,7 @@ def test_log_ratios_are_aligned_minus_base_summed_by_hand(run, ending, found, en
     """From whole forward passes of the two models loaded apart, over all tokens at once."""
     folder = ending if ends else run
     found = compare_runs([ending], None, GREEDY) if ends else found
-    both = {side: open_sides(folder, wanted=(side,)).base for side in ("aligned", "base")}
+    both = {side: open_switchable(folder, wanted=(side,)).base for side in ("aligned", "base")}
     template = both["base"].tokenizer.apply_chat_template
     ended = []
     for column in found.columns:

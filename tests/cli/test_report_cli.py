@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from mlx_dpo import DPOConfig
 from mlx_dpo.cli import cli
 from mlx_dpo.reporting.metrics_log import read_metrics
-from mlx_dpo.saved_runs.report import names_of
+from mlx_dpo.saved_runs.report import shortest_names
 from tests.checkpoints import make_checkpoint
 from tests.runs.train_helper import train
 
@@ -133,7 +133,7 @@ def test_names_are_shown_as_they_are_unless_they_cannot_be_printed(there):
     changes = {"b[b]c": {}, "$a$_^{": {}, "new\nline": {}, "\x1b[31m": {}, "\udcff": {}}
     copies(there, changes)
     shown = ["b[b]c", "$a$_^{", r"new\nline", r"\x1b[31m", r"\udcff"]
-    assert names_of([there / name for name in changes]) == shown
+    assert shortest_names([there / name for name in changes]) == shown
     done = call(*changes, "--output", "odd")
     assert done.exit_code == 0, done.output
     table = [line.split()[0] for line in done.stdout.splitlines() if line.strip()]
@@ -162,7 +162,7 @@ def test_settings_for_which_there_is_no_room_are_left_to_the_page(there):
 
 def test_names_are_as_short_as_tells_them_apart(tmp_path):
     def named(*places):
-        return names_of([tmp_path / place for place in places])
+        return shortest_names([tmp_path / place for place in places])
 
     assert named("x/run") == ["run"]
     assert named("x/a", "y/b") == ["a", "b"]

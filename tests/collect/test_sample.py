@@ -9,7 +9,7 @@ from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.data.prompts import make_prompt
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.generation.generate import GeneratedText
-from mlx_dpo.saved_runs.respond import seed_of
+from mlx_dpo.saved_runs.respond import derive_seed
 
 PROMPTS = [make_prompt(text) for text in ("p", "q", "r")]
 
@@ -77,7 +77,7 @@ def test_every_chunk_and_every_voice_has_a_seed_of_its_own():
     for chunk in (0, 1, 0):
         said(speakers, asking, chunk)
     seeds = [[sampling.seed for sampling in speaker.asked] for speaker in speakers]
-    assert seeds == [[seed_of(7, c, place) for c in (0, 1, 0)] for place in (0, 1)]
+    assert seeds == [[derive_seed(7, c, place) for c in (0, 1, 0)] for place in (0, 1)]
     assert len({seed for row in seeds for seed in row}) == 4
 
 
@@ -85,7 +85,7 @@ def test_an_answer_says_where_it_came_from():
     [first, *_] = make_answer_sampler([Speaker("a")], SamplingPlan(samplings=warm(1.5)))(PROMPTS, 2)
     assert first[0].source["model"] == "a"
     told = first[0].source["sampling"]
-    assert (told["temperature"], told["seed"]) == (1.5, seed_of(7, 2, 0))
+    assert (told["temperature"], told["seed"]) == (1.5, derive_seed(7, 2, 0))
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def judged(monkeypatch, said):
         facts={"model_digest": "x"},
         answer=lambda conversations, sampling: [said] * len(conversations),
     )
-    monkeypatch.setattr(judges, "open_voice", lambda run, *, model: voice)
+    monkeypatch.setattr(judges, "open_responder", lambda run, *, model: voice)
     judge = judges.open_judge(None, "m", None)
     [ranking] = judge.rank([[{"role": "user", "content": "hi"}]], [["one", "other"]])
     return ranking

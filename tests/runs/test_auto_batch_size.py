@@ -11,9 +11,14 @@ from mlx_dpo import DPOTrainer
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.profiling.memory import MemoryBudget
-from mlx_dpo.runs.auto_batch_size import fit, gigabytes, longest_pass, possible
+from mlx_dpo.runs.auto_batch_size import (
+    candidate_settings,
+    fit_micro_batch_size,
+    format_bytes,
+    longest_micro_batch,
+)
 from mlx_dpo.runs.build import attach_adapters, choose_scorer
-from mlx_dpo.runs.inputs import read_base
+from mlx_dpo.runs.inputs import load_configured_base
 from mlx_dpo.scoring.equivalence import random_pairs
 from tests.checkpoints import VOCAB, make_checkpoint
 
@@ -34,7 +39,7 @@ def deep(tmp_path_factory):
     """A base of ten blocks with adapters, its scorer, and pairs that are long for it."""
     folder = make_checkpoint(tmp_path_factory.mktemp("deep"), num_hidden_layers=10)
     config = DPOConfig(model=str(folder), lora_r=2, batch_size=4)
-    base = read_base(config)
+    base = load_configured_base(config)
     attach_adapters(base, config)
     lengths = [(100, 50, 40), (110, 60, 60), (10, 4, 3), (12, 5, 6), (9, 3, 4)]
     return base, config, choose_scorer(base, config), random_pairs(lengths, VOCAB)
@@ -42,7 +47,9 @@ def deep(tmp_path_factory):
 
 def fitted(deep, room, *, measure=True, **changes):
     base, config, choice, pairs = deep
-    return fit(base, replace(config, **changes), choice, pairs, room=room, measure=measure)
+    return fit_micro_batch_size(
+        base, replace(config, **changes), choice, pairs, room=room, measure=measure
+    )
 
 
 def needed(deep, **changes):
@@ -54,20 +61,24 @@ def decided(found):
 
 
 def test_what_is_left_open_is_tried_in_this_order():
-    sizes = [(c.micro_batch_size, c.recompute) for c in possible(DPOConfig())]
+    sizes = [(c.micro_batch_size, c.recompute) for c in candidate_settings(DPOConfig())]
     assert sizes == [(2, False), (1, False), (2, True), (1, True)]
-    assert [(c.micro_batch_size, c.recompute) for c in possible(DPOConfig(batch_size=1))] == [
+    single = candidate_settings(DPOConfig(batch_size=1))
+    assert [(c.micro_batch_size, c.recompute) for c in single] == [
         (1, False), (1, True),
     ]  # fmt: skip
     asked = DPOConfig(micro_batch_size=3, recompute=True)
-    assert list(possible(asked)) == [asked]
-    by_tokens = possible(DPOConfig(max_tokens=99))
+    assert list(candidate_settings(asked)) == [asked]
+    by_tokens = candidate_settings(DPOConfig(max_tokens=99))
     assert [(c.micro_batch_size, c.recompute) for c in by_tokens] == [(None, False), (None, True)]
 
 
 def test_the_longest_pairs_count(deep):
     _, config, choice, pairs = deep
-    assert longest_pass(replace(config, micro_batch_size=2), choice, pairs) == [pairs[1], pairs[0]]
+    assert longest_micro_batch(replace(config, micro_batch_size=2), choice, pairs) == [
+        pairs[1],
+        pairs[0],
+    ]
 
 
 def test_less_is_taken_only_as_far_as_memory_asks_for_it(deep):
@@ -160,4 +171,4 @@ def test_a_resumed_run_keeps_what_it_decided_when_it_began(config, tmp_path):
     ],
 )
 def test_memory_is_said_with_as_many_digits_as_matter(size, said):
-    assert gigabytes(size) == said
+    assert format_bytes(size) == said

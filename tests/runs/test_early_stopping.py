@@ -4,11 +4,11 @@ import pytest
 
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.losses.metrics import NAMES
-from mlx_dpo.runs.early_stopping import LOWER_IS_BETTER, Standing, Watched
+from mlx_dpo.runs.early_stopping import LOWER_IS_BETTER, BestState, EarlyStopping
 
 
 def watched(metric="loss", patience=None, threshold=None):
-    return Watched.by(metric, patience=patience, threshold=threshold)
+    return EarlyStopping.by(metric, patience=patience, threshold=threshold)
 
 
 def evaluations(*values, name="eval_loss"):
@@ -25,13 +25,13 @@ def stood(*values, **more):
 
 
 def test_the_least_loss_and_the_highest_of_others_is_the_best():
-    assert stood(3.0, 1.0, 2.0) == Standing(20, 1.0, waited=1)
-    assert stood(0.5, 0.25, 0.75, metric="rewards/accuracies") == Standing(30, 0.75)
-    assert stood(-1.0, -2.0, metric="eval_rewards/rejected") == Standing(20, -2.0)
+    assert stood(3.0, 1.0, 2.0) == BestState(20, 1.0, waited=1)
+    assert stood(0.5, 0.25, 0.75, metric="rewards/accuracies") == BestState(30, 0.75)
+    assert stood(-1.0, -2.0, metric="eval_rewards/rejected") == BestState(20, -2.0)
 
 
 def test_a_tie_is_no_improvement():
-    assert stood(1.0, 1.0, 1.0) == Standing(10, 1.0, waited=2)
+    assert stood(1.0, 1.0, 1.0) == BestState(10, 1.0, waited=2)
 
 
 def test_patience_counts_evaluations_in_a_row():
@@ -39,18 +39,18 @@ def test_patience_counts_evaluations_in_a_row():
     assert not judge.is_over(judge.standing(evaluations(1.0, 2.0)))
     assert judge.is_over(judge.standing(evaluations(1.0, 2.0, 2.0)))
     assert not judge.is_over(judge.standing(evaluations(1.0, 2.0, 0.5, 2.0)))
-    assert not watched().is_over(Standing(10, 1.0, waited=99))
+    assert not watched().is_over(BestState(10, 1.0, waited=99))
 
 
 def test_a_gain_within_the_threshold_is_the_best_but_patience_goes_on():
     """As in Transformers, where the best is taken by itself. Steps of 0.25 against 0.25."""
-    assert stood(1.0, 0.75, 0.5, threshold=0.25, patience=9) == Standing(30, 0.5, waited=2)
-    assert stood(1.0, 0.5, threshold=0.25, patience=9) == Standing(20, 0.5, waited=0)
+    assert stood(1.0, 0.75, 0.5, threshold=0.25, patience=9) == BestState(30, 0.5, waited=2)
+    assert stood(1.0, 0.5, threshold=0.25, patience=9) == BestState(20, 0.5, waited=0)
 
 
 def test_what_is_no_number_is_never_the_best():
-    assert stood(math.nan) == stood() == Standing()
-    assert stood(math.nan, 1.0, math.nan) == Standing(20, 1.0, waited=1)
+    assert stood(math.nan) == stood() == BestState()
+    assert stood(math.nan, 1.0, math.nan) == BestState(20, 1.0, waited=1)
 
 
 def test_going_on_stands_where_never_stopping_stood():

@@ -136,7 +136,7 @@ def test_a_run_killed_after_it_stopped_early_does_not_go_on(config, monkeypatch)
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("mlx_dpo.runs.early_stopping.Best.put_into", fail)
+        patch.setattr("mlx_dpo.runs.early_stopping.BestCheckpoint.put_into", fail)
         with pytest.raises(OSError, match="space"):
             train(config)
     assert record(config)["state"] == "unfinished"

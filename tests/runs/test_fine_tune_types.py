@@ -12,7 +12,7 @@ import pytest
 from mlx_dpo import DPOConfig, evaluate_run, load_policy
 from mlx_dpo.errors import ConfigError, ModelError, RunError
 from mlx_dpo.runs.folder import reference_provenance
-from mlx_dpo.runs.summary import trained
+from mlx_dpo.runs.summary import summarize_trainable
 from tests.runs.test_trainer import TOKENS, train, weights
 
 # Settings of a way; `bits` and the like belong to the base.
@@ -239,5 +239,7 @@ def test_the_adapter_file_says_what_mlx_lm_wants(config):
 def test_the_header_says_what_is_trained(config, way, said):
     run, _ = train(replace(config, **WAYS[way]), stop_after=1)
     entries = run.inputs.base.config
-    lines = [f"{name}: {line}" for name, line in trained(run.policy, run.config, entries)]
+    lines = [
+        f"{name}: {line}" for name, line in summarize_trainable(run.policy, run.config, entries)
+    ]
     assert any(said in line for line in lines), lines

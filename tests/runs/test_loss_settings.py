@@ -5,9 +5,9 @@ import json
 import pytest
 
 from mlx_dpo import DPOConfig
-from mlx_dpo.runs.build import make_objective, weigher
+from mlx_dpo.runs.build import make_objective, make_on_policy_weights
 from mlx_dpo.runs.folder import reference_provenance
-from mlx_dpo.runs.summary import loss_line
+from mlx_dpo.runs.summary import describe_loss
 from mlx_dpo.scoring.scorers import plain_scorer
 from mlx_dpo.scoring.select_scorer import ScorerChoice
 from mlx_dpo.training.objective import Objective
@@ -39,8 +39,8 @@ def test_the_objective_has_every_setting_of_the_loss():
 
 
 def test_pairs_are_weighed_only_if_asked_for():
-    assert weigher(DPOConfig(), CHOICE) is None
-    assert weigher(DPOConfig(use_weighting=True), CHOICE) is not None
+    assert make_on_policy_weights(DPOConfig(), CHOICE) is None
+    assert make_on_policy_weights(DPOConfig(use_weighting=True), CHOICE) is not None
 
 
 @pytest.mark.parametrize(
@@ -65,4 +65,4 @@ def test_pairs_are_weighed_only_if_asked_for():
     ],
 )
 def test_the_header_says_the_loss_and_all_that_acts_on_it(given, line):
-    assert loss_line(DPOConfig(**given)) == line
+    assert describe_loss(DPOConfig(**given)) == line

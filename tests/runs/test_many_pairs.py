@@ -12,8 +12,8 @@ from mlx_dpo.data.columns import pairs_digest
 from mlx_dpo.data.tokenization import cache as kept
 from mlx_dpo.plan import estimate_run
 from mlx_dpo.runs import inputs as inputs_of_runs
-from mlx_dpo.runs.inputs import read_inputs
-from mlx_dpo.runs.summary import facts_of_inputs, facts_of_training
+from mlx_dpo.runs.inputs import load_inputs
+from mlx_dpo.runs.summary import summarize_inputs, summarize_training
 from mlx_dpo.training.logps_cache import list_entries
 from mlx_dpo.types import PairLogps
 from tests.checkpoints import make_checkpoint
@@ -56,7 +56,7 @@ def start(config):
     """A run up to its first step; what is said before it."""
     with DPOTrainer(config) as run:
         run.prepare()
-        said = facts_of_inputs(run) + facts_of_training(run)
+        said = summarize_inputs(run) + summarize_training(run)
         row = next(run.train())
     return run, said, row
 
@@ -91,12 +91,12 @@ def test_a_plan_makes_few_of_the_pairs(many, made):
 
 def test_mixed_sources_and_judged_answers_are_views_too(many, made, tmp_path):
     mixed = replace(many, pairs=many.pairs * 2, mix=(2.0, 0.5))
-    found = read_inputs(mixed)
+    found = load_inputs(mixed)
     assert (len(found.train), [report.per_epoch for report in found.reports]) == (
         2 * 1600 + 800, [3200, 800],
     )  # fmt: skip
     judged = replace(many, loss_type=("kto",), valid_fraction=0.1)
-    answers = read_inputs(judged)
+    answers = load_inputs(judged)
     whole = answers.provenance(judged)
     assert len(made) == 0
     assert whole["train"] == pairs_digest(list(answers.train))
@@ -126,9 +126,9 @@ def test_other_processes_load_the_tokenizer_themselves(many, monkeypatch):
     from mlx_dpo.data.tokenization import parallel as tokenizing
 
     monkeypatch.setattr(kept, "MIN_CACHED_BYTES", 1 << 30)
-    monkeypatch.setattr(inputs_of_runs, "processes", lambda: 2)
-    alone = read_inputs(many)
+    monkeypatch.setattr(inputs_of_runs, "count_processes", lambda: 2)
+    alone = load_inputs(many)
     monkeypatch.setattr(tokenizing, "MIN_PARALLEL_ROWS", 100)
-    together = read_inputs(many)
+    together = load_inputs(many)
     assert alone.provenance(many) == together.provenance(many)
     assert alone.reports == together.reports

@@ -8,8 +8,8 @@ import pytest
 
 from mlx_dpo import DPOConfig, DPOTrainer, evaluate_run
 from mlx_dpo.paths import reference_cache
-from mlx_dpo.runs.build import FORWARD_ONLY, forward_only
-from mlx_dpo.runs.summary import facts_of_training
+from mlx_dpo.runs.build import INFERENCE_FACTOR, make_dataset_scorer
+from mlx_dpo.runs.summary import summarize_training
 from mlx_dpo.scoring.select_scorer import ScorerChoice
 from mlx_dpo.training.logps_cache import list_entries
 from mlx_dpo.types import PairLogps, TokenizedPair
@@ -18,7 +18,7 @@ from mlx_dpo.types import PairLogps, TokenizedPair
 def prepared(config):
     with DPOTrainer(config) as run:
         run.prepare()
-        return run, [text for name, text in passes(facts_of_training(run))]
+        return run, [text for name, text in passes(summarize_training(run))]
 
 
 def passes(facts):
@@ -73,7 +73,7 @@ def test_tokens_bound_the_passes_of_a_run_and_change_no_result(config, tmp_path)
 @pytest.mark.parametrize(
     ("name", "recompute", "device", "largest"),
     [
-        ("shared", False, "metal", 3 * FORWARD_ONLY),
+        ("shared", False, "metal", 3 * INFERENCE_FACTOR),
         ("shared", True, "metal", 3),
         ("plain", False, "metal", 3),
         ("shared", False, "cpu", 3),
@@ -94,7 +94,7 @@ def test_forward_passes_are_larger_where_training_keeps_more(
             pass
 
     config = DPOConfig(micro_batch_size=3, recompute=recompute)
-    score = forward_only(
+    score = make_dataset_scorer(
         config, ScorerChoice(scorer, scorer, name, "", None if name == "plain" else "row")
     )
     score(Model(), [TokenizedPair((1,), (2, 3), (4, 5))] * 30)

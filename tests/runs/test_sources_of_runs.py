@@ -8,7 +8,7 @@ import pytest
 
 from mlx_dpo import DPOTrainer, evaluate_run
 from mlx_dpo.errors import ConfigError, DataError
-from mlx_dpo.runs.inputs import read_inputs
+from mlx_dpo.runs.inputs import load_inputs
 
 
 def rows(start, count):
@@ -35,7 +35,7 @@ def places(pairs):
 
 
 def test_sources_are_joined_in_their_order(sources):
-    inputs = read_inputs(replace(sources, valid_fraction=0.0))
+    inputs = load_inputs(replace(sources, valid_fraction=0.0))
     assert places(inputs.train) == [f"a.jsonl:{i}" for i in range(1, 11)] + [
         f"b.jsonl:{i}" for i in range(1, 21)
     ]
@@ -43,7 +43,7 @@ def test_sources_are_joined_in_their_order(sources):
 
 
 def test_weights_say_how_often_and_held_out_pairs_stay_apart(sources):
-    inputs = read_inputs(replace(sources, mix=(2, 0.5), valid_fraction=0.2))
+    inputs = load_inputs(replace(sources, mix=(2, 0.5), valid_fraction=0.2))
     found, held = places(inputs.train), places(inputs.valid)
     assert len(held) == len(set(held)) == 6
     assert not set(held) & set(found)
@@ -53,7 +53,7 @@ def test_weights_say_how_often_and_held_out_pairs_stay_apart(sources):
     assert len(once) == 2 * kept[0]
     half = [place for place in found if place[0] == "b"]
     assert len(half) == len(set(half)) == round(kept[1] / 2)
-    assert places(read_inputs(replace(sources, mix=(2, 0.5), valid_fraction=0.2)).train) == found
+    assert places(load_inputs(replace(sources, mix=(2, 0.5), valid_fraction=0.2)).train) == found
     lines = [line for report in inputs.reports for line in report.lines()]
     assert f"used 2 times an epoch: {len(once)} pairs" in lines
     assert f"used 0.5 times an epoch: {len(half)} pairs" in lines
@@ -62,7 +62,7 @@ def test_weights_say_how_often_and_held_out_pairs_stay_apart(sources):
 def test_nothing_is_held_out_beside_a_folders_own_held_out_split(config, tmp_path):
     write(tmp_path / "train.jsonl", rows(0, 10))
     write(tmp_path / "test.jsonl", rows(50, 3))
-    inputs = read_inputs(replace(config, pairs=(str(tmp_path),), valid_fraction=None))
+    inputs = load_inputs(replace(config, pairs=(str(tmp_path),), valid_fraction=None))
     assert (len(inputs.train), len(inputs.valid)) == (10, 3)
 
 
@@ -70,7 +70,7 @@ def test_which_half_is_drawn_depends_on_the_seed_and_is_each_sources_own(config,
     alike = rows(0, 20)
     names = tuple(write(tmp_path / f"{name}.jsonl", alike) for name in "ab")
     config = replace(config, pairs=names, mix=(0.5, 0.5), valid_fraction=0.0)
-    drawn = [places(read_inputs(replace(config, seed=seed)).train) for seed in (0, 0, 1)]
+    drawn = [places(load_inputs(replace(config, seed=seed)).train) for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
     halves = [[place.split(":")[1] for place in drawn[0] if place[0] == name] for name in "ab"]
     assert halves[0] != halves[1]
@@ -81,7 +81,7 @@ def test_a_prompt_of_two_sources_is_not_on_both_sides(config, tmp_path):
         write(tmp_path / f"{name}.jsonl", [row | {"chosen": name} for row in rows(0, 10)])
         for name in "ab"
     )
-    inputs = read_inputs(replace(config, pairs=names, valid_fraction=0.3))
+    inputs = load_inputs(replace(config, pairs=names, valid_fraction=0.3))
     assert len(inputs.valid) == 6
     assert not {p.prompt for p in inputs.train} & {p.prompt for p in inputs.valid}
 
@@ -101,11 +101,11 @@ def test_a_run_reads_standard_input_once_and_is_not_measured_on_it_again(config,
 def test_a_setting_that_one_source_uses_has_an_effect(sources, tmp_path):
     rated = [{"prompt": "x", "completions": ["a", "b"], "scores": [1, 2]}]
     names = (*sources.pairs, write(tmp_path / "c.jsonl", rated))
-    assert len(read_inputs(replace(sources, pairs=names, ranked="all")).reports) == 3
+    assert len(load_inputs(replace(sources, pairs=names, ranked="all")).reports) == 3
     with pytest.raises(ConfigError, match="`ranked` has no effect"):
-        read_inputs(replace(sources, ranked="all"))
+        load_inputs(replace(sources, ranked="all"))
 
 
 def test_a_column_that_one_source_lacks_is_named_with_its_place(sources):
     with pytest.raises(DataError, match=r"a\.jsonl:1: no column `q` \(found `chosen`, `prompt`, "):
-        read_inputs(replace(sources, column=("prompt=q",)))
+        load_inputs(replace(sources, column=("prompt=q",)))

@@ -11,7 +11,7 @@ from mlx_dpo import DPOConfig, DPOTrainer, evaluate_run, load_policy
 from mlx_dpo.adapters import attach as adapters
 from mlx_dpo.errors import ConfigError, RunError, TrainingError
 from mlx_dpo.reporting.metrics_log import read_metrics
-from mlx_dpo.runs.folder import RunPaths, claimed, reference_provenance
+from mlx_dpo.runs.folder import RunPaths, lock_folder, reference_provenance
 from tests.runs.train_helper import train, weights
 
 TOKENS = mx.array([[1, 40, 41, 42, 3, 2]])
@@ -258,7 +258,7 @@ def test_a_second_run_into_the_same_folder_is_refused_while_the_first_lives(conf
 
 
 def test_a_folder_in_which_nothing_was_written_disappears(tmp_path):
-    with claimed(RunPaths(tmp_path / "a" / "run")):
+    with lock_folder(RunPaths(tmp_path / "a" / "run")):
         assert (tmp_path / "a" / "run").is_dir()
     assert not (tmp_path / "a" / "run").exists()
 

@@ -7,8 +7,8 @@ import pytest
 
 from mlx_dpo import load_policy
 from mlx_dpo.errors import ConfigError, ModelError, RunError
-from mlx_dpo.runs.save_peft import IN_BOTH
-from mlx_dpo.runs.summary import facts_of_end
+from mlx_dpo.runs.save_peft import LOADS_IN_PEFT
+from mlx_dpo.runs.summary import summarize_end
 from mlx_dpo.saved_runs.export_peft import export_run
 from tests.trained_run import train
 
@@ -19,13 +19,13 @@ def config(folder):
 
 def test_a_run_on_a_hugging_face_checkpoint_loads_in_both(workplace):
     run = train(workplace, output="next", pairs=["pairs.jsonl"], use_rslora=True)
-    assert facts_of_end(run)[0] == ("adapter", IN_BOTH)
+    assert summarize_end(run)[0] == ("adapter", LOADS_IN_PEFT)
     found = config("next")
     assert (found["fine_tune_type"], found["peft_type"]) == ("lora", "LORA")
     assert found["use_rslora"] and found["lora_alpha"] == 32
     assert found["lora_parameters"]["scale"] == pytest.approx(16)
     assert found["base_model_name_or_path"] is None  # a folder here means nothing elsewhere
-    assert json.loads(Path("next/run.json").read_text())["adapter"] == IN_BOTH
+    assert json.loads(Path("next/run.json").read_text())["adapter"] == LOADS_IN_PEFT
 
 
 def test_a_run_on_a_packed_model_says_why_not_and_export_mends_it(workplace):
@@ -33,13 +33,13 @@ def test_a_run_on_a_packed_model_says_why_not_and_export_mends_it(workplace):
 
     convert("base", Path("packed"), bits=8, group_size=32)
     run = train(workplace, model=str(Path("packed").resolve()), output="next")
-    [(_, said)] = facts_of_end(run)
+    [(_, said)] = summarize_end(run)
     assert said.startswith("loads in mlx-lm; not in PEFT: its base was quantised by MLX")
     assert not Path("next/adapter_model.safetensors").exists()
     before = load_policy("next").model.parameters()
     with pytest.raises(ModelError, match="packed was quantised by MLX"):
         export_run("next")
-    assert export_run("next", "base") == IN_BOTH
+    assert export_run("next", "base") == LOADS_IN_PEFT
     assert config("next")["peft_type"] == "LORA"
     after = load_policy("next").model.parameters()
     from mlx_dpo.io.arrays import named_arrays

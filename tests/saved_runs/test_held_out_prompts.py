@@ -9,9 +9,9 @@ from mlx_dpo.data.prompts import add_system_prompt
 from mlx_dpo.errors import DataError
 from mlx_dpo.evaluation.compare import _prompt_ids
 from mlx_dpo.generation.generate import encode_prompt
-from mlx_dpo.runs.inputs import read_inputs
-from mlx_dpo.saved_runs.evaluate import prompts_held_out
-from mlx_dpo.saved_runs.open import open_sides
+from mlx_dpo.runs.inputs import load_inputs
+from mlx_dpo.saved_runs.evaluate import held_out_prompts
+from mlx_dpo.saved_runs.open import open_switchable
 from tests.checkpoints import make_checkpoint
 from tests.runs.train_helper import train
 
@@ -53,8 +53,8 @@ def trained(tmp_path, monkeypatch):
             max_steps=1, batch_size=2, warmup_ratio=0.0, valid_fraction=0.5, **settings,
         )  # fmt: skip
         train(config)
-        opened = open_sides(config.output)
-        return opened, read_inputs(config, read=lambda _: opened.base).valid
+        opened = open_switchable(config.output)
+        return opened, load_inputs(config, read=lambda _: opened.base).valid
 
     return run
 
@@ -65,7 +65,7 @@ def trained(tmp_path, monkeypatch):
 )
 def test_held_out_prompts_are_the_tokens_that_the_run_measured_on(trained, row, settings):
     opened, valid = trained(row, **settings)
-    found = add_system_prompt(prompts_held_out(opened.run, opened.base), opened.run.config.system)
+    found = add_system_prompt(held_out_prompts(opened.run, opened.base), opened.run.config.system)
     asked = [tuple(encode_prompt(opened.base.tokenizer, p.messages)) for p in found]
     assert len(asked) == COUNT // 2
     assert set(asked) == {pair.prompt for pair in valid}
@@ -73,7 +73,7 @@ def test_held_out_prompts_are_the_tokens_that_the_run_measured_on(trained, row, 
 
 def test_a_run_on_plain_text_is_asked_the_text_with_its_marks(trained):
     opened, valid = trained(dialogue, chat_template="text")
-    found = prompts_held_out(opened.run, opened.base)
+    found = held_out_prompts(opened.run, opened.base)
     texts = {dialogue(n)["chosen"].removesuffix(" It is so.") for n in range(COUNT)}
     assert {prompt.text for prompt in found} < texts
     asked = {tuple(_prompt_ids(opened, opened.run, prompt)) for prompt in found}
@@ -83,4 +83,4 @@ def test_a_run_on_plain_text_is_asked_the_text_with_its_marks(trained):
 def test_what_was_held_out_with_tools_is_not_asked_without(trained):
     opened, _ = trained(with_tools)
     with pytest.raises(DataError, match="`tools` beside a prompt cannot be asked with here"):
-        prompts_held_out(opened.run, opened.base)
+        held_out_prompts(opened.run, opened.base)

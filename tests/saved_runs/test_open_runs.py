@@ -13,7 +13,7 @@ from mlx_dpo.chat.session import ChatSession
 from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.errors import ConfigError, ModelError
 from mlx_dpo.paths import tiny_chat
-from mlx_dpo.saved_runs.open import open_sides
+from mlx_dpo.saved_runs.open import open_switchable
 
 QUESTIONS = ("Hello", "What is 3?", "What is 30?")
 PEFT = Path(__file__).parents[1] / "goldens" / "peft" / "lora"
@@ -56,7 +56,7 @@ def test_both_sides_of_a_run_say_what_they_say_loaded_alone(bold, full, way):
         config.model, adapter_path=config.output)}  # fmt: skip
     expected = {side: answers(*loaded[:2]) for side, loaded in alone.items()}
     assert expected["base"] != expected["aligned"]
-    opened = open_sides(config.output)
+    opened = open_switchable(config.output)
     assert opened.sides.active == "aligned"
     for _ in range(2):
         for side in ("base", "aligned"):
@@ -70,7 +70,7 @@ def test_the_base_of_a_run_that_went_on_from_an_adapter_has_that_adapter(bold, t
     first = train(bold)
     second = replace(bold, start_adapter=first.output, output=str(tmp_path / "second"), lora_r=None)
     train(second)
-    opened = open_sides(second.output)
+    opened = open_switchable(second.output)
     aligned = opened.base.model(TOKENS)
     assert mx.array_equal(aligned, load_policy(second.output).model(TOKENS))
     opened.sides.activate("base")
@@ -81,36 +81,36 @@ def test_the_base_of_a_run_that_went_on_from_an_adapter_has_that_adapter(bold, t
 
 def test_what_is_known_of_an_answer_names_model_and_adapter_by_content(bold):
     config = train(bold)
-    facts = open_sides(config.output).facts("base")
+    facts = open_switchable(config.output).facts("base")
     assert facts["run"] == config.output
     assert facts["model"] == config.model
     assert "adapter_digest" not in facts
-    alone = open_sides(None, model=config.model).facts("base")
+    alone = open_switchable(None, model=config.model).facts("base")
     assert facts == alone | {"run": config.output}
 
 
 def test_a_full_run_says_what_it_holds_twice(full):
-    [*_, note] = open_sides(train(full).output).notes
+    [*_, note] = open_switchable(train(full).output).notes
     assert "weights of the model itself were trained: they are held twice" in note
-    [*_, note] = open_sides(full.output, wanted=("aligned",)).notes or [""]
+    [*_, note] = open_switchable(full.output, wanted=("aligned",)).notes or [""]
     assert "held twice" not in note
 
 
 def test_a_model_with_an_adapter_of_peft_has_both_sides():
-    opened = open_sides(None, model=str(tiny_chat()), adapter=str(PEFT))
+    opened = open_switchable(None, model=str(tiny_chat()), adapter=str(PEFT))
     aligned = opened.base.model(TOKENS)
     opened.sides.activate("base")
     base = opened.base.model(TOKENS)
-    assert mx.array_equal(base, open_sides(None, model=str(tiny_chat())).base.model(TOKENS))
+    assert mx.array_equal(base, open_switchable(None, model=str(tiny_chat())).base.model(TOKENS))
     assert not mx.array_equal(base, aligned)
     assert opened.facts("aligned")["adapter_digest"] == adapter_digest(PEFT)
 
 
 def test_only_what_is_wanted_is_put_on(bold):
     config = train(bold)
-    opened = open_sides(config.output, wanted=("base",))
+    opened = open_switchable(config.output, wanted=("base",))
     assert not opened.sides.can_switch
-    base = open_sides(None, model=config.model).base.model(TOKENS)
+    base = open_switchable(None, model=config.model).base.model(TOKENS)
     assert mx.array_equal(opened.base.model(TOKENS), base)
 
 
@@ -125,9 +125,9 @@ def test_only_what_is_wanted_is_put_on(bold):
 )
 def test_what_cannot_be_opened_is_said_before_anything_is_loaded(given, message):
     with pytest.raises(ConfigError, match=message):
-        open_sides(**given)
+        open_switchable(**given)
 
 
 def test_an_adapter_that_is_not_there_is_one_line(bold, tmp_path):
     with pytest.raises(ModelError, match=r"no `adapter_config\.json`; is it an adapter"):
-        open_sides(None, model=bold.model, adapter=str(tmp_path))
+        open_switchable(None, model=bold.model, adapter=str(tmp_path))

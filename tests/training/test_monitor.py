@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from mlx_dpo.training.monitor import CHECKS, Facts, Monitor
+from mlx_dpo.training.monitor import CHECKS, Monitor, MonitoredRun
 
-RUN = Facts(
+RUN = MonitoredRun(
     total_steps=200,
     warmup_steps=20,
     batch_size=16,

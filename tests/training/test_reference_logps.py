@@ -58,7 +58,7 @@ def test_other_contents_are_asked_again(model, pairs, tmp_path, change):
 
 
 def test_a_crash_loses_one_block_at_most(model, pairs, tmp_path, monkeypatch):
-    monkeypatch.setattr(reference, "BLOCK", 2)
+    monkeypatch.setattr(reference, "BLOCK_SIZE", 2)
     whole = ask(model, pairs, tmp_path)
     assert len(list(tmp_path.iterdir())) == 3
     newest = max(tmp_path.iterdir(), key=lambda path: path.stat().st_mtime_ns)

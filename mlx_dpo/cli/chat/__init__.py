@@ -22,7 +22,7 @@ from mlx_dpo.errors import ConfigError, DPOError
 
 if TYPE_CHECKING:
     from mlx_dpo.chat.session import ChatSession
-    from mlx_dpo.saved_runs.open import TwoSided
+    from mlx_dpo.saved_runs.open import SwitchableModel
 
 
 @click.command()
@@ -92,7 +92,7 @@ def chat(
         _run_through_pipe(ChatCommands(feedback, shown), whole=whole)
 
 
-def _run_at_terminal(commands: ChatCommands, opened: "TwoSided") -> None:
+def _run_at_terminal(commands: ChatCommands, opened: "SwitchableModel") -> None:
     feedback = commands.feedback
     for note in [*_header(commands.chat, opened), feedback.description(), *feedback.repair()]:
         print_note(note)
@@ -104,7 +104,7 @@ def _run_at_terminal(commands: ChatCommands, opened: "TwoSided") -> None:
     print_note("\nGoodbye")
 
 
-def _header(session: "ChatSession", opened: "TwoSided") -> Iterator[str]:
+def _header(session: "ChatSession", opened: "SwitchableModel") -> Iterator[str]:
     name = opened.base.source
     if opened.adapter is not None:
         name += f" with the adapter of {opened.adapter}"

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mlx_dpo.chat.feedback import JsonlFile
     from mlx_dpo.chat.session import Author, ChatSession
-    from mlx_dpo.saved_runs.open import TwoSided
+    from mlx_dpo.saved_runs.open import SwitchableModel
 
 Provenance = dict[str, Any]
 
@@ -18,7 +18,7 @@ class FeedbackFiles:
     pairs: "JsonlFile"
     labeled: "JsonlFile"
     chat: "ChatSession"
-    opened: "TwoSided"
+    opened: "SwitchableModel"
 
     def description(self) -> str:
         """Return the header line that says which command writes to which file."""
