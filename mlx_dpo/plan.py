@@ -1,4 +1,4 @@
-"""What a run is going to need, as it is said before anything large is loaded."""
+"""Estimate of the memory, work and time of a training run, before anything large is loaded."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,17 +17,16 @@ from mlx_dpo.generation.generate import context_length
 from mlx_dpo.models.empty_weights import load_empty_model
 from mlx_dpo.models.load import LoadedModel
 from mlx_dpo.profiling import memory
-from mlx_dpo.profiling.flops import TokenCounts, count_attended_keys, model_flops
-from mlx_dpo.profiling.layer_subset import LayersNotFoundError, sample_layers, with_layers
-from mlx_dpo.profiling.memory import MemoryBudget, available_memory, mac_memory
-from mlx_dpo.profiling.profile import (
-    PassProfile,
+from mlx_dpo.profiling.device_memory import MemoryBudget, available_memory, mac_memory
+from mlx_dpo.profiling.extrapolate import (
     ProfilePoint,
+    extrapolate_seconds,
     fit_memory_curve,
     largest_that_fits,
-    profile_inference_pass,
-    shorten_pairs,
 )
+from mlx_dpo.profiling.flops import ModelFlops, TokenCounts, count_attended_keys, model_flops
+from mlx_dpo.profiling.layer_subset import LayersNotFoundError, sample_layers, with_layers
+from mlx_dpo.profiling.profile import PassProfile, profile_inference_pass, shorten_pairs
 from mlx_dpo.runs.auto_batch_size import (
     MicroBatchFit,
     fit_micro_batch_size,
@@ -47,53 +46,61 @@ from mlx_dpo.scoring.kernels.gated_delta import use_fused_gated_delta
 from mlx_dpo.scoring.select_scorer import ScorerChoice
 from mlx_dpo.types import TokenizedPair
 
+SHORT_SHARE = 0.5  # length of the second profiled pass, as a share of the longest pair
+MAX_PAIRS = 1024
+MAX_TOKENS = 2**20  # if the model has no context length
+
+Pairs = Sequence[TokenizedPair]
+
+# The fields of the following four classes are keys of `mlx-dpo plan --json`.
+
 
 @dataclass(frozen=True)
 class RowLengths:
-    """Tokens of the longer row of a pair."""
+    """Distribution of the number of tokens of a pair's longer row."""
 
     median: int
-    most: int  # nine in ten have no more
+    most: int  # 90th percentile
     longest: int
 
 
 @dataclass(frozen=True)
 class MemoryParts:
-    """Memory of a training step, in bytes; they add up to it."""
+    """Memory of a training step by part, in bytes."""
 
     weights: int
-    adapters: int  # with gradient and moments
-    activations: int  # what the blocks keep
-    head: int  # logits, and what does not grow with the blocks
+    adapters: int  # with gradients and optimizer state
+    activations: int  # saved by the layers
+    head: int  # logits and intermediate arrays, independent of the number of layers
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """What fits into the memory there is."""
+    """What fits into memory."""
 
-    pairs: int  # as long as the longest, in one pass
-    tokens: int  # of a pair that is alone
-    context: bool  # as many as the model places
+    pairs: int  # as long as the longest one, in one pass
+    tokens: int  # of a single pair
+    context: bool  # whether `tokens` is the context length of the model
 
 
 @dataclass(frozen=True)
 class EpochEstimate:
-    """One pass over the training pairs."""
+    """Work and time of one epoch, and of scoring the reference once."""
 
     steps: int
     passes: int
-    tokens: int  # through the blocks
-    whole_rows: int  # tokens that whole rows would need
-    rows: int  # through the head
+    tokens: int  # through the layers
+    whole_rows: int  # tokens of the same pairs as whole padded rows
+    rows: int  # tokens through the head
     operations: int
     seconds: float
-    reference_operations: int  # the same pairs, and those held out
+    reference_operations: int  # training and held-out pairs
     reference_seconds: float
 
 
 @dataclass(frozen=True)
 class RunEstimate:
-    """All of it."""
+    """Estimate of a training run."""
 
     inputs: Inputs
     choice: ScorerChoice
@@ -101,13 +108,13 @@ class RunEstimate:
     lengths: RowLengths
     parameters: int
     parts: MemoryParts
-    reference: int  # bytes at the peak of the reference pass
-    without: Capacity  # without recomputation
-    recomputed: Capacity
+    reference_bytes: int  # peak of the reference pass
+    without_recomputation: Capacity
+    with_recomputation: Capacity
     epoch: EpochEstimate
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values; bytes, tokens, operations and seconds."""
+        """Return the estimate as JSON values, in bytes, tokens, operations and seconds."""
         fitted = self.fitted
         return {
             "model": self.inputs.base.source,
@@ -119,44 +126,43 @@ class RunEstimate:
             "memory": {
                 **asdict(self.parts),
                 "training": fitted.bytes,
-                "reference": self.reference,
+                "reference": self.reference_bytes,
                 "available": fitted.room.bytes,
-                "available_is": fitted.room.what,
+                "available_is": fitted.room.description,
             },
-            "most": {"stored": asdict(self.without), "recomputed": asdict(self.recomputed)},
+            "most": {
+                "stored": asdict(self.without_recomputation),
+                "recomputed": asdict(self.with_recomputation),
+            },
             "chosen": {**fitted.settled(), "fits": fitted.fits},
             "epoch": asdict(self.epoch),
         }
 
 
-Pairs = Sequence[TokenizedPair]
-SHORT_SHARE = 0.5  # of the longest pair: the second point of the curves
-MAX_PAIRS = 1024
-MAX_TOKENS = 2**20  # where a model does not say how many it places
-
-
 def estimate_run(
     config: DPOConfig, *, mac: str | None = None, rows: RowProgress = no_progress
 ) -> RunEstimate:
-    """Rehearse a run of these settings; `mac` is the memory of a Mac to plan for.
+    """Return the estimate of a run with these settings.
 
-    Many `rows` are counted as they become tokens.
+    Args:
+        mac: memory of a Mac to plan for, such as `16GB`; None plans for this machine.
+        rows: reports the progress of tokenization.
 
     Raises:
-        ConfigError, DataError, ModelError: as a run would.
+        ConfigError, DataError, ModelError: as the run itself would.
     """
-    room = available_memory() if mac is None else mac_memory(mac)
+    budget = available_memory() if mac is None else mac_memory(mac)
     inputs = load_inputs(
         config, read=partial(load_configured_base, load=load_empty_model), counting=rows
     )
     with use_fused_gated_delta(inputs.base.model):
         attach_adapters(inputs.base, config)
         choice = _select_scorer(inputs.base, config)
-        return _RunEstimator(inputs, config, choice, room).forecast()
+        return _RunEstimator(inputs, config, choice, budget).estimate()
 
 
 def _select_scorer(base: LoadedModel, config: DPOConfig) -> ScorerChoice:
-    """The scorer, found on a few blocks; on all of them if the model does not run on those."""
+    """Return the scorer, tested on a few layers, or on all if the model does not run on a few."""
     try:
         with with_layers(base.model, sample_layers(base.model).large):
             mx.eval(base.model.parameters())
@@ -167,142 +173,153 @@ def _select_scorer(base: LoadedModel, config: DPOConfig) -> ScorerChoice:
 
 
 class _RunEstimator:
-    """The rehearsals that a forecast is made of: a long pass and a short one, both ways."""
+    """Profiles of a long and a short pass, with and without recomputation, and their results."""
 
     def __init__(
-        self, inputs: Inputs, config: DPOConfig, choice: ScorerChoice, room: MemoryBudget
+        self, inputs: Inputs, config: DPOConfig, choice: ScorerChoice, budget: MemoryBudget
     ) -> None:
-        self.inputs, self.choice, self.room = inputs, choice, room
+        self.inputs, self.choice, self.budget = inputs, choice, budget
         self.base, self.model = inputs.base, inputs.base.model
         self.fitted = fit_micro_batch_size(
-            self.base, config, choice, inputs.train, room=room, measure=True
+            self.base, config, choice, inputs.train, room=budget, measure=True
         )
         self.config = self.fitted.config
-        self.state = optimizer_state_bytes(self.model, config)
+        self.optimizer_bytes = optimizer_state_bytes(self.model, config)
         self.longest = longest_micro_batch(self.config, choice, inputs.train)
         self.short = shorten_pairs(self.longest[:1], SHORT_SHARE)
 
-    def forecast(self) -> RunEstimate:
-        """Everything."""
-        curves = {again: self._curve(recompute=again) for again in (False, True)}
-        chosen = curves[bool(self.config.recompute)]
-        reference, asked = self._reference()
+    def estimate(self) -> RunEstimate:
+        """Return the whole estimate."""
+        points = {recompute: self._profile(recompute=recompute) for recompute in (False, True)}
+        long, short = points[bool(self.config.recompute)]
+        reference, reference_pairs = self._profile_reference()
         return RunEstimate(
             inputs=self.inputs,
             choice=self.choice,
             fitted=self.fitted,
             lengths=_row_lengths(self.inputs.train),
             parameters=memory.base_parameters(self.model),
-            parts=self._parts(chosen[0].cost),
-            reference=memory.parameter_bytes(self.model) + reference.bytes,
-            without=self._most(*curves[False]),
-            recomputed=self._most(*curves[True]),
-            epoch=self._epoch(*chosen, reference, asked),
+            parts=self._memory_parts(long.profile),
+            reference_bytes=memory.parameter_bytes(self.model) + reference.bytes,
+            without_recomputation=self._capacity(*points[False]),
+            with_recomputation=self._capacity(*points[True]),
+            epoch=self._epoch(long, short, reference, reference_pairs),
         )
 
-    def _curve(self, *, recompute: bool) -> tuple[ProfilePoint, ProfilePoint]:
+    def _profile(self, *, recompute: bool) -> tuple[ProfilePoint, ProfilePoint]:
+        """Return the profiles of the longest pass and of a short one."""
         settings = replace(self.config, recompute=recompute)
-        known = self.fitted.cost if recompute == self.config.recompute else None
-        long = known or profile_micro_batch(self.base, settings, self.choice, self.longest)
+        measured = self.fitted.cost if recompute == self.config.recompute else None
+        long = measured or profile_micro_batch(self.base, settings, self.choice, self.longest)
         short = profile_micro_batch(self.base, settings, self.choice, self.short)
-        return self._sized(long, self.longest), self._sized(short, self.short)
+        return self._point(long, self.longest), self._point(short, self.short)
 
-    def _sized(self, cost: PassProfile, pairs: Pairs) -> ProfilePoint:
-        return ProfilePoint(cost, len(pairs), self._trunk([pairs]) / len(pairs))
+    def _point(self, profile: PassProfile, pairs: Pairs) -> ProfilePoint:
+        """Return the profile of a pass with the number and size of its pairs."""
+        return ProfilePoint(profile, len(pairs), self._layer_tokens([pairs]) / len(pairs))
 
-    def _reference(self) -> tuple[PassProfile, Pairs]:
-        """What the largest pass without gradients costs, and the pairs in it."""
-        limit, score = inference_limit(self.config, self.choice), self._score
+    def _profile_reference(self) -> tuple[PassProfile, Pairs]:
+        """Return the profile of the largest pass without gradients, and the pairs in it."""
         longest = longest_pairs(MAX_PAIRS, self.inputs.train, self.inputs.valid)
-        asked = largest_micro_batch(longest, limit, cost=self.choice.cost)
-        return profile_inference_pass(
-            self.model, asked, score, memory=available_memory().bytes
-        ), asked
+        limit = inference_limit(self.config, self.choice)
+        pairs = largest_micro_batch(longest, limit, cost=self.choice.cost)
+        profile = profile_inference_pass(
+            self.model, pairs, self._score_reference, memory=available_memory().bytes
+        )
+        return profile, pairs
 
-    def _score(self, pairs: Pairs) -> object:
+    def _score_reference(self, pairs: Pairs) -> object:
+        """Return the reference log-probabilities of `pairs`."""
         with reference_mode(self.model, self.config):
             return make_dataset_scorer(self.config, self.choice)(self.model, pairs)
 
-    def _parts(self, cost: PassProfile) -> MemoryParts:
+    def _memory_parts(self, profile: PassProfile) -> MemoryParts:
+        """Return the memory of a step by part; the parts add up to that of the fitted step."""
         trained = memory.trainable_bytes(self.model)
         weights = memory.parameter_bytes(self.model) - trained
-        adapters = memory.TRAINING_COPIES * trained + self.state
+        adapters = memory.TRAINING_COPIES * trained + self.optimizer_bytes
         rest = max(0, self.fitted.bytes - weights - adapters)
-        head = min(rest, max(0, int(cost.outside.bytes)))
+        head = min(rest, max(0, int(profile.fixed.bytes)))
         return MemoryParts(weights, adapters, rest - head, head)
 
-    def _most(self, long: ProfilePoint, short: ProfilePoint) -> Capacity:
+    def _capacity(self, long: ProfilePoint, short: ProfilePoint) -> Capacity:
+        """Return what fits into memory, from the memory curve through two passes."""
         curve = fit_memory_curve(long, short)
-        free = self.room.bytes - memory.resident_bytes(self.model, self.state)
-        row = len(self.longest[0]) / long.tokens  # of a pair's tokens, those of its longer row
+        free = self.budget.bytes - memory.resident_bytes(self.model, self.optimizer_bytes)
+        row_share = len(self.longest[0]) / long.tokens  # of a pair's tokens, those of a row
         context = context_length(self.base.config) or MAX_TOKENS
-        tokens = largest_that_fits(lambda n: curve.bytes(1, n / row) <= free, most=context)
-        pairs = largest_that_fits(lambda n: curve.bytes(n, long.tokens) <= free, most=MAX_PAIRS)
+        tokens = largest_that_fits(lambda n: curve.bytes(1, n / row_share) <= free, limit=context)
+        pairs = largest_that_fits(lambda n: curve.bytes(n, long.tokens) <= free, limit=MAX_PAIRS)
         return Capacity(pairs, tokens, tokens == context)
 
     def _epoch(
-        self, long: ProfilePoint, short: ProfilePoint, reference: PassProfile, asked: Pairs
+        self,
+        long: ProfilePoint,
+        short: ProfilePoint,
+        reference: PassProfile,
+        reference_pairs: Pairs,
     ) -> EpochEstimate:
-        config, train, valid = self.config, self.inputs.train, self.inputs.valid
-        passes = partial(
+        """Return work and time of an epoch and of the reference pass."""
+        config, train = self.config, self.inputs.train
+        count_passes = partial(
             count_micro_batches,
             train,
             config.pass_limit,
             batch_size=config.batch_size,
             seed=config.seed,
         )
-        found = passes(cost=self.choice.cost)
-        work = model_flops(self.model, self.base.config, vocab_size=self.base.vocab_size)
-        training = partial(work.training, recompute=bool(config.recompute))
-        scoring = partial(work.forward, adapted=False)
-        tokens = self._tokens(lengths_only(train), found.tokens.total)
-        both = [pair for pairs in (train, valid) for pair in lengths_only(pairs)]
-        every = scoring(self._tokens(both, self._trunk([pair] for pair in both)))
-        every *= config.needs_reference
-        ahead = config.passes_ahead * work.forward(tokens, adapted=True)
-        a_second = scoring(self._tokens(asked, self._trunk([asked]))) / reference.seconds
-        points = [
-            (training(self._tokens(pairs, self._trunk([pairs]))), sized.cost.seconds)
-            for pairs, sized in ((self.short, short), (self.longest, long))
-        ]
-        return EpochEstimate(
-            steps=found.steps,
-            passes=found.passes,
-            tokens=tokens.trunk,
-            whole_rows=passes(cost=padded_row_tokens).tokens.total,
-            rows=tokens.head,
-            operations=training(tokens) + ahead,
-            seconds=extrapolate_seconds(
-                points[0], points[1], passes=found.passes, operations=training(tokens)
+        passes = count_passes(cost=self.choice.cost)
+        flops = model_flops(self.model, self.base.config, vocab_size=self.base.vocab_size)
+        train_flops = partial(flops.training, recompute=bool(config.recompute))
+        tokens = self._token_counts(lengths_only(train), passes.tokens.total)
+        # Passes without gradients that score a step's pairs before it (GradCache, WPO).
+        extra_flops = config.passes_ahead * flops.forward(tokens, adapted=True)
+        reference_flops = self._reference_flops(flops)
+        measured = self._token_counts(reference_pairs, self._layer_tokens([reference_pairs]))
+        flops_per_second = flops.forward(measured, adapted=False) / reference.seconds
+        timed = [
+            (
+                train_flops(self._token_counts(pairs, self._layer_tokens([pairs]))),
+                point.profile.seconds,
             )
-            + ahead / a_second,
-            reference_operations=every,
-            reference_seconds=every / a_second,
+            for pairs, point in ((self.short, short), (self.longest, long))
+        ]
+        seconds = extrapolate_seconds(*timed, passes=passes.passes, operations=train_flops(tokens))
+        return EpochEstimate(
+            steps=passes.steps,
+            passes=passes.passes,
+            tokens=tokens.layer_tokens,
+            whole_rows=count_passes(cost=padded_row_tokens).tokens.total,
+            rows=tokens.head_tokens,
+            operations=train_flops(tokens) + extra_flops,
+            seconds=seconds + extra_flops / flops_per_second,
+            reference_operations=reference_flops,
+            reference_seconds=reference_flops / flops_per_second,
         )
 
-    def _trunk(self, passes: Iterable[Pairs]) -> int:
+    def _reference_flops(self, flops: ModelFlops) -> int:
+        """Return the FLOPs of scoring all pairs under the reference; 0 without a reference."""
+        if not self.config.needs_reference:
+            return 0
+        splits = (self.inputs.train, self.inputs.valid)
+        pairs = [pair for split in splits for pair in lengths_only(split)]
+        tokens = self._token_counts(pairs, self._layer_tokens([pair] for pair in pairs))
+        return flops.forward(tokens, adapted=False)
+
+    def _layer_tokens(self, passes: Iterable[Pairs]) -> int:
+        """Return the number of tokens that these passes put through the layers."""
         return sum(self.choice.cost(pairs).total for pairs in passes)
 
-    def _tokens(self, pairs: Pairs, trunk: int) -> TokenCounts:
+    def _token_counts(self, pairs: Pairs, layer_tokens: int) -> TokenCounts:
+        """Return the token counts of passes over `pairs`."""
         shared = self.choice.name == "shared"
-        rows = sum(len(pair.chosen) + len(pair.rejected) for pair in pairs) if shared else trunk
-        return TokenCounts(trunk, rows, count_attended_keys(pairs, shared=shared))
-
-
-Point = tuple[int, float]  # operations and seconds of a pass
-
-
-def extrapolate_seconds(short: Point, long: Point, *, passes: int, operations: int) -> float:
-    """Seconds of so many passes with so many operations in all: a line through two of them."""
-    more = long[0] - short[0]
-    rate = (long[1] - short[1]) / more if more > 0 else 0.0
-    start = short[1] - rate * short[0]
-    if rate <= 0 or start < 0:  # noise; in proportion, then
-        rate, start = long[1] / long[0], 0.0
-    return start * passes + rate * operations
+        completions = sum(len(pair.chosen) + len(pair.rejected) for pair in pairs)
+        head_tokens = completions if shared else layer_tokens
+        return TokenCounts(layer_tokens, head_tokens, count_attended_keys(pairs, shared=shared))
 
 
 def _row_lengths(pairs: Pairs) -> RowLengths:
+    """Return the distribution of row lengths."""
     rows = row_lengths(pairs)
     median, most = np.percentile(rows, [50, 90], method="higher")
     return RowLengths(int(median), int(most), int(rows.max()))

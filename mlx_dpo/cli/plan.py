@@ -1,4 +1,4 @@
-"""`mlx-dpo plan`: what a training run is going to need, before it begins."""
+"""`mlx-dpo plan`: estimate of memory, work and time of a training run."""
 
 import json
 from typing import TYPE_CHECKING, Any
@@ -33,11 +33,11 @@ def plan(
     as_json: bool,
     **flags: Any,
 ) -> None:
-    """Say what training on PAIRS is going to need: memory, work and time.
+    """Estimate memory, work and time of training on PAIRS.
 
-    The flags are those of `train`. The model's weights are neither read nor downloaded:
-    memory and time are measured on a few of its blocks with random weights, at the lengths of
-    the pairs, and drawn out to all of them.
+    The flags are those of `train`. The model's weights are neither read nor downloaded: memory
+    and time are measured on a few layers with random weights, at the lengths of the pairs, and
+    extrapolated to all layers.
     """
     config = resolve(ctx, config_file, False, flags)
 
@@ -46,98 +46,106 @@ def plan(
     from mlx_dpo.runs.inputs import no_progress
 
     console = make_console()
-    shown = console.is_terminal and not as_json
-    found = estimate_run(
+    is_shown = console.is_terminal and not as_json
+    estimate = estimate_run(
         config,
         mac=memory,
         rows=lambda total: (
             show_progress(console, "tokens", total=total, unit="rows")
-            if shown
+            if is_shown
             else no_progress(total)
         ),
     )
     if as_json:
-        click.echo(json.dumps(found.to_dict()))
+        click.echo(json.dumps(estimate.to_dict()))
         return
-    print_facts(console, summary_lines(found))
+    print_facts(console, summary_lines(estimate))
 
 
-def summary_lines(found: "RunEstimate") -> list[SummaryLine]:
-    """The forecast in lines for a person."""
+def summary_lines(estimate: "RunEstimate") -> list[SummaryLine]:
+    """Return the estimate as labelled lines for the terminal."""
     from mlx_dpo.runs.summary import format_count
 
-    inputs, epoch = found.inputs, found.epoch
+    inputs, epoch = estimate.inputs, estimate.epoch
     return [
-        ("model", f"{inputs.base.source}, {format_count(found.parameters)} parameters"),
+        ("model", f"{inputs.base.source}, {format_count(estimate.parameters)} parameters"),
         *[("", note) for note in inputs.base.notes],
         ("pairs", f"{len(inputs.train):,} to train on, {len(inputs.valid):,} held out"),
         *[("", line) for report in inputs.reports for line in report.lines()],
-        ("", _lengths_line(found)),
-        ("scorer", f"{found.choice.name}: {found.choice.reason}"),
-        *_memory_lines(found),
-        ("fits", _capacity_line(found.without, "kept activations")),
-        ("", _capacity_line(found.recomputed, "blocks recomputed")),
-        ("train", _choice_line(found)),
+        ("", _lengths_line(estimate)),
+        ("scorer", f"{estimate.choice.name}: {estimate.choice.reason}"),
+        *_memory_lines(estimate),
+        ("fits", _capacity_line(estimate.without_recomputation, "saved activations")),
+        ("", _capacity_line(estimate.with_recomputation, "recomputed layers")),
+        ("train", _settings_line(estimate)),
         (
             "epoch",
             f"{epoch.steps:,} steps, {epoch.passes:,} passes: {format_count(epoch.tokens)} tokens "
-            f"through the blocks (whole rows: {format_count(epoch.whole_rows)}), "
-            f"{format_count(epoch.rows)} rows through the head",
+            f"through the layers (padded rows: {format_count(epoch.whole_rows)}), "
+            f"{format_count(epoch.rows)} through the head",
         ),
         (
             "work",
-            f"{epoch.operations:.2e} operations an epoch, {epoch.reference_operations:.2e} to "
+            f"{epoch.operations:.2e} operations per epoch, {epoch.reference_operations:.2e} to "
             "score the reference",
         ),
         (
             "time",
-            f"about {_duration(epoch.seconds)} an epoch and "
+            f"about {_duration(epoch.seconds)} per epoch and "
             f"{_duration(epoch.reference_seconds)} for the reference on this machine, "
-            "estimated from a short rehearsal",
+            "extrapolated from a few measured layers",
         ),
     ]
 
 
-def _lengths_line(found: "RunEstimate") -> str:
-    lengths = found.lengths
+def _lengths_line(estimate: "RunEstimate") -> str:
+    """Return the distribution of row lengths."""
+    lengths = estimate.lengths
     return (
-        f"rows: half of them up to {lengths.median:,} tokens, 90 % up to {lengths.most:,}, "
-        f"the longest {lengths.longest:,}"
+        f"row length: median {lengths.median:,} tokens, 90th percentile {lengths.most:,}, "
+        f"maximum {lengths.longest:,}"
     )
 
 
-def _memory_lines(found: "RunEstimate") -> list[SummaryLine]:
+def _memory_lines(estimate: "RunEstimate") -> list[SummaryLine]:
+    """Return the memory by part, and in total for training and reference pass."""
     from mlx_dpo.runs.auto_batch_size import format_bytes
 
-    parts, fitted = found.parts, found.fitted
+    parts, fitted = estimate.parts, estimate.fitted
+    available = f"{format_bytes(fitted.room.bytes)} ({fitted.room.description})"
     rows = (
         (parts.weights, "frozen weights"),
-        (parts.adapters, "what is trained, its gradients and moments"),
+        (parts.adapters, "trained weights, their gradients and optimizer state"),
         (parts.activations, "activations of the longest pass"),
-        (parts.head, "logits of the head, and what is in flight"),
-        (fitted.bytes, f"training, of {format_bytes(fitted.room.bytes)} ({fitted.room.what})"),
-        (found.reference, "reference pass"),
+        (parts.head, "logits and intermediate arrays"),
+        (fitted.bytes, f"training, of {available}"),
+        (estimate.reference_bytes, "reference pass"),
     )
-    lines = [f"{format_bytes(size):>8} {what}" for size, what in rows]
+    lines = [f"{format_bytes(size):>8} {label}" for size, label in rows]
     return [("memory", lines[0]), *[("", line) for line in lines[1:]]]
 
 
-def _capacity_line(most: "Capacity", how: str) -> str:
-    if not most.tokens:
-        return f"nothing, with {how}"
-    all_of_them = ", all that the model places" if most.context else ""
+def _capacity_line(capacity: "Capacity", mode: str) -> str:
+    """Return what fits into memory in a mode."""
+    if not capacity.tokens:
+        return f"nothing, with {mode}"
+    limit = ", the context length of the model" if capacity.context else ""
     return (
-        f"{most.pairs:,} of the longest pairs a pass, or one of up to {most.tokens:,} tokens"
-        f"{all_of_them}; with {how}"
+        f"{capacity.pairs:,} of the longest pairs per pass, or a single one of up to "
+        f"{capacity.tokens:,} tokens{limit}; with {mode}"
     )
 
 
-def _choice_line(found: "RunEstimate") -> str:
-    line = found.fitted.line()
-    return line if found.fitted.fits else f"refused: {line.replace(', and begun by --force', '')}"
+def _settings_line(estimate: "RunEstimate") -> str:
+    """Return the chosen batch settings, or why training would be refused."""
+    line = estimate.fitted.line()
+    return (
+        line if estimate.fitted.fits else f"refused: {line.replace(', and begun by --force', '')}"
+    )
 
 
 def _duration(seconds: float) -> str:
+    """Return seconds in a readable unit."""
     if seconds < 90:
         return f"{seconds:.2g} s"
     if seconds < 5400:

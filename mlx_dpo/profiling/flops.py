@@ -1,7 +1,7 @@
-"""How many floating-point operations a pass takes, from the shapes of a model.
+"""FLOPs of a forward or training pass, from the shapes of a model.
 
-A multiplication and an addition count as two. Only products of matrices are counted; norms,
-activations, softmax and recurrences are a small part of the work, though not of the time.
+A multiplication and an addition count as two operations. Only matrix products are counted;
+norms, activations, softmax and recurrences are few operations, though not little time.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,7 +17,7 @@ from mlx_dpo.adapters.master_weights import has_master_weights
 from mlx_dpo.profiling.layer_subset import first_trained_layer
 from mlx_dpo.types import TokenizedPair
 
-# Names that architectures have for the number of experts that a token meets.
+# Names under which architectures configure the number of experts per token.
 EXPERTS_PER_TOKEN_KEYS = (
     "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k",
     "top_k_experts",
@@ -26,108 +26,120 @@ EXPERTS_PER_TOKEN_KEYS = (
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """What goes through a model in some passes."""
+    """Work of one or several passes, in tokens."""
 
-    trunk: int  # tokens through the blocks, padding included
-    head: int  # rows through the head
-    seen: int  # keys that the queries of a layer see, added up
+    layer_tokens: int  # tokens through the layers, padding included
+    head_tokens: int  # tokens through the head
+    attended_keys: int  # keys that a query attends to, summed over the queries of one layer
 
 
 @dataclass(frozen=True)
 class ModelFlops:
-    """Operations per unit of a model, adapters attached.
+    """Weights of a model with its adapters, from which FLOPs of a pass follow.
 
-    With t tokens through the blocks, h rows through the head and s keys seen, a pass takes
+    With t tokens through the layers, h through the head and s attended keys, a pass takes
 
-        forward   2 (W + A) t + 4 K s + 2 H h
-        backward  2 W' t + 4 A t + 2 F t + 10 K' s + 2 H h
-        again     2 (W' + A) t + 4 K' s              with recomputation
+        forward        2 (W + A) t + 4 K s + 2 H h
+        backward       2 W' t + 4 A t + 2 F t + 10 K' s + 2 H h
+        recomputation  2 (W' + A) t + 4 K' s           with gradient checkpointing
 
-    W are the weights of the linear layers that a token meets, A those of the adapters, F those
-    of W that are trained themselves, H of the head, K the heads times their width, over all
-    layers with attention. W' and K' are of the blocks from the first that is trained on, for
-    gradients go no further down. Backward, frozen weights get no gradient, and attention is five
-    products: its scores once more, and one each towards probabilities, values, queries and keys.
+    W are the weights of linear layers that a token meets, A those of the adapters, F the part of
+    W that is trained itself, H those of the head, and K the number of heads times their width,
+    summed over all layers with attention. W' and K' count the layers from the first trained one
+    on, because gradients flow no further down. In the backward pass frozen weights get no
+    gradient; attention takes five products: its scores again, and the gradients of
+    probabilities, values, queries and keys.
     """
 
-    linear: int
-    linear_reached: int
-    adapters: int
-    attention: int
-    attention_reached: int
-    head: int
-    tuned: int = 0
+    linear: int  # W
+    linear_backward: int  # W'
+    adapters: int  # A
+    attention: int  # K
+    attention_backward: int  # K'
+    head: int  # H
+    trained_linear: int = 0  # F
 
     def forward(self, tokens: TokenCounts, *, adapted: bool = True) -> int:
-        """Operations of a pass without gradients."""
+        """Return the FLOPs of passes without gradients."""
         weights = self.linear + (self.adapters if adapted else 0)
-        products = weights * tokens.trunk + self.head * tokens.head
-        return 2 * products + 4 * self.attention * tokens.seen
+        products = weights * tokens.layer_tokens + self.head * tokens.head_tokens
+        return 2 * products + 4 * self.attention * tokens.attended_keys
 
     def training(self, tokens: TokenCounts, *, recompute: bool) -> int:
-        """Operations of a pass with gradients, both ways."""
-        back = 2 * (self.linear_reached + 2 * self.adapters + self.tuned) * tokens.trunk
-        back += 10 * self.attention_reached * tokens.seen + 2 * self.head * tokens.head
-        again = 2 * (self.linear_reached + self.adapters) * tokens.trunk
-        again += 4 * self.attention_reached * tokens.seen
-        return self.forward(tokens) + back + (again if recompute else 0)
+        """Return the FLOPs of passes with gradients, forward and backward."""
+        backward_weights = self.linear_backward + 2 * self.adapters + self.trained_linear
+        backward = 2 * backward_weights * tokens.layer_tokens
+        backward += 10 * self.attention_backward * tokens.attended_keys
+        backward += 2 * self.head * tokens.head_tokens
+        recomputation = 2 * (self.linear_backward + self.adapters) * tokens.layer_tokens
+        recomputation += 4 * self.attention_backward * tokens.attended_keys
+        return self.forward(tokens) + backward + (recomputation if recompute else 0)
 
 
 def model_flops(model: nn.Module, config: Mapping[str, Any], *, vocab_size: int) -> ModelFlops:
-    """Operations per unit, from shapes and, for attention and experts, `config.json`."""
+    """Return the FLOPs of a model, from its shapes and its `config.json`.
+
+    The configuration gives the number of attention heads and of experts per token.
+    """
     entries = {**config, **(config.get("text_config") or {})}
-    experts = next(
-        (int(entries[name]) for name in EXPERTS_PER_TOKEN_KEYS if entries.get(name)), None
-    )
-    blocks = list(model.layers)
-    linear = [sum(_linear_weights(part, experts) for part in block.modules()) for block in blocks]
+    keys = (key for key in EXPERTS_PER_TOKEN_KEYS if entries.get(key))
+    experts = next((int(entries[key]) for key in keys), None)
+    layers = list(model.layers)
+    linear = [sum(_linear_weights(part, experts) for part in layer.modules()) for layer in layers]
     attention = _attention_widths(model, entries)
     first = first_trained_layer(model)
-    parts = [part for block in blocks for part in block.modules()]
+    parts = [part for layer in layers for part in layer.modules()]
     trained = [part for part in parts if "weight" in part.trainable_parameters()]
+    trained_linear = sum(_linear_weights(part, experts) for part in trained)
     return ModelFlops(
         linear=sum(linear),
-        linear_reached=sum(linear[first:]),
+        linear_backward=sum(linear[first:]),
         adapters=sum(_adapter_weights(part, experts) for part in parts),
         attention=sum(attention),
-        attention_reached=sum(attention[first:]),
+        attention_backward=sum(attention[first:]),
         head=vocab_size * int(entries.get("hidden_size") or entries.get("n_embd") or 0),
-        tuned=sum(_linear_weights(part, experts) for part in trained)
-        if has_master_weights(model)
-        else 0,
+        trained_linear=trained_linear if has_master_weights(model) else 0,
     )
 
 
 def count_attended_keys(pairs: Iterable[TokenizedPair], *, shared: bool) -> int:
-    """Keys that queries see in one layer, over all pairs; a window of attention is not counted."""
+    """Return the number of keys that the queries of one layer attend to, over all pairs.
+
+    Sliding windows are not taken into account.
+
+    Args:
+        shared: whether the prompt of a pair runs once, or once per completion.
+    """
     return sum(_pair_attended_keys(pair, shared) for pair in pairs)
 
 
 def _pair_attended_keys(pair: TokenizedPair, shared: bool) -> int:
+    """Return the number of attended keys of a pair."""
     prompt = len(pair.prompt)
-    ends = [prompt + len(completion) - 1 for completion in (pair.chosen, pair.rejected)]
-    once = (len(ends) - 1) * _causal_entries(prompt) if shared else 0
-    return sum(map(_causal_entries, ends)) - once
+    lengths = [prompt + len(completion) - 1 for completion in (pair.chosen, pair.rejected)]
+    saved = (len(lengths) - 1) * _causal_entries(prompt) if shared else 0
+    return sum(map(_causal_entries, lengths)) - saved
 
 
 def _causal_entries(length: int) -> int:
+    """Return the number of entries of a causal mask that are visible."""
     return length * (length + 1) // 2
 
 
 def _linear_weights(part: nn.Module, experts: int | None) -> int:
-    """Weights of a linear layer that a token meets; 0 for any other part."""
+    """Return the weights of a linear layer that a token meets; 0 for any other module."""
     weight = part.get("weight")
     if not isinstance(weight, mx.array) or weight.ndim not in (2, 3):
         return 0
     if isinstance(part, nn.Embedding | nn.QuantizedEmbedding):
         return 0
     bits = part.bits if "scales" in part and hasattr(part, "bits") else 32
-    met = 1 if weight.ndim == 2 else min(experts or weight.shape[0], weight.shape[0])
-    return met * weight.shape[-2] * (weight.shape[-1] * 32 // bits)
+    used = 1 if weight.ndim == 2 else min(experts or weight.shape[0], weight.shape[0])
+    return used * weight.shape[-2] * (weight.shape[-1] * 32 // bits)
 
 
 def _attention_widths(model: nn.Module, entries: Mapping[str, Any]) -> Sequence[int]:
-    """Heads times their width in each block, 0 where it has a state in place of attention."""
+    """Return heads times head width of each layer, 0 for recurrent layers."""
     heads = int(entries.get("num_attention_heads") or entries.get("n_head") or 0)
     hidden = int(entries.get("hidden_size") or entries.get("n_embd") or 0)
     width = int(entries.get("head_dim") or (hidden // heads if heads else 0))
@@ -138,9 +150,9 @@ def _attention_widths(model: nn.Module, entries: Mapping[str, Any]) -> Sequence[
 
 
 def _adapter_weights(part: nn.Module, experts: int | None) -> int:
-    """Weights of an adapter that a token meets; 0 for any other part."""
+    """Return the weights of an adapter that a token meets; 0 for any other module."""
     if not isinstance(part, ADAPTER_TYPES):
         return 0
     a, b = part.lora_a, part.lora_b
-    met = 1 if a.ndim == 2 else min(experts or a.shape[0], a.shape[0]) / a.shape[0]
-    return int(met * (a.size + b.size))
+    used = 1 if a.ndim == 2 else min(experts or a.shape[0], a.shape[0]) / a.shape[0]
+    return int(used * (a.size + b.size))

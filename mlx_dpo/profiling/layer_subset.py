@@ -1,7 +1,7 @@
-"""A model cut to a few of its blocks, so that a pass through it is quick and small.
+"""A model reduced to a few of its layers, so that profiling a pass is fast and needs little memory.
 
-Blocks of one kind cost the same. A sample of them that holds every kind, and one about twice
-as large, say what the blocks of the whole model cost. Knows nothing of pairs or passes.
+Layers of one signature cost the same. Two samples, one of which is about twice as large, tell
+the cost per layer, and from it that of the whole model.
 """
 
 from collections.abc import Hashable, Iterator, Sequence
@@ -14,69 +14,70 @@ import mlx.nn as nn
 from mlx_dpo.adapters.layers import ADAPTER_TYPES
 from mlx_dpo.io.arrays import named_arrays
 
-MIN_LAYERS = 2  # a single block is the first and the last one, which MLX treats better than others
+MIN_LAYERS = 2  # a single layer is first and last at once, for which MLX needs less memory
 
 Layers = tuple[nn.Module, ...]
 
 
 class LayersNotFoundError(Exception):
-    """The list of the model's blocks was not found in it."""
+    """The list that holds the model's layers was not found."""
 
 
 @dataclass(frozen=True)
 class LayerSample:
-    """Two samples of the blocks in which gradients flow, and how many of these there are."""
+    """Two samples of the layers that gradients reach, and the number of such layers."""
 
     small: Layers
-    large: Layers  # the same as `small` where that is all there are
+    large: Layers  # equal to `small` if there are no more
     count: int
 
     @property
     def is_whole(self) -> bool:
-        """Whether nothing is left to be concluded."""
+        """Whether all layers are sampled, so that there is nothing to extrapolate."""
         return len(self.large) in (self.count, len(self.small))
 
 
 def sample_layers(model: nn.Module) -> LayerSample:
-    """The blocks to look at: as the model begins, and only such that gradients reach.
+    """Return samples that begin like the model and contain only layers that gradients reach.
 
-    Below the first that is trained none flows and nothing is kept, so those blocks cost next
-    to nothing; they stand in for none of the others.
+    Layers below the first trained one save no activations and cost next to nothing: they cannot
+    represent the others.
     """
-    blocks = tuple(model.layers)
-    adapted = blocks[first_trained_layer(model) :] or blocks
-    kinds = [layer_signature(block) for block in blocks]
-    present = {layer_signature(block) for block in adapted}
-    shortest = next(k for k in range(1, len(blocks) + 1) if present <= set(kinds[:k]))
+    layers = tuple(model.layers)
+    trained = layers[first_trained_layer(model) :] or layers
+    signatures = [layer_signature(layer) for layer in layers]
+    required = {layer_signature(layer) for layer in trained}
+    shortest = next(k for k in range(1, len(layers) + 1) if required <= set(signatures[:k]))
     small = max(MIN_LAYERS, shortest)
     return LayerSample(
-        small=_layers_with_signatures(kinds[:small], adapted),
-        large=_layers_with_signatures(kinds[: 2 * small], adapted),
-        count=len(adapted),
+        small=_layers_with_signatures(signatures[:small], trained),
+        large=_layers_with_signatures(signatures[: 2 * small], trained),
+        count=len(trained),
     )
 
 
 def all_layers(model: nn.Module) -> LayerSample:
-    """All blocks, for a model that does not run on some of them."""
-    blocks = tuple(model.layers)
-    return LayerSample(blocks, blocks, len(blocks))
+    """Return all layers, for a model that does not run on some of them."""
+    layers = tuple(model.layers)
+    return LayerSample(layers, layers, len(layers))
 
 
-def layer_signature(block: nn.Module) -> Hashable:
-    """What a block costs depends on this alone: the types, shapes and switches of its parts.
+def layer_signature(layer: nn.Module) -> Hashable:
+    """Return what determines the cost of a layer: types, shapes and flags of its modules.
 
-    Adapters do not count. Whole numbers do not either: many blocks hold their own position.
+    Adapters do not count. Integer attributes do not either: many layers hold their own index.
     """
-    parts: list[Hashable] = [type(block).__qualname__]
-    adapted = {path for path, part in block.named_modules() if isinstance(part, ADAPTER_TYPES)}
-    for path, part in sorted(block.named_modules()):
+    parts: list[Hashable] = [type(layer).__qualname__]
+    adapted = {path for path, part in layer.named_modules() if isinstance(part, ADAPTER_TYPES)}
+    for path, part in sorted(layer.named_modules()):
         parent, _, last = path.rpartition(".")
+        # Of an adapted layer only the base layer counts, under the name of the adapted one.
         if path in adapted or (parent in adapted and last != "linear"):
             continue
         shapes = tuple(
             sorted((k, v.shape, str(v.dtype)) for k, v in part.items() if isinstance(v, mx.array))
         )
-        switches = tuple(
+        flags = tuple(
             sorted(
                 (name, str(value))
                 for name, value in vars(part).items()
@@ -84,54 +85,54 @@ def layer_signature(block: nn.Module) -> Hashable:
             )
         )
         name = parent if parent in adapted else path
-        parts.append((name, type(part).__qualname__, shapes, switches))
+        parts.append((name, type(part).__qualname__, shapes, flags))
     return tuple(parts)
 
 
 @contextmanager
-def with_layers(model: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[None]:
-    """The model with these blocks alone inside the block, with all of its own afterwards.
+def with_layers(model: nn.Module, layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Reduce the model to these layers inside the block.
 
     Raises:
-        NotCutError: the list that `model.layers` shows was not found.
+        LayersNotFoundError: the list behind `model.layers` was not found.
     """
     before = list(model.layers)
-    if list(map(id, before)) == list(map(id, blocks)):
+    if list(map(id, before)) == list(map(id, layers)):
         yield
         return
     holder, name = _find_layer_list(model, before)
-    setattr(holder, name, list(blocks))
+    setattr(holder, name, list(layers))
     try:
         yield
     finally:
         setattr(holder, name, before)
 
 
-def _find_layer_list(model: nn.Module, blocks: Sequence[nn.Module]) -> tuple[nn.Module, str]:
-    """The module that holds the list of blocks, and its name there."""
-    wanted = list(map(id, blocks))
+def _find_layer_list(model: nn.Module, layers: Sequence[nn.Module]) -> tuple[nn.Module, str]:
+    """Return the module that holds the list of layers, and its attribute name."""
+    expected = list(map(id, layers))
     for module in model.modules():
         for name, value in module.items():
-            if isinstance(value, list) and list(map(id, value)) == wanted:
+            if isinstance(value, list) and list(map(id, value)) == expected:
                 return module, name
-    raise LayersNotFoundError("the list of the model's blocks was not found")
+    raise LayersNotFoundError("the list of the model's layers was not found")
 
 
 def first_trained_layer(model: nn.Module) -> int:
-    """The first block that gradients reach; their number if none does.
+    """Return the index of the first layer that gradients reach; the number of layers if none.
 
-    What is trained outside of the blocks may lie before them, as embeddings do.
+    Trained parameters outside the layers may come before them, as embeddings do: then it is 0.
     """
-    blocks = list(model.layers)
-    counts = [len(named_arrays(block.trainable_parameters())) for block in blocks]
+    layers = list(model.layers)
+    counts = [len(named_arrays(layer.trainable_parameters())) for layer in layers]
     if len(named_arrays(model.trainable_parameters())) > sum(counts):
         return 0
-    return next((i for i, count in enumerate(counts) if count), len(blocks))
+    return next((i for i, count in enumerate(counts) if count), len(layers))
 
 
-def _layers_with_signatures(kinds: Sequence[Hashable], blocks: Layers) -> Layers:
-    """Different `blocks` of these kinds, as many as there are, in the order of the kinds."""
+def _layers_with_signatures(signatures: Sequence[Hashable], layers: Layers) -> Layers:
+    """Return distinct `layers` with these signatures in order, as far as there are any."""
     unused: dict[Hashable, list[nn.Module]] = {}
-    for block in blocks:
-        unused.setdefault(layer_signature(block), []).append(block)
-    return tuple(unused[k].pop(0) for k in kinds if unused.get(k))
+    for layer in layers:
+        unused.setdefault(layer_signature(layer), []).append(layer)
+    return tuple(unused[key].pop(0) for key in signatures if unused.get(key))

@@ -13,7 +13,7 @@ from mlx_dpo.errors import ConfigError
 from mlx_dpo.models.device import device_kind
 from mlx_dpo.models.load import LoadedModel
 from mlx_dpo.profiling import memory
-from mlx_dpo.profiling.memory import MemoryBudget, available_memory
+from mlx_dpo.profiling.device_memory import MemoryBudget, available_memory
 from mlx_dpo.profiling.profile import PassProfile, TrainingPass, profile_training_pass
 from mlx_dpo.runs.build import make_objective, optimizer_state_bytes
 from mlx_dpo.runs.inputs import Inputs
@@ -56,8 +56,8 @@ class MicroBatchFit:
             return f"as when the run began: {_describe(self.config)}"
         about = "at most about" if self.is_bound else "about"
         said = f"{about} {format_bytes(self.bytes)} at the longest pairs"
-        said += f", of {format_bytes(self.room.bytes)} ({self.room.what})"
-        if self.cost is not None and self.cost.share < 1:
+        said += f", of {format_bytes(self.room.bytes)} ({self.room.description})"
+        if self.cost is not None and self.cost.text_share < 1:
             said += ", drawn out from shorter ones"
         if self.instead_of is not None:
             said += f"; {_describe(self.config)}, because {_describe(self.instead_of.config)} "
@@ -138,7 +138,7 @@ def fit_micro_batch_size(
     longest = longest_micro_batch(preferred, choice, pairs)
     state = optimizer_state_bytes(base.model, config)
     bound = memory.step_peak_upper_bound(
-        base.model, base.config, longest, vocab_size=base.vocab_size, state=state
+        base.model, base.config, longest, vocab_size=base.vocab_size, optimizer_bytes=state
     )
     if not measure and bound is not None and BOUND_MARGIN * bound <= room.bytes:
         return MicroBatchFit(preferred, bound, room, is_bound=True)
@@ -175,7 +175,8 @@ def _check_fits(fitted: MicroBatchFit, longest: int) -> None:
     raise ConfigError(
         f"the longest pairs do not fit into memory, {_describe(config)} "
         f"({format_bytes(fitted.bytes)} needed, {format_bytes(fitted.room.bytes)} is "
-        f"{fitted.room.what}); use {', '.join(less)} or a smaller model, or go on with --force"
+        f"{fitted.room.description}); use {', '.join(less)} or a smaller model, "
+        "or go on with --force"
     )
 
 

@@ -14,7 +14,7 @@ from mlx_dpo.data.batching import steps_per_epoch
 from mlx_dpo.data.tokenization.cache import RowProgress
 from mlx_dpo.errors import ConfigError, TrainingError
 from mlx_dpo.losses.metrics import named, step_row
-from mlx_dpo.profiling.memory import limited_buffers
+from mlx_dpo.profiling.device_memory import limited_buffers
 from mlx_dpo.reporting.metrics_log import MetricsLog, read_metrics, timed
 from mlx_dpo.runs.auto_batch_size import choose_micro_batch_size
 from mlx_dpo.runs.build import (

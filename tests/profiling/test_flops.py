@@ -32,18 +32,18 @@ def adapted(num_layers=None):
 def test_a_block_is_its_matrices_and_the_head_its_table():
     assert adapted() == ModelFlops(
         linear=3 * BLOCK,
-        linear_reached=3 * BLOCK,
+        linear_backward=3 * BLOCK,
         adapters=3 * ADAPTERS,
         attention=3 * 8,
-        attention_reached=3 * 8,
+        attention_backward=3 * 8,
         head=80,
     )
 
 
 def test_gradients_end_at_the_first_adapter():
     work = adapted(num_layers=1)
-    assert (work.linear, work.linear_reached) == (3 * BLOCK, BLOCK)
-    assert (work.attention, work.attention_reached) == (24, 8)
+    assert (work.linear, work.linear_backward) == (3 * BLOCK, BLOCK)
+    assert (work.attention, work.attention_backward) == (24, 8)
     assert work.adapters == ADAPTERS
 
 
@@ -51,9 +51,9 @@ def test_weights_that_are_trained_themselves_are_no_adapters():
     model = llama.Model(llama.ModelArgs.from_dict(CONFIG))
     enable_full_fine_tuning(model, num_layers=1, target_modules=["mlp", "input_layernorm"])
     work = model_flops(model, CONFIG, vocab_size=10)
-    assert (work.adapters, work.tuned, work.linear_reached) == (0, 3 * 96, BLOCK)
-    tokens = TokenCounts(trunk=7, head=4, seen=25)
-    frozen = replace(work, tuned=0)
+    assert (work.adapters, work.trained_linear, work.linear_backward) == (0, 3 * 96, BLOCK)
+    tokens = TokenCounts(layer_tokens=7, head_tokens=4, attended_keys=25)
+    frozen = replace(work, trained_linear=0)
     assert work.forward(tokens) == frozen.forward(tokens)
     more = work.training(tokens, recompute=False) - frozen.training(tokens, recompute=False)
     assert more == 2 * 3 * 96 * 7
@@ -69,9 +69,9 @@ def test_a_token_meets_the_adapters_of_its_experts():
 
 def test_operations_of_a_pass_by_hand():
     work = ModelFlops(
-        linear=100, linear_reached=50, adapters=10, attention=8, attention_reached=4, head=30
+        linear=100, linear_backward=50, adapters=10, attention=8, attention_backward=4, head=30
     )
-    tokens = TokenCounts(trunk=7, head=4, seen=25)
+    tokens = TokenCounts(layer_tokens=7, head_tokens=4, attended_keys=25)
     forward = 2 * (100 + 10) * 7 + 4 * 8 * 25 + 2 * 30 * 4
     assert work.forward(tokens) == forward == 2580
     assert work.forward(tokens, adapted=False) == forward - 2 * 10 * 7

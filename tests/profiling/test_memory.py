@@ -69,7 +69,7 @@ def test_no_step_reaches_the_bound(recompute, target_modules):
     policy = llama.Model(llama.ModelArgs.from_dict(config))
     adapters.attach_adapters(policy, rank=8, scale=1.0, target_modules=target_modules)
     mx.eval(policy.parameters())
-    bound = step_peak_upper_bound(policy, config, PAIRS, vocab_size=VOCAB, state=0)
+    bound = step_peak_upper_bound(policy, config, PAIRS, vocab_size=VOCAB, optimizer_bytes=0)
     assert bound is not None
     assert peak_of_step(policy, recompute) < bound
 
@@ -77,7 +77,7 @@ def test_no_step_reaches_the_bound(recompute, target_modules):
 def test_a_model_with_a_state_of_its_own_has_no_bound():
     for kind, is_known in (("llama", True), ("mamba", False), ("qwen3_next", False)):
         bound = step_peak_upper_bound(
-            make(kind), {"num_attention_heads": 4}, PAIRS, vocab_size=48, state=0
+            make(kind), {"num_attention_heads": 4}, PAIRS, vocab_size=48, optimizer_bytes=0
         )
         assert (bound is not None) is is_known
 

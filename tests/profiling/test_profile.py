@@ -66,7 +66,7 @@ def test_a_part_says_what_the_whole_costs(policy, pairs, monkeypatch):
     drawn_out = profile_training_pass(policy, pairs, step(), memory=ROOM)
     monkeypatch.setattr(rehearsal, "sample_layers", rehearsal.all_layers)
     whole = profile_training_pass(policy, pairs, step(), memory=ROOM)
-    assert whole.blocks == drawn_out.blocks == 9
+    assert whole.num_layers == drawn_out.num_layers == 9
     assert drawn_out.bytes == pytest.approx(whole.bytes, rel=0.1)
 
 
@@ -76,15 +76,15 @@ def test_a_gradient_is_held_where_several_passes_make_a_step(policy, pairs, monk
     monkeypatch.setattr(rehearsal, "_profile_pass", lambda *_: measured)
     among = profile_training_pass(policy, pairs, step(accumulates=True), memory=ROOM)
     assert among.bytes - measured.bytes == trainable_bytes(policy)
-    assert (among.block, among.seconds) == (measured.block, measured.seconds)
+    assert (among.per_layer, among.seconds) == (measured.per_layer, measured.seconds)
 
 
 def test_only_what_has_adapters_is_counted(policy, pairs):
     every = profile_training_pass(policy, pairs, step(), memory=ROOM)
     with with_layers(policy, policy.layers[:6]):
         fewer = profile_training_pass(policy, pairs, step(), memory=ROOM)
-    assert (every.blocks, fewer.blocks) == (9, 6)
-    assert every.bytes - fewer.bytes == pytest.approx(3 * every.block.bytes, rel=0.2)
+    assert (every.num_layers, fewer.num_layers) == (9, 6)
+    assert every.bytes - fewer.bytes == pytest.approx(3 * every.per_layer.bytes, rel=0.2)
 
 
 def test_no_more_than_there_is_room_for_is_tried(policy, pairs):
@@ -97,9 +97,9 @@ def test_no_more_than_there_is_room_for_is_tried(policy, pairs):
 
     room = mx.get_active_memory() + 8_000_000
     found = profile_training_pass(policy, long, step(scorer=watching), memory=room)
-    assert max(lengths) == round(600 * found.share) < 600
+    assert max(lengths) == round(600 * found.text_share) < 600
     whole = profile_training_pass(policy, long, step(), memory=ROOM)
-    assert whole.share == 1
+    assert whole.text_share == 1
     assert whole.bytes > 8_000_000  # it would indeed not have fitted
     assert found.bytes == pytest.approx(whole.bytes, rel=0.5)
 
@@ -113,7 +113,7 @@ def test_a_model_that_does_not_run_on_a_part_is_run_whole(policy, pairs):
 
     policy.__class__ = Particular
     found = profile_training_pass(policy, pairs, step(), memory=ROOM)
-    assert found.blocks == 9
+    assert found.num_layers == 9
     assert found.bytes > 0
 
 

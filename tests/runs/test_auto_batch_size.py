@@ -10,7 +10,7 @@ import pytest
 from mlx_dpo import DPOTrainer
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.errors import ConfigError
-from mlx_dpo.profiling.memory import MemoryBudget
+from mlx_dpo.profiling.device_memory import MemoryBudget
 from mlx_dpo.runs.auto_batch_size import (
     candidate_settings,
     fit_micro_batch_size,

@@ -2,13 +2,13 @@
 
 import pytest
 
-from mlx_dpo.profiling.profile import (
-    PassProfile,
+from mlx_dpo.profiling.extrapolate import (
     ProfilePoint,
-    Usage,
+    extrapolate_seconds,
     fit_memory_curve,
     largest_that_fits,
 )
+from mlx_dpo.profiling.profile import PassProfile, Usage
 
 
 def sized(outside, block, pairs, tokens, blocks=10):
@@ -40,4 +40,13 @@ def test_a_cheaper_long_pass_makes_no_negative_growth():
 
 @pytest.mark.parametrize(("room", "most"), [(0, 0), (6, 0), (7, 1), (20, 2), (21, 3), (999, 9)])
 def test_the_largest_that_fits_is_found(room, most):
-    assert largest_that_fits(lambda n: 7 * n <= room, most=9) == most
+    assert largest_that_fits(lambda n: 7 * n <= room, limit=9) == most
+
+
+def test_time_is_a_line_through_two_passes():
+    # 2 s a pass, and 3 s for every 100 operations.
+    short, long = (100, 5.0), (400, 14.0)
+    assert extrapolate_seconds(short, long, passes=10, operations=2000) == pytest.approx(20 + 60)
+    # A long pass that seems no dearer, or a negative start, is noise: 14 s for 400, then.
+    for noisy in ((100, 14.5), (100, 0.5)):
+        assert extrapolate_seconds(noisy, long, passes=10, operations=2000) == pytest.approx(70)

@@ -1,11 +1,14 @@
 """How much memory there is, and what MLX is told to keep."""
 
+import subprocess
+import sys
+
 import mlx.core as mx
 import pytest
 
 from mlx_dpo.errors import ConfigError
-from mlx_dpo.profiling import memory as limits
-from mlx_dpo.profiling.memory import (
+from mlx_dpo.profiling import device_memory
+from mlx_dpo.profiling.device_memory import (
     RECOMMENDED_BYTES_KEY,
     available_memory,
     buffer_limits,
@@ -20,7 +23,7 @@ from mlx_dpo.profiling.memory import (
 )
 def test_a_mac_recommends_what_metal_reports_there(memory, mebibytes):
     assert mac_memory(memory).bytes == pytest.approx(mebibytes * 2**20, rel=1e-6)
-    assert memory in mac_memory(memory).what
+    assert memory in mac_memory(memory).description
 
 
 @pytest.mark.parametrize("memory", ["16", "0GB", "-8GB", "16 TB", "much", "1e3GB", ""])
@@ -50,14 +53,53 @@ def test_elsewhere_the_limits_of_mlx_stay(kind, info):
 
 
 def test_limits_hold_during_a_run_and_are_what_they_were_after_it(monkeypatch):
-    monkeypatch.setattr(limits, "device_kind", lambda: "metal")
-    monkeypatch.setattr(limits, "is_cpu", lambda: False)
+    monkeypatch.setattr(device_memory, "device_kind", lambda: "metal")
+    monkeypatch.setattr(device_memory, "is_cpu", lambda: False)
     monkeypatch.setattr(mx, "device_info", lambda device: {RECOMMENDED_BYTES_KEY: 80_000_000})
     before = mx.set_cache_limit(7_000_000)
     try:
-        with pytest.raises(KeyError), limits.limited_buffers():
+        with pytest.raises(KeyError), device_memory.limited_buffers():
             assert mx.set_cache_limit(20_000_000) == 20_000_000
             raise KeyError
         assert mx.set_cache_limit(7_000_000) == 7_000_000
     finally:
         mx.set_cache_limit(before)
+
+
+# Blocks above glibc's own threshold, freed one by one: without the setting each is mapped anew.
+PROGRAM = """
+import ctypes, resource, sys
+from mlx_dpo.profiling.device_memory import keep_freed_memory
+print(keep_freed_memory())
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+libc.memset.argtypes = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t
+libc.free.argtypes = (ctypes.c_void_p,)
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for size in range(20, 30):
+        blocks = [libc.malloc(size << 20) for _ in range(2)]
+        for block in blocks:
+            libc.memset(block, 1, size << 20)
+        for block in blocks:
+            libc.free(block)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(faults())
+"""
+
+
+def run(**env):
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True, env=env
+    )
+    kept, faults = done.stdout.split()
+    return kept, int(faults)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc")
+def test_freed_memory_is_handed_out_again():
+    kept, faults = run()
+    asked, others = run(MALLOC_TRIM_THRESHOLD_="131072", MALLOC_MMAP_THRESHOLD_="131072")
+    assert (kept, asked) == ("True", "False")
+    assert faults < others / 20

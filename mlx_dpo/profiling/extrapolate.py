@@ -1,0 +1,89 @@
+"""Extrapolation of memory and time from profiles of a long and a short pass."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from mlx_dpo.profiling.profile import PassProfile
+
+# A smaller quadratic share of a layer's memory than this is noise.
+QUADRATIC_THRESHOLD = 0.15
+
+
+@dataclass(frozen=True)
+class ProfilePoint:
+    """The profile of a pass over so many pairs of so many tokens each."""
+
+    profile: PassProfile
+    pairs: int
+    tokens: float  # per pair
+
+    @property
+    def layer_bytes_per_token(self) -> float:
+        """Memory that a layer saves per token."""
+        return self.profile.per_layer.bytes / (self.pairs * self.tokens)
+
+
+@dataclass(frozen=True)
+class MemoryCurve:
+    """Peak memory of a pass over m pairs of t tokens each, as a function of m and t:
+
+    fixed + per_token m t + num_layers m (linear t + quadratic t^2)
+    """
+
+    fixed: float
+    per_token: float
+    linear: float
+    quadratic: float
+    num_layers: int
+
+    def bytes(self, pairs: int, tokens: float) -> float:
+        """Return the peak memory of a pass, beyond weights and optimizer state."""
+        layer = self.linear * tokens + self.quadratic * tokens**2
+        return self.fixed + self.per_token * pairs * tokens + self.num_layers * pairs * layer
+
+
+def fit_memory_curve(long: ProfilePoint, short: ProfilePoint) -> MemoryCurve:
+    """Return the curve through both points, linear unless quadratic growth is evident."""
+    quadratic = 0.0
+    if long.tokens > short.tokens:
+        growth = long.layer_bytes_per_token - short.layer_bytes_per_token
+        quadratic = max(0.0, growth / (long.tokens - short.tokens))
+    if quadratic * long.tokens < QUADRATIC_THRESHOLD * long.layer_bytes_per_token:
+        quadratic = 0.0
+    more_tokens = long.pairs * long.tokens - short.pairs * short.tokens
+    more_bytes = long.profile.fixed.bytes - short.profile.fixed.bytes
+    per_token = max(0.0, more_bytes / more_tokens) if more_tokens > 0 else 0.0
+    return MemoryCurve(
+        fixed=long.profile.fixed.bytes - per_token * long.pairs * long.tokens,
+        per_token=per_token,
+        linear=long.layer_bytes_per_token - quadratic * long.tokens,
+        quadratic=quadratic,
+        num_layers=long.profile.num_layers,
+    )
+
+
+def largest_that_fits(fits: Callable[[int], bool], *, limit: int) -> int:
+    """Return the largest number up to `limit` that fits, 0 if not even 1 does."""
+    low, high = 0, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+TimedPass = tuple[int, float]  # operations and seconds
+
+
+def extrapolate_seconds(
+    short: TimedPass, long: TimedPass, *, passes: int, operations: int
+) -> float:
+    """Return the seconds of so many passes with so many operations in all.
+
+    Seconds of a pass are linear in its operations: a line through the two measured passes.
+    """
+    more = long[0] - short[0]
+    rate = (long[1] - short[1]) / more if more > 0 else 0.0
+    start = short[1] - rate * short[0]
+    if rate <= 0 or start < 0:  # noise: assume proportionality
+        rate, start = long[1] / long[0], 0.0
+    return start * passes + rate * operations
