@@ -273,7 +273,7 @@ class _RunEstimator:
         train_flops = partial(flops.training, recompute=bool(config.recompute))
         tokens = self._token_counts(lengths_only(train), passes.tokens.total)
         # Passes without gradients that score a step's pairs before it (GradCache, WPO).
-        extra_flops = config.passes_ahead * flops.forward(tokens, adapted=True)
+        extra_flops = config.extra_forward_passes * flops.forward(tokens, adapted=True)
         reference_flops = self._reference_flops(flops)
         measured = self._token_counts(reference_pairs, self._layer_tokens([reference_pairs]))
         flops_per_second = flops.forward(measured, adapted=False) / reference.seconds

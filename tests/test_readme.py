@@ -24,7 +24,7 @@ WORDS = [
 
 
 def test_the_table_of_settings_is_made_from_the_settings():
-    script = runpy.run_path(str(ROOT / "scripts" / "update_readme.py"))
+    script = runpy.run_path(str(ROOT / "scripts" / "tools" / "docs" / "settings_table.py"))
     assert script["with_table"](README) == README
 
 

@@ -47,7 +47,7 @@ class ChatSession:
         switch: AdapterSwitch | None = None,
     ) -> None:
         self.raw = raw or not tokenizer.has_chat_template
-        self.sampling = sampling.seeded()
+        self.sampling = sampling.with_seed()
         self.thinking, self.context = thinking, context
         self.system: str | None = None
         self.turns: list[Message] = []

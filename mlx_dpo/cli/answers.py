@@ -55,13 +55,13 @@ def sampling_flags(*, without: Sequence[str] = (), **defaults: Any) -> Callable[
         for f in reversed([f for f in fields(Sampling) if f.name not in without]):
             assert f.default is not MISSING
             default = defaults.get(f.name, f.default)
-            option = f.metadata["option"]
+            setting = f.metadata["setting"]
             command = click.option(
                 "--" + f.name.replace("_", "-"),
-                type=option.kind,
+                type=setting.type,
                 default=default,
                 show_default=default is not None,
-                help=option.help,
+                help=setting.help,
             )(command)
         return command
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_dpo.cli.train import SettingsCommand, read_settings, setting_flags, typed_settings
-from mlx_dpo.config.dpo_config import DPOConfig, options
+from mlx_dpo.config.dpo_config import DPOConfig, get_settings
 from mlx_dpo.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def data() -> None:
 
 def _flags(*names: str) -> Callable[[Command], Command]:
     """PAIRS, `--config`, and the flags of these settings."""
-    wanted = [options()[name][1] for name in names]
+    wanted = [get_settings()[name] for name in names]
 
     def decorate(command: Command) -> Command:
         command = setting_flags(lambda spec: spec in wanted)(command)

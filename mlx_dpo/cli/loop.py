@@ -9,7 +9,7 @@ from click.core import ParameterSource
 from mlx_dpo.cli import INTERRUPTED
 from mlx_dpo.cli.sampling_flags import judge_flags
 from mlx_dpo.cli.train import SettingsCommand, read_settings, setting_flags, typed_settings
-from mlx_dpo.config.dpo_config import DPOConfig, options
+from mlx_dpo.config.dpo_config import DPOConfig, get_settings
 from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.errors import ConfigError
 
@@ -55,7 +55,7 @@ def loop(
     mlx-dpo loop prompts.txt --model model --reward rewards.py:courtesy --output loop
     mlx-dpo loop prompts.txt --model model --judge mlx-community/Qwen3-8B-4bit --output loop
     """
-    training = {name: flags.pop(name) for name in list(flags) if name in options()}
+    training = {name: flags.pop(name) for name in list(flags) if name in get_settings()}
     config, settings = _resolve_settings(
         ctx, config_file, resume, training, flags | {"prompts": prompts}
     )

@@ -1,16 +1,14 @@
-"""`mlx-dpo losses`: what can be made small, with equations and sources."""
+"""`mlx-dpo losses`: the available losses, with equations and sources."""
 
 import json
 import textwrap
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from mlx_dpo.config.option import refuse_unknown
-from mlx_dpo.losses.catalogue import LEGEND, LOSS_KINDS
-
-if TYPE_CHECKING:
-    from mlx_dpo.losses.catalogue import LossKind
+from mlx_dpo.config.setting import check_known
+from mlx_dpo.losses.catalogue import LEGEND, LOSSES
+from mlx_dpo.losses.loss import Loss
 
 WIDTH = 100
 
@@ -21,50 +19,51 @@ WIDTH = 100
 def losses(name: str | None, as_json: bool) -> None:
     """List the losses that `train --loss-type` takes, or show the one called NAME.
 
-    Several are summed: `--loss-type sigmoid --loss-type sft`. The settings shown with a loss
-    are those that act on it, at the values that they have for it unless they are set.
+    Repeat the flag to sum several: `--loss-type sigmoid --loss-type sft`. The settings shown
+    with a loss are those that act on it, with their default values for this loss.
     """
     if name is not None:
-        refuse_unknown(name, LOSS_KINDS, "loss", see="`mlx-dpo losses` lists them")
-    shown = {n: kind for n, kind in LOSS_KINDS.items() if name in (None, n)}
+        check_known(name, LOSSES, "loss", hint="`mlx-dpo losses` lists them")
+    listed = [loss for loss in LOSSES.values() if name in (None, loss.name)]
     if as_json:
-        click.echo(json.dumps({n: as_dict(kind) for n, kind in shown.items()}, ensure_ascii=False))
+        found = {loss.name: to_dict(loss) for loss in listed}
+        click.echo(json.dumps(found, ensure_ascii=False))
         return
-    for kind in shown.values():
-        click.echo(click.style(kind.name, bold=True))
-        for line in lines(kind):
+    for loss in listed:
+        click.echo(click.style(loss.name, bold=True))
+        for line in describe(loss):
             click.echo(textwrap.fill(line, WIDTH, initial_indent="  ", subsequent_indent="    "))
     click.echo()
     click.echo(textwrap.fill(LEGEND, WIDTH))
 
 
-def lines(kind: "LossKind") -> list[str]:
-    """A loss in lines for a person."""
-    settings = ", ".join(f"{name} {value:g}" for name, value in kind.defaults.items())
-    acts = [
-        *(["margins of the data"] if kind.margins else []),
-        *(["f_divergence_type"] if kind.divergences else []),
+def describe(loss: Loss) -> list[str]:
+    """Return the lines that describe a loss in the terminal."""
+    settings = ", ".join(f"{name} {value:g}" for name, value in loss.defaults.items())
+    also = [
+        *(["margins of the data"] if loss.uses_margins else []),
+        *(["f_divergence_type"] if loss.uses_divergence else []),
     ]
     return [
-        kind.equation,
-        f"use: {kind.use}",
-        f"needs: {', '.join(kind.needs) or 'no reference'}",
-        f"settings: {settings or 'none'}" + (f"; also {', '.join(acts)}" if acts else ""),
-        f"source: {kind.source}",
+        loss.equation,
+        f"use: {loss.use}",
+        f"needs: {', '.join(loss.needs) or 'no reference'}",
+        f"settings: {settings or 'none'}" + (f"; also {', '.join(also)}" if also else ""),
+        f"source: {loss.source}",
     ]
 
 
-def as_dict(kind: "LossKind") -> dict[str, Any]:
-    """A loss as plain values."""
+def to_dict(loss: Loss) -> dict[str, Any]:
+    """Return a loss as plain values for `--json`."""
     return {
-        "equation": kind.equation,
-        "source": kind.source,
-        "use": kind.use,
-        "settings": dict(kind.defaults),
-        "needs_reference": kind.needs_reference,
-        "labelled": kind.labelled,
-        "couples": kind.couples,
-        "margins": kind.margins,
-        "f_divergence_type": kind.divergences,
-        "rewards": kind.rewards,
+        "equation": loss.equation,
+        "source": loss.source,
+        "use": loss.use,
+        "settings": dict(loss.defaults),
+        "needs_reference": loss.needs_reference,
+        "labelled": loss.labelled,
+        "couples": loss.uses_whole_batch,
+        "margins": loss.uses_margins,
+        "f_divergence_type": loss.uses_divergence,
+        "rewards": loss.reward,
     }

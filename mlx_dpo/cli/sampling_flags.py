@@ -33,8 +33,8 @@ def answer_flags(*, temperature: float, several: bool = False) -> Callable[[Comm
     def decorate(command: Command) -> Command:
         for f in reversed(fields(Sampling)):
             assert f.default is not MISSING
-            option, default = f.metadata["option"], f.default
-            help, many = option.help, False
+            setting, default = f.metadata["setting"], f.default
+            help, many = setting.help, False
             if f.name == "temperature":
                 default, many = temperature, several
                 if several:
@@ -43,7 +43,7 @@ def answer_flags(*, temperature: float, several: bool = False) -> Callable[[Comm
                 default, help = SEED, "Seed of the choice."
             command = click.option(
                 "--" + f.name.replace("_", "-"),
-                type=option.kind,
+                type=setting.type,
                 default=[default] if many else default,
                 multiple=many,
                 show_default=default is not None and not many,

@@ -8,9 +8,9 @@ from typing import Any
 import click
 import yaml
 
-from mlx_dpo.config.dpo_config import DPOConfig, options
-from mlx_dpo.config.option import Option, coerce
-from mlx_dpo.config.other_trainers import ELSEWHERE
+from mlx_dpo.config.dpo_config import DPOConfig, get_settings
+from mlx_dpo.config.other_trainers import EQUIVALENTS
+from mlx_dpo.config.setting import Setting, parse_value
 from mlx_dpo.errors import ConfigError, reason
 
 Command = Callable[..., Any]
@@ -34,7 +34,7 @@ class SettingsCommand(click.Command):
 
     def _here(self, flag: str) -> str | None:
         """What another trainer's flag is here, if this command has it."""
-        said = ELSEWHERE.get(flag.lstrip("-").replace("-", "_"), "")
+        said = EQUIVALENTS.get(flag.lstrip("-").replace("-", "_"), "")
         meant = {_flag_name(name) for name in re.findall(r"`(\w+)`", said)}
         known = {name for parameter in self.params for name in parameter.opts}
         here = re.sub(r"`(\w+)`", lambda found: _flag_name(found[1]), said)
@@ -42,26 +42,26 @@ class SettingsCommand(click.Command):
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write them; what is no setting comes first."""
-        known = options()
+        known = get_settings()
         sections: dict[str, list[tuple[str, str]]] = {"Options": []}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
             if record is not None and isinstance(parameter, click.Option):
                 setting = known.get(str(parameter.name))
-                title = setting[1].section if setting else "Options"
+                title = setting.section if setting else "Options"
                 sections.setdefault(title, []).append(record)
         for title, records in sections.items():
             with formatter.section(title):
                 formatter.write_dl(records)
 
 
-def setting_flags(wanted: Callable[[Option], bool]) -> Callable[[Command], Command]:
+def setting_flags(wanted: Callable[[Setting], bool]) -> Callable[[Command], Command]:
     """One flag for every setting of a run that is `wanted`, with its default and help."""
 
     def with_flags(command: Command) -> Command:
-        for name, (default, spec) in reversed(options().items()):
+        for name, spec in reversed(get_settings().items()):
             if name != "pairs" and wanted(spec):
-                command = _flag(name, default, spec)(command)
+                command = _flag(name, spec)(command)
         return command
 
     return with_flags
@@ -71,13 +71,14 @@ def _flag_name(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _flag(name: str, default: Any, spec: Option) -> Callable[..., Any]:
+def _flag(name: str, spec: Setting) -> Callable[..., Any]:
     flag = _flag_name(name)
+    default = spec.default
     show = default not in (None, (), "")
-    if spec.kind is bool:
+    if spec.type is bool:
         flag = f"{flag}/--no-{flag[2:]}"
         return click.option(flag, name, default=default, help=spec.help, show_default=show)
-    kind: Any = spec.kind
+    kind: Any = spec.type
     if spec.choices:
         kind = click.Choice([str(choice) for choice in spec.choices])
     return click.option(
@@ -85,10 +86,10 @@ def _flag(name: str, default: Any, spec: Option) -> Callable[..., Any]:
         name,
         type=kind,
         default=default,
-        multiple=spec.many,
+        multiple=spec.is_list,
         help=spec.help,
         show_default=show,
-        metavar=None if spec.choices or spec.kind is not str else "TEXT",
+        metavar=None if spec.choices or spec.type is not str else "TEXT",
     )
 
 
@@ -111,10 +112,10 @@ def read_settings(path: str) -> dict[str, Any]:
         raise ConfigError(
             f"{path}: expected lines of `setting: value`, found {type(values).__name__}"
         )
-    known = options()
+    known = get_settings()
     try:
         for name in (name for name in values if name in known):
-            coerce(name, values[name], known[name][1])
+            parse_value(name, values[name], known[name])
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     return values
@@ -151,10 +152,10 @@ def typed_settings(ctx: click.Context, flags: dict[str, Any]) -> dict[str, Any]:
 
 
 def _convert_choice(name: str, value: Any) -> Any:
-    spec = options()[name][1]
+    spec = get_settings()[name]
     if not spec.choices or value is None:
         return value
-    return tuple(map(spec.kind, value)) if spec.many else spec.kind(value)
+    return tuple(map(spec.type, value)) if spec.is_list else spec.type(value)
 
 
 def _recorded_settings(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from mlx_dpo.collect.sample import (
     make_answer_sampler,
 )
 from mlx_dpo.collect.session import TaskSampler
-from mlx_dpo.config.dpo_config import DPOConfig, options
+from mlx_dpo.config.dpo_config import DPOConfig, get_settings
 from mlx_dpo.config.model import LoRASettings
 from mlx_dpo.data.prompts import Prompt
 from mlx_dpo.errors import ConfigError
@@ -180,9 +180,9 @@ class IterativeDPO:
         if self.config.has_run_name:
             settings["run_name"] = f"{run_name(self.config)}-{here.folder.name}"
         if number > 1:
-            known = options()
+            known = get_settings()
             own = [f.name for f in fields(LoRASettings) if f.name not in ADAPTER_SETTINGS_KEPT]
-            settings |= {name: known[name][0] for name in own}
+            settings |= {name: known[name].default for name in own}
             settings["start_adapter"] = str(self.paths.round(number - 1).run.folder)
             if self.settings.reference == "base":
                 settings["reference_model"] = self.config.model

@@ -243,7 +243,7 @@ def _check_unchanged(
         if name not in CHANGEABLE_SETTINGS and now["loop"].get(name) != value:
             raise _changed_error(paths, name, value, now["loop"].get(name))
     before = DPOConfig.from_dict(earlier["settings"])
-    if (name := before.differing(config)) is not None:
+    if (name := before.find_difference(config)) is not None:
         raise _changed_error(paths, name, getattr(before, name), getattr(config, name))
     for name, content in earlier["contents"].items():
         if now["contents"].get(name) != content:

@@ -1,8 +1,8 @@
-"""Which pairs it is trained on, and how they become tokens."""
+"""Settings of the dataset and its tokenization."""
 
 from dataclasses import dataclass
 
-from mlx_dpo.config.option import option
+from mlx_dpo.config.setting import NoEffect, setting
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.schemas import SCHEMAS
 
@@ -11,77 +11,80 @@ DATA = "Pairs"
 
 @dataclass(frozen=True, kw_only=True)
 class PairSettings:
-    """Which pairs it is trained on, and how they become tokens."""
+    """Settings of the dataset and its tokenization."""
 
-    pairs: tuple[str, ...] = option(
+    pairs: tuple[str, ...] = setting(
         (), "Preference pairs: files, folders, Hub datasets (`org/name[:config][@revision]`), `-`.",
-        str, DATA, path=True, many=True,
+        str, DATA, is_path=True, is_list=True,
     )  # fmt: skip
-    mix: tuple[float, ...] = option(
-        (), "How often an epoch uses the pairs of each source, in their order; 0.5: half of them.",
-        float, DATA, many=True, low=0, open_low=True,
+    mix: tuple[float, ...] = setting(
+        (), "Weight of each source, in their order: 2 uses its pairs twice an epoch, 0.5 half.",
+        float, DATA, is_list=True, minimum=0, exclusive_minimum=True,
     )  # fmt: skip
-    split: str | None = option(
+    split: str | None = setting(
         None, "Split of folders and Hub datasets to train on. [default: train]", str, DATA
     )
-    valid: str | None = option(
+    valid: str | None = setting(
         None, "Held-out pairs: a file, or the held-out split of a folder or Hub dataset.",
-        str, DATA, path=True,
+        str, DATA, is_path=True,
     )  # fmt: skip
-    valid_fraction: float | None = option(
+    valid_fraction: float | None = setting(
         None,
-        "Share of the pairs to hold out where none are given. [default: 0.05]",
+        "Fraction of the pairs to hold out if `valid` is not set. [default: 0.05]",
         float,
         DATA,
-        low=0,
-        high=1,
-        open_high=True,
+        minimum=0,
+        maximum=1,
+        exclusive_maximum=True,
     )
-    schema: str | None = option(
-        None, "Read rows as this kind. [default: by their shape]", str, DATA, choices=tuple(SCHEMAS)
+    schema: str | None = setting(
+        None, "Dataset schema of the rows. [default: detected]", str, DATA, choices=tuple(SCHEMAS)
     )
-    column: tuple[str, ...] = option(
-        (), "NAME=COLUMN: where a field is; dots reach into objects (`prompt=input.question`).",
-        str, DATA, many=True,
+    column: tuple[str, ...] = setting(
+        (), "NAME=COLUMN: column of a field; dots reach into objects (`prompt=input.question`).",
+        str, DATA, is_list=True,
     )  # fmt: skip
-    ranked: str | None = option(
-        None, "Which pairs a list of rated completions makes. [default: best_worst]",
+    ranked: str | None = setting(
+        None, "Pairs to make from a list of rated completions. [default: best_worst]",
         str, DATA, choices=("best_worst", "all", "adjacent"),
     )  # fmt: skip
-    pair_labelled: bool = option(
-        False, "Pair good with bad labelled answers to the same prompt.", bool, DATA
+    pair_labelled: bool = setting(
+        False, "Make pairs of good and bad labelled answers to the same prompt.", bool, DATA
     )
-    system: str | None = option(None, "A system turn for conversations that have none.", str, DATA)
-    margin_column: str | None = option(
-        None, "Field that says by how much chosen is better; its reward is to lead by that much.",
+    system: str | None = setting(
+        None, "System message for conversations that have none.", str, DATA
+    )
+    margin_column: str | None = setting(
+        None, "Column with the target reward margin of each pair (ODPO).",
         str, DATA,
     )  # fmt: skip
-    weight_column: str | None = option(
-        None, "Field that says how much a row counts; 1 is as without.", str, DATA
+    weight_column: str | None = setting(
+        None, "Column with the weight of each row in the loss; 1 is neutral.", str, DATA
     )
-    chat_template: str = option(
+    chat_template: str = setting(
         "auto",
-        "`chat`: strings become a user and an assistant turn, dialogues with marks their turns; "
-        "`text`: they stay text, and special tokens in it act; `auto`: chat where the model has a "
-        "template, but for other whole texts.",
+        "`chat`: strings become a user and an assistant turn, HH-RLHF dialogues their turns; "
+        "`text`: strings stay text, and special tokens in them take effect; `auto`: chat if the "
+        "model has a template, except for other whole texts.",
         str,
         DATA,
         choices=("auto", "chat", "text"),
     )
-    thinking: bool | None = option(
+    thinking: bool | None = setting(
         None, "Turn a template's thinking mode on or off. [default: off]", bool, DATA
     )
-    max_length: int = option(1024, "Longest prompt + completion, in tokens.", int, DATA, low=2)
-    truncation: str = option(
+    max_length: int = setting(1024, "Longest prompt + completion, in tokens.", int, DATA, minimum=2)
+    truncation: str = setting(
         "keep_start",
-        "What gives way in longer rows: completion's end, prompt's first turns, or the pair.",
+        "How to shorten long rows: cut the completion's end, cut the prompt's start, or drop the "
+        "pair.",
         str,
         DATA,
         choices=("keep_start", "keep_end", "drop"),
     )
-    bad_pairs: str = option(
+    bad_pairs: str = setting(
         "error",
-        "What to do with an empty completion, chosen equal to rejected and the like.",
+        "What to do with unusable pairs: an empty completion, chosen equal to rejected and so on.",
         str,
         DATA,
         choices=("error", "drop"),
@@ -89,38 +92,59 @@ class PairSettings:
 
     @property
     def columns(self) -> dict[str, str]:
-        """The names that fields are read by, and the columns that hold them.
+        """Column of each field, by field name.
 
         Raises:
-            ConfigError: one is not written NAME=COLUMN, or a name stands there twice.
+            ConfigError: an item is not NAME=COLUMN, or a name appears twice.
         """
-        found: dict[str, str] = {}
+        columns: dict[str, str] = {}
         for text in self.column:
             name, equals, column = text.partition("=")
-            if not (name and equals and column) or name in found:
+            if not (name and equals and column) or name in columns:
                 raise ConfigError(f"`column` must be NAME=COLUMN, each name once, got {text!r}")
-            found[name] = column
-        return found
+            columns[name] = column
+        return columns
 
-    def refuse_idle_pair_settings(self, *, labelled: bool) -> None:
-        """Settings of rows that others leave nothing to do; `labelled` if the loss wants labels.
 
-        Raises:
-            ConfigError: names the setting.
-        """
-        if any(name == column for name, column in self.columns.items()):
-            raise ConfigError("`column` has no effect where both names are the same")
-        if self.mix and self.pairs and len(self.mix) != len(self.pairs):
-            raise ConfigError(f"`mix` has {len(self.mix)} weights for {len(self.pairs)} sources")
-        if self.mix and set(self.mix) == {1.0}:
-            raise ConfigError("`mix` has no effect with weights of 1: every pair is used once")
-        if self.system is not None and (self.chat_template == "text" or not self.system.strip()):
-            raise ConfigError("`system` has no effect if it is empty or `chat_template` is text")
-        if self.pair_labelled:
-            idle = {"margin_column": self.margin_column, "weight_column": self.weight_column}
-            named = [name for name, value in idle.items() if value is not None]
-            if labelled or named:
-                what = f"`{named[0]}`" if named else "a `loss_type` that takes labels itself"
-                raise ConfigError(f"`pair_labelled` cannot go with {what}")
-        elif self.schema == "labelled" and not labelled:
-            raise ConfigError("`schema` labelled needs --loss-type kto, or --pair-labelled")
+DATA_NO_EFFECT: tuple[NoEffect[PairSettings], ...] = (
+    NoEffect(("valid_fraction",), lambda s: s.valid is not None, "beside `valid`"),
+    NoEffect(
+        ("column",),
+        lambda s: any(name == column for name, column in s.columns.items()),
+        "where both names are the same",
+    ),
+    NoEffect(
+        ("mix",),
+        lambda s: set(s.mix) == {1.0},
+        "with weights of 1: every pair is used once",
+    ),
+    NoEffect(
+        ("system",),
+        lambda s: s.chat_template == "text" or not (s.system or "").strip(),
+        "if it is empty or `chat_template` is text",
+    ),
+)
+
+
+def check_pair_settings(settings: PairSettings, *, labelled: bool) -> None:
+    """Raise `ConfigError` for settings that contradict each other.
+
+    Args:
+        settings: The settings of a run.
+        labelled: Whether the loss takes labelled examples instead of pairs.
+    """
+    if settings.mix and settings.pairs and len(settings.mix) != len(settings.pairs):
+        raise ConfigError(
+            f"`mix` has {len(settings.mix)} weights for {len(settings.pairs)} sources"
+        )
+    if settings.pair_labelled:
+        unfit = {
+            "a `loss_type` that takes labels itself": labelled,
+            "`margin_column`": settings.margin_column is not None,
+            "`weight_column`": settings.weight_column is not None,
+        }
+        for reason, is_unfit in unfit.items():
+            if is_unfit:
+                raise ConfigError(f"`pair_labelled` cannot go with {reason}")
+    elif settings.schema == "labelled" and not labelled:
+        raise ConfigError("`schema` labelled needs --loss-type kto, or --pair-labelled")

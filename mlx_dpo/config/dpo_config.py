@@ -1,32 +1,51 @@
-"""A training run as one object: every setting with its default, checked against the others.
+"""`DPOConfig`: all settings of a training run, checked against each other.
 
-The settings are declared once, in `settings/`; the command line, the YAML file, `run.json` and
-the table in the README are made from there. Names are TRL's where it has the thing, else
-mlx-lm's.
+Every setting is declared once, in one of the modules of `config/`; flags, YAML keys, `run.json`
+and the table in the README are made from the declarations. Names are TRL's if TRL has the
+setting, else mlx-lm's.
 """
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from mlx_dpo.config.data import PairSettings
-from mlx_dpo.config.loss import LossSettings
-from mlx_dpo.config.model import LoRASettings, ModelSettings, ReferenceSettings
-from mlx_dpo.config.optimizer import OptimizerSettings
-from mlx_dpo.config.option import Option, coerce, refuse_unknown
-from mlx_dpo.config.other_trainers import ELSEWHERE
+from mlx_dpo.config.data import DATA_NO_EFFECT, PairSettings, check_pair_settings
+from mlx_dpo.config.loss import LOSS_NO_EFFECT, LossSettings, check_losses
+from mlx_dpo.config.model import (
+    LORA_NO_EFFECT,
+    MODEL_NO_EFFECT,
+    REFERENCE_NO_EFFECT,
+    LoRASettings,
+    ModelSettings,
+    ReferenceSettings,
+    check_reference_settings,
+)
+from mlx_dpo.config.optimizer import (
+    OPTIMIZER_NO_EFFECT,
+    OptimizerSettings,
+    check_optimizer_settings,
+)
+from mlx_dpo.config.other_trainers import EQUIVALENTS
+from mlx_dpo.config.setting import NoEffect, Setting, check_effects, check_known, parse_value
 from mlx_dpo.config.training import (
+    EVALUATION_NO_EFFECT,
+    REPORTING_NO_EFFECT,
+    TRAINING_NO_EFFECT,
     EvaluationSettings,
     PassLimit,
     ReportingSettings,
     RunSettings,
     TrainingSettings,
+    check_batch_sizes,
+    check_reporting_settings,
 )
 from mlx_dpo.errors import ConfigError
-from mlx_dpo.losses.catalogue import LOSS_KINDS
+from mlx_dpo.losses.catalogue import LOSSES
 
-# What names places of one machine, or is nobody else's business.
-OWN = frozenset({"pairs", "valid", "model", "revision", "reference_model", "system", "mix"})
+# Settings that name places of this machine or are private.
+PRIVATE_SETTINGS = frozenset(
+    {"pairs", "valid", "model", "revision", "reference_model", "system", "mix"}
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,135 +61,151 @@ class DPOConfig(  # fields come in the order of the bases, last one first
     PairSettings,
     ModelSettings,
 ):
-    """A training run: what is trained, on which pairs, how, and where it goes."""
+    """All settings of a training run."""
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            value = coerce(f.name, getattr(self, f.name), f.metadata["option"])
+            value = parse_value(f.name, getattr(self, f.name), f.metadata["setting"])
             object.__setattr__(self, f.name, value)
-        self._refuse_settings_without_effect()
+        check_losses(self)
+        check_effects(self, NO_EFFECT)
+        check_reference_settings(self)
+        check_pair_settings(self, labelled=self.labelled)
+        check_optimizer_settings(self)
+        check_batch_sizes(self)
+        check_reporting_settings(self)
+        self._check_combinations()
 
-    def _refuse_settings_without_effect(self) -> None:
-        if self.group_size is not None and self.bits is None:
-            raise ConfigError("`group_size` has no effect without `bits`")
-        if self.valid_fraction is not None and self.valid is not None:
-            raise ConfigError("`valid_fraction` has no effect beside `valid`")
-        self.refuse_idle_losses()
-        self.refuse_idle_adapter_settings()
-        self.refuse_idle_reference_settings(
-            needed=self.needs_reference, watched=self.metric_for_best_model is not None
-        )
-        self._refuse_idle_columns()
-        self.refuse_idle_pair_settings(labelled=self.labelled)
-        self.refuse_idle_optimizer_settings()
-        self.refuse_idle_evaluation_settings()
-        self.refuse_idle_reporting_settings()
-        if self.epochs is not None and self.max_steps is not None:
-            raise ConfigError("`epochs` has no effect beside `max_steps`")
-        if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
+    def _check_combinations(self) -> None:
+        losses = ", ".join(self.loss_type)
+        if self.weight_column is not None and self.uses_whole_batch and not self.labelled:
             raise ConfigError(
-                f"`micro_batch_size` {self.micro_batch_size} is above `batch_size` "
-                f"{self.batch_size}"
-            )
-        if self.max_tokens is not None:
-            self._refuse_idle_max_tokens(self.max_tokens)
-
-    def _refuse_idle_columns(self) -> None:
-        if self.margin_column is not None and not any(kind.margins for kind in self.loss_kinds):
-            those = ", ".join(f"`{k.name}`" for k in LOSS_KINDS.values() if k.margins)
-            raise ConfigError(
-                f"`margin_column` has no effect with loss_type {', '.join(self.loss_type)}; "
-                f"it acts on {those}"
-            )
-        if self.weight_column is not None and self.couples and not self.labelled:
-            raise ConfigError(
-                f"`weight_column` is not defined for loss_type {', '.join(self.loss_type)}, whose "
-                "terms are of several pairs"
+                f"`weight_column` is not defined for loss_type {losses}, whose terms are of "
+                "several pairs"
             )
         if self.labelled and self.batch_size < 2:
             raise ConfigError(
-                f"`batch_size` must be at least 2 with loss_type `{self.loss_type[0]}`, which "
-                "compares the rows of a step with each other, got 1"
+                f"`batch_size` must be at least 2 with loss_type `{losses}`, which compares the "
+                "rows of a step with each other, got 1"
             )
-
-    def _refuse_idle_max_tokens(self, tokens: int) -> None:
-        pairs = self.micro_batch_size or self.batch_size
-        if pairs == 1:
-            raise ConfigError("`max_tokens` has no effect with one pair per pass: none is cut")
-        # Two whole rows a pair, padded as `preferences.batches` does at most.
-        most = 2 * pairs * (self.max_length + self.max_length // 8 + 7)
-        if self.micro_batch_size is not None and tokens >= most:
+        if self.sync_ref_model and self.metric_for_best_model is not None:
             raise ConfigError(
-                f"`max_tokens` {tokens} has no effect beside `micro_batch_size` {pairs} and "
-                f"`max_length` {self.max_length}: a pass never has more than {most}"
+                "`metric_for_best_model` compares evaluations, and `sync_ref_model` changes their "
+                "reference; leave one of them out"
             )
 
     @property
+    def _most_tokens_per_pass(self) -> int:
+        """Tokens of a full pass: two rows per pair, padded as `data.batching` does at most."""
+        pairs = self.micro_batch_size or self.batch_size
+        return 2 * pairs * (self.max_length + self.max_length // 8 + 7)
+
+    @property
     def pass_limit(self) -> PassLimit:
-        """The most that one pass of training holds."""
+        """Upper bounds of one forward pass of training."""
         if self.micro_batch_size is None and self.max_tokens is not None:
             return PassLimit(tokens=self.max_tokens)
         return PassLimit(min(self.micro_batch_size or 2, self.batch_size), self.max_tokens)
 
     @property
     def unit(self) -> str:
-        """What is trained on, in the plural: pairs, or answers that were judged one by one."""
+        """Noun for the training examples, in the plural: pairs, or labelled answers."""
         return "answers" if self.labelled else "pairs"
 
     @property
-    def passes_ahead(self) -> int:
-        """How often a step's pairs are scored without gradients before they are with them."""
-        return self.couples + self.use_weighting + self.sync_ref_model
+    def extra_forward_passes(self) -> int:
+        """Number of forward passes per step without gradients, before the one with gradients."""
+        return self.uses_whole_batch + self.use_weighting + self.sync_ref_model
 
     @property
-    def held_out_share(self) -> float:
-        """Share of the training pairs to hold out."""
+    def held_out_fraction(self) -> float:
+        """Fraction of the training pairs to hold out."""
         if self.valid is not None:
             return 0.0
         return 0.05 if self.valid_fraction is None else self.valid_fraction
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "DPOConfig":
-        """Build from parsed keys; ConfigError names one that is unknown or has an unfit value."""
+        """Return the settings of a parsed file.
+
+        Raises:
+            ConfigError: a key is unknown, or its value is not valid.
+        """
         known = [f.name for f in fields(cls)]
         for name in values:
-            if name in ELSEWHERE:
-                raise ConfigError(f"unknown setting `{name}`; use {ELSEWHERE[name]}")
-            refuse_unknown(str(name), known, "setting")
+            if name in EQUIVALENTS:
+                raise ConfigError(f"unknown setting `{name}`; use {EQUIVALENTS[name]}")
+            check_known(str(name), known, "setting")
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for `run.json`; `from_dict` takes them back."""
+        """Return plain values for `run.json`; `from_dict` is the inverse."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
-    def shareable(self) -> dict[str, Any]:
-        """What was set that changes the result, but for what is of this machine alone."""
+    def get_public_settings(self) -> dict[str, Any]:
+        """Return the non-default settings that change the result and are not private."""
+        values = self.to_dict()
         return {
-            name: value
-            for name, value in self.to_dict().items()
-            if (known := options()[name])[1].changes_result
-            and not (known[1].path or name in OWN)
-            and getattr(self, name) != known[0]
+            name: values[name]
+            for name, setting in get_settings().items()
+            if setting.changes_result
+            and not (setting.is_path or name in PRIVATE_SETTINGS)
+            and getattr(self, name) != setting.default
         }
 
-    def withheld(self) -> list[str]:
-        """Names of the settings that were made, but that no path, and are not `shareable`."""
-        known = options()
+    def list_private_settings(self) -> list[str]:
+        """Return the names of the private settings that are set; paths are left out."""
         return [
             name
-            for name in known
-            if name in OWN and not known[name][1].path and getattr(self, name) != known[name][0]
+            for name, setting in get_settings().items()
+            if name in PRIVATE_SETTINGS
+            and not setting.is_path
+            and getattr(self, name) != setting.default
         ]
 
-    def differing(self, other: "DPOConfig") -> str | None:
-        """The first setting that would change the result and differs from `other`."""
-        for f in fields(self):
-            same = getattr(self, f.name) == getattr(other, f.name)
-            if (f.metadata["option"].changes_result or f.name in self.decided_by) and not same:
-                return f.name
+    def find_difference(self, other: "DPOConfig") -> str | None:
+        """Return the first setting that differs from `other` and changes the result, or None."""
+        for name, setting in get_settings().items():
+            changes_result = setting.changes_result or name in self.decided_by
+            if changes_result and getattr(self, name) != getattr(other, name):
+                return name
         return None
 
 
-def options() -> dict[str, tuple[Any, Option]]:
-    """Every setting by name, with its default and what it is."""
-    return {f.name: (f.default, f.metadata["option"]) for f in fields(DPOConfig)}
+def get_settings() -> dict[str, Setting]:
+    """Return all settings by name, in the order of the sections."""
+    return {f.name: f.metadata["setting"] for f in fields(DPOConfig)}
+
+
+NO_EFFECT: tuple[NoEffect[DPOConfig], ...] = (
+    *MODEL_NO_EFFECT,
+    *DATA_NO_EFFECT,
+    *LOSS_NO_EFFECT,
+    *LORA_NO_EFFECT,
+    *REFERENCE_NO_EFFECT,
+    *OPTIMIZER_NO_EFFECT,
+    *TRAINING_NO_EFFECT,
+    *EVALUATION_NO_EFFECT,
+    *REPORTING_NO_EFFECT,
+    NoEffect(
+        ("reference_model", "sync_ref_model"),
+        lambda s: not s.needs_reference,
+        lambda s: f"with the reference-free loss_type {', '.join(s.loss_type)}",
+    ),
+    NoEffect(
+        ("margin_column",),
+        lambda s: not any(loss.uses_margins for loss in s.losses),
+        lambda s: (
+            f"with loss_type {', '.join(s.loss_type)}; it acts on "
+            + ", ".join(f"`{loss.name}`" for loss in LOSSES.values() if loss.uses_margins)
+        ),
+    ),
+    NoEffect(
+        ("max_tokens",),
+        lambda s: s.micro_batch_size is not None and (s.max_tokens or 0) >= s._most_tokens_per_pass,
+        lambda s: (
+            f"beside `micro_batch_size` {s.micro_batch_size} and `max_length` {s.max_length}: a "
+            f"pass never has more than {s._most_tokens_per_pass} tokens"
+        ),
+    ),
+)

@@ -1,222 +1,243 @@
-"""What is made small, and which settings act on it."""
+"""Settings of the loss: names, weights and hyper-parameters."""
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from types import SimpleNamespace
 
-from mlx_dpo.config.option import option, refuse_unknown
+from mlx_dpo.config.setting import NoEffect, check_known, is_set, setting
 from mlx_dpo.errors import ConfigError
-from mlx_dpo.losses.catalogue import LOSS_KINDS, LossKind, Reward
+from mlx_dpo.losses.catalogue import LOSSES
+from mlx_dpo.losses.divergences import DIVERGENCES
+from mlx_dpo.losses.loss import Loss, RewardKind
 
 LOSS = "Loss"
-DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
-SMOOTHED = ("cdpo", "robust", "exo_pair")  # nothing, or another loss, without label smoothing
+SMOOTHED = ("cdpo", "robust", "exo_pair")  # undefined or another loss without label smoothing
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossSettings:
-    """What is made small. None: as the loss has it, see `settings.loss_kinds`."""
+    """Settings of the loss. A hyper-parameter that is None has the default of each loss."""
 
-    loss_type: tuple[str, ...] = option(
-        ("sigmoid",), "What is made small, as `mlx-dpo losses` lists it; repeat it for a sum.",
-        str, LOSS, many=True,
+    loss_type: tuple[str, ...] = setting(
+        ("sigmoid",), "Loss function (see `mlx-dpo losses`); repeat to sum several.",
+        str, LOSS, is_list=True,
     )  # fmt: skip
-    loss_weights: tuple[float, ...] = option(
+    loss_weights: tuple[float, ...] = setting(
         (), "Weights of the losses in a sum, in their order. [default: 1 each]", float, LOSS,
-        many=True, low=0, open_low=True,
+        is_list=True, minimum=0, exclusive_minimum=True,
     )  # fmt: skip
-    beta: float | None = option(
-        None, "Pull back to the reference; higher stays closer. [default: 0.1; by loss]",
-        float, LOSS, low=0, open_low=True,
+    beta: float | None = setting(
+        None,
+        "KL strength β; higher keeps the model closer to the reference. [default: 0.1; by loss]",
+        float, LOSS, minimum=0, exclusive_minimum=True,
     )  # fmt: skip
-    label_smoothing: float | None = option(
-        None, "Share of labels taken to be flipped. [default: by loss]",
-        float, LOSS, low=0, high=0.5, open_high=True,
+    label_smoothing: float | None = setting(
+        None, "Assumed fraction of flipped labels. [default: by loss]",
+        float, LOSS, minimum=0, maximum=0.5, exclusive_maximum=True,
     )  # fmt: skip
-    discopop_tau: float | None = option(
-        None, "Temperature at which discopop's two parts are mixed. [default: 0.05]",
-        float, LOSS, low=0, high=1, open_low=True,
+    discopop_tau: float | None = setting(
+        None, "Temperature τ of DiscoPOP's mixture. [default: 0.05]",
+        float, LOSS, minimum=0, maximum=1, exclusive_minimum=True,
     )  # fmt: skip
-    dpop_lambda: float | None = option(
-        None, "How much dpop minds that chosen gets less likely. [default: 50]",
-        float, LOSS, low=0, open_low=True,
+    dpop_lambda: float | None = setting(
+        None, "DPOP penalty weight λ. [default: 50]",
+        float, LOSS, minimum=0, exclusive_minimum=True,
     )  # fmt: skip
-    simpo_gamma: float | None = option(
-        None, "Margin that simpo wants, in units of the reward. [default: 0.5]",
-        float, LOSS, low=0,
+    simpo_gamma: float | None = setting(
+        None, "SimPO's target reward margin γ. [default: 0.5]",
+        float, LOSS, minimum=0,
     )  # fmt: skip
-    cpo_alpha: float | None = option(
-        None, "Weight of the likelihood of chosen in cpo. [default: 1]", float, LOSS, low=0
+    cpo_alpha: float | None = setting(
+        None, "Weight of the SFT term in CPO. [default: 1]", float, LOSS, minimum=0
     )
-    desirable_weight: float | None = option(
-        None, "Weight of kto's desirable rows. [default: 1]", float, LOSS, low=0, open_low=True
+    desirable_weight: float | None = setting(
+        None,
+        "KTO weight of desirable rows. [default: 1]",
+        float,
+        LOSS,
+        minimum=0,
+        exclusive_minimum=True,
     )
-    undesirable_weight: float | None = option(
-        None, "Weight of kto's undesirable rows. [default: 1]", float, LOSS, low=0, open_low=True
+    undesirable_weight: float | None = setting(
+        None,
+        "KTO weight of undesirable rows. [default: 1]",
+        float,
+        LOSS,
+        minimum=0,
+        exclusive_minimum=True,
     )
-    f_divergence_type: str | None = option(
-        None, "What keeps the policy near the reference. [default: reverse_kl]", str, LOSS,
+    f_divergence_type: str | None = setting(
+        None, "f-divergence used as regulariser. [default: reverse_kl]", str, LOSS,
         choices=DIVERGENCES,
     )  # fmt: skip
-    f_alpha_divergence_coef: float | None = option(
-        None, "Of alpha_divergence, between forward (0) and reverse KL (1). [default: 0.5]",
-        float, LOSS, low=0, high=1, open_high=True,
+    f_alpha_divergence_coef: float | None = setting(
+        None, "α of `alpha_divergence`: 0 = forward KL, 1 = reverse KL. [default: 0.5]",
+        float, LOSS, minimum=0, maximum=1, exclusive_maximum=True,
     )  # fmt: skip
-    ld_alpha: float | None = option(
+    ld_alpha: float | None = setting(
         None, "Weight of tokens beyond the length of the shorter completion (LD-DPO). [default: 1]",
-        float, LOSS, low=0, high=1, open_high=True,
+        float, LOSS, minimum=0, maximum=1, exclusive_maximum=True,
     )  # fmt: skip
-    use_weighting: bool = option(
-        False, "Weigh pairs by how likely the policy is to write them (WPO): one more pass a step.",
+    use_weighting: bool = setting(
+        False,
+        "Weight pairs by their probability under the policy (WPO); one more forward pass per step.",
         bool, LOSS,
     )  # fmt: skip
 
     @property
-    def loss_kinds(self) -> tuple[LossKind, ...]:
-        """What is known of each loss of the sum."""
-        return tuple(LOSS_KINDS[name] for name in self.loss_type)
+    def losses(self) -> tuple[Loss, ...]:
+        """Catalogue entries of the summed losses."""
+        return tuple(LOSSES[name] for name in self.loss_type)
 
     @property
     def weights_of_losses(self) -> tuple[float, ...]:
-        """One for each loss."""
+        """Weight of each loss in the sum."""
         return self.loss_weights or (1.0,) * len(self.loss_type)
 
     @property
-    def loss_beta(self) -> float:
-        """That of all losses: unless set, what the first that reads it has."""
+    def common_beta(self) -> float:
+        """Beta of all losses of the sum: as set, else the default of the first that reads it."""
         if self.beta is not None:
             return self.beta
-        known = [kind.defaults["beta"] for kind in self.loss_kinds if "beta" in kind.defaults]
-        return known[0] if known else 0.1
+        defaults = [loss.defaults["beta"] for loss in self.losses if "beta" in loss.defaults]
+        return defaults[0] if defaults else 0.1
 
     @property
-    def rewarded(self) -> Reward:
-        """What rewards are beta times of: as the first loss implies that implies any."""
-        kinds = [kind.rewards for kind in self.loss_kinds if kind.rewards]
-        return kinds[0] if kinds else "log-probability"
+    def reward_kind(self) -> RewardKind:
+        """Quantity that the rewards are beta times of, by the first loss that implies one."""
+        implied = [loss.reward for loss in self.losses if loss.reward]
+        return implied[0] if implied else "log-probability"
 
     @property
-    def alpha_of_divergence(self) -> float:
-        """Where between forward KL (0) and reverse KL (1) `alpha_divergence` lies."""
+    def divergence_alpha(self) -> float:
+        """Alpha of `alpha_divergence`, between forward KL (0) and reverse KL (1)."""
         return 0.5 if self.f_alpha_divergence_coef is None else self.f_alpha_divergence_coef
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the reference's log-probabilities matter to a loss."""
-        return any(kind.needs_reference for kind in self.loss_kinds)
+        """Whether one of the losses needs the reference's log-probabilities."""
+        return any(loss.needs_reference for loss in self.losses)
 
     @property
-    def couples(self) -> bool:
-        """Whether a pair's loss depends on the other pairs of its step."""
-        return any(kind.couples for kind in self.loss_kinds)
+    def uses_whole_batch(self) -> bool:
+        """Whether the loss of a pair depends on the other pairs of its step."""
+        return any(loss.uses_whole_batch for loss in self.losses)
 
     @property
     def labelled(self) -> bool:
-        """Whether single judged completions are taken in place of pairs."""
-        return any(kind.labelled for kind in self.loss_kinds)
+        """Whether the loss takes unpaired labelled examples instead of pairs."""
+        return any(loss.labelled for loss in self.losses)
 
-    def read_by(self, kind: LossKind, name: str) -> float:
-        """The value of a setting for one loss: as it is set, or as the loss has it."""
-        if name == "beta":
-            return self.loss_beta
-        value = getattr(self, name)
-        return kind.defaults[name] if value is None else float(value)
+    def get_hyperparameters(self, loss: Loss) -> SimpleNamespace:
+        """Return the hyper-parameters that the loss reads: as set, else its own defaults."""
+        values = {
+            name: float(getattr(self, name)) if is_set(self, name) else default
+            for name, default in loss.defaults.items()
+        }
+        if "beta" in values:
+            values["beta"] = self.common_beta
+        return SimpleNamespace(**values)
 
-    def refuse_idle_losses(self) -> None:
-        """Refuse losses that are unknown or do not go together, and settings none of them reads.
 
-        Raises:
-            ConfigError: names the setting, and the losses it acts on.
-        """
-        if not self.loss_type:
-            raise ConfigError("`loss_type` names no loss; `mlx-dpo losses` lists them")
-        for name in self.loss_type:
-            refuse_unknown(name, LOSS_KINDS, "loss", see="`mlx-dpo losses` lists them")
-        self._refuse_unfit_sums()
-        self._refuse_unread()
-        self._refuse_unfit_smoothing()
-        self._refuse_unfit_divergence()
-        self._refuse_unfit_weighing()
+LOSS_NO_EFFECT: tuple[NoEffect[LossSettings], ...] = (
+    NoEffect(
+        ("f_alpha_divergence_coef",),
+        lambda s: s.f_divergence_type != "alpha_divergence",
+        "without f_divergence_type `alpha_divergence`",
+    ),
+)
 
-    def _refuse_unfit_sums(self) -> None:
-        names = self.loss_type
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise ConfigError(f"`loss_type` names `{twice[0]}` twice; use `loss_weights`")
-        if self.loss_weights and len(self.loss_weights) != len(names):
+
+def check_losses(settings: LossSettings) -> None:
+    """Check the losses, their sum, and the settings that act on them.
+
+    Raises:
+        ConfigError: names the setting, and the losses that it acts on.
+    """
+    if not settings.loss_type:
+        raise ConfigError("`loss_type` names no loss; `mlx-dpo losses` lists them")
+    for name in settings.loss_type:
+        check_known(name, LOSSES, "loss", hint="`mlx-dpo losses` lists them")
+    _check_sum(settings)
+    _check_hyperparameters(settings)
+    _check_divergence(settings)
+    _check_weighting(settings)
+
+
+def _check_sum(settings: LossSettings) -> None:
+    names = settings.loss_type
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise ConfigError(f"`loss_type` names `{repeated[0]}` twice; use `loss_weights`")
+    if settings.loss_weights and len(settings.loss_weights) != len(names):
+        raise ConfigError(
+            "`loss_weights` must be as many as `loss_type` "
+            f"(found {len(settings.loss_weights)} and {len(names)})"
+        )
+    if settings.labelled and len(names) > 1:
+        [labelled] = [loss.name for loss in settings.losses if loss.labelled]
+        raise ConfigError(
+            f"`{labelled}` takes labelled rows and cannot be summed with losses of pairs"
+        )
+
+
+def _check_hyperparameters(settings: LossSettings) -> None:
+    """Raise `ConfigError` for a hyper-parameter that none of the losses reads."""
+    for name in sorted({name for loss in LOSSES.values() for name in loss.defaults}):
+        if is_set(settings, name):
+            readers = {loss.name for loss in LOSSES.values() if name in loss.defaults}
+            _check_acts_on_any(settings, name, readers)
+    for name in SMOOTHED:
+        if settings.label_smoothing == 0 and name in settings.loss_type:
+            raise ConfigError(f"`label_smoothing` must be above 0 with loss_type `{name}`, got 0.0")
+
+
+def _check_acts_on_any(settings: LossSettings, name: str, readers: Collection[str]) -> None:
+    if not set(settings.loss_type) & set(readers):
+        raise ConfigError(
+            f"`{name}` has no effect with loss_type {_quoted(settings.loss_type)}; "
+            f"it acts on {_shorter_list(readers)}"
+        )
+
+
+def _check_divergence(settings: LossSettings) -> None:
+    divergence = settings.f_divergence_type
+    if divergence is None:
+        return
+    if divergence == "reverse_kl":  # every log-ratio is a score of reverse KL
+        referenced = {loss.name for loss in LOSSES.values() if loss.needs_reference}
+        _check_acts_on_any(settings, "f_divergence_type", referenced)
+        return
+    defined = {loss.name for loss in LOSSES.values() if loss.uses_divergence}
+    _check_acts_on_any(settings, "f_divergence_type", defined)
+    # Losses of more than a difference of rewards keep a term that cannot be computed.
+    for loss in settings.losses:
+        if loss.needs_reference and not loss.uses_divergence:
             raise ConfigError(
-                f"`loss_weights` must be as many as `loss_type` (found {len(self.loss_weights)} "
-                f"and {len(names)})"
+                f"`f_divergence_type` {divergence} is not defined for loss_type `{loss.name}`; "
+                f"it is for {_shorter_list(defined)}"
             )
-        if self.labelled and len(names) > 1:
-            [kto] = [kind.name for kind in self.loss_kinds if kind.labelled]
+
+
+def _check_weighting(settings: LossSettings) -> None:
+    for loss in settings.losses:
+        if settings.ld_alpha is not None and (loss.labelled or not loss.needs_reference):
             raise ConfigError(
-                f"`{kto}` takes labelled rows and cannot be summed with losses of pairs"
+                f"`ld_alpha` is not defined for loss_type `{loss.name}`, which takes "
+                "the likelihood of whole completions"
             )
-
-    def _refuse_unread(self) -> None:
-        known = {name for kind in LOSS_KINDS.values() for name in kind.defaults}
-        for name in sorted(known):
-            if getattr(self, name) is not None:
-                readers = {kind.name for kind in LOSS_KINDS.values() if name in kind.defaults}
-                self._refuse_unless_any(name, readers)
-
-    def _refuse_unless_any(self, setting: str, readers: Collection[str]) -> None:
-        if not set(self.loss_type) & set(readers):
+        if settings.use_weighting and loss.uses_whole_batch:
             raise ConfigError(
-                f"`{setting}` has no effect with loss_type {_listed(self.loss_type)}; "
-                f"it acts on {_listed_or_others(readers)}"
+                f"`use_weighting` is not defined for loss_type `{loss.name}`, whose terms "
+                "are of several pairs; it is for losses of one pair"
             )
 
-    def _refuse_unfit_smoothing(self) -> None:
-        for name in SMOOTHED:
-            if self.label_smoothing == 0 and name in self.loss_type:
-                raise ConfigError(
-                    f"`label_smoothing` must be above 0 with loss_type `{name}`, got 0.0"
-                )
 
-    def _refuse_unfit_divergence(self) -> None:
-        if self.f_alpha_divergence_coef is not None and (
-            self.f_divergence_type != "alpha_divergence"
-        ):
-            raise ConfigError(
-                "`f_alpha_divergence_coef` has no effect without f_divergence_type "
-                "`alpha_divergence`"
-            )
-        if self.f_divergence_type is None:
-            return
-        if self.f_divergence_type == "reverse_kl":  # what every log-ratio is of
-            referenced = {kind.name for kind in LOSS_KINDS.values() if kind.needs_reference}
-            self._refuse_unless_any("f_divergence_type", referenced)
-            return
-        defined = {kind.name for kind in LOSS_KINDS.values() if kind.divergences}
-        self._refuse_unless_any("f_divergence_type", defined)
-        # What depends on more than a difference of rewards keeps a term that nobody can compute.
-        for kind in self.loss_kinds:
-            if kind.needs_reference and not kind.divergences:
-                raise ConfigError(
-                    f"`f_divergence_type` {self.f_divergence_type} is not defined for loss_type "
-                    f"`{kind.name}`; it is for {_listed_or_others(defined)}"
-                )
-
-    def _refuse_unfit_weighing(self) -> None:
-        for kind in self.loss_kinds:
-            if self.ld_alpha is not None and (kind.labelled or not kind.needs_reference):
-                raise ConfigError(
-                    f"`ld_alpha` is not defined for loss_type `{kind.name}`, which takes "
-                    "the likelihood of whole completions"
-                )
-            if self.use_weighting and kind.couples:
-                raise ConfigError(
-                    f"`use_weighting` is not defined for loss_type `{kind.name}`, whose terms "
-                    "are of several pairs; it is for losses of one pair"
-                )
-
-
-def _listed(names: Iterable[str]) -> str:
+def _quoted(names: Iterable[str]) -> str:
     return ", ".join(f"`{name}`" for name in names)
 
 
-def _listed_or_others(names: Collection[str]) -> str:
-    """The losses of these names, or, if that is shorter, those that are not among them."""
-    those = [name for name in LOSS_KINDS if name in names]
-    others = [name for name in LOSS_KINDS if name not in names]
-    return _listed(those) if len(those) <= len(others) else f"all but {_listed(others)}"
+def _shorter_list(names: Collection[str]) -> str:
+    """Return the losses of these names, or "all but" the others if that is shorter."""
+    listed = [name for name in LOSSES if name in names]
+    others = [name for name in LOSSES if name not in names]
+    return _quoted(listed) if len(listed) <= len(others) else f"all but {_quoted(others)}"

@@ -1,9 +1,9 @@
-"""Which model is trained, and how it is held."""
+"""Settings of the model, of its adapters and of the reference."""
 
 import math
 from dataclasses import dataclass
 
-from mlx_dpo.config.option import option
+from mlx_dpo.config.setting import NoEffect, setting
 from mlx_dpo.errors import ConfigError
 
 MODEL = "Model"
@@ -14,83 +14,88 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
-    """Which model is trained, and how it is held."""
+    """Settings of the model and its loading."""
 
-    model: str = option("", "Model to train: a folder or a Hub id.", str, MODEL, path=True)
-    revision: str | None = option(None, "Hub revision of the model.", str, MODEL)
-    bits: int | None = option(
-        None, "Quantise the model to this many bits when loading it.", int, MODEL, choices=BITS
+    model: str = setting("", "Model to train: a folder or a Hub id.", str, MODEL, is_path=True)
+    revision: str | None = setting(None, "Hub revision of the model.", str, MODEL)
+    bits: int | None = setting(
+        None, "Quantize the model to this many bits when loading it.", int, MODEL, choices=BITS
     )
-    group_size: int | None = option(
-        None, "Weights that share a scale, with --bits. [default: 64]", int, MODEL, low=16
+    group_size: int | None = setting(
+        None, "Quantization group size, with --bits. [default: 64]", int, MODEL, minimum=16
     )
-    dtype: str | None = option(
+    dtype: str | None = setting(
         None,
-        "Number type of activations. [default: the model's own; float32 on the CPU]",
+        "Compute dtype. [default: the model's own; float32 on the CPU]",
         str,
         MODEL,
         choices=DTYPES,
     )
-    trust_remote_code: bool = option(
+    trust_remote_code: bool = setting(
         False, "Run Python code that comes with the model.", bool, MODEL
     )
 
+
+MODEL_NO_EFFECT: tuple[NoEffect[ModelSettings], ...] = (
+    NoEffect(("group_size",), lambda s: s.bits is None, "without `bits`"),
+)
 
 LORA = "LoRA"
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoRASettings:
-    """What is trained: adapters beside the frozen model, or weights of the model itself."""
+    """Settings of the trained weights: adapters, or the model's own weights."""
 
-    fine_tune_type: str | None = option(
+    fine_tune_type: str | None = setting(
         None,
-        "`lora`; `dora`: also a magnitude per output (arXiv:2402.09353); `full`: the blocks' own "
-        "weights, for a model that is not quantised. [default: lora]",
+        "`lora`; `dora`: also a magnitude per output (arXiv:2402.09353); `full`: all weights "
+        "of the layers, for a model that is not quantized. [default: lora]",
         str,
         LORA,
         choices=("lora", "dora", "full"),
     )
-    lora_r: int | None = option(None, "Rank of the adapters. [default: 16]", int, LORA, low=1)
-    lora_alpha: float | None = option(
-        None, "Adapters are scaled by alpha / rank. [default: 32]", float, LORA, low=0,
-        open_low=True,
+    lora_r: int | None = setting(None, "Rank of the adapters. [default: 16]", int, LORA, minimum=1)
+    lora_alpha: float | None = setting(
+        None, "LoRA alpha; adapters are scaled by alpha / rank. [default: 32]", float, LORA,
+        minimum=0,
+        exclusive_minimum=True,
     )  # fmt: skip
-    use_rslora: bool = option(
+    use_rslora: bool = setting(
         False, "Scale by alpha / sqrt(rank) instead (arXiv:2312.03732).", bool, LORA
     )
-    lora_dropout: float | None = option(
-        None, "Dropout on the adapters' input. [default: 0]", float, LORA, low=0, high=1,
-        open_high=True,
+    lora_dropout: float | None = setting(
+        None, "Dropout on the adapters' input. [default: 0]", float, LORA, minimum=0, maximum=1,
+        exclusive_maximum=True,
     )  # fmt: skip
-    lora_target_modules: tuple[str, ...] = option(
+    lora_target_modules: tuple[str, ...] = setting(
         (),
-        "Names of the layers to adapt; repeat it. Experts, `embed_tokens` and `lm_head` only if "
-        "named. With `full`, parts of the blocks. [default: all linear layers of the blocks]",
+        "Names of the modules to adapt; repeat it. Experts, `embed_tokens` and `lm_head` only if "
+        "named. With `full`, modules to train. [default: all linear modules of the layers]",
         str,
         LORA,
-        many=True,
+        is_list=True,
     )
-    num_layers: int | None = option(
-        None, "Train only the last so many blocks. [default: all]", int, LORA, low=1
+    num_layers: int | None = setting(
+        None, "Train only the last N layers. [default: all]", int, LORA, minimum=1
     )
-    start_adapter: str | None = option(
+    start_adapter: str | None = setting(
         None,
-        "Go on from the adapter in this folder, of a run, mlx-lm or PEFT. It decides what is "
-        "trained, and the model with it is the reference.",
+        "Continue training the adapter in this folder (of a run, mlx-lm or PEFT). It decides what "
+        "is trained, and the model with this adapter is the reference.",
         str,
         LORA,
-        path=True,
+        is_path=True,
     )
 
     @property
     def rank(self) -> int:
-        """Rank of fresh adapters."""
+        """Rank of new adapters."""
         return 16 if self.lora_r is None else self.lora_r
 
     @property
     def alpha(self) -> float:
-        """Alpha of fresh adapters."""
+        """Alpha of new adapters."""
         return 32.0 if self.lora_alpha is None else self.lora_alpha
 
     @property
@@ -100,99 +105,88 @@ class LoRASettings:
 
     @property
     def lora_scale(self) -> float:
-        """What the adapters' product is multiplied by, as PEFT and TRL define it."""
+        """Factor of the adapters' output, as PEFT and TRL define it."""
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
-    def refuse_idle_adapter_settings(self) -> None:
-        """Settings of what is trained that have no effect beside others.
 
-        Raises:
-            ConfigError: names the setting and what takes it its effect.
-        """
-        decided: dict[str, object] = {
-            "lora_r": self.lora_r,
-            "lora_alpha": self.lora_alpha,
-            "use_rslora": self.use_rslora or None,
-        }
-        if self.start_adapter is not None:
-            decided |= {
-                "fine_tune_type": self.fine_tune_type,
-                "lora_target_modules": self.lora_target_modules or None,
-                "num_layers": self.num_layers,
-            }
-            beside = "beside `start_adapter`: the adapter decides it"
-        elif self.fine_tune_type == "full":
-            decided["lora_dropout"] = self.lora_dropout
-            beside = "with fine_tune_type `full`: there are no adapters"
-        else:
-            return
-        for name, value in decided.items():
-            if value is not None:
-                raise ConfigError(f"`{name}` has no effect {beside}")
-
+LORA_NO_EFFECT: tuple[NoEffect[LoRASettings], ...] = (
+    NoEffect(
+        (
+            "lora_r",
+            "lora_alpha",
+            "use_rslora",
+            "fine_tune_type",
+            "lora_target_modules",
+            "num_layers",
+        ),
+        lambda s: s.start_adapter is not None,
+        "beside `start_adapter`: the adapter decides it",
+    ),
+    NoEffect(
+        ("lora_r", "lora_alpha", "use_rslora", "lora_dropout"),
+        lambda s: s.fine_tune_type == "full",
+        "with fine_tune_type `full`: there are no adapters",
+    ),
+)
 
 REFERENCE = "Reference"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceSettings:
-    """What the policy is held against."""
+    """Settings of the reference model."""
 
-    reference_model: str | None = option(
+    reference_model: str | None = setting(
         None,
-        "Another model of the same vocabulary as the reference, asked once and freed before "
-        "training. [default: the model as it starts]",
+        "Separate reference model with the same vocabulary; it scores the pairs once and is freed "
+        "before training. [default: the initial model]",
         str,
         REFERENCE,
     )
-    sync_ref_model: bool = option(
+    sync_ref_model: bool = setting(
         False,
-        "Let the reference follow the policy (TR-DPO, arXiv:2404.09656); a pass more per step.",
+        "Update the reference towards the policy (TR-DPO, arXiv:2404.09656); one more forward pass "
+        "per step.",
         bool,
         REFERENCE,
     )
-    ref_model_mixup_alpha: float | None = option(
+    ref_model_mixup_alpha: float | None = setting(
         None,
-        "The policy's share when the reference follows; 1 replaces it. [default: 0.6]",
+        "Weight of the policy in a reference update; 1 replaces the reference. [default: 0.6]",
         float,
         REFERENCE,
-        low=0,
-        high=1,
-        open_low=True,
+        minimum=0,
+        maximum=1,
+        exclusive_minimum=True,
     )
-    ref_model_sync_steps: int | None = option(
-        None, "Steps after which the reference follows. [default: 512]", int, REFERENCE, low=1
+    ref_model_sync_steps: int | None = setting(
+        None, "Steps between reference updates. [default: 512]", int, REFERENCE, minimum=1
     )
 
     @property
     def mixup_alpha(self) -> float:
-        """The policy's share when the reference follows it."""
+        """Weight of the policy in a reference update."""
         return 0.6 if self.ref_model_mixup_alpha is None else self.ref_model_mixup_alpha
 
     @property
     def sync_steps(self) -> int:
-        """Steps after which the reference follows the policy."""
+        """Steps between reference updates."""
         return 512 if self.ref_model_sync_steps is None else self.ref_model_sync_steps
 
-    def refuse_idle_reference_settings(self, *, needed: bool, watched: bool) -> None:
-        """Settings of the reference that have no effect beside others, or where none is needed.
 
-        Raises:
-            ConfigError: names the setting and what takes it its effect.
-        """
-        for name in ("ref_model_mixup_alpha", "ref_model_sync_steps"):
-            if getattr(self, name) is not None and not self.sync_ref_model:
-                raise ConfigError(f"`{name}` has no effect without `sync_ref_model`")
-        for name in ("reference_model", "sync_ref_model"):
-            if getattr(self, name) and not needed:
-                raise ConfigError(f"`{name}` has no effect: `loss_type` needs no reference")
-        if self.sync_ref_model and watched:
-            raise ConfigError(
-                "`metric_for_best_model` compares evaluations, and `sync_ref_model` holds each "
-                "against another reference; leave one of them out"
-            )
-        if self.sync_ref_model and self.reference_model is not None:
-            raise ConfigError(
-                "`sync_ref_model` moves the model as it starts towards the policy, and "
-                "`reference_model` is another one; leave one of them out"
-            )
+REFERENCE_NO_EFFECT: tuple[NoEffect[ReferenceSettings], ...] = (
+    NoEffect(
+        ("ref_model_mixup_alpha", "ref_model_sync_steps"),
+        lambda s: not s.sync_ref_model,
+        "without `sync_ref_model`",
+    ),
+)
+
+
+def check_reference_settings(settings: ReferenceSettings) -> None:
+    """Raise `ConfigError` if a separate reference model would have to follow the policy."""
+    if settings.sync_ref_model and settings.reference_model is not None:
+        raise ConfigError(
+            "`sync_ref_model` updates the initial model towards the policy, and "
+            "`reference_model` names another model; leave one of them out"
+        )

@@ -7,7 +7,7 @@ ACCUMULATED = "`batch_size`, all pairs of a step; they go through `micro_batch_s
 EVERY = "which is how often"
 PREFERENCES = "PAIRS"
 
-ELSEWHERE = {
+EQUIVALENTS = {
     "model_name_or_path": "`model`",
     "model_revision": "`revision`",
     "torch_dtype": "`dtype`",

@@ -1,64 +1,67 @@
-"""How the next token is chosen, as settings: checked once, knows no arrays.
+"""Sampling settings of text generation.
 
-`policy.generation` turns them into arrays' work; the command line makes its flags from them.
+`generation.generate` builds the sampler from them, the command line its flags.
 """
 
 import secrets
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from mlx_dpo.config.option import coerce, option
-from mlx_dpo.errors import ConfigError
+from mlx_dpo.config.setting import NoEffect, check_effects, parse_value, setting
 
 SEEDS = 2**32
-NEEDS_TEMPERATURE = ("top_p", "top_k", "min_p", "seed")
 
 
 def _setting(default: Any, help: str, kind: type, **more: Any) -> Any:
-    return option(default, help, kind, "Sampling", **more)
+    return setting(default, help, kind, "Sampling", **more)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """The choice of tokens in one session.
+    """Sampling settings of one session.
 
     Raises:
         ConfigError: a setting is out of its bounds or has no effect beside the others.
     """
 
-    temperature: float = _setting(0.0, "Spread of the choice; 0 takes the likeliest.", float, low=0)
+    temperature: float = _setting(0.0, "Sampling temperature; 0 = greedy.", float, minimum=0)
     top_p: float = _setting(
-        1.0, "Choose among the likeliest tokens of this total.", float, low=0, open_low=True, high=1
+        1.0,
+        "Nucleus sampling: cumulative probability.",
+        float,
+        minimum=0,
+        exclusive_minimum=True,
+        maximum=1,
     )
-    top_k: int = _setting(0, "Choose among this many tokens; 0 is all.", int, low=0)
+    top_k: int = _setting(0, "Sample from the K most likely tokens; 0 = all.", int, minimum=0)
     min_p: float = _setting(
-        0.0, "Leave out tokens below this share of the likeliest.", float, low=0, high=1
+        0.0, "Drop tokens below this share of the top probability.", float, minimum=0, maximum=1
     )
-    max_tokens: int = _setting(512, "Tokens after which an answer is cut.", int, low=1)
+    max_tokens: int = _setting(512, "Maximum number of tokens per answer.", int, minimum=1)
     seed: int | None = _setting(
-        None, "Seed of the choice. [default: drawn anew]", int, low=0, high=SEEDS - 1
+        None, "Sampling seed. [default: random]", int, minimum=0, maximum=SEEDS - 1
     )
     repetition_penalty: float = _setting(
-        1.0, "Above 1: avoid the last 20 tokens.", float, low=0, open_low=True
+        1.0, "Penalty on the last 20 tokens; 1 = off.", float, minimum=0, exclusive_minimum=True
     )
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            value = coerce(f.name, getattr(self, f.name), f.metadata["option"])
+            value = parse_value(f.name, getattr(self, f.name), f.metadata["setting"])
             object.__setattr__(self, f.name, value)
-        if self.temperature == 0:
-            self._refuse_settings_without_effect()
+        check_effects(self, SAMPLING_NO_EFFECT)
 
-    def _refuse_settings_without_effect(self) -> None:
-        for f in fields(self):
-            if f.name in NEEDS_TEMPERATURE and getattr(self, f.name) != f.default:
-                raise ConfigError(
-                    f"`{f.name}` has no effect with `temperature` 0 (the likeliest token is "
-                    "always taken); set a temperature above 0"
-                )
-
-    def seeded(self) -> "Sampling":
-        """The same with a seed drawn where one is missing: what was said can be said again."""
+    def with_seed(self) -> "Sampling":
+        """Return the settings with a random seed if sampling needs a seed and none is set."""
         if self.temperature == 0 or self.seed is not None:
             return self
         return replace(self, seed=secrets.randbelow(SEEDS))
+
+
+SAMPLING_NO_EFFECT: tuple[NoEffect[Sampling], ...] = (
+    NoEffect(
+        ("top_p", "top_k", "min_p", "seed"),
+        lambda s: s.temperature == 0,
+        "with `temperature` 0 (greedy decoding); set a temperature above 0",
+    ),
+)

@@ -1,9 +1,9 @@
-"""How long it is trained, in which batches, and what a pass may cost."""
+"""Settings of training, evaluation, the run folder and trackers."""
 
 from dataclasses import dataclass
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
-from mlx_dpo.config.option import option
+from mlx_dpo.config.setting import NoEffect, setting
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.trackers import TRACKERS
 from mlx_dpo.trackers.base import DEFAULT_PROJECT
@@ -12,49 +12,69 @@ TRAINING = "Training"
 
 
 class PassLimit(NamedTuple):
-    """The most that one forward pass holds, both ways at once; None is no bound.
+    """Upper bounds of one forward pass; None is no bound.
 
-    A pair that is above `tokens` by itself goes alone.
+    A pair that exceeds `tokens` by itself gets a pass of its own.
     """
 
     pairs: int | None = None
     tokens: int | None = None
 
-    def times(self, factor: int) -> "PassLimit":
-        """A limit so many times as wide."""
+    def scaled(self, factor: int) -> "PassLimit":
+        """Return the limit with all bounds multiplied by `factor`."""
         return PassLimit(*(bound and bound * factor for bound in self))
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
-    """How long it is trained, in which batches, and what a pass may cost."""
+    """Settings of training length, batch sizes and memory."""
 
-    epochs: int | None = option(None, "Passes over the pairs. [default: 1]", int, TRAINING, low=1)
-    max_steps: int | None = option(
-        None, "Optimizer steps, in place of epochs.", int, TRAINING, low=1
+    epochs: int | None = setting(
+        None, "Passes over the pairs. [default: 1]", int, TRAINING, minimum=1
     )
-    batch_size: int = option(16, "Pairs per optimizer step.", int, TRAINING, low=1)
-    micro_batch_size: int | None = option(
-        None, "Pairs per forward pass; for memory, not the result. "
+    max_steps: int | None = setting(
+        None, "Optimizer steps (instead of `epochs`).", int, TRAINING, minimum=1
+    )
+    batch_size: int = setting(16, "Pairs per optimizer step.", int, TRAINING, minimum=1)
+    micro_batch_size: int | None = setting(
+        None, "Pairs per forward pass; changes memory, not the result. "
         "[default: what fits, up to 2 on the CPU, 8 on a GPU]",
-        int, TRAINING, low=1,
+        int, TRAINING, minimum=1,
     )  # fmt: skip
-    max_tokens: int | None = option(
-        None, "Tokens per forward pass, with padding; a longer pair goes alone.",
-        int, TRAINING, low=1,
+    max_tokens: int | None = setting(
+        None, "Tokens per forward pass, with padding; a longer pair gets its own pass.",
+        int, TRAINING, minimum=1,
     )  # fmt: skip
-    scorer: str = option(
-        "auto", "`shared`: each prompt once; `plain`: whole rows; `auto`: shared where exact.",
+    scorer: str = setting(
+        "auto", "`shared`: a pair shares its prompt's tokens; `plain`: padded rows; `auto`: shared "
+        "if verified to be exact.",
         str, TRAINING, choices=("auto", "plain", "shared"),
     )  # fmt: skip
-    recompute: bool | None = option(
-        None, "Compute each block again for its gradient: less memory, more time. "
-        "[default: only where it does not fit without]",
+    recompute: bool | None = setting(
+        None, "Gradient checkpointing: less memory, more time. "
+        "[default: only if memory requires it]",
         bool, TRAINING,
     )  # fmt: skip
-    seed: int = option(
-        42, "Seed of order, adapters, dropout and held-out share.", int, TRAINING, low=0
+    seed: int = setting(
+        42, "Random seed of order, adapters, dropout and held-out pairs.", int, TRAINING, minimum=0
     )
+
+
+TRAINING_NO_EFFECT: tuple[NoEffect[TrainingSettings], ...] = (
+    NoEffect(("epochs",), lambda s: s.max_steps is not None, "beside `max_steps`"),
+    NoEffect(
+        ("max_tokens",),
+        lambda s: (s.micro_batch_size or s.batch_size) == 1,
+        "with one pair per forward pass",
+    ),
+)
+
+
+def check_batch_sizes(settings: TrainingSettings) -> None:
+    """Raise `ConfigError` if a micro-batch would be larger than its batch."""
+    micro, batch = settings.micro_batch_size, settings.batch_size
+    if micro is not None and micro > batch:
+        raise ConfigError(f"`micro_batch_size` {micro} is above `batch_size` {batch}")
 
 
 EVALUATION = "Evaluation"
@@ -62,75 +82,91 @@ EVALUATION = "Evaluation"
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSettings:
-    """When held-out pairs are asked about, and what follows from it."""
+    """Settings of the evaluation on held-out pairs, of early stopping and the best model."""
 
-    eval_steps: int | None = option(
+    eval_steps: int | None = setting(
         None,
         "Steps between evaluations on held-out pairs. [default: at the end]",
         int,
         EVALUATION,
-        low=1,
+        minimum=1,
         changes_result=False,
     )
-    metric_for_best_model: str | None = option(
-        None, "Metric on held-out pairs to go by (`loss`, `rewards/margins`).", str, EVALUATION
+    metric_for_best_model: str | None = setting(
+        None,
+        "Metric on held-out pairs that selects the best model (`loss`, `rewards/margins`).",
+        str,
+        EVALUATION,
     )
-    load_best_model_at_end: bool = option(
-        False, "Finish with the adapters of the best evaluation, not the last.", bool, EVALUATION
+    load_best_model_at_end: bool = setting(
+        False,
+        "Finish with the adapters of the best evaluation instead of the last.",
+        bool,
+        EVALUATION,
     )
-    early_stopping_patience: int | None = option(
-        None, "Stop after so many evaluations without an improvement.", int, EVALUATION, low=1
+    early_stopping_patience: int | None = setting(
+        None, "Stop after this many evaluations without an improvement.", int, EVALUATION, minimum=1
     )
-    early_stopping_threshold: float | None = option(
-        None, "What is more than this is an improvement. [default: 0]", float, EVALUATION, low=0
+    early_stopping_threshold: float | None = setting(
+        None,
+        "Minimum change that counts as an improvement. [default: 0]",
+        float,
+        EVALUATION,
+        minimum=0,
     )
-
-    def refuse_idle_evaluation_settings(self) -> None:
-        """Settings that nothing follows from.
-
-        Raises:
-            ConfigError: names the first of them, and what it lacks.
-        """
-        stops, metric = self.early_stopping_patience is not None, self.metric_for_best_model
-        if self.early_stopping_threshold is not None and not stops:
-            _lacks("early_stopping_threshold", "`early_stopping_patience`")
-        keeps = self.load_best_model_at_end
-        wanted = {"early_stopping_patience": stops, "load_best_model_at_end": keeps}
-        acting = [name for name, acts in wanted.items() if acts]
-        if metric is not None and not acting:
-            _lacks("metric_for_best_model", " or ".join(f"`{name}`" for name in wanted))
-        for name in acting:
-            if metric is None:
-                _lacks(name, "`metric_for_best_model`")
-            if self.eval_steps is None:
-                _lacks(name, "`eval_steps`")
 
     @property
     def decided_by(self) -> set[str]:
-        """Settings that change the result only because something is watched."""
+        """Settings that change the result only if a metric selects the best model."""
         return {"eval_steps"} if self.metric_for_best_model is not None else set()
 
 
-def _lacks(name: str, what: str) -> NoReturn:
-    raise ConfigError(f"`{name}` has no effect without {what}")
-
+EVALUATION_NO_EFFECT: tuple[NoEffect[EvaluationSettings], ...] = (
+    NoEffect(
+        ("early_stopping_threshold",),
+        lambda s: s.early_stopping_patience is None,
+        "without `early_stopping_patience`",
+    ),
+    NoEffect(
+        ("metric_for_best_model",),
+        lambda s: s.early_stopping_patience is None and not s.load_best_model_at_end,
+        "without `early_stopping_patience` or `load_best_model_at_end`",
+    ),
+    NoEffect(
+        ("early_stopping_patience", "load_best_model_at_end"),
+        lambda s: s.metric_for_best_model is None,
+        "without `metric_for_best_model`",
+    ),
+    NoEffect(
+        ("early_stopping_patience", "load_best_model_at_end"),
+        lambda s: s.eval_steps is None,
+        "without `eval_steps`",
+    ),
+)
 
 RUN = "Run"
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """What a run writes and says; nothing here changes its result."""
+    """Settings of the run folder and the console; none of them changes the result."""
 
-    output: str = option("", "Run folder to write.", str, RUN, changes_result=False, path=True)
-    save_steps: int = option(
-        50, "Steps between checkpoints.", int, RUN, low=1, changes_result=False
+    output: str = setting("", "Run folder to write.", str, RUN, changes_result=False, is_path=True)
+    save_steps: int = setting(
+        50, "Steps between checkpoints.", int, RUN, minimum=1, changes_result=False
     )
-    save_total_limit: int = option(2, "Checkpoints to keep.", int, RUN, low=1, changes_result=False)
-    logging_steps: int = option(
-        1, "Steps between lines, where there is no live bar.", int, RUN, low=1, changes_result=False
+    save_total_limit: int = setting(
+        2, "Checkpoints to keep.", int, RUN, minimum=1, changes_result=False
     )
-    caffeinate: bool = option(
+    logging_steps: int = setting(
+        1,
+        "Steps between log lines, if there is no progress bar.",
+        int,
+        RUN,
+        minimum=1,
+        changes_result=False,
+    )
+    caffeinate: bool = setting(
         True, "Keep a Mac awake while it trains.", bool, RUN, changes_result=False
     )
 
@@ -141,18 +177,18 @@ NO_TRACKER = "none"  # with --resume: stop logging
 
 @dataclass(frozen=True, kw_only=True)
 class ReportingSettings:
-    """Trackers that a run logs to, and its name and project there."""
+    """Settings of experiment trackers."""
 
-    report_to: tuple[str, ...] = option(
+    report_to: tuple[str, ...] = setting(
         (), "Log metrics to this tracker too; may be repeated. `none` stops logging on resume.",
-        str, REPORTING, many=True, changes_result=False,
+        str, REPORTING, is_list=True, changes_result=False,
         choices=(*TRACKERS, NO_TRACKER),
     )  # fmt: skip
-    run_name: str | None = option(
+    run_name: str | None = setting(
         None, "Name of the run in trackers. [default: name of the output folder]",
         str, REPORTING, changes_result=False,
     )  # fmt: skip
-    project: str | None = option(
+    project: str | None = setting(
         None, f"Project in trackers. [default: the tracker's own setting, else {DEFAULT_PROJECT}]",
         str, REPORTING, changes_result=False,
     )  # fmt: skip
@@ -167,29 +203,28 @@ class ReportingSettings:
         """Whether `run_name` and `project` have an effect on one of the trackers."""
         return any(TRACKERS[name].has_run_names for name in self.tracker_names)
 
-    def refuse_idle_reporting_settings(self) -> None:
-        """Check that no tracker is named twice and that `run_name` and `project` have an effect.
 
-        Raises:
-            ConfigError: names the first setting without effect, and why it has none.
-        """
-        for name in self.report_to:
-            if self.report_to.count(name) > 1:
-                raise ConfigError(f"`report_to` names {name} twice")
-        if NO_TRACKER in self.report_to and self.tracker_names:
-            raise ConfigError(f"`report_to` {NO_TRACKER} contradicts {self.tracker_names[0]}")
-        for setting in ("run_name", "project"):
-            if (name := getattr(self, setting)) is not None:
-                self._refuse_idle_name(setting, name)
+REPORTING_NO_EFFECT: tuple[NoEffect[ReportingSettings], ...] = (
+    # With `none` the names are allowed: it is given to a resumed run, which may have names.
+    NoEffect(("run_name", "project"), lambda s: not s.report_to, "without `report_to`"),
+    NoEffect(
+        ("run_name", "project"),
+        lambda s: bool(s.tracker_names) and not s.has_run_name,
+        lambda s: (
+            f"with report_to {' and '.join(s.tracker_names)} alone, which names a run after its "
+            "folder"
+        ),
+    ),
+)
 
-    def _refuse_idle_name(self, setting: str, name: str) -> None:
-        if not name.strip():
-            raise ConfigError(f"`{setting}` is empty; give a name, or leave it out")
-        if not self.report_to:  # `none` is given to a resumed run, which may have a name
-            raise ConfigError(f"`{setting}` has no effect without `report_to`")
-        if self.tracker_names and not self.has_run_name:
-            names = " and ".join(self.tracker_names)
-            raise ConfigError(
-                f"`{setting}` has no effect with report_to {names} alone, which names a run after "
-                "its folder"
-            )
+
+def check_reporting_settings(settings: ReportingSettings) -> None:
+    """Raise `ConfigError` for a tracker named twice or contradicted, or an empty name."""
+    for tracker in settings.report_to:
+        if settings.report_to.count(tracker) > 1:
+            raise ConfigError(f"`report_to` names {tracker} twice")
+    if NO_TRACKER in settings.report_to and settings.tracker_names:
+        raise ConfigError(f"`report_to` {NO_TRACKER} contradicts {settings.tracker_names[0]}")
+    for name, value in (("run_name", settings.run_name), ("project", settings.project)):
+        if value is not None and not value.strip():
+            raise ConfigError(f"`{name}` is empty; give a name, or leave it out")

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mlx_dpo.config.dpo_config import DPOConfig, options
+from mlx_dpo.config.dpo_config import DPOConfig, get_settings
 from mlx_dpo.data.examples import parse_rows
 from mlx_dpo.data.inspect.check import Checked, check
 from mlx_dpo.data.inspect.raw_rows import Written, written
@@ -83,9 +83,9 @@ def eyes_of(config: DPOConfig) -> Eyes:
         ConfigError: a setting has no effect with this model, or without one.
     """
     if not config.model:
-        known = options()
+        known = get_settings()
         for name in OF_MODELS:
-            if getattr(config, name) != known[name][0]:
+            if getattr(config, name) != known[name].default:
                 raise ConfigError(f"`{name}` has no effect without --model")
         return Eyes(rows=row_rules(config))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_dpo.config.dpo_config import DPOConfig
-from mlx_dpo.config.option import refuse_unknown
+from mlx_dpo.config.setting import check_known
 from mlx_dpo.curation.check import check_pairs
 from mlx_dpo.data.inspect.check import Checked
 from mlx_dpo.data.inspect.findings import RULES, Rule
@@ -96,7 +96,7 @@ def _facts(
 
 def _rules(drop: Sequence[str]) -> list[Rule]:
     for name in drop:
-        refuse_unknown(name, RULES, "finding", see="docs/data.md lists them")
+        check_known(name, RULES, "finding", hint="docs/data.md lists them")
         if not RULES[name].drops:
             raise ConfigError(f"`drop` {name} has no effect; it is found of all pairs, not of rows")
     return [rule for rule in RULES.values() if (rule.name in drop if drop else rule.fault)]

@@ -19,6 +19,7 @@ from mlx_lm.models import llama
 
 from mlx_dpo.adapters import attach as adapters
 from mlx_dpo.adapters.files import load_adapter, save_adapter
+from mlx_dpo.config.loss import LossSettings
 from mlx_dpo.config.training import PassLimit
 from mlx_dpo.data.batching import collate
 from mlx_dpo.doctor import float64
@@ -137,7 +138,7 @@ def gradient_error(bits: int | None) -> float:
     with adapters.disable_adapters(policy):
         reference = pair_logps(policy, batch)
     micro_batch = MicroBatch.of(PAIRS, reference)
-    _, gradients = loss_and_gradients(policy, Objective(beta=BETA), [micro_batch])
+    _, gradients = loss_and_gradients(policy, Objective(LossSettings(beta=BETA)), [micro_batch])
     weights = float64.weights_of(policy)
 
     def loss(moved: float64.Weights) -> float:
@@ -167,7 +168,7 @@ def first_losses() -> tuple[float, float]:
     plan = TrainingPlan(
         pairs=PAIRS,
         reference=reference,
-        objective=Objective(beta=BETA),
+        objective=Objective(LossSettings(beta=BETA)),
         learning_rate=lambda step: 1e-2,
         total_steps=2,
         batch_size=len(PAIRS),

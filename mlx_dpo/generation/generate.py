@@ -90,7 +90,7 @@ def make_sampler(sampling: Sampling) -> Sampler:
         keep.append(partial(sample_utils.apply_min_p, min_p=sampling.min_p))
     if sampling.top_k > 0:
         keep.append(partial(sample_utils.apply_top_k, top_k=sampling.top_k))
-    key = mx.random.key(sampling.seeded().seed or 0)
+    key = mx.random.key(sampling.with_seed().seed or 0)
 
     def sample(logprobs: mx.array) -> mx.array:
         nonlocal key

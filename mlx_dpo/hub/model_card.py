@@ -9,13 +9,14 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from mlx_dpo.losses.catalogue import LOSS_KINDS, Reward
+from mlx_dpo.losses.catalogue import LOSSES
+from mlx_dpo.losses.loss import RewardKind
 from mlx_dpo.runs.folder import CURVES
 
 # What makes a loss that is log 2 before anything is learnt another one.
 MOVED = {"reference_model", "margin_column", "weight_column", "use_weighting", "loss_weights"}
 FULL = "full"  # the way in which there is no adapter
-REWARDED: Mapping[Reward, str] = {
+REWARDED: Mapping[RewardKind, str] = {
     "log-ratio": "how much likelier the answer is than under the reference, as a log-ratio",
     "log-probability": "the log-probability of the answer",
     "average log-probability": "the average log-probability of a token of the answer",
@@ -43,7 +44,7 @@ class CardFacts:
     pairs: str  # what was trained on, as a sentence's end
     loss: str  # with its settings
     losses: Sequence[str]  # their names
-    rewarded: Reward
+    rewarded: RewardKind
     labelled: bool
     reference: str
     adapter: str  # its kind and size
@@ -133,7 +134,7 @@ def _about(facts: CardFacts) -> str:
     lines = [
         f"{what} for {_base(facts)}, trained to {aim} {facts.pairs}.",
         "",
-        f"* Loss: {facts.loss} ({'; '.join(LOSS_KINDS[name].source for name in facts.losses)})",
+        f"* Loss: {facts.loss} ({'; '.join(LOSSES[name].source for name in facts.losses)})",
         f"* Reference: {facts.reference}",
         f"* Trained: {facts.adapter}; digest `{facts.digest[:12]}`",
         f"* {facts.steps}, with {versions}",

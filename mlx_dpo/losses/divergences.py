@@ -1,9 +1,11 @@
-"""What takes the place of a log-ratio where another divergence keeps the policy near.
+"""f-divergences between policy and reference: scores that replace the log-ratio.
 
-Of the divergence with generator f, it is f'(t) of the ratio t = π(y) / π_ref(y). A term that
-nobody can compute cancels in the difference of two completions of one prompt, and only there.
-Source: Wang et al. 2023, arXiv:2309.16240. Constants are TRL's; they matter where scores are
-divided by lengths.
+For the divergence with generator f the score is f'(t) of the ratio t = π(y) / π_ref(y). The
+derivation has a further term that cannot be computed; it cancels in the difference of two
+completions of one prompt, so that only losses of such differences are defined for it.
+
+Source: Wang et al. 2023, arXiv:2309.16240. Constants are TRL's; they matter for losses that
+divide scores by lengths.
 """
 
 import math
@@ -12,30 +14,31 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
-# Beyond it exponentials go on as their tangent: float32 holds the square of every score, and
-# completions that are out of reach are still pulled back. TRL's are cut at 80 (alpha), where
-# their gradient is zero, or not at all (forward KL), and overflow at 88.
+DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+# Exponentials continue as their tangent above this exponent: float32 can then hold the square
+# of every score, and a completion that has become very unlikely still gets a gradient. TRL cuts
+# at 80 (alpha), where the gradient is zero, or nowhere (forward KL), and overflows at 88.
 LARGEST_EXPONENT = 30.0
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """One of `settings.loss.DIVERGENCES`.
+    """An f-divergence, by its name in `DIVERGENCES`.
 
         reverse_kl        f'(t) = log t
         forward_kl        f'(t) = 1 - 1 / t
         js_divergence     f'(t) = log(2 t / (t + 1))
         alpha_divergence  f'(t) = (t^(a - 1) - 1) / (a - 1)
 
-    `coef` is a, in [0, 1): 0 is forward KL, and 1 would be reverse KL. So it is in TRL; the
-    paper's alpha is 1 - a.
+    `coef` is a, in [0, 1): 0 is forward KL, and 1 would be reverse KL. This is TRL's meaning;
+    the paper's alpha is 1 - a.
     """
 
     name: str
     coef: float
 
     def scores(self, ratios: mx.array) -> mx.array:
-        """f'(t) of log-ratios, log t in nats. (B,) -> (B,)"""
+        """Return f'(t) for log-ratios log t in nats. (B,) -> (B,)"""
         if self.name == "reverse_kl":
             return ratios
         if self.name == "js_divergence":
@@ -45,6 +48,6 @@ class Divergence:
 
 
 def _expm1(x: mx.array) -> mx.array:
-    """e^x - 1, and beyond the largest exponent its tangent."""
-    beyond = nn.relu(x - LARGEST_EXPONENT)
-    return mx.expm1(mx.minimum(x, LARGEST_EXPONENT)) + math.exp(LARGEST_EXPONENT) * beyond
+    """Return e^x - 1, and its tangent above the largest exponent."""
+    excess = nn.relu(x - LARGEST_EXPONENT)
+    return mx.expm1(mx.minimum(x, LARGEST_EXPONENT)) + math.exp(LARGEST_EXPONENT) * excess

@@ -1,11 +1,12 @@
-"""What is said of a set of pairs: outcomes per pair, their means, and the means' public names.
+"""Metrics of preference pairs: their computation, names, labels and directions.
 
-The names are those of TRL and of the reference implementation, so that curves of
-different trainers can be laid over each other. Knows nothing of files or terminals.
+The public names are those of TRL and of the reference implementation of DPO, so that curves of
+different trainers can be overlaid. `METRICS` is the only place that lists metrics; the trackers,
+the console, the curves, the model card and early stopping read it.
 """
 
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple, cast
 
 import mlx.core as mx
 from mlx.utils import tree_map
@@ -13,103 +14,118 @@ from mlx.utils import tree_map
 from mlx_dpo.io.arrays import scalar
 from mlx_dpo.types import LossOutputs, PreferenceMetrics, StepMetrics
 
-NAMES = {
-    "loss": "loss",
-    "chosen_rewards": "rewards/chosen",
-    "rejected_rewards": "rewards/rejected",
-    "margins": "rewards/margins",
-    "accuracies": "rewards/accuracies",
-    "chosen_logps": "logps/chosen",
-    "rejected_logps": "logps/rejected",
-    "chosen_tokens": "lengths/chosen",
-    "rejected_tokens": "lengths/rejected",
-    "kl": "kl",
-    "length_correlation": "length_correlation",
+
+class Metric(NamedTuple):
+    """A metric: its public name, its label for people, and which direction is better."""
+
+    name: str
+    label: str
+    better: Literal["lower", "higher"] | None = None  # None: neither direction is better
+
+
+# By the field of `PreferenceMetrics`, in the order of the fields.
+METRICS: Mapping[str, Metric] = {
+    "loss": Metric("loss", "loss", "lower"),
+    "chosen_rewards": Metric("rewards/chosen", "reward of chosen", "higher"),
+    "rejected_rewards": Metric("rewards/rejected", "reward of rejected", "lower"),
+    "margins": Metric("rewards/margins", "margin", "higher"),
+    "accuracies": Metric("rewards/accuracies", "accuracy", "higher"),
+    "chosen_logps": Metric("logps/chosen", "log-prob of chosen", "higher"),
+    "rejected_logps": Metric("logps/rejected", "log-prob of rejected", "lower"),
+    "chosen_tokens": Metric("lengths/chosen", "tokens of chosen"),
+    "rejected_tokens": Metric("lengths/rejected", "tokens of rejected"),
+    "kl": Metric("kl", "KL divergence"),
+    "length_correlation": Metric("length_correlation", "correlation of length and margin"),
 }
 
 
-def concatenate(parts: Sequence[LossOutputs]) -> LossOutputs:
-    """Outcomes of several micro-batches as those of one set of pairs."""
+def concatenate_outputs(parts: Sequence[LossOutputs]) -> LossOutputs:
+    """Return the outputs of several micro-batches as those of one set of pairs."""
 
-    def joined(*arrays: mx.array) -> mx.array:
+    def concatenate(*arrays: mx.array) -> mx.array:
         return mx.concatenate(list(arrays)) if arrays[0].ndim else arrays[0]
 
-    return cast(LossOutputs, tree_map(joined, parts[0], *parts[1:]))
+    return cast(LossOutputs, tree_map(concatenate, parts[0], *parts[1:]))
 
 
-def summarise(of: LossOutputs, *, labelled: bool = False) -> PreferenceMetrics:
-    """Means over the pairs. Accuracy counts pairs, and a tie counts as wrong.
+def compute_metrics(outputs: LossOutputs, *, labelled: bool = False) -> PreferenceMetrics:
+    """Return means over the pairs. Accuracy is the share of pairs with a positive margin.
 
-    Of `labelled` rows: means over the desirable and over the undesirable ones, as TRL takes
-    them, None where there are none. Accuracy is the share of rows whose reward lies on the
-    side of the reference point that their label says (TRL has none).
+    For labelled examples: means over the desirable and over the undesirable examples, as in TRL,
+    and None if there are none. Accuracy is then the share of examples with the reward on the
+    correct side of KTO's reference point (TRL has no such metric).
     """
     if labelled:
-        return _summarise_labelled(of)
-    margins, facts = of.chosen_rewards - of.rejected_rewards, of.scored.metadata
-    means = mx.stack(
-        [
-            of.losses.mean(),
-            of.chosen_rewards.mean(),
-            of.rejected_rewards.mean(),
-            margins.mean(),
-            (of.chosen_rewards > of.rejected_rewards).astype(mx.float32).mean(),
-            of.scored.policy.chosen.mean(),
-            of.scored.policy.rejected.mean(),
-            facts.chosen_tokens.mean(),
-            facts.rejected_tokens.mean(),
-        ]
+        return _compute_labelled_metrics(outputs)
+    margins = outputs.chosen_rewards - outputs.rejected_rewards
+    metadata, policy = outputs.scored.metadata, outputs.scored.policy
+    means = {
+        "loss": outputs.losses.mean(),
+        "chosen_rewards": outputs.chosen_rewards.mean(),
+        "rejected_rewards": outputs.rejected_rewards.mean(),
+        "margins": margins.mean(),
+        "accuracies": (outputs.chosen_rewards > outputs.rejected_rewards).astype(mx.float32).mean(),
+        "chosen_logps": policy.chosen.mean(),
+        "rejected_logps": policy.rejected.mean(),
+        "chosen_tokens": metadata.chosen_tokens.mean(),
+        "rejected_tokens": metadata.rejected_tokens.mean(),
+    }
+    # One transfer from the device for all means.
+    values = cast(list[float], mx.stack(list(means.values())).tolist())
+    length_differences = metadata.chosen_tokens - metadata.rejected_tokens
+    return PreferenceMetrics(
+        **dict(zip(means, values, strict=True)),
+        length_correlation=_pearson_correlation(length_differences, margins),
     )
-    correlation = _correlation(facts.chosen_tokens - facts.rejected_tokens, margins)
-    return PreferenceMetrics(*means.tolist(), length_correlation=correlation)  # type: ignore[misc]
 
 
-def _correlation(a: mx.array, b: mx.array) -> float | None:
-    """Pearson's; None where one of the two does not vary."""
+def _pearson_correlation(a: mx.array, b: mx.array) -> float | None:
+    """Return Pearson's correlation, or None if one of the two is constant."""
     a, b = a - a.mean(), b - b.mean()
     spread = scalar(mx.sqrt((a * a).sum()) * mx.sqrt((b * b).sum()))
     return scalar((a * b).sum()) / spread if spread > 0 else None
 
 
-def _summarise_labelled(of: LossOutputs) -> PreferenceMetrics:
-    rewards, logps = of.chosen_rewards, of.scored.policy.chosen
-    good, tokens = of.scored.metadata.desirable, of.scored.metadata.chosen_tokens
-    moved = mx.maximum(of.rejected_rewards.mean(), 0)  # beta times the estimate of the KL
-    ratios = of.scored.policy.rejected - of.scored.reference.rejected
-    right = mx.where(good, rewards > moved, rewards < moved).astype(mx.float32)
-    desired, undesired = _mean(rewards, good), _mean(rewards, ~good)
+def _compute_labelled_metrics(outputs: LossOutputs) -> PreferenceMetrics:
+    scored, rewards, logps = outputs.scored, outputs.chosen_rewards, outputs.scored.policy.chosen
+    desirable, tokens = scored.metadata.desirable, scored.metadata.chosen_tokens
+    # `rejected` holds the mismatched completions, from which KTO estimates the KL divergence.
+    reference_point = mx.maximum(outputs.rejected_rewards.mean(), 0)
+    mismatched_ratios = scored.policy.rejected - scored.reference.rejected
+    is_correct = mx.where(desirable, rewards > reference_point, rewards < reference_point)
+    chosen, rejected = _masked_mean(rewards, desirable), _masked_mean(rewards, ~desirable)
     return PreferenceMetrics(
-        loss=scalar(of.losses.mean()),
-        chosen_rewards=desired,
-        rejected_rewards=undesired,
-        margins=None if desired is None or undesired is None else desired - undesired,
-        accuracies=scalar(right.mean()),
-        chosen_logps=_mean(logps, good),
-        rejected_logps=_mean(logps, ~good),
-        chosen_tokens=_mean(tokens, good),
-        rejected_tokens=_mean(tokens, ~good),
-        kl=max(0.0, scalar(ratios.mean())),
+        loss=scalar(outputs.losses.mean()),
+        chosen_rewards=chosen,
+        rejected_rewards=rejected,
+        margins=None if chosen is None or rejected is None else chosen - rejected,
+        accuracies=scalar(is_correct.astype(mx.float32).mean()),
+        chosen_logps=_masked_mean(logps, desirable),
+        rejected_logps=_masked_mean(logps, ~desirable),
+        chosen_tokens=_masked_mean(tokens, desirable),
+        rejected_tokens=_masked_mean(tokens, ~desirable),
+        kl=max(0.0, scalar(mismatched_ratios.mean())),
     )
 
 
-def _mean(values: mx.array, where: mx.array) -> float | None:
-    """The mean of those that are wanted, None if there are none."""
-    count = scalar(where.sum())
-    return scalar(mx.where(where, values, 0.0).sum()) / count if count else None
+def _masked_mean(values: mx.array, mask: mx.array) -> float | None:
+    """Return the mean of the values where `mask` is True, or None if it is True nowhere."""
+    count = scalar(mask.sum())
+    return scalar(mx.where(mask, values, 0.0).sum()) / count if count else None
 
 
-def named(metrics: PreferenceMetrics, *, prefix: str = "") -> dict[str, float]:
-    """The means there are, under public names; `eval_` is the prefix of held-out pairs."""
-    given = {field: value for field, value in metrics._asdict().items() if value is not None}
-    return {prefix + NAMES[field]: value for field, value in given.items()}
+def to_public_names(metrics: PreferenceMetrics, *, prefix: str = "") -> dict[str, float]:
+    """Return the metrics that are not None, by public name; `eval_` is the evaluation's prefix."""
+    values = {field: value for field, value in metrics._asdict().items() if value is not None}
+    return {prefix + METRICS[field].name: value for field, value in values.items()}
 
 
 def step_row(metrics: StepMetrics) -> dict[str, float]:
-    """One optimizer step under public names, as a line of `metrics.jsonl`."""
+    """Return the metrics of one optimizer step by public name, as a line of `metrics.jsonl`."""
     return {
         "step": metrics.step,
         "epoch": metrics.epoch,
-        **named(metrics.preferences),
+        **to_public_names(metrics.preferences),
         "grad_norm": metrics.grad_norm,
         "learning_rate": metrics.learning_rate,
         "num_tokens": metrics.num_tokens,

@@ -1,11 +1,12 @@
-"""Losses of distributions: not each pair, but the sorted values of a step are compared.
+"""Losses that compare sorted values of a whole step instead of single pairs (AOT).
 
-Each term is the loss of the pair whose value stands in it, in the order of the pairs; means and
-gradients are those of the sorted terms.
+Each term of the sum is returned at the pair whose value it contains, so that losses keep the
+order of the pairs; mean and gradients are those of the sorted terms.
 """
 
 import mlx.core as mx
 
+from mlx_dpo.losses.loss import BETA, Loss
 from mlx_dpo.losses.pairwise import sigmoid_loss
 from mlx_dpo.types import PairLogps
 
@@ -13,13 +14,13 @@ from mlx_dpo.types import PairLogps
 def aot_loss(
     policy: PairLogps, reference: PairLogps, *, beta: float, label_smoothing: float = 0.0
 ) -> mx.array:
-    """The policy's margins are to lie above the reference's, as distributions. (B,)
+    """Return the AOT loss: the policy's margins should dominate the reference's. (B,)
 
-    `sigmoid_loss` of the k-th of logπ(w) - logπ(l) less the k-th of the reference's.
+    `sigmoid_loss` of the k-th of logπ(w) - logπ(l) minus the k-th of the reference's.
 
     Source: Melnyk et al. 2024, arXiv:2406.05882, paired.
     """
-    return _above(
+    return _dominance_loss(
         policy.chosen - policy.rejected,
         reference.chosen - reference.rejected,
         beta=beta,
@@ -30,16 +31,48 @@ def aot_loss(
 def aot_unpaired_loss(
     chosen: mx.array, rejected: mx.array, *, beta: float, label_smoothing: float = 0.0
 ) -> mx.array:
-    """Chosen completions' log-ratios are to lie above the rejected ones'. (B,), (B,) -> (B,)
+    """Return the AOT loss: log-ratios of chosen should dominate those of rejected. (B,)
 
-    `sigmoid_loss` of the k-th of the one less the k-th of the other.
+    `sigmoid_loss` of the k-th log-ratio of chosen minus the k-th log-ratio of rejected.
 
     Source: Melnyk et al. 2024, arXiv:2406.05882, unpaired.
     """
-    return _above(chosen, rejected, beta=beta, label_smoothing=label_smoothing)
+    return _dominance_loss(chosen, rejected, beta=beta, label_smoothing=label_smoothing)
 
 
-def _above(high: mx.array, low: mx.array, *, beta: float, label_smoothing: float) -> mx.array:
+def _dominance_loss(
+    high: mx.array, low: mx.array, *, beta: float, label_smoothing: float
+) -> mx.array:
     ranks = mx.argsort(mx.argsort(mx.stop_gradient(high)))
-    below = low[mx.argsort(mx.stop_gradient(low))][ranks]
-    return sigmoid_loss(high - below, beta=beta, label_smoothing=label_smoothing)
+    matched = low[mx.argsort(mx.stop_gradient(low))][ranks]
+    return sigmoid_loss(high - matched, beta=beta, label_smoothing=label_smoothing)
+
+
+LOSSES = (
+    Loss(
+        name="aot",
+        function=lambda pairs, s: aot_loss(
+            pairs.policy, pairs.reference, beta=s.beta, label_smoothing=s.label_smoothing
+        ),
+        equation="−(1−ε) log σ(βδ) − ε log σ(−βδ), δ: policy's margins minus the reference's, "
+        "both sorted",
+        source="AOT, paired: Melnyk et al. 2024, arXiv:2406.05882",
+        use="The distribution of margins should improve, not each margin; large batches.",
+        defaults=BETA | {"label_smoothing": 0.0},
+        uses_whole_batch=True,
+    ),
+    Loss(
+        name="aot_unpaired",
+        function=lambda pairs, s: aot_unpaired_loss(
+            pairs.log_ratios.chosen,
+            pairs.log_ratios.rejected,
+            beta=s.beta,
+            label_smoothing=s.label_smoothing,
+        ),
+        equation="−(1−ε) log σ(βδ) − ε log σ(−βδ), δ: r(w) minus r(l), both sorted",
+        source="AOT, unpaired: Melnyk et al. 2024, arXiv:2406.05882",
+        use="Like aot, when chosen and rejected do not belong together.",
+        defaults=BETA | {"label_smoothing": 0.0},
+        uses_whole_batch=True,
+    ),
+)

@@ -1,8 +1,8 @@
-"""Preference losses of one number a pair, how far chosen is ahead; one loss per pair out.
+"""Losses of the margin between chosen and rejected: DPO and its relatives. (B,) -> (B,)
 
-Pure MLX. No model, no config object, no mean, no printing: reduction and reporting
-belong to the caller. `more` is what the data asks for beyond zero: it is taken from beta
-times the margin, in the units of a reward (ODPO: Amini et al. 2024, arXiv:2402.10571, Eq. 8).
+The functions are pure MLX and return one loss per pair; the caller takes the mean. `offset` is
+the target reward margin of a pair, subtracted from beta times the margin (ODPO: Amini et al.
+2024, arXiv:2402.10571, Eq. 8).
 """
 
 import math
@@ -10,67 +10,75 @@ import math
 import mlx.core as mx
 import mlx.nn as nn
 
-More = mx.array | float
+from mlx_dpo.losses.loss import BETA, Loss
+
+Offset = mx.array | float
 
 
 def sigmoid_loss(
-    margin: mx.array, *, beta: float, label_smoothing: float = 0.0, more: More = 0.0
+    margin: mx.array, *, beta: float, label_smoothing: float = 0.0, offset: Offset = 0.0
 ) -> mx.array:
-    """DPO loss. (B,) -> (B,)
+    """Return the DPO loss. (B,) -> (B,)
 
-        loss = -(1 - eps) log sigmoid(x) - eps log sigmoid(-x),  x = beta m - more
+        loss = -(1 - eps) log sigmoid(x) - eps log sigmoid(-x),  x = beta m - offset
 
-    where m is the log-ratio margin and eps the share of labels taken to be flipped.
-    TRL ignores `label_smoothing` for its `sigmoid` loss; here it acts (conservative DPO).
-    Of averages per token this is `sigmoid_norm`, of average log-probabilities `simpo`.
+    where m is the log-ratio margin and eps the assumed share of flipped labels. TRL ignores
+    `label_smoothing` for its `sigmoid` loss; here it takes effect (conservative DPO). With
+    averages over tokens this is `sigmoid_norm`, with average log-probabilities `simpo`.
 
     Args:
-        margin: Log-ratio margins in nats, from `views.log_ratio_margin`.
-        beta: Strength of the pull back to the reference, above 0.
+        margin: Log-ratio margins in nats, from `log_ratios.log_ratio_margin`.
+        beta: Strength of the KL constraint, above 0.
         label_smoothing: eps, in [0, 0.5). Zero is the loss of the paper.
-        more: Wanted beyond zero. (B,)
+        offset: Target reward margin. (B,)
+
+    Example:
+        >>> import mlx.core as mx
+        >>> losses = sigmoid_loss(mx.array([0.0, 10.0, -10.0]), beta=0.1)
+        >>> [round(loss, 4) for loss in losses.tolist()]
+        [0.6931, 0.3133, 1.3133]
 
     Sources:
         eps = 0: Rafailov et al. 2023, arXiv:2305.18290, Eq. 7.
         eps > 0: Mitchell 2023, "A note on DPO with noisy preferences and relationship to IPO".
     """
-    x = beta * margin - more
-    kept = -nn.log_sigmoid(x)
+    x = beta * margin - offset
+    correct = -nn.log_sigmoid(x)
     flipped = -nn.log_sigmoid(-x)
-    return (1 - label_smoothing) * kept + label_smoothing * flipped
+    return (1 - label_smoothing) * correct + label_smoothing * flipped
 
 
 def robust_loss(
-    margin: mx.array, *, beta: float, label_smoothing: float, more: More = 0.0
+    margin: mx.array, *, beta: float, label_smoothing: float, offset: Offset = 0.0
 ) -> mx.array:
-    """DPO loss whose mean over flipped labels is that over clean ones. (B,) -> (B,)
+    """Return the robust DPO loss: its expectation over flipped labels is DPO on clean labels.
 
-        loss = [-(1 - eps) log sigmoid(x) + eps log sigmoid(-x)] / (1 - 2 eps),  x = beta m - more
+        loss = [-(1 - eps) log sigmoid(x) + eps log sigmoid(-x)] / (1 - 2 eps),  x = beta m - offset
 
-    It may be negative, and falls without end as a pair is got wrong by more and more labels.
+    The loss may be negative, and it has no lower bound.
 
     Source: Ray Chowdhury et al. 2024, arXiv:2403.00409.
     """
-    x = beta * margin - more
-    kept, flipped = -nn.log_sigmoid(x), -nn.log_sigmoid(-x)
-    return ((1 - label_smoothing) * kept - label_smoothing * flipped) / (1 - 2 * label_smoothing)
+    x = beta * margin - offset
+    correct, flipped = -nn.log_sigmoid(x), -nn.log_sigmoid(-x)
+    return ((1 - label_smoothing) * correct - label_smoothing * flipped) / (1 - 2 * label_smoothing)
 
 
-def hinge_loss(margin: mx.array, *, beta: float, more: More = 0.0) -> mx.array:
-    """max(0, 1 - (beta m - more)). (B,) -> (B,)
+def hinge_loss(margin: mx.array, *, beta: float, offset: Offset = 0.0) -> mx.array:
+    """Return the hinge loss max(0, 1 - (beta m - offset)). (B,) -> (B,)
 
     Source: Zhao et al. 2023, arXiv:2305.10425, with log-ratios as in Liu et al. 2023,
     arXiv:2309.06657.
     """
-    return nn.relu(1 - (beta * margin - more))
+    return nn.relu(1 - (beta * margin - offset))
 
 
 def ipo_loss(margin: mx.array, *, beta: float) -> mx.array:
-    """Squared distance of the margin from 1 / (2 beta). (B,) -> (B,)
+    """Return the squared distance of the margin from 1 / (2 beta). (B,) -> (B,)
 
     Args:
-        margin: Of log-ratios averaged over the tokens of each completion. The paper has sums;
-            its authors told TRL that their results were with averages, and so it is here.
+        margin: Margin of log-ratios averaged over the tokens of each completion. The paper has
+            sums; its authors confirmed to TRL that their results used averages.
         beta: The paper's tau.
 
     Source: Azar et al. 2023, arXiv:2310.12036, Eq. 17.
@@ -79,7 +87,7 @@ def ipo_loss(margin: mx.array, *, beta: float) -> mx.array:
 
 
 def exo_pair_loss(margin: mx.array, *, beta: float, label_smoothing: float) -> mx.array:
-    """KL divergence of the policy's preference from the labels' (1 - eps, eps). (B,) -> (B,)
+    """Return the KL divergence of the policy's preference from the labels' (1 - eps, eps).
 
         loss = sigmoid(x) [log sigmoid(x) - log(1 - eps)]
              + sigmoid(-x) [log sigmoid(-x) - log eps],  x = beta m
@@ -87,23 +95,23 @@ def exo_pair_loss(margin: mx.array, *, beta: float, label_smoothing: float) -> m
     Args:
         margin: Log-ratio margins in nats.
         beta: The paper's beta_pi.
-        label_smoothing: eps, above 0, for the divergence from a sure label is infinite.
+        label_smoothing: eps, above 0: the divergence from a certain label is infinite.
 
     Source: Ji et al. 2024, arXiv:2402.00856, Eq. 16.
     """
     x = beta * margin
-    kept = mx.sigmoid(x) * (nn.log_sigmoid(x) - math.log1p(-label_smoothing))
+    correct = mx.sigmoid(x) * (nn.log_sigmoid(x) - math.log1p(-label_smoothing))
     flipped = mx.sigmoid(-x) * (nn.log_sigmoid(-x) - math.log(label_smoothing))
-    return kept + flipped
+    return correct + flipped
 
 
 def discopop_loss(margin: mx.array, *, beta: float, discopop_tau: float) -> mx.array:
-    """Logistic and exponential loss, mixed by the margin itself. (B,) -> (B,)
+    """Return logistic and exponential loss, mixed by the margin itself. (B,) -> (B,)
 
         loss = (1 - mu) (-log sigmoid(x)) + mu exp(-x),  mu = sigmoid(x / tau),  x = beta m
 
-    For tau up to 1 the exponential is bounded by its share; it is computed as one power, so
-    that it does not overflow before mu vanishes.
+    For tau up to 1 the product mu exp(-x) is bounded; it is computed as a single exponential, so
+    that exp(-x) cannot overflow before mu vanishes.
 
     Source: Lu et al. 2024, arXiv:2406.08414, Eq. 5; tau 0.05 there.
     """
@@ -113,19 +121,128 @@ def discopop_loss(margin: mx.array, *, beta: float, discopop_tau: float) -> mx.a
 
 
 def dpop_loss(
-    margin: mx.array, chosen: mx.array, *, beta: float, dpop_lambda: float, more: More = 0.0
+    margin: mx.array, chosen: mx.array, *, beta: float, dpop_lambda: float, offset: Offset = 0.0
 ) -> mx.array:
-    """DPO loss that minds a chosen completion getting less likely. (B,), (B,) -> (B,)
+    """Return the DPO loss with a penalty if chosen gets less likely. (B,), (B,) -> (B,)
 
-        loss = -log sigmoid(beta (m - lambda max(0, -r)) - more)
+        loss = -log sigmoid(beta (m - lambda max(0, -r)) - offset)
 
     Args:
         margin: Log-ratio margins in nats.
         chosen: r, the chosen completions' log-ratios.
-        beta: Strength of the pull back to the reference.
-        dpop_lambda: The penalty of a nat lost.
-        more: Wanted beyond zero. (B,)
+        beta: Strength of the KL constraint.
+        dpop_lambda: Penalty per nat that chosen has lost.
+        offset: Target reward margin. (B,)
 
     Source: Pal et al. 2024, arXiv:2402.13228: the penalty stands inside the sigmoid.
     """
-    return sigmoid_loss(margin - dpop_lambda * nn.relu(-chosen), beta=beta, more=more)
+    return sigmoid_loss(margin - dpop_lambda * nn.relu(-chosen), beta=beta, offset=offset)
+
+
+LOSSES = (
+    Loss(
+        name="sigmoid",
+        function=lambda pairs, s: sigmoid_loss(
+            pairs.margin, beta=s.beta, label_smoothing=s.label_smoothing, offset=pairs.offset
+        ),
+        equation="−(1−ε) log σ(βΔ) − ε log σ(−βΔ)",
+        source="DPO: Rafailov et al. 2023, arXiv:2305.18290, Eq. 7",
+        use="The loss to start with.",
+        defaults=BETA | {"label_smoothing": 0.0},
+        uses_margins=True,
+        uses_divergence=True,
+    ),
+    Loss(
+        name="cdpo",
+        function=lambda pairs, s: sigmoid_loss(
+            pairs.margin, beta=s.beta, label_smoothing=s.label_smoothing, offset=pairs.offset
+        ),
+        equation="−(1−ε) log σ(βΔ) − ε log σ(−βΔ)",
+        source="conservative DPO: Mitchell 2023, A note on DPO with noisy preferences, Eq. 3",
+        use="A share ε of the labels is wrong; the margin stops growing at log((1−ε)/ε)/β.",
+        defaults=BETA | {"label_smoothing": 0.1},
+        uses_margins=True,
+        uses_divergence=True,
+    ),
+    Loss(
+        name="robust",
+        function=lambda pairs, s: robust_loss(
+            pairs.margin, beta=s.beta, label_smoothing=s.label_smoothing, offset=pairs.offset
+        ),
+        equation="[−(1−ε) log σ(βΔ) + ε log σ(−βΔ)] / (1−2ε)",
+        source="rDPO: Ray Chowdhury et al. 2024, arXiv:2403.00409",
+        use="A known share ε of the labels is wrong; in expectation it is DPO on clean labels.",
+        defaults=BETA | {"label_smoothing": 0.1},
+        uses_margins=True,
+        uses_divergence=True,
+    ),
+    Loss(
+        name="hinge",
+        function=lambda pairs, s: hinge_loss(pairs.margin, beta=s.beta, offset=pairs.offset),
+        equation="max(0, 1 − βΔ)",
+        source="SLiC-HF: Zhao et al. 2023, arXiv:2305.10425; as RSO: Liu et al. 2023, "
+        "arXiv:2309.06657",
+        use="Pairs with a sufficient margin should get no gradient.",
+        defaults=BETA,
+        uses_margins=True,
+        uses_divergence=True,
+    ),
+    Loss(
+        name="ipo",
+        function=lambda pairs, s: ipo_loss(pairs.margin_per_token, beta=s.beta),
+        equation="(r(w)/|w| − r(l)/|l| − 1/(2β))²",
+        source="IPO: Azar et al. 2023, arXiv:2310.12036, Eq. 17; an average per token",
+        use="Labels are certain, and DPO moves too far from the reference.",
+        defaults=BETA,
+        uses_divergence=True,
+    ),
+    Loss(
+        name="exo_pair",
+        function=lambda pairs, s: exo_pair_loss(
+            pairs.margin, beta=s.beta, label_smoothing=s.label_smoothing
+        ),
+        equation="σ(βΔ) [log σ(βΔ) − log(1−ε)] + σ(−βΔ) [log σ(−βΔ) − log ε]",
+        source="EXO: Ji et al. 2024, arXiv:2402.00856, Eq. 16",
+        use="The policy should seek a mode of the preferences (reverse KL), not cover them.",
+        defaults=BETA | {"label_smoothing": 1e-3},
+        uses_divergence=True,
+    ),
+    Loss(
+        name="discopop",
+        function=lambda pairs, s: discopop_loss(
+            pairs.margin, beta=s.beta, discopop_tau=s.discopop_tau
+        ),
+        equation="(1−μ) (−log σ(βΔ)) + μ exp(−βΔ), μ = σ(βΔ/τ)",
+        source="DiscoPOP: Lu et al. 2024, arXiv:2406.08414, Eq. 5",
+        use="A loss that was discovered by an LLM-driven search; τ is `discopop_tau`.",
+        defaults=BETA | {"discopop_tau": 0.05},
+        uses_divergence=True,
+    ),
+    Loss(
+        name="sigmoid_norm",
+        function=lambda pairs, s: sigmoid_loss(
+            pairs.margin_per_token, beta=s.beta, offset=pairs.offset
+        ),
+        equation="−log σ(β (r(w)/|w| − r(l)/|l|))",
+        source="length-normalised DPO: Lambert et al. 2024 (Tülu 3), arXiv:2411.15124",
+        use="Lengths drive the margins.",
+        defaults={"beta": 5.0},
+        uses_margins=True,
+        uses_divergence=True,
+    ),
+    Loss(
+        name="dpop",
+        function=lambda pairs, s: dpop_loss(
+            pairs.margin,
+            pairs.log_ratios.chosen,
+            beta=s.beta,
+            dpop_lambda=s.dpop_lambda,
+            offset=pairs.offset,
+        ),
+        equation="−log σ(β (Δ − λ max(0, −r(w))))",
+        source="DPO-Positive: Pal et al. 2024 (Smaug), arXiv:2402.13228",
+        use="Nearly equal completions, where DPO makes both less likely; λ is `dpop_lambda`.",
+        defaults=BETA | {"dpop_lambda": 50.0},
+        uses_margins=True,
+    ),
+)

@@ -1,61 +1,63 @@
-"""Losses of the policy's log-probabilities alone; one loss per pair out."""
+"""Reference-free losses: functions of the policy's log-probabilities only."""
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_dpo.losses.pairwise import sigmoid_loss
+from mlx_dpo.losses.loss import BETA, Loss
+from mlx_dpo.losses.pairwise import Offset, sigmoid_loss
 from mlx_dpo.types import PairLogps
 
-# An average log-probability above this counts as this: at certainty, odds are infinite.
-NEARLY_CERTAIN = -1e-6
+# Average log-probabilities are clipped here: the odds of a certain completion are infinite.
+LARGEST_LOGP = -1e-6
 
 
 def sft_loss(chosen: mx.array, mean_tokens: mx.array) -> mx.array:
-    """Cross-entropy of the chosen completions. (B,), () -> (B,)
+    """Return the cross-entropy of the chosen completions. (B,), () -> (B,)
 
-    Divided by the mean length over the step, not by each own: the mean over pairs is then that
-    over tokens, as TRL and PyTorch have it.
+    Each is divided by the mean length over the step, not by its own length: the mean over pairs
+    is then the mean over tokens, as in TRL and PyTorch.
 
-    Source: as a part of RPO in Pang et al. 2024, arXiv:2404.19733, who divide each by its own
-    length; TRL's mean over tokens is followed.
+    Source: part of RPO in Pang et al. 2024, arXiv:2404.19733, who divide by the completion's own
+    length; this function follows TRL's mean over tokens.
     """
     return -chosen / mean_tokens
 
 
 def simpo_loss(
     margin: mx.array, *, beta: float, simpo_gamma: float, label_smoothing: float = 0.0,
-    more: mx.array | float = 0.0,
+    offset: Offset = 0.0,
 ) -> mx.array:  # fmt: skip
-    """`sigmoid_loss` of beta m - gamma - more. (B,) -> (B,)
+    """Return the SimPO loss: `sigmoid_loss` of beta m - gamma - offset. (B,) -> (B,)
 
     Args:
-        margin: Of log-probabilities averaged over the tokens of each completion.
-        beta: Scale of the reward; no pull to anything.
-        simpo_gamma: What the reward of chosen is to be ahead by. It is not multiplied by beta:
-            the authors' code and TRL have gamma / beta inside, which is the same.
-        label_smoothing: Share of labels taken to be flipped; TRL has it, the paper does not.
-        more: Wanted beyond gamma. (B,)
+        margin: Margin of log-probabilities averaged over the tokens of each completion.
+        beta: Scale of the reward; there is no KL constraint.
+        simpo_gamma: Target reward margin. It is not multiplied by beta: the authors' code and
+            TRL have beta (m - gamma / beta), which is the same.
+        label_smoothing: Assumed share of flipped labels; TRL has it, the paper does not.
+        offset: Target reward margin in addition to gamma. (B,)
 
     Source: Meng et al. 2024, arXiv:2405.14734, Eq. 6.
     """
-    return sigmoid_loss(margin, beta=beta, label_smoothing=label_smoothing, more=simpo_gamma + more)
+    target = simpo_gamma + offset
+    return sigmoid_loss(margin, beta=beta, label_smoothing=label_smoothing, offset=target)
 
 
 def cpo_loss(
     logps: PairLogps, mean_tokens: mx.array, *, beta: float, cpo_alpha: float,
-    label_smoothing: float = 0.0, more: mx.array | float = 0.0,
+    label_smoothing: float = 0.0, offset: Offset = 0.0,
 ) -> mx.array:  # fmt: skip
-    """`sigmoid_loss` of the policy's own margin, and the likelihood of chosen. (B,)
+    """Return the CPO loss: `sigmoid_loss` without a reference, plus `sft_loss`. (B,)
 
         loss = sigmoid_loss(logπ(w) - logπ(l)) + alpha sft_loss(w)
 
-    The paper's likelihood is of whole completions; the authors' code and TRL take the mean over
-    tokens, which is followed.
+    The paper sums the likelihood over a completion; the authors' code, TRL and this function
+    take the mean over tokens.
 
     Source: Xu et al. 2024, arXiv:2401.08417, Eq. 3.
     """
     margin = logps.chosen - logps.rejected
-    preference = sigmoid_loss(margin, beta=beta, label_smoothing=label_smoothing, more=more)
+    preference = sigmoid_loss(margin, beta=beta, label_smoothing=label_smoothing, offset=offset)
     return preference + cpo_alpha * sft_loss(logps.chosen, mean_tokens)
 
 
@@ -63,19 +65,85 @@ def orpo_loss(
     logps: PairLogps, chosen_tokens: mx.array, rejected_tokens: mx.array,
     mean_tokens: mx.array, *, beta: float,
 ) -> mx.array:  # fmt: skip
-    """Likelihood of chosen, and the ratio of odds. (B,)
+    """Return the ORPO loss: `sft_loss` plus the odds-ratio loss. (B,)
 
         loss = sft_loss(w) - beta log sigmoid(log odds(w) - log odds(l))
 
-    with the odds p / (1 - p) of p = exp(logπ(y) / |y|). TRL's likelihood is of the prompt, too;
-    the paper's, which is followed, of the completion alone.
+    with the odds p / (1 - p) of p = exp(logπ(y) / |y|). TRL's likelihood includes the prompt; this
+    function follows the paper: the completion only.
 
     Source: Hong et al. 2024, arXiv:2403.07691, Eqs. 6 and 7; beta is its lambda.
     """
-    ahead = _log_odds(logps.chosen / chosen_tokens) - _log_odds(logps.rejected / rejected_tokens)
-    return sft_loss(logps.chosen, mean_tokens) - beta * nn.log_sigmoid(ahead)
+    chosen = _log_odds(logps.chosen / chosen_tokens)
+    rejected = _log_odds(logps.rejected / rejected_tokens)
+    return sft_loss(logps.chosen, mean_tokens) - beta * nn.log_sigmoid(chosen - rejected)
 
 
 def _log_odds(logp: mx.array) -> mx.array:
-    logp = mx.minimum(logp, NEARLY_CERTAIN)
+    logp = mx.minimum(logp, LARGEST_LOGP)
     return logp - mx.log(-mx.expm1(logp))
+
+
+LOSSES = (
+    Loss(
+        name="sft",
+        function=lambda pairs, s: sft_loss(pairs.policy.chosen, pairs.metadata.mean_chosen_tokens),
+        equation="−logπ(w) / mean |w| of the step: the mean cross-entropy per token",
+        source="as a part of RPO: Pang et al. 2024, arXiv:2404.19733",
+        use="Added to another loss, so that the likelihood of chosen does not decrease.",
+        defaults={},
+        reward=None,
+        needs_reference=False,
+    ),
+    Loss(
+        name="simpo",
+        function=lambda pairs, s: simpo_loss(
+            pairs.policy_margin_per_token,
+            beta=s.beta,
+            simpo_gamma=s.simpo_gamma,
+            label_smoothing=s.label_smoothing,
+            offset=pairs.offset,
+        ),
+        equation="sigmoid of β (logπ(w)/|w| − logπ(l)/|l|) − γ",
+        source="SimPO: Meng et al. 2024, arXiv:2405.14734, Eq. 6",
+        use="No reference, and no reward for length; γ is `simpo_gamma`.",
+        defaults={"beta": 2.0, "simpo_gamma": 0.5, "label_smoothing": 0.0},
+        reward="average log-probability",
+        needs_reference=False,
+        uses_margins=True,
+    ),
+    Loss(
+        name="cpo",
+        function=lambda pairs, s: cpo_loss(
+            pairs.policy,
+            pairs.metadata.mean_chosen_tokens,
+            beta=s.beta,
+            cpo_alpha=s.cpo_alpha,
+            label_smoothing=s.label_smoothing,
+            offset=pairs.offset,
+        ),
+        equation="sigmoid of β (logπ(w) − logπ(l)), plus α times sft",
+        source="CPO: Xu et al. 2024, arXiv:2401.08417, Eq. 3",
+        use="No reference; first used for translation; α is `cpo_alpha`.",
+        defaults=BETA | {"cpo_alpha": 1.0, "label_smoothing": 0.0},
+        reward="log-probability",
+        needs_reference=False,
+        uses_margins=True,
+    ),
+    Loss(
+        name="orpo",
+        function=lambda pairs, s: orpo_loss(
+            pairs.policy,
+            pairs.metadata.chosen_tokens,
+            pairs.metadata.rejected_tokens,
+            pairs.metadata.mean_chosen_tokens,
+            beta=s.beta,
+        ),
+        equation="sft − β log σ(log odds(w) − log odds(l)), odds of exp(logπ(y)/|y|)",
+        source="ORPO: Hong et al. 2024, arXiv:2403.07691, Eqs. 6 and 7",
+        use="Training a base model in one stage, without supervised fine-tuning before.",
+        defaults=BETA,
+        reward="average log-probability",
+        needs_reference=False,
+    ),
+)

@@ -15,10 +15,11 @@ from mlx_dpo.models.load import LoadedModel
 from mlx_dpo.profiling import memory
 from mlx_dpo.profiling.device_memory import MemoryBudget, available_memory
 from mlx_dpo.profiling.profile import PassProfile, TrainingPass, profile_training_pass
-from mlx_dpo.runs.build import make_objective, optimizer_state_bytes
+from mlx_dpo.runs.build import optimizer_state_bytes
 from mlx_dpo.runs.inputs import Inputs
 from mlx_dpo.scoring.select_scorer import ScorerChoice
 from mlx_dpo.training.grad_cache import skip_kl_completions
+from mlx_dpo.training.objective import Objective
 from mlx_dpo.types import TokenizedPair
 
 # Larger passes gain nothing on the CPU; on a GPU little beyond a few thousand tokens.
@@ -113,7 +114,7 @@ def profile_micro_batch(
     """What a training pass over `pairs` costs, adapters attached."""
     step = TrainingPass(
         scorer=choice.scorer,
-        objective=make_objective(config),
+        objective=Objective(config),
         accumulates=config.batch_size > len(pairs),
         recompute=bool(config.recompute),
     )

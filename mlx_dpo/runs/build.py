@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -14,17 +13,16 @@ import mlx.optimizers as optim
 from mlx_dpo.adapters import attach as adapters
 from mlx_dpo.adapters.files import attach_loaded_adapter, read_adapter
 from mlx_dpo.config.dpo_config import DPOConfig
-from mlx_dpo.config.optimizer import KINDS
 from mlx_dpo.config.training import PassLimit
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.models.device import is_cpu
 from mlx_dpo.models.load import LoadedModel
+from mlx_dpo.optim import optimizers
+from mlx_dpo.optim.lr_schedule import learning_rate
 from mlx_dpo.profiling.memory import trainable_bytes
 from mlx_dpo.scoring.score_pairs import DatasetScorer, on_policy_weights, score_pairs
 from mlx_dpo.scoring.scorers import memory_efficient_training
 from mlx_dpo.scoring.select_scorer import ScorerChoice, ScorerSetting, select_scorer
-from mlx_dpo.training import optimizers
-from mlx_dpo.training.lr_schedule import learning_rate
 from mlx_dpo.training.objective import Objective
 from mlx_dpo.training.plan import TrainingPlan
 from mlx_dpo.training.reference_logps import SyncedReference
@@ -94,15 +92,15 @@ def reference_mode(policy: nn.Module, config: DPOConfig) -> AbstractContextManag
 
 def make_optimizer(policy: nn.Module, config: DPOConfig) -> optim.Optimizer:
     """The optimizer of the settings, ready for what `policy` trains."""
-    given = {name: getattr(config, name) for name in KINDS[config.optim].takes}
+    given = {name: getattr(config, name) for name in optimizers.OPTIMIZERS[config.optim].settings}
     kept = {name: value for name, value in given.items() if value is not None}
-    return optimizers.make(config.optim, policy, config.learning_rate, **kept)
+    return optimizers.build_optimizer(config.optim, policy, config.learning_rate, **kept)
 
 
 def optimizer_state_bytes(policy: nn.Module, config: DPOConfig) -> int:
     """Bytes that optimizer and synced reference remember; nothing is allocated."""
     synced = trainable_bytes(policy) if config.sync_ref_model else 0
-    return optimizers.state_bytes(make_optimizer(policy, config)) + synced
+    return optimizers.count_state_bytes(make_optimizer(policy, config)) + synced
 
 
 def choose_scorer(base: LoadedModel, config: DPOConfig) -> ScorerChoice:
@@ -124,7 +122,7 @@ def inference_limit(config: DPOConfig, choice: ScorerChoice) -> PassLimit:
     # and on the CPU larger arrays leave its caches, so that long pairs take four times as long.
     roomy = choice.name == "shared" and not config.recompute
     more = roomy and not is_cpu()
-    return config.pass_limit.times(INFERENCE_FACTOR if more else 1)
+    return config.pass_limit.scaled(INFERENCE_FACTOR if more else 1)
 
 
 def make_dataset_scorer(config: DPOConfig, choice: ScorerChoice) -> DatasetScorer:
@@ -150,11 +148,6 @@ def make_on_policy_weights(config: DPOConfig, choice: ScorerChoice) -> OnPolicyW
     return partial(on_policy_weights, score=score)
 
 
-def make_objective(config: DPOConfig) -> Objective:
-    """What the settings make small."""
-    return Objective(**{f.name: getattr(config, f.name) for f in fields(Objective)})
-
-
 def make_synced_reference(
     policy: nn.Module, config: DPOConfig, choice: ScorerChoice
 ) -> SyncedReference | None:
@@ -171,7 +164,7 @@ def check_step_settings(config: DPOConfig, total_steps: int) -> None:
     Raises:
         ConfigError: no update of the run would change anything, or none has the peak rate.
     """
-    if total_steps == 1 and config.warmup(total_steps) > 0:
+    if total_steps == 1 and config.count_warmup_steps(total_steps) > 0:
         raise ConfigError(
             "the run has 1 step, and a warm-up begins at learning rate 0, so nothing would be "
             "trained; use --warmup-ratio 0, more pairs, --max-steps, or a smaller --batch-size"
@@ -201,14 +194,14 @@ def make_plan(
     return TrainingPlan(
         pairs=pairs,
         reference=reference,
-        objective=make_objective(config),
+        objective=Objective(config),
         learning_rate=partial(
             learning_rate,
             peak=config.learning_rate,
             total=total_steps,
-            warmup=config.warmup(total_steps),
-            kind=config.lr_scheduler_type,
-            floor=config.floor,
+            warmup=config.count_warmup_steps(total_steps),
+            schedule=config.lr_scheduler_type,
+            min_lr_rate=config.final_lr_share,
         ),
         total_steps=total_steps,
         batch_size=config.batch_size,

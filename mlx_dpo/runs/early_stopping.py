@@ -16,20 +16,11 @@ import mlx.nn as nn
 from mlx_dpo.adapters.files import WEIGHTS, load_adapter_weights
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.errors import ConfigError, RunError
-from mlx_dpo.losses.metrics import NAMES
+from mlx_dpo.losses.metrics import METRICS
 from mlx_dpo.runs.folder import RunPaths
 from mlx_dpo.training.checkpoint import checkpoint_path, saved_steps, whole_folder
 from mlx_dpo.types import MetricsRow
 
-LOWER_IS_BETTER = {
-    "loss": True,
-    "chosen_rewards": False,
-    "rejected_rewards": True,
-    "margins": False,
-    "accuracies": False,
-    "chosen_logps": False,
-    "rejected_logps": True,
-}
 PREFIX = "eval_"
 
 
@@ -58,7 +49,7 @@ class EarlyStopping:
         Raises:
             ConfigError: there is no such metric, or no better and worse in it.
         """
-        known = {NAMES[field]: lower for field, lower in LOWER_IS_BETTER.items()}
+        known = {m.name: m.better == "lower" for m in METRICS.values() if m.better is not None}
         name = metric.removeprefix(PREFIX)
         if name not in known:
             raise ConfigError(

@@ -228,7 +228,7 @@ def check_resumable(
             "another --output"
         )
     before = DPOConfig.from_dict(earlier["settings"])
-    if (name := before.differing(config)) is not None:
+    if (name := before.find_difference(config)) is not None:
         raise RunError(
             f"{paths.folder}: the run began with {name} = {_shown(getattr(before, name))}, not "
             f"{_shown(getattr(config, name))}; resume with the same settings, or choose another "

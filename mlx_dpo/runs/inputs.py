@@ -167,7 +167,9 @@ def _split_pairs(
 ) -> tuple[PairDataset, PairDataset]:
     """Pairs to train on, each source as often as it is wanted, and pairs to measure on."""
     every = concatenate([read.pairs for read in train])
-    held = held_out_indices(every, share=0.0 if valid else config.held_out_share, seed=config.seed)
+    held = held_out_indices(
+        every, share=0.0 if valid else config.held_out_fraction, seed=config.seed
+    )
     apart = concatenate([read.pairs for read in valid]) if valid else every.select(sorted(held))
     kept: list[int] = []
     begin = 0
@@ -211,5 +213,5 @@ def check_held_out_settings(config: DPOConfig, sources: SplitSources) -> None:
             f"`valid_fraction` has no effect beside {sources.valid[0].name}; "
             "name the training file alone"
         )
-    if not sources.valid and config.held_out_share == 0 and config.eval_steps is not None:
+    if not sources.valid and config.held_out_fraction == 0 and config.eval_steps is not None:
         raise ConfigError("`eval_steps` has no effect with `valid_fraction` 0: none are held out")

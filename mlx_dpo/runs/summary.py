@@ -11,11 +11,11 @@ from mlx_dpo.adapters.layers import LoRAEmbedding, LoRASwitchLinear, adapter_ran
 from mlx_dpo.adapters.master_weights import forward_dtypes
 from mlx_dpo.adapters.targets import block_paths, has_tied_embeddings
 from mlx_dpo.config.dpo_config import DPOConfig
-from mlx_dpo.config.optimizer import KINDS
 from mlx_dpo.data.batching import count_micro_batches
 from mlx_dpo.data.columns import count_shared_pairs
 from mlx_dpo.io.arrays import named_arrays
 from mlx_dpo.models.device import dtype_name
+from mlx_dpo.optim.optimizers import OPTIMIZERS
 from mlx_dpo.profiling import memory
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ def describe_loss(config: DPOConfig) -> str:
     if config.f_divergence_type is not None:
         said.append(config.f_divergence_type)
     if config.f_divergence_type == "alpha_divergence":
-        said[-1] += f" {config.alpha_of_divergence:g}"
+        said[-1] += f" {config.divergence_alpha:g}"
     if config.ld_alpha is not None:
         said.append(f"ld_alpha {config.ld_alpha:g}")
     weighed = ["weighed by what the policy would write"] if config.use_weighting else []
@@ -191,9 +191,9 @@ def describe_loss(config: DPOConfig) -> str:
 def _loss_settings(config: DPOConfig) -> list[str]:
     """The settings that losses read, loss by loss where they differ."""
     read: dict[str, dict[str, float]] = {}
-    for kind in config.loss_kinds:
-        for name in kind.defaults:
-            read.setdefault(name, {})[kind.name] = config.read_by(kind, name)
+    for loss in config.losses:
+        for name, value in vars(config.get_hyperparameters(loss)).items():
+            read.setdefault(name, {})[loss.name] = value
     said: list[str] = []
     for name, values in read.items():
         if len(set(values.values())) > 1:
@@ -204,9 +204,10 @@ def _loss_settings(config: DPOConfig) -> list[str]:
 
 
 def _describe_steps(run: "DPOTrainer") -> str:
-    config, rising = run.config, run.config.warmup(run.total_steps)
+    config, rising = run.config, run.config.count_warmup_steps(run.total_steps)
     return (
-        f"{run.total_steps} of {config.batch_size} {config.unit}; {KINDS[config.optim].title}, "
+        f"{run.total_steps} of {config.batch_size} {config.unit}; "
+        f"{OPTIMIZERS[config.optim].title}, "
         f"learning rate {config.learning_rate:g}, {config.lr_scheduler_type}, "
         f"warm-up over {rising} step{'s' * (rising != 1)}"
     )

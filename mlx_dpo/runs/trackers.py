@@ -60,7 +60,7 @@ def shared_settings(record: Mapping[str, Any]) -> dict[str, Any]:
 
     They contain no paths; the model is named if it is on the Hub.
     """
-    shareable = DPOConfig.from_dict(record["settings"]).shareable()
+    shareable = DPOConfig.from_dict(record["settings"]).get_public_settings()
     model = hub_model_id(record)
     return ({"model": model} if model else {}) | shareable
 
@@ -70,13 +70,13 @@ def make_monitor(config: DPOConfig, pairs: Sequence[TokenizedPair], *, total_ste
     return Monitor(
         MonitoredRun(
             total_steps=total_steps,
-            warmup_steps=config.warmup(total_steps),
+            warmup_steps=config.count_warmup_steps(total_steps),
             batch_size=min(config.batch_size, len(pairs)),
-            beta=config.loss_beta,
+            beta=config.common_beta,
             learning_rate=config.learning_rate,
             max_grad_norm=config.max_grad_norm,
             chosen_tokens=float(column(pairs, LENGTHS)[:, 1].mean()),
-            referenced=config.rewarded == "log-ratio" and config.reference_model is None,
+            referenced=config.reward_kind == "log-ratio" and config.reference_model is None,
             from_start=config.reference_model is None and not config.sync_ref_model,
         )
     )

@@ -13,7 +13,7 @@ from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.data.batching import steps_per_epoch
 from mlx_dpo.data.tokenization.cache import RowProgress
 from mlx_dpo.errors import ConfigError, TrainingError
-from mlx_dpo.losses.metrics import named, step_row
+from mlx_dpo.losses.metrics import step_row, to_public_names
 from mlx_dpo.profiling.device_memory import limited_buffers
 from mlx_dpo.reporting.metrics_log import MetricsLog, read_metrics, timed
 from mlx_dpo.runs.auto_batch_size import choose_micro_batch_size
@@ -22,7 +22,6 @@ from mlx_dpo.runs.build import (
     check_step_settings,
     choose_scorer,
     make_dataset_scorer,
-    make_objective,
     make_on_policy_weights,
     make_optimizer,
     make_plan,
@@ -60,7 +59,7 @@ from mlx_dpo.scoring.kernels.gated_delta import use_fused_gated_delta
 from mlx_dpo.trackers.base import OpenTrackers, RunInfo
 from mlx_dpo.training import checkpoint, loop
 from mlx_dpo.training.logps_cache import read_logps, write_logps
-from mlx_dpo.training.objective import evaluate
+from mlx_dpo.training.objective import Objective, evaluate
 from mlx_dpo.types import MetricsRow, PairLogps
 
 Heard = Callable[[int], None]
@@ -204,7 +203,7 @@ class DPOTrainer:
     def _reference_logps(self, split: str, progress: Heard) -> PairLogps:
         """Return the reference log-probabilities of a split, (len(pairs),) each."""
         pairs = getattr(self.inputs, split)
-        if not make_objective(self.config).needs_reference:
+        if not self.config.needs_reference:
             return PairLogps(mx.zeros((len(pairs),)), mx.zeros((len(pairs),)))
         stored = read_logps(self.paths.reference(split), len(pairs))
         if stored is not None:
@@ -345,11 +344,11 @@ class DPOTrainer:
             self.policy,
             self.inputs.valid,
             synced or self.reference["valid"],
-            make_objective(self.config),
+            Objective(self.config),
             score=make_dataset_scorer(self.config, self.choice),
             on_policy=make_on_policy_weights(self.config, self.choice),
         )
-        return named(metrics, prefix="eval_")
+        return to_public_names(metrics, prefix="eval_")
 
     def _save_checkpoint(self) -> None:
         checkpoint.save(

@@ -18,7 +18,6 @@ from mlx_dpo.models.load import LoadedModel
 from mlx_dpo.runs.build import (
     choose_scorer,
     make_dataset_scorer,
-    make_objective,
     make_on_policy_weights,
 )
 from mlx_dpo.runs.folder import check_provenance
@@ -42,7 +41,7 @@ from mlx_dpo.schemas.messages import prompt_digest
 from mlx_dpo.scoring.kernels.gated_delta import use_fused_gated_delta
 from mlx_dpo.scoring.score_pairs import DatasetScorer
 from mlx_dpo.training import checkpoint
-from mlx_dpo.training.objective import evaluate
+from mlx_dpo.training.objective import Objective, evaluate
 from mlx_dpo.types import PairLogps, PreferenceMetrics, TokenizedPair
 
 
@@ -133,7 +132,7 @@ def _compute_metrics(
             base.model,
             pairs,
             reference,
-            make_objective(config),
+            Objective(config),
             score=score,
             on_policy=make_on_policy_weights(config, choice),
         )
@@ -144,7 +143,7 @@ def _reference_logps(
 ) -> PairLogps:
     """What the run's reference says of the pairs; `base` is put as it. (len(pairs),) each"""
     config = run.config
-    if not make_objective(config).needs_reference:
+    if not config.needs_reference:
         return PairLogps(mx.zeros((len(pairs),)), mx.zeros((len(pairs),)))
     if config.reference_model is not None:
         other = load_reference_model(config)

@@ -139,8 +139,10 @@ def _describe_progress(run: LoggedRun) -> str:
 
 
 def _describe_settings(config: DPOConfig) -> str:
-    shown = [f"{name} {_format_value(value)}" for name, value in config.shareable().items()]
-    return ", ".join([*shown, *(f"{name} (not shown)" for name in config.withheld())])
+    public = config.get_public_settings()
+    shown = [f"{name} {_format_value(value)}" for name, value in public.items()]
+    hidden = [f"{name} (not shown)" for name in config.list_private_settings()]
+    return ", ".join([*shown, *hidden])
 
 
 def _format_value(value: Any) -> str:
@@ -154,7 +156,7 @@ def _add_differing_settings(
 ) -> list[RunDetails]:
     """With the model and the settings in which the runs differ before their figures."""
     configs = [DPOConfig.from_dict(run.record["settings"]) for run in runs]
-    set_by = [config.shareable() for config in configs]
+    set_by = [config.get_public_settings() for config in configs]
     names = dict.fromkeys(name for settings in set_by for name in settings)
     differing = [n for n in names if len({_format_value(getattr(c, n)) for c in configs}) > 1]
     models = [dict(one.facts)["model"] for one in told]

@@ -7,7 +7,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 
 from mlx_dpo.io.arrays import scalar
-from mlx_dpo.losses.metrics import summarise
+from mlx_dpo.losses.metrics import compute_metrics
 from mlx_dpo.training.plan import TrainingPlan, make_micro_batches
 from mlx_dpo.training.step import optimizer_step
 from mlx_dpo.types import StepMetrics, TokenizedPair
@@ -48,7 +48,7 @@ def train(
             StepMetrics(
                 step=step,
                 epoch=plan.epoch(step),
-                preferences=summarise(outputs, labelled=plan.objective.labelled),
+                preferences=compute_metrics(outputs, labelled=plan.objective.labelled),
                 grad_norm=scalar(norm),
                 learning_rate=plan.learning_rate(step - 1),
                 num_tokens=num_tokens,

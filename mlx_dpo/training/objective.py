@@ -1,4 +1,4 @@
-"""What a run makes small: losses of one or several kinds, and the rewards they imply."""
+"""The training objective: a weighted sum of losses, and the rewards that it implies."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,50 +10,64 @@ import mlx.nn as nn
 
 from mlx_dpo.config.loss import LossSettings
 from mlx_dpo.data.batching import pair_metadata
-from mlx_dpo.losses.catalogue import LOSSES, LossKind
 from mlx_dpo.losses.divergences import Divergence
-from mlx_dpo.losses.log_ratios import View, averages, log_ratios
-from mlx_dpo.losses.metrics import summarise
+from mlx_dpo.losses.log_ratios import LossInputs, log_ratios, token_averages
+from mlx_dpo.losses.metrics import compute_metrics
 from mlx_dpo.scoring.score_pairs import DatasetScorer
 from mlx_dpo.types import LossOutputs, PairLogps, PreferenceMetrics, ScoredPairs, TokenizedPair
 
 
-@dataclass(frozen=True, kw_only=True)
-class Objective(LossSettings):
-    """A weighted sum of losses, with the settings they take."""
+@dataclass(frozen=True)
+class Objective:
+    """The weighted sum of the losses that the settings name."""
+
+    settings: LossSettings
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the examples are unpaired and labelled (KTO)."""
+        return self.settings.labelled
+
+    @property
+    def uses_whole_batch(self) -> bool:
+        """Whether the loss of a pair depends on the other pairs of its step."""
+        return self.settings.uses_whole_batch
 
     @property
     def divergence(self) -> Divergence:
-        """What keeps the policy near the reference."""
-        return Divergence(self.f_divergence_type or "reverse_kl", self.alpha_of_divergence)
+        """Divergence that regularises the policy towards the reference."""
+        name = self.settings.f_divergence_type or "reverse_kl"
+        return Divergence(name, self.settings.divergence_alpha)
 
-    def losses(self, scored: ScoredPairs, ratios: PairLogps) -> mx.array:
-        """Return the loss of each pair; training minimizes the mean over a step. (B,)"""
-        terms = zip(self.loss_kinds, self.weights_of_losses, strict=True)
-        total = reduce(add, (weight * self._loss(kind, scored, ratios) for kind, weight in terms))
-        return scored.metadata.weights * scored.on_policy_weights * total
+    def compute_losses(self, scored: ScoredPairs, ratios: PairLogps) -> mx.array:
+        """Return the weighted loss of each pair; training minimizes the mean over a step. (B,)"""
+        inputs = LossInputs(scored, ratios, self.divergence)
+        terms = [
+            weight * loss.function(inputs, self.settings.get_hyperparameters(loss))
+            for weight, loss in zip(
+                self.settings.weights_of_losses, self.settings.losses, strict=True
+            )
+        ]
+        return scored.metadata.weights * scored.on_policy_weights * reduce(add, terms)
 
-    def outcomes(self, scored: ScoredPairs, ratios: PairLogps) -> LossOutputs:
+    def compute_outputs(self, scored: ScoredPairs, ratios: PairLogps) -> LossOutputs:
         """Return losses and implied rewards of pairs with these log-ratios. (B,) each"""
-        chosen, rejected = self.rewards(scored, ratios)
-        return LossOutputs(self.losses(scored, ratios), scored, chosen, rejected)
+        chosen, rejected = self.compute_rewards(scored, ratios)
+        return LossOutputs(self.compute_losses(scored, ratios), scored, chosen, rejected)
 
-    def rewards(self, scored: ScoredPairs, ratios: PairLogps) -> tuple[mx.array, mx.array]:
-        """Those that the first loss implies that implies any, as TRL logs them. (B,) each
+    def compute_rewards(self, scored: ScoredPairs, ratios: PairLogps) -> PairLogps:
+        """Return the implied rewards of chosen and rejected, as TRL logs them. (B,) each
 
-        beta times the log-ratio of the chosen and of the rejected completion; for losses
-        without a reference, times the log-probability, or its average over tokens.
+        A reward is beta times the log-ratio; for reference-free losses beta times the
+        log-probability, or its average over tokens. In a sum the first loss decides that implies
+        a reward.
         """
-        logps = scored.policy
-        if self.rewarded == "log-ratio":
+        beta, kind, logps = self.settings.common_beta, self.settings.reward_kind, scored.policy
+        if kind == "log-ratio":
             logps = ratios
-        if self.rewarded == "average log-probability":
-            logps = averages(logps, scored.metadata)
-        return self.loss_beta * logps.chosen, self.loss_beta * logps.rejected
-
-    def _loss(self, kind: LossKind, scored: ScoredPairs, ratios: PairLogps) -> mx.array:
-        settings = {name: self.read_by(kind, name) for name in kind.defaults}
-        return LOSSES[kind.name](View(scored, ratios, self.divergence), **settings)
+        if kind == "average log-probability":
+            logps = token_averages(logps, scored.metadata)
+        return PairLogps(beta * logps.chosen, beta * logps.rejected)
 
 
 def evaluate(
@@ -65,9 +79,9 @@ def evaluate(
     score: DatasetScorer,
     on_policy: Callable[[nn.Module, Sequence[TokenizedPair]], mx.array] | None = None,
 ) -> PreferenceMetrics:
-    """Means over all of `pairs`, every pair with the same weight. Leaves evaluation mode on."""
+    """Return means over all `pairs`, with equal weights. Leaves the policy in evaluation mode."""
     logps = score(policy, pairs)
     weights = mx.ones((len(pairs),)) if on_policy is None else on_policy(policy, pairs)
     scored = ScoredPairs(logps, reference, pair_metadata(pairs), weights)
-    ratios = log_ratios(scored.policy, scored.reference)
-    return summarise(objective.outcomes(scored, ratios), labelled=objective.labelled)
+    outputs = objective.compute_outputs(scored, log_ratios(logps, reference))
+    return compute_metrics(outputs, labelled=objective.labelled)

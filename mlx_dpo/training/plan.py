@@ -131,7 +131,7 @@ def make_micro_batches(
 
 
 def _grad_cache(plan: TrainingPlan, step: ScoredPairs, at: Sequence[int]) -> GradCache | None:
-    if not plan.objective.couples:
+    if not plan.objective.uses_whole_batch:
         return None
     return GradCache.of(step, at, labelled=plan.objective.labelled)
 
@@ -144,7 +144,7 @@ def _score_step(policy: nn.Module, plan: TrainingPlan, indices: Sequence[int]) -
     pairs = [plan.pairs[i] for i in indices]
     zeros = mx.zeros((len(pairs),))
     logps = PairLogps(zeros, zeros)
-    if plan.objective.couples:
+    if plan.objective.uses_whole_batch:
         assert plan.score is not None
         logps = plan.score(policy, only_kl_completions(pairs) if plan.objective.labelled else pairs)
     weights = mx.ones_like(zeros)

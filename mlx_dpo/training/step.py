@@ -12,7 +12,7 @@ from mlx.utils import tree_map
 from mlx_dpo.errors import TrainingError
 from mlx_dpo.io.arrays import named_arrays
 from mlx_dpo.losses.log_ratios import log_ratios
-from mlx_dpo.losses.metrics import concatenate
+from mlx_dpo.losses.metrics import concatenate_outputs
 from mlx_dpo.scoring.scorers import Scorer, memory_efficient_training, plain_scorer
 from mlx_dpo.training.grad_cache import skip_kl_completions
 from mlx_dpo.training.objective import Objective
@@ -37,7 +37,7 @@ def loss_and_gradients(
         logps = scorer(model, pairs)  # log pi(y|x) of chosen and rejected, (B,) each
         scored = batch.with_policy_logps(logps)  # together with log pi_ref(y|x)
         ratios = log_ratios(scored.policy, scored.reference)  # log pi(y|x) - log pi_ref(y|x)
-        outputs = objective.outcomes(scored, ratios)  # DPO: -log sigmoid(beta (chosen - rejected))
+        outputs = objective.compute_outputs(scored, ratios)  # DPO: -log sigmoid(beta * margin)
         # Sums, not means: micro-batches of any size add up to the mean loss of the step.
         return outputs.losses.sum() * (1.0 / num_pairs), batch.select_outputs(outputs)
 
@@ -86,7 +86,7 @@ def _accumulate(
         mx.eval(outputs, total)
     if total is None:
         raise ValueError("a step without pairs")
-    return concatenate(parts), total
+    return concatenate_outputs(parts), total
 
 
 def clip_grad_norm(gradients: Gradients, max_norm: float) -> tuple[Gradients, mx.array]:

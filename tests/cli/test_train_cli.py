@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from mlx_dpo.cli import cli
-from mlx_dpo.config.dpo_config import options
+from mlx_dpo.config.dpo_config import get_settings
 from tests.checkpoints import make_checkpoint
 
 MATTER = ("--batch-size", "4", "--lora-r", "4", "--learning-rate", "1e-3")
@@ -364,7 +364,7 @@ def test_help_shows_every_setting_once_under_its_section():
     loss = shown[starts[3] : starts[4]]
     assert "--beta" in loss
     assert "--help" in shown[starts[0] : starts[1]]
-    for name in options():
+    for name in get_settings():
         flag = "--" + name.replace("_", "-")
         lines = [line for line in shown.splitlines() if line.lstrip().startswith(f"{flag} ")]
         assert len(lines) == (name != "pairs"), name

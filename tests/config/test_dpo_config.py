@@ -3,8 +3,8 @@ import re
 
 import pytest
 
-from mlx_dpo.config.dpo_config import DPOConfig, options
-from mlx_dpo.config.other_trainers import ELSEWHERE
+from mlx_dpo.config.dpo_config import DPOConfig, get_settings
+from mlx_dpo.config.other_trainers import EQUIVALENTS
 from mlx_dpo.config.training import PassLimit
 from mlx_dpo.errors import ConfigError
 
@@ -150,10 +150,13 @@ def test_yamls_numbers_without_a_point_are_numbers():
         ({"epochs": 2, "max_steps": 9}, "`epochs` has no effect beside `max_steps`"),
         ({"batch_size": 2, "micro_batch_size": 4}, "`micro_batch_size` 4 is above `batch_size` 2"),
         ({"micro_batch_size": 1, "max_tokens": 9}, "`max_tokens` has no effect with one pair per"),
-        ({"batch_size": 1, "max_tokens": 9}, "`max_tokens` has no effect with one pair per pass"),
+        (
+            {"batch_size": 1, "max_tokens": 9},
+            "`max_tokens` has no effect with one pair per forward pass",
+        ),
         (
             {"micro_batch_size": 2, "max_tokens": 476, "max_length": 100},
-            "`max_tokens` 476 has no effect beside `micro_batch_size` 2 and `max_length` 100",
+            "`max_tokens` has no effect beside `micro_batch_size` 2 and `max_length` 100",
         ),
     ],
 )
@@ -222,13 +225,13 @@ def test_what_goes_with_losses_is_taken():
 def test_what_a_loss_has_by_itself_gives_way_to_what_is_set():
     def read(name, **given):
         config = DPOConfig(**given)
-        return [config.read_by(kind, name) for kind in config.loss_kinds]
+        return [vars(config.get_hyperparameters(loss))[name] for loss in config.losses]
 
     assert read("beta") == [0.1]
     assert read("beta", loss_type=["simpo", "sigmoid"]) == [2.0, 2.0]  # one for all: the first's
     assert read("beta", loss_type=["simpo", "sigmoid"], beta=0.3) == [0.3, 0.3]
-    assert DPOConfig(loss_type=["sft", "sppo_hard"]).loss_beta == 0.001
-    assert DPOConfig(loss_type="sft").loss_beta == 0.1
+    assert DPOConfig(loss_type=["sft", "sppo_hard"]).common_beta == 0.001
+    assert DPOConfig(loss_type="sft").common_beta == 0.1
     assert read("label_smoothing", loss_type=["sigmoid", "cdpo"]) == [0.0, 0.1]  # each its own
     assert read("label_smoothing", loss_type=["sigmoid", "cdpo"], label_smoothing=0.2) == [0.2] * 2
     assert read("simpo_gamma", loss_type="simpo", simpo_gamma=0) == [0.0]
@@ -238,7 +241,7 @@ def test_what_a_loss_has_by_itself_gives_way_to_what_is_set():
 def test_what_losses_need_is_needed_by_a_sum_if_one_of_them_does():
     assert DPOConfig().needs_reference and not DPOConfig(loss_type=["cpo", "sft"]).needs_reference
     assert DPOConfig(loss_type=["cpo", "ipo"]).needs_reference
-    assert DPOConfig(loss_type=["ipo", "aot"]).couples and not DPOConfig().couples
+    assert DPOConfig(loss_type=["ipo", "aot"]).uses_whole_batch and not DPOConfig().uses_whole_batch
     assert DPOConfig(loss_type="kto").labelled and not DPOConfig(loss_type="aot").labelled
 
 
@@ -262,10 +265,10 @@ def test_another_trainers_name_is_answered_with_ours():
 
 
 def test_what_stands_for_other_trainers_names_is_there_and_none_of_them_is():
-    assert not ELSEWHERE.keys() & options().keys()
-    for name, here in ELSEWHERE.items():
+    assert not EQUIVALENTS.keys() & get_settings().keys()
+    for name, here in EQUIVALENTS.items():
         meant = re.findall(r"`(\w+)`", here)
-        assert set(meant) <= options().keys(), name
+        assert set(meant) <= get_settings().keys(), name
 
 
 def test_a_setting_like_no_other_is_only_unknown():
@@ -279,14 +282,14 @@ def test_defaults_depend_on_what_they_depend_on():
     assert DPOConfig(max_tokens=512).pass_limit == PassLimit(tokens=512)
     both = DPOConfig(max_tokens=512, micro_batch_size=4)
     assert both.pass_limit == PassLimit(pairs=4, tokens=512)
-    assert DPOConfig().warmup(total_steps=101) == 11
-    assert DPOConfig(warmup_ratio=0.0).warmup(total_steps=101) == 0
-    assert DPOConfig(warmup_steps=7).warmup(total_steps=101) == 7
-    assert DPOConfig(lr_scheduler_type="constant").warmup(total_steps=101) == 0
-    assert DPOConfig().floor == 0.0
-    assert DPOConfig(lr_scheduler_type="cosine_with_min_lr").floor == 0.1
-    assert DPOConfig().held_out_share == 0.05
-    assert DPOConfig(valid="v").held_out_share == 0.0
+    assert DPOConfig().count_warmup_steps(total_steps=101) == 11
+    assert DPOConfig(warmup_ratio=0.0).count_warmup_steps(total_steps=101) == 0
+    assert DPOConfig(warmup_steps=7).count_warmup_steps(total_steps=101) == 7
+    assert DPOConfig(lr_scheduler_type="constant").count_warmup_steps(total_steps=101) == 0
+    assert DPOConfig().final_lr_share == 0.0
+    assert DPOConfig(lr_scheduler_type="cosine_with_min_lr").final_lr_share == 0.1
+    assert DPOConfig().held_out_fraction == 0.05
+    assert DPOConfig(valid="v").held_out_fraction == 0.0
     assert DPOConfig(lora_r=8, lora_alpha=4).lora_scale == 0.5
     assert DPOConfig(lora_r=16, lora_alpha=4, use_rslora=True).lora_scale == 1.0
     assert DPOConfig(start_adapter="a", lora_dropout=0.1).dropout == 0.1
@@ -295,25 +298,25 @@ def test_defaults_depend_on_what_they_depend_on():
 def test_the_defaults_are_the_published_ones():
     """LoRA range of TRL's documentation and of the alignment handbook; see docs."""
     config = DPOConfig()
-    assert (config.learning_rate, config.loss_beta) == (5e-6, 0.1)
+    assert (config.learning_rate, config.common_beta) == (5e-6, 0.1)
     assert (config.batch_size, config.max_length, config.max_grad_norm) == (16, 1024, 1.0)
     assert (config.weight_decay, config.dropout, config.lora_scale) == (0.0, 0.0, 2.0)
 
 
 def test_the_first_differing_setting_that_matters_is_found():
     config = DPOConfig(**GIVEN)
-    assert config.differing(dataclasses.replace(config, save_steps=9, output="x")) is None
-    assert config.differing(dataclasses.replace(config, seed=1)) == "seed"
+    assert config.find_difference(dataclasses.replace(config, save_steps=9, output="x")) is None
+    assert config.find_difference(dataclasses.replace(config, seed=1)) == "seed"
 
 
 def test_evaluations_that_decide_are_part_of_the_result():
     config = DPOConfig(**GIVEN, eval_steps=5)
-    assert config.differing(dataclasses.replace(config, eval_steps=6)) is None
+    assert config.find_difference(dataclasses.replace(config, eval_steps=6)) is None
     config = dataclasses.replace(config, metric_for_best_model="loss", early_stopping_patience=1)
-    assert config.differing(dataclasses.replace(config, eval_steps=6)) == "eval_steps"
+    assert config.find_difference(dataclasses.replace(config, eval_steps=6)) == "eval_steps"
 
 
 def test_every_setting_has_help_and_a_section():
-    for name, (_, spec) in options().items():
+    for name, spec in get_settings().items():
         assert spec.help.endswith((".", "]")), name
         assert spec.section, name

@@ -9,7 +9,7 @@ import pytest
 from mlx_dpo import DPOConfig, DPOTrainer
 from mlx_dpo.adapters import attach as adapters
 from mlx_dpo.adapters.files import save_adapter
-from mlx_dpo.config.dpo_config import options
+from mlx_dpo.config.dpo_config import get_settings
 from mlx_dpo.io.arrays import named_arrays
 from mlx_dpo.models.load import load_model
 from tests.checkpoints import make_checkpoint
@@ -232,5 +232,5 @@ def test_nothing_else_changes_the_result(folder, monkeypatch, tmp_path):
 
 
 def test_every_setting_is_accounted_for():
-    matter = {name for name, (_, spec) in options().items() if spec.changes_result}
+    matter = {name for name, spec in get_settings().items() if spec.changes_result}
     assert matter == CHANGED.keys() | ELSEWHERE | SAME_MATHEMATICS

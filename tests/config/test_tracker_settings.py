@@ -51,12 +51,12 @@ def test_none_is_no_tracker_and_keeps_the_name_of_a_resumed_run():
 
 def test_trackers_do_not_change_the_result():
     tracked = DPOConfig(**GIVEN, report_to=("wandb",), run_name="n", project="p")
-    assert DPOConfig(**GIVEN).differing(tracked) is None
-    assert tracked.shareable() == {} and tracked.withheld() == []
+    assert DPOConfig(**GIVEN).find_difference(tracked) is None
+    assert tracked.get_public_settings() == {} and tracked.list_private_settings() == []
 
 
 def test_private_settings_are_listed_as_withheld_and_not_shared():
     private = {"system": "Be brief", "revision": "main", "valid": "held.jsonl", "beta": 0.2}
     config = DPOConfig(**GIVEN, **private)
-    assert config.shareable() == {"beta": 0.2}
-    assert sorted(config.withheld()) == ["revision", "system"]
+    assert config.get_public_settings() == {"beta": 0.2}
+    assert sorted(config.list_private_settings()) == ["revision", "system"]

@@ -154,8 +154,8 @@ def test_no_pass_leaves_room_for_the_next_pair(pairs, limit, cost):
 
 
 def test_a_limit_can_be_widened_where_there_is_one():
-    assert PassLimit(2, 100).times(4) == PassLimit(8, 400)
-    assert PassLimit(tokens=100).times(4) == PassLimit(None, 400)
+    assert PassLimit(2, 100).scaled(4) == PassLimit(8, 400)
+    assert PassLimit(tokens=100).scaled(4) == PassLimit(None, 400)
 
 
 def test_whole_rows_cost_twice_the_padded_row_but_its_last_token():

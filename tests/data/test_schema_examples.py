@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from families import byte_level
 
-from mlx_dpo.config.dpo_config import options
+from mlx_dpo.config.dpo_config import get_settings
 from mlx_dpo.data.load import load_pairs
 from mlx_dpo.data.sources import read_rows
 from mlx_dpo.data.tokenization.tokenize import TokenRules
@@ -54,5 +54,5 @@ def test_naming_the_schema_reads_the_same(name):
 
 
 def test_the_settings_offer_every_schema_there_is():
-    _, schema = options()["schema"]
+    schema = get_settings()["schema"]
     assert set(schema.choices) == SCHEMAS.keys()

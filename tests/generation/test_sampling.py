@@ -32,8 +32,8 @@ def test_a_setting_that_greedy_choice_ignores_is_refused(setting):
 
 
 def test_a_seed_is_drawn_only_where_one_is_used_and_missing():
-    assert Sampling().seeded() == Sampling()
+    assert Sampling().with_seed() == Sampling()
     chosen = Sampling(temperature=1.0, seed=7)
-    assert chosen.seeded() is chosen
-    drawn = [Sampling(temperature=1.0).seeded().seed for _ in range(3)]
+    assert chosen.with_seed() is chosen
+    drawn = [Sampling(temperature=1.0).with_seed().seed for _ in range(3)]
     assert len(set(drawn)) == 3

@@ -14,8 +14,9 @@ import mlx.core as mx  # isort: skip
 import numpy as np
 import pytest
 
+from mlx_dpo.config.loss import LossSettings
 from mlx_dpo.data.batching import pair_metadata
-from mlx_dpo.losses.catalogue import LOSS_KINDS
+from mlx_dpo.losses.catalogue import LOSSES
 from mlx_dpo.losses.log_ratios import log_ratios
 from mlx_dpo.training.objective import Objective
 from mlx_dpo.types import PairLogps, ScoredPairs, TokenizedPair
@@ -245,7 +246,7 @@ KINKS = {"hinge", "dpop"}  # at the pair where the policy is the reference
 
 
 def test_every_loss_has_a_formula():
-    assert FORMULAS.keys() == LOSS_KINDS.keys()
+    assert FORMULAS.keys() == LOSSES.keys()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -294,7 +295,7 @@ def value_and_slopes(objective, policy, of=None, reference=REFERENCE, on_policy=
 
     def total(w, l):
         pairs = scored((w, l), of, reference, on_policy)
-        losses = objective.losses(pairs, log_ratios(pairs.policy, pairs.reference))
+        losses = objective.compute_losses(pairs, log_ratios(pairs.policy, pairs.reference))
         return losses.sum(), losses
 
     given = [mx.array(np.asarray(side, np.float32)) for side in policy]
@@ -304,7 +305,7 @@ def value_and_slopes(objective, policy, of=None, reference=REFERENCE, on_policy=
 
 def objective_of(name, **more):
     _, settings = FORMULAS[name]
-    return Objective(loss_type=(name,), beta=BETA, **{**settings, **more})
+    return Objective(LossSettings(loss_type=(name,), beta=BETA, **{**settings, **more}))
 
 
 def assert_near(found, expected):
@@ -321,7 +322,7 @@ def test_value_and_slopes_are_those_of_the_formula(name):
         assert_near(found, expected)
 
 
-@pytest.mark.parametrize("name", sorted(n for n, kind in LOSS_KINDS.items() if not kind.margins))
+@pytest.mark.parametrize("name", sorted(n for n, kind in LOSSES.items() if not kind.uses_margins))
 def test_margins_of_the_data_do_not_reach_the_other_losses(name):
     """What `settings.loss_kinds` says of them; FORMULAS show those that they do reach."""
     with_them = value_and_slopes(objective_of(name), POLICY)
@@ -341,14 +342,16 @@ def test_a_pairs_weights_multiply_its_loss(name):
 
 def test_a_sum_is_the_weighted_sum_of_its_losses():
     names, weights = ("hinge", "sft", "nca_pair"), (0.5, 2.0, 0.25)
-    total = Objective(loss_type=names, loss_weights=weights, beta=BETA)
+    total = Objective(LossSettings(loss_type=names, loss_weights=weights, beta=BETA))
     parts = [value_and_slopes(objective_of(name), POLICY) for name in names]
     for i, found in enumerate(value_and_slopes(total, POLICY)):
         parts_of_it = (w * part[i] for w, part in zip(weights, parts, strict=True))
         assert_near(found, sum(parts_of_it))
 
 
-@pytest.mark.parametrize("name", sorted(n for n, kind in LOSS_KINDS.items() if not kind.couples))
+@pytest.mark.parametrize(
+    "name", sorted(n for n, kind in LOSSES.items() if not kind.uses_whole_batch)
+)
 def test_a_pairs_loss_depends_on_no_other_pair(name):
     """`sft` is divided by a mean over the step, which is a fact, not a pass."""
     objective, of = objective_of(name), facts()
@@ -456,7 +459,11 @@ def test_transport_of_a_single_pair_is_dpo(name):
         sides = [PairLogps(*(mx.array(s[2:3].astype(np.float32)) for s in x))
                  for x in (POLICY, REFERENCE)]  # fmt: skip
         pairs = ScoredPairs(*sides, one, mx.ones((1,)))
-        return Objective(loss_type=(kind,)).losses(pairs, log_ratios(*sides)).item()
+        return (
+            Objective(LossSettings(loss_type=(kind,)))
+            .compute_losses(pairs, log_ratios(*sides))
+            .item()
+        )
 
     assert loss(name) == pytest.approx(loss("sigmoid"), rel=1e-6)
 
@@ -472,13 +479,15 @@ FAR = [np.array([w, l]) for w in (-2000.0, 0.0, 2000.0) for l in (-2000.0, 0.0, 
         (name, divergence)
         for name in NAMES
         for divergence in (None, "forward_kl", "js_divergence", "alpha_divergence")
-        if divergence is None or LOSS_KINDS[name].divergences
+        if divergence is None or LOSSES[name].uses_divergence
     ],
 )
 def test_two_thousand_nats_leave_values_and_slopes_numbers(name, divergence):
-    kind = LOSS_KINDS[name]
+    kind = LOSSES[name]
     for beta in (None, 5.0):
-        objective = Objective(loss_type=(name,), beta=beta, f_divergence_type=divergence)
+        objective = Objective(
+            LossSettings(loss_type=(name,), beta=beta, f_divergence_type=divergence)
+        )
         for far in FAR:
             policy = np.repeat(np.minimum(far, 0)[:, None], B, axis=1)
             reference = np.repeat(np.minimum(-far, 0)[:, None], B, axis=1)
@@ -492,14 +501,14 @@ def test_two_thousand_nats_leave_values_and_slopes_numbers(name, divergence):
 def test_a_completion_that_is_far_gone_is_still_pulled_back(divergence):
     """A cut exponential would leave chosen without a slope just where it fell most."""
     policy = REFERENCE + np.array([[-500.0], [0.0]])
-    objective = Objective(loss_type=("sigmoid",), f_divergence_type=divergence)
+    objective = Objective(LossSettings(loss_type=("sigmoid",), f_divergence_type=divergence))
     _, dw, _ = value_and_slopes(objective, policy, EVEN)
     assert (dw < -1).all()
 
 
 def test_certainty_has_odds():
     """At a log-probability of 0 they are infinite; here they end at a token in a million."""
-    objective = Objective(loss_type=("orpo",))
+    objective = Objective(LossSettings(loss_type=("orpo",)))
     losses, dw, dl = value_and_slopes(objective, np.zeros((2, B)), EVEN, np.zeros((2, B)))
     assert losses == pytest.approx(np.full(B, 0.1 * math.log(2)))
     assert (dl == 0).all() and dw == pytest.approx(np.full(B, -1 / 3))
@@ -507,6 +516,6 @@ def test_certainty_has_odds():
 
 def test_where_the_policy_is_the_reference_dpop_pulls_as_dpo_does():
     """The penalty has a kink just there, at the first step of every run."""
-    at = value_and_slopes(Objective(loss_type=("dpop",)), REFERENCE, EVEN)
-    of_dpo = value_and_slopes(Objective(loss_type=("sigmoid",)), REFERENCE, EVEN)
+    at = value_and_slopes(Objective(LossSettings(loss_type=("dpop",))), REFERENCE, EVEN)
+    of_dpo = value_and_slopes(Objective(LossSettings(loss_type=("sigmoid",))), REFERENCE, EVEN)
     assert all(np.array_equal(a, b) for a, b in zip(at, of_dpo, strict=True))

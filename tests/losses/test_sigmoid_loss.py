@@ -1,8 +1,10 @@
+import doctest
 import math
 
 import mlx.core as mx
 import pytest
 
+from mlx_dpo.losses import pairwise
 from mlx_dpo.losses.log_ratios import log_ratio_margin
 from mlx_dpo.losses.pairwise import sigmoid_loss
 from mlx_dpo.types import PairLogps
@@ -62,3 +64,8 @@ def test_swapping_chosen_and_rejected_flips_the_margin():
     reference = PairLogps(mx.array([-4.0, -6.0]), mx.array([-4.5, -3.0]))
     swapped = log_ratio_margin(PairLogps(*reversed(policy)), PairLogps(*reversed(reference)))
     assert mx.array_equal(swapped, -log_ratio_margin(policy, reference))
+
+
+def test_the_example_in_the_docstring_is_correct():
+    failed, tried = doctest.testmod(pairwise)
+    assert failed == 0 and tried >= 3

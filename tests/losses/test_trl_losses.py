@@ -5,7 +5,6 @@ needs to make them again.
 """
 
 import json
-from dataclasses import fields
 
 import mlx_dpo  # noqa: F401  (first: it loads OpenBLAS before MLX is imported)
 
@@ -15,7 +14,7 @@ import pytest
 
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.data.batching import pair_metadata
-from mlx_dpo.losses.catalogue import LOSS_KINDS
+from mlx_dpo.losses.catalogue import LOSSES
 from mlx_dpo.losses.log_ratios import log_ratios
 from mlx_dpo.scoring.logps import pair_log_weights, pair_logps
 from mlx_dpo.training.objective import Objective
@@ -58,7 +57,7 @@ def golden():
 def ours(name):
     """Loss, slopes along each row's direction, and rewards."""
     config = DPOConfig(**CASES[name])
-    objective = Objective(**{f.name: getattr(config, f.name) for f in fields(Objective)})
+    objective = Objective(config)
     batch = PairBatch(mx.array(TEXTS.tokens.astype(np.int32)), mx.array(TEXTS.mask))
     logits, reference, direction = (
         mx.array(value.astype(np.float32))
@@ -89,15 +88,15 @@ def ours(name):
         return pairs, log_ratios(pairs.policy, pairs.reference)
 
     loss, slopes = mx.value_and_grad(
-        lambda along: objective.losses(*with_ratios(scored(along))).mean()
+        lambda along: objective.compute_losses(*with_ratios(scored(along))).mean()
     )(zero)
-    rewards = objective.rewards(*with_ratios(scored(zero)))
+    rewards = objective.compute_rewards(*with_ratios(scored(zero)))
     return loss.item(), np.array(slopes), [r.tolist() for r in rewards]
 
 
 def test_every_loss_that_trl_has_is_compared():
     alone = {settings["loss_type"][0] for settings in CASES.values()}
-    assert alone == LOSS_KINDS.keys() - NOT_IN_TRL
+    assert alone == LOSSES.keys() - NOT_IN_TRL
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -5,6 +5,7 @@ import pytest
 from mlx_lm.models import llama
 
 from mlx_dpo.adapters.attach import attach_adapters
+from mlx_dpo.config.loss import LossSettings
 from mlx_dpo.io.arrays import named_arrays, random_state
 from mlx_dpo.profiling import profile as rehearsal
 from mlx_dpo.profiling.layer_subset import with_layers
@@ -36,7 +37,7 @@ def policy():
 def step(**changes):
     settings = {
         "scorer": make_shared_scorer(vocab_size=VOCAB, gradients=True, packing="lengths"),
-        "objective": Objective(beta=0.1),
+        "objective": Objective(LossSettings(beta=0.1)),
         "accumulates": False,
     }
     return TrainingPass(**(settings | changes))

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from mlx_dpo.losses.metrics import NAMES, step_row
+from mlx_dpo.losses.metrics import METRICS, step_row
 from mlx_dpo.reporting import curves
 from mlx_dpo.reporting.curves import (
     CURVES,
@@ -30,7 +30,7 @@ def make_chart(runs, title, **options):
 def test_every_metric_of_a_row_is_in_a_chart_or_an_x_axis():
     metrics = PreferenceMetrics(*[0.0] * len(PreferenceMetrics._fields))
     row = step_row(StepMetrics(1, 0.1, metrics, 1.0, 1e-5, 10, 0.0))
-    assert len(metrics) == len(NAMES)
+    assert len(metrics) == len(METRICS)
     timed = {"tokens_per_second", "peak_memory_gb"}
     drawn = {name for curve in CURVES for name in curve.metrics.values()}
     assert row.keys() | timed == drawn | set(X_AXES.values())

@@ -3,8 +3,8 @@ import math
 import pytest
 
 from mlx_dpo.errors import ConfigError
-from mlx_dpo.losses.metrics import NAMES
-from mlx_dpo.runs.early_stopping import LOWER_IS_BETTER, BestState, EarlyStopping
+from mlx_dpo.losses.metrics import METRICS
+from mlx_dpo.runs.early_stopping import BestState, EarlyStopping
 
 
 def watched(metric="loss", patience=None, threshold=None):
@@ -70,5 +70,14 @@ def test_a_metric_without_a_better_and_worse_is_refused_with_those_that_have_one
     assert str(error.value).endswith(f"got {metric!r}")
 
 
-def test_the_metrics_that_have_one_are_metrics():
-    assert LOWER_IS_BETTER.keys() <= NAMES.keys()
+def test_the_metrics_that_can_select_a_model_and_their_directions():
+    directions = {metric.name: metric.better for metric in METRICS.values() if metric.better}
+    assert directions == {
+        "loss": "lower",
+        "rewards/chosen": "higher",
+        "rewards/rejected": "lower",
+        "rewards/margins": "higher",
+        "rewards/accuracies": "higher",
+        "logps/chosen": "higher",
+        "logps/rejected": "lower",
+    }

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from mlx_dpo import DPOConfig
-from mlx_dpo.runs.build import make_objective, make_on_policy_weights
+from mlx_dpo.losses.divergences import Divergence
+from mlx_dpo.runs.build import make_on_policy_weights
 from mlx_dpo.runs.folder import reference_provenance
 from mlx_dpo.runs.summary import describe_loss
 from mlx_dpo.scoring.scorers import plain_scorer
@@ -32,10 +33,12 @@ def test_the_objective_has_every_setting_of_the_loss():
         loss_type=["robust", "sft"], loss_weights=[1, 0.3], beta=0.2, label_smoothing=0.3,
         f_divergence_type="alpha_divergence", f_alpha_divergence_coef=0.7, use_weighting=True,
     )  # fmt: skip
-    assert make_objective(config) == Objective(
-        loss_type=("robust", "sft"), loss_weights=(1.0, 0.3), beta=0.2, label_smoothing=0.3,
-        f_divergence_type="alpha_divergence", f_alpha_divergence_coef=0.7, use_weighting=True,
-    )  # fmt: skip
+    objective = Objective(config)
+    assert objective.divergence == Divergence("alpha_divergence", 0.7)
+    robust, sft = objective.settings.losses
+    assert vars(config.get_hyperparameters(robust)) == {"beta": 0.2, "label_smoothing": 0.3}
+    assert vars(config.get_hyperparameters(sft)) == {}
+    assert objective.settings.weights_of_losses == (1.0, 0.3)
 
 
 def test_pairs_are_weighed_only_if_asked_for():

@@ -5,6 +5,7 @@ import mlx.optimizers as optim
 import pytest
 
 from mlx_dpo.adapters import attach as adapters
+from mlx_dpo.config.loss import LossSettings
 from mlx_dpo.data.batching import PassLimit
 from mlx_dpo.errors import ModelError, RunError
 from mlx_dpo.scoring.score_pairs import score_pairs
@@ -29,7 +30,7 @@ def plan(tiny_llama, pairs):
     return TrainingPlan(
         pairs=pairs,
         reference=score_pairs(tiny_llama, pairs, limit=PassLimit(pairs=2)),
-        objective=Objective(beta=0.1),
+        objective=Objective(LossSettings(beta=0.1)),
         learning_rate=lambda done: 1e-2 / (1 + done),
         total_steps=8,
         batch_size=2,

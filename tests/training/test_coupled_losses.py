@@ -7,9 +7,10 @@ import mlx.optimizers as optim
 import pytest
 
 from mlx_dpo.adapters import attach as adapters
+from mlx_dpo.config.loss import LossSettings
 from mlx_dpo.data.batching import PassLimit
 from mlx_dpo.io.arrays import named_arrays
-from mlx_dpo.losses.catalogue import LOSS_KINDS
+from mlx_dpo.losses.catalogue import LOSSES
 from mlx_dpo.scoring.score_pairs import score_pairs
 from mlx_dpo.training.loop import Progress, train
 from mlx_dpo.training.objective import Objective
@@ -22,7 +23,7 @@ SUMS = [("aot",), ("aot_unpaired",), ("kto",), ("aot", "sft"), ("cpo",), ("orpo"
 
 def stepped(pairs, loss_type, limit):
     """Metrics and gradient of one step: descent moves each weight by it."""
-    objective = Objective(loss_type=loss_type, beta=0.5)
+    objective = Objective(LossSettings(loss_type=loss_type, beta=0.5))
     policy = make_llama()
     adapters.attach_adapters(policy, rank=4, scale=2.0, seed=1)
     mx.random.seed(3)
@@ -47,7 +48,7 @@ def stepped(pairs, loss_type, limit):
 
 
 def test_every_coupled_loss_is_tried():
-    assert {kind.name for kind in LOSS_KINDS.values() if kind.couples} <= {s[0] for s in SUMS}
+    assert {kind.name for kind in LOSSES.values() if kind.uses_whole_batch} <= {s[0] for s in SUMS}
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])

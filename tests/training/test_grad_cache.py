@@ -7,6 +7,7 @@ import mlx.optimizers as optim
 import pytest
 
 from mlx_dpo.adapters import attach as adapters
+from mlx_dpo.config.loss import LossSettings
 from mlx_dpo.data.batching import PassLimit, pair_metadata
 from mlx_dpo.io.arrays import named_arrays
 from mlx_dpo.losses.log_ratios import log_ratios
@@ -25,9 +26,9 @@ LIMIT = PassLimit(pairs=2)
 class Products(Objective):
     """Each pair's loss is its own chosen log-ratio times that of the next pair of the step."""
 
-    couples = True
+    uses_whole_batch = True
 
-    def losses(self, scored, ratios):
+    def compute_losses(self, scored, ratios):
         return ratios.chosen * mx.roll(ratios.chosen, -1)
 
 
@@ -35,10 +36,10 @@ class Products(Objective):
 class Judged(Objective):
     """A labelled loss: the log-ratio beyond the mean one of the mismatched completions."""
 
-    couples = True
+    uses_whole_batch = True
     labelled = True
 
-    def losses(self, scored, ratios):
+    def compute_losses(self, scored, ratios):
         point = mx.stop_gradient(ratios.rejected.mean())
         return mx.where(scored.metadata.desirable, -1.0, 1.0) * (ratios.chosen - point) ** 3
 
@@ -74,7 +75,9 @@ def labelled(pairs):
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
-@pytest.mark.parametrize("objective", [Products(), Judged()], ids=["coupled", "labelled"])
+@pytest.mark.parametrize(
+    "objective", [Products(LossSettings()), Judged(LossSettings())], ids=["coupled", "labelled"]
+)
 def test_a_step_does_not_hang_on_how_it_is_cut(pairs, objective, size):
     """Pairs of one pass coupled among themselves alone would give another gradient."""
     rows = labelled(pairs) if objective.labelled else pairs
@@ -89,7 +92,7 @@ def test_a_step_does_not_hang_on_how_it_is_cut(pairs, objective, size):
 def test_no_gradient_flows_through_the_mismatched_completion(pairs):
     """It is asked ahead in full; the pass with gradients has one token of it."""
     rows, asked = labelled(pairs), []
-    metrics, _ = stepped(rows, Judged(), PassLimit(), asked)
+    metrics, _ = stepped(rows, Judged(LossSettings()), PassLimit(), asked)
     [(ahead, logps)] = asked
     assert sorted(len(pair.rejected) for pair in ahead) == sorted(len(p.rejected) for p in rows)
     assert {len(pair.chosen) for pair in ahead} == {1}
@@ -113,7 +116,7 @@ def test_a_pair_keeps_its_place_in_the_step(pairs):
     assert live.policy.chosen.tolist() == [30.0, 1.0, 2.0, 33.0, 4.0]
     assert live.policy.rejected.tolist() == [40.0, 11.0, 12.0, 43.0, 14.0]
     ratios = log_ratios(live.policy, live.reference)
-    own = cache.select(Objective(beta=1.0).outcomes(live, ratios))
+    own = cache.select(Objective(LossSettings(beta=1.0)).compute_outputs(live, ratios))
     assert own.scored.policy.chosen.tolist() == [33.0, 30.0]
     assert own.chosen_rewards.tolist() == [30.0, 30.0]
     assert own.scored.on_policy_weights.tolist() == [3.0, 0.0]

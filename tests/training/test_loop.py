@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_dpo.adapters import attach as adapters
+from mlx_dpo.config.loss import LossSettings
 from mlx_dpo.data.batching import PassLimit, micro_batches, padded_row_tokens
 from mlx_dpo.errors import TrainingError
 from mlx_dpo.io.arrays import named_arrays
-from mlx_dpo.losses.metrics import named
+from mlx_dpo.losses.metrics import to_public_names
 from mlx_dpo.scoring.score_pairs import score_pairs
 from mlx_dpo.scoring.scorers import TOKEN_COUNTS, make_shared_scorer, plain_scorer
 from mlx_dpo.training.loop import Progress, train
@@ -28,7 +29,7 @@ def plan(tiny_llama, pairs):
     return TrainingPlan(
         pairs=pairs,
         reference=score_pairs(tiny_llama, pairs, limit=PassLimit(pairs=2)),
-        objective=Objective(beta=0.1),
+        objective=Objective(LossSettings(beta=0.1)),
         learning_rate=lambda done: 1e-2,
         total_steps=6,
         batch_size=2,
@@ -87,7 +88,9 @@ def test_the_size_of_a_pass_changes_nothing(plan, pairs_per_pass):
         # In the first step the policy is the reference, and rounding decides who is ahead.
         tied = {"accuracies": 0.0, "length_correlation": None} if a.step == 1 else {}
         known = b.preferences._replace(**tied)
-        assert named(a.preferences._replace(**tied)) == pytest.approx(named(known), abs=1e-4)
+        assert to_public_names(a.preferences._replace(**tied)) == pytest.approx(
+            to_public_names(known), abs=1e-4
+        )
 
 
 SHARED = {
@@ -120,7 +123,7 @@ def test_no_limit_of_a_pass_changes_the_step(plan, scored):
             replace(changed, learning_rate=lambda done: 1.0),
             start=Progress(),
         )
-        rows = [named(metrics.preferences) for _, metrics in steps]
+        rows = [to_public_names(metrics.preferences) for _, metrics in steps]
         return rows, adapters.adapter_weights(policy)
 
     rows, weights = stepped(PassLimit(pairs=1))
@@ -168,7 +171,9 @@ def test_no_limit_of_a_pass_changes_the_gradient(lengths, limit, scored):
         micros = [
             MicroBatch.of([pairs[i] for i in group], reference.take(group)) for group in groups
         ]
-        _, found = loss_and_gradients(policy, Objective(beta=0.1), micros, scorer=scorer)
+        _, found = loss_and_gradients(
+            policy, Objective(LossSettings(beta=0.1)), micros, scorer=scorer
+        )
         return named_arrays(found)
 
     found, expected = gradient(limit, **scored), gradient(PassLimit(pairs=1))

@@ -2,6 +2,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_dpo.adapters import attach as adapters
+from mlx_dpo.config.loss import LossSettings
 from mlx_dpo.io.arrays import named_arrays
 from mlx_dpo.training.objective import Objective
 from mlx_dpo.training.plan import MicroBatch
@@ -10,7 +11,7 @@ from mlx_dpo.types import PairLogps
 from tests.conftest import make_llama
 
 BETA = 0.5
-OBJECTIVE = Objective(beta=BETA)
+OBJECTIVE = Objective(LossSettings(beta=BETA))
 
 
 @pytest.fixture

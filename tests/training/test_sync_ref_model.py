@@ -7,6 +7,7 @@ import mlx.optimizers as optim
 import pytest
 
 from mlx_dpo.adapters import attach as adapters
+from mlx_dpo.config.loss import LossSettings
 from mlx_dpo.data.batching import PassLimit
 from mlx_dpo.io.arrays import named_arrays
 from mlx_dpo.scoring.score_pairs import score_pairs
@@ -65,7 +66,7 @@ def test_in_the_loop_rewards_are_zero_after_a_hard_update(policy, pairs):
     with adapters.disable_adapters(policy):
         reference = score(policy, pairs)
     plan = TrainingPlan(
-        pairs=pairs, reference=reference, objective=Objective(beta=0.1),
+        pairs=pairs, reference=reference, objective=Objective(LossSettings(beta=0.1)),
         learning_rate=lambda done: 1e-2, total_steps=5, batch_size=5, limit=PassLimit(pairs=2),
         max_grad_norm=1.0, seed=0, score=score,
     )  # fmt: skip

@@ -22,15 +22,16 @@ import pytest
 
 from mlx_dpo import DPOConfig, DPOTrainer
 from mlx_dpo.adapters import attach as adapters
+from mlx_dpo.config.loss import LossSettings
 from mlx_dpo.data.batching import PassLimit, step_indices
 from mlx_dpo.data.sources import Row
 from mlx_dpo.data.tokenization.tokenize import TokenRules, tokenize_pair
 from mlx_dpo.losses.metrics import step_row
 from mlx_dpo.models.load import LoadedModel, load_model
+from mlx_dpo.optim.lr_schedule import learning_rate
 from mlx_dpo.schemas import parse_pairs
 from mlx_dpo.scoring.score_pairs import score_pairs
 from mlx_dpo.training.loop import Progress, train
-from mlx_dpo.training.lr_schedule import learning_rate
 from mlx_dpo.training.objective import Objective
 from mlx_dpo.training.plan import TrainingPlan
 from mlx_dpo.types import PairLogps, TokenizedPair
@@ -119,13 +120,13 @@ def through_the_loop(
     plan = TrainingPlan(
         pairs=[pairs[row] for row in order],
         reference=PairLogps(*(logps[mx.array(order)] for logps in reference)),
-        objective=Objective(beta=settings["beta"]),
+        objective=Objective(LossSettings(beta=settings["beta"])),
         learning_rate=partial(
             learning_rate,
             peak=settings["learning_rate"],
             total=settings["steps"],
             warmup=math.ceil(settings["warmup_ratio"] * settings["steps"]),
-            kind=settings["lr_scheduler_type"],
+            schedule=settings["lr_scheduler_type"],
         ),
         total_steps=settings["steps"],
         batch_size=trl.BATCH,

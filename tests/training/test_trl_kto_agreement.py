@@ -16,11 +16,11 @@ from mlx_dpo.data.batching import PassLimit, step_indices
 from mlx_dpo.data.tokenization.tokenize import TokenRules, tokenize_unpaired
 from mlx_dpo.losses.metrics import step_row
 from mlx_dpo.models.load import load_model
-from mlx_dpo.runs.build import make_objective
 from mlx_dpo.schemas import parse_unpaired
 from mlx_dpo.schemas.schema import Row, RowRules
 from mlx_dpo.scoring.score_pairs import score_pairs
 from mlx_dpo.training.loop import Progress, train
+from mlx_dpo.training.objective import Objective
 from mlx_dpo.training.plan import TrainingPlan
 from scripts.tools.goldens import trl_kto as kto
 from scripts.tools.goldens import trl_sigmoid as trl
@@ -88,7 +88,7 @@ def beside(request, golden, rows, reference):
     count = settings["steps"] if request.param == trl.BATCH else 6
     plan = TrainingPlan(
         pairs=[rows[i] for i in order], reference=reference.take(order),
-        objective=make_objective(config), learning_rate=lambda done: settings["learning_rate"],
+        objective=Objective(config), learning_rate=lambda done: settings["learning_rate"],
         total_steps=count, batch_size=trl.BATCH, limit=PassLimit(pairs=request.param),
         max_grad_norm=1.0, seed=SEED, score=score,
     )  # fmt: skip

@@ -4,7 +4,6 @@ TRL's values come from `scripts/tools/goldens/trl_losses.py`.
 """
 
 import json
-from dataclasses import fields
 from functools import partial
 
 import mlx_dpo  # noqa: F401  (first: it loads OpenBLAS before MLX is imported)
@@ -20,11 +19,11 @@ from mlx_dpo.data.batching import PassLimit
 from mlx_dpo.data.sources import Row
 from mlx_dpo.data.tokenization.tokenize import TokenRules, tokenize_pair
 from mlx_dpo.losses.metrics import step_row
+from mlx_dpo.optim.lr_schedule import learning_rate
 from mlx_dpo.schemas import parse_pairs
 from mlx_dpo.scoring.score_pairs import score_pairs
 from mlx_dpo.scoring.scorers import TOKEN_COUNTS, make_shared_scorer
 from mlx_dpo.training.loop import Progress, train
-from mlx_dpo.training.lr_schedule import learning_rate
 from mlx_dpo.training.objective import Objective
 from mlx_dpo.training.plan import TrainingPlan
 from mlx_dpo.types import PairLogps
@@ -72,13 +71,13 @@ def beside(request, golden, pairs, reference):
     plan = TrainingPlan(
         pairs=[pairs[row] for row in order],
         reference=PairLogps(*(logps[mx.array(order)] for logps in reference)),
-        objective=Objective(**{f.name: getattr(config, f.name) for f in fields(Objective)}),
+        objective=Objective(config),
         learning_rate=partial(
             learning_rate,
             peak=settings["learning_rate"],
             total=settings["steps"],
             warmup=round(settings["warmup_ratio"] * settings["steps"]),
-            kind=settings["lr_scheduler_type"],
+            schedule=settings["lr_scheduler_type"],
         ),
         total_steps=settings["steps"],
         batch_size=sigmoid.BATCH,

@@ -1,4 +1,4 @@
-"""Write docs/losses.md, from the one place where losses are described.
+"""Write docs/losses.md from the entries of `mlx_dpo.losses.catalogue`.
 
 python scripts/tools/docs/losses_page.py
 """
@@ -6,12 +6,13 @@ python scripts/tools/docs/losses_page.py
 import textwrap
 from pathlib import Path
 
-from mlx_dpo.losses.catalogue import LEGEND, LOSS_KINDS, LossKind
+from mlx_dpo.losses.catalogue import LEGEND, LOSSES
+from mlx_dpo.losses.loss import Loss
 
 PAGE = Path(__file__).parents[3] / "docs" / "losses.md"
 HEAD = f"""# Losses
 
-<!-- made by scripts/tools/docs/losses_page.py from mlx_dpo/losses/catalogue.py -->
+<!-- made by scripts/tools/docs/losses_page.py from the entries in mlx_dpo/losses/ -->
 
 `--loss-type` takes one or several of these; several are summed, with `--loss-weights`: RPO is
 `--loss-type sigmoid --loss-type sft`, MPO `--loss-type sigmoid --loss-type bco_pair --loss-type
@@ -60,21 +61,21 @@ the policy would write it itself; it takes one more pass a step.
 
 
 def page() -> str:
-    """All of it."""
-    kinds = LOSS_KINDS.values()
-    first = [f"| `{k.name}` | {_cell(k.equation)} | {_cell(k.use)} |" for k in kinds]
-    return HEAD + "\n".join(first) + "\n" + TAIL + "\n".join(map(_facts, kinds)) + "\n" + END
+    """Return the page as Markdown."""
+    equations = [f"| `{x.name}` | {_cell(x.equation)} | {_cell(x.use)} |" for x in LOSSES.values()]
+    needs = [_needs_row(loss) for loss in LOSSES.values()]
+    return HEAD + "\n".join(equations) + "\n" + TAIL + "\n".join(needs) + "\n" + END
 
 
-def _facts(kind: LossKind) -> str:
-    settings = ", ".join(f"`{name}` {value:g}" for name, value in kind.defaults.items())
+def _needs_row(loss: Loss) -> str:
+    settings = ", ".join(f"`{name}` {value:g}" for name, value in loss.defaults.items())
     cells = (
-        f"`{kind.name}`",
-        ", ".join(kind.needs) or "no reference",
+        f"`{loss.name}`",
+        ", ".join(loss.needs) or "no reference",
         settings or "none",
-        "yes" if kind.margins else "",
-        "yes" if kind.divergences else "",
-        _cell(kind.source),
+        "yes" if loss.uses_margins else "",
+        "yes" if loss.uses_divergence else "",
+        _cell(loss.source),
     )
     return f"| {' | '.join(cells)} |"
 

@@ -1,11 +1,11 @@
-"""Write the table of settings into README.md, from the one place where they are declared.
+"""Write the table of settings into README.md, from their declarations in `mlx_dpo.config`.
 
 python scripts/tools/docs/settings_table.py
 """
 
 from pathlib import Path
 
-from mlx_dpo.config.dpo_config import options
+from mlx_dpo.config.dpo_config import get_settings
 
 README = Path(__file__).parents[3] / "README.md"
 BEGIN = "<!-- settings: made by scripts/tools/docs/settings_table.py -->\n"
@@ -13,15 +13,16 @@ END = "<!-- end of settings -->\n"
 
 
 def table() -> str:
-    """Every setting, by section, as Markdown."""
+    """Return all settings by section, as a Markdown table."""
     lines = ["| setting | default | what |", "|---|---|---|"]
     section = ""
-    for name, (default, spec) in sorted(options().items(), key=lambda item: item[1][1].section):
+    for name, spec in sorted(get_settings().items(), key=lambda item: item[1].section):
         if spec.section != section:
             section = spec.section
             lines.append(f"| **{section}** | | |")
-        plain = ", ".join(map(str, default)) if isinstance(default, tuple) else default
-        shown = "" if plain in (None, "") else f"`{plain}`".lower()
+        default = spec.default
+        text = ", ".join(map(str, default)) if isinstance(default, tuple) else default
+        shown = "" if text in (None, "") else f"`{text}`".lower()
         if spec.choices:
             choices = ", ".join(f"`{choice}`" for choice in spec.choices)
             lines.append(f"| `{name}` | {shown} | {spec.help} One of {choices}. |")
@@ -31,7 +32,7 @@ def table() -> str:
 
 
 def with_table(text: str) -> str:
-    """The README with the table as it has to be."""
+    """Return the README with an up-to-date table."""
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
     return before + BEGIN + table() + END + after

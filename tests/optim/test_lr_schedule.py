@@ -1,7 +1,6 @@
 import pytest
 
-from mlx_dpo.config.optimizer import SCHEDULES
-from mlx_dpo.training.lr_schedule import learning_rate
+from mlx_dpo.optim.lr_schedule import LR_SCHEDULES, learning_rate
 
 # Peak 0.3; rates of transformers.get_scheduler (5.23) with SGD, read before each step.
 TRANSFORMERS = [
@@ -27,17 +26,17 @@ def rates(total, **more):
 
 @pytest.mark.parametrize(("kind", "warmup", "floor", "expected"), TRANSFORMERS)
 def test_rates_are_those_of_transformers(kind, warmup, floor, expected):
-    found = rates(len(expected), warmup=warmup, kind=kind, floor=floor)
+    found = rates(len(expected), warmup=warmup, schedule=kind, min_lr_rate=floor)
     assert found == pytest.approx(expected, abs=1e-12)
 
 
 def test_every_schedule_is_compared_with_transformers():
-    assert {kind for kind, *_ in TRANSFORMERS} == set(SCHEDULES)
+    assert {kind for kind, *_ in TRANSFORMERS} == set(LR_SCHEDULES)
 
 
 def test_a_cosine_with_a_floor_of_nothing_is_a_cosine():
-    plain = rates(9, warmup=3, kind="cosine")
-    assert rates(9, warmup=3, kind="cosine_with_min_lr", floor=0.0) == plain
+    plain = rates(9, warmup=3, schedule="cosine")
+    assert rates(9, warmup=3, schedule="cosine_with_min_lr", min_lr_rate=0.0) == plain
 
 
 def test_a_warm_up_as_long_as_the_run_never_ends():

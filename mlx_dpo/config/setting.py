@@ -1,0 +1,130 @@
+"""A setting: default, help, type and bounds; and checks of values and combinations."""
+
+import math
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from mlx_dpo.errors import ConfigError
+
+S = TypeVar("S", contravariant=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """Description of a setting, from which flags, file keys and tables are made."""
+
+    default: Any
+    help: str
+    type: type
+    section: str
+    minimum: float = -math.inf
+    maximum: float = math.inf
+    exclusive_minimum: bool = False  # the value must be above the minimum
+    exclusive_maximum: bool = False
+    choices: tuple[Any, ...] = ()
+    is_list: bool = False
+    is_path: bool = False  # `~` is expanded to the home folder, as a shell does
+    changes_result: bool = True  # a resumed run must have the same value
+
+    @property
+    def is_optional(self) -> bool:
+        """Whether None is a valid value: "not set"."""
+        return self.default is None
+
+
+def setting(default: Any, help: str, type: type, section: str, **more: Any) -> Any:
+    """Return a dataclass field that carries its `Setting` as metadata."""
+    spec = Setting(default=default, help=help, type=type, section=section, **more)
+    return field(default=default, metadata={"setting": spec})
+
+
+@dataclass(frozen=True)
+class NoEffect(Generic[S]):
+    """Settings that have no effect under a condition on the other settings of `S`."""
+
+    names: tuple[str, ...]
+    when: Callable[[S], bool]
+    reason: str | Callable[[S], str]  # completes "`name` has no effect …"
+
+
+def check_effects(settings: S, rows: Sequence[NoEffect[S]]) -> None:
+    """Raise `ConfigError` for the first setting that is set but has no effect."""
+    for row in rows:
+        for name in row.names:
+            if is_set(settings, name) and row.when(settings):
+                reason = row.reason if isinstance(row.reason, str) else row.reason(settings)
+                raise ConfigError(f"`{name}` has no effect {reason}")
+
+
+def is_set(settings: object, name: str) -> bool:
+    """Return whether the value of a setting differs from its default."""
+    value, default = getattr(settings, name), getattr(type(settings), name)
+    return bool(value != default)
+
+
+def check_known(name: str, known: Iterable[str], noun: str, *, hint: str = "") -> None:
+    """Raise `ConfigError` for an unknown name, with the nearest known name or else `hint`."""
+    known = list(known)
+    if name in known:
+        return
+    near = get_close_matches(name.replace("-", "_"), known, n=1)
+    hint = f"did you mean `{near[0]}`?" if near else hint
+    raise ConfigError(f"unknown {noun} `{name}`" + (f"; {hint}" if hint else ""))
+
+
+def parse_value(name: str, value: Any, spec: Setting) -> Any:
+    """Return the value converted to the type of its setting.
+
+    Raises:
+        ConfigError: wrong type, or out of bounds; names the setting, the bound and the value.
+    """
+    if value is None:
+        if spec.is_optional:
+            return None
+        raise ConfigError(f"`{name}` must be {spec.type.__name__}, got nothing")
+    if spec.is_list:
+        items = list(value) if isinstance(value, list | tuple) else [value]
+        return tuple(_parse_item(name, item, spec) for item in items)
+    return _parse_item(name, value, spec)
+
+
+def _parse_item(name: str, value: Any, spec: Setting) -> Any:
+    value = _convert(name, value, spec.type)
+    if spec.is_path:
+        value = os.path.expanduser(value)
+    if spec.choices and value not in spec.choices:
+        allowed = ", ".join(str(choice) for choice in spec.choices)
+        raise ConfigError(f"`{name}` must be one of {allowed}, got {value!r}")
+    if spec.type in (int, float):
+        _check_bounds(name, value, spec)
+    return value
+
+
+def _convert(name: str, value: Any, wanted: type) -> Any:
+    if isinstance(value, Path):
+        value = str(value)
+    if wanted is float and isinstance(value, str):
+        # YAML 1.1 parses `5e-6` as text, because it has no decimal point.
+        try:
+            return float(value)
+        except ValueError:
+            raise ConfigError(f"`{name}` must be a number, got {value!r}") from None
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
+        raise ConfigError(f"`{name}` must be {wanted.__name__}, got {value!r}")
+    return value
+
+
+def _check_bounds(name: str, value: float, spec: Setting) -> None:
+    above = value > spec.minimum if spec.exclusive_minimum else value >= spec.minimum
+    below = value < spec.maximum if spec.exclusive_maximum else value <= spec.maximum
+    if not (above and below and math.isfinite(value)):
+        low = f"{'above' if spec.exclusive_minimum else 'at least'} {spec.minimum:g}"
+        high = f"{'below' if spec.exclusive_maximum else 'at most'} {spec.maximum:g}"
+        bounds = [low] * math.isfinite(spec.minimum) + [high] * math.isfinite(spec.maximum)
+        raise ConfigError(f"`{name}` must be {' and '.join(bounds) or 'finite'}, got {value!r}")
