@@ -1,4 +1,4 @@
-"""`mlx-dpo data`: pairs looked at, shown, split and cleaned before anything is trained on them."""
+"""`mlx-dpo data`: check, show, split and clean data sets before training."""
 
 import json
 import sys
@@ -17,8 +17,14 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 Command = Callable[..., Any]
-ROWS = ("split", "schema", "column", "ranked", "loss_type")  # how rows are found and read
-LOOKS = (
+ROW_SETTINGS = (
+    "split",
+    "schema",
+    "column",
+    "ranked",
+    "loss_type",
+)  # settings that find and parse rows
+SCAN_SETTINGS = (
     "valid", "pair_labelled", "margin_column", "weight_column", "model", "revision",
     "trust_remote_code", "system", "chat_template", "thinking", "max_length", "truncation",
 )  # fmt: skip
@@ -37,7 +43,7 @@ def data() -> None:
 
 
 def _flags(*names: str) -> Callable[[Command], Command]:
-    """PAIRS, `--config`, and the flags of these settings."""
+    """Return a decorator that adds PAIRS, `--config` and the flags of the settings `names`."""
     wanted = [get_settings()[name] for name in names]
 
     def decorate(command: Command) -> Command:
@@ -48,8 +54,8 @@ def _flags(*names: str) -> Callable[[Command], Command]:
     return decorate
 
 
-def _config(flags: dict[str, Any]) -> DPOConfig:
-    """The settings of a file and those that were typed."""
+def _read_config(flags: dict[str, Any]) -> DPOConfig:
+    """Return the settings of the YAML file, overridden by the flags that were typed."""
     config_file = flags.pop("config_file")
     values = read_settings(config_file) if config_file else {}
     values |= typed_settings(click.get_current_context(), flags)
@@ -62,7 +68,7 @@ def _config(flags: dict[str, Any]) -> DPOConfig:
 @data.command(cls=SettingsCommand)
 @click.option("--strict", is_flag=True, help="Exit with 1 if there is a fault.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object, with every place.")
-@_flags(*ROWS, *LOOKS)
+@_flags(*ROW_SETTINGS, *SCAN_SETTINGS)
 def check(strict: bool, as_json: bool, **flags: Any) -> None:
     """Say what would be trained on of PAIRS, and what is lost, odd or wrong, and where.
 
@@ -70,45 +76,45 @@ def check(strict: bool, as_json: bool, **flags: Any) -> None:
     characters then, and what takes tokens is not looked for. Weights are not loaded. Each
     finding is a fault or a remark; docs/data.md lists them.
     """
-    config = _config(flags)
+    config = _read_config(flags)
 
-    from mlx_dpo.cli.data_findings import print_checked
+    from mlx_dpo.cli.data_findings import print_results
     from mlx_dpo.curation.check import check_pairs
     from mlx_dpo.reporting.console import make_console
 
     console = make_console()
-    with _reading(console) as tick:
-        _, checked = check_pairs(config, tick)
+    with _show_progress(console) as progress:
+        _, results = check_pairs(config, progress)
     if as_json:
-        click.echo(json.dumps(checked.to_dict(), ensure_ascii=False))
+        click.echo(json.dumps(results.to_dict(), ensure_ascii=False))
     else:
-        print_checked(console, checked)
-    sys.exit(1 if strict and checked.faults else 0)
+        print_results(console, results)
+    sys.exit(1 if strict and results.fault_count else 0)
 
 
 @data.command(cls=SettingsCommand)
 @click.option("-n", "count", type=click.IntRange(1), default=3, help="Pairs to show.")
 @click.option("--row", type=click.IntRange(0), help="The row at this line or index instead.")
-@_flags(*ROWS, *LOOKS)
+@_flags(*ROW_SETTINGS, *SCAN_SETTINGS)
 def show(count: int, row: int | None, **flags: Any) -> None:
     """Show pairs as the model sees them: what is read, what is scored, what was cut.
 
     A mark before each line says what is done with it, brackets stand round control tokens;
     colours say the same.
     """
-    config = _config(flags)
-    if row is not None and _typed("count"):
+    config = _read_config(flags)
+    if row is not None and _was_typed("count"):
         raise ConfigError("`-n` has no effect beside --row")
 
-    from mlx_dpo.curation.check import show_pairs
+    from mlx_dpo.curation.show import show_pairs
     from mlx_dpo.reporting.console import make_console
     from mlx_dpo.reporting.pair_view import print_legend, print_pair
 
     console = make_console()
-    for number, page in enumerate(show_pairs(config, count=count, row=row)):
+    for number, preview in enumerate(show_pairs(config, count=count, row=row)):
         if not number:
             print_legend(console)
-        print_pair(console, page.location, page.notes, page.parts)
+        print_pair(console, preview.location, preview.notes, preview.segments)
 
 
 @data.command(cls=SettingsCommand)
@@ -117,25 +123,25 @@ def show(count: int, row: int | None, **flags: Any) -> None:
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
 )  # fmt: skip
 @click.option("--output", required=True, metavar="DIR", help="New folder to write.")
-@_flags(*ROWS, "bad_pairs", "seed")
+@_flags(*ROW_SETTINGS, "bad_pairs", "seed")
 def split(share: float, output: str, **flags: Any) -> None:
     """Write train.jsonl and valid.jsonl; no prompt is in both, rows stay as they were written.
 
     Held out are the rows that `train --valid-fraction` would hold out with the same --seed.
     `train DIR` takes both files.
     """
-    config = _config(flags)
+    config = _read_config(flags)
 
     from mlx_dpo.curation.split import split_pairs
 
-    done = split_pairs(config, share=share, output=Path(output).expanduser())
-    for report in done.reports:
+    result = split_pairs(config, share=share, output=Path(output).expanduser())
+    for report in result.reports:
         for line in report.left_out():
             click.echo(line)
-    for name in done.passed_over:
+    for name in result.ignored_sources:
         click.echo(f"{name}: left alone")
     click.echo(
-        f"{output}: {done.rows['train']:,} rows to train on, {done.rows['valid']:,} held out"
+        f"{output}: {result.rows['train']:,} rows to train on, {result.rows['valid']:,} held out"
     )
 
 
@@ -145,47 +151,49 @@ def split(share: float, output: str, **flags: Any) -> None:
     help="A finding whose rows go; repeat it. [default: all faults]",
 )  # fmt: skip
 @click.option("--output", required=True, metavar="FILE", help="New `.jsonl` file to write.")
-@_flags(*ROWS, *(name for name in LOOKS if name != "pair_labelled"))
+@_flags(*ROW_SETTINGS, *(name for name in SCAN_SETTINGS if name != "pair_labelled"))
 def clean(drop: tuple[str, ...], output: str, **flags: Any) -> None:
     """Write PAIRS without the rows that `check` found something in; others stay as written.
 
     FINDING is a name that `check` prints. Of duplicates the first stays, of a contradiction
     none; a row goes if any of its pairs does. FILE.report.json says which rows went and why.
     """
-    config = _config(flags)
+    config = _read_config(flags)
 
     from mlx_dpo.curation.clean import clean_pairs
     from mlx_dpo.reporting.console import make_console
 
-    with _reading(make_console()) as tick:
-        done = clean_pairs(config, drop=drop, output=Path(output).expanduser(), tick=tick)
-    for name, count in done.dropped.items():
+    with _show_progress(make_console()) as progress:
+        result = clean_pairs(config, drop=drop, output=Path(output).expanduser(), progress=progress)
+    for name, count in result.dropped.items():
         click.echo(f"{name}: {count:,} row{'s' * (count != 1)}")
-    if done.not_looked_for:
+    if result.skipped:
         click.echo(
-            f"not looked for without --model and held-out pairs: {', '.join(done.not_looked_for)}"
+            f"not looked for without --model and held-out pairs: {', '.join(result.skipped)}"
         )
-    click.echo(f"{output}: {done.kept:,} of {done.rows:,} rows; {done.report} says which went")
+    click.echo(
+        f"{output}: {result.kept:,} of {result.rows:,} rows; {result.report} says which went"
+    )
 
 
-def _typed(name: str) -> bool:
+def _was_typed(name: str) -> bool:
     source = click.get_current_context().get_parameter_source(name)
     return source is click.core.ParameterSource.COMMANDLINE
 
 
 @contextmanager
-def _reading(console: "Console") -> Iterator[Callable[[int], None]]:
-    """Count rows on a terminal; elsewhere nothing is shown."""
+def _show_progress(console: "Console") -> Iterator[Callable[[int], None]]:
+    """Show the number of rows read on a terminal; print nothing elsewhere."""
     if not console.is_terminal:
-        yield lambda more: None
+        yield lambda new_rows: None
         return
     rows = 0
     with console.status("reading") as status:
 
-        def tick(more: int) -> None:
+        def progress(new_rows: int) -> None:
             nonlocal rows
-            rows += more
+            rows += new_rows
             if rows % 100 == 0:
                 status.update(f"reading: {rows:,} rows")
 
-        yield tick
+        yield progress

@@ -1,4 +1,4 @@
-"""Pairs -> a new file without the rows that a check found fault with, and a report beside it."""
+"""Write a data set without the rows that have findings (`mlx-dpo data clean`)."""
 
 import json
 from collections import Counter
@@ -10,124 +10,139 @@ from typing import Any
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.config.setting import check_known
 from mlx_dpo.curation.check import check_pairs
-from mlx_dpo.data.inspect.check import Checked
-from mlx_dpo.data.inspect.findings import RULES, Rule
+from mlx_dpo.data.inspect.findings import CHECKS, Check
 from mlx_dpo.data.inspect.raw_rows import (
-    LINES,
-    all_rows,
-    new_file,
-    refuse_changed,
-    refuse_pairing,
-    refuse_read_once,
-    refuse_taken,
+    JSON_LINES,
+    check_new_path,
+    check_rereadable,
+    check_row_count,
+    check_rows_independent,
+    open_new_file,
+    read_all_raw_rows,
     write_row,
 )
-from mlx_dpo.data.inspect.scan import Tick
+from mlx_dpo.data.inspect.results import CheckResults
+from mlx_dpo.data.inspect.scan import ProgressCallback
 from mlx_dpo.data.sources import Source, find_sources
 from mlx_dpo.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
-class Cleaned:
-    """How many rows went, and for which findings; a row may have several."""
+class CleanResult:
+    """Number of rows before and after, and of the dropped rows by finding."""
 
     rows: int
     kept: int
-    dropped: dict[str, int]
+    dropped: dict[str, int]  # a row with several findings counts for each of them
     report: Path
-    not_looked_for: list[str]  # faults that take a model, or held-out pairs, to be found
+    skipped: list[str]  # checks that need a model or held-out pairs
 
 
 def clean_pairs(
-    config: DPOConfig, *, drop: Sequence[str], output: Path, tick: Tick = lambda more: None
-) -> Cleaned:
-    """Write the rows that none of the rules finds to a new file, and a report beside it.
+    config: DPOConfig,
+    *,
+    drop: Sequence[str],
+    output: Path,
+    progress: ProgressCallback = lambda new_rows: None,
+) -> CleanResult:
+    """Write the rows without findings of the checks in `drop`, and a report next to the file.
 
-    Without rules all faults are dropped that can be looked for.
+    If `drop` is empty, rows with any fault are dropped.
 
     Raises:
-        DataError: a source cannot be read on.
-        ConfigError: a rule is unknown or cannot be looked for, or the file is there already.
+        DataError: a source cannot be read to its end.
+        ConfigError: a check is unknown or cannot be run, or the output file exists.
     """
     report = output.with_suffix(".report.json")
-    if output.suffix != LINES:
-        raise ConfigError(f"{output}: rows are written as lines of JSON; give a `{LINES}` file")
-    for path in (output, report):
-        refuse_taken(path)
-    refuse_pairing(config)
-    wanted = _rules(drop)
+    _check_arguments(config, output, report)
+    checks = _select_checks(drop)
     sources = find_sources(config.pairs, config.valid, config.split)
-    refuse_read_once([*sources.train, *sources.valid])
-    _refuse_twice(sources.train)
-    _, checked = check_pairs(config, tick)
-    _refuse_blind(drop, checked)
-    gone = _gone(checked, wanted)
-    with new_file(output) as lines, new_file(report) as record:  # the report is there first
+    check_rereadable([*sources.train, *sources.valid])
+    _check_sources_distinct(sources.train)
+    _, results = check_pairs(config, progress)
+    _check_not_skipped(drop, results)
+    dropped = _find_dropped_rows(results, checks)
+    # Leaving the block publishes the report first and the rows last.
+    with open_new_file(output) as rows_file, open_new_file(report) as report_file:
         kept = 0
-        for one in all_rows(sources.train):
-            if one.location not in gone:
-                write_row(lines, one)
+        for raw in read_all_raw_rows(sources.train):
+            if raw.location not in dropped:
+                write_row(rows_file, raw)
                 kept += 1
-        refuse_changed(kept + len(gone), checked.train.rows, sources.train[0])
+        check_row_count(kept + len(dropped), results.train.rows, sources.train[0])
         if not kept:
             raise DataError(f"{sources.train[0].name}: no row would be left; drop fewer")
-        facts = _facts(sources.train, checked, wanted, gone) | {"output": str(output)}
-        record.write((json.dumps(facts, indent=2, ensure_ascii=False) + "\n").encode())
-    unseen = [rule.name for rule in wanted if rule.name in _blind(checked)]
-    return Cleaned(checked.train.rows, kept, facts["dropped"], report, unseen)
+        content = _make_report(sources.train, results, checks, dropped) | {"output": str(output)}
+        report_file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+    skipped = [check.name for check in checks if check.name in _skipped_checks(results)]
+    return CleanResult(results.train.rows, kept, content["dropped"], report, skipped)
 
 
-def _facts(
+def _make_report(
     sources: Sequence[Source],
-    checked: Checked,
-    wanted: Sequence[Rule],
-    gone: Mapping[str, Sequence[str]],
+    results: CheckResults,
+    checks: Sequence[Check],
+    dropped: Mapping[str, Sequence[str]],
 ) -> dict[str, Any]:
-    """What the report says."""
+    """Return the content of the report file."""
+    skipped = _skipped_checks(results)
     return {
-        "sources": [one.name for one in sources],
-        "looked_for": [rule.name for rule in wanted if rule.name not in _blind(checked)],
-        "rows": checked.train.rows,
-        "kept": checked.train.rows - len(gone),
-        "dropped": dict(Counter(name for names in gone.values() for name in names)),
-        "dropped_rows": [{"where": where, "findings": names} for where, names in gone.items()],
+        "sources": [source.name for source in sources],
+        "looked_for": [check.name for check in checks if check.name not in skipped],
+        "rows": results.train.rows,
+        "kept": results.train.rows - len(dropped),
+        "dropped": dict(Counter(name for names in dropped.values() for name in names)),
+        "dropped_rows": [
+            {"where": location, "findings": names} for location, names in dropped.items()
+        ],
     }
 
 
-def _rules(drop: Sequence[str]) -> list[Rule]:
+def _select_checks(drop: Sequence[str]) -> list[Check]:
     for name in drop:
-        check_known(name, RULES, "finding", hint="docs/data.md lists them")
-        if not RULES[name].drops:
+        check_known(name, CHECKS, "finding", hint="docs/data.md lists them")
+        if not CHECKS[name].can_drop:
             raise ConfigError(f"`drop` {name} has no effect; it is found of all pairs, not of rows")
-    return [rule for rule in RULES.values() if (rule.name in drop if drop else rule.fault)]
+    return [check for check in CHECKS.values() if (check.name in drop if drop else check.is_fault)]
 
 
-def _gone(checked: Checked, wanted: Sequence[Rule]) -> dict[str, list[str]]:
-    """The place of each row that goes, with the names of what was found there."""
-    found: dict[str, list[str]] = {}
-    for rule in wanted:
-        for where, _ in checked.train.hits.where(rule.name):
-            names = found.setdefault(where, [])
-            if rule.name not in names:
-                names.append(rule.name)
-    return found
+def _find_dropped_rows(results: CheckResults, checks: Sequence[Check]) -> dict[str, list[str]]:
+    """Return the location of each row to drop with the names of its findings."""
+    dropped: dict[str, list[str]] = {}
+    for check in checks:
+        for location, _ in results.train.log.locations(check.name):
+            names = dropped.setdefault(location, [])
+            if check.name not in names:
+                names.append(check.name)
+    return dropped
 
 
-def _blind(checked: Checked) -> list[str]:
-    """Findings that could not be looked for."""
-    return [name for names in checked.not_looked_for.values() for name in names]
+def _skipped_checks(results: CheckResults) -> list[str]:
+    """Return the names of the checks that were skipped."""
+    return [name for names in results.skipped.values() for name in names]
 
 
-def _refuse_blind(drop: Sequence[str], checked: Checked) -> None:
-    for need, names in checked.not_looked_for.items():
+def _check_arguments(config: DPOConfig, output: Path, report: Path) -> None:
+    if output.suffix != JSON_LINES:
+        raise ConfigError(
+            f"{output}: rows are written as lines of JSON; give a `{JSON_LINES}` file"
+        )
+    for path in (output, report):
+        check_new_path(path)
+    check_rows_independent(config)
+
+
+def _check_not_skipped(drop: Sequence[str], results: CheckResults) -> None:
+    for requirement, names in results.skipped.items():
         for name in drop:
             if name in names:
-                raise ConfigError(f"`drop` {name} has no effect without {need}")
+                raise ConfigError(f"`drop` {name} has no effect without {requirement}")
 
 
-def _refuse_twice(sources: Sequence[Source]) -> None:
-    named = [source.name for source in sources]
-    named += [str(path) for source in sources for path in source.files if str(path) != source.name]
-    twice = [name for name, count in Counter(named).items() if count > 1]
-    if twice:
-        raise ConfigError(f"{twice[0]}: is named twice, so rows have no place of their own")
+def _check_sources_distinct(sources: Sequence[Source]) -> None:
+    """Raise `ConfigError` if a file is named twice, because its rows would share locations."""
+    names = [source.name for source in sources]
+    names += [str(path) for source in sources for path in source.files if str(path) != source.name]
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated:
+        raise ConfigError(f"{repeated[0]}: is named twice, so rows have no place of their own")

@@ -1,4 +1,4 @@
-"""Pairs -> a folder with pairs to train on and pairs to hold out."""
+"""Write a data set as a training file and a held-out file (`mlx-dpo data split`)."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -9,14 +9,14 @@ from pathlib import Path
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.data.examples import parse_rows
 from mlx_dpo.data.inspect.raw_rows import (
-    LINES,
-    all_rows,
-    refuse_changed,
-    refuse_pairing,
-    refuse_read_once,
-    refuse_taken,
+    JSON_LINES,
+    check_new_path,
+    check_rereadable,
+    check_row_count,
+    check_rows_independent,
+    read_all_raw_rows,
+    read_raw_rows,
     write_row,
-    written,
 )
 from mlx_dpo.data.load import hold_out_prompts
 from mlx_dpo.data.report import PairsReport
@@ -30,68 +30,70 @@ TRAIN, VALID = "train", "valid"
 
 
 @dataclass(frozen=True)
-class Divided:
-    """How many rows went where."""
+class SplitResult:
+    """Number of rows of each file, and what was left out."""
 
     rows: dict[str, int]  # of `train` and of `valid`
-    reports: Sequence[PairsReport]  # what was left out, and why
-    passed_over: Sequence[str]  # held-out splits that the sources have already
+    reports: Sequence[PairsReport]  # dropped pairs and the reasons
+    ignored_sources: Sequence[str]  # held-out splits that the sources have already
 
 
-def split_pairs(config: DPOConfig, *, share: float, output: Path) -> Divided:
+def split_pairs(config: DPOConfig, *, share: float, output: Path) -> SplitResult:
     """Write `train.jsonl` and `valid.jsonl` to a new folder; no prompt is in both.
 
-    Held out are the rows that `train --valid-fraction` with the same seed would hold out.
+    The held-out rows are those of `train --valid-fraction` with the same seed.
 
     Raises:
         DataError: a row cannot be read, or makes no pair and `bad_pairs` is `error`.
-        ConfigError: all rows have the same prompt, or the folder is there already.
+        ConfigError: all rows have the same prompt, or the output folder exists.
     """
-    refuse_taken(output)
-    refuse_pairing(config)
+    check_new_path(output)
+    check_rows_independent(config)
     sources = find_sources(config.pairs, None, config.split)
-    refuse_read_once(sources.train)
-    reports = [PairsReport(one.name, 0, judged=config.labelled) for one in sources.train]
-    prompts, rows = _prompts(config, sources.train, reports)
-    held = {rows[i] for i in hold_out_prompts(prompts, share=share, seed=config.seed)}
-    if not held:
+    check_rereadable(sources.train)
+    reports = [PairsReport(source.name, 0, judged=config.labelled) for source in sources.train]
+    prompts, rows = _read_prompts(config, sources.train, reports)
+    held_out = {rows[i] for i in hold_out_prompts(prompts, share=share, seed=config.seed)}
+    if not held_out:
         raise ConfigError(f"{sources.train[0].name}: holds one pair, and two make a split")
-    sides = {number: VALID if number in held else TRAIN for number in rows}
+    splits = {number: VALID if number in held_out else TRAIN for number in rows}
     with atomic_folder(output) as folder:
-        _write_sides(sources.train, sides, folder)
-    counts = Counter(sides.values())
-    named = {name: counts[name] for name in (TRAIN, VALID)}
-    return Divided(named, reports, [one.name for one in sources.valid])
+        _write_splits(sources.train, splits, folder)
+    counts = Counter(splits.values())
+    return SplitResult(
+        {name: counts[name] for name in (TRAIN, VALID)},
+        reports,
+        [source.name for source in sources.valid],
+    )
 
 
-def _write_sides(sources: Sequence[Source], sides: Mapping[int, str], folder: Path) -> None:
-    """Each row to the file of its side; those without one make no pair."""
-    written_rows = 0
+def _write_splits(sources: Sequence[Source], splits: Mapping[int, str], folder: Path) -> None:
+    """Write each row to the file of its split; rows without a pair are in no split."""
+    written = 0
     with ExitStack() as stack:
         files = {
-            name: stack.enter_context((folder / f"{name}{LINES}").open("wb"))
+            name: stack.enter_context((folder / f"{name}{JSON_LINES}").open("wb"))
             for name in (TRAIN, VALID)
         }
-        for number, one in enumerate(all_rows(sources)):
-            if number in sides:
-                write_row(files[sides[number]], one)
-                written_rows += 1
-    refuse_changed(written_rows, len(sides), sources[0])
+        for number, raw in enumerate(read_all_raw_rows(sources)):
+            if number in splits:
+                write_row(files[splits[number]], raw)
+                written += 1
+    check_row_count(written, len(splits), sources[0])
 
 
-def _prompts(
+def _read_prompts(
     config: DPOConfig, sources: Sequence[Source], reports: Sequence[PairsReport]
 ) -> tuple[list[str], list[int]]:
-    """Of every pair the prompt's digest and the number of its row."""
+    """Return the prompt digest and the row number of every pair."""
+    rules = row_rules(config)
     prompts, rows, number = [], [], 0
     for source, report in zip(sources, reports, strict=True):
-        for one in written(source):
-            if isinstance(one.row, DataError):
-                raise one.row
-            for pair in parse_rows(
-                [one.row], row_rules(config), report, bad_pairs=config.bad_pairs
-            ):
-                prompts.append(prompt_digest(pair.example))
+        for raw in read_raw_rows(source):
+            if isinstance(raw.row, DataError):
+                raise raw.row
+            for parsed in parse_rows([raw.row], rules, report, bad_pairs=config.bad_pairs):
+                prompts.append(prompt_digest(parsed.example))
                 rows.append(number)
             number += 1
     if not prompts:

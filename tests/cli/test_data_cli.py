@@ -12,7 +12,7 @@ from mlx_dpo.cli.data import data as group
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.curation.clean import clean_pairs
 from mlx_dpo.data.examples import parse_rows
-from mlx_dpo.data.inspect.findings import RULES
+from mlx_dpo.data.inspect.findings import CHECKS
 from mlx_dpo.data.load import held_out_indices, load_pairs
 from mlx_dpo.data.report import PairsReport
 from mlx_dpo.data.sources import find_sources, resolve_source
@@ -76,8 +76,8 @@ def test_a_check_says_what_is_lost_and_where_why_it_matters_and_what_to_do():
     assert lines[0] == "pairs.jsonl: 5 pairs (schema strings), of 7 rows"
     at = lines.index("fault  empty-completion  1 row (14.3%)  :2")
     assert lines[at + 1 : at + 3] == [
-        f"       why: {RULES['empty-completion'].why}",
-        f"       do:  {RULES['empty-completion'].mend}",
+        f"       why: {CHECKS['empty-completion'].why}",
+        f"       do:  {CHECKS['empty-completion'].advice}",
     ]
     assert "fault  duplicate-pair  1 pair (20.0%)  :4 with :1" in lines
     assert "fault  contradiction  3 pairs (60.0%)  :1 with :6, :4 with :6, :6 with :1" in lines
@@ -125,7 +125,7 @@ def test_without_a_model_lengths_are_characters_and_what_is_not_looked_for_is_sa
     assert told_so["train"]["lengths"]["unit"] == "characters"
     assert told_so["train"]["lengths"]["prompt"]["longest"] == len("Where is  the cat?")
     missing = set(told_so["not_looked_for"]["--model"])
-    assert missing == {rule.name for rule in RULES.values() if rule.needs == "--model"}
+    assert missing == {check.name for check in CHECKS.values() if check.requires == "--model"}
     assert "not looked for without --model: untrainable" in data("check", "pairs.jsonl").output
 
 
@@ -293,7 +293,7 @@ def test_a_file_that_changes_while_it_is_read_is_not_written():
 
     config = DPOConfig(pairs=("pairs.jsonl",))
     with pytest.raises(DataError, match=r"^pairs.jsonl: changed while it was read"):
-        clean_pairs(config, drop=[], output=Path("new.jsonl"), tick=change)
+        clean_pairs(config, drop=[], output=Path("new.jsonl"), progress=change)
     assert {path.name for path in Path().iterdir()} == {"base", "pairs.jsonl"}
 
 
@@ -375,8 +375,8 @@ def test_every_subcommand_and_option_has_help(name):
 
 def test_the_page_lists_every_finding_with_its_kind():
     page = (ROOT / "docs" / "data.md").read_text()
-    for rule in RULES.values():
-        assert f"| `{rule.name}` | {rule.kind} |" in page
+    for check in CHECKS.values():
+        assert f"| `{check.name}` | {check.severity} |" in page
 
 
 def test_a_row_is_known_by_its_whole_number():

@@ -7,9 +7,9 @@ import pytest
 from byte_tokenizer import CHAT, ByteTokenizer
 
 from mlx_dpo import errors as faults
-from mlx_dpo.data.inspect.check import check, findings
-from mlx_dpo.data.inspect.findings import LOST, RULES
-from mlx_dpo.data.inspect.scan import Eyes
+from mlx_dpo.data.inspect.findings import CHECK_OF_REASON, CHECKS
+from mlx_dpo.data.inspect.results import list_findings, run_checks
+from mlx_dpo.data.inspect.scan import ScanSettings
 from mlx_dpo.data.sources import find_sources
 from mlx_dpo.data.tokenization.chat_template import TokenRules
 from mlx_dpo.schemas.schema import RowRules
@@ -142,28 +142,28 @@ def checked(case, rows, write):
     path = write(*rows)
     valid = None if case.valid is None else str(write(*case.valid, name="valid.jsonl"))
     tokenizer = ByteTokenizer(case.template, adds_bos=case.template is None)
-    eyes = Eyes(
+    settings = ScanSettings(
         rows=RowRules(**case.rows),
         tokens=TokenRules(vocab_size=262, **case.tokens) if case.with_model else None,
         tokenizer=tokenizer,
-        context=case.context,
+        context_length=case.context,
     )
-    return check(find_sources(str(path), valid), eyes)
+    return run_checks(find_sources(str(path), valid), settings)
 
 
 def found(case, rows, write):
     split = checked(case, rows, write).train
-    return {one.rule.name: list(one.places()) for one in findings(split)}
+    return {finding.check.name: list(finding.locations()) for finding in list_findings(split)}
 
 
 def test_every_finding_has_a_case_here_and_every_reason_to_lose_a_pair_is_a_finding():
-    assert CASES.keys() == RULES.keys()
+    assert CASES.keys() == CHECKS.keys()
     reasons = {
         value for name, value in vars(faults).items()
         if name.isupper() and isinstance(value, str)
     }  # fmt: skip
-    assert LOST.keys() == reasons
-    assert set(LOST.values()) <= RULES.keys()
+    assert CHECK_OF_REASON.keys() == reasons
+    assert set(CHECK_OF_REASON.values()) <= CHECKS.keys()
 
 
 @pytest.mark.parametrize("name", sorted(CASES.keys() - {"length-bias", "unpaired", "missing-stop"}))
@@ -237,9 +237,9 @@ def test_the_same_answer_judged_both_ways_is_a_contradiction(write):
 def test_leaks_are_named_where_they_can_be_mended_with_where_they_go(write):
     case = CASES["leaked-prompt"]
     both = checked(case, case.has, write)
-    assert list(both.train.hits.where("leaked-prompt")) == [("pairs.jsonl:1", "valid.jsonl:1")]
+    assert list(both.train.log.locations("leaked-prompt")) == [("pairs.jsonl:1", "valid.jsonl:1")]
     assert both.valid is not None
-    assert "leaked-prompt" not in {one.rule.name for one in findings(both.valid)}
+    assert "leaked-prompt" not in {finding.check.name for finding in list_findings(both.valid)}
 
 
 def test_an_answer_leaks_from_whichever_side_of_whichever_row(write):
@@ -252,12 +252,14 @@ def test_an_answer_leaks_from_whichever_side_of_whichever_row(write):
 
 
 def test_faults_alone_count_as_faults_and_come_first(write):
-    assert checked(CASES["refusal"], CASES["refusal"].has, write).faults == 0
+    assert checked(CASES["refusal"], CASES["refusal"].has, write).fault_count == 0
     both = [answered("I can't, cafÃ©"), answered("I can't"), like(prompt="a\u200b")]
     both += [like(prompt="a", chosen="\x08")]
     result = checked(Case(both, []), both, write)
-    assert result.faults == 2
-    kinds = [(one.rule.name, one.rule.kind) for one in findings(result.train)]
+    assert result.fault_count == 2
+    kinds = [
+        (finding.check.name, finding.check.severity) for finding in list_findings(result.train)
+    ]
     assert kinds == [
         ("mojibake", "fault"),
         ("control-character", "fault"),
@@ -276,15 +278,18 @@ def test_a_small_bias_is_no_remark_however_sure_it_is(write):
     rows = [like(prompt=str(i), chosen="yes" * (1 + 9 * (i % 100 < 59))) for i in range(400)]
     for more, named in ((rows, False), (rows + [like(prompt=f"{i}!") for i in range(20)], True)):
         split = checked(Case(more, [], with_model=False), more, write).train
-        assert split.lengths.bias().beyond_chance
-        assert ("length-bias" in {one.rule.name for one in findings(split)}) is named
+        assert split.lengths.bias().is_significant
+        assert ("length-bias" in {finding.check.name for finding in list_findings(split)}) is named
 
 
 def test_rows_and_pairs_are_counted_apart(write):
     rows = [rated(1, 2, 3), "{", answered(""), answered("I can't.")]
     split = checked(Case(rows, [], rows={"ranked": "adjacent"}), rows, write).train
     assert (split.rows, split.pairs) == (4, 3)
-    shares = {one.rule.name: (one.count, one.of, one.share) for one in findings(split)}
+    shares = {
+        finding.check.name: (finding.count, finding.total, finding.share)
+        for finding in list_findings(split)
+    }
     assert shares == {
         "unreadable": (1, 4, 0.25), "empty-completion": (1, 4, 0.25), "refusal": (1, 3, 1 / 3),
     }  # fmt: skip
@@ -293,11 +298,11 @@ def test_rows_and_pairs_are_counted_apart(write):
 def test_lengths_are_those_before_the_cut(write):
     rows = [answered("x" * 99)]
     split = checked(Case(rows, [], tokens={"max_length": 20}), rows, write).train
-    spreads = split.lengths.spreads()
-    assert {part: spread.longest for part, spread in spreads.items()} == {
+    summaries = split.lengths.summaries()
+    assert {part: spread.longest for part, spread in summaries.items()} == {
         "prompt": 13, "chosen": 100, "rejected": 8,
     }  # fmt: skip
     dropped = checked(
         Case(rows, [], tokens={"max_length": 20, "truncation": "drop"}), rows, write
     ).train
-    assert (dropped.pairs, dropped.lengths.spreads()) == (0, spreads)
+    assert (dropped.pairs, dropped.lengths.summaries()) == (0, summaries)

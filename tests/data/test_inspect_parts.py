@@ -5,9 +5,9 @@ import tracemalloc
 import pytest
 
 from mlx_dpo.data.files import RowLocations
-from mlx_dpo.data.inspect.duplicates import Digests
-from mlx_dpo.data.inspect.findings import OTHERS, WORDINGS, Hits
-from mlx_dpo.data.inspect.lengths import Bin, Lengths, Spread
+from mlx_dpo.data.inspect.duplicates import ExampleDigests
+from mlx_dpo.data.inspect.findings import MAX_DETAILS, OTHER_DETAILS, FindingLog
+from mlx_dpo.data.inspect.lengths import Bin, Lengths, LengthSummary
 from mlx_dpo.data.inspect.text_anomalies import find_odd_characters, find_refusal
 from mlx_dpo.types import PreferenceExample
 
@@ -103,7 +103,7 @@ def test_a_place_that_is_named_again_at_once_is_the_same():
 
 
 def test_a_million_places_and_digests_would_fit_into_70_megabytes():
-    places, digests = RowLocations(), Digests()
+    places, digests = RowLocations(), ExampleDigests()
     pair = PreferenceExample("p", "c" * 100, "r" * 100, "x")
     tracemalloc.start()
     for i in range(5000):
@@ -114,13 +114,13 @@ def test_a_million_places_and_digests_would_fit_into_70_megabytes():
 
 
 def test_wordings_without_end_are_counted_together():
-    hits = Hits(RowLocations())
-    for i in range(WORDINGS + 5):
-        hits.detail("unreadable", f"message {i}")
-    hits.detail("unreadable", "message 0")
-    assert len(hits.details["unreadable"]) == WORDINGS + 1
-    assert hits.details["unreadable"][OTHERS] == 5
-    assert hits.details["unreadable"]["message 0"] == 2
+    log = FindingLog(RowLocations())
+    for i in range(MAX_DETAILS + 5):
+        log.add_detail("unreadable", f"message {i}")
+    log.add_detail("unreadable", "message 0")
+    assert len(log.details["unreadable"]) == MAX_DETAILS + 1
+    assert log.details["unreadable"][OTHER_DETAILS] == 5
+    assert log.details["unreadable"]["message 0"] == 2
 
 
 def lengths(*rows):
@@ -133,9 +133,11 @@ def lengths(*rows):
 def test_spreads_are_lengths_that_there_are():
     found = lengths(*((i, 2 * i, 7) for i in range(1, 101)))
     # Of 1 to 100 the median lies between 50 and 51; the longer one is said.
-    assert found.spreads() == {
-        "prompt": Spread(51, 96, 100), "chosen": Spread(102, 192, 200), "rejected": Spread(7, 7, 7),
-    }  # fmt: skip
+    assert found.summaries() == {
+        "prompt": LengthSummary(51, 96, 100),
+        "chosen": LengthSummary(102, 192, 200),
+        "rejected": LengthSummary(7, 7, 7),
+    }
 
 
 def test_bins_double_and_hold_every_length_once():
@@ -155,14 +157,14 @@ def test_bias_by_hand():
     bias = lengths((0, 4, 1), (0, 1, 1), (0, 2, 3)).bias()
     assert (bias.pairs, bias.chosen_longer, bias.rejected_longer) == (3, 1, 1)
     assert bias.correlation == pytest.approx(0.288675, abs=1e-6)
-    assert bias.told_apart == 0.5
-    assert not bias.beyond_chance
+    assert bias.accuracy == 0.5
+    assert not bias.is_significant
 
 
 def test_length_that_tells_all_apart_tells_more_than_chance():
     bias = lengths(*[(0, 1, 2)] * 10).bias()
-    assert (bias.told_apart, bias.correlation, bias.beyond_chance) == (1.0, -1.0, True)
-    assert not lengths(*[(0, 1, 2)] * 9).bias().beyond_chance
+    assert (bias.accuracy, bias.correlation, bias.is_significant) == (1.0, -1.0, True)
+    assert not lengths(*[(0, 1, 2)] * 9).bias().is_significant
 
 
 def test_lengths_that_do_not_vary_have_no_correlation():

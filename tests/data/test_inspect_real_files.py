@@ -1,19 +1,19 @@
 """The known faults of the real files are found, with their places."""
 
-from mlx_dpo.data.inspect.check import check, findings
-from mlx_dpo.data.inspect.scan import Eyes
+from mlx_dpo.data.inspect.results import list_findings, run_checks
+from mlx_dpo.data.inspect.scan import ScanSettings
 from mlx_dpo.data.sources import find_sources
 from mlx_dpo.schemas.schema import RowRules
 
 
 def places(path, **rules):
-    split = check(find_sources(str(path)), Eyes(rows=RowRules(**rules))).train
+    split = run_checks(find_sources(str(path)), ScanSettings(rows=RowRules(**rules))).train
     return split, {
-        one.rule.name: [
+        finding.check.name: [
             tuple(where.removeprefix(str(path)) for where in pair if where is not None)
-            for pair in one.places()
+            for pair in finding.locations()
         ]
-        for one in findings(split)
+        for finding in list_findings(split)
     }
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_dpo.data.inspect.raw_rows import Written, written
+from mlx_dpo.data.inspect.raw_rows import RawRow, read_raw_rows
 from mlx_dpo.data.sources import resolve_source
 from mlx_dpo.errors import DataError
 from mlx_dpo.schemas.schema import Row
@@ -17,13 +17,13 @@ ODD = '{"b" : 1.50,  "a":"\\u00e9", "a": "twice", "n": 1e2}'
 
 
 def lines_of(name):
-    return [one.as_line().decode() for one in written(resolve_source(str(name)))]
+    return [one.to_json_line().decode() for one in read_raw_rows(resolve_source(str(name)))]
 
 
 def test_a_line_stays_as_it_was_but_for_what_ends_it(write):
     path = write("\ufeff" + ODD + " \r", "", '{"c": "é"}')
     assert lines_of(path) == [ODD, '{"c": "é"}']
-    assert [one.location for one in written(resolve_source(str(path)))] == [
+    assert [one.location for one in read_raw_rows(resolve_source(str(path)))] == [
         "pairs.jsonl:1",
         "pairs.jsonl:3",
     ]
@@ -48,18 +48,22 @@ def test_other_files_become_lines_that_say_the_same(tmp_path, monkeypatch):
 
 
 def test_a_row_that_cannot_be_read_does_not_keep_the_others_from_being_read(write):
-    found = list(written(resolve_source(str(write('{"a": 1}', "[1]", "{", '{"a": 2}')))))
+    found = list(read_raw_rows(resolve_source(str(write('{"a": 1}', "[1]", "{", '{"a": 2}')))))
     assert [type(one.row) for one in found] == [Row, DataError, DataError, Row]
     assert [str(one.row) for one in found[1:3]] == [
         "pairs.jsonl:2: expected an object, found a list",
         "pairs.jsonl:3: not JSON (Expecting property name enclosed in double quotes, column 2)",
     ]
     Path("list.json").write_text('[{"a": 1}, 3, {"a": 2}]')
-    assert [type(one.row) for one in written(resolve_source("list.json"))] == [Row, DataError, Row]
+    assert [type(one.row) for one in read_raw_rows(resolve_source("list.json"))] == [
+        Row,
+        DataError,
+        Row,
+    ]
     with pytest.raises(DataError, match=r"^pairs.jsonl:3: not JSON"):
-        found[2].as_line()
+        found[2].to_json_line()
 
 
 def test_what_json_cannot_say_is_refused_at_its_place():
     with pytest.raises(DataError, match=r"^a\[3\]: cannot be written as JSON \(.*bytes"):
-        Written("a[3]", Row({"image": b"\x89"}, "a[3]")).as_line()
+        RawRow("a[3]", Row({"image": b"\x89"}, "a[3]")).to_json_line()

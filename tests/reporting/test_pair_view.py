@@ -4,8 +4,8 @@ import io
 
 from rich.console import Console
 
-from mlx_dpo.data.inspect import show
-from mlx_dpo.data.inspect.show import Part, Piece
+from mlx_dpo.data.inspect import segments
+from mlx_dpo.data.inspect.segments import Segment, TokenText
 from mlx_dpo.reporting.pair_view import (
     HEAD,
     MARKS,
@@ -18,8 +18,8 @@ from mlx_dpo.reporting.pair_view import (
     print_pair,
 )
 
-PROMPT = Part("prompt", "prompt", 4, [Piece("<s>", True), Piece("a\nb <s>", False)])
-SCORED = Part("chosen", "scored", 1, [Piece("c", False), Piece("</s>", True)])
+PROMPT = Segment("prompt", "prompt", 4, [TokenText("<s>", True), TokenText("a\nb <s>", False)])
+SCORED = Segment("chosen", "scored", 1, [TokenText("c", False), TokenText("</s>", True)])
 
 
 def shown_pair(*parts, notes=(), **settings):
@@ -51,7 +51,7 @@ def test_a_terminal_shows_colours_as_well(monkeypatch):
 
 
 def test_wrapped_lines_have_a_mark_each():
-    long = Part("chosen", "scored", 9, [Piece("word " * 20, False)])
+    long = Segment("chosen", "scored", 9, [TokenText("word " * 20, False)])
     shown = shown_pair(long, force_terminal=True, color_system=None).splitlines()[3:]
     assert len(shown) == 3
     assert all(line.startswith("█ ") and len(line) <= 40 for line in shown)
@@ -59,7 +59,7 @@ def test_wrapped_lines_have_a_mark_each():
 
 def test_control_characters_are_escaped():
     text = "\x1b[31m\r\x08\u202e\u200b [bold]x[/bold]"
-    part = Part("chosen", "scored", 1, [Piece(text, False)])
+    part = Segment("chosen", "scored", 1, [TokenText(text, False)])
     shown = shown_pair(part, soft_wrap=True).splitlines()[3]
     assert shown == "█ \\u001b[31m\\u000d\\u0008\\u202e\\u200b [bold]x[/bold]"
 
@@ -67,14 +67,14 @@ def test_control_characters_are_escaped():
 def test_a_long_cut_text_is_shown_by_its_beginning_and_end():
     text = "a" * HEAD + "b" * 50 + "z" * TAIL
     _, _, title, shown = shown_pair(
-        Part("chosen", "cut", 9, [Piece(text, False)]), soft_wrap=True
+        Segment("chosen", "cut", 9, [TokenText(text, False)]), soft_wrap=True
     ).split("\n", 3)
     assert title == "chosen, 9 tokens, cut: not in the model's input"
     assert shown == "╳ " + "a" * HEAD + " […] " + "z" * TAIL + "\n"
 
 
 def test_every_treatment_has_a_mark_a_style_and_a_legend():
-    kinds = {show.PROMPT, show.SCORED, show.CUT}
+    kinds = {segments.PROMPT, segments.SCORED, segments.CUT}
     assert kinds == MARKS.keys() == STYLES.keys()
     out = io.StringIO()
     print_legend(Console(file=out))

@@ -1,4 +1,4 @@
-"""Pairs held against each other: duplicates, contradictions, leaks. Digests are kept, not texts."""
+"""Find duplicates, contradictions and leaks among pairs by digests of their texts."""
 
 import json
 from array import array
@@ -8,120 +8,122 @@ from typing import Any
 
 import numpy as np
 
-from mlx_dpo.data.inspect.findings import Hits
+from mlx_dpo.data.inspect.findings import FindingLog
 from mlx_dpo.schemas.messages import as_turns, prompt_digest
 from mlx_dpo.types import PreferenceExample, Text, UnpairedExample
 
-TELLING = 40  # characters from which on two like answers are no coincidence
-Found = Iterator[tuple[int, int]]  # a pair, and the one that it goes with
+MIN_LEAK_CHARACTERS = 40  # equal completions of this length are no coincidence
+IndexPairs = Iterator[tuple[int, int]]  # index of an example and of the one it matches
 
 
-class Digests:
-    """What pairs say, in 48 bytes each; 64 bits tell millions of texts apart."""
+class ExampleDigests:
+    """Digests of examples in 49 bytes each; 64 bits per text suffice for millions of texts."""
 
     def __init__(self) -> None:
-        self._place = array("q")
-        self._label = array("b")  # 1 and 0 of judged answers, -1 of pairs
+        self._location = array("q")
+        self._label = array("b")  # 1 or 0 for unpaired examples, -1 for pairs
         self._columns = {
             name: array("Q") for name in ("prompt", "pair", "flipped", "chosen", "rejected")
         }
 
-    def add(self, said: PreferenceExample | UnpairedExample, at: int) -> None:
-        """A pair, or a judged answer, at a place."""
-        prompt = int(prompt_digest(said)[:16], 16)
-        if isinstance(said, UnpairedExample):
-            one, other, label = _answer(said.completion), "", int(said.desirable)
-            # A judged answer is flipped by its judgement, a pair by exchanging its answers.
-            told: tuple[tuple[Any, ...], ...] = ((one, label), (one, 1 - label))
+    def add(self, example: PreferenceExample | UnpairedExample, location: int) -> None:
+        """Append an example; `location` is its index in the `RowLocations`."""
+        prompt = int(prompt_digest(example)[:16], 16)
+        if isinstance(example, UnpairedExample):
+            first, second = _normalize_completion(example.completion), ""
+            label = int(example.desirable)
+            # The opposite of an unpaired example has the other label, that of a pair has its
+            # completions exchanged.
+            content: tuple[Any, ...] = (first, label)
+            opposite: tuple[Any, ...] = (first, 1 - label)
         else:
-            one, other, label = _answer(said.chosen), _answer(said.rejected), -1
-            told = ((one, other), (other, one))
-        pair, flipped = (_digest([prompt, *parts]) for parts in told)
-        values = (prompt, pair, flipped, _leaking(one), _leaking(other))
-        self._place.append(at)
+            first = _normalize_completion(example.chosen)
+            second = _normalize_completion(example.rejected)
+            label, content, opposite = -1, (first, second), (second, first)
+        pair, flipped = (_digest([prompt, *parts]) for parts in (content, opposite))
+        values = (prompt, pair, flipped, _leak_digest(first), _leak_digest(second))
+        self._location.append(location)
         self._label.append(label)
         for column, value in zip(self._columns.values(), values, strict=True):
             column.append(value)
 
     def __getitem__(self, name: str) -> Any:
-        return np.frombuffer(self._columns[name], np.uint64) if self._place else _NONE
+        return np.frombuffer(self._columns[name], np.uint64) if self._location else _NONE
 
     @property
-    def places(self) -> Any:
-        """The place of each pair. (B,)"""
-        return np.frombuffer(self._place, np.int64) if self._place else _NONE
+    def locations(self) -> Any:
+        """Index of the location of each example. (B,)"""
+        return np.frombuffer(self._location, np.int64) if self._location else _NONE
 
     def labelled(self, label: int) -> Any:
-        """Which entries are judged answers with this label. (b,)"""
+        """Return the indices of the unpaired examples with this label. (b,)"""
         return np.flatnonzero(np.array(self._label, np.int8) == label)
 
 
 _NONE = np.zeros(0, np.uint64)
 
 
-def find_alike(digests: Digests, hits: Hits) -> None:
-    """What pairs of the same split have in common."""
-    places, prompts = digests.places, digests["prompt"]
-    # A row may make several pairs, and a pair that was there before brings its prompt along.
-    of_rows, new = (np.unique(x, return_index=True)[1] for x in (places, digests["pair"]))
-    first = np.intersect1d(of_rows, new)
-    rules = {
-        "duplicate-pair": _again(digests["pair"]),
-        "contradiction": _among(digests["flipped"], digests["pair"]),
-        "duplicate-prompt": ((first[i], first[j]) for i, j in _again(prompts[first])),
-        "both-labels": _both(prompts, digests.labelled(1), digests.labelled(0)),
+def find_duplicates(digests: ExampleDigests, log: FindingLog) -> None:
+    """Log duplicates, contradictions and opposite labels within one split."""
+    locations, prompts = digests.locations, digests["prompt"]
+    # A row may make several pairs, and a duplicate pair has a duplicate prompt too: only the
+    # first pair of each row, and of each set of duplicates, counts for `duplicate-prompt`.
+    first_of_row, first_of_pair = (
+        np.unique(column, return_index=True)[1] for column in (locations, digests["pair"])
+    )
+    first = np.intersect1d(first_of_row, first_of_pair)
+    matches = {
+        "duplicate-pair": _find_repeats(digests["pair"]),
+        "contradiction": _find_matches(digests["flipped"], digests["pair"]),
+        "duplicate-prompt": ((first[i], first[j]) for i, j in _find_repeats(prompts[first])),
+        "both-labels": _find_opposite_labels(prompts, digests.labelled(1), digests.labelled(0)),
     }
-    for rule, found in rules.items():
-        for i, j in found:
-            if places[i] != places[j]:
-                hits.add(rule, int(places[i]), other=int(places[j]))
+    for check, index_pairs in matches.items():
+        for i, j in index_pairs:
+            if locations[i] != locations[j]:
+                log.add(check, int(locations[i]), related=int(locations[j]))
 
 
-def find_leaks(train: Digests, valid: Digests, hits: Hits) -> None:
-    """What training pairs have in common with held-out ones, at the places of the former."""
-    rules = {
-        "leaked-prompt": ([train["prompt"]], [valid["prompt"]]),
-        "leaked-answer": tuple(
-            [digests[side] for side in ("chosen", "rejected")] for digests in (train, valid)
-        ),
-    }
-    for rule, (ours, theirs) in rules.items():
-        held = np.concatenate(theirs)
-        places = np.tile(valid.places, len(theirs))
-        found: dict[int, int] = {}
-        for column in ours:
-            for i, j in _among(column, held):
-                found.setdefault(i, int(places[j]))
-        for i in sorted(found):
-            hits.add(rule, int(train.places[i]), other=found[i])
+def find_leaks(train: ExampleDigests, valid: ExampleDigests, log: FindingLog) -> None:
+    """Log the training examples whose prompt or completion is also held out."""
+    columns = {"leaked-prompt": ["prompt"], "leaked-answer": ["chosen", "rejected"]}
+    for check, names in columns.items():
+        held_out = np.concatenate([valid[name] for name in names])
+        locations = np.tile(valid.locations, len(names))
+        first_match: dict[int, int] = {}
+        for name in names:
+            for i, j in _find_matches(train[name], held_out):
+                first_match.setdefault(i, int(locations[j]))
+        for i in sorted(first_match):
+            log.add(check, int(train.locations[i]), related=first_match[i])
 
 
-def _again(column: Any) -> Found:
-    """Every entry that was there before, with its first."""
+def _find_repeats(column: Any) -> IndexPairs:
+    """Yield every entry that repeats an earlier one, with the first equal entry."""
     _, first, inverse = np.unique(column, return_index=True, return_inverse=True)
     for i in np.flatnonzero(first[inverse] != np.arange(len(column))):
         yield int(i), int(first[inverse[i]])
 
 
-def _both(prompts: Any, good: Any, bad: Any) -> Found:
-    """Every good answer with a bad one to the same prompt, and the other way round."""
-    for ours, theirs in ((good, bad), (bad, good)):
-        for i, j in _among(prompts[ours], prompts[theirs]):
-            yield int(ours[i]), int(theirs[j])
+def _find_opposite_labels(prompts: Any, good: Any, bad: Any) -> IndexPairs:
+    """Yield every good example with a bad one of the same prompt, and vice versa."""
+    for own, opposite in ((good, bad), (bad, good)):
+        for i, j in _find_matches(prompts[own], prompts[opposite]):
+            yield int(own[i]), int(opposite[j])
 
 
-def _among(column: Any, others: Any) -> Found:
-    """Every entry, but for zeros, that stands among the others, with the first place there."""
+def _find_matches(column: Any, others: Any) -> IndexPairs:
+    """Yield every nonzero entry of `column` that is in `others`, with its first index there."""
     values, first = np.unique(others, return_index=True)
     if not len(values):
         return
-    at = np.minimum(np.searchsorted(values, column), len(values) - 1)
-    for i in np.flatnonzero((values[at] == column) & (column != 0)):
-        yield int(i), int(first[at[i]])
+    nearest = np.minimum(np.searchsorted(values, column), len(values) - 1)
+    for i in np.flatnonzero((values[nearest] == column) & (column != 0)):
+        yield int(i), int(first[nearest[i]])
 
 
-def _answer(completion: Text) -> str:
-    """An answer as it is compared: white space around its turns does not count."""
+def _normalize_completion(completion: Text) -> str:
+    """Return the completion as text without white space around its turns."""
     turns = as_turns(completion, "assistant")
     if len(turns) == 1 and turns[0].keys() == {"role", "content"}:
         return str(turns[0]["content"]).strip()
@@ -129,10 +131,12 @@ def _answer(completion: Text) -> str:
     return json.dumps(stripped, sort_keys=True, default=str)
 
 
-def _leaking(answer: str) -> int:
-    return _digest(answer) if len(answer) >= TELLING else 0
+def _leak_digest(completion: str) -> int:
+    """Return the digest of the completion, or 0 if it is too short to be a leak."""
+    return _digest(completion) if len(completion) >= MIN_LEAK_CHARACTERS else 0
 
 
 def _digest(value: Any) -> int:
+    """Return a 64-bit digest that is never 0."""
     text = json.dumps(value, default=str).encode()
     return int.from_bytes(blake2b(text, digest_size=8).digest(), "little") or 1

@@ -1,162 +1,164 @@
-"""Every finding that there may be: its name, whether it is a fault, why it matters, what to do."""
+"""Table of the checks on data sets, and the log of what the checks found."""
 
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mlx_dpo import errors as faults
+from mlx_dpo import errors
 from mlx_dpo.data.files import RowLocations
 
 FAULT, REMARK = "fault", "remark"
-MODEL, VALID = "--model", "held-out pairs"  # what it takes to look for a finding
-ROWS, PAIRS = "rows", "pairs"  # what is counted
-TELLING = 0.6  # share of pairs that length tells apart, from which on it is a remark
+MODEL, VALID = "--model", "held-out pairs"  # requirements of a check
+ROWS, PAIRS = "rows", "pairs"  # units in which findings are counted
+LENGTH_BIAS_SHARE = 0.6  # a length-only classifier with this accuracy is a remark
 
 
 @dataclass(frozen=True)
-class Rule:
-    """A kind of finding."""
+class Check:
+    """A check on a data set: its name, its severity, why a finding matters and what to do."""
 
     name: str
-    kind: str
+    severity: str  # `FAULT` or `REMARK`
     why: str
-    mend: str
-    needs: str = ""  # what it takes to be looked for
-    counts: str = PAIRS
-    drops: bool = True  # whether `data clean` can leave such rows out
+    advice: str
+    requires: str = ""  # `MODEL` or `VALID`; "": nothing
+    unit: str = PAIRS
+    can_drop: bool = True  # `data clean` can drop the rows with this finding
 
     @property
-    def fault(self) -> bool:
-        """Whether `--strict` stops at it, and `data clean` drops it unasked."""
-        return self.kind == FAULT
+    def is_fault(self) -> bool:
+        """True if `--strict` stops at the finding and `data clean` drops it by default."""
+        return self.severity == FAULT
 
 
 _DROPPED = "`--bad-pairs drop` passes over them, else training stops there"
-RULES = {
+CHECKS = {
     rule.name: rule
     for rule in (
-        Rule("unreadable", FAULT, "training stops at such a row",
-             "mend the rows, or say how they are written (`--schema`, `--column`)", counts=ROWS),
-        Rule("untrainable", FAULT, "training stops at such a pair",
-             "do as the message says", MODEL),
-        Rule("empty-completion", FAULT, "there is nothing to score", _DROPPED, counts=ROWS),
-        Rule("same-text", FAULT, "chosen and rejected do not differ, so nothing is preferred",
-             _DROPPED, counts=ROWS),
-        Rule("same-tokens", FAULT, "chosen and rejected differ, but not in what the model sees",
-             _DROPPED, MODEL, counts=ROWS),
-        Rule("diverged", FAULT, "the answers follow different prompts and cannot be compared",
-             _DROPPED, counts=ROWS),
-        Rule("empty-prompt", FAULT, "nothing is asked", _DROPPED, MODEL, counts=ROWS),
-        Rule("not-text", FAULT, "images, audio and video are not trained on", _DROPPED,
-             counts=ROWS),
-        Rule("template-refused", FAULT, "the chat template does not take such turns",
-             "mend the turns or take another model; `--bad-pairs drop` passes over them", MODEL,
-             counts=ROWS),
-        Rule("prompt-not-prefix", FAULT, "the chat template changes the prompt once a reply "
-             "follows, so nothing says where the reply begins",
-             "take a model whose template keeps the prompt", MODEL),
-        Rule("no-plain-text", FAULT, "a special token in the text cannot be kept as plain text",
-             _DROPPED, MODEL, counts=ROWS),
-        Rule("no-room", FAULT, "the prompt alone fills `--max-length`",
-             "raise `--max-length`, or use `--truncation keep_end`", MODEL, counts=ROWS),
-        Rule("same-when-cut", FAULT, "the answers differ only after the cut",
-             "raise `--max-length`", MODEL, counts=ROWS),
-        Rule("beyond-context", FAULT, "the model has no places for so many tokens",
-             "lower `--max-length` to what the model places", MODEL),
-        Rule("double-bos", FAULT, "the text begins twice, which the model never sees in use",
-             "take the token that begins a text out of the rows", MODEL),
-        Rule("double-stop", FAULT, "the answer ends twice, so the model learns to go on after "
-             "its end", "take the stop token out of the rows, or leave `--chat-template` alone",
-             MODEL),
-        Rule("duplicate-pair", FAULT, "the pair counts more often than it was judged",
-             "`data clean` keeps the first of them"),
-        Rule("contradiction", FAULT, "the same answer is better here and worse there",
-             "decide, or let `data clean` drop both"),
-        Rule("leaked-prompt", FAULT, "the prompt is held out too, so held-out figures flatter",
-             "`data clean` drops it from what is trained on", VALID),
-        Rule("replacement-character", FAULT, "U+FFFD stands where a character was lost",
-             "make the file again from its source"),
-        Rule("mojibake", FAULT, "UTF-8 was read as Latin-1 once, and the model learns to write so",
-             "make the file again from its source, or mend it (the library ftfy does)"),
-        Rule("control-character", FAULT, "nobody sees them, and the model learns to write them",
-             "take them out"),
-        Rule("invisible-character", REMARK, "nobody sees them, and the model learns to write them",
-             "take them out, unless they are meant"),
-        Rule("refusal", REMARK, "the chosen answer is a refusal",
-             "keep them only if the model is to refuse"),
-        Rule("leaked-answer", REMARK, "an answer is held out too, so held-out figures may flatter",
-             "look whether the prompts are alike", VALID),
-        Rule("duplicate-prompt", REMARK, "the prompt counts more often than others",
-             "fine where every answer was judged; held-out pairs never share a prompt"),
-        Rule("both-labels", REMARK, "the prompt has good and bad answers",
-             "`--pair-labelled` makes pairs of them"),
-        Rule("special-token", REMARK, "a special token of the model stands in the text; it is "
-             "kept as characters, and acts only with `--chat-template text`",
-             "take it out, if a template has been applied before", MODEL),
-        Rule("missing-stop", REMARK, "the chat template ends an answer without a stop token; "
-             "training adds one", "see whether the template is the model's own", MODEL),
-        Rule("truncated", REMARK, "the row was cut; an answer that was is scored without its end",
-             "raise `--max-length`, or choose by `--truncation` what gives way", MODEL),
-        Rule("too-long", REMARK, "`--truncation drop` leaves it out", "raise `--max-length`",
-             MODEL, counts=ROWS),
-        Rule("tied", REMARK, "answers that are rated alike make no pair", "nothing", counts=ROWS),
-        Rule("unpaired", REMARK, "there is no answer of the other kind to the same prompt",
-             "use `--loss-type kto`, which needs none", counts=ROWS),
-        Rule("length-bias", REMARK, f"length alone tells {TELLING:.0%} or more of the pairs "
-             "apart, so the model can learn length in place of what was preferred",
-             "balance the lengths, or use `--ld-alpha` or a loss that normalises by length",
-             drops=False),
+        Check("unreadable", FAULT, "training stops at such a row",
+              "mend the rows, or say how they are written (`--schema`, `--column`)", unit=ROWS),
+        Check("untrainable", FAULT, "training stops at such a pair",
+              "do as the message says", MODEL),
+        Check("empty-completion", FAULT, "there is nothing to score", _DROPPED, unit=ROWS),
+        Check("same-text", FAULT, "chosen and rejected do not differ, so nothing is preferred",
+              _DROPPED, unit=ROWS),
+        Check("same-tokens", FAULT, "chosen and rejected differ, but not in what the model sees",
+              _DROPPED, MODEL, unit=ROWS),
+        Check("diverged", FAULT, "the answers follow different prompts and cannot be compared",
+              _DROPPED, unit=ROWS),
+        Check("empty-prompt", FAULT, "nothing is asked", _DROPPED, MODEL, unit=ROWS),
+        Check("not-text", FAULT, "images, audio and video are not trained on", _DROPPED,
+              unit=ROWS),
+        Check("template-refused", FAULT, "the chat template does not take such turns",
+              "mend the turns or take another model; `--bad-pairs drop` passes over them", MODEL,
+              unit=ROWS),
+        Check("prompt-not-prefix", FAULT, "the chat template changes the prompt once a reply "
+              "follows, so nothing says where the reply begins",
+              "take a model whose template keeps the prompt", MODEL),
+        Check("no-plain-text", FAULT, "a special token in the text cannot be kept as plain text",
+              _DROPPED, MODEL, unit=ROWS),
+        Check("no-room", FAULT, "the prompt alone fills `--max-length`",
+              "raise `--max-length`, or use `--truncation keep_end`", MODEL, unit=ROWS),
+        Check("same-when-cut", FAULT, "the answers differ only after the cut",
+              "raise `--max-length`", MODEL, unit=ROWS),
+        Check("beyond-context", FAULT, "the model has no places for so many tokens",
+              "lower `--max-length` to what the model places", MODEL),
+        Check("double-bos", FAULT, "the text begins twice, which the model never sees in use",
+              "take the token that begins a text out of the rows", MODEL),
+        Check("double-stop", FAULT, "the answer ends twice, so the model learns to go on after "
+              "its end", "take the stop token out of the rows, or leave `--chat-template` alone",
+              MODEL),
+        Check("duplicate-pair", FAULT, "the pair counts more often than it was judged",
+              "`data clean` keeps the first of them"),
+        Check("contradiction", FAULT, "the same answer is better here and worse there",
+              "decide, or let `data clean` drop both"),
+        Check("leaked-prompt", FAULT, "the prompt is held out too, so held-out figures flatter",
+              "`data clean` drops it from what is trained on", VALID),
+        Check("replacement-character", FAULT, "U+FFFD stands where a character was lost",
+              "make the file again from its source"),
+        Check("mojibake", FAULT, "UTF-8 was read as Latin-1 once, and the model learns to write so",
+              "make the file again from its source, or mend it (the library ftfy does)"),
+        Check("control-character", FAULT, "nobody sees them, and the model learns to write them",
+              "take them out"),
+        Check("invisible-character", REMARK, "nobody sees them, and the model learns to write them",
+              "take them out, unless they are meant"),
+        Check("refusal", REMARK, "the chosen answer is a refusal",
+              "keep them only if the model is to refuse"),
+        Check("leaked-answer", REMARK, "an answer is held out too, so held-out figures may flatter",
+              "look whether the prompts are alike", VALID),
+        Check("duplicate-prompt", REMARK, "the prompt counts more often than others",
+              "fine where every answer was judged; held-out pairs never share a prompt"),
+        Check("both-labels", REMARK, "the prompt has good and bad answers",
+              "`--pair-labelled` makes pairs of them"),
+        Check("special-token", REMARK, "a special token of the model stands in the text; it is "
+              "kept as characters, and acts only with `--chat-template text`",
+              "take it out, if a template has been applied before", MODEL),
+        Check("missing-stop", REMARK, "the chat template ends an answer without a stop token; "
+              "training adds one", "see whether the template is the model's own", MODEL),
+        Check("truncated", REMARK, "the row was cut; an answer that was is scored without its end",
+              "raise `--max-length`, or choose by `--truncation` what gives way", MODEL),
+        Check("too-long", REMARK, "`--truncation drop` leaves it out", "raise `--max-length`",
+              MODEL, unit=ROWS),
+        Check("tied", REMARK, "answers that are rated alike make no pair", "nothing", unit=ROWS),
+        Check("unpaired", REMARK, "there is no answer of the other kind to the same prompt",
+              "use `--loss-type kto`, which needs none", unit=ROWS),
+        Check("length-bias", REMARK, f"length alone tells {LENGTH_BIAS_SHARE:.0%} "
+              "or more of the pairs apart, so the model can learn length in place of what was "
+              "preferred",
+              "balance the lengths, or use `--ld-alpha` or a loss that normalises by length",
+              can_drop=False),
     )
 }  # fmt: skip
 
-LOST = {  # the reason of a pair that is left out: the finding
-    faults.EMPTY_COMPLETION: "empty-completion",
-    faults.SAME_TEXT: "same-text",
-    faults.SAME_TOKENS: "same-tokens",
-    faults.DIFFERENT_PROMPTS: "diverged",
-    faults.EMPTY_PROMPT: "empty-prompt",
-    faults.NO_ROOM: "no-room",
-    faults.SAME_AFTER_TRUNCATION: "same-when-cut",
-    faults.TOO_LONG: "too-long",
-    faults.NOT_TEXT: "not-text",
-    faults.TIED: "tied",
-    faults.UNPAIRED: "unpaired",
-    faults.TEMPLATE_ERROR: "template-refused",
-    faults.SPECIAL_TOKEN: "no-plain-text",
+CHECK_OF_REASON = {  # reason of a `BadPairError` -> name of the check
+    errors.EMPTY_COMPLETION: "empty-completion",
+    errors.SAME_TEXT: "same-text",
+    errors.SAME_TOKENS: "same-tokens",
+    errors.DIFFERENT_PROMPTS: "diverged",
+    errors.EMPTY_PROMPT: "empty-prompt",
+    errors.NO_ROOM: "no-room",
+    errors.SAME_AFTER_TRUNCATION: "same-when-cut",
+    errors.TOO_LONG: "too-long",
+    errors.NOT_TEXT: "not-text",
+    errors.TIED: "tied",
+    errors.UNPAIRED: "unpaired",
+    errors.TEMPLATE_ERROR: "template-refused",
+    errors.SPECIAL_TOKEN: "no-plain-text",
 }
 
 
-WORDINGS = 50  # different details of one finding that are told apart
-OTHERS = "others"
+MAX_DETAILS = 50  # distinct details per check; further ones are counted together
+OTHER_DETAILS = "others"
 
 
-class Hits:
-    """The places of every finding, in the order in which they were found."""
+class FindingLog:
+    """Locations and details of the findings of every check, in the order of the scan."""
 
-    def __init__(self, places: RowLocations) -> None:
-        self.places = places
+    def __init__(self, row_locations: RowLocations) -> None:
+        self.row_locations = row_locations
         self.details: defaultdict[str, Counter[str]] = defaultdict(Counter)
-        self._at: defaultdict[str, array[int]] = defaultdict(lambda: array("q"))
-        self._other: defaultdict[str, array[int]] = defaultdict(lambda: array("q"))
+        self._indices: defaultdict[str, array[int]] = defaultdict(lambda: array("q"))
+        self._related: defaultdict[str, array[int]] = defaultdict(lambda: array("q"))
 
-    def add(self, rule: str, at: int, *, other: int = -1, detail: str = "") -> None:
-        """Something was found at a place; `other` is the one that it goes with."""
-        self._at[rule].append(at)
-        self._other[rule].append(other)
+    def add(self, check: str, index: int, *, related: int = -1, detail: str = "") -> None:
+        """Record a finding at a location; `related` is the index of a second location."""
+        self._indices[check].append(index)
+        self._related[check].append(related)
         if detail:
-            self.detail(rule, detail)
+            self.add_detail(check, detail)
 
-    def detail(self, rule: str, detail: str) -> None:
-        """What was found there, to be counted."""
-        counts = self.details[rule]
-        counts[detail if detail in counts or len(counts) < WORDINGS else OTHERS] += 1
+    def add_detail(self, check: str, detail: str) -> None:
+        """Count a detail of a finding, such as an error message."""
+        counts = self.details[check]
+        counts[detail if detail in counts or len(counts) < MAX_DETAILS else OTHER_DETAILS] += 1
 
-    def count(self, rule: str) -> int:
-        """How often it was found."""
-        return len(self._at[rule]) if rule in self._at else 0
+    def count(self, check: str) -> int:
+        """Return the number of findings of a check."""
+        return len(self._indices[check]) if check in self._indices else 0
 
-    def where(self, rule: str) -> Iterator[tuple[str, str | None]]:
-        """The places, each with the one that it goes with."""
-        for at, other in zip(self._at.get(rule, ()), self._other.get(rule, ()), strict=True):
-            yield self.places[at], None if other < 0 else self.places[other]
+    def locations(self, check: str) -> Iterator[tuple[str, str | None]]:
+        """Yield the locations of a check's findings, each with its related location, if any."""
+        indices, related = self._indices.get(check, ()), self._related.get(check, ())
+        for index, other in zip(indices, related, strict=True):
+            yield self.row_locations[index], None if other < 0 else self.row_locations[other]

@@ -1,4 +1,4 @@
-"""How long prompts and answers are, and how far length alone tells which answer is better."""
+"""Length statistics of prompts and completions, and the length bias of the preferences."""
 
 from array import array
 from dataclasses import asdict, dataclass
@@ -7,16 +7,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 
-class Spread(NamedTuple):
-    """Lengths of one part of all pairs."""
+class LengthSummary(NamedTuple):
+    """Median, 95th percentile and maximum of the lengths of one part of the pairs."""
 
     median: int
-    most: int  # 95 % are no longer
+    most: int  # 95th percentile
     longest: int
 
 
 class Bin(NamedTuple):
-    """How many of each part are from `low` to `high` long."""
+    """Bin of a histogram: number of texts of each part with a length from `low` to `high`."""
 
     low: int
     high: int
@@ -24,33 +24,34 @@ class Bin(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Bias:
-    """How lengths go with what was preferred, over pairs."""
+class LengthBias:
+    """Relation of length and preference over all pairs."""
 
     pairs: int
     chosen_longer: int
     rejected_longer: int
-    correlation: float | None  # between being chosen and length, over answers; None: all alike
+    # Pearson correlation of being chosen and length; None if all completions have equal length.
+    correlation: float | None
 
     @property
-    def told_apart(self) -> float:
-        """Share of the pairs that length alone tells apart; of equal ones half by luck."""
+    def accuracy(self) -> float:
+        """Accuracy of a length-only classifier, which guesses on pairs of equal length."""
         equal = self.pairs - self.chosen_longer - self.rejected_longer
         return (max(self.chosen_longer, self.rejected_longer) + equal / 2) / self.pairs
 
     @property
-    def beyond_chance(self) -> bool:
-        """Whether the difference is larger than three standard deviations of tossing coins."""
+    def is_significant(self) -> bool:
+        """True if the bias exceeds three standard deviations of fair coin tosses."""
         uneven = self.chosen_longer + self.rejected_longer
         return bool((self.chosen_longer - self.rejected_longer) ** 2 > 9 * uneven)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self) | {"told_apart": self.told_apart}
+        """Return plain values for JSON."""
+        return asdict(self) | {"told_apart": self.accuracy}
 
 
 class Lengths:
-    """Lengths of prompts and answers before anything is cut, in tokens or in characters."""
+    """Lengths of prompts and completions before truncation, in tokens or in characters."""
 
     def __init__(self, unit: str, parts: tuple[str, ...]) -> None:
         self.unit = unit
@@ -58,22 +59,24 @@ class Lengths:
         self._columns = [array("L") for _ in parts]
 
     def add(self, *lengths: int) -> None:
-        """One pair, or judged answer."""
+        """Append the lengths of one pair or unpaired example."""
         for column, length in zip(self._columns, lengths, strict=True):
             column.append(length)
 
     def __len__(self) -> int:
         return len(self._columns[0])
 
-    def spreads(self) -> dict[str, Spread]:
-        """Of each part; there must be a pair."""
+    def summaries(self) -> dict[str, LengthSummary]:
+        """Return the summary of each part; there must be a pair."""
         return {
-            part: Spread(*(int(x) for x in np.quantile(column, (0.5, 0.95, 1.0), method="higher")))
+            part: LengthSummary(
+                *(int(x) for x in np.quantile(column, (0.5, 0.95, 1.0), method="higher"))
+            )
             for part, column in zip(self.parts, self._columns, strict=True)
         }
 
     def histogram(self) -> list[Bin]:
-        """Bins that double in width, from the shortest to the longest; there must be a pair."""
+        """Return bins that double in width, from shortest to longest; there must be a pair."""
         # 0 has a bin of its own, then 1, 2 to 3, 4 to 7, …
         numbers = [np.frexp(np.array(column, np.float64))[1] for column in self._columns]
         low, high = min(int(n.min()) for n in numbers), max(int(n.max()) for n in numbers)
@@ -86,30 +89,30 @@ class Lengths:
             for k in range(low, high + 1)
         ]
 
-    def bias(self) -> Bias | None:
-        """What length says of pairs; None of judged answers."""
+    def bias(self) -> LengthBias | None:
+        """Return the length bias of the pairs, or None for unpaired examples."""
         if len(self.parts) < 3 or not len(self):
             return None
         chosen, rejected = (np.array(column, np.float64) for column in self._columns[1:])
         both = np.concatenate([chosen, rejected])
         spread = both.std()
-        # Half of all answers are chosen: then this is Pearson's coefficient.
+        # As half of all completions are chosen, this is Pearson's coefficient.
         correlation = float((chosen.mean() - rejected.mean()) / 2 / spread) if spread else None
-        return Bias(
+        return LengthBias(
             len(self), int((chosen > rejected).sum()), int((rejected > chosen).sum()), correlation
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values; without pairs the unit alone."""
+        """Return plain values for JSON; without pairs only the unit."""
         if not len(self):
             return {"unit": self.unit}
         bias = self.bias()
         return {
             "unit": self.unit,
-            **{part: spread._asdict() for part, spread in self.spreads().items()},
+            **{part: summary._asdict() for part, summary in self.summaries().items()},
             "histogram": [
-                {"from": one.low, "to": one.high, **dict(zip(self.parts, one.counts, strict=True))}
-                for one in self.histogram()
+                {"from": bin.low, "to": bin.high, **dict(zip(self.parts, bin.counts, strict=True))}
+                for bin in self.histogram()
             ],
             "bias": bias.to_dict() if bias else None,
         }

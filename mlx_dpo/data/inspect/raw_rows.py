@@ -1,4 +1,4 @@
-"""Sources -> rows beside the lines that they were written on, unreadable ones among them."""
+"""Rows of a source with the lines they were read from, including unreadable rows."""
 
 import json
 import sys
@@ -15,23 +15,23 @@ from mlx_dpo.errors import ConfigError, DataError
 from mlx_dpo.io.atomic import atomic_file
 from mlx_dpo.schemas.schema import Row
 
-LINES = ".jsonl"
+JSON_LINES = ".jsonl"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
-    """A row of a source, or what is wrong with it."""
+class RawRow:
+    """A row of a source, or the error that makes it unreadable."""
 
     location: str
     row: Row | DataError
-    line: bytes | None = None  # of JSON lines, as it stands there
+    line: bytes | None = None  # the line itself, if the source has JSON lines
 
-    def as_line(self) -> bytes:
-        """The row as one line of JSON without a newline; byte for byte where it was one.
+    def to_json_line(self) -> bytes:
+        """Return the row as one line of JSON without a newline; a JSON line stays as it is.
 
         Raises:
-            DataError: it cannot be read, or holds what JSON cannot say.
+            DataError: the row cannot be read, or JSON cannot represent it.
         """
         if isinstance(self.row, DataError):
             raise self.row
@@ -39,93 +39,93 @@ class Written:
             return self.line
         try:
             return json.dumps(self.row.record, ensure_ascii=False).encode()
-        except UnicodeEncodeError:  # half a surrogate pair, which only an escape can write
+        except UnicodeEncodeError:  # half a surrogate pair, which JSON can only escape
             return json.dumps(self.row.record).encode()
         except (TypeError, ValueError, RecursionError) as error:
             raise DataError(f"{self.location}: cannot be written as JSON ({error})") from error
 
 
-def written(source: Source) -> Iterator[Written]:
-    """Every row of a source, in its order; one that is no object of JSON is a DataError in it.
+def read_raw_rows(source: Source) -> Iterator[RawRow]:
+    """Yield every row of a source; an unreadable row contains its `DataError`.
 
     Raises:
-        DataError: the source cannot be read on.
+        DataError: the source cannot be read to its end.
     """
     if source.dataset is not None or source.memory is not None:
         for row in source.rows():
-            yield Written(row.location, row)
+            yield RawRow(row.location, row)
     for path in source.files:
-        yield from _of_file(path)
+        yield from _read_file(path)
     if source.name == STDIN:
-        yield from _of_lines(sys.stdin.buffer, STDIN)
+        yield from _read_lines(sys.stdin.buffer, STDIN)
 
 
-def _of_file(path: Path) -> Iterator[Written]:
-    kind, _ = file_format(path)
+def _read_file(path: Path) -> Iterator[RawRow]:
+    extension, _ = file_format(path)
     with open_data_file(path) as stream:
-        if kind == LINES:
-            yield from _of_lines(stream, str(path))
+        if extension == JSON_LINES:
+            yield from _read_lines(stream, str(path))
             return
-        for where, item in READERS[kind](stream, str(path)):
+        for location, item in READERS[extension](stream, str(path)):
             try:
-                yield from (Written(where, row) for row in to_rows(iter([(where, item)])))
+                yield from (RawRow(location, row) for row in to_rows(iter([(location, item)])))
             except DataError as error:
-                yield Written(where, error)
+                yield RawRow(location, error)
 
 
-def _of_lines(stream: Iterable[bytes], name: str) -> Iterator[Written]:
+def _read_lines(stream: Iterable[bytes], name: str) -> Iterator[RawRow]:
     for number, line in enumerate(stream, start=1):
         if not line.strip():
             continue
-        where, text = f"{name}:{number}", line.rstrip()
+        location, text = f"{name}:{number}", line.rstrip()
         try:
-            [row] = to_rows(iter([(where, parse_json(text, where))]))
+            [row] = to_rows(iter([(location, parse_json(text, location))]))
         except DataError as error:
-            yield Written(where, error)
+            yield RawRow(location, error)
         else:
-            yield Written(where, row, text.removeprefix(BYTE_ORDER_MARK))
+            yield RawRow(location, row, text.removeprefix(BYTE_ORDER_MARK))
 
 
-def all_rows(sources: Sequence[Source]) -> Iterator[Written]:
-    """Every row of every source, in order."""
+def read_all_raw_rows(sources: Sequence[Source]) -> Iterator[RawRow]:
+    """Yield every row of every source, in order."""
     for source in sources:
-        yield from written(source)
+        yield from read_raw_rows(source)
 
 
-def write_row(stream: IO[bytes], one: Written) -> None:
-    """One row as a line."""
-    stream.write(one.as_line() + b"\n")
+def write_row(stream: IO[bytes], raw: RawRow) -> None:
+    """Write a row as a line of JSON."""
+    stream.write(raw.to_json_line() + b"\n")
 
 
-def refuse_read_once(sources: Sequence[Source]) -> None:
-    """ConfigError for standard input."""
+def check_rereadable(sources: Sequence[Source]) -> None:
+    """Raise `ConfigError` if a source is standard input, which can be read only once."""
     if any(source.name == STDIN for source in sources):
         raise ConfigError("`-` can be read but once, and rows are read twice here; give a file")
 
 
-def refuse_pairing(config: DPOConfig) -> None:
-    """ConfigError for rows that make a pair together."""
+def check_rows_independent(config: DPOConfig) -> None:
+    """Raise `ConfigError` if a setting makes pairs of several rows."""
     if config.pair_labelled:
         raise ConfigError(
             "`pair_labelled` has no effect where rows are written as they are; use --loss-type kto"
         )
 
 
-def refuse_changed(found: int, before: int, source: Source) -> None:
-    """DataError where a second reading had not as many rows."""
-    if found != before:
+def check_row_count(count: int, expected: int, source: Source) -> None:
+    """Raise `DataError` if the second pass over the source had another number of rows."""
+    if count != expected:
         raise DataError(f"{source.name}: changed while it was read; nothing was written")
 
 
-def refuse_taken(path: Path) -> None:
-    """ConfigError for a place where something is already."""
+def check_new_path(path: Path) -> None:
+    """Raise `ConfigError` if the path exists."""
     if path.exists():
         raise ConfigError(f"{path}: is there already; name another place, or remove it")
 
 
 @contextmanager
-def new_file(path: Path) -> Iterator[IO[bytes]]:
-    """Yield the stream of a new file, which is at `path` when all is written and not before."""
+def open_new_file(path: Path) -> Iterator[IO[bytes]]:
+    """Yield the stream of a new file, which appears at `path` once it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as temporary, temporary.open("wb") as stream:
         yield stream

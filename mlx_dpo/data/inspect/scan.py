@@ -1,14 +1,14 @@
-"""One pass over the rows of a split: what is lost, how long, what is odd. Keeps no texts."""
+"""One pass over the rows of a split: dropped rows, lengths and findings. Keeps no texts."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
-from mlx_dpo.data.examples import ParsedExample, parse_rows
-from mlx_dpo.data.inspect.duplicates import Digests
-from mlx_dpo.data.inspect.findings import LOST, Hits
+from mlx_dpo.data.examples import parse_rows
+from mlx_dpo.data.inspect.duplicates import ExampleDigests
+from mlx_dpo.data.inspect.findings import CHECK_OF_REASON, FindingLog
 from mlx_dpo.data.inspect.lengths import Lengths
-from mlx_dpo.data.inspect.raw_rows import written
+from mlx_dpo.data.inspect.raw_rows import read_raw_rows
 from mlx_dpo.data.inspect.text_anomalies import find_odd_characters, find_refusal
 from mlx_dpo.data.report import PairsReport
 from mlx_dpo.data.sources import Source
@@ -26,192 +26,201 @@ from mlx_dpo.errors import (
 )
 from mlx_dpo.schemas.messages import as_turns
 from mlx_dpo.schemas.schema import Row, RowRules
-from mlx_dpo.types import PreferenceExample, Text, TokenizedPair, UnpairedExample
+from mlx_dpo.types import PreferenceExample, Text, UnpairedExample
 
-UNCUT = 1 << 40
-CUT = (TOO_LONG, NO_ROOM, SAME_AFTER_TRUNCATION)  # reasons that a larger `max_length` would mend
-Said = PreferenceExample | UnpairedExample
-Tick = Callable[[int], None]  # told of further rows
+UNLIMITED = 1 << 40
+# Reasons of a `BadPairError` that a larger `max_length` removes.
+LENGTH_REASONS = (TOO_LONG, NO_ROOM, SAME_AFTER_TRUNCATION)
+Example = PreferenceExample | UnpairedExample
+ProgressCallback = Callable[[int], None]  # called with the number of rows read since the last call
 
 
 @dataclass(frozen=True, kw_only=True)
-class Eyes:
-    """How rows are looked at: as training would read them."""
+class ScanSettings:
+    """Settings under which training would read the rows."""
 
     rows: RowRules
     tokens: TokenRules | None = None  # None without a model
     tokenizer: Any = None
-    context: int | None = None  # tokens that the model places
+    context_length: int | None = None  # of the model, in tokens
 
 
-class Split:
-    """What was found of training or of held-out pairs."""
+class SplitScan:
+    """Result of a scan: reports, lengths, digests and findings of training or held-out pairs."""
 
-    def __init__(self, eyes: Eyes, hits: Hits) -> None:
-        parts = ("prompt", "answer") if eyes.rows.judged else ("prompt", "chosen", "rejected")
-        self.eyes, self.hits = eyes, hits
+    def __init__(self, settings: ScanSettings, log: FindingLog) -> None:
+        parts = ("prompt", "answer") if settings.rows.judged else ("prompt", "chosen", "rejected")
+        self.settings, self.log = settings, log
         self.reports: list[PairsReport] = []
-        self.digests = Digests()
-        self.lengths = Lengths("tokens" if eyes.tokens else "characters", parts)
+        self.digests = ExampleDigests()
+        self.lengths = Lengths("tokens" if settings.tokens else "characters", parts)
 
     @property
     def rows(self) -> int:
-        """Rows that were read, unreadable ones among them."""
+        """Number of rows read, including unreadable ones."""
         return sum(report.read for report in self.reports)
 
     @property
     def pairs(self) -> int:
-        """Pairs, or judged answers, that would be used."""
+        """Number of pairs (or unpaired examples) that training would use."""
         return sum(report.kept for report in self.reports)
 
 
-def pass_over(sources: Sequence[Source], split: Split, tick: Tick) -> None:
-    """Read all rows of the sources into a split; prints nothing and stops at no fault of a row.
+def scan_sources(sources: Sequence[Source], split: SplitScan, progress: ProgressCallback) -> None:
+    """Read all rows of the sources into `split`; bad rows become findings.
 
     Raises:
-        DataError: a source cannot be read on.
+        DataError: a source cannot be read to its end.
         ConfigError: a setting has no effect.
     """
     for source in sources:
-        report = _new_report(source.name, split.eyes)
+        report = _new_report(source.name, split.settings)
         split.reports.append(report)
-        unreadable = _Unreadable(source, split, tick)
-        for one in parse_rows(unreadable.others(), split.eyes.rows, report, bad_pairs="drop"):
-            _look(one, split, report)
-        report.read += unreadable.count
-        for reason, places in report.dropped.items():
-            for where in dict.fromkeys(places):  # a row may lose several pairs
-                split.hits.add(LOST[reason], split.hits.places.add(where))
+        readable = _ReadableRows(source, split, progress)
+        for parsed in parse_rows(readable, split.settings.rows, report, bad_pairs="drop"):
+            _scan_example(parsed.example, split, report)
+        report.read += readable.unreadable_count
+        for reason, locations in report.dropped.items():
+            for location in dict.fromkeys(locations):  # a row may lose several pairs
+                split.log.add(CHECK_OF_REASON[reason], split.log.row_locations.add(location))
 
 
-def _new_report(source: str, eyes: Eyes) -> PairsReport:
-    if eyes.tokens is None:
-        return PairsReport(source, 0, judged=eyes.rows.judged)
-    return new_report(source, eyes.tokens, eyes.rows)
+def _new_report(source: str, settings: ScanSettings) -> PairsReport:
+    if settings.tokens is None:
+        return PairsReport(source, 0, judged=settings.rows.judged)
+    return new_report(source, settings.tokens, settings.rows)
 
 
-class _Unreadable:
-    """Sets aside the rows at which training would stop, and hands on the others."""
+class _ReadableRows:
+    """Iterable of a source's rows that records the rows at which training would stop."""
 
-    def __init__(self, source: Source, split: Split, tick: Tick) -> None:
-        self.source, self.split, self.tick = source, split, tick
-        self.count = 0
+    def __init__(self, source: Source, split: SplitScan, progress: ProgressCallback) -> None:
+        self.source, self.split, self.progress = source, split, progress
+        self.unreadable_count = 0
 
-    def others(self) -> Iterator[Row]:
-        rules, hits = self.split.eyes.rows, self.split.hits
-        for one in written(self.source):
-            self.tick(1)
+    def __iter__(self) -> Iterator[Row]:
+        rules, log = self.split.settings.rows, self.split.log
+        for raw in read_raw_rows(self.source):
+            self.progress(1)
             try:
-                if isinstance(one.row, DataError):
-                    raise one.row
-                for _ in parse_rows([one.row], rules, PairsReport("", 0), bad_pairs="drop"):
+                if isinstance(raw.row, DataError):
+                    raise raw.row
+                for _ in parse_rows([raw.row], rules, PairsReport("", 0), bad_pairs="drop"):
                     pass
             except DataError as error:
-                self.count += 1
-                at = hits.places.add(one.location)
-                hits.add("unreadable", at, detail=without_place(error, one.location))
+                self.unreadable_count += 1
+                index = log.row_locations.add(raw.location)
+                log.add("unreadable", index, detail=strip_location(error, raw.location))
             else:
-                yield one.row
+                yield raw.row
 
 
-def _look(one: ParsedExample, split: Split, report: PairsReport) -> None:
-    said, hits = one.example, split.hits
-    at = hits.places.add(said.location)
-    if split.eyes.tokens is None:
+def _scan_example(example: Example, split: SplitScan, report: PairsReport) -> None:
+    log = split.log
+    index = log.row_locations.add(example.location)
+    if split.settings.tokens is None:
         report.kept += 1
-        report.desirable += isinstance(said, UnpairedExample) and said.desirable
-        split.lengths.add(*(_characters(text) for text in _parts(said)))
-    elif not _look_at_tokens(said, at, split, report):
+        report.desirable += isinstance(example, UnpairedExample) and example.desirable
+        split.lengths.add(*(_count_characters(text) for text in _texts(example)))
+    elif not _scan_tokens(example, index, split, report):
         return
-    split.digests.add(said, at)
-    for name, characters in find_odd_characters(
-        iterate_texts([*_parts(said), said.template_kwargs])
-    ):
-        hits.add(name, at)
-        for found in characters:
-            hits.detail(name, found)
-    answer = said.chosen if isinstance(said, PreferenceExample) else said.completion
-    good = isinstance(said, PreferenceExample) or said.desirable
-    if good and (phrase := find_refusal(as_turns(answer, "assistant")[0]["content"])):
-        hits.add("refusal", at, detail=phrase)
+    split.digests.add(example, index)
+    texts = iterate_texts([*_texts(example), example.template_kwargs])
+    for name, characters in find_odd_characters(texts):
+        log.add(name, index)
+        for character in characters:
+            log.add_detail(name, character)
+    completion = _desirable_completion(example)
+    if completion is not None:
+        phrase = find_refusal(as_turns(completion, "assistant")[0]["content"])
+        if phrase is not None:
+            log.add("refusal", index, detail=phrase)
 
 
-def _look_at_tokens(said: Said, at: int, split: Split, report: PairsReport) -> bool:
-    """Tokenize as training would; whether the pair would be used."""
+def _desirable_completion(example: Example) -> Text | None:
+    if isinstance(example, PreferenceExample):
+        return example.chosen
+    return example.completion if example.desirable else None
+
+
+def _scan_tokens(example: Example, index: int, split: SplitScan, report: PairsReport) -> bool:
+    """Tokenize the example as training would, and return True if training would use it."""
+    settings = split.settings
     try:
-        found = encoded(said, split.eyes)
+        tokenized = tokenize_example(example, settings)
     except BadPairError as bad:
         report.drop(bad.location, bad.reason)
-        if bad.reason in CUT:
-            split.lengths.add(*_lens(encoded(said, split.eyes, uncut=True).pair))
+        if bad.reason in LENGTH_REASONS:
+            split.lengths.add(*_count_tokens(tokenize_example(example, settings, unlimited=True)))
         return False
     except PromptBoundaryError as error:
-        split.hits.add("prompt-not-prefix", at, detail=without_place(error, said.location))
+        detail = strip_location(error, example.location)
+        split.log.add("prompt-not-prefix", index, detail=detail)
         return False
     except DataError as error:
-        split.hits.add("untrainable", at, detail=without_place(error, said.location))
+        split.log.add("untrainable", index, detail=strip_location(error, example.location))
         return False
-    report.keep(found, was_text=isinstance(said.prompt, str))
-    whole = encoded(said, split.eyes, uncut=True) if found.truncated else found
-    split.lengths.add(*_lens(whole.pair))
-    for name, detail in _odd(found, split.eyes):
-        split.hits.add(name, at, detail=detail)
+    report.keep(tokenized, was_text=isinstance(example.prompt, str))
+    full = tokenize_example(example, settings, unlimited=True) if tokenized.truncated else tokenized
+    split.lengths.add(*_count_tokens(full))
+    for name, detail in _token_findings(tokenized, settings):
+        split.log.add(name, index, detail=detail)
     return True
 
 
-def _odd(found: TokenizedExample, eyes: Eyes) -> Iterator[tuple[str, str]]:
-    pair, stops = found.pair, stop_tokens(eyes.tokenizer)
-    if pair.prompt[:2] == (eyes.tokenizer.bos_token_id,) * 2:
+def _token_findings(
+    tokenized: TokenizedExample, settings: ScanSettings
+) -> Iterator[tuple[str, str]]:
+    """Yield the name and the detail of each finding in the tokens."""
+    pair, stops = tokenized.pair, stop_tokens(settings.tokenizer)
+    if pair.prompt[:2] == (settings.tokenizer.bos_token_id,) * 2:
         yield "double-bos", ""
     if any(len(ids) > 1 and stops.issuperset(ids[-2:]) for ids in (pair.chosen, pair.rejected)):
         yield "double-stop", ""
-    if eyes.context is not None and len(pair) > eyes.context:
+    if settings.context_length is not None and len(pair) > settings.context_length:
         yield "beyond-context", ""
-    if found.specials:
-        yield "special-token", " ".join(sorted(found.specials))
-    if found.as_chat and found.stops_added:
+    if tokenized.specials:
+        yield "special-token", " ".join(sorted(tokenized.specials))
+    if tokenized.as_chat and tokenized.stops_added:
         yield "missing-stop", ""
-    if found.truncated:
-        parts = ["prompt"] * found.prompt_cut + ["answers"] * (found.completions_cut > 0)
+    if tokenized.truncated:
+        parts = ["prompt"] * tokenized.prompt_cut + ["answers"] * (tokenized.completions_cut > 0)
         yield "truncated", " and ".join(parts)
 
 
-def encoded(said: Said, eyes: Eyes, *, uncut: bool = False) -> TokenizedExample:
-    """A pair as training would tokenize it, or as it would be without a limit.
+def tokenize_example(
+    example: Example, settings: ScanSettings, *, unlimited: bool = False
+) -> TokenizedExample:
+    """Tokenize the example as training would; `unlimited`: without truncation.
 
     Raises:
-        DataError, BadPairError: as training.
+        DataError, BadPairError: as in training.
     """
-    assert eyes.tokens is not None
-    rules = replace(eyes.tokens, max_length=UNCUT) if uncut else eyes.tokens
-    if isinstance(said, PreferenceExample):
-        return tokenize_pair(eyes.tokenizer, said, rules)
-    return tokenize_unpaired(eyes.tokenizer, said, rules)
+    assert settings.tokens is not None
+    rules = replace(settings.tokens, max_length=UNLIMITED) if unlimited else settings.tokens
+    if isinstance(example, PreferenceExample):
+        return tokenize_pair(settings.tokenizer, example, rules)
+    return tokenize_unpaired(settings.tokenizer, example, rules)
 
 
-def _lens(pair: TokenizedPair) -> list[int]:
+def _count_tokens(tokenized: TokenizedExample) -> list[int]:
+    pair = tokenized.pair
     parts = [pair.prompt, pair.chosen, pair.rejected]
     return [len(ids) for ids in (parts if pair.desirable is None else parts[:2])]
 
 
-class _Parts(NamedTuple):
-    prompt: Text
-    chosen: Text
-    rejected: Text
+def _texts(example: Example) -> Sequence[Text]:
+    if isinstance(example, PreferenceExample):
+        return example.prompt, example.chosen, example.rejected
+    return example.prompt, example.completion
 
 
-def _parts(said: Said) -> Sequence[Text]:
-    if isinstance(said, PreferenceExample):
-        return _Parts(said.prompt, said.chosen, said.rejected)
-    return said.prompt, said.completion
-
-
-def _characters(text: Text) -> int:
+def _count_characters(text: Text) -> int:
     if isinstance(text, str):
         return len(text)
     return sum(len(turn["content"]) for turn in text)
 
 
-def without_place(error: DataError, location: str) -> str:
-    """What an error says beside its place."""
+def strip_location(error: DataError, location: str) -> str:
+    """Return the error's message without the location at its beginning."""
     return str(error).removeprefix(f"{location}: ")

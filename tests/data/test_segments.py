@@ -4,7 +4,7 @@ import pytest
 from byte_tokenizer import ASSISTANT, BOS, EOS, USER, ByteTokenizer
 from families import TEMPLATES, byte_level, metaspace
 
-from mlx_dpo.data.inspect.show import Piece, parts_of
+from mlx_dpo.data.inspect.segments import TokenText, segment_pair
 from mlx_dpo.data.tokenization.chat_template import TokenRules
 from mlx_dpo.data.tokenization.tokenize import tokenize_pair
 from mlx_dpo.types import PreferenceExample, TokenizedPair
@@ -22,22 +22,22 @@ def told(parts):
 
 
 def test_prompt_and_answers_come_in_order_with_special_tokens_apart(chat):
-    parts = parts_of(chat(), WHOLE, WHOLE)
+    parts = segment_pair(chat(), WHOLE, WHOLE)
     assert told(parts) == [
         ("prompt", "prompt", "<s><U>hi</s><A>"),
         ("chosen", "scored", "yes!</s>"),
         ("rejected", "scored", "no</s>"),
     ]
     assert parts[0].pieces == [
-        Piece("<s>", True), Piece("<U>", True), Piece("hi", False), Piece("</s>", True),
-        Piece("<A>", True),
+        TokenText("<s>", True), TokenText("<U>", True), TokenText("hi", False),
+        TokenText("</s>", True), TokenText("<A>", True),
     ]  # fmt: skip
     assert [part.tokens for part in parts] == [6, 5, 3]
 
 
 def test_the_end_of_an_answer_that_is_cut_stands_behind_it(chat):
     kept = TokenizedPair(WHOLE.prompt, ids("ye"), WHOLE.rejected)
-    assert told(parts_of(chat(), WHOLE, kept))[1:] == [
+    assert told(segment_pair(chat(), WHOLE, kept))[1:] == [
         ("chosen", "scored", "ye"),
         ("chosen", "cut", "s!</s>"),
         ("rejected", "scored", "no</s>"),
@@ -52,13 +52,13 @@ def test_the_end_of_an_answer_that_is_cut_stands_behind_it(chat):
     ],
 )
 def test_a_prompt_is_cut_at_its_start_but_for_the_token_that_begins_a_text(chat, kept, parts):
-    found = parts_of(chat(), WHOLE, TokenizedPair(kept, WHOLE.chosen, WHOLE.rejected))
+    found = segment_pair(chat(), WHOLE, TokenizedPair(kept, WHOLE.chosen, WHOLE.rejected))
     assert [(kind, text) for _, kind, text in told(found)[:-2]] == parts
 
 
 def test_a_judged_answer_stands_alone(chat):
     judged = TokenizedPair(WHOLE.prompt, WHOLE.chosen, ids("other"), desirable=True)
-    assert [part.name for part in parts_of(chat(), judged, judged)] == ["prompt", "answer"]
+    assert [part.name for part in segment_pair(chat(), judged, judged)] == ["prompt", "answer"]
 
 
 @pytest.mark.parametrize("make", [byte_level, metaspace])
@@ -69,7 +69,7 @@ def test_the_pieces_together_are_the_text_of_the_tokens(make, name):
     said = PreferenceExample("a b  c", " d e", "f\n g", "x:1")
     rules = TokenRules(vocab_size=10_000, max_length=1000)
     pair = tokenize_pair(tokenizer, said, rules).pair
-    prompt, chosen, _ = parts_of(tokenizer, pair, pair)
+    prompt, chosen, _ = segment_pair(tokenizer, pair, pair)
     for part, tokens in ((prompt, pair.prompt), (chosen, pair.chosen)):
         assert "".join(piece.text for piece in part.pieces) == tokenizer.decode(list(tokens))
     special = {piece.text.strip() for piece in prompt.pieces if piece.special}
@@ -84,4 +84,4 @@ def test_a_space_that_the_decoder_drops_at_the_beginning_of_a_text_is_there_with
             return super().decode(ids).removeprefix(" ")
 
     pair = TokenizedPair(ids(USER, " a", EOS), ids(" b", EOS), ids("c"))
-    assert told(parts_of(Drops(), pair, pair))[0][2] == "<U> a</s>"
+    assert told(segment_pair(Drops(), pair, pair))[0][2] == "<U> a</s>"
