@@ -1,7 +1,7 @@
-"""What a policy has beyond its base: attach it, switch it off, take it off, describe it.
+"""Attaching adapters to a model in memory, disabling and detaching them, and their config.
 
-Either adapters beside layers of a frozen base, or weights of the base itself that are trained
-(mlx-lm's fine_tune_type `full`). Knows no files.
+What a policy has beyond its base model is either adapters on layers of the frozen base, or trained
+weights of the base itself (mlx-lm's fine_tune_type `full`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from mlx_dpo.adapters import master_weights as masters
+from mlx_dpo.adapters import master_weights
 from mlx_dpo.adapters.layers import (
     ADAPTER_TYPES,
     DORA_TYPES,
@@ -48,11 +48,11 @@ def attach_adapters(  # noqa: PLR0913 (one argument for each setting)
     num_layers: int | None = None,
     seed: int = 0,
 ) -> list[str]:
-    """Freeze the model and put fresh adapters on its last `num_layers` blocks.
+    """Freeze the model and add new adapters to its last `num_layers` blocks.
 
-    A fresh adapter changes nothing: A is drawn uniformly within 1/sqrt(in) as PEFT does, from
-    `seed`, B is zero, and magnitudes are those of the base. Without `target_modules` every
-    linear layer of the blocks has one; experts, embeddings and heads have to be named.
+    A new adapter changes nothing: A is drawn uniformly within 1/sqrt(in) as in PEFT, from `seed`,
+    B is zero, and DoRA's magnitudes are those of the base. Without `target_modules` every linear
+    layer of the blocks gets an adapter; experts, embeddings and heads have to be named.
 
     Returns:
         Names of the adapted layers: mlx-lm's `keys`.
@@ -76,57 +76,56 @@ def attach_adapters_at(
     scale: float,
     dropout: float,
 ) -> None:
-    """Freeze the model and put fresh adapters on the layers at these paths.
+    """Freeze the model and add new adapters to the layers at `paths`.
 
     Raises:
-        ModelError, ConfigError: as `attach`.
+        ModelError, ConfigError: as `attach_adapters`.
     """
     _check_no_adapters(model)
     modules = dict(model.named_modules())
     model.freeze()
-    wrapped = [
+    adapted = [
         (path, add_adapter(modules[path], path, kind=kind, rank=rank, scale=scale, dropout=dropout))
         for path in paths
     ]
-    model.update_modules(tree_unflatten(wrapped))
+    model.update_modules(tree_unflatten(adapted))
 
 
 def enable_full_fine_tuning(
     model: nn.Module, *, target_modules: Sequence[str] = (), num_layers: int | None = None
 ) -> None:
-    """Let the weights of the last `num_layers` blocks be trained, or those of the named parts.
+    """Unfreeze the weights of the last `num_layers` blocks, or of the target modules.
 
-    Embeddings, head and last norm stay as they are unless named, as in mlx-lm.
+    Embeddings, head and final norm stay frozen unless they are named, as in mlx-lm.
 
     Raises:
-        ConfigError: as `attach`.
-        ModelError: the model has adapters, or a part is quantised.
+        ConfigError: as `attach_adapters`.
+        ModelError: the model has adapters, or a module is quantised.
     """
-    parts = select_modules(model, trainable_modules(model), target_modules, num_layers)
-    within = tuple(f"{part}." for part in parts)
-    unfreeze_parameters(
-        model, [name for name in named_arrays(model.parameters()) if name.startswith(within)]
-    )
+    paths = select_modules(model, trainable_modules(model), target_modules, num_layers)
+    prefixes = tuple(f"{path}." for path in paths)
+    names = [name for name in named_arrays(model.parameters()) if name.startswith(prefixes)]
+    unfreeze_parameters(model, names)
 
 
 def unfreeze_parameters(model: nn.Module, names: Sequence[str]) -> None:
-    """Let the parameters of these names be trained, and no others.
+    """Unfreeze the parameters with these names and freeze all others.
 
     Raises:
         ModelError: as `enable_full_fine_tuning`.
     """
     _check_no_adapters(model)
     model.freeze()
-    masters.unfreeze_with_master_weights(model, names)
+    master_weights.unfreeze_with_master_weights(model, names)
 
 
 def _check_no_adapters(model: nn.Module) -> None:
-    if adapted_layers(model) or masters.has_master_weights(model):
+    if adapted_layers(model) or master_weights.has_master_weights(model):
         raise ModelError("the model has adapters already; load it afresh to attach others")
 
 
 def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers with adapters by path."""
+    """Return the layers that have adapters, by path."""
     return {
         path: module for path, module in model.named_modules() if isinstance(module, ADAPTER_TYPES)
     }
@@ -134,14 +133,15 @@ def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 @contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[None]:
-    """The bare base inside the block, bit for bit: the adapted layers are swapped out.
+    """Replace the adapted layers by their base layers inside the block.
 
-    Setting their scale to zero would still pay for the products and keep the names.
+    The model then computes as the base, bit for bit. A scale of zero would still cost the adapters'
+    matrix products and keep the names of their parameters.
 
     Raises:
-        RuntimeError: weights of the base itself were trained; it has to be loaded anew.
+        RuntimeError: weights of the base itself were trained, so that it has to be loaded again.
     """
-    if masters.has_master_weights(model):
+    if master_weights.has_master_weights(model):
         raise RuntimeError("the base's own weights were trained: there is nothing to switch off")
     adapted = adapted_layers(model)
     detach_adapters(model)
@@ -152,65 +152,76 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
 
 
 def detach_adapters(model: nn.Module) -> None:
-    """Make room for another adapter. Weights of the base that were trained stay as they are, for
-    those of one that went on from them to take their place."""
-    masters.drop_master_weights(model)
-    adapted = adapted_layers(model)
-    model.update_modules(tree_unflatten([(path, base_layer(m)) for path, m in adapted.items()]))
+    """Remove the adapters from the model, so that others can be attached.
+
+    Trained weights of the base itself stay as they are: a following adapter may continue from them.
+    """
+    master_weights.drop_master_weights(model)
+    base_layers = [(path, base_layer(layer)) for path, layer in adapted_layers(model).items()]
+    model.update_modules(tree_unflatten(base_layers))
 
 
 def adapter_weights(model: nn.Module) -> Arrays:
-    """What is trained, by name."""
+    """Return the trainable parameters by name."""
     return named_arrays(model.trainable_parameters())
 
 
 def get_fine_tune_type(model: nn.Module) -> FineTuneType:
-    """How the policy differs from its base."""
-    if masters.has_master_weights(model):
+    """Return how the policy differs from its base model."""
+    if master_weights.has_master_weights(model):
         return "full"
-    found = adapted_layers(model).values()
-    return "dora" if any(isinstance(module, DORA_TYPES) for module in found) else "lora"
+    layers = adapted_layers(model).values()
+    return "dora" if any(isinstance(layer, DORA_TYPES) for layer in layers) else "lora"
 
 
 def make_adapter_config(model: nn.Module) -> dict[str, Any]:
-    """What mlx-lm needs to put the same adapters on the same base."""
-    way, adapted = get_fine_tune_type(model), adapted_layers(model)
-    if way == "full":
-        trained = named_arrays(model.trainable_parameters())
-        blocks = block_paths(model)
-        first = min(
-            (i for i, b in enumerate(blocks) if any(name.startswith(b + ".") for name in trained)),
-            default=0,
-        )
-        return {"fine_tune_type": way, "num_layers": len(blocks) - first}
-    one = next(iter(adapted.values()))
+    """Return the `adapter_config.json` by which mlx-lm attaches the same adapters to the base."""
+    fine_tune_type, adapted = get_fine_tune_type(model), adapted_layers(model)
+    if fine_tune_type == "full":
+        return {"fine_tune_type": fine_tune_type, "num_layers": _count_trained_blocks(model)}
+    layer = next(iter(adapted.values()))
     num_layers, keys = mlx_lm_keys(model, list(adapted))
-    parameters = {"rank": adapter_rank(one), "scale": one.scale, "dropout": adapter_dropout(one)}
     return {
-        "fine_tune_type": way,
+        "fine_tune_type": fine_tune_type,
         "num_layers": num_layers,
-        "lora_parameters": {**parameters, "keys": keys},
+        "lora_parameters": {
+            "rank": adapter_rank(layer),
+            "scale": layer.scale,
+            "dropout": adapter_dropout(layer),
+            "keys": keys,
+        },
     }
+
+
+def _count_trained_blocks(model: nn.Module) -> int:
+    """Return the number of blocks from the first one with a trainable parameter to the last."""
+    trained = named_arrays(model.trainable_parameters())
+    blocks = block_paths(model)
+    first = min(
+        (i for i, b in enumerate(blocks) if any(name.startswith(b + ".") for name in trained)),
+        default=0,
+    )
+    return len(blocks) - first
 
 
 @dataclass(frozen=True)
 class LoadedAdapter:
-    """An adapter that lies in memory; arrays are named as in a policy that has it attached."""
+    """An adapter in memory; its weights have the names that they have in a policy."""
 
-    where: Path  # of the weights
-    way: FineTuneType
+    path: Path  # of the weights
+    fine_tune_type: FineTuneType
     weights: Arrays
     rank: int = 0
     scale: float = 0.0
     dropout: float = 0.0
-    tables: tuple[str, ...] = ()  # whose adapters leave a head that is tied to them alone
+    untied_embeddings: tuple[str, ...] = ()  # PEFT's names; a tied head does not use them
 
 
 def read_adapter_weights(path: Path) -> Arrays:
-    """The arrays of a file of adapters.
+    """Read the arrays of an adapter file.
 
     Raises:
-        ModelError: there is no such file, or it is damaged.
+        ModelError: the file is missing or damaged.
     """
     try:
         return read_arrays(path)[0]

@@ -1,7 +1,7 @@
-"""Adapters on disk, in mlx-lm's layout: `adapters.safetensors` beside `adapter_config.json`.
+"""Adapter folders in mlx-lm's layout: `adapters.safetensors` and `adapter_config.json`.
 
-`mlx_lm.load(adapter_path=...)` reads what is written here; of what is read, the names of the
-arrays decide which layers are adapted. `peft_layout` reads the other layout.
+`mlx_lm.load(adapter_path=...)` reads what is written here. When an adapter is read, the names of
+its arrays decide which layers are adapted. `adapters.peft` reads PEFT's layout.
 """
 
 import hashlib
@@ -12,8 +12,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_dpo.adapters import master_weights as masters
-from mlx_dpo.adapters import peft as peft_layout
+from mlx_dpo.adapters import master_weights, peft
 from mlx_dpo.adapters.attach import (
     LoadedAdapter,
     adapter_weights,
@@ -29,21 +28,21 @@ from mlx_dpo.models.files import read_json
 
 WEIGHTS = "adapters.safetensors"
 CONFIG = "adapter_config.json"
-MLX_LM_KEYS = ("fine_tune_type", "num_layers", "lora_parameters")  # mlx-lm's settings
+MLX_LM_KEYS = ("fine_tune_type", "num_layers", "lora_parameters")
 
 
 def save_adapter(folder: Path, model: nn.Module, config: dict[str, Any]) -> None:
-    """Write weights and config into `folder`, each whole or not at all, weights last."""
+    """Write the adapter of `model` into `folder`, each file atomically, the weights last."""
     _write_config(folder, config)
     _write_weights(folder / WEIGHTS, adapter_weights(model), "mlx")
 
 
 def add_peft_files(folder: Path, settings: dict[str, Any], arrays: Arrays) -> None:
-    """Write PEFT's layout of the adapter in `folder` beside mlx-lm's.
+    """Write PEFT's layout of the adapter in `folder` next to mlx-lm's.
 
-    The file of settings is one for both: each program passes over what it does not know.
+    `adapter_config.json` serves both layouts: each library ignores the other's keys.
     """
-    _write_weights(folder / peft_layout.WEIGHTS, arrays, "pt")
+    _write_weights(folder / peft.WEIGHTS, arrays, "pt")
     _write_config(folder, _read_config(folder) | settings)
 
 
@@ -51,27 +50,31 @@ def _write_config(folder: Path, config: dict[str, Any]) -> None:
     write_file(folder / CONFIG, json.dumps(config, indent=2) + "\n")
 
 
-def _write_weights(path: Path, arrays: Arrays, made_by: str) -> None:
+def _write_weights(path: Path, arrays: Arrays, framework: str) -> None:
     with atomic_file(path) as temporary:
-        write_arrays(temporary, arrays, {"format": made_by})
+        write_arrays(temporary, arrays, {"format": framework})
 
 
 def read_adapter(folder: Path) -> LoadedAdapter:
-    """The adapter in `folder`, in mlx-lm's layout or in PEFT's; mlx-lm's where it has both.
+    """Read the adapter in `folder`: mlx-lm's layout if it is complete, otherwise PEFT's.
 
     Raises:
-        ModelError: a file is missing, damaged or of neither layout; or an adapter of PEFT does
-            what cannot be carried over.
+        ModelError: a file is missing, damaged or of neither layout; or a PEFT adapter has a
+            setting that is not supported.
     """
     config = _read_config(folder)
     if _weights_path(folder, config) != folder / WEIGHTS:
-        return peft_layout.read_peft_adapter(folder, config)
+        return peft.read_peft_adapter(folder, config)
     path = folder / CONFIG
-    way = config.get("fine_tune_type", "lora")
-    if way not in ("lora", "dora", "full"):
-        raise ModelError(f"{path}: fine_tune_type `{way}` is unknown; it is lora, dora or full")
-    if way == "full":
-        return LoadedAdapter(folder / WEIGHTS, way, read_adapter_weights(folder / WEIGHTS))
+    fine_tune_type = config.get("fine_tune_type", "lora")
+    if fine_tune_type not in ("lora", "dora", "full"):
+        raise ModelError(
+            f"{path}: fine_tune_type `{fine_tune_type}` is unknown; it is lora, dora or full"
+        )
+    if fine_tune_type == "full":
+        return LoadedAdapter(
+            folder / WEIGHTS, fine_tune_type, read_adapter_weights(folder / WEIGHTS)
+        )
     parameters = config.get("lora_parameters")
     if not isinstance(parameters, dict):
         raise ModelError(f"{path}: not an adapter description in mlx-lm's layout")
@@ -81,12 +84,14 @@ def read_adapter(folder: Path) -> LoadedAdapter:
         sizes = (int(parameters["rank"]), float(parameters["scale"]), float(parameters["dropout"]))
     except (TypeError, ValueError):
         raise ModelError(f"{path}: no numbers for `rank`, `scale` and `dropout`") from None
-    return LoadedAdapter(folder / WEIGHTS, way, read_adapter_weights(folder / WEIGHTS), *sizes)
+    weights = read_adapter_weights(folder / WEIGHTS)
+    return LoadedAdapter(folder / WEIGHTS, fine_tune_type, weights, *sizes)
 
 
 def adapter_digest(folder: Path) -> str:
-    """SHA-256 over what `read_adapter` reads, in hex; the same with and without PEFT's layout
-    beside mlx-lm's.
+    """Return a SHA-256 in hex over the content that `read_adapter` reads.
+
+    PEFT's layout next to mlx-lm's does not change the digest.
 
     Raises:
         ModelError: a file is missing.
@@ -113,84 +118,88 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _weights_path(folder: Path, config: dict[str, Any]) -> Path:
     is_peft = "peft_type" in config and not (folder / WEIGHTS).is_file()
-    return folder / (peft_layout.WEIGHTS if is_peft else WEIGHTS)
+    return folder / (peft.WEIGHTS if is_peft else WEIGHTS)
 
 
-def attach_loaded_adapter(model: nn.Module, saved: LoadedAdapter, *, dropout: float) -> None:
-    """Attach a saved adapter to go on training it.
+def attach_loaded_adapter(model: nn.Module, adapter: LoadedAdapter, *, dropout: float) -> None:
+    """Attach a loaded adapter to the model to continue its training.
 
     Raises:
-        ModelError: an array has no place in this model, or one is missing.
+        ModelError: an array of the adapter is missing in this model, or the other way round.
     """
-    weights = saved.weights
-    if saved.way == "full":
-        here = named_arrays(model.parameters())
-        _check_same_shapes(
-            saved.where,
-            {name: here[name].shape for name in saved.weights if name in here},
-            saved.weights,
-        )
-        unfreeze_parameters(model, list(saved.weights))
+    weights = adapter.weights
+    if adapter.fine_tune_type == "full":
+        parameters = named_arrays(model.parameters())
+        shapes = {name: parameters[name].shape for name in weights if name in parameters}
+        _check_same_shapes(adapter.path, shapes, weights)
+        unfreeze_parameters(model, list(weights))
     else:
-        weights = peft_layout.to_mlx_names(weights, model)
+        weights = peft.to_mlx_names(weights, model)
         paths = list(dict.fromkeys(name.rpartition(".")[0] for name in weights))
-        present = {path for path, _ in model.named_modules()}
-        if strangers := [path for path in paths if path not in present]:
-            raise ModelError(
-                f"{saved.where}: adapters of another model; it has no `{strangers[0]}`"
-            )
-        if saved.tables and has_tied_embeddings(model):
-            raise ModelError(
-                f"{saved.where}: `{saved.tables[0]}` leaves the head as it is, which in this model "
-                "is the same table, so that mlx-lm's layer adapts both; adapt other layers"
-            )
+        _check_adaptable(model, adapter, paths)
         attach_adapters_at(
-            model, paths, kind=saved.way, rank=saved.rank, scale=saved.scale, dropout=dropout
+            model,
+            paths,
+            kind=adapter.fine_tune_type,
+            rank=adapter.rank,
+            scale=adapter.scale,
+            dropout=dropout,
         )
-    set_adapter_weights(model, weights, saved.where)
+    set_adapter_weights(model, weights, adapter.path)
+
+
+def _check_adaptable(model: nn.Module, adapter: LoadedAdapter, paths: list[str]) -> None:
+    modules = {path for path, _ in model.named_modules()}
+    if unknown := [path for path in paths if path not in modules]:
+        raise ModelError(f"{adapter.path}: adapters of another model; it has no `{unknown[0]}`")
+    if adapter.untied_embeddings and has_tied_embeddings(model):
+        raise ModelError(
+            f"{adapter.path}: `{adapter.untied_embeddings[0]}` leaves the head as it is, which in "
+            "this model is the same table, so that mlx-lm's layer adapts both; adapt other layers"
+        )
 
 
 def load_adapter(model: nn.Module, folder: Path) -> None:
-    """Attach the adapter in `folder` to be used. Frozen afterwards.
+    """Attach the adapter in `folder` to the model for inference, and freeze it.
 
     Raises:
         ModelError: as `read_adapter` and `attach_loaded_adapter`.
     """
-    saved = read_adapter(folder)
-    attach_loaded_adapter(model, saved, dropout=saved.dropout)
+    adapter = read_adapter(folder)
+    attach_loaded_adapter(model, adapter, dropout=adapter.dropout)
     model.freeze()
     model.eval()
-    if saved.way == "full":
-        masters.cast_permanently(model)
+    if adapter.fine_tune_type == "full":
+        master_weights.cast_permanently(model)
 
 
 def load_adapter_weights(model: nn.Module, path: Path) -> None:
-    """Load saved weights into attached adapters; names and shapes have to agree exactly.
+    """Load saved weights into the attached adapters.
 
     Raises:
-        ModelError: they do not, or the file cannot be read.
+        ModelError: names or shapes differ, or the file cannot be read.
     """
     set_adapter_weights(model, read_adapter_weights(path), path)
 
 
-def set_adapter_weights(model: nn.Module, weights: Arrays, where: Path) -> None:
-    """Give what is trained these values, in float32.
+def set_adapter_weights(model: nn.Module, weights: Arrays, path: Path) -> None:
+    """Set the trainable parameters to `weights`, in float32. `path` is for messages.
 
     Raises:
-        ModelError: names or shapes do not agree exactly.
+        ModelError: names or shapes differ.
     """
-    wanted = {name: value.shape for name, value in adapter_weights(model).items()}
-    _check_same_shapes(where, wanted, weights)
-    wide = [(name, value.astype(mx.float32)) for name, value in weights.items()]
-    model.load_weights(wide, strict=False)  # strict would want the base as well
+    shapes = {name: value.shape for name, value in adapter_weights(model).items()}
+    _check_same_shapes(path, shapes, weights)
+    float32 = [(name, value.astype(mx.float32)) for name, value in weights.items()]
+    model.load_weights(float32, strict=False)  # strict would ask for the base's weights as well
 
 
-def _check_same_shapes(where: Path, wanted: dict[str, tuple[int, ...]], weights: Arrays) -> None:
-    found = {name: value.shape for name, value in weights.items()}
-    names = {name for name in wanted | found if wanted.get(name) != found.get(name)}
+def _check_same_shapes(path: Path, expected: dict[str, tuple[int, ...]], weights: Arrays) -> None:
+    shapes = {name: value.shape for name, value in weights.items()}
+    names = {name for name in expected | shapes if expected.get(name) != shapes.get(name)}
     if names:
         name = min(names)
         raise ModelError(
-            f"{where}: adapters of another model; `{name}` is {found.get(name, 'absent')} there "
-            f"and {wanted.get(name, 'absent')} here"
+            f"{path}: adapters of another model; `{name}` is {shapes.get(name, 'absent')} there "
+            f"and {expected.get(name, 'absent')} here"
         )

@@ -1,4 +1,4 @@
-"""The Hugging Face checkpoint that a base came from: its tensors by name, read from headers."""
+"""Hugging Face checkpoints: names and shapes of the tensors, read from safetensors headers."""
 
 import json
 import struct
@@ -23,30 +23,30 @@ MAX_HEADER_BYTES = 100_000_000  # bytes; what safetensors itself allows
 
 @dataclass(frozen=True)
 class HFCheckpoint:
-    """Names and shapes of a checkpoint's tensors, and where its weights lie if that is here."""
+    """The names and shapes of a checkpoint's tensors, and its folder unless it is on the Hub."""
 
     name: str
     shapes: dict[str, tuple[int, ...]]
     folder: Path | None = None
 
     @property
-    def is_packed(self) -> bool:
-        """Whether MLX quantised it: then weights stand beside their scales."""
+    def is_quantized(self) -> bool:
+        """Whether MLX quantized the checkpoint: it then has tensors of scales."""
         return any(name.endswith(".scales") for name in self.shapes)
 
     def tensors(self) -> Arrays:
-        """All tensors, read when they are used; none where only headers are known."""
-        found: Arrays = {}
+        """Return all tensors, read lazily, or none if the checkpoint is on the Hub."""
+        arrays: Arrays = {}
         for file in weight_files(self.folder) if self.folder else ():
-            found |= read_arrays(file)[0]
-        return found
+            arrays |= read_arrays(file)[0]
+        return arrays
 
 
 def local_checkpoint(folder: Path, name: str) -> HFCheckpoint:
-    """The checkpoint in a folder.
+    """Read the checkpoint in a folder.
 
     Raises:
-        ModelError: a weight file is damaged, or there are none.
+        ModelError: a weight file is damaged, or there is no weight file.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for file in weight_files(folder):
@@ -58,13 +58,13 @@ def local_checkpoint(folder: Path, name: str) -> HFCheckpoint:
 
 
 def hub_checkpoint(hub_id: str, revision: str | None = None) -> HFCheckpoint:
-    """The checkpoint of a Hub repository, of which headers alone are downloaded.
+    """Read the checkpoint of a Hub repository; only the headers are downloaded.
 
     Raises:
-        ModelError: there is none, or the Hub cannot be asked.
+        ModelError: the repository has no safetensors files, or the Hub cannot be reached.
     """
     try:
-        found = HfApi().get_safetensors_metadata(hub_id, revision=revision)
+        metadata = HfApi().get_safetensors_metadata(hub_id, revision=revision)
     except HFValidationError as error:
         raise ModelError(f"{hub_id}: no such folder, and not a Hub id (`ORG/NAME`)") from error
     except HUB_ERRORS as error:
@@ -74,17 +74,17 @@ def hub_checkpoint(hub_id: str, revision: str | None = None) -> HFCheckpoint:
         ) from error
     shapes = {
         name: tuple(tensor.shape)
-        for file in found.files_metadata.values()
+        for file in metadata.files_metadata.values()
         for name, tensor in file.tensors.items()
     }
     return HFCheckpoint(hub_id, shapes)
 
 
 def read_safetensors_header(file: Path) -> bytes:
-    """The JSON that a safetensors file begins with.
+    """Return the JSON header of a safetensors file.
 
     Raises:
-        ModelError: it begins with something else.
+        ModelError: the file does not begin with such a header.
     """
     with file.open("rb") as stream:
         start = stream.read(8)

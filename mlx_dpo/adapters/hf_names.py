@@ -1,8 +1,7 @@
-"""Which layer of transformers a layer here is, proved on the checkpoint both were made from.
+"""Matching of adapted layers with tensors of a Hugging Face checkpoint, and the adapter for PEFT.
 
-A layer has a counterpart if its architecture was held against transformers and PEFT, logits
-against logits (tests/hub/test_torch.py), and the checkpoint has its weight in its shape.
-Knows no files.
+A layer is matched if its architecture was compared with transformers and PEFT, logits with logits
+(tests/export/test_torch.py), and the checkpoint has the layer's weight in the right shape.
 """
 
 from collections.abc import Mapping
@@ -12,11 +11,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_dpo.adapters import peft as peft_layout
 from mlx_dpo.adapters.attach import adapted_layers, get_fine_tune_type
 from mlx_dpo.adapters.hf_checkpoint import HFCheckpoint
 from mlx_dpo.adapters.layers import EMBEDDING_TYPES, EXPERT_TYPES, DoRAEmbedding, base_layer
-from mlx_dpo.adapters.peft import PATH_PREFIXES
+from mlx_dpo.adapters.peft import PATH_PREFIXES, make_peft_config, make_peft_weights
 from mlx_dpo.adapters.targets import has_tied_embeddings
 from mlx_dpo.errors import ModelError
 from mlx_dpo.io.arrays import Arrays, scalar
@@ -29,76 +27,81 @@ SAME_LAYOUT = {
     "mixtral", "nemotron", "olmo2", "olmoe", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3",
     "qwen3_moe", "seed_oss", "smollm3", "stablelm", "starcoder2",
 }  # fmt: skip
-TRANSPOSED = {"gpt2"}  # linear layers whose weights lie as (in, out)
-CHECKPOINT_PREFIXES = {"gpt2": ("model.", "")}  # as ROOTS, in checkpoint files
-ROUTER_NAMES = ("gate", "router")  # in transformers bare parameters, beside experts
-MIN_COSINE = 0.9  # cosine of a weight and the one it was quantised from: 2 bits give about 0.9
+TRANSPOSED = {"gpt2"}  # checkpoints store weights of linear layers as (in, out)
+CHECKPOINT_PREFIXES = {"gpt2": ("model.", "")}  # like PATH_PREFIXES, in checkpoint files
+ROUTER_NAMES = ("gate", "router")  # plain parameters in transformers, next to experts
+MIN_COSINE = 0.9  # of a weight and its quantized version: 2 bits give about 0.9
 
 
 @dataclass(frozen=True)
 class HFTensors:
-    """The checkpoint's tensor for each adapted layer's path, and how PEFT is to find them."""
+    """The checkpoint's tensors of the adapted layers, and PEFT's names for those layers."""
 
-    tensors: dict[str, str]
-    targets: list[str]  # PEFT's `target_modules`
-    turned: frozenset[str]  # paths of the layers whose tensors lie as (in, out)
+    names: dict[str, str]  # by path of the layer
+    target_modules: list[str]  # of PEFT
+    transposed: frozenset[str]  # paths of the layers whose tensors are stored as (in, out)
 
-    def take(self, path: str, tensors: Arrays) -> mx.array:
-        """A layer's weight as it is here, taken out, so that no more than one is held. (out, in)"""
-        found = tensors.pop(self.tensors[path])
-        return found.T if path in self.turned else found
+    def pop_weight(self, path: str, tensors: Arrays) -> mx.array:
+        """Remove the weight of a layer from `tensors`, to free its memory soon. (out, in)"""
+        tensor = tensors.pop(self.names[path])
+        return tensor.T if path in self.transposed else tensor
 
 
 def find_hf_tensors(
-    model: nn.Module, entries: Mapping[str, Any], checkpoint: HFCheckpoint, *, whole: bool = False
+    model: nn.Module, entries: Mapping[str, Any], checkpoint: HFCheckpoint, *, for_peft: bool = True
 ) -> HFTensors:
-    """The counterparts of a model's adapted layers; `entries` are those of `config.json`.
+    """Find the checkpoint's tensor of each adapted layer.
 
-    For the `whole` checkpoint a tensor is enough, where PEFT wants a layer.
+    Args:
+        entries: Content of the model's `config.json`.
+        for_peft: Require a layer that PEFT can adapt, not only a tensor.
 
     Raises:
-        ModelError: an adapted layer has none; says which and why.
+        ModelError: an adapted layer has no such tensor; names the layer and the reason.
     """
-    kind = str(entries.get("model_type"))
-    _check_model(model, kind, checkpoint)
+    model_type = str(entries.get("model_type"))
+    _check_model(model, model_type, checkpoint)
     modules = dict(model.named_modules())
-    tensors, turned = {}, set()
+    names, transposed = {}, set()
     for path, adapted in adapted_layers(model).items():
         layer = base_layer(adapted)
         _check_no_experts(path, layer)
-        if not whole:
+        if for_peft:
             _check_peft_can_adapt(model, modules, path, layer)
-        tensors[path] = hf_tensor_name(f"{path}.weight", kind)
+        names[path] = hf_tensor_name(f"{path}.weight", model_type)
         shape = _weight_shape(layer)
-        if kind in TRANSPOSED and not isinstance(layer, EMBEDDING_TYPES):
+        if model_type in TRANSPOSED and not isinstance(layer, EMBEDDING_TYPES):
             shape = shape[::-1]
-            turned.add(path)
-        if (found := checkpoint.shapes.get(tensors[path])) != shape:
-            there = f"it is {found} there" if found else "there is no tensor of that name"
+            transposed.add(path)
+        if (hf_shape := checkpoint.shapes.get(names[path])) != shape:
+            problem = f"it is {hf_shape} there" if hf_shape else "there is no tensor of that name"
             raise ModelError(
-                f"`{path}`: {checkpoint.name} has no `{tensors[path]}` of shape {shape}: {there}"
+                f"`{path}`: {checkpoint.name} has no `{names[path]}` of shape {shape}: {problem}"
             )
-    return HFTensors(tensors, _target_modules(tensors, kind, checkpoint), frozenset(turned))
+    targets = _target_modules(names, model_type, checkpoint)
+    return HFTensors(names, targets, frozenset(transposed))
 
 
 def hf_tensor_name(name: str, model_type: str) -> str:
-    """The name in a checkpoint of a parameter that has this one here."""
-    own, theirs = CHECKPOINT_PREFIXES.get(model_type, ("", ""))
-    return theirs + name.removeprefix(own)
+    """Return the name in a checkpoint of a parameter of an MLX model."""
+    mlx_prefix, hf_prefix = CHECKPOINT_PREFIXES.get(model_type, ("", ""))
+    return hf_prefix + name.removeprefix(mlx_prefix)
 
 
-def check_same_weights(model: nn.Module, found: HFTensors, checkpoint: HFCheckpoint) -> None:
-    """See that the checkpoint's weights are those that the adapters were trained on, or what they
-    were quantised from; where its weights are here.
+def check_same_weights(model: nn.Module, matches: HFTensors, checkpoint: HFCheckpoint) -> None:
+    """Check that the adapters were trained on the checkpoint's weights, or on quantized ones.
+
+    A checkpoint on the Hub, of which only headers are known, is not checked.
 
     Raises:
-        ModelError: names a layer that has others.
+        ModelError: names a layer that has other weights.
     """
-    there = checkpoint.tensors()
-    for path, adapted in adapted_layers(model).items() if there else ():
-        own = float32_weight(base_layer(adapted))
-        other = found.take(path, there).astype(mx.float32)
-        cosine = (own * other).sum() / mx.sqrt(mx.square(own).sum() * mx.square(other).sum())
+    tensors = checkpoint.tensors()
+    for path, adapted in adapted_layers(model).items() if tensors else ():
+        weight = float32_weight(base_layer(adapted))
+        hf_weight = matches.pop_weight(path, tensors).astype(mx.float32)
+        norms = mx.sqrt(mx.square(weight).sum() * mx.square(hf_weight).sum())
+        cosine = (weight * hf_weight).sum() / norms
         if not scalar(cosine) > MIN_COSINE:
             raise ModelError(
                 f"{checkpoint.name}: `{path}` has other weights than the model that was trained on "
@@ -106,18 +109,18 @@ def check_same_weights(model: nn.Module, found: HFTensors, checkpoint: HFCheckpo
             )
 
 
-def _check_model(model: nn.Module, kind: str, checkpoint: HFCheckpoint) -> None:
+def _check_model(model: nn.Module, model_type: str, checkpoint: HFCheckpoint) -> None:
     if get_fine_tune_type(model) == "full":
         raise ModelError(
             "weights of the model itself were trained, so there is no adapter; write the whole "
             "model with `mlx-dpo fuse --to hf`"
         )
-    if kind not in SAME_LAYOUT:
+    if model_type not in SAME_LAYOUT:
         raise ModelError(
-            f"layers of `{kind}` have not been held against those of transformers, or are others "
-            "there"
+            f"layers of `{model_type}` have not been held against those of transformers, or are "
+            "others there"
         )
-    if checkpoint.is_packed:
+    if checkpoint.is_quantized:
         raise ModelError(
             f"{checkpoint.name} was quantised by MLX, which transformers cannot read; name the "
             "Hugging Face checkpoint that it was made from with `--base` (of `mlx-dpo export` or "
@@ -138,8 +141,8 @@ def _check_peft_can_adapt(
 ) -> None:
     parts = path.split(".")
     for end in range(1, len(parts)):
-        holder = modules.get(".".join(parts[:end]))
-        if parts[end] in ROUTER_NAMES and holder is not None and _holds_experts(holder):
+        parent = modules.get(".".join(parts[:end]))
+        if parts[end] in ROUTER_NAMES and parent is not None and _has_experts(parent):
             raise ModelError(
                 f"`{path}` chooses among experts, and is no linear layer in transformers; leave it "
                 "out with `lora_target_modules`"
@@ -154,25 +157,27 @@ def _check_peft_can_adapt(
         )
 
 
-def _holds_experts(module: nn.Module) -> bool:
+def _has_experts(module: nn.Module) -> bool:
     return any(isinstance(child, EXPERT_TYPES) for child in module.modules())
 
 
 def _weight_shape(layer: nn.Module) -> tuple[int, ...]:
-    """Of the weight as it is when unpacked. (out, in)"""
+    """Return the shape of the dequantized weight. (out, in)"""
     rows, width = layer.weight.shape
     return rows, width * 32 // layer.bits if "scales" in layer else width
 
 
-def _target_modules(tensors: Mapping[str, str], kind: str, checkpoint: HFCheckpoint) -> list[str]:
-    """Last names where they mean the adapted layers and no others, else whole paths."""
-    names = sorted({path.rpartition(".")[2] for path in tensors})
-    ends = tuple(f".{name}.weight" for name in names)
-    meant = {name for name in checkpoint.shapes if f".{name}".endswith(ends)}
-    if meant == set(tensors.values()):
-        return names
-    own, theirs = PATH_PREFIXES.get(kind, ("", ""))
-    return [theirs + path.removeprefix(own) for path in tensors]
+def _target_modules(
+    names: Mapping[str, str], model_type: str, checkpoint: HFCheckpoint
+) -> list[str]:
+    """Return last parts of the names if they match the adapted layers only, otherwise paths."""
+    last_parts = sorted({path.rpartition(".")[2] for path in names})
+    endings = tuple(f".{name}.weight" for name in last_parts)
+    matched = {name for name in checkpoint.shapes if f".{name}".endswith(endings)}
+    if matched == set(names.values()):
+        return last_parts
+    mlx_prefix, hf_prefix = PATH_PREFIXES.get(model_type, ("", ""))
+    return [hf_prefix + path.removeprefix(mlx_prefix) for path in names]
 
 
 def make_peft_adapter(
@@ -184,22 +189,22 @@ def make_peft_adapter(
     base_model: str | None = None,
     revision: str | None = None,
 ) -> tuple[dict[str, Any], Arrays]:
-    """PEFT's settings and arrays of a model's adapters.
+    """Return PEFT's settings and weights of the model's adapters.
 
     Args:
-        entries: Those of the base's `config.json`.
-        checkpoint: On which names are proved.
+        entries: Content of the base's `config.json`.
+        checkpoint: Checkpoint whose tensors prove the names.
         rslora: Whether the adapters' scale is alpha / sqrt(rank).
         base_model: The checkpoint's Hub id; a folder would mean nothing elsewhere.
-        revision: Of the checkpoint on the Hub.
+        revision: Revision of the checkpoint on the Hub.
 
     Raises:
-        ModelError: a layer has no counterpart in transformers.
+        ModelError: an adapted layer has no counterpart in transformers.
     """
-    found = find_hf_tensors(model, entries, checkpoint)
-    check_same_weights(model, found, checkpoint)
-    settings = peft_layout.make_peft_config(
-        model, found.targets, rslora=rslora, transposed=bool(found.turned)
+    matches = find_hf_tensors(model, entries, checkpoint)
+    check_same_weights(model, matches, checkpoint)
+    settings = make_peft_config(
+        model, matches.target_modules, rslora=rslora, transposed=bool(matches.transposed)
     )
     settings |= {"base_model_name_or_path": base_model, "revision": revision}
-    return settings, peft_layout.make_peft_weights(model, str(entries["model_type"]))
+    return settings, make_peft_weights(model, str(entries["model_type"]))

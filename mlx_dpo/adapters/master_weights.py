@@ -1,8 +1,8 @@
-"""Weights of the model itself in training: float32 masters, computed with in their own type.
+"""Master weights of full fine-tuning: float32 weights that a forward pass uses in their own type.
 
-A step of AdamW is smaller than what bfloat16 tells apart, so it would be lost. The policy
-therefore holds what is trained in float32, and each pass casts it to the type that it had:
-then the untrained policy gives the base's numbers bit for bit.
+A step of AdamW is smaller than the spacing of bfloat16 numbers and would be lost. The policy
+therefore holds trained weights in float32, and each forward pass casts them to the type that they
+had in the base: the untrained policy then gives the numbers of the base, bit for bit.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,28 +16,28 @@ from mlx.utils import tree_unflatten
 from mlx_dpo.errors import ModelError
 from mlx_dpo.io.arrays import named_arrays
 
-ATTRIBUTE = "_masters"
+ATTRIBUTE = "_master_weights"  # of a model that has them
 
 
 @dataclass(frozen=True)
 class _MasterWeights:
-    """Beside a model whose own weights are trained: the types of those held wider than they were.
+    """The types in the base of the weights that are held in float32.
 
     An object, because MLX takes a dict among a module's attributes for parameters.
     """
 
-    narrow: dict[str, mx.Dtype] = field(default_factory=dict)
+    base_dtypes: dict[str, mx.Dtype] = field(default_factory=dict)
 
 
 def unfreeze_with_master_weights(model: nn.Module, names: Sequence[str]) -> None:
-    """Let the parameters of these names be trained; whole numbers stay as they are.
+    """Unfreeze the parameters with these names and hold them in float32; skip integers.
 
     Raises:
-        ModelError: one of them is packed.
+        ModelError: a parameter is quantised.
     """
     modules = dict(model.named_modules())
     values = named_arrays(model.parameters())
-    narrow: dict[str, mx.Dtype] = {}
+    base_dtypes: dict[str, mx.Dtype] = {}
     for name in names:
         owner, key = _owner_and_key(modules, name)
         if "scales" in modules[owner]:
@@ -49,13 +49,16 @@ def unfreeze_with_master_weights(model: nn.Module, names: Sequence[str]) -> None
             continue
         modules[owner].unfreeze(recurse=False, keys=[key])
         if values[name].dtype != mx.float32:
-            narrow[name] = values[name].dtype
-    model.update(tree_unflatten([(k, values[k].astype(mx.float32)) for k in narrow]))
-    setattr(model, ATTRIBUTE, _MasterWeights(narrow))
+            base_dtypes[name] = values[name].dtype
+    model.update(tree_unflatten([(k, values[k].astype(mx.float32)) for k in base_dtypes]))
+    setattr(model, ATTRIBUTE, _MasterWeights(base_dtypes))
 
 
 def _owner_and_key(modules: dict[str, nn.Module], name: str) -> tuple[str, str]:
-    """The module that holds a parameter, and its key there, which may be that of a list."""
+    """Return the path of the module that holds a parameter, and the parameter's key in it.
+
+    The key may be that of a list of parameters.
+    """
     parts = name.split(".")
     ends = range(len(parts) - 1, -1, -1)
     end = next(end for end in ends if ".".join(parts[:end]) in modules)
@@ -63,43 +66,43 @@ def _owner_and_key(modules: dict[str, nn.Module], name: str) -> tuple[str, str]:
 
 
 def drop_master_weights(model: nn.Module) -> None:
-    """Take the model's weights, as they are now, for those of a base."""
+    """Treat the current weights of the model as those of a base model."""
     vars(model).pop(ATTRIBUTE, None)
 
 
 def has_master_weights(model: nn.Module) -> bool:
-    """Whether weights of the model itself are trained, or were."""
+    """Return whether weights of the model itself are or were trained."""
     return ATTRIBUTE in vars(model)
 
 
 def forward_dtypes(model: nn.Module) -> set[mx.Dtype]:
-    """The types in which masters are computed with, where those are narrower than they."""
+    """Return the types narrower than float32 to which a forward pass casts master weights."""
     masters: _MasterWeights | None = vars(model).get(ATTRIBUTE)
-    return set(masters.narrow.values()) if masters else set()
+    return set(masters.base_dtypes.values()) if masters else set()
 
 
 @contextmanager
 def cast_for_forward(model: nn.Module) -> Iterator[None]:
-    """Inside the block, what is trained is in the type that the base has it in."""
-    masters: _MasterWeights | None = (
-        vars(model).get(ATTRIBUTE) if isinstance(model, nn.Module) else None
-    )
-    if masters is None or not masters.narrow:
+    """Cast the trainable weights to their types in the base inside the block."""
+    is_module = isinstance(model, nn.Module)
+    masters: _MasterWeights | None = vars(model).get(ATTRIBUTE) if is_module else None
+    if masters is None or not masters.base_dtypes:
         yield
         return
     trained = named_arrays(model.trainable_parameters())
-    held = {name: trained[name] for name in masters.narrow if name in trained}
-    cast = [(name, value.astype(masters.narrow[name])) for name, value in held.items()]
+    float32 = {name: trained[name] for name in masters.base_dtypes if name in trained}
+    cast = [(name, value.astype(masters.base_dtypes[name])) for name, value in float32.items()]
     model.update(tree_unflatten(cast))
     try:
         yield
     finally:
-        model.update(tree_unflatten(list(held.items())))
+        model.update(tree_unflatten(list(float32.items())))
 
 
 def cast_permanently(model: nn.Module) -> None:
-    """Cast a policy that is not trained any further as `cast_for_forward` does, for good."""
+    """Cast the weights of a policy that is not trained further to their types in the base."""
     masters: _MasterWeights = vars(model)[ATTRIBUTE]
     values = named_arrays(model.parameters())
-    model.update(tree_unflatten([(k, values[k].astype(t)) for k, t in masters.narrow.items()]))
+    cast = [(k, values[k].astype(dtype)) for k, dtype in masters.base_dtypes.items()]
+    model.update(tree_unflatten(cast))
     setattr(model, ATTRIBUTE, _MasterWeights())

@@ -1,7 +1,7 @@
-"""A policy -> a plain model: adapters go into the weights that they are beside.
+"""Merging adapters into the weights of their base layers.
 
-Sums are taken in float32 and rounded once. How much of what the adapters change survives that
-rounding is counted layer by layer.
+Sums are taken in float32 and rounded once. The share of the adapters' change that survives the
+rounding is accumulated layer by layer.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from mlx_dpo.adapters import master_weights as masters
+from mlx_dpo.adapters import master_weights
 from mlx_dpo.adapters.attach import adapted_layers
 from mlx_dpo.adapters.layers import DORA_TYPES, LoRAEmbedding, LoRASwitchLinear, base_layer
 from mlx_dpo.io.arrays import scalar
@@ -19,21 +19,21 @@ from mlx_dpo.models.device import PLAIN_LAYERS, cast_model, dequantize_layer, fl
 
 @dataclass(frozen=True)
 class RoundingLoss:
-    """What number type and packing leave of the adapters' change of the weights."""
+    """The part of the adapters' change of the weights that survives rounding and quantization."""
 
-    kept: float  # the change that is left, projected on the whole one
-    cosine: float  # between the two: near 0 what is left is noise
+    retained: float  # the surviving change, projected on the whole change
+    cosine: float  # between the two: near 0 the surviving change is noise
 
 
 @dataclass(frozen=True)
 class AffineQuantization:
-    """Bits and group of affine quantisation."""
+    """Bits and group size of affine quantization."""
 
     bits: int
     group_size: int
 
-    def rounded(self, weight: mx.array) -> mx.array:
-        """The weight as it is after packing; as it was where the groups do not fit."""
+    def round_trip(self, weight: mx.array) -> mx.array:
+        """Return the weight after quantization, or as it is if the groups do not fit."""
         if weight.shape[-1] % self.group_size:
             return weight
         packed, scales, biases = mx.quantize(weight, group_size=self.group_size, bits=self.bits)
@@ -41,52 +41,56 @@ class AffineQuantization:
 
 
 def merged_weight(adapted: nn.Module, weight: mx.array) -> mx.array:
-    """`weight` with the adapter in it. (..., out, in) float32
+    """Return `weight` with the adapter merged into it. (..., out, in) float32
 
-    DoRA's magnitudes are those of the rows afterwards.
+    With DoRA, the rows of the result have the learned magnitudes as norms.
     """
     a, b = adapted.lora_a, adapted.lora_b
     if isinstance(adapted, LoRASwitchLinear):
-        added = b @ a
+        change = b @ a
     else:
-        added = a @ b if isinstance(adapted, LoRAEmbedding) else (a @ b).T
-    whole = weight.astype(mx.float32) + adapted.scale * added
+        change = a @ b if isinstance(adapted, LoRAEmbedding) else (a @ b).T
+    merged = weight.astype(mx.float32) + adapted.scale * change
     if isinstance(adapted, DORA_TYPES):
-        norms = mx.linalg.norm(whole, axis=-1)
-        # A row of zeros has no direction to be stretched in.
-        whole = whole * mx.where(norms > 0, adapted.m / norms, 1.0)[:, None]
-    return whole
+        norms = mx.linalg.norm(merged, axis=-1)
+        # A row of zeros has no direction that could be scaled.
+        merged = merged * mx.where(norms > 0, adapted.m / norms, 1.0)[:, None]
+    return merged
 
 
 def merge_adapters(
-    model: nn.Module, dtype: mx.Dtype, packed: AffineQuantization | None = None
+    model: nn.Module, dtype: mx.Dtype, quantization: AffineQuantization | None = None
 ) -> RoundingLoss | None:
-    """Put the adapters into the weights, unpack every layer and hold it in `dtype`.
+    """Merge the adapters into the weights, dequantize every layer and cast it to `dtype`.
+
+    Args:
+        quantization: How the caller is going to quantize the model afterwards.
 
     Returns:
-        What is left of the adapters' change, also once the model is `packed`; None where
-        weights of the model itself were trained.
+        The surviving part of the adapters' change, after that quantization; None if weights of the
+        model itself were trained.
     """
     sums = mx.zeros((3,))
     for path, adapted in adapted_layers(model).items():
         before = float32_weight(base_layer(adapted))
-        whole = merged_weight(adapted, before)
-        plain = _plain_layer(base_layer(adapted), whole.astype(dtype), path)
-        left = packed.rounded(plain.weight) if packed else plain.weight
-        change, kept = whole - before, left.astype(mx.float32) - before
+        merged = merged_weight(adapted, before)
+        plain = _plain_layer(base_layer(adapted), merged.astype(dtype), path)
+        rounded = quantization.round_trip(plain.weight) if quantization else plain.weight
+        change, survived = merged - before, rounded.astype(mx.float32) - before
         sums = sums + mx.stack(
-            [(change * kept).sum(), mx.square(change).sum(), mx.square(kept).sum()]
+            [(change * survived).sum(), mx.square(change).sum(), mx.square(survived).sum()]
         )
         mx.eval(sums, plain.parameters())
         model.update_modules(tree_unflatten([(path, plain)]))
-    masters.drop_master_weights(model)
+    master_weights.drop_master_weights(model)
     for path, module in [(p, m) for p, m in model.named_modules() if type(m) in PLAIN_LAYERS]:
         model.update_modules(tree_unflatten([(path, dequantize_layer(module, dtype, path))]))
     cast_model(model, dtype)
-    crossed, whole_size, left_size = (scalar(value) for value in sums)
-    if not whole_size:
+    product, change_square, survived_square = (scalar(value) for value in sums)
+    if not change_square:
         return None
-    return RoundingLoss(crossed / whole_size, crossed / max((whole_size * left_size) ** 0.5, 1e-30))
+    norms = max((change_square * survived_square) ** 0.5, 1e-30)
+    return RoundingLoss(product / change_square, product / norms)
 
 
 def _plain_layer(layer: nn.Module, weight: mx.array, path: str) -> nn.Module:

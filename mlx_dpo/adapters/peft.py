@@ -1,8 +1,8 @@
-"""PEFT's adapters (`adapter_model.safetensors`) and those here: names and arrays, both ways.
+"""Conversion between PEFT's adapters (`adapter_model.safetensors`) and those of mlx-lm.
 
-PEFT has A and B transposed, and its names begin with those of its wrappers. Whatever such an
-adapter may do beyond LoRA, rsLoRA and DoRA is refused by name, never left out. Whether a model's
-layers have counterparts in transformers is not known here but in `publishing.counterparts`.
+PEFT stores A and B transposed, and its names begin with those of its wrapper classes. A setting
+beyond LoRA, rsLoRA and DoRA is refused by name and never ignored. `adapters.hf_names` knows which
+layers have a counterpart in transformers.
 """
 
 import math
@@ -26,7 +26,7 @@ from mlx_dpo.io.arrays import Arrays
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
-# Endings in PEFT, those here, and whether the matrix is transposed.
+# Suffix in PEFT: suffix in mlx-lm, and whether the matrix is transposed.
 WEIGHT_SUFFIXES = {
     ".lora_A.weight": (".lora_a", True),
     ".lora_B.weight": (".lora_b", True),
@@ -36,10 +36,10 @@ WEIGHT_SUFFIXES = {
     ".lora_magnitude_vector.weight": (".m", False),
 }
 
-# How the paths of an architecture begin in mlx-lm and in transformers, where that differs.
+# Prefixes of layer paths in mlx-lm and in transformers, where they differ.
 PATH_PREFIXES = {"gpt2": ("model.", "transformer.")}
 
-# What is read here, and what does not change what an adapter computes.
+# Settings that are read, and settings that do not change what an adapter computes.
 SUPPORTED = {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "bias",
         "init_lora_weights"}  # fmt: skip
 IGNORED = {
@@ -47,7 +47,7 @@ IGNORED = {
     "inference_mode", "target_modules", "exclude_modules", "layers_to_transform",
     "layers_pattern", "megatron_core", "eva_config", "corda_config", "lora_ga_config",
     "loftq_config", "qalora_group_size", "runtime_config", "ensure_weight_tying",
-    "fan_in_fan_out",  # how the base lies in torch; A and B are laid out alike
+    "fan_in_fan_out",  # the layout of the base in torch; that of A and B is the same
     "fine_tune_type", "num_layers", "lora_parameters",
 }  # fmt: skip
 UNSUPPORTED = {
@@ -61,10 +61,10 @@ SUPPORTED_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
 def read_peft_adapter(folder: Path, config: dict[str, Any]) -> LoadedAdapter:
-    """The adapter in `folder`, whose `adapter_config.json` holds `config`.
+    """Read the PEFT adapter in `folder`, whose `adapter_config.json` contains `config`.
 
     Raises:
-        ModelError: it is damaged, or does what cannot be carried over.
+        ModelError: the adapter is damaged, or has a setting that is not supported.
     """
     where = f"{folder}/adapter_config.json"
     _check_supported(config, where)
@@ -76,17 +76,17 @@ def read_peft_adapter(folder: Path, config: dict[str, Any]) -> LoadedAdapter:
     if rank < 1 or not math.isfinite(alpha):
         raise ModelError(f"{where}: no adapter has `r` {rank} and `lora_alpha` {alpha:g}")
     weights = _read_weights(folder)
-    tables = tuple(name for name in weights if name.endswith("lora_embedding_A"))
-    if config.get("use_dora") and tables:
+    embeddings = tuple(name for name in weights if name.endswith("lora_embedding_A"))
+    if config.get("use_dora") and embeddings:
         raise ModelError(
-            f"{where}: `{tables[0]}`: DoRA stretches the columns of a table in PEFT, its rows in "
-            "mlx-lm; adapt other layers"
+            f"{where}: `{embeddings[0]}`: DoRA stretches the columns of a table in PEFT, its "
+            "rows in mlx-lm; adapt other layers"
         )
     return LoadedAdapter(
-        where=folder / WEIGHTS,
-        way="dora" if config.get("use_dora") else "lora",
+        path=folder / WEIGHTS,
+        fine_tune_type="dora" if config.get("use_dora") else "lora",
         weights=_to_mlx_weights(weights, folder / WEIGHTS),
-        tables=tables,
+        untied_embeddings=embeddings,
         rank=rank,
         scale=alpha / (math.sqrt(rank) if config.get("use_rslora") else rank),
         dropout=dropout,
@@ -119,69 +119,70 @@ def _read_weights(folder: Path) -> Arrays:
 
 
 def _to_mlx_weights(weights: Arrays, where: Path) -> Arrays:
-    found: Arrays = {}
+    renamed: Arrays = {}
     for name, value in weights.items():
-        leaf = next((end for end in WEIGHT_SUFFIXES if name.endswith(end)), None)
-        if leaf is None or not name.startswith(PREFIX):
+        suffix = next((end for end in WEIGHT_SUFFIXES if name.endswith(end)), None)
+        if suffix is None or not name.startswith(PREFIX):
             raise ModelError(f"{where}: `{name}` is no part of an adapter that is known here")
-        ending, transposed = WEIGHT_SUFFIXES[leaf]
-        path = name.removeprefix(PREFIX).removesuffix(leaf)
-        # Laid out anew, for products with a turned matrix round otherwise than those after a save.
-        found[path + ending] = mx.contiguous(value.T) if transposed else value
-    return found
+        mlx_suffix, transposed = WEIGHT_SUFFIXES[suffix]
+        path = name.removeprefix(PREFIX).removesuffix(suffix)
+        # Contiguous, because products with a transposed view are rounded differently than after
+        # saving and loading the adapter.
+        renamed[path + mlx_suffix] = mx.contiguous(value.T) if transposed else value
+    return renamed
 
 
 def hf_path(path: str, model_type: str) -> str:
-    """The path in transformers of what has this one in mlx-lm."""
-    own, theirs = PATH_PREFIXES.get(model_type, ("", ""))
-    return theirs + path.removeprefix(own)
+    """Return the path in transformers of a layer with this path in mlx-lm."""
+    mlx_prefix, hf_prefix = PATH_PREFIXES.get(model_type, ("", ""))
+    return hf_prefix + path.removeprefix(mlx_prefix)
 
 
 def to_mlx_names(weights: Arrays, model: nn.Module) -> Arrays:
-    """Arrays of transformers' paths under those that the model has here."""
-    own, theirs = PATH_PREFIXES.get(getattr(model, "model_type", ""), ("", ""))
-    if not all(name.startswith(theirs) for name in weights):
+    """Rename weights from the paths of transformers to those of the MLX model."""
+    mlx_prefix, hf_prefix = PATH_PREFIXES.get(getattr(model, "model_type", ""), ("", ""))
+    if not all(name.startswith(hf_prefix) for name in weights):
         return weights
-    return {own + name.removeprefix(theirs): value for name, value in weights.items()}
+    return {mlx_prefix + name.removeprefix(hf_prefix): value for name, value in weights.items()}
 
 
 def make_peft_weights(model: nn.Module, model_type: str) -> Arrays:
-    """The adapters of a model under PEFT's names."""
-    found: Arrays = {}
+    """Return the adapter weights of the model with PEFT's names and layout."""
+    weights: Arrays = {}
     for path, module in adapted_layers(model).items():
-        start = PREFIX + hf_path(path, model_type)
+        prefix = PREFIX + hf_path(path, model_type)
         a, b = ".lora_A.weight", ".lora_B.weight"
         if isinstance(module, LoRAEmbedding):
             a, b = ".lora_embedding_A", ".lora_embedding_B"
-        found[start + a] = mx.contiguous(module.lora_a.T)
-        found[start + b] = mx.contiguous(module.lora_b.T)
+        weights[prefix + a] = mx.contiguous(module.lora_a.T)
+        weights[prefix + b] = mx.contiguous(module.lora_b.T)
         if "m" in module:
-            found[start + ".lora_magnitude_vector"] = module.m
-    return found
+            weights[prefix + ".lora_magnitude_vector"] = module.m
+    return weights
 
 
 def make_peft_config(
-    model: nn.Module, targets: Sequence[str], *, rslora: bool, transposed: bool
+    model: nn.Module, target_modules: Sequence[str], *, rslora: bool, transposed: bool
 ) -> dict[str, Any]:
-    """PEFT's settings of a model's adapters.
+    """Return PEFT's settings of the model's adapters.
 
     Args:
-        targets: Its `target_modules`.
+        target_modules: PEFT's `target_modules`.
         rslora: Whether the scale is alpha / sqrt(rank), not alpha / rank.
-        transposed: Whether the base's weights lie as (in, out) in torch.
+        transposed: Whether torch stores the base's weights as (in, out).
     """
-    one = next(iter(adapted_layers(model).values()))
-    rank = adapter_rank(one)
-    alpha = one.scale * (math.sqrt(rank) if rslora else rank)
+    layer = next(iter(adapted_layers(model).values()))
+    rank = adapter_rank(layer)
+    alpha = layer.scale * (math.sqrt(rank) if rslora else rank)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "r": rank,
-        "lora_alpha": round(alpha, 9),  # whole where it was whole
-        "lora_dropout": adapter_dropout(one),
+        "lora_alpha": round(alpha, 9),  # an integer again if it was one
+        "lora_dropout": adapter_dropout(layer),
         "use_rslora": rslora,
         "use_dora": get_fine_tune_type(model) == "dora",
-        "target_modules": list(targets),
+        "target_modules": list(target_modules),
         "bias": "none",
         "fan_in_fan_out": transposed,
         "inference_mode": True,

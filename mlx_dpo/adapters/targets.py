@@ -1,7 +1,7 @@
-"""Which parts of a model a name means: inside the blocks, or outside by their whole path.
+"""Target modules: which modules of a model a name in `lora_target_modules` matches.
 
-As in mlx-lm's `keys`: a name inside the blocks is relative to its block, one outside is the
-path from the model.
+As in mlx-lm's `keys`, the name of a module inside the transformer blocks is relative to its block,
+and the name of a module outside of the blocks is its path from the model.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,63 +16,65 @@ from mlx_dpo.errors import ConfigError
 
 @dataclass(frozen=True)
 class TargetModule:
-    """A part of the model that may be trained."""
+    """A module that can be trained."""
 
     path: str  # from the model
     name: str  # from its block; outside of the blocks, the path
-    inside: bool
-    asked: bool  # only if it is named
+    in_block: bool
+    only_if_named: bool  # not selected by default
 
-    def is_meant(self, target: str) -> bool:
-        """Whether `target` is its path, its name, or the name's last parts."""
+    def matches(self, target: str) -> bool:
+        """Return whether `target` is the path, the name, or the last parts of the name."""
         return target in (self.path, self.name) or self.name.endswith("." + target)
 
 
 def block_paths(model: nn.Module) -> list[str]:
-    """The path of each block, in order, each once."""
+    """Return the path of each transformer block, in order, without repeats."""
     paths = {id(module): path for path, module in model.named_modules()}
     return list(dict.fromkeys(paths[id(block)] for block in model.layers))
 
 
 def adaptable_modules(model: nn.Module) -> list[TargetModule]:
-    """The layers that adapters are known for, or that count as linear."""
+    """Return the layers that an adapter can be added to."""
 
-    def asked(module: nn.Module) -> bool | None:
+    def only_if_named(module: nn.Module) -> bool | None:
         if isinstance(module, LINEAR_TYPES):
             return False
         return True if isinstance(module, EXPERT_TYPES + EMBEDDING_TYPES) else None
 
-    return list(_find_modules(model, asked))
+    return list(_find_modules(model, only_if_named))
 
 
 def linear_names(model: nn.Module) -> list[str]:
-    """Paths of the linear layers inside the blocks, relative to their block, without repeats."""
-    return list(dict.fromkeys(place.name for place in adaptable_modules(model) if not place.asked))
+    """Return the names of the linear layers inside the blocks, without repeats."""
+    modules = adaptable_modules(model)
+    return list(dict.fromkeys(module.name for module in modules if not module.only_if_named))
 
 
 def trainable_modules(model: nn.Module) -> list[TargetModule]:
-    """Every part of the model that holds weights; the blocks' whole ones are not asked for."""
+    """Return every module that holds weights; by default whole blocks are selected."""
 
-    def asked(module: nn.Module) -> bool | None:
+    def only_if_named(module: nn.Module) -> bool | None:
         return True if any(isinstance(value, mx.array) for value in module.values()) else None
 
     paths = block_paths(model)
-    blocks = [TargetModule(path, path, inside=True, asked=False) for path in paths]
-    parts = [  # `mlp` has no weights of its own, but is a name for all of its layers'
-        TargetModule(f"{path}.{name}", name, inside=True, asked=True)
+    blocks = [TargetModule(path, path, in_block=True, only_if_named=False) for path in paths]
+    parts = [  # `mlp` has no weights of its own, but names all layers inside
+        TargetModule(f"{path}.{name}", name, in_block=True, only_if_named=True)
         for path, block in zip(paths, _blocks(model), strict=True)
         for name, module in block.named_modules()
         if name and any(True for _ in _arrays(module))
     ]
-    return blocks + parts + [place for place in _find_modules(model, asked) if not place.inside]
+    outside = [module for module in _find_modules(model, only_if_named) if not module.in_block]
+    return blocks + parts + outside
 
 
 def has_tied_embeddings(model: nn.Module) -> bool:
-    """Whether the head is the table of embeddings: no other product lies outside of the blocks."""
-    inside = tuple(f"{path}." for path in block_paths(model))
-    modules = model.named_modules()
+    """Return whether the LM head is the token embedding: no linear layer is outside the blocks."""
+    prefixes = tuple(f"{path}." for path in block_paths(model))
     return not any(
-        isinstance(m, LINEAR_TYPES) and not path.startswith(inside) for path, m in modules
+        isinstance(module, LINEAR_TYPES) and not path.startswith(prefixes)
+        for path, module in model.named_modules()
     )
 
 
@@ -86,72 +88,81 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def _find_modules(
-    model: nn.Module, asked: Callable[[nn.Module], bool | None]
+    model: nn.Module, only_if_named: Callable[[nn.Module], bool | None]
 ) -> Iterator[TargetModule]:
-    """The modules for which `asked` is not None, inside the blocks first."""
+    """Yield the modules for which `only_if_named` is not None, those inside the blocks first.
+
+    Modules outside of the blocks are selected only if they are named.
+    """
     paths = block_paths(model)
     for path, block in zip(paths, _blocks(model), strict=True):
         for name, module in block.named_modules():
-            if (only := asked(module)) is not None:
-                yield TargetModule(f"{path}.{name}", name, inside=True, asked=only)
-    within = tuple(f"{path}." for path in paths)
+            if (flag := only_if_named(module)) is not None:
+                yield TargetModule(f"{path}.{name}", name, in_block=True, only_if_named=flag)
+    prefixes = tuple(f"{path}." for path in paths)
     for path, module in model.named_modules():
-        if not path.startswith(within) and path not in paths and asked(module) is not None:
-            yield TargetModule(path, path, inside=False, asked=True)
+        is_outside = not path.startswith(prefixes) and path not in paths
+        if is_outside and only_if_named(module) is not None:
+            yield TargetModule(path, path, in_block=False, only_if_named=True)
 
 
 def select_modules(
-    model: nn.Module, places: Sequence[TargetModule], targets: Sequence[str], num_layers: int | None
+    model: nn.Module,
+    modules: Sequence[TargetModule],
+    targets: Sequence[str],
+    num_layers: int | None,
 ) -> list[str]:
-    """Paths of what `targets` mean within the last `num_layers` blocks and outside of the blocks;
-    without targets, of what needs no naming.
+    """Return the paths of the modules that match `targets`, or of those selected by default.
+
+    Modules inside the blocks count only in the last `num_layers` blocks.
 
     Raises:
-        ConfigError: a target means nothing, or `num_layers` is more than there are or idle.
+        ConfigError: a target matches nothing, `num_layers` is more than the model has, or it has
+            no effect.
     """
     blocks = block_paths(model)
     if num_layers is not None and num_layers > len(blocks):
         raise ConfigError(f"`num_layers` is {num_layers}, but the model has {len(blocks)} layers")
-    left = tuple(f"{path}." for path in blocks[: len(blocks) - (num_layers or len(blocks))])
-    reached = [place for place in places if not f"{place.path}.".startswith(left)]
-    found = {target: [p for p in reached if p.is_meant(target)] for target in targets}
-    for target, meant in found.items():
-        if not meant:
-            raise ConfigError(_no_match_message(target, places, num_layers))
+    frozen = tuple(f"{path}." for path in blocks[: len(blocks) - (num_layers or len(blocks))])
+    reached = [module for module in modules if not f"{module.path}.".startswith(frozen)]
+    matches = {target: [m for m in reached if m.matches(target)] for target in targets}
+    for target, matched in matches.items():
+        if not matched:
+            raise ConfigError(_no_match_message(target, modules, num_layers))
     if not targets:
-        return [place.path for place in reached if not place.asked]
-    meant = [place for place in reached if any(place in found[target] for target in targets)]
-    if num_layers is not None and not any(place.inside for place in meant):
+        return [module.path for module in reached if not module.only_if_named]
+    selected = [m for m in reached if any(m in matches[target] for target in targets)]
+    if num_layers is not None and not any(module.in_block for module in selected):
         raise ConfigError("`num_layers` has no effect: no target is inside the blocks")
-    return [place.path for place in meant]
+    return [module.path for module in selected]
 
 
-def _no_match_message(target: str, places: Sequence[TargetModule], num_layers: int | None) -> str:
+def _no_match_message(target: str, modules: Sequence[TargetModule], num_layers: int | None) -> str:
     def listed(names: Iterable[str]) -> str:
         return ", ".join(sorted(set(names)))
 
     where = f"the last {num_layers} blocks of this model" if num_layers else "this model"
-    outside = listed(place.name for place in places if not place.inside)
+    inside = listed(m.name for m in modules if m.in_block and m.name != m.path)
+    outside = listed(m.name for m in modules if not m.in_block)
     return (
         f"`lora_target_modules`: `{target}` matches nothing that can be trained in {where}; it "
-        f"has {listed(p.name for p in places if p.inside and p.name != p.path)}"
-        + (f"; outside of the blocks {outside}" if outside else "")
+        f"has {inside}" + (f"; outside of the blocks {outside}" if outside else "")
     )
 
 
 def mlx_lm_keys(model: nn.Module, paths: Sequence[str]) -> tuple[int, list[str]]:
-    """mlx-lm's `num_layers` and `keys` under which it adapts exactly these paths.
+    """Return mlx-lm's `num_layers` and `keys` under which it adapts exactly the layers at `paths`.
 
-    Names relative to the blocks where the last blocks have them all, else the paths.
+    The keys are names relative to the blocks if the last blocks have all of them, otherwise paths.
     """
     blocks = block_paths(model)
-    owner = {path: block for path in paths for block in blocks if path.startswith(block + ".")}
-    if not owner:
+    owners = {path: block for path in paths for block in blocks if path.startswith(block + ".")}
+    if not owners:
         return len(blocks), list(paths)
-    names = list(dict.fromkeys(path.removeprefix(block + ".") for path, block in owner.items()))
-    last = blocks[min(blocks.index(block) for block in owner.values()) :]
-    present = {path for path, _ in model.named_modules()}
-    alike = {f"{block}.{name}" for block in last for name in names} & present
-    if alike != owner.keys():
+    names = list(dict.fromkeys(path.removeprefix(block + ".") for path, block in owners.items()))
+    last = blocks[min(blocks.index(block) for block in owners.values()) :]
+    existing = {path for path, _ in model.named_modules()}
+    same_names = {f"{block}.{name}" for block in last for name in names} & existing
+    if same_names != owners.keys():
         return len(blocks), list(paths)
-    return len(last), names + [path for path in paths if path not in owner]
+    return len(last), names + [path for path in paths if path not in owners]

@@ -95,7 +95,7 @@ def facts(fused: "FusedModel") -> list[tuple[str, str]]:
         lines.append(
             (
                 "weights",
-                f"{rounding.kept:.2%} of the adapters' change kept in rounding, cosine "
+                f"{rounding.retained:.2%} of the adapters' change kept in rounding, cosine "
                 f"{rounding.cosine:.4f}",
             )
         )

@@ -68,17 +68,18 @@ def merged_tensors(
         raise ModelError(f"{checkpoint.name}: its weights are needed here; name a folder")
     if get_fine_tune_type(model) == "full":
         return _trained_weights(model, kind, checkpoint)
-    found = find_hf_tensors(model, entries, checkpoint, whole=True)
-    check_same_weights(model, found, checkpoint)
-    there, changed = checkpoint.tensors(), {}
+    matches = find_hf_tensors(model, entries, checkpoint, for_peft=False)
+    check_same_weights(model, matches, checkpoint)
+    tensors, changed = checkpoint.tensors(), {}
     for path, adapted in adapted_layers(model).items():
-        whole = merged_weight(adapted, found.take(path, there))
-        changed[found.tensors[path]] = mx.contiguous(whole.T) if path in found.turned else whole
+        merged = merged_weight(adapted, matches.pop_weight(path, tensors))
+        is_transposed = path in matches.transposed
+        changed[matches.names[path]] = mx.contiguous(merged.T) if is_transposed else merged
     return _with_head(changed, model, checkpoint)
 
 
 def _trained_weights(model: nn.Module, kind: str, checkpoint: HFCheckpoint) -> Arrays:
-    if kind not in SAME_LAYOUT - TRANSPOSED or checkpoint.is_packed:
+    if kind not in SAME_LAYOUT - TRANSPOSED or checkpoint.is_quantized:
         raise ModelError(
             f"{checkpoint.name}: layers of `{kind}` are not known to lie in it as here"
         )

@@ -44,7 +44,7 @@ def attach_adapters(base: LoadedModel, config: DPOConfig) -> dict[str, Any]:
     mx.random.seed(config.seed % 2**64)  # of dropout as well, where nothing fresh is drawn
     if config.start_adapter is not None:
         saved = read_adapter(Path(config.start_adapter))
-        if saved.way == "full":
+        if saved.fine_tune_type == "full":
             _check_not_quantized(base, config)
             if config.lora_dropout is not None:
                 raise ConfigError("`lora_dropout` has no effect: `start_adapter` has no adapters")

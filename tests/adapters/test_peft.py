@@ -144,5 +144,5 @@ def test_in_a_folder_of_both_layouts_mlx_lms_is_read(copy):
     load_adapter(own, folder)
     config = json.loads((folder / "adapter_config.json").read_text())
     save_adapter(folder, own.unfreeze(keys=["lora_a", "lora_b"]), config | make_adapter_config(own))
-    assert read_adapter(folder).where.name == "adapters.safetensors"
+    assert read_adapter(folder).path.name == "adapters.safetensors"
     assert adapter_digest(folder) != before

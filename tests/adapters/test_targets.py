@@ -54,7 +54,7 @@ def test_outside_of_the_blocks_only_what_is_named(untied):
 
 def test_experts_only_if_named():
     model = make("mixtral")  # its linear layers are adapted: what is left are the experts
-    names = {place.name for place in adaptable_modules(model) if place.asked and place.inside}
+    names = {m.name for m in adaptable_modules(model) if m.only_if_named and m.in_block}
     experts = {f"block_sparse_moe.switch_mlp.{x}_proj" for x in ("up", "gate", "down")}
     assert experts <= names
     assert not any("switch_mlp" in name for name in linear_names(model))
@@ -77,12 +77,12 @@ def test_what_means_nothing_is_refused_with_what_there_is(untied, targets, num_l
 
 
 def test_whole_blocks_are_trained_unless_parts_are_named(tiny_llama):
-    places = trainable_modules(tiny_llama)
-    assert select_modules(tiny_llama, places, [], None) == ["model.layers.0", "model.layers.1"]
-    assert select_modules(tiny_llama, places, [], 1) == ["model.layers.1"]
-    assert select_modules(tiny_llama, places, ["mlp"], 1) == ["model.layers.1.mlp"]
+    modules = trainable_modules(tiny_llama)
+    assert select_modules(tiny_llama, modules, [], None) == ["model.layers.0", "model.layers.1"]
+    assert select_modules(tiny_llama, modules, [], 1) == ["model.layers.1"]
+    assert select_modules(tiny_llama, modules, ["mlp"], 1) == ["model.layers.1.mlp"]
     norms = [f"model.layers.{i}.input_layernorm" for i in (0, 1)]
-    assert select_modules(tiny_llama, places, ["input_layernorm", "model.norm"], None) == [
+    assert select_modules(tiny_llama, modules, ["input_layernorm", "model.norm"], None) == [
         *norms, "model.norm",
     ]  # fmt: skip
 

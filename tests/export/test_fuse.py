@@ -68,7 +68,7 @@ def test_a_fused_model_computes_as_base_and_adapter(tiny_llama, kind, bits):
     assert not adapters.adapted_layers(model)
     assert not any("scales" in module for module in model.modules())
     np.testing.assert_allclose(model(TOKENS), expected, atol=2e-5)
-    assert rounding.kept == pytest.approx(1, abs=1e-6)
+    assert rounding.retained == pytest.approx(1, abs=1e-6)
     assert rounding.cosine == pytest.approx(1, abs=1e-6)
 
 
@@ -97,7 +97,7 @@ def test_bits_that_are_too_few_leave_noise_of_a_small_change(tiny_llama):
         added = merged_weight(adapted, mx.zeros(adapted.linear.weight.shape))
         size = mx.linalg.norm(added) / mx.linalg.norm(adapted.linear.weight)
         adapted.lora_b = adapted.lora_b * (0.01 / size)
-    fine = AffineQuantization(8, 32).rounded(mx.ones((4, 33)))
+    fine = AffineQuantization(8, 32).round_trip(mx.ones((4, 33)))
     assert mx.array_equal(fine, mx.ones((4, 33)))  # whose groups do not fit: left alone
     found = merge_adapters(model, mx.float32, AffineQuantization(4, 32))
     assert found.cosine < 0.3
@@ -112,7 +112,7 @@ def test_what_is_left_is_counted_on_the_rounded_weight():
     model.layers[0].q_proj = layer
 
     class Coarse(AffineQuantization):
-        def rounded(self, weight):
+        def round_trip(self, weight):
             return mx.round(weight / 4) * 4
 
     adapters.attach_adapters_at(
@@ -121,7 +121,7 @@ def test_what_is_left_is_counted_on_the_rounded_weight():
     adapted = model.layers[0].q_proj
     adapted.lora_a, adapted.lora_b = mx.array([[4.0], [1.0]]), mx.array([[1.0]])
     found = merge_adapters(model, mx.float32, Coarse(4, 32))
-    assert found.kept == pytest.approx(16 / 17)
+    assert found.retained == pytest.approx(16 / 17)
     assert found.cosine == pytest.approx(16 / (17 * 16) ** 0.5)
 
 

@@ -210,7 +210,7 @@ def test_what_was_pushed_is_pulled_whole_and_can_be_used(carded, fake_hub):
     assert sorted(path.name for path in Path("pulled").iterdir()) == sorted(SENT)
     for name in SENT:
         assert Path("pulled", name).read_bytes() == (carded / "run" / name).read_bytes()
-    assert read_adapter(Path("pulled")).way == "lora"
+    assert read_adapter(Path("pulled")).fine_tune_type == "lora"
     assert fake_hub.given == set(SENT)
 
 
