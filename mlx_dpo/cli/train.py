@@ -29,7 +29,7 @@ class SettingsCommand(click.Command):
             here = self._here(error.option_name)
             if here is None:
                 raise
-            said = f"No such option '{error.option_name}'; use {here}"
+            said = f"No such option '{error.option_name}'; {here}"
             raise click.UsageError(said, ctx) from None
 
     def _here(self, flag: str) -> str | None:

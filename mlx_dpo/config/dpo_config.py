@@ -134,7 +134,7 @@ class DPOConfig(  # fields come in the order of the bases, last one first
         known = [f.name for f in fields(cls)]
         for name in values:
             if name in EQUIVALENTS:
-                raise ConfigError(f"unknown setting `{name}`; use {EQUIVALENTS[name]}")
+                raise ConfigError(f"unknown setting `{name}`; {EQUIVALENTS[name]}")
             check_known(str(name), known, "setting")
         return cls(**values)
 
@@ -166,7 +166,7 @@ class DPOConfig(  # fields come in the order of the bases, last one first
     def find_difference(self, other: "DPOConfig") -> str | None:
         """Return the first setting that differs from `other` and changes the result, or None."""
         for name, setting in get_settings().items():
-            changes_result = setting.changes_result or name in self.decided_by
+            changes_result = setting.changes_result or name in self.selection_settings
             if changes_result and getattr(self, name) != getattr(other, name):
                 return name
         return None

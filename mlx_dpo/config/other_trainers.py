@@ -1,13 +1,12 @@
-"""What other trainers call by names of their own: TRL, transformers, mlx-lm and mlx-lm-lora.
+"""Setting names of other trainers (TRL, transformers, mlx-lm, mlx-lm-lora) and their equivalents.
 
-Names that mean the same here as there are not in it: they are settings.
+Names that have the same meaning in mlx-dpo are missing: they are settings.
 """
 
-ACCUMULATED = "`batch_size`, all pairs of a step; they go through `micro_batch_size` at a time"
-EVERY = "which is how often"
-PREFERENCES = "PAIRS"
+BATCH_SIZES = "`batch_size` (pairs per optimizer step) and `micro_batch_size` (per forward pass)"
+PAIRS = "PAIRS"
 
-EQUIVALENTS = {
+_SETTINGS = {
     "model_name_or_path": "`model`",
     "model_revision": "`revision`",
     "torch_dtype": "`dtype`",
@@ -15,42 +14,46 @@ EQUIVALENTS = {
     "fp16": "`dtype` float16",
     "load_in_4bit": "`bits` 4",
     "load_in_8bit": "`bits` 8",
-    "dataset_name": PREFERENCES,
-    "data": PREFERENCES,
-    "dataset_config": f"{PREFERENCES} as `org/name:config`",
+    "dataset_name": PAIRS,
+    "data": PAIRS,
+    "dataset_config": f"{PAIRS} as `org/name:config`",
     "dataset_train_split": "`split`",
     "dataset_test_split": "`valid`",
     "output_dir": "`output`",
     "adapter_path": "`output`",
     "num_train_epochs": "`epochs`",
     "iters": "`max_steps`",
-    "per_device_train_batch_size": ACCUMULATED,
-    "gradient_accumulation_steps": ACCUMULATED,
+    "per_device_train_batch_size": BATCH_SIZES,
+    "gradient_accumulation_steps": BATCH_SIZES,
     "per_device_eval_batch_size": "`micro_batch_size`",
     "gradient_checkpointing": "`recompute`",
     "grad_checkpoint": "`recompute`",
     "max_seq_length": "`max_length`",
-    "max_prompt_length": "`max_length` and `truncation`, which are of prompt and answer together",
-    "max_completion_length": "`max_length` and `truncation`, which are of prompt and answer",
+    "max_prompt_length": "`max_length` and `truncation` (prompt and completion together)",
+    "max_completion_length": "`max_length` and `truncation` (prompt and completion together)",
     "truncation_mode": "`truncation`",
-    "use_peft": "`fine_tune_type`, which is LoRA unless it says otherwise",
+    "use_peft": "`fine_tune_type` (default: lora)",
     "use_dora": "`fine_tune_type` dora",
     "lora_parameters": "`lora_r`, `lora_alpha` and `lora_dropout`",
     "resume_adapter_file": "`start_adapter`",
     "model_adapter_name": "`start_adapter`",
     "reference_model_path": "`reference_model`",
-    "precompute_ref_log_probs": "nothing: they always are, once",
     "dpo_cpo_loss_type": "`loss_type`",
     "rpo_alpha": "`loss_type` sigmoid and sft, with `loss_weights`",
-    "eval_strategy": f"`eval_steps`, {EVERY}",
-    "evaluation_strategy": f"`eval_steps`, {EVERY}",
-    "steps_per_eval": f"`eval_steps`, {EVERY}",
-    "save_strategy": f"`save_steps`, {EVERY}",
-    "save_every": f"`save_steps`, {EVERY}",
-    "steps_per_report": f"`logging_steps`, {EVERY}",
-    "logging_dir": "`report_to` tensorboard, which writes into the run folder",
+    "eval_strategy": "`eval_steps` N",
+    "evaluation_strategy": "`eval_steps` N",
+    "steps_per_eval": "`eval_steps` N",
+    "save_strategy": "`save_steps` N",
+    "save_every": "`save_steps` N",
+    "steps_per_report": "`logging_steps` N",
+    "logging_dir": "`report_to` tensorboard (writes into the run folder)",
     "data_seed": "`seed`",
     "resume_from_checkpoint": "--resume",
-    "push_to_hub": "`mlx-dpo push`, once it is trained",
-    "hub_model_id": "`mlx-dpo push`, once it is trained",
+    "push_to_hub": "`mlx-dpo push` after training",
+    "hub_model_id": "`mlx-dpo push` after training",
+}
+
+# The advice that follows "unknown setting `name`; ".
+EQUIVALENTS = {name: f"use {setting}" for name, setting in _SETTINGS.items()} | {
+    "precompute_ref_log_probs": "not needed, reference log-probs are always precomputed",
 }

@@ -116,7 +116,7 @@ class EvaluationSettings:
     )
 
     @property
-    def decided_by(self) -> set[str]:
+    def selection_settings(self) -> set[str]:
         """Settings that change the result only if a metric selects the best model."""
         return {"eval_steps"} if self.metric_for_best_model is not None else set()
 

@@ -14,21 +14,21 @@ from mlx_dpo.losses.catalogue import LOSSES
 ROOT = Path(__file__).parents[2]
 
 
-def losses(*words):
-    return CliRunner().invoke(cli, ["losses", *words])
+def losses(*args):
+    return CliRunner().invoke(cli, ["losses", *args])
 
 
-def test_every_loss_is_listed_with_all_that_is_asked_of_a_listing():
+def test_every_loss_is_listed_with_equation_use_and_source():
     done = losses()
     assert done.exit_code == 0
-    shown = " ".join(done.output.split())
+    output = " ".join(done.output.split())
     for loss in LOSSES.values():
         for text in (loss.name, loss.equation, loss.use, loss.source):
-            assert " ".join(text.split()) in shown, loss.name
+            assert " ".join(text.split()) in output, loss.name
     assert max(map(len, done.output.splitlines())) <= 100
 
 
-def test_one_is_shown_by_its_name():
+def test_a_loss_is_shown_by_its_name():
     done = losses("simpo")
     assert "needs: no reference" in done.output
     assert "settings: beta 2, simpo_gamma 0.5, label_smoothing 0; also margins of the data" in (
@@ -37,7 +37,7 @@ def test_one_is_shown_by_its_name():
     assert "sppo_hard" not in done.output
 
 
-def test_a_name_that_is_none_is_answered_with_the_nearest():
+def test_an_unknown_name_is_answered_with_the_nearest():
     done = losses("dpoop")
     assert (done.exit_code, done.output) == (
         1,
@@ -45,12 +45,12 @@ def test_a_name_that_is_none_is_answered_with_the_nearest():
     )
 
 
-def test_programs_get_one_object():
-    found = json.loads(losses("--json").output)
-    assert found.keys() == LOSSES.keys()
-    assert found["kto"]["labelled"] and not found["aot"]["labelled"] and found["aot"]["couples"]
-    assert found["cdpo"]["settings"] == {"beta": 0.1, "label_smoothing": 0.1}
-    assert json.loads(losses("kto", "--json").output) == {"kto": found["kto"]}
+def test_json_output_is_one_object():
+    result = json.loads(losses("--json").output)
+    assert result.keys() == LOSSES.keys()
+    assert result["kto"]["labelled"] and not result["aot"]["labelled"] and result["aot"]["couples"]
+    assert result["cdpo"]["settings"] == {"beta": 0.1, "label_smoothing": 0.1}
+    assert json.loads(losses("kto", "--json").output) == {"kto": result["kto"]}
 
 
 def test_listing_loads_no_model_library():
@@ -63,7 +63,7 @@ def test_listing_loads_no_model_library():
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_the_page_of_losses_is_made_from_the_same_place():
+def test_the_page_of_losses_is_up_to_date():
     script = runpy.run_path(str(ROOT / "scripts" / "tools" / "docs" / "losses_page.py"))
     assert script["PAGE"].read_text(encoding="utf-8") == script["page"]()
 
@@ -74,7 +74,7 @@ def test_every_listed_loss_can_be_chosen():
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_a_loss_can_be_set_to_what_it_is_by_itself(name):
+def test_the_default_hyper_parameters_of_a_loss_can_be_set(name):
     loss = LOSSES[name]
     config = DPOConfig(loss_type=name, **loss.defaults)
     assert vars(config.get_hyperparameters(loss)) == loss.defaults

@@ -1,4 +1,4 @@
-"""Settings of pairs that would have no effect are refused before anything is read."""
+"""Dataset settings that would have no effect are errors before any file is read."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from mlx_dpo.errors import ConfigError
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "message"),
     [
         ({"mix": (1.0, 1.0), "pairs": ("a", "b")}, "`mix` has no effect with weights of 1"),
         ({"mix": (0.5,), "pairs": ("a", "b")}, "`mix` has 1 weights for 2 sources"),
@@ -24,10 +24,10 @@ from mlx_dpo.errors import ConfigError
         ({"pair_labelled": True, "weight_column": "w"}, "`pair_labelled` cannot go with `weight_c"),
     ],
 )
-def test_what_would_have_no_effect_is_refused(given, said):
+def test_a_setting_without_effect_is_an_error(given, message):
     with pytest.raises(ConfigError) as error:
         DPOConfig(**given)
-    assert str(error.value).startswith(said)
+    assert str(error.value).startswith(message)
 
 
 def test_sources_are_one_or_many_and_come_back_from_a_record():

@@ -259,16 +259,16 @@ def test_an_unknown_setting_names_its_neighbour(typed, meant):
     assert str(error.value) == f"unknown setting `{typed}`; did you mean `{meant}`?"
 
 
-def test_another_trainers_name_is_answered_with_ours():
+def test_the_setting_of_another_trainer_is_answered_with_its_equivalent():
     with pytest.raises(ConfigError, match=r"^unknown setting `num_train_epochs`; use `epochs`$"):
         DPOConfig.from_dict({"num_train_epochs": 3})
 
 
-def test_what_stands_for_other_trainers_names_is_there_and_none_of_them_is():
+def test_equivalents_are_settings_and_names_of_other_trainers_are_not():
     assert not EQUIVALENTS.keys() & get_settings().keys()
-    for name, here in EQUIVALENTS.items():
-        meant = re.findall(r"`(\w+)`", here)
-        assert set(meant) <= get_settings().keys(), name
+    for name, advice in EQUIVALENTS.items():
+        names = re.findall(r"`(\w+)`", advice)
+        assert set(names) <= get_settings().keys(), name
 
 
 def test_a_setting_like_no_other_is_only_unknown():

@@ -1,4 +1,4 @@
-"""Every setting that can change the result does; none is parsed, stored and forgotten."""
+"""Every setting that can change the result has an effect on it."""
 
 import json
 from dataclasses import replace
@@ -81,18 +81,22 @@ CHANGED = {
 }
 # At this rate the held-out loss rises from the second evaluation on.
 OVERSHOOTS = {"learning_rate": 0.1, "eval_steps": 1, "valid_fraction": 0.4, "max_steps": 8}
-JUDGED = {"pairs": "judged.jsonl", "loss_type": ("kto",), "valid_fraction": 0.4}
-BESIDE = {
+LABELLED = {"pairs": "labelled.jsonl", "loss_type": ("kto",), "valid_fraction": 0.4}
+OTHER_SETTINGS = {
     "ref_model_mixup_alpha": {"sync_ref_model": True, "ref_model_sync_steps": 1},
     "ref_model_sync_steps": {"sync_ref_model": True, "ref_model_sync_steps": 1},
     "loss_weights": {"loss_type": ("sigmoid", "sft")},
     # Its penalty is felt once a step has made a chosen completion less likely.
-    "dpop_lambda": {"loss_type": ("dpop",), "pairs": "at-odds.jsonl", "learning_rate": 0.1},
+    "dpop_lambda": {
+        "loss_type": ("dpop",),
+        "pairs": "contradicting.jsonl",
+        "learning_rate": 0.1,
+    },
     "discopop_tau": {"loss_type": ("discopop",)},
     "simpo_gamma": {"loss_type": ("simpo",)},
     "cpo_alpha": {"loss_type": ("cpo",)},
-    "desirable_weight": JUDGED,
-    "undesirable_weight": JUDGED,
+    "desirable_weight": LABELLED,
+    "undesirable_weight": LABELLED,
     "f_alpha_divergence_coef": {"f_divergence_type": "alpha_divergence"},
     "group_size": {"bits": 4},
     "truncation": {"max_length": 26},
@@ -112,9 +116,9 @@ BESIDE = {
     "early_stopping_threshold": OVERSHOOTS
     | {"metric_for_best_model": "rewards/rejected", "early_stopping_patience": 3},
 }
-# No revisions here, nothing to run, no thinking template, no bad pair, no labelled pairs, not 512
-# steps: tested in their rooms.
-ELSEWHERE = {
+# This dataset and model have no revisions, remote code, thinking template, bad pairs or labels,
+# and the runs have fewer than 512 steps; other tests cover these settings.
+TESTED_ELSEWHERE = {
     "revision", "trust_remote_code", "thinking", "bad_pairs", "pair_labelled", "sync_ref_model",
 }  # fmt: skip
 # Tested in tests/training/test_loop.py.
@@ -139,17 +143,19 @@ def folder(tmp_path_factory):
             for i in range(10)
         ]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    judged = [
+    labelled_rows = [
         {"prompt": f"{i}, what?", "completion": f"It is {i}.", "label": i % 2 == 0}
         for i in range(10)
     ]
-    sides = ("Yes, it is.", "No, never.")
-    odds = [
-        {"prompt": f"{i}, is it?", "chosen": sides[i % 2], "rejected": sides[1 - i % 2]}
+    answers = ("Yes, it is.", "No, never.")
+    contradicting = [
+        {"prompt": f"{i}, is it?", "chosen": answers[i % 2], "rejected": answers[1 - i % 2]}
         for i in range(10)
     ]
-    (folder / "at-odds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in odds))
-    (folder / "judged.jsonl").write_text("".join(json.dumps(row) + "\n" for row in judged))
+    (folder / "contradicting.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in contradicting)
+    )
+    (folder / "labelled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labelled_rows))
     make_rows(folder)
     return folder
 
@@ -210,17 +216,17 @@ def same(a, b):
 
 @pytest.fixture(scope="module")
 def unchanged():
-    """Outcomes by the settings beside, for most settings the same."""
+    """Results by the other settings, which are the same for most settings."""
     return {}
 
 
 @pytest.mark.parametrize("name", sorted(CHANGED))
 def test_changing_a_setting_changes_the_result(folder, unchanged, monkeypatch, tmp_path, name):
-    beside = BESIDE.get(name, {})
-    key = repr(beside)
+    others = OTHER_SETTINGS.get(name, {})
+    key = repr(others)
     if key not in unchanged:
-        unchanged[key] = outcome(folder, monkeypatch, tmp_path / "before", **beside)
-    after = outcome(folder, monkeypatch, tmp_path / "after", **(beside | {name: CHANGED[name]}))
+        unchanged[key] = outcome(folder, monkeypatch, tmp_path / "before", **others)
+    after = outcome(folder, monkeypatch, tmp_path / "after", **(others | {name: CHANGED[name]}))
     assert not same(unchanged[key], after)
 
 
@@ -233,4 +239,4 @@ def test_nothing_else_changes_the_result(folder, monkeypatch, tmp_path):
 
 def test_every_setting_is_accounted_for():
     matter = {name for name, spec in get_settings().items() if spec.changes_result}
-    assert matter == CHANGED.keys() | ELSEWHERE | SAME_MATHEMATICS
+    assert matter == CHANGED.keys() | TESTED_ELSEWHERE | SAME_MATHEMATICS

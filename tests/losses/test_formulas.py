@@ -1,7 +1,7 @@
-"""Every loss beside its formula in NumPy's float64, and its slopes beside closed forms.
+"""Every loss against its formula in NumPy's float64, and its gradients against closed forms.
 
-The formulas are written from the papers, without a look at `mlx_dpo.losses`; closed forms are
-held against differences of the formulas first.
+The formulas are written from the papers, independently of `mlx_dpo.losses`; the closed forms are
+checked against finite differences of the formulas first.
 """
 
 # ruff: noqa: E741  (w and l, as papers have it)
@@ -253,21 +253,21 @@ def test_every_loss_has_a_formula():
 def test_closed_forms_are_the_slopes_of_the_formulas(name):
     formula, _ = FORMULAS[name]
     step = 1e-5
-    for side in (0, 1):
+    for index in (0, 1):
         for pair in range(name in KINKS, B):
             up, down = POLICY.copy(), POLICY.copy()
-            up[side, pair] += step
-            down[side, pair] -= step
+            up[index, pair] += step
+            down[index, pair] -= step
             change = formula(*up)[0].sum() - formula(*down)[0].sum()
-            assert formula(*POLICY)[1 + side][pair] == pytest.approx(
+            assert formula(*POLICY)[1 + index][pair] == pytest.approx(
                 change / (2 * step), abs=1e-7, rel=1e-7
             )
 
 
-# --- ours -----------------------------------------------------------------------------------
+# --- mlx-dpo ---------------------------------------------------------------------------------
 
 
-def facts(*, margins=True, weights=None):
+def make_metadata(*, margins=True, weights=None):
     return pair_metadata(
         [
             TokenizedPair(
@@ -284,8 +284,8 @@ def facts(*, margins=True, weights=None):
 def scored(policy, of=None, reference=REFERENCE, on_policy=None):
     return ScoredPairs(
         PairLogps(*policy),
-        PairLogps(*(mx.array(side.astype(np.float32)) for side in reference)),
-        facts() if of is None else of,
+        PairLogps(*(mx.array(index.astype(np.float32)) for index in reference)),
+        make_metadata() if of is None else of,
         mx.ones((B,)) if on_policy is None else mx.array(on_policy),
     )
 
@@ -298,8 +298,8 @@ def value_and_slopes(objective, policy, of=None, reference=REFERENCE, on_policy=
         losses = objective.compute_losses(pairs, log_ratios(pairs.policy, pairs.reference))
         return losses.sum(), losses
 
-    given = [mx.array(np.asarray(side, np.float32)) for side in policy]
-    (_, losses), (dw, dl) = mx.value_and_grad(total, argnums=(0, 1))(*given)
+    inputs = [mx.array(np.asarray(index, np.float32)) for index in policy]
+    (_, losses), (dw, dl) = mx.value_and_grad(total, argnums=(0, 1))(*inputs)
     return np.array(losses), np.array(dw), np.array(dl)
 
 
@@ -308,25 +308,25 @@ def objective_of(name, **more):
     return Objective(LossSettings(loss_type=(name,), beta=BETA, **{**settings, **more}))
 
 
-def assert_near(found, expected):
+def assert_near(actual, expected):
     scale = max(1.0, np.abs(expected).max())
-    assert np.abs(found - expected).max() <= TOLERANCE * scale
+    assert np.abs(actual - expected).max() <= TOLERANCE * scale
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_value_and_slopes_are_those_of_the_formula(name):
     formula, _ = FORMULAS[name]
-    for found, expected in zip(
+    for actual, expected in zip(
         value_and_slopes(objective_of(name), POLICY), formula(*POLICY), strict=True
     ):
-        assert_near(found, expected)
+        assert_near(actual, expected)
 
 
-@pytest.mark.parametrize("name", sorted(n for n, kind in LOSSES.items() if not kind.uses_margins))
+@pytest.mark.parametrize("name", sorted(n for n, loss in LOSSES.items() if not loss.uses_margins))
 def test_margins_of_the_data_do_not_reach_the_other_losses(name):
-    """What `settings.loss_kinds` says of them; FORMULAS show those that they do reach."""
+    """`uses_margins` is False for them; FORMULAS have the losses that margins act on."""
     with_them = value_and_slopes(objective_of(name), POLICY)
-    without = value_and_slopes(objective_of(name), POLICY, facts(margins=False))
+    without = value_and_slopes(objective_of(name), POLICY, make_metadata(margins=False))
     assert all(np.array_equal(a, b) for a, b in zip(with_them, without, strict=True))
 
 
@@ -335,7 +335,7 @@ def test_a_pairs_weights_multiply_its_loss(name):
     weights, on_policy = draw.uniform(0.5, 2, B), draw.uniform(0.1, 1, B).astype(np.float32)
     plain, *_ = value_and_slopes(objective_of(name), POLICY)
     weighed, *_ = value_and_slopes(
-        objective_of(name), POLICY, facts(weights=weights), on_policy=on_policy
+        objective_of(name), POLICY, make_metadata(weights=weights), on_policy=on_policy
     )
     assert_near(weighed, plain * weights * on_policy)
 
@@ -344,17 +344,17 @@ def test_a_sum_is_the_weighted_sum_of_its_losses():
     names, weights = ("hinge", "sft", "nca_pair"), (0.5, 2.0, 0.25)
     total = Objective(LossSettings(loss_type=names, loss_weights=weights, beta=BETA))
     parts = [value_and_slopes(objective_of(name), POLICY) for name in names]
-    for i, found in enumerate(value_and_slopes(total, POLICY)):
+    for i, actual in enumerate(value_and_slopes(total, POLICY)):
         parts_of_it = (w * part[i] for w, part in zip(weights, parts, strict=True))
-        assert_near(found, sum(parts_of_it))
+        assert_near(actual, sum(parts_of_it))
 
 
 @pytest.mark.parametrize(
-    "name", sorted(n for n, kind in LOSSES.items() if not kind.uses_whole_batch)
+    "name", sorted(n for n, loss in LOSSES.items() if not loss.uses_whole_batch)
 )
 def test_a_pairs_loss_depends_on_no_other_pair(name):
     """`sft` is divided by a mean over the step, which is a fact, not a pass."""
-    objective, of = objective_of(name), facts()
+    objective, of = objective_of(name), make_metadata()
     whole, *_ = value_and_slopes(objective, POLICY, of)
     other = POLICY.copy()
     other[:, 1:] *= 1.5
@@ -367,14 +367,14 @@ def test_a_pairs_loss_depends_on_no_other_pair(name):
 def test_losses_move_with_their_pairs(name):
     """Also where they are coupled: each term belongs to the pair whose value stands in it."""
     order = draw.permutation(B)
-    objective, of = objective_of(name), facts()
-    moved_facts = type(of)(*(v[mx.array(order)] if v.ndim else v for v in of))
-    for found, before in zip(
-        value_and_slopes(objective, POLICY[:, order], moved_facts, REFERENCE[:, order]),
+    objective, of = objective_of(name), make_metadata()
+    moved_metadata = type(of)(*(v[mx.array(order)] if v.ndim else v for v in of))
+    for actual, before in zip(
+        value_and_slopes(objective, POLICY[:, order], moved_metadata, REFERENCE[:, order]),
         value_and_slopes(objective, POLICY, of),
         strict=True,
     ):
-        assert_near(found, before[order])
+        assert_near(actual, before[order])
 
 
 # --- symmetries -----------------------------------------------------------------------------
@@ -453,19 +453,19 @@ def test_transport_does_not_mind_how_the_sides_are_paired(name):
 
 @pytest.mark.parametrize("name", ["aot", "aot_unpaired"])
 def test_transport_of_a_single_pair_is_dpo(name):
-    one = pair_metadata([TokenizedPair((0,), (1,), (1,))])
+    metadata = pair_metadata([TokenizedPair((0,), (1,), (1,))])
 
-    def loss(kind):
-        sides = [PairLogps(*(mx.array(s[2:3].astype(np.float32)) for s in x))
+    def compute(loss_type):
+        logps = [PairLogps(*(mx.array(s[2:3].astype(np.float32)) for s in x))
                  for x in (POLICY, REFERENCE)]  # fmt: skip
-        pairs = ScoredPairs(*sides, one, mx.ones((1,)))
+        pairs = ScoredPairs(*logps, metadata, mx.ones((1,)))
         return (
-            Objective(LossSettings(loss_type=(kind,)))
-            .compute_losses(pairs, log_ratios(*sides))
+            Objective(LossSettings(loss_type=(loss_type,)))
+            .compute_losses(pairs, log_ratios(*logps))
             .item()
         )
 
-    assert loss(name) == pytest.approx(loss("sigmoid"), rel=1e-6)
+    assert compute(name) == pytest.approx(compute("sigmoid"), rel=1e-6)
 
 
 # --- far out --------------------------------------------------------------------------------
@@ -483,7 +483,7 @@ FAR = [np.array([w, l]) for w in (-2000.0, 0.0, 2000.0) for l in (-2000.0, 0.0, 
     ],
 )
 def test_two_thousand_nats_leave_values_and_slopes_numbers(name, divergence):
-    kind = LOSSES[name]
+    loss = LOSSES[name]
     for beta in (None, 5.0):
         objective = Objective(
             LossSettings(loss_type=(name,), beta=beta, f_divergence_type=divergence)
@@ -491,10 +491,10 @@ def test_two_thousand_nats_leave_values_and_slopes_numbers(name, divergence):
         for far in FAR:
             policy = np.repeat(np.minimum(far, 0)[:, None], B, axis=1)
             reference = np.repeat(np.minimum(-far, 0)[:, None], B, axis=1)
-            if not kind.needs_reference:
+            if not loss.needs_reference:
                 reference = np.zeros((2, B))
-            found = value_and_slopes(objective, policy, None, reference)
-            assert all(np.isfinite(part).all() for part in found), (far, beta)
+            actual = value_and_slopes(objective, policy, None, reference)
+            assert all(np.isfinite(part).all() for part in actual), (far, beta)
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "alpha_divergence"])

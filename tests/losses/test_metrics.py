@@ -24,56 +24,56 @@ from mlx_dpo.types import (
 ZEROS = PairLogps(mx.zeros((2,)), mx.zeros((2,)))
 
 
-def outcomes(losses, policy, reference, *, beta, desirable=None):
+def make_outputs(losses, policy, reference, *, beta, desirable=None):
     labels = desirable or [None] * len(losses)
-    facts = pair_metadata([TokenizedPair((1,), (2,), (3,), desirable=label) for label in labels])
+    metadata = pair_metadata([TokenizedPair((1,), (2,), (3,), desirable=label) for label in labels])
     return LossOutputs(
         losses,
-        ScoredPairs(policy, reference, facts, mx.ones(losses.shape)),
+        ScoredPairs(policy, reference, metadata, mx.ones(losses.shape)),
         beta * (policy.chosen - reference.chosen),
         beta * (policy.rejected - reference.rejected),
     )
 
 
-def outcome(chosen, rejected, *, losses=(0.25, 0.75), reference=ZEROS, beta=0.5):
+def make_pair_outputs(chosen, rejected, *, losses=(0.25, 0.75), reference=ZEROS, beta=0.5):
     policy = PairLogps(mx.array(chosen), mx.array(rejected))
-    return outcomes(mx.array(losses), policy, reference, beta=beta)
+    return make_outputs(mx.array(losses), policy, reference, beta=beta)
 
 
 def test_accuracy_is_counted_pair_by_pair():
     """One pair right by a little, one wrong by a lot: half are right, though the mean is wrong."""
-    found = compute_metrics(outcome([-1.0, -9.0], [-2.0, -3.0]))
-    assert found.accuracies == 0.5
-    assert found.margins == pytest.approx(0.5 * (1.0 - 6.0) / 2)
+    result = compute_metrics(make_pair_outputs([-1.0, -9.0], [-2.0, -3.0]))
+    assert result.accuracies == 0.5
+    assert result.margins == pytest.approx(0.5 * (1.0 - 6.0) / 2)
 
 
 def test_a_tie_counts_as_wrong():
-    assert compute_metrics(outcome([-1.0, -3.0], [-1.0, -4.0])).accuracies == 0.5
+    assert compute_metrics(make_pair_outputs([-1.0, -3.0], [-1.0, -4.0])).accuracies == 0.5
 
 
 def test_rewards_are_beta_times_the_log_ratio_and_logps_are_the_policys_sums():
     reference = PairLogps(mx.array([-2.0, -2.0]), mx.array([-1.0, -5.0]))
-    found = compute_metrics(outcome([-1.0, -3.0], [-4.0, -6.0], reference=reference))
-    assert found.chosen_rewards == pytest.approx(0.5 * (1 - 1) / 2)
-    assert found.rejected_rewards == pytest.approx(0.5 * (-3 - 1) / 2)
-    assert found.chosen_logps == -2.0
-    assert found.rejected_logps == -5.0
-    assert found.loss == 0.5
+    result = compute_metrics(make_pair_outputs([-1.0, -3.0], [-4.0, -6.0], reference=reference))
+    assert result.chosen_rewards == pytest.approx(0.5 * (1 - 1) / 2)
+    assert result.rejected_rewards == pytest.approx(0.5 * (-3 - 1) / 2)
+    assert result.chosen_logps == -2.0
+    assert result.rejected_logps == -5.0
+    assert result.loss == 0.5
 
 
 def test_parts_of_unequal_size_weigh_by_their_pairs():
     """A mean of the parts' means would give 0.5."""
-    small = outcomes(
+    small = make_outputs(
         mx.array([1.0]), PairLogps(mx.array([1.0]), mx.array([0.0])),
         PairLogps(mx.zeros((1,)), mx.zeros((1,))), beta=1.0,
     )  # fmt: skip
-    large = outcomes(
+    large = make_outputs(
         mx.zeros((3,)), PairLogps(mx.zeros((3,)), mx.ones((3,))),
         PairLogps(mx.zeros((3,)), mx.zeros((3,))), beta=1.0,
     )  # fmt: skip
-    found = compute_metrics(concatenate_outputs([small, large]))
-    assert found.loss == 0.25
-    assert found.accuracies == 0.25
+    result = compute_metrics(concatenate_outputs([small, large]))
+    assert result.loss == 0.25
+    assert result.accuracies == 0.25
 
 
 def test_every_metric_has_an_entry_and_no_two_share_a_name():
@@ -87,20 +87,20 @@ def test_metrics_are_filled_by_name_not_by_the_order_of_the_fields(monkeypatch, 
     policy = PairLogps(mx.array([-1.0, -9.0, -4.0]), mx.array([-2.0, -3.0, -8.0]))
     reference = PairLogps(mx.array([-2.0, -7.0, -4.5]), mx.array([-1.0, -3.5, -5.0]))
     losses = mx.array([0.25, 0.75, 1.0])
-    given = outcomes(losses, policy, reference, beta=0.5, desirable=labels)
-    expected = compute_metrics(given, labelled=labels is not None)._asdict()
+    outputs = make_outputs(losses, policy, reference, beta=0.5, desirable=labels)
+    expected = compute_metrics(outputs, labelled=labels is not None)._asdict()
     fields = [(name, "float | None", None) for name in reversed(PreferenceMetrics._fields)]
     reordered = make_dataclass("Reordered", fields)
     monkeypatch.setattr(metrics, "PreferenceMetrics", reordered)
-    assert asdict(compute_metrics(given, labelled=labels is not None)) == expected
+    assert asdict(compute_metrics(outputs, labelled=labels is not None)) == expected
 
 
 def test_public_names_are_those_of_trl():
-    found = compute_metrics(outcome([-1.0, -9.0], [-2.0, -3.0]))
+    result = compute_metrics(make_pair_outputs([-1.0, -9.0], [-2.0, -3.0]))
     step = StepMetrics(
         step=3,
         epoch=0.5,
-        preferences=found,
+        preferences=result,
         grad_norm=1.5,
         learning_rate=1e-5,
         num_tokens=99,
@@ -111,45 +111,45 @@ def test_public_names_are_those_of_trl():
         "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
         "logps/chosen", "logps/rejected", "lengths/chosen", "lengths/rejected",
     }  # fmt: skip
-    assert step_row(step)["logps/rejected"] == found.rejected_logps
-    assert to_public_names(found, prefix="eval_")["eval_rewards/accuracies"] == 0.5
+    assert step_row(step)["logps/rejected"] == result.rejected_logps
+    assert to_public_names(result, prefix="eval_")["eval_rewards/accuracies"] == 0.5
 
 
-def test_lengths_of_labelled_rows_are_those_of_each_kind():
-    """The second of `chosen` and `rejected` is what the row was mismatched with: not meant."""
+def test_lengths_of_labelled_examples_are_means_by_label():
+    """`rejected` holds the mismatched completions, whose lengths are not reported."""
     rows = [((2,) * 4, True), ((2,) * 2, True), ((2,) * 7, False)]
-    facts = pair_metadata([TokenizedPair((1,), t, (9,) * 5, desirable=good) for t, good in rows])
-    nothing = mx.zeros((3,))
-    scored = ScoredPairs(PairLogps(nothing, nothing), PairLogps(nothing, nothing), facts, nothing)
-    found = to_public_names(
-        compute_metrics(LossOutputs(nothing, scored, nothing, nothing), labelled=True)
+    metadata = pair_metadata([TokenizedPair((1,), t, (9,) * 5, desirable=good) for t, good in rows])
+    zeros = mx.zeros((3,))
+    scored = ScoredPairs(PairLogps(zeros, zeros), PairLogps(zeros, zeros), metadata, zeros)
+    result = to_public_names(
+        compute_metrics(LossOutputs(zeros, scored, zeros, zeros), labelled=True)
     )
-    assert (found["lengths/chosen"], found["lengths/rejected"]) == (3.0, 7.0)
+    assert (result["lengths/chosen"], result["lengths/rejected"]) == (3.0, 7.0)
 
 
 def labelled(desirable):
-    """Four judged rows; beta 0.5, the mismatched completions have moved by 1 nat on average."""
+    """Return metrics of four labelled rows; the mismatched completions have a KL of 1 nat."""
     policy = PairLogps(mx.array([-1.0, -5.0, -3.0, -4.0]), mx.array([2.0, 0.0, 1.0, 1.0]))
     reference = PairLogps(mx.array([-4.0, -4.0, -4.0, -4.0]), mx.zeros((4,)))
     losses = mx.array([0.1, 0.2, 0.3, 0.4])
     return compute_metrics(
-        outcomes(losses, policy, reference, beta=0.5, desirable=desirable), labelled=True
+        make_outputs(losses, policy, reference, beta=0.5, desirable=desirable), labelled=True
     )
 
 
-def test_labelled_rows_have_means_by_label_and_are_right_on_their_side_of_the_reference_point():
-    """Rewards 1.5, -0.5, 0.5, 0; the point is at 0.5."""
-    found = labelled([True, True, False, False])
-    assert found.loss == pytest.approx(0.25)
-    assert (found.chosen_rewards, found.rejected_rewards) == (0.5, 0.25)
-    assert found.margins == 0.25
-    assert (found.chosen_logps, found.rejected_logps) == (-3.0, -3.5)
-    assert found.kl == 1.0
-    # The first lies above, the second below; a reward on the point is on nobody's side.
-    assert found.accuracies == 0.5
+def test_metrics_of_labelled_rows_are_means_by_label():
+    """Rewards are 1.5, -0.5, 0.5 and 0; the reference point is 0.5."""
+    result = labelled([True, True, False, False])
+    assert result.loss == pytest.approx(0.25)
+    assert (result.chosen_rewards, result.rejected_rewards) == (0.5, 0.25)
+    assert result.margins == 0.25
+    assert (result.chosen_logps, result.rejected_logps) == (-3.0, -3.5)
+    assert result.kl == 1.0
+    # The first is above (correct), the second below; a reward on the point is never correct.
+    assert result.accuracies == 0.5
 
 
-def test_a_step_without_rows_of_one_kind_says_nothing_of_them():
+def test_a_step_without_undesirable_rows_has_no_metrics_of_them():
     row = to_public_names(labelled([True] * 4))
     assert "rewards/rejected" not in row and "rewards/margins" not in row
     assert row["rewards/chosen"] == 0.375
@@ -158,13 +158,13 @@ def test_a_step_without_rows_of_one_kind_says_nothing_of_them():
 def test_the_margin_is_correlated_with_how_much_longer_chosen_is():
     """By hand: length differences 2, 0, -2, margins 3, 1, 2: 2 / sqrt(8 * 2)."""
     lengths = [(3, 1), (2, 2), (1, 3)]
-    facts = pair_metadata([TokenizedPair((1,), (2,) * c, (3,) * r) for c, r in lengths])
+    metadata = pair_metadata([TokenizedPair((1,), (2,) * c, (3,) * r) for c, r in lengths])
     chosen, zeros = mx.array([3.0, 1.0, 2.0]), mx.zeros((3,))
-    scored = ScoredPairs(PairLogps(chosen, zeros), PairLogps(zeros, zeros), facts, zeros)
-    found = compute_metrics(LossOutputs(zeros, scored, chosen, zeros))
-    assert found.length_correlation == pytest.approx(2 / 16**0.5)
-    assert (found.chosen_tokens, found.rejected_tokens) == (2.0, 2.0)
+    scored = ScoredPairs(PairLogps(chosen, zeros), PairLogps(zeros, zeros), metadata, zeros)
+    result = compute_metrics(LossOutputs(zeros, scored, chosen, zeros))
+    assert result.length_correlation == pytest.approx(2 / 16**0.5)
+    assert (result.chosen_tokens, result.rejected_tokens) == (2.0, 2.0)
     same = scored._replace(metadata=pair_metadata([TokenizedPair((1,), (2,), (3, 3, 3))] * 3))
-    found = compute_metrics(LossOutputs(zeros, same, chosen, zeros))
-    assert (found.chosen_tokens, found.rejected_tokens) == (1.0, 3.0)
-    assert found.length_correlation is None
+    result = compute_metrics(LossOutputs(zeros, same, chosen, zeros))
+    assert (result.chosen_tokens, result.rejected_tokens) == (1.0, 3.0)
+    assert result.length_correlation is None

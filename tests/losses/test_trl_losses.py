@@ -1,7 +1,6 @@
-"""Every loss that TRL has, beside TRL's own code: value, slopes and rewards, from the logits on.
+"""Every loss that TRL has against TRL's own code: value, gradients and rewards, from the logits.
 
-TRL's values come from `scripts/tools/goldens/trl_losses.py`, which says what it
-needs to make them again.
+TRL's values come from `scripts/tools/goldens/trl_losses.py`, which documents its requirements.
 """
 
 import json
@@ -26,20 +25,20 @@ NOT_IN_TRL = {"cdpo", "dpop"}
 
 
 def settings_of_all():
-    """Every case of the script in our words."""
-    found = {}
+    """Return the cases of the script as mlx-dpo settings."""
+    cases = {}
     for name, settings in trl.DPO.items():
-        found[name] = settings
+        cases[name] = settings
     for name, settings in trl.CPO.items():
-        kind = "simpo" if settings["loss_type"] == "simpo" else "cpo"
-        idle = {"loss_type", "cpo_alpha"} if kind == "simpo" else {"loss_type"}
-        kept = {key: value for key, value in settings.items() if key not in idle}
-        found[name] = {"loss_type": [kind], **kept}
-    found |= {name: {"loss_type": ["orpo"], **settings} for name, settings in trl.ORPO.items()}
-    found |= {name: {"loss_type": ["kto"], **settings} for name, settings in trl.KTO.items()}
+        loss = "simpo" if settings["loss_type"] == "simpo" else "cpo"
+        idle = {"loss_type", "cpo_alpha"} if loss == "simpo" else {"loss_type"}
+        own = {key: value for key, value in settings.items() if key not in idle}
+        cases[name] = {"loss_type": [loss], **own}
+    cases |= {name: {"loss_type": ["orpo"], **settings} for name, settings in trl.ORPO.items()}
+    cases |= {name: {"loss_type": ["kto"], **settings} for name, settings in trl.KTO.items()}
     return {
         name: settings if settings["loss_type"] == ["sft"] else {"beta": trl.BETA} | settings
-        for name, settings in found.items()
+        for name, settings in cases.items()
     }
 
 
@@ -64,7 +63,7 @@ def ours(name):
         for value in (TEXTS.policy, TEXTS.reference, TEXTS.direction)
     )
     labels = trl.DESIRABLE if objective.labelled else (None,) * len(trl.LENGTHS)
-    facts = pair_metadata(
+    metadata = pair_metadata(
         [
             TokenizedPair((0,), (1,) * chosen, (1,) * rejected, desirable=label)
             for (chosen, rejected), label in zip(trl.LENGTHS, labels, strict=True)
@@ -80,7 +79,7 @@ def ours(name):
         base = pair_logps(lambda tokens: reference, batch, ld_alpha=config.ld_alpha)
         if objective.labelled and trl.labelled_rows(name)[0].start:
             policy, base = PairLogps(*reversed(policy)), PairLogps(*reversed(base))
-        return ScoredPairs(policy, base, facts, weights)
+        return ScoredPairs(policy, base, metadata, weights)
 
     zero = mx.zeros((len(TEXTS.tokens),))
 

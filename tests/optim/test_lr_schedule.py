@@ -24,14 +24,14 @@ def rates(total, **more):
     return [learning_rate(s, peak=0.3, total=total, **more) for s in range(total)]
 
 
-@pytest.mark.parametrize(("kind", "warmup", "floor", "expected"), TRANSFORMERS)
-def test_rates_are_those_of_transformers(kind, warmup, floor, expected):
-    found = rates(len(expected), warmup=warmup, schedule=kind, min_lr_rate=floor)
-    assert found == pytest.approx(expected, abs=1e-12)
+@pytest.mark.parametrize(("schedule", "warmup", "min_lr_rate", "expected"), TRANSFORMERS)
+def test_rates_are_those_of_transformers(schedule, warmup, min_lr_rate, expected):
+    actual = rates(len(expected), warmup=warmup, schedule=schedule, min_lr_rate=min_lr_rate)
+    assert actual == pytest.approx(expected, abs=1e-12)
 
 
 def test_every_schedule_is_compared_with_transformers():
-    assert {kind for kind, *_ in TRANSFORMERS} == set(LR_SCHEDULES)
+    assert {schedule for schedule, *_ in TRANSFORMERS} == set(LR_SCHEDULES)
 
 
 def test_a_cosine_with_a_floor_of_nothing_is_a_cosine():

@@ -113,7 +113,7 @@ CASES = [
 
 
 class Weights(nn.Module):
-    """A tree as a model's: `outside`, and in a list of blocks."""
+    """A model with the same weights outside and inside a list of layers."""
 
     def __init__(self, start):
         super().__init__()
@@ -123,7 +123,7 @@ class Weights(nn.Module):
 
 
 def five_steps(name, start=START, gradients=GRADIENTS, **settings):
-    """Ours: the weights after five steps, by name and by whether they are in a block."""
+    """Return the weights after five steps of the optimizer, inside and outside of a layer."""
     model = Weights(start)
     optimizer = build_optimizer(name, model, 99.0, **settings)
     for rate, g in zip(RATES, gradients, strict=True):
@@ -133,66 +133,66 @@ def five_steps(name, start=START, gradients=GRADIENTS, **settings):
     return named_arrays(model.parameters())
 
 
-def assert_close(found, expected):
-    assert np.abs(np.array(found, dtype=np.float64) - expected).max() < 1e-6
+def assert_close(actual, expected):
+    assert np.abs(np.array(actual, dtype=np.float64) - expected).max() < 1e-6
 
 
 @pytest.mark.parametrize(("name", "settings", "paper"), CASES)
 def test_five_steps_are_those_of_the_paper(name, settings, paper):
-    found = five_steps(name, **settings)
+    actual = five_steps(name, **settings)
     for key, start in START.items():
         expected = paper(start, [g[key] for g in GRADIENTS])
-        assert_close(found[key], expected)
-        assert_close(found[f"layers.0.{key}"], expected)
+        assert_close(actual[key], expected)
+        assert_close(actual[f"layers.0.{key}"], expected)
 
 
 @pytest.mark.parametrize("settings", [{}, {"weight_decay": 0.3}, {"momentum": 0.6}])
 def test_muon_moves_the_matrices_of_blocks_and_adamw_the_rest(settings):
-    found = five_steps("muon", **settings)
+    actual = five_steps("muon", **settings)
     decay = settings.get("weight_decay", 0.0)
-    theirs = partial(muon, mu=settings.get("momentum", 0.95), decay=decay)
+    expected_muon = partial(muon, mu=settings.get("momentum", 0.95), decay=decay)
     adamw = partial(adam, decay=decay)
     paths = {
-        "layers.0.matrix": theirs,
+        "layers.0.matrix": expected_muon,
         "layers.0.vector": adamw,  # as DoRA's magnitudes
         "matrix": adamw,  # as embeddings and head
         "vector": adamw,
     }
     for path, paper in paths.items():
         key = path.rpartition(".")[2]
-        assert_close(found[path], paper(START[key], [g[key] for g in GRADIENTS]))
+        assert_close(actual[path], paper(START[key], [g[key] for g in GRADIENTS]))
 
 
-def test_muon_does_not_mind_which_axis_of_a_matrix_is_the_output():
-    """Adapters are stored the other way round than weights."""
-    turned = five_steps(
+def test_muon_is_independent_of_which_axis_of_a_matrix_is_the_output():
+    """Adapters store the axes in the opposite order of weights."""
+    transposed = five_steps(
         "muon",
         {"matrix": START["matrix"].T},
         [{"matrix": g["matrix"].T} for g in GRADIENTS],
         weight_decay=0.1,
     )
     straight = five_steps("muon", weight_decay=0.1)
-    assert_close(turned["layers.0.matrix"].T, np.array(straight["layers.0.matrix"]))
+    assert_close(transposed["layers.0.matrix"].T, np.array(straight["layers.0.matrix"]))
 
 
 def test_stacked_matrices_are_made_orthogonal_one_by_one():
     stack = mx.random.normal((3, 8, 5), key=mx.random.key(0))
     together = orthogonalize(stack)
-    for matrix, found in zip(stack, together, strict=True):
-        assert mx.allclose(orthogonalize(matrix), found, atol=1e-6)
-        sizes = np.linalg.svd(np.array(found), compute_uv=False)
+    for matrix, actual in zip(stack, together, strict=True):
+        assert mx.allclose(orthogonalize(matrix), actual, atol=1e-6)
+        sizes = np.linalg.svd(np.array(actual), compute_uv=False)
         assert ((sizes > 0.6) & (sizes < 1.3)).all()  # what five steps reach
 
 
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS))
 def test_a_weight_without_a_gradient_stays(name):
-    """As half of every fresh adapter in its first step: the other half is zero."""
+    """Half of every new adapter has no gradient at its first step: the other half is zero."""
     zeros = [{key: np.zeros_like(value) for key, value in START.items()} for _ in RATES]
     for key, value in five_steps(name, gradients=zeros).items():
         assert_close(value, START[key.rpartition(".")[2]])
 
 
-def test_an_optimizer_takes_the_settings_that_it_is_said_to_take():
+def test_an_optimizer_takes_the_settings_of_its_entry():
     for name, entry in OPTIMIZERS.items():
         assert tuple(inspect.signature(entry.build).parameters)[1:] == entry.settings, name
 
@@ -202,7 +202,7 @@ def test_every_optimizer_is_compared_with_its_paper():
     assert {name for name, *_ in CASES} | {"muon"} == OPTIMIZERS.keys()
 
 
-# --- what is remembered ----------------------------------------------------------------------
+# --- optimizer state ------------------------------------------------------------------------
 
 SETTINGS = {"sgd": {"momentum": 0.9}, "adamw": {"weight_decay": 0.01}}
 
@@ -218,7 +218,7 @@ def fresh(name, kind="lora"):
 @pytest.mark.parametrize(
     ("name", "kind"), [*((name, "lora") for name in sorted(OPTIMIZERS)), ("muon", "dora")]
 )
-def test_resuming_is_the_same_as_never_stopping_bit_for_bit(plan, tmp_path, name, kind):  # noqa: F811
+def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(plan, tmp_path, name, kind):  # noqa: F811
     straight, optimizer = fresh(name, kind)
     expected = [row for _, row in train(straight, optimizer, plan, start=Progress())]
 
@@ -230,11 +230,11 @@ def test_resuming_is_the_same_as_never_stopping_bit_for_bit(plan, tmp_path, name
 
     resumed, again = fresh(name, kind)
     start = checkpoint.restore(checkpoint.latest(tmp_path), resumed, again)
-    kept, found = named_arrays(optimizer.state), named_arrays(again.state)
-    assert kept.keys() == found.keys()
-    for key, value in kept.items():
-        assert value.dtype == found[key].dtype, key
-        assert mx.array_equal(value, found[key]), key
+    expected_state, actual = named_arrays(optimizer.state), named_arrays(again.state)
+    assert expected_state.keys() == actual.keys()
+    for key, value in expected_state.items():
+        assert value.dtype == actual[key].dtype, key
+        assert mx.array_equal(value, actual[key]), key
     rows += [row for _, row in train(resumed, again, plan, start=start)]
     assert rows == expected
     for key, value in adapters.adapter_weights(resumed).items():
@@ -245,13 +245,13 @@ def test_resuming_is_the_same_as_never_stopping_bit_for_bit(plan, tmp_path, name
     ("name", "moments"), [("adamw", 2), ("adam", 2), ("lion", 1), ("muon", 1), ("sgd", 1),
                           ("rmsprop", 1)],
 )  # fmt: skip
-def test_what_an_optimizer_remembers_is_counted_in_copies_of_what_it_moves(name, moments):
+def test_the_state_is_counted_in_copies_of_the_trained_weights(name, moments):
     policy, optimizer = fresh(name)
     moved = sum(value.nbytes for value in adapters.adapter_weights(policy).values())
     assert count_state_bytes(optimizer) == moments * moved
 
 
-def test_adafactor_remembers_rows_and_columns():
+def test_the_state_of_adafactor_is_rows_and_columns():
     policy, optimizer = fresh("adafactor")
     shapes = [value.shape for value in adapters.adapter_weights(policy).values()]
     assert count_state_bytes(optimizer) == 4 * sum(rows + columns for rows, columns in shapes)

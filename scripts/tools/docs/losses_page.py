@@ -14,49 +14,52 @@ HEAD = f"""# Losses
 
 <!-- made by scripts/tools/docs/losses_page.py from the entries in mlx_dpo/losses/ -->
 
-`--loss-type` takes one or several of these; several are summed, with `--loss-weights`: RPO is
-`--loss-type sigmoid --loss-type sft`, MPO `--loss-type sigmoid --loss-type bco_pair --loss-type
-sft --loss-weights 0.8 --loss-weights 0.2 --loss-weights 1`. In a file it is `loss_type: [sigmoid,
-sft]`. Names are TRL's where it has the loss, and so are the numbers: tests hold value and gradient
-of each against TRL's own code within 1e-6, and against its formula in float64. `mlx-dpo losses`
-shows the same in a terminal, `--json` gives it to programs.
+`--loss-type` takes one or more of these names; several losses are summed, with the weights of
+`--loss-weights`: RPO is `--loss-type sigmoid --loss-type sft`, MPO `--loss-type sigmoid --loss-type
+bco_pair --loss-type sft --loss-weights 0.8 --loss-weights 0.2 --loss-weights 1`. In a YAML file,
+write `loss_type: [sigmoid, sft]`. Names are TRL's if TRL has the loss. Tests compare value and
+gradient of each loss with TRL's own code (within 1e-6) and with its formula in float64.
+`mlx-dpo losses` shows the same table in a terminal; `--json` prints it for programs.
 
 {textwrap.fill(LEGEND, 98)}.
 
-| loss | of one pair | when |
+| loss | of one pair | when to use it |
 |---|---|---|
 """
 TAIL = """
-## What each needs, and what acts on it
+## Requirements and settings
 
-Settings stand with the values they have for the loss unless they are set; one that no chosen loss
-reads is an error. *Margins* are those of the data: they are taken from β times the margin (ODPO,
-arXiv:2402.10571). *Divergences* are `f_divergence_type` (f-DPO, arXiv:2309.16240): log-ratios give
-way to f'(π / π_ref). In a sum `beta` is one for all; unless set, that of the first loss.
+Settings are listed with their default values for the loss; a setting that none of the chosen losses
+reads is an error. *Margins*: a margin column of the data acts on the loss; the margin is subtracted
+from β times the log-ratio margin (ODPO, arXiv:2402.10571). *Divergences*: `f_divergence_type` acts
+on the loss (f-DPO, arXiv:2309.16240); log-ratios are replaced by f'(π / π_ref). In a sum all losses
+have the same `beta`; the default is that of the first loss.
 
 | loss | needs | settings | margins | divergences | source |
 |---|---|---|:-:|:-:|---|
 """
 END = """
-On all losses of pairs with a reference: `ld_alpha` (LD-DPO, arXiv:2409.06411), by which tokens
-beyond the length of the shorter completion count less, under policy and reference. On all whose
-terms are of one pair: `use_weighting` (WPO, arXiv:2406.11827), by which a pair counts as much as
-the policy would write it itself; it takes one more pass a step.
+Two more settings act on several losses. `ld_alpha` (LD-DPO, arXiv:2409.06411) acts on all losses of
+pairs with a reference: tokens beyond the length of the shorter completion have this weight, under
+policy and reference. `use_weighting` (WPO, arXiv:2406.11827) acts on all losses whose terms are of
+one pair: pairs are weighted by their probability under the policy, at the cost of one more forward
+pass per step.
 
-## Where papers and TRL differ
+## Differences between papers, TRL and mlx-dpo
 
-* `sigmoid` takes `label_smoothing` (then it is `cdpo`); TRL ignores it there.
-* `ipo` averages log-ratios over tokens, as its authors told TRL they did; the paper has sums.
+* `sigmoid` takes `label_smoothing` (it is then `cdpo`); TRL ignores it for this loss.
+* `ipo` averages log-ratios over tokens, as its authors confirmed to TRL; the paper has sums.
 * `bco_pair` has no running mean of rewards, as in TRL; the paper has one.
-* The likelihood of chosen in `cpo` and `orpo` is a mean over tokens, as in TRL; of the completion
-  alone, as in the papers. TRL's ORPO counts the prompt in.
+* The likelihood of chosen in `cpo` and `orpo` is a mean over tokens, as in TRL, of the completion
+  only, as in the papers. TRL's ORPO includes the prompt.
 * `sft` is divided by the mean length over a step, so that it is the mean over the step's tokens
-  however it is cut into passes. TRL's is a mean over each pass, and fails with `use_weighting`.
-* Exponentials of `forward_kl` and `alpha_divergence` go on as their tangent beyond e^30, so that a
-  completion far out of reach is still pulled back. TRL cuts at e^80, where the gradient is zero,
-  or overflows. `f_alpha_divergence_coef` is TRL's: 1 less the paper's α.
-* Rewards of losses without a reference are β times log-probabilities (`simpo`, `orpo`: averages),
-  as TRL logs them.
+  for every micro-batch size. TRL's is a mean over each forward pass, and fails with
+  `use_weighting`.
+* Exponentials of `forward_kl` and `alpha_divergence` continue as their tangent above e^30, so that
+  a completion that has become very unlikely still gets a gradient. TRL cuts at e^80, where the
+  gradient is zero, or overflows. `f_alpha_divergence_coef` is TRL's: 1 minus the paper's α.
+* Rewards of reference-free losses are β times log-probabilities (`simpo`, `orpo`: averages over
+  tokens), as TRL logs them.
 """
 
 
