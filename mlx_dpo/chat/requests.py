@@ -6,7 +6,7 @@ mlx-lm's server ignores fields that it does not implement, and a few values end 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from mlx_dpo.schemas.messages import OURS
+from mlx_dpo.schemas.messages import RESERVED_TEMPLATE_KWARGS
 
 SEED_LIMIT = 2**64
 # Fields that would change the answer, each with the values that have no effect.
@@ -41,7 +41,7 @@ def _request_errors(body: Mapping[str, Any], vocab_size: int) -> Iterator[str]:
     template_values = body.get("chat_template_kwargs") or {}
     if not isinstance(template_values, dict):
         yield f"`chat_template_kwargs` must be an object, found {_abbreviate(template_values)}"
-    elif reserved := sorted(OURS & template_values.keys()):
+    elif reserved := sorted(RESERVED_TEMPLATE_KWARGS & template_values.keys()):
         yield f"`chat_template_kwargs` cannot set {', '.join(reserved)}"
     stream_options = body.get("stream_options") or {}
     if not isinstance(stream_options, dict):

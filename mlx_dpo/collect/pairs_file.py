@@ -14,7 +14,7 @@ from mlx_dpo.chat.feedback import JsonlFile, pair_row, utc_timestamp
 from mlx_dpo.data.prompts import Prompt
 from mlx_dpo.data.sources import read_rows
 from mlx_dpo.errors import DataError
-from mlx_dpo.schemas.messages import as_turns
+from mlx_dpo.schemas.messages import to_messages
 
 Row = dict[str, Any]
 PROVENANCE = "provenance"
@@ -44,7 +44,7 @@ class StoredDecision:
     def key(self) -> str:
         """Of its prompt."""
         prompt = self.row["prompt"]
-        return Prompt(as_turns(prompt if isinstance(prompt, str) else tuple(prompt), "user")).key
+        return Prompt(to_messages(prompt if isinstance(prompt, str) else tuple(prompt), "user")).key
 
 
 @dataclass

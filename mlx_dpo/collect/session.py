@@ -12,7 +12,7 @@ from typing import Any
 from mlx_dpo.collect.pairs_file import Decision, PairsFile
 from mlx_dpo.data.prompts import Prompt
 from mlx_dpo.errors import ConfigError
-from mlx_dpo.schemas.messages import refuse_unreadable
+from mlx_dpo.schemas.messages import check_readable
 
 TIE, SKIPPED, IDENTICAL, EMPTY = "tie", "skipped", "all answers are alike", "too few answers"
 PERSON = "person"
@@ -153,7 +153,7 @@ class RankingSession:
         rejected = question.answers[worse]
         if not text or text == rejected.text.strip():
             raise ConfigError("the edited answer is empty or unchanged; nothing is kept")
-        refuse_unreadable(text, "the edited answer", "improve")
+        check_readable(text, "the edited answer", "improve")
         told = {"by": PERSON, "edited": True, "rejected_from": rejected.told()}
         self._decide(Decision(question.prompt, told, chosen=text, rejected=rejected.text))
 

@@ -17,7 +17,7 @@ from mlx_dpo.data.tokenization.chat_template import TokenRules
 from mlx_dpo.data.tokenization.parallel import TokenizerWorkers
 from mlx_dpo.data.tokenization.tokenize_rows import LoadedPairs, PairRules
 from mlx_dpo.errors import ConfigError
-from mlx_dpo.schemas.schema import DEFAULT, RowRules
+from mlx_dpo.schemas.schema import DEFAULT_RULES, RowRules
 from mlx_dpo.types import TokenizedPair
 
 
@@ -26,7 +26,7 @@ def load_pairs(
     tokenizer: Any,
     rules: TokenRules | None = None,
     *,
-    rows: RowRules = DEFAULT,
+    rows: RowRules = DEFAULT_RULES,
     bad_pairs: str = "error",
     split: str | None = None,
 ) -> LoadedPairs[PairDataset]:

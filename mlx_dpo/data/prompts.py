@@ -11,7 +11,7 @@ from mlx_dpo.data.sources import find_sources, resolve_source
 from mlx_dpo.errors import BadPairError, DataError
 from mlx_dpo.schemas import has_pair_schema, parse_pairs
 from mlx_dpo.schemas import hh_rlhf as dialogues
-from mlx_dpo.schemas.messages import as_turns, kind_of, text_of, turns_of
+from mlx_dpo.schemas.messages import get_field_type, parse_messages, parse_text, to_messages
 from mlx_dpo.schemas.schema import Row
 from mlx_dpo.types import Message, Text
 
@@ -81,9 +81,9 @@ def make_prompt(text: Text, location: str = "", *, whole: bool = False) -> Promp
 
     A `whole` text that marks its turns is these turns, as where it is trained on.
     """
-    if whole and isinstance(text, str) and (marked := dialogues.turns(text)) is not None:
+    if whole and isinstance(text, str) and (marked := dialogues.parse_turns(text)) is not None:
         return replace(make_prompt(marked, location), text=text)
-    turns = as_turns(text, "user")
+    turns = to_messages(text, "user")
     while turns and turns[-1]["role"] == "assistant":
         turns = turns[:-1]
     if not turns or not any(str(turn["content"]).strip() for turn in turns):
@@ -150,10 +150,10 @@ def _alone(row: Row) -> Prompt:
         value: Any = record.get(name)
         if value is None or value == "":
             continue
-        if kind_of(value, name, row.location) == "messages":
-            return make_prompt(turns_of(value, name, row.location), row.location)
+        if get_field_type(value, name, row.location) == "messages":
+            return make_prompt(parse_messages(value, name, row.location), row.location)
         [prompt] = add_system_prompt(
-            [make_prompt(text_of(value, name, row.location), row.location)], _system_beside(row)
+            [make_prompt(parse_text(value, name, row.location), row.location)], _system_beside(row)
         )
         return prompt
     found = ", ".join(f"`{name}`" for name in sorted(record)) or "nothing"
@@ -164,7 +164,7 @@ def _system_beside(row: Row) -> str | None:
     """The `system` beside a text; labelled rows are trained on without it."""
     if "label" in row.record:
         return None
-    return text_of(row.record.get("system") or "", "system", row.location) or None
+    return parse_text(row.record.get("system") or "", "system", row.location) or None
 
 
 def _lines(path: Path) -> Iterator[Prompt]:

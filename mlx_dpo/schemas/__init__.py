@@ -11,10 +11,10 @@ from difflib import get_close_matches
 from mlx_dpo.errors import TIED, BadPairError, DataError
 from mlx_dpo.schemas.hh_rlhf import DIALOGUES
 from mlx_dpo.schemas.instructions import ALPACA, ORCA, SHP
-from mlx_dpo.schemas.messages import kind_of, refuse_media, template_input
+from mlx_dpo.schemas.messages import check_no_media, get_field_type, parse_template_kwargs
 from mlx_dpo.schemas.openai import OPENAI
 from mlx_dpo.schemas.ranked import RANKED
-from mlx_dpo.schemas.schema import DEFAULT, Parsed, Row, RowRules, Schema, format_names
+from mlx_dpo.schemas.schema import DEFAULT_RULES, Parsed, Row, RowRules, Schema, format_names
 from mlx_dpo.schemas.sharegpt import SHAREGPT
 from mlx_dpo.schemas.trl import MESSAGES, STRINGS, WHOLE_MESSAGES, WHOLE_STRINGS
 from mlx_dpo.schemas.unpaired import LABELLED
@@ -30,7 +30,7 @@ SCHEMAS = {
 }  # fmt: skip
 
 
-def find_schema(row: Row, rules: RowRules = DEFAULT) -> Schema:
+def find_schema(row: Row, rules: RowRules = DEFAULT_RULES) -> Schema:
     """Return the schema that `rules` name, or the first one that fits the row.
 
     Raises:
@@ -54,7 +54,9 @@ def has_pair_schema(row: Row) -> bool:
     return any(not schema.unpaired and schema.fits(row.record) for schema in SCHEMAS.values())
 
 
-def parse_row(row: Row, rules: RowRules = DEFAULT, schema: Schema | None = None) -> list[Parsed]:
+def parse_row(
+    row: Row, rules: RowRules = DEFAULT_RULES, schema: Schema | None = None
+) -> list[Parsed]:
     """Return the examples of the row, with a `BadPairError` for each one that cannot be trained on.
 
     Args:
@@ -68,19 +70,19 @@ def parse_row(row: Row, rules: RowRules = DEFAULT, schema: Schema | None = None)
     if schema.unpaired and not (rules.judged or rules.pair_labelled):
         raise DataError(f"{row.location}: a single judged answer, and no pair")
     try:
-        refuse_media(row)
-        given = template_input(row.record, schema.tools(row.record), row.location)
+        check_no_media(row)
+        kwargs = parse_template_kwargs(row.record, schema.tools(row.record), row.location)
         examples = schema.parse(row, rules)
     except BadPairError as bad:
         return [bad]
     return [
-        example if isinstance(example, BadPairError) else replace(example, template_kwargs=given)
+        example if isinstance(example, BadPairError) else replace(example, template_kwargs=kwargs)
         for example in examples
     ]
 
 
 def parse_pairs(
-    row: Row, rules: RowRules = DEFAULT, schema: Schema | None = None
+    row: Row, rules: RowRules = DEFAULT_RULES, schema: Schema | None = None
 ) -> list[PreferenceExample]:
     """Return the preference pairs of the row; equally rated completions make none.
 
@@ -100,7 +102,7 @@ def parse_pairs(
 
 
 def parse_unpaired(
-    row: Row, rules: RowRules = DEFAULT, schema: Schema | None = None
+    row: Row, rules: RowRules = DEFAULT_RULES, schema: Schema | None = None
 ) -> list[UnpairedExample]:
     """Return one unpaired example of a labelled row, two of each pair (chosen good, rejected bad).
 
@@ -129,30 +131,30 @@ def parse_unpaired(
 
 
 def _unknown_schema(row: Row) -> DataError:
-    record, where = row.record, row.location
+    record, location = row.record, row.location
     if "label" in record and "chosen" not in record:
         return DataError(
-            f"{where}: a single judged answer (`label`), and no pair; use --loss-type kto, or "
+            f"{location}: a single judged answer (`label`), and no pair; use --loss-type kto, or "
             "--pair-labelled where a prompt has good and bad answers"
         )
     for name in ("chosen", "rejected"):
         if name not in record:
             return DataError(
-                f"{where}: missing `{name}` (found {format_names(record)}); if a column has "
+                f"{location}: missing `{name}` (found {format_names(record)}); if a column has "
                 f"another name, --column {name}=NAME"
             )
-    kinds = {kind_of(record[name], name, where) for name in ("chosen", "rejected")}
+    kinds = {get_field_type(record[name], name, location) for name in ("chosen", "rejected")}
     if record.get("prompt") is not None:
-        kind_of(record["prompt"], "prompt", where)
+        get_field_type(record["prompt"], "prompt", location)
     if len(kinds) > 1:
-        return DataError(f"{where}: one of `chosen` and `rejected` is text, the other messages")
-    return DataError(f"{where}: in no way that is read here (found {format_names(record)})")
+        return DataError(f"{location}: one of `chosen` and `rejected` is text, the other messages")
+    return DataError(f"{location}: in no way that is read here (found {format_names(record)})")
 
 
 def _check_prompt_name(row: Row) -> None:
     """Raise `DataError` if the row seems to have a prompt in a column of another name.
 
-    A row without `prompt` may hold whole dialogues, but `promt` is a typing error.
+    A row without `prompt` may have an implicit prompt, but a column `promt` is a typing error.
     """
     if isinstance(row.record.get("chosen"), str) and isinstance(row.record.get("messages"), list):
         raise DataError(

@@ -1,7 +1,7 @@
-"""Whole dialogues as text with Anthropic's turn marks, which both answers share up to the last."""
+"""Schema of HH-RLHF: whole dialogues as text with the turn marks `Human:` and `Assistant:`."""
 
 from mlx_dpo.errors import DIFFERENT_PROMPTS, BadPairError
-from mlx_dpo.schemas.messages import pair, text_of
+from mlx_dpo.schemas.messages import make_pair, parse_text
 from mlx_dpo.schemas.schema import PairOrError, Record, Row, RowRules, Schema
 from mlx_dpo.types import Message, PreferenceExample, Text
 
@@ -9,38 +9,36 @@ HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 ROLES = {HUMAN: "user", ASSISTANT: "assistant"}
 
 
-def turns(prompt: Text) -> tuple[Message, ...] | None:
-    """The turns before an answer; None where the text is not marked from beginning to end.
+def parse_turns(prompt: Text) -> tuple[Message, ...] | None:
+    """Return the messages of a marked prompt, or None if the text is not fully marked.
 
-    White space around a turn is not part of it.
+    White space around a message is removed.
     """
     if not (isinstance(prompt, str) and prompt.lstrip().startswith(HUMAN.strip())):
         return None
     text = "\n\n" + prompt.strip()
     if not text.endswith(ASSISTANT):
         return None
-    found: list[Message] = []
+    messages: list[Message] = []
     for piece in text[: -len(ASSISTANT)].replace(ASSISTANT, f"{HUMAN}\0").split(HUMAN)[1:]:
         role = "assistant" if piece.startswith("\0") else "user"
-        found.append({"role": role, "content": piece.removeprefix("\0").strip()})
-    return tuple(found)
+        messages.append({"role": role, "content": piece.removeprefix("\0").strip()})
+    return tuple(messages)
 
 
-def as_messages(preference: PreferenceExample) -> PreferenceExample | None:
-    """The same pair as turns; None where the text is not marked."""
-    prompt = turns(preference.prompt)
+def pair_to_messages(example: PreferenceExample) -> PreferenceExample | None:
+    """Return the pair with messages in place of marked text, or None if it is not marked."""
+    prompt = parse_turns(example.prompt)
     if prompt is None:
         return None
     chosen, rejected = (
         ({"role": "assistant", "content": str(text).strip()},)
-        for text in (preference.chosen, preference.rejected)
+        for text in (example.chosen, example.rejected)
     )
-    return PreferenceExample(
-        prompt, chosen, rejected, preference.location, preference.template_kwargs
-    )
+    return PreferenceExample(prompt, chosen, rejected, example.location, example.template_kwargs)
 
 
-def _marked(record: Record) -> bool:
+def _has_marks(record: Record) -> bool:
     texts = [record.get(name) for name in ("chosen", "rejected")]
     if record.get("prompt") is not None or not all(isinstance(text, str) for text in texts):
         return False
@@ -49,12 +47,12 @@ def _marked(record: Record) -> bool:
 
 def _parse(row: Row, rules: RowRules) -> list[PairOrError]:
     chosen, rejected = (
-        text_of(row.record.get(name), name, row.location) for name in ("chosen", "rejected")
+        parse_text(row.record.get(name), name, row.location) for name in ("chosen", "rejected")
     )
-    end, other = (text.rfind(ASSISTANT) + len(ASSISTANT) for text in (chosen, rejected))
-    if chosen[:end] != rejected[:other]:
+    end, rejected_end = (text.rfind(ASSISTANT) + len(ASSISTANT) for text in (chosen, rejected))
+    if chosen[:end] != rejected[:rejected_end]:
         return [BadPairError(row.location, DIFFERENT_PROMPTS)]
-    return pair(row, chosen[:end], chosen[end:], rejected[end:], whole=True)
+    return make_pair(row, chosen[:end], chosen[end:], rejected[end:], implicit_prompt=True)
 
 
-DIALOGUES = Schema("dialogues", _marked, _parse, frozenset({"chosen", "rejected"}))
+DIALOGUES = Schema("dialogues", _has_marks, _parse, frozenset({"chosen", "rejected"}))

@@ -1,4 +1,4 @@
-"""The one owner of what a message may be: checked, and brought into the form templates read."""
+"""Check messages and normalize them for chat templates; make pairs of them."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -9,32 +9,35 @@ from mlx_dpo.errors import EMPTY_COMPLETION, NOT_TEXT, SAME_TEXT, BadPairError, 
 from mlx_dpo.schemas.schema import PairOrError, Row
 from mlx_dpo.types import Message, PreferenceExample, Text, UnpairedExample
 
-MEDIA = ("images", "image", "videos", "video", "audios", "audio")  # fields of a row
-TEMPLATE_FIELDS = frozenset({"tools", "chat_template_kwargs", *MEDIA})
-OURS = frozenset({  # what this program itself tells a template
+MEDIA_FIELDS = ("images", "image", "videos", "video", "audios", "audio")  # of a row
+TEMPLATE_FIELDS = frozenset({"tools", "chat_template_kwargs", *MEDIA_FIELDS})
+RESERVED_TEMPLATE_KWARGS = frozenset({  # arguments that this program passes to the template itself
     "conversation", "messages", "tools", "add_generation_prompt", "continue_final_message",
     "tokenize", "return_dict", "return_tensors", "chat_template", "padding", "truncation",
     "max_length", "tokenizer_kwargs", "return_assistant_tokens_mask", "sanitize_control_tokens",
 })  # fmt: skip
-DEEPEST = 64  # objects and lists inside each other
+MAX_DEPTH = 64  # of nested objects and lists
 
 
-def pair(
-    row: Row, prompt: Text, chosen: Text, rejected: Text, *, whole: bool = False
+def make_pair(
+    row: Row, prompt: Text, chosen: Text, rejected: Text, *, implicit_prompt: bool = False
 ) -> list[PairOrError]:
-    """The pair of a row, or why there is nothing to learn from it.
+    """Return the pair, or the error that says why nothing can be learned from it.
 
-    Text beside messages becomes a turn: the prompt the user's, a completion the assistant's.
+    If some parts are text and others messages, a text becomes a message: a prompt of the user, a
+    completion of the assistant.
     """
     if not all(isinstance(text, str) for text in (prompt, chosen, rejected)):
-        prompt = as_turns(prompt, "user")
-        chosen, rejected = (as_turns(text, "assistant") for text in (chosen, rejected))
+        prompt = to_messages(prompt, "user")
+        chosen, rejected = (to_messages(text, "assistant") for text in (chosen, rejected))
     for completion in (chosen, rejected):
-        if not said(completion):
+        if not has_content(completion):
             return [BadPairError(row.location, EMPTY_COMPLETION)]
     if chosen == rejected:
         return [BadPairError(row.location, SAME_TEXT)]
-    return [PreferenceExample(prompt, chosen, rejected, row.location, implicit_prompt=whole)]
+    return [
+        PreferenceExample(prompt, chosen, rejected, row.location, implicit_prompt=implicit_prompt)
+    ]
 
 
 def prompt_digest(example: PreferenceExample | UnpairedExample) -> str:
@@ -46,20 +49,20 @@ def prompt_digest(example: PreferenceExample | UnpairedExample) -> str:
     return sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def as_turns(text: Text, role: str) -> tuple[Message, ...]:
-    """Text as a turn of `role`; turns as they are."""
+def to_messages(text: Text, role: str) -> tuple[Message, ...]:
+    """Return a text as one message of `role`; messages stay as they are."""
     return ({"role": role, "content": text},) if isinstance(text, str) else text
 
 
-def said(completion: Text) -> bool:
-    """Whether a completion says or calls anything."""
+def has_content(completion: Text) -> bool:
+    """Return True if the completion has text or a tool call."""
     if isinstance(completion, str):
         return bool(completion.strip())
     return any(turn["content"].strip() or turn.get("tool_calls") for turn in completion)
 
 
-def kind_of(value: Any, name: str, location: str) -> str:
-    """`text` or `messages`; DataError if the field is neither."""
+def get_field_type(value: Any, name: str, location: str) -> str:
+    """Return `text` or `messages`; raise `DataError` if the field is neither."""
     if isinstance(value, str):
         return "text"
     if isinstance(value, list) and value:
@@ -68,84 +71,84 @@ def kind_of(value: Any, name: str, location: str) -> str:
     raise DataError(f"{location}: `{name}` must be text or a list of messages, found {found}")
 
 
-def text_of(value: Any, name: str, location: str) -> str:
-    """The field as text.
+def parse_text(value: Any, name: str, location: str) -> str:
+    """Return the field if it is readable text.
 
     Raises:
-        DataError: it is something else, or holds half a character.
+        DataError: the field is something else, or it has half a surrogate pair.
     """
     if not isinstance(value, str):
         raise DataError(f"{location}: `{name}` must be text, found {type(value).__name__}")
-    refuse_unreadable(value, name, location)
+    check_readable(value, name, location)
     return value
 
 
-def turns_of(value: Any, name: str, location: str) -> tuple[Message, ...]:
-    """The field as messages: `role` and `content` as text, and what else they hold.
+def parse_messages(value: Any, name: str, location: str) -> tuple[Message, ...]:
+    """Return the field as messages: `role` and `content` as text, and any further fields.
 
-    Content in parts of text is joined. A field that is null is as if it were absent.
+    Content parts of type text are joined. Fields that are null are removed.
 
     Raises:
-        DataError: it is no list of messages.
-        BadPairError: a part is an image, or anything else but text.
+        DataError: the field is no list of messages.
+        BadPairError: a content part is no text, such as an image.
     """
-    if kind_of(value, name, location) == "text":
+    if get_field_type(value, name, location) == "text":
         raise DataError(f"{location}: `{name}` must be a list of messages, found text")
-    return tuple(message_of(one, f"{name}[{i}]", location) for i, one in enumerate(value))
+    return tuple(parse_message(item, f"{name}[{i}]", location) for i, item in enumerate(value))
 
 
-def message_of(value: Any, name: str, location: str) -> Message:
-    """One message; see `turns_of`."""
+def parse_message(value: Any, name: str, location: str) -> Message:
+    """Return the value as a message; see `parse_messages`."""
     fields = value if isinstance(value, dict) else {}
     message = {key: item for key, item in fields.items() if item is not None}
     if not isinstance(message.get("role"), str):
         raise DataError(f"{location}: `{name}` needs a `role` that is text")
-    if calls := message.pop("tool_calls", None):  # an empty list says no more than none
-        message["tool_calls"] = _calls(calls, name, location)
+    if calls := message.pop("tool_calls", None):  # an empty list means no calls
+        message["tool_calls"] = _parse_tool_calls(calls, name, location)
         message.setdefault("content", "")
     if isinstance(message.get("content"), list):
-        message["content"] = _joined(message["content"], name, location)
+        message["content"] = _join_text_parts(message["content"], name, location)
     if not isinstance(message.get("content"), str):
         raise DataError(f"{location}: `{name}` needs a `content` that is text")
-    refuse_unreadable(message, name, location)
+    check_readable(message, name, location)
     return message
 
 
-def template_input(record: Mapping[str, Any], tools: Any, location: str) -> dict[str, Any]:
-    """What else the chat template is to read: `tools`, and the row's `chat_template_kwargs`.
+def parse_template_kwargs(record: Mapping[str, Any], tools: Any, location: str) -> dict[str, Any]:
+    """Return further inputs of the chat template: `tools` and the row's `chat_template_kwargs`.
 
     Raises:
-        DataError: they are no list of objects, and no object.
+        DataError: `tools` is no list of objects, or `chat_template_kwargs` is no object.
     """
     if isinstance(tools, str):
-        tools = parsed(tools, "tools", location) if tools.strip() else None
+        tools = parse_json_field(tools, "tools", location) if tools.strip() else None
     if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise DataError(f"{location}: `tools` must be a list of objects, or JSON text of one")
-    given = record.get("chat_template_kwargs") or {}
-    if not isinstance(given, dict):
+    kwargs = record.get("chat_template_kwargs") or {}
+    if not isinstance(kwargs, dict):
         raise DataError(f"{location}: `chat_template_kwargs` must be an object")
-    if taken := sorted(OURS & given.keys()):
-        raise DataError(f"{location}: `chat_template_kwargs` cannot say {', '.join(taken)}")
-    found = {name: value for name, value in given.items() if value is not None}
-    refuse_unreadable([tools, found], "tools", location)
-    return found | ({"tools": tools} if tools else {})
+    if reserved := sorted(RESERVED_TEMPLATE_KWARGS & kwargs.keys()):
+        raise DataError(f"{location}: `chat_template_kwargs` cannot say {', '.join(reserved)}")
+    kwargs = {name: value for name, value in kwargs.items() if value is not None}
+    check_readable([tools, kwargs], "tools", location)
+    return kwargs | ({"tools": tools} if tools else {})
 
 
-def refuse_media(row: Row) -> None:
-    """BadPairError for a row that shows or plays something."""
-    for name in MEDIA:
+def check_no_media(row: Row) -> None:
+    """Raise `BadPairError` if the row has images, audio or video."""
+    for name in MEDIA_FIELDS:
         if row.record.get(name):
             raise BadPairError(row.location, NOT_TEXT, f"`{name}`")
 
 
-def refuse_unreadable(value: Any, name: str, location: str) -> None:
-    """DataError for text that no tokenizer takes, and for nests that no template ends."""
-    for text, depth in _texts(value):
-        if depth > DEEPEST:
-            raise DataError(f"{location}: `{name}` is nested too deeply (over {DEEPEST} levels)")
+def check_readable(value: Any, name: str, location: str) -> None:
+    """Raise `DataError` if a text cannot be encoded, or if the value is nested too deeply."""
+    for text, depth in _iterate_texts(value):
+        if depth > MAX_DEPTH:
+            raise DataError(f"{location}: `{name}` is nested too deeply (over {MAX_DEPTH} levels)")
         try:
             text.encode()
-        except UnicodeEncodeError as error:  # JSON can write half of a surrogate pair
+        except UnicodeEncodeError as error:  # JSON can contain half of a surrogate pair
             half = f"\\u{ord(text[error.start]):04x}"
             raise DataError(
                 f"{location}: `{name}` holds half a character ({half} at {error.start}); "
@@ -153,28 +156,28 @@ def refuse_unreadable(value: Any, name: str, location: str) -> None:
             ) from None
 
 
-def parsed(text: str, name: str, location: str) -> Any:
-    """JSON inside a field that is text."""
+def parse_json_field(text: str, name: str, location: str) -> Any:
+    """Return the value of a text field that contains JSON."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{location}: `{name}` is not JSON ({error})") from None
 
 
-def _texts(value: Any) -> Iterator[tuple[str, int]]:
-    """Every text in a value, and how deep it lies; the deepest place at least as an empty one."""
-    left = [(value, 0)]
-    while left:
-        one, depth = left.pop()
-        if isinstance(one, str) or depth > DEEPEST:
-            yield one if isinstance(one, str) else "", depth
-        elif isinstance(one, Mapping):
-            left += [(item, depth + 1) for pair in one.items() for item in pair]
-        elif isinstance(one, list | tuple):
-            left += [(item, depth + 1) for item in one]
+def _iterate_texts(value: Any) -> Iterator[tuple[str, int]]:
+    """Yield every text in a value with its depth; stop at `MAX_DEPTH` + 1 with an empty text."""
+    stack = [(value, 0)]
+    while stack:
+        node, depth = stack.pop()
+        if isinstance(node, str) or depth > MAX_DEPTH:
+            yield node if isinstance(node, str) else "", depth
+        elif isinstance(node, Mapping):
+            stack += [(item, depth + 1) for pair in node.items() for item in pair]
+        elif isinstance(node, list | tuple):
+            stack += [(item, depth + 1) for item in node]
 
 
-def _joined(parts: list[Any], name: str, location: str) -> str:
+def _join_text_parts(parts: list[Any], name: str, location: str) -> str:
     texts = []
     for part in parts:
         fields = part if isinstance(part, dict) else {"type": "text", "text": part}
@@ -187,7 +190,7 @@ def _joined(parts: list[Any], name: str, location: str) -> str:
     return "".join(texts)
 
 
-def _calls(calls: Any, name: str, location: str) -> list[Any]:
+def _parse_tool_calls(calls: Any, name: str, location: str) -> list[Any]:
     fit = isinstance(calls, list) and all(
         isinstance(call, dict)
         and isinstance(function := call.get("function", call), dict)

@@ -1,4 +1,4 @@
-"""Several completions of one prompt with scores or ranks: which pairs they make."""
+"""Schema of ranked lists: several completions of one prompt, each with a score or a rank."""
 
 import math
 from collections.abc import Iterable
@@ -7,102 +7,109 @@ from itertools import combinations, pairwise
 from typing import Any, NamedTuple
 
 from mlx_dpo.errors import TIED, BadPairError, DataError
-from mlx_dpo.schemas.messages import pair, text_of, turns_of
+from mlx_dpo.schemas.messages import make_pair, parse_messages, parse_text
 from mlx_dpo.schemas.schema import PairOrError, Ranking, Record, Row, RowRules, Schema
 from mlx_dpo.types import PreferenceExample, Text
 
-LISTS = ("completions", "responses")  # the field that holds the completions
-PROMPTS = ("prompt", "instruction", "question", "messages")  # the first that a row has is taken
-TEXTS = ("response", "completion", "text", "content", "value")  # in a completion that is an object
-SCORES = ("overall_score", "score", "rating", "reward")  # more is better
-RANKS = ("rank",)  # less is better
-BESIDE = tuple(f"{name}{s}" for name in (*SCORES, *RANKS) for s in ("s", ""))  # lists in the row
+COMPLETION_FIELDS = ("completions", "responses")
+PROMPT_FIELDS = ("prompt", "instruction", "question", "messages")  # the first one present is used
+TEXT_FIELDS = ("response", "completion", "text", "content", "value")  # of a completion object
+SCORE_FIELDS = ("overall_score", "score", "rating", "reward")  # higher is better
+RANK_FIELDS = ("rank",)  # lower is better
+# Lists of ratings next to the list of completions.
+RATING_LISTS = tuple(
+    f"{name}{plural}" for name in (*SCORE_FIELDS, *RANK_FIELDS) for plural in ("s", "")
+)
 
 
-class Rated(NamedTuple):
-    """A completion and what was thought of it."""
+class RatedCompletion(NamedTuple):
+    """A completion with its score."""
 
     text: Text
-    score: float  # more is better
+    score: float  # higher is better
 
 
-def pairs_among(rated: list[Rated], how: Ranking) -> Iterable[tuple[Rated, Rated]]:
-    """The better and the worse of each pair, by score; equal ones may be in it."""
-    order = sorted(rated, key=lambda one: one.score, reverse=True)  # keeps the order of equals
+def select_pairs(
+    rated: list[RatedCompletion], how: Ranking
+) -> Iterable[tuple[RatedCompletion, RatedCompletion]]:
+    """Return (chosen, rejected) pairs by score; scores of a pair may be equal."""
+    order = sorted(rated, key=lambda completion: completion.score, reverse=True)  # stable
     if how == "all":
         return combinations(order, 2)
     return pairwise(order) if how == "adjacent" else [(order[0], order[-1])]
 
 
 def _parse(row: Row, rules: RowRules) -> list[PairOrError]:
-    prompt, rated = _prompt(row), _rated(row)
-    found: list[PairOrError] = []
-    for better, worse in pairs_among(rated, rules.ranked or "best_worst"):
-        if better.score == worse.score:
-            found.append(BadPairError(row.location, TIED, f"{better.score:g}"))
+    prompt, rated = _parse_prompt(row), _parse_rated_completions(row)
+    pairs: list[PairOrError] = []
+    for chosen, rejected in select_pairs(rated, rules.ranked or "best_worst"):
+        if chosen.score == rejected.score:
+            pairs.append(BadPairError(row.location, TIED, f"{chosen.score:g}"))
             continue
-        for outcome in pair(row, prompt, better.text, worse.text):
-            lead = better.score - worse.score
-            found.append(
-                replace(outcome, score_gap=lead)
-                if isinstance(outcome, PreferenceExample)
-                else outcome
-            )
-    return found
+        score_gap = chosen.score - rejected.score
+        pairs += [
+            replace(pair, score_gap=score_gap) if isinstance(pair, PreferenceExample) else pair
+            for pair in make_pair(row, prompt, chosen.text, rejected.text)
+        ]
+    return pairs
 
 
-def _prompt(row: Row) -> Text:
-    name = next((name for name in PROMPTS if row.record.get(name) is not None), "prompt")
+def _parse_prompt(row: Row) -> Text:
+    name = next((name for name in PROMPT_FIELDS if row.record.get(name) is not None), "prompt")
     value = row.record.get(name)
     if isinstance(value, list):
-        return turns_of(value, name, row.location)
-    return text_of(value, name, row.location)
+        return parse_messages(value, name, row.location)
+    return parse_text(value, name, row.location)
 
 
-def _rated(row: Row) -> list[Rated]:
-    name = next((name for name in LISTS if name in row.record), LISTS[0])
+def _parse_rated_completions(row: Row) -> list[RatedCompletion]:
+    name = next((name for name in COMPLETION_FIELDS if name in row.record), COMPLETION_FIELDS[0])
     items = row.record.get(name)
     if not isinstance(items, list) or len(items) < 2:
         raise DataError(f"{row.location}: `{name}` must be a list of at least two completions")
-    scores = _scores(row, items)
+    scores = _parse_scores(row, items)
     if len(scores) != len(items):
         raise DataError(
             f"{row.location}: {len(scores)} ratings of {len(items)} completions; give one of each"
         )
-    texts = [_completion(item, f"{name}[{i}]", row.location) for i, item in enumerate(items)]
-    return [Rated(text, score) for text, score in zip(texts, scores, strict=True)]
+    texts = [_parse_completion(item, f"{name}[{i}]", row.location) for i, item in enumerate(items)]
+    return [RatedCompletion(text, score) for text, score in zip(texts, scores, strict=True)]
 
 
-def _completion(item: Any, name: str, location: str) -> Text:
+def _parse_completion(item: Any, name: str, location: str) -> Text:
     if isinstance(item, dict) and "role" not in item:
-        key = next((key for key in TEXTS if isinstance(item.get(key), str | list)), None)
+        key = next((key for key in TEXT_FIELDS if isinstance(item.get(key), str | list)), None)
         if key is None:
-            raise DataError(f"{location}: `{name}` has no text (looked for {', '.join(TEXTS)})")
+            raise DataError(
+                f"{location}: `{name}` has no text (looked for {', '.join(TEXT_FIELDS)})"
+            )
         item = item[key]
     if isinstance(item, str):
-        return text_of(item, name, location)
-    turns = turns_of([item] if isinstance(item, dict) else item, name, location)
+        return parse_text(item, name, location)
+    turns = parse_messages([item] if isinstance(item, dict) else item, name, location)
     if any(turn["role"] != "assistant" for turn in turns):
         raise DataError(f"{location}: `{name}` may hold only the assistant's turns")
     return turns
 
 
-def _scores(row: Row, items: list[Any]) -> list[float]:
-    """More is better, whichever way the row counts."""
-    for name in (*SCORES, *RANKS):
+def _parse_scores(row: Row, items: list[Any]) -> list[float]:
+    """Return the scores of the completions; ranks become negative scores."""
+    for name in (*SCORE_FIELDS, *RANK_FIELDS):
         if isinstance(items[0], dict) and items[0].get(name) is not None:
             values = [item.get(name) if isinstance(item, dict) else None for item in items]
-            return [_number(value, name, row.location, name in RANKS) for value in values]
-    for name in BESIDE:
-        beside = row.record.get(name)
-        if isinstance(beside, list):
-            is_rank = name.removesuffix("s") in RANKS
-            return [_number(value, name, row.location, is_rank) for value in beside]
-    known = ", ".join((*SCORES, *RANKS))
+            return [
+                _parse_score(value, name, row.location, name in RANK_FIELDS) for value in values
+            ]
+    for name in RATING_LISTS:
+        ratings = row.record.get(name)
+        if isinstance(ratings, list):
+            is_rank = name.removesuffix("s") in RANK_FIELDS
+            return [_parse_score(value, name, row.location, is_rank) for value in ratings]
+    known = ", ".join((*SCORE_FIELDS, *RANK_FIELDS))
     raise DataError(f"{row.location}: completions without ratings (looked for {known})")
 
 
-def _number(value: Any, name: str, location: str, is_rank: bool) -> float:
+def _parse_score(value: Any, name: str, location: str, is_rank: bool) -> float:
     try:
         number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):  # UltraFeedback writes "N/A"
@@ -113,8 +120,10 @@ def _number(value: Any, name: str, location: str, is_rank: bool) -> float:
 
 
 def _fits(record: Record) -> bool:
-    lists = any(isinstance(record.get(name), list) for name in LISTS)
-    return lists and "chosen" not in record and "label" not in record
+    has_list = any(isinstance(record.get(name), list) for name in COMPLETION_FIELDS)
+    return has_list and "chosen" not in record and "label" not in record
 
 
-RANKED = Schema("ranked", _fits, _parse, frozenset({*LISTS, *PROMPTS, *BESIDE}))
+RANKED = Schema(
+    "ranked", _fits, _parse, frozenset({*COMPLETION_FIELDS, *PROMPT_FIELDS, *RATING_LISTS})
+)

@@ -32,7 +32,7 @@ class RowRules:
     renamed: Mapping[str, str] = field(default_factory=dict)  # field name -> column that holds it
 
 
-DEFAULT = RowRules()
+DEFAULT_RULES = RowRules()
 
 PairOrError = PreferenceExample | BadPairError  # the error says why the pair cannot be trained on
 Parsed = PreferenceExample | UnpairedExample | BadPairError

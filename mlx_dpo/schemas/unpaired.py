@@ -5,9 +5,17 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from mlx_dpo.errors import EMPTY_COMPLETION, UNPAIRED, BadPairError, DataError
-from mlx_dpo.schemas.messages import as_turns, kind_of, pair, prompt_digest, said, text_of, turns_of
+from mlx_dpo.schemas.messages import (
+    get_field_type,
+    has_content,
+    make_pair,
+    parse_messages,
+    parse_text,
+    prompt_digest,
+    to_messages,
+)
 from mlx_dpo.schemas.schema import PairOrError, Row, RowRules, Schema
-from mlx_dpo.schemas.sharegpt import conversation
+from mlx_dpo.schemas.sharegpt import parse_conversation
 from mlx_dpo.types import Text, UnpairedExample
 
 FIELDS = frozenset({"prompt", "completion", "messages", "conversations", "label"})
@@ -17,7 +25,7 @@ LABELS = {"true": True, "false": False, "1": True, "0": False}  # as text, for C
 def pair_by_prompt(examples: Iterable[UnpairedExample]) -> list[PairOrError]:
     """Pair the n-th good completion of each prompt with the n-th bad one.
 
-    Completions without a partner become `BadPairError` errors with the reason `UNPAIRED`.
+    Completions without a partner become `BadPairError`s with the reason `UNPAIRED`.
     """
     by_prompt: defaultdict[str, tuple[list[UnpairedExample], list[UnpairedExample]]]
     by_prompt = defaultdict(lambda: ([], []))
@@ -28,10 +36,10 @@ def pair_by_prompt(examples: Iterable[UnpairedExample]) -> list[PairOrError]:
         for chosen, rejected in zip(good, bad, strict=False):
             row = Row({}, f"{chosen.location} and {rejected.location}")
             pairs += [
-                replace(made, template_kwargs=chosen.template_kwargs)
-                if not isinstance(made, BadPairError)
-                else made
-                for made in pair(row, chosen.prompt, chosen.completion, rejected.completion)
+                pair
+                if isinstance(pair, BadPairError)
+                else replace(pair, template_kwargs=chosen.template_kwargs)
+                for pair in make_pair(row, chosen.prompt, chosen.completion, rejected.completion)
             ]
         shorter = min(len(good), len(bad))
         pairs += [
@@ -44,7 +52,7 @@ def pair_by_prompt(examples: Iterable[UnpairedExample]) -> list[PairOrError]:
 def _parse(row: Row, rules: RowRules) -> list[UnpairedExample]:
     desirable = _parse_label(row)
     prompt, completion = _parse_completion(row)
-    if not said(completion):
+    if not has_content(completion):
         raise BadPairError(row.location, EMPTY_COMPLETION)
     return [UnpairedExample(prompt, completion, desirable, row.location)]
 
@@ -65,7 +73,9 @@ def _parse_completion(row: Row) -> tuple[Text, Text]:
         if name not in record:
             continue
         turns = (
-            conversation(row) if name != "messages" else turns_of(record[name], name, row.location)
+            parse_conversation(row)
+            if name != "messages"
+            else parse_messages(record[name], name, row.location)
         )
         *earlier, last = turns
         if last["role"] != "assistant" or not earlier:
@@ -79,17 +89,17 @@ def _parse_completion(row: Row) -> tuple[Text, Text]:
             raise DataError(
                 f"{row.location}: a labelled row without `{name}`; add it, or `messages`"
             )
-    prompt, completion = (_text(row, name) for name in ("prompt", "completion"))
+    prompt, completion = (_parse_text_or_messages(row, name) for name in ("prompt", "completion"))
     if isinstance(prompt, str) and isinstance(completion, str):
         return prompt, completion
-    return as_turns(prompt, "user"), as_turns(completion, "assistant")
+    return to_messages(prompt, "user"), to_messages(completion, "assistant")
 
 
-def _text(row: Row, name: str) -> Text:
+def _parse_text_or_messages(row: Row, name: str) -> Text:
     value = row.record[name]
-    if kind_of(value, name, row.location) == "text":
-        return text_of(value, name, row.location)
-    return turns_of(value, name, row.location)
+    if get_field_type(value, name, row.location) == "text":
+        return parse_text(value, name, row.location)
+    return parse_messages(value, name, row.location)
 
 
 LABELLED = Schema("labelled", lambda record: "label" in record, _parse, FIELDS, unpaired=True)

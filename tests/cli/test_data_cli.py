@@ -19,7 +19,7 @@ from mlx_dpo.data.sources import find_sources, resolve_source
 from mlx_dpo.data.tokenization.tokenize import TokenRules
 from mlx_dpo.errors import DataError
 from mlx_dpo.schemas.messages import prompt_digest
-from mlx_dpo.schemas.schema import DEFAULT
+from mlx_dpo.schemas.schema import DEFAULT_RULES
 from tests.checkpoints import make_checkpoint
 from tests.temporary_files import ended_process, temporary_path
 
@@ -225,7 +225,9 @@ def test_a_split_holds_out_what_training_would(seed):
     train = [pair for index, pair in enumerate(pairs) if index not in held_out]
     valid = [pairs[index] for index in sorted(held_out)]
     for name, part in (("train", train), ("valid", valid)):
-        said = parse_rows(resolve_source(f"parts/{name}.jsonl").rows(), DEFAULT, PairsReport("", 0))
+        said = parse_rows(
+            resolve_source(f"parts/{name}.jsonl").rows(), DEFAULT_RULES, PairsReport("", 0)
+        )
         assert [prompt_digest(one.example) for one in said] == [pair.prompt_digest for pair in part]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mlx_dpo.data.inspect.findings import FindingLog
-from mlx_dpo.schemas.messages import as_turns, prompt_digest
+from mlx_dpo.schemas.messages import prompt_digest, to_messages
 from mlx_dpo.types import PreferenceExample, Text, UnpairedExample
 
 MIN_LEAK_CHARACTERS = 40  # equal completions of this length are no coincidence
@@ -124,7 +124,7 @@ def _find_matches(column: Any, others: Any) -> IndexPairs:
 
 def _normalize_completion(completion: Text) -> str:
     """Return the completion as text without white space around its turns."""
-    turns = as_turns(completion, "assistant")
+    turns = to_messages(completion, "assistant")
     if len(turns) == 1 and turns[0].keys() == {"role", "content"}:
         return str(turns[0]["content"]).strip()
     stripped = [turn | {"content": turn["content"].strip()} for turn in turns]

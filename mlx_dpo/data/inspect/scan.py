@@ -24,7 +24,7 @@ from mlx_dpo.errors import (
     DataError,
     PromptBoundaryError,
 )
-from mlx_dpo.schemas.messages import as_turns
+from mlx_dpo.schemas.messages import to_messages
 from mlx_dpo.schemas.schema import Row, RowRules
 from mlx_dpo.types import PreferenceExample, Text, UnpairedExample
 
@@ -132,7 +132,7 @@ def _scan_example(example: Example, split: SplitScan, report: PairsReport) -> No
             log.add_detail(name, character)
     completion = _desirable_completion(example)
     if completion is not None:
-        phrase = find_refusal(as_turns(completion, "assistant")[0]["content"])
+        phrase = find_refusal(to_messages(completion, "assistant")[0]["content"])
         if phrase is not None:
             log.add("refusal", index, detail=phrase)
 

@@ -24,7 +24,7 @@ from mlx_dpo.errors import (
     PromptBoundaryError,
 )
 from mlx_dpo.schemas import hh_rlhf as dialogues
-from mlx_dpo.schemas.messages import as_turns, said
+from mlx_dpo.schemas.messages import has_content, to_messages
 from mlx_dpo.types import Message, PreferenceExample
 
 Ids = tuple[int, ...]
@@ -117,14 +117,14 @@ def tokenize_as_chat(
         PromptBoundaryError: the template changes the prompt once a reply follows.
         BadPairError: the prompt says nothing, or the template refuses the turns.
     """
-    prompt = as_turns(preference.prompt, "user")
-    if not said(prompt):
+    prompt = to_messages(preference.prompt, "user")
+    if not has_content(prompt):
         raise BadPairError(preference.location, EMPTY_PROMPT)
     continues = prompt[-1]["role"] == "assistant"
     asked = TemplateInput(prompt, thinking, preference.template_kwargs)
     before = asked._replace(open_reply=not continues, unfinished=continues)
     wholes = [
-        asked._replace(turns=_joined(prompt, as_turns(completion, "assistant")))
+        asked._replace(turns=_joined(prompt, to_messages(completion, "assistant")))
         for completion in (preference.chosen, preference.rejected)
     ]
     try:
@@ -146,7 +146,7 @@ def later_turn_starts(
     tokenizer: Any, preference: PreferenceExample, *, thinking: bool
 ) -> list[int]:
     """Where the user's later turns begin in the prompt's ids, as far as the template tells."""
-    turns = as_turns(preference.prompt, "user")
+    turns = to_messages(preference.prompt, "user")
     whole = apply_template(tokenizer, TemplateInput(turns, thinking, preference.template_kwargs))
     starts = []
     for number, turn in enumerate(turns):
@@ -304,7 +304,7 @@ def format_preference(
         ConfigError: `system` cannot be put before plain text.
     """
     marked = (
-        dialogues.as_messages(given)
+        dialogues.pair_to_messages(given)
         if given.implicit_prompt and _may_chat(tokenizer, rules)
         else None
     )
@@ -348,7 +348,7 @@ def _with_system(
             f"{preference.location}: `system` needs a chat template, and this pair stays plain "
             "text; take a chat model, or leave out --system"
         )
-    turns = as_turns(preference.prompt, "user")
+    turns = to_messages(preference.prompt, "user")
     if turns[0]["role"] in SYSTEM_ROLES:
         return preference, turns[0]["content"] == rules.system
     return replace(preference, prompt=({"role": "system", "content": rules.system}, *turns)), True

@@ -10,7 +10,7 @@ from mlx_dpo.data.tokenization.chat_template import TokenRules
 from mlx_dpo.data.tokenization.tokenize import tokenize_pair, tokenize_unpaired
 from mlx_dpo.errors import BadPairError, DataError
 from mlx_dpo.schemas.messages import prompt_digest
-from mlx_dpo.schemas.schema import DEFAULT, Row, RowRules
+from mlx_dpo.schemas.schema import DEFAULT_RULES, Row, RowRules
 from mlx_dpo.types import PreferenceExample, TokenizedPair
 
 Pairs = TypeVar("Pairs", bound=Sequence[TokenizedPair])
@@ -29,7 +29,7 @@ class PairRules:
     """All settings that decide which tokenized pairs a row becomes."""
 
     tokens: TokenRules
-    rows: RowRules = DEFAULT
+    rows: RowRules = DEFAULT_RULES
     bad_pairs: str = "error"  # or `drop`
 
 
