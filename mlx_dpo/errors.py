@@ -52,7 +52,7 @@ class BadPairError(DataError):
     """A pair cannot be trained on; it may be left out and counted under its `reason`."""
 
     def __init__(
-        self, location: str, reason: str, found: str = "", *, advice: str = "mend it"
+        self, location: str, reason: str, found: str = "", *, advice: str = "fix it"
     ) -> None:
         self.location = location
         self.reason = reason

@@ -284,10 +284,12 @@ class _RunEstimator:
             )
             for pairs, point in ((self.short, short), (self.longest, long))
         ]
-        seconds = extrapolate_seconds(*timed, passes=passes.passes, operations=train_flops(tokens))
+        seconds = extrapolate_seconds(
+            *timed, passes=passes.micro_batches, operations=train_flops(tokens)
+        )
         return EpochEstimate(
             steps=passes.steps,
-            passes=passes.passes,
+            passes=passes.micro_batches,
             tokens=tokens.layer_tokens,
             whole_rows=count_passes(cost=padded_row_tokens).tokens.total,
             rows=tokens.head_tokens,

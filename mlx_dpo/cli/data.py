@@ -136,7 +136,7 @@ def split(share: float, output: str, **flags: Any) -> None:
 
     result = split_pairs(config, share=share, output=Path(output).expanduser())
     for report in result.reports:
-        for line in report.left_out():
+        for line in report.dropped_lines():
             click.echo(line)
     for name in result.ignored_sources:
         click.echo(f"{name}: left alone")

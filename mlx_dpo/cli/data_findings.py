@@ -42,7 +42,7 @@ def format_counts(split: SplitScan) -> Iterator[str]:
         if not report.kept:
             yield f"{report.source}: no {unit}, of {report.read:,} rows"
             continue
-        counts, tokens, *changes = report.done()
+        counts, tokens, *changes = report.loaded_lines()
         yield f"{counts}, of {report.read:,} rows"
         yield from changes if split.settings.tokens is None else [tokens, *changes]
     if len(split.reports) > 1:

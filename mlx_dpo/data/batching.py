@@ -1,7 +1,6 @@
-"""Tokenized pairs -> padded arrays, and the order and the passes in which they come.
+"""Batches of tokenized pairs: shuffling, micro-batches, padding and collation.
 
-Knows no models. Order is a function of seed and step, not a state: a resumed run needs
-nothing saved.
+The order of the pairs is a function of seed and step, so a resumed run needs no saved state.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -21,52 +20,63 @@ from mlx_dpo.data.columns import (
 )
 from mlx_dpo.types import PairBatch, PairMetadata, TokenizedPair
 
-PAD_MULTIPLE = 8  # of the widths of whole rows
-MIN_CONTINUATION = 2  # tokens after a shared prompt, if there are any; see policy.prefix
+PAD_MULTIPLE = 8  # the width of padded rows is a multiple of it
+# Width of the continuations of a shared prompt, unless they are empty; see `scoring.shared_prefix`.
+MIN_CONTINUATION = 2
 
 
 def steps_per_epoch(count: int, batch_size: int) -> int:
-    """Steps in which every one of `count` pairs is used once; the last may be smaller."""
+    """Return the number of steps per epoch; the last step of an epoch may be smaller."""
     return -(-count // batch_size)
 
 
 def step_indices(step: int, *, count: int, batch_size: int, seed: int) -> list[int]:
-    """Which pairs make up step `step`, counted from 0. At most `batch_size` of them.
+    """Return the indices of the pairs of one optimizer step, at most `batch_size`.
 
-    Every epoch is a permutation of its own; its last step holds what remains.
+    Every epoch is a new permutation of the pairs; its last step has the remainder.
+
+    Args:
+        step: number of the step in the whole run, from 0.
+        count: number of training pairs.
+        batch_size: pairs per optimizer step.
+        seed: seed of the permutations.
     """
     epoch, position = divmod(step, steps_per_epoch(count, batch_size))
     start = position * batch_size
-    picked: list[int] = _order(epoch, count, seed)[start : start + batch_size].tolist()
-    return picked
+    indices: list[int] = _order(epoch, count, seed)[start : start + batch_size].tolist()
+    return indices
 
 
 def epoch_step_indices(epoch: int, *, count: int, batch_size: int, seed: int) -> list[list[int]]:
-    """Which pairs make up each step of an epoch, counted from 0."""
+    """Return the indices of the pairs of each step of an epoch (from 0)."""
     order = _order(epoch, count, seed).tolist()
     return [order[start : start + batch_size] for start in range(0, count, batch_size)]
 
 
-@lru_cache(maxsize=1)  # every step of an epoch asks for it
+@lru_cache(maxsize=1)  # the steps of an epoch use the same permutation
 def _order(epoch: int, count: int, seed: int) -> np.ndarray:
-    # NumPy takes no negative seeds; modulo 2^64 keeps every other one as it is.
+    # NumPy takes no negative seeds; modulo 2^64 leaves the others unchanged.
     order = np.random.default_rng([seed % 2**64, epoch]).permutation(count)
     order.flags.writeable = False
     return order
 
 
 class TokenCount(NamedTuple):
-    """Tokens that go through the layers of a model."""
+    """Number of tokens that go through the layers of the model."""
 
-    total: int  # with padding
+    total: int  # including padding
     padding: int
 
 
-CountTokens = Callable[[Sequence[TokenizedPair]], TokenCount]  # of one pass over these pairs
+# Counts the tokens of one forward pass over the pairs; each scorer has its own function.
+CountTokens = Callable[[Sequence[TokenizedPair]], TokenCount]
 
 
 def padded_row_tokens(pairs: Sequence[TokenizedPair]) -> TokenCount:
-    """What the plain scorer costs: two padded rows a pair, but for the last token of each."""
+    """Count the tokens of two padded rows per pair (the plain scorer).
+
+    The last token of a row predicts nothing and is not an input.
+    """
     total = 2 * len(pairs) * (_row_width(pairs, PAD_MULTIPLE) - 1)
     return TokenCount(
         total, total - sum(2 * len(p.prompt) + _continuation_tokens(p) for p in pairs)
@@ -74,15 +84,16 @@ def padded_row_tokens(pairs: Sequence[TokenizedPair]) -> TokenCount:
 
 
 def packed_row_tokens(pairs: Sequence[TokenizedPair]) -> TokenCount:
-    """What the shared scorer costs where all pairs lie in one row, one behind the other."""
+    """Count the tokens of all pairs packed into one row (the shared scorer)."""
     tokens = sum(len(p.prompt) + _continuation_tokens(p) for p in pairs)
     return TokenCount(padded_width(tokens), padded_width(tokens) - tokens)
 
 
 def shared_prompt_tokens(pairs: Sequence[TokenizedPair], *, together: bool) -> TokenCount:
-    """What it costs where prompts are forked: they once, completions but for their last token.
+    """Count the tokens of prompts that both completions share (the shared scorer).
 
-    Pairs whose prompts are equally long are one batch; all are with `together`.
+    Each prompt is counted once; the last token of a completion is not an input. Pairs with
+    prompts of equal length make up a batch; with `together`, all pairs are one batch.
     """
     batches: dict[int, list[TokenizedPair]] = {}
     for pair in pairs:
@@ -92,26 +103,28 @@ def shared_prompt_tokens(pairs: Sequence[TokenizedPair], *, together: bool) -> T
 
 
 def _continuation_tokens(pair: TokenizedPair) -> int:
+    """Return the input tokens of both completions, without their last tokens."""
     return len(pair.chosen) - 1 + len(pair.rejected) - 1
 
 
 def _shared_width(pairs: Sequence[TokenizedPair]) -> int:
-    """Positions of a padded prompt and its two padded continuations."""
+    """Return the width of a padded prompt and its two padded completions."""
     prompts = {len(pair.prompt) for pair in pairs}
-    uneven = len(prompts) > 1
-    width = padded_width(max(prompts)) if uneven else max(prompts)
+    is_padded = len(prompts) > 1
+    width = padded_width(max(prompts)) if is_padded else max(prompts)
     for longest in (max(len(p.chosen) for p in pairs), max(len(p.rejected) for p in pairs)):
         if longest > 1:
             needed = max(longest - 1, MIN_CONTINUATION)
-            width += padded_width(needed) if uneven else needed
+            width += padded_width(needed) if is_padded else needed
     return width
 
 
 def padded_width(length: int) -> int:
-    """The width in which rows of up to `length` tokens are held: on a GPU one of a few.
+    """Return the padded width of rows of up to `length` tokens.
 
-    There each width costs buffers and kernels of its own. At most length / 8 + 7 positions
-    are padding, and up to 16,384 there are fewer than 70 widths.
+    On a GPU it is one of a few widths, because each width needs buffers and compiled kernels of
+    its own: at most length / 8 + 7 positions are padding, and there are fewer than 70 widths up to
+    16,384. On the CPU it is `length`.
     """
     if mx.default_device().type == mx.DeviceType.cpu:
         return length
@@ -130,41 +143,47 @@ def _round_up(number: int, multiple: int) -> int:
 def micro_batches(
     indices: Iterable[int], pairs: Sequence[TokenizedPair], limit: PassLimit, *, cost: CountTokens
 ) -> list[list[int]]:
-    """The passes of a step: `indices` into `pairs`, in groups as large as `limit` allows.
+    """Split the pairs of a step into micro-batches as large as `limit` allows.
 
-    Shorter pairs come first, so that like pads like; ties keep their order.
+    Pairs are sorted by length to reduce padding; ties keep their order.
+
+    Args:
+        indices: indices of the pairs of the step.
+        pairs: all pairs.
+        limit: most pairs and tokens per forward pass.
+        cost: counts the tokens of a forward pass.
     """
-    groups: list[list[int]] = []
-    sizes = lengths_only(pairs)
-    for index in sorted(indices, key=lambda i: len(sizes[i])):
-        grown = [*groups[-1], index] if groups else []
-        if grown and _fits(grown, sizes, limit, cost):
-            groups[-1] = grown
+    batches: list[list[int]] = []
+    lengths = lengths_only(pairs)
+    for index in sorted(indices, key=lambda i: len(lengths[i])):
+        extended = [*batches[-1], index] if batches else []
+        if extended and _fits(extended, lengths, limit, cost):
+            batches[-1] = extended
         else:
-            groups.append([index])
-    return groups
+            batches.append([index])
+    return batches
 
 
 def largest_micro_batch(
     pairs: Iterable[TokenizedPair], limit: PassLimit, *, cost: CountTokens
 ) -> list[TokenizedPair]:
-    """The longest pair, with the longest others that may go through beside it."""
-    held: list[TokenizedPair] = []
+    """Return the longest pair and the longest other pairs that fit into the same micro-batch."""
+    batch: list[TokenizedPair] = []
     for pair in sorted(pairs, key=len, reverse=True):
-        grown = [*held, pair]
-        if not held or _fits(range(len(grown)), grown, limit, cost):
-            held = grown
-    return held
+        extended = [*batch, pair]
+        if not batch or _fits(range(len(extended)), extended, limit, cost):
+            batch = extended
+    return batch
 
 
 class EpochMicroBatches(NamedTuple):
-    """What the passes of one epoch are going to be."""
+    """Counts over the micro-batches of one epoch."""
 
     steps: int
-    passes: int
+    micro_batches: int
     tokens: TokenCount
-    alone: int  # pairs that are above the limit of tokens by themselves
-    longest: int  # tokens of the longest of these, 0 if there are none
+    oversized: int  # single pairs that exceed the limit of tokens
+    longest: int  # tokens of the longest oversized pair, 0 if there is none
 
 
 def count_micro_batches(
@@ -175,33 +194,34 @@ def count_micro_batches(
     seed: int,
     cost: CountTokens,
 ) -> EpochMicroBatches:
-    """The passes of the first epoch, from lengths alone."""
-    sizes = lengths_only(pairs)
+    """Count the micro-batches of the first epoch; reads lengths only."""
+    lengths = lengths_only(pairs)
     steps = epoch_step_indices(0, count=len(pairs), batch_size=batch_size, seed=seed)
-    groups = [g for step in steps for g in micro_batches(step, sizes, limit, cost=cost)]
-    costs = [cost([sizes[i] for i in group]) for group in groups]
-    # Only a pair that goes alone may be above the limit.
-    above = [c.total for c in costs if limit.tokens is not None and c.total > limit.tokens]
-    tokens = TokenCount(sum(c.total for c in costs), sum(c.padding for c in costs))
-    return EpochMicroBatches(len(steps), len(groups), tokens, len(above), max(above, default=0))
+    batches = [b for step in steps for b in micro_batches(step, lengths, limit, cost=cost)]
+    counts = [cost([lengths[i] for i in batch]) for batch in batches]
+    # Only a micro-batch of a single pair may exceed the limit.
+    above = [c.total for c in counts if limit.tokens is not None and c.total > limit.tokens]
+    tokens = TokenCount(sum(c.total for c in counts), sum(c.padding for c in counts))
+    return EpochMicroBatches(len(steps), len(batches), tokens, len(above), max(above, default=0))
 
 
 def _fits(
-    places: Sequence[int], pairs: Sequence[TokenizedPair], limit: PassLimit, cost: CountTokens
+    indices: Sequence[int], pairs: Sequence[TokenizedPair], limit: PassLimit, cost: CountTokens
 ) -> bool:
-    few = limit.pairs is None or len(places) <= limit.pairs
-    return few and (limit.tokens is None or cost([pairs[i] for i in places]).total <= limit.tokens)
+    if limit.pairs is not None and len(indices) > limit.pairs:
+        return False
+    return limit.tokens is None or cost([pairs[i] for i in indices]).total <= limit.tokens
 
 
 def collate(pairs: Sequence[TokenizedPair], *, pad_multiple: int = PAD_MULTIPLE) -> PairBatch:
-    """Rows of one width, padded on the right: every chosen one, then every rejected. (N, T)
+    """Return the rows of all chosen, then of all rejected completions, padded on the right. (N, T)
 
-    The width is `padded_width` of the longest, rounded up to `pad_multiple`.
+    The width T is `padded_width` of the longest row, rounded up to `pad_multiple`.
     """
     rows = [(p.prompt, p.chosen) for p in pairs] + [(p.prompt, p.rejected) for p in pairs]
     width = _row_width(pairs, pad_multiple)
 
-    # What stands in the padding does not matter: it comes after all that is scored.
+    # The padding token does not matter: it comes after all scored tokens.
     tokens = np.zeros((len(rows), width), np.int32)
     mask = np.zeros((len(rows), width), np.bool_)
     for row, (prompt, completion) in enumerate(rows):
@@ -212,8 +232,8 @@ def collate(pairs: Sequence[TokenizedPair], *, pad_multiple: int = PAD_MULTIPLE)
 
 
 def pair_metadata(pairs: Sequence[TokenizedPair]) -> PairMetadata:
-    """Of the pairs that a loss is a mean of: all of a step, or of an evaluation. (B,) each"""
-    lengths, told = (
+    """Return the metadata of all pairs of an optimizer step or of an evaluation. (B,) each"""
+    lengths, margins_and_weights = (
         column(pairs, name).astype(np.float32) for name in (LENGTHS, MARGINS_AND_WEIGHTS)
     )
     chosen = mx.array(lengths[:, 1])
@@ -221,15 +241,16 @@ def pair_metadata(pairs: Sequence[TokenizedPair]) -> PairMetadata:
         chosen_tokens=chosen,
         rejected_tokens=mx.array(lengths[:, 2]),
         mean_chosen_tokens=chosen.mean(),
-        margins=mx.array(told[:, 0]),
-        weights=mx.array(told[:, 1]),
+        margins=mx.array(margins_and_weights[:, 0]),
+        weights=mx.array(margins_and_weights[:, 1]),
         desirable=mx.array(column(pairs, LABELS) != 0),
     )
 
 
-def select_metadata(facts: PairMetadata, at: mx.array) -> PairMetadata:
-    """The facts of the pairs at these places. (b,) each; the mean stays that of all."""
-    taken = {
-        name: value if value.ndim == 0 else value[at] for name, value in facts._asdict().items()
+def select_metadata(metadata: PairMetadata, indices: mx.array) -> PairMetadata:
+    """Return the metadata of the pairs at `indices`; means stay those of all pairs. (b,) each"""
+    selected = {
+        name: value if value.ndim == 0 else value[indices]
+        for name, value in metadata._asdict().items()
     }
-    return PairMetadata(**taken)
+    return PairMetadata(**selected)

@@ -1,32 +1,23 @@
-"""Rows -> what they say: preferences or judgements with margin and weight, and counted faults.
-
-Text only: knows no tokenizer. Prints nothing.
-"""
+"""Rows to examples as text, with margins and weights; bad pairs are dropped and counted."""
 
 import math
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from mlx_dpo.data.report import PairsReport
-from mlx_dpo.errors import (
-    ALWAYS_DROPPED,
-    BadPairError,
-    ConfigError,
-    DataError,
-)
+from mlx_dpo.errors import ALWAYS_DROPPED, BadPairError, ConfigError, DataError
 from mlx_dpo.schemas import find_schema, parse_row, parse_unpaired
-from mlx_dpo.schemas.messages import (
-    TEMPLATE_FIELDS,
-)
+from mlx_dpo.schemas.messages import TEMPLATE_FIELDS
 from mlx_dpo.schemas.schema import Row, RowRules, Schema, format_names, rename_columns
 from mlx_dpo.schemas.unpaired import pair_by_prompt
 from mlx_dpo.types import PreferenceExample, UnpairedExample
 
-SCORE_COLUMN_FORMATS = ("{}_{}", "{}-{}")  # of chosen and rejected, each with the name of a margin
+# Columns with the score of one completion: `score_chosen`, `chosen-score`, ….
+SCORE_COLUMN_FORMATS = ("{}_{}", "{}-{}")
 
 
 class ParsedExample(NamedTuple):
-    """What a row says, and how much."""
+    """An example of a row, with the margin and the weight of the row."""
 
     example: PreferenceExample | UnpairedExample
     margin: float
@@ -36,72 +27,78 @@ class ParsedExample(NamedTuple):
 def parse_rows(
     rows: Iterable[Row], rules: RowRules, report: PairsReport, *, bad_pairs: str = "error"
 ) -> Iterator[ParsedExample]:
-    """Everything that the rows say, in their order; what is lost is counted in the report.
+    """Yield the examples of the rows in their order; count rows and dropped pairs in the report.
 
-    Labelled rows come last where they are paired.
+    With `rules.pair_labelled`, the pairs made from labelled rows come last.
 
     Raises:
         DataError: a row cannot be read.
-        BadPairError: a pair teaches nothing, and `bad_pairs` is `error`.
-        ConfigError: a column is renamed to what no row is read by.
+        BadPairError: a pair cannot be trained on, and `bad_pairs` is `error`.
+        ConfigError: a column is renamed to a field that the schema does not have.
     """
-    single: list[UnpairedExample] = []
+    unpaired: list[UnpairedExample] = []
     for row in (rename_columns(row, rules.renamed) for row in rows):
         schema = find_schema(row, rules)
-        _count(row, schema, rules, report)
+        _count_row(row, schema, rules, report)
         if rules.pair_labelled and schema.unpaired:
-            found: list[Any] = _judgements(row, schema, rules)
-            single += [one for one in found if not isinstance(one, BadPairError)]
-            found = [one for one in found if isinstance(one, BadPairError)]
+            parsed: list[Any] = _parse_unpaired(row, schema, rules)
+            unpaired += [example for example in parsed if not isinstance(example, BadPairError)]
+            parsed = [bad for bad in parsed if isinstance(bad, BadPairError)]
         elif rules.judged:
-            found = _judgements(row, schema, rules)
+            parsed = _parse_unpaired(row, schema, rules)
         else:
-            found = list(parse_row(row, rules, schema))
-        for one in _kept(found, report, bad_pairs):
-            yield ParsedExample(one, _margin(row, one, rules), _weight(row, rules))
-    for one in _kept(pair_by_prompt(single), report, bad_pairs):
-        yield ParsedExample(one, 0.0, 1.0)
+            parsed = list(parse_row(row, rules, schema))
+        for example in _drop_bad_pairs(parsed, report, bad_pairs):
+            yield ParsedExample(example, _margin(row, example, rules), _weight(row, rules))
+    for example in _drop_bad_pairs(pair_by_prompt(unpaired), report, bad_pairs):
+        yield ParsedExample(example, 0.0, 1.0)
 
 
 def drop_or_raise(bad: BadPairError, report: PairsReport, bad_pairs: str) -> None:
-    """Count a pair that is lost; BadPairError if it is not to be."""
+    """Count a bad pair as dropped, or raise it if `bad_pairs` is `error`.
+
+    Pairs that a setting asks to drop are never raised.
+    """
     if bad_pairs == "error" and bad.reason not in ALWAYS_DROPPED:
         raise bad
     report.drop(bad.location, bad.reason)
 
 
-def _kept(found: Iterable[Any], report: PairsReport, bad_pairs: str) -> Iterator[Any]:
-    for one in found:
-        if isinstance(one, BadPairError):
-            drop_or_raise(one, report, bad_pairs)
+def _drop_bad_pairs(parsed: Iterable[Any], report: PairsReport, bad_pairs: str) -> Iterator[Any]:
+    for example in parsed:
+        if isinstance(example, BadPairError):
+            drop_or_raise(example, report, bad_pairs)
         else:
-            yield one
+            yield example
 
 
-def _judgements(row: Row, schema: Schema, rules: RowRules) -> list[UnpairedExample | BadPairError]:
+def _parse_unpaired(
+    row: Row, schema: Schema, rules: RowRules
+) -> list[UnpairedExample | BadPairError]:
     try:
         return list(parse_unpaired(row, rules, schema))
     except BadPairError as bad:
         return [bad]
 
 
-def _count(row: Row, schema: Schema, rules: RowRules, report: PairsReport) -> None:
+def _count_row(row: Row, schema: Schema, rules: RowRules, report: PairsReport) -> None:
+    """Count the row, its schema and its unused fields in the report."""
     report.read += 1
     report.schemas[schema.name] += 1
-    read = schema.fields | TEMPLATE_FIELDS | {rules.margin, rules.weight}
+    used = schema.fields | TEMPLATE_FIELDS | {rules.margin, rules.weight}
     if rules.margin is not None:
-        read |= {name for pair in _sides(rules.margin) for name in pair}
+        used |= {name for columns in _score_columns(rules.margin) for name in columns}
     for name in rules.renamed:
-        if name not in read:
+        if name not in used:
             raise ConfigError(
                 f"`column` {name}={rules.renamed[name]} has no effect; rows written as "
                 f"{schema.name} have {format_names(dict.fromkeys(schema.fields))}"
             )
-    report.unused_fields.update(row.record.keys() - read)
+    report.unused_fields.update(row.record.keys() - used)
 
 
-def _sides(name: str) -> list[tuple[str, str]]:
-    """Names under which chosen and rejected may each have a rating."""
+def _score_columns(name: str) -> list[tuple[str, str]]:
+    """Return the possible column names of the scores of chosen and rejected."""
     return [
         (form.format(*chosen), form.format(*rejected))
         for form in SCORE_COLUMN_FORMATS
@@ -112,34 +109,35 @@ def _sides(name: str) -> list[tuple[str, str]]:
     ]
 
 
-def _margin(row: Row, one: PreferenceExample | UnpairedExample, rules: RowRules) -> float:
-    """The field itself, or the ratings of both sides, or those that a list was ranked by."""
+def _margin(row: Row, example: PreferenceExample | UnpairedExample, rules: RowRules) -> float:
+    """Return the margin column, or the score of chosen minus the score of rejected."""
     name = rules.margin
     if name is None:
         return 0.0
     if name not in row.record:
-        for chosen, rejected in _sides(name):
+        for chosen, rejected in _score_columns(name):
             if chosen in row.record and rejected in row.record:
                 return _number(row, chosen) - _number(row, rejected)
-        if isinstance(one, PreferenceExample) and one.score_gap is not None:
-            return one.score_gap
+        if isinstance(example, PreferenceExample) and example.score_gap is not None:
+            return example.score_gap
     return _number(row, name)
 
 
 def _weight(row: Row, rules: RowRules) -> float:
-    return 1.0 if rules.weight is None else _number(row, rules.weight, least=0.0)
+    return 1.0 if rules.weight is None else _number(row, rules.weight, minimum=0.0)
 
 
-def _number(row: Row, name: str, *, least: float = -math.inf) -> float:
+def _number(row: Row, name: str, *, minimum: float = -math.inf) -> float:
+    """Return a column as a finite number, or raise `DataError`."""
     value = row.record.get(name)
     number = math.nan
     if isinstance(value, int | float | str) and not isinstance(value, bool):
         try:
-            number = float(value)  # CSV has text alone
+            number = float(value)  # the values of CSV are text
         except (ValueError, OverflowError):
             number = math.nan
-    if math.isfinite(number) and number >= least:
+    if math.isfinite(number) and number >= minimum:
         return number
-    wanted = "a number" if least == -math.inf else f"a number of at least {least:g}"
+    wanted = "a number" if minimum == -math.inf else f"a number of at least {minimum:g}"
     found = "missing" if name not in row.record else f"found {value!r}"[:200]
-    raise DataError(f"{row.location}: `{name}` must be {wanted} ({found}); mend the row")
+    raise DataError(f"{row.location}: `{name}` must be {wanted} ({found}); fix the row")

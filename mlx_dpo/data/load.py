@@ -13,7 +13,7 @@ from mlx_dpo.data.hf_datasets import InMemoryRows
 from mlx_dpo.data.report import PairsReport
 from mlx_dpo.data.sources import Source, resolve_source
 from mlx_dpo.data.tokenization.cache import load_source
-from mlx_dpo.data.tokenization.chat_template import TokenRules
+from mlx_dpo.data.tokenization.formatting import TokenRules
 from mlx_dpo.data.tokenization.parallel import TokenizerWorkers
 from mlx_dpo.data.tokenization.tokenize_rows import LoadedPairs, PairRules
 from mlx_dpo.errors import ConfigError

@@ -1,4 +1,4 @@
-"""A file -> prompts: what a model is asked, without answers."""
+"""Prompts of a file or a dataset, without completions."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -9,90 +9,99 @@ from typing import Any
 
 from mlx_dpo.data.sources import find_sources, resolve_source
 from mlx_dpo.errors import BadPairError, DataError
-from mlx_dpo.schemas import has_pair_schema, parse_pairs
-from mlx_dpo.schemas import hh_rlhf as dialogues
+from mlx_dpo.schemas import has_pair_schema, hh_rlhf, parse_pairs
 from mlx_dpo.schemas.messages import get_field_type, parse_messages, parse_text, to_messages
-from mlx_dpo.schemas.schema import Row
+from mlx_dpo.schemas.schema import Row, format_names
 from mlx_dpo.types import Message, Text
 
-LINES = ".txt"
+LINES = ".txt"  # suffix of files with one prompt per line
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A conversation that ends where a model is to answer."""
+    """A conversation that the model is to continue."""
 
     messages: tuple[Message, ...]
     location: str = ""
-    text: str | None = None  # a whole text as it stood, where its marks made the messages
+    text: str | None = None  # the original text, if its turn marks were parsed into the messages
 
     @property
     def key(self) -> str:
-        """Digest of the messages, to tell like prompts by."""
+        """Digest of the messages; equal prompts have equal keys."""
         return sha256(json.dumps(self.messages, sort_keys=True).encode()).hexdigest()
 
 
 def read_prompts(name: str) -> list[Prompt]:
-    """The prompts of a file, a folder's `train` or a dataset on the Hub, each once, in order.
+    """Return the prompts of a file, of the train split of a folder or of a Hub dataset.
 
-    A `.txt` file has one on each line. Other rows have a `prompt` (text, or messages), or
-    `messages`, whose last answer is left out; or they are pairs, in any way that `train` reads.
+    A `.txt` file has one prompt per line. Rows of other files have a `prompt` (text or messages)
+    or `messages` (final assistant turns are removed), or they are preference pairs of any
+    schema. Repeated prompts are dropped.
 
     Raises:
-        DataError: names the file, the line, and what was found there.
+        DataError: a prompt cannot be read; the message has the location.
     """
     path = Path(name).expanduser()
-    lines = path.suffix == LINES
-    return check_prompts(
-        _lines(path) if lines else map(row_to_prompt, resolve_source(name).rows()), name
-    )
+    if path.suffix == LINES:
+        return collect_prompts(_read_lines(path), name)
+    return collect_prompts(map(row_to_prompt, resolve_source(name).rows()), name)
 
 
 def read_held_out_prompts(name: str) -> list[Prompt] | None:
-    """The prompts of a folder's or a dataset's own held-out split, None where there is none."""
+    """Return the prompts of the held-out split of a folder or Hub dataset; None without one."""
     if Path(name).suffix == LINES:
         return None
     rows = [row for source in find_sources(name).valid for row in source.rows()]
-    return check_prompts(map(row_to_prompt, rows), name) if rows else None
+    return collect_prompts(map(row_to_prompt, rows), name) if rows else None
 
 
-def check_prompts(prompts: Iterable[Prompt], name: str) -> list[Prompt]:
-    """Each prompt once, in order.
+def collect_prompts(prompts: Iterable[Prompt], name: str) -> list[Prompt]:
+    """Return each prompt once, in order.
 
     Raises:
-        DataError: there is none.
+        DataError: there is no prompt.
     """
-    found = unique_prompts(prompts)
-    if not found:
-        raise DataError(f"{name}: no prompts in it; write one on each line")
-    return found
+    unique = unique_prompts(prompts)
+    if not unique:
+        raise DataError(f"{name}: no prompts in it; write one per line")
+    return unique
 
 
 def unique_prompts(prompts: Iterable[Prompt]) -> list[Prompt]:
-    """Each prompt once, in order."""
-    first: dict[str, Prompt] = {}
+    """Return each prompt once, in order."""
+    unique: dict[str, Prompt] = {}
     for prompt in prompts:
-        first.setdefault(prompt.key, prompt)
-    return list(first.values())
+        unique.setdefault(prompt.key, prompt)
+    return list(unique.values())
 
 
-def make_prompt(text: Text, location: str = "", *, whole: bool = False) -> Prompt:
-    """Text as one turn of the user; messages as they are, without answers at their end.
+def make_prompt(text: Text, location: str = "", *, implicit_prompt: bool = False) -> Prompt:
+    """Return the prompt of a text (one user turn) or of messages.
 
-    A `whole` text that marks its turns is these turns, as where it is trained on.
+    Assistant turns at the end of messages are removed.
+
+    Args:
+        text: text or messages.
+        location: where they come from, for messages.
+        implicit_prompt: parse a text with turn marks (`Human:`, `Assistant:`) into its turns, as
+            training does.
     """
-    if whole and isinstance(text, str) and (marked := dialogues.parse_turns(text)) is not None:
-        return replace(make_prompt(marked, location), text=text)
+    if (
+        implicit_prompt
+        and isinstance(text, str)
+        and (turns := hh_rlhf.parse_turns(text)) is not None
+    ):
+        return replace(make_prompt(turns, location), text=text)
     turns = to_messages(text, "user")
     while turns and turns[-1]["role"] == "assistant":
         turns = turns[:-1]
     if not turns or not any(str(turn["content"]).strip() for turn in turns):
-        raise DataError(f"{location}: the prompt is empty; write what is to be asked")
+        raise DataError(f"{location}: the prompt is empty; write a prompt")
     return Prompt(turns, location)
 
 
 def add_system_prompt(prompts: Iterable[Prompt], system: str | None) -> list[Prompt]:
-    """Each with a system turn before it where it has none; as they are without one."""
+    """Add a system turn to each prompt that has none; None adds nothing."""
     turn: Message = {"role": "system", "content": system}
     return [
         prompt
@@ -103,48 +112,49 @@ def add_system_prompt(prompts: Iterable[Prompt], system: str | None) -> list[Pro
 
 
 def row_to_prompt(row: Row) -> Prompt:
-    """What a row asks: that of a pair as it is trained on.
+    """Return the prompt of a row; for a pair it is the prompt that training uses.
 
     Raises:
-        DataError: it asks nothing, or with more than text.
+        DataError: the row has no prompt, or fields that a prompt cannot have here.
     """
     record = row.record
     for name in ("tools", "chat_template_kwargs"):
         if record.get(name):
-            raise _more_than_text(row.location, name)
+            raise _unsupported_field(row.location, name)
     if not record.get("messages") and has_pair_schema(row):
-        return _of_pair(row)
-    return _alone(row)
+        return _prompt_of_pair(row)
+    return _prompt_field(row)
 
 
-def check_no_template_kwargs(given: Mapping[str, Any], location: str) -> None:
-    """DataError for what a template reads beside the turns."""
-    for name in given:
-        raise _more_than_text(location, name)
+def check_no_template_kwargs(template_kwargs: Mapping[str, Any], location: str) -> None:
+    """Raise `DataError` if a row has `tools` or other arguments of the chat template."""
+    for name in template_kwargs:
+        raise _unsupported_field(location, name)
 
 
-def _more_than_text(location: str, name: str) -> DataError:
-    return DataError(f"{location}: `{name}` beside a prompt cannot be asked with here")
+def _unsupported_field(location: str, name: str) -> DataError:
+    return DataError(f"{location}: prompts with `{name}` are not supported here")
 
 
-def _of_pair(row: Row) -> Prompt:
+def _prompt_of_pair(row: Row) -> Prompt:
     try:
-        found = parse_pairs(row)
+        pairs = parse_pairs(row)
     except BadPairError as bad:
-        why = bad.reason
+        problem = bad.reason
     else:
-        if found:
-            check_no_template_kwargs(found[0].template_kwargs, row.location)
-            return make_prompt(found[0].prompt, row.location, whole=found[0].implicit_prompt)
-        why = "its answers tie"
-    # A pair may teach nothing and still ask something; answers in turns bring more than `prompt`.
+        if pairs:
+            check_no_template_kwargs(pairs[0].template_kwargs, row.location)
+            implicit_prompt = pairs[0].implicit_prompt
+            return make_prompt(pairs[0].prompt, row.location, implicit_prompt=implicit_prompt)
+        problem = "its answers tie"
+    # A bad pair may have a good prompt; completions as messages may contain more of the prompt.
     if row.record.get("prompt") and not isinstance(row.record.get("chosen"), list):
-        return _alone(row)
-    raise DataError(f"{row.location}: no prompt can be read of it ({why}); leave the row out")
+        return _prompt_field(row)
+    raise DataError(f"{row.location}: no prompt can be read of it ({problem}); leave the row out")
 
 
-def _alone(row: Row) -> Prompt:
-    """The prompt, or the conversation, that stands in a field of its own."""
+def _prompt_field(row: Row) -> Prompt:
+    """Return the prompt in the fields `prompt` or `messages`."""
     record = row.record
     for name in ("prompt", "messages"):
         value: Any = record.get(name)
@@ -152,29 +162,26 @@ def _alone(row: Row) -> Prompt:
             continue
         if get_field_type(value, name, row.location) == "messages":
             return make_prompt(parse_messages(value, name, row.location), row.location)
-        [prompt] = add_system_prompt(
-            [make_prompt(parse_text(value, name, row.location), row.location)], _system_beside(row)
-        )
-        return prompt
-    found = ", ".join(f"`{name}`" for name in sorted(record)) or "nothing"
-    raise DataError(f"{row.location}: no `prompt` and no `messages` (found {found})")
+        prompt = make_prompt(parse_text(value, name, row.location), row.location)
+        return add_system_prompt([prompt], _system_field(row))[0]
+    raise DataError(f"{row.location}: no `prompt` and no `messages` (found {format_names(record)})")
 
 
-def _system_beside(row: Row) -> str | None:
-    """The `system` beside a text; labelled rows are trained on without it."""
+def _system_field(row: Row) -> str | None:
+    """Return the field `system`, which training ignores in labelled rows."""
     if "label" in row.record:
         return None
     return parse_text(row.record.get("system") or "", "system", row.location) or None
 
 
-def _lines(path: Path) -> Iterator[Prompt]:
+def _read_lines(path: Path) -> Iterator[Prompt]:
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        where = f"{path}:{number}"
+        location = f"{path}:{number}"
         try:
             text = line.decode("utf-8-sig").strip()
         except UnicodeDecodeError:
-            raise DataError(f"{where}: not UTF-8; save the file as UTF-8") from None
+            raise DataError(f"{location}: not UTF-8; save the file as UTF-8") from None
         if text:
-            yield make_prompt(text, where)
+            yield make_prompt(text, location)

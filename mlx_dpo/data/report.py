@@ -1,4 +1,4 @@
-"""What became of a file of pairs: the counts that a person and `run.json` are told."""
+"""Report on the pairs of a source: counts for the header of a run and for `run.json`."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -7,87 +7,89 @@ from typing import Any, Self
 
 from mlx_dpo.data.tokenization.tokenize import TokenizedExample
 
-NOT_ADDITIVE = ("max_length", "longest", "per_epoch")  # numbers that do not add up over its rows
+NOT_ADDITIVE = ("max_length", "longest", "per_epoch")  # not sums over the rows
 COUNTERS = ("schemas", "unused_fields", "specials")
-MAX_SHOWN = 3  # places named for each reason; `to_dict` has all of them
+MAX_SHOWN = 3  # locations in a line; `to_dict` has all of them
 
 
 @dataclass
 class PairsReport:
-    """Counts over one file. Pairs, or judged answers, unless another unit is named."""
+    """Counts over one source: numbers of pairs, or of unpaired examples, unless noted otherwise."""
 
     source: str
     max_length: int
-    judged: bool = False  # whether answers were judged one by one
-    read: int = 0
+    judged: bool = False  # examples are unpaired (KTO)
+    read: int = 0  # rows
     kept: int = 0
-    desirable: int = 0  # of judged answers
-    dropped: dict[str, list[str]] = field(default_factory=dict)  # reason: places
-    schemas: Counter[str] = field(default_factory=Counter)  # rows by the way they are written
-    unused_fields: Counter[str] = field(default_factory=Counter)  # rows that have such a field
-    wrapped: int = 0  # strings that became a user and an assistant turn
-    dialogues: int = 0  # marked text that became messages
+    desirable: int = 0  # desirable unpaired examples
+    dropped: dict[str, list[str]] = field(default_factory=dict)  # reason -> locations
+    schemas: Counter[str] = field(default_factory=Counter)  # schema -> rows
+    unused_fields: Counter[str] = field(default_factory=Counter)  # field -> rows
+    wrapped: int = 0  # strings that became user and assistant turns
+    dialogues: int = 0  # texts with turn marks that became messages
     with_system: int = 0
     as_chat: int = 0
-    specials: Counter[str] = field(default_factory=Counter)  # that stand in a text
+    specials: Counter[str] = field(
+        default_factory=Counter
+    )  # special token -> pairs whose text contains it
     with_specials: int = 0
-    specials_act: bool = False  # they are what the tokenizer makes of them
+    specials_act: bool = False  # special tokens in texts are control tokens, not plain text
     truncated: int = 0
     prompts_cut: int = 0
-    completions_cut: int = 0  # their stop tokens are not scored
+    completions_cut: int = 0  # completions without their stop token
     boundary_moved: int = 0
     stops_added: int = 0  # completions
-    prompt_tokens: int = 0  # once a pair, though two rows hold it
+    prompt_tokens: int = 0  # each prompt counts once
     chosen_tokens: int = 0
     rejected_tokens: int = 0
     longest: int = 0  # tokens of the longest row
-    weight: float | None = None  # how often each is used in an epoch, where that was said
-    per_epoch: int = 0  # pairs to train on that make up an epoch, where `weight` was said
-    origin: str = field(default="", compare=False)  # of the tokens, if there is anything to say
+    weight: float | None = None  # value of `--mix`: uses of each pair per epoch
+    per_epoch: int = 0  # training pairs per epoch, with `weight`
+    origin: str = field(default="", compare=False)  # a remark about the token cache
 
     def drop(self, location: str, reason: str) -> None:
-        """Count a pair that is left out."""
+        """Count a dropped pair."""
         self.dropped.setdefault(reason, []).append(location)
 
-    def keep(self, encoded: TokenizedExample, *, was_text: bool) -> None:
-        """Count a pair that is used."""
-        pair = encoded.pair
+    def keep(self, example: TokenizedExample, *, was_text: bool) -> None:
+        """Count a pair that is used; `was_text` if its prompt was not messages."""
+        pair = example.pair
         self.kept += 1
         self.desirable += bool(pair.desirable)
-        self.dialogues += encoded.was_dialogue
-        self.wrapped += was_text and encoded.as_chat and not encoded.was_dialogue
-        self.with_system += encoded.with_system
-        self.as_chat += encoded.as_chat
-        self.specials.update(encoded.specials)
-        self.with_specials += bool(encoded.specials)
-        self.truncated += encoded.truncated
-        self.prompts_cut += encoded.prompt_cut
-        self.completions_cut += encoded.completions_cut
-        self.boundary_moved += encoded.boundary_moved > 0
-        self.stops_added += encoded.stops_added
+        self.dialogues += example.was_dialogue
+        self.wrapped += was_text and example.as_chat and not example.was_dialogue
+        self.with_system += example.with_system
+        self.as_chat += example.as_chat
+        self.specials.update(example.specials)
+        self.with_specials += bool(example.specials)
+        self.truncated += example.truncated
+        self.prompts_cut += example.prompt_cut
+        self.completions_cut += example.completions_cut
+        self.boundary_moved += example.boundary_moved > 0
+        self.stops_added += example.stops_added
         self.prompt_tokens += len(pair.prompt)
         self.chosen_tokens += len(pair.chosen)
         self.rejected_tokens += len(pair.rejected)
         self.longest = max(self.longest, len(pair))
 
     def add(self, other: "PairsReport") -> None:
-        """Count what became of further rows of the same source."""
+        """Add the counts of further rows of the same source."""
         for f in fields(self):
-            ours, theirs = getattr(self, f.name), getattr(other, f.name)
-            if isinstance(ours, Counter):
-                ours.update(theirs)
-            elif f.name not in NOT_ADDITIVE and type(ours) is int:
-                setattr(self, f.name, ours + theirs)
+            own, further = getattr(self, f.name), getattr(other, f.name)
+            if isinstance(own, Counter):
+                own.update(further)
+            elif f.name not in NOT_ADDITIVE and type(own) is int:
+                setattr(self, f.name, own + further)
         self.longest = max(self.longest, other.longest)
-        for reason, places in other.dropped.items():
-            self.dropped.setdefault(reason, []).extend(places)
+        for reason, locations in other.dropped.items():
+            self.dropped.setdefault(reason, []).extend(locations)
 
     def lines(self) -> list[str]:
-        """What a person should know; what is as expected goes unsaid."""
-        return self.done() + self.left_out()
+        """Return the report as lines of text, without counts that are zero."""
+        return self.loaded_lines() + self.dropped_lines()
 
-    def done(self) -> list[str]:
-        """What was read, and what was done to it."""
+    def loaded_lines(self) -> list[str]:
+        """Return the lines about the pairs that are used."""
         lines = [
             f"{self.source}: {self._count(self.kept)} ({self._schemas()})",
             self._tokens(),
@@ -98,7 +100,7 @@ class PairsReport:
         lines += [self.origin] if self.origin else []
         if self.weight is not None:
             lines.append(f"used {self.weight:g} times an epoch: {self._count(self.per_epoch)}")
-        lines += self._forms() + self._special_tokens()
+        lines += self._template_lines() + self._special_token_lines()
         if self.truncated:
             lines.append(
                 f"{self._count(self.truncated)} cut to {self.max_length:,} tokens: "
@@ -120,24 +122,24 @@ class PairsReport:
         return lines
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for `run.json`, with every place of every pair that was left out."""
+        """Return plain values for `run.json`, with the locations of all dropped pairs."""
         values = asdict(self)
-        del values["origin"]  # pairs are the same, wherever they come from
+        del values["origin"]  # the pairs are the same with and without the cache
         return values | {name: dict(getattr(self, name)) for name in COUNTERS}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The report of which `to_dict` said this."""
+        """Return the report that `to_dict` returned these values for."""
         return cls(**{**values, **{name: Counter(values[name]) for name in COUNTERS}})
 
     def _schemas(self) -> str:
-        """As which schema rows are read, under the names that `--schema` takes."""
-        found = self.schemas.most_common()
-        if len(found) == 1:
-            return f"schema {found[0][0]}"
-        return "schemas " + ", ".join(f"{name}: {count:,}" for name, count in found)
+        """Return the schemas of the rows under the names of `--schema`."""
+        counts = self.schemas.most_common()
+        if len(counts) == 1:
+            return f"schema {counts[0][0]}"
+        return "schemas " + ", ".join(f"{name}: {count:,}" for name, count in counts)
 
-    def _forms(self) -> list[str]:
+    def _template_lines(self) -> list[str]:
         lines = []
         if self.wrapped:
             lines.append(
@@ -153,16 +155,16 @@ class PairsReport:
             lines.append(f"{self._count(self.with_system)} with the system turn of --system")
         return lines
 
-    def _special_tokens(self) -> list[str]:
+    def _special_token_lines(self) -> list[str]:
         if not self.with_specials:
             return []
-        named = ", ".join(f"`{name}`" for name, _ in self.specials.most_common(MAX_SHOWN))
-        named += ", …" * (len(self.specials) > MAX_SHOWN)
-        what = "which act as such in plain text"
+        names = ", ".join(f"`{name}`" for name, _ in self.specials.most_common(MAX_SHOWN))
+        names += ", …" * (len(self.specials) > MAX_SHOWN)
+        effect = "which act as such in plain text"
         if not self.specials_act:
-            what = "kept as plain text; if they are to act, use --chat-template text"
+            effect = "kept as plain text; if they are to act, use --chat-template text"
         return [
-            f"{self._count(self.with_specials)} with special tokens in a text ({named}), {what}"
+            f"{self._count(self.with_specials)} with special tokens in a text ({names}), {effect}"
         ]
 
     @property
@@ -178,16 +180,16 @@ class PairsReport:
     def _count(self, count: int) -> str:
         return _counted(count, "judged answer" if self.judged else "pair")
 
-    def left_out(self) -> list[str]:
-        """What was not kept, by reason."""
+    def dropped_lines(self) -> list[str]:
+        """Return a line with count and locations for each reason of dropped pairs."""
         lines = []
-        for reason, places in self.dropped.items():
-            # The file has been named: `:12` or `[12]` is enough.
-            named = [place.removeprefix(self.source) for place in places[:MAX_SHOWN]]
-            more = ["…"] * (len(places) > MAX_SHOWN)
-            unit = "row" if self.judged else "pair"  # a row may hold two judged answers
-            left_out = _counted(len(places), unit)
-            lines.append(f"left out {left_out}: {reason} ({', '.join(named + more)})")
+        for reason, locations in self.dropped.items():
+            # `:12` or `[12]`, as another line names the file.
+            shown = [location.removeprefix(self.source) for location in locations[:MAX_SHOWN]]
+            more = ["…"] * (len(locations) > MAX_SHOWN)
+            unit = "row" if self.judged else "pair"  # a pair becomes two unpaired examples
+            dropped = _counted(len(locations), unit)
+            lines.append(f"left out {dropped}: {reason} ({', '.join(shown + more)})")
         return lines
 
 

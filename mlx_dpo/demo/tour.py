@@ -10,7 +10,7 @@ from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.config.training import PassLimit
 from mlx_dpo.data.sources import read_rows
-from mlx_dpo.data.tokenization.chat_template import TokenRules
+from mlx_dpo.data.tokenization.formatting import TokenRules
 from mlx_dpo.data.tokenization.tokenize import tokenize_pair
 from mlx_dpo.demo.rules import courteous_markers, is_courteous, is_right
 from mlx_dpo.errors import RunError

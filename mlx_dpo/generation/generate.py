@@ -49,7 +49,9 @@ def encode_prompt(
     """
     try:
         return list(
-            encode_conversation(tokenizer, messages, open_reply=True, thinking=bool(thinking))
+            encode_conversation(
+                tokenizer, messages, add_generation_prompt=True, thinking=bool(thinking)
+            )
         )
     except TemplateError as error:
         raise ModelError(f"the model's chat template refuses the conversation ({error})") from None

@@ -233,14 +233,14 @@ def _summarize_micro_batches(run: "DPOTrainer") -> list[SummaryLine]:
     lines = [
         (
             "passes",
-            f"of up to {' and '.join(bounds)}: {found.passes / found.steps:.3g} a step, "
-            f"{found.tokens.total / found.passes:,.0f} tokens each on average, "
+            f"of up to {' and '.join(bounds)}: {found.micro_batches / found.steps:.3g} a step, "
+            f"{found.tokens.total / found.micro_batches:,.0f} tokens each on average, "
             f"{found.tokens.padding / found.tokens.total:.1%} of them padding",
         )
     ]
-    if found.alone:
-        one = found.alone == 1
-        pairs = f"1 {config.unit[:-1]} takes" if one else f"{found.alone:,} {config.unit} take"
+    if found.oversized:
+        one = found.oversized == 1
+        pairs = f"1 {config.unit[:-1]} takes" if one else f"{found.oversized:,} {config.unit} take"
         lines.append(("", f"{pairs} more and go alone; the longest takes {found.longest:,} tokens"))
     return lines
 

@@ -8,7 +8,7 @@ import mlx.core as mx
 from mlx_dpo.data.columns import pairs_digest
 from mlx_dpo.data.columns import prompt_keys as prompts_of_pairs
 from mlx_dpo.data.examples import parse_rows
-from mlx_dpo.data.prompts import Prompt, check_no_template_kwargs, check_prompts, make_prompt
+from mlx_dpo.data.prompts import Prompt, check_no_template_kwargs, collect_prompts, make_prompt
 from mlx_dpo.data.report import PairsReport
 from mlx_dpo.data.sources import STDIN, find_sources, resolve_held_out_source
 from mlx_dpo.errors import ConfigError, RunError
@@ -182,12 +182,12 @@ def held_out_prompts(run: OpenRun, base: LoadedModel) -> list[Prompt]:
     prompts = []
     for source in (*sources.train, *sources.valid):
         report = PairsReport(source.name, config.max_length, judged=config.labelled)
-        for one in parse_rows(source.rows(), row_rules(config), report, bad_pairs="drop"):
-            if bytes.fromhex(prompt_digest(one.example)) in wanted:
-                check_no_template_kwargs(one.example.template_kwargs, one.example.location)
+        for parsed in parse_rows(source.rows(), row_rules(config), report, bad_pairs="drop"):
+            example = parsed.example
+            if bytes.fromhex(prompt_digest(example)) in wanted:
+                check_no_template_kwargs(example.template_kwargs, example.location)
+                implicit = example.implicit_prompt
                 prompts.append(
-                    make_prompt(
-                        one.example.prompt, one.example.location, whole=one.example.implicit_prompt
-                    )
+                    make_prompt(example.prompt, example.location, implicit_prompt=implicit)
                 )
-    return check_prompts(prompts, str(run.paths.folder))
+    return collect_prompts(prompts, str(run.paths.folder))

@@ -16,7 +16,7 @@ from mlx_dpo.data.inspect.findings import CHECKS
 from mlx_dpo.data.load import held_out_indices, load_pairs
 from mlx_dpo.data.report import PairsReport
 from mlx_dpo.data.sources import find_sources, resolve_source
-from mlx_dpo.data.tokenization.tokenize import TokenRules
+from mlx_dpo.data.tokenization.formatting import TokenRules
 from mlx_dpo.errors import DataError
 from mlx_dpo.schemas.messages import prompt_digest
 from mlx_dpo.schemas.schema import DEFAULT_RULES

@@ -246,7 +246,7 @@ def test_what_is_known_of_an_epoch_is_what_its_steps_add_up_to(
     steps = epoch(0, count=len(pairs), batch_size=batch_size, seed=seed)
     groups = [g for step in steps for g in micro_batches(step, pairs, limit, cost=cost)]
     known = count_micro_batches(pairs, limit, batch_size=batch_size, seed=seed, cost=cost)
-    assert (known.steps, known.passes) == (len(steps), len(groups))
+    assert (known.steps, known.micro_batches) == (len(steps), len(groups))
     passes = [cost([pairs[i] for i in group]) for group in groups]
     assert known.tokens == (sum(p.total for p in passes), sum(p.padding for p in passes))
 

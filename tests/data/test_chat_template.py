@@ -3,7 +3,8 @@
 import pytest
 from families import TEMPLATES, byte_level, metaspace
 
-from mlx_dpo.data.tokenization.tokenize import TokenRules, check_token_rules, tokenize_pair
+from mlx_dpo.data.tokenization.formatting import TokenRules
+from mlx_dpo.data.tokenization.tokenize import check_token_rules, tokenize_pair
 from mlx_dpo.errors import TEMPLATE_ERROR, BadPairError, ConfigError, DataError
 from mlx_dpo.types import PreferenceExample
 

@@ -11,7 +11,7 @@ from mlx_dpo.data.inspect.findings import CHECK_OF_REASON, CHECKS
 from mlx_dpo.data.inspect.results import list_findings, run_checks
 from mlx_dpo.data.inspect.scan import ScanSettings
 from mlx_dpo.data.sources import find_sources
-from mlx_dpo.data.tokenization.chat_template import TokenRules
+from mlx_dpo.data.tokenization.formatting import TokenRules
 from mlx_dpo.schemas.schema import RowRules
 
 GOOD = {"prompt": "Which way?", "chosen": "That way.", "rejected": "No way!"}

@@ -9,8 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mlx_dpo.data.load import load_pairs
+from mlx_dpo.data.tokenization.formatting import TokenRules
 from mlx_dpo.data.tokenization.special_tokens import get_special_tokens
-from mlx_dpo.data.tokenization.tokenize import TokenRules, tokenize_pair
+from mlx_dpo.data.tokenization.tokenize import tokenize_pair
 from mlx_dpo.errors import SPECIAL_TOKEN, DataError, DPOError
 from mlx_dpo.schemas import SCHEMAS
 from mlx_dpo.schemas.schema import RowRules

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from mlx_dpo.data.columns import pairs_digest
 from mlx_dpo.data.load import check_settings_used, held_out_indices, load_pairs, mix_indices
-from mlx_dpo.data.tokenization.tokenize import TokenRules
+from mlx_dpo.data.tokenization.formatting import TokenRules
 from mlx_dpo.errors import (
     EMPTY_COMPLETION,
     NO_ROOM,
@@ -36,7 +36,7 @@ def test_pairs_come_in_file_order_with_their_places(write, plain):
 
 def test_a_bad_pair_stops_unless_it_may_be_dropped(write, plain):
     path = write(GOOD, GOOD | {"chosen": ""}, GOOD | {"rejected": "yo"}, GOOD | {"chosen": " "})
-    with pytest.raises(BadPairError, match=r"^pairs\.jsonl:2: a completion is empty; mend it, or"):
+    with pytest.raises(BadPairError, match=r"^pairs\.jsonl:2: a completion is empty; fix it, or"):
         load_pairs(path, plain, RULES)
     found = load_pairs(path, plain, RULES, bad_pairs="drop")
     assert [pair.location for pair in found.pairs] == ["pairs.jsonl:1"]

@@ -11,8 +11,8 @@ from mlx_dpo.data.files import RowLocations
 from mlx_dpo.data.load import load_pairs
 from mlx_dpo.data.sources import resolve_source
 from mlx_dpo.data.tokenization import parallel as tokenizing
+from mlx_dpo.data.tokenization.formatting import TokenRules
 from mlx_dpo.data.tokenization.parallel import TokenizerWorkers, tokenize_chunks
-from mlx_dpo.data.tokenization.tokenize import TokenRules
 from mlx_dpo.data.tokenization.tokenize_rows import PairRules, new_report
 from mlx_dpo.errors import BadPairError, ConfigError, DataError
 from mlx_dpo.schemas.schema import RowRules
@@ -95,7 +95,7 @@ SAME = {"prompt": "hi", "chosen": "yo", "rejected": "yo"}
         (
             {40: SAME},
             BadPairError,
-            "pairs.jsonl:40: chosen and rejected are the same text; mend it",
+            "pairs.jsonl:40: chosen and rejected are the same text; fix it",
         ),
         ({40: SAME, 41: "{"}, BadPairError, "pairs.jsonl:40: "),
         ({40: "{", 41: SAME}, DataError, "pairs.jsonl:40: not JSON"),

@@ -8,7 +8,7 @@ from byte_tokenizer import EOS
 from mlx_dpo.data.examples import parse_rows
 from mlx_dpo.data.load import check_settings_used, load_pairs
 from mlx_dpo.data.report import PairsReport
-from mlx_dpo.data.tokenization.tokenize import TokenRules
+from mlx_dpo.data.tokenization.formatting import TokenRules
 from mlx_dpo.errors import (
     EMPTY_COMPLETION,
     NOT_TEXT,

@@ -106,7 +106,7 @@ def test_a_folder_gives_its_training_and_its_held_out_prompts(tmp_path):
         ({"question": "hi"}, r"p\.jsonl:1: no `prompt` and no `messages` \(found `question`\)"),
         ({"prompt": "  "}, r"p\.jsonl:1: the prompt is empty"),
         ({"messages": [ANSWER]}, r"p\.jsonl:1: the prompt is empty"),
-        ({"prompt": "hi", "tools": [{"name": "f"}]}, r"p\.jsonl:1: `tools` beside a prompt"),
+        ({"prompt": "hi", "tools": [{"name": "f"}]}, r"p\.jsonl:1: prompts with `tools` are not"),
         ({"prompt": 3}, r"p\.jsonl:1: `prompt` must be text or a list of messages"),
         ({"instruction": "hi", "completions": ["a", "b"], "scores": [1, 1]}, "its answers tie"),
         (
@@ -119,7 +119,7 @@ def test_a_folder_gives_its_training_and_its_held_out_prompts(tmp_path):
                 "preferred_output": [ANSWER],
                 "non_preferred_output": [{**ANSWER, "content": "no"}],
             },
-            r"p\.jsonl:1: `tools` beside a prompt",
+            r"p\.jsonl:1: prompts with `tools` are not",
         ),
     ],
 )

@@ -5,7 +5,7 @@ from families import byte_level
 
 from mlx_dpo.data.load import load_pairs
 from mlx_dpo.data.sources import read_rows
-from mlx_dpo.data.tokenization.tokenize import TokenRules
+from mlx_dpo.data.tokenization.formatting import TokenRules
 from mlx_dpo.errors import DIFFERENT_PROMPTS, EMPTY_COMPLETION, BadPairError, DataError
 from mlx_dpo.schemas import find_schema, parse_pairs
 from mlx_dpo.schemas.schema import RowRules

@@ -1,7 +1,7 @@
 import json
 
 from mlx_dpo.data.load import load_pairs
-from mlx_dpo.data.tokenization.tokenize import TokenRules
+from mlx_dpo.data.tokenization.formatting import TokenRules
 
 SHARED = "\n\nHuman: a\n\nAssistant:"
 

@@ -8,7 +8,7 @@ from families import byte_level
 from mlx_dpo.config.dpo_config import get_settings
 from mlx_dpo.data.load import load_pairs
 from mlx_dpo.data.sources import read_rows
-from mlx_dpo.data.tokenization.tokenize import TokenRules
+from mlx_dpo.data.tokenization.formatting import TokenRules
 from mlx_dpo.schemas import SCHEMAS, find_schema
 from mlx_dpo.schemas.schema import RowRules
 

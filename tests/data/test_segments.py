@@ -5,7 +5,7 @@ from byte_tokenizer import ASSISTANT, BOS, EOS, USER, ByteTokenizer
 from families import TEMPLATES, byte_level, metaspace
 
 from mlx_dpo.data.inspect.segments import TokenText, segment_pair
-from mlx_dpo.data.tokenization.chat_template import TokenRules
+from mlx_dpo.data.tokenization.formatting import TokenRules
 from mlx_dpo.data.tokenization.tokenize import tokenize_pair
 from mlx_dpo.types import PreferenceExample, TokenizedPair
 

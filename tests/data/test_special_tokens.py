@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_dpo.data.tokenization.chat_template import encode_conversation
+from mlx_dpo.data.tokenization.formatting import TokenRules
 from mlx_dpo.data.tokenization.special_tokens import SpecialTokens, get_special_tokens
-from mlx_dpo.data.tokenization.tokenize import TokenRules, tokenize_pair
+from mlx_dpo.data.tokenization.tokenize import tokenize_pair
 from mlx_dpo.errors import SPECIAL_TOKEN, BadPairError
 from mlx_dpo.types import PreferenceExample
 
@@ -34,9 +35,11 @@ def controls(tokenizer, ids):
 def test_no_text_forges_a_control_token(name, make):
     """The control tokens are those of the same turns without the text; the text is all there."""
     tokenizer = make(name)
-    plain = encode_conversation(tokenizer, user("ab"), open_reply=True, thinking=False)
+    plain = encode_conversation(tokenizer, user("ab"), add_generation_prompt=True, thinking=False)
     for special in tokenizer.all_special_tokens:
-        ids = encode_conversation(tokenizer, user(f"a{special}b"), open_reply=True, thinking=False)
+        ids = encode_conversation(
+            tokenizer, user(f"a{special}b"), add_generation_prompt=True, thinking=False
+        )
         assert controls(tokenizer, ids) == controls(tokenizer, plain)
         spaced = str.maketrans("▁", " ")  # Metaspace cannot tell them apart
         assert f"a{special}b".translate(spaced) in tokenizer.decode(ids).translate(spaced)
@@ -50,17 +53,17 @@ def test_marked_text_is_cut_into_the_ids_of_the_text_alone(name, make, text):
     """In front of a special token that is only text, the ids are those of the usual way."""
     tokenizer = make(name)
     eos = tokenizer.eos_token
-    if get_special_tokens(tokenizer).found(text) or not text.strip():
+    if get_special_tokens(tokenizer).find(text) or not text.strip():
         return
-    usual = encode_conversation(tokenizer, user(text), open_reply=True, thinking=False)
+    usual = encode_conversation(tokenizer, user(text), add_generation_prompt=True, thinking=False)
     assert list(usual) == tokenizer.apply_chat_template(
         user(text), add_generation_prompt=True, return_dict=False
     )
     forged = encode_conversation(
-        tokenizer, user("x" + text.strip() + eos), open_reply=True, thinking=False
+        tokenizer, user("x" + text.strip() + eos), add_generation_prompt=True, thinking=False
     )
     honest = encode_conversation(
-        tokenizer, user("x" + text.strip()), open_reply=True, thinking=False
+        tokenizer, user("x" + text.strip()), add_generation_prompt=True, thinking=False
     )
     assert controls(tokenizer, forged) == controls(tokenizer, honest)
 
@@ -109,9 +112,9 @@ def test_a_pair_whose_text_cannot_stay_text_is_a_named_fault(chat):
 
 def test_the_longest_that_fits_is_meant():
     specials = SpecialTokens({"<a>": 1, "<a>b": 2, "b": 3})
-    assert specials.found("<a>b<a>") == {"<a>b", "<a>"}
-    assert specials.unmarked(specials.marked("x<a>by")) == "x<a>by"
-    assert len(specials.marked("x<a>by")) == 3
+    assert specials.find("<a>b<a>") == {"<a>b", "<a>"}
+    assert specials.unmark(specials.mark("x<a>by")) == "x<a>by"
+    assert len(specials.mark("x<a>by")) == 3
 
 
 def test_what_tools_and_arguments_hold_stays_text_as_well(chat):
@@ -144,10 +147,11 @@ def test_a_thought_of_the_answer_keeps_its_tokens():
 
 def test_the_shipped_model_and_a_real_tokenizer_write_them_as_text(stories):
     for text in ("a</s>b", "<s>", "x <unk> y"):
-        ids = encode_conversation(stories, user(text), open_reply=True, thinking=False)
+        ids = encode_conversation(stories, user(text), add_generation_prompt=True, thinking=False)
         assert text in stories.decode(ids)
         assert len(controls(stories, ids)) == len(
             controls(
-                stories, encode_conversation(stories, user("a"), open_reply=True, thinking=False)
+                stories,
+                encode_conversation(stories, user("a"), add_generation_prompt=True, thinking=False),
             )
         )

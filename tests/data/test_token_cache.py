@@ -23,8 +23,8 @@ from mlx_dpo.data.tokenization.cache import (
     list_entries,
     load_source,
 )
+from mlx_dpo.data.tokenization.formatting import TokenRules
 from mlx_dpo.data.tokenization.parallel import TokenizerWorkers
-from mlx_dpo.data.tokenization.tokenize import TokenRules
 from mlx_dpo.data.tokenization.tokenize_rows import PairRules
 from mlx_dpo.errors import SAME_TEXT, DataError
 from mlx_dpo.schemas.schema import RowRules

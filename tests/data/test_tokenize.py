@@ -3,7 +3,8 @@ from dataclasses import replace
 import pytest
 from byte_tokenizer import ASSISTANT, BOS, CHAT, EOS, SYSTEM, TWO_LINES, USER, ByteTokenizer
 
-from mlx_dpo.data.tokenization.tokenize import TokenRules, check_token_rules, tokenize_pair
+from mlx_dpo.data.tokenization.formatting import TokenRules
+from mlx_dpo.data.tokenization.tokenize import check_token_rules, tokenize_pair
 from mlx_dpo.errors import (
     EMPTY_COMPLETION,
     EMPTY_PROMPT,

@@ -41,7 +41,7 @@ def test_what_gives_way_is_what_was_said(how, max_length, kept):
             NO_ROOM,
             "(prompt of 4 tokens, max_length 4); raise --max-length,",
         ),
-        (pair(), "drop", 6, TOO_LONG, "(7 tokens, max_length 6); mend it,"),
+        (pair(), "drop", 6, TOO_LONG, "(7 tokens, max_length 6); fix it,"),
         (
             pair(rejected=(11, 12)),
             "keep_start",
@@ -107,6 +107,6 @@ BEGUN = (9, 1, 2, 3, 4, 5)  # 9 begins the text; turns begin at 2 and at 4
 )
 def test_the_token_that_begins_a_text_survives_and_turns_stay_whole(max_length, turns, prompt):
     whole = TokenizedPair(BEGUN, (11, 12, 13), (21, 22), "pairs.jsonl:7")
-    cut = truncate(whole, max_length, "keep_end", begins=True, turns=turns)
+    cut = truncate(whole, max_length, "keep_end", keep_bos=True, turn_starts=turns)
     assert cut.prompt == prompt
     assert cut.chosen == (11, 12, 13)[: max_length - len(prompt)]

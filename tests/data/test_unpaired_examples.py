@@ -11,7 +11,7 @@ from mlx_dpo.data.dataset import with_mismatched_completions
 from mlx_dpo.data.examples import parse_rows
 from mlx_dpo.data.load import load_pairs
 from mlx_dpo.data.report import PairsReport
-from mlx_dpo.data.tokenization.tokenize import TokenRules
+from mlx_dpo.data.tokenization.formatting import TokenRules
 from mlx_dpo.errors import ConfigError, DataError
 from mlx_dpo.schemas import parse_unpaired
 from mlx_dpo.schemas.schema import Row, RowRules

@@ -82,5 +82,5 @@ def test_a_run_on_plain_text_is_asked_the_text_with_its_marks(trained):
 
 def test_what_was_held_out_with_tools_is_not_asked_without(trained):
     opened, _ = trained(with_tools)
-    with pytest.raises(DataError, match="`tools` beside a prompt cannot be asked with here"):
+    with pytest.raises(DataError, match="prompts with `tools` are not supported here"):
         held_out_prompts(opened.run, opened.base)

@@ -240,7 +240,7 @@ def test_a_pair_that_teaches_nothing_is_a_bad_pair(record, reason):
         only(Row(record, "pairs.jsonl:12"))
     assert error.value.reason == reason
     assert str(error.value) == (
-        f"pairs.jsonl:12: {reason}; mend it, or leave such pairs out with --bad-pairs drop"
+        f"pairs.jsonl:12: {reason}; fix it, or leave such pairs out with --bad-pairs drop"
     )
 
 

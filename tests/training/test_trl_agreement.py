@@ -25,7 +25,8 @@ from mlx_dpo.adapters import attach as adapters
 from mlx_dpo.config.loss import LossSettings
 from mlx_dpo.data.batching import PassLimit, step_indices
 from mlx_dpo.data.sources import Row
-from mlx_dpo.data.tokenization.tokenize import TokenRules, tokenize_pair
+from mlx_dpo.data.tokenization.formatting import TokenRules
+from mlx_dpo.data.tokenization.tokenize import tokenize_pair
 from mlx_dpo.losses.metrics import step_row
 from mlx_dpo.models.load import LoadedModel, load_model
 from mlx_dpo.optim.lr_schedule import learning_rate

@@ -13,7 +13,8 @@ import pytest
 from mlx_dpo import DPOConfig
 from mlx_dpo.adapters import attach as adapters
 from mlx_dpo.data.batching import PassLimit, step_indices
-from mlx_dpo.data.tokenization.tokenize import TokenRules, tokenize_unpaired
+from mlx_dpo.data.tokenization.formatting import TokenRules
+from mlx_dpo.data.tokenization.tokenize import tokenize_unpaired
 from mlx_dpo.losses.metrics import step_row
 from mlx_dpo.models.load import load_model
 from mlx_dpo.schemas import parse_unpaired

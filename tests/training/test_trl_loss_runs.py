@@ -17,7 +17,8 @@ from mlx_dpo.adapters import attach as adapters
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.data.batching import PassLimit
 from mlx_dpo.data.sources import Row
-from mlx_dpo.data.tokenization.tokenize import TokenRules, tokenize_pair
+from mlx_dpo.data.tokenization.formatting import TokenRules
+from mlx_dpo.data.tokenization.tokenize import tokenize_pair
 from mlx_dpo.losses.metrics import step_row
 from mlx_dpo.optim.lr_schedule import learning_rate
 from mlx_dpo.schemas import parse_pairs

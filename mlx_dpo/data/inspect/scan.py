@@ -12,7 +12,7 @@ from mlx_dpo.data.inspect.raw_rows import read_raw_rows
 from mlx_dpo.data.inspect.text_anomalies import find_odd_characters, find_refusal
 from mlx_dpo.data.report import PairsReport
 from mlx_dpo.data.sources import Source
-from mlx_dpo.data.tokenization.chat_template import TokenRules
+from mlx_dpo.data.tokenization.formatting import TokenRules
 from mlx_dpo.data.tokenization.special_tokens import iterate_texts, stop_tokens
 from mlx_dpo.data.tokenization.tokenize import TokenizedExample, tokenize_pair, tokenize_unpaired
 from mlx_dpo.data.tokenization.tokenize_rows import new_report

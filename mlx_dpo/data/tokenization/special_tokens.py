@@ -1,7 +1,8 @@
-"""Special tokens that somebody typed: they stay the characters that they are.
+"""Special tokens inside the text of data and messages: they are tokenized as plain text.
 
-What a text holds of them is marked before a template or a tokenizer sees it. So the tokens
-that a template writes itself remain control tokens, and no text can forge one.
+Each special token in a text is replaced by a private-use character before the template and the
+tokenizer see it. So only the special tokens that the template writes itself are control tokens,
+and no text can imitate one.
 """
 
 import re
@@ -11,68 +12,69 @@ from typing import Any
 
 from mlx_dpo.errors import DataError
 
-FIRST_MARK = 0x100000  # characters that Unicode leaves to private use
-CONTEXTS = ("\n", "x", ".")  # after which a piece is encoded that begins no text
+FIRST_MARK = 0x100000  # the first of the private-use characters that replace special tokens
+CONTEXTS = ("\n", "x", ".")  # texts before a piece that is tokenized as the middle of a text
 
 
 class NotPlainTextError(DataError):
-    """A text with a special token in it that this tokenizer cannot write as plain text."""
+    """The tokenizer cannot tokenize a special token in a text as plain text."""
 
 
 class SpecialTokens:
-    """The special tokens of a tokenizer, each with a character that stands for it."""
+    """The special tokens of a tokenizer, each with the character that replaces it."""
 
     def __init__(self, names: Mapping[str, int]) -> None:
-        longest_first = sorted(names, key=len, reverse=True)  # the longest that fits is meant
+        longest_first = sorted(names, key=len, reverse=True)  # the longest match counts
         marks = [chr(FIRST_MARK + i) for i in range(len(longest_first))]
         self.ids = frozenset(names.values())
-        self._mark = dict(zip(longest_first, marks, strict=True))
-        self._name = dict(zip(marks, longest_first, strict=True))
-        self._written = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-        self._marked = re.compile(f"([{''.join(marks)}])" if marks else "((?!))")
+        self._mark_of = dict(zip(longest_first, marks, strict=True))
+        self._name_of = dict(zip(marks, longest_first, strict=True))
+        self._name_pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self._mark_pattern = re.compile(f"([{''.join(marks)}])" if marks else "((?!))")
 
-    def found(self, value: Any) -> set[str]:
-        """Those that stand in a text, or in any text of nested messages."""
-        return {name for text in iterate_texts(value) for name in self._written.findall(text)}
+    def find(self, value: Any) -> set[str]:
+        """Return the special tokens in a text, or in the texts of nested messages."""
+        return {name for text in iterate_texts(value) for name in self._name_pattern.findall(text)}
 
-    def marked(self, value: Any) -> Any:
-        """The same value with marks in their places; roles are the template's business.
+    def mark(self, value: Any) -> Any:
+        """Replace the special tokens in a text or in nested messages; roles stay as they are.
 
         Raises:
-            NotPlainTextError: a text holds the characters of marks already.
+            NotPlainTextError: a text already contains one of the replacing characters.
         """
         if isinstance(value, str):
-            if self._marked.search(value):
-                raise NotPlainTextError("the text holds private characters beside a special token")
-            return self._written.sub(lambda match: self._mark[match[0]], value)
+            if self._mark_pattern.search(value):
+                raise NotPlainTextError("the text holds private characters and a special token")
+            return self._name_pattern.sub(lambda match: self._mark_of[match[0]], value)
         if isinstance(value, Mapping):
-            return {k: v if k == "role" else self.marked(v) for k, v in value.items()}
-        return [self.marked(one) for one in value] if isinstance(value, list | tuple) else value
+            return {k: v if k == "role" else self.mark(v) for k, v in value.items()}
+        return [self.mark(item) for item in value] if isinstance(value, list | tuple) else value
 
-    def unmarked(self, text: str) -> str:
-        """The text as it was."""
-        return self._marked.sub(lambda match: self._name[match[0]], text)
+    def unmark(self, text: str) -> str:
+        """Return the text with the special tokens in it."""
+        return self._mark_pattern.sub(lambda match: self._name_of[match[0]], text)
 
     def encode(self, tokenizer: Any, text: str) -> list[int]:
-        """Ids of a marked text: what is marked as plain text, everything else as ever.
+        """Return the token ids of a text from `mark`; replaced special tokens are plain text.
 
         Raises:
-            NotPlainTextError: the tokenizer makes a special token of its name whatever it is asked.
+            NotPlainTextError: the tokenizer always makes a special token of its name.
         """
-        pieces = self._marked.split(text)
-        ids = _plain(tokenizer)(pieces[0]) if pieces[0] else []
-        for at, piece in enumerate(pieces[1:], start=1):
-            if at % 2:
-                ids += self._literal(tokenizer, self._name[piece], bool(ids))
+        pieces = self._mark_pattern.split(text)
+        ids = _plain_encoder(tokenizer)(pieces[0]) if pieces[0] else []
+        for index, piece in enumerate(pieces[1:], start=1):
+            if index % 2:
+                ids += self._encode_name(tokenizer, self._name_of[piece], bool(ids))
             elif piece:
-                ids += _continued(_plain(tokenizer), piece, bool(ids))
+                ids += _encode_inside(_plain_encoder(tokenizer), piece, bool(ids))
         return ids
 
-    def _literal(self, tokenizer: Any, name: str, inside: bool) -> list[int]:
-        ids = _continued(_plain(tokenizer, split=True), name, inside)
-        if self.ids & set(ids):  # it does not split them: then they are never seen whole
-            plain = _plain(tokenizer)
-            ids = _continued(plain, name[:1], inside) + _continued(plain, name[1:], True)
+    def _encode_name(self, tokenizer: Any, name: str, inside: bool) -> list[int]:
+        """Return the ids of the characters of a special token's name."""
+        ids = _encode_inside(_plain_encoder(tokenizer, split=True), name, inside)
+        if self.ids & set(ids):  # it ignores `split_special_tokens`: split the name here
+            plain = _plain_encoder(tokenizer)
+            ids = _encode_inside(plain, name[:1], inside) + _encode_inside(plain, name[1:], True)
         if self.ids & set(ids):
             raise NotPlainTextError(f"the tokenizer has no plain text for `{name}`")
         return ids
@@ -80,7 +82,7 @@ class SpecialTokens:
 
 @lru_cache(maxsize=4)
 def get_special_tokens(tokenizer: Any) -> SpecialTokens:
-    """The control tokens of a tokenizer: the special ones, and those that end a reply."""
+    """Return the special tokens of a tokenizer, including its stop tokens."""
     names: dict[str, int] = {}
     for token in getattr(tokenizer, "all_special_tokens", ()):
         names[str(token)] = tokenizer.convert_tokens_to_ids(str(token))
@@ -95,14 +97,14 @@ def get_special_tokens(tokenizer: Any) -> SpecialTokens:
 
 
 def stop_tokens(tokenizer: Any) -> set[int]:
-    """Ids that end a reply; mlx-lm's wrapper knows more of them than the tokenizer does."""
-    known = getattr(tokenizer, "eos_token_ids", None)
-    # Tokenizers of transformers answer to this name too, with a single id.
-    return set(known) if isinstance(known, set | list | tuple) else {tokenizer.eos_token_id}
+    """Return the ids of the tokens that end a reply; mlx-lm's wrapper may have several."""
+    ids = getattr(tokenizer, "eos_token_ids", None)
+    # Tokenizers of transformers have this attribute too, with a single id.
+    return set(ids) if isinstance(ids, set | list | tuple) else {tokenizer.eos_token_id}
 
 
 def iterate_texts(value: Any) -> Iterator[str]:
-    """Every text in a value but for roles."""
+    """Yield every text in nested messages, except for roles."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
@@ -114,17 +116,22 @@ def iterate_texts(value: Any) -> Iterator[str]:
             yield from iterate_texts(item)
 
 
-def _plain(tokenizer: Any, *, split: bool = False) -> Callable[[str], list[int]]:
-    more = {"split_special_tokens": True} if split else {}
-    return lambda text: list(tokenizer.encode(text, add_special_tokens=False, **more))
+def _plain_encoder(tokenizer: Any, *, split: bool = False) -> Callable[[str], list[int]]:
+    """Return a function that encodes text without BOS and EOS.
+
+    With `split`, the tokenizer is asked to split the names of special tokens.
+    """
+    options = {"split_special_tokens": True} if split else {}
+    return lambda text: list(tokenizer.encode(text, add_special_tokens=False, **options))
 
 
-def _continued(encode: Callable[[str], list[int]], piece: str, inside: bool) -> list[int]:
-    """Ids of a piece that stands within a text: some tokenizers put a space before a beginning."""
+def _encode_inside(encode: Callable[[str], list[int]], piece: str, inside: bool) -> list[int]:
+    """Return the ids of a piece; `inside` a text, no space may be added before it."""
     if not inside:
         return encode(piece)
-    for seam in CONTEXTS:
-        before, both = encode(seam), encode(seam + piece)
+    # Some tokenizers add a space at the beginning of a text, so a context is put before the piece.
+    for context in CONTEXTS:
+        before, both = encode(context), encode(context + piece)
         if both[: len(before)] == before:
             return both[len(before) :]
-    raise NotPlainTextError("the tokenizer joins what stands beside a special token with it")
+    raise NotPlainTextError("the tokenizer merges a special token with the text next to it")

@@ -1,15 +1,12 @@
-"""Preferences -> tokenized pairs: which form, which stop token, how long, which ids."""
+"""Examples as text to tokenized pairs: format, stop tokens, truncation, checks of the ids."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from mlx_dpo.data.tokenization.chat_template import (
-    FormattedPreference,
     Ids,
-    TokenRules,
     format_ids,
-    format_preference,
     has_template,
     has_thinking_mode,
     later_turn_starts,
@@ -17,6 +14,7 @@ from mlx_dpo.data.tokenization.chat_template import (
     tokenize_as_chat,
     tokenize_as_text,
 )
+from mlx_dpo.data.tokenization.formatting import FormattedExample, TokenRules, format_example
 from mlx_dpo.data.tokenization.special_tokens import get_special_tokens, stop_tokens
 from mlx_dpo.errors import (
     EMPTY_COMPLETION,
@@ -35,32 +33,38 @@ from mlx_dpo.types import PreferenceExample, TokenizedPair, UnpairedExample
 def truncate(
     pair: TokenizedPair,
     max_length: int,
-    how: str,
+    strategy: str,
     *,
-    begins: bool = False,
-    turns: Sequence[int] = (),
+    keep_bos: bool = False,
+    turn_starts: Sequence[int] = (),
 ) -> TokenizedPair:
-    """The pair with prompt + completion of at most `max_length` tokens in both rows.
+    """Return the pair with at most `max_length` tokens of prompt + completion in both rows.
 
-    `keep_start` cuts completions at their end, as TRL does. `keep_end` cuts the prompt at its
-    start, the same in both rows, and completions only where they do not fit beside one
-    prompt token. `drop` cuts nothing. No completion is ever emptied.
+    A completion always keeps at least one token.
 
-    With `keep_end` the prompt goes on at the first of `turns`, places where one begins, that
-    leaves room for the completions; where none does, at any token. If the prompt `begins` with
-    the token that begins a text, that token stays.
+    Args:
+        pair: the pair.
+        max_length: tokens per row.
+        strategy: `keep_start` cuts the end of completions, as TRL does. `keep_end` cuts the start
+            of the prompt, the same in both rows, and completions only if they do not fit next to
+            one prompt token. `drop` cuts nothing.
+        keep_bos: with `keep_end`, keep the first token of the prompt.
+        turn_starts: with `keep_end`, positions in the prompt at which turns begin. The prompt is
+            cut at the first one that leaves room for the completions; if there is none, at any
+            token.
 
     Raises:
-        BadPairError: there is no such pair, or the cut leaves no difference.
+        BadPairError: the pair is to be dropped, has no room for a completion, or its completions
+            are the same after truncation.
     """
     if len(pair) <= max_length:
         return pair
-    if how == "drop":
+    if strategy == "drop":
         raise BadPairError(pair.location, TOO_LONG, f"{len(pair)} tokens, max_length {max_length}")
     prompt = pair.prompt
-    if how == "keep_end":
+    if strategy == "keep_end":
         longest_completion = len(pair) - len(prompt)
-        prompt = _end_of_prompt(prompt, max_length, longest_completion, begins, turns)
+        prompt = _cut_start(prompt, max_length, longest_completion, keep_bos, turn_starts)
     room = max_length - len(prompt)
     if room < 1:
         found = f"prompt of {len(prompt)} tokens, max_length {max_length}"
@@ -72,44 +76,44 @@ def truncate(
     return cut
 
 
-def _end_of_prompt(
-    prompt: tuple[int, ...],
+def _cut_start(
+    prompt: Ids,
     max_length: int,
     longest_completion: int,
-    begins: bool,
-    turns: Sequence[int],
-) -> tuple[int, ...]:
-    # One token that begins, one of the prompt and one of a completion are the least.
-    start = prompt[: int(begins and max_length > 2)]
-    kept = max(1, max_length - longest_completion - len(start))
-    if kept + len(start) >= len(prompt):
+    keep_bos: bool,
+    turn_starts: Sequence[int],
+) -> Ids:
+    # A row needs the BOS token, one more token of the prompt and one of a completion.
+    bos = prompt[: int(keep_bos and max_length > 2)]
+    remaining = max(1, max_length - longest_completion - len(bos))
+    if remaining + len(bos) >= len(prompt):
         return prompt
-    earliest = len(prompt) - kept
-    return start + prompt[next((turn for turn in turns if turn >= earliest), earliest) :]
+    earliest = len(prompt) - remaining
+    return bos + prompt[next((start for start in turn_starts if start >= earliest), earliest) :]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizedExample:
-    """A tokenized pair, and what happened to it on the way."""
+    """A tokenized pair, with what the report counts about it."""
 
     pair: TokenizedPair
-    as_chat: bool  # through the model's chat template
-    was_dialogue: bool  # text that marks its turns, which became messages
-    with_system: bool
-    specials: frozenset[str]  # special tokens that stand in its text
-    boundary_moved: int  # prompt tokens that merge with a completion and went over to it
-    stops_added: int  # completions that had no stop token of their own
+    as_chat: bool  # tokenized with the chat template
+    was_dialogue: bool  # the text had turn marks, which became messages
+    with_system: bool  # begins with the system turn of the settings
+    specials: frozenset[str]  # special tokens in its text
+    boundary_moved: int  # prompt tokens that merge with a completion and were moved to it
+    stops_added: int  # completions that had no stop token
     prompt_cut: bool
     completions_cut: int
 
     @property
     def truncated(self) -> bool:
-        """Whether anything was cut."""
+        """True if the prompt or a completion was cut."""
         return self.prompt_cut or self.completions_cut > 0
 
 
 def check_token_rules(tokenizer: Any, rules: TokenRules) -> None:
-    """Refuse rules that this tokenizer cannot follow.
+    """Check that the tokenizer supports the rules.
 
     Raises:
         ConfigError: a setting needs a chat template, or one with a thinking mode.
@@ -129,90 +133,92 @@ def check_token_rules(tokenizer: Any, rules: TokenRules) -> None:
 
 
 def tokenize_pair(
-    tokenizer: Any, preference: PreferenceExample, rules: TokenRules
+    tokenizer: Any, example: PreferenceExample, rules: TokenRules
 ) -> TokenizedExample:
-    """The pair as token ids, each completion with the stop token that ends it.
+    """Tokenize a preference pair; each completion ends with a stop token.
 
-    Under `auto`, strings go through the model's chat template, unless they are parts of a
-    whole text; if that marks its turns, these do. Messages always do.
+    With `chat_template` auto, messages and strings are put into the chat template. Texts with an
+    implicit prompt stay text, unless they have turn marks.
 
     Raises:
         DataError: the template or the tokenizer does not fit the pair or the model.
-        BadPairError: nothing to learn is left of the pair.
+        BadPairError: the pair cannot be trained on.
     """
-    parts = _parts(tokenizer, preference, rules)
+    parts = _tokenize(tokenizer, example, rules)
     chosen, rejected = parts.completions
     if chosen == rejected:
-        raise BadPairError(preference.location, SAME_TOKENS)
-    whole = TokenizedPair(parts.prompt, chosen, rejected, preference.location)
-    return _encoded(tokenizer, whole, parts, rules, stops_added=sum(parts.stops_added))
+        raise BadPairError(example.location, SAME_TOKENS)
+    whole = TokenizedPair(parts.prompt, chosen, rejected, example.location)
+    return _truncate(tokenizer, whole, parts, rules, stops_added=sum(parts.stops_added))
 
 
 def tokenize_unpaired(
-    tokenizer: Any, judgement: UnpairedExample, rules: TokenRules
+    tokenizer: Any, example: UnpairedExample, rules: TokenRules
 ) -> TokenizedExample:
-    """A judged answer as token ids: `chosen` is the answer, `rejected` is left empty.
+    """Tokenize an unpaired example: its completion becomes `chosen`, `rejected` stays empty.
 
     Raises:
-        DataError, BadPairError: as for a pair.
+        DataError, BadPairError: as `tokenize_pair`.
     """
-    answer = judgement.completion
-    twice = PreferenceExample(
-        judgement.prompt,
-        answer,
-        answer,
-        judgement.location,
-        judgement.template_kwargs,
-        judgement.implicit_prompt,
+    completion = example.completion
+    pair = PreferenceExample(
+        example.prompt,
+        completion,
+        completion,
+        example.location,
+        example.template_kwargs,
+        example.implicit_prompt,
     )
-    parts = _parts(tokenizer, twice, rules)
-    answer_ids = parts.completions[0]
+    parts = _tokenize(tokenizer, pair, rules)
     whole = TokenizedPair(
-        parts.prompt, answer_ids, (), judgement.location, desirable=judgement.desirable
+        parts.prompt, parts.completions[0], (), example.location, desirable=example.desirable
     )
-    return _encoded(tokenizer, whole, parts, rules, stops_added=parts.stops_added[0])
+    return _truncate(tokenizer, whole, parts, rules, stops_added=parts.stops_added[0])
 
 
 class _Parts(NamedTuple):
-    form: FormattedPreference
+    formatted: FormattedExample
     prompt: Ids
-    completions: tuple[Ids, ...]  # each with the stop token that ends it
+    completions: tuple[Ids, ...]  # each with its stop token
     stops_added: tuple[bool, ...]
     moved: int
 
 
-def _parts(tokenizer: Any, given: PreferenceExample, rules: TokenRules) -> _Parts:
-    """Prompt and completions as ids that the model knows, neither of them empty."""
-    form = format_preference(tokenizer, given, rules)
-    said = form.said
-    if form.as_chat:
-        rows = tokenize_as_chat(tokenizer, said, thinking=form.thinking)
+def _tokenize(tokenizer: Any, example: PreferenceExample, rules: TokenRules) -> _Parts:
+    """Return prompt and completions as valid token ids; none of them is empty."""
+    formatted = format_example(tokenizer, example, rules)
+    example = formatted.example
+    if formatted.as_chat:
+        parts = tokenize_as_chat(tokenizer, example, thinking=formatted.thinking)
     else:
-        rows = tokenize_as_text(tokenizer, said, controls=rules.chat_template == "text")
+        parts = tokenize_as_text(tokenizer, example, controls=rules.chat_template == "text")
     stops = stop_tokens(tokenizer)
     completions, added = zip(
-        *(_ended(tokenizer, completion, stops) for completion in rows.completions), strict=True
+        *(_end_with_stop(tokenizer, completion, stops) for completion in parts.completions),
+        strict=True,
     )
-    _check_ids(tokenizer, (rows.prompt, *completions), said.location, rules.vocab_size)
+    _check_ids(tokenizer, (parts.prompt, *completions), example.location, rules.vocab_size)
     if any(len(ids) == 1 and ids[0] in stops for ids in completions):
-        raise BadPairError(said.location, EMPTY_COMPLETION, "once tokenized")
-    return _Parts(form, rows.prompt, completions, added, rows.moved)
+        raise BadPairError(example.location, EMPTY_COMPLETION, "once tokenized")
+    return _Parts(formatted, parts.prompt, completions, added, parts.moved)
 
 
-def _encoded(
+def _truncate(
     tokenizer: Any, whole: TokenizedPair, parts: _Parts, rules: TokenRules, *, stops_added: int
 ) -> TokenizedExample:
-    form, turns = parts.form, list[int]()
-    if rules.truncation == "keep_end" and form.as_chat and len(whole) > rules.max_length:
-        turns = later_turn_starts(tokenizer, form.said, thinking=form.thinking)
-    begins = whole.prompt[0] == tokenizer.bos_token_id
-    pair = truncate(whole, rules.max_length, rules.truncation, begins=begins, turns=turns)
+    formatted, turn_starts = parts.formatted, list[int]()
+    if rules.truncation == "keep_end" and formatted.as_chat and len(whole) > rules.max_length:
+        turn_starts = later_turn_starts(tokenizer, formatted.example, thinking=formatted.thinking)
+    keep_bos = whole.prompt[0] == tokenizer.bos_token_id
+    pair = truncate(
+        whole, rules.max_length, rules.truncation, keep_bos=keep_bos, turn_starts=turn_starts
+    )
     return TokenizedExample(
         pair=pair,
-        as_chat=form.as_chat,
-        was_dialogue=form.was_dialogue,
-        with_system=form.with_system,
-        specials=_specials(tokenizer, form),
+        as_chat=formatted.as_chat,
+        was_dialogue=formatted.was_dialogue,
+        with_system=formatted.with_system,
+        specials=_find_special_tokens(tokenizer, formatted),
         boundary_moved=parts.moved,
         stops_added=stops_added,
         prompt_cut=pair.prompt != whole.prompt,
@@ -220,29 +226,28 @@ def _encoded(
     )
 
 
-def _specials(tokenizer: Any, form: FormattedPreference) -> frozenset[str]:
-    """Special tokens that somebody typed; not those that frame a plain text."""
-    said, specials = form.said, get_special_tokens(tokenizer)
-    if form.as_chat:
-        return frozenset(
-            specials.found([said.prompt, said.chosen, said.rejected, said.template_kwargs])
-        )
-    wholes = (f"{said.prompt}{text}" for text in (said.chosen, said.rejected))
+def _find_special_tokens(tokenizer: Any, formatted: FormattedExample) -> frozenset[str]:
+    """Return the special tokens in the text, without BOS and stop token around plain text."""
+    example, specials = formatted.example, get_special_tokens(tokenizer)
+    if formatted.as_chat:
+        texts = [example.prompt, example.chosen, example.rejected, example.template_kwargs]
+        return frozenset(specials.find(texts))
+    wholes = (f"{example.prompt}{text}" for text in (example.chosen, example.rejected))
     inner = [split_control_tokens(tokenizer, whole, ends=True)[1] for whole in wholes]
-    return frozenset(specials.found(inner))
+    return frozenset(specials.find(inner))
 
 
-def _ended(tokenizer: Any, completion: Ids, stops: set[int]) -> tuple[Ids, bool]:
-    """The completion up to its stop token, and whether that had to be added."""
+def _end_with_stop(tokenizer: Any, completion: Ids, stops: set[int]) -> tuple[Ids, bool]:
+    """Return the completion up to its stop token, and whether the stop token was added."""
     end = next((i + 1 for i in reversed(range(len(completion))) if completion[i] in stops), 0)
-    # Templates like to put a newline after the stop token; nobody will ever generate it.
+    # Many templates write a newline after the stop token, which generation never reaches.
     if end and not tokenizer.decode(list(completion[end:])).strip():
         return completion[:end], False
     return (*completion, tokenizer.eos_token_id), True
 
 
 def _check_ids(tokenizer: Any, parts: Sequence[Ids], location: str, vocab_size: int | None) -> None:
-    # MLX checks no bounds: a foreign id would read other memory without a word.
+    # MLX does not check bounds: an id outside the vocabulary would read other memory.
     for token in set().union(*parts):
         if vocab_size is not None and not 0 <= token < vocab_size:
             raise DataError(

@@ -6,7 +6,7 @@ from typing import Any, Generic, TypeVar
 
 from mlx_dpo.data.examples import ParsedExample, drop_or_raise, parse_rows
 from mlx_dpo.data.report import PairsReport
-from mlx_dpo.data.tokenization.chat_template import TokenRules
+from mlx_dpo.data.tokenization.formatting import TokenRules
 from mlx_dpo.data.tokenization.tokenize import tokenize_pair, tokenize_unpaired
 from mlx_dpo.errors import BadPairError, DataError
 from mlx_dpo.schemas.messages import prompt_digest

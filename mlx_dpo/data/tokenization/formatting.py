@@ -1,0 +1,105 @@
+"""Format of an example for the tokenizer: chat or plain text, system turn, thinking mode."""
+
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from mlx_dpo.data.tokenization.chat_template import has_template
+from mlx_dpo.errors import ConfigError, DataError
+from mlx_dpo.schemas import hh_rlhf
+from mlx_dpo.schemas.messages import to_messages
+from mlx_dpo.types import PreferenceExample
+
+SYSTEM_ROLES = ("system", "developer")  # roles of a system turn
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenRules:
+    """The settings that decide how text becomes tokens; see the settings of the same names."""
+
+    chat_template: str = "auto"
+    thinking: bool | None = None
+    system: str | None = None
+    max_length: int = 1024
+    truncation: str = "keep_start"
+    vocab_size: int | None = None  # of the model; None: token ids are not checked
+
+
+class FormattedExample(NamedTuple):
+    """An example in the format in which it is tokenized."""
+
+    example: PreferenceExample
+    as_chat: bool  # with the chat template
+    was_dialogue: bool  # the text had turn marks, which became messages
+    with_system: bool  # it begins with the system turn of the settings
+    thinking: bool  # value of `enable_thinking` for the template
+
+
+def format_example(
+    tokenizer: Any, example: PreferenceExample, rules: TokenRules
+) -> FormattedExample:
+    """Return the example in the format that the rules and the tokenizer's template require.
+
+    Raises:
+        DataError: messages without a template, or a row that contradicts `thinking`.
+        ConfigError: `system` cannot be put before plain text.
+    """
+    turns = None
+    if example.implicit_prompt and _can_be_chat(tokenizer, rules):
+        turns = hh_rlhf.pair_to_messages(example)
+    as_chat = _is_chat(tokenizer, turns or example, rules)
+    formatted, with_system = _add_system(turns or example, rules, as_chat)
+    thinking = _get_thinking(formatted, rules)
+    return FormattedExample(formatted, as_chat, turns is not None, with_system, thinking)
+
+
+def _can_be_chat(tokenizer: Any, rules: TokenRules) -> bool:
+    return rules.chat_template != "text" and has_template(tokenizer)
+
+
+def _is_chat(tokenizer: Any, example: PreferenceExample, rules: TokenRules) -> bool:
+    if isinstance(example.prompt, str):
+        if rules.chat_template == "chat":
+            return True
+        return _can_be_chat(tokenizer, rules) and not example.implicit_prompt
+    if rules.chat_template == "text":
+        raise DataError(
+            f"{example.location}: messages cannot stay plain text; write the pair as strings, "
+            "or leave out --chat-template text"
+        )
+    if not has_template(tokenizer):
+        raise DataError(
+            f"{example.location}: messages need a chat template and the model has none; "
+            "take a chat model, or write the pair as strings"
+        )
+    return True
+
+
+def _add_system(
+    example: PreferenceExample, rules: TokenRules, as_chat: bool
+) -> tuple[PreferenceExample, bool]:
+    """Add the system turn of the settings if the example has none.
+
+    Returns the example, and whether it now begins with that turn.
+    """
+    if rules.system is None:
+        return example, False
+    if not as_chat:
+        raise ConfigError(
+            f"{example.location}: `system` needs a chat template, and this pair stays plain text; "
+            "take a chat model, or leave out --system"
+        )
+    turns = to_messages(example.prompt, "user")
+    if turns[0]["role"] in SYSTEM_ROLES:
+        return example, turns[0]["content"] == rules.system
+    return replace(example, prompt=({"role": "system", "content": rules.system}, *turns)), True
+
+
+def _get_thinking(example: PreferenceExample, rules: TokenRules) -> bool:
+    """Return the setting `thinking`; a row's own value overrides it in the template."""
+    own = example.template_kwargs.get("enable_thinking")
+    if own is not None and rules.thinking is not None and own != rules.thinking:
+        raise DataError(
+            f"{example.location}: `chat_template_kwargs` has enable_thinking {own!r}, and "
+            f"--thinking says otherwise; leave out one of them"
+        )
+    return bool(rules.thinking)
