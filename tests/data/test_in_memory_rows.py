@@ -8,7 +8,7 @@ from byte_tokenizer import CHAT, ByteTokenizer
 
 from mlx_dpo.data.columns import pairs_digest
 from mlx_dpo.data.hf_datasets import InMemoryRows
-from mlx_dpo.data.inspect.raw_rows import written
+from mlx_dpo.data.inspect.raw_rows import read_raw_rows
 from mlx_dpo.data.load import load_pairs
 from mlx_dpo.data.sources import find_sources, resolve_source, to_inputs
 from mlx_dpo.data.tokenization.formatting import TokenRules
@@ -110,9 +110,9 @@ def test_sources_of_training_and_held_out_pairs_can_be_in_memory(write):
 
 
 def test_rows_in_memory_can_be_checked_and_written(write):
-    rows = list(written(resolve_source(ROWS)))
+    rows = list(read_raw_rows(resolve_source(ROWS)))
     assert [row.location for row in rows] == [f"pairs[{i}]" for i in range(5)]
-    assert rows[0].as_line() == b'{"prompt": "q0", "chosen": "yes 0", "rejected": "no"}'
+    assert rows[0].to_json_line() == b'{"prompt": "q0", "chosen": "yes 0", "rejected": "no"}'
 
 
 def test_a_list_is_read_without_the_library_of_datasets(monkeypatch):
