@@ -1,4 +1,4 @@
-"""`mlx-dpo compare`: answers side by side, shaded where the preference acts."""
+"""`mlx-dpo compare`: answers of base and aligned model, shaded by log-ratio."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mlx_dpo.data.prompts import Prompt
     from mlx_dpo.evaluation.compare import Comparison, ScoredAnswer
 
-MIN_COLUMN_WIDTH = 30  # letters a column; below it answers stand one below the other
+MIN_COLUMN_WIDTH = 30  # characters; on a narrower terminal answers are printed in sequence
 DEFAULT_LIMIT = 20
 STYLES = {
     1: "black on #d6e8ff", 2: "bold black on #9cc6ff", 3: "bold black on #4d9bff",
@@ -28,20 +28,20 @@ STYLES = {
 
 @click.command()
 @click.argument("words", nargs=-1, required=True, metavar="RUN... [PROMPTS]")
-@click.option("--html", metavar="FILE", help="Write a page as well; it needs no other files.")
+@click.option("--html", metavar="FILE", help="Also write a self-contained HTML page.")
 @click.option(
     "--limit",
     type=click.IntRange(min=0),
     default=DEFAULT_LIMIT,
-    help="Prompts to ask, the first so many; 0 is all.",
+    help="Number of prompts, from the beginning; 0 for all.",
 )
 @sampling_flags(temperature=0.0, max_tokens=256)
 def compare(words: tuple[str, ...], html: str | None, limit: int, **settings: Any) -> None:
-    """Show what RUN answers beside the model that it started from, or several RUNs.
+    """Compare answers of RUN with those of the model it started from, or of several RUNs.
 
-    PROMPTS is a file of prompts or of pairs; without it, those that the run held out are asked.
-    Each token is shaded by log π − log π_ref, so that one sees where the preference acts. Below
-    stand lengths, repetition, and answers that begin as refusals in English do.
+    PROMPTS is a file of prompts or of pairs; without it, the run's held-out prompts are used.
+    Each token is shaded by log π − log π_ref, to show what training changed. A table below shows
+    length, repetition, and the number of English refusals.
 
     \b
     mlx-dpo compare run --html compare.html
@@ -51,21 +51,21 @@ def compare(words: tuple[str, ...], html: str | None, limit: int, **settings: An
     page = None if html is None else _html_path(html)
     sampling = Sampling(**settings)
 
-    from mlx_dpo.evaluation.compare import compare_runs as ask
+    from mlx_dpo.evaluation.compare import compare_runs
     from mlx_dpo.reporting.console import make_console
 
-    found = ask(runs, prompts, sampling, limit=limit or None)
+    comparison = compare_runs(runs, prompts, sampling, limit=limit or None)
     if page is not None:
-        _write_page(page, found, " and ".join(runs))
-    for note in found.notes:
+        _write_page(page, comparison, " and ".join(runs))
+    for note in comparison.notes:
         click.echo(note, err=True)
-    _print(make_console(), found)
+    _print_comparison(make_console(), comparison)
     if page is not None:
         click.echo(f"Written to {page}", err=True)
 
 
 def _split_runs_and_prompts(words: Sequence[str]) -> tuple[list[str], str | None]:
-    """The runs, and the prompts: the last word where that is no run folder beside another word."""
+    """Return the runs, and the prompts if the last of several words is no run folder."""
     is_run = [(Path(word).expanduser() / "run.json").is_file() for word in words]
     if len(words) > 1 and not is_run[-1]:
         return list(words[:-1]), words[-1]
@@ -75,26 +75,27 @@ def _split_runs_and_prompts(words: Sequence[str]) -> tuple[list[str], str | None
 def _html_path(name: str) -> Path:
     path = Path(name).expanduser()
     if path.suffix not in (".html", ".htm"):
-        raise ConfigError(f"{name}: `--html` writes a page; give a name in `.html`")
+        raise ConfigError(f"{name}: `--html` writes a page; give a name that ends in `.html`")
     return path
 
 
-def _write_page(path: Path, found: "Comparison", title: str) -> None:
-    from mlx_dpo.reporting.compare_page import Comparison, Completion, render_compare_page
+def _write_page(path: Path, comparison: "Comparison", title: str) -> None:
+    from mlx_dpo.reporting.compare_page import Comparison as PageContent
+    from mlx_dpo.reporting.compare_page import Completion, render_compare_page
 
-    comparison = Comparison(
+    content = PageContent(
         f"mlx-dpo compare {title}",
-        found.notes,
-        [column.name for column in found.columns],
-        [_turns(prompt) for prompt in found.prompts],
+        comparison.notes,
+        [column.name for column in comparison.columns],
+        [_turns(prompt) for prompt in comparison.prompts],
         [
-            [Completion([(b.text, b.log_ratio) for b in a.bits], a.end) for a in answers]
-            for answers in zip(*(column.answers for column in found.columns), strict=True)
+            [Completion([(s.text, s.log_ratio) for s in a.spans], a.end) for a in answers]
+            for answers in zip(*(column.answers for column in comparison.columns), strict=True)
         ],
-        [column.figures() for column in found.columns],
+        [column.summary() for column in comparison.columns],
     )
     try:
-        write_file(path, render_compare_page(comparison))
+        write_file(path, render_compare_page(content))
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({reason(error)})") from error
 
@@ -103,16 +104,16 @@ def _turns(prompt: "Prompt") -> list[tuple[str, str]]:
     return [(str(turn["role"]), str(turn["content"])) for turn in prompt.messages]
 
 
-def _print(console: "Console", found: "Comparison") -> None:
+def _print_comparison(console: "Console", comparison: "Comparison") -> None:
     from mlx_dpo.reporting.compare_page import LEGEND
 
-    beside = console.is_terminal and console.width >= MIN_COLUMN_WIDTH * len(found.columns)
-    for number, prompt in enumerate(found.prompts):
+    fits = console.is_terminal and console.width >= MIN_COLUMN_WIDTH * len(comparison.columns)
+    for number, prompt in enumerate(comparison.prompts):
         console.print()
         for role, text in _turns(prompt):
             console.print(f"{role}: {_strip_controls(text)}", markup=False, style="bold")
-        cells = [(column.name, column.answers[number]) for column in found.columns]
-        if beside:
+        cells = [(column.name, column.answers[number]) for column in comparison.columns]
+        if fits:
             console.print(_table(cells))
             continue
         for name, answer in cells:
@@ -125,8 +126,8 @@ def _print(console: "Console", found: "Comparison") -> None:
     if console.is_terminal:
         console.print(LEGEND, markup=False)
     else:
-        click.echo("Tokens are shaded on a terminal, and on the page of --html", err=True)
-    console.print(_summary_table(found))
+        click.echo("Tokens are shaded on a terminal and on the page of --html", err=True)
+    console.print(_summary_table(comparison))
 
 
 def _table(cells: Sequence[tuple[str, "ScoredAnswer"]]) -> Any:
@@ -153,8 +154,8 @@ def _shade_answer(answer: "ScoredAnswer", *, ends: bool = True) -> "Text":
     from mlx_dpo.reporting.compare_page import END_MARK, shade_level
 
     text = Text()
-    for bit in answer.bits:
-        text.append(_strip_controls(bit.text), style=STYLES.get(shade_level(bit.log_ratio)))
+    for span in answer.spans:
+        text.append(_strip_controls(span.text), style=STYLES.get(shade_level(span.log_ratio)))
     if ends and answer.end is not None and shade_level(answer.end):
         text.append(END_MARK, style=STYLES[shade_level(answer.end)])
     return text
@@ -164,15 +165,15 @@ def _strip_controls(text: str) -> str:
     return CONTROLS.sub("", text)
 
 
-def _summary_table(found: "Comparison") -> Any:
+def _summary_table(comparison: "Comparison") -> Any:
     from rich.box import SIMPLE
     from rich.table import Table
 
-    figures = [column.figures() for column in found.columns]
-    table = Table(title=f"{len(found.prompts):,} prompts", title_justify="left", box=SIMPLE)
+    summaries = [column.summary() for column in comparison.columns]
+    table = Table(title=f"{len(comparison.prompts):,} prompts", title_justify="left", box=SIMPLE)
     table.add_column()
-    for column in found.columns:
+    for column in comparison.columns:
         table.add_column(column.name, justify="right")
-    for label in figures[0]:
-        table.add_row(label, *(each[label] for each in figures))
+    for label in summaries[0]:
+        table.add_row(label, *(summary[label] for summary in summaries))
     return table

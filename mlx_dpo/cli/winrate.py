@@ -1,4 +1,4 @@
-"""`mlx-dpo winrate`: how often a run's answers are preferred to those of what it started from."""
+"""`mlx-dpo winrate`: the win rate of a run against its reference or another model."""
 
 import json
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @click.argument("run")
 @click.argument("prompts", required=False)
 @click.option(
-    "--against", metavar="RUN|MODEL", help="The other side. [default: what RUN started from]"
+    "--against", metavar="RUN|MODEL", help="The opponent. [default: the reference of RUN]"
 )
 @judge_flags
 @answer_flags(temperature=0.7)
@@ -32,11 +32,11 @@ def winrate(
     as_json: bool,
     **settings: Any,
 ) -> None:
-    """Have answers of RUN judged against those of its reference, on PROMPTS or those it held out.
+    """Judge answers of RUN against those of its reference, on PROMPTS or the held-out prompts.
 
-    The interval of 95 % is Wilson's; a tie is half a win. The length-controlled rate is that at
-    equal length, by a logistic regression as AlpacaEval 2 has it (arXiv:2404.04475). A judge
-    model reads both orders; where they disagree, the answers tie.
+    The 95 % interval is Wilson's; a tie is half a win. The length-controlled rate is the win rate
+    at equal length by a logistic regression, as in AlpacaEval 2 (arXiv:2404.04475). A judge model
+    reads both orders; if its verdicts disagree, the answers tie.
 
     \b
     mlx-dpo winrate run --reward rewards.py:courtesy
@@ -48,24 +48,24 @@ def winrate(
     from mlx_dpo.evaluation.winrate import compare_policies
     from mlx_dpo.reporting.console import make_console
 
-    opened = open_judge(reward, judge, rubric)
-    held = compare_policies(run, opened, sampling, prompts=prompts, against=against)
-    for note in held.notes:
+    opened_judge = open_judge(reward, judge, rubric)
+    comparison = compare_policies(run, opened_judge, sampling, prompts=prompts, against=against)
+    for note in comparison.notes:
         click.echo(note, err=True)
     if as_json:
-        facts = {"run": run, "against": against, **opened.facts()}
-        click.echo(json.dumps(facts | held.to_dict(), ensure_ascii=False))
+        settings = {"run": run, "against": against, **opened_judge.provenance()}
+        click.echo(json.dumps(settings | comparison.to_dict(), ensure_ascii=False))
         return
-    make_console().print(_table(held, against or "what it started from"))
+    make_console().print(_table(comparison, against or "its reference"))
 
 
-def _table(held: "PairwiseComparison", against: str) -> "Table":
+def _table(comparison: "PairwiseComparison", against: str) -> "Table":
     from rich.box import SIMPLE
     from rich.table import Table
 
-    rate = held.rate
+    rate = comparison.rate
     table = Table(
-        title=f"{len(held.prompts):,} prompts, against {against}",
+        title=f"{len(comparison.prompts):,} prompts, against {against}",
         title_justify="left",
         show_header=False,
         box=SIMPLE,
@@ -75,11 +75,11 @@ def _table(held: "PairwiseComparison", against: str) -> "Table":
     table.add_row("win rate", f"{rate.rate:.1%}")
     table.add_row("95 % interval (Wilson)", f"{rate.low:.1%} to {rate.high:.1%}")
     controlled = rate.length_controlled
-    table.add_row("at equal length", "-" if controlled is None else f"{controlled:.1%}")
+    table.add_row("length-controlled", "-" if controlled is None else f"{controlled:.1%}")
     table.add_row("won, tied, lost", f"{rate.wins:,}, {rate.ties:,}, {rate.losses:,}")
-    for doubt, count in held.doubts.items():
+    for doubt, count in comparison.doubts.items():
         table.add_row(doubt, f"{count:,}")
-    if held.rewards is not None:
-        table.add_row("mean reward", "{:.3f} against {:.3f}".format(*held.rewards))
-    table.add_row("characters an answer", "{:.0f} against {:.0f}".format(*held.lengths))
+    if comparison.rewards is not None:
+        table.add_row("mean reward", "{:.3f} against {:.3f}".format(*comparison.rewards))
+    table.add_row("characters per answer", "{:.0f} against {:.0f}".format(*comparison.mean_lengths))
     return table

@@ -1,4 +1,4 @@
-"""Rounds of collecting, training and measuring, each policy collected from by the next round."""
+"""Iterative (on-policy) DPO: each round collects pairs from the last policy and trains on them."""
 
 import json
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from mlx_dpo.collect.iterative_folder import (
     prompts_digest,
     read_split_prompts,
     start_or_resume,
-    write_whole,
+    write_durable,
 )
 from mlx_dpo.collect.iterative_report import round_page, summary_page
 from mlx_dpo.collect.pairs_file import PairsFile
@@ -47,21 +47,27 @@ from mlx_dpo.runs.trackers import check_trackers, run_name
 from mlx_dpo.runs.trainer import DPOTrainer
 from mlx_dpo.saved_runs.respond import Responder, open_responder, open_untrained_responder
 
-ROUND_SEED_STRIDE = 7_919  # between the seeds of rounds; prime, so that they meet late
-ADAPTER_SETTINGS_KEPT = (
-    "lora_dropout",
-    "start_adapter",
-)  # what a round may say of an adapter it goes on from
+ROUND_SEED_STRIDE = 7_919  # between the seeds of rounds; a prime, so that seeds rarely coincide
+# LoRA settings that stay; later rounds take the other ones from the adapter they start from.
+FREE_LORA_SETTINGS = ("lora_dropout", "start_adapter")
 
 
 class IterativeDPO:
-    """A loop that a program or a notebook can drive.
+    """Iterative DPO from prompts alone, driven stage by stage by a program or a notebook.
 
-        with Loop(config, settings) as loop:
-            for stage in loop.stages():
-                loop.do(stage)
+        with IterativeDPO(config, settings) as trainer:
+            for stage in trainer.stages():
+                trainer.run_stage(stage)
 
-    `config` says how each round is trained; its `pairs` and `output` are set for each round.
+    Every round has three stages: collect pairs from the previous policy, train on the pairs,
+    evaluate on held-out prompts. Round 0 only evaluates the initial policy.
+
+    Args:
+        config: the training settings of each round; `pairs` and `output` are set per round.
+        resume: continue the run in `config.output`.
+
+    Raises:
+        ConfigError: the settings contradict each other.
     """
 
     def __init__(
@@ -69,43 +75,50 @@ class IterativeDPO:
     ) -> None:
         check_judge(settings.reward, settings.judge, settings.rubric)
         if settings.reward is None and settings.judge is None:
-            raise ConfigError("who judges is missing; give --reward or --judge")
+            raise ConfigError("missing judge: pass --reward or --judge")
         self.config, self.settings, self.resume = config, settings, resume
         self.paths = IterativePaths(Path(config.output))
-        self._open = ExitStack()
+        self._resources = ExitStack()
         if settings.reference == "base" and (config.bits or config.start_adapter):
             name = "bits" if config.bits else "start_adapter"
             raise ConfigError(
-                f"`{name}` makes the policy begin as another model than the base, which is to be "
+                f"`{name}` makes the initial policy differ from the base model, which is to be "
                 "the reference; convert or fuse it first"
             )
-        self.training(settings.rounds)  # what later rounds contradict is to be known now
+        self.round_config(settings.rounds)  # to detect contradictions in later rounds now
         check_trackers(config)
 
     def __enter__(self) -> Self:
-        named = self.settings.prompts, self.settings.valid_prompts
-        # With the system message from here on: what was collected is told by the whole prompt.
-        self.asked: SplitPrompts = read_split_prompts(*named, self.config.system)
+        settings = self.settings
+        # The system message is part of the prompts: decisions are stored by the whole prompt.
+        self.prompts: SplitPrompts = read_split_prompts(
+            settings.prompts, settings.valid_prompts, self.config.system
+        )
+        digests = self._adapter_digests()
+        with ExitStack() as stack:
+            stack.enter_context(lock_folder(RunPaths(self.paths.folder)))
+            start_or_resume(self.paths, self.config, settings, digests, resume=self.resume)
+            for number in range(1, settings.rounds + 1):
+                self.prompts.notes.extend(PairsFile(self.paths.round(number).pairs).notes)
+            self._resources = stack.pop_all()
+        return self
+
+    def _adapter_digests(self) -> dict[str, Any]:
+        """Return the digests of all inputs that must not change on resume, by name."""
         model = resolve_model(
             self.config.model,
             revision=self.config.revision,
             trust_remote_code=self.config.trust_remote_code,
         )
-        contents = {
-            "the prompts": prompts_digest(self.asked.train),
-            "the held-out prompts": prompts_digest(self.asked.valid),
+        digests = {
+            "the prompts": prompts_digest(self.prompts.train),
+            "the held-out prompts": prompts_digest(self.prompts.valid),
             "the model": model_fingerprint(model),
-            "the judge": self.judge.facts(),
+            "the judge": self.judge.provenance(),
         }
         if self.config.start_adapter is not None:
-            contents["the start adapter"] = adapter_digest(Path(self.config.start_adapter))
-        with ExitStack() as stack:
-            stack.enter_context(lock_folder(RunPaths(self.paths.folder)))
-            start_or_resume(self.paths, self.config, self.settings, contents, resume=self.resume)
-            for number in range(1, self.settings.rounds + 1):
-                self.asked.notes.extend(PairsFile(self.paths.round(number).pairs).notes)
-            self._open = stack.pop_all()
-        return self
+            digests["the start adapter"] = adapter_digest(Path(self.config.start_adapter))
+        return digests
 
     def __exit__(
         self,
@@ -113,119 +126,130 @@ class IterativeDPO:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._open.close()
+        self._resources.close()
 
     @cached_property
     def judge(self) -> Judge:
-        """The reward function, or the model that judges."""
+        """The reward function or the judge model."""
         settings = self.settings
         return open_judge(settings.reward, settings.judge, settings.rubric)
 
     def stages(self) -> Iterator[Stage]:
-        """What is left to do, read off the files each time."""
-        while (stage := next_stage(self.paths, self.asked, self.settings)) is not None:
+        """Yield the remaining stages; each is read from the files after the one before."""
+        while (stage := next_stage(self.paths, self.prompts, self.settings)) is not None:
             yield stage
 
-    def do(self, stage: Stage) -> None:
-        """Do it, without a word."""
-        if stage.todo == "collect":
+    def run_stage(self, stage: Stage) -> None:
+        """Run a stage without printing anything."""
+        if stage.action == "collect":
             for _ in self.collect(stage.round):
                 pass
-        elif stage.todo == "train":
-            with DPOTrainer(self.training(stage.round), resume=True) as run:
-                run.prepare()
-                for _ in run.train():
+        elif stage.action == "train":
+            with DPOTrainer(self.round_config(stage.round), resume=True) as trainer:
+                trainer.prepare()
+                for _ in trainer.train():
                     pass
         else:
             self.evaluate(stage.round)
 
-    # --- the three stages of a round ---------------------------------------------------------
-
-    def voice(self, number: int) -> Responder:
-        """The policy as a round leaves it; as it starts, of round 0."""
+    def load_policy(self, number: int) -> Responder:
+        """Load the policy after a round; round 0 is the initial policy."""
         if number == 0:
             return open_untrained_responder(self.config)
         return open_responder(str(self.paths.round(number).run.folder))
 
     def collect(self, number: int) -> Iterator[int]:
-        """Judge the last policy's answers; yields how many prompts are left, after each one."""
-        voice, settings = self.voice(number - 1), self.settings
-        seed = (settings.sampling.seed or 0) + ROUND_SEED_STRIDE * number
-        asking = SamplingPlan(
-            answers=settings.answers, samplings=(replace(settings.sampling, seed=seed),)
-        )
-        prompts = self.asked.of_round(number, settings.prompts_per_round)
-        picks = PairsFile(self.paths.round(number).pairs)
-        questions = TaskSampler(
-            prompts, picks, make_answer_sampler([voice], asking), chunk=JUDGE_CHUNK, seed=seed
-        )
-        yield questions.left
-        for _ in judge_all(questions, self.judge):
-            yield questions.left
-        if not picks.count(picks.pairs):
-            why = ", ".join(f"{count} {what}" for what, count in count_outcomes(picks)[1:])
-            raise ConfigError(
-                f"{picks.path}: no prompt has a better and a worse answer ({why}); use more "
-                "--answers or a higher --temperature"
-            )
-
-    def training(self, number: int) -> DPOConfig:
-        """The settings with which a round is trained.
+        """Collect a round's pairs from the previous policy; yield the number of prompts left.
 
         Raises:
-            ConfigError: they contradict the way the loop goes on from round to round.
+            ConfigError: no prompt gave a pair.
         """
-        here = self.paths.round(number)
-        settings: dict[str, Any] = {"pairs": (str(here.pairs),), "output": str(here.run.folder)}
+        settings = self.settings
+        policy = self.load_policy(number - 1)
+        seed = (settings.sampling.seed or 0) + ROUND_SEED_STRIDE * number
+        plan = SamplingPlan(
+            answers=settings.answers, samplings=(replace(settings.sampling, seed=seed),)
+        )
+        pairs_file = PairsFile(self.paths.round(number).pairs)
+        tasks = TaskSampler(
+            self.prompts.for_round(number, settings.prompts_per_round),
+            pairs_file,
+            make_answer_sampler([policy], plan),
+            chunk_size=JUDGE_CHUNK,
+            seed=seed,
+        )
+        yield tasks.remaining
+        for _ in judge_all(tasks, self.judge):
+            yield tasks.remaining
+        if not pairs_file.pair_count:
+            reasons = ", ".join(f"{count} {why}" for why, count in count_outcomes(pairs_file)[1:])
+            raise ConfigError(
+                f"{pairs_file.path}: no prompt has a better and a worse answer ({reasons}); use "
+                "more --answers or a higher --temperature"
+            )
+
+    def round_config(self, number: int) -> DPOConfig:
+        """Return the training settings of a round.
+
+        A later round starts from the adapter of the round before, whose LoRA settings it inherits.
+
+        Raises:
+            ConfigError: the settings contradict those of a later round.
+        """
+        paths = self.paths.round(number)
+        changes: dict[str, Any] = {"pairs": (str(paths.pairs),), "output": str(paths.run.folder)}
         if self.config.has_run_name:
-            settings["run_name"] = f"{run_name(self.config)}-{here.folder.name}"
+            changes["run_name"] = f"{run_name(self.config)}-{paths.folder.name}"
         if number > 1:
             known = get_settings()
-            own = [f.name for f in fields(LoRASettings) if f.name not in ADAPTER_SETTINGS_KEPT]
-            settings |= {name: known[name].default for name in own}
-            settings["start_adapter"] = str(self.paths.round(number - 1).run.folder)
+            inherited = [f.name for f in fields(LoRASettings) if f.name not in FREE_LORA_SETTINGS]
+            changes |= {name: known[name].default for name in inherited}
+            changes["start_adapter"] = str(self.paths.round(number - 1).run.folder)
             if self.settings.reference == "base":
-                settings["reference_model"] = self.config.model
-        return replace(self.config, **settings)
+                changes["reference_model"] = self.config.model
+        return replace(self.config, **changes)
 
     def evaluate(self, number: int) -> dict[str, Any]:
-        """Answer the held-out prompts, have the answers judged, and end the round."""
-        voice = self.voice(number)
-        prompts = self.asked.valid
-        answers = voice.say(prompts, self.settings.sampling)
-        del voice
-        found = self._measured(number, prompts, answers)
-        here = self.paths.round(number)
-        rounds = [*(self.evaluation(earlier) for earlier in range(number)), found]
-        write_whole(here.page, round_page(found))
-        write_whole(self.paths.page, summary_page(rounds, str(self.judge.name)))
-        # Last: the round is over where it is, and nothing before it is written again.
-        write_whole(here.evaluation, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-        return found
+        """Evaluate the policy of a round on the held-out prompts, and end the round."""
+        policy = self.load_policy(number)
+        prompts = self.prompts.valid
+        answers = policy.say(prompts, self.settings.sampling)
+        del policy  # before a judge model computes
+        evaluation = self._evaluate_answers(number, prompts, answers)
+        paths = self.paths.round(number)
+        rounds = [*(self.read_evaluation(earlier) for earlier in range(number)), evaluation]
+        write_durable(paths.page, round_page(evaluation))
+        write_durable(self.paths.page, summary_page(rounds, str(self.judge.name)))
+        # Last: the round is over with this file, and no earlier file is written again.
+        write_durable(paths.evaluation, json.dumps(evaluation, indent=1, ensure_ascii=False) + "\n")
+        return evaluation
 
-    def evaluation(self, number: int) -> dict[str, Any]:
-        """What was found out about a round that is over."""
+    def read_evaluation(self, number: int) -> dict[str, Any]:
+        """Return the evaluation of a finished round."""
         return dict(json.loads(self.paths.round(number).evaluation.read_text("utf-8")))
 
-    def _measured(self, number: int, prompts: list[Prompt], answers: list[str]) -> dict[str, Any]:
-        here = self.paths.round(number)
-        found: dict[str, Any] = {"round": number, "mean_characters": fmean(map(len, answers))}
+    def _evaluate_answers(
+        self, number: int, prompts: list[Prompt], answers: list[str]
+    ) -> dict[str, Any]:
+        """Return the evaluation of answers: rewards, win rates, and the answers themselves."""
+        evaluation: dict[str, Any] = {"round": number, "mean_characters": fmean(map(len, answers))}
         if isinstance(self.judge, RewardFunction):
-            asked = zip(prompts, answers, strict=True)
-            found["mean_reward"] = fmean(self.judge(p.messages, text) for p, text in asked)
-        said = {"now": answers}
+            pairs = zip(prompts, answers, strict=True)
+            evaluation["mean_reward"] = fmean(self.judge(p.messages, text) for p, text in pairs)
+        columns = {"now": answers}
         if number:
-            picks = PairsFile(here.pairs)
-            found |= {"collected": dict(count_outcomes(picks)), "cut": count_truncated(picks)}
-            record = read_record(here.run) or {}
-            found["held_out_pairs"] = record.get("evaluation")
-            for name, other in (("base", 0), ("before", number - 1)):
-                said[name] = [shown["now"] for shown in self.evaluation(other)["answers"]]
-                found[f"against_{name}"] = compare_pairwise(
-                    self.judge, prompts, answers, said[name]
-                ).to_dict()
-        found["answers"] = [
-            {"prompt": list(prompt.messages)} | {name: texts[at] for name, texts in said.items()}
-            for at, prompt in enumerate(prompts)
+            paths = self.paths.round(number)
+            pairs_file = PairsFile(paths.pairs)
+            evaluation["collected"] = dict(count_outcomes(pairs_file))
+            evaluation["cut"] = count_truncated(pairs_file)
+            record = read_record(paths.run) or {}
+            evaluation["held_out_pairs"] = record.get("evaluation")
+            for name, earlier in (("base", 0), ("before", number - 1)):
+                columns[name] = [row["now"] for row in self.read_evaluation(earlier)["answers"]]
+                comparison = compare_pairwise(self.judge, prompts, answers, columns[name])
+                evaluation[f"against_{name}"] = comparison.to_dict()
+        evaluation["answers"] = [
+            {"prompt": list(prompt.messages)} | {name: texts[i] for name, texts in columns.items()}
+            for i, prompt in enumerate(prompts)
         ]
-        return found
+        return evaluation

@@ -1,6 +1,6 @@
-"""The folder of a loop: where everything lies, what it was begun with, and what is left to do.
+"""The folder of an iterative DPO run (`mlx-dpo loop`): its files, its record and its next stage.
 
-Where a loop stands is read off its files alone, so that it can be ended at any moment.
+The next stage is read from the files alone, so the program can be killed at any moment.
 """
 
 import json
@@ -21,72 +21,25 @@ from mlx_dpo.io.atomic import is_temporary, write_file
 from mlx_dpo.runs.folder import RunPaths, read_record
 
 HELD_OUT_FRACTION = 0.1
-
-
-class SplitPrompts(NamedTuple):
-    """The prompts of a loop."""
-
-    train: list[Prompt]
-    valid: list[Prompt]
-    notes: list[str]
-
-    def of_round(self, number: int, count: int | None) -> list[Prompt]:
-        """Those of round 1, 2, …: all, or the next `count`, from the beginning again at the end."""
-        if count is None or count >= len(self.train):
-            return self.train
-        start = (number - 1) * count
-        return [self.train[at % len(self.train)] for at in range(start, start + count)]
-
-
-def read_split_prompts(
-    prompts: str, valid_prompts: str | None, system: str | None = None
-) -> SplitPrompts:
-    """Prompts to collect with and to measure on, each with a system turn; none is in both.
-
-    Raises:
-        DataError, ConfigError: there are none, or too few to hold some out.
-    """
-    train = read_prompts(prompts)
-    if valid_prompts is not None:
-        valid = read_held_out_prompts(valid_prompts) or read_prompts(valid_prompts)
-    else:
-        valid = read_held_out_prompts(prompts) or _sample_held_out(train)
-    train, valid = add_system_prompt(train, system), add_system_prompt(valid, system)
-    keys = {prompt.key for prompt in valid}
-    kept = [prompt for prompt in train if prompt.key not in keys]
-    if not kept:
-        raise ConfigError(f"{prompts}: every prompt is held out; give more of them")
-    asked_of = valid_prompts or prompts
-    notes = [f"{len(kept):,} prompts to collect with, {len(valid):,} held out ({asked_of})"]
-    return SplitPrompts(kept, valid, notes)
-
-
-def _sample_held_out(prompts: Sequence[Prompt]) -> list[Prompt]:
-    count = max(1, round(HELD_OUT_FRACTION * len(prompts)))
-    places = random.Random(0).sample(range(len(prompts)), count)
-    return [prompts[at] for at in sorted(places)]
-
-
-def prompts_digest(prompts: Sequence[Prompt]) -> str:
-    """SHA-256 over the prompts in order, in hex."""
-    return sha256("".join(prompt.key for prompt in prompts).encode()).hexdigest()
-
-
-CHANGEABLE_SETTINGS = ("rounds",)  # settings of a loop that may be raised when it goes on
+CHANGEABLE_SETTINGS = ("rounds",)  # settings of iterative DPO that may change on resume
 
 Action = Literal["collect", "train", "evaluate"]
 
 
 class Stage(NamedTuple):
-    """Something that is left to be done."""
+    """An action of one round."""
 
     round: int
-    todo: Action
+    action: Action
 
 
 @dataclass(frozen=True, kw_only=True)
 class IterativeSettings:
-    """What a loop does beside training."""
+    """The settings of iterative DPO besides those of training.
+
+    Raises:
+        ConfigError: a setting is out of its bounds.
+    """
 
     prompts: str
     valid_prompts: str | None = None
@@ -104,83 +57,135 @@ class IterativeSettings:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ConfigError(f"`{name}` must be at least 1, got {value}")
         if self.prompts == "-":
-            raise ConfigError("prompts are read in every round; `-` can be read but once")
+            raise ConfigError("prompts are read in every round, but `-` can be read only once")
         SamplingPlan(answers=self.answers, samplings=(self.sampling,)).check(1)
+
+
+class SplitPrompts(NamedTuple):
+    """The prompts of iterative DPO, split into training and held-out prompts."""
+
+    train: list[Prompt]
+    valid: list[Prompt]
+    notes: list[str]
+
+    def for_round(self, number: int, count: int | None) -> list[Prompt]:
+        """Return the training prompts of a round, counted from 1.
+
+        Without `count` these are all prompts; else the next `count` prompts, cyclically.
+        """
+        if count is None or count >= len(self.train):
+            return self.train
+        start = (number - 1) * count
+        return [self.train[index % len(self.train)] for index in range(start, start + count)]
+
+
+def read_split_prompts(
+    prompts: str, valid_prompts: str | None, system: str | None = None
+) -> SplitPrompts:
+    """Read training and held-out prompts, disjoint, each with the system message.
+
+    Raises:
+        DataError, ConfigError: there are no prompts, or too few to hold some out.
+    """
+    train = read_prompts(prompts)
+    if valid_prompts is not None:
+        valid = read_held_out_prompts(valid_prompts) or read_prompts(valid_prompts)
+    else:
+        valid = read_held_out_prompts(prompts) or _sample_held_out(train)
+    train, valid = add_system_prompt(train, system), add_system_prompt(valid, system)
+    keys = {prompt.key for prompt in valid}
+    train = [prompt for prompt in train if prompt.key not in keys]
+    if not train:
+        raise ConfigError(f"{prompts}: every prompt is held out; give more of them")
+    source = valid_prompts or prompts
+    notes = [f"{len(train):,} prompts to collect with, {len(valid):,} held out ({source})"]
+    return SplitPrompts(train, valid, notes)
+
+
+def _sample_held_out(prompts: Sequence[Prompt]) -> list[Prompt]:
+    count = max(1, round(HELD_OUT_FRACTION * len(prompts)))
+    indices = random.Random(0).sample(range(len(prompts)), count)
+    return [prompts[index] for index in sorted(indices)]
+
+
+def prompts_digest(prompts: Sequence[Prompt]) -> str:
+    """Return the SHA-256 digest of the prompts in order, in hex."""
+    return sha256("".join(prompt.key for prompt in prompts).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class RoundPaths:
-    """The files of one round; round 0 is the policy as it starts, which has answers alone."""
+    """The files of one round. Round 0 is the initial policy, which is only evaluated."""
 
     folder: Path
 
     @property
     def pairs(self) -> Path:
-        """What was collected, with what was passed over beside it."""
+        """The collected pairs; the file of skipped prompts is next to them."""
         return self.folder / "pairs.jsonl"
 
     @property
     def run(self) -> RunPaths:
-        """What was trained on it."""
+        """The training run on the pairs."""
         return RunPaths(self.folder / "run")
 
     @property
     def evaluation(self) -> Path:
-        """Answers to the held-out prompts and what the judge made of them; ends the round."""
+        """Answers to the held-out prompts and their evaluation. The round ends with this file."""
         return self.folder / "evaluation.json"
 
     @property
     def page(self) -> Path:
-        """The same for a person."""
+        """The evaluation as a page of Markdown."""
         return self.folder / "results.md"
 
     @property
-    def trained(self) -> bool:
-        """Whether its run came to its end."""
+    def is_trained(self) -> bool:
+        """True if the training run of the round is finished."""
         record = read_record(self.run)
         return record is not None and record["state"] == "finished"
 
 
 @dataclass(frozen=True)
 class IterativePaths:
-    """The files of a loop."""
+    """The files of an iterative DPO run."""
 
     folder: Path
 
     @property
     def record(self) -> Path:
-        """Settings, and digests of what the loop depends on."""
+        """The settings and the digests of all inputs."""
         return self.folder / "loop.json"
 
     @property
     def page(self) -> Path:
-        """A line for each round."""
+        """The summary page, with one line per round."""
         return self.folder / "results.md"
 
     def round(self, number: int) -> RoundPaths:
-        """Of round 1, 2, …"""
+        """Return the files of a round."""
         return RoundPaths(self.folder / f"round-{number:02d}")
 
 
 def next_stage(
-    paths: IterativePaths, asked: SplitPrompts, settings: IterativeSettings
+    paths: IterativePaths, prompts: SplitPrompts, settings: IterativeSettings
 ) -> Stage | None:
-    """The first thing that the files of the loop do not show as done; None at the end."""
+    """Return the first stage whose result is missing in the folder; None at the end."""
     for number in range(settings.rounds + 1):
-        here = paths.round(number)
-        if here.evaluation.is_file():
+        round_paths = paths.round(number)
+        if round_paths.evaluation.is_file():
             continue
-        if number and not here.trained:
-            wanted = asked.of_round(number, settings.prompts_per_round)
-            done = PairsFile(here.pairs).done
-            collected = all(prompt.key in done for prompt in wanted)
-            return Stage(number, "train" if collected else "collect")
+        if number and not round_paths.is_trained:
+            wanted = prompts.for_round(number, settings.prompts_per_round)
+            decided_keys = PairsFile(round_paths.pairs).decided_keys
+            is_collected = all(prompt.key in decided_keys for prompt in wanted)
+            return Stage(number, "train" if is_collected else "collect")
         return Stage(number, "evaluate")
     return None
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write or replace a file of the loop; its content is on the disk before its name."""
+def write_durable(path: Path, text: str) -> None:
+    """Write or replace a file; its content is on disk before the file has its name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, text, durable=True)
 
@@ -193,13 +198,13 @@ def start_or_resume(
     *,
     resume: bool,
 ) -> None:
-    """Write what the loop is begun with, or see that it goes on with the same.
+    """Write the record of a new folder, or check that a resumed one has the same inputs.
 
     Raises:
-        RunError: the folder holds something else, or a loop of another result.
+        RunError: the folder holds something else, or was started with other inputs.
     """
-    now = {"loop": asdict(settings), "settings": config.to_dict(), "contents": digests}
-    now = json.loads(json.dumps(now))
+    record = {"loop": asdict(settings), "settings": config.to_dict(), "contents": digests}
+    record = json.loads(json.dumps(record))
     if not paths.record.is_file():
         others = {path.name for path in paths.folder.iterdir() if not is_temporary(path)}
         others.discard(".lock")
@@ -213,18 +218,18 @@ def start_or_resume(
         assert earlier is not None
         if not resume:
             raise RunError(
-                f"{paths.folder}: holds a loop; add --resume to go on with it, or choose "
+                f"{paths.folder}: holds a loop; add --resume to continue it, or choose "
                 "another --output"
             )
-        _check_unchanged(paths, earlier, now, config)
-    write_whole(paths.record, json.dumps(now, indent=2) + "\n")
+        _check_unchanged(paths, earlier, record, config)
+    write_durable(paths.record, json.dumps(record, indent=2) + "\n")
 
 
 def read_loop_record(paths: IterativePaths) -> dict[str, Any] | None:
-    """What `loop.json` says, or None where there is none.
+    """Read `loop.json`; return None if there is no such file.
 
     Raises:
-        RunError: it cannot be read as the record of a loop.
+        RunError: the file is not the record of an iterative DPO run.
     """
     if not paths.record.is_file():
         return None
@@ -237,23 +242,24 @@ def read_loop_record(paths: IterativePaths) -> dict[str, Any] | None:
 
 
 def _check_unchanged(
-    paths: IterativePaths, earlier: dict[str, Any], now: dict[str, Any], config: DPOConfig
+    paths: IterativePaths, earlier: dict[str, Any], record: dict[str, Any], config: DPOConfig
 ) -> None:
+    """Raise `RunError` if a setting or the content of an input differs from the start."""
     for name, value in earlier["loop"].items():
-        if name not in CHANGEABLE_SETTINGS and now["loop"].get(name) != value:
-            raise _changed_error(paths, name, value, now["loop"].get(name))
-    before = DPOConfig.from_dict(earlier["settings"])
-    if (name := before.find_difference(config)) is not None:
-        raise _changed_error(paths, name, getattr(before, name), getattr(config, name))
-    for name, content in earlier["contents"].items():
-        if now["contents"].get(name) != content:
+        if name not in CHANGEABLE_SETTINGS and record["loop"].get(name) != value:
+            raise _changed_error(paths, name, value, record["loop"].get(name))
+    earlier_config = DPOConfig.from_dict(earlier["settings"])
+    if (name := earlier_config.find_difference(config)) is not None:
+        raise _changed_error(paths, name, getattr(earlier_config, name), getattr(config, name))
+    for name, digest in earlier["contents"].items():
+        if record["contents"].get(name) != digest:
             raise RunError(
-                f"{paths.folder}: {name} changed since the loop began; restore what was there"
+                f"{paths.folder}: {name} changed since the loop began; restore the earlier content"
             )
 
 
-def _changed_error(paths: IterativePaths, name: str, before: object, now: object) -> RunError:
+def _changed_error(paths: IterativePaths, name: str, earlier: object, now: object) -> RunError:
     return RunError(
-        f"{paths.folder}: the loop began with {name} = {before!r}, not {now!r}; resume with the "
+        f"{paths.folder}: the loop began with {name} = {earlier!r}, not {now!r}; resume with the "
         "same settings, or choose another --output"
     )

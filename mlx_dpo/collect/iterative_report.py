@@ -1,98 +1,98 @@
-"""The rounds of a loop as Markdown: one line for each, and one page for each. Text in, text out."""
+"""Markdown pages about iterative DPO: a summary with one line per round, and a page per round."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-Evaluation = Mapping[str, Any]
-PAIRS = "pairs"  # among the counts of what was collected
-ANSWERS_PER_PAGE = 8  # prompts whose answers stand on a round's page
+Evaluation = Mapping[str, Any]  # the content of a round's `evaluation.json`
+PAIRS = "pairs"  # key of the number of pairs among the outcomes of a collection
+ANSWERS_PER_PAGE = 8
 HEADINGS = (
     "round",
     "pairs",
     "no pair",
     "held-out reward",
-    "won against the base (95 %)",
-    "at equal length",
-    "won against the round before",
+    "win rate against base (95 %)",
+    "length-controlled",
+    "win rate against previous round",
     "characters",
 )
 LEGEND = (
-    "Won: the share of held-out prompts on which this round's answer is preferred, a tie being "
-    "half a win; the interval is Wilson's. At equal length: by a logistic regression on the "
-    "difference in length, as in AlpacaEval 2 (arXiv:2404.04475)."
+    "Win rate: the share of held-out prompts on which this round's answer is preferred; a tie is "
+    "half a win. The interval is Wilson's. Length-controlled: the win rate at equal length by a "
+    "logistic regression on the difference in length, as in AlpacaEval 2 (arXiv:2404.04475)."
 )
 
 
 def summary_page(rounds: Sequence[Evaluation], judge: str) -> str:
-    """All rounds so far, as a table."""
+    """Return the page with a table of all rounds so far."""
     lines = ["# Rounds", "", f"Judged by {judge}.", "", _table_row(HEADINGS)]
-    lines += [
-        _table_row(["--:"] * len(HEADINGS)),
-        *(_table_row(round_cells(found)) for found in rounds),
-    ]
+    lines.append(_table_row(["--:"] * len(HEADINGS)))
+    lines += [_table_row(round_cells(evaluation)) for evaluation in rounds]
     return "\n".join([*lines, "", LEGEND, ""])
 
 
-def round_cells(found: Evaluation) -> list[str]:
-    """A round's figures, under `HEADINGS`."""
-    collected = dict(found.get("collected") or {})
+def round_cells(evaluation: Evaluation) -> list[str]:
+    """Return a round's figures as text, in the order of `HEADINGS`; unknown ones are empty."""
+    collected = dict(evaluation.get("collected") or {})
     pairs = collected.pop(PAIRS, None)
-    base, before = found.get("against_base"), found.get("against_before")
-    reward = found.get("mean_reward")
+    base, previous = evaluation.get("against_base"), evaluation.get("against_before")
+    reward = evaluation.get("mean_reward")
     return [
-        str(found["round"]) if found["round"] else "base",
+        str(evaluation["round"]) if evaluation["round"] else "base",
         _format_count(pairs),
         _format_count(sum(collected.values()) if pairs is not None else None),
         "" if reward is None else f"{reward:.3f}",
         "" if base is None else _format_win_rate(base),
         "" if base is None else _format_percent(base["length_controlled_win_rate"]),
-        "" if before is None else _format_percent(before["win_rate"]),
-        f"{found['mean_characters']:.0f}",
+        "" if previous is None else _format_percent(previous["win_rate"]),
+        f"{evaluation['mean_characters']:.0f}",
     ]
 
 
-def round_page(found: Evaluation) -> str:
-    """One round: its figures, and some of its answers beside those before it."""
-    title = f"Round {found['round']}" if found["round"] else "The base"
-    lines = [f"# {title}", ""]
-    figures = zip(HEADINGS[1:], round_cells(found)[1:], strict=True)
-    lines += [f"* {name}: {cell}" for name, cell in figures if cell]
-    for why, count in (found.get("collected") or {}).items():
-        if why != PAIRS:
-            lines.append(f"* passed over, {why}: {count:,}")
-    if cut := found.get("cut"):
-        lines.append(f"* chosen answers that were cut where their tokens ran out: {cut:,}")
-    pairs = found.get("held_out_pairs")
-    if pairs:
-        accuracy = pairs["eval_rewards/accuracies"]
-        lines.append(f"* accuracy on the round's own held-out pairs: {accuracy:.1%}")
-    doubts = (found.get("against_base") or {}).get("doubts", {})
-    lines += [f"* held-out prompts, {why}: {count:,}" for why, count in doubts.items()]
-    names = [name for name in ("base", "before", "now") if name in found["answers"][0]]
-    lines += ["", _table_row(["prompt", *names]), _table_row(["---"] * (1 + len(names)))]
-    for shown in found["answers"][:ANSWERS_PER_PAGE]:
-        asked = " / ".join(str(turn["content"]) for turn in shown["prompt"])
-        lines.append(
-            _table_row([_escape_cell(asked), *(_escape_cell(shown[name]) for name in names)])
-        )
+def round_page(evaluation: Evaluation) -> str:
+    """Return the page of one round: its figures, and some answers next to the earlier ones."""
+    title = f"Round {evaluation['round']}" if evaluation["round"] else "The base"
+    lines = [f"# {title}", "", *_figure_lines(evaluation), ""]
+    names = [name for name in ("base", "before", "now") if name in evaluation["answers"][0]]
+    lines += [_table_row(["prompt", *names]), _table_row(["---"] * (1 + len(names)))]
+    for row in evaluation["answers"][:ANSWERS_PER_PAGE]:
+        prompt = " / ".join(str(turn["content"]) for turn in row["prompt"])
+        cells = [prompt, *(row[name] for name in names)]
+        lines.append(_table_row([_escape_cell(cell) for cell in cells]))
     return "\n".join([*lines, ""])
 
 
-def _table_row(texts: Sequence[str]) -> str:
-    return f"| {' | '.join(texts)} |"
+def _figure_lines(evaluation: Evaluation) -> list[str]:
+    """Return the figures of a round as list items."""
+    figures = zip(HEADINGS[1:], round_cells(evaluation)[1:], strict=True)
+    lines = [f"* {name}: {cell}" for name, cell in figures if cell]
+    for why, count in (evaluation.get("collected") or {}).items():
+        if why != PAIRS:
+            lines.append(f"* no pair, {why}: {count:,}")
+    if truncated := evaluation.get("cut"):
+        lines.append(f"* chosen answers that were cut at the token limit: {truncated:,}")
+    if metrics := evaluation.get("held_out_pairs"):
+        accuracy = metrics["eval_rewards/accuracies"]
+        lines.append(f"* accuracy on the round's own held-out pairs: {accuracy:.1%}")
+    doubts = (evaluation.get("against_base") or {}).get("doubts", {})
+    return lines + [f"* held-out prompts, {why}: {count:,}" for why, count in doubts.items()]
+
+
+def _table_row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def _escape_cell(text: str) -> str:
-    """Text that stays inside its cell and is no markup."""
+    """Return text on one line, shortened, without Markdown markup."""
     plain = " ".join(text.split())[:200]
-    for sign in "\\`*_<>|[]":
-        plain = plain.replace(sign, f"\\{sign}")
+    for character in "\\`*_<>|[]":
+        plain = plain.replace(character, f"\\{character}")
     return plain or "(nothing)"
 
 
-def _format_win_rate(against: Evaluation) -> str:
-    low, high = against["interval_95"]
-    return f"{_format_percent(against['win_rate'])} ({low:.1%} to {high:.1%})"
+def _format_win_rate(comparison: Evaluation) -> str:
+    low, high = comparison["interval_95"]
+    return f"{_format_percent(comparison['win_rate'])} ({low:.1%} to {high:.1%})"
 
 
 def _format_percent(value: float | None) -> str:

@@ -1,6 +1,7 @@
-"""The files of a collection: pairs that `train` reads, and beside them the prompts passed over.
+"""The JSONL file of collected preference pairs, and the file of skipped prompts next to it.
 
-What was decided is what the files say; a program that starts again knows nothing else.
+The files are the only state of a collection: a restarted program reads from them which prompts
+are decided.
 """
 
 import fcntl
@@ -22,113 +23,128 @@ PROVENANCE = "provenance"
 
 @dataclass(frozen=True)
 class Decision:
-    """What became of one prompt: a pair of answers, or the reason why there is none."""
+    """The outcome for one prompt: a pair of answers, or the reason why there is no pair."""
 
     prompt: Prompt
     provenance: Row
     chosen: str | None = None
     rejected: str | None = None
-    passed: str | None = None  # tie, skipped, …
-    answers: tuple[str, ...] = ()  # of a prompt that was passed over
+    skip_reason: str | None = None  # tie, skipped, …
+    answers: tuple[str, ...] = ()  # of a prompt without a pair
 
 
 @dataclass(frozen=True)
 class StoredDecision:
-    """A pick as it stands in its file."""
+    """A decision as a row of one of the two files."""
 
     number: int
-    journal: JsonlFile
+    file: JsonlFile
     row: Row
 
     @property
-    def key(self) -> str:
-        """Of its prompt."""
+    def prompt_key(self) -> str:
+        """Key of the prompt."""
         prompt = self.row["prompt"]
         return Prompt(to_messages(prompt if isinstance(prompt, str) else tuple(prompt), "user")).key
 
 
 @dataclass
 class PairsFile:
-    """The picks in `path` and in the file of those passed over, in the order they were made."""
+    """The decisions in `path` and in its file of skipped prompts, in the order they were made.
+
+    Both files are repaired and read at the start.
+
+    Raises:
+        DataError: a line of the files is not a row.
+    """
 
     path: Path
-    notes: list[str] = field(default_factory=list)  # what had to be mended
-    order: list[StoredDecision] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # about repaired files
+    decisions: list[StoredDecision] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        """Mend and read both files.
-
-        Raises:
-            DataError: a line of them is no row.
-        """
         self.pairs = JsonlFile(self.path)
-        self.passed = JsonlFile(self.path.with_suffix(".passed.jsonl"))
-        for journal in (self.pairs, self.passed):
-            if note := journal.repair():
+        self.skipped = JsonlFile(self.path.with_suffix(".passed.jsonl"))
+        for file in (self.pairs, self.skipped):
+            if note := file.repair():
                 self.notes.append(note)
-            for row in read_rows(journal.path) if journal.path.is_file() else ():
+            for row in read_rows(file.path) if file.path.is_file() else ():
                 if (number := decision_number(row.record)) is not None:
-                    self.order.append(StoredDecision(number, journal, row.record))
-        self.order.sort(key=lambda kept: kept.number)
-        self.done = {kept.key for kept in self.order}
+                    self.decisions.append(StoredDecision(number, file, row.record))
+        self.decisions.sort(key=lambda decision: decision.number)
+        self.decided_keys = {decision.prompt_key for decision in self.decisions}
 
-    def count(self, journal: JsonlFile) -> int:
-        """Picks in one of the two files."""
-        return sum(kept.journal is journal for kept in self.order)
+    @property
+    def pair_count(self) -> int:
+        """Number of pairs."""
+        return sum(decision.file is self.pairs for decision in self.decisions)
 
-    def add(self, pick: Decision) -> None:
-        """Write a pick; it is on disk when this returns."""
-        number = self.order[-1].number + 1 if self.order else 1
-        told = {"number": number, "time": utc_timestamp()} | pick.provenance
-        if pick.chosen is not None and pick.rejected is not None:
-            journal = self.pairs
+    def add(self, decision: Decision) -> None:
+        """Append a decision and flush it to disk."""
+        number = self.decisions[-1].number + 1 if self.decisions else 1
+        provenance = {"number": number, "time": utc_timestamp()} | decision.provenance
+        prompt = decision.prompt.messages
+        if decision.chosen is not None and decision.rejected is not None:
+            file = self.pairs
             row = pair_row(
-                pick.prompt.messages, chosen=pick.chosen, rejected=pick.rejected, provenance=told
+                prompt,
+                chosen=decision.chosen,
+                rejected=decision.rejected,
+                provenance=provenance,
             )
         else:
-            journal = self.passed
-            row = {"prompt": list(pick.prompt.messages), "passed": pick.passed}
-            row |= {"answers": list(pick.answers), PROVENANCE: told}
-        self.put_back(StoredDecision(number, journal, row))
+            file = self.skipped
+            row = {
+                "prompt": list(prompt),
+                "passed": decision.skip_reason,
+                "answers": list(decision.answers),
+                PROVENANCE: provenance,
+            }
+        self.restore(StoredDecision(number, file, row))
 
-    def put_back(self, kept: StoredDecision) -> None:
-        """Write a row that was taken off."""
-        kept.journal.append(kept.row)
-        self.order.append(kept)
-        self.done.add(kept.key)
+    def restore(self, decision: StoredDecision) -> None:
+        """Append a decision that `undo` removed."""
+        decision.file.append(decision.row)
+        self.decisions.append(decision)
+        self.decided_keys.add(decision.prompt_key)
 
     def undo(self) -> StoredDecision | None:
-        """Take the last pick off its file; None where there is none.
+        """Remove the last decision from its file and return it, or None if there is none.
 
         Raises:
-            DataError: another program has written behind it.
+            DataError: another program has appended to the file.
         """
-        if not self.order:
+        if not self.decisions:
             return None
-        last = self.order[-1]
-        remove_last_line(last.journal.path, last.number)
-        self.order.pop()
-        self.done = {kept.key for kept in self.order}
+        last = self.decisions[-1]
+        remove_last_line(last.file.path, last.number)
+        self.decisions.pop()
+        self.decided_keys = {decision.prompt_key for decision in self.decisions}
         return last
 
 
 def decision_number(record: Row) -> int | None:
-    """The number of a pick, None of a row that something else wrote."""
-    told = record.get(PROVENANCE)
-    number = told.get("number") if isinstance(told, dict) else None
+    """Return the number of a decision, or None for a row of another program."""
+    provenance = record.get(PROVENANCE)
+    number = provenance.get("number") if isinstance(provenance, dict) else None
     return number if isinstance(number, int) else None
 
 
 def remove_last_line(path: Path, number: int) -> None:
-    """Cut the last line off a file, if it is the pick of that number.
+    """Remove the last line of a file, which must be the decision with this number.
 
-    A file's length changes at once or not at all, so a crash leaves either all of it or the rest.
+    Truncating is atomic, so a crash leaves the line either complete or removed.
+
+    Raises:
+        DataError: the last line is another one.
     """
     with path.open("r+b") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # as `Journal` does before it writes
+        fcntl.flock(file, fcntl.LOCK_EX)  # as in `JsonlFile.append`
         data = file.read()
         start = data.rstrip(b"\n").rfind(b"\n") + 1
         if decision_number(json.loads(data[start:] or b"{}")) != number:
-            raise DataError(f"{path}: something else wrote behind the last pick; it is kept")
+            raise DataError(
+                f"{path}: another program wrote after the last decision; it is not undone"
+            )
         file.truncate(start)
         os.fsync(file.fileno())

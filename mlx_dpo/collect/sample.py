@@ -1,11 +1,18 @@
-"""The wiring of a collection: who answers, who decides, and where the picks go."""
+"""Sampling of several answers per prompt, and pairs decided by a reward function or a judge."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import lcm
 
 from mlx_dpo.collect.pairs_file import Decision, PairsFile
-from mlx_dpo.collect.session import TIE, Answer, RankingTask, SampleAnswers, TaskSampler, make_pair
+from mlx_dpo.collect.session import (
+    TIE,
+    Answer,
+    RankingTask,
+    SampleAnswers,
+    TaskSampler,
+    make_pair,
+)
 from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.data.prompts import Prompt
 from mlx_dpo.errors import ConfigError
@@ -13,122 +20,127 @@ from mlx_dpo.evaluation.judge import check_verdicts
 from mlx_dpo.evaluation.rewards import Judge, Ranking
 from mlx_dpo.saved_runs.respond import Responder, derive_seed, open_responder, response_provenance
 
-JUDGE_CHUNK = 16  # prompts that a judge is given at once
-PERSON_CHUNK = 4  # few, so that nobody waits long
+JUDGE_CHUNK = 16  # prompts in a chunk for a judge
+PERSON_CHUNK = 4  # prompts in a chunk for a person, who should not wait long
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingPlan:
-    """How answers are sampled: `answers` of them, by the voices and samplings in turn.
+    """How the answers to a prompt are sampled: in turn by the models and the samplings.
 
-    The first ones have every voice and every sampling; enough of them have each voice with each.
-
-    Raises:
-        ConfigError: two answers could not differ, or a voice or sampling would have no answer.
+    The first answers already use every model and every sampling. With enough answers, each model
+    uses each sampling.
     """
 
     answers: int = 2
     samplings: tuple[Sampling, ...] = (Sampling(temperature=1.0, seed=0),)
 
-    def check(self, voices: int) -> None:
-        """Refuse what `voices` voices cannot do."""
+    def check(self, model_count: int) -> None:
+        """Check the plan against the number of models.
+
+        Raises:
+            ConfigError: two answers could not differ, or a model or sampling would be unused.
+        """
         if self.answers < 2:
             raise ConfigError(f"`answers` must be at least 2, got {self.answers}")
-        for what, count in (("runs", voices), ("temperatures", len(self.samplings))):
+        for name, count in (("runs", model_count), ("temperatures", len(self.samplings))):
             if count > self.answers:
                 raise ConfigError(
-                    f"`answers` {self.answers} leaves some of the {count} {what} without an "
+                    f"`answers` {self.answers} leaves some of the {count} {name} without an "
                     f"answer; use --answers {count}"
                 )
-        for places in self.places(voices).values():
-            if len(places) > 1 and self.samplings[places[0] % len(self.samplings)].temperature == 0:
+        for (_, sampling), positions in self.assign(model_count).items():
+            if len(positions) > 1 and self.samplings[sampling].temperature == 0:
                 raise ConfigError(
                     "`temperature` 0 gives the same answer each time; set one above 0"
                 )
 
-    def places(self, voices: int) -> dict[tuple[int, int], list[int]]:
-        """Places of answers by voice and sampling."""
-        places: dict[tuple[int, int], list[int]] = {}
+    def assign(self, model_count: int) -> dict[tuple[int, int], list[int]]:
+        """Return the positions of the answers by the indices of model and sampling."""
+        assignment: dict[tuple[int, int], list[int]] = {}
         samplings = len(self.samplings)
-        for place in range(self.answers):
-            around = place // lcm(voices, samplings)  # then each voice meets its next sampling
-            of = (place % voices, (place + around) % samplings)
-            places.setdefault(of, []).append(place)
-        return places
+        for position in range(self.answers):
+            # After each full cycle the models move on to their next sampling.
+            cycle = position // lcm(model_count, samplings)
+            indices = (position % model_count, (position + cycle) % samplings)
+            assignment.setdefault(indices, []).append(position)
+        return assignment
 
 
-def make_answer_sampler(voices: Sequence[Responder], asking: SamplingPlan) -> SampleAnswers:
-    """A function of prompts and the number of their chunk, which seeds what is sampled."""
+def make_answer_sampler(responders: Sequence[Responder], plan: SamplingPlan) -> SampleAnswers:
+    """Return the function that samples the answers to a chunk of prompts by the plan."""
 
-    def sample(prompts: Sequence[Prompt], chunk: int) -> list[list[Answer]]:
+    def sample_answers(prompts: Sequence[Prompt], chunk: int) -> list[list[Answer]]:
         answers: list[dict[int, Answer]] = [{} for _ in prompts]
-        for (who, how), places in asking.places(len(voices)).items():
-            voice, sampling = voices[who], asking.samplings[how]
+        for (model, setting), positions in plan.assign(len(responders)).items():
+            responder, sampling = responders[model], plan.samplings[setting]
             if sampling.seed is not None:
-                sampling = replace(sampling, seed=derive_seed(sampling.seed, chunk, places[0]))
-            replies = voice.reply([p for p in prompts for _ in places], sampling)
+                sampling = replace(sampling, seed=derive_seed(sampling.seed, chunk, positions[0]))
+            replies = responder.reply([p for p in prompts for _ in positions], sampling)
+            source = response_provenance(responder, sampling)
             for number, reply in enumerate(replies):
-                of, place = divmod(number, len(places))
-                said = Answer(reply.text, response_provenance(voice, sampling), reply.is_cut)
-                answers[of][places[place]] = said
-        return [[of[place] for place in sorted(of)] for of in answers]
+                prompt, repeat = divmod(number, len(positions))
+                answers[prompt][positions[repeat]] = Answer(reply.text, source, reply.is_cut)
+        return [[by_position[p] for p in sorted(by_position)] for by_position in answers]
 
-    return sample
+    return sample_answers
 
 
 def open_responders(runs: Sequence[str], model: str | None) -> list[Responder]:
-    """The policies of runs, or a model.
+    """Load the policies of runs, or a model.
 
     Raises:
-        ConfigError: neither or both are named.
+        ConfigError: neither or both are given.
     """
     if bool(runs) == (model is not None):
         raise ConfigError("name run folders or a --model, and only one of the two")
     return [open_responder(run) for run in runs] or [open_responder(None, model=model)]
 
 
-def judge_all(asked: TaskSampler, judge: Judge) -> Iterator[tuple[RankingTask, Decision]]:
-    """Every question that is left with what the judge made of it, written before it is yielded.
+def judge_all(tasks: TaskSampler, judge: Judge) -> Iterator[tuple[RankingTask, Decision]]:
+    """Let the judge decide every remaining task; yield each decision after it is written.
 
     Raises:
-        ConfigError: the judge fails, or gives no verdict on any question of a whole chunk.
+        ConfigError: the judge fails, or gives no verdict on any task of the first chunk.
     """
-    facts, heard = judge.facts(), False
-    for questions in asked.chunks():
-        texts = [[answer.text for answer in question.answers] for question in questions]
-        rankings = judge.rank([question.prompt.messages for question in questions], texts)
-        if not heard and questions:
+    provenance, has_verdicts = judge.provenance(), False
+    for chunk in tasks.chunks():
+        texts = [[answer.text for answer in task.answers] for task in chunk]
+        rankings = judge.rank([task.prompt.messages for task in chunk], texts)
+        if not has_verdicts and chunk:
             check_verdicts(judge.name, rankings)
-            heard = True
-        for question, ranking in zip(questions, rankings, strict=True):
-            pick = decide(question, ranking, facts)
-            asked.picks.add(pick)
-            yield question, pick
+            has_verdicts = True
+        for task, ranking in zip(chunk, rankings, strict=True):
+            decision = decide(task, ranking, provenance)
+            tasks.pairs_file.add(decision)
+            yield task, decision
 
 
-def decide(question: RankingTask, ranking: Ranking, facts: dict[str, object]) -> Decision:
-    """The pair of the best and the worst answer; none where they tie or the judge is in doubt."""
-    told_by = dict(facts) | {"points": list(ranking.points)}
-    if ranking.said:
-        told_by |= {"said": list(ranking.said)}
+def decide(task: RankingTask, ranking: Ranking, provenance: dict[str, object]) -> Decision:
+    """Return the pair of the best and the worst answer; no pair on a tie or a doubtful verdict."""
+    provenance = dict(provenance) | {"points": list(ranking.points)}
+    if ranking.judge_replies:
+        provenance |= {"judge_replies": list(ranking.judge_replies)}
     if ranking.is_tie or ranking.doubts:
-        texts = tuple(answer.text for answer in question.answers)
-        return Decision(question.prompt, told_by, passed=(*ranking.doubts, TIE)[0], answers=texts)
-    return make_pair(question, ranking.best, ranking.worst, told_by)
+        texts = tuple(answer.text for answer in task.answers)
+        why = (*ranking.doubts, TIE)[0]
+        return Decision(task.prompt, provenance, skip_reason=why, answers=texts)
+    return make_pair(task, ranking.best, ranking.worst, provenance)
 
 
-def count_outcomes(picks: PairsFile) -> list[tuple[str, int]]:
-    """How many prompts became pairs, and why others did not, the commonest reason first."""
+def count_outcomes(pairs_file: PairsFile) -> list[tuple[str, int]]:
+    """Return the number of pairs, then of skipped prompts by reason, the most frequent first."""
     reasons: dict[str, int] = {}
-    for kept in picks.order:
-        if kept.journal is picks.passed:
-            why = str(kept.row["passed"])
+    for decision in pairs_file.decisions:
+        if decision.file is pairs_file.skipped:
+            why = str(decision.row["passed"])
             reasons[why] = reasons.get(why, 0) + 1
-    rest = sorted(reasons.items(), key=lambda item: -item[1])
-    return [("pairs", picks.count(picks.pairs)), *rest]
+    return [("pairs", pairs_file.pair_count), *sorted(reasons.items(), key=lambda item: -item[1])]
 
 
-def count_truncated(picks: PairsFile) -> int:
-    """How many chosen answers end where their tokens ran out, and would teach to stop there."""
-    sources = (kept.row["provenance"].get("chosen_from", {}) for kept in picks.order)
+def count_truncated(pairs_file: PairsFile) -> int:
+    """Count the chosen answers that reached the token limit; training would copy their end."""
+    sources = (
+        decision.row["provenance"].get("chosen_from", {}) for decision in pairs_file.decisions
+    )
     return sum(bool(source.get("cut")) for source in sources)

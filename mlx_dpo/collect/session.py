@@ -1,6 +1,7 @@
-"""Answers put before a person, one prompt after another, and what is decided written at once.
+"""Ranking tasks (a prompt with its sampled answers), and a person's session through them.
 
-Knows no terminal, browser or model: answers come from a function, picks go into `Picks`.
+The module knows no terminal, browser or model: a function samples the answers, and decisions are
+written to a `PairsFile` at once.
 """
 
 import random
@@ -14,187 +15,187 @@ from mlx_dpo.data.prompts import Prompt
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.schemas.messages import check_readable
 
+# Reasons why a prompt has no pair.
 TIE, SKIPPED, IDENTICAL, EMPTY = "tie", "skipped", "all answers are alike", "too few answers"
 PERSON = "person"
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a model said, and how it came to say it."""
+    """A sampled answer and its source."""
 
     text: str
     source: dict[str, Any]  # model, adapter, temperature, seed
-    is_cut: bool = False  # it would have gone on, so that its end is not one to learn
+    is_cut: bool = False  # reached the token limit, so its end should not be learned
 
-    def told(self) -> dict[str, Any]:
-        """Where it came from, for its row."""
+    def provenance(self) -> dict[str, Any]:
+        """Return the source of the answer for its row."""
         return self.source | ({"cut": True} if self.is_cut else {})
 
 
 @dataclass(frozen=True, slots=True)
 class RankingTask:
-    """A prompt and its answers, in an order that tells nothing of where they came from."""
+    """A prompt and its answers, in an order that reveals nothing about their sources."""
 
     prompt: Prompt
     answers: tuple[Answer, ...]
 
 
-SampleAnswers = Callable[
-    [Sequence[Prompt], int], list[list[Answer]]
-]  # prompts of a chunk, its number
+# Samples the answers to the prompts of a chunk, given the number of the chunk.
+SampleAnswers = Callable[[Sequence[Prompt], int], list[list[Answer]]]
 
 
 class TaskSampler:
-    """The questions that are still to be answered, sampled a chunk at a time.
+    """The ranking tasks of the undecided prompts, sampled one chunk of prompts at a time.
 
-    A chunk is always sampled whole and its number seeds it, so a program that begins again in
-    the middle of one gets the same answers.
+    A chunk is always sampled as a whole and seeded by its number, so a program that restarts in
+    the middle of a chunk samples the same answers again.
     """
 
     def __init__(
         self,
         prompts: Sequence[Prompt],
-        picks: PairsFile,
-        sample: SampleAnswers,
+        pairs_file: PairsFile,
+        sample_answers: SampleAnswers,
         *,
-        chunk: int,
+        chunk_size: int,
         seed: int,
     ) -> None:
-        self.prompts, self.picks = prompts, picks
-        self.sample, self._size, self._seed = sample, chunk, seed
+        self.prompts, self.pairs_file = prompts, pairs_file
+        self.sample_answers, self._chunk_size, self._seed = sample_answers, chunk_size, seed
 
     @property
-    def left(self) -> int:
-        """Prompts of which nothing is decided."""
-        return sum(prompt.key not in self.picks.done for prompt in self.prompts)
+    def remaining(self) -> int:
+        """Number of undecided prompts."""
+        return sum(prompt.key not in self.pairs_file.decided_keys for prompt in self.prompts)
 
     def chunks(self) -> Iterator[list[RankingTask]]:
-        """The questions of each chunk in which something is left, in the order of the prompts.
+        """Yield the tasks of each chunk with undecided prompts, in the order of the prompts.
 
-        A prompt of which there are no two different answers is passed over here.
+        A prompt without two different answers is skipped, and the reason is written.
         """
-        for number, start in enumerate(range(0, len(self.prompts), self._size)):
-            prompts = self.prompts[start : start + self._size]
-            if any(prompt.key not in self.picks.done for prompt in prompts):
-                yield list(self._questions(prompts, number))
+        for number, start in enumerate(range(0, len(self.prompts), self._chunk_size)):
+            prompts = self.prompts[start : start + self._chunk_size]
+            if any(prompt.key not in self.pairs_file.decided_keys for prompt in prompts):
+                yield list(self._sample_chunk(prompts, number))
 
-    def _questions(self, prompts: Sequence[Prompt], number: int) -> Iterator[RankingTask]:
-        sampled = self.sample(prompts, number)
+    def _sample_chunk(self, prompts: Sequence[Prompt], number: int) -> Iterator[RankingTask]:
+        sampled = self.sample_answers(prompts, number)
         for prompt, answers in zip(prompts, sampled, strict=True):
-            if prompt.key in self.picks.done:
+            if prompt.key in self.pairs_file.decided_keys:
                 continue
-            question = self.question(prompt, answers)
-            if question is None:
+            task = self.make_task(prompt, answers)
+            if task is None:
                 texts = tuple(answer.text for answer in answers)
                 why = IDENTICAL if len({text.strip() for text in texts}) == 1 else EMPTY
-                told = {"by": "nobody"}
-                self.picks.add(Decision(prompt, told, passed=why, answers=texts))
+                decision = Decision(prompt, {"by": "nobody"}, skip_reason=why, answers=texts)
+                self.pairs_file.add(decision)
             else:
-                yield question
+                yield task
 
-    def question(self, prompt: Prompt, answers: Sequence[Answer]) -> RankingTask | None:
-        """The different answers that say anything, shuffled; None if there are fewer than two."""
-        different = {a.text.strip(): a for a in reversed(answers) if a.text.strip()}
-        if len(different) < 2:
+    def make_task(self, prompt: Prompt, answers: Sequence[Answer]) -> RankingTask | None:
+        """Return a task with the distinct non-empty answers, shuffled; None if fewer than two."""
+        distinct = {a.text.strip(): a for a in reversed(answers) if a.text.strip()}
+        if len(distinct) < 2:
             return None
-        shuffled = list(different.values())
+        shuffled = list(distinct.values())
         random.Random(f"{self._seed} {prompt.key}").shuffle(shuffled)
         return RankingTask(prompt, tuple(shuffled))
 
 
 class RankingSession:
-    """A person's way through the questions: one at a time, with a way back."""
+    """A person's session through the ranking tasks, one at a time, with undo."""
 
-    def __init__(self, asked: TaskSampler) -> None:
-        self.asked, self.picks = asked, asked.picks
-        self._chunks = asked.chunks()
+    def __init__(self, tasks: TaskSampler) -> None:
+        self.tasks, self.pairs_file = tasks, tasks.pairs_file
+        self._chunks = tasks.chunks()
         self._ready: deque[RankingTask] = deque()
         self._decided: list[RankingTask] = []
-        self.decisions = 0  # taken back or not
+        self.decision_count = 0  # including those undone later
 
-    def prepare(self) -> bool:
-        """Sample the next chunk; False where none is left."""
-        more = next(self._chunks, None)
-        if more is None:
+    def sample_chunk(self) -> bool:
+        """Sample the next chunk; return False if none is left."""
+        tasks = next(self._chunks, None)
+        if tasks is None:
             return False
-        self._ready.extend(more)
+        self._ready.extend(tasks)
         return True
 
     @property
-    def question(self) -> RankingTask | None:
-        """What is to be decided now; None at the end. Samples where nothing is ready."""
-        while not self._ready and self.prepare():
+    def current_task(self) -> RankingTask | None:
+        """The task to decide now, sampled if necessary; None at the end."""
+        while not self._ready and self.sample_chunk():
             pass
         return self._ready[0] if self._ready else None
 
     @property
-    def ready(self) -> int:
-        """Questions that need no more sampling."""
+    def ready_count(self) -> int:
+        """Number of tasks that are sampled already."""
         return len(self._ready)
 
-    def put(self, question: RankingTask) -> None:
-        """Ask this next."""
-        self._ready.appendleft(question)
+    def insert(self, task: RankingTask) -> None:
+        """Make `task` the current task."""
+        self._ready.appendleft(task)
 
     def prefer(self, best: int, worst: int) -> None:
-        """One answer is better than another."""
-        question = self._current()
+        """Decide that one answer of the current task is better than another."""
+        task = self._get_task()
         if best == worst:
             raise ConfigError("an answer cannot be better than itself; choose another")
-        self._decide(make_pair(question, best, worst, {"by": PERSON}))
+        self._write(make_pair(task, best, worst, {"by": PERSON}))
 
-    def improve(self, worse: int, text: str) -> None:
-        """A text of the person's own is better than an answer.
+    def edit(self, rejected: int, text: str) -> None:
+        """Decide that a text written by the person is better than an answer.
 
         Raises:
-            ConfigError, DataError: it says nothing else, or cannot be written.
+            ConfigError, DataError: the text is not different, or cannot be written.
         """
-        question, text = self._current(), text.strip()
-        rejected = question.answers[worse]
-        if not text or text == rejected.text.strip():
-            raise ConfigError("the edited answer is empty or unchanged; nothing is kept")
-        check_readable(text, "the edited answer", "improve")
-        told = {"by": PERSON, "edited": True, "rejected_from": rejected.told()}
-        self._decide(Decision(question.prompt, told, chosen=text, rejected=rejected.text))
+        task, text = self._get_task(), text.strip()
+        answer = task.answers[rejected]
+        if not text or text == answer.text.strip():
+            raise ConfigError("the edited answer is empty or unchanged; no pair is written")
+        check_readable(text, "the edited answer", "edit")
+        provenance = {"by": PERSON, "edited": True, "rejected_from": answer.provenance()}
+        self._write(Decision(task.prompt, provenance, chosen=text, rejected=answer.text))
 
-    def pass_over(self, why: str) -> None:
-        """Decide nothing: `TIE` or `SKIPPED`."""
-        question = self._current()
-        texts = tuple(answer.text for answer in question.answers)
-        self._decide(Decision(question.prompt, {"by": PERSON}, passed=why, answers=texts))
+    def skip(self, why: str) -> None:
+        """Decide that there is no pair; `why` is `TIE` or `SKIPPED`."""
+        task = self._get_task()
+        texts = tuple(answer.text for answer in task.answers)
+        self._write(Decision(task.prompt, {"by": PERSON}, skip_reason=why, answers=texts))
 
     def undo(self) -> bool:
-        """Take back the last decision of this session and ask again; False if there is none.
+        """Remove the last decision of this session and return to its task; False if none.
 
         Raises:
-            DataError: another program has written behind it; nothing is taken back.
+            DataError: another program has appended to the file; nothing is removed.
         """
         if not self._decided:
             return False
-        question, passed = self._decided[-1], []
+        task, automatic = self._decided[-1], []
         try:
-            while (kept := self.picks.undo()) is not None and kept.key != question.prompt.key:
-                passed.append(kept)  # by nobody, while answers were sampled ahead
+            while (removed := self.pairs_file.undo()) and removed.prompt_key != task.prompt.key:
+                automatic.append(removed)  # skipped while answers were sampled ahead
         finally:
-            for kept in reversed(passed):
-                self.picks.put_back(kept)
-        self.put(self._decided.pop())
+            for decision in reversed(automatic):
+                self.pairs_file.restore(decision)
+        self.insert(self._decided.pop())
         return True
 
-    def _current(self) -> RankingTask:
-        question = self.question
-        if question is None:
-            raise ConfigError("no question is left; nothing can be decided")
-        return question
+    def _get_task(self) -> RankingTask:
+        task = self.current_task
+        if task is None:
+            raise ConfigError("no prompt is left to decide")
+        return task
 
-    def _decide(self, pick: Decision) -> None:
-        self.picks.add(pick)
+    def _write(self, decision: Decision) -> None:
+        self.pairs_file.add(decision)
         self._decided.append(self._ready.popleft())
-        self.decisions += 1
+        self.decision_count += 1
 
 
-def make_pair(question: RankingTask, best: int, worst: int, provenance: dict[str, Any]) -> Decision:
-    """The pair of two answers of a question."""
-    chosen, rejected = question.answers[best], question.answers[worst]
-    told = provenance | {"chosen_from": chosen.told(), "rejected_from": rejected.told()}
-    return Decision(question.prompt, told, chosen=chosen.text, rejected=rejected.text)
+def make_pair(task: RankingTask, best: int, worst: int, provenance: dict[str, Any]) -> Decision:
+    """Return the preference pair of two answers of a task."""
+    chosen, rejected = task.answers[best], task.answers[worst]
+    sources = {"chosen_from": chosen.provenance(), "rejected_from": rejected.provenance()}
+    return Decision(task.prompt, provenance | sources, chosen=chosen.text, rejected=rejected.text)

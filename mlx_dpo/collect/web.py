@@ -1,4 +1,4 @@
-"""The page on which a person picks: what it shows, and what its keys do."""
+"""The local web page on which a person ranks answers: HTTP server, page state and commands."""
 
 import json
 import secrets
@@ -18,34 +18,43 @@ from mlx_dpo.collect.session import SKIPPED, TIE, RankingSession
 from mlx_dpo.errors import ConfigError, DataError
 
 LOOPBACK = "127.0.0.1"
-MAX_BODY_BYTES = 1_000_000  # bytes of a request's body
-REPLY_TIMEOUT = 600.0  # seconds that sampling may take
+MAX_BODY_BYTES = 1_000_000
+REPLY_TIMEOUT = 600.0  # seconds; the reply waits for answers to be sampled
+LAST_REPLY_TIMEOUT = 10.0  # seconds for the last reply to be sent before the program ends
+SAMPLE_AHEAD = 1  # tasks to have ready while the person reads
+NO_PROMPT_LEFT = "No prompt is left: u undoes the last decision, q finishes"
+SKIP_REASONS = {"tie": TIE, "skip": SKIPPED}
 CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; "
     "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'"
 )
+PageState = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class PageRequest:
-    """Something the page asks: a command, or its state where there is none."""
+    """A command of the page, or a request for the state if `command` is None."""
 
     command: dict[str, Any] | None
-    reply: Future[dict[str, Any]] = field(default_factory=Future)
-    answered: Event = field(default_factory=Event)  # the reply is on its way, or nobody waits
+    reply: Future[PageState] = field(default_factory=Future)
+    answered: Event = field(default_factory=Event)  # the reply was sent or the request gave up
 
 
 class LoopbackServer(ThreadingHTTPServer):
-    """Serves a page at `address`; what it asks is in `requests`, to be replied to in order."""
+    """An HTTP server for one page on this machine; it queues the page's commands in `requests`.
+
+    HTTP runs in threads, but the model must be used from one thread: the caller takes requests
+    from the queue and sets their replies in order.
+    """
 
     daemon_threads = True
 
     def __init__(self, page: str, port: int = 0) -> None:
-        """Begin to listen; port 0 is a free one.
+        """Start listening; port 0 picks a free port.
 
         Raises:
-            ConfigError: the port is taken.
+            ConfigError: the port is in use.
         """
         self.page, self.token = page, secrets.token_urlsafe(24)
         self.requests: Queue[PageRequest] = Queue()
@@ -55,13 +64,13 @@ class LoopbackServer(ThreadingHTTPServer):
             raise ConfigError(f"`port` {port}: {error.strerror}; choose another one") from error
 
     @property
-    def address(self) -> str:
-        """Where the page is; whoever has it can pick."""
+    def url(self) -> str:
+        """URL of the page with the secret token; everybody who has the URL can decide."""
         return f"http://{LOOPBACK}:{self.server_port}/?token={self.token}"
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Answer HTTP in the background inside the block."""
+        """Serve HTTP in a background thread inside the block."""
         Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
         try:
             yield
@@ -71,47 +80,51 @@ class LoopbackServer(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
+    """The HTTP handler. Every request needs the token and a loopback host name."""
+
     server: LoopbackServer
-    timeout = 30  # a browser opens connections that it may never use
+    timeout = 30  # browsers open connections that they may never use
 
     def do_GET(self) -> None:
-        place = urlsplit(self.path)
-        given = self.headers.get("X-Token") or parse_qs(place.query).get("token", [""])[0]
-        if not self._may(given):
+        target = urlsplit(self.path)
+        token = self.headers.get("X-Token") or parse_qs(target.query).get("token", [""])[0]
+        if not self._is_allowed(token):
             return
-        if place.path == "/":
+        if target.path == "/":
             self._send_page()
-        elif place.path == "/state" and self.headers.get("X-Token"):
-            self._ask(None)
+        elif target.path == "/state" and self.headers.get("X-Token"):
+            self._send_reply(None)
         else:
             self._send(404, "text/plain", "no such page")
 
     def do_POST(self) -> None:
-        # A page from elsewhere cannot set this header, and cannot read the token.
-        if not self._may(self.headers.get("X-Token") or ""):
+        # A page of another origin cannot set this header and cannot read the token.
+        if not self._is_allowed(self.headers.get("X-Token") or ""):
             return
         if urlsplit(self.path).path != "/do":
             self._send(404, "text/plain", "no such page")
-        elif (command := self._body()) is not None:
-            self._ask(command)
+        elif (command := self._read_command()) is not None:
+            self._send_reply(command)
 
-    def _may(self, token: str) -> bool:
-        own = {f"{name}:{self.server.server_port}" for name in (LOOPBACK, "localhost")}
+    def _is_allowed(self, token: str) -> bool:
+        """Check host, origin and token; answer 403 and return False if one of them is wrong."""
+        hosts = {f"{name}:{self.server.server_port}" for name in (LOOPBACK, "localhost")}
         origin = self.headers.get("Origin")
-        if self.headers.get("Host") not in own:  # another name that was made to lead here
-            self._send(403, "text/plain", "this page is for the machine it runs on")
-        elif origin is not None and origin.removeprefix("http://") not in own:
-            self._send(403, "text/plain", "asked from another page")
+        if self.headers.get("Host") not in hosts:  # a foreign name that resolves to loopback
+            self._send(403, "text/plain", "this page is only for the machine it runs on")
+        elif origin is not None and origin.removeprefix("http://") not in hosts:
+            self._send(403, "text/plain", "requested from another page")
         elif not compare_digest(token.encode(), self.server.token.encode()):
             self._send(403, "text/plain", "the token is missing or wrong; use the whole address")
         else:
             return True
         return False
 
-    def _body(self) -> dict[str, Any] | None:
+    def _read_command(self) -> dict[str, Any] | None:
+        """Return the JSON object in the body; answer an error and return None if there is none."""
         length = self.headers.get("Content-Length", "")
         if not length.isdecimal() or int(length) > MAX_BODY_BYTES:
-            self._send(413, "text/plain", "the request is too long or of no length")
+            self._send(413, "text/plain", "the request is too long or has no length")
             return None
         if self.headers.get_content_type() != "application/json":
             self._send(415, "text/plain", "send JSON")
@@ -125,7 +138,8 @@ class _Handler(BaseHTTPRequestHandler):
             return None
         return command
 
-    def _ask(self, command: dict[str, Any] | None) -> None:
+    def _send_reply(self, command: dict[str, Any] | None) -> None:
+        """Queue the command, wait for its reply and send it."""
         request = PageRequest(command)
         self.server.requests.put(request)
         try:
@@ -157,72 +171,71 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def version_string(self) -> str:
+        """Return the value of the `Server` header."""
         return "mlx-dpo"
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Say nothing: lines of HTTP would hide the address."""
-
-
-SAMPLE_AHEAD = 1  # questions to have ready while the person reads
-LAST_REPLY_TIMEOUT = 10.0  # seconds that the last reply may take to leave
-NO_PROMPT_LEFT = "No prompt is left: u takes the last pick back, q finishes"
-SKIP_REASONS = {"tie": TIE, "skip": SKIPPED}
-PageState = dict[str, Any]
+        """Log nothing: HTTP log lines would push the address of the page off the terminal."""
 
 
 def read_page() -> str:
-    """The page itself; it asks for nothing from elsewhere."""
+    """Return the HTML page, which loads nothing from other hosts."""
     return (files("mlx_dpo.collect") / "collect.html").read_text("utf-8")
 
 
 def serve_session(session: RankingSession, server: LoopbackServer) -> None:
-    """Let the page decide until it is told to finish; samples ahead while nothing is asked."""
+    """Run the commands of the page until it quits; sample answers ahead in between."""
     over = False
     with server.running():
         while not over:
-            while server.requests.empty() and session.ready <= SAMPLE_AHEAD and session.prepare():
+            while (
+                server.requests.empty()
+                and session.ready_count <= SAMPLE_AHEAD
+                and session.sample_chunk()
+            ):
                 pass
             request = server.requests.get()
             over = (request.command or {}).get("do") == "quit"
-            said = (
-                None if request.command is None or over else run_command(session, request.command)
-            )
-            request.reply.set_result(page_state(session, said, over=over))
-        request.answered.wait(LAST_REPLY_TIMEOUT)  # its thread ends with the program
+            message = None
+            if request.command is not None and not over:
+                message = run_command(session, request.command)
+            request.reply.set_result(page_state(session, message, over=over))
+        request.answered.wait(LAST_REPLY_TIMEOUT)  # the reply's thread ends with the program
 
 
 def page_state(
-    session: RankingSession, said: str | None = None, *, over: bool = False
+    session: RankingSession, message: str | None = None, *, over: bool = False
 ) -> PageState:
-    """What the page is to show now; `over` without looking for another question."""
-    question = None if over else session.question
-    asked = question.prompt.messages if question else ()
-    if question is None and not over:
-        said = said or NO_PROMPT_LEFT
+    """Return the state that the page shows; with `over`, no further task is sampled."""
+    task = None if over else session.current_task
+    turns = task.prompt.messages if task else ()
+    if task is None and not over:
+        message = message or NO_PROMPT_LEFT
     return {
-        "question": state_token(session),
-        "prompt": [{"role": turn["role"], "content": str(turn["content"])} for turn in asked],
-        "answers": [answer.text.strip() for answer in question.answers] if question else [],
-        "left": session.asked.left,
-        "decided": len(session.picks.order),
-        "said": said,
+        "version": state_version(session),
+        "prompt": [{"role": turn["role"], "content": str(turn["content"])} for turn in turns],
+        "answers": [answer.text.strip() for answer in task.answers] if task else [],
+        "left": session.tasks.remaining,
+        "decided": len(session.pairs_file.decisions),
+        "message": message,
         "over": over,
     }
 
 
-def state_token(session: RankingSession) -> str:
-    """Tells one state of the session from the next, so that no key counts twice.
+def state_version(session: RankingSession) -> str:
+    """Return a text that changes with every decision, so that no key press counts twice.
 
-    What is passed over while answers are sampled ahead changes nothing of what a person sees.
+    Prompts that are skipped while answers are sampled ahead do not change it, because
+    they do not change what the person sees.
     """
-    question = session.question if session.ready else None
-    return f"{session.decisions}:{question.prompt.key[:16] if question else ''}"
+    task = session.current_task if session.ready_count else None
+    return f"{session.decision_count}:{task.prompt.key[:16] if task else ''}"
 
 
 def run_command(session: RankingSession, command: PageState) -> str | None:
-    """Obey a command of the page; what is to be said about it."""
-    if command.get("question") != state_token(session):
-        return "That was decided already"
+    """Run a command of the page; return a message for the person, or None."""
+    if command.get("version") != state_version(session):
+        return "This prompt is decided already"
     try:
         return _run_command(session, command)
     except (ConfigError, DataError) as error:
@@ -230,25 +243,24 @@ def run_command(session: RankingSession, command: PageState) -> str | None:
 
 
 def _run_command(session: RankingSession, command: PageState) -> str | None:
-    what = command.get("do")
-    if what == "undo":
-        return None if session.undo() else "Nothing of this session to take back"
-    if what in SKIP_REASONS:
-        session.pass_over(SKIP_REASONS[what])
-    elif what == "prefer":
-        session.prefer(
-            _answer_index(session, command.get("best")),
-            _answer_index(session, command.get("worst")),
-        )
-    elif what == "improve":
-        session.improve(_answer_index(session, command.get("worse")), str(command.get("text", "")))
+    name = command.get("do")
+    if name == "undo":
+        return None if session.undo() else "No decision of this session to undo"
+    if name in SKIP_REASONS:
+        session.skip(SKIP_REASONS[name])
+    elif name == "prefer":
+        best, worst = command.get("best"), command.get("worst")
+        session.prefer(_answer_index(session, best), _answer_index(session, worst))
+    elif name == "edit":
+        rejected = _answer_index(session, command.get("rejected"))
+        session.edit(rejected, str(command.get("text", "")))
     else:
-        return f"Unknown command {what!r}"
+        return f"Unknown command {name!r}"
     return None
 
 
 def _answer_index(session: RankingSession, value: object) -> int:
-    question = session.question
-    if question is None or not isinstance(value, int) or not 0 <= value < len(question.answers):
-        raise ConfigError(f"no answer {value!r}; choose one that is shown")
+    task = session.current_task
+    if task is None or not isinstance(value, int) or not 0 <= value < len(task.answers):
+        raise ConfigError(f"no answer {value!r}; choose one of the answers shown")
     return value

@@ -1,4 +1,4 @@
-"""Answers side by side, each bit with how much more the policy likes it than its reference."""
+"""Answers of base and aligned model to the same prompts, with per-token log-ratios."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,59 +25,60 @@ from mlx_dpo.saved_runs.evaluate import held_out_prompts
 from mlx_dpo.saved_runs.open import OpenRun, SwitchableModel, open_switchable
 from mlx_dpo.scoring.logps import token_logps
 
-NGRAM = 4  # tokens in a row that count as repeated where they were said before
+NGRAM = 4
+TokenIds = list[int]
 
 
 @dataclass(frozen=True, slots=True)
 class TextSpan:
-    """A bit of an answer: a token, or the tokens of a character that takes several."""
+    """The text of one token, or of several tokens that form one character."""
 
     text: str
-    log_ratio: float  # log policy - log reference, in nats
+    log_ratio: float  # log π - log π_ref, in nats
 
 
 @dataclass(frozen=True, slots=True)
 class ScoredAnswer:
-    """An answer by its bits."""
+    """An answer with the log-ratio of each of its text spans."""
 
-    bits: tuple[TextSpan, ...]
-    end: float | None  # log-ratio of ending here; None where the answer was cut
+    spans: tuple[TextSpan, ...]
+    end: float | None  # log-ratio of the end token; None if the answer was cut
     tokens: tuple[int, ...]
 
     @property
     def text(self) -> str:
-        """All of it."""
-        return "".join(bit.text for bit in self.bits)
+        """The whole text."""
+        return "".join(span.text for span in self.spans)
 
     @property
     def log_ratio(self) -> float:
-        """Of the whole answer, in nats."""
-        return sum(bit.log_ratio for bit in self.bits) + (self.end or 0.0)
+        """Log-ratio of the whole answer, in nats."""
+        return sum(span.log_ratio for span in self.spans) + (self.end or 0.0)
 
 
 @dataclass(frozen=True)
 class Column:
-    """What one policy said to every prompt."""
+    """The answers of one policy to all prompts."""
 
     name: str
     answers: tuple[ScoredAnswer, ...]
 
-    def figures(self) -> dict[str, str]:
-        """Counts and means for a person."""
+    def summary(self) -> dict[str, str]:
+        """Return counts and means over the answers as text, by label."""
         texts = [answer.text for answer in self.answers]
         lengths = [len(answer.tokens) for answer in self.answers]
         return {
-            "tokens an answer": f"{fmean(lengths):.1f}",
-            "cut before their end": str(sum(answer.end is None for answer in self.answers)),
-            f"{NGRAM} tokens said before": f"{fmean(map(repetition_rate, self.answers)):.1%}",
+            "tokens per answer": f"{fmean(lengths):.1f}",
+            "cut at the token limit": str(sum(answer.end is None for answer in self.answers)),
+            f"{NGRAM}-gram repetition": f"{fmean(map(repetition_rate, self.answers)):.1%}",
             "refusals": str(sum(find_refusal(text) is not None for text in texts)),
-            "log-ratio, nats an answer": f"{fmean(a.log_ratio for a in self.answers):+.2f}",
+            "log-ratio, nats per answer": f"{fmean(a.log_ratio for a in self.answers):+.2f}",
         }
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Prompts, and a column of answers for each policy."""
+    """Prompts, and a column of answers per policy."""
 
     prompts: tuple[Prompt, ...]
     columns: tuple[Column, ...]
@@ -87,7 +88,7 @@ class Comparison:
 def completion_token_logps(
     model: Any, prompt: Sequence[int], completion: Sequence[int]
 ) -> list[float]:
-    """log p of each token of a completion. (len(completion),)"""
+    """Return log p of each token of a completion. (len(completion),)"""
     if not completion:
         return []
     logps = token_logps(model, mx.array([[*prompt, *completion]]))
@@ -95,53 +96,58 @@ def completion_token_logps(
 
 
 def score_spans(
-    tokenizer: Any, said: GeneratedTokens, policy: Sequence[float], reference: Sequence[float]
+    tokenizer: Any, completion: GeneratedTokens, policy: Sequence[float], reference: Sequence[float]
 ) -> ScoredAnswer:
-    """The text of a completion with the log-ratio of each bit; `policy` and `reference` are log p
-    of its tokens, that of its end among them where it has one.
+    """Return the text spans of a completion with their log-ratios.
+
+    Args:
+        policy: log p of the completion's tokens, and of its end token if there is one.
+        reference: the same under the reference.
     """
     ratios = [p - r for p, r in zip(policy, reference, strict=True)]
-    stream, bits, waiting = StreamingDecoder(tokenizer), [], 0.0
-    for token, ratio in zip(said.tokens, ratios, strict=False):
-        waiting += ratio
+    stream, spans, pending = StreamingDecoder(tokenizer), [], 0.0
+    for token, ratio in zip(completion.tokens, ratios, strict=False):
+        pending += ratio
         if text := stream.add(token):
-            bits.append(TextSpan(text, waiting))
-            waiting = 0.0
-    if (text := stream.finish()) or waiting:
-        bits.append(TextSpan(text, waiting))
-    end = None if said.end is None else ratios[-1]
-    return ScoredAnswer(tuple(bits), end, tuple(said.tokens))
+            spans.append(TextSpan(text, pending))
+            pending = 0.0
+    if (text := stream.finish()) or pending:
+        spans.append(TextSpan(text, pending))
+    end = None if completion.end is None else ratios[-1]
+    return ScoredAnswer(tuple(spans), end, tuple(completion.tokens))
 
 
 def repetition_rate(answer: ScoredAnswer) -> float:
-    """Share of the runs of four tokens that stood in the same answer before.
+    """Return the share of an answer's 4-grams of tokens that occurred before in the answer.
 
     Source: Welleck et al. 2019, arXiv:1908.04319, section 6.1, seq-rep-4.
     """
     tokens = answer.tokens
-    runs = [tokens[i : i + NGRAM] for i in range(len(tokens) - NGRAM + 1)]
-    return 1 - len(set(runs)) / len(runs) if runs else 0.0
-
-
-TokenIds = list[int]
+    ngrams = [tokens[i : i + NGRAM] for i in range(len(tokens) - NGRAM + 1)]
+    return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
 
 
 def compare_runs(
     runs: Sequence[str], prompts: str | None, sampling: Sampling, *, limit: int | None = None
 ) -> Comparison:
-    """Base and aligned of a run; of several runs the aligned ones, one in memory at a time.
+    """Compare base and aligned model of one run, or the aligned models of several runs.
 
-    Without a file of `prompts`, those that the first run held out; `limit` takes the first ones.
+    One run is in memory at a time.
+
+    Args:
+        prompts: a file of prompts; None for the held-out prompts of the first run.
+        limit: number of prompts to use, from the beginning; None for all.
 
     Raises:
-        ConfigError: a prompt leaves no room for an answer, or there are none.
-        RunError, ModelError, DataError: a run, its model or the prompts are at fault.
+        ConfigError: a prompt leaves no room for an answer, or there are no prompts.
+        RunError, ModelError, DataError: a run, its model or the prompts cannot be read.
     """
-    asked, columns, notes = _compare_run(runs[0], prompts, sampling, limit, alone=len(runs) == 1)
+    alone = len(runs) == 1
+    prompt_list, columns, notes = _compare_run(runs[0], prompts, sampling, limit, alone=alone)
     for name in runs[1:]:
-        _, more, also = _compare_run(name, asked, sampling, None, alone=False)
-        columns, notes = columns + more, notes + also
-    return Comparison(tuple(asked), tuple(columns), tuple(dict.fromkeys(notes)))
+        _, more_columns, more_notes = _compare_run(name, prompt_list, sampling, None, alone=False)
+        columns, notes = columns + more_columns, notes + more_notes
+    return Comparison(tuple(prompt_list), tuple(columns), tuple(dict.fromkeys(notes)))
 
 
 def _compare_run(
@@ -152,7 +158,7 @@ def _compare_run(
     *,
     alone: bool,
 ) -> tuple[list[Prompt], list[Column], list[str]]:
-    """The prompts, the columns of one run and what there is to say of it; it is freed here."""
+    """Return prompts, columns and notes of one run. The model is freed on return."""
     opened = open_switchable(name)
     run = opened.run
     assert run is not None
@@ -160,28 +166,28 @@ def _compare_run(
         prompts = held_out_prompts(run, opened.base)
     elif isinstance(prompts, str):
         prompts = read_prompts(prompts)
-    asked = prompts[:limit]
+    used = prompts[:limit]
     notes = [*_limit_note(len(prompts), limit), *_notes(name, opened, run)]
-    sides: tuple[AdapterState, ...] = ("base", "aligned") if alone else ("aligned",)
-    told = add_system_prompt(asked, run.config.system)
+    states: tuple[AdapterState, ...] = ("base", "aligned") if alone else ("aligned",)
+    with_system = add_system_prompt(used, run.config.system)
     columns = [
-        Column(side if alone else name, answers)
-        for side, answers in _score_answers(opened, run, told, sides, sampling)
+        Column(state if alone else name, answers)
+        for state, answers in _score_answers(opened, run, with_system, states, sampling)
     ]
-    return asked, columns, notes
+    return used, columns, notes
 
 
-def _limit_note(found: int, limit: int | None) -> Iterator[str]:
-    if limit is not None and limit < found:
-        yield f"the first {limit} of {found} prompts"
+def _limit_note(count: int, limit: int | None) -> Iterator[str]:
+    if limit is not None and limit < count:
+        yield f"the first {limit} of {count} prompts"
 
 
 def _notes(name: str, opened: SwitchableModel, run: OpenRun) -> Iterator[str]:
     yield from opened.notes
     if run.config.reference_model is not None:
         yield (
-            f"{name} was trained against {run.config.reference_model}; here it is held against "
-            "the model that it started from"
+            f"{name} was trained with the reference {run.config.reference_model}; here it is "
+            "compared with the model that it started from"
         )
 
 
@@ -189,53 +195,55 @@ def _score_answers(
     opened: SwitchableModel,
     run: OpenRun,
     prompts: Sequence[Prompt],
-    sides: Sequence[AdapterState],
+    states: Sequence[AdapterState],
     sampling: Sampling,
 ) -> Iterator[tuple[AdapterState, tuple[ScoredAnswer, ...]]]:
-    """What each of the sides says, shaded by both."""
+    """Generate answers with each of the adapter states; yield them with their log-ratios."""
     base = opened.base
     rows = [_prompt_ids(opened, run, prompt) for prompt in prompts]
     _check_context(rows, prompts, context_length(base.config), sampling.max_tokens)
-    for side in sides:
-        with opened.sides.activated(side):
-            said = generate_tokens(base.model, base.tokenizer.eos_token_ids, rows, sampling)
-        aligned, reference = (
-            _completion_logps(opened, which, rows, said) for which in ("aligned", "base")
-        )
-        whole = zip(said, aligned, reference, strict=True)
-        yield side, tuple(score_spans(base.tokenizer, *each) for each in whole)
+    for state in states:
+        with opened.sides.activated(state):
+            completions = generate_tokens(base.model, base.tokenizer.eos_token_ids, rows, sampling)
+        policy = _completion_logps(opened, "aligned", rows, completions)
+        reference = _completion_logps(opened, "base", rows, completions)
+        scored = zip(completions, policy, reference, strict=True)
+        yield state, tuple(score_spans(base.tokenizer, *answer) for answer in scored)
 
 
 def _completion_logps(
     opened: SwitchableModel,
-    side: AdapterState,
+    state: AdapterState,
     rows: Sequence[TokenIds],
-    said: Sequence[GeneratedTokens],
+    completions: Sequence[GeneratedTokens],
 ) -> list[list[float]]:
-    """log p of the tokens of each completion, and of its end where it has one."""
-    with opened.sides.activated(side):
+    """Return log p of each completion's tokens, and of its end token if there is one."""
+    with opened.sides.activated(state):
         return [
             completion_token_logps(
-                opened.base.model, row, [*one.tokens, *([] if one.end is None else [one.end])]
+                opened.base.model,
+                row,
+                [*completion.tokens, *([] if completion.end is None else [completion.end])],
             )
-            for row, one in zip(rows, said, strict=True)
+            for row, completion in zip(rows, completions, strict=True)
         ]
 
 
 def _prompt_ids(opened: SwitchableModel, run: OpenRun, prompt: Prompt) -> TokenIds:
     tokenizer = opened.base.tokenizer
     if run.trained_on_text or not tokenizer.has_chat_template:
-        said = "\n".join(str(m["content"]) for m in prompt.messages)
-        return encode_text(tokenizer, said if prompt.text is None else prompt.text)
+        joined = "\n".join(str(m["content"]) for m in prompt.messages)
+        return encode_text(tokenizer, joined if prompt.text is None else prompt.text)
     return encode_prompt(tokenizer, prompt.messages, thinking=run.config.thinking)
 
 
 def _check_context(
-    rows: Sequence[TokenIds], prompts: Sequence[Prompt], context: int | None, room: int
+    rows: Sequence[TokenIds], prompts: Sequence[Prompt], context: int | None, max_tokens: int
 ) -> None:
+    """Raise `ConfigError` if a prompt and `max_tokens` do not fit into the context."""
     for row, prompt in zip(rows, prompts, strict=True):
-        if context is not None and len(row) + room > context:
+        if context is not None and len(row) + max_tokens > context:
             raise ConfigError(
-                f"{prompt.location}: {len(row)} tokens leave no room for an answer of {room} (the "
-                f"model's context is {context}); use a smaller --max-tokens, or leave it out"
+                f"{prompt.location}: {len(row)} tokens leave no room for an answer of {max_tokens} "
+                f"(the model's context is {context}); use a smaller --max-tokens, or leave it out"
             )

@@ -1,4 +1,4 @@
-"""A model as judge: each two answers in both orders, and only what both orders say is believed."""
+"""A language model as judge of answers (LLM-as-a-judge), asked about each pair in both orders."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -16,194 +16,216 @@ from mlx_dpo.generation.stream import strip_thinking
 from mlx_dpo.saved_runs.respond import open_responder
 from mlx_dpo.types import Message
 
+JUDGE_SAMPLING = Sampling(max_tokens=512)  # greedy: the same verdict each time
 PLACEHOLDERS = ("{prompt}", "{first}", "{second}")
 VERDICT = re.compile(r"\[\[([ABC])\]\]")
-VALUES = {"A": WIN, "C": TIE, "B": LOSS}
+VERDICT_OUTCOMES = {"A": WIN, "C": TIE, "B": LOSS}  # for the answer shown first
 INCONSISTENT = "the two orders disagree"
 NO_VERDICT = "the judge gave no verdict"
-CONTRARY = "the worst answer beat the best one"
+WORST_BEAT_BEST = "the worst answer beat the best one"
 
 GenerateReplies = Callable[[Sequence[Sequence[Message]]], list[str]]
 StripThinking = Callable[[Sequence[Message], str], str]
 
 
-def default_rubric() -> str:
-    """The rubric that ships; a copy of it is where another one begins."""
-    return (files("mlx_dpo.evaluation") / "rubric.txt").read_text("utf-8")
+class _PairwiseVerdict:
+    """The verdict on two answers from the replies to both orders.
 
-
-def read_rubric(path: Path) -> str:
-    """A rubric of the user's.
-
-    Raises:
-        ConfigError: it cannot be read, or does not say where prompt or answers belong.
+    It is a tie with a doubt if a reply has no verdict or if the two orders disagree.
     """
-    try:
-        text = path.expanduser().read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({reason(error)})") from error
-    missing = [place for place in PLACEHOLDERS if place not in text]
-    if missing:
-        raise ConfigError(f"{path}: the rubric has no {' and no '.join(missing)}; add it")
-    return text
+
+    def __init__(
+        self,
+        first: int,
+        second: int,
+        replies: Sequence[str],
+        outcome: float | None,
+        swapped_outcome: float | None,
+    ) -> None:
+        self.first, self.second, self.replies = first, second, replies
+        self.outcome, self.doubt = TIE, ""
+        if outcome is None or swapped_outcome is None:
+            self.doubt = NO_VERDICT
+        elif outcome != WIN - swapped_outcome:
+            self.doubt = INCONSISTENT
+        else:
+            self.outcome = outcome
+
+    def doubt_about(self, best: int) -> str:
+        """Return why the pair with `best` as chosen is unreliable; empty if it is reliable."""
+        lost = self.outcome == (LOSS if best == self.first else WIN)
+        return self.doubt or (WORST_BEAT_BEST if lost else "")
 
 
 class ModelJudge:
-    """A judge that is asked in text. `ask` answers conversations, one text for each; `answered`
-    is what such a text answers, without thoughts, in which verdicts are tried and dropped.
+    """A judge that prompts a language model with a rubric and two answers, in both orders.
 
-    The form of the verdict is that of MT-Bench (Zheng et al. 2023, arXiv:2306.05685), where a
-    judge was found to favour the answer that stands first: hence both orders.
+    The verdicts have the form of MT-Bench (Zheng et al. 2023, arXiv:2306.05685). The paper
+    measured that judges favor the answer in the first position, hence both orders.
+
+    Args:
+        generate: returns one reply per conversation.
+        strip_thinking: removes the thinking from a reply to a conversation; verdicts in the
+            thinking are provisional and do not count.
     """
 
     def __init__(
         self,
         name: str,
-        ask: GenerateReplies,
+        generate: GenerateReplies,
         rubric: str,
         *,
-        answered: StripThinking = lambda asked, text: text,
-        **facts: Any,
+        strip_thinking: StripThinking = lambda conversation, reply: reply,
+        **provenance: Any,
     ) -> None:
         self.name = name
         self.rubric = rubric
-        self._ask, self._answered = ask, answered
-        self._facts = facts
+        self._generate, self._strip_thinking = generate, strip_thinking
+        self._provenance = provenance
 
-    def facts(self) -> dict[str, Any]:
-        """The model by name and content, and the rubric's text."""
-        return {"by": f"judge {self.name}", **self._facts, "rubric": self.rubric}
+    def provenance(self) -> dict[str, Any]:
+        """Return the name and digest of the model, and the rubric."""
+        return {"by": f"judge {self.name}", **self._provenance, "rubric": self.rubric}
 
     def rank(
         self, prompts: Sequence[Conversation], answers: Sequence[Sequence[str]]
     ) -> list[Ranking]:
-        """Points are wins over the other answers of the prompt; a tie or a doubt is half a win."""
-        asked = [
+        """Return one ranking per prompt; points are wins over the prompt's other answers.
+
+        A tie and an unreliable verdict count as half a win.
+        """
+        pairs = [
             (number, first, second)
             for number, texts in enumerate(answers)
             for first, second in combinations(range(len(texts)), 2)
         ]
-        conversations = []
-        for number, first, second in asked:
+        conversations = []  # two per pair: one for each order
+        for number, first, second in pairs:
             texts = answers[number]
-            for pair in ((texts[first], texts[second]), (texts[second], texts[first])):
-                conversations.append(self._question(prompts[number], *pair))
-        said = self._ask(conversations)
-        verdicts = [
-            parse_verdict(self._answered(*each)) for each in zip(conversations, said, strict=True)
+            for ordered in ((texts[first], texts[second]), (texts[second], texts[first])):
+                conversations.append(self._fill_rubric(prompts[number], *ordered))
+        replies = self._generate(conversations)
+        outcomes = [
+            parse_verdict(self._strip_thinking(conversation, reply))
+            for conversation, reply in zip(conversations, replies, strict=True)
         ]
-        duels: dict[int, list[_PairwiseVerdict]] = {number: [] for number in range(len(answers))}
-        for at, (number, first, second) in enumerate(asked):
-            both = slice(2 * at, 2 * at + 2)
-            duels[number].append(_PairwiseVerdict(first, second, said[both], *verdicts[both]))
-        return [_make_ranking(len(texts), duels[n]) for n, texts in enumerate(answers)]
+        verdicts: list[list[_PairwiseVerdict]] = [[] for _ in answers]
+        for index, (number, first, second) in enumerate(pairs):
+            both = slice(2 * index, 2 * index + 2)
+            verdict = _PairwiseVerdict(first, second, replies[both], *outcomes[both])
+            verdicts[number].append(verdict)
+        return [
+            _make_ranking(len(texts), of_prompt)
+            for texts, of_prompt in zip(answers, verdicts, strict=True)
+        ]
 
-    def _question(self, prompt: Conversation, first: str, second: str) -> list[Message]:
+    def _fill_rubric(self, prompt: Conversation, first: str, second: str) -> list[Message]:
         text = format_conversation(prompt)
         values = {"{prompt}": text, "{first}": first, "{second}": second}
-        # In one pass: an answer may itself contain the name of a place.
+        # One pass: an answer may itself contain the name of a placeholder.
         pattern = "|".join(map(re.escape, PLACEHOLDERS))
-        filled = re.sub(pattern, lambda found: values[found.group()], self.rubric)
+        filled = re.sub(pattern, lambda match: values[match.group()], self.rubric)
         return [{"role": "user", "content": filled}]
 
 
+def _make_ranking(answer_count: int, verdicts: Sequence[_PairwiseVerdict]) -> Ranking:
+    """Return the ranking of a prompt's answers from the verdicts on all pairs of them."""
+    points = [0.0] * answer_count
+    for verdict in verdicts:
+        points[verdict.first] += verdict.outcome
+        points[verdict.second] += WIN - verdict.outcome
+    replies = tuple(text for verdict in verdicts for text in verdict.replies)
+    ranking = Ranking(tuple(points), judge_replies=replies)
+    # Of more than two answers, only the verdict on best and worst concerns the preference pair.
+    ends = {ranking.best, ranking.worst}
+    doubts = [v.doubt_about(ranking.best) for v in verdicts if {v.first, v.second} == ends]
+    return replace(ranking, doubts=tuple(doubt for doubt in doubts if doubt))
+
+
 def format_conversation(prompt: Conversation) -> str:
-    """A conversation for a reader: its only turn as it is, else each turn behind its role."""
+    """Return a conversation as text: a single turn as it is, several turns each with its role."""
     if len(prompt) == 1:
         return str(prompt[0]["content"])
     return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
 
 
 def parse_verdict(text: str) -> float | None:
-    """What a judge said of the first answer: 1 better, 0.5 as good, 0 worse, None unclear."""
-    found = VERDICT.findall(text)
-    return VALUES[found[-1]] if found else None
+    """Return the outcome for the first answer in a judge's reply, or None without a verdict.
+
+    The last verdict in the text counts.
+    """
+    verdicts = VERDICT.findall(text)
+    return VERDICT_OUTCOMES[verdicts[-1]] if verdicts else None
 
 
 def check_verdicts(name: str, rankings: Sequence[Ranking]) -> None:
-    """A judge that never gives a verdict is no judge.
+    """Check that the judge gave at least one verdict.
 
     Raises:
-        ConfigError: none of the rankings has one; shows what was said instead.
+        ConfigError: none of the rankings has a verdict; the message quotes a reply.
     """
     if all(NO_VERDICT in ranking.doubts for ranking in rankings):
-        said = " ".join(rankings[0].said[0].split())[:120]
+        reply = " ".join(rankings[0].judge_replies[0].split())[:120]
         raise ConfigError(
-            f"{name}: {NO_VERDICT} on any prompt (it said {said!r}); take another judge, or a "
-            "--rubric it can follow"
+            f"{name}: {NO_VERDICT} on any prompt (its reply was {reply!r}); use another judge, or "
+            "a --rubric it can follow"
         )
 
 
-class _PairwiseVerdict:
-    """Two answers, and what was said of them in both orders."""
-
-    def __init__(
-        self, first: int, second: int, said: Sequence[str], one: float | None, other: float | None
-    ) -> None:
-        self.first, self.second, self.said = first, second, said
-        self.value, self.doubt = TIE, ""
-        if one is None or other is None:
-            self.doubt = NO_VERDICT
-        elif one != WIN - other:
-            self.doubt = INCONSISTENT
-        else:
-            self.value = one
-
-    def doubt_of(self, best: int) -> str:
-        """Why the pair with `best` as chosen may not be relied on; empty where it may."""
-        lost = self.value == (LOSS if best == self.first else WIN)
-        return self.doubt or (CONTRARY if lost else "")
+def default_rubric() -> str:
+    """Return the rubric that ships with the package, a starting point for other rubrics."""
+    return (files("mlx_dpo.evaluation") / "rubric.txt").read_text("utf-8")
 
 
-def _make_ranking(count: int, duels: Sequence[_PairwiseVerdict]) -> Ranking:
-    points = [0.0] * count
-    for duel in duels:
-        points[duel.first] += duel.value
-        points[duel.second] += WIN - duel.value
-    said = tuple(text for duel in duels for text in duel.said)
-    ranked = Ranking(tuple(points), said=said)
-    # Of more than two answers, only the duel between best and worst makes the pair.
-    ends = {ranked.best, ranked.worst}
-    between = [duel.doubt_of(ranked.best) for duel in duels if {duel.first, duel.second} == ends]
-    return replace(ranked, doubts=tuple(doubt for doubt in between if doubt))
+def read_rubric(path: Path) -> str:
+    """Read a rubric of the user.
 
-
-JUDGE_SAMPLING = Sampling(max_tokens=512)  # greedy: the same verdict each time
+    Raises:
+        ConfigError: the file cannot be read or lacks a placeholder.
+    """
+    try:
+        text = path.expanduser().read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({reason(error)})") from error
+    missing = [name for name in PLACEHOLDERS if name not in text]
+    if missing:
+        raise ConfigError(f"{path}: the rubric has no {' and no '.join(missing)}; add it")
+    return text
 
 
 def check_judge(reward: str | None, judge: str | None, rubric: str | None) -> None:
-    """Refuse what contradicts itself, before anything is loaded.
+    """Check the settings of a judge against each other before anything is loaded.
 
     Raises:
-        ConfigError: names the settings.
+        ConfigError: two settings contradict each other, or one has no effect.
     """
     if reward is not None and judge is not None:
-        raise ConfigError("`judge` has no effect beside `reward`; leave one of them out")
+        raise ConfigError("`judge` has no effect with `reward`; leave one of them out")
     if rubric is not None and judge is None:
         raise ConfigError("`rubric` has no effect without `judge`")
 
 
 def open_judge(reward: str | None, judge: str | None, rubric: str | None) -> Judge:
-    """The judge; a model is loaded now.
+    """Load a reward function or a judge model.
 
     Raises:
-        ConfigError: neither or both are named, or the function or the rubric is not as it must be.
+        ConfigError: neither or both are given, or the function or the rubric is not valid.
         ModelError: the model cannot be read.
     """
     check_judge(reward, judge, rubric)
     if reward is not None:
         return load_reward(reward)
     if judge is None:
-        raise ConfigError("who judges is missing; give --reward file.py:function or --judge MODEL")
+        raise ConfigError("missing judge: pass --reward FILE:FUNCTION or --judge MODEL")
     text = default_rubric() if rubric is None else read_rubric(Path(rubric))
-    voice = open_responder(None, model=judge)
+    responder = open_responder(None, model=judge)
 
-    def ask(conversations: Sequence[Sequence[Message]]) -> list[str]:
-        return voice.answer(conversations, JUDGE_SAMPLING) if conversations else []
+    def generate(conversations: Sequence[Sequence[Message]]) -> list[str]:
+        return responder.answer(conversations, JUDGE_SAMPLING) if conversations else []
 
-    def answered(asked: Sequence[Message], said: str) -> str:
-        tokenizer = voice.base.tokenizer
-        return strip_thinking(tokenizer, encode_prompt(tokenizer, asked), said)
+    def strip(conversation: Sequence[Message], reply: str) -> str:
+        tokenizer = responder.base.tokenizer
+        return strip_thinking(tokenizer, encode_prompt(tokenizer, conversation), reply)
 
-    digest = voice.facts["model_digest"]
-    return ModelJudge(judge, ask, text, answered=answered, judge_digest=digest)
+    digest = responder.facts["model_digest"]
+    return ModelJudge(judge, generate, text, strip_thinking=strip, judge_digest=digest)

@@ -1,4 +1,4 @@
-"""A function of the user's that scores answers: found by name, called, its errors in a line."""
+"""Judges that rank answers, and reward functions of the user as judges."""
 
 import importlib
 import importlib.util
@@ -15,78 +15,83 @@ from typing import Any, Protocol
 from mlx_dpo.errors import ConfigError, reason
 from mlx_dpo.types import Message
 
+WIN, TIE, LOSS = 1.0, 0.5, 0.0  # outcomes of a comparison of two answers, for the first one
 Conversation = Sequence[Message]
+RewardCallable = Callable[[list[Message], str], float]
 
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
-    """Points of each answer, higher is better, and why they may not be relied on."""
+    """The points of each answer to a prompt, higher is better, and doubts about them."""
 
     points: tuple[float, ...]
-    doubts: tuple[str, ...] = ()  # what went wrong in comparing them; empty where nothing did
-    said: tuple[str, ...] = ()  # a judge model's own words
+    doubts: tuple[str, ...] = ()  # reasons why best against worst is unreliable; mostly empty
+    judge_replies: tuple[str, ...] = ()  # the texts that a judge model generated
 
     @property
     def best(self) -> int:
-        """Place of the best answer, the first of several."""
+        """Index of the best answer, the first of several."""
         return self.points.index(max(self.points))
 
     @property
     def worst(self) -> int:
-        """Place of the worst answer, the last of several."""
+        """Index of the worst answer, the last of several."""
         return len(self.points) - 1 - self.points[::-1].index(min(self.points))
 
     @property
     def is_tie(self) -> bool:
-        """Whether no answer is better than another."""
+        """True if no answer is better than another."""
         return max(self.points) == min(self.points)
 
     def outcome(self) -> float:
-        """Of two answers: whether the first one won, tied or lost."""
+        """Return `WIN`, `TIE` or `LOSS` of the first of two answers."""
         first, second = self.points
         return WIN if first > second else LOSS if first < second else TIE
 
 
 class Judge(Protocol):
-    """Whoever ranks answers."""
+    """A reward function or a judge model: anything that ranks answers."""
 
     name: str
 
     def rank(
         self, prompts: Sequence[Conversation], answers: Sequence[Sequence[str]]
     ) -> list[Ranking]:
-        """One ranking for each prompt and its answers."""
+        """Return one ranking per prompt of its answers."""
 
-    def facts(self) -> dict[str, Any]:
-        """What the judgement depends on, for the rows that follow from it."""
-
-
-RewardCallable = Callable[[list[Message], str], float]
+    def provenance(self) -> dict[str, Any]:
+        """Return what the rankings depend on, for the rows that are written from them."""
 
 
 class RewardFunction:
-    """`function(prompt, answer) -> float`: higher is better. `prompt` is a list of messages."""
+    """A judge by `function(prompt, answer) -> float`, higher is better.
+
+    Args:
+        name: `file.py:function` or `package.module:function`.
+        function: gets the prompt as a list of messages and the answer as text.
+        file: the Python file of the function, for error locations and the digest.
+    """
 
     def __init__(self, name: str, function: RewardCallable, file: Path | None = None) -> None:
         self.name = name
         self._function = function
         self._file = file
-        # Now: the code that runs is this, whatever the file may say later.
+        # Computed now: the loaded code stays in use even if the file changes later.
         self._digest = sha256(file.read_bytes()).hexdigest() if file else None
 
     def __call__(self, prompt: Conversation, answer: str) -> float:
-        """The reward of one answer.
+        """Return the reward of one answer.
 
         Raises:
-            ConfigError: the function fails, or what it returns is no finite number.
+            ConfigError: the function fails, or returns no finite number.
         """
-        asked = [dict(message) for message in prompt]
+        messages = [dict(message) for message in prompt]
         try:
-            value = self._function(asked, answer)
-        except Exception as error:  # code of the user's may raise anything
-            place = _error_location(error, self._file)
-            told = f"{type(error).__name__}: {reason(error)}"
-            raise ConfigError(f"{place or self.name}: the reward failed ({told})") from error
+            value = self._function(messages, answer)
+        except Exception as error:  # the user's code may raise anything
+            location = _error_location(error, self._file) or self.name
+            cause = f"{type(error).__name__}: {reason(error)}"
+            raise ConfigError(f"{location}: the reward failed ({cause})") from error
         if isinstance(value, int | float) and math.isfinite(value):
             return float(value)
         raise ConfigError(f"{self.name}: the reward must be a finite number, got {value!r}")
@@ -94,66 +99,67 @@ class RewardFunction:
     def rank(
         self, prompts: Sequence[Conversation], answers: Sequence[Sequence[str]]
     ) -> list[Ranking]:
-        """Points are the rewards."""
+        """Return rankings whose points are the rewards."""
         return [
-            Ranking(tuple(self(prompt, answer) for answer in of_one))
-            for prompt, of_one in zip(prompts, answers, strict=True)
+            Ranking(tuple(self(prompt, answer) for answer in texts))
+            for prompt, texts in zip(prompts, answers, strict=True)
         ]
 
-    def facts(self) -> dict[str, Any]:
-        """Its name, and a digest of the file it stands in."""
+    def provenance(self) -> dict[str, Any]:
+        """Return the name of the function and the digest of its file."""
         digest = {"reward_digest": self._digest} if self._digest else {}
         return {"by": f"reward {self.name}"} | digest
 
 
 def load_reward(spec: str) -> RewardFunction:
-    """The function that `file.py:function` or `package.module:function` names.
+    """Import the reward function that `file.py:function` or `package.module:function` names.
 
-    Its code is run by this, and by nothing before it.
+    Importing runs the code of the file or module.
 
     Raises:
         ConfigError: there is no such file, module or function, or its code fails.
     """
-    where, colon, name = spec.rpartition(":")
-    if not colon or not name.isidentifier() or not where:
+    source, colon, name = spec.rpartition(":")
+    if not colon or not name.isidentifier() or not source:
         raise ConfigError(
             f"`reward` must be `file.py:function` or `package.module:function`, got {spec!r}"
         )
-    module = _import_module(where)
+    module = _import_module(source)
     function = getattr(module, name, None)
     if not callable(function):
-        there = ", ".join(
+        available = ", ".join(
             f"`{key}`" for key, value in vars(module).items()
             if callable(value) and getattr(value, "__module__", None) == module.__name__
         )  # fmt: skip
-        raise ConfigError(f"{where}: no function `{name}` in it (found {there or 'none'})")
+        raise ConfigError(f"{source}: no function `{name}` in it (found {available or 'none'})")
     return RewardFunction(spec, function, Path(module.__file__) if module.__file__ else None)
 
 
-def _import_module(where: str) -> ModuleType:
-    path = Path(where).expanduser()
+def _import_module(source: str) -> ModuleType:
+    """Import a module by its dotted name or by the path of its file."""
+    path = Path(source).expanduser()
     try:
-        if not where.endswith(".py"):
-            return importlib.import_module(where)
+        if not source.endswith(".py"):
+            return importlib.import_module(source)
         if not path.is_file():
-            raise ConfigError(f"{where}: no such file")
-        found = importlib.util.spec_from_file_location(f"_reward_{path.stem}", path)
-        assert found is not None and found.loader is not None
-        module = importlib.util.module_from_spec(found)
-        sys.modules[found.name] = module  # dataclasses and pickle look their module up
-        found.loader.exec_module(module)
+            raise ConfigError(f"{source}: no such file")
+        spec = importlib.util.spec_from_file_location(f"_reward_{path.stem}", path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses and pickle look their module up here
+        spec.loader.exec_module(module)
         return module
     except ConfigError:
         raise
-    except Exception as error:  # code of the user's may raise anything
-        place = _error_location(error, path) or where
+    except Exception as error:  # the user's code may raise anything
+        location = _error_location(error, path) or source
         raise ConfigError(
-            f"{place}: cannot be imported ({type(error).__name__}: {reason(error)})"
+            f"{location}: cannot be imported ({type(error).__name__}: {reason(error)})"
         ) from error
 
 
 def _error_location(error: BaseException, file: Path | None) -> str | None:
-    """The innermost line of the user's own file that an error came through."""
+    """Return `file:line` of the innermost traceback frame in the user's own file."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}:{error.lineno}"
     if file is None:
@@ -161,6 +167,3 @@ def _error_location(error: BaseException, file: Path | None) -> str | None:
     frames = traceback.extract_tb(error.__traceback__)
     own = [f for f in frames if Path(f.filename).resolve() == file.resolve()]
     return f"{file}:{own[-1].lineno}" if own else None
-
-
-WIN, TIE, LOSS = 1.0, 0.5, 0.0

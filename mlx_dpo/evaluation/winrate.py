@@ -1,7 +1,4 @@
-"""How often one of two answers is preferred: a rate, its interval, and the same at equal length.
-
-Numbers in, numbers out; who judged is not known here.
-"""
+"""Win rates: the share of prompts on which a judge prefers one policy's answer over another's."""
 
 import math
 from collections import Counter
@@ -22,33 +19,72 @@ from mlx_dpo.saved_runs.evaluate import held_out_prompts
 from mlx_dpo.saved_runs.open import open_run
 from mlx_dpo.saved_runs.respond import open_responder
 
-Z_95 = 1.959963984540054  # of a two-sided interval of 95 %
-LENGTH_RIDGE = 1.0  # on the weight of length, in units of its own spread
+Z_95 = 1.959963984540054  # normal quantile of a two-sided 95 % interval
+LENGTH_RIDGE = 1.0  # ridge penalty on the weight of the length, in units of its standard deviation
 NEWTON_STEPS = 100
 
 
 @dataclass(frozen=True, slots=True)
 class WinRate:
-    """The share of prompts on which one side is preferred; a tie is half a win."""
+    """The win rate of a policy with its interval; a tie is half a win."""
 
     wins: int
     ties: int
     losses: int
     rate: float
-    low: float  # of the interval of 95 %
+    low: float  # of the 95 % interval
     high: float
-    length_controlled: float | None  # None where all pairs of answers differ alike in length
+    length_controlled: float | None  # None if the length difference is the same on all prompts
 
     @property
     def count(self) -> int:
-        """Prompts."""
+        """Number of prompts with a verdict."""
         return self.wins + self.ties + self.losses
 
 
-def win_rate(outcomes: Sequence[float], lengths: Sequence[int]) -> WinRate:
-    """Of `outcomes` (1 won, 0.5 tied, 0 lost); `lengths` say how much longer that side's answer is.
+@dataclass(frozen=True)
+class PairwiseComparison:
+    """The answers of a policy and of its opponent to the same prompts, compared by a judge."""
 
-    Needs at least one outcome.
+    prompts: Sequence[Prompt]
+    answers: Sequence[str]
+    opponent_answers: Sequence[str]
+    rankings: Sequence[Ranking]
+    rate: WinRate
+    rewards: tuple[float, float] | None  # mean rewards of policy and opponent, if there are any
+    doubts: Counter[str]  # inconsistent verdicts, counted as ties, and prompts without a verdict
+    notes: tuple[str, ...] = ()  # of loading the models
+
+    @property
+    def mean_lengths(self) -> tuple[float, float]:
+        """Mean length in characters of the answers of policy and opponent."""
+        return fmean(map(len, self.answers)), fmean(map(len, self.opponent_answers))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        rate = self.rate
+        return {
+            "prompts": len(self.prompts),
+            "judged": rate.count,
+            "wins": rate.wins,
+            "ties": rate.ties,
+            "losses": rate.losses,
+            "win_rate": rate.rate,
+            "interval_95": [rate.low, rate.high],
+            "interval": "Wilson",
+            "length_controlled_win_rate": rate.length_controlled,
+            "mean_rewards": None if self.rewards is None else list(self.rewards),
+            "mean_characters": list(self.mean_lengths),
+            "doubts": dict(self.doubts),
+        }
+
+
+def win_rate(outcomes: Sequence[float], lengths: Sequence[int]) -> WinRate:
+    """Return the win rate of at least one outcome.
+
+    Args:
+        outcomes: `WIN`, `TIE` or `LOSS` per prompt. (n,)
+        lengths: length of the policy's answer minus that of the opponent's. (n,)
     """
     count, total = len(outcomes), math.fsum(outcomes)
     low, high = wilson_interval(total, count)
@@ -64,12 +100,12 @@ def win_rate(outcomes: Sequence[float], lengths: Sequence[int]) -> WinRate:
 
 
 def wilson_interval(total: float, count: int, *, z: float = Z_95) -> tuple[float, float]:
-    """Interval for the mean of `count` outcomes that sum to `total`.
+    """Return the Wilson interval for the mean p of `count` outcomes that sum to `total`.
 
         (p + z²/2n ± z sqrt(p(1 - p)/n + z²/4n²)) / (1 + z²/n)
 
-    Exactly 0 and 1 stay possible and the ends stay inside of them. Ties spread less than wins
-    and losses of the same mean, so that with ties it is rather too wide than too narrow.
+    The interval lies within [0, 1]. Ties have less variance than wins and losses with the same
+    mean, so with ties the interval is wider than necessary.
 
     Source: Wilson 1927, J. Am. Stat. Assoc. 22, 209-212.
     """
@@ -81,15 +117,18 @@ def wilson_interval(total: float, count: int, *, z: float = Z_95) -> tuple[float
 
 
 def length_controlled_rate(outcomes: Sequence[float], lengths: Sequence[int]) -> float | None:
-    """The rate at equal length: σ(a) of the regression that follows, or None without spread.
+    """Return the win rate at equal length, or None if all length differences are the same.
+
+    The rate is σ(a) of the logistic regression
 
         log-odds of an outcome = a + b tanh(d / std(d)),  d = difference in length
 
-    fitted by maximum likelihood, with one tie at equal length added and a ridge on b, so that a
-    and b stay finite where one side wins everything or length decides everything.
+    fitted by maximum likelihood with Newton's method. One tie at equal length is added and b has a
+    ridge penalty, so that a and b stay finite if one policy wins everything or if length decides
+    everything.
 
-    Source: Dubois et al. 2024, arXiv:2404.04475, section 3 (AlpacaEval 2), without its term
-    for the difficulty of an instruction, which needs many models.
+    Source: Dubois et al. 2024, arXiv:2404.04475, section 3 (AlpacaEval 2), without the term for
+    the difficulty of an instruction, which needs many models.
     """
     d = np.asarray(lengths, float)
     spread = d.std()
@@ -102,105 +141,74 @@ def length_controlled_rate(outcomes: Sequence[float], lengths: Sequence[int]) ->
     weights = np.zeros(2)
     for _ in range(NEWTON_STEPS):
         p = 1 / (1 + np.exp(-design @ weights))
-        slope = design.T @ (y - p) - ridge * weights
-        curve = (design * (p * (1 - p))[:, None]).T @ design + np.diag(ridge)
-        step = np.linalg.solve(curve, slope)
+        gradient = design.T @ (y - p) - ridge * weights
+        hessian = (design * (p * (1 - p))[:, None]).T @ design + np.diag(ridge)
+        step = np.linalg.solve(hessian, gradient)
         weights = weights + step * min(1.0, 2.0 / max(1e-12, np.abs(step).max()))
         if np.abs(step).max() < 1e-10:
             break
     return float(1 / (1 + np.exp(-weights[0])))
 
 
-@dataclass(frozen=True)
-class PairwiseComparison:
-    """What a judge made of the answers of a policy and of its opponent."""
-
-    prompts: Sequence[Prompt]
-    answers: Sequence[str]
-    opposed: Sequence[str]  # the opponent's answers
-    rankings: Sequence[Ranking]
-    rate: WinRate
-    rewards: tuple[float, float] | None  # means of both sides, of a reward function
-    doubts: Counter[str]  # disagreements, which are ties here, and prompts without a verdict
-    notes: tuple[str, ...] = ()  # of loading
-
-    @property
-    def lengths(self) -> tuple[float, float]:
-        """Mean length of both sides' answers, in characters."""
-        return fmean(map(len, self.answers)), fmean(map(len, self.opposed))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        rate = self.rate
-        return {
-            "prompts": len(self.prompts),
-            "judged": rate.count,
-            "wins": rate.wins,
-            "ties": rate.ties,
-            "losses": rate.losses,
-            "win_rate": rate.rate,
-            "interval_95": [rate.low, rate.high],
-            "interval": "Wilson",
-            "length_controlled_win_rate": rate.length_controlled,
-            "mean_rewards": None if self.rewards is None else list(self.rewards),
-            "mean_characters": list(self.lengths),
-            "doubts": dict(self.doubts),
-        }
-
-
 def compare_pairwise(
-    judge: Judge, prompts: Sequence[Prompt], answers: Sequence[str], opposed: Sequence[str]
+    judge: Judge,
+    prompts: Sequence[Prompt],
+    answers: Sequence[str],
+    opponent_answers: Sequence[str],
 ) -> PairwiseComparison:
-    """Let a judge compare two answers to each prompt.
+    """Let a judge compare two answers per prompt.
 
     Raises:
-        ConfigError: it gives no verdict on any of them.
+        ConfigError: the judge gives no verdict on any prompt.
     """
-    both = list(zip(answers, opposed, strict=True))
-    rankings = judge.rank([prompt.messages for prompt in prompts], both)
+    answer_pairs = list(zip(answers, opponent_answers, strict=True))
+    rankings = judge.rank([prompt.messages for prompt in prompts], answer_pairs)
     doubts = Counter(doubt for ranking in rankings for doubt in ranking.doubts)
-    # Alike answers tie, whatever a judge makes of reading the same twice.
-    clear = [
-        (0.5 if a == b else ranking.outcome(), len(a) - len(b))
-        for ranking, (a, b) in zip(rankings, both, strict=True)
+    # Identical answers tie, whatever the judge's verdict on them.
+    verdicts = [
+        (TIE if a == b else ranking.outcome(), len(a) - len(b))
+        for ranking, (a, b) in zip(rankings, answer_pairs, strict=True)
         if NO_VERDICT not in ranking.doubts or a == b
     ]
-    if not clear:
+    if not verdicts:
         check_verdicts(judge.name, rankings)
-    means = None
+    rewards = None
     if isinstance(judge, RewardFunction):
         first, second = zip(*(ranking.points for ranking in rankings), strict=True)
-        means = fmean(first), fmean(second)
-    outcomes, lengths = zip(*clear, strict=True)
+        rewards = fmean(first), fmean(second)
+    outcomes, lengths = zip(*verdicts, strict=True)
     return PairwiseComparison(
-        prompts, answers, opposed, rankings, win_rate(outcomes, lengths), means, doubts
+        prompts, answers, opponent_answers, rankings, win_rate(outcomes, lengths), rewards, doubts
     )
 
 
 def compare_policies(
     run: str, judge: Judge, sampling: Sampling, *, prompts: str | None, against: str | None
 ) -> PairwiseComparison:
-    """The policy of a run against what it started from, or against another run or model.
+    """Compare the policy of a run with its reference, or with another run or model.
 
-    One of them is in memory at a time. Without `prompts` the run is asked those it held out.
+    One policy is in memory at a time. Without `prompts`, the run's held-out prompts are used.
 
     Raises:
         ConfigError: no prompts were held out, or the judge gives no verdict.
-        RunError, ModelError, DataError: a run, a model or the prompts are at fault.
+        RunError, ModelError, DataError: a run, a model or the prompts cannot be read.
     """
-    opened = open_run(run)
-    voice = open_responder(run)
-    asked = held_out_prompts(opened, voice.base) if prompts is None else read_prompts(prompts)
-    asked = add_system_prompt(asked, voice.system)
-    answers, notes = voice.say(asked, sampling), voice.base.notes
-    del voice
+    policy = open_responder(run)
+    if prompts is None:
+        prompt_list = held_out_prompts(open_run(run), policy.base)
+    else:
+        prompt_list = read_prompts(prompts)
+    prompt_list = add_system_prompt(prompt_list, policy.system)
+    answers, notes = policy.say(prompt_list, sampling), policy.base.notes
+    del policy
     if against is None:
         opponent = open_responder(run, reference=True)
     elif RunPaths(Path(against).expanduser()).record.is_file():
         opponent = open_responder(against)
     else:
         opponent = open_responder(None, model=against)
-    opposed = opponent.say(asked, sampling)
+    opponent_answers = opponent.say(prompt_list, sampling)
     notes += tuple(note for note in opponent.base.notes if note not in notes)
     del opponent
-    return replace(compare_pairwise(judge, asked, answers, opposed), notes=notes)
+    comparison = compare_pairwise(judge, prompt_list, answers, opponent_answers)
+    return replace(comparison, notes=notes)

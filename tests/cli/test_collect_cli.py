@@ -1,4 +1,4 @@
-"""`mlx-dpo collect` as it is used: at a terminal, through a pipe, by a reward, killed."""
+"""`mlx-dpo collect` at a terminal, through a pipe, with a reward, and after `kill -9`."""
 
 import json
 import random
@@ -48,54 +48,56 @@ def folder(tmp_path):
     return tmp_path
 
 
-def words(folder, model, *more):
+def arguments(folder, model, *more):
     return [
         *("--model", model, "--prompts", str(folder / "prompts.txt")),
         *("--output", str(folder / "pairs.jsonl"), "--max-tokens", "6", *more),
     ]
 
 
-def run(*arguments, stdin=None):
-    return CliRunner().invoke(cli, ["collect", *arguments], input=stdin)
+def run(*flags, stdin=None):
+    return CliRunner().invoke(cli, ["collect", *flags], input=stdin)
 
 
 def rows(path):
     return [json.loads(line) for line in path.read_text("utf-8").split("\n")[:-1]]
 
 
-def decided(folder):
-    """Prompts in both files, in the order of the picks."""
-    found = []
+def decided_prompts(folder):
+    """Return the prompts of both files, in the order of the decisions."""
+    decisions = []
     for name in ("pairs.jsonl", "pairs.passed.jsonl"):
         if (folder / name).exists():
-            found += rows(folder / name)
-    found.sort(key=lambda row: row["provenance"]["number"])
-    return [row["prompt"][0]["content"] for row in found]
+            decisions += rows(folder / name)
+    decisions.sort(key=lambda row: row["provenance"]["number"])
+    return [row["prompt"][0]["content"] for row in decisions]
 
 
 KEYS = r"q quit: "
 
 
-def shown(text):
-    """The answers of the last question on a terminal."""
-    question = text[text.rindex("user:") :]
-    parts = re.split(r"\n\[(\d)\](?: \(cut: its tokens ran out\))?\n", question)
+def shown_answers(text):
+    """Return the answers of the last task on a terminal, by key."""
+    task = text[text.rindex("user:") :]
+    parts = re.split(r"\n\[(\d)\](?: \(cut at the token limit\))?\n", task)
     return {key: part.strip() for key, part in zip(parts[1::2], parts[2::2], strict=True)}
 
 
-def answer_of(text):
+def first_paragraph(text):
     return text.split("\n\n")[0].strip()
 
 
-def test_at_a_terminal_one_key_is_one_pick(folder, model):
+def test_at_a_terminal_one_key_is_one_decision(folder, model):
     editor = folder / "editor.sh"
     editor.write_text('#!/bin/sh\nprintf "edited by hand\\n" > "$1"\n')
     editor.chmod(0o755)
-    terminal = TerminalSession("collect", *words(folder, model), EDITOR=str(editor), NO_COLOR="1")
+    terminal = TerminalSession(
+        "collect", *arguments(folder, model), EDITOR=str(editor), NO_COLOR="1"
+    )
     try:
         text = terminal.until(KEYS)
         assert "12 left" in text and "user: What is 0?" in text
-        second = answer_of(shown(text)["2"])
+        second = first_paragraph(shown_answers(text)["2"])
         terminal.type("2")
         assert "11 left" in terminal.until(KEYS)
         [row] = rows(folder / "pairs.jsonl")
@@ -106,7 +108,7 @@ def test_at_a_terminal_one_key_is_one_pick(folder, model):
         terminal.type("u")
         assert "11 left" in terminal.until(KEYS)
         terminal.type("e")
-        terminal.until("which answer do you improve")
+        terminal.until("which answer do you want to edit")
         terminal.type("1")
         assert "10 left" in terminal.until(KEYS)
         assert rows(folder / "pairs.jsonl")[1]["chosen"][0]["content"] == "edited by hand"
@@ -119,7 +121,7 @@ def test_at_a_terminal_one_key_is_one_pick(folder, model):
         terminal.close()
 
 
-def test_prompts_are_typed_where_no_file_is_given(folder, model):
+def test_prompts_are_typed_if_no_file_is_given(folder, model):
     command = ["collect", "--model", model, "--output", str(folder / "pairs.jsonl")]
     terminal = TerminalSession(*command, "--max-tokens", "6", NO_COLOR="1")
     try:
@@ -136,7 +138,7 @@ def test_prompts_are_typed_where_no_file_is_given(folder, model):
     first, second = rows(folder / "pairs.jsonl")
     assert first["prompt"] == second["prompt"]
     answers = [
-        {row[side][0]["content"] for side in ("chosen", "rejected")} for row in (first, second)
+        {row[name][0]["content"] for name in ("chosen", "rejected")} for row in (first, second)
     ]
     assert answers[0] != answers[1]
 
@@ -151,7 +153,7 @@ def trained(folder, model, name, *more):
     return str(folder / name)
 
 
-def test_what_is_typed_is_asked_as_the_run_was_trained(folder, model, monkeypatch):
+def test_typed_prompts_get_the_system_message_of_the_run(folder, model, monkeypatch):
     monkeypatch.setenv("MLX_DPO_CACHE", str(folder / "cache"))
     kind = trained(folder, model, "kind", "--system", "Be kind.")
     words = ("--output", str(folder / "pairs.jsonl"), "--max-tokens", "6")
@@ -162,34 +164,34 @@ def test_what_is_typed_is_asked_as_the_run_was_trained(folder, model, monkeypatc
         {"role": "system", "content": "Be kind."},
         {"role": "user", "content": "Where is the cat?"},
     ]
-    # Two runs that were trained after other messages are asked the same, and that is said.
+    # Runs with different system messages get the same one, and a note says so.
     plain = trained(folder, model, "plain")
-    for first, second, told in (
-        (kind, plain, "all are asked after the system message Be kind."),
-        (plain, kind, "all are asked without a system message"),
+    for first, second, note in (
+        (kind, plain, "all of them get the system message Be kind."),
+        (plain, kind, "all of them get no system message"),
     ):
         result = run(first, second, *words, stdin="")
-        assert f"RUNs differ in their system messages; {told}" in result.stderr
+        assert f"RUNs differ in their system messages; {note}" in result.stderr
     assert "RUNs differ" not in run(kind, kind, *words, stdin="").stderr
 
 
 def test_through_a_pipe_each_line_is_a_key(folder, model):
     keys = "1\ne2 My own words.\ns\nu\n?\nt\n\nq\n"
-    result = run(*words(folder, model), stdin=keys)
+    result = run(*arguments(folder, model), stdin=keys)
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith(f"{folder}/pairs.jsonl: 2 pairs, 1 tie\n")
-    # The other chosen one is a person's own.
-    assert "1 of the chosen answers was cut where their tokens ran out" in result.stderr
+    # The other chosen answer was written by the person.
+    assert "1 of the chosen answers was cut at the token limit" in result.stderr
     assert rows(folder / "pairs.jsonl")[1]["chosen"][0]["content"] == "My own words."
-    again = run(*words(folder, model), stdin="1\n" * 20)
+    again = run(*arguments(folder, model), stdin="1\n" * 20)
     assert "3 of 12 prompts are decided already" in again.stderr
     assert "11 pairs, 1 tie" in again.stdout
-    assert decided(folder) == [f"What is {n}?" for n in range(12)]
+    assert decided_prompts(folder) == [f"What is {n}?" for n in range(12)]
 
 
 def test_of_three_answers_a_person_names_the_best_and_the_worst(folder, model):
     keys = "3 1\n3\n2\n1 1\n1 7\nq\n"
-    result = run(*words(folder, model, "--answers", "3"), stdin=keys)
+    result = run(*arguments(folder, model, "--answers", "3"), stdin=keys)
     assert result.exit_code == 0, result.output
     assert "2 pairs" in result.stdout
     assert "better than itself" in result.stderr and "No such answer" in result.stderr
@@ -197,18 +199,17 @@ def test_of_three_answers_a_person_names_the_best_and_the_worst(folder, model):
 
 def test_answers_come_from_several_temperatures_and_say_so(folder, model):
     more = ("--answers", "2", "--temperature", "0.3", "--temperature", "1.5")
-    result = run(*words(folder, model, *more), stdin="1\n" * 12)
+    result = run(*arguments(folder, model, *more), stdin="1\n" * 12)
     assert result.exit_code == 0, result.output
     for row in rows(folder / "pairs.jsonl"):
-        told = row["provenance"]
-        sides = [told[f"{side}_from"]["sampling"]["temperature"] for side in ("chosen", "rejected")]
-        assert sorted(sides) == [0.3, 1.5]
-        assert told["chosen_from"]["model"] == model
+        sources = [row["provenance"][f"{name}_from"] for name in ("chosen", "rejected")]
+        assert sorted(source["sampling"]["temperature"] for source in sources) == [0.3, 1.5]
+        assert row["provenance"]["chosen_from"]["model"] == model
 
 
-def test_a_reward_decides_by_itself_and_train_reads_the_file(folder, model):
+def test_a_reward_decides_every_prompt_and_train_reads_the_file(folder, model):
     reward = ("--reward", f"{folder}/reward.py:length", "--answers", "3")
-    result = run(*words(folder, model, *reward))
+    result = run(*arguments(folder, model, *reward))
     assert result.exit_code == 0, result.output
     for row in rows(folder / "pairs.jsonl"):
         assert len(row["chosen"][0]["content"]) > len(row["rejected"][0]["content"])
@@ -219,16 +220,16 @@ def test_a_reward_decides_by_itself_and_train_reads_the_file(folder, model):
         cli, [*command, str(folder / "run"), "--bad-pairs", "error", "--batch-size", "4"]
     )
     assert trained.exit_code == 0, trained.output
-    said = run(str(folder / "run"), "--output", str(folder / "next.jsonl"),
+    again = run(str(folder / "run"), "--output", str(folder / "next.jsonl"),
                "--prompts", str(folder / "prompts.txt"), "--max-tokens", "6", *reward)  # fmt: skip
-    assert said.exit_code == 0, said.output
+    assert again.exit_code == 0, again.output
     source = rows(folder / "next.jsonl")[0]["provenance"]["chosen_from"]
     assert source["run"] == str(folder / "run")
     assert len(source["adapter_digest"]) == 64
 
 
-def test_where_a_reward_prefers_nothing_there_is_no_pair(folder, model):
-    result = run(*words(folder, model, "--reward", f"{folder}/reward.py:even"))
+def test_equal_rewards_make_no_pair(folder, model):
+    result = run(*arguments(folder, model, "--reward", f"{folder}/reward.py:even"))
     assert result.exit_code == 0, result.output
     assert result.stdout.splitlines()[-1] == f"{folder}/pairs.jsonl: 0 pairs, 12 tie"
 
@@ -239,37 +240,35 @@ def test_where_a_reward_prefers_nothing_there_is_no_pair(folder, model):
         (["--reward", "{f}/reward.py:broken"], "{f}/reward.py:14: the reward failed (Attribute"),
         (["--answers", "1"], "`answers` must be at least 2, got 1"),
         (["--temperature", "0"], "`temperature` 0 gives the same answer each time"),
-        (["--reward", "a.py:b", "--judge", "m"], "`judge` has no effect beside `reward`"),
+        (["--reward", "a.py:b", "--judge", "m"], "`judge` has no effect with `reward`"),
         (["--rubric", "r.txt"], "`rubric` has no effect without `judge`"),
         (["--port", "80"], "`port` has no effect without --web"),
-        (["--web", "--judge", "m"], "`web` has no effect where no person picks"),
-        (["--prompts", "-"], "`-` is where keys are read from"),
+        (["--web", "--judge", "m"], "`web` has no effect with --reward or --judge"),
+        (["--prompts", "-"], "`-` has no effect: keys are read from stdin"),
         (["--prompts", "{f}/none.txt"], "{f}/none.txt: no such file"),
         (
             ["--judge", "{m}", "--prompts", "{f}/one.txt"],
-            "{m}: the judge gave no verdict on any prompt (it said",
+            "{m}: the judge gave no verdict on any prompt (its reply was",
         ),
         (["--output", "{f}/pairs.json"], "pairs.json: rows are written as JSON lines"),
         (["{f}/no-run"], "name run folders or a --model, and only one of the two"),
     ],
 )
-def test_what_cannot_be_done_is_said_in_one_line_and_nothing_is_written(
-    folder, model, more, message
-):
+def test_invalid_settings_give_a_one_line_error_and_write_nothing(folder, model, more, message):
     names = {"{f}": str(folder), "{m}": model}
 
-    def put(text):
+    def fill(text):
         for name, value in names.items():
             text = text.replace(name, value)
         return text
 
-    result = run(*words(folder, model), *map(put, more))
+    result = run(*arguments(folder, model), *map(fill, more))
     assert result.exit_code == 1, result.output
-    assert put(message) in result.stderr.splitlines()[-1]
+    assert fill(message) in result.stderr.splitlines()[-1]
     assert not list(folder.glob("pairs*"))
 
 
-def test_the_rubric_can_be_printed_to_begin_another_one_with():
+def test_the_default_rubric_can_be_printed():
     result = run("--print-rubric")
     assert result.exit_code == 0
     assert "{first}" in result.stdout and "[[A]]" in result.stdout
@@ -277,7 +276,7 @@ def test_the_rubric_can_be_printed_to_begin_another_one_with():
 
 def start(folder, model, *more, stdin=None):
     return subprocess.Popen(
-        [*PROGRAM, *words(folder, model, *more)],
+        [*PROGRAM, *arguments(folder, model, *more)],
         stdin=stdin,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -285,24 +284,24 @@ def start(folder, model, *more, stdin=None):
     )
 
 
-def length_of(folder):
+def count_rows(folder):
     files = (folder / "pairs.jsonl", folder / "pairs.passed.jsonl")
     return sum(file.read_bytes().count(b"\n") for file in files if file.exists())
 
 
 def without_time(folder):
-    found = rows(folder / "pairs.jsonl")
-    for row in found:
+    pairs = rows(folder / "pairs.jsonl")
+    for row in pairs:
         del row["provenance"]["time"]
-    return found
+    return pairs
 
 
-def kill_and_go_on(folder, model, moments, *more):
-    """Kill at each moment (rows that are to be there, seconds more); returns the kills."""
+def kill_and_resume(folder, model, moments, *more):
+    """Kill the program at each moment (number of rows, extra seconds); return the kills."""
     kills = 0
     for count, seconds in [*moments, (None, 0.0)]:
         process = start(folder, model, *more)
-        while count is not None and length_of(folder) < count and process.poll() is None:
+        while count is not None and count_rows(folder) < count and process.poll() is None:
             time.sleep(0.002)
         if count is not None:
             time.sleep(seconds)
@@ -316,52 +315,52 @@ def kill_and_go_on(folder, model, moments, *more):
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
-def test_killed_in_between_a_judged_collection_ends_with_the_same_rows(folder, model):
+def test_a_killed_collection_resumes_to_the_same_rows(folder, model):
     more = ("--reward", f"{folder}/reward.py:length")
-    (folder / "straight").mkdir()
+    (folder / "uninterrupted").mkdir()
     prompts = (folder / "prompts.txt").read_text()
-    (folder / "straight" / "prompts.txt").write_text(prompts)
-    result = run(*words(folder / "straight", model, *more))
+    (folder / "uninterrupted" / "prompts.txt").write_text(prompts)
+    result = run(*arguments(folder / "uninterrupted", model, *more))
     assert result.exit_code == 0, result.output
-    assert kill_and_go_on(folder, model, [(5, 0.003)], *more) == 1
-    assert without_time(folder) == without_time(folder / "straight")
+    assert kill_and_resume(folder, model, [(5, 0.003)], *more) == 1
+    assert without_time(folder) == without_time(folder / "uninterrupted")
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
-def test_killed_at_random_moments_a_judged_collection_loses_and_repeats_nothing(folder, model):
+def test_a_collection_killed_at_random_moments_loses_and_repeats_no_prompt(folder, model):
     draw = random.Random(7)
     (folder / "prompts.txt").write_text("".join(f"What is {n}?\n" for n in range(160)))
     moments = [(round(n * 160 / 14), draw.uniform(0, 0.02)) for n in range(1, 14)]
     more = ("--reward", f"{folder}/reward.py:length")
-    assert kill_and_go_on(folder, model, moments, *more) >= 10
-    assert sorted(decided(folder)) == sorted(f"What is {n}?" for n in range(160))
+    assert kill_and_resume(folder, model, moments, *more) >= 10
+    assert sorted(decided_prompts(folder)) == sorted(f"What is {n}?" for n in range(160))
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
-def test_killed_while_a_person_picks_every_pick_that_was_seen_is_kept(folder, model):
+def test_after_a_kill_every_confirmed_decision_of_a_person_is_in_the_file(folder, model):
     draw = random.Random(3)
-    picked = 0
+    decided = 0
     for _ in range(2):
         process = start(folder, model, stdin=subprocess.PIPE)
         for key in draw.choices("12t", k=3):
-            wait_for_question(process)
+            wait_for_task(process)
             process.stdin.write(f"{key}\n")
             process.stdin.flush()
-            picked += 1
-        wait_for_question(process)  # the last pick is known to be taken
-        process.stdin.write("1\n")  # and this one may be or not be
+            decided += 1
+        wait_for_task(process)  # so the last decision was taken
+        process.stdin.write("1\n")  # this decision may be lost
         process.stdin.flush()
         time.sleep(draw.uniform(0, 0.004))
         process.kill()
         process.communicate()
-        kept = len(decided(folder))
-        assert kept in (picked, picked + 1)
-        picked = kept
-    assert decided(folder) == [f"What is {n}?" for n in range(picked)]
+        written = len(decided_prompts(folder))
+        assert written in (decided, decided + 1)
+        decided = written
+    assert decided_prompts(folder) == [f"What is {n}?" for n in range(decided)]
 
 
-def wait_for_question(process):
+def wait_for_task(process):
     text = ""
     while not text.endswith("q quit: "):
         letter = process.stderr.read(1)
@@ -369,21 +368,21 @@ def wait_for_question(process):
         text += letter
 
 
-def test_in_a_browser_the_same_program_takes_picks_over_http(folder, model):
+def test_with_web_the_program_takes_decisions_over_http(folder, model):
     process = start(folder, model, "--web")
     try:
         line = next(line for line in process.stderr if "http://" in line)
-        place, token = re.search(r"(http://127\.0\.0\.1:\d+)/\?token=(\S+)", line).groups()
+        address, token = re.search(r"(http://127\.0\.0\.1:\d+)/\?token=(\S+)", line).groups()
 
         def ask(path, body=None):
             headers = {"X-Token": token, "Content-Type": "application/json"}
             data = None if body is None else json.dumps(body).encode()
-            with urlopen(Request(place + path, data, headers), timeout=60) as answer:
+            with urlopen(Request(address + path, data, headers), timeout=60) as answer:
                 return json.load(answer)
 
         state = ask("/state")
         assert (state["left"], state["prompt"][0]["content"]) == (12, "What is 0?")
-        ask("/do", {"question": state["question"], "do": "prefer", "best": 1, "worst": 0})
+        ask("/do", {"version": state["version"], "do": "prefer", "best": 1, "worst": 0})
         [row] = rows(folder / "pairs.jsonl")
         assert row["chosen"][0]["content"].strip() == state["answers"][1]
         ask("/do", {"do": "quit"})
@@ -394,7 +393,7 @@ def test_in_a_browser_the_same_program_takes_picks_over_http(folder, model):
 
 
 @pytest.mark.slow
-def test_a_scripted_person_makes_a_file_that_train_reaches_nine_tenths_on(tmp_path):
+def test_training_on_pairs_of_a_scripted_person_reaches_an_accuracy_of_90_percent(tmp_path):
     from mlx_dpo.demo.rules import courteous_markers
 
     source = tiny_chat()
@@ -407,9 +406,9 @@ def test_a_scripted_person_makes_a_file_that_train_reaches_nine_tenths_on(tmp_pa
     try:
         markers = courteous_markers(source)
         while "Train on them" not in (text := terminal.until(rf"{KEYS}|Train on them")):
-            answers = shown(text)
+            answers = shown_answers(text)
             first, second = (
-                sum(marker in answer_of(answers[key]).lower() for marker in markers)
+                sum(marker in first_paragraph(answers[key]).lower() for marker in markers)
                 for key in ("1", "2")
             )
             terminal.type("s" if first == second else "1" if first > second else "2")

@@ -1,4 +1,4 @@
-"""`mlx-dpo compare`: what it prints and writes is what both sides say and how they rate it."""
+"""`mlx-dpo compare`: answers and log-ratios equal those computed with the models loaded apart."""
 
 import json
 import re
@@ -22,7 +22,7 @@ GREEDY = Sampling(max_tokens=8)
 
 
 def trained(folder, **entries):
-    """A run of two steps, large enough to change what is said."""
+    """Train two steps with a learning rate that changes the answers."""
     rows = [
         {"prompt": f"What is {i}?", "chosen": f"It is {i}, friend.", "rejected": f"{i * 7} no"}
         for i in range(12)
@@ -55,7 +55,7 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ending(tmp_path_factory):
-    """A run whose model ends an answer with any of many tokens, and so does."""
+    """A run whose model has many end tokens, so that its answers end."""
     stops = [END, *range(100, 190)]
     return trained(tmp_path_factory.mktemp("ending"), eos_token_id=stops).output
 
@@ -66,60 +66,60 @@ def run(config):
 
 
 @pytest.fixture(scope="module")
-def found(run):
+def comparison(run):
     return compare_runs([run], None, GREEDY)
 
 
-def call(*words):
-    return CliRunner().invoke(cli, ["compare", *words, "--max-tokens", "8"])
+def call(*arguments):
+    return CliRunner().invoke(cli, ["compare", *arguments, "--max-tokens", "8"])
 
 
-def test_the_prompts_are_those_the_run_held_out_and_the_answers_those_of_each_side(run, found):
-    asked = [prompt.messages[-1]["content"] for prompt in found.prompts]
-    assert asked == [f"What is {i}?" for i in range(8, 12)]
+def test_each_model_answers_the_held_out_prompts(run, comparison):
+    questions = [prompt.messages[-1]["content"] for prompt in comparison.prompts]
+    assert questions == [f"What is {i}?" for i in range(8, 12)]
     opened = open_switchable(run)
-    for column in found.columns:
+    for column in comparison.columns:
         opened.sides.activate(column.name)
-        for question, answer in zip(asked, column.answers, strict=True):
+        for question, answer in zip(questions, column.answers, strict=True):
             chat = ChatSession(opened.base.model, opened.base.tokenizer, GREEDY)
-            said = "".join(piece.text for piece in chat.reply(question))
-            assert answer.text == said
-    assert [column.name for column in found.columns] == ["base", "aligned"]
+            reply = "".join(piece.text for piece in chat.reply(question))
+            assert answer.text == reply
+    assert [column.name for column in comparison.columns] == ["base", "aligned"]
 
 
 @pytest.mark.parametrize("ends", [False, True])
-def test_log_ratios_are_aligned_minus_base_summed_by_hand(run, ending, found, ends):
-    """From whole forward passes of the two models loaded apart, over all tokens at once."""
+def test_log_ratios_equal_log_probs_of_aligned_minus_base(run, ending, comparison, ends):
+    """Expected from forward passes over all tokens of the two models, loaded separately."""
     folder = ending if ends else run
-    found = compare_runs([ending], None, GREEDY) if ends else found
-    both = {side: open_switchable(folder, wanted=(side,)).base for side in ("aligned", "base")}
+    comparison = compare_runs([ending], None, GREEDY) if ends else comparison
+    both = {state: open_switchable(folder, wanted=(state,)).base for state in ("aligned", "base")}
     template = both["base"].tokenizer.apply_chat_template
     ended = []
-    for column in found.columns:
-        for prompt, answer in zip(found.prompts, column.answers, strict=True):
+    for column in comparison.columns:
+        for prompt, answer in zip(comparison.prompts, column.answers, strict=True):
             before = template(prompt.messages, add_generation_prompt=True)
             row = [*before, *answer.tokens]
             ended.append(answer.end is not None)
             if ended[-1]:
                 row.append(both[column.name].model(mx.array([row]))[0, -1].argmax().item())
-            sums = {side: summed(base.model, row, len(before)) for side, base in both.items()}
+            sums = {state: sum_logps(base.model, row, len(before)) for state, base in both.items()}
             assert answer.log_ratio == pytest.approx(sums["aligned"] - sums["base"], abs=1e-4)
     assert any(ended) is ends
 
 
-def summed(model, row, start):
-    """log p of all tokens from `start` on."""
+def sum_logps(model, row, start):
+    """Return log p of all tokens from `start` on."""
     logits = model(mx.array([row[:-1]]))[0]
     logps = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     return sum(logps[at - 1, row[at]].item() for at in range(start, len(row)))
 
 
-def test_each_side_likes_its_own_answers_better(found):
-    base, aligned = (column.answers for column in found.columns)
+def test_each_model_prefers_its_own_answers(comparison):
+    base, aligned = (column.answers for column in comparison.columns)
     assert sum(a.log_ratio for a in aligned) > 0 > sum(a.log_ratio for a in base)
 
 
-def test_several_runs_stand_side_by_side_each_against_its_own_base(config, run):
+def test_several_runs_are_compared_each_with_its_own_base(config, run):
     other = replace(config, output=run + "-other", learning_rate=3e-2)
     train(other)
     both = compare_runs([run, other.output], None, GREEDY, limit=2)
@@ -130,19 +130,19 @@ def test_several_runs_stand_side_by_side_each_against_its_own_base(config, run):
         assert column.answers == alone.answers
 
 
-def test_through_a_pipe_all_is_plain_text(run, found):
+def test_through_a_pipe_the_output_is_plain_text(run, comparison):
     result = call(run)
     assert result.exit_code == 0
     assert "\x1b" not in result.stdout
-    for column in found.columns:
+    for column in comparison.columns:
         for answer in column.answers:
             assert f"{column.name} ({answer.log_ratio:+.2f} nats" in result.stdout
-    assert re.search(r"tokens an answer +8\.0 +8\.0", result.stdout)
-    assert "shaded on a terminal, and on the page of --html" in result.stderr
+    assert re.search(r"tokens per answer +8\.0 +8\.0", result.stdout)
+    assert "shaded on a terminal and on the page of --html" in result.stderr
 
 
-def test_prompts_may_come_from_a_file_and_be_fewer(run, tmp_path):
-    file = tmp_path / "asked.txt"
+def test_prompts_may_come_from_a_file_and_be_limited(run, tmp_path):
+    file = tmp_path / "prompts.txt"
     file.write_text("Why?\nWhat then?\nAnd now?\n")
     result = call(run, str(file), "--limit", "2")
     assert [line for line in result.stdout.splitlines() if line.startswith("user:")] == [
@@ -150,56 +150,56 @@ def test_prompts_may_come_from_a_file_and_be_fewer(run, tmp_path):
     assert "the first 2 of 3 prompts" in result.stderr
 
 
-def test_the_page_holds_every_answer_whole(run, found, tmp_path):
+def test_the_page_contains_every_answer_completely(run, comparison, tmp_path):
     page = tmp_path / "page.html"
-    page.write_text("an earlier one")
+    page.write_text("an earlier page")
     assert call(run, "--html", str(page)).exit_code == 0
     cells = re.findall(r"<figure>.*?<p>(.*?)</p></figure>", page.read_text(), re.DOTALL)
     texts = [unescape(re.sub("<[^>]+>", "", cell)).removesuffix("∎") for cell in cells]
-    wanted = [answer.text for pair in zip(*(c.answers for c in found.columns), strict=True)
+    wanted = [answer.text for pair in zip(*(c.answers for c in comparison.columns), strict=True)
               for answer in pair]  # fmt: skip
     assert [text.replace("\r", "\n") for text in texts] == [w.replace("\r", "\n") for w in wanted]
     assert list(tmp_path.iterdir()) == [page]
 
 
 @pytest.mark.parametrize(
-    ("columns", "env", "beside", "coloured"),
+    ("columns", "env", "in_columns", "colored"),
     [(100, {}, True, True), (50, {}, False, True), (100, {"NO_COLOR": "1"}, True, False)],
 )
-def test_a_terminal_shows_answers_beside_each_other_and_shaded(
-    run, columns, env, beside, coloured, monkeypatch
+def test_a_terminal_shows_answers_in_columns_and_shaded(
+    run, columns, env, in_columns, colored, monkeypatch
 ):
     monkeypatch.delenv("NO_COLOR", raising=False)  # as the gate sets it
     env = {"TERM": "xterm-256color", "COLUMNS": str(columns), **env}
     session = TerminalSession("compare", run, "--limit", "1", "--max-tokens", "8", **env)
     try:
-        seen = session.until("log-ratio, nats.+\n")
+        output = session.until("log-ratio, nats.+\n")
         assert session.exit_code() == 0
     finally:
         session.close()
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", seen)
-    assert bool(re.search(r"base \(.+ nats.*\).+aligned \(.+ nats", plain)) is beside
-    assert ("\x1b[38;5;" in seen or "48;" in seen) is coloured
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", output)
+    assert bool(re.search(r"base \(.+ nats.*\).+aligned \(.+ nats", plain)) is in_columns
+    assert ("\x1b[38;5;" in output or "48;" in output) is colored
     assert re.search(r"Blue, bold if strong", plain)
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         (["nowhere"], "nowhere: not a run folder (no such folder); train one with `mlx-dpo train`"),
-        (["{run}", "--html", "page.txt"], "page.txt: `--html` writes a page; give a name in"),
+        (["{run}", "--html", "page.txt"], "page.txt: `--html` writes a page; give a name that"),
         (["{run}", "nowhere.txt"], "nowhere.txt: no such file"),
         (["{run}", "--temperature", "0", "--top-k", "3"], "`top_k` has no effect"),
     ],
 )
-def test_what_cannot_be_compared_is_one_line(run, words, message):
-    result = call(*(word.format(run=run) for word in words))
+def test_invalid_arguments_give_a_one_line_error(run, arguments, message):
+    result = call(*(word.format(run=run) for word in arguments))
     assert (result.exit_code, result.stdout) == (1, "")
     assert message in result.stderr.splitlines()[-1]
 
 
-def test_a_prompt_without_room_is_refused_with_its_place(run, tmp_path):
-    file = tmp_path / "asked.txt"
+def test_a_prompt_that_fills_the_context_is_rejected_with_its_location(run, tmp_path):
+    file = tmp_path / "prompts.txt"
     file.write_text("Why?\n" + "word " * 600 + "\n")
     result = call(run, str(file))
     assert f"{file}:2: " in result.stderr.splitlines()[-1]

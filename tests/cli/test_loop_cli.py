@@ -1,4 +1,4 @@
-"""`mlx-dpo loop`: rounds, what they leave, how they go on, and `kill -9` anywhere."""
+"""`mlx-dpo loop` (iterative DPO): its rounds, their files, resuming, and `kill -9` anywhere."""
 
 import json
 import random
@@ -27,9 +27,9 @@ def even(prompt, answer):
 """
 STAGES = [
     *("Base: answer the held-out prompts",),
-    *(f"Round 1: {what}" for what in ("collect answers and judge them", "train on the pairs")),
+    *(f"Round 1: {action}" for action in ("collect answers and judge them", "train on the pairs")),
     "Round 1: answer the held-out prompts",
-    *(f"Round 2: {what}" for what in ("collect answers and judge them", "train on the pairs")),
+    *(f"Round 2: {action}" for action in ("collect answers and judge them", "train on the pairs")),
     "Round 2: answer the held-out prompts",
 ]
 
@@ -51,7 +51,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def words(folder, model, *more, output="loop"):
+def arguments(folder, model, *more, output="loop"):
     return [
         str(folder / "prompts.txt"),
         *("--model", model, "--output", str(folder / output)),
@@ -61,8 +61,8 @@ def words(folder, model, *more, output="loop"):
     ]
 
 
-def run(*arguments):
-    return CliRunner().invoke(cli, ["loop", *arguments])
+def run(*flags):
+    return CliRunner().invoke(cli, ["loop", *flags])
 
 
 def stages(result):
@@ -78,15 +78,15 @@ def rows(path):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def asked(folder, number):
-    found = []
+def collected_prompts(folder, number):
+    collected = []
     for name in ("pairs.jsonl", "pairs.passed.jsonl"):
-        found += rows(folder / f"round-{number:02d}" / name)
-    return sorted(row["prompt"][0]["content"] for row in found)
+        collected += rows(folder / f"round-{number:02d}" / name)
+    return sorted(row["prompt"][0]["content"] for row in collected)
 
 
 def test_two_rounds_from_prompts_alone(folder, model):
-    result = run(*words(folder, model))
+    result = run(*arguments(folder, model))
     assert result.exit_code == 0, result.output
     assert stages(result) == STAGES
     assert "18 prompts to collect with, 2 held out" in result.stdout
@@ -96,13 +96,19 @@ def test_two_rounds_from_prompts_alone(folder, model):
     assert page in result.stdout
     assert [line.split("|")[1].strip() for line in page.splitlines()[6:9]] == ["base", "1", "2"]
 
-    # Rounds take the prompts in turn, and none that is held out.
-    held = {row["prompt"][0]["content"] for row in evaluation(loop, 0)["answers"]}
-    assert (len(asked(loop, 1)), len(asked(loop, 2)), len(held)) == (12, 12, 2)
-    assert set(asked(loop, 1)) | set(asked(loop, 2)) | held == {f"What is {n}?" for n in range(20)}
-    assert not (set(asked(loop, 1)) | set(asked(loop, 2))) & held
+    # Rounds use the prompts in turn, and no held-out prompt.
+    held_out = {row["prompt"][0]["content"] for row in evaluation(loop, 0)["answers"]}
+    assert (len(collected_prompts(loop, 1)), len(collected_prompts(loop, 2)), len(held_out)) == (
+        12,
+        12,
+        2,
+    )
+    assert set(collected_prompts(loop, 1)) | set(collected_prompts(loop, 2)) | held_out == {
+        f"What is {n}?" for n in range(20)
+    }
+    assert not (set(collected_prompts(loop, 1)) | set(collected_prompts(loop, 2))) & held_out
 
-    # The second round answers with the first one's policy, starts from it, and is held against it.
+    # The policy of round 1 is the sampler, the initial policy and the reference of round 2.
     second = json.loads((loop / "round-02" / "run" / "run.json").read_text())
     assert second["settings"]["start_adapter"] == str(loop / "round-01" / "run")
     assert second["settings"]["reference_model"] is None
@@ -111,44 +117,44 @@ def test_two_rounds_from_prompts_alone(folder, model):
     row = rows(loop / "round-01" / "pairs.jsonl")[0]
     assert "run" not in row["provenance"]["chosen_from"]
 
-    # Rewards are of the answers that are shown; win rates follow from them.
+    # Rewards and win rates belong to the stored answers.
     for number in (0, 1, 2):
-        found = evaluation(loop, number)
-        texts = [row["now"] for row in found["answers"]]
-        assert found["mean_reward"] == sum(sum(c in "aeiou" for c in t) for t in texts) / 2
+        figures = evaluation(loop, number)
+        texts = [row["now"] for row in figures["answers"]]
+        assert figures["mean_reward"] == sum(sum(c in "aeiou" for c in t) for t in texts) / 2
     before = [row["now"] for row in evaluation(loop, 1)["answers"]]
     assert [row["before"] for row in evaluation(loop, 2)["answers"]] == before
     base = [row["now"] for row in evaluation(loop, 0)["answers"]]
     assert [row["base"] for row in evaluation(loop, 2)["answers"]] == base
 
 
-def test_a_round_is_over_only_when_its_pages_are_written(folder, model):
-    assert run(*words(folder, model, "--rounds", "1")).exit_code == 0
+def test_a_round_ends_after_its_pages_are_written(folder, model):
+    assert run(*arguments(folder, model, "--rounds", "1")).exit_code == 0
     loop = folder / "loop"
-    over = (loop / "round-01" / "evaluation.json").stat().st_mtime_ns
+    end = (loop / "round-01" / "evaluation.json").stat().st_mtime_ns
     pages = [loop / "results.md", loop / "round-01" / "results.md"]
-    assert all(page.stat().st_mtime_ns < over for page in pages)
+    assert all(page.stat().st_mtime_ns < end for page in pages)
 
 
-def test_a_system_message_is_asked_with_and_trained_with(folder, model):
-    result = run(*words(folder, model, "--rounds", "1", "--system", "Be brief."))
+def test_a_system_message_is_used_in_sampling_and_training(folder, model):
+    result = run(*arguments(folder, model, "--rounds", "1", "--system", "Be brief."))
     assert result.exit_code == 0, result.output
     assert stages(result) == STAGES[:4]
     system = {"role": "system", "content": "Be brief."}
     loop = folder / "loop"
-    kept = rows(loop / "round-01" / "pairs.jsonl")
-    assert all(row["prompt"][0] == system for row in kept)
+    pairs = rows(loop / "round-01" / "pairs.jsonl")
+    assert all(row["prompt"][0] == system for row in pairs)
     assert all(row["prompt"][0] == system for row in evaluation(loop, 1)["answers"])
-    # Whoever talks to the policy afterwards does so with it.
+    # `chat` with the policy uses the same system message.
     record = json.loads((loop / "round-01" / "run" / "run.json").read_text())
     assert record["settings"]["system"] == "Be brief."
 
 
-def test_a_start_adapter_that_changed_is_named(folder, model):
+def test_a_changed_start_adapter_is_reported_on_resume(folder, model):
     (folder / "start").mkdir()
     start = make_adapter(folder / "start", model)
     more = ("--rounds", "1", "--start-adapter", str(start))
-    assert run(*words(folder, model, *more)).exit_code == 0
+    assert run(*arguments(folder, model, *more)).exit_code == 0
     weights = mx.load(str(start / "adapters.safetensors"))
     changed = {name: 2 * value for name, value in weights.items()}
     mx.save_safetensors(str(start / "adapters.safetensors"), changed)
@@ -156,8 +162,8 @@ def test_a_start_adapter_that_changed_is_named(folder, model):
     assert "the start adapter changed since the loop began" in result.stderr
 
 
-def test_a_loop_that_is_over_has_nothing_to_do_until_it_gets_more_rounds(folder, model):
-    assert run(*words(folder, model, "--rounds", "1")).exit_code == 0
+def test_a_finished_loop_continues_only_with_more_rounds(folder, model):
+    assert run(*arguments(folder, model, "--rounds", "1")).exit_code == 0
     again = run("--resume", "--output", str(folder / "loop"))
     assert again.exit_code == 0, again.output
     assert stages(again) == []
@@ -166,19 +172,19 @@ def test_a_loop_that_is_over_has_nothing_to_do_until_it_gets_more_rounds(folder,
     assert stages(more) == STAGES[4:]
 
 
-def test_the_base_can_stay_the_reference(folder, model):
-    result = run(*words(folder, model, "--reference", "base"))
+def test_the_base_can_be_the_reference_of_all_rounds(folder, model):
+    result = run(*arguments(folder, model, "--reference", "base"))
     assert result.exit_code == 0, result.output
     second = json.loads((folder / "loop" / "round-02" / "run" / "run.json").read_text())
     assert second["settings"]["reference_model"] == model
     assert second["settings"]["start_adapter"] == str(folder / "loop" / "round-01" / "run")
-    # Held against the base, the policy of round 1 is away from it before the first step.
+    # The policy of round 1 differs from the base before the first step.
     first = rows(folder / "loop" / "round-02" / "run" / "metrics.jsonl")[0]
     assert abs(first["rewards/margins"]) > 1e-3
 
 
-def test_settings_of_adapters_are_those_of_the_first_round(folder, model):
-    result = run(*words(folder, model, "--lora-r", "3", "--num-layers", "1"))
+def test_later_rounds_inherit_the_lora_settings_of_the_first(folder, model):
+    result = run(*arguments(folder, model, "--lora-r", "3", "--num-layers", "1"))
     assert result.exit_code == 0, result.output
     described = [
         json.loads((folder / "loop" / f"round-{n:02d}" / "run" / "adapter_config.json").read_text())
@@ -188,8 +194,8 @@ def test_settings_of_adapters_are_those_of_the_first_round(folder, model):
     assert described[0] == described[1]
 
 
-def test_what_a_person_wrote_goes_into_the_record_and_may_not_change(folder, model):
-    assert run(*words(folder, model, "--rounds", "1")).exit_code == 0
+def test_settings_and_inputs_may_not_change_on_resume(folder, model):
+    assert run(*arguments(folder, model, "--rounds", "1")).exit_code == 0
     loop = ("--resume", "--output", str(folder / "loop"))
     for more, message in [
         ([], f"{folder}/loop: holds a loop; add --resume"),
@@ -197,7 +203,7 @@ def test_what_a_person_wrote_goes_into_the_record_and_may_not_change(folder, mod
         (["--resume", "--answers", "3"], "the loop began with answers = 2, not 3"),
         (["--resume", "--temperature", "0.5"], "the loop began with sampling = "),
     ]:
-        result = run(*words(folder, model, "--rounds", "1", *more))
+        result = run(*arguments(folder, model, "--rounds", "1", *more))
         assert (result.exit_code, message in result.stderr) == (1, True), result.output
     (folder / "reward.py").write_text(REWARD + "\n")
     assert "the judge changed since the loop began" in run(*loop).stderr
@@ -210,26 +216,29 @@ def test_what_a_person_wrote_goes_into_the_record_and_may_not_change(folder, mod
     ("more", "message"),
     [
         (["--reward", "{f}/reward.py:even"], "no prompt has a better and a worse answer (12 tie)"),
-        (["--judge", "m"], "`judge` has no effect beside `reward`"),
+        (["--judge", "m"], "`judge` has no effect with `reward`"),
         (["--answers", "1"], "`answers` must be at least 2, got 1"),
         (["--rounds", "0"], "`rounds` must be at least 1, got 0"),
         (["--temperature", "0"], "temperature"),
         (["--mix", "1"], "`mix` has no effect in a loop"),
-        (["--bits", "8", "--reference", "base"], "`bits` makes the policy begin as another model"),
+        (
+            ["--bits", "8", "--reference", "base"],
+            "`bits` makes the initial policy differ from the base",
+        ),
         (["--valid-prompts", "{f}/prompts.txt"], "every prompt is held out"),
         (["--output", "{f}"], "not empty and not the folder of a loop (found `prompts.txt`)"),
         (["--reference-model", "m", "--loss-type", "simpo"], "`reference_model` has no effect"),
     ],
 )
-def test_what_cannot_be_done_is_said_in_one_line(folder, model, more, message):
-    result = run(*words(folder, model), *(word.replace("{f}", str(folder)) for word in more))
+def test_invalid_settings_give_a_one_line_error(folder, model, more, message):
+    result = run(*arguments(folder, model), *(word.replace("{f}", str(folder)) for word in more))
     assert result.exit_code == 1, result.output
     assert message in result.stderr.splitlines()[-1]
 
 
 def start(folder, model, *more):
     return subprocess.Popen(
-        [*PROGRAM, *words(folder, model, "--resume", *more)],
+        [*PROGRAM, *arguments(folder, model, "--resume", *more)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -237,13 +246,13 @@ def start(folder, model, *more):
 
 
 def state(loop):
-    """How many files and rows there are: it grows while the loop works."""
+    """Return the number of files and rows, which grows while the loop works."""
     files = [path for path in loop.rglob("*") if path.is_file()] if loop.is_dir() else []
     lines = sum(path.read_bytes().count(b"\n") for path in files if path.suffix == ".jsonl")
     return len(files) + lines
 
 
-def kill_and_go_on(folder, model, moments, *more):
+def kill_and_resume(folder, model, moments, *more):
     for kills, moment in enumerate([*moments, None]):
         process = start(folder, model, *more)
         if moment is not None:
@@ -264,46 +273,48 @@ def when(condition):
     return wait
 
 
-def pairs_of(loop, number):
+def count_pairs(loop, number):
     path = loop / f"round-{number:02d}" / "pairs.jsonl"
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def assert_same(folder, rounds=2):
-    straight, killed = folder / "straight", folder / "loop"
+    uninterrupted, killed = folder / "uninterrupted", folder / "loop"
     for number in range(1, rounds + 1):
-        kept = [rows(loop / f"round-{number:02d}" / "pairs.jsonl") for loop in (straight, killed)]
-        for row in (*kept[0], *kept[1]):
+        pairs = [
+            rows(loop / f"round-{number:02d}" / "pairs.jsonl") for loop in (uninterrupted, killed)
+        ]
+        for row in (*pairs[0], *pairs[1]):
             del row["provenance"]["time"]
-            for side in ("chosen_from", "rejected_from"):
-                row["provenance"][side].pop("run", None)  # its folder has another name
-        assert kept[0] == kept[1]
+            for source in ("chosen_from", "rejected_from"):
+                row["provenance"][source].pop("run", None)  # the folders differ
+        assert pairs[0] == pairs[1]
         weights = [
             mx.load(str(loop / f"round-{number:02d}" / "run" / "adapters.safetensors"))
-            for loop in (straight, killed)
+            for loop in (uninterrupted, killed)
         ]
         assert all(mx.array_equal(value, weights[1][name]) for name, value in weights[0].items())
-        assert evaluation(straight, number) == evaluation(killed, number)
-    assert (straight / "results.md").read_text() == (killed / "results.md").read_text()
+        assert evaluation(uninterrupted, number) == evaluation(killed, number)
+    assert (uninterrupted / "results.md").read_text() == (killed / "results.md").read_text()
     assert not list(killed.rglob(".mlx-dpo-*"))
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
-def test_killed_in_each_stage_the_loop_ends_as_if_it_had_not_been(folder, model):
-    assert run(*words(folder, model, output="straight")).exit_code == 0
+def test_a_loop_killed_in_each_stage_resumes_to_the_same_result(folder, model):
+    assert run(*arguments(folder, model, output="uninterrupted")).exit_code == 0
     loop = folder / "loop"
     moments = [
         when(lambda: (loop / "round-01" / "run" / "checkpoints" / "step-000001").exists()),
-        when(lambda: pairs_of(loop, 2) >= 3),
+        when(lambda: count_pairs(loop, 2) >= 3),
     ]
-    assert kill_and_go_on(folder, model, moments) == 2
+    assert kill_and_resume(folder, model, moments) == 2
     assert_same(folder)
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
-def test_killed_at_random_moments_the_loop_ends_as_if_it_had_not_been(folder, model):
-    assert run(*words(folder, model, output="straight")).exit_code == 0
+def test_a_loop_killed_at_random_moments_resumes_to_the_same_result(folder, model):
+    assert run(*arguments(folder, model, output="uninterrupted")).exit_code == 0
     draw = random.Random(5)
     loop = folder / "loop"
 
@@ -314,13 +325,13 @@ def test_killed_at_random_moments_the_loop_ends_as_if_it_had_not_been(folder, mo
             time.sleep(0.001)
         time.sleep(draw.uniform(0, 0.02))
 
-    assert kill_and_go_on(folder, model, [soon] * 25) >= 8
+    assert kill_and_resume(folder, model, [soon] * 25) >= 8
     assert_same(folder)
 
 
 @pytest.mark.slow
-def test_three_rounds_on_the_model_that_ships_raise_the_reward_each_time(tmp_path):
-    """From prompts alone: no pair and no pick of a person goes in."""
+def test_each_of_three_rounds_on_the_shipped_model_raises_the_reward(tmp_path):
+    """From prompts alone, without existing pairs or decisions of a person."""
     source, loop = tiny_chat(), tmp_path / "loop"
     result = run(
         *(str(source / "preferences"), "--model", str(source), "--output", str(loop)),
@@ -333,7 +344,7 @@ def test_three_rounds_on_the_model_that_ships_raise_the_reward_each_time(tmp_pat
     rewards = [found["mean_reward"] for found in rounds]
     assert rewards == sorted(set(rewards)), rewards
     assert rounds[3]["against_base"]["win_rate"] >= 0.9
-    # The reward says nothing of content; what was right stays right.
+    # The reward ignores content; correct answers must stay correct.
     expects = rows(source / "preferences" / "valid.jsonl")
     right = [
         sum(map(is_right, (shown["now"] for shown in found["answers"]), expects))

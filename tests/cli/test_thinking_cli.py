@@ -27,46 +27,46 @@ class Terminal(io.StringIO):
 
 
 @pytest.fixture(autouse=True)
-def wants_colours(monkeypatch):
+def terminal_with_colors(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
 
 
 def shown(pieces=PIECES, **settings):
-    """What stands on a terminal, and what `stream` returns."""
+    """Return the text on a terminal, and the return value of `stream`."""
     with redirect_stdout(Terminal()) as screen:
         returned = Shown(**settings).stream(piece for piece in pieces)
     return screen.getvalue(), returned
 
 
-def test_a_terminal_dims_what_is_thought_and_nothing_else():
+def test_a_terminal_dims_the_thinking_and_nothing_else():
     screen, returned = shown()
     assert screen == f"{DIM}<think>{PLAIN}{DIM}hm{PLAIN}{DIM}</think>{PLAIN}\n\nYes\n\nno\n"
     assert returned == (TEXT, SUMMARY)
 
 
 @pytest.mark.parametrize(("name", "value"), [("NO_COLOR", "1"), ("TERM", "dumb")])
-def test_a_terminal_that_wants_no_colours_gets_the_text_alone(monkeypatch, name, value):
+def test_a_terminal_without_colors_gets_plain_text(monkeypatch, name, value):
     monkeypatch.setenv(name, value)
     assert shown()[0] == TEXT + "\n"
 
 
-def test_hidden_thinking_takes_the_blank_lines_behind_it_along():
+def test_blank_lines_after_hidden_thinking_are_removed():
     assert shown(hide_thinking=True) == ("Yes\n\nno\n", (TEXT, SUMMARY))
 
 
-def test_blank_lines_that_follow_no_thinking_stay():
+def test_blank_lines_without_thinking_before_them_stay():
     assert shown(PIECES[3:], hide_thinking=True)[0] == "\n\nYes\n\nno\n"
 
 
-def test_what_is_thought_does_not_steer_the_terminal():
+def test_thinking_cannot_contain_control_characters():
     pieces = [AnswerChunk("\x1b[31mred", True), PIECES[-1]]
     assert shown(pieces)[0] == f"{DIM}[31mred{PLAIN}\n"
 
 
 @pytest.fixture(scope="module")
 def thinker(tmp_path_factory):
-    """Its template begins to think for it; two letters of its vocabulary are the marks."""
+    """A model whose template opens the thinking; two tokens of its vocabulary are the marks."""
     folder = make_checkpoint(tmp_path_factory.mktemp("thinker"))
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     vocabulary = tokenizer["model"]["vocab"]
@@ -84,8 +84,8 @@ def thinker(tmp_path_factory):
     return str(folder)
 
 
-def test_what_is_thought_within_a_mark_of_the_template_can_be_hidden(thinker):
-    """The random model never ends its thinking, so that nothing is left of its answer."""
+def test_thinking_opened_by_the_template_can_be_hidden(thinker):
+    """The random model never ends its thinking, so the visible answer is empty."""
     shown, hidden, off = (
         CliRunner().invoke(
             cli,

@@ -1,4 +1,4 @@
-"""The page on which a person picks, over HTTP and in a browser where there is one."""
+"""The web page on which a person ranks answers, over HTTP and in a browser if installed."""
 
 import http.client
 import json
@@ -15,13 +15,13 @@ from mlx_dpo.collect.web import (
     read_page,
     run_command,
     serve_session,
-    state_token,
+    state_version,
 )
 from mlx_dpo.data.prompts import make_prompt
 from tests.webdriver import CHROMIUM, DRIVER, browser
 
 HOSTILE = "<script>document.title = 'owned'</script> & <b>bold</b>"
-QUESTIONS = ["first?", HOSTILE, "third?"]
+PROMPTS = ["first?", HOSTILE, "third?"]
 
 
 def sample(prompts, chunk):
@@ -32,25 +32,28 @@ def sample(prompts, chunk):
 
 
 class Served:
-    """A session served in a thread of its own."""
+    """A session served in its own thread."""
 
-    def __init__(self, path, prompts=QUESTIONS):
-        asked = TaskSampler(
-            [make_prompt(text) for text in prompts], PairsFile(path), sample, chunk=2, seed=0
+    def __init__(self, path, prompts=PROMPTS):
+        tasks = TaskSampler(
+            [make_prompt(text) for text in prompts], PairsFile(path), sample, chunk_size=2, seed=0
         )
-        self.session, self.server = RankingSession(asked), LoopbackServer(read_page())
+        self.session, self.server = RankingSession(tasks), LoopbackServer(read_page())
         self.thread = threading.Thread(target=serve_session, args=(self.session, self.server))
         self.thread.start()
 
-    def ask(self, method, path, body=None, *, host=None, kind="application/json", **headers):
-        """Status and body."""
-        own = f"127.0.0.1:{self.server.server_port}"
+    def request(self, method, path, body=None, *, host=None, kind="application/json", **headers):
+        """Return status, body and headers of the answer."""
+        own_host = f"127.0.0.1:{self.server.server_port}"
         connection = http.client.HTTPConnection("127.0.0.1", self.server.server_port, timeout=30)
         connection.putrequest(method, path, skip_host=True)
-        sent = {"Host": host or own, **{k.replace("_", "-"): v for k, v in headers.items()}}
+        all_headers = {
+            "Host": host or own_host,
+            **{k.replace("_", "-"): v for k, v in headers.items()},
+        }
         if body is not None:
-            sent |= {"Content-Type": kind, "Content-Length": str(len(body))}
-        for name, value in sent.items():
+            all_headers |= {"Content-Type": kind, "Content-Length": str(len(body))}
+        for name, value in all_headers.items():
             connection.putheader(name, value)
         connection.endheaders(body)
         answer = connection.getresponse()
@@ -60,66 +63,66 @@ class Served:
             connection.close()
 
     def state(self):
-        return json.loads(self.ask("GET", "/state", X_Token=self.server.token)[1])
+        return json.loads(self.request("GET", "/state", X_Token=self.server.token)[1])
 
     def do(self, **command):
         body = json.dumps(command).encode()
-        return json.loads(self.ask("POST", "/do", body, X_Token=self.server.token)[1])
+        return json.loads(self.request("POST", "/do", body, X_Token=self.server.token)[1])
 
 
 @pytest.fixture
 def served(tmp_path):
-    made = Served(tmp_path / "pairs.jsonl")
-    yield made
-    if made.thread.is_alive():
-        made.do(question="", do="quit")
-        made.thread.join(10)
+    page = Served(tmp_path / "pairs.jsonl")
+    yield page
+    if page.thread.is_alive():
+        page.do(version="", do="quit")
+        page.thread.join(10)
 
 
 def rows(path):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def test_every_request_needs_the_token_and_this_machines_name(served):
+def test_every_request_needs_the_token_and_a_loopback_host(served):
     token = served.server.token
-    state = served.ask("GET", "/state", X_Token=token)
+    state = served.request("GET", "/state", X_Token=token)
     assert state[0] == 200
-    refused = [
-        served.ask("GET", "/"),
-        served.ask("GET", "/?token=" + "x" * len(token)),
-        served.ask("GET", f"/?token={token}", host="evil.example"),
-        served.ask("GET", f"/?token={token}", host=f"evil.example:{served.server.server_port}"),
-        served.ask("GET", "/state"),
-        served.ask("GET", "/nothing"),
-        served.ask("POST", "/do", b'{"do": "quit"}'),
-        served.ask("POST", f"/do?token={token}", b'{"do": "quit"}'),
-        served.ask("POST", "/do", b"{}", X_Token=token, Origin="http://evil.example"),
-        served.ask("POST", "/do", b"{}", X_Token=token, Origin="null"),
+    rejected = [
+        served.request("GET", "/"),
+        served.request("GET", "/?token=" + "x" * len(token)),
+        served.request("GET", f"/?token={token}", host="evil.example"),
+        served.request("GET", f"/?token={token}", host=f"evil.example:{served.server.server_port}"),
+        served.request("GET", "/state"),
+        served.request("GET", "/nothing"),
+        served.request("POST", "/do", b'{"do": "quit"}'),
+        served.request("POST", f"/do?token={token}", b'{"do": "quit"}'),
+        served.request("POST", "/do", b"{}", X_Token=token, Origin="http://evil.example"),
+        served.request("POST", "/do", b"{}", X_Token=token, Origin="null"),
     ]
-    assert [status for status, _, _ in refused] == [403] * len(refused)
-    # What a page from elsewhere can send without asking first is no JSON.
-    assert served.ask("POST", "/do", b"{}", kind="text/plain", X_Token=token)[0] == 415
-    assert served.ask("GET", f"/state?token={token}")[0] == 404
+    assert [status for status, _, _ in rejected] == [403] * len(rejected)
+    # A page of another origin cannot send JSON without a preflight request.
+    assert served.request("POST", "/do", b"{}", kind="text/plain", X_Token=token)[0] == 415
+    assert served.request("GET", f"/state?token={token}")[0] == 404
     assert served.thread.is_alive()
 
 
-def test_the_server_listens_on_loopback_alone(served):
+def test_the_server_listens_on_loopback_only(served):
     assert served.server.server_address[0] == "127.0.0.1"
-    assert urlsplit(served.server.address).hostname == "127.0.0.1"
+    assert urlsplit(served.server.url).hostname == "127.0.0.1"
 
 
-def test_the_page_may_load_nothing_from_anywhere(served):
-    status, text, headers = served.ask("GET", f"/?token={served.server.token}")
+def test_the_page_loads_nothing_from_other_hosts(served):
+    status, text, headers = served.request("GET", f"/?token={served.server.token}")
     assert status == 200
     assert "default-src 'none'" in headers["Content-Security-Policy"]
     assert "unsafe-inline" not in headers["Content-Security-Policy"]
     assert "http://" not in text and "https://" not in text and "//" not in text.split("<script")[0]
 
 
-def test_a_pick_is_on_disk_before_the_page_hears_of_it(served, tmp_path):
+def test_a_decision_is_on_disk_before_the_page_is_updated(served, tmp_path):
     state = served.state()
     best = state["answers"].index("good first?")
-    after = served.do(question=state["question"], do="prefer", best=best, worst=1 - best)
+    after = served.do(version=state["version"], do="prefer", best=best, worst=1 - best)
     [row] = rows(tmp_path / "pairs.jsonl")
     assert row["chosen"][0]["content"] == "good first?"
     assert row["rejected"][0]["content"] == "bad first?"
@@ -127,41 +130,43 @@ def test_a_pick_is_on_disk_before_the_page_hears_of_it(served, tmp_path):
     assert (after["decided"], after["left"]) == (1, 2)
 
 
-def test_a_key_that_arrives_twice_counts_once(served, tmp_path):
-    question = served.state()["question"]
-    served.do(question=question, do="prefer", best=0, worst=1)
-    again = served.do(question=question, do="prefer", best=1, worst=0)
-    assert again["said"] == "That was decided already"
+def test_a_key_press_that_arrives_twice_counts_once(served, tmp_path):
+    version = served.state()["version"]
+    served.do(version=version, do="prefer", best=0, worst=1)
+    again = served.do(version=version, do="prefer", best=1, worst=0)
+    assert again["message"] == "This prompt is decided already"
     assert len(rows(tmp_path / "pairs.jsonl")) == 1
 
 
-def test_what_is_passed_over_meanwhile_makes_no_key_come_too_late(tmp_path):
-    """Prompts whose answers are alike are decided by nobody while the person reads."""
+def test_prompts_skipped_in_the_background_do_not_invalidate_a_key_press(tmp_path):
+    """Prompts with identical answers are skipped while the person reads."""
 
-    def alike(prompts, chunk):
+    def sample_identical(prompts, chunk):
         return [[Answer("same", {})] * 2] if chunk else sample(prompts, chunk)
 
-    prompts = [make_prompt(text) for text in QUESTIONS]
+    prompts = [make_prompt(text) for text in PROMPTS]
     session = RankingSession(
-        TaskSampler(prompts, PairsFile(tmp_path / "pairs.jsonl"), alike, chunk=1, seed=0)
+        TaskSampler(
+            prompts, PairsFile(tmp_path / "pairs.jsonl"), sample_identical, chunk_size=1, seed=0
+        )
     )
     state = page_state(session)
-    assert session.prepare() and len(rows(tmp_path / "pairs.passed.jsonl")) == 1
+    assert session.sample_chunk() and len(rows(tmp_path / "pairs.passed.jsonl")) == 1
     assert run_command(
-        session, {"question": state["question"], "do": "prefer", "best": 0, "worst": 1}
+        session, {"version": state["version"], "do": "prefer", "best": 0, "worst": 1}
     ) is (None)
     assert len(rows(tmp_path / "pairs.jsonl")) == 1
-    # After a step back the state is another one, though the same question stands there.
-    assert run_command(session, {"question": state_token(session), "do": "undo"}) is None
+    # After an undo the version differs, although the same task is shown.
+    assert run_command(session, {"version": state_version(session), "do": "undo"}) is None
     assert page_state(session)["prompt"] == state["prompt"]
-    assert state_token(session) != state["question"]
+    assert state_version(session) != state["version"]
 
 
-def test_undo_asks_the_same_again_and_takes_the_row_off(served, tmp_path):
+def test_undo_shows_the_same_task_again_and_removes_the_row(served, tmp_path):
     first = served.state()
-    after = served.do(question=first["question"], do="tie")
+    after = served.do(version=first["version"], do="tie")
     assert len(rows(tmp_path / "pairs.passed.jsonl")) == 1
-    back = served.do(question=after["question"], do="undo")
+    back = served.do(version=after["version"], do="undo")
     assert (back["prompt"], back["answers"]) == (first["prompt"], first["answers"])
     assert rows(tmp_path / "pairs.passed.jsonl") == []
 
@@ -173,25 +178,25 @@ def test_undo_asks_the_same_again_and_takes_the_row_off(served, tmp_path):
         {"do": "prefer", "best": 0, "worst": 2},
         {"do": "prefer", "best": -1, "worst": 0},
         {"do": "prefer"},
-        {"do": "improve", "worse": 0, "text": " "},
+        {"do": "edit", "rejected": 0, "text": " "},
         {"do": "dance"},
         {},
     ],
 )
-def test_what_cannot_be_done_is_said_and_changes_nothing(served, tmp_path, command):
+def test_an_invalid_command_gives_a_message_and_changes_nothing(served, tmp_path, command):
     before = served.state()
-    after = served.do(question=before["question"], **command)
-    assert after.pop("said")
-    assert after == {key: value for key, value in before.items() if key != "said"}
+    after = served.do(version=before["version"], **command)
+    assert after.pop("message")
+    assert after == {key: value for key, value in before.items() if key != "message"}
     assert rows(tmp_path / "pairs.jsonl") == []
 
 
-def test_at_the_end_the_last_pick_can_still_be_taken_back(served, tmp_path):
-    for _ in QUESTIONS:
-        state = served.do(question=served.state()["question"], do="skip")
-    assert "No prompt is left" in state["said"]
+def test_the_last_decision_can_be_undone_at_the_end(served, tmp_path):
+    for _ in PROMPTS:
+        state = served.do(version=served.state()["version"], do="skip")
+    assert "No prompt is left" in state["message"]
     assert (state["answers"], state["over"]) == ([], False)
-    state = served.do(question=state["question"], do="undo")
+    state = served.do(version=state["version"], do="undo")
     assert state["prompt"][0]["content"] == "third?"
 
 
@@ -203,51 +208,51 @@ SHOWN = "return document.querySelector('#prompt .turn')?.textContent"
 
 
 @needs_browser
-def test_picks_by_keyboard_in_chromium_land_in_the_file(served, tmp_path):
-    with browser(tmp_path / "profile") as seen:
-        seen.open(served.server.address)
-        seen.wait_for(f"{SHOWN}?.includes('first?')")
-        texts = seen.script(TEXTS)
-        seen.press(str(1 + texts.index("good first?")))
-        seen.wait_for(f"{SHOWN}?.includes('script')")
+def test_decisions_by_keyboard_in_chromium_are_written_to_the_file(served, tmp_path):
+    with browser(tmp_path / "profile") as page:
+        page.open(served.server.url)
+        page.wait_for(f"{SHOWN}?.includes('first?')")
+        texts = page.script(TEXTS)
+        page.press(str(1 + texts.index("good first?")))
+        page.wait_for(f"{SHOWN}?.includes('script')")
         [row] = rows(tmp_path / "pairs.jsonl")
         assert row["chosen"][0]["content"] == "good first?"
         assert row["rejected"][0]["content"] == "bad first?"
-        # Text of models is text.
-        assert seen.script("return document.title") == "Which is better?"
-        assert seen.script("return document.querySelectorAll('main b b, .text *').length") == 0
-        seen.press("t")
-        seen.wait_for(f"{SHOWN}?.includes('third?')")
-        seen.press("u")
-        seen.wait_for(f"{SHOWN}?.includes('script')")
+        # Text of a model is never interpreted as HTML.
+        assert page.script("return document.title") == "Which is better?"
+        assert page.script("return document.querySelectorAll('main b b, .text *').length") == 0
+        page.press("t")
+        page.wait_for(f"{SHOWN}?.includes('third?')")
+        page.press("u")
+        page.wait_for(f"{SHOWN}?.includes('script')")
         assert rows(tmp_path / "pairs.passed.jsonl") == []
-        seen.press("e", "2")
-        seen.wait_for("return document.activeElement.id === 'text'")
-        seen.press(*"tsq")  # text, and no keys
-        seen.call("POST", "/actions", {"actions": [{"type": "key", "id": "k", "actions": [
+        page.press("e", "2")
+        page.wait_for("return document.activeElement.id === 'text'")
+        page.press(*"tsq")  # typed as text, not as commands
+        page.call("POST", "/actions", {"actions": [{"type": "key", "id": "k", "actions": [
             {"type": kind, "value": key}
             for kind, key in (("keyDown", "\ue009"), ("keyDown", "\ue007"),
                               ("keyUp", "\ue007"), ("keyUp", "\ue009"))
         ]}]})  # fmt: skip
-        seen.wait_for(f"{SHOWN}?.includes('third?')")
+        page.wait_for(f"{SHOWN}?.includes('third?')")
         assert "tsq" in rows(tmp_path / "pairs.jsonl")[1]["chosen"][0]["content"]
         assert rows(tmp_path / "pairs.jsonl")[1]["provenance"]["edited"] is True
-        seen.press("q")
-        seen.wait_for("return document.querySelector('#said').textContent.startsWith('Done')")
+        page.press("q")
+        page.wait_for("return document.querySelector('#message').textContent.startsWith('Done')")
     served.thread.join(10)
     assert not served.thread.is_alive()
 
 
 @needs_browser
-def test_another_page_in_the_same_browser_cannot_pick(served, tmp_path):
-    """It knows the port, not the token; and the browser does not let it send the header."""
-    with browser(tmp_path / "profile") as seen:
-        seen.open("data:text/html,elsewhere")
-        seen.script(
+def test_another_page_in_the_same_browser_cannot_decide(served, tmp_path):
+    """It may know the port, but not the token, and the browser does not let it send the header."""
+    with browser(tmp_path / "profile") as page:
+        page.open("data:text/html,other")
+        page.script(
             "fetch(arguments[0], {method: 'POST', mode: 'no-cors', body: '{\"do\": \"quit\"}'})",
             f"http://127.0.0.1:{served.server.server_port}/do",
         )
-        seen.open(f"http://127.0.0.1:{served.server.server_port}/")
-        assert "the token is missing" in seen.script("return document.body.innerText")
+        page.open(f"http://127.0.0.1:{served.server.server_port}/")
+        assert "the token is missing" in page.script("return document.body.innerText")
     assert served.thread.is_alive()
     assert rows(tmp_path / "pairs.jsonl") == []

@@ -2,12 +2,12 @@
 
 from types import SimpleNamespace
 
-from mlx_dpo.evaluation import judge as judges
+from mlx_dpo.evaluation import judge as judge_module
 from mlx_dpo.evaluation.judge import NO_VERDICT
 
 
-class Thinker:
-    """A tokenizer whose template begins to think; it has one token."""
+class ThinkingTokenizer:
+    """A tokenizer with one token, whose template opens the thinking at the end of the prompt."""
 
     has_chat_template = has_thinking = True
     think_start, think_end = "<t>", "</t>"
@@ -26,19 +26,19 @@ class Thinker:
         return -1
 
 
-def judged(monkeypatch, said):
-    voice = SimpleNamespace(
-        base=SimpleNamespace(tokenizer=Thinker()),
+def rank_with_reply(monkeypatch, reply):
+    responder = SimpleNamespace(
+        base=SimpleNamespace(tokenizer=ThinkingTokenizer()),
         facts={"model_digest": "x"},
-        answer=lambda conversations, sampling: [said] * len(conversations),
+        answer=lambda conversations, sampling: [reply] * len(conversations),
     )
-    monkeypatch.setattr(judges, "open_responder", lambda run, *, model: voice)
-    judge = judges.open_judge(None, "m", None)
+    monkeypatch.setattr(judge_module, "open_responder", lambda run, *, model: responder)
+    judge = judge_module.open_judge(None, "m", None)
     [ranking] = judge.rank([[{"role": "user", "content": "hi"}]], [["one", "other"]])
     return ranking
 
 
-def test_a_judge_that_was_cut_while_it_thought_gave_no_verdict(monkeypatch):
-    """Its prompt has begun the thought: nothing in the text says that it is one."""
-    assert judged(monkeypatch, "[[C]]? Perhaps. But then").doubts == (NO_VERDICT,)
-    assert judged(monkeypatch, "[[A]]?</t>[[C]]").doubts == ()
+def test_a_judge_that_was_cut_while_thinking_gave_no_verdict(monkeypatch):
+    """The prompt opens the thinking, so the reply contains no start mark."""
+    assert rank_with_reply(monkeypatch, "[[C]]? Perhaps. But then").doubts == (NO_VERDICT,)
+    assert rank_with_reply(monkeypatch, "[[A]]?</t>[[C]]").doubts == ()

@@ -61,7 +61,7 @@ def test_a_function_of_a_file_scores_and_ranks(file):
     assert reward.rank([PROMPT], [["ab", "cd"]])[0].is_tie
 
 
-def test_what_the_function_does_to_the_prompt_stays_with_it(file):
+def test_a_function_cannot_change_the_prompt_of_the_caller(file):
     reward = load_reward(f"{file}:first_turn")
     assert [reward(PROMPT, ""), reward(PROMPT, "")] == [3, 3]
     assert PROMPT[0]["content"] == "hi"
@@ -93,7 +93,7 @@ def test_a_function_of_a_module_is_found_by_its_name():
         ("7. I hope that helps! I hope that helps! I hope that helps! I hope that helps!", 0),
     ],
 )
-def test_the_reward_that_ships_counts_courteous_phrases(answer, points):
+def test_the_courtesy_reward_counts_courteous_phrases(answer, points):
     assert courtesy(PROMPT, answer) == points
 
 
@@ -105,7 +105,7 @@ def test_the_reward_that_ships_counts_courteous_phrases(answer, points):
         ("not_a_number", "{file}:not_a_number: the reward must be a finite number, got nan"),
     ],
 )
-def test_a_reward_that_fails_is_told_in_one_line_with_its_place(file, name, message):
+def test_a_failing_reward_gives_a_one_line_error_with_its_location(file, name, message):
     with pytest.raises(ConfigError) as error:
         load_reward(f"{file}:{name}")(PROMPT, "x")
     assert str(error.value) == message.replace("{file}", str(file)).replace("\\\\", "\\")
@@ -122,7 +122,7 @@ def test_a_reward_that_fails_is_told_in_one_line_with_its_place(file, name, mess
         ("no.such.module:f", "no.such.module: cannot be imported (ModuleNotFoundError"),
     ],
 )
-def test_what_is_no_reward_is_said_in_one_line(file, spec, message):
+def test_an_invalid_reward_gives_a_one_line_error(file, spec, message):
     with pytest.raises(ConfigError) as error:
         load_reward(spec.replace("{file}", str(file)))
     assert message in str(error.value)
@@ -130,19 +130,19 @@ def test_what_is_no_reward_is_said_in_one_line(file, spec, message):
 
 
 @pytest.mark.parametrize(
-    ("code", "place"), [("x = (\n", 1), ("a = 1\n\nb = a / 0\n", 3), ("import nowhere_at_all\n", 1)]
+    ("code", "line"), [("x = (\n", 1), ("a = 1\n\nb = a / 0\n", 3), ("import nowhere_at_all\n", 1)]
 )
-def test_a_file_that_cannot_run_is_told_with_its_line(tmp_path, code, place):
+def test_a_file_that_cannot_be_imported_gives_its_line(tmp_path, code, line):
     path = tmp_path / "broken.py"
     path.write_text(code)
-    with pytest.raises(ConfigError, match=rf"broken\.py:{place}: cannot be imported"):
+    with pytest.raises(ConfigError, match=rf"broken\.py:{line}: cannot be imported"):
         load_reward(f"{path}:f")
     sys.modules.pop("_reward_broken", None)
 
 
-def test_the_code_that_was_loaded_is_what_the_facts_are_of(file):
+def test_the_provenance_is_of_the_loaded_code(file):
     reward = load_reward(f"{file}:length")
-    before = reward.facts()
+    before = reward.provenance()
     file.write_text(CODE.replace("2.0", "3.0"))
     assert reward(PROMPT, "abc") == 6.0
-    assert reward.facts() == before != load_reward(f"{file}:length").facts()
+    assert reward.provenance() == before != load_reward(f"{file}:length").provenance()

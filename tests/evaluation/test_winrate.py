@@ -27,11 +27,11 @@ def test_wins_ties_and_losses_are_counted_and_a_tie_is_half_a_win():
         (1, 29, 0.0061, 0.1718),
     ],
 )
-def test_the_interval_is_wilsons(won, count, low, high):
+def test_the_interval_equals_published_wilson_intervals(won, count, low, high):
     assert wilson_interval(won, count) == pytest.approx((low, high), abs=5e-5)
 
 
-def test_the_interval_of_the_other_side_is_mirrored():
+def test_the_interval_of_the_opponent_is_mirrored():
     low, high = wilson_interval(13.5, 40)
     assert wilson_interval(40 - 13.5, 40) == pytest.approx((1 - high, 1 - low))
 
@@ -50,7 +50,7 @@ def sample(count, seed, prefer, by_length):
 
 
 @pytest.mark.parametrize("prefer", [-1.2, -0.7, 0.0])
-def test_what_length_alone_decides_is_taken_out(prefer):
+def test_the_effect_of_length_is_removed(prefer):
     outcomes, lengths = sample(8000, 3, prefer, by_length=2.0)
     raw = sum(outcomes) / len(outcomes)
     wanted = 1 / (1 + math.exp(-prefer))
@@ -58,13 +58,13 @@ def test_what_length_alone_decides_is_taken_out(prefer):
     assert abs(raw - wanted) > 0.05
 
 
-def test_without_an_effect_of_length_the_rate_is_the_plain_one():
+def test_without_an_effect_of_length_the_rate_is_the_win_rate():
     outcomes, lengths = sample(8000, 4, 0.4, by_length=0.0)
     raw = sum(outcomes) / len(outcomes)
     assert length_controlled_rate(outcomes, lengths) == pytest.approx(raw, abs=0.01)
 
 
-def test_the_other_side_has_the_rest():
+def test_the_rate_of_the_opponent_is_the_complement():
     outcomes, lengths = sample(60, 5, 0.8, by_length=1.0)
     mirrored = length_controlled_rate([1 - y for y in outcomes], [-d for d in lengths])
     assert mirrored == pytest.approx(1 - length_controlled_rate(outcomes, lengths), abs=1e-9)
@@ -76,8 +76,8 @@ def test_the_unit_of_length_does_not_matter():
     assert again == pytest.approx(length_controlled_rate(outcomes, lengths), abs=1e-9)
 
 
-def test_the_fit_is_the_minimum_of_its_loss():
-    """Against gradient descent on the penalised likelihood, with the added tie."""
+def test_the_fit_minimizes_its_loss():
+    """Compared with gradient descent on the penalized likelihood, with the added tie."""
     outcomes, lengths = [1, 0.5, 0, 1, 1, 0, 1], [10, -3, -20, 4, 30, 2, 8]
     mean = sum(lengths) / len(lengths)
     std = math.sqrt(sum((d - mean) ** 2 for d in lengths) / len(lengths))
@@ -85,19 +85,19 @@ def test_the_fit_is_the_minimum_of_its_loss():
     points.append((0.0, 0.5))
     a = b = 0.0
     for _ in range(20000):
-        left = [(y - 1 / (1 + math.exp(-(a + b * x))), x) for x, y in points]
-        a += 0.05 * sum(r for r, _ in left)
-        b += 0.05 * (sum(r * x for r, x in left) - LENGTH_RIDGE * b)
+        residuals = [(y - 1 / (1 + math.exp(-(a + b * x))), x) for x, y in points]
+        a += 0.05 * sum(r for r, _ in residuals)
+        b += 0.05 * (sum(r * x for r, x in residuals) - LENGTH_RIDGE * b)
     assert length_controlled_rate(outcomes, lengths) == pytest.approx(
         1 / (1 + math.exp(-a)), abs=1e-8
     )
 
 
 @pytest.mark.parametrize("outcome", [0.0, 1.0])
-def test_one_side_winning_everything_stays_finite(outcome):
-    found = length_controlled_rate([outcome] * 200, list(range(200)))
-    assert found == pytest.approx(outcome, abs=0.02)
+def test_the_rate_is_finite_if_one_policy_wins_everything(outcome):
+    rate = length_controlled_rate([outcome] * 200, list(range(200)))
+    assert rate == pytest.approx(outcome, abs=0.02)
 
 
-def test_answers_that_differ_alike_in_length_have_no_length_to_control():
+def test_a_constant_length_difference_gives_no_length_controlled_rate():
     assert win_rate([1, 0, 1], [5, 5, 5]).length_controlled is None

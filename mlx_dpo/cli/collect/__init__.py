@@ -1,7 +1,6 @@
-"""`mlx-dpo collect`: answers side by side, and which is the better one, written at once."""
+"""`mlx-dpo collect`: preference pairs from a model's own answers, written as they are decided."""
 
 import sys
-from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,10 +17,11 @@ if TYPE_CHECKING:
     from mlx_dpo.collect.sample import SamplingPlan
     from mlx_dpo.collect.session import TaskSampler
     from mlx_dpo.data.prompts import Prompt
+    from mlx_dpo.evaluation.rewards import Judge
 
 
-def _print_rubric(ctx: click.Context, parameter: click.Parameter, wanted: bool) -> None:
-    if not wanted or ctx.resilient_parsing:
+def _print_rubric(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
+    if not value or ctx.resilient_parsing:
         return
     from mlx_dpo.evaluation.judge import default_rubric
 
@@ -31,11 +31,13 @@ def _print_rubric(ctx: click.Context, parameter: click.Parameter, wanted: bool) 
 
 @click.command()
 @click.argument("runs", nargs=-1, metavar="[RUN]...")
-@click.option("--model", metavar="MODEL", help="A folder or Hub id, in place of runs.")
+@click.option("--model", metavar="MODEL", help="A folder or Hub id, instead of runs.")
 @click.option("--prompts", metavar="FILE", help="Prompts or pairs. [default: typed]")
-@click.option("--output", required=True, metavar="FILE", help="Pairs to write or to go on with.")
-@click.option("--answers", default=2, help="Answers to each prompt.")
-@click.option("--web", is_flag=True, help="Pick in a browser on this machine.")
+@click.option(
+    "--output", required=True, metavar="FILE", help="File to write pairs to or to resume."
+)
+@click.option("--answers", default=2, help="Answers per prompt.")
+@click.option("--web", is_flag=True, help="Rank in a browser on this machine.")
 @click.option("--port", type=click.IntRange(0, 65535), help="With --web. [default: a free one]")
 @click.option(
     "--print-rubric",
@@ -43,11 +45,11 @@ def _print_rubric(ctx: click.Context, parameter: click.Parameter, wanted: bool) 
     is_eager=True,
     expose_value=False,
     callback=_print_rubric,
-    help="Print what a judge is told, to begin a --rubric with, and leave.",
+    help="Print the default rubric of judges, as a start for --rubric, and exit.",
 )
 @judge_flags
 @answer_flags(temperature=1.0, several=True)
-def collect(  # noqa: PLR0913 (one argument for each flag)
+def collect(  # noqa: PLR0913 (one argument per flag)
     runs: tuple[str, ...],
     model: str | None,
     prompts: str | None,
@@ -60,11 +62,11 @@ def collect(  # noqa: PLR0913 (one argument for each flag)
     rubric: str | None,
     **settings: Any,
 ) -> None:
-    """Sample answers of RUNs or of a model and keep which is better, as pairs to train on.
+    """Sample answers of RUNs or of a model and write preference pairs to train on.
 
-    A person picks, blind and in random order, or a reward function or a judge model does. Every
-    pick is on disk at once; the same command goes on where it stopped. Prompts without a pair
-    (ties, skipped ones) are kept beside, in a file that ends in `.passed.jsonl`.
+    A person ranks the answers, blind and in random order, or a reward function or a judge model
+    does. Every decision is on disk at once; the same command resumes where it stopped. Prompts
+    without a pair (ties, skipped prompts) go to a second file that ends in `.passed.jsonl`.
 
     \b
     mlx-dpo collect run --prompts prompts.txt --output pairs.jsonl
@@ -77,31 +79,29 @@ def collect(  # noqa: PLR0913 (one argument for each flag)
     from mlx_dpo.collect.sample import SamplingPlan
     from mlx_dpo.evaluation.judge import check_judge, open_judge
 
-    asking = SamplingPlan(answers=answers, samplings=samplings(settings))
-    asking.check(max(1, len(runs)))
+    plan = SamplingPlan(answers=answers, samplings=samplings(settings))
+    plan.check(max(1, len(runs)))
     check_judge(reward, judge, rubric)
-    picks = _open_pairs_file(output)
-    asked_for = _read_prompts(prompts)
-    decides = open_judge(reward, judge, rubric) if automatic else None
-    asked, system = _open_sampler(runs, model, asked_for, picks, asking, automatic=automatic)
-    _print_progress(asked)
-    if decides is not None:
-        from mlx_dpo.collect.sample import judge_all
-
-        _show_progress(asked, (pick.passed for _, pick in judge_all(asked, decides)))
+    pairs_file = _open_pairs_file(output)
+    prompt_list = _read_prompts(prompts)
+    opened_judge = open_judge(reward, judge, rubric) if automatic else None
+    tasks, system = _open_sampler(runs, model, prompt_list, pairs_file, plan, automatic=automatic)
+    _print_resumed(tasks)
+    if opened_judge is not None:
+        _judge_with_progress(tasks, opened_judge)
     else:
-        typed = partial(_read_typed_prompt, system) if prompts is None else None
-        _ask_person(asked, web=web, port=port, typed=typed)
-    _print_summary(picks)
+        read_prompt = partial(_read_typed_prompt, system) if prompts is None else None
+        _ask_person(tasks, web=web, port=port, read_prompt=read_prompt)
+    _print_summary(pairs_file)
 
 
 def _open_pairs_file(output: str) -> "PairsFile":
     from mlx_dpo.collect.pairs_file import PairsFile
 
-    picks = PairsFile(Path(output).expanduser())
-    for note in picks.notes:
+    pairs_file = PairsFile(Path(output).expanduser())
+    for note in pairs_file.notes:
         click.echo(note, err=True)
-    return picks
+    return pairs_file
 
 
 def _read_prompts(prompts: str | None) -> "list[Prompt]":
@@ -113,13 +113,13 @@ def _read_prompts(prompts: str | None) -> "list[Prompt]":
 def _open_sampler(
     runs: tuple[str, ...],
     model: str | None,
-    asked_for: "list[Prompt]",
-    picks: "PairsFile",
-    asking: "SamplingPlan",
+    prompts: "list[Prompt]",
+    pairs_file: "PairsFile",
+    plan: "SamplingPlan",
     *,
     automatic: bool,
 ) -> "tuple[TaskSampler, str | None]":
-    """The prompts and who answers them, after which system message; says what there is to say."""
+    """Load the models and return the ranking tasks and the system message; print notes."""
     from mlx_dpo.collect.sample import (
         JUDGE_CHUNK,
         PERSON_CHUNK,
@@ -129,52 +129,50 @@ def _open_sampler(
     from mlx_dpo.collect.session import TaskSampler
     from mlx_dpo.data.prompts import add_system_prompt
 
-    voices = open_responders(runs, model)
-    for voice in voices:
-        for note in voice.base.notes:
+    responders = open_responders(runs, model)
+    for responder in responders:
+        for note in responder.base.notes:
             click.echo(note, err=True)
-    system = voices[0].system
-    if len({voice.system for voice in voices}) > 1:
-        told = (
-            "without a system message" if system is None else f"after the system message {system}"
-        )
-        click.echo(f"RUNs differ in their system messages; all are asked {told}", err=True)
-    asked = TaskSampler(
-        add_system_prompt(asked_for, system),
-        picks,
-        make_answer_sampler(voices, asking),
-        chunk=JUDGE_CHUNK if automatic else PERSON_CHUNK,
-        seed=asking.samplings[0].seed or 0,
+    system = responders[0].system
+    if len({responder.system for responder in responders}) > 1:
+        used = "no system message" if system is None else f"the system message {system}"
+        click.echo(f"RUNs differ in their system messages; all of them get {used}", err=True)
+    tasks = TaskSampler(
+        add_system_prompt(prompts, system),
+        pairs_file,
+        make_answer_sampler(responders, plan),
+        chunk_size=JUDGE_CHUNK if automatic else PERSON_CHUNK,
+        seed=plan.samplings[0].seed or 0,
     )
-    return asked, system
+    return tasks, system
 
 
 def _ask_person(
-    asked: "TaskSampler", *, web: bool, port: int | None, typed: "ReadPrompt | None"
+    tasks: "TaskSampler", *, web: bool, port: int | None, read_prompt: "ReadPrompt | None"
 ) -> None:
     if not web:
         from mlx_dpo.cli.collect.terminal import rank_at_terminal
 
-        rank_at_terminal(asked, typed=typed)
-    elif asked.left:
+        rank_at_terminal(tasks, read_prompt=read_prompt)
+    elif tasks.remaining:
         from mlx_dpo.cli.collect.terminal import rank_in_browser
 
-        rank_in_browser(asked, port or 0)
+        rank_in_browser(tasks, port or 0)
 
 
 def _check_flags(automatic: bool, web: bool, port: int | None, prompts: str | None) -> None:
     if port is not None and not web:
         raise ConfigError("`port` has no effect without --web")
     if automatic and web:
-        raise ConfigError("`web` has no effect where no person picks; leave --reward or --judge")
+        raise ConfigError("`web` has no effect with --reward or --judge; leave one of them out")
     if prompts == "-" and not automatic:
-        raise ConfigError("`-` is where keys are read from; give prompts in a file")
+        raise ConfigError("`-` has no effect: keys are read from stdin; give prompts in a file")
     if prompts is None and (automatic or web):
-        raise ConfigError("--prompts is missing; prompts are typed only where a person picks here")
+        raise ConfigError("missing --prompts; prompts are typed only if a person ranks here")
 
 
 def _read_typed_prompt(system: str | None) -> "Prompt | None":
-    """The next prompt that a person types; None to leave."""
+    """Read the next prompt that the person types; return None to leave."""
     from mlx_dpo.data.prompts import add_system_prompt, make_prompt
 
     try:
@@ -185,37 +183,40 @@ def _read_typed_prompt(system: str | None) -> "Prompt | None":
     return prompt
 
 
-def _show_progress(asked: "TaskSampler", decisions: Iterable[str | None]) -> None:
+def _judge_with_progress(tasks: "TaskSampler", judge: "Judge") -> None:
+    from mlx_dpo.collect.sample import judge_all
     from mlx_dpo.reporting.console import make_console, show_progress
 
     try:
-        with show_progress(make_console(), "judged", total=asked.left, unit="prompts") as count:
-            for _ in decisions:
+        with show_progress(
+            make_console(), "judged", total=tasks.remaining, unit="prompts"
+        ) as count:
+            for _ in judge_all(tasks, judge):
                 count(1)
     except KeyboardInterrupt:
-        _print_summary(asked.picks)
-        click.echo("Interrupted; the same command goes on", err=True)
+        _print_summary(tasks.pairs_file)
+        click.echo("Interrupted; run the same command to resume", err=True)
         raise SystemExit(INTERRUPTED) from None
 
 
-def _print_progress(asked: "TaskSampler") -> None:
-    done = len(asked.prompts) - asked.left
+def _print_resumed(tasks: "TaskSampler") -> None:
+    done = len(tasks.prompts) - tasks.remaining
     if done:
-        click.echo(f"{done:,} of {len(asked.prompts):,} prompts are decided already", err=True)
+        click.echo(f"{done:,} of {len(tasks.prompts):,} prompts are decided already", err=True)
 
 
-def _print_summary(picks: "PairsFile") -> None:
+def _print_summary(pairs_file: "PairsFile") -> None:
     from mlx_dpo.cli import program
     from mlx_dpo.collect.sample import count_outcomes, count_truncated
 
-    (_, pairs), *passed = count_outcomes(picks)
-    counts = [f"{pairs:,} pair{'s' * (pairs != 1)}", *(f"{count:,} {why}" for why, count in passed)]
-    click.echo(f"{picks.path}: {', '.join(counts)}")
-    if cut := count_truncated(picks):
+    (_, pairs), *skipped = count_outcomes(pairs_file)
+    counts = [f"{pairs:,} pair{'s' * (pairs != 1)}", *(f"{n:,} {why}" for why, n in skipped)]
+    click.echo(f"{pairs_file.path}: {', '.join(counts)}")
+    if truncated := count_truncated(pairs_file):
         click.echo(
-            f"{cut:,} of the chosen answers {'was' if cut == 1 else 'were'} cut where their tokens "
-            "ran out, which teaches to stop there; raise --max-tokens",
+            f"{truncated:,} of the chosen answers {'was' if truncated == 1 else 'were'} cut at the "
+            "token limit, and the model would learn to stop there; raise --max-tokens",
             err=True,
         )
     if pairs:
-        click.echo(f"Train on them: {program()} train {picks.path} --model … --output …")
+        click.echo(f"Train on them: {program()} train {pairs_file.path} --model … --output …")

@@ -1,4 +1,4 @@
-"""A person's picks at a terminal, one key each, or through a pipe, one line each."""
+"""Ranking of answers by a person: one key each at a terminal, one line each through a pipe."""
 
 import os
 import sys
@@ -23,49 +23,53 @@ ReadPrompt = Callable[[], "Prompt | None"]
 QUIT = "q"
 
 
-def rank_at_terminal(asked: TaskSampler, *, typed: ReadPrompt | None) -> None:
-    """Ask until no prompt is left, or the person leaves; `typed` gives prompts one by one."""
-    session = RankingSession(asked)
-    while question := _next_task(session) or _next_typed_task(session, typed):
-        _print_task(session, question)
+def rank_at_terminal(tasks: TaskSampler, *, read_prompt: ReadPrompt | None) -> None:
+    """Ask for decisions until no prompt is left or the person quits.
+
+    Args:
+        read_prompt: returns the next prompt typed by the person; None if prompts come from a file.
+    """
+    session = RankingSession(tasks)
+    while task := _next_task(session) or _next_typed_task(session, read_prompt):
+        _print_task(session, task)
         try:
-            if not _take_decision(session, question):
+            if not _take_decision(session, task):
                 return
         except (ConfigError, DataError) as error:
             _print(f"{error}")
 
 
 def _next_task(session: RankingSession) -> RankingTask | None:
-    if not session.ready and session.asked.left:
+    if not session.ready_count and session.tasks.remaining:
         _print("Sampling answers …")
-    return session.question
+    return session.current_task
 
 
-def _next_typed_task(session: RankingSession, typed: ReadPrompt | None) -> RankingTask | None:
-    asked = session.asked
-    while typed is not None and (prompt := typed()) is not None:
-        [answers] = asked.sample([prompt], len(session.picks.order))
-        if (question := asked.question(prompt, answers)) is not None:
-            session.put(question)
-            return question
-        _print("The answers are alike; ask something else")
+def _next_typed_task(session: RankingSession, read_prompt: ReadPrompt | None) -> RankingTask | None:
+    tasks = session.tasks
+    while read_prompt is not None and (prompt := read_prompt()) is not None:
+        [answers] = tasks.sample_answers([prompt], len(session.pairs_file.decisions))
+        if (task := tasks.make_task(prompt, answers)) is not None:
+            session.insert(task)
+            return task
+        _print("The answers are identical; ask something else")
     return None
 
 
-def _take_decision(session: RankingSession, question: RankingTask) -> bool:
-    """Take one decision; False to leave."""
-    key, rest = _read_key(_key_prompt(question))
-    places = {str(place + 1): place for place in range(len(question.answers))}
-    if key in places:
-        worst = _read_worst(question, places, places[key], rest)
+def _take_decision(session: RankingSession, task: RankingTask) -> bool:
+    """Read and apply one decision; return False to quit."""
+    key, rest = _read_key(_key_prompt(task))
+    indices = {str(index + 1): index for index in range(len(task.answers))}
+    if key in indices:
+        worst = _read_worst(indices, indices[key], rest)
         if worst is not None:
-            session.prefer(places[key], worst)
+            session.prefer(indices[key], worst)
     elif key == "e":
-        _edit(session, question, places, rest)
+        _edit_answer(session, task, indices, rest)
     elif key in ("t", "s"):
-        session.pass_over(TIE if key == "t" else SKIPPED)
+        session.skip(TIE if key == "t" else SKIPPED)
     elif key == "u":
-        _print("Taken back" if session.undo() else "Nothing of this session to take back")
+        _print("Undone" if session.undo() else "No decision of this session to undo")
     elif key == QUIT:
         return False
     else:
@@ -73,38 +77,38 @@ def _take_decision(session: RankingSession, question: RankingTask) -> bool:
     return True
 
 
-def _read_worst(question: RankingTask, places: dict[str, int], best: int, rest: str) -> int | None:
-    """The answer that is the worse one: the only other, or the one that is asked for."""
-    if len(places) == 2:
+def _read_worst(indices: dict[str, int], best: int, rest: str) -> int | None:
+    """Return the index of the worst answer: the only other one, or the one the person names."""
+    if len(indices) == 2:
         return 1 - best
     key = rest.strip() or _read_key("which is the worst? ")[0]
-    if key not in places:
-        _print("No such answer; nothing is kept")
-    return places.get(key)
+    if key not in indices:
+        _print("No such answer; no pair is written")
+    return indices.get(key)
 
 
-def _edit(
-    session: RankingSession, question: RankingTask, places: dict[str, int], rest: str
+def _edit_answer(
+    session: RankingSession, task: RankingTask, indices: dict[str, int], rest: str
 ) -> None:
-    """A text of the person's own against an answer: in an editor, or behind the key in a line."""
+    """Prefer a text of the person to an answer; it is edited in an editor or follows the key."""
     name, _, text = rest.strip().partition(" ")
-    name = name or _read_key("which answer do you improve? ")[0]
-    if name not in places:
-        _print("No such answer; nothing is kept")
+    name = name or _read_key("which answer do you want to edit? ")[0]
+    if name not in indices:
+        _print("No such answer; no pair is written")
         return
-    worse = places[name]
+    rejected = indices[name]
     if not text and sys.stdin.isatty():
-        text = click.edit(question.answers[worse].text) or ""
-    session.improve(worse, text.removesuffix("\n"))
+        text = click.edit(task.answers[rejected].text) or ""
+    session.edit(rejected, text.removesuffix("\n"))
 
 
-def _key_prompt(question: RankingTask) -> str:
-    numbers = "/".join(str(place + 1) for place in range(len(question.answers)))
+def _key_prompt(task: RankingTask) -> str:
+    numbers = "/".join(str(index + 1) for index in range(len(task.answers)))
     return f"{numbers} is better · e edit · t tie · s skip · u undo · q quit: "
 
 
 def _read_key(prompt: str) -> tuple[str, str]:
-    """A key, and what stands behind it on the line where lines are read."""
+    """Return a key, and the rest of its line if stdin is a pipe."""
     if sys.stdin.isatty():
         return _read_pressed_key(prompt), ""
     click.echo(prompt, err=True, nl=False)
@@ -115,30 +119,30 @@ def _read_key(prompt: str) -> tuple[str, str]:
 
 
 def _read_pressed_key(prompt: str) -> str:
-    """One key, without Enter. What was pressed before the prompt was there does not count."""
-    place = sys.stdin.fileno()
-    before = termios.tcgetattr(place)
+    """Return one key, without Enter. Keys pressed before the prompt was shown are discarded."""
+    terminal = sys.stdin.fileno()
+    attributes = termios.tcgetattr(terminal)
     try:
-        tty.setcbreak(place, termios.TCSAFLUSH)
+        tty.setcbreak(terminal, termios.TCSAFLUSH)
         click.echo(prompt, err=True, nl=False)
-        key = os.read(place, 16).decode("utf-8", "replace") or QUIT
+        key = os.read(terminal, 16).decode("utf-8", "replace") or QUIT
     except KeyboardInterrupt:
         key = QUIT
     finally:
-        termios.tcsetattr(place, termios.TCSADRAIN, before)
+        termios.tcsetattr(terminal, termios.TCSADRAIN, attributes)
     _print(CONTROLS.sub("", key))
     return QUIT if key == "\x04" else key.lower()
 
 
-def _print_task(session: RankingSession, question: RankingTask) -> None:
-    left = session.asked.left
-    _print_styled(f"\n{left:,} left\n" if left else "\n", dim=True)
-    for turn in question.prompt.messages:
+def _print_task(session: RankingSession, task: RankingTask) -> None:
+    remaining = session.tasks.remaining
+    _print_styled(f"\n{remaining:,} left\n" if remaining else "\n", dim=True)
+    for turn in task.prompt.messages:
         _print_styled(f"{turn['role']}: ", bold=True)
         _print(_strip_controls(str(turn["content"])))
-    for place, answer in enumerate(question.answers, start=1):
-        cut = " (cut: its tokens ran out)" if answer.is_cut else ""
-        _print_styled(f"\n[{place}]{cut}\n", bold=True)
+    for number, answer in enumerate(task.answers, start=1):
+        note = " (cut at the token limit)" if answer.is_cut else ""
+        _print_styled(f"\n[{number}]{note}\n", bold=True)
         _print(indent(_strip_controls(answer.text.strip()), "    "))
     _print("")
 
@@ -156,10 +160,10 @@ def _print(line: str) -> None:
     click.echo(line, err=True)
 
 
-def rank_in_browser(asked: TaskSampler, port: int) -> None:
-    """Serve the page until the person finishes there, or Ctrl-C here."""
+def rank_in_browser(tasks: TaskSampler, port: int) -> None:
+    """Serve the page until the person finishes there or presses Ctrl-C at the terminal."""
     server = LoopbackServer(read_page(), port)
-    click.echo(f"Pick in a browser on this machine: {server.address}", err=True)
+    click.echo(f"Open this page in a browser on this machine: {server.url}", err=True)
     click.echo("Keys: 1, 2 … is better, e edit, t tie, s skip, u undo, q finish", err=True)
     with suppress(KeyboardInterrupt):
-        serve_session(RankingSession(asked), server)
+        serve_session(RankingSession(tasks), server)
