@@ -134,7 +134,7 @@ class RunEstimate:
                 "stored": asdict(self.without_recomputation),
                 "recomputed": asdict(self.with_recomputation),
             },
-            "chosen": {**fitted.settled(), "fits": fitted.fits},
+            "chosen": {**fitted.automatic_settings(), "fits": fitted.fits},
             "epoch": asdict(self.epoch),
         }
 

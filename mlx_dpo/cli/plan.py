@@ -138,9 +138,9 @@ def _capacity_line(capacity: "Capacity", mode: str) -> str:
 
 def _settings_line(estimate: "RunEstimate") -> str:
     """Return the chosen batch settings, or why training would be refused."""
-    line = estimate.fitted.line()
+    line = estimate.fitted.describe()
     return (
-        line if estimate.fitted.fits else f"refused: {line.replace(', and begun by --force', '')}"
+        line if estimate.fitted.fits else f"refused: {line.replace(', and started by --force', '')}"
     )
 
 

@@ -125,12 +125,12 @@ def _facts(
 
 def steps_of(record: Mapping[str, Any]) -> int:
     """How many steps its adapters were trained for: fewer than it made if the best were kept."""
-    kept = record["kept"] or {}
+    kept = record["best_checkpoint"] or {}
     return int(kept.get("step") or record["stopped_early_at"] or record["steps"])
 
 
 def _steps(record: Mapping[str, Any]) -> str:
-    made, kept = record["stopped_early_at"] or record["steps"], record["kept"]
+    made, kept = record["stopped_early_at"] or record["steps"], record["best_checkpoint"]
     if kept is None:
         return f"{made:,} step{'s' * (made != 1)}"
     by = next(name for name in kept if name != "step")

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -33,14 +33,15 @@ def make_console() -> Console:
     return Console(no_color=is_plain, highlight=False, soft_wrap=is_plain)
 
 
-def print_facts(console: Console, facts: Iterable[tuple[str, str]]) -> None:
+def print_facts(console: Console, facts: Sequence[tuple[str, str]]) -> None:
     """Print (label, text) pairs in two columns; a terminal wraps long texts in their column."""
+    width = max([10, *(len(label) for label, _ in facts)])
     table = Table.grid(padding=(0, 1))
-    table.add_column(style="bold", min_width=10, no_wrap=True)
+    table.add_column(style="bold", min_width=width, no_wrap=True)
     table.add_column(overflow="fold")
     for label, text in facts:
         if not console.is_terminal:
-            console.print(f"{label:<10} {text}", markup=False)
+            console.print(f"{label:<{width}} {text}", markup=False)
         table.add_row(label, Text(text))
     if console.is_terminal:
         console.print(table)

@@ -1,4 +1,4 @@
-"""Which passes a run makes: what the settings leave open, decided by what fits into memory."""
+"""Automatic micro-batch size and gradient checkpointing, chosen by measured memory."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,9 +22,9 @@ from mlx_dpo.training.grad_cache import skip_kl_completions
 from mlx_dpo.training.objective import Objective
 from mlx_dpo.types import TokenizedPair
 
-# Larger passes gain nothing on the CPU; on a GPU little beyond a few thousand tokens.
+# Larger micro-batches gain nothing on the CPU; on a GPU little beyond a few thousand tokens.
 SIZES = {"cpu": (2, 1), "metal": (8, 4, 2, 1), "cuda": (8, 4, 2, 1)}
-BOUND_MARGIN = 1.5  # where a bound fits so many times, nothing has to be measured
+BOUND_MARGIN = 1.5  # a memory bound that fits this many times needs no measurement
 AUTOMATIC_SETTINGS = ("micro_batch_size", "recompute")
 
 Pairs = Sequence[TokenizedPair]
@@ -32,42 +32,42 @@ Pairs = Sequence[TokenizedPair]
 
 @dataclass(frozen=True)
 class MicroBatchFit:
-    """The settings with nothing left open, and the memory that a step is going to need."""
+    """Settings with a micro-batch size, and the memory that an optimizer step needs with them."""
 
     config: DPOConfig
     bytes: int
     room: MemoryBudget
-    is_bound: bool = False  # a rough bound; nothing was measured
-    instead_of: "MicroBatchFit | None" = None  # what was preferred and does not fit
+    is_bound: bool = False  # `bytes` is an upper bound; nothing was measured
+    instead_of: "MicroBatchFit | None" = None  # the preferred settings, which do not fit
     cost: PassProfile | None = None
-    kept: bool = False  # decided when the run began
+    is_recorded: bool = False  # chosen when the run began
 
     @property
     def fits(self) -> bool:
-        """Whether there is room enough."""
-        return self.kept or self.bytes <= self.room.bytes
+        """Whether the step fits into memory."""
+        return self.is_recorded or self.bytes <= self.room.bytes
 
-    def settled(self) -> dict[str, Any]:
-        """What was decided, for `run.json`."""
+    def automatic_settings(self) -> dict[str, Any]:
+        """Return the chosen settings for `run.json`."""
         return {name: getattr(self.config, name) for name in AUTOMATIC_SETTINGS}
 
-    def line(self) -> str:
-        """What was decided, and why, for a person."""
-        if self.kept:
+    def describe(self) -> str:
+        """Return the choice and its reason as text for the header."""
+        if self.is_recorded:
             return f"as when the run began: {_describe(self.config)}"
         about = "at most about" if self.is_bound else "about"
-        said = f"{about} {format_bytes(self.bytes)} at the longest pairs"
-        said += f", of {format_bytes(self.room.bytes)} ({self.room.description})"
+        text = f"{about} {format_bytes(self.bytes)} at the longest pairs"
+        text += f", of {format_bytes(self.room.bytes)} ({self.room.description})"
         if self.cost is not None and self.cost.text_share < 1:
-            said += ", drawn out from shorter ones"
+            text += ", extrapolated from shorter ones"
         if self.instead_of is not None:
-            said += f"; {_describe(self.config)}, because {_describe(self.instead_of.config)} "
-            said += f"would need {format_bytes(self.instead_of.bytes)}"
-        return said if self.fits else f"{said}: more than there is, and begun by --force"
+            text += f"; {_describe(self.config)}, because {_describe(self.instead_of.config)} "
+            text += f"would need {format_bytes(self.instead_of.bytes)}"
+        return text if self.fits else f"{text}: more than there is, started by --force"
 
 
 def format_bytes(count: float) -> str:
-    """Bytes in units of 10^9, or of 10^6 where there are few."""
+    """Return a size in GB (10^9 bytes), or in MB if it is small."""
     if count < 1e8:
         return f"{count / 1e6:.0f} MB"
     return f"{count / 1e9:.{0 if count >= 1e11 else 1 if count >= 1e10 else 2}f} GB"
@@ -80,14 +80,21 @@ def choose_micro_batch_size(
     earlier: Mapping[str, Any] | None,
     force: bool,
 ) -> MicroBatchFit:
-    """What a run makes of its settings; one that goes on keeps what its record `earlier` says.
+    """Return the settings of a run with a micro-batch size; a resumed run keeps its own.
+
+    Args:
+        inputs: Model and pairs.
+        config: Settings of the run.
+        choice: Scorer.
+        earlier: Record of a run that is resumed.
+        force: Accept settings that do not fit into memory.
 
     Raises:
-        ConfigError: nothing that they allow fits, and it is not to be tried by `force`.
+        ConfigError: No micro-batch size that the settings allow fits into memory.
     """
-    settled = (earlier or {}).get("settled")
-    if settled is not None:  # so that it goes on bit for bit
-        return MicroBatchFit(replace(config, **settled), 0, available_memory(), kept=True)
+    recorded = (earlier or {}).get("automatic_settings")
+    if recorded is not None:  # a resumed run continues bit for bit
+        return MicroBatchFit(replace(config, **recorded), 0, available_memory(), is_recorded=True)
     fitted = fit_micro_batch_size(
         inputs.base, config, choice, inputs.train, room=available_memory(), measure=False
     )
@@ -99,9 +106,9 @@ def choose_micro_batch_size(
 def longest_micro_batch(
     config: DPOConfig, choice: ScorerChoice, pairs: Pairs
 ) -> list[TokenizedPair]:
-    """The pass that needs most: the longest pairs that may go through together."""
+    """Return the micro-batch that needs most memory: the longest pairs that fit into one."""
     longest = longest_pairs(config.batch_size, pairs)
-    if config.labelled:  # only a token of what an answer is held against goes both ways
+    if config.labelled:  # KL completions have one token in passes with gradients
         own = column(pairs, LENGTHS)[:, :2].sum(axis=1)
         at = np.argsort(own, kind="stable")[-config.batch_size :].tolist()
         longest = skip_kl_completions([pairs[i] for i in at])
@@ -111,7 +118,7 @@ def longest_micro_batch(
 def profile_micro_batch(
     base: LoadedModel, config: DPOConfig, choice: ScorerChoice, pairs: Pairs
 ) -> PassProfile:
-    """What a training pass over `pairs` costs, adapters attached."""
+    """Return time and memory of a training pass over `pairs`; adapters are attached."""
     step = TrainingPass(
         scorer=choice.scorer,
         objective=Objective(config),
@@ -130,10 +137,10 @@ def fit_micro_batch_size(
     room: MemoryBudget,
     measure: bool,
 ) -> MicroBatchFit:
-    """The first of the possible settings that fits, or the one that needs least if none does.
+    """Return the first of the candidate settings that fits, or the smallest if none does.
 
-    As much as possible goes through together, and blocks are recomputed only if one pair at a
-    time does not fit without. Unless asked to `measure`, a rough bound decides where it can.
+    Large micro-batches are preferred. Gradient checkpointing is used only if a single pair does
+    not fit without it. Unless `measure` is set, a memory bound may decide without measuring.
     """
     preferred, *others = candidate_settings(config)
     longest = longest_micro_batch(preferred, choice, pairs)
@@ -153,7 +160,7 @@ def fit_micro_batch_size(
 
 
 def candidate_settings(config: DPOConfig) -> Iterator[DPOConfig]:
-    """The settings with nothing left open, the ones that are preferred first."""
+    """Yield the settings with every allowed micro-batch size, the preferred ones first."""
     sizes: Sequence[int | None] = (config.micro_batch_size,)
     if config.micro_batch_size is None and config.max_tokens is None:
         sizes = sorted({min(size, config.batch_size) for size in SIZES[device_kind()]})[::-1]
@@ -163,6 +170,7 @@ def candidate_settings(config: DPOConfig) -> Iterator[DPOConfig]:
 
 
 def _check_fits(fitted: MicroBatchFit, longest: int) -> None:
+    """Raise `ConfigError` with what to change if the longest pairs do not fit into memory."""
     if fitted.fits:
         return
     config = fitted.config
@@ -184,12 +192,14 @@ def _check_fits(fitted: MicroBatchFit, longest: int) -> None:
 def _profiled_fit(
     base: LoadedModel, config: DPOConfig, choice: ScorerChoice, pairs: Pairs, room: MemoryBudget
 ) -> MicroBatchFit:
+    """Return the measured memory of an optimizer step with these settings."""
     cost = profile_micro_batch(base, config, choice, longest_micro_batch(config, choice, pairs))
     peak = memory.step_peak_bytes(base.model, cost.bytes, optimizer_state_bytes(base.model, config))
     return MicroBatchFit(config, peak, room, cost=cost)
 
 
 def _describe(config: DPOConfig) -> str:
+    """Return micro-batch size and gradient checkpointing as text."""
     pairs, tokens = config.pass_limit
     size = f"{tokens:,} tokens" if pairs is None else "1 pair" if pairs == 1 else f"{pairs} pairs"
     return f"{size} a pass{', recomputed' if config.recompute else ''}"

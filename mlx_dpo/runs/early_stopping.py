@@ -1,7 +1,7 @@
-"""What a run's evaluations decide: whose adapters are kept, and whether it ends early.
+"""Early stopping and the best checkpoint, decided by a metric of the evaluations.
 
-The adapters of the best evaluation lie beside the checkpoints until the run is finished.
-Several may: a run that goes on from an earlier checkpoint needs the best of then.
+The adapters of the best evaluation are saved next to the checkpoints until the run is finished.
+There may be several: a run that resumes from an earlier checkpoint needs the best of that time.
 """
 
 import math
@@ -19,35 +19,34 @@ from mlx_dpo.errors import ConfigError, RunError
 from mlx_dpo.losses.metrics import METRICS
 from mlx_dpo.runs.folder import RunPaths
 from mlx_dpo.training.checkpoint import checkpoint_path, saved_steps, whole_folder
-from mlx_dpo.types import MetricsRow
 
 PREFIX = "eval_"
 
 
 @dataclass(frozen=True)
 class BestState:
-    """How things stand after some evaluations."""
+    """Best evaluation so far, and the evaluations since the last improvement."""
 
-    step: int | None = None  # of the best one, if any had a value
+    step: int | None = None  # None before the first evaluation with a value
     value: float = math.nan
-    waited: int = 0  # evaluations in a row that were no improvement
+    num_without_improvement: int = 0  # evaluations in a row
 
 
 @dataclass(frozen=True)
 class EarlyStopping:
-    """What an evaluation is judged by."""
+    """The metric that decides which evaluation is best, and the patience of early stopping."""
 
-    name: str  # as in the rows, with its prefix
-    lower: bool
+    metric: str  # with its prefix, as in the rows of metrics
+    lower_is_better: bool
     patience: int | None
     threshold: float
 
     @classmethod
     def by(cls, metric: str, *, patience: int | None, threshold: float | None) -> "EarlyStopping":
-        """Judge by the public name of a metric, with or without the prefix of evaluations.
+        """Return the rule for the public name of a metric, with or without the `eval_` prefix.
 
         Raises:
-            ConfigError: there is no such metric, or no better and worse in it.
+            ConfigError: The metric does not exist, or no value of it is better than another.
         """
         known = {m.name: m.better == "lower" for m in METRICS.values() if m.better is not None}
         name = metric.removeprefix(PREFIX)
@@ -57,144 +56,143 @@ class EarlyStopping:
             )
         return cls(PREFIX + name, known[name], patience, threshold or 0.0)
 
-    def standing(self, rows: Iterable[Mapping[str, float]]) -> BestState:
-        """Where the evaluations among `rows` have led; other rows are passed over."""
-        now = BestState()
+    def state_after(self, rows: Iterable[Mapping[str, float]]) -> BestState:
+        """Return the state after all evaluations among `rows` of metrics."""
+        state = BestState()
         for row in rows:
-            now = self.after(now, row)
-        return now
+            state = self.update(state, row)
+        return state
 
-    def after(self, before: BestState, row: Mapping[str, float]) -> BestState:
-        """Where one more row leads."""
-        if self.name not in row:
-            return before
-        step, value = int(row["step"]), row[self.name]
-        if before.step is None:
-            return before if math.isnan(value) else BestState(step, value)
-        gain = before.value - value if self.lower else value - before.value
-        # A small gain is the new best all the same; patience ends for want of large ones.
-        waited = 0 if gain > self.threshold else before.waited + 1
+    def update(self, state: BestState, row: Mapping[str, float]) -> BestState:
+        """Return the state after one more row of metrics; rows of training steps do not count."""
+        if self.metric not in row:
+            return state
+        step, value = int(row["step"]), row[self.metric]
+        if state.step is None:
+            return state if math.isnan(value) else BestState(step, value)
+        gain = state.value - value if self.lower_is_better else value - state.value
+        # A gain below the threshold is still the new best; it does not reset the patience.
+        waited = 0 if gain > self.threshold else state.num_without_improvement + 1
         if gain > 0:
             return BestState(step, value, waited)
-        return BestState(before.step, before.value, waited)
+        return BestState(state.step, state.value, waited)
 
-    def is_over(self, now: BestState) -> bool:
-        """Whether patience is at its end."""
-        return self.patience is not None and now.waited >= self.patience
+    def should_stop(self, state: BestState) -> bool:
+        """Return whether the patience is exhausted."""
+        return self.patience is not None and state.num_without_improvement >= self.patience
 
-    def line(self, *, keeps: bool) -> str:
-        """What follows from it, for a person."""
-        what = f"{'lowest' if self.lower else 'highest'} {self.name}"
-        parts = [f"the adapters of the {what} are kept"] if keeps else []
+    def describe(self, *, load_best_at_end: bool) -> str:
+        """Return the consequences of this rule as text for the header."""
+        what = f"{'lowest' if self.lower_is_better else 'highest'} {self.metric}"
+        parts = [f"the run ends with the adapters of the {what}"] if load_best_at_end else []
         if self.patience is not None:
             more = f" of more than {self.threshold:g}" if self.threshold else ""
             parts.append(f"stops after {self.patience} evaluations without an improvement{more}")
-            parts[-1] += "" if keeps else f" ({what})"
+            parts[-1] += "" if load_best_at_end else f" ({what})"
         return "; ".join(parts)
 
 
+Row = Mapping[str, float]
+
+
 class BestCheckpoint:
-    """The best evaluation so far; of a run that watches no metric, nothing."""
+    """Best evaluation of a run and its adapters; inactive without `metric_for_best_model`."""
 
     def __init__(self, config: DPOConfig, paths: RunPaths) -> None:
-        """Before any evaluation.
+        """Start before any evaluation.
 
         Raises:
-            ConfigError: the metric that is to be watched is not known.
+            ConfigError: The metric is not known.
         """
         self.paths = paths
-        self.keeps = config.load_best_model_at_end
-        self.watched: EarlyStopping | None = None
+        self.load_best_at_end = config.load_best_model_at_end
+        self.rule: EarlyStopping | None = None
         if (metric := config.metric_for_best_model) is not None:
             patience, threshold = config.early_stopping_patience, config.early_stopping_threshold
-            self.watched = EarlyStopping.by(metric, patience=patience, threshold=threshold)
-        self.standing = BestState()
+            self.rule = EarlyStopping.by(metric, patience=patience, threshold=threshold)
+        self.state = BestState()
 
-    def refuse_idle(self, *, every: int | None, total_steps: int, held_out: int) -> None:
-        """Settings that can decide nothing in a run of so many steps.
-
-        Raises:
-            ConfigError: names the setting.
-        """
-        if self.watched is None or every is None:
+    def check_has_effect(self, *, every: int | None, total_steps: int, held_out: int) -> None:
+        """Raise `ConfigError` if a setting decides nothing in a run of `total_steps` steps."""
+        if self.rule is None or every is None:
             return
         between = (total_steps - 1) // every
         what = f"an evaluation every {every} of {total_steps} steps and one at the end"
         if not held_out or not between:
             why = what if held_out else "no pairs are held out"
             raise ConfigError(f"`metric_for_best_model` has nothing to choose between: {why}")
-        patience = self.watched.patience
+        patience = self.rule.patience
         if patience is not None and patience >= between:
             raise ConfigError(
                 f"`early_stopping_patience` {patience} has no effect with {what}; "
                 f"use less than {between}, or a smaller --eval-steps"
             )
 
-    def go_on(self, rows: Sequence[MetricsRow]) -> None:
-        """Stand where the rows up to a checkpoint lead.
+    def restore(self, rows: Sequence[Row]) -> None:
+        """Restore the state from the rows of metrics up to a checkpoint.
 
         Raises:
-            RunError: the adapters of the best evaluation are gone.
+            RunError: The adapters of the best evaluation are gone.
         """
-        if self.watched is None:
+        if self.rule is None:
             return
-        self.standing = self.watched.standing(rows)
-        if self.keeps and self.standing.step is not None and not self._place.is_dir():
+        self.state = self.rule.state_after(rows)
+        if self.load_best_at_end and self.state.step is not None and not self._folder.is_dir():
             raise RunError(
-                f"{self._place}: the adapters of the best evaluation are gone; "
+                f"{self._folder}: the adapters of the best evaluation are gone; "
                 "put them back, or begin again with another --output"
             )
 
-    def judge(self, row: MetricsRow, save: Callable[[Path], None]) -> None:
-        """Judge an evaluation; `save` its adapters into a folder if it is the best."""
-        if self.watched is None:
+    def update(self, row: Row, save: Callable[[Path], None]) -> None:
+        """Take an evaluation into account; `save` its adapters to a folder if it is the best."""
+        if self.rule is None:
             return
-        if self.watched.name not in row:
+        if self.rule.metric not in row:
             raise ConfigError(
-                f"`metric_for_best_model`: an evaluation has no `{self.watched.name}`, for the "
+                f"`metric_for_best_model`: an evaluation has no `{self.rule.metric}`, for the "
                 "held-out answers are all good or all bad; watch `loss`, or hold out others"
             )
-        before, self.standing = self.standing, self.watched.after(self.standing, row)
-        if self.keeps and self.standing.step != before.step:
-            with whole_folder(self._place) as partial:
+        before, self.state = self.state, self.rule.update(self.state, row)
+        if self.load_best_at_end and self.state.step != before.step:
+            with whole_folder(self._folder) as partial:
                 save(partial)
 
     @property
-    def is_over(self) -> bool:
-        """Whether the run is to end here."""
-        return self.watched is not None and self.watched.is_over(self.standing)
+    def should_stop(self) -> bool:
+        """Whether the run is to stop early now."""
+        return self.rule is not None and self.rule.should_stop(self.state)
 
     @property
-    def kept(self) -> int | None:
-        """The step whose adapters the run finishes with, None for the last."""
-        return self.standing.step if self.keeps else None
+    def step(self) -> int | None:
+        """Step whose adapters the run ends with; None for the last step."""
+        return self.state.step if self.load_best_at_end else None
 
-    def prune(self, rows: Sequence[MetricsRow]) -> None:
-        """Remove what no checkpoint that is left can still need."""
-        if self.watched is None or not self.keeps:
+    def prune(self, rows: Sequence[Row]) -> None:
+        """Remove adapters that no remaining checkpoint can need."""
+        if self.rule is None or not self.load_best_at_end:
             return
-        needed = {self.standing.step}
+        needed = {self.state.step}
         for step in saved_steps(self.paths.checkpoints):
-            needed.add(self.watched.standing(r for r in rows if r["step"] <= step).step)
+            needed.add(self.rule.state_after(r for r in rows if r["step"] <= step).step)
         for step in set(saved_steps(self.paths.best)) - needed:
             shutil.rmtree(checkpoint_path(self.paths.best, step), ignore_errors=True)
 
-    def put_into(self, policy: nn.Module) -> None:
-        """Give `policy` the adapters that are kept."""
-        if self.kept is not None:
-            load_adapter_weights(policy, self._place / WEIGHTS)
+    def load_into(self, policy: nn.Module) -> None:
+        """Load the adapters of the best evaluation into `policy`, if the run ends with them."""
+        if self.step is not None:
+            load_adapter_weights(policy, self._folder / WEIGHTS)
 
-    def clear(self) -> None:
-        """Remove all of them: the run is finished."""
+    def remove(self) -> None:
+        """Remove all saved adapters of evaluations; the run is finished."""
         shutil.rmtree(self.paths.best, ignore_errors=True)
 
-    def told(self) -> dict[str, Any] | None:
-        """What was kept, for `run.json`."""
-        if self.kept is None or self.watched is None:
+    def to_dict(self) -> dict[str, Any] | None:
+        """Return step and metric of the best checkpoint for `run.json`, or None."""
+        if self.step is None or self.rule is None:
             return None
-        return {"step": self.kept, self.watched.name: self.standing.value}
+        return {"step": self.step, self.rule.metric: self.state.value}
 
     @property
-    def _place(self) -> Path:
-        assert self.standing.step is not None
-        return checkpoint_path(self.paths.best, self.standing.step)
+    def _folder(self) -> Path:
+        assert self.state.step is not None
+        return checkpoint_path(self.paths.best, self.state.step)

@@ -1,8 +1,9 @@
-"""A run folder: where everything in it lies, who may write to it, and what `run.json` says."""
+"""The run folder: its files, its lock, and the record in `run.json`."""
 
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,50 +21,50 @@ from mlx_dpo.runs.inputs import Inputs
 
 @dataclass(frozen=True)
 class RunPaths:
-    """The files of a run; the adapters lie in `folder` itself, where mlx-lm looks for them."""
+    """Paths of the files of a run; adapters are in `folder` itself, where mlx-lm expects them."""
 
     folder: Path
 
     @property
     def record(self) -> Path:
-        """Settings, provenance, counts and results."""
+        """Record with settings, provenance, counts and results."""
         return self.folder / "run.json"
 
     @property
     def metrics(self) -> Path:
-        """One JSON object per step or evaluation."""
+        """Metrics, one JSON object per step or evaluation."""
         return self.folder / "metrics.jsonl"
 
     @property
     def checkpoints(self) -> Path:
-        """One folder per checkpoint."""
+        """Folder of the checkpoints."""
         return self.folder / "checkpoints"
 
     @property
     def best(self) -> Path:
-        """One folder per evaluation that may turn out to be the best; gone when it is over."""
+        """Folder of the adapters of the best evaluations; removed when the run is finished."""
         return self.folder / "best"
 
     @property
     def lock(self) -> Path:
-        """Held by the process that trains into this folder."""
+        """File that the training process keeps locked."""
         return self.folder / ".lock"
 
     def reference(self, split: str) -> Path:
-        """Reference log-probabilities of `train` or `valid`, in the order of the pairs."""
+        """Return the file with the reference log-probabilities of split `train` or `valid`."""
         return self.folder / "reference" / f"{split}.safetensors"
 
 
 def write_record(paths: RunPaths, record: dict[str, Any]) -> None:
-    """Replace `run.json` by another whole one."""
+    """Replace `run.json` atomically."""
     write_file(paths.record, json.dumps(record, indent=2) + "\n")
 
 
 def read_record(paths: RunPaths) -> dict[str, Any] | None:
-    """What `run.json` says, or None where there is none.
+    """Return the content of `run.json` under the current key names, or None without the file.
 
     Raises:
-        RunError: it cannot be read as the record of a run.
+        RunError: The file is not the record of a run.
     """
     try:
         record = json.loads(paths.record.read_text())
@@ -72,31 +73,54 @@ def read_record(paths: RunPaths) -> dict[str, Any] | None:
         return None
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"{paths.record}: not the record of a run ({error})") from error
-    return dict(record)
+    return with_current_keys(record)
+
+
+# Keys of records that earlier versions wrote, and the current names.
+OLD_KEYS = {"settled": "automatic_settings", "kept": "best_checkpoint"}
+OLD_PROVENANCE_KEYS = {
+    "held": "device_and_dtype",
+    "start": "start_adapter",
+    "reference": "reference_model",
+}
+
+
+def with_current_keys(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a record with the key names of earlier versions replaced by the current ones."""
+    renamed = {OLD_KEYS.get(key, key): value for key, value in record.items()}
+    provenance = renamed.get("provenance", {})
+    renamed["provenance"] = {
+        OLD_PROVENANCE_KEYS.get(key, key): value for key, value in provenance.items()
+    }
+    return renamed
+
+
+def remove_run(paths: RunPaths) -> None:
+    """Remove the record, metrics, checkpoints and reference log-probabilities of a run."""
+    for folder in (paths.checkpoints, paths.best, paths.reference("train").parent):
+        shutil.rmtree(folder, ignore_errors=True)
+    paths.metrics.unlink(missing_ok=True)
+    paths.record.unlink(missing_ok=True)
 
 
 def find_run(folder: str) -> tuple[RunPaths, dict[str, Any]]:
-    """The files of a run that was begun, and its record.
+    """Return the paths and the record of the run in `folder`.
 
     Raises:
-        RunError: the folder is no run folder.
+        RunError: The folder is not a run folder.
     """
     paths = RunPaths(Path(folder).expanduser())
     record = read_record(paths)
     if record is None:
-        there = "no `run.json` in it" if paths.folder.is_dir() else "no such folder"
+        why = "no `run.json` in it" if paths.folder.is_dir() else "no such folder"
         if (paths.folder / "config.json").is_file():
             raise RunError(f"{folder}: a model, not a run folder; name models by `--model`")
-        raise RunError(f"{folder}: not a run folder ({there}); train one with `mlx-dpo train`")
+        raise RunError(f"{folder}: not a run folder ({why}); train one with `mlx-dpo train`")
     return paths, record
 
 
 def check_run_folder(paths: RunPaths) -> None:
-    """Leave folders alone that hold something else.
-
-    Raises:
-        RunError: names a file that no run wrote.
-    """
+    """Raise `RunError` if the folder contains files but is not a run folder."""
     if paths.record.is_file() or not paths.folder.is_dir():
         return
     # A run that was killed at once leaves its lock and a temporary file.
@@ -111,12 +135,12 @@ def check_run_folder(paths: RunPaths) -> None:
 
 @contextmanager
 def lock_folder(paths: RunPaths) -> Iterator[None]:
-    """Hold the folder for this process; a folder that nothing was written into disappears again.
+    """Create and lock the folder for this process; remove it again if nothing was written.
 
-    The lock belongs to the open file, so that the system releases it whatever ends the process.
+    The lock belongs to the open file: the system releases it however the process ends.
 
     Raises:
-        RunError: another process holds it, or it cannot be written.
+        RunError: Another process has the lock, or the folder cannot be written.
     """
     try:
         paths.folder.mkdir(parents=True, exist_ok=True)
@@ -141,27 +165,27 @@ def lock_folder(paths: RunPaths) -> Iterator[None]:
                 paths.folder.rmdir()
 
 
-SCORER_VERSION = 2  # to be raised when the same pairs get other log-probabilities than before
+SCORER_VERSION = 2  # increase when a change of the scorers changes log-probabilities
 
 PROVENANCE_NAMES = {
     "model": "the model",
     "tokenizer": "the tokenizer",
-    "held": "the device, or the number type of the weights on it,",
+    "device_and_dtype": "the device, or the number type of the weights on it,",
     "train": "the training pairs",
     "valid": "the held-out pairs",
-    "start": "the start adapter",
-    "reference": "the reference model",
+    "start_adapter": "the start adapter",
+    "reference_model": "the reference model",
 }
 
 
 def start_adapter_provenance(config: DPOConfig) -> dict[str, Any]:
-    """The adapter that a run starts from, by content; nothing if it starts from none.
+    """Return the digest of the start adapter; nothing without `start_adapter`.
 
     Raises:
-        ModelError: there is none where the settings say.
+        ModelError: The start adapter does not exist.
     """
     folder = config.start_adapter
-    return {} if folder is None else {"start": adapter_digest(Path(folder))}
+    return {} if folder is None else {"start_adapter": adapter_digest(Path(folder))}
 
 
 def new_record(
@@ -184,23 +208,21 @@ def new_record(
         "provenance": inputs.provenance(config) | start,
         "counts": {"train": len(inputs.train), "valid": len(inputs.valid)},
         "pairs": [report.to_dict() for report in inputs.reports],
-        # From the run folder, so that the run opens from any current folder.
+        # Relative to the run folder: the run can be opened from any current folder.
         "model_folder": _relative(config.model, config.output),
         "reference_folder": config.reference_model
         and _relative(config.reference_model, config.output),
         "start_folder": config.start_adapter and _relative(config.start_adapter, config.output),
         "versions": {name: version(name) for name in ("mlx-dpo", "mlx", "mlx-lm")},
         "evaluation": None,
-        "kept": None,
+        "best_checkpoint": None,
         "stopped_early_at": None,
         "warnings": [],
     }
 
 
 def hub_model_id(record: Mapping[str, Any]) -> str | None:
-    """The Hub id of the model that a run is trained on; None for a folder, whose path would mean
-    nothing elsewhere.
-    """
+    """Return the Hub id of the base model of a run; None if it is a local folder."""
     return None if record["model_folder"] else str(record["settings"]["model"])
 
 
@@ -212,10 +234,9 @@ def _relative(model: str, output: str) -> str | None:
 def check_resumable(
     paths: RunPaths, earlier: dict[str, Any], config: DPOConfig, *, resume: bool
 ) -> None:
-    """Refuse to write over a run, or to go on with one under settings of another result.
+    """Raise `RunError` if a new run would overwrite `earlier`, or if it cannot be resumed.
 
-    Raises:
-        RunError: says what the folder holds, or names the first setting that differs.
+    Resuming needs `resume`, an unfinished run, and the same settings.
     """
     if earlier["state"] == "finished":
         steps = earlier.get("stopped_early_at") or earlier["steps"]
@@ -241,11 +262,7 @@ def _shown(value: Any) -> str:
 
 
 def check_provenance(paths: RunPaths, earlier: dict[str, Any], now: Mapping[str, str]) -> None:
-    """Refuse to go on where something that the run depends on is not what it was.
-
-    Raises:
-        RunError: names what changed.
-    """
+    """Raise `RunError` if model, pairs or adapters have changed since the run began."""
     for name, content in now.items():
         if earlier["provenance"][name] != content:
             raise RunError(
@@ -254,14 +271,17 @@ def check_provenance(paths: RunPaths, earlier: dict[str, Any], now: Mapping[str,
             )
 
 
-def reference_provenance(record: dict[str, Any], held: str) -> str:
-    """What, beside token ids, determines the reference's log-probabilities.
+def reference_provenance(record: dict[str, Any], device_and_dtype: str) -> str:
+    """Return a key of everything but token ids that determines reference log-probabilities.
 
-    `held` says on what device and in what number type it is asked now.
+    Args:
+        record: Record of the run.
+        device_and_dtype: Device and dtype with which the reference is scored now.
     """
     settings = {name: record["settings"][name] for name in ("bits", "group_size", "dtype")}
-    contents = {"model": record["provenance"]["model"], "held": held}
-    if start := record["provenance"].get("start"):
+    # The names "held" and "start" are part of the key of caches that exist already.
+    contents = {"model": record["provenance"]["model"], "held": device_and_dtype}
+    if start := record["provenance"].get("start_adapter"):
         contents["start"] = start
     if (alpha := record["settings"].get("ld_alpha")) is not None:
         settings["ld_alpha"] = alpha
@@ -269,4 +289,4 @@ def reference_provenance(record: dict[str, Any], held: str) -> str:
     return json.dumps({"scorer": SCORER_VERSION, **contents, **settings, **versions})
 
 
-CURVES = "curves.png"  # in the run folder
+CURVES = "curves.png"  # plot of the metrics, in the run folder

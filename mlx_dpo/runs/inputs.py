@@ -1,4 +1,4 @@
-"""What a run starts from: the base, the pairs as tokens, and where both came from."""
+"""Inputs of a run: the base model, the tokenized pairs, and the provenance of both."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -27,37 +27,37 @@ from mlx_dpo.paths import token_cache
 from mlx_dpo.schemas.schema import Ranking, RowRules
 from mlx_dpo.types import TokenizedPair
 
-MAX_PROCESSES = 8  # each holds a tokenizer and the libraries that it comes with
+MAX_PROCESSES = 8  # each loads a tokenizer and its libraries
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The base and the pairs of a run."""
+    """The base model and the tokenized pairs of a run."""
 
     base: LoadedModel
     train: Sequence[TokenizedPair]
     valid: Sequence[TokenizedPair]
     reports: Sequence[PairsReport]  # one per source
-    passed_over: Sequence[str] = ()  # held-out splits that typed pairs replace
+    unused_splits: Sequence[str] = ()  # held-out splits that `valid` replaces
 
     def provenance(self, config: DPOConfig) -> dict[str, Any]:
-        """What the results depend on beside the settings, by content."""
+        """Return digests of all inputs on which the results depend, besides the settings."""
         return {
             "model": model_fingerprint(self.base.path),
             "tokenizer": tokenizer_fingerprint(self.base.path),
-            "held": device_and_dtype(self.base),
+            "device_and_dtype": device_and_dtype(self.base),
             "train": pairs_digest(self.train),
             "valid": pairs_digest(self.valid),
         }
 
 
 def device_and_dtype(base: LoadedModel) -> str:
-    """The device and the number type in which the base is computed with."""
+    """Return the device and the dtype with which the model computes."""
     return f"{device_kind()} {main_dtype(base.model)}"
 
 
 def token_rules(config: DPOConfig, base: LoadedModel) -> TokenRules:
-    """The settings that decide how text becomes tokens."""
+    """Return the settings that decide how text becomes tokens."""
     return TokenRules(
         chat_template=config.chat_template,
         thinking=config.thinking,
@@ -71,7 +71,7 @@ def token_rules(config: DPOConfig, base: LoadedModel) -> TokenRules:
 def load_configured_base(
     config: DPOConfig, load: Callable[..., LoadedModel] = load_model
 ) -> LoadedModel:
-    """The frozen base that the settings name; `load` is `load_empty_model` where shapes do."""
+    """Load the base model of the settings with `load`, its weights or only their shapes."""
     return load(
         config.model,
         revision=config.revision,
@@ -83,7 +83,7 @@ def load_configured_base(
 
 
 def row_rules(config: DPOConfig) -> RowRules:
-    """The settings that decide how rows become preferences."""
+    """Return the settings that decide how rows become examples."""
     return RowRules(
         judged=config.labelled,
         pair_labelled=config.pair_labelled,
@@ -97,14 +97,14 @@ def row_rules(config: DPOConfig) -> RowRules:
 
 @contextmanager
 def no_progress(rows: int | None) -> Iterator[Callable[[int], None]]:
-    """Nobody hears how many rows are done."""
+    """Show no progress."""
     yield lambda more: None
 
 
 def load_configured_source(
     config: DPOConfig, base: LoadedModel, source: Source, counting: RowProgress = no_progress
 ) -> LoadedPairs[PairDataset]:
-    """One source of pairs, as the settings say."""
+    """Load and tokenize one source of pairs with the settings of the run."""
     path, code = base.path, config.trust_remote_code
     load = partial(load_tokenizer, path, base.source, trust_remote_code=code)
     files = tokenizer_fingerprint(path) + (code_fingerprint(path) if code else "")
@@ -120,7 +120,7 @@ def load_configured_source(
 
 
 def count_processes() -> int:
-    """How many tokenize at once where there is enough to do."""
+    """Return the number of processes that tokenize large sources."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return min(cores or 1, MAX_PROCESSES)
 
@@ -128,7 +128,7 @@ def count_processes() -> int:
 def add_kl_completions(
     config: DPOConfig, pairs: Sequence[TokenizedPair]
 ) -> Sequence[TokenizedPair]:
-    """The pairs of a split; judged answers get what KTO holds them against."""
+    """Return the pairs of a split; unpaired examples get the KL completions that KTO needs."""
     return with_mismatched_completions(pairs, config.max_length) if config.labelled else pairs
 
 
@@ -138,24 +138,26 @@ def load_inputs(
     read: Callable[[DPOConfig], LoadedModel] = load_configured_base,
     counting: RowProgress = no_progress,
 ) -> Inputs:
-    """Find the pairs, load the base, tokenise; files are found before anything large is loaded.
+    """Find the pairs, load the base model and tokenize.
 
-    `read` says how the base is loaded, `counting` hears of rows where there are many.
+    Args:
+        config: Settings of the run.
+        read: Loads the base model.
+        counting: Progress of tokenizing large sources, in rows.
 
     Raises:
-        ConfigError: a setting has no effect, or rows are longer than what the model can place.
+        ConfigError: A setting has no effect, or rows are longer than the context length.
     """
     sources = find_sources(config.pairs, config.valid, config.split)
     check_held_out_settings(config, sources)
     base = read(config)
     train = [load_configured_source(config, base, source, counting) for source in sources.train]
     valid = [load_configured_source(config, base, source, counting) for source in sources.valid]
-    reports = [read.report for read in (*train, *valid)]
+    reports = [loaded.report for loaded in (*train, *valid)]
     check_settings_used(token_rules(config, base), row_rules(config), reports)
-    kept, apart = (
-        add_kl_completions(config, split) for split in _split_pairs(config, train, valid)
-    )
-    inputs = Inputs(base, kept, apart, reports, [one.name for one in sources.unused_valid])
+    splits = [add_kl_completions(config, pairs) for pairs in _split_pairs(config, train, valid)]
+    unused = [source.name for source in sources.unused_valid]
+    inputs = Inputs(base, splits[0], splits[1], reports, unused)
     check_context_length(config, base, inputs.train, inputs.valid)
     return inputs
 
@@ -165,52 +167,44 @@ def _split_pairs(
     train: Sequence[LoadedPairs[PairDataset]],
     valid: Sequence[LoadedPairs[PairDataset]],
 ) -> tuple[PairDataset, PairDataset]:
-    """Pairs to train on, each source as often as it is wanted, and pairs to measure on."""
-    every = concatenate([read.pairs for read in train])
-    held = held_out_indices(
-        every, share=0.0 if valid else config.held_out_fraction, seed=config.seed
-    )
-    apart = concatenate([read.pairs for read in valid]) if valid else every.select(sorted(held))
-    kept: list[int] = []
+    """Return training and held-out pairs; `mix` decides how often each source is used."""
+    all_pairs = concatenate([loaded.pairs for loaded in train])
+    share = 0.0 if valid else config.held_out_fraction
+    held_out = held_out_indices(all_pairs, share=share, seed=config.seed)
+    training: list[int] = []
     begin = 0
-    for number, read in enumerate(train):
-        places = [i for i in range(begin, begin + len(read.pairs)) if i not in held]
+    for number, loaded in enumerate(train):
+        indices = [i for i in range(begin, begin + len(loaded.pairs)) if i not in held_out]
         if config.mix:
-            read.report.weight = weight = config.mix[number]
-            drawn = mix_indices(len(places), weight, seed=(config.seed, number))
-            places = [places[i] for i in drawn]
-            read.report.per_epoch = len(places)
-        kept += places
-        begin += len(read.pairs)
-    return every.select(kept), apart
+            loaded.report.weight = weight = config.mix[number]
+            drawn = mix_indices(len(indices), weight, seed=(config.seed, number))
+            indices = [indices[i] for i in drawn]
+            loaded.report.per_epoch = len(indices)
+        training += indices
+        begin += len(loaded.pairs)
+    if valid:
+        return all_pairs.select(training), concatenate([loaded.pairs for loaded in valid])
+    return all_pairs.select(training), all_pairs.select(sorted(held_out))
 
 
 def check_context_length(
     config: DPOConfig, base: LoadedModel, *splits: Sequence[TokenizedPair]
 ) -> None:
-    """Positions that a model never saw in its training give numbers that mean nothing.
-
-    Raises:
-        ConfigError: a row is longer than what the model can place.
-    """
+    """Raise `ConfigError` if a row is longer than the context length of the model."""
     context = context_length(base.config)
     longest = longest_row(*splits)
     if context is not None and longest > context:
         raise ConfigError(
-            f"`max_length` is {config.max_length}, but the model places no more than {context} "
+            f"`max_length` is {config.max_length}, but the model's context length is {context} "
             f"tokens and the longest row has {longest}; use --max-length {context}"
         )
 
 
 def check_held_out_settings(config: DPOConfig, sources: SplitSources) -> None:
-    """Settings about held-out pairs that the files leave no room for.
-
-    Raises:
-        ConfigError: names the setting.
-    """
+    """Raise `ConfigError` if a setting about held-out pairs has no effect."""
     if sources.valid and config.valid_fraction is not None:
         raise ConfigError(
-            f"`valid_fraction` has no effect beside {sources.valid[0].name}; "
+            f"`valid_fraction` has no effect together with {sources.valid[0].name}; "
             "name the training file alone"
         )
     if not sources.valid and config.held_out_fraction == 0 and config.eval_steps is not None:

@@ -39,7 +39,7 @@ def cached_reference_logps(
     pairs: Sequence[TokenizedPair],
     record: dict[str, Any],
     *,
-    held: str,
+    device_and_dtype: str,
     score: DatasetScorer,
     progress: Callable[[int], None] = lambda scored: None,
 ) -> PairLogps:
@@ -50,10 +50,10 @@ def cached_reference_logps(
     return reference_logps(
         model,
         pairs,
-        provenance=reference_provenance(record, held),
+        provenance=reference_provenance(record, device_and_dtype),
         cache=places.reference_cache(),
         score=score,
-        labels=labels(_model_name(record), held),
+        labels=labels(_model_name(record), device_and_dtype),
         progress=progress,
     )
 
@@ -128,7 +128,7 @@ def score_splits(
                 other.model,
                 pairs,
                 _reference_model_record(config, digest),
-                held=device_and_dtype(other),
+                device_and_dtype=device_and_dtype(other),
                 score=score,
                 progress=progress,
             )

@@ -1,4 +1,4 @@
-"""What a run is about to do, in lines for a person."""
+"""Summary of a run for the terminal: lines of label and text before and after training."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -27,11 +27,11 @@ SummaryLine = tuple[str, str]
 
 
 def describe_reference(policy: nn.Module, config: DPOConfig) -> str:
-    """What the policy is held against."""
+    """Return a description of the reference."""
     if not config.needs_reference:
         return "none: the loss needs none"
     if config.reference_model is not None:
-        return f"{config.reference_model}, asked once before the policy was loaded, and freed"
+        return f"{config.reference_model}, scored once before the policy was loaded, then freed"
     if config.start_adapter is not None:
         what = f"with the adapter of {config.start_adapter}"
     else:
@@ -41,7 +41,7 @@ def describe_reference(policy: nn.Module, config: DPOConfig) -> str:
     if config.sync_ref_model:
         return (
             f"the model {what}; every {config.sync_steps} steps it moves "
-            f"{config.mixup_alpha:.0%} of the way to the policy, and a step then asks it anew"
+            f"{config.mixup_alpha:.0%} of the way to the policy and is scored in each step"
         )
     return f"the model {what}, scored once before the first step"
 
@@ -49,20 +49,23 @@ def describe_reference(policy: nn.Module, config: DPOConfig) -> str:
 def summarize_trainable(
     policy: nn.Module, config: DPOConfig, entries: Mapping[str, Any]
 ) -> list[SummaryLine]:
-    """What training moves, how much that is, and what follows from it.
+    """Return the lines about the trainable parameters.
 
-    `entries` are those of the base's `config.json`.
+    Args:
+        policy: Model with adapters attached.
+        config: Settings of the run.
+        entries: Entries of the base's `config.json`.
     """
     count, moved = memory.base_parameters(policy), memory.trainable_parameters(policy)
     share = f"{format_count(moved)} parameters trained, {moved / count:.2%} of the model"
     if get_fine_tune_type(policy) == "full":
         narrow = " and ".join(sorted(dtype_name(dtype) for dtype in forward_dtypes(policy)))
-        note = ("", f"held in float32, computed with in {narrow}")
+        note = ("", f"stored in float32, computed in {narrow}")
         what = f"full fine-tuning, in {_describe_trained_layers(policy)}: {share}"
         return [("weights", what), *[note] * bool(narrow)]
     lines = [("adapters", f"{_describe_adapters(policy, config)}: {share}")]
     if any(isinstance(module, LoRAEmbedding) for module in adapted_layers(policy).values()):
-        note = ("", "the head is the embeddings turned round, and adapted with them")
+        note = ("", "the LM head is tied to the embeddings and adapted with them")
         lines += [note] * has_tied_embeddings(policy)
     if unread := _unsupported_by_mlx_lm(policy, entries):
         lines.append(("", f"mlx-lm itself cannot load DoRA on {unread}; mlx-dpo can"))
@@ -70,13 +73,13 @@ def summarize_trainable(
 
 
 def _unsupported_by_mlx_lm(policy: nn.Module, entries: Mapping[str, Any]) -> str | None:
-    """Layers that its own DoRA takes for narrower than they are."""
+    """Return the layers whose width the DoRA of mlx-lm gets wrong, or None."""
     packed = entries.get("quantization") or {}
     if get_fine_tune_type(policy) != "dora" or not packed:
         return None
     kinds = {_layer_kind(module) for module in adapted_layers(policy).values()}
     if EMBEDDINGS in kinds:
-        return "packed embeddings"
+        return "quantized embeddings"
     return f"{packed['bits']}-bit layers" if packed["bits"] not in (2, 4, 8) else None
 
 
@@ -101,7 +104,7 @@ def _layer_kind(module: nn.Module) -> str:
 
 
 def _describe_trained_layers(policy: nn.Module) -> str:
-    """The blocks whose own weights are trained, and what is outside of them."""
+    """Return a description of the layers trained in full fine-tuning."""
     names, paths = named_arrays(policy.trainable_parameters()), block_paths(policy)
     blocks = sum(any(name.startswith(f"{path}.") for name in names) for path in paths)
     inside = tuple(f"{path}." for path in paths)
@@ -110,7 +113,7 @@ def _describe_trained_layers(policy: nn.Module) -> str:
 
 
 def format_count(number: int) -> str:
-    """A number with three digits and a letter for thousands, millions, billions."""
+    """Return a number with three digits and K, M or B."""
     for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
         if number >= size:
             return f"{number / size:.3g} {unit}"
@@ -118,13 +121,13 @@ def format_count(number: int) -> str:
 
 
 QUANTIZED_ON_LOAD = (
-    "they belong to the base as it is quantised here; for mlx-lm and others, write that base "
+    "they belong to the base as quantized here; to use them in mlx-lm and others, write that base "
     "with `mlx-dpo convert --bits` first and train on it"
 )
 
 
 def summarize_inputs(run: "DPOTrainer") -> list[SummaryLine]:
-    """What was loaded."""
+    """Return the lines about the model and the pairs."""
     base, inputs = run.inputs.base, run.inputs
     count = format_count(memory.total_parameters(base.model))
     lines = [("model", f"{base.source}, {count} parameters")]
@@ -135,12 +138,12 @@ def summarize_inputs(run: "DPOTrainer") -> list[SummaryLine]:
     lines += [("", line) for report in inputs.reports for line in report.lines()]
     if leaked := count_shared_pairs(inputs.valid, inputs.train):
         lines.append(("", f"{leaked:,} of the held-out {run.config.unit} are trained on as well"))
-    lines += [("", f"{name}: not used, for --valid was given") for name in inputs.passed_over]
+    lines += [("", f"{name}: not used, for --valid was given") for name in inputs.unused_splits]
     return lines
 
 
 def summarize_training(run: "DPOTrainer") -> list[SummaryLine]:
-    """What is about to be done with it."""
+    """Return the lines about the training that is about to start."""
     quantised = run.config.bits is not None
     return [
         ("reference", describe_reference(run.policy, run.config)),
@@ -151,56 +154,57 @@ def summarize_training(run: "DPOTrainer") -> list[SummaryLine]:
         ("steps", _describe_steps(run)),
         *_summarize_best(run),
         *_summarize_micro_batches(run),
-        ("memory", run.fitted.line()),
+        ("memory", run.fitted.describe()),
         ("output", run.config.output + _describe_resume(run)),
         *[("logging", f"{tracker.name}: {tracker.location}") for tracker in run.trackers.trackers],
     ]
 
 
 def summarize_end(run: "DPOTrainer") -> list[SummaryLine]:
-    """How it ended, where that is not at the last step with the last adapters, and with what."""
+    """Return the lines about the result: adapter, early stop and best checkpoint."""
     best, step = run.best, run.stopped_early_at
-    lines = [("adapter", run.shipped)]
-    if best.watched is None:
+    lines = [("adapter", run.adapter_support)]
+    if best.rule is None:
         return lines
     if step is not None:
-        waited = best.standing.waited
+        waited = best.state.num_without_improvement
         none = f"{waited} evaluation{'s' * (waited != 1)} in a row without an improvement"
-        lines.append(("stopped", f"early, after step {step} of {run.total_steps}: {none}"))
-    if best.kept is not None:
-        value = f"{best.watched.name} {best.standing.value:.4f}"
-        lines.append(("kept", f"the adapters of step {best.kept}, whose {value} is the best"))
+        lines.append(("early stop", f"after step {step} of {run.total_steps}: {none}"))
+    if best.step is not None:
+        lines.append(
+            ("best checkpoint", f"step {best.step}, {best.rule.metric} {best.state.value:.4f}")
+        )
     return lines
 
 
 def describe_loss(config: DPOConfig) -> str:
-    """The sum that is made small, and all that acts on it."""
+    """Return a description of the loss and the settings that act on it."""
     terms = zip(config.weights_of_losses, config.loss_type, strict=True)
     total = " + ".join(name if weight == 1 else f"{weight:g} {name}" for weight, name in terms)
-    said = _loss_settings(config)
+    parts = _loss_settings(config)
     if config.f_divergence_type is not None:
-        said.append(config.f_divergence_type)
+        parts.append(config.f_divergence_type)
     if config.f_divergence_type == "alpha_divergence":
-        said[-1] += f" {config.divergence_alpha:g}"
+        parts[-1] += f" {config.divergence_alpha:g}"
     if config.ld_alpha is not None:
-        said.append(f"ld_alpha {config.ld_alpha:g}")
-    weighed = ["weighed by what the policy would write"] if config.use_weighting else []
-    return ", ".join([total, *said, *weighed])
+        parts.append(f"ld_alpha {config.ld_alpha:g}")
+    wpo = ["weighted by on-policy probability (WPO)"] if config.use_weighting else []
+    return ", ".join([total, *parts, *wpo])
 
 
 def _loss_settings(config: DPOConfig) -> list[str]:
-    """The settings that losses read, loss by loss where they differ."""
+    """Return the settings that the losses use, for each loss if they differ."""
     read: dict[str, dict[str, float]] = {}
     for loss in config.losses:
         for name, value in vars(config.get_hyperparameters(loss)).items():
             read.setdefault(name, {})[loss.name] = value
-    said: list[str] = []
+    parts: list[str] = []
     for name, values in read.items():
         if len(set(values.values())) > 1:
-            said += [f"{name} {value:g} of {loss}" for loss, value in values.items()]
+            parts += [f"{name} {value:g} of {loss}" for loss, value in values.items()]
         elif any(values.values()) or getattr(config, name) is not None:
-            said.append(f"{name} {next(iter(values.values())):g}")
-    return said
+            parts.append(f"{name} {next(iter(values.values())):g}")
+    return parts
 
 
 def _describe_steps(run: "DPOTrainer") -> str:
@@ -215,11 +219,13 @@ def _describe_steps(run: "DPOTrainer") -> str:
 
 def _summarize_best(run: "DPOTrainer") -> list[SummaryLine]:
     best = run.best
-    return [("best", best.watched.line(keeps=best.keeps))] if best.watched else []
+    return (
+        [("best", best.rule.describe(load_best_at_end=best.load_best_at_end))] if best.rule else []
+    )
 
 
 def _summarize_micro_batches(run: "DPOTrainer") -> list[SummaryLine]:
-    """How the steps of an epoch are cut into passes."""
+    """Return the lines about the micro-batches of an epoch."""
     config, limit = run.config, run.config.pass_limit
     found = count_micro_batches(
         run.inputs.train,
@@ -232,7 +238,7 @@ def _summarize_micro_batches(run: "DPOTrainer") -> list[SummaryLine]:
     bounds = [f"{bound:,} {what}" for bound, what in named if bound is not None]
     lines = [
         (
-            "passes",
+            "micro-batches",
             f"of up to {' and '.join(bounds)}: {found.micro_batches / found.steps:.3g} a step, "
             f"{found.tokens.total / found.micro_batches:,.0f} tokens each on average, "
             f"{found.tokens.padding / found.tokens.total:.1%} of them padding",
@@ -247,5 +253,5 @@ def _summarize_micro_batches(run: "DPOTrainer") -> list[SummaryLine]:
 
 def _describe_resume(run: "DPOTrainer") -> str:
     if run.start.step:
-        return f", going on after step {run.start.step}"
+        return f", resuming after step {run.start.step}"
     return ", from the beginning: there was no checkpoint yet" if run.earlier else ""

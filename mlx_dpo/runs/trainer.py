@@ -37,6 +37,7 @@ from mlx_dpo.runs.folder import (
     lock_folder,
     new_record,
     read_record,
+    remove_run,
     start_adapter_provenance,
     write_record,
 )
@@ -81,22 +82,33 @@ class DPOTrainer:
     Args:
         config: Settings; `model`, `pairs` and `output` are required.
         resume: Continue the unfinished run in `output`.
+        overwrite: Replace the run in `output`.
         force: Start even if the estimated memory does not fit.
     """
 
-    def __init__(self, config: DPOConfig, *, resume: bool = False, force: bool = False) -> None:
+    def __init__(
+        self,
+        config: DPOConfig,
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+        force: bool = False,
+    ) -> None:
         for name in ("model", "pairs", "output"):
             if not getattr(config, name):
                 raise ConfigError(f"`{name}` is not set")
         self.config = config
+        if resume and overwrite:
+            raise ConfigError("`overwrite` has no effect together with `resume`")
         self.resume = resume
+        self.overwrite = overwrite
         self.force = force
         self.paths = RunPaths(Path(config.output))
         self.stopped = False  # on request, before the last step
         self.stopped_early_at: int | None = None
         self.evaluation: MetricsRow | None = None  # of the adapters that the run ends with
         self.warnings: list[str] = []  # from the monitor, including those before a resume
-        self.shipped = ""  # programs that can load the adapters of the finished run
+        self.adapter_support = ""  # programs that can load the adapters of the finished run
         self.best = BestCheckpoint(config, self.paths)
         self.trackers = OpenTrackers()
         self.stop_requested = False
@@ -109,6 +121,8 @@ class DPOTrainer:
             stack.enter_context(lock_folder(self.paths))
             stack.enter_context(limited_buffers())
             stack.push(lambda kind, error, trace: self.trackers.close(completed=kind is None))
+            if self.overwrite:
+                remove_run(self.paths)
             self.earlier = read_record(self.paths)
             if self.earlier is not None:
                 check_resumable(self.paths, self.earlier, self.config, resume=self.resume)
@@ -157,10 +171,10 @@ class DPOTrainer:
             self._reference_model_logps, digest = score_with_reference_model(
                 self.config, counting, rows
             )
-            start |= {"reference": digest}
+            start |= {"reference_model": digest}
         self.inputs: Inputs = load_inputs(self.config, counting=rows)
         check_step_settings(self.config, self.total_steps)
-        self.best.refuse_idle(
+        self.best.check_has_effect(
             every=self.config.eval_steps,
             total_steps=self.total_steps,
             held_out=len(self.inputs.valid),
@@ -186,7 +200,7 @@ class DPOTrainer:
         self.fitted = choose_micro_batch_size(
             self.inputs, self.config, self.choice, self.earlier, self.force
         )
-        self.record["settled"] = self.fitted.settled()
+        self.record["automatic_settings"] = self.fitted.automatic_settings()
         if self.fitted.config.recompute and not self.config.recompute:
             self.choice = choose_scorer(self.inputs.base, self.fitted.config)
         self.config = self.fitted.config
@@ -216,7 +230,7 @@ class DPOTrainer:
                 self.policy,
                 pairs,
                 self.record,
-                held=self.record["provenance"]["held"],
+                device_and_dtype=self.record["provenance"]["device_and_dtype"],
                 score=make_dataset_scorer(self.config, self.choice),
                 progress=progress,
             )
@@ -237,7 +251,7 @@ class DPOTrainer:
                 last, self.policy, self.optimizer, self.synced_reference
             )
         rows = [row for row in read_metrics(self.paths.metrics) if row["step"] <= self.start.step]
-        self.best.go_on(rows)
+        self.best.restore(rows)
         self.monitor = make_monitor(self.config, self.inputs.train, total_steps=self.total_steps)
         self.warnings = [warning for row in rows for warning in self.monitor.hear(row)]
         self.record["warnings"] = self.warnings
@@ -276,7 +290,7 @@ class DPOTrainer:
                 yield row
                 if self._is_due(self.config.eval_steps) and self.inputs.valid:
                     yield self._evaluate_and_log()
-                    if self.best.is_over:
+                    if self.best.should_stop:
                         break
                 if self._is_due(self.config.save_steps) or self.stop_requested:
                     self._save_checkpoint()
@@ -293,7 +307,7 @@ class DPOTrainer:
 
         Nothing is left to do if the run was killed after early stopping had ended it.
         """
-        if self.best.is_over:
+        if self.best.should_stop:
             return
         plan = make_plan(
             self.config,
@@ -332,7 +346,7 @@ class DPOTrainer:
     def _evaluate_and_log(self) -> MetricsRow:
         """Evaluate, save the adapters of a new best evaluation, then log its row."""
         row = {"step": self._progress.step, **self.evaluate()}
-        self.best.judge(row, lambda folder: save_adapter(folder, self.policy, self.adapter_config))
+        self.best.update(row, lambda folder: save_adapter(folder, self.policy, self.adapter_config))
         return self._log_row(row)
 
     def evaluate(self) -> MetricsRow:
@@ -375,16 +389,16 @@ class DPOTrainer:
             last = self._log.evaluation_at(step) or self._evaluate_and_log()
             if self.stopped_early_at is None or self.start == self._progress:
                 yield last
-            self.evaluation = self._log.evaluation_at(self.best.kept or step)
-        self.best.put_into(self.policy)
+            self.evaluation = self._log.evaluation_at(self.best.step or step)
+        self.best.load_into(self.policy)
         save_adapter(self.paths.folder, self.policy, self.adapter_config)
-        self.shipped = save_peft(self.paths.folder, self.inputs.base, self.config)
+        self.adapter_support = save_peft(self.paths.folder, self.inputs.base, self.config)
         self.record |= {
             "state": "finished",
             "evaluation": self.evaluation,
-            "kept": self.best.told(),
+            "best_checkpoint": self.best.to_dict(),
             "stopped_early_at": self.stopped_early_at,
-            "adapter": self.shipped,
+            "adapter": self.adapter_support,
         }
         write_record(self.paths, self.record)
-        self.best.clear()
+        self.best.remove()

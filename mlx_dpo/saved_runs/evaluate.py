@@ -148,7 +148,7 @@ def _reference_logps(
     if config.reference_model is not None:
         other = load_reference_model(config)
         answers, now = score_splits(config, other, base.tokenizer, {"valid": pairs}, uncounted)
-        check_provenance(run.paths, run.record, {"reference": now})
+        check_provenance(run.paths, run.record, {"reference_model": now})
         return answers["valid"]
     moved = checkpoint.synced_reference_weights(run.paths.checkpoints)
     if moved is None:
@@ -158,7 +158,7 @@ def _reference_logps(
                 "with the checkpoints; put them back"
             )
         return cached_reference_logps(
-            base.model, pairs, run.record, held=device_and_dtype(base), score=score
+            base.model, pairs, run.record, device_and_dtype=device_and_dtype(base), score=score
         )
     load_adapter_into(run, base)
     types = {name: value.dtype for name, value in named_arrays(base.model.parameters()).items()}

@@ -61,7 +61,7 @@ def open_run(folder: str) -> OpenRun:
                 f"--output {folder}`"
             )
         adapter = last
-    settings = record["settings"] | record.get("settled", {})
+    settings = record["settings"] | record.get("automatic_settings", {})
     for name, recorded in FOLDERS.items():
         if record.get(recorded):
             nearby = os.path.normpath(paths.folder / record[recorded])
@@ -129,7 +129,7 @@ def load_reference_into(opened: OpenRun, base: LoadedModel) -> None:
             f"{opened.paths.folder}: its reference is the model with the adapter of {folder}, "
             "which is gone; put it back there"
         )
-    check_provenance(opened.paths, opened.record, {"start": adapter_digest(folder)})
+    check_provenance(opened.paths, opened.record, {"start_adapter": adapter_digest(folder)})
     load_adapter(base.model, folder)
 
 

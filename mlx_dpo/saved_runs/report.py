@@ -132,7 +132,7 @@ def _describe_progress(run: LoggedRun) -> str:
     steps, early = run.record["steps"], run.record.get("stopped_early_at")
     state = "" if run.record["state"] == "finished" else ", not finished"
     said = f"{early or run.step:,} of {steps:,}{state}" + ", then stopped early" * bool(early)
-    if kept := run.record.get("kept"):
+    if kept := run.record.get("best_checkpoint"):
         values = ", ".join(f"{name} {kept[name]:.4f}" for name in kept if name != "step")
         said += f"; the adapters of step {kept['step']:,} were kept ({values})"
     return said

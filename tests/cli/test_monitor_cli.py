@@ -42,16 +42,15 @@ def test_a_run_that_stops_early_says_what_it_watches_and_how_it_ended():
                    "--early-stopping-patience", "3")  # fmt: skip
     assert result.exit_code == 0, result.output
     told = record()
-    step, kept = told["stopped_early_at"], told["kept"]
+    step, kept = told["stopped_early_at"], told["best_checkpoint"]
     assert step == kept["step"] + 3 < 12
     assert (
-        "best       the adapters of the lowest eval_loss are kept; stops after 3 evaluations "
-        "without an improvement\n"
+        "best          the run ends with the adapters of the lowest eval_loss; stops after 3 "
+        "evaluations without an improvement\n"
     ) in result.stdout
     assert (
-        f"stopped    early, after step {step} of 12: 3 evaluations in a row without an "
-        f"improvement\nkept       the adapters of step {kept['step']}, whose eval_loss "
-        f"{kept['eval_loss']:.4f} is the best\n"
+        f"early stop      after step {step} of 12: 3 evaluations in a row without an "
+        f"improvement\nbest checkpoint step {kept['step']}, eval_loss {kept['eval_loss']:.4f}\n"
     ) in result.stdout
     table = " ".join(result.stdout.split())
     assert f"loss {kept['eval_loss']:.4f} accuracy" in table  # of the adapters that are kept

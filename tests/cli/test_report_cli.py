@@ -78,7 +78,7 @@ def test_figures_are_of_the_adapters_that_were_kept_and_warnings_are_repeated(th
     shutil.copytree(there / "a/run", there / "kept")
     record = json.loads((there / "kept/run.json").read_text())
     changed = {
-        "kept": {"step": 4, "eval_loss": 0.125},
+        "best_checkpoint": {"step": 4, "eval_loss": 0.125},
         "evaluation": {"step": 4, "eval_loss": 0.125},
         "warnings": ["it <fell>"],
     }

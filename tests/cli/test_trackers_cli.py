@@ -33,7 +33,7 @@ def train(*words):
 def test_the_header_shows_where_the_run_is_logged():
     result = train("--max-steps", "3", "--report-to", "tensorboard")
     assert result.exit_code == 0, result.output
-    assert "logging    tensorboard: tensorboard --logdir run/tensorboard\n" in result.stdout
+    assert "logging       tensorboard: tensorboard --logdir run/tensorboard\n" in result.stdout
 
 
 def test_the_header_has_no_logging_line_without_trackers():

@@ -205,7 +205,7 @@ def test_control_c_saves_and_resume_needs_no_more_than_the_folder(tmp_path):
 
     resumed = run("train", "--resume", "--output", "again")
     assert resumed.exit_code == 0, resumed.output
-    assert "going on after step" in resumed.output
+    assert "resuming after step" in resumed.output
     for name, value in mx.load("again/adapters.safetensors").items():
         assert mx.array_equal(value, expected[name]), name
 
@@ -275,7 +275,7 @@ def test_eval_refuses_rows_beyond_the_models_context(tmp_path):
     train("--max-length", "2048")
     row = GOOD | {"prompt": "word " * 200}
     (tmp_path / "long.jsonl").write_text(json.dumps(row) + "\n")
-    assert_one_line(run("eval", "run", "long.jsonl"), "the model places no more than 512 tokens")
+    assert_one_line(run("eval", "run", "long.jsonl"), "the model's context length is 512")
 
 
 @pytest.mark.parametrize(
@@ -295,7 +295,7 @@ def test_a_share_to_hold_out_beside_a_folders_own_pairs_is_one_line():
     write_pairs(Path("folder/valid.jsonl"), 3)
     result = run("train", "folder", "--model", "base", "--output", "run", *MATTER,
                  "--valid-fraction", "0.5")  # fmt: skip
-    assert_one_line(result, "`valid_fraction` has no effect beside folder/valid.jsonl")
+    assert_one_line(result, "`valid_fraction` has no effect together with folder/valid.jsonl")
 
 
 def test_a_home_folder_in_a_settings_file_is_the_home_folder(tmp_path, monkeypatch):

@@ -189,7 +189,7 @@ def test_an_unfinished_run_and_one_without_a_card_are_not_packed(workplace):
 def test_the_steps_of_an_adapter_are_those_that_it_was_trained_for(carded):
     """Not those that the run made after its best evaluation, or that it did not make."""
     record = json.loads(Path("run/run.json").read_text())
-    kept = {"stopped_early_at": 8, "kept": {"step": 6, "eval_loss": 0.1}}
+    kept = {"stopped_early_at": 8, "best_checkpoint": {"step": 6, "eval_loss": 0.1}}
     for changes, steps, on_the_card in (
         ({}, record["steps"], f"{record['steps']} steps, with"),
         ({"stopped_early_at": 8}, 8, "8 steps, with"),

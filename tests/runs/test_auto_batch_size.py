@@ -90,10 +90,10 @@ def test_less_is_taken_only_as_far_as_memory_asks_for_it(deep):
     assert decided(fitted(deep, MemoryBudget(int(1.08 * two), ""))) == (2, False, True)
     found = fitted(deep, MemoryBudget(int(1.08 * one), "of a test"))
     assert decided(found) == (1, False, True)
-    assert "1 pair a pass, because 2 pairs a pass would need " in found.line()
+    assert "1 pair a pass, because 2 pairs a pass would need " in found.describe()
     found = fitted(deep, MemoryBudget(int(0.92 * one), ""))
     assert (found.config.recompute, found.fits) == (True, True)
-    assert ", recomputed, because 2 pairs a pass would need" in found.line()
+    assert ", recomputed, because 2 pairs a pass would need" in found.describe()
     assert decided(fitted(deep, MemoryBudget(int(0.9 * least), ""))) == (1, True, False)
 
 
@@ -106,7 +106,7 @@ def test_where_there_is_room_enough_nothing_is_measured(deep):
     found = fitted(deep, ROOMY, measure=False)
     assert (found.is_bound, found.cost) == (True, None)
     assert found.bytes > needed(deep)
-    assert found.line().startswith("at most about ")
+    assert found.describe().startswith("at most about ")
     close = fitted(deep, MemoryBudget(int(1.2 * found.bytes), ""), measure=False)
     assert not close.is_bound
     assert close.cost is not None
@@ -140,7 +140,7 @@ def test_force_goes_on_all_the_same_and_says_so(config):
         run = stopped_after(replace(config, max_steps=2, epochs=None), 2, force=True)
     assert run.evaluation is not None
     assert (run.config.micro_batch_size, run.config.recompute) == (1, True)
-    assert run.fitted.line().endswith(": more than there is, and begun by --force")
+    assert run.fitted.describe().endswith(": more than there is, started by --force")
 
 
 def test_a_resumed_run_keeps_what_it_decided_when_it_began(config, tmp_path):
@@ -150,11 +150,11 @@ def test_a_resumed_run_keeps_what_it_decided_when_it_began(config, tmp_path):
         stopped_after(whole, None, force=True)
         stopped_after(parts, 2, force=True)
     record = json.loads((tmp_path / "parts" / "run.json").read_text())
-    assert record["settled"] == {"micro_batch_size": 1, "recompute": True}
+    assert record["automatic_settings"] == {"micro_batch_size": 1, "recompute": True}
     assert (record["settings"]["micro_batch_size"], record["settings"]["recompute"]) == (None, None)
     run = stopped_after(parts, None, resume=True)
     assert (run.config.micro_batch_size, run.config.recompute) == (1, True)
-    assert run.fitted.line() == "as when the run began: 1 pair a pass, recomputed"
+    assert run.fitted.describe() == "as when the run began: 1 pair a pass, recomputed"
     ours, theirs = (mx.load(f"{c.output}/adapters.safetensors") for c in (parts, whole))
     assert ours.keys() == theirs.keys()
     assert all(mx.array_equal(ours[name], value) for name, value in theirs.items())

@@ -64,7 +64,7 @@ def test_the_run_stops_when_patience_ends_and_keeps_the_best(config):
     assert rows[-1]["step"] == run.stopped_early_at
     assert len([row for row in rows if "eval_loss" in row]) == len(found)  # each yielded once
     told = record(config)
-    assert told["kept"] == {"step": best, "eval_loss": found[best]}
+    assert told["best_checkpoint"] == {"step": best, "eval_loss": found[best]}
     assert told["stopped_early_at"] == run.stopped_early_at
     assert told["state"] == "finished"
     assert told["evaluation"] == run.evaluation
@@ -77,7 +77,7 @@ def test_the_adapters_kept_are_those_of_a_run_that_ends_at_the_best(config, tmp_
     """The rate is constant, so that a shorter run takes the same steps."""
     config = replace(config, lr_scheduler_type="constant", learning_rate=0.01)
     train(config)
-    step = record(config)["kept"]["step"]
+    step = record(config)["best_checkpoint"]["step"]
     plain = {"metric_for_best_model": None, "load_best_model_at_end": False,
              "early_stopping_patience": None}  # fmt: skip
     short = replace(
@@ -91,7 +91,7 @@ def test_the_adapters_kept_are_those_of_a_run_that_ends_at_the_best(config, tmp_
 def test_without_keeping_the_best_the_last_adapters_are_kept(config, tmp_path):
     run, _ = train(replace(config, load_best_model_at_end=False))
     assert run.stopped_early_at is not None
-    assert record(config)["kept"] is None
+    assert record(config)["best_checkpoint"] is None
     assert run.evaluation["step"] == run.stopped_early_at
     last = run.paths.checkpoints / f"step-{run.stopped_early_at:06d}"
     assert_same(adapters(last), adapters(config.output))
@@ -101,7 +101,7 @@ def test_the_best_may_be_the_last(config):
     config = replace(config, learning_rate=1e-4, early_stopping_patience=None)
     run, _ = train(config)
     assert run.stopped_early_at is None
-    assert record(config)["kept"]["step"] == run.total_steps
+    assert record(config)["best_checkpoint"]["step"] == run.total_steps
 
 
 def test_a_run_killed_after_any_row_ends_at_the_same_adapters(config, tmp_path):
@@ -116,11 +116,11 @@ def test_a_run_killed_after_any_row_ends_at_the_same_adapters(config, tmp_path):
             cuts.append(replace(config, output=str(tmp_path / f"cut-{len(cuts)}")))
             shutil.copytree(straight.output, cuts[-1].output)  # what a kill would leave
     expected = record(straight)
-    assert run.stopped_early_at > expected["kept"]["step"] > config.save_steps
+    assert run.stopped_early_at > expected["best_checkpoint"]["step"] > config.save_steps
     for cut in cuts:
         again, _ = train(cut, resume=True)
         assert_same(adapters(straight.output), adapters(cut.output))
-        for name in ("kept", "stopped_early_at", "warnings"):
+        for name in ("best_checkpoint", "stopped_early_at", "warnings"):
             assert record(cut)[name] == expected[name]
         assert losses(cut) == losses(straight)
         assert not again.paths.best.exists()
@@ -136,7 +136,7 @@ def test_a_run_killed_after_it_stopped_early_does_not_go_on(config, monkeypatch)
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("mlx_dpo.runs.early_stopping.BestCheckpoint.put_into", fail)
+        patch.setattr("mlx_dpo.runs.early_stopping.BestCheckpoint.load_into", fail)
         with pytest.raises(OSError, match="space"):
             train(config)
     assert record(config)["state"] == "unfinished"

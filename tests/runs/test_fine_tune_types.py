@@ -138,8 +138,8 @@ def test_the_reference_of_a_start_is_the_model_with_it(config, tmp_path, way):
 def test_a_start_adapter_is_part_of_where_a_run_comes_from(config, tmp_path):
     config = started(config, tmp_path, "lora")
     run, _ = train(config, stop_after=1)
-    other = run.record | {"provenance": run.record["provenance"] | {"start": "x"}}
-    without = run.record | {"provenance": {**run.record["provenance"], "start": None}}
+    other = run.record | {"provenance": run.record["provenance"] | {"start_adapter": "x"}}
+    without = run.record | {"provenance": {**run.record["provenance"], "start_adapter": None}}
     held = "cpu float32"
     assert len({reference_provenance(r, held) for r in (run.record, other, without)}) == 3
 
@@ -233,7 +233,7 @@ def test_the_adapter_file_says_what_mlx_lm_wants(config):
         ("embeddings", "LoRA, rank 4, alpha 32 on 3 linear layers and the embeddings: "),
         ("full", "weights: full fine-tuning, in 2 of 2 blocks: 82.2 K parameters trained, "),
         ("named full", "weights: full fine-tuning, in 1 of 2 blocks and model.embed_tokens: "),
-        ("full in sixteen bits", "held in float32, computed with in bfloat16"),
+        ("full in sixteen bits", "stored in float32, computed in bfloat16"),
     ],
 )
 def test_the_header_says_what_is_trained(config, way, said):

@@ -59,7 +59,7 @@ def test_pairs_are_weighed_only_if_asked_for():
         ({"loss_type": "sft"}, "sft"),
         (
             {"f_divergence_type": "js_divergence", "ld_alpha": 0.0, "use_weighting": True},
-            "sigmoid, beta 0.1, js_divergence, ld_alpha 0, weighed by what the policy would write",
+            "sigmoid, beta 0.1, js_divergence, ld_alpha 0, weighted by on-policy probability (WPO)",
         ),
         (
             {"f_divergence_type": "alpha_divergence"},

@@ -22,8 +22,8 @@ def prepared(config):
 
 
 def passes(facts):
-    """The line `passes` and those without a name that follow it."""
-    start = [name for name, _ in facts].index("passes")
+    """The line `micro-batches` and those without a name that follow it."""
+    start = [name for name, _ in facts].index("micro-batches")
     rest = facts[start + 1 :]
     return [facts[start], *rest[: [bool(name) for name, _ in rest].index(True)]]
 

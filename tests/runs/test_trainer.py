@@ -122,7 +122,7 @@ def test_what_the_reference_said_elsewhere_is_not_taken_for_what_it_says_here(co
     """In bfloat16 on a GPU it says other numbers than in float32 on the CPU."""
     run, _ = train(config)
     here = reference_provenance(run.record, "cpu float32")
-    assert run.record["provenance"]["held"] == "cpu float32"
+    assert run.record["provenance"]["device_and_dtype"] == "cpu float32"
     assert len({here, reference_provenance(run.record, "metal bfloat16")}) == 2
     for name in ("bits", "group_size", "dtype"):
         other = run.record | {"settings": run.record["settings"] | {name: "x"}}

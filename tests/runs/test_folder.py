@@ -1,0 +1,60 @@
+"""Records of runs on disk, also those of earlier versions."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mlx_dpo import DPOTrainer, evaluate_run
+from mlx_dpo.runs.folder import OLD_KEYS, OLD_PROVENANCE_KEYS, RunPaths, read_record
+from tests.runs.train_helper import train, weights
+
+
+def write_with_old_keys(folder):
+    """Rewrite `run.json` with the key names of earlier versions."""
+    path = Path(folder) / "run.json"
+    record = json.loads(path.read_text())
+    old = {new: key for key, new in OLD_KEYS.items()}
+    old_provenance = {new: key for key, new in OLD_PROVENANCE_KEYS.items()}
+    assert old.keys() <= record.keys()
+    record = {old.get(key, key): value for key, value in record.items()}
+    provenance = record["provenance"].items()
+    record["provenance"] = {old_provenance.get(key, key): value for key, value in provenance}
+    assert OLD_KEYS.keys() <= record.keys()
+    assert "held" in record["provenance"]
+    path.write_text(json.dumps(record))
+
+
+def test_a_run_of_an_earlier_version_opens(config):
+    trainer, _ = train(config)
+    write_with_old_keys(config.output)
+    record = read_record(RunPaths(Path(config.output)))
+    assert record == trainer.record
+    metrics = evaluate_run(config.output).metrics
+    assert metrics.loss == pytest.approx(trainer.evaluation["eval_loss"], abs=1e-6)
+
+
+def test_a_run_of_an_earlier_version_resumes_bit_for_bit(config, tmp_path):
+    whole = replace(config, output=str(tmp_path / "whole"))
+    train(whole)
+    train(config, stop_after=3)
+    write_with_old_keys(config.output)
+    trainer, _ = train(config, resume=True)
+    assert trainer.record["automatic_settings"] == {"micro_batch_size": 2, "recompute": False}
+    expected = weights(whole)
+    for name, value in weights(config).items():
+        assert value.tolist() == expected[name].tolist(), name
+
+
+def test_a_finished_run_is_overwritten_on_request(config):
+    train(config)
+    first = read_record(RunPaths(Path(config.output)))
+    with DPOTrainer(replace(config, seed=7), overwrite=True) as trainer:
+        trainer.prepare()
+        rows = list(trainer.train())
+    second = read_record(RunPaths(Path(config.output)))
+    assert (second["state"], second["settings"]["seed"]) == ("finished", 7)
+    assert second["id"] != first["id"]
+    lines = (Path(config.output) / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == rows
