@@ -23,11 +23,11 @@ def eval(run: str, pairs: str | None, bad_pairs: str | None, as_json: bool) -> N
     names that TRL gives them.
     """
     from mlx_dpo import evaluate_run
-    from mlx_dpo.losses.metrics import to_public_names
+    from mlx_dpo.losses.metrics import EVAL_PREFIX, to_public_names
     from mlx_dpo.reporting.console import final_metrics_table, make_console
 
     evaluation = evaluate_run(run, pairs, bad_pairs=bad_pairs)
-    row = to_public_names(evaluation.metrics, prefix="eval_")
+    row = to_public_names(evaluation.metrics, prefix=EVAL_PREFIX)
     if as_json:
         facts = {"pairs": evaluation.pairs, "of": evaluation.name, "notes": evaluation.notes}
         record = {"run": run, "finished": evaluation.run.finished, **facts, **row}

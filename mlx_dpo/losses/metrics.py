@@ -23,13 +23,13 @@ class Metric(NamedTuple):
     better: Literal["lower", "higher"] | None = None  # None: neither direction is better
 
 
-# By the field of `PreferenceMetrics`, in the order of the fields.
+# By the field of `PreferenceMetrics`, in the order in which tables for people list them.
 METRICS: Mapping[str, Metric] = {
     "loss": Metric("loss", "loss", "lower"),
+    "accuracies": Metric("rewards/accuracies", "accuracy", "higher"),
+    "margins": Metric("rewards/margins", "margin", "higher"),
     "chosen_rewards": Metric("rewards/chosen", "reward of chosen", "higher"),
     "rejected_rewards": Metric("rewards/rejected", "reward of rejected", "lower"),
-    "margins": Metric("rewards/margins", "margin", "higher"),
-    "accuracies": Metric("rewards/accuracies", "accuracy", "higher"),
     "chosen_logps": Metric("logps/chosen", "log-prob of chosen", "higher"),
     "rejected_logps": Metric("logps/rejected", "log-prob of rejected", "lower"),
     "chosen_tokens": Metric("lengths/chosen", "tokens of chosen"),
@@ -37,6 +37,7 @@ METRICS: Mapping[str, Metric] = {
     "kl": Metric("kl", "KL divergence"),
     "length_correlation": Metric("length_correlation", "correlation of length and margin"),
 }
+EVAL_PREFIX = "eval_"  # before the names of metrics on held-out pairs
 
 
 def concatenate_outputs(parts: Sequence[LossOutputs]) -> LossOutputs:
@@ -115,7 +116,7 @@ def _masked_mean(values: mx.array, mask: mx.array) -> float | None:
 
 
 def to_public_names(metrics: PreferenceMetrics, *, prefix: str = "") -> dict[str, float]:
-    """Return the metrics that are not None, by public name; `eval_` is the evaluation's prefix."""
+    """Return the metrics that are not None, by public name after `prefix`."""
     values = {field: value for field, value in metrics._asdict().items() if value is not None}
     return {prefix + METRICS[field].name: value for field, value in values.items()}
 

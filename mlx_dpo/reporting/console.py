@@ -12,16 +12,12 @@ from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeR
 from rich.table import Table
 from rich.text import Text
 
+from mlx_dpo.losses.metrics import EVAL_PREFIX, METRICS
 from mlx_dpo.types import MetricsRow
 
-FINAL_METRICS = (  # label, key of an evaluation row
-    ("loss", "eval_loss"),
-    ("accuracy", "eval_rewards/accuracies"),
-    ("margin", "eval_rewards/margins"),
-    ("reward of chosen", "eval_rewards/chosen"),
-    ("reward of rejected", "eval_rewards/rejected"),
-    ("log-prob of chosen", "eval_logps/chosen"),
-    ("log-prob of rejected", "eval_logps/rejected"),
+# Label and key of an evaluation row: the metrics that are better in one direction.
+FINAL_METRICS = tuple(
+    (metric.label, EVAL_PREFIX + metric.name) for metric in METRICS.values() if metric.better
 )
 
 BAR_WIDTH = 12  # columns; leaves room for the most important metrics on a terminal of 80 columns

@@ -3,10 +3,10 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from mlx_dpo.losses.metrics import EVAL_PREFIX
 from mlx_dpo.types import MetricsRow
 
 CHOSEN, REJECTED = "chosen", "rejected"
-EVAL_PREFIX = "eval_"  # of metrics on held-out pairs
 X_AXES = {"step": "step", "epoch": "epoch", "tokens": "num_tokens"}  # name: key of a metrics row
 WINDOWS_PER_RUN = 25  # a trailing mean covers 1/25 of the run
 MIN_POINTS_TO_SMOOTH = 50  # shorter lines have no trailing mean

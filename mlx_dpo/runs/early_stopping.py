@@ -16,11 +16,9 @@ import mlx.nn as nn
 from mlx_dpo.adapters.files import WEIGHTS, load_adapter_weights
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.errors import ConfigError, RunError
-from mlx_dpo.losses.metrics import METRICS
+from mlx_dpo.losses.metrics import EVAL_PREFIX, METRICS
 from mlx_dpo.runs.folder import RunPaths
 from mlx_dpo.training.checkpoint import checkpoint_path, saved_steps, whole_folder
-
-PREFIX = "eval_"
 
 
 @dataclass(frozen=True)
@@ -49,12 +47,12 @@ class EarlyStopping:
             ConfigError: The metric does not exist, or no value of it is better than another.
         """
         known = {m.name: m.better == "lower" for m in METRICS.values() if m.better is not None}
-        name = metric.removeprefix(PREFIX)
+        name = metric.removeprefix(EVAL_PREFIX)
         if name not in known:
             raise ConfigError(
                 f"`metric_for_best_model` must be one of {', '.join(sorted(known))}, got {metric!r}"
             )
-        return cls(PREFIX + name, known[name], patience, threshold or 0.0)
+        return cls(EVAL_PREFIX + name, known[name], patience, threshold or 0.0)
 
     def state_after(self, rows: Iterable[Mapping[str, float]]) -> BestState:
         """Return the state after all evaluations among `rows` of metrics."""

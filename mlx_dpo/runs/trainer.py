@@ -13,7 +13,7 @@ from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.data.batching import steps_per_epoch
 from mlx_dpo.data.tokenization.cache import RowProgress
 from mlx_dpo.errors import ConfigError, TrainingError
-from mlx_dpo.losses.metrics import step_row, to_public_names
+from mlx_dpo.losses.metrics import EVAL_PREFIX, step_row, to_public_names
 from mlx_dpo.profiling.device_memory import limited_buffers
 from mlx_dpo.reporting.metrics_log import MetricsLog, read_metrics, timed
 from mlx_dpo.runs.auto_batch_size import choose_micro_batch_size
@@ -362,7 +362,7 @@ class DPOTrainer:
             score=make_dataset_scorer(self.config, self.choice),
             on_policy=make_on_policy_weights(self.config, self.choice),
         )
-        return to_public_names(metrics, prefix="eval_")
+        return to_public_names(metrics, prefix=EVAL_PREFIX)
 
     def _save_checkpoint(self) -> None:
         checkpoint.save(

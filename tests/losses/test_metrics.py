@@ -77,7 +77,7 @@ def test_parts_of_unequal_size_weigh_by_their_pairs():
 
 
 def test_every_metric_has_an_entry_and_no_two_share_a_name():
-    assert list(METRICS) == list(PreferenceMetrics._fields)
+    assert METRICS.keys() == set(PreferenceMetrics._fields)
     assert len({metric.name for metric in METRICS.values()}) == len(METRICS)
 
 
