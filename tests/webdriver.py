@@ -1,4 +1,4 @@
-"""Enough of the WebDriver protocol to drive a Chromium that is on this machine."""
+"""A minimal WebDriver client for an installed Chromium."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
 DRIVER = shutil.which("chromedriver")
 ARGUMENTS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
-# No name leads anywhere but to this machine: the page must work without a network.
+# Host names resolve only to this machine: the page must work without a network.
 ARGUMENTS.append("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1")
 
 
@@ -37,10 +37,10 @@ class Browser:
 
     def wait_for(self, code, seconds=30):
         end = time.monotonic() + seconds
-        while not (found := self.script(code)):
+        while not (value := self.script(code)):
             assert time.monotonic() < end, self.script("return document.body.innerText")
             time.sleep(0.05)
-        return found
+        return value
 
 
 @contextmanager
@@ -50,16 +50,16 @@ def browser(folder):
         assert driver.stdout is not None
         line = next(line for line in driver.stdout if "started successfully on port" in line)
         port = line.rstrip(".\n").rsplit(" ", 1)[1]
-        place = f"http://127.0.0.1:{port}"
+        address = f"http://127.0.0.1:{port}"
         arguments = [*ARGUMENTS, f"--user-data-dir={folder}"]
         options = {"binary": CHROMIUM, "args": arguments}
-        wanted = {"capabilities": {"alwaysMatch": {"goog:chromeOptions": options}}}
-        session = Browser(place).call("POST", "/session", wanted)["sessionId"]
-        found = Browser(f"{place}/session/{session}")
+        capabilities = {"capabilities": {"alwaysMatch": {"goog:chromeOptions": options}}}
+        session = Browser(address).call("POST", "/session", capabilities)["sessionId"]
+        page = Browser(f"{address}/session/{session}")
         try:
-            yield found
+            yield page
         finally:
-            found.call("DELETE", "")
+            page.call("DELETE", "")
     finally:
         driver.terminate()
         driver.wait()

@@ -46,7 +46,7 @@ class ServedModel:
     tokenizer: Any
     switch: AdapterSwitch
     names: Mapping[str, AdapterState]  # the first entry serves requests that name no model
-    vocab_size: int  # token ids from here on must not reach the model
+    vocab_size: int  # larger token ids must not reach the model
     sampling: Sampling
     thinking: bool = False
     system: str | None = None  # for conversations without a system message

@@ -26,7 +26,7 @@ PERSON_CHUNK = 4  # prompts in a chunk for a person, who should not wait long
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingPlan:
-    """How the answers to a prompt are sampled: in turn by the models and the samplings.
+    """A plan for the answers to a prompt: models and samplings take turns.
 
     The first answers already use every model and every sampling. With enough answers, each model
     uses each sampling.

@@ -1,4 +1,4 @@
-"""A language model as judge of answers (LLM-as-a-judge), asked about each pair in both orders."""
+"""A language model as judge of answers (LLM-as-a-judge), prompted with each pair in both orders."""
 
 import re
 from collections.abc import Callable, Sequence

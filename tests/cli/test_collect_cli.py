@@ -146,9 +146,9 @@ def test_prompts_are_typed_if_no_file_is_given(folder, model):
 def trained(folder, model, name, *more):
     pairs = [{"prompt": f"Is it {n}?", "chosen": "It is.", "rejected": "no"} for n in range(4)]
     (folder / "train.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    words = ["train", str(folder / "train.jsonl"), "--model", model, "--output", str(folder / name)]
-    words += ["--max-steps", "1", "--batch-size", "2", "--warmup-ratio", "0"]
-    result = CliRunner().invoke(cli, [*words, "--valid-fraction", "0", *more])
+    flags = ["train", str(folder / "train.jsonl"), "--model", model, "--output", str(folder / name)]
+    flags += ["--max-steps", "1", "--batch-size", "2", "--warmup-ratio", "0"]
+    result = CliRunner().invoke(cli, [*flags, "--valid-fraction", "0", *more])
     assert result.exit_code == 0, result.output
     return str(folder / name)
 
@@ -156,8 +156,8 @@ def trained(folder, model, name, *more):
 def test_typed_prompts_get_the_system_message_of_the_run(folder, model, monkeypatch):
     monkeypatch.setenv("MLX_DPO_CACHE", str(folder / "cache"))
     kind = trained(folder, model, "kind", "--system", "Be kind.")
-    words = ("--output", str(folder / "pairs.jsonl"), "--max-tokens", "6")
-    result = run(kind, *words, stdin="Where is the cat?\n1\n")
+    flags = ("--output", str(folder / "pairs.jsonl"), "--max-tokens", "6")
+    result = run(kind, *flags, stdin="Where is the cat?\n1\n")
     assert result.exit_code == 0, result.output
     [row] = rows(folder / "pairs.jsonl")
     assert row["prompt"] == [
@@ -170,9 +170,9 @@ def test_typed_prompts_get_the_system_message_of_the_run(folder, model, monkeypa
         (kind, plain, "all of them get the system message Be kind."),
         (plain, kind, "all of them get no system message"),
     ):
-        result = run(first, second, *words, stdin="")
+        result = run(first, second, *flags, stdin="")
         assert f"RUNs differ in their system messages; {note}" in result.stderr
-    assert "RUNs differ" not in run(kind, kind, *words, stdin="").stderr
+    assert "RUNs differ" not in run(kind, kind, *flags, stdin="").stderr
 
 
 def test_through_a_pipe_each_line_is_a_key(folder, model):
@@ -401,8 +401,8 @@ def test_training_on_pairs_of_a_scripted_person_reaches_an_accuracy_of_90_percen
     prompts = tmp_path / "prompts.jsonl"
     lines = (source / "preferences" / "train.jsonl").read_text().splitlines()[:600]
     prompts.write_text("\n".join(lines) + "\n")
-    words = ("--model", str(source), "--prompts", str(prompts), "--output", str(output))
-    terminal = TerminalSession("collect", *words, "--max-tokens", "64", NO_COLOR="1")
+    flags = ("--model", str(source), "--prompts", str(prompts), "--output", str(output))
+    terminal = TerminalSession("collect", *flags, "--max-tokens", "64", NO_COLOR="1")
     try:
         markers = courteous_markers(source)
         while "Train on them" not in (text := terminal.until(rf"{KEYS}|Train on them")):
