@@ -13,6 +13,7 @@ import click
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.io.atomic import abandoned_paths
 from mlx_dpo.paths import MOVES_CACHE, cache_folder, reference_cache, token_cache
+from mlx_dpo.units import format_bytes
 
 if TYPE_CHECKING:
     from mlx_dpo.training.logps_cache import Group
@@ -34,7 +35,7 @@ class Shelf(NamedTuple):
     def total(self) -> str:
         """Of everything that is there."""
         size = sum(one.size for one in self.found) + sum(path.stat().st_size for path in self.left)
-        return f"{_files(len(self.found) + len(self.left))}, {_size(size)}"
+        return f"{_files(len(self.found) + len(self.left))}, {format_bytes(size)}"
 
 
 def _shelves() -> dict[str, Shelf]:
@@ -101,7 +102,7 @@ def clear(older_than: float | None, model: str | None, only: str | None, yes: bo
         size = sum(path.stat().st_size for path in paths)
         pairs = sum(entry.pairs for entry in chosen)
         if paths:
-            what = f"{_files(len(paths))}, {pairs:,} pairs, {_size(size)}"
+            what = f"{_files(len(paths))}, {pairs:,} pairs, {format_bytes(size)}"
             click.echo(f"To be removed from {folder}: {what}")
         going, freed = going + paths, freed + size
     if not going:
@@ -111,7 +112,7 @@ def clear(older_than: float | None, model: str | None, only: str | None, yes: bo
         _ask()
     for path in going:
         path.unlink(missing_ok=True)
-    click.echo(f"Freed {_size(freed)}")
+    click.echo(f"Freed {format_bytes(freed)}")
 
 
 def _meant(entry: Any, older_than: float | None, model: str | None) -> bool:
@@ -170,7 +171,7 @@ def _table(rows: Sequence[Sequence[str]]) -> None:
 
 def _token_row(entry: Any) -> tuple[str, ...]:
     used = f"{entry.last_used.astimezone():%Y-%m-%d}"
-    return (entry.name, entry.model, f"{entry.pairs:,}", _size(entry.size), used)
+    return (entry.name, entry.model, f"{entry.pairs:,}", format_bytes(entry.size), used)
 
 
 def _row(group: "Group") -> tuple[str, ...]:
@@ -179,7 +180,7 @@ def _row(group: "Group") -> tuple[str, ...]:
         group.computed_on,
         f"{group.files:,}",
         f"{group.pairs:,}",
-        _size(group.size),
+        format_bytes(group.size),
         f"{group.last_used.astimezone():%Y-%m-%d}",
     )
 
@@ -216,9 +217,3 @@ def _wrong(shelf: Shelf) -> dict[str, list[str]]:
 
 def _files(count: int) -> str:
     return "1 file" if count == 1 else f"{count:,} files"
-
-
-def _size(size: int) -> str:
-    from rich.filesize import decimal
-
-    return decimal(size)

@@ -60,7 +60,7 @@ def convert(source: str, output: Path, bits: str | None, **options: Any) -> None
 
 def facts(report: "ConvertReport") -> list[tuple[str, str]]:
     """What a person wants to know of a conversion, line by line."""
-    from mlx_dpo.models.output_folder import format_bytes
+    from mlx_dpo.units import format_bytes
 
     before, after = format_bytes(report.bytes_before), format_bytes(report.bytes_after)
     return [

@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from mlx_dpo.units import format_bytes
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -39,7 +41,7 @@ def demo(output: str) -> None:
     console.print(f"\n1. Convert {tour.source.name} to {BITS} bits", style="bold")
     report = tour.convert()
     console.print(
-        f"{report.bytes_before / 1e6:.1f} MB before, {report.bytes_after / 1e6:.1f} MB after; "
+        f"{format_bytes(report.bytes_before)} before, {format_bytes(report.bytes_after)} after; "
         f"log-probabilities differ by {report.mean_difference:.3f} nats a token on average"
     )
     console.print(f"\n2. Ask the base {len(tour.rows)} questions it has not seen", style="bold")

@@ -59,8 +59,8 @@ def fuse(run: str, output: Path, bits: str | None, **wishes: Any) -> None:
     lost it is not kept.
     """
     from mlx_dpo.export.fuse import FuseOptions, convert_to_gguf, fuse_run
-    from mlx_dpo.models.output_folder import format_bytes
     from mlx_dpo.reporting.console import make_console, print_facts
+    from mlx_dpo.units import format_bytes
 
     console = make_console()
     wish = FuseOptions(bits=int(bits) if bits else None, **wishes)
@@ -75,7 +75,7 @@ def fuse(run: str, output: Path, bits: str | None, **wishes: Any) -> None:
 
 def facts(fused: "FusedModel") -> list[tuple[str, str]]:
     """What a person wants to know of a fused model, line by line."""
-    from mlx_dpo.models.output_folder import format_bytes
+    from mlx_dpo.units import format_bytes
 
     found, rounding = fused.retention, fused.rounding
     lines = [

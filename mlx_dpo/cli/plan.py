@@ -109,10 +109,10 @@ def _lengths_line(estimate: "RunEstimate") -> str:
 
 def _memory_lines(estimate: "RunEstimate") -> list[SummaryLine]:
     """Return the memory by part, and in total for training and reference pass."""
-    from mlx_dpo.runs.auto_batch_size import format_bytes
+    from mlx_dpo.units import format_bytes
 
     parts, fitted = estimate.parts, estimate.fitted
-    available = f"{format_bytes(fitted.room.bytes)} ({fitted.room.description})"
+    available = f"{format_bytes(fitted.room.bytes, is_estimate=True)} ({fitted.room.description})"
     rows = (
         (parts.weights, "frozen weights"),
         (parts.adapters, "trained weights, their gradients and optimizer state"),
@@ -121,7 +121,7 @@ def _memory_lines(estimate: "RunEstimate") -> list[SummaryLine]:
         (fitted.bytes, f"training, of {available}"),
         (estimate.reference_bytes, "reference pass"),
     )
-    lines = [f"{format_bytes(size):>8} {label}" for size, label in rows]
+    lines = [f"{format_bytes(size, is_estimate=True):>8} {label}" for size, label in rows]
     return [("memory", lines[0]), *[("", line) for line in lines[1:]]]
 
 

@@ -17,7 +17,7 @@ def pull(name: str, output: Path, revision: str | None) -> None:
     """
     from mlx_dpo.cli import program
     from mlx_dpo.hub.push import pull_adapter
-    from mlx_dpo.models.output_folder import format_bytes
+    from mlx_dpo.units import format_bytes
 
     pulled = pull_adapter(name, output, revision)
     base_model = pulled.base_model or "a base it does not name"

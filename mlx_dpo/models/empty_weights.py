@@ -16,6 +16,7 @@ from mlx_dpo.models.files import check_config, check_tokenizer
 from mlx_dpo.models.load import LoadedModel, embedding_size, loading_errors, load_tokenizer
 from mlx_dpo.models.quantize import DEFAULT_GROUP_SIZE, AFFINE_GROUP_SIZES, check_quantizable, expected_bytes
 from mlx_dpo.models.download import resolve_model
+from mlx_dpo.units import format_bytes
 
 
 # Ways of packing that other libraries' configurations name, and what mlx-lm makes of them.
@@ -112,7 +113,7 @@ def _cast_and_quantize(
     how = f"packed in {width} bits" if width else f"in {wanted}"
     return (
         f"held in {dtype_name(wide)}, as the CPU backend wants it; on a Mac's GPU {how}, "
-        f"{on_gpu / 1e9:.2f} GB",
+        + format_bytes(on_gpu, is_estimate=True),
     )
 
 

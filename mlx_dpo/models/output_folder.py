@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from mlx_dpo.errors import ModelError
+from mlx_dpo.units import format_bytes
 from mlx_dpo.io.atomic import atomic_folder, other_writer
 
 SPARE = 1.05  # for the tokenizer, the configuration and the file system, next to the weights
@@ -27,13 +28,6 @@ def check_output_folder(output: Path, expected_bytes: int) -> None:
             f"{output}: needs about {format_bytes(expected_bytes)} and the disk has "
             f"{format_bytes(free)} left; free some space, or name a folder on another disk"
         )
-
-
-def format_bytes(size: float) -> str:
-    """Return a size as `1.5 GB`, `350 MB` or `0.4 MB`, in powers of ten as disks are sold."""
-    if size >= 1e9:
-        return f"{size / 1e9:.1f} GB"
-    return f"{size / 1e6:.0f} MB" if size >= 1e7 else f"{size / 1e6:.1f} MB"
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from mlx_dpo.scoring.select_scorer import ScorerChoice
 from mlx_dpo.training.grad_cache import skip_kl_completions
 from mlx_dpo.training.objective import Objective
 from mlx_dpo.types import TokenizedPair
+from mlx_dpo.units import format_bytes
 
 # Larger micro-batches gain nothing on the CPU; on a GPU little beyond a few thousand tokens.
 SIZES = {"cpu": (2, 1), "metal": (8, 4, 2, 1), "cuda": (8, 4, 2, 1)}
@@ -56,21 +57,14 @@ class MicroBatchFit:
         if self.is_recorded:
             return f"as when the run began: {_describe(self.config)}"
         about = "at most about" if self.is_bound else "about"
-        text = f"{about} {format_bytes(self.bytes)} at the longest pairs"
-        text += f", of {format_bytes(self.room.bytes)} ({self.room.description})"
+        text = f"{about} {format_bytes(self.bytes, is_estimate=True)} at the longest pairs"
+        text += f", of {format_bytes(self.room.bytes, is_estimate=True)} ({self.room.description})"
         if self.cost is not None and self.cost.text_share < 1:
             text += ", extrapolated from shorter ones"
         if self.instead_of is not None:
             text += f"; {_describe(self.config)}, because {_describe(self.instead_of.config)} "
-            text += f"would need {format_bytes(self.instead_of.bytes)}"
+            text += f"would need {format_bytes(self.instead_of.bytes, is_estimate=True)}"
         return text if self.fits else f"{text}: more than there is, started by --force"
-
-
-def format_bytes(count: float) -> str:
-    """Return a size in GB (10^9 bytes), or in MB if it is small."""
-    if count < 1e8:
-        return f"{count / 1e6:.0f} MB"
-    return f"{count / 1e9:.{0 if count >= 1e11 else 1 if count >= 1e10 else 2}f} GB"
 
 
 def choose_micro_batch_size(
@@ -181,9 +175,11 @@ def _check_fits(fitted: MicroBatchFit, longest: int) -> None:
         *(["--bits 4"] if config.bits is None and device_kind() != "cpu" else []),
         "fewer --num-layers",
     ]
+    needed = format_bytes(fitted.bytes, is_estimate=True)
+    available = format_bytes(fitted.room.bytes, is_estimate=True)
     raise ConfigError(
         f"the longest pairs do not fit into memory, {_describe(config)} "
-        f"({format_bytes(fitted.bytes)} needed, {format_bytes(fitted.room.bytes)} is "
+        f"({needed} needed, {available} is "
         f"{fitted.room.description}); use {', '.join(less)} or a smaller model, "
         "or go on with --force"
     )

@@ -17,6 +17,7 @@ from mlx_dpo.models.load import LoadedModel, load_model
 from mlx_dpo.runs.folder import RunPaths, check_provenance, find_run
 from mlx_dpo.runs.inputs import load_configured_base
 from mlx_dpo.training import checkpoint
+from mlx_dpo.units import format_bytes
 
 FOLDERS = {  # settings that may name a folder, and where the record says how it is found
     "model": "model_folder",
@@ -228,5 +229,5 @@ def _memory_notes(sides: AdapterSwitch) -> list[str]:
         return []
     return [
         "weights of the model itself were trained: they are held twice, as the base has them and "
-        f"as they are now ({size / 1e9:.1f} GB more)"
+        f"as they are now ({format_bytes(size)} more)"
     ]

@@ -14,12 +14,12 @@ from mlx_dpo.profiling.device_memory import MemoryBudget
 from mlx_dpo.runs.auto_batch_size import (
     candidate_settings,
     fit_micro_batch_size,
-    format_bytes,
     longest_micro_batch,
 )
 from mlx_dpo.runs.build import attach_adapters, choose_scorer
 from mlx_dpo.runs.inputs import load_configured_base
 from mlx_dpo.scoring.equivalence import random_pairs
+from mlx_dpo.units import format_bytes
 from tests.checkpoints import VOCAB, make_checkpoint
 
 ROOMY = MemoryBudget(10**12, "a test's")
@@ -171,4 +171,4 @@ def test_a_resumed_run_keeps_what_it_decided_when_it_began(config, tmp_path):
     ],
 )
 def test_memory_is_said_with_as_many_digits_as_matter(size, said):
-    assert format_bytes(size) == said
+    assert format_bytes(size, is_estimate=True) == said

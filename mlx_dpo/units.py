@@ -1,0 +1,19 @@
+"""Units of quantities that are printed."""
+
+
+def format_bytes(size: float, *, is_estimate: bool = False) -> str:
+    """Return a size in decimal units, such as `1.5 GB`, `350 MB` or `0.4 MB`.
+
+    An estimate has whole megabytes below 100 MB and three significant digits of gigabytes above.
+    """
+    if is_estimate:
+        if size < 1e8:
+            return f"{size / 1e6:.0f} MB"
+        return f"{size / 1e9:.{0 if size >= 1e11 else 1 if size >= 1e10 else 2}f} GB"
+    if size < 1e3:
+        return f"{size:.0f} bytes"
+    if size < 1e5:
+        return f"{size / 1e3:.1f} kB"
+    if size < 1e9:
+        return f"{size / 1e6:.0f} MB" if size >= 1e7 else f"{size / 1e6:.1f} MB"
+    return f"{size / 1e9:.1f} GB"
