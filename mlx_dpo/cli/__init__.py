@@ -1,4 +1,4 @@
-"""The command line: parse, call, print. One file per command, loaded when it is called."""
+"""Command line of mlx-dpo. Each command has a file, which is imported when it is called."""
 
 import errno
 import os
@@ -38,19 +38,19 @@ COMMANDS = (
     "cache",
 )
 NAME = "mlx-dpo"
-INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
+INTERRUPTED = 130  # exit status that shells report for a program stopped by Ctrl-C
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM)
 
 
 class Commands(click.Group):
-    """Commands that are imported by name, so that `--help` does not load a model library."""
+    """Group of commands that are imported by name, so that `--help` loads no model library."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """All of them, in the order in which a person meets them."""
+        """Return the names of all commands in the order of `COMMANDS`."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        """The command of that name, from the file of that name."""
+        """Import the command from the file of its name."""
         if name not in COMMANDS:
             return None
         command = getattr(import_module(f"mlx_dpo.cli.{name}"), name)
@@ -58,7 +58,7 @@ class Commands(click.Group):
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """What each does, whole: a narrow terminal folds it."""
+        """Write the full help of each command, wrapped on a narrow terminal."""
         rows = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
         with formatter.section("Commands"):
             formatter.write_dl([(n, c.get_short_help_str(limit=200)) for n, c in rows if c])
@@ -118,7 +118,7 @@ def cli() -> None:
 
 
 def program() -> str:
-    """What to type for this program: its path where a bare name would not find it."""
+    """Return the command that starts this program: its name, or its path if not on PATH."""
     called = Path(sys.argv[0])
     if called.name != NAME or shutil.which(NAME) is not None:
         return NAME
@@ -126,5 +126,5 @@ def program() -> str:
 
 
 def main() -> None:
-    """Entry point of the `mlx-dpo` command."""
+    """Run the `mlx-dpo` command."""
     cli()

@@ -1,11 +1,10 @@
-"""What `chat` and `generate` share: flags for sampling, the model they talk to, text on stdout."""
+"""Parts of `chat` and `generate`: flags for the model, opening it, and writing its text."""
 
 import os
 import re
 import sys
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from contextlib import closing
-from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from mlx_dpo.saved_runs.open import SwitchableModel
 
 # Escape sequences in a model's text must not steer a terminal; newline and tab may stay.
-CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 
@@ -48,27 +47,7 @@ def model_flags(command: Command) -> Command:
     return command
 
 
-def sampling_flags(*, without: Sequence[str] = (), **defaults: Any) -> Callable[[Command], Command]:
-    """Add a flag for each field of `Sampling` but some; `defaults` replace those declared there."""
-
-    def decorate(command: Command) -> Command:
-        for f in reversed([f for f in fields(Sampling) if f.name not in without]):
-            assert f.default is not MISSING
-            default = defaults.get(f.name, f.default)
-            setting = f.metadata["setting"]
-            command = click.option(
-                "--" + f.name.replace("_", "-"),
-                type=setting.type,
-                default=default,
-                show_default=default is not None,
-                help=setting.help,
-            )(command)
-        return command
-
-    return decorate
-
-
-def open_chat(  # noqa: PLR0913 (one argument for each flag)
+def open_chat(  # noqa: PLR0913 (one argument per flag)
     sampling: Sampling,
     *,
     run: str | None,
@@ -81,19 +60,19 @@ def open_chat(  # noqa: PLR0913 (one argument for each flag)
     context: int | None = None,
     switching: bool = False,
 ) -> tuple["ChatSession", "SwitchableModel"]:
-    """Load what is to be talked to, say on stderr what loading had to say.
+    """Load the model of a chat, and print the notes of loading on stderr.
 
-    A run is spoken to as it was trained: as plain text, thinking, or with a system message, where
-    it was. Both sides are kept only for `switching`.
+    A run has the chat format that it was trained with: plain text, thinking or a system message.
+    The weights of base and adapter are both loaded only for `switching`.
     """
     from mlx_dpo.chat.session import ChatSession
     from mlx_dpo.saved_runs.open import open_switchable
 
-    one: AdapterState = "base" if reference else "aligned"
-    both: tuple[AdapterState, ...] = (
-        ("base", "aligned") if switching and (run or adapter) else (one,)
+    state: AdapterState = "base" if reference else "aligned"
+    wanted: tuple[AdapterState, ...] = (
+        ("base", "aligned") if switching and (run or adapter) else (state,)
     )
-    opened = open_switchable(run, model=model, adapter=adapter, wanted=both)
+    opened = open_switchable(run, model=model, adapter=adapter, wanted=wanted)
     for note in opened.notes:
         click.echo(note, err=True)
     if reference:
@@ -109,74 +88,78 @@ def open_chat(  # noqa: PLR0913 (one argument for each flag)
         sampling,
         system=system,
         thinking=thinking,
-        context=_context(opened.base.config, context),
+        context=_context_length(opened.base.config, context),
         raw=raw,
         switch=opened.sides,
     )
     return chat, opened
 
 
-def _context(config: dict[str, Any], asked: int | None) -> int | None:
-    """Tokens of a conversation: as many as the model places, or fewer where that is asked for."""
+def _context_length(config: dict[str, Any], requested: int | None) -> int | None:
+    """Return the context length of a chat: the requested one, or else the model's.
+
+    Raises:
+        ConfigError: the requested length is above the model's.
+    """
     from mlx_dpo.generation.generate import context_length
 
-    most = context_length(config)
-    if asked is not None and most is not None and asked > most:
+    longest = context_length(config)
+    if requested is not None and longest is not None and requested > longest:
         raise ConfigError(
-            f"`context` is {asked}, but the model places no more than {most} tokens; "
-            f"use --context {most} or less"
+            f"`context` is {requested}, but the model places no more than {longest} tokens; "
+            f"use --context {longest} or less"
         )
-    return most if asked is None else asked
+    return longest if requested is None else requested
 
 
-def write(text: str) -> None:
-    """Text of a model: without control characters on a terminal, exactly as it is elsewhere."""
+def write_text(text: str) -> None:
+    """Write a model's text to stdout, on a terminal without control characters."""
     # click.echo would strip escape sequences from what goes into a pipe.
-    sys.stdout.write(CONTROLS.sub("", text) if sys.stdout.isatty() else text)
+    sys.stdout.write(CONTROL_CHARACTERS.sub("", text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 
-class Shown:
-    """Answers on stdout as they come; thinking dimmed where a terminal can, or left out."""
+class AnswerWriter:
+    """Writer of streamed answers on stdout, with the thinking dimmed or hidden."""
 
     def __init__(self, *, hide_thinking: bool = False) -> None:
         self.hide_thinking = hide_thinking
         wants = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
         self._dim = wants and not os.environ.get("NO_COLOR")
 
-    def stream(self, pieces: Generator["AnswerChunk"]) -> tuple[str, "GenerationSummary"]:
-        """Write an answer to its end; all of its text, and what is known of it."""
-        said, answered, summary = "", "", None
-        with closing(pieces):
-            for piece in pieces:
-                said += piece.text
-                if not piece.thinking:
-                    # Blank lines part an answer from what was thought before it.
-                    hidden = self.hide_thinking and not answered and said != piece.text
-                    text = piece.text.lstrip("\n") if hidden else piece.text
-                    answered += text
-                    write(text)
+    def stream(self, chunks: Generator["AnswerChunk"]) -> tuple[str, "GenerationSummary"]:
+        """Write a streamed answer and return its text with the summary of its generation."""
+        full_text, answer, summary = "", "", None
+        with closing(chunks):
+            for chunk in chunks:
+                full_text += chunk.text
+                if not chunk.thinking:
+                    # Drop the blank lines between hidden thinking and the answer.
+                    after_hidden = self.hide_thinking and not answer and full_text != chunk.text
+                    text = chunk.text.lstrip("\n") if after_hidden else chunk.text
+                    answer += text
+                    write_text(text)
                 elif not self.hide_thinking:
-                    self._aside(piece.text)
-                summary = piece.summary
-        write("\n")
+                    self._write_dimmed(chunk.text)
+                summary = chunk.summary
+        write_text("\n")
         assert summary is not None
-        return said, summary
+        return full_text, summary
 
-    def _aside(self, text: str) -> None:
+    def _write_dimmed(self, text: str) -> None:
         if not self._dim:
-            write(text)
+            write_text(text)
             return
         sys.stdout.write(DIM)
         try:
-            write(text)
+            write_text(text)
         finally:
             sys.stdout.write(PLAIN)
             sys.stdout.flush()
 
 
-def cut_note(reason: str, max_tokens: int) -> str | None:
-    """What to say of an answer that the model did not end, None if it did."""
+def note_on_cut(reason: str, max_tokens: int) -> str | None:
+    """Return a note on why the answer was cut, or None if the model ended it."""
     if reason == "length":
         return f"The answer was cut after {max_tokens} tokens (--max-tokens)."
     if reason == "context":

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_dpo.cli.answers import CONTROLS, sampling_flags
+from mlx_dpo.cli.answers import CONTROL_CHARACTERS
+from mlx_dpo.cli.sampling_flags import sampling_flags
 from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.errors import ConfigError, DataError, reason
 from mlx_dpo.io.atomic import write_file
@@ -162,7 +163,7 @@ def _shade_answer(answer: "ScoredAnswer", *, ends: bool = True) -> "Text":
 
 
 def _strip_controls(text: str) -> str:
-    return CONTROLS.sub("", text)
+    return CONTROL_CHARACTERS.sub("", text)
 
 
 def _summary_table(comparison: "Comparison") -> Any:

@@ -172,7 +172,7 @@ def clean(drop: tuple[str, ...], output: str, **flags: Any) -> None:
             f"not looked for without --model and held-out pairs: {', '.join(result.skipped)}"
         )
     click.echo(
-        f"{output}: {result.kept:,} of {result.rows:,} rows; {result.report} says which went"
+        f"{output}: {result.remaining:,} of {result.rows:,} rows; {result.report} says which went"
     )
 
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_dpo.cli.answers import cut_note, model_flags, open_chat, sampling_flags, write
+from mlx_dpo.cli.answers import model_flags, note_on_cut, open_chat, write_text
+from mlx_dpo.cli.sampling_flags import sampling_flags
 from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.errors import ConfigError
 
@@ -61,7 +62,7 @@ def generate(
         asked |= {"reference": reference, "raw": chat.raw}
         asked |= {"system": chat.system, "thinking": chat.thinking}
         _write_json(prompt, completion, summary, asked | asdict(chat.sampling))
-    if note := cut_note(summary.finish_reason, sampling.max_tokens):
+    if note := note_on_cut(summary.finish_reason, sampling.max_tokens):
         click.echo(note, err=True)
 
 
@@ -103,9 +104,9 @@ def _complete(chat: "ChatSession", prompt: str, *, stream: bool) -> tuple[str, "
     for piece in chat.reply(prompt):
         text, summary = text + piece.text, piece.summary
         if stream:
-            write(piece.text)
+            write_text(piece.text)
     if stream:
-        write("\n")
+        write_text("\n")
     assert summary is not None
     return text, summary
 
@@ -122,4 +123,4 @@ def _write_json(
         "tokens_per_second": None if rate is None else round(rate, 1),
         "settings": settings,
     }
-    write(json.dumps(answer, ensure_ascii=False) + "\n")
+    write_text(json.dumps(answer, ensure_ascii=False) + "\n")

@@ -1,4 +1,4 @@
-"""A run on the terminal: header, reference, steps, closing table, and Ctrl-C that saves."""
+"""Run training on a terminal: header, progress bars, warnings, final table, stop signals."""
 
 import os
 import shutil
@@ -26,10 +26,10 @@ from mlx_dpo.runs.summary import summarize_end, summarize_inputs, summarize_trai
 
 @contextmanager
 def keep_awake(wanted: bool) -> Iterator[str | None]:
-    """Keep a Mac awake inside the block; yields what to tell the person, None elsewhere.
+    """Keep a Mac awake inside the block, and yield a note for the header (None elsewhere).
 
-    Idle sleep is held off; a closed lid without power still sleeps, and the run goes on
-    when it opens.
+    Only idle sleep is prevented: with a closed lid and no power supply the Mac sleeps, and the run
+    continues when it wakes up.
     """
     if sys.platform != "darwin" or not wanted:
         yield None
@@ -37,7 +37,7 @@ def keep_awake(wanted: bool) -> Iterator[str | None]:
     if shutil.which("caffeinate") is None:
         yield "`caffeinate` was not found; this Mac may fall asleep"
         return
-    # -w: it ends with this process, whatever ends this process.
+    # -w: caffeinate ends when this process ends, for whatever reason.
     helper = subprocess.Popen(["caffeinate", "-i", "-m", "-s", "-w", str(os.getpid())])
     try:
         yield "kept awake by `caffeinate` while it trains (--no-caffeinate turns it off)"
@@ -46,23 +46,25 @@ def keep_awake(wanted: bool) -> Iterator[str | None]:
         helper.wait()
 
 
-def run_with_progress(run: DPOTrainer, go_on: str | None = None) -> None:
-    """Prepare and train with everything a person wants to see; saves and leaves when asked to.
+def run_with_progress(run: DPOTrainer, resume_command: str | None = None) -> None:
+    """Prepare the run and train it with progress bars; save and exit on a stop signal.
 
-    `go_on` is what to type to go on then, where it is not `train`.
+    `resume_command` is printed after a stop; the default is `train --resume`.
     """
     with keep_awake(run.config.caffeinate) as awake:
-        _run(run, awake, go_on or f"{program()} train --resume --output {run.config.output}")
+        _run(
+            run, awake, resume_command or f"{program()} train --resume --output {run.config.output}"
+        )
 
 
-def _run(run: DPOTrainer, awake: str | None, go_on: str) -> None:
+def _run(run: DPOTrainer, awake: str | None, resume_command: str) -> None:
     console, config = make_console(), run.config
     try:
         _prepare(run, console, awake)
     except KeyboardInterrupt:
-        begun = run.paths.record.is_file()
-        kept = f"; go on with: {go_on}" if begun else ": nothing was written"
-        click.echo(f"\nInterrupted before the first step{kept}", err=True)
+        has_record = run.paths.record.is_file()
+        note = f"; go on with: {resume_command}" if has_record else ": nothing was written"
+        click.echo(f"\nInterrupted before the first step{note}", err=True)
         raise SystemExit(INTERRUPTED) from None
     warnings = _WarningPrinter(run)
     with (
@@ -73,11 +75,11 @@ def _run(run: DPOTrainer, awake: str | None, go_on: str) -> None:
     ):
         for row in run.train():
             shown.show(row)
-            warnings.say()
+            warnings.print_new()
     run.trackers.close(completed=True)
-    warnings.say()
+    warnings.print_new()
     if run.stopped:
-        console.print(f"Stopped and saved; go on with: {go_on}")
+        console.print(f"Stopped and saved; go on with: {resume_command}")
         raise SystemExit(128 + received[0])
     print_facts(console, summarize_end(run))
     if run.evaluation is not None:
@@ -86,19 +88,21 @@ def _run(run: DPOTrainer, awake: str | None, go_on: str) -> None:
 
 
 class _WarningPrinter:
-    """What goes wrong, each thing said once; a run that goes on has said some before."""
+    """Printer of each warning once; a resumed run has printed its earlier warnings before."""
 
     def __init__(self, run: DPOTrainer) -> None:
-        self._run, self._heard = run, len(run.warnings)
-        self._lost = 0
+        self._run, self._printed = run, len(run.warnings)
+        self._printed_of_trackers = 0
 
-    def say(self) -> None:
-        """Say what was not said yet."""
+    def print_new(self) -> None:
+        """Print the warnings since the last call."""
         run = self._run
-        for sentence in run.warnings[self._heard :] + run.trackers.warnings[self._lost :]:
+        new = run.warnings[self._printed :]
+        new += run.trackers.warnings[self._printed_of_trackers :]
+        for warning in new:
             # `click.echo` writes into the live bar's line where the locale is not UTF-8.
-            print(f"Warning: {sentence}", file=sys.stderr)
-        self._heard, self._lost = len(run.warnings), len(run.trackers.warnings)
+            print(f"Warning: {warning}", file=sys.stderr)
+        self._printed, self._printed_of_trackers = len(run.warnings), len(run.trackers.warnings)
 
 
 def _prepare(run: DPOTrainer, console: Console, awake: str | None) -> None:
@@ -123,21 +127,24 @@ def _prepare(run: DPOTrainer, console: Console, awake: str | None) -> None:
 
 @contextmanager
 def _save_on_signals(run: DPOTrainer) -> Iterator[list[int]]:
-    """Let Ctrl-C, `kill` and a closed terminal save first; a second Ctrl-C ends at once."""
+    """Save on Ctrl-C, `kill` and a closed terminal; a second Ctrl-C stops without saving.
+
+    Yields the list of the signals received.
+    """
     received: list[int] = []
 
-    def ask(number: int, frame: Any) -> None:
+    def request_stop(number: int, frame: Any) -> None:
         received.append(number)
         run.request_stop()
         signal.signal(signal.SIGINT, signal.default_int_handler)
         click.echo("\nSaving after this step (Ctrl-C: stop without saving)", err=True)
 
-    before = {
-        number: signal.signal(number, ask)
+    handlers = {
+        number: signal.signal(number, request_stop)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     }
     try:
         yield received
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)

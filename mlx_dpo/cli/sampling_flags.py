@@ -1,6 +1,6 @@
-"""What `collect`, `winrate` and `loop` share: flags for sampling and for whoever judges."""
+"""Flags that several commands share: sampling settings, and the judge of answers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
 from typing import Any
 
@@ -9,7 +9,7 @@ import click
 from mlx_dpo.config.sampling import Sampling
 
 Command = Callable[..., Any]
-SEED = 0
+DEFAULT_SEED = 0  # of commands that compare answers
 
 
 def judge_flags(command: Command) -> Command:
@@ -27,22 +27,28 @@ def judge_flags(command: Command) -> Command:
     return command
 
 
-def answer_flags(*, temperature: float, several: bool = False) -> Callable[[Command], Command]:
-    """Add a flag for each field of `Sampling`; with `several`, temperatures may be repeated."""
+def sampling_flags(
+    *, without: Sequence[str] = (), many_temperatures: bool = False, **defaults: Any
+) -> Callable[[Command], Command]:
+    """Return a decorator that adds a flag for each field of `Sampling`.
+
+    Args:
+        without: fields that get no flag.
+        many_temperatures: `--temperature` may be repeated.
+        defaults: defaults of the command that differ from those of `Sampling`.
+    """
 
     def decorate(command: Command) -> Command:
-        for f in reversed(fields(Sampling)):
-            assert f.default is not MISSING
-            setting, default = f.metadata["setting"], f.default
-            help, many = setting.help, False
-            if f.name == "temperature":
-                default, many = temperature, several
-                if several:
-                    help += f" Repeat it for answers of several. [default: {temperature}]"
-            elif f.name == "seed":
-                default, help = SEED, "Seed of the choice."
+        for field in reversed([field for field in fields(Sampling) if field.name not in without]):
+            assert field.default is not MISSING
+            setting, default = field.metadata["setting"], defaults.get(field.name, field.default)
+            help, many = setting.help, many_temperatures and field.name == "temperature"
+            if many:
+                help += f" Repeat it for answers of several. [default: {default}]"
+            elif field.name == "seed" and default is not None:
+                help = "Seed of the choice."
             command = click.option(
-                "--" + f.name.replace("_", "-"),
+                "--" + field.name.replace("_", "-"),
                 type=setting.type,
                 default=[default] if many else default,
                 multiple=many,
@@ -54,18 +60,18 @@ def answer_flags(*, temperature: float, several: bool = False) -> Callable[[Comm
     return decorate
 
 
-def samplings(settings: dict[str, Any]) -> tuple[Sampling, ...]:
-    """One for each temperature.
+def make_samplings(settings: dict[str, Any]) -> tuple[Sampling, ...]:
+    """Return the sampling settings for each temperature.
 
     Raises:
         ConfigError: a setting is out of its bounds, or has no effect.
     """
-    given = settings.pop("temperature")
-    temperatures = list(given) if isinstance(given, list | tuple) else [given]
-    # The seed that is there unasked has no effect where the likeliest token is always taken.
-    if settings["seed"] == SEED:
+    temperature = settings.pop("temperature")
+    temperatures = temperature if isinstance(temperature, list | tuple) else [temperature]
+    # The default seed is dropped for greedy decoding, where a seed has no effect.
+    if settings["seed"] == DEFAULT_SEED:
         return tuple(
-            Sampling(**settings | {"temperature": t, "seed": SEED if t else None})
+            Sampling(**settings | {"temperature": t, "seed": DEFAULT_SEED if t else None})
             for t in temperatures
         )
     return tuple(Sampling(**settings, temperature=t) for t in temperatures)

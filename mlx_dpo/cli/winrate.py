@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_dpo.cli.sampling_flags import answer_flags, judge_flags, samplings
+from mlx_dpo.cli.sampling_flags import DEFAULT_SEED, judge_flags, make_samplings, sampling_flags
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     "--against", metavar="RUN|MODEL", help="The opponent. [default: the reference of RUN]"
 )
 @judge_flags
-@answer_flags(temperature=0.7)
+@sampling_flags(temperature=0.7, seed=DEFAULT_SEED)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of a table.")
 def winrate(
     run: str,
@@ -42,7 +42,7 @@ def winrate(
     mlx-dpo winrate run --reward rewards.py:courtesy
     mlx-dpo winrate run prompts.txt --judge mlx-community/Qwen3-8B-4bit
     """
-    [sampling] = samplings(settings)
+    [sampling] = make_samplings(settings)
 
     from mlx_dpo.evaluation.judge import open_judge
     from mlx_dpo.evaluation.winrate import compare_policies

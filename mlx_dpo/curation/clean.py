@@ -32,7 +32,7 @@ class CleanResult:
     """Number of rows before and after, and of the dropped rows by finding."""
 
     rows: int
-    kept: int
+    remaining: int
     dropped: dict[str, int]  # a row with several findings counts for each of them
     report: Path
     skipped: list[str]  # checks that need a model or held-out pairs
@@ -64,18 +64,18 @@ def clean_pairs(
     dropped = _find_dropped_rows(results, checks)
     # Leaving the block publishes the report first and the rows last.
     with open_new_file(output) as rows_file, open_new_file(report) as report_file:
-        kept = 0
+        remaining = 0
         for raw in read_all_raw_rows(sources.train):
             if raw.location not in dropped:
                 write_row(rows_file, raw)
-                kept += 1
-        check_row_count(kept + len(dropped), results.train.rows, sources.train[0])
-        if not kept:
+                remaining += 1
+        check_row_count(remaining + len(dropped), results.train.rows, sources.train[0])
+        if not remaining:
             raise DataError(f"{sources.train[0].name}: no row would be left; drop fewer")
         content = _make_report(sources.train, results, checks, dropped) | {"output": str(output)}
         report_file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
     skipped = [check.name for check in checks if check.name in _skipped_checks(results)]
-    return CleanResult(results.train.rows, kept, content["dropped"], report, skipped)
+    return CleanResult(results.train.rows, remaining, content["dropped"], report, skipped)
 
 
 def _make_report(

@@ -149,7 +149,7 @@ def test_a_terminal_gets_no_control_characters_and_a_pipe_gets_all(monkeypatch, 
     terminal, pipe = Terminal(), io.StringIO()
     for stdout in (terminal, pipe):
         monkeypatch.setattr(sys, "stdout", stdout)
-        _answers.write(text)
+        _answers.write_text(text)
     assert pipe.getvalue() == text
     assert terminal.getvalue() == {"\x1b": "[31mred2J"}.get(text[0], text)
 

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from mlx_dpo.cli import cli
-from mlx_dpo.cli.answers import DIM, PLAIN, Shown
+from mlx_dpo.cli.answers import DIM, PLAIN, AnswerWriter
 from mlx_dpo.generation.stream import AnswerChunk, GenerationSummary
 from tests.checkpoints import make_checkpoint
 
@@ -35,7 +35,7 @@ def terminal_with_colors(monkeypatch):
 def shown(pieces=PIECES, **settings):
     """Return the text on a terminal, and the return value of `stream`."""
     with redirect_stdout(Terminal()) as screen:
-        returned = Shown(**settings).stream(piece for piece in pieces)
+        returned = AnswerWriter(**settings).stream(piece for piece in pieces)
     return screen.getvalue(), returned
 
 

@@ -156,7 +156,7 @@ def found(case, rows, write):
     return {finding.check.name: list(finding.locations()) for finding in list_findings(split)}
 
 
-def test_every_finding_has_a_case_here_and_every_reason_to_lose_a_pair_is_a_finding():
+def test_every_check_has_a_case_and_every_reason_of_a_bad_pair_has_a_check():
     assert CASES.keys() == CHECKS.keys()
     reasons = {
         value for name, value in vars(faults).items()
@@ -167,7 +167,7 @@ def test_every_finding_has_a_case_here_and_every_reason_to_lose_a_pair_is_a_find
 
 
 @pytest.mark.parametrize("name", sorted(CASES.keys() - {"length-bias", "unpaired", "missing-stop"}))
-def test_a_row_that_has_it_is_found_at_its_place_and_one_that_nearly_has_it_is_not(name, write):
+def test_a_finding_has_its_location_and_a_similar_row_has_no_finding(name, write):
     case = CASES[name]
     places = found(case, case.has, write)[name]
     assert f"pairs.jsonl:{len(case.has)}" in {where for where, _ in places}
@@ -175,14 +175,14 @@ def test_a_row_that_has_it_is_found_at_its_place_and_one_that_nearly_has_it_is_n
 
 
 @pytest.mark.parametrize("name", ["mojibake", "refusal", "duplicate-pair", "empty-completion"])
-def test_what_takes_no_tokens_is_found_without_a_model(name, write):
+def test_checks_of_texts_run_without_a_model(name, write):
     case = CASES[name]
     case = Case(case.has, case.near, with_model=False)
     assert name in found(case, case.has, write)
     assert name not in found(case, case.near, write)
 
 
-def test_length_bias_is_a_matter_of_all_pairs(write):
+def test_length_bias_is_a_finding_of_all_pairs(write):
     case = CASES["length-bias"]
     assert found(case, case.has, write)["length-bias"] == []
     # Nine of nine could be tossed once in 256 times: three standard deviations are ten.
@@ -190,20 +190,20 @@ def test_length_bias_is_a_matter_of_all_pairs(write):
     assert "length-bias" not in found(case, case.near, write)
 
 
-def test_labelled_answers_left_over_are_found(write):
+def test_labelled_rows_without_a_partner_are_found(write):
     case = CASES["unpaired"]
     assert found(case, case.has, write)["unpaired"] == [("pairs.jsonl:3", None)]
     assert found(case, case.near, write) == {}
 
 
-def test_a_template_without_stop_tokens_is_found_where_no_text_brings_one(write):
+def test_a_template_without_stop_token_is_found_unless_the_text_has_one(write):
     case = CASES["missing-stop"]
     assert found(case, case.has, write)["missing-stop"] == [("pairs.jsonl:1", None)]
     assert "missing-stop" not in found(CASES["refusal"], [GOOD], write)
     assert "missing-stop" not in found(CASES["same-tokens"], [GOOD], write)  # plain text
 
 
-def test_what_goes_together_is_named_together(write):
+def test_related_locations_are_reported_together(write):
     rows = [GOOD, like(prompt="?"), GOOD, like(chosen="No way!", rejected="That way.")]
     places = found(Case(rows, []), rows, write)
     assert places["duplicate-pair"] == [("pairs.jsonl:3", "pairs.jsonl:1")]
@@ -216,7 +216,7 @@ def test_what_goes_together_is_named_together(write):
     assert places["duplicate-prompt"] == [("pairs.jsonl:4", "pairs.jsonl:1")]
 
 
-def test_pairs_of_one_row_share_prompt_and_answers_without_being_found(write):
+def test_pairs_of_one_row_are_no_duplicates(write):
     rows = [rated(1, 2, 3)]
     assert found(Case(rows, [], rows={"ranked": "all"}), rows, write) == {}
     rows = [rated(3, 2, 1) | {"completions": ["a", "a", "b"]}]
@@ -225,7 +225,7 @@ def test_pairs_of_one_row_share_prompt_and_answers_without_being_found(write):
     assert found(CASES["both-labels"], [GOOD], write) == {}
 
 
-def test_the_same_answer_judged_both_ways_is_a_contradiction(write):
+def test_the_same_completion_with_both_labels_is_a_contradiction(write):
     rows = [judged("p", "a", True), judged("q", "a", False), judged("p", "a", False)]
     places = found(Case(rows, [], **KTO), rows, write)
     assert places["contradiction"] == [
@@ -234,7 +234,7 @@ def test_the_same_answer_judged_both_ways_is_a_contradiction(write):
     ]
 
 
-def test_leaks_are_named_where_they_can_be_mended_with_where_they_go(write):
+def test_leaks_are_reported_at_the_training_row_with_the_held_out_row(write):
     case = CASES["leaked-prompt"]
     both = checked(case, case.has, write)
     assert list(both.train.log.locations("leaked-prompt")) == [("pairs.jsonl:1", "valid.jsonl:1")]
@@ -242,7 +242,7 @@ def test_leaks_are_named_where_they_can_be_mended_with_where_they_go(write):
     assert "leaked-prompt" not in {finding.check.name for finding in list_findings(both.valid)}
 
 
-def test_an_answer_leaks_from_whichever_side_of_whichever_row(write):
+def test_chosen_and_rejected_completions_can_leak(write):
     texts = [f"{LONG} {i}" for i in range(4)]
     valid = [{"prompt": str(i), "chosen": texts[i], "rejected": texts[i + 1]} for i in (0, 2)]
     for i, text in enumerate(texts):
@@ -251,7 +251,7 @@ def test_an_answer_leaks_from_whichever_side_of_whichever_row(write):
         assert found(case, case.has, write)["leaked-answer"] == [("pairs.jsonl:1", where)]
 
 
-def test_faults_alone_count_as_faults_and_come_first(write):
+def test_only_faults_are_counted_and_they_come_first(write):
     assert checked(CASES["refusal"], CASES["refusal"].has, write).fault_count == 0
     both = [answered("I can't, cafÃ©"), answered("I can't"), like(prompt="a\u200b")]
     both += [like(prompt="a", chosen="\x08")]
@@ -269,12 +269,12 @@ def test_faults_alone_count_as_faults_and_come_first(write):
     ]
 
 
-def test_a_refusal_that_was_found_bad_is_no_remark(write):
+def test_a_rejected_refusal_is_no_remark(write):
     rows = [judged("p", "I can't.", False), judged("q", "I can't.", True)]
     assert found(Case(rows, [], **KTO), rows, write)["refusal"] == [("pairs.jsonl:2", None)]
 
 
-def test_a_small_bias_is_no_remark_however_sure_it_is(write):
+def test_a_small_length_bias_is_no_remark_even_if_significant(write):
     rows = [like(prompt=str(i), chosen="yes" * (1 + 9 * (i % 100 < 59))) for i in range(400)]
     for more, named in ((rows, False), (rows + [like(prompt=f"{i}!") for i in range(20)], True)):
         split = checked(Case(more, [], with_model=False), more, write).train
@@ -282,7 +282,7 @@ def test_a_small_bias_is_no_remark_however_sure_it_is(write):
         assert ("length-bias" in {finding.check.name for finding in list_findings(split)}) is named
 
 
-def test_rows_and_pairs_are_counted_apart(write):
+def test_rows_and_pairs_are_counted_separately(write):
     rows = [rated(1, 2, 3), "{", answered(""), answered("I can't.")]
     split = checked(Case(rows, [], rows={"ranked": "adjacent"}), rows, write).train
     assert (split.rows, split.pairs) == (4, 3)
@@ -295,7 +295,7 @@ def test_rows_and_pairs_are_counted_apart(write):
     }  # fmt: skip
 
 
-def test_lengths_are_those_before_the_cut(write):
+def test_lengths_are_those_before_truncation(write):
     rows = [answered("x" * 99)]
     split = checked(Case(rows, [], tokens={"max_length": 20}), rows, write).train
     summaries = split.lengths.summaries()

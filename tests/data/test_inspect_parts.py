@@ -22,13 +22,13 @@ def names(text):
     "good", ["naïve café", "„Groß“ – „SPAẞ“", "À À LA CARTE", "NÃO", "20 °C", "â", "ðe", "¡Sí!",
              "你好，世界", "سلام‌علیکم", "👩‍👩‍👧‍👦 ✓", "a\tb\r\nc", "MAÇÃ”"]
 )  # fmt: skip
-def test_good_text_of_many_languages_is_left_in_peace(good):
+def test_correct_text_of_many_languages_has_no_odd_characters(good):
     assert names(good) == []
 
 
 @pytest.mark.parametrize("good", ["café", "Ünïcode", "“quoted”", "it’s — so", "½ °", "🙂"])
 @pytest.mark.parametrize("wrong", ["latin-1", "cp1252"])
-def test_utf8_that_was_read_as_something_else_is_known(good, wrong):
+def test_utf8_decoded_with_another_encoding_is_found(good, wrong):
     try:
         text = good.encode().decode(wrong)
     except UnicodeDecodeError:  # Windows-1252 has no character for five bytes
@@ -36,12 +36,12 @@ def test_utf8_that_was_read_as_something_else_is_known(good, wrong):
     assert names(text)[0] == "mojibake"
 
 
-def test_half_of_a_garbled_character_is_no_finding_of_its_own():
+def test_half_of_a_garbled_character_is_no_second_finding():
     assert names("—".encode().decode("latin-1")) == ["mojibake"]
     assert names("— \x02".encode().decode("latin-1")) == ["mojibake", "control-character"]
 
 
-def test_characters_are_named_by_number_and_shown_where_they_can_be():
+def test_characters_are_reported_as_code_points_and_shown_if_printable():
     assert list(find_odd_characters(["a\x00b\x00c\x1b", "fÃ©e"])) == [
         ("mojibake", ["U+00C3 U+00A9 (Ã©)"]),
         ("control-character", ["U+0000", "U+001B"]),
@@ -66,7 +66,7 @@ def test_a_joiner_between_latin_letters_is_debris():
         ("x" * 300 + "as an ai language model", None),
     ],
 )
-def test_a_refusal_is_known_by_how_it_begins(answer, phrase):
+def test_the_phrase_of_a_refusal_is_returned(answer, phrase):
     assert find_refusal(answer) == phrase
 
 
@@ -90,19 +90,19 @@ def test_a_refusal_begins_a_sentence_near_the_start(text, refusal):
     assert (find_refusal(text) is not None) is refusal
 
 
-def test_places_come_back_as_they_were():
+def test_locations_are_restored_unchanged():
     names = ["a.jsonl:1", "a.jsonl:2", "a[0]", "b 3[17]", "x:007", "none", "", "a[1] and a[3]", "5"]
     names += ["9" * 30, "a.jsonl:1"]
     places = RowLocations()
     assert [places[places.add(name)] for name in names] == names
 
 
-def test_a_place_that_is_named_again_at_once_is_the_same():
+def test_a_repeated_location_is_stored_once():
     places = RowLocations()
     assert [places.add(name) for name in ("a:1", "a:1", "a:2", "a:1")] == [0, 0, 1, 2]
 
 
-def test_a_million_places_and_digests_would_fit_into_70_megabytes():
+def test_a_million_locations_and_digests_would_fit_into_70_megabytes():
     places, digests = RowLocations(), ExampleDigests()
     pair = PreferenceExample("p", "c" * 100, "r" * 100, "x")
     tracemalloc.start()
@@ -113,7 +113,7 @@ def test_a_million_places_and_digests_would_fit_into_70_megabytes():
     assert used < 5000 * 70
 
 
-def test_wordings_without_end_are_counted_together():
+def test_details_beyond_the_maximum_are_counted_together():
     log = FindingLog(RowLocations())
     for i in range(MAX_DETAILS + 5):
         log.add_detail("unreadable", f"message {i}")
@@ -130,7 +130,7 @@ def lengths(*rows):
     return found
 
 
-def test_spreads_are_lengths_that_there_are():
+def test_quantiles_are_lengths_of_the_data():
     found = lengths(*((i, 2 * i, 7) for i in range(1, 101)))
     # Of 1 to 100 the median lies between 50 and 51; the longer one is said.
     assert found.summaries() == {
@@ -140,7 +140,7 @@ def test_spreads_are_lengths_that_there_are():
     }
 
 
-def test_bins_double_and_hold_every_length_once():
+def test_bins_double_and_contain_every_length_once():
     found = lengths((0, 1, 2), (3, 4, 7), (8, 2, 2))
     assert found.histogram() == [
         Bin(0, 0, (1, 0, 0)), Bin(1, 1, (0, 1, 0)), Bin(2, 3, (1, 1, 2)), Bin(4, 7, (0, 1, 1)),
@@ -148,7 +148,7 @@ def test_bins_double_and_hold_every_length_once():
     ]  # fmt: skip
 
 
-def test_bias_by_hand():
+def test_length_bias_by_hand():
     """Of 4, 1, 2 and 1, 1, 3: chosen longer, equal, rejected longer.
 
     The six lengths 4 1 2 1 1 3 have mean 2 and variance 8/6; being chosen has 1/4. Their
@@ -161,17 +161,17 @@ def test_bias_by_hand():
     assert not bias.is_significant
 
 
-def test_length_that_tells_all_apart_tells_more_than_chance():
+def test_a_length_bias_of_all_pairs_is_significant():
     bias = lengths(*[(0, 1, 2)] * 10).bias()
     assert (bias.accuracy, bias.correlation, bias.is_significant) == (1.0, -1.0, True)
     assert not lengths(*[(0, 1, 2)] * 9).bias().is_significant
 
 
-def test_lengths_that_do_not_vary_have_no_correlation():
+def test_constant_lengths_have_no_correlation():
     assert lengths((1, 5, 5), (2, 5, 5)).bias().correlation is None
 
 
-def test_judged_answers_have_no_bias():
+def test_unpaired_examples_have_no_length_bias():
     found = Lengths("tokens", ("prompt", "answer"))
     found.add(1, 2)
     assert found.bias() is None

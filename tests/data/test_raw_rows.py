@@ -20,7 +20,7 @@ def lines_of(name):
     return [one.to_json_line().decode() for one in read_raw_rows(resolve_source(str(name)))]
 
 
-def test_a_line_stays_as_it_was_but_for_what_ends_it(write):
+def test_a_json_line_is_kept_without_its_newline(write):
     path = write("\ufeff" + ODD + " \r", "", '{"c": "é"}')
     assert lines_of(path) == [ODD, '{"c": "é"}']
     assert [one.location for one in read_raw_rows(resolve_source(str(path)))] == [
@@ -29,14 +29,14 @@ def test_a_line_stays_as_it_was_but_for_what_ends_it(write):
     ]
 
 
-def test_a_packed_file_and_standard_input_are_lines_too(write, monkeypatch):
+def test_compressed_files_and_standard_input_have_lines(write, monkeypatch):
     Path(write(ODD).with_suffix(".jsonl.gz")).write_bytes(gzip.compress(ODD.encode()))
     assert lines_of("pairs.jsonl.gz") == [ODD]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(ODD.encode())))
     assert lines_of("-") == [ODD]
 
 
-def test_other_files_become_lines_that_say_the_same(tmp_path, monkeypatch):
+def test_other_formats_become_equivalent_json_lines(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows = [{"a": "é\n", "b": [1, {"c": None}]}, {"a": "\ud83d"}]
     Path("list.json").write_text(json.dumps(rows))
@@ -47,7 +47,7 @@ def test_other_files_become_lines_that_say_the_same(tmp_path, monkeypatch):
     assert lines_of("table.csv") == ['{"prompt": "a\\nb", "chosen": "c"}']
 
 
-def test_a_row_that_cannot_be_read_does_not_keep_the_others_from_being_read(write):
+def test_an_unreadable_row_does_not_stop_the_others(write):
     found = list(read_raw_rows(resolve_source(str(write('{"a": 1}', "[1]", "{", '{"a": 2}')))))
     assert [type(one.row) for one in found] == [Row, DataError, DataError, Row]
     assert [str(one.row) for one in found[1:3]] == [
@@ -64,6 +64,6 @@ def test_a_row_that_cannot_be_read_does_not_keep_the_others_from_being_read(writ
         found[2].to_json_line()
 
 
-def test_what_json_cannot_say_is_refused_at_its_place():
+def test_values_that_json_cannot_represent_are_an_error_with_location():
     with pytest.raises(DataError, match=r"^a\[3\]: cannot be written as JSON \(.*bytes"):
         RawRow("a[3]", Row({"image": b"\x89"}, "a[3]")).to_json_line()

@@ -21,7 +21,7 @@ def told(parts):
     return [(part.name, part.kind, "".join(piece.text for piece in part.pieces)) for part in parts]
 
 
-def test_prompt_and_answers_come_in_order_with_special_tokens_apart(chat):
+def test_segments_are_in_order_with_special_tokens_separate(chat):
     parts = segment_pair(chat(), WHOLE, WHOLE)
     assert told(parts) == [
         ("prompt", "prompt", "<s><U>hi</s><A>"),
@@ -35,7 +35,7 @@ def test_prompt_and_answers_come_in_order_with_special_tokens_apart(chat):
     assert [part.tokens for part in parts] == [6, 5, 3]
 
 
-def test_the_end_of_an_answer_that_is_cut_stands_behind_it(chat):
+def test_the_truncated_end_of_a_completion_follows_it(chat):
     kept = TokenizedPair(WHOLE.prompt, ids("ye"), WHOLE.rejected)
     assert told(segment_pair(chat(), WHOLE, kept))[1:] == [
         ("chosen", "scored", "ye"),
@@ -51,19 +51,19 @@ def test_the_end_of_an_answer_that_is_cut_stands_behind_it(chat):
         (ids(BOS, EOS, ASSISTANT), [("prompt", "<s>"), ("cut", "<U>hi"), ("prompt", "</s><A>")]),
     ],
 )
-def test_a_prompt_is_cut_at_its_start_but_for_the_token_that_begins_a_text(chat, kept, parts):
+def test_a_prompt_is_truncated_at_its_start_after_the_bos(chat, kept, parts):
     found = segment_pair(chat(), WHOLE, TokenizedPair(kept, WHOLE.chosen, WHOLE.rejected))
     assert [(kind, text) for _, kind, text in told(found)[:-2]] == parts
 
 
-def test_a_judged_answer_stands_alone(chat):
+def test_an_unpaired_example_has_one_completion(chat):
     judged = TokenizedPair(WHOLE.prompt, WHOLE.chosen, ids("other"), desirable=True)
     assert [part.name for part in segment_pair(chat(), judged, judged)] == ["prompt", "answer"]
 
 
 @pytest.mark.parametrize("make", [byte_level, metaspace])
 @pytest.mark.parametrize("name", ["llama-3", "chatml", "mistral", "zephyr"])
-def test_the_pieces_together_are_the_text_of_the_tokens(make, name):
+def test_the_pieces_concatenate_to_the_text_of_the_tokens(make, name):
     """Also where the decoder drops a space that a text begins with."""
     tokenizer = make(name)
     said = PreferenceExample("a b  c", " d e", "f\n g", "x:1")
@@ -78,7 +78,7 @@ def test_the_pieces_together_are_the_text_of_the_tokens(make, name):
     assert "a b  c" in "".join(piece.text for piece in prompt.pieces)
 
 
-def test_a_space_that_the_decoder_drops_at_the_beginning_of_a_text_is_there_within_it():
+def test_a_space_that_the_decoder_drops_at_the_start_is_kept_inside_the_text():
     class Drops(ByteTokenizer):
         def decode(self, ids):
             return super().decode(ids).removeprefix(" ")

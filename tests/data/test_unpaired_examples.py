@@ -17,17 +17,17 @@ from mlx_dpo.schemas import parse_unpaired
 from mlx_dpo.schemas.schema import Row, RowRules
 from mlx_dpo.types import TokenizedPair, UnpairedExample
 
-JUDGED = RowRules(judged=True)
+UNPAIRED_RULES = RowRules(judged=True)
 USER = {"role": "user", "content": "Hi?"}
 BOT = {"role": "assistant", "content": "Yes."}
 
 
 def read(**record):
-    return parse_unpaired(Row(record, "rows:1"), JUDGED)
+    return parse_unpaired(Row(record, "rows:1"), UNPAIRED_RULES)
 
 
 @pytest.mark.parametrize("label", [True, False, 1, 0])
-def test_a_labelled_row_is_one_judgement(label):
+def test_a_labelled_row_is_one_unpaired_example(label):
     assert read(prompt="Hi?", completion="Yes.", label=label) == [
         UnpairedExample("Hi?", "Yes.", bool(label), "rows:1")
     ]
@@ -43,7 +43,7 @@ def test_messages_end_with_the_answer():
     assert read(prompt="Hi?", completion=[BOT], label=True)[0].prompt == (USER,)
 
 
-def test_a_pair_is_two_judgements():
+def test_a_pair_is_two_unpaired_examples():
     assert read(prompt="Hi?", chosen="Yes.", rejected="No.") == [
         UnpairedExample("Hi?", "Yes.", True, "rows:1"),
         UnpairedExample("Hi?", "No.", False, "rows:1"),
@@ -69,7 +69,7 @@ def test_a_pair_in_renamed_columns_is_two_unpaired_examples():
         ({"prompt": "a", "completion": " ", "label": True}, "empty"),
     ],
 )
-def test_what_is_no_judged_answer_is_said(record, said):
+def test_an_invalid_labelled_row_is_an_error(record, said):
     with pytest.raises(DataError, match=said):
         read(**record)
 
@@ -132,7 +132,7 @@ def test_a_file_may_mix_labelled_rows_and_pairs_and_is_counted_in_answers(tmp_pa
         {"prompt": "Hi?", "completion": "Yes.", "label": False},
         {"prompt": "Ho?", "chosen": "Yes.", "rejected": "No."},
     )
-    found = load_pairs(path, plain, TokenRules(vocab_size=262), rows=JUDGED)
+    found = load_pairs(path, plain, TokenRules(vocab_size=262), rows=UNPAIRED_RULES)
     assert [pair.desirable for pair in found.pairs] == [False, True, False]
     assert [pair.rejected for pair in found.pairs] == [()] * 3
     first, *_ = found.report.lines()
@@ -145,7 +145,7 @@ def test_an_answer_becomes_the_same_tokens_as_in_a_pair(tmp_path, chat):
     path = written(tmp_path / "rows.jsonl", pair)
     rules = TokenRules(vocab_size=262)
     (whole,) = load_pairs(path, chat(), rules).pairs
-    good, bad = load_pairs(path, chat(), rules, rows=JUDGED).pairs
+    good, bad = load_pairs(path, chat(), rules, rows=UNPAIRED_RULES).pairs
     assert (good.prompt, good.chosen, bad.chosen) == (whole.prompt, whole.chosen, whole.rejected)
 
 

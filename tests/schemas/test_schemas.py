@@ -28,11 +28,11 @@ def read(**record):
     return found.prompt, found.chosen, found.rejected
 
 
-def test_strings_are_taken_as_they_are():
+def test_strings_are_unchanged():
     assert read(prompt=" hi\n", chosen=" yo ", rejected="no") == (" hi\n", " yo ", "no")
 
 
-def test_messages_are_taken_as_they_are_with_all_their_fields():
+def test_messages_keep_all_their_fields():
     named = user("hi") | {"name": "Ada"}
     prompt, chosen, rejected = read(
         prompt=[system("be kind"), named], chosen=[assistant("yo")], rejected=[assistant("no")]
@@ -41,20 +41,20 @@ def test_messages_are_taken_as_they_are_with_all_their_fields():
     assert (chosen, rejected) == ((assistant("yo"),), (assistant("no"),))
 
 
-def test_strings_after_messages_are_the_assistants_turn():
+def test_a_string_after_messages_is_a_message_of_the_assistant():
     prompt = [user("hi")]
     assert read(prompt=prompt, chosen="yo", rejected="no") == (
         (user("hi"),), (assistant("yo"),), (assistant("no"),)
     )  # fmt: skip
 
 
-def test_a_string_before_messages_is_the_users_turn():
+def test_a_string_before_messages_is_a_message_of_the_user():
     assert read(prompt="hi", chosen=[assistant("yo")], rejected=[assistant("no")]) == (
         (user("hi"),), (assistant("yo"),), (assistant("no"),)
     )  # fmt: skip
 
 
-def test_the_leading_messages_that_both_share_are_the_prompt():
+def test_the_shared_leading_messages_are_the_prompt():
     shared = [system("s"), user("a"), assistant("b"), user("c")]
     expected = (tuple(shared), (assistant("yo"),), (assistant("no"),))
     both = {"chosen": [*shared, assistant("yo")], "rejected": [*shared, assistant("no")]}
@@ -63,13 +63,13 @@ def test_the_leading_messages_that_both_share_are_the_prompt():
     assert read(prompt=None, **both) == expected
 
 
-def test_a_shared_first_answer_stays_with_the_completions():
+def test_a_shared_first_reply_belongs_to_the_completions():
     start = [user("a"), assistant("well")]
     prompt, chosen, _ = read(chosen=[*start, assistant("yes")], rejected=[*start, assistant("no")])
     assert (prompt, chosen) == ((user("a"),), (assistant("well"), assistant("yes")))
 
 
-def test_a_prompt_that_is_not_in_the_conversations_is_refused():
+def test_a_prompt_missing_from_the_conversations_is_an_error():
     with pytest.raises(DataError, match="`chosen` has a prompt of its own that differs"):
         read(
             prompt="other",
@@ -96,7 +96,7 @@ def test_the_prompt_of_a_marked_dialogue_runs_to_its_last_answer():
         ("yes", "yesterday", ""),
     ],
 )
-def test_other_text_shares_whole_words_and_the_space_goes_with_the_completion(
+def test_unmarked_text_is_split_at_a_word_with_the_space_in_the_completion(
     chosen, rejected, prompt
 ):
     if chosen == prompt:
@@ -197,7 +197,7 @@ def test_other_text_shares_whole_words_and_the_space_goes_with_the_completion(
         ),
     ],
 )  # fmt: skip
-def test_a_row_that_is_no_pair_is_refused_with_its_place(record, message):
+def test_a_row_without_a_pair_is_an_error_with_its_location(record, message):
     with pytest.raises(DataError) as error:
         only(Row(record, "pairs.jsonl:7"))
     assert str(error.value) == f"pairs.jsonl:7: {message}"
@@ -235,7 +235,7 @@ CONVERSATION = [user("a"), assistant("b")]
         ),
     ],
 )
-def test_a_pair_that_teaches_nothing_is_a_bad_pair(record, reason):
+def test_a_pair_without_a_preference_is_a_bad_pair(record, reason):
     with pytest.raises(BadPairError) as error:
         only(Row(record, "pairs.jsonl:12"))
     assert error.value.reason == reason
@@ -244,5 +244,5 @@ def test_a_pair_that_teaches_nothing_is_a_bad_pair(record, reason):
     )
 
 
-def test_a_label_beside_a_pair_is_no_reason_to_refuse_it():
+def test_a_pair_may_have_a_label():
     assert read(prompt="a", chosen="b", rejected="c", label=True) == ("a", "b", "c")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_dpo.cli.answers import Shown, model_flags, open_chat, sampling_flags, write
+from mlx_dpo.cli.answers import AnswerWriter, model_flags, open_chat, write_text
 from mlx_dpo.cli.chat.commands import ChatCommands, is_command, print_note
 from mlx_dpo.cli.chat.feedback import FeedbackFiles
 from mlx_dpo.cli.chat.prompt import (
@@ -17,6 +17,7 @@ from mlx_dpo.cli.chat.prompt import (
     next_message,
     read_line,
 )
+from mlx_dpo.cli.sampling_flags import sampling_flags
 from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.errors import ConfigError, DPOError
 
@@ -83,7 +84,10 @@ def chat(
     session, opened = open_chat(Sampling(**settings), run=run, switching=True, **given)
     if hide_thinking and not opened.base.tokenizer.has_thinking:
         raise ConfigError("`hide_thinking` has no effect; the model has no thinking mode")
-    feedback, shown = FeedbackFiles(*files, session, opened), Shown(hide_thinking=hide_thinking)
+    feedback, shown = (
+        FeedbackFiles(*files, session, opened),
+        AnswerWriter(hide_thinking=hide_thinking),
+    )
     if session.raw:
         print_note("No chat template is used: your text is continued as plain text.")
     if at_terminal:
@@ -136,7 +140,7 @@ def _run_turn(commands: ChatCommands, message: TypedMessage) -> bool:
         elif text.strip():
             commands.answer(text)
     except KeyboardInterrupt:
-        write("\n")
+        write_text("\n")
         print_note("Stopped.")
     except DPOError as error:
         print_note(f"Error: {error}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mlx_dpo.cli.answers import Shown, cut_note
+from mlx_dpo.cli.answers import AnswerWriter, note_on_cut
 from mlx_dpo.errors import ConfigError, DataError, reason
 from mlx_dpo.io.atomic import write_file
 
@@ -52,7 +52,7 @@ class ChatCommands:
     def __init__(
         self,
         feedback: "FeedbackFiles",
-        shown: Shown,
+        shown: AnswerWriter,
         *,
         pick: AskPerson | None = None,
         edit: AskPerson | None = None,
@@ -85,7 +85,7 @@ class ChatCommands:
     def _notes(self, summary: "GenerationSummary") -> Iterator[str]:
         if turns := summary.left_out:
             yield f"The context is full: the oldest {turns} turns are dropped from here on."
-        if note := cut_note(summary.finish_reason, self.chat.sampling.max_tokens):
+        if note := note_on_cut(summary.finish_reason, self.chat.sampling.max_tokens):
             yield note
         if self._pick is not None:
             yield format_statistics(summary, self.chat.context)

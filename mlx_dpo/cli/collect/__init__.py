@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_dpo.cli import INTERRUPTED
-from mlx_dpo.cli.sampling_flags import answer_flags, judge_flags, samplings
+from mlx_dpo.cli.sampling_flags import DEFAULT_SEED, judge_flags, make_samplings, sampling_flags
 from mlx_dpo.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def _print_rubric(ctx: click.Context, parameter: click.Parameter, value: bool) -
     help="Print the default rubric of judges, as a start for --rubric, and exit.",
 )
 @judge_flags
-@answer_flags(temperature=1.0, several=True)
+@sampling_flags(temperature=1.0, seed=DEFAULT_SEED, many_temperatures=True)
 def collect(  # noqa: PLR0913 (one argument per flag)
     runs: tuple[str, ...],
     model: str | None,
@@ -79,7 +79,7 @@ def collect(  # noqa: PLR0913 (one argument per flag)
     from mlx_dpo.collect.sample import SamplingPlan
     from mlx_dpo.evaluation.judge import check_judge, open_judge
 
-    plan = SamplingPlan(answers=answers, samplings=samplings(settings))
+    plan = SamplingPlan(answers=answers, samplings=make_samplings(settings))
     plan.check(max(1, len(runs)))
     check_judge(reward, judge, rubric)
     pairs_file = _open_pairs_file(output)

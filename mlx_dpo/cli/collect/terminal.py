@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mlx_dpo.cli.answers import CONTROLS
+from mlx_dpo.cli.answers import CONTROL_CHARACTERS
 from mlx_dpo.collect.session import SKIPPED, TIE, RankingSession, RankingTask, TaskSampler
 from mlx_dpo.collect.web import LoopbackServer, read_page, serve_session
 from mlx_dpo.errors import ConfigError, DataError
@@ -73,7 +73,7 @@ def _take_decision(session: RankingSession, task: RankingTask) -> bool:
     elif key == QUIT:
         return False
     else:
-        _print(f"Unknown key `{CONTROLS.sub('?', key)}`; nothing is decided")
+        _print(f"Unknown key `{CONTROL_CHARACTERS.sub('?', key)}`; nothing is decided")
     return True
 
 
@@ -130,7 +130,7 @@ def _read_pressed_key(prompt: str) -> str:
         key = QUIT
     finally:
         termios.tcsetattr(terminal, termios.TCSADRAIN, attributes)
-    _print(CONTROLS.sub("", key))
+    _print(CONTROL_CHARACTERS.sub("", key))
     return QUIT if key == "\x04" else key.lower()
 
 
@@ -153,7 +153,7 @@ def _print_styled(text: str, **style: bool) -> None:
 
 
 def _strip_controls(text: str) -> str:
-    return CONTROLS.sub("", text)
+    return CONTROL_CHARACTERS.sub("", text)
 
 
 def _print(line: str) -> None:
