@@ -105,7 +105,7 @@ def test_the_seed_that_json_tells_repeats_an_unseeded_answer(model):
         (
             ["--top-p", "0.5", "hi"],
             None,
-            "`top_p` has no effect with `temperature` 0 (the likeliest token is always taken); "
+            "`top_p` has no effect with `temperature` 0 (greedy decoding); "
             "set a temperature above 0",
         ),
         (["--temperature", "-1", "hi"], None, "`temperature` must be at least 0, got -1.0"),
