@@ -185,5 +185,5 @@ class PackedCache:
     ) -> PackedMask:
         """Return the mask, which mlx-lm passes on to the attention function."""
         if return_array or length != len(self.row):
-            raise TypeError("its attention wants a mask that is an array")
+            raise TypeError("its attention needs the mask as an array")
         return PackedMask(self.row, window_size)

@@ -1,11 +1,11 @@
-"""How long many pairs take to become tokens, how soon a second run begins, and what they hold.
+"""Time and memory of preparing a large dataset: tokenization, and a second start from the cache.
 
     python -m scripts.bench.bench_data                      200,000 pairs of about 300 tokens
     python -m scripts.bench.bench_data --pairs 20000        fewer
 
-Synthetic pairs go through the chat model that ships, twice, each time in a process of its own
-and into a cache of their own. A start ends where the first micro-batch could go; the reference's
-answers are taken to be there. A row for each start is appended to docs/bench/data.csv.
+Synthetic pairs are prepared for the chat model in this repository, each start in its own process,
+with an empty cache at first. A start ends when the first micro-batch could run; reference
+log-probs are not computed. A row per start is appended to docs/bench/data.csv.
 """
 
 import argparse
@@ -33,12 +33,12 @@ if TYPE_CHECKING:
 CSV = machine.ROOT / "docs" / "bench" / "data.csv"
 MODEL = machine.ROOT / "models" / "tiny-chat"
 STARTS = ("first", "second", "second", "second", "second", "second")
-WORDS = 26  # of a text; three texts are about 300 tokens of this model
-SHOWN = ("start", "pairs", "tokens", "seconds", "load_s", "resident_mb", "whole_epoch_mb")
+WORDS_PER_TEXT = 26  # of a text; three texts are about 300 tokens of this model
+TABLE_COLUMNS = ("start", "pairs", "tokens", "seconds", "load_s", "resident_mb", "whole_epoch_mb")
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="bench_data", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -49,13 +49,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def write_pairs(path: Path, count: int) -> None:
-    """Pairs of random words, no two alike."""
+    """Write distinct pairs of random words."""
     draw = random.Random(0)
     letters = "aeioulnrstdm"
     words = ["".join(draw.choices(letters, k=draw.randint(2, 8))) for _ in range(5000)]
 
     def text() -> str:
-        return " ".join(draw.choices(words, k=draw.randint(WORDS // 2, WORDS * 3 // 2)))
+        return " ".join(
+            draw.choices(words, k=draw.randint(WORDS_PER_TEXT // 2, WORDS_PER_TEXT * 3 // 2))
+        )
 
     with path.open("w") as lines:
         for _ in range(count):
@@ -63,17 +65,17 @@ def write_pairs(path: Path, count: int) -> None:
             lines.write(json.dumps(row) + "\n")
 
 
-def start(folder: Path) -> dict[str, float]:
-    """Begin a run on the pairs of the folder, up to its first micro-batch."""
+def measure_start(folder: Path) -> dict[str, float]:
+    """Measure the start of a run on the pairs of the folder."""
     from mlx_dpo import DPOConfig
 
     output, pairs = tempfile.mkdtemp(dir=folder), str(folder / "pairs.jsonl")
     config = DPOConfig(model=str(MODEL), pairs=pairs, output=output, max_steps=100)
-    return {**seconds(config), **memory(config)}
+    return {**measure_seconds(config), **measure_memory(config)}
 
 
-def seconds(config: "DPOConfig") -> dict[str, float]:
-    """How long it takes, with everything that `train` does and says before the first step."""
+def measure_seconds(config: "DPOConfig") -> dict[str, float]:
+    """Return the time of all that `train` does and prints before the first micro-batch."""
     import mlx.core as mx
 
     from mlx_dpo import DPOTrainer
@@ -82,9 +84,9 @@ def seconds(config: "DPOConfig") -> dict[str, float]:
     from mlx_dpo.types import PairLogps
 
     with DPOTrainer(config) as run:
-        began = perf_counter()
+        started = perf_counter()
         run.load()
-        loaded = perf_counter() - began
+        loaded = perf_counter() - started
         summarize_inputs(run)
         run.attach()
         zeros = mx.zeros((len(run.inputs.train),))
@@ -95,13 +97,13 @@ def seconds(config: "DPOConfig") -> dict[str, float]:
         indices = step_indices(0, count=len(pairs), batch_size=settings.batch_size, seed=0)
         group = micro_batches(indices, pairs, settings.pass_limit, cost=run.choice.cost)[0]
         mx.eval(collate([pairs[i] for i in group]))
-        done = perf_counter() - began
+        done = perf_counter() - started
     counts = [(r.prompt_tokens, r.chosen_tokens, r.rejected_tokens) for r in run.inputs.reports]
     return {"seconds": done, "load_s": loaded, "tokens": sum(map(sum, counts))}
 
 
-def memory(config: "DPOConfig") -> dict[str, float]:
-    """What the pairs hold beside the model: as a run begins, and after each was asked for."""
+def measure_memory(config: "DPOConfig") -> dict[str, float]:
+    """Return the memory of the dataset: at the start of a run, and after reading every pair."""
     from mlx_dpo.runs.inputs import load_configured_base, load_inputs
 
     base = load_configured_base(config)
@@ -115,23 +117,23 @@ def memory(config: "DPOConfig") -> dict[str, float]:
     return {"resident_mb": resident / 1e6, "whole_epoch_mb": whole / 1e6}
 
 
-def one_start(name: str, folder: Path, pairs: int) -> Row:
-    """The columns of one start, in a process of its own."""
+def run_start(name: str, folder: Path, pairs: int) -> Row:
+    """Measure one start in its own process and return its row."""
     done = subprocess.run(
         [sys.executable, "-m", "scripts.bench.bench_data", "--start", str(folder)],
         cwd=machine.ROOT, env=os.environ | {"MLX_DPO_CACHE": str(folder / "cache")},
         stdout=subprocess.PIPE, text=True, check=True,
     )  # fmt: skip
-    found = json.loads(done.stdout.splitlines()[-1])
+    result = json.loads(done.stdout.splitlines()[-1])
     return {
         "versions": machine.versions("mlx-dpo", "mlx", "mlx-lm", "transformers"),
         "start": name,
         "pairs": str(pairs),
-        "tokens": f"{found['tokens'] / pairs:.0f}",
-        "seconds": f"{found['seconds']:.2f}",
-        "load_s": f"{found['load_s']:.2f}",
-        "resident_mb": f"{found['resident_mb']:.0f}",
-        "whole_epoch_mb": f"{found['whole_epoch_mb']:.0f}",
+        "tokens": f"{result['tokens'] / pairs:.0f}",
+        "seconds": f"{result['seconds']:.2f}",
+        "load_s": f"{result['load_s']:.2f}",
+        "resident_mb": f"{result['resident_mb']:.0f}",
+        "whole_epoch_mb": f"{result['whole_epoch_mb']:.0f}",
     }
 
 
@@ -139,17 +141,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark."""
     options = parse(arguments)
     if options.start is not None:
-        print(json.dumps(start(options.start)))
+        print(json.dumps(measure_start(options.start)))
         return 0
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_pairs(folder / "pairs.jsonl", options.pairs)
-        for at in STARTS:
-            rows.append(one_start(at, folder, options.pairs))
-            tables.append_csv(options.csv, [machine.facts() | rows[-1]])
-            print(" ".join(rows[-1][name] for name in SHOWN), file=sys.stderr)
-    print(tables.text_table(rows, SHOWN))
+        for start_name in STARTS:
+            rows.append(run_start(start_name, folder, options.pairs))
+            tables.append_csv(options.csv, [machine.describe_machine() | rows[-1]])
+            print(" ".join(rows[-1][name] for name in TABLE_COLUMNS), file=sys.stderr)
+    print(tables.text_table(rows, TABLE_COLUMNS))
     return 0
 
 

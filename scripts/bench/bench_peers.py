@@ -1,12 +1,12 @@
-"""Time and memory of DPO trainers on the same model, pairs, adapters and number type.
+"""Time and memory of DPO trainers on the same model, pairs, adapters and dtype.
 
     python -m scripts.bench.bench_peers --pairs FILE             pairs per second, real pairs
     python -m scripts.bench.bench_peers --pairs FILE --long      pairs per second, long pairs
     python -m scripts.bench.bench_peers --pairs FILE --memory    peak of one step over one long pair
 
-Every trainer runs in processes of its own, from an environment that is made for it on the first
-call. Its settings are tried on a few of the pairs and its fastest one runs over all of them.
-docs/performance.md says what is measured, and how.
+Every trainer runs in its own process and virtual environment, which the first call creates. Its
+settings are compared on a few pairs, and the fastest runs over all of them. docs/performance.md
+describes what is measured, and how.
 """
 
 import argparse
@@ -23,74 +23,88 @@ from scripts.bench import machine, processes, tables
 from scripts.bench.options import parse, settings
 from scripts.bench.processes import PeerError
 from scripts.bench.session import Candidate, Session
-from scripts.bench.tables import Measured
+from scripts.bench.tables import Measurement
 from scripts.bench.trainers import TRAINERS
-from scripts.bench.workload import Workload, sample, workload
+from scripts.bench.workload import Workload, make_workload, sample_pairs
 
-BUSY = 0.5  # load, per core, above which figures say little
-SPEED = ("trainer", "setting", "first_epoch_pairs_per_s", "cached_epoch_pairs_per_s", "peak_gb")
-MEMORY = ("trainer", "setting", "peak_gb", "resident_gb", "remark")
+BUSY_LOAD_PER_CORE = 0.5  # above, speeds mean little
+SPEED_COLUMNS = (
+    "trainer",
+    "setting",
+    "first_epoch_pairs_per_s",
+    "cached_epoch_pairs_per_s",
+    "peak_gb",
+)
+MEMORY_COLUMNS = ("trainer", "setting", "peak_gb", "resident_gb", "remark")
 
 
-def installed(options: argparse.Namespace, session: Session) -> dict[str, Path]:
-    """The Python of every trainer that could be installed."""
+def install_trainers(options: argparse.Namespace, session: Session) -> dict[str, Path]:
+    """Return the Python of every trainer that could be installed."""
     found = {}
     for name in options.peers:
         try:
             own = options.trl_python if name == "trl" else None
-            found[name] = own or processes.python_of(TRAINERS[name], options.cache)
+            found[name] = own or processes.trainer_python(TRAINERS[name], options.cache)
         except PeerError as error:
             session.fail(error)
     return found
 
 
-def best(
+def select_settings(
     session: Session, options: argparse.Namespace, work: Workload, candidates: list[Candidate]
 ) -> list[Candidate]:
-    """The candidates of one trainer that are fastest on a few pairs, by either rate."""
+    """Return the settings of one trainer that are fastest on a few pairs, by either rate."""
     if len(candidates) == 1:
         return candidates
-    few = sample(work, min(options.search, work.count))
-    tried = [m for one in candidates for m in session.measure(one, few, stage="search")]
-    names = tables.fastest(tried)
-    return [one for one in candidates if one.setting.name in names]
+    few = sample_pairs(work, min(options.search, work.count))
+    tried = [m for candidate in candidates for m in session.measure(candidate, few, stage="search")]
+    names = tables.fastest_settings(tried)
+    return [candidate for candidate in candidates if candidate.setting.name in names]
 
 
-def speed(
+def measure_speed(
     session: Session, options: argparse.Namespace, work: Workload, trainers: list[list[Candidate]]
-) -> list[Measured]:
-    """Every trainer in its best settings, in rounds, every second one backwards."""
-    chosen = [one for each in trainers for one in best(session, options, work, each)]
+) -> list[Measurement]:
+    """Measure every trainer in its best settings, in rounds of alternating order."""
+    candidates = [
+        candidate
+        for group in trainers
+        for candidate in select_settings(session, options, work, group)
+    ]
     return [
         measured
         for turn in range(options.repeats)
-        for one in (chosen if turn % 2 == 0 else reversed(chosen))
-        for measured in session.measure(one, work, stage="run", turn=turn)
+        for candidate in (candidates if turn % 2 == 0 else reversed(candidates))
+        for measured in session.measure(candidate, work, stage="run", turn=turn)
     ]
 
 
-def memory(session: Session, work: Workload, trainers: list[list[Candidate]]) -> list[Measured]:
-    """Every trainer in each of its settings."""
-    every = [one for each in trainers for one in each]
-    return [m for one in every for m in session.measure(one, work, stage="memory")]
+def measure_memory(
+    session: Session, work: Workload, trainers: list[list[Candidate]]
+) -> list[Measurement]:
+    """Measure every trainer in each of its settings."""
+    candidates = [candidate for group in trainers for candidate in group]
+    return [m for c in candidates for m in session.measure(c, work, stage="memory")]
 
 
-def report(session: Session, measured: Sequence[Measured]) -> None:
-    """The table, how many times as fast this project is, and whether all did the same work."""
+def report(session: Session, measured: Sequence[Measurement]) -> None:
+    """Print the table, the speed-ups of this project, and whether all did the same work."""
     of_memory = session.kind == "memory"
     rows = [row for row in session.rows if row["stage"] != "search"]
-    print(tables.text_table(rows, MEMORY if of_memory else SPEED))
+    print(tables.text_table(rows, MEMORY_COLUMNS if of_memory else SPEED_COLUMNS))
     for epoch, rate in {} if of_memory else tables.EPOCHS.items():
-        for trainer, ratio in tables.ratios(measured, rate).items():
+        for trainer, ratio in tables.speedups(measured, rate).items():
             print(f"ours / {trainer} {epoch}: {ratio:.2f}")
     work = sorted({(m.result.pairs, m.result.tokens, m.result.trainable) for m in measured})
     print("pairs, tokens and adapter weights: " + "; ".join(f"{a}, {b}, {c}" for a, b, c in work))
     if len(work) > 1:
-        print("the trainers did not do the same work; read no ratio from this", file=sys.stderr)
+        print(
+            "the trainers did not do the same work: speed-ups are not comparable", file=sys.stderr
+        )
 
 
-def compare(options: argparse.Namespace, scratch: Path) -> Session:
-    """Prepare the work, run the trainers on it, and report."""
+def run_benchmark(options: argparse.Namespace, scratch: Path) -> Session:
+    """Prepare the workload, run the trainers on it, and report."""
     session = Session(
         shape=options.shape,
         kind=options.kind,
@@ -99,7 +113,7 @@ def compare(options: argparse.Namespace, scratch: Path) -> Session:
         csv=options.csv,
         scratch=scratch,
     )
-    work = workload(
+    work = make_workload(
         options.pairs,
         shape=options.shape,
         kind=options.kind,
@@ -108,15 +122,15 @@ def compare(options: argparse.Namespace, scratch: Path) -> Session:
         folder=scratch,
     )
     if work.faulty:
-        print(f"{options.pairs}: {work.faulty} faulty rows are passed over", file=sys.stderr)
+        print(f"{options.pairs}: {work.faulty} faulty rows are skipped", file=sys.stderr)
     trainers = [
         [Candidate(TRAINERS[name], setting, python) for setting in settings(options, name)]
-        for name, python in installed(options, session).items()
+        for name, python in install_trainers(options, session).items()
     ]
     if options.kind == "memory":
-        report(session, memory(session, work, trainers))
+        report(session, measure_memory(session, work, trainers))
     else:
-        report(session, speed(session, options, work, trainers))
+        report(session, measure_speed(session, options, work, trainers))
     return session
 
 
@@ -124,12 +138,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; 1 if a trainer failed, 2 if it cannot begin."""
     try:
         options = parse(arguments, __doc__ or "")
-        facts = machine.facts()
-        if float(facts["load"]) > BUSY * int(facts["cores"]):
-            said = f"the machine is busy (load {facts['load']}): read no speed from this"
-            print(said, file=sys.stderr)
+        facts = machine.describe_machine()
+        if float(facts["load"]) > BUSY_LOAD_PER_CORE * int(facts["cores"]):
+            warning = f"the machine is busy (load {facts['load']}): speeds are not reliable"
+            print(warning, file=sys.stderr)
         with tempfile.TemporaryDirectory() as folder:
-            session = compare(options, Path(folder))
+            session = run_benchmark(options, Path(folder))
     except DPOError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2

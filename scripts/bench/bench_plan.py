@@ -1,10 +1,10 @@
-"""What `mlx-dpo plan` says of memory against what MLX counts, over a grid of shapes and lengths.
+"""Memory estimated by `mlx-dpo plan` against memory measured, over a grid of shapes and lengths.
 
     python -m scripts.bench.bench_plan                                the whole grid, some minutes
     python -m scripts.bench.bench_plan --only moe                     one shape of it
 
-A step of two passes, with the optimizer, is planned from shapes and a rehearsal, and then taken
-with the whole model. Rows are appended to docs/bench/plan.csv.
+The peak memory of a step of two passes is estimated from a profile of a few layers, and then
+measured with the whole model. Rows are appended to docs/bench/plan.csv.
 """
 
 import argparse
@@ -18,12 +18,16 @@ from mlx_dpo.errors import DPOError
 # isort: split
 
 from scripts.bench import machine, tables
-from scripts.bench.plans import CONFIGS, Case, Found, compare
-from scripts.bench.steps import Point
-from scripts.bench.tables import Row, gigabytes
+from scripts.bench.plans import CONFIGS, Case, MemoryComparison, compare_memory
+from scripts.bench.steps import PassShape
+from scripts.bench.tables import Row, format_gigabytes
 
 CSV = machine.ROOT / "docs" / "bench" / "plan.csv"
-SHORT, MIDDLE, LONG = Point(32, 32, 32, 2), Point(96, 64, 64, 4), Point(384, 128, 128, 1)
+SHORT, MIDDLE, LONG = (
+    PassShape(32, 32, 32, 2),
+    PassShape(96, 64, 64, 4),
+    PassShape(384, 128, 128, 1),
+)
 GRID = (
     Case("smollm2-135m", SHORT),
     Case("smollm2-135m", SHORT, recompute=True),
@@ -43,14 +47,14 @@ GRID = (
     Case("hybrid", LONG),
     Case("hybrid", MIDDLE, recompute=True),
 )
-SHOWN = (
+TABLE_COLUMNS = (
     "shape", "lengths", "pairs", "scorer", "bits", "recompute", "planned_gb", "measured_gb",
     "ratio", "ratio_beyond",
 )  # fmt: skip
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="bench_plan", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -59,22 +63,22 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def row(case: Case, found: Found) -> Row:
-    """The columns of one point."""
+def row(case: Case, comparison: MemoryComparison) -> Row:
+    """Return the row of one grid point."""
     point = case.point
     return {
         "versions": machine.versions("mlx-dpo", "mlx", "mlx-lm"),
         "shape": case.shape,
         "lengths": f"{point.prompt} + {point.chosen}, {point.rejected}",
         "pairs": str(point.pairs),
-        "scorer": found.scorer,
+        "scorer": comparison.scorer,
         "bits": str(case.bits or ""),
         "recompute": "yes" if case.recompute else "no",
-        "planned_gb": gigabytes(found.planned),
-        "measured_gb": gigabytes(found.measured),
-        "held_gb": gigabytes(found.held),
-        "ratio": f"{found.ratio:.3f}",
-        "ratio_beyond": f"{found.ratio_beyond:.3f}",
+        "planned_gb": format_gigabytes(comparison.planned),
+        "measured_gb": format_gigabytes(comparison.measured),
+        "held_gb": format_gigabytes(comparison.resident),
+        "ratio": f"{comparison.ratio:.3f}",
+        "ratio_beyond": f"{comparison.ratio_beyond:.3f}",
     }
 
 
@@ -82,13 +86,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark."""
     try:
         options = parse(arguments)
-        found: list[Row] = []
+        rows: list[Row] = []
         for case in GRID:
             if options.only in (None, case.shape):
-                found.append(row(case, compare(case)))
-                tables.append_csv(options.csv, [machine.facts() | found[-1]])
-                print(" ".join(found[-1][name] for name in SHOWN), file=sys.stderr)
-        print(tables.text_table(found, SHOWN))
+                rows.append(row(case, compare_memory(case)))
+                tables.append_csv(options.csv, [machine.describe_machine() | rows[-1]])
+                print(" ".join(rows[-1][name] for name in TABLE_COLUMNS), file=sys.stderr)
+        print(tables.text_table(rows, TABLE_COLUMNS))
     except DPOError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2

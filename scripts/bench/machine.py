@@ -1,4 +1,4 @@
-"""What a figure has to be read with: machine, load, versions, commit; and a process's memory."""
+"""Facts that belong to a measurement: machine, load, versions, commit; and memory of a process."""
 
 import ctypes
 import os
@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parents[2]
 OPENBLAS = "libopenblas.so.0"
 
 
-def facts() -> dict[str, str]:
-    """Date, commit, processor, cores and load: the first columns of every row."""
+def describe_machine() -> dict[str, str]:
+    """Return date, commit, processor, cores and load: the first columns of every row."""
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
         "commit": commit(),
@@ -26,7 +26,7 @@ def facts() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The short commit, with a `+` if the checkout differs from it; empty outside of git."""
+    """Return the short commit, with a `+` if the checkout differs from it; empty without git."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(
@@ -41,7 +41,7 @@ def commit() -> str:
 
 
 def processor() -> str:
-    """The processor's marketing name, or its architecture."""
+    """Return the processor's marketing name, or its architecture."""
     if sys.platform == "darwin":
         command = ["sysctl", "-n", "machdep.cpu.brand_string"]
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
@@ -52,19 +52,19 @@ def processor() -> str:
 
 
 def versions(*packages: str) -> str:
-    """`name version` of the packages that are installed."""
+    """Return `name version` of the packages that are installed."""
 
-    def found(name: str) -> str | None:
+    def describe(name: str) -> str | None:
         try:
             return f"{name} {version(name)}"
         except PackageNotFoundError:
             return None
 
-    return ", ".join(filter(None, map(found, packages)))
+    return ", ".join(filter(None, map(describe, packages)))
 
 
 def openblas() -> str | None:
-    """The name by which OpenBLAS can be preloaded under MLX's CPU backend, if it is installed."""
+    """Return the name by which OpenBLAS can be preloaded, or None if it is not installed."""
     if sys.platform != "linux":
         return None
     try:
@@ -75,13 +75,13 @@ def openblas() -> str | None:
 
 
 def resident_bytes() -> int:
-    """Memory that this process holds now; its peak where the system tells no more."""
+    """Return the resident memory of this process, or its peak if that is all the system reports."""
     status = _proc_status("VmRSS")
     return status if status is not None else peak_resident_bytes()
 
 
 def peak_resident_bytes() -> int:
-    """The most that this process held since it began, or since `forget_peak`."""
+    """Return the peak memory of this process since its start or `reset_peak`."""
     status = _proc_status("VmHWM")
     if status is not None:
         return status
@@ -89,8 +89,8 @@ def peak_resident_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def forget_peak() -> bool:
-    """Begin the peak anew from what is held now; False where the system cannot."""
+def reset_peak() -> bool:
+    """Reset the peak to the current memory; return False if the system cannot."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

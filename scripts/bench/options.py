@@ -1,4 +1,4 @@
-"""The options of `bench_peers.py`, and what follows from them."""
+"""Command-line options of `bench_peers.py`."""
 
 import argparse
 from collections.abc import Sequence
@@ -15,19 +15,22 @@ from scripts.bench.trainers import TRAINERS, Setting
 CSV = machine.ROOT / "docs" / "bench" / "peers.csv"
 
 
-def _parser(about: str) -> argparse.ArgumentParser:
+def _parser(description: str) -> argparse.ArgumentParser:
+    """Return the parser."""
     parser = argparse.ArgumentParser(
-        prog="bench_peers", description=about, formatter_class=argparse.RawTextHelpFormatter
+        prog="bench_peers", description=description, formatter_class=argparse.RawTextHelpFormatter
     )
     add = parser.add_argument
     add("--pairs", type=Path, required=True, help="preference pairs: a JSONL or JSON file")
     add("--pairs-count", type=int, help="pairs in an epoch (default: 64; with --long 16)")
     kind = parser.add_mutually_exclusive_group()
-    for name, what in (
+    for name, help_text in (
         ("long", "pairs of 900 to 1000 + 2 × 200 to 300 tokens"),
         ("memory", "peak of one step on one pair of 1024 + 2 × 256 tokens"),
     ):
-        kind.add_argument(f"--{name}", dest="kind", action="store_const", const=name, help=what)
+        kind.add_argument(
+            f"--{name}", dest="kind", action="store_const", const=name, help=help_text
+        )
     add("--shape", choices=SHAPES, default="smollm2-135m", help="shape of the model")
     add("--peers", default=",".join(TRAINERS), help="trainers to run (default: %(default)s)")
     add("--search", type=int, default=8, help="pairs on which settings are compared (default: 8)")
@@ -42,13 +45,13 @@ def _parser(about: str) -> argparse.ArgumentParser:
     return parser
 
 
-def parse(arguments: Sequence[str] | None = None, about: str = "") -> argparse.Namespace:
-    """The options, with what follows from them.
+def parse(arguments: Sequence[str] | None = None, description: str = "") -> argparse.Namespace:
+    """Parse the command line and fill in dependent defaults.
 
     Raises:
         ConfigError: a trainer or a setting is unknown, or named twice.
     """
-    options = _parser(about).parse_args(arguments)
+    options = _parser(description).parse_args(arguments)
     options.kind = options.kind or "short"
     if options.pairs_count is None:
         options.pairs_count = {"short": 64, "long": 16, "memory": 1}[options.kind]
@@ -56,17 +59,17 @@ def parse(arguments: Sequence[str] | None = None, about: str = "") -> argparse.N
     for name in options.peers:
         if name not in TRAINERS:
             raise ConfigError(f"`--peers`: unknown `{name}`; there are {', '.join(TRAINERS)}")
-    pinned = [_pinned(text) for text in options.setting]
+    pinned = [_parse_setting(text) for text in options.setting]
     if options.ours:
-        pinned.append(("ours", _own(options.ours)))
+        pinned.append(("ours", _parse_own_setting(options.ours)))
     options.setting = dict(pinned)
     if len(options.setting) < len(pinned):
         raise ConfigError("`--setting`, `--ours`: name a trainer once")
     return options
 
 
-def _own(pieces: Sequence[str]) -> Setting:
-    """Settings of this project's run, written as in its YAML file."""
+def _parse_own_setting(pieces: Sequence[str]) -> Setting:
+    """Return settings of this project given as KEY=VALUE, with values as in its YAML file."""
     values = {}
     for piece in pieces:
         key, is_pair, value = piece.partition("=")
@@ -76,19 +79,20 @@ def _own(pieces: Sequence[str]) -> Setting:
     return Setting(name=", ".join(pieces), options=values)
 
 
-def _pinned(text: str) -> tuple[str, Setting]:
-    name, _, wanted = text.partition("=")
+def _parse_setting(text: str) -> tuple[str, Setting]:
+    """Return the trainer and the setting named by TRAINER=NAME."""
+    name, _, setting_name = text.partition("=")
     trainer = TRAINERS.get(name)
     settings = (*trainer.settings, *trainer.memory_settings) if trainer else ()
     for setting in settings:
-        if setting.name == wanted:
+        if setting.name == setting_name:
             return name, setting
     known = "; ".join(setting.name for setting in settings) or "no such trainer"
     raise ConfigError(f"`--setting {text}`: is not one of its settings ({known})")
 
 
 def settings(options: argparse.Namespace, name: str) -> tuple[Setting, ...]:
-    """The settings in which a trainer is tried, or the one that was asked for."""
+    """Return the settings to try for a trainer, or the one given on the command line."""
     if name in options.setting:
         return (options.setting[name],)
     trainer = TRAINERS[name]

@@ -1,4 +1,4 @@
-"""mlx-lm-lora on a job: `train_dpo` with a second copy of the model as its reference."""
+"""Benchmark of mlx-lm-lora: `train_dpo` with a second copy of the model as reference."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,17 +18,17 @@ WORKING_SET = "max_recommended_working_set_size"
 
 
 def allow_other_backends() -> None:
-    """`train_dpo` asks for a fact that only Metal has; elsewhere a wired limit is not used."""
+    """Add the device property that `train_dpo` reads, which only Metal has and uses."""
     info = mx.device_info()
     if WORKING_SET not in info:
         mx.device_info = lambda *_: {**info, WORKING_SET: 0}
 
 
 def each_batch_once() -> None:
-    """Let an epoch be one.
+    """Make one epoch use every batch once.
 
-    Every step would build its iterator anew and draw from it, so that batches come back while
-    others never come; here its own iterator goes once through its own batches.
+    `train_dpo` builds a new shuffled iterator in every step, so that some batches repeat and
+    others are never used. Here its own iterator goes through its own batches once.
     """
     original = dpo_trainer.iterate_dpo_batches
     epoch: list[Iterator[Any]] = []
@@ -42,7 +42,7 @@ def each_batch_once() -> None:
 
 
 def tokenize(job: bench.Job, tokenizer: Any) -> list[dict[str, Any]]:
-    """Rows as its own datasets give them."""
+    """Return rows in the format of its own datasets."""
     rows = []
     for pair in bench.read_texts(job):
         start = len(tokenizer.encode(pair["prompt"]))
@@ -58,7 +58,7 @@ def tokenize(job: bench.Job, tokenizer: Any) -> list[dict[str, Any]]:
 
 
 def train(job: bench.Job, folder: Path) -> bench.Result:
-    """One epoch; the reference is scored again in every step."""
+    """Run one epoch; the reference is scored again in every step."""
     allow_other_backends()
     each_batch_once()
     batch = min(job.setting["batch_size"], job.step_pairs)
@@ -68,7 +68,7 @@ def train(job: bench.Job, folder: Path) -> bench.Result:
     rows = tokenize(job, tokenizer)
     mx.clear_cache()
     mx.reset_peak_memory()
-    memory, weights = bench.Memory(), mx.get_active_memory()
+    memory, weights = bench.ResidentMemory(), mx.get_active_memory()
     reference, *_ = from_pretrained(job.model)
     mx.eval(reference.parameters())
     arguments = dpo_trainer.DPOTrainingArgs(
@@ -98,4 +98,4 @@ def train(job: bench.Job, folder: Path) -> bench.Result:
 
 
 if __name__ == "__main__":
-    bench.answer(train)
+    bench.run_job(train)

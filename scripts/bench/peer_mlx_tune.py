@@ -1,4 +1,4 @@
-"""mlx-tune on a job: `DPOTrainer`, its reference precomputed or, in one setting, left out."""
+"""Benchmark of mlx-tune: `DPOTrainer`, with precomputed or, in one setting, no reference."""
 
 from pathlib import Path
 from time import perf_counter
@@ -15,7 +15,7 @@ LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 
 
 class TimedTrainer(DPOTrainer):
-    """Marks when the texts are token ids."""
+    """`DPOTrainer` that records the end of tokenization."""
 
     def _prepare_dpo_batches(self) -> list[dict[str, Any]]:
         self.rows = super()._prepare_dpo_batches()
@@ -24,7 +24,7 @@ class TimedTrainer(DPOTrainer):
 
 
 def timed_adapters(model: Any) -> list[float]:
-    """The moment when adapters are put on: the reference is scored by then, training begins."""
+    """Record the time when adapters are attached: between reference pass and training."""
     marks: list[float] = []
     original = model._apply_lora
 
@@ -37,7 +37,7 @@ def timed_adapters(model: Any) -> list[float]:
 
 
 def train(job: bench.Job, folder: Path) -> bench.Result:
-    """One epoch in the pairs' own order; micro-batches are not gathered into larger steps."""
+    """Run one epoch in the order of the pairs, without gradient accumulation."""
     wrapped, tokenizer = FastLanguageModel.from_pretrained(job.model)
     mx.eval(wrapped.model.parameters())
     policy = FastLanguageModel.get_peft_model(
@@ -50,7 +50,7 @@ def train(job: bench.Job, folder: Path) -> bench.Result:
     marks = timed_adapters(policy)
     mx.clear_cache()
     mx.reset_peak_memory()
-    memory, weights = bench.Memory(), mx.get_active_memory()
+    memory, weights = bench.ResidentMemory(), mx.get_active_memory()
     trainer = TimedTrainer(
         model=policy,
         train_dataset=bench.read_texts(job),
@@ -80,4 +80,4 @@ def train(job: bench.Job, folder: Path) -> bench.Result:
 
 
 if __name__ == "__main__":
-    bench.answer(train)
+    bench.run_job(train)

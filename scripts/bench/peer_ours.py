@@ -1,4 +1,4 @@
-"""This project on a job: the run that `mlx-dpo train` makes, through its Python interface."""
+"""Benchmark of this project: the run of `mlx-dpo train`, through the Python interface."""
 
 from pathlib import Path
 from time import perf_counter
@@ -14,7 +14,7 @@ from scripts.bench import machine
 
 
 def train(job: bench.Job, folder: Path) -> bench.Result:
-    """One epoch with the reference scored first, as always."""
+    """Run one epoch, with reference log-probs computed first, as always."""
     config = DPOConfig(
         model=job.model,
         pairs=job.pairs,
@@ -33,9 +33,9 @@ def train(job: bench.Job, folder: Path) -> bench.Result:
         run.load()
         mx.clear_cache()
         mx.reset_peak_memory()
-        memory, weights = bench.Memory(), mx.get_active_memory()
+        memory, weights = bench.ResidentMemory(), mx.get_active_memory()
         began = perf_counter()
-        run.attach()  # the probe of the scorer included
+        run.attach()  # including the selection of the scorer
         run.score_reference()
         scored = perf_counter()
         run.restore()
@@ -57,4 +57,4 @@ def train(job: bench.Job, folder: Path) -> bench.Result:
 
 
 if __name__ == "__main__":
-    bench.answer(train)
+    bench.run_job(train)

@@ -1,4 +1,4 @@
-"""TRL on torch on a job: `DPOTrainer` with PEFT, gradient checkpointing off unless asked for."""
+"""Benchmark of TRL on torch: `DPOTrainer` with PEFT, without gradient checkpointing by default."""
 
 from pathlib import Path
 from time import perf_counter
@@ -15,7 +15,7 @@ from scripts.bench import machine
 
 
 class TimedTrainer(DPOTrainer):
-    """Says how long its reference pass took; tokenisation comes before and is not timed."""
+    """`DPOTrainer` that measures its reference pass; tokenization comes before and is not timed."""
 
     reference_s: float | None = None
 
@@ -27,7 +27,7 @@ class TimedTrainer(DPOTrainer):
 
 
 def config(job: bench.Job, folder: Path) -> DPOConfig:
-    """Its own defaults but for what the job fixes."""
+    """Return TRL's defaults with the values that the job fixes."""
     batch = min(job.setting["batch_size"], job.step_pairs)
     return DPOConfig(
         output_dir=str(folder),
@@ -48,7 +48,7 @@ def config(job: bench.Job, folder: Path) -> DPOConfig:
 
 
 def load(job: bench.Job) -> Any:
-    """The model with every weight in memory: a file that is mapped would be read in later."""
+    """Load the model with all weights in memory; a memory-mapped file would be read later."""
     model = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32)
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
@@ -56,10 +56,10 @@ def load(job: bench.Job) -> Any:
 
 
 def train(job: bench.Job, folder: Path) -> bench.Result:
-    """One epoch; the reference before it or inside it, as the setting says."""
+    """Run one epoch; the setting puts the reference pass before it or into its steps."""
     torch.set_num_threads(job.threads)
     model = load(job)
-    memory = bench.Memory()
+    memory = bench.ResidentMemory()
     trainer = TimedTrainer(
         model=model,
         args=config(job, folder),
@@ -89,4 +89,4 @@ def train(job: bench.Job, folder: Path) -> bench.Result:
 
 
 if __name__ == "__main__":
-    bench.answer(train)
+    bench.run_job(train)

@@ -1,4 +1,4 @@
-"""Planned against measured memory: shapes, points, and both numbers for one of them."""
+"""Estimated and measured memory of an optimizer step, for a grid of model shapes."""
 
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -28,9 +28,9 @@ from mlx_dpo.scoring.select_scorer import ScorerChoice
 from mlx_dpo.training import loop
 from mlx_dpo.types import PairLogps
 from scripts.bench.shapes import SEED, SHAPES
-from scripts.bench.steps import Point
+from scripts.bench.steps import PassShape
 
-GROUP = 64
+GROUP_SIZE = 64
 COMMON = {"rms_norm_eps": 1e-6, "rope_theta": 10000.0, "max_position_embeddings": 8192}
 QWEN3 = COMMON | {
     "model_type": "qwen3",
@@ -56,7 +56,7 @@ MOE = COMMON | {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 256,
     "decoder_sparse_step": 1,
-    "mlp_only_layers": [0],  # the first block is dense
+    "mlp_only_layers": [0],  # the first layer is dense
     "norm_topk_prob": True,
     "tie_word_embeddings": False,
 }
@@ -83,16 +83,16 @@ CONFIGS: Mapping[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """A point of the grid."""
+    """A grid point: model shape, lengths, and settings."""
 
     shape: str
-    point: Point
+    point: PassShape
     recompute: bool = False
     scorer: str = "auto"
     bits: int | None = None
 
     def settings(self) -> DPOConfig:
-        """A run of two passes a step."""
+        """Return the settings of a run with two passes per step."""
         return DPOConfig(
             batch_size=2 * self.point.pairs,
             micro_batch_size=self.point.pairs,
@@ -104,57 +104,57 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Found:
-    """Bytes at the peak of a step, and those that are held all the while."""
+class MemoryComparison:
+    """Peak memory of a step, estimated and measured, and the part held between steps, in bytes."""
 
     planned: int
     measured: int
-    held: int
+    resident: int
     scorer: str
 
     @property
     def ratio(self) -> float:
-        """Planned over measured."""
+        """Ratio of estimated to measured memory."""
         return self.planned / self.measured
 
     @property
     def ratio_beyond(self) -> float:
-        """The same without what is held all the while: the part that had to be found out."""
-        return (self.planned - self.held) / (self.measured - self.held)
+        """The same ratio without the resident part, which is known exactly."""
+        return (self.planned - self.resident) / (self.measured - self.resident)
 
 
-def compare(case: Case) -> Found:
-    """Plan a step with no weights loaded, then make the weights and take it."""
+def compare_memory(case: Case) -> MemoryComparison:
+    """Estimate a step without weights, then create the weights and measure it."""
     config = case.settings()
     pairs = case.point.draw(CONFIGS[case.shape]["vocab_size"]) * 2
     with ExitStack() as stack:
-        base = _outlined(case)
+        base = _empty_model(case)
         stack.enter_context(use_fused_gated_delta(base.model))
         attach_adapters(base, config)
         with with_layers(base.model, sample_layers(base.model).large):
             mx.eval(base.model.parameters())
             choice = choose_scorer(base, config)
         cost = profile_micro_batch(base, config, choice, pairs[: case.point.pairs])
-        state = optimizer_state_bytes(base.model, config)
-        planned = memory.step_peak_bytes(base.model, cost.bytes, state)
-        held = memory.resident_bytes(base.model, state)
+        optimizer_bytes = optimizer_state_bytes(base.model, config)
+        planned = memory.step_peak_bytes(base.model, cost.bytes, optimizer_bytes)
+        resident = memory.resident_bytes(base.model, optimizer_bytes)
     del base
     mx.clear_cache()
-    return Found(planned, _measured(case, config, choice), held, choice.name)
+    return MemoryComparison(planned, _measured_peak(case, config, choice), resident, choice.name)
 
 
-def _outlined(case: Case, *, packed: bool = False) -> LoadedModel:
+def _empty_model(case: Case, *, packed: bool = False) -> LoadedModel:
     mx.random.seed(SEED)
     config = CONFIGS[case.shape]
     model = build_model(config)
     if case.bits is not None and (packed or device_kind() != "cpu"):
-        nn.quantize(model, GROUP, case.bits)
+        nn.quantize(model, GROUP_SIZE, case.bits)
     model.freeze()
     return LoadedModel(model, None, config, Path(), case.shape, config["vocab_size"], ())
 
 
-def _measured(case: Case, config: DPOConfig, choice: ScorerChoice) -> int:
-    base = _outlined(case, packed=True)
+def _measured_peak(case: Case, config: DPOConfig, choice: ScorerChoice) -> int:
+    base = _empty_model(case, packed=True)
     model = base.model
     mx.eval(model.parameters())
     if device_kind() == "cpu":

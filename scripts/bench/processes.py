@@ -1,4 +1,4 @@
-"""A trainer in its own environment, made once, and in a process of its own, once per job."""
+"""Virtual environments of the trainers, and a process per job."""
 
 import json
 import os
@@ -18,8 +18,8 @@ class PeerError(DPOError):
     """A trainer could not be installed, or ended without a result."""
 
 
-def python_of(trainer: Trainer, cache: Path) -> Path:
-    """The Python that has the trainer; its environment is made on the first call.
+def trainer_python(trainer: Trainer, cache: Path) -> Path:
+    """Return the Python of the trainer's environment, which the first call creates.
 
     Raises:
         PeerError: pip could not install it.
@@ -28,8 +28,8 @@ def python_of(trainer: Trainer, cache: Path) -> Path:
         return Path(sys.executable)
     folder = cache / "environments" / trainer.name
     python, stamp = folder / "bin" / "python", folder / "complete"
-    wanted = "\n".join((sys.version, *trainer.requirements))
-    if stamp.is_file() and stamp.read_text() == wanted:
+    expected = "\n".join((sys.version, *trainer.requirements))
+    if stamp.is_file() and stamp.read_text() == expected:
         return python
     print(f"{trainer.name}: installing {', '.join(trainer.requirements)}", file=sys.stderr)
     shutil.rmtree(folder, ignore_errors=True)
@@ -38,12 +38,12 @@ def python_of(trainer: Trainer, cache: Path) -> Path:
     done = subprocess.run([*pip, *trainer.requirements], capture_output=True, text=True)
     if done.returncode:
         raise PeerError(f"{trainer.name}: cannot be installed ({last_line(done.stderr)})")
-    stamp.write_text(wanted)
+    stamp.write_text(expected)
     return python
 
 
 def environment(trainer: Trainer, setting: Setting, threads: int, folder: Path) -> dict[str, str]:
-    """The variables under which a trainer runs: as many threads as the others, the same BLAS."""
+    """Return the environment variables of a trainer: equal thread counts and BLAS for all."""
     count = str(threads)
     env = os.environ | {
         "OMP_NUM_THREADS": count,
@@ -51,12 +51,12 @@ def environment(trainer: Trainer, setting: Setting, threads: int, folder: Path) 
         "OPENBLAS_NUM_THREADS": count,
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
-        "MLX_DPO_CACHE": str(folder),  # an empty one: no reference is known beforehand
+        "MLX_DPO_CACHE": str(folder),  # empty: no cached reference log-probs
         "TMPDIR": str(folder),
         "PYTHONPATH": str(machine.ROOT),
     }
     blas = machine.openblas()
-    # This project loads OpenBLAS by itself.
+    # This project loads OpenBLAS itself.
     if trainer.uses_mlx and trainer.requirements and blas is not None:
         env["LD_PRELOAD"] = blas
     return env | setting.env
@@ -65,7 +65,7 @@ def environment(trainer: Trainer, setting: Setting, threads: int, folder: Path) 
 def run(
     trainer: Trainer, setting: Setting, job: Job, *, python: Path, folder: Path, timeout: float
 ) -> Result:
-    """The trainer's answer to the job, in a process of its own.
+    """Run the job in its own process and return the result.
 
     Raises:
         PeerError: it ended without a result, or took longer than `timeout` seconds.
@@ -96,6 +96,6 @@ def run(
 
 
 def last_line(text: str) -> str:
-    """The last line that says something."""
+    """Return the last line that is not blank."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1][:200] if lines else "no output"

@@ -1,4 +1,4 @@
-"""A call of `bench_peers.py` under way: every result is printed and written down as it comes."""
+"""State of a `bench_peers.py` run: every result is printed and written as soon as it is there."""
 
 import sys
 from dataclasses import dataclass, field
@@ -8,15 +8,15 @@ from typing import NamedTuple
 from scripts.bench import machine, processes, tables
 from scripts.bench.job import Job, Result
 from scripts.bench.processes import PeerError
-from scripts.bench.tables import Measured, Row
+from scripts.bench.tables import Measurement, Row
 from scripts.bench.trainers import Setting, Trainer
 from scripts.bench.workload import Workload
 
-STEP_PAIRS = 16  # pairs per optimizer step, or all there are
+STEP_PAIRS = 16  # pairs per optimizer step, or all if there are fewer
 
 
 class Candidate(NamedTuple):
-    """A trainer in one setting, and the Python that has it."""
+    """A trainer in one setting, and the Python of its environment."""
 
     trainer: Trainer
     setting: Setting
@@ -25,7 +25,7 @@ class Candidate(NamedTuple):
 
 @dataclass
 class Session:
-    """What does not change between runs, and what came of them."""
+    """Options shared by all runs, and their results."""
 
     shape: str
     kind: str
@@ -38,30 +38,31 @@ class Session:
 
     def measure(
         self, candidate: Candidate, work: Workload, *, stage: str, turn: int = 0
-    ) -> list[Measured]:
-        """One run; nothing if it failed."""
-        facts = machine.facts()
+    ) -> list[Measurement]:
+        """Measure one run; return an empty list if it failed."""
+        facts = machine.describe_machine()
         try:
             result = self._run(candidate, work)
         except PeerError as error:
             self.fail(error)
             return []
         trainer, setting, _ = candidate
-        measured = Measured(
+        measured = Measurement(
             trainer=trainer.name,
             setting=setting.name,
             round=turn,
             result=result,
             remark=setting.remark,
         )
-        about = {"shape": self.shape, "kind": self.kind, "stage": stage}
-        row = facts | about | {"threads": str(self.threads)} | tables.peer_row(measured)
+        context = {"shape": self.shape, "kind": self.kind, "stage": stage}
+        row = facts | context | {"threads": str(self.threads)} | tables.peer_row(measured)
         tables.append_csv(self.csv, [row])
         self.rows.append(row)
-        print(tables.sentence(row), file=sys.stderr)
+        print(tables.progress_line(row), file=sys.stderr)
         return [measured]
 
     def _run(self, candidate: Candidate, work: Workload) -> Result:
+        """Run one candidate on the workload."""
         job = Job(
             model=str(work.model),
             pairs=str(work.pairs),
@@ -78,6 +79,6 @@ class Session:
         )
 
     def fail(self, error: PeerError) -> None:
-        """Say it now, and remember it for the exit status."""
+        """Print an error and record it for the exit status."""
         self.failures.append(error)
         print(f"Error: {error}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Model shapes and checkpoints of them: real architectures, random weights, nothing downloaded."""
+"""Model shapes and checkpoints with random weights: real architectures, nothing downloaded."""
 
 import json
 import math
@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 SEED = 0
-STD = 0.04  # near 1/sqrt(hidden), what such models start from
+STD = 0.04  # near 1/sqrt(hidden), as such models are initialized
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What a Llama's cost depends on."""
+    """Sizes of a Llama model that determine its cost."""
 
     hidden_size: int
     num_hidden_layers: int
@@ -24,7 +24,7 @@ class Shape:
     vocab_size: int
 
     def config(self) -> dict[str, Any]:
-        """`config.json` of a Llama of this shape, its embedding tied to the head."""
+        """Return the `config.json` of a Llama with this shape and tied embeddings."""
         return {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
@@ -41,7 +41,7 @@ class Shape:
         }
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the weights, as the original checkpoints call them."""
+        """Return names and shapes of the weights, with the names of the original checkpoints."""
         hidden, inner = self.hidden_size, self.intermediate_size
         keys = hidden // self.num_attention_heads * self.num_key_value_heads
         block = {
@@ -64,7 +64,7 @@ class Shape:
         return {f"model.{name}.weight": shape for name, shape in (outer | blocks).items()}
 
     def parameters(self) -> int:
-        """Number of weights; the head is the embedding and counts once."""
+        """Return the number of parameters; the tied embedding counts once."""
         return sum(math.prod(shape) for shape in self.tensors().values())
 
 
@@ -89,9 +89,12 @@ SHAPES = {
 
 
 def write_checkpoint(folder: Path, shape: Shape, tokenizer: Path) -> None:
-    """A float32 checkpoint that mlx-lm and transformers load; `tokenizer` holds its files.
+    """Write a float32 checkpoint that mlx-lm and transformers load.
 
-    Written beside and renamed, so that a folder which exists is whole.
+    It is written under another name and renamed, so that an existing folder is complete.
+
+    Args:
+        tokenizer: folder with the tokenizer's files.
     """
     import mlx.core as mx
 

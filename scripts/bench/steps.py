@@ -1,4 +1,4 @@
-"""One pass over a few pairs under one scorer: seconds, peak memory, and work counted."""
+"""Measurement of one pass over a few pairs: seconds, peak memory, tokens through the model."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -14,18 +14,18 @@ from mlx_lm.models import llama
 from mlx_dpo.adapters import attach as adapters
 from mlx_dpo.losses.log_ratios import log_ratio_margin
 from mlx_dpo.losses.pairwise import sigmoid_loss
-from mlx_dpo.scoring import select_scorer as probe
 from mlx_dpo.scoring.scorers import Scorer, fast_inference, memory_efficient_training
+from mlx_dpo.scoring.select_scorer import select_scorer
 from mlx_dpo.types import PairLogps, TokenizedPair
 from scripts.bench.shapes import SEED, Shape
 
 RANK, SCALE, BETA = 8, 2.0, 0.1
-Pass = Callable[[], Any]  # what has to be evaluated
+PassFunction = Callable[[], Any]  # returns the arrays to evaluate
 
 
 @dataclass(frozen=True)
-class Point:
-    """Lengths in tokens, and how many such pairs go through together."""
+class PassShape:
+    """Lengths of a pair in tokens, and the number of such pairs in a pass."""
 
     prompt: int
     chosen: int
@@ -33,15 +33,15 @@ class Point:
     pairs: int
 
     @classmethod
-    def parse(cls, text: str) -> "Point":
-        """`PROMPT:CHOSEN:REJECTED:PAIRS`; ValueError for anything else."""
+    def parse(cls, text: str) -> "PassShape":
+        """Parse `PROMPT:CHOSEN:REJECTED:PAIRS`; raise `ValueError` for anything else."""
         point = cls(*(int(part) for part in text.split(":")))
         if min(point.prompt, point.chosen, point.rejected, point.pairs) < 1:
             raise ValueError("every number has to be at least 1")
         return point
 
     def draw(self, vocab_size: int) -> list[TokenizedPair]:
-        """Random pairs of these lengths."""
+        """Return random pairs of these lengths."""
         mx.random.seed(SEED)
 
         def tokens(count: int) -> tuple[int, ...]:
@@ -54,28 +54,28 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Way:
-    """A scorer, what it scores with where no gradient is wanted, and what surrounds both."""
+class ScorerVariant:
+    """A scorer with and without gradients, and the contexts in which both run."""
 
     name: str
     scorer: Scorer
     forward_only: Scorer
-    around_training: Callable[[], AbstractContextManager[None]] = nullcontext
-    around_reference: Callable[[], AbstractContextManager[None]] = nullcontext
+    training_context: Callable[[], AbstractContextManager[None]] = nullcontext
+    reference_context: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 @dataclass(frozen=True)
-class Cost:
-    """What one pass cost."""
+class PassCost:
+    """Time, memory and tokens of one pass."""
 
     seconds: float
-    peak_bytes: int  # beyond what was held before
-    trunk_tokens: int
-    head_rows: int
+    peak_bytes: int  # beyond the memory held before
+    layer_tokens: int
+    head_tokens: int
 
 
 def build(shape: Shape) -> nn.Module:
-    """A random model of this shape with adapters on all linear layers, none of them zero."""
+    """Return a random model of this shape with nonzero adapters on all linear layers."""
     mx.random.seed(SEED)
     model = llama.Model(llama.ModelArgs.from_dict(shape.config()))
     adapters.attach_adapters(model, rank=RANK, scale=SCALE, seed=SEED)
@@ -85,92 +85,107 @@ def build(shape: Shape) -> nn.Module:
     return model
 
 
-def ways(model: nn.Module, vocab_size: int) -> list[Way]:
-    """The plain scorer as mlx-lm runs it, and the engine where the probe lets the model have it."""
-    plain, engine = (
-        probe.select_scorer(model, vocab_size=vocab_size, requested=wanted)
-        for wanted in ("plain", "auto")
+def scorer_variants(model: nn.Module, vocab_size: int) -> list[ScorerVariant]:
+    """Return the plain scorer with mlx-lm's kernels, and the selected one with ours.
+
+    The selected scorer comes with and without recomputation.
+    """
+    plain, selected = (
+        select_scorer(model, vocab_size=vocab_size, requested=setting)
+        for setting in ("plain", "auto")
     )
-    found = [Way("plain", plain.scorer, plain.forward_only)]
-    for name, recompute in ((engine.name, False), (f"{engine.name}, recomputed", True)):
-        if engine.name != "plain":
+    variants = [ScorerVariant("plain", plain.scorer, plain.forward_only)]
+    for name, recompute in ((selected.name, False), (f"{selected.name}, recomputed", True)):
+        if selected.name != "plain":
             training = partial(memory_efficient_training, model, recompute=recompute)
             reference = partial(fast_inference, model)
-            found.append(Way(name, engine.scorer, engine.forward_only, training, reference))
-    return found
+            variants.append(
+                ScorerVariant(name, selected.scorer, selected.forward_only, training, reference)
+            )
+    return variants
 
 
-def reference_pass(model: nn.Module, way: Way, pairs: Sequence[TokenizedPair]) -> Pass:
-    """Scores alone, adapters off."""
+def reference_pass(
+    model: nn.Module, variant: ScorerVariant, pairs: Sequence[TokenizedPair]
+) -> PassFunction:
+    """Return a pass without gradients, with adapters disabled."""
 
     def run() -> PairLogps:
-        with adapters.disable_adapters(model), way.around_reference():
-            return way.forward_only(model, pairs)
+        with adapters.disable_adapters(model), variant.reference_context():
+            return variant.forward_only(model, pairs)
 
     return run
 
 
-def training_pass(model: nn.Module, way: Way, pairs: Sequence[TokenizedPair]) -> Pass:
-    """Loss and the gradients of the adapters."""
+def training_pass(
+    model: nn.Module, variant: ScorerVariant, pairs: Sequence[TokenizedPair]
+) -> PassFunction:
+    """Return a pass that computes the loss and the gradients of the adapters."""
     zero = PairLogps(mx.zeros((len(pairs),)), mx.zeros((len(pairs),)))
 
     def objective(policy: nn.Module) -> mx.array:
-        margins = log_ratio_margin(way.scorer(policy, pairs), zero)
+        margins = log_ratio_margin(variant.scorer(policy, pairs), zero)
         return sigmoid_loss(margins, beta=BETA).sum()
 
     gradient = nn.value_and_grad(model, objective)
 
     def run() -> Any:
-        with way.around_training():
+        with variant.training_context():
             return gradient(model)
 
     return run
 
 
-def measure(model: nn.Module, run: Pass, *, repeats: int) -> Cost:
-    """The fastest of `repeats` runs after one that warms up and is watched."""
+def measure(model: nn.Module, run: PassFunction, *, repeats: int) -> PassCost:
+    """Return the cost: the fastest of `repeats` runs, after a warm-up run that is counted."""
     mx.clear_cache()
     mx.reset_peak_memory()
     before = mx.get_active_memory()
-    with counted(model) as work:
+    with count_work(model) as work:
         mx.eval(run())
     peak = mx.get_peak_memory() - before
-    return Cost(min(_timed(run) for _ in range(repeats)), peak, work.trunk_tokens, work.head_rows)
+    return PassCost(
+        min(_measure_seconds(run) for _ in range(repeats)),
+        peak,
+        work.layer_tokens,
+        work.head_tokens,
+    )
 
 
-def _timed(run: Pass) -> float:
-    began = perf_counter()
+def _measure_seconds(run: PassFunction) -> float:
+    """Return the seconds of one run."""
+    started = perf_counter()
     mx.eval(run())
-    return perf_counter() - began
+    return perf_counter() - started
 
 
 @dataclass
-class Work:
-    """What went through the two halves of a model."""
+class WorkCounter:
+    """Tokens that went through backbone and head of a model."""
 
-    trunk_tokens: int = 0
-    head_rows: int = 0
+    layer_tokens: int = 0
+    head_tokens: int = 0
 
 
 @contextmanager
-def counted(model: llama.Model) -> Iterator[Work]:
-    """Count tokens into the trunk and rows into the tied head, inside the block."""
-    work = Work()
-    trunk, embedding = model.model, model.model.embed_tokens
-    kinds = type(trunk), type(embedding)
+def count_work(model: llama.Model) -> Iterator[WorkCounter]:
+    """Count tokens into the backbone and into the tied head inside the block."""
+    work = WorkCounter()
+    backbone, embedding = model.model, model.model.embed_tokens
+    kinds = type(backbone), type(embedding)
 
-    class CountingTrunk(kinds[0]):
+    class CountingBackbone(kinds[0]):
         def __call__(self, inputs: mx.array, *args: Any, **kwargs: Any) -> mx.array:
-            work.trunk_tokens += inputs.size
+            work.layer_tokens += inputs.size
             return super().__call__(inputs, *args, **kwargs)
 
     class CountingHead(kinds[1]):
         def as_linear(self, x: mx.array) -> mx.array:
-            work.head_rows += x.size // x.shape[-1]
+            work.head_tokens += x.size // x.shape[-1]
             return super().as_linear(x)
 
-    trunk.__class__, embedding.__class__ = CountingTrunk, CountingHead
+    backbone.__class__, embedding.__class__ = CountingBackbone, CountingHead
     try:
         yield work
     finally:
-        trunk.__class__, embedding.__class__ = kinds
+        backbone.__class__, embedding.__class__ = kinds

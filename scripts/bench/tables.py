@@ -1,4 +1,4 @@
-"""Results -> CSV rows, ratios and a table. Pure but for the file that rows are appended to."""
+"""CSV rows, speed-ups and a text table from results."""
 
 import csv
 from collections.abc import Callable, Iterable, Sequence
@@ -10,34 +10,34 @@ from mlx_dpo.errors import DataError
 from scripts.bench.job import Result
 
 Row = dict[str, str]
-Rate = Callable[[Result], float | None]  # pairs per second, if the trainer has such a thing
+Rate = Callable[[Result], float | None]  # pairs per second, None if not applicable
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
-    """One trainer in one setting, once."""
+class Measurement:
+    """Result of one run of a trainer in one setting."""
 
     trainer: str
     setting: str
     round: int
     result: Result
-    remark: str = ""  # why it cannot be the trainer's best
+    remark: str = ""  # why the setting is excluded from the comparison
 
 
-def figure(value: float | None, digits: int = 3) -> str:
-    """A number with so many significant digits, not in scientific notation; empty for None."""
+def format_number(value: float | None, digits: int = 3) -> str:
+    """Format a number with so many significant digits, without exponent; empty for None."""
     if value is None:
         return ""
     return f"{float(f'{value:.{digits}g}'):f}".rstrip("0").rstrip(".")
 
 
-def gigabytes(count: int | None) -> str:
-    """Bytes as GB; empty for None."""
-    return "" if count is None else figure(count / 1e9)
+def format_gigabytes(count: int | None) -> str:
+    """Format bytes in GB; empty for None."""
+    return "" if count is None else format_number(count / 1e9)
 
 
-def peer_row(measured: Measured) -> Row:
-    """The columns of a trainer's result."""
+def peer_row(measured: Measurement) -> Row:
+    """Return the row of a trainer's result."""
     result = measured.result
     return {
         "trainer": measured.trainer,
@@ -45,17 +45,17 @@ def peer_row(measured: Measured) -> Row:
         "round": str(measured.round),
         "pairs": str(result.pairs),
         "tokens": str(result.tokens),
-        "first_epoch_pairs_per_s": figure(result.first_epoch),
-        "cached_epoch_pairs_per_s": figure(result.cached_epoch),
-        "peak_gb": gigabytes(result.peak_bytes),
-        "resident_gb": gigabytes(result.resident_bytes),
+        "first_epoch_pairs_per_s": format_number(result.first_epoch),
+        "cached_epoch_pairs_per_s": format_number(result.cached_epoch),
+        "peak_gb": format_gigabytes(result.peak_bytes),
+        "resident_gb": format_gigabytes(result.resident_bytes),
         "versions": result.versions,
         "remark": measured.remark,
     }
 
 
 def append_csv(path: Path, rows: Iterable[Row]) -> None:
-    """Add rows to a file that begins with the names of their columns.
+    """Append rows to a CSV file; a new file gets a header.
 
     Raises:
         DataError: the file has other columns.
@@ -81,12 +81,12 @@ def append_csv(path: Path, rows: Iterable[Row]) -> None:
 
 
 def first_epoch(result: Result) -> float | None:
-    """Pairs per second, reference included."""
+    """Return pairs per second, including the reference."""
     return result.first_epoch
 
 
 def cached_epoch(result: Result) -> float | None:
-    """Pairs per second once the reference is known; None for trainers that keep none."""
+    """Return pairs per second with cached reference log-probs; None without a cache."""
     return result.cached_epoch
 
 
@@ -96,47 +96,47 @@ EPOCHS: dict[str, Rate] = {
 }
 
 
-def fastest(measured: Sequence[Measured]) -> list[str]:
-    """The settings that are best by one of the rates, without those that are no candidates."""
+def fastest_settings(measured: Sequence[Measurement]) -> list[str]:
+    """Return the settings that are fastest by one of the rates, except those with a remark."""
     best: dict[str, None] = {}
     for rate in EPOCHS.values():
-        rated = [(value, one.setting) for one in measured if (value := _rate(one, rate))]
+        rated = [(value, run.setting) for run in measured if (value := _rate(run, rate))]
         if rated:
             best[max(rated)[1]] = None
     return list(best)
 
 
-def _rate(measured: Measured, rate: Rate) -> float | None:
+def _rate(measured: Measurement, rate: Rate) -> float | None:
     return None if measured.remark else rate(measured.result)
 
 
-def ratios(measured: Sequence[Measured], rate: Rate, *, of: str = "ours") -> dict[str, float]:
-    """How many times the rate of each other trainer `of` has.
+def speedups(measured: Sequence[Measurement], rate: Rate, *, of: str = "ours") -> dict[str, float]:
+    """Return the speed-up of trainer `of` over each other trainer.
 
-    Each takes its best setting; a ratio is formed within a round, the median taken over rounds.
+    Ratios compare the best settings within a round; the result is the median over rounds.
     Trainers without such a rate are left out.
     """
     best: dict[tuple[int, str], float] = {}
-    for one in measured:
-        key, value = (one.round, one.trainer), _rate(one, rate)
+    for run in measured:
+        key, value = (run.round, run.trainer), _rate(run, rate)
         if value:
             best[key] = max(value, best.get(key, 0.0))
-    found: dict[str, list[float]] = {}
+    by_trainer: dict[str, list[float]] = {}
     for (turn, trainer), value in best.items():
         if trainer != of and (turn, of) in best:
-            found.setdefault(trainer, []).append(best[turn, of] / value)
-    return {trainer: median(values) for trainer, values in found.items()}
+            by_trainer.setdefault(trainer, []).append(best[turn, of] / value)
+    return {trainer: median(values) for trainer, values in by_trainer.items()}
 
 
-def sentence(row: Row) -> str:
-    """A row of `peer_row`, as it is said while the others run."""
+def progress_line(row: Row) -> str:
+    """Return a row of `peer_row` as one line of progress output."""
     names = ("first_epoch_pairs_per_s", "cached_epoch_pairs_per_s", "peak_gb", "resident_gb")
     figures = ", ".join(f"{name} {row[name]}" for name in names if row[name])
     return f"{row['stage']}: {row['trainer']}, {row['setting']}: {figures}"
 
 
 def text_table(rows: Sequence[Row], columns: Sequence[str]) -> str:
-    """A Markdown table of these columns, every cell as wide as its column."""
+    """Return an aligned Markdown table of these columns."""
     cells = [list(columns), *([row[column] for column in columns] for row in rows)]
     widths = [max(len(line[at]) for line in cells) for at in range(len(columns))]
     rule = [["-" * width for width in widths]]

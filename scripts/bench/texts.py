@@ -1,7 +1,7 @@
-"""Pairs as text that every trainer turns into the same token ids, and the tokenizer for it.
+"""Pairs that every trainer tokenizes to the same ids, and the tokenizer for them.
 
-Completions end with the stop token's own text: trainers that add one find it there, and those
-that add none train on it too. Nothing is a chat template's business, and nothing begins a row.
+Completions end with the text of the stop token: trainers that add one find it there, and those
+that do not train on it too. There is no chat template and no beginning-of-sequence token.
 """
 
 import json
@@ -16,13 +16,13 @@ from mlx_dpo.data.sources import read_rows
 from mlx_dpo.errors import BadPairError, DataError
 from mlx_dpo.schemas import parse_pairs
 
-END, PAD = "<|end|>", "<|pad|>"
-LONG_PROMPT, LONG_COMPLETION = (900, 1000), (200, 300)  # tokens, drawn evenly
+END_TOKEN, PAD_TOKEN = "<|end|>", "<|pad|>"
+LONG_PROMPT, LONG_COMPLETION = (900, 1000), (200, 300)  # tokens, uniformly distributed
 SEED = 0
 
 
 class TextPair(TypedDict):
-    """A pair as every trainer reads it from a JSONL file."""
+    """A pair in the JSONL format that every trainer reads."""
 
     prompt: str
     chosen: str
@@ -30,7 +30,7 @@ class TextPair(TypedDict):
 
 
 def read_pairs(path: Path) -> tuple[list[TextPair], int]:
-    """The pairs of a file as plain text, and how many rows were passed over as faulty."""
+    """Return the pairs of a file as plain text, and the number of faulty rows skipped."""
     pairs: list[TextPair] = []
     faulty = 0
     for row in read_rows(path):
@@ -46,18 +46,20 @@ def read_pairs(path: Path) -> tuple[list[TextPair], int]:
         if not prompt.strip():
             faulty += 1
             continue
-        pairs.append(TextPair(prompt=prompt, chosen=chosen + END, rejected=rejected + END))
+        pairs.append(
+            TextPair(prompt=prompt, chosen=chosen + END_TOKEN, rejected=rejected + END_TOKEN)
+        )
     return pairs, faulty
 
 
 def train_tokenizer(pairs: Sequence[TextPair], vocabulary: int) -> Tokenizer:
-    """A byte-level BPE of at most `vocabulary` entries, learned from the pairs themselves."""
+    """Train a byte-level BPE of at most `vocabulary` entries on the pairs."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
-        special_tokens=[END, PAD],
+        special_tokens=[END_TOKEN, PAD_TOKEN],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -66,54 +68,54 @@ def train_tokenizer(pairs: Sequence[TextPair], vocabulary: int) -> Tokenizer:
 
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
-    """The files from which transformers and mlx-lm load it."""
+    """Write the files from which transformers and mlx-lm load the tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": END,
-        "pad_token": PAD,
+        "eos_token": END_TOKEN,
+        "pad_token": PAD_TOKEN,
         "clean_up_tokenization_spaces": False,
         "model_max_length": 8192,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    ids = {"eos": tokenizer.token_to_id(END), "pad": tokenizer.token_to_id(PAD)}
+    ids = {"eos": tokenizer.token_to_id(END_TOKEN), "pad": tokenizer.token_to_id(PAD_TOKEN)}
     (folder / "special_ids.json").write_text(json.dumps(ids) + "\n")
 
 
 def single_words(pairs: Sequence[TextPair], tokenizer: Tokenizer) -> Iterator[str]:
-    """The words of the pairs that are one token each, with their space, round and round.
+    """Yield the words of the pairs that are a single token with their space, repeated forever.
 
-    Texts made of them have exactly as many tokens as words, wherever they are cut.
+    A text of such words has exactly as many tokens as words.
     """
     words = [f" {word}" for pair in pairs for text in pair.values() for word in text.split()]
     single = {word for word in set(words) if len(tokenizer.encode(word).ids) == 1}
-    kept = [word for word in words if word in single and END not in word]
-    if not kept:
+    usable = [word for word in words if word in single and END_TOKEN not in word]
+    if not usable:
         raise DataError("the pairs hold no word that is one token; give more text")
     while True:
-        yield from kept
+        yield from usable
 
 
-def synthesise(words: Iterator[str], prompt: int, chosen: int, rejected: int) -> TextPair:
-    """A pair of exactly these many tokens, stop tokens included."""
+def synthesize_pair(words: Iterator[str], prompt: int, chosen: int, rejected: int) -> TextPair:
+    """Return a pair of exactly so many tokens, including the stop tokens."""
 
     def take(count: int) -> str:
         return "".join(next(words) for _ in range(count))
 
     return TextPair(
         prompt=take(prompt),
-        chosen=take(chosen - 1) + END,
-        rejected=take(rejected - 1) + END,
+        chosen=take(chosen - 1) + END_TOKEN,
+        rejected=take(rejected - 1) + END_TOKEN,
     )
 
 
 def long_pairs(pairs: Sequence[TextPair], tokenizer: Tokenizer, count: int) -> list[TextPair]:
-    """Pairs of long prompts and completions out of the words of the short ones."""
+    """Return pairs of long prompts and completions, made of the words of `pairs`."""
     draw = random.Random(SEED)
     words = single_words(pairs, tokenizer)
     return [
-        synthesise(
+        synthesize_pair(
             words,
             draw.randint(*LONG_PROMPT),
             draw.randint(*LONG_COMPLETION),
@@ -124,5 +126,5 @@ def long_pairs(pairs: Sequence[TextPair], tokenizer: Tokenizer, count: int) -> l
 
 
 def write_pairs(path: Path, pairs: Sequence[TextPair]) -> None:
-    """One JSON object a line."""
+    """Write one JSON object per line."""
     path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))

@@ -1,4 +1,4 @@
-"""The trainers that are compared: what each needs, and in which settings it is tried."""
+"""The trainers that are compared, their requirements and settings."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -8,17 +8,17 @@ MLX = ("mlx>=0.32.4", "mlx[cpu]; sys_platform == 'linux'")
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """One way to run a trainer."""
+    """Options and environment variables of a trainer."""
 
     name: str
     options: dict[str, Any] = field(default_factory=dict)
     env: dict[str, str] = field(default_factory=dict)
-    remark: str = ""  # why it is shown, but not a candidate for the trainer's best
+    remark: str = ""  # why it is shown, but excluded from the comparison
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trainer:
-    """A module that answers jobs, and the environment it needs."""
+    """A module that runs jobs, and the environment that it needs."""
 
     name: str
     module: str
@@ -29,6 +29,7 @@ class Trainer:
 
 
 def _batches(*sizes: int, suffix: str = "", remark: str = "", **options: Any) -> list[Setting]:
+    """Return one setting per batch size."""
     return [
         Setting(
             name=f"batch {size}{suffix}", options={"batch_size": size, **options}, remark=remark
@@ -37,11 +38,12 @@ def _batches(*sizes: int, suffix: str = "", remark: str = "", **options: Any) ->
     ]
 
 
-def _also(settings: list[Setting], name: str, env: dict[str, str]) -> list[Setting]:
+def _with_env(settings: list[Setting], name: str, env: dict[str, str]) -> list[Setting]:
+    """Return `settings`, and each of them again with environment variables."""
     return settings + [replace(s, name=f"{s.name}, {name}", env=env) for s in settings]
 
 
-# Why a setting is shown but never chosen as its trainer's best.
+# Remarks on settings that are shown but never selected as the fastest.
 NO_REFERENCE = "trains without a reference"
 WRONG_GRADIENTS = "its gradients are wrong"
 
@@ -73,7 +75,9 @@ TRAINERS = {
             name="mlx-lm-lora",
             module="scripts.bench.peer_mlx_lm_lora",
             requirements=("mlx-lm-lora==5.10.2", *MLX),
-            settings=tuple(_also(_batches(1, 2, 4), "not compiled", {"MLX_DISABLE_COMPILE": "1"})),
+            settings=tuple(
+                _with_env(_batches(1, 2, 4), "not compiled", {"MLX_DISABLE_COMPILE": "1"})
+            ),
             memory_settings=(
                 *_batches(1),
                 *_batches(1, suffix=", checkpointing", checkpointing=True),
@@ -85,7 +89,7 @@ TRAINERS = {
             requirements=("mlx-tune==0.6.0", *MLX),
             settings=(
                 *_batches(1, precompute=True),
-                *_also(
+                *_with_env(
                     _batches(2, 4, precompute=True),
                     "not compiled",
                     {"MLX_TUNE_DISABLE_COMPILE": "1"},

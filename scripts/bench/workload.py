@@ -1,4 +1,4 @@
-"""What all trainers are given: one checkpoint and one file of pairs, made once and kept."""
+"""The workload of all trainers: one checkpoint and one file of pairs, created once."""
 
 import hashlib
 import shutil
@@ -22,15 +22,15 @@ class Workload:
     model: Path
     pairs: Path
     count: int
-    faulty: int = 0  # rows of the source that are no usable pair
+    faulty: int = 0  # rows of the source that are not usable
 
 
-def workload(
+def make_workload(
     source: Path, *, shape: str, kind: str, count: int, cache: Path, folder: Path
 ) -> Workload:
-    """The first `count` pairs of `source`, or long ones made of its words, and a model.
+    """Return the first `count` pairs of `source`, or long ones made of its words, and a model.
 
-    The model's tokenizer is learned from `source`; both are kept in `cache`. The pairs are
+    The model's tokenizer is trained on `source`; both are stored in `cache`. The pairs are
     written into `folder`.
 
     Raises:
@@ -40,23 +40,23 @@ def workload(
     model = _model(source, pairs, shape, cache)
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
     if kind == "long":
-        chosen = texts.long_pairs(pairs, tokenizer, count)
+        selected = texts.long_pairs(pairs, tokenizer, count)
     elif kind == "memory":
         words = texts.single_words(pairs, tokenizer)
-        chosen = [texts.synthesise(words, *MEMORY_LENGTHS) for _ in range(count)]
+        selected = [texts.synthesize_pair(words, *MEMORY_LENGTHS) for _ in range(count)]
     else:
-        chosen = pairs[:count]
-    if len(chosen) < count:
+        selected = pairs[:count]
+    if len(selected) < count:
         raise DataError(
-            f"{source}: has {len(chosen)} usable pairs; give --pairs-count at most that"
+            f"{source}: has {len(selected)} usable pairs; give --pairs-count at most that"
         )
     path = folder / "pairs.jsonl"
-    texts.write_pairs(path, chosen)
+    texts.write_pairs(path, selected)
     return Workload(model, path, count, faulty)
 
 
-def sample(work: Workload, count: int) -> Workload:
-    """`count` pairs of the workload, evenly spread, so that they are as long as the others."""
+def sample_pairs(work: Workload, count: int) -> Workload:
+    """Return `count` pairs, evenly spaced in the file, so that lengths are representative."""
     lines = work.pairs.read_text().splitlines(keepends=True)
     path = work.pairs.with_name(f"sample-{count}.jsonl")
     path.write_text("".join(lines[at * len(lines) // count] for at in range(count)))
@@ -64,6 +64,7 @@ def sample(work: Workload, count: int) -> Workload:
 
 
 def _model(source: Path, pairs: Sequence[texts.TextPair], shape: str, cache: Path) -> Path:
+    """Return the folder of the model, which is created if it is not cached."""
     name = hashlib.sha256(source.read_bytes()).hexdigest()[:12]
     folder = cache / "models" / f"{shape}-{name}"
     if not folder.is_dir():

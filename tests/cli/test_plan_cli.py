@@ -35,7 +35,7 @@ def planned(*words):
     return json.loads(result.output)
 
 
-def test_everything_is_said_in_lines(tmp_path):
+def test_all_lines_are_printed(tmp_path):
     result = plan()
     assert result.exit_code == 0, result.output
     names = [line[:10].strip() for line in result.output.splitlines()]
@@ -48,7 +48,7 @@ def test_everything_is_said_in_lines(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"base", "pairs.jsonl"}
 
 
-def test_the_parts_of_memory_add_up():
+def test_memory_parts_add_up():
     memory = planned()["memory"]
     parts = [memory[name] for name in ("weights", "adapters", "activations", "head")]
     assert min(parts) >= 0
@@ -56,20 +56,20 @@ def test_the_parts_of_memory_add_up():
     assert memory["reference"] > memory["weights"]
 
 
-def test_weights_are_counted_by_shapes_and_adapters_by_rank():
+def test_memory_of_weights_and_adapters_by_hand():
     memory = planned("--lora-r", "2", "--lora-target-modules", "q_proj")["memory"]
     block = 4 * 64 * 64 + 3 * 64 * 128 + 2 * 64
     assert memory["weights"] == (6 * block + 64 + 2 * 300 * 64) * 4
     assert memory["adapters"] == 5 * 6 * 2 * 2 * 64 * 4  # five copies in six blocks
 
 
-def test_packing_changes_nothing_on_the_cpu_where_weights_are_held_unpacked():
+def test_quantization_changes_nothing_on_the_cpu():
     plain, packed = planned(), planned("--bits", "4")
     assert packed["memory"]["weights"] == plain["memory"]["weights"]
     assert "on a Mac's GPU packed in 4 bits" in plan("--bits", "4").output
 
 
-def test_tokens_and_rows_of_an_epoch_by_hand(tmp_path):
+def test_tokens_of_an_epoch_by_hand(tmp_path):
     rows = [{"prompt": "What is it?", "chosen": "It is.", "rejected": "It is so."}] * 4
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = planned("--valid-fraction", "0", "--chat-template", "text")
@@ -86,7 +86,7 @@ def test_tokens_and_rows_of_an_epoch_by_hand(tmp_path):
     assert found["lengths"]["longest"] == prompt + max(chosen, rejected)
 
 
-def test_less_memory_makes_less_fit_until_nothing_does():
+def test_capacity_shrinks_with_memory():
     roomy, none = (planned("--memory", size) for size in ("1GB", "0.001GB"))
     assert roomy["most"]["stored"]["context"] is True
     assert roomy["chosen"] == {"micro_batch_size": 2, "recompute": False, "fits": True}
@@ -95,13 +95,13 @@ def test_less_memory_makes_less_fit_until_nothing_does():
     assert "train      refused: " in plan("--memory", "0.001GB").output
 
 
-def test_asking_for_recomputation_is_seen_in_memory_and_work():
+def test_recomputation_changes_memory_and_work():
     stored, again = planned("--no-recompute"), planned("--recompute")
     assert again["memory"]["activations"] < stored["memory"]["activations"]
     assert again["epoch"]["operations"] > stored["epoch"]["operations"]
 
 
-def test_what_a_step_asks_ahead_is_counted_and_no_reference_is_none():
+def test_extra_forward_passes_count_and_no_reference_costs_nothing():
     """Each of these scores a step's pairs once more, without gradients."""
     usual = planned()["epoch"]
     asked = [
@@ -124,7 +124,7 @@ def test_what_a_step_asks_ahead_is_counted_and_no_reference_is_none():
         (("--bits", "4", "--group-size", "48"), "`group_size` must be one of 32, 64, 128"),
     ],
 )
-def test_what_cannot_be_planned_is_said_in_one_line(words, message):
+def test_errors_are_printed_in_one_line(words, message):
     result = plan(*words)
     assert result.exit_code == 1
     assert message in result.output
@@ -141,7 +141,7 @@ def test_a_missing_model_names_the_command():
     assert "--model is missing; see `mlx-dpo plan --help`" in result.output
 
 
-def test_an_outline_is_what_a_loaded_model_is(tmp_path):
+def test_an_empty_model_equals_a_loaded_one(tmp_path):
     """But for the numbers: the same shapes, types and bytes, packed ones unpacked on the CPU."""
     make_checkpoint(tmp_path / "loaded", tied=True)
     for changes in ({}, {"bits": 4, "group_size": 32}, {"dtype": "float16"}):

@@ -1,4 +1,4 @@
-"""How much memory there is, and what MLX is told to keep."""
+"""Available memory, MLX's buffer limits, and reuse of freed memory."""
 
 import subprocess
 import sys
@@ -21,18 +21,18 @@ from mlx_dpo.profiling.device_memory import (
     ("memory", "mebibytes"),
     [("16GB", 10922.67), ("32 GB", 21845.33), ("64GiB", 49152.0), ("96g", 73728.0)],
 )
-def test_a_mac_recommends_what_metal_reports_there(memory, mebibytes):
+def test_the_budget_of_a_mac_equals_metal_s_recommendation(memory, mebibytes):
     assert mac_memory(memory).bytes == pytest.approx(mebibytes * 2**20, rel=1e-6)
     assert memory in mac_memory(memory).description
 
 
 @pytest.mark.parametrize("memory", ["16", "0GB", "-8GB", "16 TB", "much", "1e3GB", ""])
-def test_what_is_no_amount_of_memory_is_refused(memory):
+def test_invalid_amounts_of_memory_are_rejected(memory):
     with pytest.raises(ConfigError, match="`memory` must be like 16GB"):
         mac_memory(memory)
 
 
-def test_a_limit_that_was_set_is_the_room_there_is():
+def test_a_memory_limit_is_the_available_memory():
     before = mx.set_memory_limit(123_000_000)
     try:
         assert available_memory().bytes == 123_000_000
@@ -40,7 +40,7 @@ def test_a_limit_that_was_set_is_the_room_there_is():
         mx.set_memory_limit(before)
 
 
-def test_metal_keeps_a_quarter_for_buffers_and_wires_half():
+def test_metal_caches_a_quarter_and_wires_half():
     assert buffer_limits("metal", {RECOMMENDED_BYTES_KEY: 12_000_000_000}) == (
         3_000_000_000,
         6_000_000_000,
@@ -48,11 +48,11 @@ def test_metal_keeps_a_quarter_for_buffers_and_wires_half():
 
 
 @pytest.mark.parametrize(("kind", "info"), [("cpu", {}), ("cuda", {}), ("metal", {})])
-def test_elsewhere_the_limits_of_mlx_stay(kind, info):
+def test_other_devices_keep_mlx_s_limits(kind, info):
     assert buffer_limits(kind, info) is None
 
 
-def test_limits_hold_during_a_run_and_are_what_they_were_after_it(monkeypatch):
+def test_limits_are_set_inside_the_block_and_restored(monkeypatch):
     monkeypatch.setattr(device_memory, "device_kind", lambda: "metal")
     monkeypatch.setattr(device_memory, "is_cpu", lambda: False)
     monkeypatch.setattr(mx, "device_info", lambda device: {RECOMMENDED_BYTES_KEY: 80_000_000})
@@ -93,13 +93,13 @@ def run(**env):
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True, env=env
     )
-    kept, faults = done.stdout.split()
-    return kept, int(faults)
+    is_set, faults = done.stdout.split()
+    return is_set, int(faults)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc")
-def test_freed_memory_is_handed_out_again():
-    kept, faults = run()
-    asked, others = run(MALLOC_TRIM_THRESHOLD_="131072", MALLOC_MMAP_THRESHOLD_="131072")
-    assert (kept, asked) == ("True", "False")
+def test_freed_memory_is_reused():
+    is_set, faults = run()
+    is_overridden, others = run(MALLOC_TRIM_THRESHOLD_="131072", MALLOC_MMAP_THRESHOLD_="131072")
+    assert (is_set, is_overridden) == ("True", "False")
     assert faults < others / 20

@@ -29,7 +29,7 @@ def adapted(num_layers=None):
     return model_flops(model, CONFIG, vocab_size=10)
 
 
-def test_a_block_is_its_matrices_and_the_head_its_table():
+def test_flops_of_layers_and_head():
     assert adapted() == ModelFlops(
         linear=3 * BLOCK,
         linear_backward=3 * BLOCK,
@@ -40,14 +40,14 @@ def test_a_block_is_its_matrices_and_the_head_its_table():
     )
 
 
-def test_gradients_end_at_the_first_adapter():
+def test_gradients_stop_at_the_first_trained_layer():
     work = adapted(num_layers=1)
     assert (work.linear, work.linear_backward) == (3 * BLOCK, BLOCK)
     assert (work.attention, work.attention_backward) == (24, 8)
     assert work.adapters == ADAPTERS
 
 
-def test_weights_that_are_trained_themselves_are_no_adapters():
+def test_fully_trained_weights_are_not_adapters():
     model = llama.Model(llama.ModelArgs.from_dict(CONFIG))
     enable_full_fine_tuning(model, num_layers=1, target_modules=["mlp", "input_layernorm"])
     work = model_flops(model, CONFIG, vocab_size=10)
@@ -59,7 +59,7 @@ def test_weights_that_are_trained_themselves_are_no_adapters():
     assert more == 2 * 3 * 96 * 7
 
 
-def test_a_token_meets_the_adapters_of_its_experts():
+def test_only_adapters_of_used_experts_count():
     model = make("mixtral")
     adapters.detach_adapters(model)
     attach_adapters(model, rank=2, scale=1.0, target_modules=["switch_mlp.up_proj"])
@@ -81,14 +81,14 @@ def test_operations_of_a_pass_by_hand():
     assert work.training(tokens, recompute=True) == forward + backward + again
 
 
-def test_every_token_sees_itself_and_all_before_it():
+def test_every_token_attends_to_itself_and_all_previous_ones():
     # Rows of 6 and 4 tokens, but for the last of each: 21 and 10 keys; 10 of them twice.
     assert count_attended_keys([PAIR], shared=False) == 21 + 10
     assert count_attended_keys([PAIR], shared=True) == 21
     assert count_attended_keys([PAIR, PAIR], shared=True) == 42
 
 
-def test_a_token_meets_some_of_the_experts():
+def test_only_used_experts_count():
     model = make("mixtral")
     met = model_flops(model, {"num_experts_per_tok": 2, "hidden_size": 32}, vocab_size=48).linear
     every = model_flops(model, {"hidden_size": 32}, vocab_size=48).linear
@@ -96,14 +96,14 @@ def test_a_token_meets_some_of_the_experts():
     assert every - met == 2 * experts
 
 
-def test_a_recurrent_block_has_no_attention():
+def test_a_recurrent_layer_has_no_attention():
     model = make("qwen3_next")
     work = model_flops(model, {"num_attention_heads": 4, "head_dim": 8}, vocab_size=48)
     assert work.attention == 32  # one block of three
 
 
 @pytest.mark.parametrize("bits", [3, 4, 8])
-def test_packed_weights_are_counted_as_what_they_stand_for(bits):
+def test_quantized_weights_count_as_the_weights_they_encode(bits):
     plain, packed = make_llama(), make_llama()
     nn.quantize(packed, group_size=64, bits=bits)
     counts = [model_flops(m, {"hidden_size": 64}, vocab_size=64).linear for m in (plain, packed)]

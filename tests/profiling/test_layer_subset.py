@@ -1,4 +1,4 @@
-"""Which blocks stand for all of them, and that the model gets its own back."""
+"""Layer samples, and that the model gets its own layers back."""
 
 import mlx.core as mx
 import pytest
@@ -26,48 +26,48 @@ def make_deep(layers=9):
     )  # fmt: skip
 
 
-def positions(model, blocks):
-    at = {id(block): position for position, block in enumerate(model.layers)}
-    return [at[id(block)] for block in blocks]
+def indices(model, layers):
+    by_id = {id(layer): index for index, layer in enumerate(model.layers)}
+    return [by_id[id(layer)] for layer in layers]
 
 
-def test_of_equal_blocks_two_and_four_are_taken():
+def test_of_equal_layers_two_and_four_are_sampled():
     model = make_deep()
-    found = sample_layers(model)
-    assert positions(model, found.small) == [0, 1]
-    assert positions(model, found.large) == [0, 1, 2, 3]
-    assert (found.count, found.is_whole) == (9, False)
+    result = sample_layers(model)
+    assert indices(model, result.small) == [0, 1]
+    assert indices(model, result.large) == [0, 1, 2, 3]
+    assert (result.count, result.is_whole) == (9, False)
 
 
-def test_a_pattern_is_taken_whole_and_then_twice():
+def test_a_repeating_pattern_is_sampled_once_and_twice():
     model = make("qwen3_next")
     model.model.layers = [model.layers[i] for i in (0, 1)] * 1 + [model.layers[2]]
     assert layer_signature(model.layers[0]) != layer_signature(
         model.layers[1]
     )  # recurrent, then attention
     assert layer_signature(model.layers[0]) == layer_signature(model.layers[2])
-    found = sample_layers(model)
-    assert positions(model, found.small) == [0, 1]
-    assert positions(model, found.large) == [0, 1, 2]
-    assert found.is_whole
+    result = sample_layers(model)
+    assert indices(model, result.small) == [0, 1]
+    assert indices(model, result.large) == [0, 1, 2]
+    assert result.is_whole
 
 
-def test_a_first_block_of_its_own_kind_is_not_what_is_added():
+def test_a_special_first_layer_is_sampled_once():
     model = make_deep()
     model.layers[0].mlp.gate_proj.weight = mx.zeros((7, 32))
-    found = sample_layers(model)
-    assert positions(model, found.large)[2:] == [2, 3]
+    result = sample_layers(model)
+    assert indices(model, result.large)[2:] == [2, 3]
 
 
-def test_a_kind_that_comes_late_is_not_left_out():
+def test_a_late_signature_is_sampled():
     model = make_deep()
     model.layers[6].mlp.gate_proj.weight = mx.zeros((7, 32))
-    found = sample_layers(model)
-    assert 6 in positions(model, found.small)
-    assert found.is_whole
+    result = sample_layers(model)
+    assert 6 in indices(model, result.small)
+    assert result.is_whole
 
 
-def test_windows_make_another_kind_and_positions_do_not():
+def test_windows_change_the_signature_and_indices_do_not():
     model = make_deep()
     model.layers[1].use_sliding = True
     model.layers[2].layer_idx = 2
@@ -78,22 +78,22 @@ def test_windows_make_another_kind_and_positions_do_not():
     )
 
 
-def test_adapters_make_no_other_kind():
+def test_adapters_do_not_change_the_signature():
     model = make_llama()
     before = layer_signature(model.layers[1])
     attach_adapters(model, rank=4, scale=1.0, dropout=0.1, num_layers=1)
     assert layer_signature(model.layers[1]) == layer_signature(model.layers[0]) == before
 
 
-def test_only_blocks_with_adapters_stand_for_those_that_keep_something():
+def test_only_trained_layers_are_sampled():
     model = make_deep()
     attach_adapters(model, rank=2, scale=1.0, num_layers=5)
-    found = sample_layers(model)
-    assert positions(model, found.large) == [4, 5, 6, 7]
-    assert found.count == 5
+    result = sample_layers(model)
+    assert indices(model, result.large) == [4, 5, 6, 7]
+    assert result.count == 5
 
 
-def test_gradients_reach_every_block_below_which_something_is_trained():
+def test_gradients_reach_every_layer_from_the_first_trained_one():
     model = make_deep()
     attach_adapters(model, rank=2, scale=1.0, target_modules=["model.layers.6.mlp.up_proj"])
     assert first_trained_layer(model) == 6
@@ -108,20 +108,20 @@ def test_gradients_reach_every_block_below_which_something_is_trained():
     assert first_trained_layer(make_deep().freeze()) == 9
 
 
-def test_fewer_adapted_blocks_than_a_sample_are_all_taken():
+def test_fewer_trained_layers_than_a_sample_are_all_sampled():
     model = make_deep()
     attach_adapters(model, rank=2, scale=1.0, num_layers=1)
-    found = sample_layers(model)
-    assert positions(model, found.large) == [8]
-    assert found.is_whole
+    result = sample_layers(model)
+    assert indices(model, result.large) == [8]
+    assert result.is_whole
 
 
-def test_the_model_runs_on_some_blocks_and_gets_all_of_them_back():
+def test_the_model_runs_on_some_layers_and_is_restored():
     model = make_deep()
     tokens = mx.arange(6)[None]
     before, all_blocks = model(tokens), list(model.layers)
     with pytest.raises(ZeroDivisionError), with_layers(model, all_blocks[2:5]):
-        assert positions(model, model.layers) == [0, 1, 2]
+        assert indices(model, model.layers) == [0, 1, 2]
         shorter = model(tokens)
         1 / 0  # noqa: B018
     assert list(map(id, model.layers)) == list(map(id, all_blocks))
@@ -129,7 +129,7 @@ def test_the_model_runs_on_some_blocks_and_gets_all_of_them_back():
     assert not mx.allclose(shorter, before)
 
 
-def test_a_model_that_makes_its_list_anew_is_not_cut():
+def test_a_model_without_a_list_of_layers_is_not_reduced():
     class Hidden(llama.Model):
         @property
         def layers(self):

@@ -23,19 +23,19 @@ PAIRS = [TokenizedPair(tuple(range(1, 301)), tuple(range(1, 81)), tuple(range(9,
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_packed_weights_are_counted_as_what_they_stand_for(bits):
+def test_quantized_weights_count_as_the_weights_they_encode(bits):
     plain, packed = make_llama(), make_llama()
     nn.quantize(packed, group_size=64, bits=bits)
     assert total_parameters(packed) == total_parameters(plain)
 
 
-def test_what_is_trained_is_counted_by_rank():
+def test_trainable_parameters_follow_from_the_rank():
     model = make_llama()
     adapters.attach_adapters(model, rank=4, scale=1.0, target_modules=["q_proj"])
     assert trainable_parameters(model) == 2 * 4 * (64 + 64)
 
 
-def test_adapters_are_no_part_of_the_base_and_trained_weights_are():
+def test_base_parameters_exclude_adapters_but_not_trained_weights():
     count = total_parameters(make_llama())
     adapted, full = make_llama(), make_llama()
     adapters.attach_adapters(adapted, rank=4, scale=1.0, kind="dora")
@@ -60,7 +60,7 @@ def peak_of_step(policy, recompute):
 
 @pytest.mark.parametrize("target_modules", [(), ("q_proj",)])
 @pytest.mark.parametrize("recompute", [True, False])
-def test_no_step_reaches_the_bound(recompute, target_modules):
+def test_the_upper_bound_is_not_exceeded(recompute, target_modules):
     config = {
         "model_type": "llama", "hidden_size": 128, "num_hidden_layers": 6,
         "intermediate_size": 384, "num_attention_heads": 4, "rms_norm_eps": 1e-5,
@@ -74,7 +74,7 @@ def test_no_step_reaches_the_bound(recompute, target_modules):
     assert peak_of_step(policy, recompute) < bound
 
 
-def test_a_model_with_a_state_of_its_own_has_no_bound():
+def test_recurrent_models_have_no_upper_bound():
     for kind, is_known in (("llama", True), ("mamba", False), ("qwen3_next", False)):
         bound = step_peak_upper_bound(
             make(kind), {"num_attention_heads": 4}, PAIRS, vocab_size=48, optimizer_bytes=0
@@ -82,7 +82,7 @@ def test_a_model_with_a_state_of_its_own_has_no_bound():
         assert (bound is not None) is is_known
 
 
-def test_what_is_held_in_training_is_counted_by_hand():
+def test_resident_and_peak_memory_by_hand():
     model = make_llama()
     adapters.attach_adapters(model, rank=4, scale=1.0, target_modules=["q_proj"])
     trained = 2 * 4 * (64 + 64) * 4  # bytes

@@ -1,4 +1,4 @@
-"""What is said of a pass before it runs, against what MLX counts when it does."""
+"""Profiles of a few layers against those of the whole model."""
 
 import mlx.core as mx
 import pytest
@@ -7,7 +7,7 @@ from mlx_lm.models import llama
 from mlx_dpo.adapters.attach import attach_adapters
 from mlx_dpo.config.loss import LossSettings
 from mlx_dpo.io.arrays import named_arrays, random_state
-from mlx_dpo.profiling import profile as rehearsal
+from mlx_dpo.profiling import profile as profiling
 from mlx_dpo.profiling.layer_subset import with_layers
 from mlx_dpo.profiling.memory import trainable_bytes
 from mlx_dpo.profiling.profile import TrainingPass, profile_training_pass, shorten_pairs
@@ -48,7 +48,7 @@ def pairs():
     return random_pairs([(60, 30, 20)], VOCAB)
 
 
-def test_the_policy_is_left_as_it_was(policy, pairs):
+def test_the_policy_is_not_changed(policy, pairs):
     policy.eval()
     policy.layers[3].train()
     blocks, weights = list(map(id, policy.layers)), named_arrays(policy.parameters())
@@ -63,24 +63,24 @@ def test_the_policy_is_left_as_it_was(policy, pairs):
     assert all(mx.array_equal(after[name], value) for name, value in weights.items())
 
 
-def test_a_part_says_what_the_whole_costs(policy, pairs, monkeypatch):
-    drawn_out = profile_training_pass(policy, pairs, step(), memory=ROOM)
-    monkeypatch.setattr(rehearsal, "sample_layers", rehearsal.all_layers)
+def test_the_extrapolated_profile_equals_that_of_all_layers(policy, pairs, monkeypatch):
+    extrapolated = profile_training_pass(policy, pairs, step(), memory=ROOM)
+    monkeypatch.setattr(profiling, "sample_layers", profiling.all_layers)
     whole = profile_training_pass(policy, pairs, step(), memory=ROOM)
-    assert whole.num_layers == drawn_out.num_layers == 9
-    assert drawn_out.bytes == pytest.approx(whole.bytes, rel=0.1)
+    assert whole.num_layers == extrapolated.num_layers == 9
+    assert extrapolated.bytes == pytest.approx(whole.bytes, rel=0.1)
 
 
-def test_a_gradient_is_held_where_several_passes_make_a_step(policy, pairs, monkeypatch):
+def test_gradient_accumulation_adds_the_size_of_the_gradient(policy, pairs, monkeypatch):
     # How far MLX works ahead in two runs differs by more than this gradient weighs.
     measured = profile_training_pass(policy, pairs, step(), memory=ROOM)
-    monkeypatch.setattr(rehearsal, "_profile_pass", lambda *_: measured)
+    monkeypatch.setattr(profiling, "_profile_pass", lambda *_: measured)
     among = profile_training_pass(policy, pairs, step(accumulates=True), memory=ROOM)
     assert among.bytes - measured.bytes == trainable_bytes(policy)
     assert (among.per_layer, among.seconds) == (measured.per_layer, measured.seconds)
 
 
-def test_only_what_has_adapters_is_counted(policy, pairs):
+def test_only_layers_with_adapters_count(policy, pairs):
     every = profile_training_pass(policy, pairs, step(), memory=ROOM)
     with with_layers(policy, policy.layers[:6]):
         fewer = profile_training_pass(policy, pairs, step(), memory=ROOM)
@@ -88,7 +88,7 @@ def test_only_what_has_adapters_is_counted(policy, pairs):
     assert every.bytes - fewer.bytes == pytest.approx(3 * every.per_layer.bytes, rel=0.2)
 
 
-def test_no_more_than_there_is_room_for_is_tried(policy, pairs):
+def test_pairs_are_shortened_if_memory_is_limited(policy, pairs):
     long = random_pairs([(600, 200, 200)], VOCAB)
     lengths = []
 
@@ -97,15 +97,15 @@ def test_no_more_than_there_is_room_for_is_tried(policy, pairs):
         return step().scorer(model, pairs)
 
     room = mx.get_active_memory() + 8_000_000
-    found = profile_training_pass(policy, long, step(scorer=watching), memory=room)
-    assert max(lengths) == round(600 * found.text_share) < 600
+    result = profile_training_pass(policy, long, step(scorer=watching), memory=room)
+    assert max(lengths) == round(600 * result.text_share) < 600
     whole = profile_training_pass(policy, long, step(), memory=ROOM)
     assert whole.text_share == 1
     assert whole.bytes > 8_000_000  # it would indeed not have fitted
-    assert found.bytes == pytest.approx(whole.bytes, rel=0.5)
+    assert result.bytes == pytest.approx(whole.bytes, rel=0.5)
 
 
-def test_a_model_that_does_not_run_on_a_part_is_run_whole(policy, pairs):
+def test_a_model_that_needs_all_layers_is_profiled_whole(policy, pairs):
     class Particular(llama.Model):
         def __call__(self, *args, **kwargs):
             if len(self.layers) != 9:
@@ -113,12 +113,12 @@ def test_a_model_that_does_not_run_on_a_part_is_run_whole(policy, pairs):
             return llama.Model.__call__(self, *args, **kwargs)
 
     policy.__class__ = Particular
-    found = profile_training_pass(policy, pairs, step(), memory=ROOM)
-    assert found.num_layers == 9
-    assert found.bytes > 0
+    result = profile_training_pass(policy, pairs, step(), memory=ROOM)
+    assert result.num_layers == 9
+    assert result.bytes > 0
 
 
-def test_texts_are_shortened_but_never_away():
+def test_shortened_texts_keep_two_tokens():
     pair = TokenizedPair(tuple(range(40)), tuple(range(9)), (7,))
     [short] = shorten_pairs([pair], 0.25)
     assert short == TokenizedPair(tuple(range(10)), (0, 1), (7,))

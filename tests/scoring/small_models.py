@@ -1,4 +1,4 @@
-"""Tiny models of many types of mlx-lm, and scores of them whose gradients tell mistakes apart."""
+"""Tiny models of many architectures, and scores whose gradients differ for every output."""
 
 import copy
 from importlib import import_module
@@ -88,7 +88,7 @@ MODELS = {
 
 
 def make(kind, *, dropout=0.0):
-    """A tiny model of a type of mlx-lm with adapters that do something."""
+    """Return a tiny model of an architecture with nonzero adapters."""
     module = import_module(f"mlx_lm.models.{kind}")
     mx.random.seed(0)
     model = module.Model(module.ModelArgs.from_dict({"model_type": kind, **SIZES, **MODELS[kind]}))
@@ -102,13 +102,13 @@ def make(kind, *, dropout=0.0):
 
 
 def whole(model):
-    """Two rows of 70 tokens at once, without caches."""
+    """Score two rows of 70 tokens, without caches."""
     tokens = mx.arange(140).reshape(2, 70) * 7 % VOCAB
     return weighted(model(tokens))
 
 
 def shared_prompt(model):
-    """A prompt of 66 tokens, then two completions that continue copies of its caches."""
+    """Score two completions that continue copies of the caches of a prompt of 66 tokens."""
     cache = make_prompt_cache(model)
     total = weighted(model(mx.arange(66)[None] * 5 % VOCAB, cache=cache))
     for completion in (list(range(40)), [9]):
@@ -117,6 +117,7 @@ def shared_prompt(model):
 
 
 def weighted(logits):
+    """Return a sum of logits with a different weight each."""
     return (logits * mx.sin(mx.arange(logits.size)).reshape(logits.shape)).sum()
 
 
@@ -128,7 +129,7 @@ def loss_and_gradients(model, scores):
 
 
 def distance(ours, theirs):
-    """Norm of the difference over the norm, all parameters together."""
+    """Return the relative error over all parameters together."""
     assert ours.keys() == theirs.keys()
     norms = [
         sum(mx.square(value).sum().item() for value in values)

@@ -46,7 +46,7 @@ def memory_savers(model, names):
     return stack
 
 
-def test_the_list_is_long_enough():
+def test_enough_architectures_are_tested():
     assert len(SHARED) >= 70
 
 
@@ -60,14 +60,14 @@ def test_the_shared_scorer_is_exact(model_type, saved, monkeypatch):
         choice = select_scorer(model, vocab_size=VOCAB, packings=(packing, "lengths"))
         assert choice.name == "shared", choice.reason
         with memory_savers(model, saved):
-            found = relative_errors(model, rows(choice.scorer), rows(plain_scorer))
-        assert found.values <= 1e-5
-        assert found.gradients <= 1e-4
+            result = relative_errors(model, rows(choice.scorer), rows(plain_scorer))
+        assert result.values <= 1e-5
+        assert result.gradients <= 1e-4
         assert value_error(model, rows(choice.forward_only), rows(plain_scorer)) <= 1e-5
 
 
 @pytest.mark.parametrize("model_type", REFUSED)
-def test_where_it_is_not_exact_it_is_not_run(model_type):
+def test_the_plain_scorer_is_selected_where_the_shared_one_differs(model_type):
     model = adapt(model_type, build(model_type))
     choice = select_scorer(model, vocab_size=VOCAB)
     assert choice.scorer is plain_scorer
@@ -75,6 +75,6 @@ def test_where_it_is_not_exact_it_is_not_run(model_type):
 
 
 @pytest.mark.parametrize("model_type", UNTRAINABLE)
-def test_what_mlx_cannot_differentiate_is_said(model_type):
+def test_undifferentiable_models_are_reported(model_type):
     with pytest.raises(ModelError, match=UNTRAINABLE[model_type]):
         select_scorer(adapt(model_type, build(model_type)), vocab_size=VOCAB)

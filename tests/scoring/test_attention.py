@@ -48,7 +48,7 @@ def test_causal_attention_is_the_same_for_every_chunk_size(chunk):
 
 
 @pytest.mark.parametrize("length, seen", [(70, 101), (33, 200), (2, 4096)])
-def test_fewer_queries_than_keys_are_the_last_ones(length, seen):
+def test_fewer_queries_than_keys_are_the_last_positions(length, seen):
     assert_same(inputs(length, seen), lambda q, k, v: attend(q, k, v, "causal"), 32)
 
 
@@ -60,27 +60,27 @@ def test_without_a_mask_every_query_sees_every_key():
     "shape", [(70, 90), (1, 90), (2, 1, 70, 90), (1, 6, 70, 90), (2, 1, 1, 90), (6, 70, 90)]
 )
 @pytest.mark.parametrize("kind", ["bool", "additive"])
-def test_array_masks_of_every_shape_are_kept_to(shape, kind):
+def test_array_masks_of_every_shape_are_applied(shape, kind):
     mx.random.seed(3)
     visible = mx.random.uniform(shape=shape) < 0.7
     mask = visible if kind == "bool" else mx.where(visible, 0.5, -mx.inf)
     assert_same(inputs(70, 90), lambda q, k, v: attend(q, k, v, mask), 32)
 
 
-def test_a_row_that_sees_nothing_is_what_mlx_makes_of_it():
+def test_a_fully_masked_row_equals_mlx():
     mask = mx.arange(70)[:, None] > mx.zeros(70)
     assert_same(inputs(70), lambda q, k, v: attend(q, k, v, mask), 32)
 
 
 @pytest.mark.parametrize("shape", [(70, 90), (6, 1, 90), (2, 1, 70, 90)])
-def test_a_mask_that_is_learned_gets_its_gradient(shape):
+def test_a_learned_mask_gets_its_gradient(shape):
     mx.random.seed(4)
     arrays = [*inputs(70, 90), mx.random.normal(shape)]
     assert_same(arrays, attend, 32)
 
 
 @pytest.mark.parametrize("mask", [None, "causal"])
-def test_sinks_take_their_share_and_get_their_gradient(mask):
+def test_sinks_take_probability_and_get_their_gradient(mask):
     arrays = [*inputs(100), mx.array([-1.0, 0.0, 1.0, 2.0, 3.0, 40.0])]
     assert_same(arrays, lambda q, k, v, sinks: attend(q, k, v, mask, sinks), 32)
 
@@ -90,7 +90,7 @@ def test_values_may_be_narrower_than_keys():
     assert_same([q, k, v[..., :5]], lambda q, k, v: attend(q, k, v, "causal"), 32)
 
 
-def test_bfloat16_errs_no_more_than_mlx_does():
+def test_bfloat16_is_as_accurate_as_mlx():
     arrays = inputs(300)
     exact = values_and_gradients(arrays, lambda *a: attend(*a, "causal"))
     half = [array.astype(mx.bfloat16) for array in arrays]
@@ -102,14 +102,14 @@ def test_bfloat16_errs_no_more_than_mlx_does():
         assert mx.abs(ours - true).mean().item() < 1.1 * mx.abs(theirs - true).mean().item()
 
 
-def test_it_may_be_recomputed_inside_another_function():
+def test_chunked_attention_works_inside_mx_checkpoint():
     def through_checkpoint(q, k, v):
         return mx.checkpoint(lambda q, k, v: attend(q, k, v, "causal"))(q, k, v)
 
     assert_same(inputs(100), through_checkpoint, 32)
 
 
-def test_nothing_is_kept_that_grows_with_the_square_of_the_length():
+def test_memory_does_not_grow_with_the_square_of_the_length():
     """The peak, forward alone and with backward; MLX's own grows by 3.6 and 3.9 here."""
 
     def peak(length, function):
@@ -134,7 +134,7 @@ def test_nothing_is_kept_that_grows_with_the_square_of_the_length():
         assert peak(1024, both) < 2.5 * peak(512, both)
 
 
-def test_the_block_restores_what_was_there_also_after_an_error():
+def test_the_original_function_is_restored_after_an_error():
     own = mx.fast.scaled_dot_product_attention
     with pytest.raises(KeyError), use_chunked_attention():
         assert mx.fast.scaled_dot_product_attention is not own
@@ -142,7 +142,7 @@ def test_the_block_restores_what_was_there_also_after_an_error():
     assert mx.fast.scaled_dot_product_attention is own
 
 
-def test_an_inner_block_counts_and_does_not_chunk_the_chunks(monkeypatch):
+def test_the_innermost_block_sets_the_chunk_size(monkeypatch):
     lengths = []
     own = mx.fast.scaled_dot_product_attention
 
@@ -161,7 +161,7 @@ def test_an_inner_block_counts_and_does_not_chunk_the_chunks(monkeypatch):
     assert lengths == [80, 80, 10] + 6 * [16] + [4]
 
 
-def test_off_the_cpu_the_forward_pass_is_mlx_own_on_each_chunk(monkeypatch):
+def test_on_a_gpu_each_chunk_uses_the_fused_kernel(monkeypatch):
     """The arithmetic of a GPU, run on the CPU."""
     for kernel in ("attention", "softmax"):
         monkeypatch.setattr(f"mlx_dpo.scoring.kernels.{kernel}.is_cpu", lambda: False)
@@ -172,7 +172,7 @@ def test_off_the_cpu_the_forward_pass_is_mlx_own_on_each_chunk(monkeypatch):
 @pytest.mark.parametrize(
     "length, seen, mask", [(1, 9000, None), (20, 20, "causal"), (90, 60, "causal")]
 )
-def test_what_it_does_not_cover_goes_to_mlx_unchanged(monkeypatch, length, seen, mask):
+def test_unsupported_calls_go_to_mlx_unchanged(monkeypatch, length, seen, mask):
     monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", lambda *_, **__: "MLX's own")
     with use_chunked_attention(32):
         assert attend(*inputs(length, seen), mask) == "MLX's own"

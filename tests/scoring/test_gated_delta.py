@@ -53,16 +53,16 @@ def test_values_and_all_gradients_are_those_of_mlx_lm(fused, visible, options):
     data = arrays()
     plain = values_and_gradients(gated_delta.gated_delta_update, data, visible, **options)
     ours = values_and_gradients(fused, data, visible, **options)
-    for found, expected in zip(ours, plain, strict=True):
-        assert found.dtype == expected.dtype
-        assert mx.allclose(found, expected, rtol=1e-5, atol=1e-6)
+    for result, expected in zip(ours, plain, strict=True):
+        assert result.dtype == expected.dtype
+        assert mx.allclose(result, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_without_a_state_it_begins_at_zero(fused):
+def test_without_a_state_the_recurrence_starts_from_zero(fused):
     data = arrays()
     zero = fused(*data[:-1], mx.zeros_like(data[-1]))
-    for found, expected in zip(fused(*data[:-1]), zero, strict=True):
-        assert mx.array_equal(found, expected)
+    for result, expected in zip(fused(*data[:-1]), zero, strict=True):
+        assert mx.array_equal(result, expected)
 
 
 def test_a_long_memory_in_bfloat16_is_not_rounded_away(fused):
@@ -77,7 +77,7 @@ def test_a_long_memory_in_bfloat16_is_not_rounded_away(fused):
 
 
 @pytest.mark.parametrize("scores", [whole, shared_prompt])
-def test_a_hybrid_model_trains_to_the_same_gradients(scores):
+def test_a_hybrid_model_gets_the_same_gradients(scores):
     model = make("qwen3_next")
     loss, gradients = loss_and_gradients(model, scores)
     with use_fused_gated_delta(model):
@@ -86,7 +86,7 @@ def test_a_hybrid_model_trains_to_the_same_gradients(scores):
     assert distance(ours, gradients) < 1e-5
 
 
-def test_training_and_evaluation_take_the_same_steps(monkeypatch):
+def test_training_and_evaluation_use_the_same_recurrence(monkeypatch):
     calls = []
     own = mx.fast.gated_delta_update
     monkeypatch.setattr(mx.fast, "gated_delta_update", lambda *a: calls.append(1) or own(*a))
@@ -99,18 +99,18 @@ def test_training_and_evaluation_take_the_same_steps(monkeypatch):
     assert len(calls) == 2 * layers > 0
 
 
-def test_a_gate_for_each_channel_stays_with_mlx_lm(fused, monkeypatch):
+def test_a_gate_per_channel_uses_mlx_lm(fused, monkeypatch):
     monkeypatch.delattr(mx.fast, "gated_delta_update")
     q, k, v, a, b, log_rate, dt_bias, state = arrays()
     q, k = mx.repeat(q, 2, axis=2), mx.repeat(k, 2, axis=2)
     a, log_rate, dt_bias = mx.random.normal((*a.shape, 8)), log_rate[:, None], dt_bias[:, None]
     data = [q, k, v, a, b, log_rate, dt_bias]
-    found = fused(*data, state=state, use_kernel=False)
-    for ours, theirs in zip(found, gated_delta.gated_delta_update(*data, state), strict=True):
+    result = fused(*data, state=state, use_kernel=False)
+    for ours, theirs in zip(result, gated_delta.gated_delta_update(*data, state), strict=True):
         assert mx.array_equal(ours, theirs)
 
 
-def test_only_the_models_own_files_change_and_are_restored_after_an_error():
+def test_only_the_modules_of_the_model_change_and_are_restored_after_an_error():
     own = gated_delta.gated_delta_update
     with pytest.raises(KeyError), use_fused_gated_delta(make("qwen3_next")):
         assert qwen3_next.gated_delta_update is not own
@@ -120,7 +120,7 @@ def test_only_the_models_own_files_change_and_are_restored_after_an_error():
     assert qwen3_next.gated_delta_update is own
 
 
-def test_a_model_without_the_recurrence_is_left_alone():
+def test_a_model_without_the_recurrence_is_not_changed():
     with use_fused_gated_delta(make("llama")) as files:
         assert files == 0
 
@@ -128,7 +128,7 @@ def test_a_model_without_the_recurrence_is_left_alone():
 @pytest.mark.parametrize(
     "kind", ["bailing_moe_v3", "kimi_linear", "olmo_hybrid", "qwen3_5", "qwen3_next"]
 )
-def test_the_models_of_mlx_lm_still_import_it_by_this_name(kind):
+def test_models_of_mlx_lm_import_the_recurrence_by_this_name(kind):
     assert (
         import_module(f"mlx_lm.models.{kind}").gated_delta_update is gated_delta.gated_delta_update
     )

@@ -35,7 +35,7 @@ def test_values_and_gradients_are_those_of_the_plain_layers(kind, scores):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text", "qwen3_next", "hunyuan"])
-def test_together_with_chunked_attention_they_are_too(kind):
+def test_values_and_gradients_are_right_with_chunked_attention(kind):
     model = make(kind)
     loss, gradients = loss_and_gradients(model, shared_prompt)
     with gradient_checkpointing(model), use_chunked_attention(32):
@@ -53,7 +53,7 @@ def test_every_adapter_gets_a_gradient():
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text", "qwen3_next", "falcon_h1"])
-def test_caches_end_as_they_would_without(kind):
+def test_caches_end_in_the_same_state(kind):
     model = make(kind)
     plain, ours = make_prompt_cache(model), make_prompt_cache(model)
     inner = [vars(cache).get("caches") for cache in ours]
@@ -83,7 +83,7 @@ def assert_same_state(ours, theirs):
         assert ours == theirs
 
 
-def test_the_backward_pass_leaves_caches_and_parameters_alone():
+def test_the_backward_pass_does_not_change_caches_and_parameters():
     model = make("llama")
     caches = make_prompt_cache(model)
     before = {name: id(value) for name, value in tree_flatten(model.layers[0].parameters())}
@@ -103,7 +103,7 @@ def test_the_backward_pass_leaves_caches_and_parameters_alone():
     assert [cache.offset for cache in caches] == [8, 5, 5]
 
 
-def test_dropout_falls_on_the_same_numbers_in_the_recomputation():
+def test_dropout_uses_the_same_mask_in_the_recomputation():
     model = make("llama", dropout=0.5)
     mx.random.seed(11)
     loss, gradients = loss_and_gradients(model, shared_prompt)
@@ -125,12 +125,12 @@ def test_gradients_reach_the_input_and_a_learned_mask():
 
     expected = mx.grad(scores, argnums=(0, 1))(x, mask)
     with gradient_checkpointing(layer, [layer]):
-        found = mx.grad(scores, argnums=(0, 1))(x, mask)
-    for ours, theirs in zip(found, expected, strict=True):
+        result = mx.grad(scores, argnums=(0, 1))(x, mask)
+    for ours, theirs in zip(result, expected, strict=True):
         assert mx.allclose(ours, theirs, atol=1e-5)
 
 
-def test_other_models_of_the_same_class_stay_as_they_are():
+def test_other_models_of_the_same_class_are_not_changed():
     model, other = make("llama"), make("llama")
     kind, names = type(other.layers[0]), list(flat_names(model))
     with gradient_checkpointing(model):
@@ -145,7 +145,7 @@ def flat_names(model):
     return (name for name, _ in tree_flatten(model.parameters()))
 
 
-def test_only_the_layers_that_are_named_change():
+def test_only_the_given_layers_are_checkpointed():
     model = make("llama")
     with gradient_checkpointing(model, model.layers[1:]):
         assert [type(layer) is llama.TransformerBlock for layer in model.layers] == [
@@ -155,7 +155,7 @@ def test_only_the_layers_that_are_named_change():
         ]
 
 
-def test_the_block_says_which_layers_it_has_reached():
+def test_the_indices_of_called_layers_are_reported():
     model = make("llama")
     with gradient_checkpointing(model) as called:
         assert called == set()
@@ -165,7 +165,7 @@ def test_the_block_says_which_layers_it_has_reached():
         assert called == {0, 1, 2}
 
 
-def test_an_array_that_comes_out_twice_gets_both_gradients():
+def test_an_array_returned_twice_gets_both_gradients():
     class Twice(nn.Module):
         def __call__(self, x):
             y = 3 * x
@@ -176,7 +176,7 @@ def test_an_array_that_comes_out_twice_gets_both_gradients():
         assert mx.grad(lambda x: sum(part.sum() for part in layer(x)))(x).item() == 6
 
 
-def test_blocks_do_not_nest_and_end_with_an_error_too():
+def test_blocks_do_not_nest_and_end_after_an_error():
     model = make("llama")
     with (
         pytest.raises(RuntimeError, match="checkpointed already"),
@@ -187,7 +187,7 @@ def test_blocks_do_not_nest_and_end_with_an_error_too():
     assert type(model.layers[0]) is llama.TransformerBlock
 
 
-def test_a_module_whose_gradient_would_be_lost_is_refused():
+def test_a_trainable_module_argument_is_rejected():
     class Borrows(nn.Module):
         def __call__(self, x, other):
             return other(x)
@@ -200,7 +200,7 @@ def test_a_module_whose_gradient_would_be_lost_is_refused():
         layer(mx.ones((1, 2)), nn.Linear(2, 2))
 
 
-def test_a_cache_that_a_layer_makes_itself_is_handed_out():
+def test_a_cache_created_by_a_layer_is_returned():
     class Opens(nn.Module):
         def __call__(self, x):
             cache = KVCache()
@@ -230,14 +230,14 @@ def peak(model, length):
     return min(peaks)
 
 
-def test_memory_grows_in_step_with_the_length():
+def test_memory_is_linear_in_the_length():
     """Twice the tokens, at most 2.2 times the memory; without, attention alone makes it 3.5."""
     model = make("llama")
     with gradient_checkpointing(model), use_chunked_attention():
         assert peak(model, 2048) < 2.2 * peak(model, 1024)
 
 
-def test_a_step_leaves_nothing_behind():
+def test_a_step_leaks_no_memory():
     model = make("qwen3_next")
     held = []
     for _ in range(3):

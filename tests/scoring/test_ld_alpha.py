@@ -49,15 +49,15 @@ def by_hand(model, prompt, completion, shorter):
 @pytest.mark.parametrize("packing", ["plain", *PACKINGS])
 def test_it_equals_a_token_loop_in_float64(tiny_llama, pairs, packing):
     shared = make_shared_scorer(vocab_size=VOCAB, gradients=False, packing=packing, ld_alpha=ALPHA)
-    found = plain(tiny_llama, pairs) if packing == "plain" else shared(tiny_llama, pairs)
+    result = plain(tiny_llama, pairs) if packing == "plain" else shared(tiny_llama, pairs)
     for i, pair in enumerate(pairs):
         shorter = min(len(pair.chosen), len(pair.rejected))
-        for side in ("chosen", "rejected"):
-            expected = by_hand(tiny_llama, pair.prompt, getattr(pair, side), shorter)
-            assert getattr(found, side)[i].item() == pytest.approx(expected, abs=1e-4)
+        for name in ("chosen", "rejected"):
+            expected = by_hand(tiny_llama, pair.prompt, getattr(pair, name), shorter)
+            assert getattr(result, name)[i].item() == pytest.approx(expected, abs=1e-4)
 
 
-def test_a_token_too_many_counts_a_share_of_a_token(uniform, pairs):
+def test_tokens_beyond_the_shorter_completion_are_weighted(uniform, pairs):
     """Every token costs log(VOCAB): 4 against 2 tokens are 2 + 2 alpha, and 2."""
     logps = pair_logps(uniform, collate(pairs, pad_multiple=64), ld_alpha=ALPHA)
     assert (-logps.chosen / math.log(VOCAB)).tolist() == pytest.approx(
@@ -76,13 +76,13 @@ def test_the_shared_scorer_equals_the_plain_one_in_values_and_gradients(
     if saved:
         monkeypatch.setattr(head, "LOGITS_BYTES_PER_CHUNK", saved)
     scorer = make_shared_scorer(vocab_size=VOCAB, gradients=True, packing=packing, ld_alpha=ALPHA)
-    found = relative_errors(policy, rows(scorer, pairs), rows(plain, pairs))
-    assert found.values <= 1e-5
-    assert found.gradients <= 1e-4
+    result = relative_errors(policy, rows(scorer, pairs), rows(plain, pairs))
+    assert result.values <= 1e-5
+    assert result.gradients <= 1e-4
 
 
 @pytest.mark.parametrize("packing", ["plain", *PACKINGS])
-def test_at_one_it_is_the_whole_and_without_it_the_same_bits(policy, pairs, packing):
+def test_alpha_one_is_the_plain_sum_and_none_gives_the_same_bits(policy, pairs, packing):
     def scored(alpha):
         if packing == "plain":
             return plain(policy, pairs, alpha)
@@ -91,20 +91,20 @@ def test_at_one_it_is_the_whole_and_without_it_the_same_bits(policy, pairs, pack
         )
         return shared(policy, pairs)
 
-    for one, without in zip(scored(1.0), scored(None), strict=True):
-        assert mx.allclose(one, without, atol=1e-5, rtol=0)
+    for weighted, plain_sum in zip(scored(1.0), scored(None), strict=True):
+        assert mx.allclose(weighted, plain_sum, atol=1e-5, rtol=0)
     whole = plain_scorer(policy, pairs)
     if packing == "plain":
         assert all(mx.array_equal(a, b) for a, b in zip(whole, scored(None), strict=True))
 
 
-def test_pairs_of_one_length_do_not_feel_it(policy):
+def test_pairs_of_equal_length_do_not_depend_on_alpha(policy):
     even = [TokenizedPair((1, 2), (3, 4, 5), (6, 7, 8)), TokenizedPair((9,), (3,), (4,))]
     for a, b in zip(plain(policy, even), plain_scorer(policy, even), strict=True):
         assert mx.allclose(a, b, atol=1e-6, rtol=0)
 
 
-def test_order_and_company_change_nothing(tiny_llama, pairs):
+def test_order_and_batch_do_not_change_the_result(tiny_llama, pairs):
     together, backwards = plain(tiny_llama, pairs), plain(tiny_llama, pairs[::-1])
     for i, pair in enumerate(pairs):
         alone = plain(tiny_llama, [pair])
@@ -113,7 +113,7 @@ def test_order_and_company_change_nothing(tiny_llama, pairs):
             assert a[i].item() == pytest.approx(c[0].item(), abs=1e-5)
 
 
-def test_the_probe_compares_and_hands_out_scorers_that_have_it(policy, pairs):
+def test_the_selected_scorers_apply_alpha(policy, pairs):
     for wanted in ("shared", "plain"):
         choice = select_scorer(policy, vocab_size=VOCAB, requested=wanted, ld_alpha=ALPHA)
         assert choice.name == wanted
@@ -121,7 +121,7 @@ def test_the_probe_compares_and_hands_out_scorers_that_have_it(policy, pairs):
             assert value_error(policy, rows(scorer, pairs), rows(plain, pairs)) <= 1e-5
 
 
-def test_the_probe_refuses_a_shared_scorer_that_forgets_it(policy, monkeypatch):
+def test_a_shared_scorer_without_alpha_is_rejected(policy, monkeypatch):
     monkeypatch.setattr(
         "mlx_dpo.scoring.scorers._sum_logps", lambda logps, shorter, ld_alpha: logps.sum()
     )

@@ -44,9 +44,9 @@ def test_the_parts_together_are_the_model(name):
     model = build(name)
     tokens = mx.array([[3, 1, 4, 1, 5]])
     parts = split_backbone(model)
-    found = parts.hidden_states(tokens)
-    assert mx.array_equal(parts.logits(found), model(tokens))
-    some = parts.logits(found[:, 1:4:2])
+    result = parts.hidden_states(tokens)
+    assert mx.array_equal(parts.logits(result), model(tokens))
+    some = parts.logits(result[:, 1:4:2])
     assert mx.allclose(some, model(tokens)[:, 1:4:2], rtol=1e-6, atol=1e-6)
 
 
@@ -57,7 +57,7 @@ def test_the_head_is_not_run_to_get_hidden_states():
     assert split_backbone(model).hidden_states(mx.array([[1, 2]])).shape == (1, 2, 64)
 
 
-def test_a_model_without_a_trunk_is_refused():
+def test_a_model_without_a_backbone_is_rejected():
     class Bigram(nn.Module):
         def __call__(self, tokens, cache=None):
             return mx.zeros((*tokens.shape, VOCAB))
@@ -66,7 +66,7 @@ def test_a_model_without_a_trunk_is_refused():
         split_backbone(Bigram())
 
 
-def test_log_probabilities_are_those_of_float64(tiny_llama, hidden, targets, chunks_of_four):
+def test_log_probabilities_equal_float64(tiny_llama, hidden, targets, chunks_of_four):
     logps = chunked_logps(
         split_backbone(tiny_llama), hidden, targets, vocab_size=VOCAB, gradients=False
     )
@@ -77,11 +77,11 @@ def test_log_probabilities_are_those_of_float64(tiny_llama, hidden, targets, chu
 
 
 @pytest.mark.parametrize("trained", [False, True])
-def test_gradients_are_those_of_whole_logits(tiny_llama, hidden, targets, chunks_of_four, trained):
+def test_gradients_equal_those_of_full_logits(tiny_llama, hidden, targets, chunks_of_four, trained):
     tiny_llama.freeze()
     if trained:
         tiny_llama.model.embed_tokens.unfreeze()
-        tiny_llama.model.norm.unfreeze()  # outside the blocks, and not of the head
+        tiny_llama.model.norm.unfreeze()  # outside the layers, but not in the head
     parts, weights = split_backbone(tiny_llama), mx.arange(ROWS) - 3.5
     before = tiny_llama.model.embed_tokens.weight
 
@@ -90,35 +90,33 @@ def test_gradients_are_those_of_whole_logits(tiny_llama, hidden, targets, chunks
             tiny_llama.update(trainable)
             return (logps(hidden) * weights).sum()
 
-        found = mx.grad(loss, argnums=[0, 1])(tiny_llama.trainable_parameters(), hidden)
+        result = mx.grad(loss, argnums=[0, 1])(tiny_llama.trainable_parameters(), hidden)
         tiny_llama.model.embed_tokens.weight = before
-        return dict(tree_flatten(found))
+        return dict(tree_flatten(result))
 
     expected = gradients(lambda h: autodiff(parts, h, targets))
-    found = gradients(lambda h: chunked_logps(parts, h, targets, vocab_size=VOCAB, gradients=True))
-    assert found.keys() == expected.keys()
-    assert ("0.model.embed_tokens.weight" in found) == trained
-    for name in found:
-        error = mx.linalg.norm(found[name] - expected[name])
+    result = gradients(lambda h: chunked_logps(parts, h, targets, vocab_size=VOCAB, gradients=True))
+    assert result.keys() == expected.keys()
+    assert ("0.model.embed_tokens.weight" in result) == trained
+    for name in result:
+        error = mx.linalg.norm(result[name] - expected[name])
         assert error.item() <= 1e-5 * max(mx.linalg.norm(expected[name]).item(), 1e-3), name
 
 
 @pytest.mark.parametrize("trained", [False, True])
-def test_values_do_not_depend_on_whether_gradients_are_wanted(
-    tiny_llama, hidden, targets, chunks_of_four, trained
-):
+def test_values_do_not_depend_on_gradients(tiny_llama, hidden, targets, chunks_of_four, trained):
     tiny_llama.freeze()
     if trained:
         tiny_llama.model.embed_tokens.unfreeze()
     parts = split_backbone(tiny_llama)
-    alone, beside = (
+    alone, with_gradients = (
         chunked_logps(parts, hidden, targets, vocab_size=VOCAB, gradients=gradients)
         for gradients in (False, True)
     )
-    assert mx.array_equal(alone, beside)
+    assert mx.array_equal(alone, with_gradients)
 
 
-def test_only_what_is_outside_the_blocks_is_taken_for_the_head(tiny_llama):
+def test_only_parameters_outside_the_layers_may_belong_to_the_head(tiny_llama):
     assert trainable_head_parameters(split_backbone(tiny_llama)).keys() == {
         "model.embed_tokens.weight",
         "model.norm.weight",
@@ -128,7 +126,7 @@ def test_only_what_is_outside_the_blocks_is_taken_for_the_head(tiny_llama):
     assert trainable_head_parameters(split_backbone(tiny_llama)) == {}
 
 
-def test_blocks_are_found_inside_a_model_that_also_sees_images():
+def test_layers_are_located_in_a_multimodal_model():
     model = build("kimi_vl")
     names = trainable_head_parameters(split_backbone(model)).keys()
     assert names == {"lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"}
@@ -148,7 +146,7 @@ class CountsRows(nn.Module):
 
 
 @pytest.mark.parametrize("gradients", [False, True])
-def test_every_row_passes_once_and_no_chunk_is_larger_than_allowed(
+def test_every_row_runs_once_in_chunks_of_limited_size(
     tiny_llama, hidden, targets, chunks_of_four, gradients
 ):
     tiny_llama.args.tie_word_embeddings = False

@@ -86,7 +86,7 @@ def test_bfloat16_logits_are_reduced_in_float32(pairs):
 
 
 @pytest.mark.parametrize("value", [float("nan"), -float("inf")])
-def test_a_log_probability_that_is_no_number_stops_with_its_place(pairs, value):
+def test_a_log_probability_that_is_not_finite_names_its_pair(pairs, value):
     """Counted as wrong or averaged away, it would pass for a result."""
 
     class Broken:
@@ -102,8 +102,8 @@ def test_a_log_probability_that_is_no_number_stops_with_its_place(pairs, value):
         score_pairs(Broken(), pairs if value < 0 else pairs[2:3], limit=PassLimit(pairs=1))
 
 
-def test_progress_hears_of_every_pair(uniform, pairs):
-    heard = []
+def test_progress_counts_every_pair(uniform, pairs):
+    counts = []
     model = type("Model", (type(uniform),), {"eval": lambda self: None})()
-    score_pairs(model, pairs, limit=PassLimit(pairs=2), progress=heard.append)
-    assert sum(heard) == 5
+    score_pairs(model, pairs, limit=PassLimit(pairs=2), progress=counts.append)
+    assert sum(counts) == 5

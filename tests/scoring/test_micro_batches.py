@@ -63,7 +63,7 @@ def test_a_pass_costs_the_tokens_that_go_through_the_layers(counted, name, pairs
 
 @pytest.mark.parametrize("wanted", ["plain", "shared"])
 @pytest.mark.parametrize("packing", TOKEN_COUNTS)
-def test_a_choice_knows_the_cost_of_its_own_scorer(counted, wanted, packing):
+def test_a_choice_counts_the_tokens_of_its_own_scorer(counted, wanted, packing):
     model, counting = counted
     choice = select_scorer(make_llama(), vocab_size=VOCAB, requested=wanted, packings=(packing,))
     for pairs in PASSES:
@@ -73,7 +73,7 @@ def test_a_choice_knows_the_cost_of_its_own_scorer(counted, wanted, packing):
 
 
 @pytest.mark.parametrize("name", SCORERS)
-def test_passes_are_filled_by_what_they_cost_their_own_scorer(name):
+def test_passes_are_filled_by_the_tokens_of_the_scorer(name):
     scorer, cost = SCORERS[name]
     pairs = PASSES[4]
     for tokens, passes in ((cost(pairs).total, 1), (cost(pairs).total - 1, 2)):
@@ -87,13 +87,13 @@ def test_passes_are_filled_by_what_they_cost_their_own_scorer(name):
 
 @pytest.mark.parametrize("name", SCORERS)
 @pytest.mark.parametrize("limit", [PassLimit(), PassLimit(pairs=3), PassLimit(tokens=40)])
-def test_values_are_those_of_one_pair_at_a_time(counted, name, limit):
+def test_values_equal_those_of_single_pairs(counted, name, limit):
     model, counting = counted
     pairs = [pair for some in PASSES for pair in some]
     scorer, cost = SCORERS[name]
     expected = score_pairs(model, pairs, limit=PassLimit(pairs=1))
     counting.tokens.clear()
-    found = score_pairs(model, pairs, limit=limit, scorer=scorer, cost=cost)
-    assert mx.allclose(found.chosen, expected.chosen, atol=1e-4)
-    assert mx.allclose(found.rejected, expected.rejected, atol=1e-4)
+    result = score_pairs(model, pairs, limit=limit, scorer=scorer, cost=cost)
+    assert mx.allclose(result.chosen, expected.chosen, atol=1e-4)
+    assert mx.allclose(result.rejected, expected.rejected, atol=1e-4)
     assert len(counting.tokens) < 3 * len(pairs)

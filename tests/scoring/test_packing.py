@@ -1,4 +1,4 @@
-"""Several pairs in one row: who sees whom, at which position, and that it equals whole rows."""
+"""Packed rows: positions, masks, and equality with whole rows."""
 
 from contextlib import ExitStack
 
@@ -24,7 +24,7 @@ TWO = [
 ]
 
 
-def test_the_last_tokens_of_completions_stay_out():
+def test_the_last_tokens_of_completions_are_left_out():
     assert PackedRow(TWO).tokens.tolist() == [[0, 1, 2, 3, 4, 6, 8, 10, 11]]
 
 
@@ -32,13 +32,13 @@ def test_both_completions_follow_the_prompt():
     assert PackedRow(TWO).positions.tolist() == [0, 1, 2, 3, 4, 3, 0, 1, 2]
 
 
-def test_what_predicts_a_token_is_what_comes_before_it_in_its_own_text():
+def test_each_token_is_predicted_by_the_previous_one_of_its_text():
     chosen, rejected = [2, 3, 4, 6], [2, 5, 6, 7, 8]  # 3 4 5 and 9; 6 7 and 10 11 12
     assert PackedRow(TWO).prediction_indices().tolist() == [*chosen, *rejected]
 
 
-def seen(row, size, window=None):
-    """Who sees whom, put together from the chunks. (T, T)"""
+def visible(row, size, window=None):
+    """Return the mask of the whole row, assembled from the chunks. (T, T)"""
     whole = np.zeros((len(row), len(row)), bool)
     at = 0
     for chunk in row.chunks(size, mx.float32, window):
@@ -65,18 +65,18 @@ SEEN = [
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 64])
-def test_a_token_sees_its_prompt_and_its_own_completion_up_to_itself(size):
+def test_a_token_attends_to_its_prompt_and_completion_up_to_itself(size):
     expected = [[mark == "x" for mark in row] for row in SEEN]
-    assert seen(PackedRow(TWO), size).tolist() == expected
+    assert visible(PackedRow(TWO), size).tolist() == expected
 
 
 @pytest.mark.parametrize("size", [1, 2, 64])
-def test_a_window_is_one_of_positions(size):
+def test_a_sliding_window_counts_positions(size):
     """The rejected completion's first token stands fifth, and is the fourth of its text."""
     row = PackedRow(TWO)
     near = row.positions[:, None] - row.positions[None] < 2
-    assert (seen(row, size, 2) == seen(row, size) & near).all()
-    assert seen(row, size, 2)[5].nonzero()[0].tolist() == [2, 5]
+    assert (visible(row, size, 2) == visible(row, size) & near).all()
+    assert visible(row, size, 2)[5].nonzero()[0].tolist() == [2, 5]
 
 
 LLAMA3 = {
@@ -95,7 +95,7 @@ ROTATIONS = {
 
 
 @pytest.mark.parametrize("name", ROTATIONS)
-def test_every_token_is_turned_by_its_position_in_its_text(name):
+def test_every_token_is_rotated_by_its_position_in_its_text(name):
     rope = ROTATIONS[name]
     mx.random.seed(0)
     row = PackedRow(TWO)
@@ -107,31 +107,31 @@ def test_every_token_is_turned_by_its_position_in_its_text(name):
         assert mx.allclose(turned[:, :, place : place + 1], alone, atol=1e-6)
 
 
-def test_frequencies_that_come_and_go_are_not_taken_for_each_other():
+def test_tables_of_freed_frequencies_are_not_reused():
     row, ones = PackedRow(TWO), mx.ones((1, 1, len(PackedRow(TWO)), 8))
     for base in range(1, 40):  # of a list that is gone, the next array often gets the id
         with use_token_positions():
-            found = mx.fast.rope(
+            result = mx.fast.rope(
                 ones, 8, traditional=False, base=None, scale=1.0, offset=row.rope_offset,
                 freqs=base * mx.arange(1.0, 5.0),
             )  # fmt: skip
         angles = row.positions[:, None] / (base * np.arange(1.0, 5.0))
-        assert np.allclose(found[0, 0, :, :4], np.cos(angles) - np.sin(angles), atol=1e-4)
+        assert np.allclose(result[0, 0, :, :4], np.cos(angles) - np.sin(angles), atol=1e-4)
 
 
-def test_other_rows_than_its_own_are_refused():
+def test_positions_of_another_row_are_rejected():
     row = PackedRow(TWO)
     with use_token_positions(), pytest.raises(TypeError, match="other arrays"):
         nn.RoPE(8)(mx.zeros((1, 3, 5, 8)), offset=row.rope_offset)
 
 
-@pytest.mark.parametrize("asked", [{"return_array": True}, {"length": 5}])
-def test_a_model_that_wants_its_mask_as_an_array_is_refused(asked):
+@pytest.mark.parametrize("arguments", [{"return_array": True}, {"length": 5}])
+def test_a_model_that_needs_its_mask_as_an_array_is_rejected(arguments):
     with pytest.raises(TypeError, match="an array"):
-        PackedCache(PackedRow(TWO)).make_mask(**{"length": 9} | asked)
+        PackedCache(PackedRow(TWO)).make_mask(**{"length": 9} | arguments)
 
 
-def test_positions_cannot_be_computed_with():
+def test_positions_support_no_arithmetic():
     """A model that does would take the place in the row for the position in the text."""
     offset = PackedCache(PackedRow(TWO)).offset
     for compute in (lambda: offset + 1, lambda: 1 + offset, lambda: mx.arange(offset, 9)):
@@ -139,7 +139,7 @@ def test_positions_cannot_be_computed_with():
             compute()
 
 
-def test_outside_the_block_neither_is_understood():
+def test_outside_the_block_positions_and_masks_are_rejected():
     """So that no model runs on such a row with positions and sight of its own."""
     row = PackedRow(TWO)
     with pytest.raises((TypeError, ValueError)):
@@ -161,10 +161,10 @@ def long_pairs():
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("kept", [0, 10**6], ids=["again", "kept"])
+@pytest.mark.parametrize("saved_keys", [0, 10**6], ids=["recomputed", "saved"])
 @pytest.mark.parametrize("is_cpu", [True, False], ids=["cpu", "gpu's arithmetic"])
-def test_long_pairs_score_as_whole_rows_do(monkeypatch, recompute, kept, is_cpu):
-    monkeypatch.setattr("mlx_dpo.scoring.kernels.attention.MAX_SAVED_KEYS", kept)
+def test_long_packed_pairs_equal_whole_rows(monkeypatch, recompute, saved_keys, is_cpu):
+    monkeypatch.setattr("mlx_dpo.scoring.kernels.attention.MAX_SAVED_KEYS", saved_keys)
     for kernel in ("attention", "softmax"):
         monkeypatch.setattr(f"mlx_dpo.scoring.kernels.{kernel}.is_cpu", lambda: is_cpu)
     model = make_llama()
@@ -178,16 +178,16 @@ def test_long_pairs_score_as_whole_rows_do(monkeypatch, recompute, kept, is_cpu)
     with ExitStack() as stack:
         stack.enter_context(memory_efficient_training(model, recompute=recompute))
         stack.enter_context(use_chunked_attention(QUERIES_PER_CHUNK))
-        found = relative_errors(model, rows(shared), rows(plain_scorer))
-    assert found.values <= 1e-5
-    assert found.gradients <= 1e-4
+        result = relative_errors(model, rows(shared), rows(plain_scorer))
+    assert result.values <= 1e-5
+    assert result.gradients <= 1e-4
 
 
-def test_on_a_gpu_the_row_is_filled_up_with_what_nothing_sees(monkeypatch):
+def test_padding_of_a_row_is_attended_to_by_no_token(monkeypatch):
     monkeypatch.setattr("mlx_dpo.scoring.packing.padded_width", lambda length: 16)
     row = PackedRow(TWO)
     assert row.tokens.shape == (1, 16)
-    whole = seen(row, 4)
+    whole = visible(row, 4)
     assert not whole[:9, 9:].any()
     assert not whole[9:, :9].any()
     assert row.prediction_indices().max().item() < 9

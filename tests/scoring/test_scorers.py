@@ -1,4 +1,4 @@
-"""The shared scorer against the plain one, which stays the oracle."""
+"""The shared scorer against the plain one."""
 
 import gc
 from contextlib import ExitStack, contextmanager
@@ -52,9 +52,9 @@ def test_it_equals_the_plain_scorer(policy, pairs, packing, saved, monkeypatch):
     monkeypatch.setattr(head, "LOGITS_BYTES_PER_CHUNK", 3 * VOCAB * 4)
     expected = rows(plain_scorer, pairs)
     with memory_savers(policy, saved):
-        found = relative_errors(policy, rows(shared(packing=packing), pairs), expected)
-    assert found.values <= 1e-5
-    assert found.gradients <= 1e-4
+        result = relative_errors(policy, rows(shared(packing=packing), pairs), expected)
+    assert result.values <= 1e-5
+    assert result.gradients <= 1e-4
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
@@ -64,20 +64,20 @@ def test_without_gradients_the_values_are_the_same(policy, pairs, packing):
 
 
 def test_every_weight_can_be_trained(pairs):
-    """Tied embeddings: gradients come through the trunk, the head, and their common weight."""
-    found = relative_errors(make_llama(), rows(shared(), pairs), rows(plain_scorer, pairs))
-    assert found.values <= 1e-5
-    assert found.gradients <= 1e-4
+    """Tied embeddings: gradients come through the backbone, the head, and their common weight."""
+    result = relative_errors(make_llama(), rows(shared(), pairs), rows(plain_scorer, pairs))
+    assert result.values <= 1e-5
+    assert result.gradients <= 1e-4
 
 
-def test_pairs_keep_their_places(policy, pairs):
+def test_pairs_keep_their_order(policy, pairs):
     """They are grouped by the length of their prompts: out of order, and back."""
-    there, back = shared()(policy, pairs), shared()(policy, pairs[::-1])
-    for one, other in zip(there, back, strict=True):
-        assert mx.allclose(one, other[::-1], rtol=1e-5)
+    forward, backward = shared()(policy, pairs), shared()(policy, pairs[::-1])
+    for scores, reversed_scores in zip(forward, backward, strict=True):
+        assert mx.allclose(scores, reversed_scores[::-1], rtol=1e-5)
 
 
-def test_in_bfloat16_it_errs_no_more_than_the_plain_scorer(pairs):
+def test_bfloat16_is_as_accurate_as_the_plain_scorer(pairs):
     model = make_llama()
     truth = mx.concatenate([*plain_scorer(model, pairs)])
     model.set_dtype(mx.bfloat16)
@@ -103,11 +103,11 @@ class Counting(nn.Module):
 
 
 @pytest.mark.parametrize("gradients", [False, True])
-def test_no_token_passes_twice_and_only_scored_ones_reach_the_head(policy, gradients):
+def test_no_token_runs_twice_and_only_completion_tokens_reach_the_head(policy, gradients):
     policy.args.tie_word_embeddings = False
-    policy.model.norm = trunk = Counting(policy.model.norm)
+    policy.model.norm = norm = Counting(policy.model.norm)
     policy.lm_head = logits = Counting(nn.Linear(64, VOCAB, bias=False))
-    trunk.freeze()
+    norm.freeze()
     logits.freeze()
     p, c, r = 20, 7, 5
     pair = TokenizedPair(tuple(range(p)), tuple(range(c)), tuple(range(r)))
@@ -118,12 +118,12 @@ def test_no_token_passes_twice_and_only_scored_ones_reach_the_head(policy, gradi
         return (scores.chosen - scores.rejected).sum()
 
     mx.eval(nn.value_and_grad(policy, loss)(policy) if gradients else loss(policy))
-    assert trunk.tokens == p + c + r - 2
+    assert norm.tokens == p + c + r - 2
     assert logits.tokens == c + r
 
 
 @pytest.mark.parametrize("packing", [None, *PACKINGS])
-def test_fifty_lengths_leave_nothing_behind(policy, packing):
+def test_fifty_lengths_leak_no_memory(policy, packing):
     """Kernels and traces that are kept for each length would pile up over a run."""
     scorer = shared(packing=packing) if packing else plain_scorer
     gradient = nn.value_and_grad(policy, lambda model, pairs: scorer(model, pairs).chosen.sum())

@@ -48,9 +48,9 @@ def gradients(model, scorer, *, recompute):
         return (logps.chosen * mx.array([1.0, -2.0, 0.5])).sum() - 0.3 * logps.rejected.sum()
 
     with memory_efficient_training(model, recompute=recompute):
-        value, found = nn.value_and_grad(model, total)(model)
-    mx.eval(value, found)
-    return value.item(), dict(tree_flatten(found))
+        value, result = nn.value_and_grad(model, total)(model)
+    mx.eval(value, result)
+    return value.item(), dict(tree_flatten(result))
 
 
 HEAD = ("embed_tokens", "lm_head", "q_proj")
@@ -79,8 +79,8 @@ def test_the_shared_scorer_is_exact(kind, tied, bits, settings, recompute):
     choice = select_scorer(model, vocab_size=VOCAB)
     assert choice.name == "shared", choice.reason
     value, plain = gradients(model, plain_scorer, recompute=False)
-    found, shared = gradients(model, choice.scorer, recompute=recompute)
-    assert found == pytest.approx(value, rel=1e-5)
+    result, shared = gradients(model, choice.scorer, recompute=recompute)
+    assert result == pytest.approx(value, rel=1e-5)
     assert shared.keys() == plain.keys()
     largest = max(mx.linalg.norm(slope).item() for slope in plain.values())
     for name, slope in plain.items():
@@ -89,7 +89,7 @@ def test_the_shared_scorer_is_exact(kind, tied, bits, settings, recompute):
         assert mx.linalg.norm(slope - shared[name]).item() < 1e-3 * max(size, largest / 100), name
 
 
-def test_off_is_the_base_bit_for_bit_whatever_is_adapted():
+def test_disabled_adapters_give_the_base_model_bit_for_bit():
     for kind, targets in (("lora", HEAD), ("dora", HEAD), ("dora", ())):
         model = build("llama", tied=False, bits=None)
         tokens = mx.array([[1, 2, 3, 4]])

@@ -1,4 +1,4 @@
-"""Where the shared scorer is exact it is taken; where it is not, it is never run."""
+"""Selection of the scorer: the shared one is used only where it is exact."""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -30,11 +30,11 @@ def with_caches(make_cache, **more):
     return adapted(model)
 
 
-def assert_plain(choice, said):
+def assert_plain(choice, reason):
     assert choice.name == "plain"
     assert choice.scorer is plain_scorer
     assert choice.forward_only is plain_scorer
-    assert said in choice.reason
+    assert reason in choice.reason
     assert choice.packing is None
 
 
@@ -48,26 +48,26 @@ def test_an_exact_model_gets_the_shared_scorer(packing):
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
-def test_rounding_is_no_reason_to_refuse(dtype):
+def test_rounding_of_sixteen_bits_is_tolerated(dtype):
     model = make_llama()
     model.set_dtype(dtype)
     assert select_scorer(adapted(model), vocab_size=VOCAB).name == "shared"
 
 
-def test_a_model_without_adapters_is_probed_by_its_values():
+def test_a_model_without_adapters_is_tested_by_its_values():
     model = make_llama()
     model.freeze()
     assert select_scorer(model, vocab_size=VOCAB).name == "shared"
 
 
 class Detached(KVCache):
-    """Right values, but no gradient through what was kept."""
+    """Right values, but no gradient through cached keys and values."""
 
     def update_and_fetch(self, keys, values):
         keys, values = super().update_and_fetch(keys, values)
-        kept = self.offset - 1
+        past = self.offset - 1
         return tuple(
-            mx.concatenate([mx.stop_gradient(x[..., :kept, :]), x[..., kept:, :]], axis=2)
+            mx.concatenate([mx.stop_gradient(x[..., :past, :]), x[..., past:, :]], axis=2)
             for x in (keys, values)
         )
 
@@ -83,28 +83,28 @@ class Forgetful(KVCache):
         return keys, values
 
 
-def test_wrong_values_are_refused():
+def test_wrong_values_are_rejected():
     model = with_caches(lambda self: [Forgetful() for _ in self.layers])
     assert_plain(
         select_scorer(model, vocab_size=VOCAB), "values differ from the plain scorer's by "
     )
 
 
-def test_wrong_gradients_are_refused_where_values_are_right():
+def test_wrong_gradients_are_rejected_even_if_values_are_right():
     model = with_caches(lambda self: [Detached() for _ in self.layers])
     assert_plain(
         select_scorer(model, vocab_size=VOCAB), "gradients differ from the plain scorer's by "
     )
 
 
-def test_a_window_that_only_caches_know_is_refused():
+def test_a_window_of_the_caches_only_is_rejected():
     """Wide enough for the probe's short pairs; a prompt past it shows the difference."""
     model = with_caches(lambda self: [RotatingKVCache(32) for _ in self.layers])
     choice = select_scorer(model, vocab_size=VOCAB, packings=("lengths",))
     assert_plain(choice, "values past the window differ")
 
 
-def test_a_head_that_mixes_rows_is_refused():
+def test_a_head_that_mixes_tokens_is_rejected():
     def call(self, tokens, cache=None):
         hidden = self.model(tokens, cache)
         return self.model.embed_tokens.as_linear(mx.cumsum(hidden, axis=1))
@@ -113,15 +113,15 @@ def test_a_head_that_mixes_rows_is_refused():
     assert_plain(select_scorer(model, vocab_size=VOCAB), "differ from the plain scorer's by ")
 
 
-# Wrong on the probe's pairs; wrong on longer ones alone, where it chooses among blocks of keys.
+# Wrong on the test pairs; wrong on longer pairs only, where it chooses among blocks of keys.
 @pytest.mark.parametrize("name", ["gemma2", "minimax_m3_vl"])
-def test_uneven_prompts_go_one_by_one_where_batched_caches_are_wrong(name):
+def test_prompts_are_batched_by_length_where_batched_caches_are_wrong(name):
     choice = select_scorer(adapted(build(name)), vocab_size=128, packings=("batch", "lengths"))
     assert choice.name == "shared"
     assert choice.packing == "lengths"
 
 
-def test_a_cache_that_cannot_be_made_is_no_obstacle():
+def test_a_model_without_caches_gets_the_plain_scorer():
     def make_cache(self):
         raise NotImplementedError("no cache for this one")
 
@@ -131,7 +131,7 @@ def test_a_cache_that_cannot_be_made_is_no_obstacle():
     )
 
 
-def test_a_model_without_a_trunk_is_scored_plainly():
+def test_a_model_without_a_backbone_gets_the_plain_scorer():
     class Bigram(nn.Module):
         def __init__(self):
             super().__init__()
@@ -143,7 +143,7 @@ def test_a_model_without_a_trunk_is_scored_plainly():
     assert_plain(select_scorer(Bigram(), vocab_size=VOCAB), "no backbone named `model`")
 
 
-def test_what_was_asked_for_is_done():
+def test_the_requested_scorer_is_used_or_an_error_raised():
     model = with_caches(lambda self: [Forgetful() for _ in self.layers])
     assert_plain(
         select_scorer(adapted(make_llama()), vocab_size=VOCAB, requested="plain"), "as requested"
@@ -152,7 +152,7 @@ def test_what_was_asked_for_is_done():
         select_scorer(model, vocab_size=VOCAB, requested="shared")
 
 
-def test_a_model_that_cannot_be_trained_at_all_is_said_in_one_line():
+def test_an_untrainable_model_is_reported_in_one_line():
     def call(self, tokens, cache=None):
         raise RuntimeError("[metal_kernel] No Metal back-end.")
 
@@ -162,7 +162,7 @@ def test_a_model_that_cannot_be_trained_at_all_is_said_in_one_line():
     assert "\n" not in str(caught.value)
 
 
-def test_the_model_is_left_as_it_was():
+def test_the_model_is_not_changed():
     model = adapted(make_llama(), dropout=0.5)
     model.train()
     model.layers[0].eval()
@@ -181,7 +181,7 @@ def test_the_model_is_left_as_it_was():
     assert random_state().tolist() == state
 
 
-def test_what_is_not_a_number_is_never_near():
+def test_nan_never_counts_as_equivalent():
     model = adapted(make_llama())
     pairs = random_pairs([(3, 2, 2)], VOCAB)
 
@@ -200,7 +200,7 @@ def test_what_is_not_a_number_is_never_near():
     assert not relative_errors(model, one_nan_gradient, oracle).gradients <= 1
 
 
-def test_a_lost_gradient_of_one_small_adapter_is_seen():
+def test_a_missing_gradient_of_one_small_adapter_is_detected():
     """Measured against its own size, not against that of all adapters together."""
     model = adapted(make_llama())
     pairs = random_pairs([(3, 2, 2)], VOCAB)
@@ -210,10 +210,10 @@ def test_a_lost_gradient_of_one_small_adapter_is_seen():
 
     def without_one(model):
         layer = model.layers[0].self_attn.k_proj
-        kept = layer.lora_a
-        layer.lora_a = mx.stop_gradient(kept)
+        original = layer.lora_a
+        layer.lora_a = mx.stop_gradient(original)
         scores = oracle(model)
-        layer.lora_a = kept
+        layer.lora_a = original
         return scores
 
     assert relative_errors(model, without_one, oracle).gradients >= 0.1

@@ -31,12 +31,12 @@ def whole_rows(model, pairs):
 
 
 def assert_equal_rows(model, pairs):
-    found, expected = (
+    result, expected = (
         completion_hidden_states(model, split_backbone(model), pairs),
         whole_rows(model, pairs),
     )
-    assert found.shape == expected.shape
-    assert mx.allclose(found, expected, rtol=1e-5, atol=1e-5)
+    assert result.shape == expected.shape
+    assert mx.allclose(result, expected, rtol=1e-5, atol=1e-5)
 
 
 # Plain caches; windows; state spaces with windows; latent attention; chunks; lists of caches;
@@ -45,7 +45,7 @@ FAMILIES = ["llama", "gemma3_text", "plamo2", "deepseek_v3", "llama4", "falcon_h
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_rows_equal_those_of_a_pass_over_everything(name):
+def test_hidden_states_equal_those_of_whole_rows(name):
     model = build(name)
     assert_equal_rows(model, EVEN)
     assert_equal_rows(model, UNEVEN[2:])
@@ -53,7 +53,7 @@ def test_rows_equal_those_of_a_pass_over_everything(name):
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "qwen3_next"])
-def test_uneven_prompts_can_go_through_together(name):
+def test_uneven_prompts_can_share_a_batch(name):
     assert_equal_rows(build(name), UNEVEN)
     assert_equal_rows(build(name), [*UNEVEN, *LONG])
 
@@ -87,14 +87,14 @@ def counted():
     return model, counting.shapes
 
 
-def test_the_prompt_passes_once_and_last_tokens_do_not_pass(counted):
+def test_the_prompt_runs_once_and_last_tokens_are_left_out(counted):
     model, shapes = counted
     pair = TokenizedPair(prompt=tuple(range(7)), chosen=tuple(range(5)), rejected=(1, 2, 3))
     completion_hidden_states(model, split_backbone(model), [pair])
     assert shapes == [(1, 7), (1, 4), (1, 2)]
 
 
-def test_completions_of_one_token_need_the_prompt_alone(counted):
+def test_completions_of_one_token_need_only_the_prompt(counted):
     model, shapes = counted
     pair = TokenizedPair(prompt=(1, 2), chosen=(3,), rejected=(4,))
     completion_hidden_states(model, split_backbone(model), [pair])
@@ -126,17 +126,17 @@ def test_gradients_flow_through_the_prompt():
             return (rows() * weights).sum()
 
         embedding = model.model.embed_tokens.weight
-        found = mx.grad(loss)(embedding)
+        result = mx.grad(loss)(embedding)
         model.model.embed_tokens.weight = embedding
-        return mx.linalg.norm(found, axis=1), found
+        return mx.linalg.norm(result, axis=1), result
 
-    norms, found = gradient(lambda: completion_hidden_states(model, split_backbone(model), pairs))
+    norms, result = gradient(lambda: completion_hidden_states(model, split_backbone(model), pairs))
     _, expected = gradient(lambda: whole_rows(model, pairs))
     assert [i for i, norm in enumerate(norms.tolist()) if norm > 0] == [1, 2, 3, 10, 11, 20]
-    assert mx.allclose(found, expected, rtol=1e-4, atol=1e-5)
+    assert mx.allclose(result, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_plain_caches_do_not_grow_in_steps(monkeypatch):
+def test_caches_hold_no_unused_positions(monkeypatch):
     """A step is 256 positions: zeros that the backward pass would keep for every layer."""
     monkeypatch.setattr(KVCache, "update_and_fetch", None)
     assert_equal_rows(make_llama(), EVEN)

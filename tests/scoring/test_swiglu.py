@@ -18,14 +18,14 @@ def test_value_and_gradients_are_those_of_mlx_lm(spread):
     mx.random.seed(1)
     gate, x, cotangent = (mx.random.normal((3, 5, 40)) for _ in range(3))
     given = spread * gate, x
-    found = both(swiglu, *given, cotangent=cotangent)
+    result = both(swiglu, *given, cotangent=cotangent)
     known = both(activations.swiglu, *given, cotangent=cotangent)
-    for ours, theirs in zip(found, known, strict=True):
+    for ours, theirs in zip(result, known, strict=True):
         assert mx.abs(ours - theirs).max().item() <= 2e-6 * mx.abs(theirs).max().item()
 
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
-def test_sixteen_bits_are_left_to_mlx_lm_whose_error_is_that_of_one_rounding(dtype):
+def test_sixteen_bits_use_mlx_lm(dtype):
     gate = mx.linspace(-7, 20, 400).astype(dtype)
     exact = activations.swiglu(gate.astype(mx.float32), mx.ones((400,)))
     ours, theirs = (
@@ -36,7 +36,7 @@ def test_sixteen_bits_are_left_to_mlx_lm_whose_error_is_that_of_one_rounding(dty
     assert mx.abs(ours / exact - 1).max().item() < 0.02
 
 
-def test_it_is_exchanged_in_the_model_s_source_and_put_back_also_after_an_error():
+def test_swiglu_is_replaced_in_the_model_s_module_and_restored_after_an_error():
     model = make_llama()
     assert llama.swiglu is activations.swiglu
     with pytest.raises(KeyError), use_fast_swiglu(model):
@@ -45,7 +45,19 @@ def test_it_is_exchanged_in_the_model_s_source_and_put_back_also_after_an_error(
     assert llama.swiglu is activations.swiglu
 
 
-def test_a_gpu_keeps_its_own(monkeypatch):
+def test_a_gpu_keeps_mlx_lm_s_swiglu(monkeypatch):
     monkeypatch.setattr("mlx_dpo.scoring.kernels.swiglu.is_cpu", lambda: False)
     with use_fast_swiglu(make_llama()):
         assert llama.swiglu is activations.swiglu
+
+
+def test_mlx_lm_s_own_module_is_restored():
+    """A model may use a layer that is defined in the same module as the function."""
+    model = make_llama()
+    model.activation = activations.SwigluOAI()
+    original = activations.swiglu
+    gate = mx.ones((2,), mx.bfloat16)
+    with use_fast_swiglu(model):
+        assert activations.swiglu is swiglu
+        assert mx.array_equal(swiglu(gate, gate), original(gate, gate))
+    assert activations.swiglu is original

@@ -18,14 +18,14 @@ from tests.conftest import VOCAB
 
 def by_hand(model, prompt, completion):
     """The mean of log p(token) - log sum p², token by token in float64."""
-    ids, found = [*prompt], []
+    ids, result = [*prompt], []
     for token in completion:
         logits = np.array(model(mx.array([ids]))[0, -1], dtype=np.float64)
         p = np.exp(logits - logits.max())
         p /= p.sum()
-        found.append(np.log(p[token]) - np.log((p**2).sum()))
+        result.append(np.log(p[token]) - np.log((p**2).sum()))
         ids.append(token)
-    return np.mean(found)
+    return np.mean(result)
 
 
 def rows(scorer, pairs):
@@ -40,23 +40,23 @@ def weights(model, pairs, scorer=plain_log_weights, size=2):
 
 
 def test_it_equals_a_token_loop_in_float64(tiny_llama, pairs):
-    found = plain_log_weights(tiny_llama, pairs)
+    result = plain_log_weights(tiny_llama, pairs)
     for i, pair in enumerate(pairs):
         for side in ("chosen", "rejected"):
             expected = by_hand(tiny_llama, pair.prompt, getattr(pair, side))
-            assert getattr(found, side)[i].item() == pytest.approx(expected, abs=1e-5)
+            assert getattr(result, side)[i].item() == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("chunk", [None, 3 * VOCAB * 4])
 @pytest.mark.parametrize("packing", PACKINGS)
-def test_with_shared_prompts_it_is_the_same(tiny_llama, pairs, packing, chunk, monkeypatch):
+def test_shared_prompts_give_the_same_weights(tiny_llama, pairs, packing, chunk, monkeypatch):
     if chunk:
         monkeypatch.setattr(head, "LOGITS_BYTES_PER_CHUNK", chunk)
     shared = make_shared_log_weights(vocab_size=VOCAB, packing=packing)
     assert value_error(tiny_llama, rows(shared, pairs), rows(plain_log_weights, pairs)) <= 1e-5
 
 
-def test_a_weight_is_the_product_of_both_sides_whatever_the_passes(tiny_llama, pairs):
+def test_a_weight_is_the_product_over_both_completions(tiny_llama, pairs):
     expected = [
         np.exp(by_hand(tiny_llama, p.prompt, p.chosen) + by_hand(tiny_llama, p.prompt, p.rejected))
         for p in pairs
@@ -65,21 +65,21 @@ def test_a_weight_is_the_product_of_both_sides_whatever_the_passes(tiny_llama, p
         assert weights(tiny_llama, pairs, size=size).tolist() == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_policy_that_knows_nothing_writes_anything(uniform):
+def test_a_uniform_policy_gives_weight_one(uniform):
     """All tokens are alike, so that each is as likely as what would be drawn."""
-    found = plain_log_weights(uniform, [TokenizedPair((1,), (2, 3), (4,))])
-    assert [part.item() for part in found] == pytest.approx([0, 0], abs=1e-5)
+    result = plain_log_weights(uniform, [TokenizedPair((1,), (2, 3), (4,))])
+    assert [part.item() for part in result] == pytest.approx([0, 0], abs=1e-5)
 
 
-def test_the_scorer_that_is_chosen_brings_its_own(tiny_llama, pairs):
+def test_the_selected_scorer_gives_log_weights(tiny_llama, pairs):
     expected = weights(tiny_llama, pairs)
     for wanted in ("shared", "plain"):
         choice = select_scorer(tiny_llama, vocab_size=VOCAB, requested=wanted)
-        found = weights(tiny_llama, pairs, choice.log_weights)
-        assert mx.allclose(found, expected, rtol=1e-4)
+        result = weights(tiny_llama, pairs, choice.log_weights)
+        assert mx.allclose(result, expected, rtol=1e-4)
 
 
-def test_no_gradient_flows_through_them(tiny_llama, pairs):
+def test_no_gradient_flows_through_the_weights(tiny_llama, pairs):
     shared = make_shared_log_weights(vocab_size=VOCAB, packing="lengths")
     slope = nn.value_and_grad(tiny_llama, lambda m: sum(x.sum() for x in shared(m, pairs)))
     _, gradients = slope(tiny_llama)

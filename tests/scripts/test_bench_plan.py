@@ -1,17 +1,17 @@
-"""The memory that is planned is the memory that a step takes, over shapes, scorers and lengths."""
+"""Estimated memory of a step against measured memory, over shapes, scorers and lengths."""
 
 from statistics import median
 
 import pytest
 
 from scripts.bench.bench_plan import GRID
-from scripts.bench.plans import CONFIGS, Case, compare
-from scripts.bench.steps import Point
+from scripts.bench.plans import CONFIGS, Case, compare_memory
+from scripts.bench.steps import PassShape
 
 SMALL = [
-    Case("hybrid", Point(24, 12, 12, 1)),
-    Case("moe", Point(48, 24, 24, 2), recompute=True),
-    Case("moe", Point(48, 24, 24, 1), bits=4),
+    Case("hybrid", PassShape(24, 12, 12, 1)),
+    Case("moe", PassShape(48, 24, 24, 2), recompute=True),
+    Case("moe", PassShape(48, 24, 24, 1), bits=4),
 ]
 
 
@@ -20,26 +20,26 @@ def name(case):
 
 
 @pytest.mark.parametrize("case", SMALL, ids=name)
-def test_planned_memory_is_what_a_step_takes(case):
-    """By the median of three: on a CPU how far MLX runs ahead depends on time.
+def test_estimated_memory_is_what_a_step_takes(case):
+    """The median of three decides, because on a CPU MLX runs ahead by a varying amount.
 
-    It lies between the first two, which decide where both are near.
+    If the first two are near, so is the median.
     """
     near = pytest.approx(1, abs=0.15)
-    found = [compare(case) for _ in range(2)]
-    if not all(one.ratio == near and one.ratio_beyond == near for one in found):
-        found.append(compare(case))
-    assert median(one.ratio for one in found) == near
-    assert median(one.ratio_beyond for one in found) == near
+    comparisons = [compare_memory(case) for _ in range(2)]
+    if not all(c.ratio == near and c.ratio_beyond == near for c in comparisons):
+        comparisons.append(compare_memory(case))
+    assert median(c.ratio for c in comparisons) == near
+    assert median(c.ratio_beyond for c in comparisons) == near
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", GRID, ids=name)
-def test_planned_memory_is_within_15_percent_on_the_grid(case):
-    assert compare(case).ratio == pytest.approx(1, abs=0.15)
+def test_estimated_memory_is_within_15_percent_on_the_grid(case):
+    assert compare_memory(case).ratio == pytest.approx(1, abs=0.15)
 
 
-def test_the_grid_is_as_wide_as_it_is_said_to_be():
+def test_the_grid_covers_all_settings():
     assert len(GRID) >= 12
     assert {case.shape for case in GRID} == CONFIGS.keys()
     assert {case.point.pairs for case in GRID} == {1, 2, 4}

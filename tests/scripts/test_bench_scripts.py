@@ -24,10 +24,10 @@ from scripts.bench import (
 from scripts.bench.job import Job, Result
 from scripts.bench.processes import PeerError
 from scripts.bench.shapes import SHAPES, Shape
-from scripts.bench.steps import Point
-from scripts.bench.tables import Measured
+from scripts.bench.steps import PassShape
+from scripts.bench.tables import Measurement
 from scripts.bench.trainers import TRAINERS, Setting, Trainer
-from scripts.bench.workload import Workload, sample, workload
+from scripts.bench.workload import Workload, make_workload, sample_pairs
 
 SMALL = Shape(
     hidden_size=16,
@@ -64,10 +64,10 @@ def pairs_file(tmp_path: Path) -> Path:
     return path
 
 
-def measured(trainer: str, turn: int = 0, setting: str = "a", **changes: object) -> Measured:
+def measured(trainer: str, turn: int = 0, setting: str = "a", **changes: object) -> Measurement:
     remark = str(changes.pop("remark", ""))
     result = replace(RESULT, **changes)
-    return Measured(trainer=trainer, setting=setting, round=turn, result=result, remark=remark)
+    return Measurement(trainer=trainer, setting=setting, round=turn, result=result, remark=remark)
 
 
 # --- rates and ratios ------------------------------------------------------------------------
@@ -89,7 +89,7 @@ def test_ratios_are_formed_within_a_round_and_the_median_is_taken():
         for name, each in seconds.items()
         for turn, taken in enumerate(each)
     ]
-    assert tables.ratios(runs, tables.first_epoch) == {"other": 2.0}
+    assert tables.speedups(runs, tables.first_epoch) == {"other": 2.0}
 
 
 def test_each_trainer_enters_a_ratio_with_its_best_setting():
@@ -99,13 +99,13 @@ def test_each_trainer_enters_a_ratio_with_its_best_setting():
         measured("other", setting="a", reference_s=2.0, training_s=4.0),  # 2 and 3
         measured("other", setting="c", training_s=0.1, remark="no reference"),
     ]
-    assert tables.ratios(runs, tables.first_epoch) == {"other": pytest.approx(4 / 3)}
-    assert tables.ratios(runs, tables.cached_epoch) == {"other": 2.0}
+    assert tables.speedups(runs, tables.first_epoch) == {"other": pytest.approx(4 / 3)}
+    assert tables.speedups(runs, tables.cached_epoch) == {"other": 2.0}
 
 
 def test_a_trainer_without_a_cache_has_no_ratio_of_cached_epochs():
     runs = [measured("ours"), measured("other", reference_s=None)]
-    assert tables.ratios(runs, tables.cached_epoch) == {}
+    assert tables.speedups(runs, tables.cached_epoch) == {}
 
 
 def test_a_round_that_one_side_failed_is_left_out():
@@ -114,7 +114,7 @@ def test_a_round_that_one_side_failed_is_left_out():
         measured("other", 0, training_s=10.0),
         measured("other", 1, training_s=1.0),
     ]
-    assert tables.ratios(runs, tables.first_epoch) == {"other": 2.0}
+    assert tables.speedups(runs, tables.first_epoch) == {"other": 2.0}
 
 
 def test_the_best_setting_of_each_epoch_is_chosen_and_remarks_never_win():
@@ -124,8 +124,8 @@ def test_the_best_setting_of_each_epoch_is_chosen_and_remarks_never_win():
         measured("x", setting="neither", reference_s=4.0, training_s=4.0),  # 1.5 and 3
         measured("x", setting="cheats", reference_s=0.1, training_s=0.1, remark="why"),
     ]
-    assert tables.fastest(runs) == ["in the step", "cached"]
-    assert tables.fastest(runs[-1:]) == []
+    assert tables.fastest_settings(runs) == ["in the step", "cached"]
+    assert tables.fastest_settings(runs[-1:]) == []
 
 
 # --- what is written down --------------------------------------------------------------------
@@ -136,7 +136,7 @@ def test_the_best_setting_of_each_epoch_is_chosen_and_remarks_never_win():
     [(0.00012345, "0.000123"), (123456.0, "123000"), (1.0, "1"), (0.0, "0"), (None, "")],
 )
 def test_figures_have_three_digits_and_no_exponent(value, shown):
-    assert tables.figure(value) == shown
+    assert tables.format_number(value) == shown
 
 
 def test_a_row_holds_rates_and_decimal_gigabytes():
@@ -182,7 +182,7 @@ def test_the_kind_of_benchmark_decides_how_many_pairs(flags, kind, count):
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         (["--peers", "ours,trll"], "`--peers`: unknown `trll`; there are ours, trl, mlx-lm-lora"),
         (["--setting", "trl=batch 3"], r"is not one of its settings \(batch 1; batch 2;"),
@@ -191,12 +191,12 @@ def test_the_kind_of_benchmark_decides_how_many_pairs(flags, kind, count):
         (["--setting", "trl=batch 1", "--setting", "trl=batch 2"], "name a trainer once"),
     ],
 )
-def test_options_that_mean_nothing_are_refused(flags, said):
-    with pytest.raises(ConfigError, match=said):
+def test_invalid_options_are_rejected(flags, message):
+    with pytest.raises(ConfigError, match=message):
         options.parse(["--pairs", "x", *flags])
 
 
-def test_a_setting_that_is_asked_for_is_the_only_one_tried():
+def test_a_setting_on_the_command_line_is_the_only_one_tried():
     parsed = options.parse(
         ["--pairs", "x", "--setting", "trl=batch 2", "--ours", "micro_batch_size=1"]
     )
@@ -214,7 +214,7 @@ def test_a_point_has_four_positive_numbers(text, capsys):
     assert "PROMPT:CHOSEN:REJECTED:PAIRS" in capsys.readouterr().err
 
 
-# --- what the trainers are given -------------------------------------------------------------
+# --- workload -------------------------------------------------------------
 
 
 def test_the_large_shape_is_that_of_smollm2_135m():
@@ -222,7 +222,7 @@ def test_the_large_shape_is_that_of_smollm2_135m():
 
 
 def test_a_shape_names_the_weights_that_the_model_has(pairs_file, tmp_path):
-    work = workload(
+    work = make_workload(
         pairs_file, shape="tiny", kind="short", count=2, cache=tmp_path / "c", folder=tmp_path
     )
     stored = mx.load(str(work.model / "model.safetensors"))
@@ -245,16 +245,16 @@ def test_faulty_pairs_are_counted_and_every_completion_ends_with_one_stop_token(
     assert pairs == [{"prompt": "a", "chosen": " b<|end|>", "rejected": " c<|end|>"}] * 2
 
 
-def test_messages_are_refused(tmp_path):
+def test_messages_are_rejected(tmp_path):
     path = tmp_path / "p.jsonl"
-    said = [{"role": "user", "content": "a"}]
-    path.write_text(json.dumps({"prompt": said, "chosen": "b", "rejected": "c"}) + "\n")
+    messages = [{"role": "user", "content": "a"}]
+    path.write_text(json.dumps({"prompt": messages, "chosen": "b", "rejected": "c"}) + "\n")
     with pytest.raises(DataError, match="holds messages; the benchmark takes plain text"):
         texts.read_pairs(path)
 
 
 def test_pairs_of_memory_have_exactly_the_lengths_of_the_issue(pairs_file, tmp_path):
-    work = workload(
+    work = make_workload(
         pairs_file, shape="tiny", kind="memory", count=1, cache=tmp_path / "c", folder=tmp_path
     )
     [pair] = map(json.loads, work.pairs.read_text().splitlines())
@@ -269,7 +269,7 @@ def test_pairs_of_memory_have_exactly_the_lengths_of_the_issue(pairs_file, tmp_p
     )
     assert (len(prompt), len(chosen), len(rejected)) == (1024, 1024 + 256, 1024 + 256)
     assert chosen[:1024] == rejected[:1024] == prompt
-    assert chosen.count(tokenizer.token_to_id(texts.END)) == 1
+    assert chosen.count(tokenizer.token_to_id(texts.END_TOKEN)) == 1
 
 
 def test_long_pairs_are_long_and_the_same_every_time(pairs_file):
@@ -283,9 +283,9 @@ def test_long_pairs_are_long_and_the_same_every_time(pairs_file):
         assert all(200 <= length <= 300 for length in lengths[1:])
 
 
-def test_too_few_pairs_are_refused(pairs_file, tmp_path):
+def test_too_few_pairs_are_rejected(pairs_file, tmp_path):
     with pytest.raises(DataError, match="has 6 usable pairs; give --pairs-count at most that"):
-        workload(
+        make_workload(
             pairs_file, shape="tiny", kind="short", count=7, cache=tmp_path / "c", folder=tmp_path
         )
 
@@ -293,7 +293,7 @@ def test_too_few_pairs_are_refused(pairs_file, tmp_path):
 def test_a_sample_is_spread_over_all_pairs(tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(f"{n}\n" for n in range(9)))
-    few = sample(Workload(tmp_path, path, 9), 3)
+    few = sample_pairs(Workload(tmp_path, path, 9), 3)
     assert (few.count, few.pairs.read_text().split()) == (3, ["0", "3", "6"])
 
 
@@ -310,49 +310,49 @@ def train(job, folder):
     return bench.Result(pairs=job.threads, tokens=0, trainable=0, reference_s=None,
         training_s=1.0, peak_bytes=None, resident_bytes=0, versions=job.setting["name"])
 
-bench.answer(train)
+bench.run_job(train)
 """
 
 
-def ask(tmp_path: Path, before: str, *, timeout: float = 60.0) -> Result:
+def run_fake_trainer(tmp_path: Path, before: str, *, timeout: float = 60.0) -> Result:
     (tmp_path / "fake_peer.py").write_text(PEER.format(before=before))
     trainer = Trainer(
         name="fake", module="fake_peer", requirements=(), settings=(), memory_settings=()
     )
     setting = Setting(
         name="only",
-        options={"name": "kept"},
+        options={"name": "label"},
         env={"PYTHONPATH": f"{machine.ROOT}:{tmp_path}"},
     )
-    python = processes.python_of(trainer, tmp_path)
+    python = processes.trainer_python(trainer, tmp_path)
     job = Job(model="", pairs="", threads=3)
     return processes.run(
         trainer, setting, job, python=python, folder=tmp_path / "run", timeout=timeout
     )
 
 
-def test_an_answer_is_found_among_what_libraries_print(tmp_path):
-    result = ask(tmp_path, "pass")
-    assert (result.pairs, result.versions) == (3, "kept")
+def test_a_result_is_read_among_the_output_of_libraries(tmp_path):
+    result = run_fake_trainer(tmp_path, "pass")
+    assert (result.pairs, result.versions) == (3, "label")
     assert not (tmp_path / "run").exists()
 
 
-def test_a_trainer_that_fails_is_named_with_its_last_words(tmp_path):
+def test_a_failed_trainer_is_reported_with_its_last_line(tmp_path):
     with pytest.raises(PeerError, match=r"fake: only ended with status 1 \(KeyError: 'gone'\)"):
-        ask(tmp_path, "raise KeyError('gone')")
+        run_fake_trainer(tmp_path, "raise KeyError('gone')")
 
 
-def test_an_answer_is_not_believed_if_the_trainer_crashed_after_it(tmp_path):
+def test_a_result_does_not_count_if_the_trainer_crashed_after_it(tmp_path):
     with pytest.raises(PeerError, match="fake: only ended with status 3"):
-        ask(tmp_path, "atexit.register(os._exit, 3)")
+        run_fake_trainer(tmp_path, "atexit.register(os._exit, 3)")
 
 
 def test_a_trainer_that_hangs_is_stopped(tmp_path):
     with pytest.raises(PeerError, match="fake: only took over 1 s"):
-        ask(tmp_path, "import time; time.sleep(30)", timeout=1.0)
+        run_fake_trainer(tmp_path, "import time; time.sleep(30)", timeout=1.0)
 
 
-def test_threads_are_the_same_for_all_and_no_known_reference_is_found(tmp_path):
+def test_all_trainers_get_equal_threads_and_an_empty_cache(tmp_path):
     for trainer in TRAINERS.values():
         env = processes.environment(trainer, trainer.settings[0], 2, tmp_path)
         assert {env[f"{name}_NUM_THREADS"] for name in ("OMP", "MKL", "OPENBLAS")} == {"2"}
@@ -372,37 +372,37 @@ def test_threads_are_the_same_for_all_and_no_known_reference_is_found(tmp_path):
 def test_tokens_and_rows_of_a_pass_are_counted():
     model = steps.build(SMALL)
     tokens = mx.zeros((2, 5), mx.int32)
-    with steps.counted(model) as work:
+    with steps.count_work(model) as work:
         mx.eval(model(tokens))
     mx.eval(model(tokens))
-    assert (work.trunk_tokens, work.head_rows) == (10, 10)
+    assert (work.layer_tokens, work.head_tokens) == (10, 10)
 
 
-def test_both_scorers_do_the_work_that_is_said_of_them():
+def test_both_scorers_process_the_expected_tokens():
     """Plain: two rows, padded to a multiple of 8, all but the last token of each.
-    Engine: the prompt once, then both completions, each without its last token."""
+    Shared: the prompt once, then both completions, each without its last token."""
     model = steps.build(SMALL)
-    point = Point(prompt=9, chosen=3, rejected=5, pairs=2)
-    plain, engine, recomputed = steps.ways(model, SMALL.vocab_size)
+    point = PassShape(prompt=9, chosen=3, rejected=5, pairs=2)
+    plain, shared, recomputed = steps.scorer_variants(model, SMALL.vocab_size)
     assert recomputed.name == "shared, recomputed"
     for make in (steps.reference_pass, steps.training_pass):
         costs = {
-            way.name: steps.measure(model, make(model, way, point.draw(32)), repeats=1)
-            for way in (plain, engine)
+            variant.name: steps.measure(model, make(model, variant, point.draw(32)), repeats=1)
+            for variant in (plain, shared)
         }
-        assert costs["plain"].trunk_tokens == costs["plain"].head_rows == 2 * 2 * 15
-        assert abs(costs["shared"].trunk_tokens - 2 * (9 + 3 + 5)) <= 2 * 2
-        assert abs(costs["shared"].head_rows - 2 * (3 + 5)) <= 2 * 2
+        assert costs["plain"].layer_tokens == costs["plain"].head_tokens == 2 * 2 * 15
+        assert abs(costs["shared"].layer_tokens - 2 * (9 + 3 + 5)) <= 2 * 2
+        assert abs(costs["shared"].head_tokens - 2 * (3 + 5)) <= 2 * 2
     assert model.model.__class__ is steps.llama.LlamaModel
 
 
 def test_the_passes_of_both_scorers_compute_the_same():
     model = steps.build(SMALL)
-    pairs = Point(prompt=9, chosen=3, rejected=5, pairs=2).draw(32)
+    pairs = PassShape(prompt=9, chosen=3, rejected=5, pairs=2).draw(32)
     losses = []
-    for way in steps.ways(model, SMALL.vocab_size):
-        loss, _ = steps.training_pass(model, way, pairs)()
-        chosen, _ = steps.reference_pass(model, way, pairs)()
+    for variant in steps.scorer_variants(model, SMALL.vocab_size):
+        loss, _ = steps.training_pass(model, variant, pairs)()
+        chosen, _ = steps.reference_pass(model, variant, pairs)()
         losses.append((loss.item(), *chosen.tolist()))
     assert len(losses) == 3
     for others in losses[1:]:
@@ -411,8 +411,8 @@ def test_the_passes_of_both_scorers_compute_the_same():
 
 def test_the_reference_is_scored_without_adapters():
     model = steps.build(SMALL)
-    pairs = Point(prompt=4, chosen=3, rejected=2, pairs=1).draw(32)
-    [plain, *_] = steps.ways(model, SMALL.vocab_size)
+    pairs = PassShape(prompt=4, chosen=3, rejected=2, pairs=1).draw(32)
+    [plain, *_] = steps.scorer_variants(model, SMALL.vocab_size)
     reference = steps.reference_pass(model, plain, pairs)().chosen.item()
     adapted = plain.scorer(model, pairs).chosen.item()
     for module in steps.adapters.adapted_layers(model).values():
@@ -438,7 +438,7 @@ def test_bench_step_writes_a_row_for_every_pass_and_scorer(tmp_path, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 2 + 6
 
 
-def test_bench_peers_runs_this_project_and_says_what_it_trained_on(pairs_file, tmp_path, capsys):
+def test_bench_peers_runs_this_project_and_prints_the_work_done(pairs_file, tmp_path, capsys):
     path = tmp_path / "peers.csv"
     arguments = [
         *("--pairs", str(pairs_file), "--pairs-count", "4", "--shape", "tiny"),
@@ -449,13 +449,13 @@ def test_bench_peers_runs_this_project_and_says_what_it_trained_on(pairs_file, t
     assert (row["trainer"], row["stage"], row["pairs"]) == ("ours", "run", "4")
     first, cached = (float(row[f"{name}_epoch_pairs_per_s"]) for name in ("first", "cached"))
     assert 0 < first < cached
-    said = capsys.readouterr().out.splitlines()[-1]
+    line = capsys.readouterr().out.splitlines()[-1]
     # Adapters: rank 8 times inputs plus outputs of the seven linear layers, in two blocks.
     widths = 2 * (48 + 48) + 2 * (48 + 16) + 3 * (48 + 96)
-    assert said == f"pairs, tokens and adapter weights: 4, {row['tokens']}, {2 * 8 * widths}"
+    assert line == f"pairs, tokens and adapter weights: 4, {row['tokens']}, {2 * 8 * widths}"
 
 
-def test_bench_peers_refuses_in_one_line(tmp_path, capsys):
+def test_bench_peers_reports_errors_in_one_line(tmp_path, capsys):
     assert (
         bench_peers.main(["--pairs", str(tmp_path / "none.jsonl"), "--cache", str(tmp_path)]) == 2
     )

@@ -105,7 +105,7 @@ class RebuiltArguments:
         self.arrays = arrays
         if into is None:
             into = [object.__new__(type(original)) for original in flattened.objects]
-        # Objects that the layer itself created are in no one else's hands: they are reused.
+        # Objects that the layer itself created are not shared with anyone: they are reused.
         self.objects = [*into, *flattened.objects[len(into) :]]
         for target, state in zip(self.objects, flattened.states, strict=True):
             vars(target).update(self.unflatten(state))

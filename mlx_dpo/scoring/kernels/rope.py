@@ -68,7 +68,7 @@ def _rotate(
     numbers of a head are rotated.
     """
     if x.shape[0] != 1 or x.shape[-2] != len(positions.positions):
-        raise TypeError("it gives positions to other arrays than its queries and keys")
+        raise TypeError("it applies positions to other arrays than queries and keys")
     cos, signed_sin = positions.rotation_table(rope, dims, **options)  # (T, dims) each
     rotary = x[..., :dims].astype(cos.dtype)
     first, second = _split_pairs(rotary, options["traditional"])

@@ -2,7 +2,7 @@
 
     python scripts/tools/docs/architectures_page.py
 
-Each is built small, with random weights and adapters, and probed as a run would probe it.
+Each is built small, with random weights and adapters, and its scorer is selected as in a run.
 """
 
 import sys
@@ -26,32 +26,32 @@ PAGE = ROOT / "docs" / "architectures.md"
 HEAD = """# Architectures
 
 How pairs of each architecture of mlx-lm {mlx_lm} are scored, with MLX {mlx} on its CPU backend.
-Written by `scripts/tools/docs/architectures_page.py`; a run probes its own model and says what it
-found.
+Written by `scripts/tools/docs/architectures_page.py`; a run tests its own model and prints the
+result.
 
-`shared`: each prompt goes through the model once, and only scored tokens through its head.
-`plain`: whole rows, because the shared scorer does not give the same numbers. *Way*: how several
-pairs go through together: behind one another in one row, without padding (`row`); as a batch with
-padded prompts (`batch`, tried on a GPU only); or those with equally long prompts (`lengths`).
+`shared`: each prompt goes through the model once, and only completion tokens through its head.
+`plain`: whole rows, because the shared scorer does not give the same numbers. *Packing*: how
+several pairs go through together: concatenated in one row, without padding (`row`); as a batch
+with padded prompts (`batch`, tried on a GPU only); or those with equally long prompts (`lengths`).
 
 {totals}
 
-| architecture | scorer | way | remarks |
+| architecture | scorer | packing | remarks |
 |---|---|---|---|
 """
 
 
 class Row(NamedTuple):
-    """What was found for one architecture."""
+    """The scorer of one architecture."""
 
     name: str
     scorer: str
-    way: str  # how pairs go together, where prompts are shared
+    packing: str  # empty for the plain scorer
     remark: str
 
 
 def examine(model_type: str) -> Row:
-    """Build, adapt and probe one architecture."""
+    """Build an architecture, attach adapters, and select its scorer."""
     if model_type in UNBUILT:
         return Row(model_type, "not tried", "", UNBUILT[model_type])
     model = adapt(model_type, build(model_type))
@@ -60,29 +60,29 @@ def examine(model_type: str) -> Row:
     except ModelError as error:
         return Row(model_type, "none", "", str(error).partition(";")[0])
     remark = choice.reason
-    if choice.name == "shared":  # how near it was differs from machine to machine
+    if choice.name == "shared":  # errors differ from machine to machine
         remark = remark.partition("; ")[2].partition("; ")[2]
     return Row(model_type, choice.name, choice.packing or "", remark)
 
 
 def page(rows: list[Row]) -> str:
-    """The page as it is written."""
+    """Return the text of the page."""
     counts = Counter(row.scorer for row in rows)
     totals = ", ".join(f"{name} {count}" for name, count in counts.most_common())
-    ways = Counter(row.way for row in rows if row.way)
-    said = ", ".join(f"{way} {count}" for way, count in ways.most_common())
+    packings = Counter(row.packing for row in rows if row.packing)
+    by_packing = ", ".join(f"{name} {count}" for name, count in packings.most_common())
     head = HEAD.format(
         mlx_lm=mlx_lm.__version__,
         mlx=mx.__version__,
-        totals=f"Of {len(rows)} architectures: {totals}; by {said}.",
+        totals=f"Of {len(rows)} architectures: {totals}; by {by_packing}.",
     )
-    lines = [f"| `{r.name}` | {r.scorer} | {r.way} | {r.remark} |\n" for r in rows]
+    lines = [f"| `{r.name}` | {r.scorer} | {r.packing} | {r.remark} |\n" for r in rows]
     return head + "".join(lines)
 
 
 if __name__ == "__main__":
-    found = []
+    rows = []
     for name in model_types():
-        found.append(examine(name))
-        print(*found[-1], file=sys.stderr)
-    PAGE.write_text(page(found))
+        rows.append(examine(name))
+        print(*rows[-1], file=sys.stderr)
+    PAGE.write_text(page(rows))
