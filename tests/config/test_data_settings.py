@@ -30,7 +30,7 @@ def test_a_setting_without_effect_is_an_error(given, message):
     assert str(error.value).startswith(message)
 
 
-def test_sources_are_one_or_many_and_come_back_from_a_record():
+def test_sources_are_one_or_several_and_survive_a_round_trip():
     for given in ("a.jsonl", ["a.jsonl"], ("a.jsonl",)):
         config = DPOConfig(pairs=given)
         assert config.pairs == ("a.jsonl",)
@@ -39,6 +39,6 @@ def test_sources_are_one_or_many_and_come_back_from_a_record():
     assert DPOConfig.from_dict(several.to_dict()) == several
 
 
-def test_columns_are_names_and_where_they_are():
+def test_columns_map_field_names_to_columns():
     config = DPOConfig(column=("prompt=input.question", "chosen=a=b"))
     assert config.columns == {"prompt": "input.question", "chosen": "a=b"}

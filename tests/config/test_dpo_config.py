@@ -11,7 +11,7 @@ from mlx_dpo.errors import ConfigError
 GIVEN = {"model": "m", "pairs": "p", "output": "o"}
 
 
-def test_what_is_saved_is_read_back():
+def test_a_saved_config_is_read_back():
     config = DPOConfig(**GIVEN, lora_target_modules=("q_proj",), bits=4, thinking=False)
     assert DPOConfig.from_dict(config.to_dict()) == config
 
@@ -37,13 +37,13 @@ def test_what_is_saved_is_read_back():
         ("lora_target_modules", [1], "`lora_target_modules` must be str, got 1"),
     ],
 )
-def test_a_value_that_does_not_fit_is_named_with_its_bounds(name, value, message):
+def test_an_invalid_value_is_reported_with_its_bounds(name, value, message):
     with pytest.raises(ConfigError) as error:
         DPOConfig.from_dict(GIVEN | {name: value})
     assert message in str(error.value)
 
 
-def test_yamls_numbers_without_a_point_are_numbers():
+def test_yaml_numbers_without_a_decimal_point_are_numbers():
     """YAML 1.1 reads `5e-6` as text."""
     assert DPOConfig.from_dict({"learning_rate": "5e-6"}).learning_rate == 5e-6
     assert DPOConfig.from_dict({"beta": 1}).beta == 1.0
@@ -160,7 +160,7 @@ def test_yamls_numbers_without_a_point_are_numbers():
         ),
     ],
 )
-def test_settings_without_effect_are_refused(given, message):
+def test_settings_without_effect_are_errors(given, message):
     with pytest.raises(ConfigError) as error:
         DPOConfig.from_dict(GIVEN | given)
     assert message in str(error.value)
@@ -209,20 +209,20 @@ def test_settings_without_effect_are_refused(given, message):
         ],
     ],
 )
-def test_losses_that_do_not_go_with_each_other_or_a_setting_are_refused(given, message):
+def test_incompatible_losses_and_settings_are_errors(given, message):
     with pytest.raises(ConfigError) as error:
         DPOConfig.from_dict(GIVEN | given)
     assert message in str(error.value)
 
 
-def test_what_goes_with_losses_is_taken():
+def test_compatible_losses_and_settings_are_accepted():
     DPOConfig(loss_type="sft", use_weighting=True)
     DPOConfig(loss_type=["sigmoid", "sft", "cpo"], f_divergence_type="js_divergence")
     DPOConfig(loss_type="nca_pair", f_divergence_type="reverse_kl", ld_alpha=0.0)
     DPOConfig(loss_type="aot", ld_alpha=0.5, label_smoothing=0.0)
 
 
-def test_what_a_loss_has_by_itself_gives_way_to_what_is_set():
+def test_a_setting_overrides_the_default_of_each_loss():
     def read(name, **given):
         config = DPOConfig(**given)
         return [vars(config.get_hyperparameters(loss))[name] for loss in config.losses]
@@ -238,14 +238,14 @@ def test_what_a_loss_has_by_itself_gives_way_to_what_is_set():
     assert DPOConfig(loss_type=["ipo", "sft"]).weights_of_losses == (1.0, 1.0)
 
 
-def test_what_losses_need_is_needed_by_a_sum_if_one_of_them_does():
+def test_a_sum_needs_what_one_of_its_losses_needs():
     assert DPOConfig().needs_reference and not DPOConfig(loss_type=["cpo", "sft"]).needs_reference
     assert DPOConfig(loss_type=["cpo", "ipo"]).needs_reference
     assert DPOConfig(loss_type=["ipo", "aot"]).uses_whole_batch and not DPOConfig().uses_whole_batch
     assert DPOConfig(loss_type="kto").labelled and not DPOConfig(loss_type="aot").labelled
 
 
-def test_tokens_that_may_bound_a_pass_are_taken():
+def test_max_tokens_that_can_limit_a_pass_is_accepted():
     DPOConfig(**GIVEN, micro_batch_size=2, max_tokens=475, max_length=100)
     DPOConfig(**GIVEN, max_tokens=10**6)
 
@@ -271,12 +271,12 @@ def test_equivalents_are_settings_and_names_of_other_trainers_are_not():
         assert set(names) <= get_settings().keys(), name
 
 
-def test_a_setting_like_no_other_is_only_unknown():
+def test_an_unknown_setting_without_a_neighbour_gets_no_hint():
     with pytest.raises(ConfigError, match=r"^unknown setting `xyz`$"):
         DPOConfig.from_dict({"xyz": 1})
 
 
-def test_defaults_depend_on_what_they_depend_on():
+def test_defaults_that_depend_on_other_settings():
     assert DPOConfig().pass_limit == PassLimit(pairs=2)
     assert DPOConfig(batch_size=1).pass_limit == PassLimit(pairs=1)
     assert DPOConfig(max_tokens=512).pass_limit == PassLimit(tokens=512)
@@ -303,13 +303,13 @@ def test_the_defaults_are_the_published_ones():
     assert (config.weight_decay, config.dropout, config.lora_scale) == (0.0, 0.0, 2.0)
 
 
-def test_the_first_differing_setting_that_matters_is_found():
+def test_the_first_differing_setting_that_changes_the_result_is_found():
     config = DPOConfig(**GIVEN)
     assert config.find_difference(dataclasses.replace(config, save_steps=9, output="x")) is None
     assert config.find_difference(dataclasses.replace(config, seed=1)) == "seed"
 
 
-def test_evaluations_that_decide_are_part_of_the_result():
+def test_eval_steps_change_the_result_if_a_metric_selects_the_model():
     config = DPOConfig(**GIVEN, eval_steps=5)
     assert config.find_difference(dataclasses.replace(config, eval_steps=6)) is None
     config = dataclasses.replace(config, metric_for_best_model="loss", early_stopping_patience=1)

@@ -323,7 +323,7 @@ def test_value_and_slopes_are_those_of_the_formula(name):
 
 
 @pytest.mark.parametrize("name", sorted(n for n, loss in LOSSES.items() if not loss.uses_margins))
-def test_margins_of_the_data_do_not_reach_the_other_losses(name):
+def test_margins_of_the_data_do_not_act_on_the_other_losses(name):
     """`uses_margins` is False for them; FORMULAS have the losses that margins act on."""
     with_them = value_and_slopes(objective_of(name), POLICY)
     without = value_and_slopes(objective_of(name), POLICY, make_metadata(margins=False))
@@ -364,7 +364,7 @@ def test_a_pairs_loss_depends_on_no_other_pair(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_losses_move_with_their_pairs(name):
+def test_reordering_the_pairs_reorders_their_losses(name):
     """Also where they are coupled: each term belongs to the pair whose value stands in it."""
     order = draw.permutation(B)
     objective, of = objective_of(name), make_metadata()
@@ -390,7 +390,7 @@ def swapped(name, **more):
     return straight, other, np.diff(POLICY - REFERENCE, axis=0)[0] * -1
 
 
-def test_swapping_a_pair_costs_the_logistic_losses_the_margin():
+def test_swapping_a_pair_adds_the_margin_to_the_logistic_losses():
     """-log σ(-x) = x - log σ(x)."""
     for name, more in (("sigmoid", {}), ("aot", {"label_smoothing": 0.0})):
         straight, other, margin = swapped(name, **more)
@@ -406,7 +406,7 @@ def test_the_mean_of_the_robust_loss_over_flipped_labels_is_dpo():
     assert_near((1 - EPS) * straight + EPS * other, clean)
 
 
-def test_swapping_a_pair_costs_ipo_the_margin_twice_over_beta():
+def test_swapping_a_pair_adds_twice_the_margin_over_beta_to_ipo():
     """(x + c)² - (x - c)² = 4 x c, with c = 1 / (2 beta) and averages over three tokens."""
     straight, other, margin = swapped("ipo")
     assert_near(other - straight, 2 * margin / 3 / BETA)
@@ -420,7 +420,7 @@ def test_swapping_a_pair_mirrors_hinge_and_apo_zero():
     assert_near(straight + other, np.full(B, 2.0))
 
 
-def test_swapping_a_pair_costs_bco_and_sppo_both_ratios():
+def test_swapping_a_pair_adds_both_log_ratios_to_bco_and_sppo():
     ratios = POLICY - REFERENCE
     straight, other, margin = swapped("bco_pair")
     assert_near(other - straight, BETA * margin)
@@ -428,7 +428,7 @@ def test_swapping_a_pair_costs_bco_and_sppo_both_ratios():
     assert_near(other - straight, 2 * (ratios[0] - ratios[1]) / BETA)
 
 
-def test_exo_is_the_divergence_of_two_coins():
+def test_exo_is_the_kl_divergence_of_two_bernoulli_distributions():
     """It vanishes where the policy prefers as the labels do, and is positive elsewhere."""
     best = math.log((1 - EPS) / EPS) / BETA
     policy = REFERENCE + np.stack([np.linspace(best - 4, best + 4, B), ZERO])
@@ -439,7 +439,7 @@ def test_exo_is_the_divergence_of_two_coins():
 
 
 @pytest.mark.parametrize("name", ["aot", "aot_unpaired"])
-def test_transport_does_not_mind_how_the_sides_are_paired(name):
+def test_optimal_transport_is_independent_of_the_pairing(name):
     """`aot_unpaired` compares two heaps; `aot` those of policy's and reference's margins."""
     objective, order = objective_of(name), np.roll(np.arange(B), 3)
     before, *_ = value_and_slopes(objective, POLICY, EVEN)
@@ -452,7 +452,7 @@ def test_transport_does_not_mind_how_the_sides_are_paired(name):
 
 
 @pytest.mark.parametrize("name", ["aot", "aot_unpaired"])
-def test_transport_of_a_single_pair_is_dpo(name):
+def test_optimal_transport_of_a_single_pair_is_dpo(name):
     metadata = pair_metadata([TokenizedPair((0,), (1,), (1,))])
 
     def compute(loss_type):
@@ -482,7 +482,7 @@ FAR = [np.array([w, l]) for w in (-2000.0, 0.0, 2000.0) for l in (-2000.0, 0.0, 
         if divergence is None or LOSSES[name].uses_divergence
     ],
 )
-def test_two_thousand_nats_leave_values_and_slopes_numbers(name, divergence):
+def test_values_and_gradients_are_finite_at_two_thousand_nats(name, divergence):
     loss = LOSSES[name]
     for beta in (None, 5.0):
         objective = Objective(
@@ -498,7 +498,7 @@ def test_two_thousand_nats_leave_values_and_slopes_numbers(name, divergence):
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "alpha_divergence"])
-def test_a_completion_that_is_far_gone_is_still_pulled_back(divergence):
+def test_a_very_unlikely_completion_still_gets_a_gradient(divergence):
     """A cut exponential would leave chosen without a slope just where it fell most."""
     policy = REFERENCE + np.array([[-500.0], [0.0]])
     objective = Objective(LossSettings(loss_type=("sigmoid",), f_divergence_type=divergence))
@@ -506,7 +506,7 @@ def test_a_completion_that_is_far_gone_is_still_pulled_back(divergence):
     assert (dw < -1).all()
 
 
-def test_certainty_has_odds():
+def test_the_odds_of_a_certain_completion_are_finite():
     """At a log-probability of 0 they are infinite; here they end at a token in a million."""
     objective = Objective(LossSettings(loss_type=("orpo",)))
     losses, dw, dl = value_and_slopes(objective, np.zeros((2, B)), EVEN, np.zeros((2, B)))
@@ -514,7 +514,7 @@ def test_certainty_has_odds():
     assert (dl == 0).all() and dw == pytest.approx(np.full(B, -1 / 3))
 
 
-def test_where_the_policy_is_the_reference_dpop_pulls_as_dpo_does():
+def test_dpop_has_the_gradient_of_dpo_if_the_policy_is_the_reference():
     """The penalty has a kink just there, at the first step of every run."""
     at = value_and_slopes(Objective(LossSettings(loss_type=("dpop",))), REFERENCE, EVEN)
     of_dpo = value_and_slopes(Objective(LossSettings(loss_type=("sigmoid",))), REFERENCE, EVEN)

@@ -61,7 +61,7 @@ def test_rewards_are_beta_times_the_log_ratio_and_logps_are_the_policys_sums():
     assert result.loss == 0.5
 
 
-def test_parts_of_unequal_size_weigh_by_their_pairs():
+def test_micro_batches_are_weighted_by_their_number_of_pairs():
     """A mean of the parts' means would give 0.5."""
     small = make_outputs(
         mx.array([1.0]), PairLogps(mx.array([1.0]), mx.array([0.0])),
@@ -155,7 +155,7 @@ def test_a_step_without_undesirable_rows_has_no_metrics_of_them():
     assert row["rewards/chosen"] == 0.375
 
 
-def test_the_margin_is_correlated_with_how_much_longer_chosen_is():
+def test_the_length_correlation_is_that_of_length_difference_and_margin():
     """By hand: length differences 2, 0, -2, margins 3, 1, 2: 2 / sqrt(8 * 2)."""
     lengths = [(3, 1), (2, 2), (1, 3)]
     metadata = pair_metadata([TokenizedPair((1,), (2,) * c, (3,) * r) for c, r in lengths])

@@ -46,7 +46,7 @@ def test_the_gradient_is_the_closed_form(margin, eps):
     assert grad.item() == pytest.approx(expected, abs=1e-6)
 
 
-def test_smoothing_has_its_minimum_where_the_policy_believes_in_the_noise():
+def test_the_smoothed_loss_has_its_minimum_at_the_assumed_noise():
     """With eps labels flipped, the best margin says sigmoid(beta m) = 1 - eps."""
     best = math.log(0.9 / 0.1) / 0.5
     grad = mx.grad(lambda m: sigmoid_loss(m, beta=0.5, label_smoothing=0.1))(mx.array(best))

@@ -118,7 +118,7 @@ def test_rewards_are_what_trl_logs(golden, name):
     assert np.mean(rejected) == pytest.approx(golden[name]["rewards/rejected"], rel=1e-5, abs=1e-6)
 
 
-def test_the_golden_values_could_show_a_fault(golden):
+def test_the_golden_values_can_reveal_an_error(golden):
     """No two cases agree, no row is without a slope where the loss reads it."""
     losses = [case["loss"] for case in golden.values()]
     assert len({round(loss, 5) for loss in losses}) == len(losses)

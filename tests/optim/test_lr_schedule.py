@@ -34,7 +34,7 @@ def test_every_schedule_is_compared_with_transformers():
     assert {schedule for schedule, *_ in TRANSFORMERS} == set(LR_SCHEDULES)
 
 
-def test_a_cosine_with_a_floor_of_nothing_is_a_cosine():
+def test_a_cosine_with_a_minimum_of_zero_is_a_cosine():
     plain = rates(9, warmup=3, schedule="cosine")
     assert rates(9, warmup=3, schedule="cosine_with_min_lr", min_lr_rate=0.0) == plain
 

@@ -147,7 +147,7 @@ def test_five_steps_are_those_of_the_paper(name, settings, paper):
 
 
 @pytest.mark.parametrize("settings", [{}, {"weight_decay": 0.3}, {"momentum": 0.6}])
-def test_muon_moves_the_matrices_of_blocks_and_adamw_the_rest(settings):
+def test_muon_updates_the_matrices_of_layers_and_adamw_the_rest(settings):
     actual = five_steps("muon", **settings)
     decay = settings.get("weight_decay", 0.0)
     expected_muon = partial(muon, mu=settings.get("momentum", 0.95), decay=decay)

@@ -199,7 +199,7 @@ def test_pairs_become_judged_answers_for_kto(config, tmp_path):
         ({"loss_type": ["ipo"], "margin_column": "m"}, "`margin_column` has no effect"),
     ],
 )
-def test_settings_without_effect_are_refused(changes, said):
+def test_settings_without_effect_are_errors(changes, said):
     with pytest.raises(ConfigError, match=said):
         DPOConfig.from_dict(changes)
 

@@ -78,7 +78,7 @@ def labelled(pairs):
 @pytest.mark.parametrize(
     "objective", [Products(LossSettings()), Judged(LossSettings())], ids=["coupled", "labelled"]
 )
-def test_a_step_does_not_hang_on_how_it_is_cut(pairs, objective, size):
+def test_a_step_is_independent_of_its_micro_batches(pairs, objective, size):
     """Pairs of one pass coupled among themselves alone would give another gradient."""
     rows = labelled(pairs) if objective.labelled else pairs
     whole, gradient = stepped(rows, objective, PassLimit())

@@ -188,7 +188,7 @@ def test_the_golden_values_are_those_of_the_script_as_it_is(golden):
     assert {name: run["settings"] for name, run in golden["runs"].items()} == trl.RUNS
 
 
-def test_the_golden_values_could_show_a_fault(golden):
+def test_the_golden_values_can_reveal_an_error(golden):
     """Rewards grow far beyond the tolerance, and of the gradients some are clipped."""
     for run in golden["runs"].values():
         assert max(abs(step["rewards/margins"]) for step in run["steps"]) > 300 * LARGEST

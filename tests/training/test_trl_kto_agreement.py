@@ -105,7 +105,7 @@ def test_every_step_is_that_of_trl(beside, name):
     assert ours == pytest.approx(theirs, abs=1e-3 if name in ("kl", "grad_norm") else 1e-4)
 
 
-def test_the_golden_values_could_show_a_fault(golden):
+def test_the_golden_values_can_reveal_an_error(golden):
     """The KL is above its bound of 0 at times and at it at others, and rewards grow."""
     kls = [step["kl"] for step in golden["steps"]]
     assert max(kls) > 0.05 and min(kls) == 0

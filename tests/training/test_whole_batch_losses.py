@@ -1,4 +1,4 @@
-"""Losses of whole steps through micro-batches: the gradient is that of the step in one."""
+"""Losses of whole batches through micro-batches: the gradient equals that of one pass."""
 
 from dataclasses import replace
 
@@ -22,7 +22,7 @@ SUMS = [("aot",), ("aot_unpaired",), ("kto",), ("aot", "sft"), ("cpo",), ("orpo"
 
 
 def stepped(pairs, loss_type, limit):
-    """Metrics and gradient of one step: descent moves each weight by it."""
+    """Return metrics and gradient of one step: SGD changes each weight by the gradient."""
     objective = Objective(LossSettings(loss_type=loss_type, beta=0.5))
     policy = make_llama()
     adapters.attach_adapters(policy, rank=4, scale=2.0, seed=1)
@@ -47,13 +47,13 @@ def stepped(pairs, loss_type, limit):
     return metrics.preferences, {n: (before[n] - after[n]) / 0.01 for n in before}
 
 
-def test_every_coupled_loss_is_tried():
+def test_every_whole_batch_loss_is_tested():
     assert {kind.name for kind in LOSSES.values() if kind.uses_whole_batch} <= {s[0] for s in SUMS}
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 @pytest.mark.parametrize("loss_type", SUMS, ids="+".join)
-def test_a_step_does_not_hang_on_how_it_is_cut(pairs, loss_type, size):
+def test_a_step_is_independent_of_its_micro_batches(pairs, loss_type, size):
     """Sorted within a pass, or divided by its own mean length, it would be another loss."""
     whole, gradient = stepped(pairs, loss_type, PassLimit())
     cut, pieces = stepped(pairs, loss_type, PassLimit(pairs=size))
