@@ -30,7 +30,7 @@ from mlx_dpo.adapters.switch import AdapterState, AdapterSwitch, evaluate_arrays
 from mlx_dpo.chat.requests import find_request_error
 from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.errors import ConfigError, reason
-from mlx_dpo.generation.generate import is_batching_exact
+from mlx_dpo.generation.batch import is_batching_exact
 
 DEFAULT_MODEL = "default_model"  # mlx-lm's name for the model of a request that names none
 MAX_BODY_BYTES = 1 << 26

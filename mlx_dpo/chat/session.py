@@ -7,8 +7,10 @@ from typing import Any, Literal, NamedTuple
 from mlx_dpo.adapters.switch import AdapterState, AdapterSwitch
 from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.errors import ConfigError
-from mlx_dpo.generation.generate import check_thinking, encode_prompt, encode_text, make_sampler
-from mlx_dpo.generation.stream import AnswerChunk, PromptCache, stream_answer, strip_thinking
+from mlx_dpo.generation.decode import strip_thinking
+from mlx_dpo.generation.prompt import check_thinking, encode_prompt, encode_text
+from mlx_dpo.generation.sampling import make_sampler
+from mlx_dpo.generation.stream import AnswerChunk, PromptCache, stream_answer
 from mlx_dpo.types import Message, Text
 
 Author = AdapterState | Literal["person"]  # of an answer
@@ -99,10 +101,10 @@ class ChatSession:
         """
         question = _message("user", text)
         earlier, prompt = self._fit_context(question)
-        left_out = len(self.turns) - len(earlier)
+        dropped_turns = len(self.turns) - len(earlier)
         answer: str | None = None
         try:
-            with closing(self._stream(prompt, left_out)) as pieces:
+            with closing(self._stream(prompt, dropped_turns)) as pieces:
                 for piece in pieces:
                     answer = (answer or "") + piece.text
                     yield piece
@@ -220,7 +222,7 @@ class ChatSession:
             )
         return earlier, prompt
 
-    def _stream(self, prompt: list[int], left_out: int) -> Generator[AnswerChunk]:
+    def _stream(self, prompt: list[int], dropped_turns: int) -> Generator[AnswerChunk]:
         state = self.switch.active
         cache = self._caches[state] = self._caches.get(state) or PromptCache(self._model)
         room = self.sampling.max_tokens if self.context is None else self.context - len(prompt)
@@ -231,8 +233,8 @@ class ChatSession:
             cache=cache,
             sampling=self.sampling,
             sampler=self._sampler,
-            limit=min(self.sampling.max_tokens, room),
-            left_out=left_out,
+            max_tokens=min(self.sampling.max_tokens, room),
+            dropped_turns=dropped_turns,
         )
 
 

@@ -78,7 +78,7 @@ def _make_served_model(
     opened: "SwitchableModel", sampling: Sampling, thinking: bool | None, origins: tuple[str, ...]
 ) -> "ServedModel":
     from mlx_dpo.chat.server import ServedModel
-    from mlx_dpo.generation.generate import check_thinking
+    from mlx_dpo.generation.prompt import check_thinking
 
     tokenizer, config = opened.base.tokenizer, opened.run and opened.run.config
     if thinking is not None:

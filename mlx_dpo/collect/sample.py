@@ -80,7 +80,7 @@ def make_answer_sampler(responders: Sequence[Responder], plan: SamplingPlan) -> 
             source = response_provenance(responder, sampling)
             for number, reply in enumerate(replies):
                 prompt, repeat = divmod(number, len(positions))
-                answers[prompt][positions[repeat]] = Answer(reply.text, source, reply.is_cut)
+                answers[prompt][positions[repeat]] = Answer(reply.text, source, reply.is_truncated)
         return [[by_position[p] for p in sorted(by_position)] for by_position in answers]
 
     return sample_answers

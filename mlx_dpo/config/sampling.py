@@ -1,6 +1,6 @@
 """Sampling settings of text generation.
 
-`generation.generate` builds the sampler from them, the command line its flags.
+`generation.sampling` builds the sampler from them, the command line its flags.
 """
 
 import secrets

@@ -15,7 +15,7 @@ from mlx_dpo.data.tokenization.tokenize import tokenize_pair
 from mlx_dpo.demo.rules import courteous_markers, is_courteous, is_right
 from mlx_dpo.errors import RunError
 from mlx_dpo.export.convert import ConvertReport, convert
-from mlx_dpo.generation.generate import generate_batch
+from mlx_dpo.generation.batch import generate_batch
 from mlx_dpo.io.arrays import scalar
 from mlx_dpo.models.load import LoadedModel
 from mlx_dpo.paths import tiny_chat

@@ -13,14 +13,9 @@ from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.data.inspect.text_anomalies import find_refusal
 from mlx_dpo.data.prompts import Prompt, add_system_prompt, read_prompts
 from mlx_dpo.errors import ConfigError
-from mlx_dpo.generation.generate import (
-    GeneratedTokens,
-    StreamingDecoder,
-    context_length,
-    encode_prompt,
-    encode_text,
-    generate_tokens,
-)
+from mlx_dpo.generation.batch import GeneratedTokens, generate_tokens
+from mlx_dpo.generation.decode import StreamingDecoder
+from mlx_dpo.generation.prompt import context_length, encode_prompt, encode_text
 from mlx_dpo.saved_runs.evaluate import held_out_prompts
 from mlx_dpo.saved_runs.open import OpenRun, SwitchableModel, open_switchable
 from mlx_dpo.scoring.logps import token_logps
@@ -113,7 +108,7 @@ def score_spans(
             pending = 0.0
     if (text := stream.finish()) or pending:
         spans.append(TextSpan(text, pending))
-    end = None if completion.end is None else ratios[-1]
+    end = None if completion.stop_token is None else ratios[-1]
     return ScoredAnswer(tuple(spans), end, tuple(completion.tokens))
 
 
@@ -223,7 +218,10 @@ def _completion_logps(
             completion_token_logps(
                 opened.base.model,
                 row,
-                [*completion.tokens, *([] if completion.end is None else [completion.end])],
+                [
+                    *completion.tokens,
+                    *([] if completion.stop_token is None else [completion.stop_token]),
+                ],
             )
             for row, completion in zip(rows, completions, strict=True)
         ]

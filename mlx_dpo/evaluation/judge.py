@@ -11,8 +11,8 @@ from typing import Any
 from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.errors import ConfigError, reason
 from mlx_dpo.evaluation.rewards import LOSS, TIE, WIN, Conversation, Judge, Ranking, load_reward
-from mlx_dpo.generation.generate import encode_prompt
-from mlx_dpo.generation.stream import strip_thinking
+from mlx_dpo.generation.decode import strip_thinking
+from mlx_dpo.generation.prompt import encode_prompt
 from mlx_dpo.saved_runs.respond import open_responder
 from mlx_dpo.types import Message
 

@@ -10,7 +10,7 @@ from mlx_dpo.adapters.switch import AdapterSwitch
 from mlx_dpo.chat.session import ChatSession
 from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.errors import ConfigError, ModelError
-from mlx_dpo.generation.generate import encode_prompt
+from mlx_dpo.generation.prompt import encode_prompt
 from tests.checkpoints import END, VOCAB, make_checkpoint
 
 QUESTIONS = ("Where is the cat?", "and the hat", "Is it here?", "no")

@@ -184,7 +184,7 @@ def test_when_the_context_is_full_the_oldest_turns_are_dropped(base):
     dropped = []
     for number in range(12):
         *_, last = chat.reply(f"Question {number}, where is the cat?")
-        dropped.append(last.summary.left_out)
+        dropped.append(last.summary.dropped_turns)
         assert last.summary.prompt_tokens + last.summary.tokens <= 64
         assert last.summary.finish_reason in ("stop", "length")
         assert [turn["role"] for turn in chat.turns[:2]] == ["user", "assistant"]

@@ -7,7 +7,7 @@ from click.testing import CliRunner
 from mlx_dpo.cli import cli
 from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.evaluation.winrate import wilson_interval
-from mlx_dpo.generation.generate import generate_batch
+from mlx_dpo.generation.batch import generate_batch
 from tests.checkpoints import make_checkpoint
 
 REWARD = """\

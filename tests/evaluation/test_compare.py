@@ -12,7 +12,7 @@ from mlx_dpo.evaluation.compare import (
     repetition_rate,
     score_spans,
 )
-from mlx_dpo.generation.generate import GeneratedTokens
+from mlx_dpo.generation.batch import GeneratedTokens
 from tests.checkpoints import END, make_checkpoint
 from tests.conftest import VOCAB
 

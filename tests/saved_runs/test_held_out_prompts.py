@@ -8,7 +8,7 @@ from mlx_dpo import DPOConfig
 from mlx_dpo.data.prompts import add_system_prompt
 from mlx_dpo.errors import DataError
 from mlx_dpo.evaluation.compare import _prompt_ids
-from mlx_dpo.generation.generate import encode_prompt
+from mlx_dpo.generation.prompt import encode_prompt
 from mlx_dpo.runs.inputs import load_inputs
 from mlx_dpo.saved_runs.evaluate import held_out_prompts
 from mlx_dpo.saved_runs.open import open_switchable

@@ -83,7 +83,7 @@ class ChatCommands:
         return text
 
     def _notes(self, summary: "GenerationSummary") -> Iterator[str]:
-        if turns := summary.left_out:
+        if turns := summary.dropped_turns:
             yield f"The context is full: the oldest {turns} turns are dropped from here on."
         if note := note_on_cut(summary.finish_reason, self.chat.sampling.max_tokens):
             yield note

@@ -8,10 +8,19 @@ from mlx_lm.models import gemma2, mamba
 from mlx_dpo.chat.session import ChatSession
 from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.errors import ConfigError
-from mlx_dpo.generation.generate import generate_batch, is_batching_exact
-from tests.checkpoints import VOCAB, make_checkpoint
+from mlx_dpo.generation.batch import (
+    _generate_batched,
+    _generate_sequentially,
+    generate_batch,
+    generate_tokens,
+    is_batching_exact,
+)
+from tests.checkpoints import END, VOCAB, make_checkpoint
 
 QUESTIONS = ("Where is the cat?", "no", "Is the house on the hill better than the hat? " * 3, "why")
+ROWS = [[1, 40, 41, 3, 2], [1, 7, 3, 2], [1, 90, 91, 92, 93, 94, 95, 3, 2], [1, 8, 9, 3, 2]]
+STOPS = frozenset({END, *range(100, 190)})
+GREEDY = Sampling(max_tokens=8)
 PROMPTS = [[{"role": "user", "content": question}] for question in QUESTIONS]
 
 
@@ -122,3 +131,27 @@ def test_no_prompts_have_no_answers(llama):
 def test_thinking_is_refused_where_no_model_can(llama):
     with pytest.raises(ConfigError, match="`thinking` has no effect"):
         generate_batch(*llama, PROMPTS, sampling=Sampling(), thinking=True)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return mlx_lm.load(str(make_checkpoint(tmp_path_factory.mktemp("batched"))))[0]
+
+
+@pytest.mark.parametrize("way", [_generate_batched, _generate_sequentially, generate_tokens])
+def test_a_completion_is_the_likeliest_tokens_up_to_one_that_ends_it(model, way):
+    """Each token from a forward pass over everything before it."""
+    ends = []
+    for row, said in zip(ROWS, way(model, STOPS, ROWS, GREEDY), strict=True):
+        so_far, likeliest = list(row), None
+        while len(so_far) < len(row) + GREEDY.max_tokens and likeliest not in STOPS:
+            likeliest = model(mx.array([so_far]))[0, -1].argmax().item()
+            so_far.append(likeliest)
+        ends.append(likeliest if likeliest in STOPS else None)
+        assert said.stop_token == ends[-1]
+        assert said.tokens == so_far[len(row) : len(so_far) - (said.stop_token is not None)]
+    assert len(set(ends)) > 1
+
+
+def test_no_prompts_have_no_completions(model):
+    assert generate_tokens(model, STOPS, [], GREEDY) == []

@@ -1,0 +1,116 @@
+"""Text of generated tokens: incremental decoding, and separation of thinking from the answer."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+INCOMPLETE = "\ufffd"  # the decoder's output for the bytes of an unfinished character
+THINKING_TAIL = 11  # tokens at the end of a prompt in which a template may begin the thinking
+
+
+class StreamingDecoder:
+    """Incremental decoding: the pieces of text together are what `decode` returns at once.
+
+    mlx-lm's detokenizers drop a leading space, which a continued text needs. The result may differ
+    from `decode` only for bytes that form no character, since `decode` can then change text that
+    was returned before.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._decode = tokenizer.decode
+        self._tokens: list[int] = []
+        self._start = 0  # decoding starts here: a token's text may depend on the one before
+        self._decoded = 0  # tokens whose text was returned
+
+    def add(self, token: int) -> str:
+        """Return the text that this token completes; empty within a character."""
+        self._tokens.append(token)
+        text = self._new_text()
+        if not text or text.endswith(INCOMPLETE):
+            return ""
+        self._start, self._decoded = self._decoded, len(self._tokens)
+        return text
+
+    def finish(self) -> str:
+        """Return the rest of the text when no token follows."""
+        text = self._new_text()
+        self._start = self._decoded = len(self._tokens)
+        return text
+
+    def _new_text(self) -> str:
+        returned = self._decode(self._tokens[self._start : self._decoded])
+        return self._decode(self._tokens[self._start :])[len(returned) :]
+
+
+def decode_tokens(tokenizer: Any, tokens: Iterable[int]) -> str:
+    """Return the text of all `tokens`, decoded incrementally."""
+    decoder = StreamingDecoder(tokenizer)
+    return "".join([*map(decoder.add, tokens), decoder.finish()])
+
+
+class TextPart(NamedTuple):
+    """A part of a text; the thinking marks belong to the thinking."""
+
+    text: str
+    thinking: bool
+
+
+class ThinkingSplitter:
+    """Splitting of streamed text into thinking (from `start` to `end`, both included) and answer.
+
+    `within` means that the prompt has already begun the thinking. The texts of all parts together
+    are the text that was fed.
+    """
+
+    def __init__(self, start: str | None, end: str | None, *, within: bool = False) -> None:
+        self._marks = (start, end)
+        self._within = within and end is not None
+        self._pending = ""  # may be the beginning of a mark
+
+    def feed(self, text: str) -> Iterator[TextPart]:
+        """Add text and yield the parts that are certain now."""
+        self._pending += text
+        while (mark := self._marks[self._within]) and mark in self._pending:
+            before, _, self._pending = self._pending.partition(mark)
+            if self._within:
+                yield TextPart(before + mark, True)
+            else:
+                yield from _nonempty(before, False)
+                yield TextPart(mark, True)
+            self._within = not self._within
+        certain = len(self._pending) - _overlap(self._pending, mark or "")
+        text, self._pending = self._pending[:certain], self._pending[certain:]
+        yield from _nonempty(text, self._within)
+
+    def finish(self) -> Iterator[TextPart]:
+        """Yield the rest when no text follows."""
+        text, self._pending = self._pending, ""
+        yield from _nonempty(text, self._within)
+
+
+def _nonempty(text: str, thinking: bool) -> Iterator[TextPart]:
+    if text:
+        yield TextPart(text, thinking)
+
+
+def _overlap(text: str, mark: str) -> int:
+    """Return the number of letters at the end of `text` with which `mark` may begin."""
+    longest = min(len(text), len(mark) - 1)
+    return next((n for n in range(longest, 0, -1) if mark.startswith(text[-n:])), 0)
+
+
+def make_thinking_splitter(tokenizer: Any, prompt: Sequence[int]) -> ThinkingSplitter:
+    """Return the splitter for the text that follows the token ids `prompt`."""
+    if not tokenizer.has_thinking:
+        return ThinkingSplitter(None, None)
+    tail = list(prompt[-THINKING_TAIL:])
+    # Some templates begin the thinking in the prompt.
+    within = tokenizer.rfind_think_start(tail) > tokenizer.rfind_think_end(tail)
+    return ThinkingSplitter(tokenizer.think_start, tokenizer.think_end, within=within)
+
+
+def strip_thinking(tokenizer: Any, prompt: Sequence[int], text: str) -> str:
+    """Return the text that follows the token ids `prompt` without its thinking."""
+    splitter = make_thinking_splitter(tokenizer, prompt)
+    parts = [*splitter.feed(text), *splitter.finish()]
+    answer = "".join(part.text for part in parts if not part.thinking)
+    return answer.strip("\n") if any(part.thinking for part in parts) else answer

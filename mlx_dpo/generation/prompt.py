@@ -1,0 +1,64 @@
+"""Token ids of a prompt: a conversation in the model's chat template, or plain text."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+
+from mlx_dpo.data.tokenization.chat_template import encode_conversation, has_thinking_mode
+from mlx_dpo.errors import ConfigError, ModelError
+from mlx_dpo.types import Message
+
+
+def check_thinking(tokenizer: Any) -> None:
+    """Check that the chat template has a thinking mode, which the setting `thinking` needs.
+
+    Raises:
+        ConfigError: the template writes the same with and without thinking.
+    """
+    if not has_thinking_mode(tokenizer):
+        raise ConfigError(
+            "`thinking` has no effect; the model's chat template knows no thinking mode"
+        )
+
+
+def encode_prompt(
+    tokenizer: Any, messages: Sequence[Message], *, thinking: bool | None = None
+) -> list[int]:
+    """Return the token ids of the conversation, ending where the model's answer begins.
+
+    Thinking is off unless it is requested, as in training.
+
+    Raises:
+        ModelError: the chat template refuses the messages.
+    """
+    try:
+        return list(
+            encode_conversation(
+                tokenizer, messages, add_generation_prompt=True, thinking=bool(thinking)
+            )
+        )
+    except TemplateError as error:
+        raise ModelError(f"the model's chat template refuses the conversation ({error})") from None
+
+
+def encode_text(tokenizer: Any, text: str) -> list[int]:
+    """Return the token ids of plain text that the model continues.
+
+    A begin token is added if the tokenizer adds one, an end token never.
+    """
+    body = list(tokenizer.encode(text, add_special_tokens=False))
+    with_special_tokens = list(tokenizer.encode(text))
+    begin = tokenizer.bos_token_id
+    needs_begin = with_special_tokens[:1] == [begin] and body[:1] != [begin]
+    return [begin, *body] if needs_begin else body
+
+
+def context_length(config: Mapping[str, Any]) -> int | None:
+    """Return the context length that a model's `config.json` states, or None."""
+    names = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length")
+    for part in (config, config.get("text_config") or {}):
+        for name in names:
+            if length := part.get(name):
+                return int(length)
+    return None

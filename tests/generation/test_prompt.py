@@ -1,0 +1,34 @@
+from types import SimpleNamespace
+
+import pytest
+from tokenizers import Tokenizer, processors
+from transformers import PreTrainedTokenizerFast
+
+from mlx_dpo.generation.prompt import context_length, encode_text
+
+
+@pytest.mark.parametrize("template", ["<s> $A", "<s> $A </s>"])
+def test_plain_text_begins_once_and_has_no_end(sentencepiece, template):
+    """A tokenizer that ends every text would end the one that is to go on."""
+    inner = Tokenizer.from_str(sentencepiece.backend_tokenizer.to_str())
+    inner.post_processor = processors.TemplateProcessing(
+        single=template, special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
+    assert encode_text(tokenizer, "s.") == [0, 5, 6]
+    assert encode_text(tokenizer, "<s>s.") == [0, 5, 6]
+
+
+def test_plain_text_has_no_begin_token_where_the_tokenizer_writes_none():
+    class Bare(SimpleNamespace):
+        def encode(self, text, add_special_tokens=True):
+            return [7, 8]
+
+    assert encode_text(Bare(bos_token_id=1), "x") == [7, 8]
+
+
+def test_the_context_is_read_where_a_config_has_it():
+    assert context_length({"max_position_embeddings": 512}) == 512
+    assert context_length({"text_config": {"max_position_embeddings": 64}}) == 64
+    assert context_length({"n_positions": 1024}) == 1024  # GPT-2: a table, read without bounds
+    assert context_length({"model_type": "mamba"}) is None
