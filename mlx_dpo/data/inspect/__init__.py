@@ -1,1 +1,1 @@
-"""What is wrong, or odd, with pairs before anything is trained on them. Prints nothing."""
+"""Checks of data sets: unreadable rows, duplicates, leaks, odd texts, lengths."""
