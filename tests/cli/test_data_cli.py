@@ -171,7 +171,8 @@ def test_pairs_are_shown_as_the_model_sees_them():
     assert lines[3] == "kept as characters: <|end|>"
     assert "│ ⟦<|user|>⟧How?⟦<|end|>⟧⟦<|assistant|>⟧" in lines
     titles = [line for line in lines if line.startswith("rejected, ")]
-    assert [title.split(", ", 2)[2] for title in titles] == ["scored", "cut: never seen"]
+    kinds = [title.split(", ", 2)[2] for title in titles]
+    assert kinds == ["scored", "cut: not in the model's input"]
     [cut] = [line for line in lines if line.startswith("╳ ")]
     scored = lines[lines.index(titles[0]) + 1]
     assert scored[2:] + cut[2:] == "Thus<|end|>.⟦<|end|>⟧"
