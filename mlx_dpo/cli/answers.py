@@ -76,7 +76,7 @@ def open_chat(  # noqa: PLR0913 (one argument per flag)
     for note in opened.notes:
         click.echo(note, err=True)
     if reference:
-        opened.sides.activate("base")
+        opened.switch.activate("base")
     if opened.run is not None:
         raw = raw or opened.run.trained_on_text
         config = opened.run.config
@@ -90,7 +90,7 @@ def open_chat(  # noqa: PLR0913 (one argument per flag)
         thinking=thinking,
         context=_context_length(opened.base.config, context),
         raw=raw,
-        switch=opened.sides,
+        switch=opened.switch,
     )
     return chat, opened
 

@@ -88,8 +88,8 @@ def _make_served_model(
     return ServedModel(
         opened.base.model,
         tokenizer,
-        opened.sides,
-        {"aligned": "aligned", "base": "base"} if opened.sides.can_switch else {"base": "base"},
+        opened.switch,
+        {"aligned": "aligned", "base": "base"} if opened.switch.can_switch else {"base": "base"},
         min(len(tokenizer), opened.base.vocab_size),
         sampling,
         thinking=bool(config.thinking if thinking is None and config else thinking),

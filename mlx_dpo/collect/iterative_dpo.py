@@ -213,7 +213,7 @@ class IterativeDPO:
         """Evaluate the policy of a round on the held-out prompts, and end the round."""
         policy = self.load_policy(number)
         prompts = self.prompts.valid
-        answers = policy.say(prompts, self.settings.sampling)
+        answers = policy.respond(prompts, self.settings.sampling)
         del policy  # before a judge model computes
         evaluation = self._evaluate_answers(number, prompts, answers)
         paths = self.paths.round(number)

@@ -198,7 +198,7 @@ def _score_answers(
     rows = [_prompt_ids(opened, run, prompt) for prompt in prompts]
     _check_context(rows, prompts, context_length(base.config), sampling.max_tokens)
     for state in states:
-        with opened.sides.activated(state):
+        with opened.switch.activated(state):
             completions = generate_tokens(base.model, base.tokenizer.eos_token_ids, rows, sampling)
         policy = _completion_logps(opened, "aligned", rows, completions)
         reference = _completion_logps(opened, "base", rows, completions)
@@ -213,7 +213,7 @@ def _completion_logps(
     completions: Sequence[GeneratedTokens],
 ) -> list[list[float]]:
     """Return log p of each completion's tokens, and of its end token if there is one."""
-    with opened.sides.activated(state):
+    with opened.switch.activated(state):
         return [
             completion_token_logps(
                 opened.base.model,

@@ -227,5 +227,5 @@ def open_judge(reward: str | None, judge: str | None, rubric: str | None) -> Jud
         tokenizer = responder.base.tokenizer
         return strip_thinking(tokenizer, encode_prompt(tokenizer, conversation), reply)
 
-    digest = responder.facts["model_digest"]
+    digest = responder.provenance["model_digest"]
     return ModelJudge(judge, generate, text, strip_thinking=strip, judge_digest=digest)

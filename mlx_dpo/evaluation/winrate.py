@@ -199,7 +199,7 @@ def compare_policies(
     else:
         prompt_list = read_prompts(prompts)
     prompt_list = add_system_prompt(prompt_list, policy.system)
-    answers, notes = policy.say(prompt_list, sampling), policy.base.notes
+    answers, notes = policy.respond(prompt_list, sampling), policy.base.notes
     del policy
     if against is None:
         opponent = open_responder(run, reference=True)
@@ -207,7 +207,7 @@ def compare_policies(
         opponent = open_responder(against)
     else:
         opponent = open_responder(None, model=against)
-    opponent_answers = opponent.say(prompt_list, sampling)
+    opponent_answers = opponent.respond(prompt_list, sampling)
     notes += tuple(note for note in opponent.base.notes if note not in notes)
     del opponent
     comparison = compare_pairwise(judge, prompt_list, answers, opponent_answers)

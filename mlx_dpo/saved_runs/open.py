@@ -142,25 +142,25 @@ def load_adapter_into(opened: OpenRun, base: LoadedModel) -> None:
 
 @dataclass(frozen=True)
 class SwitchableModel:
-    """A model that answers as the base or as what was trained on it; aligned to begin with."""
+    """A model that can switch between base and aligned; aligned is active at first."""
 
     base: LoadedModel
-    sides: AdapterSwitch
-    run: OpenRun | None  # where it is one
-    adapter: Path | None  # the folder of the aligned side's adapter
+    switch: AdapterSwitch
+    run: OpenRun | None  # None for a model that is not from a run
+    adapter: Path | None  # the folder of the adapter
     notes: tuple[str, ...]
 
-    def facts(self, side: AdapterState) -> dict[str, Any]:
-        """Where the answers of a side come from: model, adapter, by name and content."""
+    def provenance(self, state: AdapterState) -> dict[str, Any]:
+        """Return names and digests of the model and the adapter behind the answers of a state."""
         start = self.run.config.start_adapter if self.run else None
-        folder = self.adapter if side == "aligned" else start
-        found: dict[str, Any] = {"model": self.base.source, "side": side}
-        found["model_digest"] = self._model_digest
+        folder = self.adapter if state == "aligned" else start
+        provenance: dict[str, Any] = {"model": self.base.source, "side": state}
+        provenance["model_digest"] = self._model_digest
         if self.run is not None:
-            found["run"] = str(self.run.paths.folder)
+            provenance["run"] = str(self.run.paths.folder)
         if folder is not None:
-            found["adapter_digest"] = adapter_digest(Path(folder))
-        return found
+            provenance["adapter_digest"] = adapter_digest(Path(folder))
+        return provenance
 
     @cached_property
     def _model_digest(self) -> str:
@@ -178,7 +178,7 @@ def open_switchable(
 ) -> SwitchableModel:
     """A run, whose base is what it started from; or a model, with an adapter or without.
 
-    The last of the `wanted` sides that there is, is on.
+    The last of the `wanted` switch that there is, is on.
 
     Raises:
         RunError: the model is no longer the one that was trained on.
@@ -201,33 +201,33 @@ def open_switchable(
 def _switchable_model(
     base: LoadedModel, adapter: Path | None, wanted: Sequence[AdapterState]
 ) -> SwitchableModel:
-    sides = AdapterSwitch(base.model)
+    switch = AdapterSwitch(base.model)
     if adapter is None or "base" in wanted:
-        sides.remember("base")
+        switch.remember("base")
     if adapter is not None and "aligned" in wanted:
         load_adapter(base.model, adapter)
-        sides.remember("aligned")
-    return SwitchableModel(base, sides, None, adapter, (*base.notes, *_memory_notes(sides)))
+        switch.remember("aligned")
+    return SwitchableModel(base, switch, None, adapter, (*base.notes, *_memory_notes(switch)))
 
 
 def _switchable_run(opened: OpenRun, wanted: Sequence[AdapterState]) -> SwitchableModel:
     base = load_base_of_run(opened)
-    sides = AdapterSwitch(base.model)
+    switch = AdapterSwitch(base.model)
     load_reference_into(opened, base)
     if "base" in wanted:
-        sides.remember("base")
+        switch.remember("base")
     notes = [*base.notes]
     if "aligned" in wanted:
         load_adapter_into(opened, base)
-        sides.remember("aligned")
+        switch.remember("aligned")
         notes += [] if opened.finished else [unfinished_note(opened)]
-    return SwitchableModel(base, sides, opened, opened.adapter, (*notes, *_memory_notes(sides)))
+    return SwitchableModel(base, switch, opened, opened.adapter, (*notes, *_memory_notes(switch)))
 
 
-def _memory_notes(sides: AdapterSwitch) -> list[str]:
-    if not (size := sides.duplicated_bytes()):
+def _memory_notes(switch: AdapterSwitch) -> list[str]:
+    if not (size := switch.duplicated_bytes()):
         return []
     return [
-        "weights of the model itself were trained: they are held twice, as the base has them and "
-        f"as they are now ({format_bytes(size)} more)"
+        "full fine-tuning: the trained weights are in memory twice, before and after training "
+        f"({format_bytes(size)} more)"
     ]

@@ -1,4 +1,4 @@
-"""A run or a model that answers prompts, with what made its answers written down."""
+"""Answers of a run or a model to prompts, with the provenance of the answers."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,24 +18,24 @@ from mlx_dpo.runs.inputs import load_configured_base
 from mlx_dpo.saved_runs.open import load_policy, open_run
 from mlx_dpo.types import Message
 
-SEED_STRIDE = 1_000_003  # between the seeds of chunks; prime, so that they meet late
+SEED_STRIDE = 1_000_003  # between the seeds of chunks; a prime, so that seeds rarely coincide
 
 
 @dataclass(frozen=True)
 class Responder:
-    """A loaded policy, and who it is."""
+    """A loaded policy that answers prompts."""
 
     base: LoadedModel
-    facts: dict[str, Any]  # model and, of a run, its adapter, by name and content
+    provenance: dict[str, Any]  # name and digest of the model, and of the adapter of a run
     thinking: bool | None = None
-    system: str | None = None  # that a run was trained with
+    system: str | None = None  # the system message of the training run
 
-    def say(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[str]:
-        """One answer to each prompt; see `reply`."""
+    def respond(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[str]:
+        """Return the text of one answer per prompt; see `reply`."""
         return [reply.text for reply in self.reply(prompts, sampling)]
 
     def reply(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[GeneratedText]:
-        """One answer to each prompt, and whether it was cut.
+        """Return one answer per prompt, with a mark if it was cut.
 
         Raises:
             ConfigError: a prompt leaves no room in the model's context.
@@ -51,7 +51,7 @@ class Responder:
         return self._replies([prompt.messages for prompt in prompts], sampling)
 
     def answer(self, conversations: Sequence[Sequence[Message]], sampling: Sampling) -> list[str]:
-        """One answer to each conversation."""
+        """Return the text of one answer per conversation."""
         return [reply.text for reply in self._replies(conversations, sampling)]
 
     def _replies(
@@ -66,59 +66,60 @@ class Responder:
 def open_responder(
     run: str | None, *, model: str | None = None, reference: bool = False
 ) -> Responder:
-    """The policy of a run, its reference, or a model.
+    """Load the policy of a run, its reference, or a model.
 
     Raises:
-        ConfigError: it knows no chat template, or a run was trained on plain text.
+        ConfigError: there is no chat template, or the run was trained on plain text.
     """
     base = load_policy(run, model=model, reference=reference)
     _check_chat_template(base)
-    facts: dict[str, Any] = {"model": base.source}
+    provenance: dict[str, Any] = {"model": base.source}
     if run is None:
-        return Responder(base, facts | {"model_digest": model_fingerprint(base.path)})
+        return Responder(base, provenance | {"model_digest": model_fingerprint(base.path)})
     opened = open_run(run)
     if opened.trained_on_text:
         raise ConfigError(
-            f"{run}: it was trained on plain text; answers are asked for through the chat "
-            "template, so train it on messages, or use `mlx-dpo generate`"
+            f"{run}: trained on plain text, but answers need the chat template; train on "
+            "messages, or use `mlx-dpo generate`"
         )
     config = opened.config
     adapter = config.start_adapter if reference else str(opened.adapter)
-    facts |= {"model_digest": opened.record["provenance"]["model"]}
+    provenance |= {"model_digest": opened.record["provenance"]["model"]}
     if adapter is not None:
-        facts |= {"run": run, "adapter_digest": adapter_digest(Path(adapter))}
-    return Responder(base, facts, config.thinking, config.system)
+        provenance |= {"run": run, "adapter_digest": adapter_digest(Path(adapter))}
+    return Responder(base, provenance, config.thinking, config.system)
 
 
 def open_untrained_responder(config: DPOConfig) -> Responder:
-    """The policy that a run with these settings begins with.
+    """Load the initial policy of a run with these settings.
 
     Raises:
-        ConfigError: it knows no chat template.
+        ConfigError: the tokenizer has no chat template.
     """
     base = load_configured_base(config)
     _check_chat_template(base)
-    facts: dict[str, Any] = {"model": base.source, "model_digest": model_fingerprint(base.path)}
+    provenance: dict[str, Any] = {
+        "model": base.source,
+        "model_digest": model_fingerprint(base.path),
+    }
     if config.start_adapter is not None:
         folder = Path(config.start_adapter)
         load_adapter(base.model, folder)
-        facts |= {"adapter": config.start_adapter, "adapter_digest": adapter_digest(folder)}
-    return Responder(base, facts, config.thinking, config.system)
+        provenance |= {"adapter": config.start_adapter, "adapter_digest": adapter_digest(folder)}
+    return Responder(base, provenance, config.thinking, config.system)
 
 
 def _check_chat_template(base: LoadedModel) -> None:
     if not base.tokenizer.has_chat_template:
-        raise ConfigError(
-            f"{base.source}: its tokenizer has no chat template; take a model that can chat"
-        )
+        raise ConfigError(f"{base.source}: its tokenizer has no chat template; use a chat model")
 
 
-def derive_seed(seed: int, chunk: int, place: int) -> int:
-    """The seed of the `place`-th answers to a chunk of prompts."""
-    return (seed + SEED_STRIDE * chunk + place) % SEEDS
+def derive_seed(seed: int, chunk: int, position: int) -> int:
+    """Return the seed of the answers at a position for a chunk of prompts."""
+    return (seed + SEED_STRIDE * chunk + position) % SEEDS
 
 
-def response_provenance(voice: Responder, sampling: Sampling) -> dict[str, Any]:
-    """Where an answer came from."""
+def response_provenance(responder: Responder, sampling: Sampling) -> dict[str, Any]:
+    """Return the provenance of an answer."""
     settings = {name: value for name, value in asdict(sampling).items() if value is not None}
-    return voice.facts | {"sampling": settings}
+    return responder.provenance | {"sampling": settings}

@@ -79,7 +79,7 @@ def test_each_model_answers_the_held_out_prompts(run, comparison):
     assert questions == [f"What is {i}?" for i in range(8, 12)]
     opened = open_switchable(run)
     for column in comparison.columns:
-        opened.sides.activate(column.name)
+        opened.switch.activate(column.name)
         for question, answer in zip(questions, column.answers, strict=True):
             chat = ChatSession(opened.base.model, opened.base.tokenizer, GREEDY)
             reply = "".join(piece.text for piece in chat.reply(question))

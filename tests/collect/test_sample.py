@@ -18,7 +18,7 @@ class FakeResponder:
     """Answers with its name, the temperature, the prompt and a count of the prompt's answers."""
 
     def __init__(self, name):
-        self.facts = {"model": name}
+        self.provenance = {"model": name}
         self.samplings = []
 
     def reply(self, prompts, sampling):
@@ -28,7 +28,7 @@ class FakeResponder:
         for prompt in prompts:
             text = prompt.messages[0]["content"]
             counts[text] = counts.get(text, 0) + 1
-            reply = f"{self.facts['model']} {sampling.temperature:g} {text} {counts[text]}"
+            reply = f"{self.provenance['model']} {sampling.temperature:g} {text} {counts[text]}"
             texts.append(GeneratedText(reply, is_truncated=counts[text] == 2))
         return texts
 

@@ -29,7 +29,7 @@ class ThinkingTokenizer:
 def rank_with_reply(monkeypatch, reply):
     responder = SimpleNamespace(
         base=SimpleNamespace(tokenizer=ThinkingTokenizer()),
-        facts={"model_digest": "x"},
+        provenance={"model_digest": "x"},
         answer=lambda conversations, sampling: [reply] * len(conversations),
     )
     monkeypatch.setattr(judge_module, "open_responder", lambda run, *, model: responder)

@@ -57,13 +57,13 @@ def test_both_sides_of_a_run_say_what_they_say_loaded_alone(bold, full, way):
     expected = {side: answers(*loaded[:2]) for side, loaded in alone.items()}
     assert expected["base"] != expected["aligned"]
     opened = open_switchable(config.output)
-    assert opened.sides.active == "aligned"
+    assert opened.switch.active == "aligned"
     for _ in range(2):
         for side in ("base", "aligned"):
-            opened.sides.activate(side)
+            opened.switch.activate(side)
             assert answers(opened.base.model, opened.base.tokenizer) == expected[side]
         for side in ("base", "aligned") * 5:
-            opened.sides.activate(side)
+            opened.switch.activate(side)
 
 
 def test_the_base_of_a_run_that_went_on_from_an_adapter_has_that_adapter(bold, tmp_path):
@@ -73,43 +73,43 @@ def test_the_base_of_a_run_that_went_on_from_an_adapter_has_that_adapter(bold, t
     opened = open_switchable(second.output)
     aligned = opened.base.model(TOKENS)
     assert mx.array_equal(aligned, load_policy(second.output).model(TOKENS))
-    opened.sides.activate("base")
+    opened.switch.activate("base")
     assert mx.array_equal(opened.base.model(TOKENS), load_policy(first.output).model(TOKENS))
-    assert opened.facts("base")["adapter_digest"] == adapter_digest(Path(first.output))
-    assert opened.facts("aligned")["adapter_digest"] == adapter_digest(Path(second.output))
+    assert opened.provenance("base")["adapter_digest"] == adapter_digest(Path(first.output))
+    assert opened.provenance("aligned")["adapter_digest"] == adapter_digest(Path(second.output))
 
 
 def test_what_is_known_of_an_answer_names_model_and_adapter_by_content(bold):
     config = train(bold)
-    facts = open_switchable(config.output).facts("base")
+    facts = open_switchable(config.output).provenance("base")
     assert facts["run"] == config.output
     assert facts["model"] == config.model
     assert "adapter_digest" not in facts
-    alone = open_switchable(None, model=config.model).facts("base")
+    alone = open_switchable(None, model=config.model).provenance("base")
     assert facts == alone | {"run": config.output}
 
 
 def test_a_full_run_says_what_it_holds_twice(full):
     [*_, note] = open_switchable(train(full).output).notes
-    assert "weights of the model itself were trained: they are held twice" in note
+    assert "the trained weights are in memory twice" in note
     [*_, note] = open_switchable(full.output, wanted=("aligned",)).notes or [""]
-    assert "held twice" not in note
+    assert "in memory twice" not in note
 
 
 def test_a_model_with_an_adapter_of_peft_has_both_sides():
     opened = open_switchable(None, model=str(tiny_chat()), adapter=str(PEFT))
     aligned = opened.base.model(TOKENS)
-    opened.sides.activate("base")
+    opened.switch.activate("base")
     base = opened.base.model(TOKENS)
     assert mx.array_equal(base, open_switchable(None, model=str(tiny_chat())).base.model(TOKENS))
     assert not mx.array_equal(base, aligned)
-    assert opened.facts("aligned")["adapter_digest"] == adapter_digest(PEFT)
+    assert opened.provenance("aligned")["adapter_digest"] == adapter_digest(PEFT)
 
 
 def test_only_what_is_wanted_is_put_on(bold):
     config = train(bold)
     opened = open_switchable(config.output, wanted=("base",))
-    assert not opened.sides.can_switch
+    assert not opened.switch.can_switch
     base = open_switchable(None, model=config.model).base.model(TOKENS)
     assert mx.array_equal(opened.base.model(TOKENS), base)
 

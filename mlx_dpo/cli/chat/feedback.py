@@ -69,4 +69,4 @@ class FeedbackFiles:
             return {"author": author}
         settings = asdict(self.chat.sampling).items()
         sampling = {name: value for name, value in settings if value is not None}
-        return self.opened.facts(author) | {"sampling": sampling}
+        return self.opened.provenance(author) | {"sampling": sampling}
