@@ -5,8 +5,15 @@ import re
 import jinja2
 
 BOS, EOS, USER, ASSISTANT, SYSTEM, TWO_LINES = range(256, 262)
-MARKS = {"<s>": BOS, "</s>": EOS, "<U>": USER, "<A>": ASSISTANT, "<S>": SYSTEM, "\n\n": TWO_LINES}
-MARK_OF = {"user": "<U>", "assistant": "<A>", "system": "<S>"}
+SPECIAL_TOKENS = {
+    "<s>": BOS,
+    "</s>": EOS,
+    "<U>": USER,
+    "<A>": ASSISTANT,
+    "<S>": SYSTEM,
+    "\n\n": TWO_LINES,
+}
+SPECIAL_TOKEN_OF_ROLE = {"user": "<U>", "assistant": "<A>", "system": "<S>"}
 
 CHAT = (
     "{% for m in messages %}{{ mark[m.role] }}{{ m.content }}</s>{% endfor %}"
@@ -15,7 +22,7 @@ CHAT = (
 
 
 class ByteTokenizer:
-    """One id a byte, one a mark, and one for two newlines, which merge as BPE would."""
+    """One id per byte and per special token, and one for two newlines, which merge as in BPE."""
 
     bos_token, bos_token_id = "<s>", BOS
     eos_token, eos_token_id = "</s>", EOS
@@ -27,23 +34,23 @@ class ByteTokenizer:
 
     @property
     def all_special_tokens(self):
-        return [mark for mark in MARKS if mark != "\n\n"]
+        return [name for name in SPECIAL_TOKENS if name != "\n\n"]
 
     def convert_tokens_to_ids(self, token):
-        return MARKS[token]
+        return SPECIAL_TOKENS[token]
 
     def convert_ids_to_tokens(self, number):
         return self.decode([number])
 
     def encode(self, text, add_special_tokens=True, split_special_tokens=False):
         ids = [BOS] if self.adds_bos and add_special_tokens else []
-        marks = ["\n\n"] if split_special_tokens else MARKS
-        for piece in re.split("(" + "|".join(map(re.escape, marks)) + ")", text):
-            ids += [MARKS[piece]] if piece in marks else piece.encode()
+        names = ["\n\n"] if split_special_tokens else SPECIAL_TOKENS
+        for piece in re.split("(" + "|".join(map(re.escape, names)) + ")", text):
+            ids += [SPECIAL_TOKENS[piece]] if piece in names else piece.encode()
         return ids
 
     def decode(self, ids):
-        names = {number: mark for mark, number in MARKS.items()}
+        names = {number: name for name, number in SPECIAL_TOKENS.items()}
         return "".join(names.get(i) or chr(i) for i in ids)
 
     def apply_chat_template(self, messages, add_generation_prompt=False, tokenize=True, **more):
@@ -53,6 +60,9 @@ class ByteTokenizer:
             text = whole[: whole.rindex(last) + len(last)]
             return self.encode(text, add_special_tokens=False) if tokenize else text
         text = jinja2.Template(self.chat_template, undefined=jinja2.StrictUndefined).render(
-            messages=messages, add_generation_prompt=add_generation_prompt, mark=MARK_OF, **more
+            messages=messages,
+            add_generation_prompt=add_generation_prompt,
+            mark=SPECIAL_TOKEN_OF_ROLE,
+            **more,
         )
         return self.encode(text, add_special_tokens=False) if tokenize else text

@@ -1,4 +1,4 @@
-"""Tokenizers and files for the tests of this room."""
+"""Tokenizers and files for the tests of data."""
 
 import json
 from pathlib import Path
@@ -9,19 +9,19 @@ from byte_tokenizer import CHAT, ByteTokenizer
 
 @pytest.fixture
 def plain():
-    """A tokenizer without a chat template, which begins texts with its BOS."""
+    """Return a tokenizer without a chat template, which adds a BOS token."""
     return ByteTokenizer(adds_bos=True)
 
 
 @pytest.fixture
 def chat():
-    """Makes a tokenizer with a chat template."""
+    """Return a function that makes a tokenizer with a chat template."""
     return lambda template=CHAT: ByteTokenizer(template)
 
 
 @pytest.fixture
 def write(tmp_path, monkeypatch):
-    """Writes rows to a file in the current folder and gives its relative path."""
+    """Return a function that writes rows to a file in the current folder and returns its path."""
     monkeypatch.chdir(tmp_path)
 
     def write(*rows, name="pairs.jsonl"):
@@ -34,16 +34,16 @@ def write(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def material():
-    """Real data sets and models, where they lie beside the checkout."""
+    """Return the folder with real datasets and models next to the checkout, or skip the test."""
     folder = Path(__file__).parents[2] / ".." / "shared" / "material"
     if not folder.is_dir():
-        pytest.skip("no folder with real data beside the checkout")
+        pytest.skip("no folder with real data next to the checkout")
     return folder
 
 
 @pytest.fixture(scope="session")
 def stories(material):
-    """The tokenizer of a real model, in which one token begins and ends a text."""
+    """Return the tokenizer of a real model, with one token as BOS and stop token."""
     from mlx_lm.tokenizer_utils import load as load_tokenizer
 
     return load_tokenizer(material / "models" / "stories260K")

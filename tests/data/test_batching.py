@@ -39,19 +39,19 @@ def epoch(number, *, count, batch_size, seed):
 @pytest.mark.parametrize(
     ("count", "batch_size", "steps"), [(1, 1, 1), (8, 4, 2), (9, 4, 3), (3, 16, 1)]
 )
-def test_an_epoch_has_room_for_the_remainder(count, batch_size, steps):
+def test_the_last_step_of_an_epoch_has_the_remainder(count, batch_size, steps):
     assert steps_per_epoch(count, batch_size) == steps
 
 
 @given(st.integers(1, 40), st.integers(1, 16), st.integers(-5, 2**65), st.integers(0, 3))
-def test_every_pair_comes_exactly_once_an_epoch(count, batch_size, seed, number):
+def test_every_pair_is_used_once_per_epoch(count, batch_size, seed, number):
     steps = epoch(number, count=count, batch_size=batch_size, seed=seed)
     assert sorted(index for step in steps for index in step) == list(range(count))
     assert all(len(step) == batch_size for step in steps[:-1])
     assert len(steps[-1]) == count - batch_size * (len(steps) - 1)
 
 
-def test_epochs_and_seeds_have_orders_of_their_own():
+def test_every_epoch_and_seed_has_its_own_order():
     orders = {
         (seed, number): str(epoch(number, count=20, batch_size=6, seed=seed))
         for seed in (0, 1, -1)
@@ -61,7 +61,7 @@ def test_epochs_and_seeds_have_orders_of_their_own():
 
 
 def test_the_order_is_the_same_on_every_machine():
-    """NumPy's own permutation of seed 7 and epoch 1, cut by hand: a resumed run depends on it."""
+    """NumPy's permutation of seed 7 and epoch 1, split by hand: a resumed run depends on it."""
     order = np.random.default_rng([7, 1]).permutation(5).tolist()
     assert step_indices(3, count=5, batch_size=2, seed=7) == order[:2]
     assert step_indices(5, count=5, batch_size=2, seed=7) == order[4:]
@@ -73,7 +73,7 @@ def of(prompt, chosen, rejected):
 
 
 def lengths(*whole):
-    """Pairs whose longer rows have so many tokens."""
+    """Return pairs with these numbers of tokens in the longer row."""
     return [of(1, length - 1, 1) for length in whole]
 
 
@@ -98,7 +98,7 @@ def on_a_gpu(monkeypatch):
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
 
 
-def test_pairs_of_like_length_go_together():
+def test_pairs_of_similar_length_share_a_micro_batch():
     pairs = lengths(2, 40, 2, 10, 50, 2, 2, 50, 2, 10)
     found = micro_batches([7, 3, 4, 1, 9], pairs, PassLimit(pairs=2), cost=padded_row_tokens)
     assert found == [[3, 9], [1, 7], [4]]
@@ -109,28 +109,28 @@ def test_ties_keep_their_order_whatever_the_indices():
     assert micro_batches([9, 2, 5], pairs, PassLimit(), cost=padded_row_tokens) == [[9, 2, 5]]
 
 
-def test_a_pass_is_filled_up_to_its_tokens_and_no_further():
-    """Rows of 9 tokens are padded to 16, of which 15 go through: 30 tokens a pair."""
+def test_a_micro_batch_is_filled_up_to_its_limit_of_tokens():
+    """Rows of 9 tokens are padded to 16, of which 15 are inputs: 30 tokens per pair."""
     pairs = lengths(9, 9, 9, 9, 9)
     for tokens, sizes in ((60, [2, 2, 1]), (59, [1] * 5), (89, [2, 2, 1]), (90, [3, 2])):
         groups = micro_batches(range(5), pairs, PassLimit(tokens=tokens), cost=padded_row_tokens)
         assert [len(group) for group in groups] == sizes
 
 
-def test_both_limits_hold_at_once():
+def test_both_limits_apply_together():
     pairs = lengths(9, 9, 9, 17, 17, 17)  # 30 and 46 tokens each
     groups = micro_batches(range(6), pairs, PassLimit(2, 90), cost=padded_row_tokens)
     assert groups == [[0, 1], [2], [3], [4], [5]]
 
 
-def test_a_pair_that_is_too_long_goes_alone():
+def test_a_pair_above_the_limit_is_a_micro_batch_of_its_own():
     pairs = lengths(90, 3, 100, 3)
     groups = micro_batches(range(4), pairs, PassLimit(tokens=28), cost=padded_row_tokens)
     assert groups == [[1, 3], [0], [2]]
 
 
 @given(some_pairs, limits, costs, st.integers(1, 9), st.integers(0, 2))
-def test_every_pair_is_in_one_pass_of_an_epoch_and_every_pass_within_its_limits(
+def test_every_pair_is_in_one_micro_batch_of_an_epoch_and_every_micro_batch_is_within_the_limits(
     pairs, limit, cost, batch_size, number
 ):
     steps = epoch(number, count=len(pairs), batch_size=batch_size, seed=3)
@@ -143,7 +143,7 @@ def test_every_pair_is_in_one_pass_of_an_epoch_and_every_pass_within_its_limits(
 
 
 @given(some_pairs, limits, costs)
-def test_no_pass_leaves_room_for_the_next_pair(pairs, limit, cost):
+def test_no_micro_batch_has_room_for_the_next_pair(pairs, limit, cost):
     groups = micro_batches(range(len(pairs)), pairs, limit, cost=cost)
     for group, following in itertools.pairwise(groups):
         more = [pairs[i] for i in [*group, following[0]]]
@@ -153,18 +153,18 @@ def test_no_pass_leaves_room_for_the_next_pair(pairs, limit, cost):
     assert flat == sorted(flat)
 
 
-def test_a_limit_can_be_widened_where_there_is_one():
+def test_a_limit_can_be_multiplied():
     assert PassLimit(2, 100).scaled(4) == PassLimit(8, 400)
     assert PassLimit(tokens=100).scaled(4) == PassLimit(None, 400)
 
 
-def test_whole_rows_cost_twice_the_padded_row_but_its_last_token():
-    """Rows of 5, 8 and 17 tokens: 24 wide, of which 23 go through."""
+def test_padded_rows_count_two_rows_without_the_last_token():
+    """Rows of 5, 8 and 17 tokens: width 24, of which 23 are inputs."""
     pairs = [of(3, 2, 1), of(1, 7, 7), of(10, 7, 1)]
     assert padded_row_tokens(pairs) == (6 * 23, 6 * 23 - (4 + 3) - (7 + 7) - (16 + 10))
 
 
-def test_a_shared_prompt_costs_once_and_last_tokens_nothing():
+def test_a_shared_prompt_counts_once_and_last_tokens_do_not_count():
     assert shared_prompt_tokens([of(7, 5, 3)], together=False) == (7 + 4 + 2, 0)
     assert shared_prompt_tokens([of(7, 1, 1)], together=False) == (7, 0)
     # A single token after a cache is padded to two.
@@ -178,24 +178,24 @@ def test_a_shared_prompt_costs_once_and_last_tokens_nothing():
         (True, TokenCount(3 * (9 + 6 + 2), (5 + 5) + (2 + 4) + 2)),
     ],
 )
-def test_prompts_of_one_length_are_a_batch_or_all_are(together, tokens):
+def test_prompts_of_equal_length_are_a_batch_or_all_are(together, tokens):
     pairs = [of(4, 5, 3), of(9, 7, 1), of(4, 3, 3)]
     assert shared_prompt_tokens(pairs, together=together) == tokens
 
 
 @given(some_pairs, costs)
-def test_no_cost_falls_when_a_pair_is_added_and_padding_is_what_is_not_a_token(pairs, cost):
+def test_counts_never_fall_when_a_pair_is_added_and_padding_is_the_rest(pairs, cost):
     assert cost(pairs[:-1] or pairs).total <= cost(pairs).total
     rows = 2 if cost is padded_row_tokens else 1
     real = sum(rows * len(p.prompt) + len(p.chosen) + len(p.rejected) - 2 for p in pairs)
     assert cost(pairs) == (cost(pairs).total, cost(pairs).total - real)
 
 
-def test_on_the_cpu_widths_are_what_they_have_to_be():
+def test_on_the_cpu_widths_are_not_padded():
     assert [padded_width(length) for length in (1, 13, 1000)] == [1, 13, 1000]
 
 
-def test_on_a_gpu_widths_are_few_and_padding_is_little(on_a_gpu):
+def test_on_a_gpu_there_are_few_widths_and_little_padding(on_a_gpu):
     widths = [padded_width(length) for length in range(1, 16_385)]
     assert widths == sorted(widths)
     assert len(set(widths)) < 70
@@ -206,7 +206,7 @@ def test_on_a_gpu_widths_are_few_and_padding_is_little(on_a_gpu):
     assert [padded_width(power) for power in powers] == powers  # usual limits cost nothing
 
 
-def test_on_a_gpu_what_is_padded_has_one_of_these_widths(on_a_gpu):
+def test_on_a_gpu_padded_batches_have_one_of_these_widths(on_a_gpu):
     assert collate([of(300, 9, 2)]).tokens.shape == (2, 320)
     assert padded_row_tokens([of(300, 9, 2)]).total == 2 * 319
     assert shared_prompt_tokens([of(300, 41, 2)], together=True).total == 300 + 40 + 2
@@ -215,7 +215,7 @@ def test_on_a_gpu_what_is_padded_has_one_of_these_widths(on_a_gpu):
     assert shared_prompt_tokens(both, together=False).total == (300 + 40 + 2) + (9 + 2 + 2)
 
 
-def test_the_largest_pass_holds_the_longest_pairs():
+def test_the_largest_micro_batch_has_the_longest_pairs():
     pairs = lengths(9, 40, 17, 80, 33)
     assert largest_micro_batch(pairs, PassLimit(pairs=2), cost=padded_row_tokens) == [
         pairs[3],
@@ -230,8 +230,8 @@ def test_the_largest_pass_holds_the_longest_pairs():
     assert largest_micro_batch(uneven, PassLimit(tokens=90), cost=alone) == [uneven[2], uneven[0]]
 
 
-def test_an_epoch_is_known_before_it_begins():
-    """Rows of 8, 16 and 40 tokens, of which all but one go through, twice a pair."""
+def test_micro_batches_of_an_epoch_are_counted_by_hand():
+    """Rows of 8, 16 and 40 tokens, of which all but one are inputs, two rows per pair."""
     pairs = lengths(8, 8, 8, 8, 9, 40)
     found = count_micro_batches(
         pairs, PassLimit(tokens=56), batch_size=6, seed=0, cost=padded_row_tokens
@@ -240,9 +240,7 @@ def test_an_epoch_is_known_before_it_begins():
 
 
 @given(some_pairs, limits, costs, st.integers(1, 9), st.integers(-3, 3))
-def test_what_is_known_of_an_epoch_is_what_its_steps_add_up_to(
-    pairs, limit, cost, batch_size, seed
-):
+def test_the_counts_of_an_epoch_are_sums_over_its_steps(pairs, limit, cost, batch_size, seed):
     steps = epoch(0, count=len(pairs), batch_size=batch_size, seed=seed)
     groups = [g for step in steps for g in micro_batches(step, pairs, limit, cost=cost)]
     known = count_micro_batches(pairs, limit, batch_size=batch_size, seed=seed, cost=cost)

@@ -1,7 +1,7 @@
-"""Chat templates in the formats of the families: where the reply begins, what of it is scored."""
+"""Chat templates of model families: where the completion begins, and which tokens are scored."""
 
 import pytest
-from families import TEMPLATES, byte_level, metaspace
+from template_families import TEMPLATES, byte_level, metaspace
 
 from mlx_dpo.data.tokenization.formatting import TokenRules
 from mlx_dpo.data.tokenization.tokenize import check_token_rules, tokenize_pair
@@ -28,16 +28,16 @@ def pair_of(tokenizer, prompt, chosen="yes it is", rejected="no", **rules):
 @pytest.mark.parametrize("make", [byte_level, metaspace])
 @pytest.mark.parametrize("name", PREFIXED)
 @pytest.mark.parametrize("earlier", [(), ("hello", "hi there")])
-def test_prompt_and_reply_are_the_conversation_cut_where_the_reply_begins(name, make, earlier):
-    """The scored tokens are the answer and its stop token, and nothing else."""
+def test_prompt_and_completion_are_the_conversation_split_at_the_completion(name, make, earlier):
+    """The scored tokens are the completion and its stop token only."""
     tokenizer = make(name)
     prompt = turns(*earlier, "is it?")
     encoded = pair_of(tokenizer, prompt)
     pair, stop = encoded.pair, tokenizer.eos_token_id
-    asked = tokenizer.apply_chat_template(
+    expected = tokenizer.apply_chat_template(
         list(prompt), add_generation_prompt=True, return_dict=False, enable_thinking=False
     )
-    assert list(pair.prompt) == asked
+    assert list(pair.prompt) == expected
     for completion, text in ((pair.chosen, "yes it is"), (pair.rejected, "no")):
         assert completion[-1] == stop
         assert stop not in completion[:-1]
@@ -52,7 +52,7 @@ def test_prompt_and_reply_are_the_conversation_cut_where_the_reply_begins(name, 
 
 
 @pytest.mark.parametrize("name", sorted(TEMPLATES))
-def test_nothing_begins_twice(name):
+def test_no_template_gets_a_second_bos_token(name):
     tokenizer = byte_level(name)
     if (
         name == "deepseek-r1"
@@ -67,14 +67,14 @@ def test_nothing_begins_twice(name):
 
 
 @pytest.mark.parametrize("make", [byte_level, metaspace])
-def test_a_template_that_opens_a_thought_only_when_asked_to_reply_is_refused(make):
-    """DeepSeek-R1 drops thoughts from a conversation: its prompt is no beginning of it."""
+def test_a_template_that_opens_a_thought_only_in_the_generation_prompt_raises_an_error(make):
+    """DeepSeek-R1 drops thoughts from a conversation, so its prompt is not a prefix of it."""
     with pytest.raises(DataError, match="the chat template changes the prompt once a reply"):
         pair_of(make("deepseek-r1"), turns("is it?"))
 
 
 @pytest.mark.parametrize("name", PREFIXED)
-def test_a_system_turn_is_written_or_the_row_is_refused_with_the_templates_words(name):
+def test_a_system_turn_is_written_or_the_templates_error_is_raised(name):
     tokenizer = byte_level(name)
     prompt = turns("is it?", system="be kind")
     if name not in NO_SYSTEM:
@@ -85,16 +85,16 @@ def test_a_system_turn_is_written_or_the_row_is_refused_with_the_templates_words
     assert error.value.reason == TEMPLATE_ERROR
 
 
-def test_the_system_turn_that_is_asked_for_comes_first_where_there_is_none():
+def test_the_system_turn_of_the_settings_is_added_if_there_is_none():
     tokenizer = byte_level("chatml")
-    asked = pair_of(tokenizer, turns("is it?"), system="be kind")
-    assert asked.with_system
-    assert asked.pair == pair_of(tokenizer, turns("is it?", system="be kind")).pair
+    expected = pair_of(tokenizer, turns("is it?"), system="be kind")
+    assert expected.with_system
+    assert expected.pair == pair_of(tokenizer, turns("is it?", system="be kind")).pair
     own = pair_of(tokenizer, turns("is it?", system="be short"), system="be kind")
     assert not own.with_system
     assert own.pair == pair_of(tokenizer, turns("is it?", system="be short")).pair
     same = pair_of(tokenizer, turns("is it?", system="be kind"), system="be kind")
-    assert (same.with_system, same.pair) == (True, asked.pair)
+    assert (same.with_system, same.pair) == (True, expected.pair)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_the_system_turn_that_is_asked_for_comes_first_where_there_is_none():
         (True, "<think>\nwhy\n</think>\n\nso", "<think>\nwhy\n</think>\n\nso"),
     ],
 )
-def test_a_thinking_template_scores_what_the_model_is_to_say(thinking, answer, scored):
+def test_a_thinking_template_scores_what_the_model_generates(thinking, answer, scored):
     tokenizer = byte_level("qwen-3")
     pair = pair_of(tokenizer, turns("is it?"), answer, "no", thinking=thinking).pair
     assert tokenizer.decode(pair.chosen[:-1]) == scored
@@ -114,21 +114,21 @@ def test_a_thinking_template_scores_what_the_model_is_to_say(thinking, answer, s
     assert tokenizer.decode(pair.prompt).endswith("<|im_start|>assistant\n" + opened)
 
 
-def test_a_thought_in_an_answer_is_refused_while_thinking_is_off():
+def test_a_thought_in_a_completion_raises_an_error_while_thinking_is_off():
     """The prompt has an empty thought, and the conversation another one."""
     with pytest.raises(DataError, match="the chat template changes the prompt"):
         pair_of(byte_level("qwen-3"), turns("is it?"), "<think>\nwhy\n</think>\n\nso")
 
 
 @pytest.mark.parametrize("name", sorted(TEMPLATES.keys() - {"qwen-3"}))
-def test_thinking_is_refused_where_the_template_knows_none(name):
+def test_thinking_raises_an_error_for_a_template_without_it(name):
     with pytest.raises(ConfigError, match="`thinking` has no effect"):
         check_token_rules(byte_level(name), TokenRules(vocab_size=1000, thinking=True))
 
 
 @pytest.mark.parametrize("name", PREFIXED)
-def test_a_prompt_that_ends_with_the_answers_first_words_is_gone_on_with(name):
-    """The tokens are those of the whole answer; only the boundary has moved into it."""
+def test_a_prompt_that_ends_with_an_assistant_turn_is_continued(name):
+    """The tokens are those of the whole assistant turn; only the boundary differs."""
     tokenizer = byte_level(name)
     whole = pair_of(tokenizer, turns("is it?"), "well, yes", "well, no").pair
     begun = pair_of(tokenizer, turns("is it?", "well,"), " yes", " no").pair
@@ -152,17 +152,17 @@ def test_tools_and_arguments_of_a_row_reach_the_template():
     pair = tokenize_pair(
         tokenizer, PreferenceExample(prompt, *answers, "x:1", given), TokenRules(vocab_size=1000)
     ).pair
-    asked = tokenizer.apply_chat_template(
+    expected = tokenizer.apply_chat_template(
         list(prompt), tools=[tool], add_generation_prompt=True, return_dict=False
     )
-    assert list(pair.prompt) == asked
+    assert list(pair.prompt) == expected
     assert '"name": "look", "arguments": {"at": "it"}' in tokenizer.decode(pair.chosen)
     assert pair.prompt != tokenize_pair(
         tokenizer, PreferenceExample(prompt, *answers, "x:1"), TokenRules(vocab_size=1000)
     ).pair.prompt  # fmt: skip
 
 
-def test_a_rows_own_word_on_thinking_counts_unless_the_setting_says_otherwise():
+def test_a_rows_own_enable_thinking_counts_unless_the_setting_contradicts():
     tokenizer = byte_level("qwen-3")
     answers = (({"role": "assistant", "content": text},) for text in ("yes", "no"))
     row = PreferenceExample(turns("is it?"), *answers, "x:1", {"enable_thinking": True})

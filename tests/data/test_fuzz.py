@@ -1,12 +1,12 @@
-"""Whatever a file holds: one error of one line, or counted drops, or pairs; never a traceback."""
+"""Any content of a file gives pairs, counted drops or an error of one line, never a traceback."""
 
 import json
 
 import pytest
 from byte_tokenizer import CHAT, ByteTokenizer
-from families import byte_level, metaspace
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from template_families import byte_level, metaspace
 
 from mlx_dpo.data.load import load_pairs
 from mlx_dpo.data.tokenization.formatting import TokenRules
@@ -61,7 +61,7 @@ LIKELY = st.one_of(
 
 
 def outcome(path, tokenizer, rows):
-    """What became of a file: pairs and drops that add up, or one line."""
+    """Load a file: pairs and dropped pairs add up, or the error is one line."""
     rules = TokenRules(vocab_size=2000, max_length=64, truncation="keep_end")
     try:
         report = load_pairs(path, tokenizer, rules, rows=rows, bad_pairs="drop").report
@@ -87,7 +87,7 @@ TOKENIZERS = [
         [RowRules(), RowRules(judged=True), RowRules(ranked="all"), RowRules(pair_labelled=True)]
     ),
 )
-def test_no_row_is_a_traceback(tmp_path, monkeypatch, rows, tokenizer, how):
+def test_no_row_gives_a_traceback(tmp_path, monkeypatch, rows, tokenizer, how):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -96,7 +96,7 @@ def test_no_row_is_a_traceback(tmp_path, monkeypatch, rows, tokenizer, how):
 
 @FEW
 @given(schema=st.sampled_from(list(SCHEMAS)), row=st.one_of(RECORD, LIKELY))
-def test_no_row_is_a_traceback_whatever_it_is_taken_for(tmp_path, monkeypatch, schema, row):
+def test_no_row_gives_a_traceback_with_any_schema(tmp_path, monkeypatch, schema, row):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
     for rules in (RowRules(schema=schema), RowRules(schema=schema, judged=True)):
@@ -109,14 +109,14 @@ def test_no_row_is_a_traceback_whatever_it_is_taken_for(tmp_path, monkeypatch, s
     name=st.sampled_from(["rows.jsonl", "rows.json", "rows.csv", "rows.parquet", "rows.jsonl.gz",
                           "rows.csv.xz", "rows.json.bz2", "rows.jsonl.zst", "rows.parquet.zst"]),
 )  # fmt: skip
-def test_no_bytes_are_a_traceback(tmp_path, monkeypatch, data, name):
+def test_no_bytes_give_a_traceback(tmp_path, monkeypatch, data, name):
     monkeypatch.chdir(tmp_path)
     (tmp_path / name).write_bytes(data)
     outcome((tmp_path / name).relative_to(tmp_path), ByteTokenizer(), RowRules())
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         ("[" * 100_000, "not JSON that can be read"),
         ('{"a": ' + "9" * 5000 + "}", "not JSON that can be read"),
@@ -125,10 +125,10 @@ def test_no_bytes_are_a_traceback(tmp_path, monkeypatch, data, name):
          '"chosen": "b", "rejected": "c"}', "nested too deeply"),
     ],
 )  # fmt: skip
-def test_what_python_itself_stumbles_over_is_one_error(tmp_path, line, said):
+def test_json_that_python_cannot_parse_is_an_error_of_one_line(tmp_path, line, message):
     path = tmp_path / "rows.jsonl"
     path.write_text(line + "\n")
-    with pytest.raises(DataError, match=rf"rows\.jsonl:1: .*{said}"):
+    with pytest.raises(DataError, match=rf"rows\.jsonl:1: .*{message}"):
         load_pairs(path, ByteTokenizer(), TokenRules(vocab_size=262))
 
 
@@ -142,8 +142,8 @@ TYPED = st.lists(
 
 @settings(max_examples=80, deadline=None)
 @given(prompt=TYPED, chosen=TYPED, rejected=TYPED, make=st.sampled_from([byte_level, metaspace]))
-def test_special_tokens_in_a_text_never_act(prompt, chosen, rejected, make):
-    """There are as many control tokens as in the same turns without any; none in an answer."""
+def test_special_tokens_in_a_text_are_never_control_tokens(prompt, chosen, rejected, make):
+    """The number of control tokens is that of the same turns without special tokens."""
     tokenizer = make("qwen-2.5")
     ids = get_special_tokens(tokenizer).ids
     try:

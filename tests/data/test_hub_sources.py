@@ -14,23 +14,23 @@ ROWS = [{"prompt": f"q{i}", "chosen": "a", "rejected": "b"} for i in range(3)]
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A Hub with one dataset; what it was asked is noted."""
-    asked = []
+    """A fake Hub with one dataset, which records its calls."""
+    calls = []
 
     def names(path, config_name=None, *, revision=None):
-        asked.append(("names", path, config_name, revision))
+        calls.append(("names", path, config_name, revision))
         if path != "org/name":
             raise datasets.exceptions.DatasetNotFoundError(f"Dataset '{path}' doesn't exist")
         return ["train", "train_prefs", "test", "test_prefs"]
 
     def load(path, name=None, *, split, revision=None):
-        asked.append(("load", path, name, split, revision))
+        calls.append(("load", path, name, split, revision))
         rows = [row | {"chosen": split} for row in ROWS]
         return datasets.Dataset.from_list(rows)
 
     monkeypatch.setattr(datasets, "get_dataset_split_names", names)
     monkeypatch.setattr(datasets, "load_dataset", load)
-    return asked
+    return calls
 
 
 @pytest.mark.parametrize(
@@ -45,11 +45,11 @@ def hub(monkeypatch):
         ("org/name:", None),
     ],
 )
-def test_a_name_has_its_parts(name, parts):
+def test_a_hub_name_is_parsed(name, parts):
     assert parse_hub_name(name) == (parts and HubDataset(*parts))
 
 
-def test_rows_come_from_the_split_that_is_asked_for_with_their_places(hub):
+def test_rows_of_the_given_split_have_their_locations(hub):
     sources = find_sources("org/name:en@v1")
     assert [row.location for row in sources.train[0].rows()] == [
         f"org/name:en:train[{i}]" for i in range(3)
@@ -62,7 +62,7 @@ def test_rows_come_from_the_split_that_is_asked_for_with_their_places(hub):
     assert resolve_held_out_source("org/name").name == "org/name:test"
 
 
-def test_a_path_that_is_there_goes_before_a_dataset(hub, tmp_path, monkeypatch):
+def test_an_existing_path_is_preferred_to_a_dataset(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org" / "name").mkdir(parents=True)
     (tmp_path / "org" / "name" / "train.jsonl").write_text("{}\n")
@@ -74,7 +74,7 @@ def test_a_path_that_is_there_goes_before_a_dataset(hub, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "split", "said"),
+    ("name", "split", "message"),
     [
         (
             "org/other",
@@ -84,8 +84,8 @@ def test_a_path_that_is_there_goes_before_a_dataset(hub, tmp_path, monkeypatch):
         ("org/name", "train_x", r"^org/name: no split `train_x` \(found `train`, `train_prefs`, "),
     ],
 )
-def test_what_is_not_there_is_one_line(hub, name, split, said):
-    with pytest.raises(DataError, match=said) as error:
+def test_a_missing_dataset_or_split_is_an_error_of_one_line(hub, name, split, message):
+    with pytest.raises(DataError, match=message) as error:
         find_sources(name, split=split)
     assert "\n" not in str(error.value)
 
@@ -93,7 +93,7 @@ def test_what_is_not_there_is_one_line(hub, name, split, said):
 @pytest.mark.parametrize(
     "error", [ConnectionError("no net"), ValueError("Config name is missing"), OSError("disk")]
 )
-def test_an_error_of_the_library_is_one_line(hub, monkeypatch, error):
+def test_an_error_of_the_datasets_library_is_an_error_of_one_line(hub, monkeypatch, error):
     def fails(*args, **more):
         raise error
 
@@ -103,8 +103,8 @@ def test_an_error_of_the_library_is_one_line(hub, monkeypatch, error):
         list(source.rows())
 
 
-def test_the_library_itself_reads_a_folder_of_tables(tmp_path, monkeypatch):
-    """Images stay undecoded: nothing that decodes them has to be there."""
+def test_the_datasets_library_reads_a_folder_of_tables(tmp_path, monkeypatch):
+    """Images are not decoded, so no library for images is needed."""
     monkeypatch.chdir(tmp_path)
     place = tmp_path / "org" / "set"
     (place / "data").mkdir(parents=True)

@@ -26,7 +26,7 @@ GOOD = {"prompt": "hi", "chosen": "yo", "rejected": "no!"}
 RULES = TokenRules(vocab_size=262)
 
 
-def test_pairs_come_in_file_order_with_their_places(write, plain):
+def test_pairs_have_the_order_and_the_locations_of_the_file(write, plain):
     found = load_pairs(write(GOOD, "", GOOD | {"chosen": "ya"}), plain, RULES)
     assert list(found.pairs) == [
         TokenizedPair((BOS, *b"hi"), (*b"yo", EOS), (*b"no!", EOS), "pairs.jsonl:1"),
@@ -34,7 +34,7 @@ def test_pairs_come_in_file_order_with_their_places(write, plain):
     ]
 
 
-def test_a_bad_pair_stops_unless_it_may_be_dropped(write, plain):
+def test_a_bad_pair_raises_an_error_unless_it_is_dropped(write, plain):
     path = write(GOOD, GOOD | {"chosen": ""}, GOOD | {"rejected": "yo"}, GOOD | {"chosen": " "})
     with pytest.raises(BadPairError, match=r"^pairs\.jsonl:2: a completion is empty; fix it, or"):
         load_pairs(path, plain, RULES)
@@ -48,13 +48,13 @@ def test_a_bad_pair_stops_unless_it_may_be_dropped(write, plain):
 
 
 @pytest.mark.parametrize("line", ["{", '{"prompt": "a"}', "[]"])
-def test_a_broken_line_stops_even_where_bad_pairs_are_dropped(write, plain, line):
+def test_an_invalid_line_raises_an_error_even_if_bad_pairs_are_dropped(write, plain, line):
     with pytest.raises(DataError, match=r"^pairs\.jsonl:2: "):
         load_pairs(write(GOOD, line), plain, RULES, bad_pairs="drop")
 
 
-def test_overlong_pairs_are_dropped_where_truncation_says_so(write, plain):
-    """`--truncation drop` has asked for it; other bad pairs still stop."""
+def test_pairs_that_are_too_long_are_dropped_with_truncation_drop(write, plain):
+    """Other bad pairs still raise an error."""
     long = GOOD | {"rejected": "n" * 10}
     rules = TokenRules(vocab_size=262, max_length=8, truncation="drop")
     found = load_pairs(write(long, GOOD), plain, rules)
@@ -65,7 +65,7 @@ def test_overlong_pairs_are_dropped_where_truncation_says_so(write, plain):
         load_pairs(write(GOOD), plain, TokenRules(vocab_size=262, max_length=3))
 
 
-def test_no_pair_left_is_an_error_that_says_why(write, plain):
+def test_no_pair_left_raises_an_error_with_the_reasons(write, plain):
     with pytest.raises(DataError) as error:
         load_pairs(write(GOOD | {"chosen": ""}), plain, RULES, bad_pairs="drop")
     assert str(error.value) == (
@@ -89,12 +89,12 @@ def test_thinking_has_no_effect_on_pairs_that_stay_text(write, chat):
         check_settings_used(rules, RowRules(), [report])
 
 
-def test_text_that_marks_its_turns_becomes_turns_where_there_is_a_template(write, chat, plain):
+def test_text_with_turn_marks_becomes_messages_if_there_is_a_template(write, chat, plain):
     shared = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
     path = write({"chosen": shared + " d ", "rejected": shared + " e"})
     turns = (USER, *b"a", EOS, ASSISTANT, *b"b", EOS, USER, *b"c", EOS, ASSISTANT)
-    for asked in ("auto", "chat"):
-        rules = TokenRules(vocab_size=262, chat_template=asked)
+    for chat_template in ("auto", "chat"):
+        rules = TokenRules(vocab_size=262, chat_template=chat_template)
         [pair] = load_pairs(path, chat(), rules).pairs
         assert (pair.prompt, pair.chosen, pair.rejected) == (turns, (*b"d", EOS), (*b"e", EOS))
     [pair] = load_pairs(path, chat(), TokenRules(vocab_size=262, chat_template="text")).pairs
@@ -103,15 +103,15 @@ def test_text_that_marks_its_turns_becomes_turns_where_there_is_a_template(write
     assert pair.prompt == tuple(plain.encode(shared))
 
 
-def test_whole_text_without_marks_stays_text(write, chat):
+def test_text_with_an_implicit_prompt_and_no_turn_marks_stays_text(write, chat):
     [pair] = load_pairs(
         write({"chosen": "Q: a A: b", "rejected": "Q: a A: c"}), chat(), RULES
     ).pairs
     assert pair.prompt == tuple(b"Q: a A:")
 
 
-def test_the_real_dialogues_are_read_whole(material, stories):
-    """The ids of prompt and completion are those of the whole text: nothing is lost or doubled."""
+def test_the_real_dialogues_are_complete(material, stories):
+    """The ids of prompt and completion are those of the whole text."""
     path = material / "data" / "hh-harmless-test" / "test.jsonl"
     rules = TokenRules(vocab_size=512, max_length=100_000, chat_template="text")
     found = load_pairs(path, stories, rules, bad_pairs="drop")
@@ -139,7 +139,7 @@ def mixed(pairs, weight, *, seed):
     return [pairs[index] for index in mix_indices(len(pairs), weight, seed=seed)]
 
 
-def test_a_share_is_held_out_in_file_order():
+def test_held_out_pairs_keep_the_order_of_the_file():
     pairs = with_prompts(*range(20))
     train, held = hold_out(pairs, share=0.25, seed=3)
     assert len(held) == 5
@@ -150,19 +150,19 @@ def test_a_share_is_held_out_in_file_order():
     assert hold_out(pairs, share=0.25, seed=-1) != (train, held)
 
 
-def test_nothing_is_held_out_of_nothing():
+def test_nothing_is_held_out_for_a_share_of_0_or_a_single_pair():
     pairs = with_prompts(1, 2)
     assert hold_out(pairs, share=0.0, seed=0) == (pairs, [])
     assert hold_out(pairs[:1], share=0.5, seed=0) == (pairs[:1], [])
 
 
-def test_pairs_with_one_prompt_cannot_be_parted():
+def test_pairs_with_one_prompt_cannot_be_held_out():
     with pytest.raises(ConfigError, match="all pairs have the same prompt"):
         hold_out(with_prompts(1, 1, 1), share=0.5, seed=0)
 
 
 @given(st.lists(st.integers(0, 4), min_size=2, max_size=30), st.floats(0.01, 0.99), st.integers())
-def test_no_prompt_is_in_both_parts_and_neither_is_empty(prompts, share, seed):
+def test_no_prompt_is_in_both_splits_and_no_split_is_empty(prompts, share, seed):
     if len(set(prompts)) == 1:
         prompts.append(5)
     pairs = with_prompts(*prompts)
@@ -178,7 +178,7 @@ def test_no_prompt_is_in_both_parts_and_neither_is_empty(prompts, share, seed):
 @pytest.mark.parametrize(
     ("weight", "count"), [(1, 10), (2, 20), (0.5, 5), (2.5, 25), (0.01, 1), (0.26, 3)]
 )
-def test_a_weight_is_how_often_each_pair_is_used(weight, count):
+def test_a_weight_is_the_number_of_uses_of_each_pair(weight, count):
     pairs = with_prompts(*range(10))
     found = mixed(pairs, weight, seed=(3, 0))
     assert len(found) == count
@@ -191,7 +191,7 @@ def test_a_weight_is_how_often_each_pair_is_used(weight, count):
     assert mixed([], weight, seed=(3, 0)) == []
 
 
-def test_the_digest_tells_where_a_part_ends():
+def test_the_digest_depends_on_where_a_part_ends():
     parted = [
         [TokenizedPair((1, 2), (3,), (4,))],
         [TokenizedPair((1,), (2, 3), (4,))],
@@ -205,7 +205,7 @@ def test_the_digest_tells_where_a_part_ends():
     assert len({pairs_digest(pairs) for pairs in parted}) == len(parted)
 
 
-def test_the_digest_does_not_know_places_and_stays_what_it_is():
+def test_the_digest_ignores_locations_and_never_changes():
     here, there = (TokenizedPair((1, 2), (3,), (4,), where) for where in ("a:1", "b:9"))
     assert pairs_digest([here]) == pairs_digest([there])
     parts = [struct.pack(f"<{len(ids)}i", *ids) for ids in ((1, 2), (3,), (4,))]
@@ -214,8 +214,8 @@ def test_the_digest_does_not_know_places_and_stays_what_it_is():
     assert pairs_digest([here]) == hashlib.sha256(whole).hexdigest()
 
 
-def test_prompts_that_truncation_told_apart_are_held_out_together(write, plain):
-    """A longer completion takes more of the prompt away, which stays one prompt."""
+def test_prompts_that_truncation_made_different_are_held_out_together(write, plain):
+    """A longer completion leaves less of the prompt, which still is one prompt."""
     rows = [
         {"prompt": f"{who} asks: what is it?", "chosen": "y" * length, "rejected": "no"}
         for who in "abcdefgh"

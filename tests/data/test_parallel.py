@@ -1,4 +1,4 @@
-"""Rows tokenized by other processes: the same pairs, order, counts and errors as by this one."""
+"""Worker processes give the same pairs, order, counts and errors as a single process."""
 
 import json
 from contextlib import contextmanager
@@ -22,7 +22,7 @@ LOAD = partial(ByteTokenizer, CHAT)
 
 
 def row(i):
-    """Now and then one that is lost, cut, marked or written in another way."""
+    """Return the i-th row; some are dropped, truncated or of another schema."""
     if i % 7 == 3:
         return {"prompt": f"q{i}", "chosen": "same", "rejected": "same"}
     if i % 11 == 5:
@@ -42,16 +42,16 @@ def small(monkeypatch):
 
 
 @contextmanager
-def unheard():
+def no_progress_bar():
     yield lambda more: None
 
 
-def tokenized(path, rules, processes, counting=unheard, load=LOAD):
-    """All columns of all blocks, and the report."""
+def tokenized(path, rules, processes, progress=no_progress_bar, load=LOAD):
+    """Return the bytes of all columns, and the report."""
     source = resolve_source(str(path))
     report = new_report(source.name, rules.tokens, rules.rows)
-    places, hands = RowLocations([source.name]), TokenizerWorkers(LOAD(), load, processes)
-    made = [*tokenize_chunks(source.rows(), hands, rules, report, places, counting)]
+    locations, workers = RowLocations([source.name]), TokenizerWorkers(LOAD(), load, processes)
+    made = [*tokenize_chunks(source.rows(), workers, rules, report, locations, progress)]
     return {name: b"".join(one[name].tobytes() for one in made) for name in made[0]}, report
 
 
@@ -71,7 +71,7 @@ def rows_for(rules):
 
 
 @pytest.mark.parametrize("rules", [DROP, PAIRED, JUDGED], ids=["pairs", "paired", "judged"])
-def test_two_processes_say_what_one_says(write, rules):
+def test_two_processes_give_the_pairs_of_one(write, rules):
     path = write(*rows_for(rules))
     one, alone = tokenized(path, rules, 1)
     two, together = tokenized(path, rules, 2)
@@ -90,7 +90,7 @@ SAME = {"prompt": "hi", "chosen": "yo", "rejected": "yo"}
 
 
 @pytest.mark.parametrize(
-    ("faults", "kind", "said"),
+    ("faults", "kind", "message"),
     [
         (
             {40: SAME},
@@ -106,7 +106,7 @@ SAME = {"prompt": "hi", "chosen": "yo", "rejected": "yo"}
         ({3: "{", 30: SAME}, DataError, "pairs.jsonl:3: not JSON"),
     ],
 )
-def test_the_first_fault_is_raised_as_by_one_process(write, faults, kind, said):
+def test_the_first_error_is_that_of_a_single_process(write, faults, kind, message):
     path = write(*(faults.get(line, GOOD) for line in range(1, 61)))
     errors = []
     for processes in (1, 2):
@@ -115,10 +115,10 @@ def test_the_first_fault_is_raised_as_by_one_process(write, faults, kind, said):
         errors.append((type(error.value), str(error.value)))
     assert errors[0] == errors[1]
     assert errors[0][0] is kind
-    assert errors[0][1].startswith(said)
+    assert errors[0][1].startswith(message)
 
 
-def test_a_setting_without_effect_on_a_late_row_is_refused(write):
+def test_a_setting_without_effect_on_a_late_row_raises_an_error(write):
     late = {"instruction": "hi", "chosen": "yo", "rejected": "no!", "q": "x", "prompt": None}
     path = write(*[GOOD | {"q": "hi"}] * 30, late)
     rules = PairRules(TOKENS, RowRules(renamed={"prompt": "q"}, schema="strings"))
@@ -127,20 +127,20 @@ def test_a_setting_without_effect_on_a_late_row_is_refused(write):
         tokenized(path, PairRules(TOKENS, RowRules(renamed={"label": "q"})), 2)
 
 
-def test_every_row_is_heard_of_once(write):
+def test_the_progress_bar_counts_every_row_once(write):
     path = write(*rows_for(DROP))
     for processes in (1, 2):
-        heard = []
+        advanced = []
 
         @contextmanager
-        def counting(heard=heard):
-            yield heard.append
+        def progress(advanced=advanced):
+            yield advanced.append
 
-        tokenized(path, DROP, processes, counting)
-        assert sum(heard) == 89
+        tokenized(path, DROP, processes, progress)
+        assert sum(advanced) == 89
 
 
-def test_few_rows_start_no_process_and_show_no_bar(write, monkeypatch):
+def test_few_rows_start_no_process_and_show_no_progress_bar(write, monkeypatch):
     monkeypatch.setattr(tokenizing, "WorkerPool", None)
 
     @contextmanager
@@ -152,28 +152,28 @@ def test_few_rows_start_no_process_and_show_no_bar(write, monkeypatch):
     assert report.kept == 12
 
 
-class Gone(ByteTokenizer):
-    """Ends its process at its first word."""
+class Ending(ByteTokenizer):
+    """Ends the process at the first text."""
 
     def apply_chat_template(self, *args, **more):
         raise SystemExit(3)
 
 
-def test_a_process_that_ends_is_one_line_and_the_others_end_too(write):
+def test_a_worker_that_ends_is_an_error_of_one_line(write):
     path = write(*[GOOD] * 40)
     with pytest.raises(DataError, match=r"ended by itself \(exit status 3\)") as error:
-        tokenized(path, DROP, 2, load=partial(Gone, CHAT))
+        tokenized(path, DROP, 2, load=partial(Ending, CHAT))
     assert "\n" not in str(error.value)
 
 
 class Loud(ByteTokenizer):
-    """Prints where answers go."""
+    """Prints to stdout, which carries the results of a worker."""
 
     def apply_chat_template(self, *args, **more):
         print("noise")
         return super().apply_chat_template(*args, **more)
 
 
-def test_what_a_library_prints_does_not_come_between_the_answers(write):
+def test_the_output_of_a_library_does_not_mix_with_the_results(write):
     path = write(*[GOOD | {"prompt": f"{i}"} for i in range(30)])
     assert tokenized(path, DROP, 2, load=partial(Loud, CHAT)) == tokenized(path, DROP, 1)

@@ -1,4 +1,4 @@
-"""Rows -> what they say: ranked lists, labelled rows, columns, margins, and what is lost."""
+"""Rows to examples: ranked lists, labelled rows, columns, margins, and dropped pairs."""
 
 import json
 
@@ -32,14 +32,14 @@ def ranked(scores, how=None, /, **more):
 
 def pairs(found):
     return [
-        (int(one.chosen[-1]), int(one.rejected[-1]))
-        for one in found
-        if not isinstance(one, BadPairError)
+        (int(example.chosen[-1]), int(example.rejected[-1]))
+        for example in found
+        if not isinstance(example, BadPairError)
     ]
 
 
 def ties(found):
-    return [one.reason for one in found if isinstance(one, BadPairError)]
+    return [example.reason for example in found if isinstance(example, BadPairError)]
 
 
 @pytest.mark.parametrize(
@@ -55,13 +55,13 @@ def ties(found):
         ("all", [-1.5, -1.5, -1.5], [], 3),
     ],
 )
-def test_a_ranked_list_makes_the_pairs_that_are_asked_for(how, scores, expected, tied):
+def test_a_ranked_list_makes_the_pairs_of_the_setting(how, scores, expected, tied):
     found = ranked(scores, how)
     assert pairs(found) == expected
     assert ties(found) == [TIED] * tied
 
 
-def test_a_lower_rank_is_better_and_scores_may_stand_in_the_completions():
+def test_a_lower_rank_is_better_and_completions_may_have_scores():
     assert pairs(ranked([2, 1, 3], scores=None, ranks=[2, 1, 3])) == [(1, 2)]
     items = [{"response": f"answer {i}", "overall_score": s} for i, s in enumerate([3, 9, 1])]
     assert pairs(ranked([], completions=items)) == [(1, 2)]
@@ -79,7 +79,7 @@ def test_ties_are_counted_and_never_an_error(write, plain):
     assert found.report.dropped == {TIED: ["pairs.jsonl:1", "pairs.jsonl:2"]}
 
 
-def test_a_fault_of_one_pair_of_a_list_leaves_the_others(write, plain):
+def test_a_bad_pair_of_a_list_leaves_the_others(write, plain):
     row = {"prompt": "q", "completions": ["a", " ", "c"], "scores": [3, 2, 1]}
     with pytest.raises(BadPairError, match=EMPTY_COMPLETION):
         load_pairs(write(row), plain, TOKENS, rows=RowRules(ranked="all"))
@@ -88,7 +88,7 @@ def test_a_fault_of_one_pair_of_a_list_leaves_the_others(write, plain):
     assert found.report.dropped == {EMPTY_COMPLETION: ["pairs.jsonl:1"] * 2}
 
 
-def test_the_scores_that_ranked_a_pair_may_be_its_margin(write, plain):
+def test_the_margin_may_be_the_difference_of_the_ranking_scores(write, plain):
     row = {"prompt": "q", "completions": ["a", "b", "c"], "scores": [3, 2.5, 1]}
     [pair] = load_pairs(write(row), plain, TOKENS, rows=RowRules(margin="score")).pairs
     assert pair.margin == 2
@@ -99,7 +99,7 @@ def test_the_scores_that_ranked_a_pair_may_be_its_margin(write, plain):
     [("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"),
      ("chosen-score", "rejected-score"), ("score-chosen", "score-rejected")],
 )  # fmt: skip
-def test_ratings_of_both_sides_make_a_margin(write, plain, names):
+def test_scores_of_chosen_and_rejected_make_a_margin(write, plain, names):
     row = {"prompt": "q", "chosen": "a", "rejected": "b"} | dict(zip(names, [4, 1.5], strict=True))
     found = load_pairs(write(row), plain, TOKENS, rows=RowRules(margin="score"))
     assert found.pairs[0].margin == 2.5
@@ -112,7 +112,7 @@ def labelled(prompt, completion, label):
     return {"prompt": prompt, "completion": completion, "label": label}
 
 
-def test_good_answers_meet_bad_ones_of_the_same_prompt_only_where_that_is_asked(write, plain):
+def test_pair_labelled_pairs_good_and_bad_completions_of_the_same_prompt(write, plain):
     rows = [
         labelled("q", "good", True), labelled("q", "bad", False), labelled("r", "good", True),
         {"prompt": "s", "chosen": "x", "rejected": "y"}, labelled("q", "worse", False),
@@ -128,7 +128,7 @@ def test_good_answers_meet_bad_ones_of_the_same_prompt_only_where_that_is_asked(
     assert found.report.dropped == {UNPAIRED: ["pairs.jsonl:3"]}
 
 
-def test_rules_that_did_nothing_are_refused(write, plain):
+def test_rules_without_effect_raise_an_error(write, plain):
     path = write({"prompt": "q", "chosen": "a", "rejected": "b"})
     for rules, name in (
         (RowRules(ranked="all"), "ranked"), (RowRules(pair_labelled=True), "pair_labelled")
@@ -138,7 +138,7 @@ def test_rules_that_did_nothing_are_refused(write, plain):
             check_settings_used(TOKENS, rules, [report])
 
 
-def test_columns_are_renamed_before_a_row_is_recognised():
+def test_columns_are_renamed_before_the_schema_is_detected():
     record = {"q": {"text": "hi"}, "good": "yo", "rejected": "no"}
     names = {"prompt": "q.text", "chosen": "good"}
     [found] = parse_pairs(rename_columns(Row(record, "rows:1"), names))
@@ -150,14 +150,14 @@ def test_columns_are_renamed_before_a_row_is_recognised():
 
 
 @pytest.mark.parametrize("column", ["question", "q.answer", "good.text"])
-def test_a_column_that_is_not_there_is_named_with_those_that_are(column):
+def test_a_missing_column_raises_an_error_with_the_present_columns(column):
     row = Row({"q": {"text": "hi"}, "good": "yo"}, "rows:1")
     with pytest.raises(DataError) as error:
         rename_columns(row, {"prompt": column})
     assert str(error.value) == f"rows:1: no column `{column}` (found `good`, `q`)"
 
 
-def test_a_name_that_no_row_is_read_by_is_refused(write, plain):
+def test_a_field_name_that_no_schema_has_raises_an_error(write, plain):
     path = write({"prompt": "q", "chosen": "a", "rejected": "b", "x": 1})
     with pytest.raises(ConfigError, match="`column` promt=x has no effect; rows written as string"):
         load_pairs(path, plain, TOKENS, rows=RowRules(renamed={"promt": "x"}))
@@ -177,26 +177,26 @@ def test_a_name_that_no_row_is_read_by_is_refused(write, plain):
         {"prompt": [{"role": "user", "content": [{"type": "input_audio", "text": "?"}]}]},
     ],
 )
-def test_a_row_that_shows_or_plays_something_is_a_named_fault(more):
+def test_a_row_with_images_audio_or_video_is_a_bad_pair(more):
     row = Row({"prompt": "q", "chosen": "a", "rejected": "b"} | more, "rows:1")
     with pytest.raises(BadPairError, match="only text is trained on") as error:
         parse_pairs(row)
     assert error.value.reason == NOT_TEXT
 
 
-def test_empty_media_fields_are_no_reason_to_refuse_a_row():
+def test_empty_media_fields_are_ignored():
     row = {"prompt": "q", "chosen": "a", "rejected": "b", "images": None, "audios": []}
     assert parse_pairs(Row(row, "rows:1"))
 
 
-def test_a_null_field_of_a_message_is_as_if_it_were_absent():
-    """Tables have every field in every message."""
+def test_a_null_field_of_a_message_is_ignored():
+    """In a table, every message has every field."""
     turn = {"role": "user", "content": "q", "name": None, "tool_calls": None}
     [found] = parse_pairs(Row({"prompt": [turn], "chosen": "a", "rejected": "b"}, "rows:1"))
     assert found.prompt == ({"role": "user", "content": "q"},)
 
 
-def test_a_wrong_guess_is_overridden():
+def test_the_schema_setting_overrides_detection():
     record = {"instruction": "i", "chosen": "a", "rejected": "b"}
     row = Row(record, "rows:1")
     assert find_schema(row).name == "alpaca"
@@ -205,15 +205,15 @@ def test_a_wrong_guess_is_overridden():
         parse_pairs(row, RowRules(schema="sharegpt"))
 
 
-def test_reading_is_pure_and_gives_what_a_row_says_with_margin_and_weight():
+def test_parsing_has_no_side_effects_and_returns_margin_and_weight():
     rows = [Row({"prompt": "q", "chosen": "a", "rejected": "b", "m": 2, "w": "0.5"}, "rows:1")]
     report = PairsReport("rows", 64)
-    [one] = parse_rows(rows, RowRules(margin="m", weight="w"), report)
-    assert (one.example.prompt, one.margin, one.weight) == ("q", 2.0, 0.5)
+    [example] = parse_rows(rows, RowRules(margin="m", weight="w"), report)
+    assert (example.example.prompt, example.margin, example.weight) == ("q", 2.0, 0.5)
     assert json.loads(json.dumps(report.to_dict()))["schemas"] == {"strings": 1}
 
 
-def test_an_answer_that_only_calls_a_tool_says_something():
+def test_a_completion_of_a_tool_call_is_not_empty():
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "look"}}]}
     row = {"prompt": "q", "chosen": [call], "rejected": [{"role": "assistant", "content": "b"}]}
     [found] = parse_pairs(Row(row, "rows:1"))

@@ -29,7 +29,7 @@ def rows(path, *records):
         ({"messages": [SYSTEM, USER, ANSWER]}, [SYSTEM, USER]),
         ({"prompt": "hi", "chosen": "a", "rejected": "b"}, [USER]),
         ({"chosen": [USER, ANSWER], "rejected": [USER, {**ANSWER, "content": "no"}]}, [USER]),
-        # What is asked beside the prompt's text is asked here as well.
+        # The system field is used together with the text of the prompt.
         ({"system": "be kind", "prompt": "hi", "chosen": "a", "rejected": "b"}, [SYSTEM, USER]),
         ({"system": "be kind", "prompt": "hi"}, [SYSTEM, USER]),
         ({"system": "", "prompt": "hi"}, [USER]),
@@ -59,26 +59,26 @@ def rows(path, *records):
         ({"prompt": "hi", "completions": ["a", "b"], "scores": [1, 1]}, [USER]),
     ],
 )
-def test_a_prompt_is_what_stands_before_the_answer(tmp_path, record, messages):
+def test_a_prompt_is_everything_before_the_completion(tmp_path, record, messages):
     [prompt] = read_prompts(rows(tmp_path / "p.jsonl", record))
     assert list(prompt.messages) == messages
     assert prompt.location == f"{tmp_path}/p.jsonl:1"
 
 
-def test_a_text_that_marks_its_turns_is_asked_as_these_turns(tmp_path):
+def test_a_text_with_turn_marks_becomes_messages(tmp_path):
     before = "\n\nHuman: hi\n\nAssistant: ho\n\nHuman: hi\n\nAssistant:"
     pair = {"chosen": f"{before} yes", "rejected": f"{before} no"}
     [prompt] = read_prompts(rows(tmp_path / "p.jsonl", pair))
     assert list(prompt.messages) == [USER, ANSWER, USER]
     assert prompt.text == before
-    [told] = add_system_prompt([prompt], "be kind")
-    assert (list(told.messages), told.text) == ([SYSTEM, USER, ANSWER, USER], before)
+    [extended] = add_system_prompt([prompt], "be kind")
+    assert (list(extended.messages), extended.text) == ([SYSTEM, USER, ANSWER, USER], before)
     # Only where all of a row is such a text: a prompt by itself is what somebody typed.
     [prompt] = read_prompts(rows(tmp_path / "p.jsonl", {"prompt": before}))
     assert (prompt.messages[0]["content"], prompt.text) == (before, None)
 
 
-def test_a_text_file_has_a_prompt_on_each_line_and_each_is_asked_once(tmp_path):
+def test_a_text_file_has_one_prompt_per_line_and_each_is_returned_once(tmp_path):
     path = tmp_path / "p.txt"
     path.write_bytes("\ufeffhi\n\n  wie gäht's \r\nhi\n".encode())
     prompts = read_prompts(str(path))
@@ -86,7 +86,7 @@ def test_a_text_file_has_a_prompt_on_each_line_and_each_is_asked_once(tmp_path):
     assert prompts[1].location.endswith("p.txt:3")
 
 
-def test_like_prompts_have_the_same_key_wherever_they_come_from():
+def test_equal_prompts_have_equal_keys():
     assert make_prompt("hi", "a:1").key == make_prompt((USER,), "b:2").key != make_prompt("ho").key
 
 
@@ -123,7 +123,7 @@ def test_a_folder_gives_its_training_and_its_held_out_prompts(tmp_path):
         ),
     ],
 )
-def test_a_row_that_asks_nothing_is_named(tmp_path, record, message):
+def test_a_row_without_a_prompt_raises_an_error_with_its_location(tmp_path, record, message):
     with pytest.raises(DataError, match=message):
         read_prompts(rows(tmp_path / "p.jsonl", record))
 
@@ -131,13 +131,13 @@ def test_a_row_that_asks_nothing_is_named(tmp_path, record, message):
 @pytest.mark.parametrize(
     ("data", "message"), [(b"hi\n\xff\n", r"p\.txt:2: not UTF-8"), (b"\n \n", "no prompts in it")]
 )
-def test_a_text_file_that_asks_nothing_is_named(tmp_path, data, message):
+def test_a_text_file_without_prompts_raises_an_error(tmp_path, data, message):
     (tmp_path / "p.txt").write_bytes(data)
     with pytest.raises(DataError, match=message):
         read_prompts(str(tmp_path / "p.txt"))
 
 
-def test_a_system_turn_comes_before_prompts_that_have_none():
+def test_a_system_turn_is_added_to_prompts_without_one():
     first, second = add_system_prompt([Prompt((USER,), "a:1"), Prompt((SYSTEM, USER))], "new")
     assert first.messages == ({"role": "system", "content": "new"}, USER)
     assert (first.location, second.messages) == ("a:1", (SYSTEM, USER))

@@ -1,7 +1,7 @@
 """The real files: each recognised without options, and tokenized through a chat template."""
 
 import pytest
-from families import byte_level
+from template_families import byte_level
 
 from mlx_dpo.data.load import load_pairs
 from mlx_dpo.data.sources import read_rows
@@ -27,7 +27,7 @@ def dialogues(material, tmp_path):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_real_file_is_recognised_and_tokenized(material, name):
+def test_the_schema_of_a_real_file_is_detected(material, name):
     schema, count = FILES[name]
     tokenizer = byte_level("chatml")
     found = load_pairs(material / "data" / name, tokenizer, RULES)
@@ -42,7 +42,7 @@ def test_a_real_file_is_recognised_and_tokenized(material, name):
 
 
 def test_the_turns_of_real_dialogues_are_those_of_the_text(dialogues):
-    """Nothing is lost but the marks and the white space beside them."""
+    """Only the turn marks and the white space next to them are removed."""
     tokenizer = byte_level("chatml")
     found = load_pairs(dialogues, tokenizer, RULES, bad_pairs="drop")
     assert found.report.schemas == {"dialogues": SOME}
@@ -62,7 +62,7 @@ def test_the_turns_of_real_dialogues_are_those_of_the_text(dialogues):
         assert "".join(turns.replace("<|im_end|>", "").split()) == "".join(words.split())
 
 
-def test_the_labelled_file_is_refused_with_the_way_on_and_read_where_labels_are_wanted(material):
+def test_a_labelled_file_raises_an_error_with_advice_unless_labels_are_used(material):
     path = material / "data" / "lf-kto-en" / "kto_en_demo.json"
     tokenizer = byte_level("chatml")
     with pytest.raises(DataError, match=r"\[0\]: a single judged answer .* use --loss-type kto"):
@@ -76,7 +76,7 @@ def test_the_labelled_file_is_refused_with_the_way_on_and_read_where_labels_are_
 
 
 def test_the_bad_pairs_of_real_dialogues_are_found(material):
-    """Four answers are empty, five dialogues part before the last answer, as its ABOUT.md says."""
+    """Four completions are empty and five dialogues have different prompts (see its ABOUT.md)."""
     faults = {}
     for row in read_rows(material / "data" / "hh-harmless-test" / "test.jsonl"):
         try:

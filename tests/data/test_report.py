@@ -19,7 +19,7 @@ def test_a_plain_file_needs_two_lines(write, chat):
     ]
 
 
-def test_everything_that_was_done_to_the_pairs_is_said(write, plain):
+def test_the_report_has_a_line_for_every_change(write, plain):
     good = {"prompt": "hi</s>\n", "chosen": "yo", "rejected": "\nno", "score": 3}
     empty = [good | {"chosen": ""}] * 4
     same = good | {"chosen": "\nno"}
@@ -49,7 +49,7 @@ def test_everything_that_was_done_to_the_pairs_is_said(write, plain):
     assert values["unused_fields"] == {"score": 6, "source": 1}
 
 
-def test_wrapping_and_cutting_are_said(write, chat):
+def test_chat_templates_and_truncation_are_reported(write, chat):
     path = write({"prompt": "hi", "chosen": "yo", "rejected": "no!"})
     report = load_pairs(path, chat(), TokenRules(vocab_size=262, max_length=8)).report
     assert report.lines() == [
@@ -62,7 +62,7 @@ def test_wrapping_and_cutting_are_said(write, chat):
     ]
 
 
-def test_what_was_cut_is_counted_by_side(write, plain):
+def test_cut_prompts_and_completions_are_counted(write, plain):
     path = write(
         {"prompt": "hi", "chosen": "c" * 9, "rejected": "r" * 9},
         {"prompt": "a" * 20, "chosen": "yo", "rejected": "no!"},

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from families import byte_level
+from template_families import byte_level
 
 from mlx_dpo.config.dpo_config import get_settings
 from mlx_dpo.data.load import load_pairs
@@ -19,7 +19,7 @@ RULES = TokenRules(vocab_size=1000, max_length=4096)
 
 
 def tokens(path, rows=None):
-    """Whole rows, for a prompt that is gone on with has its boundary elsewhere."""
+    """Return whole rows, because the boundary of a continued prompt is elsewhere."""
     pairs = load_pairs(path, byte_level("qwen-2.5"), RULES, rows=rows or RowRules()).pairs
     return [(p.prompt + p.chosen, p.prompt + p.rejected) for p in pairs], [p.prompt for p in pairs]
 
@@ -40,7 +40,7 @@ def test_tools_reach_the_tokens(name):
 
 
 @pytest.mark.parametrize("name", sorted(SCHEMAS.keys() - WITHOUT_EXAMPLES))
-def test_an_example_is_recognised_by_its_shape_and_named(name):
+def test_the_schema_of_an_example_is_detected_and_reported(name):
     for row in read_rows(EXAMPLES / f"{name}.jsonl"):
         assert find_schema(row).name == name
     report = load_pairs(EXAMPLES / f"{name}.jsonl", byte_level("qwen-2.5"), RULES).report
@@ -48,7 +48,7 @@ def test_an_example_is_recognised_by_its_shape_and_named(name):
 
 
 @pytest.mark.parametrize("name", sorted(SCHEMAS.keys() - WITHOUT_EXAMPLES))
-def test_naming_the_schema_reads_the_same(name):
+def test_naming_the_schema_gives_the_same_tokens(name):
     path = EXAMPLES / f"{name}.jsonl"
     assert tokens(path, RowRules(schema=name)) == tokens(path)
 

@@ -2,7 +2,7 @@
 
 import pytest
 from byte_tokenizer import ASSISTANT, BOS, EOS, USER, ByteTokenizer
-from families import TEMPLATES, byte_level, metaspace
+from template_families import TEMPLATES, byte_level, metaspace
 
 from mlx_dpo.data.inspect.segments import TokenText, segment_pair
 from mlx_dpo.data.tokenization.formatting import TokenRules

@@ -18,7 +18,7 @@ def records(path):
     return [(row.location, row.record) for row in read_rows(path)]
 
 
-def test_lines_keep_their_numbers_past_blank_ones(write):
+def test_blank_lines_count_in_line_numbers(write):
     path = write({"a": 1}, "", "   ", {"a": 2})
     assert records(path) == [("pairs.jsonl:1", {"a": 1}), ("pairs.jsonl:4", {"a": 2})]
 
@@ -36,7 +36,7 @@ def test_a_byte_order_mark_and_windows_lines_are_tolerated(tmp_path, name):
 
 
 def test_only_a_newline_ends_a_line(tmp_path):
-    """A line separator may stand inside a JSON string; text mode's splitlines would cut there."""
+    """A JSON string may contain a line separator, at which str.splitlines would split."""
     path = tmp_path / "pairs.jsonl"
     path.write_text('{"a": "x\u2028y\x85z"}\n', encoding="utf-8")
     assert [row.record for row in read_rows(path)] == [{"a": "x\u2028y\x85z"}]
@@ -53,13 +53,13 @@ def test_only_a_newline_ends_a_line(tmp_path):
         ("true", "pairs.jsonl:2: expected an object, found true or false"),
     ],
 )
-def test_a_bad_line_is_named(write, line, message):
+def test_an_invalid_line_raises_an_error_with_its_location(write, line, message):
     with pytest.raises(DataError) as error:
         records(write({"a": 1}, line))
     assert str(error.value) == message
 
 
-def test_a_bad_byte_is_named(tmp_path, monkeypatch):
+def test_an_invalid_byte_raises_an_error_with_its_location(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("pairs.jsonl").write_bytes(b'{}\n{"a": "\xe9"}\n')
     with pytest.raises(DataError) as error:
@@ -75,7 +75,7 @@ def test_a_bad_byte_is_named(tmp_path, monkeypatch):
         ("[{}, 3]", "pairs.json[1]: expected an object, found a number"),
     ],
 )
-def test_a_json_file_without_a_list_of_objects_is_refused(write, text, message):
+def test_a_json_file_without_a_list_of_objects_raises_an_error(write, text, message):
     with pytest.raises(DataError) as error:
         records(write(text, name="pairs.json"))
     assert str(error.value).startswith(message)
@@ -117,7 +117,7 @@ def written(kind):
 
 @pytest.mark.parametrize("packed", PACKED)
 @pytest.mark.parametrize("kind", [".jsonl", ".json", ".parquet", ".csv"])
-def test_every_kind_of_file_gives_the_same_rows_packed_or_not(tmp_path, monkeypatch, kind, packed):
+def test_every_format_gives_the_same_rows_compressed_or_not(tmp_path, monkeypatch, kind, packed):
     monkeypatch.chdir(tmp_path)
     name = f"pairs{kind}{packed}"
     Path(name).write_bytes(PACKED[packed](written(kind)))
@@ -131,7 +131,9 @@ def test_every_kind_of_file_gives_the_same_rows_packed_or_not(tmp_path, monkeypa
 
 @pytest.mark.parametrize("packed", [".gz", ".bz2", ".xz", ".zst"])
 @pytest.mark.parametrize("kind", [".jsonl", ".parquet"])
-def test_a_file_that_is_not_what_its_name_says_is_one_error(tmp_path, monkeypatch, kind, packed):
+def test_a_file_of_another_format_than_its_suffix_raises_an_error(
+    tmp_path, monkeypatch, kind, packed
+):
     monkeypatch.chdir(tmp_path)
     name = f"pairs{kind}{packed}"
     whole = PACKED[packed](written(kind) * 50)
@@ -141,7 +143,7 @@ def test_a_file_that_is_not_what_its_name_says_is_one_error(tmp_path, monkeypatc
             records(Path(name))
 
 
-def test_cells_of_several_lines_are_counted_from_where_a_row_begins(tmp_path, monkeypatch):
+def test_the_line_of_a_csv_row_is_its_first_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("pairs.csv").write_bytes(b'\xef\xbb\xbfprompt,chosen\n"one\ntwo",a\n\nthree,[not json\n')
     assert records(Path("pairs.csv")) == [
@@ -150,17 +152,17 @@ def test_cells_of_several_lines_are_counted_from_where_a_row_begins(tmp_path, mo
     ]
 
 
-def test_an_answer_in_json_is_text_and_turns_are_turns(tmp_path, monkeypatch):
+def test_json_in_a_csv_cell_is_text_unless_it_is_messages(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     turns = '[{"role": "user", "content": "hi"}]'
-    told = '[{"from": "human", "value": "hi"}]'
-    cells = [turns, '{"k": 1}', '[{"k": 1}]', told, '{"thought": true}']
+    sharegpt = '[{"from": "human", "value": "hi"}]'
+    cells = [turns, '{"k": 1}', '[{"k": 1}]', sharegpt, '{"thought": true}']
     with Path("pairs.csv").open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["prompt", "chosen", "rejected", "conversations", "chat_template_kwargs"])
         table.writerow(cells)
     [(_, record)] = records(Path("pairs.csv"))
-    read = [json.loads(turns), '{"k": 1}', '[{"k": 1}]', json.loads(told), {"thought": True}]
+    read = [json.loads(turns), '{"k": 1}', '[{"k": 1}]', json.loads(sharegpt), {"thought": True}]
     assert list(record.values()) == read
 
 
@@ -174,7 +176,7 @@ def test_an_answer_in_json_is_text_and_turns_are_turns(tmp_path, monkeypatch):
         (b'a,b\n"1,2\n', "pairs.csv: cannot be read (unexpected end of data)"),
     ],
 )
-def test_a_table_that_is_none_is_refused(tmp_path, monkeypatch, data, message):
+def test_an_invalid_csv_file_raises_an_error(tmp_path, monkeypatch, data, message):
     monkeypatch.chdir(tmp_path)
     Path("pairs.csv").write_bytes(data)
     with pytest.raises(DataError) as error:
@@ -194,7 +196,7 @@ def test_a_huge_cell_and_a_huge_line_are_read(tmp_path):
     ("name", "found"),
     [("pairs.txt", "`.txt`"), ("pairs", "no suffix"), ("p.gz", "`.gz`"), ("p.txt.gz", "`.txt.gz`")],
 )
-def test_other_endings_are_refused_by_name(write, name, found):
+def test_an_unsupported_suffix_raises_an_error(write, name, found):
     path = write({}, name=name)
     write({})
     for ask in (
@@ -210,7 +212,7 @@ def test_other_endings_are_refused_by_name(write, name, found):
         )
 
 
-def test_a_missing_file_is_refused(write):
+def test_a_missing_file_raises_an_error(write):
     write({})
     for ask in (
         lambda: find_sources("none.jsonl"),
@@ -231,7 +233,7 @@ def files(sources):
     return [path for source in sources for path in source.files]
 
 
-def test_a_folder_gives_its_train_file_and_the_first_held_out_one(tmp_path):
+def test_a_folder_has_a_train_file_and_the_first_held_out_file(tmp_path):
     place = folder(tmp_path, "train.jsonl", "test.jsonl", "validation.csv.gz", "other.jsonl")
     sources = find_sources(place)
     assert files(sources.train) == [tmp_path / "train.jsonl"]
@@ -242,7 +244,7 @@ def test_a_folder_may_have_no_held_out_file(tmp_path):
     assert find_sources(folder(tmp_path, "train.json")).valid == ()
 
 
-def test_numbered_files_are_read_in_order_and_none_may_be_missing(tmp_path):
+def test_shards_are_read_in_order_and_none_may_be_missing(tmp_path):
     shards = [f"data/train-0000{i}-of-00003.jsonl" for i in range(3)]
     place = folder(tmp_path, *shards, "data/test-00000-of-00001.jsonl", "README.md")
     sources = find_sources(place)
@@ -256,7 +258,7 @@ def test_numbered_files_are_read_in_order_and_none_may_be_missing(tmp_path):
         find_sources(place)
 
 
-def test_another_split_has_its_own_held_out_one_beside_it(tmp_path):
+def test_another_split_has_its_own_held_out_split(tmp_path):
     place = folder(tmp_path, "train_sft.jsonl", "train_prefs.jsonl", "test_prefs.jsonl")
     sources = find_sources(place, split="train_prefs")
     assert files(sources.train) == [tmp_path / "train_prefs.jsonl"]
@@ -265,12 +267,12 @@ def test_another_split_has_its_own_held_out_one_beside_it(tmp_path):
         find_sources(place)
 
 
-def test_a_split_of_files_is_refused(write):
+def test_a_split_of_a_file_raises_an_error(write):
     with pytest.raises(ConfigError, match="`split` has no effect on files"):
         find_sources(str(write({})), split="test")
 
 
-def test_the_held_out_file_that_is_asked_for_goes_before_the_folders_own(tmp_path):
+def test_a_given_held_out_file_replaces_that_of_the_folder(tmp_path):
     place = folder(tmp_path, "train.jsonl", "valid.jsonl", "mine.jsonl")
     sources = find_sources(place, str(tmp_path / "mine.jsonl"))
     assert files(sources.valid) == [tmp_path / "mine.jsonl"]
@@ -278,7 +280,7 @@ def test_the_held_out_file_that_is_asked_for_goes_before_the_folders_own(tmp_pat
     assert find_sources(place, str(tmp_path / "valid.jsonl")).unused_valid == ()
 
 
-def test_what_is_measured_on_is_the_held_out_split_or_all_there_is(tmp_path):
+def test_the_held_out_source_is_the_held_out_split_or_the_whole_file(tmp_path):
     place = folder(tmp_path, "train.jsonl")
     assert resolve_held_out_source(place).files == (tmp_path / "train.jsonl",)
     folder(tmp_path, "test.jsonl")
@@ -286,14 +288,14 @@ def test_what_is_measured_on_is_the_held_out_split_or_all_there_is(tmp_path):
     assert resolve_held_out_source(place + "/train.jsonl").files == (tmp_path / "train.jsonl",)
 
 
-def test_several_sources_are_found_in_their_order(tmp_path):
+def test_several_sources_keep_their_order(tmp_path):
     place = folder(tmp_path, "train.jsonl", "valid.jsonl", "more.jsonl")
     sources = find_sources([str(tmp_path / "more.jsonl"), place])
     assert files(sources.train) == [tmp_path / "more.jsonl", tmp_path / "train.jsonl"]
     assert files(sources.valid) == [tmp_path / "valid.jsonl"]
 
 
-def test_a_folder_without_a_train_file_says_what_is_looked_for(tmp_path):
+def test_a_folder_without_a_train_file_raises_an_error_with_the_expected_name(tmp_path):
     with pytest.raises(DataError) as error:
         find_sources(folder(tmp_path, "valid.jsonl"))
     assert str(error.value) == (
@@ -303,16 +305,16 @@ def test_a_folder_without_a_train_file_says_what_is_looked_for(tmp_path):
 
 
 @pytest.mark.parametrize("other", ["train.json", "train-00000-of-00001.jsonl"])
-def test_a_folder_with_two_train_files_is_refused(tmp_path, other):
+def test_a_folder_with_two_train_files_raises_an_error(tmp_path, other):
     with pytest.raises(DataError, match=r"holds both `train.*` and `train.*`; keep one of them"):
         find_sources(folder(tmp_path, "train.jsonl", other))
 
 
 class Piped(io.TextIOWrapper):
-    """Standard input with something in it."""
+    """Standard input that is not a terminal."""
 
 
-def test_standard_input_is_lines_of_json_read_once(monkeypatch):
+def test_standard_input_is_json_lines_and_read_once(monkeypatch):
     monkeypatch.setattr("sys.stdin", Piped(io.BytesIO(b'{"a": 1}\n\n{"a": 2}\n')))
     [source] = find_sources("-").train
     assert [(row.location, row.record) for row in source.rows()] == [
@@ -324,7 +326,7 @@ def test_standard_input_is_lines_of_json_read_once(monkeypatch):
             find_sources(*given)
 
 
-def test_a_terminal_is_no_source(monkeypatch):
+def test_a_terminal_as_standard_input_raises_an_error(monkeypatch):
     class Terminal(Piped):
         def isatty(self):
             return True

@@ -1,10 +1,10 @@
-"""Special tokens in what people wrote stay text, whichever tokenizer reads it."""
+"""Special tokens in the text of data stay plain text with every tokenizer."""
 
 import pytest
 from byte_tokenizer import ASSISTANT, BOS, CHAT, EOS, USER, ByteTokenizer
-from families import TEMPLATES, byte_level, metaspace, unigram
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from template_families import TEMPLATES, byte_level, metaspace, unigram
 
 from mlx_dpo.data.tokenization.chat_template import encode_conversation
 from mlx_dpo.data.tokenization.formatting import TokenRules
@@ -32,8 +32,8 @@ def controls(tokenizer, ids):
 
 @pytest.mark.parametrize("make", [byte_level, metaspace, unigram])
 @pytest.mark.parametrize("name", NAMES)
-def test_no_text_forges_a_control_token(name, make):
-    """The control tokens are those of the same turns without the text; the text is all there."""
+def test_no_text_imitates_a_control_token(name, make):
+    """The control tokens are those of the same turns without the text; the text is complete."""
     tokenizer = make(name)
     plain = encode_conversation(tokenizer, user("ab"), add_generation_prompt=True, thinking=False)
     for special in tokenizer.all_special_tokens:
@@ -49,8 +49,8 @@ def test_no_text_forges_a_control_token(name, make):
 @pytest.mark.parametrize("name", ["chatml", "llama-3", "zephyr"])
 @settings(max_examples=30, deadline=None)
 @given(text=st.text("ab <|>im_end/s\n", min_size=1, max_size=20))
-def test_marked_text_is_cut_into_the_ids_of_the_text_alone(name, make, text):
-    """In front of a special token that is only text, the ids are those of the usual way."""
+def test_text_before_a_plain_special_token_has_its_usual_ids(name, make, text):
+    """The ids before a special token that is plain text are those of normal tokenization."""
     tokenizer = make(name)
     eos = tokenizer.eos_token
     if get_special_tokens(tokenizer).find(text) or not text.strip():
@@ -68,30 +68,30 @@ def test_marked_text_is_cut_into_the_ids_of_the_text_alone(name, make, text):
     assert controls(tokenizer, forged) == controls(tokenizer, honest)
 
 
-def test_by_hand_it_is_the_characters_that_are_read(chat):
+def test_a_special_token_in_a_message_becomes_its_characters(chat):
     pair = pair_of(chat(), "a</s>b<A>", "yo</s>!").pair
     assert pair.prompt == (USER, *b"a</s>b<A>", EOS, ASSISTANT)
     assert pair.chosen == (*b"yo</s>!", EOS)
 
 
-def test_plain_text_keeps_them_as_text_unless_it_is_to_be_read_as_it_stands(plain):
+def test_special_tokens_in_plain_text_are_control_tokens_only_with_chat_template_text(plain):
     text = "<s>hi</s><U>a"
     auto = pair_of(plain, text, "yo</s>x</s>")
     assert auto.pair.prompt == (BOS, *b"hi</s><U>a")  # the first begins the text as ever
     assert auto.pair.chosen == (*b"yo</s>x", EOS)  # and the last ends it
     assert auto.specials == {"</s>", "<U>"}
-    asked = pair_of(plain, text, "yo</s>x</s>", chat_template="text")
-    assert asked.pair.prompt == (BOS, *b"hi", EOS, USER, *b"a")
-    assert asked.pair.chosen == (*b"yo", EOS, *b"x", EOS)
-    assert asked.specials == {"</s>", "<U>"}
+    as_text = pair_of(plain, text, "yo</s>x</s>", chat_template="text")
+    assert as_text.pair.prompt == (BOS, *b"hi", EOS, USER, *b"a")
+    assert as_text.pair.chosen == (*b"yo", EOS, *b"x", EOS)
+    assert as_text.specials == {"</s>", "<U>"}
 
 
-def test_a_beginning_is_written_before_text_with_a_special_token(plain):
+def test_a_bos_token_is_added_to_plain_text_with_a_special_token(plain):
     assert pair_of(plain, "a</s>b").pair.prompt == (BOS, *b"a</s>b")
     assert pair_of(ByteTokenizer(), "a</s>b").pair.prompt == tuple(b"a</s>b")
 
 
-def test_a_pair_whose_text_cannot_stay_text_is_a_named_fault(chat):
+def test_a_pair_with_a_special_token_that_cannot_be_plain_text_is_bad(chat):
     class Stubborn(ByteTokenizer):
         def encode(self, text, add_special_tokens=True, split_special_tokens=False):
             return [EOS if number == ord("<") else number for number in super().encode(text)]
@@ -110,14 +110,14 @@ def test_a_pair_whose_text_cannot_stay_text_is_a_named_fault(chat):
         assert "--bad-pairs drop" in str(error.value)
 
 
-def test_the_longest_that_fits_is_meant():
+def test_the_longest_matching_special_token_counts():
     specials = SpecialTokens({"<a>": 1, "<a>b": 2, "b": 3})
     assert specials.find("<a>b<a>") == {"<a>b", "<a>"}
     assert specials.unmark(specials.mark("x<a>by")) == "x<a>by"
     assert len(specials.mark("x<a>by")) == 3
 
 
-def test_what_tools_and_arguments_hold_stays_text_as_well(chat):
+def test_special_tokens_in_tools_and_template_arguments_are_plain_text(chat):
     template = "{% if tools %}{{ tools[0].name }}{% endif %}" + CHAT
     preference = PreferenceExample(
         "hi", "yo", "no", "x:1", template_kwargs={"tools": [{"name": "t</s>"}]}
@@ -126,7 +126,7 @@ def test_what_tools_and_arguments_hold_stays_text_as_well(chat):
     assert ids == (*b"t</s>", USER, *b"hi", EOS, ASSISTANT)
 
 
-def test_a_tokenizer_that_splits_no_special_tokens_never_sees_one_whole(chat):
+def test_the_name_is_split_for_a_tokenizer_that_ignores_split_special_tokens(chat):
     class Whole(ByteTokenizer):
         def encode(self, text, add_special_tokens=True, split_special_tokens=False):
             return super().encode(text, add_special_tokens)
@@ -135,8 +135,8 @@ def test_a_tokenizer_that_splits_no_special_tokens_never_sees_one_whole(chat):
         assert pair_of(tokenizer, "a</s>b").pair.prompt == (USER, *b"a</s>b", EOS, ASSISTANT)
 
 
-def test_a_thought_of_the_answer_keeps_its_tokens():
-    """They are added, but not special: they belong to what a model may say."""
+def test_thinking_tokens_in_a_completion_keep_their_ids():
+    """They are added tokens but not special: a model may generate them."""
     tokenizer = byte_level("qwen-3")
     answer = "<think>\nwhy\n</think>\n\nso"
     think = tokenizer.convert_tokens_to_ids("<think>")
@@ -145,7 +145,7 @@ def test_a_thought_of_the_answer_keeps_its_tokens():
     assert pair.chosen[0] == think
 
 
-def test_the_shipped_model_and_a_real_tokenizer_write_them_as_text(stories):
+def test_real_tokenizers_write_special_tokens_as_text(stories):
     for text in ("a</s>b", "<s>", "x <unk> y"):
         ids = encode_conversation(stories, user(text), add_generation_prompt=True, thinking=False)
         assert text in stories.decode(ids)

@@ -1,4 +1,4 @@
-"""The cache of tokens: what is found again, what is made anew, and what is said of it."""
+"""Cache of tokenized pairs: when it is used, when it is not, and its listing."""
 
 import io
 import os
@@ -15,7 +15,7 @@ from byte_tokenizer import CHAT, EOS, ByteTokenizer
 
 from mlx_dpo.data.load import load_pairs
 from mlx_dpo.data.sources import STDIN, find_sources, resolve_source
-from mlx_dpo.data.tokenization import cache as kept
+from mlx_dpo.data.tokenization import cache as token_cache
 from mlx_dpo.data.tokenization.cache import (
     DAMAGED,
     FROM_CACHE,
@@ -37,8 +37,8 @@ RULES = PairRules(TokenRules(vocab_size=262), bad_pairs="drop")
 TOKENIZER = ByteTokenizer(CHAT)
 
 
-class Silent(ByteTokenizer):
-    """Knows the tokens of a reply's end; asked for any other it fails."""
+class CannotEncode(ByteTokenizer):
+    """Has stop tokens, but raises an error for any text."""
 
     def encode(self, *args, **more):
         raise AssertionError("tokenized again")
@@ -47,26 +47,26 @@ class Silent(ByteTokenizer):
 
 
 @contextmanager
-def unheard(rows):
+def no_progress_bar(rows):
     yield lambda more: None
 
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(kept, "MIN_CACHED_BYTES", 0)
+    monkeypatch.setattr(token_cache, "MIN_CACHED_BYTES", 0)
     return TokenCache(tmp_path / "cache" / "tokens", "digest", "org/model")
 
 
 def read(source, cache, rules=RULES, tokenizer=TOKENIZER):
     source = resolve_source(str(source)) if isinstance(source, str | Path) else source
     hands = TokenizerWorkers(tokenizer, partial(ByteTokenizer, CHAT))
-    return load_source(source, hands, rules, cache, progress=unheard)
+    return load_source(source, hands, rules, cache, progress=no_progress_bar)
 
 
-def test_the_second_time_tokens_and_report_are_read(write, cache):
+def test_tokens_and_report_are_read_from_the_cache(write, cache):
     path = write(*ROWS)
     first = read(path, cache)
-    second = read(path, cache, tokenizer=Silent(CHAT))
+    second = read(path, cache, tokenizer=CannotEncode(CHAT))
     known = load_pairs(path, TOKENIZER, RULES.tokens, bad_pairs="drop")
     for found in (first, second):
         assert tuple(found.pairs) == tuple(known.pairs)
@@ -80,9 +80,9 @@ def test_the_second_time_tokens_and_report_are_read(write, cache):
     assert second.report.dropped == {SAME_TEXT: [f"pairs.jsonl:{n}" for n in (1, 4, 7)]}
 
 
-def test_the_same_rows_under_another_name_are_found_with_their_places(write, cache):
+def test_a_copy_of_a_file_is_found_with_its_own_locations(write, cache):
     read(write(*ROWS), cache)
-    found = read(write(*ROWS, name="other.jsonl"), cache, tokenizer=Silent(CHAT))
+    found = read(write(*ROWS, name="other.jsonl"), cache, tokenizer=CannotEncode(CHAT))
     assert found.report.source == "other.jsonl"
     assert [pair.location for pair in found.pairs][:2] == ["other.jsonl:2", "other.jsonl:3"]
     assert found.report.dropped[SAME_TEXT][0] == "other.jsonl:1"
@@ -114,11 +114,11 @@ CHANGED = {
 }
 
 
-def test_rows_that_change_behind_their_digest_are_not_kept_under_it(write, cache):
+def test_rows_that_change_after_their_digest_are_not_cached_under_it(write, cache):
     path = write(*ROWS)
 
     class Slow(ByteTokenizer):
-        """Its end tokens are asked for once the digest of the files is there."""
+        """Changes the file after its digest was computed, when the stop tokens are read."""
 
         @property
         def eos_token_ids(self):
@@ -131,9 +131,11 @@ def test_rows_that_change_behind_their_digest_are_not_kept_under_it(write, cache
             pass
 
     kept_digests = []
-    digest = kept._digest
+    digest = token_cache._digest
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(kept, "_digest", lambda path: kept_digests.append(path) or digest(path))
+        patched.setattr(
+            token_cache, "_digest", lambda path: kept_digests.append(path) or digest(path)
+        )
         changed = read(path, cache, tokenizer=Slow(CHAT))
     assert len(changed.pairs) == 1
     write(*ROWS)
@@ -145,52 +147,54 @@ def test_there_is_a_case_for_every_rule():
     assert CHANGED.keys() == names
 
 
-def missed(path, cache, rules=RULES, tokenizer=None):
-    """Whether nothing kept is taken for this."""
+def is_missed(path, cache, rules=RULES, tokenizer=None):
+    """Return True if no cached file is used."""
     try:
-        return read(path, cache, rules, tokenizer or Silent(CHAT)).report.origin != FROM_CACHE
+        return read(path, cache, rules, tokenizer or CannotEncode(CHAT)).report.origin != FROM_CACHE
     except (AssertionError, DataError):
         return True
 
 
 @pytest.mark.parametrize("name", CHANGED)
-def test_every_rule_that_acts_asks_for_tokens_of_its_own(write, cache, monkeypatch, name):
-    monkeypatch.setattr(kept, "check_token_rules", lambda tokenizer, rules: None)
+def test_every_rule_changes_the_key(write, cache, monkeypatch, name):
+    monkeypatch.setattr(token_cache, "check_token_rules", lambda tokenizer, rules: None)
     path = write(*ROWS)
     read(path, cache)
-    assert not missed(path, cache)
-    assert missed(path, cache, CHANGED[name])
+    assert not is_missed(path, cache)
+    assert is_missed(path, cache, CHANGED[name])
 
 
-def test_everything_else_that_acts_does_too(write, cache, monkeypatch):
+def test_tokenizer_libraries_and_rows_change_the_key(write, cache, monkeypatch):
     path = write(*ROWS)
     read(path, cache)
-    assert missed(path, replace(cache, tokenizer_digest="other"))
-    other = Silent(CHAT)
+    assert is_missed(path, replace(cache, tokenizer_digest="other"))
+    other = CannotEncode(CHAT)
     other.eos_token_ids = [EOS, 7]
-    assert missed(path, cache, tokenizer=other)
+    assert is_missed(path, cache, tokenizer=other)
     for name, value in (("FORMAT_VERSION", 4), ("version", lambda name: "9"), ("LIBRARIES", ())):
         with monkeypatch.context() as patched:
-            patched.setattr(kept, name, value)
-            assert missed(path, cache)
+            patched.setattr(token_cache, name, value)
+            assert is_missed(path, cache)
     Path("pairs.json").write_bytes(path.read_bytes())  # read as something else
-    assert missed("pairs.json", cache)
-    assert not missed(path, cache)
-    assert missed(write(*ROWS[:-1], ROWS[-1] | {"chosen": "yes!"}), cache)
-    assert missed(write(*ROWS[::-1]), cache)
+    assert is_missed("pairs.json", cache)
+    assert not is_missed(path, cache)
+    assert is_missed(write(*ROWS[:-1], ROWS[-1] | {"chosen": "yes!"}), cache)
+    assert is_missed(write(*ROWS[::-1]), cache)
 
 
-def test_a_template_that_knows_the_date_is_asked_again_on_another_day(write, cache, monkeypatch):
+def test_a_template_with_the_date_has_another_key_on_another_day(write, cache, monkeypatch):
     dated = ByteTokenizer("{# strftime_now #}" + CHAT)
-    silent = Silent(dated.chat_template)
+    silent = CannotEncode(dated.chat_template)
     path = write(*ROWS)
     read(path, cache, tokenizer=dated)
     read(path, cache)  # without a date in the template
-    assert not missed(path, cache, tokenizer=silent)
-    tomorrow = type("Tomorrow", (kept.datetime,), {"__format__": lambda self, how: "2100-01-01"})
-    monkeypatch.setattr(kept, "datetime", tomorrow)
-    assert missed(path, cache, tokenizer=silent)
-    assert not missed(path, cache)
+    assert not is_missed(path, cache, tokenizer=silent)
+    tomorrow = type(
+        "Tomorrow", (token_cache.datetime,), {"__format__": lambda self, how: "2100-01-01"}
+    )
+    monkeypatch.setattr(token_cache, "datetime", tomorrow)
+    assert is_missed(path, cache, tokenizer=silent)
+    assert not is_missed(path, cache)
 
 
 def only(cache):
@@ -216,7 +220,7 @@ def emptied(path):
 
 
 def of_another(path):
-    """Whole, but under the name of something else."""
+    """Replace the file by a valid one with another key."""
     path.rename(path.with_name("kept"))
     other = replace(RULES, tokens=replace(RULES.tokens, max_length=99))
     read("pairs.jsonl", TokenCache(path.parent, "digest", "m"), other)
@@ -228,17 +232,17 @@ def of_another(path):
 @pytest.mark.parametrize(
     "damage", [cut, flipped(0), flipped(50), flipped(-1), flipped(-60), emptied, of_another]
 )
-def test_what_is_damaged_or_foreign_is_made_again_with_a_word(write, cache, damage):
+def test_a_damaged_or_foreign_file_is_made_again_and_reported(write, cache, damage):
     path = write(*ROWS)
     wanted = list(read(path, cache).pairs)
     damage(only(cache))
     again = read(path, cache)
     assert list(again.pairs) == wanted
     assert DAMAGED in again.report.lines()
-    assert read(path, cache, tokenizer=Silent(CHAT)).report.origin == FROM_CACHE
+    assert read(path, cache, tokenizer=CannotEncode(CHAT)).report.origin == FROM_CACHE
 
 
-def test_pairs_that_are_held_outlive_their_file(write, cache):
+def test_loaded_pairs_outlive_their_file(write, cache):
     found = read(write(*ROWS), cache)
     only(cache).unlink()
     assert len(list(found.pairs)) == 5
@@ -253,18 +257,18 @@ def test_an_error_leaves_nothing_behind(write, cache):
     assert list(cache.folder.iterdir()) == []
 
 
-def test_nothing_stands_under_its_name_before_it_is_whole(write, cache, monkeypatch):
+def test_a_file_has_its_name_only_when_it_is_complete(write, cache, monkeypatch):
     def stopped(partial, path):
         assert partial.stat().st_size > 0
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(kept.os, "replace", stopped)
+    monkeypatch.setattr(token_cache.os, "replace", stopped)
     with pytest.raises(KeyboardInterrupt):
         read(write(*ROWS), cache)
     assert list(cache.folder.iterdir()) == []
 
 
-def test_a_file_that_changes_meanwhile_is_not_kept(write, cache):
+def test_a_file_that_changes_meanwhile_is_not_cached(write, cache):
     path = write(*ROWS)
 
     class Touching(ByteTokenizer):
@@ -276,7 +280,7 @@ def test_a_file_that_changes_meanwhile_is_not_kept(write, cache):
     assert list(cache.folder.iterdir()) == []
 
 
-def test_a_cache_that_cannot_be_written_is_said_and_done_without(write, cache, tmp_path):
+def test_a_cache_that_cannot_be_written_is_reported_and_not_used(write, cache, tmp_path):
     (tmp_path / "file").write_text("")
     nowhere = replace(cache, folder=tmp_path / "file" / "tokens")
     found = read(write(*ROWS), nowhere)
@@ -284,17 +288,19 @@ def test_a_cache_that_cannot_be_written_is_said_and_done_without(write, cache, t
     assert found.report.origin == f"tokens are not cached: {nowhere.folder}: Not a directory"
 
 
-def test_small_files_and_standard_input_are_not_kept(write, cache, monkeypatch):
+def test_small_files_and_standard_input_are_not_cached(write, cache, monkeypatch):
     path = write(*ROWS)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(path.read_bytes())))
     found = read(find_sources(STDIN).train[0], cache)
     assert [pair.location for pair in found.pairs][:2] == ["-:2", "-:3"]
-    monkeypatch.setattr(kept, "MIN_CACHED_BYTES", 1 << 20)
+    monkeypatch.setattr(token_cache, "MIN_CACHED_BYTES", 1 << 20)
     read(path, cache)
     assert not cache.folder.exists()
 
 
-def test_rows_of_the_hub_are_known_by_the_files_of_its_library(cache, tmp_path, monkeypatch):
+def test_rows_of_the_hub_are_cached_by_the_files_of_the_datasets_library(
+    cache, tmp_path, monkeypatch
+):
     table = datasets.Dataset.from_list(ROWS)
     table.save_to_disk(tmp_path / "table")
     loaded = datasets.load_from_disk(tmp_path / "table")
@@ -302,14 +308,14 @@ def test_rows_of_the_hub_are_known_by_the_files_of_its_library(cache, tmp_path, 
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **more: loaded)
     [source] = find_sources("org/name").train
     first = read(source, cache)
-    second = read(source, cache, tokenizer=Silent(CHAT))
+    second = read(source, cache, tokenizer=CannotEncode(CHAT))
     assert [pair.location for pair in second.pairs][:2] == [
         "org/name:train[1]",
         "org/name:train[2]",
     ]
     assert list(first.pairs) == list(second.pairs)
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **more: table)  # in memory
-    assert missed(source, cache)
+    assert is_missed(source, cache)
 
 
 PROGRAM = """
@@ -317,26 +323,26 @@ import sys
 from functools import partial
 sys.path[:0] = sys.argv[2:]
 import test_token_cache as t
-t.kept.MIN_CACHED_BYTES = 0
+t.token_cache.MIN_CACHED_BYTES = 0
 found = t.read(sys.argv[1], t.TokenCache(t.Path("cache"), "digest", "m"))
 print([pair.chosen for pair in found.pairs])
 """
 
 
-def test_two_that_write_at_once_leave_one_whole_file(write, cache):
+def test_two_processes_that_write_at_once_leave_one_complete_file(write, cache):
     path, here = write(*ROWS * 200), Path(__file__)
     words = [sys.executable, "-c", PROGRAM, str(path), str(here.parent), str(here.parents[2])]
     both = [subprocess.Popen(words, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    said = [process.communicate()[0] for process in both]
+    outputs = [process.communicate()[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]
-    assert said[0] == said[1] != ""
+    assert outputs[0] == outputs[1] != ""
     [entry] = list_entries(Path("cache"))
     assert [path.name for path in Path("cache").iterdir()] == [entry.path.name]
     assert (entry.pairs, entry.damaged) == (1000, False)
     assert read(path, replace(cache, folder=Path("cache"))).report.origin == FROM_CACHE
 
 
-def test_what_is_kept_is_listed(write, cache):
+def test_the_files_of_the_cache_are_listed(write, cache):
     read(write(*ROWS), cache)
     (cache.folder / "z.pairs").write_bytes(b"not this")
     whole, damaged = list_entries(cache.folder)

@@ -12,7 +12,7 @@ def pair(prompt=(1, 2, 3, 4), chosen=(11, 12, 13), rejected=(21, 22)):
 
 
 @pytest.mark.parametrize("how", ["keep_start", "keep_end", "drop"])
-def test_a_pair_that_fits_exactly_is_left_alone(how):
+def test_a_pair_of_exactly_max_length_is_unchanged(how):
     assert truncate(pair(), 7, how) == pair()
 
 
@@ -27,7 +27,7 @@ def test_a_pair_that_fits_exactly_is_left_alone(how):
         ("keep_end", 2, ((4,), (11,), (21,))),
     ],
 )
-def test_what_gives_way_is_what_was_said(how, max_length, kept):
+def test_each_strategy_cuts_its_part(how, max_length, kept):
     assert truncate(pair(), max_length, how) == TokenizedPair(*kept, "pairs.jsonl:7")
 
 
@@ -58,7 +58,7 @@ def test_what_gives_way_is_what_was_said(how, max_length, kept):
         ),
     ],
 )
-def test_a_pair_that_cannot_be_cut_is_bad(bad, how, max_length, reason, message):
+def test_a_pair_that_cannot_be_truncated_is_bad(bad, how, max_length, reason, message):
     with pytest.raises(BadPairError) as error:
         truncate(bad, max_length, how)
     assert error.value.reason == reason
@@ -69,7 +69,7 @@ ids = st.lists(st.integers(0, 3), min_size=1, max_size=12).map(tuple)
 
 
 @given(ids, ids, ids, st.integers(2, 20), st.sampled_from(["keep_start", "keep_end", "drop"]))
-def test_what_is_kept_is_a_piece_of_what_was_given(prompt, chosen, rejected, max_length, how):
+def test_truncated_parts_are_slices_of_the_pair(prompt, chosen, rejected, max_length, how):
     whole = TokenizedPair(prompt, chosen, rejected, "pairs.jsonl:7")
     try:
         cut = truncate(whole, max_length, how)
@@ -105,7 +105,7 @@ BEGUN = (9, 1, 2, 3, 4, 5)  # 9 begins the text; turns begin at 2 and at 4
         (2, (), (5,)),  # one of the prompt, one of a completion
     ],
 )
-def test_the_token_that_begins_a_text_survives_and_turns_stay_whole(max_length, turns, prompt):
+def test_keep_end_keeps_the_bos_token_and_whole_turns(max_length, turns, prompt):
     whole = TokenizedPair(BEGUN, (11, 12, 13), (21, 22), "pairs.jsonl:7")
     cut = truncate(whole, max_length, "keep_end", keep_bos=True, turn_starts=turns)
     assert cut.prompt == prompt

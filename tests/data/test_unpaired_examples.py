@@ -1,4 +1,4 @@
-"""Judged answers: how rows are read, and which foreign answer each is held against."""
+"""Unpaired examples (KTO): how rows are parsed, and their mismatched completions."""
 
 import json
 
@@ -33,7 +33,7 @@ def test_a_labelled_row_is_one_unpaired_example(label):
     ]
 
 
-def test_messages_end_with_the_answer():
+def test_messages_end_with_the_completion():
     assert read(messages=[USER, BOT], label=False) == [
         UnpairedExample((USER,), (BOT,), False, "rows:1")
     ]
@@ -59,7 +59,7 @@ def test_a_pair_in_renamed_columns_is_two_unpaired_examples():
 
 
 @pytest.mark.parametrize(
-    ("record", "said"),
+    ("record", "message"),
     [
         ({"prompt": "a", "completion": "b", "label": "yes"}, "`label` must be true or false"),
         ({"prompt": "a", "completion": "b", "label": 2}, "found 2"),
@@ -69,20 +69,20 @@ def test_a_pair_in_renamed_columns_is_two_unpaired_examples():
         ({"prompt": "a", "completion": " ", "label": True}, "empty"),
     ],
 )
-def test_an_invalid_labelled_row_is_an_error(record, said):
-    with pytest.raises(DataError, match=said):
+def test_an_invalid_labelled_row_is_an_error(record, message):
+    with pytest.raises(DataError, match=message):
         read(**record)
 
 
-def rows(*asked):
+def rows(*prompts):
     return [
         TokenizedPair((i,), (100 + i, 200 + i, 9), (), prompt_digest=prompt, desirable=True)
-        for i, prompt in enumerate(asked)
+        for i, prompt in enumerate(prompts)
     ]
 
 
 @pytest.mark.parametrize(
-    ("asked", "expected"),
+    ("prompts", "expected"),
     [
         ("abc", [2, 0, 1]),  # each the one before; the first goes on at the end
         ("aabb", [2, 3, 0, 1]),
@@ -91,23 +91,23 @@ def rows(*asked):
         ("abaa", [1, 0, 1, 1]),
     ],
 )
-def test_each_is_held_against_an_answer_to_another_prompt(asked, expected):
-    made = with_mismatched_completions(rows(*asked), max_length=64)
+def test_each_example_gets_the_completion_of_another_prompt(prompts, expected):
+    made = with_mismatched_completions(rows(*prompts), max_length=64)
     assert [row.rejected[0] - 100 for row in made] == expected
-    assert [row.chosen for row in made] == [row.chosen for row in rows(*asked)]
+    assert [row.chosen for row in made] == [row.chosen for row in rows(*prompts)]
 
 
 @given(st.lists(st.integers(0, 6), min_size=2, max_size=40).filter(lambda a: len(set(a)) > 1))
-def test_every_answer_is_held_against_once_and_never_to_its_own_prompt(asked):
-    """Of pairs made judgements, the bad ones alone would tell how far the policy left them."""
-    made = with_mismatched_completions(rows(*map(str, asked)), max_length=64)
+def test_every_completion_is_used_once_and_never_for_its_own_prompt(prompts):
+    """For examples made from pairs, undesirable completions alone would bias the KL estimate."""
+    made = with_mismatched_completions(rows(*map(str, prompts)), max_length=64)
     against = [row.rejected[0] - 100 for row in made]
-    assert all(asked[i] != asked[other] for i, other in enumerate(against))
-    if 2 * max(map(asked.count, asked)) <= len(asked):
-        assert sorted(against) == list(range(len(asked)))
+    assert all(prompts[i] != prompts[other] for i, other in enumerate(against))
+    if 2 * max(map(prompts.count, prompts)) <= len(prompts):
+        assert sorted(against) == list(range(len(prompts)))
 
 
-def test_the_foreign_answer_is_cut_to_the_room_beside_the_prompt_and_never_empty():
+def test_a_mismatched_completion_is_truncated_and_never_empty():
     made = with_mismatched_completions(rows("a", "b"), max_length=3)
     assert [len(row.rejected) for row in made] == [2, 2]
     assert [
@@ -115,7 +115,7 @@ def test_the_foreign_answer_is_cut_to_the_room_beside_the_prompt_and_never_empty
     ] == [1, 1]
 
 
-def test_rows_of_a_single_prompt_are_refused():
+def test_examples_of_a_single_prompt_raise_an_error():
     with pytest.raises(ConfigError, match="at least two prompts"):
         with_mismatched_completions(rows("a", "a"), max_length=64)
     assert with_mismatched_completions([], max_length=64) == []
@@ -126,7 +126,7 @@ def written(path, *records):
     return path
 
 
-def test_a_file_may_mix_labelled_rows_and_pairs_and_is_counted_in_answers(tmp_path, plain):
+def test_a_file_may_mix_labelled_rows_and_pairs_and_counts_examples(tmp_path, plain):
     path = written(
         tmp_path / "rows.jsonl",
         {"prompt": "Hi?", "completion": "Yes.", "label": False},
@@ -140,7 +140,7 @@ def test_a_file_may_mix_labelled_rows_and_pairs_and_is_counted_in_answers(tmp_pa
     assert not found.report.unused_fields
 
 
-def test_an_answer_becomes_the_same_tokens_as_in_a_pair(tmp_path, chat):
+def test_a_completion_has_the_same_tokens_as_in_a_pair(tmp_path, chat):
     pair = {"prompt": "Hi?", "chosen": "Yes.", "rejected": "No."}
     path = written(tmp_path / "rows.jsonl", pair)
     rules = TokenRules(vocab_size=262)
@@ -149,27 +149,27 @@ def test_an_answer_becomes_the_same_tokens_as_in_a_pair(tmp_path, chat):
     assert (good.prompt, good.chosen, bad.chosen) == (whole.prompt, whole.chosen, whole.rejected)
 
 
-def test_without_labels_a_labelled_row_is_refused_with_the_way_on(tmp_path, plain):
+def test_without_kto_a_labelled_row_raises_an_error_with_advice(tmp_path, plain):
     path = written(tmp_path / "rows.jsonl", {"prompt": "Hi?", "completion": "Y", "label": True})
     with pytest.raises(DataError, match="--loss-type kto"):
         load_pairs(path, plain, TokenRules(vocab_size=262))
 
 
-def test_margins_and_weights_are_read_where_they_are_asked_for(tmp_path, plain):
+def test_margins_and_weights_are_read_from_the_given_columns(tmp_path, plain):
     pair = {"prompt": "Hi?", "chosen": "Yes.", "rejected": "No.", "lead": 2, "trust": 0.5}
     path, rules = written(tmp_path / "rows.jsonl", pair), TokenRules(vocab_size=262)
     silent = load_pairs(path, plain, rules)
-    told = load_pairs(path, plain, rules, rows=RowRules(margin="lead", weight="trust"))
+    weighted = load_pairs(path, plain, rules, rows=RowRules(margin="lead", weight="trust"))
     assert (silent.pairs[0].margin, silent.pairs[0].weight) == (0.0, 1.0)
-    assert (told.pairs[0].margin, told.pairs[0].weight) == (2.0, 0.5)
+    assert (weighted.pairs[0].margin, weighted.pairs[0].weight) == (2.0, 0.5)
     assert set(silent.report.unused_fields) == {"lead", "trust"}
-    assert not told.report.unused_fields
+    assert not weighted.report.unused_fields
     # What a run depends on is its digest.
-    assert pairs_digest(silent.pairs) != pairs_digest(told.pairs)
+    assert pairs_digest(silent.pairs) != pairs_digest(weighted.pairs)
 
 
 @pytest.mark.parametrize("value", ["much", None, True, float("nan"), -1])
-def test_a_weight_that_is_no_number_from_0_is_refused(tmp_path, plain, value):
+def test_a_weight_must_be_a_number_of_at_least_0(tmp_path, plain, value):
     pair = {"prompt": "Hi?", "chosen": "Yes.", "rejected": "No.", "trust": value}
     path = written(tmp_path / "rows.jsonl", pair)
     with pytest.raises(DataError, match="`trust` must be a number of at least 0"):

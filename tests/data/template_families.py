@@ -1,4 +1,4 @@
-"""Tokenizers of transformers for every template in `templates/`, small, with the family's marks."""
+"""Small tokenizers of transformers with the templates in `templates/` and their special tokens."""
 
 from functools import lru_cache
 from pathlib import Path
@@ -11,7 +11,7 @@ FOLDER = Path(__file__).parent / "templates"
 DEEPSEEK = (
     "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", ["<｜User｜>", "<｜Assistant｜>"],
 )  # fmt: skip
-# The token that begins a text (None: there is none), the one that ends a reply, and the others.
+# BOS token (or None), stop token, and other special tokens.
 TEMPLATES = {
     "llama-3": ("<|begin_of_text|>", "<|eot_id|>", ["<|start_header_id|>", "<|end_header_id|>"]),
     "chatml": (None, "<|im_end|>", ["<|im_start|>"]),
@@ -26,24 +26,24 @@ TEMPLATES = {
     "deepseek-r1": DEEPSEEK,
     "granite": (None, "<|end_of_text|>", ["<|start_of_role|>", "<|end_of_role|>"]),
 }  # fmt: skip
-THOUGHTS = ["<think>", "</think>"]  # added to the vocabulary, but not special
+THINKING_TOKENS = ["<think>", "</think>"]  # added tokens that are not special
 
 
 @lru_cache
 def byte_level(name):
-    """Bytes, with words that begin with a space merged from two of them, as GPT-2's are."""
+    """Return a byte-level BPE tokenizer like that of GPT-2, with few merges."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = [("Ġ", letter) for letter in "abcdefghijklmnopqrstuvwxyz"]
     words = [*alphabet, *("".join(merge) for merge in merges)]
     tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return _dressed(tokenizer, name)
+    return _add_special_tokens(tokenizer, name)
 
 
 @lru_cache
 def metaspace(name):
-    """Characters and bytes, a space put before a beginning, as SentencePiece's of Llama 2."""
+    """Return a BPE tokenizer like that of Llama 2, which adds a space before a text."""
     begin, end, others = TEMPLATES[name]
     specials = ["<unk>", *(token for token in (begin, end, *others) if token)]
     letters = [chr(i) for i in range(33, 127)]
@@ -57,12 +57,12 @@ def metaspace(name):
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     )
-    return _dressed(tokenizer, name)
+    return _add_special_tokens(tokenizer, name)
 
 
 @lru_cache
 def unigram(name):
-    """Its pieces have scores, special tokens among them."""
+    """Return a unigram tokenizer, in which special tokens have scores like other pieces."""
     begin, end, others = TEMPLATES[name]
     specials = ["<unk>", *(token for token in (begin, end, *others) if token)]
     pieces = [(token, 0.0) for token in specials]
@@ -75,14 +75,14 @@ def unigram(name):
     tokenizer = Tokenizer(models.Unigram(pieces, 0))
     tokenizer.normalizer = normalizers.Replace(Regex(" "), "▁")
     tokenizer.decoder = decoders.Replace("▁", " ")
-    return _dressed(tokenizer, name)
+    return _add_special_tokens(tokenizer, name)
 
 
-def _dressed(tokenizer, name):
+def _add_special_tokens(tokenizer, name):
     begin, end, others = TEMPLATES[name]
     special = [token for token in (begin, end, *others) if token]
     tokenizer.add_special_tokens(special)
-    tokenizer.add_tokens(THOUGHTS)
+    tokenizer.add_tokens(THINKING_TOKENS)
     if begin:
         tokenizer.post_processor = TemplateProcessing(
             single=f"{begin} $A", special_tokens=[(begin, tokenizer.token_to_id(begin))]
