@@ -1,6 +1,6 @@
-"""A small Hub on loopback: enough of its HTTP for the real `huggingface_hub` to push and pull.
+"""A fake Hub on localhost with the HTTP routes that `huggingface_hub` needs to push and pull.
 
-It keeps repositories in memory, takes one token, and can be made to fail.
+It keeps repositories in memory, accepts one token, and can be made to fail.
 """
 
 import base64
@@ -17,26 +17,28 @@ import pytest
 import yaml
 
 TOKEN = "not-a-real-token"
-LARGE = (".safetensors", ".png")  # what the Hub keeps beside git
+LFS_SUFFIXES = (".safetensors", ".png")  # of files that the Hub keeps outside git
 
 
 class FakeHub(ThreadingHTTPServer):
-    """`repos` by name: private, and the commits, each of a message and whole files."""
+    """A server with `repos` by name: `private`, and `commits` of (message, all files)."""
 
     daemon_threads = True
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.repos, self.objects = {}, {}
-        self.seen = Counter()  # requests by kind
-        self.breaking = set()  # kinds whose connection is cut
-        self.losing = set()  # kinds that are done, and whose connection is cut before the answer
-        self.answers = {}  # by kind: a status and headers instead of an answer
-        self.meanwhile = {}  # by kind: what happens before it is done
-        self.transfer = "basic"  # how large files are to be sent
-        self.foreign = set()  # organisations that the token may not write to
-        self.given = set()  # files that were asked for
-        self.received = b""  # all that ever arrived in bodies
+        self.requests = Counter()  # number of requests by kind
+        self.cut_before = set()  # kinds whose connection is cut before they take effect
+        self.cut_after = (
+            set()
+        )  # kinds that take effect, with the connection cut before the response
+        self.responses = {}  # by kind: status and headers of a response without effect
+        self.before_reply = {}  # by kind: a function to call before the request takes effect
+        self.transfer = "basic"  # protocol for large files
+        self.forbidden_organizations = set()  # without write access
+        self.downloaded = set()  # names of requested files
+        self.received = b""  # bodies of all requests
 
     @property
     def address(self):
@@ -72,25 +74,25 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def _serve(self):
-        place = unquote(urlsplit(self.path).path)
+        path = unquote(urlsplit(self.path).path)
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.server.received += body
         for method, pattern, kind in ROUTES:
-            if re.fullmatch(method, self.command) and (found := re.fullmatch(pattern, place)):
-                self.server.seen[kind] += 1
+            if re.fullmatch(method, self.command) and (match := re.fullmatch(pattern, path)):
+                self.server.requests[kind] += 1
                 self.kind = kind
-                if kind in self.server.meanwhile:
-                    self.server.meanwhile.pop(kind)()
-                if kind in self.server.breaking:
+                if kind in self.server.before_reply:
+                    self.server.before_reply.pop(kind)()
+                if kind in self.server.cut_before:
                     self._cut()
-                elif kind in self.server.answers:
-                    code, headers = self.server.answers[kind]
+                elif kind in self.server.responses:
+                    code, headers = self.server.responses[kind]
                     self._send(code, {"error": f"no {kind} today"}, **headers)
                 else:
-                    getattr(self, f"_{kind}")(body, **found.groupdict())
+                    getattr(self, f"_{kind}")(body, **match.groupdict())
                 return
         self.kind = None
-        self._send(404, {"error": f"no route for {self.command} {place}"})
+        self._send(404, {"error": f"no route for {self.command} {path}"})
 
     do_GET = do_HEAD = do_POST = do_PUT = _serve  # noqa: N815
 
@@ -102,7 +104,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
     def _send(self, code, content, **headers):
-        if self.kind in self.server.losing:
+        if self.kind in self.server.cut_after:
             self._cut()
             return
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
@@ -113,7 +115,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(data)
 
-    def _may(self):
+    def _is_authorized(self):
         if self.headers.get("Authorization") == f"Bearer {TOKEN}":
             return True
         message = "Invalid credentials in Authorization header"
@@ -121,39 +123,39 @@ class _Handler(BaseHTTPRequestHandler):
         return False
 
     def _repo(self, name):
-        """The repository if the asker may see it."""
-        found = self.server.repos.get(name)
-        if found is None or (found["private"] and not self.headers.get("Authorization")):
+        """Return the repository if the client may see it."""
+        repo = self.server.repos.get(name)
+        if repo is None or (repo["private"] and not self.headers.get("Authorization")):
             self._send(404, {"error": "Repository not found"}, X_Error_Code="RepoNotFound")
             return None
-        return found if not found["private"] or self._may() else None
+        return repo if not repo["private"] or self._is_authorized() else None
 
     def _create(self, body):
-        asked = json.loads(body)
-        name = f"{asked['organization']}/{asked['name']}"
-        if not self._may():
+        request = json.loads(body)
+        name = f"{request['organization']}/{request['name']}"
+        if not self._is_authorized():
             return
-        if asked["organization"] in self.server.foreign:
-            said = f'You don\'t have the rights to create a model under the namespace "{name}"'
-            self._send(403, {"error": said}, X_Error_Message=said)
+        if request["organization"] in self.server.forbidden_organizations:
+            message = f'You don\'t have the rights to create a model under the namespace "{name}"'
+            self._send(403, {"error": message}, X_Error_Message=message)
         elif name in self.server.repos:
-            said = "You already created this model repo"
-            self._send(409, {"error": said}, X_Error_Message=said)
+            message = "You already created this model repo"
+            self._send(409, {"error": message}, X_Error_Message=message)
         else:
-            private = asked.get("visibility") == "private"
+            private = request.get("visibility") == "private"
             self.server.repos[name] = {"private": private, "commits": []}
             self._send(200, {"url": f"{self.server.address}/{name}", "name": name, "id": name})
 
     def _validate(self, body):
-        """Some of the rules of the real one."""
+        """Check the card's metadata by some of the rules of the real Hub."""
         content = json.loads(body)["content"]
-        found = yaml.safe_load(content.split("---")[1])
+        metadata = yaml.safe_load(content.split("---")[1])
         errors = []
-        for base in [found.get("base_model") or []]:
+        for base in [metadata.get("base_model") or []]:
             for name in [base] if isinstance(base, str) else base:
                 if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith((".", "/")):
                     errors.append({"message": '"base_model" is not a Hub id'})
-        if found.get("library_name") not in ("peft", "mlx", "transformers"):
+        if metadata.get("library_name") not in ("peft", "mlx", "transformers"):
             errors.append({"message": '"library_name" is unknown'})
         self._send(400 if errors else 200, {"errors": errors, "warnings": []})
 
@@ -181,19 +183,19 @@ class _Handler(BaseHTTPRequestHandler):
             )
 
     def _sha(self, name):
-        made = repr([c[0] for c in self.server.repos[name]["commits"]])
-        return hashlib.sha1(made.encode()).hexdigest()
+        messages = repr([c[0] for c in self.server.repos[name]["commits"]])
+        return hashlib.sha1(messages.encode()).hexdigest()
 
     def _preupload(self, body, name):
-        if self._repo(name) is None or not self._may():
+        if self._repo(name) is None or not self._is_authorized():
             return
-        there = self.server.files(name)
+        existing = self.server.files(name)
         files = [
             {
                 "path": f["path"],
-                "uploadMode": "lfs" if f["path"].endswith(LARGE) else "regular",
+                "uploadMode": "lfs" if f["path"].endswith(LFS_SUFFIXES) else "regular",
                 "shouldIgnore": False,
-                "oid": _oid(f["path"], there[f["path"]]) if f["path"] in there else None,
+                "oid": _oid(f["path"], existing[f["path"]]) if f["path"] in existing else None,
             }
             for f in json.loads(body)["files"]
         ]
@@ -201,10 +203,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _batch(self, body, name):
         objects = []
-        for wanted in json.loads(body)["objects"]:
-            entry = dict(wanted)
-            if wanted["oid"] not in self.server.objects:
-                href = f"{self.server.address}/objects/{wanted['oid']}"
+        for requested in json.loads(body)["objects"]:
+            entry = dict(requested)
+            if requested["oid"] not in self.server.objects:
+                href = f"{self.server.address}/objects/{requested['oid']}"
                 entry["actions"] = {"upload": {"href": href}}
             objects.append(entry)
         kind = "application/vnd.git-lfs+json"
@@ -216,7 +218,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(200, b"")
 
     def _commit(self, body, name):
-        if self._repo(name) is None or not self._may():
+        if self._repo(name) is None or not self._is_authorized():
             return
         files, message = dict(self.server.files(name)), ""
         for line in body.splitlines():
@@ -225,8 +227,8 @@ class _Handler(BaseHTTPRequestHandler):
             if entry["key"] == "header":
                 message = value["summary"]
                 if value.get("parentCommit", self._sha(name)) != self._sha(name):
-                    said = "A commit has happened since. Please refresh and try again."
-                    self._send(412, {"error": said}, X_Error_Message=said)
+                    message = "A commit has happened since. Please refresh and try again."
+                    self._send(412, {"error": message}, X_Error_Message=message)
                     return
             elif entry["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
@@ -242,7 +244,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self._repo(name) is None:
             return
         data = self.server.files(name).get(file)
-        self.server.given.add(file)
+        self.server.downloaded.add(file)
         if data is None:
             self._send(404, {"error": "Entry not found"}, X_Error_Code="EntryNotFound")
         else:
@@ -254,13 +256,13 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _entry(path, data):
-    """As the Hub lists a file: of a large one git holds a pointer to it."""
-    found = {"rfilename": path, "size": len(data), "blobId": _git_oid(data)}
-    if path.endswith(LARGE):
+    """Return a file as the Hub lists it; git has a pointer in place of a large file."""
+    entry = {"rfilename": path, "size": len(data), "blobId": _git_oid(data)}
+    if path.endswith(LFS_SUFFIXES):
         digest = hashlib.sha256(data).hexdigest()
-        found["blobId"] = _git_oid(b"a pointer to " + digest.encode())
-        found["lfs"] = {"sha256": digest, "size": len(data), "pointerSize": 134}
-    return found
+        entry["blobId"] = _git_oid(b"a pointer to " + digest.encode())
+        entry["lfs"] = {"sha256": digest, "size": len(data), "pointerSize": 134}
+    return entry
 
 
 def _git_oid(data):
@@ -268,12 +270,12 @@ def _git_oid(data):
 
 
 def _oid(path, data):
-    return hashlib.sha256(data).hexdigest() if path.endswith(LARGE) else _git_oid(data)
+    return hashlib.sha256(data).hexdigest() if path.endswith(LFS_SUFFIXES) else _git_oid(data)
 
 
 @pytest.fixture
 def fake_hub(tmp_path, monkeypatch):
-    """The real client talks to it, with a token that it takes."""
+    """Let `huggingface_hub` talk to a fake Hub, with a token that it accepts."""
     from huggingface_hub import constants
     from huggingface_hub.utils import _http
 
@@ -284,5 +286,7 @@ def fake_hub(tmp_path, monkeypatch):
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
         monkeypatch.setenv("HF_TOKEN", TOKEN)
-        monkeypatch.setattr(_http.time, "sleep", lambda seconds: None)  # between its tries
+        monkeypatch.setattr(
+            _http.time, "sleep", lambda seconds: None
+        )  # between the client's retries
         yield hub

@@ -1,4 +1,4 @@
-"""A finished run on a tiny checkpoint, and a copy of it to work in."""
+"""Fixtures: a finished run on a tiny checkpoint, and a copy of it as the working directory."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ GOLDENS = Path(__file__).parent / "goldens" / "publishing"
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """A folder with `base`, `pairs.jsonl` and a finished `run`; to be copied, not changed."""
+    """Return a folder with `base`, `pairs.jsonl` and a finished `run`, which no test may change."""
     folder = tmp_path_factory.mktemp("trained")
     make_checkpoint(folder / "base")
     rows = [
@@ -48,7 +48,7 @@ def train(folder, **settings):
 
 @pytest.fixture
 def workplace(trained, tmp_path, monkeypatch):
-    """A copy of `trained`, entered: its run names its base and pairs by relative paths."""
+    """Copy `trained` and enter the copy, whose run names its base and pairs by relative paths."""
     for name in ("base", "run"):
         shutil.copytree(trained / name, tmp_path / name)
     shutil.copyfile(trained / "pairs.jsonl", tmp_path / "pairs.jsonl")

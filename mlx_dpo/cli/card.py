@@ -1,4 +1,4 @@
-"""`mlx-dpo card`: the page that goes with a run's adapter."""
+"""`mlx-dpo card`: write the model card of a run."""
 
 from pathlib import Path
 
@@ -7,16 +7,16 @@ import click
 
 @click.command()
 @click.argument("run")
-@click.option("--name", metavar="ORG/NAME", default="ORG/NAME", help="What it is to be called.")
-@click.option("--base", metavar="ORG/NAME", help="The base on the Hub, if the run names a folder.")
-@click.option("--prompts", metavar="FILE", help="Prompts to show answers to, before and after.")
+@click.option("--name", metavar="ORG/NAME", default="ORG/NAME", help="Repository of the adapter.")
+@click.option("--base", metavar="ORG/NAME", help="Hub id of the base, if RUN names a folder.")
+@click.option("--prompts", metavar="FILE", help="Prompts for samples before and after training.")
 @click.option(
     "--samples",
     type=click.IntRange(min=0),
-    help="How many; without --prompts, of the held-out pairs. [default: 3, of public pairs only]",
+    help="Number of samples; held-out prompts without --prompts. [default: 3 if data are public]",
 )
-@click.option("--online", is_flag=True, help="Ask the Hub for the base's licence.")
-@click.option("--overwrite", is_flag=True, help="Replace a README.md that is there.")
+@click.option("--online", is_flag=True, help="Ask the Hub for the license of the base.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing README.md.")
 def card(
     run: str,
     name: str,
@@ -26,17 +26,19 @@ def card(
     online: bool,
     overwrite: bool,
 ) -> None:
-    """Write README.md into RUN: what was trained from what, how well, and how to use it.
+    """Write a model card into RUN: README.md with training data, results and usage.
 
-    `push` sends it. It is yours to edit.
+    `push` uploads it. Edit it as you like.
     """
-    from mlx_dpo.hub.run_card import card_of_run, refuse_card, write_card
+    from mlx_dpo.hub.run_card import check_no_card, make_run_card, write_card
 
     folder = Path(run).expanduser()
     if not overwrite:
-        refuse_card(folder)  # before the work
-    made, notes = card_of_run(run, name, base=base, prompts=prompts, samples=samples, online=online)
-    path = write_card(folder, made, overwrite=overwrite)
+        check_no_card(folder)  # before the work
+    model_card, notes = make_run_card(
+        run, name, base=base, prompts=prompts, samples=samples, online=online
+    )
+    path = write_card(folder, model_card, overwrite=overwrite)
     for note in notes:
         click.echo(f"Note: {note}", err=True)
-    click.echo(f"{path}: read it, mend it, then: mlx-dpo push {run} {name}")
+    click.echo(f"{path}: check and edit it, then run: mlx-dpo push {run} {name}")

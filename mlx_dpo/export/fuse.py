@@ -20,7 +20,7 @@ from mlx_dpo.export.model_folder import (
     write_hf,
     write_mlx,
 )
-from mlx_dpo.hub.model_card import fused_card
+from mlx_dpo.hub.model_card import make_fused_model_card
 from mlx_dpo.models.device import main_dtype
 from mlx_dpo.models.files import weight_bytes
 from mlx_dpo.models.license import CARD, inherited_metadata, read_card_metadata
@@ -195,7 +195,9 @@ def fuse_run(folder: str, output: Path, wish: FuseOptions) -> FusedModel:
         with disk_errors(output):
             rounding, left = _write(partial, base, wish, dtype, checkpoint)
             licence = inherited_metadata(read_card_metadata(base.path))
-            page = fused_card(hub_id_of_run(opened), to=wish.to, bits=wish.bits, inherited=licence)
+            page = make_fused_model_card(
+                hub_id_of_run(opened), to=wish.to, bits=wish.bits, inherited=licence
+            )
             (partial / CARD).write_text(f"{page}\n", encoding="utf-8")
         del base  # one model is held at a time
         written = load_model(str(partial), trust_remote_code=opened.config.trust_remote_code)

@@ -1,6 +1,6 @@
-"""The page that goes with an adapter: Hub metadata, and what a person wants to know of it.
+"""The model card of an adapter: Hub metadata, results, code examples, settings and limits.
 
-Facts come in, text goes out; every program that is shown is run by a test.
+Tests run the code examples that the card shows.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,19 +13,21 @@ from mlx_dpo.losses.catalogue import LOSSES
 from mlx_dpo.losses.loss import RewardKind
 from mlx_dpo.runs.folder import CURVES
 
-# What makes a loss that is log 2 before anything is learnt another one.
-MOVED = {"reference_model", "margin_column", "weight_column", "use_weighting", "loss_weights"}
-FULL = "full"  # the way in which there is no adapter
-REWARDED: Mapping[RewardKind, str] = {
-    "log-ratio": "how much likelier the answer is than under the reference, as a log-ratio",
-    "log-probability": "the log-probability of the answer",
-    "average log-probability": "the average log-probability of a token of the answer",
+# Settings with which the sigmoid loss does not start at log 2.
+CHANGES_INITIAL_LOSS = {
+    "reference_model", "margin_column", "weight_column", "use_weighting", "loss_weights",
+}  # fmt: skip
+FULL = "full"  # fine-tune type without an adapter
+REWARD_MEANING: Mapping[RewardKind, str] = {
+    "log-ratio": "log-ratio of the policy to the reference",
+    "log-probability": "log-probability of the completion",
+    "average log-probability": "average log-probability per token of the completion",
 }
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One prompt, and what was said to it before and after training."""
+    """A prompt with the completions before and after training."""
 
     prompt: str
     before: str
@@ -33,221 +35,233 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class CardFacts:
-    """What the card is made of; nothing in it names a place on this machine."""
+class CardContent:
+    """Facts that the card shows; none of them is a path of this machine."""
 
     name: str
     base_model: str | None  # Hub id
     license: Mapping[str, Any]  # of the base: `license`, `license_name`, `license_link`
     language: Any
     datasets: Sequence[str]  # Hub ids
-    pairs: str  # what was trained on, as a sentence's end
+    pairs: str  # description of the training data, as the end of a sentence
     loss: str  # with its settings
-    losses: Sequence[str]  # their names
+    losses: Sequence[str]  # names
     rewarded: RewardKind
-    labelled: bool
+    labelled: bool  # the data are single labelled completions (KTO)
     reference: str
-    adapter: str  # its kind and size
-    steps: str  # how many, and why not more
+    adapter: str  # type and size
+    steps: str  # number of steps, and why training stopped early
     evaluation: Mapping[str, float]
     held_out: int
-    settings: Mapping[str, Any]  # that are not the default
+    settings: Mapping[str, Any]  # those without their default value
     versions: Mapping[str, str]
     digest: str
-    way: str  # lora or dora
-    not_in_peft: str | None  # why, or None where it loads there
-    peft_base: str | None  # Hub id of the checkpoint that PEFT wants, where it is another
-    bits: int | None  # the base was quantised on load
+    fine_tune_type: str  # lora, dora or full
+    peft_problem: str | None  # why PEFT cannot load the adapter
+    peft_base: str | None  # Hub id of the base for PEFT, if it is not `base_model`
+    bits: int | None  # of a base that was quantized when it was loaded
     warnings: Sequence[str] = ()
     samples: Sequence[Sample] = ()
-    curves: bool = False
+    curves: bool = False  # `curves.png` is there
 
 
-def metadata(facts: CardFacts) -> ModelCardData:
-    """The card's metadata as the Hub reads it."""
-    known: dict[str, Any] = dict(facts.license)
-    if facts.base_model is not None:
-        relation = "finetune" if facts.way == FULL else "adapter"
-        known |= {"base_model": facts.base_model, "base_model_relation": relation}
-    if facts.language:
-        known["language"] = facts.language
-    if facts.datasets:
-        known["datasets"] = list(facts.datasets)
-    tags = ["dpo"] if list(facts.losses) == ["sigmoid"] else facts.losses
-    # An adapter's repository cannot be loaded as a model, which tag `library_name: mlx` promises.
+def make_metadata(content: CardContent) -> ModelCardData:
+    """Return the card's metadata in the Hub's format."""
+    optional: dict[str, Any] = dict(content.license)
+    if content.base_model is not None:
+        relation = "finetune" if content.fine_tune_type == FULL else "adapter"
+        optional |= {"base_model": content.base_model, "base_model_relation": relation}
+    if content.language:
+        optional["language"] = content.language
+    if content.datasets:
+        optional["datasets"] = list(content.datasets)
+    tags = ["dpo"] if list(content.losses) == ["sigmoid"] else content.losses
+    # `library_name: mlx` promises a model that mlx-lm loads by its name; an adapter is not one.
     return ModelCardData(
-        library_name="mlx" if facts.not_in_peft else "peft",
+        library_name="mlx" if content.peft_problem else "peft",
         pipeline_tag="text-generation",
-        tags=["mlx-dpo", "mlx", facts.way, "preference-optimization", *tags],
-        **known,
+        tags=["mlx-dpo", "mlx", content.fine_tune_type, "preference-optimization", *tags],
+        **optional,
     )
 
 
-def card(facts: CardFacts) -> ModelCard:
-    """The whole card."""
-    parts = [
-        f"# {facts.name}",
-        _about(facts),
-        "## On pairs that were held out",
-        _results(facts),
-        *(["## Before and after", *map(_sample, facts.samples)] if facts.samples else []),
-        "## How to use it",
-        *usage(facts),
+def make_model_card(content: CardContent) -> ModelCard:
+    """Return the card of an adapter."""
+    samples = ["## Before and after", *map(_format_sample, content.samples)]
+    sections = [
+        f"# {content.name}",
+        _about(content),
+        "## Results on held-out data",
+        _results(content),
+        *(samples if content.samples else []),
+        "## Usage",
+        *_usage(content),
         "## Settings",
-        *_settings(facts),
-        "## Limits",
-        _limits(facts),
+        *_settings(content),
+        "## Limitations",
+        _limitations(content),
     ]
-    return ModelCard(f"---\n{metadata(facts).to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
+    metadata = make_metadata(content).to_yaml()
+    return ModelCard(f"---\n{metadata}\n---\n\n" + "\n\n".join(sections) + "\n")
 
 
-def fused_card(
+def make_fused_model_card(
     base_model: str | None, *, to: str, bits: int | None, inherited: Mapping[str, Any]
 ) -> ModelCard:
-    """The card of a model that a run was fused into: metadata, what it is `inherited` from its
-    base among it, and what it is.
+    """Return the card of a model with a fused adapter.
+
+    Args:
+        to: format of the checkpoint: `hf` or `mlx`.
+        inherited: metadata from the card of the base model.
     """
-    known = dict(inherited)
+    optional = dict(inherited)
     if base_model:
-        known |= {"base_model": base_model, "base_model_relation": "finetune"}
-    data = ModelCardData(
+        optional |= {"base_model": base_model, "base_model_relation": "finetune"}
+    metadata = ModelCardData(
         library_name="transformers" if to == "hf" else "mlx",
         pipeline_tag="text-generation",
         tags=["mlx-dpo", "preference-optimization", *([] if to == "hf" else ["mlx"])],
-        **known,
+        **optional,
     )
-    of = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "its base"
-    packed = f", quantised to {bits} bits" if bits else ""
-    text = f"A model that mlx-dpo trained on preference pairs: {of} with its adapter in it{packed}."
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n")
+    base = _hub_link(base_model) if base_model else "its base"
+    quantized = f", quantized to {bits} bits" if bits else ""
+    text = f"A model trained on preferences by mlx-dpo: {base} with a fused adapter{quantized}."
+    return ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{text}\n")
 
 
-def _base(facts: CardFacts) -> str:
-    name = facts.base_model
-    return f"[{name}](https://huggingface.co/{name})" if name else "a model that is not on the Hub"
+def _hub_link(name: str) -> str:
+    return f"[{name}](https://huggingface.co/{name})"
 
 
-def _about(facts: CardFacts) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in facts.versions.items())
-    what = "Weights" if facts.way == FULL else "An adapter"
-    aim = "answer as the good of" if facts.labelled else "prefer the chosen answers of"
+def _about(content: CardContent) -> str:
+    base = _hub_link(content.base_model) if content.base_model else "a model that is not on the Hub"
+    versions = ", ".join(f"{name} {version}" for name, version in content.versions.items())
+    what = "Weights" if content.fine_tune_type == FULL else "An adapter"
+    aim = "prefer the desirable of" if content.labelled else "prefer the chosen completions of"
+    sources = "; ".join(LOSSES[name].source for name in content.losses)
     lines = [
-        f"{what} for {_base(facts)}, trained to {aim} {facts.pairs}.",
+        f"{what} for {base}, trained to {aim} {content.pairs}.",
         "",
-        f"* Loss: {facts.loss} ({'; '.join(LOSSES[name].source for name in facts.losses)})",
-        f"* Reference: {facts.reference}",
-        f"* Trained: {facts.adapter}; digest `{facts.digest[:12]}`",
-        f"* {facts.steps}, with {versions}",
+        f"* Loss: {content.loss} ({sources})",
+        f"* Reference: {content.reference}",
+        f"* Trained: {content.adapter}; digest `{content.digest[:12]}`",
+        f"* {content.steps}, with {versions}",
     ]
-    if facts.curves:
+    if content.curves:
         lines += ["", f"![Loss, rewards and accuracy over the steps]({CURVES})"]
     return "\n".join(lines)
 
 
-def _results(facts: CardFacts) -> str:
-    if not facts.evaluation:
-        return "None were held out, so nothing is known of unseen pairs."
+def _results(content: CardContent) -> str:
+    if not content.evaluation:
+        return "No data were held out, so the adapter was not evaluated."
     rows = [
-        (f"`{name}`", f"{facts.evaluation[name]:.4f}", meaning)
-        for name, meaning in _meanings(facts).items()
-        if name in facts.evaluation
+        (f"`{name}`", f"{content.evaluation[name]:.4f}", meaning)
+        for name, meaning in _metric_meanings(content).items()
+        if name in content.evaluation
     ]
-    return f"Means over {facts.held_out:,}.\n\n" + _table(("metric", "value", "what it is"), rows)
+    return f"Means over {content.held_out:,}.\n\n" + _table(("metric", "value", "meaning"), rows)
 
 
-def _meanings(facts: CardFacts) -> dict[str, str]:
-    """What the figures of an evaluation are."""
-    right = "pairs whose chosen answer has the larger reward"
-    if facts.labelled:
-        right = "answers whose reward lies on the side of KTO's reference point that they should"
-    plain = list(facts.losses) == ["sigmoid"] and not MOVED & facts.settings.keys()
-    start = "; log 2 = 0.693 before anything is learnt" * plain
+def _metric_meanings(content: CardContent) -> dict[str, str]:
+    """Return a description of each metric of an evaluation."""
+    correct = "pairs with a higher reward for the chosen completion"
+    if content.labelled:
+        correct = "completions whose reward is on the labelled side of KTO's reference point"
+    is_plain_dpo = list(content.losses) == ["sigmoid"]
+    starts_at_log_2 = is_plain_dpo and not CHANGES_INITIAL_LOSS & content.settings.keys()
+    initial = "; log 2 = 0.693 before training" * starts_at_log_2
     return {
-        "eval_loss": f"the loss{start}",
-        "eval_rewards/accuracies": f"share of {right}",
-        "eval_rewards/margins": "reward of the chosen answer less that of the rejected one",
-        "eval_rewards/chosen": f"reward of chosen answers: beta × {REWARDED[facts.rewarded]}",
-        "eval_rewards/rejected": "the same of rejected answers",
-        "eval_logps/chosen": "log-probability of whole chosen answers",
-        "eval_logps/rejected": "the same of rejected answers",
-        "eval_kl": "KTO's estimate of the divergence from the reference, in nats",
-        "eval_length_correlation": "between how much longer chosen is and the margin; near 1 or "
-        "-1: it learnt lengths",
+        "eval_loss": f"the loss{initial}",
+        "eval_rewards/accuracies": f"share of {correct}",
+        "eval_rewards/margins": "reward of the chosen completion minus that of the rejected one",
+        "eval_rewards/chosen": "reward of chosen completions: beta × "
+        + REWARD_MEANING[content.rewarded],
+        "eval_rewards/rejected": "reward of rejected completions",
+        "eval_logps/chosen": "log-probability of chosen completions",
+        "eval_logps/rejected": "log-probability of rejected completions",
+        "eval_kl": "KTO's estimate of the KL divergence from the reference, in nats",
+        "eval_length_correlation": "correlation of the margin with the length difference; near 1 "
+        "or -1 the policy learned length",
     }
 
 
-def _sample(sample: Sample) -> str:
+def _format_sample(sample: Sample) -> str:
     return "\n>\n".join(
         f"> **{name}:** " + text.strip().replace("\n", "\n> ")
         for name, text in vars(sample).items()
     )
 
 
-def _settings(facts: CardFacts) -> list[str]:
-    if not facts.settings:
-        return ["All of them have mlx-dpo's default."]
-    rows = [(f"`{name}`", f"`{value}`") for name, value in facts.settings.items()]
-    return [_table(("setting", "value"), rows), "Everything else has mlx-dpo's default."]
+def _settings(content: CardContent) -> list[str]:
+    if not content.settings:
+        return ["All settings have mlx-dpo's default."]
+    rows = [(f"`{name}`", f"`{value}`") for name, value in content.settings.items()]
+    return [_table(("setting", "value"), rows), "All other settings have mlx-dpo's default."]
 
 
-def _limits(facts: CardFacts) -> str:
+def _limitations(content: CardContent) -> str:
     lines = [
-        "* It prefers what its pairs prefer, with their mistakes and blind spots; the figures are "
-        "of pairs like those, and say nothing of facts, safety or other tasks.",
-        "* Fusing it into a quantised model can undo the training; `mlx-dpo fuse` measures that.",
-        "* " + _licence(facts),
+        "* The model prefers what its training data prefer, with their mistakes and blind spots. "
+        "The metrics are of similar data and say nothing about facts, safety or other tasks.",
+        "* Fusing the adapter into a quantized model can undo the training; `mlx-dpo fuse` "
+        "measures that.",
+        "* " + _license_sentence(content),
     ]
-    return "\n".join([*lines, *(f"* While it was trained: {said}." for said in facts.warnings)])
+    warnings = (f"* Warning during training: {warning}." for warning in content.warnings)
+    return "\n".join([*lines, *warnings])
 
 
-def _licence(facts: CardFacts) -> str:
-    if licence := facts.license.get("license_name") or facts.license.get("license"):
-        return f"Its licence is that of its base: {licence}."
-    return "Its base's licence holds for it as well, and could not be read here."
+def _license_sentence(content: CardContent) -> str:
+    if name := content.license.get("license_name") or content.license.get("license"):
+        return f"License: that of the base model, {name}."
+    return "License: that of the base model, which was not known when this card was written."
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def usage(facts: "CardFacts") -> list[str]:
-    """Sections for mlx-lm, for mlx-dpo, and for transformers with PEFT."""
-    base = facts.base_model or "BASE"
-    parts = [] if facts.base_model else ["`BASE` is the model that it was trained on."]
-    if facts.bits is not None:
-        parts.append(
-            f"In MLX it belongs to its base quantised to {facts.bits} bits: make that first with "
-            f"`mlx-dpo convert {base} --bits {facts.bits} --output base`, and use `base` below."
+def _usage(content: CardContent) -> list[str]:
+    """Return the sections about mlx-lm, mlx-dpo, and transformers with PEFT."""
+    base = content.base_model or "BASE"
+    sections = [] if content.base_model else ["`BASE` stands for the base model."]
+    if content.bits is not None:
+        sections.append(
+            f"In MLX the adapter belongs to the base quantized to {content.bits} bits. Make it "
+            f"with `mlx-dpo convert {base} --bits {content.bits} --output base`, and use `base` "
+            "below."
         )
-    mine = "base" if facts.bits is not None else base
-    theirs = facts.peft_base or base
-    parts += [
+    mlx_base = "base" if content.bits is not None else base
+    peft_base = content.peft_base or base
+    sections += [
         "### mlx-lm",
-        f"```sh\nhf download {facts.name} --local-dir adapter\n```",
+        f"```sh\nhf download {content.name} --local-dir adapter\n```",
         f"""```python
 from mlx_lm import generate, load
 
-model, tokenizer = load("{mine}", adapter_path="adapter")
+model, tokenizer = load("{mlx_base}", adapter_path="adapter")
 chat = [{{"role": "user", "content": "Hello"}}]
 prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True)
 print(generate(model, tokenizer, prompt, max_tokens=100))
 ```""",
         "### mlx-dpo",
-        f"```sh\nmlx-dpo pull {facts.name} --output adapter\n"
-        f"mlx-dpo chat --model {mine} --adapter adapter\n```",
+        f"```sh\nmlx-dpo pull {content.name} --output adapter\n"
+        f"mlx-dpo chat --model {mlx_base} --adapter adapter\n```",
         "### transformers and PEFT",
     ]
-    if facts.not_in_peft:
-        return [*parts, f"It does not load there: {facts.not_in_peft}."]
+    if content.peft_problem:
+        return [*sections, f"PEFT cannot load this adapter: {content.peft_problem}."]
     return [
-        *parts,
+        *sections,
         f"""```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{theirs}")
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{theirs}"), "{facts.name}")
+tokenizer = AutoTokenizer.from_pretrained("{peft_base}")
+model = AutoModelForCausalLM.from_pretrained("{peft_base}")
+model = PeftModel.from_pretrained(model, "{content.name}")
 chat = [{{"role": "user", "content": "Hello"}}]
 inputs = tokenizer.apply_chat_template(
     chat, add_generation_prompt=True, return_dict=True, return_tensors="pt"

@@ -1,114 +1,148 @@
-"""Adapters to and from the Hugging Face Hub, through `huggingface_hub` and its tokens.
+"""Upload of a run's adapter and model card to the Hugging Face Hub.
 
-Only named files go up, in one commit: a repository has all of them or none. Objects that arrived
-before a failure are not sent again.
+Files go up in a single commit: the repository has all of them or none. A retry does not send
+large files again that arrived before a failure.
 """
 
 import hashlib
 import os
-import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi, snapshot_download
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    HTTPError,
-    LocalTokenNotFoundError,
-    RepositoryNotFoundError,
-)
+from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.hf_api import ModelInfo
 
-from mlx_dpo.adapters.files import CONFIG, WEIGHTS, adapter_digest, read_adapter
+from mlx_dpo.adapters.files import CONFIG, WEIGHTS, adapter_digest
 from mlx_dpo.adapters.peft import WEIGHTS as PEFT_WEIGHTS
-from mlx_dpo.errors import ConfigError, ModelError, reason
-from mlx_dpo.hub.run_card import steps_of
-from mlx_dpo.hub.secret_scan import leaks_in
+from mlx_dpo.errors import ConfigError
+from mlx_dpo.hub.errors import INVALID_NAME, as_model_errors
+from mlx_dpo.hub.run_card import trained_steps
+from mlx_dpo.hub.secret_scan import scan_for_secrets
 from mlx_dpo.models.files import read_json
-from mlx_dpo.models.license import CARD, read_card_metadata
-from mlx_dpo.models.output_folder import check_output_folder, disk_errors, new_output_folder
+from mlx_dpo.models.license import CARD
 from mlx_dpo.runs.folder import CURVES
 from mlx_dpo.saved_runs.export_peft import open_finished
 
-Files = Mapping[str, Path]  # what is to go up, by its name there
-ADAPTER_FILES = (
-    "README.md",
-    "adapter_config.json",
-    "adapters.safetensors",
-    "adapter_model.safetensors",
-    CURVES,
-)
-# A RuntimeError is around what a thread met, or is that of the program that packs large files.
-REFUSALS = (HTTPError, LocalTokenNotFoundError, OSError, ValueError, RuntimeError)
-NO_NAME = "no name of a repository; it is `ORG/NAME`"
-LOGIN = "log in with `hf auth login`, with a token that may write"
+REQUIRED_FILES = (CARD, CONFIG, WEIGHTS)
+OPTIONAL_FILES = (PEFT_WEIGHTS, CURVES)
+ADAPTER_FILES = REQUIRED_FILES + OPTIONAL_FILES
+MAX_LISTED_SECRETS = 5  # in the error message
 
 
 @dataclass(frozen=True)
-class Pushed:
-    """A repository, and what went into it."""
+class Upload:
+    """Files of a run that are to be sent, by their name in the repository."""
 
-    address: str
+    files: dict[str, Path]
+    message: str  # of the commit
+
+
+@dataclass(frozen=True)
+class PushResult:
+    """Outcome of an upload."""
+
+    url: str  # of the repository
     commit: str
-    is_new: bool  # it was made for them
-    is_same: bool  # all of them were there
+    is_new: bool  # the repository was created
+    is_unchanged: bool  # the repository had all files already
 
 
-def refuse_leaks(files: Mapping[str, Path | bytes]) -> None:
-    """See that nothing that must stay here is among what goes up.
+def prepare_upload(folder: str, also: tuple[str, ...] = ()) -> Upload:
+    """Return the adapter and card of a finished run, and the files named in `also`.
+
+    Pairs, checkpoints and logs are only sent if they are named.
 
     Raises:
-        ConfigError: names every place.
+        RunError: the run is unfinished.
+        ConfigError: a named file is not in the run folder, or a file has a secret in it.
     """
-    found = [leak for name, content in files.items() for leak in leaks_in(content, name)]
-    if found:
-        places = ", ".join(f"{leak.where} has {leak.what}" for leak in found[:5])
-        more = f", and {len(found) - 5} more" * (len(found) > 5)
-        raise ConfigError(f"nothing was sent: {places}{more}; remove it, or leave the file out")
+    opened = open_finished(folder)
+    run_folder = opened.paths.folder
+    if missing := [name for name in REQUIRED_FILES if not (run_folder / name).is_file()]:
+        raise ConfigError(f"{run_folder}: no `{missing[0]}`; make it with `mlx-dpo card {folder}`")
+    names = [*REQUIRED_FILES, *(name for name in OPTIONAL_FILES if (run_folder / name).is_file())]
+    if "peft_type" not in read_json(run_folder / CONFIG, str(run_folder / CONFIG)):
+        names = [name for name in names if name != PEFT_WEIGHTS]  # stale or incomplete
+    files = {name: _file_in_run(run_folder, name) for name in names}
+    files |= {
+        Path(os.path.normpath(name)).as_posix(): _file_in_run(run_folder, name) for name in also
+    }
+    check_secrets(files)
+    digest, steps = adapter_digest(run_folder)[:12], trained_steps(opened.record)
+    return Upload(files, f"Adapter {digest} of an mlx-dpo run, trained for {steps} steps")
 
 
-def push(files: Files, name: str, *, message: str, public: bool, overwrite: bool) -> Pushed:
-    """Put the files into the repository `name`, which is made if there is none.
+def _file_in_run(folder: Path, name: str) -> Path:
+    """Return the path of a file of the run folder; links that lead out of it are an error."""
+    file = folder / name
+    if not file.is_file() or not file.resolve().is_relative_to(folder.resolve()):
+        raise ConfigError(f"{name}: not a file of the run folder {folder}; no other files are sent")
+    return file
+
+
+def check_secrets(files: Mapping[str, Path | bytes]) -> None:
+    """Raise `ConfigError` if a file has a secret or personal path in it; name the locations.
+
+    Args:
+        files: content, or path of the file, by its name in the repository.
+    """
+    matches = [
+        match for name, content in files.items() for match in scan_for_secrets(content, name)
+    ]
+    if matches:
+        listed = ", ".join(
+            f"{match.location} has {match.kind}" for match in matches[:MAX_LISTED_SECRETS]
+        )
+        hidden = len(matches) - MAX_LISTED_SECRETS
+        more = f", and {hidden} more" if hidden > 0 else ""
+        raise ConfigError(f"nothing was sent: {listed}{more}; remove it, or leave the file out")
+
+
+def push(
+    files: Mapping[str, Path], name: str, *, message: str, public: bool, overwrite: bool
+) -> PushResult:
+    """Commit files to the repository `name`, which is created if it does not exist.
 
     Raises:
-        ConfigError: something must not leave the machine, the repository is public and
-            `public` is not set or the other way round, or it has other files of these names and
-            `overwrite` is not set.
+        ConfigError: a file has a secret in it; the repository is public without `public`, or the
+            other way round; or it has other files of these names without `overwrite`.
         ModelError: the Hub refuses, or cannot be reached.
     """
     if name.count("/") != 1:
-        raise ConfigError(f"{name}: {NO_NAME}")
-    additions = [_addition(path, file) for path, file in files.items()]
-    refuse_leaks({one.path_in_repo: _content(one) for one in additions})
+        raise ConfigError(f"{name}: {INVALID_NAME}")
+    additions = [_read_addition(path, file) for path, file in files.items()]
+    check_secrets({addition.path_in_repo: _content(addition) for addition in additions})
     api = HfApi()
-    with _one_line(name):
-        there = _find_or_make(api, name, public=public)
-        is_same = there is not None and _compare(there, additions, name, overwrite=overwrite)
+    with as_model_errors(name):
+        repository = _get_or_create_repository(api, name, public=public)
+        is_unchanged = repository is not None and _has_all(
+            repository, additions, name, overwrite=overwrite
+        )
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the card's check: about what no card needs
-            done = api.create_commit(
+            warnings.simplefilter("ignore")  # hints about optional metadata of the card
+            commit = api.create_commit(
                 name,
                 additions,
                 commit_message=message,
-                parent_commit=there.sha if there else None,  # nobody's work meanwhile is undone
+                # The Hub refuses the commit if somebody else's came in between.
+                parent_commit=repository.sha if repository else None,
             )
-    return Pushed(f"{api.endpoint}/{name}", done.oid, there is None, is_same)
+    return PushResult(f"{api.endpoint}/{name}", commit.oid, repository is None, is_unchanged)
 
 
-def _addition(path: str, file: Path) -> CommitOperationAdd:
-    """A file as it is now, so that no other content is sent than was searched.
+def _read_addition(path: str, file: Path) -> CommitOperationAdd:
+    """Read a file once, so that the content that is scanned is the content that is sent.
 
-    Weights may be large. They are named by their digest, and sent under no other.
+    Weights are not held in memory: their digest is taken here, and the upload fails if they change.
     """
     if not path.endswith(".safetensors"):
         return CommitOperationAdd(path, file.read_bytes())
-    made = CommitOperationAdd(path, str(file))
-    made.upload_info.sha256  # noqa: B018  taken once, when it is asked for first
-    return made
+    addition = CommitOperationAdd(path, str(file))
+    addition.upload_info.sha256  # noqa: B018  computed and cached on first access
+    return addition
 
 
 def _content(addition: CommitOperationAdd) -> Path | bytes:
@@ -117,182 +151,55 @@ def _content(addition: CommitOperationAdd) -> Path | bytes:
     return Path(content) if isinstance(content, str) else content
 
 
-def _find_or_make(api: HfApi, name: str, *, public: bool) -> ModelInfo | None:
-    """The repository that is there; None if it was made."""
+def _get_or_create_repository(api: HfApi, name: str, *, public: bool) -> ModelInfo | None:
+    """Return the existing repository, or create it and return None."""
     try:
-        there = api.model_info(name, files_metadata=True)
+        repository = api.model_info(name, files_metadata=True)
     except RepositoryNotFoundError:
         api.create_repo(name, private=not public)
         return None
-    if not there.private and not public:
+    if not repository.private and not public:
         raise ConfigError(
-            f"{name}: is public already; add --public to publish, or take another name"
+            f"{name}: is public already; add --public to publish, or choose another name"
         )
-    if there.private and public:
+    if repository.private and public:
         raise ConfigError(
-            f"{name}: is private, and `--public` makes new ones only; leave it out, or make that "
-            "one public on its page"
+            f"{name}: is private, and `--public` applies to new repositories only; leave it out, "
+            "or change the visibility on the repository's page"
         )
-    return there
+    return repository
 
 
-def _compare(
-    there: ModelInfo, additions: Sequence[CommitOperationAdd], name: str, *, overwrite: bool
+def _has_all(
+    repository: ModelInfo, additions: Sequence[CommitOperationAdd], name: str, *, overwrite: bool
 ) -> bool:
-    """Whether the repository has all of it; refuses to replace other content unless asked."""
-    digests = {
-        one.rfilename: one.lfs.sha256 if one.lfs else one.blob_id for one in there.siblings or ()
+    """Return whether the repository has all files with the same content.
+
+    Raises:
+        ConfigError: a file has other content there, and `overwrite` is False.
+    """
+    hub_digests = {
+        file.rfilename: file.lfs.sha256 if file.lfs else file.blob_id
+        for file in repository.siblings or ()
     }
-    here = {one.path_in_repo: _digests(one) for one in additions}
-    others = [path for path in sorted(here.keys() & digests) if digests[path] not in here[path]]
-    if others and not overwrite:
+    digests = {addition.path_in_repo: _possible_digests(addition) for addition in additions}
+    differing = [
+        path
+        for path in sorted(digests.keys() & hub_digests)
+        if hub_digests[path] not in digests[path]
+    ]
+    if differing and not overwrite:
         raise ConfigError(
-            f"{name}: has another `{others[0]}`; add --overwrite to replace it, or take another "
-            "name"
+            f"{name}: has another `{differing[0]}`; add --overwrite to replace it, or choose "
+            "another name"
         )
-    return not others and here.keys() <= digests.keys()
+    return not differing and digests.keys() <= hub_digests.keys()
 
 
-def _digests(addition: CommitOperationAdd) -> set[str]:
-    """What the Hub may know a file by: git's digest, or that of a large file."""
+def _possible_digests(addition: CommitOperationAdd) -> set[str]:
+    """Return the digests by which the Hub may know a file: SHA-256 (LFS) and git's blob id."""
     content = addition.path_or_fileobj
-    found = {addition.upload_info.sha256.hex()}
+    digests = {addition.upload_info.sha256.hex()}
     if isinstance(content, bytes):
-        found.add(hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest())
-    return found
-
-
-def pull(name: str, *, revision: str | None = None) -> Path:
-    """The Hub's own copy of an adapter, of which only its known files are fetched.
-
-    Raises:
-        ModelError: there is none, or the Hub cannot be reached.
-    """
-    with _one_line(name):
-        # By its commit: where the Hub cannot be asked, a name alone would give an older copy.
-        commit = HfApi().model_info(name, revision=revision).sha
-        found = snapshot_download(name, revision=commit, allow_patterns=list(ADAPTER_FILES))
-    folder = Path(found)
-    if not (folder / "adapter_config.json").is_file():
-        raise ModelError(f"{name}: no adapter (there is no `adapter_config.json`)")
-    return folder
-
-
-@contextmanager
-def _one_line(name: str) -> Iterator[None]:
-    """Turn what the Hub or the network say into one line."""
-    try:
-        yield
-    except REFUSALS as error:
-        inner = error.__cause__
-        around = isinstance(error, RuntimeError) and isinstance(inner, REFUSALS)
-        raise ModelError(f"{name}: {_said(inner if around and inner else error)}") from error
-
-
-def _said(error: BaseException) -> str:
-    if isinstance(error, HFValidationError):
-        return NO_NAME
-    if isinstance(error, RepositoryNotFoundError):
-        return f"the Hub has no such repository for you; check the name, or {LOGIN}"
-    if isinstance(error, HfHubHTTPError):
-        return _answered(error)
-    if isinstance(error, ValueError) and "README.md" in str(error):
-        return f"the Hub refuses the card ({reason(error)}); mend README.md"
-    if isinstance(error, ValueError):
-        return f"what answers is not the Hub ({reason(error)}); look at the network, then try again"
-    return f"the Hub cannot be reached ({reason(error)}); try again"
-
-
-def _answered(error: HfHubHTTPError) -> str:
-    """Without the address, which of an object that is sent is as good as a password."""
-    code, phrase = error.response.status_code, error.response.reason_phrase
-    words = " ".join((error.server_message or phrase).split())[:200]
-    if code in (401, 403):
-        return f"the Hub refuses ({code}: {words}); {LOGIN}, and see whether you may write there"
-    if code == 409:
-        return f"the Hub refuses ({code}: {words}); take another name, or {LOGIN}"
-    if code == 412:
-        return f"was changed meanwhile ({code}: {words}); look at it, then try again"
-    return f"the Hub answered {code} ({words}); try again{' later' * (code == 429)}"
-
-
-ALWAYS = (CARD, CONFIG, WEIGHTS)
-IF_THERE = (PEFT_WEIGHTS, CURVES)
-
-
-@dataclass(frozen=True)
-class Parcel:
-    """What of a run is going to be sent, and the message that goes with it."""
-
-    files: dict[str, Path]
-    message: str
-
-
-def pack(folder: str, also: tuple[str, ...] = ()) -> Parcel:
-    """The files of a finished run that go to the Hub: its adapter, its card, and those that are
-    named; never pairs, checkpoints or logs by themselves.
-
-    Raises:
-        RunError: the run is unfinished.
-        ConfigError: a named file is not in the run folder, or something must not leave the machine.
-    """
-    opened = open_finished(folder)
-    place = opened.paths.folder
-    if missing := [name for name in ALWAYS if not (place / name).is_file()]:
-        raise ConfigError(f"{place}: no `{missing[0]}`; make it with `mlx-dpo card {folder}`")
-    names = [*ALWAYS, *(name for name in IF_THERE if (place / name).is_file())]
-    if "peft_type" not in read_json(place / CONFIG, str(place / CONFIG)):
-        names = [name for name in names if name != PEFT_WEIGHTS]  # of another adapter, or half made
-    files = {name: _own_file(place, name) for name in names}
-    files |= {Path(os.path.normpath(name)).as_posix(): _own_file(place, name) for name in also}
-    refuse_leaks(files)
-    digest = adapter_digest(place)[:12]
-    steps = steps_of(opened.record)
-    return Parcel(files, f"Adapter {digest} of an mlx-dpo run, trained for {steps} steps")
-
-
-def _own_file(place: Path, name: str) -> Path:
-    """A file of the run folder, which is none elsewhere that a link leads to."""
-    file = place / name
-    if not file.is_file() or not file.resolve().is_relative_to(place.resolve()):
-        raise ConfigError(f"{name}: no file of the run folder {place}; nothing else is sent")
-    return file
-
-
-@dataclass(frozen=True)
-class Pulled:
-    """An adapter from the Hub."""
-
-    folder: Path
-    base_model: str | None
-    bytes: int
-
-
-def pull_adapter(name: str, output: Path, revision: str | None = None) -> Pulled:
-    """Bring an adapter to the folder `output`, which appears whole or not at all.
-
-    Raises:
-        ModelError: there is none, it cannot be read here, or it cannot be written.
-    """
-    check_output_folder(output, 0)
-    found = pull(name, revision=revision)
-    try:
-        read_adapter(found)
-    except ModelError as error:  # says where the Hub's copy lies
-        raise ModelError(str(error).replace(str(found), name)) from error
-    check_output_folder(output, sum(file.stat().st_size for file in found.iterdir()))
-    with new_output_folder(output) as partial, disk_errors(output):
-        for file in ADAPTER_FILES:
-            if (found / file).is_file():
-                shutil.copyfile(found / file, partial / file)
-    size = sum(file.stat().st_size for file in output.iterdir())
-    return Pulled(output, _base_of(found), size)
-
-
-def _base_of(folder: Path) -> str | None:
-    """The model that an adapter is for, as its card or else its settings say."""
-    said = read_card_metadata(folder).get("base_model")
-    entries = read_json(folder / CONFIG, str(folder / CONFIG))
-    found = [said[0] if isinstance(said, list) and said else said]
-    found.append(entries.get("base_model_name_or_path"))
-    return next((name for name in found if name and isinstance(name, str)), None)
+        digests.add(hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest())
+    return digests

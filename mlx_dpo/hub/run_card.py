@@ -1,4 +1,4 @@
-"""The card of a run: facts from its record and its base, and answers before and after."""
+"""The model card of a finished run: facts from its record, and completions before and after."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -15,8 +15,7 @@ from mlx_dpo.data.hf_datasets import parse_hub_name
 from mlx_dpo.data.prompts import Prompt
 from mlx_dpo.errors import ConfigError, ModelError
 from mlx_dpo.evaluation.compare import compare_runs
-from mlx_dpo.hub.model_card import CardFacts, Sample
-from mlx_dpo.hub.model_card import card as make_card
+from mlx_dpo.hub.model_card import CardContent, Sample, make_model_card
 from mlx_dpo.io.atomic import write_file
 from mlx_dpo.models.download import resolve_model
 from mlx_dpo.models.license import CARD, inherited_metadata, read_card_metadata
@@ -26,11 +25,11 @@ from mlx_dpo.saved_runs.export_peft import hub_id_of_run, open_finished
 from mlx_dpo.saved_runs.open import OpenRun
 from mlx_dpo.saved_runs.report import write_curves
 
-SAMPLES = 3
-ANSWER = Sampling(max_tokens=200)  # the likeliest words
+DEFAULT_SAMPLES = 3
+SAMPLING = Sampling(max_tokens=200)  # greedy
 
 
-def card_of_run(
+def make_run_card(
     folder: str,
     name: str,
     *,
@@ -39,83 +38,83 @@ def card_of_run(
     samples: int | None = None,
     online: bool = False,
 ) -> tuple[ModelCard, tuple[str, ...]]:
-    """The card of a finished run that is to be known as `name`, and notes for its owner.
+    """Return the card of a finished run, and notes for the run's owner.
 
     Args:
-        base: Hub id of the base, where the run was trained on a folder.
-        prompts: File of prompts to be answered before and after.
-        samples: How many of them; 0 for none. Without `prompts` and `samples` only prompts that
-            are public already, as those of a Hub dataset, are taken from the held-out pairs.
-        online: The Hub may be asked for the licence of the base.
+        name: repository that the adapter is going to be pushed to.
+        base: Hub id of the base model, if the run was trained on a local folder.
+        prompts: file of prompts that the model before and after training answers.
+        samples: number of prompts to show, 0 for none. Without `prompts` and `samples`, held-out
+            prompts are shown only if all data are from datasets of the Hub.
+        online: ask the Hub for the license of the base.
 
     Raises:
         RunError, ConfigError, DataError, ModelError: as `compare`; or the run is unfinished.
     """
     opened = open_finished(folder)
-    datasets = hub_datasets(opened)
-    shown, notes = _samples(folder, opened, prompts, samples, datasets)
+    datasets = public_datasets(opened)
+    shown, notes = _make_samples(folder, opened, prompts, samples, datasets)
     hub_id = base or hub_id_of_run(opened)
-    inherited = _inherited(opened, hub_id, online=online)
+    inherited = _inherited_metadata(opened, hub_id, online=online)
     if not inherited.get("license"):
-        asked = ", and the Hub did not tell it" if online and hub_id else ""
-        more = "" if online else ", or let `mlx-dpo card --online` ask the Hub"
-        notes += (f"the base's licence is not known here{asked}: add `license` to the card{more}",)
+        notes += (_license_note(online=online, asked=online and hub_id is not None),)
     if hub_id is None:
-        notes += ("the base has no Hub id: name it with --base, so that others find it",)
-    facts = _facts(opened, name, hub_id, inherited, datasets or [])
-    return make_card(CardFacts(**facts, samples=shown)), notes
+        notes += ("the Hub id of the base is unknown: name it with --base",)
+    facts = _collect_facts(opened, name, hub_id, inherited, datasets or [])
+    return make_model_card(CardContent(**facts, samples=shown)), notes
 
 
-def hub_datasets(opened: OpenRun) -> list[str] | None:
-    """The Hub ids of the run's pairs, None where some of them are of this machine."""
-    sources = [report["source"] for report in opened.record["pairs"]]
-    found = []
-    for source in sources:
-        named, split = source.rpartition(":")[::2]
-        dataset = parse_hub_name(named)
-        given = {str(parse_hub_name(pairs)) for pairs in _given(opened.config)}
-        if dataset is None or not split or named not in given:
+def _license_note(*, online: bool, asked: bool) -> str:
+    failed = ", and the Hub did not answer with it" if asked else ""
+    hint = "" if online else ", or let `mlx-dpo card --online` ask the Hub"
+    return f"the license of the base is unknown{failed}: add `license` to the card{hint}"
+
+
+def public_datasets(opened: OpenRun) -> list[str] | None:
+    """Return the Hub ids of the run's data, or None if some of the data are local files."""
+    config = opened.config
+    given = [*config.pairs, *([config.valid] if config.valid else [])]
+    given_names = {str(parse_hub_name(source)) for source in given}
+    paths = []
+    for report in opened.record["pairs"]:
+        name, split = report["source"].rpartition(":")[::2]
+        dataset = parse_hub_name(name)
+        if dataset is None or not split or name not in given_names:
             return None
-        found.append(dataset.path)
-    return list(dict.fromkeys(found))
+        paths.append(dataset.path)
+    return list(dict.fromkeys(paths))
 
 
-def _given(config: DPOConfig) -> list[str]:
-    return [*config.pairs, *([config.valid] if config.valid else [])]
-
-
-def _facts(
+def _collect_facts(
     opened: OpenRun, name: str, hub_id: str | None, base: Mapping[str, Any], datasets: Sequence[str]
 ) -> dict[str, Any]:
+    """Return the fields of `CardContent` but for the samples."""
     config, record = opened.config, opened.record
-    given = DPOConfig.from_dict(record["settings"])
+    settings = DPOConfig.from_dict(record["settings"])
     adapter = json.loads((opened.paths.folder / CONFIG).read_text())
-    loads = record.get("adapter", "") if "peft_type" not in adapter else LOADS_IN_PEFT
-    named = datasets and ", ".join(f"[{d}](https://huggingface.co/datasets/{d})" for d in datasets)
-    count = record["counts"]["train"]
+    loads_in = record.get("adapter", "") if "peft_type" not in adapter else LOADS_IN_PEFT
     return {
         "name": name,
         "base_model": hub_id,
-        "license": {k: v for k, v in base.items() if k.startswith("license")},
+        "license": {key: value for key, value in base.items() if key.startswith("license")},
         "language": base.get("language"),
         "datasets": datasets,
-        "pairs": f"{count:,} {'judged answers' if config.labelled else 'preference pairs'}"
-        + (f" of {named}" if named else ", which are not public"),
+        "pairs": _describe_data(config, record["counts"]["train"], datasets),
         "loss": describe_loss(config),
         "losses": config.loss_type,
         "rewarded": config.reward_kind,
         "labelled": config.labelled,
-        "reference": _reference(config),
-        "adapter": _sizes(adapter),
-        "steps": _steps(record),
+        "reference": _describe_reference(config),
+        "adapter": _describe_adapter(adapter),
+        "steps": _describe_steps(record),
         "evaluation": record["evaluation"] or {},
         "held_out": record["counts"]["valid"],
-        "settings": given.get_public_settings()
-        | dict.fromkeys(given.list_private_settings(), "not shown"),
+        "settings": settings.get_public_settings()
+        | dict.fromkeys(settings.list_private_settings(), "not shown"),
         "versions": record["versions"],
         "digest": adapter_digest(opened.paths.folder),
-        "way": adapter["fine_tune_type"],
-        "not_in_peft": None if loads == LOADS_IN_PEFT else _why(loads),
+        "fine_tune_type": adapter["fine_tune_type"],
+        "peft_problem": None if loads_in == LOADS_IN_PEFT else _peft_problem(loads_in),
         "peft_base": adapter.get("base_model_name_or_path"),
         "bits": config.bits,
         "warnings": record["warnings"],
@@ -123,117 +122,123 @@ def _facts(
     }
 
 
-def steps_of(record: Mapping[str, Any]) -> int:
-    """How many steps its adapters were trained for: fewer than it made if the best were kept."""
+def _describe_data(config: DPOConfig, count: int, datasets: Sequence[str]) -> str:
+    links = ", ".join(f"[{name}](https://huggingface.co/datasets/{name})" for name in datasets)
+    unit = "labelled completions" if config.labelled else "preference pairs"
+    return f"{count:,} {unit}" + (f" of {links}" if links else ", which are not public")
+
+
+def trained_steps(record: Mapping[str, Any]) -> int:
+    """Return the number of steps that the adapter was trained for.
+
+    The run took more steps if it kept the adapter of its best evaluation.
+    """
     kept = record["best_checkpoint"] or {}
     return int(kept.get("step") or record["stopped_early_at"] or record["steps"])
 
 
-def _steps(record: Mapping[str, Any]) -> str:
-    made, kept = record["stopped_early_at"] or record["steps"], record["best_checkpoint"]
+def _describe_steps(record: Mapping[str, Any]) -> str:
+    taken, kept = record["stopped_early_at"] or record["steps"], record["best_checkpoint"]
     if kept is None:
-        return f"{made:,} step{'s' * (made != 1)}"
-    by = next(name for name in kept if name != "step")
-    return f"{kept['step']:,} of {made:,} steps, kept for their `{by}` on the pairs held out"
+        return f"{taken:,} step{'s' * (taken != 1)}"
+    metric = next(name for name in kept if name != "step")
+    return f"{kept['step']:,} of {taken:,} steps, kept for the best `{metric}` on held-out data"
 
 
-def _why(loads: str) -> str:
-    """Why an adapter does not load in PEFT; what its owner may do about it is not for a card."""
-    return loads.partition(": ")[2].partition(";")[0] or "its run is older"
+def _peft_problem(loads_in: str) -> str:
+    """Return why PEFT cannot load an adapter, without the advice for the run's owner."""
+    return loads_in.partition(": ")[2].partition(";")[0] or "its run is of an older version"
 
 
-def _reference(config: DPOConfig) -> str:
+def _describe_reference(config: DPOConfig) -> str:
     if not config.needs_reference:
         return "none"
     if config.reference_model is not None:
         return "another model"
-    start = "the base with an adapter that it started from" if config.start_adapter else "the base"
-    return start + (", which followed the policy" if config.sync_ref_model else "")
+    start = "the base with its initial adapter" if config.start_adapter else "the base"
+    return start + (", synchronized with the policy" if config.sync_ref_model else "")
 
 
-def _sizes(adapter: Mapping[str, Any]) -> str:
+def _describe_adapter(adapter: Mapping[str, Any]) -> str:
     if adapter["fine_tune_type"] == "full":
-        return "the weights of the model itself (full fine-tuning)"
+        return "all weights of the trained layers (full fine-tuning)"
     sizes = adapter["lora_parameters"]
     kind = "DoRA" if adapter["fine_tune_type"] == "dora" else "LoRA"
     return f"{kind}, rank {sizes['rank']}, scale {sizes['scale']:g}"
 
 
-def _inherited(opened: OpenRun, hub_id: str | None, *, online: bool) -> dict[str, Any]:
-    """Licence and language, as the base's own card says."""
-    found = inherited_metadata(_base_card(opened) or (_card_on_the_hub(hub_id) if online else {}))
-    link = found.get("license_link")
-    if link and "://" not in link:  # a file beside the base, which does not go along
-        found["license_link"] = f"https://huggingface.co/{hub_id}/blob/main/{link}"
+def _inherited_metadata(opened: OpenRun, hub_id: str | None, *, online: bool) -> dict[str, Any]:
+    """Return license and language from the card of the base model."""
+    local = _read_local_card(opened)
+    metadata = inherited_metadata(local or (_read_hub_card(hub_id) if online else {}))
+    link = metadata.get("license_link")
+    if link and "://" not in link:  # a file in the base's folder, which is not uploaded
+        metadata["license_link"] = f"https://huggingface.co/{hub_id}/blob/main/{link}"
         if hub_id is None:
-            del found["license_link"]
-    return found
+            del metadata["license_link"]
+    return metadata
 
 
-def _base_card(opened: OpenRun) -> dict[str, Any]:
+def _read_local_card(opened: OpenRun) -> dict[str, Any]:
+    """Return the metadata of the base's card, empty if the base is not on this machine."""
     try:
-        return read_card_metadata(
-            resolve_model(opened.config.model, revision=opened.config.revision)
-        )
+        folder = resolve_model(opened.config.model, revision=opened.config.revision)
     except (ModelError, ConfigError):
-        return {}  # its folder is gone; the Hub may know it
+        return {}  # the Hub may have it
+    return read_card_metadata(folder)
 
 
-def _card_on_the_hub(hub_id: str | None) -> dict[str, Any]:
+def _read_hub_card(hub_id: str | None) -> dict[str, Any]:
+    """Return the metadata of a card on the Hub, empty if there is none."""
     try:
-        found = HfApi().model_info(hub_id).card_data if hub_id else None
-        return dict(found.to_dict()) if found else {}
+        data = HfApi().model_info(hub_id).card_data if hub_id else None
+        return dict(data.to_dict()) if data else {}
     except (HTTPError, OSError, ValueError):
-        return {}  # said: the licence is not known
+        return {}  # a note says that the license is unknown
 
 
-def _samples(
+def _make_samples(
     folder: str,
     opened: OpenRun,
     prompts: str | None,
     samples: int | None,
     datasets: list[str] | None,
 ) -> tuple[list[Sample], tuple[str, ...]]:
-    wanted = SAMPLES if samples is None else samples
-    if wanted == 0:
+    limit = DEFAULT_SAMPLES if samples is None else samples
+    if limit == 0:
         if prompts is not None:
             raise ConfigError("`--prompts` has no effect with `--samples` 0")
         return [], ()
     if prompts is None and samples is None and datasets is None:
-        return [], ("no samples: the pairs are yours; --prompts FILE or --samples N shows some",)
+        return [], ("no samples: the pairs are private; --prompts FILE or --samples N adds some",)
     if prompts is None and not opened.record["counts"]["valid"]:
         return [], ("no samples: no pairs were held out",)
-    found = compare_runs([folder], prompts, ANSWER, limit=wanted)
-    before, after = (column.answers for column in found.columns)
-    said = [
-        Sample(_asked(prompt), one.text, other.text)
-        for prompt, one, other in zip(found.prompts, before, after, strict=True)
-    ]
-    return said, ()
+    comparison = compare_runs([folder], prompts, SAMPLING, limit=limit)
+    before, after = (column.answers for column in comparison.columns)
+    return [
+        Sample(_prompt_text(prompt), base.text, aligned.text)
+        for prompt, base, aligned in zip(comparison.prompts, before, after, strict=True)
+    ], ()
 
 
-def _asked(prompt: Prompt) -> str:
+def _prompt_text(prompt: Prompt) -> str:
     return "\n\n".join(str(message["content"]) for message in prompt.messages)
 
 
-def refuse_card(folder: Path) -> None:
-    """Leave a card alone that somebody may have written on.
-
-    Raises:
-        ConfigError: there is one.
-    """
+def check_no_card(folder: Path) -> None:
+    """Raise `ConfigError` if the folder has a card already, which somebody may have edited."""
     if (path := folder / CARD).exists():
-        raise ConfigError(f"{path}: is there already; add --overwrite to make it anew")
+        raise ConfigError(f"{path}: already exists; add --overwrite to replace it")
 
 
-def write_card(folder: Path, made: ModelCard, *, overwrite: bool) -> Path:
-    """Put the card into the run folder.
+def write_card(folder: Path, card: ModelCard, *, overwrite: bool) -> Path:
+    """Write the card into the run folder and return its path.
 
     Raises:
-        ConfigError: there is one.
+        ConfigError: there is a card, and `overwrite` is False.
     """
     if not overwrite:
-        refuse_card(folder)
+        check_no_card(folder)
     path = folder / CARD
-    write_file(path, str(made).rstrip() + "\n")
+    write_file(path, str(card).rstrip() + "\n")
     return path

@@ -1,7 +1,7 @@
-"""What must not leave a machine: secrets and personal paths, by file and line.
+"""Scan of files for secrets and personal paths before an upload.
 
-A file whose text cannot be told, packed ones for one, cannot be searched and is a find itself. Of
-safetensors the header is searched, for the rest are numbers, and of PNG what is not picture.
+Text is scanned as a whole, safetensors files by their header, and PNG files except for the pixels.
+Any other file, such as a compressed one, cannot be scanned and is reported itself.
 """
 
 import os
@@ -17,7 +17,7 @@ from mlx_dpo.errors import ModelError
 SECRETS = {
     "a Hugging Face token": rb"(?<![A-Za-z0-9])(?:hf|api_org)_[A-Za-z0-9]{30,}",
     "an OpenAI, Anthropic or DeepSeek key": rb"\bsk-[A-Za-z0-9_-]{20,}",
-    "a key of a model's vendor": rb"\b(?:gsk_|xai-|pplx-|r8_|nvapi-|tgp_v1_)[A-Za-z0-9_-]{24,}",
+    "a model provider's key": rb"\b(?:gsk_|xai-|pplx-|r8_|nvapi-|tgp_v1_)[A-Za-z0-9_-]{24,}",
     "a GitHub token": rb"\b(?:gh[oprsu]_[A-Za-z0-9]{30,}|github_pat_[A-Za-z0-9_]{30,})",
     "a GitLab token": rb"\bgl(?:pat|ptt|dt|rt|cbt|soat)-[A-Za-z0-9_.-]{20,}",
     "an AWS key": rb"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b",
@@ -26,108 +26,111 @@ SECRETS = {
     rb"|hooks\.slack\.com/services/T\w+/B\w+/\w+",
     "a Stripe key": rb"\b(?:sk|rk)_(?:live|test)_[0-9A-Za-z]{20,}|\bwhsec_[0-9A-Za-z]{20,}",
     "a token of a package registry": rb"\bnpm_[A-Za-z0-9]{36}|\bpypi-AgEI[\w-]{40,}",
-    "a token of a cloud or a service": rb"\bdapi[0-9a-f]{32}|\bdo[opr]_v1_[0-9a-f]{64}"
+    "a token of a cloud service": rb"\bdapi[0-9a-f]{32}|\bdo[opr]_v1_[0-9a-f]{64}"
     rb"|\bSG\.[\w-]{22}\.[\w-]{43}|\b\d{8,10}:AA[\w-]{33}|\blin_api_\w{32,}",
     "a W&B key": rb"(?i)wandb[\w \"':=-]{0,30}\b[0-9a-f]{40}\b|\bwandb_v\d_\w{40,}",
     "a private key": rb"-----BEGIN [A-Z ]*PRIVATE KEY|\bAGE-SECRET-KEY-1[A-Z0-9]{40,}",
     "a JSON web token": rb"\beyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.",
-    "a password in an address": rb"\b[a-z][a-z0-9+.-]*://[^\s/:@\"']*:[^\s/@\"']+@",
+    "a password in a URL": rb"\b[a-z][a-z0-9+.-]*://[^\s/:@\"']*:[^\s/@\"']+@",
     "a password or key": rb"(?:(?i:password|passwd|[_-]secret|secret(?:[_-]\w+|(?=\s*=))"
     rb"|api[_-]?key|access[_-]?(?:key|token)|account[_-]?key|auth[_-]?token)(?i:[_-]\w+)?|[A-Z]_(?:KEY|TOKEN))"
     rb"[\"']?\s*[:=]\s*[\"']?(?!(?i:os\.|your|my|x{4}|[<$*.]))[^\s\"',{}\[\]]{8,}"
     rb"|(?i:\bbearer)\s+(?=\S*\d)[A-Za-z0-9._~+/-]{20,}",
 }
-PATHS = {
+PERSONAL_PATHS = {
     "a personal path": rb"(?:/home/|/Users/|[A-Za-z]:\\{1,2}Users\\{1,2})"
     rb"(?!user(?:name)?\b)[^\s/\\\"'`<>|:;,)]+"
     rb"|/root(?=[/\"'\s]|$)|/var/folders/|file://"
 }
-# Of JSON and of addresses.
+# Escaped characters in JSON (backslash) and URLs (percent).
 ESCAPES = re.compile(rb"(?:\\u00|%)([2-7][0-9A-Fa-f])|\\(?:u00[01]\w|[abfnrtv])|\\([/\"'])")
-PNG = b"\x89PNG\r\n\x1a\n"
-PICTURE = {b"IHDR", b"PLTE", b"IDAT", b"IEND"}
-UNSEARCHED = "what cannot be searched (neither text, PNG nor safetensors)"
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PIXEL_CHUNKS = {b"IHDR", b"PLTE", b"IDAT", b"IEND"}
+NOT_SCANNABLE = "content that cannot be scanned (neither text, PNG nor safetensors)"
 
 
 @dataclass(frozen=True)
-class Leak:
-    """Something that was found; what it says is not repeated."""
+class SecretMatch:
+    """A secret or personal path in a file; its text is not kept."""
 
-    where: str  # file:line, or the file
-    what: str
+    location: str  # file:line, or the file
+    kind: str  # such as "a Hugging Face token"
 
 
-def leaks_in(content: Path | bytes, name: str) -> Iterator[Leak]:
-    """What should not leave the machine in a file, or in its bytes; `name` is what it is to be
-    known as.
+def scan_for_secrets(content: Path | bytes, name: str) -> Iterator[SecretMatch]:
+    """Yield the secrets and personal paths in a file.
+
+    Args:
+        content: path of the file, or its bytes.
+        name: name of the file in the repository.
     """
     try:
-        data = _searchable(content, name)
+        data = _read_text(content, name)
     except (ValueError, ModelError):
-        yield Leak(name, UNSEARCHED)
+        yield SecretMatch(name, NOT_SCANNABLE)
         return
-    patterns = SECRETS | PATHS
+    patterns = SECRETS | PERSONAL_PATHS
     home = os.path.expanduser("~")
-    if len(home) > len("/root"):  # shorter ones are parts of ordinary words
+    if len(home) > len("/root"):  # shorter paths occur in ordinary words
         patterns |= {"this machine's home folder": re.escape(home.encode())}
-    readings = dict.fromkeys((data, ESCAPES.sub(_unescaped, data)))
-    found = {
-        (data.count(b"\n", 0, hit.start()) + 1, what): None
-        for what, pattern in patterns.items()
-        for data in readings
-        for hit in re.finditer(pattern, data)
+    variants = dict.fromkeys((data, ESCAPES.sub(_unescape, data)))
+    matches = {
+        (data.count(b"\n", 0, match.start()) + 1, kind): None
+        for kind, pattern in patterns.items()
+        for data in variants
+        for match in re.finditer(pattern, data)
     }
-    yield from (Leak(f"{name}:{line}", what) for line, what in found)
+    yield from (SecretMatch(f"{name}:{line}", kind) for line, kind in matches)
 
 
-def _searchable(content: Path | bytes, name: str) -> bytes:
-    """What of a file may say something.
+def _read_text(content: Path | bytes, name: str) -> bytes:
+    """Return the part of a file that may hold text.
 
     Raises:
-        ValueError, ModelError: it cannot be told.
+        ValueError, ModelError: the file is damaged or of another type.
     """
     if isinstance(content, Path):
         if name.endswith(".safetensors"):
             return read_safetensors_header(content)
         content = content.read_bytes()
-    if content.startswith(PNG):
-        return b"\n".join(_beside_picture(content))
+    if content.startswith(PNG_SIGNATURE):
+        return b"\n".join(_png_texts(content))
     content.decode()
     if b"\0" in content:
         raise ValueError
     return content
 
 
-def _unescaped(found: re.Match[bytes]) -> bytes:
-    """The character that is meant; of white space a blank, so that lines stay as they are."""
-    code, itself = found.groups()
-    return bytes.fromhex(code.decode()) if code else itself or b" "
+def _unescape(match: re.Match[bytes]) -> bytes:
+    """Return the escaped character; white space becomes a blank, so that line numbers stay."""
+    code, character = match.groups()
+    return bytes.fromhex(code.decode()) if code else character or b" "
 
 
-def _beside_picture(data: bytes) -> Iterator[bytes]:
-    """What a PNG says beside its picture: its texts, unpacked, and whatever follows its end.
+def _png_texts(data: bytes) -> Iterator[bytes]:
+    """Yield the metadata chunks of a PNG file, decompressed, and whatever follows its end.
 
     Raises:
-        ValueError: it is damaged.
+        ValueError: the file is damaged.
     """
-    place = len(PNG)
-    while place + 8 <= len(data):
-        kind = data[place + 4 : place + 8]
-        end = place + 12 + int.from_bytes(data[place : place + 4])
-        if kind not in PICTURE:
-            yield from _texts(data[place + 8 : end - 4])
-        place = end
-        if kind == b"IEND":
-            yield data[place:]
+    offset = len(PNG_SIGNATURE)
+    while offset + 8 <= len(data):
+        chunk_type = data[offset + 4 : offset + 8]
+        end = offset + 12 + int.from_bytes(data[offset : offset + 4])
+        if chunk_type not in PIXEL_CHUNKS:
+            yield from _decompress(data[offset + 8 : end - 4])
+        offset = end
+        if chunk_type == b"IEND":
+            yield data[offset:]
             return
-    raise ValueError("it has no end")
+    raise ValueError("the PNG file has no end")
 
 
-def _texts(chunk: bytes) -> Iterator[bytes]:
-    """A chunk as it is, and from wherever in it something is packed."""
+def _decompress(chunk: bytes) -> Iterator[bytes]:
+    """Yield a chunk as it is, and the zlib streams that begin anywhere in it."""
     yield chunk
-    for start in re.finditer(b"\x78[\x01\x5e\x9c\xda]", chunk):
+    for header in re.finditer(b"\x78[\x01\x5e\x9c\xda]", chunk):
         try:
-            yield zlib.decompressobj().decompress(chunk[start.start() :])
+            yield zlib.decompressobj().decompress(chunk[header.start() :])
         except zlib.error:
-            continue  # it was no beginning
+            continue  # these two bytes are not the header of a zlib stream

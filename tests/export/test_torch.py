@@ -20,7 +20,7 @@ from mlx_dpo.adapters.hf_names import SAME_LAYOUT, make_peft_adapter
 from mlx_dpo.adapters.targets import linear_names
 from mlx_dpo.errors import ModelError
 from mlx_dpo.export.model_folder import merged_tensors, write_hf
-from mlx_dpo.hub.run_card import card_of_run
+from mlx_dpo.hub.run_card import make_run_card
 from mlx_dpo.models.load import load_lazy_model
 from tests.adapters.test_hf_names import GOLDEN, TOKENS, opened
 from tests.export.test_fuse import moved
@@ -145,7 +145,7 @@ def test_transformers_loads_the_fused_checkpoint(torch, kind, way, tmp_path):
 
 
 def test_the_program_of_the_card_runs(torch, workplace):
-    made, _ = card_of_run("run", "org/adapter", base="org/base")
+    made, _ = make_run_card("run", "org/adapter", base="org/base")
     [program] = re.findall(r"```python\n(from peft.*?)```", made.text, re.DOTALL)
     program = program.replace("org/base", "base").replace("org/adapter", "run")
     program = program.replace("max_new_tokens=100", "max_new_tokens=3")
