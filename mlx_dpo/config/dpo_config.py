@@ -7,7 +7,7 @@ setting, else mlx-lm's.
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlx_dpo.config.data import DATA_NO_EFFECT, PairSettings, check_pair_settings
 from mlx_dpo.config.loss import LOSS_NO_EFFECT, LossSettings, check_losses
@@ -62,6 +62,13 @@ class DPOConfig(  # fields come in the order of the bases, last one first
     ModelSettings,
 ):
     """All settings of a training run."""
+
+    if not TYPE_CHECKING:  # type checkers use the signature of `__init__`
+
+        def __new__(cls, **values: Any) -> "DPOConfig":
+            """Raise `ConfigError` with the right name if a keyword is not a setting."""
+            cls._check_names(values)
+            return super().__new__(cls)
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -131,12 +138,17 @@ class DPOConfig(  # fields come in the order of the bases, last one first
         Raises:
             ConfigError: a key is unknown, or its value is not valid.
         """
+        cls._check_names(values)  # keys of a file need not be strings
+        return cls(**values)
+
+    @classmethod
+    def _check_names(cls, values: Mapping[str, Any]) -> None:
+        """Raise `ConfigError` with a suggestion if a name is not that of a setting."""
         known = [f.name for f in fields(cls)]
         for name in values:
             if name in EQUIVALENTS:
                 raise ConfigError(f"unknown setting `{name}`; {EQUIVALENTS[name]}")
             check_known(str(name), known, "setting")
-        return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for `run.json`; `from_dict` is the inverse."""

@@ -11,6 +11,7 @@ from typing import Any, cast
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.data.columns import longest_row, pairs_digest
 from mlx_dpo.data.dataset import PairDataset, concatenate, with_mismatched_completions
+from mlx_dpo.data.hf_datasets import InMemoryRows
 from mlx_dpo.data.load import check_settings_used, held_out_indices, mix_indices
 from mlx_dpo.data.report import PairsReport
 from mlx_dpo.data.sources import Source, SplitSources, find_sources
@@ -95,6 +96,17 @@ def row_rules(config: DPOConfig) -> RowRules:
     )
 
 
+@dataclass(frozen=True)
+class Datasets:
+    """Pairs in memory, which replace the settings `pairs` and `valid`."""
+
+    train: InMemoryRows | None = None
+    valid: InMemoryRows | None = None
+
+
+NO_DATASETS = Datasets()
+
+
 @contextmanager
 def no_progress(rows: int | None) -> Iterator[Callable[[int], None]]:
     """Show no progress."""
@@ -137,6 +149,7 @@ def load_inputs(
     *,
     read: Callable[[DPOConfig], LoadedModel] = load_configured_base,
     counting: RowProgress = no_progress,
+    datasets: Datasets = NO_DATASETS,
 ) -> Inputs:
     """Find the pairs, load the base model and tokenize.
 
@@ -144,18 +157,20 @@ def load_inputs(
         config: Settings of the run.
         read: Loads the base model.
         counting: Progress of tokenizing large sources, in rows.
+        datasets: Pairs in memory.
 
     Raises:
         ConfigError: A setting has no effect, or rows are longer than the context length.
     """
-    sources = find_sources(config.pairs, config.valid, config.split)
+    pairs, valid = datasets.train or config.pairs, datasets.valid or config.valid
+    sources = find_sources(pairs, valid, config.split)
     check_held_out_settings(config, sources)
     base = read(config)
     train = [load_configured_source(config, base, source, counting) for source in sources.train]
-    valid = [load_configured_source(config, base, source, counting) for source in sources.valid]
-    reports = [loaded.report for loaded in (*train, *valid)]
+    held_out = [load_configured_source(config, base, source, counting) for source in sources.valid]
+    reports = [loaded.report for loaded in (*train, *held_out)]
     check_settings_used(token_rules(config, base), row_rules(config), reports)
-    splits = [add_kl_completions(config, pairs) for pairs in _split_pairs(config, train, valid)]
+    splits = [add_kl_completions(config, pairs) for pairs in _split_pairs(config, train, held_out)]
     unused = [source.name for source in sources.unused_valid]
     inputs = Inputs(base, splits[0], splits[1], reports, unused)
     check_context_length(config, base, inputs.train, inputs.valid)

@@ -1,8 +1,8 @@
-"""What the reference says of a run's pairs, out of the cache that runs share."""
+"""Reference log-probabilities of a run, from the cache that all runs share."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -23,6 +23,8 @@ from mlx_dpo.models.load import LoadedModel, load_model
 from mlx_dpo.runs.build import choose_scorer, make_dataset_scorer
 from mlx_dpo.runs.folder import reference_provenance
 from mlx_dpo.runs.inputs import (
+    NO_DATASETS,
+    Datasets,
     check_context_length,
     device_and_dtype,
     load_configured_base,
@@ -43,9 +45,17 @@ def cached_reference_logps(
     score: DatasetScorer,
     progress: Callable[[int], None] = lambda scored: None,
 ) -> PairLogps:
-    """Log-probabilities under the adapter-off base of the run of `record`. (len(pairs),) each
+    """Return log-probabilities under the reference, from the cache if they are there.
 
-    `held` says on what device and in what number type it is asked now.
+    (len(pairs),) each
+
+    Args:
+        model: The reference: the policy with its adapters off.
+        pairs: Pairs to be scored.
+        record: Record of the run.
+        device_and_dtype: Device and dtype with which the reference is scored now.
+        score: Scorer without gradients.
+        progress: Called with the number of newly scored pairs.
     """
     return reference_logps(
         model,
@@ -59,27 +69,21 @@ def cached_reference_logps(
 
 
 def _model_name(record: dict[str, Any]) -> str:
-    """The model as it was named; of a folder, not the way to it."""
+    """Return the name of the model; for a folder, only the last part of its path."""
     model: str = record["settings"]["model"]
     local = record.get("model_folder") is not None
     return os.path.basename(os.path.abspath(os.path.expanduser(model))) if local else model
 
 
 ProgressCallback = Callable[[int], None]
-ProgressBar = Callable[[int], AbstractContextManager[ProgressCallback]]  # of so many pairs
-
-
-@contextmanager
-def uncounted(pairs: int) -> Iterator[ProgressCallback]:
-    """Nobody hears how many are done."""
-    yield lambda more: None
+ProgressBar = Callable[[int], AbstractContextManager[ProgressCallback]]  # takes the number of pairs
 
 
 Splits = dict[str, Sequence[TokenizedPair]]
 
 
 def load_reference_model(config: DPOConfig) -> LoadedModel:
-    """The reference model of the settings, as it is stored: `bits` is for the policy."""
+    """Load the reference model of the settings unquantized: `bits` applies to the policy only."""
     assert config.reference_model is not None
     return load_model(
         config.reference_model, dtype=config.dtype, trust_remote_code=config.trust_remote_code
@@ -87,23 +91,25 @@ def load_reference_model(config: DPOConfig) -> LoadedModel:
 
 
 def score_with_reference_model(
-    config: DPOConfig, counting: ProgressBar, rows: RowProgress
+    config: DPOConfig,
+    counting: ProgressBar,
+    rows: RowProgress,
+    datasets: Datasets = NO_DATASETS,
 ) -> tuple[dict[str, PairLogps], str]:
-    """What the reference model says of both splits, and its digest. (len(pairs),) each
+    """Return log-probabilities of both splits under `reference_model`, and the model's digest.
 
-    The policy's weights are not read for it.
+    (len(pairs),) each. The weights of the policy are not loaded.
 
     Raises:
-        ConfigError: its tokens are not those of the policy, or rows are longer than it places.
+        ConfigError: The tokenizers differ, or rows are longer than the context length.
     """
     if STDIN in (*config.pairs, config.valid):
         raise ConfigError(
             f"`{STDIN}`: pairs are read twice with `reference_model`, and standard input once; "
             "write them to a file"
         )
-    inputs = load_inputs(
-        config, read=partial(load_configured_base, load=load_empty_model), counting=rows
-    )
+    load_shapes = partial(load_configured_base, load=load_empty_model)
+    inputs = load_inputs(config, read=load_shapes, counting=rows, datasets=datasets)
     splits: Splits = {"train": inputs.train, "valid": inputs.valid}
     return score_splits(
         config, load_reference_model(config), inputs.base.tokenizer, splits, counting
@@ -117,7 +123,7 @@ def score_splits(
     splits: Splits,
     counting: ProgressBar,
 ) -> tuple[dict[str, PairLogps], str]:
-    """As above, of pairs that `tokenizer` made."""
+    """Return log-probabilities of `splits` under the model `other`, and the model's digest."""
     check_same_tokens(other, tokenizer, chain.from_iterable(splits.values()))
     check_context_length(config, other, *splits.values())
     digest = model_fingerprint(other.path)
@@ -141,7 +147,7 @@ def score_splits(
 
 
 def _reference_model_record(config: DPOConfig, digest: str) -> dict[str, Any]:
-    """What a run of the reference model itself would say of where its numbers come from."""
+    """Return the record that a run of the reference model itself would have."""
     asked = {"model": config.reference_model, "bits": None, "group_size": None}
     folder = Path(str(config.reference_model)).expanduser()
     return {
@@ -154,20 +160,16 @@ def _reference_model_record(config: DPOConfig, digest: str) -> dict[str, Any]:
 def check_same_tokens(
     other: LoadedModel, tokenizer: TokenizerWrapper, pairs: Iterable[TokenizedPair]
 ) -> None:
-    """Every id in the pairs has to stand for the same piece of text in both models.
-
-    Raises:
-        ConfigError: names the first id that does not.
-    """
+    """Raise `ConfigError` if a token id of the pairs is a different token in the other model."""
     used = sorted({t for p in pairs for part in (p.prompt, p.chosen, p.rejected) for t in part})
     ours = tokenizer.convert_ids_to_tokens(used)
     known = [t for t in used if t < other.vocab_size]
     theirs = dict(zip(known, other.tokenizer.convert_ids_to_tokens(known), strict=True))
     for token, piece in zip(used, ours, strict=True):
         if (found := theirs.get(token)) != piece:
-            said = "has no such token" if found is None else f"reads `{found}`"
+            what = "has no such token" if found is None else f"reads `{found}`"
             raise ConfigError(
                 f"`reference_model` {other.source}: its tokens are not the model's (where the "
-                f"model reads `{piece}`, token {token}, it {said}); take a model with the same "
+                f"model reads `{piece}`, token {token}, it {what}); take a model with the same "
                 "tokenizer"
             )

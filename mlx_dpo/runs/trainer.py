@@ -1,16 +1,17 @@
 """DPO trainer: reads a `DPOConfig`, trains, and writes a run folder."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import mlx.core as mx
 
 from mlx_dpo.adapters.files import save_adapter
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.data.batching import steps_per_epoch
+from mlx_dpo.data.hf_datasets import InMemoryRows
 from mlx_dpo.data.tokenization.cache import RowProgress
 from mlx_dpo.errors import ConfigError, TrainingError
 from mlx_dpo.losses.metrics import EVAL_PREFIX, step_row, to_public_names
@@ -41,12 +42,12 @@ from mlx_dpo.runs.folder import (
     start_adapter_provenance,
     write_record,
 )
-from mlx_dpo.runs.inputs import Inputs, load_inputs, no_progress
+from mlx_dpo.runs.inputs import Datasets, Inputs, load_inputs, no_progress
 from mlx_dpo.runs.reference import (
     ProgressBar,
+    ProgressCallback,
     cached_reference_logps,
     score_with_reference_model,
-    uncounted,
 )
 from mlx_dpo.runs.save_peft import save_peft
 from mlx_dpo.runs.trackers import (
@@ -63,7 +64,6 @@ from mlx_dpo.training.logps_cache import read_logps, write_logps
 from mlx_dpo.training.objective import Objective, evaluate
 from mlx_dpo.types import MetricsRow, PairLogps
 
-Heard = Callable[[int], None]
 SPLITS = ("train", "valid")
 
 
@@ -80,7 +80,9 @@ class DPOTrainer:
     optimizer step and one per evaluation.
 
     Args:
-        config: Settings; `model`, `pairs` and `output` are required.
+        config: Settings; `model`, `output` and `pairs` or `train_dataset` are required.
+        train_dataset: Pairs in memory: a list of dictionaries or a `datasets.Dataset`.
+        eval_dataset: Held-out pairs in memory.
         resume: Continue the unfinished run in `output`.
         overwrite: Replace the run in `output`.
         force: Start even if the estimated memory does not fit.
@@ -90,12 +92,15 @@ class DPOTrainer:
         self,
         config: DPOConfig,
         *,
+        train_dataset: Iterable[Mapping[str, Any]] | None = None,
+        eval_dataset: Iterable[Mapping[str, Any]] | None = None,
         resume: bool = False,
         overwrite: bool = False,
         force: bool = False,
     ) -> None:
+        self.datasets = _datasets(config, train_dataset, eval_dataset)
         for name in ("model", "pairs", "output"):
-            if not getattr(config, name):
+            if not getattr(config, name) and not (name == "pairs" and self.datasets.train):
                 raise ConfigError(f"`{name}` is not set")
         self.config = config
         if resume and overwrite:
@@ -145,7 +150,7 @@ class DPOTrainer:
 
     # --- prepare ---------------------------------------------------------------------------
 
-    def prepare(self, progress: Heard = lambda scored: None) -> None:
+    def prepare(self, progress: ProgressCallback = lambda scored: None) -> None:
         """Load model and pairs, attach adapters, score the reference and restore a checkpoint.
 
         Args:
@@ -156,7 +161,7 @@ class DPOTrainer:
         self.score_reference(progress)
         self.restore()
 
-    def load(self, counting: ProgressBar = uncounted, rows: RowProgress = no_progress) -> None:
+    def load(self, counting: ProgressBar = no_progress, rows: RowProgress = no_progress) -> None:
         """Load the base model and the pairs; write nothing.
 
         A separate reference model is scored first and freed again.
@@ -169,10 +174,10 @@ class DPOTrainer:
         start = start_adapter_provenance(self.config)
         if self.config.reference_model is not None:
             self._reference_model_logps, digest = score_with_reference_model(
-                self.config, counting, rows
+                self.config, counting, rows, self.datasets
             )
             start |= {"reference_model": digest}
-        self.inputs: Inputs = load_inputs(self.config, counting=rows)
+        self.inputs: Inputs = load_inputs(self.config, counting=rows, datasets=self.datasets)
         check_step_settings(self.config, self.total_steps)
         self.best.check_has_effect(
             every=self.config.eval_steps,
@@ -182,6 +187,9 @@ class DPOTrainer:
         self.record = new_record(
             self.config, self.inputs, start, self.earlier, total_steps=self.total_steps
         )
+        self.record["datasets_in_memory"] = [
+            split for split in SPLITS if getattr(self.datasets, split) is not None
+        ]
         if self.earlier is not None:
             check_provenance(self.paths, self.earlier, self.record["provenance"])
 
@@ -206,7 +214,7 @@ class DPOTrainer:
         self.config = self.fitted.config
         write_record(self.paths, self.record)  # only now are all settings known to be possible
 
-    def score_reference(self, progress: Heard = lambda scored: None) -> None:
+    def score_reference(self, progress: ProgressCallback = lambda scored: None) -> None:
         """Compute the reference log-probabilities of all pairs, or read them from disk.
 
         Reference-free losses get zeros.
@@ -214,7 +222,7 @@ class DPOTrainer:
         with reference_mode(self.policy, self.config):
             self.reference = {split: self._reference_logps(split, progress) for split in SPLITS}
 
-    def _reference_logps(self, split: str, progress: Heard) -> PairLogps:
+    def _reference_logps(self, split: str, progress: ProgressCallback) -> PairLogps:
         """Return the reference log-probabilities of a split, (len(pairs),) each."""
         pairs = getattr(self.inputs, split)
         if not self.config.needs_reference:
@@ -402,3 +410,25 @@ class DPOTrainer:
         }
         write_record(self.paths, self.record)
         self.best.remove()
+
+
+def _datasets(
+    config: DPOConfig,
+    train: Iterable[Mapping[str, Any]] | None,
+    valid: Iterable[Mapping[str, Any]] | None,
+) -> Datasets:
+    """Return the pairs in memory.
+
+    Raises:
+        ConfigError: Pairs are given in the settings as well.
+        DataError: A dataset is not an iterable of rows.
+    """
+    given = (("train_dataset", train, "pairs"), ("eval_dataset", valid, "valid"))
+    for name, rows, setting in given:
+        if rows is not None and getattr(config, setting):
+            raise ConfigError(f"`{setting}` has no effect together with `{name}`")
+    in_memory = [
+        None if dataset is None else InMemoryRows.from_iterable(dataset, name)
+        for name, dataset, _ in given
+    ]
+    return Datasets(*in_memory)

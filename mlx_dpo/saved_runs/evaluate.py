@@ -28,13 +28,13 @@ from mlx_dpo.runs.inputs import (
     load_configured_base,
     load_configured_source,
     load_inputs,
+    no_progress,
     row_rules,
 )
 from mlx_dpo.runs.reference import (
     cached_reference_logps,
     load_reference_model,
     score_splits,
-    uncounted,
 )
 from mlx_dpo.saved_runs.open import OpenRun, load_adapter_into, load_reference_into, open_run
 from mlx_dpo.schemas.messages import prompt_digest
@@ -93,9 +93,10 @@ def load_held_out_pairs(run: OpenRun) -> EvaluationPairs:
     Raises:
         ConfigError, RunError: they were read from standard input, or are others now.
     """
-    if STDIN in run.config.pairs:
+    if STDIN in run.config.pairs or run.record.get("datasets_in_memory"):
+        source = "standard input" if STDIN in run.config.pairs else "memory"
         raise ConfigError(
-            f"{run.paths.folder}: the run read its pairs from standard input, which is gone; "
+            f"{run.paths.folder}: the run read its pairs from {source}, which is gone; "
             "name a file of pairs"
         )
     inputs = load_inputs(run.config)
@@ -147,7 +148,7 @@ def _reference_logps(
         return PairLogps(mx.zeros((len(pairs),)), mx.zeros((len(pairs),)))
     if config.reference_model is not None:
         other = load_reference_model(config)
-        answers, now = score_splits(config, other, base.tokenizer, {"valid": pairs}, uncounted)
+        answers, now = score_splits(config, other, base.tokenizer, {"valid": pairs}, no_progress)
         check_provenance(run.paths, run.record, {"reference_model": now})
         return answers["valid"]
     moved = checkpoint.synced_reference_weights(run.paths.checkpoints)
@@ -175,6 +176,10 @@ def held_out_prompts(run: OpenRun, base: LoadedModel) -> list[Prompt]:
         RunError, DataError: its pairs are gone, cannot be read any more, or ask with tools.
     """
     config = run.config
+    if run.record.get("datasets_in_memory"):
+        raise ConfigError(
+            f"{run.paths.folder}: the run read its pairs from memory; name a file of prompts"
+        )
     wanted = set(prompts_of_pairs(load_inputs(config, read=lambda _: base).valid))
     if not wanted:
         raise ConfigError(f"{run.paths.folder}: the run held no pairs out; name a file of prompts")

@@ -1,4 +1,6 @@
+import copy
 import dataclasses
+import pickle
 import re
 
 import pytest
@@ -320,3 +322,24 @@ def test_every_setting_has_help_and_a_section():
     for name, spec in get_settings().items():
         assert spec.help.endswith((".", "]")), name
         assert spec.section, name
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("lerning_rate", "unknown setting `lerning_rate`; did you mean `learning_rate`?"),
+        ("per_device_train_batch_size", "unknown setting `per_device_train_batch_size`; "),
+    ],
+)
+def test_an_unknown_keyword_is_answered_as_an_unknown_key(name, message):
+    with pytest.raises(ConfigError) as of_keyword:
+        DPOConfig(**{name: 4})
+    with pytest.raises(ConfigError) as of_key:
+        DPOConfig.from_dict({name: 4})
+    assert str(of_keyword.value) == str(of_key.value)
+    assert str(of_keyword.value).startswith(message)
+
+
+def test_settings_survive_copying_and_pickling():
+    config = DPOConfig(beta=0.2)
+    assert copy.deepcopy(config) == pickle.loads(pickle.dumps(config)) == config
