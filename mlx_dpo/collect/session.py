@@ -26,11 +26,11 @@ class Answer:
 
     text: str
     source: dict[str, Any]  # model, adapter, temperature, seed
-    is_cut: bool = False  # reached the token limit, so its end should not be learned
+    is_truncated: bool = False  # reached the token limit, so its end should not be learned
 
     def provenance(self) -> dict[str, Any]:
         """Return the source of the answer for its row."""
-        return self.source | ({"cut": True} if self.is_cut else {})
+        return self.source | ({"cut": True} if self.is_truncated else {})
 
 
 @dataclass(frozen=True, slots=True)

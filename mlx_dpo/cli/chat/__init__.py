@@ -84,16 +84,14 @@ def chat(
     session, opened = open_chat(Sampling(**settings), run=run, switching=True, **given)
     if hide_thinking and not opened.base.tokenizer.has_thinking:
         raise ConfigError("`hide_thinking` has no effect; the model has no thinking mode")
-    feedback, shown = (
-        FeedbackFiles(*files, session, opened),
-        AnswerWriter(hide_thinking=hide_thinking),
-    )
+    feedback = FeedbackFiles(*files, session, opened)
+    writer = AnswerWriter(hide_thinking=hide_thinking)
     if session.raw:
         print_note("No chat template is used: your text is continued as plain text.")
     if at_terminal:
-        _run_at_terminal(ChatCommands(feedback, shown, pick=_ask_choice, edit=_ask_edit), opened)
+        _run_at_terminal(ChatCommands(feedback, writer, pick=_ask_choice, edit=_ask_edit), opened)
     else:
-        _run_through_pipe(ChatCommands(feedback, shown), whole=whole)
+        _run_through_pipe(ChatCommands(feedback, writer), whole=whole)
 
 
 def _run_at_terminal(commands: ChatCommands, opened: "SwitchableModel") -> None:

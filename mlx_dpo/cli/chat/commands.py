@@ -52,12 +52,12 @@ class ChatCommands:
     def __init__(
         self,
         feedback: "FeedbackFiles",
-        shown: AnswerWriter,
+        writer: AnswerWriter,
         *,
         pick: AskPerson | None = None,
         edit: AskPerson | None = None,
     ) -> None:
-        self.feedback, self.chat, self.shown = feedback, feedback.chat, shown
+        self.feedback, self.chat, self.writer = feedback, feedback.chat, writer
         self._pick, self._edit = pick, edit
 
     def run(self, line: str) -> bool:
@@ -77,7 +77,7 @@ class ChatCommands:
         self._stream(self.chat.reply(text))
 
     def _stream(self, pieces: Generator["AnswerChunk"]) -> str:
-        text, summary = self.shown.stream(pieces)
+        text, summary = self.writer.stream(pieces)
         for note in self._notes(summary):
             print_note(note)
         return text

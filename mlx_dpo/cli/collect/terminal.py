@@ -141,7 +141,7 @@ def _print_task(session: RankingSession, task: RankingTask) -> None:
         _print_styled(f"{turn['role']}: ", bold=True)
         _print(_strip_controls(str(turn["content"])))
     for number, answer in enumerate(task.answers, start=1):
-        note = " (cut at the token limit)" if answer.is_cut else ""
+        note = " (cut at the token limit)" if answer.is_truncated else ""
         _print_styled(f"\n[{number}]{note}\n", bold=True)
         _print(indent(_strip_controls(answer.text.strip()), "    "))
     _print("")
