@@ -16,7 +16,7 @@ from mlx_dpo.paths import MOVES_CACHE, cache_folder, reference_cache, token_cach
 from mlx_dpo.units import format_bytes
 
 if TYPE_CHECKING:
-    from mlx_dpo.training.logps_cache import Group
+    from mlx_dpo.training.logps_cache import ModelGroup
 
 HEADINGS = ("model", "computed on", "files", "pairs", "size", "last used")
 TOKEN_HEADINGS = ("tokens of", "model", "pairs", "size", "last used")
@@ -135,10 +135,10 @@ def _ask() -> None:
 
 
 def _show(shelf: Shelf) -> None:
-    from mlx_dpo.training.logps_cache import groups
+    from mlx_dpo.training.logps_cache import group_by_model
 
     click.echo(f"{shelf.folder} ({MOVES_CACHE} moves it)\n")
-    _table([HEADINGS, *map(_row, groups(shelf.found))])
+    _table([HEADINGS, *map(_row, group_by_model(shelf.found))])
     click.echo(f"\n{shelf.total}")
     _show_wrong(shelf, "its pairs will be scored again")
 
@@ -174,7 +174,7 @@ def _token_row(entry: Any) -> tuple[str, ...]:
     return (entry.name, entry.model, f"{entry.pairs:,}", format_bytes(entry.size), used)
 
 
-def _row(group: "Group") -> tuple[str, ...]:
+def _row(group: "ModelGroup") -> tuple[str, ...]:
     return (
         group.model,
         group.computed_on,
@@ -186,11 +186,11 @@ def _row(group: "Group") -> tuple[str, ...]:
 
 
 def _report(reference: Shelf, tokens: Shelf) -> dict[str, Any]:
-    from mlx_dpo.training.logps_cache import groups
+    from mlx_dpo.training.logps_cache import group_by_model
 
     return {
         "folder": str(reference.folder),
-        "models": [_plain(asdict(group)) for group in groups(reference.found)],
+        "models": [_plain(asdict(group)) for group in group_by_model(reference.found)],
         **_wrong(reference),
         "tokens": {
             "folder": str(tokens.folder),

@@ -1,7 +1,4 @@
-"""Log-probabilities of pairs as files: written whole, believed only if their checksum holds.
-
-Knows no models, so that the cache can be looked through without loading one.
-"""
+"""Cache files of reference log-probabilities, with a checksum. No model is loaded to list them."""
 
 import hashlib
 import os
@@ -23,9 +20,9 @@ CHECKSUM = "sum"
 
 
 def write_logps(path: Path, logps: PairLogps, labels: Mapping[str, str] | None = None) -> None:
-    """Write beside, then rename: readers and later runs never see half a file.
+    """Write the log-probabilities to a file, which appears complete or not at all.
 
-    `labels` say for people where the numbers come from.
+    `labels` are shown by `mlx-dpo cache`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with temporary_path(path) as temporary:
@@ -34,13 +31,13 @@ def write_logps(path: Path, logps: PairLogps, labels: Mapping[str, str] | None =
 
 
 def read_logps(path: Path, count: int) -> PairLogps | None:
-    """What `write_logps` wrote, or None if there is nothing or it is damaged. (count,) each"""
-    found = read_labelled(path)
-    return found[0] if found is not None and len(found[0].chosen) == count else None
+    """Return the log-probabilities of a file; None if it is missing or damaged. (count,) each"""
+    content = read_labelled(path)
+    return content[0] if content is not None and len(content[0].chosen) == count else None
 
 
 def read_labelled(path: Path) -> tuple[PairLogps, dict[str, str]] | None:
-    """What `write_logps` wrote, with its labels, or None if there is nothing or it is damaged."""
+    """Return log-probabilities and labels of a file; None if it is missing or damaged."""
     if not path.is_file():
         return None
     try:
@@ -48,8 +45,9 @@ def read_labelled(path: Path) -> tuple[PairLogps, dict[str, str]] | None:
         logps = PairLogps(**arrays)
     except (RuntimeError, TypeError):
         return None
-    whole = logps.chosen.shape == logps.rejected.shape and logps.chosen.ndim == 1
-    return (logps, labels) if whole and labels.pop(CHECKSUM, "") == _checksum(logps) else None
+    are_pairs = logps.chosen.shape == logps.rejected.shape and logps.chosen.ndim == 1
+    is_valid = are_pairs and labels.pop(CHECKSUM, "") == _checksum(logps)
+    return (logps, labels) if is_valid else None
 
 
 def _checksum(logps: PairLogps) -> str:
@@ -65,8 +63,8 @@ class LogpsCacheEntry(CacheEntry):
 
 
 @dataclass(frozen=True)
-class Group:
-    """The files of one model, as it was computed with."""
+class ModelGroup:
+    """Sums over the files of one model, device and dtype."""
 
     model: str
     computed_on: str
@@ -88,14 +86,14 @@ def list_entries(folder: Path) -> list[LogpsCacheEntry]:
     return list_cache(folder, SUFFIX, LogpsCacheEntry, _read_labels)
 
 
-def groups(of: Iterable[LogpsCacheEntry]) -> list[Group]:
-    """The files that are not damaged, model by model."""
-    found: dict[tuple[str, str], list[LogpsCacheEntry]] = {}
-    for entry in of:
+def group_by_model(entries: Iterable[LogpsCacheEntry]) -> list[ModelGroup]:
+    """Return the sums over the files of each model; damaged files are left out."""
+    groups: dict[tuple[str, str], list[LogpsCacheEntry]] = {}
+    for entry in entries:
         if not entry.damaged:
-            found.setdefault((entry.model, entry.computed_on), []).append(entry)
+            groups.setdefault((entry.model, entry.computed_on), []).append(entry)
     return [
-        Group(
+        ModelGroup(
             *key,
             files=len(members),
             pairs=sum(entry.pairs for entry in members),
@@ -103,7 +101,7 @@ def groups(of: Iterable[LogpsCacheEntry]) -> list[Group]:
             first_written=min((e.written for e in members if e.written), default=None),
             last_used=max(entry.last_used for entry in members),
         )
-        for key, members in sorted(found.items())
+        for key, members in sorted(groups.items())
     ]
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from mlx_dpo.io.atomic import abandoned_paths
 from mlx_dpo.io.cache_listing import UNKNOWN
-from mlx_dpo.training.logps_cache import groups, labels, list_entries, write_logps
+from mlx_dpo.training.logps_cache import group_by_model, labels, list_entries, write_logps
 from mlx_dpo.types import PairLogps
 from tests.temporary_files import ended_process, temporary_path
 
@@ -28,7 +28,7 @@ def test_files_are_grouped_by_the_model_that_said_it(tmp_path):
             ("a", 256, "org/one", 3), ("b", 10, "two", 4), ("c", 44, "org/one", 9),
         )
     ]  # fmt: skip
-    one, two = groups(list_entries(tmp_path))
+    one, two = group_by_model(list_entries(tmp_path))
     assert (one.model, one.computed_on) == ("org/one", "cpu float32")
     assert (one.files, one.pairs, one.size) == (2, 300, sizes[0] + sizes[2])
     assert one.last_used == datetime(2026, 1, 9, tzinfo=UTC)
@@ -39,7 +39,7 @@ def test_files_are_grouped_by_the_model_that_said_it(tmp_path):
 
 def test_files_from_before_there_were_labels_are_of_an_unknown_model(tmp_path):
     stored(tmp_path, "a", 7)
-    [group] = groups(list_entries(tmp_path))
+    [group] = group_by_model(list_entries(tmp_path))
     assert (group.model, group.computed_on, group.pairs) == (UNKNOWN, UNKNOWN, 7)
     assert group.first_written is None
 
@@ -51,7 +51,7 @@ def test_damaged_files_are_found_and_counted_with_no_model(tmp_path):
     whole, damaged = list_entries(tmp_path)
     assert (whole.damaged, damaged.damaged) == (False, True)
     assert (damaged.path, damaged.pairs) == (path, 0)
-    assert [group.files for group in groups([whole, damaged])] == [1]
+    assert [group.files for group in group_by_model([whole, damaged])] == [1]
 
 
 def test_only_what_a_process_that_is_gone_left_is_abandoned(tmp_path):
