@@ -1,4 +1,4 @@
-"""`mlx-dpo convert`: a model of the Hub or a folder in, a smaller or MLX-ready folder out."""
+"""`mlx-dpo convert`: convert a model of the Hub or of a folder to MLX, optionally quantized."""
 
 import shlex
 from pathlib import Path
@@ -46,12 +46,12 @@ def convert(source: str, output: Path, bits: str | None, **options: Any) -> None
     SOURCE is read from safetensors only. The folder appears whole or not at all. The same
     English text is scored before and after, and the difference is printed.
     """
-    from mlx_dpo.export import convert as policy
+    from mlx_dpo.export import convert as conversion
     from mlx_dpo.reporting.console import make_console, print_facts
 
     console = make_console()
     with console.status(f"Converting {source}"):
-        report = policy.convert(source, output, bits=int(bits) if bits else None, **options)
+        report = conversion.convert(source, output, bits=int(bits) if bits else None, **options)
     print_facts(console, facts(report))
     console.print(
         f"Next: mlx-dpo train PAIRS --model {shlex.quote(str(output))} --output RUN", markup=False
@@ -59,7 +59,7 @@ def convert(source: str, output: Path, bits: str | None, **options: Any) -> None
 
 
 def facts(report: "ConvertReport") -> list[tuple[str, str]]:
-    """What a person wants to know of a conversion, line by line."""
+    """Return label and value of each line that is printed about a conversion."""
     from mlx_dpo.units import format_bytes
 
     before, after = format_bytes(report.bytes_before), format_bytes(report.bytes_after)
@@ -68,7 +68,7 @@ def facts(report: "ConvertReport") -> list[tuple[str, str]]:
         ("weights", f"{before} → {after}, {report.bits_per_weight:.2f} bits per weight"),
         (
             "check",
-            f"log-probabilities differ by {report.mean_difference:.3g} nats per token on average "
+            f"log-probabilities differ by {report.conversion_error:.3g} nats per token on average "
             f"({report.tokens} tokens of English)",
         ),
         *(("note", note) for note in report.notes),

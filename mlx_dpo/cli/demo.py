@@ -42,7 +42,7 @@ def demo(output: str) -> None:
     report = tour.convert()
     console.print(
         f"{format_bytes(report.bytes_before)} before, {format_bytes(report.bytes_after)} after; "
-        f"log-probabilities differ by {report.mean_difference:.3f} nats a token on average"
+        f"log-probabilities differ by {report.conversion_error:.3f} nats a token on average"
     )
     console.print(f"\n2. Ask the base {len(tour.rows)} questions it has not seen", style="bold")
     before = tour.ask(reference=True)

@@ -1,4 +1,4 @@
-"""`mlx-dpo fuse`: a run as a plain model, and how much of its training is in it."""
+"""`mlx-dpo fuse`: write a run as a plain model and report how much training it retains."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     help="With --to hf: this file too, by llama.cpp's converter, which says which models it knows.",
 )
 @click.option("--converter", metavar="FILE", help="llama.cpp's convert_hf_to_gguf.py.")
-def fuse(run: str, output: Path, bits: str | None, **wishes: Any) -> None:
+def fuse(run: str, output: Path, bits: str | None, **settings: Any) -> None:
     """Write the policy of RUN as a model that needs no adapter.
 
     Quantised layers are unpacked, because a change as small as that of preference training is lost
@@ -63,18 +63,20 @@ def fuse(run: str, output: Path, bits: str | None, **wishes: Any) -> None:
     from mlx_dpo.units import format_bytes
 
     console = make_console()
-    wish = FuseOptions(bits=int(bits) if bits else None, **wishes)
+    options = FuseOptions(bits=int(bits) if bits else None, **settings)
     with console.status(f"Fusing {run}"):
-        fused = fuse_run(run, output, wish)
+        fused = fuse_run(run, output, options)
     print_facts(console, facts(fused))
-    if wish.gguf is not None:
+    if options.gguf is not None:
         with console.status(f"Converting {output}"):
-            convert_to_gguf(fused, wish)
-        print_facts(console, [("gguf", f"{wish.gguf}, {format_bytes(wish.gguf.stat().st_size)}")])
+            convert_to_gguf(fused, options)
+        print_facts(
+            console, [("gguf", f"{options.gguf}, {format_bytes(options.gguf.stat().st_size)}")]
+        )
 
 
 def facts(fused: "FusedModel") -> list[tuple[str, str]]:
-    """What a person wants to know of a fused model, line by line."""
+    """Return label and value of each line that is printed about a fused model."""
     from mlx_dpo.units import format_bytes
 
     found, rounding = fused.retention, fused.rounding
@@ -88,7 +90,7 @@ def facts(fused: "FusedModel") -> list[tuple[str, str]]:
         (
             "change",
             f"{found.change:.2%} of the adapters' change of log-probabilities kept; the two "
-            f"models are {found.apart:.2g} nats a token apart",
+            f"models are {found.mean_difference:.2g} nats a token apart",
         ),
     ]
     if rounding is not None:

@@ -1,7 +1,7 @@
-"""A model of the Hub → MLX's own layout, smaller if asked, and proven to be the same model.
+"""Conversion of a model to MLX's layout, optionally quantized, and a check of the result.
 
-mlx-lm converts. Here the request is checked before anything is written, the folder appears
-whole or not at all, and the result is scored beside its source.
+mlx-lm converts. Here the settings are checked first, the folder appears complete or not at all, and
+the log-probabilities of the result are compared with those of the source.
 """
 
 import contextlib
@@ -50,13 +50,13 @@ LARGE_ERROR = 0.5  # a quantised model this far off writes visibly worse
 
 
 def sample_token_ids(base: LoadedModel) -> mx.array:
-    """The text as token ids, cut to ids that the model has. (1, T) int32"""
+    """Return the token ids of the sample text, clipped to the vocabulary. (1, T) int32"""
     ids = base.tokenizer.encode(SAMPLE_TEXT)
     return mx.array([[min(i, base.vocab_size - 1) for i in ids]], dtype=mx.int32)
 
 
 def mean_logp_difference(source: mx.array, converted: mx.array) -> float:
-    """Mean absolute difference of two sets of token log-probabilities, in nats.
+    """Return the mean absolute difference of token log-probabilities, in nats.
 
     Raises:
         ModelError: a log-probability is not a number.
@@ -71,7 +71,7 @@ def mean_logp_difference(source: mx.array, converted: mx.array) -> float:
 
 
 def tolerance(source: str, converted: str) -> float:
-    """How far two models may be apart that differ in the number type of their weights alone."""
+    """Return the allowed difference of models that differ only in the dtype of their weights."""
     return (
         EXACT_TOLERANCE
         if source == converted
@@ -79,21 +79,21 @@ def tolerance(source: str, converted: str) -> float:
     )
 
 
-MAX_RECIPE_BITS = 6  # the most that a recipe gives any layer, to be on the safe side
+MAX_RECIPE_BITS = 6  # the largest number of bits in a recipe
 
 
 @dataclass(frozen=True)
 class ConvertReport:
-    """What was written, and how far it is from its source."""
+    """The written model and its difference from the source."""
 
     source: str
     output: Path
     bytes_before: int  # of the weight files
     bytes_after: int
     bits_per_weight: float
-    mean_difference: float  # nats per token, mean absolute difference of log-probabilities
-    tokens: int  # over which the difference was taken
-    notes: tuple[str, ...]  # layers left unquantised, a number type nobody asked for
+    conversion_error: float  # mean absolute difference of log-probabilities, nats per token
+    tokens: int  # that the difference is a mean over
+    notes: tuple[str, ...]  # on layers that are not quantized, and on an unexpected dtype
 
 
 def convert(  # noqa: PLR0913 (one argument for each option of the command)
@@ -108,30 +108,30 @@ def convert(  # noqa: PLR0913 (one argument for each option of the command)
     recipe: str | None = None,
     trust_remote_code: bool = False,
 ) -> ConvertReport:
-    """Write the model that `source` names to the folder `output`, and compare the two.
+    """Convert the model `source` to the folder `output`, and compare the two.
 
     Raises:
         ConfigError: settings contradict each other or the model, or have no effect.
         ModelError: the source cannot be read, the target cannot be written, or the result
             is not the same model. Nothing is left behind then.
     """
-    packing = make_quantization_config(bits, group_size, mode, recipe, dtype)
+    quantization = make_quantization_config(bits, group_size, mode, recipe, dtype)
     path = resolve_model(source, revision=revision, trust_remote_code=trust_remote_code)
     check_model_folder(path, source, trust_remote_code=trust_remote_code)
     model, config = load.load_lazy_model(path, source, trust_remote_code=trust_remote_code)
-    if packing.quantises:
-        check_quantizable(model, config, packing.group_size, packing.groups)
-    check_output_folder(output, _expected_bytes(model, packing))
+    if quantization.is_quantized:
+        check_quantizable(model, config, quantization.group_size, quantization.group_sizes)
+    check_output_folder(output, _expected_bytes(model, quantization))
     with new_output_folder(output) as partial:
         with (
             load.loading_errors(source, "cannot be converted", "take other settings"),
             disk_errors(output),
         ):
-            _write(path, partial, packing, trust_remote_code)
-            _write_metadata(path, partial, source, packing)
+            _write(path, partial, quantization, trust_remote_code)
+            _write_metadata(path, partial, source, quantization)
         written, _ = load.load_lazy_model(partial, source, trust_remote_code=trust_remote_code)
         difference, tokens = _conversion_error(path, partial, trust_remote_code)
-        if not packing.quantises:
+        if not quantization.is_quantized:
             _check_same_model(source, difference, main_dtype(model), main_dtype(written))
         return ConvertReport(
             source=source,
@@ -139,42 +139,46 @@ def convert(  # noqa: PLR0913 (one argument for each option of the command)
             bytes_before=weight_bytes(path),
             bytes_after=weight_bytes(partial),
             bits_per_weight=_bits_per_weight(partial),
-            mean_difference=difference,
+            conversion_error=difference,
             tokens=tokens,
-            notes=_notes(model, written, packing, difference),
+            notes=_notes(model, written, quantization, difference),
         )
 
 
-def _expected_bytes(model: nn.Module, packing: QuantizationConfig) -> int:
-    bits = MAX_RECIPE_BITS if packing.recipe else packing.bits
-    return expected_bytes(model, bits, packing.group_size, packing.dtype)
+def _expected_bytes(model: nn.Module, quantization: QuantizationConfig) -> int:
+    bits = MAX_RECIPE_BITS if quantization.recipe else quantization.bits
+    return expected_bytes(model, bits, quantization.group_size, quantization.dtype)
 
 
-def _write(path: Path, partial: Path, packing: QuantizationConfig, trust_remote_code: bool) -> None:
+def _write(
+    path: Path, partial: Path, quantization: QuantizationConfig, trust_remote_code: bool
+) -> None:
     partial.rmdir()  # mlx-lm insists on making the folder
     with contextlib.redirect_stdout(io.StringIO()):  # mlx-lm prints its progress
         mlx_convert(
             str(path),
             str(partial),
-            quantize=packing.quantises,
-            q_group_size=packing.group_size,
-            q_bits=packing.bits,
-            q_mode=packing.mode,
-            dtype=packing.dtype,
-            quant_predicate=packing.recipe,
+            quantize=quantization.is_quantized,
+            q_group_size=quantization.group_size,
+            q_bits=quantization.bits,
+            q_mode=quantization.mode,
+            dtype=quantization.dtype,
+            quant_predicate=quantization.recipe,
             trust_remote_code=trust_remote_code,
         )
 
 
-def _write_metadata(path: Path, partial: Path, source: str, packing: QuantizationConfig) -> None:
-    """Say in the folder what it holds and under which licence, and nothing of this machine."""
+def _write_metadata(
+    path: Path, partial: Path, source: str, quantization: QuantizationConfig
+) -> None:
+    """Write configuration, model card and license files, without paths of this machine."""
     read = read_json(partial / CONFIG, CONFIG)
     config = read | rope_overrides(read, source)
-    if packing.dtype is not None:
+    if quantization.dtype is not None:
         # mlx-lm casts by `torch_dtype` when it converts again.
         for entries in (config, config.get("text_config") or {}):
             for key in entries.keys() & {"torch_dtype", "dtype"}:
-                entries[key] = packing.dtype
+                entries[key] = quantization.dtype
     _write_text(partial / CONFIG, json.dumps(config, indent=4))
     known = inherited_metadata(read_card_metadata(path)) | (
         {"base_model": source} if is_hub_id(source) else {}
@@ -189,7 +193,10 @@ def _write_text(file: Path, text: str) -> None:
 
 
 def _conversion_error(path: Path, partial: Path, trust_remote_code: bool) -> tuple[float, int]:
-    """Mean difference of log-probabilities, and over how many; one model is held at a time."""
+    """Return the mean difference of log-probabilities and their number.
+
+    Only one model is in memory at a time.
+    """
     base = load.load_model(str(path), trust_remote_code=trust_remote_code)
     ids = sample_token_ids(base)
     before = token_logps(base.model, ids)
@@ -201,7 +208,7 @@ def _conversion_error(path: Path, partial: Path, trust_remote_code: bool) -> tup
 
 
 def _check_same_model(source: str, difference: float, stored: str, written: str) -> None:
-    """Raise if a model that was not quantised is further from its source than rounding explains."""
+    """Raise `ModelError` if an unquantized model differs by more than rounding explains."""
     allowed = tolerance(stored, written)
     if difference > allowed:
         raise ModelError(
@@ -217,13 +224,13 @@ def _bits_per_weight(folder: Path) -> float:
 
 
 def _notes(
-    before: nn.Module, after: nn.Module, packing: QuantizationConfig, difference: float
+    before: nn.Module, after: nn.Module, quantization: QuantizationConfig, difference: float
 ) -> tuple[str, ...]:
-    if packing.quantises:
-        left = unquantized_notes(after, len(quantizable_layers(before)), packing.group_size)
+    if quantization.is_quantized:
+        left = unquantized_notes(after, len(quantizable_layers(before)), quantization.group_size)
         far = f"{difference:.2g} nats per token is a lot: take more bits or smaller groups"
         return (*left, far) if difference > LARGE_ERROR else left
     stored, written = main_dtype(before), main_dtype(after)
-    if packing.dtype is None and stored != written:
+    if quantization.dtype is None and stored != written:
         return (f"{stored} weights written in {written}, which `{CONFIG}` names as theirs",)
     return ()

@@ -1,4 +1,4 @@
-"""A run's policy written as a plain model, and held against itself as it was trained."""
+"""Fusing of a run's adapters into a plain model, and a check of how much training survives."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -44,30 +44,30 @@ Values = np.ndarray  # (n,) float64
 
 @dataclass(frozen=True)
 class Retention:
-    """A policy and its other form on the same pairs."""
+    """The part of the training that a fused model retains, measured on pairs."""
 
     pairs: int
     margin_before: float  # mean over pairs of the log-ratio margin, nats
     margin_after: float
-    margin: float  # the share that is left
-    change: float  # share of the change of the completions' log-probabilities that is left
-    apart: float  # mean absolute difference of the two's log-probabilities, nats a token
+    margin: float  # retained share of the margin
+    change: float  # retained share of the change of the completions' log-probabilities
+    mean_difference: float  # of log-probabilities, absolute, nats per token
 
     @property
-    def least(self) -> float:
-        """The smaller share; of the margin only where there was one."""
+    def minimum(self) -> float:
+        """The smaller share; the margin counts only if it was positive."""
         return min(self.margin, self.change) if self.margin_before > 0 else self.change
 
 
 def measure_retention(
-    pairs: Sequence[TokenizedPair], reference: PairLogps, policy: PairLogps, other: PairLogps
+    pairs: Sequence[TokenizedPair], reference: PairLogps, policy: PairLogps, fused: PairLogps
 ) -> Retention:
-    """What `other` keeps of the way from `reference` to `policy`.
+    """Measure what `fused` retains of the change from `reference` to `policy`.
 
-    The change that is left is projected on the whole one. Noise adds nothing to that on average,
-    but much to a small change, up or down: a share far above one says as little as one below.
+    The retained change is projected on the whole change. Noise averages out in the projection, but
+    it can dominate a small change in both directions: a share far above 1 is as bad as one below.
     """
-    moved, left = _log_ratios(pairs, reference, policy), _log_ratios(pairs, reference, other)
+    moved, left = _log_ratios(pairs, reference, policy), _log_ratios(pairs, reference, fused)
     before, after = _margins(pairs, moved).mean(), _margins(pairs, left).mean()
     tokens = sum(map(sum, _token_counts(pairs)))
     size = float((moved * moved).sum())
@@ -77,7 +77,7 @@ def measure_retention(
         margin_after=float(after),
         margin=float(after / before) if before else 0.0,
         change=float((moved * left).sum()) / size if size else 0.0,
-        apart=float(np.abs(moved - left).sum()) / tokens,
+        mean_difference=float(np.abs(moved - left).sum()) / tokens,
     )
 
 
@@ -86,7 +86,7 @@ def _is_labelled(pairs: Sequence[TokenizedPair]) -> bool:
 
 
 def _log_ratios(pairs: Sequence[TokenizedPair], start: PairLogps, end: PairLogps) -> Values:
-    """Log-ratios of the completions that the pairs judge. (1 or 2, len(pairs))"""
+    """Return the log-ratios of chosen and rejected, or of one completion. (1 or 2, len(pairs))"""
     rows = [np.array(e) - np.array(s) for s, e in zip(start, end, strict=True)]
     return np.array(rows[:1] if _is_labelled(pairs) else rows, np.float64)
 
@@ -103,15 +103,15 @@ def _token_counts(pairs: Sequence[TokenizedPair]) -> list[tuple[int, ...]]:
     return [(len(pair.chosen), len(pair.rejected)) for pair in pairs]
 
 
-SMALL_MARGIN = 0.01  # nats of margin that rounding may well drown
+SMALL_MARGIN = 0.01  # nats; rounding may be larger than such a margin
 
 
 @dataclass(frozen=True)
 class FuseOptions:
-    """What a fused model is to be.
+    """Options of the command `fuse`.
 
     Raises:
-        ConfigError: a wish has no effect beside the others.
+        ConfigError: an option has no effect with the others.
     """
 
     to: str = "mlx"  # or "hf"
@@ -140,8 +140,8 @@ class FuseOptions:
                 raise ConfigError(f"`--{name}` has no effect {why}")
 
     @property
-    def packed(self) -> AffineQuantization | None:
-        """How weights are to be packed."""
+    def quantization(self) -> AffineQuantization | None:
+        """The quantization of the fused weights, or None."""
         return (
             AffineQuantization(self.bits, self.group_size or DEFAULT_GROUP_SIZE)
             if self.bits
@@ -151,7 +151,7 @@ class FuseOptions:
 
 @dataclass(frozen=True)
 class FusedModel:
-    """What was written, and how much of the training is in it."""
+    """The written model and the part of the training that it retains."""
 
     output: Path
     bytes: int  # of the weights
@@ -162,29 +162,31 @@ class FusedModel:
     notes: tuple[str, ...]
 
 
-def fuse_run(folder: str, output: Path, wish: FuseOptions) -> FusedModel:
-    """Write the policy of a run to the folder `output`, whole or not at all.
+def fuse_run(folder: str, output: Path, options: FuseOptions) -> FusedModel:
+    """Write the policy of a run as a plain model to the folder `output`, complete or not at all.
 
     Raises:
-        ConfigError: a wish contradicts the model, or there are no pairs to measure on.
-        ModelError: too little of the training is left and `force` is not set; or the model has
-            no such form, or cannot be written.
-        RunError, DataError: the run, its model or its pairs are at fault.
+        ConfigError: an option contradicts the model, or there are no pairs to measure on.
+        ModelError: too little of the training is retained and `force` is not set; or the model
+            cannot be fused or written.
+        RunError, DataError: the run, its model or its pairs cannot be read.
     """
-    if wish.gguf is not None:
-        find_gguf_converter(wish.converter)
-        check_output_file(wish.gguf)
+    if options.gguf is not None:
+        find_gguf_converter(options.converter)
+        check_output_file(options.gguf)
     opened = open_run(folder)
     base, pairs, name, notes = (
-        load_held_out_pairs(opened) if wish.pairs is None else load_named_pairs(opened, wish.pairs)
+        load_held_out_pairs(opened)
+        if options.pairs is None
+        else load_named_pairs(opened, options.pairs)
     )
     if not pairs:
         raise ConfigError(
             f"{folder}: the run held no pairs out to measure on; name some with --pairs"
         )
-    checkpoint = _find_checkpoint(base, wish)
-    dtype = wish.dtype or _stored_dtype(base, opened)
-    size = _expected_bytes(base, wish, dtype, checkpoint)
+    checkpoint = _find_checkpoint(base, options)
+    dtype = options.dtype or _stored_dtype(base, opened)
+    size = _expected_bytes(base, options, dtype, checkpoint)
     check_output_folder(output, size)
     load_reference_into(opened, base)
     reference = _score(opened, base, pairs)
@@ -193,41 +195,47 @@ def fuse_run(folder: str, output: Path, wish: FuseOptions) -> FusedModel:
     with ExitStack() as stack:
         partial = stack.enter_context(new_output_folder(output))
         with disk_errors(output):
-            rounding, left = _write(partial, base, wish, dtype, checkpoint)
-            licence = inherited_metadata(read_card_metadata(base.path))
+            rounding, left = _write(partial, base, options, dtype, checkpoint)
+            license = inherited_metadata(read_card_metadata(base.path))
             page = make_fused_model_card(
-                hub_id_of_run(opened), to=wish.to, bits=wish.bits, inherited=licence
+                hub_id_of_run(opened), to=options.to, bits=options.bits, inherited=license
             )
             (partial / CARD).write_text(f"{page}\n", encoding="utf-8")
         del base  # one model is held at a time
         written = load_model(str(partial), trust_remote_code=opened.config.trust_remote_code)
         found = measure_retention(pairs, reference, policy, _score(opened, written, pairs))
-        _check_retention(output, found, wish)
+        _check_retention(output, found, options)
         size = weight_bytes(partial)
     notes = (*notes, *left, *([] if opened.finished else [unfinished_note(opened)]))
-    kind = f"{wish.bits} bits" if wish.bits else dtype if checkpoint is None else "types as before"
+    kind = (
+        f"{options.bits} bits"
+        if options.bits
+        else dtype
+        if checkpoint is None
+        else "types as before"
+    )
     return FusedModel(output, size, kind, f"{len(pairs):,} {name}", found, rounding, notes)
 
 
-def convert_to_gguf(fused: FusedModel, wish: FuseOptions) -> None:
-    """Write the file that is wished for beside a fused checkpoint, which stays as it is.
+def convert_to_gguf(fused: FusedModel, options: FuseOptions) -> None:
+    """Convert a fused checkpoint, which is kept, to the GGUF file of the options.
 
     Raises:
         ConfigError, ModelError: as `write_gguf`.
     """
-    assert wish.gguf is not None
-    write_gguf(find_gguf_converter(wish.converter), fused.output, wish.gguf)
+    assert options.gguf is not None
+    write_gguf(find_gguf_converter(options.converter), fused.output, options.gguf)
 
 
-def _find_checkpoint(base: LoadedModel, wish: FuseOptions) -> HFCheckpoint | None:
-    if wish.to == "mlx":
+def _find_checkpoint(base: LoadedModel, options: FuseOptions) -> HFCheckpoint | None:
+    if options.to == "mlx":
         return None
-    folder = base.path if wish.base is None else Path(wish.base).expanduser()
-    return local_checkpoint(folder, wish.base or base.source)
+    folder = base.path if options.base is None else Path(options.base).expanduser()
+    return local_checkpoint(folder, options.base or base.source)
 
 
 def _stored_dtype(base: LoadedModel, opened: OpenRun) -> str:
-    """The number type that the model computes in where it is not held for the CPU."""
+    """Return the dtype of the model on a GPU, where weights are not cast for the CPU."""
     config = opened.config
     if config.dtype is not None:
         return config.dtype
@@ -236,46 +244,50 @@ def _stored_dtype(base: LoadedModel, opened: OpenRun) -> str:
 
 
 def _expected_bytes(
-    base: LoadedModel, wish: FuseOptions, dtype: str, checkpoint: HFCheckpoint | None
+    base: LoadedModel, options: FuseOptions, dtype: str, checkpoint: HFCheckpoint | None
 ) -> int:
     if checkpoint is not None and checkpoint.folder is not None:
         return weight_bytes(checkpoint.folder)
-    return expected_bytes(base.model, wish.bits, wish.group_size or DEFAULT_GROUP_SIZE, dtype)
+    return expected_bytes(base.model, options.bits, options.group_size or DEFAULT_GROUP_SIZE, dtype)
 
 
 def _score(opened: OpenRun, base: LoadedModel, pairs: Sequence[TokenizedPair]) -> PairLogps:
-    """By whole rows, which is exact for every architecture. (len(pairs),) each"""
+    """Return log-probabilities from whole rows, exact for every architecture. (len(pairs),) each"""
     return score_pairs(base.model, pairs, limit=opened.config.pass_limit)
 
 
 def _write(
-    partial: Path, base: LoadedModel, wish: FuseOptions, dtype: str, checkpoint: HFCheckpoint | None
+    partial: Path,
+    base: LoadedModel,
+    options: FuseOptions,
+    dtype: str,
+    checkpoint: HFCheckpoint | None,
 ) -> tuple[RoundingLoss | None, tuple[str, ...]]:
-    """Write the model; what rounding left of the weights' change, and notes on layers."""
+    """Write the fused model; return the loss by rounding and notes on skipped layers."""
     if checkpoint is not None:
         write_hf(partial, merged_tensors(base.model, base.config, checkpoint), checkpoint)
         return None, ()
-    rounding = merge_adapters(base.model, getattr(mx, dtype), wish.packed)
+    rounding = merge_adapters(base.model, getattr(mx, dtype), options.quantization)
     entries = set_config_dtype(base.config, dtype)
     left: tuple[str, ...] = ()
-    if wish.bits is not None:
-        entries, left = quantize_model(base.model, entries, wish.bits, wish.group_size)
+    if options.bits is not None:
+        entries, left = quantize_model(base.model, entries, options.bits, options.group_size)
     write_mlx(partial, base.model, entries, base.path)
     return rounding, left
 
 
-def _check_retention(output: Path, found: Retention, wish: FuseOptions) -> None:
-    """Refuse less than was asked for, and as much more: an adapter that goes in twice doubles."""
-    most = 2 - wish.min_retained
-    if (wish.min_retained <= found.least and found.change <= most) or wish.force:
+def _check_retention(output: Path, found: Retention, options: FuseOptions) -> None:
+    """Raise `ModelError` if too little is retained, or too much: a doubled adapter gives 200%."""
+    most = 2 - options.min_retained
+    if (options.min_retained <= found.minimum and found.change <= most) or options.force:
         return
-    advice = "leave `--bits` out, or take more" if wish.bits else "take a wider `--dtype`"
-    if wish.to == "hf":
+    advice = "leave `--bits` out, or take more" if options.bits else "take a wider `--dtype`"
+    if options.to == "hf":
         advice = "see that the checkpoint is the one that was trained on"
     elif abs(found.margin_before) < SMALL_MARGIN:
         advice = f"training hardly moved it (a margin of {found.margin_before:.1g} nats): train on"
-    bound = f"less than `--min-retained` {wish.min_retained:g}"
-    if found.least >= wish.min_retained:
+    bound = f"less than `--min-retained` {options.min_retained:g}"
+    if found.minimum >= options.min_retained:
         bound = f"which is beyond {most:.0%}"
     raise ModelError(
         f"{output}: the fused model keeps {found.margin:.1%} of the margin and {found.change:.1%} "

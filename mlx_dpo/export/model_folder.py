@@ -1,4 +1,4 @@
-"""A fused model on disk: in MLX's layout, or as the Hugging Face checkpoint that it came from."""
+"""Writing of a fused model: in MLX's layout, as a Hugging Face checkpoint, or as GGUF."""
 
 import json
 import os
@@ -34,16 +34,16 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def write_mlx(folder: Path, model: nn.Module, entries: Mapping[str, Any], source: Path) -> None:
-    """A plain model with its configuration; what else a model needs comes from `source`."""
+    """Write a plain model and its configuration; copy the tokenizer and other files of `source`."""
     save_model(folder, model)
     save_config(dict(entries), folder / CONFIG)
     _copy(source, folder, COPIED_FILES)
 
 
 def write_hf(folder: Path, changed: Arrays, checkpoint: HFCheckpoint) -> None:
-    """The checkpoint with other values for the tensors of these names; each in its own type.
+    """Write the checkpoint with the `changed` tensors, each in its dtype of the checkpoint.
 
-    One of its files is held at a time, and `changed` is emptied on the way.
+    One file is in memory at a time, and `changed` is empty at the end.
     """
     assert checkpoint.folder is not None
     for file in weight_files(checkpoint.folder):
@@ -58,10 +58,10 @@ def write_hf(folder: Path, changed: Arrays, checkpoint: HFCheckpoint) -> None:
 def merged_tensors(
     model: nn.Module, entries: Mapping[str, Any], checkpoint: HFCheckpoint
 ) -> Arrays:
-    """What training makes of the tensors of the checkpoint, in float32 and by name.
+    """Return the tensors of the checkpoint that training changed, in float32 and by name.
 
     Raises:
-        ModelError: a layer has no counterpart in the checkpoint, or its weights are not here.
+        ModelError: a layer has no counterpart in the checkpoint, or its weights are not local.
     """
     kind = str(entries.get("model_type"))
     if checkpoint.folder is None:
@@ -94,14 +94,14 @@ def _trained_weights(model: nn.Module, kind: str, checkpoint: HFCheckpoint) -> A
 
 
 def _with_head(changed: Arrays, model: nn.Module, checkpoint: HFCheckpoint) -> Arrays:
-    """A head that is the table of embeddings may be written out all the same."""
+    """Add the LM head if it is tied and the checkpoint stores it nevertheless."""
     if HEAD in checkpoint.shapes and EMBEDDING in changed and has_tied_embeddings(model):
         changed[HEAD] = changed[EMBEDDING]
     return changed
 
 
 def set_config_dtype(entries: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """A configuration that says in which number type its weights are, and of no packing."""
+    """Return the configuration with this dtype of the weights and without quantization."""
     entries = json.loads(json.dumps(entries))
     for packing in ("quantization", "quantization_config"):
         entries.pop(packing, None)
@@ -122,10 +122,10 @@ CONVERTER = "convert_hf_to_gguf.py"
 
 
 def find_gguf_converter(given: str | None) -> Path:
-    """The converter that is given, or else the one that is found as a program.
+    """Return the path of llama.cpp's converter: `given`, or a program on the PATH.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no such converter.
     """
     found = given or shutil.which(CONVERTER)
     path = Path(found).expanduser() if found else None
@@ -142,11 +142,7 @@ def find_gguf_converter(given: str | None) -> Path:
 
 
 def check_output_file(output: Path) -> None:
-    """See that a file may be written, before work is done for it.
-
-    Raises:
-        ConfigError: it is there already, or its folder is not.
-    """
+    """Raise `ConfigError` if the output file exists already, or its folder does not."""
     if output.exists():
         raise ConfigError(f"{output}: is there already; take another name")
     if not output.resolve().parent.is_dir():
@@ -154,12 +150,12 @@ def check_output_file(output: Path) -> None:
 
 
 def write_gguf(converter: Path, model: Path, output: Path) -> None:
-    """Convert the checkpoint in the folder `model`.
+    """Convert the checkpoint in the folder `model` to a GGUF file.
 
     Raises:
-        ModelError: the converter refuses it, an architecture that it does not know for one.
+        ModelError: the converter fails, for example on an unknown architecture.
     """
-    # By its own first line, for what it imports is in another environment than this one.
+    # Run by its own shebang line, because its imports are in another environment than this one.
     try:
         with atomic_file(output) as partial:
             command = [str(converter.resolve()), str(model), "--outfile", str(partial)]

@@ -1,7 +1,7 @@
-"""What the device wants: number types, and packed weights unpacked where that is faster.
+"""The device of MLX, and the number types and dequantized weights that suit it.
 
-MLX's CPU backend multiplies quantised and 16-bit matrices in plain loops; float32 goes
-through BLAS. There a model is held in float32, with the same weights.
+MLX's CPU backend multiplies quantized and 16-bit matrices in plain loops, and float32 matrices by
+BLAS. On the CPU a model is therefore held in float32, with the same weights.
 """
 
 from collections import Counter
@@ -19,8 +19,8 @@ from mlx_dpo.errors import ModelError
 
 DeviceKind = Literal["metal", "cuda", "cpu"]
 
-# The plain layer behind each packed one. Types are matched exactly: a subclass may compute
-# something else. Sizes do not matter, for the weight is put in afterwards.
+# The plain layer of each quantized layer. Types are matched exactly: a subclass may compute
+# something else. Sizes do not matter, because the weight is set afterwards.
 PLAIN_LAYERS: dict[type, Callable[[Any], nn.Module]] = {
     nn.QuantizedLinear: lambda packed: nn.Linear(1, 1, bias=False),
     nn.QuantizedEmbedding: lambda packed: nn.Embedding(1, 1),
@@ -31,24 +31,24 @@ PLAIN_LAYERS: dict[type, Callable[[Any], nn.Module]] = {
 
 
 def device_kind() -> DeviceKind:
-    """What MLX computes on by default."""
+    """Return the kind of MLX's default device."""
     if mx.default_device().type == mx.DeviceType.cpu:
         return "cpu"
     return "metal" if mx.metal.is_available() else "cuda"
 
 
 def is_cpu() -> bool:
-    """Whether MLX computes on the CPU."""
+    """Return whether MLX's default device is the CPU."""
     return device_kind() == "cpu"
 
 
 def dtype_name(dtype: mx.Dtype) -> str:
-    """`float32` for `mx.float32`."""
+    """Return the name of a dtype: `float32` for `mx.float32`."""
     return str(dtype).removeprefix("mlx.core.")
 
 
 def main_dtype(model: nn.Module) -> str:
-    """The number type of most of a model's floating-point weights, by name."""
+    """Return the name of the dtype of most bytes of a model's floating-point weights."""
     bits: Counter[str] = Counter()
     for value in named_arrays(model.parameters()).values():
         if mx.issubdtype(value.dtype, mx.floating):
@@ -57,7 +57,7 @@ def main_dtype(model: nn.Module) -> str:
 
 
 def cast_model(model: nn.Module, dtype: mx.Dtype) -> None:
-    """Cast the floating-point parameters to `dtype`, but for those the model wants kept."""
+    """Cast the floating-point parameters to `dtype`, except those that the model excludes."""
     wanted = getattr(model, "cast_predicate", lambda name: True)
 
     def convert(name: str, value: mx.array) -> mx.array:
@@ -68,13 +68,13 @@ def cast_model(model: nn.Module, dtype: mx.Dtype) -> None:
 
 
 def prepare_for_cpu(model: nn.Module, dtype: mx.Dtype = mx.float32) -> tuple[str, ...]:
-    """Unpack quantised layers and hold every weight in `dtype`; what was done, for the user.
+    """Dequantize layers, cast every weight to `dtype`, and return notes on it for the user.
 
-    In float32 the weights are those that were packed or rounded before, to the last bit.
-    Layers are unpacked one at a time, so that no second model is held.
+    In float32 the weights keep their values to the last bit. Layers are dequantized one at a time,
+    so that no second model is held in memory.
 
     Raises:
-        ModelError: a layer is packed in a way the CPU backend cannot unpack.
+        ModelError: the CPU backend cannot dequantize a layer.
     """
     stored = _stored_dtypes(model)
     bits = _dequantize_layers(model, dtype)
@@ -97,7 +97,7 @@ def prepare_for_cpu(model: nn.Module, dtype: mx.Dtype = mx.float32) -> tuple[str
 
 
 def _stored_dtypes(model: nn.Module) -> set[str]:
-    """Number types of weights that are not packed (scales and biases of packed ones aside)."""
+    """Return the dtypes of the floating-point weights of layers that are not quantized."""
     return {
         dtype_name(value.dtype)
         for module in model.modules()
@@ -108,10 +108,10 @@ def _stored_dtypes(model: nn.Module) -> set[str]:
 
 
 def _dequantize_layers(model: nn.Module, dtype: mx.Dtype) -> Counter[int]:
-    """Replace packed layers one by one; how many there were of each width in bits."""
+    """Replace quantized layers one by one, and count them by their number of bits."""
     packed = [(name, m) for name, m in model.named_modules() if type(m) in PLAIN_LAYERS]
     bits: Counter[int] = Counter()
-    while packed:  # popped, so that each packed weight is freed before the next is unpacked
+    while packed:  # popped, so that each quantized weight is freed before the next layer
         name, module = packed.pop()
         bits[module.bits] += 1
         model.update_modules(tree_unflatten([(name, dequantize_layer(module, dtype, name))]))
@@ -119,10 +119,10 @@ def _dequantize_layers(model: nn.Module, dtype: mx.Dtype) -> Counter[int]:
 
 
 def dequantize_layer(packed: nn.Module, dtype: mx.Dtype = mx.float32, name: str = "layer") -> nn.Module:
-    """The plain layer with the weights of a quantised one.
+    """Return the plain layer with the weights of a quantized layer.
 
     Raises:
-        ModelError: the weights carry a global scale, which the CPU backend cannot read.
+        ModelError: the weights have a global scale, which the CPU backend cannot read.
     """
     if packed.get("global_scale") is not None:
         raise ModelError(
@@ -139,12 +139,12 @@ def dequantize_layer(packed: nn.Module, dtype: mx.Dtype = mx.float32, name: str 
 
 
 def float32_weight(layer: nn.Module) -> mx.array:
-    """The weight of a layer, unpacked if it is packed."""
+    """Return the weight of a layer in float32, dequantized if necessary."""
     if "scales" not in layer:
         weight: mx.array = layer["weight"]
         return weight.astype(mx.float32)
-    # Scales are widened first: dequantised in 16 bits, every weight would be rounded once more.
-    biases = layer.get("biases")  # affine packing alone has them
+    # With 16-bit scales every dequantized weight would be rounded once more.
+    biases = layer.get("biases")  # only affine quantization has biases
     return mx.dequantize(
         layer["weight"],
         _to_float32(layer["scales"]),
@@ -157,13 +157,13 @@ def float32_weight(layer: nn.Module) -> mx.array:
 
 
 def _to_float32(value: mx.array) -> mx.array:
-    """Scales in float32, unless they are bytes, as those of all but affine packing."""
+    """Cast scales to float32, unless they are bytes as in all modes but affine."""
     floating = mx.issubdtype(value.dtype, mx.floating)
     return value.astype(mx.float32) if floating else value
 
 
 def _cast_weights(model: nn.Module, dtype: mx.Dtype) -> None:
-    """Cast one array at a time, so that each narrow one is freed before the next is widened."""
+    """Cast one array at a time, so that each old array is freed before the next is cast."""
     stored = named_arrays(model.parameters())
     while stored:
         name, value = stored.popitem()

@@ -1,7 +1,4 @@
-"""Where a model comes from: what the user named → a local folder.
-
-Knows folders and the Hub; nothing of what the files hold.
-"""
+"""Resolution of a model's name, a folder or a Hub id, to a local folder."""
 
 import os
 from pathlib import Path
@@ -19,8 +16,8 @@ from mlx_dpo.errors import ConfigError, ModelError
 from mlx_dpo.models.license import CARD, LICENSE_PATTERNS
 
 
-# What mlx-lm and the tokenizers read, what the licence says, and nothing that runs: pickles never
-# leave the Hub.
+# Files that mlx-lm and the tokenizers read, and license texts. Pickles, which can run code, are never
+# downloaded.
 WEIGHT_PATTERN = "model*.safetensors"
 CONFIG_PATTERNS = ("*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja", CARD, *LICENSE_PATTERNS)
 CODE_PATTERN = "*.py"
@@ -33,16 +30,16 @@ def resolve_model(
     trust_remote_code: bool = False,
     weights: bool = True,
 ) -> Path:
-    """The local folder of the model that `source` names: a folder, or a Hub id to download.
+    """Return the local folder of the model `source`, a folder or a Hub id to download.
 
-    A folder that exists wins over a Hub id of the same name. Without `weights` these are not
-    downloaded.
+    An existing folder takes precedence over a Hub id of the same name. Without `weights`, the
+    weight files are not downloaded.
 
     Raises:
-        ModelError: there is no such folder, or the Hub does not give the model.
+        ModelError: there is no such folder, or the model cannot be downloaded from the Hub.
         ConfigError: `revision` is given for a folder, where it has no effect.
     """
-    folder = _here(source)
+    folder = _local_path(source)
     if source and os.path.isdir(folder):
         if revision is not None:
             raise ConfigError(f"`revision` has no effect: `{source}` is a folder, not a Hub id")
@@ -59,24 +56,24 @@ def resolve_model(
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether `source` names a model on the Hub, not a folder here."""
-    return not os.path.exists(_here(source))
+    """Return whether `source` is a Hub id and not a local folder."""
+    return not os.path.exists(_local_path(source))
 
 
-def _here(source: str) -> Path:
+def _local_path(source: str) -> Path:
     return Path(os.path.expanduser(source))
 
 
 def _download(source: str, revision: str | None, patterns: list[str]) -> Path:
-    """The Hub's files in its own cache; files that are there already are not fetched again."""
+    """Download the missing files into the Hub's cache and return the folder."""
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
     except (HFValidationError, HTTPError, OSError) as error:
-        raise ModelError(f"{source}: {_reason(error, source, revision)}") from error
+        raise ModelError(f"{source}: {_download_message(error, source, revision)}") from error
 
 
-def _reason(error: Exception, source: str, revision: str | None) -> str:
-    """One line on what the Hub said, and what to do; the narrower classes come first."""
+def _download_message(error: Exception, source: str, revision: str | None) -> str:
+    """Return one line on the error of the Hub and what to do; subclasses come first."""
     login = "log in with `hf auth login`"
     if isinstance(error, HFValidationError):
         return "no such folder, and not a Hub id (`organisation/name`)"

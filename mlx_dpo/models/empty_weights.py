@@ -1,7 +1,7 @@
-"""A model without its weights: the right types and shapes, random numbers, nothing allocated.
+"""Models with empty weights: dtypes and shapes of a model without reading or allocating weights.
 
-MLX computes a weight when it is first used, so the whole model can be counted, and a few of
-its blocks be run, while the weights stay where they are: on disk, or on the Hub.
+MLX computes a weight when it is first used. The weights of the whole model can therefore be
+counted, and some of its blocks run, while the checkpoint stays on disk or on the Hub.
 """
 
 import io
@@ -19,13 +19,13 @@ from mlx_dpo.models.download import resolve_model
 from mlx_dpo.units import format_bytes
 
 
-# Ways of packing that other libraries' configurations name, and what mlx-lm makes of them.
+# Quantization methods of other libraries, and the settings that mlx-lm converts them to.
 QUANT_METHODS: dict[str, dict[str, Any]] = {
     "mxfp4": {"group_size": 32, "bits": 4, "mode": "mxfp4"},
     "mxfp8": {"group_size": 32, "bits": 8, "mode": "mxfp8"},
 }
-OWN_SIZE_METHODS = ("awq", "gptq")  # these state their own sizes
-DEFAULT_DTYPE = "float32"  # where a configuration names no number type
+OWN_SIZE_METHODS = ("awq", "gptq")  # the configuration states the sizes
+DEFAULT_DTYPE = "float32"  # if a configuration states no dtype
 
 
 def load_empty_model(
@@ -37,9 +37,9 @@ def load_empty_model(
     dtype: str | None = None,
     trust_remote_code: bool = False,
 ) -> LoadedModel:
-    """What `load_model` would give, but for the weights: they are not read, and not allocated.
+    """Return the model as `load_model` does, with weights that are neither read nor allocated.
 
-    From the Hub the configuration and the tokenizer alone are fetched.
+    Only the configuration and the tokenizer are downloaded from the Hub.
 
     Raises:
         ModelError: the model cannot be found, or mlx-lm cannot build it.
@@ -68,8 +68,8 @@ def load_empty_model(
 
 
 def build_model(config: dict[str, Any]) -> nn.Module:
-    """The model that a `config.json` describes, its random weights not computed yet."""
-    # mlx-lm's loaders look for weights first; this is how they find a class.
+    """Build the model that a `config.json` describes, with lazy random weights."""
+    # mlx-lm's loaders look for weights first; this is the function by which they find a class.
     kind, arguments = mlx_lm._get_classes(config)
     with redirect_stdout(io.StringIO()):
         model: nn.Module = kind(arguments.from_dict(config))
@@ -79,11 +79,11 @@ def build_model(config: dict[str, Any]) -> nn.Module:
 def _quantization(
     config: dict[str, Any], bits: int | None, group_size: int | None
 ) -> dict[str, Any] | None:
-    """How linear layers are going to be packed: `group_size`, `bits`, and exceptions by name."""
+    """Return the quantization of linear layers: `group_size`, `bits`, and exceptions by name."""
     if bits is not None:
         return {"group_size": group_size or DEFAULT_GROUP_SIZE, "bits": bits}
-    if stated := config.get("quantization"):
-        return dict(stated)
+    if configured := config.get("quantization"):
+        return dict(configured)
     other = (config.get("text_config") or config).get("quantization_config") or {}
     method = str(other.get("quant_method"))
     if method in OWN_SIZE_METHODS:
@@ -94,9 +94,9 @@ def _quantization(
 def _cast_and_quantize(
     model: nn.Module, config: dict[str, Any], packing: dict[str, Any] | None, dtype: str | None
 ) -> tuple[str, ...]:
-    """Bring the weights to how the device holds them; what to say of it."""
-    stated = config | (config.get("text_config") or {})
-    stored = str(stated.get("torch_dtype") or stated.get("dtype") or DEFAULT_DTYPE)
+    """Cast and quantize the weights as the device holds them, and return notes for the user."""
+    configured = config | (config.get("text_config") or {})
+    stored = str(configured.get("torch_dtype") or configured.get("dtype") or DEFAULT_DTYPE)
     wanted = dtype or (stored.removeprefix("torch."))
     if not is_cpu():
         cast_model(model, getattr(mx, wanted))
@@ -118,7 +118,7 @@ def _cast_and_quantize(
 
 
 def _quantize(model: nn.Module, packing: dict[str, Any]) -> None:
-    def how(path: str, module: nn.Module) -> Any:
+    def layer_settings(path: str, module: nn.Module) -> Any:
         if path in packing:
             return packing[path]
         fits = hasattr(module, "to_quantized")
@@ -129,5 +129,5 @@ def _quantize(model: nn.Module, packing: dict[str, Any]) -> None:
         group_size=packing["group_size"],
         bits=packing["bits"],
         mode=packing.get("mode", "affine"),
-        class_predicate=how,
+        class_predicate=layer_settings,
     )

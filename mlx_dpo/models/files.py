@@ -1,7 +1,4 @@
-"""The files of a model: checked before anything is loaded, and told apart by their contents.
-
-Knows names and bytes; nothing of layers.
-"""
+"""The files of a model folder: checks before loading, and fingerprints of their content."""
 
 import hashlib
 import json
@@ -39,27 +36,27 @@ TOKENIZER_FILES = (
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The weight files that mlx-lm reads, in the order of their names."""
+    """Return the weight files that mlx-lm reads, sorted by name."""
     return sorted(folder.glob(WEIGHT_PATTERN))
 
 
 def weight_bytes(folder: Path) -> int:
-    """Bytes on disk of the weight files."""
+    """Return the size of the weight files in bytes."""
     return sum(file.stat().st_size for file in weight_files(folder))
 
 
 def model_fingerprint(base_path: Path) -> str:
-    """SHA-256 over the names and whole contents of a model's weights and configuration, in hex."""
+    """Return a SHA-256 in hex over names and content of a model's weights and configuration."""
     return _digest(base_path, MODEL_FILES)
 
 
 def tokenizer_fingerprint(path: Path) -> str:
-    """SHA-256 over the names and contents of the tokenizer's files and templates, in hex."""
+    """Return a SHA-256 in hex over names and content of the tokenizer's files and templates."""
     return _digest(path, TOKENIZER_FILES)
 
 
 def code_fingerprint(path: Path) -> str:
-    """SHA-256 over the names and contents of Python code that comes with a model, in hex."""
+    """Return a SHA-256 in hex over names and content of Python code that comes with a model."""
     return _digest(path, ("*.py",))
 
 
@@ -74,7 +71,7 @@ def _digest(folder: Path, patterns: Iterable[str]) -> str:
 
 
 def check_model_folder(folder: Path, source: str, *, trust_remote_code: bool) -> dict[str, Any]:
-    """The contents of `config.json`, once the folder is seen to hold a model that can be read.
+    """Check that the folder contains a readable model, and return its `config.json`.
 
     Raises:
         ModelError: the folder holds adapters, pickles or nothing; a file is missing or broken;
@@ -87,7 +84,7 @@ def check_model_folder(folder: Path, source: str, *, trust_remote_code: bool) ->
 
 
 def check_config(folder: Path, source: str, *, trust_remote_code: bool) -> dict[str, Any]:
-    """The contents of `config.json`, once it is seen to be of a model that mlx-lm can build.
+    """Check that mlx-lm can build the model of `config.json`, and return its content.
 
     Raises:
         ModelError: as `check_model_folder`, but for weights and tokenizer.
@@ -98,11 +95,7 @@ def check_config(folder: Path, source: str, *, trust_remote_code: bool) -> dict[
 
 
 def check_tokenizer(folder: Path, source: str) -> None:
-    """Refuse a folder without any file of a tokenizer.
-
-    Raises:
-        ModelError: there is none.
-    """
+    """Raise `ModelError` if the folder contains no tokenizer."""
     if not any(any(folder.glob(name)) for name in TOKENIZER_FILES):
         raise ModelError(
             f"{source}: no tokenizer (`tokenizer.json` is missing); copy the tokenizer's files "
@@ -132,14 +125,14 @@ def _adapters_not_model(folder: Path, source: str) -> str:
 
 
 def read_json(file: Path, where: str) -> dict[str, Any]:
-    """The object that a JSON file holds.
+    """Read a JSON file that contains an object.
 
     Raises:
-        ModelError: the file is not JSON, or holds no object.
+        ModelError: the file is not JSON, or contains no object.
     """
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # of JSON and of UTF-8 alike
+    except ValueError as error:  # invalid JSON or invalid UTF-8
         raise ModelError(f"{where}: not JSON ({error}); copy the file again") from error
     if not isinstance(entries, dict):
         raise ModelError(f"{where}: not a JSON object (found {type(entries).__name__})")
@@ -161,7 +154,7 @@ def _check_code(config: dict[str, Any], source: str, trust_remote_code: bool) ->
 
 
 def known_model_types() -> set[str]:
-    """Every `model_type` that mlx-lm can build."""
+    """Return every `model_type` that mlx-lm can build."""
     from mlx_lm import models, utils
 
     return {module.name for module in pkgutil.iter_modules(models.__path__)} | set(

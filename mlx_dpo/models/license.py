@@ -1,6 +1,6 @@
-"""What a model's licence asks of what is made from the model: that its name and its text go along.
+"""License and card metadata of a model, which models and adapters made from it inherit.
 
-Cards are written by anybody; what cannot be read as one says nothing.
+Anybody can write a model card; a card that cannot be parsed counts as empty.
 """
 
 import shutil
@@ -16,7 +16,7 @@ INHERITED_KEYS = ("license", "license_name", "license_link", "language")
 
 
 def read_card_metadata(folder: Path) -> dict[str, Any]:
-    """The metadata of the card in a folder; nothing where there is none."""
+    """Return the metadata of the model card in a folder; empty if there is no valid card."""
     try:
         return dict(ModelCard.load(folder / CARD, ignore_metadata_errors=True).data.to_dict())
     except (OSError, ValueError, TypeError, YAMLError):
@@ -24,12 +24,12 @@ def read_card_metadata(folder: Path) -> dict[str, Any]:
 
 
 def inherited_metadata(card: dict[str, Any]) -> dict[str, Any]:
-    """What of a model's card holds for what is made from the model."""
+    """Return the metadata of a model card that models made from it inherit."""
     return {name: card[name] for name in INHERITED_KEYS if card.get(name)}
 
 
 def copy_license_files(source: Path, target: Path) -> None:
-    """Put the texts of a model's licence beside what was made from it."""
+    """Copy the license texts of a model to a model made from it."""
     for pattern in LICENSE_PATTERNS:
         for file in source.glob(pattern):
             if file.is_file():

@@ -1,7 +1,4 @@
-"""A frozen base: what the user named → a model, its tokenizer and its facts, checked first.
-
-Everything goes through mlx-lm's loaders. Knows nothing of adapters or pairs.
-"""
+"""Loading of a base model and its tokenizer by mlx-lm, with checks before and clear errors."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +18,7 @@ from mlx_dpo.models.download import resolve_model
 
 
 
-# What mlx-lm and MLX raise for files that do not fit: wrong tensors, values, keys or bytes.
+# Errors of mlx-lm and MLX for invalid files: wrong tensors, values, keys or bytes.
 LOADING_ERRORS = (ValueError, RuntimeError, TypeError, KeyError, OSError)
 
 NO_FAST_TOKENIZER = (
@@ -30,13 +27,13 @@ NO_FAST_TOKENIZER = (
 )
 
 
-# Rows are held against the model's context; transformers would warn of every long text.
+# Rows are checked against the model's context; transformers would warn of every long text.
 NO_LENGTH_LIMIT = 10**9
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model as it was found: frozen, in evaluation mode, in the number type of the device."""
+    """A loaded model: frozen, in evaluation mode, in the dtype that suits the device."""
 
     model: nn.Module
     tokenizer: TokenizerWrapper
@@ -44,7 +41,7 @@ class LoadedModel:
     path: Path  # the local folder
     source: str  # as the user named it
     vocab_size: int  # rows of the embedding; ids at or above it must not reach the model
-    notes: tuple[str, ...]  # what was done to the weights, for the device or on request
+    notes: tuple[str, ...]  # casts and quantization of the weights, for the user
 
 
 def load_model(
@@ -56,13 +53,13 @@ def load_model(
     dtype: str | None = None,
     trust_remote_code: bool = False,
 ) -> LoadedModel:
-    """The model that `source` names, ready to be scored or adapted.
+    """Load the model `source`, a folder or a Hub id, ready for scoring or adapters.
 
-    `bits` quantises it, `dtype` casts it; on the CPU backend weights are then held unpacked,
-    in float32 unless `dtype` says otherwise.
+    `bits` quantizes the weights, `dtype` casts them. On the CPU backend they are then dequantized
+    to `dtype`, by default float32.
 
     Raises:
-        ModelError: the model cannot be found or read, or is not what its files say.
+        ModelError: the model cannot be found or read, or its files contradict each other.
         ConfigError: a setting contradicts the model, or has no effect on it.
     """
     if group_size is not None and bits is None:
@@ -91,10 +88,10 @@ def load_model(
 def load_lazy_model(
     path: Path, source: str, *, trust_remote_code: bool
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """The model of a checked folder and its configuration; weights stay on disk until used.
+    """Load the model of a checked folder with lazy weights, and its configuration.
 
     Raises:
-        ModelError: weights and configuration do not fit each other, or cannot be read.
+        ModelError: weights and configuration contradict each other, or cannot be read.
     """
     with loading_errors(source):
         model, config = mlx_lm.load_model(
@@ -107,10 +104,10 @@ def load_lazy_model(
 
 
 def load_tokenizer(path: Path, source: str, *, trust_remote_code: bool) -> TokenizerWrapper:
-    """The tokenizer of a checked folder, with the stop tokens that its configuration names.
+    """Load the tokenizer of a checked folder, with the stop tokens of the model configuration.
 
     Raises:
-        ModelError: its files cannot be read, or are Python code that nobody allowed to run.
+        ModelError: the files cannot be read, or are Python code that is not trusted.
     """
     where = f"{source}: tokenizer"
     with loading_errors(where):
@@ -132,26 +129,26 @@ def load_tokenizer(path: Path, source: str, *, trust_remote_code: bool) -> Token
 def loading_errors(
     where: str, what: str = "cannot be read", advice: str = "get its files again"
 ) -> Iterator[None]:
-    """Turn what mlx-lm raises over a user's files into one line."""
+    """Raise mlx-lm's errors about a user's files as `ModelError` of one line."""
     try:
         yield
     except LOADING_ERRORS as error:
-        said = " ".join(str(error).split())[:200] or type(error).__name__
+        message = " ".join(str(error).split())[:200] or type(error).__name__
         if isinstance(error, KeyError):
-            said = f"no entry {said}"
-        if isinstance(error, RuntimeError) and "malloc" in said:
+            message = f"no entry {message}"
+        if isinstance(error, RuntimeError) and "malloc" in message:
             advice = "it does not fit into memory: take a smaller model, or fewer `bits`"
-        raise ModelError(f"{where}: {what} ({said}); {advice}") from error
+        raise ModelError(f"{where}: {what} ({message}); {advice}") from error
 
 
 def embedding_size(model: nn.Module, config: dict[str, Any]) -> int:
-    """Rows of the token embedding.
+    """Return the number of rows of the token embedding.
 
-    A model may hold other tables (positions, n-grams): the token embedding is the smallest
+    A model may have other embeddings (positions, n-grams): the token embedding is the smallest one
     with room for the configured vocabulary.
     """
     text = config.get("text_config") or {}
     vocab = config.get("vocab_size") or text.get("vocab_size") or 0
-    tables = (nn.Embedding, nn.QuantizedEmbedding)
-    rows = [m.weight.shape[0] for m in model.modules() if isinstance(m, tables)]
+    embeddings = (nn.Embedding, nn.QuantizedEmbedding)
+    rows = [m.weight.shape[0] for m in model.modules() if isinstance(m, embeddings)]
     return min((n for n in rows if n >= vocab), default=vocab) if vocab else max(rows, default=0)

@@ -1,4 +1,4 @@
-"""Quantising: which layers of a model can be, which were left, and what it makes of the size."""
+"""Quantization: settings, the layers that can be quantized, and the resulting size on disk."""
 
 import io
 from collections.abc import Sequence
@@ -14,17 +14,17 @@ from mlx_lm.convert import QUANT_RECIPES
 from mlx_dpo.config.model import BITS, DTYPES, MODES
 
 
-AFFINE_GROUP_SIZES = (32, 64, 128)  # what MLX has for plain scales and biases
+AFFINE_GROUP_SIZES = (32, 64, 128)  # that MLX supports in the affine mode
 DEFAULT_GROUP_SIZE = 64  # the default
 
 
 def quantize_model(
     model: nn.Module, config: dict[str, Any], bits: int, group_size: int | None
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Quantise `model` in place; its new configuration, and a note on layers left as they were.
+    """Quantize `model` in place; return its new configuration and notes on skipped layers.
 
     Raises:
-        ConfigError: the model is quantised already, or the groups fit none of its layers.
+        ConfigError: the model is quantized already, or the groups fit none of its layers.
     """
     group_size = group_size or DEFAULT_GROUP_SIZE
     check_quantizable(model, config, group_size, AFFINE_GROUP_SIZES)
@@ -35,13 +35,13 @@ def quantize_model(
 
 
 def quantizable_layers(model: nn.Module) -> dict[str, int]:
-    """The layers that could be quantised and are not: their names and widths."""
+    """Return names and widths of the layers that can be quantized and are not."""
     modules = model.named_modules()
     return {name: m.weight.shape[-1] for name, m in modules if hasattr(m, "to_quantized")}
 
 
 def unquantized_notes(model: nn.Module, layers: int, group_size: int) -> tuple[str, ...]:
-    """What to say of layers that quantising `model`, which had `layers`, left as they were."""
+    """Return notes on the layers that are not quantized, of the `layers` that could be."""
     widths = quantizable_layers(model).values()
     unfit = sum(width % group_size != 0 for width in widths)
     notes = []
@@ -56,17 +56,18 @@ def unquantized_notes(model: nn.Module, layers: int, group_size: int) -> tuple[s
 
 
 def check_quantizable(
-    model: nn.Module, config: dict[str, Any], group_size: int, groups: Sequence[int]
+    model: nn.Module, config: dict[str, Any], group_size: int, group_sizes: Sequence[int]
 ) -> None:
-    """Refuse to quantise twice, and groups that MLX does not have or that fit no layer.
+    """Check that the model can be quantized with this group size.
 
     Raises:
-        ConfigError: one of these.
+        ConfigError: the model is quantized already, or MLX does not support the group size, or it
+            fits no layer.
     """
     if config.get("quantization") or config.get("quantization_config"):
         raise ConfigError("`bits` has no effect: the model is quantised already; leave it out")
-    if group_size not in groups:
-        allowed = ", ".join(map(str, groups))
+    if group_size not in group_sizes:
+        allowed = ", ".join(map(str, group_sizes))
         raise ConfigError(f"`group_size` must be one of {allowed}, got {group_size}")
     widths = sorted(set(quantizable_layers(model).values()))
     if not any(width % group_size == 0 for width in widths):
@@ -78,7 +79,7 @@ def check_quantizable(
 
 
 def expected_bytes(model: nn.Module, bits: int | None, group_size: int, dtype: str | None) -> int:
-    """About how large the weights of `model` will be on disk."""
+    """Return the approximate size on disk of the weights of `model` in bytes."""
     fits = {f"{name}.weight" for name, w in quantizable_layers(model).items() if w % group_size == 0}
     plain = getattr(mx, dtype).size if dtype else None
     total = 0.0
@@ -97,22 +98,22 @@ FIXED_MODES = {"mxfp4": (32, 4), "nvfp4": (16, 4), "mxfp8": (32, 8)}  # mode: gr
 
 @dataclass(frozen=True)
 class QuantizationConfig:
-    """Settings that agree with each other."""
+    """Valid settings of a conversion: quantization and dtype."""
 
-    bits: int | None  # None: not quantised, or as the recipe says
+    bits: int | None  # None: not quantized, or set by the recipe
     group_size: int
     mode: str
     recipe: str | None
-    dtype: str | None  # None: as mlx-lm decides
+    dtype: str | None  # None: mlx-lm decides
 
     @property
-    def quantises(self) -> bool:
-        """Whether any layer is to be quantised."""
+    def is_quantized(self) -> bool:
+        """Whether the model is going to be quantized."""
         return self.bits is not None or self.recipe is not None
 
     @property
-    def groups(self) -> tuple[int, ...]:
-        """The group sizes that the mode has."""
+    def group_sizes(self) -> tuple[int, ...]:
+        """The group sizes that the mode supports."""
         return (self.group_size,) if self.mode in FIXED_MODES else AFFINE_GROUP_SIZES
 
 
@@ -123,10 +124,10 @@ def make_quantization_config(
     recipe: str | None = None,
     dtype: str | None = None,
 ) -> QuantizationConfig:
-    """The settings as one value.
+    """Check the settings and return them as one value.
 
     Raises:
-        ConfigError: one is unknown or without effect, or two contradict each other.
+        ConfigError: a setting is unknown or has no effect, or two settings contradict each other.
     """
     for name, value, known in (
         ("bits", bits, BITS),
@@ -156,7 +157,7 @@ def _check_recipe(recipe: str, bits: int | None, mode: str) -> None:
 
 
 def _fixed_mode(mode: str, bits: int | None, group_size: int | None, dtype: str | None) -> QuantizationConfig:
-    """The only packing that `mode` has; it quantises whether or not `bits` is given."""
+    """Return the only settings of `mode`, which quantizes with or without `bits`."""
     only_group, only_bits = FIXED_MODES[mode]
     for name, value, only in (("bits", bits, only_bits), ("group_size", group_size, only_group)):
         if value is not None and value != only:

@@ -1,8 +1,7 @@
-"""How positions are turned: `rope_parameters`, as transformers writes it since version 5, under
-the names that mlx-lm reads.
+"""RoPE settings: transformers 5 writes `rope_parameters`; mlx-lm reads the names from before.
 
-Most architectures of mlx-lm pass over `rope_parameters` and take their own default instead: a
-model that is wrong, and says nothing. Knows configurations; nothing of weights.
+Most architectures of mlx-lm ignore `rope_parameters` and use their own defaults, which silently
+gives another model.
 """
 
 from collections.abc import Mapping
@@ -14,26 +13,25 @@ from mlx_dpo.errors import ModelError
 
 Config = Mapping[str, Any]
 ROPE_PARAMETERS = "rope_parameters"
-MLX_LM_NAMES = {  # those that mlx-lm's architectures have for it
+MLX_LM_NAMES = {  # names of a setting in mlx-lm's architectures
     "rope_theta": ("rope_theta", "rotary_emb_base"),
     "partial_rotary_factor": ("partial_rotary_factor", "rotary_pct", "rope_pct"),
     "rope_scaling": ("rope_scaling",),
     "rope_local_base_freq": ("rope_local_base_freq",),
 }
-DEFAULTS = {"partial_rotary_factor": 1.0}  # as of an architecture that has no name for it
+DEFAULTS = {"partial_rotary_factor": 1.0}  # of an architecture that has no such setting
 BY_LAYER = ("rope_theta", "rope_scaling")
-FULL_ATTENTION, SLIDING_ATTENTION = "full_attention", "sliding_attention"  # kinds of layers that may differ
+FULL_ATTENTION, SLIDING_ATTENTION = "full_attention", "sliding_attention"  # types of layers that may differ
 
 
 def rope_overrides(entries: Config, source: str) -> dict[str, Any]:
-    """What mlx-lm would overlook in these `entries` of `config.json`, as it wants it: entries to
-    be put beside them.
+    """Return the RoPE settings of a `config.json` that mlx-lm would ignore, under mlx-lm's names.
 
     Raises:
-        ModelError: its architecture has no name for it.
+        ModelError: the architecture has no name for a setting.
     """
     if "model_file" in entries:
-        return {}  # an architecture of the model's own
+        return {}  # the model brings its own code
     found = _overrides(entries, source)
     part = entries.get("text_config")
     if isinstance(part, dict) and "model_type" in part and (more := _overrides(part, source)):
@@ -42,15 +40,15 @@ def rope_overrides(entries: Config, source: str) -> dict[str, Any]:
 
 
 def rope_notes(entries: Config, source: str) -> tuple[str, ...]:
-    """A line for a person, if mlx-lm would overlook something."""
+    """Return a note for the user if mlx-lm would ignore a RoPE setting."""
     found = rope_overrides(entries, source)
     part = found.pop("text_config", {})
     own = {name: part[name] for names in MLX_LM_NAMES.values() for name in names if name in part}
-    said = ", ".join(f"`{name}` {value}" for name, value in (found | own).items())
-    if not said:
+    settings = ", ".join(f"`{name}` {value}" for name, value in (found | own).items())
+    if not settings:
         return ()
     return (
-        f"{said}: from `{ROPE_PARAMETERS}`, which mlx-lm by itself would not read in this model; "
+        f"{settings}: from `{ROPE_PARAMETERS}`, which mlx-lm by itself would not read in this model; "
         "`mlx-dpo convert` writes it where it does",
     )
 
@@ -62,7 +60,7 @@ def _overrides(entries: Config, source: str) -> dict[str, Any]:
     try:
         _, settings = mlx_lm._get_classes(dict(entries))
     except ValueError:
-        return {}  # a part of another model, which reads it as it likes
+        return {}  # part of another model, which reads its own settings
     known = {field.name for field in fields(settings)}
     if ROPE_PARAMETERS in known:
         return {}
@@ -72,7 +70,7 @@ def _overrides(entries: Config, source: str) -> dict[str, Any]:
         if own := next((own for own in MLX_LM_NAMES[name] if own in known), None):
             if entries.get(own) != value:
                 found[own] = value
-        elif value != (entries.get("attn_config") or DEFAULTS).get(name):  # DBRX has its own place
+        elif value != (entries.get("attn_config") or DEFAULTS).get(name):  # DBRX has the settings here
             raise ModelError(
                 f"{source}/config.json: mlx-lm's `{entries.get('model_type')}` knows no `{name}` "
                 f"(`{ROPE_PARAMETERS}` has {value}), so that it would be another model; take another one"
@@ -81,13 +79,13 @@ def _overrides(entries: Config, source: str) -> dict[str, Any]:
 
 
 def _legacy_settings(rope: Config, known: set[str], where: str) -> dict[str, Any]:
-    """By the names of earlier versions of transformers."""
+    """Return `rope_parameters` under the names of transformers before version 5."""
     if not any(isinstance(part, dict) for part in rope.values()):
         return _layer_settings(rope)
     whole, local = _layer_settings(rope.get(FULL_ATTENTION) or {}), _layer_settings(rope.get(SLIDING_ATTENTION) or {})
     if rope.keys() == {FULL_ATTENTION}:
         return whole
-    # Layers that see little have at most a base of their own, and the others alone are scaled.
+    # Sliding-window layers have at most their own base, and only the other layers are scaled.
     base, has_own = local.pop("rope_theta", None), "rope_local_base_freq" in known
     alike = local == {name: value for name, value in whole.items() if name not in BY_LAYER}
     if rope.keys() != {FULL_ATTENTION, SLIDING_ATTENTION} or not alike or not (has_own or base == whole.get("rope_theta")):

@@ -48,7 +48,7 @@ def test_a_plain_conversion_is_the_same_model_and_mlx_lm_reads_it(checkpoint, ou
     original, _ = mlx_load(str(checkpoint))
     assert mx.array_equal(model(TOKENS), original(TOKENS))
     assert tokenizer.encode("the cat") == load_model(str(checkpoint)).tokenizer.encode("the cat")
-    assert report.mean_difference == 0
+    assert report.conversion_error == 0
     assert report.bits_per_weight == 32
     assert beside(output) == {"converted"}
 
@@ -98,7 +98,7 @@ def test_the_reported_difference_is_that_of_the_two_folders(checkpoint, output):
     row = ids[0].tolist()
     gaps = [abs((before[t - 1, i] - after[t - 1, i]).item()) for t, i in enumerate(row) if t]
     assert report.tokens == len(row) - 1
-    assert report.mean_difference == pytest.approx(sum(gaps) / len(gaps), abs=1e-5)
+    assert report.conversion_error == pytest.approx(sum(gaps) / len(gaps), abs=1e-5)
 
 
 def test_layers_left_unquantised_are_reported(tmp_path, output):
@@ -114,7 +114,7 @@ def test_an_asked_number_type_is_written_and_named_in_the_configuration(checkpoi
     assert {value.dtype for value in weights.values()} == {mx.bfloat16}
     assert json.loads((output / "config.json").read_text())["torch_dtype"] == "bfloat16"
     again = convert(str(output), output.with_name("again"))
-    assert again.mean_difference == 0 and again.notes == ()
+    assert again.conversion_error == 0 and again.notes == ()
 
 
 def test_a_number_type_that_nobody_asked_for_is_said(tmp_path, output):
@@ -349,6 +349,6 @@ def test_real_models_keep_their_log_probabilities(name, output):
     if not folder.is_dir():
         pytest.skip("the real models are not here")
     half = convert(str(folder), output, dtype="bfloat16")
-    assert half.mean_difference < 0.02
+    assert half.conversion_error < 0.02
     report = convert(str(folder), output.with_name("eight"), bits=8)
-    assert report.mean_difference < 0.05
+    assert report.conversion_error < 0.05

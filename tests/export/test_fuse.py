@@ -205,7 +205,7 @@ def test_a_fuse_that_loses_the_training_is_refused_and_leaves_nothing(workplace)
     assert "\n" not in str(error.value)
     assert sorted(path.name for path in workplace.iterdir()) == ["base", "pairs.jsonl", "run"]
     forced = fuse_run("run", Path("fused"), FuseOptions(bits=2, force=True))
-    assert forced.retention.least < 0.9
+    assert forced.retention.minimum < 0.9
     assert "quantization" in json.loads(Path("fused/config.json").read_text())
 
 
@@ -241,7 +241,7 @@ def test_noise_that_happens_to_lie_along_a_small_change_is_not_kept_training(wor
     kept = fuse_run("slight", Path("plain"), FuseOptions()).retention
     assert kept.change == pytest.approx(1, abs=1e-2)
     found = fuse_run("slight", Path("forced"), FuseOptions(bits=4, force=True))
-    assert found.retention.least > 2 and found.rounding.cosine < 0.01
+    assert found.retention.minimum > 2 and found.rounding.cosine < 0.01
     with pytest.raises(ModelError, match=r"which is beyond 110%, so it was not written; leave"):
         fuse_run("slight", Path("packed"), FuseOptions(bits=4))
     train(workplace, pairs=["pairs.jsonl"], output="slighter", learning_rate=1e-7, epochs=1)

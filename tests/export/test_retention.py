@@ -20,13 +20,13 @@ END = logps([-4.0, -6.0], [-9.0, -9.0])  # chosen +1 and 0, rejected -2 and -1: 
 def test_a_copy_keeps_all_of_it():
     found = measure_retention(PAIRS, START, END, END)
     assert (found.margin_before, found.margin_after, found.margin, found.change) == (2, 2, 1, 1)
-    assert (found.apart, found.pairs) == (0, 2)
+    assert (found.mean_difference, found.pairs) == (0, 2)
 
 
 def test_the_base_keeps_nothing():
     found = measure_retention(PAIRS, START, END, START)
-    assert (found.margin, found.change, found.least) == (0, 0, 0)
-    assert found.apart == pytest.approx(4 / 7)  # 1 + 2 + 1 nats over 2 + 1 + 1 + 3 tokens
+    assert (found.margin, found.change, found.minimum) == (0, 0, 0)
+    assert found.mean_difference == pytest.approx(4 / 7)  # 1 + 2 + 1 nats over 2 + 1 + 1 + 3 tokens
 
 
 def test_a_margin_may_be_kept_by_another_change():
@@ -35,7 +35,7 @@ def test_a_margin_may_be_kept_by_another_change():
     found = measure_retention(PAIRS, START, END, other)
     assert found.margin == 1
     assert found.change == pytest.approx(0.5)
-    assert found.least == pytest.approx(0.5)
+    assert found.minimum == pytest.approx(0.5)
 
 
 def test_what_went_beyond_is_no_loss_and_noise_is_no_gain():
@@ -50,7 +50,7 @@ def test_the_way_back_is_less_than_nothing():
 
 def test_a_policy_that_gained_no_margin_is_measured_by_its_change():
     worse = logps([-6.0, -6.0], [-7.0, -8.0])
-    assert measure_retention(PAIRS, START, worse, worse).least == 1
+    assert measure_retention(PAIRS, START, worse, worse).minimum == 1
 
 
 def test_judged_answers_have_their_sign():
@@ -61,4 +61,4 @@ def test_judged_answers_have_their_sign():
     end = logps([-4.0, -8.0], [-1.0, -1.0])  # good +1, bad -2; the others' answers do not count
     found = measure_retention(rows, START, end, START)
     assert found.margin_before == pytest.approx(1.5)
-    assert found.apart == pytest.approx(1)  # 3 nats over 3 tokens
+    assert found.mean_difference == pytest.approx(1)  # 3 nats over 3 tokens
