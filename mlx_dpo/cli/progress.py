@@ -122,7 +122,7 @@ def _prepare(run: DPOTrainer, console: Console, awake: str | None) -> None:
     run.restore()
     print_facts(console, summarize_training(run))
     if awake:
-        print_facts(console, [("awake", awake)])
+        print_facts(console, [("keep-awake", awake)])
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Settings turned into the parts of training: adapters, optimizer, loss and plan."""
+"""Construction of adapters, optimizer, scorers and training plan from the settings."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -28,7 +28,7 @@ from mlx_dpo.training.plan import TrainingPlan
 from mlx_dpo.training.reference_logps import SyncedReference
 from mlx_dpo.types import PairLogps, TokenizedPair
 
-OnPolicyWeights = Callable[[nn.Module, Sequence[TokenizedPair]], mx.array]  # weights of pairs. (B,)
+OnPolicyWeights = Callable[[nn.Module, Sequence[TokenizedPair]], mx.array]  # weights of pairs, (B,)
 
 # A pass without a backward one may be so many times as large: it keeps nothing of the layers.
 INFERENCE_FACTOR = 4
@@ -82,16 +82,16 @@ def _check_not_quantized(base: LoadedModel, config: DPOConfig) -> None:
 
 
 def reference_mode(policy: nn.Module, config: DPOConfig) -> AbstractContextManager[None]:
-    """Inside the block a policy that was not trained yet is its reference.
+    """Return a context in which an untrained policy computes as its reference.
 
-    It is already, but without fresh adapters there is less to compute.
+    Fresh adapters change nothing; without them there is less to compute.
     """
     fresh = config.start_adapter is None and adapters.get_fine_tune_type(policy) != "full"
     return adapters.disable_adapters(policy) if fresh else nullcontext()
 
 
 def make_optimizer(policy: nn.Module, config: DPOConfig) -> optim.Optimizer:
-    """The optimizer of the settings, ready for what `policy` trains."""
+    """Return the optimizer of the settings, initialized for the trainable parameters."""
     given = {name: getattr(config, name) for name in optimizers.OPTIMIZERS[config.optim].settings}
     kept = {name: value for name, value in given.items() if value is not None}
     return optimizers.build_optimizer(config.optim, policy, config.learning_rate, **kept)
@@ -104,7 +104,7 @@ def optimizer_state_bytes(policy: nn.Module, config: DPOConfig) -> int:
 
 
 def choose_scorer(base: LoadedModel, config: DPOConfig) -> ScorerChoice:
-    """How the pairs of a run are scored; adapters have to be attached.
+    """Select the scorer of a run; adapters have to be attached.
 
     Raises:
         ModelError: a scorer is wanted that is not exact for this model.
@@ -117,7 +117,7 @@ def choose_scorer(base: LoadedModel, config: DPOConfig) -> ScorerChoice:
 
 
 def inference_limit(config: DPOConfig, choice: ScorerChoice) -> PassLimit:
-    """The most that one pass without gradients holds."""
+    """Return the largest micro-batch without gradients."""
     # Whole rows of logits, or a training pass that keeps no more either, leave no room for it;
     # and on the CPU larger arrays leave its caches, so that long pairs take four times as long.
     roomy = choice.name == "shared" and not config.recompute
@@ -126,7 +126,7 @@ def inference_limit(config: DPOConfig, choice: ScorerChoice) -> PassLimit:
 
 
 def make_dataset_scorer(config: DPOConfig, choice: ScorerChoice) -> DatasetScorer:
-    """How the reference is asked and the policy is measured."""
+    """Return the scorer without gradients, for the reference and for evaluation."""
     return partial(
         score_pairs,
         limit=inference_limit(config, choice),
@@ -136,7 +136,7 @@ def make_dataset_scorer(config: DPOConfig, choice: ScorerChoice) -> DatasetScore
 
 
 def make_on_policy_weights(config: DPOConfig, choice: ScorerChoice) -> OnPolicyWeights | None:
-    """How pairs are weighed by what the policy would write itself; None unless asked for."""
+    """Return the function that computes WPO weights, or None without `use_weighting`."""
     if not config.use_weighting:
         return None
     score = partial(
@@ -151,7 +151,7 @@ def make_on_policy_weights(config: DPOConfig, choice: ScorerChoice) -> OnPolicyW
 def make_synced_reference(
     policy: nn.Module, config: DPOConfig, choice: ScorerChoice
 ) -> SyncedReference | None:
-    """A reference that follows the policy, which is as it starts; None unless asked for."""
+    """Return a reference that follows the policy, or None without `sync_ref_model`."""
     if not config.sync_ref_model:
         return None
     score = make_dataset_scorer(config, choice)
@@ -190,7 +190,7 @@ def make_plan(
     total_steps: int,
     synced_reference: SyncedReference | None = None,
 ) -> TrainingPlan:
-    """What each step sees and does."""
+    """Return the plan of the training steps."""
     return TrainingPlan(
         pairs=pairs,
         reference=reference,

@@ -261,7 +261,7 @@ class DPOTrainer:
         rows = [row for row in read_metrics(self.paths.metrics) if row["step"] <= self.start.step]
         self.best.restore(rows)
         self.monitor = make_monitor(self.config, self.inputs.train, total_steps=self.total_steps)
-        self.warnings = [warning for row in rows for warning in self.monitor.hear(row)]
+        self.warnings = [warning for row in rows for warning in self.monitor.update(row)]
         self.record["warnings"] = self.warnings
         write_record(self.paths, self.record)
         self._open_trackers(rows)
@@ -334,7 +334,7 @@ class DPOTrainer:
                 "peak_memory_gb": mx.get_peak_memory() / 1e9,
             }
             row = self._log_row(step_row(metrics) | speed)
-            if warnings := self.monitor.hear(row):
+            if warnings := self.monitor.update(row):
                 self.warnings += warnings
                 write_record(self.paths, self.record)
             yield row

@@ -1,4 +1,4 @@
-"""A run measured again, on its own held-out pairs or on others."""
+"""Evaluation of saved runs on their held-out pairs or on others."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -50,16 +50,16 @@ class Evaluation:
     """Metrics of a run on a set of pairs."""
 
     run: OpenRun
-    name: str  # what the pairs are, for a person
+    name: str  # description of the pairs
     pairs: int
     metrics: PreferenceMetrics
-    notes: tuple[str, ...]  # what became of the rows of a named file
+    notes: tuple[str, ...]  # skipped and truncated rows of a named file
 
 
 def evaluate_run(
     folder: str, pairs: str | None = None, *, bad_pairs: str | None = None
 ) -> Evaluation:
-    """The policy of a run against its reference, with the run's own loss and beta.
+    """Evaluate the policy of a run against its reference, with the run's own loss and beta.
 
     `pairs` is a file, or a folder or dataset whose held-out split is taken; without it, the
     run's own held-out pairs.
@@ -88,7 +88,7 @@ EvaluationPairs = tuple[LoadedModel, Sequence[TokenizedPair], str, tuple[str, ..
 
 
 def load_held_out_pairs(run: OpenRun) -> EvaluationPairs:
-    """The model of a run, and the pairs that it held out.
+    """Load the model of a run and its held-out pairs.
 
     Raises:
         ConfigError, RunError: they were read from standard input, or are others now.
@@ -105,7 +105,7 @@ def load_held_out_pairs(run: OpenRun) -> EvaluationPairs:
 
 
 def load_named_pairs(run: OpenRun, pairs: str) -> EvaluationPairs:
-    """The model of a run, and the pairs of a file, or of a held-out split."""
+    """Load the model of a run and the pairs of a file or of a held-out split."""
     source = resolve_held_out_source(pairs)
     base = load_configured_base(run.config)
     read = load_configured_source(run.config, base, source)
@@ -142,7 +142,7 @@ def _compute_metrics(
 def _reference_logps(
     run: OpenRun, base: LoadedModel, pairs: Sequence[TokenizedPair], score: DatasetScorer
 ) -> PairLogps:
-    """What the run's reference says of the pairs; `base` is put as it. (len(pairs),) each"""
+    """Return reference log-probabilities; `base` must be in reference state. (len(pairs),) each"""
     config = run.config
     if not config.needs_reference:
         return PairLogps(mx.zeros((len(pairs),)), mx.zeros((len(pairs),)))
@@ -169,7 +169,7 @@ def _reference_logps(
 
 
 def held_out_prompts(run: OpenRun, base: LoadedModel) -> list[Prompt]:
-    """Each prompt once, in the order of the pairs; `base` is the run's model, however adapted.
+    """Return each held-out prompt of a run once, in the order of the pairs.
 
     Raises:
         ConfigError: the run held none out.

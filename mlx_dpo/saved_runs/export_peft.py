@@ -1,4 +1,4 @@
-"""The adapter of a run, made to load in other programs as well."""
+"""Export of the adapter of a saved run to PEFT."""
 
 from pathlib import Path
 
@@ -35,7 +35,7 @@ def export_run(folder: str, base: str | None = None, revision: str | None = None
 
 
 def open_finished(folder: str) -> OpenRun:
-    """A run whose adapters are those of its end.
+    """Open a finished run.
 
     Raises:
         RunError: it is unfinished, or no run.
@@ -50,7 +50,7 @@ def open_finished(folder: str) -> OpenRun:
 
 
 def find_checkpoint(base: str, revision: str | None = None) -> HFCheckpoint:
-    """The Hugging Face checkpoint that a person names."""
+    """Return the Hugging Face checkpoint with this Hub id or folder."""
     if is_hub_id(base):
         return hub_checkpoint(base, revision)
     return local_checkpoint(Path(base).expanduser(), base)

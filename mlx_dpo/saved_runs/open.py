@@ -1,4 +1,4 @@
-"""A finished or unfinished run, or a plain model, opened to be used."""
+"""Opening of saved runs and plain models for use."""
 
 import os
 from collections.abc import Sequence
@@ -28,26 +28,26 @@ FOLDERS = {  # settings that may name a folder, and where the record says how it
 
 @dataclass(frozen=True)
 class OpenRun:
-    """A run folder: what it trained, and where its newest adapters lie."""
+    """A run folder with its record, settings and newest adapters."""
 
     paths: RunPaths
     record: dict[str, Any]
-    config: DPOConfig  # with the model's folder as it is found from here
+    config: DPOConfig  # with the model's folder relative to the current one
     adapter: Path  # the run folder, or its last checkpoint
 
     @property
     def trained_on_text(self) -> bool:
-        """Whether the pairs were plain text, so that the policy knows no chat template."""
+        """Whether the run was trained on plain text, without a chat template."""
         return not any(report["as_chat"] for report in self.record["pairs"])
 
     @property
     def finished(self) -> bool:
-        """Whether the adapters are those of the whole run."""
+        """Whether the run is finished."""
         return self.adapter == self.paths.folder
 
 
 def open_run(folder: str) -> OpenRun:
-    """Find the record and the newest adapters of a run.
+    """Return the run in `folder` with its newest adapters.
 
     Raises:
         RunError: the folder is no run folder, or holds no adapters yet.
@@ -73,7 +73,7 @@ def open_run(folder: str) -> OpenRun:
 def load_policy(
     run: str | None, *, model: str | None = None, reference: bool = False
 ) -> LoadedModel:
-    """The policy of a run, its reference (the policy as it started), or a plain model.
+    """Load the policy of a run, its reference, or a plain model.
 
     Raises:
         RunError: the model is no longer the one that was trained on.
@@ -97,7 +97,7 @@ def load_policy(
 
 
 def load_base_of_run(opened: OpenRun) -> LoadedModel:
-    """The model that the run was trained on, as it is loaded.
+    """Load the base model of the run, without adapters.
 
     Raises:
         RunError: it is no longer what it was.
@@ -112,12 +112,12 @@ def load_base_of_run(opened: OpenRun) -> LoadedModel:
 
 
 def unfinished_note(opened: OpenRun) -> str:
-    """What to say of a run that has not come to its end."""
+    """Return a note that the run is unfinished."""
     return f"the run is unfinished; these are its adapters of {opened.adapter.name}"
 
 
 def load_reference_into(opened: OpenRun, base: LoadedModel) -> None:
-    """Make `base`, as it was loaded, the policy that the run started from.
+    """Attach the start adapter of the run, if it has one, to the freshly loaded `base`.
 
     Raises:
         RunError: the adapter that it started from is gone, or another one.
@@ -135,7 +135,7 @@ def load_reference_into(opened: OpenRun, base: LoadedModel) -> None:
 
 
 def load_adapter_into(opened: OpenRun, base: LoadedModel) -> None:
-    """Make `base`, or the reference that it was made, the policy of the run."""
+    """Replace the adapters of `base` by those of the run."""
     adapters.detach_adapters(base.model)
     load_adapter(base.model, opened.adapter)
 
@@ -176,7 +176,7 @@ def open_switchable(
     adapter: str | None = None,
     wanted: Sequence[AdapterState] = ("base", "aligned"),
 ) -> SwitchableModel:
-    """A run, whose base is what it started from; or a model, with an adapter or without.
+    """Open a run, or a model with or without an adapter, for switching between its states.
 
     The last of the `wanted` switch that there is, is on.
 

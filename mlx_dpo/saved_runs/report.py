@@ -1,4 +1,4 @@
-"""What became of runs, as curves and a page: from what lies in their folders, nothing computed."""
+"""Reports of runs: an HTML page and a plot, from the files in their folders."""
 
 import os
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ PAGE, PICTURE = "report.html", "report.png"
 
 
 class LoggedRun(NamedTuple):
-    """One run, as far as it has come."""
+    """Record and metrics of a run, finished or not."""
 
     paths: RunPaths
     record: dict[str, Any]
@@ -29,18 +29,18 @@ class LoggedRun(NamedTuple):
 
     @property
     def step(self) -> int:
-        """The last one that was taken."""
+        """Last optimizer step."""
         return int(self.rows[-1]["step"])
 
     @property
     def evaluation(self) -> MetricsRow:
-        """On held-out pairs: of the adapters that were kept, else the last there is, if any."""
+        """Evaluation of the final adapters, or else the last evaluation, if there is one."""
         judged = [row for row in self.rows if "eval_loss" in row]
         return dict(self.record["evaluation"] or (judged[-1] if judged else {}))
 
 
 def read_logged_run(folder: str) -> LoggedRun:
-    """A run, finished or not.
+    """Read record and metrics of a run, finished or not.
 
     Raises:
         RunError: it is no run, or no step was taken yet.
@@ -82,7 +82,7 @@ def write_report(
 
 
 def write_curves(folder: Path) -> bool:
-    """Put the picture that goes with a card into a run folder; False: it has no metrics."""
+    """Write the plot for the model card to a run folder; return False without metrics."""
     drawn = make_charts([read_metrics(RunPaths(folder).metrics)], for_model_card=True)
     if drawn:
         _write(folder / CURVES, plots.charts_png(drawn, [folder.name], "step"))
@@ -90,7 +90,7 @@ def write_curves(folder: Path) -> bool:
 
 
 def shortest_names(folders: Sequence[Path]) -> list[str]:
-    """The shortest ends of their paths by which folders are told apart, fit to be printed.
+    """Return the shortest path suffixes that distinguish the folders, printable.
 
     Raises:
         ConfigError: one is named twice.
@@ -154,7 +154,7 @@ def _format_value(value: Any) -> str:
 def _add_differing_settings(
     told: Sequence[RunDetails], runs: Sequence[LoggedRun]
 ) -> list[RunDetails]:
-    """With the model and the settings in which the runs differ before their figures."""
+    """Add the model and the settings in which the runs differ to their results."""
     configs = [DPOConfig.from_dict(run.record["settings"]) for run in runs]
     set_by = [config.get_public_settings() for config in configs]
     names = dict.fromkeys(name for settings in set_by for name in settings)

@@ -1,4 +1,4 @@
-"""Run state on disk. A checkpoint folder either exists whole or not at all."""
+"""Checkpoints of a run. A checkpoint folder either exists complete or not at all."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ SYNCED_REFERENCE = "reference.safetensors"  # of a reference that follows the po
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
-    """Where the checkpoint of `step` lies in the folder of checkpoints."""
+    """Return the path of the checkpoint of `step`."""
     return folder / f"step-{step:06d}"
 
 
@@ -36,12 +36,12 @@ def save(
     adapter_config: dict[str, Any],
     synced: SyncedReference | None = None,
 ) -> Path:
-    """Write adapters, optimizer, random state and position beside, then rename into place.
+    """Write a checkpoint atomically: adapters, optimizer, random state, position.
 
-    With the weights of a reference that has moved.
+    The weights of a synced reference are included once it differs from the start.
 
     Raises:
-        RunError: the disk is full or cannot be written.
+        RunError: The disk is full or cannot be written.
     """
     target = checkpoint_path(folder, progress.step)
     with whole_folder(target) as partial:
@@ -57,10 +57,10 @@ def save(
 
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
-    """A folder beside `target` to be filled, which takes its place when it is whole on the disk.
+    """Yield a temporary folder that replaces `target` when it is complete on disk.
 
     Raises:
-        RunError: the disk is full or cannot be written.
+        RunError: The disk is full or cannot be written.
     """
     try:
         # A folder of this step is left over if the run was resumed from an earlier one.
@@ -73,17 +73,17 @@ def whole_folder(target: Path) -> Iterator[Path]:
 
 
 def saved_steps(folder: Path) -> list[int]:
-    """The steps of which something lies in the folder, in order."""
+    """Return the steps of all checkpoints in the folder, in ascending order."""
     return sorted(int(path.name.removeprefix("step-")) for path in folder.glob("step-*"))
 
 
 def latest(folder: Path) -> Path | None:
-    """The checkpoint of the highest step, if there is any."""
+    """Return the checkpoint of the highest step, or None."""
     return max(folder.glob("step-*"), default=None)
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Remove all but the last `keep` checkpoints, and what a crash left half-written."""
+    """Remove all but the last `keep` checkpoints, and temporary files that a crash left."""
     for path in sorted(folder.glob("step-*"))[:-keep]:
         shutil.rmtree(path, ignore_errors=True)
     remove_abandoned(folder)
@@ -98,8 +98,8 @@ def restore(
     """Load what `save` wrote into policy, optimizer, synced reference and MLX's random state.
 
     Raises:
-        RunError: a file is missing or damaged.
-        ModelError: the adapters are those of another model.
+        RunError: A file is missing or damaged.
+        ModelError: The adapters belong to another model.
     """
     try:
         position = json.loads((folder / STATE).read_text())
@@ -119,7 +119,7 @@ def restore(
 
 
 def synced_reference_weights(folder: Path) -> Arrays | None:
-    """Weights of a reference that follows the policy at the last checkpoint, once it has."""
+    """Return the weights of the synced reference at the last checkpoint, or None."""
     last = latest(folder)
     return (
         read_arrays(last / SYNCED_REFERENCE)[0]

@@ -1,7 +1,7 @@
-"""What goes wrong in a run, seen in its rows of metrics: each thing said once, with its numbers.
+"""Training monitor: warnings about a run from its rows of metrics, each kind once.
 
-Pure: a run that goes on hears its earlier rows again and says nothing twice. Means over windows
-of steps are compared, so that a lucky or unlucky batch says nothing.
+The monitor is a pure function of the rows: a resumed run feeds its earlier rows again and repeats
+no warning. Means over windows of steps are compared, so that a single batch has no effect.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -32,7 +32,7 @@ MAX_DISTANCE_PER_TOKEN = 1.0  # nats; about what a chat model is unsure of a tok
 
 @dataclass(frozen=True, kw_only=True)
 class MonitoredRun:
-    """What has to be known of a run to read its rows."""
+    """Settings and statistics of a run that are needed to interpret its metrics."""
 
     total_steps: int
     warmup_steps: int
@@ -46,7 +46,7 @@ class MonitoredRun:
 
     @property
     def window(self) -> int:
-        """Steps that are looked at together."""
+        """Number of steps in a window."""
         return min(MAX_WINDOW, max(MIN_WINDOW, self.total_steps // 10))
 
 
@@ -54,29 +54,29 @@ Check = Callable[[MonitoredRun, Sequence[Row]], str | None]
 
 
 class Monitor:
-    """Hears rows in their order, and says what is wrong."""
+    """Consumer of metrics rows that returns new warnings."""
 
     def __init__(self, facts: MonitoredRun) -> None:
-        """Before the first row."""
+        """Start before the first row."""
         self._facts = facts
         self._rows: list[Row] = []  # the last two windows
-        self._said: set[str] = set()
+        self._warned: set[str] = set()
 
-    def hear(self, row: Row) -> list[str]:
-        """Sentences that this row gives rise to; mostly none. Evaluations are passed over."""
+    def update(self, row: Row) -> list[str]:
+        """Consume a row of metrics and return the new warnings. Evaluations are ignored."""
         if "loss" not in row:
             return []
         self._rows = [*self._rows, row][-2 * self._facts.window :]
         found = []
         for kind, check in CHECKS.items():
-            if kind not in self._said and (sentence := check(self._facts, self._rows)):
-                self._said.add(kind)
+            if kind not in self._warned and (sentence := check(self._facts, self._rows)):
+                self._warned.add(kind)
                 found.append(sentence)
         return found
 
 
 def not_learning(facts: MonitoredRun, rows: Sequence[Row]) -> str | None:
-    """The policy is where it began, although the learning rate has been at its peak."""
+    """Warn if the policy has hardly changed although the learning rate reached its peak."""
     rest = max(SETTLE_STEPS, ceil(facts.total_steps * SETTLE_SHARE))
     when = min(facts.warmup_steps + rest, facts.total_steps)
     recent = rows[-MIN_WINDOW:]
@@ -98,7 +98,7 @@ def not_learning(facts: MonitoredRun, rows: Sequence[Row]) -> str | None:
 
 
 def saturated_accuracy(facts: MonitoredRun, rows: Sequence[Row]) -> str | None:
-    """Nearly every pair is right before training has properly begun."""
+    """Warn if nearly all pairs are ranked correctly early in training."""
     recent = rows[-max(MIN_WINDOW // 2, ceil(MIN_PAIRS / facts.batch_size)) :]
     accuracy = _mean(recent, "rewards/accuracies")
     soon = rows[-1]["step"] <= ceil(facts.total_steps * EARLY_SHARE)
@@ -114,7 +114,7 @@ def saturated_accuracy(facts: MonitoredRun, rows: Sequence[Row]) -> str | None:
 
 
 def likelihood_displacement(facts: MonitoredRun, rows: Sequence[Row]) -> str | None:
-    """Chosen completions lose likelihood while the margin grows (likelihood displacement).
+    """Warn if chosen completions lose likelihood while the margin grows (likelihood displacement).
 
     Source: Razin et al. 2024, arXiv:2410.08847; Pal et al. 2024, arXiv:2402.13228 (DPOP).
     """
@@ -138,7 +138,7 @@ def likelihood_displacement(facts: MonitoredRun, rows: Sequence[Row]) -> str | N
 
 
 def length_bias(facts: MonitoredRun, rows: Sequence[Row]) -> str | None:
-    """What the margin of a pair is, its lengths tell."""
+    """Warn if the margin of a pair is determined by the lengths of its completions."""
     recent = [row for row in rows[-facts.window :] if "length_correlation" in row]
     correlation = _mean(recent, "length_correlation")
     margin = _mean(recent, "rewards/margins", size=abs)
@@ -158,7 +158,7 @@ def length_bias(facts: MonitoredRun, rows: Sequence[Row]) -> str | None:
 
 
 def clipped_gradients(facts: MonitoredRun, rows: Sequence[Row]) -> str | None:
-    """After the warm-up the bound, not the gradient, still decides how much each step counts."""
+    """Warn if nearly all gradients are clipped by a large factor after the warm-up."""
     recent = [row for row in rows[-facts.window :] if row["step"] > facts.warmup_steps]
     norms, bound = [row["grad_norm"] for row in recent], facts.max_grad_norm
     if len(recent) < facts.window or not bound:
@@ -174,12 +174,12 @@ def clipped_gradients(facts: MonitoredRun, rows: Sequence[Row]) -> str | None:
 
 
 def far_from_reference(facts: MonitoredRun, rows: Sequence[Row]) -> str | None:
-    """The policy is far from the reference.
+    """Warn if the policy is far from the reference.
 
-    Measured on given texts, not on what the policy would say: the size of the mean log-ratio
-    of chosen completions, in nats a token. It is no estimate of a KL divergence. But chosen
-    completions are what the policy is to say, so that they are near to what it does say;
-    rejected ones may be made as unlikely as one likes without anything else being lost.
+    The distance is the absolute mean log-ratio of the chosen completions, in nats per token. It
+    is not an estimate of the KL divergence, because the texts are given, not sampled from the
+    policy. Chosen completions are close to what the trained policy generates; rejected ones may
+    become arbitrarily unlikely without harm.
     """
     recent = rows[-facts.window :]
     chosen = _mean(recent, "rewards/chosen")
@@ -207,7 +207,7 @@ CHECKS: dict[str, Check] = {
 
 
 def _mean(rows: Sequence[Row], name: str, size: Callable[[float], float] = float) -> float | None:
-    """The mean of what rows say under a name, None if none says anything."""
+    """Return the mean of a metric over the rows that have it, or None."""
     values = [size(row[name]) for row in rows if name in row]
     return fmean(values) if values else None
 

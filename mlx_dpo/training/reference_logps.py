@@ -1,7 +1,7 @@
-"""Reference log-probabilities: scored once, kept on disk under a digest of what they are.
+"""Reference log-probabilities: computed once and cached on disk by content.
 
-The reference never changes, so what it says of a pair never changes either. Scoring all
-pairs before the first update keeps a second model out of memory and out of the loop.
+The reference is fixed, so its log-probabilities are as well. Scoring all pairs before the first
+update keeps a second model out of memory and out of the training loop.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from mlx_dpo.scoring.score_pairs import DatasetScorer
 from mlx_dpo.training.logps_cache import SUFFIX, read_logps, write_logps
 from mlx_dpo.types import PairLogps, TokenizedPair
 
-BLOCK_SIZE = 256  # pairs in a file: what a crash in the middle can cost
+BLOCK_SIZE = 256  # pairs per file; a crash loses at most one block
 
 
 def reference_logps(
@@ -33,16 +33,17 @@ def reference_logps(
     labels: Mapping[str, str] | None = None,
     progress: Callable[[int], None] = lambda scored: None,
 ) -> PairLogps:
-    """What the reference says of every pair, from the cache where it has been asked before.
+    """Return the reference log-probabilities of all pairs, from the cache if possible.
+
     (len(pairs),) each
 
     Args:
-        model: The reference; it is run only for blocks that the cache lacks.
-        provenance: Everything beside the token ids that determines the numbers.
-        cache: Folder of the cache; files are named by content, so runs share them.
-        score: How it is asked.
-        labels: What `training.cache` is to show of new files.
-        progress: Hears how many further pairs are done.
+        model: The reference; used only for blocks that are not in the cache.
+        provenance: Everything besides the token ids that determines the log-probabilities.
+        cache: Folder of the cache; files are named by content, so that runs share them.
+        score: Scorer without gradients.
+        labels: Labels that `mlx-dpo cache` shows for new files.
+        progress: Called with the number of newly scored pairs.
     """
     parts = []
     for start in range(0, len(pairs), BLOCK_SIZE):
@@ -53,7 +54,7 @@ def reference_logps(
             logps = score(model, block, progress=progress)
             write_logps(path, logps, labels)
         else:
-            with suppress(PermissionError):  # a cache that can only be read serves as well
+            with suppress(PermissionError):  # a read-only cache works as well
                 os.utime(path)
             progress(len(block))
         parts.append(logps)
@@ -70,11 +71,11 @@ def _block_name(provenance: str, block: Sequence[TokenizedPair]) -> str:
 
 
 class SyncedReference:
-    """Every so many steps, reference <- alpha policy + (1 - alpha) reference.
+    """A reference that is updated every few steps: alpha policy + (1 - alpha) reference.
 
-    It starts where the policy does. Until it moves, nothing is asked of it: what the
-    reference said before the first step still holds. The factors of adapters are mixed one
-    by one, as TRL mixes weights; for alpha = 1 it is the policy itself.
+    It starts as the policy does. Until its first update the precomputed reference
+    log-probabilities are valid. Adapter matrices are mixed one by one, as TRL mixes weights;
+    with alpha = 1 the reference becomes the policy itself.
 
     Source: Gorbatovski et al. 2024, arXiv:2404.09656, Eq. 6 (soft) and Eq. 7 (hard, alpha = 1).
     """
@@ -82,17 +83,17 @@ class SyncedReference:
     def __init__(
         self, policy: nn.Module, *, alpha: float, every: int, score: DatasetScorer
     ) -> None:
-        """Start from the policy as it is before the first step."""
+        """Copy the weights of the policy before the first step."""
         self.alpha, self.every, self._score = alpha, every, score
         self.weights: Arrays = named_arrays(policy.trainable_parameters())
         self.moved = False
 
     def restore(self, weights: Arrays) -> None:
-        """Go on from the weights of a checkpoint at which it had moved."""
+        """Restore the weights of a checkpoint."""
         self.weights, self.moved = weights, True
 
     def follow(self, policy: nn.Module, step: int) -> None:
-        """Take a stride towards the policy, if `step` updates are a multiple of `every`."""
+        """Update the reference if `step` is a multiple of `every`."""
         if step % self.every:
             return
         own = named_arrays(policy.trainable_parameters())
@@ -104,7 +105,7 @@ class SyncedReference:
         self.moved = True
 
     def logps(self, policy: nn.Module, pairs: Sequence[TokenizedPair]) -> PairLogps | None:
-        """What it says of the pairs, None while it is where it started. (len(pairs),) each"""
+        """Return log-probabilities under the reference, None before its first update. (B,) each"""
         if not self.moved:
             return None
         own = named_arrays(policy.trainable_parameters())

@@ -42,8 +42,8 @@ def heard(run=RUN, *, until=None, **faults):
         row = healthy(step)
         for name, fault in faults.items():
             row[name] = fault(step) if callable(fault) else fault
-        said += monitor.hear(row)
-        assert monitor.hear({"step": step, "eval_loss": 9.0, "eval_rewards/chosen": -99.0}) == []
+        said += monitor.update(row)
+        assert monitor.update({"step": step, "eval_loss": 9.0, "eval_rewards/chosen": -99.0}) == []
     return said
 
 
@@ -178,19 +178,19 @@ def test_rows_that_lack_a_mean_are_passed_over():
     monitor = Monitor(RUN)
     for step in range(1, 201):
         row = {"step": step, "loss": 0.5, "rewards/accuracies": 0.6, "grad_norm": 0.5}
-        assert monitor.hear(row if step % 2 else healthy(step)) == []
+        assert monitor.update(row if step % 2 else healthy(step)) == []
 
 
 def test_each_kind_is_said_once_and_never_again_after_going_on():
     faults = {"grad_norm": 8.0, "length_correlation": 0.9}
     rows = [healthy(step) | faults for step in range(1, 201)]
     straight = Monitor(RUN)
-    said = [sentence for row in rows for sentence in straight.hear(row)]
+    said = [sentence for row in rows for sentence in straight.update(row)]
     assert len(said) == 2
     for cut in (5, 19, 20, 150):
         again = Monitor(RUN)
-        before = [sentence for row in rows[:cut] for sentence in again.hear(row)]
-        after = [sentence for row in rows[cut:] for sentence in again.hear(row)]
+        before = [sentence for row in rows[:cut] for sentence in again.update(row)]
+        after = [sentence for row in rows[cut:] for sentence in again.update(row)]
         assert before + after == said
 
 
