@@ -1,8 +1,8 @@
-"""OpenBLAS for MLX's CPU backend on Linux: found if installed, loaded before MLX.
+"""OpenBLAS for MLX's CPU backend on Linux, loaded before MLX if it is installed.
 
-The wheel of MLX for Linux links the reference BLAS, some forty times slower in float32.
-Loading OpenBLAS with global symbols first makes the dynamic linker bind MLX's matrix
-products to it. On macOS MLX computes on Metal and nothing is done.
+MLX's wheel for Linux links the reference BLAS, which is about forty times slower in float32. If
+OpenBLAS is loaded first, with global symbols, the dynamic linker uses it for MLX's matrix products.
+On macOS MLX computes on Metal, and nothing is done.
 """
 
 import ctypes
@@ -15,10 +15,10 @@ _loaded: ctypes.CDLL | None = None
 
 
 def use_openblas() -> bool:
-    """Load OpenBLAS unless told not to; True if MLX's matrix products will use it.
+    """Load OpenBLAS and return whether MLX's matrix products will use it.
 
-    `MLX_DPO_OPENBLAS=0` leaves the wheel's own BLAS in place. Without effect, and False,
-    where MLX was imported before this package: its symbols are bound already.
+    `MLX_DPO_OPENBLAS=0` keeps the BLAS of MLX's wheel. If MLX was imported before this package, its
+    symbols are bound already and nothing is loaded.
     """
     global _loaded
     if _loaded is not None:

@@ -1,4 +1,4 @@
-"""Folders outside a run: the user's caches, how they are written, and the model that ships."""
+"""Folders outside of a run: the caches of the user and the model that ships with the package."""
 
 import os
 from pathlib import Path
@@ -8,7 +8,7 @@ MOVES_CACHE = "MLX_DPO_CACHE"
 
 
 def cache_folder() -> Path:
-    """Where things are kept between runs; `MLX_DPO_CACHE` moves it."""
+    """Return the cache folder, which the environment variable `MLX_DPO_CACHE` can set."""
     if folder := os.environ.get(MOVES_CACHE):
         return Path(folder).expanduser()
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -16,21 +16,21 @@ def cache_folder() -> Path:
 
 
 def reference_cache() -> Path:
-    """The folder of reference log-probabilities, which runs share."""
+    """Return the folder of cached reference log-probabilities, which runs share."""
     return cache_folder() / "reference"
 
 
 def token_cache() -> Path:
-    """The folder of tokenized pairs, which runs share."""
+    """Return the folder of cached tokenized pairs, which runs share."""
     return cache_folder() / "tokens"
 
 
 def chat_history() -> Path:
-    """What was typed in earlier chats."""
+    """Return the path of the input history of chats."""
     return cache_folder() / "chat-history"
 
 
 def tiny_chat() -> Path:
-    """The model that ships: inside the installed package, or `models/` of a checkout."""
+    """Return the folder of the model that ships: in the installed package, or in a checkout."""
     installed = PACKAGE / "shipped" / "tiny-chat"
     return installed if installed.is_dir() else PACKAGE.parent / "models" / "tiny-chat"

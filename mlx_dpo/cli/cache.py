@@ -1,4 +1,4 @@
-"""`mlx-dpo cache`: answers of reference models and tokens, kept for later runs; listed, cleared."""
+"""`mlx-dpo cache`: list and clear cached reference log-probabilities and tokenized pairs."""
 
 import json
 import sys
@@ -24,28 +24,29 @@ NUMBERS = ("files", "pairs", "size")
 KINDS = ("reference", "tokens")
 
 
-class Shelf(NamedTuple):
-    """A folder of the cache, and what lies there."""
+class CacheFolder(NamedTuple):
+    """A folder of the cache and its files."""
 
     folder: Path
-    found: Sequence[Any]  # entries of files
-    left: Sequence[Path]  # half-written
+    entries: Sequence[Any]
+    leftovers: Sequence[Path]  # temporary files of ended processes
 
     @property
     def total(self) -> str:
-        """Of everything that is there."""
-        size = sum(one.size for one in self.found) + sum(path.stat().st_size for path in self.left)
-        return f"{_files(len(self.found) + len(self.left))}, {format_bytes(size)}"
+        """Number and size of all files."""
+        size = sum(entry.size for entry in self.entries)
+        size += sum(path.stat().st_size for path in self.leftovers)
+        return f"{_files(len(self.entries) + len(self.leftovers))}, {format_bytes(size)}"
 
 
-def _shelves() -> dict[str, Shelf]:
-    from mlx_dpo.data.tokenization import cache as kept
-    from mlx_dpo.training import logps_cache as answers
+def _cache_folders() -> dict[str, CacheFolder]:
+    from mlx_dpo.data.tokenization import cache as tokens
+    from mlx_dpo.training import logps_cache
 
-    rooms = {"reference": (reference_cache(), answers), "tokens": (token_cache(), kept)}
+    modules = {"reference": (reference_cache(), logps_cache), "tokens": (token_cache(), tokens)}
     return {
-        name: Shelf(folder, room.list_entries(folder), abandoned_paths(folder))
-        for name, (folder, room) in rooms.items()
+        name: CacheFolder(folder, module.list_entries(folder), abandoned_paths(folder))
+        for name, (folder, module) in modules.items()
     }
 
 
@@ -64,15 +65,15 @@ def cache(ctx: click.Context, as_json: bool) -> None:
         if as_json:
             raise ConfigError("`--json` has no effect with `cache clear`")
         return
-    reference, tokens = _shelves().values()
+    reference, tokens = _cache_folders().values()
     if as_json:
         click.echo(json.dumps(_report(reference, tokens)))
         return
-    if reference.found or reference.left:
+    if reference.entries or reference.leftovers:
         _show(reference)
-    if tokens.found or tokens.left:
+    if tokens.entries or tokens.leftovers:
         _show_tokens(tokens)
-    if not any(shelf.found or shelf.left for shelf in (reference, tokens)):
+    if not any(contents.entries or contents.leftovers for contents in (reference, tokens)):
         moves = f"{cache_folder()} ({MOVES_CACHE} moves it)"
         click.echo(f"Nothing is kept yet: {moves} fills as runs are made")
 
@@ -92,74 +93,76 @@ def clear(older_than: float | None, model: str | None, only: str | None, yes: bo
 
     Runs under way are not disturbed: they hold what they need.
     """
-    shelves = [shelf for name, shelf in _shelves().items() if only in (None, name)]
-    _refuse_unknown(model, [entry for shelf in shelves for entry in shelf.found])
-    going: list[Path] = []
+    cache_folders = [
+        contents for name, contents in _cache_folders().items() if only in (None, name)
+    ]
+    _check_model(model, [entry for contents in cache_folders for entry in contents.entries])
+    to_remove: list[Path] = []
     freed = 0
-    for folder, found, left in shelves:
-        chosen = [entry for entry in found if _meant(entry, older_than, model)]
-        paths = [entry.path for entry in chosen] + list(left)
+    for folder, entries, leftovers in cache_folders:
+        selected = [entry for entry in entries if _is_selected(entry, older_than, model)]
+        paths = [entry.path for entry in selected] + list(leftovers)
         size = sum(path.stat().st_size for path in paths)
-        pairs = sum(entry.pairs for entry in chosen)
+        pairs = sum(entry.pairs for entry in selected)
         if paths:
             what = f"{_files(len(paths))}, {pairs:,} pairs, {format_bytes(size)}"
             click.echo(f"To be removed from {folder}: {what}")
-        going, freed = going + paths, freed + size
-    if not going:
+        to_remove, freed = to_remove + paths, freed + size
+    if not to_remove:
         click.echo(f"Nothing to clear in {cache_folder()}")
         return
     if not yes:
-        _ask()
-    for path in going:
+        _confirm()
+    for path in to_remove:
         path.unlink(missing_ok=True)
     click.echo(f"Freed {format_bytes(freed)}")
 
 
-def _meant(entry: Any, older_than: float | None, model: str | None) -> bool:
+def _is_selected(entry: Any, older_than: float | None, model: str | None) -> bool:
     if model is not None and entry.model != model:
         return False
     return older_than is None or entry.last_used < datetime.now(UTC) - timedelta(days=older_than)
 
 
-def _refuse_unknown(model: str | None, found: Sequence[Any]) -> None:
-    names = sorted({entry.model for entry in found})
+def _check_model(model: str | None, entries: Sequence[Any]) -> None:
+    names = sorted({entry.model for entry in entries})
     if model is not None and model not in names:
         known = ", ".join(f"`{name}`" for name in names) or "no model at all"
         raise ConfigError(f"--model: nothing of `{model}` is in the cache (there is {known})")
 
 
-def _ask() -> None:
+def _confirm() -> None:
     if not sys.stdin.isatty():
         raise ConfigError("`cache clear` asks first, and nobody is there to answer; add --yes")
     click.confirm("Remove them?", abort=True)
 
 
-def _show(shelf: Shelf) -> None:
+def _show(contents: CacheFolder) -> None:
     from mlx_dpo.training.logps_cache import group_by_model
 
-    click.echo(f"{shelf.folder} ({MOVES_CACHE} moves it)\n")
-    _table([HEADINGS, *map(_row, group_by_model(shelf.found))])
-    click.echo(f"\n{shelf.total}")
-    _show_wrong(shelf, "its pairs will be scored again")
+    click.echo(f"{contents.folder} ({MOVES_CACHE} moves it)\n")
+    _table([HEADINGS, *map(_row, group_by_model(contents.entries))])
+    click.echo(f"\n{contents.total}")
+    _show_damaged(contents, "its pairs will be scored again")
 
 
-def _show_tokens(shelf: Shelf) -> None:
-    click.echo(f"{shelf.folder} ({MOVES_CACHE} moves it)\n")
-    _table([TOKEN_HEADINGS, *map(_token_row, shelf.found)])
-    click.echo(f"\n{shelf.total}")
-    _show_wrong(shelf, "its pairs will be tokenized again")
+def _show_tokens(contents: CacheFolder) -> None:
+    click.echo(f"{contents.folder} ({MOVES_CACHE} moves it)\n")
+    _table([TOKEN_HEADINGS, *map(_token_row, contents.entries)])
+    click.echo(f"\n{contents.total}")
+    _show_damaged(contents, "its pairs will be tokenized again")
 
 
-def _show_wrong(shelf: Shelf, then: str) -> None:
-    for entry in shelf.found:
+def _show_damaged(contents: CacheFolder, consequence: str) -> None:
+    for entry in contents.entries:
         if entry.damaged:
-            click.echo(f"damaged, {then}: {entry.path.name}")
-    for path in shelf.left:
+            click.echo(f"damaged, {consequence}: {entry.path.name}")
+    for path in contents.leftovers:
         click.echo(f"half-written by a process that is gone: {path.name}")
 
 
 def _table(rows: Sequence[Sequence[str]]) -> None:
-    """Columns under the headings of the first row."""
+    """Print rows in aligned columns; the first row has the headings."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = [
@@ -185,33 +188,33 @@ def _row(group: "ModelGroup") -> tuple[str, ...]:
     )
 
 
-def _report(reference: Shelf, tokens: Shelf) -> dict[str, Any]:
+def _report(reference: CacheFolder, tokens: CacheFolder) -> dict[str, Any]:
     from mlx_dpo.training.logps_cache import group_by_model
 
     return {
         "folder": str(reference.folder),
-        "models": [_plain(asdict(group)) for group in group_by_model(reference.found)],
-        **_wrong(reference),
+        "models": [_to_json(asdict(group)) for group in group_by_model(reference.entries)],
+        **_damaged(reference),
         "tokens": {
             "folder": str(tokens.folder),
             "sources": [
-                _plain(asdict(one) | {"path": one.path.name})
-                for one in tokens.found
-                if not one.damaged
+                _to_json(asdict(entry) | {"path": entry.path.name})
+                for entry in tokens.entries
+                if not entry.damaged
             ],
-            **_wrong(tokens),
+            **_damaged(tokens),
         },
     }
 
 
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
+def _to_json(values: dict[str, Any]) -> dict[str, Any]:
     return values | {"last_used": values["last_used"].isoformat(timespec="seconds")}
 
 
-def _wrong(shelf: Shelf) -> dict[str, list[str]]:
+def _damaged(contents: CacheFolder) -> dict[str, list[str]]:
     return {
-        "damaged": [entry.path.name for entry in shelf.found if entry.damaged],
-        "half_written": [path.name for path in shelf.left],
+        "damaged": [entry.path.name for entry in contents.entries if entry.damaged],
+        "half_written": [path.name for path in contents.leftovers],
     }
 
 

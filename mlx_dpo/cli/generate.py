@@ -1,4 +1,4 @@
-"""`mlx-dpo generate`: one prompt, one answer on stdout."""
+"""`mlx-dpo generate`: print the answer to one prompt."""
 
 import json
 import sys
@@ -41,10 +41,10 @@ def generate(
     mlx-dpo generate run "Why is the sky blue?"
     mlx-dpo generate --model models/tiny-chat --json - < prompt.txt
     """
-    run, given = _sort(words, model)
-    said = {name: settings.pop(name) for name in ("system", "thinking")}
+    run, given = _split_arguments(words, model)
+    chat_settings = {name: settings.pop(name) for name in ("system", "thinking")}
     sampling = Sampling(**settings)
-    _refuse_chat_settings(raw, **said)
+    _check_no_chat_settings(raw, **chat_settings)
     prompt = _prompt(given)
 
     chat, opened = open_chat(
@@ -54,28 +54,28 @@ def generate(
         adapter=adapter,
         reference=reference,
         raw=raw,
-        **said,
+        **chat_settings,
     )
-    completion, summary = _complete(chat, prompt, stream=not as_json)
+    completion, summary = _generate(chat, prompt, stream=not as_json)
     if as_json:
-        asked: dict[str, Any] = {"model": opened.base.source, "run": run, "adapter": adapter}
-        asked |= {"reference": reference, "raw": chat.raw}
-        asked |= {"system": chat.system, "thinking": chat.thinking}
-        _write_json(prompt, completion, summary, asked | asdict(chat.sampling))
+        options: dict[str, Any] = {"model": opened.base.source, "run": run, "adapter": adapter}
+        options |= {"reference": reference, "raw": chat.raw}
+        options |= {"system": chat.system, "thinking": chat.thinking}
+        _write_json(prompt, completion, summary, options | asdict(chat.sampling))
     if note := note_on_cut(summary.finish_reason, sampling.max_tokens):
         click.echo(note, err=True)
 
 
-def _sort(words: tuple[str, ...], model: str | None) -> tuple[str | None, str | None]:
-    """The run and the prompt, either of them None; beside --model no run is expected."""
-    most = 1 if model else 2
-    if len(words) > most:
+def _split_arguments(words: tuple[str, ...], model: str | None) -> tuple[str | None, str | None]:
+    """Return run and prompt, each of which may be None; with --model there is no run."""
+    max_words = 1 if model else 2
+    if len(words) > max_words:
         raise click.UsageError(f"Got {len(words)} arguments; put the prompt in quotation marks.")
     padded = (*words, None, None)
     return (None, padded[0]) if model else (padded[0], padded[1])
 
 
-def _refuse_chat_settings(raw: bool, **settings: Any) -> None:
+def _check_no_chat_settings(raw: bool, **settings: Any) -> None:
     for name, value in settings.items():
         if raw and value is not None:
             raise ConfigError(f"`{name}` has no effect with --raw, which uses no chat template")
@@ -84,22 +84,24 @@ def _refuse_chat_settings(raw: bool, **settings: Any) -> None:
 def _prompt(given: str | None) -> str:
     if given is None and sys.stdin.isatty():
         raise click.UsageError("Give a prompt, or pipe one in.")
-    prompt = _from_stdin() if given is None or given == "-" else given
-    if any("\ud800" <= letter <= "\udfff" for letter in prompt):  # how Python keeps other bytes
+    prompt = _read_stdin() if given is None or given == "-" else given
+    if any(
+        "\ud800" <= letter <= "\udfff" for letter in prompt
+    ):  # Python's surrogates for bytes that are not UTF-8
         raise ConfigError("prompt: it is not UTF-8; convert the text")
     if not prompt.strip():
         raise ConfigError("prompt: it is empty; give it as an argument or on stdin")
     return prompt
 
 
-def _from_stdin() -> str:
+def _read_stdin() -> str:
     try:
         return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
     except UnicodeDecodeError as error:
         raise ConfigError(f"stdin: not UTF-8 (at byte {error.start}); convert the text") from None
 
 
-def _complete(chat: "ChatSession", prompt: str, *, stream: bool) -> tuple[str, "GenerationSummary"]:
+def _generate(chat: "ChatSession", prompt: str, *, stream: bool) -> tuple[str, "GenerationSummary"]:
     text, summary = "", None
     for piece in chat.reply(prompt):
         text, summary = text + piece.text, piece.summary
