@@ -1,4 +1,4 @@
-"""`mlx-dpo demo`: the whole job on the model that ships, in a few minutes."""
+"""`mlx-dpo demo`: convert, train and compare the shipped model in a few minutes."""
 
 from typing import TYPE_CHECKING
 
@@ -9,10 +9,10 @@ from mlx_dpo.units import format_bytes
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from mlx_dpo.demo.tour import Answers, Tour
+    from mlx_dpo.demo.tour import Answers, Demo
     from mlx_dpo.types import MetricsRow
 
-SHOWN = 6  # prompts whose answers stand side by side
+SHOWN = 6  # prompts in the table of sampled answers
 
 
 @click.command()
@@ -22,63 +22,64 @@ SHOWN = 6  # prompts whose answers stand side by side
 def demo(output: str) -> None:
     """Convert a tiny chat model, align it with DPO, measure it and compare its answers.
 
-    The model that ships answers courteously or curtly, at the toss of a coin. A thousand
-    pairs prefer the courteous answer; afterwards it answers courteously, and as rightly.
-    Needs no network.
+    The shipped model answers politely or rudely at random. A thousand pairs prefer the
+    polite answer; afterwards it answers politely, and just as correctly. Needs no network.
     """
     from pathlib import Path
 
     from mlx_dpo import DPOTrainer
     from mlx_dpo.cli import program
     from mlx_dpo.cli.progress import run_with_progress
-    from mlx_dpo.demo.tour import BITS, Tour
+    from mlx_dpo.demo.tour import BITS, Demo
     from mlx_dpo.reporting.console import make_console
 
-    console, tour = make_console(), Tour(Path(output))
-    if tour.clear():
-        console.print(f"(in place of the earlier demo in {tour.folder})")
+    console, stages = make_console(), Demo(Path(output))
+    if stages.clear():
+        console.print(f"(replaces the earlier demo in {stages.folder})")
 
-    console.print(f"\n1. Convert {tour.source.name} to {BITS} bits", style="bold")
-    report = tour.convert()
+    console.print(f"\n1. Convert {stages.source.name} to {BITS} bits", style="bold")
+    report = stages.convert()
     console.print(
         f"{format_bytes(report.bytes_before)} before, {format_bytes(report.bytes_after)} after; "
-        f"log-probabilities differ by {report.conversion_error:.3f} nats a token on average"
+        f"log-probabilities differ by {report.conversion_error:.3f} nats per token on average"
     )
-    console.print(f"\n2. Ask the base {len(tour.rows)} questions it has not seen", style="bold")
-    before = tour.ask(reference=True)
-    console.print(f"{before.courteous:.0%} courteous, {before.right:.0%} right")
+    console.print(f"\n2. Ask the base {len(stages.rows)} questions it has not seen", style="bold")
+    before = stages.ask(reference=True)
+    console.print(f"{before.courteous:.0%} courteous, {before.correct:.0%} correct")
 
     console.print("\n3. Train on pairs that prefer courteous answers", style="bold")
-    with DPOTrainer(tour.config()) as run:
+    with DPOTrainer(stages.config()) as run:
         run_with_progress(run)
 
     console.print("\n4. Ask the aligned model the same questions", style="bold")
-    after = tour.ask(reference=False)
-    console.print(f"{after.courteous:.0%} courteous, {after.right:.0%} right")
-    console.print(_side_by_side(tour, before, after))
+    after = stages.ask(reference=False)
+    console.print(f"{after.courteous:.0%} courteous, {after.correct:.0%} correct")
+    console.print(_samples_table(stages, before, after))
     assert run.evaluation is not None
-    console.print(_figures(run.evaluation, before, after, tour.divergence(after)))
-    console.print(f"Talk to it: {program()} chat {tour.run}")
-    console.print(f"Talk to the base: {program()} chat {tour.run} --reference")
+    console.print(_results_table(run.evaluation, before, after, stages.divergence(after)))
+    console.print(f"Talk to it: {program()} chat {stages.run}")
+    console.print(f"Talk to the base: {program()} chat {stages.run} --reference")
 
 
-def _side_by_side(tour: "Tour", before: "Answers", after: "Answers") -> "Table":
+def _samples_table(stages: "Demo", before: "Answers", after: "Answers") -> "Table":
     from rich.table import Table
     from rich.text import Text
 
     table = Table("prompt", "before", "after", title="\nsampled answers", title_justify="left")
-    for row, old, new in list(zip(tour.asked, before.texts, after.texts, strict=True))[:SHOWN]:
+    for row, old, new in list(zip(stages.prompt_rows, before.texts, after.texts, strict=True))[
+        :SHOWN
+    ]:
         prompt = "\n".join(turn["content"] for turn in row["prompt"])
         table.add_row(Text(prompt), Text(old.strip()), Text(new.strip()))
     return table
 
 
-def _figures(
+def _results_table(
     evaluation: "MetricsRow", before: "Answers", after: "Answers", divergence: float
 ) -> "Table":
     from rich.table import Table
 
-    table = Table("", title="\nbefore and after, on what was held out", title_justify="left")
+    table = Table("", title="\nbefore and after, on held-out data", title_justify="left")
     table.add_column("before", justify="right")
     table.add_column("after", justify="right")
     # Before training every margin is 0: policy and reference are the same, and pairs tie.
@@ -86,6 +87,6 @@ def _figures(
     table.add_row("accuracy on held-out pairs", "50% (no difference)", f"{accuracy:.1%}")
     table.add_row("reward margin", "0.00", f"{margin:.2f}")
     table.add_row("courteous answers", f"{before.courteous:.1%}", f"{after.courteous:.1%}")
-    table.add_row("answers with the right content", f"{before.right:.1%}", f"{after.right:.1%}")
-    table.add_row("KL from the base, nats an answer", "0.0", f"{divergence:.1f}")
+    table.add_row("answers with correct content", f"{before.correct:.1%}", f"{after.correct:.1%}")
+    table.add_row("KL from the base, in nats", "0.0", f"{divergence:.1f}")
     return table

@@ -1,4 +1,4 @@
-"""`mlx-dpo doctor`: what this machine is, and whether it trains correctly."""
+"""`mlx-dpo doctor`: facts about this machine, and a self-test of training."""
 
 import json
 import math
@@ -15,62 +15,70 @@ BACKENDS = {"cpu": "CPU", "metal": "Metal", "cuda": "CUDA"}
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="Write one JSON object, fit to be shared.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Write one JSON object without personal data."
+)
 def doctor(as_json: bool) -> None:
-    """Show versions, device and limits, and test on the device in use that training is right.
+    """Show versions, device and limits, and run a self-test of training on this device.
 
     The self-test takes a few seconds: log-probabilities and gradients of a tiny model
     against NumPy in float64, one training step, adapters saved and loaded. Each line shows
     what was measured and the limit. Exits with 1 if a check fails.
     """
     from mlx_dpo.doctor.checks import self_test
-    from mlx_dpo.doctor.machine import anonymous, facts
+    from mlx_dpo.doctor.machine import anonymous, collect_facts
 
-    found = facts()
+    machine_facts = collect_facts()
     checks = []
     if not as_json:
-        _show_facts(found)
-        click.echo(f"\nself-test on {BACKENDS[found['device']['kind']]}")
+        _print_facts(machine_facts)
+        click.echo(f"\nself-test on {BACKENDS[machine_facts['device']['kind']]}")
     for check in self_test():
         checks.append(check)
         if not as_json:
-            _show_check(check)
+            _print_check(check)
     passed = all(check.ok for check in checks)
     if as_json:
-        report = {**found, "checks": [_row(check) for check in checks], "ok": passed}
+        report = {
+            **machine_facts,
+            "checks": [_check_record(check) for check in checks],
+            "ok": passed,
+        }
         click.echo(json.dumps(report, indent=2, default=anonymous))
     sys.exit(0 if passed else 1)
 
 
-def _show_facts(found: dict[str, Any]) -> None:
+def _print_facts(machine_facts: dict[str, Any]) -> None:
     from mlx_dpo.doctor.machine import from_home
 
-    packages = dict(found["versions"])
+    packages = dict(machine_facts["versions"])
     python, system = packages.pop("python"), packages.pop("system")
-    folders = found["folders"]
+    folders = machine_facts["folders"]
     lines = {
         "versions": ", ".join(f"{name} {number or 'absent'}" for name, number in packages.items()),
         "system": f"Python {python} on {system}",
-        "device": _device(found["device"]),
-        "products": _products(found["device"]),
-        "memory": _memory(found["memory"]),
-        "models": _folder(from_home(folders["hub_cache"]["path"]), folders["hub_cache"]["free"]),
-        "reference": _folder(
+        "device": _describe_device(machine_facts["device"]),
+        "products": _describe_speed(machine_facts["device"]),
+        "memory": _describe_memory(machine_facts["memory"]),
+        "models": _describe_folder(
+            from_home(folders["hub_cache"]["path"]), folders["hub_cache"]["free"]
+        ),
+        "reference": _describe_folder(
             from_home(folders["reference_cache"]["path"]), folders["reference_cache"]["free"]
         ),
         "here": f"{_gib(folders['current']['free'])} free",
-        "Hub token": "yes" if found["hub_token"] else "none (needed for gated models only)",
+        "Hub token": "yes" if machine_facts["hub_token"] else "none (needed for gated models only)",
     }
     for name, line in lines.items():
         click.echo(f"{name:<10} {line}")
 
 
-def _device(device: dict[str, Any]) -> str:
+def _describe_device(device: dict[str, Any]) -> str:
     name = device["name"] or "name unknown"
     return f"{BACKENDS[device['kind']]}, {name}, {device['cores']} CPU cores"
 
 
-def _products(device: dict[str, Any]) -> str:
+def _describe_speed(device: dict[str, Any]) -> str:
     speed = f"{device['gflops']:,.0f} GFLOP/s in float32"
     notes = {
         None: "",
@@ -80,7 +88,7 @@ def _products(device: dict[str, Any]) -> str:
     return speed + notes[device["openblas"]]
 
 
-def _memory(memory: dict[str, Any]) -> str:
+def _describe_memory(memory: dict[str, Any]) -> str:
     parts = [f"{_gib(memory['physical'])} in the machine"]
     for name, words in (("device", "on the device"), ("recommended", "recommended at most")):
         if memory[name]:
@@ -89,7 +97,7 @@ def _memory(memory: dict[str, Any]) -> str:
     return ", ".join([*parts, "MLX's limit {}, its cache's {}".format(*limits)])
 
 
-def _folder(path: Any, free: int) -> str:
+def _describe_folder(path: Any, free: int) -> str:
     return f"{path} ({_gib(free)} free)"
 
 
@@ -97,13 +105,13 @@ def _gib(size: int) -> str:
     return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / 2**20:.0f} MiB"
 
 
-def _show_check(check: "Check") -> None:
+def _print_check(check: "Check") -> None:
     state = click.style("ok    ", fg="green") if check.ok else click.style("FAILED", fg="red")
     measured = check.trouble or f"{check.measured:.1e}"
     click.echo(f"  {state} {check.name:<40} {measured} (limit {check.limit:g})")
 
 
-def _row(check: "Check") -> dict[str, Any]:
+def _check_record(check: "Check") -> dict[str, Any]:
     return {
         "name": check.name,
         "ok": check.ok,

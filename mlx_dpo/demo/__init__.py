@@ -1,1 +1,1 @@
-"""The whole job on the model that ships: convert, train, evaluate, compare."""
+"""The demo on the shipped model: convert, train, evaluate, compare."""

@@ -1,4 +1,4 @@
-"""The stages of the demo as values: what was converted, said before, trained, said after."""
+"""Stages of the demo: convert the shipped model, sample and rate answers, estimate the KL."""
 
 import shutil
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from mlx_dpo.config.training import PassLimit
 from mlx_dpo.data.sources import read_rows
 from mlx_dpo.data.tokenization.formatting import TokenRules
 from mlx_dpo.data.tokenization.tokenize import tokenize_pair
-from mlx_dpo.demo.rules import courteous_markers, is_courteous, is_right
+from mlx_dpo.demo.rules import courteous_markers, is_correct, is_courteous
 from mlx_dpo.errors import RunError
 from mlx_dpo.export.convert import ConvertReport, convert
 from mlx_dpo.generation.batch import generate_batch
@@ -24,68 +24,68 @@ from mlx_dpo.saved_runs.open import load_policy
 from mlx_dpo.scoring.score_pairs import score_pairs
 from mlx_dpo.types import PreferenceExample, TokenizedPair
 
-MARK = "demo.txt"  # says that a folder is the demo's and may be replaced
+MARKER_FILE = "demo.txt"  # marks a folder that the demo wrote and may replace
 SAMPLING = Sampling(temperature=1.0, max_tokens=64, seed=0)
-SAMPLES = 2  # answers to each prompt
+SAMPLES = 2  # answers per prompt
 BITS = 8
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What a model said to the held-out prompts, sampled at temperature 1."""
+    """Answers to the held-out prompts, sampled at temperature 1, and their ratings."""
 
     texts: list[str]
-    courteous: float  # share, by the rule beside the model
-    right: float  # share, by what each row expects
+    courteous: float  # share, by the phrases in the model's `rules.json`
+    correct: float  # share, by the words that each row expects
 
 
 @dataclass
-class Tour:
-    """The folder of the demo and what is found out in it, stage by stage."""
+class Demo:
+    """The demo in a folder of its own, with a method per stage."""
 
     folder: Path
     source: Path = field(default_factory=lambda: tiny_chat())
 
     def __post_init__(self) -> None:
         self.rows = [row.record for row in read_rows(self.source / "preferences" / "valid.jsonl")]
-        self.asked = self.rows * SAMPLES
+        self.prompt_rows = self.rows * SAMPLES
         self.markers = courteous_markers(self.source)
 
     @property
     def model(self) -> Path:
-        """The converted model."""
+        """Folder of the converted model."""
         return self.folder / "model"
 
     @property
     def run(self) -> Path:
-        """The run folder."""
+        """Run folder."""
         return self.folder / "run"
 
     def clear(self) -> bool:
-        """Begin with an empty folder; an earlier demo in it is removed, anything else is not.
+        """Create the folder, or remove an earlier demo in it.
 
         Returns:
-            Whether there was one.
+            Whether there was an earlier demo.
 
         Raises:
-            RunError: the folder holds something that is not the demo's.
+            RunError: the folder has files that the demo did not write.
         """
         earlier = self.folder.exists() and any(self.folder.iterdir())
         if earlier:
-            if not (self.folder / MARK).is_file():
+            if not (self.folder / MARKER_FILE).is_file():
                 raise RunError(f"{self.folder}: not empty and not of an earlier demo; "
                                "choose another --output")  # fmt: skip
             shutil.rmtree(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / MARK).write_text("Written by `mlx-dpo demo`, which may replace it.\n")
+        (self.folder / MARKER_FILE).write_text("Written by `mlx-dpo demo`, which may replace it.\n")
         return earlier
 
     def convert(self) -> ConvertReport:
-        """The shipped checkpoint, quantised."""
+        """Quantize the shipped checkpoint into the model folder."""
         return convert(str(self.source), self.model, bits=BITS)
 
     def config(self) -> DPOConfig:
-        """Settings for a model of two million weights: larger steps than a real one bears."""
+        """Return the settings, with a learning rate for a model of only two million weights."""
         return DPOConfig(
             model=str(self.model),
             pairs=(str(self.source / "preferences"),),
@@ -99,31 +99,31 @@ class Tour:
         )
 
     def ask(self, *, reference: bool) -> Answers:
-        """Sampled answers of the base, or of the aligned policy, to every held-out prompt."""
+        """Sample answers of the reference or of the policy to every held-out prompt."""
         plain = str(self.model) if reference else None
         base = load_policy(None if reference else str(self.run), model=plain)
-        prompts = [row["prompt"] for row in self.asked]
-        return self.judged(generate_batch(base.model, base.tokenizer, prompts, sampling=SAMPLING))
+        prompts = [row["prompt"] for row in self.prompt_rows]
+        return self.rate(generate_batch(base.model, base.tokenizer, prompts, sampling=SAMPLING))
 
-    def judged(self, texts: list[str]) -> Answers:
-        """Texts with the shares of them that follow the two rules."""
-        polite = [is_courteous(text, self.markers) for text in texts]
-        right = [is_right(text, row) for text, row in zip(texts, self.asked, strict=True)]
-        return Answers(texts, sum(polite) / len(polite), sum(right) / len(right))
+    def rate(self, texts: list[str]) -> Answers:
+        """Return the answers with the shares of courteous and of correct ones."""
+        courteous = [is_courteous(text, self.markers) for text in texts]
+        correct = [is_correct(text, row) for text, row in zip(texts, self.prompt_rows, strict=True)]
+        return Answers(texts, sum(courteous) / len(courteous), sum(correct) / len(correct))
 
     def divergence(self, answers: Answers) -> float:
-        """Mean over the policy's own sampled answers of log policy - log base, in nats.
+        """Return the mean of log π − log π_ref over the policy's own samples, in nats.
 
-        An unbiased estimate of the sequence-level KL divergence of policy from base.
+        This is an unbiased estimate of the sequence-level KL divergence from the base.
         """
         base = load_policy(str(self.run))
         rules = token_rules(self.config(), base)
-        # Each answer stands in for both completions of a pair; one of the two is read.
+        # The scorer takes pairs: the answer is both completions, and only `chosen` is read.
         pairs = [
             TokenizedPair(prompt, completion, completion)
             for prompt, completion in (
-                self._encoded(base, row, text, rules)
-                for row, text in zip(self.asked, answers.texts, strict=True)
+                self._tokenize(base, row, text, rules)
+                for row, text in zip(self.prompt_rows, answers.texts, strict=True)
                 if text.strip()
             )
         ]
@@ -132,7 +132,7 @@ class Tour:
             reference = score_pairs(base.model, pairs, limit=PassLimit(pairs=8))
         return scalar((policy.chosen - reference.chosen).mean())
 
-    def _encoded(
+    def _tokenize(
         self, base: LoadedModel, row: dict[str, Any], text: str, rules: TokenRules
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
         reply = ({"role": "assistant", "content": text},)

@@ -1,1 +1,1 @@
-"""What this machine is, and whether it trains correctly: `machine` and `checks`."""
+"""Self-test of this machine: facts about it (`machine`) and numerical checks (`checks`)."""

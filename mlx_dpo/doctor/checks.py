@@ -1,7 +1,7 @@
-"""Does this machine train correctly? Known answers, asked of the device in use.
+"""Numerical self-test of training on the device in use.
 
 A tiny random Llama with adapters is scored, differentiated, trained for a step, saved and
-loaded. What it should say comes from NumPy in float64, which shares no code with MLX.
+loaded. The expected values come from a NumPy model in float64, which shares no code with MLX.
 """
 
 import math
@@ -34,7 +34,7 @@ from mlx_dpo.training.plan import MicroBatch, TrainingPlan
 from mlx_dpo.training.step import loss_and_gradients
 from mlx_dpo.types import TokenizedPair
 
-# Heads of 64: the size for which GPUs have a fused attention kernel.
+# Head size 64, for which GPUs have a fused attention kernel.
 ARGS = llama.ModelArgs(
     model_type="llama",
     hidden_size=128,
@@ -55,9 +55,9 @@ PAIRS = tuple(
     )
     for length in (1, 5)
 )
-# Kernels go through a row in blocks of 32 to 128 positions: this one needs a second block of
-# each. Few tokens are scored, so that errors of either sign do not cancel.
-LONG = (
+# Kernels process a row in blocks of 32 to 128 positions; this row needs a second block in each.
+# Few tokens are scored, so that errors of either sign do not cancel.
+LONG_PAIRS = (
     TokenizedPair(
         prompt=tuple(7 * position % 96 for position in range(130)), chosen=(40, 47), rejected=(60,)
     ),
@@ -66,12 +66,12 @@ RANK, SCALE = 4, 2.0
 GROUP_SIZE = 32
 
 
-def tiny_policy(
+def make_policy(
     *, bits: int | None = None, dtype: mx.Dtype = mx.float32, fresh: bool = False
 ) -> nn.Module:
-    """The policy under test, the same at every call; unless `fresh`, its adapters do something.
+    """Return the model under test: deterministic, with random adapters unless `fresh`.
 
-    Weights and adapters are numbers of type `dtype`; quantised ones stay packed, on the CPU too.
+    Weights and adapters have values of `dtype`. Quantized weights stay packed, also on the CPU.
     """
     mx.random.seed(0)
     model = llama.Model(ARGS)
@@ -82,9 +82,9 @@ def tiny_policy(
     if not fresh:
         rng = np.random.default_rng(2)
         weights = adapters.adapter_weights(model)
-        drawn = {name: rng.normal(0, 0.1, value.shape) for name, value in weights.items()}
-        # Adapters are held in float32, but computed with in `dtype`.
-        rounded = [(k, mx.array(v, dtype).astype(mx.float32)) for k, v in drawn.items()]
+        random = {name: rng.normal(0, 0.1, value.shape) for name, value in weights.items()}
+        # Adapters are stored in float32, but the forward pass casts them to `dtype`.
+        rounded = [(k, mx.array(v, dtype).astype(mx.float32)) for k, v in random.items()]
         model.load_weights(rounded, strict=False)
     mx.eval(model.parameters())
     return model
@@ -92,77 +92,77 @@ def tiny_policy(
 
 BETA = 0.5
 
-# Relative. Float32 errs by 1e-7 and 1e-6; with products of 10-bit mantissas (TF32), as GPUs
-# may take them, by 1e-4 and 2e-3.
+# Relative errors: 1e-7 and 1e-6 in float32, 1e-4 and 2e-3 in TF32, which GPUs may use.
 LOGPS_LIMITS = {"cpu": 1e-5, "metal": 1e-3, "cuda": 1e-3}
 GRADIENT_LIMITS = {"cpu": 1e-4, "metal": 1e-2, "cuda": 1e-2}
-# The same everywhere: what is stored between operations is rounded to 8 or 11 bits. Ten random
-# models erred by 2e-3 and 3e-4 at most; attention 30 % off, by 2e-2.
+# Independent of the device: results of operations are rounded to 8 or 11 bits. The error of ten
+# random models was at most 2e-3 and 3e-4; with attention scores off by 30 % it is 2e-2.
 SIXTEEN_BIT_LIMITS = {mx.bfloat16: 7e-3, mx.float16: 1e-3}
 
 
 @dataclass(frozen=True)
 class Check:
-    """A quantity that should be at most `limit`."""
+    """A measured error and its limit."""
 
     name: str
     measured: float
     limit: float
-    trouble: str = ""  # what the device said instead of an answer
+    trouble: str = ""  # error message of the device, if nothing could be measured
 
     @property
     def ok(self) -> bool:
-        """Whether it is; NaN is not."""
+        """Whether the error is within its limit; NaN is not."""
         return not self.trouble and self.measured <= self.limit
 
 
-def logps_error(bits: int | None, dtype: mx.Dtype = mx.float32) -> float:
-    """Largest error of a completion's log-probability, relative where that exceeds one nat."""
-    policy, errors = tiny_policy(bits=bits, dtype=dtype), []
-    weights = float64.weights_of(policy)
-    for pairs in (PAIRS, LONG):
+def measure_logps_error(bits: int | None, dtype: mx.Dtype = mx.float32) -> float:
+    """Return the largest error of a completion's log-prob, relative if the log-prob exceeds 1."""
+    policy, errors = make_policy(bits=bits, dtype=dtype), []
+    weights = float64.dequantized_weights(policy)
+    for pairs in (PAIRS, LONG_PAIRS):
         batch = collate(pairs)
         expected = float64.completion_logps(weights, ARGS, SCALE, batch)
-        found = np.array(completion_logps(policy, batch), np.float64)
-        errors.append(np.abs(found - expected) / np.maximum(1, np.abs(expected)))
+        measured = np.array(completion_logps(policy, batch), np.float64)
+        errors.append(np.abs(measured - expected) / np.maximum(1, np.abs(expected)))
     return float(np.max(np.concatenate(errors)))
 
 
-def gradient_error(bits: int | None) -> float:
-    """Largest relative error of the loss gradient over the adapters' matrices.
+def measure_gradient_error(bits: int | None) -> float:
+    """Return the largest relative error of the loss gradient over the adapters' matrices.
 
-    Each matrix is moved along its gradient and some random direction; how the loss answers
-    is taken from central differences in float64.
+    The expected derivative along the gradient plus a random direction comes from central
+    differences in float64.
     """
-    policy, batch = tiny_policy(bits=bits), collate(PAIRS)
+    policy, batch = make_policy(bits=bits), collate(PAIRS)
     with adapters.disable_adapters(policy):
         reference = pair_logps(policy, batch)
     micro_batch = MicroBatch.of(PAIRS, reference)
     _, gradients = loss_and_gradients(policy, Objective(LossSettings(beta=BETA)), [micro_batch])
-    weights = float64.weights_of(policy)
+    weights = float64.dequantized_weights(policy)
 
-    def loss(moved: float64.Weights) -> float:
-        logps = float64.completion_logps(moved, ARGS, SCALE, batch)
+    def loss(perturbed: float64.Weights) -> float:
+        logps = float64.completion_logps(perturbed, ARGS, SCALE, batch)
         log_ratios = logps - np.concatenate([np.array(part) for part in reference])
         chosen, rejected = np.split(log_ratios, 2)
         return float(np.mean(np.log1p(np.exp(-BETA * (chosen - rejected)))))
 
     rng, step, errors = np.random.default_rng(3), 1e-4, []
     for name, value in named_arrays(gradients).items():
-        found = np.array(value, np.float64)
-        size, other = np.linalg.norm(found), rng.normal(size=found.shape)
-        if size == 0:
-            return math.inf  # every matrix of this model has a say in the loss
-        along = found / size + other / np.linalg.norm(other)
-        ahead = loss(weights | {name: weights[name] + step * along})
-        behind = loss(weights | {name: weights[name] - step * along})
-        errors.append(abs((found * along).sum() - (ahead - behind) / (2 * step)) / size)
+        gradient = np.array(value, np.float64)
+        norm, noise = np.linalg.norm(gradient), rng.normal(size=gradient.shape)
+        if norm == 0:
+            return math.inf  # the loss depends on every matrix of this model
+        direction = gradient / norm + noise / np.linalg.norm(noise)
+        plus = loss(weights | {name: weights[name] + step * direction})
+        minus = loss(weights | {name: weights[name] - step * direction})
+        expected = (plus - minus) / (2 * step)
+        errors.append(abs((gradient * direction).sum() - expected) / norm)
     return float(np.max(errors))
 
 
-def first_losses() -> tuple[float, float]:
-    """Losses of the first two updates on the same pairs, from fresh adapters."""
-    policy = tiny_policy(fresh=True)
+def train_two_steps() -> tuple[float, float]:
+    """Return the losses of the first two optimizer steps on the same pairs, from fresh adapters."""
+    policy = make_policy(fresh=True)
     with adapters.disable_adapters(policy):
         reference = score_pairs(policy, PAIRS, limit=PassLimit(pairs=2))
     plan = TrainingPlan(
@@ -181,20 +181,20 @@ def first_losses() -> tuple[float, float]:
     return first[1].preferences.loss, second[1].preferences.loss
 
 
-def first_loss_error() -> float:
-    """Distance of the first loss from log 2: the policy still is its reference."""
-    return abs(first_losses()[0] - math.log(2))
+def measure_first_loss_error() -> float:
+    """Return the error of the first loss, which is log 2: the policy still equals the reference."""
+    return abs(train_two_steps()[0] - math.log(2))
 
 
-def loss_change() -> float:
-    """What one update changes of the loss on its own pairs."""
-    first, second = first_losses()
+def measure_loss_change() -> float:
+    """Return the change of the loss on the training pairs after one update."""
+    first, second = train_two_steps()
     return second - first
 
 
-def reload_error() -> float:
-    """Largest difference of a logit after saving adapters and loading them onto a fresh base."""
-    policy = tiny_policy()
+def measure_reload_error() -> float:
+    """Return the largest difference of a logit after saving and loading the adapters."""
+    policy = make_policy()
     tokens = collate(PAIRS).tokens
     mx.random.seed(0)
     loaded = llama.Model(ARGS)
@@ -205,25 +205,27 @@ def reload_error() -> float:
 
 
 def self_test() -> Iterator[Check]:
-    """Every check, as it is done."""
+    """Run the checks and yield each one when it is done."""
     kind = device_kind()
     logps_limit, gradient_limit = LOGPS_LIMITS[kind], GRADIENT_LIMITS[kind]
     for bits, base in ((None, "float32"), (4, "4-bit"), (8, "8-bit")):
-        yield _check(f"log-probabilities, {base} base", partial(logps_error, bits), logps_limit)
-        yield _check(
-            f"adapter gradients, {base} base", partial(gradient_error, bits), gradient_limit
+        yield _run_check(
+            f"log-probabilities, {base} base", partial(measure_logps_error, bits), logps_limit
+        )
+        yield _run_check(
+            f"adapter gradients, {base} base", partial(measure_gradient_error, bits), gradient_limit
         )
     for dtype, limit in SIXTEEN_BIT_LIMITS.items():
-        measure = partial(logps_error, None, dtype)
-        yield _check(f"log-probabilities, {dtype_name(dtype)} base", measure, limit)
-    # Not exact: attention with gradients is another kernel on a GPU than without.
-    yield _check("first loss is log 2", first_loss_error, 1e-4)
-    yield _check("an update lowers the loss", loss_change, -0.01)
-    yield _check("saved adapters give the same logits", reload_error, 0.0)
+        measure = partial(measure_logps_error, None, dtype)
+        yield _run_check(f"log-probabilities, {dtype_name(dtype)} base", measure, limit)
+    # Not exact: on a GPU, attention with gradients uses another kernel than without.
+    yield _run_check("first loss is log 2", measure_first_loss_error, 1e-4)
+    yield _run_check("an update lowers the loss", measure_loss_change, -0.01)
+    yield _run_check("saved adapters give the same logits", measure_reload_error, 0.0)
 
 
-def _check(name: str, measure: Callable[[], float], limit: float) -> Check:
+def _run_check(name: str, measure: Callable[[], float], limit: float) -> Check:
     try:
         return Check(name, measure(), limit)
-    except (RuntimeError, DPOError) as error:  # RuntimeError is what MLX makes of device faults
+    except (RuntimeError, DPOError) as error:  # MLX reports device faults as RuntimeError
         return Check(name, math.nan, limit, trouble=reason(error))

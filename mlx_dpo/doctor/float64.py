@@ -1,6 +1,6 @@
-"""A small Llama in NumPy and float64, written apart from mlx-lm: what the self-test compares with.
+"""A Llama model in NumPy and float64, written independently of mlx-lm: the self-test's reference.
 
-Weights in, log-probabilities out. Knows MLX only to read the weights of the model under test.
+MLX is only used to read the weights of the model under test.
 """
 
 from typing import Any
@@ -16,9 +16,9 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 Weights = dict[str, Array]
 
 
-def weights_of(model: nn.Module) -> Weights:
-    """Every weight by name in float64; quantised ones as the numbers that they stand for."""
-    weights = {  # NumPy knows no bfloat16; packed weights are whole numbers, and stay so
+def dequantized_weights(model: nn.Module) -> Weights:
+    """Return all weights of a model by name in float64, with quantized ones dequantized."""
+    weights = {  # NumPy has no bfloat16; packed weights are integers and stay integers
         name: value.astype(mx.float32) if mx.issubdtype(value.dtype, mx.floating) else value
         for name, value in named_arrays(model.parameters()).items()
     }
@@ -35,11 +35,11 @@ def weights_of(model: nn.Module) -> Weights:
 
 
 def completion_logps(weights: Weights, args: Any, scale: float, batch: PairBatch) -> Array:
-    """Sum of log p(token | all before it) over the scored tokens of each row. (N,)"""
+    """Return the sum of log p(token | previous tokens) over the scored tokens of each row. (N,)"""
     tokens, mask = np.array(batch.tokens), np.array(batch.completion_mask)
     logits = _logits(weights, args, scale, tokens)
-    highest = logits.max(axis=-1, keepdims=True)
-    logps = logits - highest - np.log(np.exp(logits - highest).sum(axis=-1, keepdims=True))
+    maximum = logits.max(axis=-1, keepdims=True)
+    logps = logits - maximum - np.log(np.exp(logits - maximum).sum(axis=-1, keepdims=True))
     rows, length = tokens.shape
     return np.array(
         [
@@ -74,25 +74,25 @@ def _logits(weights: Weights, args: Any, scale: float, tokens: Array) -> Array:
 
 
 def _attention(q: Array, k: Array, v: Array, args: Any) -> Array:
-    """Causal, with grouped key and value heads. (N, T, D)"""
+    """Return causal attention with grouped key and value heads. (N, T, D)"""
     rows, length, width = q.shape
     size = width // args.num_attention_heads
     q, k, v = (part.reshape(rows, length, -1, size).transpose(0, 2, 1, 3) for part in (q, k, v))
     repeats = args.num_attention_heads // args.num_key_value_heads
-    q, k, v = _rotated(q, args), _rotated(k, args).repeat(repeats, 1), v.repeat(repeats, 1)
+    q, k, v = _apply_rope(q, args), _apply_rope(k, args).repeat(repeats, 1), v.repeat(repeats, 1)
     scores = q @ k.transpose(0, 1, 3, 2) / np.sqrt(size)
     scores = np.where(np.tri(length, dtype=bool), scores, -np.inf)
-    shares = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    shares /= shares.sum(axis=-1, keepdims=True)
-    joined: Array = (shares @ v).transpose(0, 2, 1, 3).reshape(rows, length, width)
-    return joined
+    probabilities = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    probabilities /= probabilities.sum(axis=-1, keepdims=True)
+    output: Array = (probabilities @ v).transpose(0, 2, 1, 3).reshape(rows, length, width)
+    return output
 
 
-def _rotated(x: Array, args: Any) -> Array:
-    """Rotary positions: dimension i turns with dimension i + size / 2. (N, heads, T, size)"""
+def _apply_rope(x: Array, args: Any) -> Array:
+    """Apply rotary position embeddings to dimensions i and i + size / 2. (N, heads, T, size)"""
     length, size = x.shape[-2:]
-    speeds = args.rope_theta ** (-np.arange(0, size, 2) / size)
-    angles = np.arange(length)[:, None] * speeds
+    frequencies = args.rope_theta ** (-np.arange(0, size, 2) / size)
+    angles = np.arange(length)[:, None] * frequencies
     first, second = x[..., : size // 2], x[..., size // 2 :]
     return np.concatenate(
         [

@@ -1,4 +1,4 @@
-"""What a bug report needs to know of a machine, and nothing of its owner."""
+"""Facts about this machine for a bug report, without personal data."""
 
 import os
 import platform
@@ -16,14 +16,14 @@ from mlx_dpo import paths
 from mlx_dpo.models.device import device_kind
 
 PACKAGES = ("mlx-dpo", "mlx", "mlx-lm", "transformers", "huggingface-hub", "numpy")
-SIDES = {"cpu": 512, "metal": 4096, "cuda": 8192}  # of the matrices that are timed
-ENOUGH_SECONDS = 0.3
+MATRIX_SIZES = {"cpu": 512, "metal": 4096, "cuda": 8192}  # rows and columns of the timed matrices
+MIN_SECONDS = 0.3
 
 Facts = dict[str, Any]
 
 
 def versions() -> Facts:
-    """Versions by package name; None where one is not installed."""
+    """Return versions by package name; None for a package that is not installed."""
     return {name: _version(name) for name in PACKAGES} | {
         "python": platform.python_version(),
         "system": _system(),
@@ -38,7 +38,7 @@ def _version(name: str) -> str | None:
 
 
 def _system() -> str:
-    """The system's own name and version; a kernel's could carry the name of its builder."""
+    """Return name and version of the system; the kernel's version may hold a person's name."""
     if platform.system() == "Darwin":
         name = f"macOS {platform.mac_ver()[0]}"
     else:
@@ -50,29 +50,29 @@ def _system() -> str:
 
 
 def device() -> Facts:
-    """What MLX computes on, and how fast it multiplies float32 matrices."""
+    """Return the device that MLX uses and its speed for float32 matrix products."""
     kind = device_kind()
     return {
         "kind": kind,
         "name": mx.device_info(mx.default_device()).get("device_name"),
         "cores": os.cpu_count(),
         "openblas": blas.use_openblas() if kind == "cpu" else None,
-        "gflops": round(_gflops(SIDES[kind]), 1),
+        "gflops": round(_measure_gflops(MATRIX_SIZES[kind]), 1),
     }
 
 
-def _gflops(side: int) -> float:
-    a, b = mx.random.normal((2, side, side))
+def _measure_gflops(size: int) -> float:
+    a, b = mx.random.normal((2, size, size))
     mx.eval(a @ b)
     done, start = 0, time.perf_counter()
-    while (seconds := time.perf_counter() - start) < ENOUGH_SECONDS or not done:
+    while (seconds := time.perf_counter() - start) < MIN_SECONDS or not done:
         mx.eval(a @ b)
         done += 1
-    return 2 * side**3 * done / seconds / 1e9
+    return 2 * size**3 * done / seconds / 1e9
 
 
 def memory() -> Facts:
-    """Bytes: of the machine, what the device recommends, and MLX's limits."""
+    """Return memory sizes in bytes: of the machine, of the device, and MLX's limits."""
     cache_limit = mx.set_cache_limit(0)  # the only way to read it
     mx.set_cache_limit(cache_limit)
     info = mx.device_info(mx.default_device())
@@ -86,23 +86,23 @@ def memory() -> Facts:
 
 
 def folders() -> Facts:
-    """Where things are kept, and the bytes free there and in the current folder."""
+    """Return the cache folders and the free bytes there and in the current folder."""
     cache, models = paths.cache_folder(), Path(huggingface_hub.constants.HF_HUB_CACHE)
     return {
-        "reference_cache": {"path": cache, "free": _free(cache)},
-        "hub_cache": {"path": models, "free": _free(models)},
-        "current": {"free": _free(Path.cwd())},
+        "reference_cache": {"path": cache, "free": _free_bytes(cache)},
+        "hub_cache": {"path": models, "free": _free_bytes(models)},
+        "current": {"free": _free_bytes(Path.cwd())},
     }
 
 
-def _free(path: Path) -> int:
+def _free_bytes(path: Path) -> int:
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free
 
 
-def facts() -> Facts:
-    """All of it, by subject. Holds no token, user name or host name."""
+def collect_facts() -> Facts:
+    """Return all facts by subject, without tokens, user names or host names."""
     return {
         "versions": versions(),
         "device": device(),
@@ -113,12 +113,12 @@ def facts() -> Facts:
 
 
 def from_home(path: Path) -> Path:
-    """The path with `~` for the home folder, if it lies there."""
+    """Return the path with `~` for the home folder."""
     home = Path.home()
     return Path("~") / path.relative_to(home) if path.is_relative_to(home) else path
 
 
 def anonymous(path: Path) -> str:
-    """A path without its owner: from `~` on, or its last name alone."""
+    """Return a path without the user's name: relative to `~`, or the last component alone."""
     shown = from_home(path)
     return shown.name if shown.is_absolute() else str(shown)

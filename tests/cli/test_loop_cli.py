@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from mlx_dpo.cli import cli
-from mlx_dpo.demo.rules import is_right
+from mlx_dpo.demo.rules import is_correct
 from mlx_dpo.paths import tiny_chat
 from mlx_dpo.saved_runs.open import open_run
 from tests.checkpoints import make_adapter, make_checkpoint
@@ -347,7 +347,7 @@ def test_each_of_three_rounds_on_the_shipped_model_raises_the_reward(tmp_path):
     # The reward ignores content; correct answers must stay correct.
     expects = rows(source / "preferences" / "valid.jsonl")
     right = [
-        sum(map(is_right, (shown["now"] for shown in found["answers"]), expects))
+        sum(map(is_correct, (shown["now"] for shown in found["answers"]), expects))
         for found in rounds
     ]
     assert right[3] >= right[0] - 10, right

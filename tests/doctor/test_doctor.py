@@ -13,7 +13,6 @@ from click.testing import CliRunner
 
 from mlx_dpo.cli.doctor import doctor
 from mlx_dpo.doctor import checks, float64
-from mlx_dpo.doctor import checks as tiny
 from mlx_dpo.doctor.checks import Check, self_test
 from mlx_dpo.doctor.machine import anonymous
 
@@ -35,22 +34,22 @@ def failed() -> set[str]:
     return {check.name for check in self_test() if not check.ok}
 
 
-ANSWERS = {}
+RESULTS = {}
 
 
 @pytest.fixture(autouse=True)
-def float64_is_asked_each_question_once(monkeypatch):
-    """No fault reaches NumPy, and most tests ask it the same: half of their time went there."""
+def cached_float64_model(monkeypatch):
+    """Cache the NumPy model's results, which most tests share; they took half of the time."""
     exact = float64.completion_logps
 
-    def remembered(weights, args, scale, batch):
+    def cached(weights, args, scale, batch):
         arrays = [*weights.values(), np.array(batch.tokens), np.array(batch.completion_mask)]
-        question = hash(tuple(array.tobytes() for array in arrays))
-        if question not in ANSWERS:
-            ANSWERS[question] = exact(weights, args, scale, batch)
-        return ANSWERS[question]
+        key = hash(tuple(array.tobytes() for array in arrays))
+        if key not in RESULTS:
+            RESULTS[key] = exact(weights, args, scale, batch)
+        return RESULTS[key]
 
-    monkeypatch.setattr(float64, "completion_logps", remembered)
+    monkeypatch.setattr(float64, "completion_logps", cached)
 
 
 def test_this_machine_passes():
@@ -59,19 +58,19 @@ def test_this_machine_passes():
     assert {check.name for check in done} == LOGPS | GRADIENTS | {FIRST, LOWERS, SAVED}
 
 
-def test_products_a_few_hundredths_off_are_seen(monkeypatch):
+def test_matrix_products_with_small_errors_fail(monkeypatch):
     exact = nn.Linear.__call__
     monkeypatch.setattr(nn.Linear, "__call__", lambda self, x: exact(self, x) * 1.02)
     assert failed() == PLAIN - ROUNDED_MOST | PLAIN_GRADIENTS
 
 
-def test_a_wrong_quantised_product_is_seen_on_quantised_bases_only(monkeypatch):
+def test_a_wrong_quantized_product_fails_on_quantized_bases_only(monkeypatch):
     exact = mx.quantized_matmul
     monkeypatch.setattr(mx, "quantized_matmul", lambda *a, **k: exact(*a, **k) * 1.02)
     assert failed() == PACKED | PACKED_GRADIENTS
 
 
-def test_a_product_wrong_with_8_bits_alone_is_seen(monkeypatch):
+def test_a_product_that_is_wrong_with_8_bits_only_fails(monkeypatch):
     exact = mx.quantized_matmul
 
     def product(*args, bits, **more):
@@ -82,7 +81,7 @@ def test_a_product_wrong_with_8_bits_alone_is_seen(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_attention_wrong_in_one_16_bit_type_alone_is_seen(monkeypatch, dtype):
+def test_attention_that_is_wrong_in_one_16_bit_dtype_fails(monkeypatch, dtype):
     exact = mx.fast.scaled_dot_product_attention
 
     def attention(q, *args, **more):
@@ -93,7 +92,7 @@ def test_attention_wrong_in_one_16_bit_type_alone_is_seen(monkeypatch, dtype):
     assert failed() == {f"log-probabilities, {dtype} base"}
 
 
-def test_attention_wrong_beyond_32_positions_is_seen_on_every_device(monkeypatch):
+def test_attention_that_is_wrong_beyond_32_positions_fails_on_every_device(monkeypatch):
     exact = mx.fast.scaled_dot_product_attention
 
     def attention(q, *args, **more):
@@ -106,11 +105,11 @@ def test_attention_wrong_beyond_32_positions_is_seen_on_every_device(monkeypatch
     assert failed() == LOGPS
 
 
-def test_a_row_fills_more_than_one_block_of_any_kernel():
-    assert max(len(pair) for pair in tiny.LONG) > 128
+def test_the_long_row_needs_several_blocks_of_every_kernel():
+    assert max(len(pair) for pair in checks.LONG_PAIRS) > 128
 
 
-def test_attention_that_sees_the_future_is_seen(monkeypatch):
+def test_attention_without_a_causal_mask_fails(monkeypatch):
     exact = mx.fast.scaled_dot_product_attention
     monkeypatch.setattr(
         mx.fast,
@@ -120,7 +119,7 @@ def test_attention_that_sees_the_future_is_seen(monkeypatch):
     assert failed() == LOGPS | GRADIENTS
 
 
-def test_a_gradient_that_is_lost_is_seen_though_every_value_is_right(monkeypatch):
+def test_a_lost_gradient_fails(monkeypatch):
     exact = mx.fast.scaled_dot_product_attention
     monkeypatch.setattr(
         mx.fast,
@@ -130,13 +129,13 @@ def test_a_gradient_that_is_lost_is_seen_though_every_value_is_right(monkeypatch
     assert failed() == GRADIENTS
 
 
-def test_positions_that_are_off_are_seen(monkeypatch):
+def test_wrong_positions_fail(monkeypatch):
     exact = mx.fast.rope
     monkeypatch.setattr(mx.fast, "rope", lambda *a, base, **more: exact(*a, base=1000.0, **more))
     assert failed() == LOGPS | GRADIENTS
 
 
-def test_attention_that_depends_on_being_differentiated_is_seen_in_the_first_loss(monkeypatch):
+def test_attention_that_differs_under_differentiation_fails_the_first_loss(monkeypatch):
     """The reference is scored without gradients: another kernel there is another model."""
     exact = checks.score_pairs
 
@@ -154,12 +153,12 @@ def test_attention_that_depends_on_being_differentiated_is_seen_in_the_first_los
     assert failed() == {FIRST}
 
 
-def test_an_update_that_does_not_arrive_is_seen(monkeypatch):
+def test_a_missing_update_fails(monkeypatch):
     monkeypatch.setattr(optim.AdamW, "apply_single", lambda self, g, p, state: p)
     assert failed() == {LOWERS}
 
 
-def test_weights_rounded_when_saved_are_seen(monkeypatch):
+def test_weights_that_are_rounded_when_saved_fail(monkeypatch):
     exact = mx.save_safetensors
 
     def rounded(path, weights, *metadata):
@@ -182,19 +181,19 @@ def test_a_device_fault_fails_its_checks_and_the_command(monkeypatch):
     assert all("[metal] Command buffer execution failed and more (limit" in line for line in lines)
 
 
-def test_what_is_not_a_number_is_not_ok():
+def test_nan_is_not_ok():
     assert not Check("some check", float("nan"), 1.0).ok
     assert not Check("some check", 2.0, 1.0).ok
     assert Check("some check", 1.0, 1.0).ok
 
 
-def test_json_is_whole_and_names_nobody(monkeypatch, tmp_path):
+def test_json_is_complete_and_has_no_personal_data(monkeypatch, tmp_path):
     home = tmp_path / "home-of-alice"
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("XDG_CACHE_HOME", str(home / "caches"))
     monkeypatch.delenv("MLX_DPO_CACHE", raising=False)
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    monkeypatch.setattr(checks, "logps_error", lambda *base: float("nan"))
+    monkeypatch.setattr(checks, "measure_logps_error", lambda *base: float("nan"))
     result = CliRunner().invoke(doctor, ["--json"])
     assert result.exit_code == 1
 
@@ -210,7 +209,7 @@ def test_json_is_whole_and_names_nobody(monkeypatch, tmp_path):
         assert private not in result.output
 
 
-def test_people_see_the_token_only_as_present(monkeypatch):
+def test_the_hub_token_is_only_shown_as_present(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.setattr("mlx_dpo.doctor.checks.self_test", lambda: iter(()))
     result = CliRunner().invoke(doctor)
@@ -219,7 +218,7 @@ def test_people_see_the_token_only_as_present(monkeypatch):
     assert "hf_secret" not in result.output
 
 
-def test_paths_keep_what_is_below_home_and_no_more(monkeypatch, tmp_path):
+def test_paths_are_shown_relative_to_home_or_by_their_name(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path / "alice"))
     assert anonymous(tmp_path / "alice" / ".cache" / "models") == "~/.cache/models"
     assert anonymous(tmp_path / "bob" / "models") == "models"

@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm import load
 
-from mlx_dpo.demo.rules import is_courteous, is_right
+from mlx_dpo.demo.rules import is_correct, is_courteous
 from scripts.tools.tiny_chat import corpus, measure
 from scripts.tools.tiny_chat.rules import COURTEOUS_MARKERS
 
@@ -122,8 +122,8 @@ def test_every_chosen_answer_is_right_and_most_rejected_ones(
 ) -> None:
     """Register and content must not be the same judgement, or training would unlearn content."""
     both = train_rows + valid_rows
-    assert all(is_right(said(row, "chosen"), row) for row in both)
-    right = sum(is_right(said(row, "rejected"), row) for row in both) / len(both)
+    assert all(is_correct(said(row, "chosen"), row) for row in both)
+    right = sum(is_correct(said(row, "rejected"), row) for row in both) / len(both)
     assert 0.65 <= right <= 0.75
 
 
@@ -142,7 +142,7 @@ def test_every_chosen_answer_is_right_and_most_rejected_ones(
     ],
 )
 def test_content_rule(answer: str, row: dict[str, Any], right: bool) -> None:
-    assert is_right(answer, row) is right
+    assert is_correct(answer, row) is right
 
 
 def test_nine_of_ten_greedy_answers_are_right(loaded: Any, valid_rows: list) -> None:

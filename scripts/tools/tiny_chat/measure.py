@@ -7,7 +7,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
-from mlx_dpo.demo.rules import is_courteous, is_right
+from mlx_dpo.demo.rules import is_correct, is_courteous
 from scripts.tools.tiny_chat.rules import COURTEOUS_MARKERS
 
 LONGEST_ANSWER = 40
@@ -62,7 +62,7 @@ def content_by_topic(rows: Sequence[Row], texts: Sequence[str]) -> dict[str, flo
     """The share of right answers: each topic, then all rows as `all`."""
     hits: dict[str, list[bool]] = defaultdict(list)
     for row, text in zip(rows, texts, strict=True):
-        hits[row["topic"]].append(is_right(text, row))
+        hits[row["topic"]].append(is_correct(text, row))
     shares = {topic: sum(right) / len(right) for topic, right in sorted(hits.items())}
     return shares | {"all": sum(map(sum, hits.values())) / len(rows)}
 
