@@ -17,7 +17,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx_lm import load
 
-from mlx_dpo.adapters.attach import adapters_off, attach
+from mlx_dpo.adapters.attach import attach_adapters, disable_adapters
 
 BETA, LEARNING_RATE, BATCH_SIZE, STEPS = 0.1, 5e-3, 8, 12
 
@@ -63,8 +63,8 @@ def train(model_path, pairs_path):
     with open(pairs_path, encoding="utf-8") as lines:
         pairs = [tokenize(tokenizer, json.loads(line)) for line in lines][: BATCH_SIZE * STEPS]
     batches = [collate(pairs[i : i + BATCH_SIZE]) for i in range(0, len(pairs), BATCH_SIZE)]
-    attach(policy, rank=16, scale=2.0)
-    with adapters_off(policy):  # the reference is the policy before training: score it once
+    attach_adapters(policy, rank=16, scale=2.0)
+    with disable_adapters(policy):  # the reference is the policy before training: score it once
         reference = [completion_logps(policy, *batch) for batch in batches]
         mx.eval(reference)
     optimizer = optim.AdamW(LEARNING_RATE, bias_correction=True, weight_decay=0.0)
