@@ -19,7 +19,7 @@ FOLDER = ROOT / "tests" / "goldens" / "peft"
 LOGITS = FOLDER / "logits.json"
 
 TOKENS = (1, 40, 41, 42, 300, 7, 900, 2)
-WORDS = 48  # logits kept of each of these tokens
+WORDS = 48  # logits that are stored per token
 ADAPTERS: dict[str, dict[str, Any]] = {
     "lora": {"target_modules": ["q_proj", "down_proj"]},
     "rslora": {"target_modules": ["o_proj", "up_proj"], "use_rslora": True},
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def sha256(path: Path) -> str:
-    """Of a file, in hex."""
+    """Return the digest of a file in hex."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 

@@ -2,7 +2,7 @@
 
     trl/bin/python -m scripts.tools.goldens.trl_kto
 
-See scripts/tools/goldens/trl_sigmoid.py for the environment, and for what both sides must agree on.
+See scripts/tools/goldens/trl_sigmoid.py for the environment and the shared settings.
 """
 
 import json
@@ -47,7 +47,7 @@ def judged(lines: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Train with TRL and write what it said, beside and then in place."""
+    """Train with TRL and write its results atomically."""
     import torch
 
     torch.set_num_threads(1)  # every sum in one order: the same values again
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def make_trainer(lines: Sequence[str], scratch: str) -> Any:
-    """A KTOTrainer with new adapters; a step is one pass, so that its KL is that of the step."""
+    """Return a KTOTrainer with new adapters; a step is one pass, so its KL is the step's."""
     import torch
     from datasets import Dataset
     from peft import LoraConfig

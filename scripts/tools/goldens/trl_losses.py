@@ -29,7 +29,7 @@ GOLDEN = steps.GOLDEN.with_name("trl_losses.json")
 RUNS_GOLDEN = steps.GOLDEN.with_name("trl_loss_runs.json")
 Settings = Mapping[str, Any]
 
-# --- what both sides must agree on -------------------------------------------------------
+# --- inputs that both implementations share ----------------------------------------------
 
 VOCAB = 5
 LENGTHS = ((4, 4), (1, 3), (6, 2), (2, 5), (3, 1))  # of chosen and rejected; prompts of one token
@@ -100,14 +100,14 @@ class Texts(NamedTuple):
 
 
 def labelled_rows(case: str) -> tuple[slice, slice]:
-    """Which of the texts are labelled rows, and which their mismatched completions."""
+    """Return the indices of the labelled rows and of their mismatched completions."""
     half = len(LENGTHS)
     halves = slice(half, None), slice(0, half)
     return halves if "point at 0" not in case else halves[::-1]
 
 
 def texts() -> Texts:
-    """The same on both sides, for whoever has NumPy."""
+    """Return the inputs of both implementations, made by NumPy."""
     draw = np.random.default_rng(SEED)
     lengths = [*(c for c, _ in LENGTHS), *(r for _, r in LENGTHS)]
     width = 1 + max(lengths)
@@ -136,11 +136,11 @@ STEPS: dict[str, Settings] = {
 }
 
 
-# --- TRL's side --------------------------------------------------------------------------
+# --- TRL ---------------------------------------------------------------------------------
 
 
 def main() -> None:
-    """Ask TRL and write what it said, beside and then in place."""
+    """Compute the losses with TRL and write the results atomically."""
     import torch
 
     torch.set_num_threads(1)
@@ -186,25 +186,25 @@ class Stub:
     device = "cpu"
 
     def gather(self, value: Any) -> Any:
-        """As it is."""
+        """Return the input unchanged."""
         return value
 
     gather_for_metrics = gather
 
     def unwrap_model(self, model: Any) -> Any:
-        """As it is."""
+        """Return the input unchanged."""
         return model
 
 
 def bare(trainer: Any, **attributes: Any) -> Any:
-    """A trainer of this class that was never set up."""
+    """Return a trainer of this class without calling its `__init__`."""
     made = object.__new__(trainer)
     made.__dict__.update(attributes, accelerator=Stub(), aux_loss_enabled=False)
     return made
 
 
 def scoring_model(logits: Any) -> Any:
-    """A model with TRL's fused head: what it says of the next token of each row."""
+    """Return a model with the interface of TRL's fused head and the log-probs of `logits`."""
     import torch
 
     logp = torch.log_softmax(logits, -1)
@@ -243,7 +243,7 @@ def batch_of(found: Texts) -> dict[str, Any]:
 
 
 def means(trainer: Any) -> dict[str, float]:
-    """What a trainer logged."""
+    """Return the metrics that a trainer logged."""
     return {name: values[-1] for name, values in trainer._metrics["train"].items() if values}
 
 
@@ -276,7 +276,7 @@ def ask_dpo(settings: Settings, logits: Any, found: Texts) -> tuple[Any, dict[st
 
 
 def halves_of(found: Texts) -> dict[str, Any]:
-    """The batch as CPO's and ORPO's collator makes it."""
+    """Return the batch in the format of CPO's and ORPO's collator."""
     import torch
 
     batch = batch_of(found)
@@ -292,7 +292,7 @@ def halves_of(found: Texts) -> dict[str, Any]:
 
 
 def ask_halves(trainer: Any, logits: Any, found: Texts) -> tuple[Any, dict[str, float]]:
-    """The loss of a trainer that reads logits itself."""
+    """Return loss and metrics of a trainer that computes log-probs from logits itself."""
     import torch
 
     # The last token predicts nothing, but has logits.

@@ -73,7 +73,7 @@ METRICS = (
 
 
 def initial_a(widths: Mapping[str, int], *, rank: int) -> dict[str, np.ndarray]:
-    """The factor A of each adapted layer, drawn in the order of the names. (rank, in) each
+    """Return the random factor A of each adapted layer, in the order of names. (rank, in) each
 
     `widths` holds the inputs of each layer by its path in the model.
     """
@@ -90,16 +90,16 @@ def tokens_digest(pairs: Iterable[Sequence[Sequence[int]]]) -> str:
 
 
 def first_lines(count: int) -> list[str]:
-    """The pairs that the steps use, as they stand in the file."""
+    """Return the pairs that the steps use, in the order of the file."""
     return PAIRS.read_text(encoding="utf-8").splitlines()[:count]
 
 
 def sha256(data: bytes) -> str:
-    """As hex."""
+    """Return the digest in hex."""
     return hashlib.sha256(data).hexdigest()
 
 
-# --- TRL's side --------------------------------------------------------------------------
+# --- TRL ---------------------------------------------------------------------------------
 
 
 def main() -> None:
@@ -140,7 +140,7 @@ def make_golden(scratch: str) -> dict[str, Any]:
 
 
 def make_trainer(settings: Settings, lines: Sequence[str], scratch: str) -> Any:
-    """A DPOTrainer with new adapters on the base, which is their reference."""
+    """Return a DPOTrainer with new adapters on the base, which is the reference."""
     import torch
     from datasets import Dataset
     from peft import LoraConfig
@@ -165,7 +165,7 @@ def make_trainer(settings: Settings, lines: Sequence[str], scratch: str) -> Any:
 
 
 def arguments(settings: Settings, scratch: str) -> Any:
-    """The settings in TRL's words, in float32, with the pairs in file order."""
+    """Return TRL's config: float32, and pairs in the order of the file."""
     from trl import DPOConfig
 
     per_pass = settings.get("pairs_per_pass", PAIRS_PER_PASS)
@@ -212,7 +212,7 @@ def set_adapters(model: Any, settings: Settings) -> dict[str, int]:
 
 
 def reference_logps(trainer: Any) -> dict[str, list[float]]:
-    """What the adapter-off base says of the pairs of the first step."""
+    """Return the log-probs of the first step's pairs under the base without adapters."""
     inputs = trainer.data_collator([trainer.train_dataset[i] for i in range(BATCH)])
     chosen, rejected = trainer.compute_ref_log_probs(trainer.model, inputs)
     return {"chosen": chosen.tolist(), "rejected": rejected.tolist()}

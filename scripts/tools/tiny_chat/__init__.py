@@ -1,1 +1,1 @@
-"""How the model that ships with the project is made: text, tokenizer, weights, preferences."""
+"""Build of the shipped model: corpus, tokenizer, weights and preference pairs."""

@@ -51,7 +51,7 @@ def encoded(
 
 
 def write_checkpoint(folder: Path, model: Any, tokens: Tokenizer) -> None:
-    """The files that mlx-lm and transformers load. Weights are stored in float16."""
+    """Write the files that mlx-lm and transformers load, with weights in float16."""
     end, pad = (tokenizer.SPECIAL_TOKENS.index(name) for name in (tokenizer.END, tokenizer.PAD))
     ids = {"eos_token_id": end, "pad_token_id": pad}
     config = {
