@@ -51,7 +51,7 @@ IGNORED = {
     "fine_tune_type", "num_layers", "lora_parameters",
 }  # fmt: skip
 UNSUPPORTED = {
-    "modules_to_save": "it brings whole layers, which would be trained beside the adapter",
+    "modules_to_save": "it brings whole layers, which would be trained next to the adapter",
     "rank_pattern": "its ranks differ from layer to layer, for which mlx-lm's layout has no room",
     "alpha_pattern": "its scales differ from layer to layer, for which mlx-lm's layout has no room",
     "layer_replication": "it repeats layers of the model",

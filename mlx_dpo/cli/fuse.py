@@ -54,7 +54,7 @@ def fuse(run: str, output: Path, bits: str | None, **settings: Any) -> None:
     """Write the policy of RUN as a model that needs no adapter.
 
     Quantised layers are unpacked, because a change as small as that of preference training is lost
-    when weights are quantised anew. The result is read again and measured on held-out pairs beside
+    when weights are quantised anew. The result is read again and compared on held-out pairs with
     the policy: what is left of the margin and of the adapters' change is printed, and a model that
     lost it is not kept.
     """

@@ -292,5 +292,5 @@ def _check_retention(output: Path, found: Retention, options: FuseOptions) -> No
     raise ModelError(
         f"{output}: the fused model keeps {found.margin:.1%} of the margin and {found.change:.1%} "
         f"of the adapters' change of log-probabilities, {bound}, so it was not written; {advice}, "
-        "keep the adapter beside the model, or --force"
+        "keep the adapter next to the model, or --force"
     )

@@ -169,9 +169,9 @@ def write_gguf(converter: Path, model: Path, output: Path) -> None:
         raise ModelError(_converter_message(output, converter, model, reason(error))) from error
 
 
-def _converter_message(output: Path, converter: Path, model: Path, said: str) -> str:
+def _converter_message(output: Path, converter: Path, model: Path, message: str) -> str:
     return (
-        f"{output}: {converter.name} cannot convert the model ({said[:200]}); the checkpoint is "
+        f"{output}: {converter.name} cannot convert the model ({message[:200]}); the checkpoint is "
         f"whole in {model}: see that the converter's own requirements are installed, and that it "
         "knows the architecture and the tokenizer"
     )

@@ -2,8 +2,8 @@
 
 The content is written under a temporary name next to the target and renamed at the end. Temporary
 names begin with `.mlx-dpo-` and contain the process id of the writer and a random number, so that
-they never collide with the name of a user's file, and leftovers of a killed process can be told
-from files that are being written.
+they never collide with the name of a user's file, and leftovers of a killed process can be
+distinguished from files that are being written.
 """
 
 import os

@@ -51,7 +51,7 @@ def started(model):
 
 @pytest.mark.parametrize("learn", [lora, dora, full])
 @pytest.mark.parametrize("start", [None, started])
-def test_switching_ten_times_gives_both_sides_bit_for_bit(folder, learn, start):
+def test_switching_ten_times_gives_both_models_bit_for_bit(folder, learn, start):
     """The base is held against one that is loaded alone and never touched again."""
     alone, model = (mlx_lm.load(folder)[0] for _ in range(2))
     if start:
@@ -71,7 +71,7 @@ def test_switching_ten_times_gives_both_sides_bit_for_bit(folder, learn, start):
         assert mx.array_equal(model(TOKENS), aligned)
 
 
-def test_a_side_is_on_for_a_block_even_if_it_fails(folder):
+def test_a_state_is_active_for_a_block_even_if_it_fails(folder):
     model = mlx_lm.load(folder)[0]
     switch = AdapterSwitch(model)
     switch.remember("base")
@@ -99,7 +99,7 @@ def test_only_weights_of_the_model_itself_are_held_twice(folder):
     assert sizes == {lora: 0, full: last}
 
 
-def test_a_side_that_was_never_kept_cannot_be_put_on(folder):
+def test_a_state_that_was_never_remembered_cannot_be_activated(folder):
     switch = AdapterSwitch(mlx_lm.load(folder)[0])
     switch.remember("base")
     assert not switch.can_switch

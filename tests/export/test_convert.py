@@ -12,10 +12,10 @@ from mlx_lm import load as mlx_load
 from mlx_lm.models import gpt2
 
 from mlx_dpo.errors import ConfigError, ModelError
-from mlx_dpo.export import convert as room
+from mlx_dpo.export import convert as conversion
 from mlx_dpo.export.convert import convert, mean_logp_difference, sample_token_ids
 from mlx_dpo.io.arrays import named_arrays
-from mlx_dpo.models import output_folder as target
+from mlx_dpo.models import output_folder
 from mlx_dpo.models.load import load_model
 from mlx_dpo.scoring.logps import token_logps
 from tests.checkpoints import VOCAB, make_checkpoint
@@ -34,8 +34,8 @@ def output(tmp_path: Path) -> Path:
     return tmp_path / "converted"
 
 
-def beside(output: Path) -> set[str]:
-    """What lies in the folder above, but for the source."""
+def names_next_to(output: Path) -> set[str]:
+    """Return the names in the parent folder, except the source."""
     return {path.name for path in output.parent.iterdir()} - {"model"}
 
 
@@ -50,7 +50,7 @@ def test_a_plain_conversion_is_the_same_model_and_mlx_lm_reads_it(checkpoint, ou
     assert tokenizer.encode("the cat") == load_model(str(checkpoint)).tokenizer.encode("the cat")
     assert report.conversion_error == 0
     assert report.bits_per_weight == 32
-    assert beside(output) == {"converted"}
+    assert names_next_to(output) == {"converted"}
 
 
 def test_the_template_and_the_stop_token_come_along(checkpoint, output):
@@ -195,7 +195,7 @@ def test_settings_that_cannot_be_are_refused_and_nothing_is_written(
     folder = make_checkpoint(tmp_path / "model", intermediate_size=100)
     with pytest.raises(ConfigError, match=said):
         convert(str(folder), output, **settings)
-    assert beside(output) == set()
+    assert names_next_to(output) == set()
 
 
 def test_a_quantised_model_is_not_quantised_again(checkpoint, output):
@@ -228,10 +228,10 @@ def test_a_target_that_is_taken_is_left_as_it_is(checkpoint, output):
 def test_a_disk_without_room_is_refused_before_anything_is_written(checkpoint, output, monkeypatch):
     """The checkpoint needs 0.5 MB: 200 kB are too few, and enough for 4 bits."""
     usage = type("Usage", (), {"free": 200_000})
-    monkeypatch.setattr(target.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(output_folder.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(ModelError, match=r"needs about 0\.5 MB and the disk has 0\.2 MB left"):
         convert(str(checkpoint), output)
-    assert beside(output) == set()
+    assert names_next_to(output) == set()
     convert(str(checkpoint), output, bits=4)
 
 
@@ -257,10 +257,10 @@ def test_a_conversion_that_fails_or_is_stopped_leaves_nothing(
         (Path(folder) / "model.safetensors").write_bytes(b"half")
         raise error
 
-    monkeypatch.setattr(room, "mlx_convert", stops_half_way)
+    monkeypatch.setattr(conversion, "mlx_convert", stops_half_way)
     with pytest.raises(raised, match=said):
         convert(str(checkpoint), output)
-    assert beside(output) == set()
+    assert names_next_to(output) == set()
 
 
 def test_what_mlx_lm_cannot_convert_is_one_line(tmp_path, output):
@@ -275,7 +275,7 @@ def test_what_mlx_lm_cannot_convert_is_one_line(tmp_path, output):
         ModelError, match=r"cannot be converted \(Model does not have expected keys"
     ):
         convert(str(folder), output, recipe="mixed_3_6")
-    assert beside(output) == set()
+    assert names_next_to(output) == set()
 
 
 def test_what_a_dead_process_left_is_removed(checkpoint, output):
@@ -283,7 +283,7 @@ def test_what_a_dead_process_left_is_removed(checkpoint, output):
     stale.mkdir()
     (stale / "model.safetensors").write_bytes(b"half")
     convert(str(checkpoint), output)
-    assert beside(output) == {"converted"}
+    assert names_next_to(output) == {"converted"}
 
 
 def test_two_processes_do_not_write_the_same_target(checkpoint, output):
@@ -299,7 +299,7 @@ def test_two_processes_do_not_write_the_same_target(checkpoint, output):
 
 def test_a_result_that_is_another_model_is_refused(checkpoint, output, monkeypatch):
     """One of sixteen matrices is transposed on the way, as a wrong layout would."""
-    real = room.mlx_convert
+    real = conversion.mlx_convert
 
     def transposes(source, folder, **settings):
         real(source, folder, **settings)
@@ -310,11 +310,11 @@ def test_a_result_that_is_another_model_is_refused(checkpoint, output, monkeypat
         mx.eval(weights)
         mx.save_safetensors(str(file), weights)
 
-    monkeypatch.setattr(room, "mlx_convert", transposes)
+    monkeypatch.setattr(conversion, "mlx_convert", transposes)
     for dtype in (None, "float16", "bfloat16"):
         with pytest.raises(ModelError, match="is another one"):
             convert(str(checkpoint), output, dtype=dtype)
-        assert beside(output) == set()
+        assert names_next_to(output) == set()
 
 
 def test_weights_out_of_range_for_the_number_type_are_refused(checkpoint, output):
@@ -325,7 +325,7 @@ def test_weights_out_of_range_for_the_number_type_are_refused(checkpoint, output
     mx.save_safetensors(str(checkpoint / "model.safetensors"), weights)
     with pytest.raises(ModelError, match="converted model gives log-probabilities that are not"):
         convert(str(checkpoint), output, dtype="float16")
-    assert beside(output) == set()
+    assert names_next_to(output) == set()
 
 
 def test_differences_are_counted_token_by_token_and_do_not_cancel():

@@ -14,7 +14,7 @@ from mlx_lm.utils import load_model as mlx_load_model
 from mlx_lm.utils import quantize_model
 
 from mlx_dpo.errors import ConfigError, ModelError
-from mlx_dpo.models import download as source_room
+from mlx_dpo.models import download as download_module
 from mlx_dpo.models.device import cast_model, device_kind
 from mlx_dpo.models.download import resolve_model
 from mlx_dpo.models.files import model_fingerprint, tokenizer_fingerprint
@@ -186,7 +186,7 @@ def test_a_revision_of_a_folder_is_refused(checkpoint):
 
 @pytest.mark.parametrize("source", ["", "./gone", "/gone/model", "~/gone-model", "a/b/c", "../x"])
 def test_what_looks_like_a_path_is_never_asked_of_the_hub(source, monkeypatch):
-    monkeypatch.setattr(source_room, "snapshot_download", lambda *_, **__: pytest.fail("asked"))
+    monkeypatch.setattr(download_module, "snapshot_download", lambda *_, **__: pytest.fail("asked"))
     with pytest.raises(ModelError, match="no such folder"):
         resolve_model(source)
 
@@ -228,7 +228,7 @@ def test_only_what_is_read_is_downloaded_and_code_only_if_trusted(trusted, monke
         asked.update(repo_id=repo_id, revision=revision, patterns=allow_patterns)
         return str(tmp_path)
 
-    monkeypatch.setattr(source_room, "snapshot_download", download)
+    monkeypatch.setattr(download_module, "snapshot_download", download)
     found = resolve_model("org/name", revision="v2", trust_remote_code=trusted)
     assert (found, asked["repo_id"], asked["revision"]) == (tmp_path, "org/name", "v2")
     for name, wanted in REPOSITORY.items():
@@ -259,7 +259,7 @@ def test_each_answer_of_the_hub_is_one_line(error, said, monkeypatch):
     def download(*_, **__):
         raise error()
 
-    monkeypatch.setattr(source_room, "snapshot_download", download)
+    monkeypatch.setattr(download_module, "snapshot_download", download)
     assert said in refusal("o/m", revision="v9")
 
 
