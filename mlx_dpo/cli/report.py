@@ -36,12 +36,12 @@ def report(runs: tuple[str, ...], output: str | None, along: str) -> None:
     from mlx_dpo.reporting.console import make_console
     from mlx_dpo.saved_runs.report import write_report as write
 
-    told, files = write(runs, output, along)
+    details, files = write(runs, output, along)
     console = make_console()
-    if len(told) == 1:
-        console.print(_single_run_table(told[0]))
+    if len(details) == 1:
+        console.print(_single_run_table(details[0]))
     else:
-        _print_runs(console, told)
+        _print_runs(console, details)
     for file in files:
         click.echo(f"Written to {file}", err=True)
 
@@ -53,43 +53,43 @@ def _empty_table() -> "Table":
     return Table(title="held out", title_justify="left", box=SIMPLE)
 
 
-def _single_run_table(told: "RunDetails") -> "Table":
-    """All figures of one run."""
+def _single_run_table(details: "RunDetails") -> "Table":
+    """Return the table of all results of one run."""
     from rich.text import Text
 
     table = _empty_table()
     table.add_column()
-    table.add_column(Text(told.name), justify="right")
-    for label, value in told.cells.items():
+    table.add_column(Text(details.name), justify="right")
+    for label, value in details.cells.items():
         table.add_row(label, value)
     return table
 
 
-def _print_runs(console: "Console", told: "list[RunDetails]") -> None:
-    """What there is room for of several runs, a line for each; of the rest only the names."""
+def _print_runs(console: "Console", details: "list[RunDetails]") -> None:
+    """Print a table with one line per run; print only the names of settings that do not fit."""
     from mlx_dpo.reporting.console import FINAL_METRICS
 
-    left_to_the_page = [label for label, _ in FINAL_METRICS[3:]]
-    labels = [label for label in told[0].cells if label not in left_to_the_page]
+    only_on_page = [label for label, _ in FINAL_METRICS[3:]]
+    labels = [label for label in details[0].cells if label not in only_on_page]
     settings, figures = labels[: labels.index("step")], labels[labels.index("step") :]
     most, unbounded = console.width // 3, console.options.update(width=sys.maxsize)
     shown: list[str] = []
     for name in settings:
-        table = _runs_table(told, [*shown, name, *figures], most)
+        table = _runs_table(details, [*shown, name, *figures], most)
         if console.measure(table, options=unbounded).maximum <= console.width:
             shown.append(name)
-    console.print(_runs_table(told, shown + figures, most))
+    console.print(_runs_table(details, shown + figures, most))
     if left := [name for name in settings if name not in shown]:
         click.echo(f"On the page: {', '.join(left)}", err=True)
 
 
-def _runs_table(told: "list[RunDetails]", labels: list[str], most: int) -> "Table":
+def _runs_table(details: "list[RunDetails]", labels: list[str], most: int) -> "Table":
     from rich.text import Text
 
     table = _empty_table()
     table.add_column(overflow="fold", max_width=most)
     for label in labels:
         table.add_column(label, justify="right", overflow="fold")
-    for run in told:
+    for run in details:
         table.add_row(Text(run.name), *(Text(run.cells[label]) for label in labels))
     return table

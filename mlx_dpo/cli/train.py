@@ -22,23 +22,23 @@ class SettingsCommand(click.Command):
     """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse; a flag of another trainer's is told what it is here."""
+        """Parse arguments; answer a flag of another trainer with the name it has in mlx-dpo."""
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
-            here = self._here(error.option_name)
-            if here is None:
+            hint = self._equivalent(error.option_name)
+            if hint is None:
                 raise
-            said = f"No such option '{error.option_name}'; {here}"
-            raise click.UsageError(said, ctx) from None
+            message = f"No such option '{error.option_name}'; {hint}"
+            raise click.UsageError(message, ctx) from None
 
-    def _here(self, flag: str) -> str | None:
-        """What another trainer's flag is here, if this command has it."""
-        said = EQUIVALENTS.get(flag.lstrip("-").replace("-", "_"), "")
-        meant = {_flag_name(name) for name in re.findall(r"`(\w+)`", said)}
+    def _equivalent(self, flag: str) -> str | None:
+        """Return a hint with the equivalent of another trainer's flag, if this command has it."""
+        text = EQUIVALENTS.get(flag.lstrip("-").replace("-", "_"), "")
+        meant = {_flag_name(name) for name in re.findall(r"`(\w+)`", text)}
         known = {name for parameter in self.params for name in parameter.opts}
-        here = re.sub(r"`(\w+)`", lambda found: _flag_name(found[1]), said)
-        return here if here and meant <= known else None
+        hint = re.sub(r"`(\w+)`", lambda match: _flag_name(match[1]), text)
+        return hint if hint and meant <= known else None
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write them; what is no setting comes first."""
@@ -56,7 +56,7 @@ class SettingsCommand(click.Command):
 
 
 def setting_flags(wanted: Callable[[Setting], bool]) -> Callable[[Command], Command]:
-    """One flag for every setting of a run that is `wanted`, with its default and help."""
+    """Return a decorator that adds a flag for every setting that is `wanted`."""
 
     def with_flags(command: Command) -> Command:
         for name, spec in reversed(get_settings().items()):
@@ -94,7 +94,7 @@ def _flag(name: str, spec: Setting) -> Callable[..., Any]:
 
 
 def read_settings(path: str) -> dict[str, Any]:
-    """A YAML file as settings.
+    """Read settings from a YAML file.
 
     Raises:
         ConfigError: there is no such file, it is not a mapping of names to values, or a value is
@@ -128,10 +128,10 @@ def _reason(error: yaml.YAMLError) -> str:
 def resolve(
     ctx: click.Context, config_file: str | None, resume: bool, flags: dict[str, Any]
 ) -> DPOConfig:
-    """Defaults, then the run that is resumed, then the file, then the flags really typed.
+    """Combine defaults, the resumed run, the file and the flags into settings, in this order.
 
     Raises:
-        ConfigError: a setting is unfit, or one that the command cannot do without is missing.
+        ConfigError: a setting is not valid, or a required setting is missing.
     """
     values = (read_settings(config_file) if config_file else {}) | typed_settings(ctx, flags)
     if resume:
@@ -143,7 +143,7 @@ def resolve(
 
 
 def typed_settings(ctx: click.Context, flags: dict[str, Any]) -> dict[str, Any]:
-    """Those of the flags of a run that were really typed."""
+    """Return the settings given as flags on the command line."""
     return {
         name: _convert_choice(name, value)
         for name, value in flags.items()
@@ -159,7 +159,7 @@ def _convert_choice(name: str, value: Any) -> Any:
 
 
 def _recorded_settings(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the run that is to go on, which need not be there if `values` can begin it."""
+    """Return the settings of the run to be resumed; none if `values` can start a new run."""
     from mlx_dpo.runs.folder import RunPaths, find_run, read_record
 
     output = str(values.get("output") or "")

@@ -69,16 +69,16 @@ def write_report(
         raise ConfigError("`--output` is missing: the folder for a report of several runs")
     runs = [read_logged_run(folder) for folder in folders]
     names = shortest_names([run.paths.folder for run in runs])
-    told = _add_differing_settings(
+    details = _add_differing_settings(
         [_run_section(run, name) for run, name in zip(runs, names, strict=True)], runs
     )
     drawn = make_charts([run.rows for run in runs], x_axis=along)
-    there = Path(output).expanduser() if output else runs[0].paths.folder
+    folder = Path(output).expanduser() if output else runs[0].paths.folder
     files = {
-        PAGE: render_run_page(told, drawn, along).encode(),
+        PAGE: render_run_page(details, drawn, along).encode(),
         PICTURE: plots.charts_png(drawn, names, along),
     }
-    return told, [_write(there / name, content) for name, content in files.items()]
+    return details, [_write(folder / name, content) for name, content in files.items()]
 
 
 def write_curves(folder: Path) -> bool:
@@ -131,11 +131,11 @@ def _run_section(run: LoggedRun, name: str) -> RunDetails:
 def _describe_progress(run: LoggedRun) -> str:
     steps, early = run.record["steps"], run.record.get("stopped_early_at")
     state = "" if run.record["state"] == "finished" else ", not finished"
-    said = f"{early or run.step:,} of {steps:,}{state}" + ", then stopped early" * bool(early)
-    if kept := run.record.get("best_checkpoint"):
-        values = ", ".join(f"{name} {kept[name]:.4f}" for name in kept if name != "step")
-        said += f"; the adapters of step {kept['step']:,} were kept ({values})"
-    return said
+    text = f"{early or run.step:,} of {steps:,}{state}" + ", then stopped early" * bool(early)
+    if best := run.record.get("best_checkpoint"):
+        values = ", ".join(f"{name} {best[name]:.4f}" for name in best if name != "step")
+        text += f"; the adapters of step {best['step']:,} were kept ({values})"
+    return text
 
 
 def _describe_settings(config: DPOConfig) -> str:
@@ -152,23 +152,23 @@ def _format_value(value: Any) -> str:
 
 
 def _add_differing_settings(
-    told: Sequence[RunDetails], runs: Sequence[LoggedRun]
+    details: Sequence[RunDetails], runs: Sequence[LoggedRun]
 ) -> list[RunDetails]:
     """Add the model and the settings in which the runs differ to their results."""
     configs = [DPOConfig.from_dict(run.record["settings"]) for run in runs]
     set_by = [config.get_public_settings() for config in configs]
     names = dict.fromkeys(name for settings in set_by for name in settings)
     differing = [n for n in names if len({_format_value(getattr(c, n)) for c in configs}) > 1]
-    models = [dict(one.facts)["model"] for one in told]
+    models = [dict(run_details.facts)["model"] for run_details in details]
     return [
-        one._replace(
+        run_details._replace(
             cells={
                 **({"model": model} if len(set(models)) > 1 else {}),
                 **{n: _format_value(getattr(c, n)) for n in differing},
-                **one.cells,
+                **run_details.cells,
             }
         )
-        for one, model, c in zip(told, models, configs, strict=True)
+        for run_details, model, c in zip(details, models, configs, strict=True)
     ]
 
 
