@@ -49,9 +49,9 @@ def test_a_run_says_what_it_does_and_what_to_type_next():
     assert "model      base, 121 K parameters" in shown
     assert "pairs      9 to train on, 3 held out" in shown
     assert "reference: 12 pairs" in shown
-    assert "adapters   LoRA, rank 4, alpha 32 on 14 linear layers: 8.7 K parameters" in shown
-    assert "loss       sigmoid, beta 0.1" in shown
-    assert "steps      3 of 4 pairs; AdamW, learning rate 0.001, cosine" in shown
+    assert "adapters      LoRA, rank 4, alpha 32 on 14 linear layers: 8.7 K parameters" in shown
+    assert "loss          sigmoid, beta 0.1" in shown
+    assert "steps         3 of 4 pairs; AdamW, learning rate 0.001, cosine" in shown
     assert "step 1/3  loss 0.6931  margin" in shown
     assert "3 held-out pairs" in shown
     assert shown.endswith("Adapters in run; talk to them with: mlx-dpo chat run\n")
@@ -216,7 +216,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_says_that_it_begins_a
     record = json.loads(Path("run/run.json").read_text())
     Path("run/run.json").write_text(json.dumps(record | {"state": "unfinished"}))
     done = run("train", "--resume", "--output", "run")
-    assert "output     run, from the beginning: there was no checkpoint yet" in done.output
+    assert "output        run, from the beginning: there was no checkpoint yet" in done.output
 
 
 def test_resuming_with_another_typed_setting_is_one_line():

@@ -219,11 +219,11 @@ def test_the_rounds_of_a_loop_have_names_of_their_own(config, tmp_path, monkeypa
     )
     given = {"model": config.model, "output": str(tmp_path / "loop")}
     named = IterativeDPO(DPOConfig(**given, report_to=("wandb",)), settings)
-    assert [named.training(n).run_name for n in (1, 2)] == ["loop-round-01", "loop-round-02"]
+    assert [named.round_config(n).run_name for n in (1, 2)] == ["loop-round-01", "loop-round-02"]
     mine = IterativeDPO(DPOConfig(**given, report_to=("wandb",), run_name="mine"), settings)
-    assert mine.training(2).run_name == "mine-round-02"
+    assert mine.round_config(2).run_name == "mine-round-02"
     folders = IterativeDPO(DPOConfig(**given, report_to=("tensorboard",)), settings)
-    assert folders.training(2).run_name is None
+    assert folders.round_config(2).run_name is None
 
 
 def test_a_loop_checks_its_trackers_before_it_collects(config, tmp_path, monkeypatch):
