@@ -1,5 +1,7 @@
 """Models and pairs that many tests share: small enough to check by hand."""
 
+from pathlib import Path
+
 import mlx_dpo  # noqa: F401  (first: it loads OpenBLAS before MLX is imported)
 
 import mlx.core as mx  # isort: skip
@@ -10,6 +12,56 @@ from mlx_dpo.types import TokenizedPair
 from tests.trained_run import trained, workplace  # noqa: F401  (fixtures)
 
 VOCAB = 64
+
+# Tests that train whole runs, start processes or draw pictures: `scripts/test --fast` leaves them
+# out, which is the quicker half of all tests in a tenth of the time.
+INTEGRATION = {
+    *("cli", "demo", "doctor", "examples", "export", "hub", "runs", "saved_runs", "scripts"),
+    "chat/test_session.py",
+    "collect/test_web.py",
+    "data/test_fuzz.py",
+    "data/test_inspect_real_files.py",
+    "data/test_load_pairs.py",
+    "data/test_parallel.py",
+    "data/test_real_files.py",
+    "data/test_token_cache.py",
+    "profiling/test_device_memory.py",
+    "profiling/test_memory.py",
+    "profiling/test_profile.py",
+    "reporting/test_plots.py",
+    "reporting/test_run_page.py",
+    "reporting/test_run_page_in_browser.py",
+    "scoring/test_gradient_checkpointing.py",
+    "scoring/test_lm_head.py",
+    "scoring/test_scorers.py",
+    "test_readme.py",
+    "trackers/test_trackers.py",
+    "training/test_trl_agreement.py",
+    "training/test_trl_kto_agreement.py",
+    "training/test_trl_loss_runs.py",
+    "config/test_settings_have_effect.py",
+}
+
+
+TESTS = Path(__file__).parent
+
+
+def is_integration(path):
+    file = path.relative_to(TESTS)
+    return bool({file.as_posix(), file.parts[0]} & INTEGRATION)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if is_integration(item.path):
+            item.add_marker(pytest.mark.integration)
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Importing what is left out would take as long as some of the tests."""
+    if "not integration" in config.option.markexpr and collection_path.is_relative_to(TESTS):
+        return is_integration(collection_path) or None
+    return None
 
 
 @pytest.fixture(autouse=True, scope="session")

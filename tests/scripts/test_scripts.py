@@ -241,6 +241,19 @@ def test_the_gate_is_five_named_steps(gate):
     ]
 
 
+def test_the_fast_half_is_the_gate_without_whole_runs(gate):
+    whole, fast = gate.run("scripts/test"), gate.run("scripts/test", "--fast")
+    assert fast.returncode == 0
+    assert fast.stdout == whole.stdout.replace(
+        "--dist loadfile", "--dist loadfile -m not slow and not integration"
+    )
+
+
+def test_the_fast_half_takes_no_arguments(gate):
+    done = gate.run("scripts/test", "--fast", "-x")
+    assert (done.returncode, done.stdout) == (2, "")
+
+
 def test_threads_of_blas_that_were_asked_for_are_those_of_the_gate(gate):
     done = gate.run("scripts/test", OPENBLAS_NUM_THREADS="4")
     assert done.stdout.endswith("threads 4\n")
