@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from byte_tokenizer import CHAT, ByteTokenizer
+
+from tests.data.byte_tokenizer import CHAT, ByteTokenizer
 
 
 @pytest.fixture

@@ -3,10 +3,8 @@
 import json
 
 import pytest
-from byte_tokenizer import CHAT, ByteTokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from template_families import byte_level, metaspace
 
 from mlx_dpo.data.load import load_pairs
 from mlx_dpo.data.tokenization.formatting import TokenRules
@@ -16,6 +14,8 @@ from mlx_dpo.errors import SPECIAL_TOKEN, DataError, DPOError
 from mlx_dpo.schemas import SCHEMAS
 from mlx_dpo.schemas.schema import RowRules
 from mlx_dpo.types import PreferenceExample
+from tests.data.byte_tokenizer import CHAT, ByteTokenizer
+from tests.data.template_families import byte_level, metaspace
 
 FEW = settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]

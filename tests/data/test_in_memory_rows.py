@@ -4,7 +4,6 @@ import sys
 
 import datasets
 import pytest
-from byte_tokenizer import CHAT, ByteTokenizer
 
 from mlx_dpo.data.columns import pairs_digest
 from mlx_dpo.data.hf_datasets import InMemoryRows
@@ -14,6 +13,7 @@ from mlx_dpo.data.sources import find_sources, resolve_source, to_inputs
 from mlx_dpo.data.tokenization.formatting import TokenRules
 from mlx_dpo.errors import ConfigError, DataError
 from mlx_dpo.schemas.schema import RowRules
+from tests.data.byte_tokenizer import CHAT, ByteTokenizer
 
 RULES = TokenRules(vocab_size=262)
 ROWS = [{"prompt": f"q{i}", "chosen": f"yes {i}", "rejected": "no"} for i in range(5)]

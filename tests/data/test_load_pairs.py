@@ -2,7 +2,6 @@ import hashlib
 import struct
 
 import pytest
-from byte_tokenizer import ASSISTANT, BOS, EOS, USER
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,6 +20,7 @@ from mlx_dpo.errors import (
 )
 from mlx_dpo.schemas.schema import RowRules
 from mlx_dpo.types import TokenizedPair
+from tests.data.byte_tokenizer import ASSISTANT, BOS, EOS, USER
 
 GOOD = {"prompt": "hi", "chosen": "yo", "rejected": "no!"}
 RULES = TokenRules(vocab_size=262)

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from byte_tokenizer import EOS
 
 from mlx_dpo.data.examples import parse_rows
 from mlx_dpo.data.load import check_settings_used, load_pairs
@@ -20,6 +19,7 @@ from mlx_dpo.errors import (
 )
 from mlx_dpo.schemas import find_schema, parse_pairs, parse_row
 from mlx_dpo.schemas.schema import Row, RowRules, rename_columns
+from tests.data.byte_tokenizer import EOS
 
 TOKENS = TokenRules(vocab_size=262)
 

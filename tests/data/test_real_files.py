@@ -1,7 +1,6 @@
 """The real files: each recognised without options, and tokenized through a chat template."""
 
 import pytest
-from template_families import byte_level
 
 from mlx_dpo.data.load import load_pairs
 from mlx_dpo.data.sources import read_rows
@@ -9,6 +8,7 @@ from mlx_dpo.data.tokenization.formatting import TokenRules
 from mlx_dpo.errors import DIFFERENT_PROMPTS, EMPTY_COMPLETION, BadPairError, DataError
 from mlx_dpo.schemas import find_schema, parse_pairs
 from mlx_dpo.schemas.schema import RowRules
+from tests.data.template_families import byte_level
 
 RULES = TokenRules(vocab_size=1000, max_length=100_000)
 FILES = {

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-from template_families import byte_level
 
 from mlx_dpo.config.dpo_config import get_settings
 from mlx_dpo.data.load import load_pairs
@@ -11,6 +10,7 @@ from mlx_dpo.data.sources import read_rows
 from mlx_dpo.data.tokenization.formatting import TokenRules
 from mlx_dpo.schemas import SCHEMAS, find_schema
 from mlx_dpo.schemas.schema import RowRules
+from tests.data.template_families import byte_level
 
 EXAMPLES = Path(__file__).parent / "examples"
 # Plain text without turns has no messages of the same content; labelled rows are no pairs.

@@ -11,7 +11,7 @@ from mlx_dpo.errors import ConfigError, ModelError
 from mlx_dpo.hub import push as hub
 from mlx_dpo.hub.push import prepare_upload
 from tests.fake_hub import TOKEN
-from tests.hub.test_push_and_pull import NAME, SECRET, UPLOADED, push_run, run_with_card
+from tests.hub.test_push import NAME, SECRET, UPLOADED, push_run, run_with_card
 
 __all__ = ["run_with_card"]
 REQUESTS = ("info", "create", "validate", "preupload", "batch", "object", "commit")

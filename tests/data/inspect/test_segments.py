@@ -1,13 +1,13 @@
 """A pair in parts: what is read, scored and cut."""
 
 import pytest
-from byte_tokenizer import ASSISTANT, BOS, EOS, USER, ByteTokenizer
-from template_families import TEMPLATES, byte_level, metaspace
 
 from mlx_dpo.data.inspect.segments import TokenText, segment_pair
 from mlx_dpo.data.tokenization.formatting import TokenRules
 from mlx_dpo.data.tokenization.tokenize import tokenize_pair
 from mlx_dpo.types import PreferenceExample, TokenizedPair
+from tests.data.byte_tokenizer import ASSISTANT, BOS, EOS, USER, ByteTokenizer
+from tests.data.template_families import TEMPLATES, byte_level, metaspace
 
 
 def ids(*parts):

@@ -4,15 +4,22 @@ import json
 from dataclasses import dataclass, field
 
 import pytest
-from byte_tokenizer import CHAT, ByteTokenizer
 
 from mlx_dpo import errors as faults
-from mlx_dpo.data.inspect.findings import CHECK_OF_REASON, CHECKS
+from mlx_dpo.data.files import RowLocations
+from mlx_dpo.data.inspect.findings import (
+    CHECK_OF_REASON,
+    CHECKS,
+    MAX_DETAILS,
+    OTHER_DETAILS,
+    FindingLog,
+)
 from mlx_dpo.data.inspect.results import list_findings, run_checks
 from mlx_dpo.data.inspect.scan import ScanSettings
 from mlx_dpo.data.sources import find_sources
 from mlx_dpo.data.tokenization.formatting import TokenRules
 from mlx_dpo.schemas.schema import RowRules
+from tests.data.byte_tokenizer import CHAT, ByteTokenizer
 
 GOOD = {"prompt": "Which way?", "chosen": "That way.", "rejected": "No way!"}
 LONG = "It is the way that everybody goes who has ever been here."
@@ -306,3 +313,13 @@ def test_lengths_are_those_before_truncation(write):
         Case(rows, [], tokens={"max_length": 20, "truncation": "drop"}), rows, write
     ).train
     assert (dropped.pairs, dropped.lengths.summaries()) == (0, summaries)
+
+
+def test_details_beyond_the_maximum_are_counted_together():
+    log = FindingLog(RowLocations())
+    for i in range(MAX_DETAILS + 5):
+        log.add_detail("unreadable", f"message {i}")
+    log.add_detail("unreadable", "message 0")
+    assert len(log.details["unreadable"]) == MAX_DETAILS + 1
+    assert log.details["unreadable"][OTHER_DETAILS] == 5
+    assert log.details["unreadable"]["message 0"] == 2

@@ -1,7 +1,6 @@
 from dataclasses import replace
 
 import pytest
-from byte_tokenizer import ASSISTANT, BOS, CHAT, EOS, SYSTEM, TWO_LINES, USER, ByteTokenizer
 
 from mlx_dpo.data.tokenization.formatting import TokenRules
 from mlx_dpo.data.tokenization.tokenize import check_token_rules, tokenize_pair
@@ -15,6 +14,16 @@ from mlx_dpo.errors import (
     ModelError,
 )
 from mlx_dpo.types import PreferenceExample
+from tests.data.byte_tokenizer import (
+    ASSISTANT,
+    BOS,
+    CHAT,
+    EOS,
+    SYSTEM,
+    TWO_LINES,
+    USER,
+    ByteTokenizer,
+)
 
 
 def rules(**given):

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import datasets
 import pytest
-from byte_tokenizer import CHAT, EOS, ByteTokenizer
 
 from mlx_dpo.data.load import load_pairs
 from mlx_dpo.data.sources import STDIN, find_sources, resolve_source
@@ -28,6 +27,7 @@ from mlx_dpo.data.tokenization.parallel import TokenizerWorkers
 from mlx_dpo.data.tokenization.tokenize_rows import PairRules
 from mlx_dpo.errors import SAME_TEXT, DataError
 from mlx_dpo.schemas.schema import RowRules
+from tests.data.byte_tokenizer import CHAT, EOS, ByteTokenizer
 
 ROWS = [
     {"prompt": f"q{i}", "chosen": f"yes {i}", "rejected": "no" if i % 3 else f"yes {i}", "s": i}
@@ -331,7 +331,7 @@ print([pair.chosen for pair in found.pairs])
 
 def test_two_processes_that_write_at_once_leave_one_complete_file(write, cache):
     path, here = write(*ROWS * 200), Path(__file__)
-    words = [sys.executable, "-c", PROGRAM, str(path), str(here.parent), str(here.parents[2])]
+    words = [sys.executable, "-c", PROGRAM, str(path), str(here.parent), str(here.parents[3])]
     both = [subprocess.Popen(words, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     outputs = [process.communicate()[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]

@@ -1,10 +1,8 @@
 """Special tokens in the text of data stay plain text with every tokenizer."""
 
 import pytest
-from byte_tokenizer import ASSISTANT, BOS, CHAT, EOS, USER, ByteTokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from template_families import TEMPLATES, byte_level, metaspace, unigram
 
 from mlx_dpo.data.tokenization.chat_template import encode_conversation
 from mlx_dpo.data.tokenization.formatting import TokenRules
@@ -12,6 +10,8 @@ from mlx_dpo.data.tokenization.special_tokens import SpecialTokens, get_special_
 from mlx_dpo.data.tokenization.tokenize import tokenize_pair
 from mlx_dpo.errors import SPECIAL_TOKEN, BadPairError
 from mlx_dpo.types import PreferenceExample
+from tests.data.byte_tokenizer import ASSISTANT, BOS, CHAT, EOS, USER, ByteTokenizer
+from tests.data.template_families import TEMPLATES, byte_level, metaspace, unigram
 
 NAMES = sorted(TEMPLATES)
 SIZE = 100_000

@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from functools import partial
 
 import pytest
-from byte_tokenizer import CHAT, ByteTokenizer
 
 from mlx_dpo.data.files import RowLocations
 from mlx_dpo.data.load import load_pairs
@@ -16,6 +15,7 @@ from mlx_dpo.data.tokenization.parallel import TokenizerWorkers, tokenize_chunks
 from mlx_dpo.data.tokenization.tokenize_rows import PairRules, new_report
 from mlx_dpo.errors import BadPairError, ConfigError, DataError
 from mlx_dpo.schemas.schema import RowRules
+from tests.data.byte_tokenizer import CHAT, ByteTokenizer
 
 TOKENS = TokenRules(vocab_size=262, max_length=48, truncation="keep_end")
 LOAD = partial(ByteTokenizer, CHAT)

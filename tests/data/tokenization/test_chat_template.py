@@ -1,12 +1,12 @@
 """Chat templates of model families: where the completion begins, and which tokens are scored."""
 
 import pytest
-from template_families import TEMPLATES, byte_level, metaspace
 
 from mlx_dpo.data.tokenization.formatting import TokenRules
 from mlx_dpo.data.tokenization.tokenize import check_token_rules, tokenize_pair
 from mlx_dpo.errors import TEMPLATE_ERROR, BadPairError, ConfigError, DataError
 from mlx_dpo.types import PreferenceExample
+from tests.data.template_families import TEMPLATES, byte_level, metaspace
 
 PREFIXED = sorted(TEMPLATES.keys() - {"deepseek-r1"})
 NO_SYSTEM = {"gemma"}
