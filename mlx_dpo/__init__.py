@@ -2,11 +2,8 @@
 
 from mlx_dpo import DPOConfig, DPOTrainer
 
-config = DPOConfig(model="model", pairs="pairs.jsonl", output="run")
-with DPOTrainer(config) as trainer:
-    trainer.prepare()
-    for row in trainer.train():
-        print(row["step"], row)
+trainer = DPOTrainer(DPOConfig(model="model", pairs="pairs.jsonl", output="run"))
+trainer.train()
 """
 
 import warnings
@@ -18,21 +15,56 @@ from mlx_dpo import openblas as blas
 
 blas.use_openblas()  # has to come before the first import of mlx.core, anywhere
 
+from mlx_dpo import losses  # noqa: E402
 from mlx_dpo.config.dpo_config import DPOConfig  # noqa: E402
-from mlx_dpo.errors import DPOError  # noqa: E402
+from mlx_dpo.errors import (  # noqa: E402
+    ConfigError,
+    DataError,
+    DPOError,
+    ModelError,
+    RunError,
+    TrainingError,
+)
 
 if TYPE_CHECKING:
+    from mlx_dpo.data.load import load_pairs
+    from mlx_dpo.evaluation.compare import compare_runs
+    from mlx_dpo.export.convert import convert
+    from mlx_dpo.export.fuse import fuse_run
     from mlx_dpo.runs.trainer import DPOTrainer
     from mlx_dpo.saved_runs.evaluate import evaluate_run
+    from mlx_dpo.saved_runs.export_peft import export_run
     from mlx_dpo.saved_runs.open import load_policy
 
 __version__ = version("mlx-dpo")
-__all__ = ["DPOConfig", "DPOError", "DPOTrainer", "evaluate_run", "load_policy"]
+__all__ = [
+    "ConfigError",
+    "DPOConfig",
+    "DPOError",
+    "DPOTrainer",
+    "DataError",
+    "ModelError",
+    "RunError",
+    "TrainingError",
+    "compare_runs",
+    "convert",
+    "evaluate_run",
+    "export_run",
+    "fuse_run",
+    "load_pairs",
+    "load_policy",
+    "losses",
+]
 
 # Imported on first use: these modules load the model libraries, which takes seconds.
 LAZY = {
     "DPOTrainer": "mlx_dpo.runs.trainer",
+    "compare_runs": "mlx_dpo.evaluation.compare",
+    "convert": "mlx_dpo.export.convert",
     "evaluate_run": "mlx_dpo.saved_runs.evaluate",
+    "export_run": "mlx_dpo.saved_runs.export_peft",
+    "fuse_run": "mlx_dpo.export.fuse",
+    "load_pairs": "mlx_dpo.data.load",
     "load_policy": "mlx_dpo.saved_runs.open",
 }
 
@@ -46,3 +78,8 @@ def __getattr__(name: str) -> Any:
     if name in LAZY:
         return getattr(import_module(LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Return the public names, those that are not imported yet included."""
+    return sorted({*globals(), *__all__})

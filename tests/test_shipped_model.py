@@ -50,7 +50,7 @@ def trained(tmp_path, name, **settings):
     )  # fmt: skip
     with DPOTrainer(config) as run:
         run.prepare()
-        steps = [row for row in run.train() if "loss" in row]
+        steps = [row for row in run.steps() if "loss" in row]
     return run, steps
 
 

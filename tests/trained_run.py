@@ -42,7 +42,7 @@ def train(folder, **settings):
     )
     with DPOTrainer(config) as run:
         run.prepare()
-        list(run.train())
+        list(run.steps())
     return run
 
 

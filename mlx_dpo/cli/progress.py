@@ -73,7 +73,7 @@ def _run(run: DPOTrainer, awake: str | None, resume_command: str) -> None:
             console, total=run.total_steps, done=run.start.step, every=config.logging_steps
         ) as shown,
     ):
-        for row in run.train():
+        for row in run.steps():
             shown.show(row)
             warnings.print_new()
     run.trackers.close(completed=True)

@@ -147,7 +147,7 @@ class IterativeDPO:
         elif stage.action == "train":
             with DPOTrainer(self.round_config(stage.round), resume=True) as trainer:
                 trainer.prepare()
-                for _ in trainer.train():
+                for _ in trainer.steps():
                     pass
         else:
             self.evaluate(stage.round)

@@ -3,6 +3,11 @@
 Names that have the same meaning in mlx-dpo are missing: they are settings.
 """
 
+from collections.abc import Iterable
+
+from mlx_dpo.config.setting import check_known
+from mlx_dpo.errors import ConfigError
+
 BATCH_SIZES = "`batch_size` (pairs per optimizer step) and `micro_batch_size` (per forward pass)"
 PAIRS = "PAIRS"
 
@@ -57,3 +62,38 @@ _SETTINGS = {
 EQUIVALENTS = {name: f"use {setting}" for name, setting in _SETTINGS.items()} | {
     "precompute_ref_log_probs": "not needed, reference log-probs are always precomputed",
 }
+
+# Arguments of TRL's DPOTrainer: the advice that follows "unknown argument `name`; ".
+TRAINER_ARGUMENTS = {
+    "model": "use `DPOConfig(model=...)`",
+    "ref_model": "not needed, the base with its adapter disabled is the reference; for another "
+    "model use `DPOConfig(reference_model=...)`",
+    "args": "give the `DPOConfig` as the first argument",
+    "processing_class": "not needed, the model's own tokenizer is used",
+    "tokenizer": "not needed, the model's own tokenizer is used",
+    "peft_config": "use `DPOConfig(lora_r=..., lora_alpha=..., lora_target_modules=...)`",
+    "callbacks": "iterate over `trainer.steps()` and act between steps",
+    "data_collator": "not needed, pairs are packed or padded automatically",
+    "compute_metrics": "not supported; metrics of each step are in `trainer.steps()`",
+    "optimizers": "use `DPOConfig(optim=..., lr_scheduler_type=...)`",
+}
+
+
+def check_trainer_arguments(
+    names: Iterable[str], *, known: Iterable[str], settings: Iterable[str]
+) -> None:
+    """Raise `ConfigError` for the first name that is no argument of `DPOTrainer`.
+
+    Args:
+        names: Keywords that `DPOTrainer` was given and does not have.
+        known: Keywords that it has.
+        settings: Fields of `DPOConfig`.
+    """
+    for name in names:
+        if name in TRAINER_ARGUMENTS:
+            raise ConfigError(f"unknown argument `{name}`; {TRAINER_ARGUMENTS[name]}")
+        if name in settings:
+            raise ConfigError(f"unknown argument `{name}`; use `DPOConfig({name}=...)`")
+        if name in EQUIVALENTS:
+            raise ConfigError(f"unknown argument `{name}`; in DPOConfig: {EQUIVALENTS[name]}")
+        check_known(name, known, "argument")

@@ -7,15 +7,16 @@ BLAS. On the CPU a model is therefore held in float32, with the same weights.
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, Literal
+
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map_with_path, tree_unflatten
 from mlx_lm.models.afm7 import FusedLinear, FusedQuantizedLinear
 from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
-from mlx_dpo.io.arrays import named_arrays
-from mlx_dpo.errors import ModelError
 
+from mlx_dpo.errors import ModelError
+from mlx_dpo.io.arrays import named_arrays
 
 DeviceKind = Literal["metal", "cuda", "cpu"]
 
@@ -118,7 +119,9 @@ def _dequantize_layers(model: nn.Module, dtype: mx.Dtype) -> Counter[int]:
     return bits
 
 
-def dequantize_layer(packed: nn.Module, dtype: mx.Dtype = mx.float32, name: str = "layer") -> nn.Module:
+def dequantize_layer(
+    packed: nn.Module, dtype: mx.Dtype = mx.float32, name: str = "layer"
+) -> nn.Module:
     """Return the plain layer with the weights of a quantized layer.
 
     Raises:

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -12,12 +13,12 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+
 from mlx_dpo.errors import ConfigError, ModelError
 from mlx_dpo.models.license import CARD, LICENSE_PATTERNS
 
-
-# Files that mlx-lm and the tokenizers read, and license texts. Pickles, which can run code, are never
-# downloaded.
+# Files that mlx-lm and the tokenizers read, and license texts. Pickles, which can run code, are
+# never downloaded.
 WEIGHT_PATTERN = "model*.safetensors"
 CONFIG_PATTERNS = ("*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja", CARD, *LICENSE_PATTERNS)
 CODE_PATTERN = "*.py"
@@ -51,7 +52,11 @@ def resolve_model(
             f"{source or '(nothing)'}: no such folder; a model is a folder or a Hub id "
             "(`organisation/name`)"
         )
-    patterns = [*CONFIG_PATTERNS, *([WEIGHT_PATTERN] if weights else []), *([CODE_PATTERN] if trust_remote_code else [])]
+    patterns = [
+        *CONFIG_PATTERNS,
+        *([WEIGHT_PATTERN] if weights else []),
+        *([CODE_PATTERN] if trust_remote_code else []),
+    ]
     return _download(source, revision, patterns)
 
 

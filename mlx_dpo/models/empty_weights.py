@@ -7,17 +7,23 @@ counted, and some of its blocks run, while the checkpoint stays on disk or on th
 import io
 from contextlib import redirect_stdout
 from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm import utils as mlx_lm
+
 from mlx_dpo.errors import ConfigError, ModelError
 from mlx_dpo.models.device import cast_model, dtype_name, is_cpu
-from mlx_dpo.models.files import check_config, check_tokenizer
-from mlx_dpo.models.load import LoadedModel, embedding_size, loading_errors, load_tokenizer
-from mlx_dpo.models.quantize import DEFAULT_GROUP_SIZE, AFFINE_GROUP_SIZES, check_quantizable, expected_bytes
 from mlx_dpo.models.download import resolve_model
+from mlx_dpo.models.files import check_config, check_tokenizer
+from mlx_dpo.models.load import LoadedModel, embedding_size, load_tokenizer, loading_errors
+from mlx_dpo.models.quantize import (
+    AFFINE_GROUP_SIZES,
+    DEFAULT_GROUP_SIZE,
+    check_quantizable,
+    expected_bytes,
+)
 from mlx_dpo.units import format_bytes
-
 
 # Quantization methods of other libraries, and the settings that mlx-lm converts them to.
 QUANT_METHODS: dict[str, dict[str, Any]] = {
@@ -47,7 +53,9 @@ def load_empty_model(
     """
     if group_size is not None and bits is None:
         raise ConfigError("`group_size` has no effect without `bits`; the model is not quantised")
-    path = resolve_model(source, revision=revision, trust_remote_code=trust_remote_code, weights=False)
+    path = resolve_model(
+        source, revision=revision, trust_remote_code=trust_remote_code, weights=False
+    )
     config = check_config(path, source, trust_remote_code=trust_remote_code)
     check_tokenizer(path, source)
     if "model_file" in config:
@@ -107,7 +115,10 @@ def _cast_and_quantize(
     if not packing and wanted == dtype_name(wide):
         cast_model(model, wide)
         return ()
-    group, width = (packing or {}).get("group_size", DEFAULT_GROUP_SIZE), (packing or {}).get("bits")
+    group, width = (
+        (packing or {}).get("group_size", DEFAULT_GROUP_SIZE),
+        (packing or {}).get("bits"),
+    )
     on_gpu = expected_bytes(model, width, group, wanted)
     cast_model(model, wide)
     how = f"packed in {width} bits" if width else f"in {wanted}"

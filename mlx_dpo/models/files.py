@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
-from mlx_dpo.errors import ModelError
 
+from mlx_dpo.errors import ModelError
 
 CONFIG = "config.json"
 WEIGHT_PATTERN = "model*.safetensors"

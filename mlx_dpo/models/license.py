@@ -6,9 +6,9 @@ Anybody can write a model card; a card that cannot be parsed counts as empty.
 import shutil
 from pathlib import Path
 from typing import Any
+
 from huggingface_hub import ModelCard
 from yaml import YAMLError
-
 
 CARD = "README.md"
 LICENSE_PATTERNS = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")

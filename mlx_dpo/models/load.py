@@ -5,18 +5,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm import utils as mlx_lm
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+
 from mlx_dpo.errors import ConfigError, ModelError
-from mlx_dpo.models.device import cast_model, prepare_for_cpu, is_cpu
-from mlx_dpo.models.files import REMOTE_CODE_REFUSED, check_model_folder, model_fingerprint, tokenizer_fingerprint
+from mlx_dpo.models.device import cast_model, is_cpu, prepare_for_cpu
+from mlx_dpo.models.download import resolve_model
+from mlx_dpo.models.files import (
+    REMOTE_CODE_REFUSED,
+    check_model_folder,
+)
 from mlx_dpo.models.quantize import quantize_model
 from mlx_dpo.models.rope import rope_notes, rope_overrides
-from mlx_dpo.models.download import resolve_model
-
-
 
 # Errors of mlx-lm and MLX for invalid files: wrong tensors, values, keys or bytes.
 LOADING_ERRORS = (ValueError, RuntimeError, TypeError, KeyError, OSError)

@@ -7,8 +7,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from mlx_dpo.errors import ModelError
-from mlx_dpo.units import format_bytes
 from mlx_dpo.io.atomic import atomic_folder, other_writer
+from mlx_dpo.units import format_bytes
 
 SPARE = 1.05  # for the tokenizer, the configuration and the file system, next to the weights
 

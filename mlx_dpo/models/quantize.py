@@ -3,16 +3,17 @@
 import io
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from dataclasses import dataclass
 from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm import utils as mlx_lm
-from mlx_dpo.io.arrays import named_arrays
-from mlx_dpo.errors import ConfigError
-from dataclasses import dataclass
 from mlx_lm.convert import QUANT_RECIPES
-from mlx_dpo.config.model import BITS, DTYPES, MODES
 
+from mlx_dpo.config.model import BITS, DTYPES, MODES
+from mlx_dpo.errors import ConfigError
+from mlx_dpo.io.arrays import named_arrays
 
 AFFINE_GROUP_SIZES = (32, 64, 128)  # that MLX supports in the affine mode
 DEFAULT_GROUP_SIZE = 64  # the default
@@ -80,7 +81,9 @@ def check_quantizable(
 
 def expected_bytes(model: nn.Module, bits: int | None, group_size: int, dtype: str | None) -> int:
     """Return the approximate size on disk of the weights of `model` in bytes."""
-    fits = {f"{name}.weight" for name, w in quantizable_layers(model).items() if w % group_size == 0}
+    fits = {
+        f"{name}.weight" for name, w in quantizable_layers(model).items() if w % group_size == 0
+    }
     plain = getattr(mx, dtype).size if dtype else None
     total = 0.0
     for name, value in named_arrays(model.parameters()).items():
@@ -156,7 +159,9 @@ def _check_recipe(recipe: str, bits: int | None, mode: str) -> None:
         raise ConfigError(f"`recipe` needs the mode `affine`, got `{mode}`; leave one of them out")
 
 
-def _fixed_mode(mode: str, bits: int | None, group_size: int | None, dtype: str | None) -> QuantizationConfig:
+def _fixed_mode(
+    mode: str, bits: int | None, group_size: int | None, dtype: str | None
+) -> QuantizationConfig:
     """Return the only settings of `mode`, which quantizes with or without `bits`."""
     only_group, only_bits = FIXED_MODES[mode]
     for name, value, only in (("bits", bits, only_bits), ("group_size", group_size, only_group)):

@@ -7,9 +7,10 @@ gives another model.
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
-from mlx_lm import utils as mlx_lm
-from mlx_dpo.errors import ModelError
 
+from mlx_lm import utils as mlx_lm
+
+from mlx_dpo.errors import ModelError
 
 Config = Mapping[str, Any]
 ROPE_PARAMETERS = "rope_parameters"
@@ -21,7 +22,10 @@ MLX_LM_NAMES = {  # names of a setting in mlx-lm's architectures
 }
 DEFAULTS = {"partial_rotary_factor": 1.0}  # of an architecture that has no such setting
 BY_LAYER = ("rope_theta", "rope_scaling")
-FULL_ATTENTION, SLIDING_ATTENTION = "full_attention", "sliding_attention"  # types of layers that may differ
+FULL_ATTENTION, SLIDING_ATTENTION = (
+    "full_attention",
+    "sliding_attention",
+)  # types of layers that may differ
 
 
 def rope_overrides(entries: Config, source: str) -> dict[str, Any]:
@@ -48,8 +52,8 @@ def rope_notes(entries: Config, source: str) -> tuple[str, ...]:
     if not settings:
         return ()
     return (
-        f"{settings}: from `{ROPE_PARAMETERS}`, which mlx-lm by itself would not read in this model; "
-        "`mlx-dpo convert` writes it where it does",
+        f"{settings}: from `{ROPE_PARAMETERS}`, which mlx-lm by itself would not read in this "
+        "model; `mlx-dpo convert` writes it where it does",
     )
 
 
@@ -70,10 +74,13 @@ def _overrides(entries: Config, source: str) -> dict[str, Any]:
         if own := next((own for own in MLX_LM_NAMES[name] if own in known), None):
             if entries.get(own) != value:
                 found[own] = value
-        elif value != (entries.get("attn_config") or DEFAULTS).get(name):  # DBRX has the settings here
+        elif value != (entries.get("attn_config") or DEFAULTS).get(
+            name
+        ):  # DBRX has the settings here
             raise ModelError(
                 f"{source}/config.json: mlx-lm's `{entries.get('model_type')}` knows no `{name}` "
-                f"(`{ROPE_PARAMETERS}` has {value}), so that it would be another model; take another one"
+                f"(`{ROPE_PARAMETERS}` has {value}), so that it would be another model; take "
+                "another one"
             )
     return found
 
@@ -82,16 +89,23 @@ def _legacy_settings(rope: Config, known: set[str], where: str) -> dict[str, Any
     """Return `rope_parameters` under the names of transformers before version 5."""
     if not any(isinstance(part, dict) for part in rope.values()):
         return _layer_settings(rope)
-    whole, local = _layer_settings(rope.get(FULL_ATTENTION) or {}), _layer_settings(rope.get(SLIDING_ATTENTION) or {})
+    whole, local = (
+        _layer_settings(rope.get(FULL_ATTENTION) or {}),
+        _layer_settings(rope.get(SLIDING_ATTENTION) or {}),
+    )
     if rope.keys() == {FULL_ATTENTION}:
         return whole
     # Sliding-window layers have at most their own base, and only the other layers are scaled.
     base, has_own = local.pop("rope_theta", None), "rope_local_base_freq" in known
     alike = local == {name: value for name, value in whole.items() if name not in BY_LAYER}
-    if rope.keys() != {FULL_ATTENTION, SLIDING_ATTENTION} or not alike or not (has_own or base == whole.get("rope_theta")):
+    if (
+        rope.keys() != {FULL_ATTENTION, SLIDING_ATTENTION}
+        or not alike
+        or not (has_own or base == whole.get("rope_theta"))
+    ):
         raise ModelError(
-            f"{where}: `{ROPE_PARAMETERS}` differ from layer to layer ({', '.join(rope)}) in a way for which "
-            "mlx-lm has no room, so that it would be another model; take another one"
+            f"{where}: `{ROPE_PARAMETERS}` differ from layer to layer ({', '.join(rope)}) in a way "
+            "for which mlx-lm has no room, so that it would be another model; take another one"
         )
     return whole | ({"rope_local_base_freq": base} if has_own else {})
 

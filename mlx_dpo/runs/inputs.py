@@ -1,7 +1,7 @@
 """Inputs of a run: the base model, the tokenized pairs, and the provenance of both."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -102,6 +102,30 @@ class Datasets:
 
     train: InMemoryRows | None = None
     valid: InMemoryRows | None = None
+
+    @classmethod
+    def in_memory(
+        cls,
+        config: DPOConfig,
+        train: Iterable[Mapping[str, Any]] | None,
+        valid: Iterable[Mapping[str, Any]] | None,
+    ) -> "Datasets":
+        """Return the datasets that a trainer is given in place of settings.
+
+        Raises:
+            ConfigError: Pairs are given in the settings as well.
+            DataError: A dataset is not an iterable of rows.
+        """
+        given = (("train_dataset", train, "pairs"), ("eval_dataset", valid, "valid"))
+        for name, rows, setting in given:
+            if rows is not None and getattr(config, setting):
+                raise ConfigError(f"`{setting}` has no effect together with `{name}`")
+        return cls(
+            *(
+                None if rows is None else InMemoryRows.from_iterable(rows, name)
+                for name, rows, _ in given
+            )
+        )
 
 
 NO_DATASETS = Datasets()

@@ -1,7 +1,9 @@
 """DPO trainer: reads a `DPOConfig`, trains, and writes a run folder."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
+from dataclasses import fields
+from inspect import signature
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -10,8 +12,8 @@ import mlx.core as mx
 
 from mlx_dpo.adapters.files import save_adapter
 from mlx_dpo.config.dpo_config import DPOConfig
+from mlx_dpo.config.other_trainers import check_trainer_arguments
 from mlx_dpo.data.batching import steps_per_epoch
-from mlx_dpo.data.hf_datasets import InMemoryRows
 from mlx_dpo.data.tokenization.cache import RowProgress
 from mlx_dpo.errors import ConfigError, TrainingError
 from mlx_dpo.losses.metrics import EVAL_PREFIX, step_row, to_public_names
@@ -68,16 +70,17 @@ SPLITS = ("train", "valid")
 
 
 class DPOTrainer:
-    """A training run, driven by a program or a notebook.
+    """A training run: trains the adapters of a policy by DPO and writes a run folder.
 
-        with DPOTrainer(DPOConfig(model=..., pairs=..., output=...)) as trainer:
-            trainer.prepare()
-            for row in trainer.train():
+        DPOTrainer(DPOConfig(model=..., pairs=..., output=...)).train()
+
+    trains to the end. To act between steps, iterate over `steps`:
+
+        with DPOTrainer(config) as trainer:
+            for row in trainer.steps():
                 print(row)
 
-    Entering the context locks the run folder and leaving releases it. `prepare` loads model and
-    pairs, attaches the adapters and scores the reference. `train` yields one row of metrics per
-    optimizer step and one per evaluation.
+    Entering the context locks the run folder and leaving releases it.
 
     Args:
         config: Settings; `model`, `output` and `pairs` or `train_dataset` are required.
@@ -90,15 +93,23 @@ class DPOTrainer:
 
     def __init__(
         self,
-        config: DPOConfig,
+        config: DPOConfig | None = None,
         *,
         train_dataset: Iterable[Mapping[str, Any]] | None = None,
         eval_dataset: Iterable[Mapping[str, Any]] | None = None,
         resume: bool = False,
         overwrite: bool = False,
         force: bool = False,
+        **unknown: object,
     ) -> None:
-        self.datasets = _datasets(config, train_dataset, eval_dataset)
+        check_trainer_arguments(
+            unknown,
+            known=signature(DPOTrainer).parameters,
+            settings=[field.name for field in fields(DPOConfig)],
+        )
+        if not isinstance(config, DPOConfig):
+            raise ConfigError(f"the first argument must be a DPOConfig, got {config!r}")
+        self.datasets = Datasets.in_memory(config, train_dataset, eval_dataset)
         for name in ("model", "pairs", "output"):
             if not getattr(config, name) and not (name == "pairs" and self.datasets.train):
                 raise ConfigError(f"`{name}` is not set")
@@ -117,6 +128,8 @@ class DPOTrainer:
         self.best = BestCheckpoint(config, self.paths)
         self.trackers = OpenTrackers()
         self.stop_requested = False
+        self._is_prepared = False
+        self._is_entered = False
         self._resources = ExitStack()
 
     def __enter__(self) -> Self:
@@ -132,6 +145,7 @@ class DPOTrainer:
             if self.earlier is not None:
                 check_resumable(self.paths, self.earlier, self.config, resume=self.resume)
             self._resources = stack.pop_all()
+        self._is_entered = True
         return self
 
     def __exit__(
@@ -140,6 +154,7 @@ class DPOTrainer:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._is_entered = False
         self._resources.__exit__(kind, error, trace)
 
     @property
@@ -156,6 +171,10 @@ class DPOTrainer:
         Args:
             progress: Called with the number of newly scored pairs of the reference pass.
         """
+        if not self._is_entered:
+            raise RuntimeError(
+                "use the trainer in a `with` block: `with DPOTrainer(config) as ...`"
+            )
         self.load()
         self.attach()
         self.score_reference(progress)
@@ -265,6 +284,7 @@ class DPOTrainer:
         self.record["warnings"] = self.warnings
         write_record(self.paths, self.record)
         self._open_trackers(rows)
+        self._is_prepared = True
 
     def _open_trackers(self, rows: list[MetricsRow]) -> None:
         earlier = self.earlier["settings"].get("report_to", ()) if self.earlier else ()
@@ -284,13 +304,24 @@ class DPOTrainer:
         """Save a checkpoint after the current step and stop."""
         self.stop_requested = True
 
-    def train(self) -> Iterator[MetricsRow]:
+    def train(self) -> list[MetricsRow]:
+        """Train to the end and return all rows of metrics.
+
+        Enters the context and prepares the run if that has not been done.
+        """
+        with nullcontext() if self._is_entered else self:
+            return list(self.steps())
+
+    def steps(self) -> Iterator[MetricsRow]:
         """Yield one row of metrics per step, and one with `eval_` names per evaluation.
 
-        Each row is in `metrics.jsonl` before it is yielded. After the last row the adapters are
-        in the run folder, unless a stop was requested: then `stopped` is True and the run can
-        be resumed. Warnings of the monitor are in `warnings`.
+        Prepares the run if that has not been done. Each row is in `metrics.jsonl` before it is
+        yielded. After the last row the adapters are in the run folder, unless a stop was
+        requested: then `stopped` is True and the run can be resumed. Warnings of the monitor are
+        in `warnings`.
         """
+        if not self._is_prepared:
+            self.prepare()
         self._progress = self.start
         self._log = MetricsLog(self.paths.metrics, after=self.start.step)
         try:
@@ -410,25 +441,3 @@ class DPOTrainer:
         }
         write_record(self.paths, self.record)
         self.best.remove()
-
-
-def _datasets(
-    config: DPOConfig,
-    train: Iterable[Mapping[str, Any]] | None,
-    valid: Iterable[Mapping[str, Any]] | None,
-) -> Datasets:
-    """Return the pairs in memory.
-
-    Raises:
-        ConfigError: Pairs are given in the settings as well.
-        DataError: A dataset is not an iterable of rows.
-    """
-    given = (("train_dataset", train, "pairs"), ("eval_dataset", valid, "valid"))
-    for name, rows, setting in given:
-        if rows is not None and getattr(config, setting):
-            raise ConfigError(f"`{setting}` has no effect together with `{name}`")
-    in_memory = [
-        None if dataset is None else InMemoryRows.from_iterable(dataset, name)
-        for name, dataset, _ in given
-    ]
-    return Datasets(*in_memory)

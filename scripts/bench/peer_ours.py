@@ -39,7 +39,7 @@ def train(job: bench.Job, folder: Path) -> bench.Result:
         run.score_reference()
         scored = perf_counter()
         run.restore()
-        for _ in run.train():
+        for _ in run.steps():
             pass
         trained = perf_counter()
         trainable = trainable_parameters(run.policy)

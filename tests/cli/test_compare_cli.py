@@ -44,7 +44,7 @@ def train(config):
         patch.setenv("MLX_DPO_CACHE", config.output + "-cache")
         with DPOTrainer(config) as run:
             run.prepare()
-            for _ in run.train():
+            for _ in run.steps():
                 pass
 
 

@@ -91,7 +91,7 @@ def test_a_run_that_goes_on_does_not_say_it_again():
                 "max_grad_norm": 0.0}  # fmt: skip
     with DPOTrainer(DPOConfig.from_dict(settings)) as run:
         run.prepare()
-        for row in run.train():
+        for row in run.steps():
             if row["step"] == 24:
                 break  # killed, with the last checkpoint at 23
     assert len(run.warnings) == 1

@@ -200,7 +200,7 @@ def outcome(folder, monkeypatch, output, **changes):
     )  # fmt: skip
     with DPOTrainer(replace(config, **changes)) as run:
         run.prepare()
-        *_, last = run.train()
+        *_, last = run.steps()
     return named_arrays(run.policy.trainable_parameters()), last
 
 

@@ -52,7 +52,7 @@ def test_every_loss_is_that_of_the_trainer(example, tmp_path):
     )
     with DPOTrainer(config) as trainer:
         trainer.prepare()
-        expected = [(row["loss"], row["rewards/accuracies"]) for row in trainer.train()]
+        expected = [(row["loss"], row["rewards/accuracies"]) for row in trainer.steps()]
     found = list(example["train"](MODEL, PAIRS))
     assert len(found) == len(expected) == steps
     assert found[0][0] == pytest.approx(0.693147, abs=1e-6)

@@ -9,7 +9,7 @@ from mlx_lm.models.mla import MultiLinear
 from mlx_lm.models.switch_layers import SwitchLinear
 
 from mlx_dpo.errors import ModelError
-from mlx_dpo.models.device import device_kind, prepare_for_cpu, dequantize_layer
+from mlx_dpo.models.device import dequantize_layer, device_kind, prepare_for_cpu
 
 MODES = [("affine", 64, 2), ("affine", 32, 3), ("affine", 64, 4), ("affine", 128, 6)]
 MODES += [("affine", 64, 8), ("mxfp4", 32, 4), ("nvfp4", 16, 4), ("mxfp8", 32, 8)]

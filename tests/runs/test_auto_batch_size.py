@@ -129,7 +129,7 @@ def test_a_run_that_cannot_fit_is_refused_before_anything_is_written(config, tmp
 def stopped_after(config, step, **how):
     with DPOTrainer(config, **how) as run:
         run.prepare()
-        for row in run.train():
+        for row in run.steps():
             if row["step"] == step:
                 run.request_stop()
     return run

@@ -20,7 +20,7 @@ def rows(pairs_file):
 def run(config, stop_after=None, **datasets):
     with DPOTrainer(config, **datasets) as trainer:
         trainer.prepare()
-        for row in trainer.train():
+        for row in trainer.steps():
             if row["step"] == stop_after:
                 trainer.request_stop()
     return trainer

@@ -29,7 +29,7 @@ def train(config, *, resume=False, drop_after=None):
     rows = []
     with DPOTrainer(config, resume=resume) as run:
         run.prepare()
-        for row in run.train():
+        for row in run.steps():
             rows.append(row)
             if len(rows) == drop_after:
                 break
@@ -112,7 +112,7 @@ def test_a_run_killed_after_any_row_ends_at_the_same_adapters(config, tmp_path):
     cuts = []
     with DPOTrainer(straight) as run:
         run.prepare()
-        for _ in run.train():
+        for _ in run.steps():
             cuts.append(replace(config, output=str(tmp_path / f"cut-{len(cuts)}")))
             shutil.copytree(straight.output, cuts[-1].output)  # what a kill would leave
     expected = record(straight)
@@ -162,7 +162,7 @@ def test_no_more_than_what_a_checkpoint_can_need_is_kept(config):
     most = 0
     with DPOTrainer(config) as run:
         run.prepare()
-        for row in run.train():
+        for row in run.steps():
             if row["step"] % config.save_steps == 1:
                 most = max(most, len(list(run.paths.best.glob("*"))))
     assert 0 < most <= 1 + config.save_total_limit

@@ -52,7 +52,7 @@ def test_a_finished_run_is_overwritten_on_request(config):
     first = read_record(RunPaths(Path(config.output)))
     with DPOTrainer(replace(config, seed=7), overwrite=True) as trainer:
         trainer.prepare()
-        rows = list(trainer.train())
+        rows = list(trainer.steps())
     second = read_record(RunPaths(Path(config.output)))
     assert (second["state"], second["settings"]["seed"]) == ("finished", 7)
     assert second["id"] != first["id"]

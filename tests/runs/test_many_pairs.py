@@ -57,7 +57,7 @@ def start(config):
     with DPOTrainer(config) as run:
         run.prepare()
         said = summarize_inputs(run) + summarize_training(run)
-        row = next(run.train())
+        row = next(run.steps())
     return run, said, row
 
 

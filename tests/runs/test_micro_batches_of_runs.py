@@ -62,7 +62,7 @@ def test_tokens_bound_the_passes_of_a_run_and_change_no_result(config, tmp_path)
         changed = replace(config, output=str(tmp_path / name), lora_dropout=0.0, **changes)
         with DPOTrainer(changed) as run:
             run.prepare()
-            rows.append(list(run.train()))
+            rows.append(list(run.steps()))
     for together, alone in zip(*rows, strict=True):
         for name in alone.keys() & {"loss", "logps/chosen", "grad_norm", "eval_loss"}:
             assert together[name] == pytest.approx(alone[name], rel=1e-4), name
@@ -105,7 +105,7 @@ def test_forward_passes_are_larger_where_training_keeps_more(
 def test_the_cache_names_a_local_model_without_the_way_to_it(config, checkpoint_folder):
     with DPOTrainer(config) as run:
         run.prepare()
-        list(run.train())
+        list(run.steps())
     evaluate_run(config.output, config.pairs[0])
     found = list_entries(reference_cache())
     assert len(found) == 3

@@ -39,7 +39,7 @@ def test_another_model_is_what_rewards_are_taken_against(against_other, other):
     with DPOTrainer(against_other) as run:
         run.prepare()
         pairs = run.inputs.train
-        first = next(run.train())
+        first = next(run.steps())
     model = mlx_lm.load(str(other))[0]
     known = score_pairs(model, pairs, limit=PassLimit(pairs=2))
     assert mx.allclose(run.reference["train"].chosen, known.chosen, atol=1e-4)

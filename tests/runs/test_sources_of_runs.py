@@ -92,7 +92,7 @@ def test_a_run_reads_standard_input_once_and_is_not_measured_on_it_again(config,
     config = replace(config, pairs=("-",), epochs=1)
     with DPOTrainer(config) as run:
         run.prepare()
-        list(run.train())
+        list(run.steps())
     assert json.loads((run.paths.record).read_text())["settings"]["pairs"] == ["-"]
     with pytest.raises(ConfigError, match="read its pairs from standard input, which is gone"):
         evaluate_run(config.output)

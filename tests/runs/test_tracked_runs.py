@@ -116,7 +116,7 @@ def test_trackers_learn_whether_the_run_was_interrupted(tracked, monkeypatch, er
     monkeypatch.setattr(tracker, "close", close)
     with nullcontext() if error is None else pytest.raises(error), DPOTrainer(tracked) as run:
         run.prepare()
-        next(run.train())
+        next(run.steps())
         if error is not None:
             raise error
     assert closed == [completed]
@@ -149,7 +149,7 @@ def test_a_tracker_with_a_full_disk_does_not_end_the_run(tracked, tmp_path):
     with DPOTrainer(tracked) as run:
         run.prepare()
         rows = []
-        for row in run.train():
+        for row in run.steps():
             rows.append(row)
             if row["step"] == 2 and "eval_loss" not in row:
                 [file] = (tmp_path / "run" / "tensorboard").iterdir()
@@ -169,7 +169,7 @@ def test_a_tracker_with_a_full_disk_does_not_end_the_run(tracked, tmp_path):
 def test_an_interrupted_run_closes_its_trackers(tracked, tmp_path):
     with pytest.raises(KeyboardInterrupt), DPOTrainer(tracked) as run:
         run.prepare()
-        for row in run.train():
+        for row in run.steps():
             if row["step"] == 2:
                 raise KeyboardInterrupt
     assert run.trackers.trackers == []

@@ -78,7 +78,7 @@ def test_rows_after_the_last_checkpoint_are_not_written_twice(config, tmp_path):
     """As after `kill -9` at step 3, when the last checkpoint is that of step 2."""
     with DPOTrainer(config) as run:
         run.prepare()
-        for row in run.train():
+        for row in run.steps():
             if row["step"] == 3:
                 break
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
@@ -275,7 +275,7 @@ def test_a_loss_that_is_no_number_keeps_the_last_good_state(config, tmp_path):
     with DPOTrainer(config) as run:
         run.prepare()
         with pytest.raises(TrainingError, match=r"step \d: .*not a number at .*pairs\.jsonl:\d+"):
-            list(run.train())
+            list(run.steps())
     steps = [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")]
     last = tmp_path / "run" / "checkpoints" / f"step-{steps[-1]:06d}"
     saved = mx.load(str(last / "adapters.safetensors"))
@@ -347,3 +347,19 @@ def test_memory_is_that_of_the_run_and_not_of_what_was_done_before(config):
     del held
     _, rows = train(config)
     assert 0 < rows[0]["peak_memory_gb"] < 0.4
+
+
+def test_train_alone_enters_prepares_and_trains_to_the_end(config):
+    stepwise = replace(config, output=config.output + "-stepwise")
+    with DPOTrainer(stepwise) as trainer:
+        trainer.prepare()
+        expected = list(trainer.steps())
+    assert comparable(DPOTrainer(config).train()) == comparable(expected)
+    found, wanted = weights(config), weights(stepwise)
+    assert found.keys() == wanted.keys()
+    assert all(mx.array_equal(found[name], wanted[name]).item() for name in wanted)
+
+
+def test_steps_outside_of_a_with_block_are_refused(config):
+    with pytest.raises(RuntimeError, match="use the trainer in a `with` block"):
+        next(DPOTrainer(config).steps())

@@ -10,7 +10,7 @@ def train(config, *, resume=False, stop_after=None):
     with DPOTrainer(config, resume=resume) as run:
         run.prepare()
         rows = []
-        for row in run.train():
+        for row in run.steps():
             rows.append(row)
             if row["step"] == stop_after:
                 run.request_stop()

@@ -24,7 +24,7 @@ TOKENS = mx.array([[1, 40, 41, 42, 3, 2]])
 def train(config):
     with DPOTrainer(config) as run:
         run.prepare()
-        for _ in run.train():
+        for _ in run.steps():
             pass
     return config
 

@@ -164,7 +164,7 @@ def through_a_run(golden: dict[str, Any], folder: Path) -> Iterator[dict[str, fl
     with DPOTrainer(config) as run:
         run.prepare()
         set_initial_a(run.policy, golden)
-        yield from (row for row in run.train() if "loss" in row)
+        yield from (row for row in run.steps() if "loss" in row)
 
 
 @pytest.fixture(scope="module", params=["four pairs a pass", "six pairs a pass", "a whole run"])
