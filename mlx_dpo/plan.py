@@ -1,4 +1,4 @@
-"""Estimate of the memory, work and time of a training run, before anything large is loaded."""
+"""Estimate the memory, work and time of a training run before anything large is loaded."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -57,7 +57,10 @@ Pairs = Sequence[TokenizedPair]
 
 @dataclass(frozen=True)
 class RowLengths:
-    """Distribution of the number of tokens of a pair's longer row."""
+    """Median, 90th percentile and maximum length of the pairs, in tokens.
+
+    The length of a pair is that of its prompt and its longer completion.
+    """
 
     median: int
     most: int  # 90th percentile
@@ -66,7 +69,7 @@ class RowLengths:
 
 @dataclass(frozen=True)
 class MemoryParts:
-    """Memory of a training step by part, in bytes."""
+    """Memory of a training step in bytes, divided by what it is used for."""
 
     weights: int
     adapters: int  # with gradients and optimizer state
@@ -76,7 +79,7 @@ class MemoryParts:
 
 @dataclass(frozen=True)
 class Capacity:
-    """What fits into memory."""
+    """Largest micro-batch, and longest single pair, that fit into memory."""
 
     pairs: int  # as long as the longest one, in one pass
     tokens: int  # of a single pair
@@ -85,7 +88,7 @@ class Capacity:
 
 @dataclass(frozen=True)
 class EpochEstimate:
-    """Work and time of one epoch, and of scoring the reference once."""
+    """Work and time of one epoch of training, and of computing the reference log-probs once."""
 
     steps: int
     passes: int
@@ -100,7 +103,7 @@ class EpochEstimate:
 
 @dataclass(frozen=True)
 class RunEstimate:
-    """Estimate of a training run."""
+    """Estimate of the memory, work and time of a training run."""
 
     inputs: Inputs
     choice: ScorerChoice
@@ -114,7 +117,7 @@ class RunEstimate:
     epoch: EpochEstimate
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the estimate as JSON values, in bytes, tokens, operations and seconds."""
+        """Return the estimate as values for JSON, in bytes, tokens, operations and seconds."""
         fitted = self.fitted
         return {
             "model": self.inputs.base.source,
@@ -142,14 +145,14 @@ class RunEstimate:
 def estimate_run(
     config: DPOConfig, *, mac: str | None = None, rows: RowProgress = no_progress
 ) -> RunEstimate:
-    """Return the estimate of a run with these settings.
+    """Estimate memory, work and time of a run with these settings.
 
     Args:
         mac: memory of a Mac to plan for, such as `16GB`; None plans for this machine.
-        rows: reports the progress of tokenization.
+        rows: shows the progress of tokenization, in rows.
 
     Raises:
-        ConfigError, DataError, ModelError: as the run itself would.
+        ConfigError, DataError, ModelError: for the same reasons as the run itself.
     """
     budget = available_memory() if mac is None else mac_memory(mac)
     inputs = load_inputs(
@@ -162,7 +165,10 @@ def estimate_run(
 
 
 def _select_scorer(base: LoadedModel, config: DPOConfig) -> ScorerChoice:
-    """Return the scorer, tested on a few layers, or on all if the model does not run on a few."""
+    """Choose the function that computes the log-probs of pairs.
+
+    It is tested on a model with few layers, or on the whole model if the reduced one fails.
+    """
     try:
         with with_layers(base.model, sample_layers(base.model).large):
             mx.eval(base.model.parameters())
@@ -173,7 +179,10 @@ def _select_scorer(base: LoadedModel, config: DPOConfig) -> ScorerChoice:
 
 
 class _RunEstimator:
-    """Profiles of a long and a short pass, with and without recomputation, and their results."""
+    """Profiles of a long and a short pass, and the estimates that follow from them.
+
+    Both passes are measured with and without recomputation of layers.
+    """
 
     def __init__(
         self, inputs: Inputs, config: DPOConfig, choice: ScorerChoice, budget: MemoryBudget
@@ -189,7 +198,7 @@ class _RunEstimator:
         self.short = shorten_pairs(self.longest[:1], SHORT_SHARE)
 
     def estimate(self) -> RunEstimate:
-        """Return the whole estimate."""
+        """Measure the passes and return the estimate of the run."""
         points = {recompute: self._profile(recompute=recompute) for recompute in (False, True)}
         long, short = points[bool(self.config.recompute)]
         reference, reference_pairs = self._profile_reference()
@@ -207,7 +216,7 @@ class _RunEstimator:
         )
 
     def _profile(self, *, recompute: bool) -> tuple[ProfilePoint, ProfilePoint]:
-        """Return the profiles of the longest pass and of a short one."""
+        """Measure the pass over the longest pairs and a short one; return both profiles."""
         settings = replace(self.config, recompute=recompute)
         measured = self.fitted.cost if recompute == self.config.recompute else None
         long = measured or profile_micro_batch(self.base, settings, self.choice, self.longest)
@@ -215,11 +224,11 @@ class _RunEstimator:
         return self._point(long, self.longest), self._point(short, self.short)
 
     def _point(self, profile: PassProfile, pairs: Pairs) -> ProfilePoint:
-        """Return the profile of a pass with the number and size of its pairs."""
+        """Return the profile of a pass, with the number of its pairs and of tokens per pair."""
         return ProfilePoint(profile, len(pairs), self._layer_tokens([pairs]) / len(pairs))
 
     def _profile_reference(self) -> tuple[PassProfile, Pairs]:
-        """Return the profile of the largest pass without gradients, and the pairs in it."""
+        """Measure the largest pass without gradients; return its profile and its pairs."""
         longest = longest_pairs(MAX_PAIRS, self.inputs.train, self.inputs.valid)
         limit = inference_limit(self.config, self.choice)
         pairs = largest_micro_batch(longest, limit, cost=self.choice.cost)
@@ -229,12 +238,12 @@ class _RunEstimator:
         return profile, pairs
 
     def _score_reference(self, pairs: Pairs) -> object:
-        """Return the reference log-probabilities of `pairs`."""
+        """Return the log-probs of `pairs` under the reference."""
         with reference_mode(self.model, self.config):
             return make_dataset_scorer(self.config, self.choice)(self.model, pairs)
 
     def _memory_parts(self, profile: PassProfile) -> MemoryParts:
-        """Return the memory of a step by part; the parts add up to that of the fitted step."""
+        """Divide the memory of a step into parts, which add up to that of the chosen settings."""
         trained = memory.trainable_bytes(self.model)
         weights = memory.parameter_bytes(self.model) - trained
         adapters = memory.TRAINING_COPIES * trained + self.optimizer_bytes
@@ -243,7 +252,7 @@ class _RunEstimator:
         return MemoryParts(weights, adapters, rest - head, head)
 
     def _capacity(self, long: ProfilePoint, short: ProfilePoint) -> Capacity:
-        """Return what fits into memory, from the memory curve through two passes."""
+        """Return what fits into memory, by a memory curve fitted to a long and a short pass."""
         curve = fit_memory_curve(long, short)
         free = self.budget.bytes - memory.resident_bytes(self.model, self.optimizer_bytes)
         row_share = len(self.longest[0]) / long.tokens  # of a pair's tokens, those of a row
@@ -259,7 +268,7 @@ class _RunEstimator:
         reference: PassProfile,
         reference_pairs: Pairs,
     ) -> EpochEstimate:
-        """Return work and time of an epoch and of the reference pass."""
+        """Return work and time of an epoch, and of computing the reference log-probs."""
         config, train = self.config, self.inputs.train
         count_passes = partial(
             count_micro_batches,
@@ -300,7 +309,10 @@ class _RunEstimator:
         )
 
     def _reference_flops(self, flops: ModelFlops) -> int:
-        """Return the FLOPs of scoring all pairs under the reference; 0 without a reference."""
+        """Return the FLOPs of computing the reference log-probs of all pairs.
+
+        They are 0 if the loss needs no reference.
+        """
         if not self.config.needs_reference:
             return 0
         splits = (self.inputs.train, self.inputs.valid)
@@ -309,11 +321,11 @@ class _RunEstimator:
         return flops.forward(tokens, adapted=False)
 
     def _layer_tokens(self, passes: Iterable[Pairs]) -> int:
-        """Return the number of tokens that these passes put through the layers."""
+        """Return the number of tokens that go through the layers in all of the `passes`."""
         return sum(self.choice.cost(pairs).total for pairs in passes)
 
     def _token_counts(self, pairs: Pairs, layer_tokens: int) -> TokenCounts:
-        """Return the token counts of passes over `pairs`."""
+        """Count the tokens and the attended keys of passes over `pairs`."""
         shared = self.choice.name == "shared"
         completions = sum(len(pair.chosen) + len(pair.rejected) for pair in pairs)
         head_tokens = completions if shared else layer_tokens
@@ -321,7 +333,10 @@ class _RunEstimator:
 
 
 def _row_lengths(pairs: Pairs) -> RowLengths:
-    """Return the distribution of row lengths."""
+    """Return median, 90th percentile and maximum of the pairs' lengths, in tokens.
+
+    The length of a pair is that of its prompt and its longer completion.
+    """
     rows = row_lengths(pairs)
     median, most = np.percentile(rows, [50, 90], method="higher")
     return RowLengths(int(median), int(most), int(rows.max()))

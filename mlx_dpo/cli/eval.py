@@ -1,4 +1,4 @@
-"""`mlx-dpo eval`: a run measured on held-out pairs."""
+"""`mlx-dpo eval`: measure a run on held-out pairs."""
 
 import json
 
@@ -15,12 +15,13 @@ import click
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of a table.")
 def eval(run: str, pairs: str | None, bad_pairs: str | None, as_json: bool) -> None:
-    """Measure the policy of RUN against its reference, on PAIRS or on the pairs it held out.
+    """Evaluate the policy of RUN against its reference, on PAIRS or on its held-out pairs.
 
-    PAIRS is a file, or a folder or Hub dataset whose held-out split is taken.
+    PAIRS is a file, a folder or a dataset on the Hub. Of a folder or dataset the held-out split is
+    used.
 
-    Loss, rewards, margins, accuracies and log-probabilities are means over pairs, under the
-    names that TRL gives them.
+    Loss, rewards, margins, accuracies and log-probabilities are means over pairs, with TRL's
+    metric names.
     """
     from mlx_dpo import evaluate_run
     from mlx_dpo.losses.metrics import EVAL_PREFIX, to_public_names

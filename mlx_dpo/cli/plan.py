@@ -1,4 +1,4 @@
-"""`mlx-dpo plan`: estimate of memory, work and time of a training run."""
+"""`mlx-dpo plan`: estimate memory, work and time of a training run."""
 
 import json
 from typing import TYPE_CHECKING, Any
@@ -35,9 +35,9 @@ def plan(
 ) -> None:
     """Estimate memory, work and time of training on PAIRS.
 
-    The flags are those of `train`. The model's weights are neither read nor downloaded: memory
-    and time are measured on a few layers with random weights, at the lengths of the pairs, and
-    extrapolated to all layers.
+    The flags are those of `train`. The model's weights are neither read nor downloaded. Memory and
+    time are measured on a few layers with random weights, with texts as long as the longest pairs,
+    and extrapolated to all layers.
     """
     config = resolve(ctx, config_file, False, flags)
 
@@ -63,7 +63,7 @@ def plan(
 
 
 def summary_lines(estimate: "RunEstimate") -> list[SummaryLine]:
-    """Return the estimate as labelled lines for the terminal."""
+    """Return the estimate as lines of a label and a text for the terminal."""
     from mlx_dpo.runs.summary import format_count
 
     inputs, epoch = estimate.inputs, estimate.epoch
@@ -99,7 +99,7 @@ def summary_lines(estimate: "RunEstimate") -> list[SummaryLine]:
 
 
 def _lengths_line(estimate: "RunEstimate") -> str:
-    """Return the distribution of row lengths."""
+    """Return as text median, 90th percentile and maximum of the pairs' lengths."""
     lengths = estimate.lengths
     return (
         f"row length: median {lengths.median:,} tokens, 90th percentile {lengths.most:,}, "
@@ -108,7 +108,7 @@ def _lengths_line(estimate: "RunEstimate") -> str:
 
 
 def _memory_lines(estimate: "RunEstimate") -> list[SummaryLine]:
-    """Return the memory by part, and in total for training and reference pass."""
+    """Return the summary lines about memory: the parts of a training step, and totals."""
     from mlx_dpo.units import format_bytes
 
     parts, fitted = estimate.parts, estimate.fitted
@@ -126,7 +126,7 @@ def _memory_lines(estimate: "RunEstimate") -> list[SummaryLine]:
 
 
 def _capacity_line(capacity: "Capacity", mode: str) -> str:
-    """Return what fits into memory in a mode."""
+    """Return as text how many pairs, or how long a pair, fit into memory in the mode `mode`."""
     if not capacity.tokens:
         return f"nothing, with {mode}"
     limit = ", the context length of the model" if capacity.context else ""
@@ -137,7 +137,7 @@ def _capacity_line(capacity: "Capacity", mode: str) -> str:
 
 
 def _settings_line(estimate: "RunEstimate") -> str:
-    """Return the chosen batch settings, or why training would be refused."""
+    """Return as text the chosen micro-batch size, or why training would be refused."""
     line = estimate.fitted.describe()
     return (
         line if estimate.fitted.fits else f"refused: {line.replace(', and started by --force', '')}"
@@ -145,7 +145,7 @@ def _settings_line(estimate: "RunEstimate") -> str:
 
 
 def _duration(seconds: float) -> str:
-    """Return seconds in a readable unit."""
+    """Return a time as text in seconds, minutes or hours."""
     if seconds < 90:
         return f"{seconds:.2g} s"
     if seconds < 5400:

@@ -1,4 +1,4 @@
-"""Run training on a terminal: header, progress bars, warnings, final table, stop signals."""
+"""Run training in a terminal: header, progress bars, warnings, final table, stop signals."""
 
 import os
 import shutil
@@ -26,10 +26,13 @@ from mlx_dpo.runs.summary import summarize_end, summarize_inputs, summarize_trai
 
 @contextmanager
 def keep_awake(wanted: bool) -> Iterator[str | None]:
-    """Keep a Mac awake inside the block, and yield a note for the header (None elsewhere).
+    """Keep a Mac awake inside the block if `wanted`.
 
-    Only idle sleep is prevented: with a closed lid and no power supply the Mac sleeps, and the run
-    continues when it wakes up.
+    Only sleep from idleness is prevented. With a closed lid and no power supply the Mac sleeps,
+    and the run continues when it wakes up.
+
+    Yields:
+        A note that is printed before training; None if not `wanted` or not on a Mac.
     """
     if sys.platform != "darwin" or not wanted:
         yield None
@@ -47,7 +50,7 @@ def keep_awake(wanted: bool) -> Iterator[str | None]:
 
 
 def run_with_progress(run: DPOTrainer, resume_command: str | None = None) -> None:
-    """Prepare the run and train it with progress bars; save and exit on a stop signal.
+    """Prepare the run and train with progress bars; on a stop signal, save and exit.
 
     `resume_command` is printed after a stop; the default is `train --resume`.
     """
@@ -88,14 +91,14 @@ def _run(run: DPOTrainer, awake: str | None, resume_command: str) -> None:
 
 
 class _WarningPrinter:
-    """Printer of each warning once; a resumed run has printed its earlier warnings before."""
+    """Prints each warning of a run once; warnings from before a resume are not printed again."""
 
     def __init__(self, run: DPOTrainer) -> None:
         self._run, self._printed = run, len(run.warnings)
         self._printed_of_trackers = 0
 
     def print_new(self) -> None:
-        """Print the warnings since the last call."""
+        """Print the warnings of the run and its trackers that came since the last call."""
         run = self._run
         new = run.warnings[self._printed :]
         new += run.trackers.warnings[self._printed_of_trackers :]
@@ -127,9 +130,10 @@ def _prepare(run: DPOTrainer, console: Console, awake: str | None) -> None:
 
 @contextmanager
 def _save_on_signals(run: DPOTrainer) -> Iterator[list[int]]:
-    """Save on Ctrl-C, `kill` and a closed terminal; a second Ctrl-C stops without saving.
+    """Save and stop on Ctrl-C, `kill` or a closed terminal; a second Ctrl-C stops without saving.
 
-    Yields the list of the signals received.
+    Yields:
+        The list of the signal numbers received so far.
     """
     received: list[int] = []
 

@@ -1,4 +1,4 @@
-"""`mlx-dpo train`: pairs and a model in, a run folder out."""
+"""`mlx-dpo train`: train on pairs and write a run folder."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -17,12 +17,13 @@ Command = Callable[..., Any]
 
 
 class SettingsCommand(click.Command):
-    """A command whose help shows settings under the headings of their sections, and which knows
-    by what names other trainers call them.
+    """A command that takes settings as flags and groups them by section in its help text.
+
+    For a flag of another trainer, the error message names the equivalent in mlx-dpo.
     """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse arguments; answer a flag of another trainer with the name it has in mlx-dpo."""
+        """Parse the arguments; for a flag of another trainer, report the equivalent in mlx-dpo."""
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
@@ -33,7 +34,10 @@ class SettingsCommand(click.Command):
             raise click.UsageError(message, ctx) from None
 
     def _equivalent(self, flag: str) -> str | None:
-        """Return a hint with the equivalent of another trainer's flag, if this command has it."""
+        """Return a hint that names the equivalent of another trainer's flag.
+
+        The result is None if this command has no equivalent.
+        """
         text = EQUIVALENTS.get(flag.lstrip("-").replace("-", "_"), "")
         meant = {_flag_name(name) for name in re.findall(r"`(\w+)`", text)}
         known = {name for parameter in self.params for name in parameter.opts}
@@ -41,7 +45,10 @@ class SettingsCommand(click.Command):
         return hint if hint and meant <= known else None
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write them; what is no setting comes first."""
+        """Write the options to the help text, grouped by section.
+
+        Options that are not training settings come first.
+        """
         known = get_settings()
         sections: dict[str, list[tuple[str, str]]] = {"Options": []}
         for parameter in self.get_params(ctx):
@@ -56,7 +63,7 @@ class SettingsCommand(click.Command):
 
 
 def setting_flags(wanted: Callable[[Setting], bool]) -> Callable[[Command], Command]:
-    """Return a decorator that adds a flag for every setting that is `wanted`."""
+    """Return a decorator that adds a flag to a command for every setting that `wanted` accepts."""
 
     def with_flags(command: Command) -> Command:
         for name, spec in reversed(get_settings().items()):
@@ -97,8 +104,8 @@ def read_settings(path: str) -> dict[str, Any]:
     """Read settings from a YAML file.
 
     Raises:
-        ConfigError: there is no such file, it is not a mapping of names to values, or a value is
-            unfit for the setting of its name.
+        ConfigError: the file cannot be read, does not map names to values, or has a value that
+            does not fit its setting.
     """
     try:
         values = yaml.safe_load(Path(path).expanduser().read_text("utf-8"))
@@ -128,7 +135,9 @@ def _reason(error: yaml.YAMLError) -> str:
 def resolve(
     ctx: click.Context, config_file: str | None, resume: bool, flags: dict[str, Any]
 ) -> DPOConfig:
-    """Combine defaults, the resumed run, the file and the flags into settings, in this order.
+    """Combine defaults, settings of the resumed run, YAML file and flags into a configuration.
+
+    Later sources override earlier ones.
 
     Raises:
         ConfigError: a setting is not valid, or a required setting is missing.
@@ -143,7 +152,7 @@ def resolve(
 
 
 def typed_settings(ctx: click.Context, flags: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings given as flags on the command line."""
+    """Return the settings whose flags were given on the command line, by name."""
     return {
         name: _convert_choice(name, value)
         for name, value in flags.items()
@@ -159,7 +168,14 @@ def _convert_choice(name: str, value: Any) -> Any:
 
 
 def _recorded_settings(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of the run to be resumed; none if `values` can start a new run."""
+    """Return the settings of the run to be resumed, from its run record.
+
+    They are empty if `values` name pairs and the folder has no run yet: a new run can start.
+
+    Raises:
+        ConfigError: there is no `output`.
+        RunError: there is no run to resume, and `values` name no pairs for a new one.
+    """
     from mlx_dpo.runs.folder import RunPaths, find_run, read_record
 
     output = str(values.get("output") or "")
@@ -184,11 +200,11 @@ def train(
 ) -> None:
     """Train adapters on PAIRS by Direct Preference Optimization.
 
-    PAIRS is a file (JSONL, JSON, Parquet or CSV, also compressed), a folder with train and
-    valid files, a dataset on the Hub (`org/name[:config][@revision]`) or - for standard
-    input; several are joined. How rows are written is known by their shape. A typed flag wins
-    over --config. Ctrl-C saves and stops; --resume with the same --output goes on, to the same
-    weights bit for bit.
+    PAIRS is a file (JSONL, JSON, Parquet or CSV, also compressed), a folder with train and valid
+    files, a dataset on the Hub (`org/name[:config][@revision]`) or - for standard input; several
+    are joined. The schema of the rows is detected. Flags override the settings in --config. Ctrl-C
+    saves a checkpoint and stops; --resume with the same --output continues the run and ends with
+    the same weights bit for bit.
     """
     config = resolve(ctx, config_file, resume, flags)
 

@@ -1,4 +1,4 @@
-"""Memory of the device: how much training may use, MLX's limits, and freed memory on the CPU."""
+"""Memory of the device: what training may use, MLX's buffer limits, and reuse of freed memory."""
 
 import ctypes
 import os
@@ -29,14 +29,17 @@ WIRED_SHARE = 1 / 2
 
 @dataclass(frozen=True)
 class MemoryBudget:
-    """Memory that training may use."""
+    """Number of bytes that training may use, and where the number comes from."""
 
     bytes: int
     description: str  # where the number comes from, for the user
 
 
 def available_memory() -> MemoryBudget:
-    """Return the memory of this machine: Metal's recommendation or MLX's limit, if lower."""
+    """Return the memory that training may use on this machine.
+
+    It is Metal's recommendation, or MLX's memory limit if that is lower or there is no Metal.
+    """
     limit = mx.get_memory_limit()
     recommended = mx.device_info(mx.default_device()).get(RECOMMENDED_BYTES_KEY)
     if recommended and int(recommended) <= limit:
@@ -45,12 +48,12 @@ def available_memory() -> MemoryBudget:
 
 
 def mac_memory(memory: str) -> MemoryBudget:
-    """Return what Metal recommends on a Mac with this `memory`: `16GB`, `16 GiB` or `16g`.
+    """Return the memory that Metal recommends on a Mac with `memory`: `16GB`, `16 GiB` or `16g`.
 
-    As memory is sold, a GB has 2^30 bytes here.
+    A GB is 2^30 bytes here, as memory is sold.
 
     Raises:
-        ConfigError: `memory` is not of this form.
+        ConfigError: `memory` is not in one of these forms.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:g|gb|gib)\s*", memory, re.IGNORECASE)
     size = int(float(match[1]) * GIBIBYTE) if match else 0
@@ -64,17 +67,17 @@ def mac_memory(memory: str) -> MemoryBudget:
 
 
 class BufferLimits(NamedTuple):
-    """MLX's own limits, in bytes."""
+    """MLX's limits for cached (freed) buffers and for wired memory, in bytes."""
 
     cache: int  # freed buffers kept for reuse
     wired: int
 
 
 def buffer_limits(kind: DeviceKind, info: Mapping[str, Any]) -> BufferLimits | None:
-    """Return limits for training on a device; None if MLX's defaults are right.
+    """Return MLX's buffer limits for training on a device; None if MLX's defaults are right.
 
     Args:
-        info: `mx.device_info` of the device.
+        info: what `mx.device_info` returns for the device.
     """
     recommended = info.get(RECOMMENDED_BYTES_KEY)
     if kind != "metal" or not recommended:
@@ -84,9 +87,10 @@ def buffer_limits(kind: DeviceKind, info: Mapping[str, Any]) -> BufferLimits | N
 
 @contextmanager
 def limited_buffers() -> Iterator[BufferLimits | None]:
-    """Set MLX's limits to `buffer_limits` inside the block and restore them afterwards.
+    """Set MLX's buffer limits for training inside the block and restore them afterwards.
 
-    On the CPU, where buffers come from the C library, it is set to keep freed memory for good.
+    On the CPU, buffers come from the C library, which is set to keep freed memory; this setting is
+    not undone.
     """
     if is_cpu():
         keep_freed_memory()
@@ -108,13 +112,14 @@ MALLOC_OPTIONS = {-3: 2**25, -1: 2**31 - 1, -2: 2**28}
 
 
 def keep_freed_memory() -> bool:
-    """Make malloc reuse freed memory instead of returning it to the system.
+    """Make the C library's malloc reuse freed memory instead of returning it to the system.
 
-    Otherwise each large array is mapped anew, which costs a page fault per page. The library's
-    own environment variables (`MALLOC_TRIM_THRESHOLD_` and the like) take precedence.
+    Otherwise each large array is mapped anew, which costs a page fault per page. Nothing is
+    changed if environment variables already configure malloc (`MALLOC_TRIM_THRESHOLD_` and the
+    like).
 
     Returns:
-        Whether it was set; only glibc has the option.
+        Whether malloc was configured; only glibc has the option.
     """
     if sys.platform != "linux" or any(name.startswith("MALLOC_") for name in os.environ):
         return False

@@ -1,4 +1,4 @@
-"""Extrapolation of memory and time from profiles of a long and a short pass."""
+"""Extrapolate memory and time of other passes from the profiles of a long and a short pass."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ QUADRATIC_THRESHOLD = 0.15
 
 @dataclass(frozen=True)
 class ProfilePoint:
-    """The profile of a pass over so many pairs of so many tokens each."""
+    """The profile of a pass, with the number of its pairs and of the tokens per pair."""
 
     profile: PassProfile
     pairs: int
@@ -19,13 +19,13 @@ class ProfilePoint:
 
     @property
     def layer_bytes_per_token(self) -> float:
-        """Memory that a layer saves per token."""
+        """Memory that a layer saves for the backward pass, in bytes per token."""
         return self.profile.per_layer.bytes / (self.pairs * self.tokens)
 
 
 @dataclass(frozen=True)
 class MemoryCurve:
-    """Peak memory of a pass over m pairs of t tokens each, as a function of m and t:
+    """Peak memory of a pass over m pairs of t tokens each, in bytes:
 
     fixed + per_token m t + num_layers m (linear t + quadratic t^2)
     """
@@ -37,13 +37,21 @@ class MemoryCurve:
     num_layers: int
 
     def bytes(self, pairs: int, tokens: float) -> float:
-        """Return the peak memory of a pass, beyond weights and optimizer state."""
+        """Return the peak memory of a pass in bytes, not counting weights and optimizer state.
+
+        Args:
+            pairs: number of pairs.
+            tokens: number of tokens per pair.
+        """
         layer = self.linear * tokens + self.quadratic * tokens**2
         return self.fixed + self.per_token * pairs * tokens + self.num_layers * pairs * layer
 
 
 def fit_memory_curve(long: ProfilePoint, short: ProfilePoint) -> MemoryCurve:
-    """Return the curve through both points, linear unless quadratic growth is evident."""
+    """Fit a memory curve to the profiles of a long and a short pass.
+
+    The curve has a quadratic term only if the growth is clearly more than linear.
+    """
     quadratic = 0.0
     if long.tokens > short.tokens:
         growth = long.layer_bytes_per_token - short.layer_bytes_per_token
@@ -63,7 +71,10 @@ def fit_memory_curve(long: ProfilePoint, short: ProfilePoint) -> MemoryCurve:
 
 
 def largest_that_fits(fits: Callable[[int], bool], *, limit: int) -> int:
-    """Return the largest number up to `limit` that fits, 0 if not even 1 does."""
+    """Return the largest number from 1 to `limit` for which `fits` is true; 0 if there is none.
+
+    It is a binary search: if a number fits, all smaller numbers must fit too.
+    """
     low, high = 0, limit
     while low < high:
         middle = (low + high + 1) // 2
@@ -77,9 +88,10 @@ TimedPass = tuple[int, float]  # operations and seconds
 def extrapolate_seconds(
     short: TimedPass, long: TimedPass, *, passes: int, operations: int
 ) -> float:
-    """Return the seconds of so many passes with so many operations in all.
+    """Return the time in seconds of `passes` passes that take `operations` operations in total.
 
-    Seconds of a pass are linear in its operations: a line through the two measured passes.
+    The time of a pass is assumed to be linear in its operations, on the line through the two
+    measured passes.
     """
     more = long[0] - short[0]
     rate = (long[1] - short[1]) / more if more > 0 else 0.0

@@ -1,7 +1,7 @@
-"""FLOPs of a forward or training pass, from the shapes of a model.
+"""FLOPs of forward and training passes, computed from the shapes of a model.
 
-A multiplication and an addition count as two operations. Only matrix products are counted;
-norms, activations, softmax and recurrences are few operations, though not little time.
+A multiplication and an addition count as two operations. Only matrix products are counted. Norms,
+activations, softmax and recurrences are few operations, although they take time.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,7 +26,7 @@ EXPERTS_PER_TOKEN_KEYS = (
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """Work of one or several passes, in tokens."""
+    """Amount of work of one or several passes, counted in tokens."""
 
     layer_tokens: int  # tokens through the layers, padding included
     head_tokens: int  # tokens through the head
@@ -35,20 +35,21 @@ class TokenCounts:
 
 @dataclass(frozen=True)
 class ModelFlops:
-    """Weights of a model with its adapters, from which FLOPs of a pass follow.
+    """Numbers of weights of a model, from which the FLOPs of its passes follow.
 
-    With t tokens through the layers, h through the head and s attended keys, a pass takes
+    With t tokens through the layers, h tokens through the LM head and s attended keys, a pass
+    takes
 
         forward        2 (W + A) t + 4 K s + 2 H h
         backward       2 W' t + 4 A t + 2 F t + 10 K' s + 2 H h
         recomputation  2 (W' + A) t + 4 K' s           with gradient checkpointing
 
-    W are the weights of linear layers that a token meets, A those of the adapters, F the part of
-    W that is trained itself, H those of the head, and K the number of heads times their width,
-    summed over all layers with attention. W' and K' count the layers from the first trained one
-    on, because gradients flow no further down. In the backward pass frozen weights get no
-    gradient; attention takes five products: its scores again, and the gradients of
-    probabilities, values, queries and keys.
+    W is the number of weights of linear layers that each token is multiplied with, A that of the
+    adapters, F the trained part of W (full fine-tuning), and H that of the LM head. K is the
+    number of heads times their width, summed over all layers with attention. W' and K' count only
+    the layers from the first trained layer on, because gradients flow no further down. In the
+    backward pass frozen weights get no gradient. Attention takes five products there: its scores
+    again, and the gradients of probabilities, values, queries and keys.
     """
 
     linear: int  # W
@@ -60,13 +61,13 @@ class ModelFlops:
     trained_linear: int = 0  # F
 
     def forward(self, tokens: TokenCounts, *, adapted: bool = True) -> int:
-        """Return the FLOPs of passes without gradients."""
+        """Return the FLOPs of forward passes without gradients; `adapted` includes the adapters."""
         weights = self.linear + (self.adapters if adapted else 0)
         products = weights * tokens.layer_tokens + self.head * tokens.head_tokens
         return 2 * products + 4 * self.attention * tokens.attended_keys
 
     def training(self, tokens: TokenCounts, *, recompute: bool) -> int:
-        """Return the FLOPs of passes with gradients, forward and backward."""
+        """Return the FLOPs of forward and backward passes, with recomputation if `recompute`."""
         backward_weights = self.linear_backward + 2 * self.adapters + self.trained_linear
         backward = 2 * backward_weights * tokens.layer_tokens
         backward += 10 * self.attention_backward * tokens.attended_keys
@@ -77,9 +78,9 @@ class ModelFlops:
 
 
 def model_flops(model: nn.Module, config: Mapping[str, Any], *, vocab_size: int) -> ModelFlops:
-    """Return the FLOPs of a model, from its shapes and its `config.json`.
+    """Count the weights of a model that determine its FLOPs.
 
-    The configuration gives the number of attention heads and of experts per token.
+    The numbers of attention heads and of experts per token come from `config`, its `config.json`.
     """
     entries = {**config, **(config.get("text_config") or {})}
     keys = (key for key in EXPERTS_PER_TOKEN_KEYS if entries.get(key))
@@ -103,18 +104,18 @@ def model_flops(model: nn.Module, config: Mapping[str, Any], *, vocab_size: int)
 
 
 def count_attended_keys(pairs: Iterable[TokenizedPair], *, shared: bool) -> int:
-    """Return the number of keys that the queries of one layer attend to, over all pairs.
+    """Return the number of keys attended to in one layer, summed over all queries of all pairs.
 
     Sliding windows are not taken into account.
 
     Args:
-        shared: whether the prompt of a pair runs once, or once per completion.
+        shared: whether the prompt of a pair runs once (shared scorer) or once per completion.
     """
     return sum(_pair_attended_keys(pair, shared) for pair in pairs)
 
 
 def _pair_attended_keys(pair: TokenizedPair, shared: bool) -> int:
-    """Return the number of attended keys of a pair."""
+    """Return the number of keys attended to in one layer, summed over the queries of a pair."""
     prompt = len(pair.prompt)
     lengths = [prompt + len(completion) - 1 for completion in (pair.chosen, pair.rejected)]
     saved = (len(lengths) - 1) * _causal_entries(prompt) if shared else 0
@@ -122,12 +123,15 @@ def _pair_attended_keys(pair: TokenizedPair, shared: bool) -> int:
 
 
 def _causal_entries(length: int) -> int:
-    """Return the number of entries of a causal mask that are visible."""
+    """Return the number of visible entries of a causal mask of `length` x `length`."""
     return length * (length + 1) // 2
 
 
 def _linear_weights(part: nn.Module, experts: int | None) -> int:
-    """Return the weights of a linear layer that a token meets; 0 for any other module."""
+    """Return the number of weights of a linear layer that each token is multiplied with.
+
+    Of a layer of experts, only the experts used per token count. Other modules have 0.
+    """
     weight = part.get("weight")
     if not isinstance(weight, mx.array) or weight.ndim not in (2, 3):
         return 0
@@ -139,7 +143,10 @@ def _linear_weights(part: nn.Module, experts: int | None) -> int:
 
 
 def _attention_widths(model: nn.Module, entries: Mapping[str, Any]) -> Sequence[int]:
-    """Return heads times head width of each layer, 0 for recurrent layers."""
+    """Return for each layer the number of attention heads times the head width.
+
+    Recurrent layers have 0.
+    """
     heads = int(entries.get("num_attention_heads") or entries.get("n_head") or 0)
     hidden = int(entries.get("hidden_size") or entries.get("n_embd") or 0)
     width = int(entries.get("head_dim") or (hidden // heads if heads else 0))
@@ -150,7 +157,11 @@ def _attention_widths(model: nn.Module, entries: Mapping[str, Any]) -> Sequence[
 
 
 def _adapter_weights(part: nn.Module, experts: int | None) -> int:
-    """Return the weights of an adapter that a token meets; 0 for any other module."""
+    """Return the number of weights of an adapter that each token is multiplied with.
+
+    Of an adapter on a layer of experts, only the experts used per token count. Other modules have
+    0.
+    """
     if not isinstance(part, ADAPTER_TYPES):
         return 0
     a, b = part.lora_a, part.lora_b

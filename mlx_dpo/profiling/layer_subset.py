@@ -1,7 +1,8 @@
-"""A model reduced to a few of its layers, so that profiling a pass is fast and needs little memory.
+"""Reduce a model to a few of its layers, so that profiling a pass is fast and needs little memory.
 
-Layers of one signature cost the same. Two samples, one of which is about twice as large, tell
-the cost per layer, and from it that of the whole model.
+Layers with the same signature cost the same. Two subsets of the layers are measured, one about
+twice as large as the other. Their difference gives the cost per layer, and from it follows the
+cost of the whole model.
 """
 
 from collections.abc import Hashable, Iterator, Sequence
@@ -20,12 +21,12 @@ Layers = tuple[nn.Module, ...]
 
 
 class LayersNotFoundError(Exception):
-    """The list that holds the model's layers was not found."""
+    """The attribute that holds the list of the model's layers was not found."""
 
 
 @dataclass(frozen=True)
 class LayerSample:
-    """Two samples of the layers that gradients reach, and the number of such layers."""
+    """A small and a large subset of the layers that gradients reach, to be measured."""
 
     small: Layers
     large: Layers  # equal to `small` if there are no more
@@ -33,15 +34,19 @@ class LayerSample:
 
     @property
     def is_whole(self) -> bool:
-        """Whether all layers are sampled, so that there is nothing to extrapolate."""
+        """Whether the subsets leave nothing to extrapolate.
+
+        That is so if `large` contains all layers, or no more than `small`.
+        """
         return len(self.large) in (self.count, len(self.small))
 
 
 def sample_layers(model: nn.Module) -> LayerSample:
-    """Return samples that begin like the model and contain only layers that gradients reach.
+    """Choose a small and a large subset of the layers, to be measured in place of all layers.
 
-    Layers below the first trained one save no activations and cost next to nothing: they cannot
-    represent the others.
+    The subsets have the layer types that the model begins with, and contain only layers that
+    gradients reach. Layers below the first trained layer save no activations and cost next to
+    nothing, so they cannot represent the others.
     """
     layers = tuple(model.layers)
     trained = layers[first_trained_layer(model) :] or layers
@@ -57,15 +62,16 @@ def sample_layers(model: nn.Module) -> LayerSample:
 
 
 def all_layers(model: nn.Module) -> LayerSample:
-    """Return all layers, for a model that does not run on some of them."""
+    """Return all layers as both subsets, for a model that does not run on some of its layers."""
     layers = tuple(model.layers)
     return LayerSample(layers, layers, len(layers))
 
 
 def layer_signature(layer: nn.Module) -> Hashable:
-    """Return what determines the cost of a layer: types, shapes and flags of its modules.
+    """Return the types, shapes and flags of a layer's modules, which determine its cost.
 
-    Adapters do not count. Integer attributes do not either: many layers hold their own index.
+    Adapters do not count. Integer attributes do not count either, because many layers store their
+    own index.
     """
     parts: list[Hashable] = [type(layer).__qualname__]
     adapted = {path for path, part in layer.named_modules() if isinstance(part, ADAPTER_TYPES)}
@@ -91,10 +97,10 @@ def layer_signature(layer: nn.Module) -> Hashable:
 
 @contextmanager
 def with_layers(model: nn.Module, layers: Sequence[nn.Module]) -> Iterator[None]:
-    """Reduce the model to these layers inside the block.
+    """Reduce the model to the given `layers` inside the block.
 
     Raises:
-        LayersNotFoundError: the list behind `model.layers` was not found.
+        LayersNotFoundError: the attribute that holds the list of the model's layers was not found.
     """
     before = list(model.layers)
     if list(map(id, before)) == list(map(id, layers)):
@@ -109,7 +115,11 @@ def with_layers(model: nn.Module, layers: Sequence[nn.Module]) -> Iterator[None]
 
 
 def _find_layer_list(model: nn.Module, layers: Sequence[nn.Module]) -> tuple[nn.Module, str]:
-    """Return the module that holds the list of layers, and its attribute name."""
+    """Return the module that holds the list of layers, and the name of its attribute.
+
+    Raises:
+        LayersNotFoundError: no module holds exactly these layers.
+    """
     expected = list(map(id, layers))
     for module in model.modules():
         for name, value in module.items():
@@ -119,9 +129,10 @@ def _find_layer_list(model: nn.Module, layers: Sequence[nn.Module]) -> tuple[nn.
 
 
 def first_trained_layer(model: nn.Module) -> int:
-    """Return the index of the first layer that gradients reach; the number of layers if none.
+    """Return the index of the first layer that gradients reach.
 
-    Trained parameters outside the layers may come before them, as embeddings do: then it is 0.
+    It is the number of layers if gradients reach none. It is 0 if parameters outside the layers
+    are trained, because some of these, such as embeddings, come before all layers.
     """
     layers = list(model.layers)
     counts = [len(named_arrays(layer.trainable_parameters())) for layer in layers]
@@ -131,7 +142,10 @@ def first_trained_layer(model: nn.Module) -> int:
 
 
 def _layers_with_signatures(signatures: Sequence[Hashable], layers: Layers) -> Layers:
-    """Return distinct `layers` with these signatures in order, as far as there are any."""
+    """Return one unused layer for each of `signatures`, in order.
+
+    Signatures for which `layers` has no unused layer are left out.
+    """
     unused: dict[Hashable, list[nn.Module]] = {}
     for layer in layers:
         unused.setdefault(layer_signature(layer), []).append(layer)

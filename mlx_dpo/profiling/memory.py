@@ -1,4 +1,4 @@
-"""Memory of a model and of its training, as far as it follows from shapes."""
+"""Memory of a model and of its training, estimated from array shapes without running the model."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -24,7 +24,7 @@ MAX_EXPERTS_PER_TOKEN = 8
 
 
 def parameter_bytes(model: nn.Module) -> int:
-    """Return the size in memory of all parameters."""
+    """Return the memory of all parameters of the model, in bytes."""
     return sum(value.nbytes for value in named_arrays(model.parameters()).values())
 
 
@@ -34,12 +34,12 @@ def trainable_parameters(model: nn.Module) -> int:
 
 
 def trainable_bytes(model: nn.Module) -> int:
-    """Return the size in memory of the trainable parameters, and so of their gradient."""
+    """Return the memory of the trainable parameters in bytes; a gradient takes as much."""
     return sum(value.nbytes for value in named_arrays(model.trainable_parameters()).values())
 
 
 def total_parameters(model: nn.Module) -> int:
-    """Return the number of parameters; quantized weights count as the weights they encode."""
+    """Return the number of parameters; a quantized weight counts as one parameter."""
     total = sum(value.size for value in named_arrays(model.parameters()).values())
     for _, module in model.named_modules():
         if "scales" in module and hasattr(module, "bits"):
@@ -50,18 +50,25 @@ def total_parameters(model: nn.Module) -> int:
 
 
 def base_parameters(model: nn.Module) -> int:
-    """Return the number of parameters of the model without adapters."""
+    """Return the number of parameters of the model, not counting its adapters."""
     adapters = 0 if has_master_weights(model) else trainable_parameters(model)
     return total_parameters(model) - adapters
 
 
 def resident_bytes(model: nn.Module, optimizer_bytes: int) -> int:
-    """Return the memory held between passes: weights, attached adapters, optimizer state."""
+    """Return the memory in bytes that training holds between passes.
+
+    It contains the weights, the attached adapters and the optimizer state.
+    """
     return parameter_bytes(model) + optimizer_bytes
 
 
 def step_peak_bytes(model: nn.Module, pass_bytes: int, optimizer_bytes: int) -> int:
-    """Return the peak memory of an optimizer step: in its largest pass or in the update."""
+    """Return the peak memory of an optimizer step in bytes.
+
+    The peak is reached in the forward and backward pass, which takes `pass_bytes`, or in the
+    update.
+    """
     update = UPDATE_COPIES * trainable_bytes(model)
     return resident_bytes(model, optimizer_bytes) + max(pass_bytes, update)
 
@@ -74,11 +81,11 @@ def step_peak_upper_bound(
     vocab_size: int,
     optimizer_bytes: int,
 ) -> int | None:
-    """Return a rough upper bound of the peak memory of a step over `pairs` in one pass, or None.
+    """Return a rough upper bound in bytes of a step's peak memory, with `pairs` in a single pass.
 
-    It is several times too high and holds for every scorer. It tells quickly that there is
-    enough memory. None for recurrent models, whose shapes do not determine what the backward
-    pass saves.
+    The bound is several times too high and holds for every scorer; it serves to see quickly that
+    there is enough memory. The result is None for recurrent models, whose shapes do not determine
+    what the backward pass saves.
     """
     if any(isinstance(cache, ArraysCache) for cache in _flat_caches(make_prompt_cache(model))):
         return None
@@ -92,14 +99,14 @@ def step_peak_upper_bound(
 
 
 def _flat_caches(caches: Iterable[Any]) -> Iterable[Any]:
-    """Yield caches and the caches nested in them."""
+    """Yield each cache, followed by the caches nested in it."""
     for cache in caches:
         yield cache
         yield from _flat_caches(getattr(cache, "caches", ()))
 
 
 def _linear_width(module: nn.Module) -> int:
-    """Return inputs plus outputs of a linear layer for one token; 0 for any other module."""
+    """Return the number of inputs plus outputs of a linear layer per token; 0 for other modules."""
     weight = module.get("weight")
     if not isinstance(weight, mx.array) or weight.ndim < 2:
         return 0

@@ -1,9 +1,9 @@
-"""Profiling of a pass: memory and time of the real computation on a few layers of the model.
+"""Profile a pass: measure memory and time of the real computation on a few layers of the model.
 
-A formula for the memory of a backward pass holds for one architecture on one device. Here the
-pass itself, with its scorer and all memory savings, runs through two samples of the layers, and
-the measurements are extrapolated to all layers. Layers run one after another and each one saves
-as much as the next, so that peak memory is linear in their number.
+A formula for the memory of a backward pass holds for one architecture on one device only. Here the
+pass itself, with its scorer and all memory savings, runs through a small and a large subset of the
+layers. The measurements are extrapolated to all layers. Layers run one after another and each
+layer saves as much as the next, so peak memory is linear in the number of layers.
 """
 
 from collections.abc import Callable, Sequence
@@ -40,7 +40,7 @@ PassFunction = Callable[[Pairs], Any]  # a pass over pairs; returns the arrays t
 
 
 class Usage(NamedTuple):
-    """Resources used by a computation."""
+    """Peak memory in bytes and time in seconds of a computation."""
 
     bytes: float  # at the peak, beyond what was held before
     seconds: float
@@ -48,7 +48,7 @@ class Usage(NamedTuple):
 
 @dataclass(frozen=True)
 class PassProfile:
-    """Resources of a pass through the whole model."""
+    """Memory and time of a pass through the whole model, extrapolated from some of its layers."""
 
     fixed: Usage  # independent of the number of layers: the head, and intermediate arrays
     per_layer: Usage
@@ -57,12 +57,12 @@ class PassProfile:
 
     @property
     def bytes(self) -> int:
-        """Peak memory beyond weights and optimizer state."""
+        """Peak memory of the pass in bytes, not counting weights and optimizer state."""
         return int(self.fixed.bytes + self.num_layers * self.per_layer.bytes)
 
     @property
     def seconds(self) -> float:
-        """Duration of the pass."""
+        """Duration of the pass in seconds."""
         return self.fixed.seconds + self.num_layers * self.per_layer.seconds
 
 
@@ -79,12 +79,12 @@ class TrainingPass:
 def profile_training_pass(
     policy: nn.Module, pairs: Pairs, settings: TrainingPass, *, memory: int
 ) -> PassProfile:
-    """Measure a training pass over `pairs`, with adapters attached.
+    """Measure memory and time of a forward and backward pass over `pairs`, with adapters attached.
 
-    The policy and MLX's random state are left as they are; MLX's peak memory counter is reset.
+    The policy and MLX's random state stay unchanged; MLX's peak memory counter is reset.
 
     Args:
-        memory: bytes that may be used. Pairs are shortened if they might need more.
+        memory: number of bytes that may be used. Pairs are shortened if they might need more.
     """
 
     def run(pairs: Pairs) -> Any:
@@ -104,14 +104,20 @@ def profile_training_pass(
 def profile_inference_pass(
     policy: nn.Module, pairs: Pairs, score: PassFunction, *, memory: int
 ) -> PassProfile:
-    """Measure a pass of `score` without gradients; see `profile_training_pass`."""
+    """Measure memory and time of `score`, a pass over `pairs` without gradients.
+
+    The policy and MLX's random state stay unchanged; MLX's peak memory counter is reset.
+
+    Args:
+        memory: number of bytes that may be used. Pairs are shortened if they might need more.
+    """
     with module_modes(policy), preserved_random_state():
         policy.eval()
         return _profile_pass(policy, pairs, score, memory)
 
 
 def shorten_pairs(pairs: Pairs, share: float) -> list[TokenizedPair]:
-    """Return pairs with this share of each text, but at least two tokens if there are two."""
+    """Return the pairs with each text cut to this share of its tokens, but to no less than two."""
 
     def shorten(tokens: tuple[int, ...]) -> tuple[int, ...]:
         return tokens[: max(2, round(share * len(tokens)))]
@@ -128,7 +134,10 @@ def shorten_pairs(pairs: Pairs, share: float) -> list[TokenizedPair]:
 
 
 def _profile_pass(policy: nn.Module, pairs: Pairs, run: PassFunction, memory: int) -> PassProfile:
-    """Measure samples of the layers, or all of them if the model does not run on a few."""
+    """Measure the pass `run` on a few layers and extrapolate to all layers.
+
+    If the model does not run on a few layers, all layers are measured.
+    """
     try:
         return _extrapolate_layers(policy, sample_layers(policy), pairs, run, memory)
     except (LayersNotFoundError, *UNSUPPORTED_ERRORS):
@@ -138,7 +147,10 @@ def _profile_pass(policy: nn.Module, pairs: Pairs, run: PassFunction, memory: in
 def _extrapolate_layers(
     policy: nn.Module, sample: LayerSample, pairs: Pairs, run: PassFunction, memory: int
 ) -> PassProfile:
-    """Measure both samples and fit a line in the number of layers."""
+    """Measure the pass `run` on two subsets of the layers and extrapolate linearly to all layers.
+
+    If the large subset leaves nothing to extrapolate, only that subset is measured.
+    """
     with with_layers(policy, sample.large):
         mx.eval(policy.parameters())  # of a model with lazy random weights, only these layers
         share = _share_that_fits(pairs, run, memory)
@@ -166,7 +178,10 @@ def _extrapolate_layers(
 
 
 def _share_that_fits(pairs: Pairs, run: PassFunction, memory: int) -> float:
-    """Return the share of the texts for which memory suffices. Also compiles the kernels."""
+    """Return the share of each text's tokens with which the pass fits into `memory` bytes.
+
+    Trial runs on shortened texts determine it. They also compile the kernels.
+    """
     free = memory - mx.get_active_memory()
     for share, next_share in pairwise(TRIAL_SHARES):
         estimated = _measure(run, shorten_pairs(pairs, share)).bytes * SAFETY_FACTOR / share
@@ -178,17 +193,17 @@ def _share_that_fits(pairs: Pairs, run: PassFunction, memory: int) -> float:
 
 
 def _measure_repeatedly(run: PassFunction, pairs: Pairs) -> list[Usage]:
-    """Return the usage of several runs."""
+    """Return the memory and time of REPEATS runs over `pairs`."""
     return [_measure(run, pairs) for _ in range(REPEATS)]
 
 
 def _minimum(usages: Sequence[Usage]) -> Usage:
-    """Return the least memory and the least time of several runs."""
+    """Return the least memory and the least time of several runs, possibly of different ones."""
     return Usage(min(usage.bytes for usage in usages), min(usage.seconds for usage in usages))
 
 
 def _measure(run: PassFunction, pairs: Pairs) -> Usage:
-    """Return the usage of one run."""
+    """Run `run(pairs)` once and return its peak memory and time."""
     mx.synchronize()
     mx.clear_cache()
     before = mx.get_active_memory()

@@ -1,4 +1,4 @@
-"""Automatic micro-batch size and gradient checkpointing, chosen by measured memory."""
+"""Choose micro-batch size and gradient checkpointing automatically, by measured memory."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -33,7 +33,7 @@ Pairs = Sequence[TokenizedPair]
 
 @dataclass(frozen=True)
 class MicroBatchFit:
-    """Settings with a micro-batch size, and the memory that an optimizer step needs with them."""
+    """Settings that include a micro-batch size, and the memory that an optimizer step takes."""
 
     config: DPOConfig
     bytes: int
@@ -45,15 +45,15 @@ class MicroBatchFit:
 
     @property
     def fits(self) -> bool:
-        """Whether the step fits into memory."""
+        """Whether an optimizer step fits into memory."""
         return self.is_recorded or self.bytes <= self.room.bytes
 
     def automatic_settings(self) -> dict[str, Any]:
-        """Return the chosen settings for `run.json`."""
+        """Return micro-batch size and gradient checkpointing by setting name, for `run.json`."""
         return {name: getattr(self.config, name) for name in AUTOMATIC_SETTINGS}
 
     def describe(self) -> str:
-        """Return the choice and its reason as text for the header."""
+        """Return the chosen settings and the reason as text; it is printed before training."""
         if self.is_recorded:
             return f"as when the run began: {_describe(self.config)}"
         about = "at most about" if self.is_bound else "about"
@@ -74,17 +74,17 @@ def choose_micro_batch_size(
     earlier: Mapping[str, Any] | None,
     force: bool,
 ) -> MicroBatchFit:
-    """Return the settings of a run with a micro-batch size; a resumed run keeps its own.
+    """Return the settings with a micro-batch size; a resumed run keeps the size that it began with.
 
     Args:
-        inputs: Model and pairs.
-        config: Settings of the run.
-        choice: Scorer.
-        earlier: Record of a run that is resumed.
-        force: Accept settings that do not fit into memory.
+        inputs: base model and pairs.
+        config: settings of the run.
+        choice: scorer of the run.
+        earlier: run record (content of `run.json`) of a run that is resumed.
+        force: accept settings that do not fit into memory.
 
     Raises:
-        ConfigError: No micro-batch size that the settings allow fits into memory.
+        ConfigError: no micro-batch size that the settings allow fits into memory.
     """
     recorded = (earlier or {}).get("automatic_settings")
     if recorded is not None:  # a resumed run continues bit for bit
@@ -100,7 +100,10 @@ def choose_micro_batch_size(
 def longest_micro_batch(
     config: DPOConfig, choice: ScorerChoice, pairs: Pairs
 ) -> list[TokenizedPair]:
-    """Return the micro-batch that needs most memory: the longest pairs that fit into one."""
+    """Return the micro-batch that needs most memory: the longest pairs that fit into one.
+
+    The longest pairs of the whole dataset are taken, at most as many as a step has.
+    """
     longest = longest_pairs(config.batch_size, pairs)
     if config.labelled:  # KL completions have one token in passes with gradients
         own = column(pairs, LENGTHS)[:, :2].sum(axis=1)
@@ -112,7 +115,7 @@ def longest_micro_batch(
 def profile_micro_batch(
     base: LoadedModel, config: DPOConfig, choice: ScorerChoice, pairs: Pairs
 ) -> PassProfile:
-    """Return time and memory of a training pass over `pairs`; adapters are attached."""
+    """Measure time and memory of a training pass over `pairs`; adapters must be attached."""
     step = TrainingPass(
         scorer=choice.scorer,
         objective=Objective(config),
@@ -131,10 +134,15 @@ def fit_micro_batch_size(
     room: MemoryBudget,
     measure: bool,
 ) -> MicroBatchFit:
-    """Return the first of the candidate settings that fits, or the smallest if none does.
+    """Return the first candidate settings that fit into memory, or the last if none fit.
 
-    Large micro-batches are preferred. Gradient checkpointing is used only if a single pair does
-    not fit without it. Unless `measure` is set, a memory bound may decide without measuring.
+    Large micro-batches are tried first. Gradient checkpointing is tried last, when a single pair
+    does not fit without it.
+
+    Args:
+        room: memory that training may use.
+        measure: measure the memory always. Otherwise nothing is measured if a rough upper bound
+            shows that there is enough memory.
     """
     preferred, *others = candidate_settings(config)
     longest = longest_micro_batch(preferred, choice, pairs)
@@ -154,7 +162,7 @@ def fit_micro_batch_size(
 
 
 def candidate_settings(config: DPOConfig) -> Iterator[DPOConfig]:
-    """Yield the settings with every allowed micro-batch size, the preferred ones first."""
+    """Yield the settings with every allowed micro-batch size, the preferred sizes first."""
     sizes: Sequence[int | None] = (config.micro_batch_size,)
     if config.micro_batch_size is None and config.max_tokens is None:
         sizes = sorted({min(size, config.batch_size) for size in SIZES[device_kind()]})[::-1]
@@ -164,7 +172,13 @@ def candidate_settings(config: DPOConfig) -> Iterator[DPOConfig]:
 
 
 def _check_fits(fitted: MicroBatchFit, longest: int) -> None:
-    """Raise `ConfigError` with what to change if the longest pairs do not fit into memory."""
+    """Raise `ConfigError` if the longest pairs do not fit into memory.
+
+    The message says what to change.
+
+    Args:
+        longest: number of tokens of the longest example, for the message.
+    """
     if fitted.fits:
         return
     config = fitted.config
@@ -188,7 +202,7 @@ def _check_fits(fitted: MicroBatchFit, longest: int) -> None:
 def _profiled_fit(
     base: LoadedModel, config: DPOConfig, choice: ScorerChoice, pairs: Pairs, room: MemoryBudget
 ) -> MicroBatchFit:
-    """Return the measured memory of an optimizer step with these settings."""
+    """Measure an optimizer step with these settings; return the settings and their peak memory."""
     cost = profile_micro_batch(base, config, choice, longest_micro_batch(config, choice, pairs))
     peak = memory.step_peak_bytes(base.model, cost.bytes, optimizer_state_bytes(base.model, config))
     return MicroBatchFit(config, peak, room, cost=cost)

@@ -1,4 +1,4 @@
-"""Construction of adapters, optimizer, scorers and training plan from the settings."""
+"""Create adapters, optimizer, scorers and the training plan of a run from its settings."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -35,11 +35,15 @@ INFERENCE_FACTOR = 4
 
 
 def attach_adapters(base: LoadedModel, config: DPOConfig) -> dict[str, Any]:
-    """Make `base` a policy, as the settings say; returns what mlx-lm has to know of it.
+    """Attach adapters to `base`, or make its weights trainable, as the settings say.
+
+    Returns:
+        The content of `adapter_config.json`, which mlx-lm reads.
 
     Raises:
-        ConfigError: a setting fits neither the model nor the adapter to start from.
-        ModelError: that adapter is damaged or of another model, or layers cannot be trained.
+        ConfigError: a setting does not fit the model or the adapter to start from.
+        ModelError: the adapter to start from is damaged or belongs to another model, or layers
+            cannot be trained.
     """
     mx.random.seed(config.seed % 2**64)  # of dropout as well, where nothing fresh is drawn
     if config.start_adapter is not None:
@@ -68,10 +72,10 @@ def attach_adapters(base: LoadedModel, config: DPOConfig) -> dict[str, Any]:
 
 
 def _check_not_quantized(base: LoadedModel, config: DPOConfig) -> None:
-    """Packed weights that the CPU holds unpacked would train here, and fit no packed model.
+    """Raise `ConfigError` if the base model is quantized, because full fine-tuning cannot train it.
 
-    Raises:
-        ConfigError: the base is quantised.
+    On the CPU quantized weights are held unpacked and could be trained, but the result would fit
+    no quantized model.
     """
     if base.config.get("quantization") or base.config.get("quantization_config"):
         instead = "the model as it was before" if config.bits is None else "it without --bits"
@@ -82,32 +86,35 @@ def _check_not_quantized(base: LoadedModel, config: DPOConfig) -> None:
 
 
 def reference_mode(policy: nn.Module, config: DPOConfig) -> AbstractContextManager[None]:
-    """Return a context in which an untrained policy computes as its reference.
+    """Return a context in which the not yet trained policy computes as its reference.
 
-    Fresh adapters change nothing; without them there is less to compute.
+    New adapters do not change the output of the model, so they are disabled to compute less.
     """
     fresh = config.start_adapter is None and adapters.get_fine_tune_type(policy) != "full"
     return adapters.disable_adapters(policy) if fresh else nullcontext()
 
 
 def make_optimizer(policy: nn.Module, config: DPOConfig) -> optim.Optimizer:
-    """Return the optimizer of the settings, initialized for the trainable parameters."""
+    """Create the optimizer that the settings name, initialized for the trainable parameters."""
     given = {name: getattr(config, name) for name in optimizers.OPTIMIZERS[config.optim].settings}
     kept = {name: value for name, value in given.items() if value is not None}
     return optimizers.build_optimizer(config.optim, policy, config.learning_rate, **kept)
 
 
 def optimizer_state_bytes(policy: nn.Module, config: DPOConfig) -> int:
-    """Bytes that optimizer and synced reference remember; nothing is allocated."""
+    """Return the size in bytes of the optimizer state and of the synced reference's weights.
+
+    Nothing is allocated.
+    """
     synced = trainable_bytes(policy) if config.sync_ref_model else 0
     return optimizers.count_state_bytes(make_optimizer(policy, config)) + synced
 
 
 def choose_scorer(base: LoadedModel, config: DPOConfig) -> ScorerChoice:
-    """Select the scorer of a run; adapters have to be attached.
+    """Choose the function that computes the log-probs of pairs; adapters must be attached.
 
     Raises:
-        ModelError: a scorer is wanted that is not exact for this model.
+        ModelError: the settings name a scorer that is not exact for this model.
     """
     wanted = cast(ScorerSetting, config.scorer)
     with memory_efficient_training(base.model, recompute=bool(config.recompute)):  # as in training
@@ -117,7 +124,7 @@ def choose_scorer(base: LoadedModel, config: DPOConfig) -> ScorerChoice:
 
 
 def inference_limit(config: DPOConfig, choice: ScorerChoice) -> PassLimit:
-    """Return the largest micro-batch without gradients."""
+    """Return the maximum number of pairs and tokens in a forward pass without gradients."""
     # Whole rows of logits, or a training pass that keeps no more either, leave no room for it;
     # and on the CPU larger arrays leave its caches, so that long pairs take four times as long.
     roomy = choice.name == "shared" and not config.recompute
@@ -126,7 +133,10 @@ def inference_limit(config: DPOConfig, choice: ScorerChoice) -> PassLimit:
 
 
 def make_dataset_scorer(config: DPOConfig, choice: ScorerChoice) -> DatasetScorer:
-    """Return the scorer without gradients, for the reference and for evaluation."""
+    """Return a function that computes log-probs of a dataset without gradients.
+
+    It is used for the reference and for evaluation.
+    """
     return partial(
         score_pairs,
         limit=inference_limit(config, choice),
@@ -136,7 +146,7 @@ def make_dataset_scorer(config: DPOConfig, choice: ScorerChoice) -> DatasetScore
 
 
 def make_on_policy_weights(config: DPOConfig, choice: ScorerChoice) -> OnPolicyWeights | None:
-    """Return the function that computes WPO weights, or None without `use_weighting`."""
+    """Return the function that computes the WPO weights of pairs; None without `use_weighting`."""
     if not config.use_weighting:
         return None
     score = partial(
@@ -151,7 +161,7 @@ def make_on_policy_weights(config: DPOConfig, choice: ScorerChoice) -> OnPolicyW
 def make_synced_reference(
     policy: nn.Module, config: DPOConfig, choice: ScorerChoice
 ) -> SyncedReference | None:
-    """Return a reference that follows the policy, or None without `sync_ref_model`."""
+    """Return a reference that follows the policy; None without `sync_ref_model`."""
     if not config.sync_ref_model:
         return None
     score = make_dataset_scorer(config, choice)
@@ -159,10 +169,10 @@ def make_synced_reference(
 
 
 def check_step_settings(config: DPOConfig, total_steps: int) -> None:
-    """A warm-up begins at rate 0 and has to end within the run.
+    """Raise `ConfigError` if settings do not fit the number of steps of the run.
 
-    Raises:
-        ConfigError: no update of the run would change anything, or none has the peak rate.
+    The learning rate is 0 in the first step of a warm-up, so a run of one step must not have one.
+    The warm-up must end, and a synced reference must be updated, before the last step.
     """
     if total_steps == 1 and config.count_warmup_steps(total_steps) > 0:
         raise ConfigError(
@@ -190,7 +200,11 @@ def make_plan(
     total_steps: int,
     synced_reference: SyncedReference | None = None,
 ) -> TrainingPlan:
-    """Return the plan of the training steps."""
+    """Create the training plan: pairs, objective and hyper-parameters of every step.
+
+    Args:
+        reference: log-probs of `pairs` under the reference, (len(pairs),) each.
+    """
     return TrainingPlan(
         pairs=pairs,
         reference=reference,

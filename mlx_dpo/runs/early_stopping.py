@@ -1,7 +1,8 @@
 """Early stopping and the best checkpoint, decided by a metric of the evaluations.
 
 The adapters of the best evaluation are saved next to the checkpoints until the run is finished.
-There may be several: a run that resumes from an earlier checkpoint needs the best of that time.
+Adapters of several evaluations may be saved at a time, because a run that resumes from an earlier
+checkpoint needs those that were best at that checkpoint.
 """
 
 import math
@@ -23,7 +24,7 @@ from mlx_dpo.training.checkpoint import checkpoint_path, saved_steps, whole_fold
 
 @dataclass(frozen=True)
 class BestState:
-    """Best evaluation so far, and the evaluations since the last improvement."""
+    """The best evaluation so far, and the number of evaluations since the last improvement."""
 
     step: int | None = None  # None before the first evaluation with a value
     value: float = math.nan
@@ -32,7 +33,7 @@ class BestState:
 
 @dataclass(frozen=True)
 class EarlyStopping:
-    """The metric that decides which evaluation is best, and the patience of early stopping."""
+    """The metric that decides which evaluation is best, and when the run stops early."""
 
     metric: str  # with its prefix, as in the rows of metrics
     lower_is_better: bool
@@ -41,10 +42,15 @@ class EarlyStopping:
 
     @classmethod
     def by(cls, metric: str, *, patience: int | None, threshold: float | None) -> "EarlyStopping":
-        """Return the rule for the public name of a metric, with or without the `eval_` prefix.
+        """Create the rule for a metric, named with or without the prefix `eval_`.
+
+        Args:
+            patience: number of evaluations without an improvement after which the run stops; None
+                means no early stopping.
+            threshold: gain in the metric above which an evaluation counts as an improvement.
 
         Raises:
-            ConfigError: The metric does not exist, or no value of it is better than another.
+            ConfigError: the metric does not exist, or has no better and worse values.
         """
         known = {m.name: m.better == "lower" for m in METRICS.values() if m.better is not None}
         name = metric.removeprefix(EVAL_PREFIX)
@@ -55,14 +61,17 @@ class EarlyStopping:
         return cls(EVAL_PREFIX + name, known[name], patience, threshold or 0.0)
 
     def state_after(self, rows: Iterable[Mapping[str, float]]) -> BestState:
-        """Return the state after all evaluations among `rows` of metrics."""
+        """Return the best evaluation among metrics `rows`, and the evaluations since it improved.
+
+        Rows of training steps are ignored.
+        """
         state = BestState()
         for row in rows:
             state = self.update(state, row)
         return state
 
     def update(self, state: BestState, row: Mapping[str, float]) -> BestState:
-        """Return the state after one more row of metrics; rows of training steps do not count."""
+        """Return the state after one more metrics row; rows of training steps change nothing."""
         if self.metric not in row:
             return state
         step, value = int(row["step"]), row[self.metric]
@@ -76,11 +85,14 @@ class EarlyStopping:
         return BestState(state.step, state.value, waited)
 
     def should_stop(self, state: BestState) -> bool:
-        """Return whether the patience is exhausted."""
+        """Return whether `patience` evaluations in a row brought no improvement."""
         return self.patience is not None and state.num_without_improvement >= self.patience
 
     def describe(self, *, load_best_at_end: bool) -> str:
-        """Return the consequences of this rule as text for the header."""
+        """Return as text when the run stops, and which adapters it ends with.
+
+        The text is printed before training.
+        """
         what = f"{'lowest' if self.lower_is_better else 'highest'} {self.metric}"
         parts = [f"the run ends with the adapters of the {what}"] if load_best_at_end else []
         if self.patience is not None:
@@ -94,13 +106,13 @@ Row = Mapping[str, float]
 
 
 class BestCheckpoint:
-    """Best evaluation of a run and its adapters; inactive without `metric_for_best_model`."""
+    """The best evaluation of a run and its adapters; inactive without `metric_for_best_model`."""
 
     def __init__(self, config: DPOConfig, paths: RunPaths) -> None:
-        """Start before any evaluation.
+        """Start before the first evaluation.
 
         Raises:
-            ConfigError: The metric is not known.
+            ConfigError: `metric_for_best_model` is not a known metric.
         """
         self.paths = paths
         self.load_best_at_end = config.load_best_model_at_end
@@ -111,7 +123,14 @@ class BestCheckpoint:
         self.state = BestState()
 
     def check_has_effect(self, *, every: int | None, total_steps: int, held_out: int) -> None:
-        """Raise `ConfigError` if a setting decides nothing in a run of `total_steps` steps."""
+        """Raise `ConfigError` if best checkpoint or early stopping can have no effect in the run.
+
+        Args:
+            every: number of steps between two evaluations; None means no evaluations during
+                training.
+            total_steps: number of optimizer steps of the run.
+            held_out: number of held-out pairs.
+        """
         if self.rule is None or every is None:
             return
         between = (total_steps - 1) // every
@@ -127,10 +146,10 @@ class BestCheckpoint:
             )
 
     def restore(self, rows: Sequence[Row]) -> None:
-        """Restore the state from the rows of metrics up to a checkpoint.
+        """Restore the best evaluation from the metrics rows up to a checkpoint.
 
         Raises:
-            RunError: The adapters of the best evaluation are gone.
+            RunError: the saved adapters of the best evaluation are missing.
         """
         if self.rule is None:
             return
@@ -142,7 +161,11 @@ class BestCheckpoint:
             )
 
     def update(self, row: Row, save: Callable[[Path], None]) -> None:
-        """Take an evaluation into account; `save` its adapters to a folder if it is the best."""
+        """Record an evaluation; if it is the best so far, `save` its adapters to a folder.
+
+        Raises:
+            ConfigError: the evaluation lacks the metric.
+        """
         if self.rule is None:
             return
         if self.rule.metric not in row:
@@ -157,16 +180,20 @@ class BestCheckpoint:
 
     @property
     def should_stop(self) -> bool:
-        """Whether the run is to stop early now."""
+        """Whether the run should stop early now."""
         return self.rule is not None and self.rule.should_stop(self.state)
 
     @property
     def step(self) -> int | None:
-        """Step whose adapters the run ends with; None for the last step."""
+        """Step of the adapters that the run ends with; None means the adapters of the last step."""
         return self.state.step if self.load_best_at_end else None
 
     def prune(self, rows: Sequence[Row]) -> None:
-        """Remove adapters that no remaining checkpoint can need."""
+        """Remove saved adapters that a run resumed from any remaining checkpoint cannot need.
+
+        Args:
+            rows: all metrics rows of the run.
+        """
         if self.rule is None or not self.load_best_at_end:
             return
         needed = {self.state.step}
@@ -176,16 +203,19 @@ class BestCheckpoint:
             shutil.rmtree(checkpoint_path(self.paths.best, step), ignore_errors=True)
 
     def load_into(self, policy: nn.Module) -> None:
-        """Load the adapters of the best evaluation into `policy`, if the run ends with them."""
+        """Load the adapters of the best evaluation into `policy` if the run ends with these."""
         if self.step is not None:
             load_adapter_weights(policy, self._folder / WEIGHTS)
 
     def remove(self) -> None:
-        """Remove all saved adapters of evaluations; the run is finished."""
+        """Remove the saved adapters of all evaluations after the run is finished."""
         shutil.rmtree(self.paths.best, ignore_errors=True)
 
     def to_dict(self) -> dict[str, Any] | None:
-        """Return step and metric of the best checkpoint for `run.json`, or None."""
+        """Return step and metric of the best checkpoint for `run.json`.
+
+        The result is None if the run ends with the adapters of the last step.
+        """
         if self.step is None or self.rule is None:
             return None
         return {"step": self.step, self.rule.metric: self.state.value}

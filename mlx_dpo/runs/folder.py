@@ -1,4 +1,4 @@
-"""The run folder: its files, its lock, and the record in `run.json`."""
+"""The run folder: its files, its lock, and the run record in `run.json`."""
 
 import fcntl
 import json
@@ -27,44 +27,49 @@ class RunPaths:
 
     @property
     def record(self) -> Path:
-        """Record with settings, provenance, counts and results."""
+        """Path of `run.json`, the run record: settings, provenance, counts and results."""
         return self.folder / "run.json"
 
     @property
     def metrics(self) -> Path:
-        """Metrics, one JSON object per step or evaluation."""
+        """Path of the metrics file, which has one JSON object per step or evaluation."""
         return self.folder / "metrics.jsonl"
 
     @property
     def checkpoints(self) -> Path:
-        """Folder of the checkpoints."""
+        """Path of the folder that contains the checkpoints."""
         return self.folder / "checkpoints"
 
     @property
     def best(self) -> Path:
-        """Folder of the adapters of the best evaluations; removed when the run is finished."""
+        """Path of the folder with the adapters of the best evaluations.
+
+        It is removed when the run is finished.
+        """
         return self.folder / "best"
 
     @property
     def lock(self) -> Path:
-        """File that the training process keeps locked."""
+        """Path of the file that the training process keeps locked."""
         return self.folder / ".lock"
 
     def reference(self, split: str) -> Path:
-        """Return the file with the reference log-probabilities of split `train` or `valid`."""
+        """Return the path of the reference log-probs of split `train` or `valid`."""
         return self.folder / "reference" / f"{split}.safetensors"
 
 
 def write_record(paths: RunPaths, record: dict[str, Any]) -> None:
-    """Replace `run.json` atomically."""
+    """Write the run record to `run.json`, replacing the file atomically."""
     write_file(paths.record, json.dumps(record, indent=2) + "\n")
 
 
 def read_record(paths: RunPaths) -> dict[str, Any] | None:
-    """Return the content of `run.json` under the current key names, or None without the file.
+    """Return the run record in `run.json`; None if the file does not exist.
+
+    Key names of earlier versions are replaced by the current ones.
 
     Raises:
-        RunError: The file is not the record of a run.
+        RunError: the file is not a run record.
     """
     try:
         record = json.loads(paths.record.read_text())
@@ -86,7 +91,7 @@ OLD_PROVENANCE_KEYS = {
 
 
 def with_current_keys(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a record with the key names of earlier versions replaced by the current ones."""
+    """Return a run record with key names of earlier versions replaced by the current ones."""
     renamed = {OLD_KEYS.get(key, key): value for key, value in record.items()}
     provenance = renamed.get("provenance", {})
     renamed["provenance"] = {
@@ -96,7 +101,10 @@ def with_current_keys(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def remove_run(paths: RunPaths) -> None:
-    """Remove the record, metrics, checkpoints and reference log-probabilities of a run."""
+    """Remove the files of a run except for its final adapters.
+
+    Run record, metrics, checkpoints, best adapters and reference log-probs are removed.
+    """
     for folder in (paths.checkpoints, paths.best, paths.reference("train").parent):
         shutil.rmtree(folder, ignore_errors=True)
     paths.metrics.unlink(missing_ok=True)
@@ -104,10 +112,10 @@ def remove_run(paths: RunPaths) -> None:
 
 
 def find_run(folder: str) -> tuple[RunPaths, dict[str, Any]]:
-    """Return the paths and the record of the run in `folder`.
+    """Return the paths and the run record (content of `run.json`) of the run in `folder`.
 
     Raises:
-        RunError: The folder is not a run folder.
+        RunError: the folder is not a run folder.
     """
     paths = RunPaths(Path(folder).expanduser())
     record = read_record(paths)
@@ -135,12 +143,12 @@ def check_run_folder(paths: RunPaths) -> None:
 
 @contextmanager
 def lock_folder(paths: RunPaths) -> Iterator[None]:
-    """Create and lock the folder for this process; remove it again if nothing was written.
+    """Create and lock the run folder inside the block; remove it afterwards if nothing was written.
 
-    The lock belongs to the open file: the system releases it however the process ends.
+    The lock belongs to the open file, so the system releases it however the process ends.
 
     Raises:
-        RunError: Another process has the lock, or the folder cannot be written.
+        RunError: another process has the lock, or the folder cannot be written.
     """
     try:
         paths.folder.mkdir(parents=True, exist_ok=True)
@@ -179,10 +187,10 @@ PROVENANCE_NAMES = {
 
 
 def start_adapter_provenance(config: DPOConfig) -> dict[str, Any]:
-    """Return the digest of the start adapter; nothing without `start_adapter`.
+    """Return the digest of the start adapter under its key; an empty dict without `start_adapter`.
 
     Raises:
-        ModelError: The start adapter does not exist.
+        ModelError: the start adapter does not exist.
     """
     folder = config.start_adapter
     return {} if folder is None else {"start_adapter": adapter_digest(Path(folder))}
@@ -196,9 +204,12 @@ def new_record(
     *,
     total_steps: int,
 ) -> dict[str, Any]:
-    """The record of a run that is about to begin; `start` as `start_provenance` says.
+    """Create the run record of a run that is about to begin.
 
-    A run that goes on keeps the id of its `earlier` record.
+    Args:
+        start: digests of the start adapter and of a separate reference model, by key.
+        earlier: run record of the run that is resumed; its id is kept.
+        total_steps: number of optimizer steps of the run.
     """
     return {
         "id": (earlier or {}).get("id") or token_hex(8),
@@ -222,7 +233,7 @@ def new_record(
 
 
 def hub_model_id(record: Mapping[str, Any]) -> str | None:
-    """Return the Hub id of the base model of a run; None if it is a local folder."""
+    """Return the Hub id of the base model of a run; None if the model is a local folder."""
     return None if record["model_folder"] else str(record["settings"]["model"])
 
 
@@ -234,9 +245,14 @@ def _relative(model: str, output: str) -> str | None:
 def check_resumable(
     paths: RunPaths, earlier: dict[str, Any], config: DPOConfig, *, resume: bool
 ) -> None:
-    """Raise `RunError` if a new run would overwrite `earlier`, or if it cannot be resumed.
+    """Raise `RunError` if the run in the folder cannot be resumed, or if `resume` is not set.
 
-    Resuming needs `resume`, an unfinished run, and the same settings.
+    A run can be resumed if it is unfinished and has the same settings.
+
+    Args:
+        earlier: run record (content of `run.json`) of the run in the folder.
+        config: settings of the run that is about to begin.
+        resume: whether the user wants to resume the run.
     """
     if earlier["state"] == "finished":
         steps = earlier.get("stopped_early_at") or earlier["steps"]
@@ -262,7 +278,12 @@ def _shown(value: Any) -> str:
 
 
 def check_provenance(paths: RunPaths, earlier: dict[str, Any], now: Mapping[str, str]) -> None:
-    """Raise `RunError` if model, pairs or adapters have changed since the run began."""
+    """Raise `RunError` if model, pairs or adapters have changed since the run began.
+
+    Args:
+        earlier: run record (content of `run.json`) from when the run began.
+        now: digests of the present inputs.
+    """
     for name, content in now.items():
         if earlier["provenance"][name] != content:
             raise RunError(
@@ -272,11 +293,13 @@ def check_provenance(paths: RunPaths, earlier: dict[str, Any], now: Mapping[str,
 
 
 def reference_provenance(record: dict[str, Any], device_and_dtype: str) -> str:
-    """Return a key of everything but token ids that determines reference log-probabilities.
+    """Return a text that identifies everything that determines the reference log-probs.
+
+    Only the token ids of the pairs are not contained. The text is part of cache keys.
 
     Args:
-        record: Record of the run.
-        device_and_dtype: Device and dtype with which the reference is scored now.
+        record: run record (content of `run.json`).
+        device_and_dtype: device and dtype with which the reference computes now.
     """
     settings = {name: record["settings"][name] for name in ("bits", "group_size", "dtype")}
     # The names "held" and "start" are part of the key of caches that exist already.

@@ -1,4 +1,4 @@
-"""Inputs of a run: the base model, the tokenized pairs, and the provenance of both."""
+"""Load the inputs of a run: the base model and the tokenized pairs."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -33,7 +33,7 @@ MAX_PROCESSES = 8  # each loads a tokenizer and its libraries
 
 @dataclass(frozen=True)
 class Inputs:
-    """The base model and the tokenized pairs of a run."""
+    """The base model and the tokenized pairs of a run, and reports on how the pairs were read."""
 
     base: LoadedModel
     train: Sequence[TokenizedPair]
@@ -42,7 +42,10 @@ class Inputs:
     unused_splits: Sequence[str] = ()  # held-out splits that `valid` replaces
 
     def provenance(self, config: DPOConfig) -> dict[str, Any]:
-        """Return digests of all inputs on which the results depend, besides the settings."""
+        """Return digests of all inputs that determine the results, besides the settings.
+
+        Device and dtype are given by name, everything else by its digest.
+        """
         return {
             "model": model_fingerprint(self.base.path),
             "tokenizer": tokenizer_fingerprint(self.base.path),
@@ -53,12 +56,12 @@ class Inputs:
 
 
 def device_and_dtype(base: LoadedModel) -> str:
-    """Return the device and the dtype with which the model computes."""
+    """Return the device and the dtype with which the model computes, such as `cpu float32`."""
     return f"{device_kind()} {main_dtype(base.model)}"
 
 
 def token_rules(config: DPOConfig, base: LoadedModel) -> TokenRules:
-    """Return the settings that decide how text becomes tokens."""
+    """Return the settings that decide how texts are tokenized."""
     return TokenRules(
         chat_template=config.chat_template,
         thinking=config.thinking,
@@ -72,7 +75,11 @@ def token_rules(config: DPOConfig, base: LoadedModel) -> TokenRules:
 def load_configured_base(
     config: DPOConfig, load: Callable[..., LoadedModel] = load_model
 ) -> LoadedModel:
-    """Load the base model of the settings with `load`, its weights or only their shapes."""
+    """Load the base model that the settings name.
+
+    Args:
+        load: function that loads it, with its weights (default) or only their shapes.
+    """
     return load(
         config.model,
         revision=config.revision,
@@ -84,7 +91,7 @@ def load_configured_base(
 
 
 def row_rules(config: DPOConfig) -> RowRules:
-    """Return the settings that decide how rows become examples."""
+    """Return the settings that decide how dataset rows are parsed into examples."""
     return RowRules(
         judged=config.labelled,
         pair_labelled=config.pair_labelled,
@@ -98,7 +105,7 @@ def row_rules(config: DPOConfig) -> RowRules:
 
 @dataclass(frozen=True)
 class Datasets:
-    """Pairs in memory, which replace the settings `pairs` and `valid`."""
+    """Pairs passed as Python objects; they take the place of the settings `pairs` and `valid`."""
 
     train: InMemoryRows | None = None
     valid: InMemoryRows | None = None
@@ -110,11 +117,11 @@ class Datasets:
         train: Iterable[Mapping[str, Any]] | None,
         valid: Iterable[Mapping[str, Any]] | None,
     ) -> "Datasets":
-        """Return the datasets that a trainer is given in place of settings.
+        """Create the datasets from rows that were passed to the trainer as Python objects.
 
         Raises:
-            ConfigError: Pairs are given in the settings as well.
-            DataError: A dataset is not an iterable of rows.
+            ConfigError: pairs are named in the settings as well.
+            DataError: a dataset is not an iterable of rows.
         """
         given = (("train_dataset", train, "pairs"), ("eval_dataset", valid, "valid"))
         for name, rows, setting in given:
@@ -133,14 +140,14 @@ NO_DATASETS = Datasets()
 
 @contextmanager
 def no_progress(rows: int | None) -> Iterator[Callable[[int], None]]:
-    """Show no progress."""
+    """Yield a progress callback that shows nothing."""
     yield lambda more: None
 
 
 def load_configured_source(
     config: DPOConfig, base: LoadedModel, source: Source, counting: RowProgress = no_progress
 ) -> LoadedPairs[PairDataset]:
-    """Load and tokenize one source of pairs with the settings of the run."""
+    """Load and tokenize one source of pairs (file, folder or dataset) with the run's settings."""
     path, code = base.path, config.trust_remote_code
     load = partial(load_tokenizer, path, base.source, trust_remote_code=code)
     files = tokenizer_fingerprint(path) + (code_fingerprint(path) if code else "")
@@ -156,7 +163,10 @@ def load_configured_source(
 
 
 def count_processes() -> int:
-    """Return the number of processes that tokenize large sources."""
+    """Return the number of processes that tokenize large sources.
+
+    It is the number of CPU cores, at most MAX_PROCESSES.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return min(cores or 1, MAX_PROCESSES)
 
@@ -164,7 +174,7 @@ def count_processes() -> int:
 def add_kl_completions(
     config: DPOConfig, pairs: Sequence[TokenizedPair]
 ) -> Sequence[TokenizedPair]:
-    """Return the pairs of a split; unpaired examples get the KL completions that KTO needs."""
+    """Add the KL completions that KTO needs to the examples; other pairs are returned unchanged."""
     return with_mismatched_completions(pairs, config.max_length) if config.labelled else pairs
 
 
@@ -175,16 +185,15 @@ def load_inputs(
     counting: RowProgress = no_progress,
     datasets: Datasets = NO_DATASETS,
 ) -> Inputs:
-    """Find the pairs, load the base model and tokenize.
+    """Find the pairs, load the base model and tokenize the pairs.
 
     Args:
-        config: Settings of the run.
-        read: Loads the base model.
-        counting: Progress of tokenizing large sources, in rows.
-        datasets: Pairs in memory.
+        read: function that loads the base model.
+        counting: shows the progress of tokenizing large sources, in rows.
+        datasets: pairs passed as Python objects.
 
     Raises:
-        ConfigError: A setting has no effect, or rows are longer than the context length.
+        ConfigError: a setting has no effect, or an example is longer than the context length.
     """
     pairs, valid = datasets.train or config.pairs, datasets.valid or config.valid
     sources = find_sources(pairs, valid, config.split)
@@ -206,7 +215,11 @@ def _split_pairs(
     train: Sequence[LoadedPairs[PairDataset]],
     valid: Sequence[LoadedPairs[PairDataset]],
 ) -> tuple[PairDataset, PairDataset]:
-    """Return training and held-out pairs; `mix` decides how often each source is used."""
+    """Return the training pairs and the held-out pairs.
+
+    Without `valid`, a share of the training sources is held out. The setting `mix` decides how
+    often each source is used in an epoch.
+    """
     all_pairs = concatenate([loaded.pairs for loaded in train])
     share = 0.0 if valid else config.held_out_fraction
     held_out = held_out_indices(all_pairs, share=share, seed=config.seed)
@@ -229,7 +242,7 @@ def _split_pairs(
 def check_context_length(
     config: DPOConfig, base: LoadedModel, *splits: Sequence[TokenizedPair]
 ) -> None:
-    """Raise `ConfigError` if a row is longer than the context length of the model."""
+    """Raise `ConfigError` if a prompt with its completion exceeds the model's context length."""
     context = context_length(base.config)
     longest = longest_row(*splits)
     if context is not None and longest > context:
@@ -240,7 +253,7 @@ def check_context_length(
 
 
 def check_held_out_settings(config: DPOConfig, sources: SplitSources) -> None:
-    """Raise `ConfigError` if a setting about held-out pairs has no effect."""
+    """Raise `ConfigError` if a setting for held-out pairs has no effect."""
     if sources.valid and config.valid_fraction is not None:
         raise ConfigError(
             f"`valid_fraction` has no effect together with {sources.valid[0].name}; "

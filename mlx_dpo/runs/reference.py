@@ -1,4 +1,4 @@
-"""Reference log-probabilities of a run, from the cache that all runs share."""
+"""Compute the reference log-probs of a run, or read them from the cache that all runs share."""
 
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -45,17 +45,17 @@ def cached_reference_logps(
     score: DatasetScorer,
     progress: Callable[[int], None] = lambda scored: None,
 ) -> PairLogps:
-    """Return log-probabilities under the reference, from the cache if they are there.
+    """Return the log-probs of `pairs` under the reference. (len(pairs),) each
 
-    (len(pairs),) each
+    Log-probs found in the shared cache are not computed again.
 
     Args:
-        model: The reference: the policy with its adapters off.
-        pairs: Pairs to be scored.
-        record: Record of the run.
-        device_and_dtype: Device and dtype with which the reference is scored now.
-        score: Scorer without gradients.
-        progress: Called with the number of newly scored pairs.
+        model: the reference: the policy with its adapters disabled, or a separate model.
+        record: run record (content of `run.json`), which identifies model and settings in the
+            cache.
+        device_and_dtype: device and dtype with which the reference computes now.
+        score: function that computes log-probs of a dataset without gradients.
+        progress: called with the number of pairs whose log-probs were computed or read.
     """
     return reference_logps(
         model,
@@ -69,7 +69,7 @@ def cached_reference_logps(
 
 
 def _model_name(record: dict[str, Any]) -> str:
-    """Return the name of the model; for a folder, only the last part of its path."""
+    """Return the name of the model of a run; for a local folder, only the last part of its path."""
     model: str = record["settings"]["model"]
     local = record.get("model_folder") is not None
     return os.path.basename(os.path.abspath(os.path.expanduser(model))) if local else model
@@ -83,7 +83,10 @@ Splits = dict[str, Sequence[TokenizedPair]]
 
 
 def load_reference_model(config: DPOConfig) -> LoadedModel:
-    """Load the reference model of the settings unquantized: `bits` applies to the policy only."""
+    """Load the model that the setting `reference_model` names.
+
+    It is not quantized, because `bits` applies to the policy only.
+    """
     assert config.reference_model is not None
     return load_model(
         config.reference_model, dtype=config.dtype, trust_remote_code=config.trust_remote_code
@@ -96,12 +99,13 @@ def score_with_reference_model(
     rows: RowProgress,
     datasets: Datasets = NO_DATASETS,
 ) -> tuple[dict[str, PairLogps], str]:
-    """Return log-probabilities of both splits under `reference_model`, and the model's digest.
+    """Return the log-probs of both splits under `reference_model`, and that model's digest.
 
     (len(pairs),) each. The weights of the policy are not loaded.
 
     Raises:
-        ConfigError: The tokenizers differ, or rows are longer than the context length.
+        ConfigError: the tokenizers of the two models differ, an example is longer than the
+            reference model's context length, or pairs come from standard input.
     """
     if STDIN in (*config.pairs, config.valid):
         raise ConfigError(
@@ -123,7 +127,11 @@ def score_splits(
     splits: Splits,
     counting: ProgressBar,
 ) -> tuple[dict[str, PairLogps], str]:
-    """Return log-probabilities of `splits` under the model `other`, and the model's digest."""
+    """Return the log-probs of `splits` under the model `other`, and that model's digest.
+
+    Args:
+        tokenizer: tokenizer of the policy, with which `splits` were tokenized.
+    """
     check_same_tokens(other, tokenizer, chain.from_iterable(splits.values()))
     check_context_length(config, other, *splits.values())
     digest = model_fingerprint(other.path)
@@ -147,7 +155,10 @@ def score_splits(
 
 
 def _reference_model_record(config: DPOConfig, digest: str) -> dict[str, Any]:
-    """Return the record that a run of the reference model itself would have."""
+    """Return a run record with the reference model in place of the base model.
+
+    With this record its log-probs are cached under their own key.
+    """
     asked = {"model": config.reference_model, "bits": None, "group_size": None}
     folder = Path(str(config.reference_model)).expanduser()
     return {
@@ -160,7 +171,7 @@ def _reference_model_record(config: DPOConfig, digest: str) -> dict[str, Any]:
 def check_same_tokens(
     other: LoadedModel, tokenizer: TokenizerWrapper, pairs: Iterable[TokenizedPair]
 ) -> None:
-    """Raise `ConfigError` if a token id of the pairs is a different token in the other model."""
+    """Raise `ConfigError` if a token id in `pairs` means another token in the model `other`."""
     used = sorted({t for p in pairs for part in (p.prompt, p.chosen, p.rejected) for t in part})
     ours = tokenizer.convert_ids_to_tokens(used)
     known = [t for t in used if t < other.vocab_size]

@@ -1,4 +1,4 @@
-"""Export of a finished run's adapter to PEFT's file layout."""
+"""Save the adapter of a finished run in PEFT's file layout too."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +15,10 @@ LOADS_IN_PEFT = "loads in mlx-lm and in PEFT"
 
 
 def save_peft(folder: Path, base: LoadedModel, config: DPOConfig) -> str:
-    """Add PEFT's files to a finished run, if the model's layer names can be verified.
+    """Add PEFT's files to a finished run if its layer names match the Hugging Face checkpoint's.
 
     Returns:
-        The libraries that can load the adapter, and the reason if PEFT is not one of them.
+        The libraries that can load the adapter, and the reason if PEFT is not among them.
     """
     try:
         name = base.source if is_hub_id(base.source) else "its base"  # goes on cards: no path
@@ -38,14 +38,14 @@ def write_peft_files(
     checkpoint: HFCheckpoint,
     source: tuple[str | None, str | None],
 ) -> None:
-    """Write the adapter of `base` in PEFT's layout to `folder`.
+    """Write the adapter of `base` to `folder` in PEFT's layout.
 
     Args:
-        folder: Run folder.
-        base: Model with the adapter attached.
-        config: Settings of the run.
-        checkpoint: The Hugging Face checkpoint from which the model was made.
-        source: Hub id and revision of that checkpoint.
+        folder: run folder.
+        base: model with the adapter attached.
+        config: settings of the run.
+        checkpoint: the Hugging Face checkpoint from which the model was converted.
+        source: Hub id and revision of that checkpoint, for PEFT's settings.
     """
     settings, arrays = make_peft_adapter(
         base.model,

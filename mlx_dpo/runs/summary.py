@@ -1,4 +1,4 @@
-"""Summary of a run for the terminal: lines of label and text before and after training."""
+"""Summarize a run for the terminal, in lines of a label and a text, before and after training."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ SummaryLine = tuple[str, str]
 
 
 def describe_reference(policy: nn.Module, config: DPOConfig) -> str:
-    """Return a description of the reference."""
+    """Return a description of the reference model and of when its log-probs are computed."""
     if not config.needs_reference:
         return "none: the loss needs none"
     if config.reference_model is not None:
@@ -49,12 +49,12 @@ def describe_reference(policy: nn.Module, config: DPOConfig) -> str:
 def summarize_trainable(
     policy: nn.Module, config: DPOConfig, entries: Mapping[str, Any]
 ) -> list[SummaryLine]:
-    """Return the lines about the trainable parameters.
+    """Return the summary lines about the trainable parameters.
 
     Args:
-        policy: Model with adapters attached.
-        config: Settings of the run.
-        entries: Entries of the base's `config.json`.
+        policy: model with adapters attached.
+        config: settings of the run.
+        entries: content of the base model's `config.json`.
     """
     count, moved = memory.base_parameters(policy), memory.trainable_parameters(policy)
     share = f"{format_count(moved)} parameters trained, {moved / count:.2%} of the model"
@@ -73,7 +73,10 @@ def summarize_trainable(
 
 
 def _unsupported_by_mlx_lm(policy: nn.Module, entries: Mapping[str, Any]) -> str | None:
-    """Return the layers whose width the DoRA of mlx-lm gets wrong, or None."""
+    """Return a name for the layers on which mlx-lm cannot load DoRA; None if there are none.
+
+    mlx-lm computes a wrong width for quantized embeddings and for some bit widths.
+    """
     packed = entries.get("quantization") or {}
     if get_fine_tune_type(policy) != "dora" or not packed:
         return None
@@ -104,7 +107,7 @@ def _layer_kind(module: nn.Module) -> str:
 
 
 def _describe_trained_layers(policy: nn.Module) -> str:
-    """Return a description of the layers trained in full fine-tuning."""
+    """Return as text which layers full fine-tuning trains."""
     names, paths = named_arrays(policy.trainable_parameters()), block_paths(policy)
     blocks = sum(any(name.startswith(f"{path}.") for name in names) for path in paths)
     inside = tuple(f"{path}." for path in paths)
@@ -113,7 +116,7 @@ def _describe_trained_layers(policy: nn.Module) -> str:
 
 
 def format_count(number: int) -> str:
-    """Return a number with three digits and K, M or B."""
+    """Return a number as text with three digits and the unit K, M or B; below 1000 unchanged."""
     for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
         if number >= size:
             return f"{number / size:.3g} {unit}"
@@ -127,7 +130,7 @@ QUANTIZED_ON_LOAD = (
 
 
 def summarize_inputs(run: "DPOTrainer") -> list[SummaryLine]:
-    """Return the lines about the model and the pairs."""
+    """Return the summary lines about the model and the pairs."""
     base, inputs = run.inputs.base, run.inputs
     count = format_count(memory.total_parameters(base.model))
     lines = [("model", f"{base.source}, {count} parameters")]
@@ -143,12 +146,12 @@ def summarize_inputs(run: "DPOTrainer") -> list[SummaryLine]:
 
 
 def summarize_training(run: "DPOTrainer") -> list[SummaryLine]:
-    """Return the lines about the training that is about to start."""
-    quantised = run.config.bits is not None
+    """Return the summary lines about the training that is about to start."""
+    quantized = run.config.bits is not None
     return [
         ("reference", describe_reference(run.policy, run.config)),
         *summarize_trainable(run.policy, run.config, run.inputs.base.config),
-        *([("", QUANTIZED_ON_LOAD)] if quantised else []),
+        *([("", QUANTIZED_ON_LOAD)] if quantized else []),
         ("scorer", f"{run.choice.name}: {run.choice.reason}"),
         ("loss", describe_loss(run.config)),
         ("steps", _describe_steps(run)),
@@ -161,7 +164,7 @@ def summarize_training(run: "DPOTrainer") -> list[SummaryLine]:
 
 
 def summarize_end(run: "DPOTrainer") -> list[SummaryLine]:
-    """Return the lines about the result: adapter, early stop and best checkpoint."""
+    """Return the summary lines about the result: adapter, early stop and best checkpoint."""
     best, step = run.best, run.stopped_early_at
     lines = [("adapter", run.adapter_support)]
     if best.rule is None:
@@ -178,7 +181,7 @@ def summarize_end(run: "DPOTrainer") -> list[SummaryLine]:
 
 
 def describe_loss(config: DPOConfig) -> str:
-    """Return a description of the loss and the settings that act on it."""
+    """Return a description of the loss and of the settings that it uses."""
     terms = zip(config.weights_of_losses, config.loss_type, strict=True)
     total = " + ".join(name if weight == 1 else f"{weight:g} {name}" for weight, name in terms)
     parts = _loss_settings(config)
@@ -193,7 +196,10 @@ def describe_loss(config: DPOConfig) -> str:
 
 
 def _loss_settings(config: DPOConfig) -> list[str]:
-    """Return the settings that the losses use, for each loss if they differ."""
+    """Return the hyper-parameters that the losses use, as text.
+
+    A hyper-parameter whose value differs between losses is listed once per loss.
+    """
     read: dict[str, dict[str, float]] = {}
     for loss in config.losses:
         for name, value in vars(config.get_hyperparameters(loss)).items():
@@ -225,7 +231,7 @@ def _summarize_best(run: "DPOTrainer") -> list[SummaryLine]:
 
 
 def _summarize_micro_batches(run: "DPOTrainer") -> list[SummaryLine]:
-    """Return the lines about the micro-batches of an epoch."""
+    """Return the summary lines about the micro-batches: size limit, number, tokens and padding."""
     config, limit = run.config, run.config.pass_limit
     found = count_micro_batches(
         run.inputs.train,

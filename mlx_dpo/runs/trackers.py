@@ -1,4 +1,4 @@
-"""Experiment trackers and monitor of a run, made from its settings."""
+"""Create the experiment trackers and the training monitor of a run from its settings."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -15,9 +15,9 @@ from mlx_dpo.types import MetricsRow, TokenizedPair
 
 
 def check_trackers(config: DPOConfig) -> None:
-    """Raise `ConfigError` if the library of a tracker is missing or the user is not logged in.
+    """Raise `ConfigError` if a tracker's library is missing or the user is not logged in.
 
-    Runs before anything is loaded.
+    This is checked before anything is loaded.
     """
     for name in config.tracker_names:
         check_tracker(name)
@@ -31,17 +31,17 @@ def open_trackers(
     *,
     resumed: Collection[str] = (),
 ) -> None:
-    """Open the trackers of a run and log the rows of earlier processes first.
+    """Open the trackers of a run; log the metrics rows of earlier processes first.
 
     Args:
-        opened: Collection to which the trackers are added.
-        names: Names of the trackers.
-        info: Description of the run; `last_logged_step` is the step at which it resumes.
-        rows: Rows of metrics that are in `metrics.jsonl` already.
-        resumed: Trackers to which earlier processes of the run logged.
+        opened: collection to which the trackers are added.
+        names: names of the trackers.
+        info: description of the run; `last_logged_step` is the step at which it resumes.
+        rows: metrics rows that are in `metrics.jsonl` already.
+        resumed: names of the trackers to which earlier processes of the run have logged.
 
     Raises:
-        ConfigError: A tracker cannot be opened.
+        ConfigError: a tracker cannot be opened.
     """
     for name in names:
         known = info if name in resumed else replace(info, last_logged_step=0)
@@ -51,14 +51,17 @@ def open_trackers(
 
 
 def run_name(config: DPOConfig) -> str:
-    """Return the name of the run in trackers: `run_name`, or the name of the run folder."""
+    """Return the name that trackers show: the setting `run_name`, or the name of the run folder."""
     return config.run_name or Path(config.output).resolve().name
 
 
 def shared_settings(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a run that trackers may see.
+    """Return the settings of a run that may be sent to trackers.
 
-    They contain no paths; the model is named if it is on the Hub.
+    They contain no paths. The model is included if it is on the Hub.
+
+    Args:
+        record: run record (content of `run.json`).
     """
     shareable = DPOConfig.from_dict(record["settings"]).get_public_settings()
     model = hub_model_id(record)
@@ -66,7 +69,7 @@ def shared_settings(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def make_monitor(config: DPOConfig, pairs: Sequence[TokenizedPair], *, total_steps: int) -> Monitor:
-    """Return the training monitor of a run on `pairs`."""
+    """Create the training monitor of a run that trains on `pairs`."""
     return Monitor(
         MonitoredRun(
             total_steps=total_steps,

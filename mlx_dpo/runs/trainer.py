@@ -1,4 +1,4 @@
-"""DPO trainer: reads a `DPOConfig`, trains, and writes a run folder."""
+"""The DPO trainer: trains a policy as a `DPOConfig` says and writes a run folder."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, nullcontext
@@ -166,10 +166,9 @@ class DPOTrainer:
     # --- prepare ---------------------------------------------------------------------------
 
     def prepare(self, progress: ProgressCallback = lambda scored: None) -> None:
-        """Load model and pairs, attach adapters, score the reference and restore a checkpoint.
+        """Load the inputs, attach adapters, compute reference log-probs and restore a checkpoint.
 
-        Args:
-            progress: Called with the number of newly scored pairs of the reference pass.
+        `progress` is called with the number of pairs whose reference log-probs are ready.
         """
         if not self._is_entered:
             raise RuntimeError(
@@ -181,13 +180,14 @@ class DPOTrainer:
         self.restore()
 
     def load(self, counting: ProgressBar = no_progress, rows: RowProgress = no_progress) -> None:
-        """Load the base model and the pairs; write nothing.
+        """Load the base model and the pairs; the run folder is not written.
 
-        A separate reference model is scored first and freed again.
+        If `reference_model` is set, the log-probs of all pairs under it are computed first, and
+        the reference model is freed.
 
         Args:
-            counting: Progress of the reference model's scoring, in pairs.
-            rows: Progress of tokenization, in rows; used for large datasets only.
+            counting: shows the progress of computing these log-probs, in pairs.
+            rows: shows the progress of tokenization, in rows; used for large datasets only.
         """
         mx.reset_peak_memory()  # earlier work of the same process does not count
         start = start_adapter_provenance(self.config)
@@ -215,10 +215,10 @@ class DPOTrainer:
     def attach(self) -> None:
         """Attach the adapters, choose scorer and micro-batch size, and write `run.json`.
 
-        Afterwards `config` contains the micro-batch size that is used.
+        Afterwards `config` contains the chosen micro-batch size.
 
         Raises:
-            ConfigError: No micro-batch size that the settings allow fits into memory.
+            ConfigError: no micro-batch size that the settings allow fits into memory.
         """
         self.policy = self.inputs.base.model
         self._resources.enter_context(use_fused_gated_delta(self.policy))
@@ -234,15 +234,15 @@ class DPOTrainer:
         write_record(self.paths, self.record)  # only now are all settings known to be possible
 
     def score_reference(self, progress: ProgressCallback = lambda scored: None) -> None:
-        """Compute the reference log-probabilities of all pairs, or read them from disk.
+        """Compute the log-probs of all pairs under the reference, or read them from disk.
 
-        Reference-free losses get zeros.
+        Reference-free losses get zeros. `progress` is called with the number of pairs done.
         """
         with reference_mode(self.policy, self.config):
             self.reference = {split: self._reference_logps(split, progress) for split in SPLITS}
 
     def _reference_logps(self, split: str, progress: ProgressCallback) -> PairLogps:
-        """Return the reference log-probabilities of a split, (len(pairs),) each."""
+        """Return the reference log-probs of split `train` or `valid`. (len(pairs),) each"""
         pairs = getattr(self.inputs, split)
         if not self.config.needs_reference:
             return PairLogps(mx.zeros((len(pairs),)), mx.zeros((len(pairs),)))
@@ -268,7 +268,8 @@ class DPOTrainer:
         """Restore the last checkpoint, if there is one, and open the experiment trackers.
 
         Raises:
-            ConfigError: A tracker cannot be opened.
+            ConfigError: a tracker cannot be opened.
+            RunError: the checkpoint, or the saved adapters of the best evaluation, cannot be read.
         """
         self.optimizer = make_optimizer(self.policy, self.config)
         self.start = loop.Progress()
@@ -301,7 +302,7 @@ class DPOTrainer:
     # --- train -----------------------------------------------------------------------------
 
     def request_stop(self) -> None:
-        """Save a checkpoint after the current step and stop."""
+        """Request that the run saves a checkpoint after the current step and stops."""
         self.stop_requested = True
 
     def train(self) -> list[MetricsRow]:
@@ -342,9 +343,9 @@ class DPOTrainer:
         yield from self._finish()
 
     def _take_steps(self) -> Iterator[MetricsRow]:
-        """Yield the logged metrics of each optimizer step.
+        """Take the remaining optimizer steps; yield the logged metrics row of each.
 
-        Nothing is left to do if the run was killed after early stopping had ended it.
+        No step remains if the run was killed after early stopping had ended it.
         """
         if self.best.should_stop:
             return
@@ -371,9 +372,9 @@ class DPOTrainer:
             yield row
 
     def _log_row(self, row: MetricsRow) -> MetricsRow:
-        """Write a row to `metrics.jsonl` first, then to the trackers.
+        """Write a metrics row to `metrics.jsonl` and then to the trackers; return the row.
 
-        A row that a crash keeps out of the file is computed and logged again on resume.
+        If a crash keeps a row out of the file, it is computed and logged again after resuming.
         """
         self.trackers.log(self._log.write(row))
         return row
@@ -383,13 +384,13 @@ class DPOTrainer:
         return every is not None and step % every == 0 and step < self.total_steps
 
     def _evaluate_and_log(self) -> MetricsRow:
-        """Evaluate, save the adapters of a new best evaluation, then log its row."""
+        """Evaluate, save the adapters if they are the best so far, and return the metrics row."""
         row = {"step": self._progress.step, **self.evaluate()}
         self.best.update(row, lambda folder: save_adapter(folder, self.policy, self.adapter_config))
         return self._log_row(row)
 
     def evaluate(self) -> MetricsRow:
-        """Return metrics of the current policy on the held-out pairs, with `eval_` names."""
+        """Return the current policy's metrics on the held-out pairs, with the prefix `eval_`."""
         synced = self.synced_reference and self.synced_reference.logps(
             self.policy, self.inputs.valid
         )
@@ -418,7 +419,7 @@ class DPOTrainer:
     # --- finish ----------------------------------------------------------------------------
 
     def _finish(self) -> Iterator[MetricsRow]:
-        """Write the final adapters and results; yield the last evaluation if it is new."""
+        """Write the final adapters and results; yield the last evaluation if it is a new one."""
         step = self._progress.step
         self._save_checkpoint()
         if step < self.total_steps:

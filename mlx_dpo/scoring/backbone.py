@@ -1,7 +1,8 @@
-"""A model separated into backbone and head: hidden states, and logits computed from them.
+"""Split a model into the backbone, which computes hidden states, and the head, for logits.
 
-Whatever a model does after its backbone (tied or quantized heads, scaling, soft caps) stays its
-own code: the model's `__call__` runs with the backbone replaced, so no head is implemented here.
+No head is implemented here: the model's own `__call__` runs with the backbone replaced. So
+everything that a model does after its backbone is kept (tied or quantized heads, scaling, soft
+caps).
 """
 
 from collections.abc import Callable, Sequence
@@ -16,14 +17,14 @@ LANGUAGE_MODEL = "language_model"  # attribute of multimodal models that holds t
 
 
 class UnsupportedModelError(Exception):
-    """The model does not fit the requirements of a scorer; the message names the reason."""
+    """A model that does not meet the requirements of a scorer; the message gives the reason."""
 
 
 @dataclass(frozen=True)
 class ModelParts:
-    """A causal language model, the name of its backbone, and its layers.
+    """A causal language model, the attribute name of its backbone, and its layers.
 
-    Weights are read at call time, so an object stays valid while the model is trained.
+    Weights are read at call time, so a `ModelParts` stays valid while the model is trained.
     """
 
     model: nn.Module
@@ -31,10 +32,10 @@ class ModelParts:
     layers: tuple[nn.Module, ...]
 
     def hidden_states(self, tokens: mx.array, caches: Sequence[Any] | None = None) -> mx.array:
-        """Return the hidden states that the head receives. (B, T) -> (B, T, D)
+        """Run the backbone and return the hidden states that the head receives. (B, T) -> (B, T, D)
 
         Args:
-            caches: mlx-lm's caches of preceding tokens; `tokens` are added to them.
+            caches: mlx-lm's KV caches of the preceding tokens; `tokens` are appended to them.
 
         Raises:
             UnsupportedModelError: the backbone does not return a single array.
@@ -51,12 +52,12 @@ class ModelParts:
         raise UnsupportedModelError(f"the model does not call its `{self.backbone_name}`")
 
     def logits(self, hidden: mx.array) -> mx.array:
-        """Apply the head alone. (B, T, D) -> (B, T, V)"""
+        """Apply only the head to hidden states and return the logits. (B, T, D) -> (B, T, V)"""
         tokens = mx.zeros(hidden.shape[:2], mx.int32)
         return self._call_model(lambda *args, **kwargs: hidden, tokens)
 
     def _call_model(self, backbone: Any, tokens: mx.array, **more: Any) -> mx.array:
-        """Call the model with its backbone replaced by the function `backbone`."""
+        """Call the model with the function `backbone` in place of its backbone."""
         original = getattr(self.model, self.backbone_name)
         proxy = _ModuleProxy(
             self.model, **{self.backbone_name: _ModuleProxy(original, _call=backbone)}
@@ -65,10 +66,10 @@ class ModelParts:
 
 
 def split_backbone(model: nn.Module) -> ModelParts:
-    """Return the parts of `model`.
+    """Split `model` into backbone and head.
 
     Raises:
-        UnsupportedModelError: there is no backbone under the names that mlx-lm uses.
+        UnsupportedModelError: the model has no backbone under the names that mlx-lm uses.
     """
     layers = tuple(getattr(model, "layers", ()))
     while isinstance(getattr(model, LANGUAGE_MODEL, None), nn.Module):
@@ -81,10 +82,14 @@ def split_backbone(model: nn.Module) -> ModelParts:
 
 
 class _BackboneOutputError(Exception):
-    """Carries the backbone's output out of the model's `__call__`, before the head runs."""
+    """Exception that carries the backbone's output out of the model before the head runs."""
 
     def hidden_states(self) -> mx.array:
-        """Return the output. (B, T, D)"""
+        """Return the output of the backbone. (B, T, D)
+
+        Raises:
+            UnsupportedModelError: the output is not a single array of hidden states.
+        """
         [output] = self.args
         if not isinstance(output, mx.array) or output.ndim != 3:
             raise UnsupportedModelError(
@@ -94,9 +99,9 @@ class _BackboneOutputError(Exception):
 
 
 class _ModuleProxy:
-    """A stand-in for a module with some attributes replaced; the module is not changed.
+    """Stand-in for a module in which some attributes are replaced; the module itself is unchanged.
 
-    Calling the proxy calls `_call`.
+    Calling the proxy calls its attribute `_call`.
     """
 
     _call: Callable[..., Any]

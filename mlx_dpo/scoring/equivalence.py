@@ -1,4 +1,4 @@
-"""Equivalence check: relative errors of values and gradients between two scoring functions."""
+"""Compare two functions of a model by the relative errors of their values and gradients."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,14 +22,14 @@ MIN_NORM_SHARE = 0.01
 
 
 class RelativeErrors(NamedTuple):
-    """Largest relative error of a row, and of the gradient of a trainable parameter."""
+    """Largest relative error of a row of values, and of the gradient of any trainable parameter."""
 
     values: float
     gradients: float  # 0 if nothing is trainable
 
 
 def random_pairs(lengths: Sequence[tuple[int, int, int]], vocab_size: int) -> list[TokenizedPair]:
-    """Return pairs of random token ids with these lengths of prompt, chosen and rejected."""
+    """Return one pair of random token ids per entry of `lengths` (prompt, chosen, rejected)."""
     rng = np.random.default_rng(SEED)
 
     def ids(length: int) -> tuple[int, ...]:
@@ -53,13 +53,19 @@ def mode_without_dropout(model: nn.Module, *, training: bool) -> Iterator[None]:
 
 
 def value_error(model: nn.Module, tested: RowFunction, expected: RowFunction) -> float:
-    """Return the largest relative error of a row in evaluation mode."""
+    """Return the largest relative error of a row of `tested` against `expected`.
+
+    Both functions run in evaluation mode.
+    """
     with mode_without_dropout(model, training=False):
         return _max_value_error(tested(model), expected(model))
 
 
 def relative_errors(model: nn.Module, tested: RowFunction, expected: RowFunction) -> RelativeErrors:
-    """Return the errors of values and gradients in training mode, with dropout disabled."""
+    """Return the relative errors of the values and gradients of `tested` against `expected`.
+
+    Both functions run in training mode with dropout disabled.
+    """
     with mode_without_dropout(model, training=True), _perturbed_parameters(model):
         expected_values, expected_gradients = _values_and_gradients(model, expected)
         values, gradients = _values_and_gradients(model, tested)
@@ -70,7 +76,10 @@ def relative_errors(model: nn.Module, tested: RowFunction, expected: RowFunction
 
 
 def _values_and_gradients(model: nn.Module, function: RowFunction) -> tuple[mx.array, Arrays]:
-    """Return the rows, and the gradients of a random weighted sum of them."""
+    """Return the values of `function`, and the gradients of a random weighted sum of the values.
+
+    The gradients are empty if the model has no trainable parameters.
+    """
 
     def weighted_sum(model: nn.Module) -> tuple[mx.array, mx.array]:
         values = function(model).astype(mx.float32)
@@ -84,14 +93,17 @@ def _values_and_gradients(model: nn.Module, function: RowFunction) -> tuple[mx.a
 
 
 def _max_value_error(values: mx.array, expected: mx.array) -> float:
-    """Return the largest error of a row, relative to the norm of the row."""
+    """Return the largest error of a row of `values`, relative to the norm of the expected row."""
     values, expected = values.astype(mx.float32), expected.astype(mx.float32)
     norms = mx.linalg.norm(expected, axis=-1)
     return _max_or_nan(scalar(row) for row in mx.linalg.norm(values - expected, axis=-1) / norms)
 
 
 def _max_gradient_error(gradients: Arrays, expected: Arrays) -> float:
-    """Return the largest relative error of a parameter's gradient; NaN if all are zero."""
+    """Return the largest relative error of any parameter's gradient.
+
+    The result is 0 without gradients, and NaN if all expected gradients are zero.
+    """
     if not expected:
         return 0.0
     norms = {name: _norm(value) for name, value in expected.items()}
@@ -104,20 +116,21 @@ def _max_gradient_error(gradients: Arrays, expected: Arrays) -> float:
 
 
 def _max_or_nan(values: Iterable[float]) -> float:
-    """Return the maximum, or NaN if any value is NaN; Python's `max` may ignore it."""
+    """Return the maximum, or NaN if any value is NaN. (Python's `max` may ignore NaN.)"""
     return float(np.max(list(values)))
 
 
 def _norm(value: mx.array) -> float:
-    """Return the Euclidean norm."""
+    """Return the Euclidean norm of an array."""
     return scalar(mx.linalg.norm(value.astype(mx.float32)))
 
 
 @contextmanager
 def _perturbed_parameters(model: nn.Module) -> Iterator[None]:
-    """Give random values to trainable parameters that are all zero, inside the block.
+    """Give random values to all-zero trainable parameters inside the block.
 
-    LoRA initializes B with zeros, which makes the gradient of A zero: errors would not show.
+    LoRA initializes B with zeros, which makes the gradient of A zero, so that errors in it would
+    not show.
     """
     before = model.trainable_parameters()
     key = mx.random.key(SEED)

@@ -1,8 +1,8 @@
-"""Log-probabilities of target tokens from hidden states, without the full array of logits.
+"""Log-probs of target tokens from hidden states, without the full array of logits.
 
-Logits of n tokens over a vocabulary of V words are the largest array of training. Here tokens go
-through the head in chunks, one after another, so that memory is that of one chunk: the idea of
-chunked (or fused linear) cross-entropy.
+The logits of n tokens over a vocabulary of V words are the largest array of training. Here tokens
+go through the LM head in chunks, one chunk after another, so that only the logits of one chunk are
+in memory. This is the idea of chunked (or fused linear) cross-entropy.
 
 Shape letters: n tokens, D width of hidden states, V vocabulary.
 """
@@ -31,7 +31,8 @@ def chunked_logps(
     """Return log p(target | hidden state) of each token. (n, D), (n,) -> (n,) float32
 
     Args:
-        gradients: whether the result will be differentiated. False saves the work for it.
+        gradients: whether the result will be differentiated. False saves the work of preparing for
+            it.
     """
     chunks = _row_chunks(len(targets), vocab_size)
     if not gradients:
@@ -44,14 +45,17 @@ def chunked_logps(
 def chunked_log_weights(
     parts: ModelParts, hidden: mx.array, targets: mx.array, *, vocab_size: int
 ) -> mx.array:
-    """Return `logps.log_weights` of each token, without gradient. (n, D), (n,) -> (n,) float32"""
+    """Return WPO's log-weight of each target, without gradient. (n, D), (n,) -> (n,) float32"""
     chunks = _row_chunks(len(targets), vocab_size)
     weights = _map_chunks(parts, hidden, targets, chunks, function=_chunk_log_weights)
     return mx.stop_gradient(weights)
 
 
 def trainable_head_parameters(parts: ModelParts) -> Arrays:
-    """Return the trainable parameters outside the layers, by name: the head may contain them."""
+    """Return the trainable parameters outside the layers, by name.
+
+    The LM head may contain some of them.
+    """
     layers = {id(layer) for layer in parts.layers}
     modules = parts.model.named_modules()
     inside = tuple(f"{name}." for name, module in modules if id(module) in layers)
@@ -60,31 +64,34 @@ def trainable_head_parameters(parts: ModelParts) -> Arrays:
 
 
 def _row_chunks(count: int, vocab_size: int) -> list[slice]:
-    """Return slices of similar size over `count` tokens, within LOGITS_BYTES_PER_CHUNK each."""
+    """Return slices of similar size that cover `count` tokens.
+
+    The logits of a slice take at most LOGITS_BYTES_PER_CHUNK, unless a single token takes more.
+    """
     limit = max(1, LOGITS_BYTES_PER_CHUNK // (vocab_size * mx.float32.size))
     size = -(-count // -(-count // limit))
     return [slice(start, start + size) for start in range(0, count, size)]
 
 
 def _evaluated_after(value: mx.array, earlier: Iterable[mx.array]) -> mx.array:
-    """Return `value`, made dependent on `earlier`, so that chunks are evaluated one by one.
+    """Return `value`, which MLX then evaluates only after the `earlier` arrays.
 
-    MLX evaluates a graph breadth-first. Without the dependency all chunks would start before the
-    first one ends, and the logits of all of them would be in memory.
+    MLX evaluates a graph breadth-first. Without this dependency all chunks would start before the
+    first one ends, and the logits of all chunks would be in memory at once.
     """
     before = list(earlier)
     return mx.depends([value], before)[0] if before else value
 
 
 def _chunk_logps(parts: ModelParts, hidden: mx.array, targets: mx.array) -> mx.array:
-    """Return the log-probabilities of one chunk. (n, D), (n,) -> (n,) float32"""
+    """Return the log-probs of the target tokens of one chunk. (n, D), (n,) -> (n,) float32"""
     logits = parts.logits(hidden[None])[0].astype(mx.float32)  # (n, V)
     target_logits = mx.take_along_axis(logits, targets[:, None], axis=-1).squeeze(-1)
     return target_logits - logsumexp(logits)
 
 
 def _chunk_log_weights(parts: ModelParts, hidden: mx.array, targets: mx.array) -> mx.array:
-    """Return the log-weights of one chunk. (n, D), (n,) -> (n,) float32"""
+    """Return WPO's log-weights of the target tokens of one chunk. (n, D), (n,) -> (n,) float32"""
     return log_weights(parts.logits(hidden[None])[0].astype(mx.float32), targets)
 
 
@@ -96,7 +103,7 @@ def _map_chunks(
     *,
     function: ChunkFunction = _chunk_logps,
 ) -> mx.array:
-    """Return `function` of all chunks, concatenated. (n,)"""
+    """Apply `function` to each chunk of tokens and return the concatenated results. (n,)"""
     values: list[mx.array] = []
     for rows in chunks:
         chunk = _evaluated_after(hidden[rows], values[-1:])
@@ -107,10 +114,10 @@ def _map_chunks(
 def _logps_with_saved_gradient(
     parts: ModelParts, hidden: mx.array, targets: mx.array, chunks: list[slice]
 ) -> mx.array:
-    """Return the log-probabilities under a frozen head, which is run once. (n,)
+    """Return the log-probs of the targets under a frozen head, which runs once per chunk. (n,)
 
-    The gradient towards the hidden states is computed in the forward pass, while the logits of a
-    chunk are in memory, and saved: (n, D) instead of (n, V).
+    The gradient with respect to the hidden states is computed in the forward pass, while the
+    logits of a chunk are in memory. Saving it takes an array of (n, D) instead of (n, V).
     """
     constant = mx.stop_gradient(hidden)
     values: list[mx.array] = []  # (n,) each
@@ -129,7 +136,7 @@ def _logps_with_saved_gradient(
 def _chunk_logps_and_gradient(
     parts: ModelParts, hidden: mx.array, targets: mx.array
 ) -> tuple[mx.array, mx.array]:
-    """Return the log-probabilities of one chunk and the gradient of each. (n,), (n, D)"""
+    """Return the log-probs of one chunk, and their gradients by the hidden states. (n,), (n, D)"""
     # A token's value depends on its own hidden state only, so that a cotangent of ones gives
     # the gradients of all tokens at once.
     ones = mx.ones(targets.shape)
@@ -144,10 +151,10 @@ def _logps_with_recomputed_gradient(
     targets: mx.array,
     chunks: list[slice],
 ) -> mx.array:
-    """Return the log-probabilities under a trainable head. (n,)
+    """Return the log-probs of the targets under a trainable head. (n,)
 
-    The gradient of the head's weights depends on the cotangent of every token, so that it cannot
-    be computed in the forward pass: the backward pass runs each chunk again. The weights are
+    The gradient of the head's weights depends on the cotangent of every token, so it cannot be
+    computed in the forward pass. The backward pass runs each chunk again. The weights are
     arguments, because `mx.custom_function` gives no gradient to captured arrays.
     """
 

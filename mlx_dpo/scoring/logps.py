@@ -1,7 +1,7 @@
-"""Log-probabilities of completions from whole padded rows: the reference implementation.
+"""Reference implementation: compute log-probs of completions from whole padded sequences.
 
-Tokens and logits are shifted against each other here. `shared_prefix` and `packing` compute the
-same without whole rows and are compared with this module.
+This module shifts tokens against logits by one position. `shared_prefix` and `packing` compute the
+same values faster, and are compared with this module.
 """
 
 from collections.abc import Callable
@@ -15,9 +15,9 @@ CausalLM = Callable[[mx.array], mx.array]  # (N, T) token ids -> (N, T, V) logit
 
 
 def token_logps(model: CausalLM, tokens: mx.array) -> mx.array:
-    """Return log p(token | preceding tokens) of all but the first. (N, T) -> (N, T - 1) float32
+    """Return log p(token | preceding tokens) of each token but the first. (N, T) -> (N, T-1)
 
-    Logits are reduced in float32 whatever dtype the model computes in.
+    Logits are reduced in float32 whatever dtype the model computes in; the result is float32.
     """
     logits = model(tokens[:, :-1]).astype(mx.float32)
     target_logits = mx.take_along_axis(logits, tokens[:, 1:, None], axis=-1).squeeze(-1)
@@ -25,7 +25,7 @@ def token_logps(model: CausalLM, tokens: mx.array) -> mx.array:
 
 
 def token_log_weights(model: CausalLM, tokens: mx.array) -> mx.array:
-    """Return `log_weights` of all tokens but the first. (N, T) -> (N, T - 1) float32"""
+    """Return WPO's log-weight of all tokens but the first. (N, T) -> (N, T-1) float32"""
     return log_weights(model(tokens[:, :-1]).astype(mx.float32), tokens[:, 1:])
 
 
@@ -42,14 +42,14 @@ def log_weights(logits: mx.array, targets: mx.array) -> mx.array:
 def completion_logps(
     model: CausalLM, batch: PairBatch, *, ld_alpha: float | None = None
 ) -> mx.array:
-    """Return the sum of log-probabilities over the completion tokens of each row. (N,) float32
+    """Return the summed log-probs of the completion tokens of each sequence. (N,) float32
 
-    Rows are padded on the right, where a causal model cannot see the padding: exact for every
-    architecture.
+    Sequences are padded on the right, where a causal model cannot see the padding. The values are
+    therefore exact for every architecture.
 
     Args:
-        ld_alpha: weight of tokens beyond the length of the pair's shorter completion. LD-DPO,
-            Liu et al. 2024, arXiv:2409.06411, Eqs. 9 and 10.
+        ld_alpha: weight of the tokens beyond the length of the pair's shorter completion. Source:
+            LD-DPO, Liu et al. 2024, arXiv:2409.06411, Eqs. 9 and 10.
     """
     # The mask belongs to the predicted token, so it drops column 0 as well.
     scored = batch.completion_mask[:, 1:]
@@ -61,20 +61,27 @@ def completion_logps(
 
 
 def _within_shorter_completion(scored: mx.array) -> mx.array:
-    """Return which tokens lie within the length of the pair's shorter completion. (N, T)"""
+    """Return a mask of the tokens within the length of the pair's shorter completion. (N, T) bool
+
+    Args:
+        scored: mask of the completion tokens; first all chosen sequences, then all rejected ones.
+    """
     chosen, rejected = mx.split(scored.sum(axis=-1), 2)
     shorter = mx.minimum(chosen, rejected)
     return scored.cumsum(axis=-1) <= mx.concatenate([shorter, shorter])[:, None]
 
 
 def pair_logps(model: CausalLM, batch: PairBatch, *, ld_alpha: float | None = None) -> PairLogps:
-    """Return chosen and rejected log-probabilities from one forward pass. (B,) each"""
+    """Return the summed log-probs of chosen and rejected completions. (B,) each
+
+    Both come from a single forward pass.
+    """
     chosen, rejected = mx.split(completion_logps(model, batch, ld_alpha=ld_alpha), 2)
     return PairLogps(chosen, rejected)
 
 
 def pair_log_weights(model: CausalLM, batch: PairBatch) -> PairLogps:
-    """Return the mean of `token_log_weights` over each completion. (B,) each"""
+    """Return the mean WPO log-weight per token of each chosen and rejected completion. (B,) each"""
     scored = batch.completion_mask[:, 1:]
     sums = mx.where(scored, token_log_weights(model, batch.tokens), 0.0).sum(axis=-1)
     chosen, rejected = mx.split(sums / scored.sum(axis=-1), 2)

@@ -1,14 +1,15 @@
-"""Packed sequences with shared prefixes: all pairs in one row, each prompt once, no padding.
+"""Pack all pairs of a batch into one sequence, with each prompt once and no padding between them.
 
-A row holds prompt, chosen and rejected completion of one pair after another. A token's index in
-the row is then neither its position in its text nor the number of tokens that it attends to.
-Models of mlx-lm ask their KV cache for both. The cache given to them here returns objects that
-refer to the row, and MLX's attention and RoPE functions, replaced for the time of the pass, read
-positions and masks from it. A model that computes with positions itself, or needs its mask as an
-array, raises an error, and another scorer is selected for it.
+The packed sequence holds the prompt, the chosen and the rejected completion of one pair after
+another. A token's index in the packed sequence is then neither its position in its text nor the
+number of tokens that it attends to. mlx-lm's models ask their KV cache for both. The cache given
+to them here returns objects that refer to the packed sequence. For the time of the pass, MLX's
+attention and RoPE functions are replaced by functions that read positions and masks from these
+objects. A model that computes with positions itself, or needs its mask as an array, raises an
+error, and another scorer is selected for it.
 
-Shape letters: T tokens in the row, n predicted tokens, D width of hidden states, C queries and
-S keys of a chunk.
+Shape letters: T tokens in the packed sequence, n predicted tokens, D width of hidden states, C
+queries and S keys of a chunk.
 """
 
 from collections.abc import Iterator, Sequence
@@ -34,7 +35,8 @@ def packed_hidden_states(
 ) -> mx.array:
     """Return the hidden states that predict the tokens of all completions. (n, D)
 
-    In the order of `shared_prefix.completion_hidden_states`. Gradients flow through the prompts.
+    First come all chosen completions, then all rejected ones, each in the order of `pairs`.
+    Gradients flow through the prompts.
 
     Raises:
         UnsupportedModelError: a layer mixes tokens by other means than attention.
@@ -49,7 +51,7 @@ def packed_hidden_states(
 
 
 class PairSpan(NamedTuple):
-    """The tokens of a pair in the row: index of the first one, and their number by part."""
+    """The tokens of a pair in the packed sequence: index of the first one, and number per part."""
 
     start: int
     prompt: int
@@ -58,18 +60,18 @@ class PairSpan(NamedTuple):
 
     @property
     def end(self) -> int:
-        """One past the last token of the pair."""
+        """Index after the last token of the pair."""
         return self.start + self.prompt + self.chosen + self.rejected
 
 
 class PackedRow:
-    """A row of pairs: token ids, positions and attention masks.
+    """A packed sequence of pairs: its token ids, positions and attention masks.
 
-    The last token of a completion predicts nothing and is left out.
+    The last token of each completion predicts nothing and is left out.
     """
 
     def __init__(self, pairs: Sequence[TokenizedPair]) -> None:
-        """Concatenate `pairs`."""
+        """Concatenate the tokens of `pairs`."""
         ids: list[int] = []
         self.spans: list[PairSpan] = []
         for pair in pairs:
@@ -87,14 +89,14 @@ class PackedRow:
         self._chunks: dict[Any, list[QueryChunk]] = {}
 
     def __len__(self) -> int:
-        """Return the number of tokens in the row."""
+        """Return the number of tokens in the packed sequence, including padding at its end."""
         return len(self.positions)
 
     def prediction_indices(self) -> mx.array:
         """Return the indices of the tokens that predict completion tokens. (n,)
 
-        Those of all chosen completions come first, then those of all rejected ones. The first
-        token of each completion is predicted by the last token of the prompt.
+        Indices for all chosen completions come first, then those for all rejected completions. The
+        first token of each completion is predicted by the last token of the prompt.
         """
         chosen, rejected = [], []
         for span in self.spans[: self.num_pairs]:
@@ -104,9 +106,9 @@ class PackedRow:
         return mx.array(chosen + rejected)
 
     def chunks(self, size: int, dtype: mx.Dtype, window: int | None) -> list[QueryChunk]:
-        """Return chunks of up to `size` queries and their masks, at most one pair per chunk.
+        """Return chunks of up to `size` queries with their masks; no chunk spans two pairs.
 
-        Chunks are cached, because all layers with the same window share them.
+        Chunks are cached, because all layers with the same `window` share them.
         """
         key = size, dtype, window
         if key not in self._chunks:
@@ -117,9 +119,9 @@ class PackedRow:
 
 
 def _text_positions(span: PairSpan) -> np.ndarray:
-    """Return the positions of a pair's tokens in their texts: both completions follow the prompt.
+    """Return the positions of a pair's tokens in their texts. (prompt + chosen + rejected,)
 
-    (prompt + chosen + rejected,)
+    Positions of both completions continue those of the prompt.
     """
     completions = (span.prompt + np.arange(count) for count in (span.chosen, span.rejected))
     return np.concatenate([np.arange(span.prompt), *completions])
@@ -128,10 +130,10 @@ def _text_positions(span: PairSpan) -> np.ndarray:
 def _query_chunks(
     span: PairSpan, size: int, dtype: mx.Dtype, window: int | None
 ) -> Iterator[QueryChunk]:
-    """Yield the chunks of one pair.
+    """Yield the chunks of one pair: ranges of up to `size` queries, each with its mask.
 
-    A token attends to the prompt and to its own completion, up to itself, and no further back
-    than `window` positions.
+    A token attends to the prompt and to its own completion, up to itself, and no further back than
+    `window` positions.
     """
     positions = _text_positions(span)
     part = np.repeat([0, 1, 2], span[1:])  # 0 prompt, 1 chosen, 2 rejected
@@ -152,38 +154,46 @@ def _query_chunks(
 
 
 class PackedMask(StructuredMask):
-    """The mask of a packed row: each token attends to its own pair, up to itself."""
+    """Attention mask of a packed sequence.
+
+    Each token attends to its own prompt and its own completion, up to itself. With a sliding
+    window it attends only to the last `window` of these positions.
+    """
 
     __slots__ = ("row", "window")
 
     def __init__(self, row: PackedRow, window: int | None) -> None:
-        """Mask `row`, with a sliding window of so many positions, or None."""
+        """Mask `row`, with a sliding window of `window` positions; None means no window."""
         self.row, self.window = row, window
 
     def chunks(self, size: int, dtype: mx.Dtype) -> list[QueryChunk]:
-        """Return the chunks of the row."""
+        """Return chunks of up to `size` queries with their masks; no chunk spans two pairs."""
         return self.row.chunks(size, dtype, self.window)
 
 
 class PackedCache:
-    """Stand-in for the KV cache of a layer, which gives a model the row's positions and masks.
+    """Stand-in for a layer's KV cache that provides the positions and masks of a packed sequence.
 
-    It stores nothing: the whole row goes through the layer at once.
+    It stores nothing, because the whole packed sequence goes through the layer at once.
     """
 
     def __init__(self, row: PackedRow) -> None:
-        """Serve one pass of `row`."""
+        """Create the cache for one pass of the packed sequence `row`."""
         self.row = row
         self.offset = row.rope_offset
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Return `keys` and `values`: there are no earlier ones."""
+        """Return `keys` and `values` unchanged, because there are no earlier tokens."""
         return keys, values
 
     def make_mask(
         self, length: int, *, return_array: bool = False, window_size: int | None = None
     ) -> PackedMask:
-        """Return the mask, which mlx-lm passes on to the attention function."""
+        """Return the mask of the packed sequence, which mlx-lm passes on to the attention function.
+
+        Raises:
+            TypeError: the model needs the mask as an array, or asks for another length.
+        """
         if return_array or length != len(self.row):
             raise TypeError("its attention needs the mask as an array")
         return PackedMask(self.row, window_size)

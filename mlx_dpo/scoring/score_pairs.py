@@ -1,4 +1,4 @@
-"""Scoring of whole datasets without gradients: reference log-probabilities, evaluation, WPO."""
+"""Compute the log-probs of whole datasets without gradients: reference, evaluation, WPO weights."""
 
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -15,7 +15,7 @@ from mlx_dpo.types import PairLogps, TokenizedPair
 
 
 class DatasetScorer(Protocol):
-    """`score_pairs` with all arguments bound except model, pairs and progress."""
+    """Function that computes the log-probs of a dataset: `score_pairs` with its options bound."""
 
     def __call__(
         self,
@@ -24,7 +24,7 @@ class DatasetScorer(Protocol):
         *,
         progress: Callable[[int], None] = ...,
     ) -> PairLogps:
-        """Return the log-probabilities of all pairs under `model`. (len(pairs),) each"""
+        """Return the log-probs of all pairs under `model`. (len(pairs),) each"""
 
 
 def score_pairs(
@@ -36,14 +36,15 @@ def score_pairs(
     cost: CountTokens = padded_row_tokens,
     progress: Callable[[int], None] = lambda scored: None,
 ) -> PairLogps:
-    """Return the log-probabilities of all pairs under `model`, in order. (len(pairs),) each
+    """Return the log-probs of all pairs under `model`, in the order of `pairs`. (len(pairs),) each
 
     Pairs of similar length go through the model together. The model is left in evaluation mode.
 
     Args:
-        limit: pairs or tokens per forward pass.
-        cost: number of tokens that a pass with `scorer` takes.
-        progress: called after each pass with the number of pairs in it.
+        limit: maximum number of pairs or tokens per forward pass.
+        scorer: function that computes the log-probs of the pairs of one forward pass.
+        cost: function that counts the tokens of a forward pass with `scorer`.
+        progress: called after each forward pass with the number of pairs in it.
 
     Raises:
         TrainingError: a log-probability is not a finite number.
@@ -64,14 +65,14 @@ def score_pairs(
 def on_policy_weights(
     model: nn.Module, pairs: Sequence[TokenizedPair], *, score: DatasetScorer
 ) -> mx.array:
-    """Return WPO's weight of each pair: how likely the policy is to write it. (len(pairs),)
+    """Return WPO's weight of each pair: its likelihood under the policy `model`. (len(pairs),)
 
     A pair sampled from the policy itself has a weight of about 1.
 
     Source: WPO, Zhou et al. 2024, arXiv:2406.11827, Eq. 2 with sampled alignment, as in TRL.
 
     Args:
-        score: gives mean log-weights, see `scorers.plain_log_weights`.
+        score: returns the mean log-weights of completions; see `scorers.plain_log_weights`.
     """
     chosen, rejected = score(model, pairs)
     return mx.exp(chosen + rejected)
@@ -80,7 +81,7 @@ def on_policy_weights(
 def _check_finite(
     indices: Sequence[int], logps: np.ndarray, pairs: Sequence[TokenizedPair]
 ) -> None:
-    """Raise `TrainingError` if a log-probability at `indices` is infinite or NaN."""
+    """Raise `TrainingError` if any of `logps[indices]` is infinite or NaN."""
     for index in indices:
         if not np.isfinite(logps[index]):
             raise TrainingError(

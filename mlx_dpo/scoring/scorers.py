@@ -1,8 +1,9 @@
-"""Scorers: functions from model and pairs to the log-probabilities of completions.
+"""Scorers: functions from a model and pairs to the log-probs of their completions.
 
-Two implement one contract, and `select_scorer` decides between them. A scorer returns summed
-log-probabilities and can be differentiated with respect to the model's trainable parameters
-inside `nn.value_and_grad`. The context managers below select the kernels that a model runs with.
+A scorer returns summed log-probs, and can be differentiated with respect to the model's trainable
+parameters inside `nn.value_and_grad`. There are two: the plain and the shared scorer;
+`select_scorer` decides between them. The context managers below select the kernels that a model
+runs with.
 """
 
 import itertools
@@ -44,10 +45,11 @@ TOKEN_COUNTS: dict[Packing, CountTokens] = {
 
 @contextmanager
 def memory_efficient_training(policy: nn.Module, *, recompute: bool) -> Iterator[None]:
-    """Run passes with gradients in chunked attention and, with `recompute`, checkpointed layers.
+    """Save memory in passes with gradients inside the block.
 
-    The block must also contain the evaluation of the gradients, during which layers may run
-    again.
+    Attention is computed in chunks and, if `recompute` is set, the layers are checkpointed. On the
+    CPU, SwiGLU is replaced by a faster version. Evaluate the gradients inside the block too,
+    because layers may run again then.
     """
     checkpointing = gradient_checkpointing(policy) if recompute else nullcontext()
     with use_chunked_attention(), use_token_positions(), use_fast_swiglu(policy), checkpointing:
@@ -56,9 +58,9 @@ def memory_efficient_training(policy: nn.Module, *, recompute: bool) -> Iterator
 
 @contextmanager
 def fast_inference(model: nn.Module) -> Iterator[None]:
-    """Run passes without gradients with the fastest kernels of the device.
+    """Run passes without gradients with the fastest kernels of the device inside the block.
 
-    On the CPU chunked attention is faster in the forward pass as well; a GPU has a fused kernel.
+    On the CPU, chunked attention is faster in the forward pass as well; a GPU has a fused kernel.
     """
     attention = use_chunked_attention() if is_cpu() else nullcontext()
     with attention, use_fast_swiglu(model):
@@ -68,17 +70,22 @@ def fast_inference(model: nn.Module) -> Iterator[None]:
 def plain_scorer(
     model: nn.Module, pairs: Sequence[TokenizedPair], *, ld_alpha: float | None = None
 ) -> PairLogps:
-    """Score whole rows, padded on the right: exact for every causal model. (B,) each
+    """Return the summed log-probs of the completions, from whole right-padded sequences. (B,) each
+
+    The values are exact for every causal model.
 
     Args:
-        ld_alpha: weight of tokens beyond the length of the pair's shorter completion (LD-DPO).
+        ld_alpha: weight of the tokens beyond the length of the pair's shorter completion (LD-DPO).
     """
     with cast_for_forward(model):
         return pair_logps(model, collate(pairs), ld_alpha=ld_alpha)
 
 
 def plain_log_weights(model: nn.Module, pairs: Sequence[TokenizedPair]) -> PairLogps:
-    """Return the mean of WPO's log-weights over each completion, from whole rows. (B,) each"""
+    """Return the mean WPO log-weight per token of each completion. (B,) each
+
+    It is computed from whole right-padded sequences.
+    """
     with cast_for_forward(model):
         return pair_log_weights(model, collate(pairs))
 
@@ -86,13 +93,13 @@ def plain_log_weights(model: nn.Module, pairs: Sequence[TokenizedPair]) -> PairL
 def make_shared_scorer(
     *, vocab_size: int, gradients: bool, packing: Packing, ld_alpha: float | None = None
 ) -> Scorer:
-    """Return a scorer that runs each prompt once, and the head on completion tokens only.
+    """Return a scorer that runs each prompt once, and the LM head on completion tokens only.
 
-    For models for which `select_scorer` has verified it.
+    It is exact only for models for which `select_scorer` has verified it.
 
     Args:
-        gradients: whether the result will be differentiated.
-        ld_alpha: weight of tokens beyond the length of the pair's shorter completion (LD-DPO).
+        gradients: whether the log-probs will be differentiated.
+        ld_alpha: weight of the tokens beyond the length of the pair's shorter completion (LD-DPO).
     """
     return partial(
         _score_with_shared_prompts,
@@ -103,7 +110,7 @@ def make_shared_scorer(
 
 
 def make_shared_log_weights(*, vocab_size: int, packing: Packing) -> Scorer:
-    """Return `plain_log_weights`, computed with each prompt run once."""
+    """Return a function like `plain_log_weights` that runs each prompt only once."""
     return partial(
         _score_with_shared_prompts,
         packing=packing,
@@ -120,12 +127,12 @@ def _score_with_shared_prompts(
     token_values: Callable[..., mx.array],
     reduce: Callable[[mx.array, int], mx.array],
 ) -> PairLogps:
-    """Score pairs with each prompt run once. (B,) each
+    """Compute one number per completion (such as its log-prob), running each prompt once. (B,) each
 
     Args:
-        token_values: a number per token from model parts, hidden states and targets. (n,)
-        reduce: a number per completion from its token values and the length of the pair's
-            shorter completion. ()
+        token_values: computes a number per token from model parts, hidden states and targets. (n,)
+        reduce: computes the number of a completion from its token values and the length of the
+            pair's shorter completion. ()
     """
     batches = _batches(pairs, by_length=packing == "lengths")
     completions = [
@@ -147,9 +154,11 @@ def _score_with_shared_prompts(
 
 
 def _sum_logps(logps: mx.array, shorter: int, *, ld_alpha: float | None) -> mx.array:
-    """Return the sum of a completion's log-probabilities. (n,) -> ()
+    """Return the sum of a completion's token log-probs. (n,) -> ()
 
-    Tokens beyond the length of the pair's `shorter` completion are weighted with `ld_alpha`.
+    Args:
+        shorter: length of the pair's shorter completion; tokens beyond it are weighted with
+            `ld_alpha`.
     """
     if ld_alpha is None:
         return logps.sum()
@@ -157,7 +166,10 @@ def _sum_logps(logps: mx.array, shorter: int, *, ld_alpha: float | None) -> mx.a
 
 
 def _batches(pairs: Sequence[TokenizedPair], *, by_length: bool) -> list[list[int]]:
-    """Return the pairs of each batch by index: all, or those with equally long prompts."""
+    """Return the batches, each as a list of indices into `pairs`.
+
+    With `by_length` a batch holds the pairs with equally long prompts, otherwise all pairs.
+    """
     batches: dict[int, list[int]] = {}
     for index, pair in enumerate(pairs):
         batches.setdefault(len(pair.prompt) if by_length else 0, []).append(index)
@@ -165,10 +177,12 @@ def _batches(pairs: Sequence[TokenizedPair], *, by_length: bool) -> list[list[in
 
 
 def _in_pair_order(scores: Sequence[mx.array], batches: Sequence[Sequence[int]]) -> PairLogps:
-    """Return scores in the order of the pairs. (B,) each
+    """Return the numbers of the completions, sorted into the order of the pairs. (B,) each
 
     Args:
-        scores: of each batch, those of the chosen and then of the rejected completions.
+        scores: one number per completion; for each batch first those of the chosen, then those of
+            the rejected completions.
+        batches: indices of the pairs of each batch.
     """
     chosen: dict[int, mx.array] = {}
     rejected: dict[int, mx.array] = {}

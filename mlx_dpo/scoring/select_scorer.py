@@ -1,8 +1,10 @@
-"""Selection of the scorer of a model: the shared one, if it is equivalent to the plain one.
+"""Choose the scorer of a model: the function that computes the log-probs of pairs.
 
-Before training, values and gradients of both are compared on a few random pairs of uneven
-lengths. A model with sliding-window attention of up to MAX_TESTED_WINDOW tokens also gets a
-prompt longer than the window; wider windows run through the same code with another number.
+The shared scorer runs each prompt once and is fast; the plain scorer runs whole padded sequences.
+The shared scorer is used if its values and gradients equal the plain scorer's on a few random
+pairs of uneven lengths. If the model has sliding-window attention of up to MAX_TESTED_WINDOW
+tokens, a prompt longer than the window is tested too. Wider windows run through the same code and
+are not tested.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -75,7 +77,7 @@ UNSUPPORTED_ERRORS = (
 
 @dataclass(frozen=True)
 class ScorerChoice:
-    """The scorer of a model and the reason for it."""
+    """The scorer (function that computes log-probs of pairs) of a model, and why it was chosen."""
 
     scorer: Scorer
     forward_only: Scorer  # same values without gradients, for reference and evaluation
@@ -86,7 +88,7 @@ class ScorerChoice:
 
     @property
     def cost(self) -> CountTokens:
-        """Function that counts the tokens of a pass through the scorer."""
+        """Function that counts the tokens of a forward pass through the scorer."""
         return padded_row_tokens if self.packing is None else TOKEN_COUNTS[self.packing]
 
 
@@ -102,18 +104,19 @@ def select_scorer(
     packings: Sequence[Packing] = (),
     ld_alpha: float | None = None,
 ) -> ScorerChoice:
-    """Return the scorer of `model`, whose adapters are attached.
+    """Choose the scorer of `model`, to which adapters are attached.
 
-    Weights, modes and random state are left as they are.
+    The model's weights, its training or evaluation mode and MLX's random state stay unchanged.
 
     Args:
-        packings: strategies to try; the first equivalent one is taken. By default the padded
-            batch is tried on a GPU only: on the CPU it costs more than it saves.
-        ld_alpha: weight of tokens beyond the length of the pair's shorter completion (LD-DPO).
+        requested: `auto` falls back to the plain scorer if the shared one is not equivalent.
+        packings: batching strategies to try; the first equivalent one is taken. By default the CPU
+            does not try `batch`, which costs more there than it saves.
+        ld_alpha: weight of the tokens beyond the length of the pair's shorter completion (LD-DPO).
 
     Raises:
-        ModelError: `shared` is requested and is not equivalent for this model; or even the plain
-            scorer cannot be differentiated.
+        ModelError: `shared` is requested and is not equivalent for this model, or the plain scorer
+            cannot be differentiated either.
     """
     plain = partial(plain_scorer, ld_alpha=ld_alpha) if ld_alpha is not None else plain_scorer
     if requested == "plain":
@@ -133,7 +136,10 @@ def select_scorer(
 
 
 def _check_trainable(model: nn.Module, vocab_size: int) -> None:
-    """Raise `ModelError` if the plain scorer fails too: before the first step, not in it."""
+    """Raise `ModelError` if the plain scorer cannot be differentiated with this model.
+
+    So a model that cannot be trained is reported before the first step.
+    """
     plain = _test_pair_logps(plain_scorer, vocab_size)
     try:
         relative_errors(model, plain, plain)
@@ -145,22 +151,22 @@ def _check_trainable(model: nn.Module, vocab_size: int) -> None:
 
 
 def _describe_error(error: Exception) -> str:
-    """Return type and message of an error in one line."""
+    """Return the type and the message of an error in one line."""
     return f"{type(error).__name__}: {reason(error)}".rstrip(".")
 
 
 def _plain_choice(scorer: Scorer, why: str) -> ScorerChoice:
-    """Return the choice of the plain scorer."""
+    """Return a `ScorerChoice` of the plain scorer with the reason `why`."""
     return ScorerChoice(scorer, scorer, "plain", why)
 
 
 def _shared_choice(
     model: nn.Module, vocab_size: int, packing: Packing, plain: Scorer, ld_alpha: float | None
 ) -> ScorerChoice:
-    """Return the choice of the shared scorer, if it passes every comparison.
+    """Return a `ScorerChoice` of the shared scorer after comparing it with `plain`.
 
     Raises:
-        _NotEquivalentError: it does not.
+        _NotEquivalentError: the two scorers differ, or the model does not support the shared one.
     """
     training, forward_only = (
         make_shared_scorer(
@@ -191,7 +197,7 @@ def _shared_choice(
 
 
 def _describe_choice(model: nn.Module, errors: RelativeErrors, packing: Packing) -> str:
-    """Return what the shared scorer does and how closely it matches, for the user."""
+    """Return a description of the shared scorer: its batching strategy and its measured errors."""
     text = f"{PACKINGS[packing]}; verified against the plain scorer (values to {errors.values:.0e}"
     text += f", gradients to {errors.gradients:.0e})" if errors.gradients else ")"
     parts = split_backbone(model)
@@ -205,7 +211,7 @@ def _describe_choice(model: nn.Module, errors: RelativeErrors, packing: Packing)
 
 
 def _check_tolerance(model: nn.Module, case: str, errors: RelativeErrors) -> None:
-    """Raise `_NotEquivalentError` if an error is NaN or above the tolerance of the dtype."""
+    """Raise `_NotEquivalentError` if an error is NaN or exceeds the tolerance for the dtype."""
     with cast_for_forward(model):
         dtype = main_dtype(model)
     is_gpu_float32 = dtype == "float32" and not is_cpu()
@@ -216,7 +222,7 @@ def _check_tolerance(model: nn.Module, case: str, errors: RelativeErrors) -> Non
 
 
 def _test_pair_logps(scorer: Scorer, vocab_size: int) -> RowFunction:
-    """Return the function from a model to the log-probabilities of the test pairs. (2B, 1)"""
+    """Return a function that computes the log-probs of the test pairs under a model. (2B, 1)"""
     pairs = random_pairs(TEST_LENGTHS, vocab_size)
     return lambda model: mx.concatenate([*scorer(model, pairs)])[:, None]
 
@@ -224,10 +230,10 @@ def _test_pair_logps(scorer: Scorer, vocab_size: int) -> RowFunction:
 def _long_prompt_functions(
     window: int, vocab_size: int, packing: Packing
 ) -> tuple[RowFunction, RowFunction]:
-    """Return two functions to hidden states after a prompt longer than the window. (n, D)
+    """Return two functions that compute hidden states after a prompt longer than the window. (n, D)
 
-    One uses the shared prompt, the other whole rows. The head is left out, because logits of
-    whole rows of that length might not fit into memory.
+    The first runs the shared prompt once, the second runs whole sequences. The LM head is left
+    out, because logits of sequences of that length might not fit into memory.
     """
     pairs = random_pairs([(window + 3, 4, 2)], vocab_size)
     [pair] = pairs
@@ -243,12 +249,18 @@ def _long_prompt_functions(
 
 
 def shortest_window(model: nn.Module) -> int:
-    """Return the narrowest attention window of a layer in tokens, 0 if none is to be tested."""
+    """Return the narrowest attention window of the model's layers, in tokens.
+
+    Windows above MAX_TESTED_WINDOW are ignored; the result is 0 if no window remains.
+    """
     return min(_window_sizes(make_prompt_cache(model)), default=0)
 
 
 def _window_sizes(caches: Iterable[Any]) -> Iterator[int]:
-    """Yield the windows of these caches, nested ones included, up to MAX_TESTED_WINDOW."""
+    """Yield the window sizes of the caches and their nested caches, in tokens.
+
+    Windows above MAX_TESTED_WINDOW are left out.
+    """
     for cache in caches:
         yield from _window_sizes(getattr(cache, "caches", ()))
         width = getattr(cache, "max_size", None) or getattr(cache, "chunk_size", None)

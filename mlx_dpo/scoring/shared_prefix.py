@@ -1,8 +1,8 @@
-"""Hidden states of completions with a shared prompt prefix: each prompt runs once.
+"""Hidden states of completions whose pair shares a prompt prefix: each prompt runs only once.
 
-The prompt's KV caches are copied, and chosen and rejected completion continue from the copies.
-The last prompt token predicts the first token of a completion; the last token of a completion
-predicts nothing and is left out.
+The prompt's KV caches are copied, and the chosen and the rejected completion continue from the
+copies. The last prompt token predicts the first token of a completion. The last token of a
+completion predicts nothing and is left out.
 """
 
 import copy
@@ -26,9 +26,9 @@ def completion_hidden_states(
 ) -> mx.array:
     """Return the hidden states that predict the tokens of all completions. (n, D)
 
-    Rows: those of all chosen completions in the order of `pairs`, then of all rejected ones.
-    Gradients flow through the prompts. Prompts of equal length need no mask; others go through
-    mlx-lm's batched caches, which are exact for some models only.
+    The rows are in the order of `pairs`: first all chosen completions, then all rejected ones.
+    Gradients flow through the prompts. Prompts of equal length need no mask. Prompts of different
+    lengths go through mlx-lm's batched caches, which are exact for some models only.
     """
     prompts = [pair.prompt for pair in pairs]
     lengths = [len(prompt) for prompt in prompts]
@@ -57,11 +57,11 @@ def _continue_from_caches(
     *,
     is_even: bool,
 ) -> mx.array:
-    """Return the hidden states that predict `completions`. (n, D)
+    """Return the hidden states that predict the tokens of `completions`. (n, D)
 
     Args:
         last: hidden states of the last prompt tokens, (B, 1, D).
-        caches: caches of the prompts.
+        caches: KV caches of the prompts; they are copied, not changed.
         is_even: whether all prompts have the same length.
     """
     hidden = last
@@ -84,7 +84,7 @@ def _continue_from_caches(
 
 
 def right_padded(rows: Sequence[Tokens], width: int) -> mx.array:
-    """Return token ids padded with zeros on the right. (B, width) int32"""
+    """Return the token ids of `rows`, padded with zeros on the right. (B, width) int32"""
     tokens = np.zeros((len(rows), width), np.int32)
     for number, row in enumerate(rows):
         tokens[number, : len(row)] = row
@@ -92,14 +92,14 @@ def right_padded(rows: Sequence[Tokens], width: int) -> mx.array:
 
 
 def _empty_caches(model: nn.Module) -> list[Any]:
-    """Return empty caches, one per layer."""
+    """Return new, empty KV caches for the model, one per layer."""
     # mlx-lm's default KVCache grows by 256 positions at a time; the backward pass would save
     # the zeros as well.
     return [ConcatenateKVCache() if type(c) is KVCache else c for c in make_prompt_cache(model)]
 
 
 def _empty_batched_caches(model: nn.Module, lengths: Sequence[int], width: int) -> list[Any]:
-    """Return empty caches for rows of these lengths, padded on the right to `width`."""
+    """Return empty batched caches for sequences of `lengths` tokens, right-padded to `width`."""
     row_caches = [make_prompt_cache(model) for _ in lengths]
     caches = [type(layer[0]).merge(list(layer)) for layer in zip(*row_caches, strict=True)]
     padding = [width - length for length in lengths]

@@ -1,4 +1,4 @@
-"""Checkpoints of a run. A checkpoint folder either exists complete or not at all."""
+"""Save and restore checkpoints of a run. A checkpoint folder is complete or does not exist."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ SYNCED_REFERENCE = "reference.safetensors"  # of a reference that follows the po
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
-    """Return the path of the checkpoint of `step`."""
+    """Return the path of the checkpoint of `step` inside the checkpoints folder."""
     return folder / f"step-{step:06d}"
 
 
@@ -36,12 +36,13 @@ def save(
     adapter_config: dict[str, Any],
     synced: SyncedReference | None = None,
 ) -> Path:
-    """Write a checkpoint atomically: adapters, optimizer, random state, position.
+    """Write a checkpoint atomically and return its folder.
 
-    The weights of a synced reference are included once it differs from the start.
+    It contains the adapters, the optimizer state, MLX's random state and the progress. The weights
+    of a synced reference are included after its first update.
 
     Raises:
-        RunError: The disk is full or cannot be written.
+        RunError: the disk is full or cannot be written.
     """
     target = checkpoint_path(folder, progress.step)
     with whole_folder(target) as partial:
@@ -57,10 +58,15 @@ def save(
 
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
-    """Yield a temporary folder that replaces `target` when it is complete on disk.
+    """Create a temporary folder for the block, which replaces `target` when the block ends.
+
+    The content is on disk before it replaces `target`.
+
+    Yields:
+        The path of the temporary folder.
 
     Raises:
-        RunError: The disk is full or cannot be written.
+        RunError: the disk is full or cannot be written.
     """
     try:
         # A folder of this step is left over if the run was resumed from an earlier one.
@@ -78,12 +84,12 @@ def saved_steps(folder: Path) -> list[int]:
 
 
 def latest(folder: Path) -> Path | None:
-    """Return the checkpoint of the highest step, or None."""
+    """Return the folder of the checkpoint with the highest step; None if there is no checkpoint."""
     return max(folder.glob("step-*"), default=None)
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Remove all but the last `keep` checkpoints, and temporary files that a crash left."""
+    """Remove all but the last `keep` checkpoints, and temporary files left by a crash."""
     for path in sorted(folder.glob("step-*"))[:-keep]:
         shutil.rmtree(path, ignore_errors=True)
     remove_abandoned(folder)
@@ -95,11 +101,14 @@ def restore(
     optimizer: optim.Optimizer,
     synced: SyncedReference | None = None,
 ) -> Progress:
-    """Load what `save` wrote into policy, optimizer, synced reference and MLX's random state.
+    """Load a checkpoint into policy, optimizer, synced reference and MLX's random state.
+
+    Returns:
+        The progress of the run at the checkpoint.
 
     Raises:
-        RunError: A file is missing or damaged.
-        ModelError: The adapters belong to another model.
+        RunError: a file is missing or damaged.
+        ModelError: the adapters belong to another model.
     """
     try:
         position = json.loads((folder / STATE).read_text())
@@ -119,7 +128,10 @@ def restore(
 
 
 def synced_reference_weights(folder: Path) -> Arrays | None:
-    """Return the weights of the synced reference at the last checkpoint, or None."""
+    """Return the synced reference's weights in the last checkpoint.
+
+    The result is None without a checkpoint, or if the reference was not updated before it.
+    """
     last = latest(folder)
     return (
         read_arrays(last / SYNCED_REFERENCE)[0]

@@ -1,8 +1,8 @@
-"""GradCache for losses that couple the pairs of a step, computed one micro-batch at a time.
+"""GradCache: split a step into micro-batches although its loss couples all pairs of the step.
 
-First the whole step is scored without gradients. Each micro-batch then computes the loss of the
-whole step, with gradients through its own log-probabilities only. Parameters do not change in
-between, so the gradients of all micro-batches add up to the gradient of the step.
+First the log-probs of all pairs of the step are computed without gradients. Each micro-batch then
+computes the loss of the whole step, with gradients through its own log-probs only. Parameters do
+not change in between, so the gradients of all micro-batches add up to the gradient of the step.
 
 Source: Gao et al. 2021, arXiv:2101.06983.
 """
@@ -18,7 +18,7 @@ from mlx_dpo.types import LossOutputs, PairLogps, ScoredPairs, TokenizedPair
 
 
 class GradCache(NamedTuple):
-    """A micro-batch of b pairs and the cached log-probabilities of its step of B pairs."""
+    """A micro-batch of b pairs together with the cached log-probs of all B pairs of its step."""
 
     step: ScoredPairs  # (B,) each, scored without gradients
     at: mx.array  # (b,) positions of the micro-batch in the step
@@ -28,15 +28,16 @@ class GradCache(NamedTuple):
 
     @classmethod
     def of(cls, step: ScoredPairs, at: Sequence[int], *, labelled: bool = False) -> Self:
-        """Return the cache of the micro-batch with the positions `at`."""
+        """Create the cache of the micro-batch that has the positions `at` in its step."""
         others = [i for i in range(len(step.policy.chosen)) if i not in set(at)]
         order = mx.argsort(mx.array([*at, *others]))
         return cls(step, mx.array(list(at)), mx.array(others, dtype=mx.int32), order, labelled)
 
     def with_gradients(self, logps: PairLogps) -> ScoredPairs:
-        """Return the whole step with `logps` of the micro-batch in place. (B,) each
+        """Return the pairs of the whole step, with the micro-batch's log-probs replaced by `logps`.
 
-        KL completions of unpaired examples keep their cached values: they have no gradient.
+        (B,) each. KL completions of unpaired examples keep their cached log-probs, because the
+        loss sends no gradient through them.
         """
         cached = self.step.policy
         rejected = cached.rejected[self.at] if self.labelled else logps.rejected
@@ -47,7 +48,7 @@ class GradCache(NamedTuple):
         )
 
     def select(self, outputs: LossOutputs) -> LossOutputs:
-        """Return the outputs of the micro-batch. (b,) each"""
+        """Return the loss outputs of the micro-batch out of those of the whole step. (b,) each"""
 
         def select(x: mx.array) -> mx.array:
             return x[self.at] if x.ndim else x
@@ -59,13 +60,17 @@ class GradCache(NamedTuple):
 
 
 def skip_kl_completions(pairs: Sequence[TokenizedPair]) -> list[TokenizedPair]:
-    """Return unpaired examples to be scored with gradients: one token of each KL completion.
+    """Return unpaired examples whose KL completions are cut to their first token.
 
-    That token costs nothing in the model's layers: the prompt's last token predicts it.
+    They are used in passes with gradients, which do not need the KL completions. The remaining
+    token costs nothing in the model's layers, because the prompt's last token predicts it.
     """
     return [replace(pair, rejected=pair.rejected[:1]) for pair in pairs]
 
 
 def only_kl_completions(pairs: Sequence[TokenizedPair]) -> list[TokenizedPair]:
-    """Return unpaired examples to be scored for their KL completions only."""
+    """Return unpaired examples whose own completions are cut to their first token.
+
+    They are used to compute the log-probs of the KL completions only.
+    """
     return [replace(pair, chosen=pair.chosen[:1]) for pair in pairs]

@@ -1,4 +1,4 @@
-"""Cache files of reference log-probabilities, with a checksum. No model is loaded to list them."""
+"""Read, write and list files of cached reference log-probs, which carry a checksum."""
 
 import hashlib
 import os
@@ -20,9 +20,9 @@ CHECKSUM = "sum"
 
 
 def write_logps(path: Path, logps: PairLogps, labels: Mapping[str, str] | None = None) -> None:
-    """Write the log-probabilities to a file, which appears complete or not at all.
+    """Write log-probs to a file, which appears complete or not at all.
 
-    `labels` are shown by `mlx-dpo cache`.
+    `mlx-dpo cache` shows the `labels`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with temporary_path(path) as temporary:
@@ -31,13 +31,16 @@ def write_logps(path: Path, logps: PairLogps, labels: Mapping[str, str] | None =
 
 
 def read_logps(path: Path, count: int) -> PairLogps | None:
-    """Return the log-probabilities of a file; None if it is missing or damaged. (count,) each"""
+    """Return the `count` log-probs of chosen and of rejected completions in a file. (count,) each
+
+    The result is None if the file is missing or damaged, or has another number of pairs.
+    """
     content = read_labelled(path)
     return content[0] if content is not None and len(content[0].chosen) == count else None
 
 
 def read_labelled(path: Path) -> tuple[PairLogps, dict[str, str]] | None:
-    """Return log-probabilities and labels of a file; None if it is missing or damaged."""
+    """Return the log-probs and the labels in a file; None if the file is missing or damaged."""
     if not path.is_file():
         return None
     try:
@@ -57,14 +60,14 @@ def _checksum(logps: PairLogps) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class LogpsCacheEntry(CacheEntry):
-    """A file of cached reference log-probabilities."""
+    """A file of cached reference log-probs, as listed by `mlx-dpo cache`."""
 
     computed_on: str = UNKNOWN  # device and dtype
 
 
 @dataclass(frozen=True)
 class ModelGroup:
-    """Sums over the files of one model, device and dtype."""
+    """Totals over all cache files of the same model, device and dtype."""
 
     model: str
     computed_on: str
@@ -76,18 +79,21 @@ class ModelGroup:
 
 
 def labels(model: str, computed_on: str) -> dict[str, str]:
-    """Return the labels of a new file: model, device and dtype, and the time."""
+    """Return the labels of a new cache file: model, device and dtype, and the current time."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
     return {"model": model, "computed_on": computed_on, "written": now}
 
 
 def list_entries(folder: Path) -> list[LogpsCacheEntry]:
-    """Return the files of the cache, sorted by name."""
+    """Return the files of the cache in `folder`, sorted by name."""
     return list_cache(folder, SUFFIX, LogpsCacheEntry, _read_labels)
 
 
 def group_by_model(entries: Iterable[LogpsCacheEntry]) -> list[ModelGroup]:
-    """Return the sums over the files of each model; damaged files are left out."""
+    """Return the totals over the files of each model, device and dtype.
+
+    Damaged files are left out.
+    """
     groups: dict[tuple[str, str], list[LogpsCacheEntry]] = {}
     for entry in entries:
         if not entry.damaged:

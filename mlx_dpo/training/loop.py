@@ -1,4 +1,4 @@
-"""The training loop: yields metrics. Reads no files, writes no files, prints nothing."""
+"""The training loop. It yields metrics, reads and writes no files, and prints nothing."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +15,10 @@ from mlx_dpo.types import StepMetrics, TokenizedPair
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Position of a run; with weights, optimizer and random state it is all of its state."""
+    """Position of a run: optimizer steps done, and tokens seen in these steps.
+
+    Together with weights, optimizer state and random state it suffices to resume the run.
+    """
 
     step: int = 0  # updates done
     num_tokens: int = 0  # tokens seen in them, without padding
@@ -24,13 +27,16 @@ class Progress:
 def train(
     policy: nn.Module, optimizer: optim.Optimizer, plan: TrainingPlan, *, start: Progress
 ) -> Iterator[tuple[Progress, StepMetrics]]:
-    """Yield progress and metrics after every update.
+    """Take optimizer steps; yield the progress and the metrics after each step.
 
     The caller saves, reports, evaluates and stops between two steps.
 
+    Args:
+        start: position after which training begins.
+
     Raises:
-        TrainingError: A loss or the gradient is not a number. The policy is then as it was
-            before the step.
+        TrainingError: a loss or the gradient is not a finite number. The policy then has the
+            weights from before the step.
     """
     num_tokens = start.num_tokens
     for step in range(start.step + 1, plan.total_steps + 1):

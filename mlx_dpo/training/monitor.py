@@ -1,7 +1,8 @@
-"""Training monitor: warnings about a run from its rows of metrics, each kind once.
+"""Training monitor: warn about problems of a run, judged by its metrics.
 
-The monitor is a pure function of the rows: a resumed run feeds its earlier rows again and repeats
-no warning. Means over windows of steps are compared, so that a single batch has no effect.
+Each kind of warning is given once. The monitor is a pure function of the metrics rows. A resumed
+run feeds its earlier rows to the monitor again, so no warning is repeated. Means over windows of
+steps are compared, so that a single batch has no effect.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -46,7 +47,7 @@ class MonitoredRun:
 
     @property
     def window(self) -> int:
-        """Number of steps in a window."""
+        """Number of steps over which the monitor averages metrics."""
         return min(MAX_WINDOW, max(MIN_WINDOW, self.total_steps // 10))
 
 
@@ -54,16 +55,16 @@ Check = Callable[[MonitoredRun, Sequence[Row]], str | None]
 
 
 class Monitor:
-    """Consumer of metrics rows that returns new warnings."""
+    """Checks of a run's metrics: takes one metrics row after another and returns new warnings."""
 
     def __init__(self, facts: MonitoredRun) -> None:
-        """Start before the first row."""
+        """Start the monitor of the run that `facts` describes, before its first metrics row."""
         self._facts = facts
         self._rows: list[Row] = []  # the last two windows
         self._warned: set[str] = set()
 
     def update(self, row: Row) -> list[str]:
-        """Consume a row of metrics and return the new warnings. Evaluations are ignored."""
+        """Add a metrics row and return the new warnings; rows of evaluations are ignored."""
         if "loss" not in row:
             return []
         self._rows = [*self._rows, row][-2 * self._facts.window :]
@@ -76,7 +77,7 @@ class Monitor:
 
 
 def not_learning(facts: MonitoredRun, rows: Sequence[Row]) -> str | None:
-    """Warn if the policy has hardly changed although the learning rate reached its peak."""
+    """Return a warning if the policy has hardly changed although the learning rate peaked."""
     rest = max(SETTLE_STEPS, ceil(facts.total_steps * SETTLE_SHARE))
     when = min(facts.warmup_steps + rest, facts.total_steps)
     recent = rows[-MIN_WINDOW:]
@@ -98,7 +99,7 @@ def not_learning(facts: MonitoredRun, rows: Sequence[Row]) -> str | None:
 
 
 def saturated_accuracy(facts: MonitoredRun, rows: Sequence[Row]) -> str | None:
-    """Warn if nearly all pairs are ranked correctly early in training."""
+    """Return a warning if nearly all pairs are ranked correctly early in training."""
     recent = rows[-max(MIN_WINDOW // 2, ceil(MIN_PAIRS / facts.batch_size)) :]
     accuracy = _mean(recent, "rewards/accuracies")
     soon = rows[-1]["step"] <= ceil(facts.total_steps * EARLY_SHARE)
@@ -114,7 +115,7 @@ def saturated_accuracy(facts: MonitoredRun, rows: Sequence[Row]) -> str | None:
 
 
 def likelihood_displacement(facts: MonitoredRun, rows: Sequence[Row]) -> str | None:
-    """Warn if chosen completions lose likelihood while the margin grows (likelihood displacement).
+    """Return a warning if chosen completions become less likely while the margin grows.
 
     Source: Razin et al. 2024, arXiv:2410.08847; Pal et al. 2024, arXiv:2402.13228 (DPOP).
     """
@@ -138,7 +139,7 @@ def likelihood_displacement(facts: MonitoredRun, rows: Sequence[Row]) -> str | N
 
 
 def length_bias(facts: MonitoredRun, rows: Sequence[Row]) -> str | None:
-    """Warn if the margin of a pair is determined by the lengths of its completions."""
+    """Return a warning if the margins of pairs correlate with the lengths of their completions."""
     recent = [row for row in rows[-facts.window :] if "length_correlation" in row]
     correlation = _mean(recent, "length_correlation")
     margin = _mean(recent, "rewards/margins", size=abs)
@@ -158,7 +159,7 @@ def length_bias(facts: MonitoredRun, rows: Sequence[Row]) -> str | None:
 
 
 def clipped_gradients(facts: MonitoredRun, rows: Sequence[Row]) -> str | None:
-    """Warn if nearly all gradients are clipped by a large factor after the warm-up."""
+    """Return a warning if nearly all gradients after the warm-up are clipped by a large factor."""
     recent = [row for row in rows[-facts.window :] if row["step"] > facts.warmup_steps]
     norms, bound = [row["grad_norm"] for row in recent], facts.max_grad_norm
     if len(recent) < facts.window or not bound:
@@ -174,7 +175,7 @@ def clipped_gradients(facts: MonitoredRun, rows: Sequence[Row]) -> str | None:
 
 
 def far_from_reference(facts: MonitoredRun, rows: Sequence[Row]) -> str | None:
-    """Warn if the policy is far from the reference.
+    """Return a warning if the policy is far from the reference.
 
     The distance is the absolute mean log-ratio of the chosen completions, in nats per token. It
     is not an estimate of the KL divergence, because the texts are given, not sampled from the
@@ -207,7 +208,10 @@ CHECKS: dict[str, Check] = {
 
 
 def _mean(rows: Sequence[Row], name: str, size: Callable[[float], float] = float) -> float | None:
-    """Return the mean of a metric over the rows that have it, or None."""
+    """Return the mean of the metric `name` over the rows that have it; None if no row has it.
+
+    `size` is applied to each value first.
+    """
     values = [size(row[name]) for row in rows if name in row]
     return fmean(values) if values else None
 

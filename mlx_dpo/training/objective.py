@@ -1,4 +1,4 @@
-"""The training objective: a weighted sum of losses, and the rewards that it implies."""
+"""The training objective: a weighted sum of losses, and the implied rewards."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,13 +19,13 @@ from mlx_dpo.types import LossOutputs, PairLogps, PreferenceMetrics, ScoredPairs
 
 @dataclass(frozen=True)
 class Objective:
-    """The weighted sum of the losses that the settings name."""
+    """The weighted sum of the losses that the settings name, and the implied rewards."""
 
     settings: LossSettings
 
     @property
     def labelled(self) -> bool:
-        """Whether the examples are unpaired and labelled (KTO)."""
+        """Whether the examples are single labelled completions (KTO) instead of pairs."""
         return self.settings.labelled
 
     @property
@@ -35,7 +35,7 @@ class Objective:
 
     @property
     def divergence(self) -> Divergence:
-        """Divergence that regularises the policy towards the reference."""
+        """The f-divergence that regularizes the policy towards the reference."""
         name = self.settings.f_divergence_type or "reverse_kl"
         return Divergence(name, self.settings.divergence_alpha)
 
@@ -51,16 +51,20 @@ class Objective:
         return scored.metadata.weights * scored.on_policy_weights * reduce(add, terms)
 
     def compute_outputs(self, scored: ScoredPairs, ratios: PairLogps) -> LossOutputs:
-        """Return losses and implied rewards of pairs with these log-ratios. (B,) each"""
+        """Return the losses and the implied rewards of the pairs. (B,) each
+
+        Args:
+            ratios: log-ratios of the pairs' completions between policy and reference, (B,) each.
+        """
         chosen, rejected = self.compute_rewards(scored, ratios)
         return LossOutputs(self.compute_losses(scored, ratios), scored, chosen, rejected)
 
     def compute_rewards(self, scored: ScoredPairs, ratios: PairLogps) -> PairLogps:
-        """Return the implied rewards of chosen and rejected, as TRL logs them. (B,) each
+        """Return the implied rewards of chosen and rejected completions. (B,) each
 
-        A reward is beta times the log-ratio; for reference-free losses beta times the
-        log-probability, or its average over tokens. In a sum the first loss decides that implies
-        a reward.
+        They are the rewards that TRL logs. A reward is beta times the log-ratio. For
+        reference-free losses it is beta times the log-probability, or its average over tokens. In
+        a sum of losses, the first loss that implies a reward decides which.
         """
         beta, kind, logps = self.settings.common_beta, self.settings.reward_kind, scored.policy
         if kind == "log-ratio":
@@ -79,7 +83,16 @@ def evaluate(
     score: DatasetScorer,
     on_policy: Callable[[nn.Module, Sequence[TokenizedPair]], mx.array] | None = None,
 ) -> PreferenceMetrics:
-    """Return means over all `pairs`, with equal weights. Leaves the policy in evaluation mode."""
+    """Return the means of loss, rewards and all other metrics over `pairs`.
+
+    The loss of a pair is multiplied by its weight, as in training. The policy is left in
+    evaluation mode.
+
+    Args:
+        reference: log-probs of `pairs` under the reference, (len(pairs),) each.
+        score: function that computes log-probs of a dataset without gradients.
+        on_policy: function that computes the WPO weights of pairs, (B,).
+    """
     logps = score(policy, pairs)
     weights = mx.ones((len(pairs),)) if on_policy is None else on_policy(policy, pairs)
     scored = ScoredPairs(logps, reference, pair_metadata(pairs), weights)

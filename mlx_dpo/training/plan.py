@@ -1,4 +1,4 @@
-"""Data and hyper-parameters of every optimizer step: the plan of a run and its micro-batches."""
+"""The pairs, micro-batches and hyper-parameters of every optimizer step of a run."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,16 +29,19 @@ Pairs = Sequence[TokenizedPair]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingPlan:
-    """Pairs, objective and hyper-parameters of a run; each step is a pure function of its number.
+    """Pairs, objective and hyper-parameters of a run; the step number determines all of a step.
 
     Attributes:
-        reference: Log-probabilities of `pairs` under the reference, (len(pairs),) each.
-        learning_rate: Schedule; takes the number of updates done before.
-        limit: Largest micro-batch.
-        cost: Tokens that a micro-batch costs with `scorer`.
-        score: Scorer without gradients, for GradCache and the synced reference.
-        on_policy_weights: WPO's weights of pairs, (B,).
-        synced_reference: Replaces `reference` after its first synchronization.
+        reference: log-probs of `pairs` under the reference, (len(pairs),) each.
+        learning_rate: schedule; takes the number of updates done so far.
+        scorer: function that computes the log-probs of pairs with gradients.
+        limit: maximum number of pairs or tokens in a micro-batch.
+        cost: function that counts the tokens of a micro-batch with `scorer`.
+        recompute: whether gradient checkpointing is used.
+        score: function that computes log-probs without gradients, for GradCache and the synced
+            reference.
+        on_policy_weights: function that computes the WPO weights of pairs, (B,).
+        synced_reference: replaces `reference` after its first update.
     """
 
     pairs: Pairs
@@ -58,28 +61,31 @@ class TrainingPlan:
     synced_reference: SyncedReference | None = None
 
     def indices(self, step: int) -> list[int]:
-        """Return the indices of the pairs of a step; steps count from 1."""
+        """Return the indices into `pairs` of the pairs of a step; steps count from 1."""
         count, seed = len(self.pairs), self.seed
         return step_indices(step - 1, count=count, batch_size=self.batch_size, seed=seed)
 
     def groups(self, indices: Sequence[int]) -> list[list[int]]:
-        """Return `indices` divided into micro-batches."""
+        """Divide the `indices` of a step's pairs into micro-batches."""
         return micro_batches(indices, self.pairs, self.limit, cost=self.cost)
 
     def epoch(self, step: int) -> float:
-        """Return the number of epochs after `step` updates; the last step of one may be smaller."""
+        """Return the number of epochs after `step` updates, as a fraction.
+
+        The last step of an epoch may be smaller than the others.
+        """
         per_epoch = steps_per_epoch(len(self.pairs), self.batch_size)
         whole, rest = divmod(step, per_epoch)
         return whole + rest * self.batch_size / len(self.pairs)
 
     def padding_share(self, groups: Sequence[list[int]]) -> float:
-        """Return the share of padding among the tokens of some micro-batches."""
+        """Return the share of padding among the tokens of the given micro-batches, from 0 to 1."""
         costs = [self.cost([self.pairs[i] for i in group]) for group in groups]
         return sum(cost.padding for cost in costs) / sum(cost.total for cost in costs)
 
 
 class MicroBatch(NamedTuple):
-    """Input of one forward and backward pass. Arrays are (B,) unless stated otherwise."""
+    """Input of one forward and backward pass. Arrays have the shape (B,)."""
 
     pairs: Pairs
     reference: PairLogps
@@ -89,29 +95,37 @@ class MicroBatch(NamedTuple):
 
     @classmethod
     def of(cls, pairs: Pairs, reference: PairLogps) -> Self:
-        """Return a micro-batch that is all of its step."""
+        """Create a micro-batch of all pairs of a step, with weights of 1."""
         return cls(pairs, reference, pair_metadata(pairs), mx.ones((len(pairs),)))
 
     def with_policy_logps(self, logps: PairLogps) -> ScoredPairs:
-        """Return the scored pairs on which the loss depends.
+        """Combine the policy's `logps` of this micro-batch with all other inputs of the loss.
 
-        They are the pairs of this micro-batch, or with GradCache all pairs of the step.
+        The result has the pairs of this micro-batch, or with GradCache all pairs of the step.
         """
         if self.grad_cache is not None:
             return self.grad_cache.with_gradients(logps)
         return ScoredPairs(logps, self.reference, self.metadata, self.on_policy_weights)
 
     def select_outputs(self, outputs: LossOutputs) -> LossOutputs:
-        """Return the loss outputs of the pairs of this micro-batch. (B,) each"""
+        """Return the loss outputs of this micro-batch's own pairs. (B,) each
+
+        With GradCache, `outputs` belong to all pairs of the step.
+        """
         return outputs if self.grad_cache is None else self.grad_cache.select(outputs)
 
 
 def make_micro_batches(
     policy: nn.Module, plan: TrainingPlan, indices: Sequence[int], groups: Sequence[list[int]]
 ) -> list[MicroBatch]:
-    """Return the micro-batches of a step; `groups` are the indices of each.
+    """Create the micro-batches of a step.
 
-    Scores the step without gradients if the objective, WPO or a synced reference needs it.
+    If the objective, WPO or a synced reference needs it, log-probs of the step's pairs are
+    computed without gradients first.
+
+    Args:
+        indices: indices of the pairs of the step.
+        groups: the same indices, divided into micro-batches.
     """
     step = _score_step(policy, plan, indices)
     positions = {index: position for position, index in enumerate(indices)}
@@ -137,9 +151,9 @@ def _grad_cache(plan: TrainingPlan, step: ScoredPairs, at: Sequence[int]) -> Gra
 
 
 def _score_step(policy: nn.Module, plan: TrainingPlan, indices: Sequence[int]) -> ScoredPairs:
-    """Return all that is known of the pairs of a step without gradients.
+    """Collect the inputs of the loss for all pairs of a step, without gradients. (B,) each
 
-    The log-probabilities of the policy are zeros unless the objective couples pairs.
+    The log-probs under the policy are zeros unless the objective couples the pairs of a step.
     """
     pairs = [plan.pairs[i] for i in indices]
     zeros = mx.zeros((len(pairs),))

@@ -1,7 +1,8 @@
-"""Reference log-probabilities: computed once and cached on disk by content.
+"""Compute the log-probs of pairs under the reference, once, and cache them on disk.
 
-The reference is fixed, so its log-probabilities are as well. Scoring all pairs before the first
-update keeps a second model out of memory and out of the training loop.
+The reference does not change, so its log-probs do not change either. They are computed for all
+pairs before the first update, which keeps a second model out of memory and out of the training
+loop.
 """
 
 import hashlib
@@ -33,17 +34,19 @@ def reference_logps(
     labels: Mapping[str, str] | None = None,
     progress: Callable[[int], None] = lambda scored: None,
 ) -> PairLogps:
-    """Return the reference log-probabilities of all pairs, from the cache if possible.
+    """Return the log-probs of all pairs under the reference. (len(pairs),) each
 
-    (len(pairs),) each
+    Log-probs found in the cache are not computed again.
 
     Args:
-        model: The reference; used only for blocks that are not in the cache.
-        provenance: Everything besides the token ids that determines the log-probabilities.
-        cache: Folder of the cache; files are named by content, so that runs share them.
-        score: Scorer without gradients.
-        labels: Labels that `mlx-dpo cache` shows for new files.
-        progress: Called with the number of newly scored pairs.
+        model: the reference; used only for blocks of pairs that are not in the cache.
+        provenance: text that identifies everything besides the token ids that determines the
+            log-probs.
+        cache: folder of the cache. Its files are named by a digest of their inputs, so that runs
+            share them.
+        score: function that computes log-probs of a dataset without gradients.
+        labels: labels of new files, shown by `mlx-dpo cache`.
+        progress: called with the number of pairs whose log-probs were computed or read.
     """
     parts = []
     for start in range(0, len(pairs), BLOCK_SIZE):
@@ -71,11 +74,12 @@ def _block_name(provenance: str, block: Sequence[TokenizedPair]) -> str:
 
 
 class SyncedReference:
-    """A reference that is updated every few steps: alpha policy + (1 - alpha) reference.
+    """A reference that moves towards the policy every few steps (TRL's `sync_ref_model`).
 
-    It starts as the policy does. Until its first update the precomputed reference
-    log-probabilities are valid. Adapter matrices are mixed one by one, as TRL mixes weights;
-    with alpha = 1 the reference becomes the policy itself.
+    Its weights become alpha * policy + (1 - alpha) * reference. It starts with the weights of the
+    policy, so the precomputed reference log-probs are valid until its first update. Adapter
+    matrices are mixed one by one, as TRL mixes weights; with alpha = 1 the reference becomes the
+    policy itself.
 
     Source: Gorbatovski et al. 2024, arXiv:2404.09656, Eq. 6 (soft) and Eq. 7 (hard, alpha = 1).
     """
@@ -83,17 +87,17 @@ class SyncedReference:
     def __init__(
         self, policy: nn.Module, *, alpha: float, every: int, score: DatasetScorer
     ) -> None:
-        """Copy the weights of the policy before the first step."""
+        """Start with the trainable weights that the policy has before the first step."""
         self.alpha, self.every, self._score = alpha, every, score
         self.weights: Arrays = named_arrays(policy.trainable_parameters())
         self.moved = False
 
     def restore(self, weights: Arrays) -> None:
-        """Restore the weights of a checkpoint."""
+        """Restore the reference's weights from a checkpoint."""
         self.weights, self.moved = weights, True
 
     def follow(self, policy: nn.Module, step: int) -> None:
-        """Update the reference if `step` is a multiple of `every`."""
+        """Move the reference towards the policy if `step` is a multiple of `every`."""
         if step % self.every:
             return
         own = named_arrays(policy.trainable_parameters())
@@ -105,7 +109,10 @@ class SyncedReference:
         self.moved = True
 
     def logps(self, policy: nn.Module, pairs: Sequence[TokenizedPair]) -> PairLogps | None:
-        """Return log-probabilities under the reference, None before its first update. (B,) each"""
+        """Return the log-probs of `pairs` under this reference. (B,) each
+
+        The result is None before the first update, when the precomputed log-probs are still valid.
+        """
         if not self.moved:
             return None
         own = named_arrays(policy.trainable_parameters())

@@ -1,4 +1,4 @@
-"""One optimizer step of DPO: log-probs, log-ratios, loss, gradient, update."""
+"""One optimizer step of DPO: log-probs, log-ratios, loss, gradients, clipping, update."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -29,7 +29,7 @@ def loss_and_gradients(
     *,
     scorer: Scorer = plain_scorer,
 ) -> tuple[LossOutputs, Gradients]:
-    """Return loss outputs of all pairs, and the gradient of their mean loss."""
+    """Return the loss outputs of all pairs, and the gradients of their mean loss."""
     num_pairs = sum(len(batch.pairs) for batch in micro_batches)
 
     def loss(model: nn.Module, batch: MicroBatch) -> tuple[mx.array, LossOutputs]:
@@ -55,7 +55,7 @@ def optimizer_step(
     """Update `policy` once; return the loss outputs and the gradient norm before clipping.
 
     Raises:
-        TrainingError: A loss or the gradient is not a number; the policy is not changed.
+        TrainingError: a loss or the gradient is not a finite number; the policy is then unchanged.
     """
     with memory_efficient_training(policy, recompute=plan.recompute):
         outputs, gradients = loss_and_gradients(
@@ -73,9 +73,10 @@ def optimizer_step(
 def _accumulate(
     policy: nn.Module, value_and_grad: Any, micro_batches: Sequence[MicroBatch]
 ) -> tuple[LossOutputs, Gradients]:
-    """Return the outputs of all micro-batches, concatenated, and the sum of their gradients.
+    """Return the concatenated outputs of all micro-batches, and the sum of their gradients.
 
-    Each micro-batch is evaluated before the next one is built, so memory stays that of one.
+    Each micro-batch is evaluated before the computation of the next one begins, so only one is in
+    memory at a time.
     """
     parts: list[LossOutputs] = []
     total: Gradients | None = None
@@ -90,11 +91,11 @@ def _accumulate(
 
 
 def clip_grad_norm(gradients: Gradients, max_norm: float) -> tuple[Gradients, mx.array]:
-    """Return the gradients with a global norm of at most `max_norm`, and the norm before. ()
+    """Scale the gradients to a global norm of at most `max_norm`; return them and the norm before.
 
-    With `max_norm` 0 nothing is clipped. The norm is computed in float32 whatever the dtype of
-    the gradients: squares of float16 overflow, and a sum of bfloat16 squares rounds. Each
-    gradient keeps its dtype. As in PyTorch, 1e-6 is added to the norm.
+    A `max_norm` of 0 clips nothing. The norm is a scalar array and is computed in float32 whatever
+    the dtype of the gradients: squares of float16 overflow, and a sum of bfloat16 squares rounds.
+    Each gradient keeps its dtype. As in PyTorch, 1e-6 is added to the norm.
     """
     squares = (mx.square(g.astype(mx.float32)).sum() for g in named_arrays(gradients).values())
     norm = mx.sqrt(sum(squares, start=mx.array(0.0)))
@@ -107,7 +108,10 @@ def clip_grad_norm(gradients: Gradients, max_norm: float) -> tuple[Gradients, mx
 def _check_finite(
     step: int, outputs: LossOutputs, norm: mx.array, micro_batches: Sequence[MicroBatch]
 ) -> None:
-    """Raise `TrainingError` with the locations of pairs whose loss is not a finite number."""
+    """Raise `TrainingError` if a loss or the gradient norm is not a finite number.
+
+    The message names the locations of the pairs whose loss is not finite.
+    """
     finite = np.isfinite(np.array(outputs.losses))
     if finite.all() and mx.isfinite(norm).item():
         return

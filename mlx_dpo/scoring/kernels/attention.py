@@ -1,10 +1,10 @@
-"""Attention in chunks of queries, whose backward pass computes the probabilities again.
+"""Attention in chunks of queries; the backward pass recomputes the probabilities of each chunk.
 
-MLX saves the attention probabilities of every head and layer for the backward pass: an array of
-T x T per head. Here a custom VJP saves only inputs and output, like FlashAttention
-(Dao et al. 2022, arXiv:2205.14135), so that memory grows with T x C for chunks of C queries.
+MLX saves the attention probabilities of every head and layer for the backward pass: an array of T
+x T per head. Here a custom VJP saves only inputs and output, like FlashAttention (Dao et al. 2022,
+arXiv:2205.14135), so that memory grows with T x C for chunks of C queries.
 
-Shape letters: B rows, H query heads, K key heads (H is a multiple of K: grouped-query
+Shape letters: B sequences, H query heads, K key heads (H is a multiple of K: grouped-query
 attention), T_q queries, T_k keys, C queries of a chunk, S keys that the chunk sees, D width of
 queries and keys, E width of values.
 """
@@ -27,7 +27,7 @@ Probabilities = tuple[mx.array, mx.array | None]  # (B, H, C, S), and of sinks (
 
 
 class AttentionInputs(NamedTuple):
-    """The inputs of attention or of one chunk of it, or the gradients of such inputs."""
+    """Inputs of attention (of a whole call or of one chunk), or gradients of these inputs."""
 
     queries: mx.array  # (B, H, T_q, D)
     keys: mx.array  # (B, K, T_k, D)
@@ -37,7 +37,7 @@ class AttentionInputs(NamedTuple):
 
 
 class QueryChunk(NamedTuple):
-    """A range of queries and the range of keys that they see."""
+    """A range of queries, and the range of keys that these queries see."""
 
     query_start: int
     query_end: int
@@ -47,7 +47,7 @@ class QueryChunk(NamedTuple):
 
 
 class AttentionOptions(NamedTuple):
-    """Options that all chunks of a call share."""
+    """Options that all chunks of an attention call share."""
 
     fused_attention: Attention  # MLX's own
     scale: float
@@ -56,7 +56,7 @@ class AttentionOptions(NamedTuple):
 
 
 def chunked_attention(inputs: AttentionInputs, options: AttentionOptions) -> mx.array:
-    """Return the attention output, computed and differentiated chunk by chunk. (B, H, T_q, E)"""
+    """Return the attention output; forward and backward pass run chunk by chunk. (B, H, T_q, E)"""
     # `mx.custom_function` gives no gradient to arrays that its function captures, so every
     # array that may need a gradient is passed as an argument.
     names = [
@@ -83,9 +83,9 @@ def chunked_attention(inputs: AttentionInputs, options: AttentionOptions) -> mx.
 
 
 def _saved_probabilities(inputs: AttentionInputs, options: AttentionOptions) -> list[mx.array]:
-    """Return the probabilities of every chunk if saving them is cheap. (B, H, C, S) each
+    """Return the attention probabilities of every chunk if saving them is cheap. (B, H, C, S) each
 
-    An empty list means that the backward pass computes them again.
+    An empty list means that the backward pass computes the probabilities again.
     """
     scores = sum((c.query_end - c.query_start) * (c.key_end - c.key_start) for c in options.chunks)
     is_large = scores > MAX_SAVED_KEYS * inputs.queries.shape[2]
@@ -102,7 +102,11 @@ def _saved_probabilities(inputs: AttentionInputs, options: AttentionOptions) -> 
 def _forward(
     inputs: AttentionInputs, options: AttentionOptions, saved: Sequence[mx.array]
 ) -> mx.array:
-    """Return the attention output. (B, H, T_q, E)"""
+    """Return the attention output, computed chunk by chunk. (B, H, T_q, E)
+
+    Args:
+        saved: attention probabilities of every chunk if they were saved, otherwise empty.
+    """
     outputs: list[mx.array] = []  # (B, H, C, E) each
     for index, chunk in enumerate(options.chunks):
         part = _chunk_inputs(inputs, chunk)
@@ -117,7 +121,7 @@ def _forward(
 
 
 def _chunk_inputs(inputs: AttentionInputs, chunk: QueryChunk) -> AttentionInputs:
-    """Return the inputs of one chunk: its queries, and the keys and values that they see."""
+    """Return the inputs of one chunk: its queries, and the keys and values that the queries see."""
     mask = inputs.mask
     if mask is not None and mask.shape[2] > 1:
         mask = mask[:, :, chunk.query_start : chunk.query_end]
@@ -141,7 +145,7 @@ def _attend_chunk(part: AttentionInputs, options: AttentionOptions, chunk: Query
 
 
 def _weighted_values(probabilities: mx.array, part: AttentionInputs) -> mx.array:
-    """Return the values averaged by the probabilities. (B, H, C, S) -> (B, H, C, E)"""
+    """Return the averages of the values by `probabilities`. (B, H, C, S) -> (B, H, C, E)"""
     grouped = _group_by_key_head(probabilities, part.keys)  # (B, K, H/K C, S)
     return _ungroup(grouped @ part.values, part.queries)
 
@@ -149,7 +153,10 @@ def _weighted_values(probabilities: mx.array, part: AttentionInputs) -> mx.array
 def _probabilities(
     part: AttentionInputs, options: AttentionOptions, chunk: QueryChunk
 ) -> Probabilities:
-    """Return the attention weights of keys and sinks. (B, H, C, S), (B, H, C, 1)"""
+    """Return the attention probabilities of keys and of sinks. (B, H, C, S), (B, H, C, 1)
+
+    The second is None without sinks.
+    """
     queries = _group_by_key_head(part.queries * options.scale, part.keys)  # (B, K, H/K C, D)
     scores = _ungroup(queries @ part.keys.swapaxes(-1, -2), part.queries)  # (B, H, C, S)
     if options.is_causal:
@@ -166,13 +173,16 @@ def _probabilities(
 
 
 def causal_mask(queries: int, keys: int, dtype: mx.Dtype) -> mx.array:
-    """Return the additive causal mask of the last `queries` of `keys` positions. (C, S)"""
+    """Return the additive causal mask of the last `queries` among `keys` positions. (C, S)"""
     corner = mx.triu(mx.full((queries, queries), -mx.inf, dtype), k=1)
     return mx.pad(corner, [(0, 0), (keys - queries, 0)])
 
 
 def additive_mask(mask: mx.array, dtype: mx.Dtype) -> mx.array:
-    """Return a boolean mask as numbers to add to the scores. Shape of `mask`"""
+    """Return the mask as numbers to add to the attention scores. Shape of `mask`
+
+    Boolean masks are converted to `dtype`; other masks are returned unchanged.
+    """
     if mask.dtype != mx.bool_:
         return mask
     # A product, because `where` is slow on the CPU. Half of the lowest number, so that a score
@@ -187,10 +197,10 @@ def _backward(
     cotangent: mx.array,  # (B, H, T_q, E)
     saved: Sequence[mx.array],
 ) -> AttentionInputs:
-    """Return the gradients of the inputs, computed chunk by chunk.
+    """Return the gradients of the attention inputs, computed chunk by chunk.
 
-    A key is seen by many chunks. Its gradients are summed in float32, because repeated addition
-    in 16 bits loses small terms.
+    Many chunks see the same key. Gradients of keys and values are summed over the chunks in
+    float32, because repeated addition in 16 bits loses small terms.
     """
     queries: list[mx.array] = []
     masks: list[mx.array | None] = []
@@ -261,10 +271,10 @@ def _chunk_gradients(
 
 
 def _join_gradients(value: mx.array | None, parts: Sequence[mx.array | None]) -> mx.array | None:
-    """Return the gradient of a mask or of sinks from those of all chunks.
+    """Combine the chunks' gradients of a mask or of sinks into the gradient of `value`.
 
-    Rows of a mask of shape (·, ·, T_q, ·) belong to one chunk each and are concatenated; all
-    other values are shared by the chunks, and their gradients are summed.
+    Each row of a mask of shape (·, ·, T_q, ·) belongs to one chunk, so the gradients are
+    concatenated. All other values are shared by the chunks, and their gradients are summed.
     """
     gradients = [part for part in parts if part is not None]
     if value is None or not gradients:
@@ -275,16 +285,16 @@ def _join_gradients(value: mx.array | None, parts: Sequence[mx.array | None]) ->
 
 
 def _sum_to_shape(gradient: mx.array, value: mx.array) -> mx.array:
-    """Return the gradient summed over the axes along which `value` was broadcast."""
+    """Return the gradient, summed over the axes along which `value` was broadcast."""
     axes = [axis for axis, size in enumerate(value.shape) if size == 1]
     return gradient.sum(axes, keepdims=True) if axes else gradient
 
 
 def _group_by_key_head(x: mx.array, keys: mx.array) -> mx.array:
-    """Stack the query heads that share a key head. (B, H, C, ·) -> (B, K, H/K C, ·)"""
+    """Group the query heads that share a key head. (B, H, C, ·) -> (B, K, H/K C, ·)"""
     return x.reshape(*keys.shape[:2], -1, x.shape[-1])
 
 
 def _ungroup(x: mx.array, queries: mx.array) -> mx.array:
-    """Undo `_group_by_key_head`. (B, K, H/K C, ·) -> (B, H, C, ·)"""
+    """Undo `_group_by_key_head`: separate the query heads. (B, K, H/K C, ·) -> (B, H, C, ·)"""
     return x.reshape(*queries.shape[:3], -1)

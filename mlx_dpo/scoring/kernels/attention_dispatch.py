@@ -1,6 +1,6 @@
-"""Replacement of MLX's attention function: which calls are computed in chunks.
+"""Replace `mx.fast.scaled_dot_product_attention` temporarily, to compute large calls in chunks.
 
-Models of mlx-lm call `mx.fast.scaled_dot_product_attention` as an attribute, so replacing it
+mlx-lm's models call `mx.fast.scaled_dot_product_attention` as an attribute, so replacing it
 reaches all of them without code per model. Models that write out their own softmax are not
 affected.
 """
@@ -28,23 +28,24 @@ FUNCTION_NAME = "scaled_dot_product_attention"
 
 
 class StructuredMask(ABC):
-    """A mask given as ranges of keys per chunk of queries instead of an array."""
+    """An attention mask given as the range of keys that each chunk of queries sees."""
 
     __slots__ = ()
 
     @abstractmethod
     def chunks(self, size: int, dtype: mx.Dtype) -> Sequence[QueryChunk]:
-        """Return chunks of at most `size` queries that cover all queries in order."""
+        """Return chunks of at most `size` queries each, which cover all queries in order."""
 
 
 @contextmanager
 def use_chunked_attention(queries_per_chunk: int = QUERIES_PER_CHUNK) -> Iterator[None]:
-    """Compute MLX's fused attention in chunks of queries inside the block.
+    """Compute attention in chunks of queries inside the block.
 
-    Use it for passes with gradients. The function cannot know whether gradients will follow;
-    on Metal, passes without gradients are faster outside the block, where MLX's fused kernel
-    takes all queries at once. Single queries, few scores, and calls with `force_fused` or a
-    stream go to MLX unchanged. Blocks nest, the innermost one counts; all threads are affected.
+    Use it for passes with gradients. The replaced function cannot know whether gradients will
+    follow. On Metal, passes without gradients are faster outside the block, where MLX's fused
+    kernel takes all queries at once. Single queries, small score matrices, and calls with
+    `force_fused` or a stream go to MLX unchanged. Blocks may be nested; the innermost one counts.
+    All threads are affected.
     """
     current: Any = mx.fast.scaled_dot_product_attention
     # An inner block must not cut the chunks of the outer one into chunks again.
@@ -55,7 +56,7 @@ def use_chunked_attention(queries_per_chunk: int = QUERIES_PER_CHUNK) -> Iterato
 
 @contextmanager
 def use_structured_masks() -> Iterator[None]:
-    """Let MLX's fused attention accept a `StructuredMask` inside the block."""
+    """Make `mx.fast.scaled_dot_product_attention` accept a `StructuredMask` inside the block."""
     current: Any = mx.fast.scaled_dot_product_attention
     if _is_replacement(current):
         yield
@@ -80,7 +81,9 @@ def _attention(
     sinks: mx.array | None = None,
     **more: Any,
 ) -> mx.array:
-    """Compute `mx.fast.scaled_dot_product_attention`, in chunks if that pays. (B, H, T_q, E)
+    """Compute attention like `mx.fast.scaled_dot_product_attention`, in chunks if it pays off.
+
+    (B, H, T_q, E)
 
     Args:
         fused: MLX's own function.
@@ -106,16 +109,17 @@ def _attention(
 
 
 def _is_worth_chunking(queries: int, keys: int, mask: str | mx.array | None) -> bool:
-    """Return whether chunks save memory or time, and `mask` is one that they support."""
+    """Return whether chunks save memory or time and also support this `mask`."""
     if queries == 1 or queries * keys < MIN_SCORES:
         return False
     return not isinstance(mask, str) or (mask == "causal" and queries <= keys)
 
 
 def _query_chunks(queries: int, keys: int, size: int, *, is_causal: bool) -> Iterator[QueryChunk]:
-    """Yield chunks of `size` queries. Under a causal mask a chunk stops at its last query's key.
+    """Yield chunks of `size` queries with the range of keys that the chunk sees.
 
-    Half of the scores of causal attention are never computed.
+    Under a causal mask a chunk ends at the key of its last query, so that about half of the scores
+    are never computed.
     """
     for start in range(0, queries, size):
         end = min(start + size, queries)

@@ -1,10 +1,11 @@
-"""Training of hybrid models: mlx-lm's gated delta rule, computed by MLX's fused recurrence.
+"""Train hybrid models: replace mlx-lm's gated delta rule by MLX's fused recurrence.
 
-In training, mlx-lm steps through the tokens in Python, which builds a graph as long as the
-text; its Metal kernel has no gradient. `mx.fast.gated_delta_update` computes the same
+During training, mlx-lm loops over the tokens in Python, which builds a computation graph as long
+as the text; its Metal kernel has no gradient. `mx.fast.gated_delta_update` computes the same
 recurrence in one operation that has a gradient.
 
-Shape letters: B rows, T tokens, K key heads, H value heads, D width of keys, E width of values.
+Shape letters: B sequences, T tokens, K key heads, H value heads, D width of keys, E width of
+values.
 """
 
 import sys
@@ -26,12 +27,12 @@ Update = Callable[..., tuple[mx.array, mx.array]]  # output and state
 
 @contextmanager
 def use_fused_gated_delta(model: nn.Module) -> Iterator[int]:
-    """Let the gated-delta layers of the model use MLX's fused recurrence inside the block.
+    """Make the gated-delta layers of the model use MLX's fused recurrence inside the block.
 
-    Training and evaluation mode use it alike, so that policy and reference are computed by the
-    same operations. Layers with a gate per channel (Kimi's) keep mlx-lm's recurrence. Outputs of
-    masked tokens are zero. The model's Python modules are changed, and with them every model of
-    its type.
+    Training and evaluation mode both use it, so that policy and reference are computed by the same
+    operations. Layers with a gate per channel (Kimi's) keep mlx-lm's recurrence. Outputs of masked
+    tokens are zero. The function is replaced in mlx-lm's Python modules, which affects every model
+    of the same type.
 
     Yields:
         The number of Python modules changed: 0 for models without gated-delta layers.
@@ -45,13 +46,16 @@ def use_fused_gated_delta(model: nn.Module) -> Iterator[int]:
 
 
 def _source_modules(model: nn.Module) -> set[ModuleType]:
-    """Return the Python modules that define the model's layers and import the function."""
+    """Return the Python modules that define the classes of the model's submodules."""
     classes = {base for _, part in model.named_modules() for base in type(part).__mro__}
     return {sys.modules[base.__module__] for base in classes}
 
 
 def _with_fused_recurrence(update: Update) -> Update:
-    """Return `update` with the recurrence replaced, for gates of one number per head."""
+    """Return `update` with the fused recurrence for gates of one number per head.
+
+    Gates per channel still go to `update`.
+    """
 
     def fused(
         q: mx.array,  # (B, T, K, D)
@@ -87,7 +91,7 @@ def _recurrence_inputs(  # noqa: PLR0913 (mlx-lm's own signature)
     lower_bound: float | None = None,
     allow_neg_eigval: bool = False,
 ) -> tuple[mx.array, mx.array, mx.array | None, mx.array | None]:
-    """Return decay gate and write strength beta, (B, T, H) each, and state and mask."""
+    """Return decay gate and write strength beta, (B, T, H) each, then `state` and `mask`."""
     beta = mx.sigmoid(b) * (2.0 if allow_neg_eigval else 1.0)
     if lower_bound is None:
         return gated_delta.compute_g(A_log, a, dt_bias), beta, state, mask

@@ -1,14 +1,14 @@
-"""Gradient checkpointing: layers that save only their inputs and run again for the backward pass.
+"""Gradient checkpointing: layers save only their inputs and run again in the backward pass.
 
-Correct also where mlx-lm's own `grad_checkpoint` silently gives wrong gradients. Inside a
+It is correct also where mlx-lm's own `grad_checkpoint` silently gives wrong gradients. Inside a
 function that MLX runs twice,
 
 * trainable parameters must be arguments, because a captured array gets no gradient;
-* caches must be copies that are returned as results, because the second run would write into
-  them again;
+* caches must be copies that are returned as results, because the second run would write into them
+  again;
 * random numbers (dropout) must be the same in both runs.
 
-Only the given layers are changed, not their class. Works for any callable layer, without code
+Only the given layers are changed, not their class. Every callable layer is supported, without code
 per architecture.
 """
 
@@ -28,27 +28,27 @@ from mlx_dpo.models.restore import preserved_random_state
 
 @dataclass(frozen=True)
 class _ArrayIndex:
-    """Placeholder of an array: its index in `FlattenedArguments.arrays`."""
+    """Placeholder for an array: its index in `FlattenedArguments.arrays`."""
 
     index: int
 
 
 @dataclass(frozen=True)
 class _ObjectIndex:
-    """Placeholder of an object with attributes, such as a cache."""
+    """Placeholder for an object with attributes, such as a cache: its index in `objects`."""
 
     index: int
 
 
 class FlattenedArguments:
-    """Arguments separated into arrays, objects with attributes (caches), and a structure.
+    """A layer's arguments, separated into arrays, objects with attributes, and a structure.
 
-    MLX differentiates functions of arrays only. Objects are numbered in the order in which they
-    are met, so that one that occurs twice stays a single object.
+    MLX differentiates functions of arrays only. The objects with attributes are caches. They are
+    numbered in the order in which they are met, so an object that occurs twice is stored once.
     """
 
     def __init__(self, objects: Sequence[Any] = ()) -> None:
-        """Flatten the attributes of `objects` first; `flatten` adds further objects."""
+        """Flatten the attributes of `objects`; `flatten` may add further objects later."""
         self.arrays: list[mx.array] = []
         self.objects: list[Any] = []
         self.states: list[Any] = []  # structure of the attributes of each object
@@ -57,13 +57,16 @@ class FlattenedArguments:
         self._flatten_states()
 
     def flatten(self, tree: Any) -> Any:
-        """Add a tree and return its structure, which `RebuiltArguments.unflatten` fills."""
+        """Add the arrays and objects of `tree`; return its structure.
+
+        `RebuiltArguments.unflatten` turns the structure into a tree again.
+        """
         structure = self._flatten(tree)
         self._flatten_states()
         return structure
 
     def _flatten(self, value: Any) -> Any:
-        """Return the structure of `value`: its arrays and objects replaced by placeholders."""
+        """Return `value` with its arrays and objects replaced by placeholders."""
         if isinstance(value, mx.array):
             self.arrays.append(value)
             return _ArrayIndex(len(self.arrays) - 1)
@@ -78,7 +81,7 @@ class FlattenedArguments:
         return value
 
     def _index(self, value: Any) -> int:
-        """Return the index of an object, adding it if it is new."""
+        """Return the index of an object in `objects`; append the object if it is new."""
         for index, known in enumerate(self.objects):
             if known is value:
                 return index
@@ -86,14 +89,17 @@ class FlattenedArguments:
         return len(self.objects) - 1
 
     def _flatten_states(self) -> None:
-        """Flatten the attributes of all objects; these may add objects in turn."""
+        """Flatten the attributes of every recorded object.
+
+        Objects found among those attributes are recorded and flattened too.
+        """
         while len(self.states) < len(self.objects):
             self.states.append(None)  # reserves the index: attributes may add objects
             self.states[-1] = self._flatten(vars(self.objects[len(self.states) - 1]))
 
 
 class RebuiltArguments:
-    """The structure of `FlattenedArguments` filled with other arrays."""
+    """The arguments of a `FlattenedArguments`, rebuilt with other arrays."""
 
     def __init__(
         self,
@@ -101,7 +107,7 @@ class RebuiltArguments:
         arrays: Sequence[mx.array],
         into: Sequence[Any] | None = None,
     ) -> None:
-        """Fill the objects `into`; None fills new objects of the same types."""
+        """Fill the objects `into` with `arrays`; None fills new objects of the same types."""
         self.arrays = arrays
         if into is None:
             into = [object.__new__(type(original)) for original in flattened.objects]
@@ -111,7 +117,7 @@ class RebuiltArguments:
             vars(target).update(self.unflatten(state))
 
     def unflatten(self, structure: Any) -> Any:
-        """Return the tree of this structure."""
+        """Return the tree of `structure`, with its placeholders replaced by arrays and objects."""
         if isinstance(structure, _ArrayIndex):
             return self.arrays[structure.index]
         if isinstance(structure, _ObjectIndex):
@@ -126,17 +132,17 @@ class RebuiltArguments:
 
 
 def _same_type(original: Any, items: list[Any]) -> Any:
-    """Return `items` as a list, tuple or named tuple, like `original`."""
+    """Return `items` as a list, tuple or named tuple: the type of `original`."""
     sequence_type = type(original)
     return sequence_type(*items) if hasattr(original, "_fields") else sequence_type(items)
 
 
 def _check_frozen(module: nn.Module) -> nn.Module:
-    """Return a module that is an argument of a layer.
+    """Return a module that is passed to a layer as an argument, after checking that it is frozen.
 
     Raises:
-        TypeError: the module has trainable parameters. They would be constants of the
-            function that MLX differentiates.
+        TypeError: the module has trainable parameters. MLX would treat them as constants of the
+            function that it differentiates.
     """
     if tree_flatten(module.trainable_parameters()):
         raise TypeError(
@@ -150,7 +156,7 @@ Call = Callable[..., Any]
 
 
 class _LayerResult(NamedTuple):
-    """Result of a layer: its output, and its caches after the call."""
+    """Result of a layer's call: its output and the caches after the call, both flattened."""
 
     flattened: FlattenedArguments
     output_structure: Any
@@ -162,16 +168,16 @@ def gradient_checkpointing(
 ) -> Iterator[set[int]]:
     """Checkpoint `layers` inside the block: they save only their inputs for the backward pass.
 
-    The backward pass costs a second forward pass. Values, gradients, caches, random numbers and
-    parameter names stay the same. Parameters that are trainable when a layer is called get
-    gradients.
+    The backward pass then costs an additional forward pass. Values, gradients, caches, random
+    numbers and parameter names stay the same. Parameters that are trainable when a layer is called
+    get gradients.
 
     Args:
-        layers: all layers of the model if None.
+        layers: layers to checkpoint; None means all layers of the model.
 
     Yields:
-        The indices of the layers called so far. The set stays empty for a model that calls the
-        submodules of its layers directly: there, nothing is saved.
+        The set of indices of the layers called so far. It stays empty for a model that calls the
+            submodules of its layers directly; such a model saves no memory.
 
     Raises:
         RuntimeError: a layer is checkpointed already.
@@ -190,7 +196,11 @@ def gradient_checkpointing(
 
 
 def _checkpointed_class(layer_class: type, note_call: Callable[[], None]) -> type:
-    """Return a subclass with another `__call__`, which Python looks up on the class only."""
+    """Return a subclass of `layer_class` whose `__call__` is checkpointed.
+
+    Each call first calls `note_call`. A subclass is needed because Python looks up `__call__` on
+    the class only.
+    """
 
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
         note_call()
@@ -232,7 +242,7 @@ def _run_with_recomputation(
     """Return the arrays of `run(inputs)` and its result; the backward pass calls `run` again.
 
     Args:
-        inputs: arrays to differentiate with respect to; the last one is the random state.
+        inputs: arrays with respect to which MLX differentiates; the last one is the random state.
     """
     results: list[_LayerResult] = []
 
@@ -280,13 +290,13 @@ def _run_with_recomputation(
 
 
 def _floating_indices(arrays: Sequence[mx.array]) -> list[int]:
-    """Return the indices of the floating-point arrays, which alone have gradients."""
+    """Return the indices of the floating-point arrays: only these have gradients."""
     return [i for i, array in enumerate(arrays) if mx.issubdtype(array.dtype, mx.floating)]
 
 
 @contextmanager
 def _with_parameters(layer: nn.Module, arrays: Arrays) -> Iterator[None]:
-    """Give the layer these parameters inside the block, and its own afterwards."""
+    """Replace parameters of the layer by `arrays` inside the block, and restore them afterwards."""
     before = named_arrays(layer.parameters())
     layer.update(tree_unflatten(list(arrays.items())))
     try:

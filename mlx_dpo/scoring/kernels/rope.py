@@ -1,7 +1,7 @@
-"""Rotary position embeddings with a position per token, for packed sequences.
+"""Rotary position embeddings with one position per token, for packed sequences.
 
-`mx.fast.rope` rotates consecutive tokens from one offset per row. In a packed sequence
-positions restart: both completions of a pair follow the same prompt.
+`mx.fast.rope` rotates consecutive tokens, starting from one offset per sequence. In a packed
+sequence positions restart, because both completions of a pair follow the same prompt.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,21 +18,22 @@ Rope = Callable[..., mx.array]  # signature of `mx.fast.rope`
 
 
 class TokenPositions:
-    """Position of every token of a row, in the place of a cache's `offset`.
+    """Position of every token of a packed sequence, used in place of a cache's `offset`.
 
-    It supports no arithmetic on purpose: a model that computes with the offset itself fails,
-    instead of taking the index in the row for the position in the text.
+    It deliberately supports no arithmetic. A model that computes with the offset itself therefore
+    fails, instead of mistaking a token's index in the packed sequence for its position in the
+    text.
     """
 
     __slots__ = ("_tables", "positions")
 
     def __init__(self, positions: np.ndarray) -> None:
-        """Keep the `positions`, (T,)."""
+        """Store the `positions`, one per token. (T,)"""
         self.positions = positions
         self._tables: dict[Any, tuple[dict[str, Any], Any]] = {}
 
     def rotation_table(self, rope: Rope, dims: int, **options: Any) -> tuple[mx.array, mx.array]:
-        """Return cosines and signed sines of every token's rotation. (T, dims) each
+        """Return the cosines and signed sines of every token's rotation. (T, dims) each
 
         Tables are cached, because all layers with the same `options` share one.
         """
@@ -47,13 +48,13 @@ class TokenPositions:
 
 @contextmanager
 def use_token_positions() -> Iterator[None]:
-    """Let `mx.fast.rope` accept `TokenPositions` as its offset inside the block."""
+    """Make `mx.fast.rope` accept `TokenPositions` as its `offset` inside the block."""
     with patched(mx.fast, "rope", partial(_rope, mx.fast.rope)):
         yield
 
 
 def _rope(original: Rope, x: mx.array, dims: int, *, offset: Any = 0, **options: Any) -> mx.array:
-    """Compute `mx.fast.rope`, with one position per token if `offset` holds them."""
+    """Compute `mx.fast.rope`, with one position per token if `offset` is a `TokenPositions`."""
     if isinstance(offset, TokenPositions):
         return _rotate(original, x, dims, offset, **options)
     return original(x, dims, offset=offset, **options)
@@ -62,10 +63,13 @@ def _rope(original: Rope, x: mx.array, dims: int, *, offset: Any = 0, **options:
 def _rotate(
     rope: Rope, x: mx.array, dims: int, positions: TokenPositions, **options: Any
 ) -> mx.array:
-    """Rotate each token by its own position. (1, H, T, D) -> (1, H, T, D)
+    """Rotate each token of the queries or keys by its own position. (1, H, T, D) -> (1, H, T, D)
 
-    A pair (a, b) of numbers becomes (a cos - b sin, b cos + a sin). Only the first `dims`
-    numbers of a head are rotated.
+    A pair (a, b) of numbers becomes (a cos - b sin, b cos + a sin). Only the first `dims` numbers
+    of a head are rotated.
+
+    Raises:
+        TypeError: `x` does not hold one packed sequence of the length of `positions`.
     """
     if x.shape[0] != 1 or x.shape[-2] != len(positions.positions):
         raise TypeError("it applies positions to other arrays than queries and keys")
@@ -80,10 +84,10 @@ def _rotate(
 def _rotation_table(
     rope: Rope, dims: int, positions: np.ndarray, *, traditional: bool, **options: Any
 ) -> tuple[mx.array, mx.array]:
-    """Return cosines and signed sines of the rotation at every position. (T, dims) each
+    """Return the cosines and signed sines of the rotation at every position. (T, dims) each
 
-    MLX's function rotates (1, 0) to (cos, sin). Reading them off its output covers every kind
-    of scaling and frequencies without repeating their formulas.
+    MLX's function rotates (1, 0) to (cos, sin). Reading cosines and sines off its output covers
+    every kind of scaling and frequencies without repeating their formulas.
     """
     first_of_pair = mx.arange(dims) % 2 == 0 if traditional else mx.arange(dims) < dims // 2
     length = int(positions.max()) + 1
@@ -94,9 +98,9 @@ def _rotation_table(
 
 
 def _split_pairs(x: mx.array, traditional: bool) -> tuple[mx.array, mx.array]:
-    """Return first and second numbers of the rotated pairs. (..., D) -> (..., D / 2) each
+    """Return the first and the second numbers of the rotated pairs. (..., D) -> (..., D / 2) each
 
-    Traditional RoPE pairs neighbors; otherwise number i is paired with number i + D / 2.
+    Traditional RoPE pairs neighboring numbers; otherwise number i is paired with number i + D / 2.
     """
     if traditional:
         return x[..., ::2], x[..., 1::2]
@@ -105,7 +109,7 @@ def _split_pairs(x: mx.array, traditional: bool) -> tuple[mx.array, mx.array]:
 
 
 def _join_pairs(first: mx.array, second: mx.array, traditional: bool) -> mx.array:
-    """Undo `_split_pairs`. (..., D / 2) each -> (..., D)"""
+    """Undo `_split_pairs`: put first and second numbers back in place. (..., D / 2) -> (..., D)"""
     if traditional:
         return mx.stack([first, second], axis=-1).flatten(-2)
     return mx.concatenate([first, second], axis=-1)

@@ -1,4 +1,4 @@
-"""SwiGLU with a custom VJP for the CPU, where MLX's slow sigmoid dominates the time of an MLP."""
+"""SwiGLU with a custom VJP for the CPU, where MLX's slow sigmoid takes most of an MLP's time."""
 
 import math
 import sys
@@ -18,7 +18,7 @@ MLX_LM_SWIGLU = activations.swiglu  # under this name it stays the original insi
 
 
 def swiglu(gate: mx.array, x: mx.array) -> mx.array:
-    """Return silu(gate) * x. Shape of both"""
+    """Return silu(gate) * x elementwise. Shape of `gate` and `x`"""
     if gate.dtype != mx.float32:  # 1 / e in 16 bits is off by up to 0.2 %, its powers by more
         return cast(mx.array, MLX_LM_SWIGLU(gate, x))
     # sigmoid(g) = 1 / (1 + e^-g), by `power`, which takes 4.5 ns per number where `exp` takes 12
@@ -29,15 +29,16 @@ def swiglu(gate: mx.array, x: mx.array) -> mx.array:
 
 @mx.custom_function
 def _swiglu(gate: mx.array, x: mx.array, sigmoid: mx.array) -> mx.array:
-    """Return gate * sigmoid * x. The sigmoid is an argument, so that the VJP can reuse it."""
+    """Return gate * sigmoid * x. `sigmoid` is an argument so that the VJP can reuse it."""
     return gate * sigmoid * x
 
 
 @_swiglu.vjp
 def _swiglu_vjp(primals: Any, cotangent: mx.array, output: mx.array) -> Any:
-    """Return the gradients, with s = sigmoid(g):  d(g s x) = s x (1 + g (1 - s)) dg + g s dx.
+    """Return the gradients of `gate`, `x` and `sigmoid`.
 
-    The gradient of `sigmoid` is zero: that of `gate` includes it.
+    With s = sigmoid(g):  d(g s x) = s x (1 + g (1 - s)) dg + g s dx. The gradient of `sigmoid` is
+    zero, because the gradient of `gate` includes it.
     """
     gate, x, sigmoid = primals
     scaled = cotangent * sigmoid
@@ -46,7 +47,10 @@ def _swiglu_vjp(primals: Any, cotangent: mx.array, output: mx.array) -> Any:
 
 @contextmanager
 def use_fast_swiglu(model: nn.Module) -> Iterator[None]:
-    """Replace mlx-lm's `swiglu` in the Python modules of `model` inside the block, on the CPU."""
+    """Replace mlx-lm's `swiglu` by this module's inside the block, on the CPU only.
+
+    It is replaced in the Python modules that define the layers of `model`.
+    """
     parts = model.modules() if isinstance(model, nn.Module) and is_cpu() else []
     modules = {sys.modules[type(part).__module__] for part in parts}
     with ExitStack() as stack:
