@@ -1,7 +1,7 @@
-"""Attaching adapters to a model in memory, disabling and detaching them, and their config.
+"""Attach adapters to a model in memory, disable and detach them, and describe them for mlx-lm.
 
-What a policy has beyond its base model is either adapters on layers of the frozen base, or trained
-weights of the base itself (mlx-lm's fine_tune_type `full`).
+A policy is either a frozen base model with adapters on some of its layers, or a model whose own
+weights are trained by full fine-tuning (mlx-lm's fine_tune_type `full`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -50,16 +50,19 @@ def attach_adapters(  # noqa: PLR0913 (one argument for each setting)
 ) -> list[str]:
     """Freeze the model and add new adapters to its last `num_layers` blocks.
 
-    A new adapter changes nothing: A is drawn uniformly within 1/sqrt(in) as in PEFT, from `seed`,
-    B is zero, and DoRA's magnitudes are those of the base. Without `target_modules` every linear
-    layer of the blocks gets an adapter; experts, embeddings and heads have to be named.
+    The new adapters do not change the model's output: B is zero, and DoRA's magnitudes are the row
+    norms of the base weights. A is drawn with `seed` from the uniform distribution between
+    -1/sqrt(in) and 1/sqrt(in), as in PEFT. Without `target_modules`, every linear layer of these
+    blocks gets an adapter; experts, embeddings and the LM head get adapters only if
+    `target_modules` names them.
 
     Returns:
-        Names of the adapted layers: mlx-lm's `keys`.
+        Names of the adapted layers, for mlx-lm's setting `keys`.
 
     Raises:
-        ConfigError: a target matches nothing, or there are fewer blocks than `num_layers`.
-        ModelError: the model has adapters already, or a layer is of an unknown type.
+        ConfigError: a target matches nothing, `num_layers` has no effect or exceeds the number of
+            blocks, or mlx-lm has no DoRA for a layer.
+        ModelError: the model has adapters already, or no adapter is known for a layer's type.
     """
     paths = select_modules(model, adaptable_modules(model), target_modules, num_layers)
     mx.random.seed(seed % 2**64)
@@ -79,7 +82,8 @@ def attach_adapters_at(
     """Freeze the model and add new adapters to the layers at `paths`.
 
     Raises:
-        ModelError, ConfigError: as `attach_adapters`.
+        ConfigError: mlx-lm has no DoRA for a layer.
+        ModelError: the model has adapters already, or no adapter is known for a layer's type.
     """
     _check_no_adapters(model)
     modules = dict(model.named_modules())
@@ -94,13 +98,14 @@ def attach_adapters_at(
 def enable_full_fine_tuning(
     model: nn.Module, *, target_modules: Sequence[str] = (), num_layers: int | None = None
 ) -> None:
-    """Unfreeze the weights of the last `num_layers` blocks, or of the target modules.
+    """Freeze all weights except those of the last `num_layers` blocks, or of the target modules.
 
-    Embeddings, head and final norm stay frozen unless they are named, as in mlx-lm.
+    Embeddings, LM head and final norm stay frozen unless `target_modules` names them, as in mlx-lm.
 
     Raises:
-        ConfigError: as `attach_adapters`.
-        ModelError: the model has adapters, or a module is quantised.
+        ConfigError: a target matches nothing, or `num_layers` has no effect or exceeds the number
+            of blocks.
+        ModelError: the model has adapters already, or a selected module is quantized.
     """
     paths = select_modules(model, trainable_modules(model), target_modules, num_layers)
     prefixes = tuple(f"{path}." for path in paths)
@@ -109,10 +114,10 @@ def enable_full_fine_tuning(
 
 
 def unfreeze_parameters(model: nn.Module, names: Sequence[str]) -> None:
-    """Unfreeze the parameters with these names and freeze all others.
+    """Unfreeze the parameters in `names`, hold them in float32, and freeze all other parameters.
 
     Raises:
-        ModelError: as `enable_full_fine_tuning`.
+        ModelError: the model has adapters already, or a parameter is quantized.
     """
     _check_no_adapters(model)
     model.freeze()
@@ -125,7 +130,7 @@ def _check_no_adapters(model: nn.Module) -> None:
 
 
 def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the layers that have adapters, by path."""
+    """Return the layers that have adapters, keyed by their path in the model."""
     return {
         path: module for path, module in model.named_modules() if isinstance(module, ADAPTER_TYPES)
     }
@@ -133,13 +138,14 @@ def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 @contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[None]:
-    """Replace the adapted layers by their base layers inside the block.
+    """Remove the adapters inside the `with` block and attach them again afterwards.
 
-    The model then computes as the base, bit for bit. A scale of zero would still cost the adapters'
-    matrix products and keep the names of their parameters.
+    Inside the block the model computes what its base computes, bit for bit. Setting the scale to
+    zero instead would still cost the adapters' matrix products, and the adapters would stay among
+    the model's parameters.
 
     Raises:
-        RuntimeError: weights of the base itself were trained, so that it has to be loaded again.
+        RuntimeError: the model was fully fine-tuned, so that its base has to be loaded again.
     """
     if master_weights.has_master_weights(model):
         raise RuntimeError("the base's own weights were trained: there is nothing to switch off")
@@ -152,9 +158,10 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
 
 
 def detach_adapters(model: nn.Module) -> None:
-    """Remove the adapters from the model, so that others can be attached.
+    """Remove the adapters from the model, so that other adapters can be attached.
 
-    Trained weights of the base itself stay as they are: a following adapter may continue from them.
+    Weights that full fine-tuning changed keep their trained values and count as base weights from
+    then on.
     """
     master_weights.drop_master_weights(model)
     base_layers = [(path, base_layer(layer)) for path, layer in adapted_layers(model).items()]
@@ -162,12 +169,12 @@ def detach_adapters(model: nn.Module) -> None:
 
 
 def adapter_weights(model: nn.Module) -> Arrays:
-    """Return the trainable parameters by name."""
+    """Return the model's trainable parameters by name: adapters, or weights of full fine-tuning."""
     return named_arrays(model.trainable_parameters())
 
 
 def get_fine_tune_type(model: nn.Module) -> FineTuneType:
-    """Return how the policy differs from its base model."""
+    """Return mlx-lm's `fine_tune_type` of the model: the type of its adapters, or `full`."""
     if master_weights.has_master_weights(model):
         return "full"
     layers = adapted_layers(model).values()
@@ -175,7 +182,7 @@ def get_fine_tune_type(model: nn.Module) -> FineTuneType:
 
 
 def make_adapter_config(model: nn.Module) -> dict[str, Any]:
-    """Return the `adapter_config.json` by which mlx-lm attaches the same adapters to the base."""
+    """Return the content of an `adapter_config.json` for attaching the adapters with mlx-lm."""
     fine_tune_type, adapted = get_fine_tune_type(model), adapted_layers(model)
     if fine_tune_type == "full":
         return {"fine_tune_type": fine_tune_type, "num_layers": _count_trained_blocks(model)}
@@ -194,7 +201,10 @@ def make_adapter_config(model: nn.Module) -> dict[str, Any]:
 
 
 def _count_trained_blocks(model: nn.Module) -> int:
-    """Return the number of blocks from the first one with a trainable parameter to the last."""
+    """Return the number of blocks from the first block with a trainable parameter to the last.
+
+    If no block has a trainable parameter, all blocks are counted.
+    """
     trained = named_arrays(model.trainable_parameters())
     blocks = block_paths(model)
     first = min(
@@ -206,19 +216,19 @@ def _count_trained_blocks(model: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class LoadedAdapter:
-    """An adapter in memory; its weights have the names that they have in a policy."""
+    """An adapter that was read from its files but is not attached to a model yet."""
 
-    path: Path  # of the weights
+    path: Path  # the weight file
     fine_tune_type: FineTuneType
-    weights: Arrays
+    weights: Arrays  # by path of the layer and mlx-lm's suffix, such as `.lora_a`
     rank: int = 0
     scale: float = 0.0
     dropout: float = 0.0
-    untied_embeddings: tuple[str, ...] = ()  # PEFT's names; a tied head does not use them
+    untied_embeddings: tuple[str, ...] = ()  # their names in PEFT, which a tied head ignores
 
 
 def read_adapter_weights(path: Path) -> Arrays:
-    """Read the arrays of an adapter file.
+    """Return the arrays of a safetensors file with adapter weights, keyed by name.
 
     Raises:
         ModelError: the file is missing or damaged.

@@ -1,7 +1,8 @@
-"""Adapter folders in mlx-lm's layout: `adapters.safetensors` and `adapter_config.json`.
+"""Read and write adapters in mlx-lm's layout: `adapters.safetensors` and `adapter_config.json`.
 
-`mlx_lm.load(adapter_path=...)` reads what is written here. When an adapter is read, the names of
-its arrays decide which layers are adapted. `adapters.peft` reads PEFT's layout.
+`mlx_lm.load(adapter_path=...)` can load the folders that this module writes. When an adapter is
+attached, the names of its arrays determine which layers get adapters. `adapters.peft` reads
+adapters in PEFT's layout.
 """
 
 import hashlib
@@ -32,15 +33,21 @@ MLX_LM_KEYS = ("fine_tune_type", "num_layers", "lora_parameters")
 
 
 def save_adapter(folder: Path, model: nn.Module, config: dict[str, Any]) -> None:
-    """Write the adapter of `model` into `folder`, each file atomically, the weights last."""
+    """Write the adapter of `model` and its `config` to `folder`.
+
+    Each file is written atomically, the weights last.
+    """
     _write_config(folder, config)
     _write_weights(folder / WEIGHTS, adapter_weights(model), "mlx")
 
 
 def add_peft_files(folder: Path, settings: dict[str, Any], arrays: Arrays) -> None:
-    """Write PEFT's layout of the adapter in `folder` next to mlx-lm's.
+    """Add PEFT's files to a folder that contains an adapter in mlx-lm's layout.
 
-    `adapter_config.json` serves both layouts: each library ignores the other's keys.
+    Args:
+        settings: PEFT's entries for `adapter_config.json`, which both layouts share; mlx-lm and
+            PEFT ignore each other's entries.
+        arrays: Adapter weights with PEFT's names.
     """
     _write_weights(folder / peft.WEIGHTS, arrays, "pt")
     _write_config(folder, _read_config(folder) | settings)
@@ -56,11 +63,13 @@ def _write_weights(path: Path, arrays: Arrays, framework: str) -> None:
 
 
 def read_adapter(folder: Path) -> LoadedAdapter:
-    """Read the adapter in `folder`: mlx-lm's layout if it is complete, otherwise PEFT's.
+    """Read the adapter in `folder`, in mlx-lm's layout or in PEFT's.
+
+    If the folder contains the weights in both layouts, those in mlx-lm's layout are read.
 
     Raises:
-        ModelError: a file is missing, damaged or of neither layout; or a PEFT adapter has a
-            setting that is not supported.
+        ModelError: a file is missing, damaged or of neither layout; or a PEFT adapter has a setting
+            that is not supported.
     """
     config = _read_config(folder)
     if _weights_path(folder, config) != folder / WEIGHTS:
@@ -89,9 +98,10 @@ def read_adapter(folder: Path) -> LoadedAdapter:
 
 
 def adapter_digest(folder: Path) -> str:
-    """Return a SHA-256 in hex over the content that `read_adapter` reads.
+    """Return the SHA-256 (hex) of the configuration and weights of the adapter in `folder`.
 
-    PEFT's layout next to mlx-lm's does not change the digest.
+    The digest covers what `read_adapter` reads: PEFT's files next to mlx-lm's files do not change
+    it.
 
     Raises:
         ModelError: a file is missing.
@@ -122,10 +132,11 @@ def _weights_path(folder: Path, config: dict[str, Any]) -> Path:
 
 
 def attach_loaded_adapter(model: nn.Module, adapter: LoadedAdapter, *, dropout: float) -> None:
-    """Attach a loaded adapter to the model to continue its training.
+    """Attach `adapter` to the model and set its weights, so that its training can be continued.
 
     Raises:
-        ModelError: an array of the adapter is missing in this model, or the other way round.
+        ModelError: the adapter belongs to another model (a name or shape differs), the model has
+            adapters already, or a layer cannot be adapted.
     """
     weights = adapter.weights
     if adapter.fine_tune_type == "full":
@@ -160,10 +171,12 @@ def _check_adaptable(model: nn.Module, adapter: LoadedAdapter, paths: list[str])
 
 
 def load_adapter(model: nn.Module, folder: Path) -> None:
-    """Attach the adapter in `folder` to the model for inference, and freeze it.
+    """Attach the adapter in `folder` to the model, and prepare the model for inference.
+
+    The model is frozen and in evaluation mode afterwards.
 
     Raises:
-        ModelError: as `read_adapter` and `attach_loaded_adapter`.
+        ModelError: the adapter cannot be read, or does not fit the model.
     """
     adapter = read_adapter(folder)
     attach_loaded_adapter(model, adapter, dropout=adapter.dropout)
@@ -174,7 +187,7 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
 
 
 def load_adapter_weights(model: nn.Module, path: Path) -> None:
-    """Load saved weights into the attached adapters.
+    """Load the weight file `path` into the adapters that are attached to the model.
 
     Raises:
         ModelError: names or shapes differ, or the file cannot be read.
@@ -183,10 +196,13 @@ def load_adapter_weights(model: nn.Module, path: Path) -> None:
 
 
 def set_adapter_weights(model: nn.Module, weights: Arrays, path: Path) -> None:
-    """Set the trainable parameters to `weights`, in float32. `path` is for messages.
+    """Set the trainable parameters of the model to `weights`, cast to float32.
+
+    Args:
+        path: File that the weights come from; error messages name it.
 
     Raises:
-        ModelError: names or shapes differ.
+        ModelError: names or shapes of `weights` differ from those of the trainable parameters.
     """
     shapes = {name: value.shape for name, value in adapter_weights(model).items()}
     _check_same_shapes(path, shapes, weights)

@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints: names and shapes of the tensors, read from safetensors headers."""
+"""Read the names and shapes of a Hugging Face checkpoint's tensors from its safetensors headers."""
 
 import json
 import struct
@@ -23,7 +23,7 @@ MAX_HEADER_BYTES = 100_000_000  # bytes; what safetensors itself allows
 
 @dataclass(frozen=True)
 class HFCheckpoint:
-    """The names and shapes of a checkpoint's tensors, and its folder unless it is on the Hub."""
+    """Names and shapes of a Hugging Face checkpoint's tensors; `folder` is None if it is remote."""
 
     name: str
     shapes: dict[str, tuple[int, ...]]
@@ -31,11 +31,11 @@ class HFCheckpoint:
 
     @property
     def is_quantized(self) -> bool:
-        """Whether MLX quantized the checkpoint: it then has tensors of scales."""
+        """Whether the checkpoint was quantized by MLX, which stores tensors named `*.scales`."""
         return any(name.endswith(".scales") for name in self.shapes)
 
     def tensors(self) -> Arrays:
-        """Return all tensors, read lazily, or none if the checkpoint is on the Hub."""
+        """Return all tensors of the checkpoint by name, read lazily; empty if it is on the Hub."""
         arrays: Arrays = {}
         for file in weight_files(self.folder) if self.folder else ():
             arrays |= read_arrays(file)[0]
@@ -43,7 +43,10 @@ class HFCheckpoint:
 
 
 def local_checkpoint(folder: Path, name: str) -> HFCheckpoint:
-    """Read the checkpoint in a folder.
+    """Return names and shapes of the tensors in the safetensors files of `folder`.
+
+    Args:
+        name: Name of the checkpoint for error messages.
 
     Raises:
         ModelError: a weight file is damaged, or there is no weight file.
@@ -58,7 +61,7 @@ def local_checkpoint(folder: Path, name: str) -> HFCheckpoint:
 
 
 def hub_checkpoint(hub_id: str, revision: str | None = None) -> HFCheckpoint:
-    """Read the checkpoint of a Hub repository; only the headers are downloaded.
+    """Return names and shapes of the tensors in a Hub repository; only file headers are downloaded.
 
     Raises:
         ModelError: the repository has no safetensors files, or the Hub cannot be reached.
@@ -84,7 +87,7 @@ def read_safetensors_header(file: Path) -> bytes:
     """Return the JSON header of a safetensors file.
 
     Raises:
-        ModelError: the file does not begin with such a header.
+        ModelError: the file does not begin with a safetensors header.
     """
     with file.open("rb") as stream:
         start = stream.read(8)

@@ -1,7 +1,8 @@
-"""Matching of adapted layers with tensors of a Hugging Face checkpoint, and the adapter for PEFT.
+"""Match adapted layers with the tensors of a Hugging Face checkpoint, and make PEFT adapters.
 
-A layer is matched if its architecture was compared with transformers and PEFT, logits with logits
-(tests/export/test_torch.py), and the checkpoint has the layer's weight in the right shape.
+Layers are matched only in architectures whose logits were compared with those of transformers and
+PEFT (tests/export/test_torch.py), and only if the checkpoint has the layer's weight in the right
+shape.
 """
 
 from collections.abc import Mapping
@@ -35,14 +36,17 @@ MIN_COSINE = 0.9  # of a weight and its quantized version: 2 bits give about 0.9
 
 @dataclass(frozen=True)
 class HFTensors:
-    """The checkpoint's tensors of the adapted layers, and PEFT's names for those layers."""
+    """The checkpoint's tensor of each adapted layer, and PEFT's `target_modules` for the layers."""
 
-    names: dict[str, str]  # by path of the layer
-    target_modules: list[str]  # of PEFT
+    names: dict[str, str]  # of the tensors, by path of the layer
+    target_modules: list[str]  # PEFT's setting
     transposed: frozenset[str]  # paths of the layers whose tensors are stored as (in, out)
 
     def pop_weight(self, path: str, tensors: Arrays) -> mx.array:
-        """Remove the weight of a layer from `tensors`, to free its memory soon. (out, in)"""
+        """Remove the weight of the layer at `path` from `tensors` and return it. (out, in)
+
+        Its memory can then be freed as soon as the caller has used it.
+        """
         tensor = tensors.pop(self.names[path])
         return tensor.T if path in self.transposed else tensor
 
@@ -54,10 +58,12 @@ def find_hf_tensors(
 
     Args:
         entries: Content of the model's `config.json`.
-        for_peft: Require a layer that PEFT can adapt, not only a tensor.
+        for_peft: Require also that PEFT can adapt each layer.
 
     Raises:
-        ModelError: an adapted layer has no such tensor; names the layer and the reason.
+        ModelError: the model was fully fine-tuned, its architecture is not supported, or the
+            checkpoint is quantized by MLX; or the checkpoint has no tensor for an adapted layer, or
+            PEFT cannot adapt the layer.
     """
     model_type = str(entries.get("model_type"))
     _check_model(model, model_type, checkpoint)
@@ -83,18 +89,19 @@ def find_hf_tensors(
 
 
 def hf_tensor_name(name: str, model_type: str) -> str:
-    """Return the name in a checkpoint of a parameter of an MLX model."""
+    """Return the name that an MLX model's parameter `name` has in a Hugging Face checkpoint."""
     mlx_prefix, hf_prefix = CHECKPOINT_PREFIXES.get(model_type, ("", ""))
     return hf_prefix + name.removeprefix(mlx_prefix)
 
 
 def check_same_weights(model: nn.Module, matches: HFTensors, checkpoint: HFCheckpoint) -> None:
-    """Check that the adapters were trained on the checkpoint's weights, or on quantized ones.
+    """Check that the base weights of the adapted layers equal the checkpoint's, up to quantization.
 
-    A checkpoint on the Hub, of which only headers are known, is not checked.
+    The two weights of a layer count as equal if their cosine exceeds `MIN_COSINE`. A checkpoint on
+    the Hub is not checked, because only its headers are known.
 
     Raises:
-        ModelError: names a layer that has other weights.
+        ModelError: the weights of a layer differ; the message names the layer.
     """
     tensors = checkpoint.tensors()
     for path, adapted in adapted_layers(model).items() if tensors else ():
@@ -162,7 +169,7 @@ def _has_experts(module: nn.Module) -> bool:
 
 
 def _weight_shape(layer: nn.Module) -> tuple[int, ...]:
-    """Return the shape of the dequantized weight. (out, in)"""
+    """Return the shape of a layer's weight once it is dequantized: (out, in)."""
     rows, width = layer.weight.shape
     return rows, width * 32 // layer.bits if "scales" in layer else width
 
@@ -170,7 +177,11 @@ def _weight_shape(layer: nn.Module) -> tuple[int, ...]:
 def _target_modules(
     names: Mapping[str, str], model_type: str, checkpoint: HFCheckpoint
 ) -> list[str]:
-    """Return last parts of the names if they match the adapted layers only, otherwise paths."""
+    """Return PEFT's `target_modules` for the layers in `names`.
+
+    These are the last parts of the layers' paths (such as `q_proj`) if no other layer of the
+    checkpoint has the same last part, otherwise the full paths.
+    """
     last_parts = sorted({path.rpartition(".")[2] for path in names})
     endings = tuple(f".{name}.weight" for name in last_parts)
     matched = {name for name in checkpoint.shapes if f".{name}".endswith(endings)}
@@ -189,17 +200,19 @@ def make_peft_adapter(
     base_model: str | None = None,
     revision: str | None = None,
 ) -> tuple[dict[str, Any], Arrays]:
-    """Return PEFT's settings and weights of the model's adapters.
+    """Return PEFT's `adapter_config.json` and adapter weights for the model's adapters.
 
     Args:
-        entries: Content of the base's `config.json`.
-        checkpoint: Checkpoint whose tensors prove the names.
-        rslora: Whether the adapters' scale is alpha / sqrt(rank).
-        base_model: The checkpoint's Hub id; a folder would mean nothing elsewhere.
+        entries: Content of the base model's `config.json`.
+        checkpoint: Hugging Face checkpoint against which names and shapes are checked.
+        rslora: Whether the adapters' scale is alpha / sqrt(rank) instead of alpha / rank.
+        base_model: Hub id of the checkpoint; None for a folder, whose path means nothing on other
+            machines.
         revision: Revision of the checkpoint on the Hub.
 
     Raises:
-        ModelError: an adapted layer has no counterpart in transformers.
+        ModelError: an adapted layer has no counterpart in transformers, or its base weights differ
+            from the checkpoint's.
     """
     matches = find_hf_tensors(model, entries, checkpoint)
     check_same_weights(model, matches, checkpoint)

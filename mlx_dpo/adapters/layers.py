@@ -1,8 +1,8 @@
-"""LoRA and DoRA layers, with mlx-lm's names for their arrays.
+"""LoRA and DoRA layers whose parameters have mlx-lm's names.
 
-The arrays of an adapter stay float32, whatever the type of the base: bfloat16 would lose updates of
-a thousandth of a weight's size. Their matrix products are taken in the type of the activations,
-which float32 factors would otherwise promote.
+The adapters' parameters are float32 whatever the dtype of the base, because bfloat16 would lose
+updates of a thousandth of a weight's size. They are cast to the dtype of the activations for matrix
+products; otherwise the activations would be promoted to float32.
 """
 
 from typing import Any, Literal, cast
@@ -19,7 +19,7 @@ from mlx_dpo.models.device import float32_weight
 def add_low_rank(y: mx.array, x: mx.array, a: mx.array, b: mx.array, scale: float) -> mx.array:
     """Return y + scale (x A) B. (..., out), (..., in), (in, r), (r, out) -> (..., out)
 
-    All arrays have one dtype, in which the products are taken.
+    All arrays have the same dtype, which is also that of the products.
     """
     # Outside of the custom function, so that the backward pass does not compute it again.
     xa = mx.stop_gradient(x) @ mx.stop_gradient(a)
@@ -63,7 +63,7 @@ class LoRASwitchLinear(lora.LoRASwitchLinear):
     """The linear layers of a block's experts, each with its own LoRA matrices."""
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
-        """Apply the LoRA layer of the expert that `indices` selects. (..., in) -> (..., out)"""
+        """Apply the LoRA layers of the experts that `indices` selects. (..., in) -> (..., out)"""
         low_rank = self.dropout(x)
         for factor in (self.lora_a, self.lora_b):
             low_rank = mx.gather_mm(
@@ -77,7 +77,7 @@ class LoRASwitchLinear(lora.LoRASwitchLinear):
 
 
 class LoRAEmbedding(lora.LoRAEmbedding):
-    """An embedding with LoRA; a tied LM head uses the same LoRA matrices."""
+    """A token embedding with LoRA; a tied LM head uses the same LoRA matrices."""
 
     def __call__(self, ids: mx.array) -> mx.array:
         """Return E[ids] + scale A[ids] B. (...) -> (..., D)"""
@@ -96,39 +96,39 @@ class DoRALinear(LoRALinear):
 
         y = m / ||W + scale A B|| (x W + scale (x A) B) + bias
 
-    The norm, taken over the inputs of a row, is a constant for the gradient.
+    The norm is that of each row of the adapted weight (out, in); gradients do not flow through it.
 
     Sources:
         arXiv:2402.09353, Eq. 5 and 11.
     """
 
     def init_magnitude(self) -> None:
-        """Set the magnitudes to the row norms of the base, which keeps the layer's output."""
+        """Set `m` to the row norms of the base weight, so that the output stays the same."""
         self._squares = _row_squares(self.linear)  # MLX neither trains nor saves `_` attributes
         self.m = mx.sqrt(self._squares)
 
     def __call__(self, x: mx.array) -> mx.array:
-        """Return the output of the equation above. (..., in) -> (..., out)"""
+        """Return m / ||W + scale A B|| (x W + scale (x A) B) + bias. (..., in) -> (..., out)"""
         out = super().__call__(x)
         without_bias = out - self.linear.bias if "bias" in self.linear else out
         return out + _magnitude_factor(self.m, self._norms()).astype(x.dtype) * without_bias
 
     def _norms(self) -> mx.array:
-        """Return the norm of each row of the adapted weight. (out,) float32"""
+        """Return the norm of each row of the adapted weight W + scale A B. (out,) float32"""
         a, rows = mx.stop_gradient(self.lora_a), mx.stop_gradient(self.lora_b).T
         return _row_norms(self._squares, _weight_times(self.linear, a), rows, a.T @ a, self.scale)
 
 
 class DoRAEmbedding(LoRAEmbedding):
-    """An embedding with DoRA: LoRA and a magnitude for each row."""
+    """A token embedding with DoRA: LoRA and a magnitude for each row (token)."""
 
     def init_magnitude(self) -> None:
-        """Set the magnitudes to the row norms of the base, which keeps the layer's output."""
+        """Set `m` to the row norms of the base weight, so that the output stays the same."""
         self._squares = _row_squares(self.embedding)
         self.m = mx.sqrt(self._squares)
 
     def __call__(self, ids: mx.array) -> mx.array:
-        """Return rows of the adapted embedding. (...) -> (..., D)"""
+        """Return the rows `ids` of the adapted embedding. (...) -> (..., D)"""
         out = super().__call__(ids)
         b = mx.stop_gradient(self.lora_b)
         rows = mx.stop_gradient(self.lora_a[ids])
@@ -137,7 +137,7 @@ class DoRAEmbedding(LoRAEmbedding):
         return out + _magnitude_factor(self.m[ids], norms)[..., None].astype(out.dtype) * out
 
     def as_linear(self, x: mx.array) -> mx.array:
-        """Return the products with the rows of the adapted embedding. (..., D) -> (..., V)"""
+        """Return the products of `x` with all rows of the embedding. (..., D) -> (..., V)"""
         out = super().as_linear(x)
         b, rows = mx.stop_gradient(self.lora_b), mx.stop_gradient(self.lora_a)
         crossed = _weight_times(self.embedding, b.T)
@@ -150,7 +150,11 @@ DORA_TYPES = (DoRALinear, DoRAEmbedding)
 
 
 def _magnitude_factor(magnitude: mx.array, norms: mx.array) -> mx.array:
-    """Return magnitude / norm - 1, because near 1 a 16-bit type would lose small changes. (n,)"""
+    """Return magnitude / norm - 1 for each row; 0 if the norm is 0. (n,)
+
+    The factor is close to 1, where a 16-bit dtype would lose small changes. Its difference from 1
+    is therefore returned.
+    """
     # A row of zeros has no direction that could be scaled.
     tiny = mx.finfo(mx.float32).smallest_normal
     return mx.where(norms > 0, magnitude / mx.maximum(norms, tiny) - 1, 0.0)
@@ -159,7 +163,7 @@ def _magnitude_factor(magnitude: mx.array, norms: mx.array) -> mx.array:
 def _row_norms(
     squares: mx.array, crossed: mx.array, rows: mx.array, gram: mx.array, scale: float
 ) -> mx.array:
-    """Return the row norms of W + scale U V without computing that matrix. (..., n) float32
+    """Return the norm of each row of W + scale U V without computing that matrix. (..., n) float32
 
     ||w + s u V||^2 = ||w||^2 + 2 s (w V^T) u + s^2 u (V V^T) u costs as much as a forward pass of r
     tokens through the layer; dequantizing the weight would cost far more.
@@ -176,12 +180,12 @@ def _row_norms(
 
 
 def _row_squares(base: nn.Module) -> mx.array:
-    """Return the squared norm of each row of the weight. (n,) float32"""
+    """Return the squared norm of each row of a layer's weight, quantized or not. (n,) float32"""
     return mx.square(float32_weight(base)).sum(-1)
 
 
 def _weight_times(base: nn.Module, columns: mx.array) -> mx.array:
-    """Return W V^T in float32. (in, r) -> (n, r)"""
+    """Return the product of a layer's weight and `columns` in float32. (in, r) -> (n, r)"""
     if "scales" not in base:
         return base.weight.astype(mx.float32) @ columns
     return mx.quantized_matmul(
@@ -199,10 +203,10 @@ def _weight_times(base: nn.Module, columns: mx.array) -> mx.array:
 def add_adapter(
     base: nn.Module, name: str, *, kind: AdapterType, rank: int, scale: float, dropout: float
 ) -> nn.Module:
-    """Return `base` with a new adapter, which does not change its output yet.
+    """Return the layer `base` with a new adapter, which does not change the layer's output yet.
 
     Args:
-        name: Name of the layer for messages.
+        name: Name of the layer for error messages.
 
     Raises:
         ModelError: no adapter is known for this type of layer.

@@ -1,8 +1,9 @@
-"""Master weights of full fine-tuning: float32 weights that a forward pass uses in their own type.
+"""Hold the weights of full fine-tuning in float32, and cast them for each forward pass.
 
-A step of AdamW is smaller than the spacing of bfloat16 numbers and would be lost. The policy
-therefore holds trained weights in float32, and each forward pass casts them to the type that they
-had in the base: the untrained policy then gives the numbers of the base, bit for bit.
+A step of AdamW is smaller than the spacing of bfloat16 numbers and would be lost. Trained weights
+are therefore held in float32 (master weights), and each forward pass casts them to the dtype that
+they had in the base model. Before training, the policy thus computes what the base computes, bit
+for bit.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,19 +22,19 @@ ATTRIBUTE = "_master_weights"  # of a model that has them
 
 @dataclass(frozen=True)
 class _MasterWeights:
-    """The types in the base of the weights that are held in float32.
+    """Dtypes in the base model of the weights that are held in float32, keyed by parameter name.
 
-    An object, because MLX takes a dict among a module's attributes for parameters.
+    This is a class because MLX would count a dict among a module's attributes as parameters.
     """
 
     base_dtypes: dict[str, mx.Dtype] = field(default_factory=dict)
 
 
 def unfreeze_with_master_weights(model: nn.Module, names: Sequence[str]) -> None:
-    """Unfreeze the parameters with these names and hold them in float32; skip integers.
+    """Unfreeze the parameters in `names` and cast them to float32; skip integer parameters.
 
     Raises:
-        ModelError: a parameter is quantised.
+        ModelError: a parameter is quantized.
     """
     modules = dict(model.named_modules())
     values = named_arrays(model.parameters())
@@ -55,9 +56,9 @@ def unfreeze_with_master_weights(model: nn.Module, names: Sequence[str]) -> None
 
 
 def _owner_and_key(modules: dict[str, nn.Module], name: str) -> tuple[str, str]:
-    """Return the path of the module that holds a parameter, and the parameter's key in it.
+    """Return the path of the module that holds the parameter `name`, and the parameter's key there.
 
-    The key may be that of a list of parameters.
+    If the parameter is an element of a list, the key is that of the list.
     """
     parts = name.split(".")
     ends = range(len(parts) - 1, -1, -1)
@@ -66,24 +67,27 @@ def _owner_and_key(modules: dict[str, nn.Module], name: str) -> tuple[str, str]:
 
 
 def drop_master_weights(model: nn.Module) -> None:
-    """Treat the current weights of the model as those of a base model."""
+    """Forget that the model was fully fine-tuned; its current weights count as base weights."""
     vars(model).pop(ATTRIBUTE, None)
 
 
 def has_master_weights(model: nn.Module) -> bool:
-    """Return whether weights of the model itself are or were trained."""
+    """Return whether the model's own weights are or were trained (full fine-tuning)."""
     return ATTRIBUTE in vars(model)
 
 
 def forward_dtypes(model: nn.Module) -> set[mx.Dtype]:
-    """Return the types narrower than float32 to which a forward pass casts master weights."""
+    """Return the dtypes narrower than float32 to which a forward pass casts master weights."""
     masters: _MasterWeights | None = vars(model).get(ATTRIBUTE)
     return set(masters.base_dtypes.values()) if masters else set()
 
 
 @contextmanager
 def cast_for_forward(model: nn.Module) -> Iterator[None]:
-    """Cast the trainable weights to their types in the base inside the block."""
+    """Cast the master weights to their dtypes in the base model inside the `with` block.
+
+    The float32 values are restored afterwards.
+    """
     is_module = isinstance(model, nn.Module)
     masters: _MasterWeights | None = vars(model).get(ATTRIBUTE) if is_module else None
     if masters is None or not masters.base_dtypes:
@@ -100,7 +104,7 @@ def cast_for_forward(model: nn.Module) -> Iterator[None]:
 
 
 def cast_permanently(model: nn.Module) -> None:
-    """Cast the weights of a policy that is not trained further to their types in the base."""
+    """Cast the master weights to their dtypes in the base model, for use without more training."""
     masters: _MasterWeights = vars(model)[ATTRIBUTE]
     values = named_arrays(model.parameters())
     cast = [(k, values[k].astype(dtype)) for k, dtype in masters.base_dtypes.items()]

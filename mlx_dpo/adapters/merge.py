@@ -1,7 +1,6 @@
-"""Merging adapters into the weights of their base layers.
+"""Merge adapters into the weights of their base layers, and measure what rounding leaves of them.
 
-Sums are taken in float32 and rounded once. The share of the adapters' change that survives the
-rounding is accumulated layer by layer.
+Weight and adapter are added in float32, and the sum is rounded once.
 """
 
 from dataclasses import dataclass
@@ -18,11 +17,11 @@ from mlx_dpo.models.device import PLAIN_LAYERS, cast_model, dequantize_layer, fl
 
 
 @dataclass(frozen=True)
-class RoundingLoss:
-    """The part of the adapters' change of the weights that survives rounding and quantization."""
+class MergeRetention:
+    """How much of the adapters' change of the weights remains after rounding and quantization."""
 
-    retained: float  # the surviving change, projected on the whole change
-    cosine: float  # between the two: near 0 the surviving change is noise
+    retained: float  # projection of the remaining change on the whole change, as a share of it
+    cosine: float  # of the remaining and the whole change; near 0 what remains is noise
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,10 @@ class AffineQuantization:
     group_size: int
 
     def round_trip(self, weight: mx.array) -> mx.array:
-        """Return the weight after quantization, or as it is if the groups do not fit."""
+        """Return the weight quantized and dequantized again.
+
+        It is returned unchanged if its width is no multiple of the group size.
+        """
         if weight.shape[-1] % self.group_size:
             return weight
         packed, scales, biases = mx.quantize(weight, group_size=self.group_size, bits=self.bits)
@@ -41,9 +43,9 @@ class AffineQuantization:
 
 
 def merged_weight(adapted: nn.Module, weight: mx.array) -> mx.array:
-    """Return `weight` with the adapter merged into it. (..., out, in) float32
+    """Return `weight` with the adapter of the layer `adapted` merged. (..., out, in) float32
 
-    With DoRA, the rows of the result have the learned magnitudes as norms.
+    With DoRA, every row of the result is scaled to its learned magnitude.
     """
     a, b = adapted.lora_a, adapted.lora_b
     if isinstance(adapted, LoRASwitchLinear):
@@ -60,15 +62,15 @@ def merged_weight(adapted: nn.Module, weight: mx.array) -> mx.array:
 
 def merge_adapters(
     model: nn.Module, dtype: mx.Dtype, quantization: AffineQuantization | None = None
-) -> RoundingLoss | None:
-    """Merge the adapters into the weights, dequantize every layer and cast it to `dtype`.
+) -> MergeRetention | None:
+    """Merge the model's adapters into its weights, dequantize all layers and cast them to `dtype`.
 
     Args:
-        quantization: How the caller is going to quantize the model afterwards.
+        quantization: Quantization that the caller applies to the model afterwards, or None.
 
     Returns:
-        The surviving part of the adapters' change, after that quantization; None if weights of the
-        model itself were trained.
+        How much of the adapters' change remains after rounding and `quantization`; None if the
+        model has no adapters (full fine-tuning) or its adapters change nothing.
     """
     sums = mx.zeros((3,))
     for path, adapted in adapted_layers(model).items():
@@ -90,7 +92,7 @@ def merge_adapters(
     if not change_square:
         return None
     norms = max((change_square * survived_square) ** 0.5, 1e-30)
-    return RoundingLoss(product / change_square, product / norms)
+    return MergeRetention(product / change_square, product / norms)
 
 
 def _plain_layer(layer: nn.Module, weight: mx.array, path: str) -> nn.Module:

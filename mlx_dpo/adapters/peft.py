@@ -1,8 +1,8 @@
-"""Conversion between PEFT's adapters (`adapter_model.safetensors`) and those of mlx-lm.
+"""Convert adapters between PEFT's layout (`adapter_model.safetensors`) and mlx-lm's.
 
-PEFT stores A and B transposed, and its names begin with those of its wrapper classes. A setting
-beyond LoRA, rsLoRA and DoRA is refused by name and never ignored. `adapters.hf_names` knows which
-layers have a counterpart in transformers.
+PEFT stores A and B transposed, and its parameter names begin with those of its wrapper classes. A
+PEFT setting that changes the computation, other than LoRA, rsLoRA and DoRA, raises an error.
+`adapters.hf_names` checks which layers have a counterpart in transformers.
 """
 
 import math
@@ -133,13 +133,16 @@ def _to_mlx_weights(weights: Arrays, where: Path) -> Arrays:
 
 
 def hf_path(path: str, model_type: str) -> str:
-    """Return the path in transformers of a layer with this path in mlx-lm."""
+    """Return the path in transformers of the layer whose path in mlx-lm is `path`."""
     mlx_prefix, hf_prefix = PATH_PREFIXES.get(model_type, ("", ""))
     return hf_prefix + path.removeprefix(mlx_prefix)
 
 
 def to_mlx_names(weights: Arrays, model: nn.Module) -> Arrays:
-    """Rename weights from the paths of transformers to those of the MLX model."""
+    """Return the adapter weights with the layer paths of transformers replaced by mlx-lm's.
+
+    Weights that have the MLX model's paths already are returned unchanged.
+    """
     mlx_prefix, hf_prefix = PATH_PREFIXES.get(getattr(model, "model_type", ""), ("", ""))
     if not all(name.startswith(hf_prefix) for name in weights):
         return weights
@@ -164,12 +167,12 @@ def make_peft_weights(model: nn.Module, model_type: str) -> Arrays:
 def make_peft_config(
     model: nn.Module, target_modules: Sequence[str], *, rslora: bool, transposed: bool
 ) -> dict[str, Any]:
-    """Return PEFT's settings of the model's adapters.
+    """Return the content of PEFT's `adapter_config.json` for the model's adapters.
 
     Args:
         target_modules: PEFT's `target_modules`.
-        rslora: Whether the scale is alpha / sqrt(rank), not alpha / rank.
-        transposed: Whether torch stores the base's weights as (in, out).
+        rslora: Whether the scale is written as alpha / sqrt(rank) instead of alpha / rank.
+        transposed: Whether the torch model stores the base weights as (in, out).
     """
     layer = next(iter(adapted_layers(model).values()))
     rank = adapter_rank(layer)

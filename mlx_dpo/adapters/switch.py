@@ -1,7 +1,7 @@
-"""Switching between the base model and the aligned model on one set of weights.
+"""Switch one loaded model between the base model and the aligned model.
 
-Nothing is loaded or copied to switch: layers with and without adapters share the arrays of the
-base. Only weights of the base that were themselves trained are held twice.
+Switching neither loads nor copies weights: both states share the arrays of the base model. Only the
+weights that full fine-tuning changed are held twice.
 """
 
 from collections.abc import Iterator
@@ -19,14 +19,14 @@ AdapterState = Literal["base", "aligned"]  # without and with what was trained
 
 
 class _SavedState(NamedTuple):
-    """The layers with adapters of a model, and the weights below them."""
+    """A model's adapted layers by path, and all weights of the model without these adapters."""
 
     adapted: dict[str, nn.Module]
     weights: Arrays
 
 
 class AdapterSwitch:
-    """The remembered states of `model`, one of which is active."""
+    """The saved adapter states (base and aligned) of `model`, one of which is active."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -35,11 +35,11 @@ class AdapterSwitch:
 
     @property
     def can_switch(self) -> bool:
-        """Whether both states are remembered."""
+        """Whether both adapter states (base and aligned) were saved."""
         return len(self._states) > 1
 
-    def remember(self, state: AdapterState) -> None:
-        """Remember the model's current adapters and weights as `state`, which is active then."""
+    def save_state(self, state: AdapterState) -> None:
+        """Save the model's current adapters and weights as `state`, and mark `state` as active."""
         adapted = adapted_layers(self.model)
         detach_adapters(self.model)
         self._states[state] = _SavedState(adapted, named_arrays(self.model.parameters()))
@@ -47,10 +47,10 @@ class AdapterSwitch:
         self.active = state
 
     def activate(self, state: AdapterState) -> None:
-        """Make the model compute as in `state`, bit for bit.
+        """Restore the adapters and weights that were saved as `state`, bit for bit.
 
         Raises:
-            KeyError: the state was never remembered.
+            KeyError: the state was never saved.
         """
         saved = self._states[state]
         if state == self.active:
@@ -67,7 +67,7 @@ class AdapterSwitch:
 
     @contextmanager
     def activated(self, state: AdapterState) -> Iterator[None]:
-        """Activate `state` inside the block, and the state from before afterwards."""
+        """Activate `state` inside the `with` block, and the previously active state afterwards."""
         before = self.active
         self.activate(state)
         try:
@@ -76,7 +76,10 @@ class AdapterSwitch:
             self.activate(before)
 
     def duplicated_bytes(self) -> int:
-        """Return the size of the weights that each state has in its own version."""
+        """Return the size in bytes of the weights that both states hold in their own version.
+
+        These are the weights that full fine-tuning changed.
+        """
         if not self.can_switch:
             return 0
         base, aligned = (state.weights for state in self._states.values())
@@ -84,8 +87,9 @@ class AdapterSwitch:
 
 
 def evaluate_arrays(model: nn.Module) -> None:
-    """Compute every array of the model, including those that MLX does not count as parameters.
+    """Evaluate all lazy arrays of the model, including those that MLX does not count as parameters.
 
-    Another thread could not do it: a lazy array belongs to the stream on which it was made.
+    Only the thread that created the arrays can evaluate them, because a lazy array belongs to the
+    stream on which it was created.
     """
     mx.eval([v for m in model.modules() for v in m.values() if isinstance(v, mx.array)])

@@ -1,7 +1,7 @@
-"""Target modules: which modules of a model a name in `lora_target_modules` matches.
+"""Find the modules of a model that the names in `lora_target_modules` match.
 
-As in mlx-lm's `keys`, the name of a module inside the transformer blocks is relative to its block,
-and the name of a module outside of the blocks is its path from the model.
+As in mlx-lm's `keys`, a module inside the transformer blocks is named relative to its block
+(`self_attn.q_proj`), and a module outside of the blocks by its full path in the model.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,61 +16,66 @@ from mlx_dpo.errors import ConfigError
 
 @dataclass(frozen=True)
 class TargetModule:
-    """A module that can be trained."""
+    """A module that `lora_target_modules` can select, for LoRA or for full fine-tuning."""
 
     path: str  # from the model
     name: str  # from its block; outside of the blocks, the path
     in_block: bool
-    only_if_named: bool  # not selected by default
+    selected_by_default: bool  # otherwise only if a target names it
 
     def matches(self, target: str) -> bool:
-        """Return whether `target` is the path, the name, or the last parts of the name."""
+        """Return whether `target` is the module's path, its name, or the last parts of its name."""
         return target in (self.path, self.name) or self.name.endswith("." + target)
 
 
 def block_paths(model: nn.Module) -> list[str]:
-    """Return the path of each transformer block, in order, without repeats."""
+    """Return the path of each transformer block, in order; a repeated block is listed once."""
     paths = {id(module): path for path, module in model.named_modules()}
     return list(dict.fromkeys(paths[id(block)] for block in model.layers))
 
 
 def adaptable_modules(model: nn.Module) -> list[TargetModule]:
-    """Return the layers that an adapter can be added to."""
+    """Return the modules that an adapter can be added to."""
 
-    def only_if_named(module: nn.Module) -> bool | None:
+    def selected_by_default(module: nn.Module) -> bool | None:
         if isinstance(module, LINEAR_TYPES):
-            return False
-        return True if isinstance(module, EXPERT_TYPES + EMBEDDING_TYPES) else None
+            return True
+        return False if isinstance(module, EXPERT_TYPES + EMBEDDING_TYPES) else None
 
-    return list(_find_modules(model, only_if_named))
+    return list(_find_modules(model, selected_by_default))
 
 
 def linear_names(model: nn.Module) -> list[str]:
-    """Return the names of the linear layers inside the blocks, without repeats."""
+    """Return the names of the linear layers inside the blocks, without repeats.
+
+    The names are relative to the layer's block, such as `self_attn.q_proj`.
+    """
     modules = adaptable_modules(model)
-    return list(dict.fromkeys(module.name for module in modules if not module.only_if_named))
+    return list(dict.fromkeys(module.name for module in modules if module.selected_by_default))
 
 
 def trainable_modules(model: nn.Module) -> list[TargetModule]:
-    """Return every module that holds weights; by default whole blocks are selected."""
+    """Return the modules that full fine-tuning can train; by default all blocks are selected."""
 
-    def only_if_named(module: nn.Module) -> bool | None:
-        return True if any(isinstance(value, mx.array) for value in module.values()) else None
+    def selected_by_default(module: nn.Module) -> bool | None:
+        return False if any(isinstance(value, mx.array) for value in module.values()) else None
 
     paths = block_paths(model)
-    blocks = [TargetModule(path, path, in_block=True, only_if_named=False) for path in paths]
+    blocks = [TargetModule(path, path, in_block=True, selected_by_default=True) for path in paths]
     parts = [  # `mlp` has no weights of its own, but names all layers inside
-        TargetModule(f"{path}.{name}", name, in_block=True, only_if_named=True)
+        TargetModule(f"{path}.{name}", name, in_block=True, selected_by_default=False)
         for path, block in zip(paths, _blocks(model), strict=True)
         for name, module in block.named_modules()
         if name and any(True for _ in _arrays(module))
     ]
-    outside = [module for module in _find_modules(model, only_if_named) if not module.in_block]
+    outside = [
+        module for module in _find_modules(model, selected_by_default) if not module.in_block
+    ]
     return blocks + parts + outside
 
 
 def has_tied_embeddings(model: nn.Module) -> bool:
-    """Return whether the LM head is the token embedding: no linear layer is outside the blocks."""
+    """Return whether the LM head is the token embedding (no linear layer is outside the blocks)."""
     prefixes = tuple(f"{path}." for path in block_paths(model))
     return not any(
         isinstance(module, LINEAR_TYPES) and not path.startswith(prefixes)
@@ -88,22 +93,25 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def _find_modules(
-    model: nn.Module, only_if_named: Callable[[nn.Module], bool | None]
+    model: nn.Module, selected_by_default: Callable[[nn.Module], bool | None]
 ) -> Iterator[TargetModule]:
-    """Yield the modules for which `only_if_named` is not None, those inside the blocks first.
+    """Yield the modules that can be selected, first those inside the transformer blocks.
 
-    Modules outside of the blocks are selected only if they are named.
+    Args:
+        selected_by_default: Returns whether a module inside a block is selected if no target is
+            named, or None if the module cannot be selected. Modules outside of the blocks are never
+            selected by default.
     """
     paths = block_paths(model)
     for path, block in zip(paths, _blocks(model), strict=True):
         for name, module in block.named_modules():
-            if (flag := only_if_named(module)) is not None:
-                yield TargetModule(f"{path}.{name}", name, in_block=True, only_if_named=flag)
+            if (flag := selected_by_default(module)) is not None:
+                yield TargetModule(f"{path}.{name}", name, in_block=True, selected_by_default=flag)
     prefixes = tuple(f"{path}." for path in paths)
     for path, module in model.named_modules():
         is_outside = not path.startswith(prefixes) and path not in paths
-        if is_outside and only_if_named(module) is not None:
-            yield TargetModule(path, path, in_block=False, only_if_named=True)
+        if is_outside and selected_by_default(module) is not None:
+            yield TargetModule(path, path, in_block=False, selected_by_default=False)
 
 
 def select_modules(
@@ -112,13 +120,13 @@ def select_modules(
     targets: Sequence[str],
     num_layers: int | None,
 ) -> list[str]:
-    """Return the paths of the modules that match `targets`, or of those selected by default.
+    """Return the paths of the modules that match `targets`, or of the modules selected by default.
 
-    Modules inside the blocks count only in the last `num_layers` blocks.
+    Modules inside the blocks are selected only in the last `num_layers` blocks.
 
     Raises:
-        ConfigError: a target matches nothing, `num_layers` is more than the model has, or it has
-            no effect.
+        ConfigError: a target matches nothing, `num_layers` is more than the model has, or it has no
+            effect.
     """
     blocks = block_paths(model)
     if num_layers is not None and num_layers > len(blocks):
@@ -130,7 +138,7 @@ def select_modules(
         if not matched:
             raise ConfigError(_no_match_message(target, modules, num_layers))
     if not targets:
-        return [module.path for module in reached if not module.only_if_named]
+        return [module.path for module in reached if module.selected_by_default]
     selected = [m for m in reached if any(m in matches[target] for target in targets)]
     if num_layers is not None and not any(module.in_block for module in selected):
         raise ConfigError("`num_layers` has no effect: no target is inside the blocks")
@@ -151,9 +159,10 @@ def _no_match_message(target: str, modules: Sequence[TargetModule], num_layers: 
 
 
 def mlx_lm_keys(model: nn.Module, paths: Sequence[str]) -> tuple[int, list[str]]:
-    """Return mlx-lm's `num_layers` and `keys` under which it adapts exactly the layers at `paths`.
+    """Return mlx-lm's settings `num_layers` and `keys` that select exactly the layers at `paths`.
 
-    The keys are names relative to the blocks if the last blocks have all of them, otherwise paths.
+    The keys are names relative to a block if `paths` contains all layers of these names in the last
+    `num_layers` blocks, otherwise full paths.
     """
     blocks = block_paths(model)
     owners = {path: block for path in paths for block in blocks if path.startswith(block + ".")}

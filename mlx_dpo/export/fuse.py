@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_dpo.adapters.hf_checkpoint import HFCheckpoint, local_checkpoint
-from mlx_dpo.adapters.merge import AffineQuantization, RoundingLoss, merge_adapters
+from mlx_dpo.adapters.merge import AffineQuantization, MergeRetention, merge_adapters
 from mlx_dpo.errors import ConfigError, ModelError
 from mlx_dpo.export.model_folder import (
     check_output_file,
@@ -158,7 +158,7 @@ class FusedModel:
     kind: str  # number type, or bits
     measured_on: str
     retention: Retention
-    rounding: RoundingLoss | None
+    rounding: MergeRetention | None
     notes: tuple[str, ...]
 
 
@@ -262,7 +262,7 @@ def _write(
     options: FuseOptions,
     dtype: str,
     checkpoint: HFCheckpoint | None,
-) -> tuple[RoundingLoss | None, tuple[str, ...]]:
+) -> tuple[MergeRetention | None, tuple[str, ...]]:
     """Write the fused model; return the loss by rounding and notes on skipped layers."""
     if checkpoint is not None:
         write_hf(partial, merged_tensors(base.model, base.config, checkpoint), checkpoint)

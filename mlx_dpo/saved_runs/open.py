@@ -203,10 +203,10 @@ def _switchable_model(
 ) -> SwitchableModel:
     switch = AdapterSwitch(base.model)
     if adapter is None or "base" in wanted:
-        switch.remember("base")
+        switch.save_state("base")
     if adapter is not None and "aligned" in wanted:
         load_adapter(base.model, adapter)
-        switch.remember("aligned")
+        switch.save_state("aligned")
     return SwitchableModel(base, switch, None, adapter, (*base.notes, *_memory_notes(switch)))
 
 
@@ -215,11 +215,11 @@ def _switchable_run(opened: OpenRun, wanted: Sequence[AdapterState]) -> Switchab
     switch = AdapterSwitch(base.model)
     load_reference_into(opened, base)
     if "base" in wanted:
-        switch.remember("base")
+        switch.save_state("base")
     notes = [*base.notes]
     if "aligned" in wanted:
         load_adapter_into(opened, base)
-        switch.remember("aligned")
+        switch.save_state("aligned")
         notes += [] if opened.finished else [unfinished_note(opened)]
     return SwitchableModel(base, switch, opened, opened.adapter, (*notes, *_memory_notes(switch)))
 

@@ -58,10 +58,10 @@ def test_switching_ten_times_gives_both_models_bit_for_bit(folder, learn, start)
         start(alone)
         start(model)
     switch = AdapterSwitch(model)
-    switch.remember("base")
+    switch.save_state("base")
     detach_adapters(model)
     learn(model)
-    switch.remember("aligned")
+    switch.save_state("aligned")
     base, aligned = alone(TOKENS), model(TOKENS)
     assert not mx.array_equal(base, aligned)
     for _ in range(10):
@@ -74,9 +74,9 @@ def test_switching_ten_times_gives_both_models_bit_for_bit(folder, learn, start)
 def test_a_state_is_active_for_a_block_even_if_it_fails(folder):
     model = mlx_lm.load(folder)[0]
     switch = AdapterSwitch(model)
-    switch.remember("base")
+    switch.save_state("base")
     lora(model)
-    switch.remember("aligned")
+    switch.save_state("aligned")
     aligned = model(TOKENS)
     with pytest.raises(KeyError), switch.activated("base"):
         assert switch.active == "base"
@@ -91,17 +91,17 @@ def test_only_weights_of_the_model_itself_are_held_twice(folder):
         model = mlx_lm.load(folder)[0]
         last = sum(v.nbytes for k, v in named_arrays(model.parameters()).items() if "layers.1" in k)
         switch = AdapterSwitch(model)
-        switch.remember("base")
+        switch.save_state("base")
         assert switch.duplicated_bytes() == 0
         learn(model)
-        switch.remember("aligned")
+        switch.save_state("aligned")
         sizes[learn] = switch.duplicated_bytes()
     assert sizes == {lora: 0, full: last}
 
 
 def test_a_state_that_was_never_remembered_cannot_be_activated(folder):
     switch = AdapterSwitch(mlx_lm.load(folder)[0])
-    switch.remember("base")
+    switch.save_state("base")
     assert not switch.can_switch
     with pytest.raises(KeyError):
         switch.activate("aligned")

@@ -52,9 +52,9 @@ def test_outside_of_the_blocks_only_what_is_named(untied):
     assert meant(untied, "model.embed_tokens") == ["model.embed_tokens"]
 
 
-def test_experts_only_if_named():
+def test_experts_are_selected_only_if_named():
     model = make("mixtral")  # its linear layers are adapted: what is left are the experts
-    names = {m.name for m in adaptable_modules(model) if m.only_if_named and m.in_block}
+    names = {m.name for m in adaptable_modules(model) if not m.selected_by_default and m.in_block}
     experts = {f"block_sparse_moe.switch_mlp.{x}_proj" for x in ("up", "gate", "down")}
     assert experts <= names
     assert not any("switch_mlp" in name for name in linear_names(model))

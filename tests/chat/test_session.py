@@ -365,7 +365,7 @@ def test_the_system_message_comes_first(tokenizer):
 def test_each_answer_keeps_the_system_message_of_its_prompt(llama, tokenizer):
     """Rows and the other model's answer use that message, not the one that was set later."""
     switch = AdapterSwitch(llama[0])
-    switch.remember("base")
+    switch.save_state("base")
     chat = ChatSession(
         llama[0], tokenizer, Sampling(max_tokens=4), system="Be brief.", switch=switch
     )

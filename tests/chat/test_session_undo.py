@@ -38,12 +38,12 @@ def base(folder):
 def switchable(folder):
     model, tokenizer = mlx_lm.load(folder)
     switch = AdapterSwitch(model)
-    switch.remember("base")
+    switch.save_state("base")
     attach_adapters(model, rank=4, scale=8.0)
     for name, module in model.named_modules():
         if name.endswith("_proj"):
             module.lora_b = mx.random.normal(module.lora_b.shape, key=mx.random.key(2)) * 0.2
-    switch.remember("aligned")
+    switch.save_state("aligned")
     return model, tokenizer, switch
 
 
