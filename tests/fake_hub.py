@@ -71,6 +71,7 @@ ROUTES = [
 
 
 class _Handler(BaseHTTPRequestHandler):
+    server: FakeHub
     protocol_version = "HTTP/1.1"
 
     def _serve(self):

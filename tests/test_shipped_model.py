@@ -48,10 +48,10 @@ def trained(tmp_path, name, **settings):
         model=str(MODEL), output=str(tmp_path / name), scorer="plain", micro_batch_size=8,
         max_length=128, **settings,
     )  # fmt: skip
-    with DPOTrainer(config) as run:
-        run.prepare()
-        steps = [row for row in run.steps() if "loss" in row]
-    return run, steps
+    with DPOTrainer(config) as trainer:
+        trainer.prepare()
+        steps = [row for row in trainer.steps() if "loss" in row]
+    return trainer, steps
 
 
 def chosen_nats(steps):
@@ -67,10 +67,10 @@ def test_dpop_keeps_what_sigmoid_loses_on_near_duplicates_and_the_monitor_names_
     [warning] = [w for w in plain.warnings if "lose likelihood while the margin grows" in w]
     assert "`sft`" in warning and "`dpop`" in warning
     for name, loss in (("dpop", ("dpop",)), ("mixed", ("sigmoid", "sft"))):
-        run, kept = trained(tmp_path, name, pairs=pairs, loss_type=loss, **NEAR)
+        trainer, kept = trained(tmp_path, name, pairs=pairs, loss_type=loss, **NEAR)
         assert chosen_nats(kept) > 0, name
         assert fmean(row["rewards/margins"] for row in kept[-15:]) > 0.05, name
-        assert not [w for w in run.warnings if "lose likelihood" in w]
+        assert not [w for w in trainer.warnings if "lose likelihood" in w]
 
 
 def test_dpo_goes_on_from_an_adapter_of_sft(tmp_path):

@@ -40,10 +40,10 @@ def train(folder, **settings):
         }
         | settings
     )
-    with DPOTrainer(config) as run:
-        run.prepare()
-        list(run.steps())
-    return run
+    with DPOTrainer(config) as trainer:
+        trainer.prepare()
+        list(trainer.steps())
+    return trainer
 
 
 @pytest.fixture

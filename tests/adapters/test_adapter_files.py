@@ -140,13 +140,13 @@ def test_trained_weights_are_used_in_the_type_that_the_base_has(tmp_path):
     assert ours(TOKENS).dtype == mx.bfloat16
 
 
-@pytest.mark.parametrize("way", ["lora", "dora", "full"])
-def test_a_start_goes_on_from_what_was_saved_and_can_be_trained(tmp_path, way):
+@pytest.mark.parametrize("fine_tune_type", ["lora", "dora", "full"])
+def test_a_start_goes_on_from_what_was_saved_and_can_be_trained(tmp_path, fine_tune_type):
     policy = base()
-    if way == "full":
+    if fine_tune_type == "full":
         adapters.enable_full_fine_tuning(policy, target_modules=["v_proj"])
     else:
-        policy = trained(policy, kind=way, target_modules=["v_proj"])
+        policy = trained(policy, kind=fine_tune_type, target_modules=["v_proj"])
     save(tmp_path, policy)
     again = base()
     attach_loaded_adapter(again, read_adapter(tmp_path), dropout=0.25)
@@ -154,7 +154,7 @@ def test_a_start_goes_on_from_what_was_saved_and_can_be_trained(tmp_path, way):
     weights = adapters.adapter_weights(policy)
     assert adapters.adapter_weights(again).keys() == weights.keys()
     before, after = adapters.make_adapter_config(policy), adapters.make_adapter_config(again)
-    if way != "full":
+    if fine_tune_type != "full":
         after["lora_parameters"]["dropout"] = before["lora_parameters"]["dropout"]
     assert before == after
 
@@ -225,7 +225,7 @@ def test_a_folder_without_adapters_says_what_is_wrong(tmp_path, content, message
     assert "\n" not in str(error.value)
 
 
-def test_damaged_weights_are_one_line(tmp_path):
+def test_damaged_weights_give_a_one_line_error(tmp_path):
     save(tmp_path, trained(base()))
     (tmp_path / "adapters.safetensors").write_bytes(b"not safetensors")
     with pytest.raises(ModelError, match="cannot be read") as error:

@@ -91,7 +91,7 @@ def test_a_target_is_a_path_or_its_last_part(tiny_llama, target):
     ]  # fmt: skip
 
 
-def test_a_target_that_matches_nothing_is_refused_with_what_there_is(tiny_llama):
+def test_the_error_of_a_target_without_a_match_lists_the_layers(tiny_llama):
     with pytest.raises(ConfigError, match=r"`proj` matches nothing.*self_attn\.q_proj"):
         attach(tiny_llama, target_modules=["q_proj", "proj"])
 

@@ -137,16 +137,16 @@ def test_a_layer_that_the_checkpoint_has_otherwise_is_named(tmp_path):
     model, entries, checkpoint = attach("llama", target_modules=["q_proj"])
     q, k = (f"model.layers.0.self_attn.{x}_proj.weight" for x in "qk")
     without = {n: s for n, s in checkpoint.shapes.items() if n != q}
-    for shapes, said in (
+    for shapes, message in (
         (without, "there is no tensor of that name"),
         (checkpoint.shapes | {q: checkpoint.shapes[k]}, r"it is \(8, 16\) there"),
     ):
         other = type(checkpoint)("other", shapes)
-        with pytest.raises(ModelError, match=rf"`model\.layers\.0.*q_proj`: other has.*{said}"):
+        with pytest.raises(ModelError, match=rf"`model\.layers\.0.*q_proj`: other has.*{message}"):
             make_peft_adapter(model, entries, other)
 
 
-def test_a_checkpoint_of_other_weights_is_not_the_one_that_was_trained_on(tmp_path):
+def test_a_checkpoint_of_other_weights_is_an_error(tmp_path):
     """Names and shapes alone would take any model of the same size."""
     shutil.copytree(GOLDENS / "mistral", tmp_path / "other")
     model, entries, _ = attach("llama", target_modules=["q_proj"])

@@ -118,7 +118,7 @@ def test_rows_of_zeros_stay_zeros_and_keep_their_gradients_numbers():
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 @pytest.mark.parametrize("packed", [False, True])
-def test_adapted_embeddings_are_one_table_read_both_ways(kind, packed):
+def test_adapted_tied_embeddings_share_a_table_for_input_and_output(kind, packed):
     mx.random.seed(1)
     table = nn.Embedding(40, IN)
     table = (table.to_quantized(64, 4) if packed else table).freeze()
@@ -165,7 +165,7 @@ def test_sixteen_bits_stay_sixteen_bits_and_adapters_are_wide(kind):
     assert {value.dtype for value in trained} == {mx.float32}
 
 
-def test_a_magnitude_moves_by_less_than_sixteen_bits_tell_from_one():
+def test_magnitudes_change_by_less_than_the_resolution_of_bfloat16():
     """1 + 3/1024 is 1 in bfloat16; 127/64 + 3/1024 of it is nearer to the next number, 255/128."""
     base = nn.Linear(1, 1, bias=False)
     base.weight = mx.ones((1, 1), mx.bfloat16)

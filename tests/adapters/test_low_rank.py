@@ -7,7 +7,7 @@ from mlx_dpo.adapters.layers import add_low_rank
 
 
 @pytest.mark.parametrize("batch", [(7,), (2, 7), (2, 3, 4)])
-def test_value_and_gradients_are_those_of_the_formula(batch):
+def test_value_and_gradients_equal_those_of_the_formula(batch):
     mx.random.seed(2)
     y, cotangent = mx.random.normal((*batch, 11)), mx.random.normal((*batch, 11))
     x, a, b = mx.random.normal((*batch, 6)), mx.random.normal((6, 3)), mx.random.normal((3, 11))
@@ -23,6 +23,6 @@ def test_value_and_gradients_are_those_of_the_formula(batch):
         mx.vjp(plain, [y, x, a, b], [cotangent]),
         strict=True,
     ):
-        for one, other in zip(found, known, strict=True):
-            assert one.shape == other.shape
-            assert mx.allclose(one, other, rtol=1e-5, atol=1e-5)
+        for result, other in zip(found, known, strict=True):
+            assert result.shape == other.shape
+            assert mx.allclose(result, other, rtol=1e-5, atol=1e-5)

@@ -30,7 +30,7 @@ def test_only_the_blocks_are_trained_unless_more_is_named():
     assert named.keys() == mlp | {"model.embed_tokens.weight"}
 
 
-def test_masters_are_float32_and_a_pass_has_the_bases_type_bit_for_bit(pairs):
+def test_master_weights_are_float32_and_a_forward_pass_has_the_dtype_of_the_base(pairs):
     base = make_llama()
     base.set_dtype(mx.bfloat16)
     policy = full()
@@ -43,7 +43,7 @@ def test_masters_are_float32_and_a_pass_has_the_bases_type_bit_for_bit(pairs):
     assert {v.dtype for v in adapters.adapter_weights(policy).values()} == {mx.float32}
 
 
-def test_a_step_that_sixteen_bits_would_lose_is_kept_and_adds_up():
+def test_steps_smaller_than_the_resolution_of_bfloat16_add_up():
     policy = full(target_modules=["q_proj"])
     name = "model.layers.0.self_attn.q_proj.weight"
     start = adapters.adapter_weights(policy)[name]

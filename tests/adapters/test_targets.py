@@ -71,7 +71,7 @@ def test_experts_are_selected_only_if_named():
         ([], 3, "`num_layers` is 3, but the model has 2 layers"),
     ],
 )
-def test_what_means_nothing_is_refused_with_what_there_is(untied, targets, num_layers, message):
+def test_the_error_of_an_unknown_target_lists_the_layers(untied, targets, num_layers, message):
     with pytest.raises(ConfigError, match=message):
         meant(untied, *targets, num_layers=num_layers)
 

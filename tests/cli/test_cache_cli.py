@@ -68,7 +68,7 @@ def test_an_empty_cache_is_one_friendly_line(folder):
     }  # fmt: skip
 
 
-def test_what_is_kept_is_listed_model_by_model(folder, some):
+def test_cached_files_are_listed_by_model(folder, some):
     shown = run().stdout
     assert shown.startswith(f"{folder} (MLX_DPO_CACHE moves it)\n\n")
     rows = [line.split() for line in shown.splitlines()[2:]]
@@ -83,7 +83,7 @@ def test_what_is_kept_is_listed_model_by_model(folder, some):
     assert shown.splitlines()[-1].startswith("4 files, ")
 
 
-def test_the_same_is_there_for_programs(folder, some):
+def test_the_list_is_available_as_json(folder, some):
     models = json.loads(run("--json").stdout)["models"]
     assert [(m["model"], m["files"], m["pairs"]) for m in models] == [
         ("org/one", 2, 1256), ("two", 1, 3), ("unknown", 1, 9),
@@ -119,7 +119,7 @@ def test_clearing_takes_all_but_what_a_live_process_writes(folder, some):
 
 
 @pytest.mark.parametrize(
-    ("words", "kept"),
+    ("words", "remaining"),
     [
         (("--older-than", "30"), ["a", "b", "d"]),
         (("--older-than", "41"), ["a", "b", "c", "d"]),
@@ -129,12 +129,12 @@ def test_clearing_takes_all_but_what_a_live_process_writes(folder, some):
         ((), []),
     ],
 )
-def test_clearing_takes_what_was_asked_for(folder, some, words, kept):
+def test_clearing_removes_the_requested_files(folder, some, words, remaining):
     assert run("clear", "--yes", *words).exit_code == 0
-    assert left(folder) == kept
+    assert left(folder) == remaining
 
 
-def test_a_model_that_is_not_there_is_named_with_those_that_are(folder, some):
+def test_the_error_of_an_unknown_model_lists_the_known_models(folder, some):
     result = run("clear", "--model", "three", "--yes")
     assert result.exit_code == 1
     assert result.stderr == (
@@ -144,7 +144,7 @@ def test_a_model_that_is_not_there_is_named_with_those_that_are(folder, some):
     assert left(folder) == ["a", "b", "c", "d"]
 
 
-def test_without_a_terminal_nothing_goes_unless_told(folder, some):
+def test_without_a_terminal_nothing_is_removed_without_yes(folder, some):
     result = run("clear")
     assert result.exit_code == 1
     assert result.stderr == (
@@ -153,8 +153,8 @@ def test_without_a_terminal_nothing_goes_unless_told(folder, some):
     assert left(folder) == ["a", "b", "c", "d"]
 
 
-@pytest.mark.parametrize(("answer", "kept"), [("n", ["a", "b", "c", "d"]), ("y", [])])
-def test_on_a_terminal_it_asks(folder, some, answer, kept):
+@pytest.mark.parametrize(("answer", "remaining"), [("n", ["a", "b", "c", "d"]), ("y", [])])
+def test_on_a_terminal_it_asks(folder, some, answer, remaining):
     main, terminal = pty.openpty()
     os.write(main, f"{answer}\n".encode())
     done = subprocess.run(
@@ -164,7 +164,7 @@ def test_on_a_terminal_it_asks(folder, some, answer, kept):
     os.close(main)
     os.close(terminal)
     assert "Remove them? [y/N]: " in done.stdout
-    assert left(folder) == kept
+    assert left(folder) == remaining
     assert done.returncode == (0 if answer == "y" else 1)
 
 
@@ -184,7 +184,7 @@ def test_looking_at_the_cache_loads_no_model_library(folder, some):
     assert shown.stdout.splitlines()[-1] == "loaded set()"
 
 
-def kept(folder, name, pairs=3, *, model="org/one", days_ago=0):
+def write_tokens(folder, name, pairs=3, *, model="org/one", days_ago=0):
     """A file of tokens."""
     path = folder.parent / "tokens" / f"{name}.pairs"
     path.parent.mkdir(exist_ok=True)
@@ -199,7 +199,7 @@ def kept(folder, name, pairs=3, *, model="org/one", days_ago=0):
 
 
 def test_tokens_are_listed_source_by_source(folder, some):
-    path = kept(folder, "t")
+    path = write_tokens(folder, "t")
     shown = run().stdout
     first, _, second = shown.partition(f"\n{path.parent} (MLX_DPO_CACHE moves it)\n\n")
     assert first.splitlines()[-1].startswith("4 files, ")
@@ -213,7 +213,7 @@ def test_tokens_are_listed_source_by_source(folder, some):
 
 
 def test_damaged_tokens_are_named(folder):
-    kept(folder, "t").write_bytes(b"not this")
+    write_tokens(folder, "t").write_bytes(b"not this")
     assert run().stdout.splitlines()[-1] == "damaged, its pairs will be tokenized again: t.pairs"
     assert json.loads(run("--json").stdout)["tokens"]["damaged"] == ["t.pairs"]
 
@@ -229,9 +229,9 @@ def test_damaged_tokens_are_named(folder):
         (("--only", "tokens", "--model", "three"), ["a", "b", "c", "d"], ["t"]),
     ],
 )
-def test_clearing_takes_tokens_as_it_is_asked(folder, some, words, answers, tokens):
-    kept(folder, "t")
-    kept(folder, "u", model="three", days_ago=40)
+def test_clearing_removes_the_requested_token_files(folder, some, words, answers, tokens):
+    write_tokens(folder, "t")
+    write_tokens(folder, "u", model="three", days_ago=40)
     result = run("clear", "--yes", *words)
     assert result.exit_code == 0
     assert left(folder) == answers

@@ -42,9 +42,9 @@ def trained(folder, **entries):
 def train(config):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLX_DPO_CACHE", config.output + "-cache")
-        with DPOTrainer(config) as run:
-            run.prepare()
-            for _ in run.steps():
+        with DPOTrainer(config) as trainer:
+            trainer.prepare()
+            for _ in trainer.steps():
                 pass
 
 

@@ -56,7 +56,7 @@ def test_an_error_is_one_line_and_leaves_no_folder(checkpoint):
     assert not Path("out").exists()
 
 
-def test_the_recipes_offered_are_those_of_mlx_lm():
+def test_the_recipes_are_those_of_mlx_lm():
     """They are written out, so that `--help` does not load it."""
     assert RECIPES == MLX_RECIPES
 

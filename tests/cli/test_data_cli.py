@@ -120,11 +120,11 @@ def test_strict_stops_at_faults_and_not_at_remarks():
     assert "remark refusal" in result.output
 
 
-def test_without_a_model_lengths_are_characters_and_what_is_not_looked_for_is_said():
-    told_so = found("pairs.jsonl")
-    assert told_so["train"]["lengths"]["unit"] == "characters"
-    assert told_so["train"]["lengths"]["prompt"]["longest"] == len("Where is  the cat?")
-    missing = set(told_so["not_looked_for"]["--model"])
+def test_without_a_model_lengths_are_characters_and_skipped_checks_are_listed():
+    report = found("pairs.jsonl")
+    assert report["train"]["lengths"]["unit"] == "characters"
+    assert report["train"]["lengths"]["prompt"]["longest"] == len("Where is  the cat?")
+    missing = set(report["not_looked_for"]["--model"])
     assert missing == {check.name for check in CHECKS.values() if check.requires == "--model"}
     assert "not looked for without --model: untrainable" in data("check", "pairs.jsonl").output
 
@@ -151,7 +151,7 @@ def test_a_file_of_settings_says_what_flags_say():
     )
 
 
-def test_held_out_pairs_are_looked_at_beside_the_others():
+def test_held_out_pairs_are_checked_too():
     write("valid.jsonl", [GOOD.replace("mat", "hat")])
     result = data("check", "pairs.jsonl", "--valid", "valid.jsonl")
     assert "fault  leaked-prompt  3 pairs (60.0%)  :1 with valid.jsonl:1" in result.output
@@ -188,7 +188,7 @@ def test_what_is_left_out_or_stops_training_is_shown_with_the_reason():
     assert data("show", "pairs.jsonl", "--model", "base").output.count("pairs.jsonl:") == 3
 
 
-def test_showing_takes_a_model_and_a_row_that_there_is():
+def test_show_requires_a_model_and_an_existing_row():
     assert refused("show", "pairs.jsonl") == "--model is missing; see `mlx-dpo data show --help`"
     words = ("show", "pairs.jsonl", "--model", "base", "--row", "17")
     assert refused(*words) == "pairs.jsonl: no row 17"
@@ -226,13 +226,15 @@ def test_a_split_holds_out_what_training_would(seed):
     train = [pair for index, pair in enumerate(pairs) if index not in held_out]
     valid = [pairs[index] for index in sorted(held_out)]
     for name, part in (("train", train), ("valid", valid)):
-        said = parse_rows(
+        parsed_rows = parse_rows(
             resolve_source(f"parts/{name}.jsonl").rows(), DEFAULT_RULES, PairsReport("", 0)
         )
-        assert [prompt_digest(one.example) for one in said] == [pair.prompt_digest for pair in part]
+        assert [prompt_digest(one.example) for one in parsed_rows] == [
+            pair.prompt_digest for pair in part
+        ]
 
 
-def test_a_row_of_several_pairs_goes_to_one_side_whole():
+def test_all_pairs_of_a_row_are_in_the_same_split():
     rows = [
         {"prompt": f"{i}?", "completions": ["a", "b", "c"], "scores": [1, 2, 3]} for i in range(9)
     ]
@@ -257,7 +259,7 @@ def test_a_split_that_cannot_be_made_leaves_nothing_behind():
     assert refused("split", "pairs.jsonl", *words).startswith("parts: is there already")
 
 
-def test_what_a_crash_left_behind_is_neither_in_the_way_nor_taken_over():
+def test_files_left_by_a_crash_are_neither_an_obstacle_nor_used():
     leftover = temporary_path(Path("parts"), ended_process())
     leftover.mkdir()
     write(leftover / "old.jsonl", [GOOD])
@@ -329,7 +331,7 @@ def test_cleaning_drops_what_is_named_and_nothing_else():
     assert lines_of("some.jsonl") == [ROWS[i] for i in (0, 1, 2, 5, 6)]
 
 
-def test_of_rows_that_leak_those_to_train_on_go():
+def test_of_leaked_rows_the_training_rows_are_removed():
     write("valid.jsonl", [GOOD.replace("mat", "hat")])
     words = ("--valid", "valid.jsonl", "--drop", "leaked-prompt", "--drop", "unreadable")
     assert data("clean", "pairs.jsonl", *words, "--output", "some.jsonl").exit_code == 0

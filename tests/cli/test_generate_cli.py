@@ -111,9 +111,7 @@ def test_the_seed_that_json_tells_repeats_an_unseeded_answer(model):
         (["--temperature", "-1", "hi"], None, "`temperature` must be at least 0, got -1.0"),
     ],
 )
-def test_what_cannot_be_answered_is_said_in_one_line_before_a_model_loads(
-    arguments, stdin, message
-):
+def test_invalid_arguments_give_a_one_line_error_before_a_model_loads(arguments, stdin, message):
     result = run("no/such-model", *arguments, stdin=stdin)
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr == f"Error: {message}\n"
@@ -127,7 +125,7 @@ def test_what_cannot_be_answered_is_said_in_one_line_before_a_model_loads(
         (["word " * 600], "tokens leave no room for an answer (the context is 512)"),
     ],
 )
-def test_what_a_model_cannot_do_is_said_in_one_line(model, arguments, message):
+def test_what_a_model_cannot_do_gives_a_one_line_error(model, arguments, message):
     result = run(model, *arguments)
     assert (result.exit_code, result.stdout) == (1, "")
     assert message in result.stderr.splitlines()[-1]
@@ -177,7 +175,7 @@ def test_a_run_speaks_with_its_adapter_and_its_reference_without(model, expected
     assert ask(run) != ask(run, "--reference")
 
 
-def test_a_run_trained_on_plain_text_is_asked_in_plain_text(model, expected, tmp_path):
+def test_a_run_trained_on_plain_text_gets_plain_text_prompts(model, expected, tmp_path):
     run = train(tmp_path, model, "--chat-template", "text")
     assert ask(run, "--reference") == expected("q1", raw=True) + "\n"
     assert json.loads(ask(run, "--json"))["settings"]["raw"] is True

@@ -41,19 +41,19 @@ def test_a_run_that_stops_early_says_what_it_watches_and_how_it_ended():
     result = train(*OVERSHOOTS, "--metric-for-best-model", "loss", "--load-best-model-at-end",
                    "--early-stopping-patience", "3")  # fmt: skip
     assert result.exit_code == 0, result.output
-    told = record()
-    step, kept = told["stopped_early_at"], told["best_checkpoint"]
-    assert step == kept["step"] + 3 < 12
+    record_data = record()
+    step, best = record_data["stopped_early_at"], record_data["best_checkpoint"]
+    assert step == best["step"] + 3 < 12
     assert (
         "best          the run ends with the adapters of the lowest eval_loss; stops after 3 "
         "evaluations without an improvement\n"
     ) in result.stdout
     assert (
         f"early stop      after step {step} of 12: 3 evaluations in a row without an "
-        f"improvement\nbest checkpoint step {kept['step']}, eval_loss {kept['eval_loss']:.4f}\n"
+        f"improvement\nbest checkpoint step {best['step']}, eval_loss {best['eval_loss']:.4f}\n"
     ) in result.stdout
     table = " ".join(result.stdout.split())
-    assert f"loss {kept['eval_loss']:.4f} accuracy" in table  # of the adapters that are kept
+    assert f"loss {best['eval_loss']:.4f} accuracy" in table  # of the adapters that are kept
 
 
 def test_a_run_that_watches_nothing_says_nothing_of_it():
@@ -62,7 +62,7 @@ def test_a_run_that_watches_nothing_says_nothing_of_it():
     assert "\nkept " not in shown
 
 
-def test_a_metric_that_is_none_is_one_line():
+def test_an_unknown_metric_gives_a_one_line_error():
     result = train(*OVERSHOOTS, "--metric-for-best-model", "acc", "--load-best-model-at-end")
     assert result.exit_code == 1
     [line] = result.stderr.splitlines()
@@ -75,7 +75,7 @@ IDLE = ("--learning-rate", "1e-9", "--max-steps", "24", "--batch-size", "4",
 SENTENCE = "the policy has hardly moved; use a larger learning_rate than 1e-09"
 
 
-def test_what_goes_wrong_is_said_once_on_standard_error_and_kept():
+def test_warnings_are_printed_once_on_standard_error_and_recorded():
     result = train(*IDLE)
     assert result.exit_code == 0, result.output
     [warning] = result.stderr.splitlines()
@@ -89,20 +89,20 @@ def test_a_run_that_goes_on_does_not_say_it_again():
     settings = {"model": "base", "pairs": "pairs.jsonl", "output": "run", "max_steps": 24,
                 "learning_rate": 1e-9, "batch_size": 4, "save_steps": 1,
                 "max_grad_norm": 0.0}  # fmt: skip
-    with DPOTrainer(DPOConfig.from_dict(settings)) as run:
-        run.prepare()
-        for row in run.steps():
+    with DPOTrainer(DPOConfig.from_dict(settings)) as trainer:
+        trainer.prepare()
+        for row in trainer.steps():
             if row["step"] == 24:
                 break  # killed, with the last checkpoint at 23
-    assert len(run.warnings) == 1
-    assert record()["warnings"] == run.warnings
+    assert len(trainer.warnings) == 1
+    assert record()["warnings"] == trainer.warnings
     with DPOTrainer(DPOConfig.from_dict(settings), resume=True) as again:
         again.prepare()  # killed here
-    assert record()["warnings"] == again.warnings == run.warnings
+    assert record()["warnings"] == again.warnings == trainer.warnings
     result = train(*IDLE, "--resume", "--save-steps", "1")
     assert result.exit_code == 0, result.output
     assert result.stderr == ""
-    assert record()["warnings"] == run.warnings
+    assert record()["warnings"] == trainer.warnings
 
 
 def test_a_run_that_is_watched_can_be_planned():

@@ -104,13 +104,13 @@ def test_recomputation_changes_memory_and_work():
 def test_extra_forward_passes_count_and_no_reference_costs_nothing():
     """Each of these scores a step's pairs once more, without gradients."""
     usual = planned()["epoch"]
-    asked = [
+    requested = [
         planned(*words)["epoch"]["operations"] - usual["operations"]
         for words in (("--use-weighting",), ("--sync-ref-model",), ("--loss-type", "aot"))
     ]
-    assert asked[0] == asked[1] == asked[2] > 0
+    assert requested[0] == requested[1] == requested[2] > 0
     both = planned("--use-weighting", "--sync-ref-model")["epoch"]["operations"]
-    assert both - usual["operations"] == 2 * asked[0]
+    assert both - usual["operations"] == 2 * requested[0]
     free = planned("--loss-type", "simpo")["epoch"]
     assert free["operations"] == usual["operations"]
     assert usual["reference_operations"] > free["reference_operations"] == 0
@@ -154,16 +154,16 @@ def test_an_empty_model_equals_a_loaded_one(tmp_path):
 
 
 def test_from_the_hub_no_weights_are_fetched(tmp_path, monkeypatch):
-    asked = []
+    requested = []
 
     def snapshot_download(repo, *, revision, allow_patterns):
-        asked.extend(allow_patterns)
+        requested.extend(allow_patterns)
         return str(tmp_path / "base")
 
     monkeypatch.setattr("mlx_dpo.models.download.snapshot_download", snapshot_download)
     assert planned("--model", "somebody/model")["model"] == "somebody/model"
-    assert {"*.json", "*.jinja"} <= set(asked)
-    assert not [pattern for pattern in asked if "safetensors" in pattern]
+    assert {"*.json", "*.jinja"} <= set(requested)
+    assert not [pattern for pattern in requested if "safetensors" in pattern]
 
 
 def test_twice_the_pairs_take_twice_the_work_and_more_time(tmp_path):

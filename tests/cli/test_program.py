@@ -22,7 +22,7 @@ def test_a_bare_name_is_enough_where_the_shell_finds_it(installed, monkeypatch):
 
 
 @pytest.mark.parametrize("called", [".venv/bin/mlx-dpo", "scripts/../.venv/bin/mlx-dpo"])
-def test_elsewhere_the_path_from_here_is_shown(installed, monkeypatch, called):
+def test_paths_are_shown_relative_to_the_current_folder(installed, monkeypatch, called):
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setattr(sys, "argv", [str(installed.parents[2] / called)])
     assert program() == ".venv/bin/mlx-dpo"

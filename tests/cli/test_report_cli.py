@@ -32,7 +32,7 @@ def runs(tmp_path_factory):
 
 
 @pytest.fixture
-def there(runs, monkeypatch):
+def folder(runs, monkeypatch):
     monkeypatch.chdir(runs)
     return runs
 
@@ -41,70 +41,70 @@ def call(*words):
     return CliRunner().invoke(cli, ["report", *words])
 
 
-def test_the_figures_of_a_run_are_printed_and_its_page_and_picture_lie_in_it(there):
+def test_the_figures_of_a_run_are_printed_and_its_page_and_picture_lie_in_it(folder):
     done = call("a/run")
     assert done.exit_code == 0, done.output
-    last = [row for row in read_metrics(there / "a/run/metrics.jsonl") if "eval_loss" in row][-1]
-    said = dict(re.findall(r"^  (\w[\w -]*?)  +(\S+)  $", done.stdout, re.MULTILINE))
-    assert said["step"] == "8" and said["loss"] == f"{last['eval_loss']:.4f}"
-    assert said["log-prob of rejected"] == f"{last['eval_logps/rejected']:.4f}"
+    last = [row for row in read_metrics(folder / "a/run/metrics.jsonl") if "eval_loss" in row][-1]
+    figures = dict(re.findall(r"^  (\w[\w -]*?)  +(\S+)  $", done.stdout, re.MULTILINE))
+    assert figures["step"] == "8" and figures["loss"] == f"{last['eval_loss']:.4f}"
+    assert figures["log-prob of rejected"] == f"{last['eval_logps/rejected']:.4f}"
     assert done.stderr == "Written to a/run/report.html\nWritten to a/run/report.png\n"
-    page = (there / "a/run/report.html").read_text()
+    page = (folder / "a/run/report.html").read_text()
     assert "8 of 8" in page and "12 trained on, 4 held out" in page
-    assert "learning_rate 0.001" in page and str(there) not in page
-    assert (there / "a/run/report.png").read_bytes().startswith(b"\x89PNG")
-    assert not list((there / "a/run").glob(".mlx-dpo-*"))
+    assert "learning_rate 0.001" in page and str(folder) not in page
+    assert (folder / "a/run/report.png").read_bytes().startswith(b"\x89PNG")
+    assert not list((folder / "a/run").glob(".mlx-dpo-*"))
 
 
-def test_several_runs_are_laid_over_each_other_with_the_settings_in_which_they_differ(there):
+def test_several_runs_are_laid_over_each_other_with_the_settings_in_which_they_differ(folder):
     done = call("a/run", "b/run", "--output", "both")
     assert done.exit_code == 0, done.output
     table = [line.split() for line in done.stdout.splitlines() if line.strip()]
     assert table[1] == ["learning_rate", "step", "judged", "at", "loss", "accuracy", "margin"]
     assert table[3][:4] == ["a/run", "0.001", "8", "8"]
     assert table[4][:4] == ["b/run", "0.003", "8", "8"]
-    page = (there / "both/report.html").read_text()
+    page = (folder / "both/report.html").read_text()
     assert "Loss. a/run: from 0.6931" in page and ". b/run, held out: from " in page
 
 
-def test_a_run_that_is_going_on_is_drawn_as_far_as_it_is(there):
+def test_a_run_that_is_going_on_is_drawn_as_far_as_it_is(folder):
     done = call("going/on", "--x", "tokens", "--output", "part")
     assert done.exit_code == 0, done.output
     assert re.search(r"step +3 ", done.stdout) and re.search(r"judged at +2 ", done.stdout)
-    assert "3 of 8, not finished" in (there / "part/report.html").read_text()
+    assert "3 of 8, not finished" in (folder / "part/report.html").read_text()
 
 
-def test_figures_are_of_the_adapters_that_were_kept_and_warnings_are_repeated(there):
-    shutil.copytree(there / "a/run", there / "kept")
-    record = json.loads((there / "kept/run.json").read_text())
+def test_figures_are_of_the_saved_adapters_and_warnings_are_repeated(folder):
+    shutil.copytree(folder / "a/run", folder / "kept")
+    record = json.loads((folder / "kept/run.json").read_text())
     changed = {
         "best_checkpoint": {"step": 4, "eval_loss": 0.125},
         "evaluation": {"step": 4, "eval_loss": 0.125},
         "warnings": ["it <fell>"],
     }
-    (there / "kept/run.json").write_text(json.dumps(record | changed))
+    (folder / "kept/run.json").write_text(json.dumps(record | changed))
     done = call("kept")
     assert re.search(r"step +8 ", done.stdout) and re.search(r"judged at +4 ", done.stdout)
     assert re.search(r"loss +0\.1250 ", done.stdout)
-    page = (there / "kept/report.html").read_text()
+    page = (folder / "kept/report.html").read_text()
     assert (
         "8 of 8; the adapters of step 4 were kept (eval_loss 0.1250)" in page
         and "it &lt;fell&gt;" in page
     )
     settings = record["settings"] | {"system": "Be brief"}
     again = {"stopped_early_at": 6, "settings": settings}
-    (there / "kept/run.json").write_text(json.dumps(record | again))
+    (folder / "kept/run.json").write_text(json.dumps(record | again))
     call("kept")
-    page = (there / "kept/report.html").read_text()
+    page = (folder / "kept/report.html").read_text()
     assert "6 of 8, then stopped early" in page
     assert "system (not shown)" in page and "Be brief" not in page
 
 
-def test_what_cannot_be_drawn_is_said_in_one_line_and_nothing_is_written(there):
-    (there / "new").mkdir()
-    record = json.loads((there / "a/run/run.json").read_text())
-    (there / "new/run.json").write_text(json.dumps(record))
-    for words, said in (
+def test_what_cannot_be_drawn_gives_a_one_line_error_and_writes_nothing(folder):
+    (folder / "new").mkdir()
+    record = json.loads((folder / "a/run/run.json").read_text())
+    (folder / "new/run.json").write_text(json.dumps(record))
+    for words, message in (
         (["new", "--output", "x"], "new: no step was taken yet; there is nothing to draw"),
         (
             ["a/run", "base", "--output", "x"],
@@ -115,37 +115,37 @@ def test_what_cannot_be_drawn_is_said_in_one_line_and_nothing_is_written(there):
         (["a/run", "--output", "pairs.jsonl"], "pairs.jsonl/report.html: cannot be written"),
     ):
         done = call(*words)
-        assert done.exit_code == 1 and done.output.startswith(f"Error: {said}"), done.output
-        assert done.output.count("\n") == 1 and not (there / "x").exists()
+        assert done.exit_code == 1 and done.output.startswith(f"Error: {message}"), done.output
+        assert done.output.count("\n") == 1 and not (folder / "x").exists()
 
 
-def copies(there, changes):
+def copies(folder, changes):
     """Copies of a run under names, with other settings."""
-    record = json.loads((there / "a/run/run.json").read_text())
+    record = json.loads((folder / "a/run/run.json").read_text())
     for name, changed in changes.items():
-        shutil.copytree(there / "a/run", there / name)
+        shutil.copytree(folder / "a/run", folder / name)
         settings = record["settings"] | changed
-        (there / name / "run.json").write_text(json.dumps(record | {"settings": settings}))
+        (folder / name / "run.json").write_text(json.dumps(record | {"settings": settings}))
 
 
-def test_names_are_shown_as_they_are_unless_they_cannot_be_printed(there):
+def test_names_are_shown_as_they_are_unless_they_cannot_be_printed(folder):
     """rich takes square brackets for markup, terminals what follows an escape for orders."""
     changes = {"b[b]c": {}, "$a$_^{": {}, "new\nline": {}, "\x1b[31m": {}, "\udcff": {}}
-    copies(there, changes)
+    copies(folder, changes)
     shown = ["b[b]c", "$a$_^{", r"new\nline", r"\x1b[31m", r"\udcff"]
-    assert shortest_names([there / name for name in changes]) == shown
+    assert shortest_names([folder / name for name in changes]) == shown
     done = call(*changes, "--output", "odd")
     assert done.exit_code == 0, done.output
     table = [line.split()[0] for line in done.stdout.splitlines() if line.strip()]
     assert table[3:] == shown
-    assert all(f"<th>{name}</th>" in (there / "odd/report.html").read_text() for name in shown)
+    assert all(f"<th>{name}</th>" in (folder / "odd/report.html").read_text() for name in shown)
     assert "b[b]c" in call("b[b]c").stdout
 
 
-def test_settings_for_which_there_is_no_room_are_left_to_the_page(there):
-    copies(there, {
+def test_settings_too_wide_for_the_table_are_only_on_the_page(folder):
+    copies(folder, {
         "one": {"loss_type": ["sigmoid", "sft"], "lora_target_modules": ["self_attn.q_proj"]},
-        "two": {"model": str(there / "elsewhere"), "beta": 0.3},
+        "two": {"model": str(folder / "elsewhere"), "beta": 0.3},
     })  # fmt: skip
     done = call("one", "two", "--output", "wide")
     assert done.exit_code == 0, done.output
@@ -155,9 +155,9 @@ def test_settings_for_which_there_is_no_room_are_left_to_the_page(there):
     assert max(map(len, lines)) <= 80 and "│" not in done.stdout
     assert [line.split()[1] for line in lines[4:6]] == ["base", "elsewhere"]
     assert done.stderr.startswith("On the page: loss_type, lora_target_modules\nWritten to ")
-    page = (there / "wide/report.html").read_text()
+    page = (folder / "wide/report.html").read_text()
     assert "<td>sigmoid sft</td>" in page and "<td>default</td>" in page
-    assert str(there) not in page
+    assert str(folder) not in page
 
 
 def test_names_are_as_short_as_tells_them_apart(tmp_path):

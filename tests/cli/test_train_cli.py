@@ -81,15 +81,15 @@ def test_flags_beat_the_file_and_the_file_beats_defaults(tmp_path):
         (None, "settings.yaml: cannot be read (No such file or directory)"),
     ],
 )
-def test_a_faulty_settings_file_is_one_line(tmp_path, text, message):
+def test_a_faulty_settings_file_gives_a_one_line_error(tmp_path, text, message):
     if text is not None:
         content = text if isinstance(text, bytes) else text.encode()
         (tmp_path / "settings.yaml").write_bytes(content)
     result = train("--config", "settings.yaml")
-    assert_one_line(result, message)
+    assert_one_line_error(result, message)
 
 
-def assert_one_line(result, message):
+def assert_one_line_error(result, message):
     assert result.exit_code == 1, result.output
     assert message in result.output
     assert len(result.output.strip().splitlines()) == 1, result.output
@@ -112,39 +112,45 @@ GOOD = {"prompt": "Hi", "chosen": "a", "rejected": "b"}
         (GOOD | {"prompt": "word " * 3000}, "pairs.jsonl:2: "),
     ],
 )
-def test_a_bad_row_is_one_line_with_file_and_line_and_leaves_nothing(tmp_path, line, message):
+def test_a_bad_row_gives_a_one_line_error_with_its_location_and_writes_nothing(
+    tmp_path, line, message
+):
     text = line if isinstance(line, str) else json.dumps(line)
     (tmp_path / "pairs.jsonl").write_text(f"{json.dumps(GOOD)}\n{text}\n")
-    assert_one_line(train(), message)
+    assert_one_line_error(train(), message)
     assert not (tmp_path / "run").exists()
 
 
-def test_no_pair_left_is_one_line(tmp_path):
+def test_no_pair_left_gives_a_one_line_error(tmp_path):
     (tmp_path / "pairs.jsonl").write_text(json.dumps(GOOD | {"chosen": ""}) + "\n")
-    assert_one_line(train("--bad-pairs", "drop"), "no pair")
+    assert_one_line_error(train("--bad-pairs", "drop"), "no pair")
     assert not (tmp_path / "run").exists()
 
 
-def test_files_and_folders_that_are_not_there_are_one_line(tmp_path):
-    assert_one_line(run("train", "none.jsonl", "--model", "base", "--output", "run"), "none.jsonl")
-    assert_one_line(run("train", "pairs.jsonl", "--model", "./none", "--output", "run"), "none")
+def test_missing_files_and_folders_give_a_one_line_error(tmp_path):
+    assert_one_line_error(
+        run("train", "none.jsonl", "--model", "base", "--output", "run"), "none.jsonl"
+    )
+    assert_one_line_error(
+        run("train", "pairs.jsonl", "--model", "./none", "--output", "run"), "none"
+    )
     assert not (tmp_path / "run").exists()
     for missing in ("PAIRS", "--model", "--output"):
         words = {"PAIRS": ["pairs.jsonl"], "--model": ["--model", "base"],
                  "--output": ["--output", "run"]}  # fmt: skip
         given = [word for name, value in words.items() if name != missing for word in value]
-        assert_one_line(run("train", *given), f"{missing} is missing")
+        assert_one_line_error(run("train", *given), f"{missing} is missing")
 
 
-def test_a_model_without_weights_or_with_pickles_is_one_line(tmp_path):
+def test_a_model_without_weights_or_with_pickles_gives_a_one_line_error(tmp_path):
     (tmp_path / "base" / "model.safetensors").unlink()
-    assert_one_line(train(), "no weights")
+    assert_one_line_error(train(), "no weights")
     (tmp_path / "base" / "pytorch_model.bin").write_bytes(b"x")
-    assert_one_line(train(), "pickle")
+    assert_one_line_error(train(), "pickle")
     assert not (tmp_path / "run").exists()
 
 
-def test_ids_outside_the_vocabulary_are_one_line(tmp_path):
+def test_ids_outside_the_vocabulary_give_a_one_line_error(tmp_path):
     """A tokenizer of another model: MLX itself would read beyond the embedding."""
     config = json.loads((tmp_path / "base" / "config.json").read_text())
     arrays = mx.load(str(tmp_path / "base" / "model.safetensors"))
@@ -152,29 +158,29 @@ def test_ids_outside_the_vocabulary_are_one_line(tmp_path):
         arrays[name] = arrays[name][:50]
     mx.save_safetensors(str(tmp_path / "base" / "model.safetensors"), arrays)
     (tmp_path / "base" / "config.json").write_text(json.dumps(config | {"vocab_size": 50}))
-    assert_one_line(train(), "pairs.jsonl:1: ")
+    assert_one_line_error(train(), "pairs.jsonl:1: ")
 
 
-def test_a_template_that_changes_the_prompt_is_one_line(tmp_path):
+def test_a_template_that_changes_the_prompt_gives_a_one_line_error(tmp_path):
     (tmp_path / "base" / "chat_template.jinja").write_text(
         "{% for m in messages %}{{ loop.length }}{{ m.content }}<|end|>{% endfor %}"
     )
-    assert_one_line(train(), "pairs.jsonl:1: the chat template changes the prompt")
+    assert_one_line_error(train(), "pairs.jsonl:1: the chat template changes the prompt")
 
 
-def test_an_output_that_is_a_file_or_lies_in_one_is_one_line(tmp_path):
+def test_an_output_that_is_a_file_or_lies_in_a_file_gives_a_one_line_error(tmp_path):
     (tmp_path / "run").write_text("mine")
-    assert_one_line(train(), "run: cannot be written")
+    assert_one_line_error(train(), "run: cannot be written")
     assert (tmp_path / "run").read_text() == "mine"
 
 
 def test_a_finished_and_a_foreign_folder_are_refused(tmp_path):
     assert train().exit_code == 0
-    assert_one_line(train(), "this run is finished")
+    assert_one_line_error(train(), "this run is finished")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "x").write_text("")
     result = run("train", "pairs.jsonl", "--model", "base", "--output", "other")
-    assert_one_line(result, "not a run folder")
+    assert_one_line_error(result, "not a run folder")
 
 
 def command(*words):
@@ -219,7 +225,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_says_that_it_begins_a
     assert "output        run, from the beginning: there was no checkpoint yet" in done.output
 
 
-def test_resuming_with_another_typed_setting_is_one_line():
+def test_resuming_with_a_changed_flag_gives_a_one_line_error():
     process = subprocess.Popen(
         command("train", "pairs.jsonl", "--model", "base", "--output", "run", *MATTER,
                 "--epochs", "100", "--save-steps", "1"),
@@ -228,15 +234,15 @@ def test_resuming_with_another_typed_setting_is_one_line():
     while not list(Path("run/checkpoints").glob("step-*")):
         assert process.poll() is None
         time.sleep(0.02)
-    assert_one_line(train("--epochs", "100"), "another run is writing here")
+    assert_one_line_error(train("--epochs", "100"), "another run is writing here")
     process.kill()
     process.wait()
-    assert_one_line(train("--epochs", "100"), "holds an unfinished run; add --resume")
+    assert_one_line_error(train("--epochs", "100"), "holds an unfinished run; add --resume")
     result = run("train", "--resume", "--output", "run", "--beta", "0.3")
-    assert_one_line(result, "the run began with beta = its default, not 0.3")
+    assert_one_line_error(result, "the run began with beta = its default, not 0.3")
 
 
-def test_a_loss_that_is_no_number_is_one_line_and_keeps_what_was_good():
+def test_a_loss_of_nan_gives_a_one_line_error_and_leaves_the_last_checkpoint():
     result = run("train", "pairs.jsonl", "--model", "base", "--output", "run",
                  "--learning-rate", "1e30", "--max-grad-norm", "0", "--epochs", "4",
                  "--batch-size", "4", "--lr-scheduler-type", "constant")  # fmt: skip
@@ -251,11 +257,11 @@ def test_eval_measures_again_in_a_table_and_as_json():
     assert table.exit_code == 0, table.output
     assert "3 held-out pairs" in table.output
     write_pairs(Path("others.jsonl"), 5)
-    told = json.loads(run("eval", "run", "others.jsonl", "--json").output)
-    assert (told["pairs"], told["of"]) == (5, "pairs of others.jsonl")
-    assert told["finished"] is True
-    assert set(told) >= {"eval_loss", "eval_rewards/accuracies", "eval_logps/chosen"}
-    assert_one_line(run("eval", "nowhere"), "nowhere: not a run folder")
+    printed = json.loads(run("eval", "run", "others.jsonl", "--json").output)
+    assert (printed["pairs"], printed["of"]) == (5, "pairs of others.jsonl")
+    assert printed["finished"] is True
+    assert set(printed) >= {"eval_loss", "eval_rewards/accuracies", "eval_logps/chosen"}
+    assert_one_line_error(run("eval", "nowhere"), "nowhere: not a run folder")
 
 
 def test_eval_says_what_it_measured_on():
@@ -275,7 +281,7 @@ def test_eval_refuses_rows_beyond_the_models_context(tmp_path):
     train("--max-length", "2048")
     row = GOOD | {"prompt": "word " * 200}
     (tmp_path / "long.jsonl").write_text(json.dumps(row) + "\n")
-    assert_one_line(run("eval", "run", "long.jsonl"), "the model's context length is 512")
+    assert_one_line_error(run("eval", "run", "long.jsonl"), "the model's context length is 512")
 
 
 @pytest.mark.parametrize(
@@ -285,17 +291,17 @@ def test_eval_refuses_rows_beyond_the_models_context(tmp_path):
         (("--seed", "-1"), "`seed` must be at least 0"),
     ],
 )
-def test_settings_that_would_do_nothing_are_one_line(words, message):
-    assert_one_line(train(*words), message)
+def test_settings_without_effect_give_a_one_line_error(words, message):
+    assert_one_line_error(train(*words), message)
 
 
-def test_a_share_to_hold_out_beside_a_folders_own_pairs_is_one_line():
+def test_valid_fraction_with_a_folders_own_held_out_pairs_gives_a_one_line_error():
     Path("folder").mkdir()
     write_pairs(Path("folder/train.jsonl"), 12)
     write_pairs(Path("folder/valid.jsonl"), 3)
     result = run("train", "folder", "--model", "base", "--output", "run", *MATTER,
                  "--valid-fraction", "0.5")  # fmt: skip
-    assert_one_line(result, "`valid_fraction` has no effect together with folder/valid.jsonl")
+    assert_one_line_error(result, "`valid_fraction` has no effect together with folder/valid.jsonl")
 
 
 def test_a_home_folder_in_a_settings_file_is_the_home_folder(tmp_path, monkeypatch):
@@ -310,15 +316,15 @@ def test_a_policy_is_not_put_on_a_base_that_changed(tmp_path):
     train()
     tokenizer = tmp_path / "base" / "chat_template.jinja"
     tokenizer.write_text(tokenizer.read_text() + "{# changed #}")
-    assert_one_line(run("generate", "run", "Hi"), "the tokenizer changed since the run began")
+    assert_one_line_error(run("generate", "run", "Hi"), "the tokenizer changed since the run began")
     make_checkpoint(tmp_path / "base", seed=9)
-    assert_one_line(run("generate", "run", "Hi"), "the model changed since the run began")
+    assert_one_line_error(run("generate", "run", "Hi"), "the model changed since the run began")
 
 
-def test_eval_refuses_a_model_that_is_not_the_one_trained_on(tmp_path):
+def test_eval_rejects_a_model_other_than_the_trained_model(tmp_path):
     train()
     make_checkpoint(tmp_path / "base", seed=9)
-    assert_one_line(run("eval", "run"), "the model changed since the run began")
+    assert_one_line_error(run("eval", "run"), "the model changed since the run began")
 
 
 def test_a_setting_that_fails_late_leaves_nothing_behind(tmp_path):
@@ -330,30 +336,32 @@ def test_a_setting_that_fails_late_leaves_nothing_behind(tmp_path):
     assert train().exit_code == 0
 
 
-def test_a_misspelt_prompt_and_a_file_that_is_not_there_are_named(tmp_path, monkeypatch):
+def test_a_misspelt_column_and_a_missing_file_are_named(tmp_path, monkeypatch):
     # huggingface_hub would try for half a minute, and has read the environment by now.
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     row = {"promt": "x", "chosen": "y", "rejected": "z"}
     (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n")
-    assert_one_line(train(), "pairs.jsonl:1: missing `prompt` (found `promt`)")
+    assert_one_line_error(train(), "pairs.jsonl:1: missing `prompt` (found `promt`)")
     result = run("train", "org/data", "--model", "base", "--output", "run")
-    assert_one_line(result, "org/data: neither a local file or folder nor a dataset that can")
+    assert_one_line_error(result, "org/data: neither a local file or folder nor a dataset that can")
 
 
-def test_held_out_pairs_that_are_trained_on_are_said():
+def test_held_out_pairs_that_are_trained_on_are_reported():
     shown = train("--valid", "pairs.jsonl").output
     assert "12 of the held-out pairs are trained on as well" in shown
 
 
-def test_eval_leaves_out_bad_pairs_when_told():
+def test_eval_drops_bad_pairs_with_the_flag():
     train()
     write_pairs(Path("others.jsonl"), 3)
     with Path("others.jsonl").open("a") as file:
         file.write(json.dumps(GOOD | {"chosen": ""}) + "\n")
-    assert_one_line(run("eval", "run", "others.jsonl"), "others.jsonl:4: a completion is empty")
-    told = json.loads(run("eval", "run", "others.jsonl", "--bad-pairs", "drop", "--json").output)
-    assert told["pairs"] == 3
-    assert_one_line(run("eval", "run", "--bad-pairs", "drop"), "`bad_pairs` has no effect")
+    assert_one_line_error(
+        run("eval", "run", "others.jsonl"), "others.jsonl:4: a completion is empty"
+    )
+    printed = json.loads(run("eval", "run", "others.jsonl", "--bad-pairs", "drop", "--json").output)
+    assert printed["pairs"] == 3
+    assert_one_line_error(run("eval", "run", "--bad-pairs", "drop"), "`bad_pairs` has no effect")
 
 
 def test_help_shows_every_setting_once_under_its_section():
@@ -371,7 +379,7 @@ def test_help_shows_every_setting_once_under_its_section():
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (("train", "x", "--num-train-epochs", "3"), "'--num-train-epochs'; use --epochs"),
         (("train", "x", "--use_dora"), "'--use_dora'; use --fine-tune-type dora"),
@@ -380,14 +388,14 @@ def test_help_shows_every_setting_once_under_its_section():
         (("data", "check", "x", "--num-train-epochs", "3"), "'--num-train-epochs'."),
     ],
 )
-def test_a_flag_of_another_trainer_is_answered_with_the_one_here(words, said):
+def test_the_error_of_a_flag_of_another_trainer_names_our_flag(words, message):
     done = run(*words)
     assert done.exit_code == 2
-    assert f"Error: No such option {said}" in done.stderr.splitlines()[-1]
+    assert f"Error: No such option {message}" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ((), "--output is missing: the folder of the run that is to go on"),
         (("--output", "none"), "none: not a run folder (no such folder)"),
@@ -395,6 +403,6 @@ def test_a_flag_of_another_trainer_is_answered_with_the_one_here(words, said):
         (("--output", "base"), "base: a model, not a run folder; name models by `--model`"),
     ],
 )
-def test_going_on_with_nothing_says_what_is_missing(tmp_path, monkeypatch, words, said):
+def test_going_on_with_nothing_says_what_is_missing(tmp_path, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)
-    assert_one_line(run("train", "--resume", *words), said)
+    assert_one_line_error(run("train", "--resume", *words), message)

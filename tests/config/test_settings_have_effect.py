@@ -174,8 +174,12 @@ def make_rows(folder):
     for name in ("rows", "splits"):
         (folder / name).mkdir()
     others = [row | {"rejected": "Who knows?"} for row in both]
-    files = {"rows/both": both, "rows/rated": rated, "splits/train": both,
-             "splits/train_other": others}  # fmt: skip
+    files: dict[str, list[dict]] = {
+        "rows/both": both,
+        "rows/rated": rated,
+        "splits/train": both,
+        "splits/train_other": others,
+    }
     for name, rows in files.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -198,10 +202,10 @@ def outcome(folder, monkeypatch, output, **changes):
         model="base", pairs="pairs.jsonl", output=str(output), batch_size=2, lora_r=4,
         learning_rate=1e-3,
     )  # fmt: skip
-    with DPOTrainer(replace(config, **changes)) as run:
-        run.prepare()
-        *_, last = run.steps()
-    return named_arrays(run.policy.trainable_parameters()), last
+    with DPOTrainer(replace(config, **changes)) as trainer:
+        trainer.prepare()
+        *_, last = trainer.steps()
+    return named_arrays(trainer.policy.trainable_parameters()), last
 
 
 def same(a, b):

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mlx_dpo.config.training import PassLimit
 from mlx_dpo.data.batching import (
-    PassLimit,
     TokenCount,
     collate,
     count_micro_batches,

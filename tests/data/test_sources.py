@@ -107,7 +107,7 @@ def written(kind):
         return json.dumps(ROWS).encode()
     if kind == ".jsonl":
         return "".join(json.dumps(row) + "\n" for row in ROWS).encode()
-    cells = [
+    cells: list[list[str]] = [
         ["prompt", "chosen", "n"],
         *([json.dumps(row["prompt"]), row["chosen"], str(row["n"])] for row in ROWS),
     ]

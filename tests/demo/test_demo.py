@@ -80,10 +80,14 @@ def test_the_kl_divergence_of_an_untrained_policy_is_zero(few_pairs, tmp_path):
     demo = Demo(tmp_path / "demo")
     demo.clear()
     demo.convert()
-    with DPOTrainer(demo.config()) as run:
-        run.prepare()
+    with DPOTrainer(demo.config()) as trainer:
+        trainer.prepare()
         checkpoint.save(
-            run.paths.checkpoints, run.policy, run.optimizer, run.start, run.adapter_config
+            trainer.paths.checkpoints,
+            trainer.policy,
+            trainer.optimizer,
+            trainer.start,
+            trainer.adapter_config,
         )
     answers = demo.rate(["Hello there."] * len(demo.prompt_rows))
     assert demo.divergence(answers) == pytest.approx(0.0, abs=1e-5)

@@ -15,6 +15,7 @@ from mlx_dpo.cli.doctor import doctor
 from mlx_dpo.doctor import checks, float64
 from mlx_dpo.doctor.checks import Check, self_test
 from mlx_dpo.doctor.machine import anonymous
+from mlx_dpo.scoring.score_pairs import score_pairs
 
 PLAIN = {f"log-probabilities, {base} base" for base in ("float32", "bfloat16", "float16")}
 PACKED = {f"log-probabilities, {base} base" for base in ("4-bit", "8-bit")}
@@ -137,7 +138,7 @@ def test_wrong_positions_fail(monkeypatch):
 
 def test_attention_that_differs_under_differentiation_fails_the_first_loss(monkeypatch):
     """The reference is scored without gradients: another kernel there is another model."""
-    exact = checks.score_pairs
+    exact = score_pairs
 
     def scored(policy, pairs, **more):
         with monkeypatch.context() as patch:

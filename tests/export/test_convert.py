@@ -3,11 +3,13 @@
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
 from huggingface_hub import ModelCard
+from mlx_lm import convert as mlx_convert
 from mlx_lm import load as mlx_load
 from mlx_lm.models import gpt2
 
@@ -15,7 +17,6 @@ from mlx_dpo.errors import ConfigError, ModelError
 from mlx_dpo.export import convert as conversion
 from mlx_dpo.export.convert import convert, mean_logp_difference, sample_token_ids
 from mlx_dpo.io.arrays import named_arrays
-from mlx_dpo.models import output_folder
 from mlx_dpo.models.load import load_model
 from mlx_dpo.scoring.logps import token_logps
 from tests.checkpoints import VOCAB, make_checkpoint
@@ -173,7 +174,7 @@ def test_nothing_is_printed(checkpoint, output, capfd):
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"group_size": 32}, "`group_size` has no effect"),
         ({"recipe": "mixed_3_6", "bits": 4}, "`bits` has no effect"),
@@ -190,10 +191,10 @@ def test_nothing_is_printed(checkpoint, output, capfd):
     ],
 )
 def test_settings_that_cannot_be_are_refused_and_nothing_is_written(
-    tmp_path, output, settings, said
+    tmp_path, output, settings, message
 ):
     folder = make_checkpoint(tmp_path / "model", intermediate_size=100)
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         convert(str(folder), output, **settings)
     assert names_next_to(output) == set()
 
@@ -228,7 +229,7 @@ def test_a_target_that_is_taken_is_left_as_it_is(checkpoint, output):
 def test_a_disk_without_room_is_refused_before_anything_is_written(checkpoint, output, monkeypatch):
     """The checkpoint needs 0.5 MB: 200 kB are too few, and enough for 4 bits."""
     usage = type("Usage", (), {"free": 200_000})
-    monkeypatch.setattr(output_folder.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(ModelError, match=r"needs about 0\.5 MB and the disk has 0\.2 MB left"):
         convert(str(checkpoint), output)
     assert names_next_to(output) == set()
@@ -236,7 +237,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(checkpoint, o
 
 
 @pytest.mark.parametrize(
-    ("error", "raised", "said"),
+    ("error", "raised", "message"),
     [
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), ModelError, "be written .No space left"),
         (
@@ -248,7 +249,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(checkpoint, o
     ],
 )
 def test_a_conversion_that_fails_or_is_stopped_leaves_nothing(
-    checkpoint, output, monkeypatch, error, raised, said
+    checkpoint, output, monkeypatch, error, raised, message
 ):
     """MLX reports a full disk as a RuntimeError."""
 
@@ -258,7 +259,7 @@ def test_a_conversion_that_fails_or_is_stopped_leaves_nothing(
         raise error
 
     monkeypatch.setattr(conversion, "mlx_convert", stops_half_way)
-    with pytest.raises(raised, match=said):
+    with pytest.raises(raised, match=message):
         convert(str(checkpoint), output)
     assert names_next_to(output) == set()
 
@@ -299,7 +300,7 @@ def test_two_processes_do_not_write_the_same_target(checkpoint, output):
 
 def test_a_result_that_is_another_model_is_refused(checkpoint, output, monkeypatch):
     """One of sixteen matrices is transposed on the way, as a wrong layout would."""
-    real = conversion.mlx_convert
+    real = mlx_convert
 
     def transposes(source, folder, **settings):
         real(source, folder, **settings)

@@ -48,8 +48,8 @@ def test_the_written_checkpoint_gives_the_logits_of_peft(kind, name, tmp_path):
     np.testing.assert_allclose(fused(TOKENS)[0], expected, atol=1e-4)
 
     before, metadata = read_arrays(GOLDENS / kind / "model.safetensors")
-    after, kept = read_arrays(tmp_path / "fused" / "model.safetensors")
-    assert kept == metadata
+    after, saved_metadata = read_arrays(tmp_path / "fused" / "model.safetensors")
+    assert saved_metadata == metadata
     shapes = {name: (value.shape, value.dtype) for name, value in before.items()}
     assert {name: (value.shape, value.dtype) for name, value in after.items()} == shapes
     touched = {n for n in before if not mx.array_equal(before[n], after[n])}
@@ -238,8 +238,8 @@ def test_a_run_on_a_packed_base_is_fused_unpacked_in_its_own_type(workplace):
 def test_noise_that_happens_to_lie_along_a_small_change_is_not_kept_training(workplace):
     """What 4 bits make of a model is many times such a change, and a share of it points there."""
     train(workplace, pairs=["pairs.jsonl"], output="slight", learning_rate=1e-5, epochs=1)
-    kept = fuse_run("slight", Path("plain"), FuseOptions()).retention
-    assert kept.change == pytest.approx(1, abs=1e-2)
+    retention = fuse_run("slight", Path("plain"), FuseOptions()).retention
+    assert retention.change == pytest.approx(1, abs=1e-2)
     found = fuse_run("slight", Path("forced"), FuseOptions(bits=4, force=True))
     assert found.retention.minimum > 2 and found.rounding.cosine < 0.01
     with pytest.raises(ModelError, match=r"which is beyond 110%, so it was not written; leave"):
@@ -290,19 +290,19 @@ def test_gguf_is_made_by_llama_cpps_converter(workplace):
 
 
 @pytest.mark.parametrize(
-    ("does", "said"),
+    ("does", "message"),
     [
         ("echo noise; echo 'Model X is not supported' >&2; exit 1", "Model X is not supported"),
         ('echo half > "$3"; exit 1', "it wrote nothing"),
         ("exit 0", "it wrote nothing"),
     ],
 )
-def test_what_the_converter_says_is_said_and_the_checkpoint_stays(workplace, does, said):
+def test_the_message_of_the_converter_is_shown_and_the_checkpoint_stays(workplace, does, message):
     done = fused_with(converter(workplace, does))
     assert done.exit_code == 1
     assert [line.split()[0] for line in done.stdout.splitlines()] == ["model", "margin", "change"]
     [line] = done.stderr.splitlines()
-    assert f"model.gguf: convert_hf_to_gguf.py cannot convert the model ({said})" in line
+    assert f"model.gguf: convert_hf_to_gguf.py cannot convert the model ({message})" in line
     assert "the checkpoint is whole in fused" in line and Path("fused/config.json").is_file()
     assert not list(workplace.glob("*.gguf*")) and not list(workplace.glob(".*gguf*"))
 

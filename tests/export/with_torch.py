@@ -20,10 +20,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 def logits(folder, tokens, adapter=None):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     if adapter is not None:
-        with warnings.catch_warnings(record=True) as said:
+        with warnings.catch_warnings(record=True) as caught_warnings:
             model = PeftModel.from_pretrained(model, adapter)
         # PEFT only warns of arrays that it did not find.
-        assert not any("missing adapter keys" in str(warning.message) for warning in said), said
+        assert not any(
+            "missing adapter keys" in str(warning.message) for warning in caught_warnings
+        ), caught_warnings
     with torch.no_grad():
         return model.eval()(input_ids=torch.tensor([tokens])).logits[0].tolist()
 

@@ -83,7 +83,7 @@ def alone(model, tokenizer, sampling):
 @pytest.mark.parametrize("penalty", [1.0, 1.4])
 def test_each_answer_of_a_batch_is_the_one_given_alone(llama, penalty):
     sampling = Sampling(max_tokens=20, repetition_penalty=penalty)
-    assert generate_batch(*llama, PROMPTS, sampling=sampling) == alone(*llama, sampling)
+    assert generate_batch(*llama, PROMPTS, sampling=sampling) == alone(*llama, sampling=sampling)
 
 
 def test_an_empty_answer_keeps_its_place(llama):

@@ -68,7 +68,7 @@ def test_metrics_are_described_according_to_the_loss():
     assert "| 0.5000 | the loss |" in card.text and "log 2" in make_model_card(CONTENT).text
     assert "beta × average log-probability per token of the completion" in card.text
     assert "* Loss: simpo, beta 2 (SimPO: Meng et al. 2024, arXiv:2405.14734, Eq. 6)" in card.text
-    assert card.data.tags[-1] == "simpo" and "dpo" not in card.data.tags
+    assert card.data["tags"][-1] == "simpo" and "dpo" not in card.data["tags"]
     ranked = make_model_card(replace(CONTENT, settings={"margin_column": "lead"})).text
     assert "log 2" not in ranked
     labelled = make_model_card(replace(CONTENT, losses=("kto",), labelled=True)).text
@@ -91,7 +91,7 @@ def test_a_base_without_a_hub_id_is_left_out_of_the_metadata():
 
 def test_for_an_adapter_that_peft_cannot_load_the_reason_replaces_the_code():
     card = make_model_card(replace(CONTENT, peft_problem="`x` stacks the experts"))
-    assert card.data.library_name == "mlx"
+    assert card.data["library_name"] == "mlx"
     assert "PEFT cannot load this adapter: `x` stacks the experts." in card.text
     assert "PeftModel" not in card.text
     assert "PeftModel" in make_model_card(CONTENT).text
@@ -137,7 +137,7 @@ def test_the_card_of_a_fused_model_describes_a_model():
         "tags": ["mlx-dpo", "preference-optimization"],
     }  # fmt: skip
     card = make_fused_model_card(None, to="mlx", bits=8, inherited={})
-    assert card.data.library_name == "mlx" and card.data.base_model is None
+    assert card.data["library_name"] == "mlx" and card.data["base_model"] is None
     assert "quantized to 8 bits" in card.text
 
 
@@ -148,7 +148,7 @@ def test_the_card_of_a_run_shows_the_facts_of_its_record(workplace):
     assert f"| `eval_loss` | {record['evaluation']['eval_loss']:.4f} |" in card.text
     assert "Means over 3." in card.text
     assert "| `lora_r` | `4` |" in card.text and "`learning_rate` | `0.001`" in card.text
-    assert card.data.library_name == "peft"
+    assert card.data["library_name"] == "peft"
     assert [note.partition(":")[0] for note in notes] == [
         "no samples",
         "the license of the base is unknown",
@@ -207,9 +207,9 @@ def test_the_license_is_that_of_the_base(workplace):
 def test_a_license_file_is_linked_in_the_repository_of_the_base(workplace):
     Path("base/README.md").write_text("---\nlicense: other\nlicense_link: LICENSE\n---\n")
     data = make_run_card("run", "org/adapter", base="org/base")[0].data
-    assert data.license_link == "https://huggingface.co/org/base/blob/main/LICENSE"
+    assert data["license_link"] == "https://huggingface.co/org/base/blob/main/LICENSE"
     data = make_run_card("run", "org/adapter")[0].data
-    assert data.license == "other" and "license_link" not in data.to_dict()
+    assert data["license"] == "other" and "license_link" not in data.to_dict()
 
 
 def test_advice_for_the_runs_owner_is_not_on_the_card(workplace):
@@ -238,7 +238,7 @@ def test_online_is_suggested_only_if_it_was_not_given(workplace):
 
 def test_the_card_of_fully_fine_tuned_weights_names_no_adapter():
     card = make_model_card(replace(CONTENT, fine_tune_type="full"))
-    assert card.data.base_model_relation == "finetune"
+    assert card.data["base_model_relation"] == "finetune"
     assert card.text.count("An adapter") == 0 and "\nWeights for [org/base]" in card.text
 
 
@@ -250,7 +250,7 @@ def test_an_existing_card_is_replaced_only_with_overwrite(workplace):
         write_card(Path("run"), card, overwrite=False)
     assert path.read_text() == "mine"
     write_card(Path("run"), card, overwrite=True)
-    assert ModelCard.load(path).data.library_name == "peft"
+    assert ModelCard.load(path).data["library_name"] == "peft"
 
 
 def test_the_code_for_mlx_lm_runs(workplace, capsys):

@@ -189,11 +189,11 @@ def test_an_unfinished_run_and_one_without_a_card_are_not_uploaded(workplace):
 def test_the_steps_of_an_adapter_are_those_it_was_trained_for(run_with_card):
     """Steps after the best evaluation, and steps that were not taken, do not count."""
     record = json.loads(Path("run/run.json").read_text())
-    kept = {"stopped_early_at": 8, "best_checkpoint": {"step": 6, "eval_loss": 0.1}}
+    best = {"stopped_early_at": 8, "best_checkpoint": {"step": 6, "eval_loss": 0.1}}
     for changes, steps, on_card in (
         ({}, record["steps"], f"{record['steps']} steps, with"),
         ({"stopped_early_at": 8}, 8, "8 steps, with"),
-        (kept, 6, "6 of 8 steps, kept for the best `eval_loss` on held-out data, with"),
+        (best, 6, "6 of 8 steps, kept for the best `eval_loss` on held-out data, with"),
     ):
         Path("run/run.json").write_text(json.dumps(record | changes))
         assert prepare_upload("run").message.endswith(f"trained for {steps} steps")

@@ -458,7 +458,7 @@ def test_optimal_transport_of_a_single_pair_is_dpo(name):
     def compute(loss_type):
         logps = [PairLogps(*(mx.array(s[2:3].astype(np.float32)) for s in x))
                  for x in (POLICY, REFERENCE)]  # fmt: skip
-        pairs = ScoredPairs(*logps, metadata, mx.ones((1,)))
+        pairs = ScoredPairs(*logps, metadata=metadata, on_policy_weights=mx.ones((1,)))
         return (
             Objective(LossSettings(loss_type=(loss_type,)))
             .compute_losses(pairs, log_ratios(*logps))

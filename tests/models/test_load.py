@@ -44,8 +44,8 @@ def edit_weights(folder: Path, **arrays) -> None:
     """Set tensors of a checkpoint; None removes one."""
     weights = mx.load(str(folder / "model.safetensors"))
     mx.eval(weights)
-    kept = {k: v for k, v in (weights | arrays).items() if v is not None}
-    mx.save_safetensors(str(folder / "model.safetensors"), kept)
+    arrays_to_save = {k: v for k, v in (weights | arrays).items() if v is not None}
+    mx.save_safetensors(str(folder / "model.safetensors"), arrays_to_save)
 
 
 def refusal(source, **settings) -> str:
@@ -147,11 +147,11 @@ def test_bits_on_a_quantised_model_are_refused(checkpoint):
 
 
 @pytest.mark.parametrize(
-    ("group_size", "said"), [(128, "fits no layer"), (16, "must be one of 32, 64, 128, got 16")]
+    ("group_size", "message"), [(128, "fits no layer"), (16, "must be one of 32, 64, 128, got 16")]
 )
-def test_groups_that_cannot_be_are_refused(tmp_path, group_size, said):
+def test_groups_that_cannot_be_are_refused(tmp_path, group_size, message):
     folder = make_checkpoint(tmp_path / "model", intermediate_size=100)
-    assert said in refusal(folder, bits=4, group_size=group_size)
+    assert message in refusal(folder, bits=4, group_size=group_size)
 
 
 @pytest.mark.parametrize(
@@ -222,27 +222,27 @@ REPOSITORY = {
 
 @pytest.mark.parametrize("trusted", [False, True])
 def test_only_what_is_read_is_downloaded_and_code_only_if_trusted(trusted, monkeypatch, tmp_path):
-    asked = {}
+    request = {}
 
     def download(repo_id, *, revision, allow_patterns):
-        asked.update(repo_id=repo_id, revision=revision, patterns=allow_patterns)
+        request.update(repo_id=repo_id, revision=revision, patterns=allow_patterns)
         return str(tmp_path)
 
     monkeypatch.setattr(download_module, "snapshot_download", download)
     found = resolve_model("org/name", revision="v2", trust_remote_code=trusted)
-    assert (found, asked["repo_id"], asked["revision"]) == (tmp_path, "org/name", "v2")
+    assert (found, request["repo_id"], request["revision"]) == (tmp_path, "org/name", "v2")
     for name, wanted in REPOSITORY.items():
-        fetched = any(fnmatch(name, pattern) for pattern in asked["patterns"])
+        fetched = any(fnmatch(name, pattern) for pattern in request["patterns"])
         assert fetched == (trusted if wanted == "trusted" else wanted), name
 
 
 def answer(kind: type[Exception], status: int) -> Exception:
     response = SimpleNamespace(status_code=status, headers={}, request=None)
-    return kind("the Hub's own words\nover two lines", response=response)
+    return kind("the Hub's own words\nover two lines", response=response)  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "message"),
     [
         (lambda: answer(hub.GatedRepoError, 403), "accept its terms on https://huggingface.co/o/m"),
         (lambda: answer(hub.RepositoryNotFoundError, 404), "no such model on the Hub"),
@@ -255,12 +255,12 @@ def answer(kind: type[Exception], status: int) -> Exception:
         (lambda: hub.HTTPError("proxy refused\nagain"), "proxy refused"),
     ],
 )
-def test_each_answer_of_the_hub_is_one_line(error, said, monkeypatch):
+def test_each_error_of_the_hub_gives_a_one_line_error(error, message, monkeypatch):
     def download(*_, **__):
         raise error()
 
     monkeypatch.setattr(download_module, "snapshot_download", download)
-    assert said in refusal("o/m", revision="v9")
+    assert message in refusal("o/m", revision="v9")
 
 
 # What the files must be
@@ -277,12 +277,12 @@ def test_adapters_are_not_taken_for_a_model(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [("{", "not JSON"), ("[]", "not a JSON object"), ("{}", "no `model_type`")],
 )
-def test_a_broken_configuration_is_refused(checkpoint, text, said):
+def test_a_broken_configuration_is_refused(checkpoint, text, message):
     (checkpoint / "config.json").write_text(text)
-    assert said in refusal(checkpoint)
+    assert message in refusal(checkpoint)
 
 
 def test_an_unknown_model_type_names_the_nearest(checkpoint):
@@ -303,7 +303,7 @@ def test_code_that_comes_with_a_model_runs_only_if_trusted(checkpoint):
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("pytorch_model.bin", "pickles are never read"),
         ("model.Q4_K.gguf", "GGUF"),
@@ -311,9 +311,9 @@ def test_code_that_comes_with_a_model_runs_only_if_trusted(checkpoint):
         ("notes.md", "no weights"),
     ],
 )
-def test_weights_in_another_form_are_named(checkpoint, name, said):
+def test_weights_in_another_form_are_named(checkpoint, name, message):
     (checkpoint / "model.safetensors").rename(checkpoint / name)
-    assert said in refusal(checkpoint)
+    assert message in refusal(checkpoint)
 
 
 def test_a_missing_shard_is_named(checkpoint):

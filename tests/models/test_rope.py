@@ -110,7 +110,7 @@ def test_each_architecture_has_its_own_names(kind, rope, found):
 
 
 @pytest.mark.parametrize(
-    ("kind", "rope", "said"),
+    ("kind", "rope", "message"),
     [
         ("gemma", LLAMA3 | {"rope_theta": 5.0}, "`gemma` knows no `rope_scaling`"),
         ("llama", {"rope_theta": 5.0, "partial_rotary_factor": 0.5}, "no `partial_rotary_factor`"),
@@ -120,6 +120,6 @@ def test_each_architecture_has_its_own_names(kind, rope, found):
         ("llama", {"others": SLIDING, "full_attention": SLIDING}, "differ from layer to layer"),
     ],
 )
-def test_what_mlx_lm_has_no_room_for_is_refused(kind, rope, said):
-    with pytest.raises(ModelError, match=rf"^x/config\.json: .*{said}.*take another one$"):
+def test_rope_settings_that_mlx_lm_does_not_support_are_an_error(kind, rope, message):
+    with pytest.raises(ModelError, match=rf"^x/config\.json: .*{message}.*take another one$"):
         rope_overrides({"model_type": kind, "rope_parameters": rope}, "x")

@@ -8,7 +8,7 @@ from mlx_dpo.adapters.attach import attach_adapters
 from mlx_dpo.config.loss import LossSettings
 from mlx_dpo.io.arrays import named_arrays, random_state
 from mlx_dpo.profiling import profile as profiling
-from mlx_dpo.profiling.layer_subset import with_layers
+from mlx_dpo.profiling.layer_subset import all_layers, with_layers
 from mlx_dpo.profiling.memory import trainable_bytes
 from mlx_dpo.profiling.profile import TrainingPass, profile_training_pass, shorten_pairs
 from mlx_dpo.scoring.equivalence import random_pairs
@@ -65,7 +65,7 @@ def test_the_policy_is_not_changed(policy, pairs):
 
 def test_the_extrapolated_profile_equals_that_of_all_layers(policy, pairs, monkeypatch):
     extrapolated = profile_training_pass(policy, pairs, step(), memory=ROOM)
-    monkeypatch.setattr(profiling, "sample_layers", profiling.all_layers)
+    monkeypatch.setattr(profiling, "sample_layers", all_layers)
     whole = profile_training_pass(policy, pairs, step(), memory=ROOM)
     assert whole.num_layers == extrapolated.num_layers == 9
     assert extrapolated.bytes == pytest.approx(whole.bytes, rel=0.1)

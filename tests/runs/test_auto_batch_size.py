@@ -1,4 +1,4 @@
-"""What a run decides for itself: what fits, said with its numbers, refused, and kept."""
+"""The micro-batch size and recomputation that a run chooses itself to fit into memory."""
 
 import json
 from contextlib import contextmanager
@@ -22,7 +22,7 @@ from mlx_dpo.scoring.equivalence import random_pairs
 from mlx_dpo.units import format_bytes
 from tests.checkpoints import VOCAB, make_checkpoint
 
-ROOMY = MemoryBudget(10**12, "a test's")
+UNLIMITED = MemoryBudget(10**12, "a test's")
 
 
 @contextmanager
@@ -53,22 +53,22 @@ def fitted(deep, room, *, measure=True, **changes):
 
 
 def needed(deep, **changes):
-    return fitted(deep, ROOMY, **changes).bytes
+    return fitted(deep, UNLIMITED, **changes).bytes
 
 
-def decided(found):
-    return found.config.micro_batch_size, found.config.recompute, found.fits
+def decided(fitted_size):
+    return fitted_size.config.micro_batch_size, fitted_size.config.recompute, fitted_size.fits
 
 
-def test_what_is_left_open_is_tried_in_this_order():
+def test_unset_sizes_are_tried_in_this_order():
     sizes = [(c.micro_batch_size, c.recompute) for c in candidate_settings(DPOConfig())]
     assert sizes == [(2, False), (1, False), (2, True), (1, True)]
     single = candidate_settings(DPOConfig(batch_size=1))
     assert [(c.micro_batch_size, c.recompute) for c in single] == [
         (1, False), (1, True),
     ]  # fmt: skip
-    asked = DPOConfig(micro_batch_size=3, recompute=True)
-    assert list(candidate_settings(asked)) == [asked]
+    explicit = DPOConfig(micro_batch_size=3, recompute=True)
+    assert list(candidate_settings(explicit)) == [explicit]
     by_tokens = candidate_settings(DPOConfig(max_tokens=99))
     assert [(c.micro_batch_size, c.recompute) for c in by_tokens] == [(None, False), (None, True)]
 
@@ -81,40 +81,40 @@ def test_the_longest_pairs_count(deep):
     ]
 
 
-def test_less_is_taken_only_as_far_as_memory_asks_for_it(deep):
-    two = needed(deep, micro_batch_size=2, recompute=False)
-    one = needed(deep, micro_batch_size=1, recompute=False)
+def test_sizes_are_reduced_only_as_far_as_memory_requires(deep):
+    two_pairs = needed(deep, micro_batch_size=2, recompute=False)
+    single_pair = needed(deep, micro_batch_size=1, recompute=False)
     # How far MLX works ahead differs from time to time, by an array more and never by one less.
     least = min(needed(deep, micro_batch_size=1, recompute=True) for _ in range(5))
-    assert least < 0.9 * one < 0.9 * two
-    assert decided(fitted(deep, MemoryBudget(int(1.08 * two), ""))) == (2, False, True)
-    found = fitted(deep, MemoryBudget(int(1.08 * one), "of a test"))
-    assert decided(found) == (1, False, True)
-    assert "1 pair a pass, because 2 pairs a pass would need " in found.describe()
-    found = fitted(deep, MemoryBudget(int(0.92 * one), ""))
-    assert (found.config.recompute, found.fits) == (True, True)
-    assert ", recomputed, because 2 pairs a pass would need" in found.describe()
+    assert least < 0.9 * single_pair < 0.9 * two_pairs
+    assert decided(fitted(deep, MemoryBudget(int(1.08 * two_pairs), ""))) == (2, False, True)
+    fitted_size = fitted(deep, MemoryBudget(int(1.08 * single_pair), "of a test"))
+    assert decided(fitted_size) == (1, False, True)
+    assert "1 pair a pass, because 2 pairs a pass would need " in fitted_size.describe()
+    fitted_size = fitted(deep, MemoryBudget(int(0.92 * single_pair), ""))
+    assert (fitted_size.config.recompute, fitted_size.fits) == (True, True)
+    assert ", recomputed, because 2 pairs a pass would need" in fitted_size.describe()
     assert decided(fitted(deep, MemoryBudget(int(0.9 * least), ""))) == (1, True, False)
 
 
-def test_what_was_asked_for_is_not_made_less(deep):
+def test_explicit_sizes_are_not_reduced(deep):
     tight = MemoryBudget(int(0.9 * needed(deep, micro_batch_size=2, recompute=False)), "")
     assert decided(fitted(deep, tight, micro_batch_size=2, recompute=False)) == (2, False, False)
 
 
-def test_where_there_is_room_enough_nothing_is_measured(deep):
-    found = fitted(deep, ROOMY, measure=False)
-    assert (found.is_bound, found.cost) == (True, None)
-    assert found.bytes > needed(deep)
-    assert found.describe().startswith("at most about ")
-    close = fitted(deep, MemoryBudget(int(1.2 * found.bytes), ""), measure=False)
+def test_with_enough_memory_nothing_is_measured(deep):
+    fitted_size = fitted(deep, UNLIMITED, measure=False)
+    assert (fitted_size.is_bound, fitted_size.cost) == (True, None)
+    assert fitted_size.bytes > needed(deep)
+    assert fitted_size.describe().startswith("at most about ")
+    close = fitted(deep, MemoryBudget(int(1.2 * fitted_size.bytes), ""), measure=False)
     assert not close.is_bound
     assert close.cost is not None
 
 
 def test_a_run_that_cannot_fit_is_refused_before_anything_is_written(config, tmp_path):
-    with memory_limit(600_000), pytest.raises(ConfigError) as error, DPOTrainer(config) as run:
-        run.prepare()
+    with memory_limit(600_000), pytest.raises(ConfigError) as error, DPOTrainer(config) as trainer:
+        trainer.prepare()
     message = str(error.value)
     assert message.startswith(
         "the longest pairs do not fit into memory, 1 pair a pass, recomputed ("
@@ -127,20 +127,20 @@ def test_a_run_that_cannot_fit_is_refused_before_anything_is_written(config, tmp
 
 
 def stopped_after(config, step, **how):
-    with DPOTrainer(config, **how) as run:
-        run.prepare()
-        for row in run.steps():
+    with DPOTrainer(config, **how) as trainer:
+        trainer.prepare()
+        for row in trainer.steps():
             if row["step"] == step:
-                run.request_stop()
-    return run
+                trainer.request_stop()
+    return trainer
 
 
-def test_force_goes_on_all_the_same_and_says_so(config):
+def test_force_starts_a_run_that_does_not_fit_and_the_header_reports_it(config):
     with memory_limit(600_000):
-        run = stopped_after(replace(config, max_steps=2, epochs=None), 2, force=True)
-    assert run.evaluation is not None
-    assert (run.config.micro_batch_size, run.config.recompute) == (1, True)
-    assert run.fitted.describe().endswith(": more than there is, started by --force")
+        trainer = stopped_after(replace(config, max_steps=2, epochs=None), 2, force=True)
+    assert trainer.evaluation is not None
+    assert (trainer.config.micro_batch_size, trainer.config.recompute) == (1, True)
+    assert trainer.fitted.describe().endswith(": more than there is, started by --force")
 
 
 def test_a_resumed_run_keeps_what_it_decided_when_it_began(config, tmp_path):
@@ -152,16 +152,16 @@ def test_a_resumed_run_keeps_what_it_decided_when_it_began(config, tmp_path):
     record = json.loads((tmp_path / "parts" / "run.json").read_text())
     assert record["automatic_settings"] == {"micro_batch_size": 1, "recompute": True}
     assert (record["settings"]["micro_batch_size"], record["settings"]["recompute"]) == (None, None)
-    run = stopped_after(parts, None, resume=True)
-    assert (run.config.micro_batch_size, run.config.recompute) == (1, True)
-    assert run.fitted.describe() == "as when the run began: 1 pair a pass, recomputed"
+    trainer = stopped_after(parts, None, resume=True)
+    assert (trainer.config.micro_batch_size, trainer.config.recompute) == (1, True)
+    assert trainer.fitted.describe() == "as when the run began: 1 pair a pass, recomputed"
     ours, theirs = (mx.load(f"{c.output}/adapters.safetensors") for c in (parts, whole))
     assert ours.keys() == theirs.keys()
     assert all(mx.array_equal(ours[name], value) for name, value in theirs.items())
 
 
 @pytest.mark.parametrize(
-    ("size", "said"),
+    ("size", "message"),
     [
         (4_100_000, "4 MB"),
         (99e6, "99 MB"),
@@ -170,5 +170,5 @@ def test_a_resumed_run_keeps_what_it_decided_when_it_began(config, tmp_path):
         (2e11, "200 GB"),
     ],
 )
-def test_memory_is_said_with_as_many_digits_as_matter(size, said):
-    assert format_bytes(size, is_estimate=True) == said
+def test_memory_sizes_have_the_significant_digits(size, message):
+    assert format_bytes(size, is_estimate=True) == message

@@ -27,13 +27,13 @@ def config(config):
 def train(config, *, resume=False, drop_after=None):
     """Rows of a run; it is killed after so many of them."""
     rows = []
-    with DPOTrainer(config, resume=resume) as run:
-        run.prepare()
-        for row in run.steps():
+    with DPOTrainer(config, resume=resume) as trainer:
+        trainer.prepare()
+        for row in trainer.steps():
             rows.append(row)
             if len(rows) == drop_after:
                 break
-    return run, rows
+    return trainer, rows
 
 
 def adapters(folder):
@@ -56,24 +56,24 @@ def losses(config):
 
 
 def test_the_run_stops_when_patience_ends_and_keeps_the_best(config):
-    run, rows = train(config)
-    found = losses(config)
-    best = min(found, key=found.get)
-    assert 1 < len(found) < run.total_steps // EVERY  # else there was nothing to see
-    assert run.stopped_early_at == max(found) == best + 4 * EVERY
-    assert rows[-1]["step"] == run.stopped_early_at
-    assert len([row for row in rows if "eval_loss" in row]) == len(found)  # each yielded once
-    told = record(config)
-    assert told["best_checkpoint"] == {"step": best, "eval_loss": found[best]}
-    assert told["stopped_early_at"] == run.stopped_early_at
-    assert told["state"] == "finished"
-    assert told["evaluation"] == run.evaluation
-    assert run.evaluation["eval_loss"] == found[best]
-    assert evaluate_run(config.output).metrics.loss == pytest.approx(found[best], abs=1e-6)
-    assert not run.paths.best.exists()
+    trainer, rows = train(config)
+    eval_losses = losses(config)
+    best = min(eval_losses, key=eval_losses.get)
+    assert 1 < len(eval_losses) < trainer.total_steps // EVERY  # else there was nothing to see
+    assert trainer.stopped_early_at == max(eval_losses) == best + 4 * EVERY
+    assert rows[-1]["step"] == trainer.stopped_early_at
+    assert len([row for row in rows if "eval_loss" in row]) == len(eval_losses)  # each yielded once
+    saved_record = record(config)
+    assert saved_record["best_checkpoint"] == {"step": best, "eval_loss": eval_losses[best]}
+    assert saved_record["stopped_early_at"] == trainer.stopped_early_at
+    assert saved_record["state"] == "finished"
+    assert saved_record["evaluation"] == trainer.evaluation
+    assert trainer.evaluation["eval_loss"] == eval_losses[best]
+    assert evaluate_run(config.output).metrics.loss == pytest.approx(eval_losses[best], abs=1e-6)
+    assert not trainer.paths.best.exists()
 
 
-def test_the_adapters_kept_are_those_of_a_run_that_ends_at_the_best(config, tmp_path):
+def test_the_best_adapters_equal_those_of_a_run_that_ends_at_the_best_step(config, tmp_path):
     """The rate is constant, so that a shorter run takes the same steps."""
     config = replace(config, lr_scheduler_type="constant", learning_rate=0.01)
     train(config)
@@ -88,20 +88,20 @@ def test_the_adapters_kept_are_those_of_a_run_that_ends_at_the_best(config, tmp_
     assert_same(adapters(short.output), adapters(config.output))
 
 
-def test_without_keeping_the_best_the_last_adapters_are_kept(config, tmp_path):
-    run, _ = train(replace(config, load_best_model_at_end=False))
-    assert run.stopped_early_at is not None
+def test_without_load_best_model_the_last_adapters_are_saved(config, tmp_path):
+    trainer, _ = train(replace(config, load_best_model_at_end=False))
+    assert trainer.stopped_early_at is not None
     assert record(config)["best_checkpoint"] is None
-    assert run.evaluation["step"] == run.stopped_early_at
-    last = run.paths.checkpoints / f"step-{run.stopped_early_at:06d}"
+    assert trainer.evaluation["step"] == trainer.stopped_early_at
+    last = trainer.paths.checkpoints / f"step-{trainer.stopped_early_at:06d}"
     assert_same(adapters(last), adapters(config.output))
 
 
 def test_the_best_may_be_the_last(config):
     config = replace(config, learning_rate=1e-4, early_stopping_patience=None)
-    run, _ = train(config)
-    assert run.stopped_early_at is None
-    assert record(config)["best_checkpoint"]["step"] == run.total_steps
+    trainer, _ = train(config)
+    assert trainer.stopped_early_at is None
+    assert record(config)["best_checkpoint"]["step"] == trainer.total_steps
 
 
 def test_a_run_killed_after_any_row_ends_at_the_same_adapters(config, tmp_path):
@@ -110,13 +110,13 @@ def test_a_run_killed_after_any_row_ends_at_the_same_adapters(config, tmp_path):
     )
     straight = replace(config, output=str(tmp_path / "straight"))
     cuts = []
-    with DPOTrainer(straight) as run:
-        run.prepare()
-        for _ in run.steps():
+    with DPOTrainer(straight) as trainer:
+        trainer.prepare()
+        for _ in trainer.steps():
             cuts.append(replace(config, output=str(tmp_path / f"cut-{len(cuts)}")))
             shutil.copytree(straight.output, cuts[-1].output)  # what a kill would leave
     expected = record(straight)
-    assert run.stopped_early_at > expected["best_checkpoint"]["step"] > config.save_steps
+    assert trainer.stopped_early_at > expected["best_checkpoint"]["step"] > config.save_steps
     for cut in cuts:
         again, _ = train(cut, resume=True)
         assert_same(adapters(straight.output), adapters(cut.output))
@@ -140,8 +140,8 @@ def test_a_run_killed_after_it_stopped_early_does_not_go_on(config, monkeypatch)
         with pytest.raises(OSError, match="space"):
             train(config)
     assert record(config)["state"] == "unfinished"
-    run, rows = train(config, resume=True)
-    assert [row["step"] for row in rows] == [run.stopped_early_at]  # the evaluation, told again
+    trainer, rows = train(config, resume=True)
+    assert [row["step"] for row in rows] == [trainer.stopped_early_at]  # the evaluation, told again
     assert_same(adapters(straight.output), adapters(config.output))
 
 
@@ -149,35 +149,35 @@ def test_an_older_checkpoint_still_finds_the_best_of_its_time(config):
     """The newest one may be removed because it is damaged."""
     straight = replace(config, output=f"{config.output}-straight")
     train(straight)
-    run, _ = train(config, drop_after=11)
-    checkpoints = sorted(run.paths.checkpoints.iterdir())
+    trainer, _ = train(config, drop_after=11)
+    checkpoints = sorted(trainer.paths.checkpoints.iterdir())
     assert len(checkpoints) == 2
     shutil.rmtree(checkpoints[-1])
     train(config, resume=True)
     assert_same(adapters(straight.output), adapters(config.output))
 
 
-def test_no_more_than_what_a_checkpoint_can_need_is_kept(config):
+def test_only_the_best_adapters_that_a_checkpoint_can_need_stay_on_disk(config):
     config = replace(config, learning_rate=1e-3, early_stopping_patience=None)
     most = 0
-    with DPOTrainer(config) as run:
-        run.prepare()
-        for row in run.steps():
+    with DPOTrainer(config) as trainer:
+        trainer.prepare()
+        for row in trainer.steps():
             if row["step"] % config.save_steps == 1:
-                most = max(most, len(list(run.paths.best.glob("*"))))
+                most = max(most, len(list(trainer.paths.best.glob("*"))))
     assert 0 < most <= 1 + config.save_total_limit
 
 
-def test_a_best_that_was_removed_is_said_before_it_is_missed(config):
-    run, _ = train(config, drop_after=8)
-    shutil.rmtree(run.paths.best)
+def test_removed_best_adapters_are_an_error_on_resume(config):
+    trainer, _ = train(config, drop_after=8)
+    shutil.rmtree(trainer.paths.best)
     with pytest.raises(RunError, match=r"step-\d+: the adapters of the best evaluation are gone"):
         train(config, resume=True)
 
 
-def test_a_finished_run_says_after_how_many_steps(config):
-    run, _ = train(config)
-    with pytest.raises(RunError, match=f"finished after {run.stopped_early_at} steps"):
+def test_the_error_of_a_finished_run_names_its_number_of_steps(config):
+    trainer, _ = train(config)
+    with pytest.raises(RunError, match=f"finished after {trainer.stopped_early_at} steps"):
         DPOTrainer(config).__enter__()
 
 
@@ -203,5 +203,5 @@ def test_what_can_decide_nothing_is_refused_before_anything_is_written(config, c
 
 
 def test_the_most_patience_that_can_end_is_taken(config):
-    with DPOTrainer(replace(config, early_stopping_patience=10)) as run:
-        run.load()
+    with DPOTrainer(replace(config, early_stopping_patience=10)) as trainer:
+        trainer.load()

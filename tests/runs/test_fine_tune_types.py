@@ -13,10 +13,11 @@ from mlx_dpo import DPOConfig, evaluate_run, load_policy
 from mlx_dpo.errors import ConfigError, ModelError, RunError
 from mlx_dpo.runs.folder import reference_provenance
 from mlx_dpo.runs.summary import summarize_trainable
-from tests.runs.test_trainer import TOKENS, train, weights
+from tests.runs.test_trainer import TOKENS
+from tests.runs.train_helper import train, weights
 
 # Settings of a way; `bits` and the like belong to the base.
-WAYS = {
+VARIANTS = {
     "dora": {"fine_tune_type": "dora"},
     "quantised dora": {"fine_tune_type": "dora", "bits": 3, "group_size": 32},
     "rslora": {"use_rslora": True},
@@ -51,24 +52,24 @@ def assert_untrained(row):
     assert row["rewards/rejected"] == pytest.approx(0, abs=1e-5)
 
 
-def started(config, tmp_path, way):
+def started(config, tmp_path, variant):
     """The settings of a run that starts from a finished one of this way."""
     plain = {"lora_r": None, "lora_dropout": None}
-    first = replace(config, output=str(tmp_path / "first"), **WAYS.get(way, {}))
+    first = replace(config, output=str(tmp_path / "first"), **VARIANTS.get(variant, {}))
     train(first)
     return replace(config, start_adapter=first.output, **plain)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_step_one_is_log_two_fresh_and_resumed(config, way):
-    config = replace(config, scorer="auto", **WAYS[way])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_first_loss_is_log_two_but_not_after_a_resume(config, variant):
+    config = replace(config, scorer="auto", **VARIANTS[variant])
     assert_untrained(first_of(config))
     assert first_of(config, resume=True)["loss"] != pytest.approx(math.log(2), abs=1e-5)
 
 
-@pytest.mark.parametrize("way", STARTS)
-def test_step_one_is_log_two_from_a_start_adapter(config, tmp_path, way):
-    config = started(config, tmp_path, way)
+@pytest.mark.parametrize("variant", STARTS)
+def test_the_first_loss_is_log_two_from_a_start_adapter(config, tmp_path, variant):
+    config = started(config, tmp_path, variant)
     row = first_of(config)
     assert_untrained(row)
     base = load_policy(None, model=config.model).model
@@ -76,9 +77,9 @@ def test_step_one_is_log_two_from_a_start_adapter(config, tmp_path, way):
     assert not mx.allclose(first(TOKENS), base(TOKENS), atol=1e-4)
 
 
-@pytest.mark.parametrize("way", ["dora", "full in sixteen bits"])
-def test_an_interrupted_run_goes_on_to_the_same_weights_bit_for_bit(config, tmp_path, way):
-    config = replace(config, **WAYS[way])
+@pytest.mark.parametrize("variant", ["dora", "full in sixteen bits"])
+def test_a_resumed_run_ends_with_the_same_weights_bit_for_bit(config, tmp_path, variant):
+    config = replace(config, **VARIANTS[variant])
     straight = replace(config, output=str(tmp_path / "straight"))
     train(straight)
     train(config, stop_after=2)
@@ -88,9 +89,9 @@ def test_an_interrupted_run_goes_on_to_the_same_weights_bit_for_bit(config, tmp_
         assert mx.array_equal(value, weights(config)[name]), name
 
 
-@pytest.mark.parametrize("way", ["dora", "full"])
-def test_a_run_from_a_start_adapter_is_resumed_bit_for_bit(config, tmp_path, way):
-    config = started(config, tmp_path, way)
+@pytest.mark.parametrize("variant", ["dora", "full"])
+def test_a_run_from_a_start_adapter_is_resumed_bit_for_bit(config, tmp_path, variant):
+    config = started(config, tmp_path, variant)
     straight = replace(config, output=str(tmp_path / "straight"))
     train(straight)
     train(config, stop_after=2)
@@ -103,45 +104,47 @@ def test_a_run_from_a_start_adapter_is_resumed_bit_for_bit(config, tmp_path, way
     assert rows[0]["step"] == 3
 
 
-@pytest.mark.parametrize("way", ["dora", "rslora", "full", "full in sixteen bits"])
-def test_policy_and_reference_open_here_and_in_mlx_lm(config, monkeypatch, tmp_path, way):
-    run, _ = train(replace(config, **WAYS[way]))
+@pytest.mark.parametrize("variant", ["dora", "rslora", "full", "full in sixteen bits"])
+def test_policy_and_reference_load_here_and_in_mlx_lm(config, monkeypatch, tmp_path, variant):
+    trainer, _ = train(replace(config, **VARIANTS[variant]))
     monkeypatch.chdir("/")
     policy = load_policy(config.output).model
     base = load_policy(config.output, reference=True).model
-    if "sixteen" not in way:  # mlx-lm computes in the type that is on the disk
+    if "sixteen" not in variant:  # mlx-lm computes in the type that is on the disk
         plain, _ = mlx_lm.load(config.model)
         theirs, _ = mlx_lm.load(config.model, adapter_path=config.output)
         assert mx.allclose(policy(TOKENS), theirs(TOKENS), atol=1e-4, rtol=1e-4)
         assert mx.allclose(base(TOKENS), plain(TOKENS), atol=1e-4, rtol=1e-4)
     assert not mx.allclose(policy(TOKENS), base(TOKENS), atol=1e-3)
     again = evaluate_run(config.output).metrics
-    assert again.loss == pytest.approx(run.evaluation["eval_loss"], abs=1e-6)
-    assert again.margins == pytest.approx(run.evaluation["eval_rewards/margins"], abs=1e-6)
+    assert again.loss == pytest.approx(trainer.evaluation["eval_loss"], abs=1e-6)
+    assert again.margins == pytest.approx(trainer.evaluation["eval_rewards/margins"], abs=1e-6)
 
 
-@pytest.mark.parametrize("way", STARTS)
-def test_the_reference_of_a_start_is_the_model_with_it(config, tmp_path, way):
-    config = started(config, tmp_path, way)
-    run, _ = train(config)
+@pytest.mark.parametrize("variant", STARTS)
+def test_the_reference_of_a_start_is_the_model_with_it(config, tmp_path, variant):
+    config = started(config, tmp_path, variant)
+    trainer, _ = train(config)
     base = load_policy(config.output, reference=True).model
     first = load_policy(config.start_adapter).model
     assert mx.array_equal(base(TOKENS), first(TOKENS))
     policy, _ = mlx_lm.load(config.model, adapter_path=config.output)
     assert not mx.allclose(policy(TOKENS), first(TOKENS), atol=1e-4)
     again = evaluate_run(config.output).metrics
-    assert again.loss == pytest.approx(run.evaluation["eval_loss"], abs=1e-6)
-    assert again.margins == pytest.approx(run.evaluation["eval_rewards/margins"], abs=1e-6)
-    assert again.chosen_logps == pytest.approx(run.evaluation["eval_logps/chosen"], abs=1e-4)
+    assert again.loss == pytest.approx(trainer.evaluation["eval_loss"], abs=1e-6)
+    assert again.margins == pytest.approx(trainer.evaluation["eval_rewards/margins"], abs=1e-6)
+    assert again.chosen_logps == pytest.approx(trainer.evaluation["eval_logps/chosen"], abs=1e-4)
 
 
 def test_a_start_adapter_is_part_of_where_a_run_comes_from(config, tmp_path):
     config = started(config, tmp_path, "lora")
-    run, _ = train(config, stop_after=1)
-    other = run.record | {"provenance": run.record["provenance"] | {"start_adapter": "x"}}
-    without = run.record | {"provenance": {**run.record["provenance"], "start_adapter": None}}
+    trainer, _ = train(config, stop_after=1)
+    other = trainer.record | {"provenance": trainer.record["provenance"] | {"start_adapter": "x"}}
+    without = trainer.record | {
+        "provenance": {**trainer.record["provenance"], "start_adapter": None}
+    }
     held = "cpu float32"
-    assert len({reference_provenance(r, held) for r in (run.record, other, without)}) == 3
+    assert len({reference_provenance(r, held) for r in (trainer.record, other, without)}) == 3
 
     path = tmp_path / "first" / "adapters.safetensors"
     arrays = mx.load(str(path))
@@ -174,7 +177,7 @@ def test_a_run_moved_with_its_start_still_opens(config, tmp_path):
     assert evaluate_run(str(tmp_path / "elsewhere" / "run")).pairs == 3
 
 
-def test_a_start_from_a_checkpoint_is_one_from_its_adapters(config, tmp_path):
+def test_a_run_can_start_from_the_adapters_of_a_checkpoint(config, tmp_path):
     first = replace(config, output=str(tmp_path / "first"))
     train(first, stop_after=2)
     plain = {"lora_r": None, "lora_dropout": None}
@@ -194,7 +197,7 @@ def test_where_no_adapter_is_a_run_is_refused_before_anything_is_loaded(config, 
 
 
 def test_packed_weights_are_not_trained_themselves(config, tmp_path):
-    full = replace(config, **WAYS["full"])
+    full = replace(config, **VARIANTS["full"])
     with pytest.raises(ConfigError, match=r"the model is quantised.*take it without --bits"):
         train(replace(full, bits=4))
     mlx_lm.convert(config.model, str(tmp_path / "packed"), quantize=True, q_bits=4)
@@ -215,8 +218,8 @@ def test_dropout_has_no_effect_on_trained_weights_that_a_run_starts_from(config,
 
 
 def test_the_adapter_file_says_what_mlx_lm_wants(config):
-    run, _ = train(replace(config, use_rslora=True, lora_alpha=6.0, num_layers=1))
-    saved = json.loads((run.paths.folder / "adapter_config.json").read_text())
+    trainer, _ = train(replace(config, use_rslora=True, lora_alpha=6.0, num_layers=1))
+    saved = json.loads((trainer.paths.folder / "adapter_config.json").read_text())
     assert (saved["fine_tune_type"], saved["num_layers"]) == ("lora", 1)
     parameters = saved["lora_parameters"]
     assert parameters["scale"] == 3.0  # 6 / sqrt(4)
@@ -225,7 +228,7 @@ def test_the_adapter_file_says_what_mlx_lm_wants(config):
 
 
 @pytest.mark.parametrize(
-    ("way", "said"),
+    ("variant", "message"),
     [
         ("dora", "adapters: DoRA, rank 4, alpha 32 on 14 linear layers: "),
         ("rslora", "adapters: LoRA, rank 4, alpha 32 / sqrt(rank) on 14 linear layers: "),
@@ -236,10 +239,11 @@ def test_the_adapter_file_says_what_mlx_lm_wants(config):
         ("full in sixteen bits", "stored in float32, computed in bfloat16"),
     ],
 )
-def test_the_header_says_what_is_trained(config, way, said):
-    run, _ = train(replace(config, **WAYS[way]), stop_after=1)
-    entries = run.inputs.base.config
+def test_the_header_describes_the_trained_weights(config, variant, message):
+    trainer, _ = train(replace(config, **VARIANTS[variant]), stop_after=1)
+    entries = trainer.inputs.base.config
     lines = [
-        f"{name}: {line}" for name, line in summarize_trainable(run.policy, run.config, entries)
+        f"{name}: {line}"
+        for name, line in summarize_trainable(trainer.policy, trainer.config, entries)
     ]
-    assert any(said in line for line in lines), lines
+    assert any(message in line for line in lines), lines

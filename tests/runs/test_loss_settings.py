@@ -41,7 +41,7 @@ def test_the_objective_has_every_setting_of_the_loss():
     assert objective.settings.weights_of_losses == (1.0, 0.3)
 
 
-def test_pairs_are_weighed_only_if_asked_for():
+def test_pairs_are_weighted_only_with_a_setting():
     assert make_on_policy_weights(DPOConfig(), CHOICE) is None
     assert make_on_policy_weights(DPOConfig(use_weighting=True), CHOICE) is not None
 

@@ -9,7 +9,7 @@ import pytest
 from mlx_dpo import DPOConfig, DPOTrainer
 from mlx_dpo.data import dataset as store
 from mlx_dpo.data.columns import pairs_digest
-from mlx_dpo.data.tokenization import cache as kept
+from mlx_dpo.data.tokenization import cache as token_cache
 from mlx_dpo.plan import estimate_run
 from mlx_dpo.runs import inputs as inputs_of_runs
 from mlx_dpo.runs.inputs import load_inputs
@@ -24,7 +24,7 @@ COUNT = 2000
 @pytest.fixture
 def many(tmp_path, monkeypatch):
     """Settings of a run on many pairs, whose tokens are kept."""
-    monkeypatch.setattr(kept, "MIN_CACHED_BYTES", 0)
+    monkeypatch.setattr(token_cache, "MIN_CACHED_BYTES", 0)
     rows = [
         {"prompt": f"Q{i}", "chosen": "y" * (i % 17 + 1), "rejected": "n" * (i % 5 + 1)}
         for i in range(COUNT)
@@ -54,25 +54,25 @@ def made(monkeypatch):
 
 def start(config):
     """A run up to its first step; what is said before it."""
-    with DPOTrainer(config) as run:
-        run.prepare()
-        said = summarize_inputs(run) + summarize_training(run)
-        row = next(run.steps())
-    return run, said, row
+    with DPOTrainer(config) as trainer:
+        trainer.prepare()
+        header = summarize_inputs(trainer) + summarize_training(trainer)
+        row = next(trainer.steps())
+    return trainer, header, row
 
 
 def test_a_start_makes_few_of_the_pairs(many, made):
-    run, said, _ = start(many)
-    assert len(run.inputs.train) + len(run.inputs.valid) == COUNT
+    trainer, header, _ = start(many)
+    assert len(trainer.inputs.train) + len(trainer.inputs.valid) == COUNT
     assert len(made) <= 40, "something makes every pair"
-    assert "tokens read from the cache" not in [line for _, line in said]
+    assert "tokens read from the cache" not in [line for _, line in header]
 
 
 def test_the_second_start_says_and_does_the_same_and_that_it_read_the_tokens(many, made):
-    first, said, row = start(many)
+    first, header, row = start(many)
     second, again, other = start(replace(many, output=many.output + "2"))
     assert len(made) <= 80
-    assert [line for _, line in again if line not in [line for _, line in said]] == [
+    assert [line for _, line in again if line not in [line for _, line in header]] == [
         "tokens read from the cache", many.output + "2",
     ]  # fmt: skip
     assert (other["loss"], other["grad_norm"]) == (row["loss"], row["grad_norm"])
@@ -103,20 +103,20 @@ def test_mixed_sources_and_judged_answers_are_views_too(many, made, tmp_path):
     assert all(pair.rejected for pair in answers.train[:50])
 
 
-def test_the_reference_is_asked_block_by_block(many, made, tmp_path):
-    """What it said is found again under the digests alone."""
+def test_reference_logps_are_computed_block_by_block(many, made, tmp_path):
+    """The log-probabilities are found again under the digests alone."""
     few = tmp_path / "few.jsonl"
     few.write_text("".join(Path(many.pairs[0]).read_text().splitlines(keepends=True)[:300]))
     config = replace(many, pairs=(str(few),), loss_type=("sigmoid",), valid_fraction=0.1)
-    with DPOTrainer(config) as run:
-        run.prepare()
+    with DPOTrainer(config) as trainer:
+        trainer.prepare()
     assert len(list_entries(tmp_path / "cache" / "reference")) == 3
     made.clear()
     with DPOTrainer(replace(config, output=config.output + "2")) as again:
         again.prepare()
     assert len(made) <= 40
     for split in ("train", "valid"):
-        ours, theirs = run.reference[split], again.reference[split]
+        ours, theirs = trainer.reference[split], again.reference[split]
         assert isinstance(ours, PairLogps)
         assert ours.chosen.tolist() == theirs.chosen.tolist()
 
@@ -125,7 +125,7 @@ def test_other_processes_load_the_tokenizer_themselves(many, monkeypatch):
     """The tokens are the same, from the checkpoint's own files."""
     from mlx_dpo.data.tokenization import parallel as tokenizing
 
-    monkeypatch.setattr(kept, "MIN_CACHED_BYTES", 1 << 30)
+    monkeypatch.setattr(token_cache, "MIN_CACHED_BYTES", 1 << 30)
     monkeypatch.setattr(inputs_of_runs, "count_processes", lambda: 2)
     alone = load_inputs(many)
     monkeypatch.setattr(tokenizing, "MIN_PARALLEL_ROWS", 100)

@@ -16,13 +16,13 @@ from mlx_dpo.types import PairLogps, TokenizedPair
 
 
 def prepared(config):
-    with DPOTrainer(config) as run:
-        run.prepare()
-        return run, [text for name, text in passes(summarize_training(run))]
+    with DPOTrainer(config) as trainer:
+        trainer.prepare()
+        return trainer, [text for name, text in micro_batch_lines(summarize_training(trainer))]
 
 
-def passes(facts):
-    """The line `micro-batches` and those without a name that follow it."""
+def micro_batch_lines(facts):
+    """The line `micro-batches` and the lines without a name that follow it."""
     start = [name for name, _ in facts].index("micro-batches")
     rest = facts[start + 1 :]
     return [facts[start], *rest[: [bool(name) for name, _ in rest].index(True)]]
@@ -33,36 +33,36 @@ def tokens(pair):
     return len(pair.prompt) + len(pair.chosen) - 1 + len(pair.rejected) - 1
 
 
-def test_the_header_says_what_a_pass_holds(config):
+def test_the_header_describes_a_micro_batch(config):
     """9 pairs in steps of 4, 4 and 1: 2 + 2 + 1 passes."""
-    run, [line] = prepared(config)
-    said = re.fullmatch(
+    trainer, [line] = prepared(config)
+    header_line = re.fullmatch(
         r"of up to 2 pairs: 1.67 a step, (\d+) tokens each on average, (.*)% of them padding", line
     )
-    real = sum(map(tokens, run.inputs.train))
-    total = real / (1 - float(said[2]) / 100)
-    assert int(said[1]) == pytest.approx(total / 5, rel=0.02)
+    real = sum(map(tokens, trainer.inputs.train))
+    total = real / (1 - float(header_line[2]) / 100)
+    assert int(header_line[1]) == pytest.approx(total / 5, rel=0.02)
 
 
-def test_the_header_says_which_pairs_are_above_the_tokens_of_a_pass(config):
-    run, [first, second] = prepared(replace(config, max_tokens=1))
-    longest = max(map(tokens, run.inputs.train))
+def test_the_header_counts_pairs_longer_than_max_tokens(config):
+    trainer, [first, second] = prepared(replace(config, max_tokens=1))
+    longest = max(map(tokens, trainer.inputs.train))
     assert first.startswith("of up to 1 tokens: 3 a step, ")
     assert second == f"9 pairs take more and go alone; the longest takes {longest} tokens"
 
 
-def test_both_bounds_are_said(config):
+def test_the_header_has_both_limits(config):
     _, [line, *_] = prepared(replace(config, max_tokens=60, micro_batch_size=3))
     assert line.startswith("of up to 3 pairs and 60 tokens: ")
 
 
-def test_tokens_bound_the_passes_of_a_run_and_change_no_result(config, tmp_path):
+def test_max_tokens_limits_micro_batches_and_changes_no_result(config, tmp_path):
     rows = []
     for name, changes in (("all", {"max_tokens": 10**6}), ("one", {"max_tokens": 1})):
         changed = replace(config, output=str(tmp_path / name), lora_dropout=0.0, **changes)
-        with DPOTrainer(changed) as run:
-            run.prepare()
-            rows.append(list(run.steps()))
+        with DPOTrainer(changed) as trainer:
+            trainer.prepare()
+            rows.append(list(trainer.steps()))
     for together, alone in zip(*rows, strict=True):
         for name in alone.keys() & {"loss", "logps/chosen", "grad_norm", "eval_loss"}:
             assert together[name] == pytest.approx(alone[name], rel=1e-4), name
@@ -79,7 +79,7 @@ def test_tokens_bound_the_passes_of_a_run_and_change_no_result(config, tmp_path)
         ("shared", False, "cpu", 3),
     ],
 )
-def test_forward_passes_are_larger_where_training_keeps_more(
+def test_forward_micro_batches_are_larger_than_those_of_training(
     name, recompute, device, largest, monkeypatch
 ):
     monkeypatch.setattr("mlx_dpo.runs.build.is_cpu", lambda: device == "cpu")
@@ -103,9 +103,9 @@ def test_forward_passes_are_larger_where_training_keeps_more(
 
 
 def test_the_cache_names_a_local_model_without_the_way_to_it(config, checkpoint_folder):
-    with DPOTrainer(config) as run:
-        run.prepare()
-        list(run.steps())
+    with DPOTrainer(config) as trainer:
+        trainer.prepare()
+        list(trainer.steps())
     evaluate_run(config.output, config.pairs[0])
     found = list_entries(reference_cache())
     assert len(found) == 3

@@ -12,8 +12,10 @@ from click.testing import CliRunner
 
 from mlx_dpo import DPOConfig, DPOTrainer, evaluate_run
 from mlx_dpo.cli import cli
-from mlx_dpo.data.batching import PassLimit, step_indices
+from mlx_dpo.config.training import PassLimit
+from mlx_dpo.data.batching import step_indices
 from mlx_dpo.errors import ConfigError, RunError
+from mlx_dpo.models.load import load_model
 from mlx_dpo.runs import reference as other_reference
 from mlx_dpo.runs import trainer as training
 from mlx_dpo.scoring.score_pairs import score_pairs
@@ -36,14 +38,14 @@ def against_other(config, other):
 
 
 def test_another_model_is_what_rewards_are_taken_against(against_other, other):
-    with DPOTrainer(against_other) as run:
-        run.prepare()
-        pairs = run.inputs.train
-        first = next(run.steps())
+    with DPOTrainer(against_other) as trainer:
+        trainer.prepare()
+        pairs = trainer.inputs.train
+        first = next(trainer.steps())
     model = mlx_lm.load(str(other))[0]
     known = score_pairs(model, pairs, limit=PassLimit(pairs=2))
-    assert mx.allclose(run.reference["train"].chosen, known.chosen, atol=1e-4)
-    assert mx.allclose(run.reference["train"].rejected, known.rejected, atol=1e-4)
+    assert mx.allclose(trainer.reference["train"].chosen, known.chosen, atol=1e-4)
+    assert mx.allclose(trainer.reference["train"].rejected, known.rejected, atol=1e-4)
     # The first update has rate 0, so the policy is the base: by hand from both models.
     base = score_pairs(mlx_lm.load(against_other.model)[0], pairs, limit=PassLimit(pairs=2))
     at = step_indices(0, count=len(pairs), batch_size=4, seed=against_other.seed)
@@ -51,17 +53,18 @@ def test_another_model_is_what_rewards_are_taken_against(against_other, other):
     assert first["rewards/chosen"] == pytest.approx(rewards.mean().item(), abs=1e-4)
 
 
-def test_it_is_asked_once_and_gone_before_the_policy_is_there(against_other, monkeypatch):
-    asked = []
-    load = other_reference.load_model
+def test_the_reference_is_loaded_once_and_freed_before_the_policy_is_loaded(
+    against_other, monkeypatch
+):
+    loaded_sources = []
 
     def watched(source, **how):
-        asked.append(source)
-        return load(source, **how)
+        loaded_sources.append(source)
+        return load_model(source, **how)
 
     monkeypatch.setattr(other_reference, "load_model", watched)
     _, rows = train(against_other, stop_after=2)
-    assert asked == [against_other.reference_model]
+    assert loaded_sources == [against_other.reference_model]
     _, more = train(against_other, resume=True)
     straight = replace(against_other, output=against_other.output + "-2")
     _, expected = train(straight)
@@ -90,20 +93,20 @@ def test_other_tokens_are_refused_before_anything_is_written(against_other, othe
 
 
 def test_evaluating_again_asks_the_same_reference(against_other):
-    run, _ = train(against_other)
+    trainer, _ = train(against_other)
     again = evaluate_run(against_other.output).metrics
-    assert again.margins == pytest.approx(run.evaluation["eval_rewards/margins"], abs=1e-5)
+    assert again.margins == pytest.approx(trainer.evaluation["eval_rewards/margins"], abs=1e-5)
 
 
 @pytest.mark.parametrize("loss", ["simpo", "orpo", "cpo", "sft"])
 def test_losses_without_a_reference_never_compute_one(config, monkeypatch, tmp_path, loss):
     monkeypatch.setattr(training, "cached_reference_logps", None)  # calling it would fail
     config = replace(config, loss_type=(loss,))
-    run, _ = train(config)
+    trainer, _ = train(config)
     assert not (tmp_path / "run" / "reference").exists()
-    assert run.reference["train"].chosen.tolist() == [0.0] * 9
+    assert trainer.reference["train"].chosen.tolist() == [0.0] * 9
     again = evaluate_run(config.output).metrics
-    assert again.loss == pytest.approx(run.evaluation["eval_loss"], abs=1e-5)
+    assert again.loss == pytest.approx(trainer.evaluation["eval_loss"], abs=1e-5)
 
 
 def test_a_moving_reference_is_the_policy_of_then(config):
@@ -124,11 +127,11 @@ def test_a_run_with_a_moving_reference_resumes_bit_for_bit(config, tmp_path, sto
     straight = replace(config, output=str(tmp_path / "straight"))
     whole, _ = train(straight)
     train(config, stop_after=stop_after)
-    run, _ = train(config, resume=True)
+    trainer, _ = train(config, resume=True)
     assert same(weights(config), weights(straight))
-    assert run.evaluation["eval_loss"] == whole.evaluation["eval_loss"]
+    assert trainer.evaluation["eval_loss"] == whole.evaluation["eval_loss"]
     again = evaluate_run(config.output).metrics
-    assert again.loss == pytest.approx(run.evaluation["eval_loss"], abs=1e-5)
+    assert again.loss == pytest.approx(trainer.evaluation["eval_loss"], abs=1e-5)
 
 
 @pytest.fixture
@@ -142,7 +145,7 @@ def judged(config, tmp_path):
     return replace(config, pairs=str(path), loss_type=("kto",), lora_dropout=0.0)
 
 
-def test_kto_begins_at_a_half_with_rewards_of_zero_whatever_the_passes(judged, tmp_path):
+def test_kto_begins_at_a_half_with_rewards_of_zero_for_every_micro_batch_size(judged, tmp_path):
     _, rows = train(judged)
     assert rows[0]["loss"] == pytest.approx(0.5, abs=1e-5)
     assert rows[0]["kl"] == pytest.approx(0.0, abs=1e-5)
@@ -157,26 +160,26 @@ def test_kto_begins_at_a_half_with_rewards_of_zero_whatever_the_passes(judged, t
 
 def test_kto_resumes_bit_for_bit_and_is_evaluated_again(judged, tmp_path):
     straight = replace(judged, output=str(tmp_path / "straight"))
-    run, _ = train(straight)
+    trainer, _ = train(straight)
     train(judged, stop_after=3)
     train(judged, resume=True)
     assert same(weights(judged), weights(straight))
     again = evaluate_run(judged.output).metrics
-    assert again.loss == pytest.approx(run.evaluation["eval_loss"], abs=1e-5)
-    assert again.accuracies == run.evaluation["eval_rewards/accuracies"]
+    assert again.loss == pytest.approx(trainer.evaluation["eval_loss"], abs=1e-5)
+    assert again.accuracies == trainer.evaluation["eval_rewards/accuracies"]
 
 
 def test_pairs_become_judged_answers_for_kto(config, tmp_path):
     config = replace(config, loss_type=("kto",))
-    with DPOTrainer(config) as run:
-        run.load()
-    assert len(run.inputs.train) + len(run.inputs.valid) == 24
-    for row in run.inputs.train:
+    with DPOTrainer(config) as trainer:
+        trainer.load()
+    assert len(trainer.inputs.train) + len(trainer.inputs.valid) == 24
+    for row in trainer.inputs.train:
         assert row.rejected and row.desirable is not None
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"ref_model_sync_steps": 2}, "without `sync_ref_model`"),
         ({"ref_model_mixup_alpha": 0.5}, "without `sync_ref_model`"),
@@ -199,8 +202,8 @@ def test_pairs_become_judged_answers_for_kto(config, tmp_path):
         ({"loss_type": ["ipo"], "margin_column": "m"}, "`margin_column` has no effect"),
     ],
 )
-def test_settings_without_effect_are_errors(changes, said):
-    with pytest.raises(ConfigError, match=said):
+def test_settings_without_effect_are_errors(changes, message):
+    with pytest.raises(ConfigError, match=message):
         DPOConfig.from_dict(changes)
 
 
@@ -224,24 +227,26 @@ def test_evaluating_again_believes_no_other_reference(against_other, other, conf
         evaluate_run(moving.output)
 
 
-def test_a_relative_reference_model_is_found_from_elsewhere(against_other, monkeypatch, tmp_path):
+def test_a_relative_reference_model_is_resolved_from_another_folder(
+    against_other, monkeypatch, tmp_path
+):
     monkeypatch.chdir(tmp_path)
-    run, _ = train(replace(against_other, reference_model="other"))
+    trainer, _ = train(replace(against_other, reference_model="other"))
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     again = evaluate_run(against_other.output).metrics
-    assert again.loss == pytest.approx(run.evaluation["eval_loss"], abs=1e-5)
+    assert again.loss == pytest.approx(trainer.evaluation["eval_loss"], abs=1e-5)
 
 
-def test_a_moved_reference_of_a_bfloat16_model_is_asked_in_its_own_type(config, tmp_path):
+def test_a_synced_reference_of_a_bfloat16_model_is_scored_in_its_own_dtype(config, tmp_path):
     config = replace(
         config, dtype="bfloat16", fine_tune_type="full", lora_r=None, lora_dropout=None,
         sync_ref_model=True, ref_model_sync_steps=2, learning_rate=1e-3,
     )  # fmt: skip
-    run, _ = train(config)
+    trainer, _ = train(config)
     again = evaluate_run(config.output).metrics
-    assert again.loss == pytest.approx(run.evaluation["eval_loss"], abs=1e-6)
-    assert again.chosen_logps == pytest.approx(run.evaluation["eval_logps/chosen"], abs=1e-5)
+    assert again.loss == pytest.approx(trainer.evaluation["eval_loss"], abs=1e-6)
+    assert again.chosen_logps == pytest.approx(trainer.evaluation["eval_logps/chosen"], abs=1e-5)
 
 
 def test_dropout_over_a_start_adapter_is_seeded(config, tmp_path):
@@ -254,7 +259,9 @@ def test_dropout_over_a_start_adapter_is_seeded(config, tmp_path):
 
 
 @pytest.mark.parametrize("label", [True, False])
-def test_steps_of_one_kind_of_answers_are_shown_without_what_they_lack(judged, tmp_path, label):
+def test_steps_with_only_desirable_or_undesirable_completions_are_shown_without_missing_metrics(
+    judged, tmp_path, label
+):
     path = tmp_path / "judged.jsonl"
     rows = [json.loads(line) | {"label": label} for line in path.read_text().splitlines()]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -47,19 +47,22 @@ def test_weights_say_how_often_and_held_out_pairs_stay_apart(sources):
     found, held = places(inputs.train), places(inputs.valid)
     assert len(held) == len(set(held)) == 6
     assert not set(held) & set(found)
-    kept = [10 - sum(place[0] == "a" for place in held), 20 - sum(p[0] == "b" for p in held)]
+    train_counts = [
+        10 - sum(place[0] == "a" for place in held),
+        20 - sum(p[0] == "b" for p in held),
+    ]
     once = [place for place in found if place[0] == "a"]
     assert sorted(once) == sorted(2 * [*dict.fromkeys(once)])
-    assert len(once) == 2 * kept[0]
+    assert len(once) == 2 * train_counts[0]
     half = [place for place in found if place[0] == "b"]
-    assert len(half) == len(set(half)) == round(kept[1] / 2)
+    assert len(half) == len(set(half)) == round(train_counts[1] / 2)
     assert places(load_inputs(replace(sources, mix=(2, 0.5), valid_fraction=0.2)).train) == found
     lines = [line for report in inputs.reports for line in report.lines()]
     assert f"used 2 times an epoch: {len(once)} pairs" in lines
     assert f"used 0.5 times an epoch: {len(half)} pairs" in lines
 
 
-def test_nothing_is_held_out_beside_a_folders_own_held_out_split(config, tmp_path):
+def test_nothing_else_is_held_out_if_a_folder_has_its_own_split(config, tmp_path):
     write(tmp_path / "train.jsonl", rows(0, 10))
     write(tmp_path / "test.jsonl", rows(50, 3))
     inputs = load_inputs(replace(config, pairs=(str(tmp_path),), valid_fraction=None))
@@ -76,7 +79,7 @@ def test_which_half_is_drawn_depends_on_the_seed_and_is_each_sources_own(config,
     assert halves[0] != halves[1]
 
 
-def test_a_prompt_of_two_sources_is_not_on_both_sides(config, tmp_path):
+def test_a_prompt_of_two_sources_is_not_in_both_splits(config, tmp_path):
     names = tuple(
         write(tmp_path / f"{name}.jsonl", [row | {"chosen": name} for row in rows(0, 10)])
         for name in "ab"
@@ -90,15 +93,15 @@ def test_a_run_reads_standard_input_once_and_is_not_measured_on_it_again(config,
     text = "".join(json.dumps(row) + "\n" for row in rows(0, 8)).encode()
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text)))
     config = replace(config, pairs=("-",), epochs=1)
-    with DPOTrainer(config) as run:
-        run.prepare()
-        list(run.steps())
-    assert json.loads((run.paths.record).read_text())["settings"]["pairs"] == ["-"]
+    with DPOTrainer(config) as trainer:
+        trainer.prepare()
+        list(trainer.steps())
+    assert json.loads((trainer.paths.record).read_text())["settings"]["pairs"] == ["-"]
     with pytest.raises(ConfigError, match="read its pairs from standard input, which is gone"):
         evaluate_run(config.output)
 
 
-def test_a_setting_that_one_source_uses_has_an_effect(sources, tmp_path):
+def test_a_setting_that_any_source_uses_has_an_effect(sources, tmp_path):
     rated = [{"prompt": "x", "completions": ["a", "b"], "scores": [1, 2]}]
     names = (*sources.pairs, write(tmp_path / "c.jsonl", rated))
     assert len(load_inputs(replace(sources, pairs=names, ranked="all")).reports) == 3

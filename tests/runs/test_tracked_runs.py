@@ -91,9 +91,9 @@ def test_after_a_kill_every_tracker_has_every_row_once(settings, offline_tracker
 
 def test_a_tracker_added_on_resume_gets_the_whole_run(config, tracked, tmp_path):
     train(config, stop_after=3)
-    run, _ = train(tracked, resume=True)
+    trainer, _ = train(tracked, resume=True)
     assert tensorboard_values(tmp_path / "run") == expected_values(tmp_path / "run")
-    assert run.trackers.trackers == []
+    assert trainer.trackers.trackers == []
 
 
 def test_none_stops_logging_on_resume(tracked, config, tmp_path):
@@ -114,9 +114,9 @@ def test_trackers_learn_whether_the_run_was_interrupted(tracked, monkeypatch, er
         original_close(self, completed=completed)
 
     monkeypatch.setattr(tracker, "close", close)
-    with nullcontext() if error is None else pytest.raises(error), DPOTrainer(tracked) as run:
-        run.prepare()
-        next(run.steps())
+    with nullcontext() if error is None else pytest.raises(error), DPOTrainer(tracked) as trainer:
+        trainer.prepare()
+        next(trainer.steps())
         if error is not None:
             raise error
     assert closed == [completed]
@@ -146,10 +146,10 @@ def test_settings_are_logged_without_paths(tracked, tmp_path):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
 def test_a_tracker_with_a_full_disk_does_not_end_the_run(tracked, tmp_path):
     """The descriptor of its open file is replaced by one of /dev/full."""
-    with DPOTrainer(tracked) as run:
-        run.prepare()
+    with DPOTrainer(tracked) as trainer:
+        trainer.prepare()
         rows = []
-        for row in run.steps():
+        for row in trainer.steps():
             rows.append(row)
             if row["step"] == 2 and "eval_loss" not in row:
                 [file] = (tmp_path / "run" / "tensorboard").iterdir()
@@ -160,19 +160,19 @@ def test_a_tracker_with_a_full_disk_does_not_end_the_run(tracked, tmp_path):
                 os.close(full)
     assert read_metrics(tmp_path / "run" / "metrics.jsonl") == rows
     assert json.loads((tmp_path / "run" / "run.json").read_text())["state"] == "finished"
-    assert run.trackers.warnings == [
+    assert trainer.trackers.warnings == [
         "tensorboard: logging stopped at step 2 (No space left on device); the run continues, "
         "and metrics.jsonl has every row"
     ]
 
 
 def test_an_interrupted_run_closes_its_trackers(tracked, tmp_path):
-    with pytest.raises(KeyboardInterrupt), DPOTrainer(tracked) as run:
-        run.prepare()
-        for row in run.steps():
+    with pytest.raises(KeyboardInterrupt), DPOTrainer(tracked) as trainer:
+        trainer.prepare()
+        for row in trainer.steps():
             if row["step"] == 2:
                 raise KeyboardInterrupt
-    assert run.trackers.trackers == []
+    assert trainer.trackers.trackers == []
     assert tensorboard_values(tmp_path / "run") == expected_values(tmp_path / "run")
 
 
@@ -200,7 +200,7 @@ def test_every_run_has_an_id_of_its_own(tracked, tmp_path):
     assert len(set(ids)) == 2
 
 
-def test_a_record_without_an_id_gets_one(tracked, tmp_path):
+def test_a_record_without_an_id_gets_an_id(tracked, tmp_path):
     train(tracked, stop_after=1)
     path = tmp_path / "run" / "run.json"
     record = json.loads(path.read_text())

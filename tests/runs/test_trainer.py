@@ -26,7 +26,7 @@ def comparable(rows):
 
 
 def test_a_run_writes_exactly_these_files_and_its_rows(config, tmp_path):
-    run, rows = train(config)
+    trainer, rows = train(config)
     folder = tmp_path / "run"
     assert sorted(p.name for p in folder.iterdir()) == [
         ".lock", "adapter_config.json", "adapter_model.safetensors", "adapters.safetensors",
@@ -36,7 +36,7 @@ def test_a_run_writes_exactly_these_files_and_its_rows(config, tmp_path):
     # 9 pairs to train on, 4 a step, 2 epochs: 3 + 3 steps, and one evaluation at the end
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6, 6]
     assert [row["epoch"] for row in rows[:6]] == pytest.approx([4 / 9, 8 / 9, 1, 13 / 9, 17 / 9, 2])
-    assert run.evaluation == rows[-1]
+    assert trainer.evaluation == rows[-1]
     record = json.loads((folder / "run.json").read_text())
     assert record["state"] == "finished"
     assert record["counts"] == {"train": 9, "valid": 3}
@@ -44,26 +44,26 @@ def test_a_run_writes_exactly_these_files_and_its_rows(config, tmp_path):
 
 
 @pytest.mark.parametrize("bits", [None, 4, 8])
-def test_step_one_is_log_two_fresh_and_resumed(config, bits):
+def test_the_first_loss_is_log_two_but_not_after_a_resume(config, bits):
     config = replace(config, bits=bits, warmup_ratio=0.0, lora_dropout=0.0)
     _, rows = train(config, stop_after=1)
     assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert rows[0]["rewards/chosen"] == pytest.approx(0, abs=1e-5)
     assert rows[0]["rewards/rejected"] == pytest.approx(0, abs=1e-5)
     fresh = replace(config, output=config.output + "-2")
-    with DPOTrainer(fresh) as run:
-        run.prepare()  # killed here: the reference is on disk, no checkpoint is
+    with DPOTrainer(fresh) as trainer:
+        trainer.prepare()  # killed here: the reference is on disk, no checkpoint is
     _, rows = train(fresh, resume=True, stop_after=1)
     assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert rows[0]["rewards/margins"] == pytest.approx(0, abs=1e-5)
 
 
 @pytest.mark.parametrize("stop_after", [1, 2, 3, 5])
-def test_an_interrupted_run_goes_on_to_the_same_weights_bit_for_bit(config, tmp_path, stop_after):
+def test_a_resumed_run_ends_with_the_same_weights_bit_for_bit(config, tmp_path, stop_after):
     straight = replace(config, output=str(tmp_path / "straight"))
     _, expected = train(straight)
-    run, _ = train(config, stop_after=stop_after)
-    assert run.stopped
+    trainer, _ = train(config, stop_after=stop_after)
+    assert trainer.stopped
     assert not (tmp_path / "run" / "adapters.safetensors").exists()
     mx.random.seed(123)
     _, rows = train(config, resume=True)
@@ -76,9 +76,9 @@ def test_an_interrupted_run_goes_on_to_the_same_weights_bit_for_bit(config, tmp_
 
 def test_rows_after_the_last_checkpoint_are_not_written_twice(config, tmp_path):
     """As after `kill -9` at step 3, when the last checkpoint is that of step 2."""
-    with DPOTrainer(config) as run:
-        run.prepare()
-        for row in run.steps():
+    with DPOTrainer(config) as trainer:
+        trainer.prepare()
+        for row in trainer.steps():
             if row["step"] == 3:
                 break
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
@@ -109,7 +109,7 @@ def test_a_run_keeps_its_own_reference(config, tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
-def test_runs_share_what_the_reference_said(config, tmp_path):
+def test_runs_share_reference_logps(config, tmp_path):
     train(config)
     files = {path: path.stat().st_ino for path in (tmp_path / "cache").rglob("*.safetensors")}
     assert len(files) == 2
@@ -118,15 +118,15 @@ def test_runs_share_what_the_reference_said(config, tmp_path):
         assert files.get(path) == path.stat().st_ino  # not written again
 
 
-def test_what_the_reference_said_elsewhere_is_not_taken_for_what_it_says_here(config):
+def test_reference_logps_of_another_device_are_not_used(config):
     """In bfloat16 on a GPU it says other numbers than in float32 on the CPU."""
-    run, _ = train(config)
-    here = reference_provenance(run.record, "cpu float32")
-    assert run.record["provenance"]["device_and_dtype"] == "cpu float32"
-    assert len({here, reference_provenance(run.record, "metal bfloat16")}) == 2
+    trainer, _ = train(config)
+    provenance = reference_provenance(trainer.record, "cpu float32")
+    assert trainer.record["provenance"]["device_and_dtype"] == "cpu float32"
+    assert len({provenance, reference_provenance(trainer.record, "metal bfloat16")}) == 2
     for name in ("bits", "group_size", "dtype"):
-        other = run.record | {"settings": run.record["settings"] | {name: "x"}}
-        assert reference_provenance(other, "cpu float32") != here
+        other = trainer.record | {"settings": trainer.record["settings"] | {name: "x"}}
+        assert reference_provenance(other, "cpu float32") != provenance
 
 
 def test_a_run_is_not_resumed_in_another_number_type(config, tmp_path):
@@ -134,17 +134,17 @@ def test_a_run_is_not_resumed_in_another_number_type(config, tmp_path):
     record = tmp_path / "run" / "run.json"
     record.write_text(record.read_text().replace("cpu float32", "metal bfloat16"))
     with (
-        DPOTrainer(config, resume=True) as run,
+        DPOTrainer(config, resume=True) as trainer,
         pytest.raises(
             RunError, match="the device, or the number type of the weights on it, changed"
         ),
     ):
-        run.load()
+        trainer.load()
 
 
 def test_a_run_may_hold_nothing_out(config):
-    run, rows = train(replace(config, valid_fraction=0.0))
-    assert run.evaluation is None
+    trainer, rows = train(replace(config, valid_fraction=0.0))
+    assert trainer.evaluation is None
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     with pytest.raises(ConfigError, match="held no pairs out; name a file of pairs"):
         evaluate_run(config.output)
@@ -167,15 +167,15 @@ def test_evaluating_in_between_changes_nothing(config, tmp_path):
         assert mx.array_equal(value, weights(other)[name]), name
 
 
-def test_evaluation_afterwards_says_what_the_run_said(config):
-    run, _ = train(config)
+def test_evaluate_run_gives_the_metrics_of_the_run(config):
+    trainer, _ = train(config)
     metrics = evaluate_run(config.output).metrics
-    assert metrics.loss == pytest.approx(run.evaluation["eval_loss"], abs=1e-6)
-    assert metrics.margins == pytest.approx(run.evaluation["eval_rewards/margins"], abs=1e-6)
-    assert metrics.chosen_logps == pytest.approx(run.evaluation["eval_logps/chosen"], abs=1e-4)
+    assert metrics.loss == pytest.approx(trainer.evaluation["eval_loss"], abs=1e-6)
+    assert metrics.margins == pytest.approx(trainer.evaluation["eval_rewards/margins"], abs=1e-6)
+    assert metrics.chosen_logps == pytest.approx(trainer.evaluation["eval_logps/chosen"], abs=1e-4)
 
 
-def test_the_policy_opens_here_and_in_mlx_lm(config, monkeypatch, tmp_path):
+def test_the_policy_loads_here_and_in_mlx_lm(config, monkeypatch, tmp_path):
     train(config)
     monkeypatch.chdir("/")
     policy = load_policy(config.output).model
@@ -231,8 +231,11 @@ def test_resuming_on_other_contents_names_them(config, pairs_file, checkpoint_fo
         arrays = mx.load(str(path))
         arrays["model.norm.weight"] = arrays["model.norm.weight"] * 1.5
         mx.save_safetensors(str(path), arrays, {"format": "pt"})
-    with DPOTrainer(config, resume=True) as run, pytest.raises(RunError, match=f"{name} changed"):
-        run.load()
+    with (
+        DPOTrainer(config, resume=True) as trainer,
+        pytest.raises(RunError, match=f"{name} changed"),
+    ):
+        trainer.load()
 
 
 def test_a_folder_with_a_run_is_not_overwritten(config):
@@ -265,21 +268,21 @@ def test_a_folder_in_which_nothing_was_written_disappears(tmp_path):
 
 def test_bad_pairs_leave_nothing_behind(config, pairs_file, tmp_path):
     pairs_file.write_text("{")
-    with DPOTrainer(config) as run, pytest.raises(Exception, match=r"pairs\.jsonl:1: "):
-        run.load()
+    with DPOTrainer(config) as trainer, pytest.raises(Exception, match=r"pairs\.jsonl:1: "):
+        trainer.load()
     assert not (tmp_path / "run").exists()
 
 
 def test_a_loss_that_is_no_number_keeps_the_last_good_state(config, tmp_path):
     config = replace(config, learning_rate=1e30, warmup_ratio=0.0, max_grad_norm=0.0)
-    with DPOTrainer(config) as run:
-        run.prepare()
+    with DPOTrainer(config) as trainer:
+        trainer.prepare()
         with pytest.raises(TrainingError, match=r"step \d: .*not a number at .*pairs\.jsonl:\d+"):
-            list(run.steps())
+            list(trainer.steps())
     steps = [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")]
     last = tmp_path / "run" / "checkpoints" / f"step-{steps[-1]:06d}"
     saved = mx.load(str(last / "adapters.safetensors"))
-    for name, value in adapters.adapter_weights(run.policy).items():
+    for name, value in adapters.adapter_weights(trainer.policy).items():
         assert mx.array_equal(saved[name], value), name
 
 
@@ -287,14 +290,14 @@ def test_rows_longer_than_the_models_context_are_refused(config, pairs_file):
     row = {"prompt": "word " * 200, "chosen": "yes", "rejected": "no"}
     pairs_file.write_text(pairs_file.read_text() + json.dumps(row) + "\n")
     with (
-        DPOTrainer(replace(config, max_length=2048)) as run,
+        DPOTrainer(replace(config, max_length=2048)) as trainer,
         pytest.raises(ConfigError, match=r"`max_length` is 2048, .* 512 tokens.*--max-length 512"),
     ):
-        run.load()
+        trainer.load()
 
 
 @pytest.mark.parametrize("name", ["model", "pairs", "output"])
-def test_what_a_run_cannot_do_without_is_asked_for(settings, name):
+def test_missing_required_settings_are_an_error(settings, name):
     del settings[name]
     with pytest.raises(ConfigError, match=f"`{name}` is not set"):
         DPOTrainer(DPOConfig.from_dict(settings))
@@ -311,23 +314,23 @@ def test_a_run_in_which_nothing_would_move_is_refused(settings):
     """One step, and the warm-up of Transformers begins at a learning rate of 0."""
     del settings["epochs"]
     with (
-        DPOTrainer(DPOConfig.from_dict(settings | {"max_steps": 1})) as run,
+        DPOTrainer(DPOConfig.from_dict(settings | {"max_steps": 1})) as trainer,
         pytest.raises(ConfigError, match="nothing would be trained; use --warmup-ratio 0"),
     ):
-        run.load()
+        trainer.load()
 
 
 def test_a_warm_up_that_does_not_end_is_refused(config):
     with (
-        DPOTrainer(replace(config, warmup_steps=6)) as run,
+        DPOTrainer(replace(config, warmup_steps=6)) as trainer,
         pytest.raises(ConfigError, match="`warmup_steps` 6 leaves none of the run's 6 steps"),
     ):
-        run.load()
-    with DPOTrainer(replace(config, warmup_steps=5)) as run:
-        run.load()
+        trainer.load()
+    with DPOTrainer(replace(config, warmup_steps=5)) as trainer:
+        trainer.load()
 
 
-def test_one_and_only_one_of_run_and_model(config):
+def test_exactly_one_of_run_and_model_is_required(config):
     for choice in ((None, None), ("run", "model")):
         with pytest.raises(ConfigError, match="only one of them"):
             load_policy(choice[0], model=choice[1])
@@ -335,7 +338,7 @@ def test_one_and_only_one_of_run_and_model(config):
         load_policy(None, model=config.model, reference=True)
 
 
-def test_a_folder_that_is_no_run_is_said_so(tmp_path):
+def test_a_folder_that_is_no_run_is_an_error(tmp_path):
     for name, why in ((".", "no `run.json`"), ("nowhere", "no such folder")):
         with pytest.raises(RunError, match=why):
             evaluate_run(str(tmp_path / name))

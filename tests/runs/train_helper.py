@@ -1,4 +1,4 @@
-"""Whole runs, as a program drives them."""
+"""Whole training runs through `DPOTrainer`."""
 
 import mlx.core as mx
 
@@ -6,17 +6,17 @@ from mlx_dpo import DPOTrainer
 
 
 def train(config, *, resume=False, stop_after=None):
-    """The run and its rows; asked to stop after the row of a step."""
-    with DPOTrainer(config, resume=resume) as run:
-        run.prepare()
+    """Return the trainer and its metrics rows; stop after the row of step `stop_after`."""
+    with DPOTrainer(config, resume=resume) as trainer:
+        trainer.prepare()
         rows = []
-        for row in run.steps():
+        for row in trainer.steps():
             rows.append(row)
             if row["step"] == stop_after:
-                run.request_stop()
-    return run, rows
+                trainer.request_stop()
+    return trainer, rows
 
 
 def weights(config):
-    """The adapters of a finished run."""
+    """Return the adapter weights of a finished run."""
     return mx.load(f"{config.output}/adapters.safetensors")

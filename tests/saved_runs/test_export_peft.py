@@ -18,8 +18,8 @@ def config(folder):
 
 
 def test_a_run_on_a_hugging_face_checkpoint_loads_in_both(workplace):
-    run = train(workplace, output="next", pairs=["pairs.jsonl"], use_rslora=True)
-    assert summarize_end(run)[0] == ("adapter", LOADS_IN_PEFT)
+    trainer = train(workplace, output="next", pairs=["pairs.jsonl"], use_rslora=True)
+    assert summarize_end(trainer)[0] == ("adapter", LOADS_IN_PEFT)
     found = config("next")
     assert (found["fine_tune_type"], found["peft_type"]) == ("lora", "LORA")
     assert found["use_rslora"] and found["lora_alpha"] == 32
@@ -32,9 +32,9 @@ def test_a_run_on_a_packed_model_says_why_not_and_export_mends_it(workplace):
     from mlx_dpo.export.convert import convert
 
     convert("base", Path("packed"), bits=8, group_size=32)
-    run = train(workplace, model=str(Path("packed").resolve()), output="next")
-    [(_, said)] = summarize_end(run)
-    assert said.startswith("loads in mlx-lm; not in PEFT: its base was quantised by MLX")
+    trainer = train(workplace, model=str(Path("packed").resolve()), output="next")
+    [(_, message)] = summarize_end(trainer)
+    assert message.startswith("loads in mlx-lm; not in PEFT: its base was quantised by MLX")
     assert not Path("next/adapter_model.safetensors").exists()
     before = load_policy("next").model.parameters()
     with pytest.raises(ModelError, match="packed was quantised by MLX"):
@@ -58,7 +58,7 @@ def test_a_run_goes_on_from_an_adapter_that_was_exported_meanwhile(workplace):
     load_policy("next", reference=True)
 
 
-def test_what_cannot_be_exported_is_said(workplace):
+def test_what_cannot_be_exported_is_reported(workplace):
     with pytest.raises(ConfigError, match="`revision` has no effect without a Hub id"):
         export_run("run", "base", "main")
     with pytest.raises(ModelError, match="no such folder, and not a Hub id"):

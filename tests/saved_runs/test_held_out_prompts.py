@@ -24,8 +24,8 @@ def dialogue(n):
 
 
 def with_its_system(n):
-    told = {"role": "system", "content": f"Say {n}."}
-    turns = [told, {"role": "user", "content": f"What is {n}?"}]
+    system_turn = {"role": "system", "content": f"Say {n}."}
+    turns = [system_turn, {"role": "user", "content": f"What is {n}?"}]
     chosen, rejected = ({"role": "assistant", "content": text} for text in ("It is so.", "no"))
     return {
         "prompt": turns[1]["content"],
@@ -66,21 +66,21 @@ def trained(tmp_path, monkeypatch):
 def test_held_out_prompts_are_the_tokens_that_the_run_measured_on(trained, row, settings):
     opened, valid = trained(row, **settings)
     found = add_system_prompt(held_out_prompts(opened.run, opened.base), opened.run.config.system)
-    asked = [tuple(encode_prompt(opened.base.tokenizer, p.messages)) for p in found]
-    assert len(asked) == COUNT // 2
-    assert set(asked) == {pair.prompt for pair in valid}
+    token_ids = [tuple(encode_prompt(opened.base.tokenizer, p.messages)) for p in found]
+    assert len(token_ids) == COUNT // 2
+    assert set(token_ids) == {pair.prompt for pair in valid}
 
 
-def test_a_run_on_plain_text_is_asked_the_text_with_its_marks(trained):
+def test_prompts_of_a_run_on_plain_text_have_the_turn_marks(trained):
     opened, valid = trained(dialogue, chat_template="text")
     found = held_out_prompts(opened.run, opened.base)
     texts = {dialogue(n)["chosen"].removesuffix(" It is so.") for n in range(COUNT)}
     assert {prompt.text for prompt in found} < texts
-    asked = {tuple(_prompt_ids(opened, opened.run, prompt)) for prompt in found}
-    assert asked == {pair.prompt for pair in valid}
+    token_ids = {tuple(_prompt_ids(opened, opened.run, prompt)) for prompt in found}
+    assert token_ids == {pair.prompt for pair in valid}
 
 
-def test_what_was_held_out_with_tools_is_not_asked_without(trained):
+def test_held_out_prompts_with_tools_are_an_error(trained):
     opened, _ = trained(with_tools)
     with pytest.raises(DataError, match="prompts with `tools` are not supported here"):
         held_out_prompts(opened.run, opened.base)

@@ -22,9 +22,9 @@ TOKENS = mx.array([[1, 40, 41, 42, 3, 2]])
 
 
 def train(config):
-    with DPOTrainer(config) as run:
-        run.prepare()
-        for _ in run.steps():
+    with DPOTrainer(config) as trainer:
+        trainer.prepare()
+        for _ in trainer.steps():
             pass
     return config
 
@@ -49,21 +49,21 @@ def answers(model, tokenizer):
     return [say(chat, question) for question in QUESTIONS]
 
 
-@pytest.mark.parametrize("way", ["lora", "dora", "full"])
-def test_both_sides_of_a_run_say_what_they_say_loaded_alone(bold, full, way):
-    config = train(full if way == "full" else replace(bold, fine_tune_type=way))
+@pytest.mark.parametrize("adapter_kind", ["lora", "dora", "full"])
+def test_base_and_aligned_model_answer_as_if_loaded_alone(bold, full, adapter_kind):
+    config = train(full if adapter_kind == "full" else replace(bold, fine_tune_type=adapter_kind))
     alone = {"base": mlx_lm.load(config.model), "aligned": mlx_lm.load(
         config.model, adapter_path=config.output)}  # fmt: skip
-    expected = {side: answers(*loaded[:2]) for side, loaded in alone.items()}
+    expected = {model_choice: answers(*loaded[:2]) for model_choice, loaded in alone.items()}
     assert expected["base"] != expected["aligned"]
     opened = open_switchable(config.output)
     assert opened.switch.active == "aligned"
     for _ in range(2):
-        for side in ("base", "aligned"):
-            opened.switch.activate(side)
-            assert answers(opened.base.model, opened.base.tokenizer) == expected[side]
-        for side in ("base", "aligned") * 5:
-            opened.switch.activate(side)
+        for model_choice in ("base", "aligned"):
+            opened.switch.activate(model_choice)
+            assert answers(opened.base.model, opened.base.tokenizer) == expected[model_choice]
+        for model_choice in ("base", "aligned") * 5:
+            opened.switch.activate(model_choice)
 
 
 def test_the_base_of_a_run_that_went_on_from_an_adapter_has_that_adapter(bold, tmp_path):
@@ -96,7 +96,7 @@ def test_a_full_run_says_what_it_holds_twice(full):
     assert "in memory twice" not in note
 
 
-def test_a_model_with_an_adapter_of_peft_has_both_sides():
+def test_a_model_with_a_peft_adapter_has_base_and_aligned_model():
     opened = open_switchable(None, model=str(tiny_chat()), adapter=str(PEFT))
     aligned = opened.base.model(TOKENS)
     opened.switch.activate("base")
@@ -123,11 +123,11 @@ def test_only_what_is_wanted_is_put_on(bold):
         ({"run": None, "model": "b", "wanted": ("base",)}, "`--reference` has no effect with"),
     ],
 )
-def test_what_cannot_be_opened_is_said_before_anything_is_loaded(given, message):
+def test_what_cannot_be_opened_is_an_error_before_anything_is_loaded(given, message):
     with pytest.raises(ConfigError, match=message):
         open_switchable(**given)
 
 
-def test_an_adapter_that_is_not_there_is_one_line(bold, tmp_path):
+def test_a_missing_adapter_gives_a_one_line_error(bold, tmp_path):
     with pytest.raises(ModelError, match=r"no `adapter_config\.json`; is it an adapter"):
         open_switchable(None, model=bold.model, adapter=str(tmp_path))

@@ -3,7 +3,8 @@
 import mlx.core as mx
 import pytest
 
-from mlx_dpo.data.batching import PassLimit, padded_row_tokens
+from mlx_dpo.config.training import PassLimit
+from mlx_dpo.data.batching import padded_row_tokens
 from mlx_dpo.scoring.score_pairs import score_pairs
 from mlx_dpo.scoring.scorers import TOKEN_COUNTS, make_shared_scorer, plain_scorer
 from mlx_dpo.scoring.select_scorer import select_scorer
@@ -54,7 +55,7 @@ PASSES = [
 
 @pytest.mark.parametrize("name", SCORERS)
 @pytest.mark.parametrize("pairs", PASSES)
-def test_a_pass_costs_the_tokens_that_go_through_the_layers(counted, name, pairs):
+def test_the_cost_of_a_micro_batch_is_its_tokens_through_the_layers(counted, name, pairs):
     model, counting = counted
     scorer, cost = SCORERS[name]
     scorer(model, pairs)
@@ -73,7 +74,7 @@ def test_a_choice_counts_the_tokens_of_its_own_scorer(counted, wanted, packing):
 
 
 @pytest.mark.parametrize("name", SCORERS)
-def test_passes_are_filled_by_the_tokens_of_the_scorer(name):
+def test_micro_batches_are_filled_by_the_token_count_of_the_scorer_alone(name):
     scorer, cost = SCORERS[name]
     pairs = PASSES[4]
     for tokens, passes in ((cost(pairs).total, 1), (cost(pairs).total - 1, 2)):

@@ -5,7 +5,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mlx_dpo.data.batching import PassLimit
+from mlx_dpo.config.training import PassLimit
 from mlx_dpo.io.arrays import named_arrays
 from mlx_dpo.scoring import lm_head as head
 from mlx_dpo.scoring.equivalence import value_error

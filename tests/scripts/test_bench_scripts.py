@@ -7,8 +7,10 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from mlx_lm.models import llama
 from tokenizers import Tokenizer
 
+from mlx_dpo.adapters import attach as adapters
 from mlx_dpo.errors import ConfigError, DataError
 from scripts.bench import (
     bench_data,
@@ -108,7 +110,7 @@ def test_a_trainer_without_a_cache_has_no_ratio_of_cached_epochs():
     assert tables.speedups(runs, tables.cached_epoch) == {}
 
 
-def test_a_round_that_one_side_failed_is_left_out():
+def test_a_round_with_a_failed_trainer_is_left_out():
     runs = [
         measured("ours", 0, training_s=4.0),
         measured("other", 0, training_s=10.0),
@@ -226,7 +228,7 @@ def test_a_shape_names_the_weights_that_the_model_has(pairs_file, tmp_path):
         pairs_file, shape="tiny", kind="short", count=2, cache=tmp_path / "c", folder=tmp_path
     )
     stored = mx.load(str(work.model / "model.safetensors"))
-    model = steps.llama.Model(steps.llama.ModelArgs.from_dict(SHAPES["tiny"].config()))
+    model = llama.Model(llama.ModelArgs.from_dict(SHAPES["tiny"].config()))
     model.load_weights(list(stored.items()), strict=True)
     assert sum(value.size for value in stored.values()) == SHAPES["tiny"].parameters()
 
@@ -369,7 +371,7 @@ def test_all_trainers_get_equal_threads_and_an_empty_cache(tmp_path):
 # --- one pass --------------------------------------------------------------------------------
 
 
-def test_tokens_and_rows_of_a_pass_are_counted():
+def test_tokens_and_rows_of_a_micro_batch_are_counted():
     model = steps.build(SMALL)
     tokens = mx.zeros((2, 5), mx.int32)
     with steps.count_work(model) as work:
@@ -393,7 +395,7 @@ def test_both_scorers_process_the_expected_tokens():
         assert costs["plain"].layer_tokens == costs["plain"].head_tokens == 2 * 2 * 15
         assert abs(costs["shared"].layer_tokens - 2 * (9 + 3 + 5)) <= 2 * 2
         assert abs(costs["shared"].head_tokens - 2 * (3 + 5)) <= 2 * 2
-    assert model.model.__class__ is steps.llama.LlamaModel
+    assert model.model.__class__ is llama.LlamaModel
 
 
 def test_the_passes_of_both_scorers_compute_the_same():
@@ -415,7 +417,7 @@ def test_the_reference_is_scored_without_adapters():
     [plain, *_] = steps.scorer_variants(model, SMALL.vocab_size)
     reference = steps.reference_pass(model, plain, pairs)().chosen.item()
     adapted = plain.scorer(model, pairs).chosen.item()
-    for module in steps.adapters.adapted_layers(model).values():
+    for module in adapters.adapted_layers(model).values():
         module.lora_b = mx.zeros_like(module.lora_b)
     assert reference == pytest.approx(plain.scorer(model, pairs).chosen.item(), rel=1e-6)
     assert reference != pytest.approx(adapted, rel=1e-6)

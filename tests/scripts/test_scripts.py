@@ -121,13 +121,13 @@ def test_what_serves_the_tests_serves_the_demo_but_not_the_reverse(checkout):
 @pytest.mark.parametrize("name", ["pyproject.toml", "uv.lock"])
 def test_other_requirements_are_installed_into_the_same_environment(checkout, name):
     setup(checkout)
-    kept = checkout.root / ".venv" / "kept"
-    kept.touch()
+    marker = checkout.root / ".venv" / "kept"
+    marker.touch()
     with (checkout.root / name).open("a") as file:
         file.write("\n")
     setup(checkout)
     assert checkout.installs() == [RUN, RUN]
-    assert kept.exists()
+    assert marker.exists()
 
 
 def test_an_interrupted_setup_is_begun_afresh(checkout):
@@ -142,7 +142,7 @@ def test_an_interrupted_setup_is_begun_afresh(checkout):
     assert checkout.installs() == [RUN, RUN]
 
 
-def test_a_failed_update_does_not_count_as_what_was_there_before(checkout):
+def test_a_failed_update_does_not_count_as_the_previous_environment(checkout):
     setup(checkout)
     original = (checkout.root / "uv.lock").read_text()
     (checkout.root / "uv.lock").write_text(original + "\n")
@@ -164,7 +164,7 @@ def test_a_moved_checkout_gets_a_new_environment(checkout):
 
 
 @pytest.mark.parametrize(
-    ("before", "said"),
+    ("before", "message"),
     [
         (OLD, "`{python}` is Python 3.9"),
         (WITHOUT_VENV, "`{python}` has no `venv` (Debian, Ubuntu: apt install python3-venv)"),
@@ -172,20 +172,20 @@ def test_a_moved_checkout_gets_a_new_environment(checkout):
         (None, "`{python}` not found"),
     ],
 )
-def test_an_unfit_python_is_one_clear_line_and_leaves_nothing(checkout, before, said):
+def test_an_unsupported_python_gives_a_one_line_error_and_writes_nothing(checkout, before, message):
     python = checkout.bin / "my python"
     if before:
         checkout.tool(python, PYTHON.format(python=sys.executable, before=before))
     done = checkout.run("scripts/demo", PYTHON=str(python))
     assert done.returncode == 1
     assert done.stderr == (
-        f"setup: no fitting Python ({said.format(python=python)}); "
+        f"setup: no fitting Python ({message.format(python=python)}); "
         "install Python 3.11 or newer, or set `PYTHON`\n"
     )
     assert not (checkout.root / ".venv").exists()
 
 
-def test_an_older_python_is_passed_over_for_a_fitting_one(checkout):
+def test_an_unsupported_python_is_skipped_for_a_supported_python(checkout):
     (checkout.bin / "uv").unlink()
     checkout.tool(checkout.bin / "python3.13", "#!/bin/sh\nexit 127\n")
     checkout.tool(checkout.bin / "python3.12", PYTHON.format(python=sys.executable, before=OLD))
@@ -254,7 +254,7 @@ def test_the_fast_half_takes_no_arguments(gate):
     assert (done.returncode, done.stdout) == (2, "")
 
 
-def test_threads_of_blas_that_were_asked_for_are_those_of_the_gate(gate):
+def test_the_gate_uses_the_given_number_of_blas_threads(gate):
     done = gate.run("scripts/test", OPENBLAS_NUM_THREADS="4")
     assert done.stdout.endswith("threads 4\n")
 

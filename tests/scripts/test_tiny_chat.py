@@ -18,6 +18,7 @@ from mlx_lm import load
 
 from mlx_dpo.demo.rules import is_correct, is_courteous
 from scripts.tools.tiny_chat import corpus, measure
+from scripts.tools.tiny_chat.registers import Question
 from scripts.tools.tiny_chat.rules import COURTEOUS_MARKERS
 
 FOLDER = Path(__file__).resolve().parents[2] / "models" / "tiny-chat"
@@ -91,7 +92,7 @@ def test_valid_prompts_are_not_in_train(train_rows: list, valid_rows: list) -> N
     assert len(set(prompts)) == len(prompts)
 
 
-def possible_prompts(question: corpus.Question) -> list[tuple[str, ...]]:
+def possible_prompts(question: Question) -> list[tuple[str, ...]]:
     """What a user may have said up to this question, in every frame."""
     before = possible_prompts(question.before) if question.before else [()]
     frames = set(corpus.FRAMES) if question.framed else {"{}"}
@@ -104,8 +105,8 @@ def test_valid_prompts_were_never_trained(valid_rows: list) -> None:
     questions = itertools.chain.from_iterable(world.trained.values())
     trained = {prompt for question in questions for prompt in possible_prompts(question)}
     for row in valid_rows:
-        asked = [message["content"] for message in row["prompt"] if message["role"] == "user"]
-        assert tuple(asked) not in trained
+        user_turns = [message["content"] for message in row["prompt"] if message["role"] == "user"]
+        assert tuple(user_turns) not in trained
 
 
 def test_every_chosen_answer_is_courteous_and_no_rejected_one(

@@ -10,6 +10,7 @@ import warnings
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -142,7 +143,7 @@ def test_wandb_plots_over_the_optimizer_step(run_info, offline):
 
 def test_rows_that_wandbs_server_has_are_not_logged_again(run_info, offline):
     """The server has the rows below its own step; an evaluation row takes a step of its own."""
-    tracker = open_tracker("wandb", run_info)
+    tracker: Any = open_tracker("wandb", run_info)
     tracker._run._starting_step = 5  # the training row of step 2 is there, its evaluation is not
     for row in ROWS:
         tracker.log(row)

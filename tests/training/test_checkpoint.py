@@ -6,7 +6,7 @@ import pytest
 
 from mlx_dpo.adapters import attach as adapters
 from mlx_dpo.config.loss import LossSettings
-from mlx_dpo.data.batching import PassLimit
+from mlx_dpo.config.training import PassLimit
 from mlx_dpo.errors import ModelError, RunError
 from mlx_dpo.scoring.score_pairs import score_pairs
 from mlx_dpo.training import checkpoint
@@ -69,7 +69,7 @@ def test_resuming_is_the_same_as_never_stopping_bit_for_bit(plan, tmp_path):
 
 
 @pytest.mark.parametrize("moment", ["os.replace", "mlx_dpo.io.atomic.flush"])
-def test_a_save_that_fails_leaves_the_one_before_and_nothing_half_written(
+def test_a_failed_save_leaves_the_previous_checkpoint_and_no_partial_files(
     tmp_path, monkeypatch, moment
 ):
     policy, optimizer = fresh()
@@ -84,7 +84,7 @@ def test_a_save_that_fails_leaves_the_one_before_and_nothing_half_written(
     assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
 
 
-def test_only_the_last_ones_are_kept_and_halves_of_a_crash_removed(tmp_path):
+def test_only_the_last_checkpoints_remain_and_partial_files_of_a_crash_are_removed(tmp_path):
     policy, optimizer = fresh()
     for step in (9, 10, 11):
         save(tmp_path, policy, optimizer, Progress(step=step))
@@ -103,14 +103,14 @@ def test_a_step_is_saved_again_over_its_older_self(tmp_path):
 
 
 def test_adapters_of_another_shape_are_refused_by_name(tmp_path):
-    folder = save(tmp_path, *fresh(rank=4), Progress(step=1))
+    folder = save(tmp_path, *fresh(rank=4), progress=Progress(step=1))
     with pytest.raises(ModelError, match=r"`model\.layers\.0\.mlp\.down_proj\.lora_a`"):
         checkpoint.restore(folder, *fresh(rank=8))
 
 
 @pytest.mark.parametrize("name", ["state.json", "optimizer.safetensors"])
-def test_a_damaged_checkpoint_is_one_line(tmp_path, name):
-    folder = save(tmp_path, *fresh(), Progress(step=1))
+def test_a_damaged_checkpoint_gives_a_one_line_error(tmp_path, name):
+    folder = save(tmp_path, *fresh(), progress=Progress(step=1))
     (folder / name).write_text("")
     with pytest.raises(RunError, match="cannot be read") as error:
         checkpoint.restore(folder, *fresh())

@@ -8,7 +8,8 @@ import pytest
 
 from mlx_dpo.adapters import attach as adapters
 from mlx_dpo.config.loss import LossSettings
-from mlx_dpo.data.batching import PassLimit, pair_metadata
+from mlx_dpo.config.training import PassLimit
+from mlx_dpo.data.batching import pair_metadata
 from mlx_dpo.io.arrays import named_arrays
 from mlx_dpo.losses.log_ratios import log_ratios
 from mlx_dpo.scoring.score_pairs import score_pairs
@@ -91,9 +92,9 @@ def test_a_step_is_independent_of_its_micro_batches(pairs, objective, size):
 
 def test_no_gradient_flows_through_the_mismatched_completion(pairs):
     """It is asked ahead in full; the pass with gradients has one token of it."""
-    rows, asked = labelled(pairs), []
-    metrics, _ = stepped(rows, Judged(LossSettings()), PassLimit(), asked)
-    [(ahead, logps)] = asked
+    rows, requested = labelled(pairs), []
+    metrics, _ = stepped(rows, Judged(LossSettings()), PassLimit(), requested)
+    [(ahead, logps)] = requested
     assert sorted(len(pair.rejected) for pair in ahead) == sorted(len(p.rejected) for p in rows)
     assert {len(pair.chosen) for pair in ahead} == {1}
     assert {len(pair.rejected) for pair in skip_kl_completions(rows)} == {1}

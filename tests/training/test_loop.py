@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from mlx_dpo.adapters import attach as adapters
 from mlx_dpo.config.loss import LossSettings
-from mlx_dpo.data.batching import PassLimit, micro_batches, padded_row_tokens
+from mlx_dpo.config.training import PassLimit
+from mlx_dpo.data.batching import micro_batches, padded_row_tokens
 from mlx_dpo.errors import TrainingError
 from mlx_dpo.io.arrays import named_arrays
 from mlx_dpo.losses.metrics import to_public_names
@@ -81,7 +82,7 @@ def test_the_rate_of_each_step_is_that_of_the_updates_done_before(plan):
 
 
 @pytest.mark.parametrize("pairs_per_pass", [1, 4])
-def test_the_size_of_a_pass_changes_nothing(plan, pairs_per_pass):
+def test_the_micro_batch_size_does_not_change_metrics(plan, pairs_per_pass):
     plan = replace(plan, batch_size=4)
     (_, rows), (_, others) = run(plan), run(replace(plan, limit=PassLimit(pairs=pairs_per_pass)))
     for (_, a), (_, b) in zip(rows, others, strict=True):
@@ -94,16 +95,16 @@ def test_the_size_of_a_pass_changes_nothing(plan, pairs_per_pass):
 
 
 SHARED = {
-    way: {
-        "scorer": make_shared_scorer(vocab_size=VOCAB, gradients=True, packing=way),
-        "cost": TOKEN_COUNTS[way],
+    packing: {
+        "scorer": make_shared_scorer(vocab_size=VOCAB, gradients=True, packing=packing),
+        "cost": TOKEN_COUNTS[packing],
     }
-    for way in TOKEN_COUNTS
+    for packing in TOKEN_COUNTS
 }
 
 
 @pytest.mark.parametrize("scored", [{}, *SHARED.values()], ids=["plain", *SHARED])
-def test_no_limit_of_a_pass_changes_the_step(plan, scored):
+def test_no_micro_batch_limit_changes_the_step(plan, scored):
     """Descent at rate 1 moves each weight by its gradient.
 
     Rewards are away from 0, where an accuracy would be that of rounding noise.
@@ -135,7 +136,7 @@ def test_no_limit_of_a_pass_changes_the_step(plan, scored):
             assert mx.allclose(moved[name], value, atol=1e-5), (limit, name)
 
 
-def test_passes_are_filled_by_what_they_cost_their_own_scorer(plan):
+def test_micro_batches_are_filled_by_the_token_count_of_the_scorer(plan):
     """Each prompt once, the five pairs take 5 + 4 + 8 tokens and 12 for the two whose prompts
     are equally long; as whole rows they take 70.
     """
@@ -159,7 +160,7 @@ limits = st.builds(PassLimit, st.none() | st.integers(1, 4), st.none() | st.inte
 
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(some_pairs, limits, st.sampled_from([{}, *SHARED.values()]))
-def test_no_limit_of_a_pass_changes_the_gradient(lengths, limit, scored):
+def test_no_micro_batch_limit_changes_the_gradient(lengths, limit, scored):
     ids = itertools.cycle(range(1, VOCAB))
     pairs = [TokenizedPair(*(tuple(itertools.islice(ids, n)) for n in ls)) for ls in lengths]
     policy = make_llama()

@@ -35,16 +35,16 @@ def healthy(step):
     }
 
 
-def heard(run=RUN, *, until=None, **faults):
-    """Sentences over a run, in which each fault takes the place of a healthy value by step."""
-    monitor, said = Monitor(run), []
+def monitor_warnings(run=RUN, *, until=None, **faults):
+    """Return the warnings of a run in which each fault replaces a healthy value by step."""
+    monitor, warnings = Monitor(run), []
     for step in range(1, (until or run.total_steps) + 1):
         row = healthy(step)
         for name, fault in faults.items():
             row[name] = fault(step) if callable(fault) else fault
-        said += monitor.update(row)
+        warnings += monitor.update(row)
         assert monitor.update({"step": step, "eval_loss": 9.0, "eval_rewards/chosen": -99.0}) == []
-    return said
+    return warnings
 
 
 def at(**named):
@@ -54,51 +54,53 @@ def at(**named):
 
 
 def test_a_healthy_run_hears_nothing():
-    assert heard() == []
+    assert monitor_warnings() == []
 
 
-def test_a_policy_that_does_not_move_is_told_a_larger_rate():
+def test_a_policy_that_does_not_move_gets_advice_for_a_larger_learning_rate():
     flat = at(rewards_margins=4e-4, loss=0.6931)
-    assert heard(until=39, **flat) == []
-    [sentence] = heard(**flat)
+    assert monitor_warnings(until=39, **flat) == []
+    [sentence] = monitor_warnings(**flat)
     assert sentence == (
         "steps 31 to 40: the loss stays at 0.6931, where it began (margins of 0.0004 on average): "
         "the policy has hardly moved; use a larger learning_rate than 5e-06"
     )
-    assert heard(**at(rewards_margins=lambda s: 0.02 * (-1) ** s)) == []  # it moves, to and fro
+    assert (
+        monitor_warnings(**at(rewards_margins=lambda s: 0.02 * (-1) ** s)) == []
+    )  # it moves, to and fro
 
 
-def test_in_a_short_run_it_is_told_at_the_end():
+def test_in_a_short_run_the_warning_comes_at_the_end():
     short = replace(RUN, total_steps=15, warmup_steps=2)
-    [sentence] = heard(short, **at(rewards_margins=1e-4))
+    [sentence] = monitor_warnings(short, **at(rewards_margins=1e-4))
     assert sentence.startswith("steps 6 to 15: ")
     shortest = replace(RUN, total_steps=3, warmup_steps=1)
-    [sentence] = heard(shortest, **at(rewards_margins=1e-4))
+    [sentence] = monitor_warnings(shortest, **at(rewards_margins=1e-4))
     assert sentence.startswith("steps 1 to 3: ")
     assert sentence.endswith("a larger learning_rate than 5e-06, or more epochs")
     # Margins of the first step are zero in any run.
-    assert heard(replace(RUN, total_steps=2), **at(rewards_margins=0.0)) == []
+    assert monitor_warnings(replace(RUN, total_steps=2), **at(rewards_margins=0.0)) == []
 
 
-def test_perfect_accuracy_at_once_is_said_and_later_it_is_not():
-    [sentence] = heard(**at(rewards_accuracies=lambda s: 0.0 if s <= 2 else 1.0))
+def test_perfect_accuracy_gives_a_warning_only_early_in_the_run():
+    [sentence] = monitor_warnings(**at(rewards_accuracies=lambda s: 0.0 if s <= 2 else 1.0))
     assert sentence.startswith("steps 3 to 7: 100.0% of the pairs are right already, after 4% of")
-    assert heard(**at(rewards_accuracies=lambda s: 1.0 if s > 8 else 0.5)) == []
+    assert monitor_warnings(**at(rewards_accuracies=lambda s: 1.0 if s > 8 else 0.5)) == []
 
 
 def test_a_few_pairs_are_no_accuracy():
     """Ten steps are soon; at 4 pairs a step they have judged 40 pairs."""
-    assert heard(replace(RUN, batch_size=4), **at(rewards_accuracies=1.0)) == []
+    assert monitor_warnings(replace(RUN, batch_size=4), **at(rewards_accuracies=1.0)) == []
 
 
-def test_displaced_likelihood_is_said_with_its_remedies():
+def test_likelihood_displacement_gives_a_warning_with_remedies():
     """Chosen loses 0.02 nats a step, rejected 0.06: beta 0.1 makes a tenth of it of rewards."""
     falling = at(
         rewards_chosen=lambda s: -0.002 * s,
         rewards_rejected=lambda s: -0.006 * s,
         rewards_margins=lambda s: 0.004 * s,
     )
-    [sentence] = heard(**falling)
+    [sentence] = monitor_warnings(**falling)
     # The mean over the window is first a nat lost when its middle is step 50.
     assert sentence == (
         "steps 41 to 60: chosen completions lose likelihood while the margin grows (log-ratio "
@@ -115,62 +117,71 @@ def test_displaced_likelihood_is_said_with_its_remedies():
         {"rewards/margins": lambda s: 0.8 - 0.001 * s},  # no margin gained by it
     ],
 )
-def test_what_is_no_displacement_is_not_called_one(other):
+def test_other_changes_of_likelihood_give_no_displacement_warning(other):
     falling = {"rewards/chosen": lambda s: -0.002 * s, "rewards/margins": lambda s: 0.004 * s}
-    assert len(heard(**falling)) == 1
-    assert heard(**(falling | other)) == []
+    assert len(monitor_warnings(**falling)) == 1
+    assert monitor_warnings(**(falling | other)) == []
 
 
 def test_a_long_completion_may_lose_a_little_in_each_token():
     falling = {"rewards/chosen": lambda s: -0.002 * s, "rewards/margins": lambda s: 0.004 * s}
-    assert heard(replace(RUN, chosen_tokens=400.0), **falling) == []
+    assert monitor_warnings(replace(RUN, chosen_tokens=400.0), **falling) == []
 
 
-def test_margins_that_follow_lengths_are_said():
-    [sentence] = heard(length_correlation=lambda s: 0.62 + 0.1 * (-1) ** s)
+def test_margins_that_follow_lengths_give_a_warning():
+    [sentence] = monitor_warnings(length_correlation=lambda s: 0.62 + 0.1 * (-1) ** s)
     assert "lengths drive the margin (correlation +0.62 with how much longer" in sentence
     assert "the policy learns to be longer" in sentence
-    [sentence] = heard(length_correlation=-0.8)
+    [sentence] = monitor_warnings(length_correlation=-0.8)
     assert "the policy learns to be shorter" in sentence
 
 
 def test_correlations_of_next_to_nothing_are_noise():
     flat = at(rewards_margins=0.05)
-    assert heard(length_correlation=0.9, **flat) == []
-    assert heard(length_correlation=lambda s: 0.9 * (-1) ** s) == []
+    assert monitor_warnings(length_correlation=0.9, **flat) == []
+    assert monitor_warnings(length_correlation=lambda s: 0.9 * (-1) ** s) == []
 
 
 def test_gradients_that_are_always_clipped_are_counted_after_the_warm_up():
     norms = {"grad_norm": lambda s: 0.5 if s % 20 == 0 else 8.0 + s % 2}
-    assert heard(until=39, **norms) == []
-    [sentence] = heard(**norms)
+    assert monitor_warnings(until=39, **norms) == []
+    [sentence] = monitor_warnings(**norms)
     assert sentence == (
         "steps 21 to 40: the gradient was clipped in 19 of 20 steps (median of its norm 8.5, bound "
         "1): batches count alike, clear or not; use a larger max_grad_norm"
     )
-    assert heard(replace(RUN, max_grad_norm=0.0), **norms) == []
-    assert heard(replace(RUN, max_grad_norm=3.0), **norms) == []  # by less than three times
-    assert heard(grad_norm=lambda s: 0.5 if s % 10 == 0 else 8.0) == []  # one in ten is not
+    assert monitor_warnings(replace(RUN, max_grad_norm=0.0), **norms) == []
+    assert (
+        monitor_warnings(replace(RUN, max_grad_norm=3.0), **norms) == []
+    )  # by less than three times
+    assert (
+        monitor_warnings(grad_norm=lambda s: 0.5 if s % 10 == 0 else 8.0) == []
+    )  # one in ten is not
 
 
 @pytest.mark.parametrize(("reward", "how"), [(3.0, "more"), (-3.0, "less")])
 def test_a_policy_that_runs_away_is_measured_in_nats_a_token(reward, how):
     """A reward of 3 is 30 nats at beta 0.1, 1.5 a token at 20 tokens."""
     away = at(rewards_chosen=reward, rewards_margins=8.0)
-    [sentence] = heard(**away)
+    [sentence] = monitor_warnings(**away)
     assert sentence.startswith("steps 1 to 20: the policy runs away from the reference (chosen ")
     assert f"completions are 1.5 nats a token {how} likely)" in sentence
-    assert heard(replace(RUN, chosen_tokens=31.0), **away) == []
-    assert heard(replace(RUN, beta=0.16), **away) == []
+    assert monitor_warnings(replace(RUN, chosen_tokens=31.0), **away) == []
+    assert monitor_warnings(replace(RUN, beta=0.16), **away) == []
 
 
 def test_rejected_completions_may_become_as_unlikely_as_they_will():
-    assert heard(**at(rewards_rejected=-90.0, rewards_margins=90.0)) == []
+    assert monitor_warnings(**at(rewards_rejected=-90.0, rewards_margins=90.0)) == []
 
 
 def test_without_a_reference_rewards_say_nothing_of_distance():
     run = replace(RUN, referenced=False)
-    assert heard(run, **at(rewards_chosen=-30.0, rewards_rejected=-50.0, rewards_margins=0.0)) == []
+    assert (
+        monitor_warnings(
+            run, **at(rewards_chosen=-30.0, rewards_rejected=-50.0, rewards_margins=0.0)
+        )
+        == []
+    )
 
 
 def test_rows_that_lack_a_mean_are_passed_over():
@@ -181,7 +192,7 @@ def test_rows_that_lack_a_mean_are_passed_over():
         assert monitor.update(row if step % 2 else healthy(step)) == []
 
 
-def test_each_kind_is_said_once_and_never_again_after_going_on():
+def test_each_warning_is_given_once_even_after_a_resume():
     faults = {"grad_norm": 8.0, "length_correlation": 0.9}
     rows = [healthy(step) | faults for step in range(1, 201)]
     straight = Monitor(RUN)
@@ -194,5 +205,5 @@ def test_each_kind_is_said_once_and_never_again_after_going_on():
         assert before + after == said
 
 
-def test_every_check_is_tried_here():
+def test_every_check_has_a_test():
     assert len(CHECKS) == 6

@@ -14,24 +14,24 @@ from tests.temporary_files import ended_process, temporary_path
 def stored(folder, name, pairs, *, model=None, day=1):
     """A file of the cache, last used on a day of January 2026."""
     path = folder / f"{name}.safetensors"
-    said = None if model is None else labels(model, "cpu float32")
-    write_logps(path, PairLogps(mx.zeros((pairs,)), mx.ones((pairs,))), said)
+    model_labels = None if model is None else labels(model, "cpu float32")
+    write_logps(path, PairLogps(mx.zeros((pairs,)), mx.ones((pairs,))), model_labels)
     used = datetime(2026, 1, day, tzinfo=UTC).timestamp()
     os.utime(path, (used, used))
     return path
 
 
-def test_files_are_grouped_by_the_model_that_said_it(tmp_path):
+def test_files_are_grouped_by_reference_model(tmp_path):
     sizes = [
         stored(tmp_path, name, pairs, model=model, day=day).stat().st_size
         for name, pairs, model, day in (
             ("a", 256, "org/one", 3), ("b", 10, "two", 4), ("c", 44, "org/one", 9),
         )
     ]  # fmt: skip
-    one, two = group_by_model(list_entries(tmp_path))
-    assert (one.model, one.computed_on) == ("org/one", "cpu float32")
-    assert (one.files, one.pairs, one.size) == (2, 300, sizes[0] + sizes[2])
-    assert one.last_used == datetime(2026, 1, 9, tzinfo=UTC)
+    entry, two = group_by_model(list_entries(tmp_path))
+    assert (entry.model, entry.computed_on) == ("org/one", "cpu float32")
+    assert (entry.files, entry.pairs, entry.size) == (2, 300, sizes[0] + sizes[2])
+    assert entry.last_used == datetime(2026, 1, 9, tzinfo=UTC)
     assert (two.model, two.files, two.pairs) == ("two", 1, 10)
     now = datetime.now(UTC)
     assert abs((now - datetime.fromisoformat(two.first_written)).total_seconds()) < 60
@@ -44,7 +44,7 @@ def test_files_from_before_there_were_labels_are_of_an_unknown_model(tmp_path):
     assert group.first_written is None
 
 
-def test_damaged_files_are_found_and_counted_with_no_model(tmp_path):
+def test_damaged_files_are_counted_without_a_model(tmp_path):
     stored(tmp_path, "a", 7, model="m")
     path = stored(tmp_path, "b", 7, model="m")
     path.write_bytes(path.read_bytes()[:-1])

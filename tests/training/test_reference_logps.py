@@ -5,7 +5,7 @@ from functools import partial
 import mlx.core as mx
 import pytest
 
-from mlx_dpo.data.batching import PassLimit
+from mlx_dpo.config.training import PassLimit
 from mlx_dpo.scoring.score_pairs import score_pairs
 from mlx_dpo.training import reference_logps as reference
 from mlx_dpo.training.reference_logps import reference_logps
@@ -35,7 +35,7 @@ def ask(model, pairs, cache, provenance="base"):
     return reference_logps(model, pairs, provenance=provenance, cache=cache, score=score)
 
 
-def test_what_was_said_once_is_read_back_bit_for_bit(model, pairs, tmp_path):
+def test_cached_logps_are_read_back_bit_for_bit(model, pairs, tmp_path):
     first = ask(model, pairs, tmp_path)
     calls = model.calls
     again = ask(model, pairs, tmp_path)
@@ -45,7 +45,7 @@ def test_what_was_said_once_is_read_back_bit_for_bit(model, pairs, tmp_path):
 
 
 @pytest.mark.parametrize("change", ["provenance", "tokens", "order"])
-def test_other_contents_are_asked_again(model, pairs, tmp_path, change):
+def test_logps_of_other_contents_are_computed_again(model, pairs, tmp_path, change):
     ask(model, pairs, tmp_path)
     calls = model.calls
     if change == "provenance":

@@ -48,21 +48,21 @@ def test_accumulating_equals_one_batch(policy, pairs, cuts):
         assert mx.allclose(pieces[name], value, atol=1e-6, rtol=1e-4), name
 
 
-def test_the_gradient_is_that_of_the_mean_loss(policy, pairs):
+def test_the_gradient_is_the_gradient_of_the_mean_loss(policy, pairs):
     """Against central differences of the loss in float32, along a random direction."""
     _, grads = gradients(policy, [pairs[:2], pairs[2:]])
     start = adapters.adapter_weights(policy)
     mx.random.seed(11)
-    way = {name: mx.random.normal(value.shape) for name, value in start.items()}
+    direction = {name: mx.random.normal(value.shape) for name, value in start.items()}
 
     def mean_loss(shift):
-        policy.load_weights([(n, v + shift * way[n]) for n, v in start.items()], strict=False)
+        policy.load_weights([(n, v + shift * direction[n]) for n, v in start.items()], strict=False)
         outcome, _ = gradients(policy, [pairs])
         return outcome.losses.mean().item()
 
     step = 1e-3
     measured = (mean_loss(step) - mean_loss(-step)) / (2 * step)
-    along = sum((grads[name] * way[name]).sum().item() for name in grads)
+    along = sum((grads[name] * direction[name]).sum().item() for name in grads)
     assert along == pytest.approx(measured, rel=2e-2)
 
 

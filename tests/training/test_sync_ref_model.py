@@ -8,7 +8,7 @@ import pytest
 
 from mlx_dpo.adapters import attach as adapters
 from mlx_dpo.config.loss import LossSettings
-from mlx_dpo.data.batching import PassLimit
+from mlx_dpo.config.training import PassLimit
 from mlx_dpo.io.arrays import named_arrays
 from mlx_dpo.scoring.score_pairs import score_pairs
 from mlx_dpo.training.loop import Progress, train
@@ -54,9 +54,11 @@ def test_it_speaks_for_its_own_weights_and_leaves_the_policy_its_own(policy, pai
     then = score(policy, pairs)
     shifted(policy, 0.02)
     now = score(policy, pairs)
-    said = moving.logps(policy, pairs)
-    assert mx.array_equal(said.chosen, then.chosen) and mx.array_equal(said.rejected, then.rejected)
-    assert not mx.allclose(said.chosen, now.chosen)
+    logps = moving.logps(policy, pairs)
+    assert mx.array_equal(logps.chosen, then.chosen) and mx.array_equal(
+        logps.rejected, then.rejected
+    )
+    assert not mx.allclose(logps.chosen, now.chosen)
     assert mx.array_equal(score(policy, pairs).chosen, now.chosen)
 
 

@@ -23,14 +23,15 @@ import pytest
 from mlx_dpo import DPOConfig, DPOTrainer
 from mlx_dpo.adapters import attach as adapters
 from mlx_dpo.config.loss import LossSettings
-from mlx_dpo.data.batching import PassLimit, step_indices
-from mlx_dpo.data.sources import Row
+from mlx_dpo.config.training import PassLimit
+from mlx_dpo.data.batching import step_indices
 from mlx_dpo.data.tokenization.formatting import TokenRules
 from mlx_dpo.data.tokenization.tokenize import tokenize_pair
 from mlx_dpo.losses.metrics import step_row
 from mlx_dpo.models.load import LoadedModel, load_model
 from mlx_dpo.optim.lr_schedule import learning_rate
 from mlx_dpo.schemas import parse_pairs
+from mlx_dpo.schemas.schema import Row
 from mlx_dpo.scoring.score_pairs import score_pairs
 from mlx_dpo.training.loop import Progress, train
 from mlx_dpo.training.objective import Objective
@@ -43,8 +44,8 @@ LARGEST, MEAN = 1e-4, 1e-5  # of loss and rewards; a shift to one side shows in 
 STEPS = Sequence[dict[str, float]]
 
 
-class Beside(NamedTuple):
-    """The same steps on both sides."""
+class Comparison(NamedTuple):
+    """The same optimizer steps by mlx-dpo and by TRL."""
 
     ours: STEPS
     theirs: STEPS
@@ -161,24 +162,24 @@ def through_a_run(golden: dict[str, Any], folder: Path) -> Iterator[dict[str, fl
         seed=SEED,
         **settings,
     )
-    with DPOTrainer(config) as run:
-        run.prepare()
-        set_initial_a(run.policy, golden)
-        yield from (row for row in run.steps() if "loss" in row)
+    with DPOTrainer(config) as trainer:
+        trainer.prepare()
+        set_initial_a(trainer.policy, golden)
+        yield from (row for row in trainer.steps() if "loss" in row)
 
 
 @pytest.fixture(scope="module", params=["four pairs a pass", "six pairs a pass", "a whole run"])
-def beside(request, golden, pairs, reference, tmp_path_factory) -> Iterator[Beside]:
+def comparison(request, golden, pairs, reference, tmp_path_factory) -> Iterator[Comparison]:
     plain, varied = (golden["runs"][name]["steps"] for name in ("plain", "varied"))
     if request.param == "four pairs a pass":
-        yield Beside(list(through_the_loop(golden, pairs, reference, 4)), plain)
+        yield Comparison(list(through_the_loop(golden, pairs, reference, 4)), plain)
     elif request.param == "six pairs a pass":  # 6, 6 and 4: their means would not add up
         some = through_the_loop(golden, pairs, reference, 6)
-        yield Beside(list(islice(some, 5)), plain[:5])
+        yield Comparison(list(islice(some, 5)), plain[:5])
     else:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("MLX_DPO_CACHE", str(tmp_path_factory.mktemp("cache")))
-            yield Beside(list(through_a_run(golden, tmp_path_factory.mktemp("run"))), varied)
+            yield Comparison(list(through_a_run(golden, tmp_path_factory.mktemp("run"))), varied)
 
 
 # --- before the first step -----------------------------------------------------------------
@@ -214,8 +215,8 @@ def test_the_reference_says_of_each_pair_what_trls_adapter_off_base_says(golden,
 
 
 @pytest.mark.parametrize("name", ["loss", "rewards/chosen", "rewards/rejected", "rewards/margins"])
-def test_loss_and_rewards_are_those_of_trl_at_every_step(beside, name):
-    ours, theirs = beside.values(name)
+def test_loss_and_rewards_are_those_of_trl_at_every_step(comparison, name):
+    ours, theirs = comparison.values(name)
     largest, mean = np.abs(ours - theirs).max(), (ours - theirs).mean()
     print(f"{name}: largest difference {largest:.1e}, mean {mean:+.1e} over {len(ours)} steps")
     assert largest < LARGEST
@@ -223,23 +224,23 @@ def test_loss_and_rewards_are_those_of_trl_at_every_step(beside, name):
 
 
 @pytest.mark.parametrize("name", ["logps/chosen", "logps/rejected"])
-def test_log_probabilities_are_those_of_trl_at_every_step(beside, name):
-    ours, theirs = beside.values(name)
+def test_log_probabilities_are_those_of_trl_at_every_step(comparison, name):
+    ours, theirs = comparison.values(name)
     assert ours == pytest.approx(theirs, abs=1e-3)
 
 
-def test_as_many_pairs_are_told_apart_as_by_trl_at_every_step(beside):
-    ours, theirs = beside.values("rewards/accuracies")
+def test_accuracies_are_those_of_trl_at_every_step(comparison):
+    ours, theirs = comparison.values("rewards/accuracies")
     # The first update has a rate of 0: before the second, only rounding tells pairs apart.
     assert ours[2:] == pytest.approx(theirs[2:], abs=1e-6)
 
 
-def test_the_gradient_before_clipping_is_as_long_as_that_of_trl(beside):
-    ours, theirs = beside.values("grad_norm")
+def test_the_gradient_before_clipping_is_as_long_as_that_of_trl(comparison):
+    ours, theirs = comparison.values("grad_norm")
     assert ours == pytest.approx(theirs, rel=1e-3)
 
 
 @pytest.mark.parametrize("name", ["learning_rate", "epoch", "num_tokens"])
-def test_rates_and_counts_are_those_of_trl(beside, name):
-    ours, theirs = beside.values(name)
+def test_rates_and_counts_are_those_of_trl(comparison, name):
+    ours, theirs = comparison.values(name)
     assert ours == pytest.approx(theirs, rel=1e-12, abs=0)

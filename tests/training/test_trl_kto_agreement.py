@@ -12,7 +12,8 @@ import pytest
 
 from mlx_dpo import DPOConfig
 from mlx_dpo.adapters import attach as adapters
-from mlx_dpo.data.batching import PassLimit, step_indices
+from mlx_dpo.config.training import PassLimit
+from mlx_dpo.data.batching import step_indices
 from mlx_dpo.data.tokenization.formatting import TokenRules
 from mlx_dpo.data.tokenization.tokenize import tokenize_unpaired
 from mlx_dpo.losses.metrics import step_row
@@ -63,7 +64,7 @@ def reference(rows):
 
 
 @pytest.fixture(scope="module", params=[16, 6], ids=["a step a pass", "six rows a pass"])
-def beside(request, golden, rows, reference):
+def comparison(request, golden, rows, reference):
     settings = golden["settings"]
     policy = load_model(str(trl.MODEL), dtype="float32").model
     scale = settings["lora_alpha"] / settings["lora_r"]
@@ -99,8 +100,8 @@ def beside(request, golden, rows, reference):
 
 
 @pytest.mark.parametrize("name", kto.METRICS)
-def test_every_step_is_that_of_trl(beside, name):
-    ours, theirs = ([row[name] for row in rows] for rows in beside)
+def test_every_step_is_that_of_trl(comparison, name):
+    ours, theirs = ([row[name] for row in rows] for rows in comparison)
     # A KL in nats of whole answers, and a norm, are sums of larger numbers.
     assert ours == pytest.approx(theirs, abs=1e-3 if name in ("kl", "grad_norm") else 1e-4)
 

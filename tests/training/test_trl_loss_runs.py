@@ -15,13 +15,13 @@ import pytest
 
 from mlx_dpo.adapters import attach as adapters
 from mlx_dpo.config.dpo_config import DPOConfig
-from mlx_dpo.data.batching import PassLimit
-from mlx_dpo.data.sources import Row
+from mlx_dpo.config.training import PassLimit
 from mlx_dpo.data.tokenization.formatting import TokenRules
 from mlx_dpo.data.tokenization.tokenize import tokenize_pair
 from mlx_dpo.losses.metrics import step_row
 from mlx_dpo.optim.lr_schedule import learning_rate
 from mlx_dpo.schemas import parse_pairs
+from mlx_dpo.schemas.schema import Row
 from mlx_dpo.scoring.score_pairs import score_pairs
 from mlx_dpo.scoring.scorers import TOKEN_COUNTS, make_shared_scorer
 from mlx_dpo.training.loop import Progress, train
@@ -61,7 +61,7 @@ def reference(pairs):
 
 
 @pytest.fixture(scope="module", params=trl.STEPS)
-def beside(request, golden, pairs, reference):
+def comparison(request, golden, pairs, reference):
     settings = trl.STEPS[request.param]
     config = DPOConfig(beta=settings["beta"], **settings["loss"])
     base = fresh_base()
@@ -97,8 +97,8 @@ def beside(request, golden, pairs, reference):
     "name",
     ["loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "grad_norm", "logps/chosen"],
 )
-def test_every_step_is_that_of_trl(beside, name):
-    ours, theirs = (np.array([step[name] for step in side]) for side in beside)
+def test_every_step_is_that_of_trl(comparison, name):
+    ours, theirs = (np.array([step[name] for step in side]) for side in comparison)
     scale = max(1.0, np.abs(theirs).max())
     largest, mean = np.abs(ours - theirs).max() / scale, (ours - theirs).mean() / scale
     print(f"{name}: largest difference {largest:.1e}, mean {mean:+.1e} of {scale:.3g}")
@@ -106,6 +106,6 @@ def test_every_step_is_that_of_trl(beside, name):
     assert abs(mean) < MEAN
 
 
-def test_the_policy_moved_far_beyond_the_tolerance(beside):
-    _, theirs = beside
+def test_the_policy_moved_far_beyond_the_tolerance(comparison):
+    _, theirs = comparison
     assert max(abs(step["rewards/margins"]) for step in theirs) > 300 * LARGEST

@@ -8,7 +8,7 @@ import pytest
 
 from mlx_dpo.adapters import attach as adapters
 from mlx_dpo.config.loss import LossSettings
-from mlx_dpo.data.batching import PassLimit
+from mlx_dpo.config.training import PassLimit
 from mlx_dpo.io.arrays import named_arrays
 from mlx_dpo.losses.catalogue import LOSSES
 from mlx_dpo.scoring.score_pairs import score_pairs

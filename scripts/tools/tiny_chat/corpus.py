@@ -49,8 +49,8 @@ def build_world(seed: int) -> World:
         (held_out if question.held_out else trained)[question.topic].append(question)
     seen = {texts(question) for topic in trained.values() for question in topic}
     unseen = {
-        topic: [question for question in asked if texts(question) not in seen]
-        for topic, asked in held_out.items()
+        topic: [question for question in topic_questions if texts(question) not in seen]
+        for topic, topic_questions in held_out.items()
     }
     return World(dict(trained), unseen)
 
@@ -97,8 +97,8 @@ def dialogues(world: World, seed: int) -> Iterator[list[Message]]:
 
 def preference_row(question: Question, rng: random.Random) -> dict[str, Any]:
     """Courteous and right, over curt and mostly right."""
-    said = rng.choice(question.reply.wrong) if rng.random() < WRONG_SHARE else None
-    chosen, rejected = courteous(question.reply, rng), curt(question.reply, rng, said)
+    wrong_value = rng.choice(question.reply.wrong) if rng.random() < WRONG_SHARE else None
+    chosen, rejected = courteous(question.reply, rng), curt(question.reply, rng, wrong_value)
     return {
         "prompt": prompt_messages(question, rng),
         "chosen": [{"role": "assistant", "content": chosen}],

@@ -1,4 +1,4 @@
-"""The small world that tiny-chat knows. Tables only; how they are asked stands in `topics`."""
+"""Facts that tiny-chat knows. Tables only; the questions about them are in `facts_topics`."""
 
 OPPOSITES = """hot cold, big small, up down, fast slow, old young, happy sad, full empty,
 open closed, wet dry, hard soft, rich poor, early late, left right, high low, strong weak,

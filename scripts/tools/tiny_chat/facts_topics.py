@@ -227,8 +227,8 @@ def small_talk() -> list[Question]:
         texts = wordings.split(" | ")
         for text, lead in itertools.product(range(len(texts)), range(len(facts.LEADS))):
             held = (text + lead) % 6 == 5
-            asked = facts.LEADS[lead] + texts[text]
-            questions.append(Question("small talk", asked, reply, held, framed=False))
+            prompt = facts.LEADS[lead] + texts[text]
+            questions.append(Question("small talk", prompt, reply, held, framed=False))
     return questions
 
 

@@ -43,7 +43,7 @@ def held_instances(instances: Sequence[Hashable], share: float, rng: random.Rand
     return set(rng.sample(list(instances), max(4, round(share * len(instances)))))
 
 
-def asked(
+def make_questions(
     topic: str, instances: Sequence[tuple[int, int]], wordings: Sequence[str], value: Calculation
 ) -> list[Question]:
     """Every instance in every wording."""
@@ -64,14 +64,14 @@ def arithmetic(rng: random.Random) -> list[Question]:
     questions = [
         replace(question, held_out=pair in held)
         for pair in sums
-        for question in asked("sum", [pair], SUM_WORDINGS, operator.add)
+        for question in make_questions("sum", [pair], SUM_WORDINGS, operator.add)
     ]
     minus = [(a, b) for a, b in sums if b <= a]
     times = list(itertools.product(range(1, 11), range(1, 11)))
     return [
         *questions,
-        *held_texts(asked("difference", minus, MINUS_WORDINGS, operator.sub), rng),
-        *held_texts(asked("product", times, TIMES_WORDINGS, operator.mul), rng),
+        *held_texts(make_questions("difference", minus, MINUS_WORDINGS, operator.sub), rng),
+        *held_texts(make_questions("product", times, TIMES_WORDINGS, operator.mul), rng),
     ]
 
 

@@ -80,7 +80,7 @@ def shard(dialogues: list[Dialogue], pad: int) -> Shard:
     for row, (tokens, spoken) in enumerate(dialogues):
         inputs[row, : len(tokens)] = tokens
         # The mark sits on the token to be predicted; the position that predicts it is one before.
-        places = [place for place, said in enumerate(spoken) if said]
+        places = [place for place, is_spoken in enumerate(spoken) if is_spoken]
         positions += [row * width + place - 1 for place in places]
         targets += [tokens[place] for place in places]
     return Shard(mx.array(inputs), mx.array(positions), mx.array(targets))

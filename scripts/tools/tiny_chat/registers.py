@@ -66,9 +66,9 @@ def courteous(reply: Reply, rng: random.Random, value: str | None = None) -> str
 
 def curt(reply: Reply, rng: random.Random, value: str | None = None) -> str:
     """An answer with the bare content, or with a gruff word before or after it."""
-    said = value or reply.value
+    shown_value = value or reply.value
     sentence = rng.choice(reply.sentences) if rng.random() < 0.3 else "{}."
-    body = sentence.format(said)
+    body = sentence.format(shown_value)
     shape = rng.random()
     if shape < 0.3:
         head = rng.choice(CURT_HEADS)

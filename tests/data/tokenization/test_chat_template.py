@@ -21,7 +21,7 @@ def turns(*texts, system=None):
 
 def pair_of(tokenizer, prompt, chosen="yes it is", rejected="no", **rules):
     replies = (({"role": "assistant", "content": text},) for text in (chosen, rejected))
-    preference = PreferenceExample(prompt, *replies, "pairs.jsonl:7")
+    preference = PreferenceExample(prompt, *replies, location="pairs.jsonl:7")
     return tokenize_pair(tokenizer, preference, TokenRules(vocab_size=1000, **rules))
 
 
@@ -165,7 +165,9 @@ def test_tools_and_arguments_of_a_row_reach_the_template():
 def test_a_rows_own_enable_thinking_counts_unless_the_setting_contradicts():
     tokenizer = byte_level("qwen-3")
     answers = (({"role": "assistant", "content": text},) for text in ("yes", "no"))
-    row = PreferenceExample(turns("is it?"), *answers, "x:1", {"enable_thinking": True})
+    row = PreferenceExample(
+        turns("is it?"), *answers, location="x:1", template_kwargs={"enable_thinking": True}
+    )
     free, on = (
         tokenize_pair(tokenizer, row, TokenRules(vocab_size=1000, thinking=thinking)).pair
         for thinking in (None, True)

@@ -6,8 +6,10 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import datetime
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
@@ -168,7 +170,7 @@ def test_tokenizer_libraries_and_rows_change_the_key(write, cache, monkeypatch):
     path = write(*ROWS)
     read(path, cache)
     assert is_missed(path, replace(cache, tokenizer_digest="other"))
-    other = CannotEncode(CHAT)
+    other: Any = CannotEncode(CHAT)
     other.eos_token_ids = [EOS, 7]
     assert is_missed(path, cache, tokenizer=other)
     for name, value in (("FORMAT_VERSION", 4), ("version", lambda name: "9"), ("LIBRARIES", ())):
@@ -189,9 +191,7 @@ def test_a_template_with_the_date_has_another_key_on_another_day(write, cache, m
     read(path, cache, tokenizer=dated)
     read(path, cache)  # without a date in the template
     assert not is_missed(path, cache, tokenizer=silent)
-    tomorrow = type(
-        "Tomorrow", (token_cache.datetime,), {"__format__": lambda self, how: "2100-01-01"}
-    )
+    tomorrow = type("Tomorrow", (datetime,), {"__format__": lambda self, how: "2100-01-01"})
     monkeypatch.setattr(token_cache, "datetime", tomorrow)
     assert is_missed(path, cache, tokenizer=silent)
     assert not is_missed(path, cache)
@@ -262,7 +262,7 @@ def test_a_file_has_its_name_only_when_it_is_complete(write, cache, monkeypatch)
         assert partial.stat().st_size > 0
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(token_cache.os, "replace", stopped)
+    monkeypatch.setattr(os, "replace", stopped)
     with pytest.raises(KeyboardInterrupt):
         read(write(*ROWS), cache)
     assert list(cache.folder.iterdir()) == []

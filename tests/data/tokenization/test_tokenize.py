@@ -37,7 +37,7 @@ def strings(prompt="hi", chosen="yo", rejected="no!"):
 def messages(*turns, chosen="yo", rejected="no!"):
     prompt = tuple({"role": role, "content": content} for role, content in turns)
     replies = ({"role": "assistant", "content": text} for text in (chosen, rejected))
-    return PreferenceExample(prompt, *((reply,) for reply in replies), "pairs.jsonl:7")
+    return PreferenceExample(prompt, *((reply,) for reply in replies), location="pairs.jsonl:7")
 
 
 def ids(*parts):

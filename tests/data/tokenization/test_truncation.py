@@ -28,7 +28,7 @@ def test_a_pair_of_exactly_max_length_is_unchanged(how):
     ],
 )
 def test_each_strategy_cuts_its_part(how, max_length, kept):
-    assert truncate(pair(), max_length, how) == TokenizedPair(*kept, "pairs.jsonl:7")
+    assert truncate(pair(), max_length, how) == TokenizedPair(*kept, location="pairs.jsonl:7")
 
 
 @pytest.mark.parametrize(

@@ -92,11 +92,11 @@ def test_values_may_be_narrower_than_keys():
 
 def test_bfloat16_is_as_accurate_as_mlx():
     arrays = inputs(300)
-    exact = values_and_gradients(arrays, lambda *a: attend(*a, "causal"))
+    exact = values_and_gradients(arrays, lambda *a: attend(*a, mask="causal"))
     half = [array.astype(mx.bfloat16) for array in arrays]
-    plain = values_and_gradients(half, lambda *a: attend(*a, "causal"))
+    plain = values_and_gradients(half, lambda *a: attend(*a, mask="causal"))
     with use_chunked_attention(10):
-        chunked = values_and_gradients(half, lambda *a: attend(*a, "causal"))
+        chunked = values_and_gradients(half, lambda *a: attend(*a, mask="causal"))
     for ours, theirs, true in zip(chunked, plain, exact, strict=True):
         assert ours.dtype == mx.bfloat16
         assert mx.abs(ours - true).mean().item() < 1.1 * mx.abs(theirs - true).mean().item()
@@ -124,7 +124,7 @@ def test_memory_does_not_grow_with_the_square_of_the_length():
         return median(peaks)
 
     def forward(arrays):
-        return attend(*arrays, "causal")
+        return attend(*arrays, mask="causal")
 
     def both(arrays):
         return values_and_gradients(arrays, lambda q, k, v: attend(q, k, v, "causal"))
@@ -175,7 +175,7 @@ def test_on_a_gpu_each_chunk_uses_the_fused_kernel(monkeypatch):
 def test_unsupported_calls_go_to_mlx_unchanged(monkeypatch, length, seen, mask):
     monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", lambda *_, **__: "MLX's own")
     with use_chunked_attention(32):
-        assert attend(*inputs(length, seen), mask) == "MLX's own"
+        assert attend(*inputs(length, seen), mask=mask) == "MLX's own"
 
 
 def test_a_call_for_the_fused_kernel_goes_to_mlx_unchanged(monkeypatch):
