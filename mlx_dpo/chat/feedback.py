@@ -1,4 +1,4 @@
-"""Preference rows (pairs and unpaired examples) and the JSONL file that they are appended to.
+"""Preference rows (pairs and labelled answers) and the JSONL file that they are appended to.
 
 Every row is flushed to disk before the program continues, so a crash loses no feedback.
 """
@@ -18,7 +18,7 @@ Row = dict[str, Any]
 
 
 def unpaired_row(prompt: Text, answer: str, *, good: bool, provenance: Row) -> Row:
-    """Return an unpaired preference, TRL's `prompt`, `completion` and `label`, as KTO reads it."""
+    """Return a labelled answer as a row for KTO: `prompt`, `completion`, `label`, as in TRL."""
     return {
         **_format_turns(prompt, completion=answer),
         "label": good,
@@ -27,12 +27,15 @@ def unpaired_row(prompt: Text, answer: str, *, good: bool, provenance: Row) -> R
 
 
 def pair_row(prompt: Text, *, chosen: str, rejected: str, provenance: Row) -> Row:
-    """Return a preference pair: `prompt`, `chosen` and `rejected`."""
+    """Return a preference pair as a row: `prompt`, `chosen`, `rejected` and `provenance`."""
     return {**_format_turns(prompt, chosen=chosen, rejected=rejected), "provenance": provenance}
 
 
 def _format_turns(prompt: Text, **answers: str) -> Row:
-    """Return prompt and answers as messages if the prompt is messages, else as plain text."""
+    """Return a row with the prompt and the answers, by key.
+
+    The answers become lists of messages if the prompt is a list of messages, else they stay text.
+    """
     if isinstance(prompt, str):
         return {"prompt": prompt, **answers}
     turns: dict[str, list[Message]] = {
@@ -48,7 +51,7 @@ def utc_timestamp() -> str:
 
 @dataclass(frozen=True)
 class JsonlFile:
-    """An append-only JSONL file. The file and its folder are created with the first row.
+    """An append-only JSONL file. Appending the first row creates the file and its folder.
 
     Raises:
         DataError: the path is a folder or does not end in `.jsonl`.
@@ -65,7 +68,7 @@ class JsonlFile:
             raise DataError(f"{self.path}: is a folder; give the name of a file")
 
     def repair(self) -> str | None:
-        """Remove an incomplete last line; return a note about the removal, or None.
+        """Remove an incomplete last line from the file; return a note that says so, or None.
 
         Raises:
             DataError: the file cannot be read or written.
@@ -92,7 +95,7 @@ class JsonlFile:
                 raise self._write_error(error) from error
 
     def _open_locked(self) -> BinaryIO:
-        """Open the file with an exclusive lock against other programs that append to it."""
+        """Open the file for appending, with a lock that keeps out other programs of mlx-dpo."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             file = open(self.path, "a+b")  # noqa: SIM115 (the caller closes it)
@@ -107,7 +110,7 @@ class JsonlFile:
         )
 
     def _repair(self, file: BinaryIO) -> str | None:
-        """Remove an incomplete last line from the open file; see `repair`."""
+        """Remove an incomplete last line from the open file; return a note, as `repair` does."""
         if not (size := file.seek(0, os.SEEK_END)):
             return None
         file.seek(size - 1)

@@ -1,4 +1,4 @@
-"""Checks of OpenAI API requests before mlx-lm sees them.
+"""Checks of OpenAI API requests before mlx-lm's server handles them.
 
 mlx-lm's server ignores fields that it does not implement, and a few values end its thread.
 """
@@ -24,7 +24,7 @@ UNSUPPORTED_FIELDS: Mapping[str, tuple[Any, ...]] = {
 
 
 def find_request_error(body: Mapping[str, Any], *, vocab_size: int) -> str | None:
-    """Return the first reason why a request cannot be served, or None."""
+    """Return the first reason why a request body cannot be served, or None if it can be served."""
     return next(_request_errors(body, vocab_size), None)
 
 
@@ -49,7 +49,7 @@ def _request_errors(body: Mapping[str, Any], vocab_size: int) -> Iterator[str]:
 
 
 def _message_errors(messages: Any) -> Iterator[str]:
-    """Yield the errors in `messages`. Only text is accepted: mlx-lm would fetch any image URL."""
+    """Yield what is wrong with `messages`. Only text is accepted: mlx-lm would fetch image URLs."""
     if not isinstance(messages, list | tuple) or not all(isinstance(m, dict) for m in messages):
         yield "`messages` must be a list of objects"
         return
@@ -65,7 +65,7 @@ def _message_errors(messages: Any) -> Iterator[str]:
 
 
 def _sampling_errors(body: Mapping[str, Any], vocab_size: int) -> Iterator[str]:
-    """Yield the errors in sampling settings that mlx-lm does not check before it generates."""
+    """Yield what is wrong with sampling settings that mlx-lm does not check before it generates."""
     stop = body.get("stop") or []
     stops = stop if isinstance(stop, list) else [stop]
     if not all(isinstance(text, str) and text for text in stops):

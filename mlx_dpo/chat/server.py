@@ -40,7 +40,7 @@ PROMPT_CACHE_SIZE = 10
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model with its names and the settings for requests that leave them open."""
+    """A model to serve, with its names for clients and the defaults of requests."""
 
     model: Any
     tokenizer: Any
@@ -66,13 +66,13 @@ class SwitchingModelProvider(ModelProvider):
         evaluate_arrays(served.model)
 
     def load_default(self) -> None:
-        """Activate the model for requests that name none."""
+        """Activate the first name's adapter state, which serves requests that name no model."""
         self.load(DEFAULT_MODEL)
 
     def load(
         self, model_path: str, adapter_path: str | None = None, draft_model_path: str | None = None
     ) -> tuple[Any, Any]:
-        """Activate the named model by switching the adapters on or off."""
+        """Switch the adapters on or off for the named model; return the model and the tokenizer."""
         names = self.served.names
         adapter_state = names[next(iter(names)) if model_path == DEFAULT_MODEL else model_path]
         self.served.switch.activate(adapter_state)
@@ -83,7 +83,7 @@ class SwitchingModelProvider(ModelProvider):
 
 
 class SynchronizedResponseGenerator(ResponseGenerator):
-    """mlx-lm's response generator, whose thread waits for its MLX computations before it ends."""
+    """mlx-lm's response generator; its thread ends only when all MLX computations are done."""
 
     def _tokenize(self, tokenizer: Any, request: CompletionRequest, args: Any) -> Any:
         tokenized = super()._tokenize(tokenizer, request, args)
@@ -99,10 +99,10 @@ class SynchronizedResponseGenerator(ResponseGenerator):
 
 
 class RequestHandler(APIHandler):
-    """mlx-lm's HTTP handler with the model names served here and checks of host and origin."""
+    """mlx-lm's HTTP handler, limited to the served model names and to allowed hosts and origins."""
 
     def parse_request(self) -> bool:
-        """Read the request line and headers; answer 403 to a foreign host or origin."""
+        """Read the request line and headers; answer 403 if the host or origin is not allowed."""
         if not super().parse_request():
             return False
         if not self._is_allowed():
@@ -111,7 +111,7 @@ class RequestHandler(APIHandler):
         return True
 
     def _is_allowed(self) -> bool:
-        """Return whether the `Origin` and `Host` headers may use this server.
+        """Return whether the `Origin` and `Host` headers of the request are allowed.
 
         A browser sends the origin of the page. A page may also reach this machine through a host
         name of its own (DNS rebinding), so a loopback server accepts only loopback host names.
@@ -129,7 +129,7 @@ class RequestHandler(APIHandler):
         return is_loopback(host)
 
     def do_POST(self) -> None:  # noqa: N802 (http.server's name)
-        """Answer a completion request whose body can be read."""
+        """Answer a completion request; send an error if its body is too long or unreadable."""
         length = self.headers.get("Content-Length")
         if length is not None and not _is_valid_length(length):
             self._send_json_error(
@@ -142,7 +142,7 @@ class RequestHandler(APIHandler):
             self._send_json_error(400, f"the request cannot be read ({reason(error)})")
 
     def validate_model_parameters(self) -> None:
-        """Raise `ValueError` if the request cannot be served."""
+        """Raise `ValueError` if mlx-lm or `find_request_error` finds a fault in the request."""
         super().validate_model_parameters()
         served = self.response_generator.model_provider.served
         if error := find_request_error(self.body, vocab_size=served.vocab_size):
@@ -152,7 +152,7 @@ class RequestHandler(APIHandler):
             self.stream_options: dict[str, Any] = {"include_usage": False, **options}
 
     def handle_models_request(self) -> None:
-        """Send the list of model names."""
+        """Send the names of the served models as JSON."""
         names = self.response_generator.model_provider.served.names
         rows = [{"id": n, "object": "model", "created": self.created} for n in names]
         self._send_json(200, {"object": "list", "data": rows})
@@ -183,7 +183,7 @@ class RequestHandler(APIHandler):
             self._send_json_error(404, error, code="model_not_found")
 
     def handle_chat_completions(self) -> CompletionRequest:
-        """Return the chat request, with the run's system message if it has none of its own."""
+        """Return the chat request; add the run's system message if the request has none."""
         request = super().handle_chat_completions()
         system = self.response_generator.model_provider.served.system
         roles = {message.get("role") for message in request.messages}
@@ -193,7 +193,7 @@ class RequestHandler(APIHandler):
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether only this machine can connect to the host."""
+    """Return whether `host` is a loopback address or name, which only this machine can reach."""
     try:
         return ip_address(host).is_loopback
     except ValueError:
@@ -201,15 +201,18 @@ def is_loopback(host: str) -> bool:
 
 
 def _is_valid_length(length: str) -> bool:
-    """Return whether a `Content-Length` is within bounds; a negative one would never end."""
+    """Return whether a `Content-Length` is a number of at most `MAX_BODY_BYTES`.
+
+    Reading a body of negative length would never end.
+    """
     return length.isdecimal() and len(length) < 20 and int(length) <= MAX_BODY_BYTES
 
 
 class Server(ThreadingHTTPServer):
-    """The HTTP server. It binds its port when created, before a model is loaded.
+    """The HTTP server. Creating it opens the port, so a port in use fails before a model is loaded.
 
     Raises:
-        ConfigError: the address cannot be used.
+        ConfigError: the server cannot listen at this host and port.
     """
 
     daemon_threads = True
@@ -233,7 +236,7 @@ class Server(ThreadingHTTPServer):
         return f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
 
     def serve(self, served: ServedModel) -> None:
-        """Serve requests until Ctrl-C."""
+        """Serve requests for the model until Ctrl-C."""
         provider = SwitchingModelProvider(served)
         generator = SynchronizedResponseGenerator(provider, LRUPromptCache(PROMPT_CACHE_SIZE))
         fingerprint = get_system_fingerprint()
@@ -246,13 +249,13 @@ class Server(ThreadingHTTPServer):
             generator.stop_and_join()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Ignore clients that disconnect early; report other errors."""
+        """Print the error of a request on stderr, but ignore clients that disconnect early."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
 
 
 def _mlx_lm_arguments(served: ServedModel) -> Namespace:
-    """Return the command-line arguments that mlx-lm's server reads."""
+    """Return the settings of the served model as the command-line arguments of mlx-lm's server."""
     sampling = served.sampling
     return Namespace(
         model=None,

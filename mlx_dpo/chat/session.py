@@ -1,4 +1,4 @@
-"""A chat session with a model: text in, a stream of text out, without terminal or files."""
+"""A chat session with a model: takes text, streams text, uses neither terminal nor files."""
 
 from collections.abc import Generator, Sequence
 from contextlib import closing
@@ -17,7 +17,7 @@ Author = AdapterState | Literal["person"]  # of an answer
 
 
 class _History(NamedTuple):
-    """The turns of a chat with the author and the system message of each answer."""
+    """The turns of a chat, and for each answer its author and the system message in effect."""
 
     turns: list[Message]
     authors: list[Author]
@@ -28,12 +28,13 @@ class ChatSession:
     """A conversation with a prompt cache per adapter state and a seeded sampler.
 
     Args:
-        raw: continue plain text without a chat template; forced if the tokenizer has none.
-        context: maximum number of tokens in the context, None for no limit.
-        switch: the adapter switch of `model`; without one the session has only the base model.
+        raw: continue plain text without a chat template; always so if the tokenizer has none.
+        context: maximum number of tokens of the conversation; None for no limit.
+        switch: the adapter switch of `model`; without a switch the session has only the base model.
 
     Raises:
-        ConfigError: `system` or `thinking` has no effect, or `top_k` is not below the vocabulary.
+        ConfigError: `system` or `thinking` has no effect, or `top_k` is not below the vocabulary
+            size.
     """
 
     def __init__(  # noqa: PLR0913 (one argument per setting of a session)
@@ -75,7 +76,7 @@ class ChatSession:
             check_thinking(self._tokenizer)
 
     def set_system(self, system: str | None) -> None:
-        """Set the system message for the answers from now on; None removes it.
+        """Set the system message for the following answers; None removes it.
 
         Raises:
             ConfigError: the system message would have no effect.
@@ -93,7 +94,9 @@ class ChatSession:
         self._sampler = make_sampler(self.sampling)
 
     def reply(self, text: str) -> Generator[AnswerChunk]:
-        """Stream the answer to `text`. If closed early, the partial answer stays in the turns.
+        """Stream the answer to `text` and add both to the conversation.
+
+        If the generator is closed early, the partial answer is added.
 
         Raises:
             ConfigError: the question leaves no room in the model's context.
@@ -142,7 +145,7 @@ class ChatSession:
         return str(question["content"])
 
     def answer_with(self, adapter_state: AdapterState) -> Generator[AnswerChunk]:
-        """Stream the answer of another adapter state to the last question, and forget the answer.
+        """Stream another adapter state's answer to the last question, without changing the chat.
 
         The question has the same system message as for the last answer.
         """
@@ -164,13 +167,13 @@ class ChatSession:
         self.turns, self.authors, self._systems = history
 
     def replace_answer(self, answer: str, author: Author) -> None:
-        """Replace the last answer by another one and continue the conversation from it."""
+        """Replace the last answer by `answer`, from which the conversation continues."""
         self.last_answer()
         self.turns = [*self.turns[:-1], _message("assistant", answer)]
         self.authors = [*self.authors[:-1], author]
 
     def last_answer(self) -> str:
-        """Return the answer to the last question, without thinking.
+        """Return the last answer without its thinking.
 
         Raises:
             ConfigError: there is no answer yet.
@@ -181,12 +184,12 @@ class ChatSession:
         return text if self.authors[-1] == "person" else self.strip_thinking(text)
 
     def strip_thinking(self, text: str) -> str:
-        """Return the answer in `text`, a reply to the last question, without its thinking."""
+        """Remove the thinking from `text`, a reply to the last question; return the answer."""
         prompt = self._tokens(_with_system(self.system, self.turns[:-1]))
         return strip_thinking(self._tokenizer, prompt, text)
 
     def last_prompt(self) -> Text:
-        """Return the prompt of the last answer: messages, or text without a chat template."""
+        """Return the prompt of the last answer: messages, or plain text if the session is `raw`."""
         self.last_answer()
         if self.raw:
             return "\n".join(turn["content"] for turn in self.turns[:-1])
@@ -202,10 +205,10 @@ class ChatSession:
         return encode_prompt(self._tokenizer, turns, thinking=self.thinking)
 
     def _fit_context(self, question: Message) -> tuple[list[Message], list[int]]:
-        """Return the earlier turns that fit into the context, and the prompt tokens with them.
+        """Return the earlier turns that fit into the context, and the prompt's token ids.
 
-        The oldest questions are dropped first, each with its answer; a quarter of the context is
-        reserved for the new answer.
+        The prompt consists of the earlier turns and the question. The oldest questions are dropped
+        first, each with its answer. Up to a quarter of the context is reserved for the new answer.
         """
         earlier = list(self.turns)
         prompt = self._tokens(_with_system(self.system, [*earlier, question]))

@@ -1,4 +1,4 @@
-"""Command line of mlx-dpo. Each command has a file, which is imported when it is called."""
+"""Command line of mlx-dpo. Each command has its own module, imported when the command is used."""
 
 import errno
 import os
@@ -43,14 +43,14 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPER
 
 
 class Commands(click.Group):
-    """Group of commands that are imported by name, so that `--help` loads no model library."""
+    """A click group that imports each command by name only when it is used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return the names of all commands in the order of `COMMANDS`."""
+        """Return the names of all commands, in the order in which the help lists them."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        """Import the command from the file of its name."""
+        """Import and return the command `name`; return None if there is no such command."""
         if name not in COMMANDS:
             return None
         command = getattr(import_module(f"mlx_dpo.cli.{name}"), name)
@@ -58,16 +58,16 @@ class Commands(click.Group):
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the full help of each command, wrapped on a narrow terminal."""
+        """Write the list of commands to the help text, with their complete short descriptions."""
         rows = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
         with formatter.section("Commands"):
             formatter.write_dl([(n, c.get_short_help_str(limit=200)) for n, c in rows if c])
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; print an error that a person can fix as one line.
+        """Run the command; print an error that the user can fix as one line, and exit with 1.
 
-        Any other exception keeps its traceback. With MLX_DPO_DEBUG=1 these errors print theirs
-        too, before the line.
+        Any other exception keeps its traceback. With MLX_DPO_DEBUG=1 a traceback is printed before
+        the line, too.
         """
         try:
             return super().invoke(ctx)
@@ -84,7 +84,7 @@ class Commands(click.Group):
 
 
 def one_line(error: DPOError | OSError | ImportError) -> str | None:
-    """Return the message of an error that a person can fix, or None for any other error."""
+    """Return the message of an error that the user can fix, or None for any other error."""
     if isinstance(error, DPOError):
         return str(error)
     if isinstance(error, OSError):
@@ -118,7 +118,10 @@ def cli() -> None:
 
 
 def program() -> str:
-    """Return the command that starts this program: its name, or its path if not on PATH."""
+    """Return the command with which the user can run mlx-dpo again.
+
+    This is the program's name, or its path if the name is not on PATH.
+    """
     called = Path(sys.argv[0])
     if called.name != NAME or shutil.which(NAME) is not None:
         return NAME
@@ -126,5 +129,5 @@ def program() -> str:
 
 
 def main() -> None:
-    """Run the `mlx-dpo` command."""
+    """Run the `mlx-dpo` command line."""
     cli()

@@ -1,4 +1,4 @@
-"""Parts of `chat` and `generate`: flags for the model, opening it, and writing its text."""
+"""Parts that `chat` and `generate` share: flags for the model, loading it, writing its text."""
 
 import os
 import re
@@ -27,7 +27,10 @@ Command = Callable[..., Any]
 
 
 def model_flags(command: Command) -> Command:
-    """Add `--model`, `--adapter`, `--reference`, `--system` and `--thinking`."""
+    """Add the flags that choose the model and its chat settings to a command.
+
+    These are `--model`, `--adapter`, `--reference`, `--system` and `--thinking`.
+    """
     for decorate in (
         click.option(
             "--thinking/--no-thinking",
@@ -60,10 +63,10 @@ def open_chat(  # noqa: PLR0913 (one argument per flag)
     context: int | None = None,
     switching: bool = False,
 ) -> tuple["ChatSession", "SwitchableModel"]:
-    """Load the model of a chat, and print the notes of loading on stderr.
+    """Load a run or a model and start a chat session; print notes about loading on stderr.
 
     A run has the chat format that it was trained with: plain text, thinking or a system message.
-    The weights of base and adapter are both loaded only for `switching`.
+    Base and aligned weights are both loaded only if `switching` between them is wanted.
     """
     from mlx_dpo.chat.session import ChatSession
     from mlx_dpo.saved_runs.open import open_switchable
@@ -96,7 +99,7 @@ def open_chat(  # noqa: PLR0913 (one argument per flag)
 
 
 def _context_length(config: dict[str, Any], requested: int | None) -> int | None:
-    """Return the context length of a chat: the requested one, or else the model's.
+    """Return the context length of a chat in tokens: the requested one, or else the model's.
 
     Raises:
         ConfigError: the requested length is above the model's.
@@ -113,14 +116,14 @@ def _context_length(config: dict[str, Any], requested: int | None) -> int | None
 
 
 def write_text(text: str) -> None:
-    """Write a model's text to stdout, on a terminal without control characters."""
+    """Write a model's text to stdout; on a terminal, remove control characters."""
     # click.echo would strip escape sequences from what goes into a pipe.
     sys.stdout.write(CONTROL_CHARACTERS.sub("", text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 
 class AnswerWriter:
-    """Writer of streamed answers on stdout, with the thinking dimmed or hidden."""
+    """Writes streamed answers to stdout, with the thinking dimmed or hidden."""
 
     def __init__(self, *, hide_thinking: bool = False) -> None:
         self.hide_thinking = hide_thinking
@@ -128,7 +131,7 @@ class AnswerWriter:
         self._dim = wants and not os.environ.get("NO_COLOR")
 
     def stream(self, chunks: Generator["AnswerChunk"]) -> tuple[str, "GenerationSummary"]:
-        """Write a streamed answer and return its text with the summary of its generation."""
+        """Write a streamed answer; return its text, with token counts and speed as a summary."""
         full_text, answer, summary = "", "", None
         with closing(chunks):
             for chunk in chunks:
@@ -159,7 +162,7 @@ class AnswerWriter:
 
 
 def note_on_cut(reason: str, max_tokens: int) -> str | None:
-    """Return a note on why the answer was cut, or None if the model ended it."""
+    """Return a note on why the answer was cut, or None if the model itself ended the answer."""
     if reason == "length":
         return f"The answer was cut after {max_tokens} tokens (--max-tokens)."
     if reason == "context":

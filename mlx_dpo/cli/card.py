@@ -28,7 +28,7 @@ def card(
 ) -> None:
     """Write a model card into RUN: README.md with training data, results and usage.
 
-    `push` uploads it. Edit it as you like.
+    Edit the file as you like; `push` uploads it.
     """
     from mlx_dpo.hub.run_card import check_no_card, make_run_card, write_card
 

@@ -1,4 +1,4 @@
-"""`mlx-dpo compare`: answers of base and aligned model, shaded by log-ratio."""
+"""`mlx-dpo compare`: show answers of base and aligned model, shaded by log-ratio."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,7 +66,7 @@ def compare(words: tuple[str, ...], html: str | None, limit: int, **settings: An
 
 
 def _split_runs_and_prompts(words: Sequence[str]) -> tuple[list[str], str | None]:
-    """Return the runs, and the prompts if the last of several words is no run folder."""
+    """Return the run folders, and the file of prompts if the last of several words names one."""
     is_run = [(Path(word).expanduser() / "run.json").is_file() for word in words]
     if len(words) > 1 and not is_run[-1]:
         return list(words[:-1]), words[-1]
@@ -87,13 +87,13 @@ def _write_page(path: Path, comparison: "Comparison", title: str) -> None:
     content = PageContent(
         f"mlx-dpo compare {title}",
         comparison.notes,
-        [column.name for column in comparison.columns],
+        [policy.name for policy in comparison.policies],
         [_turns(prompt) for prompt in comparison.prompts],
         [
             [Completion([(s.text, s.log_ratio) for s in a.spans], a.end) for a in answers]
-            for answers in zip(*(column.answers for column in comparison.columns), strict=True)
+            for answers in zip(*(policy.answers for policy in comparison.policies), strict=True)
         ],
-        [column.summary() for column in comparison.columns],
+        [policy.summary() for policy in comparison.policies],
     )
     try:
         write_file(path, render_compare_page(content))
@@ -108,12 +108,12 @@ def _turns(prompt: "Prompt") -> list[tuple[str, str]]:
 def _print_comparison(console: "Console", comparison: "Comparison") -> None:
     from mlx_dpo.reporting.compare_page import LEGEND
 
-    fits = console.is_terminal and console.width >= MIN_COLUMN_WIDTH * len(comparison.columns)
+    fits = console.is_terminal and console.width >= MIN_COLUMN_WIDTH * len(comparison.policies)
     for number, prompt in enumerate(comparison.prompts):
         console.print()
         for role, text in _turns(prompt):
             console.print(f"{role}: {_strip_controls(text)}", markup=False, style="bold")
-        cells = [(column.name, column.answers[number]) for column in comparison.columns]
+        cells = [(policy.name, policy.answers[number]) for policy in comparison.policies]
         if fits:
             console.print(_table(cells))
             continue
@@ -170,11 +170,11 @@ def _summary_table(comparison: "Comparison") -> Any:
     from rich.box import SIMPLE
     from rich.table import Table
 
-    summaries = [column.summary() for column in comparison.columns]
+    summaries = [policy.summary() for policy in comparison.policies]
     table = Table(title=f"{len(comparison.prompts):,} prompts", title_justify="left", box=SIMPLE)
     table.add_column()
-    for column in comparison.columns:
-        table.add_column(column.name, justify="right")
+    for policy in comparison.policies:
+        table.add_column(policy.name, justify="right")
     for label in summaries[0]:
         table.add_row(label, *(summary[label] for summary in summaries))
     return table

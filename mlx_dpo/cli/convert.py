@@ -47,12 +47,12 @@ def convert(source: str, output: Path, bits: str | None, **options: Any) -> None
     English text is scored before and after, and the difference is printed.
     """
     from mlx_dpo.export import convert as conversion
-    from mlx_dpo.reporting.console import make_console, print_facts
+    from mlx_dpo.reporting.console import make_console, print_label_table
 
     console = make_console()
     with console.status(f"Converting {source}"):
         report = conversion.convert(source, output, bits=int(bits) if bits else None, **options)
-    print_facts(console, facts(report))
+    print_label_table(console, facts(report))
     console.print(
         f"Next: mlx-dpo train PAIRS --model {shlex.quote(str(output))} --output RUN", markup=False
     )

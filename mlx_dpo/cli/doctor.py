@@ -1,4 +1,4 @@
-"""`mlx-dpo doctor`: facts about this machine, and a self-test of training."""
+"""`mlx-dpo doctor`: show facts about this machine, and run a self-test of training."""
 
 import json
 import math

@@ -59,18 +59,18 @@ def fuse(run: str, output: Path, bits: str | None, **settings: Any) -> None:
     lost it is not kept.
     """
     from mlx_dpo.export.fuse import FuseOptions, convert_to_gguf, fuse_run
-    from mlx_dpo.reporting.console import make_console, print_facts
+    from mlx_dpo.reporting.console import make_console, print_label_table
     from mlx_dpo.units import format_bytes
 
     console = make_console()
     options = FuseOptions(bits=int(bits) if bits else None, **settings)
     with console.status(f"Fusing {run}"):
         fused = fuse_run(run, output, options)
-    print_facts(console, facts(fused))
+    print_label_table(console, facts(fused))
     if options.gguf is not None:
         with console.status(f"Converting {output}"):
             convert_to_gguf(fused, options)
-        print_facts(
+        print_label_table(
             console, [("gguf", f"{options.gguf}, {format_bytes(options.gguf.stat().st_size)}")]
         )
 

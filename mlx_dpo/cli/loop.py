@@ -1,4 +1,4 @@
-"""`mlx-dpo loop`: iterative DPO, rounds of collecting pairs, training and evaluating."""
+"""`mlx-dpo loop`: iterative DPO, which collects pairs, trains and evaluates in rounds."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,7 +51,7 @@ def loop(
     resume: bool,
     **flags: Any,
 ) -> None:
-    """Train on a policy's own answers to PROMPTS, round after round: iterative (on-policy) DPO.
+    """Train on a policy's own answers to PROMPTS in several rounds: iterative (on-policy) DPO.
 
     In each round the policy answers, a reward function or a judge model makes pairs of the
     answers, the policy is trained on the pairs, and its answers to held-out prompts are evaluated.
@@ -94,7 +94,7 @@ def _resolve_settings(
     training: dict[str, Any],
     flags: dict[str, Any],
 ) -> tuple[DPOConfig, "IterativeSettings"]:
-    """Merge the settings: defaults, the resumed loop, the config file, the typed flags."""
+    """Merge the settings; later ones win: defaults, resumed loop, config file, typed flags."""
     from mlx_dpo.collect.iterative_folder import (
         IterativePaths,
         IterativeSettings,
@@ -138,11 +138,11 @@ def _stage_title(stage: "Stage") -> str:
 
 
 def _run_stage(trainer: "IterativeDPO", stage: "Stage", resume_command: str) -> None:
-    """Run a stage with progress on the console."""
+    """Run a stage of a round and show its progress on the console."""
     from mlx_dpo import DPOTrainer
     from mlx_dpo.cli.progress import run_with_progress
     from mlx_dpo.collect.iterative_report import HEADINGS, round_cells
-    from mlx_dpo.reporting.console import make_console, print_facts, show_progress
+    from mlx_dpo.reporting.console import make_console, print_label_table, show_progress
 
     if stage.action == "collect":
         remaining_counts = trainer.collect(stage.round)
@@ -156,4 +156,4 @@ def _run_stage(trainer: "IterativeDPO", stage: "Stage", resume_command: str) -> 
             run_with_progress(run, resume_command)
     else:
         figures = zip(HEADINGS, round_cells(trainer.evaluate(stage.round)), strict=True)
-        print_facts(make_console(), [(name, cell) for name, cell in figures if cell])
+        print_label_table(make_console(), [(name, cell) for name, cell in figures if cell])

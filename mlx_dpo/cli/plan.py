@@ -42,7 +42,7 @@ def plan(
     config = resolve(ctx, config_file, False, flags)
 
     from mlx_dpo.plan import estimate_run
-    from mlx_dpo.reporting.console import make_console, print_facts, show_progress
+    from mlx_dpo.reporting.console import make_console, print_label_table, show_progress
     from mlx_dpo.runs.inputs import no_progress
 
     console = make_console()
@@ -59,7 +59,7 @@ def plan(
     if as_json:
         click.echo(json.dumps(estimate.to_dict()))
         return
-    print_facts(console, summary_lines(estimate))
+    print_label_table(console, summary_lines(estimate))
 
 
 def summary_lines(estimate: "RunEstimate") -> list[SummaryLine]:

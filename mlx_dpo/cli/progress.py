@@ -17,7 +17,7 @@ from mlx_dpo.cli import INTERRUPTED, program
 from mlx_dpo.reporting.console import (
     final_metrics_table,
     make_console,
-    print_facts,
+    print_label_table,
     show_progress,
     show_steps,
 )
@@ -84,7 +84,7 @@ def _run(run: DPOTrainer, awake: str | None, resume_command: str) -> None:
     if run.stopped:
         console.print(f"Stopped and saved; go on with: {resume_command}")
         raise SystemExit(128 + received[0])
-    print_facts(console, summarize_end(run))
+    print_label_table(console, summarize_end(run))
     if run.evaluation is not None:
         title = f"{len(run.inputs.valid):,} held-out {config.unit}"
         console.print(final_metrics_table(run.evaluation, title=title))
@@ -113,7 +113,7 @@ def _prepare(run: DPOTrainer, console: Console, awake: str | None) -> None:
         lambda total: show_progress(console, "reference model", total=total),
         lambda total: show_progress(console, "tokens", total=total, unit="rows"),
     )
-    print_facts(console, summarize_inputs(run))
+    print_label_table(console, summarize_inputs(run))
     run.attach()
     if run.config.needs_reference and run.config.reference_model is None:
         config = run.config
@@ -123,9 +123,9 @@ def _prepare(run: DPOTrainer, console: Console, awake: str | None) -> None:
     else:
         run.score_reference()
     run.restore()
-    print_facts(console, summarize_training(run))
+    print_label_table(console, summarize_training(run))
     if awake:
-        print_facts(console, [("keep-awake", awake)])
+        print_label_table(console, [("keep-awake", awake)])
 
 
 @contextmanager

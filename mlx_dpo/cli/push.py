@@ -63,7 +63,7 @@ def push(
 
 
 def _check_existing_card(path: Path, name: str, base: str | None) -> None:
-    """Raise `ConfigError` if the existing card contradicts `--base` or lacks the name."""
+    """Raise `ConfigError` if the existing card contradicts `--base` or has no repository name."""
     from mlx_dpo.errors import ConfigError
 
     text = path.read_text(encoding="utf-8")

@@ -13,7 +13,7 @@ DEFAULT_SEED = 0  # of commands that compare answers
 
 
 def judge_flags(command: Command) -> Command:
-    """Add `--reward`, `--judge` and `--rubric`."""
+    """Add the flags `--reward`, `--judge` and `--rubric` to a command."""
     for decorate in (
         click.option("--rubric", metavar="FILE", help="What the judge is told, in place of ours."),
         click.option("--judge", metavar="MODEL", help="A model that judges; it reads both orders."),
@@ -30,12 +30,12 @@ def judge_flags(command: Command) -> Command:
 def sampling_flags(
     *, without: Sequence[str] = (), many_temperatures: bool = False, **defaults: Any
 ) -> Callable[[Command], Command]:
-    """Return a decorator that adds a flag for each field of `Sampling`.
+    """Return a decorator that adds a flag to a command for each field of `Sampling`.
 
     Args:
         without: fields that get no flag.
-        many_temperatures: `--temperature` may be repeated.
-        defaults: defaults of the command that differ from those of `Sampling`.
+        many_temperatures: allow `--temperature` several times.
+        defaults: defaults of the command that differ from the defaults of `Sampling`.
     """
 
     def decorate(command: Command) -> Command:
@@ -61,7 +61,7 @@ def sampling_flags(
 
 
 def make_samplings(settings: dict[str, Any]) -> tuple[Sampling, ...]:
-    """Return the sampling settings for each temperature.
+    """Return one `Sampling` per temperature that was given.
 
     Raises:
         ConfigError: a setting is out of its bounds, or has no effect.

@@ -43,7 +43,7 @@ def serve(
     allowed_origins: tuple[str, ...],
     **settings: Any,
 ) -> None:
-    """Serve a RUN or a model with OpenAI's API: chat, completions, models.
+    """Serve a RUN or a model through OpenAI's API: chat, completions and the list of models.
 
     `aligned` and `base` are two model names on one set of weights. The sampling flags are the
     defaults for requests. The server is mlx-lm's and is not made for the internet.

@@ -1,4 +1,4 @@
-"""`mlx-dpo winrate`: the win rate of a run against its reference or another model."""
+"""`mlx-dpo winrate`: compute the win rate of a run against its reference or another model."""
 
 import json
 from typing import TYPE_CHECKING, Any
@@ -77,8 +77,8 @@ def _table(comparison: "PairwiseComparison", against: str) -> "Table":
     controlled = rate.length_controlled
     table.add_row("length-controlled", "-" if controlled is None else f"{controlled:.1%}")
     table.add_row("won, tied, lost", f"{rate.wins:,}, {rate.ties:,}, {rate.losses:,}")
-    for doubt, count in comparison.doubts.items():
-        table.add_row(doubt, f"{count:,}")
+    for warning, count in comparison.warnings.items():
+        table.add_row(warning, f"{count:,}")
     if comparison.rewards is not None:
         table.add_row("mean reward", "{:.3f} against {:.3f}".format(*comparison.rewards))
     table.add_row("characters per answer", "{:.0f} against {:.0f}".format(*comparison.mean_lengths))

@@ -1,4 +1,4 @@
-"""Iterative (on-policy) DPO: each round collects pairs from the last policy and trains on them."""
+"""Iterative (on-policy) DPO: each round samples pairs from the last policy and trains on them."""
 
 import json
 from collections.abc import Iterator
@@ -53,7 +53,7 @@ FREE_LORA_SETTINGS = ("lora_dropout", "start_adapter")
 
 
 class IterativeDPO:
-    """Iterative DPO from prompts alone, driven stage by stage by a program or a notebook.
+    """Iterative DPO from prompts alone. The caller runs it stage by stage:
 
         with IterativeDPO(config, settings) as trainer:
             for stage in trainer.stages():
@@ -94,17 +94,17 @@ class IterativeDPO:
         self.prompts: SplitPrompts = read_split_prompts(
             settings.prompts, settings.valid_prompts, self.config.system
         )
-        digests = self._adapter_digests()
+        digests = self._input_digests()
         with ExitStack() as stack:
             stack.enter_context(lock_folder(RunPaths(self.paths.folder)))
             start_or_resume(self.paths, self.config, settings, digests, resume=self.resume)
-            for number in range(1, settings.rounds + 1):
-                self.prompts.notes.extend(PairsFile(self.paths.round(number).pairs).notes)
+            for round_number in range(1, settings.rounds + 1):
+                self.prompts.notes.extend(PairsFile(self.paths.round(round_number).pairs).notes)
             self._resources = stack.pop_all()
         return self
 
-    def _adapter_digests(self) -> dict[str, Any]:
-        """Return the digests of all inputs that must not change on resume, by name."""
+    def _input_digests(self) -> dict[str, Any]:
+        """Return the digests of prompts, model, judge and start adapter; a resume checks them."""
         model = resolve_model(
             self.config.model,
             revision=self.config.revision,
@@ -130,12 +130,15 @@ class IterativeDPO:
 
     @cached_property
     def judge(self) -> Judge:
-        """The reward function or the judge model."""
+        """The reward function or the judge model; it is loaded when it is first used."""
         settings = self.settings
         return open_judge(settings.reward, settings.judge, settings.rubric)
 
     def stages(self) -> Iterator[Stage]:
-        """Yield the remaining stages; each is read from the files after the one before."""
+        """Yield the stages that are still to run.
+
+        Run each stage before asking for the next one, which is determined from the run's files.
+        """
         while (stage := next_stage(self.paths, self.prompts, self.settings)) is not None:
             yield stage
 
@@ -152,27 +155,29 @@ class IterativeDPO:
         else:
             self.evaluate(stage.round)
 
-    def load_policy(self, number: int) -> Responder:
-        """Load the policy after a round; round 0 is the initial policy."""
-        if number == 0:
+    def load_policy(self, round_number: int) -> Responder:
+        """Load the policy that results from a round; round 0 is the initial policy."""
+        if round_number == 0:
             return open_untrained_responder(self.config)
-        return open_responder(str(self.paths.round(number).run.folder))
+        return open_responder(str(self.paths.round(round_number).run.folder))
 
-    def collect(self, number: int) -> Iterator[int]:
-        """Collect a round's pairs from the previous policy; yield the number of prompts left.
+    def collect(self, round_number: int) -> Iterator[int]:
+        """Collect the pairs of a round from the policy of the round before.
+
+        Yield the number of prompts without a decision at the start and after each decision.
 
         Raises:
             ConfigError: no prompt gave a pair.
         """
         settings = self.settings
-        policy = self.load_policy(number - 1)
-        seed = (settings.sampling.seed or 0) + ROUND_SEED_STRIDE * number
+        policy = self.load_policy(round_number - 1)
+        seed = (settings.sampling.seed or 0) + ROUND_SEED_STRIDE * round_number
         plan = SamplingPlan(
             answers=settings.answers, samplings=(replace(settings.sampling, seed=seed),)
         )
-        pairs_file = PairsFile(self.paths.round(number).pairs)
+        pairs_file = PairsFile(self.paths.round(round_number).pairs)
         tasks = TaskSampler(
-            self.prompts.for_round(number, settings.prompts_per_round),
+            self.prompts.for_round(round_number, settings.prompts_per_round),
             pairs_file,
             make_answer_sampler([policy], plan),
             chunk_size=JUDGE_CHUNK,
@@ -188,63 +193,70 @@ class IterativeDPO:
                 "more --answers or a higher --temperature"
             )
 
-    def round_config(self, number: int) -> DPOConfig:
+    def round_config(self, round_number: int) -> DPOConfig:
         """Return the training settings of a round.
 
-        A later round starts from the adapter of the round before, whose LoRA settings it inherits.
+        A later round starts from the adapter of the round before and has its LoRA settings.
 
         Raises:
-            ConfigError: the settings contradict those of a later round.
+            ConfigError: the settings cannot be combined with those that later rounds add
+                (`start_adapter`, `reference_model`).
         """
-        paths = self.paths.round(number)
+        paths = self.paths.round(round_number)
         changes: dict[str, Any] = {"pairs": (str(paths.pairs),), "output": str(paths.run.folder)}
         if self.config.has_run_name:
             changes["run_name"] = f"{run_name(self.config)}-{paths.folder.name}"
-        if number > 1:
+        if round_number > 1:
             known = get_settings()
             inherited = [f.name for f in fields(LoRASettings) if f.name not in FREE_LORA_SETTINGS]
             changes |= {name: known[name].default for name in inherited}
-            changes["start_adapter"] = str(self.paths.round(number - 1).run.folder)
+            changes["start_adapter"] = str(self.paths.round(round_number - 1).run.folder)
             if self.settings.reference == "base":
                 changes["reference_model"] = self.config.model
         return replace(self.config, **changes)
 
-    def evaluate(self, number: int) -> dict[str, Any]:
-        """Evaluate the policy of a round on the held-out prompts, and end the round."""
-        policy = self.load_policy(number)
+    def evaluate(self, round_number: int) -> dict[str, Any]:
+        """Evaluate the policy of a round on the held-out prompts, and write the results.
+
+        A round is finished when its file `evaluation.json` exists.
+        """
+        policy = self.load_policy(round_number)
         prompts = self.prompts.valid
         answers = policy.respond(prompts, self.settings.sampling)
         del policy  # before a judge model computes
-        evaluation = self._evaluate_answers(number, prompts, answers)
-        paths = self.paths.round(number)
-        rounds = [*(self.read_evaluation(earlier) for earlier in range(number)), evaluation]
+        evaluation = self._evaluate_answers(round_number, prompts, answers)
+        paths = self.paths.round(round_number)
+        rounds = [*(self.read_evaluation(earlier) for earlier in range(round_number)), evaluation]
         write_durable(paths.page, round_page(evaluation))
         write_durable(self.paths.page, summary_page(rounds, str(self.judge.name)))
         # Last: the round is over with this file, and no earlier file is written again.
         write_durable(paths.evaluation, json.dumps(evaluation, indent=1, ensure_ascii=False) + "\n")
         return evaluation
 
-    def read_evaluation(self, number: int) -> dict[str, Any]:
-        """Return the evaluation of a finished round."""
-        return dict(json.loads(self.paths.round(number).evaluation.read_text("utf-8")))
+    def read_evaluation(self, round_number: int) -> dict[str, Any]:
+        """Read `evaluation.json` of a finished round."""
+        return dict(json.loads(self.paths.round(round_number).evaluation.read_text("utf-8")))
 
     def _evaluate_answers(
-        self, number: int, prompts: list[Prompt], answers: list[str]
+        self, round_number: int, prompts: list[Prompt], answers: list[str]
     ) -> dict[str, Any]:
-        """Return the evaluation of answers: rewards, win rates, and the answers themselves."""
-        evaluation: dict[str, Any] = {"round": number, "mean_characters": fmean(map(len, answers))}
+        """Return rewards, win rates and the answers themselves, as stored in `evaluation.json`."""
+        evaluation: dict[str, Any] = {
+            "round": round_number,
+            "mean_characters": fmean(map(len, answers)),
+        }
         if isinstance(self.judge, RewardFunction):
             pairs = zip(prompts, answers, strict=True)
             evaluation["mean_reward"] = fmean(self.judge(p.messages, text) for p, text in pairs)
         columns = {"now": answers}
-        if number:
-            paths = self.paths.round(number)
+        if round_number:
+            paths = self.paths.round(round_number)
             pairs_file = PairsFile(paths.pairs)
             evaluation["collected"] = dict(count_outcomes(pairs_file))
             evaluation["cut"] = count_truncated(pairs_file)
             record = read_record(paths.run) or {}
             evaluation["held_out_pairs"] = record.get("evaluation")
-            for name, earlier in (("base", 0), ("before", number - 1)):
+            for name, earlier in (("base", 0), ("before", round_number - 1)):
                 columns[name] = [row["now"] for row in self.read_evaluation(earlier)["answers"]]
                 comparison = compare_pairwise(self.judge, prompts, answers, columns[name])
                 evaluation[f"against_{name}"] = comparison.to_dict()

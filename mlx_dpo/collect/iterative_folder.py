@@ -1,6 +1,6 @@
 """The folder of an iterative DPO run (`mlx-dpo loop`): its files, its record and its next stage.
 
-The next stage is read from the files alone, so the program can be killed at any moment.
+The next stage is determined from the files alone, so the program can be killed at any moment.
 """
 
 import json
@@ -27,7 +27,7 @@ Action = Literal["collect", "train", "evaluate"]
 
 
 class Stage(NamedTuple):
-    """An action of one round."""
+    """A round's number and the action to take in it: collect pairs, train or evaluate."""
 
     round: int
     action: Action
@@ -35,7 +35,7 @@ class Stage(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class IterativeSettings:
-    """The settings of iterative DPO besides those of training.
+    """The settings of iterative DPO that are not training settings.
 
     Raises:
         ConfigError: a setting is out of its bounds.
@@ -69,9 +69,9 @@ class SplitPrompts(NamedTuple):
     notes: list[str]
 
     def for_round(self, number: int, count: int | None) -> list[Prompt]:
-        """Return the training prompts of a round, counted from 1.
+        """Return the prompts to sample pairs from in round `number`, which is 1 or more.
 
-        Without `count` these are all prompts; else the next `count` prompts, cyclically.
+        Without `count` these are all training prompts; else the next `count` prompts, cyclically.
         """
         if count is None or count >= len(self.train):
             return self.train
@@ -82,7 +82,7 @@ class SplitPrompts(NamedTuple):
 def read_split_prompts(
     prompts: str, valid_prompts: str | None, system: str | None = None
 ) -> SplitPrompts:
-    """Read training and held-out prompts, disjoint, each with the system message.
+    """Read training and held-out prompts without overlap, and add the system message to each.
 
     Raises:
         DataError, ConfigError: there are no prompts, or too few to hold some out.
@@ -115,62 +115,62 @@ def prompts_digest(prompts: Sequence[Prompt]) -> str:
 
 @dataclass(frozen=True)
 class RoundPaths:
-    """The files of one round. Round 0 is the initial policy, which is only evaluated."""
+    """The paths of one round's files. Round 0 only evaluates the initial policy."""
 
     folder: Path
 
     @property
     def pairs(self) -> Path:
-        """The collected pairs; the file of skipped prompts is next to them."""
+        """File of the collected pairs; the file of skipped prompts is next to it."""
         return self.folder / "pairs.jsonl"
 
     @property
     def run(self) -> RunPaths:
-        """The training run on the pairs."""
+        """Run folder of the training on the collected pairs."""
         return RunPaths(self.folder / "run")
 
     @property
     def evaluation(self) -> Path:
-        """Answers to the held-out prompts and their evaluation. The round ends with this file."""
+        """File of the held-out answers and their evaluation; the round ends by writing it."""
         return self.folder / "evaluation.json"
 
     @property
     def page(self) -> Path:
-        """The evaluation as a page of Markdown."""
+        """Markdown page with the round's evaluation."""
         return self.folder / "results.md"
 
     @property
     def is_trained(self) -> bool:
-        """True if the training run of the round is finished."""
+        """Whether the training run of the round is finished."""
         record = read_record(self.run)
         return record is not None and record["state"] == "finished"
 
 
 @dataclass(frozen=True)
 class IterativePaths:
-    """The files of an iterative DPO run."""
+    """The paths of an iterative DPO run's files."""
 
     folder: Path
 
     @property
     def record(self) -> Path:
-        """The settings and the digests of all inputs."""
+        """File `loop.json` with the settings and the digests of all inputs."""
         return self.folder / "loop.json"
 
     @property
     def page(self) -> Path:
-        """The summary page, with one line per round."""
+        """Markdown page that summarizes the run, with one line per round."""
         return self.folder / "results.md"
 
     def round(self, number: int) -> RoundPaths:
-        """Return the files of a round."""
+        """Return the paths of the files of round `number`."""
         return RoundPaths(self.folder / f"round-{number:02d}")
 
 
 def next_stage(
     paths: IterativePaths, prompts: SplitPrompts, settings: IterativeSettings
 ) -> Stage | None:
-    """Return the first stage whose result is missing in the folder; None at the end."""
+    """Return the first stage whose result is missing in the folder, or None if no stage is left."""
     for number in range(settings.rounds + 1):
         round_paths = paths.round(number)
         if round_paths.evaluation.is_file():
@@ -185,7 +185,7 @@ def next_stage(
 
 
 def write_durable(path: Path, text: str) -> None:
-    """Write or replace a file; its content is on disk before the file has its name."""
+    """Write or replace a file atomically, and flush its content to disk first."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, text, durable=True)
 
@@ -198,7 +198,7 @@ def start_or_resume(
     *,
     resume: bool,
 ) -> None:
-    """Write the record of a new folder, or check that a resumed one has the same inputs.
+    """Write `loop.json` into an empty folder, or check that a resumed run has the same inputs.
 
     Raises:
         RunError: the folder holds something else, or was started with other inputs.
@@ -226,7 +226,7 @@ def start_or_resume(
 
 
 def read_loop_record(paths: IterativePaths) -> dict[str, Any] | None:
-    """Read `loop.json`; return None if there is no such file.
+    """Read `loop.json`; return None if the folder has no such file.
 
     Raises:
         RunError: the file is not the record of an iterative DPO run.
@@ -244,7 +244,7 @@ def read_loop_record(paths: IterativePaths) -> dict[str, Any] | None:
 def _check_unchanged(
     paths: IterativePaths, earlier: dict[str, Any], record: dict[str, Any], config: DPOConfig
 ) -> None:
-    """Raise `RunError` if a setting or the content of an input differs from the start."""
+    """Raise `RunError` if a setting or an input has changed since the run began."""
     for name, value in earlier["loop"].items():
         if name not in CHANGEABLE_SETTINGS and record["loop"].get(name) != value:
             raise _changed_error(paths, name, value, record["loop"].get(name))

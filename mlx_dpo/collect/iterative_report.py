@@ -24,7 +24,7 @@ LEGEND = (
 
 
 def summary_page(rounds: Sequence[Evaluation], judge: str) -> str:
-    """Return the page with a table of all rounds so far."""
+    """Return the Markdown page with a table of all evaluated rounds."""
     lines = ["# Rounds", "", f"Judged by {judge}.", "", _table_row(HEADINGS)]
     lines.append(_table_row(["--:"] * len(HEADINGS)))
     lines += [_table_row(round_cells(evaluation)) for evaluation in rounds]
@@ -32,7 +32,7 @@ def summary_page(rounds: Sequence[Evaluation], judge: str) -> str:
 
 
 def round_cells(evaluation: Evaluation) -> list[str]:
-    """Return a round's figures as text, in the order of `HEADINGS`; unknown ones are empty."""
+    """Return a round's results as text, in the order of `HEADINGS`; unknown results are empty."""
     collected = dict(evaluation.get("collected") or {})
     pairs = collected.pop(PAIRS, None)
     base, previous = evaluation.get("against_base"), evaluation.get("against_before")
@@ -50,7 +50,10 @@ def round_cells(evaluation: Evaluation) -> list[str]:
 
 
 def round_page(evaluation: Evaluation) -> str:
-    """Return the page of one round: its figures, and some answers next to the earlier ones."""
+    """Return the Markdown page of a round: its results, and some of its answers.
+
+    Each answer stands next to those of the initial policy and of the round before.
+    """
     title = f"Round {evaluation['round']}" if evaluation["round"] else "The base"
     lines = [f"# {title}", "", *_figure_lines(evaluation), ""]
     names = [name for name in ("base", "before", "now") if name in evaluation["answers"][0]]
@@ -63,7 +66,7 @@ def round_page(evaluation: Evaluation) -> str:
 
 
 def _figure_lines(evaluation: Evaluation) -> list[str]:
-    """Return the figures of a round as list items."""
+    """Return the results of a round as Markdown list items."""
     figures = zip(HEADINGS[1:], round_cells(evaluation)[1:], strict=True)
     lines = [f"* {name}: {cell}" for name, cell in figures if cell]
     for why, count in (evaluation.get("collected") or {}).items():
@@ -83,7 +86,7 @@ def _table_row(cells: Sequence[str]) -> str:
 
 
 def _escape_cell(text: str) -> str:
-    """Return text on one line, shortened, without Markdown markup."""
+    """Return text for a table cell: one line of at most 200 characters, Markdown markup escaped."""
     plain = " ".join(text.split())[:200]
     for character in "\\`*_<>|[]":
         plain = plain.replace(character, f"\\{character}")

@@ -1,7 +1,7 @@
 """The JSONL file of collected preference pairs, and the file of skipped prompts next to it.
 
-The files are the only state of a collection: a restarted program reads from them which prompts
-are decided.
+A collection keeps no other state: a restarted program finds in these files which prompts have a
+decision.
 """
 
 import fcntl
@@ -23,7 +23,7 @@ PROVENANCE = "provenance"
 
 @dataclass(frozen=True)
 class Decision:
-    """The outcome for one prompt: a pair of answers, or the reason why there is no pair."""
+    """The result for one prompt: a pair of answers, or the reason why there is no pair."""
 
     prompt: Prompt
     provenance: Row
@@ -35,7 +35,7 @@ class Decision:
 
 @dataclass(frozen=True)
 class StoredDecision:
-    """A decision as a row of one of the two files."""
+    """A numbered decision as a row of the file of pairs or of the file of skipped prompts."""
 
     number: int
     file: JsonlFile
@@ -43,7 +43,7 @@ class StoredDecision:
 
     @property
     def prompt_key(self) -> str:
-        """Key of the prompt."""
+        """Key of the decision's prompt, as `Prompt.key`."""
         prompt = self.row["prompt"]
         return Prompt(to_messages(prompt if isinstance(prompt, str) else tuple(prompt), "user")).key
 
@@ -52,10 +52,10 @@ class StoredDecision:
 class PairsFile:
     """The decisions in `path` and in its file of skipped prompts, in the order they were made.
 
-    Both files are repaired and read at the start.
+    Creating the object reads both files and removes incomplete last lines.
 
     Raises:
-        DataError: a line of the files is not a row.
+        DataError: a line of a file is not a JSON object.
     """
 
     path: Path
@@ -76,11 +76,11 @@ class PairsFile:
 
     @property
     def pair_count(self) -> int:
-        """Number of pairs."""
+        """Number of decisions that are pairs."""
         return sum(decision.file is self.pairs for decision in self.decisions)
 
     def add(self, decision: Decision) -> None:
-        """Append a decision and flush it to disk."""
+        """Append a decision to the file of pairs or of skipped prompts, and flush it to disk."""
         number = self.decisions[-1].number + 1 if self.decisions else 1
         provenance = {"number": number, "time": utc_timestamp()} | decision.provenance
         prompt = decision.prompt.messages
@@ -103,13 +103,13 @@ class PairsFile:
         self.restore(StoredDecision(number, file, row))
 
     def restore(self, decision: StoredDecision) -> None:
-        """Append a decision that `undo` removed."""
+        """Append a stored decision as it is, such as one that `undo` removed."""
         decision.file.append(decision.row)
         self.decisions.append(decision)
         self.decided_keys.add(decision.prompt_key)
 
     def undo(self) -> StoredDecision | None:
-        """Remove the last decision from its file and return it, or None if there is none.
+        """Remove the last decision from its file and return it; return None if there is none.
 
         Raises:
             DataError: another program has appended to the file.
@@ -124,19 +124,19 @@ class PairsFile:
 
 
 def decision_number(record: Row) -> int | None:
-    """Return the number of a decision, or None for a row of another program."""
+    """Return the number of a decision's row; None for a row that another program wrote."""
     provenance = record.get(PROVENANCE)
     number = provenance.get("number") if isinstance(provenance, dict) else None
     return number if isinstance(number, int) else None
 
 
 def remove_last_line(path: Path, number: int) -> None:
-    """Remove the last line of a file, which must be the decision with this number.
+    """Remove the last line of a file if it is the decision with this number.
 
     Truncating is atomic, so a crash leaves the line either complete or removed.
 
     Raises:
-        DataError: the last line is another one.
+        DataError: the last line is not that decision.
     """
     with path.open("r+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # as in `JsonlFile.append`

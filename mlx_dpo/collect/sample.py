@@ -1,4 +1,4 @@
-"""Sampling of several answers per prompt, and pairs decided by a reward function or a judge."""
+"""Sample several answers per prompt, and let a reward function or a judge model choose pairs."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -8,8 +8,8 @@ from mlx_dpo.collect.pairs_file import Decision, PairsFile
 from mlx_dpo.collect.session import (
     TIE,
     Answer,
+    AnswerSampler,
     RankingTask,
-    SampleAnswers,
     TaskSampler,
     make_pair,
 )
@@ -26,20 +26,21 @@ PERSON_CHUNK = 4  # prompts in a chunk for a person, who should not wait long
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingPlan:
-    """A plan for the answers to a prompt: models and samplings take turns.
+    """Which model and which sampling settings produce each answer to a prompt.
 
-    The first answers already use every model and every sampling. With enough answers, each model
-    uses each sampling.
+    The first answers use every model and all sampling settings at least once. With enough answers,
+    every model uses all sampling settings.
     """
 
     answers: int = 2
     samplings: tuple[Sampling, ...] = (Sampling(temperature=1.0, seed=0),)
 
     def check(self, model_count: int) -> None:
-        """Check the plan against the number of models.
+        """Check the plan for `model_count` models.
 
         Raises:
-            ConfigError: two answers could not differ, or a model or sampling would be unused.
+            ConfigError: there are fewer than two answers, two answers would be identical, or a
+                model or a temperature would be unused.
         """
         if self.answers < 2:
             raise ConfigError(f"`answers` must be at least 2, got {self.answers}")
@@ -56,7 +57,11 @@ class SamplingPlan:
                 )
 
     def assign(self, model_count: int) -> dict[tuple[int, int], list[int]]:
-        """Return the positions of the answers by the indices of model and sampling."""
+        """Return which answers each model generates with which settings.
+
+        Keys are (index of the model, index in `samplings`). Values are the positions of answers,
+        counted from 0.
+        """
         assignment: dict[tuple[int, int], list[int]] = {}
         samplings = len(self.samplings)
         for position in range(self.answers):
@@ -67,8 +72,8 @@ class SamplingPlan:
         return assignment
 
 
-def make_answer_sampler(responders: Sequence[Responder], plan: SamplingPlan) -> SampleAnswers:
-    """Return the function that samples the answers to a chunk of prompts by the plan."""
+def make_answer_sampler(responders: Sequence[Responder], plan: SamplingPlan) -> AnswerSampler:
+    """Return a function that samples the planned answers to a chunk of prompts."""
 
     def sample_answers(prompts: Sequence[Prompt], chunk: int) -> list[list[Answer]]:
         answers: list[dict[int, Answer]] = [{} for _ in prompts]
@@ -87,10 +92,10 @@ def make_answer_sampler(responders: Sequence[Responder], plan: SamplingPlan) -> 
 
 
 def open_responders(runs: Sequence[str], model: str | None) -> list[Responder]:
-    """Load the policies of runs, or a model.
+    """Load the policies of runs, or one plain model, to answer prompts.
 
     Raises:
-        ConfigError: neither or both are given.
+        ConfigError: neither or both of `runs` and `model` are given.
     """
     if bool(runs) == (model is not None):
         raise ConfigError("name run folders or a --model, and only one of the two")
@@ -98,7 +103,7 @@ def open_responders(runs: Sequence[str], model: str | None) -> list[Responder]:
 
 
 def judge_all(tasks: TaskSampler, judge: Judge) -> Iterator[tuple[RankingTask, Decision]]:
-    """Let the judge decide every remaining task; yield each decision after it is written.
+    """Let the judge decide every remaining task; yield each task with its decision, already stored.
 
     Raises:
         ConfigError: the judge fails, or gives no verdict on any task of the first chunk.
@@ -117,19 +122,19 @@ def judge_all(tasks: TaskSampler, judge: Judge) -> Iterator[tuple[RankingTask, D
 
 
 def decide(task: RankingTask, ranking: Ranking, provenance: dict[str, object]) -> Decision:
-    """Return the pair of the best and the worst answer; no pair on a tie or a doubtful verdict."""
-    provenance = dict(provenance) | {"points": list(ranking.points)}
+    """Return the best and the worst answer as a pair; no pair on a tie or unreliable verdict."""
+    provenance = dict(provenance) | {"points": list(ranking.scores)}
     if ranking.judge_replies:
         provenance |= {"judge_replies": list(ranking.judge_replies)}
-    if ranking.is_tie or ranking.doubts:
+    if ranking.is_tie or ranking.warnings:
         texts = tuple(answer.text for answer in task.answers)
-        why = (*ranking.doubts, TIE)[0]
+        why = (*ranking.warnings, TIE)[0]
         return Decision(task.prompt, provenance, skip_reason=why, answers=texts)
     return make_pair(task, ranking.best, ranking.worst, provenance)
 
 
 def count_outcomes(pairs_file: PairsFile) -> list[tuple[str, int]]:
-    """Return the number of pairs, then of skipped prompts by reason, the most frequent first."""
+    """Return the number of pairs, then the number of skipped prompts by reason, highest first."""
     reasons: dict[str, int] = {}
     for decision in pairs_file.decisions:
         if decision.file is pairs_file.skipped:
@@ -139,7 +144,10 @@ def count_outcomes(pairs_file: PairsFile) -> list[tuple[str, int]]:
 
 
 def count_truncated(pairs_file: PairsFile) -> int:
-    """Count the chosen answers that reached the token limit; training would copy their end."""
+    """Count the chosen answers that were cut at the token limit.
+
+    A policy trained on such answers would learn to stop there.
+    """
     sources = (
         decision.row["provenance"].get("chosen_from", {}) for decision in pairs_file.decisions
     )

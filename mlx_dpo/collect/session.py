@@ -1,7 +1,7 @@
-"""Ranking tasks (a prompt with its sampled answers), and a person's session through them.
+"""Ranking tasks (a prompt with its sampled answers), and the session of a person who ranks them.
 
-The module knows no terminal, browser or model: a function samples the answers, and decisions are
-written to a `PairsFile` at once.
+This module uses no terminal, browser or model: a function that is passed in samples the answers.
+Every decision is written to a `PairsFile` at once.
 """
 
 import random
@@ -22,14 +22,14 @@ PERSON = "person"
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A sampled answer and its source."""
+    """A sampled answer with the model and settings that produced it."""
 
     text: str
     source: dict[str, Any]  # model, adapter, temperature, seed
     is_truncated: bool = False  # reached the token limit, so its end should not be learned
 
     def provenance(self) -> dict[str, Any]:
-        """Return the source of the answer for its row."""
+        """Return the source of the answer for the row that stores the answer."""
         return self.source | ({"cut": True} if self.is_truncated else {})
 
 
@@ -42,11 +42,11 @@ class RankingTask:
 
 
 # Samples the answers to the prompts of a chunk, given the number of the chunk.
-SampleAnswers = Callable[[Sequence[Prompt], int], list[list[Answer]]]
+AnswerSampler = Callable[[Sequence[Prompt], int], list[list[Answer]]]
 
 
 class TaskSampler:
-    """The ranking tasks of the undecided prompts, sampled one chunk of prompts at a time.
+    """Samples ranking tasks for the prompts without a decision, one chunk of prompts at a time.
 
     A chunk is always sampled as a whole and seeded by its number, so a program that restarts in
     the middle of a chunk samples the same answers again.
@@ -56,7 +56,7 @@ class TaskSampler:
         self,
         prompts: Sequence[Prompt],
         pairs_file: PairsFile,
-        sample_answers: SampleAnswers,
+        sample_answers: AnswerSampler,
         *,
         chunk_size: int,
         seed: int,
@@ -66,13 +66,14 @@ class TaskSampler:
 
     @property
     def remaining(self) -> int:
-        """Number of undecided prompts."""
+        """Number of prompts without a decision."""
         return sum(prompt.key not in self.pairs_file.decided_keys for prompt in self.prompts)
 
     def chunks(self) -> Iterator[list[RankingTask]]:
-        """Yield the tasks of each chunk with undecided prompts, in the order of the prompts.
+        """Yield, chunk by chunk, the ranking tasks of the prompts without a decision.
 
-        A prompt without two different answers is skipped, and the reason is written.
+        A prompt with fewer than two different answers is skipped, and the reason is stored in
+        `pairs_file`.
         """
         for number, start in enumerate(range(0, len(self.prompts), self._chunk_size)):
             prompts = self.prompts[start : start + self._chunk_size]
@@ -104,7 +105,7 @@ class TaskSampler:
 
 
 class RankingSession:
-    """A person's session through the ranking tasks, one at a time, with undo."""
+    """A session in which a person decides ranking tasks one at a time, with undo."""
 
     def __init__(self, tasks: TaskSampler) -> None:
         self.tasks, self.pairs_file = tasks, tasks.pairs_file
@@ -114,7 +115,7 @@ class RankingSession:
         self.decision_count = 0  # including those undone later
 
     def sample_chunk(self) -> bool:
-        """Sample the next chunk; return False if none is left."""
+        """Sample the tasks of the next chunk of prompts; return False if no chunk is left."""
         tasks = next(self._chunks, None)
         if tasks is None:
             return False
@@ -123,14 +124,14 @@ class RankingSession:
 
     @property
     def current_task(self) -> RankingTask | None:
-        """The task to decide now, sampled if necessary; None at the end."""
+        """The task to decide now, sampled if necessary; None if no task is left."""
         while not self._ready and self.sample_chunk():
             pass
         return self._ready[0] if self._ready else None
 
     @property
     def ready_count(self) -> int:
-        """Number of tasks that are sampled already."""
+        """Number of tasks that are already sampled and not decided."""
         return len(self._ready)
 
     def insert(self, task: RankingTask) -> None:
@@ -138,17 +139,17 @@ class RankingSession:
         self._ready.appendleft(task)
 
     def prefer(self, best: int, worst: int) -> None:
-        """Decide that one answer of the current task is better than another."""
+        """Store answer `best` of the current task as chosen and answer `worst` as rejected."""
         task = self._get_task()
         if best == worst:
             raise ConfigError("an answer cannot be better than itself; choose another")
         self._write(make_pair(task, best, worst, {"by": PERSON}))
 
     def edit(self, rejected: int, text: str) -> None:
-        """Decide that a text written by the person is better than an answer.
+        """Store the person's `text` as chosen and answer `rejected` of the task as rejected.
 
         Raises:
-            ConfigError, DataError: the text is not different, or cannot be written.
+            ConfigError, DataError: the text is empty, equals the answer, or cannot be stored.
         """
         task, text = self._get_task(), text.strip()
         answer = task.answers[rejected]
@@ -159,13 +160,13 @@ class RankingSession:
         self._write(Decision(task.prompt, provenance, chosen=text, rejected=answer.text))
 
     def skip(self, why: str) -> None:
-        """Decide that there is no pair; `why` is `TIE` or `SKIPPED`."""
+        """Store that the current task has no pair; `why` is `TIE` or `SKIPPED`."""
         task = self._get_task()
         texts = tuple(answer.text for answer in task.answers)
         self._write(Decision(task.prompt, {"by": PERSON}, skip_reason=why, answers=texts))
 
     def undo(self) -> bool:
-        """Remove the last decision of this session and return to its task; False if none.
+        """Remove the session's last decision and return to its task; return False if there is none.
 
         Raises:
             DataError: another program has appended to the file; nothing is removed.
@@ -195,7 +196,7 @@ class RankingSession:
 
 
 def make_pair(task: RankingTask, best: int, worst: int, provenance: dict[str, Any]) -> Decision:
-    """Return the preference pair of two answers of a task."""
+    """Return a decision with answer `best` of the task as chosen and `worst` as rejected."""
     chosen, rejected = task.answers[best], task.answers[worst]
     sources = {"chosen_from": chosen.provenance(), "rejected_from": rejected.provenance()}
     return Decision(task.prompt, provenance | sources, chosen=chosen.text, rejected=rejected.text)

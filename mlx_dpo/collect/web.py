@@ -34,7 +34,7 @@ PageState = dict[str, Any]
 
 @dataclass(frozen=True)
 class PageRequest:
-    """A command of the page, or a request for the state if `command` is None."""
+    """A request from the ranking page: a command, or a query of the page state if it is None."""
 
     command: dict[str, Any] | None
     reply: Future[PageState] = field(default_factory=Future)
@@ -42,7 +42,7 @@ class PageRequest:
 
 
 class LoopbackServer(ThreadingHTTPServer):
-    """An HTTP server for one page on this machine; it queues the page's commands in `requests`.
+    """An HTTP server for the ranking page on this machine; it queues the page's requests.
 
     HTTP runs in threads, but the model must be used from one thread: the caller takes requests
     from the queue and sets their replies in order.
@@ -51,7 +51,7 @@ class LoopbackServer(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, page: str, port: int = 0) -> None:
-        """Start listening; port 0 picks a free port.
+        """Start listening on `port`; port 0 picks a free port.
 
         Raises:
             ConfigError: the port is in use.
@@ -65,12 +65,12 @@ class LoopbackServer(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        """URL of the page with the secret token; everybody who has the URL can decide."""
+        """URL of the page with the secret token; anyone on this machine who has it can rank."""
         return f"http://{LOOPBACK}:{self.server_port}/?token={self.token}"
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Serve HTTP in a background thread inside the block."""
+        """Return a context in which a background thread serves HTTP."""
         Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
         try:
             yield
@@ -80,7 +80,7 @@ class LoopbackServer(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """The HTTP handler. Every request needs the token and a loopback host name."""
+    """HTTP handler of the ranking page. Every request needs the token and a loopback host name."""
 
     server: LoopbackServer
     timeout = 30  # browsers open connections that they may never use
@@ -107,7 +107,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send_reply(command)
 
     def _is_allowed(self, token: str) -> bool:
-        """Check host, origin and token; answer 403 and return False if one of them is wrong."""
+        """Check host, origin and token of the request; send 403 and return False if one fails."""
         hosts = {f"{name}:{self.server.server_port}" for name in (LOOPBACK, "localhost")}
         origin = self.headers.get("Origin")
         if self.headers.get("Host") not in hosts:  # a foreign name that resolves to loopback
@@ -121,7 +121,7 @@ class _Handler(BaseHTTPRequestHandler):
         return False
 
     def _read_command(self) -> dict[str, Any] | None:
-        """Return the JSON object in the body; answer an error and return None if there is none."""
+        """Return the JSON object in the request body; send an error and return None without it."""
         length = self.headers.get("Content-Length", "")
         if not length.isdecimal() or int(length) > MAX_BODY_BYTES:
             self._send(413, "text/plain", "the request is too long or has no length")
@@ -139,7 +139,7 @@ class _Handler(BaseHTTPRequestHandler):
         return command
 
     def _send_reply(self, command: dict[str, Any] | None) -> None:
-        """Queue the command, wait for its reply and send it."""
+        """Queue a command (None asks for the page state), wait for its reply and send the reply."""
         request = PageRequest(command)
         self.server.requests.put(request)
         try:
@@ -175,16 +175,19 @@ class _Handler(BaseHTTPRequestHandler):
         return "mlx-dpo"
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Log nothing: HTTP log lines would push the address of the page off the terminal."""
+        """Log nothing: HTTP log lines would scroll the page's URL off the terminal."""
 
 
 def read_page() -> str:
-    """Return the HTML page, which loads nothing from other hosts."""
+    """Return the HTML of the ranking page, which loads nothing from other hosts."""
     return (files("mlx_dpo.collect") / "collect.html").read_text("utf-8")
 
 
 def serve_session(session: RankingSession, server: LoopbackServer) -> None:
-    """Run the commands of the page until it quits; sample answers ahead in between."""
+    """Serve the ranking page and run its commands until the person quits.
+
+    While no request waits, the answers to the next prompts are sampled.
+    """
     over = False
     with server.running():
         while not over:
@@ -206,7 +209,7 @@ def serve_session(session: RankingSession, server: LoopbackServer) -> None:
 def page_state(
     session: RankingSession, message: str | None = None, *, over: bool = False
 ) -> PageState:
-    """Return the state that the page shows; with `over`, no further task is sampled."""
+    """Return what the page shows, as JSON values; with `over`, no further task is sampled."""
     task = None if over else session.current_task
     turns = task.prompt.messages if task else ()
     if task is None and not over:
@@ -223,17 +226,17 @@ def page_state(
 
 
 def state_version(session: RankingSession) -> str:
-    """Return a text that changes with every decision, so that no key press counts twice.
+    """Return a text that changes with every decision, so that a repeated key press is not applied.
 
-    Prompts that are skipped while answers are sampled ahead do not change it, because
-    they do not change what the person sees.
+    Prompts that are skipped while answers are sampled ahead do not change the text, because they do
+    not change what the person sees.
     """
     task = session.current_task if session.ready_count else None
     return f"{session.decision_count}:{task.prompt.key[:16] if task else ''}"
 
 
 def run_command(session: RankingSession, command: PageState) -> str | None:
-    """Run a command of the page; return a message for the person, or None."""
+    """Run a command of the ranking page; return a message for the person, or None."""
     if command.get("version") != state_version(session):
         return "This prompt is decided already"
     try:

@@ -1,4 +1,4 @@
-"""Rules that rate an answer of the demo: is it courteous, and is its content correct."""
+"""Rules that rate an answer in the demo: whether it is courteous, and whether it is correct."""
 
 import json
 import re
@@ -11,23 +11,26 @@ from mlx_dpo.paths import tiny_chat
 
 
 def courteous_markers(model: Path) -> list[str]:
-    """Return the phrases that make an answer courteous, from `rules.json` of the shipped model."""
+    """Return the phrases that make an answer courteous, from the model folder's `rules.json`."""
     return list(json.loads((model / "rules.json").read_text(encoding="utf-8"))["courteous"])
 
 
 def is_courteous(answer: str, markers: Sequence[str]) -> bool:
-    """Return whether the answer contains one of the markers, in upper or lower case."""
+    """Return whether the answer contains one of the phrases `markers`, in upper or lower case."""
     lowered = answer.lower()
     return any(marker in lowered for marker in markers)
 
 
 def contains_word(answer: str, word: str) -> bool:
-    """Return whether `word` is in the answer without a letter, digit or hyphen next to it."""
+    """Return whether `word` is in the answer as a separate word, in upper or lower case."""
     return re.search(rf"(?<![\w-]){re.escape(word)}(?![\w-])", answer, re.IGNORECASE) is not None
 
 
 def is_correct(answer: str, row: Mapping[str, Any]) -> bool:
-    """Return whether the answer has all words of `expects`, or `count` words of `expects_any`."""
+    """Return whether the answer contains the words that the data set row requires.
+
+    Required are all words of `expects`, or `count` of the words in `expects_any`.
+    """
     if "expects_any" in row:
         return sum(contains_word(answer, word) for word in row["expects_any"]) >= row["count"]
     return all(contains_word(answer, word) for word in row["expects"])
@@ -37,7 +40,10 @@ MAX_REWARDED_PHRASES = 2
 
 
 def courtesy(prompt: Sequence[Mapping[str, Any]], answer: str) -> float:
-    """Return the number of courteous phrases, minus two for each phrase beyond two."""
+    """Return the reward of an answer: its number of courteous phrases if there are at most two.
+
+    Every phrase beyond two lowers the reward by one, so that repeating phrases does not pay.
+    """
     lowered = answer.lower()
     phrases = sum(lowered.count(marker) for marker in _markers())
     return float(phrases if phrases <= MAX_REWARDED_PHRASES else 2 * MAX_REWARDED_PHRASES - phrases)

@@ -32,7 +32,7 @@ BITS = 8
 
 @dataclass(frozen=True)
 class Answers:
-    """Answers to the held-out prompts, sampled at temperature 1, and their ratings."""
+    """Sampled answers to the held-out prompts, and the shares of courteous and correct answers."""
 
     texts: list[str]
     courteous: float  # share, by the phrases in the model's `rules.json`
@@ -41,7 +41,7 @@ class Answers:
 
 @dataclass
 class Demo:
-    """The demo in a folder of its own, with a method per stage."""
+    """The demo in a folder of its own, with one method per stage."""
 
     folder: Path
     source: Path = field(default_factory=lambda: tiny_chat())
@@ -58,11 +58,11 @@ class Demo:
 
     @property
     def run(self) -> Path:
-        """Run folder."""
+        """Run folder of the training."""
         return self.folder / "run"
 
     def clear(self) -> bool:
-        """Create the folder, or remove an earlier demo in it.
+        """Create the demo's folder, and delete an earlier demo in it.
 
         Returns:
             Whether there was an earlier demo.
@@ -81,11 +81,11 @@ class Demo:
         return earlier
 
     def convert(self) -> ConvertReport:
-        """Quantize the shipped checkpoint into the model folder."""
+        """Quantize the shipped model and write the result into the model folder."""
         return convert(str(self.source), self.model, bits=BITS)
 
     def config(self) -> DPOConfig:
-        """Return the settings, with a learning rate for a model of only two million weights."""
+        """Return the training settings; the learning rate suits a model of two million weights."""
         return DPOConfig(
             model=str(self.model),
             pairs=(str(self.source / "preferences"),),
@@ -99,20 +99,20 @@ class Demo:
         )
 
     def ask(self, *, reference: bool) -> Answers:
-        """Sample answers of the reference or of the policy to every held-out prompt."""
+        """Sample and rate answers of the reference or of the policy to every held-out prompt."""
         plain = str(self.model) if reference else None
         base = load_policy(None if reference else str(self.run), model=plain)
         prompts = [row["prompt"] for row in self.prompt_rows]
         return self.rate(generate_batch(base.model, base.tokenizer, prompts, sampling=SAMPLING))
 
     def rate(self, texts: list[str]) -> Answers:
-        """Return the answers with the shares of courteous and of correct ones."""
+        """Return the answers with the shares that are courteous and that are correct."""
         courteous = [is_courteous(text, self.markers) for text in texts]
         correct = [is_correct(text, row) for text, row in zip(texts, self.prompt_rows, strict=True)]
         return Answers(texts, sum(courteous) / len(courteous), sum(correct) / len(correct))
 
     def divergence(self, answers: Answers) -> float:
-        """Return the mean of log π − log π_ref over the policy's own samples, in nats.
+        """Return the mean of log π − log π_ref over answers sampled from the policy, in nats.
 
         This is an unbiased estimate of the sequence-level KL divergence from the base.
         """

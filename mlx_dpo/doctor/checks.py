@@ -1,7 +1,7 @@
 """Numerical self-test of training on the device in use.
 
-A tiny random Llama with adapters is scored, differentiated, trained for a step, saved and
-loaded. The expected values come from a NumPy model in float64, which shares no code with MLX.
+A tiny random Llama with adapters computes log-probs and gradients, is trained for one step, saved
+and loaded. The expected values come from a NumPy model in float64, which shares no code with MLX.
 """
 
 import math
@@ -69,9 +69,10 @@ GROUP_SIZE = 32
 def make_policy(
     *, bits: int | None = None, dtype: mx.Dtype = mx.float32, fresh: bool = False
 ) -> nn.Module:
-    """Return the model under test: deterministic, with random adapters unless `fresh`.
+    """Return the tiny model under test, with random adapters, or untrained ones if `fresh`.
 
-    Weights and adapters have values of `dtype`. Quantized weights stay packed, also on the CPU.
+    The model is the same at every call. Weights and adapters have values of `dtype`. Quantized
+    weights stay packed, also on the CPU.
     """
     mx.random.seed(0)
     model = llama.Model(ARGS)
@@ -102,7 +103,7 @@ SIXTEEN_BIT_LIMITS = {mx.bfloat16: 7e-3, mx.float16: 1e-3}
 
 @dataclass(frozen=True)
 class Check:
-    """A measured error and its limit."""
+    """The result of a check: the measured error and the largest error that passes."""
 
     name: str
     measured: float
@@ -111,12 +112,15 @@ class Check:
 
     @property
     def ok(self) -> bool:
-        """Whether the error is within its limit; NaN is not."""
+        """Whether the measured error is within its limit; NaN is not."""
         return not self.trouble and self.measured <= self.limit
 
 
 def measure_logps_error(bits: int | None, dtype: mx.Dtype = mx.float32) -> float:
-    """Return the largest error of a completion's log-prob, relative if the log-prob exceeds 1."""
+    """Return the largest error of completion log-probs against the float64 model.
+
+    The error is relative for log-probs of magnitude above 1, else absolute.
+    """
     policy, errors = make_policy(bits=bits, dtype=dtype), []
     weights = float64.dequantized_weights(policy)
     for pairs in (PAIRS, LONG_PAIRS):
@@ -128,10 +132,10 @@ def measure_logps_error(bits: int | None, dtype: mx.Dtype = mx.float32) -> float
 
 
 def measure_gradient_error(bits: int | None) -> float:
-    """Return the largest relative error of the loss gradient over the adapters' matrices.
+    """Return the largest relative error of the loss gradient of any adapter matrix.
 
-    The expected derivative along the gradient plus a random direction comes from central
-    differences in float64.
+    The error is measured along the gradient plus a random direction. The expected derivative comes
+    from central differences in float64.
     """
     policy, batch = make_policy(bits=bits), collate(PAIRS)
     with adapters.disable_adapters(policy):
@@ -161,7 +165,7 @@ def measure_gradient_error(bits: int | None) -> float:
 
 
 def train_two_steps() -> tuple[float, float]:
-    """Return the losses of the first two optimizer steps on the same pairs, from fresh adapters."""
+    """Train fresh adapters for two optimizer steps on the same pairs; return both losses."""
     policy = make_policy(fresh=True)
     with adapters.disable_adapters(policy):
         reference = score_pairs(policy, PAIRS, limit=PassLimit(pairs=2))
@@ -182,18 +186,18 @@ def train_two_steps() -> tuple[float, float]:
 
 
 def measure_first_loss_error() -> float:
-    """Return the error of the first loss, which is log 2: the policy still equals the reference."""
+    """Return the distance of the first loss from log 2, its value while policy equals reference."""
     return abs(train_two_steps()[0] - math.log(2))
 
 
 def measure_loss_change() -> float:
-    """Return the change of the loss on the training pairs after one update."""
+    """Return the change of the training loss by one optimizer step; it should be negative."""
     first, second = train_two_steps()
     return second - first
 
 
 def measure_reload_error() -> float:
-    """Return the largest difference of a logit after saving and loading the adapters."""
+    """Return the largest change of a logit by saving and loading the adapters."""
     policy = make_policy()
     tokens = collate(PAIRS).tokens
     mx.random.seed(0)
@@ -205,7 +209,7 @@ def measure_reload_error() -> float:
 
 
 def self_test() -> Iterator[Check]:
-    """Run the checks and yield each one when it is done."""
+    """Run the checks one after another and yield the result of each."""
     kind = device_kind()
     logps_limit, gradient_limit = LOGPS_LIMITS[kind], GRADIENT_LIMITS[kind]
     for bits, base in ((None, "float32"), (4, "4-bit"), (8, "8-bit")):

@@ -1,4 +1,4 @@
-"""A Llama model in NumPy and float64, written independently of mlx-lm: the self-test's reference.
+"""A Llama model in NumPy and float64, independent of mlx-lm: the reference of the self-test.
 
 MLX is only used to read the weights of the model under test.
 """
@@ -17,7 +17,7 @@ Weights = dict[str, Array]
 
 
 def dequantized_weights(model: nn.Module) -> Weights:
-    """Return all weights of a model by name in float64, with quantized ones dequantized."""
+    """Return all weights of a model by name in float64; quantized weights are dequantized."""
     weights = {  # NumPy has no bfloat16; packed weights are integers and stay integers
         name: value.astype(mx.float32) if mx.issubdtype(value.dtype, mx.floating) else value
         for name, value in named_arrays(model.parameters()).items()
@@ -35,7 +35,7 @@ def dequantized_weights(model: nn.Module) -> Weights:
 
 
 def completion_logps(weights: Weights, args: Any, scale: float, batch: PairBatch) -> Array:
-    """Return the sum of log p(token | previous tokens) over the scored tokens of each row. (N,)"""
+    """Return the log-prob of each row's completion: the sum over its scored tokens. (N,)"""
     tokens, mask = np.array(batch.tokens), np.array(batch.completion_mask)
     logits = _logits(weights, args, scale, tokens)
     maximum = logits.max(axis=-1, keepdims=True)
@@ -74,7 +74,7 @@ def _logits(weights: Weights, args: Any, scale: float, tokens: Array) -> Array:
 
 
 def _attention(q: Array, k: Array, v: Array, args: Any) -> Array:
-    """Return causal attention with grouped key and value heads. (N, T, D)"""
+    """Return causal attention of queries, keys and values, with grouped heads. (N, T, D)"""
     rows, length, width = q.shape
     size = width // args.num_attention_heads
     q, k, v = (part.reshape(rows, length, -1, size).transpose(0, 2, 1, 3) for part in (q, k, v))
@@ -89,7 +89,10 @@ def _attention(q: Array, k: Array, v: Array, args: Any) -> Array:
 
 
 def _apply_rope(x: Array, args: Any) -> Array:
-    """Apply rotary position embeddings to dimensions i and i + size / 2. (N, heads, T, size)"""
+    """Apply rotary position embeddings; dimension i is paired with i + size / 2.
+
+    Shape (N, heads, T, size), as that of `x`.
+    """
     length, size = x.shape[-2:]
     frequencies = args.rope_theta ** (-np.arange(0, size, 2) / size)
     angles = np.arange(length)[:, None] * frequencies

@@ -1,4 +1,4 @@
-"""Facts about this machine for a bug report, without personal data."""
+"""Collect facts about this machine for a bug report, without personal data."""
 
 import os
 import platform
@@ -23,7 +23,7 @@ Facts = dict[str, Any]
 
 
 def versions() -> Facts:
-    """Return versions by package name; None for a package that is not installed."""
+    """Return versions by name: packages (None if not installed), Python and operating system."""
     return {name: _version(name) for name in PACKAGES} | {
         "python": platform.python_version(),
         "system": _system(),
@@ -38,7 +38,10 @@ def _version(name: str) -> str | None:
 
 
 def _system() -> str:
-    """Return name and version of the system; the kernel's version may hold a person's name."""
+    """Return name and version of the operating system, and the processor architecture.
+
+    The kernel's version is left out because it may contain a person's name.
+    """
     if platform.system() == "Darwin":
         name = f"macOS {platform.mac_ver()[0]}"
     else:
@@ -50,7 +53,7 @@ def _system() -> str:
 
 
 def device() -> Facts:
-    """Return the device that MLX uses and its speed for float32 matrix products."""
+    """Return facts about MLX's device, with its measured speed for float32 matrix products."""
     kind = device_kind()
     return {
         "kind": kind,
@@ -72,7 +75,7 @@ def _measure_gflops(size: int) -> float:
 
 
 def memory() -> Facts:
-    """Return memory sizes in bytes: of the machine, of the device, and MLX's limits."""
+    """Return sizes in bytes: memory of machine and device, and MLX's memory and cache limits."""
     cache_limit = mx.set_cache_limit(0)  # the only way to read it
     mx.set_cache_limit(cache_limit)
     info = mx.device_info(mx.default_device())
@@ -86,7 +89,7 @@ def memory() -> Facts:
 
 
 def folders() -> Facts:
-    """Return the cache folders and the free bytes there and in the current folder."""
+    """Return the paths of the cache folders, and the free bytes there and in the current folder."""
     cache, models = paths.cache_folder(), Path(huggingface_hub.constants.HF_HUB_CACHE)
     return {
         "reference_cache": {"path": cache, "free": _free_bytes(cache)},
@@ -102,7 +105,10 @@ def _free_bytes(path: Path) -> int:
 
 
 def collect_facts() -> Facts:
-    """Return all facts by subject, without tokens, user names or host names."""
+    """Return all facts about this machine by subject.
+
+    Only the folders' paths may contain the user's name; `anonymous` removes it.
+    """
     return {
         "versions": versions(),
         "device": device(),
@@ -113,12 +119,12 @@ def collect_facts() -> Facts:
 
 
 def from_home(path: Path) -> Path:
-    """Return the path with `~` for the home folder."""
+    """Return the path relative to `~` if it is in the home folder, else unchanged."""
     home = Path.home()
     return Path("~") / path.relative_to(home) if path.is_relative_to(home) else path
 
 
 def anonymous(path: Path) -> str:
-    """Return a path without the user's name: relative to `~`, or the last component alone."""
+    """Return the path relative to `~`, or outside the home folder only its last component."""
     shown = from_home(path)
     return shown.name if shown.is_absolute() else str(shown)

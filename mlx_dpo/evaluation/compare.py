@@ -1,4 +1,4 @@
-"""Answers of base and aligned model to the same prompts, with per-token log-ratios."""
+"""Generate answers of base and aligned model to the same prompts, with log-ratios per token."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ TokenIds = list[int]
 
 @dataclass(frozen=True, slots=True)
 class TextSpan:
-    """The text of one token, or of several tokens that form one character."""
+    """The text of one token, or of several tokens that form one character, with its log-ratio."""
 
     text: str
     log_ratio: float  # log π - log π_ref, in nats
@@ -34,7 +34,7 @@ class TextSpan:
 
 @dataclass(frozen=True, slots=True)
 class ScoredAnswer:
-    """An answer with the log-ratio of each of its text spans."""
+    """An answer as text spans, each with its log-ratio."""
 
     spans: tuple[TextSpan, ...]
     end: float | None  # log-ratio of the end token; None if the answer was cut
@@ -42,24 +42,24 @@ class ScoredAnswer:
 
     @property
     def text(self) -> str:
-        """The whole text."""
+        """Text of the whole answer."""
         return "".join(span.text for span in self.spans)
 
     @property
     def log_ratio(self) -> float:
-        """Log-ratio of the whole answer, in nats."""
+        """Log-ratio of the whole answer with its end token, in nats."""
         return sum(span.log_ratio for span in self.spans) + (self.end or 0.0)
 
 
 @dataclass(frozen=True)
-class Column:
-    """The answers of one policy to all prompts."""
+class PolicyAnswers:
+    """The answers of one policy to all prompts of a comparison."""
 
     name: str
     answers: tuple[ScoredAnswer, ...]
 
     def summary(self) -> dict[str, str]:
-        """Return counts and means over the answers as text, by label."""
+        """Return statistics of the answers, such as their mean length, as text by label."""
         texts = [answer.text for answer in self.answers]
         lengths = [len(answer.tokens) for answer in self.answers]
         return {
@@ -73,17 +73,17 @@ class Column:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Prompts, and a column of answers per policy."""
+    """The prompts of a comparison, and the answers of each policy to them."""
 
     prompts: tuple[Prompt, ...]
-    columns: tuple[Column, ...]
+    policies: tuple[PolicyAnswers, ...]
     notes: tuple[str, ...]
 
 
 def completion_token_logps(
     model: Any, prompt: Sequence[int], completion: Sequence[int]
 ) -> list[float]:
-    """Return log p of each token of a completion. (len(completion),)"""
+    """Return the log-prob of each token of a completion to a prompt. (len(completion),)"""
     if not completion:
         return []
     logps = token_logps(model, mx.array([[*prompt, *completion]]))
@@ -93,11 +93,11 @@ def completion_token_logps(
 def score_spans(
     tokenizer: Any, completion: GeneratedTokens, policy: Sequence[float], reference: Sequence[float]
 ) -> ScoredAnswer:
-    """Return the text spans of a completion with their log-ratios.
+    """Split a completion into text spans, and return them with their log-ratios.
 
     Args:
-        policy: log p of the completion's tokens, and of its end token if there is one.
-        reference: the same under the reference.
+        policy: log-probs of the completion's tokens, and of its end token if there is one.
+        reference: the log-probs of the same tokens under the reference.
     """
     ratios = [p - r for p, r in zip(policy, reference, strict=True)]
     stream, spans, pending = StreamingDecoder(tokenizer), [], 0.0
@@ -113,7 +113,7 @@ def score_spans(
 
 
 def repetition_rate(answer: ScoredAnswer) -> float:
-    """Return the share of an answer's 4-grams of tokens that occurred before in the answer.
+    """Return the share of the answer's token 4-grams that repeat an earlier 4-gram of the answer.
 
     Source: Welleck et al. 2019, arXiv:1908.04319, section 6.1, seq-rep-4.
     """
@@ -127,7 +127,7 @@ def compare_runs(
 ) -> Comparison:
     """Compare base and aligned model of one run, or the aligned models of several runs.
 
-    One run is in memory at a time.
+    Only one run's model is in memory at a time.
 
     Args:
         prompts: a file of prompts; None for the held-out prompts of the first run.
@@ -137,12 +137,16 @@ def compare_runs(
         ConfigError: a prompt leaves no room for an answer, or there are no prompts.
         RunError, ModelError, DataError: a run, its model or the prompts cannot be read.
     """
-    alone = len(runs) == 1
-    prompt_list, columns, notes = _compare_run(runs[0], prompts, sampling, limit, alone=alone)
+    is_only_run = len(runs) == 1
+    prompt_list, policies, notes = _compare_run(
+        runs[0], prompts, sampling, limit, is_only_run=is_only_run
+    )
     for name in runs[1:]:
-        _, more_columns, more_notes = _compare_run(name, prompt_list, sampling, None, alone=False)
-        columns, notes = columns + more_columns, notes + more_notes
-    return Comparison(tuple(prompt_list), tuple(columns), tuple(dict.fromkeys(notes)))
+        _, more_policies, more_notes = _compare_run(
+            name, prompt_list, sampling, None, is_only_run=False
+        )
+        policies, notes = policies + more_policies, notes + more_notes
+    return Comparison(tuple(prompt_list), tuple(policies), tuple(dict.fromkeys(notes)))
 
 
 def _compare_run(
@@ -151,9 +155,13 @@ def _compare_run(
     sampling: Sampling,
     limit: int | None,
     *,
-    alone: bool,
-) -> tuple[list[Prompt], list[Column], list[str]]:
-    """Return prompts, columns and notes of one run. The model is freed on return."""
+    is_only_run: bool,
+) -> tuple[list[Prompt], list[PolicyAnswers], list[str]]:
+    """Return the prompts, each policy's scored answers, and notes about one run.
+
+    The base model's answers are included only if the run is the only one. The model is freed on
+    return.
+    """
     opened = open_switchable(name)
     run = opened.run
     assert run is not None
@@ -163,13 +171,13 @@ def _compare_run(
         prompts = read_prompts(prompts)
     used = prompts[:limit]
     notes = [*_limit_note(len(prompts), limit), *_notes(name, opened, run)]
-    states: tuple[AdapterState, ...] = ("base", "aligned") if alone else ("aligned",)
+    states: tuple[AdapterState, ...] = ("base", "aligned") if is_only_run else ("aligned",)
     with_system = add_system_prompt(used, run.config.system)
-    columns = [
-        Column(state if alone else name, answers)
+    policies = [
+        PolicyAnswers(state if is_only_run else name, answers)
         for state, answers in _score_answers(opened, run, with_system, states, sampling)
     ]
-    return used, columns, notes
+    return used, policies, notes
 
 
 def _limit_note(count: int, limit: int | None) -> Iterator[str]:
@@ -193,7 +201,7 @@ def _score_answers(
     states: Sequence[AdapterState],
     sampling: Sampling,
 ) -> Iterator[tuple[AdapterState, tuple[ScoredAnswer, ...]]]:
-    """Generate answers with each of the adapter states; yield them with their log-ratios."""
+    """Generate answers in each adapter state; yield the state and its answers with log-ratios."""
     base = opened.base
     rows = [_prompt_ids(opened, run, prompt) for prompt in prompts]
     _check_context(rows, prompts, context_length(base.config), sampling.max_tokens)
@@ -212,7 +220,7 @@ def _completion_logps(
     rows: Sequence[TokenIds],
     completions: Sequence[GeneratedTokens],
 ) -> list[list[float]]:
-    """Return log p of each completion's tokens, and of its end token if there is one."""
+    """Return the log-probs of each completion's tokens, with the end token if there is one."""
     with opened.switch.activated(state):
         return [
             completion_token_logps(
@@ -238,7 +246,7 @@ def _prompt_ids(opened: SwitchableModel, run: OpenRun, prompt: Prompt) -> TokenI
 def _check_context(
     rows: Sequence[TokenIds], prompts: Sequence[Prompt], context: int | None, max_tokens: int
 ) -> None:
-    """Raise `ConfigError` if a prompt and `max_tokens` do not fit into the context."""
+    """Raise `ConfigError` if a prompt plus `max_tokens` tokens exceeds the context length."""
     for row, prompt in zip(rows, prompts, strict=True):
         if context is not None and len(row) + max_tokens > context:
             raise ConfigError(

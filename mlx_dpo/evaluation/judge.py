@@ -29,9 +29,10 @@ StripThinking = Callable[[Sequence[Message], str], str]
 
 
 class _PairwiseVerdict:
-    """The verdict on two answers from the replies to both orders.
+    """The verdict on two answers, from the judge's replies to both orders of the two.
 
-    It is a tie with a doubt if a reply has no verdict or if the two orders disagree.
+    If a reply has no verdict or if the two orders disagree, the answers tie and the verdict is
+    marked as unreliable.
     """
 
     def __init__(
@@ -43,18 +44,18 @@ class _PairwiseVerdict:
         swapped_outcome: float | None,
     ) -> None:
         self.first, self.second, self.replies = first, second, replies
-        self.outcome, self.doubt = TIE, ""
+        self.outcome, self.warning = TIE, ""
         if outcome is None or swapped_outcome is None:
-            self.doubt = NO_VERDICT
+            self.warning = NO_VERDICT
         elif outcome != WIN - swapped_outcome:
-            self.doubt = INCONSISTENT
+            self.warning = INCONSISTENT
         else:
             self.outcome = outcome
 
-    def doubt_about(self, best: int) -> str:
-        """Return why the pair with `best` as chosen is unreliable; empty if it is reliable."""
+    def warning_about(self, best: int) -> str:
+        """Return why a pair with answer `best` as chosen is unreliable; empty if it is reliable."""
         lost = self.outcome == (LOSS if best == self.first else WIN)
-        return self.doubt or (WORST_BEAT_BEST if lost else "")
+        return self.warning or (WORST_BEAT_BEST if lost else "")
 
 
 class ModelJudge:
@@ -84,15 +85,15 @@ class ModelJudge:
         self._provenance = provenance
 
     def provenance(self) -> dict[str, Any]:
-        """Return the name and digest of the model, and the rubric."""
+        """Return the judge's name, the digest of its model, and the rubric, for stored rows."""
         return {"by": f"judge {self.name}", **self._provenance, "rubric": self.rubric}
 
     def rank(
         self, prompts: Sequence[Conversation], answers: Sequence[Sequence[str]]
     ) -> list[Ranking]:
-        """Return one ranking per prompt; points are wins over the prompt's other answers.
+        """Return one ranking per prompt; an answer's score is its number of wins over the others.
 
-        A tie and an unreliable verdict count as half a win.
+        Ties and unreliable verdicts count as half a win for both answers.
         """
         pairs = [
             (number, first, second)
@@ -129,42 +130,42 @@ class ModelJudge:
 
 
 def _make_ranking(answer_count: int, verdicts: Sequence[_PairwiseVerdict]) -> Ranking:
-    """Return the ranking of a prompt's answers from the verdicts on all pairs of them."""
-    points = [0.0] * answer_count
+    """Return the ranking of one prompt's answers, given the verdict on each pair of answers."""
+    scores = [0.0] * answer_count
     for verdict in verdicts:
-        points[verdict.first] += verdict.outcome
-        points[verdict.second] += WIN - verdict.outcome
+        scores[verdict.first] += verdict.outcome
+        scores[verdict.second] += WIN - verdict.outcome
     replies = tuple(text for verdict in verdicts for text in verdict.replies)
-    ranking = Ranking(tuple(points), judge_replies=replies)
+    ranking = Ranking(tuple(scores), judge_replies=replies)
     # Of more than two answers, only the verdict on best and worst concerns the preference pair.
     ends = {ranking.best, ranking.worst}
-    doubts = [v.doubt_about(ranking.best) for v in verdicts if {v.first, v.second} == ends]
-    return replace(ranking, doubts=tuple(doubt for doubt in doubts if doubt))
+    warnings = [v.warning_about(ranking.best) for v in verdicts if {v.first, v.second} == ends]
+    return replace(ranking, warnings=tuple(warning for warning in warnings if warning))
 
 
 def format_conversation(prompt: Conversation) -> str:
-    """Return a conversation as text: a single turn as it is, several turns each with its role."""
+    """Return a conversation as text; if it has several turns, each begins with its role."""
     if len(prompt) == 1:
         return str(prompt[0]["content"])
     return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
 
 
 def parse_verdict(text: str) -> float | None:
-    """Return the outcome for the first answer in a judge's reply, or None without a verdict.
+    """Return the outcome for the first answer from a judge's reply; None if it has no verdict.
 
-    The last verdict in the text counts.
+    The last verdict in the reply counts.
     """
     verdicts = VERDICT.findall(text)
     return VERDICT_OUTCOMES[verdicts[-1]] if verdicts else None
 
 
 def check_verdicts(name: str, rankings: Sequence[Ranking]) -> None:
-    """Check that the judge gave at least one verdict.
+    """Check that the judge gave a verdict on at least one prompt.
 
     Raises:
-        ConfigError: none of the rankings has a verdict; the message quotes a reply.
+        ConfigError: no ranking has a verdict; the message quotes a reply.
     """
-    if all(NO_VERDICT in ranking.doubts for ranking in rankings):
+    if all(NO_VERDICT in ranking.warnings for ranking in rankings):
         reply = " ".join(rankings[0].judge_replies[0].split())[:120]
         raise ConfigError(
             f"{name}: {NO_VERDICT} on any prompt (its reply was {reply!r}); use another judge, or "
@@ -173,12 +174,12 @@ def check_verdicts(name: str, rankings: Sequence[Ranking]) -> None:
 
 
 def default_rubric() -> str:
-    """Return the rubric that ships with the package, a starting point for other rubrics."""
+    """Return the text of the package's rubric, a starting point for other rubrics."""
     return (files("mlx_dpo.evaluation") / "rubric.txt").read_text("utf-8")
 
 
 def read_rubric(path: Path) -> str:
-    """Read a rubric of the user.
+    """Read the user's rubric from a text file.
 
     Raises:
         ConfigError: the file cannot be read or lacks a placeholder.
@@ -194,10 +195,10 @@ def read_rubric(path: Path) -> str:
 
 
 def check_judge(reward: str | None, judge: str | None, rubric: str | None) -> None:
-    """Check the settings of a judge against each other before anything is loaded.
+    """Check that the arguments for a judge fit together, before anything is loaded.
 
     Raises:
-        ConfigError: two settings contradict each other, or one has no effect.
+        ConfigError: two arguments contradict each other, or one has no effect.
     """
     if reward is not None and judge is not None:
         raise ConfigError("`judge` has no effect with `reward`; leave one of them out")
@@ -206,7 +207,7 @@ def check_judge(reward: str | None, judge: str | None, rubric: str | None) -> No
 
 
 def open_judge(reward: str | None, judge: str | None, rubric: str | None) -> Judge:
-    """Load a reward function or a judge model.
+    """Load a judge: the reward function that `reward` names or the model that `judge` names.
 
     Raises:
         ConfigError: neither or both are given, or the function or the rubric is not valid.

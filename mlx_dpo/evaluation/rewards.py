@@ -1,4 +1,4 @@
-"""Judges that rank answers, and reward functions of the user as judges."""
+"""Judges that rank answers, and judges that call a reward function of the user."""
 
 import importlib
 import importlib.util
@@ -22,53 +22,53 @@ RewardCallable = Callable[[list[Message], str], float]
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
-    """The points of each answer to a prompt, higher is better, and doubts about them."""
+    """A judge's scores of the answers to one prompt; higher is better."""
 
-    points: tuple[float, ...]
-    doubts: tuple[str, ...] = ()  # reasons why best against worst is unreliable; mostly empty
+    scores: tuple[float, ...]
+    warnings: tuple[str, ...] = ()  # reasons why best against worst is unreliable; mostly empty
     judge_replies: tuple[str, ...] = ()  # the texts that a judge model generated
 
     @property
     def best(self) -> int:
-        """Index of the best answer, the first of several."""
-        return self.points.index(max(self.points))
+        """Index of the answer with the highest score; the first one if several have it."""
+        return self.scores.index(max(self.scores))
 
     @property
     def worst(self) -> int:
-        """Index of the worst answer, the last of several."""
-        return len(self.points) - 1 - self.points[::-1].index(min(self.points))
+        """Index of the answer with the lowest score; the last one if several have it."""
+        return len(self.scores) - 1 - self.scores[::-1].index(min(self.scores))
 
     @property
     def is_tie(self) -> bool:
-        """True if no answer is better than another."""
-        return max(self.points) == min(self.points)
+        """Whether all answers have the same score."""
+        return max(self.scores) == min(self.scores)
 
     def outcome(self) -> float:
-        """Return `WIN`, `TIE` or `LOSS` of the first of two answers."""
-        first, second = self.points
+        """Return `WIN`, `TIE` or `LOSS` of the first answer if there are exactly two answers."""
+        first, second = self.scores
         return WIN if first > second else LOSS if first < second else TIE
 
 
 class Judge(Protocol):
-    """A reward function or a judge model: anything that ranks answers."""
+    """Anything that ranks answers: a reward function or a judge model."""
 
     name: str
 
     def rank(
         self, prompts: Sequence[Conversation], answers: Sequence[Sequence[str]]
     ) -> list[Ranking]:
-        """Return one ranking per prompt of its answers."""
+        """Return one ranking of its answers per prompt."""
 
     def provenance(self) -> dict[str, Any]:
-        """Return what the rankings depend on, for the rows that are written from them."""
+        """Return what the rankings depend on, such as names and digests, for stored rows."""
 
 
 class RewardFunction:
-    """A judge by `function(prompt, answer) -> float`, higher is better.
+    """A judge that scores each answer by a function `(prompt, answer) -> float`; higher is better.
 
     Args:
         name: `file.py:function` or `package.module:function`.
-        function: gets the prompt as a list of messages and the answer as text.
+        function: receives the prompt as a list of messages and the answer as text.
         file: the Python file of the function, for error locations and the digest.
     """
 
@@ -99,20 +99,20 @@ class RewardFunction:
     def rank(
         self, prompts: Sequence[Conversation], answers: Sequence[Sequence[str]]
     ) -> list[Ranking]:
-        """Return rankings whose points are the rewards."""
+        """Return one ranking per prompt; the score of an answer is its reward."""
         return [
             Ranking(tuple(self(prompt, answer) for answer in texts))
             for prompt, texts in zip(prompts, answers, strict=True)
         ]
 
     def provenance(self) -> dict[str, Any]:
-        """Return the name of the function and the digest of its file."""
+        """Return the name of the function and the digest of its file, for stored rows."""
         digest = {"reward_digest": self._digest} if self._digest else {}
         return {"by": f"reward {self.name}"} | digest
 
 
 def load_reward(spec: str) -> RewardFunction:
-    """Import the reward function that `file.py:function` or `package.module:function` names.
+    """Import the reward function that `spec` names as `file.py:function` or `module:function`.
 
     Importing runs the code of the file or module.
 
@@ -136,7 +136,7 @@ def load_reward(spec: str) -> RewardFunction:
 
 
 def _import_module(source: str) -> ModuleType:
-    """Import a module by its dotted name or by the path of its file."""
+    """Import the module that `source` names: a path that ends in `.py`, or a dotted name."""
     path = Path(source).expanduser()
     try:
         if not source.endswith(".py"):
@@ -159,7 +159,7 @@ def _import_module(source: str) -> ModuleType:
 
 
 def _error_location(error: BaseException, file: Path | None) -> str | None:
-    """Return `file:line` of the innermost traceback frame in the user's own file."""
+    """Return `file:line` of the innermost traceback frame in the user's file, or None."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}:{error.lineno}"
     if file is None:

@@ -1,4 +1,4 @@
-"""Win rates: the share of prompts on which a judge prefers one policy's answer over another's."""
+"""Win rates: the share of prompts on which a judge prefers one policy's answer to another's."""
 
 import math
 from collections import Counter
@@ -26,7 +26,7 @@ NEWTON_STEPS = 100
 
 @dataclass(frozen=True, slots=True)
 class WinRate:
-    """The win rate of a policy with its interval; a tie is half a win."""
+    """A policy's win rate with its 95 % confidence interval; a tie is half a win."""
 
     wins: int
     ties: int
@@ -38,13 +38,13 @@ class WinRate:
 
     @property
     def count(self) -> int:
-        """Number of prompts with a verdict."""
+        """Number of prompts with an outcome: wins, ties and losses."""
         return self.wins + self.ties + self.losses
 
 
 @dataclass(frozen=True)
 class PairwiseComparison:
-    """The answers of a policy and of its opponent to the same prompts, compared by a judge."""
+    """The answers of a policy and of its opponent to the same prompts, and a judge's rankings."""
 
     prompts: Sequence[Prompt]
     answers: Sequence[str]
@@ -52,16 +52,16 @@ class PairwiseComparison:
     rankings: Sequence[Ranking]
     rate: WinRate
     rewards: tuple[float, float] | None  # mean rewards of policy and opponent, if there are any
-    doubts: Counter[str]  # inconsistent verdicts, counted as ties, and prompts without a verdict
+    warnings: Counter[str]  # inconsistent verdicts, counted as ties, and prompts without a verdict
     notes: tuple[str, ...] = ()  # of loading the models
 
     @property
     def mean_lengths(self) -> tuple[float, float]:
-        """Mean length in characters of the answers of policy and opponent."""
+        """Mean length of the policy's answers and of the opponent's answers, in characters."""
         return fmean(map(len, self.answers)), fmean(map(len, self.opponent_answers))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
+        """Return the results, without prompts and answers, as values for JSON."""
         rate = self.rate
         return {
             "prompts": len(self.prompts),
@@ -75,15 +75,15 @@ class PairwiseComparison:
             "length_controlled_win_rate": rate.length_controlled,
             "mean_rewards": None if self.rewards is None else list(self.rewards),
             "mean_characters": list(self.mean_lengths),
-            "doubts": dict(self.doubts),
+            "doubts": dict(self.warnings),
         }
 
 
 def win_rate(outcomes: Sequence[float], lengths: Sequence[int]) -> WinRate:
-    """Return the win rate of at least one outcome.
+    """Compute the win rate and its interval from the outcomes; there must be at least one outcome.
 
     Args:
-        outcomes: `WIN`, `TIE` or `LOSS` per prompt. (n,)
+        outcomes: `WIN`, `TIE` or `LOSS` of the policy per prompt. (n,)
         lengths: length of the policy's answer minus that of the opponent's. (n,)
     """
     count, total = len(outcomes), math.fsum(outcomes)
@@ -100,7 +100,9 @@ def win_rate(outcomes: Sequence[float], lengths: Sequence[int]) -> WinRate:
 
 
 def wilson_interval(total: float, count: int, *, z: float = Z_95) -> tuple[float, float]:
-    """Return the Wilson interval for the mean p of `count` outcomes that sum to `total`.
+    """Return the Wilson confidence interval for the mean p of `count` outcomes in [0, 1].
+
+    The outcomes sum to `total`; `z` is the normal quantile (95 % by default).
 
         (p + z²/2n ± z sqrt(p(1 - p)/n + z²/4n²)) / (1 + z²/n)
 
@@ -117,7 +119,7 @@ def wilson_interval(total: float, count: int, *, z: float = Z_95) -> tuple[float
 
 
 def length_controlled_rate(outcomes: Sequence[float], lengths: Sequence[int]) -> float | None:
-    """Return the win rate at equal length, or None if all length differences are the same.
+    """Return the win rate at equal answer length; None if all length differences are the same.
 
     The rate is σ(a) of the logistic regression
 
@@ -156,38 +158,39 @@ def compare_pairwise(
     answers: Sequence[str],
     opponent_answers: Sequence[str],
 ) -> PairwiseComparison:
-    """Let a judge compare two answers per prompt.
+    """Let a judge compare the policy's and the opponent's answer to each prompt.
 
     Raises:
         ConfigError: the judge gives no verdict on any prompt.
     """
     answer_pairs = list(zip(answers, opponent_answers, strict=True))
     rankings = judge.rank([prompt.messages for prompt in prompts], answer_pairs)
-    doubts = Counter(doubt for ranking in rankings for doubt in ranking.doubts)
+    warnings = Counter(warning for ranking in rankings for warning in ranking.warnings)
     # Identical answers tie, whatever the judge's verdict on them.
     verdicts = [
         (TIE if a == b else ranking.outcome(), len(a) - len(b))
         for ranking, (a, b) in zip(rankings, answer_pairs, strict=True)
-        if NO_VERDICT not in ranking.doubts or a == b
+        if NO_VERDICT not in ranking.warnings or a == b
     ]
     if not verdicts:
         check_verdicts(judge.name, rankings)
     rewards = None
     if isinstance(judge, RewardFunction):
-        first, second = zip(*(ranking.points for ranking in rankings), strict=True)
+        first, second = zip(*(ranking.scores for ranking in rankings), strict=True)
         rewards = fmean(first), fmean(second)
     outcomes, lengths = zip(*verdicts, strict=True)
     return PairwiseComparison(
-        prompts, answers, opponent_answers, rankings, win_rate(outcomes, lengths), rewards, doubts
+        prompts, answers, opponent_answers, rankings, win_rate(outcomes, lengths), rewards, warnings
     )
 
 
 def compare_policies(
     run: str, judge: Judge, sampling: Sampling, *, prompts: str | None, against: str | None
 ) -> PairwiseComparison:
-    """Compare the policy of a run with its reference, or with another run or model.
+    """Let a judge compare the answers of a run's policy with those of an opponent.
 
-    One policy is in memory at a time. Without `prompts`, the run's held-out prompts are used.
+    Only one of the two models is in memory at a time. The opponent is the run's reference if
+    `against` is None. Without `prompts`, the run's held-out prompts are used.
 
     Raises:
         ConfigError: no prompts were held out, or the judge gives no verdict.

@@ -1,4 +1,4 @@
-"""Errors of `huggingface_hub` and of the network as one-line `ModelError`s."""
+"""Convert errors of `huggingface_hub` and of the network into `ModelError`s of one line."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,10 +21,10 @@ LOGIN = "log in with `hf auth login`, using a token with write access"
 
 @contextmanager
 def as_model_errors(name: str) -> Iterator[None]:
-    """Raise errors of the Hub and the network as `ModelError` with a one-line message.
+    """Convert Hub and network errors inside the block into `ModelError`s of one line.
 
     Args:
-        name: repository that the requests are about.
+        name: repository that the requests are about, named in the message.
     """
     try:
         yield
@@ -51,7 +51,7 @@ def _describe(error: BaseException) -> str:
 
 
 def _describe_response(error: HfHubHTTPError) -> str:
-    """Describe an HTTP error without its URL, which may hold the signature of an upload."""
+    """Describe an HTTP error without its URL, which may contain the signature of an upload."""
     code, phrase = error.response.status_code, error.response.reason_phrase
     text = " ".join((error.server_message or phrase).split())[:200]
     if code in (401, 403):

@@ -1,4 +1,4 @@
-"""The model card of an adapter: Hub metadata, results, code examples, settings and limits.
+"""The model card of an adapter: Hub metadata, results, code examples, settings and limitations.
 
 Tests run the code examples that the card shows.
 """
@@ -27,7 +27,7 @@ REWARD_MEANING: Mapping[RewardKind, str] = {
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt with the completions before and after training."""
+    """A prompt with a completion before training and a completion after training."""
 
     prompt: str
     before: str
@@ -36,7 +36,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class CardContent:
-    """Facts that the card shows; none of them is a path of this machine."""
+    """Facts that the model card shows; none of them is a path of this machine."""
 
     name: str
     base_model: str | None  # Hub id
@@ -66,7 +66,7 @@ class CardContent:
 
 
 def make_metadata(content: CardContent) -> ModelCardData:
-    """Return the card's metadata in the Hub's format."""
+    """Return the model card's metadata in the Hub's format."""
     optional: dict[str, Any] = dict(content.license)
     if content.base_model is not None:
         relation = "finetune" if content.fine_tune_type == FULL else "adapter"
@@ -86,7 +86,7 @@ def make_metadata(content: CardContent) -> ModelCardData:
 
 
 def make_model_card(content: CardContent) -> ModelCard:
-    """Return the card of an adapter."""
+    """Return the model card of an adapter: metadata and Markdown text."""
     samples = ["## Before and after", *map(_format_sample, content.samples)]
     sections = [
         f"# {content.name}",
@@ -108,11 +108,12 @@ def make_model_card(content: CardContent) -> ModelCard:
 def make_fused_model_card(
     base_model: str | None, *, to: str, bits: int | None, inherited: Mapping[str, Any]
 ) -> ModelCard:
-    """Return the card of a model with a fused adapter.
+    """Return the model card of a model into which an adapter is fused.
 
     Args:
-        to: format of the checkpoint: `hf` or `mlx`.
-        inherited: metadata from the card of the base model.
+        to: format of the model's files, `hf` (Hugging Face) or `mlx`.
+        bits: number of bits of the quantized weights; None if they are not quantized.
+        inherited: metadata from the base model's card, such as its license.
     """
     optional = dict(inherited)
     if base_model:
@@ -164,7 +165,7 @@ def _results(content: CardContent) -> str:
 
 
 def _metric_meanings(content: CardContent) -> dict[str, str]:
-    """Return a description of each metric of an evaluation."""
+    """Return a description of each evaluation metric, by the name of the metric."""
     correct = "pairs with a higher reward for the chosen completion"
     if content.labelled:
         correct = "completions whose reward is on the labelled side of KTO's reference point"
@@ -224,7 +225,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _usage(content: CardContent) -> list[str]:
-    """Return the sections about mlx-lm, mlx-dpo, and transformers with PEFT."""
+    """Return the sections on how to use the adapter in mlx-lm, in mlx-dpo, and in PEFT."""
     base = content.base_model or "BASE"
     sections = [] if content.base_model else ["`BASE` stands for the base model."]
     if content.bits is not None:

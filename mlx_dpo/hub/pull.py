@@ -1,4 +1,4 @@
-"""Download of an adapter from the Hugging Face Hub."""
+"""Download an adapter from the Hugging Face Hub."""
 
 import shutil
 from dataclasses import dataclass
@@ -17,18 +17,19 @@ from mlx_dpo.models.output_folder import check_output_folder, disk_errors, new_o
 
 @dataclass(frozen=True)
 class PulledAdapter:
-    """An adapter that was downloaded from the Hub."""
+    """An adapter that was downloaded from the Hub into a folder."""
 
     folder: Path
     base_model: str | None
-    bytes: int
+    size_bytes: int
 
 
 def pull_adapter(name: str, output: Path, revision: str | None = None) -> PulledAdapter:
     """Download an adapter into the folder `output`, which is written completely or not at all.
 
     Raises:
-        ModelError: the Hub has no such adapter, or it cannot be read or written here.
+        ModelError: the Hub has no adapter of this name, the adapter is damaged, or `output` cannot
+            be written.
     """
     check_output_folder(output, 0)
     snapshot = _download(name, revision)
@@ -46,7 +47,7 @@ def pull_adapter(name: str, output: Path, revision: str | None = None) -> Pulled
 
 
 def _download(name: str, revision: str | None) -> Path:
-    """Return a folder of the Hub's cache with the adapter's files and no others."""
+    """Download the files of an adapter into the Hub's cache; return the folder they are in."""
     with as_model_errors(name):
         # By commit: given a branch, an unreachable Hub would silently mean an older cached copy.
         commit = HfApi().model_info(name, revision=revision).sha
@@ -58,7 +59,7 @@ def _download(name: str, revision: str | None) -> Path:
 
 
 def _base_model(folder: Path) -> str | None:
-    """Return the base model that the card names, or else the adapter's config."""
+    """Return the base model that the model card or else the adapter's config names, or None."""
     from_card = read_card_metadata(folder).get("base_model")
     entries = read_json(folder / CONFIG, str(folder / CONFIG))
     names = [from_card[0] if isinstance(from_card, list) and from_card else from_card]

@@ -1,7 +1,7 @@
-"""Upload of a run's adapter and model card to the Hugging Face Hub.
+"""Upload the adapter and the model card of a run to the Hugging Face Hub.
 
-Files go up in a single commit: the repository has all of them or none. A retry does not send
-large files again that arrived before a failure.
+All files are sent in a single commit: the repository gets all of them or none. After a failure,
+a retry does not send the large files again that have arrived.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ MAX_LISTED_SECRETS = 5  # in the error message
 
 @dataclass(frozen=True)
 class Upload:
-    """Files of a run that are to be sent, by their name in the repository."""
+    """Files of a run to upload, as paths by their name in the repository."""
 
     files: dict[str, Path]
     message: str  # of the commit
@@ -42,7 +42,7 @@ class Upload:
 
 @dataclass(frozen=True)
 class PushResult:
-    """Outcome of an upload."""
+    """Result of an upload."""
 
     url: str  # of the repository
     commit: str
@@ -51,9 +51,9 @@ class PushResult:
 
 
 def prepare_upload(folder: str, also: tuple[str, ...] = ()) -> Upload:
-    """Return the adapter and card of a finished run, and the files named in `also`.
+    """Collect the adapter and model card of a finished run, and the files named in `also`.
 
-    Pairs, checkpoints and logs are only sent if they are named.
+    Pairs, checkpoints and logs are uploaded only if `also` names them.
 
     Raises:
         RunError: the run is unfinished.
@@ -76,7 +76,11 @@ def prepare_upload(folder: str, also: tuple[str, ...] = ()) -> Upload:
 
 
 def _file_in_run(folder: Path, name: str) -> Path:
-    """Return the path of a file of the run folder; links that lead out of it are an error."""
+    """Return the path of the file `name` in the run folder.
+
+    Raises:
+        ConfigError: there is no such file, or it is a link to a file outside the run folder.
+    """
     file = folder / name
     if not file.is_file() or not file.resolve().is_relative_to(folder.resolve()):
         raise ConfigError(f"{name}: not a file of the run folder {folder}; no other files are sent")
@@ -84,10 +88,10 @@ def _file_in_run(folder: Path, name: str) -> Path:
 
 
 def check_secrets(files: Mapping[str, Path | bytes]) -> None:
-    """Raise `ConfigError` if a file has a secret or personal path in it; name the locations.
+    """Raise `ConfigError` if a file contains a secret or a personal path; the message says where.
 
     Args:
-        files: content, or path of the file, by its name in the repository.
+        files: content of each file, or its path, by its name in the repository.
     """
     matches = [
         match for name, content in files.items() for match in scan_for_secrets(content, name)
@@ -104,7 +108,7 @@ def check_secrets(files: Mapping[str, Path | bytes]) -> None:
 def push(
     files: Mapping[str, Path], name: str, *, message: str, public: bool, overwrite: bool
 ) -> PushResult:
-    """Commit files to the repository `name`, which is created if it does not exist.
+    """Upload the files to the repository `name` in one commit; create the repository if needed.
 
     Raises:
         ConfigError: a file has a secret in it; the repository is public without `public`, or the
@@ -134,9 +138,10 @@ def push(
 
 
 def _read_addition(path: str, file: Path) -> CommitOperationAdd:
-    """Read a file once, so that the content that is scanned is the content that is sent.
+    """Read a file once, so that the content that is scanned is the content that is uploaded.
 
-    Weights are not held in memory: their digest is taken here, and the upload fails if they change.
+    Weights are not held in memory: their digest is computed here, and the upload fails if they
+    change afterwards.
     """
     if not path.endswith(".safetensors"):
         return CommitOperationAdd(path, file.read_bytes())
@@ -152,7 +157,12 @@ def _content(addition: CommitOperationAdd) -> Path | bytes:
 
 
 def _get_or_create_repository(api: HfApi, name: str, *, public: bool) -> ModelInfo | None:
-    """Return the existing repository, or create it and return None."""
+    """Return the existing repository of this name, or create it and return None.
+
+    Raises:
+        ConfigError: the existing repository is public and `public` is False, or it is private and
+            `public` is True.
+    """
     try:
         repository = api.model_info(name, files_metadata=True)
     except RepositoryNotFoundError:
@@ -173,10 +183,10 @@ def _get_or_create_repository(api: HfApi, name: str, *, public: bool) -> ModelIn
 def _has_all(
     repository: ModelInfo, additions: Sequence[CommitOperationAdd], name: str, *, overwrite: bool
 ) -> bool:
-    """Return whether the repository has all files with the same content.
+    """Return whether the repository has every file with the same content.
 
     Raises:
-        ConfigError: a file has other content there, and `overwrite` is False.
+        ConfigError: the repository has a file with other content, and `overwrite` is False.
     """
     hub_digests = {
         file.rfilename: file.lfs.sha256 if file.lfs else file.blob_id
@@ -197,7 +207,7 @@ def _has_all(
 
 
 def _possible_digests(addition: CommitOperationAdd) -> set[str]:
-    """Return the digests by which the Hub may know a file: SHA-256 (LFS) and git's blob id."""
+    """Return the digests that the Hub may store for a file: SHA-256 (LFS) and git's blob id."""
     content = addition.path_or_fileobj
     digests = {addition.upload_info.sha256.hex()}
     if isinstance(content, bytes):

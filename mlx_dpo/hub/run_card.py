@@ -1,4 +1,4 @@
-"""The model card of a finished run: facts from its record, and completions before and after."""
+"""Write the model card of a finished run, from its record and from sampled completions."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -38,18 +38,20 @@ def make_run_card(
     samples: int | None = None,
     online: bool = False,
 ) -> tuple[ModelCard, tuple[str, ...]]:
-    """Return the card of a finished run, and notes for the run's owner.
+    """Return the model card of a finished run, and notes for the run's owner.
 
     Args:
-        name: repository that the adapter is going to be pushed to.
+        name: repository that the adapter is going to be uploaded to.
         base: Hub id of the base model, if the run was trained on a local folder.
-        prompts: file of prompts that the model before and after training answers.
+        prompts: file of prompts to show with completions from before and after training.
         samples: number of prompts to show, 0 for none. Without `prompts` and `samples`, held-out
             prompts are shown only if all data are from datasets of the Hub.
-        online: ask the Hub for the license of the base.
+        online: look up the license of the base model on the Hub.
 
     Raises:
-        RunError, ConfigError, DataError, ModelError: as `compare`; or the run is unfinished.
+        RunError: the run is unfinished.
+        RunError, ConfigError, DataError, ModelError: completions cannot be sampled, as in
+            `compare_runs`.
     """
     opened = open_finished(folder)
     datasets = public_datasets(opened)
@@ -71,7 +73,7 @@ def _license_note(*, online: bool, asked: bool) -> str:
 
 
 def public_datasets(opened: OpenRun) -> list[str] | None:
-    """Return the Hub ids of the run's data, or None if some of the data are local files."""
+    """Return the Hub ids of the datasets that a run read; None if it also read local files."""
     config = opened.config
     given = [*config.pairs, *([config.valid] if config.valid else [])]
     given_names = {str(parse_hub_name(source)) for source in given}
@@ -88,7 +90,7 @@ def public_datasets(opened: OpenRun) -> list[str] | None:
 def _collect_facts(
     opened: OpenRun, name: str, hub_id: str | None, base: Mapping[str, Any], datasets: Sequence[str]
 ) -> dict[str, Any]:
-    """Return the fields of `CardContent` but for the samples."""
+    """Return the values of all fields of `CardContent` except `samples`."""
     config, record = opened.config, opened.record
     settings = DPOConfig.from_dict(record["settings"])
     adapter = json.loads((opened.paths.folder / CONFIG).read_text())
@@ -129,9 +131,9 @@ def _describe_data(config: DPOConfig, count: int, datasets: Sequence[str]) -> st
 
 
 def trained_steps(record: Mapping[str, Any]) -> int:
-    """Return the number of steps that the adapter was trained for.
+    """Return the number of optimizer steps that produced the adapter.
 
-    The run took more steps if it kept the adapter of its best evaluation.
+    The run may have taken more steps: it can end with the adapter of its best evaluation.
     """
     kept = record["best_checkpoint"] or {}
     return int(kept.get("step") or record["stopped_early_at"] or record["steps"])
@@ -146,7 +148,7 @@ def _describe_steps(record: Mapping[str, Any]) -> str:
 
 
 def _peft_problem(loads_in: str) -> str:
-    """Return why PEFT cannot load an adapter, without the advice for the run's owner."""
+    """Return why PEFT cannot load an adapter, without the advice that follows in the run record."""
     return loads_in.partition(": ")[2].partition(";")[0] or "its run is of an older version"
 
 
@@ -168,7 +170,7 @@ def _describe_adapter(adapter: Mapping[str, Any]) -> str:
 
 
 def _inherited_metadata(opened: OpenRun, hub_id: str | None, *, online: bool) -> dict[str, Any]:
-    """Return license and language from the card of the base model."""
+    """Return the license and the language from the base model's card."""
     local = _read_local_card(opened)
     metadata = inherited_metadata(local or (_read_hub_card(hub_id) if online else {}))
     link = metadata.get("license_link")
@@ -180,7 +182,7 @@ def _inherited_metadata(opened: OpenRun, hub_id: str | None, *, online: bool) ->
 
 
 def _read_local_card(opened: OpenRun) -> dict[str, Any]:
-    """Return the metadata of the base's card, empty if the base is not on this machine."""
+    """Return the metadata of the base model's card; empty if the model is not on this machine."""
     try:
         folder = resolve_model(opened.config.model, revision=opened.config.revision)
     except (ModelError, ConfigError):
@@ -189,7 +191,7 @@ def _read_local_card(opened: OpenRun) -> dict[str, Any]:
 
 
 def _read_hub_card(hub_id: str | None) -> dict[str, Any]:
-    """Return the metadata of a card on the Hub, empty if there is none."""
+    """Return the metadata of a model card on the Hub; empty if it cannot be read."""
     try:
         data = HfApi().model_info(hub_id).card_data if hub_id else None
         return dict(data.to_dict()) if data else {}
@@ -214,7 +216,7 @@ def _make_samples(
     if prompts is None and not opened.record["counts"]["valid"]:
         return [], ("no samples: no pairs were held out",)
     comparison = compare_runs([folder], prompts, SAMPLING, limit=limit)
-    before, after = (column.answers for column in comparison.columns)
+    before, after = (policy.answers for policy in comparison.policies)
     return [
         Sample(_prompt_text(prompt), base.text, aligned.text)
         for prompt, base, aligned in zip(comparison.prompts, before, after, strict=True)
@@ -226,16 +228,16 @@ def _prompt_text(prompt: Prompt) -> str:
 
 
 def check_no_card(folder: Path) -> None:
-    """Raise `ConfigError` if the folder has a card already, which somebody may have edited."""
+    """Raise `ConfigError` if the folder already has a model card, which may have been edited."""
     if (path := folder / CARD).exists():
         raise ConfigError(f"{path}: already exists; add --overwrite to replace it")
 
 
 def write_card(folder: Path, card: ModelCard, *, overwrite: bool) -> Path:
-    """Write the card into the run folder and return its path.
+    """Write the model card into the run folder and return its path.
 
     Raises:
-        ConfigError: there is a card, and `overwrite` is False.
+        ConfigError: the folder already has a model card, and `overwrite` is False.
     """
     if not overwrite:
         check_no_card(folder)

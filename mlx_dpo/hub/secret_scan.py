@@ -1,7 +1,8 @@
-"""Scan of files for secrets and personal paths before an upload.
+"""Scan files for secrets and personal paths before an upload.
 
-Text is scanned as a whole, safetensors files by their header, and PNG files except for the pixels.
-Any other file, such as a compressed one, cannot be scanned and is reported itself.
+Text files are scanned completely, safetensors files only in their header, and PNG files except
+for the pixels. Any other file, such as a compressed one, is reported because it cannot be
+scanned.
 """
 
 import os
@@ -51,14 +52,14 @@ NOT_SCANNABLE = "content that cannot be scanned (neither text, PNG nor safetenso
 
 @dataclass(frozen=True)
 class SecretMatch:
-    """A secret or personal path in a file; its text is not kept."""
+    """Location and kind of a secret or personal path in a file; the secret itself is not stored."""
 
     location: str  # file:line, or the file
     kind: str  # such as "a Hugging Face token"
 
 
 def scan_for_secrets(content: Path | bytes, name: str) -> Iterator[SecretMatch]:
-    """Yield the secrets and personal paths in a file.
+    """Yield the locations of secrets and personal paths in a file.
 
     Args:
         content: path of the file, or its bytes.
@@ -84,10 +85,10 @@ def scan_for_secrets(content: Path | bytes, name: str) -> Iterator[SecretMatch]:
 
 
 def _read_text(content: Path | bytes, name: str) -> bytes:
-    """Return the part of a file that may hold text.
+    """Return the bytes of a file that may contain text.
 
     Raises:
-        ValueError, ModelError: the file is damaged or of another type.
+        ValueError, ModelError: the file is damaged, or is neither text, PNG nor safetensors.
     """
     if isinstance(content, Path):
         if name.endswith(".safetensors"):
@@ -102,13 +103,16 @@ def _read_text(content: Path | bytes, name: str) -> bytes:
 
 
 def _unescape(match: re.Match[bytes]) -> bytes:
-    """Return the escaped character; white space becomes a blank, so that line numbers stay."""
+    """Return the character that an escape sequence stands for.
+
+    White space becomes a blank, so that line numbers stay the same.
+    """
     code, character = match.groups()
     return bytes.fromhex(code.decode()) if code else character or b" "
 
 
 def _png_texts(data: bytes) -> Iterator[bytes]:
-    """Yield the metadata chunks of a PNG file, decompressed, and whatever follows its end.
+    """Yield the decompressed metadata of a PNG file, and all bytes after the end of the image.
 
     Raises:
         ValueError: the file is damaged.
@@ -127,7 +131,7 @@ def _png_texts(data: bytes) -> Iterator[bytes]:
 
 
 def _decompress(chunk: bytes) -> Iterator[bytes]:
-    """Yield a chunk as it is, and the zlib streams that begin anywhere in it."""
+    """Yield a PNG chunk unchanged, then the data of each zlib stream that begins in it."""
     yield chunk
     for header in re.finditer(b"\x78[\x01\x5e\x9c\xda]", chunk):
         try:

@@ -1,4 +1,4 @@
-"""The HTML page of `mlx-dpo compare`: completions side by side, shaded by log π − log π_ref."""
+"""The HTML page of `mlx-dpo compare`: completions next to each other, shaded by log-ratio."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -15,19 +15,19 @@ END_MARK = "∎"  # shown for the end-of-sequence token
 
 
 class Completion(NamedTuple):
-    """A completion as text spans with their log-ratios (log π − log π_ref, in nats)."""
+    """A completion as pairs of text and log-ratio (log π − log π_ref, in nats)."""
 
     spans: Sequence[tuple[str, float]]
     end: float | None  # log-ratio of the end-of-sequence token; None if the completion was cut
 
     @property
     def log_ratio(self) -> float:
-        """Log-ratio of the whole completion."""
+        """Log-ratio of the whole completion with its end token, in nats."""
         return sum(ratio for _, ratio in self.spans) + (self.end or 0.0)
 
 
 class Comparison(NamedTuple):
-    """Content of the page: P prompts answered by M models."""
+    """Content of the comparison page: P prompts answered by M models."""
 
     title: str
     notes: Sequence[str]
@@ -38,7 +38,7 @@ class Comparison(NamedTuple):
 
 
 def render_compare_page(comparison: Comparison) -> str:
-    """Return the page as HTML."""
+    """Return the comparison page as HTML."""
     rows = [
         (turns, list(zip(comparison.names, completions, strict=True)))
         for turns, completions in zip(comparison.prompts, comparison.completions, strict=True)
@@ -57,12 +57,12 @@ def render_compare_page(comparison: Comparison) -> str:
 
 
 def shade_level(log_ratio: float) -> int:
-    """Return the shade of a span: -3 (much less likely) to 3 (much more likely), 0 for none."""
+    """Return the shade for a log-ratio in nats: -3 (much less likely) to 3 (much more likely)."""
     level = sum(abs(log_ratio) >= step for step in SHADE_STEPS)
     return level if log_ratio > 0 else -level
 
 
 def _shade_class(log_ratio: float) -> str:
-    """Return the CSS class of a span's shade: `u1` to `u3`, `d1` to `d3`, or nothing."""
+    """Return the CSS class for a log-ratio: `u1` to `u3` (up), `d1` to `d3` (down), or empty."""
     level = shade_level(log_ratio)
     return f"{'u' if level > 0 else 'd'}{abs(level)}" if level else ""

@@ -1,4 +1,4 @@
-"""Terminal output of a run: header, progress bar or plain lines, and the table of final metrics."""
+"""Terminal output of a run: label table, progress bar or plain lines, table of final metrics."""
 
 import os
 import sys
@@ -24,13 +24,13 @@ BAR_WIDTH = 12  # columns; leaves room for the most important metrics on a termi
 
 
 def make_console() -> Console:
-    """Return a console on standard output, with colours and live updates only on a terminal."""
+    """Return a console for stdout; colours and live updates are used only on a terminal."""
     is_plain = bool(os.environ.get("NO_COLOR")) or not sys.stdout.isatty()
     return Console(no_color=is_plain, highlight=False, soft_wrap=is_plain)
 
 
-def print_facts(console: Console, facts: Sequence[tuple[str, str]]) -> None:
-    """Print (label, text) pairs in two columns; a terminal wraps long texts in their column."""
+def print_label_table(console: Console, facts: Sequence[tuple[str, str]]) -> None:
+    """Print (label, text) pairs in two columns; a terminal wraps long texts within the column."""
     width = max([10, *(len(label) for label, _ in facts)])
     table = Table.grid(padding=(0, 1))
     table.add_column(style="bold", min_width=width, no_wrap=True)
@@ -44,7 +44,7 @@ def print_facts(console: Console, facts: Sequence[tuple[str, str]]) -> None:
 
 
 def format_step(row: MetricsRow, total: int) -> str:
-    """Return a training row as one line; `total` is the number of steps of the run."""
+    """Return a training metrics row as one line of text; `total` is the run's number of steps."""
     return (
         f"step {int(row['step']):>{len(str(total))}}/{total}  loss {row['loss']:.4f}  "
         f"margin {_format_metric(row, 'rewards/margins', '+.3f')}  "
@@ -55,7 +55,7 @@ def format_step(row: MetricsRow, total: int) -> str:
 
 
 def format_evaluation(row: MetricsRow) -> str:
-    """Return an evaluation row as one line."""
+    """Return an evaluation metrics row as one line of text."""
     return (
         f"held out after step {int(row['step'])}: loss {row['eval_loss']:.4f}  "
         f"margin {_format_metric(row, 'eval_rewards/margins', '+.3f')}  "
@@ -64,7 +64,7 @@ def format_evaluation(row: MetricsRow) -> str:
 
 
 def format_final_metrics(row: MetricsRow) -> dict[str, str]:
-    """Return the metrics of an evaluation row as text by label."""
+    """Return the metrics in `FINAL_METRICS` of an evaluation as formatted numbers, by label."""
     formats = {"accuracy": ".1%"}
     return {
         label: _format_metric(row, key, formats.get(label, ".4f")) for label, key in FINAL_METRICS
@@ -72,7 +72,7 @@ def format_final_metrics(row: MetricsRow) -> dict[str, str]:
 
 
 def final_metrics_table(row: MetricsRow, *, title: str) -> Table:
-    """Return a table of the metrics of an evaluation row."""
+    """Return a table for the terminal with the metrics of an evaluation."""
     table = Table(title=title, title_justify="left", show_header=False, box=SIMPLE)
     table.add_column()
     table.add_column(justify="right")
@@ -82,25 +82,28 @@ def final_metrics_table(row: MetricsRow, *, title: str) -> Table:
 
 
 def _format_metric(row: MetricsRow, key: str, form: str) -> str:
-    """Format a metric, or return "-": labelled data without both labels have no margin."""
+    """Return the metric `key` in the number format `form`, or "-" if the row does not have it.
+
+    For example, labelled data with only one of the two labels have no margin.
+    """
     return format(row[key], form) if key in row else "-"
 
 
 class StepDisplay(Protocol):
-    """Display of a run's metrics rows."""
+    """Interface of a display that shows a run's metrics rows one by one."""
 
     def show(self, row: MetricsRow) -> None:
-        """Show a training or evaluation row."""
+        """Show the metrics row of a training step or of an evaluation."""
 
 
 class PlainLines:
-    """Metrics rows as plain lines, for logs and pipes."""
+    """A display that prints metrics rows as plain lines, for logs and pipes."""
 
     def __init__(self, console: Console, total: int, every: int) -> None:
         self.console, self.total, self.every = console, total, every
 
     def show(self, row: MetricsRow) -> None:
-        """Print evaluations, the last step, and every `every`-th step."""
+        """Print an evaluation, the last training step, or a step that is a multiple of `every`."""
         if "eval_loss" in row:
             self.console.print(format_evaluation(row))
         elif row["step"] % self.every == 0 or row["step"] == self.total:
@@ -108,7 +111,7 @@ class PlainLines:
 
 
 class StepBar:
-    """A progress bar followed by as many metrics of the last step as fit into the line."""
+    """A display with a progress bar, followed by as many metrics of the last step as fit."""
 
     def __init__(self, progress: Progress, total: int, done: int) -> None:
         self.progress = progress
@@ -116,7 +119,7 @@ class StepBar:
         self.bar_width = len(f"steps {total}/{total} -:--:-- ") + BAR_WIDTH + 2
 
     def show(self, row: MetricsRow) -> None:
-        """Advance the bar, or print an evaluation above the bar."""
+        """Advance the bar to a training step, or print an evaluation above the bar."""
         if "eval_loss" in row:
             self.progress.console.print(format_evaluation(row))
             return
@@ -135,12 +138,12 @@ class StepBar:
 
 @contextmanager
 def show_steps(console: Console, *, total: int, done: int, every: int) -> Iterator[StepDisplay]:
-    """Yield a progress bar on a terminal, plain lines elsewhere.
+    """Yield the display of a run's steps: a progress bar on a terminal, else plain lines.
 
     Args:
         total: number of optimizer steps of the run.
-        done: steps taken before a resume.
-        every: steps between plain lines.
+        done: number of steps taken before a resume.
+        every: number of steps from one plain line to the next.
     """
     if not console.is_terminal:
         yield PlainLines(console, total, every)
@@ -157,7 +160,9 @@ def show_progress(
     """Yield a function that advances a progress bar; without a terminal, print one line at the end.
 
     Args:
+        description: label of the bar.
         total: number of items; None if it is unknown.
+        unit: name of the items, for the line that is printed without a terminal.
     """
     if not console.is_terminal:
         yield lambda items: None
@@ -173,7 +178,7 @@ class AdvanceProgress(Protocol):
     """A function that advances a progress bar."""
 
     def __call__(self, items: int, /) -> None:
-        """Advance by so many items."""
+        """Advance the progress bar by this number of items."""
 
 
 def _make_columns(total: int | None) -> list[ProgressColumn]:

@@ -1,4 +1,4 @@
-"""Training curves as data: metrics rows in, charts out. `plots` draws the charts."""
+"""Turn metrics rows into charts, as data without drawing; `plots` draws them."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -14,7 +14,7 @@ MAX_POINTS = 600  # of a line; more cannot be distinguished in a chart
 
 
 class Line(NamedTuple):
-    """A metric of one run over the x axis, as N points."""
+    """A line of a chart: N values of one run's metric over the x axis."""
 
     run: int  # index of the run
     completion: str  # `CHOSEN`, `REJECTED`, or "" for a metric of the pair
@@ -26,7 +26,7 @@ class Line(NamedTuple):
 
 
 class Chart(NamedTuple):
-    """Lines that share a plot."""
+    """A chart: its texts and the lines to draw in it."""
 
     title: str
     unit: str
@@ -37,7 +37,7 @@ class Chart(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """Definition of a chart: title, and the metrics that are drawn in it."""
+    """The definition of a chart: its texts, and the metrics to draw in it."""
 
     title: str
     unit: str
@@ -134,12 +134,12 @@ CURVES = (
 def make_charts(
     runs: Sequence[Sequence[MetricsRow]], *, x_axis: str = "step", for_model_card: bool = False
 ) -> list[Chart]:
-    """Return the charts for which at least one run has values.
+    """Return the charts of one or several runs; charts without any values are left out.
 
     Args:
         runs: metrics rows of each run, in the order of steps.
         x_axis: a key of `X_AXES`.
-        for_model_card: leave out the curves that only matter to whoever trains the model.
+        for_model_card: return only the charts that a model card shows.
     """
     charts = []
     for curve in CURVES:
@@ -178,7 +178,10 @@ def _make_lines(run: int, rows: Sequence[MetricsRow], curve: Curve, x_axis: str)
 def _make_line(
     run: int, completion: str, points: list[tuple[float, float]], curve: Curve, *, held_out: bool
 ) -> Line:
-    """Return a line of at most `MAX_POINTS` points; held-out points are not downsampled."""
+    """Return a line of at most `MAX_POINTS` points, with trailing means if the curve is noisy.
+
+    Longer training lines are downsampled; lines of held-out metrics are not.
+    """
     count = len(points)
     group = 1 if held_out else -(-count // MAX_POINTS)  # neighbours per point
     starts = range(0, count, group)
@@ -194,12 +197,12 @@ def _make_line(
 
 
 def window_size(points: int) -> int:
-    """Return the number of points of a trailing mean over a line of so many points."""
+    """Return the number of values in a trailing mean, for a line of `points` points."""
     return max(5, points // WINDOWS_PER_RUN)
 
 
 def trailing_mean(values: Sequence[float], window: int, ends: Iterable[int]) -> list[float]:
-    """Return, for each of `ends`, the mean of the `window` values before it."""
+    """Return the mean of the last `window` values before each index in `ends`."""
     return [_mean(values[max(0, end - window) : end]) for end in ends]
 
 

@@ -1,4 +1,7 @@
-"""HTML pages from the templates of this package: one file each, without scripts or other files."""
+"""Render HTML pages from the templates of this package.
+
+Every page is a single file without scripts.
+"""
 
 from typing import Any
 
@@ -15,5 +18,5 @@ _environment = Environment(
 
 
 def render_page(template: str, **values: Any) -> str:
-    """Return the page that a file of `templates/` makes of the values; text is escaped."""
+    """Return the HTML page that a template in `templates/` makes of the values; text is escaped."""
     return _environment.get_template(template).render(values)

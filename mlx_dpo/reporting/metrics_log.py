@@ -1,4 +1,4 @@
-"""The file `metrics.jsonl`: one metrics row per line, in the order of steps, without repeats."""
+"""Read and write `metrics.jsonl`: one metrics row per line, in step order, no row twice."""
 
 import json
 from collections.abc import Iterator
@@ -14,22 +14,25 @@ T = TypeVar("T")
 
 
 class MetricsLog:
-    """`metrics.jsonl` of a run, open for appending from the step at which the run resumes."""
+    """The file `metrics.jsonl` of a run, to which metrics rows are appended."""
 
     def __init__(self, path: Path, *, after: int = 0) -> None:
-        """Keep the rows up to step `after`; the steps beyond it are computed and logged again."""
+        """Open the file and remove the rows after step `after`.
+
+        A run that is resumed from step `after` computes the later steps again.
+        """
         self.path = path
         rows = [row for row in read_metrics(path) if row["step"] <= after]
         write_file(path, "".join(map(_to_line, rows)))
 
     def write(self, row: MetricsRow) -> MetricsRow:
-        """Append a row and return it."""
+        """Append a metrics row to the file and return the row."""
         with self.path.open("a") as file:
             file.write(_to_line(row))
         return row
 
     def evaluation_at(self, step: int) -> MetricsRow | None:
-        """Return the last evaluation row after `step`, if there is one."""
+        """Return the last evaluation row of this step; None if the step was not evaluated."""
         rows = [row for row in read_metrics(self.path) if row["step"] == step]
         return next((row for row in reversed(rows) if "eval_loss" in row), None)
 
@@ -39,10 +42,10 @@ def _to_line(row: MetricsRow) -> str:
 
 
 def read_metrics(path: Path) -> list[MetricsRow]:
-    """Return the rows of a metrics file, without a last line that a crash cut off.
+    """Read the rows of a metrics file; a last line that a crash left incomplete is ignored.
 
     Raises:
-        RunError: another line is not a metrics row.
+        RunError: a complete line is not a metrics row.
     """
     if not path.is_file():
         return []
@@ -64,7 +67,7 @@ def _parse_line(line: str, location: str) -> MetricsRow:
 
 
 def timed(items: Iterator[T]) -> Iterator[tuple[float, T]]:
-    """Yield each item with the seconds that the iterator took to produce it."""
+    """Yield (seconds, item) for each item, with the time that the iterator took to produce it."""
     start = perf_counter()
     for item in items:
         yield perf_counter() - start, item

@@ -1,6 +1,7 @@
-"""Terminal views of preference pairs: their text with a mark per line, and length histograms.
+"""Show preference pairs at a terminal: their text, and histograms of their lengths.
 
-Every line of text begins with a mark, so that its meaning does not depend on colours.
+Every line of text begins with a mark (prompt, scored or cut), so that the meaning does not
+depend on colours.
 """
 
 import re
@@ -28,7 +29,7 @@ CONTROL_CHARACTERS = re.compile(
 
 
 class Piece(Protocol):
-    """Decoded text of consecutive tokens; `data.inspect.show` makes the pieces."""
+    """Decoded text of one or more consecutive tokens, as made by `data.inspect.show`."""
 
     @property
     def text(self) -> str:
@@ -40,34 +41,34 @@ class Piece(Protocol):
 
 
 class Part(Protocol):
-    """Consecutive tokens of a pair with the same treatment: prompt, scored or cut."""
+    """Consecutive tokens of a pair that are all prompt, all scored or all cut."""
 
     @property
     def name(self) -> str:
-        """Name of the text that the tokens are from, such as `chosen`."""
+        """Name of the text that the tokens belong to, such as `chosen`."""
 
     @property
     def kind(self) -> str:
-        """Treatment of the tokens, a key of `MARKS`."""
+        """`PROMPT`, `SCORED` or `CUT`."""
 
     @property
     def tokens(self) -> int:
-        """Number of tokens."""
+        """Number of tokens in this part."""
 
     @property
     def pieces(self) -> Sequence[Piece]:
-        """Text of the tokens."""
+        """Decoded texts of the tokens, in order."""
 
 
 def print_legend(console: Console) -> None:
-    """Print the meaning of the marks."""
+    """Print what the marks at the beginning of lines mean."""
     console.print(LEGEND, style="dim", markup=False)
 
 
 def print_pair(
     console: Console, location: str, notes: Iterable[str], parts: Iterable[Part]
 ) -> None:
-    """Print a pair: its location, notes, and the text of its parts with a mark per line."""
+    """Print a pair: its location, notes about it, and the text of its parts."""
     console.print()
     console.print(Rule(Text(location), align="left", characters="─", style="bold"))
     for note in notes:
@@ -107,11 +108,12 @@ EIGHTHS = " ▏▎▍▌▋▊▉"
 def format_histogram(
     columns: Sequence[str], bins: Sequence[tuple[int, int, Sequence[int]]], unit: str
 ) -> list[str]:
-    """Return a histogram as lines, with a line per bin and a column of bars per name in `columns`.
+    """Return a histogram as lines of text: one line per bin, one column of bars per name.
 
     Args:
-        bins: (low, high, counts), where counts has a number per column.
-        unit: heading of the bins' bounds.
+        columns: names of the columns.
+        bins: (low, high, counts) per bin, with one count per column.
+        unit: heading above the bounds of the bins.
     """
     max_count = max(max(counts) for _, _, counts in bins)
     labels = [f"{low:,}" if low == high else f"{low:,}–{high:,}" for low, high, _ in bins]
@@ -126,14 +128,21 @@ def format_histogram(
 
 
 def format_bar(share: float) -> str:
-    """Return a bar in eighths of a character; a share above 0 has at least one eighth."""
+    """Return a bar of block characters, `MAX_BAR_WIDTH` wide at a share of 1.
+
+    The bar's length is rounded to an eighth of a character; a share above 0 has at least an eighth.
+    """
     eighths = max(1, round(share * MAX_BAR_WIDTH * 8)) if share else 0
     full, rest = divmod(eighths, 8)
     return "█" * full + EIGHTHS[rest].strip()
 
 
 def format_length_summary(lengths: Mapping[str, Sequence[int]]) -> list[str]:
-    """Return a table as lines: name, then median, 95th percentile and maximum of the lengths."""
+    """Return a table of lengths as lines of text.
+
+    Args:
+        lengths: median, 95th percentile and maximum, by name.
+    """
     headings = ("median", "95 %", "longest")
     width = max(map(len, lengths))
     rows = [f"{'':{width}}  " + "  ".join(f"{heading:>9}" for heading in headings)]

@@ -1,4 +1,4 @@
-"""Charts drawn by matplotlib, which is imported only when a chart is drawn.
+"""Draw charts with matplotlib, which is imported only when a chart is drawn.
 
 Lines can be distinguished without colours: up to eight runs by their markers, rejected by dashes,
 held-out pairs by filled markers.
@@ -26,7 +26,10 @@ FONTS = ("DejaVu Sans", "Hiragino Sans", "PingFang SC", "Apple SD Gothic Neo", "
 
 
 class Theme(NamedTuple):
-    """Colours that people with colour-vision deficiency can distinguish (Okabe and Ito 2008)."""
+    """The colours of a plot; they can be distinguished with colour-vision deficiency.
+
+    Source: Okabe and Ito 2008, Color Universal Design.
+    """
 
     paper: str
     ink: str
@@ -45,10 +48,10 @@ DARK = Theme(
 
 
 def charts_png(charts: Sequence[Chart], names: Sequence[str], x_label: str) -> bytes:
-    """Draw all charts and a legend into one PNG on white, which is readable on any page.
+    """Draw all charts and a legend into one PNG image on a white background.
 
     Args:
-        names: names of the runs.
+        names: names of the runs, for the legend.
     """
     rows = -(-len(charts) // CHART_COLUMNS)
     with _matplotlib_style(LIGHT):
@@ -64,7 +67,7 @@ def charts_png(charts: Sequence[Chart], names: Sequence[str], x_label: str) -> b
 
 
 def chart_svg(chart: Chart, runs: int, x_label: str, theme: Theme) -> bytes:
-    """Draw a chart of so many runs as an SVG."""
+    """Draw one chart as an SVG image; `runs` is the number of runs in it."""
     with _matplotlib_style(theme):
         figure = _make_figure(CHART_WIDTH, CHART_HEIGHT)
         _draw_chart(figure.add_subplot(), chart, runs, x_label, theme)
@@ -72,7 +75,7 @@ def chart_svg(chart: Chart, runs: int, x_label: str, theme: Theme) -> bytes:
 
 
 def legend_svg(charts: Sequence[Chart], names: Sequence[str], theme: Theme) -> bytes:
-    """Draw the legend of several charts as an SVG."""
+    """Draw the legend of all charts as an SVG image; `names` are the names of the runs."""
     handles = _legend_handles([line for chart in charts for line in chart.lines], names, theme)
     with _matplotlib_style(theme):
         figure = _make_figure(CHART_COLUMNS * CHART_WIDTH, CHART_HEIGHT)
@@ -84,7 +87,7 @@ def legend_svg(charts: Sequence[Chart], names: Sequence[str], theme: Theme) -> b
 def _add_legend(
     figure: "Figure", handles: Sequence[Any], location: Any, columns: int = MAX_LEGEND_COLUMNS
 ) -> Any:
-    """Add a legend with as many columns as fit into the figure, at most `columns`."""
+    """Add a legend to the figure with as many columns as fit, at most `columns`."""
     legend = figure.legend(
         handles=handles, loc=location, ncols=columns, frameon=False, handlelength=3.2
     )
@@ -102,7 +105,7 @@ def _make_figure(width: float, height: float) -> "Figure":
 
 @contextmanager
 def _matplotlib_style(theme: Theme) -> Iterator[None]:
-    """Use matplotlib's defaults and the theme, whatever the user's `matplotlibrc` sets."""
+    """Use the theme and matplotlib's defaults inside the block; ignore `matplotlibrc`."""
     import matplotlib
     from matplotlib.font_manager import fontManager
 
@@ -162,7 +165,10 @@ def _draw_line(axes: "Axes", line: Line, runs: int, theme: Theme) -> None:
 
 
 def _line_style(line: Line, runs: int, theme: Theme) -> dict[str, Any]:
-    """Return the style of a line: colours are for the runs, or for chosen and rejected of one."""
+    """Return the matplotlib style of a line.
+
+    Colours distinguish runs; with a single run they distinguish chosen and rejected.
+    """
     is_rejected = line.completion == REJECTED
     colour = theme.colours[(line.run if runs > 1 else is_rejected) % len(theme.colours)]
     has_marker = line.held_out or runs > 1
@@ -178,7 +184,7 @@ def _line_style(line: Line, runs: int, theme: Theme) -> dict[str, Any]:
 
 
 def _legend_handles(lines: Sequence[Line], names: Sequence[str], theme: Theme) -> list[Any]:
-    """Return the legend's entries: the runs, then the meaning of dashes and filled markers."""
+    """Return the legend's entries: the runs, then what dashes and filled markers mean."""
     from matplotlib.lines import Line2D
 
     runs, plain = len(names), Line(0, "", held_out=False, x=(), y=(), smoothed=())

@@ -1,4 +1,4 @@
-"""The HTML page of `mlx-dpo report`: metrics, curves and settings of one run or of several."""
+"""The HTML page of `mlx-dpo report`: metrics, curves and settings of one or several runs."""
 
 from base64 import b64encode
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +11,7 @@ from mlx_dpo.reporting.plots import DARK, LIGHT, MARKERS
 
 
 class RunDetails(NamedTuple):
-    """Facts about a run that are shown with its curves."""
+    """Texts about a run that the page shows above and below the charts."""
 
     name: str
     facts: Sequence[tuple[str, str]]  # name and text, below the curves
@@ -20,7 +20,7 @@ class RunDetails(NamedTuple):
 
 
 class _Picture(NamedTuple):
-    """An image for light and for dark themes, as data URIs."""
+    """An image for a light and a dark theme, as data URIs, with its alternative text."""
 
     light: str
     dark: str
@@ -28,7 +28,7 @@ class _Picture(NamedTuple):
 
 
 def render_run_page(runs: Sequence[RunDetails], charts: Sequence[Chart], x_axis: str) -> str:
-    """Return the page of one run or of several as HTML."""
+    """Return the report page of one or several runs as HTML."""
     names = [run.name for run in runs]
     legend = [plots.legend_svg(charts, names, theme) for theme in (LIGHT, DARK)]
     return render_page(
@@ -45,7 +45,7 @@ def render_run_page(runs: Sequence[RunDetails], charts: Sequence[Chart], x_axis:
 
 
 def _note(charts: Sequence[Chart]) -> str:
-    """Explain the line styles that occur in the charts."""
+    """Return sentences that explain the line styles in the charts."""
     sentences = ["Dotted: the value of the reference model, or of chance."]
     lines = [line for chart in charts for line in chart.lines]
     if any(line.smoothed != line.y for line in lines):
@@ -66,7 +66,7 @@ def _draw(chart: Chart, names: Sequence[str], x_axis: str) -> _Picture:
 
 
 def _describe_lines(chart: Chart, names: Sequence[str]) -> Iterator[str]:
-    """Yield the first and last value of each line, for screen readers."""
+    """Yield a text for screen readers per line of the chart, with its first and last value."""
     for line in chart.lines:
         parts = [names[line.run], line.completion, "held out" * line.held_out]
         first, last = line.smoothed[0], line.smoothed[-1]

@@ -1,4 +1,4 @@
-"""Evaluation of saved runs on their held-out pairs or on others."""
+"""Evaluate saved runs on their held-out pairs or on other pairs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -59,10 +59,10 @@ class Evaluation:
 def evaluate_run(
     folder: str, pairs: str | None = None, *, bad_pairs: str | None = None
 ) -> Evaluation:
-    """Evaluate the policy of a run against its reference, with the run's own loss and beta.
+    """Compute the metrics of a run's policy against its reference, with the run's loss and beta.
 
-    `pairs` is a file, or a folder or dataset whose held-out split is taken; without it, the
-    run's own held-out pairs.
+    `pairs` is a file of pairs, or a folder or dataset whose held-out split is read. Without it, the
+    run's own held-out pairs are used.
 
     Raises:
         ConfigError: no pairs are given and the run held none out, or rows are too long.
@@ -88,10 +88,11 @@ EvaluationPairs = tuple[LoadedModel, Sequence[TokenizedPair], str, tuple[str, ..
 
 
 def load_held_out_pairs(run: OpenRun) -> EvaluationPairs:
-    """Load the model of a run and its held-out pairs.
+    """Load the model of a run and its held-out pairs, with a description of the pairs and no notes.
 
     Raises:
-        ConfigError, RunError: they were read from standard input, or are others now.
+        ConfigError: the run read its pairs from standard input or from memory.
+        RunError: the pairs have changed since the run.
     """
     if STDIN in run.config.pairs or run.record.get("datasets_in_memory"):
         source = "standard input" if STDIN in run.config.pairs else "memory"
@@ -105,7 +106,10 @@ def load_held_out_pairs(run: OpenRun) -> EvaluationPairs:
 
 
 def load_named_pairs(run: OpenRun, pairs: str) -> EvaluationPairs:
-    """Load the model of a run and the pairs of a file or of a held-out split."""
+    """Load the model of a run and the pairs of a file or of a held-out split.
+
+    Also return a description of the pairs and notes for the user, such as skipped rows.
+    """
     source = resolve_held_out_source(pairs)
     base = load_configured_base(run.config)
     read = load_configured_source(run.config, base, source)
@@ -142,7 +146,10 @@ def _compute_metrics(
 def _reference_logps(
     run: OpenRun, base: LoadedModel, pairs: Sequence[TokenizedPair], score: DatasetScorer
 ) -> PairLogps:
-    """Return reference log-probabilities; `base` must be in reference state. (len(pairs),) each"""
+    """Return log-probs of the completions under the reference. (len(pairs),) each
+
+    The adapters of `base` must be those that the run started from.
+    """
     config = run.config
     if not config.needs_reference:
         return PairLogps(mx.zeros((len(pairs),)), mx.zeros((len(pairs),)))
@@ -169,11 +176,12 @@ def _reference_logps(
 
 
 def held_out_prompts(run: OpenRun, base: LoadedModel) -> list[Prompt]:
-    """Return each held-out prompt of a run once, in the order of the pairs.
+    """Return the prompts of a run's held-out pairs without duplicates, in the order of the pairs.
 
     Raises:
-        ConfigError: the run held none out.
-        RunError, DataError: its pairs are gone, cannot be read any more, or ask with tools.
+        ConfigError: the run has no held-out pairs, or read its pairs from memory.
+        RunError, DataError: the pairs are gone, cannot be read any more, or pass values to the chat
+            template (such as tools).
     """
     config = run.config
     if run.record.get("datasets_in_memory"):

@@ -1,4 +1,4 @@
-"""Export of the adapter of a saved run to PEFT."""
+"""Add files in PEFT's format to the folder of a finished run."""
 
 from pathlib import Path
 
@@ -11,8 +11,14 @@ from mlx_dpo.saved_runs.open import OpenRun, load_adapter_into, load_base_of_run
 
 
 def export_run(folder: str, base: str | None = None, revision: str | None = None) -> str:
-    """Add PEFT's layout to the folder of a finished run; `base` is the Hugging Face checkpoint,
-    a Hub id or a folder, that the run's model was made from.
+    """Write the adapter of a finished run in PEFT's format into the run folder.
+
+    Return the text that is recorded as the run's `adapter`: that PEFT can load it.
+
+    Args:
+        base: Hugging Face checkpoint that the run's model was made from, as a Hub id or a folder;
+            None if the run's model is that checkpoint.
+        revision: Hub revision of `base`.
 
     Raises:
         RunError, ConfigError: the run is unfinished, or a setting has no effect.
@@ -35,10 +41,10 @@ def export_run(folder: str, base: str | None = None, revision: str | None = None
 
 
 def open_finished(folder: str) -> OpenRun:
-    """Open a finished run.
+    """Open the folder of a finished run.
 
     Raises:
-        RunError: it is unfinished, or no run.
+        RunError: the run is unfinished, or the folder is not a run folder.
     """
     opened = open_run(folder)
     if not opened.finished:
@@ -50,14 +56,12 @@ def open_finished(folder: str) -> OpenRun:
 
 
 def find_checkpoint(base: str, revision: str | None = None) -> HFCheckpoint:
-    """Return the Hugging Face checkpoint with this Hub id or folder."""
+    """Return the Hugging Face checkpoint that a Hub id or a folder names."""
     if is_hub_id(base):
         return hub_checkpoint(base, revision)
     return local_checkpoint(Path(base).expanduser(), base)
 
 
 def hub_id_of_run(opened: OpenRun) -> str | None:
-    """The Hub id of the model that a run was trained on; None for a folder, whose path would
-    mean nothing elsewhere.
-    """
+    """Return the Hub id of the model that a run was trained on; None if it was a local folder."""
     return hub_model_id(opened.record)

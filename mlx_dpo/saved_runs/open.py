@@ -1,4 +1,4 @@
-"""Opening of saved runs and plain models for use."""
+"""Open run folders, and load their models and adapters or a plain model."""
 
 import os
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ FOLDERS = {  # settings that may name a folder, and where the record says how it
 
 @dataclass(frozen=True)
 class OpenRun:
-    """A run folder with its record, settings and newest adapters."""
+    """A run folder with its record `run.json`, its settings and its newest adapters."""
 
     paths: RunPaths
     record: dict[str, Any]
@@ -42,15 +42,15 @@ class OpenRun:
 
     @property
     def finished(self) -> bool:
-        """Whether the run is finished."""
+        """Whether the run is finished, so that its newest adapters are in the run folder itself."""
         return self.adapter == self.paths.folder
 
 
 def open_run(folder: str) -> OpenRun:
-    """Return the run in `folder` with its newest adapters.
+    """Open a run folder with its newest adapters: the final ones, or those of the last checkpoint.
 
     Raises:
-        RunError: the folder is no run folder, or holds no adapters yet.
+        RunError: the folder is not a run folder, or has no adapters yet.
     """
     paths, record = find_run(folder)
     adapter = paths.folder
@@ -73,7 +73,7 @@ def open_run(folder: str) -> OpenRun:
 def load_policy(
     run: str | None, *, model: str | None = None, reference: bool = False
 ) -> LoadedModel:
-    """Load the policy of a run, its reference, or a plain model.
+    """Load a run's model with its trained adapters, a run's reference model, or a plain model.
 
     Raises:
         RunError: the model is no longer the one that was trained on.
@@ -100,7 +100,7 @@ def load_base_of_run(opened: OpenRun) -> LoadedModel:
     """Load the base model of the run, without adapters.
 
     Raises:
-        RunError: it is no longer what it was.
+        RunError: the model or its tokenizer has changed since the run.
     """
     base = load_configured_base(opened.config)
     check_provenance(
@@ -112,15 +112,15 @@ def load_base_of_run(opened: OpenRun) -> LoadedModel:
 
 
 def unfinished_note(opened: OpenRun) -> str:
-    """Return a note that the run is unfinished."""
+    """Return a note that the run is unfinished, with the name of the checkpoint in use."""
     return f"the run is unfinished; these are its adapters of {opened.adapter.name}"
 
 
 def load_reference_into(opened: OpenRun, base: LoadedModel) -> None:
-    """Attach the start adapter of the run, if it has one, to the freshly loaded `base`.
+    """Attach the adapter that the run started from, if there is one, to the freshly loaded `base`.
 
     Raises:
-        RunError: the adapter that it started from is gone, or another one.
+        RunError: the start adapter is gone or has changed since the run.
     """
     if opened.config.start_adapter is None:
         return
@@ -135,14 +135,14 @@ def load_reference_into(opened: OpenRun, base: LoadedModel) -> None:
 
 
 def load_adapter_into(opened: OpenRun, base: LoadedModel) -> None:
-    """Replace the adapters of `base` by those of the run."""
+    """Replace the adapters of `base` by the newest adapters of the run."""
     adapters.detach_adapters(base.model)
     load_adapter(base.model, opened.adapter)
 
 
 @dataclass(frozen=True)
 class SwitchableModel:
-    """A model that can switch between base and aligned; aligned is active at first."""
+    """A model whose adapters can be switched between the states base and aligned."""
 
     base: LoadedModel
     switch: AdapterSwitch
@@ -151,7 +151,7 @@ class SwitchableModel:
     notes: tuple[str, ...]
 
     def provenance(self, state: AdapterState) -> dict[str, Any]:
-        """Return names and digests of the model and the adapter behind the answers of a state."""
+        """Return the names and digests of the model and adapter that answer in a state, by key."""
         start = self.run.config.start_adapter if self.run else None
         folder = self.adapter if state == "aligned" else start
         provenance: dict[str, Any] = {"model": self.base.source, "side": state}
@@ -176,13 +176,13 @@ def open_switchable(
     adapter: str | None = None,
     wanted: Sequence[AdapterState] = ("base", "aligned"),
 ) -> SwitchableModel:
-    """Open a run, or a model with or without an adapter, for switching between its states.
+    """Load a run, or a model with or without an adapter, for switching between base and aligned.
 
-    The last of the `wanted` switch that there is, is on.
+    Only the adapter states in `wanted` are loaded. The last one that exists becomes active.
 
     Raises:
         RunError: the model is no longer the one that was trained on.
-        ConfigError: neither or both of `run` and `model` are given, or something has no effect.
+        ConfigError: neither or both of `run` and `model` are given, or an argument has no effect.
         ModelError: the model or the adapter cannot be read.
     """
     if (run is None) == (model is None):

@@ -1,4 +1,4 @@
-"""Answers of a run or a model to prompts, with the provenance of the answers."""
+"""Generate answers to prompts with a run or a model, and record their provenance."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -23,7 +23,7 @@ SEED_STRIDE = 1_000_003  # between the seeds of chunks; a prime, so that seeds r
 
 @dataclass(frozen=True)
 class Responder:
-    """A loaded policy that answers prompts."""
+    """A loaded model that answers prompts, with the chat settings of its run."""
 
     base: LoadedModel
     provenance: dict[str, Any]  # name and digest of the model, and of the adapter of a run
@@ -31,11 +31,11 @@ class Responder:
     system: str | None = None  # the system message of the training run
 
     def respond(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[str]:
-        """Return the text of one answer per prompt; see `reply`."""
+        """Return the text of one answer per prompt; raises as `reply` does."""
         return [reply.text for reply in self.reply(prompts, sampling)]
 
     def reply(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[GeneratedText]:
-        """Return one answer per prompt, with a mark if it was cut.
+        """Generate one answer per prompt; each result says if the token limit cut the answer.
 
         Raises:
             ConfigError: a prompt leaves no room in the model's context.
@@ -51,7 +51,7 @@ class Responder:
         return self._replies([prompt.messages for prompt in prompts], sampling)
 
     def answer(self, conversations: Sequence[Sequence[Message]], sampling: Sampling) -> list[str]:
-        """Return the text of one answer per conversation."""
+        """Return the text of one answer per conversation; the length is not checked."""
         return [reply.text for reply in self._replies(conversations, sampling)]
 
     def _replies(
@@ -66,10 +66,10 @@ class Responder:
 def open_responder(
     run: str | None, *, model: str | None = None, reference: bool = False
 ) -> Responder:
-    """Load the policy of a run, its reference, or a model.
+    """Load a model that answers prompts: a run's policy, a run's reference, or a plain model.
 
     Raises:
-        ConfigError: there is no chat template, or the run was trained on plain text.
+        ConfigError: the tokenizer has no chat template, or the run was trained on plain text.
     """
     base = load_policy(run, model=model, reference=reference)
     _check_chat_template(base)
@@ -91,7 +91,7 @@ def open_responder(
 
 
 def open_untrained_responder(config: DPOConfig) -> Responder:
-    """Load the initial policy of a run with these settings.
+    """Load the policy with which a run of these settings would start.
 
     Raises:
         ConfigError: the tokenizer has no chat template.
@@ -115,11 +115,11 @@ def _check_chat_template(base: LoadedModel) -> None:
 
 
 def derive_seed(seed: int, chunk: int, position: int) -> int:
-    """Return the seed of the answers at a position for a chunk of prompts."""
+    """Return the sampling seed of the answers at index `position` to chunk `chunk` of prompts."""
     return (seed + SEED_STRIDE * chunk + position) % SEEDS
 
 
 def response_provenance(responder: Responder, sampling: Sampling) -> dict[str, Any]:
-    """Return the provenance of an answer."""
+    """Return the model, adapter and sampling settings of an answer, for the row that stores it."""
     settings = {name: value for name, value in asdict(sampling).items() if value is not None}
     return responder.provenance | {"sampling": settings}

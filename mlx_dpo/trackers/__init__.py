@@ -1,6 +1,6 @@
-"""Experiment trackers by name. A tracker's library is imported only when a run uses it.
+"""The table of experiment trackers by name. Only a run that uses a tracker imports its library.
 
-A new tracker is a file with a class that follows `Tracker`, and an entry in `TRACKERS`.
+To add a tracker, write a file with a class that follows `Tracker`, and add it to `TRACKERS`.
 """
 
 from importlib import import_module
@@ -17,7 +17,7 @@ TRACKERS: dict[str, TrackerClass] = {t.name: t for t in (TensorBoard, WandB, Tra
 
 
 def check_tracker(name: str) -> None:
-    """Import a tracker's library and check that a run can be logged to it.
+    """Import the tracker's library and check that runs can be logged to the tracker.
 
     Raises:
         ConfigError: the library is missing or broken, or the user is not logged in.
@@ -43,7 +43,7 @@ def check_tracker(name: str) -> None:
 
 
 def open_tracker(name: str, run: RunInfo, warned: list[str] | None = None) -> Tracker:
-    """Start logging a run to a tracker; warnings of its library are appended to `warned`.
+    """Start logging a run to the named tracker; append its library's warnings to `warned`.
 
     Raises:
         ConfigError: the library cannot start the run.

@@ -1,9 +1,9 @@
 """Interface of an experiment tracker, and the set of trackers that a run logs to.
 
 Each metrics row is logged once, and a tracker that fails does not end the run. When a run is
-resumed, a tracker's files on this machine are written again from the existing metrics rows: a
-killed tracker may not have saved all it was given, and the rows after the last checkpoint are
-computed again. A tracker's server gets only the rows that it lacks.
+resumed, the tracker's files on this machine are written again from `metrics.jsonl`: a killed
+tracker may not have saved all rows, and the steps after the last checkpoint are computed again.
+A tracker's server receives only the rows that it does not have.
 """
 
 import shutil
@@ -26,7 +26,7 @@ COMMON_ERRORS: tuple[type[Exception], ...] = (OSError, RuntimeError, ValueError)
 
 @dataclass(frozen=True, kw_only=True)
 class RunInfo:
-    """Facts about a run that a tracker records next to its metrics."""
+    """Facts about a run that a tracker stores together with the metrics."""
 
     id: str
     name: str
@@ -37,7 +37,7 @@ class RunInfo:
 
 
 class Tracker(Protocol):
-    """An experiment tracker that a run logs to."""
+    """Interface of an experiment tracker that a run logs to."""
 
     name: ClassVar[str]  # in `report_to`, and of the extra that installs the library
     library: ClassVar[str]  # the module to import
@@ -45,22 +45,22 @@ class Tracker(Protocol):
     location: str  # a URL or a command that shows the run
 
     def log(self, row: MetricsRow) -> None:
-        """Log a metrics row; skip a row that the tracker already has."""
+        """Log a metrics row, unless the tracker already has the row."""
 
     def close(self, *, completed: bool) -> None:
-        """Save or upload the rest and mark the run as `completed` or as failed."""
+        """Save or upload pending rows, and mark the run as completed or as failed."""
 
     @classmethod
     def unavailable(cls) -> str | None:
-        """Return why runs cannot be logged and what to do about it, or None."""
+        """Return why runs cannot be logged and what the user can do; None if they can be."""
 
     @staticmethod
     def library_errors() -> tuple[type[Exception], ...]:
-        """Return the exceptions that the library raises for a failed operation."""
+        """Return the exception classes that the library raises if an operation fails."""
 
 
 def with_transformers_names(row: MetricsRow) -> dict[str, float]:
-    """Rename the metrics of a row as transformers' integrations do: `train/loss`, `eval/loss`."""
+    """Return the metrics of a row under transformers' names, such as `train/loss`, `eval/loss`."""
     return {
         f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}": value
         for name, value in row.items()
@@ -70,7 +70,7 @@ def with_transformers_names(row: MetricsRow) -> dict[str, float]:
 
 @dataclass
 class OpenTrackers:
-    """The trackers that a run logs to; a tracker that fails is closed and dropped."""
+    """The trackers that a run logs to; a tracker that fails is closed and no longer used."""
 
     trackers: list[Tracker] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)  # failures and library warnings, for the user
@@ -89,7 +89,7 @@ class OpenTrackers:
                 self._close(tracker, completed=False, warned=[])
 
     def close(self, *, completed: bool) -> None:
-        """Close every tracker and mark the run as `completed` or as failed."""
+        """Close every tracker and mark the run as completed or as failed."""
         while self.trackers:
             tracker = self.trackers.pop()
             error = self._close(tracker, completed=completed, warned=self.warnings)
@@ -110,7 +110,10 @@ class OpenTrackers:
 
 
 def remove_other_folders(current: Path, folders: Iterable[Path]) -> None:
-    """Remove the folders of a run's earlier processes; all rows are logged to `current` again."""
+    """Remove all `folders` except `current`.
+
+    The others are from earlier processes of a resumed run; `current` receives all their rows again.
+    """
     for folder in folders:
         if folder != current:
             shutil.rmtree(folder)
@@ -118,9 +121,10 @@ def remove_other_folders(current: Path, folders: Iterable[Path]) -> None:
 
 @contextmanager
 def captured_output(name: str = "", warned: list[str] | None = None) -> Iterator[None]:
-    """Discard what a library prints, and append its warnings to `warned`, prefixed with `name`.
+    """Discard what a library prints inside the block, and append its warnings to `warned`.
 
-    A tracker's library prints for its own command line and would break the progress bar.
+    Each warning begins with `name`. Tracker libraries print for their own command line, which would
+    break the progress bar.
     """
     with (
         redirect_stdout(StringIO()),

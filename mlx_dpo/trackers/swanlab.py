@@ -1,4 +1,4 @@
-"""SwanLab as a tracker; only metrics and settings are sent."""
+"""SwanLab as a tracker. It receives only metrics and settings."""
 
 import signal
 import threading
@@ -17,7 +17,7 @@ from mlx_dpo.types import MetricsRow
 
 
 class SwanLab:
-    """A SwanLab run: online, or local and ready for `swanlab sync`, according to `SWANLAB_MODE`."""
+    """A SwanLab run: uploaded, or stored for `swanlab sync`, depending on `SWANLAB_MODE`."""
 
     name: ClassVar[str] = "swanlab"
     library: ClassVar[str] = "swanlab"
@@ -46,7 +46,7 @@ class SwanLab:
 
     @staticmethod
     def _settings() -> Any:
-        """Return settings without capture of the screen, code, paths, packages or machine."""
+        """Return SwanLab settings that record no output, code, paths, packages or hardware."""
         import swanlab
 
         probes = ("hardware", "runtime", "requirements", "conda", "git", "swanlab", "monitor")
@@ -57,11 +57,11 @@ class SwanLab:
         )
 
     def log(self, row: MetricsRow) -> None:
-        """Log a metrics row; SwanLab skips steps that its server has."""
+        """Log a metrics row; SwanLab ignores steps that its server already has."""
         self._run.log(with_transformers_names(row), step=int(row["step"]))
 
     def close(self, *, completed: bool) -> None:
-        """Upload the rest."""
+        """Finish the SwanLab run as completed or as crashed; SwanLab uploads what is pending."""
         with _restored_sigint_handler():
             if completed:
                 self._run.finish()
@@ -70,7 +70,7 @@ class SwanLab:
 
     @classmethod
     def unavailable(cls) -> str | None:
-        """Return a hint to log in if the user is not, else None."""
+        """Return a hint to log in if runs are uploaded and the user is not logged in, else None."""
         settings = cls._settings()
         if settings.mode == "online" and settings.api_key is None:
             return "not logged in; run `swanlab login`, or set SWANLAB_MODE=offline to log locally"
@@ -78,7 +78,7 @@ class SwanLab:
 
     @staticmethod
     def library_errors() -> tuple[type[Exception], ...]:
-        """Return the common errors and SwanLab's own."""
+        """Return `COMMON_ERRORS` and the exception classes of SwanLab."""
         from swanlab.exceptions import AuthenticationError, DataStoreError
 
         return (*COMMON_ERRORS, AuthenticationError, DataStoreError)
@@ -86,7 +86,10 @@ class SwanLab:
 
 @contextmanager
 def _restored_sigint_handler() -> Iterator[None]:
-    """Restore this program's Ctrl-C handler, which saves; SwanLab installs its own."""
+    """Restore this program's Ctrl-C handler after the block, as SwanLab installs its own handler.
+
+    This program's handler saves the run before it exits.
+    """
     handler = signal.getsignal(signal.SIGINT)
     try:
         yield

@@ -9,7 +9,7 @@ from mlx_dpo.types import MetricsRow
 
 
 class TensorBoard:
-    """TensorBoard event files in the run folder."""
+    """TensorBoard event files in the folder `tensorboard` of the run."""
 
     name: ClassVar[str] = "tensorboard"
     library: ClassVar[str] = "tensorboardX"
@@ -34,7 +34,7 @@ class TensorBoard:
         self._write_event(summary=text("settings", settings))
 
     def log(self, row: MetricsRow) -> None:
-        """Write one event with all metrics of the row."""
+        """Write one event with all metrics of a metrics row."""
         from tensorboardX.proto.summary_pb2 import Summary
 
         metrics = with_transformers_names(row)
@@ -53,10 +53,10 @@ class TensorBoard:
 
     @classmethod
     def unavailable(cls) -> str | None:
-        """Return None: TensorBoard needs no account."""
+        """Return None: TensorBoard needs no login."""
         return None
 
     @staticmethod
     def library_errors() -> tuple[type[Exception], ...]:
-        """Return the common errors, which include those of the disk."""
+        """Return `COMMON_ERRORS`, which include errors of the disk."""
         return COMMON_ERRORS

@@ -1,4 +1,4 @@
-"""trackio as a tracker; only metrics and settings are sent."""
+"""trackio as a tracker. It receives only metrics and settings."""
 
 import os
 import shlex
@@ -10,7 +10,10 @@ from mlx_dpo.types import MetricsRow
 
 
 class Trackio:
-    """A trackio run: in the local database, or on a Space or server that `TRACKIO_…` names."""
+    """A trackio run in the local database, or on the server that the environment names.
+
+    The environment variables are `TRACKIO_SPACE_ID` and `TRACKIO_SERVER_URL`.
+    """
 
     name: ClassVar[str] = "trackio"
     library: ClassVar[str] = "trackio"
@@ -51,19 +54,19 @@ class Trackio:
                 run.delete()
 
     def log(self, row: MetricsRow) -> None:
-        """Log a metrics row; skip steps that an earlier process logged to the server."""
+        """Log a metrics row, unless an earlier process has logged the step to the server."""
         if row["step"] > self._last_logged_step:
             self._run.log(with_transformers_names(row), step=int(row["step"]))
 
     def close(self, *, completed: bool) -> None:
-        """Wait until the rest is in the database."""
+        """Finish the trackio run, and wait until all rows are stored."""
         import trackio
 
         trackio.finish()
 
     @classmethod
     def unavailable(cls) -> str | None:
-        """Return a hint to log in if a Space is named and the user is not logged in, else None."""
+        """Return a hint to log in if runs go to a Space without a login, else None."""
         from huggingface_hub import get_token
 
         if os.environ.get("TRACKIO_SPACE_ID") and get_token() is None:
@@ -72,5 +75,5 @@ class Trackio:
 
     @staticmethod
     def library_errors() -> tuple[type[Exception], ...]:
-        """Return the common errors and SQLite's; trackio turns most others into warnings."""
+        """Return `COMMON_ERRORS` and SQLite's errors; trackio turns most others into warnings."""
         return (*COMMON_ERRORS, sqlite3.Error)

@@ -1,4 +1,4 @@
-"""Weights & Biases as a tracker; only metrics and settings are sent."""
+"""Weights & Biases as a tracker. It receives only metrics and settings."""
 
 from pathlib import Path
 from typing import ClassVar
@@ -17,7 +17,7 @@ UPLOAD_TIMEOUT = 60.0  # seconds that `close` waits for the upload of the rest
 
 
 class WandB:
-    """A W&B run: online, or local and ready for `wandb sync`, according to `WANDB_MODE`."""
+    """A W&B run: uploaded, or stored locally for `wandb sync`, depending on `WANDB_MODE`."""
 
     name: ClassVar[str] = "wandb"
     library: ClassVar[str] = "wandb"
@@ -62,7 +62,7 @@ class WandB:
             self.location = str(self._run.url)
 
     def log(self, row: MetricsRow) -> None:
-        """Log a metrics row, unless the server already has it."""
+        """Log a metrics row, unless the server already has the row."""
         # W&B's own step must increase with every row: an evaluation comes after the training row
         # of the same step, so each optimizer step takes two of them.
         wandb_step = 2 * int(row["step"]) + ("eval_loss" in row)
@@ -71,12 +71,12 @@ class WandB:
             self._run.log(metrics, step=wandb_step, commit=True)
 
     def close(self, *, completed: bool) -> None:
-        """Upload the rest."""
+        """Finish the W&B run as completed or as failed, and wait for the upload of pending rows."""
         self._run.finish(exit_code=0 if completed else 1)
 
     @classmethod
     def unavailable(cls) -> str | None:
-        """Return a hint to log in if the user is not, or the server refuses the key, else None."""
+        """Return a hint to log in if runs are uploaded without a valid login, else None."""
         import wandb
 
         if wandb.setup().settings.mode not in ("online", "run", "shared"):
@@ -87,7 +87,7 @@ class WandB:
 
     @staticmethod
     def library_errors() -> tuple[type[Exception], ...]:
-        """Return the common errors and W&B's own, which include those of its service process."""
+        """Return `COMMON_ERRORS` and `wandb.Error`, W&B's own exception class."""
         import wandb
 
         return (*COMMON_ERRORS, wandb.Error)

@@ -78,13 +78,13 @@ def test_each_model_answers_the_held_out_prompts(run, comparison):
     questions = [prompt.messages[-1]["content"] for prompt in comparison.prompts]
     assert questions == [f"What is {i}?" for i in range(8, 12)]
     opened = open_switchable(run)
-    for column in comparison.columns:
-        opened.switch.activate(column.name)
-        for question, answer in zip(questions, column.answers, strict=True):
+    for policy in comparison.policies:
+        opened.switch.activate(policy.name)
+        for question, answer in zip(questions, policy.answers, strict=True):
             chat = ChatSession(opened.base.model, opened.base.tokenizer, GREEDY)
             reply = "".join(piece.text for piece in chat.reply(question))
             assert answer.text == reply
-    assert [column.name for column in comparison.columns] == ["base", "aligned"]
+    assert [policy.name for policy in comparison.policies] == ["base", "aligned"]
 
 
 @pytest.mark.parametrize("ends", [False, True])
@@ -95,13 +95,13 @@ def test_log_ratios_equal_log_probs_of_aligned_minus_base(run, ending, compariso
     both = {state: open_switchable(folder, wanted=(state,)).base for state in ("aligned", "base")}
     template = both["base"].tokenizer.apply_chat_template
     ended = []
-    for column in comparison.columns:
-        for prompt, answer in zip(comparison.prompts, column.answers, strict=True):
+    for policy in comparison.policies:
+        for prompt, answer in zip(comparison.prompts, policy.answers, strict=True):
             before = template(prompt.messages, add_generation_prompt=True)
             row = [*before, *answer.tokens]
             ended.append(answer.end is not None)
             if ended[-1]:
-                row.append(both[column.name].model(mx.array([row]))[0, -1].argmax().item())
+                row.append(both[policy.name].model(mx.array([row]))[0, -1].argmax().item())
             sums = {state: sum_logps(base.model, row, len(before)) for state, base in both.items()}
             assert answer.log_ratio == pytest.approx(sums["aligned"] - sums["base"], abs=1e-4)
     assert any(ended) is ends
@@ -115,7 +115,7 @@ def sum_logps(model, row, start):
 
 
 def test_each_model_prefers_its_own_answers(comparison):
-    base, aligned = (column.answers for column in comparison.columns)
+    base, aligned = (policy.answers for policy in comparison.policies)
     assert sum(a.log_ratio for a in aligned) > 0 > sum(a.log_ratio for a in base)
 
 
@@ -123,20 +123,20 @@ def test_several_runs_are_compared_each_with_its_own_base(config, run):
     other = replace(config, output=run + "-other", learning_rate=3e-2)
     train(other)
     both = compare_runs([run, other.output], None, GREEDY, limit=2)
-    assert [column.name for column in both.columns] == [run, other.output]
+    assert [policy.name for policy in both.policies] == [run, other.output]
     assert both.notes[0] == "the first 2 of 4 prompts"
-    for name, column in zip((run, other.output), both.columns, strict=True):
-        alone = compare_runs([name], None, GREEDY, limit=2).columns[1]
-        assert column.answers == alone.answers
+    for name, policy in zip((run, other.output), both.policies, strict=True):
+        alone = compare_runs([name], None, GREEDY, limit=2).policies[1]
+        assert policy.answers == alone.answers
 
 
 def test_through_a_pipe_the_output_is_plain_text(run, comparison):
     result = call(run)
     assert result.exit_code == 0
     assert "\x1b" not in result.stdout
-    for column in comparison.columns:
-        for answer in column.answers:
-            assert f"{column.name} ({answer.log_ratio:+.2f} nats" in result.stdout
+    for policy in comparison.policies:
+        for answer in policy.answers:
+            assert f"{policy.name} ({answer.log_ratio:+.2f} nats" in result.stdout
     assert re.search(r"tokens per answer +8\.0 +8\.0", result.stdout)
     assert "shaded on a terminal and on the page of --html" in result.stderr
 
@@ -156,7 +156,7 @@ def test_the_page_contains_every_answer_completely(run, comparison, tmp_path):
     assert call(run, "--html", str(page)).exit_code == 0
     cells = re.findall(r"<figure>.*?<p>(.*?)</p></figure>", page.read_text(), re.DOTALL)
     texts = [unescape(re.sub("<[^>]+>", "", cell)).removesuffix("∎") for cell in cells]
-    wanted = [answer.text for pair in zip(*(c.answers for c in comparison.columns), strict=True)
+    wanted = [answer.text for pair in zip(*(c.answers for c in comparison.policies), strict=True)
               for answer in pair]  # fmt: skip
     assert [text.replace("\r", "\n") for text in texts] == [w.replace("\r", "\n") for w in wanted]
     assert list(tmp_path.iterdir()) == [page]

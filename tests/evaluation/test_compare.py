@@ -5,7 +5,7 @@ import mlx_lm
 import pytest
 
 from mlx_dpo.evaluation.compare import (
-    Column,
+    PolicyAnswers,
     ScoredAnswer,
     TextSpan,
     completion_token_logps,
@@ -88,7 +88,7 @@ def test_the_summary_has_counts_and_means_over_answers():
         ScoredAnswer((TextSpan("I cannot", 1.5),), None, (1, 2, 3)),
         ScoredAnswer((TextSpan("Yes", -0.5), TextSpan("!", 0.25)), 0.25, (7,) * 5),
     )
-    assert Column("base", answers).summary() == {
+    assert PolicyAnswers("base", answers).summary() == {
         "tokens per answer": "4.0",
         "cut at the token limit": "1",
         "4-gram repetition": "25.0%",  # none in the first, 1 of 2 in the other

@@ -52,7 +52,7 @@ def test_both_orders_are_judged_and_must_agree():
     prompts = []
     ranking = rank(lambda text: prompts.append(text) or prefer_longer(text), "long one", "short")
     assert prompts == ["Q hi A long one B short", "Q hi A short B long one"]
-    assert (ranking.points, ranking.doubts) == ((1.0, 0.0), ())
+    assert (ranking.scores, ranking.warnings) == ((1.0, 0.0), ())
     assert ranking.judge_replies == ("[[A]]", "[[B]]")
     assert rank(prefer_longer, "short", "long one").outcome() == 0.0
 
@@ -60,25 +60,25 @@ def test_both_orders_are_judged_and_must_agree():
 @pytest.mark.parametrize("always", ["[[A]]", "[[B]]"])
 def test_a_judge_that_prefers_a_position_gives_a_tie(always):
     ranking = rank(lambda text: always, "one", "other")
-    assert (ranking.points, ranking.doubts) == ((0.5, 0.5), (INCONSISTENT,))
+    assert (ranking.scores, ranking.warnings) == ((0.5, 0.5), (INCONSISTENT,))
     assert ranking.outcome() == 0.5
 
 
 def test_a_verdict_in_only_one_order_does_not_count():
     ranking = rank(lambda text: "[[A]]" if "A one" in text else "[[C]]", "one", "other")
-    assert ranking.doubts == (INCONSISTENT,)
+    assert ranking.warnings == (INCONSISTENT,)
     half = rank(lambda text: "[[A]]" if "A one" in text else "hm", "one", "other")
-    assert (half.points, half.doubts) == ((0.5, 0.5), (NO_VERDICT,))
+    assert (half.scores, half.warnings) == ((0.5, 0.5), (NO_VERDICT,))
 
 
 def test_a_consistent_tie_is_a_tie_without_doubt():
     ranking = rank(prefer_longer, "one", "two")
-    assert (ranking.is_tie, ranking.doubts) == (True, ())
+    assert (ranking.is_tie, ranking.warnings) == (True, ())
 
 
 def test_points_of_several_answers_are_wins_over_the_others():
     ranking = rank(prefer_longer, "bb", "dddd", "a", "ccc")
-    assert ranking.points == (1, 3, 0, 2)
+    assert ranking.scores == (1, 3, 0, 2)
     assert (ranking.best, ranking.worst) == (1, 2)
     assert len(ranking.judge_replies) == 2 * len(list(combinations(range(4), 2)))
 
@@ -87,8 +87,8 @@ def test_only_a_doubt_between_best_and_worst_counts():
     def undecided_about(*pair):
         return lambda text: "hm" if all(name in text for name in pair) else prefer_longer(text)
 
-    assert rank(undecided_about("bb", "dddd"), "bb", "dddd", "a").doubts == ()
-    assert rank(undecided_about(" a", "dddd"), "bb", "dddd", "a").doubts == (NO_VERDICT,)
+    assert rank(undecided_about("bb", "dddd"), "bb", "dddd", "a").warnings == ()
+    assert rank(undecided_about(" a", "dddd"), "bb", "dddd", "a").warnings == (NO_VERDICT,)
 
 
 def test_a_best_answer_that_lost_to_the_worst_is_a_doubt():
@@ -100,9 +100,9 @@ def test_a_best_answer_that_lost_to_the_worst_is_a_doubt():
         return "[[A]]" if first + second in beats else "[[B]]"
 
     ranking = rank(reply, *"abcd")
-    assert ranking.points == (2, 2, 1, 1)
-    assert (ranking.best, ranking.worst, ranking.doubts) == (0, 3, (WORST_BEAT_BEST,))
-    assert rank(reply, *"badc").doubts == ()  # b is the first of the best answers here, and beat c
+    assert ranking.scores == (2, 2, 1, 1)
+    assert (ranking.best, ranking.worst, ranking.warnings) == (0, 3, (WORST_BEAT_BEST,))
+    assert rank(reply, *"badc").warnings == ()  # b is the first of the best answers, and beat c
 
 
 def test_verdicts_within_the_thinking_do_not_count():
@@ -123,16 +123,16 @@ def test_verdicts_within_the_thinking_do_not_count():
         return ranking
 
     ranking = ranked("[[B]] or [[A]]?</t>[[A]]", "[[A]]?</t>[[B]]")
-    assert (ranking.points, ranking.doubts) == ((1.0, 0.0), ())
+    assert (ranking.scores, ranking.warnings) == ((1.0, 0.0), ())
     ranking = ranked("perhaps [[A]]</t>", "perhaps [[B]]</t>")
-    assert ranking.doubts == (NO_VERDICT,)
+    assert ranking.warnings == (NO_VERDICT,)
 
 
 def test_answers_of_different_prompts_are_not_mixed():
     rankings = make_judge(prefer_longer).rank(
         [PROMPT, PROMPT, PROMPT], [["aa", "b"], ["c"], ["d", "ee", "f"]]
     )
-    assert [ranking.points for ranking in rankings] == [(1, 0), (0,), (0.5, 2, 0.5)]
+    assert [ranking.scores for ranking in rankings] == [(1, 0), (0,), (0.5, 2, 0.5)]
 
 
 def test_placeholders_in_an_answer_are_not_filled():

@@ -40,5 +40,5 @@ def rank_with_reply(monkeypatch, reply):
 
 def test_a_judge_that_was_cut_while_thinking_gave_no_verdict(monkeypatch):
     """The prompt opens the thinking, so the reply contains no start mark."""
-    assert rank_with_reply(monkeypatch, "[[C]]? Perhaps. But then").doubts == (NO_VERDICT,)
-    assert rank_with_reply(monkeypatch, "[[A]]?</t>[[C]]").doubts == ()
+    assert rank_with_reply(monkeypatch, "[[C]]? Perhaps. But then").warnings == (NO_VERDICT,)
+    assert rank_with_reply(monkeypatch, "[[A]]?</t>[[C]]").warnings == ()

@@ -56,7 +56,7 @@ def test_a_function_of_a_file_scores_and_ranks(file):
     reward = load_reward(f"{file}:length")
     assert reward(PROMPT, "abc") == 6.0
     [ranking] = reward.rank([PROMPT], [["abc", "a", "abcd", "x"]])
-    assert ranking.points == (6, 2, 8, 2)
+    assert ranking.scores == (6, 2, 8, 2)
     assert (ranking.best, ranking.worst, ranking.is_tie) == (2, 3, False)
     assert reward.rank([PROMPT], [["ab", "cd"]])[0].is_tie
 

@@ -6,7 +6,7 @@ from rich.console import Console
 from mlx_dpo.reporting.console import (
     final_metrics_table,
     make_console,
-    print_facts,
+    print_label_table,
     show_progress,
     show_steps,
 )
@@ -79,7 +79,7 @@ def test_the_bar_shows_as_many_metrics_as_fit_and_cuts_none(width, last):
 
 def test_without_a_terminal_facts_are_lines_and_brackets_are_kept():
     console = plain_console()
-    print_facts(console, [("model", "a [b] c"), ("", "more " * 40)])
+    print_label_table(console, [("model", "a [b] c"), ("", "more " * 40)])
     assert console.file.getvalue() == "model      a [b] c\n" + " " * 11 + "more " * 40 + "\n"
 
 

@@ -1,4 +1,4 @@
-"""`mlx-dpo chat`: a chat at a terminal, or line by line through a pipe."""
+"""`mlx-dpo chat`: chat with a model at a terminal, or line by line through a pipe."""
 
 import sys
 from collections.abc import Iterator
@@ -60,7 +60,7 @@ def chat(
     """Chat with the policy of a RUN, with its reference, or with a model.
 
     `/help` lists the commands: switch between the base and the aligned model, compare their
-    answers, undo turns, and label or edit answers in rows that `train` reads.
+    answers, undo turns, and save labelled or edited answers as training data for `train`.
 
     Through a pipe each line of stdin gets one answer on stdout; everything else goes to stderr.
     The lines belong to one conversation. At a terminal the typed lines are saved for the next
@@ -123,12 +123,12 @@ def _header(session: "ChatSession", opened: "SwitchableModel") -> Iterator[str]:
 
 
 def _prompt(session: "ChatSession") -> str:
-    """Return the input prompt, which names the base if it answers instead of the aligned model."""
+    """Return the input prompt: `base> ` if the base answers for an aligned model, else `> `."""
     return "base> " if session.switch.can_switch and session.switch.active == "base" else "> "
 
 
 def _run_turn(commands: ChatCommands, message: TypedMessage) -> bool:
-    """Run one turn at the terminal; return False to leave."""
+    """Answer a typed message or run the command in it; return False to leave the chat."""
     text = message.text
     try:
         if is_command(text) and not message.is_block:

@@ -42,10 +42,10 @@ AskPerson = Callable[[str], str | None]
 
 
 class ChatCommands:
-    """A chat session and its slash commands.
+    """The slash commands of a chat session, and its answers.
 
     Args:
-        pick: asks the person for a choice; None through a pipe.
+        pick: asks the person to choose between answers; None through a pipe.
         edit: lets the person edit an answer; None through a pipe.
     """
 
@@ -61,7 +61,7 @@ class ChatCommands:
         self._pick, self._edit = pick, edit
 
     def run(self, line: str) -> bool:
-        """Run the command in a line for which `is_command` is true; return False to leave."""
+        """Run the slash command in `line` (see `is_command`); return False to end the chat."""
         name, _, text = line.partition(" ")
         name = ALIASES.get(name, name)
         if name == "/exit":
@@ -73,7 +73,7 @@ class ChatCommands:
         return True
 
     def answer(self, text: str) -> None:
-        """Stream the answer to a question and print notes about it."""
+        """Stream the answer to a question, and print notes about the answer."""
         self._stream(self.chat.reply(text))
 
     def _stream(self, pieces: Generator["AnswerChunk"]) -> str:
@@ -91,7 +91,7 @@ class ChatCommands:
             yield format_statistics(summary, self.chat.context)
 
     def do_help(self) -> None:
-        """List the commands."""
+        """Print the list of commands."""
         width = max(len(f"{name} {argument}") for name, (argument, _) in COMMANDS.items())
         for name, (argument, description) in COMMANDS.items():
             print_note(f"{f'{name} {argument}':<{width}}  {description}")
@@ -123,7 +123,10 @@ class ChatCommands:
             )
 
     def do_compare(self, question: str) -> None:
-        """Stream the other model's answer as well, and write a pair if the person picks one."""
+        """Stream the other model's answer to a question, and write a pair if the person chooses.
+
+        The question is the last one if none is given.
+        """
         self._check_two_models()
         if question:
             self.answer(question)
@@ -158,15 +161,15 @@ class ChatCommands:
         print_note("Started over.")
 
     def do_good(self) -> None:
-        """Label the last answer as good."""
+        """Write the last answer with the label good to the file of labelled answers."""
         print_note(self.feedback.write_label(good=True))
 
     def do_bad(self) -> None:
-        """Label the last answer as bad."""
+        """Write the last answer with the label bad to the file of labelled answers."""
         print_note(self.feedback.write_label(good=False))
 
     def do_edit(self, text: str) -> None:
-        """Replace the last answer by a better one and write both as a pair."""
+        """Replace the last answer by a better one, and write the two as a preference pair."""
         answer, [author] = self.chat.last_answer(), self.chat.authors[-1:]
         if not text and self._edit is None:
             raise ConfigError("`/edit` needs the better answer after it")
@@ -186,13 +189,13 @@ class ChatCommands:
 
 
 def is_command(line: str) -> bool:
-    """Return whether a line begins with the name of a command."""
+    """Return whether a line begins with the name of a slash command."""
     name = line.partition(" ")[0]
     return name in COMMANDS or name in ALIASES
 
 
 def format_statistics(summary: "GenerationSummary", context: int | None) -> str:
-    """Return token counts and speed of an answer in one line."""
+    """Return token counts and speed of an answer, and the use of the context, in one line."""
     rate = summary.tokens_per_second
     speed = "" if rate is None else f", {rate:.0f} per second"
     used = summary.prompt_tokens + summary.tokens
@@ -201,10 +204,10 @@ def format_statistics(summary: "GenerationSummary", context: int | None) -> str:
 
 
 def write_json(path: Path, record: dict[str, object]) -> None:
-    """Write a new JSON file atomically.
+    """Write a new JSON file, complete or not at all.
 
     Raises:
-        DataError: the file exists already or cannot be written.
+        DataError: the file already exists or cannot be written.
     """
     if path.exists():
         raise DataError(f"{path}: already exists; choose another name")
@@ -215,5 +218,5 @@ def write_json(path: Path, record: dict[str, object]) -> None:
 
 
 def print_note(line: str) -> None:
-    """Print a line for the person on stderr, apart from the answers on stdout."""
+    """Print a note for the person on stderr; stdout is for answers only."""
     click.echo(line, err=True)

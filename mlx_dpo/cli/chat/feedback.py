@@ -13,7 +13,7 @@ Provenance = dict[str, Any]
 
 @dataclass(frozen=True)
 class FeedbackFiles:
-    """A file of preference pairs and a file of labeled answers, for one chat session."""
+    """The file of preference pairs and the file of labelled answers of a chat session."""
 
     pairs: "JsonlFile"
     labeled: "JsonlFile"
@@ -21,19 +21,19 @@ class FeedbackFiles:
     opened: "SwitchableModel"
 
     def description(self) -> str:
-        """Return the header line that says which command writes to which file."""
+        """Return a line for the chat's start: which commands write to which file."""
         return (
             f"/edit and /compare write pairs to {self.pairs.path}, /good and /bad write labeled "
             f"answers to {self.labeled.path}"
         )
 
     def repair(self) -> list[str]:
-        """Remove incomplete last lines that a crash left; return a note per file."""
+        """Remove incomplete last lines that a crash left in the files; return a note for each."""
         notes = (file.repair() for file in (self.pairs, self.labeled))
         return [note for note in notes if note is not None]
 
     def write_label(self, *, good: bool) -> str:
-        """Write the last answer with its label; return a note for the person."""
+        """Write the last answer as good or bad to the file of labelled answers; return a note."""
         from mlx_dpo.chat.feedback import unpaired_row
 
         answer, [author] = self.chat.last_answer(), self.chat.authors[-1:]
@@ -43,7 +43,10 @@ class FeedbackFiles:
         return f"Written to {self.labeled.path}: {'good' if good else 'bad'}."
 
     def write_pair(self, *, chosen: tuple[str, "Author"], rejected: tuple[str, "Author"]) -> str:
-        """Write two answers to the last question as a pair; return a note for the person."""
+        """Write two answers to the last question to the file of pairs; return a note.
+
+        Each answer is given as (text, author).
+        """
         from mlx_dpo.chat.feedback import pair_row
 
         authors = {

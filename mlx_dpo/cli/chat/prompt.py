@@ -1,4 +1,4 @@
-"""Input of a chat at a terminal: lines, multi-line messages, history, and Ctrl-C."""
+"""Read a person's input at a terminal: lines, multi-line messages, history, and Ctrl-C."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ ReadLine = Callable[[str], str]
 
 
 class TypedMessage(NamedTuple):
-    """A message typed by a person. A message that is one whole block is never a command."""
+    """A message that a person typed; if it is a block in `\"""` marks, it is never a command."""
 
     text: str
     is_block: bool = False
@@ -26,7 +26,7 @@ class TypedMessage(NamedTuple):
 def read_message(read_line: ReadLine, prompt: str) -> TypedMessage:
     r"""Read one message: a line, lines joined by a final `\`, or a block between `\"""` marks.
 
-    A block may also follow a command.
+    A block may also be the text after a command.
     """
     line = read_line(prompt)
     before, mark, rest = line.partition(BLOCK_MARK)
@@ -48,7 +48,7 @@ def _read_block(read_line: ReadLine, first: str) -> str:
 
 
 def next_message(prompt: str) -> TypedMessage | None:
-    """Read the next message; return None on Ctrl-D, or on Ctrl-C twice in a row."""
+    """Read the next message of the chat; return None on Ctrl-D, or on Ctrl-C twice in a row."""
     interrupted = False
     while True:
         try:
@@ -63,7 +63,11 @@ def next_message(prompt: str) -> TypedMessage | None:
 
 
 def read_line(prompt: str) -> str:
-    """Read one line. Raises EOFError at the end of input; KeyboardInterrupt passes through."""
+    """Read one line of input. Ctrl-C raises KeyboardInterrupt.
+
+    Raises:
+        EOFError: the input has ended.
+    """
     if sys.stdout.isatty():
         return input(prompt)  # readline must know the prompt to redraw the line
     click.echo(prompt, err=True, nl=False)
@@ -71,7 +75,10 @@ def read_line(prompt: str) -> str:
 
 
 def edit_text(prompt: str, text: str) -> str | None:
-    """Let the person edit `text` in place if readline is available; return None if left empty."""
+    """Let the person edit `text` and return the result; None if it is empty or input ended.
+
+    Without readline, or if `text` has several lines, the person types the new text from scratch.
+    """
     readline = _readline()
     if readline is not None and "\n" not in text:
         readline.set_startup_hook(lambda: readline.insert_text(text))

@@ -1,4 +1,4 @@
-"""`mlx-dpo collect`: preference pairs from a model's own answers, written as they are decided."""
+"""`mlx-dpo collect`: collect preference pairs from a model's own answers."""
 
 import sys
 from functools import partial
@@ -119,7 +119,7 @@ def _open_sampler(
     *,
     automatic: bool,
 ) -> "tuple[TaskSampler, str | None]":
-    """Load the models and return the ranking tasks and the system message; print notes."""
+    """Load the models and print notes; return the ranking tasks and the system message."""
     from mlx_dpo.collect.sample import (
         JUDGE_CHUNK,
         PERSON_CHUNK,
@@ -172,7 +172,7 @@ def _check_flags(automatic: bool, web: bool, port: int | None, prompts: str | No
 
 
 def _read_typed_prompt(system: str | None) -> "Prompt | None":
-    """Read the next prompt that the person types; return None to leave."""
+    """Read a prompt that the person types; return None at the end of input or for an empty line."""
     from mlx_dpo.data.prompts import add_system_prompt, make_prompt
 
     try:

@@ -1,4 +1,4 @@
-"""Ranking of answers by a person: one key each at a terminal, one line each through a pipe."""
+"""Let a person rank answers: with single keys at a terminal, with lines through a pipe."""
 
 import os
 import sys
@@ -24,7 +24,7 @@ QUIT = "q"
 
 
 def rank_at_terminal(tasks: TaskSampler, *, read_prompt: ReadPrompt | None) -> None:
-    """Ask for decisions until no prompt is left or the person quits.
+    """Show ranking tasks and read decisions, until no prompt is left or the person quits.
 
     Args:
         read_prompt: returns the next prompt typed by the person; None if prompts come from a file.
@@ -57,7 +57,7 @@ def _next_typed_task(session: RankingSession, read_prompt: ReadPrompt | None) ->
 
 
 def _take_decision(session: RankingSession, task: RankingTask) -> bool:
-    """Read and apply one decision; return False to quit."""
+    """Read a decision on the task and store it; return False to quit."""
     key, rest = _read_key(_key_prompt(task))
     indices = {str(index + 1): index for index in range(len(task.answers))}
     if key in indices:
@@ -78,7 +78,10 @@ def _take_decision(session: RankingSession, task: RankingTask) -> bool:
 
 
 def _read_worst(indices: dict[str, int], best: int, rest: str) -> int | None:
-    """Return the index of the worst answer: the only other one, or the one the person names."""
+    """Return the index of the worst answer, which the person names if there are more than two.
+
+    `rest` is what follows the first key in a line from a pipe. None: there is no such answer.
+    """
     if len(indices) == 2:
         return 1 - best
     key = rest.strip() or _read_key("which is the worst? ")[0]
@@ -90,7 +93,10 @@ def _read_worst(indices: dict[str, int], best: int, rest: str) -> int | None:
 def _edit_answer(
     session: RankingSession, task: RankingTask, indices: dict[str, int], rest: str
 ) -> None:
-    """Prefer a text of the person to an answer; it is edited in an editor or follows the key."""
+    """Store a text of the person as better than one of the answers.
+
+    At a terminal the person edits the answer in an editor; through a pipe the text is in `rest`.
+    """
     name, _, text = rest.strip().partition(" ")
     name = name or _read_key("which answer do you want to edit? ")[0]
     if name not in indices:
@@ -108,7 +114,7 @@ def _key_prompt(task: RankingTask) -> str:
 
 
 def _read_key(prompt: str) -> tuple[str, str]:
-    """Return a key, and the rest of its line if stdin is a pipe."""
+    """Return the key for a decision, and if stdin is a pipe the rest of its line."""
     if sys.stdin.isatty():
         return _read_pressed_key(prompt), ""
     click.echo(prompt, err=True, nl=False)
@@ -119,7 +125,10 @@ def _read_key(prompt: str) -> tuple[str, str]:
 
 
 def _read_pressed_key(prompt: str) -> str:
-    """Return one key, without Enter. Keys pressed before the prompt was shown are discarded."""
+    """Return the next key pressed, without waiting for Enter.
+
+    Keys that were pressed before the prompt was shown are discarded.
+    """
     terminal = sys.stdin.fileno()
     attributes = termios.tcgetattr(terminal)
     try:
@@ -161,7 +170,7 @@ def _print(line: str) -> None:
 
 
 def rank_in_browser(tasks: TaskSampler, port: int) -> None:
-    """Serve the page until the person finishes there or presses Ctrl-C at the terminal."""
+    """Serve the ranking page until the person finishes there or presses Ctrl-C at the terminal."""
     server = LoopbackServer(read_page(), port)
     click.echo(f"Open this page in a browser on this machine: {server.url}", err=True)
     click.echo("Keys: 1, 2 … is better, e edit, t tie, s skip, u undo, q finish", err=True)
