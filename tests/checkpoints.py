@@ -13,8 +13,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models import llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from mlx_dpo.adapters.adapter_files import save_adapter
 from mlx_dpo.adapters.attach import attach_adapters, make_adapter_config
-from mlx_dpo.adapters.files import save_adapter
 
 SPECIAL = ("<|pad|>", "<|user|>", "<|assistant|>", "<|end|>")  # ids 0, 1, 2, 3
 END = SPECIAL.index("<|end|>")

@@ -10,7 +10,7 @@ from statistics import fmean
 from types import TracebackType
 from typing import Any, Self
 
-from mlx_dpo.adapters.files import adapter_digest
+from mlx_dpo.adapters.adapter_files import adapter_digest
 from mlx_dpo.collect.iterative_folder import (
     IterativePaths,
     IterativeSettings,

@@ -18,7 +18,7 @@ import numpy as np
 from mlx_lm.models import llama
 
 from mlx_dpo.adapters import attach as adapters
-from mlx_dpo.adapters.files import load_adapter, save_adapter
+from mlx_dpo.adapters.adapter_files import load_adapter, save_adapter
 from mlx_dpo.config.loss import LossSettings
 from mlx_dpo.config.training import PassLimit
 from mlx_dpo.data.batching import collate

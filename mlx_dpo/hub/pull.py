@@ -6,7 +6,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
 
-from mlx_dpo.adapters.files import CONFIG, read_adapter
+from mlx_dpo.adapters.adapter_files import CONFIG, read_adapter
 from mlx_dpo.errors import ModelError
 from mlx_dpo.hub.errors import as_model_errors
 from mlx_dpo.hub.push import ADAPTER_FILES

@@ -15,7 +15,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.hf_api import ModelInfo
 
-from mlx_dpo.adapters.files import CONFIG, WEIGHTS, adapter_digest
+from mlx_dpo.adapters.adapter_files import CONFIG, WEIGHTS, adapter_digest
 from mlx_dpo.adapters.peft import WEIGHTS as PEFT_WEIGHTS
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.hub.errors import INVALID_NAME, as_model_errors

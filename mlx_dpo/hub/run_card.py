@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HTTPError
 
-from mlx_dpo.adapters.files import CONFIG, adapter_digest
+from mlx_dpo.adapters.adapter_files import CONFIG, adapter_digest
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.data.hf_datasets import parse_hub_name

@@ -11,7 +11,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 
 from mlx_dpo.adapters import attach as adapters
-from mlx_dpo.adapters.files import attach_loaded_adapter, read_adapter
+from mlx_dpo.adapters.adapter_files import attach_loaded_adapter, read_adapter
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.config.training import PassLimit
 from mlx_dpo.errors import ConfigError
@@ -25,7 +25,7 @@ from mlx_dpo.scoring.scorers import memory_efficient_training
 from mlx_dpo.scoring.select_scorer import ScorerChoice, ScorerSetting, select_scorer
 from mlx_dpo.training.objective import Objective
 from mlx_dpo.training.plan import TrainingPlan
-from mlx_dpo.training.reference_logps import SyncedReference
+from mlx_dpo.training.synced_reference import SyncedReference
 from mlx_dpo.types import PairLogps, TokenizedPair
 
 OnPolicyWeights = Callable[[nn.Module, Sequence[TokenizedPair]], mx.array]  # weights of pairs, (B,)

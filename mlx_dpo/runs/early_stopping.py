@@ -14,7 +14,7 @@ from typing import Any
 
 import mlx.nn as nn
 
-from mlx_dpo.adapters.files import WEIGHTS, load_adapter_weights
+from mlx_dpo.adapters.adapter_files import WEIGHTS, load_adapter_weights
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.errors import ConfigError, RunError
 from mlx_dpo.losses.metrics import EVAL_PREFIX, METRICS

@@ -12,7 +12,7 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
-from mlx_dpo.adapters.files import adapter_digest
+from mlx_dpo.adapters.adapter_files import adapter_digest
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.errors import RunError
 from mlx_dpo.io.atomic import is_temporary, write_file

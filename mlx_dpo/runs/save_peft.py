@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from mlx_dpo.adapters.files import add_peft_files
+from mlx_dpo.adapters.adapter_files import add_peft_files
 from mlx_dpo.adapters.hf_checkpoint import HFCheckpoint, local_checkpoint
 from mlx_dpo.adapters.hf_names import make_peft_adapter
 from mlx_dpo.config.dpo_config import DPOConfig

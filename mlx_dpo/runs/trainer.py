@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import mlx.core as mx
 
-from mlx_dpo.adapters.files import save_adapter
+from mlx_dpo.adapters.adapter_files import save_adapter
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.config.other_trainers import check_trainer_arguments
 from mlx_dpo.data.batching import steps_per_epoch

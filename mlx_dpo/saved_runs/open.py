@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_dpo.adapters import attach as adapters
-from mlx_dpo.adapters.files import adapter_digest, load_adapter
+from mlx_dpo.adapters.adapter_files import adapter_digest, load_adapter
 from mlx_dpo.adapters.switch import AdapterState, AdapterSwitch
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.errors import ConfigError, RunError

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_dpo.adapters.files import adapter_digest, load_adapter
+from mlx_dpo.adapters.adapter_files import adapter_digest, load_adapter
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.config.sampling import SEEDS, Sampling
 from mlx_dpo.data.prompts import Prompt

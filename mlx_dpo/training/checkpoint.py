@@ -11,12 +11,12 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_unflatten
 
-from mlx_dpo.adapters.files import WEIGHTS, load_adapter_weights, save_adapter
+from mlx_dpo.adapters.adapter_files import WEIGHTS, load_adapter_weights, save_adapter
 from mlx_dpo.errors import RunError, reason
 from mlx_dpo.io.arrays import Arrays, named_arrays, random_state, read_arrays, write_arrays
 from mlx_dpo.io.atomic import atomic_folder, remove_abandoned
 from mlx_dpo.training.loop import Progress
-from mlx_dpo.training.reference_logps import SyncedReference
+from mlx_dpo.training.synced_reference import SyncedReference
 
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"

@@ -21,7 +21,7 @@ from mlx_dpo.scoring.score_pairs import DatasetScorer
 from mlx_dpo.scoring.scorers import Scorer, plain_scorer
 from mlx_dpo.training.grad_cache import GradCache, only_kl_completions
 from mlx_dpo.training.objective import Objective
-from mlx_dpo.training.reference_logps import SyncedReference
+from mlx_dpo.training.synced_reference import SyncedReference
 from mlx_dpo.types import LossOutputs, PairLogps, PairMetadata, ScoredPairs, TokenizedPair
 
 Pairs = Sequence[TokenizedPair]

@@ -13,10 +13,8 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_unflatten
 
 from mlx_dpo.data.columns import pairs_digest
-from mlx_dpo.io.arrays import Arrays, named_arrays
 from mlx_dpo.scoring.score_pairs import DatasetScorer
 from mlx_dpo.training.logps_cache import SUFFIX, read_logps, write_logps
 from mlx_dpo.types import PairLogps, TokenizedPair
@@ -71,53 +69,3 @@ def reference_logps(
 
 def _block_name(provenance: str, block: Sequence[TokenizedPair]) -> str:
     return hashlib.sha256(f"{provenance}\n{pairs_digest(block)}".encode()).hexdigest()
-
-
-class SyncedReference:
-    """A reference that moves towards the policy every few steps (TRL's `sync_ref_model`).
-
-    Its weights become alpha * policy + (1 - alpha) * reference. It starts with the weights of the
-    policy, so the precomputed reference log-probs are valid until its first update. Adapter
-    matrices are mixed one by one, as TRL mixes weights; with alpha = 1 the reference becomes the
-    policy itself.
-
-    Source: Gorbatovski et al. 2024, arXiv:2404.09656, Eq. 6 (soft) and Eq. 7 (hard, alpha = 1).
-    """
-
-    def __init__(
-        self, policy: nn.Module, *, alpha: float, every: int, score: DatasetScorer
-    ) -> None:
-        """Start with the trainable weights that the policy has before the first step."""
-        self.alpha, self.every, self._score = alpha, every, score
-        self.weights: Arrays = named_arrays(policy.trainable_parameters())
-        self.moved = False
-
-    def restore(self, weights: Arrays) -> None:
-        """Restore the reference's weights from a checkpoint."""
-        self.weights, self.moved = weights, True
-
-    def follow(self, policy: nn.Module, step: int) -> None:
-        """Move the reference towards the policy if `step` is a multiple of `every`."""
-        if step % self.every:
-            return
-        own = named_arrays(policy.trainable_parameters())
-        self.weights = {
-            name: self.alpha * own[name] + (1 - self.alpha) * value
-            for name, value in self.weights.items()
-        }
-        mx.eval(self.weights)
-        self.moved = True
-
-    def logps(self, policy: nn.Module, pairs: Sequence[TokenizedPair]) -> PairLogps | None:
-        """Return the log-probs of `pairs` under this reference. (B,) each
-
-        The result is None before the first update, when the precomputed log-probs are still valid.
-        """
-        if not self.moved:
-            return None
-        own = named_arrays(policy.trainable_parameters())
-        policy.update(tree_unflatten(list(self.weights.items())))
-        try:
-            return self._score(policy, pairs)
-        finally:
-            policy.update(tree_unflatten(list(own.items())))

@@ -10,7 +10,7 @@ from mlx_lm.models import llama
 from mlx_lm.tuner.utils import load_adapters
 
 from mlx_dpo.adapters import attach as adapters
-from mlx_dpo.adapters.files import (
+from mlx_dpo.adapters.adapter_files import (
     adapter_digest,
     attach_loaded_adapter,
     load_adapter,

@@ -9,7 +9,7 @@ import pytest
 from mlx_lm.utils import load_model
 
 from mlx_dpo.adapters import attach as adapters
-from mlx_dpo.adapters.files import (
+from mlx_dpo.adapters.adapter_files import (
     adapter_digest,
     add_peft_files,
     attach_loaded_adapter,

@@ -11,8 +11,8 @@ import pytest
 from mlx_lm.models import llama
 
 from mlx_dpo import paths
+from mlx_dpo.adapters.adapter_files import adapter_digest, load_adapter, read_adapter, save_adapter
 from mlx_dpo.adapters.attach import adapted_layers, make_adapter_config
-from mlx_dpo.adapters.files import adapter_digest, load_adapter, read_adapter, save_adapter
 from mlx_dpo.errors import ModelError
 from mlx_dpo.io.arrays import read_arrays, write_arrays
 from mlx_dpo.models.load import load_model

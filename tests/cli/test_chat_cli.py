@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from mlx_dpo import DPOConfig
-from mlx_dpo.adapters.files import adapter_digest, load_adapter
+from mlx_dpo.adapters.adapter_files import adapter_digest, load_adapter
 from mlx_dpo.chat.session import ChatSession
 from mlx_dpo.cli import cli
 from mlx_dpo.config.sampling import Sampling

@@ -16,7 +16,7 @@ import openai
 import pytest
 from click.testing import CliRunner
 
-from mlx_dpo.adapters.files import load_adapter
+from mlx_dpo.adapters.adapter_files import load_adapter
 from mlx_dpo.chat.session import ChatSession
 from mlx_dpo.cli import cli
 from mlx_dpo.config.sampling import Sampling

@@ -8,7 +8,7 @@ import pytest
 
 from mlx_dpo import DPOConfig, DPOTrainer
 from mlx_dpo.adapters import attach as adapters
-from mlx_dpo.adapters.files import save_adapter
+from mlx_dpo.adapters.adapter_files import save_adapter
 from mlx_dpo.config.dpo_config import get_settings
 from mlx_dpo.io.arrays import named_arrays
 from mlx_dpo.models.load import load_model

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from mlx_lm.utils import load_model
 
 from mlx_dpo.adapters import attach as adapters
-from mlx_dpo.adapters.files import load_adapter
+from mlx_dpo.adapters.adapter_files import load_adapter
 from mlx_dpo.adapters.merge import AffineQuantization, merge_adapters, merged_weight
 from mlx_dpo.cli import cli
 from mlx_dpo.errors import ConfigError, ModelError

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from mlx_dpo.adapters import attach as adapters
-from mlx_dpo.adapters.files import add_peft_files, load_adapter, save_adapter
+from mlx_dpo.adapters.adapter_files import add_peft_files, load_adapter, save_adapter
 from mlx_dpo.adapters.hf_checkpoint import local_checkpoint
 from mlx_dpo.adapters.hf_names import SAME_LAYOUT, make_peft_adapter
 from mlx_dpo.adapters.targets import linear_names

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import HfApi
 
-from mlx_dpo.adapters.files import read_adapter
+from mlx_dpo.adapters.adapter_files import read_adapter
 from mlx_dpo.adapters.hf_checkpoint import hub_checkpoint, local_checkpoint
 from mlx_dpo.errors import ModelError
 from mlx_dpo.hub.pull import pull_adapter

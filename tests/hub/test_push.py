@@ -46,7 +46,7 @@ def test_the_files_arrive_unchanged_in_one_commit_of_a_private_repository(run_wi
     assert sorted(files) == sorted(UPLOADED)
     for name, data in files.items():
         assert data == (run_with_card / "run" / name).read_bytes()
-    from mlx_dpo.adapters.files import adapter_digest
+    from mlx_dpo.adapters.adapter_files import adapter_digest
 
     assert adapter_digest(run_with_card / "run")[:12] in message
 

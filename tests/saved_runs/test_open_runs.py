@@ -8,7 +8,7 @@ import mlx_lm
 import pytest
 
 from mlx_dpo import DPOTrainer, load_policy
-from mlx_dpo.adapters.files import adapter_digest
+from mlx_dpo.adapters.adapter_files import adapter_digest
 from mlx_dpo.chat.session import ChatSession
 from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.errors import ConfigError, ModelError

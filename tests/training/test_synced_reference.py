@@ -14,7 +14,7 @@ from mlx_dpo.scoring.score_pairs import score_pairs
 from mlx_dpo.training.loop import Progress, train
 from mlx_dpo.training.objective import Objective
 from mlx_dpo.training.plan import TrainingPlan
-from mlx_dpo.training.reference_logps import SyncedReference
+from mlx_dpo.training.synced_reference import SyncedReference
 from tests.conftest import make_llama
 
 
