@@ -169,7 +169,7 @@ class RequestHandler(APIHandler):
         self.wfile.write(data)
 
     def handle_completion(self, request: CompletionRequest, stop_words: list[str]) -> None:
-        """Generate a completion, or answer 404 if the requested model is not served here."""
+        """Generate a completion; send 404 if the requested model or adapter is not served."""
         names = self.response_generator.model_provider.served.names
         error = None
         if self.requested_model not in (*names, DEFAULT_MODEL):
@@ -231,7 +231,7 @@ class Server(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        """Base URL for clients."""
+        """Base URL of the API for clients, which ends in `/v1`."""
         host, port = str(self.server_address[0]), self.server_address[1]
         return f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
 

@@ -184,7 +184,7 @@ class ChatSession:
         return text if self.authors[-1] == "person" else self.strip_thinking(text)
 
     def strip_thinking(self, text: str) -> str:
-        """Remove the thinking from `text`, a reply to the last question; return the answer."""
+        """Return `text`, a reply to the last question, without its thinking."""
         prompt = self._tokens(_with_system(self.system, self.turns[:-1]))
         return strip_thinking(self._tokenizer, prompt, text)
 
@@ -196,7 +196,7 @@ class ChatSession:
         return tuple(_with_system(self._systems[-1], self.turns[:-1]))
 
     def conversation(self) -> list[Message]:
-        """Return all messages in the model's context, including the last answer."""
+        """Return the system message and the turns that are still in the model's context."""
         return _with_system(self.system, self.turns)
 
     def _tokens(self, turns: Sequence[Message]) -> list[int]:

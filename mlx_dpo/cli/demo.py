@@ -22,8 +22,9 @@ SHOWN = 6  # prompts in the table of sampled answers
 def demo(output: str) -> None:
     """Convert a tiny chat model, align it with DPO, measure it and compare its answers.
 
-    The shipped model answers politely or rudely at random. A thousand pairs prefer the
-    polite answer; afterwards it answers politely, and just as correctly. Needs no network.
+    The shipped model answers politely or rudely at random. It is trained on a thousand pairs in
+    which the polite answer is chosen; afterwards it answers politely, and just as correctly. No
+    network is needed.
     """
     from pathlib import Path
 

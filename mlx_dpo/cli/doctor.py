@@ -21,9 +21,9 @@ BACKENDS = {"cpu": "CPU", "metal": "Metal", "cuda": "CUDA"}
 def doctor(as_json: bool) -> None:
     """Show versions, device and limits, and run a self-test of training on this device.
 
-    The self-test takes a few seconds: log-probabilities and gradients of a tiny model
-    against NumPy in float64, one training step, adapters saved and loaded. Each line shows
-    what was measured and the limit. Exits with 1 if a check fails.
+    The self-test takes a few seconds. It compares log-probabilities and gradients of a tiny model
+    with NumPy in float64, takes one training step, and saves and loads adapters. Each line shows
+    the measured error and its limit. Exits with 1 if a check fails.
     """
     from mlx_dpo.doctor.checks import self_test
     from mlx_dpo.doctor.machine import anonymous, collect_facts

@@ -32,8 +32,8 @@ def push(
 
     Uploads the adapter, README.md (written into RUN if it is missing, also by --dry-run) and
     curves.png if it exists; not pairs, checkpoints or logs. Every file is scanned for secrets and
-    personal paths first. All files are in one commit, so that a failure publishes nothing; a
-    retry sends what is missing. Log in with `hf auth login`.
+    personal paths before the upload. All files are in one commit, so a failure publishes nothing,
+    and a retry uploads only what is missing. Log in with `hf auth login`.
     """
     from mlx_dpo.hub import push as hub
     from mlx_dpo.hub.push import prepare_upload

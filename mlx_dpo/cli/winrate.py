@@ -36,7 +36,7 @@ def winrate(
 
     The 95 % interval is Wilson's; a tie is half a win. The length-controlled rate is the win rate
     at equal length by a logistic regression, as in AlpacaEval 2 (arXiv:2404.04475). A judge model
-    reads both orders; if its verdicts disagree, the answers tie.
+    is prompted with both orders of the two answers; if its verdicts disagree, the answers tie.
 
     \b
     mlx-dpo winrate run --reward rewards.py:courtesy

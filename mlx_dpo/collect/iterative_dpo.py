@@ -143,7 +143,7 @@ class IterativeDPO:
             yield stage
 
     def run_stage(self, stage: Stage) -> None:
-        """Run a stage without printing anything."""
+        """Collect pairs, train or evaluate, as the stage requires; print nothing."""
         if stage.action == "collect":
             for _ in self.collect(stage.round):
                 pass

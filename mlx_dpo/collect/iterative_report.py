@@ -86,7 +86,7 @@ def _table_row(cells: Sequence[str]) -> str:
 
 
 def _escape_cell(text: str) -> str:
-    """Return text for a table cell: one line of at most 200 characters, Markdown markup escaped."""
+    """Return the first 200 characters of a text on one line, with Markdown markup escaped."""
     plain = " ".join(text.split())[:200]
     for character in "\\`*_<>|[]":
         plain = plain.replace(character, f"\\{character}")

@@ -43,7 +43,7 @@ class StoredDecision:
 
     @property
     def prompt_key(self) -> str:
-        """Key of the decision's prompt, as `Prompt.key`."""
+        """Digest that identifies the decision's prompt, the same as `Prompt.key`."""
         prompt = self.row["prompt"]
         return Prompt(to_messages(prompt if isinstance(prompt, str) else tuple(prompt), "user")).key
 
@@ -103,7 +103,7 @@ class PairsFile:
         self.restore(StoredDecision(number, file, row))
 
     def restore(self, decision: StoredDecision) -> None:
-        """Append a stored decision as it is, such as one that `undo` removed."""
+        """Write the row of a stored decision again, after `undo` has removed it."""
         decision.file.append(decision.row)
         self.decisions.append(decision)
         self.decided_keys.add(decision.prompt_key)

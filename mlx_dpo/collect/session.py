@@ -35,7 +35,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class RankingTask:
-    """A prompt and its answers, in an order that reveals nothing about their sources."""
+    """A prompt and its answers, shuffled so that their order does not reveal their sources."""
 
     prompt: Prompt
     answers: tuple[Answer, ...]

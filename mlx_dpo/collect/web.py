@@ -121,7 +121,7 @@ class _Handler(BaseHTTPRequestHandler):
         return False
 
     def _read_command(self) -> dict[str, Any] | None:
-        """Return the JSON object in the request body; send an error and return None without it."""
+        """Return the JSON object in the request body, or send an error and return None."""
         length = self.headers.get("Content-Length", "")
         if not length.isdecimal() or int(length) > MAX_BODY_BYTES:
             self._send(413, "text/plain", "the request is too long or has no length")
@@ -139,7 +139,10 @@ class _Handler(BaseHTTPRequestHandler):
         return command
 
     def _send_reply(self, command: dict[str, Any] | None) -> None:
-        """Queue a command (None asks for the page state), wait for its reply and send the reply."""
+        """Queue a command, wait for the program's reply and send it to the page.
+
+        None instead of a command asks for the page state.
+        """
         request = PageRequest(command)
         self.server.requests.put(request)
         try:
@@ -171,7 +174,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def version_string(self) -> str:
-        """Return the value of the `Server` header."""
+        """Return the value of the HTTP header `Server`."""
         return "mlx-dpo"
 
     def log_message(self, format: str, *args: Any) -> None:

@@ -175,7 +175,7 @@ def show_progress(
 
 
 class AdvanceProgress(Protocol):
-    """A function that advances a progress bar."""
+    """The type of a function that advances a progress bar."""
 
     def __call__(self, items: int, /) -> None:
         """Advance the progress bar by this number of items."""

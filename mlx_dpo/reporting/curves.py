@@ -26,7 +26,7 @@ class Line(NamedTuple):
 
 
 class Chart(NamedTuple):
-    """A chart: its texts and the lines to draw in it."""
+    """A chart: its title, its unit, and the lines to draw in it."""
 
     title: str
     unit: str
@@ -37,7 +37,7 @@ class Chart(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """The definition of a chart: its texts, and the metrics to draw in it."""
+    """The definition of a chart: its title and unit, and the metrics to draw in it."""
 
     title: str
     unit: str

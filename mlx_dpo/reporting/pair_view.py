@@ -33,7 +33,7 @@ class Piece(Protocol):
 
     @property
     def text(self) -> str:
-        """Text as the tokenizer decodes it."""
+        """Text that the tokenizer decodes from the tokens."""
 
     @property
     def special(self) -> bool:

@@ -47,7 +47,7 @@ from mlx_dpo.types import PairLogps, PreferenceMetrics, TokenizedPair
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Metrics of a run on a set of pairs."""
+    """The metrics of a run's policy on a set of pairs, with notes about the pairs."""
 
     run: OpenRun
     name: str  # description of the pairs
@@ -88,7 +88,7 @@ EvaluationPairs = tuple[LoadedModel, Sequence[TokenizedPair], str, tuple[str, ..
 
 
 def load_held_out_pairs(run: OpenRun) -> EvaluationPairs:
-    """Load the model of a run and its held-out pairs, with a description of the pairs and no notes.
+    """Load a run's model and its held-out pairs; return them with a description and no notes.
 
     Raises:
         ConfigError: the run read its pairs from standard input or from memory.

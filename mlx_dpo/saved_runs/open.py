@@ -142,7 +142,7 @@ def load_adapter_into(opened: OpenRun, base: LoadedModel) -> None:
 
 @dataclass(frozen=True)
 class SwitchableModel:
-    """A model whose adapters can be switched between the states base and aligned."""
+    """A model whose adapters can be switched on (aligned) and off (base)."""
 
     base: LoadedModel
     switch: AdapterSwitch
@@ -151,7 +151,7 @@ class SwitchableModel:
     notes: tuple[str, ...]
 
     def provenance(self, state: AdapterState) -> dict[str, Any]:
-        """Return the names and digests of the model and adapter that answer in a state, by key."""
+        """Return names and digests of the model and of the adapter that is active in `state`."""
         start = self.run.config.start_adapter if self.run else None
         folder = self.adapter if state == "aligned" else start
         provenance: dict[str, Any] = {"model": self.base.source, "side": state}

@@ -52,7 +52,7 @@ class Tracker(Protocol):
 
     @classmethod
     def unavailable(cls) -> str | None:
-        """Return why runs cannot be logged and what the user can do; None if they can be."""
+        """Return why runs cannot be logged and how to fix it; None if runs can be logged."""
 
     @staticmethod
     def library_errors() -> tuple[type[Exception], ...]:

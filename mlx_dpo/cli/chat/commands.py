@@ -123,9 +123,9 @@ class ChatCommands:
             )
 
     def do_compare(self, question: str) -> None:
-        """Stream the other model's answer to a question, and write a pair if the person chooses.
+        """Stream the other model's answer to a question; write a pair if the person prefers one.
 
-        The question is the last one if none is given.
+        An empty `question` means the last one in the chat.
         """
         self._check_two_models()
         if question:
@@ -148,7 +148,7 @@ class ChatCommands:
             print_note("No pair is written.")
 
     def do_retry(self) -> None:
-        """Answer the last question again."""
+        """Stream another answer to the last question and replace the earlier answer."""
         self._stream(self.chat.retry())
 
     def do_undo(self) -> None:

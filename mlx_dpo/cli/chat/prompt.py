@@ -97,7 +97,10 @@ def edit_text(prompt: str, text: str) -> str | None:
 
 @contextmanager
 def line_editing() -> Iterator[None]:
-    """Enable line editing with the history of earlier chats inside the block, if available."""
+    """Let the person edit lines and recall those of earlier chats inside the block.
+
+    Without readline, nothing changes.
+    """
     readline = _readline()
     if readline is None:
         yield

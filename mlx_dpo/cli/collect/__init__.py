@@ -64,9 +64,10 @@ def collect(  # noqa: PLR0913 (one argument per flag)
 ) -> None:
     """Sample answers of RUNs or of a model and write preference pairs to train on.
 
-    A person ranks the answers, blind and in random order, or a reward function or a judge model
-    does. Every decision is on disk at once; the same command resumes where it stopped. Prompts
-    without a pair (ties, skipped prompts) go to a second file that ends in `.passed.jsonl`.
+    A person ranks the answers without seeing which model wrote them, or a reward function or a
+    judge model ranks them. Every decision is saved at once; the same command resumes where it
+    stopped. Prompts without a pair (ties, skipped prompts) go to a second file that ends in
+    `.passed.jsonl`.
 
     \b
     mlx-dpo collect run --prompts prompts.txt --output pairs.jsonl
