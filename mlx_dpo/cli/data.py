@@ -32,13 +32,13 @@ SCAN_SETTINGS = (
 
 @click.group()
 def data() -> None:
-    """Check, show, split and clean pairs before anything is trained on them.
+    """Check, show, split and clean preference pairs before training.
 
     \b
-    mlx-dpo data check pairs.jsonl --model MODEL       what is lost, odd or wrong, and where
-    mlx-dpo data show pairs.jsonl --model MODEL        pairs as the model sees them
+    mlx-dpo data check pairs.jsonl --model MODEL       list dropped, odd and wrong rows
+    mlx-dpo data show pairs.jsonl --model MODEL        show pairs as the model sees them
     mlx-dpo data split pairs.jsonl --output folder     train.jsonl, valid.jsonl; no prompt in both
-    mlx-dpo data clean pairs.jsonl --output new.jsonl  without the rows at fault
+    mlx-dpo data clean pairs.jsonl --output new.jsonl  write the rows without faults
     """
 
 
@@ -55,7 +55,7 @@ def _flags(*names: str) -> Callable[[Command], Command]:
 
 
 def _read_config(flags: dict[str, Any]) -> DPOConfig:
-    """Return the settings of the YAML file, overridden by the flags that were typed."""
+    """Return the settings of the `--config` file, overridden by the flags of the command line."""
     config_file = flags.pop("config_file")
     values = read_settings(config_file) if config_file else {}
     values |= typed_settings(click.get_current_context(), flags)
@@ -70,11 +70,11 @@ def _read_config(flags: dict[str, Any]) -> DPOConfig:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object, with every place.")
 @_flags(*ROW_SETTINGS, *SCAN_SETTINGS)
 def check(strict: bool, as_json: bool, **flags: Any) -> None:
-    """Say what would be trained on of PAIRS, and what is lost, odd or wrong, and where.
+    """Report how `train` would use PAIRS, and which rows are dropped, odd or wrong.
 
-    Rows are read as `train` reads them. Without --model nothing is tokenised: lengths are in
-    characters then, and what takes tokens is not looked for. Weights are not loaded. Each
-    finding is a fault or a remark; docs/data.md lists them.
+    Rows are read as `train` reads them. Without --model nothing is tokenized: lengths are in
+    characters, and checks that need tokens are skipped. The model's weights are not loaded. Each
+    finding is a fault or a remark; docs/data.md lists all checks.
     """
     config = _read_config(flags)
 
@@ -97,10 +97,10 @@ def check(strict: bool, as_json: bool, **flags: Any) -> None:
 @click.option("--row", type=click.IntRange(0), help="The row at this line or index instead.")
 @_flags(*ROW_SETTINGS, *SCAN_SETTINGS)
 def show(count: int, row: int | None, **flags: Any) -> None:
-    """Show pairs as the model sees them: what is read, what is scored, what was cut.
+    """Show pairs as the model sees them: prompt, scored tokens and truncated tokens.
 
-    A mark before each line says what is done with it, brackets stand round control tokens;
-    colours say the same.
+    Scored tokens count in the loss. A mark before each line, and its color, tell the three kinds
+    apart; control tokens are in brackets.
     """
     config = _read_config(flags)
     if row is not None and _was_typed("count"):
@@ -125,10 +125,10 @@ def show(count: int, row: int | None, **flags: Any) -> None:
 @click.option("--output", required=True, metavar="DIR", help="New folder to write.")
 @_flags(*ROW_SETTINGS, "bad_pairs", "seed")
 def split(share: float, output: str, **flags: Any) -> None:
-    """Write train.jsonl and valid.jsonl; no prompt is in both, rows stay as they were written.
+    """Split PAIRS into train.jsonl and valid.jsonl; no prompt is in both. Rows are not changed.
 
-    Held out are the rows that `train --valid-fraction` would hold out with the same --seed.
-    `train DIR` takes both files.
+    The held-out rows are those that `train --valid-fraction` would hold out with the same --seed.
+    `train DIR` uses both files.
     """
     config = _read_config(flags)
 
@@ -153,10 +153,11 @@ def split(share: float, output: str, **flags: Any) -> None:
 @click.option("--output", required=True, metavar="FILE", help="New `.jsonl` file to write.")
 @_flags(*ROW_SETTINGS, *(name for name in SCAN_SETTINGS if name != "pair_labelled"))
 def clean(drop: tuple[str, ...], output: str, **flags: Any) -> None:
-    """Write PAIRS without the rows that `check` found something in; others stay as written.
+    """Write PAIRS without the rows in which `check` finds faults; other rows are not changed.
 
-    FINDING is a name that `check` prints. Of duplicates the first stays, of a contradiction
-    none; a row goes if any of its pairs does. FILE.report.json says which rows went and why.
+    FINDING is a name that `check` prints. Of duplicates, the first row remains; of a
+    contradiction, no row does. A row is dropped if any of its pairs has a finding. A report next
+    to FILE, with the suffix `.report.json`, lists the dropped rows and their findings.
     """
     config = _read_config(flags)
 
@@ -183,7 +184,10 @@ def _was_typed(name: str) -> bool:
 
 @contextmanager
 def _show_progress(console: "Console") -> Iterator[Callable[[int], None]]:
-    """Show the number of rows read on a terminal; print nothing elsewhere."""
+    """Show the number of rows read if the console is a terminal; otherwise print nothing.
+
+    Yields the function that is called with the number of new rows.
+    """
     if not console.is_terminal:
         yield lambda new_rows: None
         return

@@ -15,7 +15,7 @@ STYLES = {"fault": "bold red", "remark": "bold yellow"}
 
 
 def print_results(console: "Console", results: CheckResults) -> None:
-    """Print all findings for a person."""
+    """Print the results of all splits as text: counts, lengths and findings."""
     for name, split in results.splits.items():
         if results.valid is not None:
             console.print({"train": "to train on", "valid": "held out"}[name], style="bold")
@@ -36,7 +36,7 @@ def print_results(console: "Console", results: CheckResults) -> None:
 
 
 def format_counts(split: SplitScan) -> Iterator[str]:
-    """Yield lines with the number of rows and pairs, and with the changes to the pairs."""
+    """Yield lines on each source: rows, pairs, tokens, and pairs that were changed."""
     unit = "judged answers" if split.settings.rows.judged else "pairs"
     for report in split.reports:
         if not report.kept:
@@ -55,7 +55,7 @@ def format_counts(split: SplitScan) -> Iterator[str]:
 
 
 def format_lengths(split: SplitScan) -> Iterator[str]:
-    """Yield lines with the length statistics and the length bias."""
+    """Yield lines with length statistics, a histogram and the length bias of a split."""
     lengths = split.lengths
     yield from format_length_summary(lengths.summaries())
     yield ""
@@ -96,7 +96,7 @@ def _format_locations(finding: Finding, split: SplitScan) -> str:
 
 
 def _shorten(location: str, split: SplitScan) -> str:
-    """Return the location without the source's name if there is only one source."""
+    """Return the location, without the name of the source if there is only one source."""
     if len(split.reports) > 1:
         return location
     return location.removeprefix(split.reports[0].source)

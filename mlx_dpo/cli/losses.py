@@ -38,7 +38,7 @@ def losses(name: str | None, as_json: bool) -> None:
 
 
 def describe(loss: Loss) -> list[str]:
-    """Return the lines that describe a loss in the terminal."""
+    """Return the description of a loss as lines of text: equation, use, settings and source."""
     settings = ", ".join(f"{name} {value:g}" for name, value in loss.defaults.items())
     also = [
         *(["margins of the data"] if loss.uses_margins else []),
@@ -54,7 +54,7 @@ def describe(loss: Loss) -> list[str]:
 
 
 def to_dict(loss: Loss) -> dict[str, Any]:
-    """Return a loss as plain values for `--json`."""
+    """Return the loss as a JSON-compatible dictionary for `--json`."""
     return {
         "equation": loss.equation,
         "source": loss.source,

@@ -92,7 +92,7 @@ class PairSettings:
 
     @property
     def columns(self) -> dict[str, str]:
-        """Column of each field, by field name.
+        """The setting `column` as a dictionary: field name -> column name.
 
         Raises:
             ConfigError: an item is not NAME=COLUMN, or a name appears twice.
@@ -127,11 +127,11 @@ DATA_NO_EFFECT: tuple[NoEffect[PairSettings], ...] = (
 
 
 def check_pair_settings(settings: PairSettings, *, labelled: bool) -> None:
-    """Raise `ConfigError` for settings that contradict each other.
+    """Raise `ConfigError` for data settings that contradict each other.
 
     Args:
-        settings: The settings of a run.
-        labelled: Whether the loss takes labelled examples instead of pairs.
+        settings: the settings of a run.
+        labelled: whether the loss takes labelled examples instead of pairs.
     """
     if settings.mix and settings.pairs and len(settings.mix) != len(settings.pairs):
         raise ConfigError(

@@ -66,7 +66,7 @@ class DPOConfig(  # fields come in the order of the bases, last one first
     if not TYPE_CHECKING:  # type checkers use the signature of `__init__`
 
         def __new__(cls, **values: Any) -> "DPOConfig":
-            """Raise `ConfigError` with the right name if a keyword is not a setting."""
+            """Raise `ConfigError`, with a suggestion, if a keyword is not the name of a setting."""
             cls._check_names(values)
             return super().__new__(cls)
 
@@ -103,37 +103,37 @@ class DPOConfig(  # fields come in the order of the bases, last one first
 
     @property
     def _most_tokens_per_pass(self) -> int:
-        """Tokens of a full pass: two rows per pair, padded as `data.batching` does at most."""
+        """Largest possible number of tokens in a forward pass, with the most padding possible."""
         pairs = self.micro_batch_size or self.batch_size
         return 2 * pairs * (self.max_length + self.max_length // 8 + 7)
 
     @property
     def pass_limit(self) -> PassLimit:
-        """Upper bounds of one forward pass of training."""
+        """Maximum number of pairs and of tokens in one forward pass of training."""
         if self.micro_batch_size is None and self.max_tokens is not None:
             return PassLimit(tokens=self.max_tokens)
         return PassLimit(min(self.micro_batch_size or 2, self.batch_size), self.max_tokens)
 
     @property
     def unit(self) -> str:
-        """Noun for the training examples, in the plural: pairs, or labelled answers."""
+        """Plural noun for the training examples in messages: `pairs`, or `answers` for KTO."""
         return "answers" if self.labelled else "pairs"
 
     @property
     def extra_forward_passes(self) -> int:
-        """Number of forward passes per step without gradients, before the one with gradients."""
+        """Number of extra forward passes per step, without gradients, before the usual pass."""
         return self.uses_whole_batch + self.use_weighting + self.sync_ref_model
 
     @property
     def held_out_fraction(self) -> float:
-        """Fraction of the training pairs to hold out."""
+        """Fraction of the training pairs to hold out; 0 if `valid` is set."""
         if self.valid is not None:
             return 0.0
         return 0.05 if self.valid_fraction is None else self.valid_fraction
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "DPOConfig":
-        """Return the settings of a parsed file.
+        """Build the settings from a dictionary, such as a parsed YAML file.
 
         Raises:
             ConfigError: a key is unknown, or its value is not valid.
@@ -143,7 +143,7 @@ class DPOConfig(  # fields come in the order of the bases, last one first
 
     @classmethod
     def _check_names(cls, values: Mapping[str, Any]) -> None:
-        """Raise `ConfigError` with a suggestion if a name is not that of a setting."""
+        """Raise `ConfigError`, with a suggestion, if a key of `values` is not a setting."""
         known = [f.name for f in fields(cls)]
         for name in values:
             if name in EQUIVALENTS:
@@ -151,11 +151,14 @@ class DPOConfig(  # fields come in the order of the bases, last one first
             check_known(str(name), known, "setting")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values for `run.json`; `from_dict` is the inverse."""
+        """Return the settings as a JSON-compatible dictionary; `from_dict` is the inverse."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
     def get_public_settings(self) -> dict[str, Any]:
-        """Return the non-default settings that change the result and are not private."""
+        """Return the settings to publish: changed from the default, relevant, not private.
+
+        A relevant setting changes the result of the training; paths are private.
+        """
         values = self.to_dict()
         return {
             name: values[name]
@@ -166,7 +169,7 @@ class DPOConfig(  # fields come in the order of the bases, last one first
         }
 
     def list_private_settings(self) -> list[str]:
-        """Return the names of the private settings that are set; paths are left out."""
+        """Return the names of private settings with a non-default value; paths are left out."""
         return [
             name
             for name, setting in get_settings().items()
@@ -176,7 +179,10 @@ class DPOConfig(  # fields come in the order of the bases, last one first
         ]
 
     def find_difference(self, other: "DPOConfig") -> str | None:
-        """Return the first setting that differs from `other` and changes the result, or None."""
+        """Return the name of a setting that differs from `other` and changes the result, or None.
+
+        It is the first such setting. A resumed run must have none.
+        """
         for name, setting in get_settings().items():
             changes_result = setting.changes_result or name in self.selection_settings
             if changes_result and getattr(self, name) != getattr(other, name):
@@ -185,7 +191,7 @@ class DPOConfig(  # fields come in the order of the bases, last one first
 
 
 def get_settings() -> dict[str, Setting]:
-    """Return all settings by name, in the order of the sections."""
+    """Return the declaration of every setting of `DPOConfig` by name, section by section."""
     return {f.name: f.metadata["setting"] for f in fields(DPOConfig)}
 
 

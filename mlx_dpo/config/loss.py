@@ -16,7 +16,7 @@ SMOOTHED = ("cdpo", "robust", "exo_pair")  # undefined or another loss without l
 
 @dataclass(frozen=True, kw_only=True)
 class LossSettings:
-    """Settings of the loss. A hyper-parameter that is None has the default of each loss."""
+    """Settings of the loss; where a hyper-parameter is None, each loss uses its own default."""
 
     loss_type: tuple[str, ...] = setting(
         ("sigmoid",), "Loss function (see `mlx-dpo losses`); repeat to sum several.",
@@ -86,7 +86,7 @@ class LossSettings:
 
     @property
     def losses(self) -> tuple[Loss, ...]:
-        """Catalogue entries of the summed losses."""
+        """Catalogue entries of the losses in `loss_type`, which are summed."""
         return tuple(LOSSES[name] for name in self.loss_type)
 
     @property
@@ -96,7 +96,7 @@ class LossSettings:
 
     @property
     def common_beta(self) -> float:
-        """Beta of all losses of the sum: as set, else the default of the first that reads it."""
+        """Beta of all summed losses: as set, else the default of the first loss with a beta."""
         if self.beta is not None:
             return self.beta
         defaults = [loss.defaults["beta"] for loss in self.losses if "beta" in loss.defaults]
@@ -104,13 +104,16 @@ class LossSettings:
 
     @property
     def reward_kind(self) -> RewardKind:
-        """Quantity that the rewards are beta times of, by the first loss that implies one."""
+        """Quantity that beta multiplies to give the implicit reward, such as the log-ratio.
+
+        It is that of the first loss that defines an implicit reward.
+        """
         implied = [loss.reward for loss in self.losses if loss.reward]
         return implied[0] if implied else "log-probability"
 
     @property
     def divergence_alpha(self) -> float:
-        """Alpha of `alpha_divergence`, between forward KL (0) and reverse KL (1)."""
+        """Alpha of the alpha divergence, from forward KL (0) to reverse KL (1); 0.5 by default."""
         return 0.5 if self.f_alpha_divergence_coef is None else self.f_alpha_divergence_coef
 
     @property
@@ -120,7 +123,7 @@ class LossSettings:
 
     @property
     def uses_whole_batch(self) -> bool:
-        """Whether the loss of a pair depends on the other pairs of its step."""
+        """Whether the loss of a pair depends on the other pairs of its optimizer step."""
         return any(loss.uses_whole_batch for loss in self.losses)
 
     @property
@@ -129,7 +132,7 @@ class LossSettings:
         return any(loss.labelled for loss in self.losses)
 
     def get_hyperparameters(self, loss: Loss) -> SimpleNamespace:
-        """Return the hyper-parameters that the loss reads: as set, else its own defaults."""
+        """Return the hyper-parameters of a loss: the settings, else the loss's own defaults."""
         values = {
             name: float(getattr(self, name)) if is_set(self, name) else default
             for name, default in loss.defaults.items()
@@ -149,10 +152,11 @@ LOSS_NO_EFFECT: tuple[NoEffect[LossSettings], ...] = (
 
 
 def check_losses(settings: LossSettings) -> None:
-    """Check the losses, their sum, and the settings that act on them.
+    """Check the names of the losses, their sum, and the settings that act on the losses.
 
     Raises:
-        ConfigError: names the setting, and the losses that it acts on.
+        ConfigError: a loss is unknown, the losses cannot be summed, or a setting does not act on
+            them.
     """
     if not settings.loss_type:
         raise ConfigError("`loss_type` names no loss; `mlx-dpo losses` lists them")
@@ -181,7 +185,10 @@ def _check_sum(settings: LossSettings) -> None:
 
 
 def _check_hyperparameters(settings: LossSettings) -> None:
-    """Raise `ConfigError` for a hyper-parameter that none of the losses reads."""
+    """Raise `ConfigError` if none of the losses reads a hyper-parameter that is set.
+
+    Losses that are undefined without label smoothing need it above 0.
+    """
     for name in sorted({name for loss in LOSSES.values() for name in loss.defaults}):
         if is_set(settings, name):
             readers = {loss.name for loss in LOSSES.values() if name in loss.defaults}
@@ -237,7 +244,7 @@ def _quoted(names: Iterable[str]) -> str:
 
 
 def _shorter_list(names: Collection[str]) -> str:
-    """Return the losses of these names, or "all but" the others if that is shorter."""
+    """Return the names as text: a list of them, or "all but" the other losses if shorter."""
     listed = [name for name in LOSSES if name in names]
     others = [name for name in LOSSES if name not in names]
     return _quoted(listed) if len(listed) <= len(others) else f"all but {_quoted(others)}"

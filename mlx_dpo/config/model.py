@@ -14,7 +14,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
-    """Settings of the model and its loading."""
+    """Settings of the base model and of loading it."""
 
     model: str = setting("", "Model to train: a folder or a Hub id.", str, MODEL, is_path=True)
     revision: str | None = setting(None, "Hub revision of the model.", str, MODEL)
@@ -45,7 +45,7 @@ LORA = "LoRA"
 
 @dataclass(frozen=True, kw_only=True)
 class LoRASettings:
-    """Settings of the trained weights: adapters, or the model's own weights."""
+    """Settings of the trained weights: LoRA or DoRA adapters, or the model's own weights."""
 
     fine_tune_type: str | None = setting(
         None,
@@ -90,17 +90,17 @@ class LoRASettings:
 
     @property
     def rank(self) -> int:
-        """Rank of new adapters."""
+        """Rank of new adapters, 16 by default."""
         return 16 if self.lora_r is None else self.lora_r
 
     @property
     def alpha(self) -> float:
-        """Alpha of new adapters."""
+        """LoRA alpha of new adapters, 32 by default."""
         return 32.0 if self.lora_alpha is None else self.lora_alpha
 
     @property
     def dropout(self) -> float:
-        """Dropout on the adapters' input."""
+        """Dropout probability on the adapters' input, 0 by default."""
         return 0.0 if self.lora_dropout is None else self.lora_dropout
 
     @property
@@ -165,12 +165,12 @@ class ReferenceSettings:
 
     @property
     def mixup_alpha(self) -> float:
-        """Weight of the policy in a reference update."""
+        """Weight of the policy in an update of the reference (TR-DPO), 0.6 by default."""
         return 0.6 if self.ref_model_mixup_alpha is None else self.ref_model_mixup_alpha
 
     @property
     def sync_steps(self) -> int:
-        """Steps between reference updates."""
+        """Optimizer steps between updates of the reference (TR-DPO), 512 by default."""
         return 512 if self.ref_model_sync_steps is None else self.ref_model_sync_steps
 
 
@@ -184,7 +184,7 @@ REFERENCE_NO_EFFECT: tuple[NoEffect[ReferenceSettings], ...] = (
 
 
 def check_reference_settings(settings: ReferenceSettings) -> None:
-    """Raise `ConfigError` if a separate reference model would have to follow the policy."""
+    """Raise `ConfigError` if `sync_ref_model` is set together with `reference_model`."""
     if settings.sync_ref_model and settings.reference_model is not None:
         raise ConfigError(
             "`sync_ref_model` updates the initial model towards the policy, and "

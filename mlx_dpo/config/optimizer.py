@@ -90,7 +90,7 @@ class OptimizerSettings:
     )
 
     def count_warmup_steps(self, total_steps: int) -> int:
-        """Return the number of warm-up steps in a run of `total_steps`."""
+        """Return the number of warm-up steps in a run of `total_steps` optimizer steps."""
         if "warmup_ratio" not in LR_SCHEDULES[self.lr_scheduler_type].settings:
             return 0
         if self.warmup_steps is not None:

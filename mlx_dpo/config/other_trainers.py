@@ -1,6 +1,6 @@
 """Setting names of other trainers (TRL, transformers, mlx-lm, mlx-lm-lora) and their equivalents.
 
-Names that have the same meaning in mlx-dpo are missing: they are settings.
+A name with the same meaning in mlx-dpo is not listed, because it is a setting here.
 """
 
 from collections.abc import Iterable

@@ -1,6 +1,6 @@
 """Sampling settings of text generation.
 
-`generation.sampling` builds the sampler from them, the command line its flags.
+`generation.sampling` builds a sampler from the settings; the command line has a flag for each.
 """
 
 import secrets
@@ -18,10 +18,10 @@ def _setting(default: Any, help: str, kind: type, **more: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """Sampling settings of one session.
+    """Sampling settings of one command, such as `chat` or `generate`.
 
     Raises:
-        ConfigError: a setting is out of its bounds or has no effect beside the others.
+        ConfigError: a setting is out of its bounds or has no effect with the other settings.
     """
 
     temperature: float = _setting(0.0, "Sampling temperature; 0 = greedy.", float, minimum=0)

@@ -1,4 +1,4 @@
-"""A setting: default, help, type and bounds; and checks of values and combinations."""
+"""Declare settings (default, help, type, bounds), and check their values and combinations."""
 
 import math
 import os
@@ -15,7 +15,7 @@ S = TypeVar("S", contravariant=True)
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """Description of a setting, from which flags, file keys and tables are made."""
+    """Declaration of a setting, from which its CLI flag, YAML key and documentation are made."""
 
     default: Any
     help: str
@@ -32,19 +32,19 @@ class Setting:
 
     @property
     def is_optional(self) -> bool:
-        """Whether None is a valid value: "not set"."""
+        """Whether the value may be None, which means "not set"."""
         return self.default is None
 
 
 def setting(default: Any, help: str, type: type, section: str, **more: Any) -> Any:
-    """Return a dataclass field that carries its `Setting` as metadata."""
+    """Return a dataclass field with the `Setting` in its metadata; for use in config classes."""
     spec = Setting(default=default, help=help, type=type, section=section, **more)
     return field(default=default, metadata={"setting": spec})
 
 
 @dataclass(frozen=True)
 class NoEffect(Generic[S]):
-    """Settings that have no effect under a condition on the other settings of `S`."""
+    """Names of settings that have no effect if a condition on the other settings is true."""
 
     names: tuple[str, ...]
     when: Callable[[S], bool]
@@ -52,7 +52,7 @@ class NoEffect(Generic[S]):
 
 
 def check_effects(settings: S, rows: Sequence[NoEffect[S]]) -> None:
-    """Raise `ConfigError` for the first setting that is set but has no effect."""
+    """Raise `ConfigError` if a setting is set although, by one of `rows`, it has no effect."""
     for row in rows:
         for name in row.names:
             if is_set(settings, name) and row.when(settings):
@@ -67,7 +67,10 @@ def is_set(settings: object, name: str) -> bool:
 
 
 def check_known(name: str, known: Iterable[str], noun: str, *, hint: str = "") -> None:
-    """Raise `ConfigError` for an unknown name, with the nearest known name or else `hint`."""
+    """Raise `ConfigError` if `name` is not in `known`.
+
+    The message suggests the most similar known name or, if there is none, gives `hint`.
+    """
     known = list(known)
     if name in known:
         return
@@ -80,7 +83,7 @@ def parse_value(name: str, value: Any, spec: Setting) -> Any:
     """Return the value converted to the type of its setting.
 
     Raises:
-        ConfigError: wrong type, or out of bounds; names the setting, the bound and the value.
+        ConfigError: the value has the wrong type, is out of bounds or is not one of the choices.
     """
     if value is None:
         if spec.is_optional:

@@ -12,16 +12,16 @@ TRAINING = "Training"
 
 
 class PassLimit(NamedTuple):
-    """Upper bounds of one forward pass; None is no bound.
+    """Maximum number of pairs and of tokens in one forward pass; None means no limit.
 
-    A pair that exceeds `tokens` by itself gets a pass of its own.
+    A pair that exceeds the token limit by itself gets its own forward pass.
     """
 
     pairs: int | None = None
     tokens: int | None = None
 
     def scaled(self, factor: int) -> "PassLimit":
-        """Return the limit with all bounds multiplied by `factor`."""
+        """Return the limit with both maximums multiplied by `factor`."""
         return PassLimit(*(bound and bound * factor for bound in self))
 
 
@@ -71,7 +71,7 @@ TRAINING_NO_EFFECT: tuple[NoEffect[TrainingSettings], ...] = (
 
 
 def check_batch_sizes(settings: TrainingSettings) -> None:
-    """Raise `ConfigError` if a micro-batch would be larger than its batch."""
+    """Raise `ConfigError` if `micro_batch_size` is above `batch_size`."""
     micro, batch = settings.micro_batch_size, settings.batch_size
     if micro is not None and micro > batch:
         raise ConfigError(f"`micro_batch_size` {micro} is above `batch_size` {batch}")
@@ -82,7 +82,7 @@ EVALUATION = "Evaluation"
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSettings:
-    """Settings of the evaluation on held-out pairs, of early stopping and the best model."""
+    """Settings of evaluating on held-out pairs, early stopping and choosing the best model."""
 
     eval_steps: int | None = setting(
         None,
@@ -117,7 +117,10 @@ class EvaluationSettings:
 
     @property
     def selection_settings(self) -> set[str]:
-        """Settings that change the result only if a metric selects the best model."""
+        """Names of settings that change the result because they decide on the best model.
+
+        This is `eval_steps` if `metric_for_best_model` is set, and otherwise none.
+        """
         return {"eval_steps"} if self.metric_for_best_model is not None else set()
 
 
@@ -200,7 +203,7 @@ class ReportingSettings:
 
     @property
     def has_run_name(self) -> bool:
-        """Whether `run_name` and `project` have an effect on one of the trackers."""
+        """Whether at least one of the chosen trackers uses `run_name` and `project`."""
         return any(TRACKERS[name].has_run_names for name in self.tracker_names)
 
 
@@ -219,7 +222,7 @@ REPORTING_NO_EFFECT: tuple[NoEffect[ReportingSettings], ...] = (
 
 
 def check_reporting_settings(settings: ReportingSettings) -> None:
-    """Raise `ConfigError` for a tracker named twice or contradicted, or an empty name."""
+    """Raise `ConfigError` for a repeated or contradictory `report_to`, or for an empty name."""
     for tracker in settings.report_to:
         if settings.report_to.count(tracker) > 1:
             raise ConfigError(f"`report_to` names {tracker} twice")

@@ -1,4 +1,4 @@
-"""Check the pairs that the settings name (`mlx-dpo data check`)."""
+"""Run all checks on the configured data sets (`mlx-dpo data check`)."""
 
 from mlx_dpo.config.dpo_config import DPOConfig, get_settings
 from mlx_dpo.data.inspect.results import CheckResults, run_checks
@@ -18,9 +18,9 @@ MODEL_SETTINGS = (  # settings without effect unless there is a model
 def check_pairs(
     config: DPOConfig, progress: ProgressCallback = lambda new_rows: None
 ) -> tuple[SplitSources, CheckResults]:
-    """Return the sources that the settings name, and the results of all checks.
+    """Run all checks on the configured data; return the data sources and the results.
 
-    Checks that need tokens are skipped if the settings name no model.
+    Checks that need tokens are skipped if no model is configured.
 
     Raises:
         DataError: a source cannot be read to its end.
@@ -36,10 +36,13 @@ def check_pairs(
 
 
 def make_scan_settings(config: DPOConfig) -> ScanSettings:
-    """Return the settings of a scan; the model's weights are not loaded.
+    """Return the settings for the data checks.
+
+    If a model is configured, its tokenizer is loaded, but not its weights.
 
     Raises:
-        ConfigError: a setting has no effect with this model, or without one.
+        ConfigError: a setting needs a model and none is configured, or it has no effect on this
+            model.
     """
     if not config.model:
         known = get_settings()

@@ -1,4 +1,4 @@
-"""Write a data set without the rows that have findings (`mlx-dpo data clean`)."""
+"""Write a data set without the rows that the checks report (`mlx-dpo data clean`)."""
 
 import json
 from collections import Counter
@@ -29,7 +29,7 @@ from mlx_dpo.errors import ConfigError, DataError
 
 @dataclass(frozen=True)
 class CleanResult:
-    """Number of rows before and after, and of the dropped rows by finding."""
+    """Number of rows before and after cleaning, and of rows dropped because of each check."""
 
     rows: int
     remaining: int
@@ -45,9 +45,9 @@ def clean_pairs(
     output: Path,
     progress: ProgressCallback = lambda new_rows: None,
 ) -> CleanResult:
-    """Write the rows without findings of the checks in `drop`, and a report next to the file.
+    """Write all rows except those that a check in `drop` reports, and a report file next to them.
 
-    If `drop` is empty, rows with any fault are dropped.
+    An empty `drop` means every check of severity `fault`.
 
     Raises:
         DataError: a source cannot be read to its end.
@@ -84,7 +84,7 @@ def _make_report(
     checks: Sequence[Check],
     dropped: Mapping[str, Sequence[str]],
 ) -> dict[str, Any]:
-    """Return the content of the report file."""
+    """Return the content of the report file as a JSON-compatible dictionary."""
     skipped = _skipped_checks(results)
     return {
         "sources": [source.name for source in sources],
@@ -107,7 +107,7 @@ def _select_checks(drop: Sequence[str]) -> list[Check]:
 
 
 def _find_dropped_rows(results: CheckResults, checks: Sequence[Check]) -> dict[str, list[str]]:
-    """Return the location of each row to drop with the names of its findings."""
+    """Return the location of each row to drop, with the names of the checks that report it."""
     dropped: dict[str, list[str]] = {}
     for check in checks:
         for location, _ in results.train.log.locations(check.name):
@@ -118,7 +118,7 @@ def _find_dropped_rows(results: CheckResults, checks: Sequence[Check]) -> dict[s
 
 
 def _skipped_checks(results: CheckResults) -> list[str]:
-    """Return the names of the checks that were skipped."""
+    """Return the names of the checks that were skipped for lack of a model or held-out pairs."""
     return [name for names in results.skipped.values() for name in names]
 
 

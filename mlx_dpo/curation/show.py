@@ -19,7 +19,7 @@ from mlx_dpo.types import UnpairedExample
 
 @dataclass(frozen=True)
 class PairPreview:
-    """Segments of a pair as the model sees them, or notes on why training drops the pair."""
+    """The segments of a pair's tokens for display, or notes on why training drops the pair."""
 
     location: str
     notes: list[str]
@@ -27,10 +27,13 @@ class PairPreview:
 
 
 def show_pairs(config: DPOConfig, *, count: int, row: int | None) -> Iterator[PairPreview]:
-    """Yield previews of the first `count` training pairs, or of those of the row number `row`.
+    """Yield previews of the first `count` training pairs, or of all pairs of the row `row`.
+
+    The number of a row is that in its location, such as 12 in `file:12`.
 
     Raises:
         DataError: a row cannot be read, or no row has the number.
+        ConfigError: no model is configured, or a setting has no effect.
     """
     if not config.model:
         raise ConfigError("--model is missing; see `mlx-dpo data show --help`")

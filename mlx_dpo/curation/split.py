@@ -1,4 +1,4 @@
-"""Write a data set as a training file and a held-out file (`mlx-dpo data split`)."""
+"""Split a data set into a training file and a held-out file (`mlx-dpo data split`)."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,7 @@ TRAIN, VALID = "train", "valid"
 
 @dataclass(frozen=True)
 class SplitResult:
-    """Number of rows of each file, and what was left out."""
+    """Number of rows written to each file, and the pairs and splits that were left out."""
 
     rows: dict[str, int]  # of `train` and of `valid`
     reports: Sequence[PairsReport]  # dropped pairs and the reasons
@@ -39,9 +39,9 @@ class SplitResult:
 
 
 def split_pairs(config: DPOConfig, *, share: float, output: Path) -> SplitResult:
-    """Write `train.jsonl` and `valid.jsonl` to a new folder; no prompt is in both.
+    """Write `train.jsonl` and `valid.jsonl` to a new folder; no prompt is in both files.
 
-    The held-out rows are those of `train --valid-fraction` with the same seed.
+    `train --valid-fraction` holds out the same rows if the seed is the same.
 
     Raises:
         DataError: a row cannot be read, or makes no pair and `bad_pairs` is `error`.
@@ -85,7 +85,7 @@ def _write_splits(sources: Sequence[Source], splits: Mapping[int, str], folder: 
 def _read_prompts(
     config: DPOConfig, sources: Sequence[Source], reports: Sequence[PairsReport]
 ) -> tuple[list[str], list[int]]:
-    """Return the prompt digest and the row number of every pair."""
+    """Return the prompt digests of all pairs, and the number of each pair's row, from 0."""
     rules = row_rules(config)
     prompts, rows, number = [], [], 0
     for source, report in zip(sources, reports, strict=True):

@@ -1,6 +1,6 @@
 """Batches of tokenized pairs: shuffling, micro-batches, padding and collation.
 
-The order of the pairs is a function of seed and step, so a resumed run needs no saved state.
+The order of the pairs depends only on seed and step, so no shuffling state is saved for resuming.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -26,14 +26,14 @@ MIN_CONTINUATION = 2
 
 
 def steps_per_epoch(count: int, batch_size: int) -> int:
-    """Return the number of steps per epoch; the last step of an epoch may be smaller."""
+    """Return the optimizer steps per epoch of `count` pairs; the last batch may be smaller."""
     return -(-count // batch_size)
 
 
 def step_indices(step: int, *, count: int, batch_size: int, seed: int) -> list[int]:
     """Return the indices of the pairs of one optimizer step, at most `batch_size`.
 
-    Every epoch is a new permutation of the pairs; its last step has the remainder.
+    Every epoch is a new permutation of the pairs; its last step has the remaining pairs.
 
     Args:
         step: number of the step in the whole run, from 0.
@@ -48,7 +48,7 @@ def step_indices(step: int, *, count: int, batch_size: int, seed: int) -> list[i
 
 
 def epoch_step_indices(epoch: int, *, count: int, batch_size: int, seed: int) -> list[list[int]]:
-    """Return the indices of the pairs of each step of an epoch (from 0)."""
+    """Return the indices of the pairs of every optimizer step of epoch `epoch` (from 0)."""
     order = _order(epoch, count, seed).tolist()
     return [order[start : start + batch_size] for start in range(0, count, batch_size)]
 
@@ -62,20 +62,21 @@ def _order(epoch: int, count: int, seed: int) -> np.ndarray:
 
 
 class TokenCount(NamedTuple):
-    """Number of tokens that go through the layers of the model."""
+    """Number of tokens that the model processes in a forward pass, and the padding in it."""
 
     total: int  # including padding
     padding: int
 
 
-# Counts the tokens of one forward pass over the pairs; each scorer has its own function.
+# Counts the tokens of one forward pass over the pairs; the setting `scorer` decides which function.
 CountTokens = Callable[[Sequence[TokenizedPair]], TokenCount]
 
 
 def padded_row_tokens(pairs: Sequence[TokenizedPair]) -> TokenCount:
-    """Count the tokens of two padded rows per pair (the plain scorer).
+    """Count the tokens of a forward pass with two padded sequences per pair.
 
-    The last token of a row predicts nothing and is not an input.
+    A sequence is a prompt and one completion (`scorer` plain). Its last token predicts nothing
+    and is not an input.
     """
     total = 2 * len(pairs) * (_row_width(pairs, PAD_MULTIPLE) - 1)
     return TokenCount(
@@ -84,16 +85,19 @@ def padded_row_tokens(pairs: Sequence[TokenizedPair]) -> TokenCount:
 
 
 def packed_row_tokens(pairs: Sequence[TokenizedPair]) -> TokenCount:
-    """Count the tokens of all pairs packed into one row (the shared scorer)."""
+    """Count the tokens of a forward pass with all pairs packed into one sequence.
+
+    Each prompt is counted once (`scorer` shared).
+    """
     tokens = sum(len(p.prompt) + _continuation_tokens(p) for p in pairs)
     return TokenCount(padded_width(tokens), padded_width(tokens) - tokens)
 
 
 def shared_prompt_tokens(pairs: Sequence[TokenizedPair], *, together: bool) -> TokenCount:
-    """Count the tokens of prompts that both completions share (the shared scorer).
+    """Count the tokens of a forward pass in which both completions share their prompt's tokens.
 
-    Each prompt is counted once; the last token of a completion is not an input. Pairs with
-    prompts of equal length make up a batch; with `together`, all pairs are one batch.
+    Each prompt is counted once (`scorer` shared); the last token of a completion is not an input.
+    Pairs with prompts of equal length form a batch; with `together`, all pairs form one batch.
     """
     batches: dict[int, list[TokenizedPair]] = {}
     for pair in pairs:
@@ -103,12 +107,12 @@ def shared_prompt_tokens(pairs: Sequence[TokenizedPair], *, together: bool) -> T
 
 
 def _continuation_tokens(pair: TokenizedPair) -> int:
-    """Return the input tokens of both completions, without their last tokens."""
+    """Return the number of input tokens of both completions, without the last token of each."""
     return len(pair.chosen) - 1 + len(pair.rejected) - 1
 
 
 def _shared_width(pairs: Sequence[TokenizedPair]) -> int:
-    """Return the width of a padded prompt and its two padded completions."""
+    """Return the tokens per pair of a batch: a padded prompt and two padded completions."""
     prompts = {len(pair.prompt) for pair in pairs}
     is_padded = len(prompts) > 1
     width = padded_width(max(prompts)) if is_padded else max(prompts)
@@ -120,11 +124,11 @@ def _shared_width(pairs: Sequence[TokenizedPair]) -> int:
 
 
 def padded_width(length: int) -> int:
-    """Return the padded width of rows of up to `length` tokens.
+    """Return the number of tokens to which sequences of up to `length` tokens are padded.
 
-    On a GPU it is one of a few widths, because each width needs buffers and compiled kernels of
-    its own: at most length / 8 + 7 positions are padding, and there are fewer than 70 widths up to
-    16,384. On the CPU it is `length`.
+    On a GPU this is one of a few widths, because each width needs its own buffers and compiled
+    kernels: at most length / 8 + 7 positions are padding, and there are fewer than 70 widths up
+    to 16,384. On the CPU this is `length`.
     """
     if mx.default_device().type == mx.DeviceType.cpu:
         return length
@@ -143,14 +147,14 @@ def _round_up(number: int, multiple: int) -> int:
 def micro_batches(
     indices: Iterable[int], pairs: Sequence[TokenizedPair], limit: PassLimit, *, cost: CountTokens
 ) -> list[list[int]]:
-    """Split the pairs of a step into micro-batches as large as `limit` allows.
+    """Split the pairs of a step into micro-batches as large as `limit` allows; return indices.
 
     Pairs are sorted by length to reduce padding; ties keep their order.
 
     Args:
         indices: indices of the pairs of the step.
         pairs: all pairs.
-        limit: most pairs and tokens per forward pass.
+        limit: maximum number of pairs and tokens per forward pass.
         cost: counts the tokens of a forward pass.
     """
     batches: list[list[int]] = []
@@ -167,7 +171,7 @@ def micro_batches(
 def largest_micro_batch(
     pairs: Iterable[TokenizedPair], limit: PassLimit, *, cost: CountTokens
 ) -> list[TokenizedPair]:
-    """Return the longest pair and the longest other pairs that fit into the same micro-batch."""
+    """Return a micro-batch of the longest pair and, from long to short, all pairs that fit."""
     batch: list[TokenizedPair] = []
     for pair in sorted(pairs, key=len, reverse=True):
         extended = [*batch, pair]
@@ -177,12 +181,12 @@ def largest_micro_batch(
 
 
 class EpochMicroBatches(NamedTuple):
-    """Counts over the micro-batches of one epoch."""
+    """Number of steps, micro-batches and tokens of one epoch."""
 
     steps: int
     micro_batches: int
     tokens: TokenCount
-    oversized: int  # single pairs that exceed the limit of tokens
+    oversized: int  # pairs that exceed the token limit by themselves
     longest: int  # tokens of the longest oversized pair, 0 if there is none
 
 
@@ -194,7 +198,7 @@ def count_micro_batches(
     seed: int,
     cost: CountTokens,
 ) -> EpochMicroBatches:
-    """Count the micro-batches of the first epoch; reads lengths only."""
+    """Count steps, micro-batches and tokens of the first epoch; only lengths are read."""
     lengths = lengths_only(pairs)
     steps = epoch_step_indices(0, count=len(pairs), batch_size=batch_size, seed=seed)
     batches = [b for step in steps for b in micro_batches(step, lengths, limit, cost=cost)]
@@ -214,9 +218,10 @@ def _fits(
 
 
 def collate(pairs: Sequence[TokenizedPair], *, pad_multiple: int = PAD_MULTIPLE) -> PairBatch:
-    """Return the rows of all chosen, then of all rejected completions, padded on the right. (N, T)
+    """Collate pairs into a right-padded batch: all chosen, then all rejected sequences. (2B, T)
 
-    The width T is `padded_width` of the longest row, rounded up to `pad_multiple`.
+    A sequence is a prompt and one completion. The width T is `padded_width` of the longest
+    sequence, rounded up to a multiple of `pad_multiple`.
     """
     rows = [(p.prompt, p.chosen) for p in pairs] + [(p.prompt, p.rejected) for p in pairs]
     width = _row_width(pairs, pad_multiple)
@@ -232,7 +237,11 @@ def collate(pairs: Sequence[TokenizedPair], *, pad_multiple: int = PAD_MULTIPLE)
 
 
 def pair_metadata(pairs: Sequence[TokenizedPair]) -> PairMetadata:
-    """Return the metadata of all pairs of an optimizer step or of an evaluation. (B,) each"""
+    """Return lengths, target margins, weights and labels of the pairs as arrays. (B,) each
+
+    `pairs` are all pairs of an optimizer step or of an evaluation, because the metadata has
+    their mean length, too.
+    """
     lengths, margins_and_weights = (
         column(pairs, name).astype(np.float32) for name in (LENGTHS, MARGINS_AND_WEIGHTS)
     )
@@ -248,7 +257,10 @@ def pair_metadata(pairs: Sequence[TokenizedPair]) -> PairMetadata:
 
 
 def select_metadata(metadata: PairMetadata, indices: mx.array) -> PairMetadata:
-    """Return the metadata of the pairs at `indices`; means stay those of all pairs. (b,) each"""
+    """Return the metadata of the pairs at `indices`; the mean length stays that of all pairs.
+
+    Arrays have the shape (b,).
+    """
     selected = {
         name: value if value.ndim == 0 else value[indices]
         for name, value in metadata._asdict().items()

@@ -1,7 +1,7 @@
 """Columns of tokenized pairs: lengths, digests, margins, weights and labels as arrays.
 
-Code that looks at all pairs of a run reads columns, so that no pair has to be built for it. For a
-list of pairs the columns are computed; a `ColumnarPairs` has them already.
+Code that looks at all pairs of a run reads columns, because building every pair would be slow. For
+a list of pairs the columns are computed; a `ColumnarPairs` stores its columns.
 """
 
 from abc import abstractmethod
@@ -18,7 +18,7 @@ PART_DIGEST_BYTES, PROMPT_DIGEST_BYTES = 16, 32
 
 
 class ColumnSpec(NamedTuple):
-    """Data type, shape and value of a column."""
+    """Data type of a column, shape of one pair's value, and the function that computes it."""
 
     dtype: str
     shape: tuple[int, ...]  # of the value of one pair
@@ -59,15 +59,15 @@ COLUMNS = {
 
 
 class ColumnarPairs(Sequence[TokenizedPair]):
-    """A sequence of pairs that has the columns without building the pairs."""
+    """A sequence of tokenized pairs whose columns can be read without building the pairs."""
 
     @abstractmethod
     def column(self, name: str) -> Any:
-        """Return one of `COLUMNS` as an array. (B, …)"""
+        """Return the column `name`, a key of `COLUMNS`, as an array. (B, …)"""
 
 
 def column(pairs: Sequence[TokenizedPair], name: str) -> Any:
-    """Return one of `COLUMNS` of any pairs as an array. (B, …)"""
+    """Return the pairs' column `name`, a key of `COLUMNS`, as an array. (B, …)"""
     if isinstance(pairs, ColumnarPairs):
         return pairs.column(name)
     dtype, shape, get_value = COLUMNS[name]
@@ -75,18 +75,24 @@ def column(pairs: Sequence[TokenizedPair], name: str) -> Any:
 
 
 def row_lengths(pairs: Sequence[TokenizedPair]) -> Any:
-    """Return the number of tokens of the longer row of each pair. (B,)"""
+    """Return the number of tokens of each pair's prompt and longer completion. (B,)"""
     lengths = column(pairs, LENGTHS)
     return lengths[:, 0] + lengths[:, 1:].max(axis=1)
 
 
 def longest_row(*splits: Sequence[TokenizedPair]) -> int:
-    """Return the number of tokens of the longest row of all splits, 0 if there are no pairs."""
+    """Return the number of tokens of the longest prompt + completion in all splits.
+
+    It is 0 if there are no pairs.
+    """
     return max((int(row_lengths(pairs).max()) for pairs in splits if len(pairs)), default=0)
 
 
 def longest_pairs(count: int, *splits: Sequence[TokenizedPair]) -> list[TokenizedPair]:
-    """Return the `count` pairs with the longest rows, the longest last; ties keep their order."""
+    """Return the `count` longest pairs of all splits, the longest last; ties keep their order.
+
+    The length of a pair is that of its prompt and longer completion.
+    """
     lengths = np.concatenate([row_lengths(pairs) for pairs in splits])
     ends = np.cumsum([len(pairs) for pairs in splits])
     longest = []
@@ -97,7 +103,7 @@ def longest_pairs(count: int, *splits: Sequence[TokenizedPair]) -> list[Tokenize
 
 
 def prompt_keys(pairs: Sequence[TokenizedPair]) -> list[object]:
-    """Return a key of each pair's prompt before truncation; equal prompts have equal keys."""
+    """Return one key per pair, made from its untruncated prompt; equal prompts have equal keys."""
     if isinstance(pairs, ColumnarPairs):
         return list(pairs.column(PROMPT_DIGESTS).tolist())
     return [pair.prompt_digest or pair.prompt for pair in pairs]  # tests build pairs from tokens
@@ -106,8 +112,8 @@ def prompt_keys(pairs: Sequence[TokenizedPair]) -> list[object]:
 def pairs_digest(pairs: Sequence[TokenizedPair]) -> str:
     """Return a SHA-256 digest of the pairs in their order, as hex; locations are not part of it.
 
-    It is computed from the digests of the token ids and from margins, weights and labels. All of
-    these have a fixed width, so that different pairs never produce the same bytes.
+    The digest covers the digests of the token ids, the margins, weights and labels. Each of these
+    has a fixed width, so that different pairs never produce the same bytes.
     """
     hashed = sha256()
     for name in (PART_DIGESTS, MARGINS_AND_WEIGHTS, LABELS):
@@ -116,9 +122,10 @@ def pairs_digest(pairs: Sequence[TokenizedPair]) -> str:
 
 
 def count_shared_pairs(first: Sequence[TokenizedPair], second: Sequence[TokenizedPair]) -> int:
-    """Return the number of different pairs, compared by tokens, that are in both sequences.
+    """Return the number of distinct pairs in both sequences; pairs are compared by token ids.
 
-    The mismatched completion of an unpaired example is another row's, and is not compared.
+    The mismatched completion of an unpaired example (KTO) is not compared: it comes from another
+    example.
     """
     return len(_part_digests(first) & _part_digests(second))
 
@@ -132,20 +139,23 @@ def _part_digests(pairs: Sequence[TokenizedPair]) -> set[bytes]:
 
 
 class PairLengths(NamedTuple):
-    """Lengths of a pair, with the interface of a pair: enough to count the tokens of a batch."""
+    """Lengths of a pair: like a `TokenizedPair`, with ranges in place of the token ids.
+
+    It is enough to count the tokens of a batch.
+    """
 
     prompt: range
     chosen: range
     rejected: range
-    row: int
+    row: int  # tokens of the prompt and the longer completion
 
     def __len__(self) -> int:
-        """Return the number of tokens of the longer of the two rows."""
+        """Return the number of tokens of the prompt and the longer completion."""
         return self.row
 
 
 class PairLengthsView(Sequence[Any]):
-    """A sequence of `PairLengths`, built from a column of lengths on access."""
+    """A sequence of `PairLengths`, which are built from the column of lengths on access."""
 
     def __init__(self, lengths: Any) -> None:
         self._lengths = lengths
@@ -162,5 +172,8 @@ class PairLengthsView(Sequence[Any]):
 
 
 def lengths_only(pairs: Sequence[TokenizedPair]) -> Sequence[Any]:
-    """Return a sequence with the lengths of the pairs that reads no tokens from disk."""
+    """Return a sequence that has the lengths of the pairs and reads no tokens from disk.
+
+    Pairs in memory are returned as they are.
+    """
     return PairLengthsView(pairs.column(LENGTHS)) if isinstance(pairs, ColumnarPairs) else pairs

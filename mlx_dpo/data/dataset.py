@@ -1,4 +1,4 @@
-"""Datasets of tokenized pairs that stay on disk: memory-mapped files and selections from them."""
+"""Datasets of tokenized pairs: memory-mapped files on disk, and selections of their pairs."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ from mlx_dpo.types import TokenizedPair
 
 @dataclass(frozen=True, eq=False)
 class MappedPairs:
-    """The pairs of one source as memory-mapped arrays."""
+    """The tokenized pairs of one data source, as memory-mapped arrays."""
 
     arrays: Arrays
     locations: RowLocations
@@ -34,7 +34,7 @@ class MappedPairs:
 
     @classmethod
     def from_arrays(cls, arrays: Arrays, locations: RowLocations) -> "MappedPairs":
-        """Return the pairs of arrays that `read_pair_file` returned."""
+        """Build the object from the arrays that `read_pair_file` returns."""
         ends = np.cumsum(arrays[LENGTHS].sum(axis=1, dtype=np.int64))
         return cls(arrays, locations, np.concatenate([np.zeros(1, np.int64), ends]))
 
@@ -42,7 +42,7 @@ class MappedPairs:
         return len(self.arrays[LENGTHS])
 
     def pair(self, index: int) -> TokenizedPair:
-        """Build one pair."""
+        """Build the tokenized pair at `index`."""
         arrays = self.arrays
         prompt, chosen, _ = arrays[LENGTHS][index].tolist()
         ids = tuple(arrays[TOKENS][self.starts[index] : self.starts[index + 1]].tolist())
@@ -61,10 +61,10 @@ class MappedPairs:
 
 
 class MismatchedCompletions(NamedTuple):
-    """Pairs whose chosen completions replace the rejected ones, and the limit of a row."""
+    """Completions of other prompts that stand in for `rejected` in unpaired examples (KTO)."""
 
-    indices: Any  # (B,) into the sources, as `PairDataset` numbers their pairs
-    max_length: int  # tokens of prompt and completion
+    indices: Any  # (B,) which pairs of the concatenated sources lend their `chosen` completion
+    max_length: int  # maximum tokens of prompt + completion
 
 
 class PairDataset(ColumnarPairs):
@@ -79,7 +79,7 @@ class PairDataset(ColumnarPairs):
         indices: Any = None,
         mismatched: MismatchedCompletions | None = None,
     ) -> None:
-        """Select the pairs at `indices` (B,) of the concatenated sources; by default all."""
+        """Select the pairs at `indices` (B,) of the concatenated sources; by default all pairs."""
         counts = [len(source) for source in sources]
         self._sources = tuple(sources)
         self._starts = np.cumsum([0, *counts])
@@ -104,21 +104,21 @@ class PairDataset(ColumnarPairs):
         return replace(pair, rejected=completion[:limit])
 
     def select(self, indices: Any) -> "PairDataset":
-        """Return a dataset of the pairs at these indices. (b,)"""
+        """Return a dataset of the pairs at `indices`, an array of shape (b,)."""
         return self._select(np.asarray(indices, np.int64))
 
     def with_mismatched(self, others: Any, max_length: int) -> "PairDataset":
-        """Return unpaired examples with the chosen completion of another one as `rejected`.
+        """Return a dataset in which `rejected` of each example is another example's `chosen`.
 
         Args:
-            others: the index in this dataset of the other example, for each example. (B,)
-            max_length: tokens of a row; longer completions are truncated.
+            others: for each example, the index of that other example in this dataset. (B,)
+            max_length: maximum tokens of prompt + completion; a longer completion is truncated.
         """
         indices = self._indices[np.asarray(others, np.int64)]
         return PairDataset(self._sources, self._indices, MismatchedCompletions(indices, max_length))
 
     def column(self, name: str) -> Any:
-        """Return one of `columns.COLUMNS` as an array. (B, …)"""
+        """Return the column `name`, a key of `columns.COLUMNS`, as an array. (B, …)"""
         values = self._source_column(name)
         selected = values[self._indices]
         if self._mismatched is not None and name in (LENGTHS, PART_DIGESTS):
@@ -129,7 +129,7 @@ class PairDataset(ColumnarPairs):
         return np.concatenate([source.arrays[name] for source in self._sources])
 
     def _mismatched_column(self, name: str, values: Any) -> Any:
-        """Return the values of the mismatched completions in a column. (B,)"""
+        """Return the lengths or digests of the mismatched completions, as truncated. (B,)"""
         assert self._mismatched is not None
         lengths = self._source_column(LENGTHS)
         limits = np.maximum(1, self._mismatched.max_length - lengths[self._indices, 0])
@@ -153,7 +153,7 @@ class PairDataset(ColumnarPairs):
 
 
 def concatenate(datasets: Sequence[PairDataset]) -> PairDataset:
-    """Return the pairs of all datasets as one dataset."""
+    """Return the pairs of all datasets as one dataset, without their mismatched completions."""
     sources = [source for dataset in datasets for source in dataset._sources]
     starts = np.cumsum([0] + [dataset._starts[-1] for dataset in datasets])
     indices = [
@@ -165,10 +165,11 @@ def concatenate(datasets: Sequence[PairDataset]) -> PairDataset:
 def with_mismatched_completions(
     examples: Sequence[TokenizedPair], max_length: int
 ) -> Sequence[TokenizedPair]:
-    """Give each unpaired example the completion of another prompt as `rejected`.
+    """Return the unpaired examples, each with the completion of another prompt as `rejected`.
 
     KTO estimates the KL divergence of policy and reference from these mismatched completions.
-    They are the completions of all examples, desirable and undesirable, cut to `max_length`.
+    They come from all examples, desirable and undesirable, and are truncated so that prompt +
+    completion have at most `max_length` tokens.
 
     Source: Ethayarajh et al. 2024, arXiv:2402.01306, section 4.1: outputs of the same data,
     shifted against the inputs.
@@ -192,7 +193,14 @@ def _other_prompt_indices(keys: Sequence[object]) -> list[int]:
     """Return, for each example, the index of an example with another prompt.
 
     Each index is used once, so that the share of desirable completions stays the same. Only if
-    more than half of the examples have one prompt, the indices of the others are used repeatedly.
+    more than half of the examples have the same prompt, indices of other examples are used
+    repeatedly.
+
+    Args:
+        keys: a key of the prompt of each example; equal prompts have equal keys.
+
+    Raises:
+        ConfigError: all examples have the same prompt.
     """
     groups: defaultdict[object, list[int]] = defaultdict(list)
     for index, key in enumerate(keys):

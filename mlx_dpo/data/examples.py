@@ -1,4 +1,4 @@
-"""Rows to examples as text, with margins and weights; bad pairs are dropped and counted."""
+"""Parse data set rows into examples (not yet tokenized); drop or raise bad pairs."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -17,7 +17,7 @@ SCORE_COLUMN_FORMATS = ("{}_{}", "{}-{}")
 
 
 class ParsedExample(NamedTuple):
-    """An example of a row, with the margin and the weight of the row."""
+    """An example parsed from a row, with the target margin and the loss weight of the row."""
 
     example: PreferenceExample | UnpairedExample
     margin: float
@@ -27,7 +27,7 @@ class ParsedExample(NamedTuple):
 def parse_rows(
     rows: Iterable[Row], rules: RowRules, report: PairsReport, *, bad_pairs: str = "error"
 ) -> Iterator[ParsedExample]:
-    """Yield the examples of the rows in their order; count rows and dropped pairs in the report.
+    """Yield the examples of the rows in order; count rows and dropped pairs in `report`.
 
     With `rules.pair_labelled`, the pairs made from labelled rows come last.
 
@@ -57,7 +57,7 @@ def parse_rows(
 def drop_or_raise(bad: BadPairError, report: PairsReport, bad_pairs: str) -> None:
     """Count a bad pair as dropped, or raise it if `bad_pairs` is `error`.
 
-    Pairs that a setting asks to drop are never raised.
+    Ties, unmatched labels and pairs that are too long (`ALWAYS_DROPPED`) are never raised.
     """
     if bad_pairs == "error" and bad.reason not in ALWAYS_DROPPED:
         raise bad
@@ -82,7 +82,11 @@ def _parse_unpaired(
 
 
 def _count_row(row: Row, schema: Schema, rules: RowRules, report: PairsReport) -> None:
-    """Count the row, its schema and its unused fields in the report."""
+    """Count the row, its schema and its unused fields in the report.
+
+    Raises:
+        ConfigError: a column is renamed to a field that the schema does not have.
+    """
     report.read += 1
     report.schemas[schema.name] += 1
     used = schema.fields | TEMPLATE_FIELDS | {rules.margin, rules.weight}
@@ -98,7 +102,7 @@ def _count_row(row: Row, schema: Schema, rules: RowRules, report: PairsReport) -
 
 
 def _score_columns(name: str) -> list[tuple[str, str]]:
-    """Return the possible column names of the scores of chosen and rejected."""
+    """Return the (chosen, rejected) column names that may hold the score called `name`."""
     return [
         (form.format(*chosen), form.format(*rejected))
         for form in SCORE_COLUMN_FORMATS
@@ -110,7 +114,11 @@ def _score_columns(name: str) -> list[tuple[str, str]]:
 
 
 def _margin(row: Row, example: PreferenceExample | UnpairedExample, rules: RowRules) -> float:
-    """Return the margin column, or the score of chosen minus the score of rejected."""
+    """Return the row's target margin; 0 if no margin column is set.
+
+    It is the value of the margin column or, without that column, the score of chosen minus the
+    score of rejected.
+    """
     name = rules.margin
     if name is None:
         return 0.0
@@ -128,7 +136,11 @@ def _weight(row: Row, rules: RowRules) -> float:
 
 
 def _number(row: Row, name: str, *, minimum: float = -math.inf) -> float:
-    """Return a column as a finite number, or raise `DataError`."""
+    """Return the row's column `name` as a finite number of at least `minimum`.
+
+    Raises:
+        DataError: the column is missing or has another value.
+    """
     value = row.record.get(name)
     number = math.nan
     if isinstance(value, int | float | str) and not isinstance(value, bool):

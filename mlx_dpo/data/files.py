@@ -1,4 +1,4 @@
-"""Rows of files: JSON Lines, JSON, Parquet and CSV, each also compressed; and their locations."""
+"""Read rows of JSON Lines, JSON, Parquet and CSV files, also compressed; store row locations."""
 
 import bz2
 import csv
@@ -29,26 +29,27 @@ AND = " and "  # between the locations of a pair that was made from two rows
 
 
 class RowLocations:
-    """Row locations such as `file:12` and `file[3]` as numbers: two 64-bit codes each.
+    """Row locations such as `file:12` and `file[3]`, encoded as two 64-bit integers each.
 
-    A code has the number of the file name, the number of the row and the kind of location. The
-    second code is the other row of a pair that was made from two rows (`a:1 and b:2`).
+    A code contains the index of the file name, the number of the row, and the kind of location
+    (line, index or file name only). If a pair was made from two rows (`a:1 and b:2`), the second
+    code is that of the second row; otherwise it is `NO_ROW`.
 
-    The object also is a list of locations, see `add`.
+    The object is also a list of locations, to which `add` appends.
     """
 
     def __init__(self, names: Iterable[str] | None = None) -> None:
-        """Use these file names; with None, learn the names from the locations."""
+        """Allow only the file names `names`; with None, collect them from the locations."""
         self._is_fixed = names is not None
         self._names = list(names or ())
         self._numbers = {name: number for number, name in enumerate(self._names)}
         self._codes = array("q")
 
     def encode(self, location: str) -> tuple[int, int]:
-        """Return the codes of a location.
+        """Return the two codes of a location.
 
         Raises:
-            ValueError: the location is in none of the files.
+            ValueError: file names were given, and the location begins with none of them.
         """
         if (code := self._find(location)) is not None:
             return code, NO_ROW
@@ -64,13 +65,13 @@ class RowLocations:
         return code, NO_ROW
 
     def decode(self, codes: Sequence[int]) -> str:
-        """Return the location of codes from `encode`."""
+        """Return the location as text, given the two codes from `encode`."""
         first, second = codes
         location = self._format(first)
         return location if second == NO_ROW else f"{location}{AND}{self._format(second)}"
 
     def add(self, location: str) -> int:
-        """Append a location and return its index; a repetition of the last one is not stored."""
+        """Append a location and return its index; if it equals the last one, store nothing."""
         codes = array("q", self.encode(location))
         if self._codes[-2:] != codes:
             self._codes += codes
@@ -83,7 +84,7 @@ class RowLocations:
         return self.decode(self._codes[2 * index : 2 * index + 2])
 
     def _find(self, location: str) -> int | None:
-        """Return the code of one row in a known file, or None."""
+        """Return the code of a single row's location; None if its file name is unknown."""
         match = NUMBERED.fullmatch(location)
         if match is None or match["name"] not in self._numbers:
             return None
@@ -134,10 +135,10 @@ def read_file(path: Path) -> Iterator[Row]:
 
 
 def to_rows(items: Items) -> Iterator[Row]:
-    """Yield the items as rows.
+    """Yield a `Row` for each item, a pair of location and parsed value.
 
     Raises:
-        DataError: an item is not an object.
+        DataError: a value is not an object (dictionary).
     """
     for location, item in items:
         if not isinstance(item, dict):
@@ -160,7 +161,7 @@ def file_format(path: Path) -> tuple[str, str]:
 
 
 def read_json_lines(stream: Iterable[bytes], name: str) -> Items:
-    """Yield the JSON value of each line; blank lines are skipped."""
+    """Yield location and JSON value of each line of the stream; blank lines are skipped."""
     # As bytes, so that only a newline ends a line, and an invalid byte is reported for its line.
     for number, line in enumerate(stream, start=1):
         if line.strip():
@@ -195,13 +196,16 @@ def _read_parquet(stream: IO[bytes], name: str) -> Items:
 
 
 def _seekable(stream: IO[bytes]) -> IO[bytes]:
-    """Return the stream, or its content in memory if it is compressed and cannot seek."""
+    """Return the stream if it can seek, and otherwise a copy of its content in memory."""
     # A Parquet file is read from its end.
     return stream if stream.seekable() else io.BytesIO(stream.read())
 
 
 def _read_csv(stream: IO[bytes], name: str) -> Items:
-    """Yield a dictionary per line below the header; cells with messages as JSON are parsed."""
+    """Yield location and fields of each record below the header.
+
+    A cell that holds messages as JSON is parsed.
+    """
     csv.field_size_limit(sys.maxsize)  # completions may be long
     lines = csv.reader(_decode_lines(stream, name), strict=True)
     header = next(lines, [])
@@ -247,7 +251,7 @@ def _decode(data: bytes, location: str) -> str:
 
 
 def parse_json(data: bytes, location: str) -> Any:
-    """Return the JSON value.
+    """Return the value of JSON data; `location` is the place that an error message names.
 
     Raises:
         DataError: the data is not JSON or not UTF-8.
@@ -268,7 +272,7 @@ def _describe(value: Any) -> str:
 
 @contextmanager
 def open_data_file(path: Path) -> Iterator[IO[bytes]]:
-    """Open the file for reading and decompress it.
+    """Open a data file as a stream of bytes, which are decompressed while reading.
 
     Raises:
         DataError: the file does not exist, or cannot be read to its end.

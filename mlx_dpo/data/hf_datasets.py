@@ -1,4 +1,4 @@
-"""Rows of Hugging Face datasets, on the Hub or in memory, and of lists of dictionaries."""
+"""Read rows of Hugging Face datasets, from the Hub or in memory, and of lists of dictionaries."""
 
 import json
 import re
@@ -22,7 +22,7 @@ HUB_NAME = re.compile(
 
 @dataclass(frozen=True)
 class HubDataset:
-    """A dataset on the Hub: the parts of `org/name[:config][@revision]`."""
+    """A dataset on the Hugging Face Hub, written `org/name[:config][@revision]`."""
 
     path: str
     config: str | None = None
@@ -32,7 +32,7 @@ class HubDataset:
         return self.path + (f":{self.config}" if self.config else "")
 
     def splits(self) -> list[str]:
-        """Return the names of the splits.
+        """Return the names of the dataset's splits.
 
         Raises:
             DataError: the dataset does not exist, or the Hub cannot be reached.
@@ -45,7 +45,7 @@ class HubDataset:
         return list(names)
 
     def rows(self, split: str) -> Iterator[Row]:
-        """Yield the rows of a split; it is downloaded if it is not in the Hub's cache.
+        """Yield the rows of a split; download the split if it is not in the local cache.
 
         Raises:
             DataError: the dataset cannot be read.
@@ -53,7 +53,7 @@ class HubDataset:
         yield from to_rows(_iterate_dataset(self._load(split), f"{self}:{split}"))
 
     def files(self, split: str) -> tuple[Path, ...]:
-        """Return the files of a split in the cache of `datasets`; none if it is in memory.
+        """Return the local cache files of a split; an empty tuple if the split is in memory.
 
         Raises:
             DataError: the dataset cannot be read.
@@ -70,7 +70,7 @@ class HubDataset:
 
 
 def _iterate_dataset(dataset: Any, name: str) -> Iterator[tuple[str, Any]]:
-    """Yield locations and records of a `datasets.Dataset`; images and audio are not decoded."""
+    """Yield location and fields of each row of a dataset; images and audio are not decoded."""
     index = 0
     for batch in dataset.with_format("arrow").iter(batch_size=BATCH_ROWS):
         for record in batch.to_pylist():
@@ -79,7 +79,7 @@ def _iterate_dataset(dataset: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def parse_hub_name(name: str) -> HubDataset | None:
-    """Return the Hub dataset of a name, or None if the name has another form."""
+    """Parse a name of the form `org/name[:config][@revision]`; return None for other names."""
     match = HUB_NAME.fullmatch(name)
     return HubDataset(**match.groupdict()) if match else None
 
@@ -98,17 +98,20 @@ def _call_hub(dataset: HubDataset, call: Any, *args: Any, **kwargs: Any) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class InMemoryRows:
-    """Rows in memory: dictionaries or a `datasets.Dataset`. Locations are `pairs[3]`."""
+    """Rows in memory: a list of dictionaries or a `datasets.Dataset`.
+
+    The location of a row is its index after the name, such as `pairs[3]`.
+    """
 
     records: Any  # a sequence of dictionaries, or a Dataset
     name: str = "pairs"
 
     @classmethod
     def from_iterable(cls, records: Iterable[Any], name: str = "pairs") -> "InMemoryRows":
-        """Return the rows of a `datasets.Dataset`, or of any other iterable of dictionaries.
+        """Build the object from a `datasets.Dataset` or any other iterable of dictionaries.
 
         Raises:
-            DataError: the object has splits, or cannot have rows.
+            DataError: `records` is a mapping, such as a dataset with splits, or not iterable.
         """
         if isinstance(records, Mapping):
             raise DataError(
@@ -133,7 +136,7 @@ class InMemoryRows:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the content as hex; fields that are null or absent make no difference.
+        """SHA-256 digest of the rows as hex; a field that is null counts as absent.
 
         The digest of a list of dictionaries and that of a `Dataset` made from it are the same.
 
@@ -159,7 +162,7 @@ class InMemoryRows:
 
 
 def is_dataset(records: Any) -> bool:
-    """Return whether this is a `datasets.Dataset`, without importing that library."""
+    """Return whether `records` is a `datasets.Dataset`; the library is not imported for it."""
     library = sys.modules.get("datasets")
     return library is not None and isinstance(records, library.Dataset)
 

@@ -1,4 +1,4 @@
-"""Load preference pairs; hold out a share of them; mix sources by weight."""
+"""Load preference pairs, choose the held-out pairs, and mix sources by weight."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,14 +30,15 @@ def load_pairs(
     bad_pairs: str = "error",
     split: str | None = None,
 ) -> LoadedPairs[PairDataset]:
-    """Read and tokenize the pairs of one source. The columns are detected as in training.
+    """Read and tokenize the pairs of one data source; columns are detected as in training.
 
     Args:
         source: a file, a folder, a dataset on the Hub (`org/name[:config][@revision]`), or rows
             in memory: an iterable of dictionaries or a `datasets.Dataset`.
         tokenizer: mlx-lm's tokenizer wrapper, or a tokenizer of transformers.
-        rules: how text becomes tokens; by default as in training, without a check of the ids.
-        rows: how rows become examples.
+        rules: settings of the tokenization. By default those of training, without the check that
+            token ids are within the model's vocabulary.
+        rows: settings for parsing rows into examples.
         bad_pairs: `error` raises an exception for a bad pair, `drop` counts it in the report.
         split: the split of a folder or a Hub dataset. [default: train]
 
@@ -73,13 +74,13 @@ def held_out_indices(pairs: Sequence[TokenizedPair], *, share: float, seed: int)
 def hold_out_prompts(keys: Sequence[object], *, share: float, seed: int) -> set[int]:
     """Return the indices of the pairs to hold out, so that no prompt is in both splits.
 
-    About `share` of the pairs is held out: at least one and never all, if `share` is above 0 and
-    there are two pairs. The result depends on the prompts, their order and `seed` only.
+    About `share` of the pairs are held out: at least one and never all, if `share` is above 0 and
+    there are at least two pairs. The result depends only on the prompts, their order and `seed`.
 
     Args:
         keys: a key of the prompt of each pair; equal prompts have equal keys.
-        share: share of the pairs to hold out.
-        seed: seed of the choice.
+        share: fraction of the pairs to hold out.
+        seed: seed of the random choice.
 
     Raises:
         ConfigError: all pairs have the same prompt, so none can be held out.
@@ -107,10 +108,10 @@ def hold_out_prompts(keys: Sequence[object], *, share: float, seed: int) -> set[
 
 
 def mix_indices(count: int, weight: float, *, seed: Sequence[int]) -> list[int]:
-    """Return the indices of a source's pairs, each `weight` times.
+    """Return the indices of a source's `count` pairs, each repeated `weight` times.
 
-    For the fractional part of the weight, a random selection is repeated once more; it depends
-    on `seed` and `count` only. At least one pair is left.
+    For the fractional part of `weight`, that fraction of the pairs is chosen at random and added
+    once more; the choice depends only on `seed` and `count`. At least one pair is chosen.
     """
     whole, fraction = divmod(weight, 1)
     extra = round(fraction * count)

@@ -1,4 +1,4 @@
-"""Prompts of a file or a dataset, without completions."""
+"""Read prompts from files and datasets; completions are ignored."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -32,7 +32,7 @@ class Prompt:
 
 
 def read_prompts(name: str) -> list[Prompt]:
-    """Return the prompts of a file, of the train split of a folder or of a Hub dataset.
+    """Return the prompts of a file, or of the train split of a folder or Hub dataset.
 
     A `.txt` file has one prompt per line. Rows of other files have a `prompt` (text or messages)
     or `messages` (final assistant turns are removed), or they are preference pairs of any
@@ -48,7 +48,7 @@ def read_prompts(name: str) -> list[Prompt]:
 
 
 def read_held_out_prompts(name: str) -> list[Prompt] | None:
-    """Return the prompts of the held-out split of a folder or Hub dataset; None without one."""
+    """Return the prompts of a folder's or Hub dataset's held-out split; None if it has none."""
     if Path(name).suffix == LINES:
         return None
     rows = [row for source in find_sources(name).valid for row in source.rows()]
@@ -56,7 +56,7 @@ def read_held_out_prompts(name: str) -> list[Prompt] | None:
 
 
 def collect_prompts(prompts: Iterable[Prompt], name: str) -> list[Prompt]:
-    """Return each prompt once, in order.
+    """Return the prompts of the source called `name` in order, without repetitions.
 
     Raises:
         DataError: there is no prompt.
@@ -68,7 +68,7 @@ def collect_prompts(prompts: Iterable[Prompt], name: str) -> list[Prompt]:
 
 
 def unique_prompts(prompts: Iterable[Prompt]) -> list[Prompt]:
-    """Return each prompt once, in order."""
+    """Return the prompts in order, without repetitions."""
     unique: dict[str, Prompt] = {}
     for prompt in prompts:
         unique.setdefault(prompt.key, prompt)
@@ -76,15 +76,18 @@ def unique_prompts(prompts: Iterable[Prompt]) -> list[Prompt]:
 
 
 def make_prompt(text: Text, location: str = "", *, implicit_prompt: bool = False) -> Prompt:
-    """Return the prompt of a text (one user turn) or of messages.
+    """Build a prompt from a text (one user turn) or from messages.
 
     Assistant turns at the end of messages are removed.
 
     Args:
         text: text or messages.
-        location: where they come from, for messages.
+        location: location of the text or messages in the data, for error messages.
         implicit_prompt: parse a text with turn marks (`Human:`, `Assistant:`) into its turns, as
             training does.
+
+    Raises:
+        DataError: the prompt is empty.
     """
     if (
         implicit_prompt
@@ -101,7 +104,10 @@ def make_prompt(text: Text, location: str = "", *, implicit_prompt: bool = False
 
 
 def add_system_prompt(prompts: Iterable[Prompt], system: str | None) -> list[Prompt]:
-    """Add a system turn to each prompt that has none; None adds nothing."""
+    """Return the prompts, each with `system` as its system turn unless it has its own.
+
+    If `system` is None, the prompts stay as they are.
+    """
     turn: Message = {"role": "system", "content": system}
     return [
         prompt
@@ -115,7 +121,7 @@ def row_to_prompt(row: Row) -> Prompt:
     """Return the prompt of a row; for a pair it is the prompt that training uses.
 
     Raises:
-        DataError: the row has no prompt, or fields that a prompt cannot have here.
+        DataError: the row has no prompt, or it has `tools` or `chat_template_kwargs`.
     """
     record = row.record
     for name in ("tools", "chat_template_kwargs"):
@@ -154,7 +160,7 @@ def _prompt_of_pair(row: Row) -> Prompt:
 
 
 def _prompt_field(row: Row) -> Prompt:
-    """Return the prompt in the fields `prompt` or `messages`."""
+    """Return the prompt from the row's field `prompt` or, if that is absent, `messages`."""
     record = row.record
     for name in ("prompt", "messages"):
         value: Any = record.get(name)
@@ -168,7 +174,10 @@ def _prompt_field(row: Row) -> Prompt:
 
 
 def _system_field(row: Row) -> str | None:
-    """Return the field `system`, which training ignores in labelled rows."""
+    """Return the row's field `system`, or None if it is empty or the row is labelled.
+
+    Training ignores the field in labelled rows.
+    """
     if "label" in row.record:
         return None
     return parse_text(row.record.get("system") or "", "system", row.location) or None

@@ -1,4 +1,4 @@
-"""Report on the pairs of a source: counts for the header of a run and for `run.json`."""
+"""Report on the pairs of one data source: counts that a run prints and saves in `run.json`."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -14,7 +14,10 @@ MAX_SHOWN = 3  # locations in a line; `to_dict` has all of them
 
 @dataclass
 class PairsReport:
-    """Counts over one source: numbers of pairs, or of unpaired examples, unless noted otherwise."""
+    """Counts of the pairs that were loaded or dropped from one data source.
+
+    A field counts pairs, or unpaired examples (KTO), unless its comment names another unit.
+    """
 
     source: str
     max_length: int
@@ -48,11 +51,11 @@ class PairsReport:
     origin: str = field(default="", compare=False)  # a remark about the token cache
 
     def drop(self, location: str, reason: str) -> None:
-        """Count a dropped pair."""
+        """Record the location of a dropped pair under the reason for dropping it."""
         self.dropped.setdefault(reason, []).append(location)
 
     def keep(self, example: TokenizedExample, *, was_text: bool) -> None:
-        """Count a pair that is used; `was_text` if its prompt was not messages."""
+        """Count a pair that training will use; `was_text`: its prompt was a string."""
         pair = example.pair
         self.kept += 1
         self.desirable += bool(pair.desirable)
@@ -73,7 +76,7 @@ class PairsReport:
         self.longest = max(self.longest, len(pair))
 
     def add(self, other: "PairsReport") -> None:
-        """Add the counts of further rows of the same source."""
+        """Add the counts of `other`, a report on further rows of the same source."""
         for f in fields(self):
             own, further = getattr(self, f.name), getattr(other, f.name)
             if isinstance(own, Counter):
@@ -89,7 +92,7 @@ class PairsReport:
         return self.loaded_lines() + self.dropped_lines()
 
     def loaded_lines(self) -> list[str]:
-        """Return the lines about the pairs that are used."""
+        """Return the report on the loaded pairs as lines of text, without the dropped pairs."""
         lines = [
             f"{self.source}: {self._count(self.kept)} ({self._schemas()})",
             self._tokens(),
@@ -122,18 +125,18 @@ class PairsReport:
         return lines
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values for `run.json`, with the locations of all dropped pairs."""
+        """Return the counts as a JSON-compatible dictionary, with all dropped pairs' locations."""
         values = asdict(self)
         del values["origin"]  # the pairs are the same with and without the cache
         return values | {name: dict(getattr(self, name)) for name in COUNTERS}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Return the report that `to_dict` returned these values for."""
+        """Build the report from the dictionary that `to_dict` returned."""
         return cls(**{**values, **{name: Counter(values[name]) for name in COUNTERS}})
 
     def _schemas(self) -> str:
-        """Return the schemas of the rows under the names of `--schema`."""
+        """Return text that names the rows' schema, or each schema with its number of rows."""
         counts = self.schemas.most_common()
         if len(counts) == 1:
             return f"schema {counts[0][0]}"
@@ -181,7 +184,7 @@ class PairsReport:
         return _counted(count, "judged answer" if self.judged else "pair")
 
     def dropped_lines(self) -> list[str]:
-        """Return a line with count and locations for each reason of dropped pairs."""
+        """Return one line of text per reason: how many pairs were dropped for it, and where."""
         lines = []
         for reason, locations in self.dropped.items():
             # `:12` or `[12]`, as another line names the file.

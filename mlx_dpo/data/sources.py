@@ -1,4 +1,4 @@
-"""Sources of rows: files, folders with splits, datasets on the Hub, standard input, memory."""
+"""Data sources: files, folders with splits, Hub datasets, standard input and rows in memory."""
 
 import re
 import sys
@@ -37,7 +37,7 @@ class Source:
 
     @property
     def file_names(self) -> list[str]:
-        """Names that row locations of the source begin with."""
+        """Names with which the row locations begin, such as `file` in `file:12`."""
         return [str(path) for path in self.files] or [self.name]
 
     def rows(self) -> Iterator[Row]:
@@ -58,7 +58,7 @@ class Source:
 
 @dataclass(frozen=True)
 class SplitSources:
-    """The sources of training pairs and of held-out pairs."""
+    """The data sources of the training pairs and of the held-out pairs."""
 
     train: tuple[Source, ...]
     valid: tuple[Source, ...] = ()
@@ -71,7 +71,7 @@ Input = str | InMemoryRows | Iterable[Mapping[str, Any]]  # a name, or rows in m
 def find_sources(
     pairs: Input | Sequence[Input], valid: Input | None = None, split: str | None = None
 ) -> SplitSources:
-    """Return the sources of `pairs` and `valid`.
+    """Return the data sources of the training pairs and of the held-out pairs.
 
     Each input is a file, a folder, a Hub dataset, `-` for standard input, or rows in memory.
 
@@ -99,10 +99,10 @@ def find_sources(
 
 
 def to_inputs(pairs: Input | Sequence[Input]) -> list[str | InMemoryRows]:
-    """Return the names and in-memory rows that `pairs` consists of.
+    """Return `pairs` as a list of inputs: names of data sources, or rows in memory.
 
     A list of dictionaries or a `datasets.Dataset` is one input. A list of names, lists of
-    dictionaries and datasets is several inputs; those in memory are named `pairs`, `pairs-2`, ….
+    dictionaries and datasets is several inputs; rows in memory are named `pairs`, `pairs-2`, ….
 
     Raises:
         DataError: an element is neither a name nor rows.
@@ -126,7 +126,9 @@ def to_inputs(pairs: Input | Sequence[Input]) -> list[str | InMemoryRows]:
 
 
 def resolve_source(source: Input, split: str | None = None) -> Source:
-    """Return the source of the training pairs of one input.
+    """Return the data source of an input; of a folder or Hub dataset only the split `split`.
+
+    The default split is `train`.
 
     Raises:
         DataError: the input does not exist or its type is not supported.
@@ -155,7 +157,9 @@ def resolve_source(source: Input, split: str | None = None) -> Source:
 
 
 def resolve_held_out_source(source: Input) -> Source:
-    """Return the source of held-out pairs of one input: its held-out split, or else all of it.
+    """Return the data source of the held-out pairs in an input.
+
+    This is the input's held-out split or, if it has none, the source that `resolve_source` returns.
 
     Raises:
         DataError: the input does not exist or its type is not supported.
@@ -164,7 +168,7 @@ def resolve_held_out_source(source: Input) -> Source:
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """Return the rows of one file; see `files.read_file`."""
+    """Return an iterator over the rows of one file; see `files.read_file`."""
     return _file_source(path).rows()
 
 
@@ -218,7 +222,10 @@ def _file_source(path: Path) -> Source:
 
 
 def _find_in_folder(folder: Path, names: Sequence[str]) -> Source | None:
-    """Return the first of the splits that the folder has, as one file or as shards."""
+    """Return the first split in `names` that the folder has; None if it has none of them.
+
+    The split may be one file or several shards, in the folder itself or in its folder `data`.
+    """
     for name in names:
         for parent in (folder, folder / "data"):  # the Hub has files in `data`
             files = _split_files(parent, name)
@@ -248,7 +255,7 @@ def _split_files(folder: Path, split: str) -> list[Path]:
 
 
 def _is_supported(path: Path) -> bool:
-    """Return whether this is a file of rows, rather than a README."""
+    """Return whether the file's suffixes are those of a data file, and not of a README."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     return bool(suffixes) and (
         suffixes[-1] in READERS or (suffixes[-1] in DECOMPRESSORS and suffixes[-2:-1] != [])

@@ -1,4 +1,4 @@
-"""All losses by name. Each entry stands in the module of its function, below the functions."""
+"""All losses by name. Each loss is declared below its function, in the module of the function."""
 
 from collections.abc import Mapping
 

@@ -1,8 +1,8 @@
-"""f-divergences between policy and reference: scores that replace the log-ratio.
+"""f-divergences between policy and reference: "scores" that replace the log-ratio in losses.
 
 For the divergence with generator f the score is f'(t) of the ratio t = π(y) / π_ref(y). The
-derivation has a further term that cannot be computed; it cancels in the difference of two
-completions of one prompt, so that only losses of such differences are defined for it.
+implicit reward has a further term that cannot be computed. It cancels in the difference of two
+completions of one prompt, so that only losses of such differences are defined.
 
 Source: Wang et al. 2023, arXiv:2309.16240. Constants are TRL's; they matter for losses that
 divide scores by lengths.
@@ -48,6 +48,6 @@ class Divergence:
 
 
 def _expm1(x: mx.array) -> mx.array:
-    """Return e^x - 1, and its tangent above the largest exponent."""
+    """Return e^x - 1; above `LARGEST_EXPONENT` return its tangent, which does not overflow."""
     excess = nn.relu(x - LARGEST_EXPONENT)
     return mx.expm1(mx.minimum(x, LARGEST_EXPONENT)) + math.exp(LARGEST_EXPONENT) * excess

@@ -30,15 +30,16 @@ def token_averages(values: PairLogps, metadata: PairMetadata) -> PairLogps:
 
 
 def margin(values: PairLogps) -> mx.array:
-    """Return chosen minus rejected. (B,)"""
+    """Return the values of chosen minus the values of rejected. (B,)"""
     return values.chosen - values.rejected
 
 
 @dataclass(frozen=True)
 class LossInputs:
-    """Scored pairs, and the quantities that losses are functions of. (B,) each
+    """Inputs of a loss: log-probabilities, log-ratios, margins and metadata. (B,) each
 
-    Margins are those of the divergence's scores, which are the log-ratios for reverse KL.
+    `margin` and `margin_per_token` are differences of f-divergence scores. For reverse KL, the
+    default, these scores are the log-ratios.
     """
 
     scored: ScoredPairs
@@ -57,27 +58,27 @@ class LossInputs:
 
     @property
     def metadata(self) -> PairMetadata:
-        """Lengths, margins and labels of the pairs."""
+        """Lengths, target margins, weights and labels of the pairs."""
         return self.scored.metadata
 
     @property
     def offset(self) -> mx.array:
-        """Target reward margin of each pair, from the margin column of the data; else zeros."""
+        """Target reward margin of each pair, from the data's margin column; zeros without one."""
         return self.metadata.margins
 
     @property
     def margin(self) -> mx.array:
-        """Score of chosen minus that of rejected."""
+        """f-divergence score of chosen minus that of rejected; for reverse KL, the log-ratios."""
         return margin(self._scores)
 
     @property
     def margin_per_token(self) -> mx.array:
-        """Margin of the scores, each averaged over the tokens of its completion."""
+        """Like `margin`, with each score divided by the number of tokens of its completion."""
         return margin(token_averages(self._scores, self.metadata))
 
     @property
     def policy_margin_per_token(self) -> mx.array:
-        """Margin of the policy's log-probabilities, averaged over tokens; no reference."""
+        """Mean log-probability per token under the policy, of chosen minus that of rejected."""
         return margin(token_averages(self.scored.policy, self.metadata))
 
     @property

@@ -1,4 +1,4 @@
-"""`Loss`: the entry of a loss in the catalogue."""
+"""`Loss`: an entry of the catalogue of losses, with function, equation, defaults and source."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ BETA = {"beta": 0.1}
 
 @dataclass(frozen=True, kw_only=True)
 class Loss:
-    """A loss: its name, its function and everything that users are shown about it.
+    """A loss: its name, its function, and the information that `mlx-dpo losses` prints.
 
     `function(inputs, s)` returns one loss per pair, (B,). `s` has the hyper-parameters of
     `defaults` as attributes and no others, so that a loss cannot read an undeclared setting.
@@ -36,7 +36,7 @@ class Loss:
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """Requirements besides a policy and pairs, for people."""
+        """What the loss requires besides a policy and pairs, as phrases for display."""
         requirements = {
             "a reference": self.needs_reference,
             "labelled rows instead of pairs": self.labelled,

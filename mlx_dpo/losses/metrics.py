@@ -16,14 +16,14 @@ from mlx_dpo.types import LossOutputs, PreferenceMetrics, StepMetrics
 
 
 class Metric(NamedTuple):
-    """A metric: its public name, its label for people, and which direction is better."""
+    """A metric: its public name, its display label, and which direction is better."""
 
     name: str
     label: str
     better: Literal["lower", "higher"] | None = None  # None: neither direction is better
 
 
-# By the field of `PreferenceMetrics`, in the order in which tables for people list them.
+# By the field of `PreferenceMetrics`, in the order in which printed tables list the metrics.
 METRICS: Mapping[str, Metric] = {
     "loss": Metric("loss", "loss", "lower"),
     "accuracies": Metric("rewards/accuracies", "accuracy", "higher"),
@@ -41,7 +41,7 @@ EVAL_PREFIX = "eval_"  # before the names of metrics on held-out pairs
 
 
 def concatenate_outputs(parts: Sequence[LossOutputs]) -> LossOutputs:
-    """Return the outputs of several micro-batches as those of one set of pairs."""
+    """Concatenate the loss outputs of several micro-batches along the axis of the pairs."""
 
     def concatenate(*arrays: mx.array) -> mx.array:
         return mx.concatenate(list(arrays)) if arrays[0].ndim else arrays[0]
@@ -50,11 +50,12 @@ def concatenate_outputs(parts: Sequence[LossOutputs]) -> LossOutputs:
 
 
 def compute_metrics(outputs: LossOutputs, *, labelled: bool = False) -> PreferenceMetrics:
-    """Return means over the pairs. Accuracy is the share of pairs with a positive margin.
+    """Return the metrics as means over all pairs; accuracy is the share with a positive margin.
 
-    For labelled examples: means over the desirable and over the undesirable examples, as in TRL,
-    and None if there are none. Accuracy is then the share of examples with the reward on the
-    correct side of KTO's reference point (TRL has no such metric).
+    With `labelled` (KTO), the metrics of chosen and rejected are means over the desirable and the
+    undesirable examples, as in TRL, or None if there are no such examples. Accuracy is then the
+    share of examples whose reward is above KTO's reference point if desirable and below it if
+    not (TRL has no such metric).
     """
     if labelled:
         return _compute_labelled_metrics(outputs)
@@ -116,13 +117,13 @@ def _masked_mean(values: mx.array, mask: mx.array) -> float | None:
 
 
 def to_public_names(metrics: PreferenceMetrics, *, prefix: str = "") -> dict[str, float]:
-    """Return the metrics that are not None, by public name after `prefix`."""
+    """Return the metrics that are not None, by `prefix` + public name."""
     values = {field: value for field, value in metrics._asdict().items() if value is not None}
     return {prefix + METRICS[field].name: value for field, value in values.items()}
 
 
 def step_row(metrics: StepMetrics) -> dict[str, float]:
-    """Return the metrics of one optimizer step by public name, as a line of `metrics.jsonl`."""
+    """Return the row of `metrics.jsonl` for one optimizer step: metrics by public name."""
     return {
         "step": metrics.step,
         "epoch": metrics.epoch,

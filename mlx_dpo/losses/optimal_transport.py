@@ -1,7 +1,7 @@
-"""Losses that compare sorted values of a whole step instead of single pairs (AOT).
+"""AOT losses: they compare the sorted values of all pairs of a step instead of single pairs.
 
-Each term of the sum is returned at the pair whose value it contains, so that losses keep the
-order of the pairs; mean and gradients are those of the sorted terms.
+Each term is returned at the index of the pair whose (first) value it contains, so that the losses
+have the order of the pairs. Their mean and gradients do not depend on that order.
 """
 
 import mlx.core as mx
@@ -16,7 +16,8 @@ def aot_loss(
 ) -> mx.array:
     """Return the AOT loss: the policy's margins should dominate the reference's. (B,)
 
-    `sigmoid_loss` of the k-th of logπ(w) - logπ(l) minus the k-th of the reference's.
+    Each term is `sigmoid_loss` of the k-th smallest margin logπ(w) - logπ(l) of the policy minus
+    the k-th smallest margin of the reference.
 
     Source: Melnyk et al. 2024, arXiv:2406.05882, paired.
     """
@@ -31,9 +32,10 @@ def aot_loss(
 def aot_unpaired_loss(
     chosen: mx.array, rejected: mx.array, *, beta: float, label_smoothing: float = 0.0
 ) -> mx.array:
-    """Return the AOT loss: log-ratios of chosen should dominate those of rejected. (B,)
+    """Return the unpaired AOT loss: log-ratios of chosen should dominate those of rejected. (B,)
 
-    `sigmoid_loss` of the k-th log-ratio of chosen minus the k-th log-ratio of rejected.
+    Each term is `sigmoid_loss` of the k-th smallest log-ratio of a chosen completion minus the
+    k-th smallest log-ratio of a rejected completion.
 
     Source: Melnyk et al. 2024, arXiv:2406.05882, unpaired.
     """

@@ -51,7 +51,7 @@ def sigmoid_loss(
 def robust_loss(
     margin: mx.array, *, beta: float, label_smoothing: float, offset: Offset = 0.0
 ) -> mx.array:
-    """Return the robust DPO loss: its expectation over flipped labels is DPO on clean labels.
+    """Return the robust DPO loss; its expectation over flipped labels is the DPO loss. (B,)
 
         loss = [-(1 - eps) log sigmoid(x) + eps log sigmoid(-x)] / (1 - 2 eps),  x = beta m - offset
 
@@ -74,7 +74,7 @@ def hinge_loss(margin: mx.array, *, beta: float, offset: Offset = 0.0) -> mx.arr
 
 
 def ipo_loss(margin: mx.array, *, beta: float) -> mx.array:
-    """Return the squared distance of the margin from 1 / (2 beta). (B,) -> (B,)
+    """Return the IPO loss: squared distance of the margin from 1 / (2 beta). (B,) -> (B,)
 
     Args:
         margin: Margin of log-ratios averaged over the tokens of each completion. The paper has
@@ -87,7 +87,7 @@ def ipo_loss(margin: mx.array, *, beta: float) -> mx.array:
 
 
 def exo_pair_loss(margin: mx.array, *, beta: float, label_smoothing: float) -> mx.array:
-    """Return the KL divergence of the policy's preference from the labels' (1 - eps, eps).
+    """Return the EXO loss: KL divergence of policy preference and smoothed label. (B,) -> (B,)
 
         loss = sigmoid(x) [log sigmoid(x) - log(1 - eps)]
              + sigmoid(-x) [log sigmoid(-x) - log eps],  x = beta m
@@ -106,7 +106,7 @@ def exo_pair_loss(margin: mx.array, *, beta: float, label_smoothing: float) -> m
 
 
 def discopop_loss(margin: mx.array, *, beta: float, discopop_tau: float) -> mx.array:
-    """Return logistic and exponential loss, mixed by the margin itself. (B,) -> (B,)
+    """Return the DiscoPOP loss: logistic and exponential loss, mixed by the margin. (B,) -> (B,)
 
         loss = (1 - mu) (-log sigmoid(x)) + mu exp(-x),  mu = sigmoid(x / tau),  x = beta m
 
@@ -123,7 +123,7 @@ def discopop_loss(margin: mx.array, *, beta: float, discopop_tau: float) -> mx.a
 def dpop_loss(
     margin: mx.array, chosen: mx.array, *, beta: float, dpop_lambda: float, offset: Offset = 0.0
 ) -> mx.array:
-    """Return the DPO loss with a penalty if chosen gets less likely. (B,), (B,) -> (B,)
+    """Return the DPOP loss: DPO with a penalty if chosen gets less likely. (B,), (B,) -> (B,)
 
         loss = -log sigmoid(beta (m - lambda max(0, -r)) - offset)
 

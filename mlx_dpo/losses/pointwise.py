@@ -1,6 +1,6 @@
-"""Losses of the log-ratio of each completion by itself, not only of their margin.
+"""Losses that are functions of each completion's log-ratio, and not only of the pair's margin.
 
-They make chosen more and rejected less likely in absolute terms. `chosen` and `rejected` are
+They control how likely chosen and rejected become in absolute terms. `chosen` and `rejected` are
 log-ratios in nats, (B,); each function returns one loss per pair.
 """
 
@@ -11,7 +11,7 @@ from mlx_dpo.losses.loss import BETA, Loss
 
 
 def nca_pair_loss(chosen: mx.array, rejected: mx.array, *, beta: float) -> mx.array:
-    """Return the loss of noise-contrastive alignment. (B,), (B,) -> (B,)
+    """Return the NCA (noise-contrastive alignment) loss. (B,), (B,) -> (B,)
 
         loss = -log sigmoid(beta r_w) - 1/2 log sigmoid(-beta r_w) - 1/2 log sigmoid(-beta r_l)
 
@@ -22,12 +22,12 @@ def nca_pair_loss(chosen: mx.array, rejected: mx.array, *, beta: float) -> mx.ar
 
 
 def bco_pair_loss(chosen: mx.array, rejected: mx.array, *, beta: float) -> mx.array:
-    """Return the binary classifier loss: chosen as 1, rejected as 0. (B,), (B,) -> (B,)
+    """Return the BCO loss: binary classification, chosen 1, rejected 0. (B,), (B,) -> (B,)
 
         loss = -log sigmoid(beta r_w) - log sigmoid(-beta r_l)
 
     The paper subtracts a running mean of rewards (reward shift). TRL does not, and neither does
-    this function: the loss of a step would depend on all steps before.
+    this function, because the loss of a step would then depend on all steps before.
 
     Source: Jung et al. 2024, arXiv:2404.04656.
     """
@@ -35,7 +35,7 @@ def bco_pair_loss(chosen: mx.array, rejected: mx.array, *, beta: float) -> mx.ar
 
 
 def sppo_hard_loss(chosen: mx.array, rejected: mx.array, *, beta: float) -> mx.array:
-    """Return the squared distances of the log-ratios from ±1 / (2 beta). (B,), (B,) -> (B,)
+    """Return the SPPO loss: squared distances of log-ratios from ±1 / (2 beta). (B,), (B,) -> (B,)
 
     Source: Wu et al. 2024, arXiv:2405.00675, Eq. 4.7 with eta = 1 / beta, where chosen wins
     against rejected with probability 1.
@@ -44,7 +44,7 @@ def sppo_hard_loss(chosen: mx.array, rejected: mx.array, *, beta: float) -> mx.a
 
 
 def apo_zero_loss(chosen: mx.array, rejected: mx.array, *, beta: float) -> mx.array:
-    """Return the APO-zero loss: chosen up, rejected down. (B,), (B,) -> (B,)
+    """Return the APO-zero loss, which raises chosen and lowers rejected. (B,), (B,) -> (B,)
 
         loss = 1 - sigmoid(beta r_w) + sigmoid(beta r_l)
 
@@ -54,7 +54,7 @@ def apo_zero_loss(chosen: mx.array, rejected: mx.array, *, beta: float) -> mx.ar
 
 
 def apo_down_loss(chosen: mx.array, rejected: mx.array, *, beta: float) -> mx.array:
-    """Return the APO-down loss: both down, rejected more. (B,), (B,) -> (B,)
+    """Return the APO-down loss, which lowers both, rejected more. (B,), (B,) -> (B,)
 
         loss = sigmoid(beta r_w) + 1 - sigmoid(beta (r_w - r_l))
 

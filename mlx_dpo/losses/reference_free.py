@@ -14,8 +14,8 @@ LARGEST_LOGP = -1e-6
 def sft_loss(chosen: mx.array, mean_tokens: mx.array) -> mx.array:
     """Return the cross-entropy of the chosen completions. (B,), () -> (B,)
 
-    Each is divided by the mean length over the step, not by its own length: the mean over pairs
-    is then the mean over tokens, as in TRL and PyTorch.
+    Each negative log-probability is divided by the mean length over the step, not by its own
+    length: the mean over pairs is then the mean over tokens, as in TRL and PyTorch.
 
     Source: part of RPO in Pang et al. 2024, arXiv:2404.19733, who divide by the completion's own
     length; this function follows TRL's mean over tokens.

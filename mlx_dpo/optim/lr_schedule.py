@@ -1,4 +1,4 @@
-"""Learning-rate schedules by name, as pure functions of the step; equal to Transformers' own.
+"""Learning-rate schedules by name, as pure functions of the step; the same as in Transformers.
 
 Sources:
     transformers.optimization: get_scheduler and the functions that it calls.
@@ -14,16 +14,16 @@ DEFAULT_TIMESCALE = 10_000
 
 
 class DecayStep(NamedTuple):
-    """An update after the warm-up, as schedules see it."""
+    """An optimizer step after the warm-up: the input of the schedule functions."""
 
-    step: int  # 0 for the first update after the warm-up
-    total: int  # updates after the warm-up
-    warmup: int  # updates of the warm-up
+    step: int  # 0 for the first step after the warm-up
+    total: int  # steps after the warm-up
+    warmup: int  # steps of the warm-up
     min_lr_rate: float  # final learning rate as a share of the peak
 
     @property
     def progress(self) -> float:
-        """Share of the decay that is done, from 0 to 1."""
+        """Fraction of the steps after the warm-up that are done, from 0 to 1."""
         return self.step / max(1, self.total)
 
 
@@ -49,7 +49,7 @@ def _inverse_sqrt(at: DecayStep) -> float:
 
 
 class ScheduleEntry(NamedTuple):
-    """A schedule: the share of the peak at a step, and the settings that it takes."""
+    """A schedule: a function from step to fraction of the peak rate, and its settings."""
 
     share: Callable[[DecayStep], float]
     settings: tuple[str, ...] = WARMUP_SETTINGS
@@ -74,9 +74,9 @@ def learning_rate(
     schedule: str = "cosine",
     min_lr_rate: float = 0.0,
 ) -> float:
-    """Return the learning rate of update `step` of `total`, counted from 0.
+    """Return the learning rate of optimizer step `step` (counted from 0) of `total` steps.
 
-    The rate rises linearly from 0 during the first `warmup` updates (so the first update changes
+    The rate rises linearly from 0 during the first `warmup` steps (so the first step changes
     nothing, as in Transformers); then it follows the schedule.
     """
     if step < warmup:

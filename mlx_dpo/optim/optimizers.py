@@ -1,6 +1,6 @@
-"""Optimizers by name: those of MLX, set up as their papers and PyTorch define them.
+"""Optimizers by name: those of MLX and `Muon`, set up as in their papers and in PyTorch.
 
-Names of settings are those of Transformers. An optimizer takes the settings that its entry in
+Settings have the names of Transformers. An optimizer takes the settings that its entry in
 `OPTIMIZERS` lists, as keyword arguments; None is never passed.
 """
 
@@ -19,7 +19,7 @@ EPSILON = 1e-7
 
 
 class Muon(optim.Optimizer):
-    """Momentum with an orthogonalised update, for matrices (the last two axes).
+    """The Muon optimizer: momentum with an orthogonalized update of matrices (last two axes).
 
         v <- mu v + (1 - mu) g,   u = (1 - mu) g + mu v
         w <- w - lr (decay w + 0.2 sqrt(max(rows, columns)) orthogonalize(u))
@@ -36,19 +36,19 @@ class Muon(optim.Optimizer):
     """
 
     def __init__(self, learning_rate: float, *, momentum: float, weight_decay: float) -> None:
-        """Set the hyper-parameters; momentum buffers are made by `init`."""
+        """Set the hyper-parameters; the method `init` creates the momentum buffers."""
         super().__init__()  # type: ignore[no-untyped-call]
         self._maybe_schedule("learning_rate", learning_rate)
         self.momentum, self.weight_decay = momentum, weight_decay
 
     def init_single(self, parameter: mx.array, state: dict[str, mx.array]) -> None:
-        """Set the momentum buffer to zeros."""
+        """Set the momentum buffer of the parameter to zeros."""
         state["v"] = mx.zeros_like(parameter)
 
     def apply_single(
         self, gradient: mx.array, parameter: mx.array, state: dict[str, mx.array]
     ) -> mx.array:
-        """Return the matrix after the update."""
+        """Return the updated parameter; its momentum buffer in `state` is updated, too."""
         state["v"] = self.momentum * state["v"] + (1 - self.momentum) * gradient
         update = (1 - self.momentum) * gradient + self.momentum * state["v"]
         learning_rate = self.learning_rate.astype(parameter.dtype)
@@ -58,7 +58,10 @@ class Muon(optim.Optimizer):
 
 
 def orthogonalize(matrix: mx.array, steps: int = 5) -> mx.array:
-    """Return nearly U V^T of the singular value decomposition, by Newton-Schulz. (..., m, n)"""
+    """Return approximately U V^T, where U S V^T is the SVD of the matrix. (..., m, n)
+
+    It is computed by Newton-Schulz iterations.
+    """
     a, b, c = NEWTON_SCHULZ_COEFFICIENTS
     is_tall = matrix.shape[-2] > matrix.shape[-1]
     x = matrix.swapaxes(-1, -2) if is_tall else matrix
@@ -123,8 +126,8 @@ def muon(
 ) -> optim.Optimizer:
     """Return Muon for the matrices of the layers, with AdamW for all other weights.
 
-    Vectors (DoRA's magnitudes, norms) cannot be orthogonalised, and the paper gives embeddings
-    and head to AdamW, too.
+    Vectors (DoRA's magnitudes, norms) cannot be orthogonalized, and the paper also uses AdamW for
+    embeddings and LM head.
     """
     return optim.MultiOptimizer(
         [
@@ -151,7 +154,7 @@ def rmsprop(learning_rate: float) -> optim.Optimizer:
 
 
 class OptimizerEntry(NamedTuple):
-    """An optimizer: its name for people, how to build it, and the settings that it takes."""
+    """An optimizer: its display name, the function that builds it, and its settings."""
 
     title: str
     build: Callable[..., optim.Optimizer]  # build(learning_rate, **settings)
@@ -174,12 +177,12 @@ OPTIMIZERS: Mapping[str, OptimizerEntry] = {
 def build_optimizer(
     name: str, policy: nn.Module, learning_rate: float, **settings: float
 ) -> optim.Optimizer:
-    """Return the optimizer called `name`, with state for the trainable weights of `policy`."""
+    """Build the optimizer called `name`, with state for the trainable weights of `policy`."""
     optimizer = OPTIMIZERS[name].build(learning_rate, **settings)
     optimizer.init(policy.trainable_parameters())
     return optimizer
 
 
 def count_state_bytes(optimizer: optim.Optimizer) -> int:
-    """Return the bytes of the optimizer's moments; its scalars (step, rate) are negligible."""
+    """Return the size in bytes of the optimizer's state arrays; scalars are not counted."""
     return sum(value.nbytes for value in named_arrays(optimizer.state).values() if value.ndim)

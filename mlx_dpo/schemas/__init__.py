@@ -1,8 +1,9 @@
 """Table of the data set schemas, and the functions that parse a row by its schema.
 
-A schema says how rows spell a preference pair (or an unpaired example): its name for `--schema`,
-the shape by which a row is recognized, and the function that parses it. To add a schema, write it
-in a file of this package and put it into `SCHEMAS`. Schemas know no files and no tokenizer.
+A schema describes how rows store a preference pair (or an unpaired example). It has a name for
+`--schema`, a function that recognizes such a row, and a function that parses the row. To add a
+schema, write it in a file of this package and put it into `SCHEMAS`. Schemas do not depend on
+files or tokenizers.
 """
 
 from dataclasses import replace
@@ -31,7 +32,7 @@ SCHEMAS = {
 
 
 def find_schema(row: Row, rules: RowRules = DEFAULT_RULES) -> Schema:
-    """Return the schema that `rules` name, or the first one that fits the row.
+    """Return the schema set in `rules` or, if none is set, the first schema that fits the row.
 
     Raises:
         DataError: no schema fits the row.
@@ -50,17 +51,18 @@ def find_schema(row: Row, rules: RowRules = DEFAULT_RULES) -> Schema:
 
 
 def has_pair_schema(row: Row) -> bool:
-    """Return True if the row looks like a preference pair."""
+    """Return True if a schema of preference pairs fits the row."""
     return any(not schema.unpaired and schema.fits(row.record) for schema in SCHEMAS.values())
 
 
 def parse_row(
     row: Row, rules: RowRules = DEFAULT_RULES, schema: Schema | None = None
 ) -> list[Parsed]:
-    """Return the examples of the row, with a `BadPairError` for each one that cannot be trained on.
+    """Parse a row into examples; an example that cannot be trained on is a `BadPairError`.
 
     Args:
-        row: its columns have been renamed.
+        row: the row, after its columns were renamed.
+        rules: the settings for parsing rows.
         schema: `find_schema(row, rules)`, if the caller has it already.
 
     Raises:
@@ -84,7 +86,7 @@ def parse_row(
 def parse_pairs(
     row: Row, rules: RowRules = DEFAULT_RULES, schema: Schema | None = None
 ) -> list[PreferenceExample]:
-    """Return the preference pairs of the row; equally rated completions make none.
+    """Return the preference pairs of the row; equally rated completions make no pair.
 
     The arguments are those of `parse_row`.
 
@@ -104,7 +106,7 @@ def parse_pairs(
 def parse_unpaired(
     row: Row, rules: RowRules = DEFAULT_RULES, schema: Schema | None = None
 ) -> list[UnpairedExample]:
-    """Return one unpaired example of a labelled row, two of each pair (chosen good, rejected bad).
+    """Return the row's unpaired examples: one of a labelled row, a good and a bad one of a pair.
 
     The arguments are those of `parse_row`.
 

@@ -10,9 +10,10 @@ ROLES = {HUMAN: "user", ASSISTANT: "assistant"}
 
 
 def parse_turns(prompt: Text) -> tuple[Message, ...] | None:
-    """Return the messages of a marked prompt, or None if the text is not fully marked.
+    """Parse a text prompt with the turn marks `Human:` and `Assistant:` into messages.
 
-    White space around a message is removed.
+    The result is None if the text does not begin with `Human:` and end with `Assistant:`. White
+    space around a message is removed.
     """
     if not (isinstance(prompt, str) and prompt.lstrip().startswith(HUMAN.strip())):
         return None
@@ -27,7 +28,7 @@ def parse_turns(prompt: Text) -> tuple[Message, ...] | None:
 
 
 def pair_to_messages(example: PreferenceExample) -> PreferenceExample | None:
-    """Return the pair with messages in place of marked text, or None if it is not marked."""
+    """Return the pair with its text parsed into messages; None if the prompt has no turn marks."""
     prompt = parse_turns(example.prompt)
     if prompt is None:
         return None

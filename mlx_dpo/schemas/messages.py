@@ -1,4 +1,4 @@
-"""Check messages and normalize them for chat templates; make pairs of them."""
+"""Parse, check and normalize the texts and messages of a row, and make pairs of them."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -22,10 +22,10 @@ MAX_DEPTH = 64  # of nested objects and lists
 def make_pair(
     row: Row, prompt: Text, chosen: Text, rejected: Text, *, implicit_prompt: bool = False
 ) -> list[PairOrError]:
-    """Return the pair, or the error that says why nothing can be learned from it.
+    """Return a list of one pair, or of one `BadPairError` if the pair cannot be trained on.
 
-    If some parts are text and others messages, a text becomes a message: a prompt of the user, a
-    completion of the assistant.
+    If any of the three parts is messages, parts that are text become messages too: the prompt a
+    user message, a completion an assistant message.
     """
     if not all(isinstance(text, str) for text in (prompt, chosen, rejected)):
         prompt = to_messages(prompt, "user")
@@ -41,7 +41,7 @@ def make_pair(
 
 
 def prompt_digest(example: PreferenceExample | UnpairedExample) -> str:
-    """Return a digest of the prompt and of the other inputs of the chat template.
+    """Return a SHA-256 digest (hex) of the prompt and of the row's chat template arguments.
 
     Examples with the same digest have the same prompt.
     """
@@ -62,7 +62,7 @@ def has_content(completion: Text) -> bool:
 
 
 def get_field_type(value: Any, name: str, location: str) -> str:
-    """Return `text` or `messages`; raise `DataError` if the field is neither."""
+    """Return the type of a field, `text` or `messages`; raise `DataError` for other types."""
     if isinstance(value, str):
         return "text"
     if isinstance(value, list) and value:
@@ -72,7 +72,7 @@ def get_field_type(value: Any, name: str, location: str) -> str:
 
 
 def parse_text(value: Any, name: str, location: str) -> str:
-    """Return the field if it is readable text.
+    """Return the field's value after checking that it is text that UTF-8 can encode.
 
     Raises:
         DataError: the field is something else, or it has half a surrogate pair.
@@ -84,7 +84,7 @@ def parse_text(value: Any, name: str, location: str) -> str:
 
 
 def parse_messages(value: Any, name: str, location: str) -> tuple[Message, ...]:
-    """Return the field as messages: `role` and `content` as text, and any further fields.
+    """Parse a field into messages: `role` and `content` as text, and any further fields.
 
     Content parts of type text are joined. Fields that are null are removed.
 
@@ -98,7 +98,7 @@ def parse_messages(value: Any, name: str, location: str) -> tuple[Message, ...]:
 
 
 def parse_message(value: Any, name: str, location: str) -> Message:
-    """Return the value as a message; see `parse_messages`."""
+    """Parse one message; see `parse_messages` for the format and the errors."""
     fields = value if isinstance(value, dict) else {}
     message = {key: item for key, item in fields.items() if item is not None}
     if not isinstance(message.get("role"), str):
@@ -115,10 +115,11 @@ def parse_message(value: Any, name: str, location: str) -> Message:
 
 
 def parse_template_kwargs(record: Mapping[str, Any], tools: Any, location: str) -> dict[str, Any]:
-    """Return further inputs of the chat template: `tools` and the row's `chat_template_kwargs`.
+    """Return the row's chat template arguments: `tools` and those in `chat_template_kwargs`.
 
     Raises:
-        DataError: `tools` is no list of objects, or `chat_template_kwargs` is no object.
+        DataError: `tools` is no list of objects, `chat_template_kwargs` is no object, or it has
+            an argument that this program sets itself.
     """
     if isinstance(tools, str):
         tools = parse_json_field(tools, "tools", location) if tools.strip() else None
@@ -142,7 +143,7 @@ def check_no_media(row: Row) -> None:
 
 
 def check_readable(value: Any, name: str, location: str) -> None:
-    """Raise `DataError` if a text cannot be encoded, or if the value is nested too deeply."""
+    """Raise `DataError` if UTF-8 cannot encode a text, or if the value is nested too deeply."""
     for text, depth in _iterate_texts(value):
         if depth > MAX_DEPTH:
             raise DataError(f"{location}: `{name}` is nested too deeply (over {MAX_DEPTH} levels)")
@@ -157,7 +158,7 @@ def check_readable(value: Any, name: str, location: str) -> None:
 
 
 def parse_json_field(text: str, name: str, location: str) -> Any:
-    """Return the value of a text field that contains JSON."""
+    """Return the value of a text field that contains JSON; raise `DataError` for other text."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -165,7 +166,10 @@ def parse_json_field(text: str, name: str, location: str) -> Any:
 
 
 def _iterate_texts(value: Any) -> Iterator[tuple[str, int]]:
-    """Yield every text in a value with its depth; stop at `MAX_DEPTH` + 1 with an empty text."""
+    """Yield (text, depth) for every text in a nested value.
+
+    Lists and objects deeper than `MAX_DEPTH` are not searched; an empty text stands for each.
+    """
     stack = [(value, 0)]
     while stack:
         node, depth = stack.pop()

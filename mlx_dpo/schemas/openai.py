@@ -1,4 +1,4 @@
-"""Schema of OpenAI's preference fine-tuning: `input` and two outputs."""
+"""Schema of OpenAI's preference fine-tuning: `input`, preferred and non-preferred output."""
 
 from typing import Any
 

@@ -32,7 +32,11 @@ class RatedCompletion(NamedTuple):
 def select_pairs(
     rated: list[RatedCompletion], how: Ranking
 ) -> Iterable[tuple[RatedCompletion, RatedCompletion]]:
-    """Return (chosen, rejected) pairs by score; scores of a pair may be equal."""
+    """Return the (chosen, rejected) pairs to make; the scores of a pair may be equal.
+
+    `how` is `all` (every two completions), `adjacent` (neighbours in the order of the scores) or
+    `best_worst` (one pair).
+    """
     order = sorted(rated, key=lambda completion: completion.score, reverse=True)  # stable
     if how == "all":
         return combinations(order, 2)
@@ -93,7 +97,7 @@ def _parse_completion(item: Any, name: str, location: str) -> Text:
 
 
 def _parse_scores(row: Row, items: list[Any]) -> list[float]:
-    """Return the scores of the completions; ranks become negative scores."""
+    """Return the score of each completion, higher is better; a rank becomes a negative score."""
     for name in (*SCORE_FIELDS, *RANK_FIELDS):
         if isinstance(items[0], dict) and items[0].get(name) is not None:
             values = [item.get(name) if isinstance(item, dict) else None for item in items]

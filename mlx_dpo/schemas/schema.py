@@ -1,4 +1,4 @@
-"""A row of a data set, the options under which rows are parsed, and the type of a schema."""
+"""Types for parsing data sets: `Row`, the settings `RowRules`, and `Schema`."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ Ranking = Literal["best_worst", "all", "adjacent"]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One object of a data source."""
+    """A row of a data set, with its location in the data source."""
 
     record: dict[str, Any]
     location: str  # `file:line`, `file[index]` counted from 0, or `org/name:split[index]`
@@ -21,7 +21,7 @@ class Row:
 
 @dataclass(frozen=True)
 class RowRules:
-    """The settings under which rows become preference pairs or unpaired examples."""
+    """Settings for parsing rows into preference pairs or unpaired examples."""
 
     judged: bool = False  # make unpaired examples (for KTO): one per labelled row, two per pair
     pair_labelled: bool = False  # pair good and bad labelled completions of the same prompt
@@ -40,7 +40,7 @@ Parsed = PreferenceExample | UnpairedExample | BadPairError
 
 @dataclass(frozen=True)
 class Schema:
-    """A layout of rows: how to recognize it and how to parse it."""
+    """A format of data set rows, with the functions that recognize and parse such a row."""
 
     name: str  # value of `--schema`
     fits: Callable[[Record], bool]  # recognizes a row by its shape
@@ -51,12 +51,13 @@ class Schema:
 
 
 def rename_columns(row: Row, columns: Mapping[str, str]) -> Row:
-    """Return the row with its columns renamed; `columns` maps each new name to the present one.
+    """Return the row with renamed columns; `columns` maps each new name to the old name.
 
-    A dotted name reaches into nested objects. A column that is not dotted loses its old name.
+    A dotted old name such as `input.question` denotes a field of a nested object, which stays in
+    that object, too. Other columns lose their old name.
 
     Raises:
-        DataError: the row has no such column.
+        DataError: the row has no column with an old name.
     """
     if not columns:
         return row

@@ -1,4 +1,4 @@
-"""Schema of ShareGPT, as in LLaMA-Factory and Axolotl: `conversations` of `from` and `value`."""
+"""Schema of ShareGPT, as in LLaMA-Factory and Axolotl: turns with the fields `from` and `value`."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ FIELDS = frozenset({"conversations", "chosen", "rejected", "system"})
 
 
 def parse_conversation(row: Row) -> tuple[Message, ...]:
-    """Return the messages of `conversations`, with the row's `system` before them, if any.
+    """Return the messages of the field `conversations`, after the row's `system` if it has one.
 
     Raises:
         DataError: `conversations` is no list of turns.
@@ -34,7 +34,7 @@ def parse_conversation(row: Row) -> tuple[Message, ...]:
 
 
 def parse_turn(value: Any, name: str, location: str) -> Message:
-    """Return the turn as a message; a function call becomes a message of the assistant.
+    """Parse a turn into a message; a function call becomes an assistant message with tool calls.
 
     Raises:
         DataError: the value is no turn, or its role is unknown.

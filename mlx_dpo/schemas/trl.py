@@ -9,7 +9,10 @@ FIELDS = frozenset({"prompt", "chosen", "rejected"})
 
 
 def _field_types(record: Record) -> tuple[str | None, str | None]:
-    """Return the type of the prompt (None if absent) and the common type of the completions."""
+    """Return the types of the prompt and of both completions: `text`, `messages` or `other`.
+
+    The type is None if the field is absent, and `other` if the completions differ in type.
+    """
     types = {str: "text", list: "messages", type(None): None}
     prompt, chosen, rejected = (
         types.get(type(record.get(name)), "other") for name in ("prompt", "chosen", "rejected")
@@ -81,7 +84,7 @@ def _parse_whole_messages(row: Row, rules: RowRules) -> list[PairOrError]:
 
 
 def _shared_message_count(chosen: tuple[Message, ...], rejected: tuple[Message, ...]) -> int:
-    """Return the number of shared messages at the beginning, up to the last user turn."""
+    """Return how many messages both conversations share, not counting final assistant turns."""
     shorter = min(len(chosen), len(rejected))
     end = next((i for i in range(shorter) if chosen[i] != rejected[i]), shorter)
     while end and chosen[end - 1]["role"] == "assistant":
@@ -98,7 +101,7 @@ def _parse_whole_strings(row: Row, rules: RowRules) -> list[PairOrError]:
 
 
 def _shared_prefix_end(first: str, second: str) -> int:
-    """Return the length of the shared prefix, cut at a word boundary."""
+    """Return the length in characters of the shared prefix of two texts, without a cut word."""
     shorter = min(len(first), len(second))
     end = next((i for i in range(shorter) if first[i] != second[i]), shorter)
     inside_a_word = any(

@@ -23,7 +23,7 @@ LABELS = {"true": True, "false": False, "1": True, "0": False}  # as text, for C
 
 
 def pair_by_prompt(examples: Iterable[UnpairedExample]) -> list[PairOrError]:
-    """Pair the n-th good completion of each prompt with the n-th bad one.
+    """Pair the n-th good completion of each prompt with the n-th bad completion of that prompt.
 
     Completions without a partner become `BadPairError`s with the reason `UNPAIRED`.
     """

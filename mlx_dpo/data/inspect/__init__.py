@@ -1,1 +1,1 @@
-"""Checks of data sets: unreadable rows, duplicates, leaks, odd texts, lengths."""
+"""Checks on data sets: unreadable rows, duplicates, leaks, odd texts, lengths."""

@@ -17,7 +17,10 @@ IndexPairs = Iterator[tuple[int, int]]  # index of an example and of the one it 
 
 
 class ExampleDigests:
-    """Digests of examples in 49 bytes each; 64 bits per text suffice for millions of texts."""
+    """64-bit digests of the prompts and completions of examples, by which equal texts are found.
+
+    An example takes 49 bytes; 64 bits are enough to tell millions of texts apart.
+    """
 
     def __init__(self) -> None:
         self._location = array("q")
@@ -27,7 +30,7 @@ class ExampleDigests:
         }
 
     def add(self, example: PreferenceExample | UnpairedExample, location: int) -> None:
-        """Append an example; `location` is its index in the `RowLocations`."""
+        """Append the digests of an example; `location` is the index of its row location."""
         prompt = int(prompt_digest(example)[:16], 16)
         if isinstance(example, UnpairedExample):
             first, second = _normalize_completion(example.completion), ""
@@ -52,11 +55,11 @@ class ExampleDigests:
 
     @property
     def locations(self) -> Any:
-        """Index of the location of each example. (B,)"""
+        """Index of each example's row location, in the `RowLocations` of the log. (B,)"""
         return np.frombuffer(self._location, np.int64) if self._location else _NONE
 
     def labelled(self, label: int) -> Any:
-        """Return the indices of the unpaired examples with this label. (b,)"""
+        """Return the indices of the unpaired examples with label 1 (good) or 0 (bad). (b,)"""
         return np.flatnonzero(np.array(self._label, np.int8) == label)
 
 
@@ -64,7 +67,7 @@ _NONE = np.zeros(0, np.uint64)
 
 
 def find_duplicates(digests: ExampleDigests, log: FindingLog) -> None:
-    """Log duplicates, contradictions and opposite labels within one split."""
+    """Add findings to the log: duplicates, contradictions and opposite labels in one split."""
     locations, prompts = digests.locations, digests["prompt"]
     # A row may make several pairs, and a duplicate pair has a duplicate prompt too: only the
     # first pair of each row, and of each set of duplicates, counts for `duplicate-prompt`.
@@ -85,7 +88,7 @@ def find_duplicates(digests: ExampleDigests, log: FindingLog) -> None:
 
 
 def find_leaks(train: ExampleDigests, valid: ExampleDigests, log: FindingLog) -> None:
-    """Log the training examples whose prompt or completion is also held out."""
+    """Add findings to the log: training examples with a prompt or completion that is held out."""
     columns = {"leaked-prompt": ["prompt"], "leaked-answer": ["chosen", "rejected"]}
     for check, names in columns.items():
         held_out = np.concatenate([valid[name] for name in names])
@@ -99,21 +102,27 @@ def find_leaks(train: ExampleDigests, valid: ExampleDigests, log: FindingLog) ->
 
 
 def _find_repeats(column: Any) -> IndexPairs:
-    """Yield every entry that repeats an earlier one, with the first equal entry."""
+    """Yield (i, j) for each value `column[i]` that occurred before; `j` is its first index."""
     _, first, inverse = np.unique(column, return_index=True, return_inverse=True)
     for i in np.flatnonzero(first[inverse] != np.arange(len(column))):
         yield int(i), int(first[inverse[i]])
 
 
 def _find_opposite_labels(prompts: Any, good: Any, bad: Any) -> IndexPairs:
-    """Yield every good example with a bad one of the same prompt, and vice versa."""
+    """Yield two indices per match: an example, and one with the same prompt and the other label.
+
+    `prompts` has the prompt digests of all examples; `good` and `bad` are indices of `prompts`.
+    """
     for own, opposite in ((good, bad), (bad, good)):
         for i, j in _find_matches(prompts[own], prompts[opposite]):
             yield int(own[i]), int(opposite[j])
 
 
 def _find_matches(column: Any, others: Any) -> IndexPairs:
-    """Yield every nonzero entry of `column` that is in `others`, with its first index there."""
+    """Yield (i, j) for each nonzero value `column[i]` that is in `others`.
+
+    `j` is the first index with `others[j] == column[i]`.
+    """
     values, first = np.unique(others, return_index=True)
     if not len(values):
         return
@@ -123,7 +132,7 @@ def _find_matches(column: Any, others: Any) -> IndexPairs:
 
 
 def _normalize_completion(completion: Text) -> str:
-    """Return the completion as text without white space around its turns."""
+    """Return the completion as text, without white space around the content of its messages."""
     turns = to_messages(completion, "assistant")
     if len(turns) == 1 and turns[0].keys() == {"role", "content"}:
         return str(turns[0]["content"]).strip()
@@ -132,11 +141,11 @@ def _normalize_completion(completion: Text) -> str:
 
 
 def _leak_digest(completion: str) -> int:
-    """Return the digest of the completion, or 0 if it is too short to be a leak."""
+    """Return the digest of the completion, or 0 if it is too short to count as a leak."""
     return _digest(completion) if len(completion) >= MIN_LEAK_CHARACTERS else 0
 
 
 def _digest(value: Any) -> int:
-    """Return a 64-bit digest that is never 0."""
+    """Return a 64-bit digest of the value's JSON text; it is never 0."""
     text = json.dumps(value, default=str).encode()
     return int.from_bytes(blake2b(text, digest_size=8).digest(), "little") or 1

@@ -28,7 +28,7 @@ class Check:
 
     @property
     def is_fault(self) -> bool:
-        """True if `--strict` stops at the finding and `data clean` drops it by default."""
+        """True if findings make `data check --strict` fail and `data clean` drops their rows."""
         return self.severity == FAULT
 
 
@@ -133,7 +133,7 @@ OTHER_DETAILS = "others"
 
 
 class FindingLog:
-    """Locations and details of the findings of every check, in the order of the scan."""
+    """Locations and details of everything that the checks found, in the order of `add` calls."""
 
     def __init__(self, row_locations: RowLocations) -> None:
         self.row_locations = row_locations
@@ -142,14 +142,21 @@ class FindingLog:
         self._related: defaultdict[str, array[int]] = defaultdict(lambda: array("q"))
 
     def add(self, check: str, index: int, *, related: int = -1, detail: str = "") -> None:
-        """Record a finding at a location; `related` is the index of a second location."""
+        """Add a finding of the check named `check`.
+
+        Args:
+            check: name of the check, a key of `CHECKS`.
+            index: index of the finding's location in `row_locations`.
+            related: index of a related location, such as the first of two duplicates; -1: none.
+            detail: what exactly was found, such as an error message.
+        """
         self._indices[check].append(index)
         self._related[check].append(related)
         if detail:
             self.add_detail(check, detail)
 
     def add_detail(self, check: str, detail: str) -> None:
-        """Count a detail of a finding, such as an error message."""
+        """Count one occurrence of a detail, such as an error message, for a check."""
         counts = self.details[check]
         counts[detail if detail in counts or len(counts) < MAX_DETAILS else OTHER_DETAILS] += 1
 
@@ -158,7 +165,7 @@ class FindingLog:
         return len(self._indices[check]) if check in self._indices else 0
 
     def locations(self, check: str) -> Iterator[tuple[str, str | None]]:
-        """Yield the locations of a check's findings, each with its related location, if any."""
+        """Yield the location of each finding of a check, with its related location or None."""
         indices, related = self._indices.get(check, ()), self._related.get(check, ())
         for index, other in zip(indices, related, strict=True):
             yield self.row_locations[index], None if other < 0 else self.row_locations[other]

@@ -8,7 +8,7 @@ import numpy as np
 
 
 class LengthSummary(NamedTuple):
-    """Median, 95th percentile and maximum of the lengths of one part of the pairs."""
+    """Median, 95th percentile and maximum of all lengths of one part, such as `chosen`."""
 
     median: int
     most: int  # 95th percentile
@@ -25,7 +25,7 @@ class Bin(NamedTuple):
 
 @dataclass(frozen=True)
 class LengthBias:
-    """Relation of length and preference over all pairs."""
+    """Statistics on whether longer or shorter completions are preferred."""
 
     pairs: int
     chosen_longer: int
@@ -35,18 +35,21 @@ class LengthBias:
 
     @property
     def accuracy(self) -> float:
-        """Accuracy of a length-only classifier, which guesses on pairs of equal length."""
+        """Accuracy of a classifier that sees only the lengths; it guesses if they are equal."""
         equal = self.pairs - self.chosen_longer - self.rejected_longer
         return (max(self.chosen_longer, self.rejected_longer) + equal / 2) / self.pairs
 
     @property
     def is_significant(self) -> bool:
-        """True if the bias exceeds three standard deviations of fair coin tosses."""
+        """True if `chosen_longer` and `rejected_longer` differ by over three standard deviations.
+
+        The null hypothesis is that both are equally likely.
+        """
         uneven = self.chosen_longer + self.rejected_longer
         return bool((self.chosen_longer - self.rejected_longer) ** 2 > 9 * uneven)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
+        """Return the statistics as a JSON-compatible dictionary."""
         return asdict(self) | {"told_apart": self.accuracy}
 
 
@@ -67,7 +70,7 @@ class Lengths:
         return len(self._columns[0])
 
     def summaries(self) -> dict[str, LengthSummary]:
-        """Return the summary of each part; there must be a pair."""
+        """Return the summary of each part by its name; there must be at least one pair."""
         return {
             part: LengthSummary(
                 *(int(x) for x in np.quantile(column, (0.5, 0.95, 1.0), method="higher"))
@@ -76,7 +79,10 @@ class Lengths:
         }
 
     def histogram(self) -> list[Bin]:
-        """Return bins that double in width, from shortest to longest; there must be a pair."""
+        """Return histogram bins of doubling width, shortest lengths first.
+
+        There must be at least one pair.
+        """
         # 0 has a bin of its own, then 1, 2 to 3, 4 to 7, …
         numbers = [np.frexp(np.array(column, np.float64))[1] for column in self._columns]
         low, high = min(int(n.min()) for n in numbers), max(int(n.max()) for n in numbers)
@@ -90,7 +96,7 @@ class Lengths:
         ]
 
     def bias(self) -> LengthBias | None:
-        """Return the length bias of the pairs, or None for unpaired examples."""
+        """Return the length bias of the pairs; None for unpaired examples or without pairs."""
         if len(self.parts) < 3 or not len(self):
             return None
         chosen, rejected = (np.array(column, np.float64) for column in self._columns[1:])
@@ -103,7 +109,7 @@ class Lengths:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON; without pairs only the unit."""
+        """Return the statistics as a JSON-compatible dictionary; without pairs, only the unit."""
         if not len(self):
             return {"unit": self.unit}
         bias = self.bias()

@@ -1,4 +1,4 @@
-"""Rows of a source with the lines they were read from, including unreadable rows."""
+"""Read rows with their original lines, including unreadable rows, and write rows unchanged."""
 
 import json
 import sys
@@ -21,14 +21,14 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True, slots=True)
 class RawRow:
-    """A row of a source, or the error that makes it unreadable."""
+    """A row as read from its source: parsed, or with the error that makes it unreadable."""
 
     location: str
     row: Row | DataError
     line: bytes | None = None  # the line itself, if the source has JSON lines
 
     def to_json_line(self) -> bytes:
-        """Return the row as one line of JSON without a newline; a JSON line stays as it is.
+        """Return the row as one line of JSON without a newline; an original line is unchanged.
 
         Raises:
             DataError: the row cannot be read, or JSON cannot represent it.
@@ -46,7 +46,7 @@ class RawRow:
 
 
 def read_raw_rows(source: Source) -> Iterator[RawRow]:
-    """Yield every row of a source; an unreadable row contains its `DataError`.
+    """Yield every row of a source; an unreadable row has its `DataError` in place of a `Row`.
 
     Raises:
         DataError: the source cannot be read to its end.
@@ -93,7 +93,7 @@ def read_all_raw_rows(sources: Sequence[Source]) -> Iterator[RawRow]:
 
 
 def write_row(stream: IO[bytes], raw: RawRow) -> None:
-    """Write a row as a line of JSON."""
+    """Write a row to the stream as a line of JSON; an original JSON line is copied."""
     stream.write(raw.to_json_line() + b"\n")
 
 
@@ -104,7 +104,7 @@ def check_rereadable(sources: Sequence[Source]) -> None:
 
 
 def check_rows_independent(config: DPOConfig) -> None:
-    """Raise `ConfigError` if a setting makes pairs of several rows."""
+    """Raise `ConfigError` if `pair_labelled` is set, which makes a pair from two rows."""
     if config.pair_labelled:
         raise ConfigError(
             "`pair_labelled` has no effect where rows are written as they are; use --loss-type kto"
@@ -112,20 +112,20 @@ def check_rows_independent(config: DPOConfig) -> None:
 
 
 def check_row_count(count: int, expected: int, source: Source) -> None:
-    """Raise `DataError` if the second pass over the source had another number of rows."""
+    """Raise `DataError` if `count` rows were read in the second pass instead of `expected`."""
     if count != expected:
         raise DataError(f"{source.name}: changed while it was read; nothing was written")
 
 
 def check_new_path(path: Path) -> None:
-    """Raise `ConfigError` if the path exists."""
+    """Raise `ConfigError` if the file or folder to be written already exists."""
     if path.exists():
         raise ConfigError(f"{path}: is there already; name another place, or remove it")
 
 
 @contextmanager
 def open_new_file(path: Path) -> Iterator[IO[bytes]]:
-    """Yield the stream of a new file, which appears at `path` once it is complete."""
+    """Open a new file for writing; it appears at `path` only when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as temporary, temporary.open("wb") as stream:
         yield stream

@@ -21,7 +21,7 @@ from mlx_dpo.data.sources import SplitSources
 
 @dataclass(frozen=True)
 class Finding:
-    """All findings of one check in one split."""
+    """Result of one check on one split: how many rows or pairs it reports, and their locations."""
 
     check: Check
     count: int
@@ -30,20 +30,23 @@ class Finding:
 
     @property
     def share(self) -> float:
-        """Share of the rows or pairs that have the finding."""
+        """Share of the split's rows or pairs that the check reports."""
         return self.count / self.total if self.total else 0.0
 
     @property
     def details(self) -> dict[str, int]:
-        """Count of each detail, most frequent first."""
+        """Number of occurrences of each detail, such as an error message; most frequent first."""
         return dict(self.log.details[self.check.name].most_common())
 
     def locations(self) -> Iterator[tuple[str, str | None]]:
-        """Yield every location with its related location, if any."""
+        """Yield the location of each reported row, with a related location (or None).
+
+        The related location of a duplicate, for instance, is that of the first such row.
+        """
         return self.log.locations(self.check.name)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON, with every location."""
+        """Return the result as a JSON-compatible dictionary, with every location."""
         check = self.check
         return {
             "name": check.name,
@@ -64,7 +67,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class CheckResults:
-    """Scans of the training split and the held-out split, and the checks that were skipped."""
+    """Results of all checks on the training and held-out splits, and the skipped checks."""
 
     train: SplitScan
     valid: SplitScan | None
@@ -72,12 +75,12 @@ class CheckResults:
 
     @property
     def splits(self) -> dict[str, SplitScan]:
-        """Scans by the name of their split."""
+        """Results by split name: `train` and, if there are held-out pairs, `valid`."""
         return {"train": self.train} | ({"valid": self.valid} if self.valid else {})
 
     @property
     def fault_count(self) -> int:
-        """Number of findings that are faults, in all splits."""
+        """Number of checks of severity `fault` that report something, added over the splits."""
         return sum(
             finding.check.is_fault
             for split in self.splits.values()
@@ -85,7 +88,7 @@ class CheckResults:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
+        """Return all results as a JSON-compatible dictionary."""
         splits = {
             name: {
                 "rows": split.rows,
@@ -104,7 +107,7 @@ def run_checks(
     settings: ScanSettings,
     progress: ProgressCallback = lambda new_rows: None,
 ) -> CheckResults:
-    """Run all checks in one pass over the sources.
+    """Run all checks while reading the data sources once.
 
     Raises:
         DataError: a source cannot be read to its end.
@@ -129,7 +132,7 @@ def run_checks(
 
 
 def list_findings(split: SplitScan) -> list[Finding]:
-    """Return the findings of a split: first the faults, then the remarks, in the table's order."""
+    """Return the findings of a split: faults first, then remarks, each in the order of `CHECKS`."""
     findings = [
         Finding(check, count, split.rows if check.unit == ROWS else split.pairs, split.log)
         for check in CHECKS.values()

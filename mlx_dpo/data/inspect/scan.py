@@ -1,4 +1,7 @@
-"""One pass over the rows of a split: dropped rows, lengths and findings. Keeps no texts."""
+"""Read the rows of a split once and record dropped rows, lengths and findings.
+
+The texts themselves are not kept in memory.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -37,7 +40,7 @@ ProgressCallback = Callable[[int], None]  # called with the number of rows read 
 
 @dataclass(frozen=True, kw_only=True)
 class ScanSettings:
-    """Settings under which training would read the rows."""
+    """Settings with which training would parse and tokenize the rows."""
 
     rows: RowRules
     tokens: TokenRules | None = None  # None without a model
@@ -46,7 +49,7 @@ class ScanSettings:
 
 
 class SplitScan:
-    """Result of a scan: reports, lengths, digests and findings of training or held-out pairs."""
+    """Data collected by reading one split: reports, lengths, text digests and findings."""
 
     def __init__(self, settings: ScanSettings, log: FindingLog) -> None:
         parts = ("prompt", "answer") if settings.rows.judged else ("prompt", "chosen", "rejected")
@@ -67,7 +70,7 @@ class SplitScan:
 
 
 def scan_sources(sources: Sequence[Source], split: SplitScan, progress: ProgressCallback) -> None:
-    """Read all rows of the sources into `split`; bad rows become findings.
+    """Read all rows of the sources and record them in `split`; bad rows become findings.
 
     Raises:
         DataError: a source cannot be read to its end.
@@ -92,7 +95,7 @@ def _new_report(source: str, settings: ScanSettings) -> PairsReport:
 
 
 class _ReadableRows:
-    """Iterable of a source's rows that records the rows at which training would stop."""
+    """Iterable of a source's readable rows; it records each unreadable row as a finding."""
 
     def __init__(self, source: Source, split: SplitScan, progress: ProgressCallback) -> None:
         self.source, self.split, self.progress = source, split, progress
@@ -171,7 +174,7 @@ def _scan_tokens(example: Example, index: int, split: SplitScan, report: PairsRe
 def _token_findings(
     tokenized: TokenizedExample, settings: ScanSettings
 ) -> Iterator[tuple[str, str]]:
-    """Yield the name and the detail of each finding in the tokens."""
+    """Yield the check's name and a detail ("" for none) for each finding in the token ids."""
     pair, stops = tokenized.pair, stop_tokens(settings.tokenizer)
     if pair.prompt[:2] == (settings.tokenizer.bos_token_id,) * 2:
         yield "double-bos", ""
@@ -191,7 +194,7 @@ def _token_findings(
 def tokenize_example(
     example: Example, settings: ScanSettings, *, unlimited: bool = False
 ) -> TokenizedExample:
-    """Tokenize the example as training would; `unlimited`: without truncation.
+    """Tokenize the example as training would, or without truncation if `unlimited`.
 
     Raises:
         DataError, BadPairError: as in training.

@@ -1,4 +1,4 @@
-"""Split a tokenized pair into segments of text: the prompt, scored tokens and truncated tokens."""
+"""Split a tokenized pair into segments for display: prompt, completions and truncated tokens."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -11,23 +11,29 @@ Ids = tuple[int, ...]
 
 
 class TokenText(NamedTuple):
-    """Text of one or more tokens."""
+    """Decoded text of one special token, or of several consecutive ordinary tokens."""
 
     text: str
-    special: bool  # a special token, not characters that somebody typed
+    special: bool  # the text of a special token
 
 
 class Segment(NamedTuple):
-    """Consecutive tokens of a pair that are treated alike."""
+    """Consecutive tokens of a pair of the same kind: prompt, in the loss, or truncated."""
 
     name: str  # `prompt`, `chosen`, `rejected`, or `answer` for an unpaired example
-    kind: str  # `prompt`: context only; `scored`; `cut`: removed by truncation
+    kind: str  # `prompt`: context only; `scored`: in the loss; `cut`: removed by truncation
     tokens: int
     pieces: list[TokenText]
 
 
 def segment_pair(tokenizer: Any, full: TokenizedPair, truncated: TokenizedPair) -> list[Segment]:
-    """Return the segments of a pair in the order of its tokens, with the truncated ones."""
+    """Return the segments of a pair in order, including the tokens that truncation removes.
+
+    Args:
+        tokenizer: the tokenizer that decodes the tokens.
+        full: the pair before truncation.
+        truncated: the same pair after truncation.
+    """
     segments = [
         ("prompt", kind, ids) for kind, ids in _split_prompt(full.prompt, truncated.prompt) if ids
     ]
@@ -41,7 +47,10 @@ def segment_pair(tokenizer: Any, full: TokenizedPair, truncated: TokenizedPair) 
 
 
 def _split_prompt(full: Ids, truncated: Ids) -> Iterable[tuple[str, Ids]]:
-    """Return kinds and tokens of a prompt, which is truncated at its start, after the BOS."""
+    """Return (kind, token ids) for each segment of a prompt; a segment may be empty.
+
+    Truncation removes tokens at the start of the prompt, or after its BOS token.
+    """
     missing = len(full) - len(truncated)
     start = 0 if truncated == full[missing:] else 1
     return (
@@ -62,7 +71,7 @@ def _decode(tokenizer: Any, ids: Sequence[int]) -> list[TokenText]:
 
 
 def _piece_ends(ids: Sequence[int], special_ids: frozenset[int]) -> Iterator[int]:
-    """Yield the end of each piece: one special token, or all tokens up to the next one."""
+    """Yield the end index of each piece: one special token, or a run of ordinary tokens."""
     for i in range(1, len(ids) + 1):
         if i == len(ids) or ids[i] in special_ids or ids[i - 1] in special_ids:
             yield i

@@ -1,4 +1,4 @@
-"""Anomalies of single texts: odd characters and refusals."""
+"""Find odd characters and refusals in texts."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -41,7 +41,7 @@ AI_CHARACTERS = 300  # characters of the text that are searched for `AI_PHRASES`
 
 
 def find_odd_characters(texts: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
-    """Yield the name of each finding with the code points of the characters found."""
+    """Yield the name of each kind of odd character in the texts, with its code points."""
     text = "\n".join(texts)
     names = ["control-character"] if text.isascii() else CHARACTERS
     for name in names:
@@ -52,10 +52,10 @@ def find_odd_characters(texts: Iterable[str]) -> Iterator[tuple[str, list[str]]]
 
 
 def find_refusal(text: str) -> str | None:
-    """Return the phrase that makes the text a refusal (in English), or None if it is none.
+    """Return the English phrase that marks the text as a refusal; None if it is not a refusal.
 
-    A refusal has a sentence near its beginning that starts with one of `REFUSALS`, or one of
-    `AI_PHRASES` anywhere near its beginning.
+    A text is a refusal if a sentence near its beginning starts with one of `REFUSALS`, or if one
+    of `AI_PHRASES` is near its beginning.
     """
     start = text[:AI_CHARACTERS].replace("’", "'").lower()
     match = _SENTENCE_START.search(start[:SENTENCE_CHARACTERS]) or _ANYWHERE.search(start)

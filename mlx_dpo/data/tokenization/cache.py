@@ -1,7 +1,8 @@
 """Cache of tokenized pairs in the user's cache folder.
 
-The key of a file is a digest of the rows, the tokenizer and all settings that matter. A file with
-a wrong checksum is made again. Standard input, rows in memory and small files are not cached.
+A cache file is named by a digest of the data files, the tokenizer and all settings that matter. A
+cache file with a wrong checksum is replaced. Standard input, rows in memory and small files are
+not cached.
 """
 
 import errno
@@ -58,7 +59,7 @@ RowProgress = Callable[[int | None], AbstractContextManager[Advance]]
 
 @dataclass(frozen=True)
 class TokenCache:
-    """The folder of the cache, and the parts of the key that the caller knows."""
+    """Folder of the token cache, with the digest of the tokenizer's files and the model's name."""
 
     folder: Path
     tokenizer_digest: str  # of the tokenizer's files
@@ -67,7 +68,7 @@ class TokenCache:
 
 @contextmanager
 def no_progress(rows: int | None = None) -> Iterator[Advance]:
-    """Show no progress bar."""
+    """Yield a progress function that shows nothing."""
     yield lambda rows: None
 
 
@@ -111,7 +112,10 @@ def load_source(
 def _loaded_pairs(
     arrays: Arrays, metadata: dict[str, Any], source: Source, origin: str
 ) -> LoadedPairs[PairDataset]:
-    """Return pairs and report; their locations have the present names of the source's files."""
+    """Return pairs and report from the content of a pair file.
+
+    Locations get the file names that the source has now; the cache file stores no names.
+    """
     locations, report = RowLocations(source.file_names), metadata["report"]
     report |= {
         "source": source.name,
@@ -149,7 +153,7 @@ def _write(
 
 
 def _show_progress(source: Source, progress: RowProgress) -> AbstractContextManager[Advance]:
-    """Show a progress bar; only the rows of uncompressed JSON Lines are quickly counted."""
+    """Show a progress bar; the total is known only for uncompressed JSON Lines files."""
     if not source.files or any(file_format(path) != (".jsonl", "") for path in source.files):
         return progress(None)
     lines = 0
@@ -161,7 +165,7 @@ def _show_progress(source: Source, progress: RowProgress) -> AbstractContextMana
 
 
 def _files_to_cache(source: Source) -> tuple[Path, ...]:
-    """Return the files that hold the rows; none if there are none or they are small."""
+    """Return the files of a source that is large enough to be cached; otherwise no files."""
     files = source.files if source.dataset is None else source.dataset.files(source.split)
     return files if sum(path.stat().st_size for path in files) >= MIN_CACHED_BYTES else ()
 
@@ -169,7 +173,7 @@ def _files_to_cache(source: Source) -> tuple[Path, ...]:
 def _key(
     source: Source, files: Sequence[Path], tokenizer: Any, rules: PairRules, cache: TokenCache
 ) -> str:
-    """Return a digest of everything that the pairs depend on."""
+    """Return the cache key: a SHA-256 digest of everything that the tokenized pairs depend on."""
     formats: list[Any] = [file_format(path) for path in source.files]
     is_dated = DATED in str(getattr(tokenizer, "chat_template", ""))
     content = {
@@ -197,7 +201,10 @@ def _stamps(files: Sequence[Path]) -> list[tuple[int, int, int]]:
 
 
 def _labels(key: str, source: Source, cache: TokenCache | None) -> dict[str, Any]:
-    """Return the labels of a new file; a path is shortened to its last two parts."""
+    """Return the labels of a new cache file: key, source name, model name and time.
+
+    The source's path is shortened to its last two parts.
+    """
     name = source.name if source.dataset else "/".join(Path(source.name).parts[-2:])
     now = datetime.now(UTC).isoformat(timespec="seconds")
     model = cache.model if cache is not None else UNKNOWN
@@ -218,9 +225,10 @@ def _read(path: Path, key: str) -> tuple[Arrays, dict[str, Any]] | None:
 
 @contextmanager
 def _open_new_file(path: Path | None) -> Iterator[tuple[IO[bytes], Path | None, str]]:
-    """Open a temporary file next to `path`, or one without a name if that is impossible.
+    """Open a temporary file in the folder of `path`, or an unnamed file if that is impossible.
 
-    Yields the stream, the file's path (None without a name) and the reason if it has no name.
+    Yields the stream, the path of the temporary file (None if it is unnamed), and the reason why
+    it could not be opened there ("" if there is none).
     """
     problem = ""
     if path is not None:
@@ -240,13 +248,16 @@ def _open_new_file(path: Path | None) -> Iterator[tuple[IO[bytes], Path | None, 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenCacheEntry(CacheEntry):
-    """A file of cached tokens. `damaged` refers to its end; the rest is checked when it is read."""
+    """A token cache file in the listing of `mlx-dpo cache`.
+
+    `damaged` says that the file's end is invalid; the checksum is verified only by a run.
+    """
 
     name: str = UNKNOWN  # of the source
 
 
 def list_entries(folder: Path) -> list[TokenCacheEntry]:
-    """Return the files of the cache, sorted by name."""
+    """Return the token cache files in the folder, sorted by name."""
     return list_cache(folder, SUFFIX, TokenCacheEntry, _read_labels)
 
 

@@ -1,6 +1,7 @@
-"""Chat template and prompt/completion boundary: text or messages to prompt ids and completion ids.
+"""Tokenize text or messages, with the chat template, and separate prompt and completion ids.
 
-The chat template is applied only here. The boundary is checked on the token ids of every pair.
+Only this module applies the chat template. The boundary between prompt and completion is checked
+on the token ids of every pair.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,7 +38,7 @@ NO_KWARGS: Mapping[str, Any] = {}
 
 
 class TokenizedParts(NamedTuple):
-    """Prompt and completions as token ids, before stop tokens are added or anything is cut."""
+    """Prompt and completions as token ids, before stop tokens are added and before truncation."""
 
     prompt: Ids
     completions: list[Ids]  # chosen, rejected
@@ -55,7 +56,10 @@ class TemplateInput(NamedTuple):
 
 
 def has_template(tokenizer: Any) -> bool:
-    """Return whether mlx-lm's wrapper, or the tokenizer of transformers, has a chat template."""
+    """Return whether the tokenizer has a chat template.
+
+    It may be mlx-lm's wrapper or a tokenizer of transformers.
+    """
     has = getattr(tokenizer, "has_chat_template", None)
     return has if has is not None else getattr(tokenizer, "chat_template", None) is not None
 
@@ -76,7 +80,7 @@ def encode_conversation(
 
 
 def apply_template(tokenizer: Any, template_input: TemplateInput) -> Ids:
-    """Return the token ids that the chat template makes of the messages.
+    """Return the token ids of messages in the chat template.
 
     Raises:
         NotPlainTextError: a message contains a special token that cannot be kept as plain text.
@@ -99,7 +103,10 @@ def apply_template(tokenizer: Any, template_input: TemplateInput) -> Ids:
 
 
 def has_thinking_mode(tokenizer: Any) -> bool:
-    """Return whether the prompt of the chat template depends on `enable_thinking`."""
+    """Return whether the chat template has a thinking mode.
+
+    It has one if the argument `enable_thinking` changes the token ids of a prompt.
+    """
     if not has_template(tokenizer):
         return False
     question = [{"role": "user", "content": "?"}]
@@ -148,9 +155,10 @@ def tokenize_as_chat(
 
 
 def later_turn_starts(tokenizer: Any, example: PreferenceExample, *, thinking: bool) -> list[int]:
-    """Return the positions in the prompt ids at which user turns after the first begin.
+    """Return the positions in the prompt's token ids at which user turns begin.
 
-    Positions that the template does not allow to find are left out.
+    The first message is left out, and so is a turn before which the template does not yield a
+    prefix of the whole prompt.
     """
     messages = to_messages(example.prompt, "user")
     whole = TemplateInput(messages, thinking, example.template_kwargs)
@@ -171,10 +179,10 @@ def later_turn_starts(tokenizer: Any, example: PreferenceExample, *, thinking: b
 def tokenize_as_text(
     tokenizer: Any, example: PreferenceExample, *, controls: bool = False
 ) -> TokenizedParts:
-    """Tokenize plain text; prompt and completion are tokenized together.
+    """Tokenize an example as plain text; prompt and completion are tokenized as one text.
 
     Special tokens in the text stay plain text, except for a BOS token that begins the prompt and a
-    stop token that ends a completion. With `controls`, all are control tokens.
+    stop token that ends a completion. With `controls`, all special tokens are control tokens.
 
     Raises:
         BadPairError: the prompt is empty and the tokenizer has no BOS token, or a special token
@@ -198,12 +206,14 @@ def tokenize_as_text(
 
 
 def split_control_tokens(tokenizer: Any, text: str, *, ends: bool) -> tuple[str, str, str]:
-    """Split a text into a BOS token at its beginning, the text, and a stop token at its end.
+    """Split a text into its leading BOS token, the inner text, and its trailing stop token.
+
+    The first or last part is empty if the text has no such token.
 
     Args:
         tokenizer: the tokenizer.
-        text: text in which the two may be empty.
-        ends: whether a stop token is looked for.
+        text: plain text.
+        ends: also split off a stop token at the end, with the white space after it.
     """
     bos = getattr(tokenizer, "bos_token", None) or ""
     start = len(bos) if bos and text.startswith(bos) else 0
@@ -217,12 +227,15 @@ def split_control_tokens(tokenizer: Any, text: str, *, ends: bool) -> tuple[str,
 
 
 def format_ids(tokenizer: Any, ids: Ids) -> str:
-    """Return the text of token ids in backticks, for messages."""
+    """Return the text of token ids in backticks, or `nothing` without ids, for error messages."""
     return f"`{tokenizer.decode(list(ids))}`".replace("\n", "\\n") if ids else "nothing"
 
 
 def _join(prompt: tuple[Message, ...], completion: tuple[Message, ...]) -> list[Message]:
-    """Return the messages of prompt and completion; an assistant turn at the end is continued."""
+    """Return the messages of prompt and completion as one conversation.
+
+    If the prompt ends with an assistant turn, the completion's first message continues that turn.
+    """
     last, first = prompt[-1], completion[0]
     if last["role"] != "assistant":
         return [*prompt, *completion]
@@ -231,7 +244,10 @@ def _join(prompt: tuple[Message, ...], completion: tuple[Message, ...]) -> list[
 
 
 def _is_prefix(tokenizer: Any, before: TemplateInput, whole: TemplateInput) -> bool:
-    """Return whether the prompt is a prefix as text, so that only a merged token differs."""
+    """Return whether the prompt's text begins the whole conversation's text in the template.
+
+    The token ids then differ only because a token spans the boundary.
+    """
     prefix, text = (
         _call_template(tokenizer, template_input, tokenize=False)
         for template_input in (before, whole)
@@ -250,13 +266,16 @@ def _boundary_error(tokenizer: Any, location: str, before: Ids, whole: Ids) -> P
 
 
 def _split(prompt: Ids, rows: Sequence[Ids]) -> TokenizedParts:
-    """Split the rows where all agree; a token across the boundary goes to both completions."""
+    """Split sequences (prompt + completion) after the token ids that all share with `prompt`.
+
+    A token that spans the boundary of prompt and completion goes to the completions.
+    """
     end = min(_shared_length(prompt, row) for row in rows)
     return TokenizedParts(prompt[:end], [row[end:] for row in rows], len(prompt) - end)
 
 
 def _shared_length(first: Ids, second: Ids) -> int:
-    """Return the length of the common prefix."""
+    """Return the length of the common prefix of two sequences of token ids."""
     shorter = min(len(first), len(second))
     return next((i for i in range(shorter) if first[i] != second[i]), shorter)
 

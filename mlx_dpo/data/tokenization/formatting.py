@@ -1,4 +1,4 @@
-"""Format of an example for the tokenizer: chat or plain text, system turn, thinking mode."""
+"""Decide how an example is tokenized: as chat or plain text, with system turn and thinking mode."""
 
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ SYSTEM_ROLES = ("system", "developer")  # roles of a system turn
 
 @dataclass(frozen=True, kw_only=True)
 class TokenRules:
-    """The settings that decide how text becomes tokens; see the settings of the same names."""
+    """Settings of the tokenization; all but `vocab_size` are settings of `DPOConfig`, too."""
 
     chat_template: str = "auto"
     thinking: bool | None = None
@@ -25,7 +25,7 @@ class TokenRules:
 
 
 class FormattedExample(NamedTuple):
-    """An example in the format in which it is tokenized."""
+    """An example as it will be tokenized: converted to messages, or left as plain text."""
 
     example: PreferenceExample
     as_chat: bool  # with the chat template
@@ -37,7 +37,7 @@ class FormattedExample(NamedTuple):
 def format_example(
     tokenizer: Any, example: PreferenceExample, rules: TokenRules
 ) -> FormattedExample:
-    """Return the example in the format that the rules and the tokenizer's template require.
+    """Convert the example to messages or leave it as text, by settings and chat template.
 
     Raises:
         DataError: messages without a template, or a row that contradicts `thinking`.
@@ -95,7 +95,11 @@ def _add_system(
 
 
 def _get_thinking(example: PreferenceExample, rules: TokenRules) -> bool:
-    """Return the setting `thinking`; a row's own value overrides it in the template."""
+    """Return the setting `thinking`, False by default.
+
+    Raises:
+        DataError: the row has another value in `chat_template_kwargs`.
+    """
     own = example.template_kwargs.get("enable_thinking")
     if own is not None and rules.thinking is not None and own != rules.thinking:
         raise DataError(

@@ -1,7 +1,8 @@
 """File format of tokenized pairs: token ids and columns, memory-mapped, with a checksum.
 
 A file has the token ids of all pairs, then each column, then JSON with the offsets of the columns
-and free metadata, the length of that JSON (8 bytes, little-endian) and a SHA-256 of all of it.
+and with metadata, then the length of that JSON (8 bytes, little-endian), and at last a SHA-256
+checksum of everything before.
 """
 
 import json
@@ -25,7 +26,7 @@ Arrays = dict[str, Any]
 
 
 def pairs_to_arrays(pairs: Sequence[TokenizedPair], locations: RowLocations) -> Arrays:
-    """Return token ids, columns and locations of some pairs, as a file stores them."""
+    """Return token ids, columns and locations of the pairs as the arrays of a pair file."""
     ids = [i for pair in pairs for part in (pair.prompt, pair.chosen, pair.rejected) for i in part]
     codes = [locations.encode(pair.location) for pair in pairs]
     arrays = {name: column(pairs, name) for name in COLUMNS}
@@ -36,7 +37,7 @@ def pairs_to_arrays(pairs: Sequence[TokenizedPair], locations: RowLocations) -> 
 
 
 class PairFileWriter:
-    """Writes a file of pairs block by block, without holding the tokens in memory."""
+    """Writer of a pair file, which adds pairs block by block and keeps no tokens in memory."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream, self._checksum = stream, sha256()
@@ -44,13 +45,13 @@ class PairFileWriter:
         self._bytes = self._tokens = 0
 
     def add(self, arrays: Arrays) -> None:
-        """Append the next pairs."""
+        """Append further pairs: write their token ids, and keep their columns for `finish`."""
         self._write(arrays[TOKENS].tobytes())
         self._tokens += len(arrays[TOKENS])
         self._blocks.append({name: array for name, array in arrays.items() if name != TOKENS})
 
     def finish(self, metadata: dict[str, Any]) -> None:
-        """Write the columns and the metadata; the file is then complete."""
+        """Write the columns, the metadata and the checksum, which completes the file."""
         index: dict[str, list[int]] = {TOKENS: [0, self._tokens]}
         for name in sorted(FILE_COLUMNS.keys() - {TOKENS}):
             dtype, shape = FILE_COLUMNS[name]
@@ -72,13 +73,16 @@ class PairFileWriter:
 
 
 def read_metadata(stream: IO[bytes]) -> dict[str, Any] | None:
-    """Return the metadata of a file without verifying the checksum; None if it is no such file."""
+    """Return a pair file's metadata without verifying its checksum; None for other formats."""
     footer = _read_footer(stream)
     return None if footer is None else footer["metadata"]
 
 
 def read_pair_file(stream: IO[bytes]) -> tuple[Arrays, dict[str, Any]] | None:
-    """Return memory-mapped arrays and metadata; None if the file is damaged or no such file."""
+    """Return memory-mapped arrays and metadata of a pair file.
+
+    The result is None if the checksum is wrong or the file has another format.
+    """
     if not _has_valid_checksum(stream) or (footer := _read_footer(stream)) is None:
         return None
     mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)

@@ -31,7 +31,7 @@ main()
 
 
 class TokenizedChunk(NamedTuple):
-    """The pairs of some rows as arrays, with the counts."""
+    """The tokenized pairs of a chunk of rows, as arrays, and the report on these rows."""
 
     arrays: Arrays
     report: PairsReport
@@ -47,7 +47,7 @@ class WorkerSetup:
 
 
 class WorkerPool:
-    """Worker processes that tokenize rows; a context manager that ends them at the end."""
+    """Pool of worker processes that tokenize rows; leaving its context ends the processes."""
 
     def __init__(self, count: int, setup: WorkerSetup) -> None:
         self.count = count
@@ -76,7 +76,7 @@ class WorkerPool:
                 worker.communicate()
 
     def tokenize(self, rows: Sequence[Row]) -> TokenizedChunk:
-        """Tokenize the rows in an idle worker; wait for one if none is idle. Thread-safe.
+        """Tokenize rows in a worker process, after waiting for an idle worker. Thread-safe.
 
         Raises:
             DataError, BadPairError, ConfigError: as in a single process.
@@ -108,7 +108,10 @@ def _worker_error(worker: subprocess.Popen[bytes]) -> DataError:
 
 
 def main() -> None:
-    """Tokenize rows from stdin until its end, as a worker process. Errors are results, too."""
+    """Run a worker process: read chunks of rows from stdin and write tokenized pairs to stdout.
+
+    A `DPOError` is written as the result of its chunk.
+    """
     # The output of libraries must not mix with the results.
     results, sys.stdout = sys.stdout.buffer, sys.stderr
     setup: WorkerSetup = pickle.load(sys.stdin.buffer)
@@ -142,7 +145,7 @@ ChunkProgress = Callable[[], AbstractContextManager[Advance]]  # shows a progres
 
 @dataclass(frozen=True)
 class TokenizerWorkers:
-    """A tokenizer, and how to use it in several processes."""
+    """A tokenizer, the number of processes, and the function that loads the tokenizer in each."""
 
     tokenizer: Any
     load_tokenizer: Callable[[], Any] | None = None  # can be pickled; for more than one process
@@ -157,9 +160,10 @@ def tokenize_chunks(
     locations: RowLocations,
     progress: ChunkProgress,
 ) -> Iterator[Arrays]:
-    """Yield the pairs of the rows as the arrays of a pair file, and count them in the report.
+    """Tokenize the rows; yield the pairs in chunks, as the arrays of a pair file.
 
-    The progress bar is only shown, and other processes are only started, for many rows.
+    The pairs are counted in `report`. A progress bar and worker processes are used only from row
+    `MIN_PARALLEL_ROWS` on, and never with `pair_labelled`.
 
     Raises:
         DataError, BadPairError, ConfigError: the first error of the rows, as `load_pairs`.
@@ -212,9 +216,9 @@ def _chunks(items: Iterable[Any]) -> Iterator[Sequence[Any]]:
 def _tokenize_in_order(
     chunks: Iterator[Sequence[Row]], pool: WorkerPool
 ) -> Iterator[TokenizedChunk]:
-    """Yield the tokenized chunks in their order.
+    """Tokenize chunks of rows in the pool; yield the results in the order of the chunks.
 
-    An error of reading rows is raised after the results, and the errors, of the rows before it.
+    An error while reading rows is raised only after the results of all earlier chunks.
     """
     waiting: deque[Future[TokenizedChunk]] = deque()
     read_error = None

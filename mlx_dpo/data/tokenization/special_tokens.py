@@ -1,8 +1,8 @@
-"""Special tokens inside the text of data and messages: they are tokenized as plain text.
+"""Tokenize special tokens that occur in the text of data or messages as plain text.
 
 Each special token in a text is replaced by a private-use character before the template and the
-tokenizer see it. So only the special tokens that the template writes itself are control tokens,
-and no text can imitate one.
+tokenizer see the text. So only the special tokens that the template writes itself are control
+tokens, and no text can imitate a control token.
 """
 
 import re
@@ -21,7 +21,10 @@ class NotPlainTextError(DataError):
 
 
 class SpecialTokens:
-    """The special tokens of a tokenizer, each with the character that replaces it."""
+    """The special tokens of a tokenizer, each with the private-use character that replaces it.
+
+    A text with replaced tokens can pass through the chat template; see `encode`.
+    """
 
     def __init__(self, names: Mapping[str, int]) -> None:
         longest_first = sorted(names, key=len, reverse=True)  # the longest match counts
@@ -37,10 +40,12 @@ class SpecialTokens:
         return {name for text in iterate_texts(value) for name in self._name_pattern.findall(text)}
 
     def mark(self, value: Any) -> Any:
-        """Replace the special tokens in a text or in nested messages; roles stay as they are.
+        """Replace special tokens in a text or nested messages by private-use characters.
+
+        Roles of messages stay as they are.
 
         Raises:
-            NotPlainTextError: a text already contains one of the replacing characters.
+            NotPlainTextError: a text already contains one of these private-use characters.
         """
         if isinstance(value, str):
             if self._mark_pattern.search(value):
@@ -51,14 +56,14 @@ class SpecialTokens:
         return [self.mark(item) for item in value] if isinstance(value, list | tuple) else value
 
     def unmark(self, text: str) -> str:
-        """Return the text with the special tokens in it."""
+        """Replace the private-use characters in a text by the special tokens they stand for."""
         return self._mark_pattern.sub(lambda match: self._name_of[match[0]], text)
 
     def encode(self, tokenizer: Any, text: str) -> list[int]:
-        """Return the token ids of a text from `mark`; replaced special tokens are plain text.
+        """Return the token ids of a text from `mark`; replaced tokens are encoded as plain text.
 
         Raises:
-            NotPlainTextError: the tokenizer always makes a special token of its name.
+            NotPlainTextError: the tokenizer always encodes a replaced token as a special token.
         """
         pieces = self._mark_pattern.split(text)
         ids = _plain_encoder(tokenizer)(pieces[0]) if pieces[0] else []
@@ -70,7 +75,10 @@ class SpecialTokens:
         return ids
 
     def _encode_name(self, tokenizer: Any, name: str, inside: bool) -> list[int]:
-        """Return the ids of the characters of a special token's name."""
+        """Return the token ids of a special token's text, such as `<s>`, as ordinary characters.
+
+        `inside`: the name is not at the beginning of the text.
+        """
         ids = _encode_inside(_plain_encoder(tokenizer, split=True), name, inside)
         if self.ids & set(ids):  # it ignores `split_special_tokens`: split the name here
             plain = _plain_encoder(tokenizer)
@@ -104,7 +112,7 @@ def stop_tokens(tokenizer: Any) -> set[int]:
 
 
 def iterate_texts(value: Any) -> Iterator[str]:
-    """Yield every text in nested messages, except for roles."""
+    """Yield every string in a text or in nested messages, except for the roles."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
@@ -126,7 +134,10 @@ def _plain_encoder(tokenizer: Any, *, split: bool = False) -> Callable[[str], li
 
 
 def _encode_inside(encode: Callable[[str], list[int]], piece: str, inside: bool) -> list[int]:
-    """Return the ids of a piece; `inside` a text, no space may be added before it."""
+    """Return the token ids of a piece of text.
+
+    With `inside`, the piece follows other text, and the tokenizer must not add a space before it.
+    """
     if not inside:
         return encode(piece)
     # Some tokenizers add a space at the beginning of a text, so a context is put before the piece.

@@ -1,4 +1,4 @@
-"""Examples as text to tokenized pairs: format, stop tokens, truncation, checks of the ids."""
+"""Tokenize examples: format the text, add stop tokens, truncate, and check the token ids."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -38,24 +38,24 @@ def truncate(
     keep_bos: bool = False,
     turn_starts: Sequence[int] = (),
 ) -> TokenizedPair:
-    """Return the pair with at most `max_length` tokens of prompt + completion in both rows.
+    """Return the pair, truncated to at most `max_length` tokens of prompt + each completion.
 
     A completion always keeps at least one token.
 
     Args:
-        pair: the pair.
-        max_length: tokens per row.
+        pair: the pair to truncate.
+        max_length: maximum tokens of prompt + completion.
         strategy: `keep_start` cuts the end of completions, as TRL does. `keep_end` cuts the start
-            of the prompt, the same in both rows, and completions only if they do not fit next to
-            one prompt token. `drop` cuts nothing.
+            of the prompt, the same for both completions, and cuts completions only if they do not
+            fit next to one prompt token. `drop` raises `BadPairError` instead of cutting.
         keep_bos: with `keep_end`, keep the first token of the prompt.
         turn_starts: with `keep_end`, positions in the prompt at which turns begin. The prompt is
-            cut at the first one that leaves room for the completions; if there is none, at any
-            token.
+            cut at the first position that leaves room for the completions; if there is none, at
+            any token.
 
     Raises:
-        BadPairError: the pair is to be dropped, has no room for a completion, or its completions
-            are the same after truncation.
+        BadPairError: the pair is too long and the strategy is `drop`, the prompt leaves no room
+            for a completion, or the completions are equal after truncation.
     """
     if len(pair) <= max_length:
         return pair
@@ -94,7 +94,7 @@ def _cut_start(
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizedExample:
-    """A tokenized pair, with what the report counts about it."""
+    """A tokenized pair, and the facts about it that `PairsReport` counts."""
 
     pair: TokenizedPair
     as_chat: bool  # tokenized with the chat template
@@ -113,10 +113,10 @@ class TokenizedExample:
 
 
 def check_token_rules(tokenizer: Any, rules: TokenRules) -> None:
-    """Check that the tokenizer supports the rules.
+    """Check that the tokenizer supports the tokenization settings.
 
     Raises:
-        ConfigError: a setting needs a chat template, or one with a thinking mode.
+        ConfigError: a setting needs a chat template or a thinking mode, and there is none.
         ModelError: the tokenizer has no stop token.
     """
     if tokenizer.eos_token_id is None:
@@ -137,8 +137,8 @@ def tokenize_pair(
 ) -> TokenizedExample:
     """Tokenize a preference pair; each completion ends with a stop token.
 
-    With `chat_template` auto, messages and strings are put into the chat template. Texts with an
-    implicit prompt stay text, unless they have turn marks.
+    With `chat_template` auto, messages and strings are put into the chat template. Pairs whose
+    prompt is the common beginning of both texts stay text, unless they have turn marks (`Human:`).
 
     Raises:
         DataError: the template or the tokenizer does not fit the pair or the model.
@@ -185,7 +185,7 @@ class _Parts(NamedTuple):
 
 
 def _tokenize(tokenizer: Any, example: PreferenceExample, rules: TokenRules) -> _Parts:
-    """Return prompt and completions as valid token ids; none of them is empty."""
+    """Tokenize prompt and completions before truncation; check that their ids are valid."""
     formatted = format_example(tokenizer, example, rules)
     example = formatted.example
     if formatted.as_chat:
@@ -227,7 +227,10 @@ def _truncate(
 
 
 def _find_special_tokens(tokenizer: Any, formatted: FormattedExample) -> frozenset[str]:
-    """Return the special tokens in the text, without BOS and stop token around plain text."""
+    """Return the special tokens in the example's text.
+
+    A BOS token at the start and a stop token at the end of plain text do not count.
+    """
     example, specials = formatted.example, get_special_tokens(tokenizer)
     if formatted.as_chat:
         texts = [example.prompt, example.chosen, example.rejected, example.template_kwargs]
@@ -238,7 +241,10 @@ def _find_special_tokens(tokenizer: Any, formatted: FormattedExample) -> frozens
 
 
 def _end_with_stop(tokenizer: Any, completion: Ids, stops: set[int]) -> tuple[Ids, bool]:
-    """Return the completion up to its stop token, and whether the stop token was added."""
+    """Return the completion with a final stop token, and True if this token was added.
+
+    White space after an existing stop token is removed.
+    """
     end = next((i + 1 for i in reversed(range(len(completion))) if completion[i] in stops), 0)
     # Many templates write a newline after the stop token, which generation never reaches.
     if end and not tokenizer.decode(list(completion[end:])).strip():

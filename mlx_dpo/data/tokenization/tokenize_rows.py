@@ -1,4 +1,4 @@
-"""Rows to tokenized pairs: parse, tokenize and count, or drop, each example of the rows."""
+"""Parse and tokenize data set rows; count the resulting pairs and the dropped ones."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ Pairs = TypeVar("Pairs", bound=Sequence[TokenizedPair])
 
 @dataclass(frozen=True)
 class LoadedPairs(Generic[Pairs]):
-    """The tokenized pairs of a source in its order, and a report with the counts."""
+    """The tokenized pairs of one data source, in order, and the report that counts them."""
 
     pairs: Pairs
     report: PairsReport
@@ -52,7 +52,7 @@ def tokenize_rows(
 def tokenize_example(
     parsed: ParsedExample, tokenizer: Any, rules: TokenRules, report: PairsReport
 ) -> TokenizedPair:
-    """Return the example as token ids, and count it in the report.
+    """Tokenize a parsed example and count it in the report.
 
     Raises:
         DataError, BadPairError: as `tokenize_pair`.
@@ -72,13 +72,13 @@ def tokenize_example(
 
 
 def new_report(source: str, rules: TokenRules, rows: RowRules) -> PairsReport:
-    """Return a report in which nothing has been counted yet."""
+    """Return an empty report on the data source named `source`."""
     is_text = rules.chat_template == "text"
     return PairsReport(source, rules.max_length, judged=rows.judged, specials_act=is_text)
 
 
 def check_any_pair(report: PairsReport) -> None:
-    """Raise `DataError`, with the reasons, if no pair of a source is left."""
+    """Raise `DataError` if the source has no usable pair; the message counts the reasons."""
     if not report.kept:
         raise DataError(f"{report.source}: no pair left {_reasons(report)}; give other pairs")
 
