@@ -4,9 +4,9 @@
     ├── ConfigError      a setting is unknown, out of range, without effect or contradicts another
     ├── DataError                preference data cannot be read, or no pair is left
     │   ├── BadPairError         a pair cannot be trained on; it may be left out
-    │   └── PromptBoundaryError  the chat template hides where the completion begins
+    │   └── PromptBoundaryError  the chat template does not show where the completion begins
     ├── ModelError       a model cannot be found, loaded, converted or adapted
-    ├── RunError         a run folder is taken, foreign, unfinished or cannot be written
+    ├── RunError         a run folder is in use, has other settings, is unfinished or unwritable
     └── TrainingError    training went wrong (a loss that is not a number)
 
 Messages read `where: what is wrong (what was found); what to do`, on one line.
@@ -33,7 +33,7 @@ ALWAYS_DROPPED = (TOO_LONG, TIED, UNPAIRED)  # a setting or a rating asks for it
 
 
 class DPOError(Exception):
-    """Base class: the message is written for the person at the terminal."""
+    """Base class of errors that the user can fix; the message is shown without a traceback."""
 
 
 class ConfigError(DPOError):
@@ -45,11 +45,14 @@ class DataError(DPOError):
 
 
 class PromptBoundaryError(DataError):
-    """The chat template hides where the completion begins; no setting leaves such a pair out."""
+    """The chat template does not show where the completion begins.
+
+    Such a pair cannot be left out with `--bad-pairs drop`.
+    """
 
 
 class BadPairError(DataError):
-    """A pair cannot be trained on; it may be left out and counted under its `reason`."""
+    """A pair cannot be trained on; `--bad-pairs drop` leaves it out and counts it by `reason`."""
 
     def __init__(
         self, location: str, reason: str, found: str = "", *, advice: str = "fix it"
@@ -76,7 +79,7 @@ class ModelError(DPOError):
 
 
 class RunError(DPOError):
-    """A run folder is taken, belongs to other settings, is unfinished or cannot be written."""
+    """A run folder is in use, has other settings, is unfinished or cannot be written."""
 
 
 class TrainingError(DPOError):
@@ -84,7 +87,7 @@ class TrainingError(DPOError):
 
 
 def reason(error: BaseException) -> str:
-    """Return the message of an error of the system or of another library, in one short line."""
+    """Return the message of an error of the system or of another library, as one short line."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,8 +1,8 @@
-"""OpenBLAS for MLX's CPU backend on Linux, loaded before MLX if it is installed.
+"""Load OpenBLAS for MLX's CPU backend on Linux, before MLX is imported.
 
 MLX's wheel for Linux links the reference BLAS, which is about forty times slower in float32. If
 OpenBLAS is loaded first, with global symbols, the dynamic linker uses it for MLX's matrix products.
-On macOS MLX computes on Metal, and nothing is done.
+On macOS, where MLX computes on Metal, nothing is loaded.
 """
 
 import ctypes
@@ -15,7 +15,7 @@ _loaded: ctypes.CDLL | None = None
 
 
 def use_openblas() -> bool:
-    """Load OpenBLAS and return whether MLX's matrix products will use it.
+    """Load OpenBLAS if it is installed; return whether MLX's matrix products will use it.
 
     `MLX_DPO_OPENBLAS=0` keeps the BLAS of MLX's wheel. If MLX was imported before this package, its
     symbols are bound already and nothing is loaded.

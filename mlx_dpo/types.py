@@ -1,7 +1,7 @@
 """Types that the whole package shares, in the order of the data flow.
 
-Shape letters used everywhere: B pairs in a batch, N = 2B rows (all chosen, then all
-rejected), T tokens in a padded row, V vocabulary. Log-probabilities are in nats.
+Shape letters used everywhere: B pairs in a batch, N = 2B sequences (all chosen, then all
+rejected), T tokens in a padded sequence, V vocabulary. Log-probabilities are in nats.
 """
 
 from collections.abc import Mapping, Sequence
@@ -45,7 +45,10 @@ class UnpairedExample:
 
 @dataclass(frozen=True, slots=True)
 class TokenizedPair:
-    """A preference pair as token ids. The parts stay apart: masks are derived, never stored."""
+    """A preference pair as token ids. `chosen` and `rejected` do not include the prompt.
+
+    Masks are derived from the lengths and never stored.
+    """
 
     prompt: tuple[int, ...]
     chosen: tuple[int, ...]
@@ -60,12 +63,12 @@ class TokenizedPair:
     desirable: bool | None = None  # the label of an unpaired example; None for pairs
 
     def __len__(self) -> int:
-        """Return the number of tokens of the longer of the two rows."""
+        """Return the number of tokens of the prompt with the longer completion."""
         return len(self.prompt) + max(len(self.chosen), len(self.rejected))
 
 
 class PairBatch(NamedTuple):
-    """Input of one forward pass. Rows: every chosen completion, then every rejected one."""
+    """Input of one forward pass: the chosen completions with their prompts, then the rejected."""
 
     tokens: mx.array  # (N, T) int32, padded on the right
     completion_mask: mx.array  # (N, T) bool, True where tokens[n, t] is to be scored
@@ -84,7 +87,7 @@ class PairLogps(NamedTuple):
 
 
 class PairMetadata(NamedTuple):
-    """Inputs of the losses besides log-probabilities."""
+    """Inputs of the losses besides log-probabilities: token counts, margins, weights, labels."""
 
     chosen_tokens: mx.array  # (B,) float32, tokens of the completion
     rejected_tokens: mx.array  # (B,) float32
@@ -104,7 +107,7 @@ class ScoredPairs(NamedTuple):
 
 
 class LossOutputs(NamedTuple):
-    """Loss and implied rewards of each pair; all metrics are computed from them."""
+    """Loss and implied rewards of each pair, from which all metrics are computed."""
 
     losses: mx.array  # (B,) float32
     scored: ScoredPairs
@@ -113,7 +116,7 @@ class LossOutputs(NamedTuple):
 
 
 class PreferenceMetrics(NamedTuple):
-    """Means over a set of pairs, as floats; `losses.metrics` has their public names."""
+    """Metrics as means over a set of pairs; `losses.metrics` lists their names in metrics.jsonl."""
 
     loss: float
     chosen_rewards: float | None  # None if a step of unpaired examples has no desirable one

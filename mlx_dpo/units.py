@@ -1,10 +1,11 @@
-"""Units of quantities that are printed."""
+"""Format quantities with units for display."""
 
 
 def format_bytes(size: float, *, is_estimate: bool = False) -> str:
-    """Return a size in decimal units, such as `1.5 GB`, `350 MB` or `0.4 MB`.
+    """Return a number of bytes as text in decimal units, such as `1.5 GB`, `350 MB` or `0.4 MB`.
 
-    An estimate has whole megabytes below 100 MB and three significant digits of gigabytes above.
+    An estimate is rounded to whole megabytes below 100 MB, and to three significant digits of
+    gigabytes above.
     """
     if is_estimate:
         if size < 1e8:

@@ -12,7 +12,7 @@ import click
 
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.io.atomic import abandoned_paths
-from mlx_dpo.paths import MOVES_CACHE, cache_folder, reference_cache, token_cache
+from mlx_dpo.paths import CACHE_VARIABLE, cache_folder, reference_cache_folder, token_cache_folder
 from mlx_dpo.units import format_bytes
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class CacheFolder(NamedTuple):
 
     @property
     def total(self) -> str:
-        """Number and size of all files."""
+        """Number and total size of all files, as text."""
         size = sum(entry.size for entry in self.entries)
         size += sum(path.stat().st_size for path in self.leftovers)
         return f"{_files(len(self.entries) + len(self.leftovers))}, {format_bytes(size)}"
@@ -43,7 +43,10 @@ def _cache_folders() -> dict[str, CacheFolder]:
     from mlx_dpo.data.tokenization import cache as tokens
     from mlx_dpo.training import logps_cache
 
-    modules = {"reference": (reference_cache(), logps_cache), "tokens": (token_cache(), tokens)}
+    modules = {
+        "reference": (reference_cache_folder(), logps_cache),
+        "tokens": (token_cache_folder(), tokens),
+    }
     return {
         name: CacheFolder(folder, module.list_entries(folder), abandoned_paths(folder))
         for name, (folder, module) in modules.items()
@@ -54,12 +57,11 @@ def _cache_folders() -> dict[str, CacheFolder]:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of a table.")
 @click.pass_context
 def cache(ctx: click.Context, as_json: bool) -> None:
-    """List what runs share, reference answers and tokens of pairs; `cache clear` removes it.
+    """List the cached reference log-probabilities and tokenized pairs; `cache clear` deletes them.
 
-    A run asks its reference about every pair once, and tokenizes a large source once. Both are
-    kept in the user's cache folder, under a digest of all that determines them; the environment
-    variable MLX_DPO_CACHE names another folder. Without them, the next run does it again:
-    clearing costs time alone.
+    Runs reuse both instead of computing them again (tokens are cached for large sources only). They
+    are stored in the user's cache folder, or in the folder that MLX_DPO_CACHE names, under a digest
+    of everything they depend on. Deleting them is safe: the next run computes them again.
     """
     if ctx.invoked_subcommand is not None:
         if as_json:
@@ -74,7 +76,7 @@ def cache(ctx: click.Context, as_json: bool) -> None:
     if tokens.entries or tokens.leftovers:
         _show_tokens(tokens)
     if not any(contents.entries or contents.leftovers for contents in (reference, tokens)):
-        moves = f"{cache_folder()} ({MOVES_CACHE} moves it)"
+        moves = f"{cache_folder()} ({CACHE_VARIABLE} moves it)"
         click.echo(f"Nothing is kept yet: {moves} fills as runs are made")
 
 
@@ -89,9 +91,9 @@ def cache(ctx: click.Context, as_json: bool) -> None:
 @click.option("--only", type=click.Choice(KINDS), help="Only this kind.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def clear(older_than: float | None, model: str | None, only: str | None, yes: bool) -> None:
-    """Remove what is kept, after saying what will go.
+    """Delete cached files, after printing their number and size and asking.
 
-    Runs under way are not disturbed: they hold what they need.
+    Runs in progress are not affected: they have already read what they need.
     """
     cache_folders = [
         contents for name, contents in _cache_folders().items() if only in (None, name)
@@ -140,14 +142,14 @@ def _confirm() -> None:
 def _show(contents: CacheFolder) -> None:
     from mlx_dpo.training.logps_cache import group_by_model
 
-    click.echo(f"{contents.folder} ({MOVES_CACHE} moves it)\n")
+    click.echo(f"{contents.folder} ({CACHE_VARIABLE} moves it)\n")
     _table([HEADINGS, *map(_row, group_by_model(contents.entries))])
     click.echo(f"\n{contents.total}")
     _show_damaged(contents, "its pairs will be scored again")
 
 
 def _show_tokens(contents: CacheFolder) -> None:
-    click.echo(f"{contents.folder} ({MOVES_CACHE} moves it)\n")
+    click.echo(f"{contents.folder} ({CACHE_VARIABLE} moves it)\n")
     _table([TOKEN_HEADINGS, *map(_token_row, contents.entries)])
     click.echo(f"\n{contents.total}")
     _show_damaged(contents, "its pairs will be tokenized again")
@@ -162,7 +164,7 @@ def _show_damaged(contents: CacheFolder, consequence: str) -> None:
 
 
 def _table(rows: Sequence[Sequence[str]]) -> None:
-    """Print rows in aligned columns; the first row has the headings."""
+    """Print rows as a table with aligned columns; the first row contains the headings."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = [

@@ -20,31 +20,32 @@ RECIPES = ("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")
 @click.option(
     "--bits",
     type=click.Choice([str(bits) for bits in BITS]),
-    help="Quantise the weights to this many bits.",
+    help="Quantize the weights to this many bits.",
 )
 @click.option(
     "--group-size", type=int, help="Weights that share a scale: 32, 64 or 128. [default: 64]"
 )
 @click.option(
-    "--mode", type=click.Choice(MODES), default="affine", help="How quantised weights are packed."
+    "--mode", type=click.Choice(MODES), default="affine", help="How quantized weights are packed."
 )
 @click.option(
     "--dtype",
     type=click.Choice(DTYPES),
-    help="Number type of weights that are not quantised. [default: the model's own]",
+    help="Number type of weights that are not quantized. [default: the model's own]",
 )
 @click.option("--revision", metavar="TEXT", help="Hub revision of the model.")
 @click.option(
     "--recipe",
     type=click.Choice(RECIPES),
-    help="Quantise layers to two widths: most to the first, the delicate ones to the second.",
+    help="Quantize layers to two widths: most to the first, the delicate ones to the second.",
 )
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with SOURCE.")
 def convert(source: str, output: Path, bits: str | None, **options: Any) -> None:
-    """Write SOURCE, a Hub id or a folder, in MLX's layout, and check that it is the same model.
+    """Convert SOURCE, a Hub id or a folder, to MLX's layout, and check the result.
 
-    SOURCE is read from safetensors only. The folder appears whole or not at all. The same
-    English text is scored before and after, and the difference is printed.
+    Only safetensors files are read. The output folder is written complete or not at all. The
+    log-probabilities of an English text are computed before and after the conversion, and the
+    difference is printed.
     """
     from mlx_dpo.export import convert as conversion
     from mlx_dpo.reporting.console import make_console, print_label_table
@@ -59,7 +60,7 @@ def convert(source: str, output: Path, bits: str | None, **options: Any) -> None
 
 
 def facts(report: "ConvertReport") -> list[tuple[str, str]]:
-    """Return label and value of each line that is printed about a conversion."""
+    """Return the lines (label, value) that are printed about a conversion."""
     from mlx_dpo.units import format_bytes
 
     before, after = format_bytes(report.bytes_before), format_bytes(report.bytes_after)

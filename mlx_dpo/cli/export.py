@@ -1,4 +1,4 @@
-"""`mlx-dpo export`: the adapter of a run in PEFT's layout as well."""
+"""`mlx-dpo export`: write the adapter of a run in PEFT's layout as well."""
 
 import click
 
@@ -12,12 +12,12 @@ import click
 )
 @click.option("--revision", metavar="TEXT", help="Hub revision of --base.")
 def export(run: str, base: str | None, revision: str | None) -> None:
-    """Make the adapter of RUN load in transformers + PEFT too, from the same folder.
+    """Add PEFT's files to the adapter of RUN, so that transformers + PEFT can load it too.
 
-    A run does this by itself where its model is a Hugging Face checkpoint. Where that was
-    converted or quantised for MLX, --base names the original, on whose tensors every name and
-    shape is proved; of a Hub id only headers are downloaded. Weights that lie here are compared
-    as well.
+    A run does this by itself if its model is a Hugging Face checkpoint. If the model was converted
+    or quantized for MLX, --base names the original checkpoint, against which all names and shapes
+    are checked. Only headers are downloaded from the Hub; the weights of a local checkpoint are
+    compared as well.
     """
     from mlx_dpo.saved_runs.export_peft import export_run
 

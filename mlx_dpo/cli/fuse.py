@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @click.option(
     "--bits",
     type=click.Choice([str(bits) for bits in BITS]),
-    help="Quantise the result to this many bits, which may undo the training.",
+    help="Quantize the result to this many bits, which may undo the training.",
 )
 @click.option(
     "--group-size", type=int, help="Weights that share a scale, with --bits. [default: 64]"
@@ -51,12 +51,12 @@ if TYPE_CHECKING:
 )
 @click.option("--converter", metavar="FILE", help="llama.cpp's convert_hf_to_gguf.py.")
 def fuse(run: str, output: Path, bits: str | None, **settings: Any) -> None:
-    """Write the policy of RUN as a model that needs no adapter.
+    """Write the policy of RUN as a plain model, with the adapter merged into the weights.
 
-    Quantised layers are unpacked, because a change as small as that of preference training is lost
-    when weights are quantised anew. The result is read again and compared on held-out pairs with
-    the policy: what is left of the margin and of the adapters' change is printed, and a model that
-    lost it is not kept.
+    Quantized layers are dequantized, because a change as small as that of preference training is
+    lost when weights are quantized again. The written model is compared with the policy on held-out
+    pairs: the retained shares of the margin and of the adapter's change are printed, and a model
+    that lost too much is not kept.
     """
     from mlx_dpo.export.fuse import FuseOptions, convert_to_gguf, fuse_run
     from mlx_dpo.reporting.console import make_console, print_label_table
@@ -76,29 +76,30 @@ def fuse(run: str, output: Path, bits: str | None, **settings: Any) -> None:
 
 
 def facts(fused: "FusedModel") -> list[tuple[str, str]]:
-    """Return label and value of each line that is printed about a fused model."""
+    """Return the lines (label, value) that are printed about a fused model."""
     from mlx_dpo.units import format_bytes
 
-    found, rounding = fused.retention, fused.rounding
+    retention, merged = fused.retention, fused.merge_retention
     lines = [
         ("model", f"{fused.output}, {format_bytes(fused.bytes)}, {fused.kind}"),
         (
             "margin",
-            f"{found.margin:.2%} kept: {found.margin_before:.3f} before, {found.margin_after:.3f} "
-            f"after (mean log-ratio margin in nats, {fused.measured_on})",
+            f"{retention.margin:.2%} kept: {retention.margin_before:.3f} before, "
+            f"{retention.margin_after:.3f} after (mean log-ratio margin in nats, "
+            f"{fused.measured_on})",
         ),
         (
             "change",
-            f"{found.change:.2%} of the adapters' change of log-probabilities kept; the two "
-            f"models are {found.mean_difference:.2g} nats a token apart",
+            f"{retention.change:.2%} of the adapters' change of log-probabilities kept; the two "
+            f"models are {retention.mean_difference:.2g} nats a token apart",
         ),
     ]
-    if rounding is not None:
+    if merged is not None:
         lines.append(
             (
                 "weights",
-                f"{rounding.retained:.2%} of the adapters' change kept in rounding, cosine "
-                f"{rounding.cosine:.4f}",
+                f"{merged.retained:.2%} of the adapters' change kept in rounding, cosine "
+                f"{merged.cosine:.4f}",
             )
         )
     return lines + [("note", note) for note in fused.notes]

@@ -67,7 +67,7 @@ def generate(
 
 
 def _split_arguments(words: tuple[str, ...], model: str | None) -> tuple[str | None, str | None]:
-    """Return run and prompt, each of which may be None; with --model there is no run."""
+    """Return the run and the prompt, each of which may be None; with --model there is no run."""
     max_words = 1 if model else 2
     if len(words) > max_words:
         raise click.UsageError(f"Got {len(words)} arguments; put the prompt in quotation marks.")

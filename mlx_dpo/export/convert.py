@@ -1,7 +1,7 @@
-"""Conversion of a model to MLX's layout, optionally quantized, and a check of the result.
+"""Convert a model to MLX's layout, optionally quantized, and check the result.
 
-mlx-lm converts. Here the settings are checked first, the folder appears complete or not at all, and
-the log-probabilities of the result are compared with those of the source.
+mlx-lm does the conversion. This module checks the settings first, writes the output folder complete
+or not at all, and compares log-probabilities of the result with those of the source.
 """
 
 import contextlib
@@ -46,17 +46,20 @@ SAMPLE_TEXT = (
 # and a hundredth, eight layers of random weights by ten times as much.
 EXACT_TOLERANCE = 1e-4
 ROUNDING_TOLERANCES = {"float32": EXACT_TOLERANCE, "float16": 0.05, "bfloat16": 0.3}
-LARGE_ERROR = 0.5  # a quantised model this far off writes visibly worse
+LARGE_ERROR = 0.5  # a quantized model this far off writes visibly worse
 
 
 def sample_token_ids(base: LoadedModel) -> mx.array:
-    """Return the token ids of the sample text, clipped to the vocabulary. (1, T) int32"""
+    """Return the token ids of `SAMPLE_TEXT`. (1, T) int32
+
+    Ids beyond the model's vocabulary are replaced by its last id.
+    """
     ids = base.tokenizer.encode(SAMPLE_TEXT)
     return mx.array([[min(i, base.vocab_size - 1) for i in ids]], dtype=mx.int32)
 
 
 def mean_logp_difference(source: mx.array, converted: mx.array) -> float:
-    """Return the mean absolute difference of token log-probabilities, in nats.
+    """Return the mean absolute difference of two models' token log-probabilities, in nats.
 
     Raises:
         ModelError: a log-probability is not a number.
@@ -71,7 +74,12 @@ def mean_logp_difference(source: mx.array, converted: mx.array) -> float:
 
 
 def tolerance(source: str, converted: str) -> float:
-    """Return the allowed difference of models that differ only in the dtype of their weights."""
+    """Return how far log-probabilities may differ after a change of dtype, in nats per token.
+
+    Args:
+        source: Name of the dtype before the conversion.
+        converted: Name of the dtype after the conversion.
+    """
     return (
         EXACT_TOLERANCE
         if source == converted
@@ -84,7 +92,7 @@ MAX_RECIPE_BITS = 6  # the largest number of bits in a recipe
 
 @dataclass(frozen=True)
 class ConvertReport:
-    """The written model and its difference from the source."""
+    """The size of a converted model, and its difference from the source model."""
 
     source: str
     output: Path
@@ -108,12 +116,12 @@ def convert(  # noqa: PLR0913 (one argument for each option of the command)
     recipe: str | None = None,
     trust_remote_code: bool = False,
 ) -> ConvertReport:
-    """Convert the model `source` to the folder `output`, and compare the two.
+    """Convert the model `source`, write it to the folder `output`, and compare both models.
 
     Raises:
         ConfigError: settings contradict each other or the model, or have no effect.
-        ModelError: the source cannot be read, the target cannot be written, or the result
-            is not the same model. Nothing is left behind then.
+        ModelError: the source cannot be read, the output cannot be written, or the converted model
+            differs from the source. `output` is not written then.
     """
     quantization = make_quantization_config(bits, group_size, mode, recipe, dtype)
     path = resolve_model(source, revision=revision, trust_remote_code=trust_remote_code)
@@ -171,7 +179,7 @@ def _write(
 def _write_metadata(
     path: Path, partial: Path, source: str, quantization: QuantizationConfig
 ) -> None:
-    """Write configuration, model card and license files, without paths of this machine."""
+    """Write `config.json`, model card and license files, without paths of this machine."""
     read = read_json(partial / CONFIG, CONFIG)
     config = read | rope_overrides(read, source)
     if quantization.dtype is not None:
@@ -193,7 +201,7 @@ def _write_text(file: Path, text: str) -> None:
 
 
 def _conversion_error(path: Path, partial: Path, trust_remote_code: bool) -> tuple[float, int]:
-    """Return the mean difference of log-probabilities and their number.
+    """Return the mean difference of the two models' log-probabilities, and the number of tokens.
 
     Only one model is in memory at a time.
     """
@@ -208,7 +216,7 @@ def _conversion_error(path: Path, partial: Path, trust_remote_code: bool) -> tup
 
 
 def _check_same_model(source: str, difference: float, stored: str, written: str) -> None:
-    """Raise `ModelError` if an unquantized model differs by more than rounding explains."""
+    """Raise `ModelError` if an unquantized model differs from its source by more than rounding."""
     allowed = tolerance(stored, written)
     if difference > allowed:
         raise ModelError(

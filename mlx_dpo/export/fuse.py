@@ -1,4 +1,4 @@
-"""Fusing of a run's adapters into a plain model, and a check of how much training survives."""
+"""Fuse a run's adapters into a plain model, and measure how much of the training it retains."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -44,7 +44,7 @@ Values = np.ndarray  # (n,) float64
 
 @dataclass(frozen=True)
 class Retention:
-    """The part of the training that a fused model retains, measured on pairs."""
+    """How much of the training a fused model retains, measured on preference pairs."""
 
     pairs: int
     margin_before: float  # mean over pairs of the log-ratio margin, nats
@@ -55,17 +55,26 @@ class Retention:
 
     @property
     def minimum(self) -> float:
-        """The smaller share; the margin counts only if it was positive."""
+        """The smaller of the retained shares `margin` and `change`.
+
+        If the margin of the policy is not positive, only `change` counts.
+        """
         return min(self.margin, self.change) if self.margin_before > 0 else self.change
 
 
 def measure_retention(
     pairs: Sequence[TokenizedPair], reference: PairLogps, policy: PairLogps, fused: PairLogps
 ) -> Retention:
-    """Measure what `fused` retains of the change from `reference` to `policy`.
+    """Measure how much of the policy's change of log-probabilities the fused model retains.
 
-    The retained change is projected on the whole change. Noise averages out in the projection, but
-    it can dominate a small change in both directions: a share far above 1 is as bad as one below.
+    The change of the fused model from the reference is projected on the change of the policy. Noise
+    averages out in the projection, but it can dominate a small change in both directions: a share
+    far above 1 is as bad as a share far below 1.
+
+    Args:
+        reference: Log-probabilities of the pairs under the reference model.
+        policy: Log-probabilities of the pairs under the policy, before fusing.
+        fused: Log-probabilities of the pairs under the fused model.
     """
     moved, left = _log_ratios(pairs, reference, policy), _log_ratios(pairs, reference, fused)
     before, after = _margins(pairs, moved).mean(), _margins(pairs, left).mean()
@@ -86,7 +95,11 @@ def _is_labelled(pairs: Sequence[TokenizedPair]) -> bool:
 
 
 def _log_ratios(pairs: Sequence[TokenizedPair], start: PairLogps, end: PairLogps) -> Values:
-    """Return the log-ratios of chosen and rejected, or of one completion. (1 or 2, len(pairs))"""
+    """Return `end` minus `start`, the log-ratio of each completion. (1 or 2, len(pairs))
+
+    There are two completions for each preference pair (chosen, rejected), and one for each unpaired
+    example.
+    """
     rows = [np.array(e) - np.array(s) for s, e in zip(start, end, strict=True)]
     return np.array(rows[:1] if _is_labelled(pairs) else rows, np.float64)
 
@@ -141,7 +154,7 @@ class FuseOptions:
 
     @property
     def quantization(self) -> AffineQuantization | None:
-        """The quantization of the fused weights, or None."""
+        """The quantization of the fused weights; None if they are not quantized."""
         return (
             AffineQuantization(self.bits, self.group_size or DEFAULT_GROUP_SIZE)
             if self.bits
@@ -151,19 +164,21 @@ class FuseOptions:
 
 @dataclass(frozen=True)
 class FusedModel:
-    """The written model and the part of the training that it retains."""
+    """A fused model on disk, and how much of the training it retains."""
 
     output: Path
     bytes: int  # of the weights
     kind: str  # number type, or bits
     measured_on: str
     retention: Retention
-    rounding: MergeRetention | None
+    merge_retention: MergeRetention | None
     notes: tuple[str, ...]
 
 
 def fuse_run(folder: str, output: Path, options: FuseOptions) -> FusedModel:
-    """Write the policy of a run as a plain model to the folder `output`, complete or not at all.
+    """Fuse the policy of a run into a plain model, and write it to the folder `output`.
+
+    The output folder is written complete or not at all.
 
     Raises:
         ConfigError: an option contradicts the model, or there are no pairs to measure on.
@@ -189,13 +204,13 @@ def fuse_run(folder: str, output: Path, options: FuseOptions) -> FusedModel:
     size = _expected_bytes(base, options, dtype, checkpoint)
     check_output_folder(output, size)
     load_reference_into(opened, base)
-    reference = _score(opened, base, pairs)
+    reference = _pair_logps(opened, base, pairs)
     load_adapter_into(opened, base)
-    policy = _score(opened, base, pairs)
+    policy = _pair_logps(opened, base, pairs)
     with ExitStack() as stack:
         partial = stack.enter_context(new_output_folder(output))
         with disk_errors(output):
-            rounding, left = _write(partial, base, options, dtype, checkpoint)
+            merge_retention, left = _write(partial, base, options, dtype, checkpoint)
             license = inherited_metadata(read_card_metadata(base.path))
             page = make_fused_model_card(
                 hub_id_of_run(opened), to=options.to, bits=options.bits, inherited=license
@@ -203,7 +218,7 @@ def fuse_run(folder: str, output: Path, options: FuseOptions) -> FusedModel:
             (partial / CARD).write_text(f"{page}\n", encoding="utf-8")
         del base  # one model is held at a time
         written = load_model(str(partial), trust_remote_code=opened.config.trust_remote_code)
-        found = measure_retention(pairs, reference, policy, _score(opened, written, pairs))
+        found = measure_retention(pairs, reference, policy, _pair_logps(opened, written, pairs))
         _check_retention(output, found, options)
         size = weight_bytes(partial)
     notes = (*notes, *left, *([] if opened.finished else [unfinished_note(opened)]))
@@ -214,14 +229,15 @@ def fuse_run(folder: str, output: Path, options: FuseOptions) -> FusedModel:
         if checkpoint is None
         else "types as before"
     )
-    return FusedModel(output, size, kind, f"{len(pairs):,} {name}", found, rounding, notes)
+    return FusedModel(output, size, kind, f"{len(pairs):,} {name}", found, merge_retention, notes)
 
 
 def convert_to_gguf(fused: FusedModel, options: FuseOptions) -> None:
-    """Convert a fused checkpoint, which is kept, to the GGUF file of the options.
+    """Convert a fused Hugging Face checkpoint to the GGUF file `options.gguf`; keep the checkpoint.
 
     Raises:
-        ConfigError, ModelError: as `write_gguf`.
+        ConfigError: llama.cpp's converter is not found.
+        ModelError: the converter fails.
     """
     assert options.gguf is not None
     write_gguf(find_gguf_converter(options.converter), fused.output, options.gguf)
@@ -235,7 +251,10 @@ def _find_checkpoint(base: LoadedModel, options: FuseOptions) -> HFCheckpoint | 
 
 
 def _stored_dtype(base: LoadedModel, opened: OpenRun) -> str:
-    """Return the dtype of the model on a GPU, where weights are not cast for the CPU."""
+    """Return the dtype of the model's weights on disk, or the run's setting `dtype`.
+
+    On the CPU backend the weights in memory have another dtype.
+    """
     config = opened.config
     if config.dtype is not None:
         return config.dtype
@@ -251,8 +270,11 @@ def _expected_bytes(
     return expected_bytes(base.model, options.bits, options.group_size or DEFAULT_GROUP_SIZE, dtype)
 
 
-def _score(opened: OpenRun, base: LoadedModel, pairs: Sequence[TokenizedPair]) -> PairLogps:
-    """Return log-probabilities from whole rows, exact for every architecture. (len(pairs),) each"""
+def _pair_logps(opened: OpenRun, base: LoadedModel, pairs: Sequence[TokenizedPair]) -> PairLogps:
+    """Return the log-probabilities of the completions in `pairs` under a model. (len(pairs),) each
+
+    Every sequence is computed whole and padded, which is exact for every architecture.
+    """
     return score_pairs(base.model, pairs, limit=opened.config.pass_limit)
 
 
@@ -263,21 +285,25 @@ def _write(
     dtype: str,
     checkpoint: HFCheckpoint | None,
 ) -> tuple[MergeRetention | None, tuple[str, ...]]:
-    """Write the fused model; return the loss by rounding and notes on skipped layers."""
+    """Write the fused model; return how much merging retains, and notes on unquantized layers."""
     if checkpoint is not None:
         write_hf(partial, merged_tensors(base.model, base.config, checkpoint), checkpoint)
         return None, ()
-    rounding = merge_adapters(base.model, getattr(mx, dtype), options.quantization)
+    merge_retention = merge_adapters(base.model, getattr(mx, dtype), options.quantization)
     entries = set_config_dtype(base.config, dtype)
     left: tuple[str, ...] = ()
     if options.bits is not None:
         entries, left = quantize_model(base.model, entries, options.bits, options.group_size)
     write_mlx(partial, base.model, entries, base.path)
-    return rounding, left
+    return merge_retention, left
 
 
 def _check_retention(output: Path, found: Retention, options: FuseOptions) -> None:
-    """Raise `ModelError` if too little is retained, or too much: a doubled adapter gives 200%."""
+    """Raise `ModelError` if the fused model retains too little or too much of the training.
+
+    Without `force`, the shares have to be at least `min_retained`, and the share of the change at
+    most 2 - `min_retained`: an adapter that was merged twice, for example, gives 200 %.
+    """
     most = 2 - options.min_retained
     if (options.min_retained <= found.minimum and found.change <= most) or options.force:
         return

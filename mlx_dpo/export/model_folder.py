@@ -1,4 +1,4 @@
-"""Writing of a fused model: in MLX's layout, as a Hugging Face checkpoint, or as GGUF."""
+"""Write a fused model in MLX's layout, as a Hugging Face checkpoint, or as a GGUF file."""
 
 import json
 import os
@@ -34,16 +34,20 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def write_mlx(folder: Path, model: nn.Module, entries: Mapping[str, Any], source: Path) -> None:
-    """Write a plain model and its configuration; copy the tokenizer and other files of `source`."""
+    """Write a model and its configuration to `folder`, and copy the other files from `source`.
+
+    The other files are those of the tokenizer, generation settings, Python code and licenses.
+    """
     save_model(folder, model)
     save_config(dict(entries), folder / CONFIG)
     _copy(source, folder, COPIED_FILES)
 
 
 def write_hf(folder: Path, changed: Arrays, checkpoint: HFCheckpoint) -> None:
-    """Write the checkpoint with the `changed` tensors, each in its dtype of the checkpoint.
+    """Write a copy of the checkpoint in which the tensors in `changed` replace the old tensors.
 
-    One file is in memory at a time, and `changed` is empty at the end.
+    Every tensor keeps its dtype in the checkpoint. One file is in memory at a time, and each tensor
+    is removed from `changed` once it is used.
     """
     assert checkpoint.folder is not None
     for file in weight_files(checkpoint.folder):
@@ -58,7 +62,9 @@ def write_hf(folder: Path, changed: Arrays, checkpoint: HFCheckpoint) -> None:
 def merged_tensors(
     model: nn.Module, entries: Mapping[str, Any], checkpoint: HFCheckpoint
 ) -> Arrays:
-    """Return the tensors of the checkpoint that training changed, in float32 and by name.
+    """Return the new values of the checkpoint's tensors that training changed, by tensor name.
+
+    Adapters are merged in float32.
 
     Raises:
         ModelError: a layer has no counterpart in the checkpoint, or its weights are not local.
@@ -75,7 +81,7 @@ def merged_tensors(
         merged = merged_weight(adapted, matches.pop_weight(path, tensors))
         is_transposed = path in matches.transposed
         changed[matches.names[path]] = mx.contiguous(merged.T) if is_transposed else merged
-    return _with_head(changed, model, checkpoint)
+    return _add_tied_lm_head(changed, model, checkpoint)
 
 
 def _trained_weights(model: nn.Module, kind: str, checkpoint: HFCheckpoint) -> Arrays:
@@ -90,18 +96,18 @@ def _trained_weights(model: nn.Module, kind: str, checkpoint: HFCheckpoint) -> A
     for name, value in changed.items():
         if checkpoint.shapes.get(name) != value.shape:
             raise ModelError(f"{checkpoint.name}: it has no `{name}` of the shape {value.shape}")
-    return _with_head(changed, model, checkpoint)
+    return _add_tied_lm_head(changed, model, checkpoint)
 
 
-def _with_head(changed: Arrays, model: nn.Module, checkpoint: HFCheckpoint) -> Arrays:
-    """Add the LM head if it is tied and the checkpoint stores it nevertheless."""
+def _add_tied_lm_head(changed: Arrays, model: nn.Module, checkpoint: HFCheckpoint) -> Arrays:
+    """Add the LM head to `changed` if it is tied to the embedding but stored in the checkpoint."""
     if HEAD in checkpoint.shapes and EMBEDDING in changed and has_tied_embeddings(model):
         changed[HEAD] = changed[EMBEDDING]
     return changed
 
 
 def set_config_dtype(entries: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """Return the configuration with this dtype of the weights and without quantization."""
+    """Return a copy of a model's configuration with this dtype and without quantization."""
     entries = json.loads(json.dumps(entries))
     for packing in ("quantization", "quantization_config"):
         entries.pop(packing, None)
@@ -125,7 +131,7 @@ def find_gguf_converter(given: str | None) -> Path:
     """Return the path of llama.cpp's converter: `given`, or a program on the PATH.
 
     Raises:
-        ConfigError: there is no such converter.
+        ConfigError: the converter is not found, or is not executable.
     """
     found = given or shutil.which(CONVERTER)
     path = Path(found).expanduser() if found else None
@@ -142,7 +148,7 @@ def find_gguf_converter(given: str | None) -> Path:
 
 
 def check_output_file(output: Path) -> None:
-    """Raise `ConfigError` if the output file exists already, or its folder does not."""
+    """Raise `ConfigError` if the output file exists already, or its folder does not exist."""
     if output.exists():
         raise ConfigError(f"{output}: is there already; take another name")
     if not output.resolve().parent.is_dir():
@@ -150,7 +156,7 @@ def check_output_file(output: Path) -> None:
 
 
 def write_gguf(converter: Path, model: Path, output: Path) -> None:
-    """Convert the checkpoint in the folder `model` to a GGUF file.
+    """Convert the Hugging Face checkpoint in the folder `model` to the GGUF file `output`.
 
     Raises:
         ModelError: the converter fails, for example on an unknown architecture.

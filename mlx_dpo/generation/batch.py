@@ -1,4 +1,4 @@
-"""Generation for many prompts at once, where the architecture's batched cache is exact."""
+"""Generate answers to many prompts, in one batch if the architecture's batched cache is exact."""
 
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
@@ -20,14 +20,14 @@ PROBE_PROMPT, PROBE_TOKENS = 64, 16  # tokens of a prompt and of an answer in th
 
 
 class GeneratedTokens(NamedTuple):
-    """The token ids of one answer."""
+    """The token ids of one generated answer."""
 
     tokens: list[int]  # without the stop token
     stop_token: int | None  # None if the answer was truncated
 
 
 class GeneratedText(NamedTuple):
-    """The text of one answer."""
+    """The text of one generated answer."""
 
     text: str
     is_truncated: bool  # at `max_tokens`
@@ -41,10 +41,11 @@ def generate_batch(
     sampling: Sampling,
     thinking: bool | None = None,
 ) -> list[str]:
-    """Return the text of one answer for each conversation, in order.
+    """Generate one answer to each conversation and return the texts, in order.
 
     Raises:
-        ConfigError, ModelError: as `generate_replies`.
+        ConfigError: `thinking` is set and the chat template has no thinking mode.
+        ModelError: the chat template refuses a conversation.
     """
     replies = generate_replies(model, tokenizer, prompts, sampling=sampling, thinking=thinking)
     return [reply.text for reply in replies]
@@ -58,7 +59,7 @@ def generate_replies(
     sampling: Sampling,
     thinking: bool | None = None,
 ) -> list[GeneratedText]:
-    """Return one answer for each conversation, in order, by `generate_tokens`.
+    """Generate one answer to each conversation and return the answers, in order.
 
     Raises:
         ConfigError: `thinking` is set and the chat template has no thinking mode.
@@ -80,10 +81,10 @@ def generate_tokens(
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
 ) -> list[GeneratedTokens]:
-    """Return the generated tokens of each prompt of token ids, in order.
+    """Generate one answer to each prompt (token ids) and return the answers, in order.
 
-    At temperature 0 every answer is the one that its prompt gets alone. The answers are generated
-    together if the architecture's batched cache is exact, otherwise one after another.
+    The answers are generated in one batch if the architecture's batched cache is exact, otherwise
+    one after another. At temperature 0 an answer does not depend on the other prompts.
     """
     is_batched = len(prompts) > 1 and is_batching_exact(model, prompts)
     generate = _generate_batched if is_batched else _generate_sequentially
@@ -91,9 +92,10 @@ def generate_tokens(
 
 
 def is_batching_exact(model: Any, prompts: Sequence[Sequence[int]]) -> bool:
-    """Return whether the architecture's batched cache gives the same tokens as single prompts.
+    """Return whether a batch of prompts gets the same tokens as each prompt alone.
 
-    Tested with the shortest and the longest prompt: padding is where batched caches go wrong.
+    This is tested with the last tokens of the shortest and of the longest prompt, because batched
+    caches go wrong where prompts are padded.
     """
     pair = [min(prompts, key=len)[-PROBE_PROMPT:], max(prompts, key=len)[-PROBE_PROMPT:]]
     pair[0] = pair[0][: max(1, len(pair[1]) // 2)]

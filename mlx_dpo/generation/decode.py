@@ -1,4 +1,4 @@
-"""Text of generated tokens: incremental decoding, and separation of thinking from the answer."""
+"""Decode generated tokens incrementally, and separate thinking from the answer."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -8,11 +8,11 @@ THINKING_TAIL = 11  # tokens at the end of a prompt in which a template may begi
 
 
 class StreamingDecoder:
-    """Incremental decoding: the pieces of text together are what `decode` returns at once.
+    """A decoder for one token after another, whose pieces of text together are the whole text.
 
-    mlx-lm's detokenizers drop a leading space, which a continued text needs. The result may differ
-    from `decode` only for bytes that form no character, since `decode` can then change text that
-    was returned before.
+    Unlike mlx-lm's detokenizers, the decoder keeps a leading space, which matters if a text is
+    continued. The result can differ from the tokenizer's `decode` only for bytes that form no
+    character, since `decode` can then change text that was returned before.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -22,7 +22,7 @@ class StreamingDecoder:
         self._decoded = 0  # tokens whose text was returned
 
     def add(self, token: int) -> str:
-        """Return the text that this token completes; empty within a character."""
+        """Add a token and return the new text; empty while a character is incomplete."""
         self._tokens.append(token)
         text = self._new_text()
         if not text or text.endswith(INCOMPLETE):
@@ -31,7 +31,7 @@ class StreamingDecoder:
         return text
 
     def finish(self) -> str:
-        """Return the rest of the text when no token follows."""
+        """Return the text that was not returned yet, after the last token."""
         text = self._new_text()
         self._start = self._decoded = len(self._tokens)
         return text
@@ -42,23 +42,24 @@ class StreamingDecoder:
 
 
 def decode_tokens(tokenizer: Any, tokens: Iterable[int]) -> str:
-    """Return the text of all `tokens`, decoded incrementally."""
+    """Return the text of `tokens`, decoded with a `StreamingDecoder`."""
     decoder = StreamingDecoder(tokenizer)
     return "".join([*map(decoder.add, tokens), decoder.finish()])
 
 
 class TextPart(NamedTuple):
-    """A part of a text; the thinking marks belong to the thinking."""
+    """A part of a generated text, either thinking (with its start and end marks) or answer."""
 
     text: str
     thinking: bool
 
 
 class ThinkingSplitter:
-    """Splitting of streamed text into thinking (from `start` to `end`, both included) and answer.
+    """Splitter of a streamed text into thinking and answer.
 
-    `within` means that the prompt has already begun the thinking. The texts of all parts together
-    are the text that was fed.
+    The thinking goes from the mark `start` to the mark `end`, both included; a mark that the model
+    does not have is None. `within` means that the prompt has already begun the thinking. All parts
+    together are the text that was fed.
     """
 
     def __init__(self, start: str | None, end: str | None, *, within: bool = False) -> None:
@@ -67,7 +68,7 @@ class ThinkingSplitter:
         self._pending = ""  # may be the beginning of a mark
 
     def feed(self, text: str) -> Iterator[TextPart]:
-        """Add text and yield the parts that are certain now."""
+        """Add text and yield the parts that are certainly thinking or certainly answer."""
         self._pending += text
         while (mark := self._marks[self._within]) and mark in self._pending:
             before, _, self._pending = self._pending.partition(mark)
@@ -82,7 +83,7 @@ class ThinkingSplitter:
         yield from _nonempty(text, self._within)
 
     def finish(self) -> Iterator[TextPart]:
-        """Yield the rest when no text follows."""
+        """Yield the text that was not yielded yet, after the last call of `feed`."""
         text, self._pending = self._pending, ""
         yield from _nonempty(text, self._within)
 
@@ -93,13 +94,13 @@ def _nonempty(text: str, thinking: bool) -> Iterator[TextPart]:
 
 
 def _overlap(text: str, mark: str) -> int:
-    """Return the number of letters at the end of `text` with which `mark` may begin."""
+    """Return the length of the longest end of `text` with which `mark` may begin."""
     longest = min(len(text), len(mark) - 1)
     return next((n for n in range(longest, 0, -1) if mark.startswith(text[-n:])), 0)
 
 
 def make_thinking_splitter(tokenizer: Any, prompt: Sequence[int]) -> ThinkingSplitter:
-    """Return the splitter for the text that follows the token ids `prompt`."""
+    """Return a splitter for the text that a model generates after `prompt` (token ids)."""
     if not tokenizer.has_thinking:
         return ThinkingSplitter(None, None)
     tail = list(prompt[-THINKING_TAIL:])
@@ -109,7 +110,7 @@ def make_thinking_splitter(tokenizer: Any, prompt: Sequence[int]) -> ThinkingSpl
 
 
 def strip_thinking(tokenizer: Any, prompt: Sequence[int], text: str) -> str:
-    """Return the text that follows the token ids `prompt` without its thinking."""
+    """Return `text`, which a model generated after `prompt` (token ids), without the thinking."""
     splitter = make_thinking_splitter(tokenizer, prompt)
     parts = [*splitter.feed(text), *splitter.finish()]
     answer = "".join(part.text for part in parts if not part.thinking)

@@ -1,4 +1,4 @@
-"""Token ids of a prompt: a conversation in the model's chat template, or plain text."""
+"""Encode prompts as token ids: a conversation in the model's chat template, or plain text."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,7 +14,7 @@ def check_thinking(tokenizer: Any) -> None:
     """Check that the chat template has a thinking mode, which the setting `thinking` needs.
 
     Raises:
-        ConfigError: the template writes the same with and without thinking.
+        ConfigError: the template renders the same text with and without thinking.
     """
     if not has_thinking_mode(tokenizer):
         raise ConfigError(
@@ -27,7 +27,7 @@ def encode_prompt(
 ) -> list[int]:
     """Return the token ids of the conversation, ending where the model's answer begins.
 
-    Thinking is off unless it is requested, as in training.
+    Thinking is off unless `thinking` is true, as in training.
 
     Raises:
         ModelError: the chat template refuses the messages.
@@ -43,9 +43,9 @@ def encode_prompt(
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:
-    """Return the token ids of plain text that the model continues.
+    """Return the token ids of a plain text that the model is to continue.
 
-    A begin token is added if the tokenizer adds one, an end token never.
+    A beginning-of-sequence token is added if the tokenizer adds one; an end token is never added.
     """
     body = list(tokenizer.encode(text, add_special_tokens=False))
     with_special_tokens = list(tokenizer.encode(text))

@@ -1,4 +1,4 @@
-"""Sampling of tokens: the sampler, the repetition penalty, and a stream of sampled tokens.
+"""Sample tokens from a model: the sampler, the repetition penalty, and a stream of tokens.
 
 mlx-lm is imported inside the functions because the import takes seconds.
 """
@@ -22,7 +22,7 @@ LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 def make_sampler(sampling: Sampling) -> Sampler:
     """Return a function that samples tokens (B,) from log-probabilities (B, V).
 
-    Its draws depend on the seed only: MLX's global random state is neither read nor changed.
+    The samples depend on the seed only: MLX's global random state is neither read nor changed.
     """
     from mlx_lm import sample_utils
 
@@ -50,7 +50,7 @@ def make_sampler(sampling: Sampling) -> Sampler:
 def make_logits_processors(
     sampling: Sampling, cached_tokens: Sequence[int] = ()
 ) -> list[LogitsProcessor]:
-    """Return the functions that change logits (B, V) before sampling: the repetition penalty.
+    """Return functions that change logits (B, V) before sampling: the repetition penalty, if set.
 
     Args:
         cached_tokens: Prompt tokens that mlx-lm does not see because they are in the prompt cache.
@@ -75,7 +75,10 @@ def stream_tokens(
     processors: list[LogitsProcessor],
     cache: list[Any] | None = None,
 ) -> Generator[int]:
-    """Yield generated tokens, end tokens included; `cache` contains a token when it is yielded."""
+    """Yield the generated token ids one after another, end tokens included.
+
+    When a token is yielded, the prompt cache `cache` contains the token already.
+    """
     from mlx_lm.generate import generate_step, generation_stream, wired_limit
 
     steps = generate_step(

@@ -1,4 +1,4 @@
-"""Streaming of one answer, with a prompt cache that is reused between the turns of a chat."""
+"""Stream one answer, with a prompt cache that is reused between the turns of a chat."""
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
@@ -18,7 +18,7 @@ FinishReason = Literal["stop", "length", "context"]
 
 
 class PromptCache:
-    """mlx-lm's cache `layers` and the `tokens` whose keys and values they contain."""
+    """A prompt cache of mlx-lm (`layers`), and the `tokens` whose keys and values are in it."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -30,10 +30,10 @@ class PromptCache:
         self.tokens: list[int] = []
 
     def reuse_for(self, prompt: Sequence[int]) -> list[int]:
-        """Keep the common prefix with `prompt` and return the other tokens of `prompt`.
+        """Trim the cache to its common prefix with `prompt`; return the other tokens of `prompt`.
 
-        At least one token is returned. The caller has to run the model on them next: from here on
-        the cache counts them as its own.
+        At least one token is returned. The caller has to run the model on the returned tokens next,
+        because `tokens` includes them from now on.
         """
         pairs = zip(self.tokens, prompt[:-1], strict=False)
         shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
@@ -45,7 +45,7 @@ class PromptCache:
         return list(prompt[shared:])
 
     def _trim(self, surplus: int) -> bool:
-        """Remove the last `surplus` tokens; return False if the architecture's cache cannot."""
+        """Remove the last `surplus` tokens from the cache, and return whether that was possible."""
         if surplus == 0:
             return True
         if surplus == len(self.tokens) or not can_trim_prompt_cache(self.layers):
@@ -56,7 +56,7 @@ class PromptCache:
 
 @dataclass(frozen=True, slots=True)
 class GenerationSummary:
-    """Counts and times of a complete answer."""
+    """Token counts and speed of a complete answer."""
 
     tokens: int  # of the answer, without the end token
     finish_reason: FinishReason
@@ -69,7 +69,7 @@ class GenerationSummary:
 
 @dataclass(frozen=True, slots=True)
 class AnswerChunk:
-    """The next part of an answer; the last chunk has the summary."""
+    """The next part of a streamed answer; only the last chunk has a summary."""
 
     text: str
     thinking: bool = False
@@ -87,9 +87,10 @@ def stream_answer(  # noqa: PLR0913 (one argument for each thing an answer depen
     max_tokens: int,
     dropped_turns: int = 0,
 ) -> Generator[AnswerChunk]:
-    """Yield the model's answer to the token ids `prompt`, at most `max_tokens` tokens.
+    """Yield the model's answer to `prompt` (token ids) in chunks, at most `max_tokens` tokens.
 
     `max_tokens` is less than that of `sampling` if the context has no room for more.
+    `dropped_turns` only goes into the summary.
     """
     clock, ended = _Clock(), False
     decoder, splitter = StreamingDecoder(tokenizer), make_thinking_splitter(tokenizer, prompt)
@@ -135,7 +136,7 @@ def _as_chunks(parts: Iterable[TextPart]) -> Iterator[AnswerChunk]:
 
 
 class _Clock:
-    """The number of tokens and the time that they took."""
+    """The number of generated tokens and the time that they took."""
 
     def __init__(self) -> None:
         self.ticks = 0

@@ -25,10 +25,10 @@ def read_arrays(path: Path) -> tuple[Arrays, dict[str, str]]:
 
 
 def write_arrays(path: Path, arrays: Arrays, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file.
+    """Write arrays and metadata to a safetensors file.
 
     Raises:
-        OSError: the file cannot be written, as for Python's own files.
+        OSError: the file cannot be written; MLX itself would raise a RuntimeError.
     """
     try:
         mx.save_safetensors(str(path), arrays, metadata or {})
@@ -37,7 +37,7 @@ def write_arrays(path: Path, arrays: Arrays, metadata: dict[str, str] | None = N
 
 
 def scalar(array: mx.array) -> float:
-    """Evaluate an array of one element and return its value. ()"""
+    """Return the value of an array with one element, which is evaluated, as a Python number."""
     return cast("float", array.item())
 
 

@@ -1,4 +1,4 @@
-"""Files and folders that appear under their name complete, or not at all.
+"""Write files and folders that appear under their name complete, or not at all.
 
 The content is written under a temporary name next to the target and renamed at the end. Temporary
 names begin with `.mlx-dpo-` and contain the process id of the writer and a random number, so that
@@ -22,9 +22,9 @@ _being_written: set[str] = set()  # temporary names that this process is writing
 
 @contextmanager
 def atomic_file(path: Path, *, durable: bool = False) -> Iterator[Path]:
-    """Yield an unused path next to `path`; rename the file written there to `path` at the end.
+    """Yield a temporary path to write a file to, and rename the file to `path` at the end.
 
-    Nothing is left of the file if the block fails. With `durable`, the content has reached the
+    If the block fails, the temporary file is removed. With `durable`, the content is flushed to the
     disk before the rename.
     """
     remove_abandoned(path.parent, path.name)
@@ -36,17 +36,21 @@ def atomic_file(path: Path, *, durable: bool = False) -> Iterator[Path]:
 
 
 def write_file(path: Path, content: str | bytes, *, durable: bool = False) -> None:
-    """Write a file, or replace it, by `atomic_file`. Text is encoded as UTF-8."""
+    """Write or replace a file atomically. Text is encoded as UTF-8.
+
+    With `durable`, the content is flushed to the disk before the file gets its name.
+    """
     with atomic_file(path, durable=durable) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 @contextmanager
 def atomic_folder(path: Path, *, durable: bool = False, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a new folder next to `path`; rename it to `path` at the end.
+    """Yield a temporary folder to write to, and rename it to `path` at the end.
 
-    Nothing is left of the folder if the block fails. With `durable`, its files and the rename have
-    reached the disk at the end. With `overwrite`, a folder at `path` is removed before the rename.
+    If the block fails, the temporary folder is removed. With `durable`, its files and the rename
+    are flushed to the disk. With `overwrite`, an existing folder at `path` is removed before the
+    rename.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(path.parent, path.name)
@@ -65,10 +69,10 @@ def atomic_folder(path: Path, *, durable: bool = False, overwrite: bool = False)
 
 @contextmanager
 def temporary_path(path: Path) -> Iterator[Path]:
-    """Yield an unused path next to `path`, with the same suffix; remove what is there at the end.
+    """Yield an unused path next to `path`, with the same suffix; remove its content at the end.
 
-    For content that may not be renamed to `path` after all, or in a folder that is shared with
-    other machines, where the process id in a leftover's name means nothing. Otherwise use
+    Use this if the content may not be renamed to `path` after all, or in a folder that is shared
+    with other machines, where the process id in a leftover's name means nothing. Otherwise use
     `atomic_file` or `atomic_folder`.
     """
     name = f".mlx-dpo-{os.getpid()}-{token_hex(4)}-{path.name[-LONGEST_TARGET:]}"
@@ -94,14 +98,14 @@ def flush(path: Path) -> None:
 
 
 def is_temporary(path: Path) -> bool:
-    """Return whether this is a temporary name of this module."""
+    """Return whether the name of `path` is a temporary name of this module."""
     return TEMPORARY.fullmatch(path.name) is not None
 
 
 def abandoned_paths(folder: Path, target: str | None = None) -> list[Path]:
     """Return the temporary files and folders in `folder` whose writer is not running any more.
 
-    With `target`, only those that were to be renamed to this name.
+    With `target`, return only the temporary files and folders of the target with this name.
     """
     return [
         path
@@ -111,7 +115,11 @@ def abandoned_paths(folder: Path, target: str | None = None) -> list[Path]:
 
 
 def remove_abandoned(folder: Path, target: str | None = None) -> None:
-    """Remove the `abandoned_paths` of `folder` as far as the file system allows it."""
+    """Remove the temporary files and folders in `folder` whose writer is not running any more.
+
+    With `target`, remove only those of the target with this name. Files that cannot be removed are
+    skipped.
+    """
     for path in abandoned_paths(folder, target):
         with suppress(OSError):  # a leftover of another user, which is not in the way
             _remove(path)
@@ -127,7 +135,7 @@ def other_writer(path: Path) -> int | None:
 
 
 def _temporary_paths(folder: Path) -> list[tuple[Path, int, str]]:
-    """Return path, process id of the writer and target's name of each temporary path, sorted."""
+    """Return path, process id of the writer and target name of each temporary path in `folder`."""
     try:
         names = sorted(os.listdir(folder))
     except (FileNotFoundError, PermissionError):  # a folder may be writable but not readable

@@ -1,4 +1,4 @@
-"""Listing of the files in a cache folder, for `mlx-dpo cache`."""
+"""List the files in a cache folder, for `mlx-dpo cache`."""
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -14,7 +14,7 @@ UNKNOWN = "unknown"  # label of a damaged file, or of a file that was written wi
 
 @dataclass(frozen=True, kw_only=True)
 class CacheEntry:
-    """A file of a cache, with the labels that were written into it."""
+    """A file of a cache, with the labels (model, number of pairs, ...) that the file contains."""
 
     path: Path
     model: str = UNKNOWN
@@ -34,13 +34,13 @@ def list_cache(
     entry_type: type[Entry],
     read_labels: Callable[[Path], Mapping[str, Any] | None],
 ) -> list[Entry]:
-    """Return an entry for each file with this suffix, sorted by file name.
+    """Return an entry for each file in `folder` with this suffix, sorted by file name.
 
     Args:
-        folder: the cache folder; it need not exist.
-        suffix: suffix of the file names.
-        entry_type: type of the entries; labels with the name of one of its fields are used.
-        read_labels: returns the labels of a file, or None if the file is damaged.
+        folder: Cache folder; it need not exist.
+        suffix: Suffix of the file names.
+        entry_type: Type of the entries; labels with the name of one of its fields are used.
+        read_labels: Returns the labels of a file, or None if the file is damaged.
     """
     names = {field.name for field in fields(entry_type)}
     entries = []

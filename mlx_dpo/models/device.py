@@ -1,7 +1,7 @@
-"""The device of MLX, and the number types and dequantized weights that suit it.
+"""Query MLX's device, and cast or dequantize a model's weights to suit it.
 
-MLX's CPU backend multiplies quantized and 16-bit matrices in plain loops, and float32 matrices by
-BLAS. On the CPU a model is therefore held in float32, with the same weights.
+MLX's CPU backend multiplies quantized and 16-bit matrices in plain loops, but float32 matrices with
+the much faster BLAS. On the CPU a model is therefore held in float32, with the same weights.
 """
 
 from collections import Counter
@@ -32,7 +32,7 @@ PLAIN_LAYERS: dict[type, Callable[[Any], nn.Module]] = {
 
 
 def device_kind() -> DeviceKind:
-    """Return the kind of MLX's default device."""
+    """Return the kind of MLX's default device: `metal`, `cuda` or `cpu`."""
     if mx.default_device().type == mx.DeviceType.cpu:
         return "cpu"
     return "metal" if mx.metal.is_available() else "cuda"
@@ -49,7 +49,7 @@ def dtype_name(dtype: mx.Dtype) -> str:
 
 
 def main_dtype(model: nn.Module) -> str:
-    """Return the name of the dtype of most bytes of a model's floating-point weights."""
+    """Return the name of the dtype that most bytes of the floating-point weights have."""
     bits: Counter[str] = Counter()
     for value in named_arrays(model.parameters()).values():
         if mx.issubdtype(value.dtype, mx.floating):
@@ -58,7 +58,10 @@ def main_dtype(model: nn.Module) -> str:
 
 
 def cast_model(model: nn.Module, dtype: mx.Dtype) -> None:
-    """Cast the floating-point parameters to `dtype`, except those that the model excludes."""
+    """Cast the floating-point parameters to `dtype`.
+
+    Parameters that the model's `cast_predicate` excludes keep their dtype.
+    """
     wanted = getattr(model, "cast_predicate", lambda name: True)
 
     def convert(name: str, value: mx.array) -> mx.array:
@@ -69,7 +72,7 @@ def cast_model(model: nn.Module, dtype: mx.Dtype) -> None:
 
 
 def prepare_for_cpu(model: nn.Module, dtype: mx.Dtype = mx.float32) -> tuple[str, ...]:
-    """Dequantize layers, cast every weight to `dtype`, and return notes on it for the user.
+    """Dequantize the layers, cast all weights to `dtype`, and return notes for the user on both.
 
     In float32 the weights keep their values to the last bit. Layers are dequantized one at a time,
     so that no second model is held in memory.
@@ -109,7 +112,7 @@ def _stored_dtypes(model: nn.Module) -> set[str]:
 
 
 def _dequantize_layers(model: nn.Module, dtype: mx.Dtype) -> Counter[int]:
-    """Replace quantized layers one by one, and count them by their number of bits."""
+    """Dequantize the layers one by one, and return the number of layers by bits per weight."""
     packed = [(name, m) for name, m in model.named_modules() if type(m) in PLAIN_LAYERS]
     bits: Counter[int] = Counter()
     while packed:  # popped, so that each quantized weight is freed before the next layer
@@ -122,7 +125,7 @@ def _dequantize_layers(model: nn.Module, dtype: mx.Dtype) -> Counter[int]:
 def dequantize_layer(
     packed: nn.Module, dtype: mx.Dtype = mx.float32, name: str = "layer"
 ) -> nn.Module:
-    """Return the plain layer with the weights of a quantized layer.
+    """Return a plain layer with the dequantized weight of the quantized layer `packed`.
 
     Raises:
         ModelError: the weights have a global scale, which the CPU backend cannot read.
@@ -160,13 +163,19 @@ def float32_weight(layer: nn.Module) -> mx.array:
 
 
 def _to_float32(value: mx.array) -> mx.array:
-    """Cast scales to float32, unless they are bytes as in all modes but affine."""
+    """Cast quantization scales to float32; return integer scales unchanged.
+
+    All modes except affine have integer scales.
+    """
     floating = mx.issubdtype(value.dtype, mx.floating)
     return value.astype(mx.float32) if floating else value
 
 
 def _cast_weights(model: nn.Module, dtype: mx.Dtype) -> None:
-    """Cast one array at a time, so that each old array is freed before the next is cast."""
+    """Cast the model's weights to `dtype`, one array at a time.
+
+    Each old array is freed before the next array is cast.
+    """
     stored = named_arrays(model.parameters())
     while stored:
         name, value = stored.popitem()

@@ -1,4 +1,4 @@
-"""Resolution of a model's name, a folder or a Hub id, to a local folder."""
+"""Find the local folder of a model, and download the model from the Hub if necessary."""
 
 import os
 from pathlib import Path
@@ -31,7 +31,7 @@ def resolve_model(
     trust_remote_code: bool = False,
     weights: bool = True,
 ) -> Path:
-    """Return the local folder of the model `source`, a folder or a Hub id to download.
+    """Return the local folder of the model `source`, a folder or a Hub id, and download a Hub id.
 
     An existing folder takes precedence over a Hub id of the same name. Without `weights`, the
     weight files are not downloaded.
@@ -61,7 +61,7 @@ def resolve_model(
 
 
 def is_hub_id(source: str) -> bool:
-    """Return whether `source` is a Hub id and not a local folder."""
+    """Return whether `source` is a Hub id: no local file or folder has this name."""
     return not os.path.exists(_local_path(source))
 
 
@@ -70,7 +70,7 @@ def _local_path(source: str) -> Path:
 
 
 def _download(source: str, revision: str | None, patterns: list[str]) -> Path:
-    """Download the missing files into the Hub's cache and return the folder."""
+    """Download the files that the Hub's local cache lacks, and return the model's folder."""
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
     except (HFValidationError, HTTPError, OSError) as error:
@@ -78,7 +78,10 @@ def _download(source: str, revision: str | None, patterns: list[str]) -> Path:
 
 
 def _download_message(error: Exception, source: str, revision: str | None) -> str:
-    """Return one line on the error of the Hub and what to do; subclasses come first."""
+    """Return one line that explains a download error and what the user can do about it.
+
+    Error types are tested from specific to general.
+    """
     login = "log in with `hf auth login`"
     if isinstance(error, HFValidationError):
         return "no such folder, and not a Hub id (`organisation/name`)"

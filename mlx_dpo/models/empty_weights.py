@@ -1,6 +1,6 @@
-"""Models with empty weights: dtypes and shapes of a model without reading or allocating weights.
+"""Build a model with the right shapes and dtypes, without reading or allocating its weights.
 
-MLX computes a weight when it is first used. The weights of the whole model can therefore be
+MLX allocates an array when it is first used. The weights of the whole model can therefore be
 counted, and some of its blocks run, while the checkpoint stays on disk or on the Hub.
 """
 
@@ -43,7 +43,7 @@ def load_empty_model(
     dtype: str | None = None,
     trust_remote_code: bool = False,
 ) -> LoadedModel:
-    """Return the model as `load_model` does, with weights that are neither read nor allocated.
+    """Load a model like `load_model`, but neither read nor allocate its weights.
 
     Only the configuration and the tokenizer are downloaded from the Hub.
 
@@ -76,7 +76,10 @@ def load_empty_model(
 
 
 def build_model(config: dict[str, Any]) -> nn.Module:
-    """Build the model that a `config.json` describes, with lazy random weights."""
+    """Build the model that a `config.json` with the content `config` describes.
+
+    The weights are random and lazy: they are allocated when they are first used.
+    """
     # mlx-lm's loaders look for weights first; this is the function by which they find a class.
     kind, arguments = mlx_lm._get_classes(config)
     with redirect_stdout(io.StringIO()):
@@ -87,7 +90,10 @@ def build_model(config: dict[str, Any]) -> nn.Module:
 def _quantization(
     config: dict[str, Any], bits: int | None, group_size: int | None
 ) -> dict[str, Any] | None:
-    """Return the quantization of linear layers: `group_size`, `bits`, and exceptions by name."""
+    """Return how linear layers are quantized: `group_size`, `bits`, and settings of single layers.
+
+    None if the model is not quantized.
+    """
     if bits is not None:
         return {"group_size": group_size or DEFAULT_GROUP_SIZE, "bits": bits}
     if configured := config.get("quantization"):
@@ -102,7 +108,7 @@ def _quantization(
 def _cast_and_quantize(
     model: nn.Module, config: dict[str, Any], packing: dict[str, Any] | None, dtype: str | None
 ) -> tuple[str, ...]:
-    """Cast and quantize the weights as the device holds them, and return notes for the user."""
+    """Cast and quantize weights as `load_model` does on this device; return notes for the user."""
     configured = config | (config.get("text_config") or {})
     stored = str(configured.get("torch_dtype") or configured.get("dtype") or DEFAULT_DTYPE)
     wanted = dtype or (stored.removeprefix("torch."))

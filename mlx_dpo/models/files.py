@@ -1,4 +1,4 @@
-"""The files of a model folder: checks before loading, and fingerprints of their content."""
+"""Check the files of a model folder before loading, and compute fingerprints of their content."""
 
 import hashlib
 import json
@@ -46,17 +46,17 @@ def weight_bytes(folder: Path) -> int:
 
 
 def model_fingerprint(base_path: Path) -> str:
-    """Return a SHA-256 in hex over names and content of a model's weights and configuration."""
+    """Return a SHA-256 (hex) over names and content of a model's weights, configuration, code."""
     return _digest(base_path, MODEL_FILES)
 
 
 def tokenizer_fingerprint(path: Path) -> str:
-    """Return a SHA-256 in hex over names and content of the tokenizer's files and templates."""
+    """Return a SHA-256 (hex) over names and content of the tokenizer's files and chat templates."""
     return _digest(path, TOKENIZER_FILES)
 
 
 def code_fingerprint(path: Path) -> str:
-    """Return a SHA-256 in hex over names and content of Python code that comes with a model."""
+    """Return a SHA-256 (hex) over names and content of the Python files in a model's folder."""
     return _digest(path, ("*.py",))
 
 
@@ -74,8 +74,8 @@ def check_model_folder(folder: Path, source: str, *, trust_remote_code: bool) ->
     """Check that the folder contains a readable model, and return its `config.json`.
 
     Raises:
-        ModelError: the folder holds adapters, pickles or nothing; a file is missing or broken;
-            the model type is unknown to mlx-lm, or is Python code that nobody allowed to run.
+        ModelError: the folder holds adapters, pickles or nothing; a file is missing or broken; the
+            model type is unknown to mlx-lm, or is Python code and `trust_remote_code` is not set.
     """
     config = check_config(folder, source, trust_remote_code=trust_remote_code)
     _check_weights(folder, source)
@@ -84,10 +84,11 @@ def check_model_folder(folder: Path, source: str, *, trust_remote_code: bool) ->
 
 
 def check_config(folder: Path, source: str, *, trust_remote_code: bool) -> dict[str, Any]:
-    """Check that mlx-lm can build the model of `config.json`, and return its content.
+    """Check that mlx-lm can build the model of a `config.json`, and return the file's content.
 
     Raises:
-        ModelError: as `check_model_folder`, but for weights and tokenizer.
+        ModelError: the file is missing or broken; the model type is unknown to mlx-lm, or is Python
+            code and `trust_remote_code` is not set.
     """
     config = _read_config(folder, source)
     _check_code(config, source, trust_remote_code)
@@ -125,7 +126,10 @@ def _adapters_not_model(folder: Path, source: str) -> str:
 
 
 def read_json(file: Path, where: str) -> dict[str, Any]:
-    """Read a JSON file that contains an object.
+    """Return the content of a JSON file, which has to be an object.
+
+    Args:
+        where: Name of the file for error messages.
 
     Raises:
         ModelError: the file is not JSON, or contains no object.

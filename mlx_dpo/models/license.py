@@ -1,6 +1,6 @@
-"""License and card metadata of a model, which models and adapters made from it inherit.
+"""Read the license and metadata of a model, which models and adapters made from it inherit.
 
-Anybody can write a model card; a card that cannot be parsed counts as empty.
+A model card whose metadata cannot be parsed counts as empty.
 """
 
 import shutil
@@ -24,12 +24,12 @@ def read_card_metadata(folder: Path) -> dict[str, Any]:
 
 
 def inherited_metadata(card: dict[str, Any]) -> dict[str, Any]:
-    """Return the metadata of a model card that models made from it inherit."""
+    """Return the license and language entries of a model card, which derived models inherit."""
     return {name: card[name] for name in INHERITED_KEYS if card.get(name)}
 
 
 def copy_license_files(source: Path, target: Path) -> None:
-    """Copy the license texts of a model to a model made from it."""
+    """Copy the license texts from a model's folder to the folder of a derived model."""
     for pattern in LICENSE_PATTERNS:
         for file in source.glob(pattern):
             if file.is_file():

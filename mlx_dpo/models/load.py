@@ -1,4 +1,4 @@
-"""Loading of a base model and its tokenizer by mlx-lm, with checks before and clear errors."""
+"""Load a base model and its tokenizer with mlx-lm, with checks before and clear errors."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,7 +36,7 @@ NO_LENGTH_LIMIT = 10**9
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A loaded model: frozen, in evaluation mode, in the dtype that suits the device."""
+    """A model and its tokenizer: frozen, in evaluation mode, in the dtype that suits the device."""
 
     model: nn.Module
     tokenizer: TokenizerWrapper
@@ -56,10 +56,10 @@ def load_model(
     dtype: str | None = None,
     trust_remote_code: bool = False,
 ) -> LoadedModel:
-    """Load the model `source`, a folder or a Hub id, ready for scoring or adapters.
+    """Load the model `source`, a folder or a Hub id, and its tokenizer.
 
-    `bits` quantizes the weights, `dtype` casts them. On the CPU backend they are then dequantized
-    to `dtype`, by default float32.
+    `bits` quantizes the weights, `dtype` casts them. On the CPU backend, all weights are then
+    dequantized and cast to `dtype`, by default float32. The model is frozen and in evaluation mode.
 
     Raises:
         ModelError: the model cannot be found or read, or its files contradict each other.
@@ -91,7 +91,9 @@ def load_model(
 def load_lazy_model(
     path: Path, source: str, *, trust_remote_code: bool
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Load the model of a checked folder with lazy weights, and its configuration.
+    """Return the model in the folder `path` with lazy weights, and its configuration.
+
+    The folder has to be checked with `check_model_folder` before.
 
     Raises:
         ModelError: weights and configuration contradict each other, or cannot be read.
@@ -107,7 +109,7 @@ def load_lazy_model(
 
 
 def load_tokenizer(path: Path, source: str, *, trust_remote_code: bool) -> TokenizerWrapper:
-    """Load the tokenizer of a checked folder, with the stop tokens of the model configuration.
+    """Load the tokenizer in the folder `path`, with the end tokens of the model's configuration.
 
     Raises:
         ModelError: the files cannot be read, or are Python code that is not trusted.
@@ -132,7 +134,10 @@ def load_tokenizer(path: Path, source: str, *, trust_remote_code: bool) -> Token
 def loading_errors(
     where: str, what: str = "cannot be read", advice: str = "get its files again"
 ) -> Iterator[None]:
-    """Raise mlx-lm's errors about a user's files as `ModelError` of one line."""
+    """Convert errors of mlx-lm and MLX inside the `with` block to a `ModelError` of one line.
+
+    The message is `where: what (the error); advice`.
+    """
     try:
         yield
     except LOADING_ERRORS as error:

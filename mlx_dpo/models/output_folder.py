@@ -1,4 +1,4 @@
-"""The folder that a model or an adapter is written to: checks before, and errors as one line."""
+"""Check and create the folder that a model or an adapter is written to."""
 
 import os
 import shutil
@@ -14,7 +14,11 @@ SPARE = 1.05  # for the tokenizer, the configuration and the file system, next t
 
 
 def check_output_folder(output: Path, expected_bytes: int) -> None:
-    """Raise `ModelError` if `output` is taken, cannot be written or lacks `expected_bytes`."""
+    """Raise `ModelError` if `output` is not empty, cannot be written or lacks disk space.
+
+    Args:
+        expected_bytes: Approximate size of the weights that will be written.
+    """
     if output.exists() and not output.is_dir():
         raise ModelError(f"{output}: is a file; name a folder that does not exist yet")
     if output.is_dir() and any(output.iterdir()):
@@ -32,7 +36,7 @@ def check_output_folder(output: Path, expected_bytes: int) -> None:
 
 @contextmanager
 def new_output_folder(output: Path) -> Iterator[Path]:
-    """Yield a new empty folder to write to, which becomes `output` if the block succeeds.
+    """Yield a temporary folder to write to, and rename it to `output` if the block succeeds.
 
     Raises:
         ModelError: another process is writing to `output`, or the folder cannot be made.
@@ -53,7 +57,10 @@ def new_output_folder(output: Path) -> Iterator[Path]:
 
 @contextmanager
 def disk_errors(output: Path) -> Iterator[None]:
-    """Raise errors of the disk as `ModelError`; MLX reports its own as a RuntimeError."""
+    """Convert errors of writing to `output` inside the `with` block to `ModelError`.
+
+    MLX reports a failed write as a RuntimeError; other RuntimeErrors are not converted.
+    """
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -67,5 +74,5 @@ def disk_errors(output: Path) -> Iterator[None]:
 
 
 def _nearest_folder(path: Path) -> Path:
-    """Return `path`, or the nearest folder above it that exists."""
+    """Return `path` if it is a folder, otherwise its nearest parent that exists."""
     return next(folder for folder in (path, *path.parents) if folder.is_dir())

@@ -1,4 +1,4 @@
-"""Quantization: settings, the layers that can be quantized, and the resulting size on disk."""
+"""Quantize models, check the settings for it, and estimate the resulting size on disk."""
 
 import io
 from collections.abc import Sequence
@@ -22,10 +22,11 @@ DEFAULT_GROUP_SIZE = 64  # the default
 def quantize_model(
     model: nn.Module, config: dict[str, Any], bits: int, group_size: int | None
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Quantize `model` in place; return its new configuration and notes on skipped layers.
+    """Quantize `model` in place; return its new configuration and notes on unquantized layers.
 
     Raises:
-        ConfigError: the model is quantized already, or the groups fit none of its layers.
+        ConfigError: the model is quantized already, or the group size is not supported or divides
+            the width of no layer.
     """
     group_size = group_size or DEFAULT_GROUP_SIZE
     check_quantizable(model, config, group_size, AFFINE_GROUP_SIZES)
@@ -36,13 +37,16 @@ def quantize_model(
 
 
 def quantizable_layers(model: nn.Module) -> dict[str, int]:
-    """Return names and widths of the layers that can be quantized and are not."""
+    """Return the width of each layer that can be quantized and is not, keyed by layer name.
+
+    The width is the number of inputs, which the group size has to divide.
+    """
     modules = model.named_modules()
     return {name: m.weight.shape[-1] for name, m in modules if hasattr(m, "to_quantized")}
 
 
 def unquantized_notes(model: nn.Module, layers: int, group_size: int) -> tuple[str, ...]:
-    """Return notes on the layers that are not quantized, of the `layers` that could be."""
+    """Return notes that say how many of `layers` quantizable layers are unquantized, and why."""
     widths = quantizable_layers(model).values()
     unfit = sum(width % group_size != 0 for width in widths)
     notes = []
@@ -61,9 +65,12 @@ def check_quantizable(
 ) -> None:
     """Check that the model can be quantized with this group size.
 
+    Args:
+        group_sizes: Group sizes that MLX supports.
+
     Raises:
-        ConfigError: the model is quantized already, or MLX does not support the group size, or it
-            fits no layer.
+        ConfigError: the model is quantized already, or the group size is not supported or divides
+            the width of no layer.
     """
     if config.get("quantization") or config.get("quantization_config"):
         raise ConfigError("`bits` has no effect: the model is quantised already; leave it out")
@@ -80,7 +87,12 @@ def check_quantizable(
 
 
 def expected_bytes(model: nn.Module, bits: int | None, group_size: int, dtype: str | None) -> int:
-    """Return the approximate size on disk of the weights of `model` in bytes."""
+    """Return the approximate size in bytes of the model's weights on disk.
+
+    Args:
+        bits: Bits per weight of the quantized layers; None if the model is not quantized.
+        dtype: Dtype of the other weights; None for their present dtype.
+    """
     fits = {
         f"{name}.weight" for name, w in quantizable_layers(model).items() if w % group_size == 0
     }
@@ -101,7 +113,7 @@ FIXED_MODES = {"mxfp4": (32, 4), "nvfp4": (16, 4), "mxfp8": (32, 8)}  # mode: gr
 
 @dataclass(frozen=True)
 class QuantizationConfig:
-    """Valid settings of a conversion: quantization and dtype."""
+    """Checked settings of a conversion: quantization and dtype of the weights."""
 
     bits: int | None  # None: not quantized, or set by the recipe
     group_size: int
@@ -116,7 +128,7 @@ class QuantizationConfig:
 
     @property
     def group_sizes(self) -> tuple[int, ...]:
-        """The group sizes that the mode supports."""
+        """The group sizes that the quantization mode supports."""
         return (self.group_size,) if self.mode in FIXED_MODES else AFFINE_GROUP_SIZES
 
 
@@ -127,7 +139,7 @@ def make_quantization_config(
     recipe: str | None = None,
     dtype: str | None = None,
 ) -> QuantizationConfig:
-    """Check the settings and return them as one value.
+    """Check the settings of a conversion and return them as a `QuantizationConfig`.
 
     Raises:
         ConfigError: a setting is unknown or has no effect, or two settings contradict each other.
@@ -144,7 +156,7 @@ def make_quantization_config(
     if recipe is not None:
         _check_recipe(recipe, bits, mode)
     if mode in FIXED_MODES:
-        return _fixed_mode(mode, bits, group_size, dtype)
+        return _fixed_mode_config(mode, bits, group_size, dtype)
     if group_size is not None and bits is None and recipe is None:
         raise ConfigError(
             "`group_size` has no effect without `bits` or `recipe`; the model is not quantised"
@@ -159,10 +171,14 @@ def _check_recipe(recipe: str, bits: int | None, mode: str) -> None:
         raise ConfigError(f"`recipe` needs the mode `affine`, got `{mode}`; leave one of them out")
 
 
-def _fixed_mode(
+def _fixed_mode_config(
     mode: str, bits: int | None, group_size: int | None, dtype: str | None
 ) -> QuantizationConfig:
-    """Return the only settings of `mode`, which quantizes with or without `bits`."""
+    """Return the settings of a mode whose bits and group size are fixed, such as `mxfp4`.
+
+    Raises:
+        ConfigError: `bits` or `group_size` is given and differs from the fixed value.
+    """
     only_group, only_bits = FIXED_MODES[mode]
     for name, value, only in (("bits", bits, only_bits), ("group_size", group_size, only_group)):
         if value is not None and value != only:

@@ -1,4 +1,4 @@
-"""Context managers that undo a temporary change: a replaced name, training modes, random state."""
+"""Context managers that undo temporary changes: replaced attributes, module modes, random state."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,10 +12,10 @@ from mlx_dpo.io.arrays import random_state
 
 @contextmanager
 def patched(module: Any, name: str, value: Any) -> Iterator[None]:
-    """Replace `module.name` by `value` inside the block and restore it afterwards.
+    """Replace the attribute `name` of `module` by `value` inside the `with` block.
 
-    Blocks nest: every block restores the value that it replaced. The replacement is visible to
-    all threads.
+    Blocks can be nested: every block restores the value that it replaced. The replacement is
+    visible to all threads.
     """
     replaced = getattr(module, name)
     setattr(module, name, value)
@@ -27,7 +27,7 @@ def patched(module: Any, name: str, value: Any) -> Iterator[None]:
 
 @contextmanager
 def module_modes(model: nn.Module) -> Iterator[None]:
-    """Restore the training or evaluation mode of every module after the block."""
+    """Restore the training or evaluation mode of every module after the `with` block."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         yield
@@ -39,10 +39,10 @@ def module_modes(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def preserved_random_state(start: mx.array | None = None) -> Iterator[None]:
-    """Restore MLX's random state after the block.
+    """Restore MLX's random state after the `with` block.
 
     Args:
-        start: the random state at the beginning of the block; None continues the current one.
+        start: Random state for the beginning of the block; None keeps the current state.
     """
     before = mx.array(random_state())
     if start is not None:

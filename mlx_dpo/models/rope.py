@@ -1,7 +1,7 @@
-"""RoPE settings: transformers 5 writes `rope_parameters`; mlx-lm reads the names from before.
+"""Translate RoPE settings: transformers 5 writes `rope_parameters`, mlx-lm reads the older names.
 
-Most architectures of mlx-lm ignore `rope_parameters` and use their own defaults, which silently
-gives another model.
+Most architectures of mlx-lm ignore `rope_parameters` and use their own defaults, so that the model
+silently computes something else.
 """
 
 from collections.abc import Mapping
@@ -29,10 +29,13 @@ FULL_ATTENTION, SLIDING_ATTENTION = (
 
 
 def rope_overrides(entries: Config, source: str) -> dict[str, Any]:
-    """Return the RoPE settings of a `config.json` that mlx-lm would ignore, under mlx-lm's names.
+    """Return the RoPE settings in a `config.json` that mlx-lm would ignore, under mlx-lm's names.
+
+    Args:
+        entries: Content of the `config.json`.
 
     Raises:
-        ModelError: the architecture has no name for a setting.
+        ModelError: mlx-lm's architecture does not support a setting.
     """
     if "model_file" in entries:
         return {}  # the model brings its own code
@@ -44,7 +47,7 @@ def rope_overrides(entries: Config, source: str) -> dict[str, Any]:
 
 
 def rope_notes(entries: Config, source: str) -> tuple[str, ...]:
-    """Return a note for the user if mlx-lm would ignore a RoPE setting."""
+    """Return a note for the user on the RoPE settings that mlx-lm would ignore, if any."""
     found = rope_overrides(entries, source)
     part = found.pop("text_config", {})
     own = {name: part[name] for names in MLX_LM_NAMES.values() for name in names if name in part}
@@ -86,7 +89,11 @@ def _overrides(entries: Config, source: str) -> dict[str, Any]:
 
 
 def _legacy_settings(rope: Config, known: set[str], where: str) -> dict[str, Any]:
-    """Return `rope_parameters` under the names of transformers before version 5."""
+    """Return the settings in `rope_parameters` under the names that transformers 4 used.
+
+    Raises:
+        ModelError: layers differ in a setting that mlx-lm has for the whole model only.
+    """
     if not any(isinstance(part, dict) for part in rope.values()):
         return _layer_settings(rope)
     whole, local = (

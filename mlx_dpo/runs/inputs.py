@@ -24,7 +24,7 @@ from mlx_dpo.generation.prompt import context_length
 from mlx_dpo.models.device import device_kind, main_dtype
 from mlx_dpo.models.files import code_fingerprint, model_fingerprint, tokenizer_fingerprint
 from mlx_dpo.models.load import LoadedModel, load_model, load_tokenizer
-from mlx_dpo.paths import token_cache
+from mlx_dpo.paths import token_cache_folder
 from mlx_dpo.schemas.schema import Ranking, RowRules
 from mlx_dpo.types import TokenizedPair
 
@@ -157,7 +157,7 @@ def load_configured_source(
         source,
         TokenizerWorkers(base.tokenizer, load, count_processes()),
         PairRules(token_rules(config, base), row_rules(config), config.bad_pairs),
-        TokenCache(token_cache(), files, name),
+        TokenCache(token_cache_folder(), files, name),
         progress=counting,
     )
 

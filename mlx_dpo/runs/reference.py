@@ -61,7 +61,7 @@ def cached_reference_logps(
         model,
         pairs,
         provenance=reference_provenance(record, device_and_dtype),
-        cache=places.reference_cache(),
+        cache=places.reference_cache_folder(),
         score=score,
         labels=labels(_model_name(record), device_and_dtype),
         progress=progress,

@@ -241,7 +241,7 @@ def test_noise_that_happens_to_lie_along_a_small_change_is_not_kept_training(wor
     retention = fuse_run("slight", Path("plain"), FuseOptions()).retention
     assert retention.change == pytest.approx(1, abs=1e-2)
     found = fuse_run("slight", Path("forced"), FuseOptions(bits=4, force=True))
-    assert found.retention.minimum > 2 and found.rounding.cosine < 0.01
+    assert found.retention.minimum > 2 and found.merge_retention.cosine < 0.01
     with pytest.raises(ModelError, match=r"which is beyond 110%, so it was not written; leave"):
         fuse_run("slight", Path("packed"), FuseOptions(bits=4))
     train(workplace, pairs=["pairs.jsonl"], output="slighter", learning_rate=1e-7, epochs=1)

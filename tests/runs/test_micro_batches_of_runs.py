@@ -7,7 +7,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_dpo import DPOConfig, DPOTrainer, evaluate_run
-from mlx_dpo.paths import reference_cache
+from mlx_dpo.paths import reference_cache_folder
 from mlx_dpo.runs.build import INFERENCE_FACTOR, make_dataset_scorer
 from mlx_dpo.runs.summary import summarize_training
 from mlx_dpo.scoring.select_scorer import ScorerChoice
@@ -107,7 +107,7 @@ def test_the_cache_names_a_local_model_without_the_way_to_it(config, checkpoint_
         trainer.prepare()
         list(trainer.steps())
     evaluate_run(config.output, config.pairs[0])
-    found = list_entries(reference_cache())
+    found = list_entries(reference_cache_folder())
     assert len(found) == 3
     assert {(entry.model, entry.computed_on) for entry in found} == {("base", "cpu float32")}
     for entry in found:

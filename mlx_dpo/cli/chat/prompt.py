@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import click
 
-from mlx_dpo.paths import chat_history
+from mlx_dpo.paths import chat_history_file
 
 BLOCK_MARK = '"""'
 CONTINUATION_PROMPT = "... "
@@ -105,7 +105,7 @@ def line_editing() -> Iterator[None]:
     if readline is None:
         yield
         return
-    path = chat_history()
+    path = chat_history_file()
     with suppress(OSError):
         readline.read_history_file(path)
     readline.set_history_length(HISTORY_LINES)
