@@ -182,7 +182,7 @@ def get_fine_tune_type(model: nn.Module) -> FineTuneType:
 
 
 def make_adapter_config(model: nn.Module) -> dict[str, Any]:
-    """Return the content of an `adapter_config.json` for attaching the adapters with mlx-lm."""
+    """Return the content of the `adapter_config.json` that mlx-lm needs to load the adapters."""
     fine_tune_type, adapted = get_fine_tune_type(model), adapted_layers(model)
     if fine_tune_type == "full":
         return {"fine_tune_type": fine_tune_type, "num_layers": _count_trained_blocks(model)}

@@ -76,9 +76,9 @@ class AdapterSwitch:
             self.activate(before)
 
     def duplicated_bytes(self) -> int:
-        """Return the size in bytes of the weights that both states hold in their own version.
+        """Return the size in bytes of the base weights that full fine-tuning changed.
 
-        These are the weights that full fine-tuning changed.
+        Base and aligned model share all other weights; these weights are held twice.
         """
         if not self.can_switch:
             return 0

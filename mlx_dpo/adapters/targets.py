@@ -75,7 +75,10 @@ def trainable_modules(model: nn.Module) -> list[TargetModule]:
 
 
 def has_tied_embeddings(model: nn.Module) -> bool:
-    """Return whether the LM head is the token embedding (no linear layer is outside the blocks)."""
+    """Return whether the LM head shares its weight with the token embedding.
+
+    Both are tied if the model has no linear layer outside of the blocks.
+    """
     prefixes = tuple(f"{path}." for path in block_paths(model))
     return not any(
         isinstance(module, LINEAR_TYPES) and not path.startswith(prefixes)

@@ -32,10 +32,10 @@ def generate(
     as_json: bool,
     **settings: Any,
 ) -> None:
-    """Answer one PROMPT with a run's policy, or with a model.
+    """Generate the answer to PROMPT with a run's policy, or with a model.
 
-    Only the answer goes to stdout. Without PROMPT, or with `-`, the prompt is read from stdin
-    (less one newline at its end).
+    Only the answer goes to stdout. Without PROMPT, or with `-`, the prompt is read from stdin,
+    without its last newline.
 
     \b
     mlx-dpo generate run "Why is the sky blue?"

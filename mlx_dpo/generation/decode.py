@@ -8,11 +8,11 @@ THINKING_TAIL = 11  # tokens at the end of a prompt in which a template may begi
 
 
 class StreamingDecoder:
-    """A decoder for one token after another, whose pieces of text together are the whole text.
+    """Incremental decoder: takes one token at a time and returns the text that became complete.
 
     Unlike mlx-lm's detokenizers, the decoder keeps a leading space, which matters if a text is
-    continued. The result can differ from the tokenizer's `decode` only for bytes that form no
-    character, since `decode` can then change text that was returned before.
+    continued. The pieces joined together can differ from the tokenizer's `decode` only for bytes
+    that form no character, since `decode` can then change text that was returned before.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -48,7 +48,7 @@ def decode_tokens(tokenizer: Any, tokens: Iterable[int]) -> str:
 
 
 class TextPart(NamedTuple):
-    """A part of a generated text, either thinking (with its start and end marks) or answer."""
+    """A part of a generated text: thinking (including its start and end marks) or answer."""
 
     text: str
     thinking: bool

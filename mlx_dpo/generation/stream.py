@@ -136,7 +136,7 @@ def _as_chunks(parts: Iterable[TextPart]) -> Iterator[AnswerChunk]:
 
 
 class _Clock:
-    """The number of generated tokens and the time that they took."""
+    """Counts the tokens of an answer and measures the time that they take."""
 
     def __init__(self) -> None:
         self.ticks = 0

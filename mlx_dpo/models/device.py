@@ -72,7 +72,7 @@ def cast_model(model: nn.Module, dtype: mx.Dtype) -> None:
 
 
 def prepare_for_cpu(model: nn.Module, dtype: mx.Dtype = mx.float32) -> tuple[str, ...]:
-    """Dequantize the layers, cast all weights to `dtype`, and return notes for the user on both.
+    """Dequantize the model, cast its weights to `dtype`, and return notes for the user on both.
 
     In float32 the weights keep their values to the last bit. Layers are dequantized one at a time,
     so that no second model is held in memory.

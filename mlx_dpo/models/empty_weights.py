@@ -90,9 +90,9 @@ def build_model(config: dict[str, Any]) -> nn.Module:
 def _quantization(
     config: dict[str, Any], bits: int | None, group_size: int | None
 ) -> dict[str, Any] | None:
-    """Return how linear layers are quantized: `group_size`, `bits`, and settings of single layers.
+    """Return the model's quantization settings, or None if the model is not quantized.
 
-    None if the model is not quantized.
+    The settings are `group_size` and `bits` of linear layers, and exceptions by layer name.
     """
     if bits is not None:
         return {"group_size": group_size or DEFAULT_GROUP_SIZE, "bits": bits}

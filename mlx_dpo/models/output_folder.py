@@ -14,7 +14,7 @@ SPARE = 1.05  # for the tokenizer, the configuration and the file system, next t
 
 
 def check_output_folder(output: Path, expected_bytes: int) -> None:
-    """Raise `ModelError` if `output` is not empty, cannot be written or lacks disk space.
+    """Raise `ModelError` if `output` is a file or not empty, cannot be written, or lacks space.
 
     Args:
         expected_bytes: Approximate size of the weights that will be written.

@@ -1,4 +1,4 @@
-"""Quantize models, check the settings for it, and estimate the resulting size on disk."""
+"""Quantize models, check quantization settings, and estimate the resulting size on disk."""
 
 import io
 from collections.abc import Sequence
