@@ -8,15 +8,12 @@ trainer.train()
 
 import warnings
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from mlx_dpo import openblas as blas
 
 blas.use_openblas()  # has to come before the first import of mlx.core, anywhere
 
-from mlx_dpo import losses  # noqa: E402
-from mlx_dpo.config.dpo_config import DPOConfig  # noqa: E402
 from mlx_dpo.errors import (  # noqa: E402
     ConfigError,
     DataError,
@@ -27,6 +24,9 @@ from mlx_dpo.errors import (  # noqa: E402
 )
 
 if TYPE_CHECKING:
+    __version__: str
+    from mlx_dpo import losses
+    from mlx_dpo.config.dpo_config import DPOConfig
     from mlx_dpo.data.load import load_pairs
     from mlx_dpo.evaluation.compare import compare_runs
     from mlx_dpo.export.convert import convert
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from mlx_dpo.saved_runs.export_peft import export_run
     from mlx_dpo.saved_runs.open import load_policy
 
-__version__ = version("mlx-dpo")
 __all__ = [
     "ConfigError",
     "DPOConfig",
@@ -56,8 +55,10 @@ __all__ = [
     "losses",
 ]
 
-# Imported on first use: these modules load the model libraries, which takes seconds.
+# Imported on first use: the settings load MLX, and the others the model libraries, which takes
+# seconds.
 LAZY = {
+    "DPOConfig": "mlx_dpo.config.dpo_config",
     "DPOTrainer": "mlx_dpo.runs.trainer",
     "compare_runs": "mlx_dpo.evaluation.compare",
     "convert": "mlx_dpo.export.convert",
@@ -75,6 +76,10 @@ def __getattr__(name: str) -> Any:
         message = "`mlx_dpo.Run` is deprecated; use `mlx_dpo.DPOTrainer`"
         warnings.warn(message, DeprecationWarning, stacklevel=2)
         name = "DPOTrainer"
+    if name == "__version__":
+        return import_module("importlib.metadata").version("mlx-dpo")
+    if name == "losses":
+        return import_module("mlx_dpo.losses")
     if name in LAZY:
         return getattr(import_module(LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -82,4 +87,4 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     """Return the public names, those that are not imported yet included."""
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, "__version__"})

@@ -130,4 +130,9 @@ def program() -> str:
 
 def main() -> None:
     """Run the `mlx-dpo` command line."""
-    cli()
+    try:
+        cli()
+    except ImportError as error:  # `--help` imports every command, outside of `invoke`
+        if (message := one_line(error)) is None:
+            raise
+        sys.exit(f"Error: {message}")

@@ -158,7 +158,7 @@ def _show_tokens(contents: CacheFolder) -> None:
 def _show_damaged(contents: CacheFolder, consequence: str) -> None:
     for entry in contents.entries:
         if entry.damaged:
-            click.echo(f"damaged, {consequence}: {entry.path.name}")
+            click.echo(f"damaged or of another version, {consequence}: {entry.path.name}")
     for path in contents.leftovers:
         click.echo(f"half-written by a process that is gone: {path.name}")
 

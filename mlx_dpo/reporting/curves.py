@@ -89,7 +89,7 @@ CURVES = (
     Curve(
         "Margin and length",
         "correlation",
-        "of the margin with the length difference; near 1 or -1 the policy learns length",
+        "correlation of margin and length difference; near 1 or -1 the policy learns length",
         {"": "length_correlation"},
         baseline=0.0,
         on_model_card=False,

@@ -99,7 +99,7 @@ def test_damaged_and_half_written_files_are_named(folder, some):
     leftover.write_bytes(b"half")
     lines = run().stdout.splitlines()
     assert lines[-2:] == [
-        "damaged, its pairs will be scored again: c.safetensors",
+        "damaged or of another version, its pairs will be scored again: c.safetensors",
         f"half-written by a process that is gone: {leftover.name}",
     ]
     found = json.loads(run("--json").stdout)
@@ -214,7 +214,9 @@ def test_tokens_are_listed_source_by_source(folder, some):
 
 def test_damaged_tokens_are_named(folder):
     write_tokens(folder, "t").write_bytes(b"not this")
-    assert run().stdout.splitlines()[-1] == "damaged, its pairs will be tokenized again: t.pairs"
+    assert run().stdout.splitlines()[-1] == (
+        "damaged or of another version, its pairs will be tokenized again: t.pairs"
+    )
     assert json.loads(run("--json").stdout)["tokens"]["damaged"] == ["t.pairs"]
 
 

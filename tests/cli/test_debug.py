@@ -1,9 +1,13 @@
 """MLX_DPO_DEBUG=1 shows where an error comes from; without it an error is one line."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 from click.testing import CliRunner
 
-from mlx_dpo.cli import cli, one_line
+from mlx_dpo.cli import cli, main, one_line
 from mlx_dpo.errors import RunError
 
 MESSAGE = "Error: nosuch: not a run folder (no such folder); train one with `mlx-dpo train`\n"
@@ -37,3 +41,25 @@ def test_debugging_prints_the_traceback_before_the_same_line(tmp_path, monkeypat
 )
 def test_only_what_a_person_can_fix_becomes_a_line(error, message):
     assert one_line(error) == message
+
+
+def test_help_without_a_backend_of_mlx_is_one_line(monkeypatch):
+    def broken(*args):
+        raise ImportError("libmlx.so: cannot open shared object file")
+
+    monkeypatch.setattr("mlx_dpo.cli.import_module", broken)
+    monkeypatch.setattr("sys.argv", ["mlx-dpo", "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert str(stopped.value).startswith("Error: MLX is installed without a backend")
+
+
+def test_the_version_and_the_package_need_no_mlx():
+    program = (
+        "import sys; sys.modules['mlx.core'] = None; import mlx_dpo; "
+        "from mlx_dpo.cli import cli; cli.main(['--version'], standalone_mode=False)"
+    )
+    env = {**os.environ, "MLX_DPO_OPENBLAS": "0"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=env)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "version" in done.stdout
