@@ -185,7 +185,7 @@ def _check_sum(settings: LossSettings) -> None:
 
 
 def _check_hyperparameters(settings: LossSettings) -> None:
-    """Raise `ConfigError` if none of the losses reads a hyper-parameter that is set.
+    """Raise `ConfigError` for a hyper-parameter that is set but that none of the losses reads.
 
     Losses that are undefined without label smoothing need it above 0.
     """

@@ -52,7 +52,7 @@ class NoEffect(Generic[S]):
 
 
 def check_effects(settings: S, rows: Sequence[NoEffect[S]]) -> None:
-    """Raise `ConfigError` if a setting is set although, by one of `rows`, it has no effect."""
+    """Raise `ConfigError` if a setting is set whose condition in `rows` says it has no effect."""
     for row in rows:
         for name in row.names:
             if is_set(settings, name) and row.when(settings):

@@ -239,8 +239,8 @@ def collate(pairs: Sequence[TokenizedPair], *, pad_multiple: int = PAD_MULTIPLE)
 def pair_metadata(pairs: Sequence[TokenizedPair]) -> PairMetadata:
     """Return lengths, target margins, weights and labels of the pairs as arrays. (B,) each
 
-    `pairs` are all pairs of an optimizer step or of an evaluation, because the metadata has
-    their mean length, too.
+    `pairs` must be all pairs of an optimizer step or of an evaluation: the metadata also has the
+    mean length of their chosen completions.
     """
     lengths, margins_and_weights = (
         column(pairs, name).astype(np.float32) for name in (LENGTHS, MARGINS_AND_WEIGHTS)
@@ -257,9 +257,9 @@ def pair_metadata(pairs: Sequence[TokenizedPair]) -> PairMetadata:
 
 
 def select_metadata(metadata: PairMetadata, indices: mx.array) -> PairMetadata:
-    """Return the metadata of the pairs at `indices`; the mean length stays that of all pairs.
+    """Return the metadata of the pairs at `indices`, arrays of shape (b,).
 
-    Arrays have the shape (b,).
+    `mean_chosen_tokens` stays the mean over all pairs.
     """
     selected = {
         name: value if value.ndim == 0 else value[indices]

@@ -68,7 +68,7 @@ class LossInputs:
 
     @property
     def margin(self) -> mx.array:
-        """f-divergence score of chosen minus that of rejected; for reverse KL, the log-ratios."""
+        """f-divergence score of chosen minus that of rejected (reverse KL: log-ratio margin)."""
         return margin(self._scores)
 
     @property

@@ -51,7 +51,7 @@ def sigmoid_loss(
 def robust_loss(
     margin: mx.array, *, beta: float, label_smoothing: float, offset: Offset = 0.0
 ) -> mx.array:
-    """Return the robust DPO loss; its expectation over flipped labels is the DPO loss. (B,)
+    """Return the robust DPO loss, whose mean over flipped labels is DPO on clean labels. (B,)
 
         loss = [-(1 - eps) log sigmoid(x) + eps log sigmoid(-x)] / (1 - 2 eps),  x = beta m - offset
 

@@ -157,8 +157,8 @@ def tokenize_as_chat(
 def later_turn_starts(tokenizer: Any, example: PreferenceExample, *, thinking: bool) -> list[int]:
     """Return the positions in the prompt's token ids at which user turns begin.
 
-    The first message is left out, and so is a turn before which the template does not yield a
-    prefix of the whole prompt.
+    The first message is left out. A later turn is left out if the messages before it do not
+    begin the whole prompt's token ids when put into the template.
     """
     messages = to_messages(example.prompt, "user")
     whole = TemplateInput(messages, thinking, example.template_kwargs)
