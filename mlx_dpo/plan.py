@@ -25,7 +25,7 @@ from mlx_dpo.profiling.extrapolate import (
     largest_that_fits,
 )
 from mlx_dpo.profiling.flops import ModelFlops, TokenCounts, count_attended_keys, model_flops
-from mlx_dpo.profiling.layer_subset import LayersNotFoundError, sample_layers, with_layers
+from mlx_dpo.profiling.layer_subset import LayersNotFoundError, choose_layer_subsets, with_layers
 from mlx_dpo.profiling.profile import PassProfile, profile_inference_pass, shorten_pairs
 from mlx_dpo.runs.auto_batch_size import (
     MicroBatchFit,
@@ -81,8 +81,8 @@ class MemoryParts:
 class Capacity:
     """Largest micro-batch, and longest single pair, that fit into memory."""
 
-    pairs: int  # as long as the longest one, in one pass
-    tokens: int  # of a single pair
+    pairs: int  # number of pairs per pass, each as long as the longest
+    tokens: int  # length of a single pair
     context: bool  # whether `tokens` is the context length of the model
 
 
@@ -97,7 +97,7 @@ class EpochEstimate:
     rows: int  # tokens through the head
     operations: int
     seconds: float
-    reference_operations: int  # training and held-out pairs
+    reference_operations: int  # over training and held-out pairs
     reference_seconds: float
 
 
@@ -143,20 +143,25 @@ class RunEstimate:
 
 
 def estimate_run(
-    config: DPOConfig, *, mac: str | None = None, rows: RowProgress = no_progress
+    config: DPOConfig,
+    *,
+    memory_size: str | None = None,
+    tokenization_progress: RowProgress = no_progress,
 ) -> RunEstimate:
     """Estimate memory, work and time of a run with these settings.
 
     Args:
-        mac: memory of a Mac to plan for, such as `16GB`; None plans for this machine.
-        rows: shows the progress of tokenization, in rows.
+        memory_size: memory of a Mac to plan for, such as `16GB`; None plans for this machine.
+        tokenization_progress: shows how many rows of large datasets are tokenized.
 
     Raises:
         ConfigError, DataError, ModelError: for the same reasons as the run itself.
     """
-    budget = available_memory() if mac is None else mac_memory(mac)
+    budget = available_memory() if memory_size is None else mac_memory(memory_size)
     inputs = load_inputs(
-        config, read=partial(load_configured_base, load=load_empty_model), counting=rows
+        config,
+        read=partial(load_configured_base, load=load_empty_model),
+        tokenization_progress=tokenization_progress,
     )
     with use_fused_gated_delta(inputs.base.model):
         attach_adapters(inputs.base, config)
@@ -170,7 +175,7 @@ def _select_scorer(base: LoadedModel, config: DPOConfig) -> ScorerChoice:
     It is tested on a model with few layers, or on the whole model if the reduced one fails.
     """
     try:
-        with with_layers(base.model, sample_layers(base.model).large):
+        with with_layers(base.model, choose_layer_subsets(base.model).large):
             mx.eval(base.model.parameters())
             return choose_scorer(base, config)
     except (LayersNotFoundError, ModelError):
@@ -221,9 +226,9 @@ class _RunEstimator:
         measured = self.fitted.cost if recompute == self.config.recompute else None
         long = measured or profile_micro_batch(self.base, settings, self.choice, self.longest)
         short = profile_micro_batch(self.base, settings, self.choice, self.short)
-        return self._point(long, self.longest), self._point(short, self.short)
+        return self._profile_point(long, self.longest), self._profile_point(short, self.short)
 
-    def _point(self, profile: PassProfile, pairs: Pairs) -> ProfilePoint:
+    def _profile_point(self, profile: PassProfile, pairs: Pairs) -> ProfilePoint:
         """Return the profile of a pass, with the number of its pairs and of tokens per pair."""
         return ProfilePoint(profile, len(pairs), self._layer_tokens([pairs]) / len(pairs))
 
@@ -233,17 +238,20 @@ class _RunEstimator:
         limit = inference_limit(self.config, self.choice)
         pairs = largest_micro_batch(longest, limit, cost=self.choice.cost)
         profile = profile_inference_pass(
-            self.model, pairs, self._score_reference, memory=available_memory().bytes
+            self.model, pairs, self._compute_reference_logps, memory=available_memory().bytes
         )
         return profile, pairs
 
-    def _score_reference(self, pairs: Pairs) -> object:
+    def _compute_reference_logps(self, pairs: Pairs) -> object:
         """Return the log-probs of `pairs` under the reference."""
         with reference_mode(self.model, self.config):
             return make_dataset_scorer(self.config, self.choice)(self.model, pairs)
 
     def _memory_parts(self, profile: PassProfile) -> MemoryParts:
-        """Divide the memory of a step into parts, which add up to that of the chosen settings."""
+        """Divide the memory of a step among its uses, guided by the profile of the longest pass.
+
+        The parts add up to the memory estimated for the chosen settings.
+        """
         trained = memory.trainable_bytes(self.model)
         weights = memory.parameter_bytes(self.model) - trained
         adapters = memory.TRAINING_COPIES * trained + self.optimizer_bytes
@@ -252,10 +260,14 @@ class _RunEstimator:
         return MemoryParts(weights, adapters, rest - head, head)
 
     def _capacity(self, long: ProfilePoint, short: ProfilePoint) -> Capacity:
-        """Return what fits into memory, by a memory curve fitted to a long and a short pass."""
+        """Return how many pairs, and how long a pair, fit into memory.
+
+        It is extrapolated from the profiles of a long and a short pass.
+        """
         curve = fit_memory_curve(long, short)
         free = self.budget.bytes - memory.resident_bytes(self.model, self.optimizer_bytes)
-        row_share = len(self.longest[0]) / long.tokens  # of a pair's tokens, those of a row
+        # Tokens of the prompt and the longer completion, as a share of all tokens of the pair.
+        row_share = len(self.longest[0]) / long.tokens
         context = context_length(self.base.config) or MAX_TOKENS
         tokens = largest_that_fits(lambda n: curve.bytes(1, n / row_share) <= free, limit=context)
         pairs = largest_that_fits(lambda n: curve.bytes(n, long.tokens) <= free, limit=MAX_PAIRS)
@@ -281,7 +293,7 @@ class _RunEstimator:
         flops = model_flops(self.model, self.base.config, vocab_size=self.base.vocab_size)
         train_flops = partial(flops.training, recompute=bool(config.recompute))
         tokens = self._token_counts(lengths_only(train), passes.tokens.total)
-        # Passes without gradients that score a step's pairs before it (GradCache, WPO).
+        # Passes without gradients over a step's pairs, before its gradients (GradCache, WPO).
         extra_flops = config.extra_forward_passes * flops.forward(tokens, adapted=True)
         reference_flops = self._reference_flops(flops)
         measured = self._token_counts(reference_pairs, self._layer_tokens([reference_pairs]))

@@ -49,8 +49,8 @@ def plan(
     is_shown = console.is_terminal and not as_json
     estimate = estimate_run(
         config,
-        mac=memory,
-        rows=lambda total: (
+        memory_size=memory,
+        tokenization_progress=lambda total: (
             show_progress(console, "tokens", total=total, unit="rows")
             if is_shown
             else no_progress(total)

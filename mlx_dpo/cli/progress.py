@@ -119,9 +119,9 @@ def _prepare(run: DPOTrainer, console: Console, awake: str | None) -> None:
         config = run.config
         pairs = len(run.inputs.train) + len(run.inputs.valid)
         with show_progress(console, "reference", total=pairs, unit=config.unit) as count:
-            run.score_reference(count)
+            run.compute_reference_logps(count)
     else:
-        run.score_reference()
+        run.compute_reference_logps()
     run.restore()
     print_label_table(console, summarize_training(run))
     if awake:

@@ -168,13 +168,13 @@ def _convert_choice(name: str, value: Any) -> Any:
 
 
 def _recorded_settings(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of the run to be resumed, from its run record.
+    """Return the settings in the run record of the run to be resumed.
 
-    They are empty if `values` name pairs and the folder has no run yet: a new run can start.
+    The result is empty if there is no such run yet, but `values` name the pairs for a new one.
 
     Raises:
         ConfigError: there is no `output`.
-        RunError: there is no run to resume, and `values` name no pairs for a new one.
+        RunError: there is neither a run to resume nor pairs for a new one.
     """
     from mlx_dpo.runs.folder import RunPaths, find_run, read_record
 

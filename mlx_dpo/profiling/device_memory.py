@@ -74,7 +74,9 @@ class BufferLimits(NamedTuple):
 
 
 def buffer_limits(kind: DeviceKind, info: Mapping[str, Any]) -> BufferLimits | None:
-    """Return MLX's buffer limits for training on a device; None if MLX's defaults are right.
+    """Return MLX's buffer limits for training on a device; None keeps MLX's defaults.
+
+    Only Metal gets limits.
 
     Args:
         info: what `mx.device_info` returns for the device.

@@ -130,7 +130,8 @@ def _causal_entries(length: int) -> int:
 def _linear_weights(part: nn.Module, experts: int | None) -> int:
     """Return the number of weights of a linear layer that each token is multiplied with.
 
-    Of a layer of experts, only the experts used per token count. Other modules have 0.
+    In a layer of experts, only the experts used per token are counted. The result is 0 for modules
+    that are not linear layers.
     """
     weight = part.get("weight")
     if not isinstance(weight, mx.array) or weight.ndim not in (2, 3):
@@ -143,9 +144,9 @@ def _linear_weights(part: nn.Module, experts: int | None) -> int:
 
 
 def _attention_widths(model: nn.Module, entries: Mapping[str, Any]) -> Sequence[int]:
-    """Return for each layer the number of attention heads times the head width.
+    """Return the number of attention heads times the head width, for each layer.
 
-    Recurrent layers have 0.
+    Recurrent layers have a width of 0.
     """
     heads = int(entries.get("num_attention_heads") or entries.get("n_head") or 0)
     hidden = int(entries.get("hidden_size") or entries.get("n_embd") or 0)
@@ -159,8 +160,8 @@ def _attention_widths(model: nn.Module, entries: Mapping[str, Any]) -> Sequence[
 def _adapter_weights(part: nn.Module, experts: int | None) -> int:
     """Return the number of weights of an adapter that each token is multiplied with.
 
-    Of an adapter on a layer of experts, only the experts used per token count. Other modules have
-    0.
+    On a layer of experts, only the experts used per token are counted. The result is 0 for modules
+    that are not adapters.
     """
     if not isinstance(part, ADAPTER_TYPES):
         return 0

@@ -21,27 +21,27 @@ Layers = tuple[nn.Module, ...]
 
 
 class LayersNotFoundError(Exception):
-    """The attribute that holds the list of the model's layers was not found."""
+    """Error raised if no attribute of the model holds the list of its layers."""
 
 
 @dataclass(frozen=True)
-class LayerSample:
+class LayerSubsets:
     """A small and a large subset of the layers that gradients reach, to be measured."""
 
     small: Layers
-    large: Layers  # equal to `small` if there are no more
+    large: Layers  # equal to `small` if there are no more layers
     count: int
 
     @property
     def is_whole(self) -> bool:
-        """Whether the subsets leave nothing to extrapolate.
+        """Whether measuring `large` alone suffices, so that nothing is extrapolated.
 
         That is so if `large` contains all layers, or no more than `small`.
         """
         return len(self.large) in (self.count, len(self.small))
 
 
-def sample_layers(model: nn.Module) -> LayerSample:
+def choose_layer_subsets(model: nn.Module) -> LayerSubsets:
     """Choose a small and a large subset of the layers, to be measured in place of all layers.
 
     The subsets have the layer types that the model begins with, and contain only layers that
@@ -54,17 +54,17 @@ def sample_layers(model: nn.Module) -> LayerSample:
     required = {layer_signature(layer) for layer in trained}
     shortest = next(k for k in range(1, len(layers) + 1) if required <= set(signatures[:k]))
     small = max(MIN_LAYERS, shortest)
-    return LayerSample(
+    return LayerSubsets(
         small=_layers_with_signatures(signatures[:small], trained),
         large=_layers_with_signatures(signatures[: 2 * small], trained),
         count=len(trained),
     )
 
 
-def all_layers(model: nn.Module) -> LayerSample:
+def all_layers(model: nn.Module) -> LayerSubsets:
     """Return all layers as both subsets, for a model that does not run on some of its layers."""
     layers = tuple(model.layers)
-    return LayerSample(layers, layers, len(layers))
+    return LayerSubsets(layers, layers, len(layers))
 
 
 def layer_signature(layer: nn.Module) -> Hashable:
@@ -77,7 +77,7 @@ def layer_signature(layer: nn.Module) -> Hashable:
     adapted = {path for path, part in layer.named_modules() if isinstance(part, ADAPTER_TYPES)}
     for path, part in sorted(layer.named_modules()):
         parent, _, last = path.rpartition(".")
-        # Of an adapted layer only the base layer counts, under the name of the adapted one.
+        # An adapted layer counts as its base layer, under the name of the adapted layer.
         if path in adapted or (parent in adapted and last != "linear"):
             continue
         shapes = tuple(
@@ -100,7 +100,7 @@ def with_layers(model: nn.Module, layers: Sequence[nn.Module]) -> Iterator[None]
     """Reduce the model to the given `layers` inside the block.
 
     Raises:
-        LayersNotFoundError: the attribute that holds the list of the model's layers was not found.
+        LayersNotFoundError: no attribute of the model holds the list of its layers.
     """
     before = list(model.layers)
     if list(map(id, before)) == list(map(id, layers)):

@@ -17,10 +17,10 @@ import mlx.nn as nn
 
 from mlx_dpo.models.restore import module_modes, preserved_random_state
 from mlx_dpo.profiling.layer_subset import (
-    LayerSample,
     LayersNotFoundError,
+    LayerSubsets,
     all_layers,
-    sample_layers,
+    choose_layer_subsets,
     with_layers,
 )
 from mlx_dpo.profiling.memory import trainable_bytes
@@ -31,8 +31,9 @@ from mlx_dpo.training.plan import MicroBatch
 from mlx_dpo.training.step import loss_and_gradients
 from mlx_dpo.types import PairLogps, TokenizedPair
 
-TRIAL_SHARES = (1 / 16, 1 / 4, 1 / 2, 1)  # of each text, tried until the whole is known to fit
-SAFETY_FACTOR = 2  # by which the memory estimated from a share may be wrong
+# Shares of each text, tried in order until whole texts are known to fit into memory.
+TRIAL_SHARES = (1 / 16, 1 / 4, 1 / 2, 1)
+SAFETY_FACTOR = 2  # by which the memory estimated from shortened texts may be too low
 REPEATS = 3  # MLX runs ahead asynchronously, sometimes one array further than usual
 
 Pairs = Sequence[TokenizedPair]
@@ -42,7 +43,7 @@ PassFunction = Callable[[Pairs], Any]  # a pass over pairs; returns the arrays t
 class Usage(NamedTuple):
     """Peak memory in bytes and time in seconds of a computation."""
 
-    bytes: float  # at the peak, beyond what was held before
+    bytes: float  # peak memory, beyond what was in use before
     seconds: float
 
 
@@ -53,7 +54,7 @@ class PassProfile:
     fixed: Usage  # independent of the number of layers: the head, and intermediate arrays
     per_layer: Usage
     num_layers: int  # of the whole model
-    text_share: float = 1.0  # share of the texts that ran, if the whole might not have fitted
+    text_share: float = 1.0  # below 1 if whole texts might not have fitted into memory
 
     @property
     def bytes(self) -> int:
@@ -117,7 +118,7 @@ def profile_inference_pass(
 
 
 def shorten_pairs(pairs: Pairs, share: float) -> list[TokenizedPair]:
-    """Return the pairs with each text cut to this share of its tokens, but to no less than two."""
+    """Return the pairs with each text cut to `share` of its tokens, but at least to two tokens."""
 
     def shorten(tokens: tuple[int, ...]) -> tuple[int, ...]:
         return tokens[: max(2, round(share * len(tokens)))]
@@ -139,29 +140,29 @@ def _profile_pass(policy: nn.Module, pairs: Pairs, run: PassFunction, memory: in
     If the model does not run on a few layers, all layers are measured.
     """
     try:
-        return _extrapolate_layers(policy, sample_layers(policy), pairs, run, memory)
+        return _extrapolate_layers(policy, choose_layer_subsets(policy), pairs, run, memory)
     except (LayersNotFoundError, *UNSUPPORTED_ERRORS):
         return _extrapolate_layers(policy, all_layers(policy), pairs, run, memory)
 
 
 def _extrapolate_layers(
-    policy: nn.Module, sample: LayerSample, pairs: Pairs, run: PassFunction, memory: int
+    policy: nn.Module, subsets: LayerSubsets, pairs: Pairs, run: PassFunction, memory: int
 ) -> PassProfile:
     """Measure the pass `run` on two subsets of the layers and extrapolate linearly to all layers.
 
     If the large subset leaves nothing to extrapolate, only that subset is measured.
     """
-    with with_layers(policy, sample.large):
-        mx.eval(policy.parameters())  # of a model with lazy random weights, only these layers
+    with with_layers(policy, subsets.large):
+        mx.eval(policy.parameters())  # allocates lazy random weights for these layers only
         share = _share_that_fits(pairs, run, memory)
         measured_pairs = pairs if share == 1 else shorten_pairs(pairs, share)
         large_runs = _measure_repeatedly(run, measured_pairs)
-    large, num_large = _minimum(large_runs), len(sample.large)
+    large, num_large = _minimum(large_runs), len(subsets.large)
     small, num_small = Usage(0, 0), 0  # if all layers ran, there is nothing to extrapolate
-    if not sample.is_whole:
-        with with_layers(policy, sample.small):
+    if not subsets.is_whole:
+        with with_layers(policy, subsets.small):
             small = _minimum(_measure_repeatedly(run, measured_pairs))
-            num_small = len(sample.small)
+            num_small = len(subsets.small)
     # Noise must not make the whole cheaper than its part.
     per_layer = Usage(
         *(max(0.0, (b - a) / (num_large - num_small)) for a, b in zip(small, large, strict=True))
@@ -172,7 +173,7 @@ def _extrapolate_layers(
     return PassProfile(
         fixed=Usage(*(value / share for value in fixed)),
         per_layer=Usage(*(value / share for value in per_layer)),
-        num_layers=sample.count if num_small else num_large,
+        num_layers=subsets.count if num_small else num_large,
         text_share=share,
     )
 
@@ -198,7 +199,7 @@ def _measure_repeatedly(run: PassFunction, pairs: Pairs) -> list[Usage]:
 
 
 def _minimum(usages: Sequence[Usage]) -> Usage:
-    """Return the least memory and the least time of several runs, possibly of different ones."""
+    """Return the least memory and the least time among several runs, each taken separately."""
     return Usage(min(usage.bytes for usage in usages), min(usage.seconds for usage in usages))
 
 

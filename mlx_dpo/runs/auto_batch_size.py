@@ -41,11 +41,11 @@ class MicroBatchFit:
     is_bound: bool = False  # `bytes` is an upper bound; nothing was measured
     instead_of: "MicroBatchFit | None" = None  # the preferred settings, which do not fit
     cost: PassProfile | None = None
-    is_recorded: bool = False  # chosen when the run began
+    is_recorded: bool = False  # read from `run.json`: chosen when the run began
 
     @property
     def fits(self) -> bool:
-        """Whether an optimizer step fits into memory."""
+        """Whether an optimizer step fits into memory; always true for a resumed run."""
         return self.is_recorded or self.bytes <= self.room.bytes
 
     def automatic_settings(self) -> dict[str, Any]:
@@ -162,7 +162,10 @@ def fit_micro_batch_size(
 
 
 def candidate_settings(config: DPOConfig) -> Iterator[DPOConfig]:
-    """Yield the settings with every allowed micro-batch size, the preferred sizes first."""
+    """Yield copies of the settings with each allowed micro-batch size, the preferred first.
+
+    If `recompute` is not set, all sizes without gradient checkpointing come before those with it.
+    """
     sizes: Sequence[int | None] = (config.micro_batch_size,)
     if config.micro_batch_size is None and config.max_tokens is None:
         sizes = sorted({min(size, config.batch_size) for size in SIZES[device_kind()]})[::-1]

@@ -30,7 +30,7 @@ from mlx_dpo.types import PairLogps, TokenizedPair
 
 OnPolicyWeights = Callable[[nn.Module, Sequence[TokenizedPair]], mx.array]  # weights of pairs, (B,)
 
-# A pass without a backward one may be so many times as large: it keeps nothing of the layers.
+# A pass without gradients may be so many times as large, because it saves no activations.
 INFERENCE_FACTOR = 4
 
 
@@ -45,7 +45,7 @@ def attach_adapters(base: LoadedModel, config: DPOConfig) -> dict[str, Any]:
         ModelError: the adapter to start from is damaged or belongs to another model, or layers
             cannot be trained.
     """
-    mx.random.seed(config.seed % 2**64)  # of dropout as well, where nothing fresh is drawn
+    mx.random.seed(config.seed % 2**64)  # also for dropout, if no adapters are initialized
     if config.start_adapter is not None:
         saved = read_adapter(Path(config.start_adapter))
         if saved.fine_tune_type == "full":
@@ -72,10 +72,10 @@ def attach_adapters(base: LoadedModel, config: DPOConfig) -> dict[str, Any]:
 
 
 def _check_not_quantized(base: LoadedModel, config: DPOConfig) -> None:
-    """Raise `ConfigError` if the base model is quantized, because full fine-tuning cannot train it.
+    """Raise `ConfigError` if the base model is quantized: full fine-tuning cannot train it.
 
-    On the CPU quantized weights are held unpacked and could be trained, but the result would fit
-    no quantized model.
+    On the CPU, mlx-dpo holds quantized weights unpacked and could train them, but the result would
+    not fit the quantized model.
     """
     if base.config.get("quantization") or base.config.get("quantization_config"):
         instead = "the model as it was before" if config.bits is None else "it without --bits"
@@ -125,8 +125,9 @@ def choose_scorer(base: LoadedModel, config: DPOConfig) -> ScorerChoice:
 
 def inference_limit(config: DPOConfig, choice: ScorerChoice) -> PassLimit:
     """Return the maximum number of pairs and tokens in a forward pass without gradients."""
-    # Whole rows of logits, or a training pass that keeps no more either, leave no room for it;
-    # and on the CPU larger arrays leave its caches, so that long pairs take four times as long.
+    # Logits of whole sequences leave no memory for more, and a training pass with recomputation
+    # saves no more activations than this one. On the CPU, larger arrays do not fit into its
+    # caches, so that long pairs take four times as long.
     roomy = choice.name == "shared" and not config.recompute
     more = roomy and not is_cpu()
     return config.pass_limit.scaled(INFERENCE_FACTOR if more else 1)

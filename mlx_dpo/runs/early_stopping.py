@@ -41,8 +41,12 @@ class EarlyStopping:
     threshold: float
 
     @classmethod
-    def by(cls, metric: str, *, patience: int | None, threshold: float | None) -> "EarlyStopping":
+    def for_metric(
+        cls, metric: str, *, patience: int | None, threshold: float | None
+    ) -> "EarlyStopping":
         """Create the rule for a metric, named with or without the prefix `eval_`.
+
+        The rule says which evaluation is best and when the run stops early.
 
         Args:
             patience: number of evaluations without an improvement after which the run stops; None
@@ -61,7 +65,7 @@ class EarlyStopping:
         return cls(EVAL_PREFIX + name, known[name], patience, threshold or 0.0)
 
     def state_after(self, rows: Iterable[Mapping[str, float]]) -> BestState:
-        """Return the best evaluation among metrics `rows`, and the evaluations since it improved.
+        """Return the state (best evaluation and patience used) after all metrics `rows`.
 
         Rows of training steps are ignored.
         """
@@ -71,7 +75,7 @@ class EarlyStopping:
         return state
 
     def update(self, state: BestState, row: Mapping[str, float]) -> BestState:
-        """Return the state after one more metrics row; rows of training steps change nothing."""
+        """Return `state` updated by one more metrics row; rows of training steps change nothing."""
         if self.metric not in row:
             return state
         step, value = int(row["step"]), row[self.metric]
@@ -119,7 +123,7 @@ class BestCheckpoint:
         self.rule: EarlyStopping | None = None
         if (metric := config.metric_for_best_model) is not None:
             patience, threshold = config.early_stopping_patience, config.early_stopping_threshold
-            self.rule = EarlyStopping.by(metric, patience=patience, threshold=threshold)
+            self.rule = EarlyStopping.for_metric(metric, patience=patience, threshold=threshold)
         self.state = BestState()
 
     def check_has_effect(self, *, every: int | None, total_steps: int, held_out: int) -> None:
@@ -189,7 +193,10 @@ class BestCheckpoint:
         return self.state.step if self.load_best_at_end else None
 
     def prune(self, rows: Sequence[Row]) -> None:
-        """Remove saved adapters that a run resumed from any remaining checkpoint cannot need.
+        """Remove saved adapters that are no longer needed.
+
+        The adapters of the best evaluation are needed, and those of the evaluation that was best
+        at a remaining checkpoint, because the run may be resumed from it.
 
         Args:
             rows: all metrics rows of the run.
@@ -199,8 +206,8 @@ class BestCheckpoint:
         needed = {self.state.step}
         for step in saved_steps(self.paths.checkpoints):
             needed.add(self.rule.state_after(r for r in rows if r["step"] <= step).step)
-        for step in set(saved_steps(self.paths.best)) - needed:
-            shutil.rmtree(checkpoint_path(self.paths.best, step), ignore_errors=True)
+        for step in set(saved_steps(self.paths.best_adapters)) - needed:
+            shutil.rmtree(checkpoint_path(self.paths.best_adapters, step), ignore_errors=True)
 
     def load_into(self, policy: nn.Module) -> None:
         """Load the adapters of the best evaluation into `policy` if the run ends with these."""
@@ -208,8 +215,8 @@ class BestCheckpoint:
             load_adapter_weights(policy, self._folder / WEIGHTS)
 
     def remove(self) -> None:
-        """Remove the saved adapters of all evaluations after the run is finished."""
-        shutil.rmtree(self.paths.best, ignore_errors=True)
+        """Remove the saved adapters of all evaluations, which a finished run does not need."""
+        shutil.rmtree(self.paths.best_adapters, ignore_errors=True)
 
     def to_dict(self) -> dict[str, Any] | None:
         """Return step and metric of the best checkpoint for `run.json`.
@@ -223,4 +230,4 @@ class BestCheckpoint:
     @property
     def _folder(self) -> Path:
         assert self.state.step is not None
-        return checkpoint_path(self.paths.best, self.state.step)
+        return checkpoint_path(self.paths.best_adapters, self.state.step)

@@ -41,7 +41,7 @@ class RunPaths:
         return self.folder / "checkpoints"
 
     @property
-    def best(self) -> Path:
+    def best_adapters(self) -> Path:
         """Path of the folder with the adapters of the best evaluations.
 
         It is removed when the run is finished.
@@ -53,7 +53,7 @@ class RunPaths:
         """Path of the file that the training process keeps locked."""
         return self.folder / ".lock"
 
-    def reference(self, split: str) -> Path:
+    def reference_logps(self, split: str) -> Path:
         """Return the path of the reference log-probs of split `train` or `valid`."""
         return self.folder / "reference" / f"{split}.safetensors"
 
@@ -105,7 +105,7 @@ def remove_run(paths: RunPaths) -> None:
 
     Run record, metrics, checkpoints, best adapters and reference log-probs are removed.
     """
-    for folder in (paths.checkpoints, paths.best, paths.reference("train").parent):
+    for folder in (paths.checkpoints, paths.best_adapters, paths.reference_logps("train").parent):
         shutil.rmtree(folder, ignore_errors=True)
     paths.metrics.unlink(missing_ok=True)
     paths.record.unlink(missing_ok=True)
@@ -187,7 +187,7 @@ PROVENANCE_NAMES = {
 
 
 def start_adapter_provenance(config: DPOConfig) -> dict[str, Any]:
-    """Return the digest of the start adapter under its key; an empty dict without `start_adapter`.
+    """Return a dict with the digest of the start adapter; it is empty without `start_adapter`.
 
     Raises:
         ModelError: the start adapter does not exist.

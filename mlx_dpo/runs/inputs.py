@@ -78,7 +78,7 @@ def load_configured_base(
     """Load the base model that the settings name.
 
     Args:
-        load: function that loads it, with its weights (default) or only their shapes.
+        load: function that loads the model, with its weights (default) or only their shapes.
     """
     return load(
         config.model,
@@ -145,7 +145,10 @@ def no_progress(rows: int | None) -> Iterator[Callable[[int], None]]:
 
 
 def load_configured_source(
-    config: DPOConfig, base: LoadedModel, source: Source, counting: RowProgress = no_progress
+    config: DPOConfig,
+    base: LoadedModel,
+    source: Source,
+    tokenization_progress: RowProgress = no_progress,
 ) -> LoadedPairs[PairDataset]:
     """Load and tokenize one source of pairs (file, folder or dataset) with the run's settings."""
     path, code = base.path, config.trust_remote_code
@@ -158,7 +161,7 @@ def load_configured_source(
         TokenizerWorkers(base.tokenizer, load, count_processes()),
         PairRules(token_rules(config, base), row_rules(config), config.bad_pairs),
         TokenCache(token_cache_folder(), files, name),
-        progress=counting,
+        progress=tokenization_progress,
     )
 
 
@@ -174,7 +177,10 @@ def count_processes() -> int:
 def add_kl_completions(
     config: DPOConfig, pairs: Sequence[TokenizedPair]
 ) -> Sequence[TokenizedPair]:
-    """Add the KL completions that KTO needs to the examples; other pairs are returned unchanged."""
+    """Add the KL completions that KTO needs to unpaired examples; return pairs unchanged.
+
+    KL completions are mismatched completions from which KTO estimates the KL divergence.
+    """
     return with_mismatched_completions(pairs, config.max_length) if config.labelled else pairs
 
 
@@ -182,14 +188,14 @@ def load_inputs(
     config: DPOConfig,
     *,
     read: Callable[[DPOConfig], LoadedModel] = load_configured_base,
-    counting: RowProgress = no_progress,
+    tokenization_progress: RowProgress = no_progress,
     datasets: Datasets = NO_DATASETS,
 ) -> Inputs:
     """Find the pairs, load the base model and tokenize the pairs.
 
     Args:
         read: function that loads the base model.
-        counting: shows the progress of tokenizing large sources, in rows.
+        tokenization_progress: shows the progress of tokenizing large sources, in rows.
         datasets: pairs passed as Python objects.
 
     Raises:
@@ -199,8 +205,14 @@ def load_inputs(
     sources = find_sources(pairs, valid, config.split)
     check_held_out_settings(config, sources)
     base = read(config)
-    train = [load_configured_source(config, base, source, counting) for source in sources.train]
-    held_out = [load_configured_source(config, base, source, counting) for source in sources.valid]
+    train = [
+        load_configured_source(config, base, source, tokenization_progress)
+        for source in sources.train
+    ]
+    held_out = [
+        load_configured_source(config, base, source, tokenization_progress)
+        for source in sources.valid
+    ]
     reports = [loaded.report for loaded in (*train, *held_out)]
     check_settings_used(token_rules(config, base), row_rules(config), reports)
     splits = [add_kl_completions(config, pairs) for pairs in _split_pairs(config, train, held_out)]

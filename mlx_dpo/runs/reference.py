@@ -93,19 +93,19 @@ def load_reference_model(config: DPOConfig) -> LoadedModel:
     )
 
 
-def score_with_reference_model(
+def compute_reference_model_logps(
     config: DPOConfig,
-    counting: ProgressBar,
-    rows: RowProgress,
+    scoring_progress: ProgressBar,
+    tokenization_progress: RowProgress,
     datasets: Datasets = NO_DATASETS,
 ) -> tuple[dict[str, PairLogps], str]:
     """Return the log-probs of both splits under `reference_model`, and that model's digest.
 
-    (len(pairs),) each. The weights of the policy are not loaded.
+    The arrays of a split have the shape (len(pairs),). The weights of the policy are not loaded.
 
     Raises:
-        ConfigError: the tokenizers of the two models differ, an example is longer than the
-            reference model's context length, or pairs come from standard input.
+        ConfigError: the tokenizers of the two models differ, an example is longer than a model's
+            context length, or pairs come from standard input.
     """
     if STDIN in (*config.pairs, config.valid):
         raise ConfigError(
@@ -113,30 +113,34 @@ def score_with_reference_model(
             "write them to a file"
         )
     load_shapes = partial(load_configured_base, load=load_empty_model)
-    inputs = load_inputs(config, read=load_shapes, counting=rows, datasets=datasets)
+    inputs = load_inputs(
+        config, read=load_shapes, tokenization_progress=tokenization_progress, datasets=datasets
+    )
     splits: Splits = {"train": inputs.train, "valid": inputs.valid}
-    return score_splits(
-        config, load_reference_model(config), inputs.base.tokenizer, splits, counting
+    return compute_logps_of_splits(
+        config, load_reference_model(config), inputs.base.tokenizer, splits, scoring_progress
     )
 
 
-def score_splits(
+def compute_logps_of_splits(
     config: DPOConfig,
     other: LoadedModel,
     tokenizer: TokenizerWrapper,
     splits: Splits,
-    counting: ProgressBar,
+    scoring_progress: ProgressBar,
 ) -> tuple[dict[str, PairLogps], str]:
     """Return the log-probs of `splits` under the model `other`, and that model's digest.
 
     Args:
-        tokenizer: tokenizer of the policy, with which `splits` were tokenized.
+        tokenizer: tokenizer of the policy, with which the pairs were tokenized.
+        splits: training and held-out pairs, by the name of the split.
+        scoring_progress: shows the progress in pairs.
     """
     check_same_tokens(other, tokenizer, chain.from_iterable(splits.values()))
     check_context_length(config, other, *splits.values())
     digest = model_fingerprint(other.path)
     score = make_dataset_scorer(config, choose_scorer(other, config))
-    with counting(sum(map(len, splits.values()))) as progress:
+    with scoring_progress(sum(map(len, splits.values()))) as progress:
         answers = {
             split: cached_reference_logps(
                 other.model,
@@ -157,7 +161,7 @@ def score_splits(
 def _reference_model_record(config: DPOConfig, digest: str) -> dict[str, Any]:
     """Return a run record with the reference model in place of the base model.
 
-    With this record its log-probs are cached under their own key.
+    With this record, log-probs of the reference model are cached under their own key.
     """
     asked = {"model": config.reference_model, "bits": None, "group_size": None}
     folder = Path(str(config.reference_model)).expanduser()

@@ -21,7 +21,7 @@ def save_peft(folder: Path, base: LoadedModel, config: DPOConfig) -> str:
         The libraries that can load the adapter, and the reason if PEFT is not among them.
     """
     try:
-        name = base.source if is_hub_id(base.source) else "its base"  # goes on cards: no path
+        name = base.source if is_hub_id(base.source) else "its base"  # on cards: no path
         # Names suffice: the model was loaded from these very weights.
         checkpoint = replace(local_checkpoint(base.path, name), folder=None)
         hub_id = config.model if is_hub_id(config.model) else None

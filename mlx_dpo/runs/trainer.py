@@ -49,7 +49,7 @@ from mlx_dpo.runs.reference import (
     ProgressBar,
     ProgressCallback,
     cached_reference_logps,
-    score_with_reference_model,
+    compute_reference_model_logps,
 )
 from mlx_dpo.runs.save_peft import save_peft
 from mlx_dpo.runs.trackers import (
@@ -176,27 +176,32 @@ class DPOTrainer:
             )
         self.load()
         self.attach()
-        self.score_reference(progress)
+        self.compute_reference_logps(progress)
         self.restore()
 
-    def load(self, counting: ProgressBar = no_progress, rows: RowProgress = no_progress) -> None:
+    def load(
+        self,
+        scoring_progress: ProgressBar = no_progress,
+        tokenization_progress: RowProgress = no_progress,
+    ) -> None:
         """Load the base model and the pairs; the run folder is not written.
 
-        If `reference_model` is set, the log-probs of all pairs under it are computed first, and
-        the reference model is freed.
+        The log-probs under a separate `reference_model` are computed first; then it is freed.
 
         Args:
-            counting: shows the progress of computing these log-probs, in pairs.
-            rows: shows the progress of tokenization, in rows; used for large datasets only.
+            scoring_progress: shows the progress of computing these log-probs, in pairs.
+            tokenization_progress: shows how many rows of large datasets are tokenized.
         """
         mx.reset_peak_memory()  # earlier work of the same process does not count
         start = start_adapter_provenance(self.config)
         if self.config.reference_model is not None:
-            self._reference_model_logps, digest = score_with_reference_model(
-                self.config, counting, rows, self.datasets
+            self._reference_model_logps, digest = compute_reference_model_logps(
+                self.config, scoring_progress, tokenization_progress, self.datasets
             )
             start |= {"reference_model": digest}
-        self.inputs: Inputs = load_inputs(self.config, counting=rows, datasets=self.datasets)
+        self.inputs: Inputs = load_inputs(
+            self.config, tokenization_progress=tokenization_progress, datasets=self.datasets
+        )
         check_step_settings(self.config, self.total_steps)
         self.best.check_has_effect(
             every=self.config.eval_steps,
@@ -233,7 +238,7 @@ class DPOTrainer:
         self.config = self.fitted.config
         write_record(self.paths, self.record)  # only now are all settings known to be possible
 
-    def score_reference(self, progress: ProgressCallback = lambda scored: None) -> None:
+    def compute_reference_logps(self, progress: ProgressCallback = lambda scored: None) -> None:
         """Compute the log-probs of all pairs under the reference, or read them from disk.
 
         Reference-free losses get zeros. `progress` is called with the number of pairs done.
@@ -246,7 +251,7 @@ class DPOTrainer:
         pairs = getattr(self.inputs, split)
         if not self.config.needs_reference:
             return PairLogps(mx.zeros((len(pairs),)), mx.zeros((len(pairs),)))
-        stored = read_logps(self.paths.reference(split), len(pairs))
+        stored = read_logps(self.paths.reference_logps(split), len(pairs))
         if stored is not None:
             progress(len(pairs))
             return stored
@@ -261,7 +266,7 @@ class DPOTrainer:
                 score=make_dataset_scorer(self.config, self.choice),
                 progress=progress,
             )
-        write_logps(self.paths.reference(split), logps)
+        write_logps(self.paths.reference_logps(split), logps)
         return logps
 
     def restore(self) -> None:
@@ -419,7 +424,7 @@ class DPOTrainer:
     # --- finish ----------------------------------------------------------------------------
 
     def _finish(self) -> Iterator[MetricsRow]:
-        """Write the final adapters and results; yield the last evaluation if it is a new one."""
+        """Write the final adapters and results; yield the last evaluation if not yielded before."""
         step = self._progress.step
         self._save_checkpoint()
         if step < self.total_steps:

@@ -33,8 +33,8 @@ from mlx_dpo.runs.inputs import (
 )
 from mlx_dpo.runs.reference import (
     cached_reference_logps,
+    compute_logps_of_splits,
     load_reference_model,
-    score_splits,
 )
 from mlx_dpo.saved_runs.open import OpenRun, load_adapter_into, load_reference_into, open_run
 from mlx_dpo.schemas.messages import prompt_digest
@@ -155,7 +155,9 @@ def _reference_logps(
         return PairLogps(mx.zeros((len(pairs),)), mx.zeros((len(pairs),)))
     if config.reference_model is not None:
         other = load_reference_model(config)
-        answers, now = score_splits(config, other, base.tokenizer, {"valid": pairs}, no_progress)
+        answers, now = compute_logps_of_splits(
+            config, other, base.tokenizer, {"valid": pairs}, no_progress
+        )
         check_provenance(run.paths, run.record, {"reference_model": now})
         return answers["valid"]
     moved = checkpoint.synced_reference_weights(run.paths.checkpoints)

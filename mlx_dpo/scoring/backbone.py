@@ -1,4 +1,4 @@
-"""Split a model into the backbone, which computes hidden states, and the head, for logits.
+"""Split a model into its backbone (hidden states) and its head (logits).
 
 No head is implemented here: the model's own `__call__` runs with the backbone replaced. So
 everything that a model does after its backbone is kept (tied or quantized heads, scaling, soft
@@ -17,7 +17,7 @@ LANGUAGE_MODEL = "language_model"  # attribute of multimodal models that holds t
 
 
 class UnsupportedModelError(Exception):
-    """A model that does not meet the requirements of a scorer; the message gives the reason."""
+    """Error raised if a model does not meet the requirements of a scorer; the message says why."""
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def mode_without_dropout(model: nn.Module, *, training: bool) -> Iterator[None]:
 
 
 def value_error(model: nn.Module, tested: RowFunction, expected: RowFunction) -> float:
-    """Return the largest relative error of a row of `tested` against `expected`.
+    """Return the largest relative error of a row of values of `tested`, against `expected`.
 
     Both functions run in evaluation mode.
     """

@@ -31,10 +31,9 @@ def chunked_logps(
     """Return log p(target | hidden state) of each token. (n, D), (n,) -> (n,) float32
 
     Args:
-        gradients: whether the result will be differentiated. False saves the work of preparing for
-            it.
+        gradients: whether the result will be differentiated; False saves time and memory.
     """
-    chunks = _row_chunks(len(targets), vocab_size)
+    chunks = _token_chunks(len(targets), vocab_size)
     if not gradients:
         return mx.stop_gradient(_map_chunks(parts, hidden, targets, chunks))
     if parameters := trainable_head_parameters(parts):
@@ -46,7 +45,7 @@ def chunked_log_weights(
     parts: ModelParts, hidden: mx.array, targets: mx.array, *, vocab_size: int
 ) -> mx.array:
     """Return WPO's log-weight of each target, without gradient. (n, D), (n,) -> (n,) float32"""
-    chunks = _row_chunks(len(targets), vocab_size)
+    chunks = _token_chunks(len(targets), vocab_size)
     weights = _map_chunks(parts, hidden, targets, chunks, function=_chunk_log_weights)
     return mx.stop_gradient(weights)
 
@@ -63,7 +62,7 @@ def trainable_head_parameters(parts: ModelParts) -> Arrays:
     return {name: value for name, value in trainable.items() if not name.startswith(inside)}
 
 
-def _row_chunks(count: int, vocab_size: int) -> list[slice]:
+def _token_chunks(count: int, vocab_size: int) -> list[slice]:
     """Return slices of similar size that cover `count` tokens.
 
     The logits of a slice take at most LOGITS_BYTES_PER_CHUNK, unless a single token takes more.
@@ -136,7 +135,7 @@ def _logps_with_saved_gradient(
 def _chunk_logps_and_gradient(
     parts: ModelParts, hidden: mx.array, targets: mx.array
 ) -> tuple[mx.array, mx.array]:
-    """Return the log-probs of one chunk, and their gradients by the hidden states. (n,), (n, D)"""
+    """Return one chunk's log-probs and their gradients with respect to `hidden`. (n,), (n, D)"""
     # A token's value depends on its own hidden state only, so that a cotangent of ones gives
     # the gradients of all tokens at once.
     ones = mx.ones(targets.shape)

@@ -44,14 +44,14 @@ def packed_hidden_states(
     caches = make_prompt_cache(model)
     if not all(type(cache) in ATTENTION_CACHES for cache in caches):
         raise UnsupportedModelError("layers without attention process tokens one after another")
-    row = PackedRow(pairs)
+    sequence = PackedSequence(pairs)
     with use_structured_masks(), use_token_positions():
-        hidden = parts.hidden_states(row.tokens, [PackedCache(row) for _ in caches])
-    return hidden[0][row.prediction_indices()]
+        hidden = parts.hidden_states(sequence.tokens, [PackedCache(sequence) for _ in caches])
+    return hidden[0][sequence.prediction_indices()]
 
 
 class PairSpan(NamedTuple):
-    """The tokens of a pair in the packed sequence: index of the first one, and number per part."""
+    """Location of a pair in the packed sequence: start index, and number of tokens per part."""
 
     start: int
     prompt: int
@@ -64,7 +64,7 @@ class PairSpan(NamedTuple):
         return self.start + self.prompt + self.chosen + self.rejected
 
 
-class PackedRow:
+class PackedSequence:
     """A packed sequence of pairs: its token ids, positions and attention masks.
 
     The last token of each completion predicts nothing and is left out.
@@ -160,15 +160,19 @@ class PackedMask(StructuredMask):
     window it attends only to the last `window` of these positions.
     """
 
-    __slots__ = ("row", "window")
+    __slots__ = ("sequence", "window")
 
-    def __init__(self, row: PackedRow, window: int | None) -> None:
-        """Mask `row`, with a sliding window of `window` positions; None means no window."""
-        self.row, self.window = row, window
+    def __init__(self, sequence: PackedSequence, window: int | None) -> None:
+        """Create the mask of the packed sequence `sequence`.
+
+        Args:
+            window: size of the sliding window in positions; None means no window.
+        """
+        self.sequence, self.window = sequence, window
 
     def chunks(self, size: int, dtype: mx.Dtype) -> list[QueryChunk]:
         """Return chunks of up to `size` queries with their masks; no chunk spans two pairs."""
-        return self.row.chunks(size, dtype, self.window)
+        return self.sequence.chunks(size, dtype, self.window)
 
 
 class PackedCache:
@@ -177,10 +181,10 @@ class PackedCache:
     It stores nothing, because the whole packed sequence goes through the layer at once.
     """
 
-    def __init__(self, row: PackedRow) -> None:
-        """Create the cache for one pass of the packed sequence `row`."""
-        self.row = row
-        self.offset = row.rope_offset
+    def __init__(self, sequence: PackedSequence) -> None:
+        """Create the cache for one pass of the packed sequence `sequence`."""
+        self.sequence = sequence
+        self.offset = sequence.rope_offset
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Return `keys` and `values` unchanged, because there are no earlier tokens."""
@@ -194,6 +198,6 @@ class PackedCache:
         Raises:
             TypeError: the model needs the mask as an array, or asks for another length.
         """
-        if return_array or length != len(self.row):
+        if return_array or length != len(self.sequence):
             raise TypeError("its attention needs the mask as an array")
-        return PackedMask(self.row, window_size)
+        return PackedMask(self.sequence, window_size)

@@ -31,7 +31,7 @@ from mlx_dpo.types import PairLogps, TokenizedPair
 
 Scorer = Callable[[nn.Module, Sequence[TokenizedPair]], PairLogps]  # (B,) float32 each
 
-# Batching strategy of pairs whose prompts run once: all pairs concatenated in one row; one batch
+# Batching strategy of pairs whose prompts run once: all pairs packed into one sequence; one batch
 # with padded prompts; or one batch per prompt length.
 Packing = Literal["row", "batch", "lengths"]
 

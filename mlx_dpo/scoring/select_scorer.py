@@ -93,7 +93,7 @@ class ScorerChoice:
 
 
 class _NotEquivalentError(Exception):
-    """The shared scorer differs from the plain one; the message names the reason."""
+    """Error raised if the shared scorer differs from the plain scorer; the message says why."""
 
 
 def select_scorer(
@@ -178,7 +178,7 @@ def _shared_choice(
     try:
         if packing == "batch" and any(isinstance(c, CacheList) for c in make_prompt_cache(model)):
             # Such models may select whole blocks of keys, which the padding of batched caches
-            # shifts. Only long rows show the error.
+            # shifts. Only long sequences show the error.
             raise _NotEquivalentError("its caches are of several kinds")
         errors = relative_errors(model, _test_pair_logps(training, vocab_size), expected)
         _check_tolerance(model, "", errors)
@@ -222,7 +222,10 @@ def _check_tolerance(model: nn.Module, case: str, errors: RelativeErrors) -> Non
 
 
 def _test_pair_logps(scorer: Scorer, vocab_size: int) -> RowFunction:
-    """Return a function that computes the log-probs of the test pairs under a model. (2B, 1)"""
+    """Return a function that computes the log-probs of the test pairs with `scorer`. (2B, 1)
+
+    It takes the model as its argument.
+    """
     pairs = random_pairs(TEST_LENGTHS, vocab_size)
     return lambda model: mx.concatenate([*scorer(model, pairs)])[:, None]
 

@@ -20,7 +20,7 @@ from mlx_dpo.training.synced_reference import SyncedReference
 
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
-SYNCED_REFERENCE = "reference.safetensors"  # of a reference that follows the policy, once it has
+SYNCED_REFERENCE = "reference.safetensors"  # weights of an updated synced reference
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:

@@ -34,10 +34,10 @@ class GradCache(NamedTuple):
         return cls(step, mx.array(list(at)), mx.array(others, dtype=mx.int32), order, labelled)
 
     def with_gradients(self, logps: PairLogps) -> ScoredPairs:
-        """Return the pairs of the whole step, with the micro-batch's log-probs replaced by `logps`.
+        """Return all pairs of the step, with `logps` as the micro-batch's log-probs. (B,) each
 
-        (B,) each. KL completions of unpaired examples keep their cached log-probs, because the
-        loss sends no gradient through them.
+        KL completions of unpaired examples keep their cached log-probs, because the loss sends no
+        gradient through them.
         """
         cached = self.step.policy
         rejected = cached.rejected[self.at] if self.labelled else logps.rejected
@@ -62,8 +62,9 @@ class GradCache(NamedTuple):
 def skip_kl_completions(pairs: Sequence[TokenizedPair]) -> list[TokenizedPair]:
     """Return unpaired examples whose KL completions are cut to their first token.
 
-    They are used in passes with gradients, which do not need the KL completions. The remaining
-    token costs nothing in the model's layers, because the prompt's last token predicts it.
+    KL completions are mismatched completions from which KTO estimates the KL divergence. Passes
+    with gradients do not need them. The remaining token costs nothing in the model's layers,
+    because the prompt's last token predicts it.
     """
     return [replace(pair, rejected=pair.rejected[:1]) for pair in pairs]
 
@@ -71,6 +72,7 @@ def skip_kl_completions(pairs: Sequence[TokenizedPair]) -> list[TokenizedPair]:
 def only_kl_completions(pairs: Sequence[TokenizedPair]) -> list[TokenizedPair]:
     """Return unpaired examples whose own completions are cut to their first token.
 
-    They are used to compute the log-probs of the KL completions only.
+    They serve to compute the log-probs of the KL completions, from which KTO estimates the KL
+    divergence.
     """
     return [replace(pair, chosen=pair.chosen[:1]) for pair in pairs]

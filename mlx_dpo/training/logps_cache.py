@@ -20,10 +20,7 @@ CHECKSUM = "sum"
 
 
 def write_logps(path: Path, logps: PairLogps, labels: Mapping[str, str] | None = None) -> None:
-    """Write log-probs to a file, which appears complete or not at all.
-
-    `mlx-dpo cache` shows the `labels`.
-    """
+    """Write log-probs to a file atomically; `mlx-dpo cache` shows the `labels`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with temporary_path(path) as temporary:
         write_arrays(temporary, logps._asdict(), {**(labels or {}), CHECKSUM: _checksum(logps)})

@@ -21,7 +21,7 @@ class Progress:
     """
 
     step: int = 0  # updates done
-    num_tokens: int = 0  # tokens seen in them, without padding
+    num_tokens: int = 0  # tokens seen in these updates, without padding
 
 
 def train(

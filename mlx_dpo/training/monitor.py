@@ -12,23 +12,21 @@ from statistics import fmean, median
 
 Row = Mapping[str, float]
 
-MIN_WINDOW, MAX_WINDOW = 10, 50  # steps in a window: fewer are noise, more come too late
-MIN_STEPS = 3  # steps of a run that can say anything: the first one's margins are zero
-SETTLE_STEPS, SETTLE_SHARE = (
-    20,
-    0.1,
-)  # steps after the warm-up, or that share of all, in which rates show
-MIN_MARGIN = 0.01  # margin; what is less after a tenth of a run does not become a tenth by its end
-SATURATED_ACCURACY = 0.99  # accuracy that is all but perfect
-MIN_PAIRS = 64  # pairs that make a share of pairs worth a word
-EARLY_SHARE = 0.05  # of the run
+MIN_WINDOW, MAX_WINDOW = 10, 50  # steps in a window: fewer are noise, more warn too late
+MIN_STEPS = 3  # fewest steps to judge by: the margins of the first step are zero
+# Learning shows within so many steps after the warm-up, or this share of all steps if larger.
+SETTLE_STEPS, SETTLE_SHARE = 20, 0.1
+MIN_MARGIN = 0.01  # a smaller margin after a tenth of the run stays below 0.1 to its end
+SATURATED_ACCURACY = 0.99  # nearly perfect
+MIN_PAIRS = 64  # fewest pairs for an accuracy or a correlation that is not noise
+EARLY_SHARE = 0.05  # share of the run's steps that counts as early
 CLIPPED_SHARE = 0.95
-CLIPPED_FACTOR = 3.0  # times the bound; where norms come near it, it still tells them apart
-MIN_LENGTH_CORRELATION = 0.5  # correlation; its square is a quarter of all that the margins vary by
-MIN_LENGTH_MARGIN = 0.1  # margin below which its correlations are those of noise
+CLIPPED_FACTOR = 3.0  # median norm by bound; norms nearer to the bound keep their differences
+MIN_LENGTH_CORRELATION = 0.5  # lengths then explain a quarter of the variance of the margins
+MIN_LENGTH_MARGIN = 0.1  # correlations of smaller margins are noise
 MAX_LOSS_NATS = 1.0  # nats of a chosen completion: e times less likely than under the reference
-MAX_LOSS_PER_TOKEN = 0.02  # the same of a long one, which loses a nat by little in each token
-MAX_DISTANCE_PER_TOKEN = 1.0  # nats; about what a chat model is unsure of a token by at all
+MAX_LOSS_PER_TOKEN = 0.02  # nats per token; for long completions, where 1 nat in total is little
+MAX_DISTANCE_PER_TOKEN = 1.0  # nats; about the entropy of a chat model per token
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +39,8 @@ class MonitoredRun:
     beta: float
     learning_rate: float
     max_grad_norm: float
-    chosen_tokens: float  # of a chosen completion, on average
-    referenced: bool = True  # whether rewards are beta times log-ratios to where it began
+    chosen_tokens: float  # mean length of a chosen completion
+    referenced: bool = True  # whether rewards are beta times log-ratios to the initial policy
     from_start: bool = True  # whether rewards were zero, or alike, before the first step
 
     @property
@@ -55,7 +53,7 @@ Check = Callable[[MonitoredRun, Sequence[Row]], str | None]
 
 
 class Monitor:
-    """Checks of a run's metrics: takes one metrics row after another and returns new warnings."""
+    """Checks the metrics of a run, row by row, and returns each kind of warning once."""
 
     def __init__(self, facts: MonitoredRun) -> None:
         """Start the monitor of the run that `facts` describes, before its first metrics row."""

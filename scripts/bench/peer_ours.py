@@ -36,7 +36,7 @@ def train(job: bench.Job, folder: Path) -> bench.Result:
         memory, weights = bench.ResidentMemory(), mx.get_active_memory()
         began = perf_counter()
         run.attach()  # including the selection of the scorer
-        run.score_reference()
+        run.compute_reference_logps()
         scored = perf_counter()
         run.restore()
         for _ in run.steps():

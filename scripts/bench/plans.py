@@ -14,7 +14,7 @@ from mlx_dpo.models.device import device_kind, prepare_for_cpu
 from mlx_dpo.models.empty_weights import build_model
 from mlx_dpo.models.load import LoadedModel
 from mlx_dpo.profiling import memory
-from mlx_dpo.profiling.layer_subset import sample_layers, with_layers
+from mlx_dpo.profiling.layer_subset import choose_layer_subsets, with_layers
 from mlx_dpo.runs.auto_batch_size import profile_micro_batch
 from mlx_dpo.runs.build import (
     attach_adapters,
@@ -131,7 +131,7 @@ def compare_memory(case: Case) -> MemoryComparison:
         base = _empty_model(case)
         stack.enter_context(use_fused_gated_delta(base.model))
         attach_adapters(base, config)
-        with with_layers(base.model, sample_layers(base.model).large):
+        with with_layers(base.model, choose_layer_subsets(base.model).large):
             mx.eval(base.model.parameters())
             choice = choose_scorer(base, config)
         cost = profile_micro_batch(base, config, choice, pairs[: case.point.pairs])

@@ -8,9 +8,9 @@ from mlx_dpo.adapters.attach import attach_adapters, enable_full_fine_tuning
 from mlx_dpo.profiling.layer_subset import (
     LayersNotFoundError,
     all_layers,
+    choose_layer_subsets,
     first_trained_layer,
     layer_signature,
-    sample_layers,
     with_layers,
 )
 from tests.conftest import make_llama
@@ -33,7 +33,7 @@ def indices(model, layers):
 
 def test_of_equal_layers_two_and_four_are_sampled():
     model = make_deep()
-    result = sample_layers(model)
+    result = choose_layer_subsets(model)
     assert indices(model, result.small) == [0, 1]
     assert indices(model, result.large) == [0, 1, 2, 3]
     assert (result.count, result.is_whole) == (9, False)
@@ -46,7 +46,7 @@ def test_a_repeating_pattern_is_sampled_once_and_twice():
         model.layers[1]
     )  # recurrent, then attention
     assert layer_signature(model.layers[0]) == layer_signature(model.layers[2])
-    result = sample_layers(model)
+    result = choose_layer_subsets(model)
     assert indices(model, result.small) == [0, 1]
     assert indices(model, result.large) == [0, 1, 2]
     assert result.is_whole
@@ -55,14 +55,14 @@ def test_a_repeating_pattern_is_sampled_once_and_twice():
 def test_a_special_first_layer_is_sampled_once():
     model = make_deep()
     model.layers[0].mlp.gate_proj.weight = mx.zeros((7, 32))
-    result = sample_layers(model)
+    result = choose_layer_subsets(model)
     assert indices(model, result.large)[2:] == [2, 3]
 
 
 def test_a_late_signature_is_sampled():
     model = make_deep()
     model.layers[6].mlp.gate_proj.weight = mx.zeros((7, 32))
-    result = sample_layers(model)
+    result = choose_layer_subsets(model)
     assert 6 in indices(model, result.small)
     assert result.is_whole
 
@@ -88,7 +88,7 @@ def test_adapters_do_not_change_the_signature():
 def test_only_trained_layers_are_sampled():
     model = make_deep()
     attach_adapters(model, rank=2, scale=1.0, num_layers=5)
-    result = sample_layers(model)
+    result = choose_layer_subsets(model)
     assert indices(model, result.large) == [4, 5, 6, 7]
     assert result.count == 5
 
@@ -104,14 +104,14 @@ def test_gradients_reach_every_layer_from_the_first_trained_one():
     assert first_trained_layer(model) == 0
     model = make_deep()
     enable_full_fine_tuning(model, num_layers=2)
-    assert (first_trained_layer(model), sample_layers(model).count) == (7, 2)
+    assert (first_trained_layer(model), choose_layer_subsets(model).count) == (7, 2)
     assert first_trained_layer(make_deep().freeze()) == 9
 
 
 def test_fewer_trained_layers_than_a_sample_are_all_sampled():
     model = make_deep()
     attach_adapters(model, rank=2, scale=1.0, num_layers=1)
-    result = sample_layers(model)
+    result = choose_layer_subsets(model)
     assert indices(model, result.large) == [8]
     assert result.is_whole
 

@@ -8,7 +8,7 @@ from mlx_dpo.runs.early_stopping import BestState, EarlyStopping
 
 
 def rule(metric="loss", patience=None, threshold=None):
-    return EarlyStopping.by(metric, patience=patience, threshold=threshold)
+    return EarlyStopping.for_metric(metric, patience=patience, threshold=threshold)
 
 
 def evaluations(*values, name="eval_loss"):

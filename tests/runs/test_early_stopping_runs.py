@@ -70,7 +70,7 @@ def test_the_run_stops_when_patience_ends_and_keeps_the_best(config):
     assert saved_record["evaluation"] == trainer.evaluation
     assert trainer.evaluation["eval_loss"] == eval_losses[best]
     assert evaluate_run(config.output).metrics.loss == pytest.approx(eval_losses[best], abs=1e-6)
-    assert not trainer.paths.best.exists()
+    assert not trainer.paths.best_adapters.exists()
 
 
 def test_the_best_adapters_equal_those_of_a_run_that_ends_at_the_best_step(config, tmp_path):
@@ -123,7 +123,7 @@ def test_a_run_killed_after_any_row_ends_at_the_same_adapters(config, tmp_path):
         for name in ("best_checkpoint", "stopped_early_at", "warnings"):
             assert record(cut)[name] == expected[name]
         assert losses(cut) == losses(straight)
-        assert not again.paths.best.exists()
+        assert not again.paths.best_adapters.exists()
         shutil.rmtree(cut.output)
 
 
@@ -164,13 +164,13 @@ def test_only_the_best_adapters_that_a_checkpoint_can_need_stay_on_disk(config):
         trainer.prepare()
         for row in trainer.steps():
             if row["step"] % config.save_steps == 1:
-                most = max(most, len(list(trainer.paths.best.glob("*"))))
+                most = max(most, len(list(trainer.paths.best_adapters.glob("*"))))
     assert 0 < most <= 1 + config.save_total_limit
 
 
 def test_removed_best_adapters_are_an_error_on_resume(config):
     trainer, _ = train(config, drop_after=8)
-    shutil.rmtree(trainer.paths.best)
+    shutil.rmtree(trainer.paths.best_adapters)
     with pytest.raises(RunError, match=r"step-\d+: the adapters of the best evaluation are gone"):
         train(config, resume=True)
 

@@ -145,7 +145,7 @@ def _attend_chunk(part: AttentionInputs, options: AttentionOptions, chunk: Query
 
 
 def _weighted_values(probabilities: mx.array, part: AttentionInputs) -> mx.array:
-    """Return the averages of the values by `probabilities`. (B, H, C, S) -> (B, H, C, E)"""
+    """Return the values, averaged with `probabilities` as weights. (B, H, C, S) -> (B, H, C, E)"""
     grouped = _group_by_key_head(probabilities, part.keys)  # (B, K, H/K C, S)
     return _ungroup(grouped @ part.values, part.queries)
 

@@ -28,7 +28,10 @@ FUNCTION_NAME = "scaled_dot_product_attention"
 
 
 class StructuredMask(ABC):
-    """An attention mask given as the range of keys that each chunk of queries sees."""
+    """An attention mask given as the range of keys that each chunk of queries sees.
+
+    It is passed in place of a mask array.
+    """
 
     __slots__ = ()
 
@@ -81,9 +84,9 @@ def _attention(
     sinks: mx.array | None = None,
     **more: Any,
 ) -> mx.array:
-    """Compute attention like `mx.fast.scaled_dot_product_attention`, in chunks if it pays off.
+    """Return the attention output, computed in chunks if that pays off. (B, H, T_q, E)
 
-    (B, H, T_q, E)
+    The other arguments are those of `mx.fast.scaled_dot_product_attention`.
 
     Args:
         fused: MLX's own function.

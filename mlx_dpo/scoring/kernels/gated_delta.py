@@ -52,9 +52,9 @@ def _source_modules(model: nn.Module) -> set[ModuleType]:
 
 
 def _with_fused_recurrence(update: Update) -> Update:
-    """Return `update` with the fused recurrence for gates of one number per head.
+    """Wrap `update` so that the fused recurrence is used if a gate is one number per head.
 
-    Gates per channel still go to `update`.
+    With gates per channel, `update` itself is called.
     """
 
     def fused(

@@ -89,9 +89,9 @@ class FlattenedArguments:
         return len(self.objects) - 1
 
     def _flatten_states(self) -> None:
-        """Flatten the attributes of every recorded object.
+        """Flatten the attributes of every object in `objects`.
 
-        Objects found among those attributes are recorded and flattened too.
+        Objects found among these attributes are appended to `objects` and flattened too.
         """
         while len(self.states) < len(self.objects):
             self.states.append(None)  # reserves the index: attributes may add objects
@@ -107,7 +107,10 @@ class RebuiltArguments:
         arrays: Sequence[mx.array],
         into: Sequence[Any] | None = None,
     ) -> None:
-        """Fill the objects `into` with `arrays`; None fills new objects of the same types."""
+        """Rebuild the arguments with `arrays`, and set the attributes of the objects `into`.
+
+        If `into` is None, new objects of the same types are created.
+        """
         self.arrays = arrays
         if into is None:
             into = [object.__new__(type(original)) for original in flattened.objects]
@@ -176,8 +179,8 @@ def gradient_checkpointing(
         layers: layers to checkpoint; None means all layers of the model.
 
     Yields:
-        The set of indices of the layers called so far. It stays empty for a model that calls the
-            submodules of its layers directly; such a model saves no memory.
+        The set of indices of the layers called so far. It stays empty, and no memory is saved,
+        for a model that calls the submodules of its layers directly.
 
     Raises:
         RuntimeError: a layer is checkpointed already.

@@ -47,7 +47,7 @@ def _swiglu_vjp(primals: Any, cotangent: mx.array, output: mx.array) -> Any:
 
 @contextmanager
 def use_fast_swiglu(model: nn.Module) -> Iterator[None]:
-    """Replace mlx-lm's `swiglu` by this module's inside the block, on the CPU only.
+    """Replace mlx-lm's `swiglu` by the `swiglu` of this file inside the block, on the CPU only.
 
     It is replaced in the Python modules that define the layers of `model`.
     """
