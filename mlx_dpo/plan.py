@@ -282,17 +282,17 @@ class _RunEstimator:
     ) -> EpochEstimate:
         """Return work and time of an epoch, and of computing the reference log-probs."""
         config, train = self.config, self.inputs.train
-        count_passes = partial(
+        count = partial(
             count_micro_batches,
             train,
             config.pass_limit,
             batch_size=config.batch_size,
             seed=config.seed,
         )
-        passes = count_passes(cost=self.choice.cost)
+        counts = count(cost=self.choice.cost)
         flops = model_flops(self.model, self.base.config, vocab_size=self.base.vocab_size)
         train_flops = partial(flops.training, recompute=bool(config.recompute))
-        tokens = self._token_counts(lengths_only(train), passes.tokens.total)
+        tokens = self._token_counts(lengths_only(train), counts.tokens.total)
         # Passes without gradients over a step's pairs, before its gradients (GradCache, WPO).
         extra_flops = config.extra_forward_passes * flops.forward(tokens, adapted=True)
         reference_flops = self._reference_flops(flops)
@@ -306,13 +306,13 @@ class _RunEstimator:
             for pairs, point in ((self.short, short), (self.longest, long))
         ]
         seconds = extrapolate_seconds(
-            *timed, passes=passes.micro_batches, operations=train_flops(tokens)
+            *timed, passes=counts.micro_batches, operations=train_flops(tokens)
         )
         return EpochEstimate(
-            steps=passes.steps,
-            passes=passes.micro_batches,
+            steps=counts.steps,
+            passes=counts.micro_batches,
             tokens=tokens.layer_tokens,
-            whole_rows=count_passes(cost=padded_row_tokens).tokens.total,
+            whole_rows=count(cost=padded_row_tokens).tokens.total,
             rows=tokens.head_tokens,
             operations=train_flops(tokens) + extra_flops,
             seconds=seconds + extra_flops / flops_per_second,

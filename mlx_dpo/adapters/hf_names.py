@@ -129,7 +129,7 @@ def _check_model(model: nn.Module, model_type: str, checkpoint: HFCheckpoint) ->
         )
     if checkpoint.is_quantized:
         raise ModelError(
-            f"{checkpoint.name} was quantised by MLX, which transformers cannot read; name the "
+            f"{checkpoint.name} was quantized by MLX, which transformers cannot read; name the "
             "Hugging Face checkpoint that it was made from with `--base` (of `mlx-dpo export` or "
             "`fuse`)"
         )

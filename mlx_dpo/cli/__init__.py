@@ -72,7 +72,7 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except (DPOError, OSError, ImportError) as error:
-            message = one_line(error)
+            message = user_message(error)
             if message is None:
                 raise
             if os.environ.get("MLX_DPO_DEBUG", "0") not in ("", "0"):
@@ -83,7 +83,7 @@ class Commands(click.Group):
             sys.exit(INTERRUPTED)
 
 
-def one_line(error: DPOError | OSError | ImportError) -> str | None:
+def user_message(error: DPOError | OSError | ImportError) -> str | None:
     """Return the message of an error that the user can fix, or None for any other error."""
     if isinstance(error, DPOError):
         return str(error)
@@ -133,6 +133,6 @@ def main() -> None:
     try:
         cli()
     except ImportError as error:  # `--help` imports every command, outside of `invoke`
-        if (message := one_line(error)) is None:
+        if (message := user_message(error)) is None:
             raise
         sys.exit(f"Error: {message}")

@@ -104,7 +104,7 @@ def show(count: int, row: int | None, **flags: Any) -> None:
     """
     config = _read_config(flags)
     if row is not None and _was_typed("count"):
-        raise ConfigError("`-n` has no effect beside --row")
+        raise ConfigError("`-n` has no effect together with --row")
 
     from mlx_dpo.curation.show import show_pairs
     from mlx_dpo.reporting.console import make_console

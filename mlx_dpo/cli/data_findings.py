@@ -39,7 +39,7 @@ def format_counts(split: SplitScan) -> Iterator[str]:
     """Yield lines on each source: rows, pairs, tokens, and pairs that were changed."""
     unit = "judged answers" if split.settings.rows.judged else "pairs"
     for report in split.reports:
-        if not report.kept:
+        if not report.used:
             yield f"{report.source}: no {unit}, of {report.read:,} rows"
             continue
         counts, tokens, *changes = report.loaded_lines()

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mlx_dpo.units import format_bytes
+
 if TYPE_CHECKING:
     from mlx_dpo.doctor.checks import Check
 
-GIB = 2**30
 BACKENDS = {"cpu": "CPU", "metal": "Metal", "cuda": "CUDA"}
 
 
@@ -66,7 +67,7 @@ def _print_facts(machine_facts: dict[str, Any]) -> None:
         "reference": _describe_folder(
             from_home(folders["reference_cache"]["path"]), folders["reference_cache"]["free"]
         ),
-        "here": f"{_gib(folders['current']['free'])} free",
+        "disk": f"{format_bytes(folders['current']['free'])} free in the current folder",
         "Hub token": "yes" if machine_facts["hub_token"] else "none (needed for gated models only)",
     }
     for name, line in lines.items():
@@ -89,20 +90,16 @@ def _describe_speed(device: dict[str, Any]) -> str:
 
 
 def _describe_memory(memory: dict[str, Any]) -> str:
-    parts = [f"{_gib(memory['physical'])} in the machine"]
+    parts = [f"{format_bytes(memory['physical'])} in the machine"]
     for name, words in (("device", "on the device"), ("recommended", "recommended at most")):
         if memory[name]:
-            parts.append(f"{_gib(memory[name])} {words}")
-    limits = (_gib(memory["memory_limit"]), _gib(memory["cache_limit"]))
+            parts.append(f"{format_bytes(memory[name])} {words}")
+    limits = (format_bytes(memory["memory_limit"]), format_bytes(memory["cache_limit"]))
     return ", ".join([*parts, "MLX's limit {}, its cache's {}".format(*limits)])
 
 
 def _describe_folder(path: Any, free: int) -> str:
-    return f"{path} ({_gib(free)} free)"
-
-
-def _gib(size: int) -> str:
-    return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / 2**20:.0f} MiB"
+    return f"{path} ({format_bytes(free)} free)"
 
 
 def _print_check(check: "Check") -> None:

@@ -36,18 +36,22 @@ if TYPE_CHECKING:
 @click.option(
     "--base", metavar="FOLDER", help="With --to hf: the checkpoint that the model was made from."
 )
-@click.option("--pairs", metavar="PAIRS", help="Measure on these. [default: what the run held out]")
+@click.option(
+    "--pairs", metavar="PAIRS", help="Pairs to measure on. [default: the run's held-out pairs]"
+)
 @click.option(
     "--min-retained",
     type=click.FloatRange(0, 1),
     default=0.9,
-    help="Share of margin and change that has to be left.",
+    help="Minimum retained share of the margin and of the change.",
 )
-@click.option("--force", is_flag=True, help="Write the model however little is left.")
+@click.option(
+    "--force", is_flag=True, help="Write the model however little of the training it retains."
+)
 @click.option(
     "--gguf",
     type=click.Path(path_type=Path),
-    help="With --to hf: this file too, by llama.cpp's converter, which says which models it knows.",
+    help="With --to hf: also write this GGUF file with llama.cpp's converter.",
 )
 @click.option("--converter", metavar="FILE", help="llama.cpp's convert_hf_to_gguf.py.")
 def fuse(run: str, output: Path, bits: str | None, **settings: Any) -> None:
@@ -91,7 +95,7 @@ def facts(fused: "FusedModel") -> list[tuple[str, str]]:
         (
             "change",
             f"{retention.change:.2%} of the adapters' change of log-probabilities kept; the two "
-            f"models are {retention.mean_difference:.2g} nats a token apart",
+            f"models are {retention.mean_difference:.2g} nats per token apart",
         ),
     ]
     if merged is not None:

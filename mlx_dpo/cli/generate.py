@@ -45,7 +45,7 @@ def generate(
     chat_settings = {name: settings.pop(name) for name in ("system", "thinking")}
     sampling = Sampling(**settings)
     _check_no_chat_settings(raw, **chat_settings)
-    prompt = _prompt(given)
+    prompt = _read_prompt(given)
 
     chat, opened = open_chat(
         sampling,
@@ -81,13 +81,13 @@ def _check_no_chat_settings(raw: bool, **settings: Any) -> None:
             raise ConfigError(f"`{name}` has no effect with --raw, which uses no chat template")
 
 
-def _prompt(given: str | None) -> str:
+def _read_prompt(given: str | None) -> str:
+    """Return the given prompt, or the one on stdin; raise `ConfigError` if it is not usable."""
     if given is None and sys.stdin.isatty():
         raise click.UsageError("Give a prompt, or pipe one in.")
     prompt = _read_stdin() if given is None or given == "-" else given
-    if any(
-        "\ud800" <= letter <= "\udfff" for letter in prompt
-    ):  # Python's surrogates for bytes that are not UTF-8
+    # Python has surrogates for bytes of an argument that are not UTF-8.
+    if any("\ud800" <= letter <= "\udfff" for letter in prompt):
         raise ConfigError("prompt: it is not UTF-8; convert the text")
     if not prompt.strip():
         raise ConfigError("prompt: it is empty; give it as an argument or on stdin")
@@ -102,6 +102,7 @@ def _read_stdin() -> str:
 
 
 def _generate(chat: "ChatSession", prompt: str, *, stream: bool) -> tuple[str, "GenerationSummary"]:
+    """Return the completion and its summary; `stream` writes the text as it is generated."""
     text, summary = "", None
     for piece in chat.reply(prompt):
         text, summary = text + piece.text, piece.summary

@@ -26,8 +26,8 @@ def losses(name: str | None, as_json: bool) -> None:
         check_known(name, LOSSES, "loss", hint="`mlx-dpo losses` lists them")
     listed = [loss for loss in LOSSES.values() if name in (None, loss.name)]
     if as_json:
-        found = {loss.name: to_dict(loss) for loss in listed}
-        click.echo(json.dumps(found, ensure_ascii=False))
+        records = {loss.name: to_dict(loss) for loss in listed}
+        click.echo(json.dumps(records, ensure_ascii=False))
         return
     for loss in listed:
         click.echo(click.style(loss.name, bold=True))

@@ -77,5 +77,8 @@ def _check_existing_card(path: Path, name: str, base: str | None) -> None:
 
 
 def _print_files(upload: "Upload") -> None:
+    """Print size and name of each file."""
+    from mlx_dpo.units import format_bytes
+
     for name, file in upload.files.items():
-        click.echo(f"{file.stat().st_size:>15,} bytes  {name}")
+        click.echo(f"{format_bytes(file.stat().st_size):>10}  {name}")

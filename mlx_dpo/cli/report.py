@@ -1,6 +1,7 @@
-"""`mlx-dpo report`: the curves of runs, as a page and a picture."""
+"""`mlx-dpo report`: plot the metrics of runs on an HTML page and in a PNG file."""
 
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import click
@@ -14,36 +15,82 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...")
-@click.option("--output", metavar="FOLDER", help="Where to write. [default: RUN, if it is alone]")
+@click.option(
+    "--output", metavar="FOLDER", help="Where to write. [default: RUN, if there is only one]"
+)
 @click.option(
     "--x",
-    "along",
+    "x_axis",
     type=click.Choice(["step", "epoch", "tokens"]),
     default="step",
     show_default=True,
-    help="What curves are drawn over.",
+    help="Quantity of the x axis.",
 )
-def report(runs: tuple[str, ...], output: str | None, along: str) -> None:
-    """Draw what became of RUN: loss, rewards, margin, accuracy, speed and the rest.
+def report(runs: tuple[str, ...], output: str | None, x_axis: str) -> None:
+    """Plot the metrics of RUN: loss, rewards, margin, accuracy, speed and the rest.
 
-    Writes report.html, which needs nothing else, and report.png. Several runs are laid over each
-    other, with the settings in which they differ. A run that is going on is drawn as far as it is.
+    Writes report.html, a self-contained page, and report.png. The curves of several runs are
+    overlaid, and the settings in which the runs differ are listed. Works on unfinished runs too.
 
     \b
     mlx-dpo report run
     mlx-dpo report sweep/* --output sweep-report
     """
     from mlx_dpo.reporting.console import make_console
-    from mlx_dpo.saved_runs.report import write_report as write
+    from mlx_dpo.saved_runs.report import write_report
 
-    details, files = write(runs, output, along)
+    details, files = write_report(runs, output, x_axis)
     console = make_console()
     if len(details) == 1:
         console.print(_single_run_table(details[0]))
     else:
-        _print_runs(console, details)
+        _print_comparison(console, details)
     for file in files:
         click.echo(f"Written to {file}", err=True)
+
+
+def _single_run_table(run: "RunDetails") -> "Table":
+    """Return a table of one run with a row per metric."""
+    from rich.text import Text
+
+    table = _empty_table()
+    table.add_column()
+    table.add_column(Text(run.name), justify="right")
+    for label, value in run.metrics.items():
+        table.add_row(label, value)
+    return table
+
+
+def _print_comparison(console: "Console", runs: "Sequence[RunDetails]") -> None:
+    """Print a table with a row per run; list the settings for which it has no room."""
+    from mlx_dpo.reporting.console import FINAL_METRICS
+
+    only_on_page = [label for label, _ in FINAL_METRICS[3:]]
+    metrics = [label for label in runs[0].metrics if label not in only_on_page]
+    unlimited = console.options.update(width=sys.maxsize)
+    shown: list[str] = []
+    for name in runs[0].settings:
+        table = _comparison_table(runs, [*shown, name, *metrics], console.width)
+        if console.measure(table, options=unlimited).maximum <= console.width:
+            shown.append(name)
+    console.print(_comparison_table(runs, shown + metrics, console.width))
+    if omitted := [name for name in runs[0].settings if name not in shown]:
+        click.echo(f"On the page: {', '.join(omitted)}", err=True)
+
+
+def _comparison_table(
+    runs: "Sequence[RunDetails]", labels: Sequence[str], console_width: int
+) -> "Table":
+    """Return a table with a row per run and a column per label; names take a third of the width."""
+    from rich.text import Text
+
+    table = _empty_table()
+    table.add_column(overflow="fold", max_width=console_width // 3)
+    for label in labels:
+        table.add_column(label, justify="right", overflow="fold")
+    for run in runs:
+        table.add_row(Text(run.name), *(Text(run.cells[label]) for label in labels))
+    return table
 
 
 def _empty_table() -> "Table":
@@ -51,45 +98,3 @@ def _empty_table() -> "Table":
     from rich.table import Table
 
     return Table(title="held out", title_justify="left", box=SIMPLE)
-
-
-def _single_run_table(details: "RunDetails") -> "Table":
-    """Return the table of all results of one run."""
-    from rich.text import Text
-
-    table = _empty_table()
-    table.add_column()
-    table.add_column(Text(details.name), justify="right")
-    for label, value in details.cells.items():
-        table.add_row(label, value)
-    return table
-
-
-def _print_runs(console: "Console", details: "list[RunDetails]") -> None:
-    """Print a table with one line per run; print only the names of settings that do not fit."""
-    from mlx_dpo.reporting.console import FINAL_METRICS
-
-    only_on_page = [label for label, _ in FINAL_METRICS[3:]]
-    labels = [label for label in details[0].cells if label not in only_on_page]
-    settings, figures = labels[: labels.index("step")], labels[labels.index("step") :]
-    most, unbounded = console.width // 3, console.options.update(width=sys.maxsize)
-    shown: list[str] = []
-    for name in settings:
-        table = _runs_table(details, [*shown, name, *figures], most)
-        if console.measure(table, options=unbounded).maximum <= console.width:
-            shown.append(name)
-    console.print(_runs_table(details, shown + figures, most))
-    if left := [name for name in settings if name not in shown]:
-        click.echo(f"On the page: {', '.join(left)}", err=True)
-
-
-def _runs_table(details: "list[RunDetails]", labels: list[str], most: int) -> "Table":
-    from rich.text import Text
-
-    table = _empty_table()
-    table.add_column(overflow="fold", max_width=most)
-    for label in labels:
-        table.add_column(label, justify="right", overflow="fold")
-    for run in details:
-        table.add_row(Text(run.name), *(Text(run.cells[label]) for label in labels))
-    return table

@@ -15,7 +15,9 @@ DEFAULT_SEED = 0  # of commands that compare answers
 def judge_flags(command: Command) -> Command:
     """Add the flags `--reward`, `--judge` and `--rubric` to a command."""
     for decorate in (
-        click.option("--rubric", metavar="FILE", help="What the judge is told, in place of ours."),
+        click.option(
+            "--rubric", metavar="FILE", help="Instructions for the judge. [default: built in]"
+        ),
         click.option("--judge", metavar="MODEL", help="A model that judges; it reads both orders."),
         click.option(
             "--reward",

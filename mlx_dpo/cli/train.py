@@ -65,13 +65,13 @@ class SettingsCommand(click.Command):
 def setting_flags(wanted: Callable[[Setting], bool]) -> Callable[[Command], Command]:
     """Return a decorator that adds a flag to a command for every setting that `wanted` accepts."""
 
-    def with_flags(command: Command) -> Command:
+    def add_flags(command: Command) -> Command:
         for name, spec in reversed(get_settings().items()):
             if name != "pairs" and wanted(spec):
                 command = _flag(name, spec)(command)
         return command
 
-    return with_flags
+    return add_flags
 
 
 def _flag_name(name: str) -> str:
@@ -79,6 +79,7 @@ def _flag_name(name: str) -> str:
 
 
 def _flag(name: str, spec: Setting) -> Callable[..., Any]:
+    """Return click's decorator for the flag of a setting."""
     flag = _flag_name(name)
     default = spec.default
     show = default not in (None, (), "")
@@ -112,8 +113,8 @@ def read_settings(path: str) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({reason(error)})") from error
     except yaml.YAMLError as error:
-        place = getattr(error, "problem_mark", None)
-        line = f":{place.line + 1}" if place else ""
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
         raise ConfigError(f"{path}{line}: not valid YAML ({_reason(error)})") from error
     if not isinstance(values, dict):
         raise ConfigError(
@@ -180,7 +181,7 @@ def _recorded_settings(values: Mapping[str, Any]) -> dict[str, Any]:
 
     output = str(values.get("output") or "")
     if not output:
-        raise ConfigError("--output is missing: the folder of the run that is to go on")
+        raise ConfigError("--output is missing: the folder of the run to resume")
     if values.get("pairs"):
         record = read_record(RunPaths(Path(output).expanduser()))
     else:
@@ -191,8 +192,8 @@ def _recorded_settings(values: Mapping[str, Any]) -> dict[str, Any]:
 @click.command(cls=SettingsCommand)
 @click.argument("pairs", nargs=-1)
 @click.option("--config", "config_file", metavar="FILE", help="YAML file of settings.")
-@click.option("--resume", is_flag=True, help="Go on with the run in --output where it stopped.")
-@click.option("--force", is_flag=True, help="Begin although memory is not going to be enough.")
+@click.option("--resume", is_flag=True, help="Resume the run in --output from its last checkpoint.")
+@click.option("--force", is_flag=True, help="Start even if memory is estimated not to suffice.")
 @setting_flags(lambda spec: True)
 @click.pass_context
 def train(

@@ -107,7 +107,7 @@ class PairSettings:
 
 
 DATA_NO_EFFECT: tuple[NoEffect[PairSettings], ...] = (
-    NoEffect(("valid_fraction",), lambda s: s.valid is not None, "beside `valid`"),
+    NoEffect(("valid_fraction",), lambda s: s.valid is not None, "together with `valid`"),
     NoEffect(
         ("column",),
         lambda s: any(name == column for name, column in s.columns.items()),

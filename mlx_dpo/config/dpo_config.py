@@ -222,8 +222,8 @@ NO_EFFECT: tuple[NoEffect[DPOConfig], ...] = (
         ("max_tokens",),
         lambda s: s.micro_batch_size is not None and (s.max_tokens or 0) >= s._most_tokens_per_pass,
         lambda s: (
-            f"beside `micro_batch_size` {s.micro_batch_size} and `max_length` {s.max_length}: a "
-            f"pass never has more than {s._most_tokens_per_pass} tokens"
+            f"together with `micro_batch_size` {s.micro_batch_size} and `max_length` "
+            f"{s.max_length}: a pass never has more than {s._most_tokens_per_pass} tokens"
         ),
     ),
 )

@@ -120,7 +120,7 @@ LORA_NO_EFFECT: tuple[NoEffect[LoRASettings], ...] = (
             "num_layers",
         ),
         lambda s: s.start_adapter is not None,
-        "beside `start_adapter`: the adapter decides it",
+        "together with `start_adapter`: the adapter decides it",
     ),
     NoEffect(
         ("lora_r", "lora_alpha", "use_rslora", "lora_dropout"),

@@ -111,7 +111,9 @@ OPTIMIZER_NO_EFFECT: tuple[NoEffect[OptimizerSettings], ...] = (
         lambda s: "warmup_ratio" not in LR_SCHEDULES[s.lr_scheduler_type].settings,
         lambda s: f"with lr_scheduler_type `{s.lr_scheduler_type}`; use `constant_with_warmup`",
     ),
-    NoEffect(("warmup_ratio",), lambda s: s.warmup_steps is not None, "beside `warmup_steps`"),
+    NoEffect(
+        ("warmup_ratio",), lambda s: s.warmup_steps is not None, "together with `warmup_steps`"
+    ),
     NoEffect(
         ("min_lr_rate",),
         lambda s: "min_lr_rate" not in LR_SCHEDULES[s.lr_scheduler_type].settings,

@@ -61,7 +61,7 @@ class TrainingSettings:
 
 
 TRAINING_NO_EFFECT: tuple[NoEffect[TrainingSettings], ...] = (
-    NoEffect(("epochs",), lambda s: s.max_steps is not None, "beside `max_steps`"),
+    NoEffect(("epochs",), lambda s: s.max_steps is not None, "together with `max_steps`"),
     NoEffect(
         ("max_tokens",),
         lambda s: (s.micro_batch_size or s.batch_size) == 1,

@@ -151,5 +151,5 @@ def _number(row: Row, name: str, *, minimum: float = -math.inf) -> float:
     if math.isfinite(number) and number >= minimum:
         return number
     wanted = "a number" if minimum == -math.inf else f"a number of at least {minimum:g}"
-    found = "missing" if name not in row.record else f"found {value!r}"[:200]
-    raise DataError(f"{row.location}: `{name}` must be {wanted} ({found}); fix the row")
+    problem = "missing" if name not in row.record else f"found {value!r}"[:200]
+    raise DataError(f"{row.location}: `{name}` must be {wanted} ({problem}); fix the row")

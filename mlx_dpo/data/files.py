@@ -155,8 +155,8 @@ def file_format(path: Path) -> tuple[str, str]:
     compression = path.suffix.lower() if path.suffix.lower() in DECOMPRESSORS else ""
     suffix = Path(path.stem if compression else path.name).suffix.lower()
     if suffix not in READERS:
-        found = f"`{suffix}{compression}`" if suffix + compression else "no suffix"
-        raise DataError(f"{path}: unsupported file type ({found}); use {SUPPORTED_FORMATS}")
+        suffix_text = f"`{suffix}{compression}`" if suffix + compression else "no suffix"
+        raise DataError(f"{path}: unsupported file type ({suffix_text}); use {SUPPORTED_FORMATS}")
     return suffix, compression
 
 

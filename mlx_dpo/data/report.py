@@ -23,7 +23,7 @@ class PairsReport:
     max_length: int
     judged: bool = False  # examples are unpaired (KTO)
     read: int = 0  # rows
-    kept: int = 0
+    used: int = 0
     desirable: int = 0  # desirable unpaired examples
     dropped: dict[str, list[str]] = field(default_factory=dict)  # reason -> locations
     schemas: Counter[str] = field(default_factory=Counter)  # schema -> rows
@@ -57,7 +57,7 @@ class PairsReport:
     def keep(self, example: TokenizedExample, *, was_text: bool) -> None:
         """Count a pair that training will use; `was_text`: its prompt was a string."""
         pair = example.pair
-        self.kept += 1
+        self.used += 1
         self.desirable += bool(pair.desirable)
         self.dialogues += example.was_dialogue
         self.wrapped += was_text and example.as_chat and not example.was_dialogue
@@ -94,15 +94,15 @@ class PairsReport:
     def loaded_lines(self) -> list[str]:
         """Return the report on the loaded pairs as lines of text, without the dropped pairs."""
         lines = [
-            f"{self.source}: {self._count(self.kept)} ({self._schemas()})",
+            f"{self.source}: {self._count(self.used)} ({self._schemas()})",
             self._tokens(),
         ]
         if self.judged:
-            bad = self.kept - self.desirable
+            bad = self.used - self.desirable
             lines[0] += f", {self.desirable:,} good and {bad:,} bad"
         lines += [self.origin] if self.origin else []
         if self.weight is not None:
-            lines.append(f"used {self.weight:g} times an epoch: {self._count(self.per_epoch)}")
+            lines.append(f"used {self.weight:g} times per epoch: {self._count(self.per_epoch)}")
         lines += self._template_lines() + self._special_token_lines()
         if self.truncated:
             lines.append(
@@ -128,12 +128,15 @@ class PairsReport:
         """Return the counts as a JSON-compatible dictionary, with all dropped pairs' locations."""
         values = asdict(self)
         del values["origin"]  # the pairs are the same with and without the cache
+        values["kept"] = values.pop("used")  # the key in `run.json`
         return values | {name: dict(getattr(self, name)) for name in COUNTERS}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Build the report from the dictionary that `to_dict` returned."""
-        return cls(**{**values, **{name: Counter(values[name]) for name in COUNTERS}})
+        counts = dict(values)
+        counts["used"] = counts.pop("kept")
+        return cls(**counts | {name: Counter(values[name]) for name in COUNTERS})
 
     def _schemas(self) -> str:
         """Return text that names the rows' schema, or each schema with its number of rows."""
@@ -172,7 +175,7 @@ class PairsReport:
 
     @property
     def _completions(self) -> int:
-        return self.kept if self.judged else 2 * self.kept
+        return self.used if self.judged else 2 * self.used
 
     def _tokens(self) -> str:
         answers = f"{self.chosen_tokens:,} chosen, {self.rejected_tokens:,} rejected"

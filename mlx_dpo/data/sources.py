@@ -144,13 +144,13 @@ def resolve_source(source: Input, split: str | None = None) -> Source:
             )
         return Source(STDIN)
     if path.is_dir():
-        found = _find_in_folder(path, (split,))
-        if found is None:
+        source_in_folder = _find_in_folder(path, (split,))
+        if source_in_folder is None:
             raise DataError(
                 f"{path}: no file of the split `{split}` (looked for `{split}.jsonl` and the "
                 "like, in it and in `data`)"
             )
-        return found
+        return source_in_folder
     if not path.exists() and (dataset := parse_hub_name(source)) and not _is_file_name(path):
         return _find_in_dataset(dataset, (split,)) or _raise_no_split(dataset, split)
     return _file_source(path)

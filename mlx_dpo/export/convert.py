@@ -221,7 +221,7 @@ def _check_same_model(source: str, difference: float, stored: str, written: str)
     if difference > allowed:
         raise ModelError(
             f"{source}: the converted model is another one (its log-probabilities differ by "
-            f"{difference:.2g} nats a token, and {stored} to {written} explains {allowed:.2g}); "
+            f"{difference:.2g} nats per token, and {stored} to {written} explains {allowed:.2g}); "
             "nothing was kept"
         )
 
@@ -235,9 +235,9 @@ def _notes(
     before: nn.Module, after: nn.Module, quantization: QuantizationConfig, difference: float
 ) -> tuple[str, ...]:
     if quantization.is_quantized:
-        left = unquantized_notes(after, len(quantizable_layers(before)), quantization.group_size)
+        notes = unquantized_notes(after, len(quantizable_layers(before)), quantization.group_size)
         far = f"{difference:.2g} nats per token is a lot: take more bits or smaller groups"
-        return (*left, far) if difference > LARGE_ERROR else left
+        return (*notes, far) if difference > LARGE_ERROR else notes
     stored, written = main_dtype(before), main_dtype(after)
     if quantization.dtype is None and stored != written:
         return (f"{stored} weights written in {written}, which `{CONFIG}` names as theirs",)

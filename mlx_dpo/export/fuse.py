@@ -27,8 +27,8 @@ from mlx_dpo.models.license import CARD, inherited_metadata, read_card_metadata
 from mlx_dpo.models.load import LoadedModel, load_lazy_model, load_model
 from mlx_dpo.models.output_folder import check_output_folder, disk_errors, new_output_folder
 from mlx_dpo.models.quantize import DEFAULT_GROUP_SIZE, expected_bytes, quantize_model
+from mlx_dpo.runs.folder import hub_model_id
 from mlx_dpo.saved_runs.evaluate import load_held_out_pairs, load_named_pairs
-from mlx_dpo.saved_runs.export_peft import hub_id_of_run
 from mlx_dpo.saved_runs.open import (
     OpenRun,
     load_adapter_into,
@@ -76,17 +76,20 @@ def measure_retention(
         policy: Log-probabilities of the pairs under the policy, before fusing.
         fused: Log-probabilities of the pairs under the fused model.
     """
-    moved, left = _log_ratios(pairs, reference, policy), _log_ratios(pairs, reference, fused)
-    before, after = _margins(pairs, moved).mean(), _margins(pairs, left).mean()
+    policy_ratios, fused_ratios = (
+        _log_ratios(pairs, reference, policy),
+        _log_ratios(pairs, reference, fused),
+    )
+    before, after = _margins(pairs, policy_ratios).mean(), _margins(pairs, fused_ratios).mean()
     tokens = sum(map(sum, _token_counts(pairs)))
-    size = float((moved * moved).sum())
+    size = float((policy_ratios * policy_ratios).sum())
     return Retention(
         pairs=len(pairs),
         margin_before=float(before),
         margin_after=float(after),
         margin=float(after / before) if before else 0.0,
-        change=float((moved * left).sum()) / size if size else 0.0,
-        mean_difference=float(np.abs(moved - left).sum()) / tokens,
+        change=float((policy_ratios * fused_ratios).sum()) / size if size else 0.0,
+        mean_difference=float(np.abs(policy_ratios - fused_ratios).sum()) / tokens,
     )
 
 
@@ -104,10 +107,10 @@ def _log_ratios(pairs: Sequence[TokenizedPair], start: PairLogps, end: PairLogps
     return np.array(rows[:1] if _is_labelled(pairs) else rows, np.float64)
 
 
-def _margins(pairs: Sequence[TokenizedPair], moved: Values) -> Values:
+def _margins(pairs: Sequence[TokenizedPair], ratios: Values) -> Values:
     if _is_labelled(pairs):
-        return moved[0] * np.array([1.0 if pair.desirable else -1.0 for pair in pairs])
-    return moved[0] - moved[1]
+        return ratios[0] * np.array([1.0 if pair.desirable else -1.0 for pair in pairs])
+    return ratios[0] - ratios[1]
 
 
 def _token_counts(pairs: Sequence[TokenizedPair]) -> list[tuple[int, ...]]:
@@ -210,18 +213,18 @@ def fuse_run(folder: str, output: Path, options: FuseOptions) -> FusedModel:
     with ExitStack() as stack:
         partial = stack.enter_context(new_output_folder(output))
         with disk_errors(output):
-            merge_retention, left = _write(partial, base, options, dtype, checkpoint)
+            merge_retention, quantization_notes = _write(partial, base, options, dtype, checkpoint)
             license = inherited_metadata(read_card_metadata(base.path))
             page = make_fused_model_card(
-                hub_id_of_run(opened), to=options.to, bits=options.bits, inherited=license
+                hub_model_id(opened.record), to=options.to, bits=options.bits, inherited=license
             )
             (partial / CARD).write_text(f"{page}\n", encoding="utf-8")
         del base  # one model is held at a time
         written = load_model(str(partial), trust_remote_code=opened.config.trust_remote_code)
-        found = measure_retention(pairs, reference, policy, _pair_logps(opened, written, pairs))
-        _check_retention(output, found, options)
+        retention = measure_retention(pairs, reference, policy, _pair_logps(opened, written, pairs))
+        _check_retention(output, retention, options)
         size = weight_bytes(partial)
-    notes = (*notes, *left, *([] if opened.finished else [unfinished_note(opened)]))
+    notes = (*notes, *quantization_notes, *([] if opened.finished else [unfinished_note(opened)]))
     kind = (
         f"{options.bits} bits"
         if options.bits
@@ -229,7 +232,9 @@ def fuse_run(folder: str, output: Path, options: FuseOptions) -> FusedModel:
         if checkpoint is None
         else "types as before"
     )
-    return FusedModel(output, size, kind, f"{len(pairs):,} {name}", found, merge_retention, notes)
+    return FusedModel(
+        output, size, kind, f"{len(pairs):,} {name}", retention, merge_retention, notes
+    )
 
 
 def convert_to_gguf(fused: FusedModel, options: FuseOptions) -> None:
@@ -291,32 +296,34 @@ def _write(
         return None, ()
     merge_retention = merge_adapters(base.model, getattr(mx, dtype), options.quantization)
     entries = set_config_dtype(base.config, dtype)
-    left: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     if options.bits is not None:
-        entries, left = quantize_model(base.model, entries, options.bits, options.group_size)
+        entries, notes = quantize_model(base.model, entries, options.bits, options.group_size)
     write_mlx(partial, base.model, entries, base.path)
-    return merge_retention, left
+    return merge_retention, notes
 
 
-def _check_retention(output: Path, found: Retention, options: FuseOptions) -> None:
+def _check_retention(output: Path, retention: Retention, options: FuseOptions) -> None:
     """Raise `ModelError` if the fused model retains too little or too much of the training.
 
     Without `force`, the shares have to be at least `min_retained`, and the share of the change at
     most 2 - `min_retained`: an adapter that was merged twice, for example, gives 200 %.
     """
     most = 2 - options.min_retained
-    if (options.min_retained <= found.minimum and found.change <= most) or options.force:
+    if (options.min_retained <= retention.minimum and retention.change <= most) or options.force:
         return
     advice = "leave `--bits` out, or take more" if options.bits else "take a wider `--dtype`"
     if options.to == "hf":
         advice = "see that the checkpoint is the one that was trained on"
-    elif abs(found.margin_before) < SMALL_MARGIN:
-        advice = f"training hardly moved it (a margin of {found.margin_before:.1g} nats): train on"
+    elif abs(retention.margin_before) < SMALL_MARGIN:
+        advice = (
+            f"training hardly moved it (a margin of {retention.margin_before:.1g} nats): train on"
+        )
     bound = f"less than `--min-retained` {options.min_retained:g}"
-    if found.minimum >= options.min_retained:
+    if retention.minimum >= options.min_retained:
         bound = f"which is beyond {most:.0%}"
     raise ModelError(
-        f"{output}: the fused model keeps {found.margin:.1%} of the margin and {found.change:.1%} "
-        f"of the adapters' change of log-probabilities, {bound}, so it was not written; {advice}, "
-        "keep the adapter next to the model, or --force"
+        f"{output}: the fused model keeps {retention.margin:.1%} of the margin and "
+        f"{retention.change:.1%} of the adapters' change of log-probabilities, {bound}, so it "
+        f"was not written; {advice}, keep the adapter next to the model, or --force"
     )

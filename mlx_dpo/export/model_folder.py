@@ -71,7 +71,7 @@ def merged_tensors(
     """
     kind = str(entries.get("model_type"))
     if checkpoint.folder is None:
-        raise ModelError(f"{checkpoint.name}: its weights are needed here; name a folder")
+        raise ModelError(f"{checkpoint.name}: its weights are needed; name a folder")
     if get_fine_tune_type(model) == "full":
         return _trained_weights(model, kind, checkpoint)
     matches = find_hf_tensors(model, entries, checkpoint, for_peft=False)
@@ -87,7 +87,7 @@ def merged_tensors(
 def _trained_weights(model: nn.Module, kind: str, checkpoint: HFCheckpoint) -> Arrays:
     if kind not in SAME_LAYOUT - TRANSPOSED or checkpoint.is_quantized:
         raise ModelError(
-            f"{checkpoint.name}: layers of `{kind}` are not known to lie in it as here"
+            f"{checkpoint.name}: layers of `{kind}` are not known to have the same layout in it"
         )
     changed = {
         hf_tensor_name(name, kind): value
@@ -119,9 +119,9 @@ def set_config_dtype(entries: dict[str, Any], dtype: str) -> dict[str, Any]:
 
 def _copy(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
     for file in {file for pattern in patterns for file in source.glob(pattern)}:
-        place = target / file.relative_to(source)
-        place.parent.mkdir(exist_ok=True)
-        shutil.copyfile(file, place)
+        copy = target / file.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copy)
 
 
 CONVERTER = "convert_hf_to_gguf.py"
@@ -133,8 +133,8 @@ def find_gguf_converter(given: str | None) -> Path:
     Raises:
         ConfigError: the converter is not found, or is not executable.
     """
-    found = given or shutil.which(CONVERTER)
-    path = Path(found).expanduser() if found else None
+    converter = given or shutil.which(CONVERTER)
+    path = Path(converter).expanduser() if converter else None
     if path is not None and path.is_dir():
         path /= CONVERTER
     if path is None or not path.is_file():

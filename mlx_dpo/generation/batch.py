@@ -142,10 +142,12 @@ def _generate_sequentially(
     sampling: Sampling,
 ) -> list[GeneratedTokens]:
     sampler = make_sampler(sampling)
-    return [_generate_one(model, stop_tokens, prompt, sampling, sampler) for prompt in prompts]
+    return [
+        _generate_completion(model, stop_tokens, prompt, sampling, sampler) for prompt in prompts
+    ]
 
 
-def _generate_one(
+def _generate_completion(
     model: Any,
     stop_tokens: AbstractSet[int],
     prompt: Sequence[int],

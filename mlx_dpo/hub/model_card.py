@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from mlx_dpo.losses.catalogue import LOSSES
 from mlx_dpo.losses.loss import RewardKind
+from mlx_dpo.losses.metrics import EVAL_PREFIX, METRICS
 from mlx_dpo.runs.folder import CURVES
 
 # Settings with which the sigmoid loss does not start at log 2.
@@ -172,19 +173,20 @@ def _metric_meanings(content: CardContent) -> dict[str, str]:
     is_plain_dpo = list(content.losses) == ["sigmoid"]
     starts_at_log_2 = is_plain_dpo and not CHANGES_INITIAL_LOSS & content.settings.keys()
     initial = "; log 2 = 0.693 before training" * starts_at_log_2
-    return {
-        "eval_loss": f"the loss{initial}",
-        "eval_rewards/accuracies": f"share of {correct}",
-        "eval_rewards/margins": "reward of the chosen completion minus that of the rejected one",
-        "eval_rewards/chosen": "reward of chosen completions: beta × "
-        + REWARD_MEANING[content.rewarded],
-        "eval_rewards/rejected": "reward of rejected completions",
-        "eval_logps/chosen": "log-probability of chosen completions",
-        "eval_logps/rejected": "log-probability of rejected completions",
-        "eval_kl": "KTO's estimate of the KL divergence from the reference, in nats",
-        "eval_length_correlation": "correlation of the margin with the length difference; near 1 "
-        "or -1 the policy learned length",
+    rewarded = REWARD_MEANING[content.rewarded]
+    meanings = {
+        "loss": f"the loss{initial}",
+        "accuracies": f"share of {correct}",
+        "margins": "reward of the chosen completion minus that of the rejected one",
+        "chosen_rewards": f"reward of chosen completions: beta × {rewarded}",
+        "rejected_rewards": "reward of rejected completions",
+        "chosen_logps": "log-probability of chosen completions",
+        "rejected_logps": "log-probability of rejected completions",
+        "kl": "KTO's estimate of the KL divergence from the reference, in nats",
+        "length_correlation": "correlation of the margin with the length difference; near 1 or -1 "
+        "the policy learned length",
     }
+    return {EVAL_PREFIX + METRICS[field].name: text for field, text in meanings.items()}
 
 
 def _format_sample(sample: Sample) -> str:

@@ -51,8 +51,8 @@ def _download(name: str, revision: str | None) -> Path:
     with as_model_errors(name):
         # By commit: given a branch, an unreachable Hub would silently mean an older cached copy.
         commit = HfApi().model_info(name, revision=revision).sha
-        found = snapshot_download(name, revision=commit, allow_patterns=list(ADAPTER_FILES))
-    folder = Path(found)
+        snapshot = snapshot_download(name, revision=commit, allow_patterns=list(ADAPTER_FILES))
+    folder = Path(snapshot)
     if not (folder / CONFIG).is_file():
         raise ModelError(f"{name}: not an adapter (there is no `{CONFIG}`)")
     return folder

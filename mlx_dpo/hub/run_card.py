@@ -19,9 +19,10 @@ from mlx_dpo.hub.model_card import CardContent, Sample, make_model_card
 from mlx_dpo.io.atomic import write_file
 from mlx_dpo.models.download import resolve_model
 from mlx_dpo.models.license import CARD, inherited_metadata, read_card_metadata
+from mlx_dpo.runs.folder import hub_model_id
 from mlx_dpo.runs.save_peft import LOADS_IN_PEFT
 from mlx_dpo.runs.summary import describe_loss
-from mlx_dpo.saved_runs.export_peft import hub_id_of_run, open_finished
+from mlx_dpo.saved_runs.export_peft import open_finished
 from mlx_dpo.saved_runs.open import OpenRun
 from mlx_dpo.saved_runs.report import write_curves
 
@@ -56,18 +57,18 @@ def make_run_card(
     opened = open_finished(folder)
     datasets = public_datasets(opened)
     shown, notes = _make_samples(folder, opened, prompts, samples, datasets)
-    hub_id = base or hub_id_of_run(opened)
+    hub_id = base or hub_model_id(opened.record)
     inherited = _inherited_metadata(opened, hub_id, online=online)
     if not inherited.get("license"):
-        notes += (_license_note(online=online, asked=online and hub_id is not None),)
+        notes += (_license_note(online=online, was_requested=online and hub_id is not None),)
     if hub_id is None:
         notes += ("the Hub id of the base is unknown: name it with --base",)
     facts = _collect_facts(opened, name, hub_id, inherited, datasets or [])
     return make_model_card(CardContent(**facts, samples=shown)), notes
 
 
-def _license_note(*, online: bool, asked: bool) -> str:
-    failed = ", and the Hub did not answer with it" if asked else ""
+def _license_note(*, online: bool, was_requested: bool) -> str:
+    failed = ", and the Hub did not answer with it" if was_requested else ""
     hint = "" if online else ", or let `mlx-dpo card --online` ask the Hub"
     return f"the license of the base is unknown{failed}: add `license` to the card{hint}"
 
@@ -135,16 +136,16 @@ def trained_steps(record: Mapping[str, Any]) -> int:
 
     The run may have taken more steps: it can end with the adapter of its best evaluation.
     """
-    kept = record["best_checkpoint"] or {}
-    return int(kept.get("step") or record["stopped_early_at"] or record["steps"])
+    best = record["best_checkpoint"] or {}
+    return int(best.get("step") or record["stopped_early_at"] or record["steps"])
 
 
 def _describe_steps(record: Mapping[str, Any]) -> str:
-    taken, kept = record["stopped_early_at"] or record["steps"], record["best_checkpoint"]
-    if kept is None:
+    taken, best = record["stopped_early_at"] or record["steps"], record["best_checkpoint"]
+    if best is None:
         return f"{taken:,} step{'s' * (taken != 1)}"
-    metric = next(name for name in kept if name != "step")
-    return f"{kept['step']:,} of {taken:,} steps, kept for the best `{metric}` on held-out data"
+    metric = next(name for name in best if name != "step")
+    return f"{best['step']:,} of {taken:,} steps, kept for the best `{metric}` on held-out data"
 
 
 def _peft_problem(loads_in: str) -> str:

@@ -83,20 +83,20 @@ def prepare_for_cpu(model: nn.Module, dtype: mx.Dtype = mx.float32) -> tuple[str
     stored = _stored_dtypes(model)
     bits = _dequantize_layers(model, dtype)
     _cast_weights(model, dtype)
-    held = dtype_name(dtype)
+    target = dtype_name(dtype)
     notes = []
     if bits:
         widths = " and ".join(str(width) for width in sorted(bits))
         notes.append(
-            f"{widths}-bit weights held unpacked in {held}: "
+            f"{widths}-bit weights held unpacked in {target}: "
             "the CPU backend multiplies packed weights slowly"
         )
-    if left := sum("scales" in module for module in model.modules()):
-        layers = "1 layer" if left == 1 else f"{left} layers"
+    if num_packed := sum("scales" in module for module in model.modules()):
+        layers = "1 layer" if num_packed == 1 else f"{num_packed} layers"
         notes.append(f"{layers} of an unusual kind left packed, which the CPU computes slowly")
-    if stored - {held}:
-        names = " and ".join(sorted(stored - {held}))
-        notes.append(f"{names} weights held in {held}")
+    if stored - {target}:
+        names = " and ".join(sorted(stored - {target}))
+        notes.append(f"{names} weights held in {target}")
     return tuple(notes)
 
 

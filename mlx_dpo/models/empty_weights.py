@@ -52,7 +52,7 @@ def load_empty_model(
         ConfigError: a setting contradicts the model, or has no effect on it.
     """
     if group_size is not None and bits is None:
-        raise ConfigError("`group_size` has no effect without `bits`; the model is not quantised")
+        raise ConfigError("`group_size` has no effect without `bits`; the model is not quantized")
     path = resolve_model(
         source, revision=revision, trust_remote_code=trust_remote_code, weights=False
     )

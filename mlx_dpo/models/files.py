@@ -61,9 +61,9 @@ def code_fingerprint(path: Path) -> str:
 
 
 def _digest(folder: Path, patterns: Iterable[str]) -> str:
-    found = {file for pattern in patterns for file in folder.glob(pattern)}
+    files = {file for pattern in patterns for file in folder.glob(pattern)}
     digest = hashlib.sha256()
-    for file in sorted(found):
+    for file in sorted(files):
         with file.open("rb") as stream:
             content = hashlib.file_digest(stream, "sha256").hexdigest()
         digest.update(json.dumps([file.relative_to(folder).as_posix(), content]).encode())
@@ -182,8 +182,8 @@ def _check_weights(folder: Path, source: str) -> None:
             "take the model's safetensors"
         )
     other = sorted(name for name in files if name.endswith(".safetensors"))
-    found = f" (found `{other[0]}`)" if other else ""
-    raise ModelError(f"{source}: no weights: no file is named `{WEIGHT_PATTERN}`{found}")
+    hint = f" (found `{other[0]}`)" if other else ""
+    raise ModelError(f"{source}: no weights: no file is named `{WEIGHT_PATTERN}`{hint}")
 
 
 def _check_shards(folder: Path, source: str) -> None:

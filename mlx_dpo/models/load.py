@@ -66,7 +66,7 @@ def load_model(
         ConfigError: a setting contradicts the model, or has no effect on it.
     """
     if group_size is not None and bits is None:
-        raise ConfigError("`group_size` has no effect without `bits`; the model is not quantised")
+        raise ConfigError("`group_size` has no effect without `bits`; the model is not quantized")
     path = resolve_model(source, revision=revision, trust_remote_code=trust_remote_code)
     entries = check_model_folder(path, source, trust_remote_code=trust_remote_code)
     notes = rope_notes(entries, source)
@@ -77,8 +77,8 @@ def load_model(
             cast_model(model, getattr(mx, dtype))
             notes += (f"weights cast to {dtype}, as asked",)
         if bits is not None:
-            config, left = quantize_model(model, config, bits, group_size)
-            notes += (f"weights quantised to {bits} bits, as asked", *left)
+            config, quantization_notes = quantize_model(model, config, bits, group_size)
+            notes += (f"weights quantized to {bits} bits, as asked", *quantization_notes)
         if is_cpu():
             notes += prepare_for_cpu(model, getattr(mx, dtype or "float32"))
         mx.eval(model.parameters())

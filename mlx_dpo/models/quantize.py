@@ -52,11 +52,13 @@ def unquantized_notes(model: nn.Module, layers: int, group_size: int) -> tuple[s
     notes = []
     if unfit:
         notes.append(
-            f"{unfit} of {layers} layers left unquantised: "
+            f"{unfit} of {layers} layers left unquantized: "
             f"their width is no multiple of {group_size}"
         )
-    if kept := len(widths) - unfit:
-        notes.append(f"{kept} of {layers} layers left unquantised, as the model's own rule says")
+    if excluded := len(widths) - unfit:
+        notes.append(
+            f"{excluded} of {layers} layers left unquantized, as the model's own rule says"
+        )
     return tuple(notes)
 
 
@@ -73,15 +75,15 @@ def check_quantizable(
             the width of no layer.
     """
     if config.get("quantization") or config.get("quantization_config"):
-        raise ConfigError("`bits` has no effect: the model is quantised already; leave it out")
+        raise ConfigError("`bits` has no effect: the model is quantized already; leave it out")
     if group_size not in group_sizes:
         allowed = ", ".join(map(str, group_sizes))
         raise ConfigError(f"`group_size` must be one of {allowed}, got {group_size}")
     widths = sorted(set(quantizable_layers(model).values()))
     if not any(width % group_size == 0 for width in widths):
-        found = ", ".join(map(str, widths)) or "none"
+        available = ", ".join(map(str, widths)) or "none"
         raise ConfigError(
-            f"`group_size` {group_size} fits no layer of this model (widths: {found}); "
+            f"`group_size` {group_size} fits no layer of this model (widths: {available}); "
             "take a smaller one"
         )
 
@@ -159,7 +161,7 @@ def make_quantization_config(
         return _fixed_mode_config(mode, bits, group_size, dtype)
     if group_size is not None and bits is None and recipe is None:
         raise ConfigError(
-            "`group_size` has no effect without `bits` or `recipe`; the model is not quantised"
+            "`group_size` has no effect without `bits` or `recipe`; the model is not quantized"
         )
     return QuantizationConfig(bits, group_size or DEFAULT_GROUP_SIZE, mode, recipe, dtype)
 

@@ -39,19 +39,19 @@ def rope_overrides(entries: Config, source: str) -> dict[str, Any]:
     """
     if "model_file" in entries:
         return {}  # the model brings its own code
-    found = _overrides(entries, source)
+    overrides = _overrides(entries, source)
     part = entries.get("text_config")
     if isinstance(part, dict) and "model_type" in part and (more := _overrides(part, source)):
-        found["text_config"] = part | more
-    return found
+        overrides["text_config"] = part | more
+    return overrides
 
 
 def rope_notes(entries: Config, source: str) -> tuple[str, ...]:
     """Return a note for the user on the RoPE settings that mlx-lm would ignore, if any."""
-    found = rope_overrides(entries, source)
-    part = found.pop("text_config", {})
+    overrides = rope_overrides(entries, source)
+    part = overrides.pop("text_config", {})
     own = {name: part[name] for names in MLX_LM_NAMES.values() for name in names if name in part}
-    settings = ", ".join(f"`{name}` {value}" for name, value in (found | own).items())
+    settings = ", ".join(f"`{name}` {value}" for name, value in (overrides | own).items())
     if not settings:
         return ()
     return (
@@ -72,20 +72,19 @@ def _overrides(entries: Config, source: str) -> dict[str, Any]:
     if ROPE_PARAMETERS in known:
         return {}
     wanted = _legacy_settings(rope, known, f"{source}/config.json")
-    found = {}
+    overrides = {}
     for name, value in wanted.items():
         if own := next((own for own in MLX_LM_NAMES[name] if own in known), None):
             if entries.get(own) != value:
-                found[own] = value
-        elif value != (entries.get("attn_config") or DEFAULTS).get(
-            name
-        ):  # DBRX has the settings here
+                overrides[own] = value
+        # DBRX has the settings in `attn_config`.
+        elif value != (entries.get("attn_config") or DEFAULTS).get(name):
             raise ModelError(
                 f"{source}/config.json: mlx-lm's `{entries.get('model_type')}` knows no `{name}` "
                 f"(`{ROPE_PARAMETERS}` has {value}), so that it would be another model; take "
                 "another one"
             )
-    return found
+    return overrides
 
 
 def _legacy_settings(rope: Config, known: set[str], where: str) -> dict[str, Any]:
@@ -118,11 +117,11 @@ def _legacy_settings(rope: Config, known: set[str], where: str) -> dict[str, Any
 
 
 def _layer_settings(rope: Config) -> dict[str, Any]:
-    found = {
+    settings = {
         name: rope[name]
         for name in ("rope_theta", "partial_rotary_factor")
         if rope.get(name) is not None
     }
     if rope.get("rope_type", "default") != "default":
-        found["rope_scaling"] = {k: v for k, v in rope.items() if k not in found}
-    return found
+        settings["rope_scaling"] = {k: v for k, v in rope.items() if k not in settings}
+    return settings

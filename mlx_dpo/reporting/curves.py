@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from mlx_dpo.losses.metrics import EVAL_PREFIX
+from mlx_dpo.losses.metrics import EVAL_PREFIX, METRICS
 from mlx_dpo.types import MetricsRow
 
 CHOSEN, REJECTED = "chosen", "rejected"
@@ -49,48 +49,59 @@ class Curve(NamedTuple):
     starts_at_zero: bool = False
 
 
+def _metrics(field: str) -> dict[str, str]:
+    """Return the public name of a metric of the pair, given its field of `PreferenceMetrics`."""
+    return {"": METRICS[field].name}
+
+
+def _completion_metrics(kind: str) -> dict[str, str]:
+    """Return the public names of a metric of both completions, such as `logps`."""
+    completions = (CHOSEN, REJECTED)
+    return {completion: METRICS[f"{completion}_{kind}"].name for completion in completions}
+
+
 CURVES = (
-    Curve("Loss", "", "training loss; lower is better", {"": "loss"}),
+    Curve("Loss", "", "training loss; lower is better", _metrics("loss")),
     Curve(
         "Margin",
         "nats",
         "reward of chosen minus reward of rejected",
-        {"": "rewards/margins"},
+        _metrics("margins"),
         baseline=0.0,
     ),
     Curve(
         "Accuracy",
         "share",
         "pairs with the higher reward for chosen, or labelled completions rewarded correctly",
-        {"": "rewards/accuracies"},
+        _metrics("accuracies"),
         baseline=0.5,
     ),
     Curve(
         "Rewards",
         "nats",
         "β × log-ratio to the reference, or the loss's own implicit reward",
-        {CHOSEN: "rewards/chosen", REJECTED: "rewards/rejected"},
+        _completion_metrics("rewards"),
         baseline=0.0,
     ),
     Curve(
         "Log-probabilities",
         "nats per completion",
         "mean log-probability of a whole completion",
-        {CHOSEN: "logps/chosen", REJECTED: "logps/rejected"},
+        _completion_metrics("logps"),
     ),
-    Curve("KL", "nats", "estimated KL divergence from the reference", {"": "kl"}, baseline=0.0),
+    Curve("KL", "nats", "estimated KL divergence from the reference", _metrics("kl"), baseline=0.0),
     Curve(
         "Lengths",
         "tokens",
         "mean length of the scored completions",
-        {CHOSEN: "lengths/chosen", REJECTED: "lengths/rejected"},
+        _completion_metrics("tokens"),
         on_model_card=False,
     ),
     Curve(
         "Margin and length",
         "correlation",
         "correlation of margin and length difference; near 1 or -1 the policy learns length",
-        {"": "length_correlation"},
+        _metrics("length_correlation"),
         baseline=0.0,
         on_model_card=False,
     ),

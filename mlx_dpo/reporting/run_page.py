@@ -15,8 +15,14 @@ class RunDetails(NamedTuple):
 
     name: str
     facts: Sequence[tuple[str, str]]  # name and text, below the curves
-    cells: Mapping[str, str]  # heading: value, in the order of the table above the curves
+    settings: Mapping[str, str]  # settings in which the runs of a report differ
+    metrics: Mapping[str, str]  # of the last evaluation, by label
     warnings: Sequence[str]
+
+    @property
+    def cells(self) -> Mapping[str, str]:
+        """Settings and metrics, in the order of the table above the curves."""
+        return {**self.settings, **self.metrics}
 
 
 class _Picture(NamedTuple):

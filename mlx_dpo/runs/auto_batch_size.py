@@ -152,13 +152,13 @@ def fit_micro_batch_size(
     )
     if not measure and bound is not None and BOUND_MARGIN * bound <= room.bytes:
         return MicroBatchFit(preferred, bound, room, is_bound=True)
-    first = found = _profiled_fit(base, preferred, choice, pairs, room)
+    preferred_fit = fit = _profiled_fit(base, preferred, choice, pairs, room)
     for candidate in others:
-        if found.fits:
+        if fit.fits:
             break
-        again = _profiled_fit(base, candidate, choice, pairs, room)
-        found = replace(again, instead_of=first)
-    return found
+        next_fit = _profiled_fit(base, candidate, choice, pairs, room)
+        fit = replace(next_fit, instead_of=preferred_fit)
+    return fit
 
 
 def candidate_settings(config: DPOConfig) -> Iterator[DPOConfig]:
@@ -215,4 +215,4 @@ def _describe(config: DPOConfig) -> str:
     """Return micro-batch size and gradient checkpointing as text."""
     pairs, tokens = config.pass_limit
     size = f"{tokens:,} tokens" if pairs is None else "1 pair" if pairs == 1 else f"{pairs} pairs"
-    return f"{size} a pass{', recomputed' if config.recompute else ''}"
+    return f"{size} per pass{', recomputed' if config.recompute else ''}"

@@ -80,7 +80,7 @@ def _check_not_quantized(base: LoadedModel, config: DPOConfig) -> None:
     if base.config.get("quantization") or base.config.get("quantization_config"):
         instead = "the model as it was before" if config.bits is None else "it without --bits"
         raise ConfigError(
-            "fine_tune_type `full`: the model is quantised, and packed weights cannot move; take "
+            "fine_tune_type `full`: the model is quantized, and packed weights cannot move; take "
             f"{instead}, or fine_tune_type `lora` or `dora`"
         )
 
@@ -97,8 +97,8 @@ def reference_mode(policy: nn.Module, config: DPOConfig) -> AbstractContextManag
 def make_optimizer(policy: nn.Module, config: DPOConfig) -> optim.Optimizer:
     """Create the optimizer that the settings name, initialized for the trainable parameters."""
     given = {name: getattr(config, name) for name in optimizers.OPTIMIZERS[config.optim].settings}
-    kept = {name: value for name, value in given.items() if value is not None}
-    return optimizers.build_optimizer(config.optim, policy, config.learning_rate, **kept)
+    settings = {name: value for name, value in given.items() if value is not None}
+    return optimizers.build_optimizer(config.optim, policy, config.learning_rate, **settings)
 
 
 def optimizer_state_bytes(policy: nn.Module, config: DPOConfig) -> int:

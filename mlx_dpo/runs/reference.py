@@ -163,10 +163,10 @@ def _reference_model_record(config: DPOConfig, digest: str) -> dict[str, Any]:
 
     With this record, log-probs of the reference model are cached under their own key.
     """
-    asked = {"model": config.reference_model, "bits": None, "group_size": None}
+    overrides = {"model": config.reference_model, "bits": None, "group_size": None}
     folder = Path(str(config.reference_model)).expanduser()
     return {
-        "settings": config.to_dict() | asked,
+        "settings": config.to_dict() | overrides,
         "provenance": {"model": digest},
         "model_folder": str(folder) if folder.is_dir() else None,
     }
@@ -181,8 +181,8 @@ def check_same_tokens(
     known = [t for t in used if t < other.vocab_size]
     theirs = dict(zip(known, other.tokenizer.convert_ids_to_tokens(known), strict=True))
     for token, piece in zip(used, ours, strict=True):
-        if (found := theirs.get(token)) != piece:
-            what = "has no such token" if found is None else f"reads `{found}`"
+        if (other_piece := theirs.get(token)) != piece:
+            what = "has no such token" if other_piece is None else f"reads `{other_piece}`"
             raise ConfigError(
                 f"`reference_model` {other.source}: its tokens are not the model's (where the "
                 f"model reads `{piece}`, token {token}, it {what}); take a model with the same "

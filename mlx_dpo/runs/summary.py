@@ -56,8 +56,8 @@ def summarize_trainable(
         config: settings of the run.
         entries: content of the base model's `config.json`.
     """
-    count, moved = memory.base_parameters(policy), memory.trainable_parameters(policy)
-    share = f"{format_count(moved)} parameters trained, {moved / count:.2%} of the model"
+    count, trainable = memory.base_parameters(policy), memory.trainable_parameters(policy)
+    share = f"{format_count(trainable)} parameters trained, {trainable / count:.2%} of the model"
     if get_fine_tune_type(policy) == "full":
         narrow = " and ".join(sorted(dtype_name(dtype) for dtype in forward_dtypes(policy)))
         note = ("", f"stored in float32, computed in {narrow}")
@@ -93,11 +93,11 @@ def _describe_adapters(policy: nn.Module, config: DPOConfig) -> str:
         f"{number} {kind}" for kind, number in kinds.items() if kind != EMBEDDINGS
     )
     layers += f"{' and ' * bool(layers)}{EMBEDDINGS}" * (EMBEDDINGS in kinds)
-    one = next(iter(adapted.values()))
-    rank, rooted = adapter_rank(one), config.start_adapter is None and config.use_rslora
-    alpha = f"{config.alpha:g} / sqrt(rank)" if rooted else f"{one.scale * rank:g}"
-    way = "DoRA" if get_fine_tune_type(policy) == "dora" else "LoRA"
-    return f"{way}, rank {rank}, alpha {alpha} on {layers}"
+    layer = next(iter(adapted.values()))
+    rank, rooted = adapter_rank(layer), config.start_adapter is None and config.use_rslora
+    alpha = f"{config.alpha:g} / sqrt(rank)" if rooted else f"{layer.scale * rank:g}"
+    method = "DoRA" if get_fine_tune_type(policy) == "dora" else "LoRA"
+    return f"{method}, rank {rank}, alpha {alpha} on {layers}"
 
 
 def _layer_kind(module: nn.Module) -> str:
@@ -233,7 +233,7 @@ def _summarize_best(run: "DPOTrainer") -> list[SummaryLine]:
 def _summarize_micro_batches(run: "DPOTrainer") -> list[SummaryLine]:
     """Return the summary lines about the micro-batches: size limit, number, tokens and padding."""
     config, limit = run.config, run.config.pass_limit
-    found = count_micro_batches(
+    counts = count_micro_batches(
         run.inputs.train,
         limit,
         batch_size=config.batch_size,
@@ -245,15 +245,21 @@ def _summarize_micro_batches(run: "DPOTrainer") -> list[SummaryLine]:
     lines = [
         (
             "micro-batches",
-            f"of up to {' and '.join(bounds)}: {found.micro_batches / found.steps:.3g} a step, "
-            f"{found.tokens.total / found.micro_batches:,.0f} tokens each on average, "
-            f"{found.tokens.padding / found.tokens.total:.1%} of them padding",
+            f"of up to {' and '.join(bounds)}: {counts.micro_batches / counts.steps:.3g} per step, "
+            f"{counts.tokens.total / counts.micro_batches:,.0f} tokens each on average, "
+            f"{counts.tokens.padding / counts.tokens.total:.1%} of them padding",
         )
     ]
-    if found.oversized:
-        one = found.oversized == 1
-        pairs = f"1 {config.unit[:-1]} takes" if one else f"{found.oversized:,} {config.unit} take"
-        lines.append(("", f"{pairs} more and go alone; the longest takes {found.longest:,} tokens"))
+    if counts.oversized:
+        is_single = counts.oversized == 1
+        pairs = (
+            f"1 {config.unit[:-1]} takes"
+            if is_single
+            else f"{counts.oversized:,} {config.unit} take"
+        )
+        lines.append(
+            ("", f"{pairs} more and go alone; the longest takes {counts.longest:,} tokens")
+        )
     return lines
 
 

@@ -160,8 +160,8 @@ def _reference_logps(
         )
         check_provenance(run.paths, run.record, {"reference_model": now})
         return answers["valid"]
-    moved = checkpoint.synced_reference_weights(run.paths.checkpoints)
-    if moved is None:
+    synced_weights = checkpoint.synced_reference_weights(run.paths.checkpoints)
+    if synced_weights is None:
         if config.sync_ref_model and run.finished:  # a run without a move is refused
             raise RunError(
                 f"{run.paths.checkpoints}: the reference has moved, and its weights are gone "
@@ -172,7 +172,7 @@ def _reference_logps(
         )
     load_adapter_into(run, base)
     types = {name: value.dtype for name, value in named_arrays(base.model.parameters()).items()}
-    weights = [(name, value.astype(types[name])) for name, value in moved.items()]
+    weights = [(name, value.astype(types[name])) for name, value in synced_weights.items()]
     base.model.load_weights(weights, strict=False)
     return score(base.model, pairs)
 

@@ -24,19 +24,19 @@ def export_run(folder: str, base: str | None = None, revision: str | None = None
         RunError, ConfigError: the run is unfinished, or a setting has no effect.
         ModelError: a layer has no counterpart in transformers.
     """
-    opened = open_finished(folder)
+    run = open_finished(folder)
     if revision is not None and (base is None or not is_hub_id(base)):
         raise ConfigError("`revision` has no effect without a Hub id for `--base`")
-    model = load_base_of_run(opened)
-    load_adapter_into(opened, model)
+    model = load_base_of_run(run)
+    load_adapter_into(run, model)
     if base is None:
         checkpoint = local_checkpoint(model.path, model.source)
-        source = (hub_id_of_run(opened), opened.config.revision)
+        source = (hub_model_id(run.record), run.config.revision)
     else:
         checkpoint = find_checkpoint(base, revision)
         source = (base if is_hub_id(base) else None, revision)
-    write_peft_files(opened.paths.folder, model, opened.config, checkpoint, source)
-    write_record(opened.paths, opened.record | {"adapter": LOADS_IN_PEFT})
+    write_peft_files(run.paths.folder, model, run.config, checkpoint, source)
+    write_record(run.paths, run.record | {"adapter": LOADS_IN_PEFT})
     return LOADS_IN_PEFT
 
 
@@ -60,8 +60,3 @@ def find_checkpoint(base: str, revision: str | None = None) -> HFCheckpoint:
     if is_hub_id(base):
         return hub_checkpoint(base, revision)
     return local_checkpoint(Path(base).expanduser(), base)
-
-
-def hub_id_of_run(opened: OpenRun) -> str | None:
-    """Return the Hub id of the model that a run was trained on; None if it was a local folder."""
-    return hub_model_id(opened.record)

@@ -1,7 +1,7 @@
-"""Reports of runs: an HTML page and a plot, from the files in their folders."""
+"""Reports of runs: an HTML page and a plot, from the files in the run folders."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,33 +17,44 @@ from mlx_dpo.runs.folder import CURVES, RunPaths, find_run
 from mlx_dpo.runs.summary import describe_loss
 from mlx_dpo.types import MetricsRow
 
-PAGE, PICTURE = "report.html", "report.png"
+PAGE, PLOT = "report.html", "report.png"
 
 
 class LoggedRun(NamedTuple):
     """Record and metrics of a run, finished or not."""
 
     paths: RunPaths
-    record: dict[str, Any]
-    rows: list[MetricsRow]
+    record: Mapping[str, Any]  # content of `run.json`
+    rows: Sequence[MetricsRow]  # lines of `metrics.jsonl`, at least one
+
+    @property
+    def config(self) -> DPOConfig:
+        """Settings of the run."""
+        return DPOConfig.from_dict(self.record["settings"])
+
+    @property
+    def model_name(self) -> str:
+        """Hub id of the base model, or the name of its folder without the path."""
+        model: str = self.record["settings"]["model"]
+        return Path(model).name if self.record["model_folder"] else model
 
     @property
     def step(self) -> int:
-        """Last optimizer step."""
+        """Number of optimizer steps so far."""
         return int(self.rows[-1]["step"])
 
     @property
     def evaluation(self) -> MetricsRow:
-        """Evaluation of the final adapters, or else the last evaluation, if there is one."""
-        judged = [row for row in self.rows if "eval_loss" in row]
-        return dict(self.record["evaluation"] or (judged[-1] if judged else {}))
+        """Evaluation of the final adapters, else the latest evaluation; empty without one."""
+        evaluations = [row for row in self.rows if "eval_loss" in row]
+        return dict(self.record["evaluation"] or (evaluations[-1] if evaluations else {}))
 
 
 def read_logged_run(folder: str) -> LoggedRun:
     """Read record and metrics of a run, finished or not.
 
     Raises:
-        RunError: it is no run, or no step was taken yet.
+        RunError: the folder is not a run folder, or no optimizer step was taken yet.
     """
     paths, record = find_run(folder)
     rows = read_metrics(paths.metrics)
@@ -53,85 +64,90 @@ def read_logged_run(folder: str) -> LoggedRun:
 
 
 def write_report(
-    folders: Sequence[str], output: str | None, along: str
+    folders: Sequence[str], output: str | None, x_axis: str
 ) -> tuple[list[RunDetails], list[Path]]:
-    """Write the page and the picture of one run, or of several overlaid.
+    """Write the page and the plot of one run, or of several runs with overlaid curves.
 
     Args:
-        output: folder for both; that of the run if there is only one.
-        along: what x is, a key of `curves.X_AXES`.
+        folders: Run folders.
+        output: Folder of the two files; by default the run folder, if there is only one.
+        x_axis: A key of `curves.X_AXES`.
+
+    Returns:
+        The details of each run, and the paths of the written files.
 
     Raises:
-        RunError: a folder is no run, or nothing can be written.
-        ConfigError: several runs, and no folder named.
+        RunError: a folder is not a run folder, or a file cannot be written.
+        ConfigError: there are several runs and no `output`, or a run is named twice.
     """
     if output is None and len(folders) > 1:
         raise ConfigError("`--output` is missing: the folder for a report of several runs")
     runs = [read_logged_run(folder) for folder in folders]
     names = shortest_names([run.paths.folder for run in runs])
-    details = _add_differing_settings(
-        [_run_section(run, name) for run, name in zip(runs, names, strict=True)], runs
-    )
-    drawn = make_charts([run.rows for run in runs], x_axis=along)
+    settings = _differing_settings(runs)
+    details = [_describe_run(*run) for run in zip(runs, names, settings, strict=True)]
+    charts = make_charts([run.rows for run in runs], x_axis=x_axis)
     folder = Path(output).expanduser() if output else runs[0].paths.folder
     files = {
-        PAGE: render_run_page(details, drawn, along).encode(),
-        PICTURE: plots.charts_png(drawn, names, along),
+        PAGE: render_run_page(details, charts, x_axis).encode(),
+        PLOT: plots.charts_png(charts, names, x_axis),
     }
     return details, [_write(folder / name, content) for name, content in files.items()]
 
 
 def write_curves(folder: Path) -> bool:
     """Write the plot for the model card to a run folder; return False without metrics."""
-    drawn = make_charts([read_metrics(RunPaths(folder).metrics)], for_model_card=True)
-    if drawn:
-        _write(folder / CURVES, plots.charts_png(drawn, [folder.name], "step"))
-    return bool(drawn)
+    charts = make_charts([read_metrics(RunPaths(folder).metrics)], for_model_card=True)
+    if charts:
+        _write(folder / CURVES, plots.charts_png(charts, [folder.name], "step"))
+    return bool(charts)
 
 
 def shortest_names(folders: Sequence[Path]) -> list[str]:
-    """Return the shortest path suffixes that distinguish the folders, printable.
+    """Return the shortest path suffixes that distinguish the folders, with escapes if unprintable.
 
     Raises:
-        ConfigError: one is named twice.
+        ConfigError: a folder is named twice.
     """
-    parts = [folder.resolve().parts for folder in folders]
-    if len(set(parts)) < len(parts):
-        twice = next(folder for folder in folders if parts.count(folder.resolve().parts) > 1)
-        raise ConfigError(f"{twice}: is named twice")
-    deepest = max(len(each) for each in parts)
-    tails = ([os.path.join(*each[-n:]) for each in parts] for n in range(1, deepest + 1))
-    found = next(names for names in tails if len(set(names)) == len(names))
-    return ["".join(c if c.isprintable() else ascii(c)[1:-1] for c in name) for name in found]
+    paths = [folder.resolve().parts for folder in folders]
+    if len(set(paths)) < len(paths):
+        repeated = next(folder for folder in folders if paths.count(folder.resolve().parts) > 1)
+        raise ConfigError(f"{repeated}: is named twice")
+    deepest = max(len(parts) for parts in paths)
+    suffixes = ([os.path.join(*parts[-n:]) for parts in paths] for n in range(1, deepest + 1))
+    unique = next(names for names in suffixes if len(set(names)) == len(names))
+    return ["".join(c if c.isprintable() else ascii(c)[1:-1] for c in name) for name in unique]
 
 
-def _run_section(run: LoggedRun, name: str) -> RunDetails:
-    record, settings = run.record, run.record["settings"]
-    config = DPOConfig.from_dict(settings)
-    versions = ", ".join(f"{what} {number}" for what, number in record["versions"].items())
-    model = Path(config.model).name if record["model_folder"] else config.model
+def _describe_run(run: LoggedRun, name: str, settings: Mapping[str, str]) -> RunDetails:
+    """Return the details of a run; `settings` are those in which the runs of a report differ."""
+    record, config, evaluation = run.record, run.config, run.evaluation
+    versions = ", ".join(f"{package} {number}" for package, number in record["versions"].items())
     facts = [
         ("steps", _describe_progress(run)),
-        ("model", model),
+        ("model", run.model_name),
         ("loss", describe_loss(config)),
         (config.unit, "{train:,} trained on, {valid:,} held out".format(**record["counts"])),
         ("settings", _describe_settings(config) or "all as they are by default"),
         *([("adapter", record["adapter"])] if "adapter" in record else []),
         ("versions", versions),
     ]
-    judged = run.evaluation
-    figures = {
+    metrics = {
         "step": f"{run.step:,}",
-        "judged at": f"{judged['step']:,}" if "step" in judged else "-",
-        **format_final_metrics(judged),
+        "judged at": f"{evaluation['step']:,}" if "step" in evaluation else "-",
+        **format_final_metrics(evaluation),
     }
-    return RunDetails(name, facts, figures, record.get("warnings", []))
+    return RunDetails(name, facts, settings, metrics, record.get("warnings", []))
 
 
 def _describe_progress(run: LoggedRun) -> str:
-    steps, early = run.record["steps"], run.record.get("stopped_early_at")
-    state = "" if run.record["state"] == "finished" else ", not finished"
-    text = f"{early or run.step:,} of {steps:,}{state}" + ", then stopped early" * bool(early)
+    """Return the number of steps, whether training stopped early, and the best checkpoint."""
+    total, stopped_at = run.record["steps"], run.record.get("stopped_early_at")
+    text = f"{stopped_at or run.step:,} of {total:,}"
+    if run.record["state"] != "finished":
+        text += ", not finished"
+    if stopped_at:
+        text += ", then stopped early"
     if best := run.record.get("best_checkpoint"):
         values = ", ".join(f"{name} {best[name]:.4f}" for name in best if name != "step")
         text += f"; the adapters of step {best['step']:,} were kept ({values})"
@@ -139,10 +155,12 @@ def _describe_progress(run: LoggedRun) -> str:
 
 
 def _describe_settings(config: DPOConfig) -> str:
-    public = config.get_public_settings()
-    shown = [f"{name} {_format_value(value)}" for name, value in public.items()]
-    hidden = [f"{name} (not shown)" for name in config.list_private_settings()]
-    return ", ".join([*shown, *hidden])
+    """Return the settings without their default values; private settings by name only."""
+    public = [
+        f"{name} {_format_value(value)}" for name, value in config.get_public_settings().items()
+    ]
+    private = [f"{name} (not shown)" for name in config.list_private_settings()]
+    return ", ".join([*public, *private])
 
 
 def _format_value(value: Any) -> str:
@@ -151,28 +169,18 @@ def _format_value(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def _add_differing_settings(
-    details: Sequence[RunDetails], runs: Sequence[LoggedRun]
-) -> list[RunDetails]:
-    """Add the model and the settings in which the runs differ to their results."""
-    configs = [DPOConfig.from_dict(run.record["settings"]) for run in runs]
-    set_by = [config.get_public_settings() for config in configs]
-    names = dict.fromkeys(name for settings in set_by for name in settings)
-    differing = [n for n in names if len({_format_value(getattr(c, n)) for c in configs}) > 1]
-    models = [dict(run_details.facts)["model"] for run_details in details]
-    return [
-        run_details._replace(
-            cells={
-                **({"model": model} if len(set(models)) > 1 else {}),
-                **{n: _format_value(getattr(c, n)) for n in differing},
-                **run_details.cells,
-            }
-        )
-        for run_details, model, c in zip(details, models, configs, strict=True)
-    ]
+def _differing_settings(runs: Sequence[LoggedRun]) -> list[dict[str, str]]:
+    """Return, for each run, the model and the public settings in which the runs differ."""
+    columns = {"model": [run.model_name for run in runs]}
+    configs = [run.config for run in runs]
+    for name in dict.fromkeys(name for config in configs for name in config.get_public_settings()):
+        columns[name] = [_format_value(getattr(config, name)) for config in configs]
+    differing = {name: values for name, values in columns.items() if len(set(values)) > 1}
+    return [{name: values[i] for name, values in differing.items()} for i in range(len(runs))]
 
 
 def _write(path: Path, content: bytes) -> Path:
+    """Write a file, creating its folder; return its path."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, content)

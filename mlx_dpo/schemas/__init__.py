@@ -160,7 +160,7 @@ def _check_prompt_name(row: Row) -> None:
     """
     if isinstance(row.record.get("chosen"), str) and isinstance(row.record.get("messages"), list):
         raise DataError(
-            f"{row.location}: missing `prompt` beside answers that are text (found `messages`); "
+            f"{row.location}: missing `prompt`, and the answers are text (found `messages`); "
             "use --column prompt=messages"
         )
     near = get_close_matches("prompt", row.record, n=1, cutoff=0.75)

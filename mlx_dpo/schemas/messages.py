@@ -67,8 +67,8 @@ def get_field_type(value: Any, name: str, location: str) -> str:
         return "text"
     if isinstance(value, list) and value:
         return "messages"
-    found = "an empty list" if value == [] else type(value).__name__
-    raise DataError(f"{location}: `{name}` must be text or a list of messages, found {found}")
+    kind = "an empty list" if value == [] else type(value).__name__
+    raise DataError(f"{location}: `{name}` must be text or a list of messages, found {kind}")
 
 
 def parse_text(value: Any, name: str, location: str) -> str:
@@ -153,7 +153,7 @@ def check_readable(value: Any, name: str, location: str) -> None:
             half = f"\\u{ord(text[error.start]):04x}"
             raise DataError(
                 f"{location}: `{name}` holds half a character ({half} at {error.start}); "
-                "mend the text"
+                "fix the text"
             ) from None
 
 

@@ -52,7 +52,7 @@ def _parse_replies(row: Row, name: str) -> tuple[Message, ...]:
     for turn in turns:
         if turn["role"] != "assistant":
             raise DataError(
-                f"{row.location}: `{name}` holds a turn of `{turn['role']}`; beside a `prompt` "
+                f"{row.location}: `{name}` holds a turn of `{turn['role']}`; with a `prompt` "
                 "it may hold only the assistant's turns"
             )
     return turns

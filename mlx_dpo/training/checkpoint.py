@@ -49,7 +49,7 @@ def save(
         save_adapter(partial, policy, adapter_config)
         state = named_arrays(optimizer.state) | {"random": random_state()}
         write_arrays(partial / OPTIMIZER, state)
-        if synced is not None and synced.moved:
+        if synced is not None and synced.was_updated:
             write_arrays(partial / SYNCED_REFERENCE, synced.weights)
         position = {"step": progress.step, "num_tokens": progress.num_tokens}
         (partial / STATE).write_text(json.dumps(position) + "\n")

@@ -66,12 +66,12 @@ class Monitor:
         if "loss" not in row:
             return []
         self._rows = [*self._rows, row][-2 * self._facts.window :]
-        found = []
+        warnings = []
         for kind, check in CHECKS.items():
             if kind not in self._warned and (sentence := check(self._facts, self._rows)):
                 self._warned.add(kind)
-                found.append(sentence)
-        return found
+                warnings.append(sentence)
+        return warnings
 
 
 def not_learning(facts: MonitoredRun, rows: Sequence[Row]) -> str | None:
@@ -189,7 +189,7 @@ def far_from_reference(facts: MonitoredRun, rows: Sequence[Row]) -> str | None:
         return None
     return (
         f"{_span(recent)}: the policy runs away from the reference (chosen completions are "
-        f"{abs(away):.1f} nats a token {'more' if away > 0 else 'less'} likely): look at what it "
+        f"{abs(away):.1f} nats per token {'more' if away > 0 else 'less'} likely): look at what it "
         f"says now; use a larger beta than {facts.beta:g}, a smaller learning_rate than "
         f"{facts.learning_rate:g}, or fewer steps"
     )

@@ -28,11 +28,11 @@ class SyncedReference:
         """Start with the trainable weights that the policy has before the first step."""
         self.alpha, self.every, self._score = alpha, every, score
         self.weights: Arrays = named_arrays(policy.trainable_parameters())
-        self.moved = False
+        self.was_updated = False
 
     def restore(self, weights: Arrays) -> None:
         """Restore the reference's weights from a checkpoint."""
-        self.weights, self.moved = weights, True
+        self.weights, self.was_updated = weights, True
 
     def follow(self, policy: nn.Module, step: int) -> None:
         """Move the reference towards the policy if `step` is a multiple of `every`."""
@@ -44,14 +44,14 @@ class SyncedReference:
             for name, value in self.weights.items()
         }
         mx.eval(self.weights)
-        self.moved = True
+        self.was_updated = True
 
     def logps(self, policy: nn.Module, pairs: Sequence[TokenizedPair]) -> PairLogps | None:
         """Return the log-probs of `pairs` under this reference. (B,) each
 
         The result is None before the first update, when the precomputed log-probs are still valid.
         """
-        if not self.moved:
+        if not self.was_updated:
             return None
         own = named_arrays(policy.trainable_parameters())
         policy.update(tree_unflatten(list(self.weights.items())))

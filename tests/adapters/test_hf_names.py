@@ -169,7 +169,7 @@ def test_a_quantised_base_is_proved_on_the_checkpoint_that_it_was_made_from(tmp_
     nn.quantize(model, group_size=32, bits=4)
     save_model(tmp_path / "packed", model)
     adapters.attach_adapters(model, rank=2, scale=2.0)
-    with pytest.raises(ModelError, match="was quantised by MLX"):
+    with pytest.raises(ModelError, match="was quantized by MLX"):
         make_peft_adapter(model, entries, local_checkpoint(tmp_path / "packed", "packed"))
     settings, _ = make_peft_adapter(model, entries, local_checkpoint(original, "original"))
     assert "q_proj" in settings["target_modules"]

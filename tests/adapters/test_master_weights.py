@@ -94,7 +94,7 @@ def test_a_policy_that_is_settled_has_the_bases_types():
 def test_packed_weights_are_refused():
     model = make_llama()
     nn.quantize(model, group_size=64, bits=4)
-    with pytest.raises(ModelError, match=r"`model.layers.0.self_attn.q_proj` is quantised"):
+    with pytest.raises(ModelError, match=r"`model.layers.0.self_attn.q_proj` is quantized"):
         adapters.enable_full_fine_tuning(model)
 
 

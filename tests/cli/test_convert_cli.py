@@ -44,14 +44,14 @@ def test_bits_and_notes_reach_the_terminal(checkpoint):
     make_checkpoint(Path("odd"), intermediate_size=100)
     result = run("odd", "--output", "small", "--bits", "4", "--group-size", "32")
     notes = [line for line in lines(result) if line.startswith("note")]
-    assert notes[0].startswith("note 2 of 16 layers left unquantised")
+    assert notes[0].startswith("note 2 of 16 layers left unquantized")
 
 
 def test_an_error_is_one_line_and_leaves_no_folder(checkpoint):
     result = run("model", "--output", "out", "--group-size", "32")
     assert result.exit_code == 1 and result.stdout == ""
     assert result.stderr == (
-        "Error: `group_size` has no effect without `bits` or `recipe`; the model is not quantised\n"
+        "Error: `group_size` has no effect without `bits` or `recipe`; the model is not quantized\n"
     )
     assert not Path("out").exists()
 

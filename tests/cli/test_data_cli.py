@@ -192,7 +192,7 @@ def test_show_requires_a_model_and_an_existing_row():
     assert refused("show", "pairs.jsonl") == "--model is missing; see `mlx-dpo data show --help`"
     words = ("show", "pairs.jsonl", "--model", "base", "--row", "17")
     assert refused(*words) == "pairs.jsonl: no row 17"
-    assert refused(*words, "-n", "2") == "`-n` has no effect beside --row"
+    assert refused(*words, "-n", "2") == "`-n` has no effect together with --row"
 
 
 def test_a_split_has_no_prompt_twice_and_rows_as_they_were():

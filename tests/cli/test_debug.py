@@ -7,7 +7,7 @@ import sys
 import pytest
 from click.testing import CliRunner
 
-from mlx_dpo.cli import cli, main, one_line
+from mlx_dpo.cli import cli, main, user_message
 from mlx_dpo.errors import RunError
 
 MESSAGE = "Error: nosuch: not a run folder (no such folder); train one with `mlx-dpo train`\n"
@@ -40,7 +40,7 @@ def test_debugging_prints_the_traceback_before_the_same_line(tmp_path, monkeypat
     ],
 )
 def test_only_what_a_person_can_fix_becomes_a_line(error, message):
-    assert one_line(error) == message
+    assert user_message(error) == message
 
 
 def test_help_without_a_backend_of_mlx_is_one_line(monkeypatch):

@@ -397,7 +397,7 @@ def test_the_error_of_a_flag_of_another_trainer_names_our_flag(words, message):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ((), "--output is missing: the folder of the run that is to go on"),
+        ((), "--output is missing: the folder of the run to resume"),
         (("--output", "none"), "none: not a run folder (no such folder)"),
         (("--output", "."), ".: not a run folder (no `run.json` in it)"),
         (("--output", "base"), "base: a model, not a run folder; name models by `--model`"),

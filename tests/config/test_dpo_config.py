@@ -55,7 +55,10 @@ def test_yaml_numbers_without_a_decimal_point_are_numbers():
     ("given", "message"),
     [
         ({"group_size": 32}, "`group_size` has no effect without `bits`"),
-        ({"valid": "v", "valid_fraction": 0.1}, "`valid_fraction` has no effect beside `valid`"),
+        (
+            {"valid": "v", "valid_fraction": 0.1},
+            "`valid_fraction` has no effect together with `valid`",
+        ),
         (
             {"lr_scheduler_type": "constant", "warmup_ratio": 0.2},
             "`warmup_ratio` has no effect with lr_scheduler_type `constant`",
@@ -66,7 +69,7 @@ def test_yaml_numbers_without_a_decimal_point_are_numbers():
         ),
         (
             {"warmup_ratio": 0.1, "warmup_steps": 2},
-            "`warmup_ratio` has no effect beside `warmup_steps`",
+            "`warmup_ratio` has no effect together with `warmup_steps`",
         ),
         (
             {"min_lr_rate": 0.2},
@@ -113,7 +116,7 @@ def test_yaml_numbers_without_a_decimal_point_are_numbers():
         *[
             (
                 {"start_adapter": "a", name: value},
-                f"`{name}` has no effect beside `start_adapter`: the adapter decides it",
+                f"`{name}` has no effect together with `start_adapter`: the adapter decides it",
             )
             for name, value in (
                 ("lora_r", 8),
@@ -149,7 +152,7 @@ def test_yaml_numbers_without_a_decimal_point_are_numbers():
             {"loss_type": "sft", "f_divergence_type": "js_divergence"},
             "`f_divergence_type` has no effect with loss_type `sft`; it acts on `sigmoid`, `cdpo`",
         ),
-        ({"epochs": 2, "max_steps": 9}, "`epochs` has no effect beside `max_steps`"),
+        ({"epochs": 2, "max_steps": 9}, "`epochs` has no effect together with `max_steps`"),
         ({"batch_size": 2, "micro_batch_size": 4}, "`micro_batch_size` 4 is above `batch_size` 2"),
         ({"micro_batch_size": 1, "max_tokens": 9}, "`max_tokens` has no effect with one pair per"),
         (
@@ -158,7 +161,7 @@ def test_yaml_numbers_without_a_decimal_point_are_numbers():
         ),
         (
             {"micro_batch_size": 2, "max_tokens": 476, "max_length": 100},
-            "`max_tokens` has no effect beside `micro_batch_size` 2 and `max_length` 100",
+            "`max_tokens` has no effect together with `micro_batch_size` 2 and `max_length` 100",
         ),
     ],
 )

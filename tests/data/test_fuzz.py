@@ -69,8 +69,8 @@ def outcome(path, tokenizer, rows):
         assert "\n" not in str(error)
         assert str(error).startswith("rows")
         return
-    assert report.kept >= 1
-    assert report.kept + sum(map(len, report.dropped.values())) >= report.read
+    assert report.used >= 1
+    assert report.used + sum(map(len, report.dropped.values())) >= report.read
 
 
 TOKENIZERS = [

@@ -40,7 +40,7 @@ def test_a_bad_pair_raises_an_error_unless_it_is_dropped(write, plain):
         load_pairs(path, plain, RULES)
     found = load_pairs(path, plain, RULES, bad_pairs="drop")
     assert [pair.location for pair in found.pairs] == ["pairs.jsonl:1"]
-    assert (found.report.read, found.report.kept) == (4, 1)
+    assert (found.report.read, found.report.used) == (4, 1)
     assert found.report.dropped == {
         EMPTY_COMPLETION: ["pairs.jsonl:2", "pairs.jsonl:4"],
         SAME_TEXT: ["pairs.jsonl:3"],
@@ -115,7 +115,7 @@ def test_the_real_dialogues_are_complete(material, stories):
     path = material / "data" / "hh-harmless-test" / "test.jsonl"
     rules = TokenRules(vocab_size=512, max_length=100_000, chat_template="text")
     found = load_pairs(path, stories, rules, bad_pairs="drop")
-    assert (found.report.read, found.report.kept) == (2312, 2303)
+    assert (found.report.read, found.report.used) == (2312, 2303)
     for pair in found.pairs[::100]:
         for completion in (pair.chosen, pair.rejected):
             text = stories.decode(pair.prompt[1:] + completion[:-1])

@@ -68,7 +68,7 @@ def test_a_labelled_file_raises_an_error_with_advice_unless_labels_are_used(mate
     with pytest.raises(DataError, match=r"\[0\]: a single judged answer .* use --loss-type kto"):
         load_pairs(path, tokenizer, RULES)
     report = load_pairs(path, tokenizer, RULES, rows=RowRules(judged=True)).report
-    assert (report.kept, report.desirable) == (300, 150)
+    assert (report.used, report.desirable) == (300, 150)
     paired = load_pairs(path, tokenizer, RULES, rows=RowRules(pair_labelled=True))
     [pair] = paired.pairs  # two more prompts occur twice, but with the same label
     assert "[" in pair.location and " and " in pair.location

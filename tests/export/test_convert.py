@@ -105,7 +105,7 @@ def test_the_reported_difference_is_that_of_the_two_folders(checkpoint, output):
 def test_layers_left_unquantised_are_reported(tmp_path, output):
     folder = make_checkpoint(tmp_path / "model", intermediate_size=100)
     notes = convert(str(folder), output, bits=4).notes
-    assert notes[0].startswith("2 of 16 layers left unquantised")
+    assert notes[0].startswith("2 of 16 layers left unquantized")
 
 
 def test_an_asked_number_type_is_written_and_named_in_the_configuration(checkpoint, output):
@@ -201,7 +201,7 @@ def test_settings_that_cannot_be_are_refused_and_nothing_is_written(
 
 def test_a_quantised_model_is_not_quantised_again(checkpoint, output):
     convert(str(checkpoint), output, bits=4)
-    with pytest.raises(ConfigError, match="quantised already"):
+    with pytest.raises(ConfigError, match="quantized already"):
         convert(str(output), output.with_name("again"), bits=8)
 
 

@@ -230,7 +230,7 @@ def test_a_run_on_a_packed_base_is_fused_unpacked_in_its_own_type(workplace):
     whole = merged_weight(layer, float32_weight(layer.linear))
     own = weights["model.layers.0.self_attn.q_proj.weight"].astype(mx.float32)
     np.testing.assert_allclose(own, whole, rtol=2**-8)
-    with pytest.raises(ModelError, match="was quantised by MLX"):
+    with pytest.raises(ModelError, match="was quantized by MLX"):
         fuse_run("other", Path("hf"), FuseOptions(to="hf"))
     fuse_run("other", Path("hf"), FuseOptions(to="hf", base="base", min_retained=0.0))
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -49,7 +50,7 @@ def test_a_dry_run_lists_the_files_and_the_card_without_a_request(
     """Without the fake Hub a request would fail."""
     done = invoke("push", "run", "org/adapter", "--dry-run", "--base", "org/base")
     assert done.exit_code == 0, done.output
-    listed = [line.split()[-1] for line in done.output.splitlines() if " bytes  " in line]
+    listed = re.findall(r"^ *[\d.]+ (?:bytes|kB|MB)  (\S+)$", done.stdout, re.MULTILINE)
     assert sorted(listed) == sorted(UPLOADED)
     assert done.stderr.startswith("Written to run/README.md\n")
     assert "base_model: org/base" in done.output and "# org/adapter" in done.output

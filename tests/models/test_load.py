@@ -123,7 +123,7 @@ def test_layers_whose_width_does_not_divide_are_counted(tmp_path):
     """Hidden 64 and intermediate 100: of 16 layers, only the two `down_proj` are 100 wide."""
     folder = make_checkpoint(tmp_path / "model", intermediate_size=100)
     notes = load_model(str(folder), bits=4).notes
-    assert any(note.startswith("2 of 16 layers left unquantised") for note in notes)
+    assert any(note.startswith("2 of 16 layers left unquantized") for note in notes)
 
 
 def test_the_embedding_rows_are_those_of_the_token_table(checkpoint):
@@ -143,7 +143,7 @@ def test_bits_on_a_quantised_model_are_refused(checkpoint):
     model, config = mlx_load_model(make_checkpoint(checkpoint.parent / "plain"))
     model, config = quantize_model(model, config, 64, 4)
     mx.save_safetensors(str(checkpoint / "model.safetensors"), parameters(model))
-    assert "quantised already" in refusal(checkpoint, bits=4)
+    assert "quantized already" in refusal(checkpoint, bits=4)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,13 @@ from mlx_dpo.reporting.run_page import RunDetails, render_run_page
 
 ROWS = [{"step": n, "loss": 1 / n, "rewards/chosen": n / 7} for n in range(1, 5)]
 ROWS.append({"step": 4, "eval_loss": 0.125})
-RUN = RunDetails("run", [("loss", "sigmoid")], {"step": "4", "loss": "0.1250"}, ["loss <diverges>"])
+RUN = RunDetails(
+    name="run",
+    facts=[("loss", "sigmoid")],
+    settings={},
+    metrics={"step": "4", "loss": "0.1250"},
+    warnings=["loss <diverges>"],
+)
 
 
 def without_images(page):
@@ -48,7 +54,7 @@ def test_the_note_explains_the_line_styles_that_occur_and_no_others():
 
 def test_markup_in_names_facts_and_warnings_stays_text():
     hostile = RUN._replace(
-        name='<b>&"{{ 7 * 7 }}', facts=[("<i>", "</table>")], cells={"<u>": "<s>"}
+        name='<b>&"{{ 7 * 7 }}', facts=[("<i>", "</table>")], metrics={"<u>": "<s>"}
     )
     page = without_images(render_run_page([hostile, RUN], make_charts([ROWS, ROWS]), "step"))
     for tag in ("<b>", "<i>", "<u>", "<s>", "<diverges>"):
@@ -71,7 +77,7 @@ def test_every_chart_is_there_in_both_themes_and_in_words():
 
 
 def test_the_table_of_several_runs_has_every_cell_under_its_heading():
-    other = RUN._replace(name="other", cells={"beta": "0.5", "step": "4"})
+    other = RUN._replace(name="other", settings={"beta": "0.5"}, metrics={"step": "4"})
     page = without_images(render_run_page([RUN, other], make_charts([ROWS, ROWS]), "step"))
     table = page[page.index("<table>") : page.index("</table>")]
     rows = [re.findall(r"<t[hd]>(.*?)</t[hd]>", row) for row in table.split("<tr>")[1:]]

@@ -198,7 +198,7 @@ def test_where_no_adapter_is_a_run_is_refused_before_anything_is_loaded(config, 
 
 def test_packed_weights_are_not_trained_themselves(config, tmp_path):
     full = replace(config, **VARIANTS["full"])
-    with pytest.raises(ConfigError, match=r"the model is quantised.*take it without --bits"):
+    with pytest.raises(ConfigError, match=r"the model is quantized.*take it without --bits"):
         train(replace(full, bits=4))
     mlx_lm.convert(config.model, str(tmp_path / "packed"), quantize=True, q_bits=4)
     with pytest.raises(ConfigError, match="take the model as it was before"):
@@ -207,7 +207,7 @@ def test_packed_weights_are_not_trained_themselves(config, tmp_path):
 
 def test_trained_weights_go_on_from_unpacked_ones_alone(config, tmp_path):
     config = started(config, tmp_path, "full")
-    with pytest.raises(ConfigError, match=r"the model is quantised.*take it without --bits"):
+    with pytest.raises(ConfigError, match=r"the model is quantized.*take it without --bits"):
         train(replace(config, bits=4))
 
 

@@ -39,7 +39,7 @@ def test_sources_are_joined_in_their_order(sources):
     assert places(inputs.train) == [f"a.jsonl:{i}" for i in range(1, 11)] + [
         f"b.jsonl:{i}" for i in range(1, 21)
     ]
-    assert [report.kept for report in inputs.reports] == [10, 20]
+    assert [report.used for report in inputs.reports] == [10, 20]
 
 
 def test_weights_say_how_often_and_held_out_pairs_stay_apart(sources):

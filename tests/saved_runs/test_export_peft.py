@@ -34,10 +34,10 @@ def test_a_run_on_a_packed_model_says_why_not_and_export_mends_it(workplace):
     convert("base", Path("packed"), bits=8, group_size=32)
     trainer = train(workplace, model=str(Path("packed").resolve()), output="next")
     [(_, message)] = summarize_end(trainer)
-    assert message.startswith("loads in mlx-lm; not in PEFT: its base was quantised by MLX")
+    assert message.startswith("loads in mlx-lm; not in PEFT: its base was quantized by MLX")
     assert not Path("next/adapter_model.safetensors").exists()
     before = load_policy("next").model.parameters()
-    with pytest.raises(ModelError, match="packed was quantised by MLX"):
+    with pytest.raises(ModelError, match="packed was quantized by MLX"):
         export_run("next")
     assert export_run("next", "base") == LOADS_IN_PEFT
     assert config("next")["peft_type"] == "LORA"

@@ -146,7 +146,7 @@ def test_unmarked_text_is_split_at_a_word_with_the_space_in_the_completion(
         ),
         (
             {"prompt": [user("a")], "chosen": [user("b")], "rejected": [assistant("c")]},
-            "`chosen` holds a turn of `user`; beside a `prompt` it may hold only the "
+            "`chosen` holds a turn of `user`; with a `prompt` it may hold only the "
             "assistant's turns",
         ),
         (
@@ -156,12 +156,12 @@ def test_unmarked_text_is_split_at_a_word_with_the_space_in_the_completion(
         ),
         (
             {"messages": [user("a")], "chosen": "b", "rejected": "c"},
-            "missing `prompt` beside answers that are text (found `messages`); use "
+            "missing `prompt`, and the answers are text (found `messages`); use "
             "--column prompt=messages",
         ),
         (
             {"prompt": "a", "chosen": "b\ud83d", "rejected": "c"},
-            "`chosen` holds half a character (\\ud83d at 1); mend the text",
+            "`chosen` holds half a character (\\ud83d at 1); fix the text",
         ),
         (
             {"prompt": "a", "chosen": "b", "rejected": "c", "tools": [1]},

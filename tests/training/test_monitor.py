@@ -165,7 +165,7 @@ def test_a_policy_that_runs_away_is_measured_in_nats_a_token(reward, how):
     away = at(rewards_chosen=reward, rewards_margins=8.0)
     [sentence] = monitor_warnings(**away)
     assert sentence.startswith("steps 1 to 20: the policy runs away from the reference (chosen ")
-    assert f"completions are 1.5 nats a token {how} likely)" in sentence
+    assert f"completions are 1.5 nats per token {how} likely)" in sentence
     assert monitor_warnings(replace(RUN, chosen_tokens=31.0), **away) == []
     assert monitor_warnings(replace(RUN, beta=0.16), **away) == []
 

@@ -42,7 +42,7 @@ def test_it_takes_its_stride_when_the_steps_are_a_multiple(policy):
     for step, by in ((1, 1.0), (2, 0.0), (3, 2.0), (4, 0.0)):
         shifted(policy, by)
         moving.follow(policy, step)
-        found.append((moving.moved, moving.weights[name].flatten()[0].item()))
+        found.append((moving.was_updated, moving.weights[name].flatten()[0].item()))
     assert found == [(False, 0.0), (True, 0.25), (True, 0.25), (True, 0.9375)]
 
 

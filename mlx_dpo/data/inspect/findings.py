@@ -37,7 +37,7 @@ CHECKS = {
     rule.name: rule
     for rule in (
         Check("unreadable", FAULT, "training stops at such a row",
-              "mend the rows, or say how they are written (`--schema`, `--column`)", unit=ROWS),
+              "fix the rows, or name their format (`--schema`, `--column`)", unit=ROWS),
         Check("untrainable", FAULT, "training stops at such a pair",
               "do as the message says", MODEL),
         Check("empty-completion", FAULT, "there is nothing to score", _DROPPED, unit=ROWS),
@@ -51,7 +51,7 @@ CHECKS = {
         Check("not-text", FAULT, "images, audio and video are not trained on", _DROPPED,
               unit=ROWS),
         Check("template-refused", FAULT, "the chat template does not take such turns",
-              "mend the turns or take another model; `--bad-pairs drop` passes over them", MODEL,
+              "fix the turns or use another model; `--bad-pairs drop` passes over them", MODEL,
               unit=ROWS),
         Check("prompt-not-prefix", FAULT, "the chat template changes the prompt once a reply "
               "follows, so nothing says where the reply begins",
@@ -78,7 +78,7 @@ CHECKS = {
         Check("replacement-character", FAULT, "U+FFFD stands where a character was lost",
               "make the file again from its source"),
         Check("mojibake", FAULT, "UTF-8 was read as Latin-1 once, and the model learns to write so",
-              "make the file again from its source, or mend it (the library ftfy does)"),
+              "make the file again from its source, or repair it (the library ftfy does)"),
         Check("control-character", FAULT, "nobody sees them, and the model learns to write them",
               "take them out"),
         Check("invisible-character", REMARK, "nobody sees them, and the model learns to write them",

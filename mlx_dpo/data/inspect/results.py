@@ -56,7 +56,7 @@ class Finding:
             "unit": check.unit,
             "share": self.share,
             "why": check.why,
-            "mend": check.advice,
+            "advice": check.advice,
             "details": self.details,
             "places": [
                 [location] if related is None else [location, related]

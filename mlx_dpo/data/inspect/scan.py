@@ -66,7 +66,7 @@ class SplitScan:
     @property
     def pairs(self) -> int:
         """Number of pairs (or unpaired examples) that training would use."""
-        return sum(report.kept for report in self.reports)
+        return sum(report.used for report in self.reports)
 
 
 def scan_sources(sources: Sequence[Source], split: SplitScan, progress: ProgressCallback) -> None:
@@ -122,7 +122,7 @@ def _scan_example(example: Example, split: SplitScan, report: PairsReport) -> No
     log = split.log
     index = log.row_locations.add(example.location)
     if split.settings.tokens is None:
-        report.kept += 1
+        report.used += 1
         report.desirable += isinstance(example, UnpairedExample) and example.desirable
         split.lengths.add(*(_count_characters(text) for text in _texts(example)))
     elif not _scan_tokens(example, index, split, report):

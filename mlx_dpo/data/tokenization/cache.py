@@ -149,7 +149,7 @@ def _write(
         for reason, rows in report.dropped.items()
     }
     values = report.to_dict() | {"source": "", "dropped": dropped}
-    writer.finish({**labels, "pairs": report.kept, "report": values})
+    writer.finish({**labels, "pairs": report.used, "report": values})
 
 
 def _show_progress(source: Source, progress: RowProgress) -> AbstractContextManager[Advance]:

@@ -148,9 +148,9 @@ def tokenize_as_chat(
     except NotPlainTextError as error:
         raise BadPairError(example.location, SPECIAL_TOKEN, str(error)) from None
     except TemplateError as error:
-        found = " ".join(str(error).split())[:200]
+        message = " ".join(str(error).split())[:200]
         advice = "fix its turns, or use another model"
-        raise BadPairError(example.location, TEMPLATE_ERROR, found, advice=advice) from None
+        raise BadPairError(example.location, TEMPLATE_ERROR, message, advice=advice) from None
     return _split(prompt_ids, rows)
 
 
@@ -200,8 +200,8 @@ def tokenize_as_text(
     if parts.prompt:
         return parts
     if tokenizer.bos_token_id is None:
-        found = "the tokenizer has no token that begins a text"
-        raise BadPairError(example.location, EMPTY_PROMPT, found)
+        problem = "the tokenizer has no token that begins a text"
+        raise BadPairError(example.location, EMPTY_PROMPT, problem)
     return parts._replace(prompt=(tokenizer.bos_token_id,))
 
 

@@ -96,15 +96,15 @@ def read_pair_file(stream: IO[bytes]) -> tuple[Arrays, dict[str, Any]] | None:
 
 def _has_valid_checksum(stream: IO[bytes]) -> bool:
     width, checksum = sha256().digest_size, sha256()
-    left = stream.seek(0, 2) - width
+    remaining = stream.seek(0, 2) - width
     stream.seek(0)
-    while left > 0:
-        data = stream.read(min(READ_BYTES, left))
+    while remaining > 0:
+        data = stream.read(min(READ_BYTES, remaining))
         if not data:
             return False
         checksum.update(data)
-        left -= len(data)
-    return left == 0 and stream.read() == checksum.digest()
+        remaining -= len(data)
+    return remaining == 0 and stream.read() == checksum.digest()
 
 
 def _read_footer(stream: IO[bytes]) -> dict[str, Any] | None:

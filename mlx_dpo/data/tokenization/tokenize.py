@@ -67,12 +67,14 @@ def truncate(
         prompt = _cut_start(prompt, max_length, longest_completion, keep_bos, turn_starts)
     room = max_length - len(prompt)
     if room < 1:
-        found = f"prompt of {len(prompt)} tokens, max_length {max_length}"
-        raise BadPairError(pair.location, NO_ROOM, found, advice="raise --max-length")
+        details = f"prompt of {len(prompt)} tokens, max_length {max_length}"
+        raise BadPairError(pair.location, NO_ROOM, details, advice="raise --max-length")
     cut = replace(pair, prompt=prompt, chosen=pair.chosen[:room], rejected=pair.rejected[:room])
     if cut.chosen == cut.rejected:
-        found = f"max_length {max_length}"
-        raise BadPairError(pair.location, SAME_AFTER_TRUNCATION, found, advice="raise --max-length")
+        details = f"max_length {max_length}"
+        raise BadPairError(
+            pair.location, SAME_AFTER_TRUNCATION, details, advice="raise --max-length"
+        )
     return cut
 
 

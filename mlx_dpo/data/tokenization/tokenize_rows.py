@@ -79,7 +79,7 @@ def new_report(source: str, rules: TokenRules, rows: RowRules) -> PairsReport:
 
 def check_any_pair(report: PairsReport) -> None:
     """Raise `DataError` if the source has no usable pair; the message counts the reasons."""
-    if not report.kept:
+    if not report.used:
         raise DataError(f"{report.source}: no pair left {_reasons(report)}; give other pairs")
 
 

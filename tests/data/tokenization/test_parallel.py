@@ -81,7 +81,7 @@ def test_two_processes_give_the_pairs_of_one(write, rules):
     assert together.lines() == alone.lines()
     known = load_pairs(path, LOAD(), TOKENS, rows=rules.rows, bad_pairs="drop")
     assert known.report == together
-    assert alone.kept >= 12
+    assert alone.used >= 12
     assert len(alone.dropped) >= 1
 
 
@@ -122,7 +122,7 @@ def test_a_setting_without_effect_on_a_late_row_raises_an_error(write):
     late = {"instruction": "hi", "chosen": "yo", "rejected": "no!", "q": "x", "prompt": None}
     path = write(*[GOOD | {"q": "hi"}] * 30, late)
     rules = PairRules(TOKENS, RowRules(renamed={"prompt": "q"}, schema="strings"))
-    assert tokenized(path, rules, 2)[1].kept == 31
+    assert tokenized(path, rules, 2)[1].used == 31
     with pytest.raises(ConfigError, match="`column` label=q has no effect"):
         tokenized(path, PairRules(TOKENS, RowRules(renamed={"label": "q"})), 2)
 
@@ -149,7 +149,7 @@ def test_few_rows_start_no_process_and_show_no_progress_bar(write, monkeypatch):
         yield
 
     _, report = tokenized(write(*[GOOD] * 12), DROP, 2, never)
-    assert report.kept == 12
+    assert report.used == 12
 
 
 class Ending(ByteTokenizer):
