@@ -35,7 +35,7 @@ class AdapterSwitch:
 
     @property
     def can_switch(self) -> bool:
-        """Whether both adapter states (base and aligned) were saved."""
+        """Whether base and aligned model can both be activated (the weights of both were saved)."""
         return len(self._states) > 1
 
     def save_state(self, state: AdapterState) -> None:

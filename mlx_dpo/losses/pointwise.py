@@ -22,12 +22,13 @@ def nca_pair_loss(chosen: mx.array, rejected: mx.array, *, beta: float) -> mx.ar
 
 
 def bco_pair_loss(chosen: mx.array, rejected: mx.array, *, beta: float) -> mx.array:
-    """Return the BCO loss: binary classification, chosen 1, rejected 0. (B,), (B,) -> (B,)
+    """Return the BCO loss of chosen and rejected log-ratios. (B,), (B,) -> (B,)
 
-        loss = -log sigmoid(beta r_w) - log sigmoid(-beta r_l)
+        loss = -log sigmoid(beta chosen) - log sigmoid(-beta rejected)
 
-    The paper subtracts a running mean of rewards (reward shift). TRL does not, and neither does
-    this function, because the loss of a step would then depend on all steps before.
+    This is binary classification with the label 1 for chosen and 0 for rejected. The paper
+    subtracts a running mean of rewards (reward shift). TRL does not, and neither does this
+    function, because the loss of a step would then depend on all steps before.
 
     Source: Jung et al. 2024, arXiv:2404.04656.
     """

@@ -34,7 +34,7 @@ class LayerSubsets:
 
     @property
     def is_whole(self) -> bool:
-        """Whether measuring `large` alone suffices, so that nothing is extrapolated.
+        """Whether measuring the larger subset alone suffices, so that nothing is extrapolated.
 
         That is so if `large` contains all layers, or no more than `small`.
         """

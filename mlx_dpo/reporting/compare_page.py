@@ -15,7 +15,7 @@ END_MARK = "∎"  # shown for the end-of-sequence token
 
 
 class Completion(NamedTuple):
-    """A completion as pairs of text and log-ratio (log π − log π_ref, in nats)."""
+    """A completion as tokens, each with its text and log-ratio (log π − log π_ref, in nats)."""
 
     spans: Sequence[tuple[str, float]]
     end: float | None  # log-ratio of the end-of-sequence token; None if the completion was cut

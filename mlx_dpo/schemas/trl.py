@@ -84,7 +84,7 @@ def _parse_whole_messages(row: Row, rules: RowRules) -> list[PairOrError]:
 
 
 def _shared_message_count(chosen: tuple[Message, ...], rejected: tuple[Message, ...]) -> int:
-    """Return how many messages both conversations share, not counting final assistant turns."""
+    """Return the number of messages in the common prefix, without final assistant turns."""
     shorter = min(len(chosen), len(rejected))
     end = next((i for i in range(shorter) if chosen[i] != rejected[i]), shorter)
     while end and chosen[end - 1]["role"] == "assistant":

@@ -2,10 +2,10 @@
 
 The packed sequence holds the prompt, the chosen and the rejected completion of one pair after
 another. A token's index in the packed sequence is then neither its position in its text nor the
-number of tokens that it attends to. mlx-lm's models ask their KV cache for both. The cache given
-to them here returns objects that refer to the packed sequence. For the time of the pass, MLX's
-attention and RoPE functions are replaced by functions that read positions and masks from these
-objects. A model that computes with positions itself, or needs its mask as an array, raises an
+number of tokens that it attends to. mlx-lm's models take positions and attention mask from their KV
+cache. The models are therefore given a stand-in for the cache, and during the pass MLX's attention
+and RoPE functions are replaced by functions that use the positions and mask of the packed
+sequence. A model that computes with positions itself, or needs its mask as an array, raises an
 error, and another scorer is selected for it.
 
 Shape letters: T tokens in the packed sequence, n predicted tokens, D width of hidden states, C
