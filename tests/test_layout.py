@@ -116,11 +116,11 @@ sys.exit(", ".join({"mlx_lm", "transformers", "huggingface_hub"} & sys.modules.k
     assert done.stdout.count("Usage: ") == 1 + len(COMMANDS)
 
 
-def test_what_commands_do_is_said_whole_on_a_narrow_terminal():
+def test_descriptions_of_commands_are_complete_on_a_narrow_terminal():
     shown = CliRunner().invoke(cli, ["--help"], terminal_width=80).output
     commands = " ".join(shown.partition("\nCommands:\n")[2].split())
     assert "..." not in commands
-    assert "in transformers + PEFT too, from the same folder." in commands
+    assert "so that transformers + PEFT can load it too." in commands
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -4,6 +4,7 @@ import pytest
 
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.errors import ConfigError
+from mlx_dpo.schemas import SCHEMAS
 
 
 @pytest.mark.parametrize(
@@ -18,7 +19,7 @@ from mlx_dpo.errors import ConfigError
         ({"column": ("a=a",)}, "`column` has no effect where both names are the same"),
         ({"system": " "}, "`system` has no effect if it is empty"),
         ({"system": "x", "chat_template": "text"}, "`system` has no effect if it is empty or"),
-        ({"schema": "sharegp"}, "`schema` must be one of openai, sharegpt, shp, ranked, alpaca"),
+        ({"schema": "sharegp"}, f"`schema` must be one of {', '.join(SCHEMAS)}, got"),
         ({"schema": "labelled"}, "`schema` labelled needs --loss-type kto, or --pair-labelled"),
         ({"pair_labelled": True, "loss_type": ("kto",)}, "`pair_labelled` cannot go with a `loss_"),
         ({"pair_labelled": True, "weight_column": "w"}, "`pair_labelled` cannot go with `weight_c"),

@@ -4,6 +4,7 @@ import pytest
 
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.errors import ConfigError
+from mlx_dpo.trackers import TRACKERS
 
 GIVEN = {"model": "m", "pairs": "p", "output": "o"}
 
@@ -27,7 +28,7 @@ GIVEN = {"model": "m", "pairs": "p", "output": "o"}
         ({"report_to": ["none", "wandb"]}, "`report_to` none contradicts wandb"),
         (
             {"report_to": "mlflow"},
-            "`report_to` must be one of tensorboard, wandb, trackio, swanlab, none, got 'mlflow'",
+            f"`report_to` must be one of {', '.join(TRACKERS)}, none, got 'mlflow'",
         ),
         ({"report_to": "wandb", "run_name": " "}, "`run_name` is empty; give a name, or leave it "
          "out"),
