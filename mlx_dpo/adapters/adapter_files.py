@@ -33,7 +33,7 @@ MLX_LM_KEYS = ("fine_tune_type", "num_layers", "lora_parameters")
 
 
 def save_adapter(folder: Path, model: nn.Module, config: dict[str, Any]) -> None:
-    """Write the adapter of `model` and its `config` to `folder`.
+    """Write the model's adapter weights and the adapter configuration `config` to `folder`.
 
     Each file is written atomically, the weights last.
     """
@@ -45,7 +45,7 @@ def add_peft_files(folder: Path, settings: dict[str, Any], arrays: Arrays) -> No
     """Add PEFT's files to a folder that contains an adapter in mlx-lm's layout.
 
     Args:
-        settings: PEFT's entries for `adapter_config.json`, which both layouts share; mlx-lm and
+        settings: PEFT's entries for `adapter_config.json`. Both layouts use this file; mlx-lm and
             PEFT ignore each other's entries.
         arrays: Adapter weights with PEFT's names.
     """
@@ -100,8 +100,8 @@ def read_adapter(folder: Path) -> LoadedAdapter:
 def adapter_digest(folder: Path) -> str:
     """Return the SHA-256 (hex) of the configuration and weights of the adapter in `folder`.
 
-    The digest covers what `read_adapter` reads: PEFT's files next to mlx-lm's files do not change
-    it.
+    The digest covers what `read_adapter` reads: in a folder with both layouts, PEFT's files are
+    ignored.
 
     Raises:
         ModelError: a file is missing.
@@ -132,7 +132,7 @@ def _weights_path(folder: Path, config: dict[str, Any]) -> Path:
 
 
 def attach_loaded_adapter(model: nn.Module, adapter: LoadedAdapter, *, dropout: float) -> None:
-    """Attach `adapter` to the model and set its weights, so that its training can be continued.
+    """Attach the adapter to the model with its trained weights, ready for further training.
 
     Raises:
         ModelError: the adapter belongs to another model (a name or shape differs), the model has

@@ -98,9 +98,11 @@ def attach_adapters_at(
 def enable_full_fine_tuning(
     model: nn.Module, *, target_modules: Sequence[str] = (), num_layers: int | None = None
 ) -> None:
-    """Freeze all weights except those of the last `num_layers` blocks, or of the target modules.
+    """Unfreeze the last `num_layers` blocks, or the target modules, and freeze all other weights.
 
-    Embeddings, LM head and final norm stay frozen unless `target_modules` names them, as in mlx-lm.
+    Inside the blocks, target modules are unfrozen only in the last `num_layers` blocks.
+    Embeddings, LM head and final norm stay frozen unless `target_modules` names them, as in
+    mlx-lm.
 
     Raises:
         ConfigError: a target matches nothing, or `num_layers` has no effect or exceeds the number
@@ -169,7 +171,7 @@ def detach_adapters(model: nn.Module) -> None:
 
 
 def adapter_weights(model: nn.Module) -> Arrays:
-    """Return the model's trainable parameters by name: adapters, or weights of full fine-tuning."""
+    """Return the trainable parameters (adapter or fully fine-tuned weights), keyed by name."""
     return named_arrays(model.trainable_parameters())
 
 
@@ -201,7 +203,7 @@ def make_adapter_config(model: nn.Module) -> dict[str, Any]:
 
 
 def _count_trained_blocks(model: nn.Module) -> int:
-    """Return the number of blocks from the first block with a trainable parameter to the last.
+    """Return the number of blocks from the first block with a trainable parameter to the end.
 
     If no block has a trainable parameter, all blocks are counted.
     """

@@ -23,7 +23,10 @@ MAX_HEADER_BYTES = 100_000_000  # bytes; what safetensors itself allows
 
 @dataclass(frozen=True)
 class HFCheckpoint:
-    """Names and shapes of a Hugging Face checkpoint's tensors; `folder` is None if it is remote."""
+    """Names and shapes of a Hugging Face checkpoint's tensors.
+
+    `folder` is None for a checkpoint on the Hub.
+    """
 
     name: str
     shapes: dict[str, tuple[int, ...]]
@@ -61,7 +64,9 @@ def local_checkpoint(folder: Path, name: str) -> HFCheckpoint:
 
 
 def hub_checkpoint(hub_id: str, revision: str | None = None) -> HFCheckpoint:
-    """Return names and shapes of the tensors in a Hub repository; only file headers are downloaded.
+    """Return names and shapes of the tensors in a Hub repository.
+
+    Only the headers of the weight files are downloaded.
 
     Raises:
         ModelError: the repository has no safetensors files, or the Hub cannot be reached.

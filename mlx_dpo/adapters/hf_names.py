@@ -43,9 +43,9 @@ class HFTensors:
     transposed: frozenset[str]  # paths of the layers whose tensors are stored as (in, out)
 
     def pop_weight(self, path: str, tensors: Arrays) -> mx.array:
-        """Remove the weight of the layer at `path` from `tensors` and return it. (out, in)
+        """Remove the weight of the layer at `path` from `tensors` and return the weight. (out, in)
 
-        Its memory can then be freed as soon as the caller has used it.
+        The weight's memory can then be freed as soon as the caller has used it.
         """
         tensor = tensors.pop(self.names[path])
         return tensor.T if path in self.transposed else tensor
@@ -95,10 +95,10 @@ def hf_tensor_name(name: str, model_type: str) -> str:
 
 
 def check_same_weights(model: nn.Module, matches: HFTensors, checkpoint: HFCheckpoint) -> None:
-    """Check that the base weights of the adapted layers equal the checkpoint's, up to quantization.
+    """Check that the adapted layers' base weights equal the checkpoint's, up to quantization.
 
-    The two weights of a layer count as equal if their cosine exceeds `MIN_COSINE`. A checkpoint on
-    the Hub is not checked, because only its headers are known.
+    The two weights of a layer count as equal if their cosine similarity exceeds `MIN_COSINE`. A
+    checkpoint on the Hub is not checked, because only its headers are known.
 
     Raises:
         ModelError: the weights of a layer differ; the message names the layer.
@@ -169,7 +169,7 @@ def _has_experts(module: nn.Module) -> bool:
 
 
 def _weight_shape(layer: nn.Module) -> tuple[int, ...]:
-    """Return the shape of a layer's weight once it is dequantized: (out, in)."""
+    """Return the shape (out, in) of a layer's weight, dequantized if it is quantized."""
     rows, width = layer.weight.shape
     return rows, width * 32 // layer.bits if "scales" in layer else width
 

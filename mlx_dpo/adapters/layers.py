@@ -19,7 +19,7 @@ from mlx_dpo.models.device import float32_weight
 def add_low_rank(y: mx.array, x: mx.array, a: mx.array, b: mx.array, scale: float) -> mx.array:
     """Return y + scale (x A) B. (..., out), (..., in), (in, r), (r, out) -> (..., out)
 
-    All arrays have the same dtype, which is also that of the products.
+    All arrays must have the same dtype; the matrix products are computed in that dtype.
     """
     # Outside of the custom function, so that the backward pass does not compute it again.
     xa = mx.stop_gradient(x) @ mx.stop_gradient(a)
@@ -54,13 +54,13 @@ class LoRALinear(lora.LoRALinear):
     """A linear layer with LoRA (arXiv:2106.09685)."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        """Return x W + scale (dropout(x) A) B. (..., in) -> (..., out)"""
+        """Return x W + scale (dropout(x) A) B for the base weight W. (..., in) -> (..., out)"""
         a, b = self.lora_a.astype(x.dtype), self.lora_b.astype(x.dtype)
         return add_low_rank(self.linear(x), self.dropout(x), a, b, self.scale)
 
 
 class LoRASwitchLinear(lora.LoRASwitchLinear):
-    """The linear layers of a block's experts, each with its own LoRA matrices."""
+    """The linear layers of a block's experts, with separate LoRA matrices for each expert."""
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         """Apply the LoRA layers of the experts that `indices` selects. (..., in) -> (..., out)"""
@@ -80,30 +80,34 @@ class LoRAEmbedding(lora.LoRAEmbedding):
     """A token embedding with LoRA; a tied LM head uses the same LoRA matrices."""
 
     def __call__(self, ids: mx.array) -> mx.array:
-        """Return E[ids] + scale A[ids] B. (...) -> (..., D)"""
+        """Return E[ids] + scale A[ids] B, where E is the base embedding. (...) -> (..., D)"""
         y = self.embedding(ids)
         low_rank = self.lora_a[ids].astype(y.dtype) @ self.lora_b.astype(y.dtype)
         return y + (self.scale * self.dropout(low_rank)).astype(y.dtype)
 
     def as_linear(self, x: mx.array) -> mx.array:
-        """Return x (E + scale A B)^T. (..., D) -> (..., V)"""
+        """Return x (E + scale A B)^T, where E is the base embedding. (..., D) -> (..., V)"""
         a, b = self.lora_a.astype(x.dtype), self.lora_b.astype(x.dtype)
         return add_low_rank(self.embedding.as_linear(x), self.dropout(x), b.T, a.T, self.scale)
 
 
 class DoRALinear(LoRALinear):
-    """A linear layer with DoRA: LoRA and a magnitude m for each output.
+    """A linear layer with DoRA: LoRA and a learned magnitude m for each output.
 
         y = m / ||W + scale A B|| (x W + scale (x A) B) + bias
 
-    The norm is that of each row of the adapted weight (out, in); gradients do not flow through it.
+    The norm is that of each row of the adapted weight (out, in). Gradients do not flow through
+    the norm.
 
     Sources:
         arXiv:2402.09353, Eq. 5 and 11.
     """
 
     def init_magnitude(self) -> None:
-        """Set `m` to the row norms of the base weight, so that the output stays the same."""
+        """Set the magnitudes `m` to the row norms of the base weight.
+
+        The output of the layer does not change.
+        """
         self._squares = _row_squares(self.linear)  # MLX neither trains nor saves `_` attributes
         self.m = mx.sqrt(self._squares)
 
@@ -120,15 +124,18 @@ class DoRALinear(LoRALinear):
 
 
 class DoRAEmbedding(LoRAEmbedding):
-    """A token embedding with DoRA: LoRA and a magnitude for each row (token)."""
+    """A token embedding with DoRA: LoRA and a learned magnitude for each row (token)."""
 
     def init_magnitude(self) -> None:
-        """Set `m` to the row norms of the base weight, so that the output stays the same."""
+        """Set the magnitudes `m` to the row norms of the base weight.
+
+        The output of the layer does not change.
+        """
         self._squares = _row_squares(self.embedding)
         self.m = mx.sqrt(self._squares)
 
     def __call__(self, ids: mx.array) -> mx.array:
-        """Return the rows `ids` of the adapted embedding. (...) -> (..., D)"""
+        """Return the rows of the adapted embedding for the token ids. (...) -> (..., D)"""
         out = super().__call__(ids)
         b = mx.stop_gradient(self.lora_b)
         rows = mx.stop_gradient(self.lora_a[ids])
@@ -137,7 +144,7 @@ class DoRAEmbedding(LoRAEmbedding):
         return out + _magnitude_factor(self.m[ids], norms)[..., None].astype(out.dtype) * out
 
     def as_linear(self, x: mx.array) -> mx.array:
-        """Return the products of `x` with all rows of the embedding. (..., D) -> (..., V)"""
+        """Return the product of `x` and the transposed adapted embedding. (..., D) -> (..., V)"""
         out = super().as_linear(x)
         b, rows = mx.stop_gradient(self.lora_b), mx.stop_gradient(self.lora_a)
         crossed = _weight_times(self.embedding, b.T)
@@ -152,8 +159,8 @@ DORA_TYPES = (DoRALinear, DoRAEmbedding)
 def _magnitude_factor(magnitude: mx.array, norms: mx.array) -> mx.array:
     """Return magnitude / norm - 1 for each row; 0 if the norm is 0. (n,)
 
-    The factor is close to 1, where a 16-bit dtype would lose small changes. Its difference from 1
-    is therefore returned.
+    The quotient is close to 1, where a 16-bit dtype would lose small changes; after subtracting
+    1, the small changes are kept.
     """
     # A row of zeros has no direction that could be scaled.
     tiny = mx.finfo(mx.float32).smallest_normal
@@ -165,8 +172,9 @@ def _row_norms(
 ) -> mx.array:
     """Return the norm of each row of W + scale U V without computing that matrix. (..., n) float32
 
-    ||w + s u V||^2 = ||w||^2 + 2 s (w V^T) u + s^2 u (V V^T) u costs as much as a forward pass of r
-    tokens through the layer; dequantizing the weight would cost far more.
+    For a row w of W and a row u of U, the squared norm is
+    ||w + s u V||^2 = ||w||^2 + 2 s (w V^T) u + s^2 u (V V^T) u. This costs as much as a forward
+    pass of r tokens through the layer; dequantizing the weight would cost far more.
 
     Args:
         squares: Squared norms of the rows of W. (..., n)
@@ -185,7 +193,7 @@ def _row_squares(base: nn.Module) -> mx.array:
 
 
 def _weight_times(base: nn.Module, columns: mx.array) -> mx.array:
-    """Return the product of a layer's weight and `columns` in float32. (in, r) -> (n, r)"""
+    """Return the matrix product of a layer's weight and `columns`. (in, r) -> (n, r) float32"""
     if "scales" not in base:
         return base.weight.astype(mx.float32) @ columns
     return mx.quantized_matmul(

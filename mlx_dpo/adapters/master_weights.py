@@ -22,7 +22,7 @@ ATTRIBUTE = "_master_weights"  # of a model that has them
 
 @dataclass(frozen=True)
 class _MasterWeights:
-    """Dtypes in the base model of the weights that are held in float32, keyed by parameter name.
+    """The original dtype of each weight that is held in float32, keyed by parameter name.
 
     This is a class because MLX would count a dict among a module's attributes as parameters.
     """
@@ -67,7 +67,7 @@ def _owner_and_key(modules: dict[str, nn.Module], name: str) -> tuple[str, str]:
 
 
 def drop_master_weights(model: nn.Module) -> None:
-    """Forget that the model was fully fine-tuned; its current weights count as base weights."""
+    """Treat the current weights as base weights, as if the model had not been fully fine-tuned."""
     vars(model).pop(ATTRIBUTE, None)
 
 

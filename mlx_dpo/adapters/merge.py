@@ -1,4 +1,4 @@
-"""Merge adapters into the weights of their base layers, and measure what rounding leaves of them.
+"""Merge adapters into the weights of their base layers, and measure how much rounding changes.
 
 Weight and adapter are added in float32, and the sum is rounded once.
 """
@@ -18,7 +18,7 @@ from mlx_dpo.models.device import PLAIN_LAYERS, cast_model, dequantize_layer, fl
 
 @dataclass(frozen=True)
 class MergeRetention:
-    """How much of the adapters' change of the weights remains after rounding and quantization."""
+    """How much of the weight change by the adapters remains after rounding and quantization."""
 
     retained: float  # projection of the remaining change on the whole change, as a share of it
     cosine: float  # of the remaining and the whole change; near 0 what remains is noise
@@ -34,7 +34,7 @@ class AffineQuantization:
     def round_trip(self, weight: mx.array) -> mx.array:
         """Return the weight quantized and dequantized again.
 
-        It is returned unchanged if its width is no multiple of the group size.
+        A weight whose width is not a multiple of the group size is returned unchanged.
         """
         if weight.shape[-1] % self.group_size:
             return weight

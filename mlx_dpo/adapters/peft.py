@@ -133,7 +133,7 @@ def _to_mlx_weights(weights: Arrays, where: Path) -> Arrays:
 
 
 def hf_path(path: str, model_type: str) -> str:
-    """Return the path in transformers of the layer whose path in mlx-lm is `path`."""
+    """Convert the path of a layer in mlx-lm to the layer's path in transformers."""
     mlx_prefix, hf_prefix = PATH_PREFIXES.get(model_type, ("", ""))
     return hf_prefix + path.removeprefix(mlx_prefix)
 

@@ -26,7 +26,7 @@ class _SavedState(NamedTuple):
 
 
 class AdapterSwitch:
-    """The saved adapter states (base and aligned) of `model`, one of which is active."""
+    """A switch between the base state and the aligned state of `model`, one of which is active."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model

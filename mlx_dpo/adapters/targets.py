@@ -29,7 +29,10 @@ class TargetModule:
 
 
 def block_paths(model: nn.Module) -> list[str]:
-    """Return the path of each transformer block, in order; a repeated block is listed once."""
+    """Return the path of each transformer block, in order.
+
+    A block that the model uses several times is listed once.
+    """
     paths = {id(module): path for path, module in model.named_modules()}
     return list(dict.fromkeys(paths[id(block)] for block in model.layers))
 
@@ -55,7 +58,10 @@ def linear_names(model: nn.Module) -> list[str]:
 
 
 def trainable_modules(model: nn.Module) -> list[TargetModule]:
-    """Return the modules that full fine-tuning can train; by default all blocks are selected."""
+    """Return the modules that full fine-tuning can train.
+
+    Without `lora_target_modules`, all transformer blocks are selected.
+    """
 
     def selected_by_default(module: nn.Module) -> bool | None:
         return False if any(isinstance(value, mx.array) for value in module.values()) else None
@@ -77,7 +83,7 @@ def trainable_modules(model: nn.Module) -> list[TargetModule]:
 def has_tied_embeddings(model: nn.Module) -> bool:
     """Return whether the LM head shares its weight with the token embedding.
 
-    Both are tied if the model has no linear layer outside of the blocks.
+    The weight counts as shared if the model has no linear layer outside of the blocks.
     """
     prefixes = tuple(f"{path}." for path in block_paths(model))
     return not any(
@@ -128,8 +134,8 @@ def select_modules(
     Modules inside the blocks are selected only in the last `num_layers` blocks.
 
     Raises:
-        ConfigError: a target matches nothing, `num_layers` is more than the model has, or it has no
-            effect.
+        ConfigError: a target matches nothing, or `num_layers` has no effect or exceeds the number
+            of blocks.
     """
     blocks = block_paths(model)
     if num_layers is not None and num_layers > len(blocks):

@@ -18,7 +18,7 @@ Row = dict[str, Any]
 
 
 def unpaired_row(prompt: Text, answer: str, *, good: bool, provenance: Row) -> Row:
-    """Return a labelled answer as a row for KTO: `prompt`, `completion`, `label`, as in TRL."""
+    """Return a row for KTO, with TRL's keys: `prompt`, `completion`, `label` (True if `good`)."""
     return {
         **_format_turns(prompt, completion=answer),
         "label": good,
@@ -32,9 +32,9 @@ def pair_row(prompt: Text, *, chosen: str, rejected: str, provenance: Row) -> Ro
 
 
 def _format_turns(prompt: Text, **answers: str) -> Row:
-    """Return a row with the prompt and the answers, by key.
+    """Return a row with the prompt under `prompt` and each answer under its argument name.
 
-    The answers become lists of messages if the prompt is a list of messages, else they stay text.
+    If the prompt is a list of messages, each answer becomes a list with one message.
     """
     if isinstance(prompt, str):
         return {"prompt": prompt, **answers}
@@ -95,7 +95,7 @@ class JsonlFile:
                 raise self._write_error(error) from error
 
     def _open_locked(self) -> BinaryIO:
-        """Open the file for appending, with a lock that keeps out other programs of mlx-dpo."""
+        """Open the file for appending, locked against other mlx-dpo processes."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             file = open(self.path, "a+b")  # noqa: SIM115 (the caller closes it)
@@ -110,7 +110,7 @@ class JsonlFile:
         )
 
     def _repair(self, file: BinaryIO) -> str | None:
-        """Remove an incomplete last line from the open file; return a note, as `repair` does."""
+        """Remove an incomplete last line from the open file; return a note if one was removed."""
         if not (size := file.seek(0, os.SEEK_END)):
             return None
         file.seek(size - 1)

@@ -49,7 +49,7 @@ def _request_errors(body: Mapping[str, Any], vocab_size: int) -> Iterator[str]:
 
 
 def _message_errors(messages: Any) -> Iterator[str]:
-    """Yield what is wrong with `messages`. Only text is accepted: mlx-lm would fetch image URLs."""
+    """Yield the errors in the `messages` of a chat request, which may contain only text."""
     if not isinstance(messages, list | tuple) or not all(isinstance(m, dict) for m in messages):
         yield "`messages` must be a list of objects"
         return
@@ -65,7 +65,7 @@ def _message_errors(messages: Any) -> Iterator[str]:
 
 
 def _sampling_errors(body: Mapping[str, Any], vocab_size: int) -> Iterator[str]:
-    """Yield what is wrong with sampling settings that mlx-lm does not check before it generates."""
+    """Yield the errors in the sampling settings of a request that mlx-lm does not find itself."""
     stop = body.get("stop") or []
     stops = stop if isinstance(stop, list) else [stop]
     if not all(isinstance(text, str) and text for text in stops):

@@ -40,7 +40,7 @@ PROMPT_CACHE_SIZE = 10
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model to serve, with its names for clients and the defaults of requests."""
+    """A model to serve, the names by which clients request it, and default request settings."""
 
     model: Any
     tokenizer: Any
@@ -54,7 +54,7 @@ class ServedModel:
 
 
 class SwitchingModelProvider(ModelProvider):
-    """mlx-lm's model provider, changed to switch adapters instead of loading another model."""
+    """mlx-lm's model provider, which here switches adapters instead of loading another model."""
 
     def __init__(self, served: ServedModel) -> None:
         super().__init__(_mlx_lm_arguments(served))
@@ -66,13 +66,13 @@ class SwitchingModelProvider(ModelProvider):
         evaluate_arrays(served.model)
 
     def load_default(self) -> None:
-        """Activate the first name's adapter state, which serves requests that name no model."""
+        """Switch to the default model, which answers requests that name no model."""
         self.load(DEFAULT_MODEL)
 
     def load(
         self, model_path: str, adapter_path: str | None = None, draft_model_path: str | None = None
     ) -> tuple[Any, Any]:
-        """Switch the adapters on or off for the named model; return the model and the tokenizer."""
+        """Switch the adapters for the served name `model_path`; return model and tokenizer."""
         names = self.served.names
         adapter_state = names[next(iter(names)) if model_path == DEFAULT_MODEL else model_path]
         self.served.switch.activate(adapter_state)
@@ -142,7 +142,7 @@ class RequestHandler(APIHandler):
             self._send_json_error(400, f"the request cannot be read ({reason(error)})")
 
     def validate_model_parameters(self) -> None:
-        """Raise `ValueError` if mlx-lm or `find_request_error` finds a fault in the request."""
+        """Raise `ValueError` if mlx-lm or mlx-dpo finds an error in the request."""
         super().validate_model_parameters()
         served = self.response_generator.model_provider.served
         if error := find_request_error(self.body, vocab_size=served.vocab_size):
@@ -183,7 +183,7 @@ class RequestHandler(APIHandler):
             self._send_json_error(404, error, code="model_not_found")
 
     def handle_chat_completions(self) -> CompletionRequest:
-        """Return the chat request; add the run's system message if the request has none."""
+        """Return the chat request, with the default system message added if it has none."""
         request = super().handle_chat_completions()
         system = self.response_generator.model_provider.served.system
         roles = {message.get("role") for message in request.messages}
@@ -201,7 +201,7 @@ def is_loopback(host: str) -> bool:
 
 
 def _is_valid_length(length: str) -> bool:
-    """Return whether a `Content-Length` is a number of at most `MAX_BODY_BYTES`.
+    """Return whether a `Content-Length` is a number from 0 to `MAX_BODY_BYTES`.
 
     Reading a body of negative length would never end.
     """

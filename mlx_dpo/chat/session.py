@@ -25,7 +25,7 @@ class _History(NamedTuple):
 
 
 class ChatSession:
-    """A conversation with a prompt cache per adapter state and a seeded sampler.
+    """A conversation with a model whose adapters can be on (aligned) or off (base).
 
     Args:
         raw: continue plain text without a chat template; always so if the tokenizer has none.
@@ -145,9 +145,9 @@ class ChatSession:
         return str(question["content"])
 
     def answer_with(self, adapter_state: AdapterState) -> Generator[AnswerChunk]:
-        """Stream another adapter state's answer to the last question, without changing the chat.
+        """Stream the base or the aligned model's answer to the last question.
 
-        The question has the same system message as for the last answer.
+        The conversation is not changed. The system message is that of the last answer.
         """
         self.last_answer()
         before, system = self._history, self.system
@@ -167,13 +167,13 @@ class ChatSession:
         self.turns, self.authors, self._systems = history
 
     def replace_answer(self, answer: str, author: Author) -> None:
-        """Replace the last answer by `answer`, from which the conversation continues."""
+        """Replace the last answer in the conversation by `answer`, written by `author`."""
         self.last_answer()
         self.turns = [*self.turns[:-1], _message("assistant", answer)]
         self.authors = [*self.authors[:-1], author]
 
     def last_answer(self) -> str:
-        """Return the last answer without its thinking.
+        """Return the last answer without the model's thinking.
 
         Raises:
             ConfigError: there is no answer yet.
@@ -184,7 +184,7 @@ class ChatSession:
         return text if self.authors[-1] == "person" else self.strip_thinking(text)
 
     def strip_thinking(self, text: str) -> str:
-        """Return `text`, a reply to the last question, without its thinking."""
+        """Return a reply to the last question without the thinking part in it."""
         prompt = self._tokens(_with_system(self.system, self.turns[:-1]))
         return strip_thinking(self._tokenizer, prompt, text)
 

@@ -66,8 +66,8 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; print an error that the user can fix as one line, and exit with 1.
 
-        Any other exception keeps its traceback. With MLX_DPO_DEBUG=1 a traceback is printed before
-        the line, too.
+        Any other exception keeps its traceback. With MLX_DPO_DEBUG=1, the traceback of an error
+        that the user can fix is printed before the line.
         """
         try:
             return super().invoke(ctx)

@@ -1,4 +1,4 @@
-"""Parts that `chat` and `generate` share: flags for the model, loading it, writing its text."""
+"""Code that `chat` and `generate` share: model flags, loading a model, and printing its text."""
 
 import os
 import re
@@ -66,7 +66,7 @@ def open_chat(  # noqa: PLR0913 (one argument per flag)
     """Load a run or a model and start a chat session; print notes about loading on stderr.
 
     A run has the chat format that it was trained with: plain text, thinking or a system message.
-    Base and aligned weights are both loaded only if `switching` between them is wanted.
+    Both the base and the aligned weights are loaded only if `switching` is true.
     """
     from mlx_dpo.chat.session import ChatSession
     from mlx_dpo.saved_runs.open import open_switchable
@@ -123,7 +123,7 @@ def write_text(text: str) -> None:
 
 
 class AnswerWriter:
-    """Writes streamed answers to stdout, with the thinking dimmed or hidden."""
+    """A writer of streamed answers to stdout, with the thinking dimmed or hidden."""
 
     def __init__(self, *, hide_thinking: bool = False) -> None:
         self.hide_thinking = hide_thinking
@@ -131,7 +131,7 @@ class AnswerWriter:
         self._dim = wants and not os.environ.get("NO_COLOR")
 
     def stream(self, chunks: Generator["AnswerChunk"]) -> tuple[str, "GenerationSummary"]:
-        """Write a streamed answer; return its text, with token counts and speed as a summary."""
+        """Write a streamed answer; return its text and a summary (token counts and speed)."""
         full_text, answer, summary = "", "", None
         with closing(chunks):
             for chunk in chunks:
@@ -162,7 +162,7 @@ class AnswerWriter:
 
 
 def note_on_cut(reason: str, max_tokens: int) -> str | None:
-    """Return a note on why the answer was cut, or None if the model itself ended the answer."""
+    """Return a note on why the answer was cut short, or None if the model ended it itself."""
     if reason == "length":
         return f"The answer was cut after {max_tokens} tokens (--max-tokens)."
     if reason == "context":

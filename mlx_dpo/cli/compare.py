@@ -66,7 +66,10 @@ def compare(words: tuple[str, ...], html: str | None, limit: int, **settings: An
 
 
 def _split_runs_and_prompts(words: Sequence[str]) -> tuple[list[str], str | None]:
-    """Return the run folders, and the file of prompts if the last of several words names one."""
+    """Split the command's arguments into run folders and an optional file of prompts.
+
+    The last of several arguments can name the file of prompts.
+    """
     is_run = [(Path(word).expanduser() / "run.json").is_file() for word in words]
     if len(words) > 1 and not is_run[-1]:
         return list(words[:-1]), words[-1]

@@ -43,7 +43,11 @@ def data() -> None:
 
 
 def _flags(*names: str) -> Callable[[Command], Command]:
-    """Return a decorator that adds PAIRS, `--config` and the flags of the settings `names`."""
+    """Return a decorator that adds the argument PAIRS, `--config` and the flags of some settings.
+
+    Args:
+        names: Names of the settings.
+    """
     wanted = [get_settings()[name] for name in names]
 
     def decorate(command: Command) -> Command:
@@ -55,7 +59,7 @@ def _flags(*names: str) -> Callable[[Command], Command]:
 
 
 def _read_config(flags: dict[str, Any]) -> DPOConfig:
-    """Return the settings of the `--config` file, overridden by the flags of the command line."""
+    """Return the settings of the `--config` file, overridden by flags on the command line."""
     config_file = flags.pop("config_file")
     values = read_settings(config_file) if config_file else {}
     values |= typed_settings(click.get_current_context(), flags)
@@ -186,7 +190,8 @@ def _was_typed(name: str) -> bool:
 def _show_progress(console: "Console") -> Iterator[Callable[[int], None]]:
     """Show the number of rows read if the console is a terminal; otherwise print nothing.
 
-    Yields the function that is called with the number of new rows.
+    Yields:
+        A function to be called with the number of rows read since its last call.
     """
     if not console.is_terminal:
         yield lambda new_rows: None

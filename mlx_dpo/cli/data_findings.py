@@ -1,4 +1,4 @@
-"""Print the results of `mlx-dpo data check`: rows and pairs, lengths, findings."""
+"""Print the results of `mlx-dpo data check`: row and pair counts, token lengths, findings."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ STYLES = {"fault": "bold red", "remark": "bold yellow"}
 
 
 def print_results(console: "Console", results: CheckResults) -> None:
-    """Print the results of all splits as text: counts, lengths and findings."""
+    """Print the results of all splits as text: row and pair counts, token lengths and findings."""
     for name, split in results.splits.items():
         if results.valid is not None:
             console.print({"train": "to train on", "valid": "held out"}[name], style="bold")
@@ -36,7 +36,7 @@ def print_results(console: "Console", results: CheckResults) -> None:
 
 
 def format_counts(split: SplitScan) -> Iterator[str]:
-    """Yield lines on each source: rows, pairs, tokens, and pairs that were changed."""
+    """Yield lines with the number of rows, pairs, tokens and changed pairs of each data source."""
     unit = "judged answers" if split.settings.rows.judged else "pairs"
     for report in split.reports:
         if not report.used:
@@ -55,7 +55,7 @@ def format_counts(split: SplitScan) -> Iterator[str]:
 
 
 def format_lengths(split: SplitScan) -> Iterator[str]:
-    """Yield lines with length statistics, a histogram and the length bias of a split."""
+    """Yield lines on the token lengths in a split: statistics, a histogram and the length bias."""
     lengths = split.lengths
     yield from format_length_summary(lengths.summaries())
     yield ""

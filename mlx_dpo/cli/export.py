@@ -1,4 +1,4 @@
-"""`mlx-dpo export`: write the adapter of a run in PEFT's layout as well."""
+"""`mlx-dpo export`: write a run's adapter in PEFT's layout, next to mlx-lm's files."""
 
 import click
 

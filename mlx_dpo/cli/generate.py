@@ -82,7 +82,11 @@ def _check_no_chat_settings(raw: bool, **settings: Any) -> None:
 
 
 def _read_prompt(given: str | None) -> str:
-    """Return the given prompt, or the one on stdin; raise `ConfigError` if it is not usable."""
+    """Return the given prompt, or the prompt read from stdin.
+
+    Raises:
+        ConfigError: the prompt is not usable.
+    """
     if given is None and sys.stdin.isatty():
         raise click.UsageError("Give a prompt, or pipe one in.")
     prompt = _read_stdin() if given is None or given == "-" else given
@@ -102,7 +106,11 @@ def _read_stdin() -> str:
 
 
 def _generate(chat: "ChatSession", prompt: str, *, stream: bool) -> tuple[str, "GenerationSummary"]:
-    """Return the completion and its summary; `stream` writes the text as it is generated."""
+    """Generate the answer to `prompt`; with `stream`, write the text while it is generated.
+
+    Returns:
+        The answer, and a summary of its token counts and speed.
+    """
     text, summary = "", None
     for piece in chat.reply(prompt):
         text, summary = text + piece.text, piece.summary

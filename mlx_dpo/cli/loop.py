@@ -94,7 +94,10 @@ def _resolve_settings(
     training: dict[str, Any],
     flags: dict[str, Any],
 ) -> tuple[DPOConfig, "IterativeSettings"]:
-    """Merge the settings; later ones win: defaults, resumed loop, config file, typed flags."""
+    """Merge the settings from defaults, a resumed loop, the config file and typed flags.
+
+    Later sources in this order override earlier ones.
+    """
     from mlx_dpo.collect.iterative_folder import (
         IterativePaths,
         IterativeSettings,

@@ -1,4 +1,4 @@
-"""`mlx-dpo plan`: estimate memory, work and time of a training run."""
+"""`mlx-dpo plan`: estimate the memory, computation and time of a training run."""
 
 import json
 from typing import TYPE_CHECKING, Any
@@ -63,7 +63,7 @@ def plan(
 
 
 def summary_lines(estimate: "RunEstimate") -> list[SummaryLine]:
-    """Return the estimate as lines of a label and a text for the terminal."""
+    """Return the lines (label, text) that the terminal shows for an estimate."""
     from mlx_dpo.runs.summary import format_count
 
     inputs, epoch = estimate.inputs, estimate.epoch
@@ -99,7 +99,7 @@ def summary_lines(estimate: "RunEstimate") -> list[SummaryLine]:
 
 
 def _lengths_line(estimate: "RunEstimate") -> str:
-    """Return as text median, 90th percentile and maximum of the pairs' lengths."""
+    """Format the median, 90th percentile and maximum of the row lengths in tokens."""
     lengths = estimate.lengths
     return (
         f"row length: median {lengths.median:,} tokens, 90th percentile {lengths.most:,}, "
@@ -108,7 +108,7 @@ def _lengths_line(estimate: "RunEstimate") -> str:
 
 
 def _memory_lines(estimate: "RunEstimate") -> list[SummaryLine]:
-    """Return the summary lines about memory: the parts of a training step, and totals."""
+    """Return the summary lines on memory: the parts of a training step, and totals."""
     from mlx_dpo.units import format_bytes
 
     parts, fitted = estimate.parts, estimate.fitted
@@ -126,7 +126,11 @@ def _memory_lines(estimate: "RunEstimate") -> list[SummaryLine]:
 
 
 def _capacity_line(capacity: "Capacity", mode: str) -> str:
-    """Return as text how many pairs, or how long a pair, fit into memory in the mode `mode`."""
+    """Format how many of the longest pairs fit into memory, and how long a single pair may be.
+
+    Args:
+        mode: Text that says for which mode of training this holds.
+    """
     if not capacity.tokens:
         return f"nothing, with {mode}"
     limit = ", the context length of the model" if capacity.context else ""
@@ -137,7 +141,7 @@ def _capacity_line(capacity: "Capacity", mode: str) -> str:
 
 
 def _settings_line(estimate: "RunEstimate") -> str:
-    """Return as text the chosen micro-batch size, or why training would be refused."""
+    """Format the chosen micro-batch size, or the reason why training would be refused."""
     line = estimate.fitted.describe()
     return (
         line if estimate.fitted.fits else f"refused: {line.replace(', and started by --force', '')}"
@@ -145,7 +149,7 @@ def _settings_line(estimate: "RunEstimate") -> str:
 
 
 def _duration(seconds: float) -> str:
-    """Return a time as text in seconds, minutes or hours."""
+    """Format a time in seconds, minutes or hours."""
     if seconds < 90:
         return f"{seconds:.2g} s"
     if seconds < 5400:

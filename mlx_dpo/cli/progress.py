@@ -52,7 +52,8 @@ def keep_awake(wanted: bool) -> Iterator[str | None]:
 def run_with_progress(run: DPOTrainer, resume_command: str | None = None) -> None:
     """Prepare the run and train with progress bars; on a stop signal, save and exit.
 
-    `resume_command` is printed after a stop; the default is `train --resume`.
+    `resume_command` is the command shown to the user after a stop signal; the default is
+    `train --resume`.
     """
     with keep_awake(run.config.caffeinate) as awake:
         _run(
@@ -91,14 +92,17 @@ def _run(run: DPOTrainer, awake: str | None, resume_command: str) -> None:
 
 
 class _WarningPrinter:
-    """Prints each warning of a run once; warnings from before a resume are not printed again."""
+    """A printer of a run's warnings, which prints each warning once.
+
+    Warnings from before a resume are not printed again.
+    """
 
     def __init__(self, run: DPOTrainer) -> None:
         self._run, self._printed = run, len(run.warnings)
         self._printed_of_trackers = 0
 
     def print_new(self) -> None:
-        """Print the warnings of the run and its trackers that came since the last call."""
+        """Print the warnings of the run and its trackers that were added since the last call."""
         run = self._run
         new = run.warnings[self._printed :]
         new += run.trackers.warnings[self._printed_of_trackers :]
@@ -130,10 +134,12 @@ def _prepare(run: DPOTrainer, console: Console, awake: str | None) -> None:
 
 @contextmanager
 def _save_on_signals(run: DPOTrainer) -> Iterator[list[int]]:
-    """Save and stop on Ctrl-C, `kill` or a closed terminal; a second Ctrl-C stops without saving.
+    """Save and stop on Ctrl-C, `kill` or a closed terminal.
+
+    A second Ctrl-C stops without saving.
 
     Yields:
-        The list of the signal numbers received so far.
+        Signal numbers received so far.
     """
     received: list[int] = []
 

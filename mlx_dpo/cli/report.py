@@ -50,7 +50,7 @@ def report(runs: tuple[str, ...], output: str | None, x_axis: str) -> None:
 
 
 def _single_run_table(run: "RunDetails") -> "Table":
-    """Return a table of one run with a row per metric."""
+    """Return a table of one run with a row for each metric."""
     from rich.text import Text
 
     table = _empty_table()
@@ -62,7 +62,10 @@ def _single_run_table(run: "RunDetails") -> "Table":
 
 
 def _print_comparison(console: "Console", runs: "Sequence[RunDetails]") -> None:
-    """Print a table with a row per run; list the settings for which it has no room."""
+    """Print a table with a row for each run.
+
+    Settings for which the console is too narrow are left out and listed below the table.
+    """
     from mlx_dpo.reporting.console import FINAL_METRICS
 
     only_on_page = [label for label, _ in FINAL_METRICS[3:]]
@@ -81,7 +84,10 @@ def _print_comparison(console: "Console", runs: "Sequence[RunDetails]") -> None:
 def _comparison_table(
     runs: "Sequence[RunDetails]", labels: Sequence[str], console_width: int
 ) -> "Table":
-    """Return a table with a row per run and a column per label; names take a third of the width."""
+    """Return a table with a row for each run and a column for each label.
+
+    The column of run names takes at most a third of the width.
+    """
     from rich.text import Text
 
     table = _empty_table()

@@ -35,9 +35,9 @@ def sampling_flags(
     """Return a decorator that adds a flag to a command for each field of `Sampling`.
 
     Args:
-        without: fields that get no flag.
-        many_temperatures: allow `--temperature` several times.
-        defaults: defaults of the command that differ from the defaults of `Sampling`.
+        without: Fields that get no flag.
+        many_temperatures: Whether `--temperature` may be given several times.
+        defaults: Default values for this command that differ from those of `Sampling`.
     """
 
     def decorate(command: Command) -> Command:

@@ -19,11 +19,11 @@ Command = Callable[..., Any]
 class SettingsCommand(click.Command):
     """A command that takes settings as flags and groups them by section in its help text.
 
-    For a flag of another trainer, the error message names the equivalent in mlx-dpo.
+    If the user gives a flag of another trainer, the error message names mlx-dpo's equivalent.
     """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse the arguments; for a flag of another trainer, report the equivalent in mlx-dpo."""
+        """Parse the arguments; if one is another trainer's flag, report mlx-dpo's equivalent."""
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
@@ -34,7 +34,7 @@ class SettingsCommand(click.Command):
             raise click.UsageError(message, ctx) from None
 
     def _equivalent(self, flag: str) -> str | None:
-        """Return a hint that names the equivalent of another trainer's flag.
+        """Return a hint that names mlx-dpo's equivalent of another trainer's flag.
 
         The result is None if this command has no equivalent.
         """
@@ -79,7 +79,7 @@ def _flag_name(name: str) -> str:
 
 
 def _flag(name: str, spec: Setting) -> Callable[..., Any]:
-    """Return click's decorator for the flag of a setting."""
+    """Return the click decorator that adds the flag of a setting to a command."""
     flag = _flag_name(name)
     default = spec.default
     show = default not in (None, (), "")
@@ -169,9 +169,9 @@ def _convert_choice(name: str, value: Any) -> Any:
 
 
 def _recorded_settings(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings in the run record of the run to be resumed.
+    """Return the settings that the run to be resumed has recorded.
 
-    The result is empty if there is no such run yet, but `values` name the pairs for a new one.
+    The result is empty if there is no such run yet and `values` contains pairs for a new run.
 
     Raises:
         ConfigError: there is no `output`.

@@ -104,7 +104,7 @@ class IterativeDPO:
         return self
 
     def _input_digests(self) -> dict[str, Any]:
-        """Return the digests of prompts, model, judge and start adapter; a resume checks them."""
+        """Return digests of the inputs, such as prompts and model, which a resume compares."""
         model = resolve_model(
             self.config.model,
             revision=self.config.revision,
@@ -130,7 +130,7 @@ class IterativeDPO:
 
     @cached_property
     def judge(self) -> Judge:
-        """The reward function or the judge model; it is loaded when it is first used."""
+        """Judge that ranks the answers: a reward function or a model, loaded at first use."""
         settings = self.settings
         return open_judge(settings.reward, settings.judge, settings.rubric)
 
@@ -143,7 +143,7 @@ class IterativeDPO:
             yield stage
 
     def run_stage(self, stage: Stage) -> None:
-        """Collect pairs, train or evaluate, as the stage requires; print nothing."""
+        """Run a stage (collect pairs, train or evaluate) without printing anything."""
         if stage.action == "collect":
             for _ in self.collect(stage.round):
                 pass
@@ -156,7 +156,7 @@ class IterativeDPO:
             self.evaluate(stage.round)
 
     def load_policy(self, round_number: int) -> Responder:
-        """Load the policy that results from a round; round 0 is the initial policy."""
+        """Load the policy that training in a round produced; for round 0, the initial policy."""
         if round_number == 0:
             return open_untrained_responder(self.config)
         return open_responder(str(self.paths.round(round_number).run.folder))
@@ -196,7 +196,7 @@ class IterativeDPO:
     def round_config(self, round_number: int) -> DPOConfig:
         """Return the training settings of a round.
 
-        A later round starts from the adapter of the round before and has its LoRA settings.
+        From round 2 on, training starts from the previous round's adapter, with its LoRA settings.
 
         Raises:
             ConfigError: the settings cannot be combined with those that later rounds add
@@ -240,7 +240,7 @@ class IterativeDPO:
     def _evaluate_answers(
         self, round_number: int, prompts: list[Prompt], answers: list[str]
     ) -> dict[str, Any]:
-        """Return rewards, win rates and the answers themselves, as stored in `evaluation.json`."""
+        """Return the content of `evaluation.json`: rewards, win rates and the answers."""
         evaluation: dict[str, Any] = {
             "round": round_number,
             "mean_characters": fmean(map(len, answers)),

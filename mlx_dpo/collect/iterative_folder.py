@@ -35,7 +35,7 @@ class Stage(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class IterativeSettings:
-    """The settings of iterative DPO that are not training settings.
+    """The settings of iterative DPO other than the training settings of each round.
 
     Raises:
         ConfigError: a setting is out of its bounds.
@@ -69,9 +69,10 @@ class SplitPrompts(NamedTuple):
     notes: list[str]
 
     def for_round(self, number: int, count: int | None) -> list[Prompt]:
-        """Return the prompts to sample pairs from in round `number`, which is 1 or more.
+        """Return the training prompts for which round `number` (1 or more) samples answers.
 
-        Without `count` these are all training prompts; else the next `count` prompts, cyclically.
+        `count` is the number of prompts per round: each round takes the next ones, and after the
+        last prompt the first. None stands for all training prompts.
         """
         if count is None or count >= len(self.train):
             return self.train
@@ -131,7 +132,7 @@ class RoundPaths:
 
     @property
     def evaluation(self) -> Path:
-        """File of the held-out answers and their evaluation; the round ends by writing it."""
+        """File of the held-out prompts' answers and evaluation; it is written last in the round."""
         return self.folder / "evaluation.json"
 
     @property
@@ -185,7 +186,7 @@ def next_stage(
 
 
 def write_durable(path: Path, text: str) -> None:
-    """Write or replace a file atomically, and flush its content to disk first."""
+    """Write a file atomically: flush the text to disk, then put it in place of any old file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, text, durable=True)
 

@@ -32,7 +32,7 @@ def summary_page(rounds: Sequence[Evaluation], judge: str) -> str:
 
 
 def round_cells(evaluation: Evaluation) -> list[str]:
-    """Return a round's results as text, in the order of `HEADINGS`; unknown results are empty."""
+    """Return a round's table row: its results as text, empty where a result is unknown."""
     collected = dict(evaluation.get("collected") or {})
     pairs = collected.pop(PAIRS, None)
     base, previous = evaluation.get("against_base"), evaluation.get("against_before")

@@ -35,7 +35,7 @@ class Decision:
 
 @dataclass(frozen=True)
 class StoredDecision:
-    """A numbered decision as a row of the file of pairs or of the file of skipped prompts."""
+    """A decision as stored: its row, its number, and the file (pairs or skipped prompts)."""
 
     number: int
     file: JsonlFile
@@ -43,14 +43,14 @@ class StoredDecision:
 
     @property
     def prompt_key(self) -> str:
-        """Digest that identifies the decision's prompt, the same as `Prompt.key`."""
+        """Digest that identifies the prompt of the decision."""
         prompt = self.row["prompt"]
         return Prompt(to_messages(prompt if isinstance(prompt, str) else tuple(prompt), "user")).key
 
 
 @dataclass
 class PairsFile:
-    """The decisions in `path` and in its file of skipped prompts, in the order they were made.
+    """The decisions about prompts: pairs in the file `path`, skipped prompts in a second file.
 
     Creating the object reads both files and removes incomplete last lines.
 
@@ -124,14 +124,14 @@ class PairsFile:
 
 
 def decision_number(record: Row) -> int | None:
-    """Return the number of a decision's row; None for a row that another program wrote."""
+    """Return the number of the decision that a row stores; None if the row has no number."""
     provenance = record.get(PROVENANCE)
     number = provenance.get("number") if isinstance(provenance, dict) else None
     return number if isinstance(number, int) else None
 
 
 def remove_last_line(path: Path, number: int) -> None:
-    """Remove the last line of a file if it is the decision with this number.
+    """Remove the last line of a file, which must store decision `number`.
 
     Truncating is atomic, so a crash leaves the line either complete or removed.
 

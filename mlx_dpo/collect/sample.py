@@ -26,7 +26,7 @@ PERSON_CHUNK = 4  # prompts in a chunk for a person, who should not wait long
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingPlan:
-    """Which model and which sampling settings produce each answer to a prompt.
+    """Rule for which model and which sampling settings produce each answer to a prompt.
 
     The first answers use every model and all sampling settings at least once. With enough answers,
     every model uses all sampling settings.
@@ -57,10 +57,9 @@ class SamplingPlan:
                 )
 
     def assign(self, model_count: int) -> dict[tuple[int, int], list[int]]:
-        """Return which answers each model generates with which settings.
+        """Return the answers that each model generates with each of the sampling settings.
 
-        Keys are (index of the model, index in `samplings`). Values are the positions of answers,
-        counted from 0.
+        Keys are (index of the model, index in `samplings`). Values are indices of answers.
         """
         assignment: dict[tuple[int, int], list[int]] = {}
         samplings = len(self.samplings)
@@ -92,7 +91,7 @@ def make_answer_sampler(responders: Sequence[Responder], plan: SamplingPlan) -> 
 
 
 def open_responders(runs: Sequence[str], model: str | None) -> list[Responder]:
-    """Load the policies of runs, or one plain model, to answer prompts.
+    """Load what answers the prompts: the trained policies of `runs`, or one model without a run.
 
     Raises:
         ConfigError: neither or both of `runs` and `model` are given.
@@ -103,7 +102,7 @@ def open_responders(runs: Sequence[str], model: str | None) -> list[Responder]:
 
 
 def judge_all(tasks: TaskSampler, judge: Judge) -> Iterator[tuple[RankingTask, Decision]]:
-    """Let the judge decide every remaining task; yield each task with its decision, already stored.
+    """Let the judge decide every remaining task; store each decision, then yield (task, decision).
 
     Raises:
         ConfigError: the judge fails, or gives no verdict on any task of the first chunk.
@@ -122,7 +121,7 @@ def judge_all(tasks: TaskSampler, judge: Judge) -> Iterator[tuple[RankingTask, D
 
 
 def decide(task: RankingTask, ranking: Ranking, provenance: dict[str, object]) -> Decision:
-    """Return the best and the worst answer as a pair; no pair on a tie or unreliable verdict."""
+    """Return a pair of best and worst answer, or a skip on a tie or an unreliable verdict."""
     provenance = dict(provenance) | {"points": list(ranking.scores)}
     if ranking.judge_replies:
         provenance |= {"judge_replies": list(ranking.judge_replies)}
@@ -134,7 +133,7 @@ def decide(task: RankingTask, ranking: Ranking, provenance: dict[str, object]) -
 
 
 def count_outcomes(pairs_file: PairsFile) -> list[tuple[str, int]]:
-    """Return the number of pairs, then the number of skipped prompts by reason, highest first."""
+    """Return (label, count): first the pairs, then the skipped prompts for each reason."""
     reasons: dict[str, int] = {}
     for decision in pairs_file.decisions:
         if decision.file is pairs_file.skipped:

@@ -29,7 +29,7 @@ class Answer:
     is_truncated: bool = False  # reached the token limit, so its end should not be learned
 
     def provenance(self) -> dict[str, Any]:
-        """Return the source of the answer for the row that stores the answer."""
+        """Return the model and settings that produced the answer, to be stored with the answer."""
         return self.source | ({"cut": True} if self.is_truncated else {})
 
 
@@ -95,7 +95,7 @@ class TaskSampler:
                 yield task
 
     def make_task(self, prompt: Prompt, answers: Sequence[Answer]) -> RankingTask | None:
-        """Return a task with the distinct non-empty answers, shuffled; None if fewer than two."""
+        """Return a task of the distinct non-empty answers, shuffled; None if fewer than two."""
         distinct = {a.text.strip(): a for a in reversed(answers) if a.text.strip()}
         if len(distinct) < 2:
             return None
@@ -124,14 +124,14 @@ class RankingSession:
 
     @property
     def current_task(self) -> RankingTask | None:
-        """The task to decide now, sampled if necessary; None if no task is left."""
+        """Task that the person decides now, sampled if necessary; None if no task is left."""
         while not self._ready and self.sample_chunk():
             pass
         return self._ready[0] if self._ready else None
 
     @property
     def ready_count(self) -> int:
-        """Number of tasks that are already sampled and not decided."""
+        """Number of tasks that are sampled but not decided."""
         return len(self._ready)
 
     def insert(self, task: RankingTask) -> None:
@@ -139,14 +139,14 @@ class RankingSession:
         self._ready.appendleft(task)
 
     def prefer(self, best: int, worst: int) -> None:
-        """Store answer `best` of the current task as chosen and answer `worst` as rejected."""
+        """Store a pair from the current task: answer `best` is chosen, answer `worst` rejected."""
         task = self._get_task()
         if best == worst:
             raise ConfigError("an answer cannot be better than itself; choose another")
         self._write(make_pair(task, best, worst, {"by": PERSON}))
 
     def edit(self, rejected: int, text: str) -> None:
-        """Store the person's `text` as chosen and answer `rejected` of the task as rejected.
+        """Store a pair from the current task: the person's `text` is chosen over answer `rejected`.
 
         Raises:
             ConfigError, DataError: the text is empty, equals the answer, or cannot be stored.
@@ -196,7 +196,7 @@ class RankingSession:
 
 
 def make_pair(task: RankingTask, best: int, worst: int, provenance: dict[str, Any]) -> Decision:
-    """Return a decision with answer `best` of the task as chosen and `worst` as rejected."""
+    """Return a preference pair: the answer at index `best` is chosen, at `worst` rejected."""
     chosen, rejected = task.answers[best], task.answers[worst]
     sources = {"chosen_from": chosen.provenance(), "rejected_from": rejected.provenance()}
     return Decision(task.prompt, provenance | sources, chosen=chosen.text, rejected=rejected.text)

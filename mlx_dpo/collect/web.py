@@ -34,7 +34,7 @@ PageState = dict[str, Any]
 
 @dataclass(frozen=True)
 class PageRequest:
-    """A request from the ranking page: a command, or a query of the page state if it is None."""
+    """A request from the ranking page: a command to run, or None to only read the page state."""
 
     command: dict[str, Any] | None
     reply: Future[PageState] = field(default_factory=Future)
@@ -42,7 +42,7 @@ class PageRequest:
 
 
 class LoopbackServer(ThreadingHTTPServer):
-    """An HTTP server for the ranking page on this machine; it queues the page's requests.
+    """An HTTP server for the ranking page, reachable only from this machine.
 
     HTTP runs in threads, but the model must be used from one thread: the caller takes requests
     from the queue and sets their replies in order.
@@ -70,7 +70,7 @@ class LoopbackServer(ThreadingHTTPServer):
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Return a context in which a background thread serves HTTP."""
+        """Serve HTTP in a background thread inside the `with` block."""
         Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
         try:
             yield
@@ -141,7 +141,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _send_reply(self, command: dict[str, Any] | None) -> None:
         """Queue a command, wait for the program's reply and send it to the page.
 
-        None instead of a command asks for the page state.
+        None in place of a command only reads the page state.
         """
         request = PageRequest(command)
         self.server.requests.put(request)
@@ -174,7 +174,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def version_string(self) -> str:
-        """Return the value of the HTTP header `Server`."""
+        """Return the program's name for the HTTP header `Server`."""
         return "mlx-dpo"
 
     def log_message(self, format: str, *args: Any) -> None:
@@ -212,7 +212,7 @@ def serve_session(session: RankingSession, server: LoopbackServer) -> None:
 def page_state(
     session: RankingSession, message: str | None = None, *, over: bool = False
 ) -> PageState:
-    """Return what the page shows, as JSON values; with `over`, no further task is sampled."""
+    """Return the content of the page as JSON values; `over` says that the session has ended."""
     task = None if over else session.current_task
     turns = task.prompt.messages if task else ()
     if task is None and not over:
@@ -229,10 +229,9 @@ def page_state(
 
 
 def state_version(session: RankingSession) -> str:
-    """Return a text that changes with every decision, so that a repeated key press is not applied.
+    """Return a text that identifies the current task and changes with every decision.
 
-    Prompts that are skipped while answers are sampled ahead do not change the text, because they do
-    not change what the person sees.
+    A command that carries an older text (such as a repeated key press) is not run.
     """
     task = session.current_task if session.ready_count else None
     return f"{session.decision_count}:{task.prompt.key[:16] if task else ''}"

@@ -92,7 +92,7 @@ class PairSettings:
 
     @property
     def columns(self) -> dict[str, str]:
-        """The setting `column` as a dictionary: field name -> column name.
+        """Setting `column` as a dictionary from the field's name to the name of its column.
 
         Raises:
             ConfigError: an item is not NAME=COLUMN, or a name appears twice.
@@ -131,7 +131,8 @@ def check_pair_settings(settings: PairSettings, *, labelled: bool) -> None:
 
     Args:
         settings: the settings of a run.
-        labelled: whether the loss takes labelled examples instead of pairs.
+        labelled: whether the loss takes single completions with a label, good or bad (KTO),
+            instead of preference pairs.
     """
     if settings.mix and settings.pairs and len(settings.mix) != len(settings.pairs):
         raise ConfigError(

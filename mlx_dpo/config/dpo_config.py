@@ -103,7 +103,7 @@ class DPOConfig(  # fields come in the order of the bases, last one first
 
     @property
     def _most_tokens_per_pass(self) -> int:
-        """Largest possible number of tokens in a forward pass, with the most padding possible."""
+        """Upper bound on the number of tokens in one forward pass, including padding."""
         pairs = self.micro_batch_size or self.batch_size
         return 2 * pairs * (self.max_length + self.max_length // 8 + 7)
 
@@ -116,12 +116,12 @@ class DPOConfig(  # fields come in the order of the bases, last one first
 
     @property
     def unit(self) -> str:
-        """Plural noun for the training examples in messages: `pairs`, or `answers` for KTO."""
+        """Word that messages use for training examples: `pairs`, or `answers` for KTO."""
         return "answers" if self.labelled else "pairs"
 
     @property
     def extra_forward_passes(self) -> int:
-        """Number of extra forward passes per step, without gradients, before the usual pass."""
+        """Number of no-gradient forward passes that precede the gradient pass of each step."""
         return self.uses_whole_batch + self.use_weighting + self.sync_ref_model
 
     @property
@@ -155,9 +155,10 @@ class DPOConfig(  # fields come in the order of the bases, last one first
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
     def get_public_settings(self) -> dict[str, Any]:
-        """Return the settings to publish: changed from the default, relevant, not private.
+        """Return the settings to publish, for instance in a model card.
 
-        A relevant setting changes the result of the training; paths are private.
+        These are the settings that change the result of the training, differ from their
+        defaults and are not private. Paths are private.
         """
         values = self.to_dict()
         return {
@@ -169,7 +170,7 @@ class DPOConfig(  # fields come in the order of the bases, last one first
         }
 
     def list_private_settings(self) -> list[str]:
-        """Return the names of private settings with a non-default value; paths are left out."""
+        """Return the names of private settings (except paths) that differ from their defaults."""
         return [
             name
             for name, setting in get_settings().items()
@@ -179,9 +180,10 @@ class DPOConfig(  # fields come in the order of the bases, last one first
         ]
 
     def find_difference(self, other: "DPOConfig") -> str | None:
-        """Return the name of a setting that differs from `other` and changes the result, or None.
+        """Return the name of the first setting that prevents resuming a run, or None.
 
-        It is the first such setting. A resumed run must have none.
+        Such a setting differs from its value in `other`, the settings of the other run, and
+        changes the result of the training.
         """
         for name, setting in get_settings().items():
             changes_result = setting.changes_result or name in self.selection_settings
@@ -191,7 +193,7 @@ class DPOConfig(  # fields come in the order of the bases, last one first
 
 
 def get_settings() -> dict[str, Setting]:
-    """Return the declaration of every setting of `DPOConfig` by name, section by section."""
+    """Return a dictionary from the name of every setting of `DPOConfig` to its declaration."""
     return {f.name: f.metadata["setting"] for f in fields(DPOConfig)}
 
 

@@ -16,7 +16,7 @@ SMOOTHED = ("cdpo", "robust", "exo_pair")  # undefined or another loss without l
 
 @dataclass(frozen=True, kw_only=True)
 class LossSettings:
-    """Settings of the loss; where a hyper-parameter is None, each loss uses its own default."""
+    """Settings of the loss; a hyper-parameter that is None has the default of its loss."""
 
     loss_type: tuple[str, ...] = setting(
         ("sigmoid",), "Loss function (see `mlx-dpo losses`); repeat to sum several.",
@@ -96,7 +96,7 @@ class LossSettings:
 
     @property
     def common_beta(self) -> float:
-        """Beta of all summed losses: as set, else the default of the first loss with a beta."""
+        """Value of beta for all summed losses; if it is not set, the first loss's default."""
         if self.beta is not None:
             return self.beta
         defaults = [loss.defaults["beta"] for loss in self.losses if "beta" in loss.defaults]
@@ -104,9 +104,9 @@ class LossSettings:
 
     @property
     def reward_kind(self) -> RewardKind:
-        """Quantity that beta multiplies to give the implicit reward, such as the log-ratio.
+        """Quantity that is multiplied by beta to give the implicit reward, such as the log-ratio.
 
-        It is that of the first loss that defines an implicit reward.
+        If losses are summed, the first loss that defines an implicit reward decides.
         """
         implied = [loss.reward for loss in self.losses if loss.reward]
         return implied[0] if implied else "log-probability"
@@ -128,11 +128,11 @@ class LossSettings:
 
     @property
     def labelled(self) -> bool:
-        """Whether the loss takes unpaired labelled examples instead of pairs."""
+        """Whether the loss takes single completions with a label (KTO) instead of pairs."""
         return any(loss.labelled for loss in self.losses)
 
     def get_hyperparameters(self, loss: Loss) -> SimpleNamespace:
-        """Return the hyper-parameters of a loss: the settings, else the loss's own defaults."""
+        """Return the hyper-parameters of a loss; those that are not set have its defaults."""
         values = {
             name: float(getattr(self, name)) if is_set(self, name) else default
             for name, default in loss.defaults.items()
@@ -244,7 +244,10 @@ def _quoted(names: Iterable[str]) -> str:
 
 
 def _shorter_list(names: Collection[str]) -> str:
-    """Return the names as text: a list of them, or "all but" the other losses if shorter."""
+    """Return text that lists the losses in `names`, or the other losses after "all but".
+
+    The shorter of the two lists is chosen.
+    """
     listed = [name for name in LOSSES if name in names]
     others = [name for name in LOSSES if name not in names]
     return _quoted(listed) if len(listed) <= len(others) else f"all but {_quoted(others)}"

@@ -105,7 +105,7 @@ class LoRASettings:
 
     @property
     def lora_scale(self) -> float:
-        """Factor of the adapters' output, as PEFT and TRL define it."""
+        """Factor by which the adapters' output is multiplied, as PEFT and TRL define it."""
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
 
@@ -165,7 +165,7 @@ class ReferenceSettings:
 
     @property
     def mixup_alpha(self) -> float:
-        """Weight of the policy in an update of the reference (TR-DPO), 0.6 by default."""
+        """Weight of the policy when it is mixed into the reference (TR-DPO), 0.6 by default."""
         return 0.6 if self.ref_model_mixup_alpha is None else self.ref_model_mixup_alpha
 
     @property

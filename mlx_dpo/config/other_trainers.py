@@ -1,6 +1,6 @@
 """Setting names of other trainers (TRL, transformers, mlx-lm, mlx-lm-lora) and their equivalents.
 
-A name with the same meaning in mlx-dpo is not listed, because it is a setting here.
+Names that are also settings of mlx-dpo, with the same meaning, are not listed.
 """
 
 from collections.abc import Iterable
@@ -85,9 +85,9 @@ def check_trainer_arguments(
     """Raise `ConfigError` for the first name that is no argument of `DPOTrainer`.
 
     Args:
-        names: Keywords that `DPOTrainer` was given and does not have.
-        known: Keywords that it has.
-        settings: Fields of `DPOConfig`.
+        names: keyword arguments in a call of `DPOTrainer` that it does not accept.
+        known: keyword arguments that `DPOTrainer` accepts.
+        settings: names of the settings of `DPOConfig`.
     """
     for name in names:
         if name in TRAINER_ARGUMENTS:

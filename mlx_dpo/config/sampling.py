@@ -52,7 +52,7 @@ class Sampling:
         check_effects(self, SAMPLING_NO_EFFECT)
 
     def with_seed(self) -> "Sampling":
-        """Return the settings with a random seed if sampling needs a seed and none is set."""
+        """Return the settings, with a random seed if sampling needs one and none is set."""
         if self.temperature == 0 or self.seed is not None:
             return self
         return replace(self, seed=secrets.randbelow(SEEDS))

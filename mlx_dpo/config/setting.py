@@ -37,7 +37,10 @@ class Setting:
 
 
 def setting(default: Any, help: str, type: type, section: str, **more: Any) -> Any:
-    """Return a dataclass field with the `Setting` in its metadata; for use in config classes."""
+    """Return a dataclass field that declares a setting.
+
+    The arguments are the fields of `Setting`, which is stored in the field's metadata.
+    """
     spec = Setting(default=default, help=help, type=type, section=section, **more)
     return field(default=default, metadata={"setting": spec})
 
@@ -52,7 +55,10 @@ class NoEffect(Generic[S]):
 
 
 def check_effects(settings: S, rows: Sequence[NoEffect[S]]) -> None:
-    """Raise `ConfigError` if a setting is set whose condition in `rows` says it has no effect."""
+    """Raise `ConfigError` if a setting was changed but has no effect.
+
+    `rows` gives the conditions under which settings have no effect.
+    """
     for row in rows:
         for name in row.names:
             if is_set(settings, name) and row.when(settings):
@@ -69,7 +75,7 @@ def is_set(settings: object, name: str) -> bool:
 def check_known(name: str, known: Iterable[str], noun: str, *, hint: str = "") -> None:
     """Raise `ConfigError` if `name` is not in `known`.
 
-    The message suggests the most similar known name or, if there is none, gives `hint`.
+    The message suggests the most similar known name. If no name is similar, it ends with `hint`.
     """
     known = list(known)
     if name in known:

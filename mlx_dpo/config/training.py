@@ -117,9 +117,9 @@ class EvaluationSettings:
 
     @property
     def selection_settings(self) -> set[str]:
-        """Names of settings that change the result because they decide on the best model.
+        """Names of settings that change the result only if the best model is selected.
 
-        This is `eval_steps` if `metric_for_best_model` is set, and otherwise none.
+        The set is `{"eval_steps"}` if `metric_for_best_model` is set, and otherwise empty.
         """
         return {"eval_steps"} if self.metric_for_best_model is not None else set()
 

@@ -107,7 +107,7 @@ def _select_checks(drop: Sequence[str]) -> list[Check]:
 
 
 def _find_dropped_rows(results: CheckResults, checks: Sequence[Check]) -> dict[str, list[str]]:
-    """Return the location of each row to drop, with the names of the checks that report it."""
+    """Return a dictionary from each dropped row's location to the checks that report the row."""
     dropped: dict[str, list[str]] = {}
     for check in checks:
         for location, _ in results.train.log.locations(check.name):
@@ -140,7 +140,7 @@ def _check_not_skipped(drop: Sequence[str], results: CheckResults) -> None:
 
 
 def _check_sources_distinct(sources: Sequence[Source]) -> None:
-    """Raise `ConfigError` if a file is named twice, because its rows would share locations."""
+    """Raise `ConfigError` if a file is named twice; its rows' locations would be ambiguous."""
     names = [source.name for source in sources]
     names += [str(path) for source in sources for path in source.files if str(path) != source.name]
     repeated = [name for name, count in Counter(names).items() if count > 1]

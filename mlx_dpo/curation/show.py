@@ -19,7 +19,7 @@ from mlx_dpo.types import UnpairedExample
 
 @dataclass(frozen=True)
 class PairPreview:
-    """The segments of a pair's tokens for display, or notes on why training drops the pair."""
+    """Text of a pair as the model sees it, or the reason why training drops the pair."""
 
     location: str
     notes: list[str]

@@ -31,7 +31,7 @@ TRAIN, VALID = "train", "valid"
 
 @dataclass(frozen=True)
 class SplitResult:
-    """Number of rows written to each file, and the pairs and splits that were left out."""
+    """Result of splitting a data set: rows written to each file, and what was left out."""
 
     rows: dict[str, int]  # of `train` and of `valid`
     reports: Sequence[PairsReport]  # dropped pairs and the reasons

@@ -26,20 +26,23 @@ MIN_CONTINUATION = 2
 
 
 def steps_per_epoch(count: int, batch_size: int) -> int:
-    """Return the optimizer steps per epoch of `count` pairs; the last batch may be smaller."""
+    """Return the number of optimizer steps in one epoch of `count` pairs.
+
+    The last step may have fewer than `batch_size` pairs.
+    """
     return -(-count // batch_size)
 
 
 def step_indices(step: int, *, count: int, batch_size: int, seed: int) -> list[int]:
     """Return the indices of the pairs of one optimizer step, at most `batch_size`.
 
-    Every epoch is a new permutation of the pairs; its last step has the remaining pairs.
+    The pairs are shuffled anew for each epoch. Its last step has the remaining pairs.
 
     Args:
         step: number of the step in the whole run, from 0.
         count: number of training pairs.
         batch_size: pairs per optimizer step.
-        seed: seed of the permutations.
+        seed: seed of the shuffling.
     """
     epoch, position = divmod(step, steps_per_epoch(count, batch_size))
     start = position * batch_size
@@ -48,7 +51,7 @@ def step_indices(step: int, *, count: int, batch_size: int, seed: int) -> list[i
 
 
 def epoch_step_indices(epoch: int, *, count: int, batch_size: int, seed: int) -> list[list[int]]:
-    """Return the indices of the pairs of every optimizer step of epoch `epoch` (from 0)."""
+    """Return one list of pair indices for each optimizer step of epoch `epoch` (from 0)."""
     order = _order(epoch, count, seed).tolist()
     return [order[start : start + batch_size] for start in range(0, count, batch_size)]
 
@@ -73,10 +76,10 @@ CountTokens = Callable[[Sequence[TokenizedPair]], TokenCount]
 
 
 def padded_row_tokens(pairs: Sequence[TokenizedPair]) -> TokenCount:
-    """Count the tokens of a forward pass with two padded sequences per pair.
+    """Count the input tokens of a forward pass with two padded sequences per pair.
 
-    A sequence is a prompt and one completion (`scorer` plain). Its last token predicts nothing
-    and is not an input.
+    A sequence is a prompt and one completion, without the last token, which predicts nothing.
+    This is the layout of the setting `scorer: plain`.
     """
     total = 2 * len(pairs) * (_row_width(pairs, PAD_MULTIPLE) - 1)
     return TokenCount(
@@ -85,19 +88,19 @@ def padded_row_tokens(pairs: Sequence[TokenizedPair]) -> TokenCount:
 
 
 def packed_row_tokens(pairs: Sequence[TokenizedPair]) -> TokenCount:
-    """Count the tokens of a forward pass with all pairs packed into one sequence.
+    """Count the input tokens of a forward pass with all pairs packed into one sequence.
 
-    Each prompt is counted once (`scorer` shared).
+    Each prompt is followed by both of its completions, and is therefore counted once.
     """
     tokens = sum(len(p.prompt) + _continuation_tokens(p) for p in pairs)
     return TokenCount(padded_width(tokens), padded_width(tokens) - tokens)
 
 
 def shared_prompt_tokens(pairs: Sequence[TokenizedPair], *, together: bool) -> TokenCount:
-    """Count the tokens of a forward pass in which both completions share their prompt's tokens.
+    """Count the input tokens of a forward pass that processes each prompt only once.
 
-    Each prompt is counted once (`scorer` shared); the last token of a completion is not an input.
-    Pairs with prompts of equal length form a batch; with `together`, all pairs form one batch.
+    The last token of a completion is not an input. Pairs with prompts of equal length form a
+    batch; with `together`, all pairs form one batch.
     """
     batches: dict[int, list[TokenizedPair]] = {}
     for pair in pairs:
@@ -107,12 +110,12 @@ def shared_prompt_tokens(pairs: Sequence[TokenizedPair], *, together: bool) -> T
 
 
 def _continuation_tokens(pair: TokenizedPair) -> int:
-    """Return the number of input tokens of both completions, without the last token of each."""
+    """Return the number of tokens of both completions, without the last token of each."""
     return len(pair.chosen) - 1 + len(pair.rejected) - 1
 
 
 def _shared_width(pairs: Sequence[TokenizedPair]) -> int:
-    """Return the tokens per pair of a batch: a padded prompt and two padded completions."""
+    """Return the number of tokens, with padding, of each pair's prompt and two completions."""
     prompts = {len(pair.prompt) for pair in pairs}
     is_padded = len(prompts) > 1
     width = padded_width(max(prompts)) if is_padded else max(prompts)
@@ -171,7 +174,7 @@ def micro_batches(
 def largest_micro_batch(
     pairs: Iterable[TokenizedPair], limit: PassLimit, *, cost: CountTokens
 ) -> list[TokenizedPair]:
-    """Return a micro-batch of the longest pair and, from long to short, all pairs that fit."""
+    """Return a micro-batch of the longest pair and the longest other pairs that still fit."""
     batch: list[TokenizedPair] = []
     for pair in sorted(pairs, key=len, reverse=True):
         extended = [*batch, pair]
@@ -198,7 +201,7 @@ def count_micro_batches(
     seed: int,
     cost: CountTokens,
 ) -> EpochMicroBatches:
-    """Count steps, micro-batches and tokens of the first epoch; only lengths are read."""
+    """Count the steps, micro-batches and tokens of the first epoch, without reading tokens."""
     lengths = lengths_only(pairs)
     steps = epoch_step_indices(0, count=len(pairs), batch_size=batch_size, seed=seed)
     batches = [b for step in steps for b in micro_batches(step, lengths, limit, cost=cost)]
@@ -237,10 +240,10 @@ def collate(pairs: Sequence[TokenizedPair], *, pad_multiple: int = PAD_MULTIPLE)
 
 
 def pair_metadata(pairs: Sequence[TokenizedPair]) -> PairMetadata:
-    """Return lengths, target margins, weights and labels of the pairs as arrays. (B,) each
+    """Return completion lengths, target margins, weights and labels as arrays. (B,) each
 
-    `pairs` must be all pairs of an optimizer step or of an evaluation: the metadata also has the
-    mean length of their chosen completions.
+    `pairs` must be all pairs of an optimizer step or of an evaluation, because the result also
+    has the mean length of their chosen completions.
     """
     lengths, margins_and_weights = (
         column(pairs, name).astype(np.float32) for name in (LENGTHS, MARGINS_AND_WEIGHTS)
@@ -259,7 +262,7 @@ def pair_metadata(pairs: Sequence[TokenizedPair]) -> PairMetadata:
 def select_metadata(metadata: PairMetadata, indices: mx.array) -> PairMetadata:
     """Return the metadata of the pairs at `indices`, arrays of shape (b,).
 
-    `mean_chosen_tokens` stays the mean over all pairs.
+    Only the mean length of chosen completions stays that of all pairs.
     """
     selected = {
         name: value if value.ndim == 0 else value[indices]

@@ -18,7 +18,7 @@ PART_DIGEST_BYTES, PROMPT_DIGEST_BYTES = 16, 32
 
 
 class ColumnSpec(NamedTuple):
-    """Data type of a column, shape of one pair's value, and the function that computes it."""
+    """Declaration of a column: data type, shape of a pair's value, function that computes it."""
 
     dtype: str
     shape: tuple[int, ...]  # of the value of one pair
@@ -75,15 +75,15 @@ def column(pairs: Sequence[TokenizedPair], name: str) -> Any:
 
 
 def row_lengths(pairs: Sequence[TokenizedPair]) -> Any:
-    """Return the number of tokens of each pair's prompt and longer completion. (B,)"""
+    """Return each pair's number of tokens in prompt + longer completion. (B,)"""
     lengths = column(pairs, LENGTHS)
     return lengths[:, 0] + lengths[:, 1:].max(axis=1)
 
 
 def longest_row(*splits: Sequence[TokenizedPair]) -> int:
-    """Return the number of tokens of the longest prompt + completion in all splits.
+    """Return the largest number of tokens of prompt + completion in all pairs of all splits.
 
-    It is 0 if there are no pairs.
+    The result is 0 if there are no pairs.
     """
     return max((int(row_lengths(pairs).max()) for pairs in splits if len(pairs)), default=0)
 
@@ -122,7 +122,7 @@ def pairs_digest(pairs: Sequence[TokenizedPair]) -> str:
 
 
 def count_shared_pairs(first: Sequence[TokenizedPair], second: Sequence[TokenizedPair]) -> int:
-    """Return the number of distinct pairs in both sequences; pairs are compared by token ids.
+    """Return how many distinct pairs occur in both `first` and `second`, by their token ids.
 
     The mismatched completion of an unpaired example (KTO) is not compared: it comes from another
     example.
@@ -139,9 +139,9 @@ def _part_digests(pairs: Sequence[TokenizedPair]) -> set[bytes]:
 
 
 class PairLengths(NamedTuple):
-    """Lengths of a pair: like a `TokenizedPair`, with ranges in place of the token ids.
+    """Stand-in for a tokenized pair that has only the lengths of prompt and completions.
 
-    It is enough to count the tokens of a batch.
+    Each part is a `range` of the right length. This is enough to count the tokens of a batch.
     """
 
     prompt: range
@@ -155,7 +155,7 @@ class PairLengths(NamedTuple):
 
 
 class PairLengthsView(Sequence[Any]):
-    """A sequence of `PairLengths`, which are built from the column of lengths on access."""
+    """A sequence of `PairLengths`, each built from an array of lengths when it is accessed."""
 
     def __init__(self, lengths: Any) -> None:
         self._lengths = lengths
@@ -172,8 +172,8 @@ class PairLengthsView(Sequence[Any]):
 
 
 def lengths_only(pairs: Sequence[TokenizedPair]) -> Sequence[Any]:
-    """Return a sequence that has the lengths of the pairs and reads no tokens from disk.
+    """Return stand-ins for pairs on disk that know only their lengths, so no tokens are read.
 
-    Pairs in memory are returned as they are.
+    Pairs in memory are returned unchanged.
     """
     return PairLengthsView(pairs.column(LENGTHS)) if isinstance(pairs, ColumnarPairs) else pairs

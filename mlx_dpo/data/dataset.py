@@ -34,7 +34,7 @@ class MappedPairs:
 
     @classmethod
     def from_arrays(cls, arrays: Arrays, locations: RowLocations) -> "MappedPairs":
-        """Build the object from the arrays that `read_pair_file` returns."""
+        """Return the pairs in `arrays`, which `read_pair_file` returned."""
         ends = np.cumsum(arrays[LENGTHS].sum(axis=1, dtype=np.int64))
         return cls(arrays, locations, np.concatenate([np.zeros(1, np.int64), ends]))
 
@@ -61,7 +61,7 @@ class MappedPairs:
 
 
 class MismatchedCompletions(NamedTuple):
-    """Completions of other prompts that stand in for `rejected` in unpaired examples (KTO)."""
+    """For each unpaired example (KTO), the completion of another prompt used as `rejected`."""
 
     indices: Any  # (B,) which pairs of the concatenated sources lend their `chosen` completion
     max_length: int  # maximum tokens of prompt + completion
@@ -129,7 +129,10 @@ class PairDataset(ColumnarPairs):
         return np.concatenate([source.arrays[name] for source in self._sources])
 
     def _mismatched_column(self, name: str, values: Any) -> Any:
-        """Return the lengths or digests of the mismatched completions, as truncated. (B,)"""
+        """Return the lengths or digests of the mismatched completions after truncation. (B,)
+
+        `name` is the column of lengths or of digests, and `values` is that column of all sources.
+        """
         assert self._mismatched is not None
         lengths = self._source_column(LENGTHS)
         limits = np.maximum(1, self._mismatched.max_length - lengths[self._indices, 0])
@@ -153,7 +156,7 @@ class PairDataset(ColumnarPairs):
 
 
 def concatenate(datasets: Sequence[PairDataset]) -> PairDataset:
-    """Return the pairs of all datasets as one dataset, without their mismatched completions."""
+    """Return one dataset with the pairs of all datasets; mismatched completions are left out."""
     sources = [source for dataset in datasets for source in dataset._sources]
     starts = np.cumsum([0] + [dataset._starts[-1] for dataset in datasets])
     indices = [

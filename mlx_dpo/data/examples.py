@@ -1,4 +1,4 @@
-"""Parse data set rows into examples (not yet tokenized); drop or raise bad pairs."""
+"""Parse data set rows into examples that are not tokenized; drop bad pairs or raise an error."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -55,9 +55,9 @@ def parse_rows(
 
 
 def drop_or_raise(bad: BadPairError, report: PairsReport, bad_pairs: str) -> None:
-    """Count a bad pair as dropped, or raise it if `bad_pairs` is `error`.
+    """Raise the error `bad` if `bad_pairs` is `error`; otherwise count the pair as dropped.
 
-    Ties, unmatched labels and pairs that are too long (`ALWAYS_DROPPED`) are never raised.
+    Ties, unmatched labels and pairs that are too long (`ALWAYS_DROPPED`) are always dropped.
     """
     if bad_pairs == "error" and bad.reason not in ALWAYS_DROPPED:
         raise bad
@@ -116,8 +116,8 @@ def _score_columns(name: str) -> list[tuple[str, str]]:
 def _margin(row: Row, example: PreferenceExample | UnpairedExample, rules: RowRules) -> float:
     """Return the row's target margin; 0 if no margin column is set.
 
-    It is the value of the margin column or, without that column, the score of chosen minus the
-    score of rejected.
+    The target margin is the value of the margin column. In a row without that column, it is the
+    score of chosen minus the score of rejected.
     """
     name = rules.margin
     if name is None:

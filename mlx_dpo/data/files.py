@@ -39,14 +39,17 @@ class RowLocations:
     """
 
     def __init__(self, names: Iterable[str] | None = None) -> None:
-        """Allow only the file names `names`; with None, collect them from the locations."""
+        """Create an empty list of locations whose file names must be in `names`.
+
+        With None, any file name is allowed.
+        """
         self._is_fixed = names is not None
         self._names = list(names or ())
         self._numbers = {name: number for number, name in enumerate(self._names)}
         self._codes = array("q")
 
     def encode(self, location: str) -> tuple[int, int]:
-        """Return the two codes of a location.
+        """Return the two integers that encode a location.
 
         Raises:
             ValueError: file names were given, and the location begins with none of them.
@@ -65,13 +68,13 @@ class RowLocations:
         return code, NO_ROW
 
     def decode(self, codes: Sequence[int]) -> str:
-        """Return the location as text, given the two codes from `encode`."""
+        """Return the location that `encode` encoded as the two integers `codes`."""
         first, second = codes
         location = self._format(first)
         return location if second == NO_ROW else f"{location}{AND}{self._format(second)}"
 
     def add(self, location: str) -> int:
-        """Append a location and return its index; if it equals the last one, store nothing."""
+        """Append a location, unless it equals the last one, and return its index."""
         codes = array("q", self.encode(location))
         if self._codes[-2:] != codes:
             self._codes += codes
@@ -84,7 +87,7 @@ class RowLocations:
         return self.decode(self._codes[2 * index : 2 * index + 2])
 
     def _find(self, location: str) -> int | None:
-        """Return the code of a single row's location; None if its file name is unknown."""
+        """Return the integer that encodes one row's location; None if its file name is unknown."""
         match = NUMBERED.fullmatch(location)
         if match is None or match["name"] not in self._numbers:
             return None
@@ -135,7 +138,7 @@ def read_file(path: Path) -> Iterator[Row]:
 
 
 def to_rows(items: Items) -> Iterator[Row]:
-    """Yield a `Row` for each item, a pair of location and parsed value.
+    """Yield a `Row` for each (location, parsed value) in `items`.
 
     Raises:
         DataError: a value is not an object (dictionary).
@@ -147,7 +150,9 @@ def to_rows(items: Items) -> Iterator[Row]:
 
 
 def file_format(path: Path) -> tuple[str, str]:
-    """Return the suffixes of the format and of the compression ("" for none) from the file name.
+    """Return the format's and the compression's suffix in a file name, such as (".json", ".gz").
+
+    The second suffix is "" if the file is not compressed.
 
     Raises:
         DataError: the format is not supported.

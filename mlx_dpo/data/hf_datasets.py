@@ -108,7 +108,7 @@ class InMemoryRows:
 
     @classmethod
     def from_iterable(cls, records: Iterable[Any], name: str = "pairs") -> "InMemoryRows":
-        """Build the object from a `datasets.Dataset` or any other iterable of dictionaries.
+        """Return the rows of a `datasets.Dataset` or of any other iterable of dictionaries.
 
         Raises:
             DataError: `records` is a mapping, such as a dataset with splits, or not iterable.

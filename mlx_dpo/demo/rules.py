@@ -16,13 +16,13 @@ def courteous_markers(model: Path) -> list[str]:
 
 
 def is_courteous(answer: str, markers: Sequence[str]) -> bool:
-    """Return whether the answer contains one of the phrases `markers`, in upper or lower case."""
+    """Return whether the answer contains one of the phrases `markers`, ignoring case."""
     lowered = answer.lower()
     return any(marker in lowered for marker in markers)
 
 
 def contains_word(answer: str, word: str) -> bool:
-    """Return whether `word` is in the answer as a separate word, in upper or lower case."""
+    """Return whether the answer contains `word` as a separate word, ignoring case."""
     return re.search(rf"(?<![\w-]){re.escape(word)}(?![\w-])", answer, re.IGNORECASE) is not None
 
 
@@ -40,7 +40,7 @@ MAX_REWARDED_PHRASES = 2
 
 
 def courtesy(prompt: Sequence[Mapping[str, Any]], answer: str) -> float:
-    """Return the reward of an answer: its number of courteous phrases if there are at most two.
+    """Return the reward of an answer: its number of courteous phrases, up to two.
 
     Every phrase beyond two lowers the reward by one, so that repeating phrases does not pay.
     """

@@ -106,7 +106,7 @@ class Demo:
         return self.rate(generate_batch(base.model, base.tokenizer, prompts, sampling=SAMPLING))
 
     def rate(self, texts: list[str]) -> Answers:
-        """Return the answers with the shares that are courteous and that are correct."""
+        """Return the answers, with the share of courteous and the share of correct ones."""
         courteous = [is_courteous(text, self.markers) for text in texts]
         correct = [is_correct(text, row) for text, row in zip(texts, self.prompt_rows, strict=True)]
         return Answers(texts, sum(courteous) / len(courteous), sum(correct) / len(correct))

@@ -117,7 +117,7 @@ class Check:
 
 
 def measure_logps_error(bits: int | None, dtype: mx.Dtype = mx.float32) -> float:
-    """Return the largest error of completion log-probs against the float64 model.
+    """Return the largest error of completion log-probs, compared with the float64 model.
 
     The error is relative for log-probs of magnitude above 1, else absolute.
     """
@@ -132,10 +132,9 @@ def measure_logps_error(bits: int | None, dtype: mx.Dtype = mx.float32) -> float
 
 
 def measure_gradient_error(bits: int | None) -> float:
-    """Return the largest relative error of the loss gradient of any adapter matrix.
+    """Return the largest relative error of the loss gradient over the adapter matrices.
 
-    The error is measured along the gradient plus a random direction. The expected derivative comes
-    from central differences in float64.
+    Each gradient is checked as a directional derivative, against central differences in float64.
     """
     policy, batch = make_policy(bits=bits), collate(PAIRS)
     with adapters.disable_adapters(policy):
@@ -186,18 +185,18 @@ def train_two_steps() -> tuple[float, float]:
 
 
 def measure_first_loss_error() -> float:
-    """Return the distance of the first loss from log 2, its value while policy equals reference."""
+    """Return |first loss - log 2|; the loss is log 2 as long as the policy equals the reference."""
     return abs(train_two_steps()[0] - math.log(2))
 
 
 def measure_loss_change() -> float:
-    """Return the change of the training loss by one optimizer step; it should be negative."""
+    """Return how one optimizer step changes the training loss; the value should be negative."""
     first, second = train_two_steps()
     return second - first
 
 
 def measure_reload_error() -> float:
-    """Return the largest change of a logit by saving and loading the adapters."""
+    """Return the largest change of any logit after the adapters are saved and loaded."""
     policy = make_policy()
     tokens = collate(PAIRS).tokens
     mx.random.seed(0)

@@ -74,7 +74,7 @@ def _logits(weights: Weights, args: Any, scale: float, tokens: Array) -> Array:
 
 
 def _attention(q: Array, k: Array, v: Array, args: Any) -> Array:
-    """Return causal attention of queries, keys and values, with grouped heads. (N, T, D)"""
+    """Return the output of causal grouped-query attention. (N, T, D)"""
     rows, length, width = q.shape
     size = width // args.num_attention_heads
     q, k, v = (part.reshape(rows, length, -1, size).transpose(0, 2, 1, 3) for part in (q, k, v))

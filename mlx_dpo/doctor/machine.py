@@ -105,7 +105,7 @@ def _free_bytes(path: Path) -> int:
 
 
 def collect_facts() -> Facts:
-    """Return all facts about this machine by subject.
+    """Return all facts about this machine, grouped by subject.
 
     Only the folders' paths may contain the user's name; `anonymous` removes it.
     """
@@ -119,12 +119,12 @@ def collect_facts() -> Facts:
 
 
 def from_home(path: Path) -> Path:
-    """Return the path relative to `~` if it is in the home folder, else unchanged."""
+    """Return the path in the form `~/...` if it is in the home folder, else unchanged."""
     home = Path.home()
     return Path("~") / path.relative_to(home) if path.is_relative_to(home) else path
 
 
 def anonymous(path: Path) -> str:
-    """Return the path relative to `~`, or outside the home folder only its last component."""
+    """Return the path in the form `~/...`, or only its last part if it is outside `~`."""
     shown = from_home(path)
     return shown.name if shown.is_absolute() else str(shown)

@@ -53,13 +53,13 @@ class ScoredAnswer:
 
 @dataclass(frozen=True)
 class PolicyAnswers:
-    """The answers of one policy to all prompts of a comparison."""
+    """The answers of one policy to the prompts of a comparison."""
 
     name: str
     answers: tuple[ScoredAnswer, ...]
 
     def summary(self) -> dict[str, str]:
-        """Return statistics of the answers, such as their mean length, as text by label."""
+        """Return statistics of the answers (such as mean length) as label and text."""
         texts = [answer.text for answer in self.answers]
         lengths = [len(answer.tokens) for answer in self.answers]
         return {
@@ -93,11 +93,11 @@ def completion_token_logps(
 def score_spans(
     tokenizer: Any, completion: GeneratedTokens, policy: Sequence[float], reference: Sequence[float]
 ) -> ScoredAnswer:
-    """Split a completion into text spans, and return them with their log-ratios.
+    """Return a completion split into text spans, each with its log-ratio.
 
     Args:
         policy: log-probs of the completion's tokens, and of its end token if there is one.
-        reference: the log-probs of the same tokens under the reference.
+        reference: log-probs of the same tokens under the reference model.
     """
     ratios = [p - r for p, r in zip(policy, reference, strict=True)]
     stream, spans, pending = StreamingDecoder(tokenizer), [], 0.0
@@ -157,7 +157,7 @@ def _compare_run(
     *,
     is_only_run: bool,
 ) -> tuple[list[Prompt], list[PolicyAnswers], list[str]]:
-    """Return the prompts, each policy's scored answers, and notes about one run.
+    """Return the prompts, the scored answers of each policy of a run, and notes for the user.
 
     The base model's answers are included only if the run is the only one. The model is freed on
     return.

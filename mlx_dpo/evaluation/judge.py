@@ -29,7 +29,7 @@ StripThinking = Callable[[Sequence[Message], str], str]
 
 
 class _PairwiseVerdict:
-    """The verdict on two answers, from the judge's replies to both orders of the two.
+    """The verdict on two answers, which the judge was shown in both orders.
 
     If a reply has no verdict or if the two orders disagree, the answers tie and the verdict is
     marked as unreliable.
@@ -59,15 +59,15 @@ class _PairwiseVerdict:
 
 
 class ModelJudge:
-    """A judge that prompts a language model with a rubric and two answers, in both orders.
+    """A judge that prompts a language model to compare two answers by a rubric, in both orders.
 
-    The verdicts have the form of MT-Bench (Zheng et al. 2023, arXiv:2306.05685). The paper
-    measured that judges favor the answer in the first position, hence both orders.
+    The format of verdicts is that of MT-Bench (Zheng et al. 2023, arXiv:2306.05685). Both orders
+    are used because judges favor the answer in the first position, as the paper measured.
 
     Args:
-        generate: returns one reply per conversation.
-        strip_thinking: removes the thinking from a reply to a conversation; verdicts in the
-            thinking are provisional and do not count.
+        generate: function that returns the model's reply to each conversation.
+        strip_thinking: function that removes the thinking from a reply, because a verdict in the
+            thinking is provisional.
     """
 
     def __init__(
@@ -85,13 +85,13 @@ class ModelJudge:
         self._provenance = provenance
 
     def provenance(self) -> dict[str, Any]:
-        """Return the judge's name, the digest of its model, and the rubric, for stored rows."""
+        """Return the judge's name, model digest and rubric, to be stored with its decisions."""
         return {"by": f"judge {self.name}", **self._provenance, "rubric": self.rubric}
 
     def rank(
         self, prompts: Sequence[Conversation], answers: Sequence[Sequence[str]]
     ) -> list[Ranking]:
-        """Return one ranking per prompt; an answer's score is its number of wins over the others.
+        """Return one ranking per prompt; an answer's score is its number of wins over others.
 
         Ties and unreliable verdicts count as half a win for both answers.
         """
@@ -151,7 +151,7 @@ def format_conversation(prompt: Conversation) -> str:
 
 
 def parse_verdict(text: str) -> float | None:
-    """Return the outcome for the first answer from a judge's reply; None if it has no verdict.
+    """Return whether the first answer won, from a judge's reply; None if it has no verdict.
 
     The last verdict in the reply counts.
     """
@@ -174,7 +174,7 @@ def check_verdicts(name: str, rankings: Sequence[Ranking]) -> None:
 
 
 def default_rubric() -> str:
-    """Return the text of the package's rubric, a starting point for other rubrics."""
+    """Return the text of the default rubric for judges."""
     return (files("mlx_dpo.evaluation") / "rubric.txt").read_text("utf-8")
 
 
@@ -195,7 +195,7 @@ def read_rubric(path: Path) -> str:
 
 
 def check_judge(reward: str | None, judge: str | None, rubric: str | None) -> None:
-    """Check that the arguments for a judge fit together, before anything is loaded.
+    """Check that the arguments for a judge fit together, without loading a model or a function.
 
     Raises:
         ConfigError: two arguments contradict each other, or one has no effect.

@@ -1,4 +1,4 @@
-"""Judges that rank answers, and judges that call a reward function of the user."""
+"""Interface of a judge that ranks answers, and the judge that calls a user's reward function."""
 
 import importlib
 import importlib.util
@@ -44,7 +44,7 @@ class Ranking:
         return max(self.scores) == min(self.scores)
 
     def outcome(self) -> float:
-        """Return `WIN`, `TIE` or `LOSS` of the first answer if there are exactly two answers."""
+        """Return `WIN`, `TIE` or `LOSS` for the first of exactly two answers."""
         first, second = self.scores
         return WIN if first > second else LOSS if first < second else TIE
 
@@ -57,10 +57,10 @@ class Judge(Protocol):
     def rank(
         self, prompts: Sequence[Conversation], answers: Sequence[Sequence[str]]
     ) -> list[Ranking]:
-        """Return one ranking of its answers per prompt."""
+        """Return, for each prompt, a ranking of its answers."""
 
     def provenance(self) -> dict[str, Any]:
-        """Return what the rankings depend on, such as names and digests, for stored rows."""
+        """Return what the rankings depend on (names, digests), to be stored with the decisions."""
 
 
 class RewardFunction:
@@ -106,7 +106,7 @@ class RewardFunction:
         ]
 
     def provenance(self) -> dict[str, Any]:
-        """Return the name of the function and the digest of its file, for stored rows."""
+        """Return the function's name and its file's digest, to be stored with the decisions."""
         digest = {"reward_digest": self._digest} if self._digest else {}
         return {"by": f"reward {self.name}"} | digest
 

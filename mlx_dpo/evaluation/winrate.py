@@ -38,7 +38,7 @@ class WinRate:
 
     @property
     def count(self) -> int:
-        """Number of prompts with an outcome: wins, ties and losses."""
+        """Number of compared prompts: wins, ties and losses."""
         return self.wins + self.ties + self.losses
 
 
@@ -61,7 +61,7 @@ class PairwiseComparison:
         return fmean(map(len, self.answers)), fmean(map(len, self.opponent_answers))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the results, without prompts and answers, as values for JSON."""
+        """Return the win rates and lengths, without prompts and answers, as JSON values."""
         rate = self.rate
         return {
             "prompts": len(self.prompts),
@@ -80,11 +80,11 @@ class PairwiseComparison:
 
 
 def win_rate(outcomes: Sequence[float], lengths: Sequence[int]) -> WinRate:
-    """Compute the win rate and its interval from the outcomes; there must be at least one outcome.
+    """Compute the win rate and its confidence interval from at least one outcome.
 
     Args:
         outcomes: `WIN`, `TIE` or `LOSS` of the policy per prompt. (n,)
-        lengths: length of the policy's answer minus that of the opponent's. (n,)
+        lengths: length of the policy's answer minus that of the opponent's, per prompt. (n,)
     """
     count, total = len(outcomes), math.fsum(outcomes)
     low, high = wilson_interval(total, count)
@@ -119,7 +119,7 @@ def wilson_interval(total: float, count: int, *, z: float = Z_95) -> tuple[float
 
 
 def length_controlled_rate(outcomes: Sequence[float], lengths: Sequence[int]) -> float | None:
-    """Return the win rate at equal answer length; None if all length differences are the same.
+    """Return the win rate corrected for answer length; None if all length differences are equal.
 
     The rate is σ(a) of the logistic regression
 

@@ -92,7 +92,7 @@ MAX_RECIPE_BITS = 6  # the largest number of bits in a recipe
 
 @dataclass(frozen=True)
 class ConvertReport:
-    """The size of a converted model, and its difference from the source model."""
+    """The size of a converted model, and how far its log-probs differ from those of the source."""
 
     source: str
     output: Path

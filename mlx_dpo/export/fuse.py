@@ -67,9 +67,9 @@ def measure_retention(
 ) -> Retention:
     """Measure how much of the policy's change of log-probabilities the fused model retains.
 
-    The change of the fused model from the reference is projected on the change of the policy. Noise
-    averages out in the projection, but it can dominate a small change in both directions: a share
-    far above 1 is as bad as a share far below 1.
+    The fused model's change from the reference is projected on the policy's change. Noise averages
+    out in this projection. If the policy's change is small, noise can still dominate, so that a
+    share far above 1 is as bad as a share far below 1.
 
     Args:
         reference: Log-probabilities of the pairs under the reference model.
@@ -98,10 +98,9 @@ def _is_labelled(pairs: Sequence[TokenizedPair]) -> bool:
 
 
 def _log_ratios(pairs: Sequence[TokenizedPair], start: PairLogps, end: PairLogps) -> Values:
-    """Return `end` minus `start`, the log-ratio of each completion. (1 or 2, len(pairs))
+    """Return the log-ratio of each completion, `end` minus `start`. (1 or 2, len(pairs))
 
-    There are two completions for each preference pair (chosen, rejected), and one for each unpaired
-    example.
+    A preference pair has two completions (chosen and rejected), an unpaired example has one.
     """
     rows = [np.array(e) - np.array(s) for s, e in zip(start, end, strict=True)]
     return np.array(rows[:1] if _is_labelled(pairs) else rows, np.float64)
@@ -127,7 +126,7 @@ class FuseOptions:
     """Options of the command `fuse`.
 
     Raises:
-        ConfigError: an option has no effect with the others.
+        ConfigError: an option has no effect in combination with the other options.
     """
 
     to: str = "mlx"  # or "hf"
@@ -290,7 +289,11 @@ def _write(
     dtype: str,
     checkpoint: HFCheckpoint | None,
 ) -> tuple[MergeRetention | None, tuple[str, ...]]:
-    """Write the fused model; return how much merging retains, and notes on unquantized layers."""
+    """Write the fused model to the folder `partial`.
+
+    Returns:
+        How much of the adapters' change remains after merging, and notes on unquantized layers.
+    """
     if checkpoint is not None:
         write_hf(partial, merged_tensors(base.model, base.config, checkpoint), checkpoint)
         return None, ()
@@ -306,8 +309,9 @@ def _write(
 def _check_retention(output: Path, retention: Retention, options: FuseOptions) -> None:
     """Raise `ModelError` if the fused model retains too little or too much of the training.
 
-    Without `force`, the shares have to be at least `min_retained`, and the share of the change at
-    most 2 - `min_retained`: an adapter that was merged twice, for example, gives 200 %.
+    The retained shares have to be at least `min_retained`, and the share of the change at most
+    2 - `min_retained`. An adapter that was merged twice, for example, gives a share of 2. With
+    `force`, nothing is checked.
     """
     most = 2 - options.min_retained
     if (options.min_retained <= retention.minimum and retention.change <= most) or options.force:

@@ -1,4 +1,8 @@
-"""Generate answers to many prompts, in one batch if the architecture's batched cache is exact."""
+"""Generate answers to many prompts.
+
+All answers are generated in one batch if the model's batched KV cache gives exact results,
+otherwise one after another.
+"""
 
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
@@ -92,10 +96,10 @@ def generate_tokens(
 
 
 def is_batching_exact(model: Any, prompts: Sequence[Sequence[int]]) -> bool:
-    """Return whether a batch of prompts gets the same tokens as each prompt alone.
+    """Return whether the model generates the same tokens for a batch of prompts as for each alone.
 
     This is tested with the last tokens of the shortest and of the longest prompt, because batched
-    caches go wrong where prompts are padded.
+    KV caches go wrong where prompts are padded.
     """
     pair = [min(prompts, key=len)[-PROBE_PROMPT:], max(prompts, key=len)[-PROBE_PROMPT:]]
     pair[0] = pair[0][: max(1, len(pair[1]) // 2)]

@@ -58,8 +58,8 @@ class ThinkingSplitter:
     """Splitter of a streamed text into thinking and answer.
 
     The thinking goes from the mark `start` to the mark `end`, both included; a mark that the model
-    does not have is None. `within` means that the prompt has already begun the thinking. All parts
-    together are the text that was fed.
+    does not have is None. `within` means that the streamed text begins inside the thinking. Joined
+    together, the yielded parts give the whole text.
     """
 
     def __init__(self, start: str | None, end: str | None, *, within: bool = False) -> None:
@@ -94,7 +94,7 @@ def _nonempty(text: str, thinking: bool) -> Iterator[TextPart]:
 
 
 def _overlap(text: str, mark: str) -> int:
-    """Return the length of the longest end of `text` with which `mark` may begin."""
+    """Return the length of the longest suffix of `text` that is an incomplete prefix of `mark`."""
     longest = min(len(text), len(mark) - 1)
     return next((n for n in range(longest, 0, -1) if mark.startswith(text[-n:])), 0)
 

@@ -18,7 +18,7 @@ FinishReason = Literal["stop", "length", "context"]
 
 
 class PromptCache:
-    """A prompt cache of mlx-lm (`layers`), and the `tokens` whose keys and values are in it."""
+    """A KV cache of mlx-lm (`layers`), and the `tokens` whose keys and values it contains."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -32,8 +32,8 @@ class PromptCache:
     def reuse_for(self, prompt: Sequence[int]) -> list[int]:
         """Trim the cache to its common prefix with `prompt`; return the other tokens of `prompt`.
 
-        At least one token is returned. The caller has to run the model on the returned tokens next,
-        because `tokens` includes them from now on.
+        At least one token is returned. The caller has to run the model on the returned tokens
+        next, because `self.tokens` already includes them.
         """
         pairs = zip(self.tokens, prompt[:-1], strict=False)
         shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
@@ -89,8 +89,8 @@ def stream_answer(  # noqa: PLR0913 (one argument for each thing an answer depen
 ) -> Generator[AnswerChunk]:
     """Yield the model's answer to `prompt` (token ids) in chunks, at most `max_tokens` tokens.
 
-    `max_tokens` is less than that of `sampling` if the context has no room for more.
-    `dropped_turns` only goes into the summary.
+    `max_tokens` is less than `sampling.max_tokens` if the context has no room for more.
+    `dropped_turns` is the number of turns left out of the prompt; it only appears in the summary.
     """
     clock, ended = _Clock(), False
     decoder, splitter = StreamingDecoder(tokenizer), make_thinking_splitter(tokenizer, prompt)
@@ -136,7 +136,7 @@ def _as_chunks(parts: Iterable[TextPart]) -> Iterator[AnswerChunk]:
 
 
 class _Clock:
-    """Counts the tokens of an answer and measures the time that they take."""
+    """A counter of an answer's tokens, and of the time that they take."""
 
     def __init__(self) -> None:
         self.ticks = 0

@@ -24,7 +24,7 @@ def as_model_errors(name: str) -> Iterator[None]:
     """Convert Hub and network errors inside the block into `ModelError`s of one line.
 
     Args:
-        name: repository that the requests are about, named in the message.
+        name: name of the Hub repository, for the message.
     """
     try:
         yield

@@ -34,7 +34,7 @@ MAX_LISTED_SECRETS = 5  # in the error message
 
 @dataclass(frozen=True)
 class Upload:
-    """Files of a run to upload, as paths by their name in the repository."""
+    """Files of a run to upload (a path for each name in the repository), and the commit message."""
 
     files: dict[str, Path]
     message: str  # of the commit
@@ -111,8 +111,8 @@ def push(
     """Upload the files to the repository `name` in one commit; create the repository if needed.
 
     Raises:
-        ConfigError: a file has a secret in it; the repository is public without `public`, or the
-            other way round; or it has other files of these names without `overwrite`.
+        ConfigError: a file contains a secret; an existing repository is public and `public` is
+            False, or private and True; or a file would be replaced and `overwrite` is False.
         ModelError: the Hub refuses, or cannot be reached.
     """
     if name.count("/") != 1:
@@ -138,10 +138,10 @@ def push(
 
 
 def _read_addition(path: str, file: Path) -> CommitOperationAdd:
-    """Read a file once, so that the content that is scanned is the content that is uploaded.
+    """Read a file that will be uploaded as `path`, so that later changes to it are not uploaded.
 
-    Weights are not held in memory: their digest is computed here, and the upload fails if they
-    change afterwards.
+    Weights are too large to keep in memory: only their digest is computed here, and the upload
+    fails if they change afterwards.
     """
     if not path.endswith(".safetensors"):
         return CommitOperationAdd(path, file.read_bytes())
@@ -183,7 +183,7 @@ def _get_or_create_repository(api: HfApi, name: str, *, public: bool) -> ModelIn
 def _has_all(
     repository: ModelInfo, additions: Sequence[CommitOperationAdd], name: str, *, overwrite: bool
 ) -> bool:
-    """Return whether the repository has every file with the same content.
+    """Return whether the repository already has all the files with the same content.
 
     Raises:
         ConfigError: the repository has a file with other content, and `overwrite` is False.

@@ -149,7 +149,7 @@ def _describe_steps(record: Mapping[str, Any]) -> str:
 
 
 def _peft_problem(loads_in: str) -> str:
-    """Return why PEFT cannot load an adapter, without the advice that follows in the run record."""
+    """Return why PEFT cannot load an adapter, from the text `loads_in` of the run record."""
     return loads_in.partition(": ")[2].partition(";")[0] or "its run is of an older version"
 
 
@@ -171,7 +171,7 @@ def _describe_adapter(adapter: Mapping[str, Any]) -> str:
 
 
 def _inherited_metadata(opened: OpenRun, hub_id: str | None, *, online: bool) -> dict[str, Any]:
-    """Return the license and the language from the base model's card."""
+    """Return the license and the language that the base model's card names."""
     local = _read_local_card(opened)
     metadata = inherited_metadata(local or (_read_hub_card(hub_id) if online else {}))
     link = metadata.get("license_link")

@@ -105,7 +105,7 @@ def _read_text(content: Path | bytes, name: str) -> bytes:
 def _unescape(match: re.Match[bytes]) -> bytes:
     """Return the character that an escape sequence stands for.
 
-    White space becomes a blank, so that line numbers stay the same.
+    An escaped white space character becomes a blank, so that line numbers stay the same.
     """
     code, character = match.groups()
     return bytes.fromhex(code.decode()) if code else character or b" "

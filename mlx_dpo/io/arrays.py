@@ -11,7 +11,7 @@ Arrays = dict[str, mx.array]
 
 
 def named_arrays(tree: Any) -> Arrays:
-    """Flatten a tree of arrays to a dictionary with dotted names as keys."""
+    """Return the arrays of a nested parameter tree, keyed by dotted path such as `a.0.weight`."""
     return dict(cast("list[tuple[str, mx.array]]", tree_flatten(tree)))
 
 
@@ -37,7 +37,7 @@ def write_arrays(path: Path, arrays: Arrays, metadata: dict[str, str] | None = N
 
 
 def scalar(array: mx.array) -> float:
-    """Return the value of an array with one element, which is evaluated, as a Python number."""
+    """Evaluate an array with one element, and return its value as a Python number."""
     return cast("float", array.item())
 
 

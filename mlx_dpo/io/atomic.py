@@ -98,14 +98,14 @@ def flush(path: Path) -> None:
 
 
 def is_temporary(path: Path) -> bool:
-    """Return whether the name of `path` is a temporary name of this module."""
+    """Return whether the name of `path` has the form of this module's temporary names."""
     return TEMPORARY.fullmatch(path.name) is not None
 
 
 def abandoned_paths(folder: Path, target: str | None = None) -> list[Path]:
     """Return the temporary files and folders in `folder` whose writer is not running any more.
 
-    With `target`, return only the temporary files and folders of the target with this name.
+    With `target`, return only those made for the file or folder named `target`.
     """
     return [
         path
@@ -117,8 +117,8 @@ def abandoned_paths(folder: Path, target: str | None = None) -> list[Path]:
 def remove_abandoned(folder: Path, target: str | None = None) -> None:
     """Remove the temporary files and folders in `folder` whose writer is not running any more.
 
-    With `target`, remove only those of the target with this name. Files that cannot be removed are
-    skipped.
+    With `target`, remove only those made for the file or folder named `target`. Files that cannot
+    be removed are skipped.
     """
     for path in abandoned_paths(folder, target):
         with suppress(OSError):  # a leftover of another user, which is not in the way

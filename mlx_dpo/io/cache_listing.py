@@ -39,7 +39,7 @@ def list_cache(
     Args:
         folder: Cache folder; it need not exist.
         suffix: Suffix of the file names.
-        entry_type: Type of the entries; labels with the name of one of its fields are used.
+        entry_type: Class of the entries. Labels that are not fields of this class are ignored.
         read_labels: Returns the labels of a file, or None if the file is damaged.
     """
     names = {field.name for field in fields(entry_type)}

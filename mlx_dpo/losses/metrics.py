@@ -117,7 +117,7 @@ def _masked_mean(values: mx.array, mask: mx.array) -> float | None:
 
 
 def to_public_names(metrics: PreferenceMetrics, *, prefix: str = "") -> dict[str, float]:
-    """Return the metrics that are not None, by `prefix` + public name."""
+    """Return a dictionary from `prefix` + public name to metric, without those that are None."""
     values = {field: value for field, value in metrics._asdict().items() if value is not None}
     return {prefix + METRICS[field].name: value for field, value in values.items()}
 

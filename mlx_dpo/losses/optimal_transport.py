@@ -16,8 +16,8 @@ def aot_loss(
 ) -> mx.array:
     """Return the AOT loss: the policy's margins should dominate the reference's. (B,)
 
-    Each term is `sigmoid_loss` of the k-th smallest margin logπ(w) - logπ(l) of the policy minus
-    the k-th smallest margin of the reference.
+    Each term is `sigmoid_loss` of the k-th smallest margin of the policy minus the k-th smallest
+    margin of the reference. A margin is the log-probability of chosen minus that of rejected.
 
     Source: Melnyk et al. 2024, arXiv:2406.05882, paired.
     """

@@ -51,10 +51,11 @@ def sigmoid_loss(
 def robust_loss(
     margin: mx.array, *, beta: float, label_smoothing: float, offset: Offset = 0.0
 ) -> mx.array:
-    """Return the robust DPO loss, whose mean over flipped labels is DPO on clean labels. (B,)
+    """Return the robust DPO loss, an unbiased estimate of the DPO loss on clean labels. (B,)
 
         loss = [-(1 - eps) log sigmoid(x) + eps log sigmoid(-x)] / (1 - 2 eps),  x = beta m - offset
 
+    where m is the log-ratio margin and eps, the share of flipped labels, is `label_smoothing`.
     The loss may be negative, and it has no lower bound.
 
     Source: Ray Chowdhury et al. 2024, arXiv:2403.00409.
@@ -65,7 +66,7 @@ def robust_loss(
 
 
 def hinge_loss(margin: mx.array, *, beta: float, offset: Offset = 0.0) -> mx.array:
-    """Return the hinge loss max(0, 1 - (beta m - offset)). (B,) -> (B,)
+    """Return the hinge loss max(0, 1 - (beta m - offset)) of the margins m. (B,) -> (B,)
 
     Source: Zhao et al. 2023, arXiv:2305.10425, with log-ratios as in Liu et al. 2023,
     arXiv:2309.06657.
@@ -87,13 +88,13 @@ def ipo_loss(margin: mx.array, *, beta: float) -> mx.array:
 
 
 def exo_pair_loss(margin: mx.array, *, beta: float, label_smoothing: float) -> mx.array:
-    """Return the EXO loss: KL divergence of policy preference and smoothed label. (B,) -> (B,)
+    """Return the EXO loss: KL divergence of the policy from the smoothed labels. (B,) -> (B,)
 
         loss = sigmoid(x) [log sigmoid(x) - log(1 - eps)]
              + sigmoid(-x) [log sigmoid(-x) - log eps],  x = beta m
 
     Args:
-        margin: Log-ratio margins in nats.
+        margin: m, the log-ratio margins in nats.
         beta: The paper's beta_pi.
         label_smoothing: eps, above 0: the divergence from a certain label is infinite.
 
@@ -110,8 +111,9 @@ def discopop_loss(margin: mx.array, *, beta: float, discopop_tau: float) -> mx.a
 
         loss = (1 - mu) (-log sigmoid(x)) + mu exp(-x),  mu = sigmoid(x / tau),  x = beta m
 
-    For tau up to 1 the product mu exp(-x) is bounded; it is computed as a single exponential, so
-    that exp(-x) cannot overflow before mu vanishes.
+    where m is the log-ratio margin and tau is `discopop_tau`. For tau up to 1 the product
+    mu exp(-x) is bounded. It is computed as a single exponential, so that exp(-x) cannot
+    overflow before mu vanishes.
 
     Source: Lu et al. 2024, arXiv:2406.08414, Eq. 5; tau 0.05 there.
     """
@@ -128,10 +130,10 @@ def dpop_loss(
         loss = -log sigmoid(beta (m - lambda max(0, -r)) - offset)
 
     Args:
-        margin: Log-ratio margins in nats.
+        margin: m, the log-ratio margins in nats.
         chosen: r, the chosen completions' log-ratios.
         beta: Strength of the KL constraint.
-        dpop_lambda: Penalty per nat that chosen has lost.
+        dpop_lambda: Penalty per nat by which the chosen log-ratio is below zero.
         offset: Target reward margin. (B,)
 
     Source: Pal et al. 2024, arXiv:2402.13228: the penalty stands inside the sigmoid.

@@ -1,7 +1,7 @@
 """Losses that are functions of each completion's log-ratio, and not only of the pair's margin.
 
-They control how likely chosen and rejected become in absolute terms. `chosen` and `rejected` are
-log-ratios in nats, (B,); each function returns one loss per pair.
+These losses control how likely chosen and rejected become in absolute terms. `chosen` and
+`rejected` are log-ratios in nats, (B,); each function returns one loss per pair.
 """
 
 import mlx.core as mx
@@ -14,6 +14,8 @@ def nca_pair_loss(chosen: mx.array, rejected: mx.array, *, beta: float) -> mx.ar
     """Return the NCA (noise-contrastive alignment) loss. (B,), (B,) -> (B,)
 
         loss = -log sigmoid(beta r_w) - 1/2 log sigmoid(-beta r_w) - 1/2 log sigmoid(-beta r_l)
+
+    where r_w and r_l are the log-ratios of chosen and rejected.
 
     Source: Chen et al. 2024, arXiv:2402.05369, for rewards of 1 and 0.
     """
@@ -49,13 +51,15 @@ def apo_zero_loss(chosen: mx.array, rejected: mx.array, *, beta: float) -> mx.ar
 
         loss = 1 - sigmoid(beta r_w) + sigmoid(beta r_l)
 
+    where r_w and r_l are the log-ratios of chosen and rejected.
+
     Source: D'Oosterlinck et al. 2024, arXiv:2408.06266, Eq. 7.
     """
     return mx.sigmoid(-beta * chosen) + mx.sigmoid(beta * rejected)
 
 
 def apo_down_loss(chosen: mx.array, rejected: mx.array, *, beta: float) -> mx.array:
-    """Return the APO-down loss, which lowers both, rejected more. (B,), (B,) -> (B,)
+    """Return the APO-down loss, which lowers chosen, and rejected even more. (B,), (B,) -> (B,)
 
         loss = sigmoid(beta r_w) + 1 - sigmoid(beta (r_w - r_l))
 
@@ -84,10 +88,10 @@ def kto_loss(
     Args:
         ratios: r, log-ratios of the completions.
         mismatched: Log-ratios of completions of other prompts, over all rows of a step.
-        desirable: Labels of the completions.
+        desirable: True for each completion that is labelled as good.
         beta: Strength of the KL constraint.
-        desirable_weight: lambda_D.
-        undesirable_weight: lambda_U.
+        desirable_weight: lambda_D, the weight of desirable completions.
+        undesirable_weight: lambda_U, the weight of undesirable completions.
 
     Source: Ethayarajh et al. 2024, arXiv:2402.01306, Eqs. 7 and 8.
     """

@@ -14,8 +14,8 @@ LARGEST_LOGP = -1e-6
 def sft_loss(chosen: mx.array, mean_tokens: mx.array) -> mx.array:
     """Return the cross-entropy of the chosen completions. (B,), () -> (B,)
 
-    Each negative log-probability is divided by the mean length over the step, not by its own
-    length: the mean over pairs is then the mean over tokens, as in TRL and PyTorch.
+    Each negative log-probability is divided by `mean_tokens`, the mean number of tokens of the
+    chosen completions of a step. The mean over pairs is then the mean over tokens, as in TRL.
 
     Source: part of RPO in Pang et al. 2024, arXiv:2404.19733, who divide by the completion's own
     length; this function follows TRL's mean over tokens.
@@ -51,6 +51,8 @@ def cpo_loss(
 
         loss = sigmoid_loss(logπ(w) - logπ(l)) + alpha sft_loss(w)
 
+    where w is the chosen and l the rejected completion.
+
     The paper sums the likelihood over a completion; the authors' code, TRL and this function
     take the mean over tokens.
 
@@ -69,8 +71,9 @@ def orpo_loss(
 
         loss = sft_loss(w) - beta log sigmoid(log odds(w) - log odds(l))
 
-    with the odds p / (1 - p) of p = exp(logπ(y) / |y|). TRL's likelihood includes the prompt; this
-    function follows the paper: the completion only.
+    where w is chosen and l rejected, with the odds p / (1 - p) of p = exp(logπ(y) / |y|).
+    In TRL the likelihood includes the prompt. This function follows the paper and takes that of
+    the completion only.
 
     Source: Hong et al. 2024, arXiv:2403.07691, Eqs. 6 and 7; beta is its lambda.
     """

@@ -72,10 +72,13 @@ def cast_model(model: nn.Module, dtype: mx.Dtype) -> None:
 
 
 def prepare_for_cpu(model: nn.Module, dtype: mx.Dtype = mx.float32) -> tuple[str, ...]:
-    """Dequantize the model, cast its weights to `dtype`, and return notes for the user on both.
+    """Dequantize the model and cast its weights to `dtype`.
 
     In float32 the weights keep their values to the last bit. Layers are dequantized one at a time,
     so that no second model is held in memory.
+
+    Returns:
+        Notes for the user on what was dequantized and cast.
 
     Raises:
         ModelError: the CPU backend cannot dequantize a layer.
@@ -112,7 +115,11 @@ def _stored_dtypes(model: nn.Module) -> set[str]:
 
 
 def _dequantize_layers(model: nn.Module, dtype: mx.Dtype) -> Counter[int]:
-    """Dequantize the layers one by one, and return the number of layers by bits per weight."""
+    """Dequantize the layers one by one.
+
+    Returns:
+        Number of dequantized layers, keyed by bits per weight.
+    """
     packed = [(name, m) for name, m in model.named_modules() if type(m) in PLAIN_LAYERS]
     bits: Counter[int] = Counter()
     while packed:  # popped, so that each quantized weight is freed before the next layer
@@ -163,9 +170,9 @@ def float32_weight(layer: nn.Module) -> mx.array:
 
 
 def _to_float32(value: mx.array) -> mx.array:
-    """Cast quantization scales to float32; return integer scales unchanged.
+    """Cast floating-point quantization scales to float32; return integer scales unchanged.
 
-    All modes except affine have integer scales.
+    All quantization modes except `affine` have integer scales.
     """
     floating = mx.issubdtype(value.dtype, mx.floating)
     return value.astype(mx.float32) if floating else value

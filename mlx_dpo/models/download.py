@@ -31,10 +31,10 @@ def resolve_model(
     trust_remote_code: bool = False,
     weights: bool = True,
 ) -> Path:
-    """Return the local folder of the model `source`, a folder or a Hub id, and download a Hub id.
+    """Return the local folder of a model, downloading the model from the Hub if necessary.
 
-    An existing folder takes precedence over a Hub id of the same name. Without `weights`, the
-    weight files are not downloaded.
+    `source` is a folder or a Hub id; an existing folder takes precedence over a Hub id of the same
+    name. Without `weights`, the weight files are not downloaded.
 
     Raises:
         ModelError: there is no such folder, or the model cannot be downloaded from the Hub.
@@ -61,7 +61,7 @@ def resolve_model(
 
 
 def is_hub_id(source: str) -> bool:
-    """Return whether `source` is a Hub id: no local file or folder has this name."""
+    """Return whether `source` is a Hub id, that is, not the name of a local file or folder."""
     return not os.path.exists(_local_path(source))
 
 

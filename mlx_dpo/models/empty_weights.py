@@ -92,7 +92,8 @@ def _quantization(
 ) -> dict[str, Any] | None:
     """Return the model's quantization settings, or None if the model is not quantized.
 
-    The settings are `group_size` and `bits` of linear layers, and exceptions by layer name.
+    The settings are `group_size` and `bits`, and for each layer that differs an entry with the
+    layer's name.
     """
     if bits is not None:
         return {"group_size": group_size or DEFAULT_GROUP_SIZE, "bits": bits}
@@ -108,7 +109,10 @@ def _quantization(
 def _cast_and_quantize(
     model: nn.Module, config: dict[str, Any], packing: dict[str, Any] | None, dtype: str | None
 ) -> tuple[str, ...]:
-    """Cast and quantize weights as `load_model` does on this device; return notes for the user."""
+    """Cast and quantize weights as `load_model` does on this device; return notes for the user.
+
+    `packing` contains the quantization settings; None means no quantization.
+    """
     configured = config | (config.get("text_config") or {})
     stored = str(configured.get("torch_dtype") or configured.get("dtype") or DEFAULT_DTYPE)
     wanted = dtype or (stored.removeprefix("torch."))

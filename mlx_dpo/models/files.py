@@ -46,17 +46,26 @@ def weight_bytes(folder: Path) -> int:
 
 
 def model_fingerprint(base_path: Path) -> str:
-    """Return a SHA-256 (hex) over names and content of a model's weights, configuration, code."""
+    """Return the SHA-256 (hex) of a model's weight, configuration and code files.
+
+    File names are hashed as well as content.
+    """
     return _digest(base_path, MODEL_FILES)
 
 
 def tokenizer_fingerprint(path: Path) -> str:
-    """Return a SHA-256 (hex) over names and content of the tokenizer's files and chat templates."""
+    """Return the SHA-256 (hex) of a tokenizer's files and chat templates.
+
+    File names are hashed as well as content.
+    """
     return _digest(path, TOKENIZER_FILES)
 
 
 def code_fingerprint(path: Path) -> str:
-    """Return a SHA-256 (hex) over names and content of the Python files in a model's folder."""
+    """Return the SHA-256 (hex) of the Python files in a model's folder.
+
+    File names are hashed as well as content.
+    """
     return _digest(path, ("*.py",))
 
 

@@ -36,7 +36,7 @@ def check_output_folder(output: Path, expected_bytes: int) -> None:
 
 @contextmanager
 def new_output_folder(output: Path) -> Iterator[Path]:
-    """Yield a temporary folder to write to, and rename it to `output` if the block succeeds.
+    """Yield a temporary folder to write to; rename it to `output` if the `with` block succeeds.
 
     Raises:
         ModelError: another process is writing to `output`, or the folder cannot be made.

@@ -37,16 +37,20 @@ def quantize_model(
 
 
 def quantizable_layers(model: nn.Module) -> dict[str, int]:
-    """Return the width of each layer that can be quantized and is not, keyed by layer name.
+    """Return the width of each layer that is not quantized but can be, keyed by layer name.
 
-    The width is the number of inputs, which the group size has to divide.
+    The width is the number of inputs, which must be a multiple of the group size.
     """
     modules = model.named_modules()
     return {name: m.weight.shape[-1] for name, m in modules if hasattr(m, "to_quantized")}
 
 
 def unquantized_notes(model: nn.Module, layers: int, group_size: int) -> tuple[str, ...]:
-    """Return notes that say how many of `layers` quantizable layers are unquantized, and why."""
+    """Return notes on how many quantizable layers were left unquantized, and why.
+
+    Args:
+        layers: Number of layers that were quantizable before quantization.
+    """
     widths = quantizable_layers(model).values()
     unfit = sum(width % group_size != 0 for width in widths)
     notes = []

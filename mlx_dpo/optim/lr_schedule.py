@@ -49,7 +49,7 @@ def _inverse_sqrt(at: DecayStep) -> float:
 
 
 class ScheduleEntry(NamedTuple):
-    """A schedule: a function from step to fraction of the peak rate, and its settings."""
+    """A schedule: function from step to fraction of the peak learning rate; names of settings."""
 
     share: Callable[[DecayStep], float]
     settings: tuple[str, ...] = WARMUP_SETTINGS

@@ -28,7 +28,7 @@ class Muon(optim.Optimizer):
     same learning rate suits both. MLX's own Muon differs in three ways: its factor depends on
     which axis of a matrix is the output, and adapters store the axes in the opposite order; it
     adds weight decay to the gradient, where the decay outweighs a small gradient; and it
-    flattens stacked matrices into one.
+    reshapes a stack of matrices into a single matrix.
 
     Sources:
         Jordan et al. 2024, kellerjordan.github.io/posts/muon; factor and decay: Liu et al.
@@ -48,7 +48,7 @@ class Muon(optim.Optimizer):
     def apply_single(
         self, gradient: mx.array, parameter: mx.array, state: dict[str, mx.array]
     ) -> mx.array:
-        """Return the updated parameter; its momentum buffer in `state` is updated, too."""
+        """Return the parameter after one step, and update its momentum buffer in `state`."""
         state["v"] = self.momentum * state["v"] + (1 - self.momentum) * gradient
         update = (1 - self.momentum) * gradient + self.momentum * state["v"]
         learning_rate = self.learning_rate.astype(parameter.dtype)
@@ -60,7 +60,7 @@ class Muon(optim.Optimizer):
 def orthogonalize(matrix: mx.array, steps: int = 5) -> mx.array:
     """Return approximately U V^T, where U S V^T is the SVD of the matrix. (..., m, n)
 
-    It is computed by Newton-Schulz iterations.
+    The result is computed by `steps` Newton-Schulz iterations.
     """
     a, b, c = NEWTON_SCHULZ_COEFFICIENTS
     is_tall = matrix.shape[-2] > matrix.shape[-1]

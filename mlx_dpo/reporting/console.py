@@ -64,7 +64,7 @@ def format_evaluation(row: MetricsRow) -> str:
 
 
 def format_final_metrics(row: MetricsRow) -> dict[str, str]:
-    """Return the metrics in `FINAL_METRICS` of an evaluation as formatted numbers, by label."""
+    """Return an evaluation's final metrics as a mapping from label to formatted number."""
     formats = {"accuracy": ".1%"}
     return {
         label: _format_metric(row, key, formats.get(label, ".4f")) for label, key in FINAL_METRICS
@@ -84,7 +84,7 @@ def final_metrics_table(row: MetricsRow, *, title: str) -> Table:
 def _format_metric(row: MetricsRow, key: str, form: str) -> str:
     """Return the metric `key` in the number format `form`, or "-" if the row does not have it.
 
-    For example, labelled data with only one of the two labels have no margin.
+    For example, the row has no margin if all rows of labelled data have the same label.
     """
     return format(row[key], form) if key in row else "-"
 
@@ -103,7 +103,7 @@ class PlainLines:
         self.console, self.total, self.every = console, total, every
 
     def show(self, row: MetricsRow) -> None:
-        """Print an evaluation, the last training step, or a step that is a multiple of `every`."""
+        """Print a row if it is an evaluation, the last step, or a step divisible by `every`."""
         if "eval_loss" in row:
             self.console.print(format_evaluation(row))
         elif row["step"] % self.every == 0 or row["step"] == self.total:
@@ -111,7 +111,7 @@ class PlainLines:
 
 
 class StepBar:
-    """A display with a progress bar, followed by as many metrics of the last step as fit."""
+    """A display with a progress bar and, beside it, as many of the last step's metrics as fit."""
 
     def __init__(self, progress: Progress, total: int, done: int) -> None:
         self.progress = progress
@@ -175,7 +175,7 @@ def show_progress(
 
 
 class AdvanceProgress(Protocol):
-    """The type of a function that advances a progress bar."""
+    """Type of a function that advances a progress bar."""
 
     def __call__(self, items: int, /) -> None:
         """Advance the progress bar by this number of items."""

@@ -14,7 +14,7 @@ MAX_POINTS = 600  # of a line; more cannot be distinguished in a chart
 
 
 class Line(NamedTuple):
-    """A line of a chart: N values of one run's metric over the x axis."""
+    """A line of a chart: N values of a metric of one run, with their x coordinates."""
 
     run: int  # index of the run
     completion: str  # `CHOSEN`, `REJECTED`, or "" for a metric of the pair
@@ -50,12 +50,12 @@ class Curve(NamedTuple):
 
 
 def _metrics(field: str) -> dict[str, str]:
-    """Return the public name of a metric of the pair, given its field of `PreferenceMetrics`."""
+    """Return the `metrics` of a curve with one line: {"": the metric's name in metrics rows}."""
     return {"": METRICS[field].name}
 
 
 def _completion_metrics(kind: str) -> dict[str, str]:
-    """Return the public names of a metric of both completions, such as `logps`."""
+    """Return the `metrics` of a curve with a chosen and a rejected line; `kind` is e.g. `logps`."""
     completions = (CHOSEN, REJECTED)
     return {completion: METRICS[f"{completion}_{kind}"].name for completion in completions}
 
@@ -189,9 +189,9 @@ def _make_lines(run: int, rows: Sequence[MetricsRow], curve: Curve, x_axis: str)
 def _make_line(
     run: int, completion: str, points: list[tuple[float, float]], curve: Curve, *, held_out: bool
 ) -> Line:
-    """Return a line of at most `MAX_POINTS` points, with trailing means if the curve is noisy.
+    """Return a line through the points, with trailing means if the metric is noisy.
 
-    Longer training lines are downsampled; lines of held-out metrics are not.
+    Training lines of more than `MAX_POINTS` points are downsampled.
     """
     count = len(points)
     group = 1 if held_out else -(-count // MAX_POINTS)  # neighbours per point
@@ -208,7 +208,7 @@ def _make_line(
 
 
 def window_size(points: int) -> int:
-    """Return the number of values in a trailing mean, for a line of `points` points."""
+    """Return how many values a trailing mean averages on a line of `points` points."""
     return max(5, points // WINDOWS_PER_RUN)
 
 

@@ -67,7 +67,7 @@ def _parse_line(line: str, location: str) -> MetricsRow:
 
 
 def timed(items: Iterator[T]) -> Iterator[tuple[float, T]]:
-    """Yield (seconds, item) for each item, with the time that the iterator took to produce it."""
+    """Yield (seconds, item) for each item; the iterator took that many seconds to produce it."""
     start = perf_counter()
     for item in items:
         yield perf_counter() - start, item

@@ -45,11 +45,11 @@ class Part(Protocol):
 
     @property
     def name(self) -> str:
-        """Name of the text that the tokens belong to, such as `chosen`."""
+        """Name of the text in the pair that the tokens belong to, such as `chosen`."""
 
     @property
     def kind(self) -> str:
-        """`PROMPT`, `SCORED` or `CUT`."""
+        """Kind of the tokens: `PROMPT`, `SCORED` or `CUT` (truncated)."""
 
     @property
     def tokens(self) -> int:
@@ -108,12 +108,12 @@ EIGHTHS = " ▏▎▍▌▋▊▉"
 def format_histogram(
     columns: Sequence[str], bins: Sequence[tuple[int, int, Sequence[int]]], unit: str
 ) -> list[str]:
-    """Return a histogram as lines of text: one line per bin, one column of bars per name.
+    """Return a histogram as lines of text: one line per bin, one bar per column.
 
     Args:
-        columns: names of the columns.
+        columns: headings of the columns.
         bins: (low, high, counts) per bin, with one count per column.
-        unit: heading above the bounds of the bins.
+        unit: heading of the first text column, which shows the bounds of the bins.
     """
     max_count = max(max(counts) for _, _, counts in bins)
     labels = [f"{low:,}" if low == high else f"{low:,}–{high:,}" for low, high, _ in bins]
@@ -128,7 +128,7 @@ def format_histogram(
 
 
 def format_bar(share: float) -> str:
-    """Return a bar of block characters, `MAX_BAR_WIDTH` wide at a share of 1.
+    """Return a bar of block characters; a share of 1 gives `MAX_BAR_WIDTH` characters.
 
     The bar's length is rounded to an eighth of a character; a share above 0 has at least an eighth.
     """
@@ -141,7 +141,7 @@ def format_length_summary(lengths: Mapping[str, Sequence[int]]) -> list[str]:
     """Return a table of lengths as lines of text.
 
     Args:
-        lengths: median, 95th percentile and maximum, by name.
+        lengths: a row per name: median, 95th percentile and maximum of the lengths.
     """
     headings = ("median", "95 %", "longest")
     width = max(map(len, lengths))

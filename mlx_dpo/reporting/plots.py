@@ -67,7 +67,7 @@ def charts_png(charts: Sequence[Chart], names: Sequence[str], x_label: str) -> b
 
 
 def chart_svg(chart: Chart, runs: int, x_label: str, theme: Theme) -> bytes:
-    """Draw one chart as an SVG image; `runs` is the number of runs in it."""
+    """Draw one chart, which shows `runs` runs, as an SVG image."""
     with _matplotlib_style(theme):
         figure = _make_figure(CHART_WIDTH, CHART_HEIGHT)
         _draw_chart(figure.add_subplot(), chart, runs, x_label, theme)
@@ -165,7 +165,7 @@ def _draw_line(axes: "Axes", line: Line, runs: int, theme: Theme) -> None:
 
 
 def _line_style(line: Line, runs: int, theme: Theme) -> dict[str, Any]:
-    """Return the matplotlib style of a line.
+    """Return the style of a line as matplotlib arguments.
 
     Colours distinguish runs; with a single run they distinguish chosen and rejected.
     """

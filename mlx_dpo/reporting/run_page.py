@@ -11,7 +11,7 @@ from mlx_dpo.reporting.plots import DARK, LIGHT, MARKERS
 
 
 class RunDetails(NamedTuple):
-    """Texts about a run that the page shows above and below the charts."""
+    """Texts about a run for the report page."""
 
     name: str
     facts: Sequence[tuple[str, str]]  # name and text, below the curves
@@ -72,7 +72,7 @@ def _draw(chart: Chart, names: Sequence[str], x_axis: str) -> _Picture:
 
 
 def _describe_lines(chart: Chart, names: Sequence[str]) -> Iterator[str]:
-    """Yield a text for screen readers per line of the chart, with its first and last value."""
+    """Yield a sentence for screen readers about each line of a chart: its first and last value."""
     for line in chart.lines:
         parts = [names[line.run], line.completion, "held out" * line.held_out]
         first, last = line.smoothed[0], line.smoothed[-1]

@@ -146,7 +146,7 @@ def _compute_metrics(
 def _reference_logps(
     run: OpenRun, base: LoadedModel, pairs: Sequence[TokenizedPair], score: DatasetScorer
 ) -> PairLogps:
-    """Return log-probs of the completions under the reference. (len(pairs),) each
+    """Return log-probs of chosen and rejected completions under the reference. (len(pairs),) each
 
     The adapters of `base` must be those that the run started from.
     """

@@ -13,7 +13,7 @@ from mlx_dpo.saved_runs.open import OpenRun, load_adapter_into, load_base_of_run
 def export_run(folder: str, base: str | None = None, revision: str | None = None) -> str:
     """Write the adapter of a finished run in PEFT's format into the run folder.
 
-    Return the text that is recorded as the run's `adapter`: that PEFT can load it.
+    Return a text that says that PEFT can load the adapter; the run record stores it too.
 
     Args:
         base: Hugging Face checkpoint that the run's model was made from, as a Hub id or a folder;

@@ -151,7 +151,7 @@ class SwitchableModel:
     notes: tuple[str, ...]
 
     def provenance(self, state: AdapterState) -> dict[str, Any]:
-        """Return names and digests of the model and of the adapter that is active in `state`."""
+        """Return names and digests of the model and of the adapter in use, if any, in `state`."""
         start = self.run.config.start_adapter if self.run else None
         folder = self.adapter if state == "aligned" else start
         provenance: dict[str, Any] = {"model": self.base.source, "side": state}
@@ -176,7 +176,7 @@ def open_switchable(
     adapter: str | None = None,
     wanted: Sequence[AdapterState] = ("base", "aligned"),
 ) -> SwitchableModel:
-    """Load a run, or a model with or without an adapter, for switching between base and aligned.
+    """Load a model that can be switched between base (adapters off) and aligned (on).
 
     Only the adapter states in `wanted` are loaded. The last one that exists becomes active.
 

@@ -21,7 +21,7 @@ PAGE, PLOT = "report.html", "report.png"
 
 
 class LoggedRun(NamedTuple):
-    """Record and metrics of a run, finished or not."""
+    """The run record and the metrics of a run, which may be unfinished."""
 
     paths: RunPaths
     record: Mapping[str, Any]  # content of `run.json`
@@ -45,13 +45,13 @@ class LoggedRun(NamedTuple):
 
     @property
     def evaluation(self) -> MetricsRow:
-        """Evaluation of the final adapters, else the latest evaluation; empty without one."""
+        """Metrics of the final evaluation, else of the latest one; empty if there is none."""
         evaluations = [row for row in self.rows if "eval_loss" in row]
         return dict(self.record["evaluation"] or (evaluations[-1] if evaluations else {}))
 
 
 def read_logged_run(folder: str) -> LoggedRun:
-    """Read record and metrics of a run, finished or not.
+    """Read the run record and the metrics of a run, which may be unfinished.
 
     Raises:
         RunError: the folder is not a run folder, or no optimizer step was taken yet.
@@ -96,7 +96,7 @@ def write_report(
 
 
 def write_curves(folder: Path) -> bool:
-    """Write the plot for the model card to a run folder; return False without metrics."""
+    """Write the model card's plot to a run folder; return False if there are no metrics to plot."""
     charts = make_charts([read_metrics(RunPaths(folder).metrics)], for_model_card=True)
     if charts:
         _write(folder / CURVES, plots.charts_png(charts, [folder.name], "step"))
@@ -120,7 +120,7 @@ def shortest_names(folders: Sequence[Path]) -> list[str]:
 
 
 def _describe_run(run: LoggedRun, name: str, settings: Mapping[str, str]) -> RunDetails:
-    """Return the details of a run; `settings` are those in which the runs of a report differ."""
+    """Return a run's texts for the report; `settings` are those in which its runs differ."""
     record, config, evaluation = run.record, run.config, run.evaluation
     versions = ", ".join(f"{package} {number}" for package, number in record["versions"].items())
     facts = [
@@ -155,7 +155,7 @@ def _describe_progress(run: LoggedRun) -> str:
 
 
 def _describe_settings(config: DPOConfig) -> str:
-    """Return the settings without their default values; private settings by name only."""
+    """Return the changed settings as text, with the values of the public ones only."""
     public = [
         f"{name} {_format_value(value)}" for name, value in config.get_public_settings().items()
     ]

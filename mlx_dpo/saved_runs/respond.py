@@ -31,7 +31,7 @@ class Responder:
     system: str | None = None  # the system message of the training run
 
     def respond(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[str]:
-        """Return the text of one answer per prompt; raises as `reply` does."""
+        """Return the text of one answer per prompt; raise the same errors as `reply`."""
         return [reply.text for reply in self.reply(prompts, sampling)]
 
     def reply(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[GeneratedText]:
@@ -51,7 +51,7 @@ class Responder:
         return self._replies([prompt.messages for prompt in prompts], sampling)
 
     def answer(self, conversations: Sequence[Sequence[Message]], sampling: Sampling) -> list[str]:
-        """Return the text of one answer per conversation; the length is not checked."""
+        """Return the text of one answer per conversation; do not check that it fits the context."""
         return [reply.text for reply in self._replies(conversations, sampling)]
 
     def _replies(
@@ -91,7 +91,7 @@ def open_responder(
 
 
 def open_untrained_responder(config: DPOConfig) -> Responder:
-    """Load the policy with which a run of these settings would start.
+    """Load the untrained policy from which a run with these settings would start.
 
     Raises:
         ConfigError: the tokenizer has no chat template.
@@ -115,11 +115,11 @@ def _check_chat_template(base: LoadedModel) -> None:
 
 
 def derive_seed(seed: int, chunk: int, position: int) -> int:
-    """Return the sampling seed of the answers at index `position` to chunk `chunk` of prompts."""
+    """Return the sampling seed for answer number `position` to the prompts of chunk `chunk`."""
     return (seed + SEED_STRIDE * chunk + position) % SEEDS
 
 
 def response_provenance(responder: Responder, sampling: Sampling) -> dict[str, Any]:
-    """Return the model, adapter and sampling settings of an answer, for the row that stores it."""
+    """Return the model, adapter and sampling settings, to be stored with an answer."""
     settings = {name: value for name, value in asdict(sampling).items() if value is not None}
     return responder.provenance | {"sampling": settings}

@@ -58,7 +58,7 @@ def has_pair_schema(row: Row) -> bool:
 def parse_row(
     row: Row, rules: RowRules = DEFAULT_RULES, schema: Schema | None = None
 ) -> list[Parsed]:
-    """Parse a row into examples; an example that cannot be trained on is a `BadPairError`.
+    """Return a list of the row's examples, with a `BadPairError` for each unusable example.
 
     Args:
         row: the row, after its columns were renamed.

@@ -75,7 +75,7 @@ def parse_text(value: Any, name: str, location: str) -> str:
     """Return the field's value after checking that it is text that UTF-8 can encode.
 
     Raises:
-        DataError: the field is something else, or it has half a surrogate pair.
+        DataError: the field is something else, or it has an unpaired surrogate.
     """
     if not isinstance(value, str):
         raise DataError(f"{location}: `{name}` must be text, found {type(value).__name__}")
@@ -168,7 +168,7 @@ def parse_json_field(text: str, name: str, location: str) -> Any:
 def _iterate_texts(value: Any) -> Iterator[tuple[str, int]]:
     """Yield (text, depth) for every text in a nested value.
 
-    Lists and objects deeper than `MAX_DEPTH` are not searched; an empty text stands for each.
+    Lists and objects deeper than `MAX_DEPTH` are not searched; each yields an empty text.
     """
     stack = [(value, 0)]
     while stack:

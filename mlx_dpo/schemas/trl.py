@@ -84,7 +84,7 @@ def _parse_whole_messages(row: Row, rules: RowRules) -> list[PairOrError]:
 
 
 def _shared_message_count(chosen: tuple[Message, ...], rejected: tuple[Message, ...]) -> int:
-    """Return the number of messages in the common prefix, without final assistant turns."""
+    """Return the number of messages in the common prefix, up to its last non-assistant turn."""
     shorter = min(len(chosen), len(rejected))
     end = next((i for i in range(shorter) if chosen[i] != rejected[i]), shorter)
     while end and chosen[end - 1]["role"] == "assistant":
@@ -101,7 +101,10 @@ def _parse_whole_strings(row: Row, rules: RowRules) -> list[PairOrError]:
 
 
 def _shared_prefix_end(first: str, second: str) -> int:
-    """Return the length in characters of the shared prefix of two texts, without a cut word."""
+    """Return the number of characters in the common prefix of two texts.
+
+    The prefix ends at a word boundary.
+    """
     shorter = min(len(first), len(second))
     end = next((i for i in range(shorter) if first[i] != second[i]), shorter)
     inside_a_word = any(

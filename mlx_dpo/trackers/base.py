@@ -48,7 +48,7 @@ class Tracker(Protocol):
         """Log a metrics row, unless the tracker already has the row."""
 
     def close(self, *, completed: bool) -> None:
-        """Save or upload pending rows, and mark the run as completed or as failed."""
+        """Save or upload the remaining rows, and mark the run as completed or as failed."""
 
     @classmethod
     def unavailable(cls) -> str | None:
@@ -56,7 +56,7 @@ class Tracker(Protocol):
 
     @staticmethod
     def library_errors() -> tuple[type[Exception], ...]:
-        """Return the exception classes that the library raises if an operation fails."""
+        """Return the classes of exceptions that the tracker's library raises on failure."""
 
 
 def with_transformers_names(row: MetricsRow) -> dict[str, float]:
@@ -110,9 +110,9 @@ class OpenTrackers:
 
 
 def remove_other_folders(current: Path, folders: Iterable[Path]) -> None:
-    """Remove all `folders` except `current`.
+    """Remove all `folders` of a tracker except `current`.
 
-    The others are from earlier processes of a resumed run; `current` receives all their rows again.
+    They were written before the run was resumed, and `current` receives all their rows again.
     """
     for folder in folders:
         if folder != current:

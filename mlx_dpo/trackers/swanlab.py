@@ -61,7 +61,7 @@ class SwanLab:
         self._run.log(with_transformers_names(row), step=int(row["step"]))
 
     def close(self, *, completed: bool) -> None:
-        """Finish the SwanLab run as completed or as crashed; SwanLab uploads what is pending."""
+        """Finish the SwanLab run as completed or as crashed; SwanLab uploads the remaining rows."""
         with _restored_sigint_handler():
             if completed:
                 self._run.finish()

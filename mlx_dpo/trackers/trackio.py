@@ -66,7 +66,7 @@ class Trackio:
 
     @classmethod
     def unavailable(cls) -> str | None:
-        """Return a hint to log in if runs go to a Space without a login, else None."""
+        """Return a hint to log in if runs go to a Hugging Face Space without a login, else None."""
         from huggingface_hub import get_token
 
         if os.environ.get("TRACKIO_SPACE_ID") and get_token() is None:

@@ -71,7 +71,7 @@ class WandB:
             self._run.log(metrics, step=wandb_step, commit=True)
 
     def close(self, *, completed: bool) -> None:
-        """Finish the W&B run as completed or as failed, and wait for the upload of pending rows."""
+        """Finish the W&B run as completed or as failed, and wait until all rows are uploaded."""
         self._run.finish(exit_code=0 if completed else 1)
 
     @classmethod

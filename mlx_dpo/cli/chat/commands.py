@@ -45,8 +45,8 @@ class ChatCommands:
     """The slash commands of a chat session, and its answers.
 
     Args:
-        pick: asks the person to choose between answers; None through a pipe.
-        edit: lets the person edit an answer; None through a pipe.
+        pick: Asks the person which of two answers is better; None through a pipe.
+        edit: Lets the person edit an answer; None through a pipe.
     """
 
     def __init__(
@@ -123,9 +123,10 @@ class ChatCommands:
             )
 
     def do_compare(self, question: str) -> None:
-        """Stream the other model's answer to a question; write a pair if the person prefers one.
+        """Stream the other model's answer to a question, and ask the person which one is better.
 
-        An empty `question` means the last one in the chat.
+        If the person prefers one, both answers are written as a preference pair. An empty
+        `question` means the last question of the chat.
         """
         self._check_two_models()
         if question:
@@ -169,7 +170,7 @@ class ChatCommands:
         print_note(self.feedback.write_label(good=False))
 
     def do_edit(self, text: str) -> None:
-        """Replace the last answer by a better one, and write the two as a preference pair."""
+        """Replace the last answer by a better text, and write both as a preference pair."""
         answer, [author] = self.chat.last_answer(), self.chat.authors[-1:]
         if not text and self._edit is None:
             raise ConfigError("`/edit` needs the better answer after it")
@@ -195,7 +196,7 @@ def is_command(line: str) -> bool:
 
 
 def format_statistics(summary: "GenerationSummary", context: int | None) -> str:
-    """Return token counts and speed of an answer, and the use of the context, in one line."""
+    """Return one line with an answer's token counts and speed and how full the context is."""
     rate = summary.tokens_per_second
     speed = "" if rate is None else f", {rate:.0f} per second"
     used = summary.prompt_tokens + summary.tokens

@@ -33,7 +33,11 @@ class FeedbackFiles:
         return [note for note in notes if note is not None]
 
     def write_label(self, *, good: bool) -> str:
-        """Write the last answer as good or bad to the file of labelled answers; return a note."""
+        """Write the last answer, labelled good or bad, to the file of labelled answers.
+
+        Returns:
+            A note for the person.
+        """
         from mlx_dpo.chat.feedback import unpaired_row
 
         answer, [author] = self.chat.last_answer(), self.chat.authors[-1:]
@@ -43,9 +47,9 @@ class FeedbackFiles:
         return f"Written to {self.labeled.path}: {'good' if good else 'bad'}."
 
     def write_pair(self, *, chosen: tuple[str, "Author"], rejected: tuple[str, "Author"]) -> str:
-        """Write two answers to the last question to the file of pairs; return a note.
+        """Write two answers to the last question as a preference pair; return a note.
 
-        Each answer is given as (text, author).
+        Each answer is given as (text, author). The note tells the person what was written.
         """
         from mlx_dpo.chat.feedback import pair_row
 

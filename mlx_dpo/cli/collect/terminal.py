@@ -78,9 +78,10 @@ def _take_decision(session: RankingSession, task: RankingTask) -> bool:
 
 
 def _read_worst(indices: dict[str, int], best: int, rest: str) -> int | None:
-    """Return the index of the worst answer, which the person names if there are more than two.
+    """Return the index of the worst answer, or None if there is no answer with the given key.
 
-    `rest` is what follows the first key in a line from a pipe. None: there is no such answer.
+    With two answers, the worst is the one that is not `best`; with more, the person names it.
+    `rest` is the rest of the input line after the first key, if the input is a pipe.
     """
     if len(indices) == 2:
         return 1 - best
@@ -93,7 +94,7 @@ def _read_worst(indices: dict[str, int], best: int, rest: str) -> int | None:
 def _edit_answer(
     session: RankingSession, task: RankingTask, indices: dict[str, int], rest: str
 ) -> None:
-    """Store a text of the person as better than one of the answers.
+    """Store a text written by the person as better than one of the answers.
 
     At a terminal the person edits the answer in an editor; through a pipe the text is in `rest`.
     """
@@ -114,7 +115,7 @@ def _key_prompt(task: RankingTask) -> str:
 
 
 def _read_key(prompt: str) -> tuple[str, str]:
-    """Return the key for a decision, and if stdin is a pipe the rest of its line."""
+    """Return the key for a decision and, if stdin is a pipe, the rest of the key's line."""
     if sys.stdin.isatty():
         return _read_pressed_key(prompt), ""
     click.echo(prompt, err=True, nl=False)

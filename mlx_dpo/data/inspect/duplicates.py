@@ -67,7 +67,7 @@ _NONE = np.zeros(0, np.uint64)
 
 
 def find_duplicates(digests: ExampleDigests, log: FindingLog) -> None:
-    """Add findings to the log: duplicates, contradictions and opposite labels in one split."""
+    """Log the duplicates, contradictions and opposite labels within one split."""
     locations, prompts = digests.locations, digests["prompt"]
     # A row may make several pairs, and a duplicate pair has a duplicate prompt too: only the
     # first pair of each row, and of each set of duplicates, counts for `duplicate-prompt`.
@@ -88,7 +88,7 @@ def find_duplicates(digests: ExampleDigests, log: FindingLog) -> None:
 
 
 def find_leaks(train: ExampleDigests, valid: ExampleDigests, log: FindingLog) -> None:
-    """Add findings to the log: training examples with a prompt or completion that is held out."""
+    """Log the training examples whose prompt or completion is also in the held-out split."""
     columns = {"leaked-prompt": ["prompt"], "leaked-answer": ["chosen", "rejected"]}
     for check, names in columns.items():
         held_out = np.concatenate([valid[name] for name in names])
@@ -102,16 +102,17 @@ def find_leaks(train: ExampleDigests, valid: ExampleDigests, log: FindingLog) ->
 
 
 def _find_repeats(column: Any) -> IndexPairs:
-    """Yield (i, j) for each value `column[i]` that occurred before; `j` is its first index."""
+    """Yield the index of each repeated value, and the index of its first occurrence."""
     _, first, inverse = np.unique(column, return_index=True, return_inverse=True)
     for i in np.flatnonzero(first[inverse] != np.arange(len(column))):
         yield int(i), int(first[inverse[i]])
 
 
 def _find_opposite_labels(prompts: Any, good: Any, bad: Any) -> IndexPairs:
-    """Yield two indices per match: an example, and one with the same prompt and the other label.
+    """Yield the indices of two examples that have the same prompt but opposite labels.
 
-    `prompts` has the prompt digests of all examples; `good` and `bad` are indices of `prompts`.
+    `prompts` has the prompt digests of all examples. `good` and `bad` have the indices of the
+    examples with each label.
     """
     for own, opposite in ((good, bad), (bad, good)):
         for i, j in _find_matches(prompts[own], prompts[opposite]):
@@ -119,9 +120,9 @@ def _find_opposite_labels(prompts: Any, good: Any, bad: Any) -> IndexPairs:
 
 
 def _find_matches(column: Any, others: Any) -> IndexPairs:
-    """Yield (i, j) for each nonzero value `column[i]` that is in `others`.
+    """Yield the index of each nonzero value of `column` that also occurs in `others`.
 
-    `j` is the first index with `others[j] == column[i]`.
+    With it comes the index of the first equal value in `others`.
     """
     values, first = np.unique(others, return_index=True)
     if not len(values):

@@ -8,7 +8,7 @@ import numpy as np
 
 
 class LengthSummary(NamedTuple):
-    """Median, 95th percentile and maximum of all lengths of one part, such as `chosen`."""
+    """Median, 95th percentile and maximum of the lengths of all texts of one kind."""
 
     median: int
     most: int  # 95th percentile
@@ -16,7 +16,7 @@ class LengthSummary(NamedTuple):
 
 
 class Bin(NamedTuple):
-    """Bin of a histogram: number of texts of each part with a length from `low` to `high`."""
+    """Histogram bin: number of texts of each kind that have a length from `low` to `high`."""
 
     low: int
     high: int
@@ -35,15 +35,19 @@ class LengthBias:
 
     @property
     def accuracy(self) -> float:
-        """Accuracy of a classifier that sees only the lengths; it guesses if they are equal."""
+        """Accuracy of always preferring the longer completion, or the shorter if that is better.
+
+        Pairs with completions of equal length count half.
+        """
         equal = self.pairs - self.chosen_longer - self.rejected_longer
         return (max(self.chosen_longer, self.rejected_longer) + equal / 2) / self.pairs
 
     @property
     def is_significant(self) -> bool:
-        """True if `chosen_longer` and `rejected_longer` differ by over three standard deviations.
+        """True if longer or shorter completions are preferred significantly often.
 
-        The null hypothesis is that both are equally likely.
+        The counts `chosen_longer` and `rejected_longer` must differ by more than three standard
+        deviations of the difference that chance would give.
         """
         uneven = self.chosen_longer + self.rejected_longer
         return bool((self.chosen_longer - self.rejected_longer) ** 2 > 9 * uneven)
@@ -62,7 +66,7 @@ class Lengths:
         self._columns = [array("L") for _ in parts]
 
     def add(self, *lengths: int) -> None:
-        """Append the lengths of one pair or unpaired example."""
+        """Append the lengths of prompt and completions of one pair or unpaired example."""
         for column, length in zip(self._columns, lengths, strict=True):
             column.append(length)
 
@@ -70,7 +74,10 @@ class Lengths:
         return len(self._columns[0])
 
     def summaries(self) -> dict[str, LengthSummary]:
-        """Return the summary of each part by its name; there must be at least one pair."""
+        """Return a summary of the lengths of prompts and of each kind of completion, by name.
+
+        There must be at least one pair.
+        """
         return {
             part: LengthSummary(
                 *(int(x) for x in np.quantile(column, (0.5, 0.95, 1.0), method="higher"))

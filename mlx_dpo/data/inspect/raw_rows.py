@@ -112,7 +112,7 @@ def check_rows_independent(config: DPOConfig) -> None:
 
 
 def check_row_count(count: int, expected: int, source: Source) -> None:
-    """Raise `DataError` if `count` rows were read in the second pass instead of `expected`."""
+    """Raise `DataError` if a second reading of a source gave another number of rows."""
     if count != expected:
         raise DataError(f"{source.name}: changed while it was read; nothing was written")
 

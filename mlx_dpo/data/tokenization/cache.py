@@ -59,7 +59,7 @@ RowProgress = Callable[[int | None], AbstractContextManager[Advance]]
 
 @dataclass(frozen=True)
 class TokenCache:
-    """Folder of the token cache, with the digest of the tokenizer's files and the model's name."""
+    """Folder of the token cache, digest of the tokenizer's files, and name of the model."""
 
     folder: Path
     tokenizer_digest: str  # of the tokenizer's files
@@ -68,7 +68,7 @@ class TokenCache:
 
 @contextmanager
 def no_progress(rows: int | None = None) -> Iterator[Advance]:
-    """Yield a progress function that shows nothing."""
+    """Stand in for a progress bar: yield a function that ignores the reported progress."""
     yield lambda rows: None
 
 

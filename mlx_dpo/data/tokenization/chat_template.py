@@ -58,7 +58,7 @@ class TemplateInput(NamedTuple):
 def has_template(tokenizer: Any) -> bool:
     """Return whether the tokenizer has a chat template.
 
-    It may be mlx-lm's wrapper or a tokenizer of transformers.
+    The tokenizer may be mlx-lm's wrapper or one of transformers.
     """
     has = getattr(tokenizer, "has_chat_template", None)
     return has if has is not None else getattr(tokenizer, "chat_template", None) is not None
@@ -105,7 +105,7 @@ def apply_template(tokenizer: Any, template_input: TemplateInput) -> Ids:
 def has_thinking_mode(tokenizer: Any) -> bool:
     """Return whether the chat template has a thinking mode.
 
-    It has one if the argument `enable_thinking` changes the token ids of a prompt.
+    A template has one if its argument `enable_thinking` changes the token ids of a prompt.
     """
     if not has_template(tokenizer):
         return False
@@ -157,8 +157,8 @@ def tokenize_as_chat(
 def later_turn_starts(tokenizer: Any, example: PreferenceExample, *, thinking: bool) -> list[int]:
     """Return the positions in the prompt's token ids at which user turns begin.
 
-    The first message is left out. A later turn is left out if the messages before it do not
-    begin the whole prompt's token ids when put into the template.
+    The position of a turn is the number of token ids of the messages before it. The first
+    message is left out, and so is a turn if those token ids are not a prefix of the prompt's.
     """
     messages = to_messages(example.prompt, "user")
     whole = TemplateInput(messages, thinking, example.template_kwargs)
@@ -244,9 +244,10 @@ def _join(prompt: tuple[Message, ...], completion: tuple[Message, ...]) -> list[
 
 
 def _is_prefix(tokenizer: Any, before: TemplateInput, whole: TemplateInput) -> bool:
-    """Return whether the prompt's text begins the whole conversation's text in the template.
+    """Return whether the prompt `before` is a prefix of the conversation `whole`, as text.
 
-    The token ids then differ only because a token spans the boundary.
+    Both texts are in the chat template. If the result is True, but the token ids of the prompt
+    are no prefix, a token spans the boundary of prompt and completion.
     """
     prefix, text = (
         _call_template(tokenizer, template_input, tokenize=False)
@@ -266,7 +267,7 @@ def _boundary_error(tokenizer: Any, location: str, before: Ids, whole: Ids) -> P
 
 
 def _split(prompt: Ids, rows: Sequence[Ids]) -> TokenizedParts:
-    """Split sequences (prompt + completion) after the token ids that all share with `prompt`.
+    """Split sequences (prompt + completion) after the common prefix of all and of `prompt`.
 
     A token that spans the boundary of prompt and completion goes to the completions.
     """

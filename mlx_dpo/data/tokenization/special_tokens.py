@@ -60,7 +60,7 @@ class SpecialTokens:
         return self._mark_pattern.sub(lambda match: self._name_of[match[0]], text)
 
     def encode(self, tokenizer: Any, text: str) -> list[int]:
-        """Return the token ids of a text from `mark`; replaced tokens are encoded as plain text.
+        """Return the token ids of a text that `mark` returned, with special tokens as plain text.
 
         Raises:
             NotPlainTextError: the tokenizer always encodes a replaced token as a special token.

@@ -96,7 +96,7 @@ def _cut_start(
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizedExample:
-    """A tokenized pair, and the facts about it that `PairsReport` counts."""
+    """A tokenized pair, with facts about its tokenization, such as whether it was truncated."""
 
     pair: TokenizedPair
     as_chat: bool  # tokenized with the chat template
