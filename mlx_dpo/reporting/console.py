@@ -31,7 +31,7 @@ def make_console() -> Console:
 
 def print_label_table(console: Console, facts: Sequence[tuple[str, str]]) -> None:
     """Print (label, text) pairs in two columns; a terminal wraps long texts within the column."""
-    width = max([10, *(len(label) for label, _ in facts)])
+    width = max([13, *(len(label) for label, _ in facts)])
     table = Table.grid(padding=(0, 1))
     table.add_column(style="bold", min_width=width, no_wrap=True)
     table.add_column(overflow="fold")

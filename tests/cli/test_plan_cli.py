@@ -42,7 +42,7 @@ def test_all_lines_are_printed(tmp_path):
     assert [name for name in names if name] == [
         "model", "pairs", "scorer", "memory", "fits", "train", "epoch", "work", "time",
     ]  # fmt: skip
-    assert "model      base, 285 K parameters" in result.output
+    assert "model         base, 285 K parameters" in result.output
     assert "11 to train on, 1 held out" in result.output
     assert "the context length of the model" in result.output
     assert {path.name for path in tmp_path.iterdir()} == {"base", "pairs.jsonl"}
@@ -92,7 +92,7 @@ def test_capacity_shrinks_with_memory():
     assert roomy["chosen"] == {"micro_batch_size": 2, "recompute": False, "fits": True}
     assert none["chosen"] == {"micro_batch_size": 1, "recompute": True, "fits": False}
     assert none["most"]["recomputed"]["pairs"] == 0
-    assert "train      refused: " in plan("--memory", "0.001GB").output
+    assert "train         refused: " in plan("--memory", "0.001GB").output
 
 
 def test_recomputation_changes_memory_and_work():

@@ -46,8 +46,8 @@ def test_a_run_says_what_it_does_and_what_to_type_next():
     result = train("--valid-fraction", "0.25")
     assert result.exit_code == 0, result.output
     shown = result.output
-    assert "model      base, 121 K parameters" in shown
-    assert "pairs      9 to train on, 3 held out" in shown
+    assert "model         base, 121 K parameters" in shown
+    assert "pairs         9 to train on, 3 held out" in shown
     assert "reference: 12 pairs" in shown
     assert "adapters      LoRA, rank 4, alpha 32 on 14 linear layers: 8.7 K parameters" in shown
     assert "loss          sigmoid, beta 0.1" in shown

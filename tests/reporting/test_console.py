@@ -80,7 +80,7 @@ def test_the_bar_shows_as_many_metrics_as_fit_and_cuts_none(width, last):
 def test_without_a_terminal_facts_are_lines_and_brackets_are_kept():
     console = plain_console()
     print_label_table(console, [("model", "a [b] c"), ("", "more " * 40)])
-    assert console.file.getvalue() == "model      a [b] c\n" + " " * 11 + "more " * 40 + "\n"
+    assert console.file.getvalue() == "model         a [b] c\n" + " " * 14 + "more " * 40 + "\n"
 
 
 def test_progress_is_a_line_without_a_terminal_and_a_bar_on_one():

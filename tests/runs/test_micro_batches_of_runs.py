@@ -1,4 +1,4 @@
-"""What a pass of a run holds: as it is set, as the header says it, and without gradients."""
+"""Micro-batches of a run: their limits, the line in the header, and passes without gradients."""
 
 import re
 from dataclasses import replace
@@ -34,10 +34,11 @@ def tokens(pair):
 
 
 def test_the_header_describes_a_micro_batch(config):
-    """9 pairs in steps of 4, 4 and 1: 2 + 2 + 1 passes."""
+    """9 pairs in steps of 4, 4 and 1: 2 + 2 + 1 micro-batches."""
     trainer, [line] = prepared(config)
     header_line = re.fullmatch(
-        r"of up to 2 pairs: 1.67 a step, (\d+) tokens each on average, (.*)% of them padding", line
+        r"of up to 2 pairs: 1.67 per step, (\d+) tokens each on average, (.*)% of them padding",
+        line,
     )
     real = sum(map(tokens, trainer.inputs.train))
     total = real / (1 - float(header_line[2]) / 100)
@@ -47,7 +48,7 @@ def test_the_header_describes_a_micro_batch(config):
 def test_the_header_counts_pairs_longer_than_max_tokens(config):
     trainer, [first, second] = prepared(replace(config, max_tokens=1))
     longest = max(map(tokens, trainer.inputs.train))
-    assert first.startswith("of up to 1 tokens: 3 a step, ")
+    assert first.startswith("of up to 1 tokens: 3 per step, ")
     assert second == f"9 pairs take more and go alone; the longest takes {longest} tokens"
 
 
