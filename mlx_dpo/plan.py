@@ -1,4 +1,4 @@
-"""Estimate the memory, work and time of a training run before anything large is loaded."""
+"""Estimate the memory, tokens, FLOPs and time of a training run without running it."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -69,7 +69,7 @@ class RowLengths:
 
 @dataclass(frozen=True)
 class MemoryParts:
-    """Memory of a training step in bytes, divided by what it is used for."""
+    """Memory of a training step in bytes, divided into weights, adapters, activations and head."""
 
     weights: int
     adapters: int  # with gradients and optimizer state
@@ -79,7 +79,7 @@ class MemoryParts:
 
 @dataclass(frozen=True)
 class Capacity:
-    """Largest micro-batch, and longest single pair, that fit into memory."""
+    """Number of pairs in the largest micro-batch, and tokens of the longest pair, that fit."""
 
     pairs: int  # number of pairs per pass, each as long as the longest
     tokens: int  # length of a single pair
@@ -88,7 +88,7 @@ class Capacity:
 
 @dataclass(frozen=True)
 class EpochEstimate:
-    """Work and time of one epoch of training, and of computing the reference log-probs once."""
+    """Steps, tokens, FLOPs and time of one epoch; FLOPs and time of the reference log-probs."""
 
     steps: int
     passes: int
@@ -103,7 +103,7 @@ class EpochEstimate:
 
 @dataclass(frozen=True)
 class RunEstimate:
-    """Estimate of the memory, work and time of a training run."""
+    """Estimate of the memory, tokens, FLOPs and time of a training run."""
 
     inputs: Inputs
     choice: ScorerChoice
@@ -172,7 +172,7 @@ def estimate_run(
 def _select_scorer(base: LoadedModel, config: DPOConfig) -> ScorerChoice:
     """Choose the function that computes the log-probs of pairs.
 
-    It is tested on a model with few layers, or on the whole model if the reduced one fails.
+    The function is tested on a few layers of the model, or on the whole model if that fails.
     """
     try:
         with with_layers(base.model, choose_layer_subsets(base.model).large):
@@ -184,9 +184,9 @@ def _select_scorer(base: LoadedModel, config: DPOConfig) -> ScorerChoice:
 
 
 class _RunEstimator:
-    """Profiles of a long and a short pass, and the estimates that follow from them.
+    """Estimator of a run: it extrapolates from the measurements of a long and a short pass.
 
-    Both passes are measured with and without recomputation of layers.
+    Both passes are measured with and without gradient checkpointing.
     """
 
     def __init__(
@@ -221,7 +221,7 @@ class _RunEstimator:
         )
 
     def _profile(self, *, recompute: bool) -> tuple[ProfilePoint, ProfilePoint]:
-        """Measure the pass over the longest pairs and a short one; return both profiles."""
+        """Measure a pass over the longest pairs and a pass over short pairs; return both."""
         settings = replace(self.config, recompute=recompute)
         measured = self.fitted.cost if recompute == self.config.recompute else None
         long = measured or profile_micro_batch(self.base, settings, self.choice, self.longest)
@@ -233,7 +233,7 @@ class _RunEstimator:
         return ProfilePoint(profile, len(pairs), self._layer_tokens([pairs]) / len(pairs))
 
     def _profile_reference(self) -> tuple[PassProfile, Pairs]:
-        """Measure the largest pass without gradients; return its profile and its pairs."""
+        """Measure the largest no-gradient forward pass; return its profile and its pairs."""
         longest = longest_pairs(MAX_PAIRS, self.inputs.train, self.inputs.valid)
         limit = inference_limit(self.config, self.choice)
         pairs = largest_micro_batch(longest, limit, cost=self.choice.cost)
@@ -248,9 +248,10 @@ class _RunEstimator:
             return make_dataset_scorer(self.config, self.choice)(self.model, pairs)
 
     def _memory_parts(self, profile: PassProfile) -> MemoryParts:
-        """Divide the memory of a step among its uses, guided by the profile of the longest pass.
+        """Divide the memory of a step into weights, adapters, activations and head.
 
-        The parts add up to the memory estimated for the chosen settings.
+        The parts add up to the memory estimated for the chosen settings. The part of the head is
+        taken from `profile`, that of the longest pass.
         """
         trained = memory.trainable_bytes(self.model)
         weights = memory.parameter_bytes(self.model) - trained
@@ -260,9 +261,9 @@ class _RunEstimator:
         return MemoryParts(weights, adapters, rest - head, head)
 
     def _capacity(self, long: ProfilePoint, short: ProfilePoint) -> Capacity:
-        """Return how many pairs, and how long a pair, fit into memory.
+        """Return how many of the longest pairs, and how long a single pair, fit into memory.
 
-        It is extrapolated from the profiles of a long and a short pass.
+        Both numbers are extrapolated from the profiles of a long and a short pass.
         """
         curve = fit_memory_curve(long, short)
         free = self.budget.bytes - memory.resident_bytes(self.model, self.optimizer_bytes)
@@ -280,7 +281,7 @@ class _RunEstimator:
         reference: PassProfile,
         reference_pairs: Pairs,
     ) -> EpochEstimate:
-        """Return work and time of an epoch, and of computing the reference log-probs."""
+        """Estimate tokens, FLOPs and time of an epoch and of computing the reference log-probs."""
         config, train = self.config, self.inputs.train
         count = partial(
             count_micro_batches,
@@ -323,7 +324,7 @@ class _RunEstimator:
     def _reference_flops(self, flops: ModelFlops) -> int:
         """Return the FLOPs of computing the reference log-probs of all pairs.
 
-        They are 0 if the loss needs no reference.
+        The result is 0 if the loss needs no reference.
         """
         if not self.config.needs_reference:
             return 0
@@ -333,7 +334,7 @@ class _RunEstimator:
         return flops.forward(tokens, adapted=False)
 
     def _layer_tokens(self, passes: Iterable[Pairs]) -> int:
-        """Return the number of tokens that go through the layers in all of the `passes`."""
+        """Return the number of tokens through the layers, summed over all `passes`."""
         return sum(self.choice.cost(pairs).total for pairs in passes)
 
     def _token_counts(self, pairs: Pairs, layer_tokens: int) -> TokenCounts:

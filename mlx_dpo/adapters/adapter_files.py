@@ -1,8 +1,8 @@
 """Read and write adapters in mlx-lm's layout: `adapters.safetensors` and `adapter_config.json`.
 
-`mlx_lm.load(adapter_path=...)` can load the folders that this module writes. When an adapter is
-attached, the names of its arrays determine which layers get adapters. `adapters.peft` reads
-adapters in PEFT's layout.
+`mlx_lm.load(adapter_path=...)` can load the folders that this module writes. The names of an
+adapter's arrays determine which layers the adapter is attached to. `adapters.peft` reads adapters
+in PEFT's layout.
 """
 
 import hashlib
@@ -199,7 +199,7 @@ def set_adapter_weights(model: nn.Module, weights: Arrays, path: Path) -> None:
     """Set the trainable parameters of the model to `weights`, cast to float32.
 
     Args:
-        path: File that the weights come from; error messages name it.
+        path: File that the weights come from, for error messages.
 
     Raises:
         ModelError: names or shapes of `weights` differ from those of the trainable parameters.

@@ -1,4 +1,4 @@
-"""Attach adapters to a model in memory, disable and detach them, and describe them for mlx-lm.
+"""Attach adapters to a model, disable or detach the adapters, and describe them for mlx-lm.
 
 A policy is either a frozen base model with adapters on some of its layers, or a model whose own
 weights are trained by full fine-tuning (mlx-lm's fine_tune_type `full`).
@@ -132,7 +132,7 @@ def _check_no_adapters(model: nn.Module) -> None:
 
 
 def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the layers that have adapters, keyed by their path in the model."""
+    """Return the layers that have adapters, keyed by the layers' paths in the model."""
     return {
         path: module for path, module in model.named_modules() if isinstance(module, ADAPTER_TYPES)
     }
@@ -142,12 +142,12 @@ def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
 def disable_adapters(model: nn.Module) -> Iterator[None]:
     """Remove the adapters inside the `with` block and attach them again afterwards.
 
-    Inside the block the model computes what its base computes, bit for bit. Setting the scale to
-    zero instead would still cost the adapters' matrix products, and the adapters would stay among
+    Inside the block the model computes what its base computes, bit for bit. Setting the adapters'
+    scale to zero instead would still cost their matrix products, and the adapters would stay among
     the model's parameters.
 
     Raises:
-        RuntimeError: the model was fully fine-tuned, so that its base has to be loaded again.
+        RuntimeError: the model was fully fine-tuned, so its original base weights are gone.
     """
     if master_weights.has_master_weights(model):
         raise RuntimeError("the base's own weights were trained: there is nothing to switch off")
@@ -162,8 +162,7 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
 def detach_adapters(model: nn.Module) -> None:
     """Remove the adapters from the model, so that other adapters can be attached.
 
-    Weights that full fine-tuning changed keep their trained values and count as base weights from
-    then on.
+    Fully fine-tuned weights keep their trained values and count as base weights from then on.
     """
     master_weights.drop_master_weights(model)
     base_layers = [(path, base_layer(layer)) for path, layer in adapted_layers(model).items()]
@@ -176,7 +175,7 @@ def adapter_weights(model: nn.Module) -> Arrays:
 
 
 def get_fine_tune_type(model: nn.Module) -> FineTuneType:
-    """Return mlx-lm's `fine_tune_type` of the model: the type of its adapters, or `full`."""
+    """Return mlx-lm's `fine_tune_type` of the model: `lora`, `dora` or `full`."""
     if master_weights.has_master_weights(model):
         return "full"
     layers = adapted_layers(model).values()

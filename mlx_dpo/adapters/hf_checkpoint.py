@@ -38,7 +38,10 @@ class HFCheckpoint:
         return any(name.endswith(".scales") for name in self.shapes)
 
     def tensors(self) -> Arrays:
-        """Return all tensors of the checkpoint by name, read lazily; empty if it is on the Hub."""
+        """Return all tensors of the checkpoint, keyed by name and read lazily.
+
+        The result is empty for a checkpoint on the Hub.
+        """
         arrays: Arrays = {}
         for file in weight_files(self.folder) if self.folder else ():
             arrays |= read_arrays(file)[0]

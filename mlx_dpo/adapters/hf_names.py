@@ -58,7 +58,7 @@ def find_hf_tensors(
 
     Args:
         entries: Content of the model's `config.json`.
-        for_peft: Require also that PEFT can adapt each layer.
+        for_peft: Whether PEFT must be able to adapt each layer, too.
 
     Raises:
         ModelError: the model was fully fine-tuned, its architecture is not supported, or the
@@ -179,7 +179,7 @@ def _target_modules(
 ) -> list[str]:
     """Return PEFT's `target_modules` for the layers in `names`.
 
-    These are the last parts of the layers' paths (such as `q_proj`) if no other layer of the
+    The entries are the last parts of the layers' paths (such as `q_proj`) if no other layer of the
     checkpoint has the same last part, otherwise the full paths.
     """
     last_parts = sorted({path.rpartition(".")[2] for path in names})

@@ -1,6 +1,6 @@
 """LoRA and DoRA layers whose parameters have mlx-lm's names.
 
-The adapters' parameters are float32 whatever the dtype of the base, because bfloat16 would lose
+The adapters' parameters are float32 whatever the dtype of the base, because bfloat16 rounds away
 updates of a thousandth of a weight's size. They are cast to the dtype of the activations for matrix
 products; otherwise the activations would be promoted to float32.
 """
@@ -63,7 +63,11 @@ class LoRASwitchLinear(lora.LoRASwitchLinear):
     """The linear layers of a block's experts, with separate LoRA matrices for each expert."""
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
-        """Apply the LoRA layers of the experts that `indices` selects. (..., in) -> (..., out)"""
+        """Apply the experts' layers with LoRA to `x`. (..., in) -> (..., out)
+
+        `indices` contains the selected experts of each token; `sorted_indices` says whether the
+        indices are sorted, which is faster.
+        """
         low_rank = self.dropout(x)
         for factor in (self.lora_a, self.lora_b):
             low_rank = mx.gather_mm(

@@ -104,7 +104,7 @@ def cast_for_forward(model: nn.Module) -> Iterator[None]:
 
 
 def cast_permanently(model: nn.Module) -> None:
-    """Cast the master weights to their dtypes in the base model, for use without more training."""
+    """Cast the master weights to their dtypes in the base model, once training has ended."""
     masters: _MasterWeights = vars(model)[ATTRIBUTE]
     values = named_arrays(model.parameters())
     cast = [(k, values[k].astype(dtype)) for k, dtype in masters.base_dtypes.items()]

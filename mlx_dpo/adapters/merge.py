@@ -45,7 +45,7 @@ class AffineQuantization:
 def merged_weight(adapted: nn.Module, weight: mx.array) -> mx.array:
     """Return `weight` with the adapter of the layer `adapted` merged. (..., out, in) float32
 
-    With DoRA, every row of the result is scaled to its learned magnitude.
+    With DoRA, every row of the result is scaled so that its norm is the learned magnitude.
     """
     a, b = adapted.lora_a, adapted.lora_b
     if isinstance(adapted, LoRASwitchLinear):

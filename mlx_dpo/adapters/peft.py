@@ -1,8 +1,8 @@
 """Convert adapters between PEFT's layout (`adapter_model.safetensors`) and mlx-lm's.
 
-PEFT stores A and B transposed, and its parameter names begin with those of its wrapper classes. A
-PEFT setting that changes the computation, other than LoRA, rsLoRA and DoRA, raises an error.
-`adapters.hf_names` checks which layers have a counterpart in transformers.
+PEFT stores A and B transposed, and its parameter names begin with those of its wrapper classes.
+LoRA, rsLoRA and DoRA are supported; any other PEFT setting that changes the computation raises an
+error. `adapters.hf_names` checks which layers have a counterpart in transformers.
 """
 
 import math

@@ -35,7 +35,7 @@ class AdapterSwitch:
 
     @property
     def can_switch(self) -> bool:
-        """Whether base and aligned model can both be activated (the weights of both were saved)."""
+        """Whether the weights of both the base model and the aligned model were saved."""
         return len(self._states) > 1
 
     def save_state(self, state: AdapterState) -> None:
@@ -50,7 +50,7 @@ class AdapterSwitch:
         """Restore the adapters and weights that were saved as `state`, bit for bit.
 
         Raises:
-            KeyError: the state was never saved.
+            KeyError: nothing was saved as `state`.
         """
         saved = self._states[state]
         if state == self.active:
@@ -78,7 +78,7 @@ class AdapterSwitch:
     def duplicated_bytes(self) -> int:
         """Return the size in bytes of the base weights that full fine-tuning changed.
 
-        Base and aligned model share all other weights; these weights are held twice.
+        These weights are held twice in memory; base and aligned model share all others.
         """
         if not self.can_switch:
             return 0

@@ -107,9 +107,9 @@ def _find_modules(
     """Yield the modules that can be selected, first those inside the transformer blocks.
 
     Args:
-        selected_by_default: Returns whether a module inside a block is selected if no target is
-            named, or None if the module cannot be selected. Modules outside of the blocks are never
-            selected by default.
+        selected_by_default: Takes a module. Returns None if the module cannot be selected,
+            otherwise whether it is selected when no target is named. Modules outside of the blocks
+            are never selected by default.
     """
     paths = block_paths(model)
     for path, block in zip(paths, _blocks(model), strict=True):
@@ -170,8 +170,8 @@ def _no_match_message(target: str, modules: Sequence[TargetModule], num_layers: 
 def mlx_lm_keys(model: nn.Module, paths: Sequence[str]) -> tuple[int, list[str]]:
     """Return mlx-lm's settings `num_layers` and `keys` that select exactly the layers at `paths`.
 
-    The keys are names relative to a block if `paths` contains all layers of these names in the last
-    `num_layers` blocks, otherwise full paths.
+    The keys are names relative to a block (such as `self_attn.q_proj`) if `paths` contains every
+    layer with such a name in the last `num_layers` blocks. Otherwise they are full paths.
     """
     blocks = block_paths(model)
     owners = {path: block for path in paths for block in blocks if path.startswith(block + ".")}

@@ -27,7 +27,7 @@ def unpaired_row(prompt: Text, answer: str, *, good: bool, provenance: Row) -> R
 
 
 def pair_row(prompt: Text, *, chosen: str, rejected: str, provenance: Row) -> Row:
-    """Return a preference pair as a row: `prompt`, `chosen`, `rejected` and `provenance`."""
+    """Return a preference pair as a row with `prompt`, `chosen`, `rejected` and `provenance`."""
     return {**_format_turns(prompt, chosen=chosen, rejected=rejected), "provenance": provenance}
 
 
@@ -68,7 +68,7 @@ class JsonlFile:
             raise DataError(f"{self.path}: is a folder; give the name of a file")
 
     def repair(self) -> str | None:
-        """Remove an incomplete last line from the file; return a note that says so, or None.
+        """Remove an incomplete last line from the file; return a note if one was removed.
 
         Raises:
             DataError: the file cannot be read or written.

@@ -24,7 +24,7 @@ UNSUPPORTED_FIELDS: Mapping[str, tuple[Any, ...]] = {
 
 
 def find_request_error(body: Mapping[str, Any], *, vocab_size: int) -> str | None:
-    """Return the first reason why a request body cannot be served, or None if it can be served."""
+    """Return the first error in the body of a request, or None if the request can be served."""
     return next(_request_errors(body, vocab_size), None)
 
 

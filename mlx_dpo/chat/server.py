@@ -1,7 +1,7 @@
 """mlx-lm's OpenAI-compatible server for the base and the aligned model on one set of weights.
 
-mlx-lm finishes the requests in progress before it loads another model, so the adapters can be
-switched on or off at that moment.
+mlx-lm finishes the requests in progress before it loads another model. Instead of loading one,
+this server then switches the adapters on or off.
 """
 
 import json
@@ -83,7 +83,7 @@ class SwitchingModelProvider(ModelProvider):
 
 
 class SynchronizedResponseGenerator(ResponseGenerator):
-    """mlx-lm's response generator; its thread ends only when all MLX computations are done."""
+    """mlx-lm's response generator, changed to finish all computations before its thread ends."""
 
     def _tokenize(self, tokenizer: Any, request: CompletionRequest, args: Any) -> Any:
         tokenized = super()._tokenize(tokenizer, request, args)
@@ -231,12 +231,12 @@ class Server(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        """Base URL of the API for clients, which ends in `/v1`."""
+        """URL of the API for clients; it ends in `/v1`."""
         host, port = str(self.server_address[0]), self.server_address[1]
         return f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
 
     def serve(self, served: ServedModel) -> None:
-        """Serve requests for the model until Ctrl-C."""
+        """Serve the model until Ctrl-C is pressed."""
         provider = SwitchingModelProvider(served)
         generator = SynchronizedResponseGenerator(provider, LRUPromptCache(PROMPT_CACHE_SIZE))
         fingerprint = get_system_fingerprint()
@@ -249,13 +249,13 @@ class Server(ThreadingHTTPServer):
             generator.stop_and_join()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Print the error of a request on stderr, but ignore clients that disconnect early."""
+        """Print the error of a request on stderr, unless the client has only disconnected early."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
 
 
 def _mlx_lm_arguments(served: ServedModel) -> Namespace:
-    """Return the settings of the served model as the command-line arguments of mlx-lm's server."""
+    """Return the settings of the served model as arguments of mlx-lm's server."""
     sampling = served.sampling
     return Namespace(
         model=None,

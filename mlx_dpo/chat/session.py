@@ -1,4 +1,4 @@
-"""A chat session with a model: takes text, streams text, uses neither terminal nor files."""
+"""A chat session with a model, independent of the terminal and of files."""
 
 from collections.abc import Generator, Sequence
 from contextlib import closing
@@ -17,7 +17,7 @@ Author = AdapterState | Literal["person"]  # of an answer
 
 
 class _History(NamedTuple):
-    """The turns of a chat, and for each answer its author and the system message in effect."""
+    """The turns of a chat, and for each answer its author and its system message."""
 
     turns: list[Message]
     authors: list[Author]
@@ -184,7 +184,7 @@ class ChatSession:
         return text if self.authors[-1] == "person" else self.strip_thinking(text)
 
     def strip_thinking(self, text: str) -> str:
-        """Return a reply to the last question without the thinking part in it."""
+        """Return `text`, a reply to the last question, without the model's thinking in it."""
         prompt = self._tokens(_with_system(self.system, self.turns[:-1]))
         return strip_thinking(self._tokenizer, prompt, text)
 
@@ -205,7 +205,7 @@ class ChatSession:
         return encode_prompt(self._tokenizer, turns, thinking=self.thinking)
 
     def _fit_context(self, question: Message) -> tuple[list[Message], list[int]]:
-        """Return the earlier turns that fit into the context, and the prompt's token ids.
+        """Return the earlier turns that fit into the context, and the token ids of the prompt.
 
         The prompt consists of the earlier turns and the question. The oldest questions are dropped
         first, each with its answer. Up to a quarter of the context is reserved for the new answer.

@@ -43,7 +43,7 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPER
 
 
 class Commands(click.Group):
-    """A click group that imports each command by name only when it is used."""
+    """A click group that imports a command's module only when the command is used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names of all commands, in the order in which the help lists them."""
@@ -58,7 +58,7 @@ class Commands(click.Group):
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the list of commands to the help text, with their complete short descriptions."""
+        """Write the list of commands to the help text, without shortening their descriptions."""
         rows = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
         with formatter.section("Commands"):
             formatter.write_dl([(n, c.get_short_help_str(limit=200)) for n, c in rows if c])
@@ -120,7 +120,7 @@ def cli() -> None:
 def program() -> str:
     """Return the command with which the user can run mlx-dpo again.
 
-    This is the program's name, or its path if the name is not on PATH.
+    The command is the program's name, or the program's path if the name is not on PATH.
     """
     called = Path(sys.argv[0])
     if called.name != NAME or shutil.which(NAME) is not None:

@@ -27,9 +27,9 @@ Command = Callable[..., Any]
 
 
 def model_flags(command: Command) -> Command:
-    """Add the flags that choose the model and its chat settings to a command.
+    """Add to a command the flags that choose the model and the chat settings.
 
-    These are `--model`, `--adapter`, `--reference`, `--system` and `--thinking`.
+    The flags are `--model`, `--adapter`, `--reference`, `--system` and `--thinking`.
     """
     for decorate in (
         click.option(
@@ -131,7 +131,7 @@ class AnswerWriter:
         self._dim = wants and not os.environ.get("NO_COLOR")
 
     def stream(self, chunks: Generator["AnswerChunk"]) -> tuple[str, "GenerationSummary"]:
-        """Write a streamed answer; return its text and a summary (token counts and speed)."""
+        """Write a streamed answer; return the text and a summary (token counts and speed)."""
         full_text, answer, summary = "", "", None
         with closing(chunks):
             for chunk in chunks:
@@ -162,7 +162,7 @@ class AnswerWriter:
 
 
 def note_on_cut(reason: str, max_tokens: int) -> str | None:
-    """Return a note on why the answer was cut short, or None if the model ended it itself."""
+    """Return a note on why the answer was cut short, or None if the model ended the answer."""
     if reason == "length":
         return f"The answer was cut after {max_tokens} tokens (--max-tokens)."
     if reason == "context":

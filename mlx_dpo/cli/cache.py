@@ -25,7 +25,7 @@ KINDS = ("reference", "tokens")
 
 
 class CacheFolder(NamedTuple):
-    """A folder of the cache and its files."""
+    """A folder of the cache, with its entries and its leftover temporary files."""
 
     folder: Path
     entries: Sequence[Any]
@@ -33,7 +33,7 @@ class CacheFolder(NamedTuple):
 
     @property
     def total(self) -> str:
-        """Number and total size of all files, as text."""
+        """Number and total size of the folder's files, as text."""
         size = sum(entry.size for entry in self.entries)
         size += sum(path.stat().st_size for path in self.leftovers)
         return f"{_files(len(self.entries) + len(self.leftovers))}, {format_bytes(size)}"
@@ -164,7 +164,10 @@ def _show_damaged(contents: CacheFolder, consequence: str) -> None:
 
 
 def _table(rows: Sequence[Sequence[str]]) -> None:
-    """Print rows as a table with aligned columns; the first row contains the headings."""
+    """Print rows as a table with aligned columns.
+
+    The first row contains the headings.
+    """
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = [

@@ -60,7 +60,7 @@ def convert(source: str, output: Path, bits: str | None, **options: Any) -> None
 
 
 def facts(report: "ConvertReport") -> list[tuple[str, str]]:
-    """Return the lines (label, value) that are printed about a conversion."""
+    """Return the lines (label, value) that summarize a conversion for the user."""
     from mlx_dpo.units import format_bytes
 
     before, after = format_bytes(report.bytes_before), format_bytes(report.bytes_after)

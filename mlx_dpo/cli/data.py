@@ -191,7 +191,7 @@ def _show_progress(console: "Console") -> Iterator[Callable[[int], None]]:
     """Show the number of rows read if the console is a terminal; otherwise print nothing.
 
     Yields:
-        A function to be called with the number of rows read since its last call.
+        A function that takes the number of rows read since the function's last call.
     """
     if not console.is_terminal:
         yield lambda new_rows: None

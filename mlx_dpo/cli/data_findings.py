@@ -1,4 +1,4 @@
-"""Print the results of `mlx-dpo data check`: row and pair counts, token lengths, findings."""
+"""Print the results of `mlx-dpo data check`: row and pair counts, text lengths and findings."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ STYLES = {"fault": "bold red", "remark": "bold yellow"}
 
 
 def print_results(console: "Console", results: CheckResults) -> None:
-    """Print the results of all splits as text: row and pair counts, token lengths and findings."""
+    """Print the results of all splits as text: row and pair counts, text lengths and findings."""
     for name, split in results.splits.items():
         if results.valid is not None:
             console.print({"train": "to train on", "valid": "held out"}[name], style="bold")
@@ -55,7 +55,7 @@ def format_counts(split: SplitScan) -> Iterator[str]:
 
 
 def format_lengths(split: SplitScan) -> Iterator[str]:
-    """Yield lines on the token lengths in a split: statistics, a histogram and the length bias."""
+    """Yield lines on the text lengths in a split: statistics, a histogram and the length bias."""
     lengths = split.lengths
     yield from format_length_summary(lengths.summaries())
     yield ""

@@ -80,7 +80,7 @@ def fuse(run: str, output: Path, bits: str | None, **settings: Any) -> None:
 
 
 def facts(fused: "FusedModel") -> list[tuple[str, str]]:
-    """Return the lines (label, value) that are printed about a fused model."""
+    """Return the lines (label, value) that summarize a fused model for the user."""
     from mlx_dpo.units import format_bytes
 
     retention, merged = fused.retention, fused.merge_retention

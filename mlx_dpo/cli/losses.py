@@ -54,7 +54,7 @@ def describe(loss: Loss) -> list[str]:
 
 
 def to_dict(loss: Loss) -> dict[str, Any]:
-    """Return the loss as a JSON-compatible dictionary for `--json`."""
+    """Return the description of a loss as a JSON-compatible dictionary for `--json`."""
     return {
         "equation": loss.equation,
         "source": loss.source,

@@ -29,7 +29,7 @@ def keep_awake(wanted: bool) -> Iterator[str | None]:
     """Keep a Mac awake inside the block if `wanted`.
 
     Only sleep from idleness is prevented. With a closed lid and no power supply the Mac sleeps,
-    and the run continues when it wakes up.
+    and the run continues when the Mac wakes up.
 
     Yields:
         A note that is printed before training; None if not `wanted` or not on a Mac.

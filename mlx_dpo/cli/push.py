@@ -77,7 +77,7 @@ def _check_existing_card(path: Path, name: str, base: str | None) -> None:
 
 
 def _print_files(upload: "Upload") -> None:
-    """Print size and name of each file."""
+    """Print size and name of each file of an upload."""
     from mlx_dpo.units import format_bytes
 
     for name, file in upload.files.items():

@@ -63,7 +63,7 @@ def sampling_flags(
 
 
 def make_samplings(settings: dict[str, Any]) -> tuple[Sampling, ...]:
-    """Return one `Sampling` per temperature that was given.
+    """Return the sampling settings as one `Sampling` for each given temperature.
 
     Raises:
         ConfigError: a setting is out of its bounds, or has no effect.

@@ -53,7 +53,7 @@ FREE_LORA_SETTINGS = ("lora_dropout", "start_adapter")
 
 
 class IterativeDPO:
-    """Iterative DPO from prompts alone. The caller runs it stage by stage:
+    """Iterative DPO from prompts, without given preference pairs. The caller runs each stage:
 
         with IterativeDPO(config, settings) as trainer:
             for stage in trainer.stages():
@@ -162,9 +162,9 @@ class IterativeDPO:
         return open_responder(str(self.paths.round(round_number).run.folder))
 
     def collect(self, round_number: int) -> Iterator[int]:
-        """Collect the pairs of a round from the policy of the round before.
+        """Collect the preference pairs of a round with the policy of the round before.
 
-        Yield the number of prompts without a decision at the start and after each decision.
+        At the start and after each judged prompt, yield the number of prompts that remain.
 
         Raises:
             ConfigError: no prompt gave a pair.
@@ -199,8 +199,8 @@ class IterativeDPO:
         From round 2 on, training starts from the previous round's adapter, with its LoRA settings.
 
         Raises:
-            ConfigError: the settings cannot be combined with those that later rounds add
-                (`start_adapter`, `reference_model`).
+            ConfigError: the settings contradict `start_adapter` or `reference_model`, which this
+                method sets in later rounds.
         """
         paths = self.paths.round(round_number)
         changes: dict[str, Any] = {"pairs": (str(paths.pairs),), "output": str(paths.run.folder)}

@@ -83,7 +83,7 @@ class SplitPrompts(NamedTuple):
 def read_split_prompts(
     prompts: str, valid_prompts: str | None, system: str | None = None
 ) -> SplitPrompts:
-    """Read training and held-out prompts without overlap, and add the system message to each.
+    """Read training and held-out prompts without overlap, and add the `system` message to each.
 
     Raises:
         DataError, ConfigError: there are no prompts, or too few to hold some out.
@@ -110,7 +110,7 @@ def _sample_held_out(prompts: Sequence[Prompt]) -> list[Prompt]:
 
 
 def prompts_digest(prompts: Sequence[Prompt]) -> str:
-    """Return the SHA-256 digest of the prompts in order, in hex."""
+    """Return the SHA-256 digest of the prompts, which depends on their order, in hex."""
     return sha256("".join(prompt.key for prompt in prompts).encode()).hexdigest()
 
 
@@ -122,7 +122,7 @@ class RoundPaths:
 
     @property
     def pairs(self) -> Path:
-        """File of the collected pairs; the file of skipped prompts is next to it."""
+        """File of the preference pairs that are collected in the round."""
         return self.folder / "pairs.jsonl"
 
     @property
@@ -155,7 +155,7 @@ class IterativePaths:
 
     @property
     def record(self) -> Path:
-        """File `loop.json` with the settings and the digests of all inputs."""
+        """Path of `loop.json`, which stores the settings and the digests of all inputs."""
         return self.folder / "loop.json"
 
     @property
@@ -202,7 +202,7 @@ def start_or_resume(
     """Write `loop.json` into an empty folder, or check that a resumed run has the same inputs.
 
     Raises:
-        RunError: the folder holds something else, or was started with other inputs.
+        RunError: the folder contains other files, or its run was started with other inputs.
     """
     record = {"loop": asdict(settings), "settings": config.to_dict(), "contents": digests}
     record = json.loads(json.dumps(record))

@@ -1,7 +1,7 @@
 """The JSONL file of collected preference pairs, and the file of skipped prompts next to it.
 
-A collection keeps no other state: a restarted program finds in these files which prompts have a
-decision.
+These files are the only state of a collection: a restarted program finds in them which prompts
+have a decision (a pair, or a reason to skip the prompt).
 """
 
 import fcntl
@@ -23,7 +23,7 @@ PROVENANCE = "provenance"
 
 @dataclass(frozen=True)
 class Decision:
-    """The result for one prompt: a pair of answers, or the reason why there is no pair."""
+    """The result for one prompt: a preference pair, or the reason why there is none."""
 
     prompt: Prompt
     provenance: Row

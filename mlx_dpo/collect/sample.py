@@ -28,8 +28,8 @@ PERSON_CHUNK = 4  # prompts in a chunk for a person, who should not wait long
 class SamplingPlan:
     """Rule for which model and which sampling settings produce each answer to a prompt.
 
-    The first answers use every model and all sampling settings at least once. With enough answers,
-    every model uses all sampling settings.
+    The first answers use each model and each sampling setting at least once. If there are enough
+    answers, each model uses each sampling setting.
     """
 
     answers: int = 2
@@ -72,7 +72,7 @@ class SamplingPlan:
 
 
 def make_answer_sampler(responders: Sequence[Responder], plan: SamplingPlan) -> AnswerSampler:
-    """Return a function that samples the planned answers to a chunk of prompts."""
+    """Return a function that samples answers to a chunk of prompts as the plan says."""
 
     def sample_answers(prompts: Sequence[Prompt], chunk: int) -> list[list[Answer]]:
         answers: list[dict[int, Answer]] = [{} for _ in prompts]
@@ -145,7 +145,7 @@ def count_outcomes(pairs_file: PairsFile) -> list[tuple[str, int]]:
 def count_truncated(pairs_file: PairsFile) -> int:
     """Count the chosen answers that were cut at the token limit.
 
-    A policy trained on such answers would learn to stop there.
+    A policy trained on such answers would learn to stop in the middle of an answer.
     """
     sources = (
         decision.row["provenance"].get("chosen_from", {}) for decision in pairs_file.decisions

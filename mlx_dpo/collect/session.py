@@ -46,7 +46,7 @@ AnswerSampler = Callable[[Sequence[Prompt], int], list[list[Answer]]]
 
 
 class TaskSampler:
-    """Samples ranking tasks for the prompts without a decision, one chunk of prompts at a time.
+    """Sampler of ranking tasks for the prompts without a decision, one chunk of prompts at a time.
 
     A chunk is always sampled as a whole and seeded by its number, so a program that restarts in
     the middle of a chunk samples the same answers again.
@@ -115,7 +115,7 @@ class RankingSession:
         self.decision_count = 0  # including those undone later
 
     def sample_chunk(self) -> bool:
-        """Sample the tasks of the next chunk of prompts; return False if no chunk is left."""
+        """Sample answers to the next chunk of prompts; return False if no chunk is left."""
         tasks = next(self._chunks, None)
         if tasks is None:
             return False
@@ -160,7 +160,7 @@ class RankingSession:
         self._write(Decision(task.prompt, provenance, chosen=text, rejected=answer.text))
 
     def skip(self, why: str) -> None:
-        """Store that the current task has no pair; `why` is `TIE` or `SKIPPED`."""
+        """Skip the current task: store `why` (`TIE` or `SKIPPED`) instead of a pair."""
         task = self._get_task()
         texts = tuple(answer.text for answer in task.answers)
         self._write(Decision(task.prompt, {"by": PERSON}, skip_reason=why, answers=texts))

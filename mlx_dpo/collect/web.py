@@ -107,7 +107,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send_reply(command)
 
     def _is_allowed(self, token: str) -> bool:
-        """Check host, origin and token of the request; send 403 and return False if one fails."""
+        """Return whether host, origin and token of the request are allowed; if not, send 403."""
         hosts = {f"{name}:{self.server.server_port}" for name in (LOOPBACK, "localhost")}
         origin = self.headers.get("Origin")
         if self.headers.get("Host") not in hosts:  # a foreign name that resolves to loopback

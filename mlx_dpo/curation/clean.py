@@ -45,7 +45,7 @@ def clean_pairs(
     output: Path,
     progress: ProgressCallback = lambda new_rows: None,
 ) -> CleanResult:
-    """Write all rows except those that a check in `drop` reports, and a report file next to them.
+    """Write the rows that no check in `drop` reports to `output`, and a report file beside it.
 
     An empty `drop` means every check of severity `fault`.
 

@@ -27,9 +27,9 @@ class PairPreview:
 
 
 def show_pairs(config: DPOConfig, *, count: int, row: int | None) -> Iterator[PairPreview]:
-    """Yield previews of the first `count` training pairs, or of all pairs of the row `row`.
+    """Yield previews of the first `count` training pairs, or of all pairs made from one row.
 
-    The number of a row is that in its location, such as 12 in `file:12`.
+    `row` is the number of that row in its location, such as 12 in `file:12`.
 
     Raises:
         DataError: a row cannot be read, or no row has the number.

@@ -150,9 +150,10 @@ def _round_up(number: int, multiple: int) -> int:
 def micro_batches(
     indices: Iterable[int], pairs: Sequence[TokenizedPair], limit: PassLimit, *, cost: CountTokens
 ) -> list[list[int]]:
-    """Split the pairs of a step into micro-batches as large as `limit` allows; return indices.
+    """Split the pairs of a step into micro-batches as large as `limit` allows.
 
-    Pairs are sorted by length to reduce padding; ties keep their order.
+    The result has one list of pair indices for each micro-batch. Pairs are sorted by length to
+    reduce padding; pairs of equal length keep their order.
 
     Args:
         indices: indices of the pairs of the step.

@@ -89,9 +89,10 @@ def longest_row(*splits: Sequence[TokenizedPair]) -> int:
 
 
 def longest_pairs(count: int, *splits: Sequence[TokenizedPair]) -> list[TokenizedPair]:
-    """Return the `count` longest pairs of all splits, the longest last; ties keep their order.
+    """Return the `count` longest pairs of all splits, the longest last.
 
-    The length of a pair is that of its prompt and longer completion.
+    The length of a pair is the number of tokens of its prompt and longer completion. Pairs of
+    equal length keep their order.
     """
     lengths = np.concatenate([row_lengths(pairs) for pairs in splits])
     ends = np.cumsum([len(pairs) for pairs in splits])

@@ -108,7 +108,7 @@ class PairDataset(ColumnarPairs):
         return self._select(np.asarray(indices, np.int64))
 
     def with_mismatched(self, others: Any, max_length: int) -> "PairDataset":
-        """Return a dataset in which `rejected` of each example is another example's `chosen`.
+        """Return a dataset in which each example has the `chosen` of another example as `rejected`.
 
         Args:
             others: for each example, the index of that other example in this dataset. (B,)

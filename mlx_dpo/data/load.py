@@ -67,7 +67,10 @@ def check_settings_used(rules: TokenRules, rows: RowRules, reports: Sequence[Pai
 
 
 def held_out_indices(pairs: Sequence[TokenizedPair], *, share: float, seed: int) -> set[int]:
-    """Return the indices of the pairs to hold out; see `hold_out_prompts`."""
+    """Return the indices of the pairs to hold out, so that no prompt is in both splits.
+
+    About `share` of the pairs are held out.
+    """
     return hold_out_prompts(prompt_keys(pairs), share=share, seed=seed)
 
 

@@ -126,9 +126,9 @@ def to_inputs(pairs: Input | Sequence[Input]) -> list[str | InMemoryRows]:
 
 
 def resolve_source(source: Input, split: str | None = None) -> Source:
-    """Return the data source of an input; of a folder or Hub dataset only the split `split`.
+    """Return the data source that an input names.
 
-    The default split is `train`.
+    For a folder or a Hub dataset, this is the split called `split`, by default `train`.
 
     Raises:
         DataError: the input does not exist or its type is not supported.
@@ -168,7 +168,7 @@ def resolve_held_out_source(source: Input) -> Source:
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """Return an iterator over the rows of one file; see `files.read_file`."""
+    """Return an iterator over the rows of one data file of any supported format."""
     return _file_source(path).rows()
 
 
@@ -255,7 +255,7 @@ def _split_files(folder: Path, split: str) -> list[Path]:
 
 
 def _is_supported(path: Path) -> bool:
-    """Return whether the file's suffixes are those of a data file, and not of a README."""
+    """Return whether the file name ends like that of a data file, plain or compressed."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     return bool(suffixes) and (
         suffixes[-1] in READERS or (suffixes[-1] in DECOMPRESSORS and suffixes[-2:-1] != [])

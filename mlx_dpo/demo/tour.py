@@ -41,7 +41,7 @@ class Answers:
 
 @dataclass
 class Demo:
-    """The demo in a folder of its own, with one method per stage."""
+    """The demo, with one method per stage and a folder for its files."""
 
     folder: Path
     source: Path = field(default_factory=lambda: tiny_chat())
@@ -112,7 +112,7 @@ class Demo:
         return Answers(texts, sum(courteous) / len(courteous), sum(correct) / len(correct))
 
     def divergence(self, answers: Answers) -> float:
-        """Return the mean of log π − log π_ref over answers sampled from the policy, in nats.
+        """Return the mean log-ratio log π − log π_ref of answers sampled from the policy, in nats.
 
         This is an unbiased estimate of the sequence-level KL divergence from the base.
         """

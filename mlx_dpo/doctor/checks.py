@@ -69,7 +69,7 @@ GROUP_SIZE = 32
 def make_policy(
     *, bits: int | None = None, dtype: mx.Dtype = mx.float32, fresh: bool = False
 ) -> nn.Module:
-    """Return the tiny model under test, with random adapters, or untrained ones if `fresh`.
+    """Return the tiny model under test, with random adapters, or with new ones if `fresh`.
 
     The model is the same at every call. Weights and adapters have values of `dtype`. Quantized
     weights stay packed, also on the CPU.
@@ -112,7 +112,7 @@ class Check:
 
     @property
     def ok(self) -> bool:
-        """Whether the measured error is within its limit; NaN is not."""
+        """Whether an error was measured and is within its limit; NaN is not."""
         return not self.trouble and self.measured <= self.limit
 
 

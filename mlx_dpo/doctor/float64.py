@@ -89,7 +89,7 @@ def _attention(q: Array, k: Array, v: Array, args: Any) -> Array:
 
 
 def _apply_rope(x: Array, args: Any) -> Array:
-    """Apply rotary position embeddings; dimension i is paired with i + size / 2.
+    """Apply rotary position embeddings; dimensions i and i + size / 2 form a pair.
 
     Shape (N, heads, T, size), as that of `x`.
     """

@@ -23,7 +23,7 @@ Facts = dict[str, Any]
 
 
 def versions() -> Facts:
-    """Return versions by name: packages (None if not installed), Python and operating system."""
+    """Return the versions of packages (None if not installed), Python and operating system."""
     return {name: _version(name) for name in PACKAGES} | {
         "python": platform.python_version(),
         "system": _system(),
@@ -53,7 +53,7 @@ def _system() -> str:
 
 
 def device() -> Facts:
-    """Return facts about MLX's device, with its measured speed for float32 matrix products."""
+    """Return facts about MLX's device, including the measured speed of float32 matrix products."""
     kind = device_kind()
     return {
         "kind": kind,
@@ -75,7 +75,7 @@ def _measure_gflops(size: int) -> float:
 
 
 def memory() -> Facts:
-    """Return sizes in bytes: memory of machine and device, and MLX's memory and cache limits."""
+    """Return the memory of the machine and of the device, and MLX's limits, in bytes."""
     cache_limit = mx.set_cache_limit(0)  # the only way to read it
     mx.set_cache_limit(cache_limit)
     info = mx.device_info(mx.default_device())
@@ -89,7 +89,7 @@ def memory() -> Facts:
 
 
 def folders() -> Facts:
-    """Return the paths of the cache folders, and the free bytes there and in the current folder."""
+    """Return the cache folders' paths, and the free bytes of each and of the current folder."""
     cache, models = paths.cache_folder(), Path(huggingface_hub.constants.HF_HUB_CACHE)
     return {
         "reference_cache": {"path": cache, "free": _free_bytes(cache)},

@@ -34,7 +34,7 @@ class TextSpan:
 
 @dataclass(frozen=True, slots=True)
 class ScoredAnswer:
-    """An answer as text spans, each with its log-ratio."""
+    """An answer, split into text spans with a log-ratio each."""
 
     spans: tuple[TextSpan, ...]
     end: float | None  # log-ratio of the end token; None if the answer was cut

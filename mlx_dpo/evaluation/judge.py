@@ -1,4 +1,4 @@
-"""A language model as judge of answers (LLM-as-a-judge), prompted with each pair in both orders."""
+"""A language model as judge of answers (LLM-as-a-judge), shown two answers in both orders."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -53,7 +53,7 @@ class _PairwiseVerdict:
             self.outcome = outcome
 
     def warning_about(self, best: int) -> str:
-        """Return why a pair with answer `best` as chosen is unreliable; empty if it is reliable."""
+        """Return why a preference for answer `best` is unreliable; empty if it is reliable."""
         lost = self.outcome == (LOSS if best == self.first else WIN)
         return self.warning or (WORST_BEAT_BEST if lost else "")
 
@@ -130,7 +130,7 @@ class ModelJudge:
 
 
 def _make_ranking(answer_count: int, verdicts: Sequence[_PairwiseVerdict]) -> Ranking:
-    """Return the ranking of one prompt's answers, given the verdict on each pair of answers."""
+    """Return the ranking of the answers to one prompt, from a verdict on every two of them."""
     scores = [0.0] * answer_count
     for verdict in verdicts:
         scores[verdict.first] += verdict.outcome
@@ -151,7 +151,7 @@ def format_conversation(prompt: Conversation) -> str:
 
 
 def parse_verdict(text: str) -> float | None:
-    """Return whether the first answer won, from a judge's reply; None if it has no verdict.
+    """Return the verdict in a judge's reply: `WIN`, `TIE` or `LOSS` of the first answer, or None.
 
     The last verdict in the reply counts.
     """

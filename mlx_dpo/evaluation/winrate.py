@@ -44,7 +44,7 @@ class WinRate:
 
 @dataclass(frozen=True)
 class PairwiseComparison:
-    """The answers of a policy and of its opponent to the same prompts, and a judge's rankings."""
+    """Answers of a policy and of an opponent to the same prompts, with a judge's rankings."""
 
     prompts: Sequence[Prompt]
     answers: Sequence[str]

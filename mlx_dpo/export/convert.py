@@ -116,12 +116,14 @@ def convert(  # noqa: PLR0913 (one argument for each option of the command)
     recipe: str | None = None,
     trust_remote_code: bool = False,
 ) -> ConvertReport:
-    """Convert the model `source`, write it to the folder `output`, and compare both models.
+    """Convert a model, write the result to the folder `output`, and compare both models.
+
+    `source` is the model's folder or Hub id. If an error is raised, `output` is not written.
 
     Raises:
         ConfigError: settings contradict each other or the model, or have no effect.
         ModelError: the source cannot be read, the output cannot be written, or the converted model
-            differs from the source. `output` is not written then.
+            differs from the source.
     """
     quantization = make_quantization_config(bits, group_size, mode, recipe, dtype)
     path = resolve_model(source, revision=revision, trust_remote_code=trust_remote_code)
@@ -201,9 +203,10 @@ def _write_text(file: Path, text: str) -> None:
 
 
 def _conversion_error(path: Path, partial: Path, trust_remote_code: bool) -> tuple[float, int]:
-    """Return the mean difference of the two models' log-probabilities, and the number of tokens.
+    """Return how far the log-probs of source and converted model differ, and the number of tokens.
 
-    Only one model is in memory at a time.
+    The first value is the mean absolute difference in nats per token. Only one model is in memory
+    at a time.
     """
     base = load.load_model(str(path), trust_remote_code=trust_remote_code)
     ids = sample_token_ids(base)
@@ -216,7 +219,14 @@ def _conversion_error(path: Path, partial: Path, trust_remote_code: bool) -> tup
 
 
 def _check_same_model(source: str, difference: float, stored: str, written: str) -> None:
-    """Raise `ModelError` if an unquantized model differs from its source by more than rounding."""
+    """Raise `ModelError` if an unquantized model differs from its source by more than rounding.
+
+    Args:
+        source: Name of the model for the error message.
+        difference: Mean absolute difference of the log-probabilities.
+        stored: Name of the source's dtype.
+        written: Name of the converted model's dtype.
+    """
     allowed = tolerance(stored, written)
     if difference > allowed:
         raise ModelError(

@@ -1,4 +1,4 @@
-"""Fuse a run's adapters into a plain model, and measure how much of the training it retains."""
+"""Fuse a run's adapters into a plain model, and measure how much training the model retains."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -156,7 +156,7 @@ class FuseOptions:
 
     @property
     def quantization(self) -> AffineQuantization | None:
-        """The quantization of the fused weights; None if they are not quantized."""
+        """Quantization of the fused model's weights; None if they are not quantized."""
         return (
             AffineQuantization(self.bits, self.group_size or DEFAULT_GROUP_SIZE)
             if self.bits
@@ -166,7 +166,7 @@ class FuseOptions:
 
 @dataclass(frozen=True)
 class FusedModel:
-    """A fused model on disk, and how much of the training it retains."""
+    """A fused model on disk, and how much of the training the model retains."""
 
     output: Path
     bytes: int  # of the weights
@@ -255,9 +255,9 @@ def _find_checkpoint(base: LoadedModel, options: FuseOptions) -> HFCheckpoint | 
 
 
 def _stored_dtype(base: LoadedModel, opened: OpenRun) -> str:
-    """Return the dtype of the model's weights on disk, or the run's setting `dtype`.
+    """Return the dtype of the model's weights on disk, or the run's setting `dtype` if it is set.
 
-    On the CPU backend the weights in memory have another dtype.
+    The dtype in memory can differ, because the CPU backend casts the weights.
     """
     config = opened.config
     if config.dtype is not None:
@@ -277,7 +277,8 @@ def _expected_bytes(
 def _pair_logps(opened: OpenRun, base: LoadedModel, pairs: Sequence[TokenizedPair]) -> PairLogps:
     """Return the log-probabilities of the completions in `pairs` under a model. (len(pairs),) each
 
-    Every sequence is computed whole and padded, which is exact for every architecture.
+    Each prompt with one completion is computed as one padded sequence, which is exact for every
+    architecture.
     """
     return score_pairs(base.model, pairs, limit=opened.config.pass_limit)
 

@@ -34,9 +34,9 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def write_mlx(folder: Path, model: nn.Module, entries: Mapping[str, Any], source: Path) -> None:
-    """Write a model and its configuration to `folder`, and copy the other files from `source`.
+    """Write a model and its configuration to `folder`, and copy the model's other files.
 
-    The other files are those of the tokenizer, generation settings, Python code and licenses.
+    Tokenizer files, generation settings, Python code and licenses are copied from `source`.
     """
     save_model(folder, model)
     save_config(dict(entries), folder / CONFIG)
@@ -46,8 +46,8 @@ def write_mlx(folder: Path, model: nn.Module, entries: Mapping[str, Any], source
 def write_hf(folder: Path, changed: Arrays, checkpoint: HFCheckpoint) -> None:
     """Write a copy of the checkpoint in which the tensors in `changed` replace the old tensors.
 
-    Every tensor keeps its dtype in the checkpoint. One file is in memory at a time, and each tensor
-    is removed from `changed` once it is used.
+    Every tensor keeps its dtype in the checkpoint. Only one file is in memory at a time, and each
+    tensor is removed from `changed` once it is used.
     """
     assert checkpoint.folder is not None
     for file in weight_files(checkpoint.folder):
@@ -100,7 +100,7 @@ def _trained_weights(model: nn.Module, kind: str, checkpoint: HFCheckpoint) -> A
 
 
 def _add_tied_lm_head(changed: Arrays, model: nn.Module, checkpoint: HFCheckpoint) -> Arrays:
-    """Add the LM head to `changed` if it is tied to the embedding but stored in the checkpoint."""
+    """Add the LM head to `changed` if it is tied but the checkpoint stores a copy of its weight."""
     if HEAD in checkpoint.shapes and EMBEDDING in changed and has_tied_embeddings(model):
         changed[HEAD] = changed[EMBEDDING]
     return changed

@@ -45,7 +45,7 @@ def generate_batch(
     sampling: Sampling,
     thinking: bool | None = None,
 ) -> list[str]:
-    """Generate one answer to each conversation and return the texts, in order.
+    """Generate one answer to each conversation, and return the answers' texts in order.
 
     Raises:
         ConfigError: `thinking` is set and the chat template has no thinking mode.
@@ -63,7 +63,7 @@ def generate_replies(
     sampling: Sampling,
     thinking: bool | None = None,
 ) -> list[GeneratedText]:
-    """Generate one answer to each conversation and return the answers, in order.
+    """Generate one answer to each conversation, and return the answers in order.
 
     Raises:
         ConfigError: `thinking` is set and the chat template has no thinking mode.
@@ -87,8 +87,8 @@ def generate_tokens(
 ) -> list[GeneratedTokens]:
     """Generate one answer to each prompt (token ids) and return the answers, in order.
 
-    The answers are generated in one batch if the architecture's batched cache is exact, otherwise
-    one after another. At temperature 0 an answer does not depend on the other prompts.
+    The answers are generated in one batch if the model's batched KV cache gives exact results,
+    otherwise one after another. At temperature 0 an answer does not depend on the other prompts.
     """
     is_batched = len(prompts) > 1 and is_batching_exact(model, prompts)
     generate = _generate_batched if is_batched else _generate_sequentially

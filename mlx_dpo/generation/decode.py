@@ -8,11 +8,11 @@ THINKING_TAIL = 11  # tokens at the end of a prompt in which a template may begi
 
 
 class StreamingDecoder:
-    """Incremental decoder: takes one token at a time and returns the text that became complete.
+    """Incremental decoder, which takes one token at a time and returns the completed text.
 
     Unlike mlx-lm's detokenizers, the decoder keeps a leading space, which matters if a text is
-    continued. The pieces joined together can differ from the tokenizer's `decode` only for bytes
-    that form no character, since `decode` can then change text that was returned before.
+    continued. The joined pieces equal the result of the tokenizer's `decode`, except for bytes that
+    form no character: `decode` can then change text that the decoder has already returned.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -22,7 +22,7 @@ class StreamingDecoder:
         self._decoded = 0  # tokens whose text was returned
 
     def add(self, token: int) -> str:
-        """Add a token and return the new text; empty while a character is incomplete."""
+        """Add a token and return the new text, which is empty while a character is incomplete."""
         self._tokens.append(token)
         text = self._new_text()
         if not text or text.endswith(INCOMPLETE):
@@ -31,7 +31,7 @@ class StreamingDecoder:
         return text
 
     def finish(self) -> str:
-        """Return the text that was not returned yet, after the last token."""
+        """Return the remaining text after the last token was added."""
         text = self._new_text()
         self._start = self._decoded = len(self._tokens)
         return text
@@ -83,7 +83,7 @@ class ThinkingSplitter:
         yield from _nonempty(text, self._within)
 
     def finish(self) -> Iterator[TextPart]:
-        """Yield the text that was not yielded yet, after the last call of `feed`."""
+        """Yield the remaining text after the last call of `feed`."""
         text, self._pending = self._pending, ""
         yield from _nonempty(text, self._within)
 

@@ -53,7 +53,7 @@ def make_logits_processors(
     """Return functions that change logits (B, V) before sampling: the repetition penalty, if set.
 
     Args:
-        cached_tokens: Prompt tokens that mlx-lm does not see because they are in the prompt cache.
+        cached_tokens: Prompt tokens that mlx-lm does not see because they are in the KV cache.
     """
     from mlx_lm import sample_utils
 
@@ -77,7 +77,7 @@ def stream_tokens(
 ) -> Generator[int]:
     """Yield the generated token ids one after another, end tokens included.
 
-    When a token is yielded, the prompt cache `cache` contains the token already.
+    When a token is yielded, the KV cache `cache` already contains this token.
     """
     from mlx_lm.generate import generate_step, generation_stream, wired_limit
 

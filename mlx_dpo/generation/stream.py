@@ -1,4 +1,4 @@
-"""Stream one answer, with a prompt cache that is reused between the turns of a chat."""
+"""Stream one answer, with a KV cache that is reused between the turns of a chat."""
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing

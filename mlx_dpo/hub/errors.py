@@ -1,4 +1,4 @@
-"""Convert errors of `huggingface_hub` and of the network into `ModelError`s of one line."""
+"""Convert errors of `huggingface_hub` and of the network into `ModelError`s."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ LOGIN = "log in with `hf auth login`, using a token with write access"
 
 @contextmanager
 def as_model_errors(name: str) -> Iterator[None]:
-    """Convert Hub and network errors inside the block into `ModelError`s of one line.
+    """Convert Hub and network errors inside the block into `ModelError`s with a one-line message.
 
     Args:
         name: name of the Hub repository, for the message.

@@ -37,7 +37,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class CardContent:
-    """Facts that the model card shows; none of them is a path of this machine."""
+    """The facts that a model card shows, without any path on this machine."""
 
     name: str
     base_model: str | None  # Hub id

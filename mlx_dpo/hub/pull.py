@@ -25,7 +25,7 @@ class PulledAdapter:
 
 
 def pull_adapter(name: str, output: Path, revision: str | None = None) -> PulledAdapter:
-    """Download an adapter into the folder `output`, which is written completely or not at all.
+    """Download an adapter into the folder `output`, completely or not at all.
 
     Raises:
         ModelError: the Hub has no adapter of this name, the adapter is damaged, or `output` cannot
@@ -59,7 +59,7 @@ def _download(name: str, revision: str | None) -> Path:
 
 
 def _base_model(folder: Path) -> str | None:
-    """Return the base model that the model card or else the adapter's config names, or None."""
+    """Return the base model that the model card, else the adapter's config, names; or None."""
     from_card = read_card_metadata(folder).get("base_model")
     entries = read_json(folder / CONFIG, str(folder / CONFIG))
     names = [from_card[0] if isinstance(from_card, list) and from_card else from_card]

@@ -1,4 +1,4 @@
-"""Write the model card of a finished run, from its record and from sampled completions."""
+"""Write the model card of a finished run from its run record and from sampled completions."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -91,7 +91,7 @@ def public_datasets(opened: OpenRun) -> list[str] | None:
 def _collect_facts(
     opened: OpenRun, name: str, hub_id: str | None, base: Mapping[str, Any], datasets: Sequence[str]
 ) -> dict[str, Any]:
-    """Return the values of all fields of `CardContent` except `samples`."""
+    """Return the facts that the model card shows, except samples, as fields of `CardContent`."""
     config, record = opened.config, opened.record
     settings = DPOConfig.from_dict(record["settings"])
     adapter = json.loads((opened.paths.folder / CONFIG).read_text())

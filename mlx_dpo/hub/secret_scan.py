@@ -85,7 +85,7 @@ def scan_for_secrets(content: Path | bytes, name: str) -> Iterator[SecretMatch]:
 
 
 def _read_text(content: Path | bytes, name: str) -> bytes:
-    """Return the bytes of a file that may contain text.
+    """Return the parts of a file that may contain text, as bytes.
 
     Raises:
         ValueError, ModelError: the file is damaged, or is neither text, PNG nor safetensors.

@@ -1,8 +1,8 @@
-"""Write files and folders that appear under their name complete, or not at all.
+"""Write files and folders atomically: they appear under their name complete or not at all.
 
 The content is written under a temporary name next to the target and renamed at the end. Temporary
-names begin with `.mlx-dpo-` and contain the process id of the writer and a random number, so that
-they never collide with the name of a user's file, and leftovers of a killed process can be
+names begin with `.mlx-dpo-` and contain the process id of the writer and a random number. They
+therefore never collide with the name of a user's file, and leftovers of a killed process can be
 distinguished from files that are being written.
 """
 
@@ -36,7 +36,7 @@ def atomic_file(path: Path, *, durable: bool = False) -> Iterator[Path]:
 
 
 def write_file(path: Path, content: str | bytes, *, durable: bool = False) -> None:
-    """Write or replace a file atomically. Text is encoded as UTF-8.
+    """Write or replace a file atomically, encoding text as UTF-8.
 
     With `durable`, the content is flushed to the disk before the file gets its name.
     """
@@ -46,11 +46,11 @@ def write_file(path: Path, content: str | bytes, *, durable: bool = False) -> No
 
 @contextmanager
 def atomic_folder(path: Path, *, durable: bool = False, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a temporary folder to write to, and rename it to `path` at the end.
+    """Yield a temporary folder to write to, and rename the folder to `path` at the end.
 
-    If the block fails, the temporary folder is removed. With `durable`, its files and the rename
-    are flushed to the disk. With `overwrite`, an existing folder at `path` is removed before the
-    rename.
+    If the block fails, the temporary folder is removed. With `durable`, the folder's files and the
+    rename are flushed to the disk. With `overwrite`, an existing folder at `path` is removed before
+    the rename.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(path.parent, path.name)
@@ -69,11 +69,11 @@ def atomic_folder(path: Path, *, durable: bool = False, overwrite: bool = False)
 
 @contextmanager
 def temporary_path(path: Path) -> Iterator[Path]:
-    """Yield an unused path next to `path`, with the same suffix; remove its content at the end.
+    """Yield an unused path next to `path`, with the same suffix; remove what is there at the end.
 
-    Use this if the content may not be renamed to `path` after all, or in a folder that is shared
-    with other machines, where the process id in a leftover's name means nothing. Otherwise use
-    `atomic_file` or `atomic_folder`.
+    Use this function if the content may not be renamed to `path` after all. Use it also in a
+    folder that is shared with other machines, where a process id in a file name means nothing.
+    Otherwise use `atomic_file` or `atomic_folder`.
     """
     name = f".mlx-dpo-{os.getpid()}-{token_hex(4)}-{path.name[-LONGEST_TARGET:]}"
     temporary = path.with_name(name)
@@ -135,7 +135,12 @@ def other_writer(path: Path) -> int | None:
 
 
 def _temporary_paths(folder: Path) -> list[tuple[Path, int, str]]:
-    """Return path, process id of the writer and target name of each temporary path in `folder`."""
+    """List the temporary files and folders in `folder`.
+
+    Returns:
+        Tuples of the path, the process id of the writer, and the name of the file or folder that
+        is being written.
+    """
     try:
         names = sorted(os.listdir(folder))
     except (FileNotFoundError, PermissionError):  # a folder may be writable but not readable

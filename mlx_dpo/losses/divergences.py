@@ -1,11 +1,11 @@
-"""f-divergences between policy and reference: "scores" that replace the log-ratio in losses.
+"""f-divergences between policy and reference, whose scores replace the log-ratios in losses.
 
 For the divergence with generator f the score is f'(t) of the ratio t = π(y) / π_ref(y). The
-implicit reward has a further term that cannot be computed. It cancels in the difference of two
-completions of one prompt, so that only losses of such differences are defined.
+implicit reward has a further term that cannot be computed. The term cancels if the rewards of two
+completions of one prompt are subtracted, so only losses of such reward margins are defined.
 
-Source: Wang et al. 2023, arXiv:2309.16240. Constants are TRL's; they matter for losses that
-divide scores by lengths.
+Source: Wang et al. 2023, arXiv:2309.16240. The constant in each score is TRL's; it matters for
+losses that divide scores by the number of tokens.
 """
 
 import math
@@ -23,7 +23,7 @@ LARGEST_EXPONENT = 30.0
 
 @dataclass(frozen=True)
 class Divergence:
-    """An f-divergence, by its name in `DIVERGENCES`.
+    """An f-divergence, whose name determines the score f'(t) of a ratio t.
 
         reverse_kl        f'(t) = log t
         forward_kl        f'(t) = 1 - 1 / t
@@ -38,7 +38,7 @@ class Divergence:
     coef: float
 
     def scores(self, ratios: mx.array) -> mx.array:
-        """Return f'(t) for log-ratios log t in nats. (B,) -> (B,)"""
+        """Return the score f'(t) for each log-ratio log t, in nats. (B,) -> (B,)"""
         if self.name == "reverse_kl":
             return ratios
         if self.name == "js_divergence":

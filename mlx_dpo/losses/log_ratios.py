@@ -11,8 +11,8 @@ from mlx_dpo.types import PairLogps, PairMetadata, ScoredPairs
 def log_ratios(policy: PairLogps, reference: PairLogps) -> PairLogps:
     """Return log π(y) - log π_ref(y) of each completion, in nats. (B,) each
 
-    Policy and reference are subtracted before chosen and rejected are: early in training policy
-    and reference nearly agree, and the difference of two close float32 numbers is exact.
+    This subtraction comes before that of rejected from chosen, for accuracy: early in training
+    policy and reference nearly agree, and subtracting close float32 numbers is exact.
     """
     return PairLogps(policy.chosen - reference.chosen, policy.rejected - reference.rejected)
 
@@ -23,7 +23,7 @@ def log_ratio_margin(policy: PairLogps, reference: PairLogps) -> mx.array:
 
 
 def token_averages(values: PairLogps, metadata: PairMetadata) -> PairLogps:
-    """Return the values divided by the number of tokens of each completion. (B,) each"""
+    """Return each completion's value divided by its number of tokens. (B,) each"""
     return PairLogps(
         values.chosen / metadata.chosen_tokens, values.rejected / metadata.rejected_tokens
     )
@@ -38,8 +38,8 @@ def margin(values: PairLogps) -> mx.array:
 class LossInputs:
     """Inputs of a loss: log-probabilities, log-ratios, margins and metadata. (B,) each
 
-    `margin` and `margin_per_token` are differences of f-divergence scores. For reverse KL, the
-    default, these scores are the log-ratios.
+    `margin` and `margin_per_token` are the f-divergence score of chosen minus that of rejected.
+    For reverse KL, the default, the scores are the log-ratios.
     """
 
     scored: ScoredPairs

@@ -1,7 +1,7 @@
 """AOT losses: they compare the sorted values of all pairs of a step instead of single pairs.
 
-Each term is returned at the index of the pair whose (first) value it contains, so that the losses
-have the order of the pairs. Their mean and gradients do not depend on that order.
+A term of the loss subtracts two sorted values, which may come from different pairs. The term is
+returned at the index of the pair of its first value. The mean does not depend on this choice.
 """
 
 import mlx.core as mx

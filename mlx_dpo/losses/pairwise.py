@@ -22,9 +22,9 @@ def sigmoid_loss(
 
         loss = -(1 - eps) log sigmoid(x) - eps log sigmoid(-x),  x = beta m - offset
 
-    where m is the log-ratio margin and eps the assumed share of flipped labels. TRL ignores
-    `label_smoothing` for its `sigmoid` loss; here it takes effect (conservative DPO). With
-    averages over tokens this is `sigmoid_norm`, with average log-probabilities `simpo`.
+    where m is the log-ratio margin and eps is the assumed share of flipped labels. TRL ignores
+    `label_smoothing` for its `sigmoid` loss; here it takes effect (conservative DPO). For
+    log-ratios averaged over tokens this is the loss `sigmoid_norm`.
 
     Args:
         margin: Log-ratio margins in nats, from `log_ratios.log_ratio_margin`.

@@ -63,6 +63,8 @@ def apo_down_loss(chosen: mx.array, rejected: mx.array, *, beta: float) -> mx.ar
 
         loss = sigmoid(beta r_w) + 1 - sigmoid(beta (r_w - r_l))
 
+    where r_w and r_l are the log-ratios of chosen and rejected.
+
     Source: D'Oosterlinck et al. 2024, arXiv:2408.06266, Eq. 8.
     """
     return mx.sigmoid(beta * chosen) + mx.sigmoid(-beta * (chosen - rejected))

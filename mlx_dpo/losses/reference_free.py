@@ -30,10 +30,10 @@ def simpo_loss(
     """Return the SimPO loss: `sigmoid_loss` of beta m - gamma - offset. (B,) -> (B,)
 
     Args:
-        margin: Margin of log-probabilities averaged over the tokens of each completion.
+        margin: m, the margin of log-probabilities averaged over each completion's tokens.
         beta: Scale of the reward; there is no KL constraint.
-        simpo_gamma: Target reward margin. It is not multiplied by beta: the authors' code and
-            TRL have beta (m - gamma / beta), which is the same.
+        simpo_gamma: gamma, the target reward margin. It is not multiplied by beta: the
+            authors' code and TRL have beta (m - gamma / beta), which is the same.
         label_smoothing: Assumed share of flipped labels; TRL has it, the paper does not.
         offset: Target reward margin in addition to gamma. (B,)
 

@@ -1,4 +1,4 @@
-"""Query MLX's device, and cast or dequantize a model's weights to suit it.
+"""Query MLX's default device, and cast or dequantize a model's weights for this device.
 
 MLX's CPU backend multiplies quantized and 16-bit matrices in plain loops, but float32 matrices with
 the much faster BLAS. On the CPU a model is therefore held in float32, with the same weights.
@@ -58,7 +58,7 @@ def main_dtype(model: nn.Module) -> str:
 
 
 def cast_model(model: nn.Module, dtype: mx.Dtype) -> None:
-    """Cast the floating-point parameters to `dtype`.
+    """Cast the model's floating-point parameters to `dtype`.
 
     Parameters that the model's `cast_predicate` excludes keep their dtype.
     """
@@ -133,6 +133,10 @@ def dequantize_layer(
     packed: nn.Module, dtype: mx.Dtype = mx.float32, name: str = "layer"
 ) -> nn.Module:
     """Return a plain layer with the dequantized weight of the quantized layer `packed`.
+
+    Args:
+        dtype: Dtype of the new layer's weight.
+        name: Name of the layer for error messages.
 
     Raises:
         ModelError: the weights have a global scale, which the CPU backend cannot read.

@@ -1,4 +1,4 @@
-"""Build a model with the right shapes and dtypes, without reading or allocating its weights.
+"""Build models with the right shapes and dtypes, without reading or allocating weights.
 
 MLX allocates an array when it is first used. The weights of the whole model can therefore be
 counted, and some of its blocks run, while the checkpoint stays on disk or on the Hub.
@@ -43,7 +43,7 @@ def load_empty_model(
     dtype: str | None = None,
     trust_remote_code: bool = False,
 ) -> LoadedModel:
-    """Load a model like `load_model`, but neither read nor allocate its weights.
+    """Load a model like `load_model`, but neither read nor allocate the model's weights.
 
     Only the configuration and the tokenizer are downloaded from the Hub.
 

@@ -1,4 +1,4 @@
-"""Read the license and metadata of a model, which models and adapters made from it inherit.
+"""Read the license and metadata of a model, which derived models and adapters inherit.
 
 A model card whose metadata cannot be parsed counts as empty.
 """
@@ -16,7 +16,7 @@ INHERITED_KEYS = ("license", "license_name", "license_link", "language")
 
 
 def read_card_metadata(folder: Path) -> dict[str, Any]:
-    """Return the metadata of the model card in a folder; empty if there is no valid card."""
+    """Return the metadata of the model card in a folder; empty if there is no valid model card."""
     try:
         return dict(ModelCard.load(folder / CARD, ignore_metadata_errors=True).data.to_dict())
     except (OSError, ValueError, TypeError, YAMLError):

@@ -1,4 +1,4 @@
-"""Load a base model and its tokenizer with mlx-lm, with checks before and clear errors."""
+"""Load a base model and its tokenizer with mlx-lm, checking files first and explaining errors."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,7 +36,7 @@ NO_LENGTH_LIMIT = 10**9
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model and its tokenizer: frozen, in evaluation mode, in the dtype that suits the device."""
+    """A frozen model in evaluation mode, in the dtype that suits the device, and its tokenizer."""
 
     model: nn.Module
     tokenizer: TokenizerWrapper
@@ -56,7 +56,7 @@ def load_model(
     dtype: str | None = None,
     trust_remote_code: bool = False,
 ) -> LoadedModel:
-    """Load the model `source`, a folder or a Hub id, and its tokenizer.
+    """Load a model and its tokenizer; `source` is the model's folder or Hub id.
 
     `bits` quantizes the weights, `dtype` casts them. On the CPU backend, all weights are then
     dequantized and cast to `dtype`, by default float32. The model is frozen and in evaluation mode.
@@ -91,9 +91,9 @@ def load_model(
 def load_lazy_model(
     path: Path, source: str, *, trust_remote_code: bool
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Return the model in the folder `path` with lazy weights, and its configuration.
+    """Return the model in the folder `path` with lazy weights, and the model's configuration.
 
-    The folder has to be checked with `check_model_folder` before.
+    Call `check_model_folder` for the folder first.
 
     Raises:
         ModelError: weights and configuration contradict each other, or cannot be read.
@@ -109,7 +109,7 @@ def load_lazy_model(
 
 
 def load_tokenizer(path: Path, source: str, *, trust_remote_code: bool) -> TokenizerWrapper:
-    """Load the tokenizer in the folder `path`, with the end tokens of the model's configuration.
+    """Load the tokenizer in the folder `path`, with the end tokens that the model's config names.
 
     Raises:
         ModelError: the files cannot be read, or are Python code that is not trusted.
@@ -134,9 +134,9 @@ def load_tokenizer(path: Path, source: str, *, trust_remote_code: bool) -> Token
 def loading_errors(
     where: str, what: str = "cannot be read", advice: str = "get its files again"
 ) -> Iterator[None]:
-    """Convert errors of mlx-lm and MLX inside the `with` block to a `ModelError` of one line.
+    """Convert errors of mlx-lm and MLX inside the `with` block to a one-line `ModelError`.
 
-    The message is `where: what (the error); advice`.
+    The message is put together from the arguments: `where: what (the error); advice`.
     """
     try:
         yield
@@ -152,8 +152,8 @@ def loading_errors(
 def embedding_size(model: nn.Module, config: dict[str, Any]) -> int:
     """Return the number of rows of the token embedding.
 
-    A model may have other embeddings (positions, n-grams): the token embedding is the smallest one
-    with room for the configured vocabulary.
+    A model may have other embeddings (positions, n-grams). The token embedding is the smallest one
+    that has a row for each token of the configured vocabulary.
     """
     text = config.get("text_config") or {}
     vocab = config.get("vocab_size") or text.get("vocab_size") or 0

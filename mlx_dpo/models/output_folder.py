@@ -74,5 +74,5 @@ def disk_errors(output: Path) -> Iterator[None]:
 
 
 def _nearest_folder(path: Path) -> Path:
-    """Return `path` if it is a folder, otherwise its nearest parent that exists."""
+    """Return `path` if it is a folder, otherwise the nearest parent folder that exists."""
     return next(folder for folder in (path, *path.parents) if folder.is_dir())

@@ -22,11 +22,14 @@ DEFAULT_GROUP_SIZE = 64  # the default
 def quantize_model(
     model: nn.Module, config: dict[str, Any], bits: int, group_size: int | None
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Quantize `model` in place; return its new configuration and notes on unquantized layers.
+    """Quantize `model` in place.
+
+    Returns:
+        New configuration of the model, and notes on layers that were left unquantized.
 
     Raises:
-        ConfigError: the model is quantized already, or the group size is not supported or divides
-            the width of no layer.
+        ConfigError: the model is quantized already, or the group size is not supported, or no
+            layer has a width that is a multiple of the group size.
     """
     group_size = group_size or DEFAULT_GROUP_SIZE
     check_quantizable(model, config, group_size, AFFINE_GROUP_SIZES)
@@ -75,8 +78,8 @@ def check_quantizable(
         group_sizes: Group sizes that MLX supports.
 
     Raises:
-        ConfigError: the model is quantized already, or the group size is not supported or divides
-            the width of no layer.
+        ConfigError: the model is quantized already, or the group size is not supported, or no
+            layer has a width that is a multiple of the group size.
     """
     if config.get("quantization") or config.get("quantization_config"):
         raise ConfigError("`bits` has no effect: the model is quantized already; leave it out")

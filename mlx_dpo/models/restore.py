@@ -14,8 +14,8 @@ from mlx_dpo.io.arrays import random_state
 def patched(module: Any, name: str, value: Any) -> Iterator[None]:
     """Replace the attribute `name` of `module` by `value` inside the `with` block.
 
-    Blocks can be nested: every block restores the value that it replaced. The replacement is
-    visible to all threads.
+    Blocks can be nested: at its end, each block restores the value that it found. The replacement
+    is visible to all threads.
     """
     replaced = getattr(module, name)
     setattr(module, name, value)

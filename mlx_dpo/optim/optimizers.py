@@ -103,8 +103,8 @@ def adam(
 def adafactor(learning_rate: float, weight_decay: float = 0.0) -> optim.Optimizer:
     """Return Adafactor with the given learning rate, as Transformers' trainer sets it up.
 
-    MLX's default replaces the learning rate by a relative step and scales it by the size of the
-    weights, which is zero for half of a fresh adapter.
+    By default MLX derives the learning rate from the step number, and multiplies it by the root
+    mean square of the weights, which is zero for half of the matrices of new adapters.
     """
     return optim.Adafactor(
         learning_rate, weight_decay=weight_decay, relative_step=False, scale_parameter=False
@@ -117,7 +117,7 @@ def lion(
     adam_beta1: float = 0.9,
     adam_beta2: float = 0.99,
 ) -> optim.Optimizer:
-    """Return Lion; the default betas are the paper's."""
+    """Return the Lion optimizer, by default with the betas of its paper."""
     return optim.Lion(learning_rate, betas=[adam_beta1, adam_beta2], weight_decay=weight_decay)
 
 

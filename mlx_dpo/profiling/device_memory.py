@@ -1,4 +1,4 @@
-"""Memory of the device: what training may use, MLX's buffer limits, and reuse of freed memory."""
+"""Memory of the device: size available to training, MLX's limits, and reuse of freed memory."""
 
 import ctypes
 import os
@@ -38,7 +38,8 @@ class MemoryBudget:
 def available_memory() -> MemoryBudget:
     """Return the memory that training may use on this machine.
 
-    It is Metal's recommendation, or MLX's memory limit if that is lower or there is no Metal.
+    This is the size that Metal recommends, or MLX's memory limit if that is lower. Without Metal,
+    it is MLX's memory limit.
     """
     limit = mx.get_memory_limit()
     recommended = mx.device_info(mx.default_device()).get(RECOMMENDED_BYTES_KEY)
@@ -48,12 +49,13 @@ def available_memory() -> MemoryBudget:
 
 
 def mac_memory(memory: str) -> MemoryBudget:
-    """Return the memory that Metal recommends on a Mac with `memory`: `16GB`, `16 GiB` or `16g`.
+    """Return the memory that training may use on a Mac of the given size, as Metal recommends.
 
-    A GB is 2^30 bytes here, as memory is sold.
+    Args:
+        memory: memory size such as `16GB`, `16 GiB` or `16g`; a GB is 2^30 bytes here.
 
     Raises:
-        ConfigError: `memory` is not in one of these forms.
+        ConfigError: `memory` is not written in one of these forms.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:g|gb|gib)\s*", memory, re.IGNORECASE)
     size = int(float(match[1]) * GIBIBYTE) if match else 0
@@ -67,7 +69,7 @@ def mac_memory(memory: str) -> MemoryBudget:
 
 
 class BufferLimits(NamedTuple):
-    """MLX's limits for cached (freed) buffers and for wired memory, in bytes."""
+    """MLX's limits for freed memory kept for reuse (cache) and for wired memory, in bytes."""
 
     cache: int  # freed buffers kept for reuse
     wired: int
@@ -91,8 +93,8 @@ def buffer_limits(kind: DeviceKind, info: Mapping[str, Any]) -> BufferLimits | N
 def limited_buffers() -> Iterator[BufferLimits | None]:
     """Set MLX's buffer limits for training inside the block and restore them afterwards.
 
-    On the CPU, buffers come from the C library, which is set to keep freed memory; this setting is
-    not undone.
+    On the CPU, buffers come from the C library. It is set to keep freed memory, and this setting
+    is not undone.
     """
     if is_cpu():
         keep_freed_memory()
@@ -116,7 +118,7 @@ MALLOC_OPTIONS = {-3: 2**25, -1: 2**31 - 1, -2: 2**28}
 def keep_freed_memory() -> bool:
     """Make the C library's malloc reuse freed memory instead of returning it to the system.
 
-    Otherwise each large array is mapped anew, which costs a page fault per page. Nothing is
+    Otherwise each large array gets new memory pages, which costs a page fault per page. Nothing is
     changed if environment variables already configure malloc (`MALLOC_TRIM_THRESHOLD_` and the
     like).
 

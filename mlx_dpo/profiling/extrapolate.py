@@ -1,4 +1,7 @@
-"""Extrapolate memory and time of other passes from the profiles of a long and a short pass."""
+"""Estimate the memory and time of any pass from the profiles of a long and a short pass.
+
+A pass is a forward pass, with or without a backward pass. A profile is its memory and time.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +14,7 @@ QUADRATIC_THRESHOLD = 0.15
 
 @dataclass(frozen=True)
 class ProfilePoint:
-    """The profile of a pass, with the number of its pairs and of the tokens per pair."""
+    """The profile (memory and time) of a pass, with its number of pairs and of tokens per pair."""
 
     profile: PassProfile
     pairs: int
@@ -25,9 +28,11 @@ class ProfilePoint:
 
 @dataclass(frozen=True)
 class MemoryCurve:
-    """Peak memory of a pass over m pairs of t tokens each, in bytes:
+    """Peak memory of a pass as a function of its pairs and their tokens.
 
-    fixed + per_token m t + num_layers m (linear t + quadratic t^2)
+    For m pairs of t tokens each, the peak memory in bytes is
+
+        fixed + per_token m t + num_layers m (linear t + quadratic t^2)
     """
 
     fixed: float
@@ -50,7 +55,7 @@ class MemoryCurve:
 def fit_memory_curve(long: ProfilePoint, short: ProfilePoint) -> MemoryCurve:
     """Fit a memory curve to the profiles of a long and a short pass.
 
-    The curve has a quadratic term only if the growth is clearly more than linear.
+    The curve has a quadratic term only if memory clearly grows faster than linearly.
     """
     quadratic = 0.0
     if long.tokens > short.tokens:
@@ -73,7 +78,7 @@ def fit_memory_curve(long: ProfilePoint, short: ProfilePoint) -> MemoryCurve:
 def largest_that_fits(fits: Callable[[int], bool], *, limit: int) -> int:
     """Return the largest number from 1 to `limit` for which `fits` is true; 0 if there is none.
 
-    It is a binary search: if a number fits, all smaller numbers must fit too.
+    The search is binary, so if `fits` is true for a number, it must be so for all smaller ones.
     """
     low, high = 0, limit
     while low < high:
@@ -88,10 +93,15 @@ TimedPass = tuple[int, float]  # operations and seconds
 def extrapolate_seconds(
     short: TimedPass, long: TimedPass, *, passes: int, operations: int
 ) -> float:
-    """Return the time in seconds of `passes` passes that take `operations` operations in total.
+    """Return the time in seconds of several passes, extrapolated from two measured passes.
 
-    The time of a pass is assumed to be linear in its operations, on the line through the two
-    measured passes.
+    The time of a pass is assumed to be a linear function of its operations.
+
+    Args:
+        short: operations and seconds of the measured short pass.
+        long: operations and seconds of the measured long pass.
+        passes: number of passes.
+        operations: number of operations of all these passes together.
     """
     more = long[0] - short[0]
     rate = (long[1] - short[1]) / more if more > 0 else 0.0

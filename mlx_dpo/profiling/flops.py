@@ -1,7 +1,7 @@
 """FLOPs of forward and training passes, computed from the shapes of a model.
 
 A multiplication and an addition count as two operations. Only matrix products are counted. Norms,
-activations, softmax and recurrences are few operations, although they take time.
+activations, softmax and recurrences take time but have few operations.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,7 +26,7 @@ EXPERTS_PER_TOKEN_KEYS = (
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """Amount of work of one or several passes, counted in tokens."""
+    """Numbers of tokens and attended keys that determine the FLOPs of one or several passes."""
 
     layer_tokens: int  # tokens through the layers, padding included
     head_tokens: int  # tokens through the head
@@ -46,10 +46,10 @@ class ModelFlops:
 
     W is the number of weights of linear layers that each token is multiplied with, A that of the
     adapters, F the trained part of W (full fine-tuning), and H that of the LM head. K is the
-    number of heads times their width, summed over all layers with attention. W' and K' count only
-    the layers from the first trained layer on, because gradients flow no further down. In the
-    backward pass frozen weights get no gradient. Attention takes five products there: its scores
-    again, and the gradients of probabilities, values, queries and keys.
+    number of attention heads times their width, summed over all layers with attention. W' and K'
+    count only the layers from the first trained layer on, because gradients flow no further down.
+    In the backward pass frozen weights get no gradient. Attention takes five products there: its
+    scores again, and the gradients of probabilities, values, queries and keys.
     """
 
     linear: int  # W
@@ -61,13 +61,16 @@ class ModelFlops:
     trained_linear: int = 0  # F
 
     def forward(self, tokens: TokenCounts, *, adapted: bool = True) -> int:
-        """Return the FLOPs of forward passes without gradients; `adapted` includes the adapters."""
+        """Return the FLOPs of no-gradient forward passes, with adapters if `adapted` is set."""
         weights = self.linear + (self.adapters if adapted else 0)
         products = weights * tokens.layer_tokens + self.head * tokens.head_tokens
         return 2 * products + 4 * self.attention * tokens.attended_keys
 
     def training(self, tokens: TokenCounts, *, recompute: bool) -> int:
-        """Return the FLOPs of forward and backward passes, with recomputation if `recompute`."""
+        """Return the FLOPs of forward and backward passes.
+
+        `recompute` adds the FLOPs of gradient checkpointing.
+        """
         backward_weights = self.linear_backward + 2 * self.adapters + self.trained_linear
         backward = 2 * backward_weights * tokens.layer_tokens
         backward += 10 * self.attention_backward * tokens.attended_keys
@@ -80,7 +83,8 @@ class ModelFlops:
 def model_flops(model: nn.Module, config: Mapping[str, Any], *, vocab_size: int) -> ModelFlops:
     """Count the weights of a model that determine its FLOPs.
 
-    The numbers of attention heads and of experts per token come from `config`, its `config.json`.
+    The numbers of attention heads and of experts per token are read from `config`, the content of
+    the model's `config.json`.
     """
     entries = {**config, **(config.get("text_config") or {})}
     keys = (key for key in EXPERTS_PER_TOKEN_KEYS if entries.get(key))
@@ -109,13 +113,16 @@ def count_attended_keys(pairs: Iterable[TokenizedPair], *, shared: bool) -> int:
     Sliding windows are not taken into account.
 
     Args:
-        shared: whether the prompt of a pair runs once (shared scorer) or once per completion.
+        shared: True if the prompt of a pair runs once, False if it runs once per completion.
     """
     return sum(_pair_attended_keys(pair, shared) for pair in pairs)
 
 
 def _pair_attended_keys(pair: TokenizedPair, shared: bool) -> int:
-    """Return the number of keys attended to in one layer, summed over the queries of a pair."""
+    """Return the number of keys attended to in one layer, summed over the queries of a pair.
+
+    `shared` says whether the prompt runs once instead of once per completion.
+    """
     prompt = len(pair.prompt)
     lengths = [prompt + len(completion) - 1 for completion in (pair.chosen, pair.rejected)]
     saved = (len(lengths) - 1) * _causal_entries(prompt) if shared else 0
@@ -123,7 +130,7 @@ def _pair_attended_keys(pair: TokenizedPair, shared: bool) -> int:
 
 
 def _causal_entries(length: int) -> int:
-    """Return the number of visible entries of a causal mask of `length` x `length`."""
+    """Return the number of unmasked entries of a causal mask of shape (length, length)."""
     return length * (length + 1) // 2
 
 

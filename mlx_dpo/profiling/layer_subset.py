@@ -1,8 +1,8 @@
 """Reduce a model to a few of its layers, so that profiling a pass is fast and needs little memory.
 
-Layers with the same signature cost the same. Two subsets of the layers are measured, one about
-twice as large as the other. Their difference gives the cost per layer, and from it follows the
-cost of the whole model.
+Layers with the same signature (types, shapes and flags) cost the same memory and time. Two subsets
+of the layers are measured, one about twice as large as the other. The difference of the two
+measurements gives the cost per layer, from which the cost of the whole model follows.
 """
 
 from collections.abc import Hashable, Iterator, Sequence
@@ -26,7 +26,7 @@ class LayersNotFoundError(Exception):
 
 @dataclass(frozen=True)
 class LayerSubsets:
-    """A small and a large subset of the layers that gradients reach, to be measured."""
+    """A small and a large subset of the layers, measured in place of the whole model."""
 
     small: Layers
     large: Layers  # equal to `small` if there are no more layers
@@ -34,9 +34,9 @@ class LayerSubsets:
 
     @property
     def is_whole(self) -> bool:
-        """Whether measuring the larger subset alone suffices, so that nothing is extrapolated.
+        """Whether only the subset `large` is measured and nothing is extrapolated.
 
-        That is so if `large` contains all layers, or no more than `small`.
+        This holds if `large` contains all layers, or as many layers as `small`.
         """
         return len(self.large) in (self.count, len(self.small))
 
@@ -44,9 +44,9 @@ class LayerSubsets:
 def choose_layer_subsets(model: nn.Module) -> LayerSubsets:
     """Choose a small and a large subset of the layers, to be measured in place of all layers.
 
-    The subsets have the layer types that the model begins with, and contain only layers that
-    gradients reach. Layers below the first trained layer save no activations and cost next to
-    nothing, so they cannot represent the others.
+    The subsets have the types of the model's first layers, but contain only layers that gradients
+    reach. Layers before the first trained layer save no activations and cost next to nothing, so
+    they cannot represent the others.
     """
     layers = tuple(model.layers)
     trained = layers[first_trained_layer(model) :] or layers
@@ -62,7 +62,7 @@ def choose_layer_subsets(model: nn.Module) -> LayerSubsets:
 
 
 def all_layers(model: nn.Module) -> LayerSubsets:
-    """Return all layers as both subsets, for a model that does not run on some of its layers."""
+    """Return subsets that both contain all layers, for models that need all layers to run."""
     layers = tuple(model.layers)
     return LayerSubsets(layers, layers, len(layers))
 
@@ -70,8 +70,8 @@ def all_layers(model: nn.Module) -> LayerSubsets:
 def layer_signature(layer: nn.Module) -> Hashable:
     """Return the types, shapes and flags of a layer's modules, which determine its cost.
 
-    Adapters do not count. Integer attributes do not count either, because many layers store their
-    own index.
+    Adapters are left out. Integer attributes are left out too, because many layers store their own
+    index.
     """
     parts: list[Hashable] = [type(layer).__qualname__]
     adapted = {path for path, part in layer.named_modules() if isinstance(part, ADAPTER_TYPES)}
@@ -131,8 +131,8 @@ def _find_layer_list(model: nn.Module, layers: Sequence[nn.Module]) -> tuple[nn.
 def first_trained_layer(model: nn.Module) -> int:
     """Return the index of the first layer that gradients reach.
 
-    It is the number of layers if gradients reach none. It is 0 if parameters outside the layers
-    are trained, because some of these, such as embeddings, come before all layers.
+    The result is the number of layers if gradients reach none. It is 0 if parameters outside the
+    layers are trained, because some of these, such as embeddings, come before all layers.
     """
     layers = list(model.layers)
     counts = [len(named_arrays(layer.trainable_parameters())) for layer in layers]
@@ -142,9 +142,9 @@ def first_trained_layer(model: nn.Module) -> int:
 
 
 def _layers_with_signatures(signatures: Sequence[Hashable], layers: Layers) -> Layers:
-    """Return one unused layer for each of `signatures`, in order.
+    """Return a layer with each of the `signatures`, in order; no layer is returned twice.
 
-    Signatures for which `layers` has no unused layer are left out.
+    A signature is left out if `layers` contains no further layer that has it.
     """
     unused: dict[Hashable, list[nn.Module]] = {}
     for layer in layers:

@@ -34,7 +34,7 @@ def trainable_parameters(model: nn.Module) -> int:
 
 
 def trainable_bytes(model: nn.Module) -> int:
-    """Return the memory of the trainable parameters in bytes; a gradient takes as much."""
+    """Return the memory of the trainable parameters in bytes, which is also that of gradients."""
     return sum(value.nbytes for value in named_arrays(model.trainable_parameters()).values())
 
 
@@ -58,7 +58,7 @@ def base_parameters(model: nn.Module) -> int:
 def resident_bytes(model: nn.Module, optimizer_bytes: int) -> int:
     """Return the memory in bytes that training holds between passes.
 
-    It contains the weights, the attached adapters and the optimizer state.
+    This is the memory of the weights, the attached adapters and the optimizer state.
     """
     return parameter_bytes(model) + optimizer_bytes
 
@@ -66,8 +66,11 @@ def resident_bytes(model: nn.Module, optimizer_bytes: int) -> int:
 def step_peak_bytes(model: nn.Module, pass_bytes: int, optimizer_bytes: int) -> int:
     """Return the peak memory of an optimizer step in bytes.
 
-    The peak is reached in the forward and backward pass, which takes `pass_bytes`, or in the
-    update.
+    The peak is reached either in the forward and backward pass or in the update.
+
+    Args:
+        pass_bytes: memory of the forward and backward pass, in addition to resident memory.
+        optimizer_bytes: memory of the optimizer state.
     """
     update = UPDATE_COPIES * trainable_bytes(model)
     return resident_bytes(model, optimizer_bytes) + max(pass_bytes, update)
@@ -83,9 +86,9 @@ def step_peak_upper_bound(
 ) -> int | None:
     """Return a rough upper bound in bytes of a step's peak memory, with `pairs` in a single pass.
 
-    The bound is several times too high and holds for every scorer; it serves to see quickly that
-    there is enough memory. The result is None for recurrent models, whose shapes do not determine
-    what the backward pass saves.
+    The bound is several times too high and holds for every scorer. It shows quickly that memory
+    suffices. The result is None for recurrent models, because array shapes do not determine how
+    much their backward pass saves.
     """
     if any(isinstance(cache, ArraysCache) for cache in _flat_caches(make_prompt_cache(model))):
         return None
@@ -106,7 +109,7 @@ def _flat_caches(caches: Iterable[Any]) -> Iterable[Any]:
 
 
 def _linear_width(module: nn.Module) -> int:
-    """Return the number of inputs plus outputs of a linear layer per token; 0 for other modules."""
+    """Return the input width plus the output width of a linear layer; 0 for other modules."""
     weight = module.get("weight")
     if not isinstance(weight, mx.array) or weight.ndim < 2:
         return 0

@@ -1,9 +1,9 @@
 """Profile a pass: measure memory and time of the real computation on a few layers of the model.
 
-A formula for the memory of a backward pass holds for one architecture on one device only. Here the
-pass itself, with its scorer and all memory savings, runs through a small and a large subset of the
-layers. The measurements are extrapolated to all layers. Layers run one after another and each
-layer saves as much as the next, so peak memory is linear in the number of layers.
+A formula for the memory of a backward pass holds for one architecture on one device only. So the
+real pass, with all its memory savings, runs through a small and a large subset of the layers, and
+the measurements are extrapolated to all layers. Layers run one after another and each layer saves
+as much as the next, so peak memory is linear in the number of layers.
 """
 
 from collections.abc import Callable, Sequence
@@ -69,7 +69,7 @@ class PassProfile:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingPass:
-    """Settings of the forward and backward passes of an optimizer step."""
+    """Settings of the forward and backward pass that is profiled."""
 
     scorer: Scorer
     objective: Objective
@@ -80,9 +80,10 @@ class TrainingPass:
 def profile_training_pass(
     policy: nn.Module, pairs: Pairs, settings: TrainingPass, *, memory: int
 ) -> PassProfile:
-    """Measure memory and time of a forward and backward pass over `pairs`, with adapters attached.
+    """Measure memory and time of a forward and backward pass over `pairs`.
 
-    The policy and MLX's random state stay unchanged; MLX's peak memory counter is reset.
+    The adapters of the policy must be attached. The policy and MLX's random state stay unchanged;
+    MLX's peak memory counter is reset.
 
     Args:
         memory: number of bytes that may be used. Pairs are shortened if they might need more.
@@ -118,7 +119,7 @@ def profile_inference_pass(
 
 
 def shorten_pairs(pairs: Pairs, share: float) -> list[TokenizedPair]:
-    """Return the pairs with each text cut to `share` of its tokens, but at least to two tokens."""
+    """Return the pairs with each text cut to `share` of its tokens, but not below two tokens."""
 
     def shorten(tokens: tuple[int, ...]) -> tuple[int, ...]:
         return tokens[: max(2, round(share * len(tokens)))]
@@ -150,7 +151,8 @@ def _extrapolate_layers(
 ) -> PassProfile:
     """Measure the pass `run` on two subsets of the layers and extrapolate linearly to all layers.
 
-    If the large subset leaves nothing to extrapolate, only that subset is measured.
+    If the large subset contains all layers, or no more than the small one, only the large subset is
+    measured.
     """
     with with_layers(policy, subsets.large):
         mx.eval(policy.parameters())  # allocates lazy random weights for these layers only
@@ -179,9 +181,9 @@ def _extrapolate_layers(
 
 
 def _share_that_fits(pairs: Pairs, run: PassFunction, memory: int) -> float:
-    """Return the share of each text's tokens with which the pass fits into `memory` bytes.
+    """Return the share of each text's tokens, from 0 to 1, that can run in `memory` bytes.
 
-    Trial runs on shortened texts determine it. They also compile the kernels.
+    The share is found by trial runs on shortened texts, which also compile the kernels.
     """
     free = memory - mx.get_active_memory()
     for share, next_share in pairwise(TRIAL_SHARES):
@@ -194,12 +196,12 @@ def _share_that_fits(pairs: Pairs, run: PassFunction, memory: int) -> float:
 
 
 def _measure_repeatedly(run: PassFunction, pairs: Pairs) -> list[Usage]:
-    """Return the memory and time of REPEATS runs over `pairs`."""
+    """Run `run(pairs)` REPEATS times; return the peak memory and time of each run."""
     return [_measure(run, pairs) for _ in range(REPEATS)]
 
 
 def _minimum(usages: Sequence[Usage]) -> Usage:
-    """Return the least memory and the least time among several runs, each taken separately."""
+    """Return the minimum memory and the minimum time of several runs, possibly of two runs."""
     return Usage(min(usage.bytes for usage in usages), min(usage.seconds for usage in usages))
 
 

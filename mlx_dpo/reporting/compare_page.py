@@ -27,7 +27,7 @@ class Completion(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Content of the comparison page: P prompts answered by M models."""
+    """The content of the comparison page: completions of M models to P prompts."""
 
     title: str
     notes: Sequence[str]
@@ -57,12 +57,12 @@ def render_compare_page(comparison: Comparison) -> str:
 
 
 def shade_level(log_ratio: float) -> int:
-    """Return the shade for a log-ratio in nats: -3 (much less likely) to 3 (much more likely)."""
+    """Return the shade of a token, from -3 to 3, for its log-ratio in nats."""
     level = sum(abs(log_ratio) >= step for step in SHADE_STEPS)
     return level if log_ratio > 0 else -level
 
 
 def _shade_class(log_ratio: float) -> str:
-    """Return the CSS class for a log-ratio: `u1` to `u3` (up), `d1` to `d3` (down), or empty."""
+    """Return the CSS class for a log-ratio: `u1` to `u3` (up), `d1` to `d3` (down) or ""."""
     level = shade_level(log_ratio)
     return f"{'u' if level > 0 else 'd'}{abs(level)}" if level else ""

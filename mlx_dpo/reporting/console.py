@@ -1,4 +1,4 @@
-"""Terminal output of a run: label table, progress bar or plain lines, table of final metrics."""
+"""Terminal output of a training run: its facts, its progress and its final metrics."""
 
 import os
 import sys

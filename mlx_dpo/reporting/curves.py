@@ -1,4 +1,4 @@
-"""Turn metrics rows into charts, as data without drawing; `plots` draws them."""
+"""Select and smooth the metrics that charts show; the module `plots` draws the charts."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -208,7 +208,7 @@ def _make_line(
 
 
 def window_size(points: int) -> int:
-    """Return how many values a trailing mean averages on a line of `points` points."""
+    """Return how many values each trailing mean averages, for a line of `points` points."""
     return max(5, points // WINDOWS_PER_RUN)
 
 

@@ -18,5 +18,5 @@ _environment = Environment(
 
 
 def render_page(template: str, **values: Any) -> str:
-    """Return the HTML page that a template in `templates/` makes of the values; text is escaped."""
+    """Return the HTML page of a template in `templates/`, filled with the escaped values."""
     return _environment.get_template(template).render(values)

@@ -1,4 +1,4 @@
-"""Read and write `metrics.jsonl`: one metrics row per line, in step order, no row twice."""
+"""Read and write `metrics.jsonl`: one metrics row per line, in step order, without duplicates."""
 
 import json
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ class MetricsLog:
         return row
 
     def evaluation_at(self, step: int) -> MetricsRow | None:
-        """Return the last evaluation row of this step; None if the step was not evaluated."""
+        """Return the last row of an evaluation at step `step`; None if there was no evaluation."""
         rows = [row for row in read_metrics(self.path) if row["step"] == step]
         return next((row for row in reversed(rows) if "eval_loss" in row), None)
 

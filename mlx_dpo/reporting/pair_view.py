@@ -1,4 +1,4 @@
-"""Show preference pairs at a terminal: their text, and histograms of their lengths.
+"""Show preference pairs at a terminal: their text, and histograms of text lengths.
 
 Every line of text begins with a mark (prompt, scored or cut), so that the meaning does not
 depend on colours.
@@ -41,7 +41,7 @@ class Piece(Protocol):
 
 
 class Part(Protocol):
-    """Consecutive tokens of a pair that are all prompt, all scored or all cut."""
+    """Consecutive tokens of a pair of one kind: prompt, scored or cut (truncated)."""
 
     @property
     def name(self) -> str:

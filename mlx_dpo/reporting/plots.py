@@ -105,7 +105,7 @@ def _make_figure(width: float, height: float) -> "Figure":
 
 @contextmanager
 def _matplotlib_style(theme: Theme) -> Iterator[None]:
-    """Use the theme and matplotlib's defaults inside the block; ignore `matplotlibrc`."""
+    """Draw in the theme inside the block, and ignore the user's `matplotlibrc` file."""
     import matplotlib
     from matplotlib.font_manager import fontManager
 
@@ -184,7 +184,7 @@ def _line_style(line: Line, runs: int, theme: Theme) -> dict[str, Any]:
 
 
 def _legend_handles(lines: Sequence[Line], names: Sequence[str], theme: Theme) -> list[Any]:
-    """Return the legend's entries: the runs, then what dashes and filled markers mean."""
+    """Return the legend's entries: one per run, then those for dashes and filled markers."""
     from matplotlib.lines import Line2D
 
     runs, plain = len(names), Line(0, "", held_out=False, x=(), y=(), smoothed=())

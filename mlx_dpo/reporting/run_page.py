@@ -21,12 +21,12 @@ class RunDetails(NamedTuple):
 
     @property
     def cells(self) -> Mapping[str, str]:
-        """Settings and metrics, in the order of the table above the curves."""
+        """Settings and metrics by name, for the table above the curves."""
         return {**self.settings, **self.metrics}
 
 
 class _Picture(NamedTuple):
-    """An image for a light and a dark theme, as data URIs, with its alternative text."""
+    """A chart as two images (light and dark theme), given as data URIs, with alternative text."""
 
     light: str
     dark: str

@@ -1,4 +1,4 @@
-"""Choose micro-batch size and gradient checkpointing automatically, by measured memory."""
+"""Choose micro-batch size and gradient checkpointing automatically, from measured memory."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -33,7 +33,7 @@ Pairs = Sequence[TokenizedPair]
 
 @dataclass(frozen=True)
 class MicroBatchFit:
-    """Settings that include a micro-batch size, and the memory that an optimizer step takes."""
+    """Settings with a chosen micro-batch size, and the memory of an optimizer step with these."""
 
     config: DPOConfig
     bytes: int
@@ -49,11 +49,11 @@ class MicroBatchFit:
         return self.is_recorded or self.bytes <= self.room.bytes
 
     def automatic_settings(self) -> dict[str, Any]:
-        """Return micro-batch size and gradient checkpointing by setting name, for `run.json`."""
+        """Return the settings that were chosen automatically, by name, for `run.json`."""
         return {name: getattr(self.config, name) for name in AUTOMATIC_SETTINGS}
 
     def describe(self) -> str:
-        """Return the chosen settings and the reason as text; it is printed before training."""
+        """Return the text, printed before training, with the chosen settings and the reason."""
         if self.is_recorded:
             return f"as when the run began: {_describe(self.config)}"
         about = "at most about" if self.is_bound else "about"
@@ -74,7 +74,9 @@ def choose_micro_batch_size(
     earlier: Mapping[str, Any] | None,
     force: bool,
 ) -> MicroBatchFit:
-    """Return the settings with a micro-batch size; a resumed run keeps the size that it began with.
+    """Choose a micro-batch size and return the completed settings.
+
+    A resumed run keeps the micro-batch size that it began with.
 
     Args:
         inputs: base model and pairs.
@@ -102,7 +104,7 @@ def longest_micro_batch(
 ) -> list[TokenizedPair]:
     """Return the micro-batch that needs most memory: the longest pairs that fit into one.
 
-    The longest pairs of the whole dataset are taken, at most as many as a step has.
+    The micro-batch contains at most as many pairs as an optimizer step.
     """
     longest = longest_pairs(config.batch_size, pairs)
     if config.labelled:  # KL completions have one token in passes with gradients
@@ -115,7 +117,10 @@ def longest_micro_batch(
 def profile_micro_batch(
     base: LoadedModel, config: DPOConfig, choice: ScorerChoice, pairs: Pairs
 ) -> PassProfile:
-    """Measure time and memory of a training pass over `pairs`; adapters must be attached."""
+    """Measure time and memory of a forward and backward pass over `pairs`.
+
+    The adapters must be attached already.
+    """
     step = TrainingPass(
         scorer=choice.scorer,
         objective=Objective(config),
@@ -141,8 +146,7 @@ def fit_micro_batch_size(
 
     Args:
         room: memory that training may use.
-        measure: measure the memory always. Otherwise nothing is measured if a rough upper bound
-            shows that there is enough memory.
+        measure: whether to measure the memory even if a rough upper bound shows that it suffices.
     """
     preferred, *others = candidate_settings(config)
     longest = longest_micro_batch(preferred, choice, pairs)
@@ -212,7 +216,7 @@ def _profiled_fit(
 
 
 def _describe(config: DPOConfig) -> str:
-    """Return micro-batch size and gradient checkpointing as text."""
+    """Describe the micro-batch size and the use of gradient checkpointing as text."""
     pairs, tokens = config.pass_limit
     size = f"{tokens:,} tokens" if pairs is None else "1 pair" if pairs == 1 else f"{pairs} pairs"
     return f"{size} per pass{', recomputed' if config.recompute else ''}"

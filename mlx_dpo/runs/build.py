@@ -74,8 +74,8 @@ def attach_adapters(base: LoadedModel, config: DPOConfig) -> dict[str, Any]:
 def _check_not_quantized(base: LoadedModel, config: DPOConfig) -> None:
     """Raise `ConfigError` if the base model is quantized: full fine-tuning cannot train it.
 
-    On the CPU, mlx-dpo holds quantized weights unpacked and could train them, but the result would
-    not fit the quantized model.
+    On the CPU, mlx-dpo unpacks quantized weights and could train them, but the trained weights
+    would not fit the quantized model.
     """
     if base.config.get("quantization") or base.config.get("quantization_config"):
         instead = "the model as it was before" if config.bits is None else "it without --bits"
@@ -86,9 +86,9 @@ def _check_not_quantized(base: LoadedModel, config: DPOConfig) -> None:
 
 
 def reference_mode(policy: nn.Module, config: DPOConfig) -> AbstractContextManager[None]:
-    """Return a context in which the not yet trained policy computes as its reference.
+    """Return a context in which the untrained policy serves as the reference.
 
-    New adapters do not change the output of the model, so they are disabled to compute less.
+    New adapters do not change the output of the model, so they are disabled to save time.
     """
     fresh = config.start_adapter is None and adapters.get_fine_tune_type(policy) != "full"
     return adapters.disable_adapters(policy) if fresh else nullcontext()
@@ -104,14 +104,16 @@ def make_optimizer(policy: nn.Module, config: DPOConfig) -> optim.Optimizer:
 def optimizer_state_bytes(policy: nn.Module, config: DPOConfig) -> int:
     """Return the size in bytes of the optimizer state and of the synced reference's weights.
 
-    Nothing is allocated.
+    The size is computed from shapes; no array is allocated.
     """
     synced = trainable_bytes(policy) if config.sync_ref_model else 0
     return optimizers.count_state_bytes(make_optimizer(policy, config)) + synced
 
 
 def choose_scorer(base: LoadedModel, config: DPOConfig) -> ScorerChoice:
-    """Choose the function that computes the log-probs of pairs; adapters must be attached.
+    """Choose the function that computes the log-probs of pairs in the run.
+
+    The adapters must be attached already.
 
     Raises:
         ModelError: the settings name a scorer that is not exact for this model.
@@ -136,7 +138,7 @@ def inference_limit(config: DPOConfig, choice: ScorerChoice) -> PassLimit:
 def make_dataset_scorer(config: DPOConfig, choice: ScorerChoice) -> DatasetScorer:
     """Return a function that computes log-probs of a dataset without gradients.
 
-    It is used for the reference and for evaluation.
+    The function is used for reference log-probs and for evaluations.
     """
     return partial(
         score_pairs,
@@ -147,7 +149,7 @@ def make_dataset_scorer(config: DPOConfig, choice: ScorerChoice) -> DatasetScore
 
 
 def make_on_policy_weights(config: DPOConfig, choice: ScorerChoice) -> OnPolicyWeights | None:
-    """Return the function that computes the WPO weights of pairs; None without `use_weighting`."""
+    """Return a function that computes WPO weights of pairs; None if `use_weighting` is not set."""
     if not config.use_weighting:
         return None
     score = partial(
@@ -162,7 +164,7 @@ def make_on_policy_weights(config: DPOConfig, choice: ScorerChoice) -> OnPolicyW
 def make_synced_reference(
     policy: nn.Module, config: DPOConfig, choice: ScorerChoice
 ) -> SyncedReference | None:
-    """Return a reference that follows the policy; None without `sync_ref_model`."""
+    """Return a reference that follows the policy; None if `sync_ref_model` is not set."""
     if not config.sync_ref_model:
         return None
     score = make_dataset_scorer(config, choice)
@@ -172,8 +174,8 @@ def make_synced_reference(
 def check_step_settings(config: DPOConfig, total_steps: int) -> None:
     """Raise `ConfigError` if settings do not fit the number of steps of the run.
 
-    The learning rate is 0 in the first step of a warm-up, so a run of one step must not have one.
-    The warm-up must end, and a synced reference must be updated, before the last step.
+    The warm-up must end, and a synced reference must be updated, before the last step. A run of one
+    step must have no warm-up, because the learning rate is 0 in the first step of a warm-up.
     """
     if total_steps == 1 and config.count_warmup_steps(total_steps) > 0:
         raise ConfigError(

@@ -2,7 +2,7 @@
 
 The adapters of the best evaluation are saved next to the checkpoints until the run is finished.
 Adapters of several evaluations may be saved at a time, because a run that resumes from an earlier
-checkpoint needs those that were best at that checkpoint.
+checkpoint needs the adapters that were best at that checkpoint.
 """
 
 import math
@@ -33,7 +33,7 @@ class BestState:
 
 @dataclass(frozen=True)
 class EarlyStopping:
-    """The metric that decides which evaluation is best, and when the run stops early."""
+    """Rule that decides by a metric which evaluation is best and when the run stops early."""
 
     metric: str  # with its prefix, as in the rows of metrics
     lower_is_better: bool
@@ -44,17 +44,16 @@ class EarlyStopping:
     def for_metric(
         cls, metric: str, *, patience: int | None, threshold: float | None
     ) -> "EarlyStopping":
-        """Create the rule for a metric, named with or without the prefix `eval_`.
-
-        The rule says which evaluation is best and when the run stops early.
+        """Create the rule that compares evaluations by `metric`.
 
         Args:
+            metric: name of the metric, with or without the prefix `eval_`.
             patience: number of evaluations without an improvement after which the run stops; None
                 means no early stopping.
             threshold: gain in the metric above which an evaluation counts as an improvement.
 
         Raises:
-            ConfigError: the metric does not exist, or has no better and worse values.
+            ConfigError: the metric does not exist, or neither higher nor lower values are better.
         """
         known = {m.name: m.better == "lower" for m in METRICS.values() if m.better is not None}
         name = metric.removeprefix(EVAL_PREFIX)
@@ -65,7 +64,7 @@ class EarlyStopping:
         return cls(EVAL_PREFIX + name, known[name], patience, threshold or 0.0)
 
     def state_after(self, rows: Iterable[Mapping[str, float]]) -> BestState:
-        """Return the state (best evaluation and patience used) after all metrics `rows`.
+        """Return the best evaluation, and evaluations since it improved, in the metrics `rows`.
 
         Rows of training steps are ignored.
         """
@@ -75,7 +74,7 @@ class EarlyStopping:
         return state
 
     def update(self, state: BestState, row: Mapping[str, float]) -> BestState:
-        """Return `state` updated by one more metrics row; rows of training steps change nothing."""
+        """Return `state` after one more metrics row; rows of training steps change nothing."""
         if self.metric not in row:
             return state
         step, value = int(row["step"]), row[self.metric]
@@ -89,13 +88,16 @@ class EarlyStopping:
         return BestState(state.step, state.value, waited)
 
     def should_stop(self, state: BestState) -> bool:
-        """Return whether `patience` evaluations in a row brought no improvement."""
+        """Return whether the last `patience` evaluations all brought no improvement."""
         return self.patience is not None and state.num_without_improvement >= self.patience
 
     def describe(self, *, load_best_at_end: bool) -> str:
-        """Return as text when the run stops, and which adapters it ends with.
+        """Describe when the run stops early and which adapters it ends with.
 
         The text is printed before training.
+
+        Args:
+            load_best_at_end: whether the run ends with the adapters of the best evaluation.
         """
         what = f"{'lowest' if self.lower_is_better else 'highest'} {self.metric}"
         parts = [f"the run ends with the adapters of the {what}"] if load_best_at_end else []
@@ -113,7 +115,7 @@ class BestCheckpoint:
     """The best evaluation of a run and its adapters; inactive without `metric_for_best_model`."""
 
     def __init__(self, config: DPOConfig, paths: RunPaths) -> None:
-        """Start before the first evaluation.
+        """Create the state of a run that has not evaluated yet.
 
         Raises:
             ConfigError: `metric_for_best_model` is not a known metric.
@@ -165,7 +167,11 @@ class BestCheckpoint:
             )
 
     def update(self, row: Row, save: Callable[[Path], None]) -> None:
-        """Record an evaluation; if it is the best so far, `save` its adapters to a folder.
+        """Record an evaluation and save the adapters if it is the best so far.
+
+        Args:
+            row: metrics row of the evaluation.
+            save: function that saves the current adapters to a folder.
 
         Raises:
             ConfigError: the evaluation lacks the metric.
@@ -210,7 +216,7 @@ class BestCheckpoint:
             shutil.rmtree(checkpoint_path(self.paths.best_adapters, step), ignore_errors=True)
 
     def load_into(self, policy: nn.Module) -> None:
-        """Load the adapters of the best evaluation into `policy` if the run ends with these."""
+        """Load the best evaluation's adapters into `policy`, if the settings ask for this."""
         if self.step is not None:
             load_adapter_weights(policy, self._folder / WEIGHTS)
 
@@ -219,7 +225,7 @@ class BestCheckpoint:
         shutil.rmtree(self.paths.best_adapters, ignore_errors=True)
 
     def to_dict(self) -> dict[str, Any] | None:
-        """Return step and metric of the best checkpoint for `run.json`.
+        """Return the step and the metric of the best evaluation, to be written to `run.json`.
 
         The result is None if the run ends with the adapters of the last step.
         """

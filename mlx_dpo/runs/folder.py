@@ -44,13 +44,13 @@ class RunPaths:
     def best_adapters(self) -> Path:
         """Path of the folder with the adapters of the best evaluations.
 
-        It is removed when the run is finished.
+        The folder is removed when the run is finished.
         """
         return self.folder / "best"
 
     @property
     def lock(self) -> Path:
-        """Path of the file that the training process keeps locked."""
+        """Path of the file whose lock shows that a process is training in the folder."""
         return self.folder / ".lock"
 
     def reference_logps(self, split: str) -> Path:
@@ -143,9 +143,9 @@ def check_run_folder(paths: RunPaths) -> None:
 
 @contextmanager
 def lock_folder(paths: RunPaths) -> Iterator[None]:
-    """Create and lock the run folder inside the block; remove it afterwards if nothing was written.
+    """Create the run folder and lock it inside the block; afterwards remove the folder if empty.
 
-    The lock belongs to the open file, so the system releases it however the process ends.
+    The system releases the lock however the process ends, because the lock belongs to an open file.
 
     Raises:
         RunError: another process has the lock, or the folder cannot be written.
@@ -187,10 +187,10 @@ PROVENANCE_NAMES = {
 
 
 def start_adapter_provenance(config: DPOConfig) -> dict[str, Any]:
-    """Return a dict with the digest of the start adapter; it is empty without `start_adapter`.
+    """Return a dict with the digest of the start adapter, or an empty dict if there is none.
 
     Raises:
-        ModelError: the start adapter does not exist.
+        ModelError: the adapter that `start_adapter` names does not exist.
     """
     folder = config.start_adapter
     return {} if folder is None else {"start_adapter": adapter_digest(Path(folder))}
@@ -245,7 +245,7 @@ def _relative(model: str, output: str) -> str | None:
 def check_resumable(
     paths: RunPaths, earlier: dict[str, Any], config: DPOConfig, *, resume: bool
 ) -> None:
-    """Raise `RunError` if the run in the folder cannot be resumed, or if `resume` is not set.
+    """Raise `RunError` if the run in the folder cannot be resumed or `resume` is False.
 
     A run can be resumed if it is unfinished and has the same settings.
 
@@ -295,7 +295,7 @@ def check_provenance(paths: RunPaths, earlier: dict[str, Any], now: Mapping[str,
 def reference_provenance(record: dict[str, Any], device_and_dtype: str) -> str:
     """Return a text that identifies everything that determines the reference log-probs.
 
-    Only the token ids of the pairs are not contained. The text is part of cache keys.
+    The text leaves out the token ids of the pairs. It is part of the keys of the log-probs cache.
 
     Args:
         record: run record (content of `run.json`).

@@ -33,7 +33,7 @@ MAX_PROCESSES = 8  # each loads a tokenizer and its libraries
 
 @dataclass(frozen=True)
 class Inputs:
-    """The base model and the tokenized pairs of a run, and reports on how the pairs were read."""
+    """The base model and the tokenized pairs of a run, and reports on reading the pairs."""
 
     base: LoadedModel
     train: Sequence[TokenizedPair]
@@ -42,7 +42,7 @@ class Inputs:
     unused_splits: Sequence[str] = ()  # held-out splits that `valid` replaces
 
     def provenance(self, config: DPOConfig) -> dict[str, Any]:
-        """Return digests of all inputs that determine the results, besides the settings.
+        """Return what determines the results besides the settings: model, tokenizer, pairs, device.
 
         Device and dtype are given by name, everything else by its digest.
         """
@@ -105,7 +105,7 @@ def row_rules(config: DPOConfig) -> RowRules:
 
 @dataclass(frozen=True)
 class Datasets:
-    """Pairs passed as Python objects; they take the place of the settings `pairs` and `valid`."""
+    """Pairs passed as Python objects instead of named in the settings `pairs` and `valid`."""
 
     train: InMemoryRows | None = None
     valid: InMemoryRows | None = None
@@ -120,7 +120,7 @@ class Datasets:
         """Create the datasets from rows that were passed to the trainer as Python objects.
 
         Raises:
-            ConfigError: pairs are named in the settings as well.
+            ConfigError: the settings also name pairs.
             DataError: a dataset is not an iterable of rows.
         """
         given = (("train_dataset", train, "pairs"), ("eval_dataset", valid, "valid"))
@@ -166,9 +166,9 @@ def load_configured_source(
 
 
 def count_processes() -> int:
-    """Return the number of processes that tokenize large sources.
+    """Return the number of processes to use for tokenizing large sources.
 
-    It is the number of CPU cores, at most MAX_PROCESSES.
+    This is the number of CPU cores, but at most MAX_PROCESSES.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return min(cores or 1, MAX_PROCESSES)
@@ -177,7 +177,7 @@ def count_processes() -> int:
 def add_kl_completions(
     config: DPOConfig, pairs: Sequence[TokenizedPair]
 ) -> Sequence[TokenizedPair]:
-    """Add the KL completions that KTO needs to unpaired examples; return pairs unchanged.
+    """Return unpaired examples with the KL completions that KTO needs; return pairs unchanged.
 
     KL completions are mismatched completions from which KTO estimates the KL divergence.
     """

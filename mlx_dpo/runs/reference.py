@@ -85,7 +85,7 @@ Splits = dict[str, Sequence[TokenizedPair]]
 def load_reference_model(config: DPOConfig) -> LoadedModel:
     """Load the model that the setting `reference_model` names.
 
-    It is not quantized, because `bits` applies to the policy only.
+    The model is not quantized, because the setting `bits` applies to the policy only.
     """
     assert config.reference_model is not None
     return load_model(
@@ -99,9 +99,10 @@ def compute_reference_model_logps(
     tokenization_progress: RowProgress,
     datasets: Datasets = NO_DATASETS,
 ) -> tuple[dict[str, PairLogps], str]:
-    """Return the log-probs of both splits under `reference_model`, and that model's digest.
+    """Return the log-probs of the training and held-out pairs under the setting `reference_model`.
 
-    The arrays of a split have the shape (len(pairs),). The weights of the policy are not loaded.
+    The log-probs are given by split name, `train` or `valid`, (len(pairs),) each. The second result
+    is the digest of the reference model. The weights of the policy are not loaded.
 
     Raises:
         ConfigError: the tokenizers of the two models differ, an example is longer than a model's
@@ -129,9 +130,10 @@ def compute_logps_of_splits(
     splits: Splits,
     scoring_progress: ProgressBar,
 ) -> tuple[dict[str, PairLogps], str]:
-    """Return the log-probs of `splits` under the model `other`, and that model's digest.
+    """Return the log-probs of all pairs under the model `other`, and the digest of this model.
 
     Args:
+        other: the reference model.
         tokenizer: tokenizer of the policy, with which the pairs were tokenized.
         splits: training and held-out pairs, by the name of the split.
         scoring_progress: shows the progress in pairs.
@@ -161,7 +163,7 @@ def compute_logps_of_splits(
 def _reference_model_record(config: DPOConfig, digest: str) -> dict[str, Any]:
     """Return a run record with the reference model in place of the base model.
 
-    With this record, log-probs of the reference model are cached under their own key.
+    The record gives the log-probs of the reference model their own key in the cache.
     """
     overrides = {"model": config.reference_model, "bits": None, "group_size": None}
     folder = Path(str(config.reference_model)).expanduser()

@@ -1,4 +1,4 @@
-"""Save the adapter of a finished run in PEFT's file layout too."""
+"""Save the adapter of a finished run in the file layout of PEFT, in addition to mlx-lm's."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +15,10 @@ LOADS_IN_PEFT = "loads in mlx-lm and in PEFT"
 
 
 def save_peft(folder: Path, base: LoadedModel, config: DPOConfig) -> str:
-    """Add PEFT's files to a finished run if its layer names match the Hugging Face checkpoint's.
+    """Add PEFT's files to a finished run, if the layer names match the Hugging Face checkpoint.
 
     Returns:
-        The libraries that can load the adapter, and the reason if PEFT is not among them.
+        Text that names the libraries that can load the adapter, with the reason if PEFT cannot.
     """
     try:
         name = base.source if is_hub_id(base.source) else "its base"  # on cards: no path

@@ -1,4 +1,4 @@
-"""Summarize a run for the terminal, in lines of a label and a text, before and after training."""
+"""Summarize a run for the terminal, before and after training. Each line has a label and a text."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -73,9 +73,9 @@ def summarize_trainable(
 
 
 def _unsupported_by_mlx_lm(policy: nn.Module, entries: Mapping[str, Any]) -> str | None:
-    """Return a name for the layers on which mlx-lm cannot load DoRA; None if there are none.
+    """Return a name for the DoRA layers that mlx-lm cannot load; None if there are none.
 
-    mlx-lm computes a wrong width for quantized embeddings and for some bit widths.
+    mlx-lm computes a wrong width for DoRA on quantized embeddings and with some bit widths.
     """
     packed = entries.get("quantization") or {}
     if get_fine_tune_type(policy) != "dora" or not packed:
@@ -107,7 +107,7 @@ def _layer_kind(module: nn.Module) -> str:
 
 
 def _describe_trained_layers(policy: nn.Module) -> str:
-    """Return as text which layers full fine-tuning trains."""
+    """Describe which layers full fine-tuning trains."""
     names, paths = named_arrays(policy.trainable_parameters()), block_paths(policy)
     blocks = sum(any(name.startswith(f"{path}.") for name in names) for path in paths)
     inside = tuple(f"{path}." for path in paths)
@@ -116,7 +116,7 @@ def _describe_trained_layers(policy: nn.Module) -> str:
 
 
 def format_count(number: int) -> str:
-    """Return a number as text with three digits and the unit K, M or B; below 1000 unchanged."""
+    """Return a number as text: with three digits and K, M or B from 1000 on, else unchanged."""
     for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
         if number >= size:
             return f"{number / size:.3g} {unit}"

@@ -17,7 +17,7 @@ from mlx_dpo.types import MetricsRow, TokenizedPair
 def check_trackers(config: DPOConfig) -> None:
     """Raise `ConfigError` if a tracker's library is missing or the user is not logged in.
 
-    This is checked before anything is loaded.
+    Call this function before anything is loaded, so that the run fails early.
     """
     for name in config.tracker_names:
         check_tracker(name)
@@ -31,7 +31,7 @@ def open_trackers(
     *,
     resumed: Collection[str] = (),
 ) -> None:
-    """Open the trackers of a run; log the metrics rows of earlier processes first.
+    """Open the experiment trackers of a run, and log the metrics rows of earlier processes.
 
     Args:
         opened: collection to which the trackers are added.
@@ -58,7 +58,7 @@ def run_name(config: DPOConfig) -> str:
 def shared_settings(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a run that may be sent to trackers.
 
-    They contain no paths. The model is included if it is on the Hub.
+    The result contains no paths. The model is included if it is on the Hub.
 
     Args:
         record: run record (content of `run.json`).

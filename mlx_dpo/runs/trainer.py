@@ -186,10 +186,10 @@ class DPOTrainer:
     ) -> None:
         """Load the base model and the pairs; the run folder is not written.
 
-        The log-probs under a separate `reference_model` are computed first; then it is freed.
+        The log-probs of a separate reference model are computed first; then it is freed.
 
         Args:
-            scoring_progress: shows the progress of computing these log-probs, in pairs.
+            scoring_progress: shows the progress of computing the reference log-probs, in pairs.
             tokenization_progress: shows how many rows of large datasets are tokenized.
         """
         mx.reset_peak_memory()  # earlier work of the same process does not count
@@ -313,7 +313,7 @@ class DPOTrainer:
     def train(self) -> list[MetricsRow]:
         """Train to the end and return all rows of metrics.
 
-        Enters the context and prepares the run if that has not been done.
+        If necessary, the run folder is locked and the run is prepared first.
         """
         with nullcontext() if self._is_entered else self:
             return list(self.steps())
@@ -321,7 +321,7 @@ class DPOTrainer:
     def steps(self) -> Iterator[MetricsRow]:
         """Yield one row of metrics per step, and one with `eval_` names per evaluation.
 
-        Prepares the run if that has not been done. Each row is in `metrics.jsonl` before it is
+        The run is prepared first if necessary. Each row is in `metrics.jsonl` before it is
         yielded. After the last row the adapters are in the run folder, unless a stop was
         requested: then `stopped` is True and the run can be resumed. Warnings of the monitor are
         in `warnings`.
@@ -379,7 +379,7 @@ class DPOTrainer:
     def _log_row(self, row: MetricsRow) -> MetricsRow:
         """Write a metrics row to `metrics.jsonl` and then to the trackers; return the row.
 
-        If a crash keeps a row out of the file, it is computed and logged again after resuming.
+        A row that a crash kept out of the file is computed and logged again after resuming.
         """
         self.trackers.log(self._log.write(row))
         return row
@@ -389,7 +389,7 @@ class DPOTrainer:
         return every is not None and step % every == 0 and step < self.total_steps
 
     def _evaluate_and_log(self) -> MetricsRow:
-        """Evaluate, save the adapters if they are the best so far, and return the metrics row."""
+        """Evaluate the policy, save its adapters if best so far, and return the metrics row."""
         row = {"step": self._progress.step, **self.evaluate()}
         self.best.update(row, lambda folder: save_adapter(folder, self.policy, self.adapter_config))
         return self._log_row(row)
@@ -424,7 +424,7 @@ class DPOTrainer:
     # --- finish ----------------------------------------------------------------------------
 
     def _finish(self) -> Iterator[MetricsRow]:
-        """Write the final adapters and results; yield the last evaluation if not yielded before."""
+        """Write the final adapters and results; yield the last evaluation unless done before."""
         step = self._progress.step
         self._save_checkpoint()
         if step < self.total_steps:

@@ -88,7 +88,7 @@ EvaluationPairs = tuple[LoadedModel, Sequence[TokenizedPair], str, tuple[str, ..
 
 
 def load_held_out_pairs(run: OpenRun) -> EvaluationPairs:
-    """Load a run's model and its held-out pairs; return them with a description and no notes.
+    """Load a run's model and held-out pairs; return both, a description and no notes.
 
     Raises:
         ConfigError: the run read its pairs from standard input or from memory.
@@ -106,9 +106,9 @@ def load_held_out_pairs(run: OpenRun) -> EvaluationPairs:
 
 
 def load_named_pairs(run: OpenRun, pairs: str) -> EvaluationPairs:
-    """Load the model of a run and the pairs of a file or of a held-out split.
+    """Load a run's model and the pairs from the file or data set that `pairs` names.
 
-    Also return a description of the pairs and notes for the user, such as skipped rows.
+    Return the model, the pairs, a description of them, and notes such as skipped rows.
     """
     source = resolve_held_out_source(pairs)
     base = load_configured_base(run.config)

@@ -1,4 +1,4 @@
-"""Open run folders, and load their models and adapters or a plain model."""
+"""Open run folders, and load the models and adapters of runs, or a model without a run."""
 
 import os
 from collections.abc import Sequence
@@ -73,7 +73,7 @@ def open_run(folder: str) -> OpenRun:
 def load_policy(
     run: str | None, *, model: str | None = None, reference: bool = False
 ) -> LoadedModel:
-    """Load a run's model with its trained adapters, a run's reference model, or a plain model.
+    """Load a run's trained policy, a run's reference model, or a model without a run.
 
     Raises:
         RunError: the model is no longer the one that was trained on.
@@ -112,7 +112,7 @@ def load_base_of_run(opened: OpenRun) -> LoadedModel:
 
 
 def unfinished_note(opened: OpenRun) -> str:
-    """Return a note that the run is unfinished, with the name of the checkpoint in use."""
+    """Return a note for the user: the run is unfinished, and which checkpoint is used instead."""
     return f"the run is unfinished; these are its adapters of {opened.adapter.name}"
 
 
@@ -178,7 +178,7 @@ def open_switchable(
 ) -> SwitchableModel:
     """Load a model that can be switched between base (adapters off) and aligned (on).
 
-    Only the adapter states in `wanted` are loaded. The last one that exists becomes active.
+    Only the states in `wanted` (`base`, `aligned`) are loaded; the last one that exists is active.
 
     Raises:
         RunError: the model is no longer the one that was trained on.

@@ -104,7 +104,7 @@ def write_curves(folder: Path) -> bool:
 
 
 def shortest_names(folders: Sequence[Path]) -> list[str]:
-    """Return the shortest path suffixes that distinguish the folders, with escapes if unprintable.
+    """Return the shortest ends of the paths that tell the folders apart, in printable form.
 
     Raises:
         ConfigError: a folder is named twice.

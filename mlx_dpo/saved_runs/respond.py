@@ -35,7 +35,7 @@ class Responder:
         return [reply.text for reply in self.reply(prompts, sampling)]
 
     def reply(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[GeneratedText]:
-        """Generate one answer per prompt; each result says if the token limit cut the answer.
+        """Generate one answer per prompt; each result says whether it was cut at the token limit.
 
         Raises:
             ConfigError: a prompt leaves no room in the model's context.
@@ -66,7 +66,7 @@ class Responder:
 def open_responder(
     run: str | None, *, model: str | None = None, reference: bool = False
 ) -> Responder:
-    """Load a model that answers prompts: a run's policy, a run's reference, or a plain model.
+    """Load a run's policy, a run's reference or a model without a run, to answer prompts.
 
     Raises:
         ConfigError: the tokenizer has no chat template, or the run was trained on plain text.

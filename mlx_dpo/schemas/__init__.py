@@ -106,7 +106,9 @@ def parse_pairs(
 def parse_unpaired(
     row: Row, rules: RowRules = DEFAULT_RULES, schema: Schema | None = None
 ) -> list[UnpairedExample]:
-    """Return the row's unpaired examples: one of a labelled row, a good and a bad one of a pair.
+    """Return the unpaired examples of the row.
+
+    A labelled row gives one example. A row with a pair gives a good and a bad example.
 
     The arguments are those of `parse_row`.
 

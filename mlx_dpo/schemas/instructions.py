@@ -70,7 +70,7 @@ def _parse_history(row: Row) -> list[Message]:
 
 
 def _make_prompt(question: str, earlier: list[Message]) -> Text:
-    """Return the question as text or, if there are `earlier` messages, as the last message."""
+    """Return `earlier` and the question as messages; without `earlier`, the question as text."""
     return (*earlier, {"role": "user", "content": question}) if earlier else question
 
 

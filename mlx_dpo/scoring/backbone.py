@@ -1,8 +1,8 @@
 """Split a model into its backbone (hidden states) and its head (logits).
 
-No head is implemented here: the model's own `__call__` runs with the backbone replaced. So
-everything that a model does after its backbone is kept (tied or quantized heads, scaling, soft
-caps).
+No head is implemented here: the logits come from the model's own `__call__`, with the backbone
+replaced. This keeps everything that a model does after its backbone, such as tied or quantized
+heads, scaling and soft caps.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,14 +17,14 @@ LANGUAGE_MODEL = "language_model"  # attribute of multimodal models that holds t
 
 
 class UnsupportedModelError(Exception):
-    """Error raised if a model does not meet the requirements of a scorer; the message says why."""
+    """Error raised if a scorer cannot compute log-probs with a model; the message says why."""
 
 
 @dataclass(frozen=True)
 class ModelParts:
     """A causal language model, the attribute name of its backbone, and its layers.
 
-    Weights are read at call time, so a `ModelParts` stays valid while the model is trained.
+    Weights are read from the model in each call, so training does not outdate this object.
     """
 
     model: nn.Module
@@ -66,7 +66,7 @@ class ModelParts:
 
 
 def split_backbone(model: nn.Module) -> ModelParts:
-    """Split `model` into backbone and head.
+    """Return the parts of `model`: its backbone (hidden states) and its head (logits).
 
     Raises:
         UnsupportedModelError: the model has no backbone under the names that mlx-lm uses.
@@ -85,7 +85,7 @@ class _BackboneOutputError(Exception):
     """Exception that carries the backbone's output out of the model before the head runs."""
 
     def hidden_states(self) -> mx.array:
-        """Return the output of the backbone. (B, T, D)
+        """Return the hidden states, after checking the type of the backbone's output. (B, T, D)
 
         Raises:
             UnsupportedModelError: the output is not a single array of hidden states.
@@ -99,7 +99,7 @@ class _BackboneOutputError(Exception):
 
 
 class _ModuleProxy:
-    """Stand-in for a module in which some attributes are replaced; the module itself is unchanged.
+    """Stand-in for a module that replaces some of its attributes without changing the module.
 
     Calling the proxy calls its attribute `_call`.
     """

@@ -1,4 +1,4 @@
-"""Compare two functions of a model by the relative errors of their values and gradients."""
+"""Compare the values and gradients of two functions that should compute the same from a model."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,14 +22,19 @@ MIN_NORM_SHARE = 0.01
 
 
 class RelativeErrors(NamedTuple):
-    """Largest relative error of a row of values, and of the gradient of any trainable parameter."""
+    """Largest relative errors among the rows of an output and among parameters' gradients."""
 
     values: float
     gradients: float  # 0 if nothing is trainable
 
 
 def random_pairs(lengths: Sequence[tuple[int, int, int]], vocab_size: int) -> list[TokenizedPair]:
-    """Return one pair of random token ids per entry of `lengths` (prompt, chosen, rejected)."""
+    """Return preference pairs of random token ids.
+
+    Args:
+        lengths: numbers of prompt, chosen and rejected tokens of each pair.
+        vocab_size: number of different token ids.
+    """
     rng = np.random.default_rng(SEED)
 
     def ids(length: int) -> tuple[int, ...]:
@@ -53,18 +58,18 @@ def mode_without_dropout(model: nn.Module, *, training: bool) -> Iterator[None]:
 
 
 def value_error(model: nn.Module, tested: RowFunction, expected: RowFunction) -> float:
-    """Return the largest relative error of a row of values of `tested`, against `expected`.
+    """Return the largest relative error of the output rows of `tested`, compared to `expected`.
 
-    Both functions run in evaluation mode.
+    Both functions take the model, and run in evaluation mode.
     """
     with mode_without_dropout(model, training=False):
         return _max_value_error(tested(model), expected(model))
 
 
 def relative_errors(model: nn.Module, tested: RowFunction, expected: RowFunction) -> RelativeErrors:
-    """Return the relative errors of the values and gradients of `tested` against `expected`.
+    """Return the relative errors of the values and gradients of `tested`, compared to `expected`.
 
-    Both functions run in training mode with dropout disabled.
+    Both functions take the model, and run in training mode with dropout disabled.
     """
     with mode_without_dropout(model, training=True), _perturbed_parameters(model):
         expected_values, expected_gradients = _values_and_gradients(model, expected)
@@ -76,9 +81,9 @@ def relative_errors(model: nn.Module, tested: RowFunction, expected: RowFunction
 
 
 def _values_and_gradients(model: nn.Module, function: RowFunction) -> tuple[mx.array, Arrays]:
-    """Return the values of `function`, and the gradients of a random weighted sum of the values.
+    """Return the output of `function`, and the gradients of a random weighted sum of the output.
 
-    The gradients are empty if the model has no trainable parameters.
+    The gradients, by parameter name, are empty if the model has no trainable parameters.
     """
 
     def weighted_sum(model: nn.Module) -> tuple[mx.array, mx.array]:
@@ -93,7 +98,7 @@ def _values_and_gradients(model: nn.Module, function: RowFunction) -> tuple[mx.a
 
 
 def _max_value_error(values: mx.array, expected: mx.array) -> float:
-    """Return the largest error of a row of `values`, relative to the norm of the expected row."""
+    """Return the largest error among the rows of `values`, relative to the expected row's norm."""
     values, expected = values.astype(mx.float32), expected.astype(mx.float32)
     norms = mx.linalg.norm(expected, axis=-1)
     return _max_or_nan(scalar(row) for row in mx.linalg.norm(values - expected, axis=-1) / norms)
@@ -102,7 +107,7 @@ def _max_value_error(values: mx.array, expected: mx.array) -> float:
 def _max_gradient_error(gradients: Arrays, expected: Arrays) -> float:
     """Return the largest relative error of any parameter's gradient.
 
-    The result is 0 without gradients, and NaN if all expected gradients are zero.
+    The result is 0 if there are no gradients, and NaN if all expected gradients are zero.
     """
     if not expected:
         return 0.0
@@ -127,10 +132,10 @@ def _norm(value: mx.array) -> float:
 
 @contextmanager
 def _perturbed_parameters(model: nn.Module) -> Iterator[None]:
-    """Give random values to all-zero trainable parameters inside the block.
+    """Set trainable parameters that are all zero to random values inside the block.
 
-    LoRA initializes B with zeros, which makes the gradient of A zero, so that errors in it would
-    not show.
+    LoRA initializes its matrix B with zeros. The gradient of its matrix A is then zero, and errors
+    in that gradient would not show.
     """
     before = model.trainable_parameters()
     key = mx.random.key(SEED)

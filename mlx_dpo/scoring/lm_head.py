@@ -1,8 +1,8 @@
 """Log-probs of target tokens from hidden states, without the full array of logits.
 
-The logits of n tokens over a vocabulary of V words are the largest array of training. Here tokens
-go through the LM head in chunks, one chunk after another, so that only the logits of one chunk are
-in memory. This is the idea of chunked (or fused linear) cross-entropy.
+The logits of n tokens over a vocabulary of V tokens are the largest array of training. Here the
+LM head is applied to one chunk of tokens after another, so that only the logits of one chunk are in
+memory. This is the idea of chunked (or fused linear) cross-entropy.
 
 Shape letters: n tokens, D width of hidden states, V vocabulary.
 """
@@ -44,7 +44,10 @@ def chunked_logps(
 def chunked_log_weights(
     parts: ModelParts, hidden: mx.array, targets: mx.array, *, vocab_size: int
 ) -> mx.array:
-    """Return WPO's log-weight of each target, without gradient. (n, D), (n,) -> (n,) float32"""
+    """Return WPO's log-weight of each target token, without gradient. (n, D), (n,) -> (n,)
+
+    `logps.log_weights` defines the log-weights. They are float32.
+    """
     chunks = _token_chunks(len(targets), vocab_size)
     weights = _map_chunks(parts, hidden, targets, chunks, function=_chunk_log_weights)
     return mx.stop_gradient(weights)
@@ -53,7 +56,7 @@ def chunked_log_weights(
 def trainable_head_parameters(parts: ModelParts) -> Arrays:
     """Return the trainable parameters outside the layers, by name.
 
-    The LM head may contain some of them.
+    These may be weights of the LM head.
     """
     layers = {id(layer) for layer in parts.layers}
     modules = parts.model.named_modules()
@@ -63,9 +66,10 @@ def trainable_head_parameters(parts: ModelParts) -> Arrays:
 
 
 def _token_chunks(count: int, vocab_size: int) -> list[slice]:
-    """Return slices of similar size that cover `count` tokens.
+    """Divide `count` tokens into slices of similar size.
 
-    The logits of a slice take at most LOGITS_BYTES_PER_CHUNK, unless a single token takes more.
+    The logits of a slice's tokens take at most LOGITS_BYTES_PER_CHUNK, unless a single token takes
+    more.
     """
     limit = max(1, LOGITS_BYTES_PER_CHUNK // (vocab_size * mx.float32.size))
     size = -(-count // -(-count // limit))
@@ -73,7 +77,7 @@ def _token_chunks(count: int, vocab_size: int) -> list[slice]:
 
 
 def _evaluated_after(value: mx.array, earlier: Iterable[mx.array]) -> mx.array:
-    """Return `value`, which MLX then evaluates only after the `earlier` arrays.
+    """Return `value` with a dependency: MLX evaluates it only after the `earlier` arrays.
 
     MLX evaluates a graph breadth-first. Without this dependency all chunks would start before the
     first one ends, and the logits of all chunks would be in memory at once.

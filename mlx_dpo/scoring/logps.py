@@ -1,7 +1,7 @@
 """Reference implementation: compute log-probs of completions from whole padded sequences.
 
-This module shifts tokens against logits by one position. `shared_prefix` and `packing` compute the
-same values faster, and are compared with this module.
+The logits at one position predict the token at the next position. `shared_prefix` and `packing`
+compute the same values faster, and are compared with this module.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ CausalLM = Callable[[mx.array], mx.array]  # (N, T) token ids -> (N, T, V) logit
 def token_logps(model: CausalLM, tokens: mx.array) -> mx.array:
     """Return log p(token | preceding tokens) of each token but the first. (N, T) -> (N, T-1)
 
-    Logits are reduced in float32 whatever dtype the model computes in; the result is float32.
+    The log-softmax is computed in float32 whatever the dtype of the logits.
     """
     logits = model(tokens[:, :-1]).astype(mx.float32)
     target_logits = mx.take_along_axis(logits, tokens[:, 1:, None], axis=-1).squeeze(-1)
@@ -25,15 +25,17 @@ def token_logps(model: CausalLM, tokens: mx.array) -> mx.array:
 
 
 def token_log_weights(model: CausalLM, tokens: mx.array) -> mx.array:
-    """Return WPO's log-weight of all tokens but the first. (N, T) -> (N, T-1) float32"""
+    """Return WPO's log-weight of each token but the first. (N, T) -> (N, T-1) float32"""
     return log_weights(model(tokens[:, :-1]).astype(mx.float32), tokens[:, 1:])
 
 
 def log_weights(logits: mx.array, targets: mx.array) -> mx.array:
     """Return WPO's log-weight of each target token. (..., V) float32, (...) -> (...)
 
-    log p(target) - log sum_v p(v)^2: how likely the target is, relative to the likelihood of a
-    token that the model samples itself. Source: WPO, Zhou et al. 2024, arXiv:2406.11827, Eq. 2.
+    The log-weight is log p(target) - log sum_v p(v)^2. It compares the likelihood of the target
+    with the mean likelihood of a token sampled from the model.
+
+    Source: WPO, Zhou et al. 2024, arXiv:2406.11827, Eq. 2.
     """
     target_logits = mx.take_along_axis(logits, targets[..., None], axis=-1).squeeze(-1)
     return target_logits + logsumexp(logits) - logsumexp(2 * logits)
@@ -61,10 +63,13 @@ def completion_logps(
 
 
 def _within_shorter_completion(scored: mx.array) -> mx.array:
-    """Return a mask of the tokens within the length of the pair's shorter completion. (N, T) bool
+    """Return a mask without completion tokens beyond the length of the pair's shorter completion.
+
+    The mask has the shape (N, T) and is boolean.
 
     Args:
-        scored: mask of the completion tokens; first all chosen sequences, then all rejected ones.
+        scored: mask of the completion tokens, (N, T); first the rows of all chosen completions,
+            then those of all rejected ones.
     """
     chosen, rejected = mx.split(scored.sum(axis=-1), 2)
     shorter = mx.minimum(chosen, rejected)
@@ -74,7 +79,7 @@ def _within_shorter_completion(scored: mx.array) -> mx.array:
 def pair_logps(model: CausalLM, batch: PairBatch, *, ld_alpha: float | None = None) -> PairLogps:
     """Return the summed log-probs of chosen and rejected completions. (B,) each
 
-    Both come from a single forward pass.
+    A single forward pass computes chosen and rejected completions.
     """
     chosen, rejected = mx.split(completion_logps(model, batch, ld_alpha=ld_alpha), 2)
     return PairLogps(chosen, rejected)

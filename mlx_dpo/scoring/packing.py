@@ -1,12 +1,11 @@
 """Pack all pairs of a batch into one sequence, with each prompt once and no padding between them.
 
 The packed sequence holds the prompt, the chosen and the rejected completion of one pair after
-another. A token's index in the packed sequence is then neither its position in its text nor the
-number of tokens that it attends to. mlx-lm's models take positions and attention mask from their KV
-cache. The models are therefore given a stand-in for the cache, and during the pass MLX's attention
-and RoPE functions are replaced by functions that use the positions and mask of the packed
-sequence. A model that computes with positions itself, or needs its mask as an array, raises an
-error, and another scorer is selected for it.
+another. A token's index in the packed sequence therefore differs from its position in its text.
+mlx-lm's models take positions and attention mask from their KV cache, so they are given a stand-in
+for the cache. During the pass, MLX's attention and RoPE functions are replaced by functions that
+use the positions and mask of the packed sequence. A model that computes with positions itself, or
+needs its mask as an array, raises an error, and another scorer is selected for the model.
 
 Shape letters: T tokens in the packed sequence, n predicted tokens, D width of hidden states, C
 queries and S keys of a chunk.
@@ -36,10 +35,10 @@ def packed_hidden_states(
     """Return the hidden states that predict the tokens of all completions. (n, D)
 
     First come all chosen completions, then all rejected ones, each in the order of `pairs`.
-    Gradients flow through the prompts.
+    The result can be differentiated; gradients include the contribution of the prompts.
 
     Raises:
-        UnsupportedModelError: a layer mixes tokens by other means than attention.
+        UnsupportedModelError: a layer combines tokens by other means than attention.
     """
     caches = make_prompt_cache(model)
     if not all(type(cache) in ATTENTION_CACHES for cache in caches):
@@ -51,7 +50,7 @@ def packed_hidden_states(
 
 
 class PairSpan(NamedTuple):
-    """Location of a pair in the packed sequence: start index, and number of tokens per part."""
+    """Location of a pair in the packed sequence: its start index and its token counts."""
 
     start: int
     prompt: int
@@ -67,11 +66,11 @@ class PairSpan(NamedTuple):
 class PackedSequence:
     """A packed sequence of pairs: its token ids, positions and attention masks.
 
-    The last token of each completion predicts nothing and is left out.
+    The last token of each completion is left out, because no token follows it.
     """
 
     def __init__(self, pairs: Sequence[TokenizedPair]) -> None:
-        """Concatenate the tokens of `pairs`."""
+        """Pack the tokens of `pairs` into one sequence."""
         ids: list[int] = []
         self.spans: list[PairSpan] = []
         for pair in pairs:
@@ -108,7 +107,7 @@ class PackedSequence:
     def chunks(self, size: int, dtype: mx.Dtype, window: int | None) -> list[QueryChunk]:
         """Return chunks of up to `size` queries with their masks; no chunk spans two pairs.
 
-        Chunks are cached, because all layers with the same `window` share them.
+        Chunks are cached, because all layers with the same sliding `window` use the same chunks.
         """
         key = size, dtype, window
         if key not in self._chunks:
@@ -119,9 +118,10 @@ class PackedSequence:
 
 
 def _text_positions(span: PairSpan) -> np.ndarray:
-    """Return the positions of a pair's tokens in their texts. (prompt + chosen + rejected,)
+    """Return each token's position in its own text, a prompt with one completion.
 
-    Positions of both completions continue those of the prompt.
+    The positions of each completion continue those of the prompt. The result has one entry per
+    token of the pair in the packed sequence, (prompt + chosen + rejected,).
     """
     completions = (span.prompt + np.arange(count) for count in (span.chosen, span.rejected))
     return np.concatenate([np.arange(span.prompt), *completions])
@@ -132,8 +132,8 @@ def _query_chunks(
 ) -> Iterator[QueryChunk]:
     """Yield the chunks of one pair: ranges of up to `size` queries, each with its mask.
 
-    A token attends to the prompt and to its own completion, up to itself, and no further back than
-    `window` positions.
+    A token attends to the prompt, and to its own completion up to the token itself. If `window` is
+    set, it attends to the last `window` of these positions only.
     """
     positions = _text_positions(span)
     part = np.repeat([0, 1, 2], span[1:])  # 0 prompt, 1 chosen, 2 rejected
@@ -156,8 +156,8 @@ def _query_chunks(
 class PackedMask(StructuredMask):
     """Attention mask of a packed sequence.
 
-    Each token attends to its own prompt and its own completion, up to itself. With a sliding
-    window it attends only to the last `window` of these positions.
+    Each token attends to its own prompt, and to its own completion up to the token itself. With a
+    sliding window, the token attends only to the last `window` of these positions.
     """
 
     __slots__ = ("sequence", "window")
@@ -178,11 +178,12 @@ class PackedMask(StructuredMask):
 class PackedCache:
     """Stand-in for a layer's KV cache that provides the positions and masks of a packed sequence.
 
-    It stores nothing, because the whole packed sequence goes through the layer at once.
+    The stand-in stores no keys or values, because the whole packed sequence goes through the layer
+    at once.
     """
 
     def __init__(self, sequence: PackedSequence) -> None:
-        """Create the cache for one pass of the packed sequence `sequence`."""
+        """Create the stand-in for one pass over the packed sequence `sequence`."""
         self.sequence = sequence
         self.offset = sequence.rope_offset
 

@@ -1,4 +1,7 @@
-"""Compute the log-probs of whole datasets without gradients: reference, evaluation, WPO weights."""
+"""Compute the log-probs of whole datasets without gradients.
+
+They are needed for the reference, for evaluations and for WPO's weights.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -15,7 +18,7 @@ from mlx_dpo.types import PairLogps, TokenizedPair
 
 
 class DatasetScorer(Protocol):
-    """Function that computes the log-probs of a dataset: `score_pairs` with its options bound."""
+    """Function that computes the log-probs of a dataset: `score_pairs` with its options set."""
 
     def __call__(
         self,
@@ -24,7 +27,10 @@ class DatasetScorer(Protocol):
         *,
         progress: Callable[[int], None] = ...,
     ) -> PairLogps:
-        """Return the log-probs of all pairs under `model`. (len(pairs),) each"""
+        """Return the summed log-probs of all completions under `model`. (len(pairs),) each
+
+        `progress` is called after each forward pass with the number of pairs in it.
+        """
 
 
 def score_pairs(
@@ -65,14 +71,14 @@ def score_pairs(
 def on_policy_weights(
     model: nn.Module, pairs: Sequence[TokenizedPair], *, score: DatasetScorer
 ) -> mx.array:
-    """Return WPO's weight of each pair: its likelihood under the policy `model`. (len(pairs),)
+    """Return WPO's weight of each pair, by its likelihood under the policy `model`. (len(pairs),)
 
-    A pair sampled from the policy itself has a weight of about 1.
+    A pair whose completions are sampled from the policy has a weight of about 1.
 
     Source: WPO, Zhou et al. 2024, arXiv:2406.11827, Eq. 2 with sampled alignment, as in TRL.
 
     Args:
-        score: returns the mean log-weights of completions; see `scorers.plain_log_weights`.
+        score: function that returns the mean WPO log-weight per token of each completion.
     """
     chosen, rejected = score(model, pairs)
     return mx.exp(chosen + rejected)

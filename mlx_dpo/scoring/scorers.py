@@ -1,9 +1,9 @@
 """Scorers: functions from a model and pairs to the log-probs of their completions.
 
 A scorer returns summed log-probs, and can be differentiated with respect to the model's trainable
-parameters inside `nn.value_and_grad`. There are two: the plain and the shared scorer;
-`select_scorer` decides between them. The context managers below select the kernels that a model
-runs with.
+parameters inside `nn.value_and_grad`. The plain scorer runs whole padded sequences; the shared
+scorer runs each prompt once. `select_scorer` decides between the two. The context managers below
+select the kernels that a model runs with.
 """
 
 import itertools
@@ -49,7 +49,7 @@ def memory_efficient_training(policy: nn.Module, *, recompute: bool) -> Iterator
 
     Attention is computed in chunks and, if `recompute` is set, the layers are checkpointed. On the
     CPU, SwiGLU is replaced by a faster version. Evaluate the gradients inside the block too,
-    because layers may run again then.
+    because the evaluation may run layers again.
     """
     checkpointing = gradient_checkpointing(policy) if recompute else nullcontext()
     with use_chunked_attention(), use_token_positions(), use_fast_swiglu(policy), checkpointing:
@@ -60,7 +60,7 @@ def memory_efficient_training(policy: nn.Module, *, recompute: bool) -> Iterator
 def fast_inference(model: nn.Module) -> Iterator[None]:
     """Run passes without gradients with the fastest kernels of the device inside the block.
 
-    On the CPU, chunked attention is faster in the forward pass as well; a GPU has a fused kernel.
+    These are chunked attention and a faster SwiGLU on the CPU, and MLX's fused kernels on a GPU.
     """
     attention = use_chunked_attention() if is_cpu() else nullcontext()
     with attention, use_fast_swiglu(model):
@@ -84,7 +84,7 @@ def plain_scorer(
 def plain_log_weights(model: nn.Module, pairs: Sequence[TokenizedPair]) -> PairLogps:
     """Return the mean WPO log-weight per token of each completion. (B,) each
 
-    It is computed from whole right-padded sequences.
+    The log-weights are computed from whole right-padded sequences.
     """
     with cast_for_forward(model):
         return pair_log_weights(model, collate(pairs))
@@ -95,7 +95,7 @@ def make_shared_scorer(
 ) -> Scorer:
     """Return a scorer that runs each prompt once, and the LM head on completion tokens only.
 
-    It is exact only for models for which `select_scorer` has verified it.
+    The scorer is exact only for models for which `select_scorer` has verified it.
 
     Args:
         gradients: whether the log-probs will be differentiated.
@@ -110,7 +110,7 @@ def make_shared_scorer(
 
 
 def make_shared_log_weights(*, vocab_size: int, packing: Packing) -> Scorer:
-    """Return a function like `plain_log_weights` that runs each prompt only once."""
+    """Return a function that computes `plain_log_weights` but runs each prompt only once."""
     return partial(
         _score_with_shared_prompts,
         packing=packing,
@@ -130,9 +130,11 @@ def _score_with_shared_prompts(
     """Compute one number per completion (such as its log-prob), running each prompt once. (B,) each
 
     Args:
-        token_values: computes a number per token from model parts, hidden states and targets. (n,)
-        reduce: computes the number of a completion from its token values and the length of the
-            pair's shorter completion. ()
+        packing: batching strategy for the pairs.
+        token_values: function that computes a number per target token, (n,), from the model parts,
+            the hidden states and the target tokens.
+        reduce: function that computes the number of a completion, a scalar, from its token values
+            and the length of the pair's shorter completion.
     """
     batches = _batches(pairs, by_length=packing == "lengths")
     completions = [
@@ -157,8 +159,8 @@ def _sum_logps(logps: mx.array, shorter: int, *, ld_alpha: float | None) -> mx.a
     """Return the sum of a completion's token log-probs. (n,) -> ()
 
     Args:
-        shorter: length of the pair's shorter completion; tokens beyond it are weighted with
-            `ld_alpha`.
+        shorter: number of tokens of the pair's shorter completion.
+        ld_alpha: weight of the tokens beyond that number; None weights all tokens equally.
     """
     if ld_alpha is None:
         return logps.sum()
@@ -166,9 +168,10 @@ def _sum_logps(logps: mx.array, shorter: int, *, ld_alpha: float | None) -> mx.a
 
 
 def _batches(pairs: Sequence[TokenizedPair], *, by_length: bool) -> list[list[int]]:
-    """Return the batches, each as a list of indices into `pairs`.
+    """Divide the pairs into batches; return each batch as a list of indices into `pairs`.
 
-    With `by_length` a batch holds the pairs with equally long prompts, otherwise all pairs.
+    With `by_length`, a batch contains the pairs whose prompts have the same number of tokens.
+    Otherwise a single batch contains all pairs.
     """
     batches: dict[int, list[int]] = {}
     for index, pair in enumerate(pairs):

@@ -1,4 +1,4 @@
-"""Choose the scorer of a model: the function that computes the log-probs of pairs.
+"""Choose the scorer of a model: the function that computes the log-probs of completions.
 
 The shared scorer runs each prompt once and is fast; the plain scorer runs whole padded sequences.
 The shared scorer is used if its values and gradients equal the plain scorer's on a few random
@@ -77,7 +77,7 @@ UNSUPPORTED_ERRORS = (
 
 @dataclass(frozen=True)
 class ScorerChoice:
-    """The scorer (function that computes log-probs of pairs) of a model, and why it was chosen."""
+    """The scorer of a model (function that computes log-probs), and why it was chosen."""
 
     scorer: Scorer
     forward_only: Scorer  # same values without gradients, for reference and evaluation
@@ -88,7 +88,7 @@ class ScorerChoice:
 
     @property
     def cost(self) -> CountTokens:
-        """Function that counts the tokens of a forward pass through the scorer."""
+        """Function that counts the tokens of a forward pass of the scorer."""
         return padded_row_tokens if self.packing is None else TOKEN_COUNTS[self.packing]
 
 
@@ -109,14 +109,14 @@ def select_scorer(
     The model's weights, its training or evaluation mode and MLX's random state stay unchanged.
 
     Args:
-        requested: `auto` falls back to the plain scorer if the shared one is not equivalent.
+        requested: name of a scorer; `auto` takes the plain one if the shared is not equivalent.
         packings: batching strategies to try; the first equivalent one is taken. By default the CPU
             does not try `batch`, which costs more there than it saves.
         ld_alpha: weight of the tokens beyond the length of the pair's shorter completion (LD-DPO).
 
     Raises:
-        ModelError: `shared` is requested and is not equivalent for this model, or the plain scorer
-            cannot be differentiated either.
+        ModelError: the shared scorer is requested but is not equivalent for this model, or not even
+            the plain scorer can be differentiated.
     """
     plain = partial(plain_scorer, ld_alpha=ld_alpha) if ld_alpha is not None else plain_scorer
     if requested == "plain":
@@ -138,7 +138,7 @@ def select_scorer(
 def _check_trainable(model: nn.Module, vocab_size: int) -> None:
     """Raise `ModelError` if the plain scorer cannot be differentiated with this model.
 
-    So a model that cannot be trained is reported before the first step.
+    This check reports a model that cannot be trained before the first step.
     """
     plain = _test_pair_logps(plain_scorer, vocab_size)
     try:
@@ -224,7 +224,7 @@ def _check_tolerance(model: nn.Module, case: str, errors: RelativeErrors) -> Non
 def _test_pair_logps(scorer: Scorer, vocab_size: int) -> RowFunction:
     """Return a function that computes the log-probs of the test pairs with `scorer`. (2B, 1)
 
-    It takes the model as its argument.
+    The returned function takes the model as its argument.
     """
     pairs = random_pairs(TEST_LENGTHS, vocab_size)
     return lambda model: mx.concatenate([*scorer(model, pairs)])[:, None]
@@ -235,8 +235,8 @@ def _long_prompt_functions(
 ) -> tuple[RowFunction, RowFunction]:
     """Return two functions that compute hidden states after a prompt longer than the window. (n, D)
 
-    The first runs the shared prompt once, the second runs whole sequences. The LM head is left
-    out, because logits of sequences of that length might not fit into memory.
+    The first function runs the shared prompt once, the second runs whole sequences. The LM head is
+    left out, because the logits of such long sequences might not fit into memory.
     """
     pairs = random_pairs([(window + 3, 4, 2)], vocab_size)
     [pair] = pairs

@@ -2,7 +2,7 @@
 
 The prompt's KV caches are copied, and the chosen and the rejected completion continue from the
 copies. The last prompt token predicts the first token of a completion. The last token of a
-completion predicts nothing and is left out.
+completion is left out, because no token follows it.
 """
 
 import copy
@@ -27,8 +27,8 @@ def completion_hidden_states(
     """Return the hidden states that predict the tokens of all completions. (n, D)
 
     The rows are in the order of `pairs`: first all chosen completions, then all rejected ones.
-    Gradients flow through the prompts. Prompts of equal length need no mask. Prompts of different
-    lengths go through mlx-lm's batched caches, which are exact for some models only.
+    The result can be differentiated; gradients include the contribution of the prompts. Prompts of
+    different lengths use mlx-lm's batched caches, which are exact for some models only.
     """
     prompts = [pair.prompt for pair in pairs]
     lengths = [len(prompt) for prompt in prompts]
@@ -99,7 +99,12 @@ def _empty_caches(model: nn.Module) -> list[Any]:
 
 
 def _empty_batched_caches(model: nn.Module, lengths: Sequence[int], width: int) -> list[Any]:
-    """Return empty batched caches for sequences of `lengths` tokens, right-padded to `width`."""
+    """Return empty batched KV caches, one per layer, for right-padded prompts.
+
+    Args:
+        lengths: number of tokens of each prompt.
+        width: number of tokens to which the prompts are padded.
+    """
     row_caches = [make_prompt_cache(model) for _ in lengths]
     caches = [type(layer[0]).merge(list(layer)) for layer in zip(*row_caches, strict=True)]
     padding = [width - length for length in lengths]

@@ -17,7 +17,7 @@ TRACKERS: dict[str, TrackerClass] = {t.name: t for t in (TensorBoard, WandB, Tra
 
 
 def check_tracker(name: str) -> None:
-    """Import the tracker's library and check that runs can be logged to the tracker.
+    """Check that the library of tracker `name` can be imported and that runs can be logged to it.
 
     Raises:
         ConfigError: the library is missing or broken, or the user is not logged in.
@@ -43,7 +43,7 @@ def check_tracker(name: str) -> None:
 
 
 def open_tracker(name: str, run: RunInfo, warned: list[str] | None = None) -> Tracker:
-    """Start logging a run to the named tracker; append its library's warnings to `warned`.
+    """Start logging a run to tracker `name`; append the warnings of its library to `warned`.
 
     Raises:
         ConfigError: the library cannot start the run.

@@ -70,7 +70,7 @@ def with_transformers_names(row: MetricsRow) -> dict[str, float]:
 
 @dataclass
 class OpenTrackers:
-    """The trackers that a run logs to; a tracker that fails is closed and no longer used."""
+    """The trackers that a run logs to. A tracker that fails is closed and removed."""
 
     trackers: list[Tracker] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)  # failures and library warnings, for the user

@@ -70,7 +70,7 @@ class SwanLab:
 
     @classmethod
     def unavailable(cls) -> str | None:
-        """Return a hint to log in if runs are uploaded and the user is not logged in, else None."""
+        """Return a hint to log in if runs are uploaded without a login, else None."""
         settings = cls._settings()
         if settings.mode == "online" and settings.api_key is None:
             return "not logged in; run `swanlab login`, or set SWANLAB_MODE=offline to log locally"
@@ -78,7 +78,7 @@ class SwanLab:
 
     @staticmethod
     def library_errors() -> tuple[type[Exception], ...]:
-        """Return `COMMON_ERRORS` and the exception classes of SwanLab."""
+        """Return the exception classes common to all trackers and those of SwanLab."""
         from swanlab.exceptions import AuthenticationError, DataStoreError
 
         return (*COMMON_ERRORS, AuthenticationError, DataStoreError)

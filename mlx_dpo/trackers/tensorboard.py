@@ -58,5 +58,5 @@ class TensorBoard:
 
     @staticmethod
     def library_errors() -> tuple[type[Exception], ...]:
-        """Return `COMMON_ERRORS`, which include errors in writing files."""
+        """Return the exception classes common to all trackers, such as errors in writing files."""
         return COMMON_ERRORS

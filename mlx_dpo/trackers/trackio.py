@@ -75,5 +75,5 @@ class Trackio:
 
     @staticmethod
     def library_errors() -> tuple[type[Exception], ...]:
-        """Return `COMMON_ERRORS` and SQLite's errors; trackio turns most others into warnings."""
+        """Return the exception classes common to all trackers, and SQLite's exception class."""
         return (*COMMON_ERRORS, sqlite3.Error)

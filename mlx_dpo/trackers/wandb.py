@@ -87,7 +87,7 @@ class WandB:
 
     @staticmethod
     def library_errors() -> tuple[type[Exception], ...]:
-        """Return `COMMON_ERRORS` and `wandb.Error`, W&B's own exception class."""
+        """Return the exception classes common to all trackers, and that of W&B."""
         import wandb
 
         return (*COMMON_ERRORS, wandb.Error)

@@ -38,8 +38,8 @@ def save(
 ) -> Path:
     """Write a checkpoint atomically and return its folder.
 
-    It contains the adapters, the optimizer state, MLX's random state and the progress. The weights
-    of a synced reference are included after its first update.
+    A checkpoint contains the adapters, the optimizer state, MLX's random state and the progress.
+    It also contains the weights of a synced reference that was updated at least once.
 
     Raises:
         RunError: the disk is full or cannot be written.
@@ -58,9 +58,9 @@ def save(
 
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
-    """Create a temporary folder for the block, which replaces `target` when the block ends.
+    """Create a temporary folder for the block; it replaces the folder `target` at the block's end.
 
-    The content is on disk before it replaces `target`.
+    All files are flushed to disk before the replacement.
 
     Yields:
         The path of the temporary folder.
@@ -89,7 +89,7 @@ def latest(folder: Path) -> Path | None:
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Remove all but the last `keep` checkpoints, and temporary files left by a crash."""
+    """Remove all checkpoints but the last `keep`, and also temporary files left by a crash."""
     for path in sorted(folder.glob("step-*"))[:-keep]:
         shutil.rmtree(path, ignore_errors=True)
     remove_abandoned(folder)
@@ -101,7 +101,7 @@ def restore(
     optimizer: optim.Optimizer,
     synced: SyncedReference | None = None,
 ) -> Progress:
-    """Load a checkpoint into policy, optimizer, synced reference and MLX's random state.
+    """Restore policy, optimizer, synced reference and MLX's random state from a checkpoint.
 
     Returns:
         The progress of the run at the checkpoint.
@@ -128,9 +128,10 @@ def restore(
 
 
 def synced_reference_weights(folder: Path) -> Arrays | None:
-    """Return the synced reference's weights in the last checkpoint.
+    """Return the weights of the synced reference in the last checkpoint, by name.
 
-    The result is None without a checkpoint, or if the reference was not updated before it.
+    The result is None if there is no checkpoint, or if it contains no such weights because the
+    reference had not been updated yet.
     """
     last = latest(folder)
     return (

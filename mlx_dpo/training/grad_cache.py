@@ -2,7 +2,7 @@
 
 First the log-probs of all pairs of the step are computed without gradients. Each micro-batch then
 computes the loss of the whole step, with gradients through its own log-probs only. Parameters do
-not change in between, so the gradients of all micro-batches add up to the gradient of the step.
+not change between micro-batches, so their gradients add up to the gradient of the step.
 
 Source: Gao et al. 2021, arXiv:2101.06983.
 """
@@ -18,7 +18,7 @@ from mlx_dpo.types import LossOutputs, PairLogps, ScoredPairs, TokenizedPair
 
 
 class GradCache(NamedTuple):
-    """A micro-batch of b pairs together with the cached log-probs of all B pairs of its step."""
+    """A micro-batch of b pairs, and the cached log-probs of all B pairs of its step."""
 
     step: ScoredPairs  # (B,) each, scored without gradients
     at: mx.array  # (b,) positions of the micro-batch in the step
@@ -28,13 +28,21 @@ class GradCache(NamedTuple):
 
     @classmethod
     def of(cls, step: ScoredPairs, at: Sequence[int], *, labelled: bool = False) -> Self:
-        """Create the cache of the micro-batch that has the positions `at` in its step."""
+        """Create the cache of a micro-batch.
+
+        Args:
+            step: log-probs and other loss inputs of all pairs of the step.
+            at: positions of the micro-batch's pairs among the pairs of the step.
+            labelled: whether the pairs are unpaired examples (KTO).
+        """
         others = [i for i in range(len(step.policy.chosen)) if i not in set(at)]
         order = mx.argsort(mx.array([*at, *others]))
         return cls(step, mx.array(list(at)), mx.array(others, dtype=mx.int32), order, labelled)
 
     def with_gradients(self, logps: PairLogps) -> ScoredPairs:
-        """Return all pairs of the step, with `logps` as the micro-batch's log-probs. (B,) each
+        """Return the loss inputs of the whole step, with the micro-batch's log-probs replaced.
+
+        `logps`, which carry gradients, replace the cached log-probs. Each array is (B,).
 
         KL completions of unpaired examples keep their cached log-probs, because the loss sends no
         gradient through them.
@@ -48,7 +56,7 @@ class GradCache(NamedTuple):
         )
 
     def select(self, outputs: LossOutputs) -> LossOutputs:
-        """Return the loss outputs of the micro-batch out of those of the whole step. (b,) each"""
+        """Select the micro-batch's losses and rewards from those of the whole step. (b,) each"""
 
         def select(x: mx.array) -> mx.array:
             return x[self.at] if x.ndim else x
@@ -72,7 +80,7 @@ def skip_kl_completions(pairs: Sequence[TokenizedPair]) -> list[TokenizedPair]:
 def only_kl_completions(pairs: Sequence[TokenizedPair]) -> list[TokenizedPair]:
     """Return unpaired examples whose own completions are cut to their first token.
 
-    They serve to compute the log-probs of the KL completions, from which KTO estimates the KL
-    divergence.
+    A pass over the result computes only the log-probs of the KL completions, from which KTO
+    estimates the KL divergence.
     """
     return [replace(pair, chosen=pair.chosen[:1]) for pair in pairs]

@@ -20,7 +20,7 @@ CHECKSUM = "sum"
 
 
 def write_logps(path: Path, logps: PairLogps, labels: Mapping[str, str] | None = None) -> None:
-    """Write log-probs to a file atomically; `mlx-dpo cache` shows the `labels`."""
+    """Write log-probs to a file atomically, with the `labels` that `mlx-dpo cache` shows."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with temporary_path(path) as temporary:
         write_arrays(temporary, logps._asdict(), {**(labels or {}), CHECKSUM: _checksum(logps)})
@@ -28,9 +28,9 @@ def write_logps(path: Path, logps: PairLogps, labels: Mapping[str, str] | None =
 
 
 def read_logps(path: Path, count: int) -> PairLogps | None:
-    """Return the `count` log-probs of chosen and of rejected completions in a file. (count,) each
+    """Return the log-probs of chosen and of rejected completions in a file. (count,) each
 
-    The result is None if the file is missing or damaged, or has another number of pairs.
+    The result is None if the file is missing or damaged, or does not hold `count` pairs.
     """
     content = read_labelled(path)
     return content[0] if content is not None and len(content[0].chosen) == count else None
@@ -64,7 +64,7 @@ class LogpsCacheEntry(CacheEntry):
 
 @dataclass(frozen=True)
 class ModelGroup:
-    """Totals over all cache files of the same model, device and dtype."""
+    """Totals (files, pairs, bytes) over the cache files with the same model, device and dtype."""
 
     model: str
     computed_on: str
@@ -76,7 +76,7 @@ class ModelGroup:
 
 
 def labels(model: str, computed_on: str) -> dict[str, str]:
-    """Return the labels of a new cache file: model, device and dtype, and the current time."""
+    """Return the labels of a new cache file: its model, its device and dtype, the current time."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
     return {"model": model, "computed_on": computed_on, "written": now}
 
@@ -87,7 +87,7 @@ def list_entries(folder: Path) -> list[LogpsCacheEntry]:
 
 
 def group_by_model(entries: Iterable[LogpsCacheEntry]) -> list[ModelGroup]:
-    """Return the totals over the files of each model, device and dtype.
+    """Return the totals (files, pairs, bytes) for each model, device and dtype.
 
     Damaged files are left out.
     """

@@ -1,4 +1,4 @@
-"""The training loop. It yields metrics, reads and writes no files, and prints nothing."""
+"""The training loop, which yields metrics. It reads and writes no files and prints nothing."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from mlx_dpo.types import StepMetrics, TokenizedPair
 class Progress:
     """Position of a run: optimizer steps done, and tokens seen in these steps.
 
-    Together with weights, optimizer state and random state it suffices to resume the run.
+    A run can be resumed from this position, the weights, the optimizer state and the random state.
     """
 
     step: int = 0  # updates done
@@ -29,7 +29,7 @@ def train(
 ) -> Iterator[tuple[Progress, StepMetrics]]:
     """Take optimizer steps; yield the progress and the metrics after each step.
 
-    The caller saves, reports, evaluates and stops between two steps.
+    Between two steps the caller can save, report and evaluate, or stop the training.
 
     Args:
         start: position after which training begins.

@@ -1,8 +1,8 @@
 """Training monitor: warn about problems of a run, judged by its metrics.
 
-Each kind of warning is given once. The monitor is a pure function of the metrics rows. A resumed
-run feeds its earlier rows to the monitor again, so no warning is repeated. Means over windows of
-steps are compared, so that a single batch has no effect.
+Each kind of warning is given once. The warnings depend on nothing but the metrics rows. A resumed
+run passes its earlier rows to the monitor again, so no warning is repeated. Metrics are averaged
+over windows of steps, so that a single batch has little effect.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -56,7 +56,11 @@ class Monitor:
     """Checks the metrics of a run, row by row, and returns each kind of warning once."""
 
     def __init__(self, facts: MonitoredRun) -> None:
-        """Start the monitor of the run that `facts` describes, before its first metrics row."""
+        """Create the monitor of a run, with no metrics rows yet.
+
+        Args:
+            facts: settings and statistics of the run that are needed to interpret its metrics.
+        """
         self._facts = facts
         self._rows: list[Row] = []  # the last two windows
         self._warned: set[str] = set()
@@ -75,7 +79,7 @@ class Monitor:
 
 
 def not_learning(facts: MonitoredRun, rows: Sequence[Row]) -> str | None:
-    """Return a warning if the policy has hardly changed although the learning rate peaked."""
+    """Return a warning if the policy has hardly changed after the learning rate's maximum."""
     rest = max(SETTLE_STEPS, ceil(facts.total_steps * SETTLE_SHARE))
     when = min(facts.warmup_steps + rest, facts.total_steps)
     recent = rows[-MIN_WINDOW:]
@@ -157,7 +161,7 @@ def length_bias(facts: MonitoredRun, rows: Sequence[Row]) -> str | None:
 
 
 def clipped_gradients(facts: MonitoredRun, rows: Sequence[Row]) -> str | None:
-    """Return a warning if nearly all gradients after the warm-up are clipped by a large factor."""
+    """Return a warning if nearly all gradients after the warm-up are strongly clipped."""
     recent = [row for row in rows[-facts.window :] if row["step"] > facts.warmup_steps]
     norms, bound = [row["grad_norm"] for row in recent], facts.max_grad_norm
     if len(recent) < facts.window or not bound:
@@ -208,7 +212,7 @@ CHECKS: dict[str, Check] = {
 def _mean(rows: Sequence[Row], name: str, size: Callable[[float], float] = float) -> float | None:
     """Return the mean of the metric `name` over the rows that have it; None if no row has it.
 
-    `size` is applied to each value first.
+    The function `size`, such as `abs`, is applied to each value before averaging.
     """
     values = [size(row[name]) for row in rows if name in row]
     return fmean(values) if values else None

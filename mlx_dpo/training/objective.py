@@ -25,7 +25,7 @@ class Objective:
 
     @property
     def labelled(self) -> bool:
-        """Whether the examples are single labelled completions (KTO) instead of pairs."""
+        """Whether an example is one completion labelled good or bad (KTO), instead of a pair."""
         return self.settings.labelled
 
     @property
@@ -40,7 +40,12 @@ class Objective:
         return Divergence(name, self.settings.divergence_alpha)
 
     def compute_losses(self, scored: ScoredPairs, ratios: PairLogps) -> mx.array:
-        """Return the weighted loss of each pair; training minimizes the mean over a step. (B,)"""
+        """Return the weighted loss of each pair; training minimizes the mean over a step. (B,)
+
+        Args:
+            scored: pairs with their log-probs and weights.
+            ratios: log-ratios of the pairs' completions between policy and reference, (B,) each.
+        """
         inputs = LossInputs(scored, ratios, self.divergence)
         terms = [
             weight * loss.function(inputs, self.settings.get_hyperparameters(loss))
@@ -62,9 +67,9 @@ class Objective:
     def compute_rewards(self, scored: ScoredPairs, ratios: PairLogps) -> PairLogps:
         """Return the implied rewards of chosen and rejected completions. (B,) each
 
-        They are the rewards that TRL logs. A reward is beta times the log-ratio. For
-        reference-free losses it is beta times the log-probability, or its average over tokens. In
-        a sum of losses, the first loss that implies a reward decides which.
+        A reward is beta times the log-ratio, as in TRL. For reference-free losses it is beta times
+        the log-probability, or times its average over tokens. In a sum of losses, the reward is
+        that of the first loss that implies one.
         """
         beta, kind, logps = self.settings.common_beta, self.settings.reward_kind, scored.policy
         if kind == "log-ratio":
@@ -91,7 +96,7 @@ def evaluate(
     Args:
         reference: log-probs of `pairs` under the reference, (len(pairs),) each.
         score: function that computes log-probs of a dataset without gradients.
-        on_policy: function that computes the WPO weights of pairs, (B,).
+        on_policy: function that computes the WPO weights of pairs, (B,); None without WPO.
     """
     logps = score(policy, pairs)
     weights = mx.ones((len(pairs),)) if on_policy is None else on_policy(policy, pairs)

@@ -29,7 +29,7 @@ Pairs = Sequence[TokenizedPair]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingPlan:
-    """Pairs, objective and hyper-parameters of a run; the step number determines all of a step.
+    """Pairs, objective and hyper-parameters of a run, from which each step's input follows.
 
     Attributes:
         reference: log-probs of `pairs` under the reference, (len(pairs),) each.
@@ -61,18 +61,18 @@ class TrainingPlan:
     synced_reference: SyncedReference | None = None
 
     def indices(self, step: int) -> list[int]:
-        """Return the indices into `pairs` of the pairs of a step; steps count from 1."""
+        """Return the indices into `pairs` of one step's pairs; the first step is number 1."""
         count, seed = len(self.pairs), self.seed
         return step_indices(step - 1, count=count, batch_size=self.batch_size, seed=seed)
 
     def groups(self, indices: Sequence[int]) -> list[list[int]]:
-        """Divide the `indices` of a step's pairs into micro-batches."""
+        """Divide the `indices` of a step's pairs into one list per micro-batch."""
         return micro_batches(indices, self.pairs, self.limit, cost=self.cost)
 
     def epoch(self, step: int) -> float:
-        """Return the number of epochs after `step` updates, as a fraction.
+        """Return the number of epochs after `step` updates, with fractions.
 
-        The last step of an epoch may be smaller than the others.
+        The last step of an epoch may have fewer pairs than the others.
         """
         per_epoch = steps_per_epoch(len(self.pairs), self.batch_size)
         whole, rest = divmod(step, per_epoch)
@@ -99,16 +99,16 @@ class MicroBatch(NamedTuple):
         return cls(pairs, reference, pair_metadata(pairs), mx.ones((len(pairs),)))
 
     def with_policy_logps(self, logps: PairLogps) -> ScoredPairs:
-        """Combine the policy's `logps` of this micro-batch with all other inputs of the loss.
+        """Return all inputs of the loss, with `logps` as the policy's log-probs of this batch.
 
-        The result has the pairs of this micro-batch, or with GradCache all pairs of the step.
+        The result covers the pairs of this micro-batch, or with GradCache all pairs of the step.
         """
         if self.grad_cache is not None:
             return self.grad_cache.with_gradients(logps)
         return ScoredPairs(logps, self.reference, self.metadata, self.on_policy_weights)
 
     def select_outputs(self, outputs: LossOutputs) -> LossOutputs:
-        """Return the loss outputs of this micro-batch's own pairs. (B,) each
+        """Return the losses and rewards of this micro-batch's own pairs. (B,) each
 
         With GradCache, `outputs` belong to all pairs of the step.
         """
@@ -120,8 +120,8 @@ def make_micro_batches(
 ) -> list[MicroBatch]:
     """Create the micro-batches of a step.
 
-    If the objective, WPO or a synced reference needs it, log-probs of the step's pairs are
-    computed without gradients first.
+    If the objective, WPO or a synced reference needs log-probs of all pairs of the step, these are
+    computed first, without gradients.
 
     Args:
         indices: indices of the pairs of the step.
@@ -151,9 +151,10 @@ def _grad_cache(plan: TrainingPlan, step: ScoredPairs, at: Sequence[int]) -> Gra
 
 
 def _score_step(policy: nn.Module, plan: TrainingPlan, indices: Sequence[int]) -> ScoredPairs:
-    """Collect the inputs of the loss for all pairs of a step, without gradients. (B,) each
+    """Compute the inputs of the loss for all pairs of a step, without gradients. (B,) each
 
-    The log-probs under the policy are zeros unless the objective couples the pairs of a step.
+    The log-probs under the policy are zeros unless the loss of a pair depends on other pairs of
+    the step.
     """
     pairs = [plan.pairs[i] for i in indices]
     zeros = mx.zeros((len(pairs),))

@@ -1,8 +1,7 @@
-"""Compute the log-probs of pairs under the reference, once, and cache them on disk.
+"""Compute the log-probs of pairs under the reference once, and cache the log-probs on disk.
 
 The reference does not change, so its log-probs do not change either. They are computed for all
-pairs before the first update, which keeps a second model out of memory and out of the training
-loop.
+pairs before the first update. Training then needs no second model in memory.
 """
 
 import hashlib
@@ -38,8 +37,8 @@ def reference_logps(
 
     Args:
         model: the reference; used only for blocks of pairs that are not in the cache.
-        provenance: text that identifies everything besides the token ids that determines the
-            log-probs.
+        provenance: text that identifies everything that determines the log-probs, except for the
+            token ids.
         cache: folder of the cache. Its files are named by a digest of their inputs, so that runs
             share them.
         score: function that computes log-probs of a dataset without gradients.

@@ -29,7 +29,7 @@ def loss_and_gradients(
     *,
     scorer: Scorer = plain_scorer,
 ) -> tuple[LossOutputs, Gradients]:
-    """Return the loss outputs of all pairs, and the gradients of their mean loss."""
+    """Return the losses and rewards of all pairs of a step, and the gradients of the mean loss."""
     num_pairs = sum(len(batch.pairs) for batch in micro_batches)
 
     def loss(model: nn.Module, batch: MicroBatch) -> tuple[mx.array, LossOutputs]:
@@ -52,7 +52,7 @@ def optimizer_step(
     *,
     step: int,
 ) -> tuple[LossOutputs, mx.array]:
-    """Update `policy` once; return the loss outputs and the gradient norm before clipping.
+    """Update `policy` once; return losses and rewards, and the gradient norm before clipping.
 
     Raises:
         TrainingError: a loss or the gradient is not a finite number; the policy is then unchanged.
@@ -73,7 +73,7 @@ def optimizer_step(
 def _accumulate(
     policy: nn.Module, value_and_grad: Any, micro_batches: Sequence[MicroBatch]
 ) -> tuple[LossOutputs, Gradients]:
-    """Return the concatenated outputs of all micro-batches, and the sum of their gradients.
+    """Return losses and rewards of all micro-batches, and the sum of the gradients.
 
     Each micro-batch is evaluated before the computation of the next one begins, so only one is in
     memory at a time.
@@ -91,11 +91,18 @@ def _accumulate(
 
 
 def clip_grad_norm(gradients: Gradients, max_norm: float) -> tuple[Gradients, mx.array]:
-    """Scale the gradients to a global norm of at most `max_norm`; return them and the norm before.
+    """Scale the gradients down to a global norm of at most `max_norm`.
 
-    A `max_norm` of 0 clips nothing. The norm is a scalar array and is computed in float32 whatever
-    the dtype of the gradients: squares of float16 overflow, and a sum of bfloat16 squares rounds.
-    Each gradient keeps its dtype. As in PyTorch, 1e-6 is added to the norm.
+    The norm is computed in float32 whatever the dtype of the gradients, because squares of float16
+    overflow and sums of bfloat16 squares lose precision. Each gradient keeps its dtype. As in
+    PyTorch, 1e-6 is added to the norm.
+
+    Args:
+        gradients: gradients of all trainable parameters.
+        max_norm: maximum of the global norm; 0 clips nothing.
+
+    Returns:
+        The scaled gradients, and the global norm before scaling as a scalar array.
     """
     squares = (mx.square(g.astype(mx.float32)).sum() for g in named_arrays(gradients).values())
     norm = mx.sqrt(sum(squares, start=mx.array(0.0)))

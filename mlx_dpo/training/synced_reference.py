@@ -14,10 +14,10 @@ from mlx_dpo.types import PairLogps, TokenizedPair
 class SyncedReference:
     """A reference that moves towards the policy every few steps (TRL's `sync_ref_model`).
 
-    Its weights become alpha * policy + (1 - alpha) * reference. It starts with the weights of the
-    policy, so the precomputed reference log-probs are valid until its first update. Adapter
-    matrices are mixed one by one, as TRL mixes weights; with alpha = 1 the reference becomes the
-    policy itself.
+    An update sets the reference's weights to alpha * policy + (1 - alpha) * reference. The
+    reference starts with the weights of the policy, so the precomputed reference log-probs are
+    valid until the first update. Each adapter matrix is mixed separately, as in TRL. With alpha = 1
+    the reference becomes a copy of the policy.
 
     Source: Gorbatovski et al. 2024, arXiv:2404.09656, Eq. 6 (soft) and Eq. 7 (hard, alpha = 1).
     """
@@ -25,7 +25,14 @@ class SyncedReference:
     def __init__(
         self, policy: nn.Module, *, alpha: float, every: int, score: DatasetScorer
     ) -> None:
-        """Start with the trainable weights that the policy has before the first step."""
+        """Create the reference from the policy's trainable weights before the first step.
+
+        Args:
+            policy: the model that is trained.
+            alpha: share of the policy in an update of the reference, from 0 to 1.
+            every: number of steps between two updates.
+            score: function that computes log-probs of a dataset without gradients.
+        """
         self.alpha, self.every, self._score = alpha, every, score
         self.weights: Arrays = named_arrays(policy.trainable_parameters())
         self.was_updated = False

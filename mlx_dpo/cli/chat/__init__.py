@@ -123,7 +123,7 @@ def _header(session: "ChatSession", opened: "SwitchableModel") -> Iterator[str]:
 
 
 def _prompt(session: "ChatSession") -> str:
-    """Return the input prompt: `base> ` if the base answers for an aligned model, else `> `."""
+    """Return the input prompt: `base> ` while the base replaces the aligned model, else `> `."""
     return "base> " if session.switch.can_switch and session.switch.active == "base" else "> "
 
 

@@ -42,7 +42,7 @@ AskPerson = Callable[[str], str | None]
 
 
 class ChatCommands:
-    """The slash commands of a chat session, and its answers.
+    """The slash commands of a chat session, and the answers to messages that are no commands.
 
     Args:
         pick: Asks the person which of two answers is better; None through a pipe.
@@ -123,9 +123,9 @@ class ChatCommands:
             )
 
     def do_compare(self, question: str) -> None:
-        """Stream the other model's answer to a question, and ask the person which one is better.
+        """Stream the other model's answer to a question, and ask the person which answer is better.
 
-        If the person prefers one, both answers are written as a preference pair. An empty
+        If the person prefers one answer, both are written as a preference pair. An empty
         `question` means the last question of the chat.
         """
         self._check_two_models()

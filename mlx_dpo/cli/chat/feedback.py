@@ -49,7 +49,7 @@ class FeedbackFiles:
     def write_pair(self, *, chosen: tuple[str, "Author"], rejected: tuple[str, "Author"]) -> str:
         """Write two answers to the last question as a preference pair; return a note.
 
-        Each answer is given as (text, author). The note tells the person what was written.
+        Each answer is given as (text, author). The note names the file that they went to.
         """
         from mlx_dpo.chat.feedback import pair_row
 

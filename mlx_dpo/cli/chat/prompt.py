@@ -75,7 +75,7 @@ def read_line(prompt: str) -> str:
 
 
 def edit_text(prompt: str, text: str) -> str | None:
-    """Let the person edit `text` and return the result; None if it is empty or input ended.
+    """Let the person edit `text` and return the new text; None if it is empty or input ended.
 
     Without readline, or if `text` has several lines, the person types the new text from scratch.
     """
@@ -97,7 +97,7 @@ def edit_text(prompt: str, text: str) -> str | None:
 
 @contextmanager
 def line_editing() -> Iterator[None]:
-    """Let the person edit lines and recall those of earlier chats inside the block.
+    """Let the person edit lines and recall those of earlier chats inside the `with` block.
 
     Without readline, nothing changes.
     """

@@ -57,7 +57,7 @@ def _next_typed_task(session: RankingSession, read_prompt: ReadPrompt | None) ->
 
 
 def _take_decision(session: RankingSession, task: RankingTask) -> bool:
-    """Read a decision on the task and store it; return False to quit."""
+    """Read a decision on the ranking task and store the decision; return False to quit."""
     key, rest = _read_key(_key_prompt(task))
     indices = {str(index + 1): index for index in range(len(task.answers))}
     if key in indices:

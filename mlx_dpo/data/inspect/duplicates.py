@@ -122,7 +122,7 @@ def _find_opposite_labels(prompts: Any, good: Any, bad: Any) -> IndexPairs:
 def _find_matches(column: Any, others: Any) -> IndexPairs:
     """Yield the index of each nonzero value of `column` that also occurs in `others`.
 
-    With it comes the index of the first equal value in `others`.
+    Each index is followed by the index of the first equal value in `others`.
     """
     values, first = np.unique(others, return_index=True)
     if not len(values):

@@ -228,7 +228,7 @@ def _open_new_file(path: Path | None) -> Iterator[tuple[IO[bytes], Path | None, 
     """Open a temporary file in the folder of `path`, or an unnamed file if that is impossible.
 
     Yields the stream, the path of the temporary file (None if it is unnamed), and the reason why
-    it could not be opened there ("" if there is none).
+    no file could be opened in the folder ("" if there is no such reason).
     """
     problem = ""
     if path is not None:

@@ -37,7 +37,7 @@ class FormattedExample(NamedTuple):
 def format_example(
     tokenizer: Any, example: PreferenceExample, rules: TokenRules
 ) -> FormattedExample:
-    """Convert the example to messages or leave it as text, by settings and chat template.
+    """Convert the example to messages, if settings and chat template ask for it, or keep its text.
 
     Raises:
         DataError: messages without a template, or a row that contradicts `thinking`.
@@ -79,7 +79,7 @@ def _add_system(
 ) -> tuple[PreferenceExample, bool]:
     """Add the system turn of the settings if the example has none.
 
-    Returns the example, and whether it now begins with that turn.
+    Returns the example, and whether it now begins with the system turn of the settings.
     """
     if rules.system is None:
         return example, False

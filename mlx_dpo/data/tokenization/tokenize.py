@@ -139,8 +139,9 @@ def tokenize_pair(
 ) -> TokenizedExample:
     """Tokenize a preference pair; each completion ends with a stop token.
 
-    With `chat_template` auto, messages and strings are put into the chat template. Pairs whose
-    prompt is the common beginning of both texts stay text, unless they have turn marks (`Human:`).
+    With `chat_template` auto, messages and strings are put into the chat template. A pair
+    with an implicit prompt (the common prefix of both texts) stays text, unless it has turn marks
+    (`Human:`).
 
     Raises:
         DataError: the template or the tokenizer does not fit the pair or the model.

@@ -26,7 +26,7 @@ class LoadedPairs(Generic[Pairs]):
 
 @dataclass(frozen=True)
 class PairRules:
-    """All settings that decide which tokenized pairs a row becomes."""
+    """All settings that decide how a row is parsed and tokenized into pairs."""
 
     tokens: TokenRules
     rows: RowRules = DEFAULT_RULES

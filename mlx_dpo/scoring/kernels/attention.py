@@ -27,7 +27,7 @@ Probabilities = tuple[mx.array, mx.array | None]  # (B, H, C, S), and of sinks (
 
 
 class AttentionInputs(NamedTuple):
-    """Inputs of attention (of a whole call or of one chunk), or gradients of these inputs."""
+    """Inputs of an attention call or of one of its chunks; also holds the inputs' gradients."""
 
     queries: mx.array  # (B, H, T_q, D)
     keys: mx.array  # (B, K, T_k, D)
@@ -47,7 +47,7 @@ class QueryChunk(NamedTuple):
 
 
 class AttentionOptions(NamedTuple):
-    """Options that all chunks of an attention call share."""
+    """Options of an attention call: fused function, score scale, causality, and query chunks."""
 
     fused_attention: Attention  # MLX's own
     scale: float
@@ -56,7 +56,7 @@ class AttentionOptions(NamedTuple):
 
 
 def chunked_attention(inputs: AttentionInputs, options: AttentionOptions) -> mx.array:
-    """Return the attention output; forward and backward pass run chunk by chunk. (B, H, T_q, E)"""
+    """Return the attention output, computed and differentiated chunk by chunk. (B, H, T_q, E)"""
     # `mx.custom_function` gives no gradient to arrays that its function captures, so every
     # array that may need a gradient is passed as an argument.
     names = [
@@ -145,7 +145,7 @@ def _attend_chunk(part: AttentionInputs, options: AttentionOptions, chunk: Query
 
 
 def _weighted_values(probabilities: mx.array, part: AttentionInputs) -> mx.array:
-    """Return the values, averaged with `probabilities` as weights. (B, H, C, S) -> (B, H, C, E)"""
+    """Return the values averaged with weights `probabilities`. (B, H, C, S) -> (B, H, C, E)"""
     grouped = _group_by_key_head(probabilities, part.keys)  # (B, K, H/K C, S)
     return _ungroup(grouped @ part.values, part.queries)
 
@@ -153,9 +153,10 @@ def _weighted_values(probabilities: mx.array, part: AttentionInputs) -> mx.array
 def _probabilities(
     part: AttentionInputs, options: AttentionOptions, chunk: QueryChunk
 ) -> Probabilities:
-    """Return the attention probabilities of keys and of sinks. (B, H, C, S), (B, H, C, 1)
+    """Return the attention probabilities of the keys and of the sinks. (B, H, C, S), (B, H, C, 1)
 
-    The second is None without sinks.
+    A sink takes part in the softmax like a key but has no value. Without sinks, the second array
+    is None.
     """
     queries = _group_by_key_head(part.queries * options.scale, part.keys)  # (B, K, H/K C, D)
     scores = _ungroup(queries @ part.keys.swapaxes(-1, -2), part.queries)  # (B, H, C, S)
@@ -173,15 +174,15 @@ def _probabilities(
 
 
 def causal_mask(queries: int, keys: int, dtype: mx.Dtype) -> mx.array:
-    """Return the additive causal mask of the last `queries` among `keys` positions. (C, S)"""
+    """Return the causal mask, to add to scores, of the last `queries` of `keys` tokens. (C, S)"""
     corner = mx.triu(mx.full((queries, queries), -mx.inf, dtype), k=1)
     return mx.pad(corner, [(0, 0), (keys - queries, 0)])
 
 
 def additive_mask(mask: mx.array, dtype: mx.Dtype) -> mx.array:
-    """Return the mask as numbers to add to the attention scores. Shape of `mask`
+    """Return the mask as numbers to add to the attention scores, with the shape of `mask`.
 
-    Boolean masks are converted to `dtype`; other masks are returned unchanged.
+    Boolean masks are converted to numbers of `dtype`; other masks are returned unchanged.
     """
     if mask.dtype != mx.bool_:
         return mask
@@ -199,8 +200,8 @@ def _backward(
 ) -> AttentionInputs:
     """Return the gradients of the attention inputs, computed chunk by chunk.
 
-    Many chunks see the same key. Gradients of keys and values are summed over the chunks in
-    float32, because repeated addition in 16 bits loses small terms.
+    Many chunks see the same key, so the gradients of keys and values are summed over the chunks.
+    The sums are float32, because repeated addition in 16 bits loses small terms.
     """
     queries: list[mx.array] = []
     masks: list[mx.array | None] = []
@@ -271,7 +272,7 @@ def _chunk_gradients(
 
 
 def _join_gradients(value: mx.array | None, parts: Sequence[mx.array | None]) -> mx.array | None:
-    """Combine the chunks' gradients of a mask or of sinks into the gradient of `value`.
+    """Return the gradient of `value` (a mask or sinks) from its gradients `parts` in each chunk.
 
     Each row of a mask of shape (·, ·, T_q, ·) belongs to one chunk, so the gradients are
     concatenated. All other values are shared by the chunks, and their gradients are summed.
@@ -285,7 +286,7 @@ def _join_gradients(value: mx.array | None, parts: Sequence[mx.array | None]) ->
 
 
 def _sum_to_shape(gradient: mx.array, value: mx.array) -> mx.array:
-    """Return the gradient, summed over the axes along which `value` was broadcast."""
+    """Sum `gradient` over the axes along which `value` was broadcast: the result fits `value`."""
     axes = [axis for axis, size in enumerate(value.shape) if size == 1]
     return gradient.sum(axes, keepdims=True) if axes else gradient
 

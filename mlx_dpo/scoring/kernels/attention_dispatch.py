@@ -1,8 +1,7 @@
-"""Replace `mx.fast.scaled_dot_product_attention` temporarily, to compute large calls in chunks.
+"""Replace `mx.fast.scaled_dot_product_attention` temporarily, to compute attention in chunks.
 
-mlx-lm's models call `mx.fast.scaled_dot_product_attention` as an attribute, so replacing it
-reaches all of them without code per model. Models that write out their own softmax are not
-affected.
+mlx-lm's models look up this function at each call, so replacing it in `mx.fast` reaches all models
+without code per model. Models that implement attention themselves are not affected.
 """
 
 from abc import ABC, abstractmethod
@@ -28,9 +27,9 @@ FUNCTION_NAME = "scaled_dot_product_attention"
 
 
 class StructuredMask(ABC):
-    """An attention mask given as the range of keys that each chunk of queries sees.
+    """An attention mask given by the range of keys that each chunk of queries sees.
 
-    It is passed in place of a mask array.
+    A model passes this object to the attention function in place of a mask array.
     """
 
     __slots__ = ()
@@ -44,11 +43,10 @@ class StructuredMask(ABC):
 def use_chunked_attention(queries_per_chunk: int = QUERIES_PER_CHUNK) -> Iterator[None]:
     """Compute attention in chunks of queries inside the block.
 
-    Use it for passes with gradients. The replaced function cannot know whether gradients will
-    follow. On Metal, passes without gradients are faster outside the block, where MLX's fused
-    kernel takes all queries at once. Single queries, small score matrices, and calls with
-    `force_fused` or a stream go to MLX unchanged. Blocks may be nested; the innermost one counts.
-    All threads are affected.
+    Use this block for passes with gradients. On Metal, passes without gradients are faster outside
+    the block, where MLX's fused kernel takes all queries at once. Single queries, small score
+    matrices, and calls with `force_fused` or a stream go to MLX unchanged. Blocks may be nested;
+    the innermost one counts. All threads are affected.
     """
     current: Any = mx.fast.scaled_dot_product_attention
     # An inner block must not cut the chunks of the outer one into chunks again.
@@ -84,13 +82,14 @@ def _attention(
     sinks: mx.array | None = None,
     **more: Any,
 ) -> mx.array:
-    """Return the attention output, computed in chunks if that pays off. (B, H, T_q, E)
+    """Return the attention output, computed in chunks if worthwhile. (B, H, T_q, E)
 
-    The other arguments are those of `mx.fast.scaled_dot_product_attention`.
+    Arguments not listed are those of `mx.fast.scaled_dot_product_attention`.
 
     Args:
-        fused: MLX's own function.
-        queries_per_chunk: None computes only structured masks here, in a single chunk.
+        fused: MLX's own attention function.
+        queries_per_chunk: maximum number of queries in a chunk. If None, only calls with a
+            structured mask are computed here, in a single chunk.
     """
     if isinstance(mask, StructuredMask):
         chunks = mask.chunks(queries_per_chunk or q.shape[2], q.dtype)
@@ -112,17 +111,17 @@ def _attention(
 
 
 def _is_worth_chunking(queries: int, keys: int, mask: str | mx.array | None) -> bool:
-    """Return whether chunks save memory or time and also support this `mask`."""
+    """Return whether attention in chunks supports this `mask` and saves memory or time."""
     if queries == 1 or queries * keys < MIN_SCORES:
         return False
     return not isinstance(mask, str) or (mask == "causal" and queries <= keys)
 
 
 def _query_chunks(queries: int, keys: int, size: int, *, is_causal: bool) -> Iterator[QueryChunk]:
-    """Yield chunks of `size` queries with the range of keys that the chunk sees.
+    """Yield chunks of `size` queries, each with the range of keys that its queries see.
 
-    Under a causal mask a chunk ends at the key of its last query, so that about half of the scores
-    are never computed.
+    With a causal mask, the keys of a chunk end at its last query, so about half of the attention
+    scores are never computed.
     """
     for start in range(0, queries, size):
         end = min(start + size, queries)

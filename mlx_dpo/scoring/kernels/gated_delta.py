@@ -1,8 +1,8 @@
-"""Train hybrid models: replace mlx-lm's gated delta rule by MLX's fused recurrence.
+"""Train hybrid models: replace mlx-lm's gated delta rule by MLX's fused operation.
 
-During training, mlx-lm loops over the tokens in Python, which builds a computation graph as long
-as the text; its Metal kernel has no gradient. `mx.fast.gated_delta_update` computes the same
-recurrence in one operation that has a gradient.
+During training, mlx-lm computes this recurrence in a Python loop over the tokens, whose graph is
+as long as the text. mlx-lm's Metal kernel has no gradient. `mx.fast.gated_delta_update` computes
+the same recurrence in one operation that has a gradient.
 
 Shape letters: B sequences, T tokens, K key heads, H value heads, D width of keys, E width of
 values.
@@ -52,9 +52,10 @@ def _source_modules(model: nn.Module) -> set[ModuleType]:
 
 
 def _with_fused_recurrence(update: Update) -> Update:
-    """Wrap `update` so that the fused recurrence is used if a gate is one number per head.
+    """Return a function that computes `update`, with MLX's fused recurrence where possible.
 
-    With gates per channel, `update` itself is called.
+    The fused recurrence needs gates of one number per head. For gates per channel, `update` is
+    called.
     """
 
     def fused(

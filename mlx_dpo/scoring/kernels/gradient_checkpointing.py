@@ -1,7 +1,7 @@
 """Gradient checkpointing: layers save only their inputs and run again in the backward pass.
 
-It is correct also where mlx-lm's own `grad_checkpoint` silently gives wrong gradients. Inside a
-function that MLX runs twice,
+This module is also correct where mlx-lm's own `grad_checkpoint` silently gives wrong gradients. In
+a function that MLX runs twice,
 
 * trainable parameters must be arguments, because a captured array gets no gradient;
 * caches must be copies that are returned as results, because the second run would write into them
@@ -28,27 +28,27 @@ from mlx_dpo.models.restore import preserved_random_state
 
 @dataclass(frozen=True)
 class _ArrayIndex:
-    """Placeholder for an array: its index in `FlattenedArguments.arrays`."""
+    """Placeholder for an array, with the array's index in `FlattenedArguments.arrays`."""
 
     index: int
 
 
 @dataclass(frozen=True)
 class _ObjectIndex:
-    """Placeholder for an object with attributes, such as a cache: its index in `objects`."""
+    """Placeholder for an object such as a cache: its index in `FlattenedArguments.objects`."""
 
     index: int
 
 
 class FlattenedArguments:
-    """A layer's arguments, separated into arrays, objects with attributes, and a structure.
+    """A layer's arguments, separated into a list of arrays and a list of objects such as caches.
 
-    MLX differentiates functions of arrays only. The objects with attributes are caches. They are
-    numbered in the order in which they are met, so an object that occurs twice is stored once.
+    MLX differentiates functions of arrays only. The arrays in the attributes of the objects are in
+    the list too. An object that occurs several times is stored once.
     """
 
     def __init__(self, objects: Sequence[Any] = ()) -> None:
-        """Flatten the attributes of `objects`; `flatten` may add further objects later."""
+        """Store `objects` and the arrays in their attributes; `flatten` may add more of both."""
         self.arrays: list[mx.array] = []
         self.objects: list[Any] = []
         self.states: list[Any] = []  # structure of the attributes of each object
@@ -57,9 +57,10 @@ class FlattenedArguments:
         self._flatten_states()
 
     def flatten(self, tree: Any) -> Any:
-        """Add the arrays and objects of `tree`; return its structure.
+        """Store the arrays and objects of `tree`; return `tree` with placeholders in their place.
 
-        `RebuiltArguments.unflatten` turns the structure into a tree again.
+        `tree` consists of nested lists, tuples and dicts. `RebuiltArguments.unflatten` replaces
+        the placeholders again.
         """
         structure = self._flatten(tree)
         self._flatten_states()
@@ -89,9 +90,9 @@ class FlattenedArguments:
         return len(self.objects) - 1
 
     def _flatten_states(self) -> None:
-        """Flatten the attributes of every object in `objects`.
+        """Store the arrays in the attributes of every object in `objects`.
 
-        Objects found among these attributes are appended to `objects` and flattened too.
+        Objects found among these attributes are appended to `objects` and treated alike.
         """
         while len(self.states) < len(self.objects):
             self.states.append(None)  # reserves the index: attributes may add objects
@@ -99,7 +100,7 @@ class FlattenedArguments:
 
 
 class RebuiltArguments:
-    """The arguments of a `FlattenedArguments`, rebuilt with other arrays."""
+    """A layer's arguments in their original form, with other arrays in place of the original."""
 
     def __init__(
         self,
@@ -107,9 +108,10 @@ class RebuiltArguments:
         arrays: Sequence[mx.array],
         into: Sequence[Any] | None = None,
     ) -> None:
-        """Rebuild the arguments with `arrays`, and set the attributes of the objects `into`.
+        """Rebuild the arguments `flattened` with `arrays` in place of the stored arrays.
 
-        If `into` is None, new objects of the same types are created.
+        Args:
+            into: objects whose attributes are set; None creates new objects of the same types.
         """
         self.arrays = arrays
         if into is None:
@@ -120,7 +122,7 @@ class RebuiltArguments:
             vars(target).update(self.unflatten(state))
 
     def unflatten(self, structure: Any) -> Any:
-        """Return the tree of `structure`, with its placeholders replaced by arrays and objects."""
+        """Return `structure` with its placeholders replaced by the arrays and objects."""
         if isinstance(structure, _ArrayIndex):
             return self.arrays[structure.index]
         if isinstance(structure, _ObjectIndex):
@@ -135,13 +137,13 @@ class RebuiltArguments:
 
 
 def _same_type(original: Any, items: list[Any]) -> Any:
-    """Return `items` as a list, tuple or named tuple: the type of `original`."""
+    """Return `items` as a list, tuple or named tuple of the same type as `original`."""
     sequence_type = type(original)
     return sequence_type(*items) if hasattr(original, "_fields") else sequence_type(items)
 
 
 def _check_frozen(module: nn.Module) -> nn.Module:
-    """Return a module that is passed to a layer as an argument, after checking that it is frozen.
+    """Check that a module passed to a layer as an argument is frozen; return the module.
 
     Raises:
         TypeError: the module has trainable parameters. MLX would treat them as constants of the
@@ -169,11 +171,11 @@ class _LayerResult(NamedTuple):
 def gradient_checkpointing(
     model: nn.Module, layers: Sequence[nn.Module] | None = None
 ) -> Iterator[set[int]]:
-    """Checkpoint `layers` inside the block: they save only their inputs for the backward pass.
+    """Make `layers` save only their inputs for the backward pass inside the block.
 
-    The backward pass then costs an additional forward pass. Values, gradients, caches, random
-    numbers and parameter names stay the same. Parameters that are trainable when a layer is called
-    get gradients.
+    The backward pass runs the layers again, which costs an additional forward pass. Values,
+    gradients, caches, random numbers and parameter names stay the same. Parameters that are
+    trainable when a layer is called get gradients.
 
     Args:
         layers: layers to checkpoint; None means all layers of the model.
@@ -242,7 +244,9 @@ def _checkpointed_call(
 def _run_with_recomputation(
     run: Callable[[Sequence[mx.array]], _LayerResult], inputs: list[mx.array]
 ) -> tuple[list[mx.array], _LayerResult]:
-    """Return the arrays of `run(inputs)` and its result; the backward pass calls `run` again.
+    """Return the output arrays and the result of `run(inputs)`; save only `inputs`.
+
+    The backward pass calls `run` again.
 
     Args:
         inputs: arrays with respect to which MLX differentiates; the last one is the random state.

@@ -20,9 +20,8 @@ Rope = Callable[..., mx.array]  # signature of `mx.fast.rope`
 class TokenPositions:
     """Position of every token of a packed sequence, used in place of a cache's `offset`.
 
-    It deliberately supports no arithmetic. A model that computes with the offset itself therefore
-    fails, instead of mistaking a token's index in the packed sequence for its position in the
-    text.
+    The class deliberately supports no arithmetic. A model that computes with the offset itself
+    therefore fails, instead of computing wrong positions.
     """
 
     __slots__ = ("_tables", "positions")
@@ -35,7 +34,7 @@ class TokenPositions:
     def rotation_table(self, rope: Rope, dims: int, **options: Any) -> tuple[mx.array, mx.array]:
         """Return the cosines and signed sines of every token's rotation. (T, dims) each
 
-        Tables are cached, because all layers with the same `options` share one.
+        The result is cached, because all layers with the same `options` use it.
         """
         values = ((k, id(v) if isinstance(v, mx.array) else v) for k, v in options.items())
         key = dims, *values
@@ -54,7 +53,7 @@ def use_token_positions() -> Iterator[None]:
 
 
 def _rope(original: Rope, x: mx.array, dims: int, *, offset: Any = 0, **options: Any) -> mx.array:
-    """Compute `mx.fast.rope`, with one position per token if `offset` is a `TokenPositions`."""
+    """Rotate `x` like `mx.fast.rope`; `offset` may hold one position per token."""
     if isinstance(offset, TokenPositions):
         return _rotate(original, x, dims, offset, **options)
     return original(x, dims, offset=offset, **options)
@@ -86,8 +85,8 @@ def _rotation_table(
 ) -> tuple[mx.array, mx.array]:
     """Return the cosines and signed sines of the rotation at every position. (T, dims) each
 
-    MLX's function rotates (1, 0) to (cos, sin). Reading cosines and sines off its output covers
-    every kind of scaling and frequencies without repeating their formulas.
+    The MLX function `rope` rotates (1, 0) to (cos, sin). Reading cosines and sines off its output
+    covers every kind of frequencies and scaling without repeating their formulas.
     """
     first_of_pair = mx.arange(dims) % 2 == 0 if traditional else mx.arange(dims) < dims // 2
     length = int(positions.max()) + 1
@@ -98,7 +97,7 @@ def _rotation_table(
 
 
 def _split_pairs(x: mx.array, traditional: bool) -> tuple[mx.array, mx.array]:
-    """Return the first and the second numbers of the rotated pairs. (..., D) -> (..., D / 2) each
+    """Return the first and the second number of each pair to rotate. (..., D) -> (..., D / 2) each
 
     Traditional RoPE pairs neighboring numbers; otherwise number i is paired with number i + D / 2.
     """

@@ -18,7 +18,7 @@ MLX_LM_SWIGLU = activations.swiglu  # under this name it stays the original insi
 
 
 def swiglu(gate: mx.array, x: mx.array) -> mx.array:
-    """Return silu(gate) * x elementwise. Shape of `gate` and `x`"""
+    """Return silu(gate) * x for each element, with the shape of `gate` and `x`."""
     if gate.dtype != mx.float32:  # 1 / e in 16 bits is off by up to 0.2 %, its powers by more
         return cast(mx.array, MLX_LM_SWIGLU(gate, x))
     # sigmoid(g) = 1 / (1 + e^-g), by `power`, which takes 4.5 ns per number where `exp` takes 12
@@ -49,7 +49,8 @@ def _swiglu_vjp(primals: Any, cotangent: mx.array, output: mx.array) -> Any:
 def use_fast_swiglu(model: nn.Module) -> Iterator[None]:
     """Replace mlx-lm's `swiglu` by the `swiglu` of this file inside the block, on the CPU only.
 
-    It is replaced in the Python modules that define the layers of `model`.
+    The function is replaced in the Python modules that define the layers of `model`, and so for
+    all models of the same type.
     """
     parts = model.modules() if isinstance(model, nn.Module) and is_cpu() else []
     modules = {sys.modules[type(part).__module__] for part in parts}
