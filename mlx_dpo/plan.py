@@ -233,7 +233,7 @@ class _RunEstimator:
         return ProfilePoint(profile, len(pairs), self._layer_tokens([pairs]) / len(pairs))
 
     def _profile_reference(self) -> tuple[PassProfile, Pairs]:
-        """Measure the largest no-gradient forward pass; return its profile and its pairs."""
+        """Return memory and time of the largest reference forward pass, and its pairs."""
         longest = longest_pairs(MAX_PAIRS, self.inputs.train, self.inputs.valid)
         limit = inference_limit(self.config, self.choice)
         pairs = largest_micro_batch(longest, limit, cost=self.choice.cost)
@@ -261,7 +261,7 @@ class _RunEstimator:
         return MemoryParts(weights, adapters, rest - head, head)
 
     def _capacity(self, long: ProfilePoint, short: ProfilePoint) -> Capacity:
-        """Return how many of the longest pairs, and how long a single pair, fit into memory.
+        """Estimate how many of the longest pairs fit into memory, and how long one pair can be.
 
         Both numbers are extrapolated from the profiles of a long and a short pass.
         """

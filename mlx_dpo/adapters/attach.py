@@ -1,4 +1,4 @@
-"""Attach adapters to a model, disable or detach the adapters, and describe them for mlx-lm.
+"""Attach adapters to a model, disable or detach them, and make mlx-lm's adapter config.
 
 A policy is either a frozen base model with adapters on some of its layers, or a model whose own
 weights are trained by full fine-tuning (mlx-lm's fine_tune_type `full`).

@@ -55,7 +55,7 @@ class Retention:
 
     @property
     def minimum(self) -> float:
-        """The smaller of the retained shares `margin` and `change`.
+        """The smaller of the shares of margin and log-prob change that are left after fusing.
 
         If the margin of the policy is not positive, only `change` counts.
         """

@@ -34,7 +34,7 @@ class LayerSubsets:
 
     @property
     def is_whole(self) -> bool:
-        """Whether only the subset `large` is measured and nothing is extrapolated.
+        """Whether it is enough to measure the larger subset of layers, without extrapolation.
 
         This holds if `large` contains all layers, or as many layers as `small`.
         """

@@ -39,7 +39,7 @@ def trainable_bytes(model: nn.Module) -> int:
 
 
 def total_parameters(model: nn.Module) -> int:
-    """Return the number of parameters, counting each element of a quantized matrix once."""
+    """Return the number of parameters; a quantized matrix counts as its original weights."""
     total = sum(value.size for value in named_arrays(model.parameters()).values())
     for _, module in model.named_modules():
         if "scales" in module and hasattr(module, "bits"):

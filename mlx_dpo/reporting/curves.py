@@ -50,7 +50,7 @@ class Curve(NamedTuple):
 
 
 def _metrics(field: str) -> dict[str, str]:
-    """Return the `metrics` of a curve with one line: {"": the metric's name in metrics rows}."""
+    """Return the name of the logged metric of a curve with one unlabelled line, as {"": name}."""
     return {"": METRICS[field].name}
 
 

@@ -74,7 +74,7 @@ class EarlyStopping:
         return state
 
     def update(self, state: BestState, row: Mapping[str, float]) -> BestState:
-        """Return `state` after one more metrics row; rows of training steps change nothing."""
+        """Return the best evaluation so far, given one more row; training rows change nothing."""
         if self.metric not in row:
             return state
         step, value = int(row["step"]), row[self.metric]

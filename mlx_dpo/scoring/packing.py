@@ -4,8 +4,8 @@ The packed sequence holds the prompt, the chosen and the rejected completion of 
 another. A token's index in the packed sequence therefore differs from its position in its text.
 mlx-lm's models take positions and attention mask from their KV cache, so they are given a stand-in
 for the cache. During the pass, MLX's attention and RoPE functions are replaced by functions that
-use the positions and mask of the packed sequence. A model that computes with positions itself, or
-needs its mask as an array, raises an error, and another scorer is selected for the model.
+use the positions and mask of the packed sequence. If the code of a model computes with token
+positions, or needs the mask as an array, an error is raised and another scorer is selected.
 
 Shape letters: T tokens in the packed sequence, n predicted tokens, D width of hidden states, C
 queries and S keys of a chunk.

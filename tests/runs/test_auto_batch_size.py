@@ -90,10 +90,10 @@ def test_sizes_are_reduced_only_as_far_as_memory_requires(deep):
     assert decided(fitted(deep, MemoryBudget(int(1.08 * two_pairs), ""))) == (2, False, True)
     fitted_size = fitted(deep, MemoryBudget(int(1.08 * single_pair), "of a test"))
     assert decided(fitted_size) == (1, False, True)
-    assert "1 pair a pass, because 2 pairs a pass would need " in fitted_size.describe()
+    assert "1 pair per pass, because 2 pairs per pass would need " in fitted_size.describe()
     fitted_size = fitted(deep, MemoryBudget(int(0.92 * single_pair), ""))
     assert (fitted_size.config.recompute, fitted_size.fits) == (True, True)
-    assert ", recomputed, because 2 pairs a pass would need" in fitted_size.describe()
+    assert ", recomputed, because 2 pairs per pass would need" in fitted_size.describe()
     assert decided(fitted(deep, MemoryBudget(int(0.9 * least), ""))) == (1, True, False)
 
 
@@ -117,7 +117,7 @@ def test_a_run_that_cannot_fit_is_refused_before_anything_is_written(config, tmp
         trainer.prepare()
     message = str(error.value)
     assert message.startswith(
-        "the longest pairs do not fit into memory, 1 pair a pass, recomputed ("
+        "the longest pairs do not fit into memory, 1 pair per pass, recomputed ("
     )
     assert "1 MB is MLX's limit on this machine); use --max-length below" in message
     assert message.endswith("or go on with --force")
@@ -154,7 +154,7 @@ def test_a_resumed_run_keeps_what_it_decided_when_it_began(config, tmp_path):
     assert (record["settings"]["micro_batch_size"], record["settings"]["recompute"]) == (None, None)
     trainer = stopped_after(parts, None, resume=True)
     assert (trainer.config.micro_batch_size, trainer.config.recompute) == (1, True)
-    assert trainer.fitted.describe() == "as when the run began: 1 pair a pass, recomputed"
+    assert trainer.fitted.describe() == "as when the run began: 1 pair per pass, recomputed"
     ours, theirs = (mx.load(f"{c.output}/adapters.safetensors") for c in (parts, whole))
     assert ours.keys() == theirs.keys()
     assert all(mx.array_equal(ours[name], value) for name, value in theirs.items())

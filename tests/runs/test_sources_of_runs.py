@@ -58,8 +58,8 @@ def test_weights_say_how_often_and_held_out_pairs_stay_apart(sources):
     assert len(half) == len(set(half)) == round(train_counts[1] / 2)
     assert places(load_inputs(replace(sources, mix=(2, 0.5), valid_fraction=0.2)).train) == found
     lines = [line for report in inputs.reports for line in report.lines()]
-    assert f"used 2 times an epoch: {len(once)} pairs" in lines
-    assert f"used 0.5 times an epoch: {len(half)} pairs" in lines
+    assert f"used 2 times per epoch: {len(once)} pairs" in lines
+    assert f"used 0.5 times per epoch: {len(half)} pairs" in lines
 
 
 def test_nothing_else_is_held_out_if_a_folder_has_its_own_split(config, tmp_path):

@@ -120,9 +120,9 @@ def _find_opposite_labels(prompts: Any, good: Any, bad: Any) -> IndexPairs:
 
 
 def _find_matches(column: Any, others: Any) -> IndexPairs:
-    """Yield the index of each nonzero value of `column` that also occurs in `others`.
+    """Yield a pair (i, j) for each nonzero `column[i]` that also occurs in `others`.
 
-    Each index is followed by the index of the first equal value in `others`.
+    The value `others[j]` is the first one that equals `column[i]`.
     """
     values, first = np.unique(others, return_index=True)
     if not len(values):
