@@ -45,7 +45,7 @@ def clean_pairs(
     output: Path,
     progress: ProgressCallback = lambda new_rows: None,
 ) -> CleanResult:
-    """Write the rows that no check in `drop` reports to `output`, and a report file beside it.
+    """Write the rows that no check in `drop` reports to `output`, and a report file next to it.
 
     An empty `drop` means every check of severity `fault`.
 

@@ -111,7 +111,7 @@ class PlainLines:
 
 
 class StepBar:
-    """A display with a progress bar and, beside it, as many of the last step's metrics as fit."""
+    """A progress bar, followed by as many metrics of the last step as fit on the line."""
 
     def __init__(self, progress: Progress, total: int, done: int) -> None:
         self.progress = progress
