@@ -11,7 +11,8 @@ import yaml
 from mlx_dpo.config.dpo_config import DPOConfig, get_settings
 from mlx_dpo.config.other_trainers import EQUIVALENTS
 from mlx_dpo.config.setting import Setting, parse_value
-from mlx_dpo.errors import ConfigError, reason
+from mlx_dpo.errors import ConfigError
+from mlx_dpo.io.bounded import read_text
 
 Command = Callable[..., Any]
 
@@ -109,9 +110,7 @@ def read_settings(path: str) -> dict[str, Any]:
             does not fit its setting.
     """
     try:
-        values = yaml.safe_load(Path(path).expanduser().read_text("utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({reason(error)})") from error
+        values = yaml.safe_load(read_text(Path(path).expanduser(), ConfigError, accept_pipe=True))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""

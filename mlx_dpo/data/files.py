@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 import re
 import sys
 import zlib
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from mlx_dpo.errors import DataError, reason
+from mlx_dpo.io.bounded import UnpackedStream, decode, open_file, parse_json, read_lines
 from mlx_dpo.schemas.schema import Row
 
 # A location with a canonical number, which a code can hold: `name:12` or `name[12]`.
@@ -165,17 +167,17 @@ def file_format(path: Path) -> tuple[str, str]:
     return suffix, compression
 
 
-def read_json_lines(stream: Iterable[bytes], name: str) -> Items:
+def read_json_lines(stream: IO[bytes], name: str) -> Items:
     """Yield location and JSON value of each line of the stream; blank lines are skipped."""
     # As bytes, so that only a newline ends a line, and an invalid byte is reported for its line.
-    for number, line in enumerate(stream, start=1):
+    for number, line in enumerate(read_lines(stream), start=1):
         if line.strip():
             location = f"{name}:{number}"
-            yield location, parse_json(line.rstrip(), location)
+            yield location, parse_json(line.rstrip(), location, DataError)
 
 
 def _read_json_list(stream: IO[bytes], name: str) -> Items:
-    items = parse_json(stream.read(), name)
+    items = parse_json(stream.read(), name, DataError, limit=sys.maxsize)
     if not isinstance(items, list):
         raise DataError(
             f"{name}: expected a list of objects, found {_describe(items)}; "
@@ -241,33 +243,8 @@ def _parse_cell(column: str, text: str) -> Any:
 
 
 def _decode_lines(stream: IO[bytes], name: str) -> Iterator[str]:
-    for number, line in enumerate(stream, start=1):
-        yield _decode(line, f"{name}:{number}")
-
-
-def _decode(data: bytes, location: str) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        byte = data[error.start]
-        raise DataError(
-            f"{location}: not UTF-8 (byte 0x{byte:02x} at {error.start}); save the file as UTF-8"
-        ) from None
-
-
-def parse_json(data: bytes, location: str) -> Any:
-    """Return the value of JSON data; `location` is the place that an error message names.
-
-    Raises:
-        DataError: the data is not JSON or not UTF-8.
-    """
-    try:
-        return json.loads(_decode(data, location))
-    except json.JSONDecodeError as error:
-        at = f"line {error.lineno}, " if error.lineno > 1 else ""
-        raise DataError(f"{location}: not JSON ({error.msg}, {at}column {error.colno})") from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, a deep nest
-        raise DataError(f"{location}: not JSON that can be read ({reason(error)})") from None
+    for number, line in enumerate(read_lines(stream), start=1):
+        yield decode(line, f"{name}:{number}", DataError)
 
 
 def _describe(value: Any) -> str:
@@ -283,21 +260,26 @@ def open_data_file(path: Path) -> Iterator[IO[bytes]]:
         DataError: the file does not exist, or cannot be read to its end.
     """
     _, compression = file_format(path)
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
     try:
-        unpack: Callable[[Path], Any] = DECOMPRESSORS.get(compression, lambda path: path.open("rb"))
-        with unpack(path) as stream:
-            yield stream
+        with open_file(path, DataError) as packed:
+            if compression not in DECOMPRESSORS:
+                yield packed
+                return
+            size = os.fstat(packed.fileno()).st_size
+            with DECOMPRESSORS[compression](packed) as unpacked:
+                yield io.BufferedReader(UnpackedStream(unpacked, path, size, DataError))
     except (OSError, EOFError, zlib.error, lzma.LZMAError, csv.Error) as error:
         raise DataError(f"{path}: cannot be read ({reason(error)})") from error
 
 
-def _open_zstandard(path: Path) -> Any:
+def _open_gzip(stream: IO[bytes]) -> Any:
+    return gzip.GzipFile(fileobj=stream)
+
+
+def _open_zstandard(stream: IO[bytes]) -> Any:
     import pyarrow
 
-    # pyarrow's stream cannot iterate over lines.
-    return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
+    return pyarrow.input_stream(stream, compression="zstd")
 
 
 READERS: dict[str, Callable[[IO[bytes], str], Items]] = {
@@ -306,8 +288,8 @@ READERS: dict[str, Callable[[IO[bytes], str], Items]] = {
     ".parquet": _read_parquet,
     ".csv": _read_csv,
 }
-DECOMPRESSORS: dict[str, Callable[[Path], Any]] = {
-    ".gz": gzip.open,
+DECOMPRESSORS: dict[str, Callable[[IO[bytes]], Any]] = {
+    ".gz": _open_gzip,
     ".bz2": bz2.open,
     ".xz": lzma.open,
     ".zst": _open_zstandard,

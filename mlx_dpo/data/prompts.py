@@ -9,6 +9,7 @@ from typing import Any
 
 from mlx_dpo.data.sources import find_sources, resolve_source
 from mlx_dpo.errors import BadPairError, DataError
+from mlx_dpo.io.bounded import decode, read_bytes
 from mlx_dpo.schemas import has_pair_schema, hh_rlhf, parse_pairs
 from mlx_dpo.schemas.messages import get_field_type, parse_messages, parse_text, to_messages
 from mlx_dpo.schemas.schema import Row, format_names
@@ -184,13 +185,7 @@ def _system_field(row: Row) -> str | None:
 
 
 def _read_lines(path: Path) -> Iterator[Prompt]:
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+    for number, line in enumerate(read_bytes(path, DataError).splitlines(), start=1):
         location = f"{path}:{number}"
-        try:
-            text = line.decode("utf-8-sig").strip()
-        except UnicodeDecodeError:
-            raise DataError(f"{location}: not UTF-8; save the file as UTF-8") from None
-        if text:
+        if text := decode(line, location, DataError).strip():
             yield make_prompt(text, location)

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from mlx_dpo.config.sampling import Sampling
-from mlx_dpo.errors import ConfigError, reason
+from mlx_dpo.errors import ConfigError
 from mlx_dpo.evaluation.rewards import LOSS, TIE, WIN, Conversation, Judge, Ranking, load_reward
 from mlx_dpo.generation.decode import strip_thinking
 from mlx_dpo.generation.prompt import encode_prompt
+from mlx_dpo.io.bounded import read_text
 from mlx_dpo.saved_runs.respond import open_responder
 from mlx_dpo.types import Message
 
@@ -184,10 +185,7 @@ def read_rubric(path: Path) -> str:
     Raises:
         ConfigError: the file cannot be read or lacks a placeholder.
     """
-    try:
-        text = path.expanduser().read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({reason(error)})") from error
+    text = read_text(path.expanduser(), ConfigError, accept_pipe=True)
     missing = [name for name in PLACEHOLDERS if name not in text]
     if missing:
         raise ConfigError(f"{path}: the rubric has no {' and no '.join(missing)}; add it")

@@ -77,8 +77,8 @@ def test_flags_beat_the_file_and_the_file_beats_defaults(tmp_path):
         ("- beta", "settings.yaml: expected lines of `setting: value`, found list"),
         ("beta: 0", "settings.yaml: `beta` must be above 0, got 0.0"),
         ("lora_target_modules: 5", "`lora_target_modules` must be str, got 5"),
-        (b"beta: \xff", "settings.yaml: cannot be read ("),
-        (None, "settings.yaml: cannot be read (No such file or directory)"),
+        (b"beta: \xff", "settings.yaml: not UTF-8 (byte 0xff at 6)"),
+        (None, "settings.yaml: no such file"),
     ],
 )
 def test_a_faulty_settings_file_gives_a_one_line_error(tmp_path, text, message):

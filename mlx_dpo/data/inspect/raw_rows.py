@@ -2,17 +2,18 @@
 
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from mlx_dpo.config.dpo_config import DPOConfig
-from mlx_dpo.data.files import READERS, file_format, open_data_file, parse_json, to_rows
+from mlx_dpo.data.files import READERS, file_format, open_data_file, to_rows
 from mlx_dpo.data.sources import STDIN, Source
 from mlx_dpo.errors import ConfigError, DataError
 from mlx_dpo.io.atomic import atomic_file
+from mlx_dpo.io.bounded import parse_json, read_lines
 from mlx_dpo.schemas.schema import Row
 
 JSON_LINES = ".jsonl"
@@ -73,13 +74,13 @@ def _read_file(path: Path) -> Iterator[RawRow]:
                 yield RawRow(location, error)
 
 
-def _read_lines(stream: Iterable[bytes], name: str) -> Iterator[RawRow]:
-    for number, line in enumerate(stream, start=1):
+def _read_lines(stream: IO[bytes], name: str) -> Iterator[RawRow]:
+    for number, line in enumerate(read_lines(stream), start=1):
         if not line.strip():
             continue
         location, text = f"{name}:{number}", line.rstrip()
         try:
-            [row] = to_rows(iter([(location, parse_json(text, location))]))
+            [row] = to_rows(iter([(location, parse_json(text, location, DataError))]))
         except DataError as error:
             yield RawRow(location, error)
         else:
