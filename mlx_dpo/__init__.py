@@ -11,8 +11,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from mlx_dpo import openblas as blas
+from mlx_dpo import paths
+from mlx_dpo.io import jit_cache
 
 blas.use_openblas()  # has to come before the first import of mlx.core, anywhere
+jit_cache.use_private_jit_cache(paths.cache_folder_or_none())
 
 from mlx_dpo.errors import (  # noqa: E402
     ConfigError,

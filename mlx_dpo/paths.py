@@ -18,6 +18,14 @@ def cache_folder() -> Path:
     return Path(base) / "mlx-dpo"
 
 
+def cache_folder_or_none() -> Path | None:
+    """Return the folder of all caches, or None if the user has no home folder."""
+    try:
+        return cache_folder()
+    except RuntimeError:  # raised by `Path.home` and `Path.expanduser`
+        return None
+
+
 def reference_cache_folder() -> Path:
     """Return the folder of cached reference log-probabilities, which all runs share."""
     return cache_folder() / "reference"

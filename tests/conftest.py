@@ -1,5 +1,7 @@
 """Models and pairs that many tests share: small enough to check by hand."""
 
+import os
+import shutil
 from pathlib import Path
 
 import mlx_dpo  # noqa: F401  (first: it loads OpenBLAS before MLX is imported)
@@ -8,6 +10,8 @@ import mlx.core as mx  # isort: skip
 import pytest
 from mlx_lm.models import llama
 
+from mlx_dpo.io.jit_cache import use_private_jit_cache
+from mlx_dpo.paths import cache_folder_or_none
 from mlx_dpo.types import TokenizedPair
 from tests.trained_run import trained, workplace  # noqa: F401  (fixtures)
 
@@ -66,8 +70,12 @@ def pytest_ignore_collect(collection_path, config):
 
 @pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cache")
+    kernels = use_private_jit_cache(cache_folder_or_none())  # compiled for this machine already
+    if kernels is not None:
+        shutil.copytree(kernels, folder / kernels.name, copy_function=os.link)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLX_DPO_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("MLX_DPO_CACHE", str(folder))
         yield
 
 

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from mlx_dpo import DPOTrainer
 from mlx_dpo.cli import INTERRUPTED, program
+from mlx_dpo.io.jit_cache import user_environment
 from mlx_dpo.reporting.console import (
     final_metrics_table,
     make_console,
@@ -41,7 +42,8 @@ def keep_awake(wanted: bool) -> Iterator[str | None]:
         yield "`caffeinate` was not found; this Mac may fall asleep"
         return
     # -w: caffeinate ends when this process ends, for whatever reason.
-    helper = subprocess.Popen(["caffeinate", "-i", "-m", "-s", "-w", str(os.getpid())])
+    command = ["caffeinate", "-i", "-m", "-s", "-w", str(os.getpid())]
+    helper = subprocess.Popen(command, env=user_environment())
     try:
         yield "kept awake by `caffeinate` while it trains (--no-caffeinate turns it off)"
     finally:

@@ -26,6 +26,7 @@ from mlx_dpo.adapters.targets import has_tied_embeddings
 from mlx_dpo.errors import ConfigError, ModelError, reason
 from mlx_dpo.io.arrays import Arrays, named_arrays, read_arrays, write_arrays
 from mlx_dpo.io.atomic import atomic_file
+from mlx_dpo.io.jit_cache import user_environment
 from mlx_dpo.models.files import CONFIG, INDEX, TOKENIZER_FILES, weight_files
 from mlx_dpo.models.license import LICENSE_PATTERNS
 
@@ -165,7 +166,9 @@ def write_gguf(converter: Path, model: Path, output: Path) -> None:
     try:
         with atomic_file(output) as partial:
             command = [str(converter.resolve()), str(model), "--outfile", str(partial)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            done = subprocess.run(
+                command, capture_output=True, text=True, check=False, env=user_environment()
+            )
             if done.returncode or not partial.is_file():
                 message = done.stderr.strip() or done.stdout.strip() or "it wrote nothing"
                 raise ModelError(

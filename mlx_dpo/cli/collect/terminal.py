@@ -15,6 +15,7 @@ from mlx_dpo.cli.answers import CONTROL_CHARACTERS
 from mlx_dpo.collect.session import SKIPPED, TIE, RankingSession, RankingTask, TaskSampler
 from mlx_dpo.collect.web import LoopbackServer, read_page, serve_session
 from mlx_dpo.errors import ConfigError, DataError
+from mlx_dpo.io.jit_cache import user_environment
 
 if TYPE_CHECKING:
     from mlx_dpo.data.prompts import Prompt
@@ -105,7 +106,7 @@ def _edit_answer(
         return
     rejected = indices[name]
     if not text and sys.stdin.isatty():
-        text = click.edit(task.answers[rejected].text) or ""
+        text = click.edit(task.answers[rejected].text, env=user_environment()) or ""
     session.edit(rejected, text.removesuffix("\n"))
 
 

@@ -20,6 +20,7 @@ from mlx_dpo.data.report import PairsReport
 from mlx_dpo.data.tokenization.pair_file import Arrays, pairs_to_arrays
 from mlx_dpo.data.tokenization.tokenize_rows import PairRules, new_report, tokenize_rows
 from mlx_dpo.errors import DataError, DPOError
+from mlx_dpo.io.jit_cache import user_environment
 from mlx_dpo.schemas.schema import Row
 
 WORKER_PROGRAM = """
@@ -61,6 +62,7 @@ class WorkerPool:
             worker = subprocess.Popen(
                 [sys.executable, "-c", WORKER_PROGRAM],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
+                env=user_environment(),
             )  # fmt: skip
             self._workers.append(worker)
             self._idle.put(worker)
