@@ -11,6 +11,7 @@ import numpy as np
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.data.batching import count_micro_batches, largest_micro_batch, padded_row_tokens
 from mlx_dpo.data.columns import lengths_only, longest_pairs, row_lengths
+from mlx_dpo.data.dataset import select_pairs
 from mlx_dpo.data.tokenization.cache import RowProgress
 from mlx_dpo.errors import ModelError
 from mlx_dpo.generation.prompt import context_length
@@ -42,6 +43,7 @@ from mlx_dpo.runs.build import (
     reference_mode,
 )
 from mlx_dpo.runs.inputs import Inputs, load_configured_base, load_inputs, no_progress
+from mlx_dpo.runs.reference import needed_pairs
 from mlx_dpo.scoring.kernels.gated_delta import use_fused_gated_delta
 from mlx_dpo.scoring.select_scorer import ScorerChoice
 from mlx_dpo.types import TokenizedPair
@@ -88,7 +90,11 @@ class Capacity:
 
 @dataclass(frozen=True)
 class EpochEstimate:
-    """Steps, tokens, FLOPs and time of one epoch; FLOPs and time of the reference log-probs."""
+    """Steps, tokens, FLOPs and time of one epoch; pairs, FLOPs and time of the reference log-probs.
+
+    The reference is scored on the training pairs that the steps of the run see, and on all held-out
+    pairs.
+    """
 
     steps: int
     passes: int
@@ -97,7 +103,8 @@ class EpochEstimate:
     rows: int  # tokens through the head
     operations: int
     seconds: float
-    reference_operations: int  # over training and held-out pairs
+    reference_pairs: int
+    reference_operations: int
     reference_seconds: float
 
 
@@ -234,7 +241,10 @@ class _RunEstimator:
 
     def _profile_reference(self) -> tuple[PassProfile, Pairs]:
         """Return memory and time of the largest reference forward pass, and its pairs."""
-        longest = longest_pairs(MAX_PAIRS, self.inputs.train, self.inputs.valid)
+        splits, needed = self.inputs.splits, needed_pairs(self.config, self.inputs.splits)
+        longest = longest_pairs(
+            MAX_PAIRS, *(select_pairs(splits[split], needed[split]) for split in splits)
+        )
         limit = inference_limit(self.config, self.choice)
         pairs = largest_micro_batch(longest, limit, cost=self.choice.cost)
         profile = profile_inference_pass(
@@ -317,21 +327,29 @@ class _RunEstimator:
             rows=tokens.head_tokens,
             operations=train_flops(tokens) + extra_flops,
             seconds=seconds + extra_flops / flops_per_second,
+            reference_pairs=len(self._reference_pairs()),
             reference_operations=reference_flops,
             reference_seconds=reference_flops / flops_per_second,
         )
 
     def _reference_flops(self, flops: ModelFlops) -> int:
-        """Return the FLOPs of computing the reference log-probs of all pairs.
+        """Return the FLOPs of computing the reference log-probs of a run.
 
         The result is 0 if the loss needs no reference.
         """
-        if not self.config.needs_reference:
+        pairs = self._reference_pairs()
+        if not pairs:
             return 0
-        splits = (self.inputs.train, self.inputs.valid)
-        pairs = [pair for split in splits for pair in lengths_only(split)]
         tokens = self._token_counts(pairs, self._layer_tokens([pair] for pair in pairs))
         return flops.forward(tokens, adapted=False)
+
+    def _reference_pairs(self) -> Pairs:
+        """Return the lengths of the pairs on which the reference is scored."""
+        if not self.config.needs_reference:
+            return []
+        splits, needed = self.inputs.splits, needed_pairs(self.config, self.inputs.splits)
+        lengths = {split: lengths_only(pairs) for split, pairs in splits.items()}
+        return [lengths[split][index] for split in splits for index in needed[split]]
 
     def _layer_tokens(self, passes: Iterable[Pairs]) -> int:
         """Return the number of tokens through the layers, summed over all `passes`."""

@@ -87,7 +87,7 @@ def summary_lines(estimate: "RunEstimate") -> list[SummaryLine]:
         (
             "work",
             f"{epoch.operations:.2e} operations per epoch, {epoch.reference_operations:.2e} to "
-            "score the reference",
+            f"score the reference on {epoch.reference_pairs:,} pairs",
         ),
         (
             "time",

@@ -22,6 +22,7 @@ from mlx_dpo.reporting.console import (
     show_progress,
     show_steps,
 )
+from mlx_dpo.runs.reference import needed_pairs
 from mlx_dpo.runs.summary import summarize_end, summarize_inputs, summarize_training
 
 
@@ -123,7 +124,7 @@ def _prepare(run: DPOTrainer, console: Console, awake: str | None) -> None:
     run.attach()
     if run.config.needs_reference and run.config.reference_model is None:
         config = run.config
-        pairs = len(run.inputs.train) + len(run.inputs.valid)
+        pairs = sum(map(len, needed_pairs(config, run.inputs.splits).values()))
         with show_progress(console, "reference", total=pairs, unit=config.unit) as count:
             run.compute_reference_logps(count)
     else:

@@ -50,6 +50,18 @@ def step_indices(step: int, *, count: int, batch_size: int, seed: int) -> list[i
     return indices
 
 
+def indices_of_steps(steps: int, *, count: int, batch_size: int, seed: int) -> list[int]:
+    """Return the indices of the pairs that the first `steps` optimizer steps of a run see.
+
+    The pairs of less than an epoch are in the order of the steps. From one epoch on all pairs are
+    seen, and their order is that of the data set.
+    """
+    if steps >= steps_per_epoch(count, batch_size):
+        return list(range(count))
+    indices: list[int] = _order(0, count, seed)[: steps * batch_size].tolist()
+    return indices
+
+
 def epoch_step_indices(epoch: int, *, count: int, batch_size: int, seed: int) -> list[list[int]]:
     """Return one list of pair indices for each optimizer step of epoch `epoch` (from 0)."""
     order = _order(epoch, count, seed).tolist()

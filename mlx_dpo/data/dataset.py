@@ -155,6 +155,13 @@ class PairDataset(ColumnarPairs):
         return self._sources[number].pair(int(index - self._starts[number]))
 
 
+def select_pairs(pairs: Sequence[TokenizedPair], indices: Sequence[int]) -> Sequence[TokenizedPair]:
+    """Return the pairs at `indices`; pairs on disk are not read. (b,)"""
+    if isinstance(pairs, PairDataset):
+        return pairs.select(indices)
+    return [pairs[i] for i in indices]
+
+
 def concatenate(datasets: Sequence[PairDataset]) -> PairDataset:
     """Return one dataset with the pairs of all datasets; mismatched completions are left out."""
     sources = [source for dataset in datasets for source in dataset._sources]

@@ -41,6 +41,11 @@ class Inputs:
     reports: Sequence[PairsReport]  # one per source
     unused_splits: Sequence[str] = ()  # held-out splits that `valid` replaces
 
+    @property
+    def splits(self) -> dict[str, Sequence[TokenizedPair]]:
+        """The training and the held-out pairs, by name."""
+        return {"train": self.train, "valid": self.valid}
+
     def provenance(self, config: DPOConfig) -> dict[str, Any]:
         """Return what determines the results besides the settings: model, tokenizer, pairs, device.
 

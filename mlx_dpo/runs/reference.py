@@ -1,7 +1,7 @@
 """Compute the reference log-probs of a run, or read them from the cache that all runs share."""
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from itertools import chain
@@ -14,6 +14,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_dpo import paths as places
 from mlx_dpo.config.dpo_config import DPOConfig
+from mlx_dpo.data.batching import indices_of_steps, steps_per_epoch
 from mlx_dpo.data.sources import STDIN
 from mlx_dpo.data.tokenization.cache import RowProgress
 from mlx_dpo.errors import ConfigError
@@ -31,8 +32,8 @@ from mlx_dpo.runs.inputs import (
     load_inputs,
 )
 from mlx_dpo.scoring.score_pairs import DatasetScorer
-from mlx_dpo.training.logps_cache import labels
-from mlx_dpo.training.reference_logps import reference_logps
+from mlx_dpo.training.logps_cache import labels, read_logps, write_logps
+from mlx_dpo.training.reference_logps import ReferenceCache, are_scored, reference_logps
 from mlx_dpo.types import PairLogps, TokenizedPair
 
 
@@ -43,11 +44,13 @@ def cached_reference_logps(
     *,
     device_and_dtype: str,
     score: DatasetScorer,
+    indices: Sequence[int] | None = None,
     progress: Callable[[int], None] = lambda scored: None,
 ) -> PairLogps:
-    """Return the log-probs of `pairs` under the reference. (len(pairs),) each
+    """Return the log-probs of the pairs at `indices` under the reference. (len(pairs),) each
 
-    Log-probs found in the shared cache are not computed again.
+    The log-probs of other pairs are NaN. Log-probs found in the shared cache are not computed
+    again.
 
     Args:
         model: the reference: the policy with its adapters disabled, or a separate model.
@@ -55,17 +58,15 @@ def cached_reference_logps(
             cache.
         device_and_dtype: device and dtype with which the reference computes now.
         score: function that computes log-probs of a dataset without gradients.
+        indices: indices of the pairs that the run needs; None needs all.
         progress: called with the number of pairs whose log-probs were computed or read.
     """
-    return reference_logps(
-        model,
-        pairs,
+    cache = ReferenceCache(
+        folder=places.reference_cache_folder(),
         provenance=reference_provenance(record, device_and_dtype),
-        cache=places.reference_cache_folder(),
-        score=score,
         labels=labels(_model_name(record), device_and_dtype),
-        progress=progress,
     )
+    return reference_logps(model, pairs, indices, cache=cache, score=score, progress=progress)
 
 
 def _model_name(record: dict[str, Any]) -> str:
@@ -73,6 +74,52 @@ def _model_name(record: dict[str, Any]) -> str:
     model: str = record["settings"]["model"]
     local = record.get("model_folder") is not None
     return os.path.basename(os.path.abspath(os.path.expanduser(model))) if local else model
+
+
+def count_steps(config: DPOConfig, num_pairs: int) -> int:
+    """Return the number of optimizer steps of a whole run that trains on `num_pairs` pairs."""
+    return config.max_steps or steps_per_epoch(num_pairs, config.batch_size) * (config.epochs or 1)
+
+
+def needed_pairs(
+    config: DPOConfig, splits: Mapping[str, Sequence[TokenizedPair]]
+) -> dict[str, Sequence[int]]:
+    """Return the indices of the pairs whose reference log-probs a run needs, by split.
+
+    These are the training pairs that its steps see, and all held-out pairs. From its first update
+    on, a synced reference is scored in each step instead.
+    """
+    needed: dict[str, Sequence[int]] = {split: range(len(splits[split])) for split in splits}
+    if "train" in splits:
+        count = len(splits["train"])
+        steps = count_steps(config, count)
+        if config.sync_ref_model:
+            steps = min(steps, config.sync_steps)
+        needed["train"] = indices_of_steps(
+            steps, count=count, batch_size=config.batch_size, seed=config.seed
+        )
+    return needed
+
+
+def stored_logps(
+    path: Path,
+    num_pairs: int,
+    indices: Sequence[int],
+    compute: Callable[[], PairLogps],
+    progress: Callable[[int], None],
+) -> PairLogps:
+    """Return the reference log-probs in a file of the run folder. (num_pairs,) each
+
+    If the file is missing or damaged, or lacks one of the pairs at `indices`, the log-probs are
+    computed and the file is written.
+    """
+    stored = read_logps(path, num_pairs)
+    if stored is not None and are_scored(stored, indices):
+        progress(len(indices))
+        return stored
+    logps = compute()
+    write_logps(path, logps)
+    return logps
 
 
 ProgressCallback = Callable[[int], None]
@@ -101,8 +148,9 @@ def compute_reference_model_logps(
 ) -> tuple[dict[str, PairLogps], str]:
     """Return the log-probs of the training and held-out pairs under the setting `reference_model`.
 
-    The log-probs are given by split name, `train` or `valid`, (len(pairs),) each. The second result
-    is the digest of the reference model. The weights of the policy are not loaded.
+    The log-probs are given by split name, `train` or `valid`, (len(pairs),) each; those of training
+    pairs that no step sees are NaN. The second result is the digest of the reference model. The
+    weights of the policy are not loaded.
 
     Raises:
         ConfigError: the tokenizers of the two models differ, an example is longer than a model's
@@ -117,10 +165,8 @@ def compute_reference_model_logps(
     inputs = load_inputs(
         config, read=load_shapes, tokenization_progress=tokenization_progress, datasets=datasets
     )
-    splits: Splits = {"train": inputs.train, "valid": inputs.valid}
-    return compute_logps_of_splits(
-        config, load_reference_model(config), inputs.base.tokenizer, splits, scoring_progress
-    )
+    other, tokenizer = load_reference_model(config), inputs.base.tokenizer
+    return compute_logps_of_splits(config, other, tokenizer, inputs.splits, scoring_progress)
 
 
 def compute_logps_of_splits(
@@ -130,7 +176,9 @@ def compute_logps_of_splits(
     splits: Splits,
     scoring_progress: ProgressBar,
 ) -> tuple[dict[str, PairLogps], str]:
-    """Return the log-probs of all pairs under the model `other`, and the digest of this model.
+    """Return log-probs of the pairs under the model `other`, and the digest of this model.
+
+    Of the split `train` only the pairs that the run's steps see are scored; the others are NaN.
 
     Args:
         other: the reference model.
@@ -142,7 +190,8 @@ def compute_logps_of_splits(
     check_context_length(config, other, *splits.values())
     digest = model_fingerprint(other.path)
     score = make_dataset_scorer(config, choose_scorer(other, config))
-    with scoring_progress(sum(map(len, splits.values()))) as progress:
+    needed = needed_pairs(config, splits)
+    with scoring_progress(sum(map(len, needed.values()))) as progress:
         answers = {
             split: cached_reference_logps(
                 other.model,
@@ -150,6 +199,7 @@ def compute_logps_of_splits(
                 _reference_model_record(config, digest),
                 device_and_dtype=device_and_dtype(other),
                 score=score,
+                indices=needed[split],
                 progress=progress,
             )
             for split, pairs in splits.items()

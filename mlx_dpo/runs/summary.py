@@ -17,6 +17,7 @@ from mlx_dpo.io.arrays import named_arrays
 from mlx_dpo.models.device import dtype_name
 from mlx_dpo.optim.optimizers import OPTIMIZERS
 from mlx_dpo.profiling import memory
+from mlx_dpo.runs.reference import needed_pairs
 
 if TYPE_CHECKING:
     from mlx_dpo.runs.trainer import DPOTrainer
@@ -150,6 +151,7 @@ def summarize_training(run: "DPOTrainer") -> list[SummaryLine]:
     quantized = run.config.bits is not None
     return [
         ("reference", describe_reference(run.policy, run.config)),
+        *_summarize_needed_pairs(run),
         *summarize_trainable(run.policy, run.config, run.inputs.base.config),
         *([("", QUANTIZED_ON_LOAD)] if quantized else []),
         ("scorer", f"{run.choice.name}: {run.choice.reason}"),
@@ -161,6 +163,15 @@ def summarize_training(run: "DPOTrainer") -> list[SummaryLine]:
         ("output", run.config.output + _describe_resume(run)),
         *[("logging", f"{tracker.name}: {tracker.location}") for tracker in run.trackers.trackers],
     ]
+
+
+def _summarize_needed_pairs(run: "DPOTrainer") -> list[SummaryLine]:
+    """Return a summary line if the reference is scored on some of the training pairs only."""
+    scored, count = needed_pairs(run.config, run.inputs.splits)["train"], len(run.inputs.train)
+    if not run.config.needs_reference or len(scored) == count:
+        return []
+    text = f"on the {len(scored):,} of {count:,} training {run.config.unit} that the steps need"
+    return [("", text)]
 
 
 def summarize_end(run: "DPOTrainer") -> list[SummaryLine]:

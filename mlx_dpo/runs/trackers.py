@@ -1,6 +1,6 @@
 """Create the experiment trackers and the training monitor of a run from its settings."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,25 +25,36 @@ def check_trackers(config: DPOConfig) -> None:
 
 def open_trackers(
     opened: OpenTrackers,
-    names: Sequence[str],
-    info: RunInfo,
+    config: DPOConfig,
+    record: Mapping[str, Any],
     rows: Sequence[MetricsRow],
     *,
-    resumed: Collection[str] = (),
+    step: int,
+    earlier: Mapping[str, Any] | None,
 ) -> None:
     """Open the experiment trackers of a run, and log the metrics rows of earlier processes.
 
     Args:
         opened: collection to which the trackers are added.
-        names: names of the trackers.
-        info: description of the run; `last_logged_step` is the step at which it resumes.
+        config: settings of the run, which name the trackers.
+        record: run record (content of `run.json`).
         rows: metrics rows that are in `metrics.jsonl` already.
-        resumed: names of the trackers to which earlier processes of the run have logged.
+        step: the step at which the run resumes.
+        earlier: run record of earlier processes of the run.
 
     Raises:
         ConfigError: a tracker cannot be opened.
     """
-    for name in names:
+    info = RunInfo(
+        id=record["id"],
+        name=run_name(config),
+        project=config.project,
+        folder=Path(config.output),
+        settings=shared_settings(record),
+        last_logged_step=step,
+    )
+    resumed = earlier["settings"].get("report_to", ()) if earlier else ()
+    for name in config.tracker_names:
         known = info if name in resumed else replace(info, last_logged_step=0)
         opened.trackers.append(open_tracker(name, known, opened.warnings))
     for row in rows:

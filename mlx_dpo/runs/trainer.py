@@ -1,6 +1,6 @@
 """The DPO trainer: trains a policy as a `DPOConfig` says and writes a run folder."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import fields
 from inspect import signature
@@ -13,7 +13,6 @@ import mlx.core as mx
 from mlx_dpo.adapters.adapter_files import save_adapter
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.config.other_trainers import check_trainer_arguments
-from mlx_dpo.data.batching import steps_per_epoch
 from mlx_dpo.data.tokenization.cache import RowProgress
 from mlx_dpo.errors import ConfigError, TrainingError
 from mlx_dpo.losses.metrics import EVAL_PREFIX, step_row, to_public_names
@@ -50,19 +49,15 @@ from mlx_dpo.runs.reference import (
     ProgressCallback,
     cached_reference_logps,
     compute_reference_model_logps,
+    count_steps,
+    needed_pairs,
+    stored_logps,
 )
 from mlx_dpo.runs.save_peft import save_peft
-from mlx_dpo.runs.trackers import (
-    check_trackers,
-    make_monitor,
-    open_trackers,
-    run_name,
-    shared_settings,
-)
+from mlx_dpo.runs.trackers import check_trackers, make_monitor, open_trackers
 from mlx_dpo.scoring.kernels.gated_delta import use_fused_gated_delta
-from mlx_dpo.trackers.base import OpenTrackers, RunInfo
+from mlx_dpo.trackers.base import OpenTrackers
 from mlx_dpo.training import checkpoint, loop
-from mlx_dpo.training.logps_cache import read_logps, write_logps
 from mlx_dpo.training.objective import Objective, evaluate
 from mlx_dpo.types import MetricsRow, PairLogps
 
@@ -160,8 +155,7 @@ class DPOTrainer:
     @property
     def total_steps(self) -> int:
         """Number of optimizer steps of the whole run."""
-        per_epoch = steps_per_epoch(len(self.inputs.train), self.config.batch_size)
-        return self.config.max_steps or per_epoch * (self.config.epochs or 1)
+        return count_steps(self.config, len(self.inputs.train))
 
     # --- prepare ---------------------------------------------------------------------------
 
@@ -239,35 +233,40 @@ class DPOTrainer:
         write_record(self.paths, self.record)  # only now are all settings known to be possible
 
     def compute_reference_logps(self, progress: ProgressCallback = lambda scored: None) -> None:
-        """Compute the log-probs of all pairs under the reference, or read them from disk.
+        """Compute the log-probs of the pairs under the reference, or read them from disk.
 
-        Reference-free losses get zeros. `progress` is called with the number of pairs done.
+        Reference-free losses get zeros, and training pairs that no step sees get NaN. `progress` is
+        called with the number of pairs done.
         """
+        needed = needed_pairs(self.config, self.inputs.splits)
         with reference_mode(self.policy, self.config):
-            self.reference = {split: self._reference_logps(split, progress) for split in SPLITS}
+            self.reference = {
+                split: self._reference_logps(split, needed[split], progress) for split in SPLITS
+            }
 
-    def _reference_logps(self, split: str, progress: ProgressCallback) -> PairLogps:
+    def _reference_logps(
+        self, split: str, indices: Sequence[int], progress: ProgressCallback
+    ) -> PairLogps:
         """Return the reference log-probs of split `train` or `valid`. (len(pairs),) each"""
-        pairs = getattr(self.inputs, split)
+        pairs = self.inputs.splits[split]
         if not self.config.needs_reference:
             return PairLogps(mx.zeros((len(pairs),)), mx.zeros((len(pairs),)))
-        stored = read_logps(self.paths.reference_logps(split), len(pairs))
-        if stored is not None:
-            progress(len(pairs))
-            return stored
-        if self.config.reference_model is not None:
-            logps = self._reference_model_logps[split]
-        else:
-            logps = cached_reference_logps(
+
+        def compute() -> PairLogps:
+            if self.config.reference_model is not None:
+                return self._reference_model_logps[split]
+            return cached_reference_logps(
                 self.policy,
                 pairs,
                 self.record,
                 device_and_dtype=self.record["provenance"]["device_and_dtype"],
                 score=make_dataset_scorer(self.config, self.choice),
+                indices=indices,
                 progress=progress,
             )
-        write_logps(self.paths.reference_logps(split), logps)
-        return logps
+
+        path = self.paths.reference_logps(split)
+        return stored_logps(path, len(pairs), indices, compute, progress)
 
     def restore(self) -> None:
         """Restore the last checkpoint, if there is one, and open the experiment trackers.
@@ -289,20 +288,9 @@ class DPOTrainer:
         self.warnings = [warning for row in rows for warning in self.monitor.update(row)]
         self.record["warnings"] = self.warnings
         write_record(self.paths, self.record)
-        self._open_trackers(rows)
+        step, earlier = self.start.step, self.earlier
+        open_trackers(self.trackers, self.config, self.record, rows, step=step, earlier=earlier)
         self._is_prepared = True
-
-    def _open_trackers(self, rows: list[MetricsRow]) -> None:
-        earlier = self.earlier["settings"].get("report_to", ()) if self.earlier else ()
-        info = RunInfo(
-            id=self.record["id"],
-            name=run_name(self.config),
-            project=self.config.project,
-            folder=self.paths.folder,
-            settings=shared_settings(self.record),
-            last_logged_step=self.start.step,
-        )
-        open_trackers(self.trackers, self.config.tracker_names, info, rows, resumed=earlier)
 
     # --- train -----------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from mlx_dpo.data.batching import (
     TokenCount,
     collate,
     count_micro_batches,
+    indices_of_steps,
     largest_micro_batch,
     micro_batches,
     padded_row_tokens,
@@ -275,3 +276,12 @@ def test_the_width_is_rounded_up_and_no_padding_is_scored(multiple, width):
     assert batch.tokens.shape == batch.completion_mask.shape == (4, width)
     assert batch.completion_mask.sum(axis=1).tolist() == [2, 4, 1, 2]
     assert batch.tokens.sum(axis=1).tolist() == [27, 58, 26, 47]
+
+
+@pytest.mark.parametrize(("steps", "seen"), [(1, 3), (2, 6), (3, 7), (9, 7)])
+def test_pairs_of_the_first_steps_are_those_that_the_steps_see(steps, seen):
+    given = {"count": 7, "batch_size": 3, "seed": 5}
+    expected = [i for step in range(min(steps, 3)) for i in step_indices(step, **given)]
+    found = indices_of_steps(steps, **given)
+    assert len(set(found)) == len(found) == seen
+    assert found == (expected if steps < 3 else list(range(7)))

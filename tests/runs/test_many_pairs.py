@@ -107,7 +107,9 @@ def test_reference_logps_are_computed_block_by_block(many, made, tmp_path):
     """The log-probabilities are found again under the digests alone."""
     few = tmp_path / "few.jsonl"
     few.write_text("".join(Path(many.pairs[0]).read_text().splitlines(keepends=True)[:300]))
-    config = replace(many, pairs=(str(few),), loss_type=("sigmoid",), valid_fraction=0.1)
+    config = replace(
+        many, pairs=(str(few),), loss_type=("sigmoid",), valid_fraction=0.1, max_steps=None
+    )
     with DPOTrainer(config) as trainer:
         trainer.prepare()
     assert len(list_entries(tmp_path / "cache" / "reference")) == 3

@@ -8,7 +8,7 @@ import pytest
 from mlx_dpo.config.training import PassLimit
 from mlx_dpo.scoring.score_pairs import score_pairs
 from mlx_dpo.training import reference_logps as reference
-from mlx_dpo.training.reference_logps import reference_logps
+from mlx_dpo.training.reference_logps import ReferenceCache, are_scored, reference_logps
 
 
 class Counting:
@@ -30,9 +30,10 @@ def model(tiny_llama):
     return Counting(tiny_llama)
 
 
-def ask(model, pairs, cache, provenance="base"):
+def ask(model, pairs, cache, provenance="base", indices=None, **how):
     score = partial(score_pairs, limit=PassLimit(pairs=2))
-    return reference_logps(model, pairs, provenance=provenance, cache=cache, score=score)
+    files = ReferenceCache(folder=cache, provenance=provenance)
+    return reference_logps(model, pairs, indices, cache=files, score=score, **how)
 
 
 def test_cached_logps_are_read_back_bit_for_bit(model, pairs, tmp_path):
@@ -84,3 +85,49 @@ def test_a_cache_that_may_only_be_read_serves_as_well(model, pairs, tmp_path, mo
     first = ask(model, pairs, tmp_path)
     monkeypatch.setattr("os.utime", refused)
     assert mx.array_equal(ask(model, pairs, tmp_path).chosen, first.chosen)
+
+
+def test_only_the_pairs_that_are_needed_are_scored_and_the_others_are_nan(model, pairs, tmp_path):
+    """With one pair per pass the numbers are those of scoring all pairs, bit for bit."""
+    one = partial(score_pairs, limit=PassLimit(pairs=1))
+    files = [ReferenceCache(folder=tmp_path / name, provenance="base") for name in "ab"]
+    whole = reference_logps(model, pairs, cache=files[0], score=one)
+    model.calls, scored = 0, []
+    some = reference_logps(model, pairs, [3, 1], cache=files[1], score=one, progress=scored.append)
+    assert (model.calls, sum(scored)) == (2, 2)
+    for got, expected in zip(some, whole, strict=True):
+        assert mx.isnan(got).tolist() == [True, False, True, False, True]
+        assert got[1].item() == expected[1].item() != got[3].item() == expected[3].item()
+    assert are_scored(some, [1, 3])
+    assert not are_scored(some, [1, 2])
+    assert not are_scored(some)
+
+
+def test_no_file_of_some_pairs_is_taken_for_one_of_all(model, pairs, tmp_path):
+    """Runs of all pairs have the same bits whatever shorter runs have left in the cache."""
+    fresh = ask(model, pairs, tmp_path / "fresh")
+    for indices in ([3, 1], [1, 3], [4, 0, 2], [0, 1, 2, 3]):
+        ask(model, pairs, tmp_path / "used", indices=indices)
+    model.calls = 0
+    after = ask(model, pairs, tmp_path / "used")
+    assert model.calls == 3
+    assert all(mx.array_equal(*values) for values in zip(fresh, after, strict=True))
+
+
+def test_blocks_of_all_pairs_serve_a_shorter_run(model, pairs, tmp_path, monkeypatch):
+    monkeypatch.setattr(reference, "BLOCK_SIZE", 2)
+    whole = ask(model, pairs, tmp_path)
+    model.calls, done = 0, []
+    some = ask(model, pairs, tmp_path, indices=[3, 0], progress=done.append)
+    assert (model.calls, sum(done)) == (0, 2)
+    assert some.chosen[:4].tolist() == whole.chosen[:4].tolist()
+    assert not are_scored(some, [4])
+
+
+def test_a_longer_run_finds_the_blocks_of_a_shorter_one(model, pairs, tmp_path, monkeypatch):
+    monkeypatch.setattr(reference, "BLOCK_SIZE", 2)
+    ask(model, pairs, tmp_path, indices=[3, 1])
+    model.calls = 0
+    longer = ask(model, pairs, tmp_path, indices=[3, 1, 4, 0])
+    assert model.calls == 1
+    assert are_scored(longer, [0, 1, 3, 4])
