@@ -4,14 +4,15 @@ import errno
 import os
 import shutil
 import sys
-import traceback
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import click
 
+from mlx_dpo.cli.output import echo, print_traceback
 from mlx_dpo.errors import DPOError
+from mlx_dpo.terminal_text import escape_controls, escape_line
 
 COMMANDS = (
     "convert",
@@ -63,6 +64,13 @@ class Commands(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl([(n, c.get_short_help_str(limit=200)) for n, c in rows if c])
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Read the command line up to the name of the command."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.ClickException as error:
+            raise _escape_message(error) from error.__cause__
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; print an error that the user can fix as one line, and exit with 1.
 
@@ -76,11 +84,24 @@ class Commands(click.Group):
             if message is None:
                 raise
             if os.environ.get("MLX_DPO_DEBUG", "0") not in ("", "0"):
-                traceback.print_exception(error)
-            raise click.ClickException(message) from error
+                print_traceback(type(error), error, error.__traceback__)
+            raise click.ClickException(escape_line(message)) from error
+        except click.ClickException as error:
+            raise _escape_message(error) from error.__cause__
         except KeyboardInterrupt:
-            click.echo("Interrupted", err=True)
+            echo("Interrupted", err=True)
             sys.exit(INTERRUPTED)
+
+
+def _escape_message(error: click.ClickException) -> click.ClickException:
+    """Return an error of click with visible control characters; they come from arguments."""
+    message = error.format_message()
+    shown = escape_controls(message)
+    if shown == message:
+        return error
+    if isinstance(error, click.UsageError):
+        return click.UsageError(shown, error.ctx)
+    return click.ClickException(shown)
 
 
 def user_message(error: DPOError | OSError | ImportError) -> str | None:
@@ -130,9 +151,10 @@ def program() -> str:
 
 def main() -> None:
     """Run the `mlx-dpo` command line."""
+    sys.excepthook = print_traceback
     try:
         cli()
     except ImportError as error:  # `--help` imports every command, outside of `invoke`
         if (message := user_message(error)) is None:
             raise
-        sys.exit(f"Error: {message}")
+        sys.exit(f"Error: {escape_line(message)}")

@@ -1,7 +1,6 @@
 """Code that `chat` and `generate` share: model flags, loading a model, and printing its text."""
 
 import os
-import re
 import sys
 from collections.abc import Callable, Generator
 from contextlib import closing
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mlx_dpo.cli.output import echo, write_style, write_text
 from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.errors import ConfigError
 
@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from mlx_dpo.chat.session import ChatSession
     from mlx_dpo.generation.stream import AnswerChunk, GenerationSummary
     from mlx_dpo.saved_runs.open import SwitchableModel
-
-# Escape sequences in a model's text must not steer a terminal; newline and tab may stay.
-CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 
@@ -77,7 +74,7 @@ def open_chat(  # noqa: PLR0913 (one argument per flag)
     )
     opened = open_switchable(run, model=model, adapter=adapter, wanted=wanted)
     for note in opened.notes:
-        click.echo(note, err=True)
+        echo(note, err=True)
     if reference:
         opened.switch.activate("base")
     if opened.run is not None:
@@ -115,13 +112,6 @@ def _context_length(config: dict[str, Any], requested: int | None) -> int | None
     return longest if requested is None else requested
 
 
-def write_text(text: str) -> None:
-    """Write a model's text to stdout; on a terminal, remove control characters."""
-    # click.echo would strip escape sequences from what goes into a pipe.
-    sys.stdout.write(CONTROL_CHARACTERS.sub("", text) if sys.stdout.isatty() else text)
-    sys.stdout.flush()
-
-
 class AnswerWriter:
     """A writer of streamed answers to stdout, with the thinking dimmed or hidden."""
 
@@ -153,12 +143,11 @@ class AnswerWriter:
         if not self._dim:
             write_text(text)
             return
-        sys.stdout.write(DIM)
+        write_style(DIM)
         try:
             write_text(text)
         finally:
-            sys.stdout.write(PLAIN)
-            sys.stdout.flush()
+            write_style(PLAIN)
 
 
 def note_on_cut(reason: str, max_tokens: int) -> str | None:

@@ -1,6 +1,5 @@
 """`mlx-dpo cache`: list and clear cached reference log-probabilities and tokenized pairs."""
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
+from mlx_dpo.cli.output import echo, echo_json
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.io.atomic import abandoned_paths
 from mlx_dpo.paths import CACHE_VARIABLE, cache_folder, reference_cache_folder, token_cache_folder
@@ -69,7 +69,7 @@ def cache(ctx: click.Context, as_json: bool) -> None:
         return
     reference, tokens = _cache_folders().values()
     if as_json:
-        click.echo(json.dumps(_report(reference, tokens)))
+        echo_json(_report(reference, tokens))
         return
     if reference.entries or reference.leftovers:
         _show(reference)
@@ -77,7 +77,7 @@ def cache(ctx: click.Context, as_json: bool) -> None:
         _show_tokens(tokens)
     if not any(contents.entries or contents.leftovers for contents in (reference, tokens)):
         moves = f"{cache_folder()} ({CACHE_VARIABLE} moves it)"
-        click.echo(f"Nothing is kept yet: {moves} fills as runs are made")
+        echo(f"Nothing is kept yet: {moves} fills as runs are made")
 
 
 @cache.command()
@@ -108,16 +108,16 @@ def clear(older_than: float | None, model: str | None, only: str | None, yes: bo
         pairs = sum(entry.pairs for entry in selected)
         if paths:
             what = f"{_files(len(paths))}, {pairs:,} pairs, {format_bytes(size)}"
-            click.echo(f"To be removed from {folder}: {what}")
+            echo(f"To be removed from {folder}: {what}")
         to_remove, freed = to_remove + paths, freed + size
     if not to_remove:
-        click.echo(f"Nothing to clear in {cache_folder()}")
+        echo(f"Nothing to clear in {cache_folder()}")
         return
     if not yes:
         _confirm()
     for path in to_remove:
         path.unlink(missing_ok=True)
-    click.echo(f"Freed {format_bytes(freed)}")
+    echo(f"Freed {format_bytes(freed)}")
 
 
 def _is_selected(entry: Any, older_than: float | None, model: str | None) -> bool:
@@ -142,25 +142,25 @@ def _confirm() -> None:
 def _show(contents: CacheFolder) -> None:
     from mlx_dpo.training.logps_cache import group_by_model
 
-    click.echo(f"{contents.folder} ({CACHE_VARIABLE} moves it)\n")
+    echo(f"{contents.folder} ({CACHE_VARIABLE} moves it)\n")
     _table([HEADINGS, *map(_row, group_by_model(contents.entries))])
-    click.echo(f"\n{contents.total}")
+    echo(f"\n{contents.total}")
     _show_damaged(contents, "its pairs will be scored again")
 
 
 def _show_tokens(contents: CacheFolder) -> None:
-    click.echo(f"{contents.folder} ({CACHE_VARIABLE} moves it)\n")
+    echo(f"{contents.folder} ({CACHE_VARIABLE} moves it)\n")
     _table([TOKEN_HEADINGS, *map(_token_row, contents.entries)])
-    click.echo(f"\n{contents.total}")
+    echo(f"\n{contents.total}")
     _show_damaged(contents, "its pairs will be tokenized again")
 
 
 def _show_damaged(contents: CacheFolder, consequence: str) -> None:
     for entry in contents.entries:
         if entry.damaged:
-            click.echo(f"damaged or of another version, {consequence}: {entry.path.name}")
+            echo(f"damaged or of another version, {consequence}: {entry.path.name}")
     for path in contents.leftovers:
-        click.echo(f"half-written by a process that is gone: {path.name}")
+        echo(f"half-written by a process that is gone: {path.name}")
 
 
 def _table(rows: Sequence[Sequence[str]]) -> None:
@@ -174,7 +174,7 @@ def _table(rows: Sequence[Sequence[str]]) -> None:
             cell.rjust(width) if heading in NUMBERS else cell.ljust(width)
             for cell, width, heading in zip(row, widths, rows[0], strict=True)
         ]
-        click.echo("  ".join(cells).rstrip())
+        echo("  ".join(cells).rstrip())
 
 
 def _token_row(entry: Any) -> tuple[str, ...]:

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import click
 
+from mlx_dpo.cli.output import echo
+
 
 @click.command()
 @click.argument("run")
@@ -40,5 +42,5 @@ def card(
     )
     path = write_card(folder, model_card, overwrite=overwrite)
     for note in notes:
-        click.echo(f"Note: {note}", err=True)
-    click.echo(f"{path}: check and edit it, then run: mlx-dpo push {run} {name}")
+        echo(f"Note: {note}", err=True)
+    echo(f"{path}: check and edit it, then run: mlx-dpo push {run} {name}")

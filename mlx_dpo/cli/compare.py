@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_dpo.cli.answers import CONTROL_CHARACTERS
+from mlx_dpo.cli.output import echo
 from mlx_dpo.cli.sampling_flags import sampling_flags
 from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.errors import ConfigError, DataError, reason
 from mlx_dpo.io.atomic import write_file
+from mlx_dpo.terminal_text import escape_controls, escape_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -59,10 +60,10 @@ def compare(words: tuple[str, ...], html: str | None, limit: int, **settings: An
     if page is not None:
         _write_page(page, comparison, " and ".join(runs))
     for note in comparison.notes:
-        click.echo(note, err=True)
+        echo(note, err=True)
     _print_comparison(make_console(), comparison)
     if page is not None:
-        click.echo(f"Written to {page}", err=True)
+        echo(f"Written to {page}", err=True)
 
 
 def _split_runs_and_prompts(words: Sequence[str]) -> tuple[list[str], str | None]:
@@ -115,7 +116,7 @@ def _print_comparison(console: "Console", comparison: "Comparison") -> None:
     for number, prompt in enumerate(comparison.prompts):
         console.print()
         for role, text in _turns(prompt):
-            console.print(f"{role}: {_strip_controls(text)}", markup=False, style="bold")
+            console.print(f"{role}: {text}", style="bold")
         cells = [(policy.name, policy.answers[number]) for policy in comparison.policies]
         if fits:
             console.print(_table(cells))
@@ -128,9 +129,9 @@ def _print_comparison(console: "Console", comparison: "Comparison") -> None:
             )
     console.print()
     if console.is_terminal:
-        console.print(LEGEND, markup=False)
+        console.print(LEGEND)
     else:
-        click.echo("Tokens are shaded on a terminal and on the page of --html", err=True)
+        echo("Tokens are shaded on a terminal and on the page of --html", err=True)
     console.print(_summary_table(comparison))
 
 
@@ -149,7 +150,7 @@ def _column_title(name: str, answer: "ScoredAnswer") -> "Text":
     from rich.text import Text
 
     cut = ", cut" if answer.end is None else ""
-    return Text(f"{name} ({answer.log_ratio:+.2f} nats{cut})", style="dim")
+    return Text(f"{escape_line(name)} ({answer.log_ratio:+.2f} nats{cut})", style="dim")
 
 
 def _shade_answer(answer: "ScoredAnswer", *, ends: bool = True) -> "Text":
@@ -159,14 +160,10 @@ def _shade_answer(answer: "ScoredAnswer", *, ends: bool = True) -> "Text":
 
     text = Text()
     for span in answer.spans:
-        text.append(_strip_controls(span.text), style=STYLES.get(shade_level(span.log_ratio)))
+        text.append(escape_controls(span.text), style=STYLES.get(shade_level(span.log_ratio)))
     if ends and answer.end is not None and shade_level(answer.end):
         text.append(END_MARK, style=STYLES[shade_level(answer.end)])
     return text
-
-
-def _strip_controls(text: str) -> str:
-    return CONTROL_CHARACTERS.sub("", text)
 
 
 def _summary_table(comparison: "Comparison") -> Any:

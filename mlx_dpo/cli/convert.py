@@ -54,9 +54,7 @@ def convert(source: str, output: Path, bits: str | None, **options: Any) -> None
     with console.status(f"Converting {source}"):
         report = conversion.convert(source, output, bits=int(bits) if bits else None, **options)
     print_label_table(console, facts(report))
-    console.print(
-        f"Next: mlx-dpo train PAIRS --model {shlex.quote(str(output))} --output RUN", markup=False
-    )
+    console.print(f"Next: mlx-dpo train PAIRS --model {shlex.quote(str(output))} --output RUN")
 
 
 def facts(report: "ConvertReport") -> list[tuple[str, str]]:

@@ -1,6 +1,5 @@
 """`mlx-dpo data`: check, show, split and clean data sets before training."""
 
-import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mlx_dpo.cli.output import echo, echo_json
 from mlx_dpo.cli.train import SettingsCommand, read_settings, setting_flags, typed_settings
 from mlx_dpo.config.dpo_config import DPOConfig, get_settings
 from mlx_dpo.errors import ConfigError
@@ -90,7 +90,7 @@ def check(strict: bool, as_json: bool, **flags: Any) -> None:
     with _show_progress(console) as progress:
         _, results = check_pairs(config, progress)
     if as_json:
-        click.echo(json.dumps(results.to_dict(), ensure_ascii=False))
+        echo_json(results.to_dict())
     else:
         print_results(console, results)
     sys.exit(1 if strict and results.fault_count else 0)
@@ -141,12 +141,10 @@ def split(share: float, output: str, **flags: Any) -> None:
     result = split_pairs(config, share=share, output=Path(output).expanduser())
     for report in result.reports:
         for line in report.dropped_lines():
-            click.echo(line)
+            echo(line)
     for name in result.ignored_sources:
-        click.echo(f"{name}: left alone")
-    click.echo(
-        f"{output}: {result.rows['train']:,} rows to train on, {result.rows['valid']:,} held out"
-    )
+        echo(f"{name}: left alone")
+    echo(f"{output}: {result.rows['train']:,} rows to train on, {result.rows['valid']:,} held out")
 
 
 @data.command(cls=SettingsCommand)
@@ -171,14 +169,10 @@ def clean(drop: tuple[str, ...], output: str, **flags: Any) -> None:
     with _show_progress(make_console()) as progress:
         result = clean_pairs(config, drop=drop, output=Path(output).expanduser(), progress=progress)
     for name, count in result.dropped.items():
-        click.echo(f"{name}: {count:,} row{'s' * (count != 1)}")
+        echo(f"{name}: {count:,} row{'s' * (count != 1)}")
     if result.skipped:
-        click.echo(
-            f"not looked for without --model and held-out pairs: {', '.join(result.skipped)}"
-        )
-    click.echo(
-        f"{output}: {result.remaining:,} of {result.rows:,} rows; {result.report} says which went"
-    )
+        echo(f"not looked for without --model and held-out pairs: {', '.join(result.skipped)}")
+    echo(f"{output}: {result.remaining:,} of {result.rows:,} rows; {result.report} says which went")
 
 
 def _was_typed(name: str) -> bool:

@@ -20,16 +20,16 @@ def print_results(console: "Console", results: CheckResults) -> None:
         if results.valid is not None:
             console.print({"train": "to train on", "valid": "held out"}[name], style="bold")
         for line in format_counts(split):
-            console.print(line, markup=False)
+            console.print(line)
         if len(split.lengths):
             console.print()
             for line in format_lengths(split):
-                console.print(line, markup=False)
+                console.print(line)
         console.print()
         for finding in list_findings(split):
             _print_finding(console, finding, split)
     for requirement, names in results.skipped.items():
-        console.print(f"not looked for without {requirement}: {', '.join(names)}", markup=False)
+        console.print(f"not looked for without {requirement}: {', '.join(names)}")
     count = results.fault_count
     kinds = "1 kind of fault" if count == 1 else f"{count} kinds of faults"
     console.print(kinds if count else "no faults")
@@ -78,11 +78,11 @@ def _print_finding(console: "Console", finding: Finding, split: SplitScan) -> No
     unit = unit.removesuffix("s" * (finding.count == 1))
     console.print(f"{check.severity:<6} {check.name}", style=STYLES[check.severity], end="")
     counts = f"{finding.count:,} {unit} ({_format_share(finding.share)})"
-    console.print(f"  {counts}  {_format_locations(finding, split)}".rstrip(), markup=False)
+    console.print(f"  {counts}  {_format_locations(finding, split)}".rstrip())
     for detail, count in list(finding.details.items())[:MAX_SHOWN]:
-        console.print(f"       {count:,} × {detail}", markup=False)
-    console.print(f"       why: {check.why}", markup=False)
-    console.print(f"       do:  {check.advice}", markup=False)
+        console.print(f"       {count:,} × {detail}")
+    console.print(f"       why: {check.why}")
+    console.print(f"       do:  {check.advice}")
 
 
 def _format_locations(finding: Finding, split: SplitScan) -> str:

@@ -64,14 +64,13 @@ def demo(output: str) -> None:
 
 def _samples_table(stages: "Demo", before: "Answers", after: "Answers") -> "Table":
     from rich.table import Table
-    from rich.text import Text
 
     table = Table("prompt", "before", "after", title="\nsampled answers", title_justify="left")
     for row, old, new in list(zip(stages.prompt_rows, before.texts, after.texts, strict=True))[
         :SHOWN
     ]:
         prompt = "\n".join(turn["content"] for turn in row["prompt"])
-        table.add_row(Text(prompt), Text(old.strip()), Text(new.strip()))
+        table.add_row(prompt, old.strip(), new.strip())
     return table
 
 

@@ -1,12 +1,12 @@
 """`mlx-dpo doctor`: show facts about this machine, and run a self-test of training."""
 
-import json
 import math
 import sys
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from mlx_dpo.cli.output import echo, echo_json
 from mlx_dpo.units import format_bytes
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def doctor(as_json: bool) -> None:
     checks = []
     if not as_json:
         _print_facts(machine_facts)
-        click.echo(f"\nself-test on {BACKENDS[machine_facts['device']['kind']]}")
+        echo(f"\nself-test on {BACKENDS[machine_facts['device']['kind']]}")
     for check in self_test():
         checks.append(check)
         if not as_json:
@@ -45,7 +45,7 @@ def doctor(as_json: bool) -> None:
             "checks": [_check_record(check) for check in checks],
             "ok": passed,
         }
-        click.echo(json.dumps(report, indent=2, default=anonymous))
+        echo_json(report, indent=2, default=anonymous)
     sys.exit(0 if passed else 1)
 
 
@@ -71,7 +71,7 @@ def _print_facts(machine_facts: dict[str, Any]) -> None:
         "Hub token": "yes" if machine_facts["hub_token"] else "none (needed for gated models only)",
     }
     for name, line in lines.items():
-        click.echo(f"{name:<10} {line}")
+        echo(f"{name:<10} {line}")
 
 
 def _describe_device(device: dict[str, Any]) -> str:
@@ -105,7 +105,7 @@ def _describe_folder(path: Any, free: int) -> str:
 def _print_check(check: "Check") -> None:
     state = click.style("ok    ", fg="green") if check.ok else click.style("FAILED", fg="red")
     measured = check.trouble or f"{check.measured:.1e}"
-    click.echo(f"  {state} {check.name:<40} {measured} (limit {check.limit:g})")
+    echo(f"  {state} {check.name:<40} {measured} (limit {check.limit:g})")
 
 
 def _check_record(check: "Check") -> dict[str, Any]:

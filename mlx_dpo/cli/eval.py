@@ -1,8 +1,8 @@
 """`mlx-dpo eval`: measure a run on held-out pairs."""
 
-import json
-
 import click
+
+from mlx_dpo.cli.output import echo_json
 
 
 @click.command()
@@ -32,11 +32,11 @@ def eval(run: str, pairs: str | None, bad_pairs: str | None, as_json: bool) -> N
     if as_json:
         facts = {"pairs": evaluation.pairs, "of": evaluation.name, "notes": evaluation.notes}
         record = {"run": run, "finished": evaluation.run.finished, **facts, **row}
-        click.echo(json.dumps(record))
+        echo_json(record)
         return
     console = make_console()
     if not evaluation.run.finished:
         console.print(f"The run is unfinished; these are its adapters of {evaluation.run.adapter}")
     for note in evaluation.notes:
-        console.print(note, markup=False)
+        console.print(note)
     console.print(final_metrics_table(row, title=f"{evaluation.pairs:,} {evaluation.name}"))

@@ -2,6 +2,8 @@
 
 import click
 
+from mlx_dpo.cli.output import echo
+
 
 @click.command()
 @click.argument("run")
@@ -21,4 +23,4 @@ def export(run: str, base: str | None, revision: str | None) -> None:
     """
     from mlx_dpo.saved_runs.export_peft import export_run
 
-    click.echo(f"{run}: its adapter {export_run(run, base, revision)}")
+    echo(f"{run}: its adapter {export_run(run, base, revision)}")

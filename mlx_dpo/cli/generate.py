@@ -1,13 +1,13 @@
 """`mlx-dpo generate`: print the answer to one prompt."""
 
-import json
 import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_dpo.cli.answers import model_flags, note_on_cut, open_chat, write_text
+from mlx_dpo.cli.answers import model_flags, note_on_cut, open_chat
+from mlx_dpo.cli.output import echo, echo_json, write_text
 from mlx_dpo.cli.sampling_flags import sampling_flags
 from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.errors import ConfigError
@@ -63,7 +63,7 @@ def generate(
         options |= {"system": chat.system, "thinking": chat.thinking}
         _write_json(prompt, completion, summary, options | asdict(chat.sampling))
     if note := note_on_cut(summary.finish_reason, sampling.max_tokens):
-        click.echo(note, err=True)
+        echo(note, err=True)
 
 
 def _split_arguments(words: tuple[str, ...], model: str | None) -> tuple[str | None, str | None]:
@@ -134,4 +134,4 @@ def _write_json(
         "tokens_per_second": None if rate is None else round(rate, 1),
         "settings": settings,
     }
-    write_text(json.dumps(answer, ensure_ascii=False) + "\n")
+    echo_json(answer)

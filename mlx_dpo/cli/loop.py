@@ -7,6 +7,7 @@ import click
 from click.core import ParameterSource
 
 from mlx_dpo.cli import INTERRUPTED
+from mlx_dpo.cli.output import echo
 from mlx_dpo.cli.sampling_flags import judge_flags
 from mlx_dpo.cli.train import SettingsCommand, read_settings, setting_flags, typed_settings
 from mlx_dpo.config.dpo_config import DPOConfig, get_settings
@@ -74,17 +75,17 @@ def loop(
     try:
         with IterativeDPO(config, settings, resume=resume) as trainer:
             for note in trainer.prompts.notes:
-                click.echo(note)
+                echo(note)
             for stage in trainer.stages():
-                click.secho(f"\n{_stage_title(stage)}", bold=True)
+                echo(f"\n{_stage_title(stage)}", bold=True)
                 _run_stage(trainer, stage, resume_command)
     except KeyboardInterrupt:
-        click.echo(f"\nInterrupted; resume with: {resume_command}", err=True)
+        echo(f"\nInterrupted; resume with: {resume_command}", err=True)
         raise SystemExit(INTERRUPTED) from None
     last = trainer.paths.round(settings.rounds)
-    click.echo(f"\n{trainer.paths.page.read_text('utf-8')}")
-    click.echo(f"The table is in {trainer.paths.page}; each round's folder has a page of its own")
-    click.echo(f"Chat with the last policy: {program()} chat {last.run.folder}")
+    echo(f"\n{trainer.paths.page.read_text('utf-8')}")
+    echo(f"The table is in {trainer.paths.page}; each round's folder has a page of its own")
+    echo(f"Chat with the last policy: {program()} chat {last.run.folder}")
 
 
 def _resolve_settings(

@@ -1,11 +1,11 @@
 """`mlx-dpo losses`: the available losses, with equations and sources."""
 
-import json
 import textwrap
 from typing import Any
 
 import click
 
+from mlx_dpo.cli.output import echo, echo_json
 from mlx_dpo.config.setting import check_known
 from mlx_dpo.losses.catalogue import LEGEND, LOSSES
 from mlx_dpo.losses.loss import Loss
@@ -27,14 +27,14 @@ def losses(name: str | None, as_json: bool) -> None:
     listed = [loss for loss in LOSSES.values() if name in (None, loss.name)]
     if as_json:
         records = {loss.name: to_dict(loss) for loss in listed}
-        click.echo(json.dumps(records, ensure_ascii=False))
+        echo_json(records)
         return
     for loss in listed:
-        click.echo(click.style(loss.name, bold=True))
+        echo(loss.name, bold=True)
         for line in describe(loss):
-            click.echo(textwrap.fill(line, WIDTH, initial_indent="  ", subsequent_indent="    "))
-    click.echo()
-    click.echo(textwrap.fill(LEGEND, WIDTH))
+            echo(textwrap.fill(line, WIDTH, initial_indent="  ", subsequent_indent="    "))
+    echo()
+    echo(textwrap.fill(LEGEND, WIDTH))
 
 
 def describe(loss: Loss) -> list[str]:

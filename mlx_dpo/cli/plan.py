@@ -1,10 +1,10 @@
 """`mlx-dpo plan`: estimate the memory, computation and time of a training run."""
 
-import json
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from mlx_dpo.cli.output import echo_json
 from mlx_dpo.cli.train import SettingsCommand, resolve, setting_flags
 from mlx_dpo.config.training import EVALUATION
 
@@ -57,7 +57,7 @@ def plan(
         ),
     )
     if as_json:
-        click.echo(json.dumps(estimate.to_dict()))
+        echo_json(estimate.to_dict())
         return
     print_label_table(console, summary_lines(estimate))
 

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import click
 from rich.console import Console
 
 from mlx_dpo import DPOTrainer
 from mlx_dpo.cli import INTERRUPTED, program
+from mlx_dpo.cli.output import echo, print_warning
 from mlx_dpo.io.jit_cache import user_environment
 from mlx_dpo.reporting.console import (
     final_metrics_table,
@@ -71,7 +71,7 @@ def _run(run: DPOTrainer, awake: str | None, resume_command: str) -> None:
     except KeyboardInterrupt:
         has_record = run.paths.record.is_file()
         note = f"; go on with: {resume_command}" if has_record else ": nothing was written"
-        click.echo(f"\nInterrupted before the first step{note}", err=True)
+        echo(f"\nInterrupted before the first step{note}", err=True)
         raise SystemExit(INTERRUPTED) from None
     warnings = _WarningPrinter(run)
     with (
@@ -110,8 +110,7 @@ class _WarningPrinter:
         new = run.warnings[self._printed :]
         new += run.trackers.warnings[self._printed_of_trackers :]
         for warning in new:
-            # `click.echo` writes into the live bar's line where the locale is not UTF-8.
-            print(f"Warning: {warning}", file=sys.stderr)
+            print_warning(warning)
         self._printed, self._printed_of_trackers = len(run.warnings), len(run.trackers.warnings)
 
 
@@ -150,7 +149,7 @@ def _save_on_signals(run: DPOTrainer) -> Iterator[list[int]]:
         received.append(number)
         run.request_stop()
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        click.echo("\nSaving after this step (Ctrl-C: stop without saving)", err=True)
+        echo("\nSaving after this step (Ctrl-C: stop without saving)", err=True)
 
     handlers = {
         number: signal.signal(number, request_stop)

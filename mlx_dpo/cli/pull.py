@@ -5,6 +5,8 @@ from pathlib import Path
 
 import click
 
+from mlx_dpo.cli.output import echo
+
 
 @click.command()
 @click.argument("name", metavar="ORG/NAME")
@@ -21,6 +23,6 @@ def pull(name: str, output: Path, revision: str | None) -> None:
 
     adapter = pull_adapter(name, output, revision)
     base_model = adapter.base_model or "an unknown base model"
-    click.echo(f"{output}: {format_bytes(adapter.size_bytes)}, for {base_model}")
+    echo(f"{output}: {format_bytes(adapter.size_bytes)}, for {base_model}")
     base = shlex.quote(adapter.base_model or "MODEL")
-    click.echo(f"Next: {program()} chat --model {base} --adapter {shlex.quote(str(output))}")
+    echo(f"Next: {program()} chat --model {base} --adapter {shlex.quote(str(output))}")

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from mlx_dpo.cli.output import echo
+
 if TYPE_CHECKING:
     from mlx_dpo.hub.push import Upload
 
@@ -43,23 +45,23 @@ def push(
     folder = Path(run).expanduser()
     if not (folder / CARD).is_file():
         card, notes = make_run_card(run, name, base=base, online=not dry_run)
-        click.echo(f"Written to {write_card(folder, card, overwrite=False)}", err=True)
+        echo(f"Written to {write_card(folder, card, overwrite=False)}", err=True)
         for note in notes:
-            click.echo(f"Note: {note}", err=True)
+            echo(f"Note: {note}", err=True)
     else:
         _check_existing_card(folder / CARD, name, base)
     upload = prepare_upload(run, also)
     _print_files(upload)
     if dry_run:
-        click.echo(f"\n{(folder / CARD).read_text(encoding='utf-8')}")
-        click.echo(f"Nothing was sent to {name}.")
+        echo(f"\n{(folder / CARD).read_text(encoding='utf-8')}")
+        echo(f"Nothing was sent to {name}.")
         return
     result = hub.push(
         upload.files, name, message=upload.message, public=public, overwrite=overwrite
     )
     visibility = f"{'new, ' * result.is_new}{'public' if public else 'private'}"
     state = "up to date at" if result.is_unchanged else "updated by"
-    click.echo(f"{result.url} ({visibility}): {state} commit {result.commit[:12]}")
+    echo(f"{result.url} ({visibility}): {state} commit {result.commit[:12]}")
 
 
 def _check_existing_card(path: Path, name: str, base: str | None) -> None:
@@ -81,4 +83,4 @@ def _print_files(upload: "Upload") -> None:
     from mlx_dpo.units import format_bytes
 
     for name, file in upload.files.items():
-        click.echo(f"{format_bytes(file.stat().st_size):>10}  {name}")
+        echo(f"{format_bytes(file.stat().st_size):>10}  {name}")

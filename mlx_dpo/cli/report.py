@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from mlx_dpo.cli.output import echo
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
@@ -46,16 +48,15 @@ def report(runs: tuple[str, ...], output: str | None, x_axis: str) -> None:
     else:
         _print_comparison(console, details)
     for file in files:
-        click.echo(f"Written to {file}", err=True)
+        echo(f"Written to {file}", err=True)
 
 
 def _single_run_table(run: "RunDetails") -> "Table":
     """Return a table of one run with a row for each metric."""
-    from rich.text import Text
 
     table = _empty_table()
     table.add_column()
-    table.add_column(Text(run.name), justify="right")
+    table.add_column(run.name, justify="right")
     for label, value in run.metrics.items():
         table.add_row(label, value)
     return table
@@ -78,7 +79,7 @@ def _print_comparison(console: "Console", runs: "Sequence[RunDetails]") -> None:
             shown.append(name)
     console.print(_comparison_table(runs, shown + metrics, console.width))
     if omitted := [name for name in runs[0].settings if name not in shown]:
-        click.echo(f"On the page: {', '.join(omitted)}", err=True)
+        echo(f"On the page: {', '.join(omitted)}", err=True)
 
 
 def _comparison_table(
@@ -88,14 +89,13 @@ def _comparison_table(
 
     The column of run names takes at most a third of the width.
     """
-    from rich.text import Text
 
     table = _empty_table()
     table.add_column(overflow="fold", max_width=console_width // 3)
     for label in labels:
         table.add_column(label, justify="right", overflow="fold")
     for run in runs:
-        table.add_row(Text(run.name), *(Text(run.cells[label]) for label in labels))
+        table.add_row(run.name, *(run.cells[label] for label in labels))
     return table
 
 

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mlx_dpo.cli.output import echo
 from mlx_dpo.cli.sampling_flags import sampling_flags
 from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.errors import ConfigError
@@ -62,16 +63,16 @@ def serve(
         opened = open_switchable(run, model=model, adapter=adapter)
         served = _make_served_model(opened, sampling, thinking, allowed_origins)
         for line in _header(opened, served, server):
-            click.echo(line, err=True)
+            echo(line, err=True)
         if not is_loopback(str(server.server_address[0])):
-            click.echo(
+            echo(
                 "Anyone who can reach this machine can send requests; there is no password.",
                 err=True,
             )
         try:
             server.serve(served)
         except KeyboardInterrupt:
-            click.echo("\nStopped", err=True)
+            echo("\nStopped", err=True)
 
 
 def _make_served_model(

@@ -8,6 +8,7 @@ from typing import Any
 import click
 import yaml
 
+from mlx_dpo.cli.output import echo
 from mlx_dpo.config.dpo_config import DPOConfig, get_settings
 from mlx_dpo.config.other_trainers import EQUIVALENTS
 from mlx_dpo.config.setting import Setting, parse_value
@@ -215,5 +216,5 @@ def train(
     with DPOTrainer(config, resume=resume, force=force) as run:
         run_with_progress(run)
     if run.evaluation is None:
-        click.echo("No pairs were held out, so nothing was measured on unseen pairs")
-    click.echo(f"Adapters in {config.output}; talk to them with: {program()} chat {config.output}")
+        echo("No pairs were held out, so nothing was measured on unseen pairs")
+    echo(f"Adapters in {config.output}; talk to them with: {program()} chat {config.output}")

@@ -1,10 +1,10 @@
 """`mlx-dpo winrate`: compute the win rate of a run against its reference or another model."""
 
-import json
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from mlx_dpo.cli.output import echo, echo_json
 from mlx_dpo.cli.sampling_flags import DEFAULT_SEED, judge_flags, make_samplings, sampling_flags
 
 if TYPE_CHECKING:
@@ -51,10 +51,10 @@ def winrate(
     opened_judge = open_judge(reward, judge, rubric)
     comparison = compare_policies(run, opened_judge, sampling, prompts=prompts, against=against)
     for note in comparison.notes:
-        click.echo(note, err=True)
+        echo(note, err=True)
     if as_json:
         settings = {"run": run, "against": against, **opened_judge.provenance()}
-        click.echo(json.dumps(settings | comparison.to_dict(), ensure_ascii=False))
+        echo_json(settings | comparison.to_dict())
         return
     make_console().print(_table(comparison, against or "its reference"))
 

@@ -4,15 +4,17 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 from rich.box import SIMPLE
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
 from mlx_dpo.losses.metrics import EVAL_PREFIX, METRICS
+from mlx_dpo.terminal_text import escape_controls
 from mlx_dpo.types import MetricsRow
 
 # Label and key of an evaluation row: the metrics that are better in one direction.
@@ -26,7 +28,33 @@ BAR_WIDTH = 12  # columns; leaves room for the most important metrics on a termi
 def make_console() -> Console:
     """Return a console for stdout; colours and live updates are used only on a terminal."""
     is_plain = bool(os.environ.get("NO_COLOR")) or not sys.stdout.isatty()
-    return Console(no_color=is_plain, highlight=False, soft_wrap=is_plain)
+    return TerminalConsole(no_color=is_plain, soft_wrap=is_plain)
+
+
+class TerminalConsole(Console):
+    """A console on which text from outside has no effect.
+
+    Control characters are shown as visible escapes; markup such as `[bold]` and names of emojis
+    such as `:train:` are shown as they are written.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(markup=False, emoji=False, highlight=False, **settings)
+
+    def render_str(self, text: str, **settings: Any) -> Text:
+        """Return `text` with visible control characters as text that can be styled."""
+        return super().render_str(escape_controls(text), **settings)
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterator[Segment]:
+        """Yield the segments of a renderable; control characters are visible in all of them."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else _escape_segment(segment)
+
+
+def _escape_segment(segment: Segment) -> Segment:
+    return Segment(escape_controls(segment.text), segment.style)
 
 
 def print_label_table(console: Console, facts: Sequence[tuple[str, str]]) -> None:
@@ -37,8 +65,8 @@ def print_label_table(console: Console, facts: Sequence[tuple[str, str]]) -> Non
     table.add_column(overflow="fold")
     for label, text in facts:
         if not console.is_terminal:
-            console.print(f"{label:<{width}} {text}", markup=False)
-        table.add_row(label, Text(text))
+            console.print(f"{label:<{width}} {text}")
+        table.add_row(label, text)
     if console.is_terminal:
         console.print(table)
 
@@ -148,7 +176,7 @@ def show_steps(console: Console, *, total: int, done: int, every: int) -> Iterat
     if not console.is_terminal:
         yield PlainLines(console, total, every)
         return
-    columns = [*_make_columns(total), TextColumn("{task.fields[metrics]}")]
+    columns = [*_make_columns(total), TextColumn("{task.fields[metrics]}", markup=False)]
     with Progress(*columns, console=console) as progress:
         yield StepBar(progress, total, done)
 
@@ -184,8 +212,8 @@ class AdvanceProgress(Protocol):
 def _make_columns(total: int | None) -> list[ProgressColumn]:
     counter = "{task.completed}" if total is None else "{task.completed}/{task.total}"
     return [
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=BAR_WIDTH),
-        TextColumn(counter),
+        TextColumn(counter, markup=False),
         TimeRemainingColumn(),
     ]

@@ -4,13 +4,14 @@ Every line of text begins with a mark (prompt, scored or cut), so that the meani
 depend on colours.
 """
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from rich.console import Console
 from rich.rule import Rule
 from rich.text import Text
+
+from mlx_dpo.terminal_text import escape_invisible, escape_line
 
 PROMPT, SCORED, CUT = "prompt", "scored", "cut"
 MARKS = {PROMPT: "│", SCORED: "█", CUT: "╳"}
@@ -22,10 +23,6 @@ LEGEND = (
     f"{OPEN}special token{CLOSE}   {NEWLINE} end of a line"
 )
 HEAD, TAIL = 300, 100  # characters of a cut text that are shown
-# Characters that move the cursor, change colours or the writing direction are shown as \uXXXX.
-CONTROL_CHARACTERS = re.compile(
-    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]"
-)
 
 
 class Piece(Protocol):
@@ -62,7 +59,7 @@ class Part(Protocol):
 
 def print_legend(console: Console) -> None:
     """Print what the marks at the beginning of lines mean."""
-    console.print(LEGEND, style="dim", markup=False)
+    console.print(LEGEND, style="dim")
 
 
 def print_pair(
@@ -70,9 +67,9 @@ def print_pair(
 ) -> None:
     """Print a pair: its location, notes about it, and the text of its parts."""
     console.print()
-    console.print(Rule(Text(location), align="left", characters="─", style="bold"))
+    console.print(Rule(Text(escape_line(location)), align="left", characters="─", style="bold"))
     for note in notes:
-        console.print(note, markup=False)
+        console.print(note)
     for part in parts:
         tokens = f"{part.tokens:,} token{'s' * (part.tokens != 1)}"
         console.print(f"{part.name}, {tokens}, {_treatment(part)}", style="bold")
@@ -87,7 +84,7 @@ def _treatment(part: Part) -> str:
 def _wrap_lines(console: Console, part: Part) -> Iterator[Text]:
     text = Text()
     for piece in part.pieces:
-        printable = CONTROL_CHARACTERS.sub(lambda match: f"\\u{ord(match[0]):04x}", piece.text)
+        printable = escape_invisible(piece.text)
         if piece.special:
             text.append(f"{OPEN}{printable}{CLOSE}", SPECIAL_TOKEN_STYLE)
         else:

@@ -1,13 +1,10 @@
-import io
 import json
-import sys
 
 import mlx_lm
 import pytest
 from click.testing import CliRunner
 
 from mlx_dpo.chat.session import ChatSession
-from mlx_dpo.cli import answers as _answers
 from mlx_dpo.cli import cli
 from mlx_dpo.config.sampling import Sampling
 from tests.checkpoints import make_checkpoint
@@ -135,21 +132,6 @@ def test_words_without_quotation_marks_are_not_taken_for_a_prompt(model):
     result = run(model, "Where", "is", "it?")
     assert result.exit_code == 2
     assert "put the prompt in quotation marks" in result.stderr
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-@pytest.mark.parametrize("text", ["\x1b[31mred\x07\x9b2J\x00\x7f\r", "ä\n\t日本 🐶"])
-def test_a_terminal_gets_no_control_characters_and_a_pipe_gets_all(monkeypatch, text):
-    terminal, pipe = Terminal(), io.StringIO()
-    for stdout in (terminal, pipe):
-        monkeypatch.setattr(sys, "stdout", stdout)
-        _answers.write_text(text)
-    assert pipe.getvalue() == text
-    assert terminal.getvalue() == {"\x1b": "[31mred2J"}.get(text[0], text)
 
 
 def train(folder, model, *flags):

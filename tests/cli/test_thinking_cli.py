@@ -61,7 +61,7 @@ def test_blank_lines_without_thinking_before_them_stay():
 
 def test_thinking_cannot_contain_control_characters():
     pieces = [AnswerChunk("\x1b[31mred", True), PIECES[-1]]
-    assert shown(pieces)[0] == f"{DIM}[31mred{PLAIN}\n"
+    assert shown(pieces)[0] == f"{DIM}\\x1b[31mred{PLAIN}\n"
 
 
 @pytest.fixture(scope="module")

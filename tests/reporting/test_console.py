@@ -1,9 +1,12 @@
 import io
+import re
 
 import pytest
-from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from mlx_dpo.reporting.console import (
+    TerminalConsole,
     final_metrics_table,
     make_console,
     print_label_table,
@@ -23,13 +26,11 @@ EVALUATION = {
 
 
 def plain_console():
-    return Console(file=io.StringIO(), force_terminal=False, soft_wrap=True, highlight=False)
+    return TerminalConsole(file=io.StringIO(), force_terminal=False, soft_wrap=True)
 
 
 def terminal_console():
-    return Console(
-        file=io.StringIO(), force_terminal=True, width=100, no_color=True, highlight=False
-    )
+    return TerminalConsole(file=io.StringIO(), force_terminal=True, width=100, no_color=True)
 
 
 def test_without_a_terminal_every_row_is_a_line():
@@ -104,3 +105,44 @@ def test_the_table_of_final_metrics_has_every_metric():
 def test_no_color_is_respected(monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
     assert make_console().no_color
+
+
+HOSTILE = "\x1b]0;title\x07 \x9b2J \u202e [bold]name[/bold] :train:"
+SHOWN = "\\x1b]0;title\\x07 \\x9b2J \\u202e [bold]name[/bold] :train:"
+
+
+def hostile_table():
+    table = Table(HOSTILE, title=HOSTILE)
+    table.add_row(HOSTILE)
+    return table
+
+
+@pytest.mark.parametrize(
+    "renderable", [HOSTILE, hostile_table(), [HOSTILE]], ids=["text", "table", "list"]
+)
+@pytest.mark.parametrize("terminal", [True, False])
+def test_text_from_outside_has_no_effect_on_the_console(renderable, terminal):
+    console = TerminalConsole(
+        file=io.StringIO(), force_terminal=terminal, width=200, color_system=None
+    )
+    with console.capture() as capture:
+        console.print(renderable)
+    output = capture.get()
+    assert SHOWN in output
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e🚆]", output)
+
+
+def test_a_styled_text_from_outside_has_no_effect_either():
+    console = plain_console()
+    console.print(Text("a\x1b[31m\x9b2J\u202eb", style="bold"))
+    assert console.file.getvalue() == "a\\x1b[31m\\x9b2J\\u202eb\n"
+
+
+@pytest.mark.parametrize("name", ["[b]:car:[/b]", "\x1b]0;\x9b2J"])
+def test_the_description_of_a_progress_bar_has_no_effect(name):
+    console = terminal_console()
+    with console.capture() as capture, show_progress(console, name, total=2) as advance:
+        advance(1)
+    output = capture.get()
+    assert ("[b]:car:[/b]" if name[0] == "[" else r"\x1b]0;") in output
+    assert not re.search(r"\x1b\]|[\x07\x9b]", output)

@@ -2,10 +2,9 @@
 
 import io
 
-from rich.console import Console
-
 from mlx_dpo.data.inspect import segments
 from mlx_dpo.data.inspect.segments import Segment, TokenText
+from mlx_dpo.reporting.console import TerminalConsole
 from mlx_dpo.reporting.pair_view import (
     HEAD,
     MARKS,
@@ -24,7 +23,7 @@ SCORED = Segment("chosen", "scored", 1, [TokenText("c", False), TokenText("</s>"
 
 def shown_pair(*parts, notes=(), **settings):
     out = io.StringIO()
-    console = Console(file=out, width=40, highlight=False, **settings)
+    console = TerminalConsole(file=out, width=40, **settings)
     print_pair(console, "a:1", notes, parts)
     return out.getvalue()
 
@@ -61,7 +60,7 @@ def test_control_characters_are_escaped():
     text = "\x1b[31m\r\x08\u202e\u200b [bold]x[/bold]"
     part = Segment("chosen", "scored", 1, [TokenText(text, False)])
     shown = shown_pair(part, soft_wrap=True).splitlines()[3]
-    assert shown == "█ \\u001b[31m\\u000d\\u0008\\u202e\\u200b [bold]x[/bold]"
+    assert shown == "█ \\x1b[31m\\r\\x08\\u202e\\u200b [bold]x[/bold]"
 
 
 def test_a_long_cut_text_is_shown_by_its_beginning_and_end():
@@ -77,7 +76,7 @@ def test_every_treatment_has_a_mark_a_style_and_a_legend():
     kinds = {segments.PROMPT, segments.SCORED, segments.CUT}
     assert kinds == MARKS.keys() == STYLES.keys()
     out = io.StringIO()
-    print_legend(Console(file=out))
+    print_legend(TerminalConsole(file=out))
     assert all(mark in out.getvalue() for mark in MARKS.values())
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_dpo.cli.answers import AnswerWriter, model_flags, open_chat, write_text
+from mlx_dpo.cli.answers import AnswerWriter, model_flags, open_chat
 from mlx_dpo.cli.chat.commands import ChatCommands, is_command, print_note
 from mlx_dpo.cli.chat.feedback import FeedbackFiles
 from mlx_dpo.cli.chat.prompt import (
@@ -17,6 +17,7 @@ from mlx_dpo.cli.chat.prompt import (
     next_message,
     read_line,
 )
+from mlx_dpo.cli.output import write_text
 from mlx_dpo.cli.sampling_flags import sampling_flags
 from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.errors import ConfigError, DPOError

@@ -6,9 +6,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import click
-
 from mlx_dpo.cli.answers import AnswerWriter, note_on_cut
+from mlx_dpo.cli.output import echo
 from mlx_dpo.errors import ConfigError, DataError, reason
 from mlx_dpo.io.atomic import write_file
 
@@ -220,4 +219,4 @@ def write_json(path: Path, record: dict[str, object]) -> None:
 
 def print_note(line: str) -> None:
     """Print a note for the person on stderr; stdout is for answers only."""
-    click.echo(line, err=True)
+    echo(line, err=True)

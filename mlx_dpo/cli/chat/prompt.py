@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
-import click
-
+from mlx_dpo.cli.output import echo
 from mlx_dpo.paths import chat_history_file
+from mlx_dpo.terminal_text import escape_controls, escape_line
 
 BLOCK_MARK = '"""'
 CONTINUATION_PROMPT = "... "
@@ -59,7 +59,7 @@ def next_message(prompt: str) -> TypedMessage | None:
             if interrupted:
                 return None
             interrupted = True
-            click.echo("\nPress Ctrl-C once more to leave; Ctrl-D and /exit leave too.", err=True)
+            echo("\nPress Ctrl-C once more to leave; Ctrl-D and /exit leave too.", err=True)
 
 
 def read_line(prompt: str) -> str:
@@ -69,23 +69,24 @@ def read_line(prompt: str) -> str:
         EOFError: the input has ended.
     """
     if sys.stdout.isatty():
-        return input(prompt)  # readline must know the prompt to redraw the line
-    click.echo(prompt, err=True, nl=False)
+        return input(escape_controls(prompt))  # readline must know the prompt to redraw the line
+    echo(prompt, err=True, nl=False)
     return input()
 
 
 def edit_text(prompt: str, text: str) -> str | None:
     """Let the person edit `text` and return the new text; None if it is empty or input ended.
 
-    Without readline, or if `text` has several lines, the person types the new text from scratch.
+    Without readline, or if `text` has several lines or control characters, the person types the
+    new text from scratch.
     """
     readline = _readline()
-    if readline is not None and "\n" not in text:
+    if readline is not None and text == escape_line(text):
         readline.set_startup_hook(lambda: readline.insert_text(text))
     try:
         first = read_line(prompt)
     except (EOFError, KeyboardInterrupt):
-        click.echo("", err=True)
+        echo("", err=True)
         return None
     finally:
         if readline is not None:

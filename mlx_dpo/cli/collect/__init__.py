@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_dpo.cli import INTERRUPTED
+from mlx_dpo.cli.output import echo
 from mlx_dpo.cli.sampling_flags import DEFAULT_SEED, judge_flags, make_samplings, sampling_flags
 from mlx_dpo.errors import ConfigError
 
@@ -25,7 +26,7 @@ def _print_rubric(ctx: click.Context, parameter: click.Parameter, value: bool) -
         return
     from mlx_dpo.evaluation.judge import default_rubric
 
-    click.echo(default_rubric(), nl=False)
+    echo(default_rubric(), nl=False)
     ctx.exit()
 
 
@@ -101,7 +102,7 @@ def _open_pairs_file(output: str) -> "PairsFile":
 
     pairs_file = PairsFile(Path(output).expanduser())
     for note in pairs_file.notes:
-        click.echo(note, err=True)
+        echo(note, err=True)
     return pairs_file
 
 
@@ -133,11 +134,11 @@ def _open_sampler(
     responders = open_responders(runs, model)
     for responder in responders:
         for note in responder.base.notes:
-            click.echo(note, err=True)
+            echo(note, err=True)
     system = responders[0].system
     if len({responder.system for responder in responders}) > 1:
         used = "no system message" if system is None else f"the system message {system}"
-        click.echo(f"RUNs differ in their system messages; all of them get {used}", err=True)
+        echo(f"RUNs differ in their system messages; all of them get {used}", err=True)
     tasks = TaskSampler(
         add_system_prompt(prompts, system),
         pairs_file,
@@ -196,14 +197,14 @@ def _judge_with_progress(tasks: "TaskSampler", judge: "Judge") -> None:
                 count(1)
     except KeyboardInterrupt:
         _print_summary(tasks.pairs_file)
-        click.echo("Interrupted; run the same command to resume", err=True)
+        echo("Interrupted; run the same command to resume", err=True)
         raise SystemExit(INTERRUPTED) from None
 
 
 def _print_resumed(tasks: "TaskSampler") -> None:
     done = len(tasks.prompts) - tasks.remaining
     if done:
-        click.echo(f"{done:,} of {len(tasks.prompts):,} prompts are decided already", err=True)
+        echo(f"{done:,} of {len(tasks.prompts):,} prompts are decided already", err=True)
 
 
 def _print_summary(pairs_file: "PairsFile") -> None:
@@ -212,12 +213,12 @@ def _print_summary(pairs_file: "PairsFile") -> None:
 
     (_, pairs), *skipped = count_outcomes(pairs_file)
     counts = [f"{pairs:,} pair{'s' * (pairs != 1)}", *(f"{n:,} {why}" for why, n in skipped)]
-    click.echo(f"{pairs_file.path}: {', '.join(counts)}")
+    echo(f"{pairs_file.path}: {', '.join(counts)}")
     if truncated := count_truncated(pairs_file):
-        click.echo(
+        echo(
             f"{truncated:,} of the chosen answers {'was' if truncated == 1 else 'were'} cut at the "
             "token limit, and the model would learn to stop there; raise --max-tokens",
             err=True,
         )
     if pairs:
-        click.echo(f"Train on them: {program()} train {pairs_file.path} --model … --output …")
+        echo(f"Train on them: {program()} train {pairs_file.path} --model … --output …")

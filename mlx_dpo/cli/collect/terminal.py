@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mlx_dpo.cli.answers import CONTROL_CHARACTERS
+from mlx_dpo.cli.output import echo
 from mlx_dpo.collect.session import SKIPPED, TIE, RankingSession, RankingTask, TaskSampler
 from mlx_dpo.collect.web import LoopbackServer, read_page, serve_session
 from mlx_dpo.errors import ConfigError, DataError
 from mlx_dpo.io.jit_cache import user_environment
+from mlx_dpo.terminal_text import escape_line
 
 if TYPE_CHECKING:
     from mlx_dpo.data.prompts import Prompt
@@ -74,7 +75,7 @@ def _take_decision(session: RankingSession, task: RankingTask) -> bool:
     elif key == QUIT:
         return False
     else:
-        _print(f"Unknown key `{CONTROL_CHARACTERS.sub('?', key)}`; nothing is decided")
+        _print(f"Unknown key `{escape_line(key)}`; nothing is decided")
     return True
 
 
@@ -119,7 +120,7 @@ def _read_key(prompt: str) -> tuple[str, str]:
     """Return the key for a decision and, if stdin is a pipe, the rest of the key's line."""
     if sys.stdin.isatty():
         return _read_pressed_key(prompt), ""
-    click.echo(prompt, err=True, nl=False)
+    echo(prompt, err=True, nl=False)
     line = sys.stdin.readline()
     _print("")
     key, rest = line.strip()[:1], line.strip()[1:]
@@ -135,13 +136,13 @@ def _read_pressed_key(prompt: str) -> str:
     attributes = termios.tcgetattr(terminal)
     try:
         tty.setcbreak(terminal, termios.TCSAFLUSH)
-        click.echo(prompt, err=True, nl=False)
+        echo(prompt, err=True, nl=False)
         key = os.read(terminal, 16).decode("utf-8", "replace") or QUIT
     except KeyboardInterrupt:
         key = QUIT
     finally:
         termios.tcsetattr(terminal, termios.TCSADRAIN, attributes)
-    _print(CONTROL_CHARACTERS.sub("", key))
+    _print(escape_line(key))
     return QUIT if key == "\x04" else key.lower()
 
 
@@ -150,31 +151,26 @@ def _print_task(session: RankingSession, task: RankingTask) -> None:
     _print_styled(f"\n{remaining:,} left\n" if remaining else "\n", dim=True)
     for turn in task.prompt.messages:
         _print_styled(f"{turn['role']}: ", bold=True)
-        _print(_strip_controls(str(turn["content"])))
+        _print(str(turn["content"]))
     for number, answer in enumerate(task.answers, start=1):
         note = " (cut at the token limit)" if answer.is_truncated else ""
         _print_styled(f"\n[{number}]{note}\n", bold=True)
-        _print(indent(_strip_controls(answer.text.strip()), "    "))
+        _print(indent(answer.text.strip(), "    "))
     _print("")
 
 
 def _print_styled(text: str, **style: bool) -> None:
-    plain = bool(os.environ.get("NO_COLOR"))
-    click.echo(text if plain else click.style(text, **style), err=True, nl=False)
-
-
-def _strip_controls(text: str) -> str:
-    return CONTROL_CHARACTERS.sub("", text)
+    echo(text, err=True, nl=False, **style)
 
 
 def _print(line: str) -> None:
-    click.echo(line, err=True)
+    echo(line, err=True)
 
 
 def rank_in_browser(tasks: TaskSampler, port: int) -> None:
     """Serve the ranking page until the person finishes there or presses Ctrl-C at the terminal."""
     server = LoopbackServer(read_page(), port)
-    click.echo(f"Open this page in a browser on this machine: {server.url}", err=True)
-    click.echo("Keys: 1, 2 … is better, e edit, t tie, s skip, u undo, q finish", err=True)
+    echo(f"Open this page in a browser on this machine: {server.url}", err=True)
+    echo("Keys: 1, 2 … is better, e edit, t tie, s skip, u undo, q finish", err=True)
     with suppress(KeyboardInterrupt):
         serve_session(RankingSession(tasks), server)
