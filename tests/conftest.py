@@ -20,7 +20,8 @@ VOCAB = 64
 # Tests that train whole runs, start processes or draw pictures: `scripts/test --fast` leaves them
 # out, which is the quicker half of all tests in a tenth of the time.
 INTEGRATION = {
-    *("cli", "demo", "doctor", "examples", "export", "hub", "runs", "saved_runs", "scripts"),
+    *("cli", "demo", "doctor", "examples", "export", "fuzz", "hub"),
+    *("runs", "saved_runs", "scripts"),
     "chat/test_session.py",
     "collect/test_web.py",
     "data/test_fuzz.py",
