@@ -27,6 +27,7 @@ NOT_TEXT = "it holds images, audio or video, and only text is trained on"
 TIED = "completions are rated alike"
 UNPAIRED = "no answer of the other kind to the same prompt"
 TEMPLATE_ERROR = "the model's chat template refuses the conversation"
+NOT_WRITTEN = "the model's chat template leaves out a part of the conversation"
 SPECIAL_TOKEN = "a special token of the model in its text cannot be kept as plain text"
 
 ALWAYS_DROPPED = (TOO_LONG, TIED, UNPAIRED)  # a setting or a rating asks for it; never an error
@@ -59,6 +60,7 @@ class BadPairError(DataError):
     ) -> None:
         self.location = location
         self.reason = reason
+        self.found = found
         self._arguments = (location, reason, found, advice)
         shown = f" ({found})" if found else ""
         super().__init__(

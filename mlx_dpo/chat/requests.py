@@ -3,10 +3,12 @@
 mlx-lm's server ignores fields that it does not implement, and a few values end its thread.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from mlx_dpo.errors import DataError
 from mlx_dpo.schemas.messages import RESERVED_TEMPLATE_KWARGS
+from mlx_dpo.schemas.tool_calls import has_invalid_arguments, normalize_tool_calls
 
 SEED_LIMIT = 2**64
 # Fields that would change the answer, each with the values that have no effect.
@@ -62,6 +64,17 @@ def _message_errors(messages: Any) -> Iterator[str]:
                 yield f"`messages` contain a part of type {_abbreviate(kind)}; only text is read"
         if not isinstance(content, str | list | None):
             yield f"`content` must be text, found {_abbreviate(content)}"
+    yield from _tool_call_errors(messages)
+
+
+def _tool_call_errors(messages: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    for index, message in enumerate(messages):
+        where = f"`messages[{index}]`"
+        try:
+            if has_invalid_arguments(normalize_tool_calls(message, where)):
+                yield f"{where} has a tool call whose `arguments` are no JSON object"
+        except DataError as error:
+            yield str(error)
 
 
 def _sampling_errors(body: Mapping[str, Any], vocab_size: int) -> Iterator[str]:

@@ -29,8 +29,11 @@ from mlx_lm.server import (
 from mlx_dpo.adapters.switch import AdapterState, AdapterSwitch, evaluate_arrays
 from mlx_dpo.chat.requests import find_request_error
 from mlx_dpo.config.sampling import Sampling
+from mlx_dpo.data.templates.tool_calls import fit_tool_calls
 from mlx_dpo.errors import ConfigError, reason
 from mlx_dpo.generation.batch import is_batching_exact
+from mlx_dpo.schemas.tool_calls import normalize_tool_calls
+from mlx_dpo.types import Message
 
 DEFAULT_MODEL = "default_model"  # mlx-lm's name for the model of a request that names none
 MAX_BODY_BYTES = 1 << 26
@@ -82,11 +85,26 @@ class SwitchingModelProvider(ModelProvider):
         return self.model, self.tokenizer
 
 
+class TemplateTokenizer:
+    """A tokenizer that gives tool calls to its chat template as training does."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def apply_chat_template(self, messages: Sequence[Message], **kwargs: Any) -> Any:
+        """Return the text or the token ids of a conversation in the chat template."""
+        fitted = fit_tool_calls(self._tokenizer, messages)
+        return self._tokenizer.apply_chat_template(fitted, **kwargs)
+
+
 class SynchronizedResponseGenerator(ResponseGenerator):
     """mlx-lm's response generator, changed to finish all computations before its thread ends."""
 
     def _tokenize(self, tokenizer: Any, request: CompletionRequest, args: Any) -> Any:
-        tokenized = super()._tokenize(tokenizer, request, args)
+        tokenized = super()._tokenize(TemplateTokenizer(tokenizer), request, args)
         if not tokenized[0]:  # the model fails on an empty prompt, which would end the thread
             raise ValueError("the prompt is empty")
         return tokenized
@@ -185,6 +203,7 @@ class RequestHandler(APIHandler):
     def handle_chat_completions(self) -> CompletionRequest:
         """Return the chat request, with the default system message added if it has none."""
         request = super().handle_chat_completions()
+        request.messages = [normalize_tool_calls(message, "") for message in request.messages]
         system = self.response_generator.model_provider.served.system
         roles = {message.get("role") for message in request.messages}
         if system is not None and not roles & {"system", "developer"}:

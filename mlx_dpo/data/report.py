@@ -8,7 +8,7 @@ from typing import Any, Self
 from mlx_dpo.data.tokenization.tokenize import TokenizedExample
 
 NOT_ADDITIVE = ("max_length", "longest", "per_epoch")  # not sums over the rows
-COUNTERS = ("schemas", "unused_fields", "specials")
+COUNTERS = ("schemas", "unused_fields", "specials", "unwritten")
 MAX_SHOWN = 3  # locations in a line; `to_dict` has all of them
 
 
@@ -37,6 +37,9 @@ class PairsReport:
     )  # special token -> pairs whose text contains it
     with_specials: int = 0
     specials_act: bool = False  # special tokens in texts are control tokens, not plain text
+    unwritten: Counter[str] = field(
+        default_factory=Counter
+    )  # part that the chat template does not write -> pairs
     truncated: int = 0
     prompts_cut: int = 0
     completions_cut: int = 0  # completions without their stop token
@@ -65,6 +68,7 @@ class PairsReport:
         self.as_chat += example.as_chat
         self.specials.update(example.specials)
         self.with_specials += bool(example.specials)
+        self.unwritten.update(example.unwritten)
         self.truncated += example.truncated
         self.prompts_cut += example.prompt_cut
         self.completions_cut += example.completions_cut
@@ -159,6 +163,10 @@ class PairsReport:
             )
         if self.with_system:
             lines.append(f"{self._count(self.with_system)} with the system turn of --system")
+        for name, count in self.unwritten.most_common():
+            lines.append(
+                f"{self._count(count)} with `{name}` that the model's chat template does not write"
+            )
         return lines
 
     def _special_token_lines(self) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from mlx_dpo.errors import EMPTY_COMPLETION, NOT_TEXT, SAME_TEXT, BadPairError, DataError
 from mlx_dpo.schemas.schema import PairOrError, Row
+from mlx_dpo.schemas.tool_calls import normalize_tool_calls
 from mlx_dpo.types import Message, PreferenceExample, Text, UnpairedExample
 
 MEDIA_FIELDS = ("images", "image", "videos", "video", "audios", "audio")  # of a row
@@ -103,8 +104,8 @@ def parse_message(value: Any, name: str, location: str) -> Message:
     message = {key: item for key, item in fields.items() if item is not None}
     if not isinstance(message.get("role"), str):
         raise DataError(f"{location}: `{name}` needs a `role` that is text")
-    if calls := message.pop("tool_calls", None):  # an empty list means no calls
-        message["tool_calls"] = _parse_tool_calls(calls, name, location)
+    message = normalize_tool_calls(message, f"{location}: `{name}`")
+    if "tool_calls" in message:
         message.setdefault("content", "")
     if isinstance(message.get("content"), list):
         message["content"] = _join_text_parts(message["content"], name, location)
@@ -192,17 +193,3 @@ def _join_text_parts(parts: list[Any], name: str, location: str) -> str:
             raise DataError(f"{location}: `{name}` has a part of content without text")
         texts.append(fields["text"])
     return "".join(texts)
-
-
-def _parse_tool_calls(calls: Any, name: str, location: str) -> list[Any]:
-    fit = isinstance(calls, list) and all(
-        isinstance(call, dict)
-        and isinstance(function := call.get("function", call), dict)
-        and isinstance(function.get("name"), str)
-        for call in calls
-    )
-    if not fit:
-        raise DataError(
-            f"{location}: `{name}` has `tool_calls` that are no list of objects with a `name`"
-        )
-    return list(calls)

@@ -53,6 +53,10 @@ CHECKS = {
         Check("template-refused", FAULT, "the chat template does not take such turns",
               "fix the turns or use another model; `--bad-pairs drop` passes over them", MODEL,
               unit=ROWS),
+        Check("not-written", FAULT, "the chat template leaves out a part of the conversation, so "
+              "the model would be trained on another one",
+              "use a model whose template writes it; `--bad-pairs drop` passes over them", MODEL,
+              unit=ROWS),
         Check("prompt-not-prefix", FAULT, "the chat template changes the prompt once a reply "
               "follows, so nothing says where the reply begins",
               "take a model whose template keeps the prompt", MODEL),
@@ -94,6 +98,9 @@ CHECKS = {
         Check("special-token", REMARK, "a special token of the model stands in the text; it is "
               "kept as characters, and acts only with `--chat-template text`",
               "take it out, if a template has been applied before", MODEL),
+        Check("unwritten-field", REMARK, "the chat template does not write the field, so the model "
+              "never sees it", "nothing, unless the model should see it: then use a model whose "
+              "template writes it", MODEL),
         Check("missing-stop", REMARK, "the chat template ends an answer without a stop token; "
               "training adds one", "see whether the template is the model's own", MODEL),
         Check("truncated", REMARK, "the row was cut; an answer that was is scored without its end",
@@ -124,6 +131,7 @@ CHECK_OF_REASON = {  # reason of a `BadPairError` -> name of the check
     errors.TIED: "tied",
     errors.UNPAIRED: "unpaired",
     errors.TEMPLATE_ERROR: "template-refused",
+    errors.NOT_WRITTEN: "not-written",
     errors.SPECIAL_TOKEN: "no-plain-text",
 }
 

@@ -21,7 +21,9 @@ from mlx_dpo.data.tokenization.tokenize import TokenizedExample, tokenize_pair, 
 from mlx_dpo.data.tokenization.tokenize_rows import new_report
 from mlx_dpo.errors import (
     NO_ROOM,
+    NOT_WRITTEN,
     SAME_AFTER_TRUNCATION,
+    TEMPLATE_ERROR,
     TOO_LONG,
     BadPairError,
     DataError,
@@ -34,6 +36,7 @@ from mlx_dpo.types import PreferenceExample, Text, UnpairedExample
 UNLIMITED = 1 << 40
 # Reasons of a `BadPairError` that a larger `max_length` removes.
 LENGTH_REASONS = (TOO_LONG, NO_ROOM, SAME_AFTER_TRUNCATION)
+DETAILED_REASONS = (TEMPLATE_ERROR, NOT_WRITTEN)  # what was found says more than the reason
 Example = PreferenceExample | UnpairedExample
 ProgressCallback = Callable[[int], None]  # called with the number of rows read since the last call
 
@@ -153,6 +156,8 @@ def _scan_tokens(example: Example, index: int, split: SplitScan, report: PairsRe
         tokenized = tokenize_example(example, settings)
     except BadPairError as bad:
         report.drop(bad.location, bad.reason)
+        if bad.found and bad.reason in DETAILED_REASONS:
+            split.log.add_detail(CHECK_OF_REASON[bad.reason], bad.found)
         if bad.reason in LENGTH_REASONS:
             split.lengths.add(*_count_tokens(tokenize_example(example, settings, unlimited=True)))
         return False
@@ -184,6 +189,8 @@ def _token_findings(
         yield "beyond-context", ""
     if tokenized.specials:
         yield "special-token", " ".join(sorted(tokenized.specials))
+    for name in sorted(tokenized.unwritten):
+        yield "unwritten-field", name
     if tokenized.as_chat and tokenized.stops_added:
         yield "missing-stop", ""
     if tokenized.truncated:

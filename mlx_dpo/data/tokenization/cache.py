@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from functools import partial
+from functools import lru_cache, partial
+from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
@@ -43,8 +44,8 @@ from mlx_dpo.errors import reason
 from mlx_dpo.io.atomic import temporary_path
 from mlx_dpo.io.cache_listing import UNKNOWN, CacheEntry, list_cache
 
-# Increase it if the same rows become other pairs or counts, or if the file format changes.
-FORMAT_VERSION = 3
+# Packages whose code decides which pairs and counts the rows become, and how they are stored.
+CODE = ("mlx_dpo.schemas", "mlx_dpo.data")
 SUFFIX = ".pairs"
 MIN_CACHED_BYTES = 1 << 20  # size of files that take about a second to tokenize
 LIBRARIES = ("transformers", "tokenizers", "mlx-lm", "jinja2")  # their versions change tokens
@@ -177,7 +178,8 @@ def _key(
     formats: list[Any] = [file_format(path) for path in source.files]
     is_dated = DATED in str(getattr(tokenizer, "chat_template", ""))
     content = {
-        "rules": [FORMAT_VERSION, asdict(rules)],
+        "rules": asdict(rules),
+        "code": _code_digest(),
         "files": [formats, [_digest(path) for path in files]],
         "tokenizer": [
             cache.tokenizer_digest,
@@ -188,6 +190,17 @@ def _key(
         "today": f"{datetime.now():%Y-%m-%d}" if is_dated else None,
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+@lru_cache
+def _code_digest() -> str:
+    """Return a SHA-256 digest of the code in the packages `CODE`."""
+    digest = hashlib.sha256()
+    for package in CODE:
+        root = Path(str(resources.files(package)))
+        for path in sorted(root.rglob("*.py")):
+            digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def _digest(path: Path) -> str:

@@ -5,10 +5,14 @@ on the token ids of every pair.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from jinja2.exceptions import TemplateError
 
+from mlx_dpo.data.templates.dropped import find_dropped_parts
+from mlx_dpo.data.templates.render import TemplateInput, call_template, has_template
+from mlx_dpo.data.templates.tool_calls import fit_tool_calls
 from mlx_dpo.data.tokenization.special_tokens import (
     NotPlainTextError,
     get_special_tokens,
@@ -16,6 +20,7 @@ from mlx_dpo.data.tokenization.special_tokens import (
 )
 from mlx_dpo.errors import (
     EMPTY_PROMPT,
+    NOT_WRITTEN,
     SPECIAL_TOKEN,
     TEMPLATE_ERROR,
     BadPairError,
@@ -25,16 +30,6 @@ from mlx_dpo.schemas.messages import has_content, to_messages
 from mlx_dpo.types import Message, PreferenceExample
 
 Ids = tuple[int, ...]
-# A template is a program: for messages that it was not written for it can raise anything.
-TEMPLATE_EXCEPTIONS = (
-    TypeError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-    RecursionError,
-)
-NO_KWARGS: Mapping[str, Any] = {}
 
 
 class TokenizedParts(NamedTuple):
@@ -43,25 +38,7 @@ class TokenizedParts(NamedTuple):
     prompt: Ids
     completions: list[Ids]  # chosen, rejected
     moved: int  # prompt tokens that merge with a completion and were moved to it
-
-
-class TemplateInput(NamedTuple):
-    """Messages and arguments for the chat template."""
-
-    messages: Sequence[Message]
-    thinking: bool
-    template_kwargs: Mapping[str, Any] = NO_KWARGS  # `tools` and the row's own arguments
-    add_generation_prompt: bool = False  # begin the assistant's next turn
-    continue_final_message: bool = False  # leave the last turn open
-
-
-def has_template(tokenizer: Any) -> bool:
-    """Return whether the tokenizer has a chat template.
-
-    The tokenizer may be mlx-lm's wrapper or one of transformers.
-    """
-    has = getattr(tokenizer, "has_chat_template", None)
-    return has if has is not None else getattr(tokenizer, "chat_template", None) is not None
+    unwritten: frozenset[str] = frozenset()  # parts without a trace in the chat template
 
 
 def encode_conversation(
@@ -88,14 +65,14 @@ def apply_template(tokenizer: Any, template_input: TemplateInput) -> Ids:
     specials = get_special_tokens(tokenizer)
     messages, kwargs = template_input.messages, template_input.template_kwargs
     if not specials.find([messages, kwargs]):
-        ids = _call_template(tokenizer, template_input, tokenize=True)
+        ids = _render(tokenizer, template_input, tokenize=True)
         # Tokenizers of transformers return a mapping, mlx-lm's wrapper a list.
         return tuple(ids["input_ids"] if isinstance(ids, Mapping) else ids)
     marked = template_input._replace(
         messages=specials.mark(messages), template_kwargs=specials.mark(kwargs)
     )
-    text = _call_template(tokenizer, marked, tokenize=False)
-    if specials.unmark(text) != _call_template(tokenizer, template_input, tokenize=False):
+    text = _render(tokenizer, marked, tokenize=False)
+    if specials.unmark(text) != _render(tokenizer, template_input, tokenize=False):
         raise NotPlainTextError(
             "the template treats a special token within a message in its own way"
         )
@@ -145,13 +122,38 @@ def tokenize_as_chat(
         for row, whole in zip(rows, wholes, strict=True):
             if row[: len(prompt_ids)] != prompt_ids and not _is_prefix(tokenizer, before, whole):
                 raise _boundary_error(tokenizer, example.location, prompt_ids, row)
+        unwritten = _find_unwritten(tokenizer, wholes, len(prompt) - continues, example.location)
     except NotPlainTextError as error:
         raise BadPairError(example.location, SPECIAL_TOKEN, str(error)) from None
     except TemplateError as error:
         message = " ".join(str(error).split())[:200]
         advice = "fix its turns, or use another model"
         raise BadPairError(example.location, TEMPLATE_ERROR, message, advice=advice) from None
-    return _split(prompt_ids, rows)
+    return _split(prompt_ids, rows)._replace(unwritten=unwritten)
+
+
+def _find_unwritten(
+    tokenizer: Any, wholes: Sequence[TemplateInput], first_in_completion: int, location: str
+) -> frozenset[str]:
+    """Return the names of the parts of the conversations that the chat template leaves out.
+
+    Raises:
+        BadPairError: such a part changes what the pair says.
+    """
+    names: set[str] = set()
+    for whole, completion in zip(wholes, ("chosen", "rejected"), strict=True):
+        parts = find_dropped_parts(tokenizer, whole, first_in_completion, partial(_text, tokenizer))
+        if faults := [part for part in parts if part.is_fault]:
+            found = faults[0].describe(first_in_completion, completion)
+            raise BadPairError(
+                location, NOT_WRITTEN, found, advice="use a model whose template writes it"
+            )
+        names.update(part.name for part in parts)
+    return frozenset(names)
+
+
+def _text(tokenizer: Any, template_input: TemplateInput) -> str:
+    return str(_render(tokenizer, template_input, tokenize=False))
 
 
 def later_turn_starts(tokenizer: Any, example: PreferenceExample, *, thinking: bool) -> list[int]:
@@ -250,8 +252,7 @@ def _is_prefix(tokenizer: Any, before: TemplateInput, whole: TemplateInput) -> b
     are no prefix, a token spans the boundary of prompt and completion.
     """
     prefix, text = (
-        _call_template(tokenizer, template_input, tokenize=False)
-        for template_input in (before, whole)
+        _render(tokenizer, template_input, tokenize=False) for template_input in (before, whole)
     )
     return bool(text.startswith(prefix))
 
@@ -281,20 +282,9 @@ def _shared_length(first: Ids, second: Ids) -> int:
     return next((i for i in range(shorter) if first[i] != second[i]), shorter)
 
 
-def _call_template(tokenizer: Any, template_input: TemplateInput, *, tokenize: bool) -> Any:
-    # mlx-lm enables thinking for every model that has it, so the argument is always passed.
-    kwargs = {"enable_thinking": template_input.thinking, **template_input.template_kwargs}
-    if template_input.continue_final_message:
-        kwargs["continue_final_message"] = True
-    try:
-        return tokenizer.apply_chat_template(
-            list(template_input.messages),
-            add_generation_prompt=template_input.add_generation_prompt,
-            tokenize=tokenize,
-            **kwargs,
-        )
-    except TEMPLATE_EXCEPTIONS as error:
-        raise TemplateError(f"{type(error).__name__}: {error}") from error
+def _render(tokenizer: Any, template_input: TemplateInput, *, tokenize: bool) -> Any:
+    messages = fit_tool_calls(tokenizer, template_input.messages)
+    return call_template(tokenizer, template_input._replace(messages=messages), tokenize=tokenize)
 
 
 def _encode(tokenizer: Any, text: str, controls: bool, *, ends: bool) -> Ids:

@@ -52,7 +52,10 @@ class SpecialTokens:
                 raise NotPlainTextError("the text holds private characters and a special token")
             return self._name_pattern.sub(lambda match: self._mark_of[match[0]], value)
         if isinstance(value, Mapping):
-            return {k: v if k == "role" else self.mark(v) for k, v in value.items()}
+            return {
+                self.mark(key): item if key == "role" else self.mark(item)
+                for key, item in value.items()
+            }
         return [self.mark(item) for item in value] if isinstance(value, list | tuple) else value
 
     def unmark(self, text: str) -> str:
@@ -112,11 +115,12 @@ def stop_tokens(tokenizer: Any) -> set[int]:
 
 
 def iterate_texts(value: Any) -> Iterator[str]:
-    """Yield every string in a text or in nested messages, except for the roles."""
+    """Yield every string in a text or in nested messages, keys included, except for the roles."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
         for key, item in value.items():
+            yield from iterate_texts(key)
             if key != "role":
                 yield from iterate_texts(item)
     elif isinstance(value, list | tuple):

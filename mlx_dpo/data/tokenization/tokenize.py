@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from mlx_dpo.data.templates.render import has_template
 from mlx_dpo.data.tokenization.chat_template import (
     Ids,
     format_ids,
-    has_template,
     has_thinking_mode,
     later_turn_starts,
     split_control_tokens,
@@ -107,6 +107,7 @@ class TokenizedExample:
     stops_added: int  # completions that had no stop token
     prompt_cut: bool
     completions_cut: int
+    unwritten: frozenset[str] = frozenset()  # parts without a trace in the chat template
 
     @property
     def truncated(self) -> bool:
@@ -185,6 +186,7 @@ class _Parts(NamedTuple):
     completions: tuple[Ids, ...]  # each with its stop token
     stops_added: tuple[bool, ...]
     moved: int
+    unwritten: frozenset[str]
 
 
 def _tokenize(tokenizer: Any, example: PreferenceExample, rules: TokenRules) -> _Parts:
@@ -203,7 +205,7 @@ def _tokenize(tokenizer: Any, example: PreferenceExample, rules: TokenRules) -> 
     _check_ids(tokenizer, (parts.prompt, *completions), example.location, rules.vocab_size)
     if any(len(ids) == 1 and ids[0] in stops for ids in completions):
         raise BadPairError(example.location, EMPTY_COMPLETION, "once tokenized")
-    return _Parts(formatted, parts.prompt, completions, added, parts.moved)
+    return _Parts(formatted, parts.prompt, completions, added, parts.moved, parts.unwritten)
 
 
 def _truncate(
@@ -226,6 +228,7 @@ def _truncate(
         stops_added=stops_added,
         prompt_cut=pair.prompt != whole.prompt,
         completions_cut=(pair.chosen != whole.chosen) + (pair.rejected != whole.rejected),
+        unwritten=parts.unwritten,
     )
 
 

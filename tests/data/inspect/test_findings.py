@@ -29,6 +29,7 @@ CHANGES_QUESTIONS = (
     "{% if loop.length > 1 and '!' in m.content %} {% endif %}</s>{% endfor %}"
     "{% if add_generation_prompt %}<A>{% endif %}"
 )
+NO_SYSTEM = CHAT.replace("in messages", "in messages if m.role != 'system'")
 NO_STOP = CHAT.replace("</s>", "")
 
 
@@ -88,6 +89,11 @@ CASES = {
         [like(prompt=turns("user", "Be kind."))],
         template=REFUSES_SYSTEM,
     ),
+    "not-written": Case(
+        [like(prompt=turns("system", "Be kind."))],
+        [like(prompt=turns("user", "Be kind."))],
+        template=NO_SYSTEM,
+    ),
     "prompt-not-prefix": Case(
         [like(prompt="Which way!")], [GOOD], template=CHANGES_QUESTIONS
     ),
@@ -125,6 +131,9 @@ CASES = {
         **KTO,
     ),
     "special-token": Case([answered("a</s>b")], [answered("a</ s>b")]),
+    "unwritten-field": Case(
+        [like(prompt=[{"role": "user", "content": "Which way?", "name": "Ann"}])], [GOOD]
+    ),
     "missing-stop": Case([GOOD], [answered("That way.</s>")], template=NO_STOP,
                          tokens={"chat_template": "auto"}),
     "truncated": Case([answered("That way, now.")], [GOOD], tokens={"max_length": 13 + 10}),

@@ -173,7 +173,11 @@ def test_tokenizer_libraries_and_rows_change_the_key(write, cache, monkeypatch):
     other: Any = CannotEncode(CHAT)
     other.eos_token_ids = [EOS, 7]
     assert is_missed(path, cache, tokenizer=other)
-    for name, value in (("FORMAT_VERSION", 4), ("version", lambda name: "9"), ("LIBRARIES", ())):
+    for name, value in (
+        ("_code_digest", lambda: "changed"),
+        ("version", lambda name: "9"),
+        ("LIBRARIES", ()),
+    ):
         with monkeypatch.context() as patched:
             patched.setattr(token_cache, name, value)
             assert is_missed(path, cache)
@@ -182,6 +186,15 @@ def test_tokenizer_libraries_and_rows_change_the_key(write, cache, monkeypatch):
     assert not is_missed(path, cache)
     assert is_missed(write(*ROWS[:-1], ROWS[-1] | {"chosen": "yes!"}), cache)
     assert is_missed(write(*ROWS[::-1]), cache)
+
+
+def test_the_key_depends_on_the_code_that_reads_and_tokenizes_rows(monkeypatch):
+    """A new schema or another reader of messages makes other pairs of the same rows."""
+    digests = [token_cache._code_digest.__wrapped__()]
+    for packages in (("mlx_dpo.data",), ("mlx_dpo.schemas",)):
+        monkeypatch.setattr(token_cache, "CODE", packages)
+        digests.append(token_cache._code_digest.__wrapped__())
+    assert len(set(digests)) == 3
 
 
 def test_a_template_with_the_date_has_another_key_on_another_day(write, cache, monkeypatch):
