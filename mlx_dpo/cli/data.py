@@ -1,7 +1,7 @@
 """`mlx-dpo data`: check, show, split and clean data sets before training."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -144,6 +144,7 @@ def split(share: float, output: str, **flags: Any) -> None:
             echo(line)
     for name in result.ignored_sources:
         echo(f"{name}: left alone")
+    _print_columns_of_bytes(result.columns_of_bytes)
     echo(f"{output}: {result.rows['train']:,} rows to train on, {result.rows['valid']:,} held out")
 
 
@@ -170,9 +171,18 @@ def clean(drop: tuple[str, ...], output: str, **flags: Any) -> None:
         result = clean_pairs(config, drop=drop, output=Path(output).expanduser(), progress=progress)
     for name, count in result.dropped.items():
         echo(f"{name}: {count:,} row{'s' * (count != 1)}")
+    _print_columns_of_bytes(result.columns_of_bytes)
     if result.skipped:
         echo(f"not looked for without --model and held-out pairs: {', '.join(result.skipped)}")
     echo(f"{output}: {result.remaining:,} of {result.rows:,} rows; {result.report} says which went")
+
+
+def _print_columns_of_bytes(counts: Mapping[str, int]) -> None:
+    for name, count in counts.items():
+        echo(
+            f"column `{name}` is left out of {count:,} row{'s' * (count != 1)}: it holds bytes, "
+            "which JSON cannot"
+        )
 
 
 def _was_typed(name: str) -> bool:

@@ -36,6 +36,7 @@ class CleanResult:
     dropped: dict[str, int]  # a row with several findings counts for each of them
     report: Path
     skipped: list[str]  # checks that need a model or held-out pairs
+    columns_of_bytes: Mapping[str, int]  # rows by column that was left out, as JSON has no bytes
 
 
 def clean_pairs(
@@ -64,10 +65,10 @@ def clean_pairs(
     dropped = _find_dropped_rows(results, checks)
     # Leaving the block publishes the report first and the rows last.
     with open_new_file(output) as rows_file, open_new_file(report) as report_file:
-        remaining = 0
+        remaining, left_out = 0, Counter[str]()
         for raw in read_all_raw_rows(sources.train):
             if raw.location not in dropped:
-                write_row(rows_file, raw)
+                left_out.update(write_row(rows_file, raw))
                 remaining += 1
         check_row_count(remaining + len(dropped), results.train.rows, sources.train[0])
         if not remaining:
@@ -75,7 +76,7 @@ def clean_pairs(
         content = _make_report(sources.train, results, checks, dropped) | {"output": str(output)}
         report_file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
     skipped = [check.name for check in checks if check.name in _skipped_checks(results)]
-    return CleanResult(results.train.rows, remaining, content["dropped"], report, skipped)
+    return CleanResult(results.train.rows, remaining, content["dropped"], report, skipped, left_out)
 
 
 def _make_report(

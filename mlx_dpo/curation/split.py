@@ -36,6 +36,7 @@ class SplitResult:
     rows: dict[str, int]  # of `train` and of `valid`
     reports: Sequence[PairsReport]  # dropped pairs and the reasons
     ignored_sources: Sequence[str]  # held-out splits that the sources have already
+    columns_of_bytes: Mapping[str, int]  # rows by column that was left out, as JSON has no bytes
 
 
 def split_pairs(config: DPOConfig, *, share: float, output: Path) -> SplitResult:
@@ -58,18 +59,26 @@ def split_pairs(config: DPOConfig, *, share: float, output: Path) -> SplitResult
         raise ConfigError(f"{sources.train[0].name}: holds one pair, and two make a split")
     splits = {number: VALID if number in held_out else TRAIN for number in rows}
     with atomic_folder(output) as folder:
-        _write_splits(sources.train, splits, folder)
+        left_out = _write_splits(sources.train, splits, folder)
     counts = Counter(splits.values())
     return SplitResult(
         {name: counts[name] for name in (TRAIN, VALID)},
         reports,
         [source.name for source in sources.valid],
+        left_out,
     )
 
 
-def _write_splits(sources: Sequence[Source], splits: Mapping[int, str], folder: Path) -> None:
-    """Write each row to the file of its split; rows without a pair are in no split."""
+def _write_splits(
+    sources: Sequence[Source], splits: Mapping[int, str], folder: Path
+) -> Counter[str]:
+    """Write each row to the file of its split; rows without a pair are in no split.
+
+    Returns:
+        The number of rows by column that was left out, because it holds bytes.
+    """
     written = 0
+    left_out: Counter[str] = Counter()
     with ExitStack() as stack:
         files = {
             name: stack.enter_context((folder / f"{name}{JSON_LINES}").open("wb"))
@@ -77,9 +86,10 @@ def _write_splits(sources: Sequence[Source], splits: Mapping[int, str], folder: 
         }
         for number, raw in enumerate(read_all_raw_rows(sources)):
             if number in splits:
-                write_row(files[splits[number]], raw)
+                left_out.update(write_row(files[splits[number]], raw))
                 written += 1
     check_row_count(written, len(splits), sources[0])
+    return left_out
 
 
 def _read_prompts(

@@ -16,8 +16,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from mlx_dpo.data.formats.json_rows import read_json_items
 from mlx_dpo.errors import DataError, reason
-from mlx_dpo.io.bounded import UnpackedStream, decode, open_file, parse_json, read_lines
+from mlx_dpo.io.bounded import UnpackedStream, decode, open_file, read_lines
+from mlx_dpo.schemas import SCHEMAS
+from mlx_dpo.schemas.messages import TEMPLATE_FIELDS, read_messages_in_text
 from mlx_dpo.schemas.schema import Row
 
 # A location with a canonical number, which a code can hold: `name:12` or `name[12]`.
@@ -120,8 +123,8 @@ def _pack(file: int, number: int, kind: int) -> int:
 
 
 TABLE_BATCH_ROWS = 1000  # rows of a Parquet file that are Python objects at the same time
-TEXT_COLUMNS = {"prompt", "question", "instruction", "chosen", "rejected", "completion"}
-ROLE_KEYS = {"role", "from"}  # every message has one of these keys
+KNOWN_FIELDS = {name for schema in SCHEMAS.values() for name in schema.fields}
+LIST_FIELDS = {*TEMPLATE_FIELDS, *(name for schema in SCHEMAS.values() for name in schema.lists)}
 Items = Iterator[tuple[str, Any]]  # locations and parsed values
 SUPPORTED_FORMATS = (
     "`.jsonl`, `.json`, `.parquet` or `.csv`, each also `.gz`, `.bz2`, `.xz` or `.zst`"
@@ -142,13 +145,36 @@ def read_file(path: Path) -> Iterator[Row]:
 def to_rows(items: Items) -> Iterator[Row]:
     """Yield a `Row` for each (location, parsed value) in `items`.
 
+    Fields with messages or lists as text are parsed, whatever the format of the file.
+
     Raises:
         DataError: a value is not an object (dictionary).
     """
     for location, item in items:
+        if isinstance(item, DataError):
+            raise item
         if not isinstance(item, dict):
             raise DataError(f"{location}: expected an object, found {_describe(item)}")
-        yield Row(item, location)
+        values = {name: _parse_text_field(name, value) for name, value in item.items()}
+        yield Row(values, location)
+
+
+def _parse_text_field(name: str, value: Any) -> Any:
+    """Return the messages or the list that a text field holds; other values as they are."""
+    if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{", '"'):
+        return value
+    if (messages := read_messages_in_text(value)) is not None:
+        return messages
+    return _read_objects(value) if name in LIST_FIELDS else value
+
+
+def _read_objects(text: str) -> Any:
+    """Return the list or object that is written in a text as JSON; the text if there is none."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    return value if isinstance(value, list | dict) else text
 
 
 def file_format(path: Path) -> tuple[str, str]:
@@ -167,37 +193,24 @@ def file_format(path: Path) -> tuple[str, str]:
     return suffix, compression
 
 
-def read_json_lines(stream: IO[bytes], name: str) -> Items:
-    """Yield location and JSON value of each line of the stream; blank lines are skipped."""
-    # As bytes, so that only a newline ends a line, and an invalid byte is reported for its line.
-    for number, line in enumerate(read_lines(stream), start=1):
-        if line.strip():
-            location = f"{name}:{number}"
-            yield location, parse_json(line.rstrip(), location, DataError)
-
-
-def _read_json_list(stream: IO[bytes], name: str) -> Items:
-    items = parse_json(stream.read(), name, DataError, limit=sys.maxsize)
-    if not isinstance(items, list):
-        raise DataError(
-            f"{name}: expected a list of objects, found {_describe(items)}; "
-            "a file with one object per line must end in `.jsonl`"
-        )
-    for index, item in enumerate(items):
-        yield f"{name}[{index}]", item
+def read_json(stream: IO[bytes], name: str) -> Items:
+    """Yield location and value of each row of a JSON file, however the file is laid out."""
+    for location, value, _ in read_json_items(stream, name):
+        yield location, value
 
 
 def _read_parquet(stream: IO[bytes], name: str) -> Items:
     import pyarrow
     import pyarrow.parquet
 
+    from mlx_dpo.data.formats.arrow import to_records
+
     try:
         table = pyarrow.parquet.ParquetFile(_seekable(stream))
         index = 0
         for batch in table.iter_batches(batch_size=TABLE_BATCH_ROWS):
-            for item in batch.to_pylist():
-                yield f"{name}[{index}]", item
-                index += 1
+            yield from to_records(batch, name, index)
+            index += batch.num_rows
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"{name}: cannot be read as Parquet ({reason(error)})") from error
 
@@ -209,10 +222,7 @@ def _seekable(stream: IO[bytes]) -> IO[bytes]:
 
 
 def _read_csv(stream: IO[bytes], name: str) -> Items:
-    """Yield location and fields of each record below the header.
-
-    A cell that holds messages as JSON is parsed.
-    """
+    """Yield location and fields of each record below the header."""
     csv.field_size_limit(sys.maxsize)  # completions may be long
     lines = csv.reader(_decode_lines(stream, name), strict=True)
     header = next(lines, [])
@@ -228,18 +238,15 @@ def _read_csv(stream: IO[bytes], name: str) -> Items:
 
 
 def _parse_cell(column: str, text: str) -> Any:
-    if not text.startswith(("[", "{")):
+    """Return the object or the list of objects in a cell of a column that no schema reads.
+
+    Such a column may have fields that are read by their names (`--column prompt=input.question`).
+    """
+    if column in KNOWN_FIELDS or not text.startswith(("[", "{")):
         return text
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return text
-    objects = value if isinstance(value, list) else [value]
-    if not objects or not all(isinstance(item, dict) for item in objects):
-        return text
-    # In a column of text or messages, objects that are not messages are text that looks like JSON.
-    are_messages = all(ROLE_KEYS & item.keys() for item in objects)
-    return value if are_messages or column not in TEXT_COLUMNS else text
+    value = _read_objects(text)
+    items = value if isinstance(value, list) else [value]
+    return value if items and all(isinstance(item, dict) for item in items) else text
 
 
 def _decode_lines(stream: IO[bytes], name: str) -> Iterator[str]:
@@ -283,8 +290,8 @@ def _open_zstandard(stream: IO[bytes]) -> Any:
 
 
 READERS: dict[str, Callable[[IO[bytes], str], Items]] = {
-    ".jsonl": read_json_lines,
-    ".json": _read_json_list,
+    ".jsonl": read_json,
+    ".json": read_json,
     ".parquet": _read_parquet,
     ".csv": _read_csv,
 }

@@ -71,11 +71,12 @@ class HubDataset:
 
 def _iterate_dataset(dataset: Any, name: str) -> Iterator[tuple[str, Any]]:
     """Yield location and fields of each row of a dataset; images and audio are not decoded."""
+    from mlx_dpo.data.formats.arrow import to_records
+
     index = 0
     for batch in dataset.with_format("arrow").iter(batch_size=BATCH_ROWS):
-        for record in batch.to_pylist():
-            yield f"{name}[{index}]", record
-            index += 1
+        yield from to_records(batch, name, index)
+        index += batch.num_rows
 
 
 def parse_hub_name(name: str) -> HubDataset | None:
@@ -136,7 +137,7 @@ class InMemoryRows:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 digest of the rows as hex; a field that is null counts as absent.
+        """SHA-256 digest of the rows as hex; a column or a message's field that is null is absent.
 
         The digest of a list of dictionaries and that of a `Dataset` made from it are the same.
 
@@ -146,7 +147,7 @@ class InMemoryRows:
         hashed = sha256()
         for location, record in self._items():
             try:
-                line = json.dumps(_without_nulls(record), sort_keys=True, default=repr)
+                line = json.dumps(_without_nulls(record, 2), sort_keys=True, default=repr)
             except (TypeError, ValueError, RecursionError) as error:
                 raise DataError(f"{location}: cannot be written as JSON ({error})") from error
             hashed.update(line.encode() + b"\n")
@@ -167,7 +168,12 @@ def is_dataset(records: Any) -> bool:
     return library is not None and isinstance(records, library.Dataset)
 
 
-def _without_nulls(value: Any) -> Any:
+def _without_nulls(value: Any, levels: int) -> Any:
+    """Return the value without null fields of objects, down to `levels` objects in each other."""
+    if not levels:
+        return value
     if isinstance(value, Mapping):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list | tuple) else value
+        return {k: _without_nulls(v, levels - 1) for k, v in value.items() if v is not None}
+    if isinstance(value, list | tuple):
+        return [_without_nulls(item, levels) for item in value]
+    return value

@@ -12,7 +12,7 @@ from mlx_dpo.data.files import (
     READERS,
     file_format,
     read_file,
-    read_json_lines,
+    read_json,
     to_rows,
 )
 from mlx_dpo.data.hf_datasets import HubDataset, InMemoryRows, is_dataset, parse_hub_name
@@ -51,7 +51,7 @@ class Source:
         elif self.memory is not None:
             yield from self.memory.rows()
         elif self.name == STDIN:
-            yield from to_rows(read_json_lines(sys.stdin.buffer, STDIN))
+            yield from to_rows(read_json(sys.stdin.buffer, STDIN))
         for path in self.files:
             yield from read_file(path)
 

@@ -42,8 +42,8 @@ NAME_ERRORS = {
 }
 
 
-class _TooManyDigitsError(ValueError):
-    """An integer in JSON has more than `MAX_DIGITS` digits."""
+class _RefusedJSONError(ValueError):
+    """JSON has an integer of more than `MAX_DIGITS` digits, or a repeated key."""
 
 
 def open_file(path: Path, error: type[DPOError], *, accept_pipe: bool = False) -> BinaryIO:
@@ -131,7 +131,12 @@ def decode(data: bytes, location: str, error: type[DPOError]) -> str:
 
 
 def parse_json(
-    data: bytes | str, location: str, error: type[DPOError], *, limit: int = MAX_ROW_BYTES
+    data: bytes | str,
+    location: str,
+    error: type[DPOError],
+    *,
+    limit: int = MAX_ROW_BYTES,
+    unique_keys: bool = False,
 ) -> Any:
     """Return the value of JSON data of at most `limit` bytes (characters, if it is text).
 
@@ -140,21 +145,23 @@ def parse_json(
         location: what an error message begins with, such as `file:12`.
         error: class of the exception.
         limit: maximum length of the data.
+        unique_keys: refuse an object with the same key twice; otherwise the last value counts.
 
     Raises:
         error: the data is not JSON or not UTF-8, is too long, is nested more than `MAX_NESTING`
-            times, or has an integer of more than `MAX_DIGITS` digits.
+            times, or has an integer of more than `MAX_DIGITS` digits or a repeated key.
     """
     if len(data) > limit:
         raise error(f"{location}: longer than {format_bytes(limit)}; shorten it or leave it out")
     text = data if isinstance(data, str) else decode(data, location, error)
     try:
-        value = json.loads(text, parse_int=_parse_int)
+        pairs_hook = _unique_object if unique_keys else None
+        value = json.loads(text, parse_int=_parse_int, object_pairs_hook=pairs_hook)
     except json.JSONDecodeError as failed:
         at = f"line {failed.lineno}, " if failed.lineno > 1 else ""
         raise error(f"{location}: not JSON ({failed.msg}, {at}column {failed.colno})") from None
-    except _TooManyDigitsError as failed:
-        raise error(f"{location}: {failed}; shorten the number") from None
+    except _RefusedJSONError as failed:
+        raise error(f"{location}: {failed}") from None
     except RecursionError:
         _raise_nested(location, error)
     if text.count("[") + text.count("{") > MAX_NESTING:
@@ -185,8 +192,13 @@ def read_lines(stream: IO[bytes], limit: int = MAX_ROW_BYTES) -> Iterator[bytes]
     """
     while line := stream.readline(limit + 1):
         yield line
-        while len(line) > limit and not line.endswith(b"\n"):
-            line = stream.readline(limit + 1)
+        skip_rest(stream, line, limit)
+
+
+def skip_rest(stream: IO[bytes], line: bytes, limit: int = MAX_ROW_BYTES) -> None:
+    """Skip the rest of a line of which `readline(limit + 1)` returned the beginning `line`."""
+    while len(line) > limit and not line.endswith(b"\n"):
+        line = stream.readline(limit + 1)
 
 
 class UnpackedStream(io.RawIOBase):
@@ -240,8 +252,19 @@ class UnpackedStream(io.RawIOBase):
 
 def _parse_int(digits: str) -> int:
     if len(digits) > MAX_DIGITS + 1:  # a sign
-        raise _TooManyDigitsError(f"a number of {len(digits)} digits (at most {MAX_DIGITS})")
+        raise _RefusedJSONError(
+            f"a number of {len(digits)} digits (at most {MAX_DIGITS}); shorten the number"
+        )
     return int(digits)
+
+
+def _unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise _RefusedJSONError(f"`{repeated[:80]}` stands twice in one object; keep one of them")
+    return entries
 
 
 def _raise_nested(location: str, error: type[DPOError]) -> NoReturn:

@@ -1,7 +1,7 @@
 """Schemas with one instruction or question per row: Alpaca, Orca and SHP."""
 
 from mlx_dpo.errors import DataError
-from mlx_dpo.schemas.messages import make_pair, parse_text
+from mlx_dpo.schemas.messages import make_pair, parse_json_field, parse_text
 from mlx_dpo.schemas.schema import PairOrError, Record, Row, RowRules, Schema
 from mlx_dpo.types import Message, Text
 
@@ -58,6 +58,8 @@ def _system_message(row: Row) -> list[Message]:
 def _parse_history(row: Row) -> list[Message]:
     """Return the messages of `history`, LLaMA-Factory's list of (question, answer) pairs."""
     rounds = row.record.get("history") or []
+    if isinstance(rounds, str):
+        rounds = parse_json_field(rounds, "history", row.location)
     if not isinstance(rounds, list) or any(
         not isinstance(round_, list) or len(round_) != 2 for round_ in rounds
     ):
@@ -95,7 +97,7 @@ def _is_orca(record: Record) -> bool:
     return "question" in record
 
 
-ALPACA = Schema("alpaca", _is_alpaca, _parse_alpaca, ALPACA_FIELDS)
+ALPACA = Schema("alpaca", _is_alpaca, _parse_alpaca, ALPACA_FIELDS, lists=frozenset({"output"}))
 ORCA = Schema(
     "orca", _is_orca, _parse_orca, frozenset({"system", "question", "prompt", "chosen", "rejected"})
 )

@@ -1,6 +1,8 @@
 """Parse, check and normalize the texts and messages of a row, and make pairs of them."""
 
+import ast
 import json
+import re
 from collections.abc import Iterator, Mapping
 from hashlib import sha256
 from typing import Any
@@ -18,6 +20,11 @@ RESERVED_TEMPLATE_KWARGS = frozenset({  # arguments that this program passes to 
     "max_length", "tokenizer_kwargs", "return_assistant_tokens_mask", "sanitize_control_tokens",
 })  # fmt: skip
 MAX_DEPTH = 64  # of nested objects and lists
+ROLE_KEYS = frozenset({"role", "from"})  # every message has one of these keys
+CONTENT_KEYS = frozenset({"content", "value", "tool_calls"})
+# How a text begins that holds messages, as JSON or as Python writes a list of dictionaries.
+MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*(['"])(?:role|content|from|value)\1\s*:""")
+MAX_LITERAL = 1_000_000  # characters of a Python literal, which takes far more memory than JSON
 
 
 def make_pair(
@@ -31,6 +38,8 @@ def make_pair(
     if not all(isinstance(text, str) for text in (prompt, chosen, rejected)):
         prompt = to_messages(prompt, "user")
         chosen, rejected = (to_messages(text, "assistant") for text in (chosen, rejected))
+    for name, text in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
+        check_no_messages_in_text(text, name, row.location)
     for completion in (chosen, rejected):
         if not has_content(completion):
             return [BadPairError(row.location, EMPTY_COMPLETION)]
@@ -113,6 +122,50 @@ def parse_message(value: Any, name: str, location: str) -> Message:
         raise DataError(f"{location}: `{name}` needs a `content` that is text")
     check_readable(message, name, location)
     return message
+
+
+def read_messages_in_text(text: str) -> Any:
+    """Return the messages that a text holds as JSON or as a Python literal; None for other text.
+
+    CSV files and many Parquet files have messages so. The result is a list of objects with a role
+    and a content, or one such object.
+    """
+    start = text.lstrip()[:1]
+    if start not in ("[", "{", '"') or not ("role" in text or "from" in text):
+        return None
+    value = _read_literal(text)
+    if isinstance(value, str) and start == '"':  # encoded twice
+        value = _read_literal(value) if value.lstrip()[:1] in ("[", "{") else None
+    items = value if isinstance(value, list) else [value]
+    return value if items and all(map(_is_message, items)) else None
+
+
+def _read_literal(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        pass
+    try:
+        return ast.literal_eval(text.strip()) if len(text) <= MAX_LITERAL else None
+    except (ValueError, SyntaxError, RecursionError, MemoryError):  # as its documentation lists
+        return None
+
+
+def _is_message(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and any(isinstance(value.get(key), str) for key in ROLE_KEYS)
+        and not CONTENT_KEYS.isdisjoint(value)
+    )
+
+
+def check_no_messages_in_text(text: Text, name: str, location: str) -> None:
+    """Raise `DataError` if a text begins as messages do; readable ones were read before."""
+    if isinstance(text, str) and MESSAGES_AS_TEXT.match(text):
+        raise DataError(
+            f"{location}: `{name}` is text that begins like messages, but is neither JSON nor "
+            f"Python ({text.strip()[:40]!r}); write a list of messages"
+        )
 
 
 def parse_template_kwargs(record: Mapping[str, Any], tools: Any, location: str) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """Schema of OpenAI's preference fine-tuning: `input`, preferred and non-preferred output."""
 
+from contextlib import suppress
 from typing import Any
 
 from mlx_dpo.errors import DataError
-from mlx_dpo.schemas.messages import make_pair, parse_messages
+from mlx_dpo.schemas.messages import make_pair, parse_json_field, parse_messages
 from mlx_dpo.schemas.schema import PairOrError, Record, Row, RowRules, Schema
 
 FIELDS = frozenset({"input", "preferred_output", "non_preferred_output"})
@@ -11,6 +12,9 @@ FIELDS = frozenset({"input", "preferred_output", "non_preferred_output"})
 
 def _get_input(record: Record) -> dict[str, Any]:
     input_ = record.get("input")
+    if isinstance(input_, str) and input_.lstrip().startswith("{"):  # as in CSV
+        with suppress(DataError):
+            input_ = parse_json_field(input_, "input", "")
     return input_ if isinstance(input_, dict) else {}
 
 

@@ -129,5 +129,9 @@ def _fits(record: Record) -> bool:
 
 
 RANKED = Schema(
-    "ranked", _fits, _parse, frozenset({*COMPLETION_FIELDS, *PROMPT_FIELDS, *RATING_LISTS})
+    "ranked",
+    _fits,
+    _parse,
+    frozenset({*COMPLETION_FIELDS, *PROMPT_FIELDS, *RATING_LISTS}),
+    lists=frozenset({*COMPLETION_FIELDS, *RATING_LISTS}),
 )

@@ -47,6 +47,7 @@ class Schema:
     parse: Callable[[Row, RowRules], list[Any]]  # list of `Parsed`
     fields: frozenset[str]  # names of the fields that `parse` reads
     tools: Callable[[Record], Any] = lambda record: record.get("tools")
+    lists: frozenset[str] = frozenset()  # fields that are lists or objects, and never text
     unpaired: bool = False  # rows hold one labelled completion instead of a pair
 
 

@@ -398,3 +398,29 @@ def test_rows_beyond_what_the_model_places_are_found():
     findings = found("long.jsonl", "--model", "base", "--max-length", "900")["train"]["findings"]
     places = {one["name"]: one["places"] for one in findings}
     assert places["beyond-context"] == [["long.jsonl:2"]]
+
+
+def test_columns_that_json_lacks_are_written_as_text_or_left_out_and_named(tmp_path, monkeypatch):
+    import datetime
+    import decimal
+
+    import pyarrow
+    import pyarrow.parquet
+
+    monkeypatch.chdir(tmp_path)
+    rows = [
+        {"prompt": f"Q{n}", "chosen": "good", "rejected": "bad", "day": datetime.date(2024, 1, n),
+         "price": decimal.Decimal("1.25"), "thumbnail": {"bytes": b"\xff", "path": None}}
+        for n in (1, 2)
+    ]  # fmt: skip
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), "pairs.parquet")
+    note = "column `thumbnail` is left out of 2 rows: it holds bytes, which JSON cannot"
+    for command, written in (("split", "out/train.jsonl"), ("clean", "out.jsonl")):
+        output = written.partition("/")[0]
+        result = CliRunner().invoke(cli, ["data", command, "pairs.parquet", "--output", output])
+        assert result.exit_code == 0, result.output
+        assert note in result.output
+        row = json.loads(Path(written).read_text().splitlines()[0])
+        assert row.keys() == {"prompt", "chosen", "rejected", "day", "price"}
+        assert row["day"].startswith("2024-01-0")
+        assert row["price"] == 1.25

@@ -118,8 +118,8 @@ def test_no_bytes_give_a_traceback(tmp_path, monkeypatch, data, name):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("[" * 100_000, "not JSON that can be read"),
-        ('{"a": ' + "9" * 5000 + "}", "not JSON that can be read"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"a": ' + "9" * 5000 + "}", "a number of 5000 digits"),
         ('{"prompt": "a", "chosen": "\\ud83d", "rejected": "b"}', "holds half a character"),
         ('{"prompt": [{"role": "user", "content": "a", "x": ' + "[" * 90 + "]" * 90 + "}], "
          '"chosen": "b", "rejected": "c"}', "nested too deeply"),

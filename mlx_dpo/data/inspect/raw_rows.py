@@ -6,18 +6,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.data.files import READERS, file_format, open_data_file, to_rows
+from mlx_dpo.data.formats.json_rows import read_json_items
 from mlx_dpo.data.sources import STDIN, Source
 from mlx_dpo.errors import ConfigError, DataError
 from mlx_dpo.io.atomic import atomic_file
-from mlx_dpo.io.bounded import parse_json, read_lines
 from mlx_dpo.schemas.schema import Row
 
 JSON_LINES = ".jsonl"
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+JSON_FORMATS = (JSON_LINES, ".json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +28,16 @@ class RawRow:
     row: Row | DataError
     line: bytes | None = None  # the line itself, if the source has JSON lines
 
+    def columns_of_bytes(self) -> list[str]:
+        """Return the names of columns that hold bytes, such as images; JSON cannot hold them."""
+        if self.line is not None or isinstance(self.row, DataError):
+            return []
+        return [name for name, value in self.row.record.items() if _holds_bytes(value)]
+
     def to_json_line(self) -> bytes:
         """Return the row as one line of JSON without a newline; an original line is unchanged.
+
+        Columns that hold bytes are left out.
 
         Raises:
             DataError: the row cannot be read, or JSON cannot represent it.
@@ -38,12 +46,20 @@ class RawRow:
             raise self.row
         if self.line is not None:
             return self.line
+        left_out = self.columns_of_bytes()
+        record = {name: v for name, v in self.row.record.items() if name not in left_out}
         try:
-            return json.dumps(self.row.record, ensure_ascii=False).encode()
+            return json.dumps(record, ensure_ascii=False).encode()
         except UnicodeEncodeError:  # half a surrogate pair, which JSON can only escape
-            return json.dumps(self.row.record).encode()
+            return json.dumps(record).encode()
         except (TypeError, ValueError, RecursionError) as error:
             raise DataError(f"{self.location}: cannot be written as JSON ({error})") from error
+
+
+def _holds_bytes(value: Any) -> bool:
+    if isinstance(value, dict | list):
+        return any(map(_holds_bytes, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, bytes)
 
 
 def read_raw_rows(source: Source) -> Iterator[RawRow]:
@@ -58,33 +74,30 @@ def read_raw_rows(source: Source) -> Iterator[RawRow]:
     for path in source.files:
         yield from _read_file(path)
     if source.name == STDIN:
-        yield from _read_lines(sys.stdin.buffer, STDIN)
+        yield from _read_json(sys.stdin.buffer, STDIN)
 
 
 def _read_file(path: Path) -> Iterator[RawRow]:
     extension, _ = file_format(path)
     with open_data_file(path) as stream:
-        if extension == JSON_LINES:
-            yield from _read_lines(stream, str(path))
+        if extension in JSON_FORMATS:
+            yield from _read_json(stream, str(path))
             return
         for location, item in READERS[extension](stream, str(path)):
-            try:
-                yield from (RawRow(location, row) for row in to_rows(iter([(location, item)])))
-            except DataError as error:
-                yield RawRow(location, error)
+            yield _to_raw_row(location, item, None)
 
 
-def _read_lines(stream: IO[bytes], name: str) -> Iterator[RawRow]:
-    for number, line in enumerate(read_lines(stream), start=1):
-        if not line.strip():
-            continue
-        location, text = f"{name}:{number}", line.rstrip()
-        try:
-            [row] = to_rows(iter([(location, parse_json(text, location, DataError))]))
-        except DataError as error:
-            yield RawRow(location, error)
-        else:
-            yield RawRow(location, row, text.removeprefix(BYTE_ORDER_MARK))
+def _read_json(stream: IO[bytes], name: str) -> Iterator[RawRow]:
+    for location, value, line in read_json_items(stream, name):
+        yield _to_raw_row(location, value, line)
+
+
+def _to_raw_row(location: str, value: Any, line: bytes | None) -> RawRow:
+    try:
+        [row] = to_rows(iter([(location, value)]))
+    except DataError as error:
+        return RawRow(location, error)
+    return RawRow(location, row, line)
 
 
 def read_all_raw_rows(sources: Sequence[Source]) -> Iterator[RawRow]:
@@ -93,9 +106,14 @@ def read_all_raw_rows(sources: Sequence[Source]) -> Iterator[RawRow]:
         yield from read_raw_rows(source)
 
 
-def write_row(stream: IO[bytes], raw: RawRow) -> None:
-    """Write a row to the stream as a line of JSON; an original JSON line is copied."""
+def write_row(stream: IO[bytes], raw: RawRow) -> list[str]:
+    """Write a row to the stream as a line of JSON; an original JSON line is copied.
+
+    Returns:
+        Names of the columns that were left out, because they hold bytes.
+    """
     stream.write(raw.to_json_line() + b"\n")
+    return raw.columns_of_bytes()
 
 
 def check_rereadable(sources: Sequence[Source]) -> None:

@@ -13,7 +13,7 @@ from mlx_dpo.data.sources import resolve_source
 from mlx_dpo.errors import DataError
 from mlx_dpo.schemas.schema import Row
 
-ODD = '{"b" : 1.50,  "a":"\\u00e9", "a": "twice", "n": 1e2}'
+ODD = '{"b" : 1.50,  "a":"\\u00e9", "c": [1,2 ], "n": 1e2}'
 
 
 def lines_of(name):
@@ -65,5 +65,12 @@ def test_an_unreadable_row_does_not_stop_the_others(write):
 
 
 def test_values_that_json_cannot_represent_are_an_error_with_location():
-    with pytest.raises(DataError, match=r"^a\[3\]: cannot be written as JSON \(.*bytes"):
-        RawRow("a[3]", Row({"image": b"\x89"}, "a[3]")).to_json_line()
+    with pytest.raises(DataError, match=r"^a\[3\]: cannot be written as JSON \(.*set"):
+        RawRow("a[3]", Row({"tags": {1}}, "a[3]")).to_json_line()
+
+
+def test_columns_of_bytes_are_left_out_and_named_at_any_depth():
+    record = {"a": 1, "image": b"\x89", "images": [{"bytes": b"\x89"}], "b": [{"c": 2}]}
+    raw = RawRow("a[3]", Row(record, "a[3]"))
+    assert raw.to_json_line() == b'{"a": 1, "b": [{"c": 2}]}'
+    assert raw.columns_of_bytes() == ["image", "images"]
