@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from mlx_dpo.data.report import PairsReport
 from mlx_dpo.errors import ALWAYS_DROPPED, BadPairError, ConfigError, DataError
 from mlx_dpo.schemas import find_schema, parse_row, parse_unpaired
+from mlx_dpo.schemas.compared import VERDICTS
 from mlx_dpo.schemas.messages import TEMPLATE_FIELDS
 from mlx_dpo.schemas.schema import Row, RowRules, Schema, format_names, rename_columns
 from mlx_dpo.schemas.unpaired import pair_by_prompt
@@ -122,13 +123,36 @@ def _margin(row: Row, example: PreferenceExample | UnpairedExample, rules: RowRu
     name = rules.margin
     if name is None:
         return 0.0
+    gap = example.score_gap if isinstance(example, PreferenceExample) else None
+    if name in VERDICTS and (gap is not None or _is_code(row.record.get(name))):
+        return gap if gap is not None else _raise_code(row, name)
     if name not in row.record:
         for chosen, rejected in _score_columns(name):
             if chosen in row.record and rejected in row.record:
                 return _number(row, chosen) - _number(row, rejected)
-        if isinstance(example, PreferenceExample) and example.score_gap is not None:
-            return example.score_gap
-    return _number(row, name)
+        if gap is not None:
+            return gap
+    margin = _number(row, name)
+    if margin < 0:
+        raise DataError(
+            f"{row.location}: `{name}` must be a margin, by how much `chosen` is better, and is "
+            f"below 0 ({margin:g}); if it says which answer is better, make `chosen` and "
+            "`rejected` from it"
+        )
+    return margin
+
+
+def _is_code(value: Any) -> bool:
+    """Return whether a value is one of the codes of a verdict, such as 1 and 2."""
+    return str(value).strip() in ("0", "1", "2", "-1", "0.0", "1.0", "2.0", "-1.0")
+
+
+def _raise_code(row: Row, name: str) -> NoReturn:
+    raise DataError(
+        f"{row.location}: `{name}` says which answer is better, and is no margin (found "
+        f"{row.record[name]!r}); leave --margin-column out, and --column where it names answers: "
+        "such rows are read with --schema compared"
+    )
 
 
 def _weight(row: Row, rules: RowRules) -> float:

@@ -155,8 +155,22 @@ def to_rows(items: Items) -> Iterator[Row]:
             raise item
         if not isinstance(item, dict):
             raise DataError(f"{location}: expected an object, found {_describe(item)}")
+        _check_names(item, location)
         values = {name: _parse_text_field(name, value) for name, value in item.items()}
         yield Row(values, location)
+
+
+def _check_names(record: dict[Any, Any], location: str) -> None:
+    """Raise `DataError` if the name of a column is not text that UTF-8 can encode."""
+    for name in record:
+        if not isinstance(name, str):
+            raise DataError(f"{location}: the name of a column must be text (found {name!r})")
+        try:
+            name.encode()
+        except UnicodeEncodeError:  # JSON can contain half of a surrogate pair
+            raise DataError(
+                f"{location}: the name of a column holds half a character ({name!a}); fix it"
+            ) from None
 
 
 def _parse_text_field(name: str, value: Any) -> Any:

@@ -10,14 +10,14 @@ from dataclasses import replace
 from difflib import get_close_matches
 
 from mlx_dpo.errors import TIED, BadPairError, DataError
+from mlx_dpo.schemas.compared import COMPARED
 from mlx_dpo.schemas.hh_rlhf import DIALOGUES
 from mlx_dpo.schemas.instructions import ALPACA, ORCA, SHP
 from mlx_dpo.schemas.messages import check_no_media, get_field_type, parse_template_kwargs
-from mlx_dpo.schemas.openai import OPENAI
 from mlx_dpo.schemas.ranked import RANKED
 from mlx_dpo.schemas.schema import DEFAULT_RULES, Parsed, Row, RowRules, Schema, format_names
 from mlx_dpo.schemas.sharegpt import SHAREGPT
-from mlx_dpo.schemas.trl import MESSAGES, STRINGS, WHOLE_MESSAGES, WHOLE_STRINGS
+from mlx_dpo.schemas.trl import MESSAGES, OPENAI, STRINGS, WHOLE_MESSAGES, WHOLE_STRINGS
 from mlx_dpo.schemas.unpaired import LABELLED
 from mlx_dpo.types import PreferenceExample, UnpairedExample
 
@@ -25,7 +25,7 @@ from mlx_dpo.types import PreferenceExample, UnpairedExample
 SCHEMAS = {
     schema.name: schema
     for schema in (
-        OPENAI, SHAREGPT, SHP, RANKED, ALPACA, ORCA,
+        OPENAI, SHAREGPT, SHP, RANKED, COMPARED, ALPACA, ORCA,
         STRINGS, WHOLE_MESSAGES, MESSAGES, DIALOGUES, WHOLE_STRINGS, LABELLED,
     )
 }  # fmt: skip

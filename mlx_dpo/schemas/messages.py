@@ -8,7 +8,7 @@ from hashlib import sha256
 from typing import Any
 
 from mlx_dpo.errors import EMPTY_COMPLETION, NOT_TEXT, SAME_TEXT, BadPairError, DataError
-from mlx_dpo.schemas.schema import PairOrError, Row
+from mlx_dpo.schemas.schema import PairOrError, Row, format_names
 from mlx_dpo.schemas.tool_calls import normalize_tool_calls
 from mlx_dpo.types import Message, PreferenceExample, Text, UnpairedExample
 
@@ -24,6 +24,9 @@ ROLE_KEYS = frozenset({"role", "from"})  # every message has one of these keys
 CONTENT_KEYS = frozenset({"content", "value", "tool_calls"})
 # How a text begins that holds messages, as JSON or as Python writes a list of dictionaries.
 MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*(['"])(?:role|content|from|value)\1\s*:""")
+TEXT_KINDS = (None, "text", "input_text", "output_text")  # of a part of content
+TEXT_KEYS = ("text", "value", "content")  # of a part of content; the first is the usual one
+PART_MEDIA = frozenset({"image", "image_url", "audio", "input_audio", "video", "file"})
 MAX_LITERAL = 1_000_000  # characters of a Python literal, which takes far more memory than JSON
 
 
@@ -116,8 +119,10 @@ def parse_message(value: Any, name: str, location: str) -> Message:
     message = normalize_tool_calls(message, f"{location}: `{name}`")
     if "tool_calls" in message:
         message.setdefault("content", "")
+    if isinstance(message.get("content"), dict):  # a single part
+        message["content"] = [message["content"]]
     if isinstance(message.get("content"), list):
-        message["content"] = _join_text_parts(message["content"], name, location)
+        message["content"] = join_text_parts(message["content"], name, location)
     if not isinstance(message.get("content"), str):
         raise DataError(f"{location}: `{name}` needs a `content` that is text")
     check_readable(message, name, location)
@@ -235,14 +240,35 @@ def _iterate_texts(value: Any) -> Iterator[tuple[str, int]]:
             stack += [(item, depth + 1) for item in node]
 
 
-def _join_text_parts(parts: list[Any], name: str, location: str) -> str:
-    texts = []
-    for part in parts:
-        fields = part if isinstance(part, dict) else {"type": "text", "text": part}
-        kind = fields.get("type", "text")
-        if kind != "text":
-            raise BadPairError(location, NOT_TEXT, f"`{name}` has a part of type {kind!r}")
-        if not isinstance(fields.get("text"), str):
-            raise DataError(f"{location}: `{name}` has a part of content without text")
-        texts.append(fields["text"])
-    return "".join(texts)
+def join_text_parts(parts: list[Any], name: str, location: str) -> str:
+    """Return the text of a content that is a list of parts.
+
+    A part is text, or an object with its text in one of `TEXT_KEYS`, such as
+    `{"type": "text", "text": "Hi"}`, `{"type": "text", "value": "Hi"}` or `{"text": "Hi"}`.
+
+    Raises:
+        BadPairError: a part is no text, such as an image or a call of a tool.
+        DataError: a part has no text, or two different ones.
+    """
+    return "".join(_part_text(part, name, location) for part in parts)
+
+
+def _part_text(part: Any, name: str, location: str) -> str:
+    if isinstance(part, str):
+        return part
+    if not isinstance(part, dict):
+        raise DataError(f"{location}: `{name}` has a part of content without text")
+    kind = part.get("type")
+    other = [key for key in part if key in PART_MEDIA and part[key] is not None]
+    if kind not in TEXT_KINDS or other:
+        found = repr(kind) if kind not in TEXT_KINDS else f"`{other[0]}`"
+        raise BadPairError(location, NOT_TEXT, f"`{name}` has a part of type {found}")
+    values = [part[key] for key in TEXT_KEYS if part.get(key) is not None]
+    if values and isinstance(values[0], dict):  # {"text": {"value": "Hi"}}, OpenAI's assistants
+        values = [values[0].get("value")]
+    if not values or any(value != values[0] for value in values) or not isinstance(values[0], str):
+        raise DataError(
+            f"{location}: `{name}` has a part of content without text (found "
+            f"{format_names(part)}; looked for {', '.join(TEXT_KEYS)})"
+        )
+    return values[0]

@@ -3,7 +3,13 @@
 from typing import Any
 
 from mlx_dpo.errors import DataError
-from mlx_dpo.schemas.messages import make_pair, parse_json_field, parse_message, parse_text
+from mlx_dpo.schemas.messages import (
+    join_text_parts,
+    make_pair,
+    parse_json_field,
+    parse_message,
+    parse_text,
+)
 from mlx_dpo.schemas.schema import PairOrError, Row, RowRules, Schema
 from mlx_dpo.types import Message
 
@@ -48,7 +54,10 @@ def parse_turn(value: Any, name: str, location: str) -> Message:
     if value["from"] not in ROLES:
         known = ", ".join(ROLES)
         raise DataError(f"{location}: `{name}` is from `{value['from']}`, not one of {known}")
-    content = parse_text(value.get("value"), name, location)
+    content = value.get("value")
+    if isinstance(content, list):
+        content = join_text_parts(content, name, location)
+    content = parse_text(content, name, location)
     message: dict[str, Any] = {"role": ROLES[value["from"]], "content": content}
     if value["from"] == "function_call":
         message = {

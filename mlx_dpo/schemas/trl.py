@@ -1,7 +1,10 @@
-"""Schemas of TRL: `chosen` and `rejected` as text or messages, with explicit or implicit prompt."""
+"""Schemas of TRL (text or messages, with explicit or implicit prompt) and of OpenAI (messages)."""
+
+from contextlib import suppress
+from typing import Any
 
 from mlx_dpo.errors import DIFFERENT_PROMPTS, BadPairError, DataError
-from mlx_dpo.schemas.messages import make_pair, parse_messages, parse_text
+from mlx_dpo.schemas.messages import make_pair, parse_json_field, parse_messages, parse_text
 from mlx_dpo.schemas.schema import PairOrError, Record, Row, RowRules, Schema
 from mlx_dpo.types import Message
 
@@ -71,7 +74,7 @@ def _parse_whole_messages(row: Row, rules: RowRules) -> list[PairOrError]:
             f"{row.location}: missing `prompt` (`chosen` begins with the assistant's turn); "
             "add it, or begin both conversations with it"
         )
-    end = _shared_message_count(chosen, rejected)
+    end = shared_message_count(chosen, rejected)
     completions = chosen[end:], rejected[end:]
     if any(turn["role"] != "assistant" for turns in completions for turn in turns):
         return [BadPairError(row.location, DIFFERENT_PROMPTS)]
@@ -83,7 +86,7 @@ def _parse_whole_messages(row: Row, rules: RowRules) -> list[PairOrError]:
     return make_pair(row, chosen[:end], *completions)
 
 
-def _shared_message_count(chosen: tuple[Message, ...], rejected: tuple[Message, ...]) -> int:
+def shared_message_count(chosen: tuple[Message, ...], rejected: tuple[Message, ...]) -> int:
     """Return the number of messages in the common prefix, up to its last non-assistant turn."""
     shorter = min(len(chosen), len(rejected))
     end = next((i for i in range(shorter) if chosen[i] != rejected[i]), shorter)
@@ -126,4 +129,42 @@ WHOLE_STRINGS = Schema(
     lambda record: _field_types(record) == (None, "text"),
     _parse_whole_strings,
     FIELDS,
+)
+
+
+OPENAI_FIELDS = frozenset({"input", "preferred_output", "non_preferred_output"})
+
+
+def _get_input(record: Record) -> dict[str, Any]:
+    input_ = record.get("input")
+    if isinstance(input_, str) and input_.lstrip().startswith("{"):  # as in CSV
+        with suppress(DataError):
+            input_ = parse_json_field(input_, "input", "")
+    return input_ if isinstance(input_, dict) else {}
+
+
+def _parse_openai(row: Row, rules: RowRules) -> list[PairOrError]:
+    input_ = _get_input(row.record)
+    if "messages" not in input_:
+        raise DataError(f"{row.location}: `input` must be an object with `messages`")
+    prompt = parse_messages(input_["messages"], "input.messages", row.location)
+    chosen, rejected = (
+        parse_messages(row.record.get(name), name, row.location)
+        for name in ("preferred_output", "non_preferred_output")
+    )
+    for turn in (*chosen, *rejected):
+        if turn["role"] != "assistant":
+            raise DataError(
+                f"{row.location}: an output holds a turn of `{turn['role']}`; it may hold only the "
+                "assistant's turns"
+            )
+    return make_pair(row, prompt, chosen, rejected)
+
+
+OPENAI = Schema(
+    "openai",
+    lambda record: "preferred_output" in record,
+    _parse_openai,
+    OPENAI_FIELDS,
+    tools=lambda record: _get_input(record).get("tools"),
 )

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from mlx_dpo.errors import EMPTY_COMPLETION, UNPAIRED, BadPairError, DataError
+from mlx_dpo.schemas.compared import find_answers
 from mlx_dpo.schemas.messages import (
     get_field_type,
     has_content,
@@ -102,4 +103,10 @@ def _parse_text_or_messages(row: Row, name: str) -> Text:
     return parse_messages(value, name, row.location)
 
 
-LABELLED = Schema("labelled", lambda record: "label" in record, _parse, FIELDS, unpaired=True)
+LABELLED = Schema(
+    "labelled",
+    lambda record: "label" in record and find_answers(record) is None,
+    _parse,
+    FIELDS,
+    unpaired=True,
+)

@@ -337,3 +337,11 @@ def test_a_terminal_as_standard_input_raises_an_error(monkeypatch):
     monkeypatch.setattr("sys.stdin", Terminal(io.BytesIO()))
     with pytest.raises(DataError, match="standard input is a terminal"):
         resolve_source("-")
+
+
+def test_half_a_character_in_the_name_of_a_column_is_an_error_with_its_line(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"a": 1}\n{"note\\ud83d": 1}\n')
+    with pytest.raises(DataError) as error:
+        list(read_rows(tmp_path / "a.jsonl"))
+    message = "a.jsonl:2: the name of a column holds half a character ('note\\ud83d')"
+    assert message in str(error.value)

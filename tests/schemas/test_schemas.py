@@ -2,6 +2,7 @@ import pytest
 
 from mlx_dpo.errors import DIFFERENT_PROMPTS, EMPTY_COMPLETION, SAME_TEXT, BadPairError, DataError
 from mlx_dpo.schemas import parse_pairs
+from mlx_dpo.schemas.messages import parse_message
 from mlx_dpo.schemas.schema import Row
 
 
@@ -246,3 +247,37 @@ def test_a_pair_without_a_preference_is_a_bad_pair(record, reason):
 
 def test_a_pair_may_have_a_label():
     assert read(prompt="a", chosen="b", rejected="c", label=True) == ("a", "b", "c")
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "text", "text": "Hi"}, {"type": "text", "value": "Hi"}, {"text": "Hi"}, "Hi",
+        {"content": "Hi"}, {"type": "text", "content": "Hi"}, {"type": "input_text", "text": "Hi"},
+        {"type": "output_text", "text": "Hi"}, {"type": "text", "text": {"value": "Hi"}},
+        {"type": "text", "text": "Hi", "image_url": None}, {"value": "Hi", "text": "Hi"},
+    ],
+)  # fmt: skip
+def test_a_part_of_content_is_its_text(part):
+    message = {"role": "user", "content": [part, {"text": "!"}]}
+    assert parse_message(message, "m", "x:1")["content"] == "Hi!"
+    if isinstance(part, dict):
+        assert parse_message({"role": "user", "content": part}, "m", "x:1")["content"] == "Hi"
+
+
+@pytest.mark.parametrize(
+    ("part", "error"),
+    [
+        ({"type": "image", "image": "a.png"}, BadPairError),
+        ({"type": "image_url", "image_url": {"url": "a"}}, BadPairError),
+        ({"image": "a.png"}, BadPairError),
+        ({"type": "text", "text": "Hi", "image": "a.png"}, BadPairError),
+        ({"type": "tool_use", "name": "f"}, BadPairError),
+        ({"type": "text"}, DataError), ({}, DataError), (5, DataError), (None, DataError),
+        ({"text": "a", "value": "b"}, DataError), ({"type": "text", "text": 5}, DataError),
+    ],
+)  # fmt: skip
+def test_a_part_of_content_that_is_no_text_is_an_error(part, error):
+    with pytest.raises(error) as raised:
+        parse_message({"role": "user", "content": [part]}, "m", "x:1")
+    assert type(raised.value) is error
