@@ -14,7 +14,7 @@ from mlx_dpo.data.columns import lengths_only, longest_pairs, row_lengths
 from mlx_dpo.data.dataset import select_pairs
 from mlx_dpo.data.tokenization.cache import RowProgress
 from mlx_dpo.errors import ModelError
-from mlx_dpo.generation.prompt import context_length
+from mlx_dpo.generation.context import context_length
 from mlx_dpo.models.empty_weights import load_empty_model
 from mlx_dpo.models.load import LoadedModel
 from mlx_dpo.profiling import memory

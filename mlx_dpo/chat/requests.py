@@ -1,103 +1,232 @@
-"""Checks of OpenAI API requests before mlx-lm's server handles them.
+"""The fields of a request to the OpenAI-compatible server: name, type, bounds and effect.
 
-mlx-lm's server ignores fields that it does not implement, and a few values end its thread.
+mlx-lm's server ignores fields that it does not implement, and a few values end its thread. Here
+each field is either in the table or refused, and null is as if the field were absent.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
-from mlx_dpo.errors import DataError
+from mlx_dpo.chat.field_types import (
+    Boolean,
+    Choice,
+    FieldType,
+    Integer,
+    Number,
+    Object,
+    Options,
+    String,
+    StringMap,
+    Strings,
+    TokenBias,
+    check_encodable,
+    shorten,
+)
+from mlx_dpo.chat.request_messages import Messages, Tools
+from mlx_dpo.errors import DPOError
 from mlx_dpo.schemas.messages import RESERVED_TEMPLATE_KWARGS
-from mlx_dpo.schemas.tool_calls import has_invalid_arguments, normalize_tool_calls
 
-SEED_LIMIT = 2**64
-# Fields that would change the answer, each with the values that have no effect.
-UNSUPPORTED_FIELDS: Mapping[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "best_of": (1,),
-    "echo": (False,),
-    "suffix": ("",),
-    "response_format": ({"type": "text"},),
-    "tool_choice": ("auto", "none"),
-    "functions": ([],),
-    "function_call": (),
-    "reasoning_effort": (),
-}
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+MAX_SEED = 2**64 - 1
+MAX_COUNT = 2**31 - 1  # of tokens; MLX counts positions with 32 bits
+MAX_TEXT = 1 << 26  # characters; the size of the request is bounded as well
+MAX_STOPS, MAX_STOP_LENGTH = 32, 1_000
+MAX_TOP_LOGPROBS = 20  # OpenAI's limit
+# Below these, float32 cannot tell the setting from greedy decoding.
+MIN_TEMPERATURE, MIN_TOP_P = 1e-30, 1e-7
+# mlx-lm's own defaults: the model and the draft model of a request that names none.
+DEFAULT_MODEL = "default_model"
 
 
-def find_request_error(body: Mapping[str, Any], *, vocab_size: int) -> str | None:
-    """Return the first error in the body of a request, or None if the request can be served."""
-    return next(_request_errors(body, vocab_size), None)
+class RequestError(DPOError):
+    """A request cannot be served as it is.
+
+    `param` is the name of the wrong field, `code` OpenAI's name of the error, and `status` the
+    HTTP status of the reply.
+    """
+
+    def __init__(
+        self, message: str, param: str | None = None, *, status: int = 400, code: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.param, self.status, self.code = param, status, code
 
 
-def _request_errors(body: Mapping[str, Any], vocab_size: int) -> Iterator[str]:
-    for name, allowed in UNSUPPORTED_FIELDS.items():
-        if (value := body.get(name)) is not None and value not in allowed:
-            yield f"`{name}` is not supported here (found {_abbreviate(value)}); leave it out"
-    if body.get("tools") and body.get("tool_choice") == "none":
-        yield "`tool_choice` none is not supported here; leave `tools` out"
-    if "prompt" in body and not (isinstance(body["prompt"], str) and body["prompt"]):
-        yield f"`prompt` must be one non-empty text, found {_abbreviate(body['prompt'])}"
-    yield from _message_errors(body.get("messages", ()))
-    yield from _sampling_errors(body, vocab_size)
-    template_values = body.get("chat_template_kwargs") or {}
-    if not isinstance(template_values, dict):
-        yield f"`chat_template_kwargs` must be an object, found {_abbreviate(template_values)}"
-    elif reserved := sorted(RESERVED_TEMPLATE_KWARGS & template_values.keys()):
-        yield f"`chat_template_kwargs` cannot set {', '.join(reserved)}"
-    stream_options = body.get("stream_options") or {}
-    if not isinstance(stream_options, dict):
-        yield f"`stream_options` must be an object, found {_abbreviate(stream_options)}"
+@dataclass(frozen=True)
+class Field:
+    """A field of a request.
+
+    `effect` says what the field does; a field without effect is accepted because OpenAI's clients
+    send it and it changes nothing of the answer.
+    """
+
+    name: str
+    type: FieldType
+    effect: str = ""
+    paths: tuple[str, ...] = (CHAT, TEXT)
 
 
-def _message_errors(messages: Any) -> Iterator[str]:
-    """Yield the errors in the `messages` of a chat request, which may contain only text."""
-    if not isinstance(messages, list | tuple) or not all(isinstance(m, dict) for m in messages):
-        yield "`messages` must be a list of objects"
-        return
-    for message in messages:
-        content = message.get("content")
-        parts = content if isinstance(content, list) else []
-        for part in parts:
-            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-            if kind != "text" or not isinstance(part.get("text"), str):
-                yield f"`messages` contain a part of type {_abbreviate(kind)}; only text is read"
-        if not isinstance(content, str | list | None):
-            yield f"`content` must be text, found {_abbreviate(content)}"
-    yield from _tool_call_errors(messages)
+def _chat(name: str, type: FieldType, effect: str = "") -> Field:
+    return Field(name, type, effect, (CHAT,))
 
 
-def _tool_call_errors(messages: Iterable[Mapping[str, Any]]) -> Iterator[str]:
-    for index, message in enumerate(messages):
-        where = f"`messages[{index}]`"
+def _text(name: str, type: FieldType, effect: str = "") -> Field:
+    return Field(name, type, effect, (TEXT,))
+
+
+@cache
+def request_fields(vocab_size: int) -> Mapping[str, Field]:
+    """Return the fields of all requests by name, for a model with `vocab_size` tokens."""
+    fields = (*_content_fields(), *_sampling_fields(vocab_size), *_fields_without_effect())
+    return {field.name: field for field in fields}
+
+
+def _content_fields() -> tuple[Field, ...]:
+    return (
+        Field("model", String(1_000, minimum=1), "`base` or `aligned`"),
+        _chat("messages", Messages(), "the conversation"),
+        _text("prompt", String(MAX_TEXT, minimum=1), "the text to continue"),
+        _chat("tools", Tools(), "given to the chat template"),
+        _chat("chat_template_kwargs", Object(), "given to the chat template"),
+        _chat("role_mapping", StringMap(), "turns of a model without a chat template"),
+        Field("stream", Boolean(), "send the answer in pieces"),
+        Field(
+            "stream_options",
+            Options({"include_usage": Boolean(), "include_obfuscation": Boolean()}),
+            "end a stream with the token counts",
+        ),
+    )
+
+
+def _sampling_fields(vocab_size: int) -> tuple[Field, ...]:
+    penalty, count = Number(-100, 100), Integer(1, MAX_COUNT)
+    share = Number(0, 1)
+    return (
+        Field("max_tokens", count, "maximum length of the answer"),
+        Field("max_completion_tokens", count, "maximum length of the answer"),
+        Field("temperature", Number(0, 100), "0 = greedy"),
+        Field("top_p", share, "nucleus sampling"),
+        Field("top_k", Integer(0, vocab_size - 1), "0 = all tokens"),
+        Field("min_p", share, "share of the top probability"),
+        Field("xtc_probability", share, "exclude top choices"),
+        Field("xtc_threshold", Number(0, 0.5), "exclude top choices"),
+        Field("repetition_penalty", Number(0, 100), "0 and 1 = off"),
+        Field("repetition_context_size", count, "tokens that the penalty looks back"),
+        Field("presence_penalty", penalty, "0 = off"),
+        Field("presence_context_size", count, "tokens that the penalty looks back"),
+        Field("frequency_penalty", penalty, "0 = off"),
+        Field("frequency_context_size", count, "tokens that the penalty looks back"),
+        Field("logit_bias", TokenBias(vocab_size, Number(-100, 100)), "added to logits"),
+        Field("logprobs", Boolean(), "send the log-prob of each token; not with `stream`"),
+        Field(
+            "top_logprobs",
+            Integer(0, min(MAX_TOP_LOGPROBS, vocab_size)),
+            "send the most likely tokens; not with `stream`",
+        ),
+        Field("seed", Integer(0, MAX_SEED), "seed of this request's sampling"),
+        Field("stop", Strings(String(MAX_STOP_LENGTH, minimum=1), MAX_STOPS), "end the answer"),
+    )
+
+
+def _fields_without_effect() -> tuple[Field, ...]:
+    label = String(10_000)
+    return (
+        # Only the values that change nothing are accepted.
+        Field("n", Choice((1,))),
+        _text("best_of", Choice((1,))),
+        _text("echo", Choice((False,))),
+        _text("suffix", Choice(("",))),
+        _chat("response_format", Choice(({"type": "text"},))),
+        _chat("tool_choice", Choice(("auto", "none"))),
+        _chat("parallel_tool_calls", Choice((True,))),
+        _chat("functions", Choice(([],))),
+        _chat("function_call", Choice(("auto", "none"))),
+        _chat("modalities", Choice((["text"],))),
+        _chat("verbosity", Choice(("medium",))),
+        _chat("reasoning_effort", Choice(())),
+        _chat("audio", Choice(())),
+        _chat("web_search_options", Choice(())),
+        # mlx-lm's, which this server refuses with the names of its models.
+        Field("adapters", String(10_000)),
+        Field("draft_model", String(10_000)),
+        Field("num_draft_tokens", Integer(0, MAX_COUNT)),
+        # Accounts, storage, billing and caches of OpenAI's own service.
+        Field("user", label),
+        Field("safety_identifier", label),
+        Field("prompt_cache_key", label),
+        Field("prompt_cache_retention", label),
+        Field("service_tier", label),
+        Field("metadata", StringMap()),
+        Field("store", Boolean()),
+        _chat("prediction", Object()),
+    )
+
+
+def parse_request(body: Mapping[str, Any], path: str, *, vocab_size: int) -> dict[str, Any]:
+    """Return the fields of a request to `path`, checked, in mlx-lm's form and without nulls.
+
+    Raises:
+        RequestError: a field is unknown, of another type, out of bounds, missing or unsupported.
+    """
+    fields = request_fields(vocab_size)
+    request = {}
+    for name, value in body.items():
+        field = fields.get(name)
         try:
-            if has_invalid_arguments(normalize_tool_calls(message, where)):
-                yield f"{where} has a tool call whose `arguments` are no JSON object"
-        except DataError as error:
-            yield str(error)
+            check_encodable([name, value])
+            if field is None or path not in field.paths:
+                raise ValueError(_unknown(name, path, fields))
+            if value is not None:
+                request[name] = field.type.parse(value)
+        except ValueError as error:
+            shown = name.encode("ascii", "backslashreplace").decode()[:80]
+            raise RequestError(f"`{shown}` {error}", shown) from None
+    _check_combinations(request, path)
+    return _in_mlx_lm_form(request)
 
 
-def _sampling_errors(body: Mapping[str, Any], vocab_size: int) -> Iterator[str]:
-    """Yield the errors in the sampling settings of a request that mlx-lm does not find itself."""
-    stop = body.get("stop") or []
-    stops = stop if isinstance(stop, list) else [stop]
-    if not all(isinstance(text, str) and text for text in stops):
-        yield f"`stop` must be a non-empty text or a list of such, found {_abbreviate(stop)}"
-    top_k = body.get("top_k")
-    if isinstance(top_k, int) and top_k >= vocab_size:
-        yield f"`top_k` must be below the vocabulary size of {vocab_size}, found {top_k}"
-    seed = body.get("seed")
-    if isinstance(seed, int) and not 0 <= seed < SEED_LIMIT:
-        yield f"`seed` must be from 0 to {SEED_LIMIT - 1}, found {seed}"
-    bias = body.get("logit_bias")
-    for token in bias if isinstance(bias, dict) else ():
-        # MLX checks no bounds: an id beyond the vocabulary would write into other memory.
-        if not (token.isdecimal() and int(token) < vocab_size):
-            yield (
-                f"`logit_bias` must name tokens from 0 to {vocab_size - 1}, "
-                f"found {_abbreviate(token)}"
-            )
+def _unknown(name: str, path: str, fields: Mapping[str, Field]) -> str:
+    if name in fields:
+        return f"has no effect on {path}; leave it out"
+    known = [field.name for field in fields.values() if path in field.paths]
+    close = difflib.get_close_matches(name[:100], known, n=1)
+    hint = f"did you mean `{close[0]}`?" if close else "leave it out"
+    return f"is no field of {path}; {hint}"
 
 
-def _abbreviate(value: Any) -> str:
-    return repr(value)[:80]
+def _check_combinations(request: Mapping[str, Any], path: str) -> None:
+    """Raise `RequestError` if a field is missing or contradicts another."""
+    required = "messages" if path == CHAT else "prompt"
+    if required not in request:
+        raise RequestError(f"`{required}` is missing", required)
+    if request.get("tools") and request.get("tool_choice") == "none":
+        raise RequestError(
+            "`tool_choice` none is not supported here; leave `tools` out", "tool_choice"
+        )
+    for name in ("logprobs", "top_logprobs"):
+        if request.get("stream") and request.get(name):
+            raise RequestError(f"`{name}` is not supported with `stream`; leave it out", name)
+    kwargs = request.get("chat_template_kwargs", {})
+    if reserved := sorted(RESERVED_TEMPLATE_KWARGS & kwargs.keys()):
+        raise RequestError(
+            f"`chat_template_kwargs` cannot set {', '.join(reserved)}", "chat_template_kwargs"
+        )
+    if not isinstance(kwargs.get("enable_thinking", True), bool):
+        raise RequestError(
+            "`chat_template_kwargs` is wrong: `enable_thinking` must be true or false, "
+            f"found {shorten(kwargs['enable_thinking'])}",
+            "chat_template_kwargs",
+        )
+
+
+def _in_mlx_lm_form(request: dict[str, Any]) -> dict[str, Any]:
+    if "max_completion_tokens" in request:
+        request["max_tokens"] = request.pop("max_completion_tokens")
+    if request.get("top_p", 1) < MIN_TOP_P or 0 < request.get("temperature", 1) < MIN_TEMPERATURE:
+        request |= {"temperature": 0.0, "top_p": 1.0}  # mlx-lm reads a `top_p` of 0 as no limit
+    if "stream_options" in request:  # mlx-lm reads `include_usage` unchecked
+        request["stream_options"] = {"include_usage": False, **request["stream_options"]}
+    return request

@@ -10,35 +10,38 @@ import sys
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from email.message import Message
 from functools import partial
+from http import HTTPStatus
 from http.server import ThreadingHTTPServer
+from io import BytesIO
 from ipaddress import ip_address
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
-import mlx.core as mx
-from mlx_lm.models.cache import LRUPromptCache
-from mlx_lm.server import (
-    APIHandler,
-    CompletionRequest,
-    ModelProvider,
-    ResponseGenerator,
-    get_system_fingerprint,
-)
+from mlx_lm.server import APIHandler, CompletionRequest, ModelProvider, get_system_fingerprint
 
 from mlx_dpo.adapters.switch import AdapterState, AdapterSwitch, evaluate_arrays
-from mlx_dpo.chat.requests import find_request_error
+from mlx_dpo.chat.field_types import shorten
+from mlx_dpo.chat.json_body import BodyError, linger, read_json_object
+from mlx_dpo.chat.request_messages import roles
+from mlx_dpo.chat.requests import CHAT, DEFAULT_MODEL, TEXT, RequestError, parse_request
+from mlx_dpo.chat.response_generator import (
+    PROMPT_CACHE_SIZE,
+    GenerationFailed,
+    LastingResponseGenerator,
+    print_failure,
+)
 from mlx_dpo.config.sampling import Sampling
-from mlx_dpo.data.templates.tool_calls import fit_tool_calls
 from mlx_dpo.errors import ConfigError, reason
 from mlx_dpo.generation.batch import is_batching_exact
-from mlx_dpo.schemas.tool_calls import normalize_tool_calls
-from mlx_dpo.types import Message
 
-DEFAULT_MODEL = "default_model"  # mlx-lm's name for the model of a request that names none
 MAX_BODY_BYTES = 1 << 26
+MODELS_PATH, HEALTH_PATH = "/v1/models", "/health"
+GET_PATHS = (MODELS_PATH, HEALTH_PATH)
+POST_PATHS = {CHAT: CHAT, "/chat/completions": CHAT, TEXT: TEXT}
+MODEL_NOT_FOUND = "model_not_found"  # OpenAI's code
 PROBE_LENGTHS = (3, 40)  # prompt lengths in tokens on which exact batching is checked
-PROMPT_CACHE_SIZE = 10
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class ServedModel:
     switch: AdapterSwitch
     names: Mapping[str, AdapterState]  # the first entry serves requests that name no model
     vocab_size: int  # larger token ids must not reach the model
+    context: int | None  # in tokens; None for no limit
     sampling: Sampling
     thinking: bool = False
     system: str | None = None  # for conversations without a system message
@@ -85,39 +89,13 @@ class SwitchingModelProvider(ModelProvider):
         return self.model, self.tokenizer
 
 
-class TemplateTokenizer:
-    """A tokenizer that gives tool calls to its chat template as training does."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._tokenizer, name)
-
-    def apply_chat_template(self, messages: Sequence[Message], **kwargs: Any) -> Any:
-        """Return the text or the token ids of a conversation in the chat template."""
-        fitted = fit_tool_calls(self._tokenizer, messages)
-        return self._tokenizer.apply_chat_template(fitted, **kwargs)
-
-
-class SynchronizedResponseGenerator(ResponseGenerator):
-    """mlx-lm's response generator, changed to finish all computations before its thread ends."""
-
-    def _tokenize(self, tokenizer: Any, request: CompletionRequest, args: Any) -> Any:
-        tokenized = super()._tokenize(TemplateTokenizer(tokenizer), request, args)
-        if not tokenized[0]:  # the model fails on an empty prompt, which would end the thread
-            raise ValueError("the prompt is empty")
-        return tokenized
-
-    def _run_generate(self) -> None:
-        super()._run_generate()
-        # A computation still running when the thread ends would abort the program.
-        mx.synchronize()
-        mx.clear_streams()
-
-
 class RequestHandler(APIHandler):
-    """mlx-lm's HTTP handler, limited to the served model names and to allowed hosts and origins."""
+    """mlx-lm's HTTP handler, limited to the served model names and to allowed hosts and origins.
+
+    Errors are objects in the form of OpenAI's API. A request costs the server at most this request.
+    """
+
+    timeout = 60  # seconds without a byte from the client
 
     def parse_request(self) -> bool:
         """Read the request line and headers; answer 403 if the host or origin is not allowed."""
@@ -147,66 +125,173 @@ class RequestHandler(APIHandler):
         return is_loopback(host)
 
     def do_POST(self) -> None:  # noqa: N802 (http.server's name)
-        """Answer a completion request; send an error if its body is too long or unreadable."""
-        length = self.headers.get("Content-Length")
-        if length is not None and not _is_valid_length(length):
-            self._send_json_error(
-                413, f"a request may have {MAX_BODY_BYTES:,} bytes, found {length[:20]!r}"
-            )
-            return
+        """Answer a completion request; send an error object if it cannot be served."""
         try:
-            super().do_POST()
-        except (UnicodeDecodeError, RecursionError) as error:
-            self._send_json_error(400, f"the request cannot be read ({reason(error)})")
+            path = POST_PATHS.get(self._path)
+            if path is None:
+                raise self._unknown_path()
+            body = read_json_object(self, limit=MAX_BODY_BYTES)
+            request = parse_request(body, path, vocab_size=self._served.vocab_size)
+            self._check_model(request)
+        except BodyError as error:
+            self._send_json_error(error.status, str(error))
+        except RequestError as error:
+            self._send_json_error(error.status, str(error), param=error.param, code=error.code)
+        else:
+            self._handle_again(path, request)
 
-    def validate_model_parameters(self) -> None:
-        """Raise `ValueError` if mlx-lm or mlx-dpo finds an error in the request."""
-        super().validate_model_parameters()
-        served = self.response_generator.model_provider.served
-        if error := find_request_error(self.body, vocab_size=served.vocab_size):
-            raise ValueError(error)
-        if (options := self.body.get("stream_options")) is not None:
-            # mlx-lm reads `include_usage` without checking that it is there.
-            self.stream_options: dict[str, Any] = {"include_usage": False, **options}
+    def _handle_again(self, path: str, request: Mapping[str, Any]) -> None:
+        """Let mlx-lm handle the checked request, which it reads from the body again."""
+        body = json.dumps(request).encode()
+        self.path, self.rfile = path, BytesIO(body)
+        self.headers.replace_header("Content-Length", str(len(body)))
+        super().do_POST()
+
+    @property
+    def _served(self) -> ServedModel:
+        return self.response_generator.model_provider.served
+
+    @property
+    def _path(self) -> str:
+        """Path of the request without query and final slash."""
+        return self.path.partition("?")[0].rstrip("/") or "/"
+
+    def _unknown_path(self) -> RequestError:
+        """Return the error for a path that the method of this request does not have."""
+        is_model = self._path.startswith(f"{MODELS_PATH}/")
+        methods = [
+            method
+            for method, paths in (("GET", GET_PATHS), ("POST", POST_PATHS))
+            if self._path in paths or (is_model and method == "GET")
+        ]
+        if not methods or self.command in methods:
+            return RequestError("no such path; use /v1/chat/completions", status=404)
+        return RequestError(f"{self.command} is not possible; use {methods[0]}", status=405)
+
+    def do_GET(self) -> None:  # noqa: N802 (http.server's name)
+        """Send the served models, one of them, or the server's health."""
+        path = self._path
+        if path == HEALTH_PATH:
+            self.handle_health_check()
+        elif path == MODELS_PATH:
+            self.handle_models_request()
+        elif path.startswith(f"{MODELS_PATH}/"):
+            self._send_model(unquote(path.removeprefix(f"{MODELS_PATH}/")))
+        else:
+            error = self._unknown_path()
+            self._send_json_error(error.status, str(error))
 
     def handle_models_request(self) -> None:
         """Send the names of the served models as JSON."""
-        names = self.response_generator.model_provider.served.names
-        rows = [{"id": n, "object": "model", "created": self.created} for n in names]
+        rows = [self._model_row(name) for name in self._served.names]
         self._send_json(200, {"object": "list", "data": rows})
 
-    def _send_json_error(self, status: int, message: str, *, code: str | None = None) -> None:
-        error = {"message": message, "type": "invalid_request_error", "code": code}
-        self._send_json(status, {"error": error})
+    def _send_model(self, name: str) -> None:
+        if name in self._served.names:
+            self._send_json(200, self._model_row(name))
+        else:
+            error = self._unknown_model(name)
+            self._send_json_error(error.status, str(error), param=error.param, code=error.code)
+
+    def _model_row(self, name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": self.created, "owned_by": "mlx-dpo"}
+
+    def _check_model(self, request: Mapping[str, Any]) -> None:
+        """Raise `RequestError` if the requested model or adapter is not served."""
+        name = request.get("model", DEFAULT_MODEL)
+        if name not in (*self._served.names, DEFAULT_MODEL):
+            raise self._unknown_model(name)
+        for field in ("adapters", "draft_model"):
+            if request.get(field, DEFAULT_MODEL) != DEFAULT_MODEL or field == "adapters" in request:
+                raise RequestError(
+                    "a request cannot choose `adapters` or `draft_model` here",
+                    field,
+                    status=404,
+                    code=MODEL_NOT_FOUND,
+                )
+
+    def _unknown_model(self, name: str) -> RequestError:
+        known = ", ".join(f"`{name}`" for name in self._served.names)
+        return RequestError(
+            f"model `{shorten(name)[1:-1]}` is not served here; request {known}",
+            "model",
+            status=404,
+            code=MODEL_NOT_FOUND,
+        )
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Send an error of the HTTP protocol, such as an unknown method, as a JSON object."""
+        if code == HTTPStatus.NOT_IMPLEMENTED:
+            error = self._unknown_path()
+            code, message = error.status, str(error)
+        if not hasattr(self, "headers"):  # an unreadable request line
+            self.headers = Message()
+        self._send_json_error(int(code), message or HTTPStatus(code).phrase)
+
+    def _send_json_error(
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None
+    ) -> None:
+        self._send_json(status, error_object(status, message, param=param, code=code))
 
     def _send_json(self, status: int, body: Mapping[str, Any]) -> None:
         data = json.dumps(body).encode()
         self._set_completion_headers(status)
+        if status == HTTPStatus.METHOD_NOT_ALLOWED:
+            self.send_header("Allow", "POST" if self._path in POST_PATHS else "GET")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
-        self.wfile.write(data)
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def validate_model_parameters(self) -> None:
+        """Convert the keys of `logit_bias` to token ids; `parse_request` has checked all fields.
+
+        mlx-lm's own checks refuse `top_logprobs` above 11.
+        """
+        biases = self.body.get("logit_bias") or {}
+        self.logit_bias = {int(token): bias for token, bias in biases.items()}
+
+    def _set_stream_headers(self, status_code: int = 200) -> None:
+        super()._set_stream_headers(status_code)
+        self._is_streaming = True
 
     def handle_completion(self, request: CompletionRequest, stop_words: list[str]) -> None:
-        """Generate a completion; send 404 if the requested model or adapter is not served."""
-        names = self.response_generator.model_provider.served.names
-        error = None
-        if self.requested_model not in (*names, DEFAULT_MODEL):
-            known = ", ".join(f"`{name}`" for name in names)
-            error = f"model `{self.requested_model}` is not served here; request {known}"
-        elif self.adapter is not None or self.requested_draft_model != DEFAULT_MODEL:
-            error = "a request cannot choose `adapters` or `draft_model` here"
-        if error is None:
+        """Generate a completion; if this fails, send an error and go on with other requests."""
+        self._is_streaming = False
+        try:
             super().handle_completion(request, stop_words)
+        except (ConnectionError, TimeoutError):
+            raise  # the client has left
+        except GenerationFailed as failure:
+            self._send_failure(failure.cause)
+        except Exception as error:
+            self._send_failure(error)
+
+    def _send_failure(self, error: Exception) -> None:
+        """Send why a request failed; in a stream that has begun, as its last event."""
+        if isinstance(error, RequestError):
+            status, message, param, code = error.status, str(error), error.param, error.code
         else:
-            self._send_json_error(404, error, code="model_not_found")
+            status, param, code = 500, None, None
+            message = f"generation failed ({type(error).__name__}: {reason(error)})"
+            print_failure(message, error)
+        body = error_object(status, message, param=param, code=code)
+        if self._is_streaming:
+            self.wfile.write(f"data: {json.dumps(body)}\n\n".encode())
+            return
+        self._headers_buffer: list[bytes] = []  # mlx-lm has begun a reply with status 200
+        self._send_json(status, body)
+
+    def finish(self) -> None:
+        """Send the reply, and let the client read it before the connection is closed."""
+        super().finish()
+        linger(self.connection)
 
     def handle_chat_completions(self) -> CompletionRequest:
         """Return the chat request, with the default system message added if it has none."""
         request = super().handle_chat_completions()
-        request.messages = [normalize_tool_calls(message, "") for message in request.messages]
         system = self.response_generator.model_provider.served.system
-        roles = {message.get("role") for message in request.messages}
-        if system is not None and not roles & {"system", "developer"}:
+        if system is not None and not roles(request.messages) & {"system", "developer"}:
             request.messages.insert(0, {"role": "system", "content": system})
         return request
 
@@ -219,12 +304,12 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _is_valid_length(length: str) -> bool:
-    """Return whether a `Content-Length` is a number from 0 to `MAX_BODY_BYTES`.
-
-    Reading a body of negative length would never end.
-    """
-    return length.isdecimal() and len(length) < 20 and int(length) <= MAX_BODY_BYTES
+def error_object(
+    status: int, message: str, *, param: str | None = None, code: str | None = None
+) -> dict[str, Any]:
+    """Return an error in the form of OpenAI's API."""
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 class Server(ThreadingHTTPServer):
@@ -235,6 +320,7 @@ class Server(ThreadingHTTPServer):
     """
 
     daemon_threads = True
+    request_queue_size = 128  # connections that wait to be accepted
 
     def __init__(self, host: str, port: int) -> None:
         try:
@@ -257,7 +343,9 @@ class Server(ThreadingHTTPServer):
     def serve(self, served: ServedModel) -> None:
         """Serve the model until Ctrl-C is pressed."""
         provider = SwitchingModelProvider(served)
-        generator = SynchronizedResponseGenerator(provider, LRUPromptCache(PROMPT_CACHE_SIZE))
+        generator = LastingResponseGenerator(
+            provider, vocab_size=served.vocab_size, context=served.context
+        )
         fingerprint = get_system_fingerprint()
         handler = partial(RequestHandler, generator, system_fingerprint=fingerprint)
         self.RequestHandlerClass = handler
@@ -268,9 +356,10 @@ class Server(ThreadingHTTPServer):
             generator.stop_and_join()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Print the error of a request on stderr, unless the client has only disconnected early."""
-        if not isinstance(sys.exception(), ConnectionError):
-            super().handle_error(request, client_address)
+        """Print the error of a request on one line, unless the client has only left early."""
+        error = sys.exception()
+        if error is not None and not isinstance(error, ConnectionError | TimeoutError):
+            print_failure(f"{type(error).__name__}: {reason(error)}", error)
 
 
 def _mlx_lm_arguments(served: ServedModel) -> Namespace:

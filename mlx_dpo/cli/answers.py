@@ -101,7 +101,7 @@ def _context_length(config: dict[str, Any], requested: int | None) -> int | None
     Raises:
         ConfigError: the requested length is above the model's.
     """
-    from mlx_dpo.generation.prompt import context_length
+    from mlx_dpo.generation.context import context_length
 
     longest = context_length(config)
     if requested is not None and longest is not None and requested > longest:

@@ -79,6 +79,7 @@ def _make_served_model(
     opened: "SwitchableModel", sampling: Sampling, thinking: bool | None, origins: tuple[str, ...]
 ) -> "ServedModel":
     from mlx_dpo.chat.server import ServedModel
+    from mlx_dpo.generation.context import context_length
     from mlx_dpo.generation.prompt import check_thinking
 
     tokenizer, config = opened.base.tokenizer, opened.run and opened.run.config
@@ -92,6 +93,7 @@ def _make_served_model(
         opened.switch,
         {"aligned": "aligned", "base": "base"} if opened.switch.can_switch else {"base": "base"},
         min(len(tokenizer), opened.base.vocab_size),
+        context_length(opened.base.config),
         sampling,
         thinking=bool(config.thinking if thinking is None and config else thinking),
         system=config.system if config else None,

@@ -51,7 +51,7 @@ def make_scan_settings(config: DPOConfig) -> ScanSettings:
                 raise ConfigError(f"`{name}` has no effect without --model")
         return ScanSettings(rows=row_rules(config))
 
-    from mlx_dpo.generation.prompt import context_length
+    from mlx_dpo.generation.context import context_length
     from mlx_dpo.models.empty_weights import load_empty_model
 
     base = load_configured_base(config, load_empty_model)

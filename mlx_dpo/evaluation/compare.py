@@ -14,8 +14,9 @@ from mlx_dpo.data.inspect.text_anomalies import find_refusal
 from mlx_dpo.data.prompts import Prompt, add_system_prompt, read_prompts
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.generation.batch import GeneratedTokens, generate_tokens
+from mlx_dpo.generation.context import context_length
 from mlx_dpo.generation.decode import StreamingDecoder
-from mlx_dpo.generation.prompt import context_length, encode_prompt, encode_text
+from mlx_dpo.generation.prompt import encode_prompt, encode_text
 from mlx_dpo.saved_runs.evaluate import held_out_prompts
 from mlx_dpo.saved_runs.open import OpenRun, SwitchableModel, open_switchable
 from mlx_dpo.scoring.logps import token_logps

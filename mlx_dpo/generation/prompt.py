@@ -1,6 +1,6 @@
 """Encode prompts as token ids: a conversation in the model's chat template, or plain text."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from jinja2.exceptions import TemplateError
@@ -52,13 +52,3 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
     begin = tokenizer.bos_token_id
     needs_begin = with_special_tokens[:1] == [begin] and body[:1] != [begin]
     return [begin, *body] if needs_begin else body
-
-
-def context_length(config: Mapping[str, Any]) -> int | None:
-    """Return the context length that a model's `config.json` states, or None."""
-    names = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length")
-    for part in (config, config.get("text_config") or {}):
-        for name in names:
-            if length := part.get(name):
-                return int(length)
-    return None

@@ -20,7 +20,7 @@ from mlx_dpo.data.tokenization.formatting import TokenRules
 from mlx_dpo.data.tokenization.parallel import TokenizerWorkers
 from mlx_dpo.data.tokenization.tokenize_rows import LoadedPairs, PairRules
 from mlx_dpo.errors import ConfigError
-from mlx_dpo.generation.prompt import context_length
+from mlx_dpo.generation.context import context_length
 from mlx_dpo.models.device import device_kind, main_dtype
 from mlx_dpo.models.files import code_fingerprint, model_fingerprint, tokenizer_fingerprint
 from mlx_dpo.models.load import LoadedModel, load_model, load_tokenizer

@@ -11,7 +11,8 @@ from mlx_dpo.config.sampling import SEEDS, Sampling
 from mlx_dpo.data.prompts import Prompt
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.generation.batch import GeneratedText, generate_replies
-from mlx_dpo.generation.prompt import context_length, encode_prompt
+from mlx_dpo.generation.context import context_length
+from mlx_dpo.generation.prompt import encode_prompt
 from mlx_dpo.models.files import model_fingerprint
 from mlx_dpo.models.load import LoadedModel
 from mlx_dpo.runs.inputs import load_configured_base

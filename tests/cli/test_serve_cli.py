@@ -1,13 +1,8 @@
 """`mlx-dpo serve` in its own process, queried with OpenAI's client."""
 
 import json
-import os
 import re
-import signal
 import socket
-import subprocess
-import sys
-from contextlib import contextmanager
 from http.client import HTTPConnection
 from pathlib import Path
 
@@ -20,7 +15,9 @@ from mlx_dpo.adapters.adapter_files import load_adapter
 from mlx_dpo.chat.session import ChatSession
 from mlx_dpo.cli import cli
 from mlx_dpo.config.sampling import Sampling
-from tests.checkpoints import make_adapter, make_checkpoint
+from tests.checkpoints import VOCAB, make_adapter, make_checkpoint
+from tests.fuzz.request_cases import request_cases
+from tests.served import check_reply, send, served
 
 TOKENS = 8
 QUESTIONS = ("Where is the cat?", "Is it here?", "no")
@@ -36,30 +33,11 @@ def adapter(model, tmp_path_factory):
     return str(make_adapter(tmp_path_factory.mktemp("adapter"), model))
 
 
-@contextmanager
-def served(*flags):
-    """The base URL of a running server; Ctrl-C stops it at the end of the block."""
-    command = [sys.executable, "-c", "from mlx_dpo.cli import main; main()", "serve", *flags]
-    with subprocess.Popen(
-        [*command, "--port", "0"], stderr=subprocess.PIPE, text=True, env=dict(os.environ)
-    ) as server:
-        header = ""
-        while "Ctrl-C stops it" not in header:
-            line = server.stderr.readline()
-            assert line, header
-            header += line
-        try:
-            yield re.search(r"at (http://127\.0\.0\.1:\d+/v1)\n", header).group(1)
-        finally:
-            server.send_signal(signal.SIGINT)
-            _, rest = server.communicate(timeout=60)
-        assert (server.returncode, rest.splitlines()[-1]) == (0, "Stopped")
-        assert "Traceback" not in rest
-
-
 @pytest.fixture(scope="module")
 def address(model, adapter):
-    with served("--model", model, "--adapter", adapter) as address:
+    # MLX would compile a kernel for every new temperature, which takes seconds on a CPU.
+    flags = ("--model", model, "--adapter", adapter)
+    with served(*flags, MLX_DISABLE_COMPILE="1") as address:
         yield address
 
 
@@ -73,8 +51,7 @@ def ask(client, name, question, **settings):
     return client.chat.completions.create(
         model=name,
         messages=[{"role": "user", "content": question}],
-        max_tokens=TOKENS,
-        **{"temperature": 0} | settings,
+        **{"temperature": 0, "max_tokens": TOKENS} | settings,
     )
 
 
@@ -158,40 +135,99 @@ def test_an_unknown_model_gets_404_with_the_known_names(client):
         ask(client, "base", "hi", extra_body={"adapters": "/etc"})
 
 
+HELLO = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
 CRASHING = [  # each of these requests once ended the generating thread or the program
     ("completions", {"prompt": ["a b", "c"]}),
     ("completions", {"prompt": ""}),
-    ("chat/completions", {"messages": [{"role": "user", "content": "hi"}], "stop": [3]}),
-    ("chat/completions", {"messages": [{"role": "user", "content": "hi"}], "top_k": 10**6}),
+    ("chat/completions", HELLO | {"stop": [3]}),
+    ("chat/completions", HELLO | {"top_k": 10**6}),
+    ("chat/completions", HELLO | {"top_k": True}),
+    ("chat/completions", HELLO | {"top_logprobs": True}),
+    ("chat/completions", HELLO | {"frequency_penalty": 2**63}),
+    ("chat/completions", HELLO | {"temperature": float("inf")}),
     (
         "chat/completions",
-        {"messages": [{"role": "user", "content": "hi"}], "logit_bias": {"999999": 5}},
+        HELLO | {"repetition_penalty": 1.1, "repetition_context_size": 2**63},
     ),
+    ("chat/completions", HELLO | {"logit_bias": {"999999": 5}}),
+    ("chat/completions", HELLO | {"messages": [{"role": "user", "content": "hi " * 600}]}),
     ("chat/completions", b"\xff\xfe"),
+    ("chat/completions", b"[" * 10**5),
+    ("chat/completions", b'{"seed": ' + b"9" * 5000 + b"}"),
+    ("chat/completions", b"[]"),
+    ("chat/completions", b""),
 ]
-
-
-def posted(address, path, body, **headers):
-    """Status and body of the answer to a raw request."""
-    host, port = re.fullmatch(r"http://(.+):(\d+)/v1", address).groups()
-    connection = HTTPConnection(host, int(port), timeout=30)
-    data = body if isinstance(body, bytes) else json.dumps({"model": "base"} | body).encode()
-    connection.request("POST", f"/v1/{path}", data, headers)
-    answer = connection.getresponse()
-    try:
-        return answer.status, answer.read().decode()
-    finally:
-        connection.close()
 
 
 def test_no_request_ends_the_server(address, client, expected):
     for path, body in CRASHING:
-        assert posted(address, path, body)[0] == 400, body
+        status, text = send(address, path, body)
+        assert (status, set(json.loads(text)["error"])) == (
+            400,
+            {"message", "type", "param", "code"},
+        ), body
         answer = ask(client, "base", QUESTIONS[0]).choices[0].message.content
         assert answer == expected["base"][QUESTIONS[0]], body
-    for length in ("-1", "99999999999"):
-        status, body = posted(address, "completions", b"{}", **{"Content-Length": length})
-        assert (status, "a request may have 67,108,864 bytes" in body) == (413, True)
+
+
+@pytest.mark.parametrize(
+    ("length", "status"),
+    [("-1", 400), ("1e3", 400), ("1, 2", 400), ("\u0663", 400), ("99999999999", 413),
+     ("9" * 5000, 413), ("0" * 5000, 400)],
+)  # fmt: skip
+def test_a_length_that_is_none_is_refused(address, length, status):
+    answer, text = send(address, "completions", b"", Content_Length=length.encode())
+    assert (answer, "message" in json.loads(text)["error"]) == (status, True)
+
+
+def test_a_body_without_length_is_refused(address):
+    def chunks():
+        yield b'{"prompt": "a"}'
+
+    assert send(address, "completions", chunks())[0] == 411  # sent as chunks
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/v1/models/base", 200),
+        ("GET", "/v1/models?limit=3", 200),
+        ("GET", "/v1/models/gpt", 404),
+        ("GET", "/v1/modelsmodels", 404),
+        ("GET", "/", 404),
+        ("POST", "/v1/embeddings", 404),
+        ("GET", "/v1/completions", 405),
+        ("POST", "/v1/models", 405),
+        ("PUT", "/v1/chat/completions", 405),
+        ("DELETE", "/v1/models/base", 405),
+        ("BREW", "/v1/nothing", 404),
+    ],
+)
+def test_a_path_has_its_methods_and_errors_are_objects(address, method, path, status):
+    answer, text = send(address, path, b"{}", method)
+    assert answer == status
+    assert set(json.loads(text)) in ({"error"}, {"object", "data"}, {
+        "id", "object", "created", "owned_by"})  # fmt: skip
+
+
+def test_openai_clients_can_read_the_error(client):
+    with pytest.raises(openai.BadRequestError) as caught:
+        ask(client, "base", "hi", extra_body={"top_k": -1})
+    assert (caught.value.param, caught.value.type) == ("top_k", "invalid_request_error")
+    with pytest.raises(openai.BadRequestError) as caught:
+        ask(client, "base", "hi " * 600)
+    assert caught.value.code == "context_length_exceeded"
+
+
+def test_a_length_beyond_the_context_is_clipped(client):
+    answer = ask(client, "base", "hi", max_tokens=10**9)
+    assert answer.usage.total_tokens <= 512
+
+
+def test_generated_requests_are_answered_or_refused(address):
+    """The slow suite in `tests/fuzz` sends many more."""
+    for case in request_cases(3, 100, VOCAB):
+        check_reply(case, *send(address, case.path, case.body))
 
 
 def test_an_image_url_in_a_message_is_not_fetched(address):
@@ -200,7 +236,7 @@ def test_an_image_url_in_a_message_is_not_fetched(address):
         image_host.settimeout(0.2)
         url = f"http://127.0.0.1:{image_host.getsockname()[1]}/secret"
         content = [{"type": "image_url", "image_url": {"url": url}}]
-        status, body = posted(
+        status, body = send(
             address, "chat/completions", {"messages": [{"role": "user", "content": content}]}
         )
         assert (status, "only text is read" in body) == (400, True)

@@ -4,7 +4,8 @@ import pytest
 from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
-from mlx_dpo.generation.prompt import context_length, encode_text
+from mlx_dpo.generation.context import context_length
+from mlx_dpo.generation.prompt import encode_text
 
 
 @pytest.mark.parametrize("template", ["<s> $A", "<s> $A </s>"])

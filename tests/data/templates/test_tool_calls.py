@@ -6,7 +6,7 @@ import pytest
 from mlx_lm.server import CompletionRequest, process_message_content
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_dpo.chat.server import TemplateTokenizer
+from mlx_dpo.chat.response_generator import TemplateTokenizer
 from mlx_dpo.data.templates.tool_calls import CallForm, find_call_form
 from mlx_dpo.data.tokenization.formatting import TokenRules
 from mlx_dpo.data.tokenization.tokenize import tokenize_pair
