@@ -14,37 +14,15 @@ from pathlib import Path
 
 from mlx_dpo.adapters.hf_checkpoint import read_safetensors_header
 from mlx_dpo.errors import ModelError
+from mlx_dpo.hub.secret_patterns import (
+    compiled_patterns,
+    find_assignments,
+    is_crossed_out,
+    is_placeholder,
+)
 
-SECRETS = {
-    "a Hugging Face token": rb"(?<![A-Za-z0-9])(?:hf|api_org)_[A-Za-z0-9]{30,}",
-    "an OpenAI, Anthropic or DeepSeek key": rb"\bsk-[A-Za-z0-9_-]{20,}",
-    "a model provider's key": rb"\b(?:gsk_|xai-|pplx-|r8_|nvapi-|tgp_v1_)[A-Za-z0-9_-]{24,}",
-    "a GitHub token": rb"\b(?:gh[oprsu]_[A-Za-z0-9]{30,}|github_pat_[A-Za-z0-9_]{30,})",
-    "a GitLab token": rb"\bgl(?:pat|ptt|dt|rt|cbt|soat)-[A-Za-z0-9_.-]{20,}",
-    "an AWS key": rb"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b",
-    "a Google key": rb"\b(?:AIza[0-9A-Za-z_-]{35}|GOCSPX-[\w-]{20,}|ya29\.[\w-]{20,})",
-    "a Slack token": rb"\bxox[abeoprs]-[0-9A-Za-z-]{10,}|\bxapp-[0-9A-Za-z-]{20,}"
-    rb"|hooks\.slack\.com/services/T\w+/B\w+/\w+",
-    "a Stripe key": rb"\b(?:sk|rk)_(?:live|test)_[0-9A-Za-z]{20,}|\bwhsec_[0-9A-Za-z]{20,}",
-    "a token of a package registry": rb"\bnpm_[A-Za-z0-9]{36}|\bpypi-AgEI[\w-]{40,}",
-    "a token of a cloud service": rb"\bdapi[0-9a-f]{32}|\bdo[opr]_v1_[0-9a-f]{64}"
-    rb"|\bSG\.[\w-]{22}\.[\w-]{43}|\b\d{8,10}:AA[\w-]{33}|\blin_api_\w{32,}",
-    "a W&B key": rb"(?i)wandb[\w \"':=-]{0,30}\b[0-9a-f]{40}\b|\bwandb_v\d_\w{40,}",
-    "a private key": rb"-----BEGIN [A-Z ]*PRIVATE KEY|\bAGE-SECRET-KEY-1[A-Z0-9]{40,}",
-    "a JSON web token": rb"\beyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.",
-    "a password in a URL": rb"\b[a-z][a-z0-9+.-]*://[^\s/:@\"']*:[^\s/@\"']+@",
-    "a password or key": rb"(?:(?i:password|passwd|[_-]secret|secret(?:[_-]\w+|(?=\s*=))"
-    rb"|api[_-]?key|access[_-]?(?:key|token)|account[_-]?key|auth[_-]?token)(?i:[_-]\w+)?|[A-Z]_(?:KEY|TOKEN))"
-    rb"[\"']?\s*[:=]\s*[\"']?(?!(?i:os\.|your|my|x{4}|[<$*.]))[^\s\"',{}\[\]]{8,}"
-    rb"|(?i:\bbearer)\s+(?=\S*\d)[A-Za-z0-9._~+/-]{20,}",
-}
-PERSONAL_PATHS = {
-    "a personal path": rb"(?:/home/|/Users/|[A-Za-z]:\\{1,2}Users\\{1,2})"
-    rb"(?!user(?:name)?\b)[^\s/\\\"'`<>|:;,)]+"
-    rb"|/root(?=[/\"'\s]|$)|/var/folders/|file://"
-}
 # Escaped characters in JSON (backslash) and URLs (percent).
-ESCAPES = re.compile(rb"(?:\\u00|%)([2-7][0-9A-Fa-f])|\\(?:u00[01]\w|[abfnrtv])|\\([/\"'])")
+ESCAPES = re.compile(r"(?:\\u00|%)([2-7][0-9A-Fa-f])|\\(?:u00[01]\w|[abfnrtv])|\\([/\"'])")
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PIXEL_CHUNKS = {b"IHDR", b"PLTE", b"IDAT", b"IEND"}
 NOT_SCANNABLE = "content that cannot be scanned (neither text, PNG nor safetensors)"
@@ -70,45 +48,53 @@ def scan_for_secrets(content: Path | bytes, name: str) -> Iterator[SecretMatch]:
     except (ValueError, ModelError):
         yield SecretMatch(name, NOT_SCANNABLE)
         return
-    patterns = SECRETS | PERSONAL_PATHS
+    found = dict.fromkeys(
+        (text.count("\n", 0, offset) + 1, kind)
+        for text in dict.fromkeys((data, ESCAPES.sub(_unescape, data)))
+        for offset, kind in _find_in_text(text)
+    )
+    yield from (SecretMatch(f"{name}:{line}", kind) for line, kind in found)
+
+
+def _find_in_text(text: str) -> Iterator[tuple[int, str]]:
+    """Yield the offset and the kind of each secret and personal path in a text."""
+    for kind, pattern in compiled_patterns():
+        for match in pattern.finditer(text):
+            values = [value for value in match.groups() if value]
+            is_example = all(map(is_placeholder, values)) if values else is_crossed_out(match[0])
+            if not is_example:
+                yield match.start(), kind
+    yield from ((offset, "a password or key") for offset in find_assignments(text))
     home = os.path.expanduser("~")
     if len(home) > len("/root"):  # shorter paths occur in ordinary words
-        patterns |= {"this machine's home folder": re.escape(home.encode())}
-    variants = dict.fromkeys((data, ESCAPES.sub(_unescape, data)))
-    matches = {
-        (data.count(b"\n", 0, match.start()) + 1, kind): None
-        for kind, pattern in patterns.items()
-        for data in variants
-        for match in re.finditer(pattern, data)
-    }
-    yield from (SecretMatch(f"{name}:{line}", kind) for line, kind in matches)
+        for match in re.finditer(re.escape(home), text):
+            yield match.start(), "this machine's home folder"
 
 
-def _read_text(content: Path | bytes, name: str) -> bytes:
-    """Return the parts of a file that may contain text, as bytes.
+def _read_text(content: Path | bytes, name: str) -> str:
+    """Return the parts of a file that may contain text.
 
     Raises:
         ValueError, ModelError: the file is damaged, or is neither text, PNG nor safetensors.
     """
     if isinstance(content, Path):
         if name.endswith(".safetensors"):
-            return read_safetensors_header(content)
+            return read_safetensors_header(content).decode("utf-8", "replace")
         content = content.read_bytes()
     if content.startswith(PNG_SIGNATURE):
-        return b"\n".join(_png_texts(content))
-    content.decode()
+        return b"\n".join(_png_texts(content)).decode("utf-8", "replace")
     if b"\0" in content:
         raise ValueError
-    return content
+    return content.decode()
 
 
-def _unescape(match: re.Match[bytes]) -> bytes:
+def _unescape(match: re.Match[str]) -> str:
     """Return the character that an escape sequence stands for.
 
     An escaped white space character becomes a blank, so that line numbers stay the same.
     """
     code, character = match.groups()
-    return bytes.fromhex(code.decode()) if code else character or b" "
+    return chr(int(code, 16)) if code else character or " "
 
 
 def _png_texts(data: bytes) -> Iterator[bytes]:

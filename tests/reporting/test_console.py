@@ -144,5 +144,5 @@ def test_the_description_of_a_progress_bar_has_no_effect(name):
     with console.capture() as capture, show_progress(console, name, total=2) as advance:
         advance(1)
     output = capture.get()
-    assert ("[b]:car:[/b]" if name[0] == "[" else r"\x1b]0;") in output
+    assert ("[b]:car:[/b]" if name[0] == "[" else r"\x1b]") in output
     assert not re.search(r"\x1b\]|[\x07\x9b]", output)
