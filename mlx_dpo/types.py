@@ -131,6 +131,7 @@ class PreferenceMetrics(NamedTuple):
     # Pearson correlation of the length difference (chosen minus rejected) and the margin; None
     # if one of them is constant.
     length_correlation: float | None = None
+    margins_stderr: float | None = None  # standard error of the mean margin; None for one pair
 
 
 class StepMetrics(NamedTuple):

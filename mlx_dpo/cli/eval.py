@@ -25,12 +25,19 @@ def eval(run: str, pairs: str | None, bad_pairs: str | None, as_json: bool) -> N
     """
     from mlx_dpo import evaluate_run
     from mlx_dpo.losses.metrics import EVAL_PREFIX, to_public_names
-    from mlx_dpo.reporting.console import final_metrics_table, make_console
+    from mlx_dpo.reporting.console import (
+        final_metrics_table,
+        make_console,
+        print_label_table,
+    )
+    from mlx_dpo.runs.summary import summarize_findings
 
     evaluation = evaluate_run(run, pairs, bad_pairs=bad_pairs)
     row = to_public_names(evaluation.metrics, prefix=EVAL_PREFIX)
+    verdict = evaluation.verdict
     if as_json:
         facts = {"pairs": evaluation.pairs, "of": evaluation.name, "notes": evaluation.notes}
+        facts["verdict"] = verdict and verdict.to_dict()
         record = {"run": run, "finished": evaluation.run.finished, **facts, **row}
         echo_json(record)
         return
@@ -39,4 +46,7 @@ def eval(run: str, pairs: str | None, bad_pairs: str | None, as_json: bool) -> N
         console.print(f"The run is unfinished; these are its adapters of {evaluation.run.adapter}")
     for note in evaluation.notes:
         console.print(note)
-    console.print(final_metrics_table(row, title=f"{evaluation.pairs:,} {evaluation.name}"))
+    title = f"{evaluation.pairs:,} {evaluation.name}"
+    is_noise = verdict is not None and verdict.is_noise
+    console.print(final_metrics_table(row, title=title, is_noise=is_noise))
+    print_label_table(console, summarize_findings(evaluation.run.record["warnings"], verdict))

@@ -23,7 +23,12 @@ from mlx_dpo.reporting.console import (
     show_steps,
 )
 from mlx_dpo.runs.reference import needed_pairs
-from mlx_dpo.runs.summary import summarize_end, summarize_inputs, summarize_training
+from mlx_dpo.runs.summary import (
+    summarize_end,
+    summarize_findings,
+    summarize_inputs,
+    summarize_training,
+)
 
 
 @contextmanager
@@ -91,7 +96,9 @@ def _run(run: DPOTrainer, awake: str | None, resume_command: str) -> None:
     print_label_table(console, summarize_end(run))
     if run.evaluation is not None:
         title = f"{len(run.inputs.valid):,} held-out {config.unit}"
-        console.print(final_metrics_table(run.evaluation, title=title))
+        is_noise = run.verdict is not None and run.verdict.is_noise
+        console.print(final_metrics_table(run.evaluation, title=title, is_noise=is_noise))
+    print_label_table(console, summarize_findings(run.warnings, run.verdict))
 
 
 class _WarningPrinter:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import yaml
@@ -14,6 +14,9 @@ from mlx_dpo.config.other_trainers import EQUIVALENTS
 from mlx_dpo.config.setting import Setting, parse_value
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.io.bounded import read_text
+
+if TYPE_CHECKING:
+    from mlx_dpo.training.monitor.verdict import Verdict
 
 Command = Callable[..., Any]
 
@@ -217,4 +220,19 @@ def train(
         run_with_progress(run)
     if run.evaluation is None:
         echo("No pairs were held out, so nothing was measured on unseen pairs")
-    echo(f"Adapters in {config.output}; talk to them with: {program()} chat {config.output}")
+    echo(_closing_line(config.output, run.verdict, program()))
+
+
+def _closing_line(output: str, verdict: "Verdict | None", command: str) -> str:
+    """Return the last line of a run: where the adapters are, and what to do with them."""
+    if verdict is not None and verdict.is_worse:
+        return (
+            f"Adapters in {output}, but they are worse than the base model (see above); to see "
+            f"their answers: {command} compare {output}"
+        )
+    if verdict is not None and verdict.is_noise:
+        return (
+            f"Adapters in {output}, but nothing shows that they are better than the base model "
+            f"(see above); to see their answers: {command} compare {output}"
+        )
+    return f"Adapters in {output}; talk to them with: {command} chat {output}"

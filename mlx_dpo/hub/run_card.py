@@ -25,6 +25,7 @@ from mlx_dpo.runs.summary import describe_loss
 from mlx_dpo.saved_runs.export_peft import open_finished
 from mlx_dpo.saved_runs.open import OpenRun
 from mlx_dpo.saved_runs.report import write_curves
+from mlx_dpo.training.monitor.verdict import Verdict
 
 DEFAULT_SAMPLES = 3
 SAMPLING = Sampling(max_tokens=200)  # greedy
@@ -120,9 +121,15 @@ def _collect_facts(
         "peft_problem": None if loads_in == LOADS_IN_PEFT else _peft_problem(loads_in),
         "peft_base": adapter.get("base_model_name_or_path"),
         "bits": config.bits,
-        "warnings": record["warnings"],
+        "warnings": _findings(record),
         "curves": write_curves(opened.paths.folder),
     }
+
+
+def _findings(record: Mapping[str, Any]) -> list[str]:
+    """Return what a card says went wrong: warnings of the training, and the verdict."""
+    verdict = Verdict.from_record(record)
+    return [*record["warnings"], *([] if verdict is None else [verdict.text])]
 
 
 def _describe_data(config: DPOConfig, count: int, datasets: Sequence[str]) -> str:

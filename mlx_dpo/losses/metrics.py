@@ -36,6 +36,7 @@ METRICS: Mapping[str, Metric] = {
     "rejected_tokens": Metric("lengths/rejected", "tokens of rejected"),
     "kl": Metric("kl", "KL divergence"),
     "length_correlation": Metric("length_correlation", "correlation of length and margin"),
+    "margins_stderr": Metric("rewards/margins_stderr", "standard error of the margin"),
 }
 EVAL_PREFIX = "eval_"  # before the names of metrics on held-out pairs
 
@@ -78,7 +79,14 @@ def compute_metrics(outputs: LossOutputs, *, labelled: bool = False) -> Preferen
     return PreferenceMetrics(
         **dict(zip(means, values, strict=True)),
         length_correlation=_pearson_correlation(length_differences, margins),
+        margins_stderr=_standard_error(margins),
     )
+
+
+def _standard_error(values: mx.array) -> float | None:
+    """Return the standard error of the mean, or None for a single value."""
+    count = values.size
+    return scalar(mx.sqrt(values.var(ddof=1) / count)) if count > 1 else None
 
 
 def _pearson_correlation(a: mx.array, b: mx.array) -> float | None:

@@ -22,6 +22,7 @@ FINAL_METRICS = tuple(
     (metric.label, EVAL_PREFIX + metric.name) for metric in METRICS.values() if metric.better
 )
 
+ZERO_MARGIN = 0.0005  # is shown as 0.000
 BAR_WIDTH = 12  # columns; leaves room for the most important metrics on a terminal of 80 columns
 
 
@@ -76,7 +77,7 @@ def format_step(row: MetricsRow, total: int) -> str:
     return (
         f"step {int(row['step']):>{len(str(total))}}/{total}  loss {row['loss']:.4f}  "
         f"margin {_format_metric(row, 'rewards/margins', '+.3f')}  "
-        f"accuracy {row['rewards/accuracies']:4.0%}  "
+        f"accuracy {_format_accuracy(row, '', '.0%'):>4}  "
         f"lr {row['learning_rate']:.2e}  {row['tokens_per_second']:,.0f} tok/s  "
         f"{row['peak_memory_gb']:.2f} GB"
     )
@@ -87,26 +88,40 @@ def format_evaluation(row: MetricsRow) -> str:
     return (
         f"held out after step {int(row['step'])}: loss {row['eval_loss']:.4f}  "
         f"margin {_format_metric(row, 'eval_rewards/margins', '+.3f')}  "
-        f"accuracy {row['eval_rewards/accuracies']:.1%}"
+        f"accuracy {_format_accuracy(row, EVAL_PREFIX, '.1%')}"
     )
 
 
-def format_final_metrics(row: MetricsRow) -> dict[str, str]:
-    """Return an evaluation's final metrics as a mapping from label to formatted number."""
+NOISE = "not meaningful"  # in place of an accuracy whose margins are noise
+
+
+def format_final_metrics(row: MetricsRow, *, is_noise: bool = False) -> dict[str, str]:
+    """Return an evaluation's final metrics as a mapping from label to formatted number.
+
+    With `is_noise` the margins are noise, and accuracy is not shown as a result.
+    """
     formats = {"accuracy": ".1%"}
-    return {
+    texts = {
         label: _format_metric(row, key, formats.get(label, ".4f")) for label, key in FINAL_METRICS
     }
+    return texts | {"accuracy": NOISE} if is_noise else texts
 
 
-def final_metrics_table(row: MetricsRow, *, title: str) -> Table:
+def final_metrics_table(row: MetricsRow, *, title: str, is_noise: bool = False) -> Table:
     """Return a table for the terminal with the metrics of an evaluation."""
     table = Table(title=title, title_justify="left", show_header=False, box=SIMPLE)
     table.add_column()
     table.add_column(justify="right")
-    for label, value in format_final_metrics(row).items():
+    for label, value in format_final_metrics(row, is_noise=is_noise).items():
         table.add_row(label, value)
     return table
+
+
+def _format_accuracy(row: MetricsRow, prefix: str, form: str) -> str:
+    """Return the accuracy, or "-" if the margin is shown as zero: then there is no preference."""
+    if abs(row.get(f"{prefix}rewards/margins", 1.0)) < ZERO_MARGIN:
+        return "-"
+    return format(row[f"{prefix}rewards/accuracies"], form)
 
 
 def _format_metric(row: MetricsRow, key: str, form: str) -> str:
@@ -154,7 +169,7 @@ class StepBar:
         metrics = [
             f"loss {row['loss']:.4f}",
             f"margin {_format_metric(row, 'rewards/margins', '+.3f')}",
-            f"accuracy {row['rewards/accuracies']:.0%}",
+            f"accuracy {_format_accuracy(row, '', '.0%')}",
             f"{row['tokens_per_second']:,.0f} tok/s",
             f"{row['peak_memory_gb']:.2f} GB",
         ]

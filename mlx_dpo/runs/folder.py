@@ -229,6 +229,7 @@ def new_record(
         "best_checkpoint": None,
         "stopped_early_at": None,
         "warnings": [],
+        "verdict": None,
     }
 
 

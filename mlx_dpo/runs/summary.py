@@ -1,7 +1,7 @@
 """Summarize a run for the terminal, before and after training. Each line has a label and a text."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import mlx.nn as nn
@@ -18,6 +18,7 @@ from mlx_dpo.models.device import dtype_name
 from mlx_dpo.optim.optimizers import OPTIMIZERS
 from mlx_dpo.profiling import memory
 from mlx_dpo.runs.reference import needed_pairs
+from mlx_dpo.training.monitor.verdict import Verdict
 
 if TYPE_CHECKING:
     from mlx_dpo.runs.trainer import DPOTrainer
@@ -189,6 +190,12 @@ def summarize_end(run: "DPOTrainer") -> list[SummaryLine]:
             ("best checkpoint", f"step {best.step}, {best.rule.metric} {best.state.value:.4f}")
         )
     return lines
+
+
+def summarize_findings(warnings: Sequence[str], verdict: Verdict | None) -> list[SummaryLine]:
+    """Return the summary lines about what went wrong: warnings of the training, and the verdict."""
+    lines = [("" if number else "warnings", text) for number, text in enumerate(warnings)]
+    return lines + ([] if verdict is None else [("result", verdict.text)])
 
 
 def describe_loss(config: DPOConfig) -> str:

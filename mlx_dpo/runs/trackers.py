@@ -10,7 +10,7 @@ from mlx_dpo.data.columns import LENGTHS, column
 from mlx_dpo.runs.folder import hub_model_id
 from mlx_dpo.trackers import check_tracker, open_tracker
 from mlx_dpo.trackers.base import OpenTrackers, RunInfo
-from mlx_dpo.training.monitor import Monitor, MonitoredRun
+from mlx_dpo.training.monitor.metrics import MonitoredRun
 from mlx_dpo.types import MetricsRow, TokenizedPair
 
 
@@ -79,18 +79,22 @@ def shared_settings(record: Mapping[str, Any]) -> dict[str, Any]:
     return ({"model": model} if model else {}) | shareable
 
 
-def make_monitor(config: DPOConfig, pairs: Sequence[TokenizedPair], *, total_steps: int) -> Monitor:
-    """Create the training monitor of a run that trains on `pairs`."""
-    return Monitor(
-        MonitoredRun(
-            total_steps=total_steps,
-            warmup_steps=config.count_warmup_steps(total_steps),
-            batch_size=min(config.batch_size, len(pairs)),
-            beta=config.common_beta,
-            learning_rate=config.learning_rate,
-            max_grad_norm=config.max_grad_norm,
-            chosen_tokens=float(column(pairs, LENGTHS)[:, 1].mean()),
-            referenced=config.reward_kind == "log-ratio" and config.reference_model is None,
-            from_start=config.reference_model is None and not config.sync_ref_model,
-        )
+def monitored_run(
+    config: DPOConfig, pairs: Sequence[TokenizedPair], *, total_steps: int
+) -> MonitoredRun:
+    """Return what the monitor needs to know of a run that trains on `pairs`."""
+    lengths = column(pairs, LENGTHS)
+    chosen, rejected = lengths[:, 1], lengths[:, 2]
+    return MonitoredRun(
+        total_steps=total_steps,
+        warmup_steps=config.count_warmup_steps(total_steps),
+        batch_size=min(config.batch_size, len(pairs)),
+        beta=config.common_beta,
+        learning_rate=config.learning_rate,
+        max_grad_norm=config.max_grad_norm,
+        chosen_tokens=float(chosen.mean()),
+        rejected_tokens=float(rejected.mean()),
+        chosen_longer=float((chosen > rejected).mean() + (chosen == rejected).mean() / 2),
+        referenced=config.reward_kind == "log-ratio" and config.reference_model is None,
+        from_start=config.reference_model is None and not config.sync_ref_model,
     )

@@ -54,10 +54,12 @@ from mlx_dpo.runs.reference import (
     stored_logps,
 )
 from mlx_dpo.runs.save_peft import save_peft
-from mlx_dpo.runs.trackers import check_trackers, make_monitor, open_trackers
+from mlx_dpo.runs.trackers import check_trackers, monitored_run, open_trackers
 from mlx_dpo.scoring.kernels.gated_delta import use_fused_gated_delta
 from mlx_dpo.trackers.base import OpenTrackers
 from mlx_dpo.training import checkpoint, loop
+from mlx_dpo.training.monitor import Monitor
+from mlx_dpo.training.monitor.verdict import Verdict
 from mlx_dpo.training.objective import Objective, evaluate
 from mlx_dpo.types import MetricsRow, PairLogps
 
@@ -119,6 +121,7 @@ class DPOTrainer:
         self.stopped_early_at: int | None = None
         self.evaluation: MetricsRow | None = None  # of the adapters that the run ends with
         self.warnings: list[str] = []  # from the monitor, including those before a resume
+        self.verdict: Verdict | None = None  # on the trained policy
         self.adapter_support = ""  # programs that can load the adapters of the finished run
         self.best = BestCheckpoint(config, self.paths)
         self.trackers = OpenTrackers()
@@ -284,7 +287,8 @@ class DPOTrainer:
             )
         rows = [row for row in read_metrics(self.paths.metrics) if row["step"] <= self.start.step]
         self.best.restore(rows)
-        self.monitor = make_monitor(self.config, self.inputs.train, total_steps=self.total_steps)
+        facts = monitored_run(self.config, self.inputs.train, total_steps=self.total_steps)
+        self.monitor = Monitor(facts)
         self.warnings = [warning for row in rows for warning in self.monitor.update(row)]
         self.record["warnings"] = self.warnings
         write_record(self.paths, self.record)
@@ -426,9 +430,11 @@ class DPOTrainer:
         self.best.load_into(self.policy)
         save_adapter(self.paths.folder, self.policy, self.adapter_config)
         self.adapter_support = save_peft(self.paths.folder, self.inputs.base, self.config)
+        self.verdict = self.monitor.judge(self.evaluation)
         self.record |= {
             "state": "finished",
             "evaluation": self.evaluation,
+            "verdict": self.verdict and self.verdict.to_dict(),
             "best_checkpoint": self.best.to_dict(),
             "stopped_early_at": self.stopped_early_at,
             "adapter": self.adapter_support,

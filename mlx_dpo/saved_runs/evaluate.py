@@ -13,6 +13,7 @@ from mlx_dpo.data.report import PairsReport
 from mlx_dpo.data.sources import STDIN, find_sources, resolve_held_out_source
 from mlx_dpo.errors import ConfigError, RunError
 from mlx_dpo.io.arrays import named_arrays
+from mlx_dpo.losses.metrics import to_public_names
 from mlx_dpo.models.files import model_fingerprint, tokenizer_fingerprint
 from mlx_dpo.models.load import LoadedModel
 from mlx_dpo.runs.build import (
@@ -36,11 +37,13 @@ from mlx_dpo.runs.reference import (
     compute_logps_of_splits,
     load_reference_model,
 )
+from mlx_dpo.runs.trackers import monitored_run
 from mlx_dpo.saved_runs.open import OpenRun, load_adapter_into, load_reference_into, open_run
 from mlx_dpo.schemas.messages import prompt_digest
 from mlx_dpo.scoring.kernels.gated_delta import use_fused_gated_delta
 from mlx_dpo.scoring.score_pairs import DatasetScorer
 from mlx_dpo.training import checkpoint
+from mlx_dpo.training.monitor.verdict import Verdict, judge_policy
 from mlx_dpo.training.objective import Objective, evaluate
 from mlx_dpo.types import PairLogps, PreferenceMetrics, TokenizedPair
 
@@ -54,6 +57,7 @@ class Evaluation:
     pairs: int
     metrics: PreferenceMetrics
     notes: tuple[str, ...]  # skipped and truncated rows of a named file
+    verdict: Verdict | None = None  # on the policy, by these metrics; None if nothing is wrong
 
 
 def evaluate_run(
@@ -81,7 +85,9 @@ def evaluate_run(
     now = {"model": model_fingerprint(base.path), "tokenizer": tokenizer_fingerprint(base.path)}
     check_provenance(run.paths, run.record, now)
     metrics = _compute_metrics(run, base, measured)
-    return Evaluation(run, name, len(measured), metrics, notes)
+    facts = monitored_run(run.config, measured, total_steps=run.record["steps"])
+    verdict = judge_policy(facts, to_public_names(metrics))
+    return Evaluation(run, name, len(measured), metrics, notes, verdict)
 
 
 EvaluationPairs = tuple[LoadedModel, Sequence[TokenizedPair], str, tuple[str, ...]]

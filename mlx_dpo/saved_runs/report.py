@@ -15,6 +15,7 @@ from mlx_dpo.reporting.metrics_log import read_metrics
 from mlx_dpo.reporting.run_page import RunDetails, render_run_page
 from mlx_dpo.runs.folder import CURVES, RunPaths, find_run
 from mlx_dpo.runs.summary import describe_loss
+from mlx_dpo.training.monitor.verdict import Verdict
 from mlx_dpo.types import MetricsRow
 
 PAGE, PLOT = "report.html", "report.png"
@@ -122,6 +123,7 @@ def shortest_names(folders: Sequence[Path]) -> list[str]:
 def _describe_run(run: LoggedRun, name: str, settings: Mapping[str, str]) -> RunDetails:
     """Return a run's texts for the report; `settings` are those in which its runs differ."""
     record, config, evaluation = run.record, run.config, run.evaluation
+    verdict = Verdict.from_record(record)
     versions = ", ".join(f"{package} {number}" for package, number in record["versions"].items())
     facts = [
         ("steps", _describe_progress(run)),
@@ -135,9 +137,10 @@ def _describe_run(run: LoggedRun, name: str, settings: Mapping[str, str]) -> Run
     metrics = {
         "step": f"{run.step:,}",
         "judged at": f"{evaluation['step']:,}" if "step" in evaluation else "-",
-        **format_final_metrics(evaluation),
+        **format_final_metrics(evaluation, is_noise=verdict is not None and verdict.is_noise),
     }
-    return RunDetails(name, facts, settings, metrics, record.get("warnings", []))
+    findings = [*record.get("warnings", []), *([] if verdict is None else [verdict.text])]
+    return RunDetails(name, facts, settings, metrics, findings)
 
 
 def _describe_progress(run: LoggedRun) -> str:

@@ -9,6 +9,7 @@ from click.testing import CliRunner
 from mlx_dpo import DPOTrainer
 from mlx_dpo.cli import cli
 from mlx_dpo.config.dpo_config import DPOConfig
+from mlx_dpo.paths import tiny_chat
 from tests.checkpoints import make_checkpoint
 
 OVERSHOOTS = ("--learning-rate", "0.1", "--eval-steps", "1", "--valid-fraction", "0.25",
@@ -81,8 +82,56 @@ def test_warnings_are_printed_once_on_standard_error_and_recorded():
     [warning] = result.stderr.splitlines()
     assert warning.startswith("Warning: steps 14 to 23: the loss stays at 0.6931")
     assert warning.endswith(SENTENCE)
-    assert SENTENCE not in result.stdout
+    assert result.stdout.count(SENTENCE) == 1  # again at the end
     assert [f"Warning: {sentence}" for sentence in record()["warnings"]] == [warning]
+
+
+def test_accuracy_is_no_result_while_the_margin_is_noise():
+    """Said at the end of the run, by `eval`, in the record and on the report page."""
+    idle = train(*IDLE).stdout
+    evaluated = CliRunner().invoke(cli, ["eval", "run"]).stdout
+    text = "the policy has hardly changed: the margin is "
+    for shown in (idle, evaluated):
+        assert "accuracy not meaningful" in " ".join(shown.split())
+        assert f"\nresult        {text}" in shown
+        assert "use a larger learning_rate than 1e-09, such as 1e-08" in shown
+    assert idle.splitlines()[-1].startswith(
+        "Adapters in run, but nothing shows that they are better than the base model"
+    )
+    assert "accuracy -\n" in idle  # in the line of the evaluation
+    assert record()["verdict"]["kind"] == "unchanged"
+    as_json = json.loads(CliRunner().invoke(cli, ["eval", "run", "--json"]).stdout)
+    assert as_json["verdict"]["text"].startswith(text)
+    CliRunner().invoke(cli, ["report", "run"])
+    page = Path("run/report.html").read_text()
+    assert text in page
+    assert "not meaningful" in page
+
+
+BROKEN = ("--learning-rate", "1", "--lr-scheduler-type", "constant", "--max-steps", "5",
+          "--batch-size", "8")  # fmt: skip
+
+
+def test_a_run_that_falls_apart_does_not_end_as_a_success():
+    """The shipped model: random weights have nothing to lose."""
+    rows = (tiny_chat() / "preferences" / "train.jsonl").read_text().splitlines(keepends=True)
+    Path("pairs.jsonl").write_text("".join(rows[:24]))
+    result = train("--model", str(tiny_chat()), *BROKEN)
+    assert result.exit_code == 0, result.output
+    [warning] = result.stderr.splitlines()
+    assert "the run has diverged (loss " in warning
+    assert int(warning.split(" to ")[1].split(":")[0]) <= 5
+    lines = result.stdout.splitlines()
+    assert any(line.startswith("result        the policy is worse than the base") for line in lines)
+    assert lines[-1].startswith("Adapters in run, but they are worse than the base model")
+    assert "talk to them" not in result.stdout
+    assert "the policy is worse" in CliRunner().invoke(cli, ["eval", "run"]).stdout
+
+
+def test_a_sound_run_has_no_verdict():
+    result = train("--learning-rate", "1e-3", "--batch-size", "4", "--epochs", "8")
+    assert record()["verdict"] is None
+    assert result.stdout.splitlines()[-1].startswith("Adapters in run; talk to them with: ")
 
 
 def test_a_run_that_goes_on_does_not_say_it_again():

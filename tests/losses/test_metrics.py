@@ -110,6 +110,7 @@ def test_public_names_are_those_of_trl():
         "step", "epoch", "loss", "grad_norm", "learning_rate", "num_tokens", "padding_share",
         "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
         "logps/chosen", "logps/rejected", "lengths/chosen", "lengths/rejected",
+        "rewards/margins_stderr",
     }  # fmt: skip
     assert step_row(step)["logps/rejected"] == result.rejected_logps
     assert to_public_names(result, prefix="eval_")["eval_rewards/accuracies"] == 0.5
@@ -168,3 +169,10 @@ def test_the_length_correlation_is_that_of_length_difference_and_margin():
     result = compute_metrics(LossOutputs(zeros, same, chosen, zeros))
     assert (result.chosen_tokens, result.rejected_tokens) == (1.0, 3.0)
     assert result.length_correlation is None
+
+
+def test_the_standard_error_of_the_margin_is_that_of_its_mean():
+    """Margins 0.5 and -3 at beta 0.5: standard deviation 3.5 / sqrt 2, of two pairs 3.5 / 2."""
+    result = compute_metrics(make_pair_outputs([-1.0, -9.0], [-2.0, -3.0]))
+    assert result.margins_stderr == pytest.approx(1.75)
+    assert compute_metrics(make_pair_outputs([-1.0], [-2.0])).margins_stderr is None

@@ -4,7 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from mlx_dpo.training.monitor import CHECKS, Monitor, MonitoredRun
+from mlx_dpo.training.monitor import Monitor
+from mlx_dpo.training.monitor.checks import CHECKS
+from mlx_dpo.training.monitor.metrics import MonitoredRun
 
 RUN = MonitoredRun(
     total_steps=200,
@@ -128,12 +130,121 @@ def test_a_long_completion_may_lose_a_little_in_each_token():
     assert monitor_warnings(replace(RUN, chosen_tokens=400.0), **falling) == []
 
 
-def test_margins_that_follow_lengths_give_a_warning():
-    [sentence] = monitor_warnings(length_correlation=lambda s: 0.62 + 0.1 * (-1) ** s)
-    assert "lengths drive the margin (correlation +0.62 with how much longer" in sentence
-    assert "the policy learns to be longer" in sentence
-    [sentence] = monitor_warnings(length_correlation=-0.8)
-    assert "the policy learns to be shorter" in sentence
+BOTH_GAIN = {"rewards/chosen": 0.4, "rewards/rejected": 0.1, "rewards/margins": 0.3}
+BOTH_LOSE = {"rewards/chosen": -0.5, "rewards/rejected": -1.5, "rewards/margins": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("correlation", "share", "lean"), [(0.62, 0.8, "longer"), (-0.8, 0.25, "shorter")]
+)
+def test_pairs_that_teach_a_length_are_to_be_balanced(correlation, share, lean):
+    """Chosen is longer, or shorter, in most pairs, and the margin follows."""
+    run = replace(RUN, chosen_longer=share)
+    [sentence] = monitor_warnings(run, length_correlation=lambda s: correlation + 0.1 * (-1) ** s)
+    assert f"(correlation {correlation:+.2f} with how much longer chosen is)" in sentence
+    assert sentence.endswith(
+        f"so that the policy can learn to be {lean}; balance the lengths of the pairs, or use a "
+        "loss that divides by lengths (`sigmoid_norm`, `simpo`) or `ld_alpha`"
+    )
+
+
+def test_likelihood_lost_in_each_token_is_not_called_a_preference_for_length():
+    """Both lose by the token, lengths are balanced: the case of hh-harmless at a large rate."""
+    run = replace(RUN, chosen_longer=0.504, rejected_tokens=30.0)
+    [sentence] = monitor_warnings(run, length_correlation=-0.89, **BOTH_LOSE)
+    # Rewards of -0.5 and -1.5 are -5 and -15 nats at beta 0.1: -0.25 and -0.5 in each token.
+    assert sentence == (
+        "steps 1 to 20: the margin follows the lengths of the completions (correlation -0.89 with "
+        "how much longer chosen is): both completions lose likelihood in each token (chosen -0.25 "
+        "nats, rejected -0.50), so that long ones lose more; likelihood displacement, not by "
+        "itself a preference for shorter answers; chosen is longer in 50.4% of the pairs, so that "
+        "length alone does not tell chosen from rejected; mix in `sft` (`loss_weights`), or use "
+        "loss_type `dpop`, or use a larger beta than 0.1, or use a smaller learning_rate than 5e-06"
+    )
+
+
+def test_likelihood_gained_in_each_token_gets_no_advice_to_mix_in_sft():
+    [sentence] = monitor_warnings(length_correlation=0.7, **BOTH_GAIN)
+    assert "both completions gain likelihood in each token" in sentence
+    assert "sft" not in sentence
+    assert "balance" not in sentence
+
+
+def test_both_causes_are_named_where_both_are_seen():
+    run = replace(RUN, chosen_longer=0.1)
+    [sentence] = monitor_warnings(run, length_correlation=-0.89, **BOTH_LOSE)
+    assert "likelihood displacement" in sentence
+    assert "balance the lengths of the pairs" in sentence
+
+
+@pytest.mark.parametrize("run", [RUN, replace(RUN, referenced=False, chosen_longer=0.5)])
+def test_balanced_pairs_get_no_advice_to_balance_them(run):
+    [sentence] = monitor_warnings(
+        run, length_correlation=0.9, **{"rewards/chosen": -1.0, "rewards/rejected": -3.0}
+    )
+    assert "balance" not in sentence
+    assert sentence.endswith(
+        "length alone does not tell chosen from rejected; use a loss that divides by lengths "
+        "(`sigmoid_norm`, `simpo`) or `ld_alpha`"
+    )
+
+
+FALLEN = {
+    "loss": lambda s: 0.6931 if s < 3 else 4.0,
+    "rewards/accuracies": lambda s: 0.5 if s < 3 else 0.0,
+    "rewards/margins": lambda s: 0.0 if s < 3 else -3.9,
+    "rewards/chosen": lambda s: 0.0 if s < 3 else -10.0,
+    "length_correlation": -0.9,
+    "grad_norm": 50.0,
+}
+
+
+def test_a_run_that_falls_apart_is_told_at_once_and_once():
+    """Nothing else applies after that: not lengths, not clipping, not the distance."""
+    assert monitor_warnings(until=3, **FALLEN) == []
+    [sentence] = monitor_warnings(**FALLEN)
+    assert sentence == (
+        "steps 3 to 4: the run has diverged (loss 4.00, 0.69 at step 1; accuracy 0%, chosen "
+        "completions 5.0 nats per token less likely than before): stop it and use a smaller "
+        "learning_rate than 5e-06"
+    )
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [
+        # A loss that is bounded, as KTO's, shows it by the margin alone.
+        {"loss": 0.9, "rewards/accuracies": 0.1, "rewards/margins": -1.5},
+        # The margin may have the right sign while nothing likely is left.
+        {"rewards/chosen": -7.0, "rewards/rejected": -9.0, "rewards/margins": 2.0},
+    ],
+)
+def test_other_ways_to_fall_apart(faults):
+    late = {
+        name: lambda s, name=name, value=value: value if s > 5 else healthy(s)[name]
+        for name, value in faults.items()
+    }
+    sentence = monitor_warnings(**late)[0]
+    assert sentence.startswith("steps 6 to 7: the run has diverged (loss ")
+
+
+@pytest.mark.parametrize(
+    "sound",
+    [
+        # A hard batch now and then, of few pairs.
+        {"loss": lambda s: 2.5 if s % 4 == 0 else 0.5, "rewards/margins": lambda s: -2.0
+         if s % 4 == 0 else 0.5, "rewards/accuracies": lambda s: 0.0 if s % 4 == 0 else 0.8},
+        # IPO's loss begins at 25.
+        {"loss": lambda s: 25.0 + s % 7},
+        # Pairs with weights: the loss of a batch is what they make it.
+        {"loss": lambda s: 0.1 if s == 1 else 5.0},
+        {"rewards/chosen": -1.9, "rewards/rejected": -9.0, "rewards/margins": 7.1},
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("batch_size", [2, 16])
+def test_sound_runs_are_not_said_to_fall_apart(sound, batch_size):
+    found = monitor_warnings(replace(RUN, batch_size=batch_size), **sound)
+    assert not [sentence for sentence in found if "diverged" in sentence]
 
 
 def test_correlations_of_next_to_nothing_are_noise():
@@ -206,4 +317,4 @@ def test_each_warning_is_given_once_even_after_a_resume():
 
 
 def test_every_check_has_a_test():
-    assert len(CHECKS) == 6
+    assert len(CHECKS) == 7

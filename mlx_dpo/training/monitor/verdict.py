@@ -1,0 +1,113 @@
+"""Verdict on a trained policy: whether its margins mean anything, and whether it became worse."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_dpo.training.monitor.checks import MIN_MARGIN
+from mlx_dpo.training.monitor.metrics import MonitoredRun, Row
+
+UNCHANGED, UNCLEAR, WORSE, FAR = "unchanged", "unclear", "worse", "far"
+
+MAX_DRIFT = 1.0  # nats per completion; a policy that drifted less has hardly changed
+ERRORS = 2.0  # a mean within so many standard errors of zero is noise
+MAX_LOSS_PER_TOKEN = 1.0  # nats that chosen completions may lose; about the entropy per token
+RATE_FACTOR = 10  # a learning rate to try next is so many times as large
+FEW_STEPS = 100
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A finding about a trained policy, with its numbers and what to change."""
+
+    kind: str  # UNCHANGED, UNCLEAR, WORSE or FAR
+    text: str
+
+    @property
+    def is_noise(self) -> bool:
+        """Whether the margins are noise, so that accuracy is no result."""
+        return self.kind in (UNCHANGED, UNCLEAR)
+
+    @property
+    def is_worse(self) -> bool:
+        """Whether the policy is worse than the model it was trained from."""
+        return self.kind in (WORSE, FAR)
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> "Verdict | None":
+        """Return the verdict in a run record (content of `run.json`); None if there is none."""
+        stored = record.get("verdict")
+        return None if stored is None else cls(stored["kind"], stored["text"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the verdict as values for JSON."""
+        return {"kind": self.kind, "text": self.text}
+
+
+def judge_policy(facts: MonitoredRun, metrics: Row) -> Verdict | None:
+    """Return the verdict on a policy from its metrics on pairs; None if nothing is wrong.
+
+    Rewards must be beta times log-ratios; for other losses the result is None. The margin is noise
+    if it is less than a tenth of a nat per pair, or less than two standard errors of its mean.
+
+    Args:
+        facts: settings of the run.
+        metrics: means over held-out pairs, or over the last steps, by name without a prefix.
+    """
+    margin, chosen = metrics.get("rewards/margins"), metrics.get("rewards/chosen")
+    if not facts.referenced or not facts.from_start or margin is None or chosen is None:
+        return None
+    nats = margin / facts.beta
+    lost = -chosen / facts.beta / metrics["lengths/chosen"]
+    error = metrics.get("rewards/margins_stderr", 0.0) * ERRORS
+    accuracy = metrics["rewards/accuracies"]
+    if lost > MAX_LOSS_PER_TOKEN:
+        return Verdict(FAR, _far_text(facts, lost, accuracy))
+    if nats < -MIN_MARGIN and margin < -error and accuracy < 0.5:
+        return Verdict(WORSE, _worse_text(facts, margin, accuracy))
+    if abs(nats) < MIN_MARGIN and _drift(facts, metrics) < MAX_DRIFT:
+        return Verdict(UNCHANGED, _unchanged_text(facts, nats))
+    if abs(nats) < MIN_MARGIN or abs(margin) < error:
+        return Verdict(UNCLEAR, _unclear_text(margin, error))
+    return None
+
+
+def _drift(facts: MonitoredRun, metrics: Row) -> float:
+    """Return the larger of the mean log-ratios of chosen and of rejected completions, in nats."""
+    rewards = [metrics.get(f"rewards/{name}", 0.0) for name in ("chosen", "rejected")]
+    return max(map(abs, rewards)) / facts.beta
+
+
+def _far_text(facts: MonitoredRun, lost: float, accuracy: float) -> str:
+    return (
+        f"the policy is worse than the base model: chosen completions are {lost:.1f} nats per "
+        f"token less likely than before training (accuracy {accuracy:.1%}), so that its answers "
+        f"are probably broken; train again with a smaller learning_rate than "
+        f"{facts.learning_rate:g}, or a larger beta than {facts.beta:g}"
+    )
+
+
+def _worse_text(facts: MonitoredRun, margin: float, accuracy: float) -> str:
+    return (
+        f"the policy is worse than the base model: it prefers the rejected completions (accuracy "
+        f"{accuracy:.1%}, margin {margin:+.2f}); train again with a smaller learning_rate than "
+        f"{facts.learning_rate:g}, and check that chosen and rejected are not swapped"
+    )
+
+
+def _unchanged_text(facts: MonitoredRun, nats: float) -> str:
+    steps = facts.total_steps
+    few = f", or more than {steps} steps (`epochs`)" if steps < FEW_STEPS else ""
+    return (
+        f"the policy has hardly changed: the margin is {abs(nats):.1g} nats per pair, so accuracy "
+        f"is noise; use a larger learning_rate than {facts.learning_rate:g}, such as "
+        f"{RATE_FACTOR * facts.learning_rate:.2g}{few}"
+    )
+
+
+def _unclear_text(margin: float, error: float) -> str:
+    within = f", within two standard errors ({error:.2g})" if abs(margin) < error else ""
+    return (
+        f"the pairs do not show a preference: the margin is {margin:+.2g}{within}, so accuracy is "
+        "noise; train longer or with a larger learning_rate, or use more pairs"
+    )
