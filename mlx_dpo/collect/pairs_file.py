@@ -14,7 +14,7 @@ from typing import Any
 from mlx_dpo.chat.feedback import JsonlFile, pair_row, utc_timestamp
 from mlx_dpo.data.prompts import Prompt
 from mlx_dpo.data.sources import read_rows
-from mlx_dpo.errors import DataError
+from mlx_dpo.errors import DataError, reason
 from mlx_dpo.schemas.messages import to_messages
 
 Row = dict[str, Any]
@@ -136,15 +136,29 @@ def remove_last_line(path: Path, number: int) -> None:
     Truncating is atomic, so a crash leaves the line either complete or removed.
 
     Raises:
-        DataError: the last line is not that decision.
+        DataError: the last line is not that decision, or the file cannot be written.
     """
-    with path.open("r+b") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # as in `JsonlFile.append`
-        data = file.read()
-        start = data.rstrip(b"\n").rfind(b"\n") + 1
-        if decision_number(json.loads(data[start:] or b"{}")) != number:
-            raise DataError(
-                f"{path}: another program wrote after the last decision; it is not undone"
-            )
-        file.truncate(start)
-        os.fsync(file.fileno())
+    try:
+        with path.open("r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # as in `JsonlFile.append`
+            data = file.read()
+            start = data.rstrip(b"\n").rfind(b"\n") + 1
+            if _stored_number(data[start:]) != number:
+                raise DataError(
+                    f"{path}: another program wrote after the last decision; it is not undone"
+                )
+            file.truncate(start)
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be written ({reason(error)}); the last decision is not undone"
+        ) from error
+
+
+def _stored_number(line: bytes) -> int | None:
+    """Return the number of the decision that a line stores, or None."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return decision_number(record) if isinstance(record, dict) else None

@@ -2,6 +2,7 @@
 
 import json
 import secrets
+import sys
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -11,15 +12,30 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
 from queue import Queue
 from threading import Event, Thread
+from time import monotonic
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs
 
+from mlx_dpo.chat.field_types import Integer, Options, String
+from mlx_dpo.chat.json_body import BodyError, linger, read_json_object
 from mlx_dpo.collect.session import SKIPPED, TIE, RankingSession
 from mlx_dpo.errors import ConfigError, DataError
 
 LOOPBACK = "127.0.0.1"
 MAX_BODY_BYTES = 1_000_000
+INDEX = Integer(-MAX_BODY_BYTES, MAX_BODY_BYTES)  # of an answer; whether there is one is seen later
+COMMAND = Options(
+    {
+        "do": String(100),
+        "version": String(1_000),
+        "best": INDEX,
+        "worst": INDEX,
+        "rejected": INDEX,
+        "text": String(MAX_BODY_BYTES),
+    }
+)
 REPLY_TIMEOUT = 600.0  # seconds; the reply waits for answers to be sampled
+POLL_SECONDS = 0.2  # between looks at whether the session has ended
 LAST_REPLY_TIMEOUT = 10.0  # seconds for the last reply to be sent before the program ends
 SAMPLE_AHEAD = 1  # tasks to have ready while the person reads
 NO_PROMPT_LEFT = "No prompt is left: u undoes the last decision, q finishes"
@@ -58,6 +74,7 @@ class LoopbackServer(ThreadingHTTPServer):
         """
         self.page, self.token = page, secrets.token_urlsafe(24)
         self.requests: Queue[PageRequest] = Queue()
+        self.has_ended = Event()  # no more requests are taken from the queue
         try:
             super().__init__((LOOPBACK, port), _Handler)
         except OSError as error:
@@ -75,8 +92,14 @@ class LoopbackServer(ThreadingHTTPServer):
         try:
             yield
         finally:
+            self.has_ended.set()
             self.shutdown()
             self.server_close()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Print the error of a request, unless the browser has only closed the connection."""
+        if not isinstance(sys.exception(), ConnectionError | TimeoutError):
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -86,13 +109,13 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = 30  # browsers open connections that they may never use
 
     def do_GET(self) -> None:
-        target = urlsplit(self.path)
-        token = self.headers.get("X-Token") or parse_qs(target.query).get("token", [""])[0]
+        path, _, query = self.path.partition("?")
+        token = self.headers.get("X-Token") or parse_qs(query).get("token", [""])[0]
         if not self._is_allowed(token):
             return
-        if target.path == "/":
+        if path == "/":
             self._send_page()
-        elif target.path == "/state" and self.headers.get("X-Token"):
+        elif path == "/state" and self.headers.get("X-Token"):
             self._send_reply(None)
         else:
             self._send(404, "text/plain", "no such page")
@@ -101,7 +124,7 @@ class _Handler(BaseHTTPRequestHandler):
         # A page of another origin cannot set this header and cannot read the token.
         if not self._is_allowed(self.headers.get("X-Token") or ""):
             return
-        if urlsplit(self.path).path != "/do":
+        if self.path.partition("?")[0] != "/do":
             self._send(404, "text/plain", "no such page")
         elif (command := self._read_command()) is not None:
             self._send_reply(command)
@@ -121,22 +144,17 @@ class _Handler(BaseHTTPRequestHandler):
         return False
 
     def _read_command(self) -> dict[str, Any] | None:
-        """Return the JSON object in the request body, or send an error and return None."""
-        length = self.headers.get("Content-Length", "")
-        if not length.isdecimal() or int(length) > MAX_BODY_BYTES:
-            self._send(413, "text/plain", "the request is too long or has no length")
-            return None
+        """Return the command in the request body, or send an error and return None."""
         if self.headers.get_content_type() != "application/json":
             self._send(415, "text/plain", "send JSON")
             return None
         try:
-            command = json.loads(self.rfile.read(int(length)))
-        except ValueError:
-            command = None
-        if not isinstance(command, dict):
-            self._send(400, "text/plain", "send a JSON object")
-            return None
-        return command
+            return COMMAND.parse(read_json_object(self, limit=MAX_BODY_BYTES))
+        except BodyError as error:
+            self._send(error.status, "text/plain", str(error))
+        except ValueError as error:
+            self._send(400, "text/plain", f"the command {error}")
+        return None
 
     def _send_reply(self, command: dict[str, Any] | None) -> None:
         """Queue a command, wait for the program's reply and send it to the page.
@@ -146,11 +164,30 @@ class _Handler(BaseHTTPRequestHandler):
         request = PageRequest(command)
         self.server.requests.put(request)
         try:
-            self._send(200, "application/json", json.dumps(request.reply.result(REPLY_TIMEOUT)))
-        except TimeoutError:
-            self._send(503, "text/plain", "the program is busy; reload this page")
+            state = self._wait_for(request)
+            if state is None:
+                self._send(503, "text/plain", "the program is busy or has ended; reload this page")
+            else:
+                self._send(200, "application/json", json.dumps(state))
         finally:
             request.answered.set()
+
+    def _wait_for(self, request: PageRequest) -> PageState | None:
+        """Return the reply to a request; None after a long time or if the session has ended."""
+        deadline = monotonic() + REPLY_TIMEOUT
+        while monotonic() < deadline:
+            has_ended = self.server.has_ended.is_set()  # before the reply is looked for
+            try:
+                return request.reply.result(POLL_SECONDS)
+            except TimeoutError:
+                if has_ended:
+                    break
+        return None
+
+    def finish(self) -> None:
+        """Send the reply, and let the browser read it before the connection is closed."""
+        super().finish()
+        linger(self.connection)
 
     def _send_page(self) -> None:
         nonce = secrets.token_urlsafe(12)

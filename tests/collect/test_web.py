@@ -2,6 +2,8 @@
 
 import http.client
 import json
+import socket
+import struct
 import threading
 from urllib.parse import urlsplit
 
@@ -39,7 +41,10 @@ class Served:
             [make_prompt(text) for text in prompts], PairsFile(path), sample, chunk_size=2, seed=0
         )
         self.session, self.server = RankingSession(tasks), LoopbackServer(read_page())
-        self.thread = threading.Thread(target=serve_session, args=(self.session, self.server))
+        # A daemon, so that a failed test does not keep the program from ending.
+        self.thread = threading.Thread(
+            target=serve_session, args=(self.session, self.server), daemon=True
+        )
         self.thread.start()
 
     def request(self, method, path, body=None, *, host=None, kind="application/json", **headers):
@@ -198,6 +203,83 @@ def test_the_last_decision_can_be_undone_at_the_end(served, tmp_path):
     assert (state["answers"], state["over"]) == ([], False)
     state = served.do(version=state["version"], do="undo")
     assert state["prompt"][0]["content"] == "third?"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"do": ["tie"]}',
+        b'{"do": {"tie": 1}, "version": "0:"}',
+        b'{"do": "prefer", "best": true, "worst": 0}',
+        b'{"do": "prefer", "best": [0]}',
+        b'{"do": "prefer", "best": 1e400}',
+        b'{"do": "edit", "text": 3}',
+        b'{"do": "tie", "version": 0}',
+        b'{"do": "tie", "undo": 1}',
+        b'{"best": ' + b"9" * 5000 + b"}",
+        b"[" * 100_000,
+        b'{"do": ' * 10_000,
+        b"\xff",
+        b"",
+        b"[]",
+        b"null",
+    ],
+)
+def test_a_body_that_is_no_command_is_answered_400(served, capfd, body):
+    status, text, _ = served.request("POST", "/do", body, X_Token=served.server.token)
+    assert (status, text.count("\n")) == (400, 0)
+    assert served.state()["decided"] == 0
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("length", "status"),
+    [("9" * 5000, 413), ("2000000", 413), ("-1", 400), ("1e3", 400), (None, 411)],
+)
+def test_a_length_that_is_none_is_refused(served, capfd, length, status):
+    with socket.create_connection(("127.0.0.1", served.server.server_port), timeout=30) as raw:
+        lines = [
+            "POST /do HTTP/1.1",
+            f"Host: 127.0.0.1:{served.server.server_port}",
+            f"X-Token: {served.server.token}",
+            "Content-Type: application/json",
+            *([] if length is None else [f"Content-Length: {length}"]),
+        ]
+        raw.sendall("\r\n".join([*lines, "", ""]).encode())
+        assert raw.recv(1000).split(b" ")[1] == str(status).encode()
+    assert served.state()["decided"] == 0
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_closed_connection_prints_nothing(served, capfd):
+    """Before the request, in its head, in its body, and before the reply."""
+    host = f"Host: 127.0.0.1:{served.server.server_port}\r\nX-Token: {served.server.token}\r\n"
+    kind = "Content-Type: application/json\r\n"
+    for sent in (
+        "",
+        "POST /do",
+        "GET //[ HTTP/1.1\r\n" + host + "\r\n",
+        "GET /state HTTP/1.1\r\n" + host + "\r\n",
+        f"POST /do HTTP/1.1\r\n{host}{kind}Content-Length: 40\r\n\r\n{{",
+        f'POST /do HTTP/1.1\r\n{host}{kind}Content-Length: 13\r\n\r\n{{"do": "tie"}}',
+    ):
+        raw = socket.create_connection(("127.0.0.1", served.server.server_port), timeout=30)
+        raw.sendall(sent.encode())
+        # A reset: what the server sends afterwards fails.
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        raw.close()
+        assert served.state()["decided"] == 0
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_request_that_is_queued_after_the_end_is_answered_at_once(tmp_path):
+    server = LoopbackServer(read_page())
+    with server.running():
+        server.has_ended.set()
+        connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=30)
+        connection.request("GET", "/state", headers={"X-Token": server.token})
+        assert connection.getresponse().status == 503
+        connection.close()
 
 
 needs_browser = pytest.mark.skipif(
