@@ -18,6 +18,7 @@ from mlx_dpo.data.batching import indices_of_steps, steps_per_epoch
 from mlx_dpo.data.sources import STDIN
 from mlx_dpo.data.tokenization.cache import RowProgress
 from mlx_dpo.errors import ConfigError
+from mlx_dpo.io.atomic import remove_abandoned
 from mlx_dpo.models.empty_weights import load_empty_model
 from mlx_dpo.models.files import model_fingerprint
 from mlx_dpo.models.load import LoadedModel, load_model
@@ -118,6 +119,7 @@ def stored_logps(
         progress(len(indices))
         return stored
     logps = compute()
+    remove_abandoned(path.parent)  # of this run when it was killed; shared caches are left alone
     write_logps(path, logps)
     return logps
 

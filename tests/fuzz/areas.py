@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -352,6 +353,10 @@ def _hangs(case: Case) -> None:
         pass
 
 
+def _waits(case: Case) -> None:
+    time.sleep(1000)
+
+
 def _dies(case: Case) -> None:
     os.kill(os.getpid(), signal.SIGSEGV)
 
@@ -375,6 +380,7 @@ AREAS = {
     "chats": Area(200, chats),
     # What the watchdog itself is tried with.
     "hangs": Area(0, _hangs),
+    "waits": Area(0, _waits),
     "dies": Area(0, _dies),
     "fails": Area(0, _fails),
 }

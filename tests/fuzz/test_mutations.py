@@ -49,14 +49,19 @@ def test_there_are_ten_thousand_inputs():
 
 def test_an_input_that_hangs_dies_or_fails_is_named_and_the_others_are_tried(tmp_path):
     names = ["hangs/0", "hangs/1", "dies/0", "fails/3"]
-    found = list(try_inputs(names, tmp_path, seconds=1.0))
+    found = list(try_inputs(names, tmp_path, seconds=1))
     outcomes = {outcome["name"]: outcome["failure"] for outcome in found}
     assert list(outcomes) == names
     assert found[1]["mutation"] == "none"
     assert outcomes["hangs/0"] == ""
-    assert outcomes["hangs/1"] == "took more than 1 s"
+    assert outcomes["hangs/1"] == "took too much processor time"
     assert outcomes["dies/0"].startswith("the process died with -11")
     assert outcomes["fails/3"].startswith("exit status 2")
+
+
+def test_an_input_that_waits_is_named(tmp_path):
+    [outcome] = try_inputs(["waits/0"], tmp_path, silence=0.5)
+    assert outcome["failure"] == "waited for too long"
 
 
 def test_an_input_is_a_function_of_its_area_and_index():

@@ -22,36 +22,39 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tests.fuzz.case import Case
 
-SECONDS = 60.0  # for one input; the slowest takes about two on an idle machine
-START_SECONDS = 120.0  # for the imports and the first input
+SECONDS = 30  # of processor time for one input; the slowest takes about two
+SILENCE = 300.0  # seconds of the clock for one input, which may wait for a busy machine
 MEMORY = 12 << 30  # bytes of address space of the process that tries inputs
 Outcome = dict[str, str]
 
 
 def try_inputs(
-    names: Sequence[str], material: Path, *, seconds: float = SECONDS
+    names: Sequence[str], material: Path, *, seconds: int = SECONDS, silence: float = SILENCE
 ) -> Iterator[Outcome]:
     """Yield what became of each input: name, mutation, outcome, and the failure or an empty text.
 
     Args:
         names: areas and indices such as `pairs/12`.
         material: folder of undamaged files, from `make_material`.
-        seconds: time that an input may take.
+        seconds: processor time that an input may take.
+        silence: time of the clock that an input may take.
     """
     waiting = list(names)
     while waiting:
-        for outcome in _one_process(waiting, material, seconds):
+        for outcome in _one_process(waiting, material, seconds, silence):
             waiting.remove(outcome["name"])
             yield outcome
 
 
-def _one_process(names: Sequence[str], material: Path, seconds: float) -> Iterator[Outcome]:
+def _one_process(
+    names: Sequence[str], material: Path, seconds: int, silence: float
+) -> Iterator[Outcome]:
     """Yield outcomes until the process ends; the last is that of an input that ended it."""
     receiver, sender = os.pipe()
-    words = [sys.executable, "-m", "tests.fuzz.watchdog", "--child", str(sender), str(material)]
+    words = [sys.executable, "-m", "tests.fuzz.watchdog", "--child", str(sender), str(seconds)]
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
-            [*words, *names],
+            [*words, str(material), *names],
             pass_fds=[sender],
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -61,7 +64,7 @@ def _one_process(names: Sequence[str], material: Path, seconds: float) -> Iterat
         os.close(sender)
         current: Outcome | None = None
         try:
-            for line in _lines(receiver, process, seconds):
+            for line in _lines(receiver, process, silence):
                 current = json.loads(line)
                 if "failure" in current:
                     yield current
@@ -76,7 +79,7 @@ def _one_process(names: Sequence[str], material: Path, seconds: float) -> Iterat
         tail = output.read().decode("utf-8", "replace")[-300:]
         if current is None:
             raise AssertionError(f"the process ended between inputs with {status}: {tail}")
-        yield current | {"failure": _describe_end(status, tail, seconds)}
+        yield current | {"failure": _describe_end(status, tail)}
 
 
 def child_environment() -> dict[str, str]:
@@ -88,15 +91,17 @@ def child_environment() -> dict[str, str]:
     }
 
 
-def _describe_end(status: int, tail: str, seconds: float) -> str:
+def _describe_end(status: int, tail: str) -> str:
+    if status == -signal.SIGXCPU:
+        return "took too much processor time"
     if status == -signal.SIGKILL:
-        return f"took more than {seconds:.0f} s"
+        return "waited for too long"
     return f"the process died with {status}: {tail!a}"
 
 
-def _lines(receiver: int, process: subprocess.Popen[bytes], seconds: float) -> Iterator[str]:
+def _lines(receiver: int, process: subprocess.Popen[bytes], silence: float) -> Iterator[str]:
     """Yield lines until the process ends; kill it when it is silent for too long."""
-    patience = max(START_SECONDS, seconds)
+    patience = SILENCE  # for the imports
     buffer = b""
     while True:
         if not select.select([receiver], [], [], patience)[0]:
@@ -107,10 +112,10 @@ def _lines(receiver: int, process: subprocess.Popen[bytes], seconds: float) -> I
             return
         *lines, buffer = (buffer + piece).split(b"\n")
         yield from (line.decode() for line in lines)
-        patience = seconds
+        patience = silence
 
 
-def run_child(sender: int, material: Path, names: Sequence[str]) -> None:
+def run_child(sender: int, seconds: int, material: Path, names: Sequence[str]) -> None:
     """Try inputs in this process, and write a line before and after each to a pipe."""
     from tests.fuzz.areas import AREAS
     from tests.fuzz.case import Case
@@ -127,8 +132,16 @@ def run_child(sender: int, material: Path, names: Sequence[str]) -> None:
             area, _, index = name.partition("/")
             announce = partial(_announce, write, name)
             announce("")
+            _limit_time(seconds)
             case = Case(area, int(index), material, announce)
             write(name=name, **_try_one(case, AREAS[area].run))
+
+
+def _limit_time(seconds: int) -> None:
+    """End this process when it has used so much more processor time."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    limit = int(usage.ru_utime + usage.ru_stime) + 1 + seconds
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
 
 
 def _announce(write: Callable[..., None], name: str, mutation: str) -> None:
@@ -176,7 +189,7 @@ def write_material(folder: Path) -> Path:
 def main(words: Sequence[str]) -> int:
     """Try the inputs that the command line names, and print what became of them."""
     if words[0] == "--child":
-        run_child(int(words[1]), Path(words[2]), words[3:])
+        run_child(int(words[1]), int(words[2]), Path(words[3]), words[4:])
         return 0
     names = [name for word in words for name in parse_range(word)]
     saved = os.environ.get("MLX_DPO_FUZZ_MATERIAL")
