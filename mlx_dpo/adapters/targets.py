@@ -4,8 +4,12 @@ As in mlx-lm's `keys`, a module inside the transformer blocks is named relative 
 (`self_attn.q_proj`), and a module outside of the blocks by its full path in the model.
 """
 
+import ast
+import inspect
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -38,14 +42,67 @@ def block_paths(model: nn.Module) -> list[str]:
 
 
 def adaptable_modules(model: nn.Module) -> list[TargetModule]:
-    """Return the modules that an adapter can be added to."""
+    """Return the modules that an adapter can be added to.
+
+    By default, these are the linear layers inside the blocks. Left out are those whose weight the
+    model's code reads: with an adapter, a layer can only be called.
+    """
+    read = _layers_with_read_weight(model)
 
     def selected_by_default(module: nn.Module) -> bool | None:
         if isinstance(module, LINEAR_TYPES):
-            return True
+            return id(module) not in read
         return False if isinstance(module, EXPERT_TYPES + EMBEDDING_TYPES) else None
 
     return list(_find_modules(model, selected_by_default))
+
+
+def _layers_with_read_weight(model: nn.Module) -> set[int]:
+    """Return the ids of the layers whose weight the code of the model reads, such as `gate.weight`.
+
+    An example is `altup.prediction_coefs` of gemma3n.
+    """
+    read = set()
+    for module in model.modules():
+        names = {n for kind in type(module).__mro__ for n in _read_weights(kind)}
+        if names:
+            read |= {
+                id(layer)
+                for path, layer in module.named_modules()
+                if path.rpartition(".")[2] in names
+            }
+    return read
+
+
+def _read_weights(kind: type) -> frozenset[str]:
+    """Return the names of the layers whose weight is read by the methods of the class `kind`."""
+    if kind.__module__.startswith("mlx.") or kind.__module__ == "builtins":
+        return frozenset()
+    return _read_weights_by_class(kind.__module__).get(kind.__name__, frozenset())
+
+
+@cache
+def _read_weights_by_class(module: str) -> dict[str, frozenset[str]]:
+    """Return the names of the layers whose weight is read, for each class of a Python module.
+
+    `__init__` and `sanitize` are left out, which run before there are adapters.
+    """
+    try:
+        tree = ast.parse(inspect.getsource(sys.modules[module]))
+    except (OSError, TypeError, KeyError):  # no source, as in a notebook
+        return {}
+    return {
+        node.name: frozenset(
+            read.value.attr
+            for method in node.body
+            if isinstance(method, ast.FunctionDef) and method.name not in ("__init__", "sanitize")
+            for read in ast.walk(method)
+            if isinstance(read, ast.Attribute) and read.attr == "weight"
+            if isinstance(read.value, ast.Attribute)
+        )
+        for node in tree.body
+        if isinstance(node, ast.ClassDef)
+    }
 
 
 def linear_names(model: nn.Module) -> list[str]:

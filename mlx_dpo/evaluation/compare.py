@@ -19,6 +19,7 @@ from mlx_dpo.generation.decode import StreamingDecoder
 from mlx_dpo.generation.prompt import encode_prompt, encode_text
 from mlx_dpo.saved_runs.evaluate import held_out_prompts
 from mlx_dpo.saved_runs.open import OpenRun, SwitchableModel, open_switchable
+from mlx_dpo.scoring.generation_match import use_generating_function
 from mlx_dpo.scoring.logps import token_logps
 
 NGRAM = 4
@@ -204,6 +205,8 @@ def _score_answers(
 ) -> Iterator[tuple[AdapterState, tuple[ScoredAnswer, ...]]]:
     """Generate answers in each adapter state; yield the state and its answers with log-ratios."""
     base = opened.base
+    longest = run.config.max_length
+    use_generating_function(base.model, vocab_size=base.vocab_size, max_length=longest)
     rows = [_prompt_ids(opened, run, prompt) for prompt in prompts]
     _check_context(rows, prompts, context_length(base.config), sampling.max_tokens)
     for state in states:

@@ -36,6 +36,7 @@ from mlx_dpo.saved_runs.open import (
     open_run,
     unfinished_note,
 )
+from mlx_dpo.scoring.generation_match import use_generating_function
 from mlx_dpo.scoring.score_pairs import score_pairs
 from mlx_dpo.types import PairLogps, TokenizedPair
 
@@ -280,6 +281,9 @@ def _pair_logps(opened: OpenRun, base: LoadedModel, pairs: Sequence[TokenizedPai
     Each prompt with one completion is computed as one padded sequence, which is exact for every
     architecture.
     """
+    use_generating_function(
+        base.model, vocab_size=base.vocab_size, max_length=opened.config.max_length
+    )
     return score_pairs(base.model, pairs, limit=opened.config.pass_limit)
 
 

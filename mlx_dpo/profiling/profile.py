@@ -24,8 +24,8 @@ from mlx_dpo.profiling.layer_subset import (
     with_layers,
 )
 from mlx_dpo.profiling.memory import trainable_bytes
+from mlx_dpo.scoring.equivalence import UNSUPPORTED_ERRORS
 from mlx_dpo.scoring.scorers import Scorer, memory_efficient_training
-from mlx_dpo.scoring.select_scorer import UNSUPPORTED_ERRORS
 from mlx_dpo.training.objective import Objective
 from mlx_dpo.training.plan import MicroBatch
 from mlx_dpo.training.step import loss_and_gradients

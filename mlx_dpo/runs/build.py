@@ -116,12 +116,17 @@ def choose_scorer(base: LoadedModel, config: DPOConfig) -> ScorerChoice:
     The adapters must be attached already.
 
     Raises:
-        ModelError: the settings name a scorer that is not exact for this model.
+        ModelError: the settings name a scorer that is not exact for this model, or no scorer agrees
+            with the model's generation.
     """
     wanted = cast(ScorerSetting, config.scorer)
     with memory_efficient_training(base.model, recompute=bool(config.recompute)):  # as in training
         return select_scorer(
-            base.model, vocab_size=base.vocab_size, requested=wanted, ld_alpha=config.ld_alpha
+            base.model,
+            vocab_size=base.vocab_size,
+            requested=wanted,
+            ld_alpha=config.ld_alpha,
+            max_length=config.max_length,
         )
 
 

@@ -32,6 +32,7 @@ from mlx_dpo.runs.inputs import (
     load_configured_base,
     load_inputs,
 )
+from mlx_dpo.scoring.generation_match import computes_with_caches
 from mlx_dpo.scoring.score_pairs import DatasetScorer
 from mlx_dpo.training.logps_cache import labels, read_logps, write_logps
 from mlx_dpo.training.reference_logps import ReferenceCache, are_scored, reference_logps
@@ -62,9 +63,10 @@ def cached_reference_logps(
         indices: indices of the pairs that the run needs; None needs all.
         progress: called with the number of pairs whose log-probs were computed or read.
     """
+    function = " with KV caches" if computes_with_caches(model) else ""
     cache = ReferenceCache(
         folder=places.reference_cache_folder(),
-        provenance=reference_provenance(record, device_and_dtype),
+        provenance=reference_provenance(record, device_and_dtype) + function,
         labels=labels(_model_name(record), device_and_dtype),
     )
     return reference_logps(model, pairs, indices, cache=cache, score=score, progress=progress)

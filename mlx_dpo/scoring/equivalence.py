@@ -9,7 +9,9 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_map
 
+from mlx_dpo.adapters.master_weights import cast_for_forward
 from mlx_dpo.io.arrays import Arrays, named_arrays, scalar
+from mlx_dpo.models.device import is_cpu, main_dtype
 from mlx_dpo.models.restore import module_modes
 from mlx_dpo.types import TokenizedPair
 
@@ -21,11 +23,41 @@ PERTURBATION = 0.02  # standard deviation; about the size of a trained adapter's
 MIN_NORM_SHARE = 0.01
 
 
+# Errors that models of mlx-lm and MLX raise if a model does not support what is tried.
+UNSUPPORTED_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
 class RelativeErrors(NamedTuple):
     """Largest relative errors among the rows of an output and among parameters' gradients."""
 
     values: float
     gradients: float  # 0 if nothing is trainable
+
+
+# Relative errors within which two computations count as the same. Float32 errs by 1e-6, matrix
+# products of a GPU by up to 2e-3, 16-bit types by their rounding.
+TOLERANCES = {
+    "float32": RelativeErrors(1e-4, 1e-3),
+    "float16": RelativeErrors(1e-2, 5e-2),
+    "bfloat16": RelativeErrors(5e-2, 2e-1),
+}
+FLOAT32_GPU_TOLERANCE = RelativeErrors(1e-3, 1e-2)
+
+
+def tolerance(model: nn.Module) -> RelativeErrors:
+    """Return the relative errors that rounding explains in the dtype of the model's weights."""
+    with cast_for_forward(model):
+        dtype = main_dtype(model)
+    is_gpu_float32 = dtype == "float32" and not is_cpu()
+    return FLOAT32_GPU_TOLERANCE if is_gpu_float32 else TOLERANCES[dtype]
 
 
 def random_pairs(lengths: Sequence[tuple[int, int, int]], vocab_size: int) -> list[TokenizedPair]:
@@ -63,7 +95,7 @@ def value_error(model: nn.Module, tested: RowFunction, expected: RowFunction) ->
     Both functions take the model, and run in evaluation mode.
     """
     with mode_without_dropout(model, training=False):
-        return _max_value_error(tested(model), expected(model))
+        return max_value_error(tested(model), expected(model))
 
 
 def relative_errors(model: nn.Module, tested: RowFunction, expected: RowFunction) -> RelativeErrors:
@@ -75,7 +107,7 @@ def relative_errors(model: nn.Module, tested: RowFunction, expected: RowFunction
         expected_values, expected_gradients = _values_and_gradients(model, expected)
         values, gradients = _values_and_gradients(model, tested)
         return RelativeErrors(
-            _max_value_error(values, expected_values),
+            max_value_error(values, expected_values),
             _max_gradient_error(gradients, expected_gradients),
         )
 
@@ -97,7 +129,7 @@ def _values_and_gradients(model: nn.Module, function: RowFunction) -> tuple[mx.a
     return values, named_arrays(gradients)
 
 
-def _max_value_error(values: mx.array, expected: mx.array) -> float:
+def max_value_error(values: mx.array, expected: mx.array) -> float:
     """Return the largest error among the rows of `values`, relative to the expected row's norm."""
     values, expected = values.astype(mx.float32), expected.astype(mx.float32)
     norms = mx.linalg.norm(expected, axis=-1)

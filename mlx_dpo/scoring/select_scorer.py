@@ -4,30 +4,39 @@ The shared scorer runs each prompt once and is fast; the plain scorer runs whole
 The shared scorer is used if its values and gradients equal the plain scorer's on a few random
 pairs of uneven lengths. If the model has sliding-window attention of up to MAX_TESTED_WINDOW
 tokens, a prompt longer than the window is tested too. Wider windows run through the same code and
-are not tested.
+are not tested. The plain scorer itself is compared with generation first (`generation_match`).
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import CacheList, make_prompt_cache
 
-from mlx_dpo.adapters.master_weights import cast_for_forward
 from mlx_dpo.data.batching import CountTokens, padded_row_tokens
 from mlx_dpo.errors import ModelError, reason
-from mlx_dpo.models.device import is_cpu, main_dtype
+from mlx_dpo.models.device import is_cpu
 from mlx_dpo.scoring.backbone import UnsupportedModelError, split_backbone
 from mlx_dpo.scoring.equivalence import (
+    UNSUPPORTED_ERRORS,
     RelativeErrors,
     RowFunction,
     mode_without_dropout,
     random_pairs,
     relative_errors,
+    tolerance,
     value_error,
+)
+from mlx_dpo.scoring.generation_match import (
+    GenerationMatch,
+    NotComparableError,
+    computes_with_caches,
+    empty_caches,
+    match_generation,
+    shortest_window,
 )
 from mlx_dpo.scoring.lm_head import trainable_head_parameters
 from mlx_dpo.scoring.packing import packed_hidden_states
@@ -52,27 +61,6 @@ PACKINGS: dict[Packing, str] = {
 # Lengths of prompt, chosen and rejected: uneven prompts, two of equal length, and completions of
 # one and two tokens, of which zero and one go through the backbone.
 TEST_LENGTHS = ((5, 1, 4), (9, 6, 2), (5, 3, 1))
-MAX_TESTED_WINDOW = 512
-
-# Relative errors within which two computations count as the same. Float32 errs by 1e-6, matrix
-# products of a GPU by up to 2e-3, 16-bit types by their rounding.
-TOLERANCES = {
-    "float32": RelativeErrors(1e-4, 1e-3),
-    "float16": RelativeErrors(1e-2, 5e-2),
-    "bfloat16": RelativeErrors(5e-2, 2e-1),
-}
-FLOAT32_GPU_TOLERANCE = RelativeErrors(1e-3, 1e-2)
-
-# Errors that models of mlx-lm and MLX raise if a model does not support what is tried.
-UNSUPPORTED_ERRORS = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
 
 
 @dataclass(frozen=True)
@@ -85,6 +73,7 @@ class ScorerChoice:
     reason: str
     packing: Packing | None = None  # batching strategy of the shared scorer
     log_weights: Scorer = plain_log_weights  # mean log-weights of completions, for WPO
+    generation: GenerationMatch | None = None  # None if generation fails
 
     @property
     def cost(self) -> CountTokens:
@@ -103,21 +92,42 @@ def select_scorer(
     requested: ScorerSetting = "auto",
     packings: Sequence[Packing] = (),
     ld_alpha: float | None = None,
+    max_length: int | None = None,
 ) -> ScorerChoice:
     """Choose the scorer of `model`, to which adapters are attached.
 
-    The model's weights, its training or evaluation mode and MLX's random state stay unchanged.
+    The model's weights, its training or evaluation mode and MLX's random state stay unchanged. If
+    its log-probs without KV caches are not those of generation, it uses caches from then on.
 
     Args:
         requested: name of a scorer; `auto` takes the plain one if the shared is not equivalent.
         packings: batching strategies to try; the first equivalent one is taken. By default the CPU
             does not try `batch`, which costs more there than it saves.
         ld_alpha: weight of the tokens beyond the length of the pair's shorter completion (LD-DPO).
+        max_length: longest sequence that will be scored; None means any length.
 
     Raises:
-        ModelError: the shared scorer is requested but is not equivalent for this model, or not even
-            the plain scorer can be differentiated.
+        ModelError: the shared scorer is requested but is not equivalent for this model, not even
+            the plain scorer can be differentiated, or none agrees with generation.
     """
+    match = None
+    try:
+        match = match_generation(model, vocab_size=vocab_size, max_length=max_length)
+        note = match.describe()
+    except NotComparableError as error:
+        note = f"not compared with generation, which fails ({error})"
+    choice = _select(model, vocab_size, requested, packings, ld_alpha)
+    return replace(choice, reason=f"{choice.reason}; {note}", generation=match)
+
+
+def _select(
+    model: nn.Module,
+    vocab_size: int,
+    requested: ScorerSetting,
+    packings: Sequence[Packing],
+    ld_alpha: float | None,
+) -> ScorerChoice:
+    """Choose the scorer of a model whose plain scorer is known to be right."""
     plain = partial(plain_scorer, ld_alpha=ld_alpha) if ld_alpha is not None else plain_scorer
     if requested == "plain":
         return _plain_choice(plain, "as requested")
@@ -212,11 +222,7 @@ def _describe_choice(model: nn.Module, errors: RelativeErrors, packing: Packing)
 
 def _check_tolerance(model: nn.Module, case: str, errors: RelativeErrors) -> None:
     """Raise `_NotEquivalentError` if an error is NaN or exceeds the tolerance for the dtype."""
-    with cast_for_forward(model):
-        dtype = main_dtype(model)
-    is_gpu_float32 = dtype == "float32" and not is_cpu()
-    tolerance = FLOAT32_GPU_TOLERANCE if is_gpu_float32 else TOLERANCES[dtype]
-    for name, error, limit in zip(("values", "gradients"), errors, tolerance, strict=True):
+    for name, error, limit in zip(("values", "gradients"), errors, tolerance(model), strict=True):
         if not error <= limit:  # also for NaN
             raise _NotEquivalentError(f"{name}{case} differ from the plain scorer's by {error:.0e}")
 
@@ -245,27 +251,9 @@ def _long_prompt_functions(
         rows = [mx.array([pair.prompt + c[:-1]]) for c in (pair.chosen, pair.rejected)]
         start = len(pair.prompt) - 1
         parts = split_backbone(model)
-        return mx.concatenate([parts.hidden_states(row)[0, start:] for row in rows])
+        caches = [empty_caches(model) if computes_with_caches(model) else None for _ in rows]
+        hidden = map(parts.hidden_states, rows, caches)
+        return mx.concatenate([row[0, start:] for row in hidden])
 
     hidden_states = packed_hidden_states if packing == "row" else completion_hidden_states
     return lambda model: hidden_states(model, split_backbone(model), pairs), from_whole_rows
-
-
-def shortest_window(model: nn.Module) -> int:
-    """Return the narrowest attention window of the model's layers, in tokens.
-
-    Windows above MAX_TESTED_WINDOW are ignored; the result is 0 if no window remains.
-    """
-    return min(_window_sizes(make_prompt_cache(model)), default=0)
-
-
-def _window_sizes(caches: Iterable[Any]) -> Iterator[int]:
-    """Yield the window sizes of the caches and their nested caches, in tokens.
-
-    Windows above MAX_TESTED_WINDOW are left out.
-    """
-    for cache in caches:
-        yield from _window_sizes(getattr(cache, "caches", ()))
-        width = getattr(cache, "max_size", None) or getattr(cache, "chunk_size", None)
-        if width and width <= MAX_TESTED_WINDOW:
-            yield width

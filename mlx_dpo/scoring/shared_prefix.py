@@ -12,10 +12,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models.cache import ConcatenateKVCache, KVCache, make_prompt_cache
+from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_dpo.data.batching import MIN_CONTINUATION, padded_width
 from mlx_dpo.scoring.backbone import ModelParts
+from mlx_dpo.scoring.generation_match import empty_caches
 from mlx_dpo.types import TokenizedPair
 
 Tokens = Sequence[int]
@@ -34,7 +35,7 @@ def completion_hidden_states(
     lengths = [len(prompt) for prompt in prompts]
     is_even = len(set(lengths)) == 1
     width = max(lengths) if is_even else padded_width(max(lengths))
-    caches = _empty_caches(model) if is_even else _empty_batched_caches(model, lengths, width)
+    caches = empty_caches(model) if is_even else _empty_batched_caches(model, lengths, width)
     hidden = parts.hidden_states(right_padded(prompts, width), caches)  # (B, width, D)
     last = hidden[:, -1:]  # (B, 1, D)
     if not is_even:
@@ -89,13 +90,6 @@ def right_padded(rows: Sequence[Tokens], width: int) -> mx.array:
     for number, row in enumerate(rows):
         tokens[number, : len(row)] = row
     return mx.array(tokens)
-
-
-def _empty_caches(model: nn.Module) -> list[Any]:
-    """Return new, empty KV caches for the model, one per layer."""
-    # mlx-lm's default KVCache grows by 256 positions at a time; the backward pass would save
-    # the zeros as well.
-    return [ConcatenateKVCache() if type(c) is KVCache else c for c in make_prompt_cache(model)]
 
 
 def _empty_batched_caches(model: nn.Module, lengths: Sequence[int], width: int) -> list[Any]:

@@ -1,5 +1,6 @@
 """Which layers a name means, and the names under which mlx-lm finds exactly those."""
 
+import mlx.nn as nn
 import pytest
 from mlx_lm.models import llama
 
@@ -29,6 +30,30 @@ def untied():
             num_attention_heads=4, rms_norm_eps=1e-5, vocab_size=64, tie_word_embeddings=False,
         )
     )  # fmt: skip
+
+
+class Reader(nn.Module):
+    """Reads the weight of one of its layers, and calls both."""
+
+    def __init__(self):
+        super().__init__()
+        self.called = nn.Linear(4, 4)
+        self.read = nn.Linear(4, 4)
+
+    def __call__(self, x):
+        return self.called(self.read(x) + self.read.weight.sum())
+
+
+class ReaderModel(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = [Reader()]
+
+
+def test_a_layer_whose_weight_the_model_reads_is_selected_only_if_named():
+    """With an adapter it would have no weight, and the model would fail."""
+    assert meant(ReaderModel()) == ["layers.0.called"]
+    assert meant(ReaderModel(), "read") == ["layers.0.read"]
 
 
 @pytest.mark.parametrize("target", ["q_proj", "self_attn.q_proj"])

@@ -299,12 +299,6 @@ UNBUILT = {
     "recurrent_gemma": "cannot be frozen: `_no_grad` is missing",
 }
 
-# Layers that a model reads the weight of, or replaces it, instead of calling them.
-UNADAPTED = {
-    "gemma3n": ("prediction_coefs", "correction_coefs"),
-    "kimi_k3": ("self_attention_res_proj", "mlp_res_proj"),
-}
-
 
 def model_types() -> list[str]:
     """Every module of mlx-lm that holds an architecture."""
@@ -355,14 +349,12 @@ def build(model_type: str) -> nn.Module:
     return model
 
 
-def adapt(model_type: str, model: nn.Module) -> nn.Module:
+def adapt(model: nn.Module) -> nn.Module:
     """Adapters on every plain linear layer in the blocks."""
     kinds: dict[str, set[type]] = {}
     for layer in model.layers:
         for name, module in layer.named_modules():
             kinds.setdefault(name, set()).add(type(module))
-    left_out = UNADAPTED.get(model_type, ())
-    names = [name for name in linear_names(model) if name.rpartition(".")[2] not in left_out]
-    plain = [name for name in names if kinds[name] <= {nn.Linear}]
+    plain = [name for name in linear_names(model) if kinds[name] <= {nn.Linear}]
     attach_adapters(model, rank=2, scale=2.0, target_modules=plain)
     return model

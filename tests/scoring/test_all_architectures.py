@@ -21,11 +21,13 @@ from tests.scoring.architectures import UNBUILT, VOCAB, WINDOW, adapt, build, mo
 
 pytestmark = pytest.mark.slow
 
-# Why the shared scorer is refused: mlx-lm's own passes with and without caches differ.
-REFUSED = {"gemma3n": "values differ"}
-ROW_ALONE = {"plamo3"}  # its window is another one with a cache than without
-UNTRAINABLE = {"deepseek_v41": "Cannot calculate VJP with respect to indices"}
-SHARED = sorted(set(model_types()) - UNBUILT.keys() - REFUSED.keys() - UNTRAINABLE.keys())
+UNTRAINABLE = {
+    "deepseek_v41": "Cannot calculate VJP with respect to indices",
+    # Its window is one token wider without a cache, or in a prompt, than in generation.
+    "plamo3": "whole sequences other log-probabilities than generation",
+}
+SHARED = sorted(set(model_types()) - UNBUILT.keys() - UNTRAINABLE.keys())
+WITH_CACHES = {"gemma3n"}  # without a cache, it does not share keys and values between layers
 
 # A prompt of one token, completions of one, two prompts of one length, one past the window.
 SHAPES = ((1, 3, 2), (6, 1, 1), (2 * WINDOW + 3, 5, 2), (6, 2, 7))
@@ -55,10 +57,12 @@ def test_enough_architectures_are_tested():
 def test_the_shared_scorer_is_exact(model_type, saved, monkeypatch):
     monkeypatch.setattr("mlx_dpo.scoring.kernels.attention_dispatch.MIN_SCORES", 0)
     monkeypatch.setattr(head, "LOGITS_BYTES_PER_CHUNK", 5 * VOCAB * 4)
-    model = adapt(model_type, build(model_type))
-    for packing in ["row"] if model_type in ROW_ALONE else PACKINGS:
+    model = adapt(build(model_type))
+    for packing in PACKINGS:
         choice = select_scorer(model, vocab_size=VOCAB, packings=(packing, "lengths"))
         assert choice.name == "shared", choice.reason
+        assert choice.generation.uses_caches == (model_type in WITH_CACHES)
+        assert choice.generation.difference <= 1e-4
         with memory_savers(model, saved):
             result = relative_errors(model, rows(choice.scorer), rows(plain_scorer))
         assert result.values <= 1e-5
@@ -66,15 +70,7 @@ def test_the_shared_scorer_is_exact(model_type, saved, monkeypatch):
         assert value_error(model, rows(choice.forward_only), rows(plain_scorer)) <= 1e-5
 
 
-@pytest.mark.parametrize("model_type", REFUSED)
-def test_the_plain_scorer_is_selected_where_the_shared_one_differs(model_type):
-    model = adapt(model_type, build(model_type))
-    choice = select_scorer(model, vocab_size=VOCAB)
-    assert choice.scorer is plain_scorer
-    assert REFUSED[model_type] in choice.reason
-
-
 @pytest.mark.parametrize("model_type", UNTRAINABLE)
-def test_undifferentiable_models_are_reported(model_type):
+def test_untrainable_models_are_reported(model_type):
     with pytest.raises(ModelError, match=UNTRAINABLE[model_type]):
-        select_scorer(adapt(model_type, build(model_type)), vocab_size=VOCAB)
+        select_scorer(adapt(build(model_type)), vocab_size=VOCAB)

@@ -83,11 +83,19 @@ class Forgetful(KVCache):
         return keys, values
 
 
-def test_wrong_values_are_rejected():
+def test_a_model_that_generates_by_another_function_is_refused():
     model = with_caches(lambda self: [Forgetful() for _ in self.layers])
-    assert_plain(
-        select_scorer(model, vocab_size=VOCAB), "values differ from the plain scorer's by "
-    )
+    with pytest.raises(ModelError, match="training would not change what it generates"):
+        select_scorer(model, vocab_size=VOCAB)
+
+
+def test_wrong_values_of_batches_are_rejected(monkeypatch):
+    model = with_caches(lambda self: [KVCache() for _ in self.layers])
+    monkeypatch.setattr(KVCache, "merge", lambda caches: Forgetful())
+    monkeypatch.setattr(Forgetful, "prepare", lambda self, **padding: None, raising=False)
+    monkeypatch.setattr(Forgetful, "finalize", lambda self: None, raising=False)
+    choice = select_scorer(model, vocab_size=VOCAB, packings=("batch",))
+    assert_plain(choice, "values differ from the plain scorer's by ")
 
 
 def test_wrong_gradients_are_rejected_even_if_values_are_right():
@@ -97,20 +105,23 @@ def test_wrong_gradients_are_rejected_even_if_values_are_right():
     )
 
 
-def test_a_window_of_the_caches_only_is_rejected():
-    """Wide enough for the probe's short pairs; a prompt past it shows the difference."""
+def test_a_window_of_the_caches_only_is_scored_with_caches():
+    """Wide enough for short sequences; a prompt past it shows that generation has a window."""
     model = with_caches(lambda self: [RotatingKVCache(32) for _ in self.layers])
     choice = select_scorer(model, vocab_size=VOCAB, packings=("lengths",))
-    assert_plain(choice, "values past the window differ")
+    assert choice.name == "shared"
+    assert choice.generation.uses_caches
+    assert choice.generation.difference < 1e-4 < choice.generation.uncached_difference
 
 
-def test_a_head_that_mixes_tokens_is_rejected():
+def test_a_head_that_mixes_tokens_is_refused():
     def call(self, tokens, cache=None):
         hidden = self.model(tokens, cache)
         return self.model.embed_tokens.as_linear(mx.cumsum(hidden, axis=1))
 
     model = with_caches(lambda self: [KVCache() for _ in self.layers], __call__=call)
-    assert_plain(select_scorer(model, vocab_size=VOCAB), "differ from the plain scorer's by ")
+    with pytest.raises(ModelError, match="nats per token apart"):
+        select_scorer(model, vocab_size=VOCAB)
 
 
 # Wrong on the test pairs; wrong on longer pairs only, where it chooses among blocks of keys.
@@ -144,7 +155,7 @@ def test_a_model_without_a_backbone_gets_the_plain_scorer():
 
 
 def test_the_requested_scorer_is_used_or_an_error_raised():
-    model = with_caches(lambda self: [Forgetful() for _ in self.layers])
+    model = with_caches(lambda self: [Detached() for _ in self.layers])
     assert_plain(
         select_scorer(adapted(make_llama()), vocab_size=VOCAB, requested="plain"), "as requested"
     )

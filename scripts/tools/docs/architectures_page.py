@@ -19,6 +19,13 @@ import mlx.core as mx  # noqa: E402  # isort: skip
 import mlx_lm  # noqa: E402
 
 from mlx_dpo.errors import ModelError  # noqa: E402
+from mlx_dpo.scoring.generation_match import (  # noqa: E402
+    GENERATED,
+    MAX_TESTED_WINDOW,
+    PROMPT,
+    GenerationMismatchError,
+    match_generation,
+)
 from mlx_dpo.scoring.select_scorer import PACKINGS, select_scorer  # noqa: E402
 from tests.scoring.architectures import UNBUILT, VOCAB, adapt, build, model_types  # noqa: E402
 
@@ -34,10 +41,19 @@ result.
 several pairs go through together: concatenated in one row, without padding (`row`); as a batch
 with padded prompts (`batch`, tried on a GPU only); or those with equally long prompts (`lengths`).
 
+
+*Cached = uncached*: the largest difference, in nats per token, between log-probs of one pass
+without KV caches, as they are scored, and of generation, one token at a time with caches. A run
+compares its own model in the same way: on {short} random tokens, and past its sliding window if
+that has at most {window} tokens and `--max-length` is longer. A model that differs by more than the
+rounding of its dtype is scored with caches (gemma3n), or refused if that differs as well (plamo3
+past its window, which has one token less in generation than in a prompt; the small model's window
+has 4 tokens).
+
 {totals}
 
-| architecture | scorer | packing | remarks |
-|---|---|---|---|
+| architecture | scorer | packing | cached = uncached | remarks |
+|---|---|---|---|---|
 """
 
 
@@ -47,22 +63,38 @@ class Row(NamedTuple):
     name: str
     scorer: str
     packing: str  # empty for the plain scorer
+    difference: str  # between log-probs as scored and as generated, nats per token
     remark: str
 
 
 def examine(model_type: str) -> Row:
     """Build an architecture, attach adapters, and select its scorer."""
     if model_type in UNBUILT:
-        return Row(model_type, "not tried", "", UNBUILT[model_type])
-    model = adapt(model_type, build(model_type))
+        return Row(model_type, "not tried", "", "", UNBUILT[model_type])
+    model = adapt(build(model_type))
     try:
         choice = select_scorer(model, vocab_size=VOCAB, packings=tuple(PACKINGS))
     except ModelError as error:
-        return Row(model_type, "none", "", str(error).partition(";")[0])
-    remark = choice.reason
-    if choice.name == "shared":  # errors differ from machine to machine
-        remark = remark.partition("; ")[2].partition("; ")[2]
-    return Row(model_type, choice.name, choice.packing or "", remark)
+        return Row(model_type, "none", "", _difference(model_type), str(error).partition(";")[0])
+    # The first part is the packing; errors differ from machine to machine.
+    notes = choice.reason.split("; ")[choice.name == "shared" :]
+    remark = "; ".join(n for n in notes if not n.startswith(("verified", "as in generation")))
+    if choice.generation and choice.generation.uses_caches:
+        remark = "; ".join(filter(None, [remark, "scored with KV caches, as it generates"]))
+    return Row(model_type, choice.name, choice.packing or "", _difference(model_type), remark)
+
+
+def _difference(model_type: str) -> str:
+    """Return how far a pass without caches is from generation, in nats per token."""
+    try:
+        match = match_generation(build(model_type), vocab_size=VOCAB)
+    except GenerationMismatchError as error:
+        return _rounded(error.uncached_difference)
+    return _rounded(match.uncached_difference)
+
+
+def _rounded(nats: float) -> str:
+    return f"{nats:.1g}" if nats < 0.01 else f"{nats:.2g}"
 
 
 def page(rows: list[Row]) -> str:
@@ -74,9 +106,13 @@ def page(rows: list[Row]) -> str:
     head = HEAD.format(
         mlx_lm=mlx_lm.__version__,
         mlx=mx.__version__,
+        short=PROMPT + GENERATED,
+        window=MAX_TESTED_WINDOW,
         totals=f"Of {len(rows)} architectures: {totals}; by {by_packing}.",
     )
-    lines = [f"| `{r.name}` | {r.scorer} | {r.packing} | {r.remark} |\n" for r in rows]
+    lines = [
+        f"| `{r.name}` | {r.scorer} | {r.packing} | {r.difference} | {r.remark} |\n" for r in rows
+    ]
     return head + "".join(lines)
 
 
