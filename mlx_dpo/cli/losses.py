@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from mlx_dpo.cli.output import echo, echo_json
-from mlx_dpo.config.setting import check_known
+from mlx_dpo.config.other_trainers import check_loss_name
 from mlx_dpo.losses.catalogue import LEGEND, LOSSES
 from mlx_dpo.losses.loss import Loss
 
@@ -23,7 +23,7 @@ def losses(name: str | None, as_json: bool) -> None:
     with a loss are those that act on it, with their default values for this loss.
     """
     if name is not None:
-        check_known(name, LOSSES, "loss", hint="`mlx-dpo losses` lists them")
+        check_loss_name(name)
     listed = [loss for loss in LOSSES.values() if name in (None, loss.name)]
     if as_json:
         records = {loss.name: to_dict(loss) for loss in listed}

@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-import yaml
 
 from mlx_dpo.cli.output import echo
-from mlx_dpo.config.dpo_config import DPOConfig, get_settings
+from mlx_dpo.config.dpo_config import DPOConfig, check_setting_names, get_settings
 from mlx_dpo.config.other_trainers import EQUIVALENTS
 from mlx_dpo.config.setting import Setting, parse_value
+from mlx_dpo.config.yaml_file import read_yaml
 from mlx_dpo.errors import ConfigError
-from mlx_dpo.io.bounded import read_text
 
 if TYPE_CHECKING:
     from mlx_dpo.training.monitor.verdict import Verdict
@@ -110,30 +109,21 @@ def read_settings(path: str) -> dict[str, Any]:
     """Read settings from a YAML file.
 
     Raises:
-        ConfigError: the file cannot be read, does not map names to values, or has a value that
-            does not fit its setting.
+        ConfigError: the file cannot be read, does not map names to values, has unknown names, or
+            has a value that does not fit its setting.
     """
+    values = read_yaml(path)
     try:
-        values = yaml.safe_load(read_text(Path(path).expanduser(), ConfigError, accept_pipe=True))
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{line}: not valid YAML ({_reason(error)})") from error
-    if not isinstance(values, dict):
-        raise ConfigError(
-            f"{path}: expected lines of `setting: value`, found {type(values).__name__}"
-        )
-    known = get_settings()
-    try:
-        for name in (name for name in values if name in known):
-            parse_value(name, values[name], known[name])
+        check_setting_names(values)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
-    return values
-
-
-def _reason(error: yaml.YAMLError) -> str:
-    return str(getattr(error, "problem", None) or error).splitlines()[0]
+    known = get_settings()
+    for name, value in values.items():
+        try:
+            parse_value(name, value, known[name])
+        except ConfigError as error:
+            raise ConfigError(f"{path}:{values.lines[name]}: {error}") from error
+    return dict(values)
 
 
 def resolve(

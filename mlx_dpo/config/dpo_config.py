@@ -25,8 +25,8 @@ from mlx_dpo.config.optimizer import (
     OptimizerSettings,
     check_optimizer_settings,
 )
-from mlx_dpo.config.other_trainers import EQUIVALENTS
-from mlx_dpo.config.setting import NoEffect, Setting, check_effects, check_known, parse_value
+from mlx_dpo.config.other_trainers import suggest
+from mlx_dpo.config.setting import NoEffect, Setting, check_effects, parse_value
 from mlx_dpo.config.training import (
     EVALUATION_NO_EFFECT,
     REPORTING_NO_EFFECT,
@@ -67,7 +67,7 @@ class DPOConfig(  # fields come in the order of the bases, last one first
 
         def __new__(cls, **values: Any) -> "DPOConfig":
             """Raise `ConfigError`, with a suggestion, if a keyword is not the name of a setting."""
-            cls._check_names(values)
+            check_setting_names(values)
             return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -138,17 +138,8 @@ class DPOConfig(  # fields come in the order of the bases, last one first
         Raises:
             ConfigError: a key is unknown, or its value is not valid.
         """
-        cls._check_names(values)  # keys of a file need not be strings
+        check_setting_names(values)  # keys of a file need not be strings
         return cls(**values)
-
-    @classmethod
-    def _check_names(cls, values: Mapping[str, Any]) -> None:
-        """Raise `ConfigError`, with a suggestion, if a key of `values` is not a setting."""
-        known = [f.name for f in fields(cls)]
-        for name in values:
-            if name in EQUIVALENTS:
-                raise ConfigError(f"unknown setting `{name}`; {EQUIVALENTS[name]}")
-            check_known(str(name), known, "setting")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as a JSON-compatible dictionary; `from_dict` is the inverse."""
@@ -190,6 +181,18 @@ class DPOConfig(  # fields come in the order of the bases, last one first
             if changes_result and getattr(self, name) != getattr(other, name):
                 return name
         return None
+
+
+def check_setting_names(values: Mapping[str, Any]) -> None:
+    """Raise `ConfigError`, with a suggestion for each, if keys of `values` are not settings."""
+    known = [f.name for f in fields(DPOConfig)]
+    advice = {str(name): suggest(str(name), known) for name in values if name not in known}
+    if len(advice) == 1:
+        [(name, hint)] = advice.items()
+        raise ConfigError(f"unknown setting `{name}`" + (f"; {hint}" if hint else ""))
+    if advice:
+        names = [f"`{name}`" + (f" ({hint})" if hint else "") for name, hint in advice.items()]
+        raise ConfigError(f"unknown settings: {', '.join(names)}")
 
 
 def get_settings() -> dict[str, Setting]:

@@ -4,7 +4,8 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from types import SimpleNamespace
 
-from mlx_dpo.config.setting import NoEffect, check_known, is_set, setting
+from mlx_dpo.config.other_trainers import check_loss_name
+from mlx_dpo.config.setting import NoEffect, is_set, setting
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.losses.catalogue import LOSSES
 from mlx_dpo.losses.divergences import DIVERGENCES
@@ -161,7 +162,7 @@ def check_losses(settings: LossSettings) -> None:
     if not settings.loss_type:
         raise ConfigError("`loss_type` names no loss; `mlx-dpo losses` lists them")
     for name in settings.loss_type:
-        check_known(name, LOSSES, "loss", hint="`mlx-dpo losses` lists them")
+        check_loss_name(name)
     _check_sum(settings)
     _check_hyperparameters(settings)
     _check_divergence(settings)

@@ -2,6 +2,7 @@
 
 import math
 import os
+import reprlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -11,6 +12,7 @@ from typing import Any, Generic, TypeVar
 from mlx_dpo.errors import ConfigError
 
 S = TypeVar("S", contravariant=True)
+MAX_SHOWN = 80  # characters of a value in an error message
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,9 +82,14 @@ def check_known(name: str, known: Iterable[str], noun: str, *, hint: str = "") -
     known = list(known)
     if name in known:
         return
-    near = get_close_matches(name.replace("-", "_"), known, n=1)
-    hint = f"did you mean `{near[0]}`?" if near else hint
+    hint = suggest_near_name(name, known) or hint
     raise ConfigError(f"unknown {noun} `{name}`" + (f"; {hint}" if hint else ""))
+
+
+def suggest_near_name(name: str, known: Iterable[str]) -> str:
+    """Return the question whether the most similar known name was meant; "" if none is similar."""
+    near = get_close_matches(name.replace("-", "_"), list(known), n=1)
+    return f"did you mean `{near[0]}`?" if near else ""
 
 
 def parse_value(name: str, value: Any, spec: Setting) -> Any:
@@ -107,7 +114,7 @@ def _parse_item(name: str, value: Any, spec: Setting) -> Any:
         value = os.path.expanduser(value)
     if spec.choices and value not in spec.choices:
         allowed = ", ".join(str(choice) for choice in spec.choices)
-        raise ConfigError(f"`{name}` must be one of {allowed}, got {value!r}")
+        raise ConfigError(f"`{name}` must be one of {allowed}, got {_show(value)}")
     if spec.type in (int, float):
         _check_bounds(name, value, spec)
     return value
@@ -121,12 +128,34 @@ def _convert(name: str, value: Any, wanted: type) -> Any:
         try:
             return float(value)
         except ValueError:
-            raise ConfigError(f"`{name}` must be a number, got {value!r}") from None
+            raise ConfigError(f"`{name}` must be a number, got {_show(value)}") from None
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise ConfigError(f"`{name}` must be a number, got one that is too large") from None
     if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
-        raise ConfigError(f"`{name}` must be {wanted.__name__}, got {value!r}")
+        hint = "; quote it if it is text" if wanted is str and isinstance(value, bool) else ""
+        raise ConfigError(f"`{name}` must be {wanted.__name__}, got {_show(value)}{hint}")
+    if isinstance(value, str):
+        _check_text(name, value)
     return value
+
+
+def _check_text(name: str, value: str) -> None:
+    """Raise `ConfigError` if a text has a character that no file name and no prompt has."""
+    if "\0" in value:
+        raise ConfigError(f"`{name}` must not hold a NUL character, got {_show(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        if not any("\udc80" <= character <= "\udcff" for character in value):  # a name in bytes
+            raise ConfigError(f"`{name}` holds half a character, got {_show(value)}") from None
+
+
+def _show(value: object) -> str:
+    shown = reprlib.repr(value) if isinstance(value, dict | list) else repr(value)
+    return shown if len(shown) <= MAX_SHOWN else shown[:MAX_SHOWN] + "…"
 
 
 def _check_bounds(name: str, value: float, spec: Setting) -> None:
@@ -136,4 +165,6 @@ def _check_bounds(name: str, value: float, spec: Setting) -> None:
         low = f"{'above' if spec.exclusive_minimum else 'at least'} {spec.minimum:g}"
         high = f"{'below' if spec.exclusive_maximum else 'at most'} {spec.maximum:g}"
         bounds = [low] * math.isfinite(spec.minimum) + [high] * math.isfinite(spec.maximum)
-        raise ConfigError(f"`{name}` must be {' and '.join(bounds) or 'finite'}, got {value!r}")
+        raise ConfigError(
+            f"`{name}` must be {' and '.join(bounds) or 'finite'}, got {_show(value)}"
+        )

@@ -75,7 +75,7 @@ def test_flags_beat_the_file_and_the_file_beats_defaults(tmp_path):
         ("learing_rate: 1", "unknown setting `learing_rate`; did you mean `learning_rate`?"),
         ("beta: [", "settings.yaml:1: not valid YAML"),
         ("- beta", "settings.yaml: expected lines of `setting: value`, found list"),
-        ("beta: 0", "settings.yaml: `beta` must be above 0, got 0.0"),
+        ("beta: 0", "settings.yaml:1: `beta` must be above 0, got 0.0"),
         ("lora_target_modules: 5", "`lora_target_modules` must be str, got 5"),
         (b"beta: \xff", "settings.yaml: not UTF-8 (byte 0xff at 6)"),
         (None, "settings.yaml: no such file"),

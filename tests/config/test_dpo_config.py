@@ -6,9 +6,10 @@ import re
 import pytest
 
 from mlx_dpo.config.dpo_config import DPOConfig, get_settings
-from mlx_dpo.config.other_trainers import EQUIVALENTS
+from mlx_dpo.config.other_trainers import EQUIVALENTS, LOSS_NAMES
 from mlx_dpo.config.training import PassLimit
 from mlx_dpo.errors import ConfigError
+from mlx_dpo.losses.catalogue import LOSSES
 
 GIVEN = {"model": "m", "pairs": "p", "output": "o"}
 
@@ -346,3 +347,22 @@ def test_an_unknown_keyword_is_answered_as_an_unknown_key(name, message):
 def test_settings_survive_copying_and_pickling():
     config = DPOConfig(beta=0.2)
     assert copy.deepcopy(config) == pickle.loads(pickle.dumps(config)) == config
+
+
+@pytest.mark.parametrize(("name", "here"), [("dpo", "sigmoid"), ("DPO", "sigmoid"),
+                                            ("kto_pair", "kto"), ("aot_pair", "aot")])  # fmt: skip
+def test_the_loss_of_another_trainer_is_answered_with_its_name_here(name, here):
+    with pytest.raises(ConfigError) as error:
+        DPOConfig(loss_type=(name,))
+    assert str(error.value) == f"unknown loss `{name}`; it is `{here}` here"
+
+
+def test_names_of_other_trainers_losses_are_no_losses_and_lead_to_losses():
+    assert not LOSS_NAMES.keys() & LOSSES.keys()
+    assert set(LOSS_NAMES.values()) <= LOSSES.keys()
+
+
+@pytest.mark.parametrize("value", [10**400, "a\0b"])
+def test_values_that_nothing_can_hold_are_refused(value):
+    with pytest.raises(ConfigError):
+        DPOConfig(**{"beta" if isinstance(value, int) else "model": value})
