@@ -28,6 +28,7 @@ class FakeHub(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.repos, self.objects = {}, {}
+        self.datasets = {}  # by name: "public", "gated" or "private"
         self.requests = Counter()  # number of requests by kind
         self.cut_before = set()  # kinds whose connection is cut before they take effect
         self.cut_after = (
@@ -66,6 +67,7 @@ ROUTES = [
     ("PUT", r"/objects/(?P<oid>\w+)", "object"),
     ("GET", r"/api/models/(?P<name>[^/]+/[^/]+)/tree/(?P<revision>\w+)", "tree"),
     ("GET", r"/api/models/(?P<name>[^/]+/[^/]+)(?:/revision/\w+)?", "info"),
+    ("GET", r"/api/datasets/(?P<name>[^/]+/[^/]+)", "dataset"),
     ("(GET|HEAD)", r"/(?P<name>[^/]+/[^/]+)/resolve/\w+/(?P<file>.+)", "resolve"),
 ]
 
@@ -115,6 +117,16 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(data)
+
+    def _dataset(self, body, name):
+        state = self.server.datasets.get(name)
+        if state is None or (state == "private" and not self.headers.get("Authorization")):
+            self._send(401, {"error": "Invalid username or password."})
+            return
+        gated = "auto" if state == "gated" else False
+        self._send(
+            200, {"id": name, "private": state == "private", "gated": gated, "disabled": False}
+        )
 
     def _is_authorized(self):
         if self.headers.get("Authorization") == f"Bearer {TOKEN}":

@@ -15,21 +15,33 @@ from mlx_dpo.cli.output import echo
 @click.option(
     "--samples",
     type=click.IntRange(min=0),
-    help="Number of samples; held-out prompts without --prompts. [default: 3 if data are public]",
+    help="Number of samples; held-out prompts without --prompts. [default: 0; 3 of --prompts]",
 )
-@click.option("--online", is_flag=True, help="Ask the Hub for the license of the base.")
+@click.option(
+    "--online",
+    is_flag=True,
+    help="Ask the Hub for the license of the base, and which datasets are public.",
+)
+@click.option(
+    "--show-private",
+    is_flag=True,
+    help="Name datasets of the Hub that are not known to be public.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace an existing README.md.")
-def card(
+def card(  # noqa: PLR0913 (one argument per flag)
     run: str,
     name: str,
     base: str | None,
     prompts: str | None,
     samples: int | None,
     online: bool,
+    show_private: bool,
     overwrite: bool,
 ) -> None:
     """Write a model card into RUN: README.md with training data, results and usage.
 
+    Names of files and of private or gated datasets, prompts and answers are not on the card,
+    unless --show-private, --samples or --prompts asks for them.
     Edit the file as you like; `push` uploads it.
     """
     from mlx_dpo.hub.run_card import check_no_card, make_run_card, write_card
@@ -38,7 +50,13 @@ def card(
     if not overwrite:
         check_no_card(folder)  # before the work
     model_card, notes = make_run_card(
-        run, name, base=base, prompts=prompts, samples=samples, online=online
+        run,
+        name,
+        base=base,
+        prompts=prompts,
+        samples=samples,
+        online=online,
+        show_private=show_private,
     )
     path = write_card(folder, model_card, overwrite=overwrite)
     for note in notes:

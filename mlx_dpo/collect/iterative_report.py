@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mlx_dpo.reporting.markdown import escape_markdown
+
 Evaluation = Mapping[str, Any]  # the content of a round's `evaluation.json`
 PAIRS = "pairs"  # key of the number of pairs among the outcomes of a collection
 ANSWERS_PER_PAGE = 8
@@ -87,10 +89,7 @@ def _table_row(cells: Sequence[str]) -> str:
 
 def _escape_cell(text: str) -> str:
     """Return the first 200 characters of a text on one line, with Markdown markup escaped."""
-    plain = " ".join(text.split())[:200]
-    for character in "\\`*_<>|[]":
-        plain = plain.replace(character, f"\\{character}")
-    return plain or "(nothing)"
+    return escape_markdown(" ".join(text.split())[:200]) or "(nothing)"
 
 
 def _format_win_rate(comparison: Evaluation) -> str:

@@ -1,5 +1,6 @@
 """Convert errors of `huggingface_hub` and of the network into `ModelError`s."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,12 +12,18 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from mlx_dpo.errors import ModelError, reason
+from mlx_dpo.errors import ConfigError, ModelError, reason
 
 # Worker threads and hf-xet, which uploads large files, raise RuntimeError.
 HUB_ERRORS = (HTTPError, LocalTokenNotFoundError, OSError, ValueError, RuntimeError)
 INVALID_NAME = "not the name of a repository; names are `ORG/NAME`"
 LOGIN = "log in with `hf auth login`, using a token with write access"
+
+
+def check_repository_name(name: str) -> None:
+    """Raise `ConfigError` if `name` cannot be the name of a repository."""
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII) is None:
+        raise ConfigError(f"{name}: {INVALID_NAME}")
 
 
 @contextmanager

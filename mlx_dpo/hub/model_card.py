@@ -6,12 +6,14 @@ Tests run the code examples that the card shows.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 from huggingface_hub import ModelCard, ModelCardData
 
 from mlx_dpo.losses.catalogue import LOSSES
 from mlx_dpo.losses.loss import RewardKind
 from mlx_dpo.losses.metrics import EVAL_PREFIX, METRICS
+from mlx_dpo.reporting.markdown import code_block, code_span, escape_markdown
 from mlx_dpo.runs.folder import CURVES
 
 # Settings with which the sigmoid loss does not start at log 2.
@@ -132,7 +134,7 @@ def make_fused_model_card(
 
 
 def _hub_link(name: str) -> str:
-    return f"[{name}](https://huggingface.co/{name})"
+    return f"[{escape_markdown(name, keep_code=True)}](https://huggingface.co/{quote(name)})"
 
 
 def _about(content: CardContent) -> str:
@@ -190,16 +192,16 @@ def _metric_meanings(content: CardContent) -> dict[str, str]:
 
 
 def _format_sample(sample: Sample) -> str:
-    return "\n>\n".join(
-        f"> **{name}:** " + text.strip().replace("\n", "\n> ")
-        for name, text in vars(sample).items()
+    """Return a sample as blocks of code: a prompt or an answer may hold markup and HTML."""
+    return "\n\n".join(
+        f"**{name}:**\n\n{code_block(text.strip())}" for name, text in vars(sample).items()
     )
 
 
 def _settings(content: CardContent) -> list[str]:
     if not content.settings:
         return ["All settings have mlx-dpo's default."]
-    rows = [(f"`{name}`", f"`{value}`") for name, value in content.settings.items()]
+    rows = [(f"`{name}`", code_span(str(value))) for name, value in content.settings.items()]
     return [_table(("setting", "value"), rows), "All other settings have mlx-dpo's default."]
 
 
@@ -211,13 +213,16 @@ def _limitations(content: CardContent) -> str:
         "measures that.",
         "* " + _license_sentence(content),
     ]
-    warnings = (f"* Warning during training: {warning}." for warning in content.warnings)
+    warnings = (
+        f"* Warning during training: {escape_markdown(warning, keep_code=True)}."
+        for warning in content.warnings
+    )
     return "\n".join([*lines, *warnings])
 
 
 def _license_sentence(content: CardContent) -> str:
     if name := content.license.get("license_name") or content.license.get("license"):
-        return f"License: that of the base model, {name}."
+        return f"License: that of the base model, {escape_markdown(str(name), keep_code=True)}."
     return "License: that of the base model, which was not known when this card was written."
 
 
@@ -255,7 +260,8 @@ print(generate(model, tokenizer, prompt, max_tokens=100))
         "### transformers and PEFT",
     ]
     if content.peft_problem:
-        return [*sections, f"PEFT cannot load this adapter: {content.peft_problem}."]
+        problem = escape_markdown(content.peft_problem, keep_code=True)
+        return [*sections, f"PEFT cannot load this adapter: {problem}."]
     return [
         *sections,
         f"""```python

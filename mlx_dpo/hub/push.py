@@ -18,7 +18,7 @@ from huggingface_hub.hf_api import ModelInfo
 from mlx_dpo.adapters.adapter_files import CONFIG, WEIGHTS, adapter_digest
 from mlx_dpo.adapters.peft import WEIGHTS as PEFT_WEIGHTS
 from mlx_dpo.errors import ConfigError
-from mlx_dpo.hub.errors import INVALID_NAME, as_model_errors
+from mlx_dpo.hub.errors import as_model_errors, check_repository_name
 from mlx_dpo.hub.run_card import trained_steps
 from mlx_dpo.hub.secret_scan import scan_for_secrets
 from mlx_dpo.models.files import read_json
@@ -115,8 +115,7 @@ def push(
             False, or private and True; or a file would be replaced and `overwrite` is False.
         ModelError: the Hub refuses, or cannot be reached.
     """
-    if name.count("/") != 1:
-        raise ConfigError(f"{name}: {INVALID_NAME}")
+    check_repository_name(name)
     additions = [_read_addition(path, file) for path, file in files.items()]
     check_secrets({addition.path_in_repo: _content(addition) for addition in additions})
     api = HfApi()

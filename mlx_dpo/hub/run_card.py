@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from mlx_dpo.data.hf_datasets import parse_hub_name
 from mlx_dpo.data.prompts import Prompt
 from mlx_dpo.errors import ConfigError, ModelError
 from mlx_dpo.evaluation.compare import compare_runs
+from mlx_dpo.hub.errors import check_repository_name
 from mlx_dpo.hub.model_card import CardContent, Sample, make_model_card
 from mlx_dpo.io.atomic import write_file
 from mlx_dpo.models.download import resolve_model
@@ -27,7 +29,12 @@ from mlx_dpo.saved_runs.open import OpenRun
 from mlx_dpo.saved_runs.report import write_curves
 from mlx_dpo.training.monitor.verdict import Verdict
 
-DEFAULT_SAMPLES = 3
+DEFAULT_SAMPLES = 3  # of --prompts
+NO_SAMPLES = (
+    "not on the card: prompts and answers; `mlx-dpo card --samples N` shows held-out prompts, "
+    "--prompts FILE others"
+)
+TIMEOUT = 10.0  # seconds to wait for the Hub
 SAMPLING = Sampling(max_tokens=200)  # greedy
 
 
@@ -39,6 +46,7 @@ def make_run_card(
     prompts: str | None = None,
     samples: int | None = None,
     online: bool = False,
+    show_private: bool = False,
 ) -> tuple[ModelCard, tuple[str, ...]]:
     """Return the model card of a finished run, and notes for the run's owner.
 
@@ -46,25 +54,33 @@ def make_run_card(
         name: repository that the adapter is going to be uploaded to.
         base: Hub id of the base model, if the run was trained on a local folder.
         prompts: file of prompts to show with completions from before and after training.
-        samples: number of prompts to show, 0 for none. Without `prompts` and `samples`, held-out
-            prompts are shown only if all data are from datasets of the Hub.
-        online: look up the license of the base model on the Hub.
+        samples: number of prompts to show; held-out prompts if there are no `prompts`. Without
+            both, no text of the data is on the card.
+        online: look up on the Hub the license of the base model, and which datasets are public.
+        show_private: name datasets of the Hub that are not known to be public.
 
     Raises:
         RunError: the run is unfinished.
+        ConfigError: `name` or `base` cannot be the name of a repository.
         RunError, ConfigError, DataError, ModelError: completions cannot be sampled, as in
             `compare_runs`.
     """
+    for repository in (name, *([base] if base is not None else [])):
+        check_repository_name(repository)
     opened = open_finished(folder)
-    datasets = public_datasets(opened)
-    shown, notes = _make_samples(folder, opened, prompts, samples, datasets)
+    sources = list_data_sources(opened, online=online)
+    shown, notes = _make_samples(folder, opened, prompts, samples)
+    if sources.private and not show_private:
+        notes += (_private_note(sources.private, online=online),)
     hub_id = base or hub_model_id(opened.record)
     inherited = _inherited_metadata(opened, hub_id, online=online)
     if not inherited.get("license"):
         notes += (_license_note(online=online, was_requested=online and hub_id is not None),)
     if hub_id is None:
         notes += ("the Hub id of the base is unknown: name it with --base",)
-    facts = _collect_facts(opened, name, hub_id, inherited, datasets or [])
+    named = [*sources.public, *(sources.private if show_private else ())]
+    facts = _collect_facts(opened, name, hub_id, inherited, named)
+    facts["pairs"] = _describe_data(opened, named, is_complete=sources.count == len(named))
     return make_model_card(CardContent(**facts, samples=shown)), notes
 
 
@@ -74,19 +90,53 @@ def _license_note(*, online: bool, was_requested: bool) -> str:
     return f"the license of the base is unknown{failed}: add `license` to the card{hint}"
 
 
-def public_datasets(opened: OpenRun) -> list[str] | None:
-    """Return the Hub ids of the datasets that a run read; None if it also read local files."""
+@dataclass(frozen=True)
+class DataSources:
+    """Where a run's pairs are from: datasets of the Hub, and files of this machine."""
+
+    public: tuple[str, ...]  # Hub ids of datasets that the Hub says are public
+    private: tuple[str, ...]  # other Hub ids: private, gated, or not asked for
+    has_files: bool
+
+    @property
+    def count(self) -> int:
+        """Return the number of datasets; all files together count as one."""
+        return len(self.public) + len(self.private) + self.has_files
+
+
+def list_data_sources(opened: OpenRun, *, online: bool) -> DataSources:
+    """Return where a run's pairs are from; without `online`, no dataset counts as public."""
     config = opened.config
     given = [*config.pairs, *([config.valid] if config.valid else [])]
     given_names = {str(parse_hub_name(source)) for source in given}
-    paths = []
+    paths, has_files = [], False
     for report in opened.record["pairs"]:
         name, split = report["source"].rpartition(":")[::2]
         dataset = parse_hub_name(name)
         if dataset is None or not split or name not in given_names:
-            return None
-        paths.append(dataset.path)
-    return list(dict.fromkeys(paths))
+            has_files = True
+        elif dataset.path not in paths:
+            paths.append(dataset.path)
+    public = tuple(path for path in paths if online and is_public(path))
+    return DataSources(public, tuple(path for path in paths if path not in public), has_files)
+
+
+def is_public(dataset: str) -> bool:
+    """Return whether the Hub says, without a login, that everyone can read a dataset."""
+    try:
+        info = HfApi(token=False).dataset_info(dataset, timeout=TIMEOUT)
+    except (HTTPError, OSError, ValueError):
+        return False  # private, gone, or the Hub cannot be reached
+    return info.private is False and not info.gated and not info.disabled
+
+
+def _private_note(datasets: Sequence[str], *, online: bool) -> str:
+    names = ", ".join(datasets)
+    asked = "" if online else "`mlx-dpo card --online` asks the Hub whether it is public, "
+    return (
+        f"not on the card: the name of the training data ({names}), which is not known to be "
+        f"public; {asked}`mlx-dpo card --show-private` names it"
+    )
 
 
 def _collect_facts(
@@ -103,7 +153,6 @@ def _collect_facts(
         "license": {key: value for key, value in base.items() if key.startswith("license")},
         "language": base.get("language"),
         "datasets": datasets,
-        "pairs": _describe_data(config, record["counts"]["train"], datasets),
         "loss": describe_loss(config),
         "losses": config.loss_type,
         "rewarded": config.reward_kind,
@@ -132,10 +181,13 @@ def _findings(record: Mapping[str, Any]) -> list[str]:
     return [*record["warnings"], *([] if verdict is None else [verdict.text])]
 
 
-def _describe_data(config: DPOConfig, count: int, datasets: Sequence[str]) -> str:
-    links = ", ".join(f"[{name}](https://huggingface.co/datasets/{name})" for name in datasets)
-    unit = "labelled completions" if config.labelled else "preference pairs"
-    return f"{count:,} {unit}" + (f" of {links}" if links else ", which are not public")
+def _describe_data(opened: OpenRun, named: Sequence[str], *, is_complete: bool) -> str:
+    links = [f"[{name}](https://huggingface.co/datasets/{name})" for name in named]
+    unit = "labelled completions" if opened.config.labelled else "preference pairs"
+    text = f"{opened.record['counts']['train']:,} {unit}"
+    if not links:
+        return f"{text}, which are not public"
+    return f"{text} of {', '.join(links)}" + ("" if is_complete else " and of data not named here")
 
 
 def trained_steps(record: Mapping[str, Any]) -> int:
@@ -208,19 +260,15 @@ def _read_hub_card(hub_id: str | None) -> dict[str, Any]:
 
 
 def _make_samples(
-    folder: str,
-    opened: OpenRun,
-    prompts: str | None,
-    samples: int | None,
-    datasets: list[str] | None,
+    folder: str, opened: OpenRun, prompts: str | None, samples: int | None
 ) -> tuple[list[Sample], tuple[str, ...]]:
+    if prompts is None and samples is None:
+        return [], (NO_SAMPLES,)
     limit = DEFAULT_SAMPLES if samples is None else samples
     if limit == 0:
         if prompts is not None:
             raise ConfigError("`--prompts` has no effect with `--samples` 0")
         return [], ()
-    if prompts is None and samples is None and datasets is None:
-        return [], ("no samples: the pairs are private; --prompts FILE or --samples N adds some",)
     if prompts is None and not opened.record["counts"]["valid"]:
         return [], ("no samples: no pairs were held out",)
     comparison = compare_runs([folder], prompts, SAMPLING, limit=limit)

@@ -17,6 +17,7 @@ from mlx_dpo.hub.model_card import (
 )
 from mlx_dpo.hub.run_card import make_run_card, write_card
 from mlx_dpo.hub.secret_scan import scan_for_secrets
+from tests.fake_hub import TOKEN
 from tests.trained_run import train
 
 CONTENT = CardContent(
@@ -104,8 +105,8 @@ def test_metrics_samples_and_curves_are_optional():
     sample = Sample("Hi?\nThere?", "no", "yes\n\n> quoted")
     text = make_model_card(replace(CONTENT, samples=[sample], curves=True, evaluation={})).text
     assert (
-        "> **prompt:** Hi?\n> There?\n>\n> **before:** no\n>\n> **after:** yes\n> \n> > quoted"
-        in text
+        "**prompt:**\n\n```text\nHi?\nThere?\n```\n\n**before:**\n\n```text\nno\n```\n\n"
+        "**after:**\n\n```text\nyes\n\n> quoted\n```\n" in text
     )
     assert "](curves.png)" in text
     assert "so the adapter was not evaluated" in text
@@ -150,7 +151,7 @@ def test_the_card_of_a_run_shows_the_facts_of_its_record(workplace):
     assert "| `lora_r` | `4` |" in card.text and "`learning_rate` | `0.001`" in card.text
     assert card.data["library_name"] == "peft"
     assert [note.partition(":")[0] for note in notes] == [
-        "no samples",
+        "not on the card",
         "the license of the base is unknown",
     ]
 
@@ -175,17 +176,96 @@ def test_no_path_of_this_machine_is_in_the_card(workplace, trained):
         assert name not in text
 
 
-def test_prompts_of_private_pairs_are_shown_only_on_request(workplace):
+def test_prompts_are_shown_only_on_request(workplace):
     card, notes = make_run_card("run", "org/adapter")
     assert "What is" not in card.text
-    assert any("the pairs are private" in note for note in notes)
+    assert any("prompts and answers; `mlx-dpo card --samples N` shows" in note for note in notes)
     card, _ = make_run_card("run", "org/adapter", samples=2)
-    assert card.text.count("> **prompt:** What is") == 2
+    assert card.text.count("**prompt:**\n\n```text\nWhat is") == 2
     Path("asked.txt").write_text("Who are you?\n")
     card, _ = make_run_card("run", "org/adapter", prompts="asked.txt")
-    assert card.text.count("**prompt:**") == card.text.count("**prompt:** Who are you?") == 1
+    assert card.text.count("**prompt:**") == card.text.count("```text\nWho are you?") == 1
     with pytest.raises(ConfigError, match="`--prompts` has no effect"):
         make_run_card("run", "org/adapter", prompts="asked.txt", samples=0)
+
+
+def read_from_the_hub(*names):
+    """Change the record of the run: its pairs are from these datasets of the Hub."""
+    record = json.loads(Path("run/run.json").read_text())
+    record["settings"]["pairs"] = list(names)
+    [report] = record["pairs"]
+    record["pairs"] = [report | {"source": f"{name}:train"} for name in names]
+    Path("run/run.json").write_text(json.dumps(record))
+
+
+def test_only_datasets_that_the_hub_calls_public_are_named(workplace, fake_hub):
+    fake_hub.datasets = {"org/open": "public", "org/gated": "gated", "org/private": "private"}
+    read_from_the_hub("org/open", "org/gated", "org/private", "org/gone")
+    card, notes = make_run_card("run", "org/adapter", online=True)
+    assert card.data["datasets"] == ["org/open"]
+    assert "9 preference pairs of [org/open](https://huggingface.co/datasets/org/open)" in card.text
+    assert "and of data not named here" in card.text
+    assert not re.search(r"org/(gated|private|gone)|What is", str(card))
+    [note] = [note for note in notes if "training data" in note]
+    assert "(org/gated, org/private, org/gone)" in note and "--show-private` names it" in note
+    card, notes = make_run_card("run", "org/adapter", online=True, show_private=True)
+    assert card.data["datasets"] == ["org/open", "org/gated", "org/private", "org/gone"]
+    assert "not named" not in card.text and not any("training data" in note for note in notes)
+
+
+def test_a_login_makes_no_private_dataset_public(workplace, fake_hub, monkeypatch):
+    fake_hub.datasets = {"org/private": "private"}
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    read_from_the_hub("org/private")
+    assert "org/private" not in str(make_run_card("run", "org/adapter", online=True)[0])
+
+
+@pytest.mark.parametrize("online", [True, False])
+def test_without_the_hub_a_dataset_is_private(workplace, fake_hub, online):
+    fake_hub.datasets = {"org/open": "public"}
+    fake_hub.cut_before = {"dataset"}
+    read_from_the_hub("org/open")
+    card, notes = make_run_card("run", "org/adapter", online=online)
+    assert "org/open" not in str(card) and "which are not public" in card.text
+    [note] = [note for note in notes if "training data" in note]
+    assert ("`mlx-dpo card --online` asks the Hub" in note) == (not online)
+    assert fake_hub.requests["dataset"] == online
+
+
+HOSTILE = "a\n---\n# b\n<script>x()</script> ![i](https://x.example/i) ``` [l](u) \x1b[2J\u202e|"
+
+
+def test_text_from_outside_is_no_markup_on_the_card():
+    """Samples are code; license, warnings and settings are lines of plain text."""
+    content = replace(
+        CONTENT,
+        license={"license": "other", "license_name": HOSTILE},
+        warnings=[HOSTILE],
+        settings={"column": HOSTILE},
+        samples=[Sample(HOSTILE, HOSTILE, HOSTILE)],
+        peft_problem=HOSTILE,
+    )
+    card = make_model_card(content)
+    assert ModelCard(str(card)).data.to_dict() == card.data.to_dict()
+    assert card.data["license_name"] == HOSTILE
+    blocks = re.findall(r"^````text\n(.*?)^````$", card.text, re.DOTALL | re.MULTILINE)
+    shown = HOSTILE.replace("\x1b", r"\x1b").replace("\u202e", r"\u202e")
+    assert blocks == [shown + "\n"] * 3
+    rest = re.sub(r"^````text\n.*?^````$", "", card.text, flags=re.DOTALL | re.MULTILINE)
+    assert rest.count("x()") == 4  # license, warning, setting and the reason of PEFT
+    [row] = [line for line in rest.splitlines() if line.startswith("| `column`")]
+    assert row.startswith("| `column` | ````a\\n---") and row.endswith("\\|```` |")
+    rest = rest.replace(row, "")
+    assert not re.search(r"(?<!\\)<script|(?<!\\)!\[i|^# b|^---", rest, re.MULTILINE)
+    assert not re.search("[\x1b\u202e]", card.text)
+
+
+@pytest.mark.parametrize("name", ["a/b\n# c", "a/b](x)", "a b/c", "a", "a/b/c", "<a>/b", ""])
+def test_a_name_that_is_no_repository_is_refused(workplace, name):
+    with pytest.raises(ConfigError, match="not the name of a repository"):
+        make_run_card("run", name)
+    with pytest.raises(ConfigError, match="not the name of a repository"):
+        make_run_card("run", "org/adapter", base=name)
 
 
 def test_the_license_is_that_of_the_base(workplace):
