@@ -15,7 +15,7 @@ from mlx_dpo import paths
 from mlx_dpo.io import jit_cache
 
 blas.use_openblas()  # has to come before the first import of mlx.core, anywhere
-jit_cache.use_private_jit_cache(paths.cache_folder_or_none())
+jit_cache.use_private_jit_cache(paths.cache_folder())
 
 from mlx_dpo.errors import (  # noqa: E402
     ConfigError,

@@ -7,6 +7,7 @@
     │   └── PromptBoundaryError  the chat template does not show where the completion begins
     ├── ModelError       a model cannot be found, loaded, converted or adapted
     ├── RunError         a run folder is in use, has other settings, is unfinished or unwritable
+    │   └── DamagedFileError     a file that mlx-dpo wrote does not match its checksum
     └── TrainingError    training went wrong (a loss that is not a number)
 
 Messages read `where: what is wrong (what was found); what to do`, on one line.
@@ -82,6 +83,14 @@ class ModelError(DPOError):
 
 class RunError(DPOError):
     """A run folder is in use, has other settings, is unfinished or cannot be written."""
+
+
+class DamagedFileError(RunError):
+    """A file that mlx-dpo wrote does not have the content that was written."""
+
+    def __init__(self, fault: str, advice: str = "") -> None:
+        self.fault = fault  # the file and what is wrong with it
+        super().__init__(f"{fault}; {advice}" if advice else fault)
 
 
 class TrainingError(DPOError):

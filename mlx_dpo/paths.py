@@ -7,38 +7,39 @@ PACKAGE = Path(__file__).parent
 CACHE_VARIABLE = "MLX_DPO_CACHE"
 
 
-def cache_folder() -> Path:
-    """Return the folder of all caches.
+def cache_folder() -> Path | None:
+    """Return the folder of all caches; None if it is not known where the user's home is.
 
     The environment variable `MLX_DPO_CACHE` sets it; by default it is in the user's cache folder.
     """
-    if folder := os.environ.get(CACHE_VARIABLE):
-        return Path(folder).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "mlx-dpo"
-
-
-def cache_folder_or_none() -> Path | None:
-    """Return the folder of all caches, or None if the user has no home folder."""
-    try:
-        return cache_folder()
-    except RuntimeError:  # raised by `Path.home` and `Path.expanduser`
+    folder = os.environ.get(CACHE_VARIABLE) or os.environ.get("XDG_CACHE_HOME")
+    if not folder and os.environ.get("HOME") == "":  # Python would take the root folder
         return None
+    try:
+        path = Path(folder or "~/.cache").expanduser()
+    except RuntimeError:  # no HOME, or a user without a home
+        return None
+    return path if os.environ.get(CACHE_VARIABLE) else path / "mlx-dpo"
 
 
-def reference_cache_folder() -> Path:
+def reference_cache_folder() -> Path | None:
     """Return the folder of cached reference log-probabilities, which all runs share."""
-    return cache_folder() / "reference"
+    return _inside_cache("reference")
 
 
-def token_cache_folder() -> Path:
+def token_cache_folder() -> Path | None:
     """Return the folder of cached tokenized pairs, which all runs share."""
-    return cache_folder() / "tokens"
+    return _inside_cache("tokens")
 
 
-def chat_history_file() -> Path:
+def chat_history_file() -> Path | None:
     """Return the path of the file with the lines that the user typed in chats."""
-    return cache_folder() / "chat-history"
+    return _inside_cache("chat-history")
+
+
+def _inside_cache(name: str) -> Path | None:
+    folder = cache_folder()
+    return None if folder is None else folder / name
 
 
 def tiny_chat() -> Path:

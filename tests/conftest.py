@@ -11,7 +11,7 @@ import pytest
 from mlx_lm.models import llama
 
 from mlx_dpo.io.jit_cache import use_private_jit_cache
-from mlx_dpo.paths import cache_folder_or_none
+from mlx_dpo.paths import cache_folder
 from mlx_dpo.types import TokenizedPair
 from tests.trained_run import trained, workplace  # noqa: F401  (fixtures)
 
@@ -72,7 +72,7 @@ def pytest_ignore_collect(collection_path, config):
 @pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cache")
-    kernels = use_private_jit_cache(cache_folder_or_none())  # compiled for this machine already
+    kernels = use_private_jit_cache(cache_folder())  # compiled for this machine already
     if kernels is not None:
         shutil.copytree(kernels, folder / kernels.name, copy_function=os.link)
     with pytest.MonkeyPatch.context() as patch:

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from mlx_dpo import DPOConfig, DPOTrainer
+from mlx_dpo.runs.folder import RunPaths, write_record
 from tests.checkpoints import make_checkpoint
+from tests.edited_files import read_entries
 
 GOLDENS = Path(__file__).parent / "goldens" / "publishing"
 
@@ -52,9 +54,9 @@ def workplace(trained, tmp_path, monkeypatch):
     for name in ("base", "run"):
         shutil.copytree(trained / name, tmp_path / name)
     shutil.copyfile(trained / "pairs.jsonl", tmp_path / "pairs.jsonl")
-    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    record = read_entries(tmp_path / "run" / "run.json")
     record["model_folder"] = "../base"
     record["settings"]["pairs"] = ["pairs.jsonl"]
-    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+    write_record(RunPaths(tmp_path / "run"), record)
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -23,8 +23,9 @@ from mlx_dpo.adapters.attach import (
 )
 from mlx_dpo.adapters.targets import has_tied_embeddings
 from mlx_dpo.errors import ModelError, reason
-from mlx_dpo.io.arrays import Arrays, named_arrays, write_arrays
+from mlx_dpo.io.arrays import Arrays, named_arrays
 from mlx_dpo.io.atomic import atomic_file, write_file
+from mlx_dpo.io.checksums import to_checked_json, verify_arrays, write_checked_arrays
 from mlx_dpo.models.files import read_json
 
 WEIGHTS = "adapters.safetensors"
@@ -32,13 +33,16 @@ CONFIG = "adapter_config.json"
 MLX_LM_KEYS = ("fine_tune_type", "num_layers", "lora_parameters")
 
 
-def save_adapter(folder: Path, model: nn.Module, config: dict[str, Any]) -> None:
+def save_adapter(folder: Path, model: nn.Module, config: dict[str, Any]) -> str:
     """Write the model's adapter weights and the adapter configuration `config` to `folder`.
 
     Each file is written atomically, the weights last.
+
+    Returns:
+        The checksum of the weight file.
     """
     _write_config(folder, config)
-    _write_weights(folder / WEIGHTS, adapter_weights(model), "mlx")
+    return _write_weights(folder / WEIGHTS, adapter_weights(model), "mlx")
 
 
 def add_peft_files(folder: Path, settings: dict[str, Any], arrays: Arrays) -> None:
@@ -54,12 +58,12 @@ def add_peft_files(folder: Path, settings: dict[str, Any], arrays: Arrays) -> No
 
 
 def _write_config(folder: Path, config: dict[str, Any]) -> None:
-    write_file(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+    write_file(folder / CONFIG, to_checked_json(config))
 
 
-def _write_weights(path: Path, arrays: Arrays, framework: str) -> None:
+def _write_weights(path: Path, arrays: Arrays, framework: str) -> str:
     with atomic_file(path) as temporary:
-        write_arrays(temporary, arrays, {"format": framework})
+        return write_checked_arrays(temporary, arrays, {"format": framework})
 
 
 def read_adapter(folder: Path) -> LoadedAdapter:
@@ -104,6 +108,7 @@ def adapter_digest(folder: Path) -> str:
     ignored.
 
     Raises:
+        DamagedFileError: a file does not match its checksum.
         ModelError: a file is missing.
     """
     config = _read_config(folder)
@@ -112,6 +117,7 @@ def adapter_digest(folder: Path) -> str:
         config = {name: config.get(name) for name in MLX_LM_KEYS}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     try:
+        verify_arrays(path)
         with path.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     except OSError as error:

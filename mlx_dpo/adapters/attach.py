@@ -32,7 +32,8 @@ from mlx_dpo.adapters.targets import (
     trainable_modules,
 )
 from mlx_dpo.errors import ModelError, reason
-from mlx_dpo.io.arrays import Arrays, named_arrays, read_arrays
+from mlx_dpo.io.arrays import Arrays, named_arrays
+from mlx_dpo.io.checksums import read_checked_arrays
 
 FineTuneType = Literal["lora", "dora", "full"]
 
@@ -232,9 +233,10 @@ def read_adapter_weights(path: Path) -> Arrays:
     """Return the arrays of a safetensors file with adapter weights, keyed by name.
 
     Raises:
-        ModelError: the file is missing or damaged.
+        DamagedFileError: the file does not match its checksum.
+        ModelError: the file is missing, or is not a safetensors file.
     """
     try:
-        return read_arrays(path)[0]
+        return read_checked_arrays(path)[0]
     except (OSError, RuntimeError) as error:
         raise ModelError(f"{path}: adapters cannot be read ({reason(error)})") from error

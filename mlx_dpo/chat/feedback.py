@@ -3,7 +3,6 @@
 Every row is flushed to disk before the program continues, so a crash loses no feedback.
 """
 
-import fcntl
 import json
 import os
 from dataclasses import dataclass
@@ -12,9 +11,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mlx_dpo.errors import DataError, reason
+from mlx_dpo.io.locks import lock_file
 from mlx_dpo.types import Message, Text
 
 Row = dict[str, Any]
+LOCK_RISK = (
+    "rows of two programs that write to one file at the same time can be mixed up: let only one "
+    "write at a time, or choose a file on a local disk"
+)
 
 
 def unpaired_row(prompt: Text, answer: str, *, good: bool, provenance: Row) -> Row:
@@ -101,7 +105,7 @@ class JsonlFile:
             file = open(self.path, "a+b")  # noqa: SIM115 (the caller closes it)
         except OSError as error:
             raise self._write_error(error) from error
-        fcntl.flock(file, fcntl.LOCK_EX)
+        lock_file(file, wait=True, risk=LOCK_RISK)
         return file
 
     def _write_error(self, error: OSError) -> DataError:

@@ -1,6 +1,7 @@
 """Command line of mlx-dpo. Each command has its own module, imported when the command is used."""
 
 import errno
+import logging
 import os
 import shutil
 import sys
@@ -10,8 +11,9 @@ from typing import Any
 
 import click
 
-from mlx_dpo.cli.output import echo, print_traceback
+from mlx_dpo.cli.output import echo, print_traceback, print_warning
 from mlx_dpo.errors import DPOError
+from mlx_dpo.io.notices import LOGGER
 from mlx_dpo.terminal_text import escape_controls, escape_line
 
 COMMANDS = (
@@ -41,6 +43,14 @@ COMMANDS = (
 NAME = "mlx-dpo"
 INTERRUPTED = 130  # exit status that shells report for a program stopped by Ctrl-C
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM)
+
+
+class NoticePrinter(logging.Handler):
+    """Print the notices of the library to stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a notice as one line."""
+        print_warning(record.getMessage())
 
 
 class Commands(click.Group):
@@ -77,6 +87,8 @@ class Commands(click.Group):
         Any other exception keeps its traceback. With MLX_DPO_DEBUG=1, the traceback of an error
         that the user can fix is printed before the line.
         """
+        if not any(isinstance(handler, NoticePrinter) for handler in LOGGER.handlers):
+            LOGGER.addHandler(NoticePrinter())
         try:
             return super().invoke(ctx)
         except (DPOError, OSError, ImportError) as error:

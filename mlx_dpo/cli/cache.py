@@ -12,7 +12,7 @@ import click
 from mlx_dpo.cli.output import echo, echo_json
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.io.atomic import abandoned_paths
-from mlx_dpo.paths import CACHE_VARIABLE, cache_folder, reference_cache_folder, token_cache_folder
+from mlx_dpo.paths import CACHE_VARIABLE, cache_folder
 from mlx_dpo.units import format_bytes
 
 if TYPE_CHECKING:
@@ -35,21 +35,42 @@ class CacheFolder(NamedTuple):
     def total(self) -> str:
         """Number and total size of the folder's files, as text."""
         size = sum(entry.size for entry in self.entries)
-        size += sum(path.stat().st_size for path in self.leftovers)
+        size += sum(_size(path) for path in self.leftovers)
         return f"{_files(len(self.entries) + len(self.leftovers))}, {format_bytes(size)}"
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.lstat().st_size
+    except OSError:  # another process clears the cache
+        return 0
+
+
+def _folder_of(kind: str) -> Path:
+    """Return the cache folder of a kind of files.
+
+    Raises:
+        ConfigError: no home folder is known.
+    """
+    folder = cache_folder()
+    if folder is None:
+        raise ConfigError(
+            f"there is no cache, because no home folder is known; set HOME or {CACHE_VARIABLE}"
+        )
+    return folder / kind
 
 
 def _cache_folders() -> dict[str, CacheFolder]:
     from mlx_dpo.data.tokenization import cache as tokens
     from mlx_dpo.training import logps_cache
 
-    modules = {
-        "reference": (reference_cache_folder(), logps_cache),
-        "tokens": (token_cache_folder(), tokens),
-    }
     return {
-        name: CacheFolder(folder, module.list_entries(folder), abandoned_paths(folder))
-        for name, (folder, module) in modules.items()
+        kind: CacheFolder(
+            _folder_of(kind),
+            module.list_entries(_folder_of(kind)),
+            abandoned_paths(_folder_of(kind)),
+        )
+        for kind, module in zip(KINDS, (logps_cache, tokens), strict=True)
     }
 
 
@@ -104,7 +125,7 @@ def clear(older_than: float | None, model: str | None, only: str | None, yes: bo
     for folder, entries, leftovers in cache_folders:
         selected = [entry for entry in entries if _is_selected(entry, older_than, model)]
         paths = [entry.path for entry in selected] + list(leftovers)
-        size = sum(path.stat().st_size for path in paths)
+        size = sum(map(_size, paths))
         pairs = sum(entry.pairs for entry in selected)
         if paths:
             what = f"{_files(len(paths))}, {pairs:,} pairs, {format_bytes(size)}"
@@ -115,9 +136,25 @@ def clear(older_than: float | None, model: str | None, only: str | None, yes: bo
         return
     if not yes:
         _confirm()
-    for path in to_remove:
-        path.unlink(missing_ok=True)
-    echo(f"Freed {format_bytes(freed)}")
+    refused = [path for path in to_remove if not _remove(path)]
+    echo(f"Freed {format_bytes(freed - sum(map(_size, refused)))}")
+    if refused:
+        raise ConfigError(
+            f"{refused[0]}: {len(refused)} of {_files(len(to_remove))} could not be removed; "
+            "remove them by hand"
+        )
+
+
+def _remove(path: Path) -> bool:
+    """Remove a file; return False if it cannot be removed, or is a folder that is not empty."""
+    try:
+        if path.is_dir() and not path.is_symlink():
+            path.rmdir()
+        else:
+            path.unlink(missing_ok=True)
+    except OSError:
+        return False
+    return True
 
 
 def _is_selected(entry: Any, older_than: float | None, model: str | None) -> bool:

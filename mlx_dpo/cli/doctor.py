@@ -64,7 +64,9 @@ def _print_facts(machine_facts: dict[str, Any]) -> None:
         "models": _describe_folder(
             from_home(folders["hub_cache"]["path"]), folders["hub_cache"]["free"]
         ),
-        "reference": _describe_folder(
+        "reference": "no cache, because no home folder is known"
+        if folders["reference_cache"]["path"] is None
+        else _describe_folder(
             from_home(folders["reference_cache"]["path"]), folders["reference_cache"]["free"]
         ),
         "disk": f"{format_bytes(folders['current']['free'])} free in the current folder",

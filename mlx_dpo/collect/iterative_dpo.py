@@ -1,6 +1,5 @@
 """Iterative (on-policy) DPO: each round samples pairs from the last policy and trains on them."""
 
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import fields, replace
@@ -40,6 +39,7 @@ from mlx_dpo.errors import ConfigError
 from mlx_dpo.evaluation.judge import check_judge, open_judge
 from mlx_dpo.evaluation.rewards import Judge, RewardFunction
 from mlx_dpo.evaluation.winrate import compare_pairwise
+from mlx_dpo.io.checksums import read_checked_json, to_checked_json
 from mlx_dpo.models.download import resolve_model
 from mlx_dpo.models.files import model_fingerprint
 from mlx_dpo.runs.folder import RunPaths, lock_folder, read_record
@@ -230,12 +230,12 @@ class IterativeDPO:
         write_durable(paths.page, round_page(evaluation))
         write_durable(self.paths.page, summary_page(rounds, str(self.judge.name)))
         # Last: the round is over with this file, and no earlier file is written again.
-        write_durable(paths.evaluation, json.dumps(evaluation, indent=1, ensure_ascii=False) + "\n")
+        write_durable(paths.evaluation, to_checked_json(evaluation))
         return evaluation
 
     def read_evaluation(self, round_number: int) -> dict[str, Any]:
         """Read `evaluation.json` of a finished round."""
-        return dict(json.loads(self.paths.round(round_number).evaluation.read_text("utf-8")))
+        return read_checked_json(self.paths.round(round_number).evaluation)[0]
 
     def _evaluate_answers(
         self, round_number: int, prompts: list[Prompt], answers: list[str]

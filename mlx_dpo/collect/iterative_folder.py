@@ -4,6 +4,7 @@ The next stage is determined from the files alone, so the program can be killed 
 """
 
 import json
+import os
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,6 +19,7 @@ from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.data.prompts import Prompt, add_system_prompt, read_held_out_prompts, read_prompts
 from mlx_dpo.errors import ConfigError, RunError
 from mlx_dpo.io.atomic import is_temporary, write_file
+from mlx_dpo.io.checksums import read_checked_json, to_checked_json
 from mlx_dpo.runs.folder import RunPaths, read_record
 
 HELD_OUT_FRACTION = 0.1
@@ -223,7 +225,7 @@ def start_or_resume(
                 "another --output"
             )
         _check_unchanged(paths, earlier, record, config)
-    write_durable(paths.record, json.dumps(record, indent=2) + "\n")
+    write_durable(paths.record, to_checked_json(record))
 
 
 def read_loop_record(paths: IterativePaths) -> dict[str, Any] | None:
@@ -232,13 +234,13 @@ def read_loop_record(paths: IterativePaths) -> dict[str, Any] | None:
     Raises:
         RunError: the file is not the record of an iterative DPO run.
     """
-    if not paths.record.is_file():
+    if not os.path.lexists(paths.record):
         return None
+    record = read_checked_json(paths.record)[0]
     try:
-        record = json.loads(paths.record.read_text("utf-8"))
         DPOConfig.from_dict(record["settings"])
         return {name: dict(record[name]) for name in ("loop", "settings", "contents")}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, ConfigError) as error:
         raise RunError(f"{paths.record}: not the record of a loop ({error})") from error
 
 

@@ -4,17 +4,17 @@ These files are the only state of a collection: a restarted program finds in the
 have a decision (a pair, or a reason to skip the prompt).
 """
 
-import fcntl
 import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlx_dpo.chat.feedback import JsonlFile, pair_row, utc_timestamp
+from mlx_dpo.chat.feedback import LOCK_RISK, JsonlFile, pair_row, utc_timestamp
 from mlx_dpo.data.prompts import Prompt
 from mlx_dpo.data.sources import read_rows
 from mlx_dpo.errors import DataError, reason
+from mlx_dpo.io.locks import lock_file
 from mlx_dpo.schemas.messages import to_messages
 
 Row = dict[str, Any]
@@ -140,7 +140,7 @@ def remove_last_line(path: Path, number: int) -> None:
     """
     try:
         with path.open("r+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # as in `JsonlFile.append`
+            lock_file(file, wait=True, risk=LOCK_RISK)  # as in `JsonlFile.append`
             data = file.read()
             start = data.rstrip(b"\n").rfind(b"\n") + 1
             if _stored_number(data[start:]) != number:

@@ -92,7 +92,7 @@ def folders() -> Facts:
     """Return the cache folders' paths, and the free bytes of each and of the current folder."""
     cache, models = paths.cache_folder(), Path(huggingface_hub.constants.HF_HUB_CACHE)
     return {
-        "reference_cache": {"path": cache, "free": _free_bytes(cache)},
+        "reference_cache": {"path": cache, "free": 0 if cache is None else _free_bytes(cache)},
         "hub_cache": {"path": models, "free": _free_bytes(models)},
         "current": {"free": _free_bytes(Path.cwd())},
     }
@@ -120,7 +120,10 @@ def collect_facts() -> Facts:
 
 def from_home(path: Path) -> Path:
     """Return the path in the form `~/...` if it is in the home folder, else unchanged."""
-    home = Path.home()
+    try:
+        home = Path.home()
+    except RuntimeError:  # no home folder is known
+        return path
     return Path("~") / path.relative_to(home) if path.is_relative_to(home) else path
 
 

@@ -1,6 +1,5 @@
 """Write the model card of a finished run from its run record and from sampled completions."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from mlx_dpo.evaluation.compare import compare_runs
 from mlx_dpo.hub.errors import check_repository_name
 from mlx_dpo.hub.model_card import CardContent, Sample, make_model_card
 from mlx_dpo.io.atomic import write_file
+from mlx_dpo.io.checksums import read_checked_json
 from mlx_dpo.models.download import resolve_model
 from mlx_dpo.models.license import CARD, inherited_metadata, read_card_metadata
 from mlx_dpo.runs.folder import hub_model_id
@@ -145,7 +145,7 @@ def _collect_facts(
     """Return the facts that the model card shows, except samples, as fields of `CardContent`."""
     config, record = opened.config, opened.record
     settings = DPOConfig.from_dict(record["settings"])
-    adapter = json.loads((opened.paths.folder / CONFIG).read_text())
+    adapter = read_checked_json(opened.paths.folder / CONFIG)[0]
     loads_in = record.get("adapter", "") if "peft_type" not in adapter else LOADS_IN_PEFT
     return {
         "name": name,

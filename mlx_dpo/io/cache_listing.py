@@ -1,7 +1,6 @@
 """List the files in a cache folder, for `mlx-dpo cache`."""
 
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +24,8 @@ class CacheEntry:
     damaged: bool  # the file will be ignored and its content computed again
 
 
+NOT_LABELS = {"path", "size", "last_used", "damaged"}  # fields that no file names for itself
+LATEST = 2**32  # seconds; a damaged file system may return a time that no calendar has
 Entry = TypeVar("Entry", bound=CacheEntry)
 
 
@@ -42,21 +43,34 @@ def list_cache(
         entry_type: Class of the entries. Labels that are not fields of this class are ignored.
         read_labels: Returns the labels of a file, or None if the file is damaged.
     """
-    names = {field.name for field in fields(entry_type)}
+    names = {field.name for field in fields(entry_type)} - NOT_LABELS
     entries = []
     for path in sorted(folder.glob(f"*{suffix}")):
         if is_temporary(path):
             continue
-        with suppress(FileNotFoundError):  # another process clears the cache
-            labels, status = read_labels(path), path.stat()
-            used = {name: value for name, value in (labels or {}).items() if name in names}
-            entries.append(
-                entry_type(
-                    path=path,
-                    size=status.st_size,
-                    last_used=datetime.fromtimestamp(status.st_mtime, UTC),
-                    damaged=labels is None,
-                    **used,
-                )
+        try:
+            status = path.lstat()
+        except OSError:  # another process clears the cache
+            continue
+        labels = _valid_labels(read_labels(path) if path.is_file() else None)
+        used = {name: value for name, value in (labels or {}).items() if name in names}
+        entries.append(
+            entry_type(
+                path=path,
+                size=status.st_size,
+                last_used=datetime.fromtimestamp(min(max(status.st_mtime, 0), LATEST), UTC),
+                damaged=labels is None,
+                **used,
             )
+        )
     return entries
+
+
+def _valid_labels(labels: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """Return the labels unchanged, or None if one has the wrong type."""
+    if labels is None:
+        return None
+    pairs = labels.get("pairs", 0)
+    texts = [labels.get(name) for name in ("model", "computed_on", "name", "written")]
+    is_valid = type(pairs) is int and all(text is None or isinstance(text, str) for text in texts)
+    return labels if is_valid else None

@@ -8,7 +8,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from mlx_dpo.errors import ModelError
+from mlx_dpo.errors import ModelError, reason
+from mlx_dpo.io.checksums import check_json
 
 CONFIG = "config.json"
 WEIGHT_PATTERN = "model*.safetensors"
@@ -137,19 +138,24 @@ def _adapters_not_model(folder: Path, source: str) -> str:
 def read_json(file: Path, where: str) -> dict[str, Any]:
     """Return the content of a JSON file, which has to be an object.
 
+    If mlx-dpo wrote the file, its checksum is verified.
+
     Args:
         where: Name of the file for error messages.
 
     Raises:
         ModelError: the file is not JSON, or contains no object.
+        DamagedFileError: the content does not match its checksum.
     """
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # invalid JSON or invalid UTF-8
+    except OSError as error:
+        raise ModelError(f"{where}: cannot be read ({reason(error)})") from error
+    except (ValueError, RecursionError) as error:  # invalid JSON or invalid UTF-8
         raise ModelError(f"{where}: not JSON ({error}); copy the file again") from error
     if not isinstance(entries, dict):
         raise ModelError(f"{where}: not a JSON object (found {type(entries).__name__})")
-    return entries
+    return check_json(entries, where)
 
 
 def _check_code(config: dict[str, Any], source: str, trust_remote_code: bool) -> None:

@@ -1,16 +1,22 @@
-"""Read and write `metrics.jsonl`: one metrics row per line, in step order, without duplicates."""
+"""Read and write `metrics.jsonl`: one metrics row per line, in step order, without duplicates.
 
-import json
+Each line begins with its checksum, so that a damaged line is not taken for a row.
+"""
+
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from time import perf_counter
 from typing import TypeVar
 
-from mlx_dpo.errors import RunError
-from mlx_dpo.io.atomic import write_file
+from mlx_dpo.errors import DamagedFileError
+from mlx_dpo.io import bounded
+from mlx_dpo.io.atomic import flush, write_file
+from mlx_dpo.io.checksums import check_line, damaged, to_checked_line
 from mlx_dpo.types import MetricsRow
 
 T = TypeVar("T")
+MAX_BYTES = 4_000_000_000  # of a metrics file; a row has about 600
 
 
 class MetricsLog:
@@ -22,14 +28,21 @@ class MetricsLog:
         A run that is resumed from step `after` computes the later steps again.
         """
         self.path = path
-        rows = [row for row in read_metrics(path) if row["step"] <= after]
-        write_file(path, "".join(map(_to_line, rows)))
+        rows = [row for row in whole_rows(path)[0] if row["step"] <= after]
+        self.num_rows = len(rows)
+        write_file(path, "".join(map(to_checked_line, rows)))
 
     def write(self, row: MetricsRow) -> MetricsRow:
         """Append a metrics row to the file and return the row."""
         with self.path.open("a") as file:
-            file.write(_to_line(row))
+            file.write(to_checked_line(row))
+        self.num_rows += 1
         return row
+
+    def flush(self) -> int:
+        """Wait until all rows are on the disk, and return their number."""
+        flush(self.path)
+        return self.num_rows
 
     def evaluation_at(self, step: int) -> MetricsRow | None:
         """Return the last row of an evaluation at step `step`; None if there was no evaluation."""
@@ -37,33 +50,47 @@ class MetricsLog:
         return next((row for row in reversed(rows) if "eval_loss" in row), None)
 
 
-def _to_line(row: MetricsRow) -> str:
-    return json.dumps(row) + "\n"
-
-
-def read_metrics(path: Path) -> list[MetricsRow]:
+def read_metrics(path: Path, *, num_rows: int = 0) -> list[MetricsRow]:
     """Read the rows of a metrics file; a last line that a crash left incomplete is ignored.
 
+    Args:
+        num_rows: Number of rows that the file must have at least.
+
     Raises:
-        RunError: a complete line is not a metrics row.
+        DamagedFileError: a complete line is not the row that was written, or rows are missing.
     """
-    if not path.is_file():
-        return []
-    lines = path.read_text(errors="replace").split("\n")[:-1]
-    return [_parse_line(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
+    rows, damage = whole_rows(path)
+    if damage is not None:
+        raise damage
+    if len(rows) < num_rows:
+        raise damaged(path, f"{len(rows)} of {num_rows} rows are left")
+    return rows
 
 
-def _parse_line(line: str, location: str) -> MetricsRow:
+def whole_rows(path: Path) -> tuple[list[MetricsRow], DamagedFileError | None]:
+    """Return the rows before the first damaged line of a metrics file, and the damage, if any."""
+    rows: list[MetricsRow] = []
+    if not os.path.lexists(path):
+        return [], None
     try:
-        row = json.loads(line)
-    except ValueError:
-        row = None
-    if not isinstance(row, dict) or "step" not in row:
-        raise RunError(
-            f"{location}: not a metrics row (found {line[:40]!r}); the file was changed or damaged "
-            "after it was written: restore its content"
-        )
-    return row
+        text = bounded.read_bytes(path, DamagedFileError, limit=MAX_BYTES).decode(errors="replace")
+    except DamagedFileError as error:
+        return [], error
+    for number, line in enumerate(text.split("\n")[:-1], 1):
+        if (row := _parse_line(line)) is None:
+            return rows, damaged(f"{path}:{number}", f"not a metrics row: {line[:40]!r}")
+        rows.append(row)
+    return rows, None
+
+
+def _parse_line(line: str) -> MetricsRow | None:
+    """Return the row in a line, or None if the line is damaged."""
+    try:
+        row = bounded.parse_json(check_line(line) or "", "", DamagedFileError)
+    except DamagedFileError:
+        return None
+    is_row = isinstance(row, dict) and isinstance(row.get("step"), int | float)
+    return row if is_row else None
 
 
 def timed(items: Iterator[T]) -> Iterator[tuple[float, T]]:

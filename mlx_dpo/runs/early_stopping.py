@@ -14,12 +14,19 @@ from typing import Any
 
 import mlx.nn as nn
 
-from mlx_dpo.adapters.adapter_files import WEIGHTS, load_adapter_weights
+from mlx_dpo.adapters.adapter_files import CONFIG, WEIGHTS, load_adapter_weights
 from mlx_dpo.config.dpo_config import DPOConfig
-from mlx_dpo.errors import ConfigError, RunError
+from mlx_dpo.errors import ConfigError
+from mlx_dpo.io.checksums import damaged, verify_file
 from mlx_dpo.losses.metrics import EVAL_PREFIX, METRICS
+from mlx_dpo.reporting.metrics_log import whole_rows
 from mlx_dpo.runs.folder import RunPaths
-from mlx_dpo.training.checkpoint import checkpoint_path, saved_steps, whole_folder
+from mlx_dpo.training.checkpoint import (
+    CheckpointState,
+    checkpoint_path,
+    saved_steps,
+    whole_folder,
+)
 
 
 @dataclass(frozen=True)
@@ -151,22 +158,31 @@ class BestCheckpoint:
                 f"use less than {between}, or a smaller --eval-steps"
             )
 
-    def restore(self, rows: Sequence[Row]) -> None:
-        """Restore the best evaluation from the metrics rows up to a checkpoint.
+    def check_resumable(self, state: CheckpointState) -> None:
+        """Check the metrics and the best adapters that a run needs to resume from a checkpoint.
 
         Raises:
-            RunError: the saved adapters of the best evaluation are missing.
+            DamagedFileError: rows up to the checkpoint, or the adapters of the evaluation that was
+                the best until then, are missing or damaged.
         """
-        if self.rule is None:
+        rows, damage = whole_rows(self.paths.metrics)
+        rows = [row for row in rows if row["step"] <= state.progress.step]
+        if len(rows) < state.num_metrics_rows:
+            number = f"{len(rows)} of {state.num_metrics_rows} rows are left"
+            raise damage or damaged(self.paths.metrics, number)
+        if self.rule is None or not self.load_best_at_end:
             return
-        self.state = self.rule.state_after(rows)
-        if self.load_best_at_end and self.state.step is not None and not self._folder.is_dir():
-            raise RunError(
-                f"{self._folder}: the adapters of the best evaluation are gone; "
-                "put them back, or begin again with another --output"
-            )
+        if (best := self.rule.state_after(rows).step) is not None:
+            folder = checkpoint_path(self.paths.best_adapters, best)
+            for name in (CONFIG, WEIGHTS):
+                verify_file(folder / name)
 
-    def update(self, row: Row, save: Callable[[Path], None]) -> None:
+    def restore(self, rows: Sequence[Row]) -> None:
+        """Restore the best evaluation from the metrics rows up to a checkpoint."""
+        if self.rule is not None:
+            self.state = self.rule.state_after(rows)
+
+    def update(self, row: Row, save: Callable[[Path], object]) -> None:
         """Record an evaluation and save the adapters if it is the best so far.
 
         Args:

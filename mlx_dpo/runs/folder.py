@@ -1,6 +1,5 @@
 """The run folder: its files, its lock, and the run record in `run.json`."""
 
-import fcntl
 import json
 import os
 import shutil
@@ -10,12 +9,17 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from secrets import token_hex
+from types import NoneType
 from typing import Any
 
-from mlx_dpo.adapters.adapter_files import adapter_digest
+from mlx_dpo.adapters import peft
+from mlx_dpo.adapters.adapter_files import CONFIG, WEIGHTS, adapter_digest
 from mlx_dpo.config.dpo_config import DPOConfig
-from mlx_dpo.errors import RunError
+from mlx_dpo.errors import ConfigError, RunError, reason
 from mlx_dpo.io.atomic import is_temporary, write_file
+from mlx_dpo.io.checksums import read_checked_json, to_checked_json, verify_file
+from mlx_dpo.io.locks import lock_file
+from mlx_dpo.reporting.metrics_log import read_metrics
 from mlx_dpo.runs.inputs import Inputs
 
 
@@ -59,8 +63,15 @@ class RunPaths:
 
 
 def write_record(paths: RunPaths, record: dict[str, Any]) -> None:
-    """Write the run record to `run.json`, replacing the file atomically."""
-    write_file(paths.record, json.dumps(record, indent=2) + "\n")
+    """Write the run record with its checksum to `run.json`, replacing the file atomically.
+
+    Raises:
+        RunError: the file cannot be written.
+    """
+    try:
+        write_file(paths.record, to_checked_json(record))
+    except OSError as error:
+        raise RunError(f"{paths.record}: cannot be written ({reason(error)})") from error
 
 
 def read_record(paths: RunPaths) -> dict[str, Any] | None:
@@ -69,16 +80,86 @@ def read_record(paths: RunPaths) -> dict[str, Any] | None:
     Key names of earlier versions are replaced by the current ones.
 
     Raises:
+        DamagedFileError: the file does not match its checksum.
         RunError: the file is not a run record.
     """
-    try:
-        record = json.loads(paths.record.read_text())
-        DPOConfig.from_dict(record["settings"])
-    except FileNotFoundError:
+    if not os.path.lexists(paths.record):
         return None
-    except (ValueError, KeyError, TypeError) as error:
+    record = with_current_keys(read_checked_json(paths.record)[0])
+    try:
+        check_record(record)
+        DPOConfig.from_dict(record["settings"])
+    except (ValueError, KeyError, TypeError, ConfigError) as error:
         raise RunError(f"{paths.record}: not the record of a run ({error})") from error
-    return with_current_keys(record)
+    return record
+
+
+# Entries of a run record and their types; those without a value may be missing.
+RECORD_TYPES: dict[str, tuple[type, ...]] = {
+    "state": (str,),
+    "steps": (int,),
+    "settings": (dict,),
+    "provenance": (dict,),
+    "counts": (dict,),
+    "pairs": (list,),
+    "versions": (dict,),
+    "warnings": (list,),
+    "id": (str,),
+    "model_folder": (str, NoneType),
+    "reference_folder": (str, NoneType),
+    "start_folder": (str, NoneType),
+    "evaluation": (dict, NoneType),
+    "best_checkpoint": (dict, NoneType),
+    "stopped_early_at": (int, NoneType),
+    "automatic_settings": (dict, NoneType),
+    "datasets_in_memory": (list, NoneType),
+    "adapter": (str, NoneType),
+    "adapter_sha256": (str, NoneType),
+    "num_metrics_rows": (int, NoneType),
+}
+REQUIRED = ("state", "settings", "provenance")
+ITEM_TYPES: dict[str, tuple[type, ...]] = {
+    "counts": (int,),
+    "pairs": (dict,),
+    "provenance": (str, NoneType),
+    "versions": (str,),
+    "warnings": (str,),
+    "evaluation": (int, float),
+    "best_checkpoint": (int, float),
+    "datasets_in_memory": (str,),
+}
+
+
+def check_record(record: Mapping[str, Any]) -> None:
+    """Raise `ValueError` if an entry of a run record is missing or has another type."""
+    if missing := [name for name in REQUIRED if name not in record]:
+        raise ValueError(f"no `{missing[0]}` in it")
+    for name in record.keys() & RECORD_TYPES:
+        _check_type(f"`{name}`", record[name], RECORD_TYPES[name])
+    for name in record.keys() & ITEM_TYPES:
+        items = record[name] or ()
+        for item in items.values() if isinstance(items, dict) else items:
+            _check_type(f"an entry of `{name}`", item, ITEM_TYPES[name])
+
+
+def _check_type(what: str, value: Any, known: tuple[type, ...]) -> None:
+    if not isinstance(value, known) or (isinstance(value, bool) and bool not in known):
+        raise ValueError(f"{what} is {type(value).__name__}, not {known[0].__name__}")
+
+
+def check_finished_files(paths: RunPaths, record: Mapping[str, Any]) -> None:
+    """Check the adapters and the metrics of a finished run.
+
+    Raises:
+        DamagedFileError: a file is missing or damaged.
+    """
+    if record.get("adapter_sha256"):  # earlier versions stored no checksums
+        verify_file(paths.folder / WEIGHTS, expected=record["adapter_sha256"])
+        verify_file(paths.folder / CONFIG)
+    peft_weights = paths.folder / peft.WEIGHTS
+    if peft_weights.exists():
+        verify_file(peft_weights)
+    read_metrics(paths.metrics, num_rows=record.get("num_metrics_rows") or 0)
 
 
 # Keys of records that earlier versions wrote, and the current names.
@@ -93,7 +174,9 @@ OLD_PROVENANCE_KEYS = {
 def with_current_keys(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return a run record with key names of earlier versions replaced by the current ones."""
     renamed = {OLD_KEYS.get(key, key): value for key, value in record.items()}
-    provenance = renamed.get("provenance", {})
+    provenance = renamed.get("provenance")
+    if not isinstance(provenance, dict):
+        return renamed
     renamed["provenance"] = {
         OLD_PROVENANCE_KEYS.get(key, key): value for key, value in provenance.items()
     }
@@ -116,6 +199,7 @@ def find_run(folder: str) -> tuple[RunPaths, dict[str, Any]]:
 
     Raises:
         RunError: the folder is not a run folder.
+        DamagedFileError: the run is finished, and one of its files is missing or damaged.
     """
     paths = RunPaths(Path(folder).expanduser())
     record = read_record(paths)
@@ -124,6 +208,8 @@ def find_run(folder: str) -> tuple[RunPaths, dict[str, Any]]:
         if (paths.folder / "config.json").is_file():
             raise RunError(f"{folder}: a model, not a run folder; name models by `--model`")
         raise RunError(f"{folder}: not a run folder ({why}); train one with `mlx-dpo train`")
+    if record["state"] == "finished":
+        check_finished_files(paths, record)
     return paths, record
 
 
@@ -139,6 +225,12 @@ def check_run_folder(paths: RunPaths) -> None:
             f"{paths.folder}: not empty and not a run folder (found `{min(others)}`); "
             "choose another --output"
         )
+
+
+LOCK_RISK = (
+    "nothing stops a second run from writing into this folder: start only one at a time, or choose "
+    "an --output on a local disk"
+)
 
 
 @contextmanager
@@ -159,7 +251,7 @@ def lock_folder(paths: RunPaths) -> Iterator[None]:
         ) from error
     with handle:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_file(handle, wait=False, risk=LOCK_RISK)
         except BlockingIOError:
             raise RunError(
                 f"{paths.folder}: another run is writing here; wait for it or choose "

@@ -161,11 +161,12 @@ def load_configured_source(
     files = tokenizer_fingerprint(path) + (code_fingerprint(path) if code else "")
     local = Path(base.source).expanduser().is_dir()
     name = os.path.basename(os.path.abspath(path)) if local else base.source
+    folder = token_cache_folder()
     return load_source(
         source,
         TokenizerWorkers(base.tokenizer, load, count_processes()),
         PairRules(token_rules(config, base), row_rules(config), config.bad_pairs),
-        TokenCache(token_cache_folder(), files, name),
+        None if folder is None else TokenCache(folder, files, name),
         progress=tokenization_progress,
     )
 

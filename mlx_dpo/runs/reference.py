@@ -17,8 +17,9 @@ from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.data.batching import indices_of_steps, steps_per_epoch
 from mlx_dpo.data.sources import STDIN
 from mlx_dpo.data.tokenization.cache import RowProgress
-from mlx_dpo.errors import ConfigError
+from mlx_dpo.errors import ConfigError, RunError, reason
 from mlx_dpo.io.atomic import remove_abandoned
+from mlx_dpo.io.notices import notify_once
 from mlx_dpo.models.empty_weights import load_empty_model
 from mlx_dpo.models.files import model_fingerprint
 from mlx_dpo.models.load import LoadedModel, load_model
@@ -65,11 +66,21 @@ def cached_reference_logps(
     """
     function = " with KV caches" if computes_with_caches(model) else ""
     cache = ReferenceCache(
-        folder=places.reference_cache_folder(),
+        folder=existing_or_notice(places.reference_cache_folder()),
         provenance=reference_provenance(record, device_and_dtype) + function,
         labels=labels(_model_name(record), device_and_dtype),
     )
     return reference_logps(model, pairs, indices, cache=cache, score=score, progress=progress)
+
+
+def existing_or_notice(cache: Path | None) -> Path | None:
+    """Return the folder of a cache; log a notice once if there is none."""
+    if cache is None:
+        notify_once(
+            "nothing is cached, because no home folder is known; set HOME or "
+            f"{places.CACHE_VARIABLE} to a folder"
+        )
+    return cache
 
 
 def _model_name(record: dict[str, Any]) -> str:
@@ -115,6 +126,9 @@ def stored_logps(
 
     If the file is missing or damaged, or lacks one of the pairs at `indices`, the log-probs are
     computed and the file is written.
+
+    Raises:
+        RunError: the file cannot be written.
     """
     stored = read_logps(path, num_pairs)
     if stored is not None and are_scored(stored, indices):
@@ -122,7 +136,10 @@ def stored_logps(
         return stored
     logps = compute()
     remove_abandoned(path.parent)  # of this run when it was killed; shared caches are left alone
-    write_logps(path, logps)
+    try:
+        write_logps(path, logps)
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written ({reason(error)})") from error
     return logps
 
 

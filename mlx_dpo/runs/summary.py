@@ -284,4 +284,4 @@ def _summarize_micro_batches(run: "DPOTrainer") -> list[SummaryLine]:
 def _describe_resume(run: "DPOTrainer") -> str:
     if run.start.step:
         return f", resuming after step {run.start.step}"
-    return ", from the beginning: there was no checkpoint yet" if run.earlier else ""
+    return ", from the beginning: there is no checkpoint" if run.earlier else ""

@@ -17,7 +17,7 @@ from mlx_dpo.data.tokenization.cache import RowProgress
 from mlx_dpo.errors import ConfigError, TrainingError
 from mlx_dpo.losses.metrics import EVAL_PREFIX, step_row, to_public_names
 from mlx_dpo.profiling.device_memory import limited_buffers
-from mlx_dpo.reporting.metrics_log import MetricsLog, read_metrics, timed
+from mlx_dpo.reporting.metrics_log import MetricsLog, read_metrics, timed, whole_rows
 from mlx_dpo.runs.auto_batch_size import choose_micro_batch_size
 from mlx_dpo.runs.build import (
     attach_adapters,
@@ -272,20 +272,20 @@ class DPOTrainer:
         return stored_logps(path, len(pairs), indices, compute, progress)
 
     def restore(self) -> None:
-        """Restore the last checkpoint, if there is one, and open the experiment trackers.
+        """Restore the last whole checkpoint, if there is one, and open the experiment trackers.
 
         Raises:
             ConfigError: a tracker cannot be opened.
-            RunError: the checkpoint, or the saved adapters of the best evaluation, cannot be read.
         """
         self.optimizer = make_optimizer(self.policy, self.config)
         self.start = loop.Progress()
         self.synced_reference = make_synced_reference(self.policy, self.config, self.choice)
-        if (last := checkpoint.latest(self.paths.checkpoints)) is not None:
+        last = checkpoint.latest_whole(self.paths.checkpoints, self.best.check_resumable)
+        if last is not None:
             self.start = checkpoint.restore(
                 last, self.policy, self.optimizer, self.synced_reference
             )
-        rows = [row for row in read_metrics(self.paths.metrics) if row["step"] <= self.start.step]
+        rows = [r for r in whole_rows(self.paths.metrics)[0] if r["step"] <= self.start.step]
         self.best.restore(rows)
         facts = monitored_run(self.config, self.inputs.train, total_steps=self.total_steps)
         self.monitor = Monitor(facts)
@@ -409,6 +409,7 @@ class DPOTrainer:
             self._progress,
             self.adapter_config,
             self.synced_reference,
+            self._log.flush(),
         )
         checkpoint.prune(self.paths.checkpoints, self.config.save_total_limit)
         self.best.prune(read_metrics(self.paths.metrics))
@@ -428,7 +429,7 @@ class DPOTrainer:
                 yield last
             self.evaluation = self._log.evaluation_at(self.best.step or step)
         self.best.load_into(self.policy)
-        save_adapter(self.paths.folder, self.policy, self.adapter_config)
+        digest = save_adapter(self.paths.folder, self.policy, self.adapter_config)
         self.adapter_support = save_peft(self.paths.folder, self.inputs.base, self.config)
         self.verdict = self.monitor.judge(self.evaluation)
         self.record |= {
@@ -438,6 +439,8 @@ class DPOTrainer:
             "best_checkpoint": self.best.to_dict(),
             "stopped_early_at": self.stopped_early_at,
             "adapter": self.adapter_support,
+            "adapter_sha256": digest,
+            "num_metrics_rows": self._log.flush(),
         }
         write_record(self.paths, self.record)
         self.best.remove()

@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from mlx_dpo.io.arrays import read_arrays, write_arrays
+from mlx_dpo.errors import DamagedFileError
 from mlx_dpo.io.atomic import temporary_path
 from mlx_dpo.io.cache_listing import UNKNOWN, CacheEntry, list_cache
+from mlx_dpo.io.checksums import read_checked_arrays, verify_arrays, write_checked_arrays
+from mlx_dpo.io.notices import notify_once
 from mlx_dpo.types import PairLogps
 
 SUFFIX = ".safetensors"
@@ -20,33 +22,41 @@ CHECKSUM = "sum"
 
 
 def write_logps(path: Path, logps: PairLogps, labels: Mapping[str, str] | None = None) -> None:
-    """Write log-probs to a file atomically, with the `labels` that `mlx-dpo cache` shows."""
+    """Write log-probs to a file atomically, with the `labels` that `mlx-dpo cache` shows.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with temporary_path(path) as temporary:
-        write_arrays(temporary, logps._asdict(), {**(labels or {}), CHECKSUM: _checksum(logps)})
+        write_checked_arrays(temporary, logps._asdict(), dict(labels or {}))
         os.replace(temporary, path)
 
 
 def read_logps(path: Path, count: int) -> PairLogps | None:
     """Return the log-probs of chosen and of rejected completions in a file. (count,) each
 
-    The result is None if the file is missing or damaged, or does not hold `count` pairs.
+    The result is None if the file is missing or damaged, or does not hold `count` pairs. A notice
+    tells of a damaged file.
     """
     content = read_labelled(path)
-    return content[0] if content is not None and len(content[0].chosen) == count else None
+    if content is not None and len(content[0].chosen) == count:
+        return content[0]
+    if os.path.lexists(path):
+        notify_once(f"{path}: damaged; its {count:,} pairs are scored again")
+    return None
 
 
 def read_labelled(path: Path) -> tuple[PairLogps, dict[str, str]] | None:
     """Return the log-probs and the labels in a file; None if the file is missing or damaged."""
-    if not path.is_file():
-        return None
     try:
-        arrays, labels = read_arrays(path)
+        arrays, labels = read_checked_arrays(path)
         logps = PairLogps(**arrays)
-    except (RuntimeError, TypeError):
+    except (OSError, RuntimeError, TypeError, ValueError, DamagedFileError):
         return None
     are_pairs = logps.chosen.shape == logps.rejected.shape and logps.chosen.ndim == 1
-    is_valid = are_pairs and labels.pop(CHECKSUM, "") == _checksum(logps)
+    # Earlier versions stored a checksum of the log-probs alone.
+    is_valid = are_pairs and (verify_arrays(path) or labels.pop(CHECKSUM, "") == _checksum(logps))
     return (logps, labels) if is_valid else None
 
 

@@ -17,6 +17,8 @@ import numpy as np
 
 from mlx_dpo.data.columns import pairs_digest
 from mlx_dpo.data.dataset import select_pairs
+from mlx_dpo.errors import reason
+from mlx_dpo.io.notices import notify_once
 from mlx_dpo.scoring.score_pairs import DatasetScorer
 from mlx_dpo.training.logps_cache import SUFFIX, read_logps, write_logps
 from mlx_dpo.types import PairLogps, TokenizedPair
@@ -31,29 +33,41 @@ class ReferenceCache:
     A file has the log-probs of all pairs of its block, so no file is partial.
 
     Attributes:
-        folder: folder of the files, which runs share.
+        folder: folder of the files, which runs share; None if there is no cache.
         provenance: text that identifies everything that determines the log-probs, except for the
             token ids.
         labels: labels of new files, shown by `mlx-dpo cache`.
     """
 
-    folder: Path
+    folder: Path | None
     provenance: str
     labels: Mapping[str, str] | None = None
 
     def read(self, block: Sequence[TokenizedPair]) -> PairLogps | None:
         """Return the log-probs of a block of pairs; None if they are not in the cache."""
-        logps = read_logps(self._path(block), len(block))
+        if (path := self._path(block)) is None:
+            return None
+        logps = read_logps(path, len(block))
         if logps is not None:
-            with suppress(PermissionError):  # a read-only cache works as well
-                os.utime(self._path(block))
+            with suppress(OSError):  # a read-only cache works as well
+                os.utime(path)
         return logps
 
     def write(self, block: Sequence[TokenizedPair], logps: PairLogps) -> None:
-        """Write the log-probs of a block of pairs to a file."""
-        write_logps(self._path(block), logps, self.labels)
+        """Write the log-probs of a block of pairs to a file.
 
-    def _path(self, block: Sequence[TokenizedPair]) -> Path:
+        If the cache cannot be written, a notice is logged once.
+        """
+        if (path := self._path(block)) is None:
+            return
+        try:
+            write_logps(path, logps, self.labels)
+        except OSError as error:  # full, read-only, or a file is in its place
+            notify_once(f"{path.parent}: reference log-probs are not cached ({reason(error)})")
+
+    def _path(self, block: Sequence[TokenizedPair]) -> Path | None:
+        if self.folder is None:
+            return None
         inputs = f"{self.provenance}\n{pairs_digest(block)}"
         return self.folder / f"{hashlib.sha256(inputs.encode()).hexdigest()}{SUFFIX}"
 

@@ -1,7 +1,5 @@
 """What is written loads here and in mlx-lm, and what does not fit is refused by name."""
 
-import json
-
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
@@ -19,6 +17,7 @@ from mlx_dpo.adapters.adapter_files import (
 )
 from mlx_dpo.errors import ModelError
 from tests.conftest import make_llama
+from tests.edited_files import edit, read_entries, write_edited
 from tests.scoring.small_models import MODELS, SIZES
 
 TOKENS = mx.array([[1, 2, 3, 4, 5, 6]])
@@ -118,7 +117,7 @@ def test_trained_weights_load_here_and_in_mlx_lm(tmp_path):
     for name, value in adapters.adapter_weights(policy).items():
         policy.load_weights([(name, value * 1.1)], strict=False)
     save(tmp_path, policy)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    config = read_entries(tmp_path / "adapter_config.json")
     assert config == {"fine_tune_type": "full", "num_layers": 1}
     ours = base()
     load_adapter(ours, tmp_path)
@@ -185,19 +184,18 @@ def test_the_digest_is_of_what_is_read(tmp_path):
     before = adapter_digest(tmp_path)
     (tmp_path / "notes.txt").write_text("x")
     assert adapter_digest(tmp_path) == before
-    weights = tmp_path / "adapters.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    (tmp_path / "notes.txt").unlink()
+    save(tmp_path, trained(base(), seed=2))
     changed = adapter_digest(tmp_path)
-    config = tmp_path / "adapter_config.json"
-    config.write_text(config.read_text().replace("2.0", "3.0"))
+    edit(tmp_path / "adapter_config.json", num_layers=1)
     assert len({before, changed, adapter_digest(tmp_path)}) == 3
 
 
 def test_adapters_of_another_model_are_refused_by_name(tmp_path):
     save(tmp_path, trained(base(), target_modules=["q_proj"]))
-    wrong = json.loads((tmp_path / "adapter_config.json").read_text())
+    wrong = read_entries(tmp_path / "adapter_config.json")
     wrong["lora_parameters"]["rank"] = 5
-    (tmp_path / "adapter_config.json").write_text(json.dumps(wrong))
+    write_edited(tmp_path / "adapter_config.json", wrong)
     with pytest.raises(ModelError, match=r"another model.*layers\.0\.self_attn\.q_proj\.lora_a"):
         load_adapter(base(), tmp_path)
 

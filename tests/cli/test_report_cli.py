@@ -12,6 +12,7 @@ from mlx_dpo.cli import cli
 from mlx_dpo.reporting.metrics_log import read_metrics
 from mlx_dpo.saved_runs.report import shortest_names
 from tests.checkpoints import make_checkpoint
+from tests.edited_files import edit, read_entries, write_edited
 from tests.runs.train_helper import train
 
 
@@ -76,13 +77,13 @@ def test_a_run_that_is_going_on_is_drawn_as_far_as_it_is(folder):
 
 def test_figures_are_of_the_saved_adapters_and_warnings_are_repeated(folder):
     shutil.copytree(folder / "a/run", folder / "kept")
-    record = json.loads((folder / "kept/run.json").read_text())
+    record = read_entries(folder / "kept/run.json")
     changed = {
         "best_checkpoint": {"step": 4, "eval_loss": 0.125},
         "evaluation": {"step": 4, "eval_loss": 0.125},
         "warnings": ["it <fell>"],
     }
-    (folder / "kept/run.json").write_text(json.dumps(record | changed))
+    edit(folder / "kept/run.json", **changed)
     done = call("kept")
     assert re.search(r"step +8 ", done.stdout) and re.search(r"judged at +4 ", done.stdout)
     assert re.search(r"loss +0\.1250 ", done.stdout)
@@ -93,7 +94,7 @@ def test_figures_are_of_the_saved_adapters_and_warnings_are_repeated(folder):
     )
     settings = record["settings"] | {"system": "Be brief"}
     again = {"stopped_early_at": 6, "settings": settings}
-    (folder / "kept/run.json").write_text(json.dumps(record | again))
+    write_edited(folder / "kept/run.json", record | again)
     call("kept")
     page = (folder / "kept/report.html").read_text()
     assert "6 of 8, then stopped early" in page
@@ -102,8 +103,8 @@ def test_figures_are_of_the_saved_adapters_and_warnings_are_repeated(folder):
 
 def test_what_cannot_be_drawn_gives_a_one_line_error_and_writes_nothing(folder):
     (folder / "new").mkdir()
-    record = json.loads((folder / "a/run/run.json").read_text())
-    (folder / "new/run.json").write_text(json.dumps(record))
+    record = read_entries(folder / "a/run/run.json")
+    write_edited(folder / "new/run.json", record | {"state": "unfinished"})
     for words, message in (
         (["new", "--output", "x"], "new: no step was taken yet; there is nothing to draw"),
         (
@@ -121,11 +122,11 @@ def test_what_cannot_be_drawn_gives_a_one_line_error_and_writes_nothing(folder):
 
 def copies(folder, changes):
     """Copies of a run under names, with other settings."""
-    record = json.loads((folder / "a/run/run.json").read_text())
+    record = read_entries(folder / "a/run/run.json")
     for name, changed in changes.items():
         shutil.copytree(folder / "a/run", folder / name)
         settings = record["settings"] | changed
-        (folder / name / "run.json").write_text(json.dumps(record | {"settings": settings}))
+        edit(folder / name / "run.json", settings=settings)
 
 
 def test_names_are_shown_as_they_are_unless_they_cannot_be_printed(folder):

@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from mlx_dpo.cli import cli
 from mlx_dpo.config.dpo_config import get_settings
 from tests.checkpoints import make_checkpoint
+from tests.edited_files import edit
 
 MATTER = ("--batch-size", "4", "--lora-r", "4", "--learning-rate", "1e-3")
 
@@ -219,10 +220,9 @@ def test_control_c_saves_and_resume_needs_no_more_than_the_folder(tmp_path):
 def test_a_run_that_was_killed_before_its_first_checkpoint_says_that_it_begins_again():
     assert train().exit_code == 0
     shutil.rmtree("run/checkpoints")
-    record = json.loads(Path("run/run.json").read_text())
-    Path("run/run.json").write_text(json.dumps(record | {"state": "unfinished"}))
+    edit("run/run.json", state="unfinished")
     done = run("train", "--resume", "--output", "run")
-    assert "output        run, from the beginning: there was no checkpoint yet" in done.output
+    assert "output        run, from the beginning: there is no checkpoint" in done.output
 
 
 def test_resuming_with_a_changed_flag_gives_a_one_line_error():

@@ -1,6 +1,5 @@
 """The Hub fails at each request in turn: nothing is published partly, and a retry completes."""
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 from mlx_dpo.errors import ConfigError, ModelError
 from mlx_dpo.hub import push as hub
 from mlx_dpo.hub.push import prepare_upload
+from tests.edited_files import read_entries, write_edited
 from tests.fake_hub import TOKEN
 from tests.hub.test_push import NAME, SECRET, UPLOADED, push_run, run_with_card
 
@@ -96,7 +96,7 @@ def test_another_commit_during_the_upload_is_not_overwritten(run_with_card, fake
 def test_the_content_that_is_sent_is_the_content_that_was_scanned(run_with_card, fake_hub):
     """A file that changes during the upload is sent as it was, or not at all."""
     card, weights = run_with_card / "run/README.md", run_with_card / "run/adapters.safetensors"
-    before = card.read_bytes()
+    before, adapter = card.read_bytes(), weights.read_bytes()
 
     def change():
         card.write_bytes(before + SECRET.encode())
@@ -107,7 +107,7 @@ def test_the_content_that_is_sent_is_the_content_that_was_scanned(run_with_card,
         push_run()
     assert SECRET.encode() not in b"".join(fake_hub.objects.values())
     assert fake_hub.repos[NAME]["commits"] == []
-    shutil.copyfile("base/model.safetensors", weights)
+    weights.write_bytes(adapter)
     card.write_bytes(before)
     fake_hub.before_reply = {"info": lambda: card.write_bytes(before + SECRET.encode())}
     push_run()
@@ -170,11 +170,9 @@ def test_only_files_of_the_run_folder_are_sent(run_with_card, fake_hub):
 
 def test_weights_for_peft_are_sent_only_with_a_config_for_peft(run_with_card, fake_hub):
     """Otherwise the file is from an earlier adapter, or was not written completely."""
-    import json
-
     path = Path("run/adapter_config.json")
-    entries = json.loads(path.read_text())
+    entries = read_entries(path)
     del entries["peft_type"]
-    path.write_text(json.dumps(entries))
+    write_edited(path, entries)
     assert "adapter_model.safetensors" not in prepare_upload("run").files
     assert "adapter_model.safetensors" not in hub.ADAPTER_FILES[:3]

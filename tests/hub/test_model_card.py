@@ -17,6 +17,7 @@ from mlx_dpo.hub.model_card import (
 )
 from mlx_dpo.hub.run_card import make_run_card, write_card
 from mlx_dpo.hub.secret_scan import scan_for_secrets
+from tests.edited_files import edit, read_entries, write_edited
 from tests.fake_hub import TOKEN
 from tests.trained_run import train
 
@@ -293,12 +294,11 @@ def test_a_license_file_is_linked_in_the_repository_of_the_base(workplace):
 
 
 def test_advice_for_the_runs_owner_is_not_on_the_card(workplace):
-    record = json.loads(Path("run/run.json").read_text())
     adapter = "loads in mlx-lm; not in PEFT: its base was packed; name another with `--base`"
-    Path("run/run.json").write_text(json.dumps(record | {"adapter": adapter}))
-    entries = json.loads(Path("run/adapter_config.json").read_text())
+    edit("run/run.json", adapter=adapter)
+    entries = read_entries("run/adapter_config.json")
     del entries["peft_type"]
-    Path("run/adapter_config.json").write_text(json.dumps(entries))
+    write_edited("run/adapter_config.json", entries)
     card, _ = make_run_card("run", "org/adapter")
     assert "PEFT cannot load this adapter: its base was packed.\n" in card.text
     assert "--base" not in card.text

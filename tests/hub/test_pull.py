@@ -10,6 +10,7 @@ from mlx_dpo.adapters.adapter_files import read_adapter
 from mlx_dpo.adapters.hf_checkpoint import hub_checkpoint, local_checkpoint
 from mlx_dpo.errors import ModelError
 from mlx_dpo.hub.pull import pull_adapter
+from mlx_dpo.io.checksums import DIGEST, EDITED
 from tests.hub.test_push import NAME, UPLOADED, push_run, run_with_card
 
 __all__ = ["run_with_card"]
@@ -36,7 +37,9 @@ def test_a_pushed_adapter_can_be_pulled_and_read(run_with_card, fake_hub):
 def test_an_adapter_with_an_invalid_card_can_be_pulled(run_with_card, fake_hub, page):
     push_run()
     files = fake_hub.repos[NAME]["commits"][-1][1]
-    entries = json.loads(files["adapter_config.json"]) | {"base_model_name_or_path": "org/other"}
+    entries = json.loads(files["adapter_config.json"]) | {
+        "base_model_name_or_path": "org/other", DIGEST: EDITED,
+    }  # fmt: skip
     fake_hub.repos[NAME]["commits"].append(
         ("m", files | {"README.md": page, "adapter_config.json": json.dumps(entries).encode()})
     )

@@ -1,6 +1,5 @@
 """Uploads with the real `huggingface_hub` to a fake Hub: complete ones, or none."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from mlx_dpo.errors import ConfigError, ModelError, RunError
 from mlx_dpo.hub import push as hub
 from mlx_dpo.hub.push import prepare_upload
 from mlx_dpo.hub.run_card import make_run_card, write_card
+from tests.edited_files import edit, read_entries, write_edited
 from tests.hub.test_secret_scan import png
 
 NAME = "org/adapter"
@@ -180,22 +180,21 @@ def test_an_invalid_name_is_an_error(run_with_card, fake_hub):
 def test_an_unfinished_run_and_one_without_a_card_are_not_uploaded(workplace):
     with pytest.raises(ConfigError, match=r"no `README.md`; make it with `mlx-dpo card run`"):
         prepare_upload("run")
-    record = json.loads(Path("run/run.json").read_text())
-    Path("run/run.json").write_text(json.dumps(record | {"state": "unfinished"}))
+    edit("run/run.json", state="unfinished")
     with pytest.raises(RunError, match="the run is unfinished"):
         prepare_upload("run")
 
 
 def test_the_steps_of_an_adapter_are_those_it_was_trained_for(run_with_card):
     """Steps after the best evaluation, and steps that were not taken, do not count."""
-    record = json.loads(Path("run/run.json").read_text())
+    record = read_entries("run/run.json")
     best = {"stopped_early_at": 8, "best_checkpoint": {"step": 6, "eval_loss": 0.1}}
     for changes, steps, on_card in (
         ({}, record["steps"], f"{record['steps']} steps, with"),
         ({"stopped_early_at": 8}, 8, "8 steps, with"),
         (best, 6, "6 of 8 steps, kept for the best `eval_loss` on held-out data, with"),
     ):
-        Path("run/run.json").write_text(json.dumps(record | changes))
+        write_edited("run/run.json", record | changes)
         assert prepare_upload("run").message.endswith(f"trained for {steps} steps")
         card, _ = make_run_card("run", NAME, samples=0)
         assert f"\n* {on_card} mlx-dpo" in card.text

@@ -11,6 +11,7 @@ import pytest
 from mlx_dpo import DPOTrainer, evaluate_run
 from mlx_dpo.errors import ConfigError, RunError
 from mlx_dpo.reporting.metrics_log import read_metrics
+from tests.damaged_files import damage
 
 EVERY = 2
 
@@ -168,11 +169,18 @@ def test_only_the_best_adapters_that_a_checkpoint_can_need_stay_on_disk(config):
     assert 0 < most <= 1 + config.save_total_limit
 
 
-def test_removed_best_adapters_are_an_error_on_resume(config):
-    trainer, _ = train(config, drop_after=8)
-    shutil.rmtree(trainer.paths.best_adapters)
-    with pytest.raises(RunError, match=r"step-\d+: the adapters of the best evaluation are gone"):
-        train(config, resume=True)
+@pytest.mark.parametrize("change", ["removed", "flipped"])
+def test_a_run_without_its_best_adapters_resumes_from_before_them(config, caplog, change):
+    straight = replace(config, output=f"{config.output}-straight")
+    train(straight)
+    trainer, _ = train(config, drop_after=11)
+    for folder in trainer.paths.best_adapters.iterdir():
+        damage(folder / "adapters.safetensors", change)
+    train(config, resume=True)
+    assert "/adapters.safetensors: damaged (" in caplog.text
+    assert "resuming from the beginning" in caplog.text
+    assert_same(adapters(straight.output), adapters(config.output))
+    assert record(config)["best_checkpoint"] == record(straight)["best_checkpoint"]
 
 
 def test_the_error_of_a_finished_run_names_its_number_of_steps(config):

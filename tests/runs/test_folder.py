@@ -7,14 +7,16 @@ from pathlib import Path
 import pytest
 
 from mlx_dpo import DPOTrainer, evaluate_run
+from mlx_dpo.io.checksums import check_line
 from mlx_dpo.runs.folder import OLD_KEYS, OLD_PROVENANCE_KEYS, RunPaths, read_record
+from tests.edited_files import read_entries
 from tests.runs.train_helper import train, weights
 
 
 def write_with_old_keys(folder):
     """Rewrite `run.json` with the key names of earlier versions."""
     path = Path(folder) / "run.json"
-    record = json.loads(path.read_text())
+    record = read_entries(path)
     old = {new: key for key, new in OLD_KEYS.items()}
     old_provenance = {new: key for key, new in OLD_PROVENANCE_KEYS.items()}
     assert old.keys() <= record.keys()
@@ -57,4 +59,4 @@ def test_a_finished_run_is_overwritten_on_request(config):
     assert (second["state"], second["settings"]["seed"]) == ("finished", 7)
     assert second["id"] != first["id"]
     lines = (Path(config.output) / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == rows
+    assert [json.loads(check_line(line)) for line in lines] == rows

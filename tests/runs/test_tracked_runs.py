@@ -18,6 +18,7 @@ from mlx_dpo.collect.iterative_folder import IterativeSettings
 from mlx_dpo.errors import ConfigError, RunError
 from mlx_dpo.reporting.metrics_log import read_metrics
 from mlx_dpo.trackers import TRACKERS
+from tests.edited_files import read_entries, write_edited
 from tests.runs.train_helper import train
 from tests.trackers import tracker_readers as readers
 
@@ -203,9 +204,9 @@ def test_every_run_has_an_id_of_its_own(tracked, tmp_path):
 def test_a_record_without_an_id_gets_an_id(tracked, tmp_path):
     train(tracked, stop_after=1)
     path = tmp_path / "run" / "run.json"
-    record = json.loads(path.read_text())
+    record = read_entries(path)
     del record["id"]
-    path.write_text(json.dumps(record))
+    write_edited(path, record)
     train(tracked, resume=True)
     assert len(json.loads(path.read_text())["id"]) == 16
 

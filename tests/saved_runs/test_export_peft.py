@@ -10,6 +10,7 @@ from mlx_dpo.errors import ConfigError, ModelError, RunError
 from mlx_dpo.runs.save_peft import LOADS_IN_PEFT
 from mlx_dpo.runs.summary import summarize_end
 from mlx_dpo.saved_runs.export_peft import export_run
+from tests.edited_files import edit, read_entries, write_edited
 from tests.trained_run import train
 
 
@@ -63,8 +64,7 @@ def test_what_cannot_be_exported_is_reported(workplace):
         export_run("run", "base", "main")
     with pytest.raises(ModelError, match="no such folder, and not a Hub id"):
         export_run("run", "../no-such")
-    record = json.loads(Path("run/run.json").read_text())
-    Path("run/run.json").write_text(json.dumps(record | {"state": "unfinished"}))
+    edit("run/run.json", state="unfinished")
     with pytest.raises(RunError, match="unfinished"):
         export_run("run")
 
@@ -79,8 +79,8 @@ def test_a_base_of_the_hub_is_named_and_a_folder_of_that_look_is_not(workplace, 
     assert config("run")["base_model_name_or_path"] == "org/base"
     Path("org").mkdir()
     Path("base").rename("org/base")
-    record = json.loads(Path("run/run.json").read_text())
+    record = read_entries("run/run.json")
     record["settings"]["model"], record["model_folder"] = "org/base", "../org/base"
-    Path("run/run.json").write_text(json.dumps(record))
+    write_edited("run/run.json", record)
     export_run("run")
     assert config("run")["base_model_name_or_path"] is None

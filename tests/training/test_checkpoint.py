@@ -1,20 +1,26 @@
+import re
+import shutil
 from itertools import islice
 
 import mlx.core as mx
 import mlx.optimizers as optim
 import pytest
+from mlx.utils import tree_map
 
 from mlx_dpo.adapters import attach as adapters
 from mlx_dpo.config.loss import LossSettings
 from mlx_dpo.config.training import PassLimit
-from mlx_dpo.errors import ModelError, RunError
+from mlx_dpo.errors import DamagedFileError, ModelError, RunError
 from mlx_dpo.scoring.score_pairs import score_pairs
 from mlx_dpo.training import checkpoint
 from mlx_dpo.training.loop import Progress, train
 from mlx_dpo.training.objective import Objective
 from mlx_dpo.training.plan import TrainingPlan
 from tests.conftest import make_llama
+from tests.damaged_files import damage
 from tests.temporary_files import ended_process, temporary_path
+
+FILES = ("adapters.safetensors", "adapter_config.json", "optimizer.safetensors")
 
 
 def fresh(rank=4):
@@ -108,13 +114,38 @@ def test_adapters_of_another_shape_are_refused_by_name(tmp_path):
         checkpoint.restore(folder, *fresh(rank=8))
 
 
-@pytest.mark.parametrize("name", ["state.json", "optimizer.safetensors"])
-def test_a_damaged_checkpoint_gives_a_one_line_error(tmp_path, name):
+@pytest.mark.parametrize("name", [*FILES, "state.json"])
+@pytest.mark.parametrize("change", ["emptied", "flipped", "removed", "cut"])
+def test_a_damaged_checkpoint_gives_a_one_line_error(tmp_path, name, change):
     folder = save(tmp_path, *fresh(), progress=Progress(step=1))
-    (folder / name).write_text("")
-    with pytest.raises(RunError, match="cannot be read") as error:
+    damage(folder / name, change)
+    with pytest.raises(DamagedFileError, match=rf"^{re.escape(str(folder / name))}: ") as error:
         checkpoint.restore(folder, *fresh())
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", [*FILES, "state.json"])
+def test_a_run_falls_back_to_the_last_whole_checkpoint_and_says_so(tmp_path, name, caplog):
+    for step in (1, 2, 3):
+        save(tmp_path, *fresh(), progress=Progress(step=step))
+    damage(tmp_path / "step-000003" / name, "flipped")
+    damage(tmp_path / "step-000002" / name, "removed")
+    assert checkpoint.latest_whole(tmp_path) == tmp_path / "step-000001"
+    for step in (2, 3):
+        assert f"step-{step:06d}/{name}: " in caplog.text
+    assert caplog.text.count("resuming from step-000001") == 2
+    # Otherwise pruning would keep them instead of the checkpoints that come after the first.
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
+
+
+def test_a_file_of_another_checkpoint_is_not_believed(tmp_path):
+    for step in (1, 2):
+        policy, optimizer = fresh()
+        policy.update(tree_map(lambda value, step=step: value + step, policy.parameters()))
+        save(tmp_path, policy, optimizer, progress=Progress(step=step))
+    shutil.copy(tmp_path / "step-000001" / FILES[0], tmp_path / "step-000002" / FILES[0])
+    with pytest.raises(DamagedFileError, match="not the file that was written here"):
+        checkpoint.restore(tmp_path / "step-000002", *fresh())
 
 
 def test_no_checkpoint_is_none(tmp_path):

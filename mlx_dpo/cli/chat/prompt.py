@@ -1,8 +1,10 @@
 """Read a person's input at a terminal: lines, multi-line messages, history, and Ctrl-C."""
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlx_dpo.cli.output import echo
@@ -108,15 +110,20 @@ def line_editing() -> Iterator[None]:
         return
     path = chat_history_file()
     with suppress(OSError):
-        readline.read_history_file(path)
+        readline.read_history_file(path or os.devnull)
     readline.set_history_length(HISTORY_LINES)
     try:
         yield
     finally:
-        with suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch(mode=0o600)  # the history is private to its user
-            readline.write_history_file(path)
+        if path is not None:  # a home folder is known
+            _write_history(readline, path)
+
+
+def _write_history(readline: Any, path: Path) -> None:
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(mode=0o600)  # the history is private to its user
+        readline.write_history_file(path)
 
 
 def _readline() -> Any:

@@ -40,7 +40,7 @@ from mlx_dpo.data.tokenization.tokenize_rows import (
     check_any_pair,
     new_report,
 )
-from mlx_dpo.errors import reason
+from mlx_dpo.errors import DataError, reason
 from mlx_dpo.io.atomic import temporary_path
 from mlx_dpo.io.cache_listing import UNKNOWN, CacheEntry, list_cache
 
@@ -97,17 +97,25 @@ def load_source(
         path = cache.folder / f"{key}{SUFFIX}"
         if (cached := _read(path, key)) is not None:
             return _loaded_pairs(*cached, source, FROM_CACHE)
-    origin = DAMAGED if path is not None and path.is_file() else ""
-    with _open_new_file(path) as (stream, temporary, problem):
-        labels = _labels(key, source, cache)
-        _write(stream, source, workers, rules, progress, labels)
-        content = read_pair_file(stream)
-        # If the files changed in between, the digest does not belong to these pairs.
-        if path is not None and temporary is not None and _stamps(files) == before:
-            os.replace(temporary, path)
+    origin = DAMAGED if path is not None and os.path.lexists(path) else ""
+    content: tuple[Arrays, dict[str, Any]] | None = None
+    labels = _labels(key, source, cache)
+    write = partial(_write, source=source, workers=workers, rules=rules, progress=progress)
+    if path is not None:
+        try:
+            with temporary_path(path) as temporary:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with temporary.open("w+b") as stream:
+                    content = write(stream, labels)
+                # If the files changed in between, the digest does not belong to these pairs.
+                if _stamps(files) == before:
+                    os.replace(temporary, path)
+        except OSError as error:  # full, read-only, or a file is in its place
+            origin = f"tokens are not cached: {path.parent}: {reason(error)}"
     if content is None:
-        raise OSError(errno.EIO, "tokens changed while they were written", str(path or ""))
-    return _loaded_pairs(*content, source, problem or origin)
+        with _open_unnamed_file(source) as stream:
+            content = write(stream, labels)
+    return _loaded_pairs(*content, source, origin)
 
 
 def _loaded_pairs(
@@ -132,12 +140,17 @@ def _loaded_pairs(
 
 def _write(
     stream: IO[bytes],
+    labels: dict[str, Any],
     source: Source,
     workers: TokenizerWorkers,
     rules: PairRules,
     progress: RowProgress,
-    labels: dict[str, Any],
-) -> None:
+) -> tuple[Arrays, dict[str, Any]]:
+    """Tokenize the rows of a source into a pair file, and return its content.
+
+    Raises:
+        OSError: the file cannot be written, or its content changed while it was written.
+    """
     locations, writer = RowLocations(source.file_names), PairFileWriter(stream)
     report = new_report(source.name, rules.tokens, rules.rows)
     show = partial(_show_progress, source, progress)
@@ -151,6 +164,9 @@ def _write(
     }
     values = report.to_dict() | {"source": "", "dropped": dropped}
     writer.finish({**labels, "pairs": report.used, "report": values})
+    if (content := read_pair_file(stream)) is None:
+        raise OSError(errno.EIO, "tokens changed while they were written")
+    return content
 
 
 def _show_progress(source: Source, progress: RowProgress) -> AbstractContextManager[Advance]:
@@ -226,6 +242,8 @@ def _labels(key: str, source: Source, cache: TokenCache | None) -> dict[str, Any
 
 def _read(path: Path, key: str) -> tuple[Arrays, dict[str, Any]] | None:
     """Return arrays and metadata of a cached file; None if it is missing, damaged or renamed."""
+    if not path.is_file():
+        return None
     try:
         with path.open("rb") as stream:
             content = read_pair_file(stream)
@@ -237,33 +255,29 @@ def _read(path: Path, key: str) -> tuple[Arrays, dict[str, Any]] | None:
 
 
 @contextmanager
-def _open_new_file(path: Path | None) -> Iterator[tuple[IO[bytes], Path | None, str]]:
-    """Open a temporary file in the folder of `path`, or an unnamed file if that is impossible.
+def _open_unnamed_file(source: Source) -> Iterator[IO[bytes]]:
+    """Open a temporary file without a name, for tokens that are not cached.
 
-    Yields the stream, the path of the temporary file (None if it is unnamed), and the reason why
-    no file could be opened in the folder ("" if there is no such reason).
+    Raises:
+        DataError: the disk of temporary files is full or cannot be written.
     """
-    problem = ""
-    if path is not None:
-        with temporary_path(path) as temporary:
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                stream = temporary.open("w+b")
-            except OSError as error:
-                problem = f"tokens are not cached: {path.parent}: {reason(error)}"
-            else:
-                with stream:
-                    yield stream, temporary, ""
-                return
-    with tempfile.TemporaryFile() as stream:
-        yield stream, None, problem
+    try:
+        with tempfile.TemporaryFile() as stream:
+            yield stream
+    except OSError as error:
+        if error.filename is not None:  # a file of the source
+            raise
+        raise DataError(
+            f"{source.name}: its tokens cannot be written to a temporary file ({reason(error)}); "
+            "free space on that disk, or set TMPDIR to a folder on another"
+        ) from error
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenCacheEntry(CacheEntry):
     """A token cache file in the listing of `mlx-dpo cache`.
 
-    `damaged` says that the file's end is invalid; the checksum is verified only by a run.
+    `damaged` says that its checksum is wrong, or that another version wrote the file.
     """
 
     name: str = UNKNOWN  # of the source
@@ -275,5 +289,8 @@ def list_entries(folder: Path) -> list[TokenCacheEntry]:
 
 
 def _read_labels(path: Path) -> dict[str, Any] | None:
-    with path.open("rb") as stream:
-        return read_metadata(stream)
+    try:
+        with path.open("rb") as stream:
+            return read_metadata(stream)
+    except OSError:
+        return None

@@ -73,8 +73,8 @@ class PairFileWriter:
 
 
 def read_metadata(stream: IO[bytes]) -> dict[str, Any] | None:
-    """Return a pair file's metadata without verifying its checksum; None for other formats."""
-    footer = _read_footer(stream)
+    """Return a pair file's metadata; None if the checksum is wrong or for other formats."""
+    footer = _read_footer(stream) if _has_valid_checksum(stream) else None
     return None if footer is None else footer["metadata"]
 
 
@@ -119,7 +119,9 @@ def _read_footer(stream: IO[bytes]) -> dict[str, Any] | None:
     stream.seek(size - tail - length)
     try:
         footer = json.loads(stream.read(length))
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     is_footer = isinstance(footer, dict) and footer.keys() == {"index", "metadata"}
-    return footer if is_footer and footer["index"].keys() == FILE_COLUMNS.keys() else None
+    if not is_footer or not all(isinstance(part, dict) for part in footer.values()):
+        return None
+    return footer if footer["index"].keys() == FILE_COLUMNS.keys() else None
