@@ -286,20 +286,24 @@ def _oid(path, data):
     return hashlib.sha256(data).hexdigest() if path.endswith(LFS_SUFFIXES) else _git_oid(data)
 
 
-@pytest.fixture
-def fake_hub(tmp_path, monkeypatch):
+@contextmanager
+def using_fake_hub(patch, cache):
     """Let `huggingface_hub` talk to a fake Hub, with a token that it accepts."""
     from huggingface_hub import constants
     from huggingface_hub.utils import _http
 
     with FakeHub().running() as hub:
-        monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+        patch.setattr(constants, "ENDPOINT", hub.address)
         template = hub.address + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        monkeypatch.setattr(
-            _http.time, "sleep", lambda seconds: None
-        )  # between the client's retries
+        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        patch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        patch.setenv("HF_TOKEN", TOKEN)
+        patch.setattr(_http.time, "sleep", lambda seconds: None)  # between the client's retries
+        yield hub
+
+
+@pytest.fixture
+def fake_hub(tmp_path, monkeypatch):
+    with using_fake_hub(monkeypatch, tmp_path / "hub-cache") as hub:
         yield hub

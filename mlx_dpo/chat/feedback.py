@@ -75,7 +75,7 @@ class JsonlFile:
         """Remove an incomplete last line from the file; return a note if one was removed.
 
         Raises:
-            DataError: the file cannot be read or written.
+            DataError: the file cannot be read or written, or its last line was never a row.
         """
         if not self.path.is_file():
             return None
@@ -126,7 +126,21 @@ class JsonlFile:
         try:
             json.loads(data[start:])
         except ValueError:
+            self._check_cut_row(data[start:])
             file.truncate(start)
             return f"{self.path}: the last line was incomplete and has been removed"
+        except RecursionError:  # no row of this program; reading it names the line
+            return None
         file.write(b"\n")  # a complete row from an editor that writes no final newline
         return None
+
+    def _check_cut_row(self, line: bytes) -> None:
+        """Raise `DataError` unless a last line may be what a crash left of a row.
+
+        That is the beginning of an object, or zeros where the content did not reach the disk.
+        """
+        if line.strip(b"\0 ")[:1] not in (b"", b"{"):
+            raise DataError(
+                f"{self.path}: the last line is no row of JSON, so nothing is appended to it; fix "
+                "the line, or choose another file for the rows"
+            )

@@ -15,7 +15,7 @@ from mlx_dpo.data.prompts import Prompt
 from mlx_dpo.data.sources import read_rows
 from mlx_dpo.errors import DataError, reason
 from mlx_dpo.io.locks import lock_file
-from mlx_dpo.schemas.messages import to_messages
+from mlx_dpo.schemas.messages import get_field_type, to_messages
 
 Row = dict[str, Any]
 PROVENANCE = "provenance"
@@ -55,7 +55,7 @@ class PairsFile:
     Creating the object reads both files and removes incomplete last lines.
 
     Raises:
-        DataError: a line of a file is not a JSON object.
+        DataError: a line of a file is not a JSON object, or a decision lacks its prompt.
     """
 
     path: Path
@@ -70,6 +70,7 @@ class PairsFile:
                 self.notes.append(note)
             for row in read_rows(file.path) if file.path.is_file() else ():
                 if (number := decision_number(row.record)) is not None:
+                    _check_decision(row.record, row.location, is_pair=file is self.pairs)
                     self.decisions.append(StoredDecision(number, file, row.record))
         self.decisions.sort(key=lambda decision: decision.number)
         self.decided_keys = {decision.prompt_key for decision in self.decisions}
@@ -121,6 +122,19 @@ class PairsFile:
         self.decisions.pop()
         self.decided_keys = {decision.prompt_key for decision in self.decisions}
         return last
+
+
+def _check_decision(record: Row, location: str, *, is_pair: bool) -> None:
+    """Raise `DataError` if a row with the number of a decision is not as this program writes it."""
+    get_field_type(record.get("prompt"), "prompt", location)
+    if not is_pair:
+        get_field_type(record.get("passed"), "passed", location)
+    source = record[PROVENANCE].get("chosen_from", {})
+    if not isinstance(source, dict):
+        raise DataError(
+            f"{location}: `chosen_from` must be an object, found {type(source).__name__}; restore "
+            "the row, or remove it to decide its prompt again"
+        )
 
 
 def decision_number(record: Row) -> int | None:

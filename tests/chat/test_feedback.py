@@ -51,6 +51,23 @@ def test_an_incomplete_last_line_is_removed_and_reported(tmp_path):
     assert path.read_text() == '{"n": 1}\n{"n": 3}\n'
 
 
+@pytest.mark.parametrize("line", ["my notes", "[1, 2", '"a'])
+def test_a_last_line_that_was_never_a_row_stays(tmp_path, line):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"n": 1}\n' + line)
+    for work in (JsonlFile(path).repair, lambda: JsonlFile(path).append({"n": 2})):
+        with pytest.raises(DataError, match=r"rows\.jsonl: the last line is no row of JSON"):
+            work()
+    assert path.read_text() == '{"n": 1}\n' + line
+
+
+def test_zeros_at_the_end_are_what_did_not_reach_the_disk(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"n": 1}\n\0\0\0')
+    assert JsonlFile(path).repair() is not None
+    assert path.read_bytes() == b'{"n": 1}\n'
+
+
 def test_a_complete_last_line_without_a_newline_is_not_removed(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"n": 1}')

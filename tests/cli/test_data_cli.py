@@ -424,3 +424,26 @@ def test_columns_that_json_lacks_are_written_as_text_or_left_out_and_named(tmp_p
         assert row.keys() == {"prompt", "chosen", "rejected", "day", "price"}
         assert row["day"].startswith("2024-01-0")
         assert row["price"] == 1.25
+
+
+def test_files_of_similar_names_stay(tmp_path):
+    """Temporary names cannot be those of somebody's files."""
+    names = [
+        "partial-new",
+        ".partial-new",
+        "new.tmp",
+        "new~",
+        ".mlx-dpo-notes",
+        ".mlx-dpo-12-ab-new",
+    ]
+    for name in names:
+        Path(name).mkdir()
+        Path(name, "notes.txt").write_text("mine")
+        Path(f"{name}.jsonl").write_text("mine")
+    assert data("split", "pairs.jsonl", "--output", "new", "--bad-pairs", "drop").exit_code == 1
+    write("good.jsonl", [GOOD, ROWS[2]])
+    assert data("split", "good.jsonl", "--output", "new").exit_code == 0
+    assert data("clean", "good.jsonl", "--output", "new.jsonl").exit_code == 0
+    for name in names:
+        assert Path(name, "notes.txt").read_text() == "mine"
+        assert Path(f"{name}.jsonl").read_text() == "mine"

@@ -272,3 +272,18 @@ def test_every_row_is_complete_json_on_its_own_line(path):
     lines = path.read_text("utf-8").split("\n")
     assert lines[-1] == ""
     assert len([json.loads(line) for line in lines[:-1]]) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "message"),
+    [
+        ("a.jsonl", {"provenance": {"number": 1}}, "`prompt` must be text or a list of messages"),
+        ("a.jsonl", {"prompt": "Hi", "provenance": {"number": 1, "chosen_from": "x"}},
+         "`chosen_from` must be an object, found str"),
+        ("a.passed.jsonl", {"prompt": "Hi", "provenance": {"number": 1}}, "`passed` must be text"),
+    ],
+)  # fmt: skip
+def test_a_stored_decision_of_another_form_is_named(tmp_path, name, row, message):
+    (tmp_path / name).write_text(json.dumps(row) + "\n")
+    with pytest.raises(DataError, match=f":1: {message}"):
+        PairsFile(tmp_path / "a.jsonl")

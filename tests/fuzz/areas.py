@@ -8,8 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import yaml
+from huggingface_hub import constants
 
+from tests.fake_hub import using_fake_hub
 from tests.fuzz.case import Case, FailedInputError, parse
 from tests.fuzz.mutations import STRANGE_TEXTS, dump, mutate_value
 from tests.fuzz.pairs_files import FORMATS, check_accounts, check_rows_unchanged, write_rows
@@ -347,6 +350,42 @@ CHAT_COMMANDS = (
 )
 
 
+PULLED = ("adapter_config.json", "adapters.safetensors", "adapter_model.safetensors")
+
+
+def pulls(case: Case) -> None:
+    """Pull an adapter of which the Hub has a mutated file, and answer with it."""
+    case.copy("base", "run", "peft")
+    folder = Path(case.draw.choice(("run", "peft")))
+    names = [name for name in PULLED if (folder / name).is_file()]
+    card = "---\nbase_model: org/base\ntags: [a]\n---\n# A card\n"
+    (folder / "README.md").write_text(card)
+    case.damage(folder / case.draw.choice([*names, "README.md"]))
+    files = {name: (folder / name).read_bytes() for name in [*names, "README.md"]}
+    with pytest.MonkeyPatch.context() as patch, using_fake_hub(patch, Path("hub").resolve()) as hub:
+        patch.setattr(constants, "HF_HUB_OFFLINE", False)
+        hub.repos["org/name"] = {"private": True, "commits": [("m", files)]}
+        result = case.invoke("pull", "org/name", "--output", "pulled")
+    if result.exit_code == 0:
+        words = ("--adapter", "pulled", "Hi", "--max-tokens", "2")
+        case.invoke("generate", "--model", "base", *words, text=True)
+    elif Path("pulled").exists():
+        raise FailedInputError("a failed pull left a folder")
+
+
+def loops(case: Case) -> None:
+    """Resume a loop with a mutated file."""
+    case.copy("base", "pairs.jsonl", "prompts.txt", "rewards.py", "loop")
+    files = [p for p in sorted(Path("loop").rglob("*")) if p.suffix in RUN_SUFFIXES]
+    near = [p for p in files if len(p.parts) < 4]
+    case.damage(case.draw.choice([*files, *near, *near]))
+    more = ("--rounds", "2") if case.draw.random() < 0.2 else ()
+    case.invoke("loop", "--resume", "--output", "loop", *more)
+
+
+RUN_SUFFIXES = (".json", ".jsonl", ".safetensors")
+
+
 def _hangs(case: Case) -> None:
     case.record("none")
     while case.index:
@@ -378,6 +417,8 @@ AREAS = {
     "prompts": Area(150, prompts),
     "picks": Area(200, picks),
     "chats": Area(200, chats),
+    "pulls": Area(250, pulls),
+    "loops": Area(150, loops),
     # What the watchdog itself is tried with.
     "hangs": Area(0, _hangs),
     "waits": Area(0, _waits),

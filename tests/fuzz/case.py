@@ -94,7 +94,11 @@ class Case:
 
     def _damage_header(self, data: bytes) -> tuple[str, bytes] | None:
         size = int.from_bytes(data[:8], "little")
-        name, value = mutate_value(json.loads(data[8 : 8 + size]), self.draw)
+        try:
+            entries = json.loads(data[8 : 8 + size])
+        except ValueError:  # a file of another kind that was renamed
+            return None
+        name, value = mutate_value(entries, self.draw)
         header = dump(value)
         return f"header: {name}", len(header).to_bytes(8, "little") + header + data[8 + size :]
 

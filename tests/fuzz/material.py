@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from mlx_dpo import DPOConfig, DPOTrainer
@@ -38,6 +39,13 @@ thinking: null
 """
 
 
+COLLECT = ("collect", "--model", "base", "--prompts", "prompts.txt", "--output", "picks.jsonl",
+           "--reward", "rewards.py:vowels", "--max-tokens", "4", "--seed", "1")  # fmt: skip
+LOOP = ("loop", "pairs.jsonl", "--model", "base", "--output", "loop", "--reward",
+        "rewards.py:vowels", "--rounds", "1", "--answers", "2", "--answer-tokens", "4",
+        "--learning-rate", "0.01", "--batch-size", "2")  # fmt: skip
+
+
 def make_material(folder: Path) -> Path:
     """Write the undamaged files to a new folder and return it; changes the current folder.
 
@@ -64,7 +72,8 @@ def make_material(folder: Path) -> Path:
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copy(Path("run", name), Path("peft", name))
     _shard(Path("base"), Path("sharded"))
-    _collect()
+    _invoke(COLLECT)
+    _invoke(LOOP)
     return folder
 
 
@@ -99,12 +108,10 @@ def _shard(model: Path, folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
-def _collect() -> None:
+def _invoke(words: Sequence[str]) -> None:
     from click.testing import CliRunner
 
     from mlx_dpo.cli import cli
 
-    words = ["collect", "--model", "base", "--prompts", "prompts.txt", "--output", "picks.jsonl",
-             "--reward", "rewards.py:vowels", "--max-tokens", "4", "--seed", "1"]  # fmt: skip
     result = CliRunner().invoke(cli, words)
     assert result.exit_code == 0, result.output

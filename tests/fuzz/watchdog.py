@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 SECONDS = 30  # of processor time for one input; the slowest takes about two
 SILENCE = 300.0  # seconds of the clock for one input, which may wait for a busy machine
-MEMORY = 12 << 30  # bytes of address space of the process that tries inputs
+MEMORY = 8 << 30  # bytes of address space of the process that tries inputs
 Outcome = dict[str, str]
 
 
@@ -85,6 +85,7 @@ def _one_process(
 def child_environment() -> dict[str, str]:
     """Return the environment of a process that tries inputs: no network, one thread."""
     return os.environ | {
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "HF_HUB_OFFLINE": "1",
         "OPENBLAS_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
