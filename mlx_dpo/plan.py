@@ -42,7 +42,7 @@ from mlx_dpo.runs.build import (
     optimizer_state_bytes,
     reference_mode,
 )
-from mlx_dpo.runs.inputs import Inputs, load_configured_base, load_inputs, no_progress
+from mlx_dpo.runs.inputs import Inputs, load_inputs, load_trainable_base, no_progress
 from mlx_dpo.runs.reference import needed_pairs
 from mlx_dpo.scoring.kernels.gated_delta import use_fused_gated_delta
 from mlx_dpo.scoring.select_scorer import ScorerChoice
@@ -167,7 +167,7 @@ def estimate_run(
     budget = available_memory() if memory_size is None else mac_memory(memory_size)
     inputs = load_inputs(
         config,
-        read=partial(load_configured_base, load=load_empty_model),
+        read=partial(load_trainable_base, load=load_empty_model),
         tokenization_progress=tokenization_progress,
     )
     with use_fused_gated_delta(inputs.base.model):

@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 import mlx_lm
 from mlx.utils import tree_flatten, tree_unflatten
-from mlx_lm.models import llama
+from mlx_lm.models import gpt2, llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from mlx_dpo.adapters.adapter_files import save_adapter
@@ -56,7 +56,32 @@ def make_checkpoint(
     return folder
 
 
-def random_weights(model: llama.Model, *, seed: int, dtype: mx.Dtype) -> dict[str, mx.array]:
+def make_gpt2_checkpoint(folder: Path, *, positions: int) -> Path:
+    """Write a GPT-2 of 2 layers that has learned `positions` positions; returns `folder`."""
+    make_checkpoint(folder)
+    entries = {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "n_ctx": positions,
+        "n_positions": positions,
+        "n_embd": 64,
+        "n_head": 4,
+        "n_layer": 2,
+        "layer_norm_epsilon": 1e-5,
+        "vocab_size": VOCAB,
+        "eos_token_id": END,
+        "torch_dtype": "float32",
+    }
+    _write_json(folder / "config.json", entries)
+    model = gpt2.Model(gpt2.ModelArgs.from_dict(entries))
+    weights = random_weights(model, seed=0, dtype=mx.float32)
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "pt"})
+    return folder
+
+
+def random_weights(
+    model: llama.Model | gpt2.Model, *, seed: int, dtype: mx.Dtype
+) -> dict[str, mx.array]:
     """Weights for every parameter, from `seed` alone, also put into `model`.
 
     Matrices are normal and wide enough for uneven logits; norms lie around one.

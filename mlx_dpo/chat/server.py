@@ -67,7 +67,9 @@ class SwitchingModelProvider(ModelProvider):
         super().__init__(_mlx_lm_arguments(served))
         self.served = served
         self.batches = is_batching_exact(
-            served.model, [[n % 7 for n in range(length)] for length in PROBE_LENGTHS]
+            served.model,
+            [[n % 7 for n in range(length)] for length in PROBE_LENGTHS],
+            context=served.context,
         )
         # The server's thread cannot evaluate arrays whose computation began on this thread.
         evaluate_arrays(served.model)

@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 from mlx_dpo.adapters.switch import AdapterState, AdapterSwitch
 from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.errors import ConfigError
+from mlx_dpo.generation.context import answer_room
 from mlx_dpo.generation.decode import strip_thinking
 from mlx_dpo.generation.prompt import check_thinking, encode_prompt, encode_text
 from mlx_dpo.generation.sampling import make_sampler
@@ -218,17 +219,12 @@ class ChatSession:
         while earlier and len(prompt) + reserved > self.context:
             del earlier[:2]
             prompt = self._tokens(_with_system(self.system, [*earlier, question]))
-        if len(prompt) >= self.context:
-            raise ConfigError(
-                f"the question: {len(prompt)} tokens leave no room for an answer (the context is "
-                f"{self.context}); shorten it"
-            )
+        answer_room("the question", len(prompt), self.sampling.max_tokens, self.context)
         return earlier, prompt
 
     def _stream(self, prompt: list[int], dropped_turns: int) -> Generator[AnswerChunk]:
         state = self.switch.active
         cache = self._caches[state] = self._caches.get(state) or PromptCache(self._model)
-        room = self.sampling.max_tokens if self.context is None else self.context - len(prompt)
         return stream_answer(
             self._model,
             self._tokenizer,
@@ -236,7 +232,9 @@ class ChatSession:
             cache=cache,
             sampling=self.sampling,
             sampler=self._sampler,
-            max_tokens=min(self.sampling.max_tokens, room),
+            max_tokens=answer_room(
+                "the question", len(prompt), self.sampling.max_tokens, self.context
+            ),
             dropped_turns=dropped_turns,
         )
 

@@ -74,11 +74,11 @@ def loop(
     resume_command = f"{program()} loop --resume --output {config.output}"
     try:
         with IterativeDPO(config, settings, resume=resume) as trainer:
-            for note in trainer.prompts.notes:
-                echo(note)
+            printed = _print_notes(trainer, 0)
             for stage in trainer.stages():
                 echo(f"\n{_stage_title(stage)}", bold=True)
                 _run_stage(trainer, stage, resume_command)
+                printed = _print_notes(trainer, printed)
     except KeyboardInterrupt:
         echo(f"\nInterrupted; resume with: {resume_command}", err=True)
         raise SystemExit(INTERRUPTED) from None
@@ -86,6 +86,13 @@ def loop(
     echo(f"\n{trainer.paths.page.read_text('utf-8')}")
     echo(f"The table is in {trainer.paths.page}; each round's folder has a page of its own")
     echo(f"Chat with the last policy: {program()} chat {last.run.folder}")
+
+
+def _print_notes(trainer: "IterativeDPO", printed: int) -> int:
+    """Print the notes after the first `printed` ones; return how many there are."""
+    for note in trainer.prompts.notes[printed:]:
+        echo(note)
+    return len(trainer.prompts.notes)
 
 
 def _resolve_settings(

@@ -171,6 +171,7 @@ class IterativeDPO:
         """
         settings = self.settings
         policy = self.load_policy(round_number - 1)
+        self._note_context(policy, self.prompts.train)
         seed = (settings.sampling.seed or 0) + ROUND_SEED_STRIDE * round_number
         plan = SamplingPlan(
             answers=settings.answers, samplings=(replace(settings.sampling, seed=seed),)
@@ -192,6 +193,12 @@ class IterativeDPO:
                 f"{pairs_file.path}: no prompt has a better and a worse answer ({reasons}); use "
                 "more --answers or a higher --temperature"
             )
+
+    def _note_context(self, policy: Responder, prompts: list[Prompt]) -> None:
+        """Add a note if answers will end at the model's context, once for the same prompts."""
+        note = policy.clip_note(prompts, self.settings.sampling.max_tokens)
+        if note is not None and note not in self.prompts.notes:
+            self.prompts.notes.append(note)
 
     def round_config(self, round_number: int) -> DPOConfig:
         """Return the training settings of a round.
@@ -222,6 +229,7 @@ class IterativeDPO:
         """
         policy = self.load_policy(round_number)
         prompts = self.prompts.valid
+        self._note_context(policy, prompts)
         answers = policy.respond(prompts, self.settings.sampling)
         del policy  # before a judge model computes
         evaluation = self._evaluate_answers(round_number, prompts, answers)

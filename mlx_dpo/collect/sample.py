@@ -84,7 +84,9 @@ def make_answer_sampler(responders: Sequence[Responder], plan: SamplingPlan) -> 
             source = response_provenance(responder, sampling)
             for number, reply in enumerate(replies):
                 prompt, repeat = divmod(number, len(positions))
-                answers[prompt][positions[repeat]] = Answer(reply.text, source, reply.is_truncated)
+                answers[prompt][positions[repeat]] = Answer(
+                    reply.text, source, reply.is_truncated, reply.finish_reason == "context"
+                )
         return [[by_position[p] for p in sorted(by_position)] for by_position in answers]
 
     return sample_answers
@@ -151,3 +153,11 @@ def count_truncated(pairs_file: PairsFile) -> int:
         decision.row["provenance"].get("chosen_from", {}) for decision in pairs_file.decisions
     )
     return sum(bool(source.get("cut")) for source in sources)
+
+
+def count_context_full(pairs_file: PairsFile) -> int:
+    """Count the chosen answers that were cut at the end of the model's context."""
+    sources = (
+        decision.row["provenance"].get("chosen_from", {}) for decision in pairs_file.decisions
+    )
+    return sum(bool(source.get("context_full")) for source in sources)

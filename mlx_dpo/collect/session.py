@@ -27,10 +27,12 @@ class Answer:
     text: str
     source: dict[str, Any]  # model, adapter, temperature, seed
     is_truncated: bool = False  # reached the token limit, so its end should not be learned
+    is_context_full: bool = False  # the limit was the end of the model's context
 
     def provenance(self) -> dict[str, Any]:
         """Return the model and settings that produced the answer, to be stored with the answer."""
-        return self.source | ({"cut": True} if self.is_truncated else {})
+        cut = {"cut": True} if self.is_truncated else {}
+        return self.source | cut | ({"context_full": True} if self.is_context_full else {})
 
 
 @dataclass(frozen=True, slots=True)

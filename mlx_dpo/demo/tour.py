@@ -16,6 +16,7 @@ from mlx_dpo.demo.rules import courteous_markers, is_correct, is_courteous
 from mlx_dpo.errors import RunError
 from mlx_dpo.export.convert import ConvertReport, convert
 from mlx_dpo.generation.batch import generate_batch
+from mlx_dpo.generation.context import context_length
 from mlx_dpo.io.arrays import scalar
 from mlx_dpo.models.load import LoadedModel
 from mlx_dpo.paths import tiny_chat
@@ -103,7 +104,10 @@ class Demo:
         plain = str(self.model) if reference else None
         base = load_policy(None if reference else str(self.run), model=plain)
         prompts = [row["prompt"] for row in self.prompt_rows]
-        return self.rate(generate_batch(base.model, base.tokenizer, prompts, sampling=SAMPLING))
+        context = context_length(base.config)
+        return self.rate(
+            generate_batch(base.model, base.tokenizer, prompts, sampling=SAMPLING, context=context)
+        )
 
     def rate(self, texts: list[str]) -> Answers:
         """Return the answers, with the share of courteous and the share of correct ones."""

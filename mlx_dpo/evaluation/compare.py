@@ -12,9 +12,8 @@ from mlx_dpo.adapters.switch import AdapterState
 from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.data.inspect.text_anomalies import find_refusal
 from mlx_dpo.data.prompts import Prompt, add_system_prompt, read_prompts
-from mlx_dpo.errors import ConfigError
 from mlx_dpo.generation.batch import GeneratedTokens, generate_tokens
-from mlx_dpo.generation.context import context_length
+from mlx_dpo.generation.context import answer_room, clip_note, context_length
 from mlx_dpo.generation.decode import StreamingDecoder
 from mlx_dpo.generation.prompt import encode_prompt, encode_text
 from mlx_dpo.saved_runs.evaluate import held_out_prompts
@@ -174,10 +173,17 @@ def _compare_run(
     used = prompts[:limit]
     notes = [*_limit_note(len(prompts), limit), *_notes(name, opened, run)]
     states: tuple[AdapterState, ...] = ("base", "aligned") if is_only_run else ("aligned",)
+    use_generating_function(
+        opened.base.model,
+        vocab_size=opened.base.vocab_size,
+        max_length=run.config.max_length,
+    )
     with_system = add_system_prompt(used, run.config.system)
+    rows = [_prompt_ids(opened, run, prompt) for prompt in with_system]
+    notes += _check_context(rows, used, context_length(opened.base.config), sampling.max_tokens)
     policies = [
         PolicyAnswers(state if is_only_run else name, answers)
-        for state, answers in _score_answers(opened, run, with_system, states, sampling)
+        for state, answers in _score_answers(opened, rows, states, sampling)
     ]
     return used, policies, notes
 
@@ -198,20 +204,18 @@ def _notes(name: str, opened: SwitchableModel, run: OpenRun) -> Iterator[str]:
 
 def _score_answers(
     opened: SwitchableModel,
-    run: OpenRun,
-    prompts: Sequence[Prompt],
+    rows: Sequence[TokenIds],
     states: Sequence[AdapterState],
     sampling: Sampling,
 ) -> Iterator[tuple[AdapterState, tuple[ScoredAnswer, ...]]]:
     """Generate answers in each adapter state; yield the state and its answers with log-ratios."""
     base = opened.base
-    longest = run.config.max_length
-    use_generating_function(base.model, vocab_size=base.vocab_size, max_length=longest)
-    rows = [_prompt_ids(opened, run, prompt) for prompt in prompts]
-    _check_context(rows, prompts, context_length(base.config), sampling.max_tokens)
+    context = context_length(base.config)
     for state in states:
         with opened.switch.activated(state):
-            completions = generate_tokens(base.model, base.tokenizer.eos_token_ids, rows, sampling)
+            completions = generate_tokens(
+                base.model, base.tokenizer.eos_token_ids, rows, sampling, context=context
+            )
         policy = _completion_logps(opened, "aligned", rows, completions)
         reference = _completion_logps(opened, "base", rows, completions)
         scored = zip(completions, policy, reference, strict=True)
@@ -249,11 +253,9 @@ def _prompt_ids(opened: SwitchableModel, run: OpenRun, prompt: Prompt) -> TokenI
 
 def _check_context(
     rows: Sequence[TokenIds], prompts: Sequence[Prompt], context: int | None, max_tokens: int
-) -> None:
-    """Raise `ConfigError` if a prompt plus `max_tokens` tokens exceeds the context length."""
+) -> list[str]:
+    """Return a note if answers will end at the context; raise `ConfigError` if one has no room."""
     for row, prompt in zip(rows, prompts, strict=True):
-        if context is not None and len(row) + max_tokens > context:
-            raise ConfigError(
-                f"{prompt.location}: {len(row)} tokens leave no room for an answer of {max_tokens} "
-                f"(the model's context is {context}); use a smaller --max-tokens, or leave it out"
-            )
+        answer_room(prompt.location, len(row), max_tokens, context)
+    note = clip_note([len(row) for row in rows], max_tokens, context)
+    return [] if note is None else [note]

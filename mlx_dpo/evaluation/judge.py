@@ -220,7 +220,9 @@ def open_judge(reward: str | None, judge: str | None, rubric: str | None) -> Jud
     responder = open_responder(None, model=judge)
 
     def generate(conversations: Sequence[Sequence[Message]]) -> list[str]:
-        return responder.answer(conversations, JUDGE_SAMPLING) if conversations else []
+        if not conversations:
+            return []
+        return responder.answer(conversations, JUDGE_SAMPLING, name=f"{judge}: question to judge")
 
     def strip(conversation: Sequence[Message], reply: str) -> str:
         tokenizer = responder.base.tokenizer

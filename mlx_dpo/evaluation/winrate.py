@@ -17,7 +17,7 @@ from mlx_dpo.evaluation.rewards import LOSS, TIE, WIN, Judge, Ranking, RewardFun
 from mlx_dpo.runs.folder import RunPaths
 from mlx_dpo.saved_runs.evaluate import held_out_prompts
 from mlx_dpo.saved_runs.open import open_run
-from mlx_dpo.saved_runs.respond import open_responder
+from mlx_dpo.saved_runs.respond import Responder, open_responder
 
 Z_95 = 1.959963984540054  # normal quantile of a two-sided 95 % interval
 LENGTH_RIDGE = 1.0  # ridge penalty on the weight of the length, in units of its standard deviation
@@ -203,6 +203,7 @@ def compare_policies(
         prompt_list = read_prompts(prompts)
     prompt_list = add_system_prompt(prompt_list, policy.system)
     answers, notes = policy.respond(prompt_list, sampling), policy.base.notes
+    notes += _context_notes(policy, prompt_list, sampling)
     del policy
     if against is None:
         opponent = open_responder(run, reference=True)
@@ -211,7 +212,15 @@ def compare_policies(
     else:
         opponent = open_responder(None, model=against)
     opponent_answers = opponent.respond(prompt_list, sampling)
-    notes += tuple(note for note in opponent.base.notes if note not in notes)
+    more = (*opponent.base.notes, *_context_notes(opponent, prompt_list, sampling))
+    notes += tuple(note for note in more if note not in notes)
     del opponent
     comparison = compare_pairwise(judge, prompt_list, answers, opponent_answers)
     return replace(comparison, notes=notes)
+
+
+def _context_notes(
+    policy: Responder, prompts: Sequence[Prompt], sampling: Sampling
+) -> tuple[str, ...]:
+    note = policy.clip_note(prompts, sampling.max_tokens)
+    return () if note is None else (note,)

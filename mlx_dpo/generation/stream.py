@@ -5,16 +5,14 @@ from contextlib import closing
 from dataclasses import dataclass
 from itertools import takewhile
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any
 
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache
 
 from mlx_dpo.config.sampling import Sampling
+from mlx_dpo.generation.context import FinishReason
 from mlx_dpo.generation.decode import StreamingDecoder, TextPart, make_thinking_splitter
 from mlx_dpo.generation.sampling import Sampler, make_logits_processors, stream_tokens
-
-# The model stopped, `max_tokens` was reached, or the context was full.
-FinishReason = Literal["stop", "length", "context"]
 
 
 class PromptCache:

@@ -20,7 +20,7 @@ from mlx_dpo.data.tokenization.formatting import TokenRules
 from mlx_dpo.data.tokenization.parallel import TokenizerWorkers
 from mlx_dpo.data.tokenization.tokenize_rows import LoadedPairs, PairRules
 from mlx_dpo.errors import ConfigError
-from mlx_dpo.generation.context import context_length
+from mlx_dpo.generation.context import check_max_length, context_length
 from mlx_dpo.models.device import device_kind, main_dtype
 from mlx_dpo.models.files import code_fingerprint, model_fingerprint, tokenizer_fingerprint
 from mlx_dpo.models.load import LoadedModel, load_model, load_tokenizer
@@ -93,6 +93,19 @@ def load_configured_base(
         dtype=config.dtype,
         trust_remote_code=config.trust_remote_code,
     )
+
+
+def load_trainable_base(
+    config: DPOConfig, load: Callable[..., LoadedModel] = load_model
+) -> LoadedModel:
+    """Load the base model as `load_configured_base` does, to train it with these settings.
+
+    Raises:
+        ConfigError: `max_length` is beyond the positions that the model has learned.
+    """
+    base = load_configured_base(config, load)
+    check_max_length(config.max_length, base.config)
+    return base
 
 
 def row_rules(config: DPOConfig) -> RowRules:
@@ -193,7 +206,7 @@ def add_kl_completions(
 def load_inputs(
     config: DPOConfig,
     *,
-    read: Callable[[DPOConfig], LoadedModel] = load_configured_base,
+    read: Callable[[DPOConfig], LoadedModel] = load_trainable_base,
     tokenization_progress: RowProgress = no_progress,
     datasets: Datasets = NO_DATASETS,
 ) -> Inputs:

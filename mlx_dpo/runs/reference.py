@@ -30,8 +30,8 @@ from mlx_dpo.runs.inputs import (
     Datasets,
     check_context_length,
     device_and_dtype,
-    load_configured_base,
     load_inputs,
+    load_trainable_base,
 )
 from mlx_dpo.scoring.generation_match import computes_with_caches
 from mlx_dpo.scoring.score_pairs import DatasetScorer
@@ -182,7 +182,7 @@ def compute_reference_model_logps(
             f"`{STDIN}`: pairs are read twice with `reference_model`, and standard input once; "
             "write them to a file"
         )
-    load_shapes = partial(load_configured_base, load=load_empty_model)
+    load_shapes = partial(load_trainable_base, load=load_empty_model)
     inputs = load_inputs(
         config, read=load_shapes, tokenization_progress=tokenization_progress, datasets=datasets
     )

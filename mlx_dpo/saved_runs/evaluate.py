@@ -106,7 +106,7 @@ def load_held_out_pairs(run: OpenRun) -> EvaluationPairs:
             f"{run.paths.folder}: the run read its pairs from {source}, which is gone; "
             "name a file of pairs"
         )
-    inputs = load_inputs(run.config)
+    inputs = load_inputs(run.config, read=load_configured_base)
     check_provenance(run.paths, run.record, {"valid": pairs_digest(inputs.valid)})
     return inputs.base, inputs.valid, f"held-out {run.config.unit}", ()
 

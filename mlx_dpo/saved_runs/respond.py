@@ -10,12 +10,17 @@ from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.config.sampling import SEEDS, Sampling
 from mlx_dpo.data.prompts import Prompt
 from mlx_dpo.errors import ConfigError
-from mlx_dpo.generation.batch import GeneratedText, generate_replies
-from mlx_dpo.generation.context import context_length
-from mlx_dpo.generation.prompt import encode_prompt
+from mlx_dpo.generation.batch import (
+    GeneratedText,
+    decode_answers,
+    generate_replies,
+    generate_tokens,
+)
+from mlx_dpo.generation.context import answer_room, clip_note, context_length
+from mlx_dpo.generation.prompt import check_thinking, encode_prompt
 from mlx_dpo.models.files import model_fingerprint
 from mlx_dpo.models.load import LoadedModel
-from mlx_dpo.runs.inputs import load_configured_base
+from mlx_dpo.runs.inputs import load_trainable_base
 from mlx_dpo.saved_runs.open import load_policy, open_run
 from mlx_dpo.types import Message
 
@@ -36,32 +41,57 @@ class Responder:
         return [reply.text for reply in self.reply(prompts, sampling)]
 
     def reply(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[GeneratedText]:
-        """Generate one answer per prompt; each result says whether it was cut at the token limit.
+        """Generate one answer per prompt; each result says whether it was cut.
+
+        An answer ends at the latest at the end of the model's context.
 
         Raises:
             ConfigError: a prompt leaves no room in the model's context.
         """
-        room = context_length(self.base.config)
-        for prompt in prompts:
-            tokens = len(encode_prompt(self.base.tokenizer, prompt.messages))
-            if room is not None and tokens >= room:
-                raise ConfigError(
-                    f"{prompt.location}: {tokens} tokens leave no room for an answer (the model's "
-                    f"context is {room}); leave the prompt out"
-                )
-        return self._replies([prompt.messages for prompt in prompts], sampling)
-
-    def answer(self, conversations: Sequence[Sequence[Message]], sampling: Sampling) -> list[str]:
-        """Return the text of one answer per conversation; do not check that it fits the context."""
-        return [reply.text for reply in self._replies(conversations, sampling)]
-
-    def _replies(
-        self, conversations: Sequence[Sequence[Message]], sampling: Sampling
-    ) -> list[GeneratedText]:
+        rows = self._encode(prompts)
+        for row, prompt in zip(rows, prompts, strict=True):
+            answer_room(prompt.location, len(row), sampling.max_tokens, self.context)
         model, tokenizer = self.base.model, self.base.tokenizer
-        return generate_replies(
-            model, tokenizer, conversations, sampling=sampling, thinking=self.thinking
+        answers = generate_tokens(
+            model, tokenizer.eos_token_ids, rows, sampling, context=self.context
         )
+        return decode_answers(tokenizer, answers)
+
+    def answer(
+        self, conversations: Sequence[Sequence[Message]], sampling: Sampling, *, name: str
+    ) -> list[str]:
+        """Return the text of one answer per conversation, which errors call by `name` and number.
+
+        Raises:
+            ConfigError: a conversation leaves no room in the model's context.
+        """
+        replies = generate_replies(
+            self.base.model,
+            self.base.tokenizer,
+            conversations,
+            sampling=sampling,
+            context=self.context,
+            thinking=self.thinking,
+            name=name,
+        )
+        return [reply.text for reply in replies]
+
+    @property
+    def context(self) -> int | None:
+        """Context length of the model in tokens; None if the model has none."""
+        return context_length(self.base.config)
+
+    def clip_note(self, prompts: Sequence[Prompt], max_tokens: int) -> str | None:
+        """Return a note if answers of `max_tokens` tokens do not fit into the model's context."""
+        return clip_note([len(row) for row in self._encode(prompts)], max_tokens, self.context)
+
+    def _encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        if self.thinking is not None:
+            check_thinking(self.base.tokenizer)
+        return [
+            encode_prompt(self.base.tokenizer, prompt.messages, thinking=self.thinking)
+            for prompt in prompts
+        ]
 
 
 def open_responder(
@@ -95,9 +125,10 @@ def open_untrained_responder(config: DPOConfig) -> Responder:
     """Load the untrained policy from which a run with these settings would start.
 
     Raises:
-        ConfigError: the tokenizer has no chat template.
+        ConfigError: the tokenizer has no chat template, or `max_length` is beyond the positions
+            that the model has learned.
     """
-    base = load_configured_base(config)
+    base = load_trainable_base(config)
     _check_chat_template(base)
     provenance: dict[str, Any] = {
         "model": base.source,

@@ -203,4 +203,6 @@ def test_a_prompt_that_fills_the_context_is_rejected_with_its_location(run, tmp_
     file.write_text("Why?\n" + "word " * 600 + "\n")
     result = call(run, str(file))
     assert f"{file}:2: " in result.stderr.splitlines()[-1]
-    assert "leave no room for an answer of 8" in result.stderr.splitlines()[-1]
+    assert (
+        "leave no room for an answer (the context is 512 tokens)" in result.stderr.splitlines()[-1]
+    )

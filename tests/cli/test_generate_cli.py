@@ -119,7 +119,7 @@ def test_invalid_arguments_give_a_one_line_error_before_a_model_loads(arguments,
     [
         (["--thinking", "hi"], "`thinking` has no effect; the model's chat template knows no"),
         (["--reference", "hi"], "`--reference` has no effect with `--model`"),
-        (["word " * 600], "tokens leave no room for an answer (the context is 512)"),
+        (["word " * 600], "tokens leave no room for an answer (the context is 512 tokens)"),
     ],
 )
 def test_what_a_model_cannot_do_gives_a_one_line_error(model, arguments, message):

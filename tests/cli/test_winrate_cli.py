@@ -53,7 +53,9 @@ def answers(folder, prompts, adapter=None):
     path = None if adapter is None else str(adapter)
     model, tokenizer = mlx_lm.load(str(folder / "base"), adapter_path=path)
     conversations = [[{"role": "user", "content": text}] for text in prompts]
-    return generate_batch(model, tokenizer, conversations, sampling=Sampling(max_tokens=8))
+    return generate_batch(
+        model, tokenizer, conversations, sampling=Sampling(max_tokens=8), context=None
+    )
 
 
 def test_base_and_aligned_are_compared_on_the_answers_of_mlx_lm(folder):

@@ -29,7 +29,7 @@ class FakeResponder:
             text = prompt.messages[0]["content"]
             counts[text] = counts.get(text, 0) + 1
             reply = f"{self.provenance['model']} {sampling.temperature:g} {text} {counts[text]}"
-            texts.append(GeneratedText(reply, is_truncated=counts[text] == 2))
+            texts.append(GeneratedText(reply, "length" if counts[text] == 2 else "stop"))
         return texts
 
 

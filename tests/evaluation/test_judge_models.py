@@ -30,7 +30,7 @@ def rank_with_reply(monkeypatch, reply):
     responder = SimpleNamespace(
         base=SimpleNamespace(tokenizer=ThinkingTokenizer()),
         provenance={"model_digest": "x"},
-        answer=lambda conversations, sampling: [reply] * len(conversations),
+        answer=lambda conversations, sampling, name: [reply] * len(conversations),
     )
     monkeypatch.setattr(judge_module, "open_responder", lambda run, *, model: responder)
     judge = judge_module.open_judge(None, "m", None)

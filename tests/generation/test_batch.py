@@ -83,7 +83,9 @@ def alone(model, tokenizer, sampling):
 @pytest.mark.parametrize("penalty", [1.0, 1.4])
 def test_each_answer_of_a_batch_is_the_one_given_alone(llama, penalty):
     sampling = Sampling(max_tokens=20, repetition_penalty=penalty)
-    assert generate_batch(*llama, PROMPTS, sampling=sampling) == alone(*llama, sampling=sampling)
+    assert generate_batch(*llama, PROMPTS, sampling=sampling, context=None) == alone(
+        *llama, sampling=sampling
+    )
 
 
 def test_an_empty_answer_keeps_its_place(llama):
@@ -95,7 +97,7 @@ def test_an_empty_answer_keeps_its_place(llama):
     tokenizer.eos_token_ids = {*stops, first}
     try:
         sampling = Sampling(max_tokens=6)
-        batch = generate_batch(model, tokenizer, PROMPTS, sampling=sampling)
+        batch = generate_batch(model, tokenizer, PROMPTS, sampling=sampling, context=None)
         assert batch[2] == ""
         assert batch == alone(model, tokenizer, sampling)
     finally:
@@ -103,7 +105,7 @@ def test_an_empty_answer_keeps_its_place(llama):
 
 
 def test_llama_is_answered_in_batches(llama):
-    assert is_batching_exact(llama[0], [[5, 6, 7], list(range(4, 40))])
+    assert is_batching_exact(llama[0], [[5, 6, 7], list(range(4, 40))], context=None)
 
 
 @pytest.mark.parametrize("make", [five_dimensional_attention, state_space])
@@ -111,26 +113,26 @@ def test_where_batching_is_not_exact_answers_are_made_one_by_one(llama, make):
     mx.random.seed(0)
     model, tokenizer = make(), llama[1]
     sampling = Sampling(max_tokens=12)
-    assert not is_batching_exact(model, [[5, 6, 7], list(range(4, 40))])
-    assert generate_batch(model, tokenizer, PROMPTS, sampling=sampling) == alone(
+    assert not is_batching_exact(model, [[5, 6, 7], list(range(4, 40))], context=None)
+    assert generate_batch(model, tokenizer, PROMPTS, sampling=sampling, context=None) == alone(
         model, tokenizer, sampling
     )
 
 
 def test_answers_of_equal_seeds_are_equal(llama):
     sampling = Sampling(max_tokens=8, temperature=1.0, seed=1)
-    first = generate_batch(*llama, PROMPTS, sampling=sampling)
-    assert generate_batch(*llama, PROMPTS, sampling=sampling) == first
+    first = generate_batch(*llama, PROMPTS, sampling=sampling, context=None)
+    assert generate_batch(*llama, PROMPTS, sampling=sampling, context=None) == first
     assert len(set(first)) == len(first)
 
 
 def test_no_prompts_have_no_answers(llama):
-    assert generate_batch(*llama, [], sampling=Sampling()) == []
+    assert generate_batch(*llama, [], sampling=Sampling(), context=None) == []
 
 
 def test_thinking_is_refused_where_no_model_can(llama):
     with pytest.raises(ConfigError, match="`thinking` has no effect"):
-        generate_batch(*llama, PROMPTS, sampling=Sampling(), thinking=True)
+        generate_batch(*llama, PROMPTS, sampling=Sampling(), context=None, thinking=True)
 
 
 @pytest.fixture(scope="module")
@@ -138,11 +140,19 @@ def model(tmp_path_factory):
     return mlx_lm.load(str(make_checkpoint(tmp_path_factory.mktemp("batched"))))[0]
 
 
-@pytest.mark.parametrize("way", [_generate_batched, _generate_sequentially, generate_tokens])
+def _generate_within_context(*arguments):
+    return generate_tokens(*arguments[:-1], context=None)
+
+
+@pytest.mark.parametrize(
+    "way", [_generate_batched, _generate_sequentially, _generate_within_context]
+)
 def test_a_completion_is_the_likeliest_tokens_up_to_one_that_ends_it(model, way):
     """Each token from a forward pass over everything before it."""
     ends = []
-    for row, said in zip(ROWS, way(model, STOPS, ROWS, GREEDY), strict=True):
+    for row, said in zip(
+        ROWS, way(model, STOPS, ROWS, GREEDY, [GREEDY.max_tokens] * len(ROWS)), strict=True
+    ):
         so_far, likeliest = list(row), None
         while len(so_far) < len(row) + GREEDY.max_tokens and likeliest not in STOPS:
             likeliest = model(mx.array([so_far]))[0, -1].argmax().item()
@@ -154,4 +164,4 @@ def test_a_completion_is_the_likeliest_tokens_up_to_one_that_ends_it(model, way)
 
 
 def test_no_prompts_have_no_completions(model):
-    assert generate_tokens(model, STOPS, [], GREEDY) == []
+    assert generate_tokens(model, STOPS, [], GREEDY, context=None) == []

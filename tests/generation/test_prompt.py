@@ -4,7 +4,6 @@ import pytest
 from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
-from mlx_dpo.generation.context import context_length
 from mlx_dpo.generation.prompt import encode_text
 
 
@@ -26,10 +25,3 @@ def test_plain_text_has_no_begin_token_where_the_tokenizer_writes_none():
             return [7, 8]
 
     assert encode_text(Bare(bos_token_id=1), "x") == [7, 8]
-
-
-def test_the_context_is_read_where_a_config_has_it():
-    assert context_length({"max_position_embeddings": 512}) == 512
-    assert context_length({"text_config": {"max_position_embeddings": 64}}) == 64
-    assert context_length({"n_positions": 1024}) == 1024  # GPT-2: a table, read without bounds
-    assert context_length({"model_type": "mamba"}) is None

@@ -133,8 +133,10 @@ def _open_sampler(
 
     responders = open_responders(runs, model)
     for responder in responders:
-        for note in responder.base.notes:
-            echo(note, err=True)
+        clipped = responder.clip_note(prompts, plan.samplings[0].max_tokens)
+        for note in (*responder.base.notes, clipped):
+            if note is not None:
+                echo(note, err=True)
     system = responders[0].system
     if len({responder.system for responder in responders}) > 1:
         used = "no system message" if system is None else f"the system message {system}"
@@ -209,16 +211,21 @@ def _print_resumed(tasks: "TaskSampler") -> None:
 
 def _print_summary(pairs_file: "PairsFile") -> None:
     from mlx_dpo.cli import program
-    from mlx_dpo.collect.sample import count_outcomes, count_truncated
+    from mlx_dpo.collect.sample import count_context_full, count_outcomes, count_truncated
 
     (_, pairs), *skipped = count_outcomes(pairs_file)
     counts = [f"{pairs:,} pair{'s' * (pairs != 1)}", *(f"{n:,} {why}" for why, n in skipped)]
     echo(f"{pairs_file.path}: {', '.join(counts)}")
-    if truncated := count_truncated(pairs_file):
-        echo(
-            f"{truncated:,} of the chosen answers {'was' if truncated == 1 else 'were'} cut at the "
-            "token limit, and the model would learn to stop there; raise --max-tokens",
-            err=True,
-        )
+    full = count_context_full(pairs_file)
+    for cut, where, advice in (
+        (count_truncated(pairs_file) - full, "token limit", "raise --max-tokens"),
+        (full, "end of the model's context", "use shorter prompts"),
+    ):
+        if cut:
+            echo(
+                f"{cut:,} of the chosen answers {'was' if cut == 1 else 'were'} cut at the "
+                f"{where}, and the model would learn to stop there; {advice}",
+                err=True,
+            )
     if pairs:
         echo(f"Train on them: {program()} train {pairs_file.path} --model … --output …")
