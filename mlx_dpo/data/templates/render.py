@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 from jinja2.exceptions import TemplateError
 
+from mlx_dpo.data.templates.clock import printing_day_of
+from mlx_dpo.data.templates.sandbox import install_limits
 from mlx_dpo.types import Message
 
 # A template is a program: for messages that it was not written for it can raise anything.
@@ -55,12 +57,14 @@ def call_template(tokenizer: Any, template_input: TemplateInput, *, tokenize: bo
     kwargs = {"enable_thinking": template_input.thinking, **template_input.template_kwargs}
     if template_input.continue_final_message:
         kwargs["continue_final_message"] = True
+    install_limits()
     try:
-        return tokenizer.apply_chat_template(
-            list(template_input.messages),
-            add_generation_prompt=template_input.add_generation_prompt,
-            tokenize=tokenize,
-            **kwargs,
-        )
+        with printing_day_of(tokenizer):
+            return tokenizer.apply_chat_template(
+                list(template_input.messages),
+                add_generation_prompt=template_input.add_generation_prompt,
+                tokenize=tokenize,
+                **kwargs,
+            )
     except TEMPLATE_EXCEPTIONS as error:
         raise TemplateError(f"{type(error).__name__}: {error}") from error
