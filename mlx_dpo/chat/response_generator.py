@@ -25,6 +25,7 @@ from mlx_lm.server import (
 
 from mlx_dpo.chat.requests import RequestError
 from mlx_dpo.data.templates.render import TEMPLATE_EXCEPTIONS
+from mlx_dpo.data.templates.sandbox import install_limits
 from mlx_dpo.data.templates.tool_calls import fit_tool_calls
 from mlx_dpo.errors import ConfigError, reason
 from mlx_dpo.generation.context import answer_room
@@ -86,6 +87,7 @@ class TemplateTokenizer:
 
     def apply_chat_template(self, messages: Sequence[Message], **kwargs: Any) -> Any:
         """Return the text or the token ids of a conversation in the chat template."""
+        install_limits()
         fitted = fit_tool_calls(self._tokenizer, messages)
         return self._tokenizer.apply_chat_template(fitted, **kwargs)
 

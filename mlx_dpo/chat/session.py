@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 from mlx_dpo.adapters.switch import AdapterState, AdapterSwitch
 from mlx_dpo.config.sampling import Sampling
+from mlx_dpo.data.templates.clock import set_day
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.generation.context import answer_room
 from mlx_dpo.generation.decode import strip_thinking
@@ -60,6 +61,7 @@ class ChatSession:
         self._systems: list[str | None] = []  # system message in effect for each answer
         self.switch = switch or AdapterSwitch(model)
         self._model, self._tokenizer = model, tokenizer
+        set_day(tokenizer, None)  # a conversation takes place today, whenever the run began
         self._caches: dict[AdapterState, PromptCache] = {}
         self._check_settings()
         self.set_system(system)

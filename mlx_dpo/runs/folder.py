@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from secrets import token_hex
@@ -15,6 +16,7 @@ from typing import Any
 from mlx_dpo.adapters import peft
 from mlx_dpo.adapters.adapter_files import CONFIG, WEIGHTS, adapter_digest
 from mlx_dpo.config.dpo_config import DPOConfig
+from mlx_dpo.data.templates.clock import get_day, today
 from mlx_dpo.errors import ConfigError, RunError, reason
 from mlx_dpo.io.atomic import is_temporary, write_file
 from mlx_dpo.io.checksums import read_checked_json, to_checked_json, verify_file
@@ -105,6 +107,7 @@ RECORD_TYPES: dict[str, tuple[type, ...]] = {
     "versions": (dict,),
     "warnings": (list,),
     "id": (str,),
+    "day": (str, NoneType),
     "model_folder": (str, NoneType),
     "reference_folder": (str, NoneType),
     "start_folder": (str, NoneType),
@@ -160,6 +163,27 @@ def check_finished_files(paths: RunPaths, record: Mapping[str, Any]) -> None:
     if peft_weights.exists():
         verify_file(peft_weights)
     read_metrics(paths.metrics, num_rows=record.get("num_metrics_rows") or 0)
+
+
+def recorded_day(record: Mapping[str, Any] | None) -> date | None:
+    """Return the day on which the run of a record began; None for earlier versions' records.
+
+    Raises:
+        RunError: the record has something else in its place.
+    """
+    day = (record or {}).get("day")
+    try:
+        return None if day is None else date.fromisoformat(day)
+    except (TypeError, ValueError):
+        raise RunError(
+            f"run.json: `day` must be a date such as 2026-01-31, found {str(day)[:40]!r}; restore "
+            "the file"
+        ) from None
+
+
+def day_of_run(earlier: Mapping[str, Any] | None) -> date:
+    """Return the day on which a resumed run began, given its record; today for a new run."""
+    return recorded_day(earlier) or today()
 
 
 # Keys of records that earlier versions wrote, and the current names.
@@ -303,8 +327,10 @@ def new_record(
         earlier: run record of the run that is resumed; its id is kept.
         total_steps: number of optimizer steps of the run.
     """
+    day = get_day(inputs.base.tokenizer)
     return {
         "id": (earlier or {}).get("id") or token_hex(8),
+        "day": None if day is None else str(day),  # that a chat template with a date prints
         "state": "unfinished",
         "steps": total_steps,
         "settings": config.to_dict(),

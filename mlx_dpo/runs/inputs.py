@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +16,7 @@ from mlx_dpo.data.hf_datasets import InMemoryRows
 from mlx_dpo.data.load import check_settings_used, held_out_indices, mix_indices
 from mlx_dpo.data.report import PairsReport
 from mlx_dpo.data.sources import Source, SplitSources, find_sources
+from mlx_dpo.data.templates.clock import get_day, set_day, today
 from mlx_dpo.data.tokenization.cache import RowProgress, TokenCache, load_source
 from mlx_dpo.data.tokenization.formatting import TokenRules
 from mlx_dpo.data.tokenization.parallel import TokenizerWorkers
@@ -170,7 +172,8 @@ def load_configured_source(
 ) -> LoadedPairs[PairDataset]:
     """Load and tokenize one source of pairs (file, folder or dataset) with the run's settings."""
     path, code = base.path, config.trust_remote_code
-    load = partial(load_tokenizer, path, base.source, trust_remote_code=code)
+    day = get_day(base.tokenizer)
+    load = partial(load_tokenizer_of_day, day, path, base.source, trust_remote_code=code)
     files = tokenizer_fingerprint(path) + (code_fingerprint(path) if code else "")
     local = Path(base.source).expanduser().is_dir()
     name = os.path.basename(os.path.abspath(path)) if local else base.source
@@ -182,6 +185,15 @@ def load_configured_source(
         None if folder is None else TokenCache(folder, files, name),
         progress=tokenization_progress,
     )
+
+
+def load_tokenizer_of_day(
+    day: date | None, path: Path, source: str, *, trust_remote_code: bool
+) -> Any:
+    """Load a tokenizer whose chat template prints `day`, as in a worker process."""
+    tokenizer = load_tokenizer(path, source, trust_remote_code=trust_remote_code)
+    set_day(tokenizer, day)
+    return tokenizer
 
 
 def count_processes() -> int:
@@ -209,6 +221,7 @@ def load_inputs(
     read: Callable[[DPOConfig], LoadedModel] = load_trainable_base,
     tokenization_progress: RowProgress = no_progress,
     datasets: Datasets = NO_DATASETS,
+    day: date | None = None,
 ) -> Inputs:
     """Find the pairs, load the base model and tokenize the pairs.
 
@@ -216,6 +229,7 @@ def load_inputs(
         read: function that loads the base model.
         tokenization_progress: shows the progress of tokenizing large sources, in rows.
         datasets: pairs passed as Python objects.
+        day: day that the chat template prints; None: today.
 
     Raises:
         ConfigError: a setting has no effect, or an example is longer than the context length.
@@ -224,6 +238,7 @@ def load_inputs(
     sources = find_sources(pairs, valid, config.split)
     check_held_out_settings(config, sources)
     base = read(config)
+    set_day(base.tokenizer, day or today())
     train = [
         load_configured_source(config, base, source, tokenization_progress)
         for source in sources.train

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from datetime import date
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -166,6 +167,7 @@ def compute_reference_model_logps(
     scoring_progress: ProgressBar,
     tokenization_progress: RowProgress,
     datasets: Datasets = NO_DATASETS,
+    day: date | None = None,
 ) -> tuple[dict[str, PairLogps], str]:
     """Return the log-probs of the training and held-out pairs under the setting `reference_model`.
 
@@ -184,7 +186,11 @@ def compute_reference_model_logps(
         )
     load_shapes = partial(load_trainable_base, load=load_empty_model)
     inputs = load_inputs(
-        config, read=load_shapes, tokenization_progress=tokenization_progress, datasets=datasets
+        config,
+        read=load_shapes,
+        tokenization_progress=tokenization_progress,
+        datasets=datasets,
+        day=day,
     )
     other, tokenizer = load_reference_model(config), inputs.base.tokenizer
     return compute_logps_of_splits(config, other, tokenizer, inputs.splits, scoring_progress)

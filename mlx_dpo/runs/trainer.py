@@ -36,6 +36,7 @@ from mlx_dpo.runs.folder import (
     check_provenance,
     check_resumable,
     check_run_folder,
+    day_of_run,
     lock_folder,
     new_record,
     read_record,
@@ -190,14 +191,17 @@ class DPOTrainer:
             tokenization_progress: shows how many rows of large datasets are tokenized.
         """
         mx.reset_peak_memory()  # earlier work of the same process does not count
-        start = start_adapter_provenance(self.config)
+        start, day = start_adapter_provenance(self.config), day_of_run(self.earlier)
         if self.config.reference_model is not None:
             self._reference_model_logps, digest = compute_reference_model_logps(
-                self.config, scoring_progress, tokenization_progress, self.datasets
+                self.config, scoring_progress, tokenization_progress, self.datasets, day
             )
             start |= {"reference_model": digest}
         self.inputs: Inputs = load_inputs(
-            self.config, tokenization_progress=tokenization_progress, datasets=self.datasets
+            self.config,
+            tokenization_progress=tokenization_progress,
+            datasets=self.datasets,
+            day=day,
         )
         check_step_settings(self.config, self.total_steps)
         self.best.check_has_effect(

@@ -11,6 +11,7 @@ from mlx_dpo.data.examples import parse_rows
 from mlx_dpo.data.prompts import Prompt, check_no_template_kwargs, collect_prompts, make_prompt
 from mlx_dpo.data.report import PairsReport
 from mlx_dpo.data.sources import STDIN, find_sources, resolve_held_out_source
+from mlx_dpo.data.templates.clock import set_day
 from mlx_dpo.errors import ConfigError, RunError
 from mlx_dpo.io.arrays import named_arrays
 from mlx_dpo.losses.metrics import to_public_names
@@ -106,7 +107,7 @@ def load_held_out_pairs(run: OpenRun) -> EvaluationPairs:
             f"{run.paths.folder}: the run read its pairs from {source}, which is gone; "
             "name a file of pairs"
         )
-    inputs = load_inputs(run.config, read=load_configured_base)
+    inputs = load_inputs(run.config, read=load_configured_base, day=run.day)
     check_provenance(run.paths, run.record, {"valid": pairs_digest(inputs.valid)})
     return inputs.base, inputs.valid, f"held-out {run.config.unit}", ()
 
@@ -118,6 +119,7 @@ def load_named_pairs(run: OpenRun, pairs: str) -> EvaluationPairs:
     """
     source = resolve_held_out_source(pairs)
     base = load_configured_base(run.config)
+    set_day(base.tokenizer, run.day)
     read = load_configured_source(run.config, base, source)
     pairs_read = add_kl_completions(run.config, read.pairs)
     check_context_length(run.config, base, pairs_read)
@@ -196,7 +198,7 @@ def held_out_prompts(run: OpenRun, base: LoadedModel) -> list[Prompt]:
         raise ConfigError(
             f"{run.paths.folder}: the run read its pairs from memory; name a file of prompts"
         )
-    wanted = set(prompts_of_pairs(load_inputs(config, read=lambda _: base).valid))
+    wanted = set(prompts_of_pairs(load_inputs(config, read=lambda _: base, day=run.day).valid))
     if not wanted:
         raise ConfigError(f"{run.paths.folder}: the run held no pairs out; name a file of prompts")
     sources = find_sources(config.pairs, config.valid, config.split)

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ from mlx_dpo.adapters import attach as adapters
 from mlx_dpo.adapters.adapter_files import adapter_digest, load_adapter
 from mlx_dpo.adapters.switch import AdapterState, AdapterSwitch
 from mlx_dpo.config.dpo_config import DPOConfig
+from mlx_dpo.data.templates.clock import set_day
 from mlx_dpo.errors import ConfigError, RunError
 from mlx_dpo.models.files import model_fingerprint, tokenizer_fingerprint
 from mlx_dpo.models.load import LoadedModel, load_model
-from mlx_dpo.runs.folder import RunPaths, check_provenance, find_run
+from mlx_dpo.runs.folder import RunPaths, check_provenance, find_run, recorded_day
 from mlx_dpo.runs.inputs import load_configured_base
 from mlx_dpo.training import checkpoint
 from mlx_dpo.units import format_bytes
@@ -39,6 +41,11 @@ class OpenRun:
     def trained_on_text(self) -> bool:
         """Whether the run was trained on plain text, without a chat template."""
         return not any(report["as_chat"] for report in self.record["pairs"])
+
+    @property
+    def day(self) -> date | None:
+        """Day that the chat template prints in everything that is measured of this run."""
+        return recorded_day(self.record)
 
     @property
     def finished(self) -> bool:
@@ -103,6 +110,7 @@ def load_base_of_run(opened: OpenRun) -> LoadedModel:
         RunError: the model or its tokenizer has changed since the run.
     """
     base = load_configured_base(opened.config)
+    set_day(base.tokenizer, opened.day)
     check_provenance(
         opened.paths,
         opened.record,

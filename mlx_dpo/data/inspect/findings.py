@@ -59,7 +59,8 @@ CHECKS = {
               unit=ROWS),
         Check("prompt-not-prefix", FAULT, "the chat template changes the prompt once a reply "
               "follows, so nothing says where the reply begins",
-              "take a model whose template keeps the prompt", MODEL),
+              "add `--thinking` if the answers hold the model's thoughts; else take a model "
+              "whose template keeps the prompt", MODEL),
         Check("no-plain-text", FAULT, "a special token in the text cannot be kept as plain text",
               _DROPPED, MODEL, unit=ROWS),
         Check("no-room", FAULT, "the prompt alone fills `--max-length`",

@@ -23,7 +23,11 @@ PLAIN = frozenset({str, int, float, bool, type(None)})
 LARGE = 1 << 16  # size from which a value is worth a look at the time
 
 
-class TemplateLimitError(TemplateError):
+class UnusableTemplateError(TemplateError):
+    """A chat template cannot be used at all, whatever the messages."""
+
+
+class TemplateLimitError(UnusableTemplateError):
     """A chat template computes for too long, or builds a value that is too large."""
 
 

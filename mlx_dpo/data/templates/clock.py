@@ -20,6 +20,11 @@ def now() -> datetime:
     return datetime.now()
 
 
+def today() -> date:
+    """Return the present day."""
+    return now().date()
+
+
 def is_dated(tokenizer: Any) -> bool:
     """Return whether the tokenizer's chat template prints the date."""
     return DATED in str(getattr(tokenizer, "chat_template", ""))

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from jinja2.exceptions import TemplateError
 
+from mlx_dpo.data.templates.budget import UnusableTemplateError
 from mlx_dpo.data.templates.render import TemplateInput, template_text
 from mlx_dpo.types import Message
 
@@ -59,15 +60,15 @@ class _Part(NamedTuple):
 
 
 def find_dropped_parts(
-    tokenizer: Any, whole: TemplateInput, first_in_completion: int, render: Render
+    tokenizer: Any, render: Render, whole: TemplateInput, first_in_completion: int
 ) -> list[DroppedPart]:
     """Return the parts of a conversation that the chat template leaves out.
 
     Args:
         tokenizer: the tokenizer.
+        render: function that returns the text of a conversation in the chat template.
         whole: the conversation, with the completion.
         first_in_completion: index of the first message of the completion.
-        render: function that returns the text of a conversation in the chat template.
     """
     known, text = _known_parts(tokenizer, template_text(tokenizer)), None
     dropped = []
@@ -84,6 +85,8 @@ def find_dropped_parts(
 def _has_trace(text: str, changed: TemplateInput, render: Render) -> bool:
     try:
         return render(changed) != text
+    except UnusableTemplateError:
+        raise
     except TemplateError:  # the template reads the part, as it refuses another one
         return True
 

@@ -20,8 +20,13 @@ from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 from mlx_dpo.data.templates import clock, operations
-from mlx_dpo.data.templates.budget import Budget, TemplateLimitError
+from mlx_dpo.data.templates.budget import (
+    Budget,
+    TemplateLimitError,
+    UnusableTemplateError,
+)
 from mlx_dpo.data.templates.operations import CHECKED_FILTERS, LIST_FILTERS, budget_of
+from mlx_dpo.errors import reason
 
 MAX_SOURCE = 1 << 20  # characters of a template
 # Python's compiler refuses blocks or expressions that are nested too deeply.
@@ -241,7 +246,7 @@ def _store(context: Context, value: Any) -> Any:
 
 @pass_context
 def _check_no_chance(context: Context, value: Any) -> Any:
-    raise TemplateError("the chat template draws at random; the same row needs the same text")
+    raise UnusableTemplateError("the chat template draws at random, so texts would change")
 
 
 def _checked_filter(plain: ImmutableSandboxedEnvironment, name: str) -> Any:
@@ -284,7 +289,7 @@ def compile_limited(plain: ImmutableSandboxedEnvironment, source: str) -> Templa
     """Return a template that is compiled for a `LimitedEnvironment`.
 
     Raises:
-        TemplateError: the source is too long, or is no template.
+        UnusableTemplateError: the source is too long, or is no template.
     """
     if len(source) > MAX_SOURCE:
         raise TemplateLimitError(
@@ -292,6 +297,6 @@ def compile_limited(plain: ImmutableSandboxedEnvironment, source: str) -> Templa
         )
     try:
         return LimitedEnvironment(plain).from_string(source)
-    except COMPILER_ERRORS as error:
-        reason = str(error) or type(error).__name__
-        raise TemplateError(f"the chat template cannot be compiled ({reason})") from error
+    except (TemplateError, *COMPILER_ERRORS) as error:
+        why = reason(error)
+        raise UnusableTemplateError(f"the chat template cannot be compiled ({why})") from error

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from jinja2.exceptions import TemplateError
 
+from mlx_dpo.data.templates.budget import UnusableTemplateError
 from mlx_dpo.data.templates.render import TemplateInput, call_template, template_text
 from mlx_dpo.schemas.tool_calls import format_arguments
 from mlx_dpo.types import Message
@@ -87,6 +88,8 @@ def _render_probes(tokenizer: Any, form: CallForm) -> Iterator[str]:
             yield call_template(
                 tokenizer, TemplateInput(turns[:length], False, kwargs), tokenize=False
             )
+        except UnusableTemplateError:
+            raise
         except TemplateError:
             continue
 

@@ -24,6 +24,7 @@ from mlx_dpo.data.dataset import MappedPairs, PairDataset
 from mlx_dpo.data.files import RowLocations, file_format
 from mlx_dpo.data.report import PairsReport
 from mlx_dpo.data.sources import Source
+from mlx_dpo.data.templates.clock import get_day, is_dated, today
 from mlx_dpo.data.tokenization.pair_file import (
     READ_BYTES,
     Arrays,
@@ -49,7 +50,6 @@ CODE = ("mlx_dpo.schemas", "mlx_dpo.data")
 SUFFIX = ".pairs"
 MIN_CACHED_BYTES = 1 << 20  # size of files that take about a second to tokenize
 LIBRARIES = ("transformers", "tokenizers", "mlx-lm", "jinja2")  # their versions change tokens
-DATED = "strftime_now"  # in a chat template that prints the date
 
 FROM_CACHE = "tokens read from the cache"
 DAMAGED = "the cached tokens were damaged; they were made again"
@@ -192,7 +192,6 @@ def _key(
 ) -> str:
     """Return the cache key: a SHA-256 digest of everything that the tokenized pairs depend on."""
     formats: list[Any] = [file_format(path) for path in source.files]
-    is_dated = DATED in str(getattr(tokenizer, "chat_template", ""))
     content = {
         "rules": asdict(rules),
         "code": _code_digest(),
@@ -203,7 +202,7 @@ def _key(
             tokenizer.eos_token_id,
         ],
         "libraries": [version(name) for name in LIBRARIES],
-        "today": f"{datetime.now():%Y-%m-%d}" if is_dated else None,
+        "day": str(get_day(tokenizer) or today()) if is_dated(tokenizer) else None,
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

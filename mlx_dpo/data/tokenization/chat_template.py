@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 from jinja2.exceptions import TemplateError
 
-from mlx_dpo.data.templates.dropped import find_dropped_parts
+from mlx_dpo.data.templates.budget import UnusableTemplateError
+from mlx_dpo.data.templates.dropped import REASONING, find_dropped_parts
 from mlx_dpo.data.templates.render import TemplateInput, call_template, has_template
 from mlx_dpo.data.templates.tool_calls import fit_tool_calls
 from mlx_dpo.data.tokenization.special_tokens import (
@@ -24,7 +25,9 @@ from mlx_dpo.errors import (
     SPECIAL_TOKEN,
     TEMPLATE_ERROR,
     BadPairError,
+    ModelError,
     PromptBoundaryError,
+    reason,
 )
 from mlx_dpo.schemas.messages import has_content, to_messages
 from mlx_dpo.types import Message, PreferenceExample
@@ -83,14 +86,20 @@ def has_thinking_mode(tokenizer: Any) -> bool:
     """Return whether the chat template has a thinking mode.
 
     A template has one if its argument `enable_thinking` changes the token ids of a prompt.
+
+    Raises:
+        ModelError: the template refuses even a single question.
     """
     if not has_template(tokenizer):
         return False
     question = [{"role": "user", "content": "?"}]
-    on, off = (
-        encode_conversation(tokenizer, question, add_generation_prompt=True, thinking=thinking)
-        for thinking in (True, False)
-    )
+    try:
+        on, off = (
+            encode_conversation(tokenizer, question, add_generation_prompt=True, thinking=thinking)
+            for thinking in (True, False)
+        )
+    except TemplateError as error:
+        raise _unusable("`thinking`", error) from None
     return on != off
 
 
@@ -105,6 +114,7 @@ def tokenize_as_chat(
     Raises:
         PromptBoundaryError: the template changes the prompt once a completion follows it.
         BadPairError: the prompt is empty, or the template raises an error for the messages.
+        ModelError: the template cannot be used at all.
     """
     prompt = to_messages(example.prompt, "user")
     if not has_content(prompt):
@@ -121,15 +131,22 @@ def tokenize_as_chat(
         rows = [apply_template(tokenizer, whole) for whole in wholes]
         for row, whole in zip(rows, wholes, strict=True):
             if row[: len(prompt_ids)] != prompt_ids and not _is_prefix(tokenizer, before, whole):
-                raise _boundary_error(tokenizer, example.location, prompt_ids, row)
+                remedy = _find_remedy(tokenizer, before, whole)
+                raise _boundary_error(tokenizer, example.location, prompt_ids, row, remedy)
         unwritten = _find_unwritten(tokenizer, wholes, len(prompt) - continues, example.location)
     except NotPlainTextError as error:
         raise BadPairError(example.location, SPECIAL_TOKEN, str(error)) from None
+    except UnusableTemplateError as error:
+        raise _unusable(example.location, error) from None
     except TemplateError as error:
         message = " ".join(str(error).split())[:200]
         advice = "fix its turns, or use another model"
         raise BadPairError(example.location, TEMPLATE_ERROR, message, advice=advice) from None
     return _split(prompt_ids, rows)._replace(unwritten=unwritten)
+
+
+def _unusable(location: str, error: TemplateError) -> ModelError:
+    return ModelError(f"{location}: {reason(error)}; use a model with another chat template")
 
 
 def _find_unwritten(
@@ -140,14 +157,17 @@ def _find_unwritten(
     Raises:
         BadPairError: such a part changes what the pair says.
     """
-    names: set[str] = set()
+    find, names = partial(find_dropped_parts, tokenizer, partial(_text, tokenizer)), set[str]()
     for whole, completion in zip(wholes, ("chosen", "rejected"), strict=True):
-        parts = find_dropped_parts(tokenizer, whole, first_in_completion, partial(_text, tokenizer))
+        parts = find(whole, first_in_completion)
         if faults := [part for part in parts if part.is_fault]:
             found = faults[0].describe(first_in_completion, completion)
-            raise BadPairError(
-                location, NOT_WRITTEN, found, advice="use a model whose template writes it"
-            )
+            advice = "use a model whose template writes it"
+            if not whole.thinking and faults[0].name == REASONING:
+                on = whole._replace(thinking=True)
+                if not any(part.is_fault for part in find(on, first_in_completion)):
+                    advice = "add --thinking, with which the template writes it"
+            raise BadPairError(location, NOT_WRITTEN, found, advice=advice)
         names.update(part.name for part in parts)
     return frozenset(names)
 
@@ -164,7 +184,10 @@ def later_turn_starts(tokenizer: Any, example: PreferenceExample, *, thinking: b
     """
     messages = to_messages(example.prompt, "user")
     whole = TemplateInput(messages, thinking, example.template_kwargs)
-    ids = apply_template(tokenizer, whole)
+    try:
+        ids = apply_template(tokenizer, whole)
+    except (TemplateError, NotPlainTextError):  # the template refuses a prompt without an answer
+        return []
     starts = []
     for number, message in enumerate(messages):
         if not number or message["role"] != "user":
@@ -257,13 +280,28 @@ def _is_prefix(tokenizer: Any, before: TemplateInput, whole: TemplateInput) -> b
     return bool(text.startswith(prefix))
 
 
-def _boundary_error(tokenizer: Any, location: str, before: Ids, whole: Ids) -> PromptBoundaryError:
+def _find_remedy(tokenizer: Any, before: TemplateInput, whole: TemplateInput) -> str:
+    """Return what to do about a prompt `before` that is no prefix of the conversation `whole`."""
+    other_mode = [part._replace(thinking=not before.thinking) for part in (before, whole)]
+    try:
+        if _is_prefix(tokenizer, *other_mode):
+            if before.thinking:
+                return "the template takes such answers without thinking: leave out --thinking"
+            return "the answers hold the model's thoughts: add --thinking"
+    except TemplateError:  # the template refuses the other mode
+        pass
+    return "take a model whose template keeps the prompt"
+
+
+def _boundary_error(
+    tokenizer: Any, location: str, before: Ids, whole: Ids, remedy: str
+) -> PromptBoundaryError:
     position = _shared_length(before, whole)
     was, became = (format_ids(tokenizer, ids[position : position + 1]) for ids in (before, whole))
     return PromptBoundaryError(
         f"{location}: the chat template changes the prompt once a reply follows it "
         f"(token {position}: {was} became {became}), so nothing says where the reply begins; "
-        "take a model whose template keeps the prompt"
+        f"{remedy}"
     )
 
 

@@ -1,17 +1,17 @@
 """Chat templates that would compute for ever or fill the memory are refused with the reason."""
 
-import pickle
-import re
 import threading
 import time
 
 import pytest
 from jinja2.exceptions import TemplateError
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 from transformers.utils import chat_template_utils
 
+from mlx_dpo.chat.response_generator import TemplateTokenizer
 from mlx_dpo.data.templates import budget
 from mlx_dpo.data.templates.render import TemplateInput, call_template
-from mlx_dpo.data.templates.sandbox import install_limits
+from mlx_dpo.data.templates.sandbox import LimitedEnvironment, install_limits
 from tests.data.template_families import TEMPLATES, byte_level
 from tests.data.templates import tool_templates
 from tests.data.templates.tool_templates import with_template
@@ -71,7 +71,8 @@ HOSTILE = {
     DOUBLING.replace("99", "999").replace("BODY", "[n.x]") + "{{ n.x }}": "nests more than",
     "{% set n = namespace(x=3) %}{% for i in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}":
         BITS,
-    "{% set x %}{% for i in range(9000) %}{{ 'a' * 9000 }}{% endfor %}{% endset %}": SIZE,
+    "{% set x %}{% for i in range(9000) %}{{ 'a' * 9000 }}{% endfor %}{% endset %}":
+        "characters or entries",
     "{% for i in range(9000) %}{{ 'a' * 9000 }}{% endfor %}": SIZE,
     "{% set n = namespace(x=[]) %}{% for i in range(9000) %}"
     "{% set n.x = n.x + [('a' * 90000)[1:]] %}{% endfor %}": SIZE,
@@ -129,8 +130,8 @@ def test_time_is_limited_where_steps_are_few(monkeypatch):
     monkeypatch.setattr(budget, "MAX_SECONDS", 0.05)
     with pytest.raises(TemplateError, match=r"computes for over 0.05 seconds"):
         rendered(
-            "{% for i in range(9999) %}{% set x = messages | string | upper | lower %}"
-            "{% set y = ('a' * 70000) | length %}{% endfor %}"
+            "{% set x = 'a' * 99999 %}{% for i in range(99999) %}{% for j in range(99) %}"
+            "{% set y = 'b' in x %}{% endfor %}{% endfor %}"
         )
 
 
@@ -161,7 +162,8 @@ def test_ordinary_templates_write_the_same_text_as_in_transformers(name):
     "template",
     [
         "{% for a, b in [(1, 2), (3, 4)] %}{{ loop.length }}{{ loop.last }}{{ a + b }}{% endfor %}",
-        "{% for m in messages %}{{ loop.previtem.role }}{{ loop.nextitem.role }}{% endfor %}",
+        "{% for m in messages %}{{ (loop.previtem or m).role }}{{ (loop.nextitem or m).role }}"
+        "{% endfor %}",
         "{% for m in messages recursive %}{{ m.role }}{% if loop.depth < 2 %}"
         "{{ loop(messages) }}{% endif %}{% else %}none{% endfor %}{% for x in y %}{% else %}-"
         "{% endfor %}",
@@ -203,8 +205,11 @@ def test_a_long_conversation_may_become_a_long_text():
     assert rendered(collecting, many) == "20009000"
 
 
-def test_the_limits_reach_worker_processes():
-    """Workers call the same function, which replaces the compiler on its first call."""
-    assert pickle.loads(pickle.dumps(install_limits)) is install_limits
+def test_transformers_and_the_server_compile_templates_with_the_limits():
+    """A tokenizer of transformers, and mlx-lm's server through it, reach no other compiler."""
     install_limits()
-    assert re.search("limited|compile_template", repr(chat_template_utils._compile_jinja_template))
+    compiled = chat_template_utils._compile_jinja_template("{{ 1 }}")
+    assert isinstance(compiled.environment, LimitedEnvironment)
+    served = TemplateTokenizer(TokenizerWrapper(with_template("{{ 'a' * 10 ** 10 }}")))
+    with pytest.raises(TemplateError, match=SIZE):
+        served.apply_chat_template(TURNS, tokenize=False)

@@ -4,7 +4,7 @@ import pytest
 
 from mlx_dpo.data.tokenization.formatting import TokenRules
 from mlx_dpo.data.tokenization.tokenize import check_token_rules, tokenize_pair
-from mlx_dpo.errors import TEMPLATE_ERROR, BadPairError, ConfigError, DataError
+from mlx_dpo.errors import TEMPLATE_ERROR, BadPairError, ConfigError, DataError, ModelError
 from mlx_dpo.types import PreferenceExample
 from tests.data.template_families import TEMPLATES, byte_level, metaspace
 
@@ -118,6 +118,65 @@ def test_a_thought_in_a_completion_raises_an_error_while_thinking_is_off():
     """The prompt has an empty thought, and the conversation another one."""
     with pytest.raises(DataError, match="the chat template changes the prompt"):
         pair_of(byte_level("qwen-3"), turns("is it?"), "<think>\nwhy\n</think>\n\nso")
+
+
+@pytest.mark.parametrize(
+    ("name", "thinking", "answer", "remedy"),
+    [
+        (
+            "qwen-3",
+            None,
+            "<think>\nwhy\n</think>\n\nso",
+            "hold the model's thoughts: add --thinking",
+        ),
+        ("qwen-3", False, "<think>why</think>so", "hold the model's thoughts: add --thinking"),
+        ("deepseek-r1", None, "so", "take a model whose template keeps the prompt"),
+    ],
+)
+def test_the_remedy_for_a_changed_prompt_is_named(name, thinking, answer, remedy):
+    with pytest.raises(DataError, match=f"where the reply begins; .*{remedy}$"):
+        pair_of(byte_level(name), turns("is it?"), answer, "no", thinking=thinking)
+    if "--thinking" in remedy:
+        pair_of(byte_level(name), turns("is it?"), answer, "no", thinking=True)
+
+
+def test_thinking_is_the_remedy_where_a_template_leaves_out_the_reasoning_without_it():
+    tokenizer = byte_level.__wrapped__("chatml")
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "message.content",
+        "((message.reasoning_content or '') if enable_thinking else '') + message.content",
+    )
+    chosen = ({"role": "assistant", "content": "yes", "reasoning_content": "why"},)
+    rejected = ({"role": "assistant", "content": "no"},)
+    pair = PreferenceExample(turns("is it?"), chosen, rejected, "pairs.jsonl:7")
+    with pytest.raises(BadPairError, match=r"the reasoning of `chosen\[0\]`.*add --thinking"):
+        tokenize_pair(tokenizer, pair, TokenRules(vocab_size=1000))
+    scored = tokenize_pair(tokenizer, pair, TokenRules(vocab_size=1000, thinking=True)).pair.chosen
+    assert tokenizer.decode(scored[:-1]) == "whyyes"
+
+
+def test_a_template_that_cannot_be_used_stops_at_the_first_row():
+    """No row of the data set would get any further, so it is no fault of a row."""
+    tokenizer = byte_level.__wrapped__("chatml")
+    for template, problem in (
+        ("{{ 'a' * 10 ** 10 }}", "builds a text or list"),
+        ("{% for x in %}", "cannot be compiled"),
+    ):
+        tokenizer.chat_template = template
+        with pytest.raises(ModelError, match=f"pairs.jsonl:7: .*{problem}.*; use a model with"):
+            pair_of(tokenizer, turns("is it?"))
+        with pytest.raises(ModelError, match=f"`thinking`: .*{problem}"):
+            check_token_rules(tokenizer, TokenRules(thinking=True))
+
+
+@pytest.mark.parametrize(
+    "template", ["", "{# nothing #}", "{% if false %}{{ messages }}{% endif %}"]
+)
+def test_a_template_that_writes_nothing_is_a_fault(template):
+    tokenizer = byte_level.__wrapped__("chatml")
+    tokenizer.chat_template = template
+    with pytest.raises(BadPairError, match=r"the content of `prompt\[0\]`"):
+        pair_of(tokenizer, turns("is it?"))
 
 
 @pytest.mark.parametrize("name", sorted(TEMPLATES.keys() - {"qwen-3"}))

@@ -16,6 +16,7 @@ import pytest
 
 from mlx_dpo.data.load import load_pairs
 from mlx_dpo.data.sources import STDIN, find_sources, resolve_source
+from mlx_dpo.data.templates import clock
 from mlx_dpo.data.tokenization import cache as token_cache
 from mlx_dpo.data.tokenization.cache import (
     DAMAGED,
@@ -204,10 +205,12 @@ def test_a_template_with_the_date_has_another_key_on_another_day(write, cache, m
     read(path, cache, tokenizer=dated)
     read(path, cache)  # without a date in the template
     assert not is_missed(path, cache, tokenizer=silent)
-    tomorrow = type("Tomorrow", (datetime,), {"__format__": lambda self, how: "2100-01-01"})
-    monkeypatch.setattr(token_cache, "datetime", tomorrow)
+    began = clock.today()
+    monkeypatch.setattr(clock, "now", lambda: datetime(2100, 1, 1))
     assert is_missed(path, cache, tokenizer=silent)
     assert not is_missed(path, cache)
+    clock.set_day(silent, began)  # a run that began on that day
+    assert not is_missed(path, cache, tokenizer=silent)
 
 
 def only(cache):
