@@ -5,12 +5,15 @@ Every row is flushed to disk before the program continues, so a crash loses no f
 
 import json
 import os
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from mlx_dpo.errors import DataError, reason
+from mlx_dpo.io.atomic import atomic_file
 from mlx_dpo.io.locks import lock_file
 from mlx_dpo.types import Message, Text
 
@@ -88,7 +91,7 @@ class JsonlFile:
         Raises:
             DataError: the file cannot be written.
         """
-        line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
+        line = _format_row(row)
         with self._open_locked() as file:
             self._repair(file)
             try:
@@ -98,15 +101,60 @@ class JsonlFile:
             except OSError as error:
                 raise self._write_error(error) from error
 
-    def _open_locked(self) -> BinaryIO:
-        """Open the file for appending, locked against other mlx-dpo processes."""
+    def replace(self, row: Row, is_outdated: Callable[[Row], bool]) -> list[Row]:
+        """Append a row and remove the outdated ones, all or nothing; return those removed.
+
+        Args:
+            row: the row to append.
+            is_outdated: says of a row whether it is removed.
+
+        Raises:
+            DataError: the file cannot be written.
+        """
+        with self._open_locked() as file:
+            self._repair(file)
+            file.seek(0)
+            rest, removed = [], []
+            for line in file:
+                earlier = _read_row(line)
+                if earlier is not None and is_outdated(earlier):
+                    removed.append(earlier)
+                else:
+                    rest.append(line)
+            if removed:
+                self._rewrite([*rest, _format_row(row)])
+        if not removed:
+            self.append(row)
+        return removed
+
+    def _rewrite(self, lines: list[bytes]) -> None:
+        """Replace the content of the file, which a crash leaves as it was or as it is to be."""
+        target = self.path.resolve()
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            file = open(self.path, "a+b")  # noqa: SIM115 (the caller closes it)
+            with atomic_file(target, durable=True) as temporary:
+                temporary.write_bytes(b"".join(lines))
+                shutil.copymode(target, temporary)
         except OSError as error:
             raise self._write_error(error) from error
-        lock_file(file, wait=True, risk=LOCK_RISK)
-        return file
+
+    def _open_locked(self) -> BinaryIO:
+        """Open the file for appending, locked against other mlx-dpo processes."""
+        while True:
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                file = open(self.path, "a+b")  # noqa: SIM115 (the caller closes it)
+            except OSError as error:
+                raise self._write_error(error) from error
+            lock_file(file, wait=True, risk=LOCK_RISK)
+            if self._is_current(file):
+                return file
+            file.close()  # another process replaced the file while this one waited for the lock
+
+    def _is_current(self, file: BinaryIO) -> bool:
+        try:
+            return os.path.samestat(os.fstat(file.fileno()), self.path.stat())
+        except FileNotFoundError:
+            return False
 
     def _write_error(self, error: OSError) -> DataError:
         return DataError(
@@ -144,3 +192,16 @@ class JsonlFile:
                 f"{self.path}: the last line is no row of JSON, so nothing is appended to it; fix "
                 "the line, or choose another file for the rows"
             )
+
+
+def _format_row(row: Row) -> bytes:
+    return json.dumps(row, ensure_ascii=False).encode() + b"\n"
+
+
+def _read_row(line: bytes) -> Row | None:
+    """Return the row of a line; None if the line is no row, which is left as it is."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) else None

@@ -6,6 +6,7 @@ import pytest
 from mlx_dpo.chat.feedback import JsonlFile, pair_row, unpaired_row, utc_timestamp
 from mlx_dpo.data.sources import read_rows
 from mlx_dpo.errors import DataError
+from mlx_dpo.io.locks import lock_file
 
 PROMPT = ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"})
 
@@ -90,3 +91,49 @@ def test_a_folder_and_an_unwritable_path_give_a_one_line_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match=r"cannot be written \(.+\); choose another file"):
         JsonlFile(tmp_path / "file" / "rows.jsonl").append({})
+
+
+def test_a_row_replaces_those_that_are_outdated_and_no_others(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"n": 1}\nnot JSON\n{"n": 2}\n[3]\n{"n": 1, "m": 2}\n')
+    path.chmod(0o600)
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(path)
+    removed = JsonlFile(link).replace({"n": 4}, lambda row: row["n"] == 1)
+    assert removed == [{"n": 1}, {"n": 1, "m": 2}]
+    assert path.read_text() == 'not JSON\n{"n": 2}\n[3]\n{"n": 4}\n'
+    assert link.is_symlink() and path.stat().st_mode & 0o777 == 0o600
+    assert JsonlFile(path).replace({"n": 5}, lambda row: False) == []
+    assert path.read_text().endswith('{"n": 4}\n{"n": 5}\n')
+
+
+def test_a_crash_while_a_row_is_replaced_loses_none(tmp_path, monkeypatch):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"n": 1}\n{"n": 2}\n')
+
+    def crash(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", crash)
+    with pytest.raises(DataError, match="No space left"):
+        JsonlFile(path).replace({"n": 3}, lambda row: True)
+    assert path.read_text() == '{"n": 1}\n{"n": 2}\n'
+    assert [file.name for file in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_rows_are_not_written_to_a_file_that_was_replaced_meanwhile(tmp_path, monkeypatch):
+    """A process waits for the lock of a file that another process then replaces."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"n": 1}\n')
+    lock, replaced = lock_file, []
+
+    def replace_then_lock(file, **options):
+        if not replaced:
+            replaced.append(path.write_text('{"n": 1}\n'))
+            (tmp_path / "other").write_text('{"n": 2}\n')
+            (tmp_path / "other").replace(path)
+        return lock(file, **options)
+
+    monkeypatch.setattr("mlx_dpo.chat.feedback.lock_file", replace_then_lock)
+    JsonlFile(path).append({"n": 3})
+    assert path.read_text() == '{"n": 2}\n{"n": 3}\n'

@@ -258,6 +258,31 @@ def test_train_reads_the_rows_of_a_chat(model, adapter, tmp_path, monkeypatch):
         assert len(load_inputs(config).train) == count
 
 
+def test_a_second_judgement_of_an_answer_replaces_the_first(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    [answer] = answers(model, ["cat"])
+    result = pipe(model, f"hat\n/bad\n/reset\ncat\n/good\n/bad\n/edit Meow.\n/edit {answer}\n")
+    assert result.exit_code == 0
+    notes = result.stderr.splitlines()
+    assert [n for n in notes if n.startswith("Written")] == [
+        "Written to chat-judged.jsonl: bad.",
+        "Written to chat-judged.jsonl: good.",
+        "Written to chat-judged.jsonl: bad. This replaces the earlier label of the answer (good).",
+        "Written to chat-pairs.jsonl.",
+        "Written to chat-pairs.jsonl. This replaces the earlier pair of these answers.",
+    ]
+    assert [(r["prompt"], r["label"]) for r in rows("chat-judged.jsonl")] == [
+        ([user("hat")], False), ([user("cat")], False)]  # fmt: skip
+    [pair] = rows("chat-pairs.jsonl")
+    assert (pair["chosen"], pair["rejected"]) == (assistant(answer), assistant("Meow."))
+    # In a later chat, too; rows that no chat wrote are left alone.
+    own = json.dumps(rows("chat-judged.jsonl")[1] | {"provenance": {"by": "me"}})
+    with open("chat-judged.jsonl", "a") as file:
+        file.write(f"{own}\n")
+    assert "(bad)" in pipe(model, "cat\n/good\n").stderr
+    assert [r["label"] for r in rows("chat-judged.jsonl")] == [False, False, True]
+
+
 def test_compare_through_a_pipe_asks_no_question_and_names_the_model(model, adapter, tmp_path):
     expected = answers(model, ["cat"], adapter=adapter) + answers(model, ["cat"])
     result = pipe(model, "/compare cat\n", "--adapter", adapter)

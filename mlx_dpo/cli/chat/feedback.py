@@ -4,11 +4,14 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mlx_dpo.chat.feedback import JsonlFile
+    from mlx_dpo.chat.feedback import JsonlFile, Row
     from mlx_dpo.chat.session import Author, ChatSession
     from mlx_dpo.saved_runs.open import SwitchableModel
 
+    TextByAuthor = tuple[str, Author]
+
 Provenance = dict[str, Any]
+WRITER = "mlx-dpo chat"
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,8 @@ class FeedbackFiles:
     def write_label(self, *, good: bool) -> str:
         """Write the last answer, labelled good or bad, to the file of labelled answers.
 
+        An earlier label of the same answer is replaced.
+
         Returns:
             A note for the person.
         """
@@ -43,33 +48,46 @@ class FeedbackFiles:
         answer, [author] = self.chat.last_answer(), self.chat.authors[-1:]
         provenance = self._provenance() | self._answer_provenance(author)
         row = unpaired_row(self.chat.last_prompt(), answer, good=good, provenance=provenance)
-        self.labeled.append(row)
-        return f"Written to {self.labeled.path}: {'good' if good else 'bad'}."
+        earlier = self.labeled.replace(
+            row, lambda other: _is_own(other, row) and other.get("completion") == row["completion"]
+        )
+        note = f"Written to {self.labeled.path}: {_label(good)}."
+        if earlier:
+            before = _label(bool(earlier[-1].get("label")))
+            note += f" This replaces the earlier label of the answer ({before})."
+        return note
 
-    def write_pair(self, *, chosen: tuple[str, "Author"], rejected: tuple[str, "Author"]) -> str:
+    def write_pair(self, *, chosen: "TextByAuthor", rejected: "TextByAuthor") -> str:
         """Write two answers to the last question as a preference pair; return a note.
 
-        Each answer is given as (text, author). The note names the file that they went to.
+        Each answer is given as (text, author). An earlier pair of the same two answers is replaced.
+        The note names the file that the answers went to.
         """
+        row = self._pair_row(chosen, rejected)
+        earlier = self.pairs.replace(
+            row, lambda other: _is_own(other, row) and _answers(other) == _answers(row)
+        )
+        replaced = " This replaces the earlier pair of these answers." if earlier else ""
+        return f"Written to {self.pairs.path}.{replaced}"
+
+    def _pair_row(self, chosen: "TextByAuthor", rejected: "TextByAuthor") -> "Row":
         from mlx_dpo.chat.feedback import pair_row
 
         authors = {
             "chosen": self._answer_provenance(chosen[1]),
             "rejected": self._answer_provenance(rejected[1]),
         }
-        row = pair_row(
+        return pair_row(
             self.chat.last_prompt(),
             chosen=chosen[0],
             rejected=rejected[0],
             provenance=self._provenance() | authors,
         )
-        self.pairs.append(row)
-        return f"Written to {self.pairs.path}."
 
     def _provenance(self) -> Provenance:
         from mlx_dpo.chat.feedback import utc_timestamp
 
-        return {"by": "mlx-dpo chat", "judge": "person", "time": utc_timestamp()}
+        return {"by": WRITER, "judge": "person", "time": utc_timestamp()}
 
     def _answer_provenance(self, author: "Author") -> Provenance:
         if author == "person":
@@ -77,3 +95,19 @@ class FeedbackFiles:
         settings = asdict(self.chat.sampling).items()
         sampling = {name: value for name, value in settings if value is not None}
         return self.opened.provenance(author) | {"sampling": sampling}
+
+
+def _is_own(other: "Row", row: "Row") -> bool:
+    """Return whether `other` is a row of this command about the same prompt as `row`."""
+    provenance = other.get("provenance")
+    is_chat = isinstance(provenance, dict) and provenance.get("by") == WRITER
+    return is_chat and other.get("prompt") == row["prompt"]
+
+
+def _answers(pair: "Row") -> list[str]:
+    """Return the two answers of a pair in an order that does not depend on the preference."""
+    return sorted(map(repr, (pair.get("chosen"), pair.get("rejected"))))
+
+
+def _label(good: bool) -> str:
+    return "good" if good else "bad"
