@@ -40,6 +40,8 @@ class PairsReport:
     unwritten: Counter[str] = field(
         default_factory=Counter
     )  # part that the chat template does not write -> pairs
+    unknown_tokens: int = 0  # tokens
+    with_unknown: int = 0  # with characters or words that the tokenizer does not have
     truncated: int = 0
     prompts_cut: int = 0
     completions_cut: int = 0  # completions without their stop token
@@ -69,6 +71,8 @@ class PairsReport:
         self.specials.update(example.specials)
         self.with_specials += bool(example.specials)
         self.unwritten.update(example.unwritten)
+        self.unknown_tokens += example.unknown_tokens
+        self.with_unknown += example.has_unknown
         self.truncated += example.truncated
         self.prompts_cut += example.prompt_cut
         self.completions_cut += example.completions_cut
@@ -108,6 +112,12 @@ class PairsReport:
         if self.weight is not None:
             lines.append(f"used {self.weight:g} times per epoch: {self._count(self.per_epoch)}")
         lines += self._template_lines() + self._special_token_lines()
+        if self.with_unknown:
+            tokens = f" ({_counted(self.unknown_tokens, 'unknown token')})"
+            lines.append(
+                f"{self._count(self.with_unknown)} with characters or words that the tokenizer "
+                f"does not have{tokens * (self.unknown_tokens > 0)}"
+            )
         if self.truncated:
             lines.append(
                 f"{self._count(self.truncated)} cut to {self.max_length:,} tokens: "

@@ -102,6 +102,9 @@ CHECKS = {
         Check("unwritten-field", REMARK, "the chat template does not write the field, so the model "
               "never sees it", "nothing, unless the model should see it: then use a model whose "
               "template writes it", MODEL),
+        Check("unknown-token", REMARK, "the tokenizer does not have these characters or words, so "
+              "the model sees an unknown token or nothing in their place",
+              "take a model whose tokenizer has them, or take them out", MODEL),
         Check("missing-stop", REMARK, "the chat template ends an answer without a stop token; "
               "training adds one", "see whether the template is the model's own", MODEL),
         Check("truncated", REMARK, "the row was cut; an answer that was is scored without its end",

@@ -173,7 +173,18 @@ def _scan_tokens(example: Example, index: int, split: SplitScan, report: PairsRe
     split.lengths.add(*_count_tokens(full))
     for name, detail in _token_findings(tokenized, settings):
         split.log.add(name, index, detail=detail)
+    _log_missing_parts(tokenized, index, split.log)
     return True
+
+
+def _log_missing_parts(tokenized: TokenizedExample, index: int, log: FindingLog) -> None:
+    """Record what the model does not see: unwritten fields, unknown characters and words."""
+    for name in sorted(tokenized.unwritten):
+        log.add("unwritten-field", index, detail=name)
+    if tokenized.has_unknown:
+        log.add("unknown-token", index)
+    for character in sorted(tokenized.unknown_characters):
+        log.add_detail("unknown-token", f"{character} (U+{ord(character):04X})")
 
 
 def _token_findings(
@@ -189,8 +200,6 @@ def _token_findings(
         yield "beyond-context", ""
     if tokenized.specials:
         yield "special-token", " ".join(sorted(tokenized.specials))
-    for name in sorted(tokenized.unwritten):
-        yield "unwritten-field", name
     if tokenized.as_chat and tokenized.stops_added:
         yield "missing-stop", ""
     if tokenized.truncated:

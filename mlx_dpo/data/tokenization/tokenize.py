@@ -15,7 +15,15 @@ from mlx_dpo.data.tokenization.chat_template import (
     tokenize_as_text,
 )
 from mlx_dpo.data.tokenization.formatting import FormattedExample, TokenRules, format_example
-from mlx_dpo.data.tokenization.special_tokens import get_special_tokens, stop_tokens
+from mlx_dpo.data.tokenization.special_tokens import (
+    get_special_tokens,
+    iterate_texts,
+    stop_tokens,
+)
+from mlx_dpo.data.tokenization.unknown_tokens import (
+    count_unknown_tokens,
+    find_unknown_characters,
+)
 from mlx_dpo.errors import (
     EMPTY_COMPLETION,
     NO_ROOM,
@@ -108,6 +116,13 @@ class TokenizedExample:
     prompt_cut: bool
     completions_cut: int
     unwritten: frozenset[str] = frozenset()  # parts without a trace in the chat template
+    unknown_characters: frozenset[str] = frozenset()  # that the tokenizer does not have
+    unknown_tokens: int = 0
+
+    @property
+    def has_unknown(self) -> bool:
+        """True if the tokenizer does not have all characters or words of the text."""
+        return bool(self.unknown_characters) or self.unknown_tokens > 0
 
     @property
     def truncated(self) -> bool:
@@ -229,7 +244,14 @@ def _truncate(
         prompt_cut=pair.prompt != whole.prompt,
         completions_cut=(pair.chosen != whole.chosen) + (pair.rejected != whole.rejected),
         unwritten=parts.unwritten,
+        unknown_characters=find_unknown_characters(tokenizer, _texts(formatted.example)),
+        unknown_tokens=count_unknown_tokens(tokenizer, (pair.prompt, pair.chosen, pair.rejected)),
     )
+
+
+def _texts(example: PreferenceExample) -> list[str]:
+    parts = [example.prompt, example.chosen, example.rejected, example.template_kwargs]
+    return list(iterate_texts(parts))
 
 
 def _find_special_tokens(tokenizer: Any, formatted: FormattedExample) -> frozenset[str]:

@@ -33,6 +33,13 @@ NO_SYSTEM = CHAT.replace("in messages", "in messages if m.role != 'system'")
 NO_STOP = CHAT.replace("</s>", "")
 
 
+class NoSnowman(ByteTokenizer):
+    """A tokenizer that leaves out a character."""
+
+    def encode(self, text, add_special_tokens=True, split_special_tokens=False):
+        return super().encode(text.replace("☃", ""), add_special_tokens, split_special_tokens)
+
+
 @dataclass
 class Case:
     """Rows of which the last has the finding, and the last of which nearly has it."""
@@ -45,6 +52,7 @@ class Case:
     context: int | None = None
     valid: list | None = None
     with_model: bool = True
+    tokenizer: type = ByteTokenizer
 
 
 def like(**fields):
@@ -134,6 +142,7 @@ CASES = {
     "unwritten-field": Case(
         [like(prompt=[{"role": "user", "content": "Which way?", "name": "Ann"}])], [GOOD]
     ),
+    "unknown-token": Case([answered("a☃b")], [answered("aéb")], tokenizer=NoSnowman),
     "missing-stop": Case([GOOD], [answered("That way.</s>")], template=NO_STOP,
                          tokens={"chat_template": "auto"}),
     "truncated": Case([answered("That way, now.")], [GOOD], tokens={"max_length": 13 + 10}),
@@ -157,7 +166,7 @@ CASES = {
 def checked(case, rows, write):
     path = write(*rows)
     valid = None if case.valid is None else str(write(*case.valid, name="valid.jsonl"))
-    tokenizer = ByteTokenizer(case.template, adds_bos=case.template is None)
+    tokenizer = case.tokenizer(case.template, adds_bos=case.template is None)
     settings = ScanSettings(
         rows=RowRules(**case.rows),
         tokens=TokenRules(vocab_size=262, **case.tokens) if case.with_model else None,
