@@ -42,6 +42,10 @@ COMMANDS = (
 )
 NAME = "mlx-dpo"
 INTERRUPTED = 130  # exit status that shells report for a program stopped by Ctrl-C
+NAME_ERRORS = {
+    errno.ENAMETOOLONG: "the name is too long for a file",
+    errno.ELOOP: "a link that leads to itself",
+}
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM)
 
 
@@ -121,6 +125,8 @@ def user_message(error: DPOError | OSError | ImportError) -> str | None:
     if isinstance(error, DPOError):
         return str(error)
     if isinstance(error, OSError):
+        if error.errno in NAME_ERRORS:
+            return f"{error.filename}: {NAME_ERRORS[error.errno]}; choose another name"
         if error.errno not in DISK_ERRORS:
             return None
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror

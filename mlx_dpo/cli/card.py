@@ -1,5 +1,6 @@
 """`mlx-dpo card`: write the model card of a run."""
 
+import shlex
 from pathlib import Path
 
 import click
@@ -61,4 +62,4 @@ def card(  # noqa: PLR0913 (one argument per flag)
     path = write_card(folder, model_card, overwrite=overwrite)
     for note in notes:
         echo(f"Note: {note}", err=True)
-    echo(f"{path}: check and edit it, then run: mlx-dpo push {run} {name}")
+    echo(f"{path}: check and edit it, then run: mlx-dpo push {shlex.quote(str(run))} {name}")

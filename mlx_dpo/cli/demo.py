@@ -1,5 +1,6 @@
 """`mlx-dpo demo`: convert, train and compare the shipped model in a few minutes."""
 
+import shlex
 from typing import TYPE_CHECKING
 
 import click
@@ -58,8 +59,8 @@ def demo(output: str) -> None:
     console.print(_samples_table(stages, before, after))
     assert run.evaluation is not None
     console.print(_results_table(run.evaluation, before, after, stages.divergence(after)))
-    console.print(f"Talk to it: {program()} chat {stages.run}")
-    console.print(f"Talk to the base: {program()} chat {stages.run} --reference")
+    console.print(f"Talk to it: {program()} chat {shlex.quote(str(stages.run))}")
+    console.print(f"Talk to the base: {program()} chat {shlex.quote(str(stages.run))} --reference")
 
 
 def _samples_table(stages: "Demo", before: "Answers", after: "Answers") -> "Table":

@@ -1,5 +1,6 @@
 """`mlx-dpo loop`: iterative DPO, which collects pairs, trains and evaluates in rounds."""
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,7 +72,7 @@ def loop(
     from mlx_dpo.cli import program
     from mlx_dpo.collect.iterative_dpo import IterativeDPO
 
-    resume_command = f"{program()} loop --resume --output {config.output}"
+    resume_command = f"{program()} loop --resume --output {shlex.quote(str(config.output))}"
     try:
         with IterativeDPO(config, settings, resume=resume) as trainer:
             printed = _print_notes(trainer, 0)
@@ -85,7 +86,7 @@ def loop(
     last = trainer.paths.round(settings.rounds)
     echo(f"\n{trainer.paths.page.read_text('utf-8')}")
     echo(f"The table is in {trainer.paths.page}; each round's folder has a page of its own")
-    echo(f"Chat with the last policy: {program()} chat {last.run.folder}")
+    echo(f"Chat with the last policy: {program()} chat {shlex.quote(str(last.run.folder))}")
 
 
 def _print_notes(trainer: "IterativeDPO", printed: int) -> int:

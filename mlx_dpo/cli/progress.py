@@ -1,6 +1,7 @@
 """Run training in a terminal: header, progress bars, warnings, final table, stop signals."""
 
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -64,9 +65,9 @@ def run_with_progress(run: DPOTrainer, resume_command: str | None = None) -> Non
     `train --resume`.
     """
     with keep_awake(run.config.caffeinate) as awake:
-        _run(
-            run, awake, resume_command or f"{program()} train --resume --output {run.config.output}"
-        )
+        output = shlex.quote(run.config.output)
+        default = f"{program()} train --resume --output {output}"
+        _run(run, awake, resume_command or default)
 
 
 def _run(run: DPOTrainer, awake: str | None, resume_command: str) -> None:

@@ -1,5 +1,6 @@
 """`mlx-dpo push`: upload the adapter and the model card of a run to the Hub."""
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,7 +75,7 @@ def _check_existing_card(path: Path, name: str, base: str | None) -> None:
     if "ORG/NAME" in text:
         raise ConfigError(
             f"{path}: says `ORG/NAME` instead of `{name}`; edit it, or write it again with "
-            f"`mlx-dpo card {path.parent} --name {name} --overwrite`"
+            f"`mlx-dpo card {shlex.quote(str(path.parent))} --name {name} --overwrite`"
         )
 
 

@@ -1,6 +1,7 @@
 """`mlx-dpo train`: train on pairs and write a run folder."""
 
 import re
+import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -218,11 +219,11 @@ def _closing_line(output: str, verdict: "Verdict | None", command: str) -> str:
     if verdict is not None and verdict.is_worse:
         return (
             f"Adapters in {output}, but they are worse than the base model (see above); to see "
-            f"their answers: {command} compare {output}"
+            f"their answers: {command} compare {shlex.quote(output)}"
         )
     if verdict is not None and verdict.is_noise:
         return (
             f"Adapters in {output}, but nothing shows that they are better than the base model "
-            f"(see above); to see their answers: {command} compare {output}"
+            f"(see above); to see their answers: {command} compare {shlex.quote(output)}"
         )
-    return f"Adapters in {output}; talk to them with: {command} chat {output}"
+    return f"Adapters in {output}; talk to them with: {command} chat {shlex.quote(output)}"

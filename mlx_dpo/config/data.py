@@ -19,7 +19,7 @@ class PairSettings:
     )  # fmt: skip
     mix: tuple[float, ...] = setting(
         (), "Weight of each source, in their order: 2 uses its pairs twice an epoch, 0.5 half.",
-        float, DATA, is_list=True, minimum=0, exclusive_minimum=True,
+        float, DATA, is_list=True, minimum=0, exclusive_minimum=True, maximum=1000,
     )  # fmt: skip
     split: str | None = setting(
         None, "Split of folders and Hub datasets to train on. [default: train]", str, DATA

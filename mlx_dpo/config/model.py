@@ -55,7 +55,9 @@ class LoRASettings:
         LORA,
         choices=("lora", "dora", "full"),
     )
-    lora_r: int | None = setting(None, "Rank of the adapters. [default: 16]", int, LORA, minimum=1)
+    lora_r: int | None = setting(
+        None, "Rank of the adapters. [default: 16]", int, LORA, minimum=1, maximum=65_536
+    )
     lora_alpha: float | None = setting(
         None, "LoRA alpha; adapters are scaled by alpha / rank. [default: 32]", float, LORA,
         minimum=0,

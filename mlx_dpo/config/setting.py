@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar
 from mlx_dpo.errors import ConfigError
 
 S = TypeVar("S", contravariant=True)
+MAX_INT, MAX_FLOAT = 2**31 - 1, 1e30  # of a setting without a maximum; arrays hold no more
 MAX_SHOWN = 80  # characters of a value in an error message
 
 
@@ -160,11 +161,15 @@ def _show(value: object) -> str:
 
 def _check_bounds(name: str, value: float, spec: Setting) -> None:
     above = value > spec.minimum if spec.exclusive_minimum else value >= spec.minimum
-    below = value < spec.maximum if spec.exclusive_maximum else value <= spec.maximum
+    maximum = spec.maximum
+    if not math.isfinite(maximum) and math.isfinite(value):
+        maximum = MAX_INT if spec.type is int else MAX_FLOAT
+        maximum = math.inf if value <= maximum else maximum  # is named only where it is exceeded
+    below = value < maximum if spec.exclusive_maximum else value <= maximum
     if not (above and below and math.isfinite(value)):
         low = f"{'above' if spec.exclusive_minimum else 'at least'} {spec.minimum:g}"
-        high = f"{'below' if spec.exclusive_maximum else 'at most'} {spec.maximum:g}"
-        bounds = [low] * math.isfinite(spec.minimum) + [high] * math.isfinite(spec.maximum)
+        high = f"{'below' if spec.exclusive_maximum else 'at most'} {maximum:g}"
+        bounds = [low] * math.isfinite(spec.minimum) + [high] * math.isfinite(maximum)
         raise ConfigError(
             f"`{name}` must be {' and '.join(bounds) or 'finite'}, got {_show(value)}"
         )

@@ -56,8 +56,9 @@ class TrainingSettings:
         bool, TRAINING,
     )  # fmt: skip
     seed: int = setting(
-        42, "Random seed of order, adapters, dropout and held-out pairs.", int, TRAINING, minimum=0
-    )
+        42, "Random seed of order, adapters, dropout and held-out pairs.", int, TRAINING, minimum=0,
+        maximum=2**64 - 1,
+    )  # fmt: skip
 
 
 TRAINING_NO_EFFECT: tuple[NoEffect[TrainingSettings], ...] = (

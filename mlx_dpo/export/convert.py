@@ -20,7 +20,14 @@ from mlx_dpo.io.arrays import scalar
 from mlx_dpo.models import load
 from mlx_dpo.models.device import main_dtype
 from mlx_dpo.models.download import is_hub_id, resolve_model
-from mlx_dpo.models.files import CONFIG, INDEX, check_model_folder, read_json, weight_bytes
+from mlx_dpo.models.files import (
+    CONFIG,
+    INDEX,
+    check_model_folder,
+    glob_safe,
+    read_json,
+    weight_bytes,
+)
 from mlx_dpo.models.license import CARD, copy_license_files, inherited_metadata, read_card_metadata
 from mlx_dpo.models.load import LoadedModel
 from mlx_dpo.models.output_folder import check_output_folder, disk_errors, new_output_folder
@@ -164,9 +171,10 @@ def _write(
     path: Path, partial: Path, quantization: QuantizationConfig, trust_remote_code: bool
 ) -> None:
     partial.rmdir()  # mlx-lm insists on making the folder
-    with contextlib.redirect_stdout(io.StringIO()):  # mlx-lm prints its progress
+    # mlx-lm prints its progress.
+    with contextlib.redirect_stdout(io.StringIO()), glob_safe(path) as folder:
         mlx_convert(
-            str(path),
+            str(folder),
             str(partial),
             quantize=quantization.is_quantized,
             q_group_size=quantization.group_size,

@@ -3,9 +3,12 @@
 import hashlib
 import json
 import pkgutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
+from glob import escape
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from mlx_dpo.errors import ModelError, reason
@@ -34,6 +37,22 @@ TOKENIZER_FILES = (
     "chat_template.*",
     "additional_chat_templates/*.jinja",
 )
+
+
+@contextmanager
+def glob_safe(folder: Path) -> Iterator[Path]:
+    """Yield a path of the folder without characters that mean something in a glob pattern.
+
+    mlx-lm looks for weights by a pattern that begins with the folder's path, and finds nothing in
+    `model [v2]`. The path is then a link in a temporary folder, which is removed at the end.
+    """
+    if escape(str(folder)) == str(folder):
+        yield folder
+        return
+    with TemporaryDirectory(prefix="mlx-dpo-") as temporary:
+        link = Path(temporary) / "model"
+        link.symlink_to(folder.resolve(), target_is_directory=True)
+        yield link
 
 
 def weight_files(folder: Path) -> list[Path]:

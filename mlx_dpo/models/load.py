@@ -17,6 +17,7 @@ from mlx_dpo.models.download import resolve_model
 from mlx_dpo.models.files import (
     REMOTE_CODE_REFUSED,
     check_model_folder,
+    glob_safe,
 )
 from mlx_dpo.models.quantize import quantize_model
 from mlx_dpo.models.rope import rope_notes, rope_overrides
@@ -98,9 +99,9 @@ def load_lazy_model(
     Raises:
         ModelError: weights and configuration contradict each other, or cannot be read.
     """
-    with loading_errors(source):
+    with loading_errors(source), glob_safe(path) as folder:
         model, config = mlx_lm.load_model(
-            path,
+            folder,
             lazy=True,
             model_config=rope_overrides(mlx_lm.load_config(path), source),
             trust_remote_code=trust_remote_code,

@@ -19,6 +19,7 @@ RESERVED_TEMPLATE_KWARGS = frozenset({  # arguments that this program passes to 
     "tokenize", "return_dict", "return_tensors", "chat_template", "padding", "truncation",
     "max_length", "tokenizer_kwargs", "return_assistant_tokens_mask", "sanitize_control_tokens",
 })  # fmt: skip
+MAX_TEXT = 8_000_000  # characters, over a million tokens; tokenizers abort on far longer words
 MAX_DEPTH = 64  # of nested objects and lists
 ROLE_KEYS = frozenset({"role", "from"})  # every message has one of these keys
 CONTENT_KEYS = frozenset({"content", "value", "tool_calls"})
@@ -206,6 +207,11 @@ def check_readable(value: Any, name: str, location: str) -> None:
     for text, depth in _iterate_texts(value):
         if depth > MAX_DEPTH:
             raise DataError(f"{location}: `{name}` is nested too deeply (over {MAX_DEPTH} levels)")
+        if len(text) > MAX_TEXT:
+            raise DataError(
+                f"{location}: `{name}` has a text of {len(text):,} characters (at most "
+                f"{MAX_TEXT:,}); shorten it, or leave the row out"
+            )
         try:
             text.encode()
         except UnicodeEncodeError as error:  # JSON can contain half of a surrogate pair

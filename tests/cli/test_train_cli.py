@@ -406,3 +406,13 @@ def test_the_error_of_a_flag_of_another_trainer_names_our_flag(words, message):
 def test_going_on_with_nothing_says_what_is_missing(tmp_path, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)
     assert_one_line_error(run("train", "--resume", *words), message)
+
+
+@pytest.mark.parametrize("flag", ["--output", "--valid", "--start-adapter", "pairs"])
+def test_a_name_that_is_too_long_for_a_file_gives_a_one_line_error(flag):
+    name = "n" * 300
+    pairs = name if flag == "pairs" else "pairs.jsonl"
+    given = () if flag == "pairs" else (flag, name)
+    result = run("train", pairs, "--model", "base", *((flag, name) if given else ()), *(
+        () if flag == "--output" else ("--output", "run")))  # fmt: skip
+    assert_one_line_error(result, "too long for a file")

@@ -366,3 +366,13 @@ def test_names_of_other_trainers_losses_are_no_losses_and_lead_to_losses():
 def test_values_that_nothing_can_hold_are_refused(value):
     with pytest.raises(ConfigError):
         DPOConfig(**{"beta" if isinstance(value, int) else "model": value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("lora_r", 10**14), ("max_steps", 10**23), ("lora_alpha", 1e300), ("learning_rate", 1e300),
+     ("seed", 10**26), ("mix", 1e300)],
+)  # fmt: skip
+def test_a_number_out_of_all_bounds_is_refused_with_the_bound(name, value):
+    with pytest.raises(ConfigError, match=rf"^`{name}` must be .*at most .*, got "):
+        DPOConfig(**{name: value})

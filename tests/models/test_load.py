@@ -409,3 +409,14 @@ def test_the_template_changes_the_tokenizers_fingerprint_alone(checkpoint):
     (checkpoint / "chat_template.jinja").write_text("{{ messages }}")
     assert model_fingerprint(checkpoint) == model
     assert tokenizer_fingerprint(checkpoint) != tokenizer
+
+
+@pytest.mark.parametrize("name", ["a [v2]", "a[!x]?*"])
+def test_a_model_loads_from_a_folder_with_characters_of_glob_patterns(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    make_checkpoint(tmp_path / name / "m")
+    ids = mx.array([[1, 5, 9]])
+    make_checkpoint(tmp_path / "plain")
+    expected = load_model("plain").model(ids)
+    assert mx.array_equal(load_model(f"{name}/m").model(ids), expected)
+    assert load_model(f"{name}/m").path == Path(f"{name}/m").resolve()

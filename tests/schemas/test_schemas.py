@@ -2,7 +2,7 @@ import pytest
 
 from mlx_dpo.errors import DIFFERENT_PROMPTS, EMPTY_COMPLETION, SAME_TEXT, BadPairError, DataError
 from mlx_dpo.schemas import parse_pairs
-from mlx_dpo.schemas.messages import parse_message
+from mlx_dpo.schemas.messages import MAX_TEXT, parse_message
 from mlx_dpo.schemas.schema import Row
 
 
@@ -281,3 +281,10 @@ def test_a_part_of_content_that_is_no_text_is_an_error(part, error):
     with pytest.raises(error) as raised:
         parse_message({"role": "user", "content": [part]}, "m", "x:1")
     assert type(raised.value) is error
+
+
+def test_a_text_that_no_model_reads_is_refused_with_its_row():
+    record = {"prompt": "Q", "chosen": "a" * (MAX_TEXT + 1), "rejected": "b"}
+    with pytest.raises(DataError, match=r"^x:1: `chosen` has a text of 8,000,001 characters"):
+        parse_pairs(Row(record, "x:1"))
+    assert parse_pairs(Row(record | {"chosen": "a" * MAX_TEXT}, "x:1"))

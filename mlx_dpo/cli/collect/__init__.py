@@ -1,5 +1,6 @@
 """`mlx-dpo collect`: collect preference pairs from a model's own answers."""
 
+import shlex
 import sys
 from functools import partial
 from pathlib import Path
@@ -228,4 +229,5 @@ def _print_summary(pairs_file: "PairsFile") -> None:
                 err=True,
             )
     if pairs:
-        echo(f"Train on them: {program()} train {pairs_file.path} --model … --output …")
+        path = shlex.quote(str(pairs_file.path))
+        echo(f"Train on them: {program()} train {path} --model … --output …")
