@@ -130,8 +130,13 @@ def test_prompts_are_typed_if_no_file_is_given(folder, model):
             terminal.type("Where is the cat?\n")
             assert "user: Where is the cat?" in terminal.until(KEYS)
             terminal.type(str(number))
+        for typed in ("\n", "  \n"):
+            terminal.until("prompt> ")
+            terminal.type(typed)
+            terminal.until("The prompt is empty; type one, or press Ctrl-D to finish")
         terminal.until("prompt> ")
         terminal.type("\x04")
+        assert "2 pairs" in terminal.until("Train on them")
         assert terminal.exit_code() == 0
     finally:
         terminal.close()
@@ -141,6 +146,27 @@ def test_prompts_are_typed_if_no_file_is_given(folder, model):
         {row[name][0]["content"] for name in ("chosen", "rejected")} for row in (first, second)
     ]
     assert answers[0] != answers[1]
+
+
+def test_ctrl_c_at_a_typed_prompt_finishes_with_the_summary(folder, model):
+    command = ["collect", "--model", model, "--output", str(folder / "pairs.jsonl")]
+    terminal = TerminalSession(*command, "--max-tokens", "6", NO_COLOR="1")
+    try:
+        terminal.until("prompt> ")
+        terminal.type("\x03")
+        output = terminal.until("0 pairs")
+        assert "Traceback" not in output and "Aborted" not in output
+        assert terminal.exit_code() == 0
+    finally:
+        terminal.close()
+
+
+@pytest.mark.parametrize("lines", [b"\xff\n", b"Why?\n\xff\n"])
+def test_bytes_that_are_no_text_end_a_pipe_with_a_one_line_error(folder, model, lines):
+    flags = ("--model", model, "--output", str(folder / "pairs.jsonl"), "--max-tokens", "6")
+    result = run(*flags, stdin=lines)
+    assert result.exit_code == 1
+    assert "not UTF-8; convert the text" in result.stderr.splitlines()[-1]
 
 
 def trained(folder, model, name, *more):

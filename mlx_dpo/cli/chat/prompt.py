@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlx_dpo.cli.output import echo
+from mlx_dpo.errors import ConfigError
 from mlx_dpo.paths import chat_history_file
 from mlx_dpo.terminal_text import escape_controls, escape_line
 
@@ -16,6 +17,10 @@ CONTINUATION_PROMPT = "... "
 HISTORY_LINES = 1000
 
 ReadLine = Callable[[str], str]
+
+
+class NotTextError(ConfigError):
+    """A line of input is not UTF-8."""
 
 
 class TypedMessage(NamedTuple):
@@ -55,6 +60,8 @@ def next_message(prompt: str) -> TypedMessage | None:
     while True:
         try:
             return read_message(read_line, prompt)
+        except NotTextError as error:
+            echo(f"Error: {error}", err=True)
         except EOFError:
             return None
         except KeyboardInterrupt:
@@ -69,11 +76,19 @@ def read_line(prompt: str) -> str:
 
     Raises:
         EOFError: the input has ended.
+        NotTextError: the line is not UTF-8.
     """
-    if sys.stdout.isatty():
-        return input(escape_controls(prompt))  # readline must know the prompt to redraw the line
-    echo(prompt, err=True, nl=False)
-    return input()
+    try:
+        if sys.stdout.isatty():
+            # readline must know the prompt to redraw the line.
+            line = input(escape_controls(prompt))
+        else:
+            echo(prompt, err=True, nl=False)
+            line = input()
+        line.encode()  # in some locales, Python keeps bytes that are no text
+    except UnicodeError:
+        raise NotTextError("the line is not UTF-8; type it again") from None
+    return line
 
 
 def edit_text(prompt: str, text: str) -> str | None:

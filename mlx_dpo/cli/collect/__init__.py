@@ -177,15 +177,30 @@ def _check_flags(automatic: bool, web: bool, port: int | None, prompts: str | No
 
 
 def _read_typed_prompt(system: str | None) -> "Prompt | None":
-    """Read a prompt that the person types; return None at the end of input or for an empty line."""
+    """Read the next prompt that the person types; return None on Ctrl-D or Ctrl-C.
+
+    A line that holds no prompt is skipped with a note.
+    """
+    from mlx_dpo.cli.chat.prompt import NotTextError, read_line
     from mlx_dpo.data.prompts import add_system_prompt, make_prompt
 
-    try:
-        text = input("prompt> ") if sys.stdin.isatty() else input()
-    except EOFError:
-        return None
-    [prompt] = add_system_prompt([make_prompt(text, "prompt")], system) if text.strip() else [None]
-    return prompt
+    is_terminal = sys.stdin.isatty()
+    while True:
+        try:
+            text = read_line("prompt> " if is_terminal else "")
+        except NotTextError as error:
+            if not is_terminal:
+                raise ConfigError("stdin: a prompt is not UTF-8; convert the text") from None
+            echo(f"Error: {error}", err=True)
+            continue
+        except EOFError:
+            return None
+        except KeyboardInterrupt:
+            echo("", err=True)
+            return None
+        if text.strip():
+            return add_system_prompt([make_prompt(text, "prompt")], system)[0]
+        echo("The prompt is empty; type one, or press Ctrl-D to finish", err=True)
 
 
 def _judge_with_progress(tasks: "TaskSampler", judge: "Judge") -> None:

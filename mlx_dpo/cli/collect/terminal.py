@@ -14,7 +14,7 @@ import click
 from mlx_dpo.cli.output import echo
 from mlx_dpo.collect.session import SKIPPED, TIE, RankingSession, RankingTask, TaskSampler
 from mlx_dpo.collect.web import LoopbackServer, read_page, serve_session
-from mlx_dpo.errors import ConfigError, DataError
+from mlx_dpo.errors import ConfigError, DataError, DPOError
 from mlx_dpo.io.jit_cache import user_environment
 from mlx_dpo.terminal_text import escape_line
 
@@ -28,17 +28,20 @@ QUIT = "q"
 def rank_at_terminal(tasks: TaskSampler, *, read_prompt: ReadPrompt | None) -> None:
     """Show ranking tasks and read decisions, until no prompt is left or the person quits.
 
+    Ctrl-C quits as well, also while answers are sampled.
+
     Args:
         read_prompt: returns the next prompt typed by the person; None if prompts come from a file.
     """
     session = RankingSession(tasks)
-    while task := _next_task(session) or _next_typed_task(session, read_prompt):
-        _print_task(session, task)
-        try:
-            if not _take_decision(session, task):
-                return
-        except (ConfigError, DataError) as error:
-            _print(f"{error}")
+    with suppress(KeyboardInterrupt):
+        while task := _next_task(session) or _next_typed_task(session, read_prompt):
+            _print_task(session, task)
+            try:
+                if not _take_decision(session, task):
+                    return
+            except (ConfigError, DataError) as error:
+                _print(f"{error}")
 
 
 def _next_task(session: RankingSession) -> RankingTask | None:
@@ -121,7 +124,11 @@ def _read_key(prompt: str) -> tuple[str, str]:
     if sys.stdin.isatty():
         return _read_pressed_key(prompt), ""
     echo(prompt, err=True, nl=False)
-    line = sys.stdin.readline()
+    try:
+        line = sys.stdin.readline()
+    except UnicodeDecodeError:
+        # Not a `ConfigError`, after which the next line would be read; nothing more can be.
+        raise DPOError("stdin: a line is not UTF-8; convert the text") from None
     _print("")
     key, rest = line.strip()[:1], line.strip()[1:]
     return (key.lower() or ("?" if line else QUIT)), rest
