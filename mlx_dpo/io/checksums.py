@@ -230,9 +230,13 @@ def verify_file(path: Path, *, expected: str | None = None) -> str | None:
     """
     if path.suffix == ".safetensors":
         try:
-            return verify_arrays(path, expected=expected)
+            if (digest := verify_arrays(path, expected=expected)) is None:
+                read_arrays(path)  # lazy; checks the header
+            return digest
         except FileNotFoundError:
             raise damaged(path, UNFOUND) from None
+        except (RuntimeError, ValueError) as error:
+            raise damaged(path, reason(error)) from error
     stored = read_checked_json(path)[1]
     if expected is not None and stored not in (expected, EDITED):
         raise damaged(path, "it is not the file that was written here", IF_EDITED)

@@ -89,8 +89,9 @@ def _parse_line(line: str) -> MetricsRow | None:
         row = bounded.parse_json(check_line(line) or "", "", DamagedFileError)
     except DamagedFileError:
         return None
-    is_row = isinstance(row, dict) and isinstance(row.get("step"), int | float)
-    return row if is_row else None
+    if not isinstance(row, dict) or "step" not in row:
+        return None
+    return row if all(type(value) in (int, float) for value in row.values()) else None
 
 
 def timed(items: Iterator[T]) -> Iterator[tuple[float, T]]:

@@ -16,6 +16,7 @@ from mlx_dpo.data.files import RowLocations
 from mlx_dpo.data.tokenization.pair_file import PairFileWriter, pairs_to_arrays
 from mlx_dpo.training.logps_cache import labels, write_logps
 from mlx_dpo.types import PairLogps, TokenizedPair
+from tests.damaged_files import damage
 from tests.temporary_files import ended_process, temporary_path
 
 
@@ -104,6 +105,57 @@ def test_damaged_and_half_written_files_are_named(folder, some):
     ]
     found = json.loads(run("--json").stdout)
     assert (found["damaged"], len(found["half_written"])) == (["c.safetensors"], 1)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda path: damage(path, "flipped", 60),
+        lambda path: path.write_bytes(path.read_bytes().replace(b"org/one", b"org/\xe4\xe4\xe4")),
+        lambda path: (path.unlink(), os.mkfifo(path)),
+        lambda path: (path.unlink(), path.symlink_to(path.name)),
+        lambda path: (path.unlink(), path.mkdir()),
+        lambda path: path.write_bytes(b""),
+    ],
+    ids=["flip", "not UTF-8", "pipe", "link loop", "folder", "empty"],
+)
+@pytest.mark.parametrize("kind", ["reference", "tokens"])
+def test_no_entry_of_a_cache_blocks_the_others(folder, some, make, kind):
+    tokens = write_tokens(folder, "t")
+    path = some["new"] if kind == "reference" else tokens
+    make(path)
+    listed = run()
+    assert listed.exit_code == 0, listed.output
+    assert "org/one" in listed.stdout and "two" in listed.stdout
+    assert listed.stdout.count("damaged or of another version") == 1
+    assert f": {path.name}\n" in listed.stdout
+    cleared = run("clear", "--yes")
+    assert cleared.exit_code == 0, cleared.output
+    assert not list(folder.iterdir()) and not list(tokens.parent.iterdir())
+
+
+def test_a_name_with_a_number_that_no_process_has_is_listed_and_cleared(folder, some):
+    some["new"].rename(folder / ".x-99999999999999999999.safetensors")
+    assert run().exit_code == 0
+    assert run("clear", "--yes").exit_code == 0 and not list(folder.iterdir())
+
+
+def test_labels_of_the_wrong_type_are_damage(folder):
+    tokens = write_tokens(folder, "t", model=["a"])
+    assert f"damaged or of another version, its pairs will be tokenized again: {tokens.name}" in (
+        run().stdout
+    )
+
+
+def test_without_a_home_folder_there_is_no_cache(folder, monkeypatch):
+    for name in ("MLX_DPO_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", "")
+    for words in ((), ("clear", "--yes")):
+        done = run(*words)
+        assert done.exit_code == 1 and done.output == (
+            "Error: there is no cache, because no home folder is known; set HOME or MLX_DPO_CACHE\n"
+        )
 
 
 def test_clearing_takes_all_but_what_a_live_process_writes(folder, some):

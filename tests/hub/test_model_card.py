@@ -192,11 +192,11 @@ def test_prompts_are_shown_only_on_request(workplace):
 
 def read_from_the_hub(*names):
     """Change the record of the run: its pairs are from these datasets of the Hub."""
-    record = json.loads(Path("run/run.json").read_text())
+    record = read_entries("run/run.json")
     record["settings"]["pairs"] = list(names)
     [report] = record["pairs"]
     record["pairs"] = [report | {"source": f"{name}:train"} for name in names]
-    Path("run/run.json").write_text(json.dumps(record))
+    write_edited("run/run.json", record)
 
 
 def test_only_datasets_that_the_hub_calls_public_are_named(workplace, fake_hub):
