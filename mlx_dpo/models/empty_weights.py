@@ -16,7 +16,14 @@ from mlx_dpo.errors import ConfigError, ModelError
 from mlx_dpo.models.device import cast_model, dtype_name, is_cpu
 from mlx_dpo.models.download import resolve_model
 from mlx_dpo.models.files import check_config, check_tokenizer
-from mlx_dpo.models.load import LoadedModel, embedding_size, load_tokenizer, loading_errors
+from mlx_dpo.models.load import (
+    LIBRARY_ERRORS,
+    LoadedModel,
+    embedding_size,
+    load_tokenizer,
+    loading_errors,
+    tokenizer_notes,
+)
 from mlx_dpo.models.quantize import (
     AFFINE_GROUP_SIZES,
     DEFAULT_GROUP_SIZE,
@@ -63,8 +70,9 @@ def load_empty_model(
             f"{source}: `{config['model_file']}` is the model's own code, which is not planned "
             "for; `train` says what it needs"
         )
-    with loading_errors(source):
+    with loading_errors(source, errors=LIBRARY_ERRORS):
         model = build_model(config)
+    with loading_errors(source):
         if bits is not None:
             check_quantizable(model, config, group_size or DEFAULT_GROUP_SIZE, AFFINE_GROUP_SIZES)
         packing = _quantization(config, bits, group_size)
@@ -72,7 +80,15 @@ def load_empty_model(
     model.freeze()
     model.eval()
     tokenizer = load_tokenizer(path, source, trust_remote_code=trust_remote_code)
-    return LoadedModel(model, tokenizer, config, path, source, embedding_size(model, config), notes)
+    return LoadedModel(
+        model,
+        tokenizer,
+        config,
+        path,
+        source,
+        embedding_size(model, config),
+        (*notes, *tokenizer_notes(path)),
+    )
 
 
 def build_model(config: dict[str, Any]) -> nn.Module:

@@ -4,19 +4,31 @@ import hashlib
 import json
 import pkgutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from glob import escape
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from mlx_dpo.errors import ModelError, reason
+import mlx.core as mx
+
+from mlx_dpo.errors import ModelError
+from mlx_dpo.io.bounded import MAX_FILE_BYTES, parse_json, read_bytes
 from mlx_dpo.io.checksums import check_json
 
 CONFIG = "config.json"
 WEIGHT_PATTERN = "model*.safetensors"
 INDEX = "model.safetensors.index.json"
+GENERATION_CONFIG = "generation_config.json"
+SETTINGS_FILES = (
+    CONFIG,
+    GENERATION_CONFIG,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 REMOTE_CODE_REFUSED = (
     "Python code that comes with the model is not run unasked; "
     "read it, then allow it with `trust_remote_code`"
@@ -120,6 +132,7 @@ def check_config(folder: Path, source: str, *, trust_remote_code: bool) -> dict[
             code and `trust_remote_code` is not set.
     """
     config = _read_config(folder, source)
+    _check_settings_files(folder, source)
     _check_code(config, source, trust_remote_code)
     return config
 
@@ -166,15 +179,38 @@ def read_json(file: Path, where: str) -> dict[str, Any]:
         ModelError: the file is not JSON, or contains no object.
         DamagedFileError: the content does not match its checksum.
     """
-    try:
-        entries = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ModelError(f"{where}: cannot be read ({reason(error)})") from error
-    except (ValueError, RecursionError) as error:  # invalid JSON or invalid UTF-8
-        raise ModelError(f"{where}: not JSON ({error}); copy the file again") from error
+    entries = parse_json(read_bytes(file, ModelError), where, ModelError, limit=MAX_FILE_BYTES)
     if not isinstance(entries, dict):
         raise ModelError(f"{where}: not a JSON object (found {type(entries).__name__})")
     return check_json(entries, where)
+
+
+def _check_settings_files(folder: Path, source: str) -> None:
+    """Check the types in the JSON files that mlx-lm and transformers read without checking them.
+
+    Raises:
+        ModelError: a file is not a JSON object, or names no token ids as the end tokens.
+    """
+    for name in SETTINGS_FILES:
+        if not (folder / name).is_file():
+            continue
+        where = f"{source}/{name}"
+        entries = read_json(folder / name, where)
+        if name in (CONFIG, GENERATION_CONFIG):
+            _check_end_tokens(entries.get("eos_token_id"), where)
+        for key in ("quantization", "quantization_config", "text_config"):
+            if not isinstance(entries.get(key) or {}, dict):
+                raise ModelError(f"{where}: `{key}` is no object; copy the file again")
+
+
+def _check_end_tokens(value: Any, where: str) -> None:
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(token) is int and token >= 0 for token in ids):
+        shown = json.dumps(value)[:60]
+        raise ModelError(
+            f"{where}: `eos_token_id` is no token id (found {shown}); write the number of the end "
+            "token, or a list of numbers"
+        )
 
 
 def _check_code(config: dict[str, Any], source: str, trust_remote_code: bool) -> None:
@@ -185,9 +221,10 @@ def _check_code(config: dict[str, Any], source: str, trust_remote_code: bool) ->
     known = known_model_types()
     if (kind := config["model_type"]) not in known:
         near = get_close_matches(kind, sorted(known), n=3)
-        hint = f"; near names it knows: {', '.join(f'`{name}`' for name in near)}" if near else ""
+        hint = f"near names it knows: {', '.join(f'`{name}`' for name in near)}; " if near else ""
         raise ModelError(
-            f"{source}/{CONFIG}: mlx-lm has no model type `{kind}`{hint or '; update mlx-lm'}"
+            f"{source}/{CONFIG}: mlx-lm {version('mlx-lm')} has no model type `{kind}`; {hint}a "
+            "newer model needs a newer mlx-lm"
         )
 
 
@@ -221,13 +258,36 @@ def _check_weights(folder: Path, source: str) -> None:
 
 
 def _check_shards(folder: Path, source: str) -> None:
-    if not (folder / INDEX).is_file():
+    """Raise `ModelError` if weight files that the index names are missing.
+
+    mlx-lm does not read the index. Quantized models are published with the index of their source
+    next to their own weights: then no file that the index names is there. If some are there, the
+    download was interrupted, unless the other files contain all tensors.
+    """
+    try:
+        index = read_json(folder / INDEX, INDEX).get("weight_map")
+    except ModelError:  # there is none, or it is damaged: loading compares the tensors themselves
         return
-    index = read_json(folder / INDEX, f"{source}/{INDEX}").get("weight_map")
-    shards = set(index.values()) if isinstance(index, dict) else set()
-    missing = sorted(str(name) for name in shards if not (folder / str(name)).is_file())
-    if missing:
+    files = (
+        {k: v for k, v in index.items() if isinstance(v, str)} if isinstance(index, dict) else {}
+    )
+    shards = set(files.values())
+    missing = {name for name in shards if not (folder / name).is_file()}
+    if not missing or missing == shards:
+        return
+    wanted = {tensor for tensor, name in files.items() if name in missing}
+    if wanted - _tensor_names(folder):
         raise ModelError(
             f"{source}: {len(missing)} of {len(shards)} weight files are missing "
-            f"(`{missing[0]}`); download the model again"
+            f"(`{min(missing)}`); download the model again"
         )
+
+
+def _tensor_names(folder: Path) -> set[str]:
+    """Return the names of all tensors in the weight files; damaged files are left out."""
+    names: set[str] = set()
+    for file in weight_files(folder):
+        with suppress(RuntimeError, ValueError, OSError):
+            tensors = mx.load(str(file))  # lazy: only the header is read
+            names |= tensors.keys() if isinstance(tensors, dict) else set()
+    return names

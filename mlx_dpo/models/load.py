@@ -3,32 +3,48 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from huggingface_hub.errors import StrictDataclassError
 from mlx_lm import utils as mlx_lm
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
-from mlx_dpo.errors import ConfigError, ModelError
+from mlx_dpo.errors import ConfigError, ModelError, reason
 from mlx_dpo.models.device import cast_model, is_cpu, prepare_for_cpu
 from mlx_dpo.models.download import resolve_model
 from mlx_dpo.models.files import (
     REMOTE_CODE_REFUSED,
     check_model_folder,
     glob_safe,
+    read_json,
 )
 from mlx_dpo.models.quantize import quantize_model
 from mlx_dpo.models.rope import rope_notes, rope_overrides
 
 # Errors of mlx-lm and MLX for invalid files: wrong tensors, values, keys or bytes.
 LOADING_ERRORS = (ValueError, RuntimeError, TypeError, KeyError, OSError)
-
-NO_FAST_TOKENIZER = (
-    "there is no `tokenizer.json`; copy it from the original model, "
-    "or install `sentencepiece` and `tiktoken` to make do without"
+# Errors of mlx-lm and transformers for values of types that they do not expect in their files.
+LIBRARY_ERRORS = (
+    *LOADING_ERRORS,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    StrictDataclassError,
 )
+# Parts of messages about number types and packings that this version of MLX does not know.
+NEWER_MLX = ("unsupported dtype", "Cannot infer the quantization mode", "Invalid quantization mode")
+# Files from which `tokenizer.json` can be made, and the libraries that this takes.
+SLOW_TOKENIZERS = {"tokenizer.model": "sentencepiece", "tiktoken.model": "tiktoken"}
+UPDATE = "a newer file needs a newer {}; update it, or get the file again"
+TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 
 
 # Rows are checked against the model's context; transformers would warn of every long text.
@@ -70,7 +86,7 @@ def load_model(
         raise ConfigError("`group_size` has no effect without `bits`; the model is not quantized")
     path = resolve_model(source, revision=revision, trust_remote_code=trust_remote_code)
     entries = check_model_folder(path, source, trust_remote_code=trust_remote_code)
-    notes = rope_notes(entries, source)
+    notes = (*rope_notes(entries, source), *tokenizer_notes(path))
     tokenizer = load_tokenizer(path, source, trust_remote_code=trust_remote_code)
     model, config = load_lazy_model(path, source, trust_remote_code=trust_remote_code)
     with loading_errors(source):
@@ -99,13 +115,24 @@ def load_lazy_model(
     Raises:
         ModelError: weights and configuration contradict each other, or cannot be read.
     """
-    with loading_errors(source), glob_safe(path) as folder:
+    entries = mlx_lm.load_config(path)
+    advice = "get its files again"
+    if "quantization" not in entries and "quantization_config" in entries:
+        method = entries["quantization_config"].get("quant_method")
+        advice = f"packed by `{method}`, it may need a newer mlx-lm; or take it unpacked"
+    with (
+        loading_errors(source, advice=advice, errors=LIBRARY_ERRORS),
+        glob_safe(path) as folder,
+    ):
         model, config = mlx_lm.load_model(
             folder,
             lazy=True,
-            model_config=rope_overrides(mlx_lm.load_config(path), source),
+            model_config=rope_overrides(entries, source),
             trust_remote_code=trust_remote_code,
         )
+    # MLX is lazy: this computes nothing, but a value of the wrong type in the configuration fails.
+    with loading_errors(source, "its configuration does not fit", errors=LIBRARY_ERRORS):
+        model(mx.zeros((1, 1), mx.int32))
     return model, config
 
 
@@ -116,37 +143,81 @@ def load_tokenizer(path: Path, source: str, *, trust_remote_code: bool) -> Token
         ModelError: the files cannot be read, or are Python code that is not trusted.
     """
     where = f"{source}: tokenizer"
-    with loading_errors(where):
+    with loading_errors(where, errors=LIBRARY_ERRORS):
         try:
             return mlx_lm.load_tokenizer(
                 path,
                 {"trust_remote_code": trust_remote_code, "model_max_length": NO_LENGTH_LIMIT},
                 eos_token_ids=mlx_lm.load_config(path).get("eos_token_id"),
             )
-        except ValueError as error:
-            if "sentencepiece" in str(error):
-                raise ModelError(f"{where}: {NO_FAST_TOKENIZER}") from error
-            if trust_remote_code or "trust_remote_code" not in str(error):
-                raise
-            raise ModelError(f"{where}: {REMOTE_CODE_REFUSED}") from error
+        except Exception as error:
+            if (message := _tokenizer_message(error, path, trust_remote_code)) is not None:
+                raise ModelError(f"{where}: {message}") from error
+            raise
+
+
+def _tokenizer_message(error: Exception, path: Path, trust_remote_code: bool) -> str | None:
+    """Return what is wrong with the tokenizer's files, or None if `error` itself says it."""
+    if type(error) is Exception:  # the tokenizers library, written in Rust, raises no other class
+        known = f"tokenizers {version('tokenizers')}"
+        advice = UPDATE.format("tokenizers library")
+        return f"`{TOKENIZER}` cannot be read by {known} ({reason(error)}); {advice}"
+    if not trust_remote_code and "trust_remote_code" in str(error):
+        return REMOTE_CODE_REFUSED
+    if (path / TOKENIZER).is_file():
+        return None
+    missing = f"there is no `{TOKENIZER}`"
+    for name, library in SLOW_TOKENIZERS.items():
+        if (path / name).is_file():
+            if find_spec(library) is None:
+                return f"{missing}; copy it from the original model, or install `{library}`"
+            advice = f"get it again, or copy `{TOKENIZER}` from the original model"
+            return f"{missing}, and `{name}` cannot be read ({reason(error)}); {advice}"
+    return f"{missing}; copy it from the original model"
+
+
+def tokenizer_notes(path: Path) -> tuple[str, ...]:
+    """Return a note for the user if the tokenizer's class is unknown to transformers.
+
+    Transformers then uses `tokenizer.json` alone, without what the class would do differently.
+    """
+    if not (path / TOKENIZER_CONFIG).is_file():
+        return ()
+    entries = read_json(path / TOKENIZER_CONFIG, TOKENIZER_CONFIG)
+    name = entries.get("tokenizer_class")
+    if not isinstance(name, str) or "auto_map" in entries or tokenizer_class_from_name(name):
+        return ()
+    return (
+        f"tokenizer class `{name}` is unknown to transformers {version('transformers')}: "
+        f"`{TOKENIZER}` is used as it stands",
+    )
 
 
 @contextmanager
 def loading_errors(
-    where: str, what: str = "cannot be read", advice: str = "get its files again"
+    where: str,
+    what: str = "cannot be read",
+    advice: str = "get its files again",
+    *,
+    errors: tuple[type[Exception], ...] = LOADING_ERRORS,
 ) -> Iterator[None]:
     """Convert errors of mlx-lm and MLX inside the `with` block to a one-line `ModelError`.
 
     The message is put together from the arguments: `where: what (the error); advice`.
+
+    Args:
+        errors: Classes of the errors that the libraries raise in this block.
     """
     try:
         yield
-    except LOADING_ERRORS as error:
+    except errors as error:
         message = " ".join(str(error).split())[:200] or type(error).__name__
         if isinstance(error, KeyError):
             message = f"no entry {message}"
         if isinstance(error, RuntimeError) and "malloc" in message:
             advice = "it does not fit into memory: take a smaller model, or fewer `bits`"
+        if any(text in message for text in NEWER_MLX):
+            advice = UPDATE.format(f"MLX than {version('mlx')}")
         raise ModelError(f"{where}: {what} ({message}); {advice}") from error
 
 

@@ -288,6 +288,8 @@ def test_a_broken_configuration_is_refused(checkpoint, text, message):
 def test_an_unknown_model_type_names_the_nearest(checkpoint):
     edit(checkpoint / "config.json", model_type="lama")
     assert "`llama`" in refusal(checkpoint)
+    edit(checkpoint / "config.json", model_type="zzz")
+    assert "a newer model needs a newer mlx-lm" in refusal(checkpoint)
 
 
 def test_code_that_comes_with_a_model_runs_only_if_trusted(checkpoint):
@@ -321,6 +323,113 @@ def test_a_missing_shard_is_named(checkpoint):
     (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
     message = refusal(checkpoint)
     assert "1 of 2" in message and "`model-00002-of-00002.safetensors`" in message
+
+
+def split(checkpoint) -> dict[str, str]:
+    """Split the weights into two files; return the index's map from tensors to files."""
+    weights = mx.load(str(checkpoint / "model.safetensors"))
+    mx.eval(weights)
+    (checkpoint / "model.safetensors").unlink()
+    index = {}
+    for number, names in enumerate((sorted(weights)[::2], sorted(weights)[1::2]), start=1):
+        file = f"model-{number:05}-of-00002.safetensors"
+        mx.save_safetensors(str(checkpoint / file), {name: weights[name] for name in names})
+        index |= dict.fromkeys(names, file)
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    return index
+
+
+def test_an_interrupted_download_is_refused_by_its_missing_file(checkpoint):
+    split(checkpoint)
+    assert load_model(str(checkpoint))
+    (checkpoint / "model-00002-of-00002.safetensors").unlink()
+    message = refusal(checkpoint)
+    assert "1 of 2" in message and "`model-00002-of-00002.safetensors`" in message
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        '{"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}',
+        '{"weight_map": [1]}',
+        '{"weight_map": {"a": ["b"], "c": {}}}',
+        "{",
+    ],
+)
+def test_the_index_of_other_weights_does_not_count(checkpoint, index):
+    """Quantized models have the index of their source; mlx-lm reads none."""
+    expected = parameters(load_model(str(checkpoint)).model)
+    (checkpoint / "model.safetensors.index.json").write_text(index)
+    loaded = parameters(load_model(str(checkpoint)).model)
+    assert all(mx.array_equal(loaded[name], expected[name]) for name in expected)
+
+
+def test_a_missing_file_whose_tensors_are_elsewhere_is_not_missed(checkpoint):
+    index = split(checkpoint) | {"lm_head.weight": "model-00003-of-00003.safetensors"}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    assert load_model(str(checkpoint))
+
+
+# Files of a kind or of types that are not known
+
+
+def test_a_tokenizer_of_an_unknown_kind_names_the_file_and_the_version(checkpoint):
+    file = checkpoint / "tokenizer.json"
+    entries = json.loads(file.read_text())
+    file.write_text(json.dumps(entries | {"model": entries["model"] | {"type": "FutureBPE"}}))
+    message = refusal(checkpoint)
+    assert "`tokenizer.json` cannot be read by tokenizers " in message
+    assert "a newer file needs a newer tokenizers library" in message
+
+
+def test_an_unknown_tokenizer_class_is_noted(checkpoint):
+    assert load_model(str(checkpoint)).notes == ()
+    edit(checkpoint / "tokenizer_config.json", tokenizer_class="FutureTokenizer")
+    [note] = load_model(str(checkpoint)).notes
+    assert note.startswith("tokenizer class `FutureTokenizer` is unknown to transformers ")
+
+
+def test_a_damaged_sentencepiece_model_is_named(checkpoint):
+    (checkpoint / "tokenizer.json").unlink()
+    (checkpoint / "tokenizer.model").write_bytes(b"\x0a\xff\x00garbage" * 20)
+    edit(checkpoint / "tokenizer_config.json", tokenizer_class="LlamaTokenizer")
+    assert "`tokenizer.model`" in refusal(checkpoint) or "`sentencepiece`" in refusal(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("file", "entries", "message"),
+    [
+        ("generation_config.json", {"eos_token_id": "x"}, "`eos_token_id` is no token id"),
+        ("generation_config.json", {"eos_token_id": [3, None]}, "`eos_token_id` is no token id"),
+        ("generation_config.json", [], "generation_config.json: not a JSON object"),
+        ("tokenizer_config.json", "text", "tokenizer_config.json: not a JSON object"),
+        ("tokenizer_config.json", {"tokenizer_class": 1.5}, "tokenizer: cannot be read"),
+        ("config.json", {"eos_token_id": True}, "`eos_token_id` is no token id"),
+        ("config.json", {"quantization": [1]}, "`quantization` is no object"),
+        ("config.json", {"rope_theta": "far"}, "its configuration does not fit"),
+        ("config.json", {"num_hidden_layers": "two"}, "cannot be read"),
+    ],
+)
+def test_values_of_other_types_are_refused_in_one_line(checkpoint, file, entries, message):
+    path = checkpoint / file
+    old = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps(old | entries if isinstance(entries, dict) else entries))
+    assert message in refusal(checkpoint)
+
+
+def test_weights_of_an_unknown_number_type_may_need_a_newer_mlx(checkpoint):
+    file = checkpoint / "model.safetensors"
+    data = file.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + size].replace(b'"F32"', b'"F4X"')
+    file.write_bytes(data[:8] + header + data[8 + size :])
+    assert "a newer file needs a newer MLX than " in refusal(checkpoint)
+
+
+def test_an_unknown_packing_is_named(checkpoint):
+    edit(checkpoint / "config.json", quantization_config={"quant_method": "future"})
+    edit_weights(checkpoint, **{"model.norm.scales": mx.zeros((2,))})
+    assert "packed by `future`, it may need a newer mlx-lm" in refusal(checkpoint)
 
 
 @pytest.mark.parametrize("keep", [4, 1000, -1])
