@@ -20,6 +20,7 @@ from mlx_dpo.units import format_bytes
 
 MAX_ROW_BYTES = 32_000_000  # of a row, as text or in memory; a million tokens are about 5 MB
 MAX_FILE_BYTES = 64_000_000  # of a file that is read whole: settings, records, prompts, templates
+BLOCK_BYTES = 1 << 20  # that are read at a time
 MAX_NESTING = 128  # of lists and objects in each other
 MAX_DIGITS = 300  # of an integer; a float has at most 309
 UNPACKED_FREE = 250_000_000  # bytes that every archive may unpack to
@@ -195,6 +196,17 @@ def read_lines(stream: IO[bytes], limit: int = MAX_ROW_BYTES) -> Iterator[bytes]
         skip_rest(stream, line, limit)
 
 
+def read_at_most(stream: IO[bytes], limit: int) -> bytes:
+    """Return the next bytes of a stream, at most `limit`.
+
+    `stream.read(limit)` would reserve memory for `limit` bytes first, however few there are.
+    """
+    content = io.BytesIO()
+    while block := stream.read(min(BLOCK_BYTES, limit - content.tell())):
+        content.write(block)
+    return content.getvalue()
+
+
 def skip_rest(stream: IO[bytes], line: bytes, limit: int = MAX_ROW_BYTES) -> None:
     """Skip the rest of a line of which `readline(limit + 1)` returned the beginning `line`."""
     while len(line) > limit and not line.endswith(b"\n"):
@@ -228,7 +240,7 @@ class UnpackedStream(io.RawIOBase):
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """Move to a position of the unpacked stream, within the bound."""
         if whence == os.SEEK_END:  # the stream would unpack everything to find its end
-            while self.read(1 << 20):
+            while self.read(BLOCK_BYTES):
                 pass
         self._position = self._unpacked.seek(offset, whence)
         self._check()

@@ -12,7 +12,7 @@ from tests.fuzz.areas import AREAS
 from tests.fuzz.mutations import BYTES, VALUES, dump, mutate_bytes, mutate_value
 from tests.fuzz.watchdog import try_inputs, write_material
 
-PART = 300  # inputs that one process of the slow suite tries
+PART = 500  # inputs that one process of the slow suite tries
 FEW = 2  # inputs of each area in the gate
 PARTS = [
     (name, first, min(first + PART, area.count))

@@ -6,12 +6,20 @@ import io
 import lzma
 import os
 import sys
+import tracemalloc
 
 import pytest
 
 from mlx_dpo.errors import ConfigError, DataError
 from mlx_dpo.io import bounded
-from mlx_dpo.io.bounded import UnpackedStream, parse_json, read_bytes, read_lines, read_text
+from mlx_dpo.io.bounded import (
+    UnpackedStream,
+    parse_json,
+    read_at_most,
+    read_bytes,
+    read_lines,
+    read_text,
+)
 
 
 def refusal(call, *args, **kwargs):
@@ -140,3 +148,19 @@ def test_deep_nesting_needs_no_deep_stack():
         value = [value]
     with pytest.raises(DataError, match="nested too deeply"):
         bounded.check_nesting(value, "x", DataError)
+
+
+def test_a_bound_far_above_the_content_reserves_no_memory():
+    """A list may have 8 GB, and a process may be limited to less."""
+    tracemalloc.start()
+    assert read_at_most(io.BytesIO(b"abc"), 1 << 40) == b"abc"
+    assert read_at_most(io.BufferedReader(io.BytesIO(b"abcdef")), 1 << 40) == b"abcdef"
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 << 20
+
+
+def test_no_more_than_the_bound_is_read():
+    stream = io.BytesIO(b"a" * 3_000_000)
+    assert len(read_at_most(stream, 2_500_000)) == 2_500_000
+    assert len(stream.read()) == 500_000

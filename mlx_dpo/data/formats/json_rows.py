@@ -10,7 +10,7 @@ from itertools import islice
 from typing import IO, Any, NamedTuple
 
 from mlx_dpo.errors import DataError
-from mlx_dpo.io.bounded import MAX_ROW_BYTES, parse_json, read_lines, skip_rest
+from mlx_dpo.io.bounded import MAX_ROW_BYTES, parse_json, read_at_most, read_lines, skip_rest
 from mlx_dpo.schemas.messages import ROLE_KEYS
 from mlx_dpo.schemas.schema import format_names
 from mlx_dpo.units import format_bytes
@@ -84,7 +84,7 @@ def _parse_line(line: bytes, location: str) -> JsonItem:
 
 def _document_items(head: bytes, stream: IO[bytes], name: str) -> Iterator[JsonItem]:
     """Yield the rows of a file that is one JSON value: a list, an object with one, or one row."""
-    data = head + stream.read(MAX_DOCUMENT_BYTES)
+    data = head + read_at_most(stream, MAX_DOCUMENT_BYTES)
     if stream.read(1):
         raise DataError(
             f"{name}: larger than {format_bytes(MAX_DOCUMENT_BYTES)}; write one object per line"
