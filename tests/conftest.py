@@ -12,6 +12,7 @@ from mlx_lm.models import llama
 
 from mlx_dpo.io.jit_cache import use_private_jit_cache
 from mlx_dpo.paths import cache_folder
+from mlx_dpo.training.monitor import samples
 from mlx_dpo.types import TokenizedPair
 from tests.trained_run import trained, workplace  # noqa: F401  (fixtures)
 
@@ -77,6 +78,7 @@ def own_cache(tmp_path_factory):
         shutil.copytree(kernels, folder / kernels.name, copy_function=os.link)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLX_DPO_CACHE", str(folder))
+        patch.setattr(samples, "SAMPLE_TOKENS", 4)  # every run with held-out pairs samples answers
         yield
 
 

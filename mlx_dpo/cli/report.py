@@ -67,9 +67,9 @@ def _print_comparison(console: "Console", runs: "Sequence[RunDetails]") -> None:
 
     Settings for which the console is too narrow are left out and listed below the table.
     """
-    from mlx_dpo.reporting.console import FINAL_METRICS
+    from mlx_dpo.reporting.console import FINAL_METRICS, SAMPLE_METRICS
 
-    only_on_page = [label for label, _ in FINAL_METRICS[3:]]
+    only_on_page = [label for label, *_ in (*FINAL_METRICS[3:], *SAMPLE_METRICS)]
     metrics = [label for label in runs[0].metrics if label not in only_on_page]
     unlimited = console.options.update(width=sys.maxsize)
     shown: list[str] = []

@@ -93,6 +93,14 @@ class EvaluationSettings:
         minimum=1,
         changes_result=False,
     )
+    eval_samples: int = setting(
+        4,
+        "Answers sampled at each evaluation (length, repetition, KL); up to 64 tokens; 0 = none.",
+        int,
+        EVALUATION,
+        minimum=0,
+        changes_result=False,
+    )
     metric_for_best_model: str | None = setting(
         None,
         "Metric on held-out pairs that selects the best model (`loss`, `rewards/margins`).",

@@ -16,12 +16,12 @@ from mlx_dpo.generation.batch import GeneratedTokens, generate_tokens
 from mlx_dpo.generation.context import answer_room, clip_note, context_length
 from mlx_dpo.generation.decode import StreamingDecoder
 from mlx_dpo.generation.prompt import encode_prompt, encode_text
+from mlx_dpo.generation.repetition import NGRAM, repetition_rate
 from mlx_dpo.saved_runs.evaluate import held_out_prompts
 from mlx_dpo.saved_runs.open import OpenRun, SwitchableModel, open_switchable
 from mlx_dpo.scoring.generation_match import use_generating_function
 from mlx_dpo.scoring.logps import token_logps
 
-NGRAM = 4
 TokenIds = list[int]
 
 
@@ -63,10 +63,11 @@ class PolicyAnswers:
         """Return statistics of the answers (such as mean length) as label and text."""
         texts = [answer.text for answer in self.answers]
         lengths = [len(answer.tokens) for answer in self.answers]
+        repetition = fmean(repetition_rate(answer.tokens) for answer in self.answers)
         return {
             "tokens per answer": f"{fmean(lengths):.1f}",
             "cut at the token limit": str(sum(answer.end is None for answer in self.answers)),
-            f"{NGRAM}-gram repetition": f"{fmean(map(repetition_rate, self.answers)):.1%}",
+            f"{NGRAM}-gram repetition": f"{repetition:.1%}",
             "refusals": str(sum(find_refusal(text) is not None for text in texts)),
             "log-ratio, nats per answer": f"{fmean(a.log_ratio for a in self.answers):+.2f}",
         }
@@ -111,16 +112,6 @@ def score_spans(
         spans.append(TextSpan(text, pending))
     end = None if completion.stop_token is None else ratios[-1]
     return ScoredAnswer(tuple(spans), end, tuple(completion.tokens))
-
-
-def repetition_rate(answer: ScoredAnswer) -> float:
-    """Return the share of the answer's token 4-grams that repeat an earlier 4-gram of the answer.
-
-    Source: Welleck et al. 2019, arXiv:1908.04319, section 6.1, seq-rep-4.
-    """
-    tokens = answer.tokens
-    ngrams = [tokens[i : i + NGRAM] for i in range(len(tokens) - NGRAM + 1)]
-    return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
 
 
 def compare_runs(

@@ -23,6 +23,14 @@ FINAL_METRICS = tuple(
 )
 
 ZERO_MARGIN = 0.0005  # is shown as 0.000
+# Label, key of an evaluation row and format of the metrics of sampled answers.
+SAMPLE_METRICS = (
+    ("tokens per answer", f"{EVAL_PREFIX}completions/mean_length", ".1f"),
+    ("answers cut", f"{EVAL_PREFIX}completions/clipped_ratio", ".0%"),
+    ("4-gram repetition", f"{EVAL_PREFIX}completions/repetition", ".1%"),
+    ("KL from base, per token", f"{EVAL_PREFIX}completions/kl", ".3f"),
+)
+
 BAR_WIDTH = 12  # columns; leaves room for the most important metrics on a terminal of 80 columns
 
 
@@ -88,8 +96,19 @@ def format_evaluation(row: MetricsRow) -> str:
     return (
         f"held out after step {int(row['step'])}: loss {row['eval_loss']:.4f}  "
         f"margin {_format_metric(row, 'eval_rewards/margins', '+.3f')}  "
-        f"accuracy {_format_accuracy(row, EVAL_PREFIX, '.1%')}"
+        f"accuracy {_format_accuracy(row, EVAL_PREFIX, '.1%')}{_format_samples(row)}"
     )
+
+
+def _format_samples(row: MetricsRow) -> str:
+    """Return repetition and KL divergence of sampled answers; empty if none were sampled."""
+    names = (("repetition", ".0%"), ("kl", ".3f"))
+    texts = [
+        f"{name} {row[key]:{form}}"
+        for name, form in names
+        if (key := f"{EVAL_PREFIX}completions/{name}") in row
+    ]
+    return "".join(f"  {text}" for text in texts)
 
 
 NOISE = "not meaningful"  # in place of an accuracy whose margins are noise
@@ -104,6 +123,7 @@ def format_final_metrics(row: MetricsRow, *, is_noise: bool = False) -> dict[str
     texts = {
         label: _format_metric(row, key, formats.get(label, ".4f")) for label, key in FINAL_METRICS
     }
+    texts |= {label: format(row[key], form) for label, key, form in SAMPLE_METRICS if key in row}
     return texts | {"accuracy": NOISE} if is_noise else texts
 
 

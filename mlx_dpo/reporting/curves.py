@@ -105,6 +105,22 @@ CURVES = (
         baseline=0.0,
         on_model_card=False,
     ),
+    Curve(
+        "Repetition",
+        "share",
+        "repeated 4-grams in answers sampled at evaluations",
+        {"": "completions/repetition"},
+        starts_at_zero=True,
+        on_model_card=False,
+    ),
+    Curve(
+        "KL of answers",
+        "nats per token",
+        "estimated KL divergence from the base, on answers sampled at evaluations",
+        {"": "completions/kl"},
+        baseline=0.0,
+        on_model_card=False,
+    ),
     Curve("Gradient norm", "", "before clipping", {"": "grad_norm"}, starts_at_zero=True),
     Curve(
         "Learning rate",

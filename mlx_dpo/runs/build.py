@@ -15,14 +15,17 @@ from mlx_dpo.adapters.adapter_files import attach_loaded_adapter, read_adapter
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.config.training import PassLimit
 from mlx_dpo.errors import ConfigError
+from mlx_dpo.generation.context import context_length
 from mlx_dpo.models.device import is_cpu
 from mlx_dpo.models.load import LoadedModel
 from mlx_dpo.optim import optimizers
 from mlx_dpo.optim.lr_schedule import learning_rate
 from mlx_dpo.profiling.memory import trainable_bytes
+from mlx_dpo.runs.inputs import Inputs
 from mlx_dpo.scoring.score_pairs import DatasetScorer, on_policy_weights, score_pairs
 from mlx_dpo.scoring.scorers import memory_efficient_training
 from mlx_dpo.scoring.select_scorer import ScorerChoice, ScorerSetting, select_scorer
+from mlx_dpo.training.monitor.samples import AnswerSampler
 from mlx_dpo.training.objective import Objective
 from mlx_dpo.training.plan import TrainingPlan
 from mlx_dpo.training.synced_reference import SyncedReference
@@ -150,6 +153,16 @@ def make_dataset_scorer(config: DPOConfig, choice: ScorerChoice) -> DatasetScore
         limit=inference_limit(config, choice),
         scorer=choice.forward_only,
         cost=choice.cost,
+    )
+
+
+def make_answer_sampler(config: DPOConfig, inputs: Inputs) -> AnswerSampler | None:
+    """Create the sampler of answers to held-out prompts; None if there are none to sample."""
+    return AnswerSampler.for_pairs(
+        inputs.valid,
+        config.eval_samples,
+        stop_tokens=inputs.base.tokenizer.eos_token_ids,
+        context=context_length(inputs.base.config),
     )
 
 

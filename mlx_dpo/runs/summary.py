@@ -160,6 +160,7 @@ def summarize_training(run: "DPOTrainer") -> list[SummaryLine]:
         ("steps", _describe_steps(run)),
         *_summarize_best(run),
         *_summarize_micro_batches(run),
+        *_summarize_samples(run),
         ("memory", run.fitted.describe()),
         ("output", run.config.output + _describe_resume(run)),
         *[("logging", f"{tracker.name}: {tracker.location}") for tracker in run.trackers.trackers],
@@ -279,6 +280,16 @@ def _summarize_micro_batches(run: "DPOTrainer") -> list[SummaryLine]:
             ("", f"{pairs} more and go alone; the longest takes {counts.longest:,} tokens")
         )
     return lines
+
+
+def _summarize_samples(run: "DPOTrainer") -> list[SummaryLine]:
+    sampler = run.answer_sampler
+    if sampler is None:
+        return []
+    count, tokens = len(sampler.prompts), sampler.sampling.max_tokens
+    answers = f"{count} answer{'s' * (count != 1)}"
+    text = f"{answers} of up to {tokens} tokens at each evaluation (--eval-samples 0: none)"
+    return [("samples", text)]
 
 
 def _describe_resume(run: "DPOTrainer") -> str:

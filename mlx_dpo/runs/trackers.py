@@ -10,6 +10,7 @@ from mlx_dpo.data.columns import LENGTHS, column
 from mlx_dpo.runs.folder import hub_model_id
 from mlx_dpo.trackers import check_tracker, open_tracker
 from mlx_dpo.trackers.base import OpenTrackers, RunInfo
+from mlx_dpo.training.monitor import Monitor
 from mlx_dpo.training.monitor.metrics import MonitoredRun
 from mlx_dpo.types import MetricsRow, TokenizedPair
 
@@ -77,6 +78,11 @@ def shared_settings(record: Mapping[str, Any]) -> dict[str, Any]:
     shareable = DPOConfig.from_dict(record["settings"]).get_public_settings()
     model = hub_model_id(record)
     return ({"model": model} if model else {}) | shareable
+
+
+def make_monitor(config: DPOConfig, pairs: Sequence[TokenizedPair], *, total_steps: int) -> Monitor:
+    """Create the training monitor of a run that trains on `pairs`."""
+    return Monitor(monitored_run(config, pairs, total_steps=total_steps))
 
 
 def monitored_run(

@@ -23,6 +23,7 @@ from mlx_dpo.runs.build import (
     attach_adapters,
     check_step_settings,
     choose_scorer,
+    make_answer_sampler,
     make_dataset_scorer,
     make_on_policy_weights,
     make_optimizer,
@@ -55,11 +56,10 @@ from mlx_dpo.runs.reference import (
     stored_logps,
 )
 from mlx_dpo.runs.save_peft import save_peft
-from mlx_dpo.runs.trackers import check_trackers, monitored_run, open_trackers
+from mlx_dpo.runs.trackers import check_trackers, make_monitor, open_trackers
 from mlx_dpo.scoring.kernels.gated_delta import use_fused_gated_delta
 from mlx_dpo.trackers.base import OpenTrackers
 from mlx_dpo.training import checkpoint, loop
-from mlx_dpo.training.monitor import Monitor
 from mlx_dpo.training.monitor.verdict import Verdict
 from mlx_dpo.training.objective import Objective, evaluate
 from mlx_dpo.types import MetricsRow, PairLogps
@@ -291,8 +291,8 @@ class DPOTrainer:
             )
         rows = [r for r in whole_rows(self.paths.metrics)[0] if r["step"] <= self.start.step]
         self.best.restore(rows)
-        facts = monitored_run(self.config, self.inputs.train, total_steps=self.total_steps)
-        self.monitor = Monitor(facts)
+        self.monitor = make_monitor(self.config, self.inputs.train, total_steps=self.total_steps)
+        self.answer_sampler = make_answer_sampler(self.config, self.inputs)
         self.warnings = [warning for row in rows for warning in self.monitor.update(row)]
         self.record["warnings"] = self.warnings
         write_record(self.paths, self.record)
@@ -367,9 +367,7 @@ class DPOTrainer:
                 "peak_memory_gb": mx.get_peak_memory() / 1e9,
             }
             row = self._log_row(step_row(metrics) | speed)
-            if warnings := self.monitor.update(row):
-                self.warnings += warnings
-                write_record(self.paths, self.record)
+            self._warn(self.monitor.update(row))
             yield row
 
     def _log_row(self, row: MetricsRow) -> MetricsRow:
@@ -386,9 +384,16 @@ class DPOTrainer:
 
     def _evaluate_and_log(self) -> MetricsRow:
         """Evaluate the policy, save its adapters if best so far, and return the metrics row."""
-        row = {"step": self._progress.step, **self.evaluate()}
+        samples = self.answer_sampler.measure(self.policy) if self.answer_sampler else {}
+        row = {"step": self._progress.step, **self.evaluate(), **samples}
         self.best.update(row, lambda folder: save_adapter(folder, self.policy, self.adapter_config))
+        self._warn(self.monitor.update(row))
         return self._log_row(row)
+
+    def _warn(self, warnings: Sequence[str]) -> None:
+        if warnings:
+            self.warnings += warnings
+            write_record(self.paths, self.record)
 
     def evaluate(self) -> MetricsRow:
         """Return the current policy's metrics on the held-out pairs, with the prefix `eval_`."""

@@ -44,7 +44,7 @@ from mlx_dpo.schemas.messages import prompt_digest
 from mlx_dpo.scoring.kernels.gated_delta import use_fused_gated_delta
 from mlx_dpo.scoring.score_pairs import DatasetScorer
 from mlx_dpo.training import checkpoint
-from mlx_dpo.training.monitor.verdict import Verdict, judge_policy
+from mlx_dpo.training.monitor.verdict import DEGENERATE, Verdict, judge_policy
 from mlx_dpo.training.objective import Objective, evaluate
 from mlx_dpo.types import PairLogps, PreferenceMetrics, TokenizedPair
 
@@ -87,8 +87,14 @@ def evaluate_run(
     check_provenance(run.paths, run.record, now)
     metrics = _compute_metrics(run, base, measured)
     facts = monitored_run(run.config, measured, total_steps=run.record["steps"])
-    verdict = judge_policy(facts, to_public_names(metrics))
+    verdict = judge_policy(facts, to_public_names(metrics)) or _verdict_on_answers(run)
     return Evaluation(run, name, len(measured), metrics, notes, verdict)
+
+
+def _verdict_on_answers(run: OpenRun) -> Verdict | None:
+    """Return what the run itself found wrong with answers that it sampled."""
+    verdict = Verdict.from_record(run.record)
+    return verdict if verdict is not None and verdict.kind == DEGENERATE else None
 
 
 EvaluationPairs = tuple[LoadedModel, Sequence[TokenizedPair], str, tuple[str, ...]]

@@ -9,10 +9,10 @@ from mlx_dpo.evaluation.compare import (
     ScoredAnswer,
     TextSpan,
     completion_token_logps,
-    repetition_rate,
     score_spans,
 )
 from mlx_dpo.generation.batch import GeneratedTokens
+from mlx_dpo.generation.repetition import repetition_rate
 from tests.checkpoints import END, make_checkpoint
 from tests.conftest import VOCAB
 
@@ -80,7 +80,7 @@ def test_policy_and_reference_must_score_the_same_tokens(tokenizer):
     ],
 )
 def test_repetition_is_the_share_of_repeated_4_grams(tokens, share):
-    assert repetition_rate(make_answer(*tokens)) == pytest.approx(share)
+    assert repetition_rate(tokens) == pytest.approx(share)
 
 
 def test_the_summary_has_counts_and_means_over_answers():

@@ -175,4 +175,10 @@ def test_the_standard_error_of_the_margin_is_that_of_its_mean():
     """Margins 0.5 and -3 at beta 0.5: standard deviation 3.5 / sqrt 2, of two pairs 3.5 / 2."""
     result = compute_metrics(make_pair_outputs([-1.0, -9.0], [-2.0, -3.0]))
     assert result.margins_stderr == pytest.approx(1.75)
-    assert compute_metrics(make_pair_outputs([-1.0], [-2.0])).margins_stderr is None
+    one = PairLogps(mx.zeros((1,)), mx.zeros((1,)))
+    assert (
+        compute_metrics(
+            make_pair_outputs([-1.0], [-2.0], losses=(0.5,), reference=one)
+        ).margins_stderr
+        is None
+    )

@@ -366,3 +366,18 @@ def test_train_alone_enters_prepares_and_trains_to_the_end(config):
 def test_steps_outside_of_a_with_block_are_refused(config):
     with pytest.raises(RuntimeError, match="use the trainer in a `with` block"):
         next(DPOTrainer(config).steps())
+
+
+def test_sampled_answers_do_not_change_the_run(config, tmp_path):
+    """With dropout, which draws from MLX's random state after each evaluation."""
+    config = replace(config, eval_steps=1)
+    _, rows = train(config)
+    silent = replace(config, output=str(tmp_path / "silent"), eval_samples=0)
+    _, without = train(silent)
+    assert all(mx.array_equal(value, weights(silent)[n]) for n, value in weights(config).items())
+    sampled = [row for row in rows if "eval_completions/kl" in row]
+    assert len(sampled) == len([row for row in rows if "eval_loss" in row]) == 6
+    assert not any("eval_completions/kl" in row for row in without)
+    assert [row["eval_loss"] for row in sampled] == [
+        row["eval_loss"] for row in without if "eval_loss" in row
+    ]

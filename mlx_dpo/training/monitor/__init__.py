@@ -7,11 +7,12 @@ run passes its earlier rows to the monitor again, so no warning is repeated.
 from mlx_dpo.losses.metrics import EVAL_PREFIX
 from mlx_dpo.training.monitor.checks import CHECKS
 from mlx_dpo.training.monitor.metrics import MonitoredRun, Row, mean
-from mlx_dpo.training.monitor.verdict import Verdict, judge_policy
+from mlx_dpo.training.monitor.samples import degenerate_answers
+from mlx_dpo.training.monitor.verdict import DEGENERATE, Verdict, judge_policy
 
 # Kinds of warnings whose advice does not apply after a warning of another kind.
 SUPERSEDED = {
-    "diverged": frozenset(CHECKS),
+    "diverged": frozenset({*CHECKS, DEGENERATE}),
     "far_away": frozenset({"displaced", "led_by_length"}),
 }
 
@@ -30,9 +31,12 @@ class Monitor:
         self._done: set[str] = set()  # kinds of warnings that are given or do not apply any more
 
     def update(self, row: Row) -> list[str]:
-        """Add a metrics row and return the new warnings; rows of evaluations are ignored."""
+        """Add a metrics row and return the new warnings.
+
+        Of an evaluation, only the answers that were sampled are judged.
+        """
         if "loss" not in row:
-            return []
+            return self._judge_answers(row)
         recent = [*self._rows[1:], row][-2 * self._facts.window :]
         first = self._rows[0] if self._rows else row
         self._rows = [first, *recent]
@@ -43,6 +47,17 @@ class Monitor:
                 warnings.append(sentence)
         return warnings
 
+    def _judge_answers(self, row: Row) -> list[str]:
+        fault = degenerate_answers(_without_prefix(row))
+        if fault is None or DEGENERATE in self._done:
+            return []
+        self._done.add(DEGENERATE)
+        facts = self._facts
+        return [
+            f"step {int(row['step'])}: {fault}; use a smaller learning_rate than "
+            f"{facts.learning_rate:g}, a larger beta than {facts.beta:g}, or fewer steps"
+        ]
+
     def judge(self, evaluation: Row | None) -> Verdict | None:
         """Return the verdict on the trained policy; None if nothing is wrong.
 
@@ -50,11 +65,13 @@ class Monitor:
             evaluation: metrics on held-out pairs. Without them the metrics of the last steps count.
         """
         if evaluation is not None:
-            return judge_policy(
-                self._facts, {n.removeprefix(EVAL_PREFIX): value for n, value in evaluation.items()}
-            )
+            return judge_policy(self._facts, _without_prefix(evaluation))
         recent = self._rows[1:][-self._facts.window :]
         means = {name: mean(recent, name) for name in dict.fromkeys(n for r in recent for n in r)}
         return judge_policy(
             self._facts, {n: value for n, value in means.items() if value is not None}
         )
+
+
+def _without_prefix(evaluation: Row) -> Row:
+    return {name.removeprefix(EVAL_PREFIX): value for name, value in evaluation.items()}

@@ -6,8 +6,10 @@ from typing import Any
 
 from mlx_dpo.training.monitor.checks import MIN_MARGIN
 from mlx_dpo.training.monitor.metrics import MonitoredRun, Row
+from mlx_dpo.training.monitor.samples import degenerate_answers
 
 UNCHANGED, UNCLEAR, WORSE, FAR = "unchanged", "unclear", "worse", "far"
+DEGENERATE = "degenerate"
 
 MAX_DRIFT = 1.0  # nats per completion; a policy that drifted less has hardly changed
 ERRORS = 2.0  # a mean within so many standard errors of zero is noise
@@ -20,7 +22,7 @@ FEW_STEPS = 100
 class Verdict:
     """A finding about a trained policy, with its numbers and what to change."""
 
-    kind: str  # UNCHANGED, UNCLEAR, WORSE or FAR
+    kind: str  # UNCHANGED, UNCLEAR, WORSE, FAR or DEGENERATE
     text: str
 
     @property
@@ -31,7 +33,7 @@ class Verdict:
     @property
     def is_worse(self) -> bool:
         """Whether the policy is worse than the model it was trained from."""
-        return self.kind in (WORSE, FAR)
+        return self.kind in (WORSE, FAR, DEGENERATE)
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> "Verdict | None":
@@ -45,15 +47,31 @@ class Verdict:
 
 
 def judge_policy(facts: MonitoredRun, metrics: Row) -> Verdict | None:
-    """Return the verdict on a policy from its metrics on pairs; None if nothing is wrong.
+    """Return the verdict on a policy from its metrics; None if nothing is wrong.
 
-    Rewards must be beta times log-ratios; for other losses the result is None. The margin is noise
-    if it is less than a tenth of a nat per pair, or less than two standard errors of its mean.
+    Pairs are judged if rewards are beta times log-ratios. Their margin is noise if it is less than
+    a tenth of a nat per pair, or less than two standard errors of its mean.
 
     Args:
         facts: settings of the run.
         metrics: means over held-out pairs, or over the last steps, by name without a prefix.
     """
+    return _judge_pairs(facts, metrics) or _judge_answers(facts, metrics)
+
+
+def _judge_answers(facts: MonitoredRun, metrics: Row) -> Verdict | None:
+    """Return a verdict on the sampled answers; None if there are none, or nothing is wrong."""
+    if (fault := degenerate_answers(metrics)) is None:
+        return None
+    return Verdict(
+        DEGENERATE,
+        f"the policy is worse than the base model, whatever its accuracy: {fault}; train again "
+        f"with a smaller learning_rate than {facts.learning_rate:g}, a larger beta than "
+        f"{facts.beta:g}, or fewer steps",
+    )
+
+
+def _judge_pairs(facts: MonitoredRun, metrics: Row) -> Verdict | None:
     margin, chosen = metrics.get("rewards/margins"), metrics.get("rewards/chosen")
     if not facts.referenced or not facts.from_start or margin is None or chosen is None:
         return None
