@@ -15,6 +15,7 @@ from huggingface_hub.errors import (
 
 from mlx_dpo.errors import ModelError, reason
 from mlx_dpo.io.arrays import Arrays, read_arrays
+from mlx_dpo.io.hub_token import check_hub_token
 from mlx_dpo.models.files import weight_files
 
 HUB_ERRORS = (HTTPError, NotASafetensorsRepoError, SafetensorsParsingError, OSError)
@@ -74,6 +75,7 @@ def hub_checkpoint(hub_id: str, revision: str | None = None) -> HFCheckpoint:
     Raises:
         ModelError: the repository has no safetensors files, or the Hub cannot be reached.
     """
+    check_hub_token()
     try:
         metadata = HfApi().get_safetensors_metadata(hub_id, revision=revision)
     except HFValidationError as error:

@@ -82,8 +82,11 @@ class JsonlFile:
         """
         if not self.path.is_file():
             return None
-        with self._open_locked() as file:
-            return self._repair(file)
+        try:
+            with self._open_locked() as file:
+                return self._repair(file)
+        except OSError as error:
+            raise self._write_error(error) from error
 
     def append(self, row: Row) -> None:
         """Append a row and flush it to disk.
@@ -92,14 +95,14 @@ class JsonlFile:
             DataError: the file cannot be written.
         """
         line = _format_row(row)
-        with self._open_locked() as file:
-            self._repair(file)
-            try:
+        try:  # around the whole: closing the file writes as well, and may fail
+            with self._open_locked() as file:
+                self._repair(file)
                 file.write(line)
                 file.flush()
                 os.fsync(file.fileno())
-            except OSError as error:
-                raise self._write_error(error) from error
+        except OSError as error:
+            raise self._write_error(error) from error
 
     def replace(self, row: Row, is_outdated: Callable[[Row], bool]) -> list[Row]:
         """Append a row and remove the outdated ones, all or nothing; return those removed.

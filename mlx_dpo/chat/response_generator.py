@@ -29,6 +29,7 @@ from mlx_dpo.data.templates.sandbox import install_limits
 from mlx_dpo.data.templates.tool_calls import fit_tool_calls
 from mlx_dpo.errors import ConfigError, reason
 from mlx_dpo.generation.context import answer_room
+from mlx_dpo.terminal_text import escape_controls, escape_line
 from mlx_dpo.types import Message
 
 PROMPT_CACHE_SIZE = 10
@@ -211,6 +212,6 @@ class LastingResponseGenerator(ResponseGenerator):
 
 def print_failure(message: str, error: BaseException) -> None:
     """Print on stderr that a request failed, on one line; MLX_DPO_DEBUG=1 adds the traceback."""
-    print(f"A request failed: {message}", file=sys.stderr)
+    print(f"A request failed: {escape_line(message)}", file=sys.stderr)
     if os.environ.get("MLX_DPO_DEBUG", "0") not in ("", "0"):
-        traceback.print_exception(error)
+        sys.stderr.write(escape_controls("".join(traceback.format_exception(error))))

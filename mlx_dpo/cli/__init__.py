@@ -11,9 +11,10 @@ from typing import Any
 
 import click
 
-from mlx_dpo.cli.output import echo, print_traceback, print_warning
+from mlx_dpo.cli.output import echo, escape_messages_of_libraries, print_traceback, print_warning
 from mlx_dpo.errors import DPOError
 from mlx_dpo.io.notices import LOGGER
+from mlx_dpo.io.write_errors import describe_disk_error
 from mlx_dpo.terminal_text import escape_controls, escape_line
 
 COMMANDS = (
@@ -46,7 +47,6 @@ NAME_ERRORS = {
     errno.ENAMETOOLONG: "the name is too long for a file",
     errno.ELOOP: "a link that leads to itself",
 }
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM)
 
 
 class NoticePrinter(logging.Handler):
@@ -127,9 +127,7 @@ def user_message(error: DPOError | OSError | ImportError) -> str | None:
     if isinstance(error, OSError):
         if error.errno in NAME_ERRORS:
             return f"{error.filename}: {NAME_ERRORS[error.errno]}; choose another name"
-        if error.errno not in DISK_ERRORS:
-            return None
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        return describe_disk_error(error)
     if "libmlx" not in str(error):
         return None
     return "MLX is installed without a backend; on Linux: pip install 'mlx[cpu]', or mlx[cuda13]"
@@ -169,7 +167,7 @@ def program() -> str:
 
 def main() -> None:
     """Run the `mlx-dpo` command line."""
-    sys.excepthook = print_traceback
+    escape_messages_of_libraries()
     try:
         cli()
     except ImportError as error:  # `--help` imports every command, outside of `invoke`

@@ -5,15 +5,19 @@ outside can steer the terminal.
 """
 
 import json
+import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import click
 
+from mlx_dpo.io.write_errors import name_file
 from mlx_dpo.terminal_text import escape_controls, escape_json, escape_line
 
 
@@ -29,7 +33,8 @@ def echo(text: object = "", *, err: bool = False, nl: bool = True, **style: bool
     shown = escape_controls(str(text))
     if style and not os.environ.get("NO_COLOR"):
         shown = click.style(shown, **style)
-    click.echo(shown, err=err, nl=nl)
+    with name_file(Path("stderr" if err else "stdout")):
+        click.echo(shown, err=err, nl=nl)
 
 
 def echo_json(
@@ -37,7 +42,8 @@ def echo_json(
 ) -> None:
     """Print a value as JSON on stdout; control characters are JSON escapes."""
     document = json.dumps(record, ensure_ascii=False, indent=indent, default=default)
-    click.echo(escape_json(document))
+    with name_file(Path("stdout")):
+        click.echo(escape_json(document))
 
 
 def print_warning(warning: str) -> None:
@@ -49,14 +55,31 @@ def print_warning(warning: str) -> None:
 def write_text(text: str) -> None:
     """Write a model's text to stdout: exact to a pipe, with visible controls on a terminal."""
     # click.echo would strip escape sequences from what goes into a pipe.
-    sys.stdout.write(escape_controls(text) if sys.stdout.isatty() else text)
-    sys.stdout.flush()
+    with name_file(Path("stdout")):
+        sys.stdout.write(escape_controls(text) if sys.stdout.isatty() else text)
+        sys.stdout.flush()
 
 
 def write_style(sequence: str) -> None:
     """Write an escape sequence of ours, such as the one that dims text, to stdout."""
     sys.stdout.write(sequence)
     sys.stdout.flush()
+
+
+class EscapedLogRecord(logging.LogRecord):
+    """A log message of any library, with its control characters visible."""
+
+    def getMessage(self) -> str:  # noqa: N802 (the name is the base class's)
+        """Return the message, which may quote a model's files or an answer of a server."""
+        return escape_controls(super().getMessage())
+
+
+def escape_messages_of_libraries() -> None:
+    """Make control characters visible in what libraries log, warn of, and raise."""
+    logging.setLogRecordFactory(EscapedLogRecord)
+    format_warning = warnings.formatwarning
+    warnings.formatwarning = lambda *args: escape_controls(format_warning(*args))
+    sys.excepthook = print_traceback
 
 
 def print_traceback(

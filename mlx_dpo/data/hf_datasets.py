@@ -12,6 +12,7 @@ from typing import Any
 
 from mlx_dpo.data.files import to_rows
 from mlx_dpo.errors import DataError, reason
+from mlx_dpo.io.hub_token import check_hub_token
 from mlx_dpo.schemas.schema import Row
 
 BATCH_ROWS = 1000  # rows of a `datasets.Dataset` that are Python objects at the same time
@@ -87,10 +88,12 @@ def parse_hub_name(name: str) -> HubDataset | None:
 
 def _call_hub(dataset: HubDataset, call: Any, *args: Any, **kwargs: Any) -> Any:
     from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import HTTPError
 
+    check_hub_token()
     try:
         return call(*args, **kwargs)
-    except (OSError, ValueError, LookupError, RuntimeError, DatasetsError) as error:
+    except (*(OSError, ValueError, LookupError, RuntimeError, DatasetsError, HTTPError),) as error:
         raise DataError(
             f"{dataset}: neither a local file or folder nor a dataset that can be loaded from "
             f"the Hub ({reason(error)}); check the name and the connection"

@@ -13,6 +13,7 @@ from huggingface_hub.errors import (
 )
 
 from mlx_dpo.errors import ConfigError, ModelError, reason
+from mlx_dpo.io.hub_token import check_hub_token
 
 # Worker threads and hf-xet, which uploads large files, raise RuntimeError.
 HUB_ERRORS = (HTTPError, LocalTokenNotFoundError, OSError, ValueError, RuntimeError)
@@ -32,7 +33,11 @@ def as_model_errors(name: str) -> Iterator[None]:
 
     Args:
         name: name of the Hub repository, for the message.
+
+    Raises:
+        ConfigError: the login of this machine cannot be sent.
     """
+    check_hub_token()
     try:
         yield
     except HUB_ERRORS as error:

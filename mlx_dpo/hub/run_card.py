@@ -19,6 +19,7 @@ from mlx_dpo.hub.errors import check_repository_name
 from mlx_dpo.hub.model_card import CardContent, Sample, make_model_card
 from mlx_dpo.io.atomic import write_file
 from mlx_dpo.io.checksums import read_checked_json
+from mlx_dpo.io.hub_token import check_hub_token
 from mlx_dpo.models.download import resolve_model
 from mlx_dpo.models.license import CARD, inherited_metadata, read_card_metadata
 from mlx_dpo.runs.folder import hub_model_id
@@ -61,12 +62,15 @@ def make_run_card(
 
     Raises:
         RunError: the run is unfinished.
-        ConfigError: `name` or `base` cannot be the name of a repository.
+        ConfigError: `name` or `base` cannot be the name of a repository, or the login of this
+            machine cannot be sent.
         RunError, ConfigError, DataError, ModelError: completions cannot be sampled, as in
             `compare_runs`.
     """
     for repository in (name, *([base] if base is not None else [])):
         check_repository_name(repository)
+    if online:
+        check_hub_token()
     opened = open_finished(folder)
     sources = list_data_sources(opened, online=online)
     shown, notes = _make_samples(folder, opened, prompts, samples)
@@ -132,10 +136,10 @@ def is_public(dataset: str) -> bool:
 
 def _private_note(datasets: Sequence[str], *, online: bool) -> str:
     names = ", ".join(datasets)
-    asked = "" if online else "`mlx-dpo card --online` asks the Hub whether it is public, "
+    question = "" if online else "`mlx-dpo card --online` asks the Hub whether it is public, "
     return (
         f"not on the card: the name of the training data ({names}), which is not known to be "
-        f"public; {asked}`mlx-dpo card --show-private` names it"
+        f"public; {question}`mlx-dpo card --show-private` names it"
     )
 
 

@@ -1,11 +1,12 @@
 """Typed access to MLX's parameter trees, safetensors files and random state."""
 
-import errno
 from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
+
+from mlx_dpo.io.write_errors import find_write_error
 
 Arrays = dict[str, mx.array]
 
@@ -32,8 +33,8 @@ def write_arrays(path: Path, arrays: Arrays, metadata: dict[str, str] | None = N
     """
     try:
         mx.save_safetensors(str(path), arrays, metadata or {})
-    except RuntimeError as error:  # MLX's only sign of a full disk, without an error number
-        raise OSError(errno.ENOSPC, "the disk refused it; is it full?", str(path)) from error
+    except RuntimeError as error:  # MLX's only sign of a failed write, without an error number
+        raise find_write_error(path, str(error)) from error
 
 
 def scalar(array: mx.array) -> float:

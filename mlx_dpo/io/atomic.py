@@ -14,6 +14,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from secrets import token_hex
 
+from mlx_dpo.io.write_errors import name_file
+
 LONGEST_TARGET = 56  # characters of the target in a temporary name; names have at most 255 bytes
 TEMPORARY = re.compile(r"\.mlx-dpo-(?P<process>\d{1,9})-[0-9a-f]{8}-(?P<target>.+)", re.DOTALL)
 
@@ -79,7 +81,8 @@ def temporary_path(path: Path) -> Iterator[Path]:
     temporary = path.with_name(name)
     _being_written.add(name)
     try:
-        yield temporary
+        with name_file(path, temporary):
+            yield temporary
     finally:
         _being_written.discard(name)
         _remove(temporary)

@@ -15,6 +15,7 @@ from huggingface_hub.errors import (
 )
 
 from mlx_dpo.errors import ConfigError, ModelError
+from mlx_dpo.io.hub_token import check_hub_token
 from mlx_dpo.models.license import CARD, LICENSE_PATTERNS
 
 # Files that mlx-lm and the tokenizers read, and license texts. Pickles, which can run code, are
@@ -71,6 +72,7 @@ def _local_path(source: str) -> Path:
 
 def _download(source: str, revision: str | None, patterns: list[str]) -> Path:
     """Download the files that the Hub's local cache lacks, and return the model's folder."""
+    check_hub_token()
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
     except (HFValidationError, HTTPError, OSError) as error:

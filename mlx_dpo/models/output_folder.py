@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from mlx_dpo.errors import ModelError
+from mlx_dpo.errors import ModelError, reason
 from mlx_dpo.io.atomic import atomic_folder, other_writer
+from mlx_dpo.io.write_errors import advice_on, find_write_error
 from mlx_dpo.units import format_bytes
 
 SPARE = 1.05  # for the tokenizer, the configuration and the file system, next to the weights
@@ -66,10 +67,9 @@ def disk_errors(output: Path) -> Iterator[None]:
     except (OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not str(error).startswith("[write]"):
             raise
-        message = (getattr(error, "strerror", None) or str(error)).rstrip(".")
+        failed = error if isinstance(error, OSError) else find_write_error(output, str(error))
         raise ModelError(
-            f"{output}: cannot be written ({message}); see whether the disk is full, "
-            "or name another folder"
+            f"{output}: cannot be written ({reason(failed)}); {advice_on(failed)}"
         ) from error
 
 

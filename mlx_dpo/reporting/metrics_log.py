@@ -13,6 +13,7 @@ from mlx_dpo.errors import DamagedFileError
 from mlx_dpo.io import bounded
 from mlx_dpo.io.atomic import flush, write_file
 from mlx_dpo.io.checksums import check_line, damaged, to_checked_line
+from mlx_dpo.io.write_errors import name_file
 from mlx_dpo.types import MetricsRow
 
 T = TypeVar("T")
@@ -34,7 +35,7 @@ class MetricsLog:
 
     def write(self, row: MetricsRow) -> MetricsRow:
         """Append a metrics row to the file and return the row."""
-        with self.path.open("a") as file:
+        with name_file(self.path), self.path.open("a") as file:
             file.write(to_checked_line(row))
         self.num_rows += 1
         return row

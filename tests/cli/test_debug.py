@@ -33,8 +33,14 @@ def test_debugging_prints_the_traceback_before_the_same_line(tmp_path, monkeypat
     ("error", "message"),
     [
         (RunError("run: what"), "run: what"),
-        (PermissionError(13, "Permission denied", "a/b"), "a/b: Permission denied"),
-        (OSError(28, "No space left on device"), "No space left on device"),
+        (
+            PermissionError(13, "Permission denied", "a/b"),
+            "a/b: Permission denied; check its permissions, or choose another place",
+        ),
+        (
+            OSError(28, "No space left on device", "a/b"),
+            "a/b: No space left on device; free some space, or choose another disk",
+        ),
         (ConnectionResetError(104, "Connection reset by peer"), None),
         (ImportError("No module named 'x'"), None),
     ],

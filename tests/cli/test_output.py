@@ -4,6 +4,7 @@ import ast
 import io
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -18,6 +19,7 @@ PACKAGE = Path(__file__).parents[2] / "mlx_dpo"
 WRITERS = {  # the only modules that may write to stdout and stderr
     "cli/output.py": {"click.echo", "print", "sys.stdout.write", "sys.stderr.write"},
     "reporting/console.py": {"super().__init__"},
+    "chat/response_generator.py": {"print", "sys.stderr.write"},  # a server has no command line
     "cli/cache.py": {"click.confirm"},  # its text is a literal
     "cli/chat/prompt.py": {"input"},
     "cli/collect/__init__.py": {"input"},
@@ -198,3 +200,18 @@ def test_an_error_at_a_real_terminal(tmp_path):
         assert not re.search(r"\x1b\]|[\x07\x9b\u202e]", session.output)
     finally:
         session.close()
+
+
+def test_messages_of_libraries_are_escaped():
+    """transformers, for one, warns of an unknown type of RoPE with the text of `config.json`."""
+    program = (
+        "import logging, sys, warnings\n"
+        "from mlx_dpo.cli.output import escape_messages_of_libraries\n"
+        "escape_messages_of_libraries()\n"
+        "logging.getLogger('library').warning('a %s', sys.argv[1])\n"
+        "warnings.warn(sys.argv[1])\n"
+        "raise ValueError(sys.argv[1])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, HOSTILE], capture_output=True, text=True)
+    assert done.stderr.count(SHOWN) == 3
+    assert not UNSAFE.search(done.stderr)
