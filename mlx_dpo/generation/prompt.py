@@ -6,7 +6,7 @@ from typing import Any
 from jinja2.exceptions import TemplateError
 
 from mlx_dpo.data.tokenization.chat_template import encode_conversation, has_thinking_mode
-from mlx_dpo.errors import ConfigError, ModelError
+from mlx_dpo.errors import ConfigError, ModelError, reason
 from mlx_dpo.types import Message
 
 
@@ -30,16 +30,23 @@ def encode_prompt(
     Thinking is off unless `thinking` is true, as in training.
 
     Raises:
-        ModelError: the chat template refuses the messages.
+        ModelError: the chat template refuses the messages, or writes nothing.
     """
     try:
-        return list(
-            encode_conversation(
-                tokenizer, messages, add_generation_prompt=True, thinking=bool(thinking)
-            )
+        ids = encode_conversation(
+            tokenizer, messages, add_generation_prompt=True, thinking=bool(thinking)
         )
     except TemplateError as error:
-        raise ModelError(f"the model's chat template refuses the conversation ({error})") from None
+        raise ModelError(
+            f"the model's chat template refuses the conversation ({reason(error)}); use a model "
+            "with another chat template"
+        ) from None
+    if not ids:
+        raise ModelError(
+            "the model's chat template writes nothing of the conversation; use a model with "
+            "another chat template"
+        )
+    return list(ids)
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:

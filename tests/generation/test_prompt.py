@@ -1,10 +1,13 @@
+import re
 from types import SimpleNamespace
 
 import pytest
 from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
-from mlx_dpo.generation.prompt import encode_text
+from mlx_dpo.errors import ModelError
+from mlx_dpo.generation.prompt import encode_prompt, encode_text
+from tests.data.template_families import byte_level
 
 
 @pytest.mark.parametrize("template", ["<s> $A", "<s> $A </s>"])
@@ -25,3 +28,20 @@ def test_plain_text_has_no_begin_token_where_the_tokenizer_writes_none():
             return [7, 8]
 
     assert encode_text(Bare(bos_token_id=1), "x") == [7, 8]
+
+
+@pytest.mark.parametrize(
+    ("template", "problem"),
+    [
+        ("", "writes nothing of the conversation"),
+        ("{% if false %}x{% endif %}", "writes nothing of the conversation"),
+        ("{{ 'a' * 10 ** 10 }}", "refuses the conversation (the chat template builds a text"),
+        ("{% for x in %}", "refuses the conversation (the chat template cannot be compiled"),
+    ],
+)
+def test_a_template_without_a_prompt_is_refused_in_one_line(template, problem):
+    """mlx-lm fails on an empty prompt."""
+    tokenizer = byte_level.__wrapped__("chatml")
+    tokenizer.chat_template = template
+    with pytest.raises(ModelError, match=re.escape(problem) + ".*; use a model with another"):
+        encode_prompt(tokenizer, [{"role": "user", "content": "Hi"}])
