@@ -22,7 +22,10 @@ def read_arrays(path: Path) -> tuple[Arrays, dict[str, str]]:
     Raises:
         RuntimeError: the file is missing or is not a safetensors file.
     """
-    return cast("tuple[Arrays, dict[str, str]]", mx.load(str(path), return_metadata=True))
+    try:
+        return cast("tuple[Arrays, dict[str, str]]", mx.load(str(path), return_metadata=True))
+    except UnicodeDecodeError as error:  # in its metadata or the names of its arrays
+        raise RuntimeError(f"its header is not UTF-8 ({error.reason})") from error
 
 
 def write_arrays(path: Path, arrays: Arrays, metadata: dict[str, str] | None = None) -> None:
