@@ -205,13 +205,13 @@ def make_adapter_config(model: nn.Module) -> dict[str, Any]:
 def _count_trained_blocks(model: nn.Module) -> int:
     """Return the number of blocks from the first block with a trainable parameter to the end.
 
-    If no block has a trainable parameter, all blocks are counted.
+    The number is 0 if only modules outside of the blocks are trained.
     """
     trained = named_arrays(model.trainable_parameters())
     blocks = block_paths(model)
     first = min(
         (i for i, b in enumerate(blocks) if any(name.startswith(b + ".") for name in trained)),
-        default=0,
+        default=len(blocks),
     )
     return len(blocks) - first
 

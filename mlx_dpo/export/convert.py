@@ -164,7 +164,8 @@ def convert(  # noqa: PLR0913 (one argument for each option of the command)
 
 def _expected_bytes(model: nn.Module, quantization: QuantizationConfig) -> int:
     bits = MAX_RECIPE_BITS if quantization.recipe else quantization.bits
-    return expected_bytes(model, bits, quantization.group_size, quantization.dtype)
+    size, dtype = quantization.group_size, quantization.dtype
+    return expected_bytes(model, bits, size, dtype, mode=quantization.mode)
 
 
 def _write(
@@ -253,7 +254,12 @@ def _notes(
     before: nn.Module, after: nn.Module, quantization: QuantizationConfig, difference: float
 ) -> tuple[str, ...]:
     if quantization.is_quantized:
-        notes = unquantized_notes(after, len(quantizable_layers(before)), quantization.group_size)
+        notes = unquantized_notes(
+            after,
+            len(quantizable_layers(before)),
+            quantization.group_size,
+            quantization.group_sizes,
+        )
         far = f"{difference:.2g} nats per token is a lot: take more bits or smaller groups"
         return (*notes, far) if difference > LARGE_ERROR else notes
     stored, written = main_dtype(before), main_dtype(after)

@@ -62,6 +62,11 @@ class Retention:
         """
         return min(self.margin, self.change) if self.margin_before > 0 else self.change
 
+    @property
+    def maximum(self) -> float:
+        """The larger of these shares; if the policy's margin is not positive, that of `change`."""
+        return max(self.margin, self.change) if self.margin_before > 0 else self.change
+
 
 def measure_retention(
     pairs: Sequence[TokenizedPair], reference: PairLogps, policy: PairLogps, fused: PairLogps
@@ -314,12 +319,13 @@ def _write(
 def _check_retention(output: Path, retention: Retention, options: FuseOptions) -> None:
     """Raise `ModelError` if the fused model retains too little or too much of the training.
 
-    The retained shares have to be at least `min_retained`, and the share of the change at most
-    2 - `min_retained`. An adapter that was merged twice, for example, gives a share of 2. With
-    `force`, nothing is checked.
+    The retained shares have to be at least `min_retained` and at most 2 - `min_retained`. An
+    adapter that was merged twice, for example, gives a share of 2. With `force`, nothing is
+    checked.
     """
     most = 2 - options.min_retained
-    if (options.min_retained <= retention.minimum and retention.change <= most) or options.force:
+    is_within = options.min_retained <= retention.minimum and retention.maximum <= most
+    if is_within or options.force:
         return
     advice = "leave `--bits` out, or take more" if options.bits else "take a wider `--dtype`"
     if options.to == "hf":

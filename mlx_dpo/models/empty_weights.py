@@ -29,6 +29,7 @@ from mlx_dpo.models.quantize import (
     DEFAULT_GROUP_SIZE,
     check_quantizable,
     expected_bytes,
+    unfit_notes,
 )
 from mlx_dpo.units import format_bytes
 
@@ -73,10 +74,12 @@ def load_empty_model(
     with loading_errors(source, errors=LIBRARY_ERRORS):
         model = build_model(config)
     with loading_errors(source):
+        unfit: tuple[str, ...] = ()
         if bits is not None:
             check_quantizable(model, config, group_size or DEFAULT_GROUP_SIZE, AFFINE_GROUP_SIZES)
+            unfit = unfit_notes(model, group_size or DEFAULT_GROUP_SIZE)
         packing = _quantization(config, bits, group_size)
-        notes = _cast_and_quantize(model, config, packing, dtype)
+        notes = (*_cast_and_quantize(model, config, packing, dtype), *unfit)
     model.freeze()
     model.eval()
     tokenizer = load_tokenizer(path, source, trust_remote_code=trust_remote_code)
@@ -145,7 +148,8 @@ def _cast_and_quantize(
         (packing or {}).get("group_size", DEFAULT_GROUP_SIZE),
         (packing or {}).get("bits"),
     )
-    on_gpu = expected_bytes(model, width, group, wanted)
+    mode = (packing or {}).get("mode", "affine")
+    on_gpu = expected_bytes(model, width, group, wanted, mode=mode)
     cast_model(model, wide)
     how = f"packed in {width} bits" if width else f"in {wanted}"
     return (

@@ -1,7 +1,7 @@
 """Quantize models, check quantization settings, and estimate the resulting size on disk."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import Any
@@ -48,25 +48,67 @@ def quantizable_layers(model: nn.Module) -> dict[str, int]:
     return {name: m.weight.shape[-1] for name, m in modules if hasattr(m, "to_quantized")}
 
 
-def unquantized_notes(model: nn.Module, layers: int, group_size: int) -> tuple[str, ...]:
+def unquantized_notes(
+    model: nn.Module,
+    layers: int,
+    group_size: int,
+    group_sizes: Sequence[int] = AFFINE_GROUP_SIZES,
+) -> tuple[str, ...]:
     """Return notes on how many quantizable layers were left unquantized, and why.
 
     Args:
         layers: Number of layers that were quantizable before quantization.
+        group_sizes: Group sizes that MLX supports in the mode of quantization.
     """
-    widths = quantizable_layers(model).values()
-    unfit = sum(width % group_size != 0 for width in widths)
+    widths = list(quantizable_layers(model).values())
+    unfit = [width for width in widths if width % group_size != 0]
     notes = []
     if unfit:
         notes.append(
-            f"{unfit} of {layers} layers left unquantized: "
-            f"their width is no multiple of {group_size}"
+            f"{len(unfit)} of {layers} layers left unquantized: their width ({_listed(unfit)}) is "
+            f"no multiple of {group_size}; {_fitting_group_size(unfit, group_sizes)}"
         )
-    if excluded := len(widths) - unfit:
+    if excluded := len(widths) - len(unfit):
         notes.append(
             f"{excluded} of {layers} layers left unquantized, as the model's own rule says"
         )
     return tuple(notes)
+
+
+def unfit_notes(model: nn.Module, group_size: int) -> tuple[str, ...]:
+    """Return a note on the layers that affine quantization will leave out because of their width.
+
+    Args:
+        model: Model that is not quantized yet.
+    """
+    widths = quantizable_layers(model).values()
+    unfit = [width for width in widths if width % group_size != 0]
+    if not unfit:
+        return ()
+    return (
+        f"{len(unfit)} of {len(widths)} layers stay unquantized: their width ({_listed(unfit)}) is "
+        f"no multiple of {group_size}; {_fitting_group_size(unfit, AFFINE_GROUP_SIZES)}",
+    )
+
+
+def _fitting_group_size(widths: Sequence[int], group_sizes: Sequence[int]) -> str:
+    """Return advice on the group size that fits most of the layers with these widths."""
+    counts = {size: sum(width % size == 0 for width in widths) for size in sorted(group_sizes)}
+    best = max(counts, key=lambda size: (counts[size], size))
+    if not counts[best]:
+        return f"no group size divides them (there {_are(group_sizes)})"
+    share = "all" if counts[best] == len(widths) else f"{counts[best]}"
+    return f"group size {best} fits {share} of them (--group-size {best})"
+
+
+def _are(group_sizes: Sequence[int]) -> str:
+    sizes = _listed(group_sizes)
+    return f"is only {sizes}" if len(group_sizes) == 1 else f"are {sizes}"
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    """Return the different numbers in order, as text."""
+    return ", ".join(map(str, sorted(set(numbers))))
 
 
 def check_quantizable(
@@ -86,21 +128,28 @@ def check_quantizable(
     if group_size not in group_sizes:
         allowed = ", ".join(map(str, group_sizes))
         raise ConfigError(f"`group_size` must be one of {allowed}, got {group_size}")
-    widths = sorted(set(quantizable_layers(model).values()))
+    widths = list(quantizable_layers(model).values())
     if not any(width % group_size == 0 for width in widths):
-        available = ", ".join(map(str, widths)) or "none"
         raise ConfigError(
-            f"`group_size` {group_size} fits no layer of this model (widths: {available}); "
-            "take a smaller one"
+            f"`group_size` {group_size} fits no layer of this model (widths: "
+            f"{_listed(widths) or 'none'}); {_fitting_group_size(widths, group_sizes)}"
         )
 
 
-def expected_bytes(model: nn.Module, bits: int | None, group_size: int, dtype: str | None) -> int:
+def expected_bytes(
+    model: nn.Module,
+    bits: int | None,
+    group_size: int,
+    dtype: str | None,
+    *,
+    mode: str = "affine",
+) -> int:
     """Return the approximate size in bytes of the model's weights on disk.
 
     Args:
         bits: Bits per weight of the quantized layers; None if the model is not quantized.
-        dtype: Dtype of the other weights; None for their present dtype.
+        dtype: Dtype of the other weights and of affine scales; None for their present dtype.
+        mode: Mode of quantization.
     """
     fits = {
         f"{name}.weight" for name, w in quantizable_layers(model).items() if w % group_size == 0
@@ -108,11 +157,14 @@ def expected_bytes(model: nn.Module, bits: int | None, group_size: int, dtype: s
     plain = getattr(mx, dtype).size if dtype else None
     total = 0.0
     for name, value in named_arrays(model.parameters()).items():
+        floating = mx.issubdtype(value.dtype, mx.floating)
+        size = plain if plain and floating else value.dtype.size
         if bits is not None and name in fits:
-            total += value.size * (bits + 64 / group_size) / 8  # a scale and a bias per group
+            # Per group: a scale and a bias in the weights' dtype, or a scale of 8 bits.
+            extra = 16 * size if mode == "affine" else 8
+            total += value.size * (bits + extra / group_size) / 8
         else:
-            floating = mx.issubdtype(value.dtype, mx.floating)
-            total += value.size * (plain if plain and floating else value.dtype.size)
+            total += value.size * size
     return int(total)
 
 

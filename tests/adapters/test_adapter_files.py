@@ -111,6 +111,16 @@ def test_experts_load_in_mlx_lm(tmp_path, packed):
     assert not mx.allclose(experts()(TOKENS), policy(TOKENS), atol=1e-3)
 
 
+def test_no_block_counts_as_trained_if_only_the_embedding_is(tmp_path):
+    policy = base()
+    adapters.enable_full_fine_tuning(policy, target_modules=["embed_tokens"])
+    assert adapters.make_adapter_config(policy) == {"fine_tune_type": "full", "num_layers": 0}
+    policy.load_weights([("model.embed_tokens.weight", policy.model.embed_tokens.weight * 1.1)],
+                        strict=False)  # fmt: skip
+    save(tmp_path, policy)
+    assert mx.array_equal(load_adapters(base(), str(tmp_path))(TOKENS), policy(TOKENS))
+
+
 def test_trained_weights_load_here_and_in_mlx_lm(tmp_path):
     policy = base()
     adapters.enable_full_fine_tuning(policy, num_layers=1)

@@ -184,7 +184,7 @@ def test_nothing_is_printed(checkpoint, output, capfd):
         ({"mode": "mxfp8", "bits": 4}, "`bits` is 8"),
         ({"bits": 7}, "`bits` must be one of 2, 3, 4, 5, 6, 8, got 7"),
         ({"bits": 4, "group_size": 16}, "must be one of 32, 64, 128, got 16"),
-        ({"bits": 4, "group_size": 128}, "one"),
+        ({"bits": 4, "group_size": 128}, "fits no layer .*; group size 64 fits 14 of them"),
         ({"dtype": "int8"}, "`dtype` must be one of"),
         ({"recipe": "mixed"}, "`recipe` must be one of"),
         ({"revision": "main"}, "`revision` has no effect"),

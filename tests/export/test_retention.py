@@ -38,6 +38,15 @@ def test_a_margin_may_be_kept_by_another_change():
     assert found.minimum == pytest.approx(0.5)
 
 
+def test_a_margin_beyond_the_training_counts_as_well():
+    """Chosen +3 and -1, rejected -2 and -1: margins 5 and 0, of 3 and 1; change 6 of 6."""
+    other = logps([-2.0, -7.0], [-9.0, -9.0])
+    found = measure_retention(PAIRS, START, END, other)
+    assert found.margin == pytest.approx(1.25)
+    assert found.maximum == max(found.margin, found.change)
+    assert found.maximum > 1.1
+
+
 def test_what_went_beyond_is_no_loss_and_noise_is_no_gain():
     noise = logps([-5.0, -3.0], [-7.0, -8.0])  # where nothing was changed
     assert measure_retention(PAIRS, START, END, noise).change == 0

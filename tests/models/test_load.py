@@ -17,6 +17,7 @@ from mlx_dpo.errors import ConfigError, ModelError
 from mlx_dpo.models import download as download_module
 from mlx_dpo.models.device import cast_model, device_kind
 from mlx_dpo.models.download import resolve_model
+from mlx_dpo.models.empty_weights import load_empty_model
 from mlx_dpo.models.files import model_fingerprint, tokenizer_fingerprint
 from mlx_dpo.models.load import embedding_size, load_model
 from mlx_dpo.models.quantize import expected_bytes
@@ -123,7 +124,23 @@ def test_layers_whose_width_does_not_divide_are_counted(tmp_path):
     """Hidden 64 and intermediate 100: of 16 layers, only the two `down_proj` are 100 wide."""
     folder = make_checkpoint(tmp_path / "model", intermediate_size=100)
     notes = load_model(str(folder), bits=4).notes
-    assert any(note.startswith("2 of 16 layers left unquantized") for note in notes)
+    [note] = [note for note in notes if "left unquantized" in note]
+    assert note == (
+        "2 of 16 layers left unquantized: their width (100) is no multiple of 64; "
+        "no group size divides them (there are 32, 64, 128)"
+    )
+
+
+@pytest.mark.parametrize("load", [load_model, load_empty_model])
+def test_the_group_size_that_fits_is_named(tmp_path, load):
+    folder = make_checkpoint(tmp_path / "model", hidden=96, intermediate_size=128)
+    with pytest.raises(ConfigError, match=r"group size 32 fits all of them \(--group-size 32\)"):
+        load(str(make_checkpoint(tmp_path / "other", hidden=96)), bits=4, group_size=128)
+    [note] = [note for note in load(str(folder), bits=4).notes if "unquantized" in note]
+    assert note.startswith("14 of 16 layers ")
+    assert "their width (96) is no multiple of 64; group size 32 fits all of them" in note
+    notes = load(str(folder), bits=4, group_size=32).notes
+    assert not any("unquantized" in note for note in notes)
 
 
 def test_the_embedding_rows_are_those_of_the_token_table(checkpoint):
@@ -161,7 +178,7 @@ def test_groups_that_cannot_be_are_refused(tmp_path, group_size, message):
         # 96,768 weights in 4 bits and 64 for a scale and a bias each 64: 60,480 bytes.
         # 100-wide: 12,800 weights; norms: 320. Both stay whole.
         (4, None, 60_480 + 13_120 * 4),
-        (4, "float16", 60_480 + 13_120 * 2),
+        (4, "float16", 54_432 + 13_120 * 2),  # 32 for a scale and a bias
         (None, "bfloat16", (96_768 + 13_120) * 2),
         (None, None, (96_768 + 13_120) * 4),
     ],
