@@ -40,6 +40,13 @@ if TYPE_CHECKING:
     default="previous",
     help="Reference of later rounds: the policy of the previous round, or the base.",
 )
+@click.option(
+    "--on-collapse",
+    type=click.Choice(["warn", "stop"]),
+    default="warn",
+    show_default=True,
+    help="If answers repeat, run to the length limit or leave the base: go on, or end the loop.",
+)
 @click.option("--temperature", default=1.0, help="Sampling temperature of the answers.")
 @click.option("--answer-tokens", default=512, help="Maximum length of an answer in tokens.")
 @judge_flags
@@ -83,8 +90,13 @@ def loop(
     except KeyboardInterrupt:
         echo(f"\nInterrupted; resume with: {resume_command}", err=True)
         raise SystemExit(INTERRUPTED) from None
-    last = trainer.paths.round(settings.rounds)
+    last = trainer.paths.round(trainer.last_round)
     echo(f"\n{trainer.paths.page.read_text('utf-8')}")
+    if trainer.last_round < settings.rounds:
+        echo(
+            f"Stopped after round {trainer.last_round}: its answers have collapsed; to go on: "
+            f"{resume_command} --on-collapse warn"
+        )
     echo(f"The table is in {trainer.paths.page}; each round's folder has a page of its own")
     echo(f"Chat with the last policy: {program()} chat {shlex.quote(str(last.run.folder))}")
 
@@ -153,7 +165,7 @@ def _run_stage(trainer: "IterativeDPO", stage: "Stage", resume_command: str) -> 
     """Run a stage of a round and show its progress on the console."""
     from mlx_dpo import DPOTrainer
     from mlx_dpo.cli.progress import run_with_progress
-    from mlx_dpo.collect.iterative_report import HEADINGS, round_cells
+    from mlx_dpo.collect.iterative_report import HEADINGS, round_cells, round_warnings
     from mlx_dpo.reporting.console import make_console, print_label_table, show_progress
 
     if stage.action == "collect":
@@ -167,5 +179,8 @@ def _run_stage(trainer: "IterativeDPO", stage: "Stage", resume_command: str) -> 
         with DPOTrainer(trainer.round_config(stage.round), resume=True) as run:
             run_with_progress(run, resume_command)
     else:
-        figures = zip(HEADINGS, round_cells(trainer.evaluate(stage.round)), strict=True)
+        evaluation = trainer.evaluate(stage.round)
+        figures = zip(HEADINGS, round_cells(evaluation), strict=True)
         print_label_table(make_console(), [(name, cell) for name, cell in figures if cell])
+        for warning in round_warnings(evaluation):
+            echo(f"Warning: {warning}", err=True)

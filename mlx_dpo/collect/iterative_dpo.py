@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from mlx_dpo.adapters.adapter_files import adapter_digest
+from mlx_dpo.collect.answer_health import find_collapse, measure_health
 from mlx_dpo.collect.iterative_folder import (
     IterativePaths,
     IterativeSettings,
@@ -46,6 +47,7 @@ from mlx_dpo.runs.folder import RunPaths, lock_folder, read_record
 from mlx_dpo.runs.trackers import check_trackers, run_name
 from mlx_dpo.runs.trainer import DPOTrainer
 from mlx_dpo.saved_runs.respond import Responder, open_responder, open_untrained_responder
+from mlx_dpo.training.monitor.verdict import Verdict
 
 ROUND_SEED_STRIDE = 7_919  # between the seeds of rounds; a prime, so that seeds rarely coincide
 # LoRA settings that stay; later rounds take the other ones from the adapter they start from.
@@ -142,6 +144,13 @@ class IterativeDPO:
         while (stage := next_stage(self.paths, self.prompts, self.settings)) is not None:
             yield stage
 
+    @property
+    def last_round(self) -> int:
+        """Number of the last round that is finished; 0 if only the initial policy is evaluated."""
+        numbers = range(self.settings.rounds + 1)
+        finished = (n for n in numbers if self.paths.round(n).evaluation.is_file())
+        return max(finished, default=0)
+
     def run_stage(self, stage: Stage) -> None:
         """Run a stage (collect pairs, train or evaluate) without printing anything."""
         if stage.action == "collect":
@@ -230,9 +239,13 @@ class IterativeDPO:
         policy = self.load_policy(round_number)
         prompts = self.prompts.valid
         self._note_context(policy, prompts)
-        answers = policy.respond(prompts, self.settings.sampling)
+        replies = policy.reply(prompts, self.settings.sampling)
+        answers = [reply.text for reply in replies]
+        has_base = round_number > 0 and self.config.fine_tune_type != "full"
+        health = measure_health(policy, prompts, replies, has_base=has_base)
         del policy  # before a judge model computes
         evaluation = self._evaluate_answers(round_number, prompts, answers)
+        evaluation |= self._find_faults(round_number, health)
         paths = self.paths.round(round_number)
         rounds = [*(self.read_evaluation(earlier) for earlier in range(round_number)), evaluation]
         write_durable(paths.page, round_page(evaluation))
@@ -240,6 +253,17 @@ class IterativeDPO:
         # Last: the round is over with this file, and no earlier file is written again.
         write_durable(paths.evaluation, to_checked_json(evaluation))
         return evaluation
+
+    def _find_faults(self, round_number: int, health: dict[str, float]) -> dict[str, Any]:
+        """Return the measures of the answers, their collapse, and the verdict on the training."""
+        faults: dict[str, Any] = {"health": health, "collapse": None, "training": None}
+        if round_number:
+            base = self.read_evaluation(0).get("health") or {}
+            faults["collapse"] = find_collapse(health, base)
+            record = read_record(self.paths.round(round_number).run) or {}
+            verdict = Verdict.from_record(record)
+            faults["training"] = verdict and verdict.text
+        return faults
 
     def read_evaluation(self, round_number: int) -> dict[str, Any]:
         """Read `evaluation.json` of a finished round."""

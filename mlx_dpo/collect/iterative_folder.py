@@ -23,7 +23,10 @@ from mlx_dpo.io.checksums import read_checked_json, to_checked_json
 from mlx_dpo.runs.folder import RunPaths, read_record
 
 HELD_OUT_FRACTION = 0.1
-CHANGEABLE_SETTINGS = ("rounds",)  # settings of iterative DPO that may change on resume
+CHANGEABLE_SETTINGS = (
+    "rounds",
+    "on_collapse",
+)  # settings of iterative DPO that may change on resume
 
 Action = Literal["collect", "train", "evaluate"]
 
@@ -52,6 +55,7 @@ class IterativeSettings:
     reward: str | None = None
     judge: str | None = None
     rubric: str | None = None
+    on_collapse: Literal["warn", "stop"] = "warn"
     sampling: Sampling = field(default_factory=lambda: Sampling(temperature=1.0, seed=0))
 
     def __post_init__(self) -> None:
@@ -143,6 +147,11 @@ class RoundPaths:
         return self.folder / "results.md"
 
     @property
+    def is_collapsed(self) -> bool:
+        """Whether the answers of the finished round have collapsed."""
+        return bool(read_checked_json(self.evaluation)[0].get("collapse"))
+
+    @property
     def is_trained(self) -> bool:
         """Whether the training run of the round is finished."""
         record = read_record(self.run)
@@ -177,6 +186,8 @@ def next_stage(
     for number in range(settings.rounds + 1):
         round_paths = paths.round(number)
         if round_paths.evaluation.is_file():
+            if settings.on_collapse == "stop" and round_paths.is_collapsed:
+                return None
             continue
         if number and not round_paths.is_trained:
             wanted = prompts.for_round(number, settings.prompts_per_round)

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mlx_dpo.reporting.markdown import escape_markdown
+from mlx_dpo.training.monitor.samples import CLIPPED, KL, REPETITION
 
 Evaluation = Mapping[str, Any]  # the content of a round's `evaluation.json`
 PAIRS = "pairs"  # key of the number of pairs among the outcomes of a collection
@@ -17,11 +18,17 @@ HEADINGS = (
     "length-controlled",
     "win rate against previous round",
     "characters",
+    "KL from base (nats per token)",
+    "4-gram repetition",
+    "answers cut",
 )
 LEGEND = (
     "Win rate: the share of held-out prompts on which this round's answer is preferred; a tie is "
     "half a win. The interval is Wilson's. Length-controlled: the win rate at equal length by a "
-    "logistic regression on the difference in length, as in AlpacaEval 2 (arXiv:2404.04475)."
+    "logistic regression on the difference in length, as in AlpacaEval 2 (arXiv:2404.04475). "
+    "KL: mean log-ratio to the base of the tokens that the policy sampled. Repetition: share of "
+    "4-grams that repeat an earlier one. Cut: at the length limit. If these run away while the "
+    "reward rises, the policy exploits the reward."
 )
 
 
@@ -30,7 +37,22 @@ def summary_page(rounds: Sequence[Evaluation], judge: str) -> str:
     lines = ["# Rounds", "", f"Judged by {judge}.", "", _table_row(HEADINGS)]
     lines.append(_table_row(["--:"] * len(HEADINGS)))
     lines += [_table_row(round_cells(evaluation)) for evaluation in rounds]
-    return "\n".join([*lines, "", LEGEND, ""])
+    warnings = [f"* {text}" for evaluation in rounds for text in round_warnings(evaluation)]
+    return "\n".join([*lines, *([""] if warnings else []), *warnings, "", LEGEND, ""])
+
+
+def round_warnings(evaluation: Evaluation) -> list[str]:
+    """Return what went wrong in a round: collapsed answers, and the verdict on its training."""
+    number, warnings = evaluation["round"], []
+    if collapse := evaluation.get("collapse"):
+        warnings.append(
+            f"round {number}: {collapse}: the policy probably exploits the reward; bound the "
+            "reward, use a larger beta, a smaller learning_rate or fewer rounds, or "
+            "--reference base"
+        )
+    if verdict := evaluation.get("training"):
+        warnings.append(f"round {number}, training: {verdict}")
+    return warnings
 
 
 def round_cells(evaluation: Evaluation) -> list[str]:
@@ -39,6 +61,8 @@ def round_cells(evaluation: Evaluation) -> list[str]:
     pairs = collected.pop(PAIRS, None)
     base, previous = evaluation.get("against_base"), evaluation.get("against_before")
     reward = evaluation.get("mean_reward")
+    health = evaluation.get("health") or {}  # missing in rounds of earlier versions
+    kl = health.get(KL)
     return [
         str(evaluation["round"]) if evaluation["round"] else "base",
         _format_count(pairs),
@@ -48,6 +72,9 @@ def round_cells(evaluation: Evaluation) -> list[str]:
         "" if base is None else _format_percent(base["length_controlled_win_rate"]),
         "" if previous is None else _format_percent(previous["win_rate"]),
         f"{evaluation['mean_characters']:.0f}",
+        "" if kl is None else f"{kl:.3f}",
+        _format_percent(health.get(REPETITION)),
+        _format_percent(health.get(CLIPPED)),
     ]
 
 
@@ -80,6 +107,7 @@ def _figure_lines(evaluation: Evaluation) -> list[str]:
         accuracy = metrics["eval_rewards/accuracies"]
         lines.append(f"* accuracy on the round's own held-out pairs: {accuracy:.1%}")
     doubts = (evaluation.get("against_base") or {}).get("doubts", {})
+    lines += [f"* warning: {text}" for text in round_warnings(evaluation)]
     return lines + [f"* held-out prompts, {why}: {count:,}" for why, count in doubts.items()]
 
 

@@ -1,4 +1,10 @@
-from mlx_dpo.collect.iterative_report import HEADINGS, round_cells, round_page, summary_page
+from mlx_dpo.collect.iterative_report import (
+    HEADINGS,
+    round_cells,
+    round_page,
+    round_warnings,
+    summary_page,
+)
 
 COMPARISON = {
     "win_rate": 0.75,
@@ -39,11 +45,38 @@ def test_the_cells_of_a_round_are_in_the_order_of_the_headings():
         "length-controlled": "62.5%",
         "win rate against previous round": "50.0%",
         "characters": "41",
+        "KL from base (nats per token)": "",
+        "4-gram repetition": "",
+        "answers cut": "",
     }
 
 
+HEALTH = {
+    "completions/mean_length": 60.0,
+    "completions/clipped_ratio": 0.75,
+    "completions/repetition": 0.625,
+    "completions/kl": 1.25,
+}
+
+
+def test_a_round_that_exploits_its_reward_is_seen_in_table_and_pages():
+    collapsed = FIRST | {
+        "health": HEALTH,
+        "collapse": "answers repeat themselves (4-gram repetition 62%, base model 3%)",
+        "training": "the policy is worse than the base model: it prefers the rejected completions",
+    }
+    assert round_cells(collapsed)[-3:] == ["1.250", "62.5%", "75.0%"]
+    collapse, training = round_warnings(collapsed)
+    assert collapse.startswith("round 1: answers repeat themselves (4-gram repetition 62%, base")
+    assert "bound the reward" in collapse
+    for page in (round_page(collapsed), summary_page([BASE, collapsed], "r.py:f")):
+        assert collapse in page
+        assert training in page
+    assert round_warnings(FIRST) == round_warnings(BASE) == []
+
+
 def test_unknown_figures_of_the_base_are_empty():
-    assert round_cells(BASE) == ["base", "", "", "0.635", "", "", "", "30"]
+    assert round_cells(BASE) == ["base", "", "", "0.635", "", "", "", "30", "", "", ""]
     without_reward = {name: value for name, value in BASE.items() if name != "mean_reward"}
     assert round_cells(without_reward)[3] == ""
     without_length_control = FIRST | {
