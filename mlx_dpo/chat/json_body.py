@@ -1,5 +1,6 @@
 """Read the JSON object in the body of an HTTP request, within bounds on size, depth and time."""
 
+import json
 import socket
 from http.server import BaseHTTPRequestHandler
 from time import monotonic
@@ -30,13 +31,27 @@ def read_json_object(handler: BaseHTTPRequestHandler, *, limit: int) -> dict[str
 
     Raises:
         BodyError: the body has no length or an invalid one, is too large, arrives too slowly or
-            incompletely, is not JSON or is nested too deeply, or is no JSON object.
+            incompletely, is not JSON, is nested too deeply, has a key twice, or is no JSON object.
     """
     length = _body_length(handler, limit)
-    value = parse_json(_read(handler, length), "the request", BodyError, limit=limit)
+    try:
+        text = _read(handler, length).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BodyError(f"the request is not UTF-8 (at byte {error.start})") from None
+    value = parse_json(text, "the request", BodyError, limit=limit)
+    json.loads(text, object_pairs_hook=_check_unique)
     if not isinstance(value, dict):
         raise BodyError(f"the request must be a JSON object, found {type(value).__name__}")
     return value
+
+
+def _check_unique(entries: list[tuple[str, Any]]) -> None:
+    """Raise `BodyError` if a key is there twice: JSON does not say which value counts."""
+    keys = {key for key, _ in entries}
+    if len(keys) < len(entries):
+        names = [key for key, _ in entries]
+        twice = next(key for key in names if names.count(key) > 1)
+        raise BodyError(f"the request has the key {ascii(twice)[:80]} twice in one object")
 
 
 def _body_length(handler: BaseHTTPRequestHandler, limit: int) -> int:

@@ -34,6 +34,7 @@ from mlx_dpo.types import Message
 
 PROMPT_CACHE_SIZE = 10
 RECOVERY_SECONDS = 0.5  # before generation starts again after a failure without requests
+MAX_TOKEN_CHARACTERS = 128  # of long runs of spaces; words have fewer
 CONTEXT_EXCEEDED = "context_length_exceeded"  # OpenAI's code
 
 
@@ -158,12 +159,14 @@ class LastingResponseGenerator(ResponseGenerator):
         Raises:
             RequestError: the request cannot be served.
         """
+        param = "messages" if request.request_type == "chat" else "prompt"
+        self._check_text(request, param)
         try:
             tokenized = super()._tokenize(TemplateTokenizer(tokenizer), request, args)
         except (TemplateError, *TEMPLATE_EXCEPTIONS) as error:
             what = "conversation" if request.request_type == "chat" else "text"
             raise RequestError(f"the {what} cannot be tokenized ({reason(error)})") from error
-        prompt, param = tokenized[0], "messages" if request.request_type == "chat" else "prompt"
+        prompt = tokenized[0]
         if not prompt:
             raise RequestError("the prompt is empty", param)
         if max(prompt) >= self._vocab_size:  # would read other memory in the model
@@ -178,6 +181,21 @@ class LastingResponseGenerator(ResponseGenerator):
         self._check_stop(tokenizer, args.stop_words)
         self._check_sampling(tokenizer, prompt, args)
         return tokenized
+
+    def _check_text(self, request: CompletionRequest, param: str) -> None:
+        """Raise `RequestError` if a text cannot fit into the context, however it is tokenized.
+
+        Tokenizing millions of characters takes long, and all other requests would wait.
+        """
+        texts = [request.prompt] + [str(message.get("content", "")) for message in request.messages]
+        characters = sum(map(len, texts))
+        if self._context is not None and characters > self._context * MAX_TOKEN_CHARACTERS:
+            raise RequestError(
+                f"the prompt: {characters:,} characters leave no room for an answer (the context "
+                f"is {self._context:,} tokens); shorten it",
+                param,
+                code=CONTEXT_EXCEEDED,
+            )
 
     def _check_stop(self, tokenizer: Any, stop_words: list[str]) -> None:
         for text in stop_words:

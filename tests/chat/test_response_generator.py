@@ -10,6 +10,7 @@ from mlx_lm.server import (
     GenerationArguments,
     LogitsProcessorArguments,
     ModelDescription,
+    ResponseGenerator,
     SamplingArguments,
 )
 
@@ -103,6 +104,16 @@ def test_an_answer_ends_at_the_end_of_the_context(generator, served):
     assert len(ask(generator, text, max_tokens=10**6)) <= room
     with pytest.raises(GenerationFailed) as failed:
         ask(generator, "cat " * CONTEXT)
+    assert isinstance(failed.value.cause, RequestError)
+    assert failed.value.cause.code == "context_length_exceeded"
+
+
+def test_a_text_that_cannot_fit_is_not_tokenized(generator, monkeypatch):
+    """Megabytes take minutes, in which nobody else would get an answer."""
+    monkeypatch.setattr(ResponseGenerator, "_tokenize", None)
+    with pytest.raises(GenerationFailed) as failed:
+        ask(generator, "word " * 10**6)
+    assert "5,000,000 characters leave no room for an answer" in str(failed.value.cause)
     assert isinstance(failed.value.cause, RequestError)
     assert failed.value.cause.code == "context_length_exceeded"
 

@@ -155,6 +155,9 @@ CRASHING = [  # each of these requests once ended the generating thread or the p
     ("chat/completions", b"[" * 10**5),
     ("chat/completions", b'{"seed": ' + b"9" * 5000 + b"}"),
     ("chat/completions", b"[]"),
+    ("completions", b'{"prompt": "a", "max_tokens": 1, "max_tokens": 2}'),
+    ("completions", b'{"prompt": "a", "metadata": {"a": "b", "a": "c"}}'),
+    ("completions", '{"prompt": "a"}'.encode("utf-16")),
     ("chat/completions", b""),
 ]
 
