@@ -86,7 +86,8 @@ PERSONAL_PATHS = {
     r"|\b[A-Za-z]:(?:\\{1,2}|/)(?i:users|documents and settings)(?:\\{1,2}|/)"
     rf"(?!(?:{NAMES})\b)[^\s/\\\"'`<>|:;,)]+"
     r"|\b[A-Z]:\\{1,2}(?!(?i:users|program files|windows)\b|[nrt](?:[A-Z\d]|\\[nrtu\"]))"
-    r"\w[\w .-]*\\{1,2}\w"
+    r"\w[\w .-]*\\{1,2}\w|\b[A-Z]:\\{1,2}(?!(?i:users|program files|windows)\b)[^\W_bfnrtu]\w+"
+    r"|\b[A-Z]:/(?!(?i:users|program files|windows)\b)\w[\w .-]*/\w"
     rf"|{IN_PATH}/root(?=[/\"'\s`]|$)|(?<!\w)/var/folders/\w|(?<![\w.-])/private/(?:var|tmp|etc)/"
     rf"|{IN_PATH}/(?:Volumes|mnt|media|scratch|gpfs|lustre|nfs)/[\w.-]*\w"
     r"|\bfile:/{1,3}[\w~.%-]|\b(?:smb|afp|nfs|cifs|sftp|ssh)://\w|\b[\w.-]+@[\w.-]+:[~/]\w"
@@ -128,6 +129,7 @@ ENDINGS = {
     "2",
 }
 NOT_PASSWORDS = {"forward", "backward", "first", "second", "third", "one", "two", "single", "multi"}
+ENDS_WITH_PASS = {"bypass", "compass", "encompass", "overpass", "surpass", "trespass", "underpass"}
 ASSIGNED = re.compile(
     r"(?i:pass(?:word|wd|phrase|code|wort)?|pwd?|secrets?|tokens?|keys?|credentials?|auth)"
     r"(?P<rest>[\w-]{0,40})(?P<mark>[\"']?)\s*(?P<sign>:=|=>|=|:)(?![:=/])\s*"
@@ -228,7 +230,8 @@ def _is_secret(name: str, match: re.Match[str]) -> bool:
         if is_unquoted_text and re.match(r"[^\S\n]+\w", match["after"]):
             return MIXED.match(value) is not None  # a word of a sentence has no digits
         shortest = 4 if quote or MIXED.match(value) else 8 if is_unquoted_text else 6
-        return len(value) >= shortest
+        rest = match["after"].split(quote[-1])[0] if quote else ""  # of a phrase with blanks
+        return len(value + rest) >= shortest
     if kind == "key":
         return len(value) >= 8 and (MIXED.match(value) or _is_random_case(value)) is not None
     if kind == "token":
@@ -250,11 +253,25 @@ def _kind_of_name(name: str, *, is_quoted: bool) -> str | None:
     if last in PASSWORD_WORDS or words[-1] in PASSWORD_WORDS:
         is_clear = last != "secret" or owners or is_quoted or name.isupper()
         return "password" if is_clear else "token"
-    if words[-1] == "pass" and not NOT_PASSWORDS & owners:
-        return "password" if owners or is_quoted else "token"
+    if last.endswith(("password", "passwd", "passphrase", "pwd")):  # PGPASSWORD, dbpassword
+        return "password"
+    if words[-1].endswith("pass"):
+        return _kind_of_pass(words[-1], owners, is_quoted=is_quoted)
+    return _kind_of_key(last, owners, is_upper=name.isupper())
+
+
+def _kind_of_pass(word: str, owners: set[str], *, is_quoted: bool) -> str | None:
+    """Return what a name that ends in `pass` promises, such as `DB_PASS` or `forward_pass`."""
+    if word in ENDS_WITH_PASS or NOT_PASSWORDS & owners:
+        return None
+    return "password" if word == "pass" and (owners or is_quoted) else "key"
+
+
+def _kind_of_key(last: str, owners: set[str], *, is_upper: bool) -> str | None:
+    """Return what a name that ends in `key`, `token` or `auth` promises."""
     if last in ("apikey", "secretkey", "accesskey", "authkey"):
         return "key"
-    if last == "key" and (owners & KEY_OWNERS or name.isupper()):
+    if last == "key" and (owners & KEY_OWNERS or is_upper):
         return "key" if owners & KEY_OWNERS else "token"
     if last in ("token", "authtoken"):
         return "key" if owners & TOKEN_OWNERS else "token"

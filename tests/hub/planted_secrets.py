@@ -150,6 +150,10 @@ def secrets(m):
         "header": "X-API" + f"-Key: {m.text(32)}",
         "query": "https://example.org/x?access_" + f"token={m.text(32)}",
         "otp": "otp" + f"auth://totp/x?secret={m.text(16, UPPER)}",
+        "one word": "PGPASS" + f"WORD={m.password()}",
+        "short word": "dbpa" + f"ss={m.text(9)}",
+        "phrase": "vault_password" + ": 'abc def ghi1'",
+        "bare pass": "pass" + f": {m.text(10)}",
         "escaped": '"text": "{\\"api_key\\": ' + f'\\"{m.text(32)}\\"}}"',
         "percent": "token%3D" + "hf" + "_" + m.text(34),
     }  # fmt: skip
@@ -173,6 +177,8 @@ def personal_paths(m):
         "windows json": f"C:\\\\Users\\\\{user}\\\\x",
         "windows slash": f"C:/Users/{user}/x",
         "drive": "D:\\clients\\pairs",
+        "short drive": "D:\\models",
+        "drive slash": "D:/models/x",
         "unc": "\\\\fileserver\\share\\pairs",
         "unc json": "\\\\\\\\fileserver\\\\share\\\\pairs",
         "file url": "file:///srv/pairs.jsonl",
@@ -257,6 +263,7 @@ def ordinary_cards(m):
         "client = OpenAI(api_key='EMPTY'); other = OpenAI(api_key='lm-studio', model='x')",
         "git clone git@github.com:org/name.git; see docs/media/picture.png and (media/x.png)",
         "api-key authentication: the key: value pairs of author=Rafailov2023",
+        "bypass: step12abc, compass=north123, the pass: 2 of 3; Q:\\nWhat? A:\\nthe cat",
         "Contact: someone@example.org. Time 10:30:45, ratio 16:9, 1234567890:end",
         "| `model` | `not shown` |\n| `token` | `not shown` |\n| `password` | `required` |",
     ]  # fmt: skip
