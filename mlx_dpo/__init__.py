@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_dpo import openblas as blas
 from mlx_dpo import paths
-from mlx_dpo.io import jit_cache
+from mlx_dpo.io import file_limit, jit_cache
 
 blas.use_openblas()  # has to come before the first import of mlx.core, anywhere
 jit_cache.use_private_jit_cache(paths.cache_folder())
+file_limit.keep_low_file_limit()  # before the first import of mlx_lm
 
 from mlx_dpo.errors import (  # noqa: E402
     ConfigError,

@@ -5,6 +5,8 @@ import logging
 import os
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,22 @@ INTERRUPTED = 130  # exit status that shells report for a program stopped by Ctr
 NAME_ERRORS = {
     errno.ENAMETOOLONG: "the name is too long for a file",
     errno.ELOOP: "a link that leads to itself",
+}
+OUT_OF_MEMORY = (
+    "memory ran out; close other programs, use a smaller model or batch, or raise the limit of "
+    "this shell (`ulimit -d`, `ulimit -v`)"
+)
+OUT_OF_FILES = "too many files are open; raise the limit of this shell (`ulimit -n 1024`)"
+OUT_OF_THREADS = (
+    "no more threads can be started; raise the limits of this shell (`ulimit -u`, `ulimit -d`, "
+    "`ulimit -v`)"
+)
+LIMITS = {errno.EMFILE: OUT_OF_FILES, errno.ENFILE: OUT_OF_FILES, errno.ENOMEM: OUT_OF_MEMORY}
+LIMIT_SIGNS = {  # how messages of libraries tell which limit it was
+    "can't start new thread": OUT_OF_THREADS,
+    "ThreadPoolBuildError": OUT_OF_THREADS,
+    "Unable to allocate": OUT_OF_MEMORY,
+    "bad_alloc": OUT_OF_MEMORY,
 }
 
 
@@ -94,7 +112,8 @@ class Commands(click.Group):
         if not any(isinstance(handler, NoticePrinter) for handler in LOGGER.handlers):
             LOGGER.addHandler(NoticePrinter())
         try:
-            return super().invoke(ctx)
+            with _limits_explained():
+                return super().invoke(ctx)
         except (DPOError, OSError, ImportError) as error:
             message = user_message(error)
             if message is None:
@@ -107,6 +126,17 @@ class Commands(click.Group):
         except KeyboardInterrupt:
             echo("Interrupted", err=True)
             sys.exit(INTERRUPTED)
+
+
+@contextmanager
+def _limits_explained() -> Iterator[None]:
+    """Report in one line that memory, threads or files ran out; pass on any other exception."""
+    try:
+        yield
+    except BaseException as error:
+        if (message := limit_message(error)) is None:
+            raise
+        raise click.ClickException(message) from error
 
 
 def _escape_message(error: click.ClickException) -> click.ClickException:
@@ -125,12 +155,31 @@ def user_message(error: DPOError | OSError | ImportError) -> str | None:
     if isinstance(error, DPOError):
         return str(error)
     if isinstance(error, OSError):
-        if error.errno in NAME_ERRORS:
-            return f"{error.filename}: {NAME_ERRORS[error.errno]}; choose another name"
-        return describe_disk_error(error)
+        return _system_message(error)
     if "libmlx" not in str(error):
         return None
     return "MLX is installed without a backend; on Linux: pip install 'mlx[cpu]', or mlx[cuda13]"
+
+
+def _system_message(error: OSError) -> str | None:
+    if error.errno in LIMITS:
+        return LIMITS[error.errno]
+    if error.errno in NAME_ERRORS:
+        return f"{error.filename}: {NAME_ERRORS[error.errno]}; choose another name"
+    return describe_disk_error(error)
+
+
+def limit_message(error: BaseException) -> str | None:
+    """Return the message of an error because memory, threads or files ran out, or None.
+
+    Libraries report it by a `RuntimeError`, tokenizers by a panic, which is no `Exception`.
+    """
+    if isinstance(error, MemoryError):
+        return OUT_OF_MEMORY
+    if isinstance(error, RuntimeError) or type(error).__name__ == "PanicException":
+        text = str(error)
+        return next((message for sign, message in LIMIT_SIGNS.items() if sign in text), None)
+    return None
 
 
 @click.group(

@@ -149,7 +149,7 @@ _SETTINGS = _TRL | _LLAMA_FACTORY | _AXOLOTL | _UNSLOTH | _MLX_LM
 
 _LOGPS_PRECOMPUTED = "reference log-probs are always precomputed"
 _OWN_TEMPLATE = "the model's own chat template is used"
-_ONE_DEVICE = "training runs on one device"
+_SINGLE_DEVICE = "training runs on one device"
 _NOT_NEEDED = {
     "precompute_ref_log_probs": _LOGPS_PRECOMPUTED,
     "precompute_ref_batch_size": _LOGPS_PRECOMPUTED,
@@ -189,13 +189,13 @@ _NOT_NEEDED = {
     "mask_prompt": "only completions are scored",
     "save_safetensors": "every file is safetensors",
     "save_only_model": "the final folder holds the adapters",
-    "ddp_timeout": _ONE_DEVICE,
-    "ddp_find_unused_parameters": _ONE_DEVICE,
-    "local_rank": _ONE_DEVICE,
-    "deepspeed": _ONE_DEVICE,
-    "fsdp": _ONE_DEVICE,
-    "fsdp_config": _ONE_DEVICE,
-    "device_map": _ONE_DEVICE,
+    "ddp_timeout": _SINGLE_DEVICE,
+    "ddp_find_unused_parameters": _SINGLE_DEVICE,
+    "local_rank": _SINGLE_DEVICE,
+    "deepspeed": _SINGLE_DEVICE,
+    "fsdp": _SINGLE_DEVICE,
+    "fsdp_config": _SINGLE_DEVICE,
+    "device_map": _SINGLE_DEVICE,
     "use_bnb_nested_quant": "weights are quantized by MLX",
     "bnb_4bit_quant_type": "weights are quantized by MLX",
     "bnb_4bit_use_double_quant": "weights are quantized by MLX",
