@@ -70,12 +70,20 @@ def pytest_ignore_collect(collection_path, config):
     return None
 
 
+def link_or_copy(source, target):
+    """Make a hard link; copy the file if the temporary folder is on another file system."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cache")
     kernels = use_private_jit_cache(cache_folder())  # compiled for this machine already
     if kernels is not None:
-        shutil.copytree(kernels, folder / kernels.name, copy_function=os.link)
+        shutil.copytree(kernels, folder / kernels.name, copy_function=link_or_copy)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLX_DPO_CACHE", str(folder))
         patch.setattr(samples, "SAMPLE_TOKENS", 4)  # every run with held-out pairs samples answers

@@ -15,7 +15,13 @@ from huggingface_hub import constants
 from tests.fake_hub import using_fake_hub
 from tests.fuzz.case import Case, FailedInputError, parse
 from tests.fuzz.mutations import STRANGE_TEXTS, dump, mutate_value
-from tests.fuzz.pairs_files import FORMATS, check_accounts, check_rows_unchanged, write_rows
+from tests.fuzz.pairs_files import (
+    FORMATS,
+    check_accounts,
+    check_rows_unchanged,
+    is_list,
+    write_rows,
+)
 
 DATA = Path(__file__).parents[1] / "data"
 EXAMPLES = sorted([*(DATA / "examples").rglob("*.jsonl")])
@@ -67,7 +73,7 @@ def pairs_checked(case: Case) -> None:
     result = case.invoke("data", "check", name, "--json")
     if result.exit_code == 0:
         check_accounts(name, parse(result))
-    if name.endswith(".jsonl") and case.index % 3 == 0:
+    if name.endswith(".jsonl") and not is_list(name) and case.index % 3 == 0:
         if case.invoke("data", "clean", name, "--output", "out.jsonl").exit_code == 0:
             check_rows_unchanged(name)
         elif Path("out.jsonl").exists() or Path("out.report.json").exists():

@@ -124,6 +124,11 @@ def _count_rows(data: bytes) -> int:
     return sum(bool(line.strip()) for line in data.split(b"\n"))
 
 
+def is_list(name: str) -> bool:
+    """Return whether a file is a single list, whose elements are the rows."""
+    return Path(name).read_bytes().lstrip(b"\xef\xbb\xbf \n")[:1] == b"["
+
+
 def check_rows_unchanged(name: str) -> None:
     """Raise `FailedInputError` unless `data clean` wrote all rows that it does not report."""
     report = json.loads(Path("out.report.json").read_text(encoding="utf-8"))

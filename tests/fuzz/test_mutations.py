@@ -13,7 +13,7 @@ from tests.fuzz.mutations import BYTES, VALUES, dump, mutate_bytes, mutate_value
 from tests.fuzz.watchdog import try_inputs, write_material
 
 PART = 500  # inputs that one process of the slow suite tries
-FEW = 2  # inputs of each area in the gate
+FEW = 4  # inputs of each area in the gate
 PARTS = [
     (name, first, min(first + PART, area.count))
     for name, area in AREAS.items()
