@@ -12,6 +12,7 @@ from mlx_dpo.adapters import attach as adapters
 from mlx_dpo.errors import ConfigError, RunError, TrainingError
 from mlx_dpo.reporting.metrics_log import read_metrics
 from mlx_dpo.runs.folder import RunPaths, lock_folder, reference_provenance
+from tests.edited_files import edit, read_entries
 from tests.runs.train_helper import train, weights
 
 TOKENS = mx.array([[1, 40, 41, 42, 3, 2]])
@@ -92,7 +93,7 @@ def test_a_run_killed_after_its_last_evaluation_does_not_write_it_twice(config, 
     train(config)
     expected = weights(config)
     record = tmp_path / "run" / "run.json"
-    record.write_text(record.read_text().replace('"finished"', '"unfinished"'))
+    edit(record, state="unfinished")
     (tmp_path / "run" / "adapters.safetensors").unlink()
     _, rows = train(config, resume=True)
     assert [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")][-2:] == [6, 6]
@@ -131,8 +132,9 @@ def test_reference_logps_of_another_device_are_not_used(config):
 
 def test_a_run_is_not_resumed_in_another_number_type(config, tmp_path):
     train(config, stop_after=1)
-    record = tmp_path / "run" / "run.json"
-    record.write_text(record.read_text().replace("cpu float32", "metal bfloat16"))
+    path = tmp_path / "run" / "run.json"
+    provenance = read_entries(path)["provenance"] | {"device_and_dtype": "metal bfloat16"}
+    edit(path, provenance=provenance)
     with (
         DPOTrainer(config, resume=True) as trainer,
         pytest.raises(
