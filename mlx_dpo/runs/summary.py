@@ -12,11 +12,12 @@ from mlx_dpo.adapters.master_weights import forward_dtypes
 from mlx_dpo.adapters.targets import block_paths, has_tied_embeddings
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.data.batching import count_micro_batches
-from mlx_dpo.data.columns import count_shared_pairs
+from mlx_dpo.data.columns import count_shared_pairs, prompt_keys
 from mlx_dpo.io.arrays import named_arrays
 from mlx_dpo.models.device import dtype_name
 from mlx_dpo.optim.optimizers import OPTIMIZERS
 from mlx_dpo.profiling import memory
+from mlx_dpo.runs.inputs import Inputs
 from mlx_dpo.runs.reference import needed_pairs
 from mlx_dpo.training.monitor.verdict import Verdict
 
@@ -143,8 +144,33 @@ def summarize_inputs(run: "DPOTrainer") -> list[SummaryLine]:
     lines += [("", line) for report in inputs.reports for line in report.lines()]
     if leaked := count_shared_pairs(inputs.valid, inputs.train):
         lines.append(("", f"{leaked:,} of the held-out {run.config.unit} are trained on as well"))
+    lines += [("", note) for note in describe_held_out_prompts(run.config, inputs)]
     lines += [("", f"{name}: not used, for --valid was given") for name in inputs.unused_splits]
     return lines
+
+
+def describe_held_out_prompts(config: DPOConfig, inputs: Inputs) -> list[str]:
+    """Return notes on prompts in both splits, and on more held-out pairs than were wanted.
+
+    Pairs with the same prompt are held out together, so a prompt of many pairs takes them all.
+    """
+    held_out = set(prompt_keys(inputs.valid))
+    shared = sum(key in held_out for key in prompt_keys(inputs.train)) if held_out else 0
+    notes = []
+    if shared:
+        notes.append(
+            f"{shared:,} of the training {config.unit} have prompts that are held out too, so "
+            "held-out figures flatter; `mlx-dpo data clean` drops them"
+        )
+    total, share = len(inputs.train) + len(inputs.valid), config.held_out_fraction
+    wanted = max(1, round(share * total))
+    if share and not config.mix and len(inputs.valid) >= wanted + max(2, wanted):
+        notes.append(
+            f"{len(inputs.valid):,} {config.unit} are held out, and {wanted:,} were wanted "
+            f"(--valid-fraction {share:g}): a prompt's {config.unit} stay together; give --valid, "
+            "or --valid-fraction 0"
+        )
+    return notes
 
 
 def summarize_training(run: "DPOTrainer") -> list[SummaryLine]:
