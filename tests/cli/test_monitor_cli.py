@@ -98,7 +98,7 @@ def test_accuracy_is_no_result_while_the_margin_is_noise():
     assert idle.splitlines()[-1].startswith(
         "Adapters in run, but nothing shows that they are better than the base model"
     )
-    assert "accuracy -\n" in idle  # in the line of the evaluation
+    assert "accuracy -  repetition " in idle  # in the line of the evaluation
     assert record()["verdict"]["kind"] == "unchanged"
     as_json = json.loads(CliRunner().invoke(cli, ["eval", "run", "--json"]).stdout)
     assert as_json["verdict"]["text"].startswith(text)
