@@ -20,7 +20,7 @@ from tests.fuzz.watchdog import child_environment
 
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.link", "os.symlink"}
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
-OUTSIDE = ("/dev", "/proc", "/sys")
+OUTSIDE = ("/dev/null", "/dev/tty", "/dev/fd", "/dev/urandom", "/proc", "/sys")
 LIMIT = 120.0  # seconds after which a command is said to hang
 
 
