@@ -10,11 +10,10 @@ import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from mlx_dpo import file_limit, paths
-from mlx_dpo import openblas as blas
-from mlx_dpo.io import jit_cache
+from mlx_dpo import paths
+from mlx_dpo.startup import file_limit, jit_cache, openblas
 
-blas.use_openblas()  # has to come before the first import of mlx.core, anywhere
+openblas.use_openblas()  # has to come before the first import of mlx.core, anywhere
 jit_cache.use_private_jit_cache(paths.cache_folder())
 file_limit.keep_low_file_limit()  # before the first import of mlx_lm
 

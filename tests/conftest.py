@@ -10,8 +10,8 @@ import mlx.core as mx  # isort: skip
 import pytest
 from mlx_lm.models import llama
 
-from mlx_dpo.io.jit_cache import use_private_jit_cache
 from mlx_dpo.paths import cache_folder
+from mlx_dpo.startup.jit_cache import use_private_jit_cache
 from mlx_dpo.training.monitor import samples
 from mlx_dpo.types import TokenizedPair
 from tests.trained_run import trained, workplace  # noqa: F401  (fixtures)

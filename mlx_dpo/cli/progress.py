@@ -15,7 +15,6 @@ from rich.console import Console
 from mlx_dpo import DPOTrainer
 from mlx_dpo.cli import INTERRUPTED, program
 from mlx_dpo.cli.output import echo, print_warning
-from mlx_dpo.io.jit_cache import user_environment
 from mlx_dpo.reporting.console import (
     final_metrics_table,
     make_console,
@@ -30,6 +29,7 @@ from mlx_dpo.runs.summary import (
     summarize_inputs,
     summarize_training,
 )
+from mlx_dpo.startup.jit_cache import user_environment
 
 
 @contextmanager

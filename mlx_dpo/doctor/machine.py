@@ -11,9 +11,9 @@ from typing import Any
 import huggingface_hub
 import mlx.core as mx
 
-from mlx_dpo import openblas as blas
 from mlx_dpo import paths
 from mlx_dpo.models.device import device_kind
+from mlx_dpo.startup.openblas import use_openblas
 
 PACKAGES = ("mlx-dpo", "mlx", "mlx-lm", "transformers", "huggingface-hub", "numpy")
 MATRIX_SIZES = {"cpu": 512, "metal": 4096, "cuda": 8192}  # rows and columns of the timed matrices
@@ -59,7 +59,7 @@ def device() -> Facts:
         "kind": kind,
         "name": mx.device_info(mx.default_device()).get("device_name"),
         "cores": os.cpu_count(),
-        "openblas": blas.use_openblas() if kind == "cpu" else None,
+        "openblas": use_openblas() if kind == "cpu" else None,
         "gflops": round(_measure_gflops(MATRIX_SIZES[kind]), 1),
     }
 

@@ -26,9 +26,9 @@ from mlx_dpo.adapters.targets import has_tied_embeddings
 from mlx_dpo.errors import ConfigError, ModelError, reason
 from mlx_dpo.io.arrays import Arrays, named_arrays, read_arrays, write_arrays
 from mlx_dpo.io.atomic import atomic_file
-from mlx_dpo.io.jit_cache import user_environment
 from mlx_dpo.models.files import CONFIG, INDEX, TOKENIZER_FILES, weight_files
 from mlx_dpo.models.license import LICENSE_PATTERNS
+from mlx_dpo.startup.jit_cache import user_environment
 
 COPIED_FILES = (*TOKENIZER_FILES, "generation_config.json", "*.py", *LICENSE_PATTERNS)
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

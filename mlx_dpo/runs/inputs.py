@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -140,9 +140,12 @@ class Datasets:
         """Create the datasets from rows that were passed to the trainer as Python objects.
 
         Raises:
-            ConfigError: the settings also name pairs.
+            ConfigError: the settings also name pairs, or a required setting is missing.
             DataError: a dataset is not an iterable of rows.
         """
+        for name in ("model", "pairs", "output"):
+            if not getattr(config, name) and not (name == "pairs" and train is not None):
+                raise ConfigError(f"`{name}` is not set")
         given = (("train_dataset", train, "pairs"), ("eval_dataset", valid, "valid"))
         for name, rows, setting in given:
             if rows is not None and getattr(config, setting):
@@ -153,6 +156,11 @@ class Datasets:
                 for name, rows, _ in given
             )
         )
+
+    @property
+    def splits(self) -> list[str]:
+        """Names of the splits that were passed: `train`, `valid` or both."""
+        return [field.name for field in fields(self) if getattr(self, field.name) is not None]
 
 
 NO_DATASETS = Datasets()

@@ -108,9 +108,6 @@ class DPOTrainer:
         if not isinstance(config, DPOConfig):
             raise ConfigError(f"the first argument must be a DPOConfig, got {config!r}")
         self.datasets = Datasets.in_memory(config, train_dataset, eval_dataset)
-        for name in ("model", "pairs", "output"):
-            if not getattr(config, name) and not (name == "pairs" and self.datasets.train):
-                raise ConfigError(f"`{name}` is not set")
         self.config = config
         if resume and overwrite:
             raise ConfigError("`overwrite` has no effect together with `resume`")
@@ -212,9 +209,7 @@ class DPOTrainer:
         self.record = new_record(
             self.config, self.inputs, start, self.earlier, total_steps=self.total_steps
         )
-        self.record["datasets_in_memory"] = [
-            split for split in SPLITS if getattr(self.datasets, split) is not None
-        ]
+        self.record["datasets_in_memory"] = self.datasets.splits
         if self.earlier is not None:
             check_provenance(self.paths, self.earlier, self.record["provenance"])
 

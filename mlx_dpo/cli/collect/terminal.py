@@ -15,7 +15,7 @@ from mlx_dpo.cli.output import echo
 from mlx_dpo.collect.session import SKIPPED, TIE, RankingSession, RankingTask, TaskSampler
 from mlx_dpo.collect.web import LoopbackServer, read_page, serve_session
 from mlx_dpo.errors import ConfigError, DataError, DPOError
-from mlx_dpo.io.jit_cache import user_environment
+from mlx_dpo.startup.jit_cache import user_environment
 from mlx_dpo.terminal_text import escape_line
 
 if TYPE_CHECKING:

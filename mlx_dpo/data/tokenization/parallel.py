@@ -20,8 +20,8 @@ from mlx_dpo.data.report import PairsReport
 from mlx_dpo.data.tokenization.pair_file import Arrays, pairs_to_arrays
 from mlx_dpo.data.tokenization.tokenize_rows import PairRules, new_report, tokenize_rows
 from mlx_dpo.errors import DataError, DPOError
-from mlx_dpo.io.jit_cache import user_environment
 from mlx_dpo.schemas.schema import Row
+from mlx_dpo.startup.jit_cache import user_environment
 
 WORKER_PROGRAM = """
 import pickle, sys

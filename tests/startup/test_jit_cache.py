@@ -10,8 +10,8 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from mlx_dpo.io import jit_cache
 from mlx_dpo.models.device import device_kind
+from mlx_dpo.startup import jit_cache
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "geteuid"), reason="no users to tell apart")
 needs_compiler = pytest.mark.skipif(
@@ -84,7 +84,7 @@ def test_python_and_its_children_keep_the_users_folder(tmp_path):
 
 def test_workers_compile_in_the_private_folder_too(tmp_path):
     program = (
-        "import subprocess, sys\nfrom mlx_dpo.io.jit_cache import user_environment\n"
+        "import subprocess, sys\nfrom mlx_dpo.startup.jit_cache import user_environment\n"
         "child = 'import os, mlx_dpo, ctypes; g = ctypes.CDLL(None).getenv; "
         'g.restype = ctypes.c_char_p; print(os.environ["TMPDIR"], g(b"TMPDIR").decode())\'\n'
         "subprocess.run([sys.executable, '-c', child], env=user_environment())"

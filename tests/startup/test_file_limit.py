@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from mlx_dpo import file_limit
+from mlx_dpo.startup import file_limit
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def test_nothing_changes_where_the_limit_is_high(monkeypatch):
 
 def test_the_package_imports_mlx_lm_under_a_low_limit():
     program = (
-        "import resource, mlx_dpo.file_limit as f;"
+        "import resource, mlx_dpo.startup.file_limit as f;"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)); f.keep_low_file_limit();"
         "import mlx_lm.utils; print(resource.getrlimit(resource.RLIMIT_NOFILE))"
     )

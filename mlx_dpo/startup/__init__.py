@@ -1,0 +1,1 @@
+"""Prepare the process before MLX and mlx-lm are imported."""
