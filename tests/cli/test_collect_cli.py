@@ -130,11 +130,10 @@ def test_prompts_are_typed_if_no_file_is_given(folder, model):
             terminal.type("Where is the cat?\n")
             assert "user: Where is the cat?" in terminal.until(KEYS)
             terminal.type(str(number))
-        for typed in ("\n", "  \n"):
-            terminal.until("prompt> ")
-            terminal.type(typed)
-            terminal.until("The prompt is empty; type one, or press Ctrl-D to finish")
         terminal.until("prompt> ")
+        for typed in ("\n", "  \n"):
+            terminal.type(typed)
+            terminal.until("The prompt is empty; type one, or press Ctrl-D to finish\nprompt> ")
         terminal.type("\x04")
         assert "2 pairs" in terminal.until("Train on them")
         assert terminal.exit_code() == 0
@@ -153,6 +152,7 @@ def test_ctrl_c_at_a_typed_prompt_finishes_with_the_summary(folder, model):
     terminal = TerminalSession(*command, "--max-tokens", "6", NO_COLOR="1")
     try:
         terminal.until("prompt> ")
+        time.sleep(0.5)  # a signal between the prompt and the system call that reads would be lost
         terminal.type("\x03")
         output = terminal.until("0 pairs")
         assert "Traceback" not in output and "Aborted" not in output

@@ -171,8 +171,8 @@ def test_a_card_that_the_hub_rejects_is_an_error_before_anything_is_sent(run_wit
 
 
 def test_an_invalid_name_is_an_error(run_with_card, fake_hub):
-    for name, error in (("a/b/c", ConfigError), ("adapter", ConfigError), ("a/b c", ModelError)):
-        with pytest.raises(error, match="not the name of a repository; names are `ORG/NAME`"):
+    for name in ("a/b/c", "adapter", "a/b c"):
+        with pytest.raises(ConfigError, match="not the name of a repository; names are `ORG/NAME`"):
             hub.push(prepare_upload("run").files, name, message="m", public=False, overwrite=False)
     assert not fake_hub.requests
 
