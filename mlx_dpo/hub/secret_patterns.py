@@ -54,6 +54,7 @@ TOKENS = {
     r"|\bEAA[A-Za-z0-9]{60,}|\bsq0(?:atp|csp|idp)-[\w-]{22,}|\bFlyV1 fm\d_\S{20,}"
     r"|[0-9a-z]{14}\.atlasv1\.[\w-]{40,}|\baccess-(?:sandbox|production)-[0-9a-f-]{36}",
     "a W&B key": r"(?i)wandb[\w \"':=-]{0,30}\b[0-9a-f]{40}\b|\bwandb_v\d_\w{40,}",
+    "a Kaggle key": r"[\"']username[\"']\s*:[^{}]*[\"']key[\"']\s*:\s*[\"'][0-9a-f]{32}[\"']",
     "a private key": r"-----BEGIN [A-Z0-9 ]*PRIVATE KEY|BEGIN SSH2 ENCRYPTED PRIVATE KEY"
     r"|PuTTY-User-Key-File-\d|^Private-(?:Lines|MAC|Hash): |\bAGE-SECRET-KEY-1[A-Z0-9]{40,}"
     r"|MII[\w+/]{3}IBA(?:DAN|AKC)|MC4CAQAwBQYDK2V"  # base64 of PKCS8, PKCS1 and ed25519 keys
@@ -89,7 +90,11 @@ PERSONAL_PATHS = {
     r"\w[\w .-]*\\{1,2}\w|\b[A-Z]:\\{1,2}(?!(?i:users|program files|windows)\b)[^\W_bfnrtu]\w+"
     r"|\b[A-Z]:/(?!(?i:users|program files|windows)\b)\w[\w .-]*/\w"
     rf"|{IN_PATH}/root(?=[/\"'\s`]|$)|(?<!\w)/var/folders/\w|(?<![\w.-])/private/(?:var|tmp|etc)/"
-    rf"|{IN_PATH}/(?:Volumes|mnt|media|scratch|gpfs|lustre|nfs)/[\w.-]*\w"
+    rf"|{IN_PATH}/(?:Volumes|mnt|media|scratch|gpfs|lustre|nfs|srv|workspace|kaggle)/[\w.-]*\w"
+    rf"|{IN_PATH}/content/drive/\w"
+    r"|(?:\$HOME|\$\{HOME\})/(?!\.(?:cache|bashrc|zshrc|profile|bash_profile)\b)[\w.]"
+    r"|(?:%(?:USERPROFILE|HOMEPATH|(?:LOCAL)?APPDATA)%|\$env:(?:USERPROFILE|HOME|APPDATA))[\\/]\w"
+    r"|(?<![\w~/.)-])~[a-z_][\w-]*/[\w.]"
     r"|\bfile:/{1,3}[\w~.%-]|\b(?:smb|afp|nfs|cifs|sftp|ssh)://\w|\b[\w.-]+@[\w.-]+:[~/]\w"
     r"|(?<![\w~/.)-])~/(?!Library/Caches\b|\.(?:cache|bashrc|zshrc|profile|bash_profile)\b)"
     r"[\w.]"

@@ -10,6 +10,7 @@ from mlx_dpo.data.inspect.findings import (
     CHECKS,
     LENGTH_BIAS_SHARE,
     MODEL,
+    OTHER_DETAILS,
     ROWS,
     VALID,
     Check,
@@ -35,8 +36,12 @@ class Finding:
 
     @property
     def details(self) -> dict[str, int]:
-        """Number of occurrences of each detail, such as an error message; most frequent first."""
-        return dict(self.log.details[self.check.name].most_common())
+        """Number of occurrences of each detail, such as an error message; most frequent first.
+
+        Details that were counted together come last.
+        """
+        counts = self.log.details[self.check.name].most_common()
+        return dict(sorted(counts, key=lambda item: item[0] == OTHER_DETAILS))
 
     def locations(self) -> Iterator[tuple[str, str | None]]:
         """Yield the location of each reported row, with a related location (or None).

@@ -14,7 +14,7 @@ from mlx_dpo.data.inspect.findings import (
     OTHER_DETAILS,
     FindingLog,
 )
-from mlx_dpo.data.inspect.results import list_findings, run_checks
+from mlx_dpo.data.inspect.results import Finding, list_findings, run_checks
 from mlx_dpo.data.inspect.scan import ScanSettings
 from mlx_dpo.data.sources import find_sources
 from mlx_dpo.data.tokenization.formatting import TokenRules
@@ -341,3 +341,5 @@ def test_details_beyond_the_maximum_are_counted_together():
     assert len(log.details["unreadable"]) == MAX_DETAILS + 1
     assert log.details["unreadable"][OTHER_DETAILS] == 5
     assert log.details["unreadable"]["message 0"] == 2
+    details = Finding(CHECKS["unreadable"], 1, 1, log).details
+    assert next(iter(details)) == "message 0" and list(details)[-1] == OTHER_DETAILS
