@@ -22,6 +22,7 @@ CONFIG = "config.json"
 WEIGHT_PATTERN = "model*.safetensors"
 INDEX = "model.safetensors.index.json"
 GENERATION_CONFIG = "generation_config.json"
+MAX_TOKEN_ID = 2**31 - 1  # tokenizers read ids as 32-bit integers
 SETTINGS_FILES = (
     CONFIG,
     GENERATION_CONFIG,
@@ -205,7 +206,7 @@ def _check_settings_files(folder: Path, source: str) -> None:
 
 def _check_end_tokens(value: Any, where: str) -> None:
     ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(type(token) is int and token >= 0 for token in ids):
+    if not all(type(token) is int and 0 <= token <= MAX_TOKEN_ID for token in ids):
         shown = json.dumps(value)[:60]
         raise ModelError(
             f"{where}: `eos_token_id` is no token id (found {shown}); write the number of the end "

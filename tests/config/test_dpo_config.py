@@ -177,6 +177,7 @@ def test_settings_without_effect_are_errors(given, message):
     [
         ({"loss_type": "sigmod"}, "unknown loss `sigmod`; did you mean `sigmoid`?"),
         ({"loss_type": "xyz"}, "unknown loss `xyz`; `mlx-dpo losses` lists them"),
+        ({"loss_type": "[" * 3000}, f"unknown loss `{'[' * 80}…`; `mlx-dpo losses` lists them"),
         ({"loss_type": []}, "`loss_type` names no loss; `mlx-dpo losses` lists them"),
         ({"loss_type": ["ipo", "ipo"]}, "`loss_type` names `ipo` twice; use `loss_weights`"),
         (

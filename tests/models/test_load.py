@@ -418,6 +418,7 @@ def test_a_damaged_sentencepiece_model_is_named(checkpoint):
     [
         ("generation_config.json", {"eos_token_id": "x"}, "`eos_token_id` is no token id"),
         ("generation_config.json", {"eos_token_id": [3, None]}, "`eos_token_id` is no token id"),
+        ("generation_config.json", {"eos_token_id": 2**64}, "`eos_token_id` is no token id"),
         ("generation_config.json", [], "generation_config.json: not a JSON object"),
         ("tokenizer_config.json", "text", "tokenizer_config.json: not a JSON object"),
         ("tokenizer_config.json", {"tokenizer_class": 1.5}, "tokenizer: cannot be read"),
