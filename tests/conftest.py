@@ -14,6 +14,7 @@ from mlx_dpo.paths import cache_folder
 from mlx_dpo.startup.jit_cache import use_private_jit_cache
 from mlx_dpo.training.monitor import samples
 from mlx_dpo.types import TokenizedPair
+from tests.run_settings import SAMPLE_TOKENS
 from tests.trained_run import trained, workplace  # noqa: F401  (fixtures)
 
 VOCAB = 64
@@ -79,14 +80,14 @@ def link_or_copy(source, target):
 
 
 @pytest.fixture(autouse=True, scope="session")
-def own_cache(tmp_path_factory):
+def session_cache(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cache")
     kernels = use_private_jit_cache(cache_folder())  # compiled for this machine already
     if kernels is not None:
         shutil.copytree(kernels, folder / kernels.name, copy_function=link_or_copy)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLX_DPO_CACHE", str(folder))
-        patch.setattr(samples, "SAMPLE_TOKENS", 4)  # every run with held-out pairs samples answers
+        patch.setattr(samples, "SAMPLE_TOKENS", SAMPLE_TOKENS)
         yield
 
 

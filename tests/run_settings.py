@@ -7,6 +7,8 @@ import pytest
 from mlx_dpo import DPOConfig
 from tests.checkpoints import make_checkpoint
 
+SAMPLE_TOKENS = 4  # of an answer at an evaluation; every run with held-out pairs samples some
+
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):

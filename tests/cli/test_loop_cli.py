@@ -15,8 +15,13 @@ from mlx_dpo.demo.rules import is_correct
 from mlx_dpo.paths import tiny_chat
 from mlx_dpo.saved_runs.open import open_run
 from tests.checkpoints import make_adapter, make_checkpoint
+from tests.run_settings import SAMPLE_TOKENS
 
-PROGRAM = [sys.executable, "-c", "from mlx_dpo.cli import main; main()", "loop"]
+SCRIPT = (  # answers sampled at evaluations are as short as in this process
+    f"from mlx_dpo.training.monitor import samples; samples.SAMPLE_TOKENS = {SAMPLE_TOKENS}; "
+    "from mlx_dpo.cli import main; main()"
+)
+PROGRAM = [sys.executable, "-c", SCRIPT, "loop"]
 REWARD = """\
 def vowels(prompt, answer):
     return sum(letter in "aeiou" for letter in answer)
