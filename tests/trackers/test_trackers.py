@@ -182,7 +182,6 @@ log_run("trackio", run_info, ROWS)
 
 def test_trackio_gets_every_row_once_and_other_runs_stay_unchanged(tmp_path, monkeypatch):
     """Run in a subprocess, because trackio chooses its folder when it is imported."""
-    pytest.importorskip("trackio")
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     program = [sys.executable, "-c", IN_TRACKIO]
@@ -211,7 +210,6 @@ print(*open_trackers.warnings)
 
 
 def test_trackios_server_gets_the_missing_rows_and_lost_rows_are_a_warning(tmp_path, monkeypatch):
-    pytest.importorskip("trackio")
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     monkeypatch.setenv("TRACKIO_SERVER_URL", "http://127.0.0.1:9/?write_token=sesame")
     program = [sys.executable, "-c", ON_A_SERVER]

@@ -8,6 +8,7 @@ import uuid
 import pyarrow
 import pyarrow.parquet
 import pytest
+from datasets import Dataset
 
 from mlx_dpo.data.formats.arrow import to_records
 from mlx_dpo.data.hf_datasets import InMemoryRows
@@ -39,8 +40,7 @@ def test_a_field_that_arrow_adds_to_a_struct_stays_absent(tmp_path):
 
 
 def test_a_dataset_in_memory_has_the_rows_of_its_list():
-    datasets = pytest.importorskip("datasets")
-    dataset = datasets.Dataset.from_list(ROWS)
+    dataset = Dataset.from_list(ROWS)
     rows = InMemoryRows.from_iterable(dataset)
     assert [row.record for row in rows.rows()] == ROWS
     assert rows.digest == InMemoryRows.from_iterable(ROWS).digest
