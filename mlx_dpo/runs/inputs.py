@@ -42,6 +42,7 @@ class Inputs:
     valid: Sequence[TokenizedPair]
     reports: Sequence[PairsReport]  # one per source
     unused_splits: Sequence[str] = ()  # held-out splits that `valid` replaces
+    held_out_share: float = 0.0  # share to hold out of the training sources; 0: valid has its own
 
     @property
     def splits(self) -> dict[str, Sequence[TokenizedPair]]:
@@ -257,25 +258,26 @@ def load_inputs(
     ]
     reports = [loaded.report for loaded in (*train, *held_out)]
     check_settings_used(token_rules(config, base), row_rules(config), reports)
-    splits = [add_kl_completions(config, pairs) for pairs in _split_pairs(config, train, held_out)]
+    share = 0.0 if held_out else config.held_out_fraction
+    splits = _split_pairs(config, train, held_out, share)
+    training, valid_pairs = (add_kl_completions(config, pairs) for pairs in splits)
+    check_context_length(config, base, training, valid_pairs)
     unused = [source.name for source in sources.unused_valid]
-    inputs = Inputs(base, splits[0], splits[1], reports, unused)
-    check_context_length(config, base, inputs.train, inputs.valid)
-    return inputs
+    return Inputs(base, training, valid_pairs, reports, unused, share)
 
 
 def _split_pairs(
     config: DPOConfig,
     train: Sequence[LoadedPairs[PairDataset]],
     valid: Sequence[LoadedPairs[PairDataset]],
+    share: float,
 ) -> tuple[PairDataset, PairDataset]:
     """Return the training pairs and the held-out pairs.
 
-    Without `valid`, a share of the training sources is held out. The setting `mix` decides how
-    often each source is used in an epoch.
+    Without `valid`, the given share of the training sources is held out. The setting `mix` decides
+    how often each source is used in an epoch.
     """
     all_pairs = concatenate([loaded.pairs for loaded in train])
-    share = 0.0 if valid else config.held_out_fraction
     held_out = held_out_indices(all_pairs, share=share, seed=config.seed)
     training: list[int] = []
     begin = 0

@@ -162,7 +162,7 @@ def describe_held_out_prompts(config: DPOConfig, inputs: Inputs) -> list[str]:
             f"{shared:,} of the training {config.unit} have prompts that are held out too, so "
             "held-out figures flatter; `mlx-dpo data clean` drops them"
         )
-    total, share = len(inputs.train) + len(inputs.valid), config.held_out_fraction
+    total, share = len(inputs.train) + len(inputs.valid), inputs.held_out_share
     wanted = max(1, round(share * total))
     if share and not config.mix and len(inputs.valid) >= wanted + max(2, wanted):
         notes.append(
