@@ -24,11 +24,11 @@ from mlx_lm.server import (
 )
 
 from mlx_dpo.chat.requests import RequestError
-from mlx_dpo.data.templates.render import TEMPLATE_EXCEPTIONS
-from mlx_dpo.data.templates.sandbox import install_limits
-from mlx_dpo.data.templates.tool_calls import fit_tool_calls
+from mlx_dpo.data.chat_templates.render import TEMPLATE_EXCEPTIONS
+from mlx_dpo.data.chat_templates.sandbox import install_limits
+from mlx_dpo.data.chat_templates.tool_calls import fit_tool_calls
 from mlx_dpo.errors import ConfigError, reason
-from mlx_dpo.generation.context import answer_room
+from mlx_dpo.generation.context import max_answer_tokens
 from mlx_dpo.terminal_text import escape_controls, escape_line
 from mlx_dpo.types import Message
 
@@ -94,7 +94,7 @@ class TemplateTokenizer:
         return self._tokenizer.apply_chat_template(fitted, **kwargs)
 
 
-class LastingResponseGenerator(ResponseGenerator):
+class FaultTolerantResponseGenerator(ResponseGenerator):
     """mlx-lm's response generator, with a thread that goes on after any failure.
 
     If generation for several requests at once fails, it is not known which of them is the cause.
@@ -175,7 +175,9 @@ class LastingResponseGenerator(ResponseGenerator):
                 param,
             )
         try:
-            args.max_tokens = answer_room("the prompt", len(prompt), args.max_tokens, self._context)
+            args.max_tokens = max_answer_tokens(
+                "the prompt", len(prompt), args.max_tokens, self._context
+            )
         except ConfigError as error:
             raise RequestError(str(error), param, code=CONTEXT_EXCEEDED) from None
         self._check_stop(tokenizer, args.stop_words)

@@ -28,8 +28,8 @@ from mlx_dpo.chat.request_messages import roles
 from mlx_dpo.chat.requests import CHAT, DEFAULT_MODEL, TEXT, RequestError, parse_request
 from mlx_dpo.chat.response_generator import (
     PROMPT_CACHE_SIZE,
+    FaultTolerantResponseGenerator,
     GenerationFailed,
-    LastingResponseGenerator,
     print_failure,
 )
 from mlx_dpo.config.sampling import Sampling
@@ -345,7 +345,7 @@ class Server(ThreadingHTTPServer):
     def serve(self, served: ServedModel) -> None:
         """Serve the model until Ctrl-C is pressed."""
         provider = SwitchingModelProvider(served)
-        generator = LastingResponseGenerator(
+        generator = FaultTolerantResponseGenerator(
             provider, vocab_size=served.vocab_size, context=served.context
         )
         fingerprint = get_system_fingerprint()

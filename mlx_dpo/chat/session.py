@@ -6,9 +6,9 @@ from typing import Any, Literal, NamedTuple
 
 from mlx_dpo.adapters.switch import AdapterState, AdapterSwitch
 from mlx_dpo.config.sampling import Sampling
-from mlx_dpo.data.templates.clock import set_day
+from mlx_dpo.data.chat_templates.template_date import set_day
 from mlx_dpo.errors import ConfigError
-from mlx_dpo.generation.context import answer_room
+from mlx_dpo.generation.context import max_answer_tokens
 from mlx_dpo.generation.decode import strip_thinking
 from mlx_dpo.generation.prompt import check_thinking, encode_prompt, encode_text
 from mlx_dpo.generation.sampling import make_sampler
@@ -221,7 +221,7 @@ class ChatSession:
         while earlier and len(prompt) + reserved > self.context:
             del earlier[:2]
             prompt = self._tokens(_with_system(self.system, [*earlier, question]))
-        answer_room("the question", len(prompt), self.sampling.max_tokens, self.context)
+        max_answer_tokens("the question", len(prompt), self.sampling.max_tokens, self.context)
         return earlier, prompt
 
     def _stream(self, prompt: list[int], dropped_turns: int) -> Generator[AnswerChunk]:
@@ -234,7 +234,7 @@ class ChatSession:
             cache=cache,
             sampling=self.sampling,
             sampler=self._sampler,
-            max_tokens=answer_room(
+            max_tokens=max_answer_tokens(
                 "the question", len(prompt), self.sampling.max_tokens, self.context
             ),
             dropped_turns=dropped_turns,

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from mlx_dpo.adapters.adapter_files import adapter_digest
-from mlx_dpo.collect.answer_health import find_collapse, measure_health
+from mlx_dpo.collect.answer_collapse import find_collapse, measure_health
 from mlx_dpo.collect.iterative_folder import (
     IterativePaths,
     IterativeSettings,

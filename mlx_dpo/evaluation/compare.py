@@ -13,7 +13,7 @@ from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.data.inspect.text_anomalies import find_refusal
 from mlx_dpo.data.prompts import Prompt, add_system_prompt, read_prompts
 from mlx_dpo.generation.batch import GeneratedTokens, generate_tokens
-from mlx_dpo.generation.context import answer_room, clip_note, context_length
+from mlx_dpo.generation.context import clip_note, context_length, max_answer_tokens
 from mlx_dpo.generation.decode import StreamingDecoder
 from mlx_dpo.generation.prompt import encode_prompt, encode_text
 from mlx_dpo.generation.repetition import NGRAM, repetition_rate
@@ -247,6 +247,6 @@ def _check_context(
 ) -> list[str]:
     """Return a note if answers will end at the context; raise `ConfigError` if one has no room."""
     for row, prompt in zip(rows, prompts, strict=True):
-        answer_room(prompt.location, len(row), max_tokens, context)
+        max_answer_tokens(prompt.location, len(row), max_tokens, context)
     note = clip_note([len(row) for row in rows], max_tokens, context)
     return [] if note is None else [note]

@@ -10,7 +10,7 @@ from contextlib import closing
 from typing import Any, NamedTuple
 
 from mlx_dpo.config.sampling import Sampling
-from mlx_dpo.generation.context import FinishReason, answer_room
+from mlx_dpo.generation.context import FinishReason, max_answer_tokens
 from mlx_dpo.generation.decode import decode_tokens
 from mlx_dpo.generation.prompt import check_thinking, encode_prompt
 from mlx_dpo.generation.sampling import (
@@ -134,7 +134,7 @@ def generate_tokens(
         ConfigError: a prompt leaves no room in the context.
     """
     lengths = [
-        answer_room(f"{name} {number}", len(prompt), sampling.max_tokens, context)
+        max_answer_tokens(f"{name} {number}", len(prompt), sampling.max_tokens, context)
         for number, prompt in enumerate(prompts, start=1)
     ]
     is_batched = len(prompts) > 1 and is_batching_exact(model, prompts, context=context)

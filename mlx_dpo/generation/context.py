@@ -46,7 +46,9 @@ def check_max_length(max_length: int, config: Mapping[str, Any]) -> None:
         )
 
 
-def answer_room(location: str, prompt_tokens: int, max_tokens: int, context: int | None) -> int:
+def max_answer_tokens(
+    location: str, prompt_tokens: int, max_tokens: int, context: int | None
+) -> int:
     """Return the largest number of tokens of an answer: `max_tokens`, or what the context leaves.
 
     Args:

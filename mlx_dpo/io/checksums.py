@@ -31,7 +31,7 @@ IF_EDITED = f'{RESTORE} (or, if you edited it, set its "{DIGEST}" to "{EDITED}")
 
 WRONG = "its content does not match its checksum"
 MISSING = "its checksum is missing"
-UNFOUND = "it is missing"
+NOT_FOUND = "it is missing"
 
 _ZEROS = b"0" * 64
 _STORED = re.compile(rb'"%s":"([0-9a-f]{64})"' % DIGEST.encode())
@@ -234,7 +234,7 @@ def verify_file(path: Path, *, expected: str | None = None) -> str | None:
                 read_arrays(path)  # lazy; checks the header
             return digest
         except FileNotFoundError:
-            raise damaged(path, UNFOUND) from None
+            raise damaged(path, NOT_FOUND) from None
         except (RuntimeError, ValueError) as error:
             raise damaged(path, reason(error)) from error
     stored = read_checked_json(path)[1]
@@ -250,7 +250,7 @@ def read_checked_json(path: Path) -> tuple[dict[str, Any], str | None]:
         DamagedFileError: the file is missing, is not a JSON object, or does not match its checksum.
     """
     if not os.path.lexists(path):
-        raise damaged(path, UNFOUND)
+        raise damaged(path, NOT_FOUND)
     content = bounded.read_json(path, DamagedFileError)
     if not isinstance(content, dict):
         raise damaged(path, f"it holds no JSON object, but {type(content).__name__}")

@@ -29,7 +29,7 @@ class MetricsLog:
         A run that is resumed from step `after` computes the later steps again.
         """
         self.path = path
-        rows = [row for row in whole_rows(path)[0] if row["step"] <= after]
+        rows = [row for row in undamaged_rows(path)[0] if row["step"] <= after]
         self.num_rows = len(rows)
         write_file(path, "".join(map(to_checked_line, rows)))
 
@@ -60,7 +60,7 @@ def read_metrics(path: Path, *, num_rows: int = 0) -> list[MetricsRow]:
     Raises:
         DamagedFileError: a complete line is not the row that was written, or rows are missing.
     """
-    rows, damage = whole_rows(path)
+    rows, damage = undamaged_rows(path)
     if damage is not None:
         raise damage
     if len(rows) < num_rows:
@@ -68,7 +68,7 @@ def read_metrics(path: Path, *, num_rows: int = 0) -> list[MetricsRow]:
     return rows
 
 
-def whole_rows(path: Path) -> tuple[list[MetricsRow], DamagedFileError | None]:
+def undamaged_rows(path: Path) -> tuple[list[MetricsRow], DamagedFileError | None]:
     """Return the rows before the first damaged line of a metrics file, and the damage, if any."""
     rows: list[MetricsRow] = []
     if not os.path.lexists(path):

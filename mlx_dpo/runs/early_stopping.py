@@ -19,7 +19,7 @@ from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.io.checksums import damaged, verify_file
 from mlx_dpo.losses.metrics import EVAL_PREFIX, METRICS
-from mlx_dpo.reporting.metrics_log import whole_rows
+from mlx_dpo.reporting.metrics_log import undamaged_rows
 from mlx_dpo.runs.folder import RunPaths
 from mlx_dpo.training.checkpoint import (
     CheckpointState,
@@ -165,7 +165,7 @@ class BestCheckpoint:
             DamagedFileError: rows up to the checkpoint, or the adapters of the evaluation that was
                 the best until then, are missing or damaged.
         """
-        rows, damage = whole_rows(self.paths.metrics)
+        rows, damage = undamaged_rows(self.paths.metrics)
         rows = [row for row in rows if row["step"] <= state.progress.step]
         if len(rows) < state.num_metrics_rows:
             number = f"{len(rows)} of {state.num_metrics_rows} rows are left"

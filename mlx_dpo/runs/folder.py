@@ -16,7 +16,7 @@ from typing import Any
 from mlx_dpo.adapters import peft
 from mlx_dpo.adapters.adapter_files import CONFIG, WEIGHTS, adapter_digest
 from mlx_dpo.config.dpo_config import DPOConfig
-from mlx_dpo.data.templates.clock import get_day, today
+from mlx_dpo.data.chat_templates.template_date import get_day, today
 from mlx_dpo.errors import ConfigError, RunError, reason
 from mlx_dpo.io.atomic import is_temporary, write_file
 from mlx_dpo.io.checksums import read_checked_json, to_checked_json, verify_file

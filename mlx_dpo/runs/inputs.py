@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, cast
 
 from mlx_dpo.config.dpo_config import DPOConfig
+from mlx_dpo.data.chat_templates.template_date import get_day, set_day, today
 from mlx_dpo.data.columns import longest_row, pairs_digest
 from mlx_dpo.data.dataset import PairDataset, concatenate, with_mismatched_completions
 from mlx_dpo.data.hf_datasets import InMemoryRows
 from mlx_dpo.data.load import check_settings_used, held_out_indices, mix_indices
 from mlx_dpo.data.report import PairsReport
 from mlx_dpo.data.sources import Source, SplitSources, find_sources
-from mlx_dpo.data.templates.clock import get_day, set_day, today
 from mlx_dpo.data.tokenization.cache import RowProgress, TokenCache, load_source
 from mlx_dpo.data.tokenization.formatting import TokenRules
 from mlx_dpo.data.tokenization.parallel import TokenizerWorkers

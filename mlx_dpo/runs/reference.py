@@ -67,14 +67,14 @@ def cached_reference_logps(
     """
     function = " with KV caches" if computes_with_caches(model) else ""
     cache = ReferenceCache(
-        folder=existing_or_notice(places.reference_cache_folder()),
+        folder=warn_if_no_cache(places.reference_cache_folder()),
         provenance=reference_provenance(record, device_and_dtype) + function,
         labels=labels(_model_name(record), device_and_dtype),
     )
     return reference_logps(model, pairs, indices, cache=cache, score=score, progress=progress)
 
 
-def existing_or_notice(cache: Path | None) -> Path | None:
+def warn_if_no_cache(cache: Path | None) -> Path | None:
     """Return the folder of a cache; log a notice once if there is none."""
     if cache is None:
         notify_once(

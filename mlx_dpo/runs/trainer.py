@@ -17,7 +17,7 @@ from mlx_dpo.data.tokenization.cache import RowProgress
 from mlx_dpo.errors import ConfigError, TrainingError
 from mlx_dpo.losses.metrics import EVAL_PREFIX, step_row, to_public_names
 from mlx_dpo.profiling.device_memory import limited_buffers
-from mlx_dpo.reporting.metrics_log import MetricsLog, read_metrics, timed, whole_rows
+from mlx_dpo.reporting.metrics_log import MetricsLog, read_metrics, timed, undamaged_rows
 from mlx_dpo.runs.auto_batch_size import choose_micro_batch_size
 from mlx_dpo.runs.build import (
     attach_adapters,
@@ -279,12 +279,12 @@ class DPOTrainer:
         self.optimizer = make_optimizer(self.policy, self.config)
         self.start = loop.Progress()
         self.synced_reference = make_synced_reference(self.policy, self.config, self.choice)
-        last = checkpoint.latest_whole(self.paths.checkpoints, self.best.check_resumable)
+        last = checkpoint.latest_undamaged(self.paths.checkpoints, self.best.check_resumable)
         if last is not None:
             self.start = checkpoint.restore(
                 last, self.policy, self.optimizer, self.synced_reference
             )
-        rows = [r for r in whole_rows(self.paths.metrics)[0] if r["step"] <= self.start.step]
+        rows = [r for r in undamaged_rows(self.paths.metrics)[0] if r["step"] <= self.start.step]
         self.best.restore(rows)
         self.monitor = make_monitor(self.config, self.inputs.train, total_steps=self.total_steps)
         self.answer_sampler = make_answer_sampler(self.config, self.inputs)

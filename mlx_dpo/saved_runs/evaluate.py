@@ -5,13 +5,13 @@ from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
+from mlx_dpo.data.chat_templates.template_date import set_day
 from mlx_dpo.data.columns import pairs_digest
 from mlx_dpo.data.columns import prompt_keys as prompts_of_pairs
 from mlx_dpo.data.examples import parse_rows
 from mlx_dpo.data.prompts import Prompt, check_no_template_kwargs, collect_prompts, make_prompt
 from mlx_dpo.data.report import PairsReport
 from mlx_dpo.data.sources import STDIN, find_sources, resolve_held_out_source
-from mlx_dpo.data.templates.clock import set_day
 from mlx_dpo.errors import ConfigError, RunError
 from mlx_dpo.io.arrays import named_arrays
 from mlx_dpo.losses.metrics import to_public_names

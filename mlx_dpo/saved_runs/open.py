@@ -12,7 +12,7 @@ from mlx_dpo.adapters import attach as adapters
 from mlx_dpo.adapters.adapter_files import adapter_digest, load_adapter
 from mlx_dpo.adapters.switch import AdapterState, AdapterSwitch
 from mlx_dpo.config.dpo_config import DPOConfig
-from mlx_dpo.data.templates.clock import set_day
+from mlx_dpo.data.chat_templates.template_date import set_day
 from mlx_dpo.errors import ConfigError, RunError
 from mlx_dpo.models.files import model_fingerprint, tokenizer_fingerprint
 from mlx_dpo.models.load import LoadedModel, load_model

@@ -16,7 +16,7 @@ from mlx_dpo.generation.batch import (
     generate_replies,
     generate_tokens,
 )
-from mlx_dpo.generation.context import answer_room, clip_note, context_length
+from mlx_dpo.generation.context import clip_note, context_length, max_answer_tokens
 from mlx_dpo.generation.prompt import check_thinking, encode_prompt
 from mlx_dpo.models.files import model_fingerprint
 from mlx_dpo.models.load import LoadedModel
@@ -50,7 +50,7 @@ class Responder:
         """
         rows = self._encode(prompts)
         for row, prompt in zip(rows, prompts, strict=True):
-            answer_room(prompt.location, len(row), sampling.max_tokens, self.context)
+            max_answer_tokens(prompt.location, len(row), sampling.max_tokens, self.context)
         model, tokenizer = self.base.model, self.base.tokenizer
         answers = generate_tokens(
             model, tokenizer.eos_token_ids, rows, sampling, context=self.context

@@ -47,7 +47,7 @@ def _parse(row: Row, rules: RowRules) -> list[PairOrError]:
             f"{row.location}: no two answers such as `response_a` and `response_b` (found "
             f"{format_names(row.record)})"
         )
-    lead, is_graded = _parse_lead(row, names)
+    lead, is_graded = _parse_preference(row, names)
     if lead == 0:
         return [BadPairError(row.location, TIED)]
     parsed = _parse_answers(row, names)
@@ -97,7 +97,7 @@ def _parse_text_or_messages(row: Row, name: str) -> Text:
     return parse_text(value, name, row.location)
 
 
-def _parse_lead(row: Row, names: tuple[str, str]) -> tuple[float, bool]:
+def _parse_preference(row: Row, names: tuple[str, str]) -> tuple[float, bool]:
     """Return by how much the second answer is better, and whether the size means something.
 
     Raises:

@@ -17,7 +17,7 @@ from mlx_dpo.errors import DamagedFileError, RunError, reason
 from mlx_dpo.io.arrays import Arrays, named_arrays, random_state
 from mlx_dpo.io.atomic import atomic_folder, remove_abandoned
 from mlx_dpo.io.checksums import (
-    UNFOUND,
+    NOT_FOUND,
     damaged,
     read_checked_arrays,
     read_checked_json,
@@ -121,7 +121,7 @@ def latest(folder: Path) -> Path | None:
     return checkpoint_path(folder, steps[-1]) if steps else None
 
 
-def latest_whole(
+def latest_undamaged(
     folder: Path, check_rest: Callable[[CheckpointState], None] = lambda state: None
 ) -> Path | None:
     """Return the newest checkpoint without damage; None if there is none.
@@ -210,7 +210,7 @@ def _read_arrays(path: Path) -> Arrays:
     try:
         return read_checked_arrays(path)[0]
     except FileNotFoundError:
-        raise damaged(path, UNFOUND) from None
+        raise damaged(path, NOT_FOUND) from None
     except RuntimeError as error:
         raise damaged(path, reason(error)) from error
 

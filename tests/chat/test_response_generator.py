@@ -17,7 +17,7 @@ from mlx_lm.server import (
 from mlx_dpo.adapters.switch import AdapterSwitch
 from mlx_dpo.chat import response_generator
 from mlx_dpo.chat.requests import RequestError
-from mlx_dpo.chat.response_generator import GenerationFailed, LastingResponseGenerator
+from mlx_dpo.chat.response_generator import FaultTolerantResponseGenerator, GenerationFailed
 from mlx_dpo.chat.server import ServedModel, SwitchingModelProvider
 from mlx_dpo.config.sampling import Sampling
 from tests.checkpoints import VOCAB, make_checkpoint
@@ -35,7 +35,7 @@ def served(tmp_path_factory):
 
 @pytest.fixture
 def generator(served):
-    generator = LastingResponseGenerator(
+    generator = FaultTolerantResponseGenerator(
         SwitchingModelProvider(served), vocab_size=VOCAB, context=CONTEXT
     )
     yield generator
@@ -122,7 +122,7 @@ def test_requests_beside_the_cause_of_a_failure_get_their_answers(generator, mon
     """The whole batch fails when `poison` is in it; served alone, only `poison` itself fails."""
     texts = ["The cat", "the hat", "poison", "on the hill", "no"]
     expected = {text: ask(generator, text) for text in texts}
-    insert, poisoned = response_generator.LastingResponseGenerator._tokenize, set()
+    insert, poisoned = response_generator.FaultTolerantResponseGenerator._tokenize, set()
 
     def tokenize(self, tokenizer, request, args):
         tokenized = insert(self, tokenizer, request, args)
@@ -139,7 +139,7 @@ def test_requests_beside_the_cause_of_a_failure_get_their_answers(generator, mon
     import mlx_lm.server
 
     original = mlx_lm.server._make_sampler
-    monkeypatch.setattr(response_generator.LastingResponseGenerator, "_tokenize", tokenize)
+    monkeypatch.setattr(response_generator.FaultTolerantResponseGenerator, "_tokenize", tokenize)
     monkeypatch.setattr(mlx_lm.server, "_make_sampler", make_sampler)
 
     def outcome(text):

@@ -6,10 +6,10 @@ import pytest
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.generation.context import (
     LEARNED_POSITIONS,
-    answer_room,
     check_max_length,
     clip_note,
     context_length,
+    max_answer_tokens,
 )
 
 
@@ -41,12 +41,12 @@ def test_the_list_of_models_with_learned_positions_is_that_of_mlx_lm():
 
 
 def test_an_answer_gets_what_the_prompt_leaves_of_the_context():
-    assert answer_room("p", 10, 20, None) == 20
-    assert answer_room("p", 10, 20, 30) == 20
-    assert answer_room("p", 10, 20, 29) == 19
-    assert answer_room("p", 28, 20, 29) == 1
+    assert max_answer_tokens("p", 10, 20, None) == 20
+    assert max_answer_tokens("p", 10, 20, 30) == 20
+    assert max_answer_tokens("p", 10, 20, 29) == 19
+    assert max_answer_tokens("p", 28, 20, 29) == 1
     with pytest.raises(ConfigError, match=r"a\.txt:3: 29 tokens leave no room for an answer"):
-        answer_room("a.txt:3", 29, 20, 29)
+        max_answer_tokens("a.txt:3", 29, 20, 29)
 
 
 def test_a_note_says_where_answers_end():

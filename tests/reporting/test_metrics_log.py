@@ -5,7 +5,7 @@ import zlib
 import pytest
 
 from mlx_dpo.errors import DamagedFileError
-from mlx_dpo.reporting.metrics_log import MetricsLog, read_metrics, whole_rows
+from mlx_dpo.reporting.metrics_log import MetricsLog, read_metrics, undamaged_rows
 
 
 def lines(path):
@@ -64,7 +64,7 @@ def test_a_changed_digit_is_not_believed(tmp_path):
     )
     with pytest.raises(DamagedFileError, match=r"metrics\.jsonl:2: damaged"):
         read_metrics(log.path)
-    rows, damage = whole_rows(log.path)
+    rows, damage = undamaged_rows(log.path)
     assert [row["step"] for row in rows] == [1] and damage is not None
 
 

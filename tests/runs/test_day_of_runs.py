@@ -9,8 +9,8 @@ import pytest
 
 from mlx_dpo.chat.session import ChatSession
 from mlx_dpo.config.sampling import Sampling
+from mlx_dpo.data.chat_templates import template_date as clock
 from mlx_dpo.data.prompts import Prompt
-from mlx_dpo.data.templates import clock
 from mlx_dpo.errors import RunError
 from mlx_dpo.evaluation.compare import _prompt_ids
 from mlx_dpo.saved_runs.evaluate import evaluate_run

@@ -130,7 +130,7 @@ def test_a_run_falls_back_to_the_last_whole_checkpoint_and_says_so(tmp_path, nam
         save(tmp_path, *fresh(), progress=Progress(step=step))
     damage(tmp_path / "step-000003" / name, "flipped")
     damage(tmp_path / "step-000002" / name, "removed")
-    assert checkpoint.latest_whole(tmp_path) == tmp_path / "step-000001"
+    assert checkpoint.latest_undamaged(tmp_path) == tmp_path / "step-000001"
     for step in (2, 3):
         assert f"step-{step:06d}/{name}: " in caplog.text
     assert caplog.text.count("resuming from step-000001") == 2

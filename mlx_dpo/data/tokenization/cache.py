@@ -20,11 +20,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
+from mlx_dpo.data.chat_templates.template_date import get_day, is_dated, today
 from mlx_dpo.data.dataset import MappedPairs, PairDataset
 from mlx_dpo.data.files import RowLocations, file_format
 from mlx_dpo.data.report import PairsReport
 from mlx_dpo.data.sources import Source
-from mlx_dpo.data.templates.clock import get_day, is_dated, today
 from mlx_dpo.data.tokenization.pair_file import (
     READ_BYTES,
     Arrays,

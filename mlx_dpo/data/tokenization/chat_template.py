@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 from jinja2.exceptions import TemplateError
 
-from mlx_dpo.data.templates.budget import UnusableTemplateError
-from mlx_dpo.data.templates.dropped import REASONING, find_dropped_parts
-from mlx_dpo.data.templates.render import TemplateInput, call_template, has_template
-from mlx_dpo.data.templates.tool_calls import fit_tool_calls
+from mlx_dpo.data.chat_templates.dropped_parts import REASONING, find_dropped_parts
+from mlx_dpo.data.chat_templates.limits import UnusableTemplateError
+from mlx_dpo.data.chat_templates.render import TemplateInput, call_template, has_template
+from mlx_dpo.data.chat_templates.tool_calls import fit_tool_calls
 from mlx_dpo.data.tokenization.special_tokens import (
     NotPlainTextError,
     get_special_tokens,

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from mlx_dpo.data.templates.render import has_template
+from mlx_dpo.data.chat_templates.render import has_template
 from mlx_dpo.errors import ConfigError, DataError
 from mlx_dpo.schemas import hh_rlhf
 from mlx_dpo.schemas.messages import to_messages

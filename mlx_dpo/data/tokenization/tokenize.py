@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from mlx_dpo.data.templates.render import has_template
+from mlx_dpo.data.chat_templates.render import has_template
 from mlx_dpo.data.tokenization.chat_template import (
     Ids,
     format_ids,

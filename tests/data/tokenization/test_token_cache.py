@@ -14,9 +14,9 @@ from typing import Any
 import datasets
 import pytest
 
+from mlx_dpo.data.chat_templates import template_date as clock
 from mlx_dpo.data.load import load_pairs
 from mlx_dpo.data.sources import STDIN, find_sources, resolve_source
-from mlx_dpo.data.templates import clock
 from mlx_dpo.data.tokenization import cache as token_cache
 from mlx_dpo.data.tokenization.cache import (
     DAMAGED,

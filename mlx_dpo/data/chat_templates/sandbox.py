@@ -19,13 +19,14 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
-from mlx_dpo.data.templates import clock, operations
-from mlx_dpo.data.templates.budget import (
+from mlx_dpo.data.chat_templates import operations
+from mlx_dpo.data.chat_templates import template_date as clock
+from mlx_dpo.data.chat_templates.limits import (
     Budget,
     TemplateLimitError,
     UnusableTemplateError,
 )
-from mlx_dpo.data.templates.operations import CHECKED_FILTERS, LIST_FILTERS, budget_of
+from mlx_dpo.data.chat_templates.operations import CHECKED_FILTERS, LIST_FILTERS, budget_of
 from mlx_dpo.errors import reason
 
 MAX_SOURCE = 1 << 20  # characters of a template
@@ -131,7 +132,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         self.filters |= plain.filters
         self.filters |= {name: _checked_filter(plain, name) for name in CHECKED_FILTERS}
         self.filters |= {name: pass_context(function) for name, function in OPERATORS.values()}
-        self.filters |= {ADMIT: _admit, COUNT: _count, STORE: _store, "random": _check_no_chance}
+        self.filters |= {ADMIT: _admit, COUNT: _count, STORE: _store, "random": _check_not_random}
 
     def _generate(self, source: nodes.Template, *args: Any, **kwargs: Any) -> str:
         limited = _Limiter().visit(source)
@@ -245,7 +246,7 @@ def _store(context: Context, value: Any) -> Any:
 
 
 @pass_context
-def _check_no_chance(context: Context, value: Any) -> Any:
+def _check_not_random(context: Context, value: Any) -> Any:
     raise UnusableTemplateError("the chat template draws at random, so texts would change")
 
 

@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 from jinja2.exceptions import TemplateError
 
-from mlx_dpo.data.templates.clock import printing_day_of
-from mlx_dpo.data.templates.sandbox import install_limits
+from mlx_dpo.data.chat_templates.sandbox import install_limits
+from mlx_dpo.data.chat_templates.template_date import printing_day_of
 from mlx_dpo.types import Message
 
 # A template is a program: for messages that it was not written for it can raise anything.

@@ -9,12 +9,12 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from transformers.utils import chat_template_utils
 
 from mlx_dpo.chat.response_generator import TemplateTokenizer
-from mlx_dpo.data.templates import budget
-from mlx_dpo.data.templates.render import TemplateInput, call_template
-from mlx_dpo.data.templates.sandbox import LimitedEnvironment, install_limits
+from mlx_dpo.data.chat_templates import limits as budget
+from mlx_dpo.data.chat_templates.render import TemplateInput, call_template
+from mlx_dpo.data.chat_templates.sandbox import LimitedEnvironment, install_limits
+from tests.data.chat_templates import tool_templates
+from tests.data.chat_templates.tool_templates import with_template
 from tests.data.template_families import TEMPLATES, byte_level
-from tests.data.templates import tool_templates
-from tests.data.templates.tool_templates import with_template
 
 TURNS = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]
 STEPS, SIZE, BITS = "more than 20,000 steps", "a text or list of more than", "a number of more than"

@@ -7,9 +7,9 @@ from mlx_dpo.data.tokenization.formatting import TokenRules
 from mlx_dpo.data.tokenization.tokenize import tokenize_pair
 from mlx_dpo.errors import NOT_WRITTEN, BadPairError
 from mlx_dpo.types import PreferenceExample
+from tests.data.chat_templates import tool_templates as templates
+from tests.data.chat_templates.tool_templates import with_template
 from tests.data.template_families import TEMPLATES, byte_level
-from tests.data.templates import tool_templates as templates
-from tests.data.templates.tool_templates import with_template
 
 USER = {"role": "user", "content": "Weather in Paris?"}
 FUNCTION = {"name": "get_weather", "arguments": {"city": "Paris"}}

@@ -6,7 +6,7 @@ from typing import Any
 
 from jinja2.runtime import Context
 
-from mlx_dpo.data.templates.budget import MAX_BITS, Budget, TemplateLimitError
+from mlx_dpo.data.chat_templates.limits import MAX_BITS, Budget, TemplateLimitError
 
 MAX_SLOW_TEXT = 1 << 18  # characters for filters whose time grows with the square of the length
 MAX_OPERATIONS = 1 << 30

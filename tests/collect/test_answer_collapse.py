@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from mlx_dpo.collect.answer_health import find_collapse
+from mlx_dpo.collect.answer_collapse import find_collapse
 from mlx_dpo.collect.iterative_folder import (
     IterativePaths,
     IterativeSettings,

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from jinja2.exceptions import TemplateError
 
-from mlx_dpo.data.templates.budget import UnusableTemplateError
-from mlx_dpo.data.templates.render import TemplateInput, call_template, template_text
+from mlx_dpo.data.chat_templates.limits import UnusableTemplateError
+from mlx_dpo.data.chat_templates.render import TemplateInput, call_template, template_text
 from mlx_dpo.schemas.tool_calls import format_arguments
 from mlx_dpo.types import Message
 

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from jinja2.exceptions import TemplateError
 
-from mlx_dpo.data.templates.budget import UnusableTemplateError
-from mlx_dpo.data.templates.render import TemplateInput, template_text
+from mlx_dpo.data.chat_templates.limits import UnusableTemplateError
+from mlx_dpo.data.chat_templates.render import TemplateInput, template_text
 from mlx_dpo.types import Message
 
 Render = Callable[[TemplateInput], str]
@@ -21,7 +21,7 @@ REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 OTHER_PARTS = frozenset({"role", "content", "tool_calls", "tool_call_id", "id", *REASONING_FIELDS})
 THOUGHT_START, THOUGHT_END = "<think>", "</think>"
 SCALARS = (str, int, float)
-CHANGE = "zq"  # text by which a part is changed
+PROBE_TEXT = "zq"  # text by which a part is changed
 CONTENT, REASONING, TOOL_CALL, TOOLS = "content", "reasoning", "tool call", "tools"
 # Parts whose loss changes what is learned. Of reasoning, only that in a completion is one: many
 # templates leave out the reasoning of earlier turns.
@@ -166,16 +166,18 @@ def _changed_fields(message: Message, part: _Part) -> dict[str, Any]:
         calls[number] = _change_call(calls[number], entry)
         return {"tool_calls": calls}
     if part.name == REASONING and not part.which:
-        return {name: f"{message[name]}{CHANGE}" for name in REASONING_FIELDS if message.get(name)}
+        return {
+            name: f"{message[name]}{PROBE_TEXT}" for name in REASONING_FIELDS if message.get(name)
+        }
     if part.name == REASONING:
-        return {"content": message["content"].replace(THOUGHT_END, CHANGE + THOUGHT_END, 1)}
-    return {part.name: message[part.name].rstrip() + CHANGE}
+        return {"content": message["content"].replace(THOUGHT_END, PROBE_TEXT + THOUGHT_END, 1)}
+    return {part.name: message[part.name].rstrip() + PROBE_TEXT}
 
 
 def _change_call(call: Mapping[str, Any], entry: str) -> dict[str, Any]:
     function = call["function"]
     value = function[entry]
-    changed = f"{value}{CHANGE}" if isinstance(value, str) else {**value, CHANGE: 1}
+    changed = f"{value}{PROBE_TEXT}" if isinstance(value, str) else {**value, PROBE_TEXT: 1}
     return {**call, "function": function | {entry: changed}}
 
 
@@ -184,7 +186,7 @@ def _change_tool(tool: Mapping[str, Any]) -> dict[str, Any]:
     function = tool.get("function")
     if isinstance(function, Mapping):
         return {**tool, "function": _change_tool(function)}
-    return {**tool, "name": f"{tool.get('name', '')}{CHANGE}"}
+    return {**tool, "name": f"{tool.get('name', '')}{PROBE_TEXT}"}
 
 
 def _detail(whole: TemplateInput, part: _Part, index: int) -> str:

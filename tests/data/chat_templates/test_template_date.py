@@ -5,9 +5,9 @@ from datetime import date, datetime
 
 import pytest
 
-from mlx_dpo.data.templates import clock
-from mlx_dpo.data.templates.render import TemplateInput, call_template
-from tests.data.templates.tool_templates import SILENT, with_template
+from mlx_dpo.data.chat_templates import template_date as clock
+from mlx_dpo.data.chat_templates.render import TemplateInput, call_template
+from tests.data.chat_templates.tool_templates import SILENT, with_template
 
 DATED = "Today is {{ strftime_now('%d %b %Y %H:%M') }}.\n" + SILENT
 TURNS = [{"role": "user", "content": "Hi."}]

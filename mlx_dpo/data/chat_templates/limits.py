@@ -31,7 +31,7 @@ class TemplateLimitError(UnusableTemplateError):
     """A chat template computes for too long, or builds a value that is too large."""
 
 
-class Extent(NamedTuple):
+class ValueSize(NamedTuple):
     """Size of a value with everything in it, and how deeply its lists are nested."""
 
     size: int
@@ -52,7 +52,9 @@ class Budget:
         self._steps = 0
         self._total = 0
         self._begin = time.thread_time()  # of this thread: other work on the machine does not count
-        self._extents: dict[int, tuple[Any, Extent]] = {}  # with the value, so that ids stay valid
+        self._extents: dict[
+            int, tuple[Any, ValueSize]
+        ] = {}  # with the value, so that ids stay valid
 
     def step(self) -> None:
         """Count a round of a loop, or a call.
@@ -97,16 +99,16 @@ class Budget:
             self._check_time()
         return value
 
-    def extent(self, value: Any) -> Extent:
+    def extent(self, value: Any) -> ValueSize:
         """Return the extent of a value.
 
         Raises:
             TemplateLimitError: lists are nested too deeply, or a namespace is inside a value.
         """
         if isinstance(value, str | bytes):
-            return Extent(len(value) + 1)
+            return ValueSize(len(value) + 1)
         if not isinstance(value, list | tuple | set | frozenset | Mapping | MappingView):
-            return Extent(1)
+            return ValueSize(1)
         if (known := self._extents.get(id(value))) is not None:
             return known[1]
         extent = self._sum(value)
@@ -114,7 +116,7 @@ class Budget:
             self._extents[id(value)] = (value, extent)
         return extent
 
-    def _sum(self, value: Any) -> Extent:
+    def _sum(self, value: Any) -> ValueSize:
         parts: Iterable[Any] = value
         if isinstance(value, Mapping):
             parts = [part for entry in value.items() for part in entry]
@@ -129,7 +131,7 @@ class Budget:
             size, depth = size + inner.size, max(depth, inner.depth)
         if depth >= MAX_DEPTH:
             raise TemplateLimitError(f"the chat template nests more than {MAX_DEPTH} lists")
-        return Extent(size, depth + 1)
+        return ValueSize(size, depth + 1)
 
     def _admit_integer(self, value: int) -> int:
         if value.bit_length() > MAX_BITS:

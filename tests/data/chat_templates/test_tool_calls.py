@@ -7,15 +7,15 @@ from mlx_lm.server import CompletionRequest, process_message_content
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_dpo.chat.response_generator import TemplateTokenizer
-from mlx_dpo.data.templates.tool_calls import CallForm, find_call_form
+from mlx_dpo.data.chat_templates.tool_calls import CallForm, find_call_form
 from mlx_dpo.data.tokenization.formatting import TokenRules
 from mlx_dpo.data.tokenization.tokenize import tokenize_pair
 from mlx_dpo.errors import TEMPLATE_ERROR, BadPairError
 from mlx_dpo.schemas import parse_pairs
 from mlx_dpo.schemas.schema import Row
 from mlx_dpo.schemas.tool_calls import normalize_tool_calls
-from tests.data.templates import tool_templates as templates
-from tests.data.templates.tool_templates import with_template
+from tests.data.chat_templates import tool_templates as templates
+from tests.data.chat_templates.tool_templates import with_template
 
 ARGUMENTS = {"city": "Zürich", "unit": "C"}
 AS_JSON = '{"city": "Zürich", "unit": "C"}'
