@@ -221,7 +221,6 @@ class ChatSession:
         while earlier and len(prompt) + reserved > self.context:
             del earlier[:2]
             prompt = self._tokens(_with_system(self.system, [*earlier, question]))
-        max_answer_tokens("the question", len(prompt), self.sampling.max_tokens, self.context)
         return earlier, prompt
 
     def _stream(self, prompt: list[int], dropped_turns: int) -> Generator[AnswerChunk]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mlx_dpo.data.prompts import Prompt
-from mlx_dpo.generation.batch import GeneratedText, GeneratedTokens
+from mlx_dpo.generation.batch import GeneratedText
 from mlx_dpo.generation.prompt import encode_prompt
 from mlx_dpo.saved_runs.respond import Responder
 from mlx_dpo.training.monitor.samples import (
@@ -34,20 +34,12 @@ def measure_health(
 ) -> dict[str, float]:
     """Return length, share of cut answers, repetition and KL divergence of a policy's answers.
 
-    The answers are tokenized again, so the KL divergence is an estimate.
-
     Args:
         has_base: whether the policy without its adapters is the base model. Otherwise there is no
             KL divergence.
     """
     tokenizer = policy.base.tokenizer
-    answers = [
-        GeneratedTokens(
-            list(tokenizer.encode(reply.text, add_special_tokens=False)),
-            None if reply.is_truncated else tokenizer.eos_token_id,
-        )
-        for reply in replies
-    ]
+    answers = [reply.answer for reply in replies]
     kl = None
     if has_base:
         rows = [

@@ -26,7 +26,7 @@ from mlx_dpo.config.optimizer import (
     check_optimizer_settings,
 )
 from mlx_dpo.config.other_trainers import suggest
-from mlx_dpo.config.setting import NoEffect, Setting, check_effects, parse_value
+from mlx_dpo.config.setting import NoEffect, Setting, check_effects, cut, parse_value
 from mlx_dpo.config.training import (
     EVALUATION_NO_EFFECT,
     REPORTING_NO_EFFECT,
@@ -189,9 +189,9 @@ def check_setting_names(values: Mapping[str, Any]) -> None:
     advice = {str(name): suggest(str(name), known) for name in values if name not in known}
     if len(advice) == 1:
         [(name, hint)] = advice.items()
-        raise ConfigError(f"unknown setting `{name}`" + (f"; {hint}" if hint else ""))
+        raise ConfigError(f"unknown setting `{cut(name)}`" + (f"; {hint}" if hint else ""))
     if advice:
-        names = [f"`{name}`" + (f" ({hint})" if hint else "") for name, hint in advice.items()]
+        names = [f"`{cut(name)}`" + (f" ({hint})" if hint else "") for name, hint in advice.items()]
         raise ConfigError(f"unknown settings: {', '.join(names)}")
 
 

@@ -84,7 +84,7 @@ def check_known(name: str, known: Iterable[str], noun: str, *, hint: str = "") -
     if name in known:
         return
     hint = suggest_near_name(name, known) or hint
-    raise ConfigError(f"unknown {noun} `{_cut(name)}`" + (f"; {hint}" if hint else ""))
+    raise ConfigError(f"unknown {noun} `{cut(name)}`" + (f"; {hint}" if hint else ""))
 
 
 def suggest_near_name(name: str, known: Iterable[str]) -> str:
@@ -156,10 +156,11 @@ def _check_text(name: str, value: str) -> None:
 
 def _show(value: object) -> str:
     shown = reprlib.repr(value) if isinstance(value, dict | list) else repr(value)
-    return _cut(shown)
+    return cut(shown)
 
 
-def _cut(text: str) -> str:
+def cut(text: str) -> str:
+    """Return a text as it is shown in an error message: at most `MAX_SHOWN` characters."""
     return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "…"
 
 

@@ -38,10 +38,15 @@ class GeneratedTokens(NamedTuple):
 
 
 class GeneratedText(NamedTuple):
-    """The text of one generated answer."""
+    """One generated answer, as text and as tokens."""
 
     text: str
-    finish_reason: FinishReason
+    answer: GeneratedTokens
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        """Why the answer ends."""
+        return self.answer.finish_reason
 
     @property
     def is_truncated(self) -> bool:
@@ -106,10 +111,7 @@ def generate_replies(
 
 def decode_answers(tokenizer: Any, answers: Sequence[GeneratedTokens]) -> list[GeneratedText]:
     """Return the texts of generated answers."""
-    return [
-        GeneratedText(decode_tokens(tokenizer, answer.tokens), answer.finish_reason)
-        for answer in answers
-    ]
+    return [GeneratedText(decode_tokens(tokenizer, answer.tokens), answer) for answer in answers]
 
 
 def generate_tokens(
@@ -120,6 +122,7 @@ def generate_tokens(
     *,
     context: int | None,
     name: str = "prompt",
+    is_batched: bool | None = None,
 ) -> list[GeneratedTokens]:
     """Generate one answer to each prompt (token ids) and return the answers, in order.
 
@@ -129,6 +132,7 @@ def generate_tokens(
     Args:
         context: Context length of the model in tokens, where every answer ends; None for no end.
         name: What errors call a prompt, before its number.
+        is_batched: Whether to generate all answers in one batch; None decides it by a test.
 
     Raises:
         ConfigError: a prompt leaves no room in the context.
@@ -137,7 +141,8 @@ def generate_tokens(
         max_answer_tokens(f"{name} {number}", len(prompt), sampling.max_tokens, context)
         for number, prompt in enumerate(prompts, start=1)
     ]
-    is_batched = len(prompts) > 1 and is_batching_exact(model, prompts, context=context)
+    if is_batched is None:
+        is_batched = len(prompts) > 1 and is_batching_exact(model, prompts, context=context)
     generate = _generate_batched if is_batched else _generate_sequentially
     answers = generate(model, stop_tokens, prompts, sampling, lengths)
     return [

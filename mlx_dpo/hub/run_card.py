@@ -190,7 +190,7 @@ def _describe_data(opened: OpenRun, named: Sequence[str], *, is_complete: bool) 
     unit = "labelled completions" if opened.config.labelled else "preference pairs"
     text = f"{opened.record['counts']['train']:,} {unit}"
     if not links:
-        return f"{text}, which are not public"
+        return f"{text}, which are not named here"
     return f"{text} of {', '.join(links)}" + ("" if is_complete else " and of data not named here")
 
 

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, BinaryIO, NoReturn
@@ -273,9 +274,9 @@ def _parse_int(digits: str) -> int:
 def _unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     entries = dict(pairs)
     if len(entries) < len(pairs):
-        names = [name for name, _ in pairs]
-        repeated = next(name for name in names if names.count(name) > 1)
-        raise _RefusedJSONError(f"`{repeated[:80]}` stands twice in one object; keep one of them")
+        [(repeated, _)] = Counter(name for name, _ in pairs).most_common(1)
+        shown = repeated.encode("ascii", "backslashreplace").decode()[:80]
+        raise _RefusedJSONError(f"`{shown}` stands twice in one object; keep one of them")
     return entries
 
 

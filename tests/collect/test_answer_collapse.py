@@ -1,10 +1,11 @@
 """Signs of an exploited reward, by hand, and the rule that ends a loop."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
-from mlx_dpo.collect.answer_collapse import find_collapse
+from mlx_dpo.collect.answer_collapse import find_collapse, measure_health
 from mlx_dpo.collect.iterative_folder import (
     IterativePaths,
     IterativeSettings,
@@ -12,7 +13,9 @@ from mlx_dpo.collect.iterative_folder import (
     Stage,
     next_stage,
 )
+from mlx_dpo.generation.batch import GeneratedText, GeneratedTokens
 from mlx_dpo.io.checksums import to_checked_json
+from mlx_dpo.training.monitor.samples import measure_answers
 
 BASE = {
     "completions/mean_length": 20.0,
@@ -36,6 +39,14 @@ SOUND = BASE | {"completions/kl": 0.2}
 )  # fmt: skip
 def test_collapse_is_named_with_numbers(health, collapse):
     assert find_collapse(health, BASE) == collapse
+
+
+def test_answers_are_measured_by_the_tokens_that_were_generated():
+    answers = [GeneratedTokens([5, 6, 7], 9), GeneratedTokens([5] * 8, None)]
+    replies = [GeneratedText("the text has other tokens", answer) for answer in answers]
+    policy = SimpleNamespace(base=SimpleNamespace(tokenizer=None))
+    health = measure_health(policy, [], replies, has_base=False)
+    assert health == measure_answers(answers).to_row()
 
 
 def test_without_the_base_only_absolute_bounds_count():

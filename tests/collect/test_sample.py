@@ -8,7 +8,7 @@ from mlx_dpo.collect.session import RankingTask, make_pair
 from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.data.prompts import make_prompt
 from mlx_dpo.errors import ConfigError
-from mlx_dpo.generation.batch import GeneratedText
+from mlx_dpo.generation.batch import GeneratedText, GeneratedTokens
 from mlx_dpo.saved_runs.respond import derive_seed
 
 PROMPTS = [make_prompt(text) for text in ("p", "q", "r")]
@@ -29,7 +29,9 @@ class FakeResponder:
             text = prompt.messages[0]["content"]
             counts[text] = counts.get(text, 0) + 1
             reply = f"{self.provenance['model']} {sampling.temperature:g} {text} {counts[text]}"
-            texts.append(GeneratedText(reply, "length" if counts[text] == 2 else "stop"))
+            texts.append(
+                GeneratedText(reply, GeneratedTokens([1], 0 if counts[text] != 2 else None))
+            )
         return texts
 
 

@@ -146,7 +146,7 @@ def test_the_card_of_a_fused_model_describes_a_model():
 def test_the_card_of_a_run_shows_the_facts_of_its_record(workplace):
     card, notes = make_run_card("run", "org/adapter", base="org/base")
     record = json.loads(Path("run/run.json").read_text())
-    assert "9 preference pairs, which are not public" in card.text
+    assert "9 preference pairs, which are not named here" in card.text
     assert f"| `eval_loss` | {record['evaluation']['eval_loss']:.4f} |" in card.text
     assert "Means over 3." in card.text
     assert "| `lora_r` | `4` |" in card.text and "`learning_rate` | `0.001`" in card.text
@@ -227,7 +227,7 @@ def test_without_the_hub_a_dataset_is_private(workplace, fake_hub, online):
     fake_hub.cut_before = {"dataset"}
     read_from_the_hub("org/open")
     card, notes = make_run_card("run", "org/adapter", online=online)
-    assert "org/open" not in str(card) and "which are not public" in card.text
+    assert "org/open" not in str(card) and "which are not named here" in card.text
     [note] = [note for note in notes if "training data" in note]
     assert ("`mlx-dpo card --online` asks the Hub" in note) == (not online)
     assert fake_hub.requests["dataset"] == online

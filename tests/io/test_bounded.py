@@ -3,10 +3,12 @@
 import bz2
 import gzip
 import io
+import json
 import lzma
 import os
 import sys
 import tracemalloc
+from functools import partial
 
 import pytest
 
@@ -91,6 +93,13 @@ def test_nesting_is_bounded_whatever_python_allows(opening, closing):
 def test_many_brackets_next_to_each_other_or_in_a_text_are_no_nesting():
     assert parse_json("[" + "[]," * 500 + "[]]", "x", ConfigError) == [[]] * 501
     assert parse_json('["' + "[" * 500 + '"]', "x", ConfigError) == ["[" * 500]
+
+
+def test_a_repeated_key_is_found_among_very_many():
+    keys = [*map(str, range(200_000)), "\ud83d", "\ud83d"]  # a search in all pairs takes minutes
+    text = "{" + ",".join(f"{json.dumps(key)}:1" for key in keys) + "}"
+    message = refusal(partial(parse_json, unique_keys=True), text, "x")
+    assert message == "x: `\\ud83d` stands twice in one object; keep one of them"
 
 
 def test_an_integer_that_no_float_holds_is_refused():

@@ -83,6 +83,7 @@ def test_a_model_that_needs_caches_gets_them_in_each_pass():
     assert mx.array_equal(model(tokens), model(tokens))  # each pass has new caches
     again = match_generation(model, vocab_size=VOCAB)
     assert again.uses_caches and again.difference < 1e-5
+    assert again.uncached_difference == match.uncached_difference > 0.01
 
 
 def test_a_model_without_an_agreeing_pass_is_refused_in_one_line():

@@ -6,8 +6,10 @@ field is kept if it is null in all rows (its type is null), as a row can only ha
 itself; so are nulls in lists and in maps, where Arrow fills nothing in. Null columns stay, too.
 """
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from decimal import Decimal
+from itertools import accumulate
 from typing import Any
 
 import pyarrow
@@ -86,8 +88,8 @@ def _extension_values(array: Any, locate: Callable[[int], str]) -> list[Any]:
     name = array.type.extension_name
     if name == "arrow.json":
         return [
-            None if text is None else parse_json(text, locate(0), DataError)
-            for text in array.storage.to_pylist()
+            None if text is None else parse_json(text, locate(index), DataError)
+            for index, text in enumerate(array.storage.to_pylist())
         ]
     if name == "arrow.uuid":
         return [None if value is None else str(value) for value in array.to_pylist()]
@@ -112,10 +114,15 @@ def _struct_values(array: Any, locate: Callable[[int], str]) -> list[Any]:
 
 
 def _list_values(array: Any, locate: Callable[[int], str]) -> list[Any]:
-    items = _to_values(array.flatten(), locate)  # without those of lists that are null
+    lengths = pyarrow.compute.list_value_length(array).to_pylist()
+
+    def locate_item(index: int) -> str:
+        return locate(bisect_right(list(accumulate(length or 0 for length in lengths)), index))
+
+    items = _to_values(array.flatten(), locate_item)  # without those of lists that are null
     values: list[Any] = []
     start = 0
-    for length in pyarrow.compute.list_value_length(array).to_pylist():
+    for length in lengths:
         values.append(None if length is None else items[start : start + length])
         start += length or 0
     return values

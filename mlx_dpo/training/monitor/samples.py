@@ -14,7 +14,7 @@ import mlx.nn as nn
 
 from mlx_dpo.adapters.attach import disable_adapters, get_fine_tune_type
 from mlx_dpo.config.sampling import Sampling
-from mlx_dpo.generation.batch import GeneratedTokens, generate_tokens
+from mlx_dpo.generation.batch import GeneratedTokens, generate_tokens, is_batching_exact
 from mlx_dpo.generation.repetition import repetition_rate
 from mlx_dpo.io.arrays import scalar
 from mlx_dpo.losses.metrics import EVAL_PREFIX
@@ -110,6 +110,7 @@ class AnswerSampler:
         self.prompts, self._stop_tokens, self._context = prompts, stop_tokens, context
         self.sampling = Sampling(temperature=1.0, max_tokens=max_tokens, seed=0)
         self._base: dict[str, float] | None = None  # metrics of the base model's answers
+        self._is_batched: bool | None = None  # found out once, as it depends on the architecture
 
     @classmethod
     def for_pairs(
@@ -157,8 +158,18 @@ class AnswerSampler:
         return {base_name(name): value for name, value in row.items()}
 
     def _sample(self, policy: nn.Module) -> list[GeneratedTokens]:
-        stops, prompts = self._stop_tokens, self.prompts
-        return generate_tokens(policy, stops, prompts, self.sampling, context=self._context)
+        if self._is_batched is None:
+            self._is_batched = len(self.prompts) > 1 and is_batching_exact(
+                policy, self.prompts, context=self._context
+            )
+        return generate_tokens(
+            policy,
+            self._stop_tokens,
+            self.prompts,
+            self.sampling,
+            context=self._context,
+            is_batched=self._is_batched,
+        )
 
 
 def degenerate_answers(metrics: Row) -> str | None:

@@ -94,6 +94,17 @@ def test_values_become_what_json_holds(kind, value, expected):
     assert values(array[1:]) == [expected, None]  # a slice has an offset
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_damaged_json_in_a_column_is_named_with_its_row(nested):
+    column = pyarrow.array(["1", "[]", "{"], type=pyarrow.json_())
+    if nested:  # the first list is empty, the second has two values
+        ends = pyarrow.array([0, 0, 2, 3], type=pyarrow.int32())
+        column = pyarrow.ListArray.from_arrays(ends, column)
+    table = pyarrow.table({"c": column})
+    with pytest.raises(DataError, match=r"^f\[12\]: not JSON"):
+        list(to_records(table, "f", 10))
+
+
 def test_json_of_the_datasets_library_is_parsed():
     array = pyarrow.array(['{"x": [1, null]}', None], type=pyarrow.json_())
     assert values(array) == [{"x": [1, None]}, None]
