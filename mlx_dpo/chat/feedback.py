@@ -83,7 +83,7 @@ class JsonlFile:
         if not self.path.is_file():
             return None
         try:
-            with self._open_locked() as file:
+            with self.open_locked() as file:
                 return self._repair(file)
         except OSError as error:
             raise self._write_error(error) from error
@@ -96,11 +96,9 @@ class JsonlFile:
         """
         line = _format_row(row)
         try:  # around the whole: closing the file writes as well, and may fail
-            with self._open_locked() as file:
+            with self.open_locked() as file:
                 self._repair(file)
-                file.write(line)
-                file.flush()
-                os.fsync(file.fileno())
+                _append_durably(file, line)
         except OSError as error:
             raise self._write_error(error) from error
 
@@ -114,40 +112,35 @@ class JsonlFile:
         Raises:
             DataError: the file cannot be written.
         """
-        with self._open_locked() as file:
-            self._repair(file)
-            file.seek(0)
-            rest, removed = [], []
-            for line in file:
-                earlier = _read_row(line)
-                if earlier is not None and is_outdated(earlier):
-                    removed.append(earlier)
+        line = _format_row(row)
+        try:
+            with self.open_locked() as file:
+                self._repair(file)
+                rest, removed = _split_rows(file, is_outdated)
+                if removed:
+                    self._rewrite([*rest, line])
                 else:
-                    rest.append(line)
-            if removed:
-                self._rewrite([*rest, _format_row(row)])
-        if not removed:
-            self.append(row)
+                    _append_durably(file, line)
+        except OSError as error:
+            raise self._write_error(error) from error
         return removed
 
     def _rewrite(self, lines: list[bytes]) -> None:
         """Replace the content of the file, which a crash leaves as it was or as it is to be."""
         target = self.path.resolve()
-        try:
-            with atomic_file(target, durable=True) as temporary:
-                temporary.write_bytes(b"".join(lines))
-                shutil.copymode(target, temporary)
-        except OSError as error:
-            raise self._write_error(error) from error
+        with atomic_file(target, durable=True) as temporary:
+            temporary.write_bytes(b"".join(lines))
+            shutil.copymode(target, temporary)
 
-    def _open_locked(self) -> BinaryIO:
-        """Open the file for appending, locked against other mlx-dpo processes."""
+    def open_locked(self) -> BinaryIO:
+        """Open the file for appending, locked against other mlx-dpo processes.
+
+        Raises:
+            OSError: the file cannot be opened.
+        """
         while True:
-            try:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                file = open(self.path, "a+b")  # noqa: SIM115 (the caller closes it)
-            except OSError as error:
-                raise self._write_error(error) from error
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            file = open(self.path, "a+b")  # noqa: SIM115 (the caller closes it)
             lock_file(file, wait=True, risk=LOCK_RISK)
             if self._is_current(file):
                 return file
@@ -195,6 +188,28 @@ class JsonlFile:
                 f"{self.path}: the last line is no row of JSON, so nothing is appended to it; fix "
                 "the line, or choose another file for the rows"
             )
+
+
+def _append_durably(file: BinaryIO, line: bytes) -> None:
+    file.write(line)
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _split_rows(
+    file: BinaryIO, is_outdated: Callable[[Row], bool]
+) -> tuple[list[bytes], list[Row]]:
+    """Return the lines of a file to keep, and the outdated rows."""
+    rest: list[bytes] = []
+    outdated: list[Row] = []
+    file.seek(0)
+    for line in file:
+        row = _read_row(line)
+        if row is not None and is_outdated(row):
+            outdated.append(row)
+        else:
+            rest.append(line)
+    return rest, outdated
 
 
 def _format_row(row: Row) -> bytes:

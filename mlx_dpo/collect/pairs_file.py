@@ -10,11 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlx_dpo.chat.feedback import LOCK_RISK, JsonlFile, pair_row, utc_timestamp
+from mlx_dpo.chat.feedback import JsonlFile, pair_row, utc_timestamp
 from mlx_dpo.data.prompts import Prompt
 from mlx_dpo.data.sources import read_rows
 from mlx_dpo.errors import DataError, reason
-from mlx_dpo.io.locks import lock_file
 from mlx_dpo.schemas.messages import get_field_type, to_messages
 
 Row = dict[str, Any]
@@ -153,8 +152,9 @@ def remove_last_line(path: Path, number: int) -> None:
         DataError: the last line is not that decision, or the file cannot be written.
     """
     try:
-        with path.open("r+b") as file:
-            lock_file(file, wait=True, risk=LOCK_RISK)  # as in `JsonlFile.append`
+        path.stat()  # opening would make a file that someone has removed
+        with JsonlFile(path).open_locked() as file:
+            file.seek(0)
             data = file.read()
             start = data.rstrip(b"\n").rfind(b"\n") + 1
             if _stored_number(data[start:]) != number:

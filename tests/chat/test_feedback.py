@@ -1,4 +1,5 @@
 import json
+import os
 from datetime import datetime, timedelta
 
 import pytest
@@ -137,3 +138,16 @@ def test_rows_are_not_written_to_a_file_that_was_replaced_meanwhile(tmp_path, mo
     monkeypatch.setattr("mlx_dpo.chat.feedback.lock_file", replace_then_lock)
     JsonlFile(path).append({"n": 3})
     assert path.read_text() == '{"n": 2}\n{"n": 3}\n'
+
+
+@pytest.mark.parametrize("outdated", [True, False])
+def test_a_judgement_that_cannot_be_written_is_a_data_error(tmp_path, monkeypatch, outdated):
+    file = JsonlFile(tmp_path / "rows.jsonl")
+    file.append({"a": 1})
+
+    def fail(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(DataError, match=r"rows\.jsonl: cannot be written \(No space left"):
+        file.replace({"a": 2}, lambda row: outdated)
