@@ -1,5 +1,4 @@
 import json
-import os
 from datetime import datetime, timedelta
 
 import pytest
@@ -140,14 +139,13 @@ def test_rows_are_not_written_to_a_file_that_was_replaced_meanwhile(tmp_path, mo
     assert path.read_text() == '{"n": 2}\n{"n": 3}\n'
 
 
-@pytest.mark.parametrize("outdated", [True, False])
-def test_a_judgement_that_cannot_be_written_is_a_data_error(tmp_path, monkeypatch, outdated):
+def test_a_file_that_cannot_be_read_while_a_row_is_replaced_is_a_data_error(tmp_path, monkeypatch):
     file = JsonlFile(tmp_path / "rows.jsonl")
     file.append({"a": 1})
 
     def fail(*arguments):
-        raise OSError(28, "No space left on device")
+        raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(DataError, match=r"rows\.jsonl: cannot be written \(No space left"):
-        file.replace({"a": 2}, lambda row: outdated)
+    monkeypatch.setattr(JsonlFile, "_repair", fail)
+    with pytest.raises(DataError, match=r"rows\.jsonl: cannot be written \(Input/output error"):
+        file.replace({"a": 2}, lambda row: True)
