@@ -185,8 +185,8 @@ class JsonlFile:
         """
         if line.strip(b"\0 ")[:1] not in (b"", b"{"):
             raise DataError(
-                f"{self.path}: the last line is no row of JSON, so nothing is appended to it; fix "
-                "the line, or choose another file for the rows"
+                f"{self.path}: the last line is not a JSON object, so no row is appended to the "
+                "file; fix the line, or choose another file"
             )
 
 

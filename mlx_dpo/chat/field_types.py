@@ -75,9 +75,9 @@ class String:
     def parse(self, value: Any) -> str:
         """Return the value; raise `ValueError` if it is no text of such a length."""
         if not isinstance(value, str):
-            raise ValueError(f"must be a text, found {shorten(value)}")
+            raise ValueError(f"must be a string, found {shorten(value)}")
         if len(value) < self.minimum:
-            raise ValueError("must be a non-empty text, found ''")
+            raise ValueError("must be a non-empty string, found ''")
         if len(value) > self.maximum:
             raise ValueError(f"must have at most {self.maximum:,} characters, found {len(value):,}")
         return value
@@ -94,12 +94,14 @@ class Strings:
         """Return the list; raise `ValueError` if a text or their number is out of bounds."""
         values = value if isinstance(value, list) else [value]
         if len(values) > self.maximum:
-            raise ValueError(f"must have at most {self.maximum} texts, found {len(values)}")
+            raise ValueError(f"must have at most {self.maximum} strings, found {len(values)}")
         try:
             return [self.item.parse(text) for text in values]
         except ValueError as error:
             if isinstance(value, list):
-                raise ValueError(f"must be a text or a list of texts; an entry {error}") from None
+                raise ValueError(
+                    f"must be a string or a list of strings; an entry {error}"
+                ) from None
             raise
 
 
@@ -112,7 +114,10 @@ class Choice:
     def parse(self, value: Any) -> Any:
         """Return the value; raise `ValueError` if it is not supported."""
         if not any(type(value) is type(known) and value == known for known in self.values):
-            raise ValueError(f"is not supported here (found {shorten(value)}); leave it out")
+            found = shorten(value)
+            raise ValueError(
+                f"has a value that is not supported here (found {found}); leave it out"
+            )
         return value
 
 
@@ -135,7 +140,7 @@ class StringMap:
         """Return the value; raise `ValueError` if it is no object or a value is no text."""
         entries = Object().parse(value)
         if not all(isinstance(entry, str) for entry in entries.values()):
-            raise ValueError(f"must be an object of texts, found {shorten(value)}")
+            raise ValueError(f"must be an object whose values are strings, found {shorten(value)}")
         return entries
 
 
@@ -203,7 +208,7 @@ def check_encodable(value: Any) -> None:
         elif isinstance(item, list):
             pending += item
         elif isinstance(item, str) and any("\ud800" <= c <= "\udfff" for c in _non_ascii(item)):
-            raise ValueError(f"contains half of a character (found {shorten(ascii(item)[1:-1])})")
+            raise ValueError(f"contains an unpaired surrogate (found {shorten(ascii(item)[1:-1])})")
         elif isinstance(item, float) and not math.isfinite(item):
             raise ValueError(f"contains a number that is not finite (found {item})")
 

@@ -58,7 +58,7 @@ def _parse_message(message: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"must have a `role` of {', '.join(ROLES)} (found {shorten(role)})")
     for name in ("name", "tool_call_id", "refusal"):
         if not isinstance(message.get(name, ""), str):
-            raise ValueError(f"must have a text as `{name}`, found {shorten(message[name])}")
+            raise ValueError(f"must have a string as `{name}`, found {shorten(message[name])}")
     if "content" not in message and role != "assistant":
         raise ValueError("has no `content`")
     _check_content(message.get("content", ""))
@@ -95,7 +95,7 @@ def _normalize_calls(message: dict[str, Any]) -> dict[str, Any]:
 def _parse_tool(tool: dict[str, Any]) -> dict[str, Any]:
     function = _function(tool)
     if not isinstance(function.get("description", ""), str | None):
-        raise ValueError(f"must have a text as `description`, found {shorten(function)}")
+        raise ValueError(f"must have a string as `description`, found {shorten(function)}")
     if not isinstance(function.get("parameters", {}), dict | None):
         raise ValueError(f"must have an object as `parameters`, found {shorten(function)}")
     return tool

@@ -171,7 +171,8 @@ class FaultTolerantResponseGenerator(ResponseGenerator):
             raise RequestError("the prompt is empty", param)
         if max(prompt) >= self._vocab_size:  # would read other memory in the model
             raise RequestError(
-                f"the prompt contains token {max(prompt)}, but the model has {self._vocab_size}",
+                f"the prompt contains the token id {max(prompt)}, but the vocabulary has "
+                f"{self._vocab_size} tokens",
                 param,
             )
         try:

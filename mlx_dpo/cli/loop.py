@@ -45,7 +45,8 @@ if TYPE_CHECKING:
     type=click.Choice(["warn", "stop"]),
     default="warn",
     show_default=True,
-    help="If answers repeat, run to the length limit or leave the base: go on, or end the loop.",
+    help="What to do if a round's answers collapse (repeat themselves, are nearly empty, hit the "
+    "length limit or drift far from the base model): warn and continue, or stop the loop.",
 )
 @click.option("--temperature", default=1.0, help="Sampling temperature of the answers.")
 @click.option("--answer-tokens", default=512, help="Maximum length of an answer in tokens.")

@@ -11,7 +11,7 @@ from mlx_dpo.errors import ConfigError
 from mlx_dpo.losses.catalogue import LOSSES
 
 BATCH_SIZES = "`batch_size` (pairs per optimizer step) and `micro_batch_size` (per forward pass)"
-PAIRS = "PAIRS"
+PAIRS = "`pairs` (the argument PAIRS on the command line)"
 SUM_WITH_SFT = "`loss_type` sigmoid and sft, with `loss_weights`"
 TOTAL_LENGTH = "`max_length` and `truncation` (prompt and completion together)"
 
@@ -74,6 +74,8 @@ _LLAMA_FACTORY = {
     "dataset_dir": f"{PAIRS} with the path of the file",
     "eval_dataset": "`valid`",
     "val_size": "`valid_fraction`",
+    "hub_token": "the environment variable HF_TOKEN",
+    "hf_token": "the environment variable HF_TOKEN",
     "cutoff_len": "`max_length`",
     "quantization_bit": "`bits`",
     "adapter_name_or_path": "`start_adapter`",
@@ -202,8 +204,6 @@ _NOT_NEEDED = {
     "quantization_method": "weights are quantized by MLX",
     "gradient_checkpointing_kwargs": "there is one way to recompute",
     "greater_is_better": "it follows from the metric",
-    "hub_token": "set HF_TOKEN in the environment",
-    "hf_token": "set HF_TOKEN in the environment",
     "tf32": "it is a format of NVIDIA's",
     "torch_compile": "steps are compiled by MLX",
     "is_encoder_decoder": "models are decoders",

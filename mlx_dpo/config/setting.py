@@ -151,7 +151,9 @@ def _check_text(name: str, value: str) -> None:
         value.encode()
     except UnicodeEncodeError:
         if not any("\udc80" <= character <= "\udcff" for character in value):  # a name in bytes
-            raise ConfigError(f"`{name}` holds half a character, got {_show(value)}") from None
+            raise ConfigError(
+                f"`{name}` contains an unpaired surrogate (invalid Unicode), got {_show(value)}"
+            ) from None
 
 
 def _show(value: object) -> str:

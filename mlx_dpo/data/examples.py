@@ -135,9 +135,9 @@ def _margin(row: Row, example: PreferenceExample | UnpairedExample, rules: RowRu
     margin = _number(row, name)
     if margin < 0:
         raise DataError(
-            f"{row.location}: `{name}` must be a margin, by how much `chosen` is better, and is "
-            f"below 0 ({margin:g}); if it says which answer is better, make `chosen` and "
-            "`rejected` from it"
+            f"{row.location}: `{name}` must be a margin of at least 0, the amount by which "
+            f"`chosen` is better (found {margin:g}); if `{name}` says which answer is better, use "
+            "it to decide which answer is `chosen` and which is `rejected`"
         )
     return margin
 
@@ -149,9 +149,9 @@ def _is_code(value: Any) -> bool:
 
 def _raise_code(row: Row, name: str) -> NoReturn:
     raise DataError(
-        f"{row.location}: `{name}` says which answer is better, and is no margin (found "
-        f"{row.record[name]!r}); leave --margin-column out, and --column where it names answers: "
-        "such rows are read with --schema compared"
+        f"{row.location}: `{name}` says which answer is better and is not a margin (found "
+        f"{row.record[name]!r}); remove --margin-column, and any --column that maps the answers, "
+        "and read such rows with --schema compared"
     )
 
 

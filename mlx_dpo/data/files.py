@@ -169,7 +169,8 @@ def _check_names(record: dict[Any, Any], location: str) -> None:
             name.encode()
         except UnicodeEncodeError:  # JSON can contain half of a surrogate pair
             raise DataError(
-                f"{location}: the name of a column holds half a character ({name!a}); fix it"
+                f"{location}: the name of a column contains an unpaired surrogate ({name!a}); "
+                "fix the name"
             ) from None
 
 

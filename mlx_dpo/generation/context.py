@@ -65,7 +65,7 @@ def max_answer_tokens(
     if prompt_tokens >= context:
         raise ConfigError(
             f"{location}: {prompt_tokens:,} tokens leave no room for an answer (the context is "
-            f"{context:,} tokens); shorten it or leave it out"
+            f"{context:,} tokens); shorten the prompt or leave it out"
         )
     return min(max_tokens, context - prompt_tokens)
 
@@ -76,6 +76,7 @@ def clip_note(prompt_lengths: Sequence[int], max_tokens: int, context: int | Non
     if context is None or longest + max_tokens <= context:
         return None
     return (
-        f"Answers end at the model's context of {context:,} tokens: after the longest prompt "
-        f"({longest:,} tokens) at {max(0, context - longest):,} tokens, not {max_tokens:,}"
+        f"The model's context is {context:,} tokens, so some answers are limited to fewer than "
+        f"{max_tokens:,} tokens: the longest prompt ({longest:,} tokens) leaves room for "
+        f"{max(0, context - longest):,}"
     )

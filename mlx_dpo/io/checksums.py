@@ -106,7 +106,7 @@ def verify_arrays(path: Path, *, expected: str | None = None) -> str | None:
     except OSError as error:
         raise damaged(path, reason(error)) from error
     if expected is not None and digest != expected:
-        raise damaged(path, "it is not the file that was written here")
+        raise damaged(path, "its checksum is not the one that the run recorded")
     return digest
 
 
@@ -239,7 +239,7 @@ def verify_file(path: Path, *, expected: str | None = None) -> str | None:
             raise damaged(path, reason(error)) from error
     stored = read_checked_json(path)[1]
     if expected is not None and stored not in (expected, EDITED):
-        raise damaged(path, "it is not the file that was written here", IF_EDITED)
+        raise damaged(path, "its checksum is not the one that the run recorded", IF_EDITED)
     return stored
 
 

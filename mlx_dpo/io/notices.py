@@ -1,4 +1,4 @@
-"""Notices to the user from below the command line, through Python's logging.
+"""Warnings that library code logs for the user, through Python's logging.
 
 The command line prints them to stderr as `Warning: …`. In a notebook the `mlx_dpo` logger prints
 them, and can be silenced like any other logger.

@@ -201,7 +201,11 @@ def _check_settings_files(folder: Path, source: str) -> None:
             _check_end_tokens(entries.get("eos_token_id"), where)
         for key in ("quantization", "quantization_config", "text_config"):
             if not isinstance(entries.get(key) or {}, dict):
-                raise ModelError(f"{where}: `{key}` is no object; copy the file again")
+                found = type(entries[key]).__name__
+                raise ModelError(
+                    f"{where}: `{key}` must be a JSON object (found {found}); "
+                    "download the file again"
+                )
 
 
 def _check_end_tokens(value: Any, where: str) -> None:
@@ -222,10 +226,10 @@ def _check_code(config: dict[str, Any], source: str, trust_remote_code: bool) ->
     known = known_model_types()
     if (kind := config["model_type"]) not in known:
         near = get_close_matches(kind, sorted(known), n=3)
-        hint = f"near names it knows: {', '.join(f'`{name}`' for name in near)}; " if near else ""
+        hint = f"similar names: {', '.join(f'`{name}`' for name in near)}; " if near else ""
         raise ModelError(
-            f"{source}/{CONFIG}: mlx-lm {version('mlx-lm')} has no model type `{kind}`; {hint}a "
-            "newer model needs a newer mlx-lm"
+            f"{source}/{CONFIG}: mlx-lm {version('mlx-lm')} does not support the "
+            f"model type `{kind}`; {hint}if the model is newer than this mlx-lm, update mlx-lm"
         )
 
 

@@ -43,7 +43,7 @@ LIBRARY_ERRORS = (
 NEWER_MLX = ("unsupported dtype", "Cannot infer the quantization mode", "Invalid quantization mode")
 # Files from which `tokenizer.json` can be made, and the libraries that this takes.
 SLOW_TOKENIZERS = {"tokenizer.model": "sentencepiece", "tiktoken.model": "tiktoken"}
-UPDATE = "a newer file needs a newer {}; update it, or get the file again"
+UPDATE = "the file may need a newer {}; update that library, or download the file again"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 
 
@@ -116,10 +116,13 @@ def load_lazy_model(
         ModelError: weights and configuration contradict each other, or cannot be read.
     """
     entries = mlx_lm.load_config(path)
-    advice = "get its files again"
+    advice = "download its files again"
     if "quantization" not in entries and "quantization_config" in entries:
         method = entries["quantization_config"].get("quant_method")
-        advice = f"packed by `{method}`, it may need a newer mlx-lm; or take it unpacked"
+        advice = (
+            f"weights quantized with `{method}` may need a newer mlx-lm; update mlx-lm, or use the "
+            "unquantized model"
+        )
     with (
         loading_errors(source, advice=advice, errors=LIBRARY_ERRORS),
         glob_safe(path) as folder,
@@ -189,7 +192,7 @@ def tokenizer_notes(path: Path) -> tuple[str, ...]:
         return ()
     return (
         f"tokenizer class `{name}` is unknown to transformers {version('transformers')}: "
-        f"`{TOKENIZER}` is used as it stands",
+        f"`{TOKENIZER}` is loaded without that class",
     )
 
 
@@ -197,7 +200,7 @@ def tokenizer_notes(path: Path) -> tuple[str, ...]:
 def loading_errors(
     where: str,
     what: str = "cannot be read",
-    advice: str = "get its files again",
+    advice: str = "download its files again",
     *,
     errors: tuple[type[Exception], ...] = LOADING_ERRORS,
 ) -> Iterator[None]:

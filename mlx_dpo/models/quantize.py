@@ -96,14 +96,9 @@ def _fitting_group_size(widths: Sequence[int], group_sizes: Sequence[int]) -> st
     counts = {size: sum(width % size == 0 for width in widths) for size in sorted(group_sizes)}
     best = max(counts, key=lambda size: (counts[size], size))
     if not counts[best]:
-        return f"no group size divides them (there {_are(group_sizes)})"
+        return f"none of the supported group sizes ({_listed(group_sizes)}) divides them"
     share = "all" if counts[best] == len(widths) else f"{counts[best]}"
     return f"group size {best} fits {share} of them (--group-size {best})"
-
-
-def _are(group_sizes: Sequence[int]) -> str:
-    sizes = _listed(group_sizes)
-    return f"is only {sizes}" if len(group_sizes) == 1 else f"are {sizes}"
 
 
 def _listed(numbers: Iterable[int]) -> str:

@@ -150,7 +150,7 @@ def summarize_inputs(run: "DPOTrainer") -> list[SummaryLine]:
 
 
 def describe_held_out_prompts(config: DPOConfig, inputs: Inputs) -> list[str]:
-    """Return notes on prompts in both splits, and on more held-out pairs than were wanted.
+    """Return notes on prompts in both splits, and on more held-out pairs than the settings ask for.
 
     Pairs with the same prompt are held out together, so a prompt of many pairs takes them all.
     """
@@ -159,16 +159,16 @@ def describe_held_out_prompts(config: DPOConfig, inputs: Inputs) -> list[str]:
     notes = []
     if shared:
         notes.append(
-            f"{shared:,} of the training {config.unit} have prompts that are held out too, so "
-            "held-out figures flatter; `mlx-dpo data clean` drops them"
+            f"{shared:,} of the training {config.unit} have a prompt that is also held out, so "
+            "held-out metrics are too optimistic; `mlx-dpo data clean` removes these rows"
         )
     total, share = len(inputs.train) + len(inputs.valid), inputs.held_out_share
     wanted = max(1, round(share * total))
     if share and not config.mix and len(inputs.valid) >= wanted + max(2, wanted):
         notes.append(
-            f"{len(inputs.valid):,} {config.unit} are held out, and {wanted:,} were wanted "
-            f"(--valid-fraction {share:g}): a prompt's {config.unit} stay together; give --valid, "
-            "or --valid-fraction 0"
+            f"{len(inputs.valid):,} {config.unit} are held out, but --valid-fraction {share:g} "
+            f"asks for {wanted:,}: {config.unit} with the same prompt are held out together; use "
+            "--valid FILE, or --valid-fraction 0"
         )
     return notes
 
@@ -198,7 +198,8 @@ def _summarize_needed_pairs(run: "DPOTrainer") -> list[SummaryLine]:
     scored, count = needed_pairs(run.config, run.inputs.splits)["train"], len(run.inputs.train)
     if not run.config.needs_reference or len(scored) == count:
         return []
-    text = f"on the {len(scored):,} of {count:,} training {run.config.unit} that the steps need"
+    unit = run.config.unit
+    text = f"scored on {len(scored):,} of {count:,} training {unit}: those that the steps use"
     return [("", text)]
 
 

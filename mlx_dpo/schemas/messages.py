@@ -217,7 +217,7 @@ def check_readable(value: Any, name: str, location: str) -> None:
         except UnicodeEncodeError as error:  # JSON can contain half of a surrogate pair
             half = f"\\u{ord(text[error.start]):04x}"
             raise DataError(
-                f"{location}: `{name}` holds half a character ({half} at {error.start}); "
+                f"{location}: `{name}` contains an unpaired surrogate ({half} at {error.start}); "
                 "fix the text"
             ) from None
 

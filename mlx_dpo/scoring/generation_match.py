@@ -45,11 +45,11 @@ class GenerationMatch:
 
     def describe(self) -> str:
         """Return a note for the user: how exact the match is, and whether the model was changed."""
-        text = f"as in generation (to {self.difference:.0e} nats per token)"
+        text = f"log-probs match generation (within {self.difference:.0e} nats per token)"
         if self.uses_caches:
             text += (
-                ", with KV caches: without them this model computes another function "
-                f"(up to {self.uncached_difference:.2g} nats per token apart)"
+                ", scored with KV caches, because without them this model's log-probs differ from "
+                f"generation by up to {self.uncached_difference:.2g} nats per token"
             )
         return text
 
@@ -110,12 +110,12 @@ def _match(model: nn.Module, vocab_size: int, max_length: int | None) -> Generat
         return GenerationMatch(cached.nats, uncached.nats, uses_caches=True)
     where, advice = "", "update mlx-lm, or use another model"
     if uncached.first_agrees or cached.first_agrees:
-        where = f" past its sliding window of {window} tokens"
+        where = f" longer than its sliding window of {window} tokens"
         advice = f"use --max-length {window}, or update mlx-lm"
     raise GenerationMismatchError(
-        f"the model gives whole sequences{where} other log-probabilities than generation, which "
-        f"runs one token at a time (up to {min(cached.nats, uncached.nats):.2g} nats per token "
-        f"apart), so training would not change what it generates; {advice}",
+        f"one pass over a sequence{where} gives log-probs that differ from those of token-by-token "
+        f"generation (by up to {min(cached.nats, uncached.nats):.2g} nats per token), so training "
+        f"would optimize another function than the one that generates; {advice}",
         uncached.nats,
     )
 

@@ -115,7 +115,7 @@ def select_scorer(
         match = match_generation(model, vocab_size=vocab_size, max_length=max_length)
         note = match.describe()
     except NotComparableError as error:
-        note = f"not compared with generation, which fails ({error})"
+        note = f"log-probs could not be compared with generation ({error})"
     choice = _select(model, vocab_size, requested, packings, ld_alpha)
     return replace(choice, reason=f"{choice.reason}; {note}", generation=match)
 

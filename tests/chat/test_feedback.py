@@ -57,7 +57,7 @@ def test_a_last_line_that_was_never_a_row_stays(tmp_path, line):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"n": 1}\n' + line)
     for work in (JsonlFile(path).repair, lambda: JsonlFile(path).append({"n": 2})):
-        with pytest.raises(DataError, match=r"rows\.jsonl: the last line is no row of JSON"):
+        with pytest.raises(DataError, match=r"rows\.jsonl: the last line is not a JSON object"):
             work()
     assert path.read_text() == '{"n": 1}\n' + line
 

@@ -11,7 +11,7 @@ from mlx_dpo.cli import cli
 from tests.checkpoints import make_gpt2_checkpoint
 
 POSITIONS = 96
-NOTE = f"Answers end at the model's context of {POSITIONS} tokens"
+NOTE = f"The model's context is {POSITIONS} tokens, so some answers are limited"
 REFUSED = (
     f"Error: `max_length` is 1,024, but the model has learned {POSITIONS} positions; "
     f"use --max-length {POSITIONS}\n"

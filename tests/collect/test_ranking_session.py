@@ -227,7 +227,7 @@ def test_a_failed_undo_changes_nothing(path):
 
 def test_half_a_character_in_an_edit_is_rejected_and_the_task_stays(path):
     session = RankingSession(make_tasks(path))
-    with pytest.raises(DataError, match="the edited answer` holds half a character"):
+    with pytest.raises(DataError, match="the edited answer` contains an unpaired surrogate"):
         session.edit(0, "better \ud800")
     assert rows(path) == []
     session.edit(0, "better")

@@ -58,7 +58,7 @@ def refusal(text, read=read_settings):
         ("run_name: !!python/object/apply:os.getcwd []", "1 (could not dete"),
         ("seed: 1\nmodel: a\x00b", "2 (the character '\\x00' is not allowed)"),
         ('seed: 1\nmodel: "a\\0b"', "s.yaml:2: `model` must not hold a NUL character"),
-        ('system: "a\\ud83d"', "s.yaml:1: `system` holds half a character"),
+        ('system: "a\\ud83d"', "s.yaml:1: `system` contains an unpaired surrogate"),
         ("", "s.yaml: expected lines of `setting: value`, found nothing"),
         ("? [a]\n: 1", "1 (found unhashable key)"),
         ("a: 1\n---\nb: 2", "2 ("),

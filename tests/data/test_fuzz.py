@@ -120,7 +120,7 @@ def test_no_bytes_give_a_traceback(tmp_path, monkeypatch, data, name):
     [
         ("[" * 100_000, "nested too deeply"),
         ('{"a": ' + "9" * 5000 + "}", "a number of 5000 digits"),
-        ('{"prompt": "a", "chosen": "\\ud83d", "rejected": "b"}', "holds half a character"),
+        ('{"prompt": "a", "chosen": "\\ud83d", "rejected": "b"}', "contains an unpaired surrogate"),
         ('{"prompt": [{"role": "user", "content": "a", "x": ' + "[" * 90 + "]" * 90 + "}], "
          '"chosen": "b", "rejected": "c"}', "nested too deeply"),
     ],

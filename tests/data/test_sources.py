@@ -343,5 +343,5 @@ def test_half_a_character_in_the_name_of_a_column_is_an_error_with_its_line(tmp_
     (tmp_path / "a.jsonl").write_text('{"a": 1}\n{"note\\ud83d": 1}\n')
     with pytest.raises(DataError) as error:
         list(read_rows(tmp_path / "a.jsonl"))
-    message = "a.jsonl:2: the name of a column holds half a character ('note\\ud83d')"
+    message = "a.jsonl:2: the name of a column contains an unpaired surrogate ('note\\ud83d')"
     assert message in str(error.value)

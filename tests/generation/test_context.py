@@ -52,6 +52,6 @@ def test_an_answer_gets_what_the_prompt_leaves_of_the_context():
 def test_a_note_says_where_answers_end():
     assert clip_note([10, 3], 20, 30) is clip_note([], 20, 30) is clip_note([10], 20, None) is None
     assert clip_note([10, 3], 20, 29) == (
-        "Answers end at the model's context of 29 tokens: after the longest prompt (10 tokens) at "
-        "19 tokens, not 20"
+        "The model's context is 29 tokens, so some answers are limited to fewer than 20 tokens: "
+        "the longest prompt (10 tokens) leaves room for 19"
     )

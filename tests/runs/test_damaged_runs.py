@@ -118,7 +118,7 @@ def test_adapters_of_another_run_are_not_taken_for_this_runs_own(workplace):
     checkpoint = next(Path("run/checkpoints").iterdir())
     arrays = mx.load(str(checkpoint / "adapters.safetensors"))
     mx.save_safetensors("run/adapters.safetensors", arrays)
-    with pytest.raises(DamagedFileError, match="it is not the file that was written here"):
+    with pytest.raises(DamagedFileError, match="its checksum is not the one that the run recorded"):
         find_run("run")
 
 

@@ -20,7 +20,7 @@ def notes(train, held_out, share=0.05):
 
 def test_more_held_out_pairs_than_were_wanted_are_named_with_both_numbers():
     [note] = notes(pairs(1, 32), pairs(2, 28))
-    assert note.startswith("28 pairs are held out, and 3 were wanted (--valid-fraction 0.05)")
+    assert note.startswith("28 pairs are held out, but --valid-fraction 0.05 asks for 3: ")
     assert notes(pairs(1, 57), pairs(2, 3)) == []
     assert notes(pairs(1, 32), pairs(2, 28), share=0.0) == []
 
@@ -40,4 +40,4 @@ def test_a_split_of_a_folder_is_not_compared_with_a_share(config, tmp_path):
 
 def test_training_pairs_with_held_out_prompts_are_counted():
     [note] = notes([*pairs(1, 5), *pairs(2, 3)], pairs(2, 4), share=0.0)
-    assert note.startswith("3 of the training pairs have prompts that are held out too")
+    assert note.startswith("3 of the training pairs have a prompt that is also held out")

@@ -162,7 +162,7 @@ def test_unmarked_text_is_split_at_a_word_with_the_space_in_the_completion(
         ),
         (
             {"prompt": "a", "chosen": "b\ud83d", "rejected": "c"},
-            "`chosen` holds half a character (\\ud83d at 1); fix the text",
+            "`chosen` contains an unpaired surrogate (\\ud83d at 1); fix the text",
         ),
         (
             {"prompt": "a", "chosen": "b", "rejected": "c", "tools": [1]},

@@ -144,7 +144,7 @@ def test_a_file_of_another_checkpoint_is_not_believed(tmp_path):
         policy.update(tree_map(lambda value, step=step: value + step, policy.parameters()))
         save(tmp_path, policy, optimizer, progress=Progress(step=step))
     shutil.copy(tmp_path / "step-000001" / FILES[0], tmp_path / "step-000002" / FILES[0])
-    with pytest.raises(DamagedFileError, match="not the file that was written here"):
+    with pytest.raises(DamagedFileError, match="not the one that the run recorded"):
         checkpoint.restore(tmp_path / "step-000002", *fresh())
 
 

@@ -55,8 +55,8 @@ CHECKS = {
               unit=ROWS),
         Check("not-written", FAULT, "the chat template leaves out a part of the conversation, so "
               "the model would be trained on another one",
-              "use a model whose template writes it; `--bad-pairs drop` passes over them", MODEL,
-              unit=ROWS),
+              "use a model whose template writes it; `--bad-pairs drop` leaves such pairs out",
+              MODEL, unit=ROWS),
         Check("prompt-not-prefix", FAULT, "the chat template changes the prompt once a reply "
               "follows, so nothing says where the reply begins",
               "add `--thinking` if the answers hold the model's thoughts; else take a model "
@@ -104,7 +104,7 @@ CHECKS = {
               "template writes it", MODEL),
         Check("unknown-token", REMARK, "the tokenizer does not have these characters or words, so "
               "the model sees an unknown token or nothing in their place",
-              "take a model whose tokenizer has them, or take them out", MODEL),
+              "use a model whose tokenizer has them, or remove them from the data", MODEL),
         Check("missing-stop", REMARK, "the chat template ends an answer without a stop token; "
               "training adds one", "see whether the template is the model's own", MODEL),
         Check("truncated", REMARK, "the row was cut; an answer that was is scored without its end",

@@ -124,7 +124,7 @@ def _unchanged_text(facts: MonitoredRun, nats: float) -> str:
 
 
 def _unclear_text(margin: float, error: float) -> str:
-    within = f", within two standard errors ({error:.2g})" if abs(margin) < error else ""
+    within = f", within two standard errors (±{error:.2g}) of zero" if abs(margin) < error else ""
     return (
         f"the pairs do not show a preference: the margin is {margin:+.2g}{within}, so accuracy is "
         "noise; train longer or with a larger learning_rate, or use more pairs"

@@ -42,13 +42,14 @@ several pairs go through together: concatenated in one row, without padding (`ro
 with padded prompts (`batch`, tried on a GPU only); or those with equally long prompts (`lengths`).
 
 
-*Cached = uncached*: the largest difference, in nats per token, between log-probs of one pass
-without KV caches, as they are scored, and of generation, one token at a time with caches. A run
-compares its own model in the same way: on {short} random tokens, and past its sliding window if
-that has at most {window} tokens and `--max-length` is longer. A model that differs by more than the
-rounding of its dtype is scored with caches (gemma3n), or refused if that differs as well (plamo3
-past its window, which has one token less in generation than in a prompt; the small model's window
-has 4 tokens).
+*Cached = uncached* is the largest difference, in nats per token, between log-probs computed in one
+pass without KV caches (as in scoring) and token by token with KV caches (as in generation). Each
+run makes this comparison for its own model on {short} random tokens. If the model has a sliding
+window of at most {window} tokens and `--max-length` is longer than the window, the run also
+compares a sequence longer than the window. If the difference exceeds the rounding error of the
+dtype, the model is scored with KV caches (gemma3n). If scoring with KV caches differs from
+generation too, the model is refused (plamo3, whose window has one token less in generation than in
+a prompt; the small model's window has 4 tokens).
 
 {totals}
 
@@ -78,7 +79,9 @@ def examine(model_type: str) -> Row:
         return Row(model_type, "none", "", _difference(model_type), str(error).partition(";")[0])
     # The first part is the packing; errors differ from machine to machine.
     notes = choice.reason.split("; ")[choice.name == "shared" :]
-    remark = "; ".join(n for n in notes if not n.startswith(("verified", "as in generation")))
+    remark = "; ".join(
+        n for n in notes if not n.startswith(("verified", "log-probs match generation"))
+    )
     if choice.generation and choice.generation.uses_caches:
         remark = "; ".join(filter(None, [remark, "scored with KV caches, as it generates"]))
     return Row(model_type, choice.name, choice.packing or "", _difference(model_type), remark)
