@@ -306,7 +306,9 @@ def test_an_unknown_model_type_names_the_nearest(checkpoint):
     edit(checkpoint / "config.json", model_type="lama")
     assert "`llama`" in refusal(checkpoint)
     edit(checkpoint / "config.json", model_type="zzz")
-    assert "a newer model needs a newer mlx-lm" in refusal(checkpoint)
+    message = refusal(checkpoint)
+    assert "does not support the model type `zzz`" in message
+    assert message.endswith("if the model is newer than this mlx-lm, update mlx-lm")
 
 
 def test_code_that_comes_with_a_model_runs_only_if_trusted(checkpoint):
@@ -423,7 +425,7 @@ def test_a_damaged_sentencepiece_model_is_named(checkpoint):
         ("tokenizer_config.json", "text", "tokenizer_config.json: not a JSON object"),
         ("tokenizer_config.json", {"tokenizer_class": 1.5}, "tokenizer: cannot be read"),
         ("config.json", {"eos_token_id": True}, "`eos_token_id` is no token id"),
-        ("config.json", {"quantization": [1]}, "`quantization` is no object"),
+        ("config.json", {"quantization": [1]}, "`quantization` must be a JSON object (found list)"),
         ("config.json", {"rope_theta": "far"}, "its configuration does not fit"),
         ("config.json", {"num_hidden_layers": "two"}, "cannot be read"),
     ],
@@ -447,7 +449,7 @@ def test_weights_of_an_unknown_number_type_may_need_a_newer_mlx(checkpoint):
 def test_an_unknown_packing_is_named(checkpoint):
     edit(checkpoint / "config.json", quantization_config={"quant_method": "future"})
     edit_weights(checkpoint, **{"model.norm.scales": mx.zeros((2,))})
-    assert "packed by `future`, it may need a newer mlx-lm" in refusal(checkpoint)
+    assert "weights quantized with `future` may need a newer mlx-lm" in refusal(checkpoint)
 
 
 @pytest.mark.parametrize("keep", [4, 1000, -1])

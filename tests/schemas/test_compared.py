@@ -119,7 +119,9 @@ GRADED = {"instruction": "Q", "output_1": "a", "output_2": "b", "preference": 2.
 
 
 def test_a_code_of_the_better_answer_is_no_margin():
-    with pytest.raises(DataError, match=r"`preference` says which answer is better, and is no mar"):
+    with pytest.raises(
+        DataError, match=r"`preference` says which answer is better and is not a mar"
+    ):
         margin(GRADED, "preference", prompt="instruction", chosen="output_1", rejected="output_2")
     with pytest.raises(DataError, match="`preference` says which answer is better"):
         margin(GRADED, "preference")
@@ -128,7 +130,9 @@ def test_a_code_of_the_better_answer_is_no_margin():
 def test_a_negative_margin_is_an_error_and_a_graded_verdict_has_its_size():
     pair = {"prompt": "Q", "chosen": "a", "rejected": "b"}
     assert margin(pair | {"lead": 2}, "lead") == 2
-    with pytest.raises(DataError, match=r"^x:1: `lead` must be a margin, .* is below 0 \(-2\)"):
+    with pytest.raises(
+        DataError, match=r"^x:1: `lead` must be a margin of at least 0, .* \(found -2\)"
+    ):
         margin(pair | {"lead": -2}, "lead")
     steer = {"prompt": "Q", "response1": "a", "response2": "b", "overall_preference": -3}
     assert margin(steer, "overall_preference") == 3

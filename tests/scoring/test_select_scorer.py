@@ -85,7 +85,9 @@ class Forgetful(KVCache):
 
 def test_a_model_that_generates_by_another_function_is_refused():
     model = with_caches(lambda self: [Forgetful() for _ in self.layers])
-    with pytest.raises(ModelError, match="training would not change what it generates"):
+    with pytest.raises(
+        ModelError, match="training would optimize another function than the one that generates"
+    ):
         select_scorer(model, vocab_size=VOCAB)
 
 
@@ -120,7 +122,7 @@ def test_a_head_that_mixes_tokens_is_refused():
         return self.model.embed_tokens.as_linear(mx.cumsum(hidden, axis=1))
 
     model = with_caches(lambda self: [KVCache() for _ in self.layers], __call__=call)
-    with pytest.raises(ModelError, match="nats per token apart"):
+    with pytest.raises(ModelError, match=r"by up to .* nats per token"):
         select_scorer(model, vocab_size=VOCAB)
 
 
