@@ -23,7 +23,6 @@ from mlx_lm.server import APIHandler, CompletionRequest, ModelProvider, get_syst
 
 from mlx_dpo.adapters.switch import AdapterState, AdapterSwitch, evaluate_arrays
 from mlx_dpo.chat.field_types import shorten
-from mlx_dpo.chat.json_body import BodyError, linger, read_json_object
 from mlx_dpo.chat.request_messages import roles
 from mlx_dpo.chat.requests import CHAT, DEFAULT_MODEL, TEXT, RequestError, parse_request
 from mlx_dpo.chat.response_generator import (
@@ -35,6 +34,7 @@ from mlx_dpo.chat.response_generator import (
 from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.errors import ConfigError, reason
 from mlx_dpo.generation.batch import is_batching_exact
+from mlx_dpo.web.json_body import BodyError, linger, read_json_object
 
 MAX_BODY_BYTES = 1 << 26
 MODELS_PATH, HEALTH_PATH = "/v1/models", "/health"

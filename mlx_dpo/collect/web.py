@@ -1,27 +1,20 @@
 """The local web page on which a person ranks answers: HTTP server, page state and commands."""
 
 import json
-import secrets
-import sys
-from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from hmac import compare_digest
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
 from queue import Queue
-from threading import Event, Thread
+from threading import Event
 from time import monotonic
 from typing import Any
-from urllib.parse import parse_qs
 
 from mlx_dpo.chat.field_types import Integer, Options, String
-from mlx_dpo.chat.json_body import BodyError, linger, read_json_object
 from mlx_dpo.collect.session import SKIPPED, TIE, RankingSession
 from mlx_dpo.errors import ConfigError, DataError
+from mlx_dpo.web.json_body import BodyError, read_json_object
+from mlx_dpo.web.loopback import LoopbackServer, PageHandler
 
-LOOPBACK = "127.0.0.1"
 MAX_BODY_BYTES = 1_000_000
 INDEX = Integer(-MAX_BODY_BYTES, MAX_BODY_BYTES)  # of an answer; whether there is one is seen later
 COMMAND = Options(
@@ -40,11 +33,6 @@ LAST_REPLY_TIMEOUT = 10.0  # seconds for the last reply to be sent before the pr
 SAMPLE_AHEAD = 1  # tasks to have ready while the person reads
 NO_PROMPT_LEFT = "No prompt is left: u undoes the last decision, q finishes"
 SKIP_REASONS = {"tie": TIE, "skip": SKIPPED}
-CONTENT_SECURITY_POLICY = (
-    "default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; "
-    "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
-    "frame-ancestors 'none'"
-)
 PageState = dict[str, Any]
 
 
@@ -57,14 +45,12 @@ class PageRequest:
     answered: Event = field(default_factory=Event)  # the reply was sent or the request gave up
 
 
-class LoopbackServer(ThreadingHTTPServer):
-    """An HTTP server for the ranking page, reachable only from this machine.
+class RankingServer(LoopbackServer):
+    """The HTTP server of the ranking page.
 
     HTTP runs in threads, but the model must be used from one thread: the caller takes requests
     from the queue and sets their replies in order.
     """
-
-    daemon_threads = True
 
     def __init__(self, page: str, port: int = 0) -> None:
         """Start listening on `port`; port 0 picks a free port.
@@ -72,88 +58,43 @@ class LoopbackServer(ThreadingHTTPServer):
         Raises:
             ConfigError: the port is in use.
         """
-        self.page, self.token = page, secrets.token_urlsafe(24)
+        self.page_template = page
         self.requests: Queue[PageRequest] = Queue()
-        self.has_ended = Event()  # no more requests are taken from the queue
-        try:
-            super().__init__((LOOPBACK, port), _Handler)
-        except OSError as error:
-            raise ConfigError(f"`port` {port}: {error.strerror}; choose another one") from error
-
-    @property
-    def url(self) -> str:
-        """URL of the page with the secret token; anyone on this machine who has it can rank."""
-        return f"http://{LOOPBACK}:{self.server_port}/?token={self.token}"
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Serve HTTP in a background thread inside the `with` block."""
-        Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
-        try:
-            yield
-        finally:
-            self.has_ended.set()
-            self.shutdown()
-            self.server_close()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Print the error of a request, unless the browser has only closed the connection."""
-        if not isinstance(sys.exception(), ConnectionError | TimeoutError):
-            super().handle_error(request, client_address)
+        super().__init__(_Handler, port)
 
 
-class _Handler(BaseHTTPRequestHandler):
-    """HTTP handler of the ranking page. Every request needs the token and a loopback host name."""
+class _Handler(PageHandler):
+    """HTTP handler of the ranking page."""
 
-    server: LoopbackServer
-    timeout = 30  # browsers open connections that they may never use
+    server: RankingServer
 
-    def do_GET(self) -> None:
-        path, _, query = self.path.partition("?")
-        token = self.headers.get("X-Token") or parse_qs(query).get("token", [""])[0]
-        if not self._is_allowed(token):
-            return
-        if path == "/":
-            self._send_page()
-        elif path == "/state" and self.headers.get("X-Token"):
-            self._send_reply(None)
-        else:
-            self._send(404, "text/plain", "no such page")
+    def page(self, nonce: str) -> str:
+        return self.server.page_template.replace("{nonce}", nonce)
 
-    def do_POST(self) -> None:
-        # A page of another origin cannot set this header and cannot read the token.
-        if not self._is_allowed(self.headers.get("X-Token") or ""):
-            return
-        if self.path.partition("?")[0] != "/do":
-            self._send(404, "text/plain", "no such page")
-        elif (command := self._read_command()) is not None:
+    def answer_get(self, path: str, query: dict[str, list[str]]) -> bool:
+        if path != "/state":
+            return False
+        self._send_reply(None)
+        return True
+
+    def answer_post(self, path: str) -> bool:
+        if path != "/do":
+            return False
+        if (command := self._read_command()) is not None:
             self._send_reply(command)
-
-    def _is_allowed(self, token: str) -> bool:
-        """Return whether host, origin and token of the request are allowed; if not, send 403."""
-        hosts = {f"{name}:{self.server.server_port}" for name in (LOOPBACK, "localhost")}
-        origin = self.headers.get("Origin")
-        if self.headers.get("Host") not in hosts:  # a foreign name that resolves to loopback
-            self._send(403, "text/plain", "this page is only for the machine it runs on")
-        elif origin is not None and origin.removeprefix("http://") not in hosts:
-            self._send(403, "text/plain", "requested from another page")
-        elif not compare_digest(token.encode(), self.server.token.encode()):
-            self._send(403, "text/plain", "the token is missing or wrong; use the whole address")
-        else:
-            return True
-        return False
+        return True
 
     def _read_command(self) -> dict[str, Any] | None:
         """Return the command in the request body, or send an error and return None."""
         if self.headers.get_content_type() != "application/json":
-            self._send(415, "text/plain", "send JSON")
+            self.send_text(415, "text/plain", "send JSON")
             return None
         try:
             return COMMAND.parse(read_json_object(self, limit=MAX_BODY_BYTES))
         except BodyError as error:
-            self._send(error.status, "text/plain", str(error))
+            self.send_text(error.status, "text/plain", str(error))
         except ValueError as error:
-            self._send(400, "text/plain", f"the command {error}")
+            self.send_text(400, "text/plain", f"the command {error}")
         return None
 
     def _send_reply(self, command: dict[str, Any] | None) -> None:
@@ -166,9 +107,11 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             state = self._wait_for(request)
             if state is None:
-                self._send(503, "text/plain", "the program is busy or has ended; reload this page")
+                self.send_text(
+                    503, "text/plain", "the program is busy or has ended; reload this page"
+                )
             else:
-                self._send(200, "application/json", json.dumps(state))
+                self.send_text(200, "application/json", json.dumps(state))
         finally:
             request.answered.set()
 
@@ -184,46 +127,13 @@ class _Handler(BaseHTTPRequestHandler):
                     break
         return None
 
-    def finish(self) -> None:
-        """Send the reply, and let the browser read it before the connection is closed."""
-        super().finish()
-        linger(self.connection)
-
-    def _send_page(self) -> None:
-        nonce = secrets.token_urlsafe(12)
-        page = self.server.page.replace("{nonce}", nonce)
-        self._send(200, "text/html", page, CONTENT_SECURITY_POLICY.format(nonce=nonce))
-
-    def _send(self, code: int, kind: str, text: str, policy: str = "default-src 'none'") -> None:
-        body = text.encode()
-        self.send_response(code)
-        for name, value in (
-            ("Content-Type", f"{kind}; charset=utf-8"),
-            ("Content-Length", str(len(body))),
-            ("Content-Security-Policy", policy),
-            ("Cache-Control", "no-store"),
-            ("Referrer-Policy", "no-referrer"),
-            ("X-Content-Type-Options", "nosniff"),
-            ("Cross-Origin-Resource-Policy", "same-origin"),
-        ):
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(body)
-
-    def version_string(self) -> str:
-        """Return the program's name for the HTTP header `Server`."""
-        return "mlx-dpo"
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Log nothing: HTTP log lines would scroll the page's URL off the terminal."""
-
 
 def read_page() -> str:
     """Return the HTML of the ranking page, which loads nothing from other hosts."""
     return (files("mlx_dpo.collect") / "collect.html").read_text("utf-8")
 
 
-def serve_session(session: RankingSession, server: LoopbackServer) -> None:
+def serve_session(session: RankingSession, server: RankingServer) -> None:
     """Serve the ranking page and run its commands until the person quits.
 
     While no request waits, the answers to the next prompts are sampled.

@@ -12,7 +12,7 @@ import pytest
 from mlx_dpo.collect.pairs_file import PairsFile
 from mlx_dpo.collect.session import Answer, RankingSession, TaskSampler
 from mlx_dpo.collect.web import (
-    LoopbackServer,
+    RankingServer,
     page_state,
     read_page,
     run_command,
@@ -40,7 +40,7 @@ class Served:
         tasks = TaskSampler(
             [make_prompt(text) for text in prompts], PairsFile(path), sample, chunk_size=2, seed=0
         )
-        self.session, self.server = RankingSession(tasks), LoopbackServer(read_page())
+        self.session, self.server = RankingSession(tasks), RankingServer(read_page())
         # A daemon, so that a failed test does not keep the program from ending.
         self.thread = threading.Thread(
             target=serve_session, args=(self.session, self.server), daemon=True
@@ -273,7 +273,7 @@ def test_a_closed_connection_prints_nothing(served, capfd):
 
 
 def test_a_request_that_is_queued_after_the_end_is_answered_at_once(tmp_path):
-    server = LoopbackServer(read_page())
+    server = RankingServer(read_page())
     with server.running():
         server.has_ended.set()
         connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=30)

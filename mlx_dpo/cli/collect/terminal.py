@@ -13,7 +13,7 @@ import click
 
 from mlx_dpo.cli.output import echo
 from mlx_dpo.collect.session import SKIPPED, TIE, RankingSession, RankingTask, TaskSampler
-from mlx_dpo.collect.web import LoopbackServer, read_page, serve_session
+from mlx_dpo.collect.web import RankingServer, read_page, serve_session
 from mlx_dpo.errors import ConfigError, DataError, DPOError
 from mlx_dpo.startup.jit_cache import user_environment
 from mlx_dpo.terminal_text import escape_line
@@ -176,7 +176,7 @@ def _print(line: str) -> None:
 
 def rank_in_browser(tasks: TaskSampler, port: int) -> None:
     """Serve the ranking page until the person finishes there or presses Ctrl-C at the terminal."""
-    server = LoopbackServer(read_page(), port)
+    server = RankingServer(read_page(), port)
     echo(f"Open this page in a browser on this machine: {server.url}", err=True)
     echo("Keys: 1, 2 … is better, e edit, t tie, s skip, u undo, q finish", err=True)
     with suppress(KeyboardInterrupt):

@@ -1,0 +1,1 @@
+"""HTTP servers on this machine: pages behind a token on loopback, and JSON request bodies."""
