@@ -1,7 +1,6 @@
 """What the README says is what the program does."""
 
 import re
-import runpy
 import shlex
 from pathlib import Path
 
@@ -21,11 +20,6 @@ WORDS = [
     for line in block.splitlines()
     if line.removeprefix(".venv/bin/").startswith("mlx-dpo ")
 ]
-
-
-def test_the_table_of_settings_is_made_from_the_settings():
-    script = runpy.run_path(str(ROOT / "scripts" / "tools" / "docs" / "settings_table.py"))
-    assert script["with_table"](README) == README
 
 
 @pytest.mark.parametrize("words", WORDS, ids=" ".join)

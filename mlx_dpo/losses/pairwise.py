@@ -32,7 +32,7 @@ def sigmoid_loss(
         label_smoothing: eps, in [0, 0.5). Zero is the loss of the paper.
         offset: Target reward margin. (B,)
 
-    Example:
+    Examples:
         >>> import mlx.core as mx
         >>> losses = sigmoid_loss(mx.array([0.0, 10.0, -10.0]), beta=0.1)
         >>> [round(loss, 4) for loss in losses.tolist()]

@@ -222,14 +222,14 @@ def gate(checkout):
     """A checkout whose tools say their name and arguments."""
     setup(checkout, "--dev")
     tools = checkout.root / ".venv/bin"
-    for name in ("ruff", "mypy", "lint-imports"):
+    for name in ("ruff", "mypy", "lint-imports", "mkdocs"):
         checkout.tool(tools / name, f'#!/bin/sh\necho "{name}" "$@"\n')
     [site] = checkout.root.glob(".venv/lib/python*/site-packages")
     (site / "pytest.py").write_text(PYTEST)
     return checkout
 
 
-def test_the_gate_is_five_named_steps(gate):
+def test_the_gate_is_six_named_steps(gate):
     done = gate.run(".ci/run")
     assert done.returncode == 0
     assert done.stdout.split("\n") == [
@@ -237,6 +237,7 @@ def test_the_gate_is_five_named_steps(gate):
         *("", "== ruff check", "ruff check ."),
         *("", "== mypy", "mypy"),
         *("", "== lint-imports", "lint-imports"),
+        *("", "== docs", "mkdocs build --strict --quiet"),
         *("", "== pytest", "pytest -n 2 --dist loadfile", "threads 1", ""),
     ]
 
