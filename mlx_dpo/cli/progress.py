@@ -22,6 +22,7 @@ from mlx_dpo.reporting.console import (
     show_progress,
     show_steps,
 )
+from mlx_dpo.reporting.samples import print_samples
 from mlx_dpo.runs.reference import needed_pairs
 from mlx_dpo.runs.summary import (
     summarize_end,
@@ -79,7 +80,7 @@ def _run(run: DPOTrainer, awake: str | None, resume_command: str) -> None:
         note = f"; go on with: {resume_command}" if has_record else ": nothing was written"
         echo(f"\nInterrupted before the first step{note}", err=True)
         raise SystemExit(INTERRUPTED) from None
-    warnings = _WarningPrinter(run)
+    warnings, samples = _WarningPrinter(run), _SamplePrinter(run, console)
     with (
         _save_on_signals(run) as received,
         show_steps(
@@ -88,18 +89,53 @@ def _run(run: DPOTrainer, awake: str | None, resume_command: str) -> None:
     ):
         for row in run.steps():
             shown.show(row)
+            samples.print_new()
             warnings.print_new()
     run.trackers.close(completed=True)
     warnings.print_new()
     if run.stopped:
         console.print(f"Stopped and saved; go on with: {resume_command}")
         raise SystemExit(128 + received[0])
+    samples.print_last()
     print_label_table(console, summarize_end(run))
     if run.evaluation is not None:
         title = f"{len(run.inputs.valid):,} held-out {config.unit}"
         is_noise = run.verdict is not None and run.verdict.is_noise
         console.print(final_metrics_table(run.evaluation, title=title, is_noise=is_noise))
     print_label_table(console, summarize_findings(run.warnings, run.verdict))
+
+
+PRINTED_SAMPLES = 3  # at an evaluation, unless the settings have a number
+
+
+class _SamplePrinter:
+    """A printer of the answers that are sampled at evaluations.
+
+    A terminal shows a few after each evaluation. A log shows them at the end only, unless the
+    settings have a number of samples.
+    """
+
+    def __init__(self, run: DPOTrainer, console: Console) -> None:
+        self._run, self._console = run, console
+        self._printed = run.start.step  # last step whose samples are printed, or were
+
+    def print_new(self) -> None:
+        """Print the samples of an evaluation that took place since the last call."""
+        if self._console.is_terminal or self._run.config.samples:
+            self._print()
+
+    def print_last(self) -> None:
+        """Print the samples of the last evaluation, unless they are printed already."""
+        self._print()
+
+    def _print(self) -> None:
+        recorded = self._run.answer_sampler
+        if recorded is None or recorded.latest is None or recorded.latest.step <= self._printed:
+            return
+        print_samples(
+            self._console, recorded.latest, limit=self._run.config.samples or PRINTED_SAMPLES
+        )
+        self._printed = recorded.latest.step
 
 
 class _WarningPrinter:

@@ -53,7 +53,7 @@ _TRL = {
     "logging_dir": "`report_to` tensorboard (writes into the run folder)",
     "data_seed": "`seed`",
     "resume_from_checkpoint": "--resume",
-    "generate_during_eval": "`mlx-dpo compare` after training",
+    "generate_during_eval": "`samples` N (answers to N held-out prompts at each evaluation)",
     "push_to_hub": "`mlx-dpo push` after training",
     "hub_model_id": "`mlx-dpo push` after training",
     "hub_private_repo": "`mlx-dpo push` after training",
@@ -147,7 +147,8 @@ _MLX_LM = {
     "save_every": "`save_steps` N",
     "steps_per_report": "`logging_steps` N",
 }
-_SETTINGS = _TRL | _LLAMA_FACTORY | _AXOLOTL | _UNSLOTH | _MLX_LM
+_EARLIER_VERSIONS = {"eval_samples": "`samples`"}
+_SETTINGS = _TRL | _LLAMA_FACTORY | _AXOLOTL | _UNSLOTH | _MLX_LM | _EARLIER_VERSIONS
 
 _LOGPS_PRECOMPUTED = "reference log-probs are always precomputed"
 _OWN_TEMPLATE = "the model's own chat template is used"

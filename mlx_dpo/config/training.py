@@ -79,6 +79,7 @@ def check_batch_sizes(settings: TrainingSettings) -> None:
 
 
 EVALUATION = "Evaluation"
+DEFAULT_SAMPLES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,9 +94,10 @@ class EvaluationSettings:
         minimum=1,
         changes_result=False,
     )
-    eval_samples: int = setting(
-        4,
-        "Answers sampled at each evaluation (length, repetition, KL); up to 64 tokens; 0 = none.",
+    samples: int | None = setting(
+        None,
+        "Held-out prompts that base and policy answer at each evaluation, in up to 64 tokens each; "
+        f"0 = none. [default: {DEFAULT_SAMPLES}]",
         int,
         EVALUATION,
         minimum=0,
@@ -123,6 +125,11 @@ class EvaluationSettings:
         EVALUATION,
         minimum=0,
     )
+
+    @property
+    def sample_count(self) -> int:
+        """Maximum number of held-out prompts that are answered at each evaluation."""
+        return DEFAULT_SAMPLES if self.samples is None else self.samples
 
     @property
     def selection_settings(self) -> set[str]:

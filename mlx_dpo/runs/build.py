@@ -21,10 +21,13 @@ from mlx_dpo.models.load import LoadedModel
 from mlx_dpo.optim import optimizers
 from mlx_dpo.optim.lr_schedule import learning_rate
 from mlx_dpo.profiling.memory import trainable_bytes
+from mlx_dpo.reporting.samples import SamplesLog
+from mlx_dpo.runs.folder import RunPaths
 from mlx_dpo.runs.inputs import Inputs
 from mlx_dpo.scoring.score_pairs import DatasetScorer, on_policy_weights, score_pairs
 from mlx_dpo.scoring.scorers import memory_efficient_training
 from mlx_dpo.scoring.select_scorer import ScorerChoice, ScorerSetting, select_scorer
+from mlx_dpo.training.monitor.recorded_samples import RecordedSampler
 from mlx_dpo.training.monitor.samples import AnswerSampler
 from mlx_dpo.training.objective import Objective
 from mlx_dpo.training.plan import TrainingPlan
@@ -156,14 +159,33 @@ def make_dataset_scorer(config: DPOConfig, choice: ScorerChoice) -> DatasetScore
     )
 
 
-def make_answer_sampler(config: DPOConfig, inputs: Inputs) -> AnswerSampler | None:
-    """Create the sampler of answers to held-out prompts; None if there are none to sample."""
-    return AnswerSampler.for_pairs(
+def make_answer_sampler(
+    config: DPOConfig, inputs: Inputs, paths: RunPaths, step: int
+) -> RecordedSampler | None:
+    """Create the sampler of answers to held-out prompts; None if there are none to sample.
+
+    Args:
+        paths: the files of the run; its samples file records the answers.
+        step: number of optimizer steps that were taken before a resume.
+
+    Raises:
+        DamagedFileError: the samples file is damaged.
+    """
+    base = inputs.base
+    sampler = AnswerSampler.for_pairs(
         inputs.valid,
-        config.eval_samples,
-        stop_tokens=inputs.base.tokenizer.eos_token_ids,
-        context=context_length(inputs.base.config),
+        config.sample_count,
+        stop_tokens=base.tokenizer.eos_token_ids,
+        context=context_length(base.config),
     )
+    if sampler is None:
+        return None
+    log = SamplesLog(paths.samples, after=step)
+    recorded = RecordedSampler(sampler, base.tokenizer, log, thinking=config.thinking)
+    if step == 0 and adapters.get_fine_tune_type(base.model) == "full":
+        base.model.eval()
+        recorded.remember_untrained(base.model)
+    return recorded
 
 
 def make_on_policy_weights(config: DPOConfig, choice: ScorerChoice) -> OnPolicyWeights | None:

@@ -42,6 +42,11 @@ class RunPaths:
         return self.folder / "metrics.jsonl"
 
     @property
+    def samples(self) -> Path:
+        """Path of the samples file, which has one JSON object per evaluation."""
+        return self.folder / "samples.jsonl"
+
+    @property
     def checkpoints(self) -> Path:
         """Path of the folder that contains the checkpoints."""
         return self.folder / "checkpoints"
@@ -188,6 +193,7 @@ def day_of_run(earlier: Mapping[str, Any] | None) -> date:
 
 # Keys of records that earlier versions wrote, and the current names.
 OLD_KEYS = {"settled": "automatic_settings", "kept": "best_checkpoint"}
+OLD_SETTINGS = {"eval_samples": "samples"}
 OLD_PROVENANCE_KEYS = {
     "held": "device_and_dtype",
     "start": "start_adapter",
@@ -198,23 +204,21 @@ OLD_PROVENANCE_KEYS = {
 def with_current_keys(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return a run record with key names of earlier versions replaced by the current ones."""
     renamed = {OLD_KEYS.get(key, key): value for key, value in record.items()}
-    provenance = renamed.get("provenance")
-    if not isinstance(provenance, dict):
-        return renamed
-    renamed["provenance"] = {
-        OLD_PROVENANCE_KEYS.get(key, key): value for key, value in provenance.items()
-    }
+    for entry, old_keys in (("settings", OLD_SETTINGS), ("provenance", OLD_PROVENANCE_KEYS)):
+        if isinstance(values := renamed.get(entry), dict):
+            renamed[entry] = {old_keys.get(key, key): value for key, value in values.items()}
     return renamed
 
 
 def remove_run(paths: RunPaths) -> None:
     """Remove the files of a run except for its final adapters.
 
-    Run record, metrics, checkpoints, best adapters and reference log-probs are removed.
+    Run record, metrics, samples, checkpoints, best adapters and reference log-probs are removed.
     """
     for folder in (paths.checkpoints, paths.best_adapters, paths.reference_logps("train").parent):
         shutil.rmtree(folder, ignore_errors=True)
     paths.metrics.unlink(missing_ok=True)
+    paths.samples.unlink(missing_ok=True)
     paths.record.unlink(missing_ok=True)
 
 

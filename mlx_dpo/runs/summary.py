@@ -310,12 +310,18 @@ def _summarize_micro_batches(run: "DPOTrainer") -> list[SummaryLine]:
 
 
 def _summarize_samples(run: "DPOTrainer") -> list[SummaryLine]:
-    sampler = run.answer_sampler
-    if sampler is None:
-        return []
-    count, tokens = len(sampler.prompts), sampler.sampling.max_tokens
-    answers = f"{count} answer{'s' * (count != 1)}"
-    text = f"{answers} of up to {tokens} tokens at each evaluation (--eval-samples 0: none)"
+    """Return how many held-out prompts are answered, or why none is although it was asked for."""
+    config, recorded = run.config, run.answer_sampler
+    if recorded is None:
+        if not config.samples:
+            return []
+        reason = "no pairs are held out"
+        if run.inputs.valid:
+            reason = "no held-out prompt leaves room for an answer in the model's context"
+        return [("samples", f"none: {reason}")]
+    count, tokens = len(recorded.sampler.prompts), recorded.sampler.sampling.max_tokens
+    prompts = f"{count} held-out prompt{'s' * (count != 1)}"
+    text = f"{prompts}, answered in up to {tokens} tokens at each evaluation (--samples 0: none)"
     return [("samples", text)]
 
 

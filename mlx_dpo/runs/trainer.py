@@ -287,11 +287,11 @@ class DPOTrainer:
         rows = [r for r in undamaged_rows(self.paths.metrics)[0] if r["step"] <= self.start.step]
         self.best.restore(rows)
         self.monitor = make_monitor(self.config, self.inputs.train, total_steps=self.total_steps)
-        self.answer_sampler = make_answer_sampler(self.config, self.inputs)
+        step, earlier = self.start.step, self.earlier
+        self.answer_sampler = make_answer_sampler(self.config, self.inputs, self.paths, step)
         self.warnings = [warning for row in rows for warning in self.monitor.update(row)]
         self.record["warnings"] = self.warnings
         write_record(self.paths, self.record)
-        step, earlier = self.start.step, self.earlier
         open_trackers(self.trackers, self.config, self.record, rows, step=step, earlier=earlier)
         self._is_prepared = True
 
@@ -314,8 +314,7 @@ class DPOTrainer:
 
         The run is prepared first if necessary. Each row is in `metrics.jsonl` before it is
         yielded. After the last row the adapters are in the run folder, unless a stop was
-        requested: then `stopped` is True and the run can be resumed. Warnings of the monitor are
-        in `warnings`.
+        requested: then `stopped` is True and the run can be resumed. See also `warnings`.
         """
         if not self._is_prepared:
             self.prepare()
@@ -379,8 +378,9 @@ class DPOTrainer:
 
     def _evaluate_and_log(self) -> MetricsRow:
         """Evaluate the policy, save its adapters if best so far, and return the metrics row."""
-        samples = self.answer_sampler.measure(self.policy) if self.answer_sampler else {}
-        row = {"step": self._progress.step, **self.evaluate(), **samples}
+        step = self._progress.step
+        samples = self.answer_sampler.measure(self.policy, step) if self.answer_sampler else {}
+        row = {"step": step, **self.evaluate(), **samples}
         self.best.update(row, lambda folder: save_adapter(folder, self.policy, self.adapter_config))
         self._warn(self.monitor.update(row))
         return self._log_row(row)

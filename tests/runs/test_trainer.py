@@ -11,7 +11,8 @@ from mlx_dpo import DPOConfig, DPOTrainer, evaluate_run, load_policy
 from mlx_dpo.adapters import attach as adapters
 from mlx_dpo.errors import ConfigError, RunError, TrainingError
 from mlx_dpo.reporting.metrics_log import read_metrics
-from mlx_dpo.runs.folder import RunPaths, lock_folder, reference_provenance
+from mlx_dpo.reporting.samples import read_samples
+from mlx_dpo.runs.folder import RunPaths, lock_folder, read_record, reference_provenance
 from tests.edited_files import edit, read_entries
 from tests.runs.train_helper import train, weights
 
@@ -31,7 +32,7 @@ def test_a_run_writes_exactly_these_files_and_its_rows(config, tmp_path):
     folder = tmp_path / "run"
     assert sorted(p.name for p in folder.iterdir()) == [
         ".lock", "adapter_config.json", "adapter_model.safetensors", "adapters.safetensors",
-        "checkpoints", "metrics.jsonl", "reference", "run.json",
+        "checkpoints", "metrics.jsonl", "reference", "run.json", "samples.jsonl",
     ]  # fmt: skip
     assert read_metrics(folder / "metrics.jsonl") == rows
     # 9 pairs to train on, 4 a step, 2 epochs: 3 + 3 steps, and one evaluation at the end
@@ -61,6 +62,7 @@ def test_the_first_loss_is_log_two_but_not_after_a_resume(config, bits):
 
 @pytest.mark.parametrize("stop_after", [1, 2, 3, 5])
 def test_a_resumed_run_ends_with_the_same_weights_bit_for_bit(config, tmp_path, stop_after):
+    config = replace(config, eval_steps=2)
     straight = replace(config, output=str(tmp_path / "straight"))
     _, expected = train(straight)
     trainer, _ = train(config, stop_after=stop_after)
@@ -73,6 +75,8 @@ def test_a_resumed_run_ends_with_the_same_weights_bit_for_bit(config, tmp_path, 
         assert mx.array_equal(value, weights(config)[name]), name
     written = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert comparable(written) == comparable(expected)
+    ours, theirs = (tmp_path / name / "samples.jsonl" for name in ("run", "straight"))
+    assert ours.read_bytes() == theirs.read_bytes()
 
 
 def test_rows_after_the_last_checkpoint_are_not_written_twice(config, tmp_path):
@@ -374,7 +378,7 @@ def test_sampled_answers_do_not_change_the_run(config, tmp_path):
     """With dropout, which draws from MLX's random state after each evaluation."""
     config = replace(config, eval_steps=1)
     _, rows = train(config)
-    silent = replace(config, output=str(tmp_path / "silent"), eval_samples=0)
+    silent = replace(config, output=str(tmp_path / "silent"), samples=0)
     _, without = train(silent)
     assert all(mx.array_equal(value, weights(silent)[n]) for n, value in weights(config).items())
     sampled = [row for row in rows if "eval_completions/kl" in row]
@@ -383,3 +387,28 @@ def test_sampled_answers_do_not_change_the_run(config, tmp_path):
     assert [row["eval_loss"] for row in sampled] == [
         row["eval_loss"] for row in without if "eval_loss" in row
     ]
+
+
+def test_a_run_answers_the_same_held_out_prompts_at_each_evaluation(config, tmp_path):
+    few = replace(config, eval_steps=3, samples=1)
+    trainer, _ = train(few)
+    recorded = read_samples(trainer.paths.samples)
+    assert [item.step for item in recorded] == [3, 6]
+    [[first], [second]] = [item.samples for item in recorded]
+    assert (first.prompt, first.base) == (second.prompt, second.base)
+    assert first.base is not None
+    assert trainer.answer_sampler.latest == recorded[-1]
+    with DPOTrainer(replace(few, output=str(tmp_path / "none"), samples=0)) as silent:
+        silent.prepare()
+        assert silent.answer_sampler is None
+        assert not silent.paths.samples.exists()
+
+
+def test_the_setting_of_earlier_versions_is_read_from_their_records(config):
+    trainer, _ = train(config, stop_after=1)
+    settings = json.loads(trainer.paths.record.read_text())["settings"]
+    del settings["samples"]
+    edit(trainer.paths.record, settings=settings | {"eval_samples": 2})
+    assert DPOConfig.from_dict(read_record(trainer.paths)["settings"]).sample_count == 2
+    with pytest.raises(ConfigError, match="unknown setting `eval_samples`; use `samples`"):
+        DPOConfig.from_dict({"eval_samples": 2})

@@ -109,6 +109,8 @@ class AnswerSampler:
         """Create a sampler of one answer, of at most `max_tokens` tokens, to each prompt."""
         self.prompts, self._stop_tokens, self._context = prompts, stop_tokens, context
         self.sampling = Sampling(temperature=1.0, max_tokens=max_tokens, seed=0)
+        self.answers: list[GeneratedTokens] = []  # of the policy, at the last measurement
+        self.base_answers: list[GeneratedTokens] | None = None  # None: not sampled, or no base left
         self._base: dict[str, float] | None = None  # metrics of the base model's answers
         self._is_batched: bool | None = None  # found out once, as it depends on the architecture
 
@@ -145,7 +147,7 @@ class AnswerSampler:
         policy.eval()
         if self._base is None:
             self._base = self._measure_base(policy)
-        answers = self._sample(policy)
+        self.answers = answers = self.sample(policy)
         row = measure_answers(answers, estimate_kl(policy, self.prompts, answers)).to_row()
         return {EVAL_PREFIX + name: value for name, value in (row | self._base).items()}
 
@@ -154,10 +156,12 @@ class AnswerSampler:
         if get_fine_tune_type(policy) == "full":
             return {}
         with disable_adapters(policy):
-            row = measure_answers(self._sample(policy)).to_row()
+            self.base_answers = self.sample(policy)
+        row = measure_answers(self.base_answers).to_row()
         return {base_name(name): value for name, value in row.items()}
 
-    def _sample(self, policy: nn.Module) -> list[GeneratedTokens]:
+    def sample(self, policy: nn.Module) -> list[GeneratedTokens]:
+        """Return one answer of `policy`, which is in `eval` mode, to each prompt."""
         if self._is_batched is None:
             self._is_batched = len(self.prompts) > 1 and is_batching_exact(
                 policy, self.prompts, context=self._context

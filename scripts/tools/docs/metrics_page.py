@@ -72,7 +72,7 @@ STEP_HEAD = """
 SAMPLE_HEAD = """
 ## Sampled answers
 
-At each evaluation the policy answers a few held-out prompts (`--eval-samples`). The names have the
+At each evaluation the policy answers a few held-out prompts (`--samples N`). The names have the
 prefix `eval_`; `eval_completions/base_…` are the same metrics of the base model's answers, which
 are sampled once, at the first evaluation.
 
