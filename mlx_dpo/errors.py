@@ -22,14 +22,14 @@ SAME_TOKENS = "chosen and rejected are the same tokens"
 DIFFERENT_PROMPTS = "the dialogues differ before the last answer"
 EMPTY_PROMPT = "the prompt is empty"
 NO_ROOM = "the prompt leaves no room for a completion"
-SAME_AFTER_TRUNCATION = "chosen and rejected are the same once cut"
+SAME_AFTER_TRUNCATION = "chosen and rejected are the same after truncation"
 TOO_LONG = "the pair is too long"
-NOT_TEXT = "it holds images, audio or video, and only text is trained on"
-TIED = "completions are rated alike"
-UNPAIRED = "no answer of the other kind to the same prompt"
+NOT_TEXT = "images, audio and video are not supported"
+TIED = "all completions have the same rating"
+UNPAIRED = "the prompt has no answer with the other label"
 TEMPLATE_ERROR = "the model's chat template refuses the conversation"
-NOT_WRITTEN = "the model's chat template leaves out a part of the conversation"
-SPECIAL_TOKEN = "a special token of the model in its text cannot be kept as plain text"
+NOT_WRITTEN = "the model's chat template drops a part of the conversation"
+SPECIAL_TOKEN = "a special token of the model in its text cannot be encoded as plain text"
 
 ALWAYS_DROPPED = (TOO_LONG, TIED, UNPAIRED)  # a setting or a rating asks for it; never an error
 
@@ -65,7 +65,7 @@ class BadPairError(DataError):
         self._arguments = (location, reason, found, advice)
         shown = f" ({found})" if found else ""
         super().__init__(
-            f"{location}: {reason}{shown}; {advice}, or leave such pairs out with --bad-pairs drop"
+            f"{location}: {reason}{shown}; {advice}, or drop such pairs with --bad-pairs drop"
         )
 
     def __reduce__(self) -> tuple[Callable[..., "BadPairError"], tuple[str, ...]]:

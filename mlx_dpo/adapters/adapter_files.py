@@ -96,7 +96,7 @@ def read_adapter(folder: Path) -> LoadedAdapter:
     try:
         sizes = (int(parameters["rank"]), float(parameters["scale"]), float(parameters["dropout"]))
     except (TypeError, ValueError):
-        raise ModelError(f"{path}: no numbers for `rank`, `scale` and `dropout`") from None
+        raise ModelError(f"{path}: `rank`, `scale` and `dropout` must be numbers") from None
     weights = read_adapter_weights(folder / WEIGHTS)
     return LoadedAdapter(folder / WEIGHTS, fine_tune_type, weights, *sizes)
 
@@ -168,7 +168,10 @@ def attach_loaded_adapter(model: nn.Module, adapter: LoadedAdapter, *, dropout: 
 def _check_adaptable(model: nn.Module, adapter: LoadedAdapter, paths: list[str]) -> None:
     modules = {path for path, _ in model.named_modules()}
     if unknown := [path for path in paths if path not in modules]:
-        raise ModelError(f"{adapter.path}: adapters of another model; it has no `{unknown[0]}`")
+        raise ModelError(
+            f"{adapter.path}: the adapter belongs to another model; this model has "
+            f"no `{unknown[0]}`"
+        )
     if adapter.untied_embeddings and has_tied_embeddings(model):
         raise ModelError(
             f"{adapter.path}: `{adapter.untied_embeddings[0]}` leaves the head as it is, which in "

@@ -129,7 +129,7 @@ def unfreeze_parameters(model: nn.Module, names: Sequence[str]) -> None:
 
 def _check_no_adapters(model: nn.Module) -> None:
     if adapted_layers(model) or master_weights.has_master_weights(model):
-        raise ModelError("the model has adapters already; load it afresh to attach others")
+        raise ModelError("the model already has adapters; load the model again to attach others")
 
 
 def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -151,7 +151,9 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
         RuntimeError: the model was fully fine-tuned, so its original base weights are gone.
     """
     if master_weights.has_master_weights(model):
-        raise RuntimeError("the base's own weights were trained: there is nothing to switch off")
+        raise RuntimeError(
+            "full fine-tuning changed the model's own weights, so there is no adapter to disable"
+        )
     adapted = adapted_layers(model)
     detach_adapters(model)
     try:

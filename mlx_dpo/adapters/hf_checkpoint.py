@@ -63,7 +63,7 @@ def local_checkpoint(folder: Path, name: str) -> HFCheckpoint:
         entries = json.loads(read_safetensors_header(file))
         shapes |= {k: tuple(v["shape"]) for k, v in entries.items() if k != "__metadata__"}
     if not shapes:
-        raise ModelError(f"{name}: no weights that are safetensors; name a model's folder")
+        raise ModelError(f"{name}: no safetensors weights found; name a model folder")
     return HFCheckpoint(name, shapes, folder)
 
 
@@ -104,5 +104,5 @@ def read_safetensors_header(file: Path) -> bytes:
         size = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         header = stream.read(size) if 0 < size <= MAX_HEADER_BYTES else b""
     if not header.startswith(b"{"):
-        raise ModelError(f"{file}: not a safetensors file; get it again")
+        raise ModelError(f"{file}: not a safetensors file; download it again")
     return header

@@ -80,7 +80,7 @@ def find_hf_tensors(
             shape = shape[::-1]
             transposed.add(path)
         if (hf_shape := checkpoint.shapes.get(names[path])) != shape:
-            problem = f"it is {hf_shape} there" if hf_shape else "there is no tensor of that name"
+            problem = f"its shape is {hf_shape}" if hf_shape else "no tensor has this name"
             raise ModelError(
                 f"`{path}`: {checkpoint.name} has no `{names[path]}` of shape {shape}: {problem}"
             )
@@ -111,8 +111,8 @@ def check_same_weights(model: nn.Module, matches: HFTensors, checkpoint: HFCheck
         cosine = (weight * hf_weight).sum() / norms
         if not scalar(cosine) > MIN_COSINE:
             raise ModelError(
-                f"{checkpoint.name}: `{path}` has other weights than the model that was trained on "
-                f"(cosine {scalar(cosine):.2f}); name the checkpoint that it was made from"
+                f"{checkpoint.name}: `{path}` does not match the weights of the trained model "
+                f"(cosine {scalar(cosine):.2f}); name the checkpoint that the model was made from"
             )
 
 
@@ -124,8 +124,8 @@ def _check_model(model: nn.Module, model_type: str, checkpoint: HFCheckpoint) ->
         )
     if model_type not in SAME_LAYOUT:
         raise ModelError(
-            f"layers of `{model_type}` have not been held against those of transformers, or are "
-            "others there"
+            f"layers of `{model_type}` have not been verified against transformers, or differ "
+            "from them"
         )
     if checkpoint.is_quantized:
         raise ModelError(
@@ -138,8 +138,8 @@ def _check_model(model: nn.Module, model_type: str, checkpoint: HFCheckpoint) ->
 def _check_no_experts(path: str, layer: nn.Module) -> None:
     if isinstance(layer, EXPERT_TYPES):
         raise ModelError(
-            f"`{path}` stacks the experts of a block, which lie one by one, or stacked otherwise, "
-            "in a Hugging Face checkpoint"
+            f"`{path}` stacks the experts of a layer; a Hugging Face checkpoint stores them one "
+            "by one or stacks them differently"
         )
 
 
@@ -151,16 +151,17 @@ def _check_peft_can_adapt(
         parent = modules.get(".".join(parts[:end]))
         if parts[end] in ROUTER_NAMES and parent is not None and _has_experts(parent):
             raise ModelError(
-                f"`{path}` chooses among experts, and is no linear layer in transformers; leave it "
-                "out with `lora_target_modules`"
+                f"`{path}` is the router of a layer of experts, which is not a linear layer in "
+                "transformers; leave it out with `lora_target_modules`"
             )
     if isinstance(modules[path], DoRAEmbedding):
         raise ModelError(
-            f"`{path}`: DoRA stretches the rows of a table here and in mlx-lm, its columns in PEFT"
+            f"`{path}`: DoRA scales the rows of the embeddings here and in mlx-lm, but the "
+            "columns in PEFT"
         )
     if isinstance(layer, EMBEDDING_TYPES) and has_tied_embeddings(model):
         raise ModelError(
-            f"`{path}` is the head as well, and PEFT would adapt the table without the head"
+            f"`{path}` is tied to the LM head, and PEFT would adapt the embeddings without the head"
         )
 
 

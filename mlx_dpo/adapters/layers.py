@@ -234,8 +234,9 @@ def add_adapter(
     elif type(base) in EXPERT_TYPES:
         if kind == "dora":
             raise ConfigError(
-                f"fine_tune_type `dora`: `{name}` holds experts, for which neither mlx-lm nor "
-                "PEFT has DoRA; use `lora`, or name other layers in `lora_target_modules`"
+                f"fine_tune_type `dora`: `{name}` is a layer of experts, for which mlx-lm and "
+                "PEFT do not support DoRA; use `lora`, or name other layers in "
+                "`lora_target_modules`"
             )
         adapted = LoRASwitchLinear(base.input_dims, base.output_dims, base.num_experts, **sizes)
         adapted.linear = base
@@ -244,8 +245,8 @@ def add_adapter(
         adapted = embedding_type(base.weight.shape[0], _input_size(base), **sizes)
         adapted.embedding = base
     else:
-        raise ModelError(f"`{name}`: no adapter is known for a layer of type "
-                         f"`{type(base).__name__}`")  # fmt: skip
+        raise ModelError(f"`{name}`: a layer of type "
+                         f"`{type(base).__name__}` cannot have an adapter")  # fmt: skip
     if isinstance(adapted, DORA_TYPES):
         adapted.init_magnitude()
     return adapted

@@ -43,8 +43,8 @@ def unfreeze_with_master_weights(model: nn.Module, names: Sequence[str]) -> None
         owner, key = _owner_and_key(modules, name)
         if "scales" in modules[owner]:
             raise ModelError(
-                f"fine_tune_type `full`: `{owner}` is quantized, and packed weights cannot move; "
-                "take the model as it was before, or use `lora` or `dora`"
+                f"fine_tune_type `full`: `{owner}` is quantized, and quantized weights cannot be "
+                "trained; use the unquantized model, or `lora` or `dora`"
             )
         if not mx.issubdtype(values[name].dtype, mx.floating):
             continue

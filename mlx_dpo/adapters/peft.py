@@ -51,11 +51,11 @@ IGNORED = {
     "fine_tune_type", "num_layers", "lora_parameters",
 }  # fmt: skip
 UNSUPPORTED = {
-    "modules_to_save": "it brings whole layers, which would be trained next to the adapter",
-    "rank_pattern": "its ranks differ from layer to layer, for which mlx-lm's layout has no room",
-    "alpha_pattern": "its scales differ from layer to layer, for which mlx-lm's layout has no room",
+    "modules_to_save": "it saves whole layers, which would be trained in addition to the adapter",
+    "rank_pattern": "its ranks differ between layers, which mlx-lm's format cannot store",
+    "alpha_pattern": "its scales differ between layers, which mlx-lm's format cannot store",
     "layer_replication": "it repeats layers of the model",
-    "target_parameters": "it adapts bare parameters, which no layer here does",
+    "target_parameters": "adapters on single parameters are not supported",
 }
 SUPPORTED_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
 
@@ -72,15 +72,15 @@ def read_peft_adapter(folder: Path, config: dict[str, Any]) -> LoadedAdapter:
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
         dropout = float(config.get("lora_dropout") or 0.0)
     except (KeyError, TypeError, ValueError):
-        raise ModelError(f"{where}: no numbers for `r`, `lora_alpha` and `lora_dropout`") from None
+        raise ModelError(f"{where}: `r`, `lora_alpha` and `lora_dropout` must be numbers") from None
     if rank < 1 or not math.isfinite(alpha):
         raise ModelError(f"{where}: no adapter has `r` {rank} and `lora_alpha` {alpha:g}")
     weights = _read_weights(folder)
     embeddings = tuple(name for name in weights if name.endswith("lora_embedding_A"))
     if config.get("use_dora") and embeddings:
         raise ModelError(
-            f"{where}: `{embeddings[0]}`: DoRA stretches the columns of a table in PEFT, its "
-            "rows in mlx-lm; adapt other layers"
+            f"{where}: `{embeddings[0]}`: DoRA scales the columns of the embeddings in PEFT, but "
+            "their rows in mlx-lm; adapt other layers"
         )
     return LoadedAdapter(
         path=folder / WEIGHTS,
@@ -95,7 +95,7 @@ def read_peft_adapter(folder: Path, config: dict[str, Any]) -> LoadedAdapter:
 
 def _check_supported(config: dict[str, Any], where: str) -> None:
     if config["peft_type"] != "LORA":
-        raise ModelError(f"{where}: peft_type `{config['peft_type']}` is unknown here, only LORA")
+        raise ModelError(f"{where}: peft_type `{config['peft_type']}` is not supported; use LORA")
     if config.get("bias", "none") != "none":
         raise ModelError(f"{where}: `bias` is `{config['bias']}`; adapters here have no biases")
     if (start := config.get("init_lora_weights")) not in SUPPORTED_INITS:
@@ -105,15 +105,15 @@ def _check_supported(config: dict[str, Any], where: str) -> None:
         )
     for name in sorted(config.keys() - SUPPORTED - IGNORED):
         if config[name]:
-            why = UNSUPPORTED.get(name, "it is not known here")
+            why = UNSUPPORTED.get(name, "it is not supported here")
             raise ModelError(f"{where}: `{name}` is set ({config[name]!r}), but {why}")
 
 
 def _read_weights(folder: Path) -> Arrays:
     if not (folder / WEIGHTS).is_file() and (folder / "adapter_model.bin").is_file():
         raise ModelError(
-            f"{folder}: weights are pickled (`adapter_model.bin`), and pickles are never read, for "
-            "they run code; save the adapter as safetensors with PEFT"
+            f"{folder}: weights are pickled (`adapter_model.bin`), and pickles can run code, so "
+            "they are never loaded; save the adapter as safetensors with PEFT"
         )
     return read_adapter_weights(folder / WEIGHTS)
 
@@ -123,7 +123,7 @@ def _to_mlx_weights(weights: Arrays, where: Path) -> Arrays:
     for name, value in weights.items():
         suffix = next((end for end in WEIGHT_SUFFIXES if name.endswith(end)), None)
         if suffix is None or not name.startswith(PREFIX):
-            raise ModelError(f"{where}: `{name}` is no part of an adapter that is known here")
+            raise ModelError(f"{where}: `{name}` is not part of a supported adapter")
         mlx_suffix, transposed = WEIGHT_SUFFIXES[suffix]
         path = name.removeprefix(PREFIX).removesuffix(suffix)
         # Contiguous, because products with a transposed view are rounded differently than after

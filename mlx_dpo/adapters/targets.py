@@ -207,7 +207,7 @@ def select_modules(
         return [module.path for module in reached if module.selected_by_default]
     selected = [m for m in reached if any(m in matches[target] for target in targets)]
     if num_layers is not None and not any(module.in_block for module in selected):
-        raise ConfigError("`num_layers` has no effect: no target is inside the blocks")
+        raise ConfigError("`num_layers` has no effect: no target module is inside the layers")
     return [module.path for module in selected]
 
 
@@ -219,8 +219,8 @@ def _no_match_message(target: str, modules: Sequence[TargetModule], num_layers: 
     inside = listed(m.name for m in modules if m.in_block and m.name != m.path)
     outside = listed(m.name for m in modules if not m.in_block)
     return (
-        f"`lora_target_modules`: `{target}` matches nothing that can be trained in {where}; it "
-        f"has {inside}" + (f"; outside of the blocks {outside}" if outside else "")
+        f"`lora_target_modules`: `{target}` matches no trainable module of {where}; it "
+        f"has {inside}" + (f"; outside the layers {outside}" if outside else "")
     )
 
 

@@ -76,7 +76,7 @@ def _check_content(content: Any) -> None:
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
         if kind not in TEXT_PARTS or not isinstance(part.get("text"), str):
-            raise ValueError(f"contains a part of type {shorten(kind)}; only text is read")
+            raise ValueError(f"contains a part of type {shorten(kind)}; only text is supported")
 
 
 def _normalize_calls(message: dict[str, Any]) -> dict[str, Any]:
@@ -88,7 +88,7 @@ def _normalize_calls(message: dict[str, Any]) -> dict[str, Any]:
     except DataError as error:
         raise ValueError(str(error).strip()) from None
     if has_invalid_arguments(normalized):
-        raise ValueError("has a tool call whose `arguments` are no JSON object")
+        raise ValueError("has a tool call whose `arguments` are not a JSON object")
     return normalized
 
 
@@ -106,7 +106,7 @@ def _function(tool: dict[str, Any]) -> dict[str, Any]:
     function = tool.get("function") if tool.get("type", "function") == "function" else None
     name = function.get("name") if isinstance(function, dict) else None
     if not isinstance(function, dict) or not (isinstance(name, str) and name):
-        raise ValueError(f"is no function with a `name`, found {shorten(tool)}")
+        raise ValueError(f"is not a function with a `name`, found {shorten(tool)}")
     return function
 
 

@@ -194,7 +194,7 @@ def _unknown(name: str, path: str, fields: Mapping[str, Field]) -> str:
     known = [field.name for field in fields.values() if path in field.paths]
     close = difflib.get_close_matches(name[:100], known, n=1)
     hint = f"did you mean `{close[0]}`?" if close else "leave it out"
-    return f"is no field of {path}; {hint}"
+    return f"is not a field of {path}; {hint}"
 
 
 def _check_combinations(request: Mapping[str, Any], path: str) -> None:

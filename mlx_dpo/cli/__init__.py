@@ -47,7 +47,7 @@ NAME = "mlx-dpo"
 INTERRUPTED = 130  # exit status that shells report for a program stopped by Ctrl-C
 NAME_ERRORS = {
     errno.ENAMETOOLONG: "the name is too long for a file",
-    errno.ELOOP: "a link that leads to itself",
+    errno.ELOOP: "a loop of symbolic links",
 }
 OUT_OF_MEMORY = (
     "memory ran out; close other programs, use a smaller model or batch, or raise the limit of "

@@ -106,8 +106,8 @@ def _context_length(config: dict[str, Any], requested: int | None) -> int | None
     longest = context_length(config)
     if requested is not None and longest is not None and requested > longest:
         raise ConfigError(
-            f"`context` is {requested}, but the model places no more than {longest} tokens; "
-            f"use --context {longest} or less"
+            f"`context` is {requested}, but the model's context length is {longest} tokens; use "
+            f"--context {longest} or less"
         )
     return longest if requested is None else requested
 

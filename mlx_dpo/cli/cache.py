@@ -55,7 +55,7 @@ def _folder_of(kind: str) -> Path:
     folder = cache_folder()
     if folder is None:
         raise ConfigError(
-            f"there is no cache, because no home folder is known; set HOME or {CACHE_VARIABLE}"
+            f"no cache folder: the home folder is unknown; set HOME or {CACHE_VARIABLE}"
         )
     return folder / kind
 
@@ -129,7 +129,7 @@ def clear(older_than: float | None, model: str | None, only: str | None, yes: bo
         pairs = sum(entry.pairs for entry in selected)
         if paths:
             what = f"{_files(len(paths))}, {pairs:,} pairs, {format_bytes(size)}"
-            echo(f"To be removed from {folder}: {what}")
+            echo(f"Files to remove from {folder}: {what}")
         to_remove, freed = to_remove + paths, freed + size
     if not to_remove:
         echo(f"Nothing to clear in {cache_folder()}")
@@ -167,12 +167,14 @@ def _check_model(model: str | None, entries: Sequence[Any]) -> None:
     names = sorted({entry.model for entry in entries})
     if model is not None and model not in names:
         known = ", ".join(f"`{name}`" for name in names) or "no model at all"
-        raise ConfigError(f"--model: nothing of `{model}` is in the cache (there is {known})")
+        raise ConfigError(f"--model: the cache has no entries of `{model}` (found {known})")
 
 
 def _confirm() -> None:
     if not sys.stdin.isatty():
-        raise ConfigError("`cache clear` asks first, and nobody is there to answer; add --yes")
+        raise ConfigError(
+            "`cache clear` asks for confirmation, but stdin is not a terminal; add --yes"
+        )
     click.confirm("Remove them?", abort=True)
 
 
@@ -197,7 +199,7 @@ def _show_damaged(contents: CacheFolder, consequence: str) -> None:
         if entry.damaged:
             echo(f"damaged or of another version, {consequence}: {entry.path.name}")
     for path in contents.leftovers:
-        echo(f"half-written by a process that is gone: {path.name}")
+        echo(f"unfinished file of an ended process: {path.name}")
 
 
 def _table(rows: Sequence[Sequence[str]]) -> None:

@@ -38,7 +38,7 @@ def data() -> None:
     mlx-dpo data check pairs.jsonl --model MODEL       list dropped, odd and wrong rows
     mlx-dpo data show pairs.jsonl --model MODEL        show pairs as the model sees them
     mlx-dpo data split pairs.jsonl --output folder     train.jsonl, valid.jsonl; no prompt in both
-    mlx-dpo data clean pairs.jsonl --output new.jsonl  write the rows without faults
+    mlx-dpo data clean pairs.jsonl --output new.jsonl  write the rows without errors
     """
 
 
@@ -70,7 +70,7 @@ def _read_config(flags: dict[str, Any]) -> DPOConfig:
 
 
 @data.command(cls=SettingsCommand)
-@click.option("--strict", is_flag=True, help="Exit with 1 if there is a fault.")
+@click.option("--strict", is_flag=True, help="Exit with 1 if there is an error.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object, with every place.")
 @_flags(*ROW_SETTINGS, *SCAN_SETTINGS)
 def check(strict: bool, as_json: bool, **flags: Any) -> None:
@@ -78,7 +78,7 @@ def check(strict: bool, as_json: bool, **flags: Any) -> None:
 
     Rows are read as `train` reads them. Without --model nothing is tokenized: lengths are in
     characters, and checks that need tokens are skipped. The model's weights are not loaded. Each
-    finding is a fault or a remark; docs/data.md lists all checks.
+    finding is an error or a warning; docs/data.md lists all checks.
     """
     config = _read_config(flags)
 
@@ -93,7 +93,7 @@ def check(strict: bool, as_json: bool, **flags: Any) -> None:
         echo_json(results.to_dict())
     else:
         print_results(console, results)
-    sys.exit(1 if strict and results.fault_count else 0)
+    sys.exit(1 if strict and results.error_count else 0)
 
 
 @data.command(cls=SettingsCommand)
@@ -151,12 +151,12 @@ def split(share: float, output: str, **flags: Any) -> None:
 @data.command(cls=SettingsCommand)
 @click.option(
     "--drop", multiple=True, metavar="FINDING",
-    help="A finding whose rows go; repeat it. [default: all faults]",
+    help="A finding whose rows go; repeat it. [default: all errors]",
 )  # fmt: skip
 @click.option("--output", required=True, metavar="FILE", help="New `.jsonl` file to write.")
 @_flags(*ROW_SETTINGS, *(name for name in SCAN_SETTINGS if name != "pair_labelled"))
 def clean(drop: tuple[str, ...], output: str, **flags: Any) -> None:
-    """Write PAIRS without the rows in which `check` finds faults; other rows are not changed.
+    """Write PAIRS without the rows in which `check` finds errors; other rows are not changed.
 
     FINDING is a name that `check` prints. Of duplicates, the first row remains; of a
     contradiction, no row does. A row is dropped if any of its pairs has a finding. A report next

@@ -64,7 +64,7 @@ def _print_facts(machine_facts: dict[str, Any]) -> None:
         "models": _describe_folder(
             from_home(folders["hub_cache"]["path"]), folders["hub_cache"]["free"]
         ),
-        "reference": "no cache, because no home folder is known"
+        "reference": "no cache folder: the home folder is unknown"
         if folders["reference_cache"]["path"] is None
         else _describe_folder(
             from_home(folders["reference_cache"]["path"]), folders["reference_cache"]["free"]

@@ -55,7 +55,7 @@ def push(
     _print_files(upload)
     if dry_run:
         echo(f"\n{(folder / CARD).read_text(encoding='utf-8')}")
-        echo(f"Nothing was sent to {name}.")
+        echo(f"Nothing was uploaded to {name}.")
         return
     result = hub.push(
         upload.files, name, message=upload.message, public=public, overwrite=overwrite

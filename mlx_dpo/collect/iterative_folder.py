@@ -252,7 +252,7 @@ def read_loop_record(paths: IterativePaths) -> dict[str, Any] | None:
         DPOConfig.from_dict(record["settings"])
         return {name: dict(record[name]) for name in ("loop", "settings", "contents")}
     except (ValueError, KeyError, TypeError, ConfigError) as error:
-        raise RunError(f"{paths.record}: not the record of a loop ({error})") from error
+        raise RunError(f"{paths.record}: not the state of a loop ({error})") from error
 
 
 def _check_unchanged(

@@ -16,7 +16,7 @@ from mlx_dpo.errors import ConfigError
 from mlx_dpo.schemas.messages import check_readable
 
 # Reasons why a prompt has no pair.
-TIE, SKIPPED, IDENTICAL, EMPTY = "tie", "skipped", "all answers are alike", "too few answers"
+TIE, SKIPPED, IDENTICAL, EMPTY = "tie", "skipped", "all answers are identical", "too few answers"
 PERSON = "person"
 
 
@@ -144,7 +144,7 @@ class RankingSession:
         """Store a pair from the current task: answer `best` is chosen, answer `worst` rejected."""
         task = self._get_task()
         if best == worst:
-            raise ConfigError("an answer cannot be better than itself; choose another")
+            raise ConfigError("an answer cannot be better than itself; choose another one")
         self._write(make_pair(task, best, worst, {"by": PERSON}))
 
     def edit(self, rejected: int, text: str) -> None:

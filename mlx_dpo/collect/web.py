@@ -187,7 +187,7 @@ def state_version(session: RankingSession) -> str:
 def run_command(session: RankingSession, command: PageState) -> str | None:
     """Run a command of the ranking page; return a message for the person, or None."""
     if command.get("version") != state_version(session):
-        return "This prompt is decided already"
+        return "This prompt already has a decision"
     try:
         return _run_command(session, command)
     except (ConfigError, DataError) as error:

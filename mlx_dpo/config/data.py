@@ -111,7 +111,7 @@ DATA_NO_EFFECT: tuple[NoEffect[PairSettings], ...] = (
     NoEffect(
         ("column",),
         lambda s: any(name == column for name, column in s.columns.items()),
-        "where both names are the same",
+        "if both names are the same",
     ),
     NoEffect(
         ("mix",),

@@ -87,18 +87,18 @@ class DPOConfig(  # fields come in the order of the bases, last one first
         losses = ", ".join(self.loss_type)
         if self.weight_column is not None and self.uses_whole_batch and not self.labelled:
             raise ConfigError(
-                f"`weight_column` is not defined for loss_type {losses}, whose terms are of "
+                f"`weight_column` is not defined for loss_type {losses}, whose terms compare "
                 "several pairs"
             )
         if self.labelled and self.batch_size < 2:
             raise ConfigError(
                 f"`batch_size` must be at least 2 with loss_type `{losses}`, which compares the "
-                "rows of a step with each other, got 1"
+                "rows of a step with each other; got 1"
             )
         if self.sync_ref_model and self.metric_for_best_model is not None:
             raise ConfigError(
-                "`metric_for_best_model` compares evaluations, and `sync_ref_model` changes their "
-                "reference; leave one of them out"
+                "`metric_for_best_model` compares evaluations, but `sync_ref_model` changes the "
+                "reference between them; leave out one of them"
             )
 
     @property
@@ -228,7 +228,7 @@ NO_EFFECT: tuple[NoEffect[DPOConfig], ...] = (
         lambda s: s.micro_batch_size is not None and (s.max_tokens or 0) >= s._most_tokens_per_pass,
         lambda s: (
             f"together with `micro_batch_size` {s.micro_batch_size} and `max_length` "
-            f"{s.max_length}: a pass never has more than {s._most_tokens_per_pass} tokens"
+            f"{s.max_length}: a forward pass never has more than {s._most_tokens_per_pass} tokens"
         ),
     ),
 )

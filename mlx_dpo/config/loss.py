@@ -160,7 +160,7 @@ def check_losses(settings: LossSettings) -> None:
             them.
     """
     if not settings.loss_type:
-        raise ConfigError("`loss_type` names no loss; `mlx-dpo losses` lists them")
+        raise ConfigError("`loss_type` is empty; `mlx-dpo losses` lists them")
     for name in settings.loss_type:
         check_loss_name(name)
     _check_sum(settings)
@@ -175,7 +175,7 @@ def _check_sum(settings: LossSettings) -> None:
         raise ConfigError(f"`loss_type` names `{repeated[0]}` twice; use `loss_weights`")
     if settings.loss_weights and len(settings.loss_weights) != len(names):
         raise ConfigError(
-            "`loss_weights` must be as many as `loss_type` "
+            "`loss_weights` must have as many entries as `loss_type` "
             f"(found {len(settings.loss_weights)} and {len(names)})"
         )
     if settings.labelled and len(names) > 1:
@@ -222,7 +222,7 @@ def _check_divergence(settings: LossSettings) -> None:
         if loss.needs_reference and not loss.uses_divergence:
             raise ConfigError(
                 f"`f_divergence_type` {divergence} is not defined for loss_type `{loss.name}`; "
-                f"it is for {_shorter_list(defined)}"
+                f"use {_shorter_list(defined)}"
             )
 
 
@@ -230,13 +230,13 @@ def _check_weighting(settings: LossSettings) -> None:
     for loss in settings.losses:
         if settings.ld_alpha is not None and (loss.labelled or not loss.needs_reference):
             raise ConfigError(
-                f"`ld_alpha` is not defined for loss_type `{loss.name}`, which takes "
-                "the likelihood of whole completions"
+                f"`ld_alpha` is not defined for loss_type `{loss.name}`, which uses the "
+                "likelihood of whole completions"
             )
         if settings.use_weighting and loss.uses_whole_batch:
             raise ConfigError(
-                f"`use_weighting` is not defined for loss_type `{loss.name}`, whose terms "
-                "are of several pairs; it is for losses of one pair"
+                f"`use_weighting` is not defined for loss_type `{loss.name}`, whose terms compare "
+                "several pairs; use a loss of single pairs"
             )
 
 

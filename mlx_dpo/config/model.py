@@ -122,12 +122,12 @@ LORA_NO_EFFECT: tuple[NoEffect[LoRASettings], ...] = (
             "num_layers",
         ),
         lambda s: s.start_adapter is not None,
-        "together with `start_adapter`: the adapter decides it",
+        "together with `start_adapter`, whose own settings apply",
     ),
     NoEffect(
         ("lora_r", "lora_alpha", "use_rslora", "lora_dropout"),
         lambda s: s.fine_tune_type == "full",
-        "with fine_tune_type `full`: there are no adapters",
+        "with fine_tune_type `full`, which has no adapters",
     ),
 )
 
@@ -190,5 +190,5 @@ def check_reference_settings(settings: ReferenceSettings) -> None:
     if settings.sync_ref_model and settings.reference_model is not None:
         raise ConfigError(
             "`sync_ref_model` updates the initial model towards the policy, and "
-            "`reference_model` names another model; leave one of them out"
+            "`reference_model` names another model; leave out one of them"
         )

@@ -102,7 +102,7 @@ def parse_value(name: str, value: Any, spec: Setting) -> Any:
     if value is None:
         if spec.is_optional:
             return None
-        raise ConfigError(f"`{name}` must be {spec.type.__name__}, got nothing")
+        raise ConfigError(f"`{name}` must be {spec.type.__name__}, got no value")
     if spec.is_list:
         items = list(value) if isinstance(value, list | tuple) else [value]
         return tuple(_parse_item(name, item, spec) for item in items)
@@ -146,7 +146,7 @@ def _convert(name: str, value: Any, wanted: type) -> Any:
 def _check_text(name: str, value: str) -> None:
     """Raise `ConfigError` if a text has a character that no file name and no prompt has."""
     if "\0" in value:
-        raise ConfigError(f"`{name}` must not hold a NUL character, got {_show(value)}")
+        raise ConfigError(f"`{name}` must not contain a NUL character, got {_show(value)}")
     try:
         value.encode()
     except UnicodeEncodeError:

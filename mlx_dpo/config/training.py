@@ -241,7 +241,7 @@ def check_reporting_settings(settings: ReportingSettings) -> None:
     """Raise `ConfigError` for a repeated or contradictory `report_to`, or for an empty name."""
     for tracker in settings.report_to:
         if settings.report_to.count(tracker) > 1:
-            raise ConfigError(f"`report_to` names {tracker} twice")
+            raise ConfigError(f"`report_to` contains {tracker} twice")
     if NO_TRACKER in settings.report_to and settings.tracker_names:
         raise ConfigError(f"`report_to` {NO_TRACKER} contradicts {settings.tracker_names[0]}")
     for name, value in (("run_name", settings.run_name), ("project", settings.project)):

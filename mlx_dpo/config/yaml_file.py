@@ -64,7 +64,7 @@ class _StrictLoader(yaml.SafeLoader):
             return super().construct_object(node, deep)
         except (ValueError, OverflowError, LookupError, TypeError, AttributeError):
             kind = node.tag.rpartition(":")[2]
-            raise _error(f"no value of the type `{kind}`", node) from None
+            raise _error(f"not a value of the type `{kind}`", node) from None
 
 
 def _error(problem: str, node: Any) -> yaml.MarkedYAMLError:
@@ -130,7 +130,7 @@ def read_yaml(path: str) -> YamlSettings:
             loader.dispose()
     if node is None or not isinstance(values, dict):
         found = "nothing" if values is None else type(values).__name__
-        raise ConfigError(f"{path}: expected lines of `setting: value`, found {found}")
+        raise ConfigError(f"{path}: expected `setting: value` on each line, found {found}")
     lines = {key.value: key.start_mark.line + 1 for key, _ in node.value if key.id == "scalar"}
     return YamlSettings(values, lines)
 

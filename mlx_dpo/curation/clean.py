@@ -10,7 +10,7 @@ from typing import Any
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.config.setting import check_known
 from mlx_dpo.curation.check import check_pairs
-from mlx_dpo.data.inspect.findings import CHECKS, Check
+from mlx_dpo.data.inspect.findings import CHECKS, RENAMED_CHECKS, Check
 from mlx_dpo.data.inspect.raw_rows import (
     JSON_LINES,
     check_new_path,
@@ -48,7 +48,7 @@ def clean_pairs(
 ) -> CleanResult:
     """Write the rows that no check in `drop` reports to `output`, and a report file next to it.
 
-    An empty `drop` means every check of severity `fault`.
+    An empty `drop` means every check of severity `error`.
 
     Raises:
         DataError: a source cannot be read to its end.
@@ -89,7 +89,7 @@ def _make_report(
     skipped = _skipped_checks(results)
     return {
         "sources": [source.name for source in sources],
-        "looked_for": [check.name for check in checks if check.name not in skipped],
+        "checks": [check.name for check in checks if check.name not in skipped],
         "rows": results.train.rows,
         "kept": results.train.rows - len(dropped),
         "dropped": dict(Counter(name for names in dropped.values() for name in names)),
@@ -101,10 +101,14 @@ def _make_report(
 
 def _select_checks(drop: Sequence[str]) -> list[Check]:
     for name in drop:
+        if name in RENAMED_CHECKS:
+            raise ConfigError(f"`drop` {name} is now called `{RENAMED_CHECKS[name]}`")
         check_known(name, CHECKS, "finding", hint="docs/data.md lists them")
         if not CHECKS[name].can_drop:
-            raise ConfigError(f"`drop` {name} has no effect; it is found of all pairs, not of rows")
-    return [check for check in CHECKS.values() if (check.name in drop if drop else check.is_fault)]
+            raise ConfigError(
+                f"`drop` {name} has no effect; it describes all pairs together, not single rows"
+            )
+    return [check for check in CHECKS.values() if (check.name in drop if drop else check.is_error)]
 
 
 def _find_dropped_rows(results: CheckResults, checks: Sequence[Check]) -> dict[str, list[str]]:
@@ -125,9 +129,7 @@ def _skipped_checks(results: CheckResults) -> list[str]:
 
 def _check_arguments(config: DPOConfig, output: Path, report: Path) -> None:
     if output.suffix != JSON_LINES:
-        raise ConfigError(
-            f"{output}: rows are written as lines of JSON; give a `{JSON_LINES}` file"
-        )
+        raise ConfigError(f"{output}: rows are written as JSON lines; give a `{JSON_LINES}` file")
     for path in (output, report):
         check_new_path(path)
     check_rows_independent(config)
@@ -146,4 +148,4 @@ def _check_sources_distinct(sources: Sequence[Source]) -> None:
     names += [str(path) for source in sources for path in source.files if str(path) != source.name]
     repeated = [name for name, count in Counter(names).items() if count > 1]
     if repeated:
-        raise ConfigError(f"{repeated[0]}: is named twice, so rows have no place of their own")
+        raise ConfigError(f"{repeated[0]}: is named twice; name it once")

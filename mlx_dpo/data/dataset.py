@@ -218,7 +218,7 @@ def _other_prompt_indices(keys: Sequence[object]) -> list[int]:
     if len(groups) == 1:
         raise ConfigError(
             "loss_type `kto` needs rows of at least two prompts in training and in held-out "
-            "rows: it compares each with the answer to another one; give more, or "
+            "rows: it compares each prompt with the answer to another prompt; give more, or "
             "--valid-fraction 0"
         )
     grouped = [index for group in groups.values() for index in group]

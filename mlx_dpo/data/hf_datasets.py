@@ -16,6 +16,7 @@ from mlx_dpo.io.hub_token import check_hub_token
 from mlx_dpo.schemas.schema import Row
 
 BATCH_ROWS = 1000  # rows of a `datasets.Dataset` that are Python objects at the same time
+HUB_SECONDS = 10  # until the Hub counts as out of reach
 HUB_NAME = re.compile(
     r"(?P<path>[\w.-]+/[\w.-]+)(?::(?P<config>[\w.+-]+))?(?:@(?P<revision>[\w./-]+))?"
 )
@@ -87,17 +88,71 @@ def parse_hub_name(name: str) -> HubDataset | None:
 
 
 def _call_hub(dataset: HubDataset, call: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call a function of `datasets` that reads a dataset from its cache or from the Hub.
+
+    The Hub is asked once before. If it cannot be reached, the call reads the cache alone: by
+    itself, `datasets` tries six times within half a minute and prints each try.
+
+    Raises:
+        DataError: the dataset does not exist, or it is not in the cache and cannot be downloaded.
+    """
     from datasets.exceptions import DatasetsError
+    from huggingface_hub import constants
     from huggingface_hub.errors import HTTPError
 
     check_hub_token()
+    was_offline = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = is_offline = was_offline or not _is_hub_reachable(dataset)
     try:
         return call(*args, **kwargs)
-    except (*(OSError, ValueError, LookupError, RuntimeError, DatasetsError, HTTPError),) as error:
-        raise DataError(
-            f"{dataset}: neither a local file or folder nor a dataset that can be loaded from "
-            f"the Hub ({reason(error)}); check the name and the connection"
-        ) from error
+    except (OSError, ValueError, LookupError, RuntimeError, DatasetsError, HTTPError) as error:
+        problem = f"cannot be loaded from the Hub ({reason(error)}); check the name and the network"
+        if is_offline:
+            place = "`HF_HUB_OFFLINE` is set" if was_offline else "the Hub cannot be reached"
+            problem = (
+                f"no such file or folder, the dataset is not in the Hub's cache, and {place}; "
+                "check the name and the network"
+            )
+        raise DataError(f"{dataset}: {problem}") from error
+    finally:
+        constants.HF_HUB_OFFLINE = was_offline
+
+
+def _is_hub_reachable(dataset: HubDataset) -> bool:
+    """Return whether the Hub answers a request for the dataset.
+
+    Raises:
+        DataError: the Hub has no such dataset, or does not let the user read it.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HTTPError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    login = "log in with `hf auth login`"
+    try:
+        HfApi().dataset_info(
+            dataset.path, revision=dataset.revision, timeout=HUB_SECONDS, expand=["private"]
+        )
+    except GatedRepoError as error:
+        url = f"https://huggingface.co/datasets/{dataset.path}"
+        problem = f"the dataset is gated; accept its terms on {url}, {login}"
+        raise DataError(f"{dataset}: {problem}") from error
+    except RepositoryNotFoundError as error:
+        problem = "no such file or folder, and no such dataset on the Hub; check the name"
+        raise DataError(f"{dataset}: {problem}; if the dataset is private, {login}") from error
+    except RevisionNotFoundError as error:
+        problem = f"the Hub has no revision `{dataset.revision}` of this dataset; check the name"
+        raise DataError(f"{dataset}: {problem}") from error
+    except HfHubHTTPError:
+        return True  # the Hub has a problem, which the call reports
+    except (HTTPError, OSError):
+        return False
+    return True
 
 
 @dataclass(frozen=True, eq=False)

@@ -64,7 +64,7 @@ def collect_prompts(prompts: Iterable[Prompt], name: str) -> list[Prompt]:
     """
     unique = unique_prompts(prompts)
     if not unique:
-        raise DataError(f"{name}: no prompts in it; write one per line")
+        raise DataError(f"{name}: contains no prompts; write one per line")
     return unique
 
 
@@ -157,7 +157,7 @@ def _prompt_of_pair(row: Row) -> Prompt:
     # A bad pair may have a good prompt; completions as messages may contain more of the prompt.
     if row.record.get("prompt") and not isinstance(row.record.get("chosen"), list):
         return _prompt_field(row)
-    raise DataError(f"{row.location}: no prompt can be read of it ({problem}); leave the row out")
+    raise DataError(f"{row.location}: the row has no readable prompt ({problem}); remove the row")
 
 
 def _prompt_field(row: Row) -> Prompt:
@@ -171,7 +171,9 @@ def _prompt_field(row: Row) -> Prompt:
             return make_prompt(parse_messages(value, name, row.location), row.location)
         prompt = make_prompt(parse_text(value, name, row.location), row.location)
         return add_system_prompt([prompt], _system_field(row))[0]
-    raise DataError(f"{row.location}: no `prompt` and no `messages` (found {format_names(record)})")
+    raise DataError(
+        f"{row.location}: missing `prompt` or `messages` (found {format_names(record)})"
+    )
 
 
 def _system_field(row: Row) -> str | None:

@@ -174,9 +174,7 @@ class PairsReport:
         if self.with_system:
             lines.append(f"{self._count(self.with_system)} with the system turn of --system")
         for name, count in self.unwritten.most_common():
-            lines.append(
-                f"{self._count(count)} with `{name}` that the model's chat template does not write"
-            )
+            lines.append(f"{self._count(count)} with `{name}` that the model's chat template drops")
         return lines
 
     def _special_token_lines(self) -> list[str]:
@@ -202,7 +200,7 @@ class PairsReport:
         return f"tokens: {self.prompt_tokens:,} prompt, {answers}; longest row {self.longest:,}"
 
     def _count(self, count: int) -> str:
-        return _counted(count, "judged answer" if self.judged else "pair")
+        return _counted(count, "labelled answer" if self.judged else "pair")
 
     def dropped_lines(self) -> list[str]:
         """Return one line of text per reason: how many pairs were dropped for it, and where."""

@@ -89,7 +89,7 @@ def find_sources(
     if [item for item in (*inputs, valid) if isinstance(item, str)].count(STDIN) > 1:
         raise ConfigError("`-` is standard input, which can be read only once")
     if split is not None and not any(_has_splits(item) for item in inputs):
-        raise ConfigError("`split` has no effect on files; they have none")
+        raise ConfigError("`split` has no effect: files have no splits")
     given = (resolve_held_out_source(valid),) if valid is not None else ()
     train = tuple(resolve_source(item, split) for item in inputs)
     own = tuple(source for item in inputs if (source := _held_out_split(item, split)) is not None)
@@ -147,8 +147,8 @@ def resolve_source(source: Input, split: str | None = None) -> Source:
         source_in_folder = _find_in_folder(path, (split,))
         if source_in_folder is None:
             raise DataError(
-                f"{path}: no file of the split `{split}` (looked for `{split}.jsonl` and the "
-                "like, in it and in `data`)"
+                f"{path}: no file of the split `{split}` (looked for `{split}.jsonl` and similar "
+                "names, there and in `data`)"
             )
         return source_in_folder
     if not path.exists() and (dataset := parse_hub_name(source)) and not _is_file_name(path):
@@ -268,6 +268,6 @@ def _check_all_shards(folder: Path, split: str, shards: Iterable[Path]) -> None:
     count = present[0][0]
     if present != [(count, number) for number in range(count)]:
         raise DataError(
-            f"{folder}: {len(present)} of the {count} files of `{split}` are there; fetch the "
-            "others"
+            f"{folder}: {len(present)} of the {count} files of `{split}` are present; download "
+            "the others"
         )

@@ -199,7 +199,7 @@ def check_judge(reward: str | None, judge: str | None, rubric: str | None) -> No
         ConfigError: two arguments contradict each other, or one has no effect.
     """
     if reward is not None and judge is not None:
-        raise ConfigError("`judge` has no effect with `reward`; leave one of them out")
+        raise ConfigError("`judge` has no effect with `reward`; leave out one of them")
     if rubric is not None and judge is None:
         raise ConfigError("`rubric` has no effect without `judge`")
 

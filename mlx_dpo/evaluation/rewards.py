@@ -131,7 +131,7 @@ def load_reward(spec: str) -> RewardFunction:
             f"`{key}`" for key, value in vars(module).items()
             if callable(value) and getattr(value, "__module__", None) == module.__name__
         )  # fmt: skip
-        raise ConfigError(f"{source}: no function `{name}` in it (found {available or 'none'})")
+        raise ConfigError(f"{source}: no function `{name}` (found {available or 'none'})")
     return RewardFunction(spec, function, Path(module.__file__) if module.__file__ else None)
 
 

@@ -74,8 +74,8 @@ def mean_logp_difference(source: mx.array, converted: mx.array) -> float:
     for name, logps in (("the source", source), ("the converted model", converted)):
         if not scalar(mx.isfinite(logps).all()):
             raise ModelError(
-                f"{name} gives log-probabilities that are not numbers; "
-                "its weights are broken or out of range for `dtype`"
+                f"{name} gives log-probabilities that are not finite; its weights are damaged or "
+                "out of range for `dtype`"
             )
     return scalar(mx.abs(source - converted).mean())
 
@@ -141,7 +141,7 @@ def convert(  # noqa: PLR0913 (one argument for each option of the command)
     check_output_folder(output, _expected_bytes(model, quantization))
     with new_output_folder(output) as partial:
         with (
-            load.loading_errors(source, "cannot be converted", "take other settings"),
+            load.loading_errors(source, "cannot be converted", "choose other settings"),
             disk_errors(output),
         ):
             _write(path, partial, quantization, trust_remote_code)
@@ -239,9 +239,10 @@ def _check_same_model(source: str, difference: float, stored: str, written: str)
     allowed = tolerance(stored, written)
     if difference > allowed:
         raise ModelError(
-            f"{source}: the converted model is another one (its log-probabilities differ by "
+            f"{source}: the converted model differs too much from the source (log-probabilities "
+            "differ by "
             f"{difference:.2g} nats per token, and {stored} to {written} explains {allowed:.2g}); "
-            "nothing was kept"
+            "no output was written"
         )
 
 
@@ -260,7 +261,8 @@ def _notes(
             quantization.group_size,
             quantization.group_sizes,
         )
-        far = f"{difference:.2g} nats per token is a lot: take more bits or smaller groups"
+        far = f"{difference:.2g} nats per token is a large change: use more bits or a smaller "
+        "group size"
         return (*notes, far) if difference > LARGE_ERROR else notes
     stored, written = main_dtype(before), main_dtype(after)
     if quantization.dtype is None and stored != written:

@@ -148,13 +148,23 @@ class FuseOptions:
 
     def __post_init__(self) -> None:
         hf = self.to == "hf"
-        types = "with `--to hf`: every tensor keeps the type that it has in the checkpoint"
+        types = "with `--to hf`: every tensor keeps its dtype in the checkpoint"
         for name, value, idle, why in (
-            ("bits", self.bits, hf, "with `--to hf`: transformers cannot read MLX's packing"),
+            (
+                "bits",
+                self.bits,
+                hf,
+                "with `--to hf`: transformers cannot read MLX's quantized weights",
+            ),
             ("dtype", self.dtype, hf, types),
             ("group-size", self.group_size, self.bits is None, "without `--bits`"),
             ("base", self.base, not hf, "without `--to hf`"),
-            ("gguf", self.gguf, not hf, "without `--to hf`, from which it is made"),
+            (
+                "gguf",
+                self.gguf,
+                not hf,
+                "without `--to hf`, because GGUF is converted from that checkpoint",
+            ),
             ("converter", self.converter, self.gguf is None, "without `--gguf`"),
         ):
             if value is not None and idle:
@@ -205,7 +215,7 @@ def fuse_run(folder: str, output: Path, options: FuseOptions) -> FusedModel:
     )
     if not pairs:
         raise ConfigError(
-            f"{folder}: the run held no pairs out to measure on; name some with --pairs"
+            f"{folder}: the run has no held-out pairs to measure on; name pairs with --pairs"
         )
     checkpoint = _find_checkpoint(base, options)
     dtype = options.dtype or _stored_dtype(base, opened)
@@ -327,9 +337,9 @@ def _check_retention(output: Path, retention: Retention, options: FuseOptions) -
     is_within = options.min_retained <= retention.minimum and retention.maximum <= most
     if is_within or options.force:
         return
-    advice = "leave `--bits` out, or take more" if options.bits else "take a wider `--dtype`"
+    advice = "leave out `--bits`, or use more bits" if options.bits else "use a wider `--dtype`"
     if options.to == "hf":
-        advice = "see that the checkpoint is the one that was trained on"
+        advice = "check that the checkpoint is the one that was trained"
     elif abs(retention.margin_before) < SMALL_MARGIN:
         advice = (
             f"training hardly moved it (a margin of {retention.margin_before:.1g} nats): train on"

@@ -88,7 +88,8 @@ def merged_tensors(
 def _trained_weights(model: nn.Module, kind: str, checkpoint: HFCheckpoint) -> Arrays:
     if kind not in SAME_LAYOUT - TRANSPOSED or checkpoint.is_quantized:
         raise ModelError(
-            f"{checkpoint.name}: layers of `{kind}` are not known to have the same layout in it"
+            f"{checkpoint.name}: layers of `{kind}` are not known to have the same layout in a "
+            "Hugging Face checkpoint"
         )
     changed = {
         hf_tensor_name(name, kind): value
@@ -96,7 +97,7 @@ def _trained_weights(model: nn.Module, kind: str, checkpoint: HFCheckpoint) -> A
     }
     for name, value in changed.items():
         if checkpoint.shapes.get(name) != value.shape:
-            raise ModelError(f"{checkpoint.name}: it has no `{name}` of the shape {value.shape}")
+            raise ModelError(f"{checkpoint.name}: no tensor `{name}` of shape {value.shape}")
     return _add_tied_lm_head(changed, model, checkpoint)
 
 
@@ -144,16 +145,16 @@ def find_gguf_converter(given: str | None) -> Path:
             "llama.cpp (`brew install llama.cpp`); name it with `--converter`"
         )
     if not os.access(path, os.X_OK):
-        raise ConfigError(f"{path}: is no program; allow it to run with `chmod +x`")
+        raise ConfigError(f"{path}: not executable; make it so with `chmod +x`")
     return path
 
 
 def check_output_file(output: Path) -> None:
     """Raise `ConfigError` if the output file exists already, or its folder does not exist."""
     if output.exists():
-        raise ConfigError(f"{output}: is there already; take another name")
+        raise ConfigError(f"{output}: already exists; choose another name")
     if not output.resolve().parent.is_dir():
-        raise ConfigError(f"{output}: there is no folder {output.parent}; make it first")
+        raise ConfigError(f"{output}: the folder {output.parent} does not exist; create it")
 
 
 def write_gguf(converter: Path, model: Path, output: Path) -> None:
@@ -180,7 +181,7 @@ def write_gguf(converter: Path, model: Path, output: Path) -> None:
 
 def _converter_message(output: Path, converter: Path, model: Path, message: str) -> str:
     return (
-        f"{output}: {converter.name} cannot convert the model ({message[:200]}); the checkpoint is "
-        f"whole in {model}: see that the converter's own requirements are installed, and that it "
-        "knows the architecture and the tokenizer"
+        f"{output}: {converter.name} cannot convert the model ({message[:200]}); the checkpoint "
+        f"itself is complete in {model}; check that the converter's requirements are installed "
+        "and that it supports the architecture and the tokenizer"
     )

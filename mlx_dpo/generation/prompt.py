@@ -18,7 +18,7 @@ def check_thinking(tokenizer: Any) -> None:
     """
     if not has_thinking_mode(tokenizer):
         raise ConfigError(
-            "`thinking` has no effect; the model's chat template knows no thinking mode"
+            "`thinking` has no effect; the model's chat template has no thinking mode"
         )
 
 
@@ -43,7 +43,7 @@ def encode_prompt(
         ) from None
     if not ids:
         raise ModelError(
-            "the model's chat template writes nothing of the conversation; use a model with "
+            "the model's chat template drops the whole conversation; use a model with "
             "another chat template"
         )
     return list(ids)

@@ -52,13 +52,14 @@ def _describe(error: BaseException) -> str:
     if isinstance(error, HFValidationError):
         return INVALID_NAME
     if isinstance(error, RepositoryNotFoundError):
-        return f"the Hub has no such repository for you; check the name, or {LOGIN}"
+        return f"no such repository on the Hub, or no access to it; check the name, or {LOGIN}"
     if isinstance(error, HfHubHTTPError):
         return _describe_response(error)
     if isinstance(error, ValueError) and "README.md" in str(error):
         return f"the Hub rejects the model card ({reason(error)}); fix README.md"
     if isinstance(error, ValueError):
-        return f"the response is not the Hub's ({reason(error)}); check the network, then try again"
+        return f"the response is not from the Hub ({reason(error)}); check the network, then try "
+        "again"
     return f"the Hub cannot be reached ({reason(error)}); try again"
 
 

@@ -158,7 +158,7 @@ def _about(content: CardContent) -> str:
 
 def _results(content: CardContent) -> str:
     if not content.evaluation:
-        return "No data were held out, so the adapter was not evaluated."
+        return "No pairs were held out, so the adapter was not evaluated."
     rows = [
         (f"`{name}`", f"{content.evaluation[name]:.4f}", meaning)
         for name, meaning in _metric_meanings(content).items()
@@ -207,8 +207,9 @@ def _settings(content: CardContent) -> list[str]:
 
 def _limitations(content: CardContent) -> str:
     lines = [
-        "* The model prefers what its training data prefer, with their mistakes and blind spots. "
-        "The metrics are of similar data and say nothing about facts, safety or other tasks.",
+        "* The model learned the preferences of its training data, including their mistakes and "
+        "gaps. The metrics were measured on similar data and say nothing about facts, safety or "
+        "other tasks.",
         "* Fusing the adapter into a quantized model can undo the training; `mlx-dpo fuse` "
         "measures that.",
         "* " + _license_sentence(content),
@@ -223,7 +224,7 @@ def _limitations(content: CardContent) -> str:
 def _license_sentence(content: CardContent) -> str:
     if name := content.license.get("license_name") or content.license.get("license"):
         return f"License: that of the base model, {escape_markdown(str(name), keep_code=True)}."
-    return "License: that of the base model, which was not known when this card was written."
+    return "License: that of the base model, which was unknown when this card was written."
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

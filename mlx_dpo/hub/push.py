@@ -83,7 +83,9 @@ def _file_in_run(folder: Path, name: str) -> Path:
     """
     file = folder / name
     if not file.is_file() or not file.resolve().is_relative_to(folder.resolve()):
-        raise ConfigError(f"{name}: not a file of the run folder {folder}; no other files are sent")
+        raise ConfigError(
+            f"{name}: not a file of the run folder {folder}; only files of the run are uploaded"
+        )
     return file
 
 
@@ -102,7 +104,7 @@ def check_secrets(files: Mapping[str, Path | bytes]) -> None:
         )
         hidden = len(matches) - MAX_LISTED_SECRETS
         more = f", and {hidden} more" if hidden > 0 else ""
-        raise ConfigError(f"nothing was sent: {listed}{more}; remove it, or leave the file out")
+        raise ConfigError(f"nothing was uploaded: {listed}{more}; remove it, or leave the file out")
 
 
 def push(
@@ -169,7 +171,7 @@ def _get_or_create_repository(api: HfApi, name: str, *, public: bool) -> ModelIn
         return None
     if not repository.private and not public:
         raise ConfigError(
-            f"{name}: is public already; add --public to publish, or choose another name"
+            f"{name}: is already public; add --public to publish, or choose another name"
         )
     if repository.private and public:
         raise ConfigError(

@@ -89,7 +89,7 @@ def make_run_card(
 
 
 def _license_note(*, online: bool, was_requested: bool) -> str:
-    failed = ", and the Hub did not answer with it" if was_requested else ""
+    failed = ", and the Hub's answer did not include it" if was_requested else ""
     hint = "" if online else ", or let `mlx-dpo card --online` ask the Hub"
     return f"the license of the base is unknown{failed}: add `license` to the card{hint}"
 
@@ -190,8 +190,10 @@ def _describe_data(opened: OpenRun, named: Sequence[str], *, is_complete: bool) 
     unit = "labelled completions" if opened.config.labelled else "preference pairs"
     text = f"{opened.record['counts']['train']:,} {unit}"
     if not links:
-        return f"{text}, which are not named here"
-    return f"{text} of {', '.join(links)}" + ("" if is_complete else " and of data not named here")
+        return f"{text}, which are not named on this card"
+    return f"{text} of {', '.join(links)}" + (
+        "" if is_complete else " and of data that this card does not name"
+    )
 
 
 def trained_steps(record: Mapping[str, Any]) -> int:
@@ -213,7 +215,7 @@ def _describe_steps(record: Mapping[str, Any]) -> str:
 
 def _peft_problem(loads_in: str) -> str:
     """Return why PEFT cannot load an adapter, from the text `loads_in` of the run record."""
-    return loads_in.partition(": ")[2].partition(";")[0] or "its run is of an older version"
+    return loads_in.partition(": ")[2].partition(";")[0] or "the run was made by an older version"
 
 
 def _describe_reference(config: DPOConfig) -> str:

@@ -40,7 +40,7 @@ NAME_ERRORS = {
     errno.ENOENT: "no such file",
     errno.ENOTDIR: "no such file",
     errno.ENAMETOOLONG: "the name is too long for a file",
-    errno.ELOOP: "a link that leads to itself",
+    errno.ELOOP: "a loop of symbolic links",
 }
 
 
@@ -62,7 +62,7 @@ def open_file(path: Path, error: type[DPOError], *, accept_pipe: bool = False) -
         _raise_unreadable(path, failed, error)
     except ValueError:  # a NUL character ends a name for the system
         shown = str(path).replace("\0", "\\0")
-        raise error(f"{shown}: no file has a NUL character in its name; fix the name") from None
+        raise error(f"{shown}: the name contains a NUL character; fix the name") from None
     kind = stat.S_IFMT(os.fstat(handle).st_mode)
     from_shell = accept_pipe and (path.parent in PIPE_FOLDERS or path == STANDARD_INPUT)
     if kind != stat.S_IFREG and not (from_shell and kind != stat.S_IFDIR):
@@ -258,8 +258,8 @@ class UnpackedStream(io.RawIOBase):
     def _check(self) -> None:
         if self._position > self._limit:
             raise self._error(
-                f"{self._path}: unpacks to more than {format_bytes(self._limit)}, "
-                "far more than text does; unpack it and give the file that is in it"
+                f"{self._path}: decompresses to more than {format_bytes(self._limit)}, which is "
+                "not plausible for text; decompress it and give the file inside"
             )
 
 
@@ -276,13 +276,13 @@ def _unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(entries) < len(pairs):
         [(repeated, _)] = Counter(name for name, _ in pairs).most_common(1)
         shown = repeated.encode("ascii", "backslashreplace").decode()[:80]
-        raise _RefusedJSONError(f"`{shown}` stands twice in one object; keep one of them")
+        raise _RefusedJSONError(f"`{shown}` occurs twice in one object; keep one of them")
     return entries
 
 
 def _raise_nested(location: str, error: type[DPOError]) -> NoReturn:
     raise error(
-        f"{location}: nested too deeply (more than {MAX_NESTING} lists and objects in each other)"
+        f"{location}: nested too deeply (more than {MAX_NESTING} nested lists and objects)"
     ) from None
 
 

@@ -97,7 +97,7 @@ def verify_arrays(path: Path, *, expected: str | None = None) -> str | None:
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
-            raise damaged(path, "it is no file")
+            raise damaged(path, "it is not a file")
         state = (str(path), status.st_ino, status.st_size, status.st_mtime_ns)
         is_settled = time.time_ns() - status.st_mtime_ns > _SETTLED
         digest = _remembered_digest(*state) if is_settled else _verified_digest(path)
@@ -143,7 +143,7 @@ def _check_length(path: Path, head: bytes, size: int) -> None:
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         return  # not a safetensors file; MLX says so
     if is_short:
-        raise damaged(path, "the end of the file is missing")
+        raise damaged(path, "the file is truncated")
 
 
 def _read_head(stream: IO[bytes]) -> bytes:
@@ -253,5 +253,5 @@ def read_checked_json(path: Path) -> tuple[dict[str, Any], str | None]:
         raise damaged(path, NOT_FOUND)
     content = bounded.read_json(path, DamagedFileError)
     if not isinstance(content, dict):
-        raise damaged(path, f"it holds no JSON object, but {type(content).__name__}")
+        raise damaged(path, f"it contains {type(content).__name__} instead of a JSON object")
     return check_json(content, path), content.get(DIGEST)

@@ -90,16 +90,13 @@ def prepare_for_cpu(model: nn.Module, dtype: mx.Dtype = mx.float32) -> tuple[str
     notes = []
     if bits:
         widths = " and ".join(str(width) for width in sorted(bits))
-        notes.append(
-            f"{widths}-bit weights held unpacked in {target}: "
-            "the CPU backend multiplies packed weights slowly"
-        )
+        notes.append(f"{widths}-bit weights dequantized to {target} (faster on the CPU backend)")
     if num_packed := sum("scales" in module for module in model.modules()):
         layers = "1 layer" if num_packed == 1 else f"{num_packed} layers"
-        notes.append(f"{layers} of an unusual kind left packed, which the CPU computes slowly")
+        notes.append(f"{layers} left quantized (not supported here), which is slow on the CPU")
     if stored - {target}:
         names = " and ".join(sorted(stored - {target}))
-        notes.append(f"{names} weights held in {target}")
+        notes.append(f"{names} weights converted to {target}")
     return tuple(notes)
 
 
@@ -143,8 +140,8 @@ def dequantize_layer(
     """
     if packed.get("global_scale") is not None:
         raise ModelError(
-            f"{name}: packed as nvfp4 with a global scale, which MLX reads on a GPU only; "
-            "take a model packed without one"
+            f"{name}: quantized as nvfp4 with a global scale, which MLX supports only on a GPU; "
+            "use a model without a global scale"
         )
     weight = float32_weight(packed)
     plain = PLAIN_LAYERS[type(packed)](packed)

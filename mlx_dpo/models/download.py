@@ -47,7 +47,7 @@ def resolve_model(
             raise ConfigError(f"`revision` has no effect: `{source}` is a folder, not a Hub id")
         return folder.resolve()
     if os.path.isfile(folder):
-        raise ModelError(f"{source}: a file, not a model's folder; name the folder that holds it")
+        raise ModelError(f"{source}: a file, not a model folder; name the folder that contains it")
     if not source or source[0] in "./~" or source.count("/") > 1:
         raise ModelError(
             f"{source or '(nothing)'}: no such folder; a model is a folder or a Hub id "
@@ -86,29 +86,32 @@ def _download_message(error: Exception, source: str, revision: str | None) -> st
     """
     login = "log in with `hf auth login`"
     if isinstance(error, HFValidationError):
-        return "no such folder, and not a Hub id (`organisation/name`)"
+        return "no such folder, and not a Hub id (`org/name`)"
     if isinstance(error, GatedRepoError):
         return f"the model is gated; accept its terms on https://huggingface.co/{source}, {login}"
     if isinstance(error, RepositoryNotFoundError):
         return f"no such folder, and no such model on the Hub; if the model is private, {login}"
     if isinstance(error, RevisionNotFoundError):
-        return f"the Hub has no revision `{revision}` of it; leave `revision` out for the latest"
+        return f"the Hub has no revision `{revision}`; leave out `revision` for the latest"
     if isinstance(error, LocalEntryNotFoundError):
-        return _unreachable()
+        return _unreachable(source)
     if isinstance(error, HfHubHTTPError):
         return f"the Hub answered {error.response.status_code}; try again later"
     return f"cannot be downloaded ({_first_line(error)}); check the network and the disk"
 
 
-def _unreachable() -> str:
+def _unreachable(source: str) -> str:
+    """Return what is wrong with a model that cannot be downloaded now, and what to do."""
+    if "/" not in source:
+        return "no such folder; a model on the Hub is written `org/name`; check the name"
     if constants.HF_HUB_OFFLINE:
         return (
-            "no such folder, and not whole in the Hub's cache while `HF_HUB_OFFLINE` is set; "
+            "no such folder, not completely in the Hub's cache, and `HF_HUB_OFFLINE` is set; "
             "unset it to download the model"
         )
     return (
-        "no such folder, not whole in the Hub's cache, and the Hub cannot be reached; "
-        "check the network, or name a folder"
+        "no such folder, not completely in the Hub's cache, and the Hub cannot be reached; "
+        "check the name and the network"
     )
 
 

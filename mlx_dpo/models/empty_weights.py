@@ -68,8 +68,8 @@ def load_empty_model(
     check_tokenizer(path, source)
     if "model_file" in config:
         raise ModelError(
-            f"{source}: `{config['model_file']}` is the model's own code, which is not planned "
-            "for; `train` says what it needs"
+            f"{source}: `{config['model_file']}` is the model's own code, which `plan` does not "
+            "run; `train` prints the memory that it needs"
         )
     with loading_errors(source, errors=LIBRARY_ERRORS):
         model = build_model(config)

@@ -31,8 +31,8 @@ SETTINGS_FILES = (
     "added_tokens.json",
 )
 REMOTE_CODE_REFUSED = (
-    "Python code that comes with the model is not run unasked; "
-    "read it, then allow it with `trust_remote_code`"
+    "Python code of a model is not run without permission; read it, then allow it with "
+    "`trust_remote_code`"
 )
 PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # `hf_quant_config.json` holds ModelOpt's settings, `*.py` a model's own architecture.
@@ -151,10 +151,14 @@ def _read_config(folder: Path, source: str) -> dict[str, Any]:
     if not (folder / CONFIG).is_file():
         if (folder / "adapter_config.json").is_file():
             raise ModelError(_adapters_not_model(folder, source))
-        raise ModelError(f"{source}: not a model (no `{CONFIG}`); name the folder that holds it")
+        raise ModelError(
+            f"{source}: not a model folder (no `{CONFIG}`); name the folder that contains it"
+        )
     config = read_json(folder / CONFIG, f"{source}/{CONFIG}")
     if not isinstance(config.get("model_type"), str):
-        raise ModelError(f"{source}/{CONFIG}: no `model_type`; mlx-lm cannot tell what to build")
+        raise ModelError(
+            f"{source}/{CONFIG}: missing `model_type`; mlx-lm cannot know the architecture"
+        )
     return config
 
 
@@ -213,7 +217,8 @@ def _check_end_tokens(value: Any, where: str) -> None:
     if not all(type(token) is int and 0 <= token <= MAX_TOKEN_ID for token in ids):
         shown = json.dumps(value)[:60]
         raise ModelError(
-            f"{where}: `eos_token_id` is no token id (found {shown}); write the number of the end "
+            f"{where}: `eos_token_id` is not a token id (found {shown}); write the number of the "
+            "end "
             "token, or a list of numbers"
         )
 
@@ -249,8 +254,8 @@ def _check_weights(folder: Path, source: str) -> None:
     files = [file.name for file in folder.iterdir()]
     if pickles := [file.name for pattern in PICKLE_PATTERNS for file in folder.glob(pattern)]:
         raise ModelError(
-            f"{source}: weights are pickled (`{min(pickles)}`), and pickles are never read, for "
-            "they run code; take the model's safetensors, or save it as such with transformers"
+            f"{source}: weights are pickled (`{min(pickles)}`), and pickles can run code, so they "
+            "are never loaded; take the model's safetensors, or save it as such with transformers"
         )
     if gguf := [name for name in files if name.endswith(".gguf")]:
         raise ModelError(
@@ -259,7 +264,7 @@ def _check_weights(folder: Path, source: str) -> None:
         )
     other = sorted(name for name in files if name.endswith(".safetensors"))
     hint = f" (found `{other[0]}`)" if other else ""
-    raise ModelError(f"{source}: no weights: no file is named `{WEIGHT_PATTERN}`{hint}")
+    raise ModelError(f"{source}: no weights: no file matches `{WEIGHT_PATTERN}`{hint}")
 
 
 def _check_shards(folder: Path, source: str) -> None:

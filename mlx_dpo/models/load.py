@@ -174,7 +174,7 @@ def _tokenizer_message(error: Exception, path: Path, trust_remote_code: bool) ->
         if (path / name).is_file():
             if find_spec(library) is None:
                 return f"{missing}; copy it from the original model, or install `{library}`"
-            advice = f"get it again, or copy `{TOKENIZER}` from the original model"
+            advice = f"download it again, or copy `{TOKENIZER}` from the original model"
             return f"{missing}, and `{name}` cannot be read ({reason(error)}); {advice}"
     return f"{missing}; copy it from the original model"
 
@@ -218,7 +218,7 @@ def loading_errors(
         if isinstance(error, KeyError):
             message = f"no entry {message}"
         if isinstance(error, RuntimeError) and "malloc" in message:
-            advice = "it does not fit into memory: take a smaller model, or fewer `bits`"
+            advice = "it does not fit into memory: use a smaller model, or fewer `bits`"
         if any(text in message for text in NEWER_MLX):
             advice = UPDATE.format(f"MLX than {version('mlx')}")
         raise ModelError(f"{where}: {what} ({message}); {advice}") from error

@@ -45,8 +45,7 @@ def new_output_folder(output: Path) -> Iterator[Path]:
     final = output.resolve()
     if (process := other_writer(final)) is not None:
         raise ModelError(
-            f"{output}: process {process} is writing it at this moment; wait for it, "
-            "or name another folder"
+            f"{output}: process {process} is writing to it; wait for it, or name another folder"
         )
     with ExitStack() as stack:
         with disk_errors(output):

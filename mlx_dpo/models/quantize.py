@@ -66,11 +66,12 @@ def unquantized_notes(
     if unfit:
         notes.append(
             f"{len(unfit)} of {layers} layers left unquantized: their width ({_listed(unfit)}) is "
-            f"no multiple of {group_size}; {_fitting_group_size(unfit, group_sizes)}"
+            f"not a multiple of {group_size}; {_fitting_group_size(unfit, group_sizes)}"
         )
     if excluded := len(widths) - len(unfit):
         notes.append(
-            f"{excluded} of {layers} layers left unquantized, as the model's own rule says"
+            f"{excluded} of {layers} layers left unquantized, as the model's own configuration "
+            "requires"
         )
     return tuple(notes)
 
@@ -86,8 +87,8 @@ def unfit_notes(model: nn.Module, group_size: int) -> tuple[str, ...]:
     if not unfit:
         return ()
     return (
-        f"{len(unfit)} of {len(widths)} layers stay unquantized: their width ({_listed(unfit)}) is "
-        f"no multiple of {group_size}; {_fitting_group_size(unfit, AFFINE_GROUP_SIZES)}",
+        f"{len(unfit)} of {len(widths)} layers stay unquantized: their width ({_listed(unfit)}) "
+        f"is not a multiple of {group_size}; {_fitting_group_size(unfit, AFFINE_GROUP_SIZES)}",
     )
 
 
@@ -224,7 +225,7 @@ def _check_recipe(recipe: str, bits: int | None, mode: str) -> None:
     if bits is not None:
         raise ConfigError(f"`bits` has no effect with `recipe`: `{recipe}` names its own")
     if mode != "affine":
-        raise ConfigError(f"`recipe` needs the mode `affine`, got `{mode}`; leave one of them out")
+        raise ConfigError(f"`recipe` needs the mode `affine`, got `{mode}`; leave out one of them")
 
 
 def _fixed_mode_config(

@@ -55,8 +55,8 @@ def rope_notes(entries: Config, source: str) -> tuple[str, ...]:
     if not settings:
         return ()
     return (
-        f"{settings}: from `{ROPE_PARAMETERS}`, which mlx-lm by itself would not read in this "
-        "model; `mlx-dpo convert` writes it where it does",
+        f"{settings}: from `{ROPE_PARAMETERS}`, which mlx-lm alone would ignore for this model; "
+        "`mlx-dpo convert` writes it where it does",
     )
 
 
@@ -81,8 +81,8 @@ def _overrides(entries: Config, source: str) -> dict[str, Any]:
         elif value != (entries.get("attn_config") or DEFAULTS).get(name):
             raise ModelError(
                 f"{source}/config.json: mlx-lm's `{entries.get('model_type')}` knows no `{name}` "
-                f"(`{ROPE_PARAMETERS}` has {value}), so that it would be another model; take "
-                "another one"
+                f"(`{ROPE_PARAMETERS}` has {value}), so that the model would be a different one; "
+                "use another model"
             )
     return overrides
 
@@ -110,8 +110,9 @@ def _legacy_settings(rope: Config, known: set[str], where: str) -> dict[str, Any
         or not (has_own or base == whole.get("rope_theta"))
     ):
         raise ModelError(
-            f"{where}: `{ROPE_PARAMETERS}` differ from layer to layer ({', '.join(rope)}) in a way "
-            "for which mlx-lm has no room, so that it would be another model; take another one"
+            f"{where}: `{ROPE_PARAMETERS}` differ from layer to layer ({', '.join(rope)}) in a "
+            "way that mlx-lm cannot represent, so that the model would be a different one; use "
+            "another model"
         )
     return whole | ({"rope_local_base_freq": base} if has_own else {})
 

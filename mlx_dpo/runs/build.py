@@ -84,10 +84,10 @@ def _check_not_quantized(base: LoadedModel, config: DPOConfig) -> None:
     would not fit the quantized model.
     """
     if base.config.get("quantization") or base.config.get("quantization_config"):
-        instead = "the model as it was before" if config.bits is None else "it without --bits"
+        instead = "the unquantized model" if config.bits is None else "the model without --bits"
         raise ConfigError(
-            "fine_tune_type `full`: the model is quantized, and packed weights cannot move; take "
-            f"{instead}, or fine_tune_type `lora` or `dora`"
+            "fine_tune_type `full`: the model is quantized, and quantized weights cannot be "
+            f"trained; use {instead}, or fine_tune_type `lora` or `dora`"
         )
 
 
@@ -224,8 +224,8 @@ def check_step_settings(config: DPOConfig, total_steps: int) -> None:
         )
     if config.sync_ref_model and config.sync_steps >= total_steps:
         raise ConfigError(
-            f"`sync_ref_model` has no effect: the reference moves every {config.sync_steps} steps "
-            f"and the run has {total_steps}; use a smaller --ref-model-sync-steps"
+            f"`sync_ref_model` has no effect: the reference is updated every {config.sync_steps} "
+            f"steps and the run has {total_steps} steps; use a smaller --ref-model-sync-steps"
         )
     if config.warmup_steps is not None and config.warmup_steps >= total_steps:
         raise ConfigError(

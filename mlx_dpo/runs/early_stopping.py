@@ -150,7 +150,9 @@ class BestCheckpoint:
         what = f"an evaluation every {every} of {total_steps} steps and one at the end"
         if not held_out or not between:
             why = what if held_out else "no pairs are held out"
-            raise ConfigError(f"`metric_for_best_model` has nothing to choose between: {why}")
+            raise ConfigError(
+                f"`metric_for_best_model` needs several evaluations to choose from: {why}"
+            )
         patience = self.rule.patience
         if patience is not None and patience >= between:
             raise ConfigError(
@@ -196,8 +198,8 @@ class BestCheckpoint:
             return
         if self.rule.metric not in row:
             raise ConfigError(
-                f"`metric_for_best_model`: an evaluation has no `{self.rule.metric}`, for the "
-                "held-out answers are all good or all bad; watch `loss`, or hold out others"
+                f"`metric_for_best_model`: an evaluation has no `{self.rule.metric}`, because the "
+                "held-out answers are all good or all bad; use `loss`, or hold out other answers"
             )
         before, self.state = self.state, self.rule.update(self.state, row)
         if self.load_best_at_end and self.state.step != before.step:

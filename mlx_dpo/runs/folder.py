@@ -97,7 +97,7 @@ def read_record(paths: RunPaths) -> dict[str, Any] | None:
         check_record(record)
         DPOConfig.from_dict(record["settings"])
     except (ValueError, KeyError, TypeError, ConfigError) as error:
-        raise RunError(f"{paths.record}: not the record of a run ({error})") from error
+        raise RunError(f"{paths.record}: not a valid record of a run ({error})") from error
     return record
 
 
@@ -141,7 +141,7 @@ ITEM_TYPES: dict[str, tuple[type, ...]] = {
 def check_record(record: Mapping[str, Any]) -> None:
     """Raise `ValueError` if an entry of a run record is missing or has another type."""
     if missing := [name for name in REQUIRED if name not in record]:
-        raise ValueError(f"no `{missing[0]}` in it")
+        raise ValueError(f"it has no `{missing[0]}`")
     for name in record.keys() & RECORD_TYPES:
         _check_type(f"`{name}`", record[name], RECORD_TYPES[name])
     for name in record.keys() & ITEM_TYPES:
@@ -232,7 +232,7 @@ def find_run(folder: str) -> tuple[RunPaths, dict[str, Any]]:
     paths = RunPaths(Path(folder).expanduser())
     record = read_record(paths)
     if record is None:
-        why = "no `run.json` in it" if paths.folder.is_dir() else "no such folder"
+        why = "no `run.json`" if paths.folder.is_dir() else "no such folder"
         if (paths.folder / "config.json").is_file():
             raise RunError(f"{folder}: a model, not a run folder; name models by `--model`")
         raise RunError(f"{folder}: not a run folder ({why}); train one with `mlx-dpo train`")
@@ -256,7 +256,7 @@ def check_run_folder(paths: RunPaths) -> None:
 
 
 LOCK_RISK = (
-    "nothing stops a second run from writing into this folder: start only one at a time, or choose "
+    "a second run could write into this folder at the same time: start only one, or choose "
     "an --output on a local disk"
 )
 
@@ -298,7 +298,7 @@ SCORER_VERSION = 2  # increase when a change of the scorers changes log-probabil
 PROVENANCE_NAMES = {
     "model": "the model",
     "tokenizer": "the tokenizer",
-    "device_and_dtype": "the device, or the number type of the weights on it,",
+    "device_and_dtype": "the device or its dtype",
     "train": "the training pairs",
     "valid": "the held-out pairs",
     "start_adapter": "the start adapter",
@@ -384,7 +384,7 @@ def check_resumable(
         )
     if not resume:
         raise RunError(
-            f"{paths.folder}: holds an unfinished run; add --resume to go on with it, or choose "
+            f"{paths.folder}: holds an unfinished run; add --resume to continue it, or choose "
             "another --output"
         )
     before = DPOConfig.from_dict(earlier["settings"])
@@ -411,7 +411,7 @@ def check_provenance(paths: RunPaths, earlier: dict[str, Any], now: Mapping[str,
         if earlier["provenance"][name] != content:
             raise RunError(
                 f"{paths.folder}: {PROVENANCE_NAMES[name]} changed since the run began; "
-                "restore what was there"
+                "restore the earlier content"
             )
 
 

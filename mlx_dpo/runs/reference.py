@@ -78,7 +78,7 @@ def warn_if_no_cache(cache: Path | None) -> Path | None:
     """Return the folder of a cache; log a notice once if there is none."""
     if cache is None:
         notify_once(
-            "nothing is cached, because no home folder is known; set HOME or "
+            "nothing is cached: the home folder is unknown; set HOME or "
             f"{places.CACHE_VARIABLE} to a folder"
         )
     return cache
@@ -263,7 +263,7 @@ def check_same_tokens(
         if (other_piece := theirs.get(token)) != piece:
             what = "has no such token" if other_piece is None else f"reads `{other_piece}`"
             raise ConfigError(
-                f"`reference_model` {other.source}: its tokens are not the model's (where the "
-                f"model reads `{piece}`, token {token}, it {what}); take a model with the same "
-                "tokenizer"
+                f"`reference_model` {other.source}: its tokenizer differs from the model's (token "
+                f"{token} is `{piece}` in the model; the reference model {what}); use a model "
+                "with the same tokenizer"
             )

@@ -143,7 +143,7 @@ def summarize_inputs(run: "DPOTrainer") -> list[SummaryLine]:
     ]
     lines += [("", line) for report in inputs.reports for line in report.lines()]
     if leaked := count_shared_pairs(inputs.valid, inputs.train):
-        lines.append(("", f"{leaked:,} of the held-out {run.config.unit} are trained on as well"))
+        lines.append(("", f"{leaked:,} of the held-out {run.config.unit} are also trained on"))
     lines += [("", note) for note in describe_held_out_prompts(run.config, inputs)]
     lines += [("", f"{name}: not used, for --valid was given") for name in inputs.unused_splits]
     return lines

@@ -82,7 +82,7 @@ def evaluate_run(
         load_held_out_pairs(run) if pairs is None else load_named_pairs(run, pairs)
     )
     if not measured:
-        raise ConfigError(f"{folder}: the run held no pairs out; name a file of pairs")
+        raise ConfigError(f"{folder}: the run has no held-out pairs; name a file of pairs")
     now = {"model": model_fingerprint(base.path), "tokenizer": tokenizer_fingerprint(base.path)}
     check_provenance(run.paths, run.record, now)
     metrics = _compute_metrics(run, base, measured)
@@ -110,8 +110,8 @@ def load_held_out_pairs(run: OpenRun) -> EvaluationPairs:
     if STDIN in run.config.pairs or run.record.get("datasets_in_memory"):
         source = "standard input" if STDIN in run.config.pairs else "memory"
         raise ConfigError(
-            f"{run.paths.folder}: the run read its pairs from {source}, which is gone; "
-            "name a file of pairs"
+            f"{run.paths.folder}: the run read its pairs from {source}, which cannot be read "
+            "again; name a file of pairs"
         )
     inputs = load_inputs(run.config, read=load_configured_base, day=run.day)
     check_provenance(run.paths, run.record, {"valid": pairs_digest(inputs.valid)})
@@ -131,7 +131,7 @@ def load_named_pairs(run: OpenRun, pairs: str) -> EvaluationPairs:
     check_context_length(run.config, base, pairs_read)
     notes = tuple(read.report.lines())
     if pairs_digest(pairs_read) == run.record["provenance"]["train"]:
-        notes += ("the run was trained on these pairs; this says nothing of unseen ones",)
+        notes += ("the run was trained on these pairs; the result says nothing about unseen pairs",)
     return base, pairs_read, f"{run.config.unit} of {source.name}", notes
 
 
@@ -178,8 +178,8 @@ def _reference_logps(
     if synced_weights is None:
         if config.sync_ref_model and run.finished:  # a run without a move is refused
             raise RunError(
-                f"{run.paths.checkpoints}: the reference has moved, and its weights are gone "
-                "with the checkpoints; put them back"
+                f"{run.paths.checkpoints}: the reference was updated during training, and its "
+                "weights are missing with the checkpoints; restore them"
             )
         return cached_reference_logps(
             base.model, pairs, run.record, device_and_dtype=device_and_dtype(base), score=score
@@ -206,7 +206,9 @@ def held_out_prompts(run: OpenRun, base: LoadedModel) -> list[Prompt]:
         )
     wanted = set(prompts_of_pairs(load_inputs(config, read=lambda _: base, day=run.day).valid))
     if not wanted:
-        raise ConfigError(f"{run.paths.folder}: the run held no pairs out; name a file of prompts")
+        raise ConfigError(
+            f"{run.paths.folder}: the run has no held-out pairs; name a file of prompts"
+        )
     sources = find_sources(config.pairs, config.valid, config.split)
     prompts = []
     for source in (*sources.train, *sources.valid):

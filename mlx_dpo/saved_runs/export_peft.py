@@ -49,7 +49,7 @@ def open_finished(folder: str) -> OpenRun:
     opened = open_run(folder)
     if not opened.finished:
         raise RunError(
-            f"{folder}: the run is unfinished; go on with `mlx-dpo train --resume --output "
+            f"{folder}: the run is unfinished; continue it with `mlx-dpo train --resume --output "
             f"{folder}`"
         )
     return opened

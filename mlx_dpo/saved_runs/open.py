@@ -65,7 +65,8 @@ def open_run(folder: str) -> OpenRun:
         last = checkpoint.latest(paths.checkpoints)
         if last is None:
             raise RunError(
-                f"{folder}: the run has no checkpoint yet; go on with `mlx-dpo train --resume "
+                f"{folder}: the run has no checkpoint yet; continue it with "
+                "`mlx-dpo train --resume "
                 f"--output {folder}`"
             )
         adapter = last
@@ -91,7 +92,7 @@ def load_policy(
         raise ConfigError("name a run folder or a --model, and only one of them")
     if model is not None:
         if reference:
-            raise ConfigError("`--reference` has no effect with `--model`: there are no adapters")
+            raise ConfigError("`--reference` has no effect with `--model`: no adapter is loaded")
         return load_model(model)
     assert run is not None
     opened = open_run(run)
@@ -136,7 +137,7 @@ def load_reference_into(opened: OpenRun, base: LoadedModel) -> None:
     if not folder.is_dir():
         raise RunError(
             f"{opened.paths.folder}: its reference is the model with the adapter of {folder}, "
-            "which is gone; put it back there"
+            "which does not exist; restore it there"
         )
     check_provenance(opened.paths, opened.record, {"start_adapter": adapter_digest(folder)})
     load_adapter(base.model, folder)
@@ -197,11 +198,11 @@ def open_switchable(
         raise ConfigError("name a run folder or a --model, and only one of them")
     if run is not None:
         if adapter is not None:
-            raise ConfigError("`--adapter` has no effect with a run, which has its own")
+            raise ConfigError("`--adapter` has no effect with a run, which has its own adapter")
         return _switchable_run(open_run(run), wanted)
     assert model is not None
     if adapter is None and "aligned" not in wanted:
-        raise ConfigError("`--reference` has no effect with `--model`: there are no adapters")
+        raise ConfigError("`--reference` has no effect with `--model`: no adapter is loaded")
     folder = None if adapter is None else Path(adapter).expanduser()
     return _switchable_model(load_model(model), folder, wanted)
 

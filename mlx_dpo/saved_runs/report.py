@@ -60,7 +60,7 @@ def read_logged_run(folder: str) -> LoggedRun:
     paths, record = find_run(folder)
     rows = read_metrics(paths.metrics)
     if not rows:
-        raise RunError(f"{folder}: no step was taken yet; there is nothing to draw")
+        raise RunError(f"{folder}: no step has been taken yet, so there is nothing to plot")
     return LoggedRun(paths, record, rows)
 
 
@@ -113,7 +113,7 @@ def shortest_names(folders: Sequence[Path]) -> list[str]:
     paths = [folder.resolve().parts for folder in folders]
     if len(set(paths)) < len(paths):
         repeated = next(folder for folder in folders if paths.count(folder.resolve().parts) > 1)
-        raise ConfigError(f"{repeated}: is named twice")
+        raise ConfigError(f"{repeated}: is named twice; name it once")
     deepest = max(len(parts) for parts in paths)
     suffixes = ([os.path.join(*parts[-n:]) for parts in paths] for n in range(1, deepest + 1))
     unique = next(names for names in suffixes if len(set(names)) == len(names))

@@ -15,7 +15,15 @@ from mlx_dpo.schemas.hh_rlhf import DIALOGUES
 from mlx_dpo.schemas.instructions import ALPACA, ORCA, SHP
 from mlx_dpo.schemas.messages import check_no_media, get_field_type, parse_template_kwargs
 from mlx_dpo.schemas.ranked import RANKED
-from mlx_dpo.schemas.schema import DEFAULT_RULES, Parsed, Row, RowRules, Schema, format_names
+from mlx_dpo.schemas.schema import (
+    DEFAULT_RULES,
+    Parsed,
+    Row,
+    RowRules,
+    Schema,
+    format_names,
+    suggest_columns,
+)
 from mlx_dpo.schemas.sharegpt import SHAREGPT
 from mlx_dpo.schemas.trl import MESSAGES, OPENAI, STRINGS, WHOLE_MESSAGES, WHOLE_STRINGS
 from mlx_dpo.schemas.unpaired import LABELLED
@@ -70,7 +78,9 @@ def parse_row(
     """
     schema = schema or find_schema(row, rules)
     if schema.unpaired and not (rules.judged or rules.pair_labelled):
-        raise DataError(f"{row.location}: a single judged answer, and no pair")
+        raise DataError(
+            f"{row.location}: unpaired data (a single answer with a `label`), not preference pairs"
+        )
     try:
         check_no_media(row)
         kwargs = parse_template_kwargs(row.record, schema.tools(row.record), row.location)
@@ -138,21 +148,23 @@ def _unknown_schema(row: Row) -> DataError:
     record, location = row.record, row.location
     if "label" in record and "chosen" not in record:
         return DataError(
-            f"{location}: a single judged answer (`label`), and no pair; use --loss-type kto, or "
-            "--pair-labelled where a prompt has good and bad answers"
+            f"{location}: unpaired data (a single answer with a `label`), not preference pairs; "
+            "use --loss-type kto, or --pair-labelled if prompts have good and bad answers"
         )
     for name in ("chosen", "rejected"):
         if name not in record:
             return DataError(
-                f"{location}: missing `{name}` (found {format_names(record)}); if a column has "
-                f"another name, --column {name}=NAME"
+                f"{location}: missing `{name}` (found {format_names(record)}); "
+                + (suggest_columns(record) or f"if a column has another name, --column {name}=NAME")
             )
     kinds = {get_field_type(record[name], name, location) for name in ("chosen", "rejected")}
     if record.get("prompt") is not None:
         get_field_type(record["prompt"], "prompt", location)
     if len(kinds) > 1:
-        return DataError(f"{location}: one of `chosen` and `rejected` is text, the other messages")
-    return DataError(f"{location}: in no way that is read here (found {format_names(record)})")
+        return DataError(
+            f"{location}: one of `chosen` and `rejected` is text, and the other is messages"
+        )
+    return DataError(f"{location}: unknown format of a row (found {format_names(record)})")
 
 
 def _check_prompt_name(row: Row) -> None:

@@ -44,7 +44,7 @@ def _parse(row: Row, rules: RowRules) -> list[PairOrError]:
     names = find_answers(row.record)
     if names is None:
         raise DataError(
-            f"{row.location}: no two answers such as `response_a` and `response_b` (found "
+            f"{row.location}: missing two answers such as `response_a` and `response_b` (found "
             f"{format_names(row.record)})"
         )
     lead, is_graded = _parse_preference(row, names)
@@ -116,7 +116,8 @@ def _parse_preference(row: Row, names: tuple[str, str]) -> tuple[float, bool]:
             first, second = (_number(record[column], column, row.location) for column in columns)
             return second - first, True
     raise DataError(
-        f"{row.location}: nothing says whether `{names[0]}` or `{names[1]}` is better (looked for "
+        f"{row.location}: no column says whether `{names[0]}` or `{names[1]}` is better (looked "
+        "for "
         f"{', '.join(VERDICTS)}, score_{names[0][-1]}); add such a column, or write `chosen` and "
         "`rejected`"
     )

@@ -34,7 +34,7 @@ def _parse_shp(row: Row, rules: RowRules) -> list[PairOrError]:
     record, location = row.record, row.location
     answers = [parse_text(record.get(f"human_ref_{x}"), f"human_ref_{x}", location) for x in "AB"]
     if record.get("labels") not in (0, 1):
-        raise DataError(f"{location}: `labels` must be 1 where A was preferred, or 0")
+        raise DataError(f"{location}: `labels` must be 1 if A was preferred, otherwise 0")
     chosen, rejected = answers if record["labels"] else answers[::-1]
     return make_pair(row, parse_text(record.get("history"), "history", location), chosen, rejected)
 

@@ -116,7 +116,7 @@ def parse_message(value: Any, name: str, location: str) -> Message:
     fields = value if isinstance(value, dict) else {}
     message = {key: item for key, item in fields.items() if item is not None}
     if not isinstance(message.get("role"), str):
-        raise DataError(f"{location}: `{name}` needs a `role` that is text")
+        raise DataError(f"{location}: `{name}` needs a text `role`")
     message = normalize_tool_calls(message, f"{location}: `{name}`")
     if "tool_calls" in message:
         message.setdefault("content", "")
@@ -125,7 +125,7 @@ def parse_message(value: Any, name: str, location: str) -> Message:
     if isinstance(message.get("content"), list):
         message["content"] = join_text_parts(message["content"], name, location)
     if not isinstance(message.get("content"), str):
-        raise DataError(f"{location}: `{name}` needs a `content` that is text")
+        raise DataError(f"{location}: `{name}` needs a text `content`")
     check_readable(message, name, location)
     return message
 
@@ -189,7 +189,7 @@ def parse_template_kwargs(record: Mapping[str, Any], tools: Any, location: str) 
     if not isinstance(kwargs, dict):
         raise DataError(f"{location}: `chat_template_kwargs` must be an object")
     if reserved := sorted(RESERVED_TEMPLATE_KWARGS & kwargs.keys()):
-        raise DataError(f"{location}: `chat_template_kwargs` cannot say {', '.join(reserved)}")
+        raise DataError(f"{location}: `chat_template_kwargs` cannot set {', '.join(reserved)}")
     kwargs = {name: value for name, value in kwargs.items() if value is not None}
     check_readable([tools, kwargs], "tools", location)
     return kwargs | ({"tools": tools} if tools else {})

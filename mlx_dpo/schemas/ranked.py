@@ -74,7 +74,8 @@ def _parse_rated_completions(row: Row) -> list[RatedCompletion]:
     scores = _parse_scores(row, items)
     if len(scores) != len(items):
         raise DataError(
-            f"{row.location}: {len(scores)} ratings of {len(items)} completions; give one of each"
+            f"{row.location}: {len(scores)} ratings for {len(items)} completions; give one rating "
+            "per completion"
         )
     texts = [_parse_completion(item, f"{name}[{i}]", row.location) for i, item in enumerate(items)]
     return [RatedCompletion(text, score) for text, score in zip(texts, scores, strict=True)]
@@ -92,7 +93,7 @@ def _parse_completion(item: Any, name: str, location: str) -> Text:
         return parse_text(item, name, location)
     turns = parse_messages([item] if isinstance(item, dict) else item, name, location)
     if any(turn["role"] != "assistant" for turn in turns):
-        raise DataError(f"{location}: `{name}` may hold only the assistant's turns")
+        raise DataError(f"{location}: `{name}` may contain only the assistant's turns")
     return turns
 
 
@@ -110,7 +111,7 @@ def _parse_scores(row: Row, items: list[Any]) -> list[float]:
             is_rank = name.removesuffix("s") in RANK_FIELDS
             return [_parse_score(value, name, row.location, is_rank) for value in ratings]
     known = ", ".join((*SCORE_FIELDS, *RANK_FIELDS))
-    raise DataError(f"{row.location}: completions without ratings (looked for {known})")
+    raise DataError(f"{row.location}: missing ratings of the completions (looked for {known})")
 
 
 def _parse_score(value: Any, name: str, location: str, is_rank: bool) -> float:

@@ -1,7 +1,8 @@
 """Types for parsing data sets: `Row`, the settings `RowRules`, and `Schema`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Any, Literal
 
 from mlx_dpo.errors import BadPairError, DataError
@@ -9,6 +10,11 @@ from mlx_dpo.types import PreferenceExample, UnpairedExample
 
 Record = Mapping[str, Any]
 Ranking = Literal["best_worst", "all", "adjacent"]
+OTHER_NAMES = {  # field of a pair -> names that data sets give it, which an error suggests
+    "prompt": ("question", "instruction", "query", "input", "context", "request"),
+    "chosen": ("good", "better", "preferred", "accepted", "positive", "winner", "best"),
+    "rejected": ("bad", "worse", "dispreferred", "unpreferred", "negative", "loser", "worst"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +68,12 @@ def rename_columns(row: Row, columns: Mapping[str, str]) -> Row:
     """
     if not columns:
         return row
+    for new, old in columns.items():
+        if old not in row.record and new in row.record and old in OTHER_NAMES:
+            raise DataError(
+                f"{row.location}: no column `{old}` (found {format_names(row.record)}); the name "
+                f"of the field comes first: --column {old}={new}"
+            )
     values = {new: _get_column(row, old) for new, old in columns.items()}
     others = {name: value for name, value in row.record.items() if name not in columns.values()}
     return Row(others | values, row.location)
@@ -75,9 +87,29 @@ def _get_column(row: Row, name: str) -> Any:
         if not isinstance(value, dict) or part not in value:
             raise DataError(
                 f"{row.location}: no column `{name}` (found {format_names(row.record)})"
+                + suggest_column(name, row.record)
             )
         value = value[part]
     return value
+
+
+def suggest_column(name: str, columns: Iterable[str]) -> str:
+    """Return the question whether the most similar column was meant; "" if none is similar."""
+    near = get_close_matches(name, columns, n=1)
+    return f"; did you mean `{near[0]}`?" if near else ""
+
+
+def suggest_columns(record: Record) -> str:
+    """Return the question whether columns with usual other names hold a pair; "" if none do."""
+    found = {
+        field: next((name for name in names if name in record), "")
+        for field, names in OTHER_NAMES.items()
+        if field not in record
+    }
+    if not all(name for field, name in found.items() if field != "prompt"):
+        return ""
+    columns = [f"--column {field}={name}" for field, name in found.items() if name]
+    return f"did you mean {' '.join(columns)}?"
 
 
 def format_names(names: Mapping[str, Any]) -> str:

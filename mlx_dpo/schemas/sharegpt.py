@@ -50,7 +50,7 @@ def parse_turn(value: Any, name: str, location: str) -> Message:
     if isinstance(value, dict) and "role" in value:
         return parse_message(value, name, location)
     if not isinstance(value, dict) or not isinstance(value.get("from"), str):
-        raise DataError(f"{location}: `{name}` needs a `from` and a `value` that are text")
+        raise DataError(f"{location}: `{name}` needs a text `from` and a text `value`")
     if value["from"] not in ROLES:
         known = ", ".join(ROLES)
         raise DataError(f"{location}: `{name}` is from `{value['from']}`, not one of {known}")

@@ -101,12 +101,12 @@ def _read_arguments(arguments: Any, where: str) -> dict[str, Any] | str:
 
 
 def _no_calls(where: str) -> DataError:
-    return DataError(f"{where} has `tool_calls` that are no list of objects with a `name`")
+    return DataError(f"{where} must have as `tool_calls` a list of objects with a `name`")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(entries := dict(pairs)) < len(pairs):
-        raise ValueError("a key is there twice")
+        raise ValueError("a key occurs twice")
     return entries
 
 

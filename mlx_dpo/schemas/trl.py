@@ -55,8 +55,8 @@ def _parse_replies(row: Row, name: str) -> tuple[Message, ...]:
     for turn in turns:
         if turn["role"] != "assistant":
             raise DataError(
-                f"{row.location}: `{name}` holds a turn of `{turn['role']}`; with a `prompt` "
-                "it may hold only the assistant's turns"
+                f"{row.location}: `{name}` has a turn of `{turn['role']}`; with a `prompt` "
+                "it may contain only the assistant's turns"
             )
     return turns
 
@@ -81,7 +81,8 @@ def _parse_whole_messages(row: Row, rules: RowRules) -> list[PairOrError]:
     prompt = row.record.get("prompt")
     if isinstance(prompt, str) and not any(turn["content"] == prompt for turn in chosen[:end]):
         raise DataError(
-            f"{row.location}: `chosen` has a prompt of its own that differs from `prompt`; drop one"
+            f"{row.location}: `chosen` begins with a prompt that differs from `prompt`; remove "
+            "one of them"
         )
     return make_pair(row, chosen[:end], *completions)
 
@@ -155,8 +156,8 @@ def _parse_openai(row: Row, rules: RowRules) -> list[PairOrError]:
     for turn in (*chosen, *rejected):
         if turn["role"] != "assistant":
             raise DataError(
-                f"{row.location}: an output holds a turn of `{turn['role']}`; it may hold only the "
-                "assistant's turns"
+                f"{row.location}: an output has a turn of `{turn['role']}`; it may contain only "
+                "the assistant's turns"
             )
     return make_pair(row, prompt, chosen, rejected)
 

@@ -88,7 +88,7 @@ def _parse_completion(row: Row) -> tuple[Text, Text]:
     for name in ("prompt", "completion"):
         if name not in record:
             raise DataError(
-                f"{row.location}: a labelled row without `{name}`; add it, or `messages`"
+                f"{row.location}: missing `{name}` in a row with a `label`; add it, or `messages`"
             )
     prompt, completion = (_parse_text_or_messages(row, name) for name in ("prompt", "completion"))
     if isinstance(prompt, str) and isinstance(completion, str):

@@ -92,5 +92,5 @@ def _check_finite(
         if not np.isfinite(logps[index]):
             raise TrainingError(
                 f"{pairs[index].location}: a completion has log-probability {logps[index]}; "
-                "the model gives no finite number for it; try --dtype float32"
+                "the model's output is not finite; try --dtype float32"
             )

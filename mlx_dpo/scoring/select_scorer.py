@@ -189,7 +189,7 @@ def _shared_choice(
         if packing == "batch" and any(isinstance(c, CacheList) for c in make_prompt_cache(model)):
             # Such models may select whole blocks of keys, which the padding of batched caches
             # shifts. Only long sequences show the error.
-            raise _NotEquivalentError("its caches are of several kinds")
+            raise _NotEquivalentError("its layers have caches of several types")
         errors = relative_errors(model, _test_pair_logps(training, vocab_size), expected)
         _check_tolerance(model, "", errors)
         error = value_error(model, _test_pair_logps(forward_only, vocab_size), expected)

@@ -105,7 +105,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
             yield partial
     except OSError as error:
         raise RunError(
-            f"{target}: cannot be written ({reason(error)}); earlier checkpoints are kept"
+            f"{target}: cannot be written ({reason(error)}); earlier checkpoints remain"
         ) from error
 
 
@@ -198,7 +198,7 @@ def restore(
     try:
         random_state()[:] = state.pop("random")
     except (KeyError, ValueError) as error:
-        raise damaged(folder / OPTIMIZER, "no random state in it") from error
+        raise damaged(folder / OPTIMIZER, "it has no random state") from error
     if synced is not None and (folder / SYNCED_REFERENCE).is_file():
         synced.restore(_read_arrays(folder / SYNCED_REFERENCE))
     load_adapter_weights(policy, folder / WEIGHTS)

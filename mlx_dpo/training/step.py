@@ -86,7 +86,7 @@ def _accumulate(
         parts.append(outputs)
         mx.eval(outputs, total)
     if total is None:
-        raise ValueError("a step without pairs")
+        raise ValueError("a step has no pairs")
     return concatenate_outputs(parts), total
 
 
@@ -128,6 +128,6 @@ def _check_finite(
     places = not_finite or locations
     shown = ", ".join(places[:4]) + (f" and {len(places) - 4} more" if len(places) > 4 else "")
     raise TrainingError(
-        f"step {step}: {what} not a number at {shown}; "
-        "lower the learning rate, or try --dtype float32"
+        f"step {step}: {what} not a finite number at {shown}; lower the learning rate, or try "
+        "--dtype float32"
     )

@@ -85,18 +85,18 @@ def test_embeddings_apart_from_their_tied_head_are_refused():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"peft_type": "VERA"}, "peft_type `VERA` is unknown here, only LORA"),
+        ({"peft_type": "VERA"}, "peft_type `VERA` is not supported; use LORA"),
         ({"bias": "all"}, "`bias` is `all`; adapters here have no biases"),
-        ({"modules_to_save": ["lm_head"]}, r"`modules_to_save` is set .*, but it brings whole"),
+        ({"modules_to_save": ["lm_head"]}, r"`modules_to_save` is set .*, but it saves whole"),
         ({"rank_pattern": {"q_proj": 4}}, "`rank_pattern` is set .*, but its ranks differ"),
         ({"alpha_pattern": {"q_proj": 4}}, "`alpha_pattern` is set .*, but its scales differ"),
         ({"init_lora_weights": "pissa"}, "`init_lora_weights` is `pissa`, which changes the model"),
-        ({"of_a_later_peft": 1}, "`of_a_later_peft` is set .*, but it is not known here"),
+        ({"of_a_later_peft": 1}, "`of_a_later_peft` is set .*, but it is not supported here"),
         ({"lora_bias": True}, "`lora_bias` is set"),
         ({"init_lora_weights": "mica"}, "`init_lora_weights` is `mica`"),
         ({"r": 0}, "no adapter has `r` 0 and"),
         ({"lora_alpha": float("nan")}, "no adapter has `r` 2 and `lora_alpha` nan"),
-        ({"r": None}, "no numbers for `r`, `lora_alpha` and `lora_dropout`"),
+        ({"r": None}, "`r`, `lora_alpha` and `lora_dropout` must be numbers"),
     ],
 )
 def test_what_cannot_be_carried_over_is_refused_by_name(copy, changes, message):
@@ -109,7 +109,7 @@ def test_what_cannot_be_carried_over_is_refused_by_name(copy, changes, message):
     [
         ("model.layers.0.self_attn.q_proj.lora_A.weight", None, r"q_proj\.lora_a` is absent there"),
         (None, "model.layers.9.self_attn.q_proj.lora_A.weight", "no `model.layers.9.self_attn"),
-        (None, "model.lm_head.weight", "`base_model.model.model.lm_head.weight` is no part of"),
+        (None, "model.lm_head.weight", "`base_model.model.model.lm_head.weight` is not part of"),
     ],
 )
 def test_every_array_has_to_find_its_place(copy, old, new, message):
@@ -126,7 +126,7 @@ def test_every_array_has_to_find_its_place(copy, old, new, message):
 
 
 def test_a_table_under_dora_is_another_thing_in_peft(copy):
-    with pytest.raises(ModelError, match="DoRA stretches the columns of a table in PEFT"):
+    with pytest.raises(ModelError, match="DoRA scales the columns of the embeddings in PEFT"):
         read_adapter(copy("embeddings", use_dora=True))
 
 

@@ -67,7 +67,7 @@ def test_a_whole_path_means_one_layer(tiny_llama):
 
 
 def test_half_a_name_means_nothing(tiny_llama):
-    with pytest.raises(ConfigError, match="`proj` matches nothing that can be trained in this"):
+    with pytest.raises(ConfigError, match="`proj` matches no trainable module of this"):
         meant(tiny_llama, "proj")
 
 
@@ -91,8 +91,8 @@ def test_experts_are_selected_only_if_named():
     [
         (["q_proj", "nope"], None, r"`nope` matches nothing.* it has mlp.down_proj, .*q_proj"),
         (["nope"], None, "outside of the blocks lm_head, model.embed_tokens"),
-        ([Q[0]], 1, "matches nothing that can be trained in the last 1 blocks"),
-        (["lm_head"], 1, "`num_layers` has no effect: no target is inside the blocks"),
+        ([Q[0]], 1, "matches no trainable module of the last 1 blocks"),
+        (["lm_head"], 1, "`num_layers` has no effect: no target module is inside the layers"),
         ([], 3, "`num_layers` is 3, but the model has 2 layers"),
     ],
 )

@@ -170,8 +170,8 @@ def test_a_boolean_is_no_number_and_no_text(field):
         ({"stream": True, "logprobs": True}, "logprobs", "is not supported with `stream`"),
         ({"stream": True, "top_logprobs": 2}, "top_logprobs", "is not supported with `stream`"),
         ({"tools": {}}, "tools", "must be a non-empty list of objects"),
-        ({"tools": [{"type": "function"}]}, "tools", "is no function with a `name`"),
-        ({"tools": [{"type": "web_search"}]}, "tools", "is no function with a `name`"),
+        ({"tools": [{"type": "function"}]}, "tools", "is not a function with a `name`"),
+        ({"tools": [{"type": "web_search"}]}, "tools", "is not a function with a `name`"),
         (
             {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "none"},
             "tool_choice",
@@ -185,8 +185,12 @@ def test_a_boolean_is_no_number_and_no_text(field):
         ({"metadata": {"a": {}}}, "metadata", "must be an object whose values are strings"),
         ({"model": 3}, "model", "must be a string, found 3"),
         ({"model": ""}, "model", "must be a non-empty string"),
-        ({"max_tokns": 3}, "max_tokns", "is no field of /v1/chat/completions; did you mean `max_t"),
-        ({"mirostat": 3}, "mirostat", "is no field of /v1/chat/completions; leave it out"),
+        (
+            {"max_tokns": 3},
+            "max_tokns",
+            "is not a field of /v1/chat/completions; did you mean `max_t",
+        ),
+        ({"mirostat": 3}, "mirostat", "is not a field of /v1/chat/completions; leave it out"),
         ({"user": "\ud83d"}, "user", r"contains an unpaired surrogate (found '\\ud83d')"),
         ({"\ud83d": 1}, "\\ud83d", "contains an unpaired surrogate"),
         ({"metadata": {"\ud83d": "a"}}, "metadata", "contains an unpaired surrogate"),
@@ -227,7 +231,8 @@ def test_only_text_parts_of_a_message_are_accepted(kind):
     part = {"type": kind, kind: {"url": "http://127.0.0.1:1/x"}}
     message = {"role": "user", "content": [{"type": "text", "text": "see"}, part]}
     assert str(request_error(messages=[message])) == (
-        f"`messages` are wrong: `messages[0]` contains a part of type {kind!r}; only text is read"
+        f"`messages` are wrong: `messages[0]` contains a part of type {kind!r}; only text is "
+        "supported"
     )
 
 

@@ -414,7 +414,7 @@ def test_a_model_thinks_only_if_thinking_is_enabled(tokenizer):
 @pytest.mark.parametrize(
     ("template", "settings", "message"),
     [
-        (None, {"thinking": False}, "`thinking` has no effect; .* knows no thinking mode"),
+        (None, {"thinking": False}, "`thinking` has no effect; .* has no thinking mode"),
         ("{{ messages[-1].content }}", {"system": "x"}, "`system` has no effect; .* ignores it"),
         (None, {"raw": True, "system": "x"}, "`system` has no effect: no chat template is used"),
         (None, {"raw": True, "thinking": True}, "`thinking` has no effect: no chat template"),

@@ -101,7 +101,7 @@ def test_damaged_and_half_written_files_are_named(folder, some):
     lines = run().stdout.splitlines()
     assert lines[-2:] == [
         "damaged or of another version, its pairs will be scored again: c.safetensors",
-        f"half-written by a process that is gone: {leftover.name}",
+        f"unfinished file of an ended process: {leftover.name}",
     ]
     found = json.loads(run("--json").stdout)
     assert (found["damaged"], len(found["half_written"])) == (["c.safetensors"], 1)
@@ -154,7 +154,7 @@ def test_without_a_home_folder_there_is_no_cache(folder, monkeypatch):
     for words in ((), ("clear", "--yes")):
         done = run(*words)
         assert done.exit_code == 1 and done.output == (
-            "Error: there is no cache, because no home folder is known; set HOME or MLX_DPO_CACHE\n"
+            "Error: no cache folder: the home folder is unknown; set HOME or MLX_DPO_CACHE\n"
         )
 
 
@@ -165,7 +165,7 @@ def test_clearing_takes_all_but_what_a_live_process_writes(folder, some):
         path.write_bytes(b"half")
     result = run("clear", "--yes")
     freed = result.stdout.splitlines()
-    assert freed[0].startswith(f"To be removed from {folder}: 5 files, 1,265 pairs, ")
+    assert freed[0].startswith(f"Files to remove from {folder}: 5 files, 1,265 pairs, ")
     assert freed[1] == "Freed " + freed[0].rpartition(", ")[2]
     assert [path.name for path in folder.iterdir()] == [live.name]
 
@@ -190,8 +190,7 @@ def test_the_error_of_an_unknown_model_lists_the_known_models(folder, some):
     result = run("clear", "--model", "three", "--yes")
     assert result.exit_code == 1
     assert result.stderr == (
-        "Error: --model: nothing of `three` is in the cache "
-        "(there is `org/one`, `two`, `unknown`)\n"
+        "Error: --model: the cache has no entries of `three` (found `org/one`, `two`, `unknown`)\n"
     )
     assert left(folder) == ["a", "b", "c", "d"]
 
@@ -200,7 +199,7 @@ def test_without_a_terminal_nothing_is_removed_without_yes(folder, some):
     result = run("clear")
     assert result.exit_code == 1
     assert result.stderr == (
-        "Error: `cache clear` asks first, and nobody is there to answer; add --yes\n"
+        "Error: `cache clear` asks for confirmation, but stdin is not a terminal; add --yes\n"
     )
     assert left(folder) == ["a", "b", "c", "d"]
 

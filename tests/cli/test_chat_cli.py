@@ -304,11 +304,15 @@ def test_all_of_stdin_can_be_one_question(model):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("/base", "there is nothing to switch to; name a run, or a --model with an --adapter"),
+        (
+            "/base",
+            "no adapter is loaded, so there is no other model; name a run, or a --model "
+            "with an --adapter",
+        ),
         ("/undo", "there is no answer yet; ask something first"),
         ("/retry", "with `temperature` 0 the answer is always the same; set one above 0"),
         ("/good", "there is no answer yet; ask something first"),
-        ("hi\n/edit", "`/edit` needs the better answer after it"),
+        ("hi\n/edit", "`/edit` needs a text, the better answer"),
     ],
 )
 def test_a_command_that_cannot_be_run_ends_a_pipe_with_a_one_line_error(model, line, message):
@@ -320,7 +324,7 @@ def test_a_command_that_cannot_be_run_ends_a_pipe_with_a_one_line_error(model, l
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--context", "513"], "the model places no more than 512 tokens; use --context 512"),
+        (["--context", "513"], "the model's context length is 512 tokens; use --context 512"),
         (["--hide-thinking"], "`hide_thinking` has no effect; the model has no thinking mode"),
         (["--pairs", "rows.json"], "rows.json: rows are written as JSON lines"),
     ],

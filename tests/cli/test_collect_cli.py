@@ -210,7 +210,7 @@ def test_through_a_pipe_each_line_is_a_key(folder, model):
     assert "1 of the chosen answers was cut at the token limit" in result.stderr
     assert rows(folder / "pairs.jsonl")[1]["chosen"][0]["content"] == "My own words."
     again = run(*arguments(folder, model), stdin="1\n" * 20)
-    assert "3 of 12 prompts are decided already" in again.stderr
+    assert "3 of 12 prompts already have a decision" in again.stderr
     assert "11 pairs, 1 tie" in again.stdout
     assert decided_prompts(folder) == [f"What is {n}?" for n in range(12)]
 

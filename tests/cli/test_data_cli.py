@@ -73,27 +73,29 @@ def test_a_check_says_what_is_lost_and_where_why_it_matters_and_what_to_do():
     result = data("check", "pairs.jsonl", "--model", "base")
     assert result.exit_code == 0, result.output
     lines = result.output.splitlines()
-    assert lines[0] == "pairs.jsonl: 5 pairs (schema strings), of 7 rows"
-    at = lines.index("fault  empty-completion  1 row (14.3%)  :2")
+    assert lines[0] == "pairs.jsonl: 5 pairs (schema strings), from 7 rows"
+    at = lines.index("error   empty-completion  1 row (14.3%)  :2")
     assert lines[at + 1 : at + 3] == [
-        f"       why: {CHECKS['empty-completion'].why}",
-        f"       do:  {CHECKS['empty-completion'].advice}",
+        f"        why: {CHECKS['empty-completion'].why}",
+        f"        do:  {CHECKS['empty-completion'].advice}",
     ]
-    assert "fault  duplicate-pair  1 pair (20.0%)  :4 with :1" in lines
-    assert "fault  contradiction  3 pairs (60.0%)  :1 with :6, :4 with :6, :6 with :1" in lines
-    assert "remark special-token  1 pair (20.0%)  :7" in lines
-    assert "remark refusal  1 pair (20.0%)  :7" in lines
-    assert any(line.startswith("not looked for without held-out pairs: leaked") for line in lines)
-    assert lines[-1] == "4 kinds of faults"
+    assert "error   duplicate-pair  1 pair (20.0%)  :4 with :1" in lines
+    assert "error   contradiction  3 pairs (60.0%)  :1 with :6, :4 with :6, :6 with :1" in lines
+    assert "warning special-token  1 pair (20.0%)  :7" in lines
+    assert "warning refusal  1 pair (20.0%)  :7" in lines
+    assert any(
+        line.startswith("skipped checks (they need held-out pairs): leaked") for line in lines
+    )
+    assert lines[-1] == "4 kinds of errors"
 
 
 def test_a_check_as_json_has_every_place_and_is_the_same_as_the_lines():
     both = found("pairs.jsonl", "--model", "base")
-    assert (both["faults"], both["train"]["rows"], both["train"]["pairs"]) == (4, 7, 5)
+    assert (both["errors"], both["train"]["rows"], both["train"]["pairs"]) == (4, 7, 5)
     places = {one["name"]: one["places"] for one in both["train"]["findings"]}
     assert places["unreadable"] == [["pairs.jsonl:5"]]
     assert places["duplicate-pair"] == [["pairs.jsonl:4", "pairs.jsonl:1"]]
-    assert {one["kind"] for one in both["train"]["findings"]} == {"fault", "remark"}
+    assert {one["kind"] for one in both["train"]["findings"]} == {"error", "warning"}
     assert both["train"]["lengths"]["unit"] == "tokens"
     assert sum(one["chosen"] for one in both["train"]["lengths"]["histogram"]) == 5
 
@@ -112,21 +114,24 @@ def test_pairs_are_those_that_training_would_keep(form):
     assert report == kept.report.to_dict()
 
 
-def test_strict_stops_at_faults_and_not_at_remarks():
+def test_strict_stops_at_errors_and_not_at_warnings():
     assert data("check", "pairs.jsonl", "--strict").exit_code == 1
     write("odd.jsonl", [ROWS[-1]])
     result = data("check", "odd.jsonl", "--strict", "--model", "base")
-    assert (result.exit_code, result.output.splitlines()[-1]) == (0, "no faults")
-    assert "remark refusal" in result.output
+    assert (result.exit_code, result.output.splitlines()[-1]) == (0, "no errors")
+    assert "warning refusal" in result.output
 
 
 def test_without_a_model_lengths_are_characters_and_skipped_checks_are_listed():
     report = found("pairs.jsonl")
     assert report["train"]["lengths"]["unit"] == "characters"
     assert report["train"]["lengths"]["prompt"]["longest"] == len("Where is  the cat?")
-    missing = set(report["not_looked_for"]["--model"])
+    missing = set(report["skipped"]["--model"])
     assert missing == {check.name for check in CHECKS.values() if check.requires == "--model"}
-    assert "not looked for without --model: untrainable" in data("check", "pairs.jsonl").output
+    assert (
+        "skipped checks (pass --model to run them): untrainable"
+        in data("check", "pairs.jsonl").output
+    )
 
 
 @pytest.mark.parametrize(
@@ -154,13 +159,13 @@ def test_a_file_of_settings_says_what_flags_say():
 def test_held_out_pairs_are_checked_too():
     write("valid.jsonl", [GOOD.replace("mat", "hat")])
     result = data("check", "pairs.jsonl", "--valid", "valid.jsonl")
-    assert "fault  leaked-prompt  3 pairs (60.0%)  :1 with valid.jsonl:1" in result.output
-    assert "held out\nvalid.jsonl: 1 pair (schema strings), of 1 rows" in result.output
+    assert "error   leaked-prompt  3 pairs (60.0%)  :1 with valid.jsonl:1" in result.output
+    assert "held out\nvalid.jsonl: 1 pair (schema strings), from 1 rows" in result.output
 
 
 def test_rows_may_come_from_standard_input():
     result = data("check", "-", input="\n".join(ROWS))
-    assert result.output.startswith("-: 5 pairs (schema strings), of 7 rows")
+    assert result.output.startswith("-: 5 pairs (schema strings), from 7 rows")
 
 
 def test_pairs_are_shown_as_the_model_sees_them():
@@ -249,14 +254,14 @@ def test_a_split_that_cannot_be_made_leaves_nothing_behind():
     assert refused("split", "pairs.jsonl", *words).startswith("pairs.jsonl:2: a completion is emp")
     dropping = ("split", "pairs.jsonl", "--bad-pairs", "drop", *words)
     assert refused(*dropping).startswith("pairs.jsonl:5: not JSON")
-    assert "can be read but once" in refused("split", "-", *words, input=GOOD)
+    assert "can be read only once" in refused("split", "-", *words, input=GOOD)
     write("one.jsonl", [GOOD])
     assert "holds one pair" in refused("split", "one.jsonl", *words)
     write("one.jsonl", [GOOD, GOOD])
     assert "all pairs have the same prompt" in refused("split", "one.jsonl", *words)
     assert set(Path().iterdir()) == before | {Path("one.jsonl")}
     Path("parts").mkdir()
-    assert refused("split", "pairs.jsonl", *words).startswith("parts: is there already")
+    assert refused("split", "pairs.jsonl", *words).startswith("parts: already exists")
 
 
 def test_files_left_by_a_crash_are_neither_an_obstacle_nor_used():
@@ -355,12 +360,12 @@ def test_a_cleaning_that_cannot_be_done_leaves_nothing_behind():
     assert refused(*words, "--drop", "refusal").startswith("pairs.jsonl:5: not JSON")
     Path("taken.report.json").touch()
     taken = refused("clean", "pairs.jsonl", "--output", "taken.jsonl")
-    assert taken.startswith("taken.report.json: is there already")
+    assert taken.startswith("taken.report.json: already exists")
     Path("taken.report.json").unlink()
     assert refused(*words, "pairs.jsonl").startswith("pairs.jsonl: is named twice")
-    assert "can be read but once" in refused("clean", "-", "--output", "new.jsonl", input=GOOD)
+    assert "can be read only once" in refused("clean", "-", "--output", "new.jsonl", input=GOOD)
     assert "give a `.jsonl` file" in refused("clean", "pairs.jsonl", "--output", "new.csv")
-    assert refused("clean", "pairs.jsonl", "--output", "pairs.jsonl").endswith("or remove it")
+    assert refused("clean", "pairs.jsonl", "--output", "pairs.jsonl").endswith("or delete it")
     write("bad.jsonl", [ROWS[1]])
     assert refused("clean", "bad.jsonl", "--output", "new.jsonl").startswith(
         "bad.jsonl: no row wou"
@@ -397,7 +402,7 @@ def test_rows_beyond_what_the_model_places_are_found():
     write("long.jsonl", [GOOD, GOOD.replace("Where", "Where, " * 200)])
     findings = found("long.jsonl", "--model", "base", "--max-length", "900")["train"]["findings"]
     places = {one["name"]: one["places"] for one in findings}
-    assert places["beyond-context"] == [["long.jsonl:2"]]
+    assert places["longer-than-context"] == [["long.jsonl:2"]]
 
 
 def test_columns_that_json_lacks_are_written_as_text_or_left_out_and_named(tmp_path, monkeypatch):

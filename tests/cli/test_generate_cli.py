@@ -117,7 +117,7 @@ def test_invalid_arguments_give_a_one_line_error_before_a_model_loads(arguments,
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--thinking", "hi"], "`thinking` has no effect; the model's chat template knows no"),
+        (["--thinking", "hi"], "`thinking` has no effect; the model's chat template has no"),
         (["--reference", "hi"], "`--reference` has no effect with `--model`"),
         (["word " * 600], "tokens leave no room for an answer (the context is 512 tokens)"),
     ],

@@ -106,7 +106,7 @@ def test_what_cannot_be_drawn_gives_a_one_line_error_and_writes_nothing(folder):
     record = read_entries(folder / "a/run/run.json")
     write_edited(folder / "new/run.json", record | {"state": "unfinished"})
     for words, message in (
-        (["new", "--output", "x"], "new: no step was taken yet; there is nothing to draw"),
+        (["new", "--output", "x"], "new: no step has been taken yet, so there is nothing to plot"),
         (
             ["a/run", "base", "--output", "x"],
             "base: a model, not a run folder; name models by `--model`",

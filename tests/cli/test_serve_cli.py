@@ -242,7 +242,7 @@ def test_an_image_url_in_a_message_is_not_fetched(address):
         status, body = send(
             address, "chat/completions", {"messages": [{"role": "user", "content": content}]}
         )
-        assert (status, "only text is read" in body) == (400, True)
+        assert (status, "only text is supported" in body) == (400, True)
         with pytest.raises(TimeoutError):
             image_host.accept()
 
@@ -304,7 +304,10 @@ def test_an_occupied_port_is_reported_before_a_model_is_loaded():
     ("flags", "message"),
     [
         ((), "name a run folder or a --model, and only one of them"),
-        (("run", "--adapter", "a"), "`--adapter` has no effect with a run, which has its own"),
+        (
+            ("run", "--adapter", "a"),
+            "`--adapter` has no effect with a run, which has its own adapter",
+        ),
         (("--model", "m", "--temperature", "0", "--top-k", "4"), "`top_k` has no effect with"),
     ],
 )

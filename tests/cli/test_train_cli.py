@@ -75,7 +75,7 @@ def test_flags_beat_the_file_and_the_file_beats_defaults(tmp_path):
     [
         ("learing_rate: 1", "unknown setting `learing_rate`; did you mean `learning_rate`?"),
         ("beta: [", "settings.yaml:1: not valid YAML"),
-        ("- beta", "settings.yaml: expected lines of `setting: value`, found list"),
+        ("- beta", "settings.yaml: expected `setting: value` on each line, found list"),
         ("beta: 0", "settings.yaml:1: `beta` must be above 0, got 0.0"),
         ("lora_target_modules: 5", "`lora_target_modules` must be str, got 5"),
         (b"beta: \xff", "settings.yaml: not UTF-8 (byte 0xff at 6)"),
@@ -247,7 +247,7 @@ def test_a_loss_of_nan_gives_a_one_line_error_and_leaves_the_last_checkpoint():
                  "--learning-rate", "1e30", "--max-grad-norm", "0", "--epochs", "4",
                  "--batch-size", "4", "--lr-scheduler-type", "constant")  # fmt: skip
     assert result.exit_code == 1
-    assert "not a number at pairs.jsonl:" in result.output.splitlines()[-1]
+    assert "not a finite number at pairs.jsonl:" in result.output.splitlines()[-1]
     assert list(Path("run/checkpoints").glob("step-*"))
 
 
@@ -331,24 +331,23 @@ def test_a_setting_that_fails_late_leaves_nothing_behind(tmp_path):
     """A first mistake must not lock the folder for the second try."""
     result = train("--lora-target-modules", "q_prj")
     assert result.exit_code == 1
-    assert "`q_prj` matches nothing that can be trained" in result.output.splitlines()[-1]
+    assert "`q_prj` matches no trainable module" in result.output.splitlines()[-1]
     assert not (tmp_path / "run").exists()
     assert train().exit_code == 0
 
 
 def test_a_misspelt_column_and_a_missing_file_are_named(tmp_path, monkeypatch):
-    # huggingface_hub would try for half a minute, and has read the environment by now.
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     row = {"promt": "x", "chosen": "y", "rejected": "z"}
     (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n")
     assert_one_line_error(train(), "pairs.jsonl:1: missing `prompt` (found `promt`)")
     result = run("train", "org/data", "--model", "base", "--output", "run")
-    assert_one_line_error(result, "org/data: neither a local file or folder nor a dataset that can")
+    assert_one_line_error(result, "org/data: no such file or folder, the dataset is not in")
 
 
 def test_held_out_pairs_that_are_trained_on_are_reported():
     shown = train("--valid", "pairs.jsonl").output
-    assert "12 of the held-out pairs are trained on as well" in shown
+    assert "12 of the held-out pairs are also trained on" in shown
 
 
 def test_eval_drops_bad_pairs_with_the_flag():
@@ -399,7 +398,7 @@ def test_the_error_of_a_flag_of_another_trainer_names_our_flag(words, message):
     [
         ((), "--output is missing: the folder of the run to resume"),
         (("--output", "none"), "none: not a run folder (no such folder)"),
-        (("--output", "."), ".: not a run folder (no `run.json` in it)"),
+        (("--output", "."), ".: not a run folder (no `run.json`)"),
         (("--output", "base"), "base: a model, not a run folder; name models by `--model`"),
     ],
 )

@@ -139,7 +139,7 @@ def test_a_key_press_that_arrives_twice_counts_once(served, tmp_path):
     version = served.state()["version"]
     served.do(version=version, do="prefer", best=0, worst=1)
     again = served.do(version=version, do="prefer", best=1, worst=0)
-    assert again["message"] == "This prompt is decided already"
+    assert again["message"] == "This prompt already has a decision"
     assert len(rows(tmp_path / "pairs.jsonl")) == 1
 
 

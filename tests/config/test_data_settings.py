@@ -16,7 +16,7 @@ from mlx_dpo.schemas import SCHEMAS
         ({"column": ("prompt",)}, "`column` must be NAME=COLUMN, each name once, got 'prompt'"),
         ({"column": ("a=b", "a=c")}, "`column` must be NAME=COLUMN, each name once, got 'a=c'"),
         ({"column": ("=b",)}, "`column` must be NAME=COLUMN"),
-        ({"column": ("a=a",)}, "`column` has no effect where both names are the same"),
+        ({"column": ("a=a",)}, "`column` has no effect if both names are the same"),
         ({"system": " "}, "`system` has no effect if it is empty"),
         ({"system": "x", "chat_template": "text"}, "`system` has no effect if it is empty or"),
         ({"schema": "sharegp"}, f"`schema` must be one of {', '.join(SCHEMAS)}, got"),

@@ -33,7 +33,7 @@ def test_a_saved_config_is_read_back():
         ("learning_rate", "fast", "`learning_rate` must be a number, got 'fast'"),
         ("learning_rate", float("nan"), "`learning_rate` must be above 0"),
         ("learning_rate", float("inf"), "`learning_rate` must be above 0"),
-        ("learning_rate", None, "`learning_rate` must be float, got nothing"),
+        ("learning_rate", None, "`learning_rate` must be float, got no value"),
         ("trust_remote_code", "yes", "`trust_remote_code` must be bool, got 'yes'"),
         ("truncation", "middle", "must be one of keep_start, keep_end, drop, got 'middle'"),
         ("model", 3, "`model` must be str, got 3"),
@@ -105,7 +105,7 @@ def test_yaml_numbers_without_a_decimal_point_are_numbers():
         *[
             (
                 {"fine_tune_type": "full", name: value},
-                f"`{name}` has no effect with fine_tune_type `full`: there are no adapters",
+                f"`{name}` has no effect with fine_tune_type `full`, which has no adapters",
             )
             for name, value in (
                 ("lora_r", 8),
@@ -117,7 +117,7 @@ def test_yaml_numbers_without_a_decimal_point_are_numbers():
         *[
             (
                 {"start_adapter": "a", name: value},
-                f"`{name}` has no effect together with `start_adapter`: the adapter decides it",
+                f"`{name}` has no effect together with `start_adapter`, whose own settings apply",
             )
             for name, value in (
                 ("lora_r", 8),
@@ -178,11 +178,11 @@ def test_settings_without_effect_are_errors(given, message):
         ({"loss_type": "sigmod"}, "unknown loss `sigmod`; did you mean `sigmoid`?"),
         ({"loss_type": "xyz"}, "unknown loss `xyz`; `mlx-dpo losses` lists them"),
         ({"loss_type": "[" * 3000}, f"unknown loss `{'[' * 80}…`; `mlx-dpo losses` lists them"),
-        ({"loss_type": []}, "`loss_type` names no loss; `mlx-dpo losses` lists them"),
+        ({"loss_type": []}, "`loss_type` is empty; `mlx-dpo losses` lists them"),
         ({"loss_type": ["ipo", "ipo"]}, "`loss_type` names `ipo` twice; use `loss_weights`"),
         (
             {"loss_type": ["ipo", "sft"], "loss_weights": [1, 2, 3]},
-            "`loss_weights` must be as many as `loss_type` (found 3 and 2)",
+            "`loss_weights` must have as many entries as `loss_type` (found 3 and 2)",
         ),
         ({"loss_weights": [0]}, "`loss_weights` must be above 0, got 0.0"),
         (
@@ -198,7 +198,7 @@ def test_settings_without_effect_are_errors(given, message):
         ],
         (
             {"loss_type": ["sigmoid", "nca_pair"], "f_divergence_type": "forward_kl"},
-            "`f_divergence_type` forward_kl is not defined for loss_type `nca_pair`; it is for",
+            "`f_divergence_type` forward_kl is not defined for loss_type `nca_pair`; use",
         ),
         *[
             (

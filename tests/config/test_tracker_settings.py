@@ -31,7 +31,7 @@ GIVEN = {"model": "m", "pairs": "p", "output": "o"}
             f"`report_to` must be one of {', '.join(TRACKERS)}, none, got 'mlflow'",
         ),
         ({"report_to": "wandb", "run_name": " "}, "`run_name` is empty; give a name, or leave it "
-         "out"),
+        "out"),
     ],
 )  # fmt: skip
 def test_a_setting_without_effect_is_an_error(given, message):

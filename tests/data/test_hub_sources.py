@@ -1,9 +1,13 @@
 """Datasets on the Hub: a fake at the boundary of `datasets`, and the library itself on a folder."""
 
+from types import SimpleNamespace
+
 import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
+from huggingface_hub import constants
+from huggingface_hub import errors as hub_errors
 
 from mlx_dpo.data.hf_datasets import HubDataset, parse_hub_name
 from mlx_dpo.data.sources import find_sources, resolve_held_out_source
@@ -17,6 +21,9 @@ def hub(monkeypatch):
     """A fake Hub with one dataset, which records its calls."""
     calls = []
 
+    def dataset_info(self, path, **more):
+        calls.append(("info", path))
+
     def names(path, config_name=None, *, revision=None):
         calls.append(("names", path, config_name, revision))
         if path != "org/name":
@@ -28,6 +35,7 @@ def hub(monkeypatch):
         rows = [row | {"chosen": split} for row in ROWS]
         return datasets.Dataset.from_list(rows)
 
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", dataset_info)
     monkeypatch.setattr(datasets, "get_dataset_split_names", names)
     monkeypatch.setattr(datasets, "load_dataset", load)
     return calls
@@ -79,7 +87,7 @@ def test_an_existing_path_is_preferred_to_a_dataset(hub, tmp_path, monkeypatch):
         (
             "org/other",
             None,
-            r"^org/other: neither a local file or folder nor a dataset that can be loaded",
+            r"^org/other: cannot be loaded from the Hub \(Dataset 'org/other' doesn't exist\)",
         ),
         ("org/name", "train_x", r"^org/name: no split `train_x` \(found `train`, `train_prefs`, "),
     ],
@@ -103,6 +111,61 @@ def test_an_error_of_the_datasets_library_is_an_error_of_one_line(hub, monkeypat
         list(source.rows())
 
 
+def answer(kind, status):
+    response = SimpleNamespace(status_code=status, headers={}, request=None)
+    return kind("the Hub's own words\nover two lines", response=response)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (answer(hub_errors.GatedRepoError, 403), "gated; accept its terms on https://hugging"),
+        (answer(hub_errors.RepositoryNotFoundError, 404), "no such dataset on the Hub; check"),
+        (answer(hub_errors.RevisionNotFoundError, 404), "the Hub has no revision `v9`"),
+    ],
+)
+def test_a_dataset_that_the_hub_does_not_give_is_an_error_before_any_download(
+    hub, monkeypatch, error, message
+):
+    def fails(*args, **more):
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", fails)
+    with pytest.raises(DataError, match=f"^org/name: .*{message}") as raised:
+        find_sources("org/name@v9")
+    assert "\n" not in str(raised.value)
+    assert not hub
+
+
+@pytest.mark.parametrize(
+    "error", [hub_errors.HTTPError("no route"), TimeoutError("10 s"), ConnectionError("offline")]
+)
+def test_without_a_network_the_cache_is_read_once_and_nothing_is_tried_again(
+    hub, monkeypatch, error
+):
+    """By itself, `datasets` tries six times within half a minute, and prints each."""
+
+    def fails(*args, **more):
+        raise error
+
+    def cached_names(path, config_name=None, *, revision=None):
+        assert constants.HF_HUB_OFFLINE
+        if path != "org/cached":
+            raise ConnectionError("Couldn't reach it")
+        return ["train"]
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", fails)
+    monkeypatch.setattr(datasets, "get_dataset_split_names", cached_names)
+    assert find_sources("org/cached").train[0].name == "org/cached:train"
+    with pytest.raises(DataError) as raised:
+        find_sources("org/other")
+    assert str(raised.value) == (
+        "org/other: no such file or folder, the dataset is not in the Hub's cache, and the Hub "
+        "cannot be reached; check the name and the network"
+    )
+    assert not constants.HF_HUB_OFFLINE
+
+
 def test_the_datasets_library_reads_a_folder_of_tables(tmp_path, monkeypatch):
     """Images are not decoded, so no library for images is needed."""
     monkeypatch.chdir(tmp_path)
@@ -112,6 +175,7 @@ def test_the_datasets_library_reads_a_folder_of_tables(tmp_path, monkeypatch):
     for split in ("train", "test"):
         path = place / "data" / f"{split}-00000-of-00001.parquet"
         pyarrow.parquet.write_table(table, path)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     datasets.disable_progress_bars()
     dataset = HubDataset("org/set")  # relative, as the library takes a folder

@@ -149,12 +149,26 @@ def test_columns_are_renamed_before_the_schema_is_detected():
     assert rename_columns(Row({"a.b": 1}, ""), {"c": "a.b"}).record == {"c": 1}
 
 
-@pytest.mark.parametrize("column", ["question", "q.answer", "good.text"])
+@pytest.mark.parametrize("column", ["xyz", "q.answer", "q.text.x"])
 def test_a_missing_column_raises_an_error_with_the_present_columns(column):
     row = Row({"q": {"text": "hi"}, "good": "yo"}, "rows:1")
     with pytest.raises(DataError) as error:
         rename_columns(row, {"prompt": column})
     assert str(error.value) == f"rows:1: no column `{column}` (found `good`, `q`)"
+
+
+def test_a_column_that_is_nearly_there_or_reversed_is_suggested():
+    row = Row({"question": "hi", "chosen": "yo", "rejected": "no"}, "rows:1")
+    found = "(found `chosen`, `question`, `rejected`)"
+    with pytest.raises(DataError) as error:
+        rename_columns(row, {"prompt": "questoin"})
+    assert str(error.value) == (f"rows:1: no column `questoin` {found}; did you mean `question`?")
+    with pytest.raises(DataError) as error:
+        rename_columns(row, {"question": "prompt"})
+    assert str(error.value) == (
+        f"rows:1: no column `prompt` {found}; the name of the field comes first: "
+        "--column prompt=question"
+    )
 
 
 def test_a_field_name_that_no_schema_has_raises_an_error(write, plain):
@@ -179,7 +193,7 @@ def test_a_field_name_that_no_schema_has_raises_an_error(write, plain):
 )
 def test_a_row_with_images_audio_or_video_is_a_bad_pair(more):
     row = Row({"prompt": "q", "chosen": "a", "rejected": "b"} | more, "rows:1")
-    with pytest.raises(BadPairError, match="only text is trained on") as error:
+    with pytest.raises(BadPairError, match="audio and video are not supported") as error:
         parse_pairs(row)
     assert error.value.reason == NOT_TEXT
 

@@ -103,7 +103,7 @@ def test_a_folder_gives_its_training_and_its_held_out_prompts(tmp_path):
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"question": "hi"}, r"p\.jsonl:1: no `prompt` and no `messages` \(found `question`\)"),
+        ({"question": "hi"}, r"p\.jsonl:1: missing `prompt` or `messages` \(found `question`\)"),
         ({"prompt": "  "}, r"p\.jsonl:1: the prompt is empty"),
         ({"messages": [ANSWER]}, r"p\.jsonl:1: the prompt is empty"),
         ({"prompt": "hi", "tools": [{"name": "f"}]}, r"p\.jsonl:1: prompts with `tools` are not"),
@@ -111,7 +111,7 @@ def test_a_folder_gives_its_training_and_its_held_out_prompts(tmp_path):
         ({"instruction": "hi", "completions": ["a", "b"], "scores": [1, 1]}, "its answers tie"),
         (
             {"prompt": "hi", "chosen": [USER, ANSWER], "rejected": [USER, ANSWER]},
-            r"p\.jsonl:1: no prompt can be read of it \(chosen and rejected are the same text\)",
+            r"p\.jsonl:1: the row has no readable prompt \(chosen and rejected are the same text\)",
         ),
         (
             {
@@ -129,7 +129,8 @@ def test_a_row_without_a_prompt_raises_an_error_with_its_location(tmp_path, reco
 
 
 @pytest.mark.parametrize(
-    ("data", "message"), [(b"hi\n\xff\n", r"p\.txt:2: not UTF-8"), (b"\n \n", "no prompts in it")]
+    ("data", "message"),
+    [(b"hi\n\xff\n", r"p\.txt:2: not UTF-8"), (b"\n \n", "contains no prompts")],
 )
 def test_a_text_file_without_prompts_raises_an_error(tmp_path, data, message):
     (tmp_path / "p.txt").write_bytes(data)

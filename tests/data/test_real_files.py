@@ -65,7 +65,7 @@ def test_the_turns_of_real_dialogues_are_those_of_the_text(dialogues):
 def test_a_labelled_file_raises_an_error_with_advice_unless_labels_are_used(material):
     path = material / "data" / "lf-kto-en" / "kto_en_demo.json"
     tokenizer = byte_level("chatml")
-    with pytest.raises(DataError, match=r"\[0\]: a single judged answer .* use --loss-type kto"):
+    with pytest.raises(DataError, match=r"\[0\]: unpaired data .* use --loss-type kto"):
         load_pairs(path, tokenizer, RULES)
     report = load_pairs(path, tokenizer, RULES, rows=RowRules(judged=True)).report
     assert (report.used, report.desirable) == (300, 150)

@@ -257,7 +257,7 @@ def test_shards_are_read_in_order_and_none_may_be_missing(tmp_path):
         f"{tmp_path / s}:1" for s in shards
     ]
     (tmp_path / shards[1]).unlink()
-    with pytest.raises(DataError, match="2 of the 3 files of `train` are there"):
+    with pytest.raises(DataError, match="2 of the 3 files of `train` are present"):
         find_sources(place)
 
 
@@ -271,7 +271,7 @@ def test_another_split_has_its_own_held_out_split(tmp_path):
 
 
 def test_a_split_of_a_file_raises_an_error(write):
-    with pytest.raises(ConfigError, match="`split` has no effect on files"):
+    with pytest.raises(ConfigError, match="`split` has no effect: files have no splits"):
         find_sources(str(write({})), split="test")
 
 
@@ -302,8 +302,8 @@ def test_a_folder_without_a_train_file_raises_an_error_with_the_expected_name(tm
     with pytest.raises(DataError) as error:
         find_sources(folder(tmp_path, "valid.jsonl"))
     assert str(error.value) == (
-        f"{tmp_path}: no file of the split `train` (looked for `train.jsonl` and the like, in it "
-        "and in `data`)"
+        f"{tmp_path}: no file of the split `train` (looked for `train.jsonl` and similar "
+        "names, there and in `data`)"
     )
 
 

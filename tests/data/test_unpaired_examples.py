@@ -136,7 +136,7 @@ def test_a_file_may_mix_labelled_rows_and_pairs_and_counts_examples(tmp_path, pl
     assert [pair.desirable for pair in found.pairs] == [False, True, False]
     assert [pair.rejected for pair in found.pairs] == [()] * 3
     first, *_ = found.report.lines()
-    assert "3 judged answers" in first and "1 good and 2 bad" in first
+    assert "3 labelled answers" in first and "1 good and 2 bad" in first
     assert not found.report.unused_fields
 
 

@@ -116,8 +116,8 @@ def test_a_failing_reward_gives_a_one_line_error_with_its_location(file, name, m
     [
         ("{file}", "`reward` must be `file.py:function` or `package.module:function`"),
         ("{file}:no-name", "`reward` must be `file.py:function`"),
-        ("{file}:nothing", "no function `nothing` in it (found `Weights`, `length`"),
-        ("{file}:CONSTANT", "no function `CONSTANT` in it"),
+        ("{file}:nothing", "no function `nothing` (found `Weights`, `length`"),
+        ("{file}:CONSTANT", "no function `CONSTANT` (found"),
         ("nowhere.py:f", "nowhere.py: no such file"),
         ("no.such.module:f", "no.such.module: cannot be imported (ModuleNotFoundError"),
     ],

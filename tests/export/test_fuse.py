@@ -303,7 +303,9 @@ def test_the_message_of_the_converter_is_shown_and_the_checkpoint_stays(workplac
     assert [line.split()[0] for line in done.stdout.splitlines()] == ["model", "margin", "change"]
     [line] = done.stderr.splitlines()
     assert f"model.gguf: convert_hf_to_gguf.py cannot convert the model ({message})" in line
-    assert "the checkpoint is whole in fused" in line and Path("fused/config.json").is_file()
+    assert (
+        "the checkpoint itself is complete in fused" in line and Path("fused/config.json").is_file()
+    )
     assert not list(workplace.glob("*.gguf*")) and not list(workplace.glob(".*gguf*"))
 
 
@@ -314,14 +316,14 @@ def test_a_converter_that_is_no_program_is_one_line(workplace):
     assert done.exit_code == 1 and "(Exec format error)" in done.stderr
     own.chmod(0o644)
     done = fused_with(own, output="other")
-    assert "is no program; allow it to run with `chmod +x`" in done.stderr
+    assert "not executable; make it so with `chmod +x`" in done.stderr
 
 
 def test_where_gguf_cannot_go_is_said_before_anything_is_loaded(workplace):
     own = converter(workplace, "exit 0")
     Path("model.gguf").touch()
-    assert "model.gguf: is there already" in fused_with(own).stderr
-    assert "there is no folder no" in fused_with(own, "no/model.gguf").stderr
+    assert "model.gguf: already exists" in fused_with(own).stderr
+    assert "the folder no" in fused_with(own, "no/model.gguf").stderr
     assert not Path("fused").exists()
 
 

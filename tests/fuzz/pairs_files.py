@@ -103,7 +103,7 @@ def check_accounts(name: str, results: dict[str, Any]) -> None:
     places = {
         place[0]
         for finding in train["findings"]
-        if finding["unit"] == "rows" or finding["kind"] == "fault"
+        if finding["unit"] == "rows" or finding["kind"] == "error"
         for place in finding["places"]
     }
     dropped = sum(len(rows) for report in train["reports"] for rows in report["dropped"].values())

@@ -121,7 +121,7 @@ def rounds(folder: Path) -> Content:
     return content
 
 
-EXISTS = r"already exists|is not empty|is there already"
+EXISTS = r"already exists|is not empty"
 SCENARIOS = {
     "train": Scenario(TRAIN, MATERIAL, run_of("new"), (6, 5, 5, 4), "is finished after"),
     "train --resume": Scenario(

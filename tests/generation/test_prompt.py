@@ -33,8 +33,8 @@ def test_plain_text_has_no_begin_token_where_the_tokenizer_writes_none():
 @pytest.mark.parametrize(
     ("template", "problem"),
     [
-        ("", "writes nothing of the conversation"),
-        ("{% if false %}x{% endif %}", "writes nothing of the conversation"),
+        ("", "drops the whole conversation"),
+        ("{% if false %}x{% endif %}", "drops the whole conversation"),
         ("{{ 'a' * 10 ** 10 }}", "refuses the conversation (the chat template builds a text"),
         ("{% for x in %}", "refuses the conversation (the chat template cannot be compiled"),
     ],

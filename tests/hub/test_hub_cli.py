@@ -55,7 +55,7 @@ def test_a_dry_run_lists_the_files_and_the_card_without_a_request(
     assert done.stderr.startswith("Written to run/README.md\n")
     assert "Note: not on the card: prompts and answers; `mlx-dpo card --samples N`" in done.stderr
     assert "base_model: org/base" in done.output and "# org/adapter" in done.output
-    assert done.output.endswith("Nothing was sent to org/adapter.\n")
+    assert done.output.endswith("Nothing was uploaded to org/adapter.\n")
     again = invoke("push", "run", "org/adapter", "--dry-run", "--base", "org/base")
     assert again.stdout == done.stdout and not again.stderr
     done = invoke("push", "run", "org/adapter", "--dry-run", "--base", "org/other")

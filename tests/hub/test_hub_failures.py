@@ -64,7 +64,7 @@ def test_a_failed_request_publishes_nothing_and_a_retry_completes(run_with_card,
 
 def test_a_response_of_another_server_is_distinguished_from_a_bad_card(run_with_card, fake_hub):
     fake_hub.responses = {"preupload": (200, {})}  # like the login page of a network
-    with pytest.raises(ModelError, match=r"the response is not the Hub's .*check the network"):
+    with pytest.raises(ModelError, match=r"the response is not from the Hub .*check the network"):
         push_run()
 
 

@@ -88,7 +88,7 @@ def test_a_base_without_a_hub_id_is_left_out_of_the_metadata():
     )
     assert card.data.to_dict().keys() == {"library_name", "pipeline_tag", "tags"}
     assert "`BASE` stands for the base model" in card.text
-    assert "was not known when this card was written" in card.text
+    assert "was unknown when this card was written" in card.text
 
 
 def test_for_an_adapter_that_peft_cannot_load_the_reason_replaces_the_code():
@@ -146,7 +146,7 @@ def test_the_card_of_a_fused_model_describes_a_model():
 def test_the_card_of_a_run_shows_the_facts_of_its_record(workplace):
     card, notes = make_run_card("run", "org/adapter", base="org/base")
     record = json.loads(Path("run/run.json").read_text())
-    assert "9 preference pairs, which are not named here" in card.text
+    assert "9 preference pairs, which are not named on this card" in card.text
     assert f"| `eval_loss` | {record['evaluation']['eval_loss']:.4f} |" in card.text
     assert "Means over 3." in card.text
     assert "| `lora_r` | `4` |" in card.text and "`learning_rate` | `0.001`" in card.text
@@ -205,7 +205,7 @@ def test_only_datasets_that_the_hub_calls_public_are_named(workplace, fake_hub):
     card, notes = make_run_card("run", "org/adapter", online=True)
     assert card.data["datasets"] == ["org/open"]
     assert "9 preference pairs of [org/open](https://huggingface.co/datasets/org/open)" in card.text
-    assert "and of data not named here" in card.text
+    assert "and of data that this card does not name" in card.text
     assert not re.search(r"org/(gated|private|gone)|What is", str(card))
     [note] = [note for note in notes if "training data" in note]
     assert "(org/gated, org/private, org/gone)" in note and "--show-private` names it" in note
@@ -227,7 +227,7 @@ def test_without_the_hub_a_dataset_is_private(workplace, fake_hub, online):
     fake_hub.cut_before = {"dataset"}
     read_from_the_hub("org/open")
     card, notes = make_run_card("run", "org/adapter", online=online)
-    assert "org/open" not in str(card) and "which are not named here" in card.text
+    assert "org/open" not in str(card) and "which are not named on this card" in card.text
     [note] = [note for note in notes if "training data" in note]
     assert ("`mlx-dpo card --online` asks the Hub" in note) == (not online)
     assert fake_hub.requests["dataset"] == online

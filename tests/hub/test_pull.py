@@ -49,7 +49,7 @@ def test_an_adapter_with_an_invalid_card_can_be_pulled(run_with_card, fake_hub, 
 def test_an_adapter_that_cannot_be_pulled_is_an_error_without_a_folder(
     run_with_card, fake_hub, monkeypatch
 ):
-    with pytest.raises(ModelError, match="the Hub has no such repository for you"):
+    with pytest.raises(ModelError, match="no such repository on the Hub, or no access to it"):
         pull_adapter(NAME, Path("pulled"))
     push_run()
     commits = fake_hub.repos[NAME]["commits"]

@@ -90,13 +90,15 @@ def test_a_secret_or_personal_path_is_an_error_before_the_first_request(
 ):
     with (run_with_card / "run" / file).open("a") as stream:
         stream.write(text)
-    with pytest.raises(ConfigError, match=rf"nothing was sent: {file}:\d+ has a"):
+    with pytest.raises(ConfigError, match=rf"nothing was uploaded: {file}:\d+ has a"):
         push_run(also=() if file == "README.md" else (file,))
     assert not fake_hub.requests
-    with pytest.raises(ConfigError, match="nothing was sent"):  # in a dry run as well
+    with pytest.raises(ConfigError, match="nothing was uploaded"):  # in a dry run as well
         prepare_upload("run", () if file == "README.md" else (file,))
     files = {"x": run_with_card / "run" / file}
-    with pytest.raises(ConfigError, match="nothing was sent"):  # under any name in the repository
+    with pytest.raises(
+        ConfigError, match="nothing was uploaded"
+    ):  # under any name in the repository
         hub.push(files, NAME, message="m", public=False, overwrite=False)
     assert not fake_hub.requests
 
@@ -143,7 +145,7 @@ def test_existing_files_are_replaced_only_with_overwrite(run_with_card, fake_hub
 
 def test_a_public_repository_is_written_to_only_with_public(run_with_card, fake_hub):
     HfApi().create_repo(NAME, private=False)
-    with pytest.raises(ConfigError, match="is public already; add --public"):
+    with pytest.raises(ConfigError, match="is already public; add --public"):
         push_run()
     assert fake_hub.repos[NAME]["commits"] == []
     push_run(public=True)

@@ -162,6 +162,8 @@ def test_the_error_names_locations_and_repeats_no_secret(tmp_path):
     with pytest.raises(ConfigError) as error:
         check_secrets({"notes.txt": tmp_path / "a"})
     message = str(error.value)
-    assert message.startswith("nothing was sent: notes.txt:1 has a Hugging Face token, notes.txt:2")
+    assert message.startswith(
+        "nothing was uploaded: notes.txt:1 has a Hugging Face token, notes.txt:2"
+    )
     assert "and 2 more; remove it, or leave the file out" in message
     assert TAIL not in message

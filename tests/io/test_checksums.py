@@ -87,7 +87,7 @@ def test_a_file_of_another_program_is_read_but_is_not_whatever_is_expected(tmp_p
     with pytest.raises(DamagedFileError, match="not the one that the run recorded"):
         verify_arrays(path, expected="0" * 64)
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(DamagedFileError, match="the end of the file is missing"):
+    with pytest.raises(DamagedFileError, match="the file is truncated"):
         verify_arrays(path)
 
 

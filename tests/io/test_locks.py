@@ -30,8 +30,8 @@ def test_a_run_goes_on_without_a_lock_and_says_what_is_lost(tmp_path, code, capl
     with lock_folder(RunPaths(tmp_path / "run")):
         (tmp_path / "run" / "run.json").write_text("{}")
     assert [record.message for record in caplog.records] == [
-        f"{tmp_path}/run: files cannot be locked here ({code}); nothing stops a second run from "
-        "writing into this folder: start only one at a time, or choose an --output on a local disk"
+        f"{tmp_path}/run: files cannot be locked here ({code}); a second run could write into "
+        "this folder at the same time: start only one, or choose an --output on a local disk"
     ]
 
 

@@ -90,7 +90,7 @@ def test_a_tied_embedding_is_unpacked_for_both_its_uses():
 def test_a_global_scale_is_refused_because_only_a_gpu_reads_it():
     packed = SwitchLinear(64, 32, 2, bias=False).to_quantized(16, 4, "nvfp4")
     packed.global_scale = mx.ones((2,))
-    with pytest.raises(ModelError, match=r"experts: packed as nvfp4 with a global scale"):
+    with pytest.raises(ModelError, match=r"experts: quantized as nvfp4 with a global scale"):
         dequantize_layer(packed, name="experts")
 
 
@@ -119,9 +119,9 @@ def test_every_layer_of_a_model_is_replaced_and_an_unusual_one_is_left_and_count
         nn.LayerNorm,
         Unusual,
     ]
-    assert notes[0].startswith("4 and 8-bit weights held unpacked in float32")
-    assert notes[1].startswith("1 layer of an unusual kind left packed")
-    assert notes[2] == "bfloat16 weights held in float32"
+    assert notes[0].startswith("4 and 8-bit weights dequantized to float32")
+    assert notes[1].startswith("1 layer left quantized")
+    assert notes[2] == "bfloat16 weights converted to float32"
     floats = [v for _, v in tree_flatten(model.parameters()) if v.dtype != mx.uint32]
     assert {v.dtype for v in floats} == {mx.float32}
 

@@ -88,7 +88,7 @@ def test_sixteen_bit_weights_are_widened_on_the_cpu_and_it_is_said(tmp_path):
     held = parameters(base.model)
     assert {v.dtype for v in held.values()} == {mx.float32}
     assert all(mx.array_equal(held[name], stored[name].astype(mx.float32)) for name in stored)
-    assert base.notes == ("bfloat16 weights held in float32",)
+    assert base.notes == ("bfloat16 weights converted to float32",)
 
 
 def test_an_asked_number_type_is_the_one_held(checkpoint):
@@ -126,7 +126,7 @@ def test_layers_whose_width_does_not_divide_are_counted(tmp_path):
     notes = load_model(str(folder), bits=4).notes
     [note] = [note for note in notes if "left unquantized" in note]
     assert note == (
-        "2 of 16 layers left unquantized: their width (100) is no multiple of 64; "
+        "2 of 16 layers left unquantized: their width (100) is not a multiple of 64; "
         "none of the supported group sizes (32, 64, 128) divides them"
     )
 
@@ -138,7 +138,7 @@ def test_the_group_size_that_fits_is_named(tmp_path, load):
         load(str(make_checkpoint(tmp_path / "other", hidden=96)), bits=4, group_size=128)
     [note] = [note for note in load(str(folder), bits=4).notes if "unquantized" in note]
     assert note.startswith("14 of 16 layers ")
-    assert "their width (96) is no multiple of 64; group size 32 fits all of them" in note
+    assert "their width (96) is not a multiple of 64; group size 32 fits all of them" in note
     notes = load(str(folder), bits=4, group_size=32).notes
     assert not any("unquantized" in note for note in notes)
 
@@ -266,7 +266,7 @@ def answer(kind: type[Exception], status: int) -> Exception:
         (lambda: answer(hub.RevisionNotFoundError, 404), "no revision `v9`"),
         (lambda: answer(hub.HfHubHTTPError, 503), "answered 503"),
         (lambda: hub.LocalEntryNotFoundError("long"), "the Hub cannot be reached"),
-        (lambda: hub.IncompleteSnapshotError("long", "/x"), "not whole in the Hub's cache"),
+        (lambda: hub.IncompleteSnapshotError("long", "/x"), "not completely in the Hub's cache"),
         (lambda: hub.HFValidationError("long"), "not a Hub id"),
         (lambda: OSError(28, "No space left on device"), "No space left on device"),
         (lambda: hub.HTTPError("proxy refused\nagain"), "proxy refused"),
@@ -278,6 +278,14 @@ def test_each_error_of_the_hub_gives_a_one_line_error(error, message, monkeypatc
 
     monkeypatch.setattr(download_module, "snapshot_download", download)
     assert message in refusal("o/m", revision="v9")
+
+
+def test_a_model_without_an_organisation_is_answered_with_the_form_of_a_hub_id(monkeypatch):
+    def download(*_, **__):
+        raise hub.LocalEntryNotFoundError("long")
+
+    monkeypatch.setattr(download_module, "snapshot_download", download)
+    assert "a model on the Hub is written `org/name`" in refusal("qwen2.5")
 
 
 # What the files must be
@@ -295,7 +303,7 @@ def test_adapters_are_not_taken_for_a_model(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "not JSON"), ("[]", "not a JSON object"), ("{}", "no `model_type`")],
+    [("{", "not JSON"), ("[]", "not a JSON object"), ("{}", "missing `model_type`")],
 )
 def test_a_broken_configuration_is_refused(checkpoint, text, message):
     (checkpoint / "config.json").write_text(text)
@@ -326,7 +334,7 @@ def test_code_that_comes_with_a_model_runs_only_if_trusted(checkpoint):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("pytorch_model.bin", "pickles are never read"),
+        ("pytorch_model.bin", "pickles can run code"),
         ("model.Q4_K.gguf", "GGUF"),
         ("consolidated.safetensors", "found `consolidated.safetensors`"),
         ("notes.md", "no weights"),
@@ -418,13 +426,13 @@ def test_a_damaged_sentencepiece_model_is_named(checkpoint):
 @pytest.mark.parametrize(
     ("file", "entries", "message"),
     [
-        ("generation_config.json", {"eos_token_id": "x"}, "`eos_token_id` is no token id"),
-        ("generation_config.json", {"eos_token_id": [3, None]}, "`eos_token_id` is no token id"),
-        ("generation_config.json", {"eos_token_id": 2**64}, "`eos_token_id` is no token id"),
+        ("generation_config.json", {"eos_token_id": "x"}, "`eos_token_id` is not a token id"),
+        ("generation_config.json", {"eos_token_id": [3, None]}, "`eos_token_id` is not a token id"),
+        ("generation_config.json", {"eos_token_id": 2**64}, "`eos_token_id` is not a token id"),
         ("generation_config.json", [], "generation_config.json: not a JSON object"),
         ("tokenizer_config.json", "text", "tokenizer_config.json: not a JSON object"),
         ("tokenizer_config.json", {"tokenizer_class": 1.5}, "tokenizer: cannot be read"),
-        ("config.json", {"eos_token_id": True}, "`eos_token_id` is no token id"),
+        ("config.json", {"eos_token_id": True}, "`eos_token_id` is not a token id"),
         ("config.json", {"quantization": [1]}, "`quantization` must be a JSON object (found list)"),
         ("config.json", {"rope_theta": "far"}, "its configuration does not fit"),
         ("config.json", {"num_hidden_layers": "two"}, "cannot be read"),

@@ -42,7 +42,7 @@ def test_both_ways_to_write_it_are_the_same_model(tmp_path, older, newer):
     assert np.abs(np.array(plain.model(TOKENS) - found.model(TOKENS))).max() > 0.01
     assert [note for note in expected.notes + plain.notes if "rope" in note] == []
     [note] = [note for note in found.notes if "rope" in note]
-    assert note.startswith("`rope_theta` 50.0") and "mlx-lm by itself would not read" in note
+    assert note.startswith("`rope_theta` 50.0") and "mlx-lm alone would ignore" in note
 
 
 def test_the_newer_way_counts_where_both_are_there(tmp_path):
@@ -121,5 +121,5 @@ def test_each_architecture_has_its_own_names(kind, rope, found):
     ],
 )
 def test_rope_settings_that_mlx_lm_does_not_support_are_an_error(kind, rope, message):
-    with pytest.raises(ModelError, match=rf"^x/config\.json: .*{message}.*take another one$"):
+    with pytest.raises(ModelError, match=rf"^x/config\.json: .*{message}.*use another model$"):
         rope_overrides({"model_type": kind, "rope_parameters": rope}, "x")

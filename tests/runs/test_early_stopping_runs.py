@@ -200,7 +200,7 @@ def test_resuming_with_other_evaluations_is_refused_where_they_decide(config):
     [
         ({"metric_for_best_model": "accuracy"}, "`metric_for_best_model` must be one of logps/"),
         ({"eval_steps": 24, "early_stopping_patience": None},
-         "nothing to choose between: an evaluation every 24 of 24 steps"),
+         "several evaluations to choose from: an evaluation every 24 of 24 steps"),
         ({"early_stopping_patience": 11}, "`early_stopping_patience` 11 has no effect .* than 11"),
     ],
 )  # fmt: skip

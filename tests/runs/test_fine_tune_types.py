@@ -161,9 +161,11 @@ def test_a_start_adapter_that_is_gone_is_named(config, tmp_path):
     train(config)
     shutil.rmtree(tmp_path / "first")
     load_policy(config.output)
-    with pytest.raises(RunError, match=r"the adapter of .*first, which is gone; put it back there"):
+    with pytest.raises(
+        RunError, match=r"the adapter of .*first, which does not exist; restore it there"
+    ):
         load_policy(config.output, reference=True)
-    with pytest.raises(RunError, match="which is gone"):
+    with pytest.raises(RunError, match="which does not exist"):
         evaluate_run(config.output)
 
 
@@ -198,16 +200,16 @@ def test_where_no_adapter_is_a_run_is_refused_before_anything_is_loaded(config, 
 
 def test_packed_weights_are_not_trained_themselves(config, tmp_path):
     full = replace(config, **VARIANTS["full"])
-    with pytest.raises(ConfigError, match=r"the model is quantized.*take it without --bits"):
+    with pytest.raises(ConfigError, match=r"the model is quantized.*use the model without --bits"):
         train(replace(full, bits=4))
     mlx_lm.convert(config.model, str(tmp_path / "packed"), quantize=True, q_bits=4)
-    with pytest.raises(ConfigError, match="take the model as it was before"):
+    with pytest.raises(ConfigError, match="use the unquantized model"):
         train(replace(full, model=str(tmp_path / "packed")))
 
 
 def test_trained_weights_go_on_from_unpacked_ones_alone(config, tmp_path):
     config = started(config, tmp_path, "full")
-    with pytest.raises(ConfigError, match=r"the model is quantized.*take it without --bits"):
+    with pytest.raises(ConfigError, match=r"the model is quantized.*use the model without --bits"):
         train(replace(config, bits=4))
 
 

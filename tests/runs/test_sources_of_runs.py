@@ -97,7 +97,9 @@ def test_a_run_reads_standard_input_once_and_is_not_measured_on_it_again(config,
         trainer.prepare()
         list(trainer.steps())
     assert json.loads((trainer.paths.record).read_text())["settings"]["pairs"] == ["-"]
-    with pytest.raises(ConfigError, match="read its pairs from standard input, which is gone"):
+    with pytest.raises(
+        ConfigError, match="read its pairs from standard input, which cannot be read again"
+    ):
         evaluate_run(config.output)
 
 

@@ -78,7 +78,7 @@ def test_a_verdict_with_two_meanings_or_none_is_an_error(verdict):
 
 
 def test_a_row_without_a_verdict_names_what_is_looked_for():
-    with pytest.raises(DataError, match=r"^x:1: nothing says whether `response_a` or .* winner"):
+    with pytest.raises(DataError, match=r"^x:1: no column says whether `response_a` or .* winner"):
         better()
 
 

@@ -69,5 +69,7 @@ def test_text_that_begins_like_messages_and_cannot_be_read_is_an_error(text):
 
 
 def test_messages_against_plain_text_are_an_error():
-    with pytest.raises(DataError, match="one of `chosen` and `rejected` is text, the other mess"):
+    with pytest.raises(
+        DataError, match="one of `chosen` and `rejected` is text, and the other is mess"
+    ):
         parse_pairs(row(prompt="Hi", chosen=json.dumps(ANSWER), rejected="No."))

@@ -71,7 +71,7 @@ def test_a_shared_first_reply_belongs_to_the_completions():
 
 
 def test_a_prompt_missing_from_the_conversations_is_an_error():
-    with pytest.raises(DataError, match="`chosen` has a prompt of its own that differs"):
+    with pytest.raises(DataError, match="`chosen` begins with a prompt that differs"):
         read(
             prompt="other",
             chosen=[user("hi"), assistant("yo")],
@@ -122,6 +122,16 @@ def test_unmarked_text_is_split_at_a_word_with_the_space_in_the_completion(
             "--column chosen=NAME",
         ),
         (
+            {"question": "a", "good": "b", "bad": "c"},
+            "missing `chosen` (found `bad`, `good`, `question`); did you mean "
+            "--column prompt=question --column chosen=good --column rejected=bad?",
+        ),
+        (
+            {"prompt": "a", "chosen": "b", "worse": "c"},
+            "missing `rejected` (found `chosen`, `prompt`, `worse`); did you mean "
+            "--column rejected=worse?",
+        ),
+        (
             {},
             "missing `chosen` (found nothing); if a column has another name, --column chosen=NAME",
         ),
@@ -135,20 +145,20 @@ def test_unmarked_text_is_split_at_a_word_with_the_space_in_the_completion(
         ),
         (
             {"prompt": "a", "chosen": [assistant("b")], "rejected": [{"role": "assistant"}]},
-            "`rejected[0]` needs a `content` that is text",
+            "`rejected[0]` needs a text `content`",
         ),
         (
             {"prompt": [user("a"), {"content": "x"}], "chosen": "b", "rejected": "c"},
-            "`prompt[1]` needs a `role` that is text",
+            "`prompt[1]` needs a text `role`",
         ),
         (
             {"prompt": "a", "chosen": "b", "rejected": [assistant("c")]},
-            "one of `chosen` and `rejected` is text, the other messages",
+            "one of `chosen` and `rejected` is text, and the other is messages",
         ),
         (
             {"prompt": [user("a")], "chosen": [user("b")], "rejected": [assistant("c")]},
-            "`chosen` holds a turn of `user`; with a `prompt` it may hold only the "
-            "assistant's turns",
+            "`chosen` has a turn of `user`; with a `prompt` it may contain only the assistant's "
+            "turns",
         ),
         (
             {"chosen": [assistant("b")], "rejected": [assistant("c")]},
@@ -171,20 +181,21 @@ def test_unmarked_text_is_split_at_a_word_with_the_space_in_the_completion(
         (
             {"prompt": "a", "chosen": "b", "rejected": "c",
              "chat_template_kwargs": {"tokenize": 1}},
-            "`chat_template_kwargs` cannot say tokenize",
+            "`chat_template_kwargs` cannot set tokenize",
         ),
         (
             {"prompt": [user("a")], "chosen": [assistant("b") | {"tool_calls": [{"x": 1}]}],
              "rejected": [assistant("c")]},
-            "`chosen[0]` has `tool_calls` that are no list of objects with a `name`",
+            "`chosen[0]` must have as `tool_calls` a list of objects with a `name`",
         ),
         (
             {"completions": ["a", "b"], "prompt": "x"},
-            "completions without ratings (looked for overall_score, score, rating, reward, rank)",
+            "missing ratings of the completions (looked for overall_score, score, rating, reward, "
+            "rank)",
         ),
         (
             {"completions": ["a", "b"], "scores": [1], "prompt": "x"},
-            "1 ratings of 2 completions; give one of each",
+            "1 ratings for 2 completions; give one rating per completion",
         ),
         (
             {"conversations": [{"from": "boss", "value": "a"}], "chosen": "b", "rejected": "c"},
@@ -193,8 +204,8 @@ def test_unmarked_text_is_split_at_a_word_with_the_space_in_the_completion(
         ),
         (
             {"prompt": "a", "label": True},
-            "a single judged answer (`label`), and no pair; use --loss-type kto, or "
-            "--pair-labelled where a prompt has good and bad answers",
+            "unpaired data (a single answer with a `label`), not preference pairs; use "
+            "--loss-type kto, or --pair-labelled if prompts have good and bad answers",
         ),
     ],
 )  # fmt: skip
@@ -241,7 +252,7 @@ def test_a_pair_without_a_preference_is_a_bad_pair(record, reason):
         only(Row(record, "pairs.jsonl:12"))
     assert error.value.reason == reason
     assert str(error.value) == (
-        f"pairs.jsonl:12: {reason}; fix it, or leave such pairs out with --bad-pairs drop"
+        f"pairs.jsonl:12: {reason}; fix it, or drop such pairs with --bad-pairs drop"
     )
 
 

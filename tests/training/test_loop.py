@@ -232,6 +232,6 @@ def test_a_loss_that_is_no_number_stops_before_the_update_and_names_the_pairs(pl
     with pytest.raises(TrainingError) as error:
         for progress, _ in steps:
             done, before = progress.step, adapters.adapter_weights(policy)
-    assert str(error.value).startswith(f"step {done + 1}: the loss is not a number at a:3; ")
+    assert str(error.value).startswith(f"step {done + 1}: the loss is not a finite number at a:3; ")
     for name, value in adapters.adapter_weights(policy).items():
         assert mx.array_equal(value, before[name]), name

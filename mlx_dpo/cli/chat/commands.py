@@ -118,7 +118,8 @@ class ChatCommands:
     def _check_two_models(self) -> None:
         if not self.chat.switch.can_switch:
             raise ConfigError(
-                "there is nothing to switch to; name a run, or a --model with an --adapter"
+                "no adapter is loaded, so there is no other model; name a run, or a --model with "
+                "an --adapter"
             )
 
     def do_compare(self, question: str) -> None:
@@ -172,7 +173,7 @@ class ChatCommands:
         """Replace the last answer by a better text, and write both as a preference pair."""
         answer, [author] = self.chat.last_answer(), self.chat.authors[-1:]
         if not text and self._edit is None:
-            raise ConfigError("`/edit` needs the better answer after it")
+            raise ConfigError("`/edit` needs a text, the better answer")
         better = text or (self._edit and self._edit(answer))
         if not better or better == answer:
             print_note("The answer is unchanged; no pair is written.")

@@ -169,11 +169,11 @@ def _check_flags(automatic: bool, web: bool, port: int | None, prompts: str | No
     if port is not None and not web:
         raise ConfigError("`port` has no effect without --web")
     if automatic and web:
-        raise ConfigError("`web` has no effect with --reward or --judge; leave one of them out")
+        raise ConfigError("`web` has no effect with --reward or --judge; leave out one of them")
     if prompts == "-" and not automatic:
         raise ConfigError("`-` has no effect: keys are read from stdin; give prompts in a file")
     if prompts is None and (automatic or web):
-        raise ConfigError("missing --prompts; prompts are typed only if a person ranks here")
+        raise ConfigError("missing --prompts; prompts can be typed only if a person ranks")
 
 
 def _read_typed_prompt(system: str | None) -> "Prompt | None":
@@ -222,7 +222,7 @@ def _judge_with_progress(tasks: "TaskSampler", judge: "Judge") -> None:
 def _print_resumed(tasks: "TaskSampler") -> None:
     done = len(tasks.prompts) - tasks.remaining
     if done:
-        echo(f"{done:,} of {len(tasks.prompts):,} prompts are decided already", err=True)
+        echo(f"{done:,} of {len(tasks.prompts):,} prompts already have a decision", err=True)
 
 
 def _print_summary(pairs_file: "PairsFile") -> None:

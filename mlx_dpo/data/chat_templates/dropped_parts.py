@@ -29,7 +29,7 @@ ESSENTIAL = frozenset({CONTENT, TOOL_CALL})
 
 
 class DroppedPart(NamedTuple):
-    """A part of a conversation that the chat template does not write."""
+    """A part of a conversation that the chat template drops."""
 
     name: str  # `content`, `reasoning`, `tool call`, `tools` or the name of a message's field
     message: int  # its index; -1 for `tools`
@@ -37,7 +37,7 @@ class DroppedPart(NamedTuple):
     detail: str = ""
 
     @property
-    def is_fault(self) -> bool:
+    def is_error(self) -> bool:
         """True if the model would be trained on another conversation than the row describes."""
         return self.name in ESSENTIAL or (self.name == REASONING and self.in_completion)
 

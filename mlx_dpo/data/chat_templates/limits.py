@@ -126,7 +126,7 @@ class Budget:
                 size += len(part) + 1 if type(part) is str else 1
                 continue
             if isinstance(part, Namespace):
-                raise TemplateLimitError("the chat template puts a namespace into another value")
+                raise TemplateLimitError("the chat template stores a namespace in another value")
             inner = self.extent(part)
             size, depth = size + inner.size, max(depth, inner.depth)
         if depth >= MAX_DEPTH:

@@ -103,7 +103,9 @@ class LimitedTemplate(Template):
         try:
             return self.environment.concat(self.root_render_func(context))
         except MemoryError:
-            raise TemplateLimitError("the chat template takes more memory than there is") from None
+            raise TemplateLimitError(
+                "the chat template needs more memory than is available"
+            ) from None
         finally:
             _rendering.reset(token)
 
@@ -241,13 +243,15 @@ def _store(context: Context, value: Any) -> Any:
     Namespaces in one another could be written as endless text.
     """
     if isinstance(value, Namespace):
-        raise TemplateLimitError("the chat template puts a namespace into another value")
+        raise TemplateLimitError("the chat template stores a namespace in another value")
     return value
 
 
 @pass_context
 def _check_not_random(context: Context, value: Any) -> Any:
-    raise UnusableTemplateError("the chat template draws at random, so texts would change")
+    raise UnusableTemplateError(
+        "the chat template uses random numbers, so the text of a conversation would change"
+    )
 
 
 def _checked_filter(plain: ImmutableSandboxedEnvironment, name: str) -> Any:

@@ -101,7 +101,7 @@ def _fit_call(call: Mapping[str, Any], form: CallForm) -> dict[str, Any]:
         function["arguments"] = format_arguments(arguments)
     elif not form.as_text and isinstance(arguments, str):
         raise TemplateError(
-            f"the `arguments` of the tool call `{function['name'][:40]}` are no JSON object "
+            f"the `arguments` of the tool call `{function['name'][:40]}` are not a JSON object "
             f"(found {arguments[:60]!r})"
         )
     if form.wrapped:

@@ -118,7 +118,8 @@ def _find_list(document: Any, name: str) -> list[Any] | None:
     lists = {key: value for key, value in document.items() if _is_list_of_rows(value)}
     if len(lists) > 1 and len(lists) == len(document):
         raise DataError(
-            f"{name}: several lists of rows (found {format_names(lists)}); write each into a file "
+            f"{name}: contains several lists of rows (found {format_names(lists)}); write each "
+            "into a file "
             "of its own, such as `train.json` and `valid.json`"
         )
     found = [key for key in lists if key in CONTAINER_KEYS or len(document) == 1]

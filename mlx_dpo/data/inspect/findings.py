@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from mlx_dpo import errors
 from mlx_dpo.data.files import RowLocations
 
-FAULT, REMARK = "fault", "remark"
+ERROR, WARNING = "error", "warning"
 MODEL, VALID = "--model", "held-out pairs"  # requirements of a check
 ROWS, PAIRS = "rows", "pairs"  # units in which findings are counted
-LENGTH_BIAS_SHARE = 0.6  # a length-only classifier with this accuracy is a remark
+LENGTH_BIAS_SHARE = 0.6  # a length-only classifier with this accuracy is a warning
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Check:
     """A check on a data set: its name, its severity, why a finding matters and what to do."""
 
     name: str
-    severity: str  # `FAULT` or `REMARK`
+    severity: str  # `ERROR` or `WARNING`
     why: str
     advice: str
     requires: str = ""  # `MODEL` or `VALID`; "": nothing
@@ -27,116 +27,130 @@ class Check:
     can_drop: bool = True  # `data clean` can drop the rows with this finding
 
     @property
-    def is_fault(self) -> bool:
+    def is_error(self) -> bool:
         """True if findings make `data check --strict` fail and `data clean` drops their rows."""
-        return self.severity == FAULT
+        return self.severity == ERROR
 
 
-_DROPPED = "`--bad-pairs drop` passes over them, else training stops there"
+_DROP = "`--bad-pairs drop` drops such pairs; otherwise training stops there"
 CHECKS = {
     rule.name: rule
     for rule in (
-        Check("unreadable", FAULT, "training stops at such a row",
+        Check("unreadable", ERROR, "training stops at such a row",
               "fix the rows, or name their format (`--schema`, `--column`)", unit=ROWS),
-        Check("untrainable", FAULT, "training stops at such a pair",
-              "do as the message says", MODEL),
-        Check("empty-completion", FAULT, "there is nothing to score", _DROPPED, unit=ROWS),
-        Check("same-text", FAULT, "chosen and rejected do not differ, so nothing is preferred",
-              _DROPPED, unit=ROWS),
-        Check("same-tokens", FAULT, "chosen and rejected differ, but not in what the model sees",
-              _DROPPED, MODEL, unit=ROWS),
-        Check("diverged", FAULT, "the answers follow different prompts and cannot be compared",
-              _DROPPED, unit=ROWS),
-        Check("empty-prompt", FAULT, "nothing is asked", _DROPPED, MODEL, unit=ROWS),
-        Check("not-text", FAULT, "images, audio and video are not trained on", _DROPPED,
+        Check("untrainable", ERROR, "training stops at such a pair",
+              "follow the advice in the message", MODEL),
+        Check("empty-completion", ERROR, "there is no completion to score", _DROP, unit=ROWS),
+        Check("same-text", ERROR, "chosen and rejected are identical, so there is no preference",
+              _DROP, unit=ROWS),
+        Check("same-tokens", ERROR, "chosen and rejected differ as text, but not as tokens",
+              _DROP, MODEL, unit=ROWS),
+        Check("different-prompts", ERROR, "the answers follow different prompts and cannot be "
+              "compared", _DROP, unit=ROWS),
+        Check("empty-prompt", ERROR, "the prompt is empty", _DROP, MODEL, unit=ROWS),
+        Check("not-text", ERROR, "images, audio and video are not supported", _DROP,
               unit=ROWS),
-        Check("template-refused", FAULT, "the chat template does not take such turns",
-              "fix the turns or use another model; `--bad-pairs drop` passes over them", MODEL,
+        Check("template-refused", ERROR, "the chat template does not accept these turns",
+              "fix the turns or use another model; `--bad-pairs drop` drops such pairs", MODEL,
               unit=ROWS),
-        Check("not-written", FAULT, "the chat template leaves out a part of the conversation, so "
-              "the model would be trained on another one",
-              "use a model whose template writes it; `--bad-pairs drop` leaves such pairs out",
+        Check("template-drops-content", ERROR, "the chat template drops a part of the "
+              "conversation, so the model would be trained on a different conversation",
+              "use a model whose template includes it; `--bad-pairs drop` drops such pairs",
               MODEL, unit=ROWS),
-        Check("prompt-not-prefix", FAULT, "the chat template changes the prompt once a reply "
-              "follows, so nothing says where the reply begins",
-              "add `--thinking` if the answers hold the model's thoughts; else take a model "
-              "whose template keeps the prompt", MODEL),
-        Check("no-plain-text", FAULT, "a special token in the text cannot be kept as plain text",
-              _DROPPED, MODEL, unit=ROWS),
-        Check("no-room", FAULT, "the prompt alone fills `--max-length`",
+        Check("prompt-not-prefix", ERROR, "the chat template changes the prompt once a reply "
+              "follows, so the start of the reply is unknown",
+              "add `--thinking` if the answers contain the model's thoughts; otherwise use a "
+              "model whose template keeps the prompt", MODEL),
+        Check("active-special-token", ERROR, "a special token in the text cannot be encoded as "
+              "plain text", _DROP, MODEL, unit=ROWS),
+        Check("prompt-too-long", ERROR, "the prompt alone fills `--max-length`",
               "raise `--max-length`, or use `--truncation keep_end`", MODEL, unit=ROWS),
-        Check("same-when-cut", FAULT, "the answers differ only after the cut",
+        Check("same-after-truncation", ERROR, "the answers differ only in the part that is cut",
               "raise `--max-length`", MODEL, unit=ROWS),
-        Check("beyond-context", FAULT, "the model has no places for so many tokens",
-              "lower `--max-length` to what the model places", MODEL),
-        Check("double-bos", FAULT, "the text begins twice, which the model never sees in use",
-              "take the token that begins a text out of the rows", MODEL),
-        Check("double-stop", FAULT, "the answer ends twice, so the model learns to go on after "
-              "its end", "take the stop token out of the rows, or leave `--chat-template` alone",
-              MODEL),
-        Check("duplicate-pair", FAULT, "the pair counts more often than it was judged",
+        Check("longer-than-context", ERROR, "the pair is longer than the model's context",
+              "lower `--max-length` to the model's context length", MODEL),
+        Check("double-bos", ERROR, "the text begins with two BOS tokens, which the model never "
+              "sees in use", "remove the BOS token from the rows", MODEL),
+        Check("double-eos", ERROR, "the answer has two stop tokens, so the model learns to "
+              "continue after the first", "remove the stop token from the rows, or do not set "
+              "`--chat-template`", MODEL),
+        Check("duplicate-pair", ERROR, "repeated pairs count more often than others",
               "`data clean` keeps the first of them"),
-        Check("contradiction", FAULT, "the same answer is better here and worse there",
-              "decide, or let `data clean` drop both"),
-        Check("leaked-prompt", FAULT, "the prompt is held out too, so held-out figures flatter",
-              "`data clean` drops it from what is trained on", VALID),
-        Check("replacement-character", FAULT, "U+FFFD stands where a character was lost",
-              "make the file again from its source"),
-        Check("mojibake", FAULT, "UTF-8 was read as Latin-1 once, and the model learns to write so",
-              "make the file again from its source, or repair it (the library ftfy does)"),
-        Check("control-character", FAULT, "nobody sees them, and the model learns to write them",
-              "take them out"),
-        Check("invisible-character", REMARK, "nobody sees them, and the model learns to write them",
-              "take them out, unless they are meant"),
-        Check("refusal", REMARK, "the chosen answer is a refusal",
-              "keep them only if the model is to refuse"),
-        Check("leaked-answer", REMARK, "an answer is held out too, so held-out figures may flatter",
-              "look whether the prompts are alike", VALID),
-        Check("duplicate-prompt", REMARK, "the prompt counts more often than others",
-              "fine where every answer was judged; held-out pairs never share a prompt"),
-        Check("both-labels", REMARK, "the prompt has good and bad answers",
+        Check("contradiction", ERROR, "the same answer is chosen in one pair and rejected in "
+              "another", "decide which is right, or let `data clean` drop both"),
+        Check("leaked-prompt", ERROR, "the prompt is also held out, so held-out metrics are too "
+              "optimistic", "`data clean` drops the row from the training pairs", VALID),
+        Check("replacement-character", ERROR, "U+FFFD marks a character that was lost",
+              "create the file again from its source"),
+        Check("mojibake", ERROR, "UTF-8 was decoded as Latin-1, and the model would learn to write "
+              "such text", "create the file again from its source, or repair it with the library "
+              "ftfy"),
+        Check("control-character", ERROR, "invisible characters that the model would learn to "
+              "write", "remove them"),
+        Check("invisible-character", WARNING, "invisible characters that the model would learn to "
+              "write", "remove them, unless they are intended"),
+        Check("refusal", WARNING, "the chosen answer is a refusal",
+              "keep these pairs only if the model should refuse"),
+        Check("leaked-answer", WARNING, "an answer is also held out, so held-out metrics may be "
+              "too optimistic", "check whether the prompts are similar", VALID),
+        Check("duplicate-prompt", WARNING, "repeated prompts count more often than others",
+              "fine if their answers differ; held-out pairs never share a prompt with training "
+              "pairs"),
+        Check("both-labels", WARNING, "the prompt has good and bad answers",
               "`--pair-labelled` makes pairs of them"),
-        Check("special-token", REMARK, "a special token of the model stands in the text; it is "
-              "kept as characters, and acts only with `--chat-template text`",
-              "take it out, if a template has been applied before", MODEL),
-        Check("unwritten-field", REMARK, "the chat template does not write the field, so the model "
-              "never sees it", "nothing, unless the model should see it: then use a model whose "
-              "template writes it", MODEL),
-        Check("unknown-token", REMARK, "the tokenizer does not have these characters or words, so "
-              "the model sees an unknown token or nothing in their place",
+        Check("special-token", WARNING, "the text contains a special token of the model; it is "
+              "encoded as plain text, except with `--chat-template text`",
+              "remove it if a chat template has already been applied", MODEL),
+        Check("template-drops-field", WARNING, "the chat template does not use the field, so the "
+              "model never sees it", "nothing, unless the model should see the field: then use a "
+              "model whose template includes it", MODEL),
+        Check("unknown-token", WARNING, "the tokenizer does not have these characters or words, so "
+              "the model sees an unknown token or nothing instead",
               "use a model whose tokenizer has them, or remove them from the data", MODEL),
-        Check("missing-stop", REMARK, "the chat template ends an answer without a stop token; "
-              "training adds one", "see whether the template is the model's own", MODEL),
-        Check("truncated", REMARK, "the row was cut; an answer that was is scored without its end",
-              "raise `--max-length`, or choose by `--truncation` what gives way", MODEL),
-        Check("too-long", REMARK, "`--truncation drop` leaves it out", "raise `--max-length`",
+        Check("missing-eos", WARNING, "the chat template ends an answer without a stop token; "
+              "training adds one", "check that the template is the model's own", MODEL),
+        Check("truncated", WARNING, "the row is longer than `--max-length` and is cut; a cut "
+              "answer is scored without its end",
+              "raise `--max-length`, or choose with `--truncation` which part is cut", MODEL),
+        Check("too-long", WARNING, "`--truncation drop` drops the pair", "raise `--max-length`",
               MODEL, unit=ROWS),
-        Check("tied", REMARK, "answers that are rated alike make no pair", "nothing", unit=ROWS),
-        Check("unpaired", REMARK, "there is no answer of the other kind to the same prompt",
-              "use `--loss-type kto`, which needs none", unit=ROWS),
-        Check("length-bias", REMARK, f"length alone tells {LENGTH_BIAS_SHARE:.0%} "
-              "or more of the pairs apart, so the model can learn length in place of what was "
-              "preferred",
+        Check("tied", WARNING, "answers with equal ratings make no pair", "nothing", unit=ROWS),
+        Check("unpaired", WARNING, "the prompt has no answer with the other label",
+              "use `--loss-type kto`, which does not need pairs", unit=ROWS),
+        Check("length-bias", WARNING, "a length-only classifier would be right on "
+              f"{LENGTH_BIAS_SHARE:.0%} of pairs or more, so the model can learn length instead "
+              "of the preference",
               "balance the lengths, or use `--ld-alpha` or a loss that normalises by length",
               can_drop=False),
     )
 }  # fmt: skip
+RENAMED_CHECKS = {  # earlier name -> name
+    "not-written": "template-drops-content",
+    "unwritten-field": "template-drops-field",
+    "diverged": "different-prompts",
+    "no-plain-text": "active-special-token",
+    "no-room": "prompt-too-long",
+    "same-when-cut": "same-after-truncation",
+    "beyond-context": "longer-than-context",
+    "double-stop": "double-eos",
+    "missing-stop": "missing-eos",
+}
 
 CHECK_OF_REASON = {  # reason of a `BadPairError` -> name of the check
     errors.EMPTY_COMPLETION: "empty-completion",
     errors.SAME_TEXT: "same-text",
     errors.SAME_TOKENS: "same-tokens",
-    errors.DIFFERENT_PROMPTS: "diverged",
+    errors.DIFFERENT_PROMPTS: "different-prompts",
     errors.EMPTY_PROMPT: "empty-prompt",
-    errors.NO_ROOM: "no-room",
-    errors.SAME_AFTER_TRUNCATION: "same-when-cut",
+    errors.NO_ROOM: "prompt-too-long",
+    errors.SAME_AFTER_TRUNCATION: "same-after-truncation",
     errors.TOO_LONG: "too-long",
     errors.NOT_TEXT: "not-text",
     errors.TIED: "tied",
     errors.UNPAIRED: "unpaired",
     errors.TEMPLATE_ERROR: "template-refused",
-    errors.NOT_WRITTEN: "not-written",
-    errors.SPECIAL_TOKEN: "no-plain-text",
+    errors.NOT_WRITTEN: "template-drops-content",
+    errors.SPECIAL_TOKEN: "active-special-token",
 }
 
 

@@ -119,7 +119,10 @@ def write_row(stream: IO[bytes], raw: RawRow) -> list[str]:
 def check_rereadable(sources: Sequence[Source]) -> None:
     """Raise `ConfigError` if a source is standard input, which can be read only once."""
     if any(source.name == STDIN for source in sources):
-        raise ConfigError("`-` can be read but once, and rows are read twice here; give a file")
+        raise ConfigError(
+            "`-` (standard input) can be read only once, and this command reads "
+            "rows twice; give a file"
+        )
 
 
 def check_rows_independent(config: DPOConfig) -> None:
@@ -139,7 +142,7 @@ def check_row_count(count: int, expected: int, source: Source) -> None:
 def check_new_path(path: Path) -> None:
     """Raise `ConfigError` if the file or folder to be written already exists."""
     if path.exists():
-        raise ConfigError(f"{path}: is there already; name another place, or remove it")
+        raise ConfigError(f"{path}: already exists; choose another path or delete it")
 
 
 @contextmanager

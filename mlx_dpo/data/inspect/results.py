@@ -84,10 +84,10 @@ class CheckResults:
         return {"train": self.train} | ({"valid": self.valid} if self.valid else {})
 
     @property
-    def fault_count(self) -> int:
-        """Number of checks of severity `fault` that report something, added over the splits."""
+    def error_count(self) -> int:
+        """Number of checks of severity `error` that report something, added over the splits."""
         return sum(
-            finding.check.is_fault
+            finding.check.is_error
             for split in self.splits.values()
             for finding in list_findings(split)
         )
@@ -104,7 +104,7 @@ class CheckResults:
             }
             for name, split in self.splits.items()
         }
-        return {"faults": self.fault_count, **splits, "not_looked_for": self.skipped}
+        return {"errors": self.error_count, **splits, "skipped": self.skipped}
 
 
 def run_checks(
@@ -137,13 +137,13 @@ def run_checks(
 
 
 def list_findings(split: SplitScan) -> list[Finding]:
-    """Return the findings of a split: faults first, then remarks, each in the order of `CHECKS`."""
+    """Return the findings of a split: errors, then warnings, each in the order of `CHECKS`."""
     findings = [
         Finding(check, count, split.rows if check.unit == ROWS else split.pairs, split.log)
         for check in CHECKS.values()
         if (count := _count(check.name, split))
     ]
-    return sorted(findings, key=lambda finding: not finding.check.is_fault)
+    return sorted(findings, key=lambda finding: not finding.check.is_error)
 
 
 def _count(name: str, split: SplitScan) -> int:

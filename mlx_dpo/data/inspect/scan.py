@@ -180,7 +180,7 @@ def _scan_tokens(example: Example, index: int, split: SplitScan, report: PairsRe
 def _log_missing_parts(tokenized: TokenizedExample, index: int, log: FindingLog) -> None:
     """Record what the model does not see: unwritten fields, unknown characters and words."""
     for name in sorted(tokenized.unwritten):
-        log.add("unwritten-field", index, detail=name)
+        log.add("template-drops-field", index, detail=name)
     if tokenized.has_unknown:
         log.add("unknown-token", index)
     for character in sorted(tokenized.unknown_characters):
@@ -195,13 +195,13 @@ def _token_findings(
     if pair.prompt[:2] == (settings.tokenizer.bos_token_id,) * 2:
         yield "double-bos", ""
     if any(len(ids) > 1 and stops.issuperset(ids[-2:]) for ids in (pair.chosen, pair.rejected)):
-        yield "double-stop", ""
+        yield "double-eos", ""
     if settings.context_length is not None and len(pair) > settings.context_length:
-        yield "beyond-context", ""
+        yield "longer-than-context", f"use --max-length {settings.context_length}"
     if tokenized.specials:
         yield "special-token", " ".join(sorted(tokenized.specials))
     if tokenized.as_chat and tokenized.stops_added:
-        yield "missing-stop", ""
+        yield "missing-eos", ""
     if tokenized.truncated:
         parts = ["prompt"] * tokenized.prompt_cut + ["answers"] * (tokenized.completions_cut > 0)
         yield "truncated", " and ".join(parts)

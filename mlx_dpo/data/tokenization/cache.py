@@ -52,7 +52,7 @@ MIN_CACHED_BYTES = 1 << 20  # size of files that take about a second to tokenize
 LIBRARIES = ("transformers", "tokenizers", "mlx-lm", "jinja2")  # their versions change tokens
 
 FROM_CACHE = "tokens read from the cache"
-DAMAGED = "the cached tokens were damaged; they were made again"
+DAMAGED = "the cached tokens were damaged and have been computed again"
 
 # Shows a progress bar for a number of rows, if it is known.
 RowProgress = Callable[[int | None], AbstractContextManager[Advance]]

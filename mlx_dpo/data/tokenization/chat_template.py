@@ -160,13 +160,13 @@ def _find_unwritten(
     find, names = partial(find_dropped_parts, tokenizer, partial(_text, tokenizer)), set[str]()
     for whole, completion in zip(wholes, ("chosen", "rejected"), strict=True):
         parts = find(whole, first_in_completion)
-        if faults := [part for part in parts if part.is_fault]:
+        if faults := [part for part in parts if part.is_error]:
             found = faults[0].describe(first_in_completion, completion)
-            advice = "use a model whose template writes it"
+            advice = "use a model whose template includes it"
             if not whole.thinking and faults[0].name == REASONING:
                 on = whole._replace(thinking=True)
-                if not any(part.is_fault for part in find(on, first_in_completion)):
-                    advice = "add --thinking, with which the template writes it"
+                if not any(part.is_error for part in find(on, first_in_completion)):
+                    advice = "add --thinking, with which the template includes it"
             raise BadPairError(location, NOT_WRITTEN, found, advice=advice)
         names.update(part.name for part in parts)
     return frozenset(names)
@@ -225,7 +225,7 @@ def tokenize_as_text(
     if parts.prompt:
         return parts
     if tokenizer.bos_token_id is None:
-        problem = "the tokenizer has no token that begins a text"
+        problem = "the tokenizer has no BOS token"
         raise BadPairError(example.location, EMPTY_PROMPT, problem)
     return parts._replace(prompt=(tokenizer.bos_token_id,))
 
@@ -286,11 +286,11 @@ def _find_remedy(tokenizer: Any, before: TemplateInput, whole: TemplateInput) ->
     try:
         if _is_prefix(tokenizer, *other_mode):
             if before.thinking:
-                return "the template takes such answers without thinking: leave out --thinking"
-            return "the answers hold the model's thoughts: add --thinking"
+                return "the template accepts such answers without thinking: leave out --thinking"
+            return "the answers contain the model's thoughts: add --thinking"
     except TemplateError:  # the template refuses the other mode
         pass
-    return "take a model whose template keeps the prompt"
+    return "use a model whose template keeps the prompt"
 
 
 def _boundary_error(

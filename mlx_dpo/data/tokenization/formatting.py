@@ -63,13 +63,14 @@ def _is_chat(tokenizer: Any, example: PreferenceExample, rules: TokenRules) -> b
         return _can_be_chat(tokenizer, rules) and not example.implicit_prompt
     if rules.chat_template == "text":
         raise DataError(
-            f"{example.location}: messages cannot stay plain text; write the pair as strings, "
+            f"{example.location}: messages cannot be used as plain text; write the pair as "
+            "strings, "
             "or leave out --chat-template text"
         )
     if not has_template(tokenizer):
         raise DataError(
             f"{example.location}: messages need a chat template and the model has none; "
-            "take a chat model, or write the pair as strings"
+            "use a chat model, or write the pair as strings"
         )
     return True
 
@@ -85,8 +86,8 @@ def _add_system(
         return example, False
     if not as_chat:
         raise ConfigError(
-            f"{example.location}: `system` needs a chat template, and this pair stays plain text; "
-            "take a chat model, or leave out --system"
+            f"{example.location}: `system` needs a chat template, and this pair is plain text; "
+            "use a chat model, or leave out --system"
         )
     turns = to_messages(example.prompt, "user")
     if turns[0]["role"] in SYSTEM_ROLES:
@@ -103,7 +104,7 @@ def _get_thinking(example: PreferenceExample, rules: TokenRules) -> bool:
     own = example.template_kwargs.get("enable_thinking")
     if own is not None and rules.thinking is not None and own != rules.thinking:
         raise DataError(
-            f"{example.location}: `chat_template_kwargs` has enable_thinking {own!r}, and "
-            f"--thinking says otherwise; leave out one of them"
+            f"{example.location}: `chat_template_kwargs` has enable_thinking {own!r}, which "
+            "contradicts --thinking; remove one of them"
         )
     return bool(rules.thinking)

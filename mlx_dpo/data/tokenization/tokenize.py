@@ -139,15 +139,17 @@ def check_token_rules(tokenizer: Any, rules: TokenRules) -> None:
     """
     if tokenizer.eos_token_id is None:
         raise ModelError(
-            "the tokenizer names no stop token; add `eos_token` to its tokenizer_config.json"
+            "the tokenizer defines no stop token; add `eos_token` to its tokenizer_config.json"
         )
     if rules.chat_template == "chat" and not has_template(tokenizer):
         raise ConfigError(
             "`chat_template` is chat, but the model has no chat template; "
-            "take a chat model, or --chat-template text"
+            "use a chat model, or --chat-template text"
         )
     if rules.thinking is not None and not has_thinking_mode(tokenizer):
-        raise ConfigError("`thinking` has no effect; the model has no template with such a mode")
+        raise ConfigError(
+            "`thinking` has no effect; the model's chat template has no thinking mode"
+        )
 
 
 def tokenize_pair(

@@ -71,7 +71,7 @@ def _rotate(
         TypeError: `x` does not hold one packed sequence of the length of `positions`.
     """
     if x.shape[0] != 1 or x.shape[-2] != len(positions.positions):
-        raise TypeError("it applies positions to other arrays than queries and keys")
+        raise TypeError("it applies positions to arrays other than queries and keys")
     cos, signed_sin = positions.rotation_table(rope, dims, **options)  # (T, dims) each
     rotary = x[..., :dims].astype(cos.dtype)
     first, second = _split_pairs(rotary, options["traditional"])

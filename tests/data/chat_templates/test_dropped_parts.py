@@ -137,4 +137,4 @@ def test_the_report_counts_pairs_with_unwritten_fields():
     for _ in range(2):
         pair = tokenized(templates.SILENT, USER, chosen=(answer("Rain."),), **TOOLS)
         report.keep(pair, was_text=False)
-    assert "2 pairs with `tools` that the model's chat template does not write" in report.lines()
+    assert "2 pairs with `tools` that the model's chat template drops" in report.lines()

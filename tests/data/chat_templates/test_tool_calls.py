@@ -118,7 +118,9 @@ def test_the_server_writes_a_call_as_training_does(name, form):
 @pytest.mark.parametrize("broken", ['{"city": "Par', "[1]", '{"a": 1, "a": 2}', '{"a": NaN}'])
 def test_arguments_that_are_no_json_object_stay_text_or_are_a_fault(broken):
     assert broken in scored_text(with_template(templates.DEEPSEEK), call_message(broken))
-    with pytest.raises(BadPairError, match=r"pairs.jsonl:3: .* are no JSON object \(found ") as bad:
+    with pytest.raises(
+        BadPairError, match=r"pairs.jsonl:3: .* are not a JSON object \(found "
+    ) as bad:
         scored_text(with_template(templates.QWEN), call_message(broken))
     assert bad.value.reason == TEMPLATE_ERROR
 

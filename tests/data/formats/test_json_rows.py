@@ -57,7 +57,7 @@ def test_a_single_row_with_a_list_of_objects_is_a_row(write, row, indent):
     [
         (
             {"train": ROWS, "test": ROWS},
-            "several lists of rows (found `test`, `train`); write",
+            "contains several lists of rows (found `test`, `train`); write",
         ),
         ({"prompt": {"0": "x"}, "chosen": {"0": "y"}}, "columns, not rows (`chosen` holds the"),
         ({"prompt": ["x"], "chosen": ["y"], "rejected": ["z"]}, "columns, not rows"),
@@ -84,7 +84,7 @@ def test_a_key_that_stands_twice_is_an_error_with_its_line(write):
     with pytest.raises(DataError) as error:
         list(read_rows(path))
     assert (
-        str(error.value) == "pairs.jsonl:2: `chosen` stands twice in one object; keep one of them"
+        str(error.value) == "pairs.jsonl:2: `chosen` occurs twice in one object; keep one of them"
     )
 
 

@@ -86,7 +86,7 @@ CASES = {
     "same-tokens": Case(
         [answered("No way!</s>")], [answered("No way!</s>.")], template=None
     ),
-    "diverged": Case(
+    "different-prompts": Case(
         [{"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: c\n\nAssistant: b"}],
         [{"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}],
     ),
@@ -97,7 +97,7 @@ CASES = {
         [like(prompt=turns("user", "Be kind."))],
         template=REFUSES_SYSTEM,
     ),
-    "not-written": Case(
+    "template-drops-content": Case(
         [like(prompt=turns("system", "Be kind."))],
         [like(prompt=turns("user", "Be kind."))],
         template=NO_SYSTEM,
@@ -105,14 +105,14 @@ CASES = {
     "prompt-not-prefix": Case(
         [like(prompt="Which way!")], [GOOD], template=CHANGES_QUESTIONS
     ),
-    "no-plain-text": Case([answered("\U00100000</s>")], [answered("\U00100000< /s>")]),
-    "no-room": Case([like(prompt="Which way??")], [GOOD], tokens={"max_length": 14}),
-    "same-when-cut": Case(
+    "active-special-token": Case([answered("\U00100000</s>")], [answered("\U00100000< /s>")]),
+    "prompt-too-long": Case([like(prompt="Which way??")], [GOOD], tokens={"max_length": 14}),
+    "same-after-truncation": Case(
         [answered("No way?")], [answered("No Way!")], tokens={"max_length": 13 + 4}
     ),
-    "beyond-context": Case([answered("That way, now.")], [GOOD], context=13 + 10),
+    "longer-than-context": Case([answered("That way, now.")], [GOOD], context=13 + 10),
     "double-bos": Case([like(prompt="<s><s>a")], [like(prompt="<s>a<s>")], **TEXT),
-    "double-stop": Case([answered("a</s></s>")], [answered("</s>a</s>")], **TEXT),
+    "double-eos": Case([answered("a</s></s>")], [answered("</s>a</s>")], **TEXT),
     "duplicate-pair": Case(
         [GOOD, like(chosen="That way. ")], [GOOD, like(chosen="That way, ")]
     ),
@@ -139,11 +139,11 @@ CASES = {
         **KTO,
     ),
     "special-token": Case([answered("a</s>b")], [answered("a</ s>b")]),
-    "unwritten-field": Case(
+    "template-drops-field": Case(
         [like(prompt=[{"role": "user", "content": "Which way?", "name": "Ann"}])], [GOOD]
     ),
     "unknown-token": Case([answered("a☃b")], [answered("aéb")], tokenizer=NoSnowman),
-    "missing-stop": Case([GOOD], [answered("That way.</s>")], template=NO_STOP,
+    "missing-eos": Case([GOOD], [answered("That way.</s>")], template=NO_STOP,
                          tokens={"chat_template": "auto"}),
     "truncated": Case([answered("That way, now.")], [GOOD], tokens={"max_length": 13 + 10}),
     "too-long": Case(
@@ -191,7 +191,7 @@ def test_every_check_has_a_case_and_every_reason_of_a_bad_pair_has_a_check():
     assert set(CHECK_OF_REASON.values()) <= CHECKS.keys()
 
 
-@pytest.mark.parametrize("name", sorted(CASES.keys() - {"length-bias", "unpaired", "missing-stop"}))
+@pytest.mark.parametrize("name", sorted(CASES.keys() - {"length-bias", "unpaired", "missing-eos"}))
 def test_a_finding_has_its_location_and_a_similar_row_has_no_finding(name, write):
     case = CASES[name]
     places = found(case, case.has, write)[name]
@@ -222,10 +222,10 @@ def test_labelled_rows_without_a_partner_are_found(write):
 
 
 def test_a_template_without_stop_token_is_found_unless_the_text_has_one(write):
-    case = CASES["missing-stop"]
-    assert found(case, case.has, write)["missing-stop"] == [("pairs.jsonl:1", None)]
-    assert "missing-stop" not in found(CASES["refusal"], [GOOD], write)
-    assert "missing-stop" not in found(CASES["same-tokens"], [GOOD], write)  # plain text
+    case = CASES["missing-eos"]
+    assert found(case, case.has, write)["missing-eos"] == [("pairs.jsonl:1", None)]
+    assert "missing-eos" not in found(CASES["refusal"], [GOOD], write)
+    assert "missing-eos" not in found(CASES["same-tokens"], [GOOD], write)  # plain text
 
 
 def test_related_locations_are_reported_together(write):
@@ -277,29 +277,29 @@ def test_chosen_and_rejected_completions_can_leak(write):
 
 
 def test_only_faults_are_counted_and_they_come_first(write):
-    assert checked(CASES["refusal"], CASES["refusal"].has, write).fault_count == 0
+    assert checked(CASES["refusal"], CASES["refusal"].has, write).error_count == 0
     both = [answered("I can't, cafÃ©"), answered("I can't"), like(prompt="a\u200b")]
     both += [like(prompt="a", chosen="\x08")]
     result = checked(Case(both, []), both, write)
-    assert result.fault_count == 2
+    assert result.error_count == 2
     kinds = [
         (finding.check.name, finding.check.severity) for finding in list_findings(result.train)
     ]
     assert kinds == [
-        ("mojibake", "fault"),
-        ("control-character", "fault"),
-        ("invisible-character", "remark"),
-        ("refusal", "remark"),
-        ("duplicate-prompt", "remark"),
+        ("mojibake", "error"),
+        ("control-character", "error"),
+        ("invisible-character", "warning"),
+        ("refusal", "warning"),
+        ("duplicate-prompt", "warning"),
     ]
 
 
-def test_a_rejected_refusal_is_no_remark(write):
+def test_a_rejected_refusal_is_no_warning(write):
     rows = [judged("p", "I can't.", False), judged("q", "I can't.", True)]
     assert found(Case(rows, [], **KTO), rows, write)["refusal"] == [("pairs.jsonl:2", None)]
 
 
-def test_a_small_length_bias_is_no_remark_even_if_significant(write):
+def test_a_small_length_bias_is_no_warning_even_if_significant(write):
     rows = [like(prompt=str(i), chosen="yes" * (1 + 9 * (i % 100 < 59))) for i in range(400)]
     for more, named in ((rows, False), (rows + [like(prompt=f"{i}!") for i in range(20)], True)):
         split = checked(Case(more, [], with_model=False), more, write).train

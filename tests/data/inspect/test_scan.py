@@ -20,9 +20,9 @@ def places(path, **rules):
 def test_dialogues_that_differ_early_and_empty_answers_of_hh(material):
     split, found = places(material / "data" / "hh-harmless-test" / "test.jsonl")
     assert (split.rows, split.pairs) == (2312, 2303)
-    assert found["diverged"] == [(f":{n}",) for n in (1255, 1689, 1951, 1953, 2037)]
+    assert found["different-prompts"] == [(f":{n}",) for n in (1255, 1689, 1951, 1953, 2037)]
     assert found["empty-completion"] == [(f":{n}",) for n in (87, 517, 926, 1104)]
-    assert found.keys() == {"diverged", "empty-completion", "refusal", "duplicate-prompt"}
+    assert found.keys() == {"different-prompts", "empty-completion", "refusal", "duplicate-prompt"}
 
 
 def test_prompts_that_come_twice_with_and_without_both_labels(material):

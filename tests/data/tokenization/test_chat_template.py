@@ -127,10 +127,10 @@ def test_a_thought_in_a_completion_raises_an_error_while_thinking_is_off():
             "qwen-3",
             None,
             "<think>\nwhy\n</think>\n\nso",
-            "hold the model's thoughts: add --thinking",
+            "contain the model's thoughts: add --thinking",
         ),
-        ("qwen-3", False, "<think>why</think>so", "hold the model's thoughts: add --thinking"),
-        ("deepseek-r1", None, "so", "take a model whose template keeps the prompt"),
+        ("qwen-3", False, "<think>why</think>so", "contain the model's thoughts: add --thinking"),
+        ("deepseek-r1", None, "so", "use a model whose template keeps the prompt"),
     ],
 )
 def test_the_remedy_for_a_changed_prompt_is_named(name, thinking, answer, remedy):
@@ -232,5 +232,5 @@ def test_a_rows_own_enable_thinking_counts_unless_the_setting_contradicts():
         for thinking in (None, True)
     )
     assert free == on
-    with pytest.raises(DataError, match="enable_thinking True, and --thinking says otherwise"):
+    with pytest.raises(DataError, match="enable_thinking True, which contradicts --thinking"):
         tokenize_pair(tokenizer, row, TokenRules(vocab_size=1000, thinking=False))

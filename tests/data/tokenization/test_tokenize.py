@@ -102,7 +102,7 @@ def test_when_strings_are_put_into_the_chat_template(setting, has_template, whol
 def test_messages_without_a_template_raise_an_error(plain, chat):
     with pytest.raises(DataError, match=r"^pairs\.jsonl:7: messages need a chat template"):
         tokenize_pair(plain, messages(("user", "hi")), rules())
-    with pytest.raises(DataError, match=r"^pairs\.jsonl:7: messages cannot stay plain text"):
+    with pytest.raises(DataError, match=r"^pairs\.jsonl:7: messages cannot be used as plain text"):
         tokenize_pair(chat(), messages(("user", "hi")), rules(chat_template="text"))
 
 
@@ -113,7 +113,7 @@ def test_a_template_that_changes_the_prompt_raises_an_error_with_the_token(chat)
     assert str(error.value) == (
         "pairs.jsonl:7: the chat template changes the prompt once a reply follows it "
         "(token 0: `<U>` became `<A>`), so nothing says where the reply begins; "
-        "take a model whose template keeps the prompt"
+        "use a model whose template keeps the prompt"
     )
 
 
@@ -203,7 +203,7 @@ def test_chat_without_a_template_raises_an_error(plain):
 
 def test_a_tokenizer_without_a_stop_token_raises_an_error(plain):
     plain.eos_token_id = None
-    with pytest.raises(ModelError, match="names no stop token"):
+    with pytest.raises(ModelError, match="defines no stop token"):
         check_token_rules(plain, rules())
 
 
