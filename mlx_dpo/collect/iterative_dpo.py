@@ -197,7 +197,7 @@ class IterativeDPO:
         for _ in judge_all(tasks, self.judge):
             yield tasks.remaining
         if not pairs_file.pair_count:
-            reasons = ", ".join(f"{count} {why}" for why, count in count_outcomes(pairs_file)[1:])
+            reasons = ", ".join(f"{why}: {count}" for why, count in count_outcomes(pairs_file)[1:])
             raise ConfigError(
                 f"{pairs_file.path}: no prompt has a better and a worse answer ({reasons}); use "
                 "more --answers or a higher --temperature"

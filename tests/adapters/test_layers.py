@@ -185,9 +185,7 @@ def test_dropout_is_on_the_adapters_input_alone_and_only_in_training():
 
 
 def test_what_has_no_adapter_is_refused():
-    with pytest.raises(
-        ModelError, match="`it`: a layer of type `RMSNorm` cannot have an adapter"
-    ):
+    with pytest.raises(ModelError, match="`it`: a layer of type `RMSNorm` cannot have an adapter"):
         adapted(nn.RMSNorm(4), "lora")
     with pytest.raises(ConfigError, match="`it` is a layer of experts, for which mlx-lm and PEFT"):
         adapted(SwitchLinear(4, 4, 2), "dora")

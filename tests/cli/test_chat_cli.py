@@ -75,6 +75,15 @@ def test_commands_work_through_a_pipe_and_are_not_sent_to_the_model(model):
     assert any(note.split() == ["/reset", "start", "over"] for note in notes)
 
 
+def test_the_list_of_commands_has_those_of_an_adapter_only_where_there_is_one(model, adapter):
+    plain, aligned = (
+        pipe(model, "/help\n").stderr,
+        pipe(model, "/help\n", "--adapter", adapter).stderr,
+    )
+    for command in ("/base", "/aligned", "/compare"):
+        assert f"\n{command} " in aligned and f"\n{command} " not in plain
+
+
 def test_a_line_that_is_not_utf_8_ends_a_pipe_with_a_one_line_error(model):
     result = pipe(model, b"cat\n\xff\n")
     assert result.exit_code == 1

@@ -205,13 +205,15 @@ def test_through_a_pipe_each_line_is_a_key(folder, model):
     keys = "1\ne2 My own words.\ns\nu\n?\nt\n\nq\n"
     result = run(*arguments(folder, model), stdin=keys)
     assert result.exit_code == 0, result.output
-    assert result.stdout.startswith(f"{folder}/pairs.jsonl: 2 pairs, 1 tie\n")
+    assert result.stdout.startswith(
+        f"{folder}/pairs.jsonl: 2 pairs; no pair for 1 prompt (tie: 1)\n"
+    )
     # The other chosen answer was written by the person.
     assert "1 of the chosen answers was cut at the token limit" in result.stderr
     assert rows(folder / "pairs.jsonl")[1]["chosen"][0]["content"] == "My own words."
     again = run(*arguments(folder, model), stdin="1\n" * 20)
     assert "3 of 12 prompts already have a decision" in again.stderr
-    assert "11 pairs, 1 tie" in again.stdout
+    assert "11 pairs; no pair for 1 prompt (tie: 1)" in again.stdout
     assert decided_prompts(folder) == [f"What is {n}?" for n in range(12)]
 
 
@@ -257,7 +259,8 @@ def test_a_reward_decides_every_prompt_and_train_reads_the_file(folder, model):
 def test_equal_rewards_make_no_pair(folder, model):
     result = run(*arguments(folder, model, "--reward", f"{folder}/reward.py:even"))
     assert result.exit_code == 0, result.output
-    assert result.stdout.splitlines()[-1] == f"{folder}/pairs.jsonl: 0 pairs, 12 tie"
+    summary = f"{folder}/pairs.jsonl: 0 pairs; no pair for 12 prompts (tie: 12)"
+    assert result.stdout.splitlines()[-1] == summary
 
 
 @pytest.mark.parametrize(

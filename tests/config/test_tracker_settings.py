@@ -24,7 +24,7 @@ GIVEN = {"model": "m", "pairs": "p", "output": "o"}
             "`run_name` has no effect with report_to tensorboard alone, which names a run after "
             "its folder",
         ),
-        ({"report_to": ["wandb", "wandb"]}, "`report_to` names wandb twice"),
+        ({"report_to": ["wandb", "wandb"]}, "`report_to` contains wandb twice"),
         ({"report_to": ["none", "wandb"]}, "`report_to` none contradicts wandb"),
         (
             {"report_to": "mlflow"},

@@ -97,7 +97,7 @@ def chat(
 
 def _run_at_terminal(commands: ChatCommands, opened: "SwitchableModel") -> None:
     feedback = commands.feedback
-    for note in [*_header(commands.chat, opened), feedback.description(), *feedback.repair()]:
+    for note in [*_header(commands.chat, opened), *feedback.description(), *feedback.repair()]:
         print_note(note)
     print_note("/help lists the commands, Ctrl-D leaves.")
     with line_editing():

@@ -31,6 +31,7 @@ COMMANDS = {
     "/save": ("[FILE]", "write the conversation as JSON"),
     "/exit": ("", "leave; /quit and Ctrl-D do the same"),
 }
+ADAPTER_COMMANDS = ("/base", "/aligned", "/compare")  # they switch an adapter on or off
 ALIASES = {"/quit": "/exit"}
 INPUT_HELP = '''\
 A line that ends with \\ continues on the next; """ begins and ends a message of several lines.
@@ -90,9 +91,12 @@ class ChatCommands:
             yield format_statistics(summary, self.chat.context)
 
     def do_help(self) -> None:
-        """Print the list of commands."""
-        width = max(len(f"{name} {argument}") for name, (argument, _) in COMMANDS.items())
-        for name, (argument, description) in COMMANDS.items():
+        """Print the list of commands; without an adapter, those that need one are left out."""
+        shown = COMMANDS
+        if not self.chat.switch.can_switch:
+            shown = {name: row for name, row in COMMANDS.items() if name not in ADAPTER_COMMANDS}
+        width = max(len(f"{name} {argument}") for name, (argument, _) in shown.items())
+        for name, (argument, description) in shown.items():
             print_note(f"{f'{name} {argument}':<{width}}  {description}")
         print_note(INPUT_HELP)
 

@@ -23,12 +23,14 @@ class FeedbackFiles:
     chat: "ChatSession"
     opened: "SwitchableModel"
 
-    def description(self) -> str:
-        """Return a line for the chat's start: which commands write to which file."""
-        return (
-            f"/edit and /compare write pairs to {self.pairs.path}, /good and /bad write labeled "
-            f"answers to {self.labeled.path}"
-        )
+    def description(self) -> list[str]:
+        """Return lines for the chat's start: which commands write to which file."""
+        can_compare = self.chat.switch.can_switch
+        pair_commands = "/edit and /compare write pairs" if can_compare else "/edit writes pairs"
+        return [
+            f"{pair_commands} to {self.pairs.path}",
+            f"/good and /bad write labelled answers to {self.labeled.path}",
+        ]
 
     def repair(self) -> list[str]:
         """Remove incomplete last lines that a crash left in the files; return a note for each."""

@@ -230,8 +230,12 @@ def _print_summary(pairs_file: "PairsFile") -> None:
     from mlx_dpo.collect.sample import count_context_full, count_outcomes, count_truncated
 
     (_, pairs), *skipped = count_outcomes(pairs_file)
-    counts = [f"{pairs:,} pair{'s' * (pairs != 1)}", *(f"{n:,} {why}" for why, n in skipped)]
-    echo(f"{pairs_file.path}: {', '.join(counts)}")
+    summary = f"{pairs_file.path}: {pairs:,} pair{'s' * (pairs != 1)}"
+    if skipped:
+        count = sum(n for _, n in skipped)
+        reasons = ", ".join(f"{why}: {n:,}" for why, n in skipped)
+        summary += f"; no pair for {count:,} prompt{'s' * (count != 1)} ({reasons})"
+    echo(summary)
     full = count_context_full(pairs_file)
     for cut, where, advice in (
         (count_truncated(pairs_file) - full, "token limit", "raise --max-tokens"),

@@ -115,8 +115,8 @@ def _edit_answer(
 
 
 def _key_prompt(task: RankingTask) -> str:
-    numbers = "/".join(str(index + 1) for index in range(len(task.answers)))
-    return f"{numbers} is better · e edit · t tie · s skip · u undo · q quit: "
+    numbers = " or ".join(str(index + 1) for index in range(len(task.answers)))
+    return f"better answer: {numbers} · e edit · t tie · s skip · u undo · q quit: "
 
 
 def _read_key(prompt: str) -> tuple[str, str]:
