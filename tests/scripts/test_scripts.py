@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ("scripts/setup", "scripts/demo", "scripts/test", ".ci/run")
 EXTRA = "--extra cpu " if platform.system() == "Linux" else ""
-RUN, TEST = f"sync --quiet --frozen {EXTRA}".strip(), f"sync --quiet --frozen {EXTRA}--extra dev"
+RUN, TEST = f"sync --frozen {EXTRA}".strip(), f"sync --frozen {EXTRA}--extra dev"
 
 UV = f"""#!/bin/sh
 case "$1" in
@@ -23,7 +23,9 @@ case "$1" in
 venv) exec "{sys.executable}" -m venv --without-pip .venv ;;
 esac
 echo "$@" >>"$UV_LOG"
-[ ! -e fail ]
+echo "Downloading numpy (15.8MiB)"
+echo "warning: an odd cache" >&2
+[ ! -e fail ] || {{ echo "error: no such wheel" >&2; exit 1; }}
 """
 
 # A Python that runs what it is given on stdin after `{before}`.
@@ -128,6 +130,26 @@ def test_other_requirements_are_installed_into_the_same_environment(checkout, na
     setup(checkout)
     assert checkout.installs() == [RUN, RUN]
     assert marker.exists()
+
+
+def test_setup_shows_downloads_counts_warnings_and_says_what_is_next(checkout):
+    done = checkout.run("scripts/setup")
+    assert done.stderr.splitlines() == [
+        "setup: making .venv (the first time it downloads about 150 MB)",
+        "  downloading numpy (15.8MiB)",
+        "  1 warning of the installer, in .venv/setup.log",
+        "ready: source .venv/bin/activate",
+    ]
+    assert "warning: an odd cache" in (checkout.root / ".venv/setup.log").read_text()
+    assert checkout.run("scripts/setup").stderr == ""  # nothing was done
+
+
+def test_a_failed_installation_shows_the_error(checkout):
+    (checkout.root / "fail").touch()
+    done = checkout.run("scripts/setup")
+    assert done.returncode == 1
+    assert "error: no such wheel\n" in done.stderr
+    assert "ready" not in done.stderr
 
 
 def test_an_interrupted_setup_is_begun_afresh(checkout):
