@@ -130,8 +130,8 @@ def _check_model(model: nn.Module, model_type: str, checkpoint: HFCheckpoint) ->
     if checkpoint.is_quantized:
         raise ModelError(
             f"{checkpoint.name} was quantized by MLX, which transformers cannot read; name the "
-            "Hugging Face checkpoint that it was made from with `--base` (of `mlx-dpo export` or "
-            "`fuse`)"
+            "Hugging Face checkpoint that it was made from with `--base-model` (of `mlx-dpo "
+            "export` or `fuse`)"
         )
 
 

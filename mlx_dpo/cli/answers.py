@@ -26,7 +26,7 @@ Command = Callable[..., Any]
 def model_flags(command: Command) -> Command:
     """Add to a command the flags that choose the model and the chat settings.
 
-    The flags are `--model`, `--adapter`, `--reference`, `--system` and `--thinking`.
+    The flags are `--model`, `--adapter`, `--base`, `--system` and `--thinking`.
     """
     for decorate in (
         click.option(
@@ -36,7 +36,10 @@ def model_flags(command: Command) -> Command:
         ),
         click.option("--system", metavar="TEXT", help="System message before everything."),
         click.option(
-            "--reference", is_flag=True, help="Talk to the model without what it learned."
+            "--base",
+            "reference",
+            is_flag=True,
+            help="Answer with the base model, without the adapter.",
         ),
         click.option(
             "--adapter", metavar="FOLDER", help="Adapter on top of --model, mlx-lm's or PEFT's."

@@ -11,7 +11,9 @@ from mlx_dpo.cli.output import echo
 @click.command()
 @click.argument("run")
 @click.option("--name", metavar="ORG/NAME", default="ORG/NAME", help="Repository of the adapter.")
-@click.option("--base", metavar="ORG/NAME", help="Hub id of the base, if RUN names a folder.")
+@click.option(
+    "--base-model", "base", metavar="ORG/NAME", help="Hub id of the base, if RUN names a folder."
+)
 @click.option("--prompts", metavar="FILE", help="Prompts for samples before and after training.")
 @click.option(
     "--samples",

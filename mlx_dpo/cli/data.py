@@ -123,7 +123,7 @@ def show(count: int, row: int | None, **flags: Any) -> None:
 
 @data.command(cls=SettingsCommand)
 @click.option(
-    "--valid", "share", default=0.05, help="Share of the pairs to hold out.",
+    "--valid-fraction", "share", default=0.05, help="Fraction of the pairs to hold out.",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
 )  # fmt: skip
 @click.option("--output", required=True, metavar="DIR", help="New folder to write.")

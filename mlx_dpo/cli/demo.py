@@ -60,7 +60,7 @@ def demo(output: str) -> None:
     assert run.evaluation is not None
     console.print(_results_table(run.evaluation, before, after, stages.divergence(after)))
     console.print(f"Talk to it: {program()} chat {shlex.quote(str(stages.run))}")
-    console.print(f"Talk to the base: {program()} chat {shlex.quote(str(stages.run))} --reference")
+    console.print(f"Talk to the base: {program()} chat {shlex.quote(str(stages.run))} --base")
 
 
 def _samples_table(stages: "Demo", before: "Answers", after: "Answers") -> "Table":

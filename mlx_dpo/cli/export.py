@@ -8,18 +8,19 @@ from mlx_dpo.cli.output import echo
 @click.command()
 @click.argument("run")
 @click.option(
-    "--base",
+    "--base-model",
+    "base",
     metavar="MODEL",
     help="The Hugging Face checkpoint that the run's model was made from: a folder or a Hub id.",
 )
-@click.option("--revision", metavar="TEXT", help="Hub revision of --base.")
+@click.option("--revision", metavar="TEXT", help="Hub revision of --base-model.")
 def export(run: str, base: str | None, revision: str | None) -> None:
     """Add PEFT's files to the adapter of RUN, so that transformers + PEFT can load it too.
 
-    A run does this by itself if its model is a Hugging Face checkpoint. If the model was converted
-    or quantized for MLX, --base names the original checkpoint, against which all names and shapes
-    are checked. Only headers are downloaded from the Hub; the weights of a local checkpoint are
-    compared as well.
+    `train` does this if its model is a Hugging Face checkpoint. If the model was converted or
+    quantized for MLX, --base-model names the original checkpoint, against which all names and
+    shapes are checked. Only headers are downloaded from the Hub; the weights of a local checkpoint
+    are compared as well.
     """
     from mlx_dpo.saved_runs.export_peft import export_run
 

@@ -34,7 +34,10 @@ if TYPE_CHECKING:
     help="Number type of the weights. [default: what the model computes in]",
 )
 @click.option(
-    "--base", metavar="FOLDER", help="With --to hf: the checkpoint that the model was made from."
+    "--base-model",
+    "base",
+    metavar="FOLDER",
+    help="With --to hf: the checkpoint that the model was made from.",
 )
 @click.option(
     "--pairs", metavar="PAIRS", help="Pairs to measure on. [default: the run's held-out pairs]"

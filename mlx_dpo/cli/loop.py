@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     "length limit or drift far from the base model): warn and continue, or stop the loop.",
 )
 @click.option("--temperature", default=1.0, help="Sampling temperature of the answers.")
-@click.option("--answer-tokens", default=512, help="Maximum length of an answer in tokens.")
+@click.option("--max-tokens", default=512, help="Maximum number of tokens per answer.")
 @judge_flags
 @setting_flags(lambda spec: True)
 @click.pass_context
@@ -142,7 +142,7 @@ def _resolve_settings(
         if not resumed or ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
     }
     sampling = dict(earlier["loop"].get("sampling", {}))
-    for flag, field in (("temperature", "temperature"), ("answer_tokens", "max_tokens")):
+    for flag, field in (("temperature", "temperature"), ("max_tokens", "max_tokens")):
         if flag in given:
             sampling[field] = given.pop(flag)
     sampling["seed"] = config.seed

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 @click.option(
     "--also", multiple=True, metavar="FILE", help="One more file of the run folder; repeatable."
 )
-@click.option("--base", metavar="ORG/NAME", help="Hub id of the base, if RUN names a folder.")
+@click.option(
+    "--base-model", "base", metavar="ORG/NAME", help="Hub id of the base, if RUN names a folder."
+)
 def push(
     run: str,
     name: str,
@@ -66,12 +68,12 @@ def push(
 
 
 def _check_existing_card(path: Path, name: str, base: str | None) -> None:
-    """Raise `ConfigError` if the existing card contradicts `--base` or has no repository name."""
+    """Raise `ConfigError` if the card contradicts `--base-model` or has no repository name."""
     from mlx_dpo.errors import ConfigError
 
     text = path.read_text(encoding="utf-8")
     if base is not None and f"base_model: {base}\n" not in text:
-        raise ConfigError(f"`--base` has no effect: {path} already exists; edit it there")
+        raise ConfigError(f"`--base-model` has no effect: {path} already exists; edit it there")
     if "ORG/NAME" in text:
         raise ConfigError(
             f"{path}: says `ORG/NAME` instead of `{name}`; edit it, or write it again with "

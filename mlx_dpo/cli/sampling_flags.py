@@ -45,6 +45,8 @@ def sampling_flags(
             assert field.default is not MISSING
             setting, default = field.metadata["setting"], defaults.get(field.name, field.default)
             help, many = setting.help, many_temperatures and field.name == "temperature"
+            if setting.default_text and default is None:
+                help += f" [default: {setting.default_text}]"
             if many:
                 help += f" Repeat it for answers of several. [default: {default}]"
             elif field.name == "seed" and default is not None:

@@ -88,9 +88,10 @@ def _flag(name: str, spec: Setting) -> Callable[..., Any]:
     flag = _flag_name(name)
     default = spec.default
     show = default not in (None, (), "")
+    help = f"{spec.help} [default: {spec.default_text}]" if spec.default_text else spec.help
     if spec.type is bool:
         flag = f"{flag}/--no-{flag[2:]}"
-        return click.option(flag, name, default=default, help=spec.help, show_default=show)
+        return click.option(flag, name, default=default, help=help, show_default=show)
     kind: Any = spec.type
     if spec.choices:
         kind = click.Choice([str(choice) for choice in spec.choices])
@@ -100,9 +101,9 @@ def _flag(name: str, spec: Setting) -> Callable[..., Any]:
         type=kind,
         default=default,
         multiple=spec.is_list,
-        help=spec.help,
+        help=help,
         show_default=show,
-        metavar=None if spec.choices or spec.type is not str else "TEXT",
+        metavar=None if spec.choices else spec.shown_metavar,
     )
 
 

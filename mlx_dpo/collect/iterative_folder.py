@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 from mlx_dpo.collect.pairs_file import PairsFile
 from mlx_dpo.collect.sample import SamplingPlan
-from mlx_dpo.config.dpo_config import DPOConfig
+from mlx_dpo.config.dpo_config import DPOConfig, rename_earlier_settings
 from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.data.prompts import Prompt, add_system_prompt, read_held_out_prompts, read_prompts
 from mlx_dpo.errors import ConfigError, RunError
@@ -249,6 +249,7 @@ def read_loop_record(paths: IterativePaths) -> dict[str, Any] | None:
         return None
     record = read_checked_json(paths.record)[0]
     try:
+        record["settings"] = rename_earlier_settings(dict(record["settings"]))
         DPOConfig.from_dict(record["settings"])
         return {name: dict(record[name]) for name in ("loop", "settings", "contents")}
     except (ValueError, KeyError, TypeError, ConfigError) as error:

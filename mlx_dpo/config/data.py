@@ -14,77 +14,148 @@ class PairSettings:
     """Settings of the dataset and its tokenization."""
 
     pairs: tuple[str, ...] = setting(
-        (), "Preference pairs: files, folders, Hub datasets (`org/name[:config][@revision]`), `-`.",
-        str, DATA, is_path=True, is_list=True,
-    )  # fmt: skip
+        (),
+        "Preference pairs: files, folders, Hub datasets (`org/name[:config][@revision]`), or "
+        "`-` for standard input.",
+        str,
+        DATA,
+        is_path=True,
+        is_list=True,
+        metavar="PAIRS",
+        required=True,
+    )
     mix: tuple[float, ...] = setting(
-        (), "Weight of each source, in their order: 2 uses its pairs twice an epoch, 0.5 half.",
-        float, DATA, is_list=True, minimum=0, exclusive_minimum=True, maximum=1000,
-    )  # fmt: skip
+        (),
+        "Weight of each source, in order: 2 uses its pairs twice per epoch, 0.5 uses half of "
+        "them. Repeat it for each source.",
+        float,
+        DATA,
+        is_list=True,
+        minimum=0,
+        exclusive_minimum=True,
+        maximum=1000,
+        metavar="WEIGHT",
+        default_text="1 each",
+    )
     split: str | None = setting(
-        None, "Split of folders and Hub datasets to train on. [default: train]", str, DATA
+        None,
+        "Split of folders and Hub datasets to train on.",
+        str,
+        DATA,
+        metavar="SPLIT",
+        default_text="train",
     )
     valid: str | None = setting(
-        None, "Held-out pairs: a file, or the held-out split of a folder or Hub dataset.",
-        str, DATA, is_path=True,
-    )  # fmt: skip
+        None,
+        "Held-out pairs: a file, or the held-out split of a folder or Hub dataset.",
+        str,
+        DATA,
+        is_path=True,
+        metavar="FILE|SPLIT",
+        default_text="part of the pairs",
+    )
     valid_fraction: float | None = setting(
         None,
-        "Fraction of the pairs to hold out if `valid` is not set. [default: 0.05]",
+        "Fraction of the pairs to hold out if there are no other held-out pairs.",
         float,
         DATA,
         minimum=0,
         maximum=1,
         exclusive_maximum=True,
+        metavar="FRACTION",
+        default_text="0.05",
     )
     schema: str | None = setting(
-        None, "Dataset schema of the rows. [default: detected]", str, DATA, choices=tuple(SCHEMAS)
+        None,
+        "Dataset schema of the rows.",
+        str,
+        DATA,
+        choices=tuple(SCHEMAS),
+        metavar="SCHEMA",
+        default_text="detected",
     )
     column: tuple[str, ...] = setting(
-        (), "NAME=COLUMN: column of a field; dots reach into objects (`prompt=input.question`).",
-        str, DATA, is_list=True,
-    )  # fmt: skip
+        (),
+        "Column of a field, as `prompt=question`; dots reach into objects "
+        "(`prompt=input.question`). Repeat it for several fields.",
+        str,
+        DATA,
+        is_list=True,
+        metavar="FIELD=COLUMN",
+    )
     ranked: str | None = setting(
-        None, "Pairs to make from a list of rated completions. [default: best_worst]",
-        str, DATA, choices=("best_worst", "all", "adjacent"),
-    )  # fmt: skip
+        None,
+        "Pairs to make from a list of rated completions.",
+        str,
+        DATA,
+        choices=("best_worst", "all", "adjacent"),
+        metavar="PAIRING",
+        default_text="best_worst",
+    )
     pair_labelled: bool = setting(
-        False, "Make pairs of good and bad labelled answers to the same prompt.", bool, DATA
+        False,
+        "Make pairs from completions labelled good and bad for the same prompt.",
+        bool,
+        DATA,
     )
     system: str | None = setting(
-        None, "System message for conversations that have none.", str, DATA
+        None,
+        "System message for conversations that have none.",
+        str,
+        DATA,
+        metavar="MESSAGE",
     )
     margin_column: str | None = setting(
-        None, "Column with the target reward margin of each pair (ODPO).",
-        str, DATA,
-    )  # fmt: skip
+        None,
+        "Column with the target reward margin of each pair (ODPO).",
+        str,
+        DATA,
+        metavar="COLUMN",
+    )
     weight_column: str | None = setting(
-        None, "Column with the weight of each row in the loss; 1 is neutral.", str, DATA
+        None,
+        "Column with the weight of each row in the loss; 1 is neutral.",
+        str,
+        DATA,
+        metavar="COLUMN",
     )
     chat_template: str = setting(
         "auto",
-        "`chat`: strings become a user and an assistant turn, HH-RLHF dialogues their turns; "
-        "`text`: strings stay text, and special tokens in them take effect; `auto`: chat if the "
-        "model has a template, except for other whole texts.",
+        "`chat`: a plain prompt becomes a user turn and its completion an assistant turn, "
+        "HH-RLHF dialogues become turns; `text`: texts stay as they are, and special tokens "
+        "in them take effect; `auto`: `chat` if the model has a template, except for other "
+        "whole texts.",
         str,
         DATA,
         choices=("auto", "chat", "text"),
+        metavar="FORMAT",
     )
     thinking: bool | None = setting(
-        None, "Turn a template's thinking mode on or off. [default: off]", bool, DATA
+        None,
+        "Turn the chat template's thinking mode on or off.",
+        bool,
+        DATA,
+        default_text="off",
     )
-    max_length: int = setting(1024, "Longest prompt + completion, in tokens.", int, DATA, minimum=2)
+    max_length: int = setting(
+        1024,
+        "Maximum number of tokens of prompt and completion together.",
+        int,
+        DATA,
+        minimum=2,
+        essential=True,
+    )
     truncation: str = setting(
         "keep_start",
-        "How to shorten long rows: cut the completion's end, cut the prompt's start, or drop the "
-        "pair.",
+        "How to shorten long rows: cut the completion's end, cut the prompt's start, or drop "
+        "the pair.",
         str,
         DATA,
         choices=("keep_start", "keep_end", "drop"),
     )
     bad_pairs: str = setting(
         "error",
-        "What to do with unusable pairs: an empty completion, chosen equal to rejected and so on.",
+        "What to do with unusable pairs, such as an empty completion or equal completions.",
         str,
         DATA,
         choices=("error", "drop"),

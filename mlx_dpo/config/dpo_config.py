@@ -25,7 +25,7 @@ from mlx_dpo.config.optimizer import (
     OptimizerSettings,
     check_optimizer_settings,
 )
-from mlx_dpo.config.other_trainers import suggest
+from mlx_dpo.config.other_trainers import EARLIER_NAMES, suggest
 from mlx_dpo.config.setting import NoEffect, Setting, check_effects, cut, parse_value
 from mlx_dpo.config.training import (
     EVALUATION_NO_EFFECT,
@@ -110,9 +110,9 @@ class DPOConfig(  # fields come in the order of the bases, last one first
     @property
     def pass_limit(self) -> PassLimit:
         """Maximum number of pairs and of tokens in one forward pass of training."""
-        if self.micro_batch_size is None and self.max_tokens is not None:
-            return PassLimit(tokens=self.max_tokens)
-        return PassLimit(min(self.micro_batch_size or 2, self.batch_size), self.max_tokens)
+        if self.micro_batch_size is None and self.micro_batch_tokens is not None:
+            return PassLimit(tokens=self.micro_batch_tokens)
+        return PassLimit(min(self.micro_batch_size or 2, self.batch_size), self.micro_batch_tokens)
 
     @property
     def unit(self) -> str:
@@ -195,6 +195,11 @@ def check_setting_names(values: Mapping[str, Any]) -> None:
         raise ConfigError(f"unknown settings: {', '.join(names)}")
 
 
+def rename_earlier_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return recorded settings with the names of earlier versions replaced by the current ones."""
+    return {EARLIER_NAMES.get(name, name): value for name, value in values.items()}
+
+
 def get_settings() -> dict[str, Setting]:
     """Return a dictionary from the name of every setting of `DPOConfig` to its declaration."""
     return {f.name: f.metadata["setting"] for f in fields(DPOConfig)}
@@ -224,8 +229,11 @@ NO_EFFECT: tuple[NoEffect[DPOConfig], ...] = (
         ),
     ),
     NoEffect(
-        ("max_tokens",),
-        lambda s: s.micro_batch_size is not None and (s.max_tokens or 0) >= s._most_tokens_per_pass,
+        ("micro_batch_tokens",),
+        lambda s: (
+            s.micro_batch_size is not None
+            and (s.micro_batch_tokens or 0) >= s._most_tokens_per_pass
+        ),
         lambda s: (
             f"together with `micro_batch_size` {s.micro_batch_size} and `max_length` "
             f"{s.max_length}: a forward pass never has more than {s._most_tokens_per_pass} tokens"

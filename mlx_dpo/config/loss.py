@@ -20,70 +20,138 @@ class LossSettings:
     """Settings of the loss; a hyper-parameter that is None has the default of its loss."""
 
     loss_type: tuple[str, ...] = setting(
-        ("sigmoid",), "Loss function (see `mlx-dpo losses`); repeat to sum several.",
-        str, LOSS, is_list=True,
-    )  # fmt: skip
+        ("sigmoid",),
+        "Loss function (see `mlx-dpo losses`); repeat to sum several.",
+        str,
+        LOSS,
+        is_list=True,
+        metavar="LOSS",
+        essential=True,
+    )
     loss_weights: tuple[float, ...] = setting(
-        (), "Weights of the losses in a sum, in their order. [default: 1 each]", float, LOSS,
-        is_list=True, minimum=0, exclusive_minimum=True,
-    )  # fmt: skip
+        (),
+        "Weights of the losses in a sum, in order. Repeat it for each loss.",
+        float,
+        LOSS,
+        is_list=True,
+        minimum=0,
+        exclusive_minimum=True,
+        metavar="WEIGHT",
+        default_text="1 each",
+    )
     beta: float | None = setting(
         None,
-        "KL strength β; higher keeps the model closer to the reference. [default: 0.1; by loss]",
-        float, LOSS, minimum=0, exclusive_minimum=True,
-    )  # fmt: skip
+        "KL strength β; higher keeps the model closer to the reference.",
+        float,
+        LOSS,
+        minimum=0,
+        exclusive_minimum=True,
+        default_text="0.1 for most losses",
+        essential=True,
+    )
     label_smoothing: float | None = setting(
-        None, "Assumed fraction of flipped labels. [default: by loss]",
-        float, LOSS, minimum=0, maximum=0.5, exclusive_maximum=True,
-    )  # fmt: skip
+        None,
+        "Assumed fraction of flipped labels.",
+        float,
+        LOSS,
+        minimum=0,
+        maximum=0.5,
+        exclusive_maximum=True,
+        metavar="FRACTION",
+        default_text="by loss",
+    )
     discopop_tau: float | None = setting(
-        None, "Temperature τ of DiscoPOP's mixture. [default: 0.05]",
-        float, LOSS, minimum=0, maximum=1, exclusive_minimum=True,
-    )  # fmt: skip
+        None,
+        "Temperature τ of the DiscoPOP loss.",
+        float,
+        LOSS,
+        minimum=0,
+        maximum=1,
+        exclusive_minimum=True,
+        default_text="0.05",
+    )
     dpop_lambda: float | None = setting(
-        None, "DPOP penalty weight λ. [default: 50]",
-        float, LOSS, minimum=0, exclusive_minimum=True,
-    )  # fmt: skip
+        None,
+        "DPOP penalty weight λ.",
+        float,
+        LOSS,
+        minimum=0,
+        exclusive_minimum=True,
+        default_text="50",
+    )
     simpo_gamma: float | None = setting(
-        None, "SimPO's target reward margin γ. [default: 0.5]",
-        float, LOSS, minimum=0,
-    )  # fmt: skip
+        None,
+        "SimPO's target reward margin γ.",
+        float,
+        LOSS,
+        minimum=0,
+        default_text="0.5",
+    )
     cpo_alpha: float | None = setting(
-        None, "Weight of the SFT term in CPO. [default: 1]", float, LOSS, minimum=0
+        None,
+        "Weight of the SFT term in CPO.",
+        float,
+        LOSS,
+        minimum=0,
+        metavar="WEIGHT",
+        default_text="1",
     )
     desirable_weight: float | None = setting(
         None,
-        "KTO weight of desirable rows. [default: 1]",
+        "Weight of rows labelled good in KTO.",
         float,
         LOSS,
         minimum=0,
         exclusive_minimum=True,
+        metavar="WEIGHT",
+        default_text="1",
     )
     undesirable_weight: float | None = setting(
         None,
-        "KTO weight of undesirable rows. [default: 1]",
+        "Weight of rows labelled bad in KTO.",
         float,
         LOSS,
         minimum=0,
         exclusive_minimum=True,
+        metavar="WEIGHT",
+        default_text="1",
     )
     f_divergence_type: str | None = setting(
-        None, "f-divergence used as regulariser. [default: reverse_kl]", str, LOSS,
+        None,
+        "f-divergence used as regularizer.",
+        str,
+        LOSS,
         choices=DIVERGENCES,
-    )  # fmt: skip
+        metavar="DIVERGENCE",
+        default_text="reverse_kl",
+    )
     f_alpha_divergence_coef: float | None = setting(
-        None, "α of `alpha_divergence`: 0 = forward KL, 1 = reverse KL. [default: 0.5]",
-        float, LOSS, minimum=0, maximum=1, exclusive_maximum=True,
-    )  # fmt: skip
+        None,
+        "α of `alpha_divergence`: 0 = forward KL, 1 = reverse KL.",
+        float,
+        LOSS,
+        minimum=0,
+        maximum=1,
+        exclusive_maximum=True,
+        default_text="0.5",
+    )
     ld_alpha: float | None = setting(
-        None, "Weight of tokens beyond the length of the shorter completion (LD-DPO). [default: 1]",
-        float, LOSS, minimum=0, maximum=1, exclusive_maximum=True,
-    )  # fmt: skip
+        None,
+        "Weight of tokens beyond the length of the shorter completion (LD-DPO).",
+        float,
+        LOSS,
+        minimum=0,
+        maximum=1,
+        exclusive_maximum=True,
+        metavar="WEIGHT",
+        default_text="1",
+    )
     use_weighting: bool = setting(
         False,
         "Weight pairs by their probability under the policy (WPO); one more forward pass per step.",
-        bool, LOSS,
-    )  # fmt: skip
+        bool,
+        LOSS,
+    )
 
     @property
     def losses(self) -> tuple[Loss, ...]:

@@ -16,23 +16,54 @@ DTYPES = ("float32", "bfloat16", "float16")
 class ModelSettings:
     """Settings of the base model and of loading it."""
 
-    model: str = setting("", "Model to train: a folder or a Hub id.", str, MODEL, is_path=True)
-    revision: str | None = setting(None, "Hub revision of the model.", str, MODEL)
+    model: str = setting(
+        "",
+        "Model to train: a folder or a Hub id.",
+        str,
+        MODEL,
+        is_path=True,
+        metavar="MODEL",
+        essential=True,
+        required=True,
+    )
+    revision: str | None = setting(
+        None,
+        "Hub revision of the model: a branch, tag or commit.",
+        str,
+        MODEL,
+        metavar="REVISION",
+        default_text="main",
+    )
     bits: int | None = setting(
-        None, "Quantize the model to this many bits when loading it.", int, MODEL, choices=BITS
+        None,
+        "Quantize the model to this many bits when it is loaded.",
+        int,
+        MODEL,
+        choices=BITS,
+        metavar="N",
+        default_text="as it is",
     )
     group_size: int | None = setting(
-        None, "Quantization group size, with --bits. [default: 64]", int, MODEL, minimum=16
+        None,
+        "Weights that share a quantization scale, with `bits`: 32, 64 or 128.",
+        int,
+        MODEL,
+        minimum=16,
+        default_text="64",
     )
     dtype: str | None = setting(
         None,
-        "Compute dtype. [default: the model's own; float32 on the CPU]",
+        "Compute dtype.",
         str,
         MODEL,
         choices=DTYPES,
+        default_text="the model's own; float32 on the CPU",
     )
     trust_remote_code: bool = setting(
-        False, "Run Python code that comes with the model.", bool, MODEL
+        False,
+        "Run Python code that comes with the model.",
+        bool,
+        MODEL,
     )
 
 
@@ -49,45 +80,77 @@ class LoRASettings:
 
     fine_tune_type: str | None = setting(
         None,
-        "`lora`; `dora`: also a magnitude per output (arXiv:2402.09353); `full`: all weights "
-        "of the layers, for a model that is not quantized. [default: lora]",
+        "`lora`: LoRA adapters; `dora`: LoRA with a trained magnitude per output "
+        "(arXiv:2402.09353); `full`: all weights of the layers, for a model that is not "
+        "quantized.",
         str,
         LORA,
         choices=("lora", "dora", "full"),
+        metavar="TYPE",
+        default_text="lora",
     )
     lora_r: int | None = setting(
-        None, "Rank of the adapters. [default: 16]", int, LORA, minimum=1, maximum=65_536
+        None,
+        "Rank of the adapters.",
+        int,
+        LORA,
+        minimum=1,
+        maximum=65_536,
+        default_text="16",
+        essential=True,
     )
     lora_alpha: float | None = setting(
-        None, "LoRA alpha; adapters are scaled by alpha / rank. [default: 32]", float, LORA,
+        None,
+        "LoRA alpha; the adapters' output is scaled by alpha / rank.",
+        float,
+        LORA,
         minimum=0,
         exclusive_minimum=True,
-    )  # fmt: skip
+        default_text="32",
+    )
     use_rslora: bool = setting(
-        False, "Scale by alpha / sqrt(rank) instead (arXiv:2312.03732).", bool, LORA
+        False,
+        "Scale the adapters' output by alpha / sqrt(rank) instead (rsLoRA, arXiv:2312.03732).",
+        bool,
+        LORA,
     )
     lora_dropout: float | None = setting(
-        None, "Dropout on the adapters' input. [default: 0]", float, LORA, minimum=0, maximum=1,
+        None,
+        "Dropout on the adapters' input.",
+        float,
+        LORA,
+        minimum=0,
+        maximum=1,
         exclusive_maximum=True,
-    )  # fmt: skip
+        metavar="FRACTION",
+        default_text="0",
+    )
     lora_target_modules: tuple[str, ...] = setting(
         (),
-        "Names of the modules to adapt; repeat it. Experts, `embed_tokens` and `lm_head` only if "
-        "named. With `full`, modules to train. [default: all linear modules of the layers]",
+        "Modules to adapt, or to train with `full`; repeat it for several. Experts, "
+        "`embed_tokens` and `lm_head` are adapted only if named.",
         str,
         LORA,
         is_list=True,
+        metavar="MODULE",
+        default_text="all linear modules of the layers",
     )
     num_layers: int | None = setting(
-        None, "Train only the last N layers. [default: all]", int, LORA, minimum=1
+        None,
+        "Train only the last N layers.",
+        int,
+        LORA,
+        minimum=1,
+        default_text="all",
     )
     start_adapter: str | None = setting(
         None,
-        "Continue training the adapter in this folder (of a run, mlx-lm or PEFT). It decides what "
-        "is trained, and the model with this adapter is the reference.",
+        "Continue training the adapter in this folder (of a run, mlx-lm or PEFT). Its rank "
+        "and modules are used, and the model with this adapter is the reference.",
         str,
         LORA,
         is_path=True,
+        metavar="FOLDER",
     )
 
     @property
@@ -140,29 +203,38 @@ class ReferenceSettings:
 
     reference_model: str | None = setting(
         None,
-        "Separate reference model with the same vocabulary; it scores the pairs once and is freed "
-        "before training. [default: the initial model]",
+        "Separate reference model with the same vocabulary; it scores the pairs once and is "
+        "freed before training.",
         str,
         REFERENCE,
+        metavar="MODEL",
+        default_text="the initial model",
     )
     sync_ref_model: bool = setting(
         False,
-        "Update the reference towards the policy (TR-DPO, arXiv:2404.09656); one more forward pass "
-        "per step.",
+        "Update the reference towards the policy during training (TR-DPO, arXiv:2404.09656); "
+        "one more forward pass per step.",
         bool,
         REFERENCE,
     )
     ref_model_mixup_alpha: float | None = setting(
         None,
-        "Weight of the policy in a reference update; 1 replaces the reference. [default: 0.6]",
+        "Weight of the policy in a reference update; 1 replaces the reference.",
         float,
         REFERENCE,
         minimum=0,
         maximum=1,
         exclusive_minimum=True,
+        metavar="WEIGHT",
+        default_text="0.6",
     )
     ref_model_sync_steps: int | None = setting(
-        None, "Steps between reference updates. [default: 512]", int, REFERENCE, minimum=1
+        None,
+        "Steps between reference updates.",
+        int,
+        REFERENCE,
+        minimum=1,
+        default_text="512",
     )
 
     @property

@@ -11,9 +11,16 @@ from mlx_dpo.optim.optimizers import OPTIMIZERS
 OPTIMIZER = "Optimizer"
 
 
-def _beta(help: str) -> float | None:
+def _beta(help: str, default_text: str) -> float | None:
     beta: float | None = setting(
-        None, help, float, OPTIMIZER, minimum=0, maximum=1, exclusive_maximum=True
+        None,
+        help,
+        float,
+        OPTIMIZER,
+        minimum=0,
+        maximum=1,
+        exclusive_maximum=True,
+        default_text=default_text,
     )
     return beta
 
@@ -24,46 +31,60 @@ class OptimizerSettings:
 
     optim: str = setting(
         "adamw",
-        "Optimizer. Muon updates the matrices of the layers; AdamW, at the same rate, the rest.",
+        "Optimizer. Muon updates the matrices of the layers; AdamW updates the rest at the "
+        "same rate.",
         str,
         OPTIMIZER,
         choices=tuple(OPTIMIZERS),
+        metavar="OPTIMIZER",
     )
     learning_rate: float = setting(
         5e-6,
-        "Peak learning rate. Adam and Adafactor take the same as AdamW, RMSprop less, Lion a third "
-        "to a tenth, Muon several times and SGD hundreds of times as much.",
+        "Peak learning rate. Compared with AdamW, Adam and Adafactor need the same rate, "
+        "RMSprop a lower one, Lion 1/10 to 1/3 of it, Muon several times and SGD hundreds of "
+        "times as much.",
         float,
         OPTIMIZER,
         minimum=0,
         exclusive_minimum=True,
+        metavar="RATE",
+        essential=True,
     )
     lr_scheduler_type: str = setting(
         "cosine",
-        "Schedule after the warm-up; `constant` has no warm-up.",
+        "Learning-rate schedule after the warm-up; `constant` has no warm-up.",
         str,
         OPTIMIZER,
         choices=tuple(LR_SCHEDULES),
+        metavar="SCHEDULE",
     )
     min_lr_rate: float | None = setting(
         None,
-        "Final learning rate of `cosine_with_min_lr`, as a share of the peak. [default: 0.1]",
+        "Final learning rate of `cosine_with_min_lr`, as a fraction of the peak.",
         float,
         OPTIMIZER,
         minimum=0,
         maximum=1,
         exclusive_maximum=True,
+        metavar="FRACTION",
+        default_text="0.1",
     )
     warmup_ratio: float | None = setting(
         None,
-        "Warm-up steps as a share of all steps. [default: 0.1]",
+        "Warm-up steps as a fraction of all steps.",
         float,
         OPTIMIZER,
         minimum=0,
         maximum=1,
+        metavar="FRACTION",
+        default_text="0.1",
     )
     warmup_steps: int | None = setting(
-        None, "Warm-up steps (instead of `warmup_ratio`).", int, OPTIMIZER, minimum=0
+        None,
+        "Warm-up steps (instead of `warmup_ratio`).",
+        int,
+        OPTIMIZER,
+        minimum=0,
     )
     weight_decay: float = setting(
         0.0,
@@ -72,21 +93,34 @@ class OptimizerSettings:
         OPTIMIZER,
         minimum=0,
     )
-    adam_beta1: float | None = _beta("Decay rate of the gradient's running mean. [default: 0.9]")
+    adam_beta1: float | None = _beta(
+        "Decay rate of the running mean of the gradient.",
+        "0.9",
+    )
     adam_beta2: float | None = _beta(
-        "Decay rate of the mean square, or of Lion's momentum. [default: 0.999; Lion 0.99]"
+        "Decay rate of the mean square of the gradient, or of Lion's momentum.",
+        "0.999; Lion 0.99",
     )
     adam_epsilon: float | None = setting(
         None,
-        "Epsilon in Adam's denominator. [default: 1e-8]",
+        "Epsilon in Adam's denominator.",
         float,
         OPTIMIZER,
         minimum=0,
         exclusive_minimum=True,
+        default_text="1e-8",
     )
-    momentum: float | None = _beta("Momentum of SGD and Muon. [default: 0; Muon 0.95]")
+    momentum: float | None = _beta(
+        "Momentum of SGD and Muon.",
+        "0; Muon 0.95",
+    )
     max_grad_norm: float = setting(
-        1.0, "Clip gradient norm; 0 disables clipping.", float, OPTIMIZER, minimum=0
+        1.0,
+        "Clip the gradient norm to this; 0 disables clipping.",
+        float,
+        OPTIMIZER,
+        minimum=0,
+        metavar="NORM",
     )
 
     def count_warmup_steps(self, total_steps: int) -> int:

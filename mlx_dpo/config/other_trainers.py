@@ -147,8 +147,10 @@ _MLX_LM = {
     "save_every": "`save_steps` N",
     "steps_per_report": "`logging_steps` N",
 }
-_EARLIER_VERSIONS = {"eval_samples": "`samples`"}
-_SETTINGS = _TRL | _LLAMA_FACTORY | _AXOLOTL | _UNSLOTH | _MLX_LM | _EARLIER_VERSIONS
+# Names of settings in earlier versions of mlx-dpo. Records of old runs are read with them.
+EARLIER_NAMES = {"max_tokens": "micro_batch_tokens", "eval_samples": "samples"}
+
+_SETTINGS = _TRL | _LLAMA_FACTORY | _AXOLOTL | _UNSLOTH | _MLX_LM
 
 _LOGPS_PRECOMPUTED = "reference log-probs are always precomputed"
 _OWN_TEMPLATE = "the model's own chat template is used"
@@ -221,6 +223,7 @@ _NOT_SUPPORTED = (
 # The advice that follows "unknown setting `name`; ".
 EQUIVALENTS = (
     {name: f"use {setting}" for name, setting in _SETTINGS.items()}
+    | {name: f"use `{setting}`" for name, setting in EARLIER_NAMES.items()}
     | {name: f"not needed, {why}" for name, why in _NOT_NEEDED.items()}
     | dict.fromkeys(_NOT_SUPPORTED, "not supported; leave it out")
 )

@@ -39,7 +39,7 @@ class Sampling:
     )
     max_tokens: int = _setting(512, "Maximum number of tokens per answer.", int, minimum=1)
     seed: int | None = _setting(
-        None, "Sampling seed. [default: random]", int, minimum=0, maximum=SEEDS - 1
+        None, "Sampling seed.", int, minimum=0, maximum=SEEDS - 1, default_text="random"
     )
     repetition_penalty: float = _setting(
         1.0, "Penalty on the last 20 tokens; 1 = off.", float, minimum=0, exclusive_minimum=True

@@ -32,11 +32,38 @@ class Setting:
     is_list: bool = False
     is_path: bool = False  # `~` is expanded to the home folder, as a shell does
     changes_result: bool = True  # a resumed run must have the same value
+    metavar: str = ""  # what the value is, in help texts: MODEL, FILE, N
+    default_text: str = ""  # what the default is, where it is not a value: "by loss"
+    essential: bool = False  # in the short help of `train`, `plan` and `loop`
+    required: bool = False
 
     @property
     def is_optional(self) -> bool:
         """Whether the value may be None, which means "not set"."""
         return self.default is None
+
+    @property
+    def shown_default(self) -> str:
+        """The default as help texts and documentation show it; "" if there is none to show."""
+        if self.default_text or self.default in (None, (), "", False):
+            return self.default_text
+        if self.default is True:
+            return "on"
+        items = self.default if isinstance(self.default, tuple) else (self.default,)
+        return ", ".join(_format_item(item) for item in items)
+
+    @property
+    def shown_metavar(self) -> str:
+        """The name of the value in help texts; "" for a switch."""
+        if self.type is bool:
+            return ""
+        if self.metavar:
+            return self.metavar
+        return "NAME" if self.choices else {int: "N", float: "X", str: "TEXT"}[self.type]
+
+
+def _format_item(item: object) -> str:
+    return f"{item:g}".replace("e-0", "e-") if isinstance(item, float) else str(item)
 
 
 def setting(default: Any, help: str, type: type, section: str, **more: Any) -> Any:

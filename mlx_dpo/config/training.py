@@ -30,41 +30,75 @@ class TrainingSettings:
     """Settings of training length, batch sizes and memory."""
 
     epochs: int | None = setting(
-        None, "Passes over the pairs. [default: 1]", int, TRAINING, minimum=1
+        None,
+        "Passes over the pairs.",
+        int,
+        TRAINING,
+        minimum=1,
+        default_text="1",
+        essential=True,
     )
     max_steps: int | None = setting(
-        None, "Optimizer steps (instead of `epochs`).", int, TRAINING, minimum=1
+        None,
+        "Optimizer steps (instead of `epochs`).",
+        int,
+        TRAINING,
+        minimum=1,
     )
-    batch_size: int = setting(16, "Pairs per optimizer step.", int, TRAINING, minimum=1)
+    batch_size: int = setting(
+        16,
+        "Pairs per optimizer step.",
+        int,
+        TRAINING,
+        minimum=1,
+        essential=True,
+    )
     micro_batch_size: int | None = setting(
-        None, "Pairs per forward pass; changes memory, not the result. "
-        "[default: what fits, up to 2 on the CPU, 8 on a GPU]",
-        int, TRAINING, minimum=1,
-    )  # fmt: skip
-    max_tokens: int | None = setting(
-        None, "Tokens per forward pass, with padding; a longer pair gets its own pass.",
-        int, TRAINING, minimum=1,
-    )  # fmt: skip
+        None,
+        "Pairs per forward pass; changes memory, not the result.",
+        int,
+        TRAINING,
+        minimum=1,
+        default_text="what fits, up to 2 on the CPU, 8 on a GPU",
+    )
+    micro_batch_tokens: int | None = setting(
+        None,
+        "Tokens per forward pass, with padding; a longer pair gets its own pass.",
+        int,
+        TRAINING,
+        minimum=1,
+        default_text="no limit",
+    )
     scorer: str = setting(
-        "auto", "`shared`: a pair shares its prompt's tokens; `plain`: padded rows; `auto`: shared "
-        "if verified to be exact.",
-        str, TRAINING, choices=("auto", "plain", "shared"),
-    )  # fmt: skip
+        "auto",
+        "`shared`: both completions of a pair share the tokens of their prompt; `plain`: "
+        "padded rows; `auto`: `shared` if it is verified to be exact.",
+        str,
+        TRAINING,
+        choices=("auto", "plain", "shared"),
+        metavar="SCORER",
+    )
     recompute: bool | None = setting(
-        None, "Gradient checkpointing: less memory, more time. "
-        "[default: only if memory requires it]",
-        bool, TRAINING,
-    )  # fmt: skip
+        None,
+        "Gradient checkpointing: less memory, more time.",
+        bool,
+        TRAINING,
+        default_text="only if memory requires it",
+    )
     seed: int = setting(
-        42, "Random seed of order, adapters, dropout and held-out pairs.", int, TRAINING, minimum=0,
+        42,
+        "Random seed of order, adapters, dropout and held-out pairs.",
+        int,
+        TRAINING,
+        minimum=0,
         maximum=2**64 - 1,
-    )  # fmt: skip
+    )
 
 
 TRAINING_NO_EFFECT: tuple[NoEffect[TrainingSettings], ...] = (
     NoEffect(("epochs",), lambda s: s.max_steps is not None, "together with `max_steps`"),
     NoEffect(
-        ("max_tokens",),
+        ("micro_batch_tokens",),
         lambda s: (s.micro_batch_size or s.batch_size) == 1,
         "with one pair per forward pass",
     ),
@@ -88,26 +122,31 @@ class EvaluationSettings:
 
     eval_steps: int | None = setting(
         None,
-        "Steps between evaluations on held-out pairs. [default: at the end]",
+        "Steps between evaluations on held-out pairs.",
         int,
         EVALUATION,
         minimum=1,
         changes_result=False,
+        default_text="only at the end",
+        essential=True,
     )
     samples: int | None = setting(
         None,
         "Held-out prompts that base and policy answer at each evaluation, in up to 64 tokens each; "
-        f"0 = none. [default: {DEFAULT_SAMPLES}]",
+        "0 = none.",
         int,
         EVALUATION,
         minimum=0,
         changes_result=False,
+        default_text=str(DEFAULT_SAMPLES),
     )
     metric_for_best_model: str | None = setting(
         None,
-        "Metric on held-out pairs that selects the best model (`loss`, `rewards/margins`).",
+        "Metric on held-out pairs that selects the best model, such as `loss` or "
+        "`rewards/margins`.",
         str,
         EVALUATION,
+        metavar="METRIC",
     )
     load_best_model_at_end: bool = setting(
         False,
@@ -116,14 +155,19 @@ class EvaluationSettings:
         EVALUATION,
     )
     early_stopping_patience: int | None = setting(
-        None, "Stop after this many evaluations without an improvement.", int, EVALUATION, minimum=1
+        None,
+        "Stop after N evaluations without an improvement.",
+        int,
+        EVALUATION,
+        minimum=1,
     )
     early_stopping_threshold: float | None = setting(
         None,
-        "Minimum change that counts as an improvement. [default: 0]",
+        "Minimum change that counts as an improvement.",
         float,
         EVALUATION,
         minimum=0,
+        default_text="0",
     )
 
     @property
@@ -170,12 +214,32 @@ RUN = "Run"
 class RunSettings:
     """Settings of the run folder and the console; none of them changes the result."""
 
-    output: str = setting("", "Run folder to write.", str, RUN, changes_result=False, is_path=True)
+    output: str = setting(
+        "",
+        "Run folder to write.",
+        str,
+        RUN,
+        changes_result=False,
+        is_path=True,
+        metavar="FOLDER",
+        essential=True,
+        required=True,
+    )
     save_steps: int = setting(
-        50, "Steps between checkpoints.", int, RUN, minimum=1, changes_result=False
+        50,
+        "Steps between checkpoints.",
+        int,
+        RUN,
+        minimum=1,
+        changes_result=False,
     )
     save_total_limit: int = setting(
-        2, "Checkpoints to keep.", int, RUN, minimum=1, changes_result=False
+        2,
+        "Checkpoints to keep.",
+        int,
+        RUN,
+        minimum=1,
+        changes_result=False,
     )
     logging_steps: int = setting(
         1,
@@ -186,7 +250,11 @@ class RunSettings:
         changes_result=False,
     )
     caffeinate: bool = setting(
-        True, "Keep a Mac awake while it trains.", bool, RUN, changes_result=False
+        True,
+        "Keep a Mac awake while it trains.",
+        bool,
+        RUN,
+        changes_result=False,
     )
 
 
@@ -199,18 +267,32 @@ class ReportingSettings:
     """Settings of experiment trackers."""
 
     report_to: tuple[str, ...] = setting(
-        (), "Log metrics to this tracker too; may be repeated. `none` stops logging on resume.",
-        str, REPORTING, is_list=True, changes_result=False,
+        (),
+        "Log metrics to this tracker too; repeat it for several. `none` stops logging on resume.",
+        str,
+        REPORTING,
+        is_list=True,
+        changes_result=False,
         choices=(*TRACKERS, NO_TRACKER),
-    )  # fmt: skip
+        metavar="TRACKER",
+    )
     run_name: str | None = setting(
-        None, "Name of the run in trackers. [default: name of the output folder]",
-        str, REPORTING, changes_result=False,
-    )  # fmt: skip
+        None,
+        "Name of the run in trackers.",
+        str,
+        REPORTING,
+        changes_result=False,
+        metavar="NAME",
+        default_text="name of the output folder",
+    )
     project: str | None = setting(
-        None, f"Project in trackers. [default: the tracker's own setting, else {DEFAULT_PROJECT}]",
-        str, REPORTING, changes_result=False,
-    )  # fmt: skip
+        None,
+        "Project in trackers.",
+        str,
+        REPORTING,
+        changes_result=False,
+        default_text=f"the tracker's own setting, else {DEFAULT_PROJECT}",
+    )
 
     @property
     def tracker_names(self) -> tuple[str, ...]:

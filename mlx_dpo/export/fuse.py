@@ -158,7 +158,7 @@ class FuseOptions:
             ),
             ("dtype", self.dtype, hf, types),
             ("group-size", self.group_size, self.bits is None, "without `--bits`"),
-            ("base", self.base, not hf, "without `--to hf`"),
+            ("base-model", self.base, not hf, "without `--to hf`"),
             (
                 "gguf",
                 self.gguf,

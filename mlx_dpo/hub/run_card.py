@@ -81,7 +81,7 @@ def make_run_card(
     if not inherited.get("license"):
         notes += (_license_note(online=online, was_requested=online and hub_id is not None),)
     if hub_id is None:
-        notes += ("the Hub id of the base is unknown: name it with --base",)
+        notes += ("the Hub id of the base is unknown: name it with --base-model",)
     named = [*sources.public, *(sources.private if show_private else ())]
     facts = _collect_facts(opened, name, hub_id, inherited, named)
     facts["pairs"] = _describe_data(opened, named, is_complete=sources.count == len(named))

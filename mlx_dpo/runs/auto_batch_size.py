@@ -171,7 +171,7 @@ def candidate_settings(config: DPOConfig) -> Iterator[DPOConfig]:
     If `recompute` is not set, all sizes without gradient checkpointing come before those with it.
     """
     sizes: Sequence[int | None] = (config.micro_batch_size,)
-    if config.micro_batch_size is None and config.max_tokens is None:
+    if config.micro_batch_size is None and config.micro_batch_tokens is None:
         sizes = sorted({min(size, config.batch_size) for size in SIZES[device_kind()]})[::-1]
     for recompute in (False, True) if config.recompute is None else (config.recompute,):
         for size in sizes:

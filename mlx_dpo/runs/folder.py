@@ -15,7 +15,7 @@ from typing import Any
 
 from mlx_dpo.adapters import peft
 from mlx_dpo.adapters.adapter_files import CONFIG, WEIGHTS, adapter_digest
-from mlx_dpo.config.dpo_config import DPOConfig
+from mlx_dpo.config.dpo_config import DPOConfig, rename_earlier_settings
 from mlx_dpo.data.chat_templates.template_date import get_day, today
 from mlx_dpo.errors import ConfigError, RunError, reason
 from mlx_dpo.io.atomic import is_temporary, write_file
@@ -193,7 +193,6 @@ def day_of_run(earlier: Mapping[str, Any] | None) -> date:
 
 # Keys of records that earlier versions wrote, and the current names.
 OLD_KEYS = {"settled": "automatic_settings", "kept": "best_checkpoint"}
-OLD_SETTINGS = {"eval_samples": "samples"}
 OLD_PROVENANCE_KEYS = {
     "held": "device_and_dtype",
     "start": "start_adapter",
@@ -204,9 +203,12 @@ OLD_PROVENANCE_KEYS = {
 def with_current_keys(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return a run record with key names of earlier versions replaced by the current ones."""
     renamed = {OLD_KEYS.get(key, key): value for key, value in record.items()}
-    for entry, old_keys in (("settings", OLD_SETTINGS), ("provenance", OLD_PROVENANCE_KEYS)):
-        if isinstance(values := renamed.get(entry), dict):
-            renamed[entry] = {old_keys.get(key, key): value for key, value in values.items()}
+    if isinstance(settings := renamed.get("settings"), dict):
+        renamed["settings"] = rename_earlier_settings(settings)
+    if isinstance(values := renamed.get("provenance"), dict):
+        renamed["provenance"] = {
+            OLD_PROVENANCE_KEYS.get(key, key): value for key, value in values.items()
+        }
     return renamed
 
 

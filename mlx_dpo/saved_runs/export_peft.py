@@ -26,7 +26,7 @@ def export_run(folder: str, base: str | None = None, revision: str | None = None
     """
     run = open_finished(folder)
     if revision is not None and (base is None or not is_hub_id(base)):
-        raise ConfigError("`revision` has no effect without a Hub id for `--base`")
+        raise ConfigError("`revision` has no effect without a Hub id for `--base-model`")
     model = load_base_of_run(run)
     load_adapter_into(run, model)
     if base is None:

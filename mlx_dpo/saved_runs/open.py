@@ -92,7 +92,7 @@ def load_policy(
         raise ConfigError("name a run folder or a --model, and only one of them")
     if model is not None:
         if reference:
-            raise ConfigError("`--reference` has no effect with `--model`: no adapter is loaded")
+            raise ConfigError("`reference` has no effect with `model`: no adapter is loaded")
         return load_model(model)
     assert run is not None
     opened = open_run(run)
@@ -202,7 +202,9 @@ def open_switchable(
         return _switchable_run(open_run(run), wanted)
     assert model is not None
     if adapter is None and "aligned" not in wanted:
-        raise ConfigError("`--reference` has no effect with `--model`: no adapter is loaded")
+        raise ConfigError(
+            "`--base` has no effect without a run or an --adapter: --model alone is the base"
+        )
     folder = None if adapter is None else Path(adapter).expanduser()
     return _switchable_model(load_model(model), folder, wanted)
 

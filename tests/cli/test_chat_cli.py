@@ -300,7 +300,7 @@ def test_compare_through_a_pipe_asks_no_question_and_names_the_model(model, adap
 
 
 def test_with_the_reference_flag_the_base_answers_first(model, adapter):
-    result = pipe(model, "cat\n/aligned\n/reset\ncat\n", "--adapter", adapter, "--reference")
+    result = pipe(model, "cat\n/aligned\n/reset\ncat\n", "--adapter", adapter, "--base")
     expected = answers(model, ["cat"]) + answers(model, ["cat"], adapter=adapter)
     assert result.stdout == "".join(f"{answer}\n" for answer in expected)
 

@@ -203,7 +203,7 @@ def test_show_requires_a_model_and_an_existing_row():
 def test_a_split_has_no_prompt_twice_and_rows_as_they_were():
     good = [ROWS[i] for i in (0, 2, 3, 5, 6)]
     write("good.jsonl", good)
-    result = data("split", "good.jsonl", "--valid", "0.4", "--output", "parts")
+    result = data("split", "good.jsonl", "--valid-fraction", "0.4", "--output", "parts")
     assert result.exit_code == 0, result.output
     train, valid = lines_of("parts/train.jsonl"), lines_of("parts/valid.jsonl")
     assert sorted(train + valid) == sorted(good)
@@ -221,7 +221,7 @@ def test_a_split_holds_out_what_training_would(seed):
         for i in range(1, 60)
     ]
     write("many.jsonl", map(json.dumps, rows))
-    words = ("--valid", "0.2", "--seed", str(seed), "--output", "parts")
+    words = ("--valid-fraction", "0.2", "--seed", str(seed), "--output", "parts")
     assert data("split", "many.jsonl", *words).exit_code == 0
     from mlx_dpo.models.empty_weights import load_empty_model
 
@@ -244,7 +244,7 @@ def test_all_pairs_of_a_row_are_in_the_same_split():
         {"prompt": f"{i}?", "completions": ["a", "b", "c"], "scores": [1, 2, 3]} for i in range(9)
     ]
     write("ranked.jsonl", map(json.dumps, rows))
-    words = ("--ranked", "all", "--valid", "0.34", "--output", "parts")
+    words = ("--ranked", "all", "--valid-fraction", "0.34", "--output", "parts")
     assert data("split", "ranked.jsonl", *words).output.endswith("6 rows to train on, 3 held out\n")
 
 

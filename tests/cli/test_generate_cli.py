@@ -118,7 +118,7 @@ def test_invalid_arguments_give_a_one_line_error_before_a_model_loads(arguments,
     ("arguments", "message"),
     [
         (["--thinking", "hi"], "`thinking` has no effect; the model's chat template has no"),
-        (["--reference", "hi"], "`--reference` has no effect with `--model`"),
+        (["--base", "hi"], "`--base` has no effect without a run or an --adapter"),
         (["word " * 600], "tokens leave no room for an answer (the context is 512 tokens)"),
     ],
 )
@@ -153,11 +153,11 @@ def ask(run, *flags):
 
 def test_a_run_speaks_with_its_adapter_and_its_reference_without(model, expected, tmp_path):
     run = train(tmp_path, model)
-    assert ask(run, "--reference") == expected("q1") + "\n"
-    assert ask(run) != ask(run, "--reference")
+    assert ask(run, "--base") == expected("q1") + "\n"
+    assert ask(run) != ask(run, "--base")
 
 
 def test_a_run_trained_on_plain_text_gets_plain_text_prompts(model, expected, tmp_path):
     run = train(tmp_path, model, "--chat-template", "text")
-    assert ask(run, "--reference") == expected("q1", raw=True) + "\n"
+    assert ask(run, "--base") == expected("q1", raw=True) + "\n"
     assert json.loads(ask(run, "--json"))["settings"]["raw"] is True

@@ -61,7 +61,7 @@ def arguments(folder, model, *more, output="loop"):
         str(folder / "prompts.txt"),
         *("--model", model, "--output", str(folder / output)),
         *("--reward", f"{folder}/reward.py:vowels", "--rounds", "2"),
-        *("--answers", "2", "--answer-tokens", "8", "--prompts-per-round", "12"),
+        *("--answers", "2", "--max-tokens", "8", "--prompts-per-round", "12"),
         *("--learning-rate", "0.01", "--batch-size", "4", "--save-steps", "1", *more),
     ]
 
@@ -341,7 +341,7 @@ def test_each_of_three_rounds_on_the_shipped_model_raises_the_reward(tmp_path):
     result = run(
         *(str(source / "preferences"), "--model", str(source), "--output", str(loop)),
         *("--reward", "mlx_dpo.demo.rules:courtesy", "--prompts-per-round", "320"),
-        *("--answer-tokens", "64", "--learning-rate", "1e-3", "--beta", "1", "--epochs", "3"),
+        *("--max-tokens", "64", "--learning-rate", "1e-3", "--beta", "1", "--epochs", "3"),
         *("--max-length", "128", "--scorer", "plain", "--micro-batch-size", "8", "--seed", "0"),
     )
     assert result.exit_code == 0, result.output

@@ -155,14 +155,17 @@ def test_yaml_numbers_without_a_decimal_point_are_numbers():
         ),
         ({"epochs": 2, "max_steps": 9}, "`epochs` has no effect together with `max_steps`"),
         ({"batch_size": 2, "micro_batch_size": 4}, "`micro_batch_size` 4 is above `batch_size` 2"),
-        ({"micro_batch_size": 1, "max_tokens": 9}, "`max_tokens` has no effect with one pair per"),
         (
-            {"batch_size": 1, "max_tokens": 9},
-            "`max_tokens` has no effect with one pair per forward pass",
+            {"micro_batch_size": 1, "micro_batch_tokens": 9},
+            "`micro_batch_tokens` has no effect with one pair per",
         ),
         (
-            {"micro_batch_size": 2, "max_tokens": 476, "max_length": 100},
-            "`max_tokens` has no effect together with `micro_batch_size` 2 and `max_length` 100",
+            {"batch_size": 1, "micro_batch_tokens": 9},
+            "`micro_batch_tokens` has no effect with one pair per forward pass",
+        ),
+        (
+            {"micro_batch_size": 2, "micro_batch_tokens": 476, "max_length": 100},
+            "`micro_batch_tokens` has no effect together with `micro_batch_size` 2",
         ),
     ],
 )
@@ -252,9 +255,9 @@ def test_a_sum_needs_what_one_of_its_losses_needs():
     assert DPOConfig(loss_type="kto").labelled and not DPOConfig(loss_type="aot").labelled
 
 
-def test_max_tokens_that_can_limit_a_pass_is_accepted():
-    DPOConfig(**GIVEN, micro_batch_size=2, max_tokens=475, max_length=100)
-    DPOConfig(**GIVEN, max_tokens=10**6)
+def test_micro_batch_tokens_that_can_limit_a_pass_is_accepted():
+    DPOConfig(**GIVEN, micro_batch_size=2, micro_batch_tokens=475, max_length=100)
+    DPOConfig(**GIVEN, micro_batch_tokens=10**6)
 
 
 @pytest.mark.parametrize(
@@ -286,8 +289,8 @@ def test_an_unknown_setting_without_a_neighbour_gets_no_hint():
 def test_defaults_that_depend_on_other_settings():
     assert DPOConfig().pass_limit == PassLimit(pairs=2)
     assert DPOConfig(batch_size=1).pass_limit == PassLimit(pairs=1)
-    assert DPOConfig(max_tokens=512).pass_limit == PassLimit(tokens=512)
-    both = DPOConfig(max_tokens=512, micro_batch_size=4)
+    assert DPOConfig(micro_batch_tokens=512).pass_limit == PassLimit(tokens=512)
+    both = DPOConfig(micro_batch_tokens=512, micro_batch_size=4)
     assert both.pass_limit == PassLimit(pairs=4, tokens=512)
     assert DPOConfig().count_warmup_steps(total_steps=101) == 11
     assert DPOConfig(warmup_ratio=0.0).count_warmup_steps(total_steps=101) == 0

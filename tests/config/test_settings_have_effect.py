@@ -122,7 +122,7 @@ TESTED_ELSEWHERE = {
     "revision", "trust_remote_code", "thinking", "bad_pairs", "pair_labelled", "sync_ref_model",
 }  # fmt: skip
 # Tested in tests/training/test_loop.py.
-SAME_MATHEMATICS = {"micro_batch_size", "max_tokens", "scorer", "recompute"}
+SAME_MATHEMATICS = {"micro_batch_size", "micro_batch_tokens", "scorer", "recompute"}
 
 
 @pytest.fixture(scope="module")

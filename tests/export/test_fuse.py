@@ -169,7 +169,7 @@ def test_the_configuration_says_the_type_and_no_packing():
         ({"to": "hf", "bits": 4}, "`--bits` has no effect with `--to hf`"),
         ({"to": "hf", "dtype": "float16"}, "`--dtype` has no effect with `--to hf`"),
         ({"group_size": 32}, "`--group-size` has no effect without `--bits`"),
-        ({"base": "x"}, "`--base` has no effect without `--to hf`"),
+        ({"base": "x"}, "`--base-model` has no effect without `--to hf`"),
         ({"gguf": Path("x")}, "`--gguf` has no effect without `--to hf`"),
         ({"to": "hf", "converter": "x"}, "`--converter` has no effect without `--gguf`"),
     ],

@@ -169,8 +169,8 @@ RUN_COMMANDS: tuple[tuple[str, ...], ...] = (
     ("generate", "RUN", "Hi", "--max-tokens", "2"),
     ("eval", "RUN", "--json"),
     ("eval", "RUN", "--json"),
-    ("export", "RUN", "--base", "base"),
-    ("push", "RUN", "org/name", "--dry-run", "--base", "org/base"),
+    ("export", "RUN", "--base-model", "base"),
+    ("push", "RUN", "org/name", "--dry-run", "--base-model", "org/base"),
 )
 
 

@@ -42,7 +42,7 @@ thinking: null
 COLLECT = ("collect", "--model", "base", "--prompts", "prompts.txt", "--output", "picks.jsonl",
            "--reward", "rewards.py:vowels", "--max-tokens", "4", "--seed", "1")  # fmt: skip
 LOOP = ("loop", "pairs.jsonl", "--model", "base", "--output", "loop", "--reward",
-        "rewards.py:vowels", "--rounds", "1", "--answers", "2", "--answer-tokens", "4",
+        "rewards.py:vowels", "--rounds", "1", "--answers", "2", "--max-tokens", "4",
         "--learning-rate", "0.01", "--batch-size", "2")  # fmt: skip
 
 

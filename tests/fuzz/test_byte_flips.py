@@ -31,7 +31,7 @@ FINISHED = (
     ("generate", "run", "What is 1?", "--max-tokens", "4"),
     ("report", "run"),
     ("eval", "run"),
-    ("push", "run", "org/name", "--dry-run", "--base", "org/base"),
+    ("push", "run", "org/name", "--dry-run", "--base-model", "org/base"),
 )
 
 
@@ -52,7 +52,7 @@ def material(tmp_path_factory):
         Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         _train("run")
         _train("unfinished", stop_after=5)
-        assert CliRunner().invoke(cli, ["card", "run", "--base", "org/base"]).exit_code == 0
+        assert CliRunner().invoke(cli, ["card", "run", "--base-model", "org/base"]).exit_code == 0
     return folder
 
 

@@ -38,7 +38,7 @@ LOOP = (
     "2",
     "--answers",
     "2",
-    "--answer-tokens",
+    "--max-tokens",
     "4",
     "--learning-rate",
     "0.01",
@@ -147,14 +147,14 @@ SCENARIOS = {
         (2,) * 10, EXISTS,
     ),
     "export": Scenario(
-        ("export", "run", "--base", "base"), (*MATERIAL, "run"), files_of("run"), (2,) * 10
+        ("export", "run", "--base-model", "base"), (*MATERIAL, "run"), files_of("run"), (2,) * 10
     ),
     "card": Scenario(
-        ("card", "run", "--overwrite", "--base", "org/base", "--name", "org/name"),
+        ("card", "run", "--overwrite", "--base-model", "org/base", "--name", "org/name"),
         (*MATERIAL, "run"), files_of("run"), (2,) * 3,
     ),
     "push": Scenario(
-        ("push", "run", "org/name", "--dry-run", "--base", "org/base"), (*MATERIAL, "run"),
+        ("push", "run", "org/name", "--dry-run", "--base-model", "org/base"), (*MATERIAL, "run"),
         files_of("run"), (2,) * 3,
     ),
     "compare": Scenario(

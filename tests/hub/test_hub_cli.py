@@ -39,7 +39,7 @@ def test_fuse_prints_the_retained_margin(workplace):
 
 
 def test_export_prints_which_programs_load_the_adapter(workplace):
-    done = invoke("export", "run", "--base", "base")
+    done = invoke("export", "run", "--base-model", "base")
     assert done.output == "run: its adapter loads in mlx-lm and in PEFT\n"
     assert json.loads(Path("run/run.json").read_text())["adapter"] == "loads in mlx-lm and in PEFT"
 
@@ -48,7 +48,7 @@ def test_a_dry_run_lists_the_files_and_the_card_without_a_request(
     workplace,
 ):
     """Without the fake Hub a request would fail."""
-    done = invoke("push", "run", "org/adapter", "--dry-run", "--base", "org/base")
+    done = invoke("push", "run", "org/adapter", "--dry-run", "--base-model", "org/base")
     assert done.exit_code == 0, done.output
     listed = re.findall(r"^ *[\d.]+ (?:bytes|kB|MB)  (\S+)$", done.stdout, re.MULTILINE)
     assert sorted(listed) == sorted(UPLOADED)
@@ -56,10 +56,10 @@ def test_a_dry_run_lists_the_files_and_the_card_without_a_request(
     assert "Note: not on the card: prompts and answers; `mlx-dpo card --samples N`" in done.stderr
     assert "base_model: org/base" in done.output and "# org/adapter" in done.output
     assert done.output.endswith("Nothing was uploaded to org/adapter.\n")
-    again = invoke("push", "run", "org/adapter", "--dry-run", "--base", "org/base")
+    again = invoke("push", "run", "org/adapter", "--dry-run", "--base-model", "org/base")
     assert again.stdout == done.stdout and not again.stderr
-    done = invoke("push", "run", "org/adapter", "--dry-run", "--base", "org/other")
-    assert "`--base` has no effect: run/README.md already exists" in done.output
+    done = invoke("push", "run", "org/adapter", "--dry-run", "--base-model", "org/other")
+    assert "`--base-model` has no effect: run/README.md already exists" in done.output
     Path("run/curves.png").write_bytes(b"mine")
     done = invoke("card", "run")
     assert "run/README.md: already exists; add --overwrite" in done.output
@@ -99,7 +99,7 @@ def test_push_pull_and_chat(workplace):
             assert done.returncode == 0, done.stderr
             return done.stdout
 
-        pushed = run_program("push", "run", "org/adapter", "--base", "org/base")
+        pushed = run_program("push", "run", "org/adapter", "--base-model", "org/base")
         assert f"{hub.address}/org/adapter (new, private): updated by commit " in pushed
         assert sorted(hub.files("org/adapter")) == sorted(UPLOADED)
         pulled = run_program("pull", "org/adapter", "--output", "mine")

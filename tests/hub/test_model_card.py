@@ -294,14 +294,14 @@ def test_a_license_file_is_linked_in_the_repository_of_the_base(workplace):
 
 
 def test_advice_for_the_runs_owner_is_not_on_the_card(workplace):
-    adapter = "loads in mlx-lm; not in PEFT: its base was packed; name another with `--base`"
+    adapter = "loads in mlx-lm; not in PEFT: its base was packed; name another with `--base-model`"
     edit("run/run.json", adapter=adapter)
     entries = read_entries("run/adapter_config.json")
     del entries["peft_type"]
     write_edited("run/adapter_config.json", entries)
     card, _ = make_run_card("run", "org/adapter")
     assert "PEFT cannot load this adapter: its base was packed.\n" in card.text
-    assert "--base" not in card.text
+    assert "--base-model" not in card.text
 
 
 def test_a_card_without_settings_has_no_empty_table():

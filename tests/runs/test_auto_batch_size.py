@@ -69,7 +69,7 @@ def test_unset_sizes_are_tried_in_this_order():
     ]  # fmt: skip
     explicit = DPOConfig(micro_batch_size=3, recompute=True)
     assert list(candidate_settings(explicit)) == [explicit]
-    by_tokens = candidate_settings(DPOConfig(max_tokens=99))
+    by_tokens = candidate_settings(DPOConfig(micro_batch_tokens=99))
     assert [(c.micro_batch_size, c.recompute) for c in by_tokens] == [(None, False), (None, True)]
 
 

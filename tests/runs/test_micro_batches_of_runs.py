@@ -45,21 +45,24 @@ def test_the_header_describes_a_micro_batch(config):
     assert int(header_line[1]) == pytest.approx(total / 5, rel=0.02)
 
 
-def test_the_header_counts_pairs_longer_than_max_tokens(config):
-    trainer, [first, second] = prepared(replace(config, max_tokens=1))
+def test_the_header_counts_pairs_longer_than_micro_batch_tokens(config):
+    trainer, [first, second] = prepared(replace(config, micro_batch_tokens=1))
     longest = max(map(tokens, trainer.inputs.train))
     assert first.startswith("of up to 1 tokens: 3 per step, ")
     assert second == f"9 pairs take more and go alone; the longest takes {longest} tokens"
 
 
 def test_the_header_has_both_limits(config):
-    _, [line, *_] = prepared(replace(config, max_tokens=60, micro_batch_size=3))
+    _, [line, *_] = prepared(replace(config, micro_batch_tokens=60, micro_batch_size=3))
     assert line.startswith("of up to 3 pairs and 60 tokens: ")
 
 
-def test_max_tokens_limits_micro_batches_and_changes_no_result(config, tmp_path):
+def test_micro_batch_tokens_limits_micro_batches_and_changes_no_result(config, tmp_path):
     rows = []
-    for name, changes in (("all", {"max_tokens": 10**6}), ("one", {"max_tokens": 1})):
+    for name, changes in (
+        ("all", {"micro_batch_tokens": 10**6}),
+        ("one", {"micro_batch_tokens": 1}),
+    ):
         changed = replace(config, output=str(tmp_path / name), lora_dropout=0.0, **changes)
         with DPOTrainer(changed) as trainer:
             trainer.prepare()

@@ -120,7 +120,7 @@ def test_only_what_is_wanted_is_put_on(bold):
         ({"run": None}, "name a run folder or a --model, and only one of them"),
         ({"run": "a", "model": "b"}, "name a run folder or a --model, and only one of them"),
         ({"run": "a", "adapter": "b"}, "`--adapter` has no effect with a run"),
-        ({"run": None, "model": "b", "wanted": ("base",)}, "`--reference` has no effect with"),
+        ({"run": None, "model": "b", "wanted": ("base",)}, "`--base` has no effect without"),
     ],
 )
 def test_what_cannot_be_opened_is_an_error_before_anything_is_loaded(given, message):

@@ -4,7 +4,6 @@ python scripts/tools/docs/settings_page.py
 """
 
 import math
-import re
 from pathlib import Path
 
 from mlx_dpo.config.dpo_config import get_settings
@@ -31,7 +30,6 @@ an error.
 * A resumed run must have the same settings. Those marked ↻ may change.
 * An error for a setting of TRL, LLaMA-Factory, Axolotl or mlx-lm names the setting to use here.
 """
-DEFAULT = re.compile(r"\s*\[default: ([^\]]*)\]")
 
 
 def page() -> str:
@@ -49,8 +47,7 @@ def page() -> str:
 
 def _row(name: str, spec: Setting) -> str:
     mark = "" if spec.changes_result else " ↻"
-    meaning = DEFAULT.sub("", spec.help)
-    cells = (f"`{name}`{mark}", _flag(name, spec), _default(spec), _values(spec), meaning)
+    cells = (f"`{name}`{mark}", _flag(name, spec), _default(spec), _values(spec), spec.help)
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
@@ -63,14 +60,11 @@ def _flag(name: str, spec: Setting) -> str:
 
 
 def _default(spec: Setting) -> str:
-    """Return the default: the declared one, or the one that the help text gives in words."""
-    if in_words := DEFAULT.search(spec.help):
-        return in_words[1]
-    if isinstance(spec.default, tuple):
-        return ", ".join(f"`{value}`" for value in spec.default)
-    if spec.default in (None, ""):
-        return ""
-    return f"`{str(spec.default).lower() if spec.type is bool else spec.default}`"
+    """Return the default: in words, or as a value."""
+    if spec.required:
+        return "(required)"
+    shown = spec.shown_default or "off" * (spec.type is bool)
+    return shown if spec.default_text or not shown else f"`{shown}`"
 
 
 def _values(spec: Setting) -> str:
