@@ -32,15 +32,18 @@ from tests.scoring.architectures import UNBUILT, VOCAB, adapt, build, model_type
 PAGE = ROOT / "docs" / "architectures.md"
 HEAD = """# Architectures
 
+> For developers: `mlx-dpo train` prints the result for your model.
+
 How pairs of each architecture of mlx-lm {mlx_lm} are scored, with MLX {mlx} on its CPU backend.
-Written by `scripts/tools/docs/architectures_page.py`; a run tests its own model and prints the
+Made by `scripts/tools/docs/architectures_page.py`. Every run tests its own model and prints the
 result.
 
-`shared`: each prompt goes through the model once, and only completion tokens through its head.
-`plain`: whole rows, because the shared scorer does not give the same numbers. *Packing*: how
-several pairs go through together: concatenated in one row, without padding (`row`); as a batch
-with padded prompts (`batch`, tried on a GPU only); or those with equally long prompts (`lengths`).
-
+* *Scorer* `shared`: each prompt goes through the model once, and only completion tokens go through
+  its head. `plain`: padded rows of prompt and completion, because the shared scorer does not give
+  the same numbers.
+* *Packing* of several pairs: concatenated in one row without padding (`row`), as a batch with
+  padded prompts (`batch`, on a GPU only), or as a batch of pairs with equally long prompts
+  (`lengths`).
 
 *Cached = uncached* is the largest difference, in nats per token, between log-probs computed in one
 pass without KV caches (as in scoring) and token by token with KV caches (as in generation). Each
