@@ -94,7 +94,7 @@ class DamagedFileError(RunError):
 
 
 class TrainingError(DPOError):
-    """Training cannot go on: a loss or a gradient is not a number."""
+    """Training cannot continue: a loss or a gradient is not a number."""
 
 
 def reason(error: BaseException) -> str:

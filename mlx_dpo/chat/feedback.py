@@ -126,7 +126,7 @@ class JsonlFile:
         return removed
 
     def _rewrite(self, lines: list[bytes]) -> None:
-        """Replace the content of the file, which a crash leaves as it was or as it is to be."""
+        """Replace the content of the file, which a crash leaves either old or new."""
         target = self.path.resolve()
         with atomic_file(target, durable=True) as temporary:
             temporary.write_bytes(b"".join(lines))

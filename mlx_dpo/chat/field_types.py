@@ -49,13 +49,14 @@ class Integer:
 
 @dataclass(frozen=True)
 class Number:
-    """A finite number within bounds, both included; a boolean is no number."""
+    """A finite number within bounds, both included; a boolean is not a number."""
 
     minimum: float
     maximum: float
 
     def parse(self, value: Any) -> float:
-        """Return the value as a float; raise `ValueError` if it is no number within the bounds."""
+        """Return the value as a float; raise `ValueError` if it is not a number within the "
+        "bounds."""
         is_number = type(value) in (int, float)
         if not is_number or not self.minimum <= value <= self.maximum:  # false for NaN
             raise ValueError(
@@ -126,7 +127,7 @@ class Object:
     """A JSON object."""
 
     def parse(self, value: Any) -> dict[str, Any]:
-        """Return the value; raise `ValueError` if it is no object."""
+        """Return the value; raise `ValueError` if it is not an object."""
         if not isinstance(value, dict):
             raise ValueError(f"must be an object, found {shorten(value)}")
         return value
@@ -137,7 +138,7 @@ class StringMap:
     """A JSON object whose values are texts."""
 
     def parse(self, value: Any) -> dict[str, str]:
-        """Return the value; raise `ValueError` if it is no object or a value is no text."""
+        """Return the value; raise `ValueError` if it is not an object or a value is not text."""
         entries = Object().parse(value)
         if not all(isinstance(entry, str) for entry in entries.values()):
             raise ValueError(f"must be an object whose values are strings, found {shorten(value)}")
@@ -174,7 +175,8 @@ class TokenBias:
     bias: Number
 
     def parse(self, value: Any) -> dict[str, float]:
-        """Return the biases; raise `ValueError` if a key is no token id or a bias no number."""
+        """Return the biases; raise `ValueError` if a key is not a token id or a bias is not a "
+        "number."""
         biases = {}
         for token, bias in Object().parse(value).items():
             # Not "007": two keys would name one token.

@@ -27,7 +27,7 @@ class Tools:
     """The functions that the model may call."""
 
     def parse(self, value: Any) -> list[dict[str, Any]]:
-        """Return the tools; raise `ValueError` if one of them is no function."""
+        """Return the tools; raise `ValueError` if one of them is not a function."""
         if value == []:
             return []
         tools = _parse_list(value, "tools", _parse_tool)

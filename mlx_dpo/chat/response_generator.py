@@ -95,7 +95,7 @@ class TemplateTokenizer:
 
 
 class FaultTolerantResponseGenerator(ResponseGenerator):
-    """mlx-lm's response generator, with a thread that goes on after any failure.
+    """mlx-lm's response generator, with a thread that continues after any failure.
 
     If generation for several requests at once fails, it is not known which of them is the cause.
     Those whose answer has not begun are then served again, each alone, so that the cause fails

@@ -258,7 +258,7 @@ class RequestHandler(APIHandler):
         self._is_streaming = True
 
     def handle_completion(self, request: CompletionRequest, stop_words: list[str]) -> None:
-        """Generate a completion; if this fails, send an error and go on with other requests."""
+        """Generate a completion; if this fails, send an error and continue with other requests."""
         self._is_streaming = False
         try:
             super().handle_completion(request, stop_words)

@@ -97,8 +97,7 @@ def cache(ctx: click.Context, as_json: bool) -> None:
     if tokens.entries or tokens.leftovers:
         _show_tokens(tokens)
     if not any(contents.entries or contents.leftovers for contents in (reference, tokens)):
-        moves = f"{cache_folder()} ({CACHE_VARIABLE} moves it)"
-        echo(f"Nothing is kept yet: {moves} fills as runs are made")
+        echo(f"The cache at {cache_folder()} is empty. (Set {CACHE_VARIABLE} to move it.)")
 
 
 @cache.command()
@@ -106,9 +105,9 @@ def cache(ctx: click.Context, as_json: bool) -> None:
     "--older-than",
     type=click.FloatRange(min=0),
     metavar="DAYS",
-    help="Only what no run has read for so many days.",
+    help="Only entries that no run has read for this many days.",
 )
-@click.option("--model", metavar="NAME", help="Only what is of this model, as `cache` names it.")
+@click.option("--model", metavar="NAME", help="Only entries of this model, as `cache` lists it.")
 @click.option("--only", type=click.Choice(KINDS), help="Only this kind.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def clear(older_than: float | None, model: str | None, only: str | None, yes: bool) -> None:
@@ -166,7 +165,7 @@ def _is_selected(entry: Any, older_than: float | None, model: str | None) -> boo
 def _check_model(model: str | None, entries: Sequence[Any]) -> None:
     names = sorted({entry.model for entry in entries})
     if model is not None and model not in names:
-        known = ", ".join(f"`{name}`" for name in names) or "no model at all"
+        known = ", ".join(f"`{name}`" for name in names) or "no model"
         raise ConfigError(f"--model: the cache has no entries of `{model}` (found {known})")
 
 
@@ -181,14 +180,14 @@ def _confirm() -> None:
 def _show(contents: CacheFolder) -> None:
     from mlx_dpo.training.logps_cache import group_by_model
 
-    echo(f"{contents.folder} ({CACHE_VARIABLE} moves it)\n")
+    echo(f"{contents.folder} (set {CACHE_VARIABLE} to move it)\n")
     _table([HEADINGS, *map(_row, group_by_model(contents.entries))])
     echo(f"\n{contents.total}")
     _show_damaged(contents, "its pairs will be scored again")
 
 
 def _show_tokens(contents: CacheFolder) -> None:
-    echo(f"{contents.folder} ({CACHE_VARIABLE} moves it)\n")
+    echo(f"{contents.folder} (set {CACHE_VARIABLE} to move it)\n")
     _table([TOKEN_HEADINGS, *map(_token_row, contents.entries)])
     echo(f"\n{contents.total}")
     _show_damaged(contents, "its pairs will be tokenized again")

@@ -173,8 +173,11 @@ def clean(drop: tuple[str, ...], output: str, **flags: Any) -> None:
         echo(f"{name}: {count:,} row{'s' * (count != 1)}")
     _print_columns_of_bytes(result.columns_of_bytes)
     if result.skipped:
-        echo(f"not looked for without --model and held-out pairs: {', '.join(result.skipped)}")
-    echo(f"{output}: {result.remaining:,} of {result.rows:,} rows; {result.report} says which went")
+        echo(f"skipped checks (they need --model or held-out pairs): {', '.join(result.skipped)}")
+    echo(
+        f"{output}: {result.remaining:,} of {result.rows:,} rows; {result.report} lists the "
+        "dropped rows"
+    )
 
 
 def _print_columns_of_bytes(counts: Mapping[str, int]) -> None:

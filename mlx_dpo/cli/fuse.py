@@ -91,13 +91,14 @@ def facts(fused: "FusedModel") -> list[tuple[str, str]]:
         ("model", f"{fused.output}, {format_bytes(fused.bytes)}, {fused.kind}"),
         (
             "margin",
-            f"{retention.margin:.2%} kept: {retention.margin_before:.3f} before, "
+            f"{retention.margin:.2%} retained: {retention.margin_before:.3f} before, "
             f"{retention.margin_after:.3f} after (mean log-ratio margin in nats, "
             f"{fused.measured_on})",
         ),
         (
             "change",
-            f"{retention.change:.2%} of the adapters' change of log-probabilities kept; the two "
+            f"{retention.change:.2%} of the adapters' change of log-probabilities retained; the "
+            "two "
             f"models are {retention.mean_difference:.2g} nats per token apart",
         ),
     ]
@@ -105,7 +106,7 @@ def facts(fused: "FusedModel") -> list[tuple[str, str]]:
         lines.append(
             (
                 "weights",
-                f"{merged.retained:.2%} of the adapters' change kept in rounding, cosine "
+                f"{merged.retained:.2%} of the adapters' change retained after rounding, cosine "
                 f"{merged.cosine:.4f}",
             )
         )

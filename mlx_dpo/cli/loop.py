@@ -95,7 +95,7 @@ def loop(
     echo(f"\n{trainer.paths.page.read_text('utf-8')}")
     if trainer.last_round < settings.rounds:
         echo(
-            f"Stopped after round {trainer.last_round}: its answers have collapsed; to go on: "
+            f"Stopped after round {trainer.last_round}: its answers have collapsed; to continue: "
             f"{resume_command} --on-collapse warn"
         )
     echo(f"The table is in {trainer.paths.page}; each round's folder has a page of its own")

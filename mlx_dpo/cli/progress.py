@@ -77,7 +77,7 @@ def _run(run: DPOTrainer, awake: str | None, resume_command: str) -> None:
         _prepare(run, console, awake)
     except KeyboardInterrupt:
         has_record = run.paths.record.is_file()
-        note = f"; go on with: {resume_command}" if has_record else ": nothing was written"
+        note = f"; resume with: {resume_command}" if has_record else ": nothing was written"
         echo(f"\nInterrupted before the first step{note}", err=True)
         raise SystemExit(INTERRUPTED) from None
     warnings, samples = _WarningPrinter(run), _SamplePrinter(run, console)
@@ -94,7 +94,7 @@ def _run(run: DPOTrainer, awake: str | None, resume_command: str) -> None:
     run.trackers.close(completed=True)
     warnings.print_new()
     if run.stopped:
-        console.print(f"Stopped and saved; go on with: {resume_command}")
+        console.print(f"Stopped and saved; resume with: {resume_command}")
         raise SystemExit(128 + received[0])
     samples.print_last()
     print_label_table(console, summarize_end(run))

@@ -1,6 +1,6 @@
 """Signs that a loop exploits its reward: answers that repeat, run to the limit, or leave the base.
 
-A reward function without a bound, or a judge, can be pleased by text that no one wants. Win rates
+A reward function without a bound, or a judge, can prefer text that no person wants. Win rates
 then rise while the answers fall apart; these measures do not depend on the reward.
 """
 

@@ -84,8 +84,8 @@ class IterativeDPO:
         if settings.reference == "base" and (config.bits or config.start_adapter):
             name = "bits" if config.bits else "start_adapter"
             raise ConfigError(
-                f"`{name}` makes the initial policy differ from the base model, which is to be "
-                "the reference; convert or fuse it first"
+                f"`{name}` makes the initial policy differ from the base model, which must be the "
+                "reference; convert or fuse it first"
             )
         self.round_config(settings.rounds)  # to detect contradictions in later rounds now
         check_trackers(config)

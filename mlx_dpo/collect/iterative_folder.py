@@ -78,7 +78,7 @@ class SplitPrompts(NamedTuple):
         """Return the training prompts for which round `number` (1 or more) samples answers.
 
         `count` is the number of prompts per round: each round takes the next ones, and after the
-        last prompt the first. None stands for all training prompts.
+        last prompt the first. None: all training prompts.
         """
         if count is None or count >= len(self.train):
             return self.train
@@ -199,7 +199,7 @@ def next_stage(
 
 
 def write_durable(path: Path, text: str) -> None:
-    """Write a file atomically: flush the text to disk, then put it in place of any old file."""
+    """Write a file atomically: flush the text to disk, then replace any old file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, text, durable=True)
 

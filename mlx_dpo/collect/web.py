@@ -100,7 +100,7 @@ class _Handler(PageHandler):
     def _send_reply(self, command: dict[str, Any] | None) -> None:
         """Queue a command, wait for the program's reply and send it to the page.
 
-        None in place of a command only reads the page state.
+        None instead of a command only reads the page state.
         """
         request = PageRequest(command)
         self.server.requests.put(request)
@@ -119,7 +119,7 @@ class _Handler(PageHandler):
         """Return the reply to a request; None after a long time or if the session has ended."""
         deadline = monotonic() + REPLY_TIMEOUT
         while monotonic() < deadline:
-            has_ended = self.server.has_ended.is_set()  # before the reply is looked for
+            has_ended = self.server.has_ended.is_set()  # before the reply is read
             try:
                 return request.reply.result(POLL_SECONDS)
             except TimeoutError:

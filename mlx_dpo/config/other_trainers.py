@@ -162,7 +162,7 @@ _NOT_NEEDED = {
     "chat_template_path": _OWN_TEMPLATE,
     "tokenizer_name": "the model's own tokenizer is used",
     "tokenizer_type": "the model's own tokenizer is used",
-    "model_type": "the model's config.json says it",
+    "model_type": "it is read from the model's config.json",
     "lora_task_type": "it is always a causal language model",
     "train": "`mlx-dpo train` trains",
     "do_train": "`mlx-dpo train` trains",
@@ -272,7 +272,8 @@ def suggest(name: str, known: Iterable[str]) -> str:
 
 
 def check_loss_name(name: str) -> None:
-    """Raise `ConfigError` if there is no such loss; say what another trainer's name is here."""
+    """Raise `ConfigError` if there is no such loss; suggest the equivalent of another trainer's "
+    "name."""
     known = LOSS_NAMES.get(name.lower().replace("-", "_"))
     if name not in LOSSES and known is not None:
         raise ConfigError(f"unknown loss `{name}`; it is `{known}` here")

@@ -1,4 +1,4 @@
-"""Read settings from a YAML file, and refuse what YAML reads otherwise than it looks.
+"""Read settings from a YAML file, and refuse values that YAML reads differently from how they look.
 
 PyYAML follows YAML 1.1: a repeated key silently replaces the first, `010` is 8 and `1:30` is 90.
 """
@@ -45,7 +45,7 @@ class _StrictLoader(yaml.SafeLoader):
         return node
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        """Construct a mapping; refuse a key that stands in it twice."""
+        """Construct a mapping; refuse a repeated key."""
         if isinstance(node, yaml.MappingNode):
             first: dict[str, Any] = {}
             for key, _ in node.value:
@@ -107,7 +107,7 @@ def read_yaml(path: str) -> YamlSettings:
 
     Raises:
         ConfigError: the file cannot be read, is not YAML, does not map names to values, or has a
-            repeated key or a number that YAML reads otherwise than it looks.
+            repeated key or a number that YAML reads differently from how it looks.
     """
     text = read_text(
         Path(path).expanduser(), ConfigError, limit=MAX_SETTINGS_BYTES, accept_pipe=True

@@ -104,9 +104,9 @@ def _preview_example(example: Example, settings: ScanSettings) -> PairPreview:
     if tokenized.was_dialogue:
         notes.append("marked text that became turns")
     if tokenized.with_system:
-        notes.append("with the system turn of --system")
+        notes.append("with the system message of --system")
     if tokenized.specials:
-        notes.append(f"kept as characters: {' '.join(sorted(tokenized.specials))}")
+        notes.append(f"encoded as plain text: {' '.join(sorted(tokenized.specials))}")
     if tokenized.stops_added:
         notes.append("the stop token at the end is added by training")
     segments = segment_pair(settings.tokenizer, full, tokenized.pair)

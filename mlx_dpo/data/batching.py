@@ -36,7 +36,7 @@ def steps_per_epoch(count: int, batch_size: int) -> int:
 def step_indices(step: int, *, count: int, batch_size: int, seed: int) -> list[int]:
     """Return the indices of the pairs of one optimizer step, at most `batch_size`.
 
-    The pairs are shuffled anew for each epoch. Its last step has the remaining pairs.
+    The pairs are shuffled again for each epoch. Its last step has the remaining pairs.
 
     Args:
         step: number of the step in the whole run, from 0.

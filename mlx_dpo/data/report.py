@@ -172,7 +172,7 @@ class PairsReport:
                 "chat template, turn by turn; --chat-template text keeps the text"
             )
         if self.with_system:
-            lines.append(f"{self._count(self.with_system)} with the system turn of --system")
+            lines.append(f"{self._count(self.with_system)} with the system message of --system")
         for name, count in self.unwritten.most_common():
             lines.append(f"{self._count(count)} with `{name}` that the model's chat template drops")
         return lines
@@ -182,9 +182,9 @@ class PairsReport:
             return []
         names = ", ".join(f"`{name}`" for name, _ in self.specials.most_common(MAX_SHOWN))
         names += ", …" * (len(self.specials) > MAX_SHOWN)
-        effect = "which act as such in plain text"
+        effect = "which take effect in plain text"
         if not self.specials_act:
-            effect = "kept as plain text; if they are to act, use --chat-template text"
+            effect = "encoded as plain text; with --chat-template text they take effect"
         return [
             f"{self._count(self.with_specials)} with special tokens in a text ({names}), {effect}"
         ]

@@ -210,7 +210,7 @@ def _describe_steps(record: Mapping[str, Any]) -> str:
     if best is None:
         return f"{taken:,} step{'s' * (taken != 1)}"
     metric = next(name for name in best if name != "step")
-    return f"{best['step']:,} of {taken:,} steps, kept for the best `{metric}` on held-out data"
+    return f"{best['step']:,} of {taken:,} steps, selected by the best `{metric}` on held-out data"
 
 
 def _peft_problem(loads_in: str) -> str:

@@ -49,7 +49,7 @@ class _RefusedJSONError(ValueError):
 
 
 def open_file(path: Path, error: type[DPOError], *, accept_pipe: bool = False) -> BinaryIO:
-    """Open a regular file for reading bytes, without waiting for whoever writes to a pipe.
+    """Open a regular file for reading bytes, without waiting for the writer of a pipe.
 
     With `accept_pipe`, `/dev/stdin` and the pipes of a shell's `<(command)` are opened, too.
 

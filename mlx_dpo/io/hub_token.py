@@ -10,7 +10,7 @@ VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 def check_hub_token() -> None:
     """Raise `ConfigError` if the login of this machine cannot be sent to the Hub.
 
-    A token goes into a header of HTTP, which holds ASCII alone. Without this check, libraries say
+    A token goes into an HTTP header, which holds ASCII only. Without this check, libraries say
     that they cannot encode a character, or that the Hub cannot be reached.
     """
     from huggingface_hub import constants, get_token

@@ -12,7 +12,7 @@ def lock_file(file: IO[Any], *, wait: bool, risk: str) -> None:
     """Lock an open file against other processes until it is closed.
 
     Some file systems, mostly network disks, have no locks. Then a notice is logged once, and the
-    program goes on without the lock.
+    program continues without the lock.
 
     Args:
         wait: Whether to wait until another process has released the lock.

@@ -11,7 +11,7 @@ LOGGER = logging.getLogger("mlx_dpo")
 
 
 def notify(message: str) -> None:
-    """Log a warning: something works differently than asked for, and the program goes on."""
+    """Log a warning: something works differently than requested, and the program continues."""
     LOGGER.warning("%s", message)
 
 

@@ -136,7 +136,7 @@ def dpop_loss(
         dpop_lambda: Penalty per nat by which the chosen log-ratio is below zero.
         offset: Target reward margin. (B,)
 
-    Source: Pal et al. 2024, arXiv:2402.13228: the penalty stands inside the sigmoid.
+    Source: Pal et al. 2024, arXiv:2402.13228: the penalty is inside the sigmoid.
     """
     return sigmoid_loss(margin - dpop_lambda * nn.relu(-chosen), beta=beta, offset=offset)
 

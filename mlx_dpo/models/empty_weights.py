@@ -153,7 +153,7 @@ def _cast_and_quantize(
     cast_model(model, wide)
     how = f"packed in {width} bits" if width else f"in {wanted}"
     return (
-        f"held in {dtype_name(wide)}, as the CPU backend wants it; on a Mac's GPU {how}, "
+        f"converted to {dtype_name(wide)} for the CPU backend; on a Mac's GPU {how}, "
         + format_bytes(on_gpu, is_estimate=True),
     )
 

@@ -181,7 +181,7 @@ def read_json(file: Path, where: str) -> dict[str, Any]:
         where: Name of the file for error messages.
 
     Raises:
-        ModelError: the file is not JSON, or contains no object.
+        ModelError: the file is not JSON, or does not contain an object.
         DamagedFileError: the content does not match its checksum.
     """
     entries = parse_json(read_bytes(file, ModelError), where, ModelError, limit=MAX_FILE_BYTES)

@@ -15,7 +15,7 @@ import mlx.nn as nn
 from mlx_dpo.adapters.layers import ADAPTER_TYPES
 from mlx_dpo.io.arrays import named_arrays
 
-MIN_LAYERS = 2  # a single layer is first and last at once, for which MLX needs less memory
+MIN_LAYERS = 2  # a single layer is first and last at once, and needs less memory
 
 Layers = tuple[nn.Module, ...]
 
@@ -26,7 +26,7 @@ class LayersNotFoundError(Exception):
 
 @dataclass(frozen=True)
 class LayerSubsets:
-    """A small and a large subset of the layers, measured in place of the whole model."""
+    """A small and a large subset of the layers, measured instead of the whole model."""
 
     small: Layers
     large: Layers  # equal to `small` if there are no more layers
@@ -42,7 +42,7 @@ class LayerSubsets:
 
 
 def choose_layer_subsets(model: nn.Module) -> LayerSubsets:
-    """Choose a small and a large subset of the layers, to be measured in place of all layers.
+    """Choose a small and a large subset of the layers, measured instead of all layers.
 
     The subsets have the types of the model's first layers, but contain only layers that gradients
     reach. Layers before the first trained layer save no activations and cost next to nothing, so

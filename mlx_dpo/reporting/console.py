@@ -111,7 +111,7 @@ def _format_samples(row: MetricsRow) -> str:
     return "".join(f"  {text}" for text in texts)
 
 
-NOISE = "not meaningful"  # in place of an accuracy whose margins are noise
+NOISE = "not meaningful"  # instead of an accuracy whose margins are noise
 
 
 def format_final_metrics(row: MetricsRow, *, is_noise: bool = False) -> dict[str, str]:

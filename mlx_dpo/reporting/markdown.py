@@ -20,7 +20,7 @@ def escape_markdown(text: str, *, keep_code: bool = False) -> str:
 
 
 def code_span(text: str) -> str:
-    """Return a text on one line as inline code that may stand in a table."""
+    """Return a text on one line as inline code that is valid in a table."""
     line = escape_line(text).replace("|", "\\|")
     fence = "`" * (_longest_run(line) + 1)
     space = " " if line.startswith("`") or line.endswith("`") else ""

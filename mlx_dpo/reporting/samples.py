@@ -103,7 +103,7 @@ def read_samples(path: Path) -> list[EvaluationSamples]:
             record = bounded.parse_json(check_line(line) or "", "", DamagedFileError)
             items.append(_parse(record))
         except (DamagedFileError, KeyError, TypeError, ValueError):
-            advice = "restore it from a copy, or delete it to go on without its samples"
+            advice = "restore it from a copy, or delete it to continue without its samples"
             raise damaged(f"{path}:{number}", "not the samples of a step", advice) from None
     return items
 

@@ -202,7 +202,7 @@ def _check_fits(fitted: MicroBatchFit, longest: int) -> None:
         f"the longest pairs do not fit into memory, {_describe(config)} "
         f"({needed} needed, {available} is "
         f"{fitted.room.description}); use {', '.join(less)} or a smaller model, "
-        "or go on with --force"
+        "or start anyway with --force"
     )
 
 

@@ -238,7 +238,7 @@ def compute_logps_of_splits(
 
 
 def _reference_model_record(config: DPOConfig, digest: str) -> dict[str, Any]:
-    """Return a run record with the reference model in place of the base model.
+    """Return a run record with the reference model instead of the base model.
 
     The record gives the log-probs of the reference model their own key in the cache.
     """

@@ -130,7 +130,7 @@ def _describe_run(run: LoggedRun, name: str, settings: Mapping[str, str]) -> Run
         ("model", run.model_name),
         ("loss", describe_loss(config)),
         (config.unit, "{train:,} trained on, {valid:,} held out".format(**record["counts"])),
-        ("settings", _describe_settings(config) or "all as they are by default"),
+        ("settings", _describe_settings(config) or "all have their default"),
         *([("adapter", record["adapter"])] if "adapter" in record else []),
         ("versions", versions),
     ]
@@ -153,7 +153,7 @@ def _describe_progress(run: LoggedRun) -> str:
         text += ", then stopped early"
     if best := run.record.get("best_checkpoint"):
         values = ", ".join(f"{name} {best[name]:.4f}" for name in best if name != "step")
-        text += f"; the adapters of step {best['step']:,} were kept ({values})"
+        text += f"; the final adapters are those of step {best['step']:,} ({values})"
     return text
 
 

@@ -101,7 +101,7 @@ def parse_pairs(
     The arguments are those of `parse_row`.
 
     Raises:
-        DataError: a field is missing or of another type, or the row is no pair at all.
+        DataError: a field is missing or of another type, or the row is not a pair.
         BadPairError: the row is a pair, but nothing can be learned from it.
     """
     pairs = []

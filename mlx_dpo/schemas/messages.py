@@ -178,8 +178,8 @@ def parse_template_kwargs(record: Mapping[str, Any], tools: Any, location: str) 
     """Return the row's chat template arguments: `tools` and those in `chat_template_kwargs`.
 
     Raises:
-        DataError: `tools` is no list of objects, `chat_template_kwargs` is no object, or it has
-            an argument that this program sets itself.
+        DataError: `tools` is not a list of objects, `chat_template_kwargs` is not an object, or it
+            has an argument that this program sets itself.
     """
     if isinstance(tools, str):
         tools = parse_json_field(tools, "tools", location) if tools.strip() else None

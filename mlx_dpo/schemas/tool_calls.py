@@ -25,7 +25,7 @@ def normalize_tool_calls(message: Mapping[str, Any], where: str) -> Message:
 
     Raises:
         DataError: the message has tool calls that are no list of objects with a `name`, or
-            arguments that are no object and no text.
+            arguments that are neither an object nor text.
     """
     normalized = dict(message)
     calls = normalized.pop("tool_calls", None)  # an empty list means no calls
@@ -52,8 +52,8 @@ def has_invalid_arguments(message: Mapping[str, Any]) -> bool:
 def parse_arguments(text: str) -> dict[str, Any] | None:
     """Return the object that the JSON text of a tool call's arguments describes.
 
-    Empty text is a call without arguments. The result is None if the text is not JSON, no object,
-    or if an object in it has a key twice.
+    Empty text is a call without arguments. The result is None if the text is not JSON, not an
+    object, or if an object in it has a key twice.
     """
     if not text.strip():
         return {}

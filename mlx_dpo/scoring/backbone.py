@@ -57,7 +57,7 @@ class ModelParts:
         return self._call_model(lambda *args, **kwargs: hidden, tokens)
 
     def _call_model(self, backbone: Any, tokens: mx.array, **more: Any) -> mx.array:
-        """Call the model with the function `backbone` in place of its backbone."""
+        """Call the model with the function `backbone` instead of its backbone."""
         original = getattr(self.model, self.backbone_name)
         proxy = _ModuleProxy(
             self.model, **{self.backbone_name: _ModuleProxy(original, _call=backbone)}

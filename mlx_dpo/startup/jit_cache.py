@@ -2,7 +2,7 @@
 
 MLX's CPU backend compiles kernels with the system's compiler, stores them as shared libraries in
 `mlx/VERSION/cpu` below the folder of temporary files, and loads a library that it finds there by
-its name. (The CUDA backend stores its PTX code in the same way.) Below `/tmp`, whoever creates
+its name. (The CUDA backend stores its PTX code in the same way.) Below `/tmp`, the user who creates
 this folder first can put code there that runs with the rights of everyone who uses MLX later.
 
 MLX looks TMPDIR up each time it needs a new kernel. The variable is therefore set, but only for the

@@ -57,7 +57,7 @@ def left(folder):
 def test_an_empty_cache_is_one_friendly_line(folder):
     result = run()
     assert result.stdout == (
-        f"Nothing is kept yet: {folder.parent} (MLX_DPO_CACHE moves it) fills as runs are made\n"
+        f"The cache at {folder.parent} is empty. (Set MLX_DPO_CACHE to move it.)\n"
     )
     assert run("clear").stdout == f"Nothing to clear in {folder.parent}\n"
     assert json.loads(run("--json").stdout) == {
@@ -71,7 +71,7 @@ def test_an_empty_cache_is_one_friendly_line(folder):
 
 def test_cached_files_are_listed_by_model(folder, some):
     shown = run().stdout
-    assert shown.startswith(f"{folder} (MLX_DPO_CACHE moves it)\n\n")
+    assert shown.startswith(f"{folder} (set MLX_DPO_CACHE to move it)\n\n")
     rows = [line.split() for line in shown.splitlines()[2:]]
     size = sum(some[name].stat().st_size for name in ("new", "more")) / 1000
     today = f"{datetime.now():%Y-%m-%d}"
@@ -252,7 +252,7 @@ def write_tokens(folder, name, pairs=3, *, model="org/one", days_ago=0):
 def test_tokens_are_listed_source_by_source(folder, some):
     path = write_tokens(folder, "t")
     shown = run().stdout
-    first, _, second = shown.partition(f"\n{path.parent} (MLX_DPO_CACHE moves it)\n\n")
+    first, _, second = shown.partition(f"\n{path.parent} (set MLX_DPO_CACHE to move it)\n\n")
     assert first.splitlines()[-1].startswith("4 files, ")
     rows = [line.split() for line in second.splitlines()]
     assert rows[0] == ["tokens", "of", "model", "pairs", "size", "last", "used"]

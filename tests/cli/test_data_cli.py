@@ -173,7 +173,7 @@ def test_pairs_are_shown_as_the_model_sees_them():
     assert result.exit_code == 0, result.output
     lines = result.output.splitlines()
     assert lines[2].startswith("pairs.jsonl:7 ──")
-    assert lines[3] == "kept as characters: <|end|>"
+    assert lines[3] == "encoded as plain text: <|end|>"
     assert "│ ⟦<|user|>⟧How?⟦<|end|>⟧⟦<|assistant|>⟧" in lines
     titles = [line for line in lines if line.startswith("rejected, ")]
     kinds = [title.split(", ", 2)[2] for title in titles]
@@ -321,8 +321,8 @@ def test_cleaning_drops_all_faults_and_keeps_other_lines_as_they_were():
     }
     assert (report["rows"], report["kept"]) == (7, 2)
     assert report["dropped"]["contradiction"] == 3
-    assert "clean.jsonl: 2 of 7 rows; clean.report.json says which went" in result.output
-    assert "not looked for without --model and held-out pairs: untrainable" in result.output
+    assert "clean.jsonl: 2 of 7 rows; clean.report.json lists the dropped rows" in result.output
+    assert "skipped checks (they need --model or held-out pairs): untrainable" in result.output
 
 
 def test_what_was_cleaned_has_no_faults_left():

@@ -89,7 +89,7 @@ def test_figures_are_of_the_saved_adapters_and_warnings_are_repeated(folder):
     assert re.search(r"loss +0\.1250 ", done.stdout)
     page = (folder / "kept/report.html").read_text()
     assert (
-        "8 of 8; the adapters of step 4 were kept (eval_loss 0.1250)" in page
+        "8 of 8; the final adapters are those of step 4 (eval_loss 0.1250)" in page
         and "it &lt;fell&gt;" in page
     )
     settings = record["settings"] | {"system": "Be brief"}

@@ -207,7 +207,7 @@ def test_control_c_saves_and_resume_needs_no_more_than_the_folder(tmp_path):
     rest, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert "Saving after this step" in errors
-    assert rest.endswith("Stopped and saved; go on with: mlx-dpo train --resume --output again\n")
+    assert rest.endswith("Stopped and saved; resume with: mlx-dpo train --resume --output again\n")
     assert not Path("again/adapters.safetensors").exists()
 
     resumed = run("train", "--resume", "--output", "again")

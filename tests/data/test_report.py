@@ -34,8 +34,8 @@ def test_the_report_has_a_line_for_every_change(write, plain):
     assert report.lines() == [
         "pairs.jsonl: 2 pairs (schemas strings: 6, dialogues: 1)",
         "tokens: 28 prompt, 7 chosen, 7 rejected; longest row 24",
-        "1 pair with special tokens in a text (`</s>`), kept as plain text; if they are to act, "
-        "use --chat-template text",
+        "1 pair with special tokens in a text (`</s>`), encoded as plain text; with "
+        "--chat-template text they take effect",
         "1 pair with a token that spans prompt and completion; it counts as completion",
         "stop token added to 3 of 4 completions",
         "fields not used: score, source",

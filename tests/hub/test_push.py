@@ -194,7 +194,7 @@ def test_the_steps_of_an_adapter_are_those_it_was_trained_for(run_with_card):
     for changes, steps, on_card in (
         ({}, record["steps"], f"{record['steps']} steps, with"),
         ({"stopped_early_at": 8}, 8, "8 steps, with"),
-        (best, 6, "6 of 8 steps, kept for the best `eval_loss` on held-out data, with"),
+        (best, 6, "6 of 8 steps, selected by the best `eval_loss` on held-out data, with"),
     ):
         write_edited("run/run.json", record | changes)
         assert prepare_upload("run").message.endswith(f"trained for {steps} steps")

@@ -120,7 +120,7 @@ def test_a_run_that_cannot_fit_is_refused_before_anything_is_written(config, tmp
         "the longest pairs do not fit into memory, 1 pair per pass, recomputed ("
     )
     assert "1 MB is MLX's limit on this machine); use --max-length below" in message
-    assert message.endswith("or go on with --force")
+    assert message.endswith("or start anyway with --force")
     assert "\n" not in message
     assert not (tmp_path / "run").exists()
     assert not (tmp_path / "cache").exists()

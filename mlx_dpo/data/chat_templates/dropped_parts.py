@@ -1,7 +1,7 @@
 """Find out which parts of a conversation a chat template leaves out.
 
 A part is changed, and the conversation is rendered again: if the text stays the same, the template
-does not write the part. What holds for a part holds for all parts alike: of the same kind, in a
+does not write the part. The result for one part is valid for all parts of the same kind, in a
 message of the same role with the same fields, in the same position. So a data set needs only a few
 further renderings.
 """
@@ -100,7 +100,7 @@ def _known_parts(tokenizer: Any, template: str) -> dict[tuple[Any, ...], bool]:
 def _parts(
     whole: TemplateInput, first_in_completion: int
 ) -> Iterator[tuple[_Part, int, tuple[Any, ...]]]:
-    """Yield (part, index of its message, key); parts with the same key are written alike."""
+    """Yield (part, index of its message, key); parts with the same key are written the same way."""
     messages, tools = whole.messages, whole.template_kwargs.get(TOOLS)
     users = [i for i, message in enumerate(messages) if message["role"] == "user"]
     last_user = users[-1] if users else -1

@@ -1,7 +1,7 @@
 """Limits on time and size of the rendering of a chat template.
 
 A template comes with a model and is a program. Everything that it builds is measured before or
-while it is built: the characters of a text, the entries of lists and of what lies in them.
+while it is built: the characters of a text, the entries of lists and of nested lists.
 """
 
 import time
@@ -112,7 +112,7 @@ class Budget:
         if (known := self._extents.get(id(value))) is not None:
             return known[1]
         extent = self._sum(value)
-        if not isinstance(value, MappingView):  # a view is made anew each time
+        if not isinstance(value, MappingView):  # a view is created each time
             self._extents[id(value)] = (value, extent)
         return extent
 

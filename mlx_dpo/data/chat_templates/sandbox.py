@@ -1,7 +1,7 @@
 """Run chat templates with limits on time and size, and with the clock of `clock`.
 
 transformers compiles a chat template for Jinja's sandbox, in which a template reaches neither
-files nor the program. Here the sandbox is made narrower: loops and calls are counted, and every
+files nor the program. This sandbox is narrower: loops and calls are counted, and every
 value that a template builds is measured. The syntax tree of a template is changed for that before
 it is compiled, so that loops without a body and operators are counted as well.
 """

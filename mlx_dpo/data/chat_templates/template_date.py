@@ -1,6 +1,6 @@
 """The day that a chat template prints: today, or the day on which a run began.
 
-Templates such as Llama 3.2's write the date into the prompt (`strftime_now`). A run goes on with
+Templates such as Llama 3.2's write the date into the prompt (`strftime_now`). A run continues with
 the day on which it began, so its token ids and its reference log-probs stay valid.
 """
 

@@ -111,7 +111,7 @@ def _find_list(document: Any, name: str) -> list[Any] | None:
     """Return a list of rows, or the one in `{"data": [...]}`; None if the value is a row itself.
 
     Raises:
-        DataError: the object is several such lists, or holds columns in place of rows.
+        DataError: the object is several such lists, or contains columns instead of rows.
     """
     if not isinstance(document, dict):
         return document if isinstance(document, list) else None

@@ -63,7 +63,7 @@ def _holds_bytes(value: Any) -> bool:
 
 
 def read_raw_rows(source: Source) -> Iterator[RawRow]:
-    """Yield every row of a source; an unreadable row has its `DataError` in place of a `Row`.
+    """Yield every row of a source; an unreadable row has its `DataError` instead of a `Row`.
 
     Raises:
         DataError: the source cannot be read to its end.

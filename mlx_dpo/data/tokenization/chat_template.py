@@ -299,8 +299,8 @@ def _boundary_error(
     position = _shared_length(before, whole)
     was, became = (format_ids(tokenizer, ids[position : position + 1]) for ids in (before, whole))
     return PromptBoundaryError(
-        f"{location}: the chat template changes the prompt once a reply follows it "
-        f"(token {position}: {was} became {became}), so nothing says where the reply begins; "
+        f"{location}: the chat template changes the prompt once a reply follows (token "
+        f"{position}: {was} became {became}), so the start of the reply is unknown; "
         f"{remedy}"
     )
 

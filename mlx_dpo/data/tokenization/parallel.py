@@ -104,7 +104,7 @@ def _send(stream: IO[bytes] | None, data: bytes) -> None:
 
 def _worker_error(worker: subprocess.Popen[bytes]) -> DataError:
     return DataError(
-        f"tokenizing: a worker process ended by itself (exit status {worker.wait()}); if memory "
+        f"tokenizing: a worker process ended unexpectedly (exit status {worker.wait()}); if memory "
         "was short, close other programs; its output is above"
     )
 

@@ -29,7 +29,7 @@ FUNCTION_NAME = "scaled_dot_product_attention"
 class StructuredMask(ABC):
     """An attention mask given by the range of keys that each chunk of queries sees.
 
-    A model passes this object to the attention function in place of a mask array.
+    A model passes this object to the attention function instead of a mask array.
     """
 
     __slots__ = ()

@@ -92,7 +92,7 @@ class FlattenedArguments:
     def _flatten_states(self) -> None:
         """Store the arrays in the attributes of every object in `objects`.
 
-        Objects found among these attributes are appended to `objects` and treated alike.
+        Objects found among these attributes are appended to `objects` and treated the same.
         """
         while len(self.states) < len(self.objects):
             self.states.append(None)  # reserves the index: attributes may add objects
@@ -100,7 +100,7 @@ class FlattenedArguments:
 
 
 class RebuiltArguments:
-    """A layer's arguments in their original form, with other arrays in place of the original."""
+    """A layer's arguments in their original form, with other arrays instead of the original."""
 
     def __init__(
         self,
@@ -108,7 +108,7 @@ class RebuiltArguments:
         arrays: Sequence[mx.array],
         into: Sequence[Any] | None = None,
     ) -> None:
-        """Rebuild the arguments `flattened` with `arrays` in place of the stored arrays.
+        """Rebuild the arguments `flattened` with `arrays` instead of the stored arrays.
 
         Args:
             into: objects whose attributes are set; None creates new objects of the same types.

@@ -18,7 +18,7 @@ Rope = Callable[..., mx.array]  # signature of `mx.fast.rope`
 
 
 class TokenPositions:
-    """Position of every token of a packed sequence, in place of the KV cache's single `offset`.
+    """Position of every token of a packed sequence, instead of the KV cache's single `offset`.
 
     The class deliberately supports no arithmetic. A model that computes with the offset itself
     therefore fails, instead of computing wrong positions.

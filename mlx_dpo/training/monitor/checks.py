@@ -26,7 +26,7 @@ MAX_DISTANCE_PER_TOKEN = 1.0  # nats; about the entropy of a chat model per toke
 
 
 MAX_DIVERGED_PER_TOKEN = 3.0  # nats that chosen completions lose; then nothing sensible is left
-MIN_DIVERGED_PAIRS = 8  # fewest pairs, and fewest steps, by which a run is said to have diverged
+MIN_DIVERGED_PAIRS = 8  # fewest pairs, and fewest steps, from which a run counts as diverged
 MIN_DIVERGED_STEPS = 2
 DIVERGED_MARGIN = -1.0  # reward units: the loss of such a margin is twice that of no margin
 NORMALIZED = "use a loss that divides by lengths (`sigmoid_norm`, `simpo`) or `ld_alpha`"
@@ -213,8 +213,8 @@ def clipped_gradients(facts: MonitoredRun, first: Row, rows: Sequence[Row]) -> s
         return None
     return (
         f"{span(recent)}: the gradient was clipped in {above} of {len(norms)} steps (median of "
-        f"its norm {median(norms):.3g}, bound {bound:g}): batches count alike, clear or not; use "
-        f"a larger max_grad_norm"
+        f"its norm {median(norms):.3g}, bound {bound:g}): clipping makes all batches count "
+        "equally; raise max_grad_norm"
     )
 
 

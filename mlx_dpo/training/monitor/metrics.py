@@ -23,7 +23,7 @@ class MonitoredRun:
     rejected_tokens: float = 0.0  # mean length of a rejected completion; 0: unknown
     chosen_longer: float = 0.5  # share of pairs whose chosen completion is longer, ties half
     referenced: bool = True  # whether rewards are beta times log-ratios to the initial policy
-    from_start: bool = True  # whether rewards were zero, or alike, before the first step
+    from_start: bool = True  # whether rewards were zero, or equal, before the first step
 
     @property
     def window(self) -> int:

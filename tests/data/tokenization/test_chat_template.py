@@ -134,7 +134,7 @@ def test_a_thought_in_a_completion_raises_an_error_while_thinking_is_off():
     ],
 )
 def test_the_remedy_for_a_changed_prompt_is_named(name, thinking, answer, remedy):
-    with pytest.raises(DataError, match=f"where the reply begins; .*{remedy}$"):
+    with pytest.raises(DataError, match=f"the start of the reply is unknown; .*{remedy}$"):
         pair_of(byte_level(name), turns("is it?"), answer, "no", thinking=thinking)
     if "--thinking" in remedy:
         pair_of(byte_level(name), turns("is it?"), answer, "no", thinking=True)

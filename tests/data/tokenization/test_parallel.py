@@ -161,7 +161,7 @@ class Ending(ByteTokenizer):
 
 def test_a_worker_that_ends_is_an_error_of_one_line(write):
     path = write(*[GOOD] * 40)
-    with pytest.raises(DataError, match=r"ended by itself \(exit status 3\)") as error:
+    with pytest.raises(DataError, match=r"ended unexpectedly \(exit status 3\)") as error:
         tokenized(path, DROP, 2, load=partial(Ending, CHAT))
     assert "\n" not in str(error.value)
 

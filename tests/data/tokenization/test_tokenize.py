@@ -111,8 +111,8 @@ def test_a_template_that_changes_the_prompt_raises_an_error_with_the_token(chat)
     with pytest.raises(DataError) as error:
         tokenize_pair(forgetful, strings(), rules())
     assert str(error.value) == (
-        "pairs.jsonl:7: the chat template changes the prompt once a reply follows it "
-        "(token 0: `<U>` became `<A>`), so nothing says where the reply begins; "
+        "pairs.jsonl:7: the chat template changes the prompt once a reply follows (token 0: `<U>` "
+        "became `<A>`), so the start of the reply is unknown; "
         "use a model whose template keeps the prompt"
     )
 

@@ -259,7 +259,7 @@ def test_gradients_that_are_always_clipped_are_counted_after_the_warm_up():
     [sentence] = monitor_warnings(**norms)
     assert sentence == (
         "steps 21 to 40: the gradient was clipped in 19 of 20 steps (median of its norm 8.5, bound "
-        "1): batches count alike, clear or not; use a larger max_grad_norm"
+        "1): clipping makes all batches count equally; raise max_grad_norm"
     )
     assert monitor_warnings(replace(RUN, max_grad_norm=0.0), **norms) == []
     assert (
