@@ -59,7 +59,7 @@ def compare(words: tuple[str, ...], html: str | None, limit: int, **settings: An
     comparison = compare_runs(runs, prompts, sampling, limit=limit or None)
     if page is not None:
         _write_page(page, comparison, " and ".join(runs))
-    for note in comparison.notes:
+    for note in (*comparison.model_notes, *comparison.notes):
         echo(note, err=True)
     _print_comparison(make_console(), comparison)
     if page is not None:
@@ -110,8 +110,6 @@ def _turns(prompt: "Prompt") -> list[tuple[str, str]]:
 
 
 def _print_comparison(console: "Console", comparison: "Comparison") -> None:
-    from mlx_dpo.reporting.compare_page import LEGEND
-
     fits = console.is_terminal and console.width >= MIN_COLUMN_WIDTH * len(comparison.policies)
     for number, prompt in enumerate(comparison.prompts):
         console.print()
@@ -129,10 +127,22 @@ def _print_comparison(console: "Console", comparison: "Comparison") -> None:
             )
     console.print()
     if console.is_terminal:
-        console.print(LEGEND)
+        _print_legend(console)
     else:
         echo("Tokens are shaded on a terminal and on the page of --html", err=True)
     console.print(_summary_table(comparison))
+
+
+def _print_legend(console: "Console") -> None:
+    """Print what the shades mean, with a swatch of each."""
+    from rich.text import Text
+
+    from mlx_dpo.reporting.compare_page import END_EXPLANATION, EXPLANATION, legend_swatches
+
+    swatches = [Text(f" {s.label} ", style=STYLES.get(s.level, "")) for s in legend_swatches()]
+    console.print(EXPLANATION)
+    console.print(Text(" ").join(swatches) + Text(" nats"))
+    console.print(END_EXPLANATION)
 
 
 def _table(cells: Sequence[tuple[str, "ScoredAnswer"]]) -> Any:
@@ -150,7 +160,7 @@ def _column_title(name: str, answer: "ScoredAnswer") -> "Text":
     from rich.text import Text
 
     cut = ", cut" if answer.end is None else ""
-    return Text(f"{escape_line(name)} ({answer.log_ratio:+.2f} nats{cut})", style="dim")
+    return Text(f"{escape_line(name)} (log-ratio {answer.log_ratio:+.2f} nats{cut})", style="dim")
 
 
 def _shade_answer(answer: "ScoredAnswer", *, ends: bool = True) -> "Text":

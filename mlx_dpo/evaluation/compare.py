@@ -80,6 +80,7 @@ class Comparison:
     prompts: tuple[Prompt, ...]
     policies: tuple[PolicyAnswers, ...]
     notes: tuple[str, ...]
+    model_notes: tuple[str, ...] = ()  # on how the models were loaded
 
 
 def completion_token_logps(
@@ -130,15 +131,21 @@ def compare_runs(
         RunError, ModelError, DataError: a run, its model or the prompts cannot be read.
     """
     is_only_run = len(runs) == 1
-    prompt_list, policies, notes = _compare_run(
+    prompt_list, policies, notes, model_notes = _compare_run(
         runs[0], prompts, sampling, limit, is_only_run=is_only_run
     )
     for name in runs[1:]:
-        _, more_policies, more_notes = _compare_run(
+        _, more_policies, more_notes, more_model_notes = _compare_run(
             name, prompt_list, sampling, None, is_only_run=False
         )
         policies, notes = policies + more_policies, notes + more_notes
-    return Comparison(tuple(prompt_list), tuple(policies), tuple(dict.fromkeys(notes)))
+        model_notes += more_model_notes
+    return Comparison(
+        tuple(prompt_list),
+        tuple(policies),
+        tuple(dict.fromkeys(notes)),
+        tuple(dict.fromkeys(model_notes)),
+    )
 
 
 def _compare_run(
@@ -148,8 +155,8 @@ def _compare_run(
     limit: int | None,
     *,
     is_only_run: bool,
-) -> tuple[list[Prompt], list[PolicyAnswers], list[str]]:
-    """Return the prompts, the scored answers of each policy of a run, and notes for the user.
+) -> tuple[list[Prompt], list[PolicyAnswers], list[str], tuple[str, ...]]:
+    """Return prompts, scored answers of each policy of a run, notes, and notes on the model.
 
     The base model's answers are included only if the run is the only one. The model is freed on
     return.
@@ -162,7 +169,7 @@ def _compare_run(
     elif isinstance(prompts, str):
         prompts = read_prompts(prompts)
     used = prompts[:limit]
-    notes = [*_limit_note(len(prompts), limit), *_notes(name, opened, run)]
+    notes = [*_limit_note(len(prompts), limit), *_reference_note(name, run)]
     states: tuple[AdapterState, ...] = ("base", "aligned") if is_only_run else ("aligned",)
     use_generating_function(
         opened.base.model,
@@ -176,7 +183,7 @@ def _compare_run(
         PolicyAnswers(state if is_only_run else name, answers)
         for state, answers in _score_answers(opened, rows, states, sampling)
     ]
-    return used, policies, notes
+    return used, policies, notes, opened.notes
 
 
 def _limit_note(count: int, limit: int | None) -> Iterator[str]:
@@ -184,8 +191,7 @@ def _limit_note(count: int, limit: int | None) -> Iterator[str]:
         yield f"the first {limit} of {count} prompts"
 
 
-def _notes(name: str, opened: SwitchableModel, run: OpenRun) -> Iterator[str]:
-    yield from opened.notes
+def _reference_note(name: str, run: OpenRun) -> Iterator[str]:
     if run.config.reference_model is not None:
         yield (
             f"{name} was trained with the reference {run.config.reference_model}; here it is "

@@ -6,12 +6,39 @@ from typing import NamedTuple
 from mlx_dpo.reporting.html import render_page
 
 SHADE_STEPS = (0.1, 0.5, 2.0)  # |log-ratio| in nats from which a span gets shade 1, 2, 3
-LEGEND = (
-    "Blue, bold if strong: more likely under the aligned model than under its base; orange, "
-    f"underlined if strong: less likely. Shades start at {SHADE_STEPS[0]}, {SHADE_STEPS[1]} and "
-    f"{SHADE_STEPS[2]:g} nats of log π − log π_ref."
+# What the page and the terminal say about the shades; π is an aligned model, π_ref its base.
+EXPLANATION = (
+    "Each token is shaded by its log-ratio log π − log π_ref, in nats: blue is more likely under "
+    "the aligned model (π) than under its base (π_ref), orange is less likely."
 )
 END_MARK = "∎"  # shown for the end-of-sequence token
+END_EXPLANATION = f"{END_MARK} is the stop token, which ends the answer."
+
+
+class Swatch(NamedTuple):
+    """An entry of the legend: a shade and the log-ratios that have it."""
+
+    level: int  # from -3 to 3
+    label: str  # bounds of the log-ratio, with their signs
+
+    @property
+    def css_class(self) -> str:
+        """CSS class of the shade."""
+        return _level_class(self.level)
+
+
+def legend_swatches() -> list[Swatch]:
+    """Return the entries of the legend, from the lowest log-ratio to the highest."""
+    low, middle, high = (f"{step:g}" for step in SHADE_STEPS)
+    return [
+        Swatch(-3, f"−{high} or less"),
+        Swatch(-2, f"−{high} to −{middle}"),
+        Swatch(-1, f"−{middle} to −{low}"),
+        Swatch(0, f"−{low} to +{low}"),
+        Swatch(1, f"+{low} to +{middle}"),
+        Swatch(2, f"+{middle} to +{high}"),
+        Swatch(3, f"+{high} or more"),
+    ]
 
 
 class Completion(NamedTuple):
@@ -47,7 +74,9 @@ def render_compare_page(comparison: Comparison) -> str:
         "compare.html",
         title=comparison.title,
         notes=comparison.notes,
-        legend=LEGEND,
+        explanation=EXPLANATION,
+        swatches=legend_swatches(),
+        end_explanation=END_EXPLANATION,
         end_mark=END_MARK,
         names=comparison.names,
         rows=rows,
@@ -64,5 +93,8 @@ def shade_level(log_ratio: float) -> int:
 
 def _shade_class(log_ratio: float) -> str:
     """Return the CSS class for a log-ratio: `u1` to `u3` (up), `d1` to `d3` (down) or ""."""
-    level = shade_level(log_ratio)
+    return _level_class(shade_level(log_ratio))
+
+
+def _level_class(level: int) -> str:
     return f"{'u' if level > 0 else 'd'}{abs(level)}" if level else ""

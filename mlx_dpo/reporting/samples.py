@@ -66,10 +66,10 @@ class SamplesLog:
             DamagedFileError: a line of the file is damaged.
         """
         self._path = path
-        kept = [item for item in read_samples(path) if item.step <= after]
-        self.latest: EvaluationSamples | None = kept[-1] if kept else None
-        if kept:
-            write_file(path, "".join(map(_to_line, kept)))
+        earlier = [item for item in read_samples(path) if item.step <= after]
+        self.latest: EvaluationSamples | None = earlier[-1] if earlier else None
+        if earlier:
+            write_file(path, "".join(map(_to_line, earlier)))
         else:
             path.unlink(missing_ok=True)
 

@@ -136,7 +136,7 @@ def test_through_a_pipe_the_output_is_plain_text(run, comparison):
     assert "\x1b" not in result.stdout
     for policy in comparison.policies:
         for answer in policy.answers:
-            assert f"{policy.name} ({answer.log_ratio:+.2f} nats" in result.stdout
+            assert f"{policy.name} (log-ratio {answer.log_ratio:+.2f} nats" in result.stdout
     assert re.search(r"tokens per answer +8\.0 +8\.0", result.stdout)
     assert "shaded on a terminal and on the page of --html" in result.stderr
 
@@ -180,7 +180,10 @@ def test_a_terminal_shows_answers_in_columns_and_shaded(
     plain = re.sub(r"\x1b\[[0-9;]*m", "", output)
     assert bool(re.search(r"base \(.+ nats.*\).+aligned \(.+ nats", plain)) is in_columns
     assert ("\x1b[38;5;" in output or "48;" in output) is colored
-    assert re.search(r"Blue, bold if strong", plain)
+    legend = " ".join(plain.split())
+    assert "blue is more likely under the aligned model" in legend
+    assert "−0.1 to +0.1 +0.1 to +0.5 +0.5 to +2 +2 or more nats" in legend
+    assert "∎ is the stop token" in legend
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def test_markup_and_template_syntax_in_texts_stay_text():
     parsed = ParsedPage(render_compare_page(COMPARISON))
     assert {tag for tag, _ in parsed.tags} == {
         "html", "head", "meta", "title", "style", "body", "h1", "h2", "p", "div", "small", "br",
-        "figure", "figcaption", "span", "table", "tr", "th", "td",
+        "figure", "figcaption", "span", "table", "tr", "th", "td", "ul", "li", "b",
     }  # fmt: skip
     assert sum(HOSTILE in text for text in parsed.texts) == 8  # title and h1, note, name twice, …
 
@@ -64,14 +64,33 @@ def test_markup_and_template_syntax_in_texts_stay_text():
 def test_every_span_has_its_log_ratio_and_its_shade():
     parsed = ParsedPage(render_compare_page(COMPARISON))
     assert parsed.spans == [
-        (HOSTILE, {"class": "u2", "title": "+0.70"}),
-        (" so", {"class": "d3", "title": "-2.50"}),
-        (".", {"title": "+0.00"}),
-        ("∎", {"class": "d1", "title": "-0.20"}),
-        ("Yes", {"title": "+0.05"}),
+        (HOSTILE, {"class": "u2", "title": "+0.70 nats"}),
+        (" so", {"class": "d3", "title": "-2.50 nats"}),
+        (".", {"title": "+0.00 nats"}),
+        ("∎", {"class": "d1", "title": "-0.20 nats"}),
+        ("Yes", {"title": "+0.05 nats"}),
     ]
-    assert any("(-2.00 nats)" in text for text in parsed.texts)  # 0.7 - 2.5 - 0.2
-    assert any("(+0.05 nats, cut)" in text for text in parsed.texts)
+    captions = [text.strip() for text in parsed.texts if "of the answer" in text]
+    assert captions == [
+        "log-ratio of the answer -2.00 nats",  # 0.7 - 2.5 - 0.2
+        "log-ratio of the answer +0.05 nats; cut at the token limit",
+    ]
+
+
+def test_the_legend_has_a_swatch_of_each_shade_with_its_signed_bounds():
+    page = render_compare_page(COMPARISON)
+    swatches = re.findall(r'<li(?: class="(..)")?>(.+)</li>', page)
+    assert swatches == [
+        ("d3", "−2 or less"),
+        ("d2", "−2 to −0.5"),
+        ("d1", "−0.5 to −0.1"),
+        ("", "−0.1 to +0.1"),
+        ("u1", "+0.1 to +0.5"),
+        ("u2", "+0.5 to +2"),
+        ("u3", "+2 or more nats"),
+    ]
+    assert "log π − log π_ref" in page
+    assert "∎ is the stop token" in page
 
 
 def test_white_space_of_texts_is_kept_and_none_is_added():
@@ -84,9 +103,9 @@ def test_white_space_of_texts_is_kept_and_none_is_added():
         )
     )
     assert f"<h2><small>user</small> {text}</h2>" in page
-    span = f'<span title="+0.00">{text}</span>'
+    span = f'<span title="+0.00 nats">{text}</span>'
     assert f"<p>{span}{span}</p>" in page
-    assert '<p><span title="+0.00">∎</span></p>' in page
+    assert '<p><span title="+0.00 nats">∎</span></p>' in page
 
 
 def test_the_page_loads_and_runs_nothing():
