@@ -1,6 +1,5 @@
 """Code that `chat` and `generate` share: model flags, loading a model, and printing its text."""
 
-import os
 import sys
 from collections.abc import Callable, Generator
 from contextlib import closing
@@ -8,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_dpo.cli.output import echo, write_style, write_text
+from mlx_dpo.cli.output import can_style, echo, write_style, write_text
 from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.errors import ConfigError
 
@@ -120,8 +119,7 @@ class AnswerWriter:
 
     def __init__(self, *, hide_thinking: bool = False) -> None:
         self.hide_thinking = hide_thinking
-        wants = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
-        self._dim = wants and not os.environ.get("NO_COLOR")
+        self._dim = can_style(sys.stdout)
 
     def stream(self, chunks: Generator["AnswerChunk"]) -> tuple[str, "GenerationSummary"]:
         """Write a streamed answer; return the text and a summary (token counts and speed)."""

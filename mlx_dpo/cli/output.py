@@ -60,6 +60,12 @@ def write_text(text: str) -> None:
         sys.stdout.flush()
 
 
+def can_style(stream: Any) -> bool:
+    """Return whether colors may be written to stdout or stderr: on a terminal, unless unwanted."""
+    is_dumb = os.environ.get("TERM") == "dumb"
+    return bool(stream.isatty()) and not is_dumb and not os.environ.get("NO_COLOR")
+
+
 def write_style(sequence: str) -> None:
     """Write an escape sequence of ours, such as the one that dims text, to stdout."""
     sys.stdout.write(sequence)

@@ -54,9 +54,18 @@ def pipe(model, stdin, *arguments):
     return CliRunner().invoke(cli, ["chat", *flags], input=stdin)
 
 
-def test_through_a_pipe_each_line_is_a_question_of_one_conversation(model):
+def test_through_a_pipe_each_line_is_a_question_of_its_own(model):
     questions = ["Where is the cat?", "and the hat", "no"]
     result = pipe(model, "\n".join(questions))
+    alone = [answers(model, [question])[0] for question in questions]
+    assert result.stdout == "".join(f"{answer}\n" for answer in alone)
+    assert "Each line of stdin is a question of its own" in result.stderr
+
+
+def test_through_a_pipe_the_lines_can_be_turns_of_one_conversation(model):
+    questions = ["Where is the cat?", "and the hat", "no"]
+    result = pipe(model, "\n".join(questions), "--conversation")
+    assert "The lines of stdin are turns of one conversation." in result.stderr
     assert result.exit_code == 0
     assert result.stdout == "".join(f"{answer}\n" for answer in answers(model, questions))
     assert answers(model, questions)[1:] != [answers(model, [q])[0] for q in questions[1:]]
@@ -64,7 +73,7 @@ def test_through_a_pipe_each_line_is_a_question_of_one_conversation(model):
 
 def test_commands_work_through_a_pipe_and_are_not_sent_to_the_model(model):
     result = pipe(model, "cat\n/reset\n/help\n/etc\n\nhat\n/exit\nnever read\n")
-    expected = answers(model, ["cat"]) + answers(model, ["/etc", "hat"])
+    expected = [answers(model, [question])[0] for question in ("cat", "/etc", "hat")]
     assert result.exit_code == 0
     assert result.stdout == "".join(f"{answer}\n" for answer in expected)
     notes = [line for line in result.stderr.splitlines() if "was cut" not in line]
@@ -73,6 +82,27 @@ def test_commands_work_through_a_pipe_and_are_not_sent_to_the_model(model):
         "stdin:5: the line is empty; no answer",
     ]
     assert any(note.split() == ["/reset", "start", "over"] for note in notes)
+    assert "/edit writes pairs to chat-pairs.jsonl" in notes
+    assert not any(note.startswith(("/base", "/aligned", "/compare")) for note in notes)
+
+
+def test_help_lists_the_commands_of_two_models_only_with_an_adapter(model, adapter):
+    notes = pipe(model, "/help\n", "--adapter", adapter).stderr.splitlines()
+    assert [n.split()[0] for n in notes if n.startswith(("/base", "/aligned", "/compare"))] == [
+        "/base", "/aligned", "/compare"]  # fmt: skip
+    assert "/edit and /compare write pairs to chat-pairs.jsonl" in notes
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--whole", "--conversation"), "`--conversation` has no effect together with `--whole`"),
+    ],
+)
+def test_flags_of_a_pipe_without_effect_are_refused(model, flags, message):
+    result = pipe(model, "hi\n", *flags)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert message in result.stderr
 
 
 def test_the_list_of_commands_has_those_of_an_adapter_only_where_there_is_one(model, adapter):
@@ -219,21 +249,21 @@ def test_answers_are_compared_labeled_and_edited_at_a_terminal(model, adapter, s
     [base] = answers(model, ["cat"])
     [aligned] = answers(model, ["cat"], adapter=adapter)
     chat = session("--model", model, "--adapter", adapter, "--max-tokens", "6", *GREEDY)
-    header = chat.until("leaves\\.\n> ")
-    assert "/edit and /compare write pairs to chat-pairs.jsonl" in header
+    header = chat.until("leaves\\.\naligned> ")
+    assert header.count("\n") <= 4  # notes of the model, the two models, context, help
     for line, pattern in (
-        ("cat", r"of 512\)\n> "),
-        ("/good", "Written to chat-judged.jsonl: good\\.\n> "),
+        ("cat", r"of 512\)\naligned> "),
+        ("/good", "Written to chat-judged.jsonl: good\\.\naligned> "),
         ("/compare", r"Answer of the base model:\n(.|\n)+neither\)\? "),
-        ("2", "Written to chat-pairs.jsonl\\.\n> "),
-        ("/bad", "bad\\.\n> "),
+        ("2", "Written to chat-pairs.jsonl\\.\naligned> "),
+        ("/bad", "bad\\.\naligned> "),
         ("/base", "switches back\\.\nbase> "),
-        ("/aligned", "from here on\\.\n> "),
-        ("/edit On the mat.", "Written to chat-pairs.jsonl\\.\n> "),
+        ("/aligned", "from here on\\.\naligned> "),
+        ("/edit On the mat.", "Written to chat-pairs.jsonl\\.\naligned> "),
         ("/edit", "Better answer: On the mat\\."),
-        (" There.", "Written to chat-pairs.jsonl\\.\n> "),
-        ("/nonsense", "Unknown command `/nonsense`; /help lists them\n> "),
-        ("/good now", "Error: `/good` takes no text.+\n> "),
+        (" There.", "Written to chat-pairs.jsonl\\.\naligned> "),
+        ("/nonsense", "Unknown command `/nonsense`; /help lists them\naligned> "),
+        ("/good now", "Error: `/good` takes no text.+\naligned> "),
         ("/quit", "Goodbye\n"),
     ):
         chat.type_line(line, pattern)

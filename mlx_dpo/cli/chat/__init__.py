@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_dpo.cli.answers import AnswerWriter, model_flags, open_chat
-from mlx_dpo.cli.chat.commands import ChatCommands, is_command, print_note
+from mlx_dpo.cli.chat.commands import ChatCommands, asks_question, is_command, print_note
 from mlx_dpo.cli.chat.feedback import FeedbackFiles
 from mlx_dpo.cli.chat.prompt import (
     TypedMessage,
@@ -17,7 +17,7 @@ from mlx_dpo.cli.chat.prompt import (
     next_message,
     read_line,
 )
-from mlx_dpo.cli.output import write_text
+from mlx_dpo.cli.output import echo, write_text
 from mlx_dpo.cli.sampling_flags import sampling_flags
 from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.errors import ConfigError, DPOError
@@ -49,6 +49,9 @@ if TYPE_CHECKING:
     help="Where /good and /bad write labeled answers.",
 )
 @click.option("--whole", is_flag=True, help="Through a pipe: all of stdin is one question.")
+@click.option(
+    "--conversation", is_flag=True, help="Through a pipe: the lines are turns of one conversation."
+)
 @sampling_flags(temperature=0.7)
 def chat(
     run: str | None,
@@ -56,6 +59,7 @@ def chat(
     pairs: str,
     judged: str,
     whole: bool,
+    conversation: bool,
     **settings: Any,
 ) -> None:
     """Chat with the policy of a RUN, with its reference, or with a model.
@@ -63,8 +67,9 @@ def chat(
     `/help` lists the commands: switch between the base and the aligned model, compare their
     answers, undo turns, and save labelled or edited answers as training data for `train`.
 
-    Through a pipe each line of stdin gets one answer on stdout; everything else goes to stderr.
-    The lines belong to one conversation. At a terminal the typed lines are saved for the next
+    Through a pipe each line of stdin is a question of its own and gets one answer on stdout;
+    with --conversation the lines are turns of one conversation. Everything else goes to stderr. At
+    a terminal the typed lines are saved for the next
     chat, in `chat-history` in the cache folder.
 
     \b
@@ -75,8 +80,7 @@ def chat(
     from mlx_dpo.chat.feedback import JsonlFile
 
     at_terminal = sys.stdin.isatty()
-    if whole and at_terminal:
-        raise ConfigError("`--whole` has no effect at a terminal; pipe a question in")
+    _check_pipe_flags(at_terminal, whole=whole, conversation=conversation)
     given = {
         name: settings.pop(name)
         for name in ("model", "adapter", "reference", "system", "thinking", "context")
@@ -92,12 +96,20 @@ def chat(
     if at_terminal:
         _run_at_terminal(ChatCommands(feedback, writer, pick=_ask_choice, edit=_ask_edit), opened)
     else:
-        _run_through_pipe(ChatCommands(feedback, writer), whole=whole)
+        _run_through_pipe(ChatCommands(feedback, writer), whole=whole, conversation=conversation)
+
+
+def _check_pipe_flags(at_terminal: bool, *, whole: bool, conversation: bool) -> None:
+    """Raise `ConfigError` if a flag for stdin that is no terminal has no effect."""
+    for name, value in (("whole", whole), ("conversation", conversation)):
+        if value and at_terminal:
+            raise ConfigError(f"`--{name}` has no effect at a terminal; pipe the questions in")
+    if whole and conversation:
+        raise ConfigError("`--conversation` has no effect together with `--whole`")
 
 
 def _run_at_terminal(commands: ChatCommands, opened: "SwitchableModel") -> None:
-    feedback = commands.feedback
-    for note in [*_header(commands.chat, opened), *feedback.description(), *feedback.repair()]:
+    for note in [*_header(commands.chat, opened), *commands.feedback.repair()]:
         print_note(note)
     print_note("/help lists the commands, Ctrl-D leaves.")
     with line_editing():
@@ -111,21 +123,18 @@ def _header(session: "ChatSession", opened: "SwitchableModel") -> Iterator[str]:
     name = opened.base.source
     if opened.adapter is not None:
         name += f" with the adapter of {opened.adapter}"
-        yield f"{name}; /base answers without it" if session.switch.can_switch else name
-    else:
-        yield name
+    if session.switch.can_switch:
+        name += "; /base answers without it"
     if session.context is not None:
-        yield (
-            f"The context holds {session.context:,} tokens; when it is full, the oldest turns are "
-            "dropped"
-        )
+        name += f"; context {session.context:,} tokens"
+    yield name
     if session.system is not None:
         yield f"System message: {session.system}"
 
 
 def _prompt(session: "ChatSession") -> str:
-    """Return the input prompt: `base> ` while the base replaces the aligned model, else `> `."""
-    return "base> " if session.switch.can_switch and session.switch.active == "base" else "> "
+    """Return the input prompt, which names the model if there are two: `base> ` or `aligned> `."""
+    return f"{session.switch.active}> " if session.switch.can_switch else "> "
 
 
 def _run_turn(commands: ChatCommands, message: TypedMessage) -> bool:
@@ -142,7 +151,7 @@ def _run_turn(commands: ChatCommands, message: TypedMessage) -> bool:
         write_text("\n")
         print_note("Stopped.")
     except DPOError as error:
-        print_note(f"Error: {error}")
+        echo(f"Error: {error}", err=True)
     return True
 
 
@@ -158,8 +167,20 @@ def _ask_edit(answer: str) -> str | None:
     return edit_text("Better answer: ", answer)
 
 
-def _run_through_pipe(commands: ChatCommands, *, whole: bool) -> None:
+def _run_through_pipe(commands: ChatCommands, *, whole: bool, conversation: bool) -> None:
+    """Answer the lines of stdin: each alone, or as turns of one `conversation`.
+
+    A command refers to the question before it.
+    """
+    if not whole:
+        print_note(
+            "The lines of stdin are turns of one conversation."
+            if conversation
+            else "Each line of stdin is a question of its own (--conversation: turns of one)."
+        )
     for number, line in _read_all() if whole else _read_lines():
+        if not conversation and asks_question(line):
+            commands.chat.reset()
         if is_command(line) and not whole:
             if not commands.run(line):
                 return

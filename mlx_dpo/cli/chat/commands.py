@@ -1,13 +1,16 @@
 """The slash commands of `mlx-dpo chat`, each a method of `ChatCommands`."""
 
 import json
+import shutil
+import sys
+import textwrap
 from collections.abc import Callable, Generator, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_dpo.cli.answers import AnswerWriter, note_on_cut
-from mlx_dpo.cli.output import echo
+from mlx_dpo.cli.output import can_style, echo
 from mlx_dpo.errors import ConfigError, DataError, reason
 from mlx_dpo.io.atomic import write_file
 
@@ -38,6 +41,7 @@ A line that ends with \\ continues on the next; """ begins and ends a message of
 Ctrl-C stops an answer; pressed twice at the prompt, it leaves.'''
 PICK_QUESTION = "Which is better: 1 (the first), 2 (the second), Enter (neither)? "
 
+MIN_WIDTH = 20  # columns; on a narrower terminal, notes are wrapped by it
 AskPerson = Callable[[str], str | None]
 
 
@@ -91,13 +95,15 @@ class ChatCommands:
             yield format_statistics(summary, self.chat.context)
 
     def do_help(self) -> None:
-        """Print the list of commands; without an adapter, those that need one are left out."""
-        shown = COMMANDS
+        """Print the commands that this chat has, and the files that they write."""
+        commands = COMMANDS
         if not self.chat.switch.can_switch:
-            shown = {name: row for name, row in COMMANDS.items() if name not in ADAPTER_COMMANDS}
-        width = max(len(f"{name} {argument}") for name, (argument, _) in shown.items())
-        for name, (argument, description) in shown.items():
-            print_note(f"{f'{name} {argument}':<{width}}  {description}")
+            commands = {name: row for name, row in COMMANDS.items() if name not in ADAPTER_COMMANDS}
+        width = max(len(f"{name} {argument}") for name, (argument, _) in commands.items())
+        for name, (argument, description) in commands.items():
+            print_note(f"{f'{name} {argument}':<{width}}  {description}", indent=width + 2)
+        for note in self.feedback.description():
+            print_note(note)
         print_note(INPUT_HELP)
 
     def do_system(self, text: str) -> None:
@@ -199,6 +205,11 @@ def is_command(line: str) -> bool:
     return name in COMMANDS or name in ALIASES
 
 
+def asks_question(line: str) -> bool:
+    """Return whether a line asks a new question: a message, or `/compare` with a question."""
+    return not is_command(line) or line.startswith("/compare ")
+
+
 def format_statistics(summary: "GenerationSummary", context: int | None) -> str:
     """Return one line with an answer's token counts and speed and how full the context is."""
     rate = summary.tokens_per_second
@@ -222,6 +233,29 @@ def write_json(path: Path, record: dict[str, object]) -> None:
         raise DataError(f"{path}: cannot be written ({reason(error)})") from error
 
 
-def print_note(line: str) -> None:
-    """Print a note for the person on stderr; stdout is for answers only."""
-    echo(line, err=True)
+def print_note(note: str, *, indent: int = 0) -> None:
+    """Print a note for the person on stderr; stdout is for answers only.
+
+    A terminal shows notes dim, and wraps them between words: a file name is never broken.
+
+    Args:
+        note: text of the note.
+        indent: columns by which a terminal indents the lines after the first.
+    """
+    if sys.stderr.isatty():
+        note = "\n".join(_wrap(line, indent) for line in note.split("\n"))
+    style = {"dim": True} if can_style(sys.stderr) else {}
+    echo(note, err=True, **style)
+
+
+def _wrap(line: str, indent: int) -> str:
+    width = shutil.get_terminal_size().columns - 1
+    return textwrap.fill(
+        line,
+        max(width, 2 * indent, MIN_WIDTH),
+        subsequent_indent=" " * indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+        replace_whitespace=False,
+        drop_whitespace=True,
+    )

@@ -24,7 +24,7 @@ class FeedbackFiles:
     opened: "SwitchableModel"
 
     def description(self) -> list[str]:
-        """Return lines for the chat's start: which commands write to which file."""
+        """Return a line for each file of the chat: which commands write to which file."""
         can_compare = self.chat.switch.can_switch
         pair_commands = "/edit and /compare write pairs" if can_compare else "/edit writes pairs"
         return [

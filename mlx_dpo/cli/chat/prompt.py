@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mlx_dpo.cli.output import echo
+from mlx_dpo.cli.output import can_style, echo, write_style
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.paths import chat_history_file
 from mlx_dpo.terminal_text import escape_controls, escape_line
@@ -15,6 +15,7 @@ from mlx_dpo.terminal_text import escape_controls, escape_line
 BLOCK_MARK = '"""'
 CONTINUATION_PROMPT = "... "
 HISTORY_LINES = 1000
+USER_STYLE, PLAIN_STYLE = "\x1b[36m", "\x1b[0m"  # cyan
 
 ReadLine = Callable[[str], str]
 
@@ -59,7 +60,8 @@ def next_message(prompt: str) -> TypedMessage | None:
     interrupted = False
     while True:
         try:
-            return read_message(read_line, prompt)
+            with _user_style():
+                return read_message(read_line, prompt)
         except NotTextError as error:
             echo(f"Error: {error}", err=True)
         except EOFError:
@@ -69,6 +71,22 @@ def next_message(prompt: str) -> TypedMessage | None:
                 return None
             interrupted = True
             echo("\nPress Ctrl-C once more to leave; Ctrl-D and /exit leave too.", err=True)
+
+
+@contextmanager
+def _user_style() -> Iterator[None]:
+    """Show the prompt and the text that a person types in color inside the `with` block.
+
+    The terminal is set to the color: an escape sequence within the prompt would confuse readline.
+    """
+    if not can_style(sys.stdout):
+        yield
+        return
+    write_style(USER_STYLE)
+    try:
+        yield
+    finally:
+        write_style(PLAIN_STYLE)
 
 
 def read_line(prompt: str) -> str:
