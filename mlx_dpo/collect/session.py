@@ -136,6 +136,11 @@ class RankingSession:
         """Number of tasks that are sampled but not decided."""
         return len(self._ready)
 
+    @property
+    def can_undo(self) -> bool:
+        """Whether there is a decision of this session to undo."""
+        return bool(self._decided)
+
     def insert(self, task: RankingTask) -> None:
         """Make `task` the current task."""
         self._ready.appendleft(task)

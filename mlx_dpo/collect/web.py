@@ -10,6 +10,7 @@ from time import monotonic
 from typing import Any
 
 from mlx_dpo.chat.field_types import Integer, Options, String
+from mlx_dpo.collect.markdown_to_html import markdown_to_html
 from mlx_dpo.collect.session import SKIPPED, TIE, RankingSession
 from mlx_dpo.errors import ConfigError, DataError
 from mlx_dpo.web.json_body import BodyError, read_json_object
@@ -162,14 +163,21 @@ def page_state(
     """Return the content of the page as JSON values; `over` says that the session has ended."""
     task = None if over else session.current_task
     turns = task.prompt.messages if task else ()
+    answers = [answer.text.strip() for answer in task.answers] if task else []
     if task is None and not over:
         message = message or NO_PROMPT_LEFT
     return {
         "version": state_version(session),
-        "prompt": [{"role": turn["role"], "content": str(turn["content"])} for turn in turns],
-        "answers": [answer.text.strip() for answer in task.answers] if task else [],
+        "prompt": [
+            {"role": turn["role"], "content": text, "html": markdown_to_html(text)}
+            for turn in turns
+            for text in [str(turn["content"])]
+        ],
+        "answers": answers,
+        "answers_html": [markdown_to_html(text) for text in answers],
         "left": session.tasks.remaining,
         "decided": len(session.pairs_file.decisions),
+        "can_undo": session.can_undo,
         "message": message,
         "over": over,
     }

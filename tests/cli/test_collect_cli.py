@@ -272,6 +272,7 @@ def test_equal_rewards_make_no_pair(folder, model):
         (["--reward", "a.py:b", "--judge", "m"], "`judge` has no effect with `reward`"),
         (["--rubric", "r.txt"], "`rubric` has no effect without `judge`"),
         (["--port", "80"], "`port` has no effect without --web"),
+        (["--no-open"], "`--no-open` has no effect without --web"),
         (["--web", "--judge", "m"], "`web` has no effect with --reward or --judge"),
         (["--prompts", "-"], "`-` has no effect: keys are read from stdin"),
         (["--prompts", "{f}/none.txt"], "{f}/none.txt: no such file"),
@@ -398,7 +399,7 @@ def wait_for_task(process):
 
 
 def test_with_web_the_program_takes_decisions_over_http(folder, model):
-    process = start(folder, model, "--web")
+    process = start(folder, model, "--web", "--no-open")
     try:
         line = next(line for line in process.stderr if "http://" in line)
         address, token = re.search(r"(http://127\.0\.0\.1:\d+)/\?token=(\S+)", line).groups()

@@ -285,7 +285,7 @@ def test_a_request_that_is_queued_after_the_end_is_answered_at_once(tmp_path):
 needs_browser = pytest.mark.skipif(
     not (CHROMIUM and DRIVER), reason="no Chromium and chromedriver on this machine"
 )
-TEXTS = "return [...document.querySelectorAll('.text')].map(e => e.textContent)"
+TEXTS = "return [...document.querySelectorAll('#answers .text')].map(e => e.textContent.trim())"
 SHOWN = "return document.querySelector('#prompt .turn')?.textContent"
 
 
@@ -302,7 +302,7 @@ def test_decisions_by_keyboard_in_chromium_are_written_to_the_file(served, tmp_p
         assert row["rejected"][0]["content"] == "bad first?"
         # Text of a model is never interpreted as HTML.
         assert page.script("return document.title") == "Which is better?"
-        assert page.script("return document.querySelectorAll('main b b, .text *').length") == 0
+        assert page.script("return document.querySelectorAll('main script, .text b').length") == 0
         page.press("t")
         page.wait_for(f"{SHOWN}?.includes('third?')")
         page.press("u")
@@ -323,6 +323,56 @@ def test_decisions_by_keyboard_in_chromium_are_written_to_the_file(served, tmp_p
         page.wait_for("return document.querySelector('#message').textContent.startsWith('Done')")
     served.thread.join(10)
     assert not served.thread.is_alive()
+
+
+MARKDOWN = """\
+# Title
+
+[link](https://evil.example/a) [script](javascript:document.title='owned') ![image](/state?image)
+<img src=/state onerror="document.title='owned'"> <script>document.title='owned'</script>
+<a href="/state">raw</a> <https://evil.example/auto>
+
+3. third
+
+```html" onmouseover="document.title='owned'
+<b>code</b>
+```
+
+| a | b |
+|:--|---|
+| 1 | 2 |
+"""
+
+
+@needs_browser
+def test_markdown_is_rendered_and_hostile_markdown_is_inert_in_chromium(tmp_path):
+    served = Served(tmp_path / "pairs.jsonl", [MARKDOWN, "second?"])
+    with browser(tmp_path / "profile") as page:
+        page.open(served.server.url)
+        page.wait_for("return document.querySelector('#prompt h1') !== null")
+        inside = "[...document.querySelectorAll('#prompt .text *')]"
+        names = f"return [...new Set({inside}.map(e => e.localName))].sort()"
+        assert page.script(names) == [
+            "br", "code", "h1", "li", "ol", "p", "pre", "span", "table", "tbody", "td", "th",
+            "thead", "tr",
+        ]  # fmt: skip
+        pairs = "[...e.attributes].map(a => `${a.name}=${a.value}`)"
+        attributes = f"return {inside}.flatMap(e => {pairs})"
+        assert set(page.script(attributes)) == {"class=link", "class=address", "start=3"}
+        assert "(https://evil.example/a)" in page.script(SHOWN)
+        assert page.script("return document.title") == "Which is better?"
+        page.press("m")  # the plain text
+        page.wait_for("return document.querySelector('#prompt h1') === null")
+        assert "![image](/state?image)" in page.script(SHOWN)
+        page.press("m")
+        assert page.script("return document.querySelector('#undo').disabled") is True
+        page.script("document.querySelector('.answer').click()")
+        page.wait_for(f"{SHOWN}?.includes('second?')")
+        assert page.script("return document.querySelector('#progress').value") == 1
+        assert page.script("return document.querySelector('#undo').disabled") is False
+        page.press("q")
+        page.wait_for("return document.querySelector('#message').textContent.startsWith('Done')")
+    served.thread.join(10)
 
 
 @needs_browser

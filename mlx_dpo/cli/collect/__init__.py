@@ -41,6 +41,7 @@ def _print_rubric(ctx: click.Context, parameter: click.Parameter, value: bool) -
 @click.option("--answers", default=2, help="Answers per prompt.")
 @click.option("--web", is_flag=True, help="Rank in a browser on this machine.")
 @click.option("--port", type=click.IntRange(0, 65535), help="With --web. [default: a free one]")
+@click.option("--no-open", is_flag=True, help="With --web: only print the page's address.")
 @click.option(
     "--print-rubric",
     is_flag=True,
@@ -59,6 +60,7 @@ def collect(  # noqa: PLR0913 (one argument per flag)
     answers: int,
     web: bool,
     port: int | None,
+    no_open: bool,
     reward: str | None,
     judge: str | None,
     rubric: str | None,
@@ -78,6 +80,8 @@ def collect(  # noqa: PLR0913 (one argument per flag)
     """
     automatic = reward is not None or judge is not None
     _check_flags(automatic, web, port, prompts)
+    if no_open and not web:
+        raise ConfigError("`--no-open` has no effect without --web")
 
     from mlx_dpo.collect.sample import SamplingPlan
     from mlx_dpo.evaluation.judge import check_judge, open_judge
@@ -94,7 +98,7 @@ def collect(  # noqa: PLR0913 (one argument per flag)
         _judge_with_progress(tasks, opened_judge)
     else:
         read_prompt = partial(_read_typed_prompt, system) if prompts is None else None
-        _ask_person(tasks, web=web, port=port, read_prompt=read_prompt)
+        _ask_person(tasks, web=web, port=port, no_open=no_open, read_prompt=read_prompt)
     _print_summary(pairs_file)
 
 
@@ -153,7 +157,12 @@ def _open_sampler(
 
 
 def _ask_person(
-    tasks: "TaskSampler", *, web: bool, port: int | None, read_prompt: "ReadPrompt | None"
+    tasks: "TaskSampler",
+    *,
+    web: bool,
+    port: int | None,
+    no_open: bool,
+    read_prompt: "ReadPrompt | None",
 ) -> None:
     if not web:
         from mlx_dpo.cli.collect.terminal import rank_at_terminal
@@ -162,7 +171,7 @@ def _ask_person(
     elif tasks.remaining:
         from mlx_dpo.cli.collect.terminal import rank_in_browser
 
-        rank_in_browser(tasks, port or 0)
+        rank_in_browser(tasks, port or 0, open_browser=not no_open)
 
 
 def _check_flags(automatic: bool, web: bool, port: int | None, prompts: str | None) -> None:

@@ -17,6 +17,7 @@ from mlx_dpo.collect.web import RankingServer, read_page, serve_session
 from mlx_dpo.errors import ConfigError, DataError, DPOError
 from mlx_dpo.startup.jit_cache import user_environment
 from mlx_dpo.terminal_text import escape_line
+from mlx_dpo.web.browser import open_in_browser
 
 if TYPE_CHECKING:
     from mlx_dpo.data.prompts import Prompt
@@ -174,10 +175,17 @@ def _print(line: str) -> None:
     echo(line, err=True)
 
 
-def rank_in_browser(tasks: TaskSampler, port: int) -> None:
-    """Serve the ranking page until the person finishes there or presses Ctrl-C at the terminal."""
+def rank_in_browser(tasks: TaskSampler, port: int, *, open_browser: bool) -> None:
+    """Serve the ranking page until the person finishes there or presses Ctrl-C at the terminal.
+
+    Args:
+        port: port of the page; 0 picks a free one.
+        open_browser: open the page in the default browser, if this machine has a screen.
+    """
     server = RankingServer(read_page(), port)
-    echo(f"Open this page in a browser on this machine: {server.url}", err=True)
-    echo("Keys: 1, 2 … is better, e edit, t tie, s skip, u undo, q finish", err=True)
+    is_open = open_browser and open_in_browser(server.url)
+    shown = "The page is open in your browser" if is_open else "Open this page in a browser"
+    echo(f"{shown}: {server.url}", err=True)
+    echo("Click the better answer, or press its number; q finishes (Ctrl-C here, too)", err=True)
     with suppress(KeyboardInterrupt):
         serve_session(RankingSession(tasks), server)
