@@ -92,14 +92,27 @@ def loop(
         echo(f"\nInterrupted; resume with: {resume_command}", err=True)
         raise SystemExit(INTERRUPTED) from None
     last = trainer.paths.round(trainer.last_round)
-    echo(f"\n{trainer.paths.page.read_text('utf-8')}")
+    rounds = [trainer.read_evaluation(number) for number in range(trainer.last_round + 1)]
+    _print_results(rounds, str(trainer.judge.name))
     if trainer.last_round < settings.rounds:
         echo(
             f"Stopped after round {trainer.last_round}: its answers have collapsed; to continue: "
             f"{resume_command} --on-collapse warn"
         )
-    echo(f"The table is in {trainer.paths.page}; each round's folder has a page of its own")
+    echo(f"Page with charts and answers: {trainer.paths.html_page} (as Markdown: results.md)")
     echo(f"Chat with the last policy: {program()} chat {shlex.quote(str(last.run.folder))}")
+
+
+def _print_results(rounds: list[dict[str, Any]], judge: str) -> None:
+    """Print the results of all rounds as a table, and the warnings again."""
+    from mlx_dpo.collect.iterative_report import round_warnings, summary_lines
+
+    echo(f"\nResults on the held-out prompts, judged by {judge}\n", bold=True)
+    for line in summary_lines(rounds):
+        echo(line)
+    for warning in (text for evaluation in rounds for text in round_warnings(evaluation)):
+        echo(f"Warning: {warning}", err=True)
+    echo()
 
 
 def _print_notes(trainer: "IterativeDPO", printed: int) -> int:

@@ -22,6 +22,7 @@ from mlx_dpo.collect.iterative_folder import (
     start_or_resume,
     write_durable,
 )
+from mlx_dpo.collect.iterative_page import render_loop_page
 from mlx_dpo.collect.iterative_report import round_page, summary_page
 from mlx_dpo.collect.pairs_file import PairsFile
 from mlx_dpo.collect.sample import (
@@ -249,7 +250,10 @@ class IterativeDPO:
         paths = self.paths.round(round_number)
         rounds = [*(self.read_evaluation(earlier) for earlier in range(round_number)), evaluation]
         write_durable(paths.page, round_page(evaluation))
-        write_durable(self.paths.page, summary_page(rounds, str(self.judge.name)))
+        judge = str(self.judge.name)
+        write_durable(self.paths.page, summary_page(rounds, judge))
+        page = render_loop_page(self.config, self.settings, judge, rounds)
+        write_durable(self.paths.html_page, page)
         # Last: the round is over with this file, and no earlier file is written again.
         write_durable(paths.evaluation, to_checked_json(evaluation))
         return evaluation

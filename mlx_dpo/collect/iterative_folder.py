@@ -174,6 +174,11 @@ class IterativePaths:
         """Markdown page that summarizes the run, with one line per round."""
         return self.folder / "results.md"
 
+    @property
+    def html_page(self) -> Path:
+        """HTML page of the run: rounds, charts, answers and settings."""
+        return self.folder / "loop.html"
+
     def round(self, number: int) -> RoundPaths:
         """Return the paths of the files of round `number`."""
         return RoundPaths(self.folder / f"round-{number:02d}")

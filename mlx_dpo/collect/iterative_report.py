@@ -9,12 +9,13 @@ from mlx_dpo.training.monitor.samples import CLIPPED, KL, REPETITION
 Evaluation = Mapping[str, Any]  # the content of a round's `evaluation.json`
 PAIRS = "pairs"  # key of the number of pairs among the outcomes of a collection
 ANSWERS_PER_PAGE = 8
+WIN_RATE = "win rate against base (95 %)"
 HEADINGS = (
     "round",
     "pairs",
     "no pair",
     "held-out reward",
-    "win rate against base (95 %)",
+    WIN_RATE,
     "length-controlled",
     "win rate against previous round",
     "characters",
@@ -39,6 +40,35 @@ def summary_page(rounds: Sequence[Evaluation], judge: str) -> str:
     lines += [_table_row(round_cells(evaluation)) for evaluation in rounds]
     warnings = [f"* {text}" for evaluation in rounds for text in round_warnings(evaluation)]
     return "\n".join([*lines, *([""] if warnings else []), *warnings, "", LEGEND, ""])
+
+
+def summary_table(rounds: Sequence[Evaluation]) -> list[list[str]]:
+    """Return the results of all rounds: a row per figure, its name and a cell per round.
+
+    A figure that no round has is left out.
+    """
+    columns = [round_cells(evaluation) for evaluation in rounds]
+    table = [list(row) for row in zip(HEADINGS, *columns, strict=True)]
+    return [row for whole in table for row in _split_interval(whole) if any(row[1:])]
+
+
+def summary_lines(rounds: Sequence[Evaluation]) -> list[str]:
+    """Return the results of all rounds as lines of aligned text."""
+    rows = summary_table(rounds)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
+    ]
+
+
+def _split_interval(row: list[str]) -> list[list[str]]:
+    """Return a row of the table, with the interval of a win rate on a second row."""
+    parts = [cell.removesuffix(")").partition(" (") for cell in row]
+    if row[0] != WIN_RATE:
+        return [row]
+    rates = [rate for rate, _, _ in parts]
+    intervals = [interval for _, _, interval in parts]
+    return [rates, ["  95 % interval", *intervals[1:]]]
 
 
 def round_warnings(evaluation: Evaluation) -> list[str]:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import subprocess
 import sys
 import time
@@ -90,6 +91,13 @@ def collected_prompts(folder, number):
     return sorted(row["prompt"][0]["content"] for row in collected)
 
 
+def check_html_page(loop, stdout):
+    page = loop / "loop.html"
+    assert str(page) in stdout
+    names = re.findall("<summary>(.+)</summary>", page.read_text())
+    assert names == ["Round 2", "Round 1", "Base"]
+
+
 def test_two_rounds_from_prompts_alone(folder, model):
     result = run(*arguments(folder, model))
     assert result.exit_code == 0, result.output
@@ -98,7 +106,9 @@ def test_two_rounds_from_prompts_alone(folder, model):
     loop = folder / "loop"
     assert f"chat {loop}/round-02/run" in result.stdout
     page = (loop / "results.md").read_text()
-    assert page in result.stdout
+    assert "|" not in result.stdout  # aligned text, not Markdown
+    assert re.search(r"^round +base +1 +2$", result.stdout, re.MULTILINE)
+    check_html_page(loop, result.stdout)
     assert [line.split("|")[1].strip() for line in page.splitlines()[6:9]] == ["base", "1", "2"]
 
     # Rounds use the prompts in turn, and no held-out prompt.
@@ -137,7 +147,7 @@ def test_a_round_ends_after_its_pages_are_written(folder, model):
     assert run(*arguments(folder, model, "--rounds", "1")).exit_code == 0
     loop = folder / "loop"
     end = (loop / "round-01" / "evaluation.json").stat().st_mtime_ns
-    pages = [loop / "results.md", loop / "round-01" / "results.md"]
+    pages = [loop / "results.md", loop / "loop.html", loop / "round-01" / "results.md"]
     assert all(page.stat().st_mtime_ns < end for page in pages)
 
 

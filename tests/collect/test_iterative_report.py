@@ -3,6 +3,7 @@ from mlx_dpo.collect.iterative_report import (
     round_cells,
     round_page,
     round_warnings,
+    summary_lines,
     summary_page,
 )
 
@@ -101,3 +102,18 @@ def test_the_page_of_a_round_escapes_markup_in_answers():
     *_, row = page.strip().splitlines()
     assert row == r"| a \| b / \*x\* / \<script\> | no yes | \`c\` | (nothing) |"
     assert round_page(BASE).splitlines()[0] == "# The base"
+
+
+def test_the_results_of_all_rounds_are_aligned_text():
+    """A figure that no round has is left out; nothing is Markdown."""
+    assert summary_lines([BASE, FIRST]) == [
+        "round                             base               1",
+        "pairs                                            1,200",
+        "no pair                                             34",
+        "held-out reward                  0.635           1.500",
+        "win rate against base                            75.0%",
+        "  95 % interval                         50.0% to 90.0%",
+        "length-controlled                                62.5%",
+        "win rate against previous round                  50.0%",
+        "characters                          30              41",
+    ]
