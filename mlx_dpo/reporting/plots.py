@@ -147,7 +147,10 @@ def _draw_chart(axes: "Axes", chart: Chart, runs: int, x_label: str, theme: Them
     for line in chart.lines:
         _draw_line(axes, line, runs, theme)
     if all(float(x).is_integer() for line in chart.lines for x in line.x):
-        axes.xaxis.get_major_locator().set_params(integer=True)  # there is no half step or round
+        from matplotlib.ticker import MaxNLocator
+
+        # There is no half step or round.
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     if chart.starts_at_zero:
         axes.axhline(0, visible=False)  # includes 0 in the limits, also of a constant line
         axes.set_ylim(0, None if any(any(line.y) for line in chart.lines) else 1)
