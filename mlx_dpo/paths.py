@@ -1,4 +1,4 @@
-"""Folders outside of a run: the user's caches, and the model that ships with the package."""
+"""Folders outside of a run: the user's caches, and model and pairs that ship with the package."""
 
 import os
 from pathlib import Path
@@ -46,3 +46,9 @@ def tiny_chat() -> Path:
     """Return the folder of the model that ships with the installed package or the checkout."""
     installed = PACKAGE / "shipped" / "tiny-chat"
     return installed if installed.is_dir() else PACKAGE.parent / "models" / "tiny-chat"
+
+
+def example_pairs() -> Path:
+    """Return the file of ten example pairs in the installed package or the checkout."""
+    installed = PACKAGE / "shipped" / "examples" / "pairs.jsonl"
+    return installed if installed.is_file() else PACKAGE.parent / "examples" / "pairs.jsonl"

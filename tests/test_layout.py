@@ -195,6 +195,7 @@ def test_the_wheel_holds_the_package_and_the_model_that_ships(tmp_path):
     model = {str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file()}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= model
     assert {f"mlx_dpo/shipped/tiny-chat/{name}" for name in model} <= names
+    assert "mlx_dpo/shipped/examples/pairs.jsonl" in names
 
 
 def test_the_source_distribution_holds_the_package(tmp_path):

@@ -1,5 +1,6 @@
-"""`mlx-dpo data`: check, show, split and clean data sets before training."""
+"""`mlx-dpo data`: example pairs; check, show, split and clean data sets before training."""
 
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -35,6 +36,7 @@ def data() -> None:
     """Check, show, split and clean preference pairs before training.
 
     \b
+    mlx-dpo data example --output pairs.jsonl          write ten example pairs
     mlx-dpo data check pairs.jsonl --model MODEL       list dropped, odd and wrong rows
     mlx-dpo data show pairs.jsonl --model MODEL        show pairs as the model sees them
     mlx-dpo data split pairs.jsonl --output folder     train.jsonl, valid.jsonl; no prompt in both
@@ -67,6 +69,45 @@ def _read_config(flags: dict[str, Any]) -> DPOConfig:
         name = click.get_current_context().command.name
         raise ConfigError(f"PAIRS is missing; see `mlx-dpo data {name} --help`")
     return DPOConfig.from_dict(values)
+
+
+@data.command()
+@click.option("--all", "all_pairs", is_flag=True, help="The demo's 1,200 pairs, for tiny-chat.")
+@click.option(
+    "--output",
+    metavar="FILE",
+    help="New file to write; with --all a new folder. [default: print the pairs]",
+)
+def example(all_pairs: bool, output: str | None) -> None:
+    """Print or write ten example pairs, to see what a pair looks like.
+
+    With --all, write the pairs of the demo instead: 1,000 in train.jsonl and 200 in valid.jsonl.
+    They teach the shipped model tiny-chat to answer politely.
+
+    \b
+    mlx-dpo data example
+    mlx-dpo data example --output pairs.jsonl
+    mlx-dpo data example --all --output pairs
+    """
+    if all_pairs and output is None:
+        raise ConfigError("missing --output; --all writes a folder")
+
+    from mlx_dpo.cli import program
+    from mlx_dpo.curation.example_pairs import write_demo_pairs, write_example_pairs
+    from mlx_dpo.paths import example_pairs, tiny_chat
+
+    if output is None:
+        echo(example_pairs().read_text(encoding="utf-8"), nl=False)
+        return
+    path = Path(output).expanduser()
+    if all_pairs:
+        counts = write_demo_pairs(path)
+        echo(f"{output}: {counts['train']:,} pairs to train on, {counts['valid']:,} held out")
+        model = shlex.quote(str(tiny_chat()))
+        echo(f"Train on them: {program()} train {shlex.quote(output)} --model {model} --output run")
+    else:
+        echo(f"{output}: {write_example_pairs(path)} pairs")
+        echo(f"Check them: {program()} data check {shlex.quote(output)}")
 
 
 @data.command(cls=SettingsCommand)

@@ -52,6 +52,12 @@ def winrate(
     comparison = compare_policies(run, opened_judge, sampling, prompts=prompts, against=against)
     for note in comparison.notes:
         echo(note, err=True)
+    if (score := comparison.common_reward) is not None:
+        echo(
+            f"Warning: the reward gave every answer the same score ({score}), so the win rate says "
+            "nothing; use another reward or other prompts",
+            err=True,
+        )
     if as_json:
         settings = {"run": run, "against": against, **opened_judge.provenance()}
         echo_json(settings | comparison.to_dict())

@@ -30,6 +30,8 @@ from mlx_dpo.collect.sample import (
     SamplingPlan,
     count_outcomes,
     count_truncated,
+    describe_outcomes,
+    describe_ties,
     judge_all,
     make_answer_sampler,
 )
@@ -198,10 +200,10 @@ class IterativeDPO:
         for _ in judge_all(tasks, self.judge):
             yield tasks.remaining
         if not pairs_file.pair_count:
-            reasons = ", ".join(f"{why}: {count}" for why, count in count_outcomes(pairs_file)[1:])
+            reasons = describe_ties(pairs_file) or describe_outcomes(pairs_file)
             raise ConfigError(
                 f"{pairs_file.path}: no prompt has a better and a worse answer ({reasons}); use "
-                "more --answers or a higher --temperature"
+                "another reward, more --answers or a higher --temperature"
             )
 
     def _note_context(self, policy: Responder, prompts: list[Prompt]) -> None:

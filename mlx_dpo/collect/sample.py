@@ -1,10 +1,11 @@
 """Sample several answers per prompt, and let a reward function or a judge model choose pairs."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import lcm
+from typing import Any
 
-from mlx_dpo.collect.pairs_file import Decision, PairsFile
+from mlx_dpo.collect.pairs_file import PROVENANCE, Decision, PairsFile
 from mlx_dpo.collect.session import (
     TIE,
     Answer,
@@ -17,7 +18,7 @@ from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.data.prompts import Prompt
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.evaluation.judge import check_verdicts
-from mlx_dpo.evaluation.rewards import Judge, Ranking
+from mlx_dpo.evaluation.rewards import Judge, Ranking, common_score
 from mlx_dpo.saved_runs.respond import Responder, derive_seed, open_responder, response_provenance
 
 JUDGE_CHUNK = 16  # prompts in a chunk for a judge
@@ -142,6 +143,47 @@ def count_outcomes(pairs_file: PairsFile) -> list[tuple[str, int]]:
             why = str(decision.row["passed"])
             reasons[why] = reasons.get(why, 0) + 1
     return [("pairs", pairs_file.pair_count), *sorted(reasons.items(), key=lambda item: -item[1])]
+
+
+def describe_ties(pairs_file: PairsFile) -> str | None:
+    """Return which answers a reward or a judge scored alike; None if no tie has scores.
+
+    A person's ties have no scores.
+    """
+    sources = [
+        decision.row[PROVENANCE]
+        for decision in pairs_file.decisions
+        if decision.file is pairs_file.skipped and decision.row["passed"] == TIE
+    ]
+    ties = [source for source in sources if _scores(source)]
+    if not ties:
+        return None
+    judge = str(ties[0].get("by")).partition(" ")[0]  # `reward NAME` or `judge NAME`
+    scores = [score for source in ties for score in _scores(source)]
+    score = common_score(scores)
+    shown = f"({min(scores)} to {max(scores)})" if score is None else f"({score})"
+    if not pairs_file.pair_count and score is not None:
+        return f"the {judge} gave every answer the same score {shown}"
+    count = len(ties)
+    where = "1 prompt" if count == 1 else f"each of {count:,} prompts"
+    return f"the {judge} gave all answers to {where} the same score {shown}"
+
+
+def _scores(source: Mapping[str, Any]) -> list[float]:
+    """Return the scores in the provenance of a decision, which is read from a file."""
+    points = source.get("points")
+    return [p for p in points if isinstance(p, int | float)] if isinstance(points, list) else []
+
+
+def describe_outcomes(pairs_file: PairsFile) -> str:
+    """Return the number of pairs, and the number of prompts without a pair by reason, as text."""
+    (_, pairs), *skipped = count_outcomes(pairs_file)
+    text = f"{pairs:,} pair{'s' * (pairs != 1)}"
+    if not skipped:
+        return text
+    count = sum(n for _, n in skipped)
+    reasons = ", ".join(f"{why}: {n:,}" for why, n in skipped)
+    return f"{text}; no pair for {count:,} prompt{'s' * (count != 1)} ({reasons})"
 
 
 def count_truncated(pairs_file: PairsFile) -> int:

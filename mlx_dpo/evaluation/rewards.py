@@ -5,7 +5,7 @@ import importlib.util
 import math
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -47,6 +47,12 @@ class Ranking:
         """Return `WIN`, `TIE` or `LOSS` for the first of exactly two answers."""
         first, second = self.scores
         return WIN if first > second else LOSS if first < second else TIE
+
+
+def common_score(scores: Iterable[float]) -> float | None:
+    """Return the score that all answers have, or None if they differ or there are none."""
+    distinct = set(scores)
+    return distinct.pop() if len(distinct) == 1 else None
 
 
 class Judge(Protocol):

@@ -13,7 +13,15 @@ import numpy as np
 from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.data.prompts import Prompt, add_system_prompt, read_prompts
 from mlx_dpo.evaluation.judge import NO_VERDICT, check_verdicts
-from mlx_dpo.evaluation.rewards import LOSS, TIE, WIN, Judge, Ranking, RewardFunction
+from mlx_dpo.evaluation.rewards import (
+    LOSS,
+    TIE,
+    WIN,
+    Judge,
+    Ranking,
+    RewardFunction,
+    common_score,
+)
 from mlx_dpo.runs.folder import RunPaths
 from mlx_dpo.saved_runs.evaluate import held_out_prompts
 from mlx_dpo.saved_runs.open import open_run
@@ -54,6 +62,13 @@ class PairwiseComparison:
     rewards: tuple[float, float] | None  # mean rewards of policy and opponent, if there are any
     warnings: Counter[str]  # inconsistent verdicts, counted as ties, and prompts without a verdict
     notes: tuple[str, ...] = ()  # of loading the models
+
+    @property
+    def common_reward(self) -> float | None:
+        """Reward that all answers have; None if rewards differ, or if there are none."""
+        if self.rewards is None:
+            return None
+        return common_score(score for ranking in self.rankings for score in ranking.scores)
 
     @property
     def mean_lengths(self) -> tuple[float, float]:

@@ -261,6 +261,23 @@ def test_equal_rewards_make_no_pair(folder, model):
     assert result.exit_code == 0, result.output
     summary = f"{folder}/pairs.jsonl: 0 pairs; no pair for 12 prompts (tie: 12)"
     assert result.stdout.splitlines()[-1] == summary
+    assert result.stderr.splitlines()[-1] == (
+        "Warning: the reward gave every answer the same score (1.0); use another reward, more "
+        "--answers or a higher --temperature"
+    )
+
+
+def test_prompts_with_equal_rewards_are_counted_beside_the_pairs(folder, model):
+    (folder / "half.py").write_text(
+        "def half(prompt, answer):\n"
+        "    number = int(prompt[-1]['content'].split()[-1].strip('?'))\n"
+        "    return sum(map(ord, answer)) if number >= 5 else number\n"
+    )
+    result = run(*arguments(folder, model, "--reward", f"{folder}/half.py:half"))
+    assert result.exit_code == 0, result.output
+    assert "pairs.jsonl: 7 pairs; no pair for 5 prompts (tie: 5)" in result.stdout
+    note = "the reward gave all answers to each of 5 prompts the same score (0.0 to 4.0)"
+    assert note in result.stderr.splitlines()
 
 
 @pytest.mark.parametrize(

@@ -230,7 +230,11 @@ def test_settings_and_inputs_may_not_change_on_resume(folder, model):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--reward", "{f}/reward.py:even"], "no prompt has a better and a worse answer (tie: 12)"),
+        (
+            ["--reward", "{f}/reward.py:even"],
+            "no prompt has a better and a worse answer (the reward gave every answer the same "
+            "score (1.0)); use another reward, more --answers or a higher --temperature",
+        ),
         (["--judge", "m"], "`judge` has no effect with `reward`"),
         (["--answers", "1"], "`answers` must be at least 2, got 1"),
         (["--rounds", "0"], "`rounds` must be at least 1, got 0"),

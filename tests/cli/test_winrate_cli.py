@@ -98,6 +98,9 @@ def test_the_table_shows_ties_and_the_interval(folder):
     assert "0, 5, 0" in " ".join(result.stdout.split())
     assert "95 % interval (Wilson)" in result.stdout
     assert "50.0%" in result.stdout
+    warning = "Warning: the reward gave every answer the same score (0.0), so the win rate says"
+    assert warning in result.stderr
+    assert "the same score" not in run(folder, *reward(folder), *GREEDY).stderr
 
 
 @pytest.mark.parametrize(

@@ -236,15 +236,18 @@ def _print_resumed(tasks: "TaskSampler") -> None:
 
 def _print_summary(pairs_file: "PairsFile") -> None:
     from mlx_dpo.cli import program
-    from mlx_dpo.collect.sample import count_context_full, count_outcomes, count_truncated
+    from mlx_dpo.collect.sample import (
+        count_context_full,
+        count_truncated,
+        describe_outcomes,
+        describe_ties,
+    )
 
-    (_, pairs), *skipped = count_outcomes(pairs_file)
-    summary = f"{pairs_file.path}: {pairs:,} pair{'s' * (pairs != 1)}"
-    if skipped:
-        count = sum(n for _, n in skipped)
-        reasons = ", ".join(f"{why}: {n:,}" for why, n in skipped)
-        summary += f"; no pair for {count:,} prompt{'s' * (count != 1)} ({reasons})"
-    echo(summary)
+    pairs = pairs_file.pair_count
+    echo(f"{pairs_file.path}: {describe_outcomes(pairs_file)}")
+    if (ties := describe_ties(pairs_file)) is not None:
+        advice = "" if pairs else "; use another reward, more --answers or a higher --temperature"
+        echo(f"{'' if pairs else 'Warning: '}{ties}{advice}", err=True)
     full = count_context_full(pairs_file)
     for cut, where, advice in (
         (count_truncated(pairs_file) - full, "token limit", "raise --max-tokens"),
