@@ -90,7 +90,8 @@ def test_every_library_that_is_imported_is_declared():
             elif isinstance(node, ast.ImportFrom):
                 imported.add((node.module or "").split(".")[0])
     declared = {Requirement(line).name.lower() for line in PROJECT["project"]["dependencies"]}
-    names = {name.replace("-", "_") for name in declared - {"pyyaml"}} | {"yaml", "mlx_dpo"}
+    modules = {"pyyaml": "yaml", "markdown-it-py": "markdown_it"}
+    names = {modules.get(name, name.replace("-", "_")) for name in declared} | {"mlx_dpo"}
     optional = {tracker.library for tracker in TRACKERS.values()}
     assert imported - sys.stdlib_module_names == names | optional
 

@@ -123,8 +123,6 @@ def _header(session: "ChatSession", opened: "SwitchableModel") -> Iterator[str]:
     name = opened.base.source
     if opened.adapter is not None:
         name += f" with the adapter of {opened.adapter}"
-    if session.switch.can_switch:
-        name += "; /base answers without it"
     if session.context is not None:
         name += f"; context {session.context:,} tokens"
     yield name
