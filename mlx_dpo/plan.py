@@ -12,11 +12,11 @@ from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.data.batching import count_micro_batches, largest_micro_batch, padded_row_tokens
 from mlx_dpo.data.columns import lengths_only, longest_pairs, row_lengths
 from mlx_dpo.data.dataset import select_pairs
-from mlx_dpo.data.tokenization.cache import RowProgress
 from mlx_dpo.errors import ModelError
 from mlx_dpo.generation.context import context_length
 from mlx_dpo.models.empty_weights import load_empty_model
 from mlx_dpo.models.load import LoadedModel
+from mlx_dpo.phases import phase
 from mlx_dpo.profiling import memory
 from mlx_dpo.profiling.device_memory import MemoryBudget, available_memory, mac_memory
 from mlx_dpo.profiling.extrapolate import (
@@ -42,7 +42,7 @@ from mlx_dpo.runs.build import (
     optimizer_state_bytes,
     reference_mode,
 )
-from mlx_dpo.runs.inputs import Inputs, load_inputs, load_trainable_base, no_progress
+from mlx_dpo.runs.inputs import Inputs, load_inputs, load_trainable_base
 from mlx_dpo.runs.reference import needed_pairs
 from mlx_dpo.scoring.kernels.gated_delta import use_fused_gated_delta
 from mlx_dpo.scoring.select_scorer import ScorerChoice
@@ -153,27 +153,22 @@ def estimate_run(
     config: DPOConfig,
     *,
     memory_size: str | None = None,
-    tokenization_progress: RowProgress = no_progress,
 ) -> RunEstimate:
     """Estimate memory, work and time of a run with these settings.
 
     Args:
         memory_size: memory of a Mac to plan for, such as `16GB`; None plans for this machine.
-        tokenization_progress: shows how many rows of large datasets are tokenized.
 
     Raises:
         ConfigError, DataError, ModelError: for the same reasons as the run itself.
     """
     budget = available_memory() if memory_size is None else mac_memory(memory_size)
-    inputs = load_inputs(
-        config,
-        read=partial(load_trainable_base, load=load_empty_model),
-        tokenization_progress=tokenization_progress,
-    )
+    inputs = load_inputs(config, read=partial(load_trainable_base, load=load_empty_model))
     with use_fused_gated_delta(inputs.base.model):
         attach_adapters(inputs.base, config)
         choice = _select_scorer(inputs.base, config)
-        return _RunEstimator(inputs, config, choice, budget).estimate()
+        with phase("Measuring a few layers"):
+            return _RunEstimator(inputs, config, choice, budget).estimate()
 
 
 def _select_scorer(base: LoadedModel, config: DPOConfig) -> ScorerChoice:

@@ -1,6 +1,13 @@
 """Format quantities with units for display."""
 
 
+def format_duration(seconds: float) -> str:
+    """Return a time as `minutes:seconds`, such as `0:42`, or `hours:minutes:seconds`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
 def format_bytes(size: float, *, is_estimate: bool = False) -> str:
     """Return a number of bytes as text in decimal units, such as `1.5 GB`, `350 MB` or `0.4 MB`.
 

@@ -87,6 +87,7 @@ def session_cache(tmp_path_factory):
         shutil.copytree(kernels, folder / kernels.name, copy_function=link_or_copy)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLX_DPO_CACHE", str(folder))
+        patch.setenv("MLX_DPO_STATUS", "0")  # tests of messages want messages only
         patch.setattr(samples, "SAMPLE_TOKENS", SAMPLE_TOKENS)
         yield
 

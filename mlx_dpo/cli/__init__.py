@@ -17,6 +17,8 @@ from mlx_dpo.cli.output import echo, escape_messages_of_libraries, print_traceba
 from mlx_dpo.errors import DPOError
 from mlx_dpo.io.notices import LOGGER
 from mlx_dpo.io.write_errors import describe_disk_error
+from mlx_dpo.phases import announce
+from mlx_dpo.reporting.terminal.status import status_on_stderr
 from mlx_dpo.terminal_text import escape_controls, escape_line
 
 COMMANDS = (
@@ -96,6 +98,15 @@ class Commands(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl([(n, c.get_short_help_str(limit=200)) for n, c in rows if c])
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Import the command; show that first, because importing MLX takes seconds."""
+        wants_help = not {"-h", *ctx.help_option_names}.isdisjoint(args)
+        if args[0] in COMMANDS and "mlx_lm" not in sys.modules and not wants_help:
+            announce("Importing MLX")
+        return super().resolve_command(ctx, args)
+
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Read the command line up to the name of the command."""
         try:
@@ -112,7 +123,7 @@ class Commands(click.Group):
         if not any(isinstance(handler, NoticePrinter) for handler in LOGGER.handlers):
             LOGGER.addHandler(NoticePrinter())
         try:
-            with _limits_explained():
+            with _limits_explained(), status_on_stderr():
                 return super().invoke(ctx)
         except (DPOError, OSError, ImportError) as error:
             message = user_message(error)

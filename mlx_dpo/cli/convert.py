@@ -51,8 +51,7 @@ def convert(source: str, output: Path, bits: str | None, **options: Any) -> None
     from mlx_dpo.reporting.console import make_console, print_label_table
 
     console = make_console()
-    with console.status(f"Converting {source}"):
-        report = conversion.convert(source, output, bits=int(bits) if bits else None, **options)
+    report = conversion.convert(source, output, bits=int(bits) if bits else None, **options)
     print_label_table(console, facts(report))
     console.print(f"Next: mlx-dpo train PAIRS --model {shlex.quote(str(output))} --output RUN")
 

@@ -2,10 +2,9 @@
 
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -13,9 +12,7 @@ from mlx_dpo.cli.output import echo, echo_json
 from mlx_dpo.cli.train import SettingsCommand, read_settings, setting_flags, typed_settings
 from mlx_dpo.config.dpo_config import DPOConfig, get_settings
 from mlx_dpo.errors import ConfigError
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from mlx_dpo.phases import phase
 
 Command = Callable[..., Any]
 ROW_SETTINGS = (
@@ -127,13 +124,12 @@ def check(strict: bool, as_json: bool, **flags: Any) -> None:
     from mlx_dpo.curation.check import check_pairs
     from mlx_dpo.reporting.console import make_console
 
-    console = make_console()
-    with _show_progress(console) as progress:
+    with phase("Reading", unit="rows") as progress:
         _, results = check_pairs(config, progress)
     if as_json:
         echo_json(results.to_dict())
     else:
-        print_results(console, results)
+        print_results(make_console(), results)
     sys.exit(1 if strict and results.error_count else 0)
 
 
@@ -179,7 +175,8 @@ def split(share: float, output: str, **flags: Any) -> None:
 
     from mlx_dpo.curation.split import split_pairs
 
-    result = split_pairs(config, share=share, output=Path(output).expanduser())
+    with phase("Splitting"):
+        result = split_pairs(config, share=share, output=Path(output).expanduser())
     for report in result.reports:
         for line in report.dropped_lines():
             echo(line)
@@ -206,9 +203,8 @@ def clean(drop: tuple[str, ...], output: str, **flags: Any) -> None:
     config = _read_config(flags)
 
     from mlx_dpo.curation.clean import clean_pairs
-    from mlx_dpo.reporting.console import make_console
 
-    with _show_progress(make_console()) as progress:
+    with phase("Reading", unit="rows") as progress:
         result = clean_pairs(config, drop=drop, output=Path(output).expanduser(), progress=progress)
     for name, count in result.dropped.items():
         echo(f"{name}: {count:,} row{'s' * (count != 1)}")
@@ -232,25 +228,3 @@ def _print_columns_of_bytes(counts: Mapping[str, int]) -> None:
 def _was_typed(name: str) -> bool:
     source = click.get_current_context().get_parameter_source(name)
     return source is click.core.ParameterSource.COMMANDLINE
-
-
-@contextmanager
-def _show_progress(console: "Console") -> Iterator[Callable[[int], None]]:
-    """Show the number of rows read if the console is a terminal; otherwise print nothing.
-
-    Yields:
-        A function that takes the number of rows read since the function's last call.
-    """
-    if not console.is_terminal:
-        yield lambda new_rows: None
-        return
-    rows = 0
-    with console.status("reading") as status:
-
-        def progress(new_rows: int) -> None:
-            nonlocal rows
-            rows += new_rows
-            if rows % 100 == 0:
-                status.update(f"reading: {rows:,} rows")
-
-        yield progress

@@ -71,12 +71,10 @@ def fuse(run: str, output: Path, bits: str | None, **settings: Any) -> None:
 
     console = make_console()
     options = FuseOptions(bits=int(bits) if bits else None, **settings)
-    with console.status(f"Fusing {run}"):
-        fused = fuse_run(run, output, options)
+    fused = fuse_run(run, output, options)
     print_label_table(console, facts(fused))
     if options.gguf is not None:
-        with console.status(f"Converting {output}"):
-            convert_to_gguf(fused, options)
+        convert_to_gguf(fused, options)
         print_label_table(
             console, [("gguf", f"{options.gguf}, {format_bytes(options.gguf.stat().st_size)}")]
         )

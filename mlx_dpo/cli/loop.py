@@ -14,6 +14,7 @@ from mlx_dpo.cli.train import SettingsCommand, read_settings, setting_flags, typ
 from mlx_dpo.config.dpo_config import DPOConfig, get_settings
 from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.errors import ConfigError
+from mlx_dpo.phases import phase
 
 if TYPE_CHECKING:
     from mlx_dpo.collect.iterative_dpo import IterativeDPO
@@ -180,12 +181,12 @@ def _run_stage(trainer: "IterativeDPO", stage: "Stage", resume_command: str) -> 
     from mlx_dpo import DPOTrainer
     from mlx_dpo.cli.progress import run_with_progress
     from mlx_dpo.collect.iterative_report import HEADINGS, round_cells, round_warnings
-    from mlx_dpo.reporting.console import make_console, print_label_table, show_progress
+    from mlx_dpo.reporting.console import make_console, print_label_table
 
     if stage.action == "collect":
         remaining_counts = trainer.collect(stage.round)
         remaining = next(remaining_counts)
-        with show_progress(make_console(), "judged", total=remaining, unit="prompts") as count:
+        with phase("Judging answers", remaining, unit="prompts") as count:
             for now_remaining in remaining_counts:
                 count(remaining - now_remaining)
                 remaining = now_remaining

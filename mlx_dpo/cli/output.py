@@ -18,6 +18,7 @@ from typing import Any
 import click
 
 from mlx_dpo.io.write_errors import name_file
+from mlx_dpo.phases import paused
 from mlx_dpo.terminal_text import escape_controls, escape_json, escape_line
 
 
@@ -33,7 +34,7 @@ def echo(text: object = "", *, err: bool = False, nl: bool = True, **style: bool
     shown = escape_controls(str(text))
     if style and not os.environ.get("NO_COLOR"):
         shown = click.style(shown, **style)
-    with name_file(Path("stderr" if err else "stdout")):
+    with paused(), name_file(Path("stderr" if err else "stdout")):
         click.echo(shown, err=err, nl=nl)
 
 
@@ -42,20 +43,21 @@ def echo_json(
 ) -> None:
     """Print a value as JSON on stdout; control characters are JSON escapes."""
     document = json.dumps(record, ensure_ascii=False, indent=indent, default=default)
-    with name_file(Path("stdout")):
+    with paused(), name_file(Path("stdout")):
         click.echo(escape_json(document))
 
 
 def print_warning(warning: str) -> None:
     """Print a warning on stderr, above a progress bar that is shown there."""
     # `click.echo` writes into the live bar's line where the locale is not UTF-8.
-    print(f"Warning: {escape_line(warning)}", file=sys.stderr)
+    with paused():
+        print(f"Warning: {escape_line(warning)}", file=sys.stderr)
 
 
 def write_text(text: str) -> None:
     """Write a model's text to stdout: exact to a pipe, with visible controls on a terminal."""
     # click.echo would strip escape sequences from what goes into a pipe.
-    with name_file(Path("stdout")):
+    with paused(), name_file(Path("stdout")):
         sys.stdout.write(escape_controls(text) if sys.stdout.isatty() else text)
         sys.stdout.flush()
 
@@ -68,8 +70,9 @@ def can_style(stream: Any) -> bool:
 
 def write_style(sequence: str) -> None:
     """Write an escape sequence of ours, such as the one that dims text, to stdout."""
-    sys.stdout.write(sequence)
-    sys.stdout.flush()
+    with paused():
+        sys.stdout.write(sequence)
+        sys.stdout.flush()
 
 
 class EscapedLogRecord(logging.LogRecord):

@@ -42,24 +42,13 @@ def plan(
     config = resolve(ctx, config_file, False, flags)
 
     from mlx_dpo.plan import estimate_run
-    from mlx_dpo.reporting.console import make_console, print_label_table, show_progress
-    from mlx_dpo.runs.inputs import no_progress
+    from mlx_dpo.reporting.console import make_console, print_label_table
 
-    console = make_console()
-    is_shown = console.is_terminal and not as_json
-    estimate = estimate_run(
-        config,
-        memory_size=memory,
-        tokenization_progress=lambda total: (
-            show_progress(console, "tokens", total=total, unit="rows")
-            if is_shown
-            else no_progress(total)
-        ),
-    )
+    estimate = estimate_run(config, memory_size=memory)
     if as_json:
         echo_json(estimate.to_dict())
         return
-    print_label_table(console, summary_lines(estimate))
+    print_label_table(make_console(), summary_lines(estimate))
 
 
 def summary_lines(estimate: "RunEstimate") -> list[SummaryLine]:
@@ -69,7 +58,7 @@ def summary_lines(estimate: "RunEstimate") -> list[SummaryLine]:
     inputs, epoch = estimate.inputs, estimate.epoch
     return [
         ("model", f"{inputs.base.source}, {format_count(estimate.parameters)} parameters"),
-        *[("", note) for note in inputs.base.notes],
+        *[("", note) for note in (*inputs.base.notes, *inputs.base.storage_notes)],
         ("pairs", f"{len(inputs.train):,} to train on, {len(inputs.valid):,} held out"),
         *[("", line) for report in inputs.reports for line in report.lines()],
         ("", _lengths_line(estimate)),

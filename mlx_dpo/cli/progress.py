@@ -6,7 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,11 +19,10 @@ from mlx_dpo.reporting.console import (
     final_metrics_table,
     make_console,
     print_label_table,
-    show_progress,
-    show_steps,
 )
 from mlx_dpo.reporting.samples import print_samples
-from mlx_dpo.runs.reference import needed_pairs
+from mlx_dpo.reporting.terminal.console import print_rule
+from mlx_dpo.reporting.terminal.steps import show_steps
 from mlx_dpo.runs.summary import (
     summarize_end,
     summarize_findings,
@@ -31,6 +30,8 @@ from mlx_dpo.runs.summary import (
     summarize_training,
 )
 from mlx_dpo.startup.jit_cache import user_environment
+
+SLEEP_WARNING = "`caffeinate` was not found; this Mac may fall asleep"
 
 
 @contextmanager
@@ -47,7 +48,7 @@ def keep_awake(wanted: bool) -> Iterator[str | None]:
         yield None
         return
     if shutil.which("caffeinate") is None:
-        yield "`caffeinate` was not found; this Mac may fall asleep"
+        yield SLEEP_WARNING
         return
     # -w: caffeinate ends when this process ends, for whatever reason.
     command = ["caffeinate", "-i", "-m", "-s", "-w", str(os.getpid())]
@@ -59,22 +60,26 @@ def keep_awake(wanted: bool) -> Iterator[str | None]:
         helper.wait()
 
 
-def run_with_progress(run: DPOTrainer, resume_command: str | None = None) -> None:
+def run_with_progress(
+    run: DPOTrainer, resume_command: str | None = None, *, verbose: bool = False
+) -> None:
     """Prepare the run and train with progress bars; on a stop signal, save and exit.
 
-    `resume_command` is the command shown to the user after a stop signal; the default is
-    `train --resume`.
+    Args:
+        resume_command: command shown to the user after a stop signal; the default is
+            `train --resume`.
+        verbose: print details before training, such as scorer, micro-batches and memory.
     """
     with keep_awake(run.config.caffeinate) as awake:
         output = shlex.quote(run.config.output)
         default = f"{program()} train --resume --output {output}"
-        _run(run, awake, resume_command or default)
+        _run(run, awake, resume_command or default, verbose=verbose)
 
 
-def _run(run: DPOTrainer, awake: str | None, resume_command: str) -> None:
+def _run(run: DPOTrainer, awake: str | None, resume_command: str, *, verbose: bool) -> None:
     console, config = make_console(), run.config
     try:
-        _prepare(run, console, awake)
+        _prepare(run, console, awake, verbose=verbose)
     except KeyboardInterrupt:
         has_record = run.paths.record.is_file()
         note = f"; resume with: {resume_command}" if has_record else ": nothing was written"
@@ -82,10 +87,10 @@ def _run(run: DPOTrainer, awake: str | None, resume_command: str) -> None:
         raise SystemExit(INTERRUPTED) from None
     warnings, samples = _WarningPrinter(run), _SamplePrinter(run, console)
     with (
-        _save_on_signals(run) as received,
         show_steps(
             console, total=run.total_steps, done=run.start.step, every=config.logging_steps
         ) as shown,
+        _save_on_signals(run, shown.show_note) as received,
     ):
         for row in run.steps():
             shown.show(row)
@@ -158,29 +163,21 @@ class _WarningPrinter:
         self._printed, self._printed_of_trackers = len(run.warnings), len(run.trackers.warnings)
 
 
-def _prepare(run: DPOTrainer, console: Console, awake: str | None) -> None:
-    run.load(
-        lambda total: show_progress(console, "reference model", total=total),
-        lambda total: show_progress(console, "tokens", total=total, unit="rows"),
-    )
-    print_label_table(console, summarize_inputs(run))
+def _prepare(run: DPOTrainer, console: Console, awake: str | None, *, verbose: bool) -> None:
+    run.load()
+    print_label_table(console, summarize_inputs(run, verbose=verbose))
     run.attach()
-    if run.config.needs_reference and run.config.reference_model is None:
-        config = run.config
-        pairs = sum(map(len, needed_pairs(config, run.inputs.splits).values()))
-        with show_progress(console, "reference", total=pairs, unit=config.unit) as count:
-            run.compute_reference_logps(count)
-    else:
-        run.compute_reference_logps()
+    run.compute_reference_logps()
     run.restore()
-    print_label_table(console, summarize_training(run))
-    if awake:
+    print_label_table(console, summarize_training(run, verbose=verbose))
+    if awake is not None and (verbose or awake == SLEEP_WARNING):
         print_label_table(console, [("keep-awake", awake)])
+    print_rule(console)
 
 
 @contextmanager
-def _save_on_signals(run: DPOTrainer) -> Iterator[list[int]]:
-    """Save and stop on Ctrl-C, `kill` or a closed terminal.
+def _save_on_signals(run: DPOTrainer, show_note: Callable[[str], None]) -> Iterator[list[int]]:
+    """Save and stop on Ctrl-C, `kill` or a closed terminal; say so by `show_note`.
 
     A second Ctrl-C stops without saving.
 
@@ -193,7 +190,7 @@ def _save_on_signals(run: DPOTrainer) -> Iterator[list[int]]:
         received.append(number)
         run.request_stop()
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        echo("\nSaving after this step (Ctrl-C: stop without saving)", err=True)
+        show_note("Saving after this step (Ctrl-C: stop without saving)")
 
     handlers = {
         number: signal.signal(number, request_stop)

@@ -189,10 +189,19 @@ def _recorded_settings(values: Mapping[str, Any]) -> dict[str, Any]:
 @click.option("--config", "config_file", metavar="FILE", help="YAML file of settings.")
 @click.option("--resume", is_flag=True, help="Resume the run in --output from its last checkpoint.")
 @click.option("--force", is_flag=True, help="Start even if memory is estimated not to suffice.")
+@click.option(
+    "-v", "--verbose", is_flag=True, help="Print scorer, micro-batches, memory and other details."
+)
 @setting_flags(lambda spec: True)
 @click.pass_context
 def train(
-    ctx: click.Context, /, config_file: str | None, resume: bool, force: bool, **flags: Any
+    ctx: click.Context,
+    /,
+    config_file: str | None,
+    resume: bool,
+    force: bool,
+    verbose: bool,
+    **flags: Any,
 ) -> None:
     """Train adapters on PAIRS by Direct Preference Optimization.
 
@@ -209,7 +218,7 @@ def train(
     from mlx_dpo.cli.progress import run_with_progress
 
     with DPOTrainer(config, resume=resume, force=force) as run:
-        run_with_progress(run)
+        run_with_progress(run, verbose=verbose)
     if run.evaluation is None:
         echo("No pairs were held out, so nothing was measured on unseen pairs")
     echo(_closing_line(config.output, run.verdict, program()))

@@ -115,11 +115,6 @@ class DPOConfig(  # fields come in the order of the bases, last one first
         return PassLimit(min(self.micro_batch_size or 2, self.batch_size), self.micro_batch_tokens)
 
     @property
-    def unit(self) -> str:
-        """Word that messages use for training examples: `pairs`, or `answers` for KTO."""
-        return "answers" if self.labelled else "pairs"
-
-    @property
     def extra_forward_passes(self) -> int:
         """Number of no-gradient forward passes that precede the gradient pass of each step."""
         return self.uses_whole_batch + self.use_weighting + self.sync_ref_model

@@ -200,6 +200,11 @@ class LossSettings:
         """Whether the loss takes single completions with a label (KTO) instead of pairs."""
         return any(loss.labelled for loss in self.losses)
 
+    @property
+    def unit(self) -> str:
+        """Word that messages use for training examples: `pairs`, or `answers` for KTO."""
+        return "answers" if self.labelled else "pairs"
+
     def get_hyperparameters(self, loss: Loss) -> SimpleNamespace:
         """Return the hyper-parameters of a loss; those that are not set have its defaults."""
         values = {

@@ -9,6 +9,7 @@ from mlx_dpo.data.tokenization.tokenize import TokenizedExample
 
 NOT_ADDITIVE = ("max_length", "longest", "per_epoch")  # not sums over the rows
 COUNTERS = ("schemas", "unused_fields", "specials", "unwritten")
+FROM_CACHE = "tokens read from the cache"  # an origin that changes nothing
 MAX_SHOWN = 3  # locations in a line; `to_dict` has all of them
 
 
@@ -112,19 +113,7 @@ class PairsReport:
         if self.weight is not None:
             lines.append(f"used {self.weight:g} times per epoch: {self._count(self.per_epoch)}")
         lines += self._template_lines() + self._special_token_lines()
-        if self.with_unknown:
-            tokens = f" ({_counted(self.unknown_tokens, 'unknown token')})"
-            lines.append(
-                f"{self._count(self.with_unknown)} with characters or words that the tokenizer "
-                f"does not have{tokens * (self.unknown_tokens > 0)}"
-            )
-        if self.truncated:
-            lines.append(
-                f"{self._count(self.truncated)} cut to {self.max_length:,} tokens: "
-                f"{_counted(self.prompts_cut, 'prompt')} at the start, "
-                f"{_counted(self.completions_cut, 'completion')} at the end, whose stop token is "
-                "not scored"
-            )
+        lines += self._unknown_token_lines() + self._truncation_lines()
         if self.boundary_moved:
             lines.append(
                 f"{self._count(self.boundary_moved)} with a token that spans prompt and "
@@ -137,6 +126,13 @@ class PairsReport:
         if self.unused_fields:
             lines.append(f"fields not used: {', '.join(sorted(self.unused_fields))}")
         return lines
+
+    def warning_lines(self) -> list[str]:
+        """Return the lines of the report on what is lost or different from the rows as written."""
+        lines = [self.origin] if self.origin not in ("", FROM_CACHE) else []
+        lines += self._unwritten_lines() + self._special_token_lines()
+        lines += self._unknown_token_lines() + self._truncation_lines() + self.dropped_lines()
+        return [f"{self.source}: {line}" for line in lines[:1]] + lines[1:]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the counts as a JSON-compatible dictionary, with all dropped pairs' locations."""
@@ -173,9 +169,13 @@ class PairsReport:
             )
         if self.with_system:
             lines.append(f"{self._count(self.with_system)} with the system message of --system")
-        for name, count in self.unwritten.most_common():
-            lines.append(f"{self._count(count)} with `{name}` that the model's chat template drops")
-        return lines
+        return lines + self._unwritten_lines()
+
+    def _unwritten_lines(self) -> list[str]:
+        return [
+            f"{self._count(count)} with `{name}` that the model's chat template drops"
+            for name, count in self.unwritten.most_common()
+        ]
 
     def _special_token_lines(self) -> list[str]:
         if not self.with_specials:
@@ -187,6 +187,25 @@ class PairsReport:
             effect = "encoded as plain text; with --chat-template text they take effect"
         return [
             f"{self._count(self.with_specials)} with special tokens in a text ({names}), {effect}"
+        ]
+
+    def _unknown_token_lines(self) -> list[str]:
+        if not self.with_unknown:
+            return []
+        tokens = f" ({_counted(self.unknown_tokens, 'unknown token')})"
+        return [
+            f"{self._count(self.with_unknown)} with characters or words that the tokenizer "
+            f"does not have{tokens * (self.unknown_tokens > 0)}"
+        ]
+
+    def _truncation_lines(self) -> list[str]:
+        if not self.truncated:
+            return []
+        return [
+            f"{self._count(self.truncated)} cut to {self.max_length:,} tokens: "
+            f"{_counted(self.prompts_cut, 'prompt')} at the start, "
+            f"{_counted(self.completions_cut, 'completion')} at the end, whose stop token is "
+            "not scored"
         ]
 
     @property

@@ -40,6 +40,7 @@ from mlx_dpo.models.quantize import (
     unquantized_notes,
 )
 from mlx_dpo.models.rope import rope_overrides
+from mlx_dpo.phases import phase
 from mlx_dpo.scoring.logps import token_logps
 
 SAMPLE_TEXT = (
@@ -147,7 +148,8 @@ def convert(  # noqa: PLR0913 (one argument for each option of the command)
             _write(path, partial, quantization, trust_remote_code)
             _write_metadata(path, partial, source, quantization)
         written, _ = load.load_lazy_model(partial, source, trust_remote_code=trust_remote_code)
-        difference, tokens = _conversion_error(path, partial, trust_remote_code)
+        with phase("Comparing both models"):
+            difference, tokens = _conversion_error(path, partial, trust_remote_code)
         if not quantization.is_quantized:
             _check_same_model(source, difference, main_dtype(model), main_dtype(written))
         return ConvertReport(
@@ -173,7 +175,8 @@ def _write(
 ) -> None:
     partial.rmdir()  # mlx-lm insists on making the folder
     # mlx-lm prints its progress.
-    with contextlib.redirect_stdout(io.StringIO()), glob_safe(path) as folder:
+    title = "Quantizing" if quantization.is_quantized else "Converting"
+    with phase(title), contextlib.redirect_stdout(io.StringIO()), glob_safe(path) as folder:
         mlx_convert(
             str(folder),
             str(partial),

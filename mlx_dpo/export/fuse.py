@@ -27,6 +27,7 @@ from mlx_dpo.models.license import CARD, inherited_metadata, read_card_metadata
 from mlx_dpo.models.load import LoadedModel, load_lazy_model, load_model
 from mlx_dpo.models.output_folder import check_output_folder, disk_errors, new_output_folder
 from mlx_dpo.models.quantize import DEFAULT_GROUP_SIZE, expected_bytes, quantize_model
+from mlx_dpo.phases import phase
 from mlx_dpo.runs.folder import hub_model_id
 from mlx_dpo.saved_runs.evaluate import load_held_out_pairs, load_named_pairs
 from mlx_dpo.saved_runs.open import (
@@ -227,7 +228,7 @@ def fuse_run(folder: str, output: Path, options: FuseOptions) -> FusedModel:
     policy = _pair_logps(opened, base, pairs)
     with ExitStack() as stack:
         partial = stack.enter_context(new_output_folder(output))
-        with disk_errors(output):
+        with phase("Merging the adapter"), disk_errors(output):
             merge_retention, quantization_notes = _write(partial, base, options, dtype, checkpoint)
             license = inherited_metadata(read_card_metadata(base.path))
             page = make_fused_model_card(
@@ -260,7 +261,8 @@ def convert_to_gguf(fused: FusedModel, options: FuseOptions) -> None:
         ModelError: the converter fails.
     """
     assert options.gguf is not None
-    write_gguf(find_gguf_converter(options.converter), fused.output, options.gguf)
+    with phase(f"Writing {options.gguf}"):
+        write_gguf(find_gguf_converter(options.converter), fused.output, options.gguf)
 
 
 def _find_checkpoint(base: LoadedModel, options: FuseOptions) -> HFCheckpoint | None:
@@ -299,7 +301,8 @@ def _pair_logps(opened: OpenRun, base: LoadedModel, pairs: Sequence[TokenizedPai
     use_generating_function(
         base.model, vocab_size=base.vocab_size, max_length=opened.config.max_length
     )
-    return score_pairs(base.model, pairs, limit=opened.config.pass_limit)
+    with phase("Scoring pairs", len(pairs), unit=opened.config.unit) as advance:
+        return score_pairs(base.model, pairs, limit=opened.config.pass_limit, progress=advance)
 
 
 def _write(

@@ -19,6 +19,7 @@ from mlx_dpo.generation.sampling import (
     make_sampler,
     stream_tokens,
 )
+from mlx_dpo.phases import Advance, phase
 from mlx_dpo.types import Message
 
 PROBE_PROMPT, PROBE_TOKENS = 64, 16  # tokens of a prompt and of an answer in the exactness test
@@ -144,7 +145,8 @@ def generate_tokens(
     if is_batched is None:
         is_batched = len(prompts) > 1 and is_batching_exact(model, prompts, context=context)
     generate = _generate_batched if is_batched else _generate_sequentially
-    answers = generate(model, stop_tokens, prompts, sampling, lengths)
+    with phase("Generating", len(prompts), unit="answers") as advance:
+        answers = generate(model, stop_tokens, prompts, sampling, lengths, advance)
     return [
         answer._replace(limit="length" if length == sampling.max_tokens else "context")
         for answer, length in zip(answers, lengths, strict=True)
@@ -177,6 +179,7 @@ def _generate_batched(
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     lengths: Sequence[int],
+    advance: Advance = lambda count: None,
 ) -> list[GeneratedTokens]:
     from mlx_lm.generate import BatchGenerator
 
@@ -192,6 +195,7 @@ def _generate_batched(
         while responses := generator.next_generated():
             for response in responses:
                 answer = answers[response.uid]
+                advance(response.finish_reason is not None)
                 if response.finish_reason == "stop":
                     answers[response.uid] = answer._replace(stop_token=response.token)
                 else:
@@ -205,12 +209,13 @@ def _generate_sequentially(
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     lengths: Sequence[int],
+    advance: Advance = lambda count: None,
 ) -> list[GeneratedTokens]:
-    sampler = make_sampler(sampling)
-    return [
-        _generate_completion(model, stop_tokens, prompt, sampling, sampler, length)
-        for prompt, length in zip(prompts, lengths, strict=True)
-    ]
+    sampler, answers = make_sampler(sampling), []
+    for prompt, length in zip(prompts, lengths, strict=True):
+        answers.append(_generate_completion(model, stop_tokens, prompt, sampling, sampler, length))
+        advance(1)
+    return answers
 
 
 def _generate_completion(

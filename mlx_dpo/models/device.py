@@ -96,7 +96,7 @@ def prepare_for_cpu(model: nn.Module, dtype: mx.Dtype = mx.float32) -> tuple[str
         notes.append(f"{layers} left quantized (not supported here), which is slow on the CPU")
     if stored - {target}:
         names = " and ".join(sorted(stored - {target}))
-        notes.append(f"{names} weights converted to {target}")
+        notes.append(f"{names} weights converted to {target} (faster on the CPU backend)")
     return tuple(notes)
 
 

@@ -17,6 +17,7 @@ from huggingface_hub.errors import (
 from mlx_dpo.errors import ConfigError, ModelError
 from mlx_dpo.io.hub_token import check_hub_token
 from mlx_dpo.models.license import CARD, LICENSE_PATTERNS
+from mlx_dpo.phases import paused, phase
 
 # Files that mlx-lm and the tokenizers read, and license texts. Pickles, which can run code, are
 # never downloaded.
@@ -74,7 +75,8 @@ def _download(source: str, revision: str | None, patterns: list[str]) -> Path:
     """Download the files that the Hub's local cache lacks, and return the model's folder."""
     check_hub_token()
     try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
+        with phase(f"Looking for {source} on the Hub"), paused():  # it shows progress bars itself
+            return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
     except (HFValidationError, HTTPError, OSError) as error:
         raise ModelError(f"{source}: {_download_message(error, source, revision)}") from error
 

@@ -26,6 +26,7 @@ from mlx_dpo.models.files import (
 )
 from mlx_dpo.models.quantize import quantize_model
 from mlx_dpo.models.rope import rope_notes, rope_overrides
+from mlx_dpo.phases import phase
 
 # Errors of mlx-lm and MLX for invalid files: wrong tensors, values, keys or bytes.
 LOADING_ERRORS = (ValueError, RuntimeError, TypeError, KeyError, OSError)
@@ -61,7 +62,8 @@ class LoadedModel:
     path: Path  # the local folder
     source: str  # as the user named it
     vocab_size: int  # rows of the embedding; ids at or above it must not reach the model
-    notes: tuple[str, ...]  # casts and quantization of the weights, for the user
+    notes: tuple[str, ...]  # what changes results: casts and quantization as asked, and fallbacks
+    storage_notes: tuple[str, ...] = ()  # how memory holds the weights; the results are the same
 
 
 def load_model(
@@ -85,10 +87,32 @@ def load_model(
     if group_size is not None and bits is None:
         raise ConfigError("`group_size` has no effect without `bits`; the model is not quantized")
     path = resolve_model(source, revision=revision, trust_remote_code=trust_remote_code)
+    with phase(f"Loading model {source}"):
+        return _load_from_folder(
+            path,
+            source,
+            bits=bits,
+            group_size=group_size,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+        )
+
+
+def _load_from_folder(
+    path: Path,
+    source: str,
+    *,
+    bits: int | None,
+    group_size: int | None,
+    dtype: str | None,
+    trust_remote_code: bool,
+) -> LoadedModel:
+    """Load the model in the folder `path` as `load_model` says."""
     entries = check_model_folder(path, source, trust_remote_code=trust_remote_code)
     notes = (*rope_notes(entries, source), *tokenizer_notes(path))
     tokenizer = load_tokenizer(path, source, trust_remote_code=trust_remote_code)
     model, config = load_lazy_model(path, source, trust_remote_code=trust_remote_code)
+    storage_notes: tuple[str, ...] = ()
     with loading_errors(source):
         if dtype is not None:
             cast_model(model, getattr(mx, dtype))
@@ -97,12 +121,12 @@ def load_model(
             config, quantization_notes = quantize_model(model, config, bits, group_size)
             notes += (f"weights quantized to {bits} bits, as asked", *quantization_notes)
         if is_cpu():
-            notes += prepare_for_cpu(model, getattr(mx, dtype or "float32"))
+            storage_notes = prepare_for_cpu(model, getattr(mx, dtype or "float32"))
         mx.eval(model.parameters())
     model.freeze()
     model.eval()
     vocab_size = embedding_size(model, config)
-    return LoadedModel(model, tokenizer, config, path, source, vocab_size, notes)
+    return LoadedModel(model, tokenizer, config, path, source, vocab_size, notes, storage_notes)
 
 
 def load_lazy_model(

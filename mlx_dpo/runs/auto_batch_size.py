@@ -12,6 +12,7 @@ from mlx_dpo.data.columns import LENGTHS, column, longest_pairs, longest_row
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.models.device import device_kind
 from mlx_dpo.models.load import LoadedModel
+from mlx_dpo.phases import phase
 from mlx_dpo.profiling import memory
 from mlx_dpo.profiling.device_memory import MemoryBudget, available_memory
 from mlx_dpo.profiling.profile import PassProfile, TrainingPass, profile_training_pass
@@ -91,9 +92,10 @@ def choose_micro_batch_size(
     recorded = (earlier or {}).get("automatic_settings")
     if recorded is not None:  # a resumed run continues bit for bit
         return MicroBatchFit(replace(config, **recorded), 0, available_memory(), is_recorded=True)
-    fitted = fit_micro_batch_size(
-        inputs.base, config, choice, inputs.train, room=available_memory(), measure=False
-    )
+    with phase("Estimating memory"):
+        fitted = fit_micro_batch_size(
+            inputs.base, config, choice, inputs.train, room=available_memory(), measure=False
+        )
     if not force:
         _check_fits(fitted, longest_row(inputs.train))
     return fitted

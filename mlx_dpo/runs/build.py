@@ -20,6 +20,7 @@ from mlx_dpo.models.device import is_cpu
 from mlx_dpo.models.load import LoadedModel
 from mlx_dpo.optim import optimizers
 from mlx_dpo.optim.lr_schedule import learning_rate
+from mlx_dpo.phases import phase
 from mlx_dpo.profiling.memory import trainable_bytes
 from mlx_dpo.reporting.samples import SamplesLog
 from mlx_dpo.runs.folder import RunPaths
@@ -126,7 +127,10 @@ def choose_scorer(base: LoadedModel, config: DPOConfig) -> ScorerChoice:
             with the model's generation.
     """
     wanted = cast(ScorerSetting, config.scorer)
-    with memory_efficient_training(base.model, recompute=bool(config.recompute)):  # as in training
+    with (
+        phase("Checking the scorer"),
+        memory_efficient_training(base.model, recompute=bool(config.recompute)),
+    ):  # as in training
         return select_scorer(
             base.model,
             vocab_size=base.vocab_size,

@@ -1,8 +1,7 @@
 """Load the inputs of a run: the base model and the tokenized pairs."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import date
 from functools import partial
@@ -17,7 +16,7 @@ from mlx_dpo.data.hf_datasets import InMemoryRows
 from mlx_dpo.data.load import check_settings_used, held_out_indices, mix_indices
 from mlx_dpo.data.report import PairsReport
 from mlx_dpo.data.sources import Source, SplitSources, find_sources
-from mlx_dpo.data.tokenization.cache import RowProgress, TokenCache, load_source
+from mlx_dpo.data.tokenization.cache import TokenCache, load_source
 from mlx_dpo.data.tokenization.formatting import TokenRules
 from mlx_dpo.data.tokenization.parallel import TokenizerWorkers
 from mlx_dpo.data.tokenization.tokenize_rows import LoadedPairs, PairRules
@@ -27,6 +26,7 @@ from mlx_dpo.models.device import device_kind, main_dtype
 from mlx_dpo.models.files import code_fingerprint, model_fingerprint, tokenizer_fingerprint
 from mlx_dpo.models.load import LoadedModel, load_model, load_tokenizer
 from mlx_dpo.paths import token_cache_folder
+from mlx_dpo.phases import phase
 from mlx_dpo.schemas.schema import Ranking, RowRules
 from mlx_dpo.types import TokenizedPair
 
@@ -167,17 +167,10 @@ class Datasets:
 NO_DATASETS = Datasets()
 
 
-@contextmanager
-def no_progress(rows: int | None) -> Iterator[Callable[[int], None]]:
-    """Yield a progress callback that shows nothing."""
-    yield lambda more: None
-
-
 def load_configured_source(
     config: DPOConfig,
     base: LoadedModel,
     source: Source,
-    tokenization_progress: RowProgress = no_progress,
 ) -> LoadedPairs[PairDataset]:
     """Load and tokenize one source of pairs (file, folder or dataset) with the run's settings."""
     path, code = base.path, config.trust_remote_code
@@ -187,13 +180,15 @@ def load_configured_source(
     local = Path(base.source).expanduser().is_dir()
     name = os.path.basename(os.path.abspath(path)) if local else base.source
     folder = token_cache_folder()
-    return load_source(
-        source,
-        TokenizerWorkers(base.tokenizer, load, count_processes()),
-        PairRules(token_rules(config, base), row_rules(config), config.bad_pairs),
-        None if folder is None else TokenCache(folder, files, name),
-        progress=tokenization_progress,
-    )
+    title = f"Tokenizing {Path(source.name).name if source.files else source.name}"
+    with phase(title):
+        return load_source(
+            source,
+            TokenizerWorkers(base.tokenizer, load, count_processes()),
+            PairRules(token_rules(config, base), row_rules(config), config.bad_pairs),
+            None if folder is None else TokenCache(folder, files, name),
+            progress=partial(phase, title, unit="rows"),
+        )
 
 
 def load_tokenizer_of_day(
@@ -228,7 +223,6 @@ def load_inputs(
     config: DPOConfig,
     *,
     read: Callable[[DPOConfig], LoadedModel] = load_trainable_base,
-    tokenization_progress: RowProgress = no_progress,
     datasets: Datasets = NO_DATASETS,
     day: date | None = None,
 ) -> Inputs:
@@ -236,7 +230,6 @@ def load_inputs(
 
     Args:
         read: function that loads the base model.
-        tokenization_progress: shows the progress of tokenizing large sources, in rows.
         datasets: pairs passed as Python objects.
         day: day that the chat template prints; None: today.
 
@@ -248,14 +241,8 @@ def load_inputs(
     check_held_out_settings(config, sources)
     base = read(config)
     set_day(base.tokenizer, day or today())
-    train = [
-        load_configured_source(config, base, source, tokenization_progress)
-        for source in sources.train
-    ]
-    held_out = [
-        load_configured_source(config, base, source, tokenization_progress)
-        for source in sources.valid
-    ]
+    train = [load_configured_source(config, base, source) for source in sources.train]
+    held_out = [load_configured_source(config, base, source) for source in sources.valid]
     reports = [loaded.report for loaded in (*train, *held_out)]
     check_settings_used(token_rules(config, base), row_rules(config), reports)
     share = 0.0 if held_out else config.held_out_fraction

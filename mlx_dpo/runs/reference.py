@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from datetime import date
 from functools import partial
 from itertools import chain
@@ -17,13 +17,13 @@ from mlx_dpo import paths as places
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.data.batching import indices_of_steps, steps_per_epoch
 from mlx_dpo.data.sources import STDIN
-from mlx_dpo.data.tokenization.cache import RowProgress
 from mlx_dpo.errors import ConfigError, RunError, reason
 from mlx_dpo.io.atomic import remove_abandoned
 from mlx_dpo.io.notices import notify_once
 from mlx_dpo.models.empty_weights import load_empty_model
 from mlx_dpo.models.files import model_fingerprint
 from mlx_dpo.models.load import LoadedModel, load_model
+from mlx_dpo.phases import Advance, phase
 from mlx_dpo.runs.build import choose_scorer, make_dataset_scorer
 from mlx_dpo.runs.folder import reference_provenance
 from mlx_dpo.runs.inputs import (
@@ -145,7 +145,16 @@ def stored_logps(
 
 
 ProgressCallback = Callable[[int], None]
-ProgressBar = Callable[[int], AbstractContextManager[ProgressCallback]]  # takes the number of pairs
+
+
+def reference_phase(
+    config: DPOConfig, needed: Mapping[str, Sequence[int]]
+) -> AbstractContextManager[Advance]:
+    """Show the phase of computing reference log-probs, if the run computes them here."""
+    if not config.needs_reference or config.reference_model is not None:
+        return nullcontext(lambda pairs: None)
+    total = sum(map(len, needed.values()))
+    return phase("Computing reference log-probs", total, unit=config.unit)
 
 
 Splits = dict[str, Sequence[TokenizedPair]]
@@ -164,8 +173,6 @@ def load_reference_model(config: DPOConfig) -> LoadedModel:
 
 def compute_reference_model_logps(
     config: DPOConfig,
-    scoring_progress: ProgressBar,
-    tokenization_progress: RowProgress,
     datasets: Datasets = NO_DATASETS,
     day: date | None = None,
 ) -> tuple[dict[str, PairLogps], str]:
@@ -185,15 +192,9 @@ def compute_reference_model_logps(
             "write them to a file"
         )
     load_shapes = partial(load_trainable_base, load=load_empty_model)
-    inputs = load_inputs(
-        config,
-        read=load_shapes,
-        tokenization_progress=tokenization_progress,
-        datasets=datasets,
-        day=day,
-    )
+    inputs = load_inputs(config, read=load_shapes, datasets=datasets, day=day)
     other, tokenizer = load_reference_model(config), inputs.base.tokenizer
-    return compute_logps_of_splits(config, other, tokenizer, inputs.splits, scoring_progress)
+    return compute_logps_of_splits(config, other, tokenizer, inputs.splits)
 
 
 def compute_logps_of_splits(
@@ -201,7 +202,6 @@ def compute_logps_of_splits(
     other: LoadedModel,
     tokenizer: TokenizerWrapper,
     splits: Splits,
-    scoring_progress: ProgressBar,
 ) -> tuple[dict[str, PairLogps], str]:
     """Return log-probs of the pairs under the model `other`, and the digest of this model.
 
@@ -211,14 +211,14 @@ def compute_logps_of_splits(
         other: the reference model.
         tokenizer: tokenizer of the policy, with which the pairs were tokenized.
         splits: training and held-out pairs, by the name of the split.
-        scoring_progress: shows the progress in pairs.
     """
     check_same_tokens(other, tokenizer, chain.from_iterable(splits.values()))
     check_context_length(config, other, *splits.values())
     digest = model_fingerprint(other.path)
     score = make_dataset_scorer(config, choose_scorer(other, config))
     needed = needed_pairs(config, splits)
-    with scoring_progress(sum(map(len, needed.values()))) as progress:
+    total = sum(map(len, needed.values()))
+    with phase("Scoring the reference model", total, unit=config.unit) as advance:
         answers = {
             split: cached_reference_logps(
                 other.model,
@@ -227,7 +227,7 @@ def compute_logps_of_splits(
                 device_and_dtype=device_and_dtype(other),
                 score=score,
                 indices=needed[split],
-                progress=progress,
+                progress=advance,
             )
             for split, pairs in splits.items()
         }

@@ -1,4 +1,8 @@
-"""Summarize a run for the terminal, before and after training. Each line has a label and a text."""
+"""Summarize a run for the terminal, before and after training. Each line has a label and a text.
+
+Before training the lines that matter come by default: model, pairs, what is trained, steps, output,
+and whatever is lost, slower or different from what was asked for. With `verbose` all of them come.
+"""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,7 +15,7 @@ from mlx_dpo.adapters.layers import LoRAEmbedding, LoRASwitchLinear, adapter_ran
 from mlx_dpo.adapters.master_weights import forward_dtypes
 from mlx_dpo.adapters.targets import block_paths, has_tied_embeddings
 from mlx_dpo.config.dpo_config import DPOConfig
-from mlx_dpo.data.batching import count_micro_batches
+from mlx_dpo.data.batching import EpochMicroBatches, count_micro_batches
 from mlx_dpo.data.columns import count_shared_pairs, prompt_keys
 from mlx_dpo.io.arrays import named_arrays
 from mlx_dpo.models.device import dtype_name
@@ -132,16 +136,17 @@ QUANTIZED_ON_LOAD = (
 )
 
 
-def summarize_inputs(run: "DPOTrainer") -> list[SummaryLine]:
+def summarize_inputs(run: "DPOTrainer", *, verbose: bool = True) -> list[SummaryLine]:
     """Return the summary lines about the model and the pairs."""
     base, inputs = run.inputs.base, run.inputs
     count = format_count(memory.total_parameters(base.model))
     lines = [("model", f"{base.source}, {count} parameters")]
-    lines += [("", note) for note in base.notes]
+    lines += [("", note) for note in (*base.notes, *(base.storage_notes if verbose else ()))]
     lines += [
         (run.config.unit, f"{len(inputs.train):,} to train on, {len(inputs.valid):,} held out")
     ]
-    lines += [("", line) for report in inputs.reports for line in report.lines()]
+    for report in inputs.reports:
+        lines += [("", line) for line in (report.lines() if verbose else report.warning_lines())]
     if leaked := count_shared_pairs(inputs.valid, inputs.train):
         lines.append(("", f"{leaked:,} of the held-out {run.config.unit} are also trained on"))
     lines += [("", note) for note in describe_held_out_prompts(run.config, inputs)]
@@ -173,24 +178,32 @@ def describe_held_out_prompts(config: DPOConfig, inputs: Inputs) -> list[str]:
     return notes
 
 
-def summarize_training(run: "DPOTrainer") -> list[SummaryLine]:
+def summarize_training(run: "DPOTrainer", *, verbose: bool = True) -> list[SummaryLine]:
     """Return the summary lines about the training that is about to start."""
     quantized = run.config.bits is not None
+    oversized = _summarize_oversized(run)
+    is_fallback = run.choice.name == "plain" and run.config.scorer == "auto"
+    scorer = [("scorer", f"{run.choice.name}: {run.choice.reason}")]
+    memory_needed = [("memory", run.fitted.describe())]
     return [
-        ("reference", describe_reference(run.policy, run.config)),
-        *_summarize_needed_pairs(run),
+        *(_summarize_reference(run) if verbose else []),
         *summarize_trainable(run.policy, run.config, run.inputs.base.config),
         *([("", QUANTIZED_ON_LOAD)] if quantized else []),
-        ("scorer", f"{run.choice.name}: {run.choice.reason}"),
-        ("loss", describe_loss(run.config)),
+        *(scorer if verbose or is_fallback else []),
+        *([("loss", describe_loss(run.config))] if verbose else []),
         ("steps", _describe_steps(run)),
-        *_summarize_best(run),
-        *_summarize_micro_batches(run),
-        *_summarize_samples(run),
-        ("memory", run.fitted.describe()),
+        *([*_summarize_best(run), _summarize_micro_batches(run)] if verbose else []),
+        *[("" if verbose else "micro-batches", line) for line in oversized],
+        *(_summarize_samples(run) if verbose else []),
+        *(memory_needed if verbose or not run.fitted.fits else []),
         ("output", run.config.output + _describe_resume(run)),
         *[("logging", f"{tracker.name}: {tracker.location}") for tracker in run.trackers.trackers],
     ]
+
+
+def _summarize_reference(run: "DPOTrainer") -> list[SummaryLine]:
+    reference = describe_reference(run.policy, run.config)
+    return [("reference", reference), *_summarize_needed_pairs(run)]
 
 
 def _summarize_needed_pairs(run: "DPOTrainer") -> list[SummaryLine]:
@@ -271,42 +284,47 @@ def _describe_steps(run: "DPOTrainer") -> str:
 
 def _summarize_best(run: "DPOTrainer") -> list[SummaryLine]:
     best = run.best
-    return (
-        [("best", best.rule.describe(load_best_at_end=best.load_best_at_end))] if best.rule else []
-    )
+    if best.rule is None:
+        return []
+    return [("best checkpoint", best.rule.describe(load_best_at_end=best.load_best_at_end))]
 
 
-def _summarize_micro_batches(run: "DPOTrainer") -> list[SummaryLine]:
-    """Return the summary lines about the micro-batches: size limit, number, tokens and padding."""
-    config, limit = run.config, run.config.pass_limit
-    counts = count_micro_batches(
+def _count_micro_batches(run: "DPOTrainer") -> EpochMicroBatches:
+    config = run.config
+    return count_micro_batches(
         run.inputs.train,
-        limit,
+        config.pass_limit,
         batch_size=config.batch_size,
         seed=config.seed,
         cost=run.choice.cost,
     )
+
+
+def _summarize_micro_batches(run: "DPOTrainer") -> SummaryLine:
+    """Return the summary line about the micro-batches: size limit, number, tokens and padding."""
+    config, limit, counts = run.config, run.config.pass_limit, _count_micro_batches(run)
     named = ((limit.pairs, config.unit), (limit.tokens, "tokens"))
     bounds = [f"{bound:,} {what}" for bound, what in named if bound is not None]
-    lines = [
-        (
-            "micro-batches",
-            f"of up to {' and '.join(bounds)}: {counts.micro_batches / counts.steps:.3g} per step, "
-            f"{counts.tokens.total / counts.micro_batches:,.0f} tokens each on average, "
-            f"{counts.tokens.padding / counts.tokens.total:.1%} of them padding",
-        )
+    return (
+        "micro-batches",
+        f"up to {' and '.join(bounds)}, about {counts.micro_batches / counts.steps:.2g} per step; "
+        f"{counts.tokens.total / counts.micro_batches:,.0f} tokens on average, "
+        f"{counts.tokens.padding / counts.tokens.total:.1%} padding",
+    )
+
+
+def _summarize_oversized(run: "DPOTrainer") -> list[str]:
+    """Return a text about pairs that exceed the limit of a micro-batch; none if no pair does."""
+    limit, unit = run.config.pass_limit.tokens, run.config.unit
+    counts = None if limit is None else _count_micro_batches(run)
+    if counts is None or not counts.oversized:
+        return []
+    is_single = counts.oversized == 1
+    pairs = f"1 {unit[:-1]} exceeds" if is_single else f"{counts.oversized:,} {unit} exceed"
+    return [
+        f"{pairs} the limit of {limit:,} tokens and {'is' if is_single else 'are'} processed "
+        f"alone; the longest has {counts.longest:,} tokens"
     ]
-    if counts.oversized:
-        is_single = counts.oversized == 1
-        pairs = (
-            f"1 {config.unit[:-1]} takes"
-            if is_single
-            else f"{counts.oversized:,} {config.unit} take"
-        )
-        lines.append(
-            ("", f"{pairs} more and go alone; the longest takes {counts.longest:,} tokens")
-        )
-    return lines
 
 
 def _summarize_samples(run: "DPOTrainer") -> list[SummaryLine]:

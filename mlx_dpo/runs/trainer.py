@@ -13,7 +13,6 @@ import mlx.core as mx
 from mlx_dpo.adapters.adapter_files import save_adapter
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.config.other_trainers import check_trainer_arguments
-from mlx_dpo.data.tokenization.cache import RowProgress
 from mlx_dpo.errors import ConfigError, TrainingError
 from mlx_dpo.losses.metrics import EVAL_PREFIX, step_row, to_public_names
 from mlx_dpo.profiling.device_memory import limited_buffers
@@ -45,14 +44,14 @@ from mlx_dpo.runs.folder import (
     start_adapter_provenance,
     write_record,
 )
-from mlx_dpo.runs.inputs import Datasets, Inputs, load_inputs, no_progress
+from mlx_dpo.runs.inputs import Datasets, Inputs, load_inputs
 from mlx_dpo.runs.reference import (
-    ProgressBar,
     ProgressCallback,
     cached_reference_logps,
     compute_reference_model_logps,
     count_steps,
     needed_pairs,
+    reference_phase,
     stored_logps,
 )
 from mlx_dpo.runs.save_peft import save_peft
@@ -174,32 +173,19 @@ class DPOTrainer:
         self.compute_reference_logps(progress)
         self.restore()
 
-    def load(
-        self,
-        scoring_progress: ProgressBar = no_progress,
-        tokenization_progress: RowProgress = no_progress,
-    ) -> None:
+    def load(self) -> None:
         """Load the base model and the pairs; the run folder is not written.
 
         The log-probs of a separate reference model are computed first; then it is freed.
-
-        Args:
-            scoring_progress: shows the progress of computing the reference log-probs, in pairs.
-            tokenization_progress: shows how many rows of large datasets are tokenized.
         """
         mx.reset_peak_memory()  # earlier work of the same process does not count
         start, day = start_adapter_provenance(self.config), day_of_run(self.earlier)
         if self.config.reference_model is not None:
             self._reference_model_logps, digest = compute_reference_model_logps(
-                self.config, scoring_progress, tokenization_progress, self.datasets, day
+                self.config, self.datasets, day
             )
             start |= {"reference_model": digest}
-        self.inputs: Inputs = load_inputs(
-            self.config,
-            tokenization_progress=tokenization_progress,
-            datasets=self.datasets,
-            day=day,
-        )
+        self.inputs: Inputs = load_inputs(self.config, datasets=self.datasets, day=day)
         check_step_settings(self.config, self.total_steps)
         self.best.check_has_effect(
             every=self.config.eval_steps,
@@ -241,9 +227,15 @@ class DPOTrainer:
         called with the number of pairs done.
         """
         needed = needed_pairs(self.config, self.inputs.splits)
-        with reference_mode(self.policy, self.config):
+        mode = reference_mode(self.policy, self.config)
+        with reference_phase(self.config, needed) as advance, mode:
+
+            def count(pairs: int) -> None:
+                advance(pairs)
+                progress(pairs)
+
             self.reference = {
-                split: self._reference_logps(split, needed[split], progress) for split in SPLITS
+                split: self._reference_logps(split, needed[split], count) for split in SPLITS
             }
 
     def _reference_logps(

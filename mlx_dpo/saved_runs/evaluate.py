@@ -17,6 +17,7 @@ from mlx_dpo.io.arrays import named_arrays
 from mlx_dpo.losses.metrics import to_public_names
 from mlx_dpo.models.files import model_fingerprint, tokenizer_fingerprint
 from mlx_dpo.models.load import LoadedModel
+from mlx_dpo.phases import phase
 from mlx_dpo.runs.build import (
     choose_scorer,
     make_dataset_scorer,
@@ -30,7 +31,6 @@ from mlx_dpo.runs.inputs import (
     load_configured_base,
     load_configured_source,
     load_inputs,
-    no_progress,
     row_rules,
 )
 from mlx_dpo.runs.reference import (
@@ -169,9 +169,7 @@ def _reference_logps(
         return PairLogps(mx.zeros((len(pairs),)), mx.zeros((len(pairs),)))
     if config.reference_model is not None:
         other = load_reference_model(config)
-        answers, now = compute_logps_of_splits(
-            config, other, base.tokenizer, {"valid": pairs}, no_progress
-        )
+        answers, now = compute_logps_of_splits(config, other, base.tokenizer, {"valid": pairs})
         check_provenance(run.paths, run.record, {"reference_model": now})
         return answers["valid"]
     synced_weights = checkpoint.synced_reference_weights(run.paths.checkpoints)
@@ -181,9 +179,16 @@ def _reference_logps(
                 f"{run.paths.checkpoints}: the reference was updated during training, and its "
                 "weights are missing with the checkpoints; restore them"
             )
-        return cached_reference_logps(
-            base.model, pairs, run.record, device_and_dtype=device_and_dtype(base), score=score
-        )
+        device = device_and_dtype(base)
+        with phase("Computing reference log-probs", len(pairs), unit=config.unit) as advance:
+            return cached_reference_logps(
+                base.model,
+                pairs,
+                run.record,
+                device_and_dtype=device,
+                score=score,
+                progress=advance,
+            )
     load_adapter_into(run, base)
     types = {name: value.dtype for name, value in named_arrays(base.model.parameters()).items()}
     weights = [(name, value.astype(types[name])) for name, value in synced_weights.items()]

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.errors import ConfigError, RunError, reason
 from mlx_dpo.io.atomic import write_file
+from mlx_dpo.phases import phase
 from mlx_dpo.reporting import plots
 from mlx_dpo.reporting.console import format_final_metrics
 from mlx_dpo.reporting.curves import make_charts
@@ -87,12 +88,13 @@ def write_report(
     names = shortest_names([run.paths.folder for run in runs])
     settings = _differing_settings(runs)
     details = [_describe_run(*run) for run in zip(runs, names, settings, strict=True)]
-    charts = make_charts([run.rows for run in runs], x_axis=x_axis)
     folder = Path(output).expanduser() if output else runs[0].paths.folder
-    files = {
-        PAGE: render_run_page(details, charts, x_axis).encode(),
-        PLOT: plots.charts_png(charts, names, x_axis),
-    }
+    with phase("Plotting"):
+        charts = make_charts([run.rows for run in runs], x_axis=x_axis)
+        files = {
+            PAGE: render_run_page(details, charts, x_axis).encode(),
+            PLOT: plots.charts_png(charts, names, x_axis),
+        }
     return details, [_write(folder / name, content) for name, content in files.items()]
 
 

@@ -13,6 +13,7 @@ from mlx_dpo.data.batching import pair_metadata
 from mlx_dpo.losses.divergences import Divergence
 from mlx_dpo.losses.log_ratios import LossInputs, log_ratios, token_averages
 from mlx_dpo.losses.metrics import compute_metrics
+from mlx_dpo.phases import phase
 from mlx_dpo.scoring.score_pairs import DatasetScorer
 from mlx_dpo.types import LossOutputs, PairLogps, PreferenceMetrics, ScoredPairs, TokenizedPair
 
@@ -98,7 +99,8 @@ def evaluate(
         score: function that computes log-probs of a dataset without gradients.
         on_policy: function that computes the WPO weights of pairs, (B,); None without WPO.
     """
-    logps = score(policy, pairs)
+    with phase("Evaluating", len(pairs), unit=objective.settings.unit) as advance:
+        logps = score(policy, pairs, progress=advance)
     weights = mx.ones((len(pairs),)) if on_policy is None else on_policy(policy, pairs)
     scored = ScoredPairs(logps, reference, pair_metadata(pairs), weights)
     outputs = objective.compute_outputs(scored, log_ratios(logps, reference))

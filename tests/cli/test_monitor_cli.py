@@ -40,13 +40,13 @@ def record():
 
 def test_a_run_that_stops_early_says_what_it_watches_and_how_it_ended():
     result = train(*OVERSHOOTS, "--metric-for-best-model", "loss", "--load-best-model-at-end",
-                   "--early-stopping-patience", "3")  # fmt: skip
+                   "--early-stopping-patience", "3", "-v")  # fmt: skip
     assert result.exit_code == 0, result.output
     record_data = record()
     step, best = record_data["stopped_early_at"], record_data["best_checkpoint"]
     assert step == best["step"] + 3 < 12
     assert (
-        "best          the run ends with the adapters of the lowest eval_loss; stops after 3 "
+        "best checkpoint the run ends with the adapters of the lowest eval_loss; stops after 3 "
         "evaluations without an improvement\n"
     ) in result.stdout
     assert (
@@ -59,8 +59,8 @@ def test_a_run_that_stops_early_says_what_it_watches_and_how_it_ended():
 
 def test_a_run_that_watches_nothing_says_nothing_of_it():
     shown = train("--batch-size", "4").stdout
-    assert "\nbest " not in shown
-    assert "\nkept " not in shown
+    assert "\nbest checkpoint " not in shown
+    assert "\nearly stop " not in shown
 
 
 def test_an_unknown_metric_gives_a_one_line_error():

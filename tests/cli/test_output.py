@@ -18,7 +18,7 @@ from tests.cli.terminal import TerminalSession
 PACKAGE = Path(__file__).parents[2] / "mlx_dpo"
 WRITERS = {  # the only modules that may write to stdout and stderr
     "cli/output.py": {"click.echo", "print", "sys.stdout.write", "sys.stderr.write"},
-    "reporting/console.py": {"super().__init__"},
+    "reporting/terminal/console.py": {"super().__init__"},
     "chat/response_generator.py": {"print", "sys.stderr.write"},  # a server has no command line
     "cli/cache.py": {"click.confirm"},  # its text is a literal
     "cli/chat/prompt.py": {"input"},

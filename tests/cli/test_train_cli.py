@@ -49,13 +49,33 @@ def test_a_run_says_what_it_does_and_what_to_type_next():
     shown = result.output
     assert "model         base, 121 K parameters" in shown
     assert "pairs         9 to train on, 3 held out" in shown
-    assert "reference: 12 pairs" in shown
     assert "adapters      LoRA, rank 4, alpha 32 on 14 linear layers: 8.7 K parameters" in shown
-    assert "loss          sigmoid, beta 0.1" in shown
     assert "steps         3 of 4 pairs; AdamW, learning rate 0.001, cosine" in shown
     assert "step 1/3  loss 0.6931  margin" in shown
     assert "3 held-out pairs" in shown
     assert shown.endswith("Adapters in run; talk to them with: mlx-dpo chat run\n")
+
+
+def labels(result):
+    lines = result.stdout.partition("step 1/3")[0].splitlines()
+    return [line[:14].strip() for line in lines]
+
+
+def test_the_header_has_the_five_lines_that_matter_and_verbose_adds_the_rest():
+    assert labels(train()) == ["model", "pairs", "adapters", "steps", "output"]
+    result = run("train", "pairs.jsonl", "--model", "base", "--output", "more", *MATTER, "-v")
+    assert [label for label in labels(result) if label] == [
+        "model", "pairs", "reference", "adapters", "scorer", "loss", "steps", "micro-batches",
+        "memory", "output",
+    ]  # fmt: skip
+
+
+def test_the_header_warns_of_pairs_that_are_cut_and_left_out():
+    with Path("pairs.jsonl").open("a") as file:
+        file.write(json.dumps({"prompt": "Why?", "chosen": "same", "rejected": "same"}) + "\n")
+    result = train("--bad-pairs", "drop", "--max-length", "20")
+    assert result.exit_code == 0, result.output
+    assert "left out 1 pair: " in result.stdout and " cut to 20 tokens: " in result.stdout
 
 
 def test_flags_beat_the_file_and_the_file_beats_defaults(tmp_path):

@@ -88,7 +88,10 @@ def test_sixteen_bit_weights_are_widened_on_the_cpu_and_it_is_said(tmp_path):
     held = parameters(base.model)
     assert {v.dtype for v in held.values()} == {mx.float32}
     assert all(mx.array_equal(held[name], stored[name].astype(mx.float32)) for name in stored)
-    assert base.notes == ("bfloat16 weights converted to float32",)
+    assert base.notes == ()
+    assert base.storage_notes == (
+        "bfloat16 weights converted to float32 (faster on the CPU backend)",
+    )
 
 
 def test_an_asked_number_type_is_the_one_held(checkpoint):
@@ -117,7 +120,7 @@ def test_quantising_on_load_gives_the_numbers_of_mlx_lms_quantised_model(tmp_pat
     base = load_model(str(folder), bits=4, group_size=32)
     assert mx.abs(base.model(tokens) - expected).max() < 1e-5 * mx.abs(expected).max()
     assert base.config["quantization"] == {"group_size": 32, "bits": 4, "mode": "affine"}
-    assert any("4-bit" in note for note in base.notes)
+    assert any("4-bit" in note for note in base.storage_notes)
 
 
 def test_layers_whose_width_does_not_divide_are_counted(tmp_path):

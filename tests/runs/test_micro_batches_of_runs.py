@@ -37,7 +37,7 @@ def test_the_header_describes_a_micro_batch(config):
     """9 pairs in steps of 4, 4 and 1: 2 + 2 + 1 micro-batches."""
     trainer, [line] = prepared(config)
     header_line = re.fullmatch(
-        r"of up to 2 pairs: 1.67 per step, (\d+) tokens each on average, (.*)% of them padding",
+        r"up to 2 pairs, about 1.7 per step; (\d+) tokens on average, (.*)% padding",
         line,
     )
     real = sum(map(tokens, trainer.inputs.train))
@@ -48,13 +48,17 @@ def test_the_header_describes_a_micro_batch(config):
 def test_the_header_counts_pairs_longer_than_micro_batch_tokens(config):
     trainer, [first, second] = prepared(replace(config, micro_batch_tokens=1))
     longest = max(map(tokens, trainer.inputs.train))
-    assert first.startswith("of up to 1 tokens: 3 per step, ")
-    assert second == f"9 pairs take more and go alone; the longest takes {longest} tokens"
+    assert first.startswith("up to 1 tokens, about 3 per step; ")
+    assert second == (
+        "9 pairs exceed the limit of 1 tokens and are processed alone; "
+        f"the longest has {longest} tokens"
+    )
+    assert ("micro-batches", second) in summarize_training(trainer, verbose=False)
 
 
 def test_the_header_has_both_limits(config):
     _, [line, *_] = prepared(replace(config, micro_batch_tokens=60, micro_batch_size=3))
-    assert line.startswith("of up to 3 pairs and 60 tokens: ")
+    assert line.startswith("up to 3 pairs and 60 tokens, about ")
 
 
 def test_micro_batch_tokens_limits_micro_batches_and_changes_no_result(config, tmp_path):

@@ -12,6 +12,7 @@ from mlx_dpo.cli import INTERRUPTED
 from mlx_dpo.cli.output import echo
 from mlx_dpo.cli.sampling_flags import DEFAULT_SEED, judge_flags, make_samplings, sampling_flags
 from mlx_dpo.errors import ConfigError
+from mlx_dpo.phases import phase
 
 if TYPE_CHECKING:
     from mlx_dpo.cli.collect.terminal import ReadPrompt
@@ -214,12 +215,9 @@ def _read_typed_prompt(system: str | None) -> "Prompt | None":
 
 def _judge_with_progress(tasks: "TaskSampler", judge: "Judge") -> None:
     from mlx_dpo.collect.sample import judge_all
-    from mlx_dpo.reporting.console import make_console, show_progress
 
     try:
-        with show_progress(
-            make_console(), "judged", total=tasks.remaining, unit="prompts"
-        ) as count:
+        with phase("Judging answers", tasks.remaining, unit="prompts") as count:
             for _ in judge_all(tasks, judge):
                 count(1)
     except KeyboardInterrupt:

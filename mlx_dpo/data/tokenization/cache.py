@@ -23,7 +23,7 @@ from typing import IO, Any
 from mlx_dpo.data.chat_templates.template_date import get_day, is_dated, today
 from mlx_dpo.data.dataset import MappedPairs, PairDataset
 from mlx_dpo.data.files import RowLocations, file_format
-from mlx_dpo.data.report import PairsReport
+from mlx_dpo.data.report import FROM_CACHE, PairsReport
 from mlx_dpo.data.sources import Source
 from mlx_dpo.data.tokenization.pair_file import (
     READ_BYTES,
@@ -51,7 +51,6 @@ SUFFIX = ".pairs"
 MIN_CACHED_BYTES = 1 << 20  # size of files that take about a second to tokenize
 LIBRARIES = ("transformers", "tokenizers", "mlx-lm", "jinja2")  # their versions change tokens
 
-FROM_CACHE = "tokens read from the cache"
 DAMAGED = "the cached tokens were damaged and have been computed again"
 
 # Shows a progress bar for a number of rows, if it is known.

@@ -16,11 +16,11 @@ import pytest
 
 from mlx_dpo.data.chat_templates import template_date as clock
 from mlx_dpo.data.load import load_pairs
+from mlx_dpo.data.report import FROM_CACHE
 from mlx_dpo.data.sources import STDIN, find_sources, resolve_source
 from mlx_dpo.data.tokenization import cache as token_cache
 from mlx_dpo.data.tokenization.cache import (
     DAMAGED,
-    FROM_CACHE,
     TokenCache,
     list_entries,
     load_source,

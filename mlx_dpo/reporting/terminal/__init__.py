@@ -1,0 +1,1 @@
+"""Consoles, the status of long phases and the display of training steps."""
