@@ -63,7 +63,7 @@ def attach_adapters(  # noqa: PLR0913 (one argument for each setting)
     Raises:
         ConfigError: a target matches nothing, `num_layers` has no effect or exceeds the number of
             blocks, or mlx-lm has no DoRA for a layer.
-        ModelError: the model has adapters already, or no adapter is known for a layer's type.
+        ModelError: the model already has adapters, or a layer's type cannot have one.
     """
     paths = select_modules(model, adaptable_modules(model), target_modules, num_layers)
     mx.random.seed(seed % 2**64)
@@ -84,7 +84,7 @@ def attach_adapters_at(
 
     Raises:
         ConfigError: mlx-lm has no DoRA for a layer.
-        ModelError: the model has adapters already, or no adapter is known for a layer's type.
+        ModelError: the model already has adapters, or a layer's type cannot have one.
     """
     _check_no_adapters(model)
     modules = dict(model.named_modules())

@@ -221,7 +221,7 @@ def add_adapter(
         name: Name of the layer for error messages.
 
     Raises:
-        ModelError: no adapter is known for this type of layer.
+        ModelError: this type of layer cannot have an adapter.
         ConfigError: mlx-lm has no DoRA for this type of layer.
     """
     sizes = {"r": rank, "scale": scale, "dropout": dropout}

@@ -108,7 +108,7 @@ class Strings:
 
 @dataclass(frozen=True)
 class Choice:
-    """One of a few values; every other one would change the answer, which is not supported."""
+    """A field with a few supported values; other values would change the answer."""
 
     values: tuple[Any, ...]
 

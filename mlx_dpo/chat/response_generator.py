@@ -50,7 +50,7 @@ class GenerationFailed(BaseException):
 
 
 class _Replies:
-    """What the generation thread puts into the queue of one request.
+    """Replies of the generation thread to one request, in a queue.
 
     If generation starts again after a failure, the handler must not see a second context.
     """

@@ -56,7 +56,7 @@ class ChatSession:
         self.thinking, self.context = thinking, context
         self.system: str | None = None
         self.turns: list[Message] = []
-        # Of the last answers: turns that no longer fit into the context are dropped from `turns`.
+        # Of the answers in `turns`, from which turns beyond the context are dropped.
         self.authors: list[Author] = []
         self._systems: list[str | None] = []  # system message in effect for each answer
         self.switch = switch or AdapterSwitch(model)

@@ -208,7 +208,7 @@ def cli() -> None:
     \b
     mlx-dpo demo                                          see it work in three minutes
     mlx-dpo convert ORG/MODEL --bits 4 --output model     Hugging Face to MLX
-    mlx-dpo plan pairs.jsonl --model model                what training on them is going to need
+    mlx-dpo plan pairs.jsonl --model model                estimate memory and time
     mlx-dpo train pairs.jsonl --model model --output run  DPO with LoRA
     mlx-dpo chat run                                      talk to the result
     """

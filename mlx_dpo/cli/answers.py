@@ -31,7 +31,7 @@ def model_flags(command: Command) -> Command:
         click.option(
             "--thinking/--no-thinking",
             default=None,
-            help="Let a model think first that can. [default: no-thinking]",
+            help="Enable thinking mode, if the model has one. [default: no-thinking]",
         ),
         click.option("--system", metavar="TEXT", help="System message before everything."),
         click.option(
@@ -43,7 +43,7 @@ def model_flags(command: Command) -> Command:
         click.option(
             "--adapter", metavar="FOLDER", help="Adapter on top of --model, mlx-lm's or PEFT's."
         ),
-        click.option("--model", metavar="MODEL", help="A folder or Hub id, in place of a run."),
+        click.option("--model", metavar="MODEL", help="A folder or Hub id, instead of a run."),
     ):
         command = decorate(command)
     return command

@@ -31,13 +31,13 @@ RECIPES = ("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")
 @click.option(
     "--dtype",
     type=click.Choice(DTYPES),
-    help="Number type of weights that are not quantized. [default: the model's own]",
+    help="Dtype of weights that are not quantized. [default: the model's own]",
 )
 @click.option("--revision", metavar="TEXT", help="Hub revision of the model.")
 @click.option(
     "--recipe",
     type=click.Choice(RECIPES),
-    help="Quantize layers to two widths: most to the first, the delicate ones to the second.",
+    help="Mixed precision: most layers at the first width, sensitive layers at the second.",
 )
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with SOURCE.")
 def convert(source: str, output: Path, bits: str | None, **options: Any) -> None:

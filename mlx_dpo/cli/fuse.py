@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 @click.option(
     "--dtype",
     type=click.Choice(DTYPES),
-    help="Number type of the weights. [default: what the model computes in]",
+    help="Dtype of the weights. [default: the model's compute dtype]",
 )
 @click.option(
     "--base-model",

@@ -50,7 +50,7 @@ def sampling_flags(
             if many:
                 help += f" Repeat it for answers of several. [default: {default}]"
             elif field.name == "seed" and default is not None:
-                help = "Seed of the choice."
+                help = "Sampling seed."
             command = click.option(
                 "--" + field.name.replace("_", "-"),
                 type=setting.type,

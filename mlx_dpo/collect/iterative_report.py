@@ -111,7 +111,7 @@ def round_cells(evaluation: Evaluation) -> list[str]:
 def round_page(evaluation: Evaluation) -> str:
     """Return the Markdown page of a round: its results, and some of its answers.
 
-    Beside each answer, the page shows the answers of the initial policy and of the round before.
+    Next to each answer, the page shows the answers of the initial policy and of the round before.
     """
     title = f"Round {evaluation['round']}" if evaluation["round"] else "The base"
     lines = [f"# {title}", "", *_figure_lines(evaluation), ""]

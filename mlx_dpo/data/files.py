@@ -29,7 +29,7 @@ NUMBERED = re.compile(
 )
 LINE, INDEX, NAME_ONLY = range(3)  # kinds of locations
 KIND_BITS, NUMBER_BITS = 2, 36
-NO_ROW = -1  # code in place of a second row
+NO_ROW = -1  # code instead of a second row
 AND = " and "  # between the locations of a pair that was made from two rows
 
 

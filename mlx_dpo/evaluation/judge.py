@@ -138,7 +138,7 @@ def _make_ranking(answer_count: int, verdicts: Sequence[_PairwiseVerdict]) -> Ra
         scores[verdict.second] += WIN - verdict.outcome
     replies = tuple(text for verdict in verdicts for text in verdict.replies)
     ranking = Ranking(tuple(scores), judge_replies=replies)
-    # Of more than two answers, only the verdict on best and worst concerns the preference pair.
+    # With more than two answers, only the verdict on best and worst concerns the preference pair.
     ends = {ranking.best, ranking.worst}
     warnings = [v.warning_about(ranking.best) for v in verdicts if {v.first, v.second} == ends]
     return replace(ranking, warnings=tuple(warning for warning in warnings if warning))

@@ -49,7 +49,7 @@ SAMPLE_TEXT = (
     "comes back, the baker said. After that, the captain waved too."
 )
 
-# Nats per token. The same number type must give the same numbers; a narrower one rounds
+# Nats per token. The same dtype must give the same numbers; a narrower one rounds
 # every weight, to 11 bits (float16) or 8 (bfloat16): small models here move by a thousandth
 # and a hundredth, eight layers of random weights by ten times as much.
 EXACT_TOLERANCE = 1e-4

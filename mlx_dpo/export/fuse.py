@@ -187,7 +187,7 @@ class FusedModel:
 
     output: Path
     bytes: int  # of the weights
-    kind: str  # number type, or bits
+    kind: str  # dtype, or bits
     measured_on: str
     retention: Retention
     merge_retention: MergeRetention | None

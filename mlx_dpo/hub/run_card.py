@@ -96,7 +96,7 @@ def _license_note(*, online: bool, was_requested: bool) -> str:
 
 @dataclass(frozen=True)
 class DataSources:
-    """Where a run's pairs are from: datasets of the Hub, and files of this machine."""
+    """Data sources of a run: datasets of the Hub, and files of this machine."""
 
     public: tuple[str, ...]  # Hub ids of datasets that the Hub says are public
     private: tuple[str, ...]  # other Hub ids: private, gated, or not asked for

@@ -40,7 +40,7 @@ LIBRARY_ERRORS = (
     LookupError,
     StrictDataclassError,
 )
-# Parts of messages about number types and packings that this version of MLX does not know.
+# Parts of messages about dtypes and quantization modes that this version of MLX does not know.
 NEWER_MLX = ("unsupported dtype", "Cannot infer the quantization mode", "Invalid quantization mode")
 # Files from which `tokenizer.json` can be made, and the libraries that this takes.
 SLOW_TOKENIZERS = {"tokenizer.model": "sentencepiece", "tiktoken.model": "tiktoken"}

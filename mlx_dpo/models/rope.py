@@ -103,10 +103,10 @@ def _legacy_settings(rope: Config, known: set[str], where: str) -> dict[str, Any
         return whole
     # Sliding-window layers have at most their own base, and only the other layers are scaled.
     base, has_own = local.pop("rope_theta", None), "rope_local_base_freq" in known
-    alike = local == {name: value for name, value in whole.items() if name not in BY_LAYER}
+    is_same = local == {name: value for name, value in whole.items() if name not in BY_LAYER}
     if (
         rope.keys() != {FULL_ATTENTION, SLIDING_ATTENTION}
-        or not alike
+        or not is_same
         or not (has_own or base == whole.get("rope_theta"))
     ):
         raise ModelError(

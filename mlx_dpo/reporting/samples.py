@@ -76,7 +76,7 @@ class SamplesLog:
     def write(self, item: EvaluationSamples) -> None:
         """Append the samples of an evaluation to the file.
 
-        The samples of an evaluation that a crash kept out of `metrics.jsonl` are there already;
+        The samples of an evaluation that a crash kept out of `metrics.jsonl` already exist;
         they are equal, because sampling depends on seed and weights only.
         """
         if self.latest is not None and item.step <= self.latest.step:

@@ -138,7 +138,7 @@ def _describe_run(run: LoggedRun, name: str, settings: Mapping[str, str]) -> Run
     ]
     metrics = {
         "step": f"{run.step:,}",
-        "judged at": f"{evaluation['step']:,}" if "step" in evaluation else "-",
+        "evaluated at step": f"{evaluation['step']:,}" if "step" in evaluation else "-",
         **format_final_metrics(evaluation, is_noise=verdict is not None and verdict.is_noise),
     }
     findings = [*record.get("warnings", []), *([] if verdict is None else [verdict.text])]

@@ -103,7 +103,7 @@ def parse_messages(value: Any, name: str, location: str) -> tuple[Message, ...]:
     Content parts of type text are joined. Fields that are null are removed.
 
     Raises:
-        DataError: the field is no list of messages.
+        DataError: the field is not a list of messages.
         BadPairError: a content part is no text, such as an image.
     """
     if get_field_type(value, name, location) == "text":

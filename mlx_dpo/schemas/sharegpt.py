@@ -27,7 +27,7 @@ def parse_conversation(row: Row) -> tuple[Message, ...]:
     """Return the messages of the field `conversations`, after the row's `system` if it has one.
 
     Raises:
-        DataError: `conversations` is no list of turns.
+        DataError: `conversations` is not a list of turns.
     """
     turns = row.record.get("conversations")
     if not isinstance(turns, list) or not turns:

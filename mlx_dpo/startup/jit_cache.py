@@ -57,8 +57,8 @@ def user_environment() -> dict[str, str]:
 def is_private(folder: Path) -> bool:
     """Return whether only this user can change what `folder` contains.
 
-    The folder has to be a real folder (no symbolic link) of this user with mode 0700, and nobody
-    else may be able to replace it or a folder above it.
+    The folder has to be a real folder (no symbolic link) of this user with mode 0700, and no
+    other user may be able to replace it or a folder above it.
     """
     try:
         status = folder.lstat()
@@ -72,7 +72,7 @@ def is_private(folder: Path) -> bool:
 
 
 def _is_trusted(folder: Path) -> bool:
-    """Return whether nobody but this user and root can rename the entries of `folder`."""
+    """Return whether only this user and root can rename the entries of `folder`."""
     status = folder.stat()
     if status.st_uid not in (0, os.geteuid()):
         return False

@@ -39,7 +39,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
     add("--repeats", type=int, default=1, help="rounds; medians are taken (default: 1)")
     add("--threads", type=int, default=2, help="threads of every trainer (default: 2)")
     add("--timeout", type=float, default=7200, help="seconds a run may take (default: 7200)")
-    add("--trl-python", type=Path, help="a Python that has trl and peft, in place of a new one")
+    add("--trl-python", type=Path, help="a Python that has trl and peft, instead of a new one")
     add("--cache", type=Path, default=cache_folder() / "bench", help="models and environments")
     add("--csv", type=Path, default=CSV, help="file to append rows to")
     return parser

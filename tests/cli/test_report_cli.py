@@ -71,7 +71,7 @@ def test_several_runs_are_laid_over_each_other_with_the_settings_in_which_they_d
 def test_a_run_that_is_going_on_is_drawn_as_far_as_it_is(folder):
     done = call("going/on", "--x", "tokens", "--output", "part")
     assert done.exit_code == 0, done.output
-    assert re.search(r"step +3 ", done.stdout) and re.search(r"judged at +2 ", done.stdout)
+    assert re.search(r"step +3 ", done.stdout) and re.search(r"evaluated at step +2 ", done.stdout)
     assert "3 of 8, not finished" in (folder / "part/report.html").read_text()
 
 
@@ -85,7 +85,7 @@ def test_figures_are_of_the_saved_adapters_and_warnings_are_repeated(folder):
     }
     edit(folder / "kept/run.json", **changed)
     done = call("kept")
-    assert re.search(r"step +8 ", done.stdout) and re.search(r"judged at +4 ", done.stdout)
+    assert re.search(r"step +8 ", done.stdout) and re.search(r"evaluated at step +4 ", done.stdout)
     assert re.search(r"loss +0\.1250 ", done.stdout)
     page = (folder / "kept/report.html").read_text()
     assert (

@@ -39,7 +39,7 @@ class ValueSize(NamedTuple):
 
 
 class Budget:
-    """What one rendering may still do and build.
+    """Remaining steps and sizes of one rendering.
 
     Args:
         inputs: what the template is given; a longer conversation may become a longer text.

@@ -1,4 +1,4 @@
-"""What the monitor knows of a run: settings, statistics of its pairs, and rows of metrics."""
+"""Input of the monitor: settings, statistics of the pairs, and rows of metrics."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

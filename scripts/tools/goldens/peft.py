@@ -31,7 +31,7 @@ SIZES = {"r": 2, "lora_alpha": 3.0, "lora_dropout": 0.0, "task_type": "CAUSAL_LM
 
 
 def main() -> None:
-    """Write the adapters and, beside them, the logits."""
+    """Write the adapters and, next to them, the logits."""
     shutil.rmtree(FOLDER, ignore_errors=True)
     golden = {
         "made_by": "scripts/tools/goldens/peft.py",

@@ -51,7 +51,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    """Write checkpoints and adapters, and beside them the logits."""
+    """Write checkpoints and adapters, and next to them the logits."""
     shutil.rmtree(FOLDER, ignore_errors=True)
     golden = {
         "made_by": "scripts/tools/goldens/publishing.py",

@@ -86,7 +86,7 @@ KTO: dict[str, Settings] = {
     "kto, weighed": {"desirable_weight": 1.3, "undesirable_weight": 0.6, "beta": 0.4},
     "kto, point at 0": {},  # the mismatched completions have become less likely
 }
-BETA = 0.25  # unless a case says otherwise; not the default, which nobody would miss
+BETA = 0.25  # unless a case sets it; not the default, so that a loss that ignores beta fails
 
 
 class Texts(NamedTuple):

@@ -3,8 +3,8 @@
     python -m venv trl && trl/bin/pip install "trl>=1.16" peft torch   # CPU wheels will do
     trl/bin/python scripts/tools/goldens/trl_sigmoid.py
 
-It needs neither MLX nor this package, and the tests need nothing of it but what both sides
-must agree on. It takes a minute on one core. Run it again whenever models/tiny-chat changes.
+It needs neither MLX nor this package, and the tests use only the numbers, on which both trainers
+must agree. It takes a minute on one core. Run it again whenever models/tiny-chat changes.
 """
 
 import hashlib
@@ -103,7 +103,7 @@ def sha256(data: bytes) -> str:
 
 
 def main() -> None:
-    """Train with TRL and write what it said, beside and then in place."""
+    """Train with TRL and write its numbers, next to the old file and then over it."""
     import torch
 
     torch.set_num_threads(1)  # every sum in one order: the same values again

@@ -107,7 +107,7 @@ def loss_sum(model: Model, part: Shard) -> mx.array:
 def train(
     model: Model, dialogues: Iterator[Dialogue], *, steps: int, size: int, pad: int, seed: int
 ) -> float:
-    """Trains in place. -> the mean loss of the last 50 steps, nats a token."""
+    """Trains in place. -> the mean loss of the last 50 steps, in nats per token."""
     rate = optim.join_schedules(
         [
             optim.linear_schedule(0.0, PEAK_RATE, WARMUP),
