@@ -122,7 +122,7 @@ def read_yaml(path: str) -> YamlSettings:
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         problem = f"the character {text[error.position : error.position + 1]!a} is not allowed"
-        raise ConfigError(f"{path}:{line}: not valid YAML ({problem})") from error
+        raise ConfigError(f"{path}:{line}: not valid YAML ({problem}); fix the line") from error
     except yaml.MarkedYAMLError as error:
         raise _config_error(path, error) from error
     finally:
@@ -139,7 +139,7 @@ def _config_error(path: str, error: yaml.MarkedYAMLError) -> ConfigError:
     mark = error.problem_mark or error.context_mark
     line = f":{mark.line + 1}" if mark else ""
     problem = str(error.problem or error.context or error).splitlines()[0]
-    return ConfigError(f"{path}{line}: not valid YAML ({problem})")
+    return ConfigError(f"{path}{line}: not valid YAML ({problem}); fix the line")
 
 
 def _check_size(root: Any) -> None:

@@ -56,7 +56,9 @@ def split_pairs(config: DPOConfig, *, share: float, output: Path) -> SplitResult
     prompts, rows = _read_prompts(config, sources.train, reports)
     held_out = {rows[i] for i in hold_out_prompts(prompts, share=share, seed=config.seed)}
     if not held_out:
-        raise ConfigError(f"{sources.train[0].name}: holds one pair, and two make a split")
+        raise ConfigError(
+            f"{sources.train[0].name}: contains only one pair; a split needs at least two"
+        )
     splits = {number: VALID if number in held_out else TRAIN for number in rows}
     with atomic_folder(output) as folder:
         left_out = _write_splits(sources.train, splits, folder)
@@ -107,5 +109,5 @@ def _read_prompts(
                 rows.append(number)
             number += 1
     if not prompts:
-        raise DataError(f"{sources[0].name}: no pair in it; give other pairs")
+        raise DataError(f"{sources[0].name}: contains no pairs")
     return prompts, rows

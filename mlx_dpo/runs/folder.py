@@ -382,7 +382,8 @@ def check_resumable(
     if earlier["state"] == "finished":
         steps = earlier.get("stopped_early_at") or earlier["steps"]
         raise RunError(
-            f"{paths.folder}: this run is finished after {steps} steps; choose another --output"
+            f"{paths.folder}: this run is finished after {steps} steps; choose another --output, "
+            f"with --start-adapter {paths.folder} to train this adapter further"
         )
     if not resume:
         raise RunError(

@@ -89,8 +89,12 @@ def test_experts_are_selected_only_if_named():
 @pytest.mark.parametrize(
     ("targets", "num_layers", "message"),
     [
-        (["q_proj", "nope"], None, r"`nope` matches nothing.* it has mlp.down_proj, .*q_proj"),
-        (["nope"], None, "outside of the blocks lm_head, model.embed_tokens"),
+        (
+            ["q_proj", "nope"],
+            None,
+            r"`nope` matches no trainable module.* it has mlp.down_proj, .*q_proj",
+        ),
+        (["nope"], None, "outside the layers lm_head, model.embed_tokens"),
         ([Q[0]], 1, "matches no trainable module of the last 1 blocks"),
         (["lm_head"], 1, "`num_layers` has no effect: no target module is inside the layers"),
         ([], 3, "`num_layers` is 3, but the model has 2 layers"),

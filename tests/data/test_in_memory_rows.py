@@ -57,7 +57,7 @@ def test_columns_and_labels_are_read_from_memory_too():
         ([*ROWS, {"prompt": "a"}], r"^pairs\[5\]: missing `chosen`"),
         ([*ROWS, "text"], r"^pairs\[5\]: expected an object, found text"),
         ([ROWS[0] | {"chosen": "no"}], r"^pairs\[0\]: chosen and rejected are the same text"),
-        ([], r"^pairs: no pair left \(it holds none\)"),
+        ([], r"^pairs: contains no pairs"),
         (ROWS[0], r"^pairs: expected a list of dictionaries or one split of a dataset, found keys"),
         (datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS)), "found keys `train`"),
         (7, "^pairs: expected a list of dictionaries or a dataset, found int"),

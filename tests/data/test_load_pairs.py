@@ -69,9 +69,9 @@ def test_no_pair_left_raises_an_error_with_the_reasons(write, plain):
     with pytest.raises(DataError) as error:
         load_pairs(write(GOOD | {"chosen": ""}), plain, RULES, bad_pairs="drop")
     assert str(error.value) == (
-        "pairs.jsonl: no pair left of 1 (1: a completion is empty); give other pairs"
+        "pairs.jsonl: no usable pair (1 of 1: a completion is empty); give other pairs"
     )
-    with pytest.raises(DataError, match=r"^pairs\.jsonl: no pair left \(it holds none\)"):
+    with pytest.raises(DataError, match=r"^pairs\.jsonl: contains no pairs"):
         load_pairs(write(), plain, RULES)
 
 

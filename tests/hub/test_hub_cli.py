@@ -30,7 +30,9 @@ def test_fuse_prints_the_retained_margin(workplace):
     assert done.exit_code == 0, done.output
     lines = done.output.splitlines()
     assert [line.split()[0] for line in lines] == ["model", "margin", "change", "weights"]
-    assert lines[1].startswith("margin        100.00% kept: ") and "3 held-out pairs" in lines[1]
+    assert (
+        lines[1].startswith("margin        100.00% retained: ") and "3 held-out pairs" in lines[1]
+    )
     done = invoke("fuse", "run", "--output", "small", "--bits", "2")
     assert done.exit_code == 1 and "so it was not written" in done.output
     assert done.output.count("\n") == 1

@@ -79,12 +79,11 @@ def new_report(source: str, rules: TokenRules, rows: RowRules) -> PairsReport:
 
 def check_any_pair(report: PairsReport) -> None:
     """Raise `DataError` if the source has no usable pair; the message counts the reasons."""
-    if not report.used:
-        raise DataError(f"{report.source}: no pair left {_reasons(report)}; give other pairs")
-
-
-def _reasons(report: PairsReport) -> str:
+    if report.used:
+        return
     if not report.read:
-        return "(it holds none)"
-    counts = ", ".join(f"{len(rows)}: {reason}" for reason, rows in report.dropped.items())
-    return f"of {report.read} ({counts})"
+        raise DataError(f"{report.source}: contains no pairs")
+    counts = ", ".join(
+        f"{len(rows)} of {report.read}: {reason}" for reason, rows in report.dropped.items()
+    )
+    raise DataError(f"{report.source}: no usable pair ({counts}); give other pairs")

@@ -105,10 +105,10 @@ def saturated_accuracy(facts: MonitoredRun, first: Row, rows: Sequence[Row]) -> 
     if not (soon and enough) or accuracy is None or accuracy < SATURATED_ACCURACY:
         return None
     return (
-        f"{span(recent)}: {accuracy:.1%} of the pairs are right already, after "
-        f"{rows[-1]['step'] / facts.total_steps:.0%} of the steps: something simple tells chosen "
-        "from rejected; look at their lengths, their first words, and whether one kind of text "
-        "was written by a model and the other not"
+        f"{span(recent)}: accuracy is already {accuracy:.1%} after "
+        f"{rows[-1]['step'] / facts.total_steps:.0%} of the steps: a simple feature separates "
+        "chosen from rejected; check their lengths, their first words, and whether a model wrote "
+        "only one of them"
     )
 
 
@@ -131,7 +131,8 @@ def likelihood_displacement(facts: MonitoredRun, first: Row, rows: Sequence[Row]
     return (
         f"{span(recent)}: chosen completions lose likelihood while the margin grows (log-ratio "
         f"{-lost:.1f} nats, {earlier / facts.beta:.1f} before; margin {margin:.2f}, {less:.2f} "
-        f"before); mix in `sft`, use loss_type `dpop`, a larger beta than {facts.beta:g}, or a "
+        "before); add `sft` to the losses, use loss_type `dpop`, a larger beta than "
+        f"{facts.beta:g}, or a "
         f"smaller learning_rate than {facts.learning_rate:g}"
     )
 
@@ -169,7 +170,9 @@ def _explain_lengths(facts: MonitoredRun, rows: Sequence[Row], correlation: floa
         what = "likelihood displacement" if correlation < 0 else "a gain of likelihood"
         causes.append(f"{change}; {what}, not by itself a preference for {longer} answers")
         remedies += (
-            ["mix in `sft` (`loss_weights`)", "use loss_type `dpop`"] if correlation < 0 else []
+            ["add `sft` to the losses (`loss_weights`)", "use loss_type `dpop`"]
+            if correlation < 0
+            else []
         )
         remedies += [
             f"use a larger beta than {facts.beta:g}",
@@ -179,7 +182,7 @@ def _explain_lengths(facts: MonitoredRun, rows: Sequence[Row], correlation: floa
         causes.append(f"{share}, so that the policy can learn to be {longer}")
         remedies += ["balance the lengths of the pairs", NORMALIZED]
     else:
-        causes.append(f"{share}, so that length alone does not tell chosen from rejected")
+        causes.append(f"{share}, so length alone does not separate chosen from rejected")
         remedies += [] if remedies else [NORMALIZED]
     return f"{'; '.join(causes)}; {', or '.join(remedies)}"
 
@@ -197,8 +200,8 @@ def _shared_change(facts: MonitoredRun, rows: Sequence[Row], correlation: float)
         return None
     change = "gain" if correlation > 0 else "lose"
     return (
-        f"both completions {change} likelihood in each token (chosen {per_token[0]:+.2f} nats, "
-        f"rejected {per_token[1]:+.2f}), so that long ones {change} more"
+        f"chosen and rejected both {change} likelihood per token (chosen {per_token[0]:+.2f} nats, "
+        f"rejected {per_token[1]:+.2f}), so long ones {change} more"
     )
 
 
@@ -212,8 +215,8 @@ def clipped_gradients(facts: MonitoredRun, first: Row, rows: Sequence[Row]) -> s
     if above < CLIPPED_SHARE * len(norms) or median(norms) < CLIPPED_FACTOR * bound:
         return None
     return (
-        f"{span(recent)}: the gradient was clipped in {above} of {len(norms)} steps (median of "
-        f"its norm {median(norms):.3g}, bound {bound:g}): clipping makes all batches count "
+        f"{span(recent)}: the gradient was clipped in {above} of {len(norms)} steps (median norm "
+        f"{median(norms):.3g}, max_grad_norm {bound:g}): clipping makes all batches count "
         "equally; raise max_grad_norm"
     )
 
@@ -234,9 +237,9 @@ def far_from_reference(facts: MonitoredRun, first: Row, rows: Sequence[Row]) -> 
     if abs(away) < MAX_DISTANCE_PER_TOKEN:
         return None
     return (
-        f"{span(recent)}: the policy runs away from the reference (chosen completions are "
-        f"{abs(away):.1f} nats per token {'more' if away > 0 else 'less'} likely): look at what it "
-        f"says now; use a larger beta than {facts.beta:g}, a smaller learning_rate than "
+        f"{span(recent)}: the policy is far from the reference (chosen completions are "
+        f"{abs(away):.1f} nats per token {'more' if away > 0 else 'less'} likely): check its "
+        f"answers; use a larger beta than {facts.beta:g}, a smaller learning_rate than "
         f"{facts.learning_rate:g}, or fewer steps"
     )
 

@@ -268,7 +268,7 @@ def test_an_error_leaves_nothing_behind(write, cache):
     path = write(*ROWS)
     with pytest.raises(DataError, match=r"pairs\.jsonl:1: chosen and rejected are the same text"):
         read(path, cache, replace(RULES, bad_pairs="error"))
-    with pytest.raises(DataError, match="no pair left"):
+    with pytest.raises(DataError, match="no usable pair"):
         read(write(ROWS[0]), cache)
     assert list(cache.folder.iterdir()) == []
 

@@ -86,7 +86,7 @@ def test_in_a_short_run_the_warning_comes_at_the_end():
 
 def test_perfect_accuracy_gives_a_warning_only_early_in_the_run():
     [sentence] = monitor_warnings(**at(rewards_accuracies=lambda s: 0.0 if s <= 2 else 1.0))
-    assert sentence.startswith("steps 3 to 7: 100.0% of the pairs are right already, after 4% of")
+    assert sentence.startswith("steps 3 to 7: accuracy is already 100.0% after 4% of")
     assert monitor_warnings(**at(rewards_accuracies=lambda s: 1.0 if s > 8 else 0.5)) == []
 
 
@@ -106,7 +106,8 @@ def test_likelihood_displacement_gives_a_warning_with_remedies():
     # The mean over the window is first a nat lost when its middle is step 50.
     assert sentence == (
         "steps 41 to 60: chosen completions lose likelihood while the margin grows (log-ratio "
-        "-1.0 nats, -0.6 before; margin 0.20, 0.12 before); mix in `sft`, use loss_type `dpop`, "
+        "-1.0 nats, -0.6 before; margin 0.20, 0.12 before); add `sft` to the losses, use "
+        "loss_type `dpop`, "
         "a larger beta than 0.1, or a smaller learning_rate than 5e-06"
     )
 
@@ -155,17 +156,18 @@ def test_likelihood_lost_in_each_token_is_not_called_a_preference_for_length():
     # Rewards of -0.5 and -1.5 are -5 and -15 nats at beta 0.1: -0.25 and -0.5 in each token.
     assert sentence == (
         "steps 1 to 20: the margin follows the lengths of the completions (correlation -0.89 with "
-        "how much longer chosen is): both completions lose likelihood in each token (chosen -0.25 "
-        "nats, rejected -0.50), so that long ones lose more; likelihood displacement, not by "
-        "itself a preference for shorter answers; chosen is longer in 50.4% of the pairs, so that "
-        "length alone does not tell chosen from rejected; mix in `sft` (`loss_weights`), or use "
-        "loss_type `dpop`, or use a larger beta than 0.1, or use a smaller learning_rate than 5e-06"
+        "how much longer chosen is): chosen and rejected both lose likelihood per token (chosen "
+        "-0.25 nats, rejected -0.50), so long ones lose more; likelihood displacement, not by "
+        "itself a preference for shorter answers; chosen is longer in 50.4% of the pairs, so "
+        "length alone does not separate chosen from rejected; add `sft` to the losses "
+        "(`loss_weights`), or use loss_type `dpop`, or use a larger beta than 0.1, or use a "
+        "smaller learning_rate than 5e-06"
     )
 
 
 def test_likelihood_gained_in_each_token_gets_no_advice_to_mix_in_sft():
     [sentence] = monitor_warnings(length_correlation=0.7, **BOTH_GAIN)
-    assert "both completions gain likelihood in each token" in sentence
+    assert "chosen and rejected both gain likelihood per token" in sentence
     assert "sft" not in sentence
     assert "balance" not in sentence
 
@@ -184,7 +186,7 @@ def test_balanced_pairs_get_no_advice_to_balance_them(run):
     )
     assert "balance" not in sentence
     assert sentence.endswith(
-        "length alone does not tell chosen from rejected; use a loss that divides by lengths "
+        "length alone does not separate chosen from rejected; use a loss that divides by lengths "
         "(`sigmoid_norm`, `simpo`) or `ld_alpha`"
     )
 
@@ -258,8 +260,8 @@ def test_gradients_that_are_always_clipped_are_counted_after_the_warm_up():
     assert monitor_warnings(until=39, **norms) == []
     [sentence] = monitor_warnings(**norms)
     assert sentence == (
-        "steps 21 to 40: the gradient was clipped in 19 of 20 steps (median of its norm 8.5, bound "
-        "1): clipping makes all batches count equally; raise max_grad_norm"
+        "steps 21 to 40: the gradient was clipped in 19 of 20 steps (median norm 8.5, "
+        "max_grad_norm 1): clipping makes all batches count equally; raise max_grad_norm"
     )
     assert monitor_warnings(replace(RUN, max_grad_norm=0.0), **norms) == []
     assert (
@@ -275,7 +277,7 @@ def test_a_policy_that_runs_away_is_measured_in_nats_a_token(reward, how):
     """A reward of 3 is 30 nats at beta 0.1, 1.5 a token at 20 tokens."""
     away = at(rewards_chosen=reward, rewards_margins=8.0)
     [sentence] = monitor_warnings(**away)
-    assert sentence.startswith("steps 1 to 20: the policy runs away from the reference (chosen ")
+    assert sentence.startswith("steps 1 to 20: the policy is far from the reference (chosen ")
     assert f"completions are 1.5 nats per token {how} likely)" in sentence
     assert monitor_warnings(replace(RUN, chosen_tokens=31.0), **away) == []
     assert monitor_warnings(replace(RUN, beta=0.16), **away) == []
