@@ -11,12 +11,10 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from zipfile import ZipFile
 
-import click
 import pytest
-from click.testing import CliRunner
 from packaging.requirements import Requirement
 
-from mlx_dpo.cli import COMMANDS, cli
+from mlx_dpo.cli import COMMANDS
 from mlx_dpo.trackers import TRACKERS
 
 ROOT = Path(__file__).parents[1]
@@ -115,24 +113,6 @@ sys.exit(", ".join({"mlx_lm", "transformers", "huggingface_hub"} & sys.modules.k
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.count("Usage: ") == 1 + len(COMMANDS)
-
-
-def test_descriptions_of_commands_are_complete_on_a_narrow_terminal():
-    shown = CliRunner().invoke(cli, ["--help"], terminal_width=80).output
-    commands = " ".join(shown.partition("\nCommands:\n")[2].split())
-    assert "..." not in commands
-    assert "so that transformers + PEFT can load it too." in commands
-
-
-@pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_and_option_has_help(name):
-    command = cli.get_command(click.Context(cli), name)
-    assert command is not None
-    assert command.get_short_help_str()
-    for option in command.params:
-        if isinstance(option, click.Option):
-            assert option.help, f"{name} {option.opts[0]}"
-            assert not option.help.startswith(" ")
 
 
 def test_every_backend_has_its_extra_and_they_exclude_each_other():

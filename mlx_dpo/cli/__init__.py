@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from mlx_dpo.cli.command import Group
 from mlx_dpo.cli.output import echo, escape_messages_of_libraries, print_traceback, print_warning
 from mlx_dpo.errors import DPOError
 from mlx_dpo.io.notices import LOGGER
@@ -21,30 +22,74 @@ from mlx_dpo.phases import announce
 from mlx_dpo.reporting.terminal.status import status_on_stderr
 from mlx_dpo.terminal_text import escape_controls, escape_line
 
-COMMANDS = (
-    "convert",
-    "data",
-    "plan",
-    "losses",
-    "train",
-    "report",
-    "eval",
-    "chat",
-    "compare",
-    "serve",
-    "generate",
-    "collect",
-    "winrate",
-    "loop",
-    "fuse",
-    "export",
-    "card",
-    "push",
-    "pull",
-    "demo",
-    "doctor",
-    "cache",
-)
+GROUPS = {  # the commands in the order of the help text, with a line for each
+    "Start": {
+        "demo": "convert, train, measure and compare a tiny model in minutes",
+        "doctor": "show versions and limits, and run a self-test of training",
+    },
+    "Data": {
+        "data": "check, show, split and clean preference pairs",
+        "collect": "make pairs from a model's own answers",
+    },
+    "Train": {
+        "plan": "estimate memory and time before training",
+        "convert": "convert a Hugging Face model to MLX, optionally quantized",
+        "train": "train an adapter on pairs: DPO with LoRA",
+        "loop": "collect, train and evaluate in rounds: iterative DPO",
+        "losses": "list the losses with equations and sources",
+    },
+    "Look": {
+        "report": "plot training curves as HTML and PNG",
+        "eval": "measure a run on held-out pairs",
+        "compare": "show answers of base and aligned model side by side",
+        "winrate": "compute the win rate against the base or another model",
+    },
+    "Use": {
+        "chat": "chat with base and aligned model",
+        "generate": "answer one prompt",
+        "serve": "run an OpenAI-compatible server on this machine",
+    },
+    "Share": {
+        "fuse": "merge the adapter into the weights and verify the result",
+        "export": "add PEFT's files to an adapter, for transformers",
+        "card": "write a model card",
+        "push": "upload an adapter to the Hub, private by default",
+        "pull": "download an adapter from the Hub",
+    },
+    "Disk": {
+        "cache": "list or clear cached reference log-probs and tokens",
+    },
+}
+COMMANDS = tuple(name for group in GROUPS.values() for name in group)
+OTHER_NAMES = {  # words of other tools, and what to type here
+    **dict.fromkeys(
+        ("dpo", "sft", "kto", "orpo", "lora", "qlora", "finetune", "fine-tune", "tune", "fit"),
+        "use `mlx-dpo train`",
+    ),
+    **dict.fromkeys(("grpo", "ppo", "rlhf", "online-dpo"), "use `mlx-dpo loop` (iterative DPO)"),
+    **dict.fromkeys(("resume", "continue"), "use `mlx-dpo train --resume --output RUN`"),
+    **dict.fromkeys(("inference", "infer", "predict", "complete"), "use `mlx-dpo generate`"),
+    **dict.fromkeys(("run", "talk"), "use `mlx-dpo chat`"),
+    **dict.fromkeys(("server", "api"), "use `mlx-dpo serve`"),
+    **dict.fromkeys(("upload", "publish"), "use `mlx-dpo push`"),
+    "download": "use `mlx-dpo pull` for an adapter; models are downloaded by the commands that use "
+    "them",
+    **dict.fromkeys(("merge", "gguf"), "use `mlx-dpo fuse`"),
+    **dict.fromkeys(("quantize", "quantise"), "use `mlx-dpo convert --bits 4`"),
+    **dict.fromkeys(
+        ("test", "evaluate", "validate"),
+        "use `mlx-dpo eval` for a run, or `mlx-dpo doctor` for this machine",
+    ),
+    **dict.fromkeys(
+        ("benchmark", "bench"),
+        "use `mlx-dpo eval` for a run, or `mlx-dpo plan` for memory and time",
+    ),
+    **dict.fromkeys(("plot", "curves", "logs"), "use `mlx-dpo report`"),
+    **dict.fromkeys(("dataset", "datasets", "check"), "use `mlx-dpo data check`"),
+    **dict.fromkeys(("split", "show", "clean"), "use `mlx-dpo data`"),
+    **dict.fromkeys(("env", "version", "info"), "use `mlx-dpo doctor`"),
+    "help": "use `mlx-dpo --help`",
+}
 NAME = "mlx-dpo"
 INTERRUPTED = 130  # exit status that shells report for a program stopped by Ctrl-C
 NAME_ERRORS = {
@@ -77,7 +122,7 @@ class NoticePrinter(logging.Handler):
         print_warning(record.getMessage())
 
 
-class Commands(click.Group):
+class Commands(Group):
     """A click group that imports a command's module only when the command is used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -93,10 +138,11 @@ class Commands(click.Group):
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the list of commands to the help text, without shortening their descriptions."""
-        rows = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
-        with formatter.section("Commands"):
-            formatter.write_dl([(n, c.get_short_help_str(limit=200)) for n, c in rows if c])
+        """Write the commands to the help text by group, without importing their modules."""
+        width = max(map(len, COMMANDS))
+        for title, commands in GROUPS.items():
+            with formatter.section(title):
+                formatter.write_dl([(f"{name:<{width}}", text) for name, text in commands.items()])
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -200,18 +246,20 @@ def limit_message(error: BaseException) -> str | None:
         "show_default": True,
         "max_content_width": 100,
     },
+    other_names=OTHER_NAMES,
+    examples=(
+        "mlx-dpo demo                                 see it work in a few minutes",
+        "mlx-dpo data check pairs.jsonl               find problems in your pairs",
+        "mlx-dpo train pairs.jsonl --model MODEL --output run",
+        "mlx-dpo compare run                          what did training change?",
+        "mlx-dpo chat run                             talk to the result",
+    ),
+    epilog="`mlx-dpo COMMAND --help` shows examples and flags. Tab completion for zsh (also bash, "
+    'fish): add `eval "$(_MLX_DPO_COMPLETE=zsh_source mlx-dpo)"` to ~/.zshrc.',
 )
 @click.version_option(package_name="mlx-dpo")
 def cli() -> None:
-    """Align a language model with your preferences, on your own machine.
-
-    \b
-    mlx-dpo demo                                          see it work in three minutes
-    mlx-dpo convert ORG/MODEL --bits 4 --output model     Hugging Face to MLX
-    mlx-dpo plan pairs.jsonl --model model                estimate memory and time
-    mlx-dpo train pairs.jsonl --model model --output run  DPO with LoRA
-    mlx-dpo chat run                                      talk to the result
-    """
+    """Align a language model with your preferences, on your own machine."""
 
 
 def program() -> str:

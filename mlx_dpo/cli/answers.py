@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mlx_dpo.cli.command import FOLDER
 from mlx_dpo.cli.output import can_style, echo, write_style, write_text
 from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.errors import ConfigError
@@ -28,25 +29,54 @@ def model_flags(command: Command) -> Command:
     The flags are `--model`, `--adapter`, `--base`, `--system` and `--thinking`.
     """
     for decorate in (
+        thinking_flag,
         click.option(
-            "--thinking/--no-thinking",
-            default=None,
-            help="Enable thinking mode, if the model has one. [default: no-thinking]",
+            "--system",
+            metavar="MESSAGE",
+            help="System message of the conversation.",
+            show_default="that of the run",
         ),
-        click.option("--system", metavar="TEXT", help="System message before everything."),
         click.option(
             "--base",
             "reference",
             is_flag=True,
             help="Answer with the base model, without the adapter.",
         ),
-        click.option(
-            "--adapter", metavar="FOLDER", help="Adapter on top of --model, mlx-lm's or PEFT's."
-        ),
-        click.option("--model", metavar="MODEL", help="A folder or Hub id, instead of a run."),
+        model_and_adapter_flags,
     ):
         command = decorate(command)
     return command
+
+
+def model_and_adapter_flags(command: Command) -> Command:
+    """Add the flags `--model` and `--adapter` to a command that takes a run or a model."""
+    for decorate in (
+        click.option(
+            "--adapter",
+            type=FOLDER,
+            metavar="FOLDER",
+            help="Adapter to load on top of --model, in mlx-lm's or PEFT's format.",
+        ),
+        click.option(
+            "-m",
+            "--model",
+            type=FOLDER,
+            metavar="MODEL",
+            help="Model instead of a run: a folder or a Hub id.",
+        ),
+    ):
+        command = decorate(command)
+    return command
+
+
+def thinking_flag(command: Command) -> Command:
+    """Add the flag `--thinking` to a command that generates answers."""
+    return click.option(
+        "--thinking/--no-thinking",
+        default=None,
+        help="Enable thinking mode, if the model has one.",
+        show_default="as in the run, else off",
+    )(command)
 
 
 def open_chat(  # noqa: PLR0913 (one argument per flag)

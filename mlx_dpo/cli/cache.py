@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
+from mlx_dpo.cli.command import Command, Group
 from mlx_dpo.cli.output import echo, echo_json
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.io.atomic import abandoned_paths
@@ -74,8 +75,12 @@ def _cache_folders() -> dict[str, CacheFolder]:
     }
 
 
-@click.group(invoke_without_command=True)
-@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of a table.")
+@click.group(
+    cls=Group,
+    invoke_without_command=True,
+    examples=("mlx-dpo cache", "mlx-dpo cache clear --older-than 30"),
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 @click.pass_context
 def cache(ctx: click.Context, as_json: bool) -> None:
     """List the cached reference log-probabilities and tokenized pairs; `cache clear` deletes them.
@@ -100,16 +105,22 @@ def cache(ctx: click.Context, as_json: bool) -> None:
         echo(f"The cache at {cache_folder()} is empty. (Set {CACHE_VARIABLE} to move it.)")
 
 
-@cache.command()
+@cache.command(
+    cls=Command,
+    short_help="delete cached files, after asking",
+    examples=("mlx-dpo cache clear", "mlx-dpo cache clear --older-than 30 --yes"),
+)
 @click.option(
     "--older-than",
     type=click.FloatRange(min=0),
     metavar="DAYS",
-    help="Only entries that no run has read for this many days.",
+    help="Delete only entries that no run has read for this many days.",
 )
-@click.option("--model", metavar="NAME", help="Only entries of this model, as `cache` lists it.")
-@click.option("--only", type=click.Choice(KINDS), help="Only this kind.")
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option(
+    "-m", "--model", metavar="MODEL", help="Delete only entries of this model, as `cache` lists it."
+)
+@click.option("--only", type=click.Choice(KINDS), help="Delete only this kind of entries.")
+@click.option("--yes", is_flag=True, help="Delete without asking.")
 def clear(older_than: float | None, model: str | None, only: str | None, yes: bool) -> None:
     """Delete cached files, after printing their number and size and asking.
 

@@ -5,30 +5,43 @@ from pathlib import Path
 
 import click
 
+from mlx_dpo.cli.command import FILE, FOLDER, Command
 from mlx_dpo.cli.output import echo
 
 
-@click.command()
-@click.argument("run")
-@click.option("--name", metavar="ORG/NAME", default="ORG/NAME", help="Repository of the adapter.")
-@click.option(
-    "--base-model", "base", metavar="ORG/NAME", help="Hub id of the base, if RUN names a folder."
+@click.command(
+    cls=Command,
+    examples=(
+        "mlx-dpo card run --name me/my-adapter",
+        "mlx-dpo card run --name me/my-adapter --prompts prompts.txt --overwrite",
+    ),
+    renamed={"--base": "use --base-model ORG/NAME"},
 )
-@click.option("--prompts", metavar="FILE", help="Prompts for samples before and after training.")
+@click.argument("run", type=FOLDER)
+@click.option(
+    "--name", metavar="ORG/NAME", default="ORG/NAME", help="Hub repository of the adapter."
+)
+@click.option(
+    "--base-model", "base", metavar="ORG/NAME", help="Hub id of the base model, if it is a folder."
+)
+@click.option(
+    "--prompts", type=FILE, metavar="FILE", help="Prompts for samples before and after training."
+)
 @click.option(
     "--samples",
     type=click.IntRange(min=0),
-    help="Number of samples; held-out prompts without --prompts. [default: 0; 3 of --prompts]",
+    help="Number of samples, of --prompts or of the held-out prompts.",
+    show_default="0; with --prompts 3",
 )
 @click.option(
     "--online",
     is_flag=True,
-    help="Ask the Hub for the license of the base, and which datasets are public.",
+    help="Ask the Hub for the license of the base model, and which datasets are public.",
 )
 @click.option(
     "--show-private",
     is_flag=True,
-    help="Name datasets of the Hub that are not known to be public.",
+    help="Name the Hub datasets that are not known to be public.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace an existing README.md.")
 def card(  # noqa: PLR0913 (one argument per flag)
@@ -43,9 +56,9 @@ def card(  # noqa: PLR0913 (one argument per flag)
 ) -> None:
     """Write a model card into RUN: README.md with training data, results and usage.
 
-    Names of files and of private or gated datasets, prompts and answers are not on the card,
-    unless --show-private, --samples or --prompts asks for them.
-    Edit the file as you like; `push` uploads it.
+    File names, names of private or gated datasets, prompts and answers are left out, unless
+    --show-private, --samples or --prompts asks for them. Edit the file as you like; `push` uploads
+    it.
     """
     from mlx_dpo.hub.run_card import check_no_card, make_run_card, write_card
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mlx_dpo.cli.command import FILE, Command
 from mlx_dpo.cli.output import echo
 from mlx_dpo.cli.sampling_flags import sampling_flags
 from mlx_dpo.config.sampling import Sampling
@@ -28,26 +29,35 @@ STYLES = {
 }  # fmt: skip
 
 
-@click.command()
-@click.argument("words", nargs=-1, required=True, metavar="RUN... [PROMPTS]")
-@click.option("--html", metavar="FILE", help="Also write a self-contained HTML page.")
+@click.command(
+    cls=Command,
+    examples=(
+        "mlx-dpo compare run --html compare.html",
+        "mlx-dpo compare run another-run prompts.txt",
+    ),
+    aliases={"--prompts": ""},
+)
+@click.argument("words", nargs=-1, required=True, metavar="RUN... [PROMPTS]", type=FILE)
+@click.option("--html", type=FILE, metavar="FILE", help="Also write a self-contained HTML page.")
 @click.option(
+    "-n",
     "--limit",
     type=click.IntRange(min=0),
     default=DEFAULT_LIMIT,
-    help="Number of prompts, from the beginning; 0 for all.",
+    help="Number of prompts, from the beginning; 0 = all.",
 )
-@sampling_flags(temperature=0.0, max_tokens=256)
+@sampling_flags(
+    temperature=0.0,
+    max_tokens=256,
+    remarks={"temperature": "The default gives the same answers each time."},
+)
 def compare(words: tuple[str, ...], html: str | None, limit: int, **settings: Any) -> None:
     """Compare answers of RUN with those of the model it started from, or of several RUNs.
 
-    PROMPTS is a file of prompts or of pairs; without it, the run's held-out prompts are used.
+    PROMPTS is a file of prompts or of pairs, also given as --prompts FILE; without it, the run's
+    held-out prompts are used.
     Each token is shaded by log π − log π_ref, to show what training changed. A table below shows
     length, repetition, and the number of English refusals.
-
-    \b
-    mlx-dpo compare run --html compare.html
-    mlx-dpo compare run another-run prompts.txt
     """
     runs, prompts = _split_runs_and_prompts(words)
     page = None if html is None else _html_path(html)

@@ -6,47 +6,85 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mlx_dpo.cli.command import FOLDER, Command
 from mlx_dpo.config.model import BITS, DTYPES, MODES
 
 if TYPE_CHECKING:
     from mlx_dpo.export.convert import ConvertReport
 
+QUANTIZE_BITS = "4"  # of --quantize, as in mlx-lm
 RECIPES = ("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")
 
 
-@click.command()
-@click.argument("source")
-@click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.command(
+    cls=Command,
+    examples=(
+        "mlx-dpo convert Qwen/Qwen3-0.6B --bits 4 --output model",
+        "mlx-dpo convert checkpoint --dtype bfloat16 --output model",
+    ),
+    aliases={
+        "--hf-path": "",
+        "--q-bits": "--bits",
+        "--q-group-size": "--group-size",
+        "--q-mode": "--mode",
+        "--quant-predicate": "--recipe",
+        "--mlx-path": "--output",
+    },
+    renamed={
+        "--upload-repo": "upload the folder with `hf upload`",
+        "--dequantize": "not supported; convert the unquantized checkpoint",
+    },
+)
+@click.argument("source", type=FOLDER)
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="New folder to write.",
+)
 @click.option(
     "--bits",
     type=click.Choice([str(bits) for bits in BITS]),
     help="Quantize the weights to this many bits.",
+    show_default="not quantized",
 )
+@click.option("-q", "--quantize", is_flag=True, help="Quantize the weights to 4 bits.")
 @click.option(
-    "--group-size", type=int, help="Weights that share a scale: 32, 64 or 128. [default: 64]"
+    "--group-size",
+    type=int,
+    help="Weights that share a quantization scale: 32, 64 or 128.",
+    show_default="64",
 )
-@click.option(
-    "--mode", type=click.Choice(MODES), default="affine", help="How quantized weights are packed."
-)
+@click.option("--mode", type=click.Choice(MODES), default="affine", help="Quantization format.")
 @click.option(
     "--dtype",
     type=click.Choice(DTYPES),
-    help="Dtype of weights that are not quantized. [default: the model's own]",
+    help="Dtype of weights that are not quantized.",
+    show_default="the model's own",
 )
-@click.option("--revision", metavar="TEXT", help="Hub revision of the model.")
+@click.option("--revision", metavar="REVISION", help="Hub revision of the model.")
 @click.option(
     "--recipe",
     type=click.Choice(RECIPES),
-    help="Mixed precision: most layers at the first width, sensitive layers at the second.",
+    help="Mixed-precision recipe: most layers at the first width, sensitive layers at the second.",
 )
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with SOURCE.")
-def convert(source: str, output: Path, bits: str | None, **options: Any) -> None:
+def convert(
+    source: str,
+    output: Path,
+    bits: str | None,
+    quantize: bool,
+    **options: Any,
+) -> None:
     """Convert SOURCE, a Hub id or a folder, to MLX's layout, and check the result.
 
-    Only safetensors files are read. The output folder is written complete or not at all. The
-    log-probabilities of an English text are computed before and after the conversion, and the
-    difference is printed.
+    Only safetensors files are read. Output is written atomically. The log-probabilities of an
+    English text are computed before and after the conversion, and the difference is printed.
+    mlx-lm's flags are accepted as well (-q, --q-bits, --hf-path, --mlx-path).
     """
+    bits = bits or (QUANTIZE_BITS if quantize else None)
     from mlx_dpo.export import convert as conversion
     from mlx_dpo.reporting.console import make_console, print_label_table
 

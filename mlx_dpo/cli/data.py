@@ -8,13 +8,22 @@ from typing import Any
 
 import click
 
+from mlx_dpo.cli.command import FILE, FOLDER, Command, Group
 from mlx_dpo.cli.output import echo, echo_json
-from mlx_dpo.cli.train import SettingsCommand, read_settings, setting_flags, typed_settings
+from mlx_dpo.cli.setting_flags import (
+    SettingsCommand,
+    check_none_missing,
+    config_flag,
+    pairs_argument,
+    read_settings,
+    setting_flags,
+    typed_settings,
+)
 from mlx_dpo.config.dpo_config import DPOConfig, get_settings
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.phases import phase
 
-Command = Callable[..., Any]
+CommandFunction = Callable[..., Any]
 ROW_SETTINGS = (
     "split",
     "schema",
@@ -28,63 +37,72 @@ SCAN_SETTINGS = (
 )  # fmt: skip
 
 
-@click.group()
+@click.group(
+    cls=Group,
+    examples=(
+        "mlx-dpo data example --output pairs.jsonl",
+        "mlx-dpo data check pairs.jsonl --model model",
+        "mlx-dpo data show pairs.jsonl --model model",
+        "mlx-dpo data clean pairs.jsonl --output clean.jsonl",
+        "mlx-dpo data split clean.jsonl --output data",
+    ),
+)
 def data() -> None:
-    """Check, show, split and clean preference pairs before training.
-
-    \b
-    mlx-dpo data example --output pairs.jsonl          write ten example pairs
-    mlx-dpo data check pairs.jsonl --model MODEL       list dropped, odd and wrong rows
-    mlx-dpo data show pairs.jsonl --model MODEL        show pairs as the model sees them
-    mlx-dpo data split pairs.jsonl --output folder     train.jsonl, valid.jsonl; no prompt in both
-    mlx-dpo data clean pairs.jsonl --output new.jsonl  write the rows without errors
-    """
+    """Check, show, split and clean preference pairs before training."""
 
 
-def _flags(*names: str) -> Callable[[Command], Command]:
+def _flags(
+    *names: str, shows_required: bool = False
+) -> Callable[[CommandFunction], CommandFunction]:
     """Return a decorator that adds the argument PAIRS, `--config` and the flags of some settings.
 
     Args:
         names: Names of the settings.
+        shows_required: Whether the command cannot do without required settings, such as the model.
     """
     wanted = [get_settings()[name] for name in names]
 
-    def decorate(command: Command) -> Command:
-        command = setting_flags(lambda spec: spec in wanted)(command)
-        config = click.option("--config", "config_file", metavar="FILE", help="YAML of settings.")
-        return click.argument("pairs", nargs=-1)(config(command))
+    def decorate(command: CommandFunction) -> CommandFunction:
+        command = setting_flags(lambda spec: spec in wanted, shows_required=shows_required)(command)
+        return pairs_argument(config_flag(command))
 
     return decorate
 
 
-def _read_config(flags: dict[str, Any]) -> DPOConfig:
+def _read_config(flags: dict[str, Any], required: tuple[str, ...] = ("pairs",)) -> DPOConfig:
     """Return the settings of the `--config` file, overridden by flags on the command line."""
     config_file = flags.pop("config_file")
     values = read_settings(config_file) if config_file else {}
     values |= typed_settings(click.get_current_context(), flags)
-    if not values.get("pairs"):
-        name = click.get_current_context().command.name
-        raise ConfigError(f"PAIRS is missing; see `mlx-dpo data {name} --help`")
+    check_none_missing(click.get_current_context(), values, required)
     return DPOConfig.from_dict(values)
 
 
-@data.command()
-@click.option("--all", "all_pairs", is_flag=True, help="The demo's 1,200 pairs, for tiny-chat.")
+@data.command(
+    cls=Command,
+    short_help="print or write ten example pairs",
+    examples=(
+        "mlx-dpo data example",
+        "mlx-dpo data example --output pairs.jsonl",
+        "mlx-dpo data example --all --output pairs",
+    ),
+)
 @click.option(
+    "--all", "all_pairs", is_flag=True, help="Write the demo's 1,200 pairs for tiny-chat instead."
+)
+@click.option(
+    "-o",
     "--output",
+    type=FILE,
     metavar="FILE",
-    help="New file to write; with --all a new folder. [default: print the pairs]",
+    help="New file to write; with --all a new folder.",
+    show_default="print the pairs",
 )
 def example(all_pairs: bool, output: str | None) -> None:
     """Print or write ten example pairs, to see what a pair looks like.
 
     With --all, write the pairs of the demo instead: 1,000 in train.jsonl and 200 in valid.jsonl.
     They teach the shipped model tiny-chat to answer politely.
-
-    \b
-    mlx-dpo data example
-    mlx-dpo data example --output pairs.jsonl
-    mlx-dpo data example --all --output pairs
     """
     if all_pairs and output is None:
         raise ConfigError("missing --output; --all writes a folder")
@@ -107,9 +125,18 @@ def example(all_pairs: bool, output: str | None) -> None:
         echo(f"Check them: {program()} data check {shlex.quote(output)}")
 
 
-@data.command(cls=SettingsCommand)
-@click.option("--strict", is_flag=True, help="Exit with 1 if there is an error.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object, with every place.")
+@data.command(
+    cls=SettingsCommand,
+    short_help="report dropped, odd and wrong rows, with line numbers",
+    examples=(
+        "mlx-dpo data check pairs.jsonl --model model",
+        "mlx-dpo data check train.jsonl --valid valid.jsonl --strict",
+    ),
+)
+@click.option("--strict", is_flag=True, help="Exit with status 1 if there is an error.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object, with every line number."
+)
 @_flags(*ROW_SETTINGS, *SCAN_SETTINGS)
 def check(strict: bool, as_json: bool, **flags: Any) -> None:
     """Report how `train` would use PAIRS, and which rows are dropped, odd or wrong.
@@ -133,17 +160,33 @@ def check(strict: bool, as_json: bool, **flags: Any) -> None:
     sys.exit(1 if strict and results.error_count else 0)
 
 
-@data.command(cls=SettingsCommand)
-@click.option("-n", "count", type=click.IntRange(1), default=3, help="Pairs to show.")
-@click.option("--row", type=click.IntRange(0), help="The row at this line or index instead.")
-@_flags(*ROW_SETTINGS, *SCAN_SETTINGS)
+@data.command(
+    cls=SettingsCommand,
+    short_help="show pairs as the model sees them",
+    examples=(
+        "mlx-dpo data show pairs.jsonl --model model",
+        "mlx-dpo data show pairs.jsonl --model model --row 17",
+    ),
+)
+@click.option(
+    "-n",
+    "--limit",
+    "count",
+    type=click.IntRange(1),
+    default=3,
+    help="Number of pairs, from the beginning.",
+)
+@click.option(
+    "--row", type=click.IntRange(0), help="Show the row at this line number or index instead."
+)
+@_flags(*ROW_SETTINGS, *SCAN_SETTINGS, shows_required=True)
 def show(count: int, row: int | None, **flags: Any) -> None:
     """Show pairs as the model sees them: prompt, scored tokens and truncated tokens.
 
     Scored tokens count in the loss. A mark before each line, and its color, tell the three kinds
     apart; control tokens are in brackets.
     """
-    config = _read_config(flags)
+    config = _read_config(flags, required=("pairs", "model"))
     if row is not None and _was_typed("count"):
         raise ConfigError("`-n` has no effect together with --row")
 
@@ -158,18 +201,25 @@ def show(count: int, row: int | None, **flags: Any) -> None:
         print_pair(console, preview.location, preview.notes, preview.segments)
 
 
-@data.command(cls=SettingsCommand)
+@data.command(
+    cls=SettingsCommand,
+    short_help="write train.jsonl and valid.jsonl; no prompt is in both",
+    examples=("mlx-dpo data split pairs.jsonl --valid-fraction 0.1 --output data",),
+    renamed={"--valid": "use --valid-fraction"},
+)
 @click.option(
     "--valid-fraction", "share", default=0.05, help="Fraction of the pairs to hold out.",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
 )  # fmt: skip
-@click.option("--output", required=True, metavar="DIR", help="New folder to write.")
+@click.option(
+    "-o", "--output", type=FOLDER, required=True, metavar="FOLDER", help="New folder to write."
+)
 @_flags(*ROW_SETTINGS, "bad_pairs", "seed")
 def split(share: float, output: str, **flags: Any) -> None:
     """Split PAIRS into train.jsonl and valid.jsonl; no prompt is in both. Rows are not changed.
 
     The held-out rows are those that `train --valid-fraction` would hold out with the same --seed.
-    `train DIR` uses both files.
+    `train FOLDER` uses both files.
     """
     config = _read_config(flags)
 
@@ -186,12 +236,24 @@ def split(share: float, output: str, **flags: Any) -> None:
     echo(f"{output}: {result.rows['train']:,} rows to train on, {result.rows['valid']:,} held out")
 
 
-@data.command(cls=SettingsCommand)
+@data.command(
+    cls=SettingsCommand,
+    short_help="write the rows in which `check` finds no errors",
+    examples=(
+        "mlx-dpo data clean pairs.jsonl --output clean.jsonl",
+        "mlx-dpo data clean pairs.jsonl --drop duplicate-pair --output clean.jsonl",
+    ),
+)
 @click.option(
-    "--drop", multiple=True, metavar="FINDING",
-    help="A finding whose rows go; repeat it. [default: all errors]",
-)  # fmt: skip
-@click.option("--output", required=True, metavar="FILE", help="New `.jsonl` file to write.")
+    "--drop",
+    multiple=True,
+    metavar="FINDING",
+    help="Drop the rows that have this finding of `data check`; repeat it for several.",
+    show_default="all errors",
+)
+@click.option(
+    "-o", "--output", type=FILE, required=True, metavar="FILE", help="New `.jsonl` file to write."
+)
 @_flags(*ROW_SETTINGS, *(name for name in SCAN_SETTINGS if name != "pair_labelled"))
 def clean(drop: tuple[str, ...], output: str, **flags: Any) -> None:
     """Write PAIRS without the rows in which `check` finds errors; other rows are not changed.

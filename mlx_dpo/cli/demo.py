@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from mlx_dpo.cli.command import FOLDER, Command
 from mlx_dpo.units import format_bytes
 
 if TYPE_CHECKING:
@@ -16,9 +17,14 @@ if TYPE_CHECKING:
 SHOWN = 6  # prompts in the table of sampled answers
 
 
-@click.command()
+@click.command(cls=Command, examples=("mlx-dpo demo",))
 @click.option(
-    "--output", default="mlx-dpo-demo", metavar="DIR", help="Folder for the model and the run."
+    "-o",
+    "--output",
+    type=FOLDER,
+    default="mlx-dpo-demo",
+    metavar="FOLDER",
+    help="Folder for the model and the run.",
 )
 def demo(output: str) -> None:
     """Convert a tiny chat model, align it with DPO, measure it and compare its answers.

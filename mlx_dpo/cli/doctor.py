@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mlx_dpo.cli.command import Command
 from mlx_dpo.cli.output import echo, echo_json
 from mlx_dpo.units import format_bytes
 
@@ -15,9 +16,9 @@ if TYPE_CHECKING:
 BACKENDS = {"cpu": "CPU", "metal": "Metal", "cuda": "CUDA"}
 
 
-@click.command()
+@click.command(cls=Command, examples=("mlx-dpo doctor", "mlx-dpo doctor --json > report.json"))
 @click.option(
-    "--json", "as_json", is_flag=True, help="Write one JSON object without personal data."
+    "--json", "as_json", is_flag=True, help="Print one JSON object without personal data."
 )
 def doctor(as_json: bool) -> None:
     """Show versions, device and limits, and run a self-test of training on this device.

@@ -2,23 +2,30 @@
 
 import click
 
+from mlx_dpo.cli.command import FILE, FOLDER, Command
 from mlx_dpo.cli.output import echo_json
 
 
-@click.command()
-@click.argument("run")
-@click.argument("pairs", required=False)
+@click.command(
+    cls=Command,
+    examples=(
+        "mlx-dpo eval run               on the run's held-out pairs",
+        "mlx-dpo eval run new.jsonl     on other pairs",
+    ),
+)
+@click.argument("run", type=FOLDER)
+@click.argument("pairs", required=False, type=FILE)
 @click.option(
     "--bad-pairs",
     type=click.Choice(["error", "drop"]),
-    help="What to do with pairs of PAIRS that cannot be scored. [default: as the run]",
+    help="What to do with pairs of PAIRS that cannot be scored.",
+    show_default="as in the run",
 )
-@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of a table.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 def eval(run: str, pairs: str | None, bad_pairs: str | None, as_json: bool) -> None:
     """Evaluate the policy of RUN against its reference, on PAIRS or on its held-out pairs.
 
-    PAIRS is a file, a folder or a dataset on the Hub. Of a folder or dataset the held-out split is
-    used.
+    PAIRS is a file, or a folder or dataset on the Hub, of which the held-out split is used.
 
     Loss, rewards, margins, accuracies and log-probabilities are means over pairs, with TRL's
     metric names.

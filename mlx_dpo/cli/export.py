@@ -2,18 +2,27 @@
 
 import click
 
+from mlx_dpo.cli.command import FOLDER, Command
 from mlx_dpo.cli.output import echo
 
 
-@click.command()
-@click.argument("run")
+@click.command(
+    cls=Command,
+    examples=(
+        "mlx-dpo export run",
+        "mlx-dpo export run --base-model Qwen/Qwen2.5-0.5B-Instruct",
+    ),
+    renamed={"--base": "use --base-model MODEL"},
+)
+@click.argument("run", type=FOLDER)
 @click.option(
     "--base-model",
     "base",
+    type=FOLDER,
     metavar="MODEL",
-    help="The Hugging Face checkpoint that the run's model was made from: a folder or a Hub id.",
+    help="Hugging Face checkpoint that the run's model was made from: a folder or a Hub id.",
 )
-@click.option("--revision", metavar="TEXT", help="Hub revision of --base-model.")
+@click.option("--revision", metavar="REVISION", help="Hub revision of --base-model.")
 def export(run: str, base: str | None, revision: str | None) -> None:
     """Add PEFT's files to the adapter of RUN, so that transformers + PEFT can load it too.
 

@@ -5,60 +5,90 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mlx_dpo.cli.command import FILE, FOLDER, Command
 from mlx_dpo.config.model import BITS, DTYPES
 
 if TYPE_CHECKING:
     from mlx_dpo.export.fuse import FusedModel
 
 
-@click.command()
-@click.argument("run")
-@click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.command(
+    cls=Command,
+    examples=(
+        "mlx-dpo fuse run --output fused",
+        "mlx-dpo fuse run --output fused --to hf --gguf model.gguf \\",
+        "  --converter llama.cpp/convert_hf_to_gguf.py",
+    ),
+    renamed={"--base": "use --base-model FOLDER"},
+)
+@click.argument("run", type=FOLDER)
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="New folder to write.",
+)
 @click.option(
     "--to",
     type=click.Choice(["mlx", "hf"]),
     default="mlx",
-    help="MLX's layout, or the Hugging Face checkpoint with other weights.",
+    help="`mlx`: MLX's layout; `hf`: the Hugging Face checkpoint with the trained weights.",
 )
 @click.option(
     "--bits",
     type=click.Choice([str(bits) for bits in BITS]),
     help="Quantize the result to this many bits, which may undo the training.",
+    show_default="not quantized",
 )
 @click.option(
-    "--group-size", type=int, help="Weights that share a scale, with --bits. [default: 64]"
+    "--group-size",
+    type=int,
+    help="Weights that share a quantization scale, with --bits.",
+    show_default="64",
 )
 @click.option(
     "--dtype",
     type=click.Choice(DTYPES),
-    help="Dtype of the weights. [default: the model's compute dtype]",
+    help="Dtype of the weights.",
+    show_default="the compute dtype of the run",
 )
 @click.option(
     "--base-model",
     "base",
+    type=FOLDER,
     metavar="FOLDER",
-    help="With --to hf: the checkpoint that the model was made from.",
+    help="With --to hf: the Hugging Face checkpoint that the run's model was made from.",
 )
 @click.option(
-    "--pairs", metavar="PAIRS", help="Pairs to measure on. [default: the run's held-out pairs]"
+    "--pairs",
+    type=FILE,
+    metavar="PAIRS",
+    help="Pairs to measure on.",
+    show_default="the held-out pairs of the run",
 )
 @click.option(
     "--min-retained",
     type=click.FloatRange(0, 1),
+    metavar="FRACTION",
     default=0.9,
-    help="Minimum retained share of the margin and of the change.",
+    help="Fraction of the margin and of the adapter's change that the model must retain.",
 )
 @click.option(
-    "--force", is_flag=True, help="Write the model however little of the training it retains."
+    "--force", is_flag=True, help="Write the model even if it retains less than --min-retained."
 )
 @click.option(
     "--gguf",
     type=click.Path(path_type=Path),
-    help="With --to hf: also write this GGUF file with llama.cpp's converter.",
+    metavar="FILE",
+    help="With --to hf: also write this GGUF file, with llama.cpp's converter.",
 )
-@click.option("--converter", metavar="FILE", help="llama.cpp's convert_hf_to_gguf.py.")
+@click.option(
+    "--converter", type=FILE, metavar="FILE", help="Path of llama.cpp's convert_hf_to_gguf.py."
+)
 def fuse(run: str, output: Path, bits: str | None, **settings: Any) -> None:
-    """Write the policy of RUN as a plain model, with the adapter merged into the weights.
+    """Merge the adapter of RUN into the weights and verify the result.
 
     Quantized layers are dequantized, because a change as small as that of preference training is
     lost when weights are quantized again. The written model is compared with the policy on held-out

@@ -1,12 +1,15 @@
 """`mlx-dpo generate`: print the answer to one prompt."""
 
+import shlex
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from mlx_dpo.cli.answers import model_flags, note_on_cut, open_chat
+from mlx_dpo.cli.command import FOLDER, Command
 from mlx_dpo.cli.output import echo, echo_json, write_text
 from mlx_dpo.cli.sampling_flags import sampling_flags
 from mlx_dpo.config.sampling import Sampling
@@ -17,12 +20,22 @@ if TYPE_CHECKING:
     from mlx_dpo.generation.stream import GenerationSummary
 
 
-@click.command()
-@click.argument("words", nargs=-1, metavar="[RUN] [PROMPT]")
+@click.command(
+    cls=Command,
+    examples=(
+        'mlx-dpo generate run "Why is the sky blue?"',
+        'mlx-dpo generate --model models/tiny-chat "Why is the sky blue?"',
+        "mlx-dpo generate run --json < prompt.txt",
+    ),
+    renamed={"--reference": "use --base"},
+)
+@click.argument("words", nargs=-1, metavar="[RUN] [PROMPT]", type=FOLDER)
 @model_flags
 @click.option("--raw", is_flag=True, help="Continue the prompt as plain text; no chat template.")
-@click.option("--json", "as_json", is_flag=True, help="Write one JSON object.")
-@sampling_flags(temperature=0.0)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@sampling_flags(
+    temperature=0.0, remarks={"temperature": "The default gives the same answer each time."}
+)
 def generate(
     words: tuple[str, ...],
     model: str | None,
@@ -34,14 +47,11 @@ def generate(
 ) -> None:
     """Generate the answer to PROMPT with a run's policy, or with a model.
 
-    Only the answer goes to stdout. Without PROMPT, or with `-`, the prompt is read from stdin,
-    without its last newline.
-
-    \b
-    mlx-dpo generate run "Why is the sky blue?"
-    mlx-dpo generate --model models/tiny-chat --json - < prompt.txt
+    Only the answer goes to stdout. Without PROMPT, or with `-`, the prompt is read from standard
+    input, without its last newline.
     """
     run, given = _split_arguments(words, model)
+    _check_run(run, given)
     chat_settings = {name: settings.pop(name) for name in ("system", "thinking")}
     sampling = Sampling(**settings)
     _check_no_chat_settings(raw, **chat_settings)
@@ -73,6 +83,21 @@ def _split_arguments(words: tuple[str, ...], model: str | None) -> tuple[str | N
         raise click.UsageError(f"Got {len(words)} arguments; put the prompt in quotation marks.")
     padded = (*words, None, None)
     return (None, padded[0]) if model else (padded[0], padded[1])
+
+
+def _check_run(run: str | None, prompt: str | None) -> None:
+    """Raise a usage error if the only argument is not a folder; it is probably the prompt.
+
+    Args:
+        run: the first argument, if there is no --model.
+        prompt: the second argument.
+    """
+    if run is not None and prompt is None and not Path(run).expanduser().exists():
+        shown = shlex.quote(run)
+        raise click.UsageError(
+            f"`{run}` is not a run folder; for a prompt name a run (mlx-dpo generate RUN {shown}) "
+            f"or a model (mlx-dpo generate --model MODEL {shown})"
+        )
 
 
 def _check_no_chat_settings(raw: bool, **settings: Any) -> None:

@@ -8,9 +8,17 @@ import click
 from click.core import ParameterSource
 
 from mlx_dpo.cli import INTERRUPTED
+from mlx_dpo.cli.command import FILE, missing_message
 from mlx_dpo.cli.output import echo
 from mlx_dpo.cli.sampling_flags import judge_flags
-from mlx_dpo.cli.train import SettingsCommand, read_settings, setting_flags, typed_settings
+from mlx_dpo.cli.setting_flags import (
+    SettingsCommand,
+    config_flag,
+    help_all_flag,
+    read_settings,
+    setting_flags,
+    typed_settings,
+)
 from mlx_dpo.config.dpo_config import DPOConfig, get_settings
 from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.errors import ConfigError
@@ -21,38 +29,56 @@ if TYPE_CHECKING:
     from mlx_dpo.collect.iterative_folder import IterativeSettings, Stage
 
 
-@click.command(cls=SettingsCommand)
-@click.argument("prompts", required=False)
-@click.option("--config", "config_file", metavar="FILE", help="YAML file of training settings.")
+@click.command(
+    cls=SettingsCommand,
+    examples=(
+        "mlx-dpo loop prompts.txt --model model --reward rewards.py:courtesy -o loop",
+        "mlx-dpo loop prompts.txt --model model --judge ORG/MODEL --rounds 5 -o loop",
+        "mlx-dpo loop --resume --output loop",
+    ),
+    aliases={"--prompts": ""},
+    renamed={"--answer-tokens": "use --max-tokens"},
+)
+@click.argument("prompts", required=False, metavar="PROMPTS", type=FILE)
+@config_flag
 @click.option("--resume", is_flag=True, help="Resume the loop in --output where it stopped.")
 @click.option("--rounds", default=3, help="Number of rounds; may be raised on resume.")
-@click.option("--answers", default=4, help="Answers per prompt; best and worst make the pair.")
 @click.option(
-    "--prompts-per-round", type=int, help="Number of prompts in each round. [default: all]"
+    "--answers", default=4, help="Answers per prompt; the best and the worst make a pair."
+)
+@click.option(
+    "--prompts-per-round", type=int, help="Number of prompts per round.", show_default="all"
 )
 @click.option(
     "--valid-prompts",
+    type=FILE,
     metavar="FILE",
-    help="Prompts for evaluation. [default: PROMPTS' own held-out split, else a tenth]",
+    help="Prompts for evaluation.",
+    show_default="the held-out split of PROMPTS, else a tenth of PROMPTS",
 )
 @click.option(
     "--reference",
     type=click.Choice(["previous", "base"]),
     default="previous",
-    help="Reference of later rounds: the policy of the previous round, or the base.",
+    help="Reference of later rounds: the policy of the previous round, or the base model.",
 )
 @click.option(
     "--on-collapse",
     type=click.Choice(["warn", "stop"]),
     default="warn",
-    show_default=True,
-    help="What to do if a round's answers collapse (repeat themselves, are nearly empty, hit the "
-    "length limit or drift far from the base model): warn and continue, or stop the loop.",
+    help="What to do if a round's answers collapse: repeat themselves, are nearly empty, hit the "
+    "length limit or drift far from the base model.",
 )
-@click.option("--temperature", default=1.0, help="Sampling temperature of the answers.")
+@click.option(
+    "--temperature",
+    metavar="T",
+    default=1.0,
+    help="Sampling temperature of the answers. The default makes them differ.",
+)
 @click.option("--max-tokens", default=512, help="Maximum number of tokens per answer.")
 @judge_flags
 @setting_flags(lambda spec: True)
+@help_all_flag
 @click.pass_context
 def loop(
     ctx: click.Context,
@@ -62,16 +88,12 @@ def loop(
     resume: bool,
     **flags: Any,
 ) -> None:
-    """Train on a policy's own answers to PROMPTS in several rounds: iterative (on-policy) DPO.
+    """Train on the policy's own answers to PROMPTS in several rounds: iterative (on-policy) DPO.
 
-    In each round the policy answers, a reward function or a judge model makes pairs of the
-    answers, the policy is trained on the pairs, and its answers to held-out prompts are evaluated.
-    All files are in --output. After an interruption, --resume with the same --output continues.
+    In each round the policy answers the prompts, a reward function or a judge model picks the best
+    and the worst answer, the policy is trained on these pairs, and its answers to held-out prompts
+    are evaluated. All files are in --output. PROMPTS is a file, also given as --prompts FILE.
     The flags of `train` apply to every round.
-
-    \b
-    mlx-dpo loop prompts.txt --model model --reward rewards.py:courtesy --output loop
-    mlx-dpo loop prompts.txt --model model --judge mlx-community/Qwen3-8B-4bit --output loop
     """
     training = {name: flags.pop(name) for name in list(flags) if name in get_settings()}
     config, settings = _resolve_settings(
@@ -145,7 +167,7 @@ def _resolve_settings(
         if typed.get(name):
             raise ConfigError(f"`{name}` has no effect in a loop, which makes its own pairs")
     if not typed.get("output"):
-        raise ConfigError("--output is missing; see `mlx-dpo loop --help`")
+        raise click.UsageError(missing_message(_missing(typed, flags, resume=resume)), ctx)
     paths = IterativePaths(Path(typed["output"]).expanduser())
     resumed = read_loop_record(paths) if resume else None
     earlier = resumed or {"settings": {}, "loop": {}}
@@ -161,10 +183,20 @@ def _resolve_settings(
             sampling[field] = given.pop(flag)
     sampling["seed"] = config.seed
     merged = earlier["loop"] | given | {"sampling": Sampling(**sampling)}
-    for name, value in (("--model", config.model), ("PROMPTS", merged["prompts"])):
-        if not value:
-            raise ConfigError(f"{name} is missing; see `mlx-dpo loop --help`")
+    if missing := _missing(config.to_dict(), merged):
+        raise click.UsageError(missing_message(missing), ctx)
     return config, IterativeSettings(**merged)
+
+
+def _missing(settings: dict[str, Any], flags: dict[str, Any], *, resume: bool = False) -> list[str]:
+    """Return the names of required parameters without a value; a loop to resume has the others."""
+    given = {
+        "PROMPTS": resume or flags["prompts"],
+        "--model": resume or settings.get("model"),
+        "--output": settings.get("output"),
+        "--reward or --judge": resume or flags["reward"] or flags["judge"],
+    }
+    return [name for name, value in given.items() if not value]
 
 
 def _stage_title(stage: "Stage") -> str:

@@ -5,24 +5,26 @@ from typing import Any
 
 import click
 
+from mlx_dpo.cli.command import Command
 from mlx_dpo.cli.output import echo, echo_json
-from mlx_dpo.config.other_trainers import check_loss_name
+from mlx_dpo.config.other_trainers import check_loss_name, resolve_loss_name
 from mlx_dpo.losses.catalogue import LEGEND, LOSSES
 from mlx_dpo.losses.loss import Loss
 
 WIDTH = 100
 
 
-@click.command()
-@click.argument("name", required=False)
-@click.option("--json", "as_json", is_flag=True, help="One JSON object, losses by name.")
+@click.command(cls=Command, examples=("mlx-dpo losses", "mlx-dpo losses simpo"))
+@click.argument("name", required=False, metavar="[LOSS]")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, losses by name.")
 def losses(name: str | None, as_json: bool) -> None:
-    """List the losses that `train --loss-type` takes, or show the one called NAME.
+    """List the losses that `train --loss-type` takes, or show LOSS.
 
-    Repeat the flag to sum several: `--loss-type sigmoid --loss-type sft`. The settings shown
-    with a loss are those that act on it, with their default values for this loss.
+    Repeat the flag to sum several: `--loss-type sigmoid --loss-type sft`. The settings shown with a
+    loss are those that it reads, with their default values for this loss.
     """
     if name is not None:
+        name = resolve_loss_name(name)
         check_loss_name(name)
     listed = [loss for loss in LOSSES.values() if name in (None, loss.name)]
     if as_json:

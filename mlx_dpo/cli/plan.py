@@ -5,7 +5,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_dpo.cli.output import echo_json
-from mlx_dpo.cli.train import SettingsCommand, resolve, setting_flags
+from mlx_dpo.cli.setting_flags import (
+    SettingsCommand,
+    config_flag,
+    help_all_flag,
+    pairs_argument,
+    resolve,
+    setting_flags,
+)
 from mlx_dpo.config.training import EVALUATION
 
 if TYPE_CHECKING:
@@ -14,16 +21,24 @@ if TYPE_CHECKING:
 SummaryLine = tuple[str, str]
 
 
-@click.command(cls=SettingsCommand)
-@click.argument("pairs", nargs=-1)
-@click.option("--config", "config_file", metavar="FILE", help="YAML file of settings.")
+@click.command(
+    cls=SettingsCommand,
+    examples=(
+        "mlx-dpo plan pairs.jsonl --model mlx-community/Qwen3-4B-4bit",
+        "mlx-dpo plan pairs.jsonl --model model --max-length 2048 --memory 16GB",
+    ),
+)
+@pairs_argument
+@config_flag
 @click.option(
     "--memory",
     metavar="SIZE",
-    help="Plan for a Mac with this memory (16GB). [default: this machine's]",
+    help="Plan for a Mac with this much memory, such as 16GB.",
+    show_default="this machine's",
 )
-@click.option("--json", "as_json", is_flag=True, help="One JSON object: bytes, tokens, seconds.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @setting_flags(lambda spec: spec.changes_result or spec.section == EVALUATION)
+@help_all_flag
 @click.pass_context
 def plan(
     ctx: click.Context,
@@ -33,10 +48,10 @@ def plan(
     as_json: bool,
     **flags: Any,
 ) -> None:
-    """Estimate memory, work and time of training on PAIRS.
+    """Estimate memory, computation and time of training on PAIRS.
 
     The flags are those of `train`. The model's weights are neither read nor downloaded. Memory and
-    time are measured on a few layers with random weights, with texts as long as the longest pairs,
+    time are measured on a few layers with random weights and texts as long as the longest pairs,
     and extrapolated to all layers.
     """
     config = resolve(ctx, config_file, False, flags)

@@ -5,13 +5,21 @@ from pathlib import Path
 
 import click
 
+from mlx_dpo.cli.command import Command
 from mlx_dpo.cli.output import echo
 
 
-@click.command()
+@click.command(cls=Command, examples=("mlx-dpo pull me/my-adapter --output adapter",))
 @click.argument("name", metavar="ORG/NAME")
-@click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder to write.")
-@click.option("--revision", metavar="TEXT", help="Hub revision of the adapter.")
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="New folder to write.",
+)
+@click.option("--revision", metavar="REVISION", help="Hub revision of the adapter.")
 def pull(name: str, output: Path, revision: str | None) -> None:
     """Download the adapter ORG/NAME, in mlx-lm's or PEFT's format.
 

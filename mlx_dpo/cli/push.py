@@ -6,23 +6,36 @@ from typing import TYPE_CHECKING
 
 import click
 
+from mlx_dpo.cli.command import FOLDER, Command
 from mlx_dpo.cli.output import echo
 
 if TYPE_CHECKING:
     from mlx_dpo.hub.push import Upload
 
 
-@click.command()
-@click.argument("run")
+@click.command(
+    cls=Command,
+    examples=(
+        "mlx-dpo push run me/my-adapter --dry-run",
+        "mlx-dpo push run me/my-adapter --public",
+    ),
+    renamed={"--base": "use --base-model ORG/NAME"},
+)
+@click.argument("run", type=FOLDER)
 @click.argument("name", metavar="ORG/NAME")
 @click.option("--dry-run", is_flag=True, help="Show what would be uploaded, and upload nothing.")
-@click.option("--public", is_flag=True, help="Make the repository public. [default: private]")
+@click.option(
+    "--public", is_flag=True, help="Make the repository public; a new one is private otherwise."
+)
 @click.option("--overwrite", is_flag=True, help="Replace files that the repository has.")
 @click.option(
-    "--also", multiple=True, metavar="FILE", help="One more file of the run folder; repeatable."
+    "--also",
+    multiple=True,
+    metavar="FILE",
+    help="Upload one more file of the run folder; repeat it for several.",
 )
 @click.option(
-    "--base-model", "base", metavar="ORG/NAME", help="Hub id of the base, if RUN names a folder."
+    "--base-model", "base", metavar="ORG/NAME", help="Hub id of the base model, if it is a folder."
 )
 def push(
     run: str,

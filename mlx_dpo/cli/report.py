@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from mlx_dpo.cli.command import FOLDER, Command
 from mlx_dpo.cli.output import echo
 
 if TYPE_CHECKING:
@@ -15,10 +16,21 @@ if TYPE_CHECKING:
     from mlx_dpo.reporting.run_page import RunDetails
 
 
-@click.command()
-@click.argument("runs", nargs=-1, required=True, metavar="RUN...")
+@click.command(
+    cls=Command,
+    examples=(
+        "mlx-dpo report run",
+        "mlx-dpo report sweep/* --output sweep-report",
+    ),
+)
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=FOLDER)
 @click.option(
-    "--output", metavar="FOLDER", help="Where to write. [default: RUN, if there is only one]"
+    "-o",
+    "--output",
+    type=FOLDER,
+    metavar="FOLDER",
+    help="Folder to write; several runs need one.",
+    show_default="RUN",
 )
 @click.option(
     "--x",
@@ -33,10 +45,6 @@ def report(runs: tuple[str, ...], output: str | None, x_axis: str) -> None:
 
     Writes report.html, a self-contained page, and report.png. The curves of several runs are
     overlaid, and the settings in which the runs differ are listed. Works on unfinished runs too.
-
-    \b
-    mlx-dpo report run
-    mlx-dpo report sweep/* --output sweep-report
     """
     from mlx_dpo.reporting.console import make_console
     from mlx_dpo.saved_runs.report import write_report

@@ -1,11 +1,12 @@
 """Flags that several commands share: sampling settings, and the judge of answers."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import Any
 
 import click
 
+from mlx_dpo.cli.command import FILE, FOLDER
 from mlx_dpo.config.sampling import Sampling
 
 Command = Callable[..., Any]
@@ -16,13 +17,23 @@ def judge_flags(command: Command) -> Command:
     """Add the flags `--reward`, `--judge` and `--rubric` to a command."""
     for decorate in (
         click.option(
-            "--rubric", metavar="FILE", help="Instructions for the judge. [default: built in]"
+            "--rubric",
+            type=FILE,
+            metavar="FILE",
+            help="Instructions for the judge model.",
+            show_default="built in",
         ),
-        click.option("--judge", metavar="MODEL", help="A model that judges; it reads both orders."),
+        click.option(
+            "--judge",
+            type=FOLDER,
+            metavar="MODEL",
+            help="Judge the answers with this model; it compares them in both orders.",
+        ),
         click.option(
             "--reward",
+            type=FILE,
             metavar="FILE:FUNCTION",
-            help="A function of (prompt, answer) that returns a number; its file is run.",
+            help="Score answers with this Python function of (prompt, answer); its file is run.",
         ),
     ):
         command = decorate(command)
@@ -30,13 +41,18 @@ def judge_flags(command: Command) -> Command:
 
 
 def sampling_flags(
-    *, without: Sequence[str] = (), many_temperatures: bool = False, **defaults: Any
+    *,
+    without: Sequence[str] = (),
+    many_temperatures: bool = False,
+    remarks: Mapping[str, str] | None = None,
+    **defaults: Any,
 ) -> Callable[[Command], Command]:
     """Return a decorator that adds a flag to a command for each field of `Sampling`.
 
     Args:
         without: Fields that get no flag.
         many_temperatures: Whether `--temperature` may be given several times.
+        remarks: Sentences for help texts, by field: why the default of this command differs.
         defaults: Default values for this command that differ from those of `Sampling`.
     """
 
@@ -44,20 +60,16 @@ def sampling_flags(
         for field in reversed([field for field in fields(Sampling) if field.name not in without]):
             assert field.default is not MISSING
             setting, default = field.metadata["setting"], defaults.get(field.name, field.default)
-            help, many = setting.help, many_temperatures and field.name == "temperature"
-            if setting.default_text and default is None:
-                help += f" [default: {setting.default_text}]"
-            if many:
-                help += f" Repeat it for answers of several. [default: {default}]"
-            elif field.name == "seed" and default is not None:
-                help = "Sampling seed."
+            many = many_temperatures and field.name == "temperature"
+            remark = (remarks or {}).get(field.name)
             command = click.option(
                 "--" + field.name.replace("_", "-"),
                 type=setting.type,
                 default=[default] if many else default,
                 multiple=many,
-                show_default=default is not None and not many,
-                help=help,
+                show_default=setting.default_text if default is None else True,
+                metavar=setting.shown_metavar,
+                help=f"{setting.help} {remark}" if remark else setting.help,
             )(command)
         return command
 

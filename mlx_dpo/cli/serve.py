@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mlx_dpo.cli.answers import model_and_adapter_flags, thinking_flag
+from mlx_dpo.cli.command import FOLDER, Command
 from mlx_dpo.cli.output import echo
 from mlx_dpo.cli.sampling_flags import sampling_flags
 from mlx_dpo.config.sampling import Sampling
@@ -16,24 +18,33 @@ if TYPE_CHECKING:
 REQUEST_ONLY_SETTINGS = ("seed", "repetition_penalty")  # set by each request, not by a flag
 
 
-@click.command()
-@click.argument("run", required=False)
-@click.option("--model", metavar="MODEL", help="A folder or Hub id, instead of a run.")
-@click.option("--adapter", metavar="FOLDER", help="Adapter on top of --model, mlx-lm's or PEFT's.")
-@click.option("--host", default="127.0.0.1", help="Address to listen on; 0.0.0.0 is the network.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8080, help="0 picks a free port.")
+@click.command(
+    cls=Command,
+    examples=(
+        "mlx-dpo serve run",
+        "mlx-dpo serve --model ORG/MODEL --adapter adapter --port 9000",
+    ),
+)
+@click.argument("run", required=False, type=FOLDER)
+@model_and_adapter_flags
+@click.option(
+    "--host", metavar="ADDRESS", default="127.0.0.1", help="Address to listen on; 0.0.0.0 = all."
+)
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    metavar="PORT",
+    default=8080,
+    help="Port to listen on; 0 = a free one.",
+)
 @click.option(
     "--allowed-origins",
     multiple=True,
     metavar="ORIGIN",
-    help="Web page that may send requests (`https://example.org`, `*`); repeatable. "
-    "[default: none]",
+    help="Web page that may send requests (`https://example.org`, `*`); repeat it for several.",
+    show_default="none",
 )
-@click.option(
-    "--thinking/--no-thinking",
-    default=None,
-    help="Enable thinking mode, if the model has one. [default: no-thinking]",
-)
+@thinking_flag
 @sampling_flags(without=REQUEST_ONLY_SETTINGS, temperature=0.7)
 def serve(
     run: str | None,
@@ -50,9 +61,9 @@ def serve(
     defaults for requests. The server is mlx-lm's and is not made for the internet.
 
     \b
-    mlx-dpo serve run
     curl localhost:8080/v1/chat/completions -H "Content-Type: application/json" \\
-      -d '{"model": "aligned", "messages": [{"role": "user", "content": "Hello"}]}'
+      -d '{"model": "aligned",
+           "messages": [{"role": "user", "content": "Hello"}]}'
     """
     from mlx_dpo.chat.server import Server, is_loopback
     from mlx_dpo.saved_runs.open import open_switchable

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mlx_dpo.cli.command import FILE, FOLDER, Command
 from mlx_dpo.cli.output import echo, echo_json
 from mlx_dpo.cli.sampling_flags import DEFAULT_SEED, judge_flags, make_samplings, sampling_flags
 
@@ -13,15 +14,28 @@ if TYPE_CHECKING:
     from mlx_dpo.evaluation.winrate import PairwiseComparison
 
 
-@click.command()
-@click.argument("run")
-@click.argument("prompts", required=False)
+@click.command(
+    cls=Command,
+    examples=(
+        "mlx-dpo winrate run --reward rewards.py:courtesy",
+        "mlx-dpo winrate run prompts.txt --judge mlx-community/Qwen3-8B-4bit",
+    ),
+    aliases={"--prompts": ""},
+)
+@click.argument("run", type=FOLDER)
+@click.argument("prompts", required=False, type=FILE)
 @click.option(
-    "--against", metavar="RUN|MODEL", help="The opponent. [default: the reference of RUN]"
+    "--against",
+    type=FOLDER,
+    metavar="RUN|MODEL",
+    help="Opponent of RUN.",
+    show_default="the reference of RUN",
 )
 @judge_flags
-@sampling_flags(temperature=0.7, seed=DEFAULT_SEED)
-@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of a table.")
+@sampling_flags(
+    temperature=0.7, seed=DEFAULT_SEED, remarks={"temperature": "The default is that of `chat`."}
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 def winrate(
     run: str,
     prompts: str | None,
@@ -34,13 +48,11 @@ def winrate(
 ) -> None:
     """Judge answers of RUN against those of its reference, on PROMPTS or the held-out prompts.
 
+    PROMPTS is a file of prompts or of pairs, also given as --prompts FILE.
+
     The 95 % interval is Wilson's; a tie is half a win. The length-controlled rate is the win rate
     at equal length by a logistic regression, as in AlpacaEval 2 (arXiv:2404.04475). A judge model
     is prompted with both orders of the two answers; if its verdicts disagree, the answers tie.
-
-    \b
-    mlx-dpo winrate run --reward rewards.py:courtesy
-    mlx-dpo winrate run prompts.txt --judge mlx-community/Qwen3-8B-4bit
     """
     [sampling] = make_samplings(settings)
 

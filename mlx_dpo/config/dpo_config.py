@@ -25,7 +25,7 @@ from mlx_dpo.config.optimizer import (
     OptimizerSettings,
     check_optimizer_settings,
 )
-from mlx_dpo.config.other_trainers import EARLIER_NAMES, suggest
+from mlx_dpo.config.other_trainers import EARLIER_NAMES, resolve_loss_name, suggest
 from mlx_dpo.config.setting import NoEffect, Setting, check_effects, cut, parse_value
 from mlx_dpo.config.training import (
     EVALUATION_NO_EFFECT,
@@ -74,6 +74,7 @@ class DPOConfig(  # fields come in the order of the bases, last one first
         for f in fields(self):
             value = parse_value(f.name, getattr(self, f.name), f.metadata["setting"])
             object.__setattr__(self, f.name, value)
+        object.__setattr__(self, "loss_type", tuple(map(resolve_loss_name, self.loss_type)))
         check_losses(self)
         check_effects(self, NO_EFFECT)
         check_reference_settings(self)

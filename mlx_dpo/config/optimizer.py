@@ -40,9 +40,8 @@ class OptimizerSettings:
     )
     learning_rate: float = setting(
         5e-6,
-        "Peak learning rate. Compared with AdamW, Adam and Adafactor need the same rate, "
-        "RMSprop a lower one, Lion 1/10 to 1/3 of it, Muon several times and SGD hundreds of "
-        "times as much.",
+        "Peak learning rate. Lion needs 1/10 to 1/3 of AdamW's rate, Muon several times and SGD "
+        "hundreds of times as much.",
         float,
         OPTIMIZER,
         minimum=0,

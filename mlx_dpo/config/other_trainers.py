@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 from mlx_dpo.config.setting import check_known, suggest_near_name
 from mlx_dpo.errors import ConfigError
+from mlx_dpo.io.notices import notify_once
 from mlx_dpo.losses.catalogue import LOSSES
 
 BATCH_SIZES = "`batch_size` (pairs per optimizer step) and `micro_batch_size` (per forward pass)"
@@ -147,6 +148,12 @@ _MLX_LM = {
     "save_every": "`save_steps` N",
     "steps_per_report": "`logging_steps` N",
 }
+# Names that the command line takes for the flag of a setting, next to the setting's own.
+FLAG_ALIASES = {
+    "lora_r": ("rank", "lora_rank", "r"),
+    "epochs": ("num_epochs",),
+}
+
 # Names of settings in earlier versions of mlx-dpo. Records of old runs are read with them.
 EARLIER_NAMES = {"max_tokens": "micro_batch_tokens", "eval_samples": "samples"}
 
@@ -228,9 +235,10 @@ EQUIVALENTS = (
     | dict.fromkeys(_NOT_SUPPORTED, "not supported; leave it out")
 )
 
+# Names that are accepted for a loss, and the names that they are recorded under.
+LOSS_ALIASES = {"dpo": "sigmoid"}
 # Losses under the names of other trainers.
 LOSS_NAMES = {
-    "dpo": "sigmoid",
     "slic": "hinge",
     "rso": "hinge",
     "kto_pair": "kto",
@@ -269,6 +277,15 @@ def suggest(name: str, known: Iterable[str]) -> str:
     """Return advice on an unknown name of a setting: its equivalent here, or a similar name."""
     name = name.replace("-", "_")
     return EQUIVALENTS.get(name) or suggest_near_name(name, known)
+
+
+def resolve_loss_name(name: str) -> str:
+    """Return the name of a loss here; log a notice if it was given under another accepted name."""
+    if name.lower() not in LOSS_ALIASES:
+        return name
+    loss = LOSS_ALIASES[name.lower()]
+    notify_once(f"loss `{name}` is recorded as `{loss}`, TRL's name for it")
+    return loss
 
 
 def check_loss_name(name: str) -> None:

@@ -24,25 +24,45 @@ class Sampling:
         ConfigError: a setting is out of its bounds or has no effect with the other settings.
     """
 
-    temperature: float = _setting(0.0, "Sampling temperature; 0 = greedy.", float, minimum=0)
+    temperature: float = _setting(
+        0.0, "Sampling temperature; 0 = greedy.", float, minimum=0, metavar="T"
+    )
     top_p: float = _setting(
         1.0,
         "Nucleus sampling: cumulative probability.",
         float,
+        metavar="P",
         minimum=0,
         exclusive_minimum=True,
         maximum=1,
     )
-    top_k: int = _setting(0, "Sample from the K most likely tokens; 0 = all.", int, minimum=0)
+    top_k: int = _setting(
+        0, "Sample from the K most likely tokens; 0 = all.", int, minimum=0, metavar="K"
+    )
     min_p: float = _setting(
-        0.0, "Drop tokens below this share of the top probability.", float, minimum=0, maximum=1
+        0.0,
+        "Drop tokens below this fraction of the top probability.",
+        float,
+        minimum=0,
+        maximum=1,
+        metavar="P",
     )
     max_tokens: int = _setting(512, "Maximum number of tokens per answer.", int, minimum=1)
     seed: int | None = _setting(
-        None, "Sampling seed.", int, minimum=0, maximum=SEEDS - 1, default_text="random"
+        None,
+        "Sampling seed.",
+        int,
+        minimum=0,
+        maximum=SEEDS - 1,
+        default_text="random",
+        metavar="SEED",
     )
     repetition_penalty: float = _setting(
-        1.0, "Penalty on the last 20 tokens; 1 = off.", float, minimum=0, exclusive_minimum=True
+        1.0,
+        "Repetition penalty on the last 20 tokens; 1 = off.",
+        float,
+        minimum=0,
+        exclusive_minimum=True,
     )
 
     def __post_init__(self) -> None:

@@ -292,6 +292,7 @@ class ReportingSettings:
         REPORTING,
         changes_result=False,
         default_text=f"the tracker's own setting, else {DEFAULT_PROJECT}",
+        metavar="NAME",
     )
 
     @property

@@ -137,8 +137,8 @@ def test_settings_of_the_run_folder_are_not_flags_of_plan():
 
 
 def test_a_missing_model_names_the_command():
-    result = CliRunner().invoke(cli, ["plan", "pairs.jsonl"])
-    assert "--model is missing; see `mlx-dpo plan --help`" in result.output
+    result = CliRunner().invoke(cli, ["plan", "pairs.jsonl"], prog_name="mlx-dpo")
+    assert "Try 'mlx-dpo plan --help' for help.\n\nError: missing --model" in result.output
 
 
 def test_an_empty_model_equals_a_loaded_one(tmp_path):

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import click
 import mlx.core as mx
 import pytest
 from click.testing import CliRunner
@@ -156,11 +158,27 @@ def test_missing_files_and_folders_give_a_one_line_error(tmp_path):
         run("train", "pairs.jsonl", "--model", "./none", "--output", "run"), "none"
     )
     assert not (tmp_path / "run").exists()
-    for missing in ("PAIRS", "--model", "--output"):
-        words = {"PAIRS": ["pairs.jsonl"], "--model": ["--model", "base"],
-                 "--output": ["--output", "run"]}  # fmt: skip
-        given = [word for name, value in words.items() if name != missing for word in value]
-        assert_one_line_error(run("train", *given), f"{missing} is missing")
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        ((), "PAIRS, --model and --output"),
+        (("pairs.jsonl", "--output", "run"), "--model"),
+        (("--model", "base"), "PAIRS and --output"),
+        (("--config", "s.yaml", "--model", "base"), "--output"),
+    ],
+)
+def test_all_that_is_missing_is_named_at_once(tmp_path, words, names):
+    (tmp_path / "s.yaml").write_text("pairs: pairs.jsonl\n")
+    done = run("train", *words)
+    assert done.exit_code == 2
+    assert done.stderr.splitlines()[-1] == f"Error: missing {names}"
+
+
+def test_a_misspelt_setting_is_named_before_what_is_missing(tmp_path):
+    (tmp_path / "s.yaml").write_text("learning_rates: 1e-4\n")
+    assert_one_line_error(run("train", "--config", "s.yaml"), "unknown setting `learning_rates`")
 
 
 def test_a_model_without_weights_or_with_pickles_gives_a_one_line_error(tmp_path):
@@ -384,7 +402,7 @@ def test_eval_drops_bad_pairs_with_the_flag():
 
 
 def test_help_shows_every_setting_once_under_its_section():
-    shown = run("train", "--help").output
+    shown = run("train", "--help-all").output
     titles = ("Options:", "Model:", "Pairs:", "Loss:", "LoRA:", "Training:", "Run:")
     starts = [shown.index(f"\n{title}\n") for title in titles]
     assert starts == sorted(starts)
@@ -393,7 +411,7 @@ def test_help_shows_every_setting_once_under_its_section():
     assert "--help" in shown[starts[0] : starts[1]]
     for name in get_settings():
         flag = "--" + name.replace("_", "-")
-        lines = [line for line in shown.splitlines() if line.lstrip().startswith(f"{flag} ")]
+        lines = [s for s in shown.splitlines() if re.match(rf"  (-\w, )?{flag}(,| |$)", s)]
         assert len(lines) == (name != "pairs"), name
 
 
@@ -402,21 +420,53 @@ def test_help_shows_every_setting_once_under_its_section():
     [
         (("train", "x", "--num-train-epochs", "3"), "'--num-train-epochs'; use --epochs"),
         (("train", "x", "--use_dora"), "'--use_dora'; use --fine-tune-type dora"),
-        (("train", "x", "--lerning-rate", "1"), "'--lerning-rate'. (Did you mean one of: '--l"),
+        (
+            ("train", "x", "--lerning-rate", "1"),
+            "'--lerning-rate'; did you mean '--learning-rate'?",
+        ),
+        (("train", "x", "--dataset_name", "y"), "'--dataset_name'; use the argument PAIRS"),
+        (("train", "x", "--max-tokens", "9"), "'--max-tokens'; use --micro-batch-tokens"),
+        (("convert", "x", "--quantization-bit", "4"), "'--quantization-bit'; use --bits"),
+        (("chat", "run", "--reference"), "'--reference'; use --base"),
         # What is not here either is no help.
-        (("data", "check", "x", "--num-train-epochs", "3"), "'--num-train-epochs'."),
+        (("data", "check", "x", "--num-train-epochs", "3"), "'--num-train-epochs'"),
     ],
 )
 def test_the_error_of_a_flag_of_another_trainer_names_our_flag(words, message):
     done = run(*words)
     assert done.exit_code == 2
-    assert f"Error: No such option {message}" in done.stderr.splitlines()[-1]
+    assert done.stderr.splitlines()[-1] == f"Error: No such option {message}"
+
+
+def test_all_unknown_flags_are_answered_at_once():
+    done = run(
+        "train", "x", "--num_train_epochs", "3", "--beta", "--zzz", "--zzz=3", "-z", "--", "-y"
+    )
+    assert done.stderr.splitlines()[-1] == (
+        "Error: No such options: '--num_train_epochs' (use --epochs), '--zzz', '-z'"
+    )
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--learning_rate", "0.5"),
+        ("--lr=0.5",),
+        ("--lr", "0.5", "--lora_rank", "3", "--num_epochs", "7"),
+    ],
+)
+def test_flags_of_other_spellings_are_taken(words):
+    command = cli.get_command(click.Context(cli), "train")
+    context = command.make_context("train", ["x", "-m", "base", "-o=run", *words])
+    assert (context.params["model"], context.params["output"]) == ("base", "=run")
+    assert context.params["learning_rate"] == 0.5
+    if len(words) > 2:
+        assert (context.params["lora_r"], context.params["epochs"]) == (3, 7)
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ((), "--output is missing: the folder of the run to resume"),
         (("--output", "none"), "none: not a run folder (no such folder)"),
         (("--output", "."), ".: not a run folder (no `run.json`)"),
         (("--output", "base"), "base: a model, not a run folder; name models by `--model`"),

@@ -5,10 +5,11 @@ import re
 
 import pytest
 
-from mlx_dpo.config.dpo_config import DPOConfig, get_settings
+from mlx_dpo.config.dpo_config import DPOConfig, get_settings, rename_earlier_settings
 from mlx_dpo.config.other_trainers import EQUIVALENTS, LOSS_NAMES
 from mlx_dpo.config.training import PassLimit
 from mlx_dpo.errors import ConfigError
+from mlx_dpo.io.notices import notify_once
 from mlx_dpo.losses.catalogue import LOSSES
 
 GIVEN = {"model": "m", "pairs": "p", "output": "o"}
@@ -353,12 +354,26 @@ def test_settings_survive_copying_and_pickling():
     assert copy.deepcopy(config) == pickle.loads(pickle.dumps(config)) == config
 
 
-@pytest.mark.parametrize(("name", "here"), [("dpo", "sigmoid"), ("DPO", "sigmoid"),
-                                            ("kto_pair", "kto"), ("aot_pair", "aot")])  # fmt: skip
+@pytest.mark.parametrize(("name", "here"), [("kto_pair", "kto"), ("aot_pair", "aot")])
 def test_the_loss_of_another_trainer_is_answered_with_its_name_here(name, here):
     with pytest.raises(ConfigError) as error:
         DPOConfig(loss_type=(name,))
     assert str(error.value) == f"unknown loss `{name}`; it is `{here}` here"
+
+
+@pytest.mark.parametrize("name", ["dpo", "DPO"])
+def test_dpo_is_a_name_of_sigmoid_and_a_notice_says_so(name, caplog):
+    notify_once.cache_clear()
+    assert DPOConfig(loss_type=name).to_dict()["loss_type"] == ["sigmoid"]
+    assert caplog.messages == [f"loss `{name}` is recorded as `sigmoid`, TRL's name for it"]
+
+
+def test_records_of_earlier_versions_are_read_and_old_names_are_answered():
+    earlier = DPOConfig(micro_batch_tokens=9).to_dict()
+    earlier["max_tokens"] = earlier.pop("micro_batch_tokens")
+    assert DPOConfig.from_dict(rename_earlier_settings(earlier)).micro_batch_tokens == 9
+    with pytest.raises(ConfigError, match=r"`max_tokens`; use `micro_batch_tokens`$"):
+        DPOConfig.from_dict(earlier)
 
 
 def test_names_of_other_trainers_losses_are_no_losses_and_lead_to_losses():

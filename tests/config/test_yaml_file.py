@@ -2,7 +2,7 @@
 
 import pytest
 
-from mlx_dpo.cli.train import read_settings
+from mlx_dpo.cli.setting_flags import read_settings
 from mlx_dpo.config.yaml_file import read_yaml
 from mlx_dpo.errors import ConfigError
 

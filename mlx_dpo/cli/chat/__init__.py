@@ -17,6 +17,7 @@ from mlx_dpo.cli.chat.prompt import (
     next_message,
     read_line,
 )
+from mlx_dpo.cli.command import FILE, FOLDER, Command
 from mlx_dpo.cli.output import echo, write_text
 from mlx_dpo.cli.sampling_flags import sampling_flags
 from mlx_dpo.config.sampling import Sampling
@@ -27,30 +28,43 @@ if TYPE_CHECKING:
     from mlx_dpo.saved_runs.open import SwitchableModel
 
 
-@click.command()
-@click.argument("run", required=False)
+@click.command(
+    cls=Command,
+    examples=(
+        "mlx-dpo chat run",
+        "mlx-dpo chat --model ORG/MODEL --adapter adapter",
+        "mlx-dpo chat --model models/tiny-chat --temperature 0 < questions.txt",
+    ),
+    renamed={"--reference": "use --base"},
+)
+@click.argument("run", required=False, type=FOLDER)
 @model_flags
 @click.option("--hide-thinking", is_flag=True, help="Show answers without their thinking.")
 @click.option(
     "--context",
     type=click.IntRange(min=2),
-    help="Context window in tokens. [default: the model's maximum]",
+    help="Context window in tokens.",
+    show_default="the model's maximum",
 )
 @click.option(
     "--pairs",
+    type=FILE,
     default="chat-pairs.jsonl",
     metavar="FILE",
-    help="Where /edit and /compare write pairs.",
+    help="File to which /edit and /compare write pairs.",
 )
 @click.option(
     "--judged",
+    type=FILE,
     default="chat-judged.jsonl",
     metavar="FILE",
-    help="Where /good and /bad write labeled answers.",
+    help="File to which /good and /bad write labelled answers.",
 )
-@click.option("--whole", is_flag=True, help="Through a pipe: all of stdin is one question.")
+@click.option("--whole", is_flag=True, help="Through a pipe: take all of stdin as one question.")
 @click.option(
-    "--conversation", is_flag=True, help="Through a pipe: the lines are turns of one conversation."
+    "--conversation",
+    is_flag=True,
+    help="Through a pipe: take the lines as turns of one conversation.",
 )
 @sampling_flags(temperature=0.7)
 def chat(
@@ -71,11 +85,6 @@ def chat(
     with --conversation the lines are turns of one conversation. Everything else goes to stderr. At
     a terminal the typed lines are saved for the next
     chat, in `chat-history` in the cache folder.
-
-    \b
-    mlx-dpo chat run
-    mlx-dpo chat --model ORG/MODEL --adapter folder
-    mlx-dpo chat --model models/tiny-chat --temperature 0 < questions.txt
     """
     from mlx_dpo.chat.feedback import JsonlFile
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_dpo.cli import INTERRUPTED
+from mlx_dpo.cli.command import FILE, FOLDER, Command
 from mlx_dpo.cli.output import echo
 from mlx_dpo.cli.sampling_flags import DEFAULT_SEED, judge_flags, make_samplings, sampling_flags
 from mlx_dpo.errors import ConfigError
@@ -32,17 +33,48 @@ def _print_rubric(ctx: click.Context, parameter: click.Parameter, value: bool) -
     ctx.exit()
 
 
-@click.command()
-@click.argument("runs", nargs=-1, metavar="[RUN]...")
-@click.option("--model", metavar="MODEL", help="A folder or Hub id, instead of runs.")
-@click.option("--prompts", metavar="FILE", help="Prompts or pairs. [default: typed]")
+@click.command(
+    cls=Command,
+    examples=(
+        "mlx-dpo collect run --prompts prompts.txt --output pairs.jsonl",
+        "mlx-dpo collect run --prompts prompts.txt --output pairs.jsonl --web",
+        "mlx-dpo collect run --prompts prompts.txt --output pairs.jsonl \\",
+        "  --reward rewards.py:courtesy",
+    ),
+)
+@click.argument("runs", nargs=-1, metavar="[RUN]...", type=FOLDER)
 @click.option(
-    "--output", required=True, metavar="FILE", help="File to write pairs to or to resume."
+    "-m",
+    "--model",
+    type=FOLDER,
+    metavar="MODEL",
+    help="Model instead of runs: a folder or a Hub id.",
+)
+@click.option(
+    "--prompts",
+    type=FILE,
+    metavar="FILE",
+    help="File of prompts or of pairs.",
+    show_default="you type prompts",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=FILE,
+    required=True,
+    metavar="FILE",
+    help="File to write pairs to; an existing one is continued.",
 )
 @click.option("--answers", default=2, help="Answers per prompt.")
-@click.option("--web", is_flag=True, help="Rank in a browser on this machine.")
-@click.option("--port", type=click.IntRange(0, 65535), help="With --web. [default: a free one]")
-@click.option("--no-open", is_flag=True, help="With --web: only print the page's address.")
+@click.option("--web", is_flag=True, help="Rank the answers in a browser on this machine.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    metavar="PORT",
+    help="Port for --web.",
+    show_default="a free one",
+)
+@click.option("--no-open", is_flag=True, help="With --web: do not open the browser.")
 @click.option(
     "--print-rubric",
     is_flag=True,
@@ -52,7 +84,12 @@ def _print_rubric(ctx: click.Context, parameter: click.Parameter, value: bool) -
     help="Print the default rubric of judges, as a start for --rubric, and exit.",
 )
 @judge_flags
-@sampling_flags(temperature=1.0, seed=DEFAULT_SEED, many_temperatures=True)
+@sampling_flags(
+    temperature=1.0,
+    seed=DEFAULT_SEED,
+    many_temperatures=True,
+    remarks={"temperature": "The default makes the answers differ; repeat it for several."},
+)
 def collect(  # noqa: PLR0913 (one argument per flag)
     runs: tuple[str, ...],
     model: str | None,
@@ -73,11 +110,6 @@ def collect(  # noqa: PLR0913 (one argument per flag)
     judge model ranks them. Every decision is saved at once; the same command resumes where it
     stopped. Prompts without a pair (ties, skipped prompts) go to a second file that ends in
     `.passed.jsonl`.
-
-    \b
-    mlx-dpo collect run --prompts prompts.txt --output pairs.jsonl
-    mlx-dpo collect run --prompts prompts.txt --output pairs.jsonl --web
-    mlx-dpo collect run --prompts prompts.txt --output pairs.jsonl --reward rewards.py:courtesy
     """
     automatic = reward is not None or judge is not None
     _check_flags(automatic, web, port, prompts)
