@@ -8,6 +8,7 @@ import click
 
 from mlx_dpo.cli.command import Command
 from mlx_dpo.cli.output import echo, echo_json
+from mlx_dpo.phases import phase
 from mlx_dpo.units import format_bytes
 
 if TYPE_CHECKING:
@@ -35,10 +36,11 @@ def doctor(as_json: bool) -> None:
     if not as_json:
         _print_facts(machine_facts)
         echo(f"\nself-test on {BACKENDS[machine_facts['device']['kind']]}")
-    for check in self_test():
-        checks.append(check)
-        if not as_json:
-            _print_check(check)
+    with phase("Running the self-test"):
+        for check in self_test():
+            checks.append(check)
+            if not as_json:
+                _print_check(check)
     passed = all(check.ok for check in checks)
     if as_json:
         report = {

@@ -13,6 +13,7 @@ from typing import Any
 from mlx_dpo.data.files import to_rows
 from mlx_dpo.errors import DataError, reason
 from mlx_dpo.io.hub_token import check_hub_token
+from mlx_dpo.phases import paused, phase
 from mlx_dpo.schemas.schema import Row
 
 BATCH_ROWS = 1000  # rows of a `datasets.Dataset` that are Python objects at the same time
@@ -104,7 +105,9 @@ def _call_hub(dataset: HubDataset, call: Any, *args: Any, **kwargs: Any) -> Any:
     was_offline = constants.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = is_offline = was_offline or not _is_hub_reachable(dataset)
     try:
-        return call(*args, **kwargs)
+        # The library shows progress bars itself.
+        with phase(f"Loading {dataset} from the Hub or its cache"), paused():
+            return call(*args, **kwargs)
     except (OSError, ValueError, LookupError, RuntimeError, DatasetsError, HTTPError) as error:
         problem = f"cannot be loaded from the Hub ({reason(error)}); check the name and the network"
         if is_offline:

@@ -17,6 +17,7 @@ from mlx_dpo.generation.context import clip_note, context_length, max_answer_tok
 from mlx_dpo.generation.decode import StreamingDecoder
 from mlx_dpo.generation.prompt import encode_prompt, encode_text
 from mlx_dpo.generation.repetition import NGRAM, repetition_rate
+from mlx_dpo.phases import phase
 from mlx_dpo.saved_runs.evaluate import held_out_prompts
 from mlx_dpo.saved_runs.open import OpenRun, SwitchableModel, open_switchable
 from mlx_dpo.scoring.generation_match import use_generating_function
@@ -213,8 +214,9 @@ def _score_answers(
             completions = generate_tokens(
                 base.model, base.tokenizer.eos_token_ids, rows, sampling, context=context
             )
-        policy = _completion_logps(opened, "aligned", rows, completions)
-        reference = _completion_logps(opened, "base", rows, completions)
+        with phase("Computing log-ratios"):
+            policy = _completion_logps(opened, "aligned", rows, completions)
+            reference = _completion_logps(opened, "base", rows, completions)
         scored = zip(completions, policy, reference, strict=True)
         yield state, tuple(score_spans(base.tokenizer, *answer) for answer in scored)
 

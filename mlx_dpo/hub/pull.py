@@ -13,6 +13,7 @@ from mlx_dpo.hub.push import ADAPTER_FILES
 from mlx_dpo.models.files import read_json
 from mlx_dpo.models.license import read_card_metadata
 from mlx_dpo.models.output_folder import check_output_folder, disk_errors, new_output_folder
+from mlx_dpo.phases import paused, phase
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ def _download(name: str, revision: str | None) -> Path:
     with as_model_errors(name):
         # By commit: given a branch, an unreachable Hub would silently mean an older cached copy.
         commit = HfApi().model_info(name, revision=revision).sha
-        snapshot = snapshot_download(name, revision=commit, allow_patterns=list(ADAPTER_FILES))
+        with phase(f"Downloading {name}"), paused():  # the library shows progress bars itself
+            snapshot = snapshot_download(name, revision=commit, allow_patterns=list(ADAPTER_FILES))
     folder = Path(snapshot)
     if not (folder / CONFIG).is_file():
         raise ModelError(f"{name}: not an adapter (there is no `{CONFIG}`)")

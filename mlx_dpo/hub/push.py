@@ -23,6 +23,7 @@ from mlx_dpo.hub.run_card import trained_steps
 from mlx_dpo.hub.secret_scan import scan_for_secrets
 from mlx_dpo.models.files import read_json
 from mlx_dpo.models.license import CARD
+from mlx_dpo.phases import paused, phase
 from mlx_dpo.runs.folder import CURVES
 from mlx_dpo.saved_runs.export_peft import open_finished
 
@@ -70,7 +71,8 @@ def prepare_upload(folder: str, also: tuple[str, ...] = ()) -> Upload:
     files |= {
         Path(os.path.normpath(name)).as_posix(): _file_in_run(run_folder, name) for name in also
     }
-    check_secrets(files)
+    with phase("Scanning for secrets"):
+        check_secrets(files)
     digest, steps = adapter_digest(run_folder)[:12], trained_steps(opened.record)
     return Upload(files, f"Adapter {digest} of an mlx-dpo run, trained for {steps} steps")
 
@@ -126,7 +128,8 @@ def push(
         is_unchanged = repository is not None and _has_all(
             repository, additions, name, overwrite=overwrite
         )
-        with warnings.catch_warnings():
+        # The library shows progress bars itself.
+        with phase(f"Uploading to {name}"), paused(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # hints about optional metadata of the card
             commit = api.create_commit(
                 name,

@@ -16,12 +16,14 @@ import time
 class TerminalSession:
     """A process of `mlx-dpo` with the given arguments, at a terminal of 80 columns."""
 
+    program = "from mlx_dpo.cli import main; main()"
+
     def __init__(self, *arguments, **env):
         self.output, self._bytes = "", b""
         self._master, terminal = pty.openpty()
         self.resize(80)
         self._child = subprocess.Popen(
-            [sys.executable, "-c", "from mlx_dpo.cli import main; main()", *arguments],
+            [sys.executable, "-c", self.program, *arguments],
             stdin=terminal,
             stdout=terminal,
             stderr=terminal,
