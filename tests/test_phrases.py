@@ -9,10 +9,11 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = {
     "mlx_dpo": (".py", ".html", ".txt"),
     "scripts": (".py", ".sh", ""),
+    "docs": (".md",),
     "examples": (".py", ".md", ".yaml"),
     ".github": (".yml", ".md"),
 }
-PAGES = ("CONTRIBUTING.md", "SECURITY.md", "models/README.md")
+PAGES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "models/README.md")
 FILES = [ROOT / name for name in PAGES] + [
     path
     for folder, endings in FOLDERS.items()
@@ -32,9 +33,9 @@ WORDS = {
     "has only": r"(has|have|be read) but (one|once)",
     "one after another": r"behind one another",
     "again": r"anew|afresh",
-    "printed, logged": r"told|heard",
+    "printed, logged": r"told(?! (apart|from))|heard",
     "printed, reported": r"(?<!judge what )(is|are|be|was|were) said(?! to)",
-    "a person": r'whoever|nobody(?!")',
+    "a person": r"whoever|nobody (sees|is there|else|but)",
     "verified against": r"held against",
     "continue, resume": r"go(es)? on (with|where|without|from|to)|to go on",
     "because": r"[,;] for (they|it|there|he|she|who|which) (is|are|was|has|have|can|run)",

@@ -146,7 +146,7 @@ def count_outcomes(pairs_file: PairsFile) -> list[tuple[str, int]]:
 
 
 def describe_ties(pairs_file: PairsFile) -> str | None:
-    """Return which answers a reward or a judge scored alike; None if no tie has scores.
+    """Return which answers a reward or a judge scored equally; None if no tie has scores.
 
     A person's ties have no scores.
     """
