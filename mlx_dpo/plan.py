@@ -41,9 +41,10 @@ from mlx_dpo.runs.build import (
     make_dataset_scorer,
     optimizer_state_bytes,
     reference_mode,
+    with_learning_rate,
 )
-from mlx_dpo.runs.inputs import Inputs, load_inputs, load_trainable_base
-from mlx_dpo.runs.reference import needed_pairs
+from mlx_dpo.runs.inputs import Inputs, load_inputs, load_trainable_base, with_max_length
+from mlx_dpo.runs.reference import count_steps, needed_pairs
 from mlx_dpo.scoring.kernels.gated_delta import use_fused_gated_delta
 from mlx_dpo.scoring.select_scorer import ScorerChoice
 from mlx_dpo.types import TokenizedPair
@@ -122,6 +123,7 @@ class RunEstimate:
     without_recomputation: Capacity
     with_recomputation: Capacity
     epoch: EpochEstimate
+    rate_reason: str = ""  # what the learning rate was chosen by; "" if it was given
 
     def to_dict(self) -> dict[str, Any]:
         """Return the estimate as values for JSON, in bytes, tokens, operations and seconds."""
@@ -146,6 +148,7 @@ class RunEstimate:
             },
             "chosen": {**fitted.automatic_settings(), "fits": fitted.fits},
             "epoch": asdict(self.epoch),
+            "learning_rate": self.fitted.config.learning_rate,
         }
 
 
@@ -164,11 +167,15 @@ def estimate_run(
     """
     budget = available_memory() if memory_size is None else mac_memory(memory_size)
     inputs = load_inputs(config, read=partial(load_trainable_base, load=load_empty_model))
+    config = with_max_length(config, inputs.base)
     with use_fused_gated_delta(inputs.base.model):
         attach_adapters(inputs.base, config)
+        steps = count_steps(config, len(inputs.train))
+        config, rate_reason = with_learning_rate(inputs, config, steps)
         choice = _select_scorer(inputs.base, config)
         with phase("Measuring a few layers"):
-            return _RunEstimator(inputs, config, choice, budget).estimate()
+            estimate = _RunEstimator(inputs, config, choice, budget).estimate()
+        return replace(estimate, rate_reason=rate_reason)
 
 
 def _select_scorer(base: LoadedModel, config: DPOConfig) -> ScorerChoice:

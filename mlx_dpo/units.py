@@ -1,6 +1,16 @@
 """Format quantities with units for display."""
 
 
+def format_number_of(number: int, plural: str) -> str:
+    """Return a number with its noun, such as `1 held-out pair` or `1,234 held-out pairs`.
+
+    Args:
+        number: how many there are.
+        plural: the noun in its plural, which ends in `s`.
+    """
+    return f"{number:,} {plural.removesuffix('s') if number == 1 else plural}"
+
+
 def format_duration(seconds: float) -> str:
     """Return a time as `minutes:seconds`, such as `0:42`, or `hours:minutes:seconds`."""
     minutes, rest = divmod(round(seconds), 60)

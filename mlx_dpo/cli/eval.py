@@ -38,6 +38,7 @@ def eval(run: str, pairs: str | None, bad_pairs: str | None, as_json: bool) -> N
         print_label_table,
     )
     from mlx_dpo.runs.summary import summarize_findings
+    from mlx_dpo.training.monitor.verdict import describe_result
 
     evaluation = evaluate_run(run, pairs, bad_pairs=bad_pairs)
     row = to_public_names(evaluation.metrics, prefix=EVAL_PREFIX)
@@ -53,7 +54,8 @@ def eval(run: str, pairs: str | None, bad_pairs: str | None, as_json: bool) -> N
         console.print(f"The run is unfinished; these are its adapters of {evaluation.run.adapter}")
     for note in evaluation.notes:
         console.print(note)
-    title = f"{evaluation.pairs:,} {evaluation.name}"
+    title = evaluation.description
     is_noise = verdict is not None and verdict.is_noise
     console.print(final_metrics_table(row, title=title, is_noise=is_noise))
-    print_label_table(console, summarize_findings(evaluation.run.record["warnings"], verdict))
+    result = describe_result(verdict, row, title)
+    print_label_table(console, summarize_findings(evaluation.run.record["warnings"], result))

@@ -68,7 +68,7 @@ def plan(
 
 def summary_lines(estimate: "RunEstimate") -> list[SummaryLine]:
     """Return the lines (label, text) that the terminal shows for an estimate."""
-    from mlx_dpo.runs.summary import format_count
+    from mlx_dpo.runs.summary import describe_learning_rate, format_count
 
     inputs, epoch = estimate.inputs, estimate.epoch
     return [
@@ -82,6 +82,7 @@ def summary_lines(estimate: "RunEstimate") -> list[SummaryLine]:
         ("fits", _capacity_line(estimate.without_recomputation, "saved activations")),
         ("", _capacity_line(estimate.with_recomputation, "recomputed layers")),
         ("train", _settings_line(estimate)),
+        ("rate", describe_learning_rate(estimate.fitted.config, estimate.rate_reason)),
         (
             "epoch",
             f"{epoch.steps:,} steps, {epoch.passes:,} passes: {format_count(epoch.tokens)} tokens "

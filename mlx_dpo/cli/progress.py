@@ -8,15 +8,16 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from time import perf_counter
 from typing import Any
 
 from rich.console import Console
 
 from mlx_dpo import DPOTrainer
 from mlx_dpo.cli import INTERRUPTED, program
+from mlx_dpo.cli.ending import print_ending
 from mlx_dpo.cli.output import echo, print_warning
 from mlx_dpo.reporting.console import (
-    final_metrics_table,
     make_console,
     print_label_table,
 )
@@ -24,12 +25,11 @@ from mlx_dpo.reporting.samples import print_samples
 from mlx_dpo.reporting.terminal.console import print_rule
 from mlx_dpo.reporting.terminal.steps import show_steps
 from mlx_dpo.runs.summary import (
-    summarize_end,
-    summarize_findings,
     summarize_inputs,
     summarize_training,
 )
 from mlx_dpo.startup.jit_cache import user_environment
+from mlx_dpo.types import MetricsRow
 
 SLEEP_WARNING = "`caffeinate` was not found; this Mac may fall asleep"
 
@@ -85,6 +85,7 @@ def _run(run: DPOTrainer, awake: str | None, resume_command: str, *, verbose: bo
         note = f"; resume with: {resume_command}" if has_record else ": nothing was written"
         echo(f"\nInterrupted before the first step{note}", err=True)
         raise SystemExit(INTERRUPTED) from None
+    rows, began = list[MetricsRow](), perf_counter()
     warnings, samples = _WarningPrinter(run), _SamplePrinter(run, console)
     with (
         show_steps(
@@ -94,6 +95,7 @@ def _run(run: DPOTrainer, awake: str | None, resume_command: str, *, verbose: bo
     ):
         for row in run.steps():
             shown.show(row)
+            rows += [row] * ("loss" in row)
             samples.print_new()
             warnings.print_new()
     run.trackers.close(completed=True)
@@ -102,12 +104,7 @@ def _run(run: DPOTrainer, awake: str | None, resume_command: str, *, verbose: bo
         console.print(f"Stopped and saved; resume with: {resume_command}")
         raise SystemExit(128 + received[0])
     samples.print_last()
-    print_label_table(console, summarize_end(run))
-    if run.evaluation is not None:
-        title = f"{len(run.inputs.valid):,} held-out {config.unit}"
-        is_noise = run.verdict is not None and run.verdict.is_noise
-        console.print(final_metrics_table(run.evaluation, title=title, is_noise=is_noise))
-    print_label_table(console, summarize_findings(run.warnings, run.verdict))
+    print_ending(console, run, rows, perf_counter() - began)
 
 
 PRINTED_SAMPLES = 3  # at an evaluation, unless the settings have a number

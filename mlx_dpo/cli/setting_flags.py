@@ -8,6 +8,7 @@ import click
 
 from mlx_dpo.cli.command import FILE, FOLDER, Command, Record, missing_message
 from mlx_dpo.cli.output import echo
+from mlx_dpo.cli.run_folder import choose_run_folder, find_unfinished_run
 from mlx_dpo.config.dpo_config import DPOConfig, check_setting_names, get_settings
 from mlx_dpo.config.other_trainers import FLAG_ALIASES
 from mlx_dpo.config.setting import Setting, parse_value
@@ -211,8 +212,11 @@ def resolve(
     """
     values = (read_settings(config_file) if config_file else {}) | typed_settings(ctx, flags)
     if resume:
-        values = _recorded_settings(ctx, values) | values
+        values = _recorded_settings(values) | values
     check_none_missing(ctx, values, flags)
+    if "output" in flags and not values.get("output"):
+        values["output"] = choose_run_folder(str(values["model"]))
+        echo(f"Run folder: {values['output']}", err=True)
     return DPOConfig.from_dict(values)
 
 
@@ -245,22 +249,23 @@ def _convert_choice(name: str, value: Any) -> Any:
     return tuple(map(spec.type, value)) if spec.is_list else spec.type(value)
 
 
-def _recorded_settings(ctx: click.Context, values: Mapping[str, Any]) -> dict[str, Any]:
+def _recorded_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that the run to be resumed has recorded.
 
     The result is empty if there is no such run yet and `values` contains pairs for a new run.
 
     Raises:
-        click.UsageError: there is no `output`.
+        ConfigError: there is no `output`, and not one unfinished run in `runs/`.
         RunError: there is neither a run to resume nor pairs for a new one.
     """
     from mlx_dpo.runs.folder import RunPaths, find_run, read_record
 
     output = str(values.get("output") or "")
     if not output:
-        raise click.UsageError("missing --output: the folder of the run to resume", ctx)
+        output = find_unfinished_run()
+        echo(f"Resuming {output}", err=True)
     if values.get("pairs"):
         record = read_record(RunPaths(Path(output).expanduser()))
     else:
         record = find_run(output)[1]
-    return dict(record["settings"]) if record else {}
+    return record["settings"] | {"output": output} if record else {}

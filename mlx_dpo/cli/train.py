@@ -1,11 +1,9 @@
 """`mlx-dpo train`: train on pairs and write a run folder."""
 
-import shlex
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from mlx_dpo.cli.output import echo
 from mlx_dpo.cli.setting_flags import (
     SettingsCommand,
     config_flag,
@@ -15,14 +13,11 @@ from mlx_dpo.cli.setting_flags import (
     setting_flags,
 )
 
-if TYPE_CHECKING:
-    from mlx_dpo.training.monitor.verdict import Verdict
-
 
 @click.command(
     cls=SettingsCommand,
     examples=(
-        "mlx-dpo train pairs.jsonl --model mlx-community/Qwen3-0.6B-4bit --output run",
+        "mlx-dpo train pairs.jsonl --model mlx-community/Qwen3-0.6B-4bit",
         "mlx-dpo train pairs.jsonl --model model -o run --epochs 2 --lr 2e-5",
         "mlx-dpo train --config settings.yaml",
         "mlx-dpo train --resume --output run",
@@ -31,6 +26,7 @@ if TYPE_CHECKING:
 @pairs_argument
 @config_flag
 @click.option("--resume", is_flag=True, help="Resume the run in --output from its last checkpoint.")
+@click.option("--overwrite", is_flag=True, help="Replace the run in --output.")
 @click.option("--force", is_flag=True, help="Train even if the estimated memory does not suffice.")
 @click.option(
     "-v", "--verbose", is_flag=True, help="Print scorer, micro-batches, memory and other details."
@@ -43,6 +39,7 @@ def train(
     /,
     config_file: str | None,
     resume: bool,
+    overwrite: bool,
     force: bool,
     verbose: bool,
     **flags: Any,
@@ -57,26 +54,10 @@ def train(
     config = resolve(ctx, config_file, resume, flags)
 
     from mlx_dpo import DPOTrainer
-    from mlx_dpo.cli import program
+    from mlx_dpo.cli.ending import list_next_commands
     from mlx_dpo.cli.progress import run_with_progress
+    from mlx_dpo.reporting.console import make_console, print_label_table
 
-    with DPOTrainer(config, resume=resume, force=force) as run:
+    with DPOTrainer(config, resume=resume, overwrite=overwrite, force=force) as run:
         run_with_progress(run, verbose=verbose)
-    if run.evaluation is None:
-        echo("No pairs were held out, so nothing was measured on unseen pairs")
-    echo(_closing_line(config.output, run.verdict, program()))
-
-
-def _closing_line(output: str, verdict: "Verdict | None", command: str) -> str:
-    """Return the last line of a run: where the adapters are, and what to do with them."""
-    if verdict is not None and verdict.is_worse:
-        return (
-            f"Adapters in {output}, but they are worse than the base model (see above); to see "
-            f"their answers: {command} compare {shlex.quote(output)}"
-        )
-    if verdict is not None and verdict.is_noise:
-        return (
-            f"Adapters in {output}, but nothing shows that they are better than the base model "
-            f"(see above); to see their answers: {command} compare {shlex.quote(output)}"
-        )
-    return f"Adapters in {output}; talk to them with: {command} chat {shlex.quote(output)}"
+    print_label_table(make_console(), list_next_commands(config.output, run.verdict))

@@ -7,6 +7,7 @@ from mlx_dpo.errors import ConfigError
 from mlx_dpo.schemas import SCHEMAS
 
 DATA = "Pairs"
+DEFAULT_MAX_LENGTH = 1024  # tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,12 +138,13 @@ class PairSettings:
         DATA,
         default_text="off",
     )
-    max_length: int = setting(
-        1024,
+    max_length: int | None = setting(
+        None,
         "Maximum number of tokens of prompt and completion together.",
         int,
         DATA,
         minimum=2,
+        default_text=f"{DEFAULT_MAX_LENGTH}, or the model's context length if that is less",
         essential=True,
     )
     truncation: str = setting(
@@ -160,6 +162,11 @@ class PairSettings:
         DATA,
         choices=("error", "drop"),
     )
+
+    @property
+    def length_limit(self) -> int:
+        """Maximum number of tokens of prompt + completion, as far as the model is not known."""
+        return DEFAULT_MAX_LENGTH if self.max_length is None else self.max_length
 
     @property
     def columns(self) -> dict[str, str]:

@@ -47,6 +47,9 @@ PRIVATE_SETTINGS = frozenset(
     {"pairs", "valid", "model", "revision", "reference_model", "system", "mix"}
 )
 
+# Settings that a run chooses if they are not set, when model and pairs are known.
+CHOSEN_BY_RUN = ("learning_rate", "max_length")
+
 
 @dataclass(frozen=True, kw_only=True)
 class DPOConfig(  # fields come in the order of the bases, last one first
@@ -106,7 +109,7 @@ class DPOConfig(  # fields come in the order of the bases, last one first
     def _most_tokens_per_pass(self) -> int:
         """Upper bound on the number of tokens in one forward pass, including padding."""
         pairs = self.micro_batch_size or self.batch_size
-        return 2 * pairs * (self.max_length + self.max_length // 8 + 7)
+        return 2 * pairs * (self.length_limit + self.length_limit // 8 + 7)
 
     @property
     def pass_limit(self) -> PassLimit:
@@ -140,6 +143,15 @@ class DPOConfig(  # fields come in the order of the bases, last one first
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as a JSON-compatible dictionary; `from_dict` is the inverse."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    def with_recorded_choices(self, recorded: Mapping[str, Any]) -> "DPOConfig":
+        """Return a copy in which a resumed run keeps what the run chose when it began.
+
+        Args:
+            recorded: settings of the run to be resumed, by name.
+        """
+        names = [name for name in CHOSEN_BY_RUN if getattr(self, name) is None]
+        return self.from_dict(self.to_dict() | {name: recorded.get(name) for name in names})
 
     def get_public_settings(self) -> dict[str, Any]:
         """Return the settings to publish, for instance in a model card.
@@ -232,7 +244,7 @@ NO_EFFECT: tuple[NoEffect[DPOConfig], ...] = (
         ),
         lambda s: (
             f"together with `micro_batch_size` {s.micro_batch_size} and `max_length` "
-            f"{s.max_length}: a forward pass never has more than {s._most_tokens_per_pass} tokens"
+            f"{s.length_limit}: a forward pass never has more than {s._most_tokens_per_pass} tokens"
         ),
     ),
 )

@@ -9,6 +9,7 @@ from mlx_dpo.optim.lr_schedule import LR_SCHEDULES, WARMUP_SETTINGS
 from mlx_dpo.optim.optimizers import OPTIMIZERS
 
 OPTIMIZER = "Optimizer"
+MAX_STEPS_WITHOUT_WARMUP = 2  # with a warm-up step, half or all of the run would not train
 
 
 def _beta(help: str, default_text: str) -> float | None:
@@ -38,15 +39,15 @@ class OptimizerSettings:
         choices=tuple(OPTIMIZERS),
         metavar="OPTIMIZER",
     )
-    learning_rate: float = setting(
-        5e-6,
-        "Peak learning rate. Lion needs 1/10 to 1/3 of AdamW's rate, Muon several times and SGD "
-        "hundreds of times as much.",
+    learning_rate: float | None = setting(
+        None,
+        "Peak learning rate. The header shows the rate that was chosen, and why.",
         float,
         OPTIMIZER,
         minimum=0,
         exclusive_minimum=True,
         metavar="RATE",
+        default_text="chosen by what is trained and for how many steps",
         essential=True,
     )
     lr_scheduler_type: str = setting(
@@ -123,12 +124,25 @@ class OptimizerSettings:
     )
 
     def count_warmup_steps(self, total_steps: int) -> int:
-        """Return the number of warm-up steps in a run of `total_steps` optimizer steps."""
+        """Return the number of warm-up steps in a run of `total_steps` optimizer steps.
+
+        A run of one or two steps has none unless `warmup_steps` is set: the learning rate is 0 in
+        the first step of a warm-up.
+        """
         if "warmup_ratio" not in LR_SCHEDULES[self.lr_scheduler_type].settings:
             return 0
         if self.warmup_steps is not None:
             return self.warmup_steps
+        if total_steps <= MAX_STEPS_WITHOUT_WARMUP:
+            return 0
         return math.ceil((0.1 if self.warmup_ratio is None else self.warmup_ratio) * total_steps)
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """Setting `learning_rate`, which a run chooses before its first step if it is not set."""
+        if self.learning_rate is None:
+            raise ValueError("the learning rate is not chosen yet")
+        return self.learning_rate
 
     @property
     def final_lr_share(self) -> float:

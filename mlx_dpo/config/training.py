@@ -223,7 +223,7 @@ class RunSettings:
         is_path=True,
         metavar="FOLDER",
         essential=True,
-        required=True,
+        default_text="runs/MODEL-DATE",
     )
     save_steps: int = setting(
         50,

@@ -7,7 +7,7 @@ from mlx_dpo.data.load import check_settings_used
 from mlx_dpo.data.sources import SplitSources, find_sources
 from mlx_dpo.data.tokenization.tokenize import check_token_rules
 from mlx_dpo.errors import ConfigError
-from mlx_dpo.runs.inputs import load_configured_base, row_rules, token_rules
+from mlx_dpo.runs.inputs import load_configured_base, row_rules, token_rules, with_max_length
 
 MODEL_SETTINGS = (  # settings without effect unless there is a model
     "chat_template", "thinking", "system", "max_length", "truncation", "revision",
@@ -55,6 +55,7 @@ def make_scan_settings(config: DPOConfig) -> ScanSettings:
     from mlx_dpo.models.empty_weights import load_empty_model
 
     base = load_configured_base(config, load_empty_model)
+    config = with_max_length(config, base)
     rules = token_rules(config, base)
     check_token_rules(base.tokenizer, rules)
     return ScanSettings(

@@ -175,7 +175,7 @@ def _compare_run(
     use_generating_function(
         opened.base.model,
         vocab_size=opened.base.vocab_size,
-        max_length=run.config.max_length,
+        max_length=run.config.length_limit,
     )
     with_system = add_system_prompt(used, run.config.system)
     rows = [_prompt_ids(opened, run, prompt) for prompt in with_system]

@@ -299,7 +299,7 @@ def _pair_logps(opened: OpenRun, base: LoadedModel, pairs: Sequence[TokenizedPai
     architecture.
     """
     use_generating_function(
-        base.model, vocab_size=base.vocab_size, max_length=opened.config.max_length
+        base.model, vocab_size=base.vocab_size, max_length=opened.config.length_limit
     )
     with phase("Scoring pairs", len(pairs), unit=opened.config.unit) as advance:
         return score_pairs(base.model, pairs, limit=opened.config.pass_limit, progress=advance)

@@ -159,6 +159,7 @@ class OptimizerEntry(NamedTuple):
     title: str
     build: Callable[..., optim.Optimizer]  # build(learning_rate, **settings)
     settings: tuple[str, ...]
+    rate_factor: float = 1.0  # its default learning rate is so many times AdamW's
 
 
 OPTIMIZERS: Mapping[str, OptimizerEntry] = {
@@ -167,10 +168,10 @@ OPTIMIZERS: Mapping[str, OptimizerEntry] = {
     ),
     "adam": OptimizerEntry("Adam", adam, ("adam_beta1", "adam_beta2", "adam_epsilon")),
     "adafactor": OptimizerEntry("Adafactor", adafactor, ("weight_decay",)),
-    "lion": OptimizerEntry("Lion", lion, ("weight_decay", "adam_beta1", "adam_beta2")),
-    "muon": OptimizerEntry("Muon", muon, ("weight_decay", "momentum")),
-    "sgd": OptimizerEntry("SGD", sgd, ("weight_decay", "momentum")),
-    "rmsprop": OptimizerEntry("RMSprop", rmsprop, ()),
+    "lion": OptimizerEntry("Lion", lion, ("weight_decay", "adam_beta1", "adam_beta2"), 0.3),
+    "muon": OptimizerEntry("Muon", muon, ("weight_decay", "momentum"), 4.0),
+    "sgd": OptimizerEntry("SGD", sgd, ("weight_decay", "momentum"), 500.0),
+    "rmsprop": OptimizerEntry("RMSprop", rmsprop, (), 0.5),
 }
 
 

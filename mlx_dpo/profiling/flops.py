@@ -102,7 +102,7 @@ def model_flops(model: nn.Module, config: Mapping[str, Any], *, vocab_size: int)
         adapters=sum(_adapter_weights(part, experts) for part in parts),
         attention=sum(attention),
         attention_backward=sum(attention[first:]),
-        head=vocab_size * int(entries.get("hidden_size") or entries.get("n_embd") or 0),
+        head=vocab_size * (model_width(entries) or 0),
         trained_linear=trained_linear if has_master_weights(model) else 0,
     )
 
@@ -156,7 +156,7 @@ def _attention_widths(model: nn.Module, entries: Mapping[str, Any]) -> Sequence[
     Recurrent layers have a width of 0.
     """
     heads = int(entries.get("num_attention_heads") or entries.get("n_head") or 0)
-    hidden = int(entries.get("hidden_size") or entries.get("n_embd") or 0)
+    hidden = model_width(entries) or 0
     width = int(entries.get("head_dim") or (hidden // heads if heads else 0))
     caches = make_prompt_cache(model)
     recurrent = [isinstance(cache, ArraysCache) for cache in caches]
@@ -175,3 +175,15 @@ def _adapter_weights(part: nn.Module, experts: int | None) -> int:
     a, b = part.lora_a, part.lora_b
     used = 1 if a.ndim == 2 else min(experts or a.shape[0], a.shape[0]) / a.shape[0]
     return int(used * (a.size + b.size))
+
+
+WIDTH_NAMES = ("hidden_size", "n_embd", "d_model", "model_dim", "dim")
+
+
+def model_width(entries: Mapping[str, Any]) -> int | None:
+    """Return the width of the hidden states that a model's `config.json` states, or None."""
+    for part in (entries, entries.get("text_config") or {}):
+        for name in WIDTH_NAMES:
+            if width := part.get(name):
+                return int(width)
+    return None

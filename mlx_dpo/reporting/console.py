@@ -83,14 +83,38 @@ def format_final_metrics(row: MetricsRow, *, is_noise: bool = False) -> dict[str
     return texts | {"accuracy": NOISE} if is_noise else texts
 
 
-def final_metrics_table(row: MetricsRow, *, title: str, is_noise: bool = False) -> Table:
-    """Return a table for the terminal with the metrics of an evaluation."""
-    table = Table(title=title, title_justify="left", show_header=False, box=SIMPLE)
+def final_metrics_table(
+    row: MetricsRow, *, title: str, is_noise: bool = False, before: MetricsRow | None = None
+) -> Table:
+    """Return a table for the terminal with the metrics of an evaluation.
+
+    Args:
+        row: the evaluation.
+        title: title of the table.
+        is_noise: whether the margins are noise, so that accuracy is no result.
+        before: the evaluation before the first step, for a column of its own.
+    """
+    table = Table(title=title, title_justify="left", show_header=before is not None, box=SIMPLE)
     table.add_column()
-    table.add_column(justify="right")
-    for label, value in format_final_metrics(row, is_noise=is_noise).items():
-        table.add_row(label, value)
+    columns = [format_final_metrics(row, is_noise=is_noise)]
+    if before is not None:
+        columns.insert(0, _format_metrics_before({**before, **_base_samples(row)}))
+    for name in ("before", "after")[-len(columns) :]:
+        table.add_column(name, justify="right")
+    for label in columns[-1]:
+        table.add_row(label, *(column.get(label, "-") for column in columns))
     return table
+
+
+def _format_metrics_before(row: MetricsRow) -> dict[str, str]:
+    """Return the metrics before the first step; without any margin there is no accuracy."""
+    return format_final_metrics(row) | {"accuracy": _format_accuracy(row, EVAL_PREFIX, ".1%")}
+
+
+def _base_samples(row: MetricsRow) -> MetricsRow:
+    """Return the metrics of the base model's sampled answers under the names of the policy's."""
+    base, prefix = f"{EVAL_PREFIX}completions/base_", f"{EVAL_PREFIX}completions/"
+    return {name.replace(base, prefix): row[name] for name in row if name.startswith(base)}
 
 
 def _format_accuracy(row: MetricsRow, prefix: str, form: str) -> str:

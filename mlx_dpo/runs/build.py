@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -12,15 +13,19 @@ import mlx.optimizers as optim
 
 from mlx_dpo.adapters import attach as adapters
 from mlx_dpo.adapters.adapter_files import attach_loaded_adapter, read_adapter
+from mlx_dpo.adapters.layers import adapter_rank
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.config.training import PassLimit
+from mlx_dpo.data.columns import LENGTHS, column
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.generation.context import context_length
 from mlx_dpo.models.device import is_cpu
 from mlx_dpo.models.load import LoadedModel
 from mlx_dpo.optim import optimizers
+from mlx_dpo.optim.default_rate import RateFactors, choose_learning_rate
 from mlx_dpo.optim.lr_schedule import learning_rate
 from mlx_dpo.phases import phase
+from mlx_dpo.profiling.flops import model_width
 from mlx_dpo.profiling.memory import trainable_bytes
 from mlx_dpo.reporting.samples import SamplesLog
 from mlx_dpo.runs.folder import RunPaths
@@ -101,20 +106,52 @@ def reference_mode(policy: nn.Module, config: DPOConfig) -> AbstractContextManag
     return adapters.disable_adapters(policy) if fresh else nullcontext()
 
 
+METHODS = {"lora": "LoRA", "dora": "DoRA", "full": "full fine-tuning"}
+
+
+def with_learning_rate(
+    inputs: Inputs, config: DPOConfig, total_steps: int
+) -> tuple[DPOConfig, str]:
+    """Return the settings with a learning rate, and what it was chosen by.
+
+    A learning rate that the settings have stays, and the text is "". The adapters must be attached
+    to the base model already.
+    """
+    if config.learning_rate is not None:
+        return config, ""
+    base, method = inputs.base, adapters.get_fine_tune_type(inputs.base.model)
+    layers = list(adapters.adapted_layers(base.model).values())
+    alpha = None if method == "full" else float(layers[0].scale) * adapter_rank(layers[0])
+    tokens = float(column(inputs.train, LENGTHS)[:, 1].mean())
+    run = RateFactors(model_width(base.config), alpha, total_steps, tokens)
+    factor = optimizers.OPTIMIZERS[config.optim].rate_factor
+    factor *= min(loss.rate_factor for loss in config.losses)
+    reasons = [
+        METHODS[method],
+        f"width {run.width or 'unknown'}",
+        f"{total_steps} step{'s' * (total_steps != 1)}",
+        f"{tokens:.0f} tokens per completion",
+    ]
+    return replace(config, learning_rate=choose_learning_rate(run, factor=factor)), ", ".join(
+        reasons
+    )
+
+
 def make_optimizer(policy: nn.Module, config: DPOConfig) -> optim.Optimizer:
     """Create the optimizer that the settings name, initialized for the trainable parameters."""
     given = {name: getattr(config, name) for name in optimizers.OPTIMIZERS[config.optim].settings}
     settings = {name: value for name, value in given.items() if value is not None}
-    return optimizers.build_optimizer(config.optim, policy, config.learning_rate, **settings)
+    return optimizers.build_optimizer(config.optim, policy, config.peak_learning_rate, **settings)
 
 
 def optimizer_state_bytes(policy: nn.Module, config: DPOConfig) -> int:
     """Return the size in bytes of the optimizer state and of the synced reference's weights.
 
-    The size is computed from shapes; no array is allocated.
+    The size is computed from shapes; no array is allocated. It does not depend on the rate.
     """
     synced = trainable_bytes(policy) if config.sync_ref_model else 0
-    return optimizers.count_state_bytes(make_optimizer(policy, config)) + synced
+    optimizer = make_optimizer(policy, replace(config, learning_rate=1.0))
+    return optimizers.count_state_bytes(optimizer) + synced
 
 
 def choose_scorer(base: LoadedModel, config: DPOConfig) -> ScorerChoice:
@@ -136,7 +173,7 @@ def choose_scorer(base: LoadedModel, config: DPOConfig) -> ScorerChoice:
             vocab_size=base.vocab_size,
             requested=wanted,
             ld_alpha=config.ld_alpha,
-            max_length=config.max_length,
+            max_length=config.length_limit,
         )
 
 
@@ -218,14 +255,8 @@ def make_synced_reference(
 def check_step_settings(config: DPOConfig, total_steps: int) -> None:
     """Raise `ConfigError` if settings do not fit the number of steps of the run.
 
-    The warm-up must end, and a synced reference must be updated, before the last step. A run of one
-    step must have no warm-up, because the learning rate is 0 in the first step of a warm-up.
+    The warm-up must end, and a synced reference must be updated, before the last step.
     """
-    if total_steps == 1 and config.count_warmup_steps(total_steps) > 0:
-        raise ConfigError(
-            "the run has 1 step, and a warm-up begins at learning rate 0, so nothing would be "
-            "trained; use --warmup-ratio 0, more pairs, --max-steps, or a smaller --batch-size"
-        )
     if config.sync_ref_model and config.sync_steps >= total_steps:
         raise ConfigError(
             f"`sync_ref_model` has no effect: the reference is updated every {config.sync_steps} "
@@ -258,7 +289,7 @@ def make_plan(
         objective=Objective(config),
         learning_rate=partial(
             learning_rate,
-            peak=config.learning_rate,
+            peak=config.peak_learning_rate,
             total=total_steps,
             warmup=config.count_warmup_steps(total_steps),
             schedule=config.lr_scheduler_type,

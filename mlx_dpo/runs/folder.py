@@ -8,8 +8,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 from secrets import token_hex
+from shlex import quote
 from types import NoneType
 from typing import Any
 
@@ -103,28 +105,16 @@ def read_record(paths: RunPaths) -> dict[str, Any] | None:
 
 # Entries of a run record and their types; those without a value may be missing.
 RECORD_TYPES: dict[str, tuple[type, ...]] = {
-    "state": (str,),
-    "steps": (int,),
-    "settings": (dict,),
-    "provenance": (dict,),
-    "counts": (dict,),
-    "pairs": (list,),
-    "versions": (dict,),
-    "warnings": (list,),
-    "id": (str,),
-    "day": (str, NoneType),
-    "model_folder": (str, NoneType),
-    "reference_folder": (str, NoneType),
-    "start_folder": (str, NoneType),
-    "evaluation": (dict, NoneType),
-    "best_checkpoint": (dict, NoneType),
-    "stopped_early_at": (int, NoneType),
-    "automatic_settings": (dict, NoneType),
-    "datasets_in_memory": (list, NoneType),
-    "adapter": (str, NoneType),
-    "adapter_sha256": (str, NoneType),
+    "state": (str,), "steps": (int,), "settings": (dict,), "provenance": (dict,),
+    "counts": (dict,), "pairs": (list,), "versions": (dict,), "warnings": (list,), "id": (str,),
+    "day": (str, NoneType), "model_folder": (str, NoneType), "reference_folder": (str, NoneType),
+    "start_folder": (str, NoneType), "evaluation": (dict, NoneType),
+    "best_checkpoint": (dict, NoneType), "stopped_early_at": (int, NoneType),
+    "automatic_settings": (dict, NoneType), "chosen_settings": (dict, NoneType),
+    "before": (dict, NoneType), "datasets_in_memory": (list, NoneType),
+    "adapter": (str, NoneType), "adapter_sha256": (str, NoneType),
     "num_metrics_rows": (int, NoneType),
-}
+}  # fmt: skip
 REQUIRED = ("state", "settings", "provenance")
 ITEM_TYPES: dict[str, tuple[type, ...]] = {
     "counts": (int,),
@@ -134,6 +124,8 @@ ITEM_TYPES: dict[str, tuple[type, ...]] = {
     "warnings": (str,),
     "evaluation": (int, float),
     "best_checkpoint": (int, float),
+    "chosen_settings": (str,),
+    "before": (int, float),
     "datasets_in_memory": (str,),
 }
 
@@ -349,6 +341,8 @@ def new_record(
         and _relative(config.reference_model, config.output),
         "start_folder": config.start_adapter and _relative(config.start_adapter, config.output),
         "versions": {name: version(name) for name in ("mlx-dpo", "mlx", "mlx-lm")},
+        # Settings that were not given, and what their values were chosen by.
+        "chosen_settings": (earlier or {}).get("chosen_settings") or {},
         "evaluation": None,
         "best_checkpoint": None,
         "stopped_early_at": None,
@@ -382,8 +376,9 @@ def check_resumable(
     if earlier["state"] == "finished":
         steps = earlier.get("stopped_early_at") or earlier["steps"]
         raise RunError(
-            f"{paths.folder}: this run is finished after {steps} steps; choose another --output, "
-            f"with --start-adapter {paths.folder} to train this adapter further"
+            f"{paths.folder}: this run is finished after {steps} steps; to train further: "
+            f"{_command_to_train_further(paths.folder, earlier)}; or choose another --output, or "
+            "--overwrite to replace the run"
         )
     if not resume:
         raise RunError(
@@ -397,6 +392,15 @@ def check_resumable(
             f"{_shown(getattr(config, name))}; resume with the same settings, or choose another "
             "--output"
         )
+
+
+def _command_to_train_further(folder: Path, record: Mapping[str, Any]) -> str:
+    """Return the command that starts a new run from the adapters of a finished run."""
+    settings = record["settings"]
+    number = next(n for n in count(2) if not folder.with_name(f"{folder.name}-{n}").exists())
+    words = [*settings["pairs"], "--model", settings["model"], "--start-adapter", str(folder)]
+    words += ["--output", f"{folder}-{number}"]
+    return " ".join(["mlx-dpo train", *["PAIRS"] * (not settings["pairs"]), *map(quote, words)])
 
 
 def _shown(value: Any) -> str:

@@ -2,12 +2,13 @@
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+from mlx_dpo.config.data import DEFAULT_MAX_LENGTH
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.data.chat_templates.template_date import get_day, set_day, today
 from mlx_dpo.data.columns import longest_row, pairs_digest
@@ -74,9 +75,10 @@ def token_rules(config: DPOConfig, base: LoadedModel) -> TokenRules:
         chat_template=config.chat_template,
         thinking=config.thinking,
         system=config.system,
-        max_length=config.max_length,
+        max_length=config.length_limit,
         truncation=config.truncation,
         vocab_size=base.vocab_size,
+        context=context_length(base.config),
     )
 
 
@@ -107,8 +109,17 @@ def load_trainable_base(
         ConfigError: `max_length` is beyond the positions that the model has learned.
     """
     base = load_configured_base(config, load)
-    check_max_length(config.max_length, base.config)
+    if config.max_length is not None:
+        check_max_length(config.max_length, base.config)
     return base
+
+
+def with_max_length(config: DPOConfig, base: LoadedModel) -> DPOConfig:
+    """Return the settings with a `max_length`: their own, else at most the model's context."""
+    if config.max_length is not None:
+        return config
+    context = context_length(base.config) or DEFAULT_MAX_LENGTH
+    return replace(config, max_length=min(DEFAULT_MAX_LENGTH, context))
 
 
 def row_rules(config: DPOConfig) -> RowRules:
@@ -216,7 +227,7 @@ def add_kl_completions(
 
     KL completions are mismatched completions from which KTO estimates the KL divergence.
     """
-    return with_mismatched_completions(pairs, config.max_length) if config.labelled else pairs
+    return with_mismatched_completions(pairs, config.length_limit) if config.labelled else pairs
 
 
 def load_inputs(
@@ -240,6 +251,7 @@ def load_inputs(
     sources = find_sources(pairs, valid, config.split)
     check_held_out_settings(config, sources)
     base = read(config)
+    config = with_max_length(config, base)
     set_day(base.tokenizer, day or today())
     train = [load_configured_source(config, base, source) for source in sources.train]
     held_out = [load_configured_source(config, base, source) for source in sources.valid]
@@ -290,7 +302,7 @@ def check_context_length(
     longest = longest_row(*splits)
     if context is not None and longest > context:
         raise ConfigError(
-            f"`max_length` is {config.max_length}, but the model's context length is {context} "
+            f"`max_length` is {config.length_limit}, but the model's context length is {context} "
             f"tokens and the longest row has {longest}; use --max-length {context}"
         )
 

@@ -7,7 +7,7 @@ from datetime import date
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -20,25 +20,43 @@ from mlx_dpo.data.sources import STDIN
 from mlx_dpo.errors import ConfigError, RunError, reason
 from mlx_dpo.io.atomic import remove_abandoned
 from mlx_dpo.io.notices import notify_once
+from mlx_dpo.losses.metrics import EVAL_PREFIX, to_public_names
 from mlx_dpo.models.empty_weights import load_empty_model
 from mlx_dpo.models.files import model_fingerprint
 from mlx_dpo.models.load import LoadedModel, load_model
 from mlx_dpo.phases import Advance, phase
-from mlx_dpo.runs.build import choose_scorer, make_dataset_scorer
-from mlx_dpo.runs.folder import reference_provenance
+from mlx_dpo.runs.build import choose_scorer, make_dataset_scorer, make_on_policy_weights
+from mlx_dpo.runs.folder import RunPaths, reference_provenance
 from mlx_dpo.runs.inputs import (
     NO_DATASETS,
     Datasets,
+    Inputs,
     check_context_length,
     device_and_dtype,
     load_inputs,
     load_trainable_base,
+    with_max_length,
 )
 from mlx_dpo.scoring.generation_match import computes_with_caches
 from mlx_dpo.scoring.score_pairs import DatasetScorer
+from mlx_dpo.scoring.select_scorer import ScorerChoice
 from mlx_dpo.training.logps_cache import labels, read_logps, write_logps
+from mlx_dpo.training.objective import Objective, evaluate
 from mlx_dpo.training.reference_logps import ReferenceCache, are_scored, reference_logps
-from mlx_dpo.types import PairLogps, TokenizedPair
+from mlx_dpo.types import MetricsRow, PairLogps, TokenizedPair
+
+
+class PreparedRun(Protocol):
+    """What of a `DPOTrainer` the functions of this module read."""
+
+    config: DPOConfig
+    inputs: Inputs
+    paths: RunPaths
+    record: dict[str, Any]
+    policy: nn.Module
+    choice: ScorerChoice
+    reference: dict[str, PairLogps]
+    reference_model_logps: dict[str, PairLogps]
 
 
 def cached_reference_logps(
@@ -114,6 +132,59 @@ def needed_pairs(
             steps, count=count, batch_size=config.batch_size, seed=config.seed
         )
     return needed
+
+
+def reference_logps_of_split(
+    run: PreparedRun, split: str, indices: Sequence[int], progress: Callable[[int], None]
+) -> PairLogps:
+    """Return the reference log-probs of split `train` or `valid` of a run. (len(pairs),) each
+
+    Reference-free losses get zeros, and pairs that are not at `indices` get NaN.
+    """
+    pairs = run.inputs.splits[split]
+    if not run.config.needs_reference:
+        return PairLogps(mx.zeros((len(pairs),)), mx.zeros((len(pairs),)))
+
+    def compute() -> PairLogps:
+        if run.config.reference_model is not None:
+            return run.reference_model_logps[split]
+        return cached_reference_logps(
+            run.policy,
+            pairs,
+            run.record,
+            device_and_dtype=run.record["provenance"]["device_and_dtype"],
+            score=make_dataset_scorer(run.config, run.choice),
+            indices=indices,
+            progress=progress,
+        )
+
+    path = run.paths.reference_logps(split)
+    return stored_logps(path, len(pairs), indices, compute, progress)
+
+
+def evaluate_before(run: PreparedRun) -> MetricsRow | None:
+    """Return the metrics on the held-out pairs before the first step; None if there are no pairs.
+
+    A policy that starts as its own reference is not scored again.
+    """
+    config, valid, reference = run.config, run.inputs.valid, run.reference["valid"]
+    if not valid:
+        return None
+
+    def score(model: nn.Module, pairs: Sequence[TokenizedPair], **_: Any) -> PairLogps:
+        if config.needs_reference and config.reference_model is None:
+            return reference
+        return make_dataset_scorer(config, run.choice)(model, pairs)
+
+    metrics = evaluate(
+        run.policy,
+        valid,
+        reference,
+        Objective(config),
+        score=score,
+        on_policy=make_on_policy_weights(config, run.choice),
+    )
+    return to_public_names(metrics, prefix=EVAL_PREFIX)
 
 
 def stored_logps(
@@ -193,6 +264,7 @@ def compute_reference_model_logps(
         )
     load_shapes = partial(load_trainable_base, load=load_empty_model)
     inputs = load_inputs(config, read=load_shapes, datasets=datasets, day=day)
+    config = with_max_length(config, inputs.base)
     other, tokenizer = load_reference_model(config), inputs.base.tokenizer
     return compute_logps_of_splits(config, other, tokenizer, inputs.splits)
 

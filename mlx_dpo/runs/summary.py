@@ -14,16 +14,18 @@ from mlx_dpo.adapters.attach import adapted_layers, get_fine_tune_type
 from mlx_dpo.adapters.layers import LoRAEmbedding, LoRASwitchLinear, adapter_rank
 from mlx_dpo.adapters.master_weights import forward_dtypes
 from mlx_dpo.adapters.targets import block_paths, has_tied_embeddings
+from mlx_dpo.config.data import DEFAULT_MAX_LENGTH
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.data.batching import EpochMicroBatches, count_micro_batches
 from mlx_dpo.data.columns import count_shared_pairs, prompt_keys
+from mlx_dpo.generation.context import context_length
 from mlx_dpo.io.arrays import named_arrays
 from mlx_dpo.models.device import dtype_name
 from mlx_dpo.optim.optimizers import OPTIMIZERS
 from mlx_dpo.profiling import memory
 from mlx_dpo.runs.inputs import Inputs
 from mlx_dpo.runs.reference import needed_pairs
-from mlx_dpo.training.monitor.verdict import Verdict
+from mlx_dpo.units import format_number_of
 
 if TYPE_CHECKING:
     from mlx_dpo.runs.trainer import DPOTrainer
@@ -147,6 +149,9 @@ def summarize_inputs(run: "DPOTrainer", *, verbose: bool = True) -> list[Summary
     ]
     for report in inputs.reports:
         lines += [("", line) for line in (report.lines() if verbose else report.warning_lines())]
+    limit = run.config.length_limit
+    if limit < DEFAULT_MAX_LENGTH and limit == context_length(base.config):
+        lines += [("", f"max length {limit:,} tokens: the model's context length")]
     if leaked := count_shared_pairs(inputs.valid, inputs.train):
         lines.append(("", f"{leaked:,} of the held-out {run.config.unit} are also trained on"))
     lines += [("", note) for note in describe_held_out_prompts(run.config, inputs)]
@@ -233,10 +238,13 @@ def summarize_end(run: "DPOTrainer") -> list[SummaryLine]:
     return lines
 
 
-def summarize_findings(warnings: Sequence[str], verdict: Verdict | None) -> list[SummaryLine]:
-    """Return the summary lines about what went wrong: warnings of the training, and the verdict."""
-    lines = [("" if number else "warnings", text) for number, text in enumerate(warnings)]
-    return lines + ([] if verdict is None else [("result", verdict.text)])
+def summarize_findings(warnings: Sequence[str], result: str) -> list[SummaryLine]:
+    """Return the summary lines about the result of a run and the warnings of its training."""
+    label = format_number_of(len(warnings), "warnings")
+    return [
+        ("result", result),
+        *[("" if number else label, text) for number, text in enumerate(warnings)],
+    ]
 
 
 def describe_loss(config: DPOConfig) -> str:
@@ -274,12 +282,20 @@ def _loss_settings(config: DPOConfig) -> list[str]:
 
 def _describe_steps(run: "DPOTrainer") -> str:
     config, rising = run.config, run.config.count_warmup_steps(run.total_steps)
+    reason = run.record["chosen_settings"].get("learning_rate", "")
+    warmup = f"warm-up over {rising} step{'s' * (rising != 1)}" if rising else "no warm-up"
     return (
         f"{run.total_steps} of {config.batch_size} {config.unit}; "
         f"{OPTIMIZERS[config.optim].title}, "
-        f"learning rate {config.learning_rate:g}, {config.lr_scheduler_type}, "
-        f"warm-up over {rising} step{'s' * (rising != 1)}"
+        f"{describe_learning_rate(config, reason)}, "
+        f"{config.lr_scheduler_type}, {warmup}"
     )
+
+
+def describe_learning_rate(config: DPOConfig, reason: str) -> str:
+    """Return the learning rate and, if it was chosen, what it was chosen by."""
+    chosen = f" (chosen: {reason})" if reason else ""
+    return f"learning rate {config.peak_learning_rate:g}{chosen}"
 
 
 def _summarize_best(run: "DPOTrainer") -> list[SummaryLine]:

@@ -96,7 +96,7 @@ def monitored_run(
         warmup_steps=config.count_warmup_steps(total_steps),
         batch_size=min(config.batch_size, len(pairs)),
         beta=config.common_beta,
-        learning_rate=config.learning_rate,
+        learning_rate=config.peak_learning_rate,
         max_grad_norm=config.max_grad_norm,
         chosen_tokens=float(chosen.mean()),
         rejected_tokens=float(rejected.mean()),

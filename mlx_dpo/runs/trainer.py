@@ -29,6 +29,7 @@ from mlx_dpo.runs.build import (
     make_plan,
     make_synced_reference,
     reference_mode,
+    with_learning_rate,
 )
 from mlx_dpo.runs.early_stopping import BestCheckpoint
 from mlx_dpo.runs.folder import (
@@ -44,15 +45,15 @@ from mlx_dpo.runs.folder import (
     start_adapter_provenance,
     write_record,
 )
-from mlx_dpo.runs.inputs import Datasets, Inputs, load_inputs
+from mlx_dpo.runs.inputs import Datasets, Inputs, load_inputs, with_max_length
 from mlx_dpo.runs.reference import (
     ProgressCallback,
-    cached_reference_logps,
     compute_reference_model_logps,
     count_steps,
+    evaluate_before,
     needed_pairs,
+    reference_logps_of_split,
     reference_phase,
-    stored_logps,
 )
 from mlx_dpo.runs.save_peft import save_peft
 from mlx_dpo.runs.trackers import check_trackers, make_monitor, open_trackers
@@ -61,7 +62,7 @@ from mlx_dpo.trackers.base import OpenTrackers
 from mlx_dpo.training import checkpoint, loop
 from mlx_dpo.training.monitor.verdict import Verdict
 from mlx_dpo.training.objective import Objective, evaluate
-from mlx_dpo.types import MetricsRow, PairLogps
+from mlx_dpo.types import MetricsRow
 
 SPLITS = ("train", "valid")
 
@@ -138,6 +139,7 @@ class DPOTrainer:
                 remove_run(self.paths)
             self.earlier = read_record(self.paths)
             if self.earlier is not None:
+                self.config = self.config.with_recorded_choices(self.earlier["settings"])
                 check_resumable(self.paths, self.earlier, self.config, resume=self.resume)
             self._resources = stack.pop_all()
         self._is_entered = True
@@ -181,11 +183,12 @@ class DPOTrainer:
         mx.reset_peak_memory()  # earlier work of the same process does not count
         start, day = start_adapter_provenance(self.config), day_of_run(self.earlier)
         if self.config.reference_model is not None:
-            self._reference_model_logps, digest = compute_reference_model_logps(
+            self.reference_model_logps, digest = compute_reference_model_logps(
                 self.config, self.datasets, day
             )
             start |= {"reference_model": digest}
         self.inputs: Inputs = load_inputs(self.config, datasets=self.datasets, day=day)
+        self.config = with_max_length(self.config, self.inputs.base)
         check_step_settings(self.config, self.total_steps)
         self.best.check_has_effect(
             every=self.config.eval_steps,
@@ -210,6 +213,10 @@ class DPOTrainer:
         self.policy = self.inputs.base.model
         self._resources.enter_context(use_fused_gated_delta(self.policy))
         self.adapter_config = attach_adapters(self.inputs.base, self.config)
+        self.config, reason = with_learning_rate(self.inputs, self.config, self.total_steps)
+        if reason:
+            self.record["settings"]["learning_rate"] = self.config.learning_rate
+            self.record["chosen_settings"]["learning_rate"] = reason
         self.choice = choose_scorer(self.inputs.base, self.config)
         self.fitted = choose_micro_batch_size(
             self.inputs, self.config, self.choice, self.earlier, self.force
@@ -235,32 +242,9 @@ class DPOTrainer:
                 progress(pairs)
 
             self.reference = {
-                split: self._reference_logps(split, needed[split], count) for split in SPLITS
+                split: reference_logps_of_split(self, split, needed[split], count)
+                for split in SPLITS
             }
-
-    def _reference_logps(
-        self, split: str, indices: Sequence[int], progress: ProgressCallback
-    ) -> PairLogps:
-        """Return the reference log-probs of split `train` or `valid`. (len(pairs),) each"""
-        pairs = self.inputs.splits[split]
-        if not self.config.needs_reference:
-            return PairLogps(mx.zeros((len(pairs),)), mx.zeros((len(pairs),)))
-
-        def compute() -> PairLogps:
-            if self.config.reference_model is not None:
-                return self._reference_model_logps[split]
-            return cached_reference_logps(
-                self.policy,
-                pairs,
-                self.record,
-                device_and_dtype=self.record["provenance"]["device_and_dtype"],
-                score=make_dataset_scorer(self.config, self.choice),
-                indices=indices,
-                progress=progress,
-            )
-
-        path = self.paths.reference_logps(split)
-        return stored_logps(path, len(pairs), indices, compute, progress)
 
     def restore(self) -> None:
         """Restore the last whole checkpoint, if there is one, and open the experiment trackers.
@@ -268,6 +252,7 @@ class DPOTrainer:
         Raises:
             ConfigError: a tracker cannot be opened.
         """
+        self.record["before"] = (self.earlier or {}).get("before") or evaluate_before(self)
         self.optimizer = make_optimizer(self.policy, self.config)
         self.start = loop.Progress()
         self.synced_reference = make_synced_reference(self.policy, self.config, self.choice)

@@ -60,6 +60,13 @@ class Evaluation:
     notes: tuple[str, ...]  # skipped and truncated rows of a named file
     verdict: Verdict | None = None  # on the policy, by these metrics; None if nothing is wrong
 
+    @property
+    def description(self) -> str:
+        """Number and description of the pairs, such as `50 held-out pairs`."""
+        unit = self.run.config.unit
+        name = self.name.replace(unit, unit.removesuffix("s"), 1) if self.pairs == 1 else self.name
+        return f"{self.pairs:,} {name}"
+
 
 def evaluate_run(
     folder: str, pairs: str | None = None, *, bad_pairs: str | None = None
@@ -217,7 +224,7 @@ def held_out_prompts(run: OpenRun, base: LoadedModel) -> list[Prompt]:
     sources = find_sources(config.pairs, config.valid, config.split)
     prompts = []
     for source in (*sources.train, *sources.valid):
-        report = PairsReport(source.name, config.max_length, judged=config.labelled)
+        report = PairsReport(source.name, config.length_limit, judged=config.labelled)
         for parsed in parse_rows(source.rows(), row_rules(config), report, bad_pairs="drop"):
             example = parsed.example
             if bytes.fromhex(prompt_digest(example)) in wanted:

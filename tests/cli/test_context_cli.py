@@ -86,7 +86,7 @@ def trained(folder):
     ids=lambda words: words[0],
 )
 def test_a_max_length_beyond_learned_positions_is_refused_before_any_work(words, folder):
-    result = run(*words)
+    result = run(*words, "--max-length", "1024")
     assert (result.exit_code, result.stderr.endswith(REFUSED)) == (1, True), result.output
     assert not list(folder.glob("new/**/*.jsonl"))
 

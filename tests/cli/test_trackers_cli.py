@@ -46,7 +46,7 @@ def test_what_a_library_prints_does_not_break_the_progress_bar(monkeypatch, tmp_
     flags = ("--max-steps", "3", "--report-to", "trackio", "--project", "a b")
     env = {"TRACKIO_DIR": str(tmp_path / "trackio"), "HF_HUB_OFFLINE": "1"}
     session = TerminalSession(*WORDS, *flags, **env)
-    session.until("Adapters in run")
+    session.until("adapters in run")
     assert session.exit_code() == 0
     session.close()
     assert "trackio: trackio show --project 'a b'" in session.output

@@ -55,7 +55,11 @@ def test_a_run_says_what_it_does_and_what_to_type_next():
     assert "steps         3 of 4 pairs; AdamW, learning rate 0.001, cosine" in shown
     assert "step 1/3  loss 0.6931  margin" in shown
     assert "3 held-out pairs" in shown
-    assert shown.endswith("Adapters in run; talk to them with: mlx-dpo chat run\n")
+    assert "result        the policy" in shown
+    assert "time          3 steps in 0:0" in shown
+    assert "output        adapters in run\n" in shown
+    for command, line in zip(("compare", "chat", "report"), shown.splitlines()[-3:], strict=True):
+        assert line.removeprefix("next").strip().startswith(f"mlx-dpo {command} run ")
 
 
 def labels(result):
@@ -163,10 +167,10 @@ def test_missing_files_and_folders_give_a_one_line_error(tmp_path):
 @pytest.mark.parametrize(
     ("words", "names"),
     [
-        ((), "PAIRS, --model and --output"),
+        ((), "PAIRS and --model"),
         (("pairs.jsonl", "--output", "run"), "--model"),
-        (("--model", "base"), "PAIRS and --output"),
-        (("--config", "s.yaml", "--model", "base"), "--output"),
+        (("--model", "base"), "PAIRS"),
+        (("--config", "s.yaml"), "--model"),
     ],
 )
 def test_all_that_is_missing_is_named_at_once(tmp_path, words, names):

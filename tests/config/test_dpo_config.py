@@ -34,7 +34,7 @@ def test_a_saved_config_is_read_back():
         ("learning_rate", "fast", "`learning_rate` must be a number, got 'fast'"),
         ("learning_rate", float("nan"), "`learning_rate` must be above 0"),
         ("learning_rate", float("inf"), "`learning_rate` must be above 0"),
-        ("learning_rate", None, "`learning_rate` must be float, got no value"),
+        ("batch_size", None, "`batch_size` must be int, got no value"),
         ("trust_remote_code", "yes", "`trust_remote_code` must be bool, got 'yes'"),
         ("truncation", "middle", "must be one of keep_start, keep_end, drop, got 'middle'"),
         ("model", 3, "`model` must be str, got 3"),
@@ -294,6 +294,8 @@ def test_defaults_that_depend_on_other_settings():
     both = DPOConfig(micro_batch_tokens=512, micro_batch_size=4)
     assert both.pass_limit == PassLimit(pairs=4, tokens=512)
     assert DPOConfig().count_warmup_steps(total_steps=101) == 11
+    assert [DPOConfig().count_warmup_steps(total_steps=n) for n in (1, 2, 3)] == [0, 0, 1]
+    assert DPOConfig(warmup_steps=1).count_warmup_steps(total_steps=2) == 1
     assert DPOConfig(warmup_ratio=0.0).count_warmup_steps(total_steps=101) == 0
     assert DPOConfig(warmup_steps=7).count_warmup_steps(total_steps=101) == 7
     assert DPOConfig(lr_scheduler_type="constant").count_warmup_steps(total_steps=101) == 0
@@ -307,10 +309,10 @@ def test_defaults_that_depend_on_other_settings():
 
 
 def test_the_defaults_are_the_published_ones():
-    """LoRA range of TRL's documentation and of the alignment handbook; see docs."""
+    """TRL's, except for the learning rate, which a run chooses; see optim/default_rate.py."""
     config = DPOConfig()
-    assert (config.learning_rate, config.common_beta) == (5e-6, 0.1)
-    assert (config.batch_size, config.max_length, config.max_grad_norm) == (16, 1024, 1.0)
+    assert (config.learning_rate, config.common_beta) == (None, 0.1)
+    assert (config.batch_size, config.length_limit, config.max_grad_norm) == (16, 1024, 1.0)
     assert (config.weight_decay, config.dropout, config.lora_scale) == (0.0, 0.0, 2.0)
 
 

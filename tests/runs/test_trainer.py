@@ -1,5 +1,6 @@
 import json
 import math
+import re
 import shutil
 from dataclasses import replace
 
@@ -12,7 +13,14 @@ from mlx_dpo.adapters import attach as adapters
 from mlx_dpo.errors import ConfigError, RunError, TrainingError
 from mlx_dpo.reporting.metrics_log import read_metrics
 from mlx_dpo.reporting.samples import read_samples
-from mlx_dpo.runs.folder import RunPaths, lock_folder, read_record, reference_provenance
+from mlx_dpo.runs.folder import (
+    RunPaths,
+    lock_folder,
+    read_record,
+    reference_provenance,
+    write_record,
+)
+from mlx_dpo.runs.summary import summarize_training
 from tests.edited_files import edit, read_entries
 from tests.runs.train_helper import train, weights
 
@@ -42,7 +50,7 @@ def test_a_run_writes_exactly_these_files_and_its_rows(config, tmp_path):
     record = json.loads((folder / "run.json").read_text())
     assert record["state"] == "finished"
     assert record["counts"] == {"train": 9, "valid": 3}
-    assert DPOConfig.from_dict(record["settings"]) == config
+    assert DPOConfig.from_dict(record["settings"]) == replace(config, max_length=512)
 
 
 @pytest.mark.parametrize("bits", [None, 4, 8])
@@ -248,8 +256,10 @@ def test_a_folder_with_a_run_is_not_overwritten(config):
         DPOTrainer(config).__enter__()
     train(config, resume=True)
     for resume in (False, True):
-        with pytest.raises(RunError, match="finished after 6 steps"):
+        with pytest.raises(RunError, match="finished after 6 steps") as error:
             DPOTrainer(config, resume=resume).__enter__()
+        further = f"--model {config.model} --start-adapter {config.output} --output"
+        assert f"mlx-dpo train {config.pairs[0]} {further} {config.output}-2; " in str(error.value)
 
 
 def test_a_folder_with_other_files_is_left_alone(config, tmp_path):
@@ -316,14 +326,42 @@ def test_max_steps_takes_the_place_of_epochs(settings, tmp_path):
     assert rows[6]["epoch"] == pytest.approx(2 + 4 / 9)
 
 
-def test_a_run_in_which_nothing_would_move_is_refused(settings):
-    """One step, and the warm-up of Transformers begins at a learning rate of 0."""
+@pytest.mark.parametrize("steps", [1, 2])
+def test_every_step_of_a_short_run_moves_the_weights(settings, steps):
+    """The warm-up of Transformers begins at a learning rate of 0; so short a run has none."""
     del settings["epochs"]
-    with (
-        DPOTrainer(DPOConfig.from_dict(settings | {"max_steps": 1})) as trainer,
-        pytest.raises(ConfigError, match="nothing would be trained; use --warmup-ratio 0"),
-    ):
+    trainer, rows = train(DPOConfig.from_dict(settings | {"max_steps": steps}))
+    assert rows[0]["learning_rate"] == settings["learning_rate"]
+    assert "no warm-up" in dict(summarize_training(trainer))["steps"]
+
+
+def test_a_run_chooses_and_records_the_settings_that_are_not_given(settings, tmp_path):
+    del settings["learning_rate"]
+    with DPOTrainer(DPOConfig.from_dict(settings)) as trainer:
+        trainer.prepare()
+        shown = dict(summarize_training(trainer))["steps"]
+    chosen = r"learning rate (\S+) \(chosen: (LoRA, width \d+, 6 steps, \d+ tokens per .*?)\)"
+    rate, reason = re.search(chosen, shown).groups()
+    assert trainer.config.learning_rate == float(rate) > 1e-4
+    assert trainer.config.max_length == 512  # the context length
+    record = read_record(RunPaths(tmp_path / "run"))
+    assert record["settings"]["learning_rate"] == float(rate)
+    assert record["settings"]["max_length"] == 512
+    assert record["chosen_settings"] == {"learning_rate": reason}
+
+
+def test_a_resumed_run_keeps_the_settings_that_it_chose(settings, tmp_path):
+    del settings["learning_rate"]
+    config = DPOConfig.from_dict(settings)
+    with DPOTrainer(config) as trainer:
+        trainer.prepare()
+    paths = RunPaths(tmp_path / "run")
+    record = read_record(paths)
+    record["settings"] |= {"learning_rate": 0.5, "max_length": 300}  # by another rule
+    write_record(paths, record)
+    with DPOTrainer(config, resume=True) as trainer:
         trainer.load()
+    assert (trainer.config.learning_rate, trainer.config.max_length) == (0.5, 300)
 
 
 def test_a_warm_up_that_does_not_end_is_refused(config):

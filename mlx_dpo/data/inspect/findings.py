@@ -24,6 +24,7 @@ class Check:
     advice: str
     requires: str = ""  # `MODEL` or `VALID`; "": nothing
     unit: str = PAIRS
+    advice_at_limit: str = ""  # instead of `advice` if `max_length` is the model's context length
     can_drop: bool = True  # `data clean` can drop the rows with this finding
 
     @property
@@ -33,6 +34,7 @@ class Check:
 
 
 _DROP = "`--bad-pairs drop` drops such pairs; otherwise training stops there"
+KEEP_END = "use `--truncation keep_end`"
 CHECKS = {
     rule.name: rule
     for rule in (
@@ -64,9 +66,9 @@ CHECKS = {
         Check("active-special-token", ERROR, "a special token in the text cannot be encoded as "
               "plain text", _DROP, MODEL, unit=ROWS),
         Check("prompt-too-long", ERROR, "the prompt alone fills `--max-length`",
-              "raise `--max-length`, or use `--truncation keep_end`", MODEL, unit=ROWS),
+              f"{KEEP_END}, or raise `--max-length`", MODEL, unit=ROWS, advice_at_limit=KEEP_END),
         Check("same-after-truncation", ERROR, "the answers differ only in the part that is cut",
-              "raise `--max-length`", MODEL, unit=ROWS),
+              f"{KEEP_END}, or raise `--max-length`", MODEL, unit=ROWS, advice_at_limit=KEEP_END),
         Check("longer-than-context", ERROR, "the pair is longer than the model's context",
               "lower `--max-length` to the model's context length", MODEL),
         Check("double-bos", ERROR, "the text begins with two BOS tokens, which the model never "
@@ -111,9 +113,10 @@ CHECKS = {
               "training adds one", "check that the template is the model's own", MODEL),
         Check("truncated", WARNING, "the row is longer than `--max-length` and is cut; a cut "
               "answer is scored without its end",
-              "raise `--max-length`, or choose with `--truncation` which part is cut", MODEL),
-        Check("too-long", WARNING, "`--truncation drop` drops the pair", "raise `--max-length`",
-              MODEL, unit=ROWS),
+              "choose with `--truncation` which part is cut, or raise `--max-length`", MODEL,
+              advice_at_limit="choose with `--truncation` which part is cut"),
+        Check("too-long", WARNING, "`--truncation drop` drops the pair",
+              f"{KEEP_END}, or raise `--max-length`", MODEL, unit=ROWS, advice_at_limit=KEEP_END),
         Check("tied", WARNING, "answers with equal ratings make no pair", "nothing", unit=ROWS),
         Check("unpaired", WARNING, "the prompt has no answer with the other label",
               "use `--loss-type kto`, which does not need pairs", unit=ROWS),

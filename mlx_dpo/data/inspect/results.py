@@ -1,7 +1,7 @@
 """Run all checks on training and held-out pairs, and collect the findings."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mlx_dpo.data.files import RowLocations
@@ -139,11 +139,23 @@ def run_checks(
 def list_findings(split: SplitScan) -> list[Finding]:
     """Return the findings of a split: errors, then warnings, each in the order of `CHECKS`."""
     findings = [
-        Finding(check, count, split.rows if check.unit == ROWS else split.pairs, split.log)
+        Finding(
+            _advised(check, split.settings),
+            count,
+            split.rows if check.unit == ROWS else split.pairs,
+            split.log,
+        )
         for check in CHECKS.values()
         if (count := _count(check.name, split))
     ]
     return sorted(findings, key=lambda finding: not finding.check.is_error)
+
+
+def _advised(check: Check, settings: ScanSettings) -> Check:
+    """Return the check with the advice that the model's context length allows."""
+    if not check.advice_at_limit or settings.tokens is None or settings.tokens.can_be_longer:
+        return check
+    return replace(check, advice=check.advice_at_limit)
 
 
 def _count(name: str, split: SplitScan) -> int:

@@ -14,7 +14,7 @@ SYSTEM_ROLES = ("system", "developer")  # roles of a system turn
 
 @dataclass(frozen=True, kw_only=True)
 class TokenRules:
-    """Settings of the tokenization; all but `vocab_size` are settings of `DPOConfig`, too."""
+    """Settings of the tokenization, and two facts about the model."""
 
     chat_template: str = "auto"
     thinking: bool | None = None
@@ -22,6 +22,12 @@ class TokenRules:
     max_length: int = 1024
     truncation: str = "keep_start"
     vocab_size: int | None = None  # of the model; None: token ids are not checked
+    context: int | None = None  # context length of the model; None: unknown
+
+    @property
+    def can_be_longer(self) -> bool:
+        """Whether the model's context allows a larger `max_length`."""
+        return self.context is None or self.max_length < self.context
 
 
 class FormattedExample(NamedTuple):

@@ -45,6 +45,7 @@ def truncate(
     *,
     keep_bos: bool = False,
     turn_starts: Sequence[int] = (),
+    can_be_longer: bool = True,
 ) -> TokenizedPair:
     """Return the pair, truncated to at most `max_length` tokens of prompt + each completion.
 
@@ -60,6 +61,7 @@ def truncate(
         turn_starts: with `keep_end`, positions in the prompt at which turns begin. The prompt is
             cut at the first position that leaves room for the completions; if there is none, at
             any token.
+        can_be_longer: whether the model's context allows a larger `max_length`, for the advice.
 
     Raises:
         BadPairError: the pair is too long and the strategy is `drop`, the prompt leaves no room
@@ -69,6 +71,7 @@ def truncate(
         return pair
     if strategy == "drop":
         raise BadPairError(pair.location, TOO_LONG, f"{len(pair)} tokens, max_length {max_length}")
+    advice = length_advice(strategy, can_be_longer=can_be_longer)
     prompt = pair.prompt
     if strategy == "keep_end":
         longest_completion = len(pair) - len(prompt)
@@ -76,14 +79,19 @@ def truncate(
     room = max_length - len(prompt)
     if room < 1:
         details = f"prompt of {len(prompt)} tokens, max_length {max_length}"
-        raise BadPairError(pair.location, NO_ROOM, details, advice="raise --max-length")
+        raise BadPairError(pair.location, NO_ROOM, details, advice=advice)
     cut = replace(pair, prompt=prompt, chosen=pair.chosen[:room], rejected=pair.rejected[:room])
     if cut.chosen == cut.rejected:
         details = f"max_length {max_length}"
-        raise BadPairError(
-            pair.location, SAME_AFTER_TRUNCATION, details, advice="raise --max-length"
-        )
+        raise BadPairError(pair.location, SAME_AFTER_TRUNCATION, details, advice=advice)
     return cut
+
+
+def length_advice(strategy: str, *, can_be_longer: bool) -> str:
+    """Return what to do about rows that are too long, as far as strategy and context allow it."""
+    ways = ["use --truncation keep_end"] * (strategy != "keep_end")
+    ways += ["raise --max-length"] * can_be_longer
+    return " or ".join(ways) or "shorten the row"
 
 
 def _cut_start(
@@ -233,7 +241,12 @@ def _truncate(
         turn_starts = later_turn_starts(tokenizer, formatted.example, thinking=formatted.thinking)
     keep_bos = whole.prompt[0] == tokenizer.bos_token_id
     pair = truncate(
-        whole, rules.max_length, rules.truncation, keep_bos=keep_bos, turn_starts=turn_starts
+        whole,
+        rules.max_length,
+        rules.truncation,
+        keep_bos=keep_bos,
+        turn_starts=turn_starts,
+        can_be_longer=rules.can_be_longer,
     )
     return TokenizedExample(
         pair=pair,

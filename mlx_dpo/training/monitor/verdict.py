@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mlx_dpo.losses.metrics import EVAL_PREFIX
 from mlx_dpo.training.monitor.checks import MIN_MARGIN
 from mlx_dpo.training.monitor.metrics import MonitoredRun, Row
 from mlx_dpo.training.monitor.samples import degenerate_answers
@@ -44,6 +45,29 @@ class Verdict:
     def to_dict(self) -> dict[str, Any]:
         """Return the verdict as values for JSON."""
         return {"kind": self.kind, "text": self.text}
+
+
+def describe_result(verdict: Verdict | None, evaluation: Row | None, pairs: str) -> str:
+    """Return the result of a run as a sentence for its end, for `eval`, its report and its card.
+
+    Args:
+        verdict: what is wrong with the policy; None if nothing is.
+        evaluation: metrics of the policy on the pairs, with or without the prefix `eval_`.
+        pairs: how many pairs these are, and which, such as `50 held-out pairs`.
+    """
+    if verdict is not None:
+        return verdict.text
+    if evaluation is None:
+        return "no pairs were held out, so nothing was measured on unseen pairs"
+    metrics = {name.removeprefix(EVAL_PREFIX): value for name, value in evaluation.items()}
+    margin, accuracy = metrics.get("rewards/margins"), metrics.get("rewards/accuracies")
+    if margin is None or accuracy is None:
+        return f"the loss on {pairs} is {metrics['loss']:.4f}"
+    prefers = "prefers" if margin > 0 and accuracy > 0.5 else "does not prefer"
+    return (
+        f"the policy {prefers} the chosen completions: {accuracy:.1%} of {pairs} are ranked "
+        f"correctly, with a margin of {margin:+.2f}"
+    )
 
 
 def judge_policy(facts: MonitoredRun, metrics: Row) -> Verdict | None:

@@ -2,7 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_dpo.data.tokenization.tokenize import truncate
+from mlx_dpo.data.tokenization.formatting import TokenRules
+from mlx_dpo.data.tokenization.tokenize import length_advice, truncate
 from mlx_dpo.errors import NO_ROOM, SAME_AFTER_TRUNCATION, TOO_LONG, BadPairError
 from mlx_dpo.types import TokenizedPair
 
@@ -39,7 +40,7 @@ def test_each_strategy_cuts_its_part(how, max_length, kept):
             "keep_start",
             4,
             NO_ROOM,
-            "(prompt of 4 tokens, max_length 4); raise --max-length,",
+            "(prompt of 4 tokens, max_length 4); use --truncation keep_end or raise --max-length,",
         ),
         (pair(), "drop", 6, TOO_LONG, "(7 tokens, max_length 6); fix it,"),
         (
@@ -47,7 +48,7 @@ def test_each_strategy_cuts_its_part(how, max_length, kept):
             "keep_start",
             6,
             SAME_AFTER_TRUNCATION,
-            "(max_length 6); raise --max-",
+            "(max_length 6); use --truncation keep_end or raise --max-",
         ),
         (
             pair(rejected=(11, 12)),
@@ -110,3 +111,16 @@ def test_keep_end_keeps_the_bos_token_and_whole_turns(max_length, turns, prompt)
     cut = truncate(whole, max_length, "keep_end", keep_bos=True, turn_starts=turns)
     assert cut.prompt == prompt
     assert cut.chosen == (11, 12, 13)[: max_length - len(prompt)]
+
+
+def test_a_larger_max_length_is_not_advised_beyond_the_context():
+    assert length_advice("keep_start", can_be_longer=True) == (
+        "use --truncation keep_end or raise --max-length"
+    )
+    assert length_advice("keep_start", can_be_longer=False) == "use --truncation keep_end"
+    assert length_advice("keep_end", can_be_longer=False) == "shorten the row"
+    with pytest.raises(BadPairError) as error:
+        truncate(pair(), 4, "keep_start", can_be_longer=False)
+    assert "--max-length" not in str(error.value)
+    assert TokenRules(max_length=512, context=1024).can_be_longer
+    assert not TokenRules(max_length=512, context=512).can_be_longer
