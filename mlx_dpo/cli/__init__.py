@@ -60,7 +60,8 @@ GROUPS = {  # the commands in the order of the help text, with a line for each
         "cache": "list or clear cached reference log-probs and tokens",
     },
 }
-COMMANDS = tuple(name for group in GROUPS.values() for name in group)
+DESCRIPTIONS = {name: text for group in GROUPS.values() for name, text in group.items()}
+COMMANDS = tuple(DESCRIPTIONS)
 OTHER_NAMES = {  # words of other tools, and what to type here
     **dict.fromkeys(
         ("dpo", "sft", "kto", "orpo", "lora", "qlora", "finetune", "fine-tune", "tune", "fit"),
@@ -135,6 +136,7 @@ class Commands(Group):
             return None
         command = getattr(import_module(f"mlx_dpo.cli.{name}"), name)
         assert isinstance(command, click.Command)
+        command.short_help = DESCRIPTIONS[name]  # completion shows it
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

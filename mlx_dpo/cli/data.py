@@ -208,9 +208,13 @@ def show(count: int, row: int | None, **flags: Any) -> None:
     renamed={"--valid": "use --valid-fraction"},
 )
 @click.option(
-    "--valid-fraction", "share", default=0.05, help="Fraction of the pairs to hold out.",
+    "--valid-fraction",
+    "share",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
-)  # fmt: skip
+    metavar="FRACTION",
+    default=0.05,
+    help="Fraction of the pairs to hold out.",
+)
 @click.option(
     "-o", "--output", type=FOLDER, required=True, metavar="FOLDER", help="New folder to write."
 )

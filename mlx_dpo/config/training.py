@@ -92,6 +92,7 @@ class TrainingSettings:
         TRAINING,
         minimum=0,
         maximum=2**64 - 1,
+        metavar="SEED",
     )
 
 

@@ -128,6 +128,16 @@ def test_what_a_model_cannot_do_gives_a_one_line_error(model, arguments, message
     assert message in result.stderr.splitlines()[-1]
 
 
+def test_a_prompt_without_a_run_is_answered_with_both_forms(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(cli, ["generate", "Why is it?"], input="")
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1] == (
+        "Error: `Why is it?` is not a run folder; for a prompt name a run (mlx-dpo generate RUN "
+        "'Why is it?') or a model (mlx-dpo generate --model MODEL 'Why is it?')"
+    )
+
+
 def test_words_without_quotation_marks_are_not_taken_for_a_prompt(model):
     result = run(model, "Where", "is", "it?")
     assert result.exit_code == 2

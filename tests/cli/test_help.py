@@ -128,6 +128,24 @@ def test_short_help_has_the_settings_that_matter_and_names_the_rest():
     assert shown.index("--model") < shown.index("--output") < shown.index("--beta")
 
 
+DIFFERENT_VALUES = {  # flags whose value differs between commands, and why
+    "--output": {"FOLDER", "FILE"},  # what a command writes
+    "-o": {"FOLDER", "FILE"},
+    "--base-model": {"MODEL", "FOLDER", "ORG/NAME"},  # where its checkpoint has to be
+    "--pairs": {"PAIRS", "FILE"},  # read by fuse, written by chat
+}
+
+
+def test_a_flag_has_the_same_value_in_all_commands():
+    values = {}
+    for path in PAGES:
+        command = find_command(path)
+        for option, (flags, _) in command.records(click.Context(command)):
+            for flag in option.opts:
+                values.setdefault(flag, set()).add("" if option.is_flag else flags.split()[-1])
+    assert {f: v for f, v in values.items() if len(v) > 1} == DIFFERENT_VALUES
+
+
 @pytest.mark.parametrize(
     ("typed", "hint"),
     [
@@ -191,5 +209,6 @@ def test_a_shell_completes_flags_choices_files_and_folders():
         ("plain", name) for name in get_settings()["optim"].choices if name.startswith("ada")
     ]
     assert ("plain", "--learning-rate") in complete(["train"], "--l")
+    assert complete([], "tr") == [("plain", "train")]
     assert complete(["chat"], "ru") == [("dir", "ru")]
     assert complete(["train", "--config"], "s") == [("file", "s")]

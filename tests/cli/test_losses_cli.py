@@ -8,6 +8,7 @@ from click.testing import CliRunner
 
 from mlx_dpo.cli import cli
 from mlx_dpo.config.dpo_config import DPOConfig
+from mlx_dpo.io.notices import notify_once
 from mlx_dpo.losses.catalogue import LOSSES
 
 ROOT = Path(__file__).parents[2]
@@ -42,6 +43,13 @@ def test_an_unknown_name_is_answered_with_the_nearest():
         1,
         "Error: unknown loss `dpoop`; did you mean `dpop`?\n",
     )
+
+
+@pytest.mark.parametrize("name", ["dpo", "DPO"])
+def test_dpo_shows_the_loss_that_it_is_a_name_of(name, caplog):
+    notify_once.cache_clear()
+    assert losses(name).stdout == losses("sigmoid").stdout
+    assert caplog.messages == [f"loss `{name}` is recorded as `sigmoid`, TRL's name for it"]
 
 
 def test_json_output_is_one_object():
