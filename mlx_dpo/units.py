@@ -1,5 +1,16 @@
 """Format quantities with units for display."""
 
+import re
+
+COUNTED = re.compile(r"\b(pair|row|answer)s\b")
+
+
+def format_items(count: int, items: str) -> str:
+    """Return a count with its items, such as `3 held-out pairs` or `1 held-out pair`."""
+    if count == 1:
+        items = COUNTED.sub(r"\1", items, count=1)
+    return f"{count:,} {items}"
+
 
 def format_number_of(number: int, plural: str) -> str:
     """Return a number with its noun, such as `1 held-out pair` or `1,234 held-out pairs`.

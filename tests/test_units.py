@@ -1,6 +1,6 @@
 import pytest
 
-from mlx_dpo.units import format_bytes
+from mlx_dpo.units import format_bytes, format_items
 
 
 @pytest.mark.parametrize(
@@ -16,3 +16,17 @@ from mlx_dpo.units import format_bytes
 )
 def test_sizes_have_decimal_units(size, text):
     assert format_bytes(size) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "items", "text"),
+    [
+        (1, "held-out pairs", "1 held-out pair"),
+        (1, "pairs of pairs.jsonl", "1 pair of pairs.jsonl"),
+        (1, "answers of a.jsonl", "1 answer of a.jsonl"),
+        (0, "held-out pairs", "0 held-out pairs"),
+        (1_200, "held-out pairs", "1,200 held-out pairs"),
+    ],
+)
+def test_one_item_is_singular(count, items, text):
+    assert format_items(count, items) == text

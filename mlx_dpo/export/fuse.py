@@ -40,6 +40,7 @@ from mlx_dpo.saved_runs.open import (
 from mlx_dpo.scoring.generation_match import use_generating_function
 from mlx_dpo.scoring.score_pairs import score_pairs
 from mlx_dpo.types import PairLogps, TokenizedPair
+from mlx_dpo.units import format_items
 
 Values = np.ndarray  # (n,) float64
 
@@ -249,7 +250,7 @@ def fuse_run(folder: str, output: Path, options: FuseOptions) -> FusedModel:
         else "types as before"
     )
     return FusedModel(
-        output, size, kind, f"{len(pairs):,} {name}", retention, merge_retention, notes
+        output, size, kind, format_items(len(pairs), name), retention, merge_retention, notes
     )
 
 

@@ -47,6 +47,7 @@ from mlx_dpo.training import checkpoint
 from mlx_dpo.training.monitor.verdict import DEGENERATE, Verdict, judge_policy
 from mlx_dpo.training.objective import Objective, evaluate
 from mlx_dpo.types import PairLogps, PreferenceMetrics, TokenizedPair
+from mlx_dpo.units import format_items
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,7 @@ class Evaluation:
     @property
     def description(self) -> str:
         """Number and description of the pairs, such as `50 held-out pairs`."""
-        unit = self.run.config.unit
-        name = self.name.replace(unit, unit.removesuffix("s"), 1) if self.pairs == 1 else self.name
-        return f"{self.pairs:,} {name}"
+        return format_items(self.pairs, self.name)
 
 
 def evaluate_run(

@@ -122,7 +122,7 @@ def load_base_of_run(opened: OpenRun) -> LoadedModel:
 
 def unfinished_note(opened: OpenRun) -> str:
     """Return a note for the user: the run is unfinished, and which checkpoint is used instead."""
-    return f"the run is unfinished; these are its adapters of {opened.adapter.name}"
+    return f"the run is unfinished; its adapter is that of {opened.adapter.name}"
 
 
 def load_reference_into(opened: OpenRun, base: LoadedModel) -> None:
