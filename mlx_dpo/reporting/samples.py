@@ -144,6 +144,8 @@ def _parse_answer(entry: Any) -> SampledText:
 def _typed(kind: type, value: Any) -> Any:
     if type(value) is not kind:
         raise TypeError(f"{type(value).__name__} is not {kind.__name__}")
+    if isinstance(value, str):
+        value.encode()  # JSON can contain half of a surrogate pair, which no page can show
     return value
 
 

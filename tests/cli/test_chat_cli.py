@@ -1,4 +1,6 @@
+import io
 import json
+import os
 import re
 import time
 from pathlib import Path
@@ -12,6 +14,7 @@ from mlx_dpo import DPOConfig
 from mlx_dpo.adapters.adapter_files import adapter_digest, load_adapter
 from mlx_dpo.chat.session import ChatSession
 from mlx_dpo.cli import cli
+from mlx_dpo.cli.chat import commands
 from mlx_dpo.config.sampling import Sampling
 from mlx_dpo.runs.inputs import load_inputs
 from tests.checkpoints import END, make_adapter, make_checkpoint
@@ -380,3 +383,39 @@ def test_save_never_overwrites_a_file(model, tmp_path):
     result = pipe(model, f"hi\n/save {path}\n")
     assert result.stderr.splitlines()[-1] == f"Error: {path}: already exists; choose another name"
     assert path.read_text() == "mine"
+
+
+class Screen(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(
+    ("env", "dim"),
+    [({"TERM": "xterm"}, True), ({"TERM": "dumb"}, False), ({"TERM": "xterm", "NO_COLOR": "1"}, 0)],
+)
+def test_notes_are_dim_and_wrapped_between_words(monkeypatch, env, dim):
+    """A file name is never broken, and a second line of /help begins below the first."""
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(commands.shutil, "get_terminal_size", lambda: os.terminal_size((40, 24)))
+    screen = Screen()
+    monkeypatch.setattr("sys.stderr", screen)
+    commands.print_note("/good and /bad write labelled answers to folder/of-a-long-name/chat.jsonl")
+    commands.print_note("/good  label the last answer as good, for training", indent=7)
+    assert ("\x1b[2m" in screen.getvalue()) is bool(dim)
+    assert re.sub(r"\x1b\[\d+m", "", screen.getvalue()).splitlines() == [
+        "/good and /bad write labelled answers",
+        "to folder/of-a-long-name/chat.jsonl",
+        "/good  label the last answer as good,",
+        "       for training",
+    ]
+
+
+def test_what_a_person_types_is_colored_at_a_terminal(model, session, monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    chat = session("--model", model, "--max-tokens", "4", *GREEDY, TERM="xterm")
+    chat.until("\x1b\\[36m.*> ")
+    chat.type("/exit\n")
+    assert "\x1b[0m" in chat.until("Goodbye")

@@ -71,6 +71,9 @@ def test_a_resumed_run_ends_with_the_file_of_one_that_was_never_stopped(tmp_path
         lambda line: '{"step": 2}',
         lambda line: '{"step": 2, "samples": [{"prompt": 3}]}',
         lambda line: "nonsense",
+        lambda line: json.dumps(
+            {k: v for k, v in json.loads(line).items() if k != "crc32"}
+        ).replace("Paris", "\\ud800"),
     ],
 )
 def test_a_damaged_line_is_named_with_a_remedy(tmp_path, change):

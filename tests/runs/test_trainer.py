@@ -450,3 +450,19 @@ def test_the_setting_of_earlier_versions_is_read_from_their_records(config):
     assert DPOConfig.from_dict(read_record(trainer.paths)["settings"]).sample_count == 2
     with pytest.raises(ConfigError, match="unknown setting `eval_samples`; use `samples`"):
         DPOConfig.from_dict({"eval_samples": 2})
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"valid_fraction": 0.0, "samples": 2}, ("samples", "none: no pairs are held out")),
+        ({"valid_fraction": 0.0}, None),
+        ({"samples": 1}, ("samples", "1 held-out prompt, answered in up to ")),
+    ],
+)
+def test_the_header_names_the_samples_or_why_there_are_none(config, changes, line):
+    with DPOTrainer(replace(config, **changes)) as trainer:
+        trainer.prepare()
+        found = [text for label, text in summarize_training(trainer) if label == "samples"]
+    assert (found != []) is (line is not None)
+    assert line is None or found[0].startswith(line[1])
