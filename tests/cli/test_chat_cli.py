@@ -399,7 +399,7 @@ def test_notes_are_dim_and_wrapped_between_words(monkeypatch, env, dim):
     monkeypatch.delenv("NO_COLOR", raising=False)
     for name, value in env.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(commands.shutil, "get_terminal_size", lambda: os.terminal_size((40, 24)))
+    monkeypatch.setattr("shutil.get_terminal_size", lambda: os.terminal_size((40, 24)))
     screen = Screen()
     monkeypatch.setattr("sys.stderr", screen)
     commands.print_note("/good and /bad write labelled answers to folder/of-a-long-name/chat.jsonl")

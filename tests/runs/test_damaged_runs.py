@@ -138,7 +138,7 @@ def test_wrong_types_in_a_record_are_one_line(workplace, changes, message):
     edit("run/run.json", **changes)
     done = CliRunner().invoke(cli, ["generate", "run", "Hi"])
     assert done.exit_code == 1 and done.output.count("\n") == 1
-    assert done.output.startswith("Error: run/run.json: not the settings of a run (")
+    assert done.output.startswith("Error: run/run.json: not a valid record of a run (")
     assert message in done.output
 
 
