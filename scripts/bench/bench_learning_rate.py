@@ -83,7 +83,7 @@ def configurations(options: argparse.Namespace, folder: Path) -> Iterator[tuple[
             "valid": valid,
             "output": str(folder / "run"),
             "loss_type": loss.split("+"),
-            "eval_samples": 0,
+            "samples": 0,
             "bad_pairs": "drop",
         }
         settings |= {"max_steps": steps} if steps else {}

@@ -55,7 +55,7 @@ def test_a_run_that_stops_early_says_what_it_watches_and_how_it_ended():
         f"improvement\nbest checkpoint step {best['step']}, eval_loss {best['eval_loss']:.4f}\n"
     ) in result.stdout
     table = " ".join(result.stdout.split())
-    assert f"loss {best['eval_loss']:.4f} accuracy" in table  # of the adapters that are kept
+    assert f" {best['eval_loss']:.4f} accuracy" in table  # of the adapters that are kept
 
 
 def test_a_run_that_watches_nothing_says_nothing_of_it():

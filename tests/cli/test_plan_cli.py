@@ -40,7 +40,7 @@ def test_all_lines_are_printed(tmp_path):
     assert result.exit_code == 0, result.output
     names = [line[:10].strip() for line in result.output.splitlines()]
     assert [name for name in names if name] == [
-        "model", "pairs", "scorer", "memory", "fits", "train", "epoch", "work", "time",
+        "model", "pairs", "scorer", "memory", "fits", "train", "rate", "epoch", "work", "time",
     ]  # fmt: skip
     assert "model         base, 285 K parameters" in result.output
     assert "11 to train on, 1 held out" in result.output
