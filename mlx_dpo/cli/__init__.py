@@ -19,7 +19,6 @@ from mlx_dpo.errors import DPOError
 from mlx_dpo.io.notices import LOGGER
 from mlx_dpo.io.write_errors import describe_disk_error
 from mlx_dpo.phases import announce
-from mlx_dpo.reporting.terminal.status import status_on_stderr
 from mlx_dpo.terminal_text import escape_controls, escape_line
 
 GROUPS = {  # the commands in the order of the help text, with a line for each
@@ -168,6 +167,8 @@ class Commands(Group):
         Any other exception keeps its traceback. With MLX_DPO_DEBUG=1, the traceback of an error
         that the user can fix is printed before the line.
         """
+        from mlx_dpo.reporting.terminal.status import status_on_stderr  # not for `--help`
+
         if not any(isinstance(handler, NoticePrinter) for handler in LOGGER.handlers):
             LOGGER.addHandler(NoticePrinter())
         try:
