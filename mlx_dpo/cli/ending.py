@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mlx_dpo.types import MetricsRow
 
 NEXT = (
-    ("compare", "answers of the base model and the policy side by side"),
+    ("compare", "answers of base and policy side by side"),
     ("chat", "talk to the policy"),
     ("report", "the run's curves as a page"),
 )

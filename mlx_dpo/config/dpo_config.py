@@ -7,6 +7,7 @@ setting, else mlx-lm's.
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_dpo.config.data import DATA_NO_EFFECT, PairSettings, check_pair_settings
@@ -51,6 +52,19 @@ PRIVATE_SETTINGS = frozenset(
 CHOSEN_BY_RUN = ("learning_rate", "max_length")
 
 
+IN_MEMORY = {"pairs": "train_dataset", "valid": "eval_dataset"}  # arguments of DPOTrainer
+
+
+def _check_names(name: str, value: Any, argument: str) -> None:
+    """Raise `ConfigError` if a setting that names pairs was given the pairs themselves."""
+    items = value if isinstance(value, list | tuple) else [value]
+    if not all(item is None or isinstance(item, str | Path) for item in items):
+        raise ConfigError(
+            f"`{name}` names files and datasets, got {cut(repr(value))}; pass rows in memory as "
+            f"`{argument}` of DPOTrainer"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class DPOConfig(  # fields come in the order of the bases, last one first
     ReportingSettings,
@@ -74,6 +88,8 @@ class DPOConfig(  # fields come in the order of the bases, last one first
             return super().__new__(cls)
 
     def __post_init__(self) -> None:
+        for name, argument in IN_MEMORY.items():
+            _check_names(name, getattr(self, name), argument)
         for f in fields(self):
             value = parse_value(f.name, getattr(self, f.name), f.metadata["setting"])
             object.__setattr__(self, f.name, value)

@@ -397,3 +397,10 @@ def test_values_that_nothing_can_hold_are_refused(value):
 def test_a_number_out_of_all_bounds_is_refused_with_the_bound(name, value):
     with pytest.raises(ConfigError, match=rf"^`{name}` must be .*at most .*, got "):
         DPOConfig(**{name: value})
+
+
+@pytest.mark.parametrize("rows", [[{"prompt": "a"}], {"prompt": "a"}, range(3)])
+def test_pairs_in_memory_are_directed_to_the_trainer(rows):
+    for name, argument in (("pairs", "train_dataset"), ("valid", "eval_dataset")):
+        with pytest.raises(ConfigError, match=f"`{name}` names .*`{argument}` of DPOTrainer"):
+            DPOConfig(**{name: rows})
