@@ -364,6 +364,9 @@ def test_a_cleaning_that_cannot_be_done_leaves_nothing_behind():
     assert refused(*words, "--drop", "same-token") == (
         "unknown finding `same-token`; did you mean `same-tokens`?"
     )
+    assert refused(*words, "--drop", "not-written") == (
+        "`drop` not-written is now called `template-drops-content`"
+    )
     assert refused(*words, "--drop", "same-tokens") == (
         "`drop` same-tokens has no effect without --model"
     )

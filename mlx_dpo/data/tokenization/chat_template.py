@@ -1,6 +1,6 @@
 """Tokenize text or messages, with the chat template, and separate prompt and completion ids.
 
-Only this module applies the chat template. The boundary between prompt and completion is checked
+The boundary between prompt and completion is checked
 on the token ids of every pair.
 """
 

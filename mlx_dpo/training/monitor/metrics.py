@@ -30,11 +30,6 @@ class MonitoredRun:
         """Number of steps over which the monitor averages metrics."""
         return min(MAX_WINDOW, max(MIN_WINDOW, self.total_steps // 10))
 
-    @property
-    def length_accuracy(self) -> float:
-        """Share of pairs that are ranked correctly by length alone, the better of both ways."""
-        return max(self.chosen_longer, 1 - self.chosen_longer)
-
 
 def mean(rows: Sequence[Row], name: str, size: Callable[[float], float] = float) -> float | None:
     """Return the mean of the metric `name` over the rows that have it; None if no row has it.

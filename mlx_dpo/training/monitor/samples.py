@@ -50,12 +50,12 @@ class SampleMetrics:
     repetition: float  # share of repeated 4-grams
     kl: float | None = None  # estimate of KL(policy || base), in nats per token
 
-    def to_row(self, prefix: str = "") -> dict[str, float]:
-        """Return the metrics by their name in metrics.jsonl, with `prefix` before it."""
+    def to_row(self) -> dict[str, float]:
+        """Return the metrics by their name in metrics.jsonl."""
         values = {LENGTH: self.length, CLIPPED: self.clipped, REPETITION: self.repetition}
         if self.kl is not None:
             values[KL] = self.kl
-        return {prefix + name: value for name, value in values.items()}
+        return values
 
 
 def measure_answers(answers: Sequence[GeneratedTokens], kl: float | None = None) -> SampleMetrics:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_dpo.losses.metrics import EVAL_PREFIX
-from mlx_dpo.training.monitor.checks import MIN_MARGIN
+from mlx_dpo.training.monitor.checks import MAX_DISTANCE_PER_TOKEN, MIN_MARGIN
 from mlx_dpo.training.monitor.metrics import MonitoredRun, Row
 from mlx_dpo.training.monitor.samples import degenerate_answers
 from mlx_dpo.units import format_number_of
@@ -15,7 +15,6 @@ DEGENERATE = "degenerate"
 
 MAX_DRIFT = 1.0  # nats per completion; a policy that drifted less has hardly changed
 ERRORS = 2.0  # a mean within so many standard errors of zero is noise
-MAX_LOSS_PER_TOKEN = 1.0  # nats that chosen completions may lose; about the entropy per token
 RATE_FACTOR = 10  # a learning rate to try next is so many times as large
 FEW_STEPS = 100
 
@@ -104,7 +103,7 @@ def _judge_pairs(facts: MonitoredRun, metrics: Row) -> Verdict | None:
     lost = -chosen / facts.beta / metrics["lengths/chosen"]
     error = metrics.get("rewards/margins_stderr", 0.0) * ERRORS
     accuracy = metrics["rewards/accuracies"]
-    if lost > MAX_LOSS_PER_TOKEN:
+    if lost > MAX_DISTANCE_PER_TOKEN:
         return Verdict(FAR, _far_text(facts, lost, accuracy))
     if nats < -MIN_MARGIN and margin < -error and accuracy < 0.5:
         return Verdict(WORSE, _worse_text(facts, margin, accuracy))

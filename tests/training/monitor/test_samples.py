@@ -49,11 +49,11 @@ def move(policy):
 def test_metrics_of_answers_by_hand():
     """5, 5, 5, 5, 5 has two 4-grams, one of them repeated; 1 to 4 has one."""
     answers = [GeneratedTokens([5] * 5, None), GeneratedTokens([1, 2, 3, 4], 9)]
-    assert measure_answers(answers, 0.5).to_row("eval_") == {
-        "eval_completions/mean_length": 4.5,
-        "eval_completions/clipped_ratio": 0.5,
-        "eval_completions/repetition": 0.25,
-        "eval_completions/kl": 0.5,
+    assert measure_answers(answers, 0.5).to_row() == {
+        "completions/mean_length": 4.5,
+        "completions/clipped_ratio": 0.5,
+        "completions/repetition": 0.25,
+        "completions/kl": 0.5,
     }
     assert "completions/kl" not in measure_answers(answers).to_row()
 
