@@ -149,7 +149,8 @@ def _print_legend(console: "Console") -> None:
 
     from mlx_dpo.reporting.compare_page import END_EXPLANATION, EXPLANATION, legend_swatches
 
-    swatches = [Text(f" {s.label} ", style=STYLES.get(s.level, "")) for s in legend_swatches()]
+    shaded = [swatch for swatch in legend_swatches() if swatch.level]  # fit 80 columns
+    swatches = [Text(swatch.label, style=STYLES[swatch.level]) for swatch in shaded]
     console.print(EXPLANATION)
     console.print(Text(" ").join(swatches) + Text(" nats"))
     console.print(END_EXPLANATION)
@@ -191,7 +192,9 @@ def _summary_table(comparison: "Comparison") -> Any:
     from rich.table import Table
 
     summaries = [policy.summary() for policy in comparison.policies]
-    table = Table(title=f"{len(comparison.prompts):,} prompts", title_justify="left", box=SIMPLE)
+    count = len(comparison.prompts)
+    title = f"{count:,} prompt{'s' * (count != 1)}"
+    table = Table(title=title, title_justify="left", box=SIMPLE)
     table.add_column()
     for policy in comparison.policies:
         table.add_column(policy.name, justify="right")

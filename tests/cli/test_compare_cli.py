@@ -182,7 +182,7 @@ def test_a_terminal_shows_answers_in_columns_and_shaded(
     assert ("\x1b[38;5;" in output or "48;" in output) is colored
     legend = " ".join(plain.split())
     assert "blue is more likely under the aligned model" in legend
-    assert "−0.1 to +0.1 +0.1 to +0.5 +0.5 to +2 +2 or more nats" in legend
+    assert "−0.5 to −0.1 +0.1 to +0.5 +0.5 to +2 +2 or more nats" in legend
     assert "∎ is the stop token" in legend
 
 
