@@ -199,7 +199,7 @@ def summarize_training(run: "DPOTrainer", *, verbose: bool = True) -> list[Summa
         ("steps", _describe_steps(run)),
         *([*_summarize_best(run), _summarize_micro_batches(run)] if verbose else []),
         *[("" if verbose else "micro-batches", line) for line in oversized],
-        *(_summarize_samples(run) if verbose else []),
+        *(_summarize_samples(run) if verbose or run.answer_sampler is None else []),
         *(memory_needed if verbose or not run.fitted.fits else []),
         ("output", run.config.output + _describe_resume(run)),
         *[("logging", f"{tracker.name}: {tracker.location}") for tracker in run.trackers.trackers],

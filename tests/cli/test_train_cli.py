@@ -84,6 +84,12 @@ def test_the_header_warns_of_pairs_that_are_cut_and_left_out():
     assert "left out 1 pair: " in result.stdout and " cut to 20 tokens: " in result.stdout
 
 
+def test_the_header_says_that_no_answer_is_sampled_although_it_was_asked_for():
+    result = train("--valid-fraction", "0", "--samples", "2")
+    assert result.exit_code == 0, result.output
+    assert "samples       none: no pairs are held out" in result.stdout
+
+
 def test_flags_beat_the_file_and_the_file_beats_defaults(tmp_path):
     (tmp_path / "settings.yaml").write_text("beta: 0.3\nepochs: 3\nlearning_rate: 2e-3\n")
     result = run(

@@ -38,10 +38,10 @@ class Phase:
     done: int = 0
 
     def remaining(self, elapsed: float) -> float | None:
-        """Return the estimated number of seconds to the end; None if it cannot be estimated."""
-        if not self.done or self.total is None:
+        """Return the estimated seconds to the end; None at the end, or if there is no estimate."""
+        if not self.done or self.total is None or self.done >= self.total:
             return None
-        return elapsed * max(0, self.total - self.done) / self.done
+        return elapsed * (self.total - self.done) / self.done
 
     def text(self) -> str:
         """Return title and count as text, such as `Evaluating 12/50 pairs`."""

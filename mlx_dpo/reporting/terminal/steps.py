@@ -57,8 +57,7 @@ class StepTimer:
         """Return the times after a step as text, such as `0:42 elapsed, 0:31 left`."""
         elapsed = self._clock() - self._phase.began
         self._phase.done = step - self._before
-        is_last = self._phase.done == self._phase.total
-        return format_times(elapsed, None if is_last else self._phase.remaining(elapsed))
+        return format_times(elapsed, self._phase.remaining(elapsed))
 
 
 class PlainLines:
