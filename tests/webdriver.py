@@ -35,6 +35,33 @@ class Browser:
         steps = [{"type": kind, "value": key} for key in keys for kind in ("keyDown", "keyUp")]
         self.call("POST", "/actions", {"actions": [{"type": "key", "id": "k", "actions": steps}]})
 
+    def hover(self, selector, share):
+        """Move the mouse to this share of an element's width, at half of its height."""
+        box = self.script(
+            "const element = document.querySelector(arguments[0]); element.scrollIntoView();"
+            "const { x, y, width, height } = element.getBoundingClientRect();"
+            "return [x, y, width, height];",
+            selector,
+        )
+        x, y = round(box[0] + share * box[2]), round(box[1] + box[3] / 2)
+        moves = [{"type": "pointerMove", "duration": 0, "x": x + i, "y": y} for i in (0, 1)]
+        mouse = {"type": "pointer", "id": "m", "actions": moves}
+        self.call("POST", "/actions", {"actions": [mouse]})
+
+    def messages(self):
+        """Return the errors and warnings in the console since the last call."""
+        return self.call("POST", "/se/log", {"type": "browser"})
+
+    def requested_urls(self):
+        """Return the addresses that the page has requested since the last call."""
+        entries = self.call("POST", "/se/log", {"type": "performance"})
+        events = [json.loads(entry["message"])["message"] for entry in entries]
+        return [
+            event["params"]["request"]["url"]
+            for event in events
+            if event["method"] == "Network.requestWillBeSent"
+        ]
+
     def wait_for(self, code, seconds=30):
         end = time.monotonic() + seconds
         while not (value := self.script(code)):
@@ -53,7 +80,9 @@ def browser(folder):
         address = f"http://127.0.0.1:{port}"
         arguments = [*ARGUMENTS, f"--user-data-dir={folder}"]
         options = {"binary": CHROMIUM, "args": arguments}
-        capabilities = {"capabilities": {"alwaysMatch": {"goog:chromeOptions": options}}}
+        logs = {"browser": "ALL", "performance": "ALL"}
+        wanted = {"goog:chromeOptions": options, "goog:loggingPrefs": logs}
+        capabilities = {"capabilities": {"alwaysMatch": wanted}}
         session = Browser(address).call("POST", "/session", capabilities)["sessionId"]
         page = Browser(f"{address}/session/{session}")
         try:

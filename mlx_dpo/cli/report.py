@@ -2,12 +2,15 @@
 
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
+from threading import Event
 from typing import TYPE_CHECKING
 
 import click
 
 from mlx_dpo.cli.command import FOLDER, Command
 from mlx_dpo.cli.output import echo
+from mlx_dpo.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
     examples=(
         "mlx-dpo report run",
         "mlx-dpo report sweep/* --output sweep-report",
+        "mlx-dpo report run --live",
     ),
 )
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=FOLDER)
@@ -40,12 +44,37 @@ if TYPE_CHECKING:
     show_default=True,
     help="Quantity of the x axis.",
 )
-def report(runs: tuple[str, ...], output: str | None, x_axis: str) -> None:
+@click.option("--live", is_flag=True, help="Show RUN in the browser while it trains.")
+@click.option("--no-open", is_flag=True, help="With --live: only print the page's address.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    metavar="N",
+    help="With --live: port of the page.",
+    show_default="a free one",
+)
+def report(
+    runs: tuple[str, ...],
+    output: str | None,
+    x_axis: str,
+    live: bool,
+    no_open: bool,
+    port: int | None,
+) -> None:
     """Plot the metrics of RUN: loss, rewards, margin, accuracy, speed and the rest.
 
     Writes report.html, a self-contained page, and report.png. The curves of several runs are
     overlaid, and the settings in which the runs differ are listed. Works on unfinished runs too.
+
+    With --live nothing is written: the page is served on this machine until Ctrl-C and updates
+    itself. The run may start, stop or resume in the meantime.
     """
+    if live:
+        _serve_until_stopped(runs, output, x_axis, no_open, port)
+        return
+    for name, is_given in (("no-open", no_open), ("port", port is not None)):
+        if is_given:
+            raise ConfigError(f"`--{name}` has no effect without --live")
     from mlx_dpo.reporting.console import make_console
     from mlx_dpo.saved_runs.report import write_report
 
@@ -57,6 +86,20 @@ def report(runs: tuple[str, ...], output: str | None, x_axis: str) -> None:
         _print_comparison(console, details)
     for file in files:
         echo(f"Written to {file}", err=True)
+
+
+def _serve_until_stopped(
+    runs: Sequence[str], output: str | None, x_axis: str, no_open: bool, port: int | None
+) -> None:
+    from mlx_dpo.cli.live import serve_live_report
+
+    if output is not None:
+        raise ConfigError("`--output` has no effect with --live, which writes no files")
+    with serve_live_report(runs, x_axis=x_axis, port=port or 0, open_browser=not no_open):
+        echo("Ctrl-C stops it", err=True)
+        with suppress(KeyboardInterrupt):
+            Event().wait()
+    echo("Stopped", err=True)
 
 
 def _single_run_table(run: "RunDetails") -> "Table":

@@ -1,5 +1,6 @@
 """`mlx-dpo train`: train on pairs and write a run folder."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import click
@@ -12,6 +13,7 @@ from mlx_dpo.cli.setting_flags import (
     resolve,
     setting_flags,
 )
+from mlx_dpo.errors import ConfigError
 
 
 @click.command(
@@ -19,6 +21,7 @@ from mlx_dpo.cli.setting_flags import (
     examples=(
         "mlx-dpo train pairs.jsonl --model mlx-community/Qwen3-0.6B-4bit",
         "mlx-dpo train pairs.jsonl --model model -o run --epochs 2 --lr 2e-5",
+        "mlx-dpo train pairs.jsonl --model model -o run --live",
         "mlx-dpo train --config settings.yaml",
         "mlx-dpo train --resume --output run",
     ),
@@ -31,6 +34,8 @@ from mlx_dpo.cli.setting_flags import (
 @click.option(
     "-v", "--verbose", is_flag=True, help="Print scorer, micro-batches, memory and other details."
 )
+@click.option("--live", is_flag=True, help="Show the report in the browser while training.")
+@click.option("--no-open", is_flag=True, help="With --live: only print the page's address.")
 @setting_flags(lambda spec: True)
 @help_all_flag
 @click.pass_context
@@ -49,15 +54,21 @@ def train(
     PAIRS is a file (JSONL, JSON, Parquet or CSV, optionally compressed), a folder with train and
     valid files, a dataset on the Hub (`org/name[:config][@revision]`), or `-` for standard input;
     several are concatenated. The schema of the rows is detected. Ctrl-C saves a checkpoint and
-    stops the run; --resume continues it and ends with the same weights, bit for bit.
+    stops the run; --resume continues it and ends with the same weights, bit for bit. With
+    --live the report is served on this machine until training ends; the browser keeps it.
     """
+    live, no_open = flags.pop("live"), flags.pop("no_open")
     config = resolve(ctx, config_file, resume, flags)
+    if no_open and not live:
+        raise ConfigError("`--no-open` has no effect without --live")
 
     from mlx_dpo import DPOTrainer
     from mlx_dpo.cli.ending import list_next_commands
+    from mlx_dpo.cli.live import serve_live_report
     from mlx_dpo.cli.progress import run_with_progress
     from mlx_dpo.reporting.console import make_console, print_label_table
 
-    with DPOTrainer(config, resume=resume, overwrite=overwrite, force=force) as run:
+    page = serve_live_report([config.output], open_browser=not no_open) if live else nullcontext()
+    with DPOTrainer(config, resume=resume, overwrite=overwrite, force=force) as run, page:
         run_with_progress(run, verbose=verbose)
     print_label_table(make_console(), list_next_commands(config.output, run.verdict))

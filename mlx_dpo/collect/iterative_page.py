@@ -16,7 +16,7 @@ from mlx_dpo.collect.iterative_report import (
 )
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.reporting import plots
-from mlx_dpo.reporting.curves import Chart, Line
+from mlx_dpo.reporting.curves import Chart, Curve, Line
 from mlx_dpo.reporting.html import render_page
 from mlx_dpo.reporting.plots import DARK, LIGHT
 from mlx_dpo.training.monitor.samples import KL, REPETITION
@@ -89,7 +89,8 @@ def _chart(
     points = [(e["round"], v) for e in rounds if (v := value(e)) is not None]
     x, y = [float(number) for number, _ in points], [float(v) for _, v in points]
     lines = [Line(0, "", True, x, y, y)] if points else []
-    return Chart(title, unit, "", baseline, lines, zero)
+    curve = Curve(title, unit, "", {}, baseline, starts_at_zero=zero)
+    return Chart(curve, lines)
 
 
 def _win_rate(evaluation: Evaluation) -> float | None:
@@ -115,7 +116,7 @@ def _draw(chart: Chart) -> tuple[str, str, str]:
         for t in (LIGHT, DARK)
     )
     [line] = chart.lines
-    return light, dark, f"{chart.title}: from {line.y[0]:.4g} to {line.y[-1]:.4g}"
+    return light, dark, f"{chart.curve.title}: from {line.y[0]:.4g} to {line.y[-1]:.4g}"
 
 
 def _describe_round(evaluation: Evaluation) -> _Round:

@@ -28,3 +28,20 @@ def lock_file(file: IO[Any], *, wait: bool, risk: str) -> None:
     except OSError as error:  # ENOLCK, ENOTSUP, ENOSYS, EIO: it depends on the file system
         folder = Path(file.name).parent
         notify_once(f"{folder}: files cannot be locked here ({reason(error)}); {risk}")
+
+
+def is_locked(path: Path) -> bool | None:
+    """Return whether a process has locked the file; None if that cannot be known here.
+
+    The file is locked for a moment if nobody else has locked it.
+    """
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    except OSError:  # the file system has no locks, or the file is another person's
+        return None
+    return False

@@ -1,12 +1,14 @@
 """Select and smooth the metrics that charts show; the module `plots` draws the charts."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from mlx_dpo.losses.metrics import EVAL_PREFIX, METRICS
 from mlx_dpo.types import MetricsRow
 
 CHOSEN, REJECTED = "chosen", "rejected"
+RESULTS, DETAILS, MACHINE = "results", "details", "machine"  # sections of the report page
 X_AXES = {"step": "step", "epoch": "epoch", "tokens": "num_tokens"}  # name: key of a metrics row
 WINDOWS_PER_RUN = 25  # a trailing mean covers 1/25 of the run
 MIN_POINTS_TO_SMOOTH = 50  # shorter lines have no trailing mean
@@ -21,19 +23,8 @@ class Line(NamedTuple):
     held_out: bool
     x: Sequence[float]  # (N,)
     y: Sequence[float]  # (N,)
-    smoothed: Sequence[float]  # (N,) trailing means of y; y itself if the line is not smoothed
+    smoothed: Sequence[float]  # (N,) trailing means of y; the same object if it is not smoothed
     is_downsampled: bool = False  # every point is the mean of several neighbours
-
-
-class Chart(NamedTuple):
-    """A chart: its title, its unit, and the lines to draw in it."""
-
-    title: str
-    unit: str
-    meaning: str
-    baseline: float | None  # value of the reference model, or of chance
-    lines: Sequence[Line]
-    starts_at_zero: bool = False  # for metrics that cannot be negative
 
 
 class Curve(NamedTuple):
@@ -41,12 +32,20 @@ class Curve(NamedTuple):
 
     title: str
     unit: str
-    meaning: str
+    caption: str  # how to read the chart
     metrics: Mapping[str, str]  # completion ("" for the pair): key of a metrics row
-    baseline: float | None = None
+    baseline: float | None = None  # value of the reference model, or of chance
     is_noisy: bool = True  # a trailing mean is drawn as well
     on_model_card: bool = True
-    starts_at_zero: bool = False
+    starts_at_zero: bool = False  # for metrics that cannot be negative
+    section: str = DETAILS  # of the report page
+
+
+class Chart(NamedTuple):
+    """A chart: its definition, and the lines to draw in it."""
+
+    curve: Curve
+    lines: Sequence[Line]
 
 
 def _metrics(field: str) -> dict[str, str]:
@@ -61,54 +60,59 @@ def _completion_metrics(kind: str) -> dict[str, str]:
 
 
 CURVES = (
-    Curve("Loss", "", "training loss; lower is better", _metrics("loss")),
+    Curve(
+        "Loss",
+        "",
+        "DPO starts at log 2 ≈ 0.693, where policy and reference agree. If the held-out line rises "
+        "while the training line falls, the policy memorizes its pairs.",
+        _metrics("loss"),
+        section=RESULTS,
+    ),
     Curve(
         "Margin",
         "nats",
-        "reward of chosen minus reward of rejected",
+        "Reward of chosen minus reward of rejected: how much more the policy prefers chosen than "
+        "the reference does. At 0 nothing was learned.",
         _metrics("margins"),
         baseline=0.0,
+        section=RESULTS,
     ),
     Curve(
         "Accuracy",
         "share",
-        "pairs with the higher reward for chosen, or labelled completions rewarded correctly",
+        "Pairs in which chosen has the higher reward. Chance is 0.5, and while the margin is near "
+        "0 even a high share is chance.",
         _metrics("accuracies"),
         baseline=0.5,
-    ),
-    Curve(
-        "Rewards",
-        "nats",
-        "β × log-ratio to the reference, or the loss's own implicit reward",
-        _completion_metrics("rewards"),
-        baseline=0.0,
+        section=RESULTS,
     ),
     Curve(
         "Log-probabilities",
         "nats per completion",
-        "mean log-probability of a whole completion",
+        "Rejected should fall. If chosen falls with it, the policy makes both less likely "
+        "(likelihood displacement).",
         _completion_metrics("logps"),
-    ),
-    Curve("KL", "nats", "estimated KL divergence from the reference", _metrics("kl"), baseline=0.0),
-    Curve(
-        "Lengths",
-        "tokens",
-        "mean length of the scored completions",
-        _completion_metrics("tokens"),
-        on_model_card=False,
+        section=RESULTS,
     ),
     Curve(
-        "Margin and length",
-        "correlation",
-        "correlation of margin and length difference; near 1 or -1 the policy learns length",
-        _metrics("length_correlation"),
+        "Rewards",
+        "nats",
+        "β × log-ratio to the reference, or the implicit reward of the loss. Above 0: more likely "
+        "than before training.",
+        _completion_metrics("rewards"),
         baseline=0.0,
-        on_model_card=False,
+    ),
+    Curve(
+        "KL",
+        "nats",
+        "Estimated distance from the reference, on the completions of the data set.",
+        _metrics("kl"),
+        baseline=0.0,
     ),
     Curve(
         "Repetition",
         "share",
-        "repeated 4-grams in answers sampled at evaluations",
+        "Repeated 4-grams in answers sampled at evaluations; a quarter or more is degenerate.",
         {"": "completions/repetition"},
         starts_at_zero=True,
         on_model_card=False,
@@ -116,50 +120,185 @@ CURVES = (
     Curve(
         "KL of answers",
         "nats per token",
-        "estimated KL divergence from the base, on answers sampled at evaluations",
+        "Estimated distance from the base model, on the policy's own sampled answers.",
         {"": "completions/kl"},
         baseline=0.0,
         on_model_card=False,
     ),
-    Curve("Gradient norm", "", "before clipping", {"": "grad_norm"}, starts_at_zero=True),
+    Curve(
+        "Margin and length",
+        "correlation",
+        "Correlation of the margin with the difference in length. Near 1 or -1 the policy learns "
+        "length instead of the preference.",
+        _metrics("length_correlation"),
+        baseline=0.0,
+        on_model_card=False,
+    ),
+    Curve(
+        "Gradient norm",
+        "",
+        "Before clipping. Spikes that grow are an early sign of a learning rate that is too large.",
+        {"": "grad_norm"},
+        starts_at_zero=True,
+    ),
     Curve(
         "Learning rate",
         "",
-        "after warm-up and decay",
+        "Rises in the warm-up, then follows the schedule.",
         {"": "learning_rate"},
         is_noisy=False,
         on_model_card=False,
     ),
     Curve(
+        "Lengths",
+        "tokens",
+        "Mean length of the scored completions: a property of the pairs, not of the policy.",
+        _completion_metrics("tokens"),
+        on_model_card=False,
+    ),
+    Curve(
         "Speed",
         "tokens per second",
-        "without padding",
+        "Tokens of the pairs per second of training, without padding.",
         {"": "tokens_per_second"},
         on_model_card=False,
         starts_at_zero=True,
+        section=MACHINE,
     ),
     Curve(
         "Memory",
         "GB",
-        "peak memory of MLX so far",
+        "Peak of MLX's memory since the start.",
         {"": "peak_memory_gb"},
         is_noisy=False,
         on_model_card=False,
         starts_at_zero=True,
+        section=MACHINE,
     ),
     Curve(
         "Padding",
         "share of tokens",
-        "padding tokens among all tokens of the forward passes",
+        "Tokens computed for nothing; 0 where pairs are packed into one sequence.",
         {"": "padding_share"},
         on_model_card=False,
         starts_at_zero=True,
+        section=MACHINE,
     ),
 )
+LineKey = tuple[str, str, bool]  # title of the curve, completion, held out
+
+
+class GrowingLine:
+    """A line to which points are appended; all points but the last stay as they are.
+
+    Neighbouring points of a long line are averaged, so that it has at most `MAX_POINTS`.
+
+    Args:
+        line: The line, without points.
+        count: Number of points that the line will have.
+        is_noisy: Whether the line is smoothed if it is long enough.
+    """
+
+    def __init__(self, line: Line, count: int, *, is_noisy: bool) -> None:
+        self._line = line
+        self._group_size = 1 if line.held_out else -(-count // MAX_POINTS)  # neighbours per point
+        self._group: list[tuple[float, float]] = []
+        is_smoothed = is_noisy and not line.held_out and count >= MIN_POINTS_TO_SMOOTH
+        self._recent = deque[float](maxlen=window_size(count)) if is_smoothed else None
+        self._x: list[float] = []
+        self._y: list[float] = []
+        self._smoothed: list[float] = [] if is_smoothed else self._y
+
+    @property
+    def num_points(self) -> int:
+        """Number of points, the last one of which may still change."""
+        return len(self._x) + bool(self._group)
+
+    @property
+    def num_final(self) -> int:
+        """Number of points that no later value changes."""
+        return len(self._x)
+
+    def append(self, x: float, y: float) -> None:
+        """Append a value, with which the last point may become complete."""
+        self._group.append((x, y))
+        if self._recent is not None:
+            self._recent.append(y)
+        if len(self._group) == self._group_size:
+            for values, value in self._last_point():
+                values.append(value)
+            self._group.clear()
+
+    def _last_point(self) -> list[tuple[list[float], float]]:
+        """Return each list of coordinates with its value for the last point."""
+        x, y = (_mean(values) for values in zip(*self._group, strict=True))
+        point = [(self._x, x), (self._y, y)]
+        return point if self._recent is None else [*point, (self._smoothed, _mean(self._recent))]
+
+    def points(self, start: int = 0) -> Line:
+        """Return the line from its point `start` on."""
+        x, y, smoothed = self._x[start:], self._y[start:], self._smoothed[start:]
+        if self._group:
+            last = [value for _, value in self._last_point()]
+            x, y, smoothed = [*x, last[0]], [*y, last[1]], [*smoothed, last[-1]]
+        return self._line._replace(
+            x=x,
+            y=y,
+            smoothed=y if self._recent is None else smoothed,
+            is_downsampled=self._group_size > 1,
+        )
+
+
+class RunLines:
+    """All lines of a run, which grow with its metrics rows.
+
+    Args:
+        run: Index of the run.
+        num_steps: Number of training rows that the run will have.
+        x_axis: A key of `X_AXES`.
+    """
+
+    def __init__(self, run: int, *, num_steps: int, x_axis: str = "step") -> None:
+        self._x_key = X_AXES[x_axis]
+        self._x_of_step: dict[float, float] = {0: 0}
+        self._lines: dict[LineKey, tuple[str, GrowingLine]] = {}
+        for curve in CURVES:
+            for completion, metric in curve.metrics.items():
+                for held_out in (False, True):
+                    line = Line(run, completion, held_out, (), (), ())
+                    self._lines[curve.title, completion, held_out] = (
+                        metric,
+                        GrowingLine(line, max(1, num_steps), is_noisy=curve.is_noisy),
+                    )
+
+    def append(self, row: MetricsRow) -> None:
+        """Add the values of a metrics row to the lines."""
+        # An evaluation row has a step, but no epoch or token count: the step's training row has.
+        if self._x_key in row:
+            self._x_of_step[row["step"]] = row[self._x_key]
+        if (x := self._x_of_step.get(row["step"])) is None:
+            return
+        for (_, _, held_out), (metric, line) in self._lines.items():
+            if (key := EVAL_PREFIX + metric if held_out else metric) in row:
+                line.append(x, row[key])
+
+    @property
+    def growing(self) -> list[tuple[LineKey, GrowingLine]]:
+        """All lines by key, in an order that does not depend on the rows."""
+        return [(key, line) for key, (_, line) in self._lines.items()]
+
+    @property
+    def drawn(self) -> list[tuple[LineKey, GrowingLine]]:
+        """Lines that have points, by key."""
+        return [(key, line) for key, line in self.growing if line.num_points]
 
 
 def make_charts(
-    runs: Sequence[Sequence[MetricsRow]], *, x_axis: str = "step", for_model_card: bool = False
+    runs: Sequence[Sequence[MetricsRow]],
+    *,
+    x_axis: str = "step",
+    for_model_card: bool = False,
+    total_steps: Sequence[int] | None = None,
 ) -> list[Chart]:
     """Return the charts of one or several runs; charts without any values are left out.
 
@@ -167,60 +306,21 @@ def make_charts(
         runs: metrics rows of each run, in the order of steps.
         x_axis: a key of `X_AXES`.
         for_model_card: return only the charts that a model card shows.
+        total_steps: number of steps that each run will have; by default those in `runs`.
     """
-    charts = []
-    for curve in CURVES:
-        lines = [
-            line for run, rows in enumerate(runs) for line in _make_lines(run, rows, curve, x_axis)
-        ]
-        if lines and (curve.on_model_card or not for_model_card):
-            charts.append(
-                Chart(
-                    curve.title,
-                    curve.unit,
-                    curve.meaning,
-                    curve.baseline,
-                    lines,
-                    curve.starts_at_zero,
-                )
-            )
-    return charts
-
-
-def _make_lines(run: int, rows: Sequence[MetricsRow], curve: Curve, x_axis: str) -> Iterator[Line]:
-    # An evaluation row has a step, but no epoch or token count: the step's training row has both.
-    x_of_step = {row["step"]: row[X_AXES[x_axis]] for row in rows if X_AXES[x_axis] in row}
-    for completion, metric in curve.metrics.items():
-        for prefix in ("", EVAL_PREFIX):
-            key = prefix + metric
-            points = [
-                (x_of_step[row["step"]], row[key])
-                for row in rows
-                if key in row and row["step"] in x_of_step
-            ]
-            if points:
-                yield _make_line(run, completion, points, curve, held_out=bool(prefix))
-
-
-def _make_line(
-    run: int, completion: str, points: list[tuple[float, float]], curve: Curve, *, held_out: bool
-) -> Line:
-    """Return a line through the points, with trailing means if the metric is noisy.
-
-    Training lines of more than `MAX_POINTS` points are downsampled.
-    """
-    count = len(points)
-    group = 1 if held_out else -(-count // MAX_POINTS)  # neighbours per point
-    starts = range(0, count, group)
-    x, y = (
-        [_mean(values[start : start + group]) for start in starts]
-        for values in zip(*points, strict=True)
-    )
-    smoothed = y
-    if curve.is_noisy and not held_out and count >= MIN_POINTS_TO_SMOOTH:
-        ends = [min(start + group, count) for start in starts]
-        smoothed = trailing_mean([y for _, y in points], window_size(count), ends)
-    return Line(run, completion, held_out, x, y, smoothed, group > 1)
+    lines = []
+    for run, rows in enumerate(runs):
+        taken = len([row for row in rows if "eval_loss" not in row])
+        growing = RunLines(run, num_steps=max(taken, (total_steps or {run: 0})[run]), x_axis=x_axis)
+        for row in rows:
+            growing.append(row)
+        lines += [(key[0], line.points()) for key, line in growing.drawn]
+    return [
+        Chart(curve, drawn)
+        for curve in CURVES
+        if (curve.on_model_card or not for_model_card)
+        and (drawn := [line for title, line in lines if title == curve.title])
+    ]
 
 
 def window_size(points: int) -> int:
@@ -228,10 +328,5 @@ def window_size(points: int) -> int:
     return max(5, points // WINDOWS_PER_RUN)
 
 
-def trailing_mean(values: Sequence[float], window: int, ends: Iterable[int]) -> list[float]:
-    """Return the mean of the last `window` values before each index in `ends`."""
-    return [_mean(values[max(0, end - window) : end]) for end in ends]
-
-
-def _mean(values: Sequence[float]) -> float:
+def _mean(values: Collection[float]) -> float:
     return sum(values) / len(values)  # `fmean` raises for infinities of both signs

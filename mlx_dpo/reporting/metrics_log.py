@@ -7,9 +7,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from time import perf_counter
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
-from mlx_dpo.errors import DamagedFileError
+from mlx_dpo.errors import DamagedFileError, reason
 from mlx_dpo.io import bounded
 from mlx_dpo.io.atomic import flush, write_file
 from mlx_dpo.io.checksums import check_line, damaged, to_checked_line
@@ -82,6 +82,65 @@ def undamaged_rows(path: Path) -> tuple[list[MetricsRow], DamagedFileError | Non
             return rows, damaged(f"{path}:{number}", f"not a metrics row: {line[:40]!r}")
         rows.append(row)
     return rows, None
+
+
+class MetricsTail:
+    """Reader of a metrics file that another process writes: every row is read once.
+
+    A resumed run writes its file anew. The rows are then read from the beginning, and `generation`
+    is one higher.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.generation = 0
+        self.damage: DamagedFileError | None = None  # after the last row that can be read
+        self._num_bytes = 0
+        self._num_lines = 0
+        self._last_line = b""
+
+    def read_new(self) -> list[MetricsRow]:
+        """Return the rows that were written since the last call, or all rows of a new generation.
+
+        A last line that is not complete yet is left for the next call.
+        """
+        try:
+            with self.path.open("rb") as file:
+                if not self._continues(file):
+                    self._start_over()
+                file.seek(self._num_bytes)
+                text = file.read(MAX_BYTES)
+        except FileNotFoundError:
+            if self._num_bytes:
+                self._start_over()
+            return []
+        except OSError as error:
+            self.damage = DamagedFileError(f"{self.path}: cannot be read ({reason(error)})")
+            return []
+        return self._parse(text[: text.rfind(b"\n") + 1])
+
+    def _continues(self, file: BinaryIO) -> bool:
+        """Return whether the last line that was read is still in its place."""
+        file.seek(self._num_bytes - len(self._last_line))
+        return file.read(len(self._last_line)) == self._last_line
+
+    def _start_over(self) -> None:
+        self.generation += 1
+        self._num_bytes, self._num_lines, self._last_line = 0, 0, b""
+
+    def _parse(self, text: bytes) -> list[MetricsRow]:
+        rows = []
+        self.damage = None
+        for line in text.splitlines(keepends=True):
+            if (row := _parse_line(line.decode(errors="replace")[:-1])) is None:
+                where = f"{self.path}:{self._num_lines + 1}"
+                self.damage = damaged(where, "not a metrics row")
+                break
+            rows.append(row)
+            self._num_bytes += len(line)
+            self._num_lines += 1
+            self._last_line = line
+        return rows
 
 
 def _parse_line(line: str) -> MetricsRow | None:

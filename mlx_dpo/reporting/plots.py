@@ -74,16 +74,6 @@ def chart_svg(chart: Chart, runs: int, x_label: str, theme: Theme) -> bytes:
         return _render(figure, "svg", theme)
 
 
-def legend_svg(charts: Sequence[Chart], names: Sequence[str], theme: Theme) -> bytes:
-    """Draw the legend of all charts as an SVG image; `names` are the names of the runs."""
-    handles = _legend_handles([line for chart in charts for line in chart.lines], names, theme)
-    with _matplotlib_style(theme):
-        figure = _make_figure(CHART_COLUMNS * CHART_WIDTH, CHART_HEIGHT)
-        legend = _add_legend(figure, handles, "center left")
-        figure.set_figheight(legend.get_window_extent().height / figure.dpi)
-        return _render(figure, "svg", theme)
-
-
 def _add_legend(
     figure: "Figure", handles: Sequence[Any], location: Any, columns: int = MAX_LEGEND_COLUMNS
 ) -> Any:
@@ -135,15 +125,15 @@ def _render(figure: "Figure", file_format: str, theme: Theme) -> bytes:
 
 
 def _draw_chart(axes: "Axes", chart: Chart, runs: int, x_label: str, theme: Theme) -> None:
-    axes.set_title(chart.title, loc="left", fontsize=11, fontweight="bold")
-    axes.set_title(chart.unit, loc="right", fontsize=9)
+    axes.set_title(chart.curve.title, loc="left", fontsize=11, fontweight="bold")
+    axes.set_title(chart.curve.unit, loc="right", fontsize=9)
     axes.set_xlabel(x_label, loc="right", fontsize=9)
     axes.set_facecolor(theme.paper)
     axes.grid(color=theme.faint, linewidth=0.6)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0, labelsize=9)
-    if chart.baseline is not None:
-        axes.axhline(chart.baseline, color=theme.ink, linewidth=0.8, linestyle=(0, (1, 3)))
+    if chart.curve.baseline is not None:
+        axes.axhline(chart.curve.baseline, color=theme.ink, linewidth=0.8, linestyle=(0, (1, 3)))
     for line in chart.lines:
         _draw_line(axes, line, runs, theme)
     if all(float(x).is_integer() for line in chart.lines for x in line.x):
@@ -151,7 +141,7 @@ def _draw_chart(axes: "Axes", chart: Chart, runs: int, x_label: str, theme: Them
 
         # There is no half step or round.
         axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
-    if chart.starts_at_zero:
+    if chart.curve.starts_at_zero:
         axes.axhline(0, visible=False)  # includes 0 in the limits, also of a constant line
         axes.set_ylim(0, None if any(any(line.y) for line in chart.lines) else 1)
     for axis in (axes.xaxis, axes.yaxis):

@@ -52,7 +52,9 @@ def test_the_figures_of_a_run_are_printed_and_its_page_and_picture_lie_in_it(fol
     assert done.stderr == "Written to a/run/report.html\nWritten to a/run/report.png\n"
     page = (folder / "a/run/report.html").read_text()
     assert "8 of 8" in page and "12 trained on, 4 held out" in page
-    assert "learning_rate 0.001" in page and str(folder) not in page
+    settings = page[page.index("Changed settings") :]
+    assert "<code>learning_rate</code></th><td>0.001 <small>default: " in settings
+    assert "base · pairs.jsonl · sigmoid, beta 0.1" in page and str(folder) not in page
     assert (folder / "a/run/report.png").read_bytes().startswith(b"\x89PNG")
     assert not list((folder / "a/run").glob(".mlx-dpo-*"))
 
@@ -61,11 +63,22 @@ def test_several_runs_are_laid_over_each_other_with_the_settings_in_which_they_d
     done = call("a/run", "b/run", "--output", "both")
     assert done.exit_code == 0, done.output
     table = [line.split() for line in done.stdout.splitlines() if line.strip()]
-    assert table[1] == ["learning_rate", "step", "judged", "at", "loss", "accuracy", "margin"]
+    assert table[1] == [
+        "learning_rate",
+        "step",
+        "evaluated",
+        "at",
+        "step",
+        "loss",
+        "accuracy",
+        "margin",
+    ]
     assert table[3][:4] == ["a/run", "0.001", "8", "8"]
     assert table[4][:4] == ["b/run", "0.003", "8", "8"]
     page = (folder / "both/report.html").read_text()
-    assert "Loss. a/run: from 0.6931" in page and ". b/run, held out: from " in page
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page)[1])
+    assert data["names"] == ["a/run", "b/run"]
+    assert {line["run"] for line in data["lines"] if line["chart"] == "Loss"} == {0, 1}
 
 
 def test_a_run_that_is_going_on_is_drawn_as_far_as_it_is(folder):
@@ -98,7 +111,7 @@ def test_figures_are_of_the_saved_adapters_and_warnings_are_repeated(folder):
     call("kept")
     page = (folder / "kept/report.html").read_text()
     assert "6 of 8, then stopped early" in page
-    assert "system (not shown)" in page and "Be brief" not in page
+    assert "<code>system</code></th><td>(not shown)" in page and "Be brief" not in page
 
 
 def test_what_cannot_be_drawn_gives_a_one_line_error_and_writes_nothing(folder):
@@ -139,7 +152,8 @@ def test_names_are_shown_as_they_are_unless_they_cannot_be_printed(folder):
     assert done.exit_code == 0, done.output
     table = [line.split()[0] for line in done.stdout.splitlines() if line.strip()]
     assert table[3:] == shown
-    assert all(f"<th>{name}</th>" in (folder / "odd/report.html").read_text() for name in shown)
+    page = (folder / "odd/report.html").read_text()
+    assert all(f"</svg>{name}</th>" in page for name in shown)
     assert "b[b]c" in call("b[b]c").stdout
 
 
@@ -151,13 +165,13 @@ def test_settings_too_wide_for_the_table_are_only_on_the_page(folder):
     done = call("one", "two", "--output", "wide")
     assert done.exit_code == 0, done.output
     lines = done.stdout.splitlines()
-    figures = ["step", "judged", "at", "loss", "accuracy", "margin"]
+    figures = ["step", "evaluated", "at", "step", "loss", "accuracy", "margin"]
     assert lines[2].split() == ["model", "beta", *figures]
     assert max(map(len, lines)) <= 80 and "│" not in done.stdout
     assert [line.split()[1] for line in lines[4:6]] == ["base", "elsewhere"]
     assert done.stderr.startswith("On the page: loss_type, lora_target_modules\nWritten to ")
     page = (folder / "wide/report.html").read_text()
-    assert "<td>sigmoid sft</td>" in page and "<td>default</td>" in page
+    assert "<td>sigmoid sft</td>" in page and "<td>all linear modules of the layers</td>" in page
     assert str(folder) not in page
 
 

@@ -48,7 +48,9 @@ def test_the_page_runs_nothing_and_loads_nothing():
 
 
 def test_a_chart_shows_the_rounds_that_have_its_figure():
-    charts = {chart.title: chart.lines[0] for chart in make_round_charts([BASE, FIRST, SECOND])}
+    charts = {
+        chart.curve.title: chart.lines[0] for chart in make_round_charts([BASE, FIRST, SECOND])
+    }
     assert list(charts) == [
         "Win rate against base", "Held-out reward", "Answer length", "KL from base",
         "4-gram repetition", "Judged pairs",
@@ -59,4 +61,4 @@ def test_a_chart_shows_the_rounds_that_have_its_figure():
     )
     assert charts["Held-out reward"].y == [0.6351, 1.5, 1.5]
     assert charts["KL from base"].x == [2.0]
-    assert make_round_charts([BASE])[0].title == "Held-out reward"
+    assert make_round_charts([BASE])[0].curve.title == "Held-out reward"

@@ -11,8 +11,8 @@ from mlx_dpo.reporting.curves import (
     MAX_POINTS,
     MIN_POINTS_TO_SMOOTH,
     X_AXES,
+    RunLines,
     make_charts,
-    trailing_mean,
     window_size,
 )
 from mlx_dpo.types import PreferenceMetrics, StepMetrics
@@ -23,7 +23,7 @@ def step(number, **metrics):
 
 
 def make_chart(runs, title, **options):
-    [chart] = [chart for chart in make_charts(runs, **options) if chart.title == title]
+    [chart] = [chart for chart in make_charts(runs, **options) if chart.curve.title == title]
     return chart
 
 
@@ -39,11 +39,11 @@ def test_every_metric_of_a_row_is_in_a_chart_or_an_x_axis():
 
 
 def test_a_trailing_mean_covers_earlier_values_only():
-    """Expected values were computed by hand, with a window of 3."""
-    values = [3.0, 5.0, 1.0, 9.0, 2.0]
-    assert trailing_mean(values, 3, range(1, 6)) == [3.0, 4.0, 3.0, 5.0, 4.0]
-    assert trailing_mean(values, 3, [2, 4]) == [4.0, 5.0]
-    assert trailing_mean(values[:2], 1, [1, 2]) == [3.0, 5.0]
+    """Expected values were computed by hand, with a window of 5."""
+    rows = [step(n, loss=y) for n, y in enumerate([3.0, 5.0, 1.0, 9.0, 2.0, 8.0], start=1)]
+    [line] = make_chart([rows], "Loss", total_steps=[50]).lines
+    assert line.smoothed == [3.0, 4.0, 3.0, 4.5, 4.0, 5.0]
+    assert line.y == [3.0, 5.0, 1.0, 9.0, 2.0, 8.0]
 
 
 def test_only_noisy_curves_of_long_runs_are_smoothed():
@@ -84,7 +84,7 @@ def test_long_runs_are_downsampled_to_means_of_neighbouring_steps():
 def test_every_run_and_completion_has_a_line_and_missing_metrics_have_none():
     rows = [step(1, loss=0.5, **{"rewards/chosen": 1.0, "rewards/rejected": -1.0})]
     other = [step(1, loss=0.7, kl=0.2)]
-    by_title = {chart.title: chart for chart in make_charts([rows, other])}
+    by_title = {chart.curve.title: chart for chart in make_charts([rows, other])}
     assert list(by_title) == ["Loss", "Rewards", "KL"]
     assert [(line.run, line.y) for line in by_title["Loss"].lines] == [(0, [0.5]), (1, [0.7])]
     assert [(line.completion, line.y) for line in by_title["Rewards"].lines] == [
@@ -96,7 +96,7 @@ def test_every_run_and_completion_has_a_line_and_missing_metrics_have_none():
 
 def test_a_model_card_has_no_charts_about_the_machine():
     rows = [step(1, loss=0.5, grad_norm=1.0, peak_memory_gb=1.0, tokens_per_second=9.0)]
-    assert [chart.title for chart in make_charts([rows], for_model_card=True)] == [
+    assert [chart.curve.title for chart in make_charts([rows], for_model_card=True)] == [
         "Loss",
         "Gradient norm",
     ]
@@ -135,3 +135,37 @@ def test_the_cost_of_smoothing_is_linear_in_the_steps(monkeypatch):
         make_charts([[step(n, loss=1.0) for n in range(1, count + 1)]])
         assert sum(lengths) < 30 * count
         lengths.clear()
+
+
+@pytest.mark.parametrize("count", [7, 49, 50, 1300])
+def test_a_growing_run_has_the_charts_of_the_finished_one_up_to_its_last_point(count):
+    """A page that shows a run in training must not have to draw earlier points again."""
+    rows = [step(n, loss=math.sin(n), learning_rate=1 / n) for n in range(1, count + 1)]
+    rows.insert(5, {"step": 5, "eval_loss": 2.0})
+    final = {key: line.points() for key, line in grow(rows, count).drawn}
+    for seen in (3, 6, count // 2, count):
+        for key, line in grow(rows[:seen], count).drawn:
+            part, whole = line.points(), final[key]
+            for name in ("x", "y", "smoothed"):
+                values = getattr(part, name)[: line.num_final]
+                assert values == getattr(whole, name)[: line.num_final]
+            assert line.num_points == len(part.x)
+            assert line.num_final in (line.num_points, line.num_points - 1)
+            start = line.num_final
+            assert line.points(start).x == part.x[start:]
+    [loss, _] = make_chart([rows], "Loss").lines
+    assert final["Loss", "", False] == loss
+
+
+def grow(rows, count):
+    lines = RunLines(0, num_steps=count)
+    for row in rows:
+        lines.append(row)
+    return lines
+
+
+def test_an_evaluation_before_the_first_step_is_drawn_at_zero():
+    rows = [{"step": 0, "eval_loss": 0.69}, step(1, loss=0.7)]
+    for x_axis in X_AXES:
+        _, held_out = make_chart([rows], "Loss", x_axis=x_axis).lines
+        assert (held_out.x, held_out.y) == ([0], [0.69])

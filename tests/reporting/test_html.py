@@ -1,4 +1,4 @@
-"""Templates of HTML pages: escaped, complete, and without scripts."""
+"""Templates of HTML pages: escaped, complete, and without scripts of others."""
 
 import re
 from importlib.resources import files
@@ -31,6 +31,12 @@ def test_a_missing_value_is_an_error():
 
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda template: template.name)
 def test_a_template_marks_nothing_as_safe_and_has_no_script(template):
+    """The report has a script, whose text is a file of the package, and JSON for it."""
     text = template.read_text("utf-8")
+    if template.name == "report.html":
+        data, script = re.findall(r"<script.*?</script>", text)
+        assert data == '<script type="application/json" id="data">{{ data | tojson }}</script>'
+        assert script.endswith('>{% include "report.js" %}</script>')
+        text = text.replace(data, "").replace(script, "")
     assert not re.search(r"\|\s*safe|autoescape", text)
     assert "<script" not in text and "http:" not in text and "https:" not in text
