@@ -13,6 +13,7 @@
 Messages read `where: what is wrong (what was found); what to do`, on one line.
 """
 
+import os
 from collections.abc import Callable
 
 # Reasons of a `BadPairError`.
@@ -95,6 +96,11 @@ class DamagedFileError(RunError):
 
 class TrainingError(DPOError):
     """Training cannot continue: a loss or a gradient is not a number."""
+
+
+def shows_tracebacks() -> bool:
+    """Return whether the user asks for tracebacks, with the environment variable MLX_DPO_DEBUG."""
+    return os.environ.get("MLX_DPO_DEBUG", "0") not in ("", "0")
 
 
 def reason(error: BaseException) -> str:

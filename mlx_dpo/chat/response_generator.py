@@ -1,6 +1,5 @@
 """mlx-lm's response generator, whose thread here survives every failure of a request."""
 
-import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -27,7 +26,7 @@ from mlx_dpo.chat.requests import RequestError
 from mlx_dpo.data.chat_templates.render import TEMPLATE_EXCEPTIONS
 from mlx_dpo.data.chat_templates.sandbox import install_limits
 from mlx_dpo.data.chat_templates.tool_calls import fit_tool_calls
-from mlx_dpo.errors import ConfigError, reason
+from mlx_dpo.errors import ConfigError, reason, shows_tracebacks
 from mlx_dpo.generation.context import max_answer_tokens
 from mlx_dpo.terminal_text import escape_controls, escape_line
 from mlx_dpo.types import Message
@@ -234,5 +233,5 @@ class FaultTolerantResponseGenerator(ResponseGenerator):
 def print_failure(message: str, error: BaseException) -> None:
     """Print on stderr that a request failed, on one line; MLX_DPO_DEBUG=1 adds the traceback."""
     print(f"A request failed: {escape_line(message)}", file=sys.stderr)
-    if os.environ.get("MLX_DPO_DEBUG", "0") not in ("", "0"):
+    if shows_tracebacks():
         sys.stderr.write(escape_controls("".join(traceback.format_exception(error))))

@@ -15,7 +15,7 @@ import click
 
 from mlx_dpo.cli.command import Group
 from mlx_dpo.cli.output import echo, escape_messages_of_libraries, print_traceback, print_warning
-from mlx_dpo.errors import DPOError
+from mlx_dpo.errors import DPOError, shows_tracebacks
 from mlx_dpo.io.notices import LOGGER
 from mlx_dpo.io.write_errors import describe_disk_error
 from mlx_dpo.phases import announce
@@ -178,7 +178,7 @@ class Commands(Group):
             message = user_message(error)
             if message is None:
                 raise
-            if os.environ.get("MLX_DPO_DEBUG", "0") not in ("", "0"):
+            if shows_tracebacks():
                 print_traceback(type(error), error, error.__traceback__)
             raise click.ClickException(escape_line(message)) from error
         except click.ClickException as error:

@@ -228,7 +228,7 @@ def find_run(folder: str) -> tuple[RunPaths, dict[str, Any]]:
     if record is None:
         why = "no `run.json`" if paths.folder.is_dir() else "no such folder"
         if (paths.folder / "config.json").is_file():
-            raise RunError(f"{folder}: a model, not a run folder; name models by `--model`")
+            raise RunError(f"{folder}: a model, not a run folder; name a model with `--model`")
         raise RunError(f"{folder}: not a run folder ({why}); train one with `mlx-dpo train`")
     if record["state"] == "finished":
         check_finished_files(paths, record)
