@@ -2,7 +2,7 @@
 
 import re
 
-COUNTED = re.compile(r"\b(pair|row|answer)s\b")
+COUNTED = re.compile(r"\b(pair|row|answer|step|warning)s\b")
 
 
 def format_items(count: int, items: str) -> str:
@@ -10,16 +10,6 @@ def format_items(count: int, items: str) -> str:
     if count == 1:
         items = COUNTED.sub(r"\1", items, count=1)
     return f"{count:,} {items}"
-
-
-def format_number_of(number: int, plural: str) -> str:
-    """Return a number with its noun, such as `1 held-out pair` or `1,234 held-out pairs`.
-
-    Args:
-        number: how many there are.
-        plural: the noun in its plural, which ends in `s`.
-    """
-    return f"{number:,} {plural.removesuffix('s') if number == 1 else plural}"
 
 
 def format_duration(seconds: float) -> str:

@@ -24,6 +24,8 @@ def test_sizes_have_decimal_units(size, text):
         (1, "held-out pairs", "1 held-out pair"),
         (1, "pairs of pairs.jsonl", "1 pair of pairs.jsonl"),
         (1, "answers of a.jsonl", "1 answer of a.jsonl"),
+        (1, "warnings", "1 warning"),
+        (1, "steps", "1 step"),
         (0, "held-out pairs", "0 held-out pairs"),
         (1_200, "held-out pairs", "1,200 held-out pairs"),
     ],

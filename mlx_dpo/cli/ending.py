@@ -7,7 +7,7 @@ from mlx_dpo.cli import program
 from mlx_dpo.reporting.console import final_metrics_table, print_label_table
 from mlx_dpo.runs.summary import SummaryLine, summarize_end, summarize_findings
 from mlx_dpo.training.monitor.verdict import Verdict, describe_result
-from mlx_dpo.units import format_duration, format_number_of
+from mlx_dpo.units import format_duration, format_items
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,7 +33,7 @@ def print_ending(
         rows: metrics rows of the steps that this process took.
         seconds: how long these steps and their evaluations took.
     """
-    pairs = format_number_of(len(run.inputs.valid), f"held-out {run.config.unit}")
+    pairs = format_items(len(run.inputs.valid), f"held-out {run.config.unit}")
     if run.evaluation is not None:
         is_noise = run.verdict is not None and run.verdict.is_noise
         before = run.record["before"]
@@ -44,7 +44,7 @@ def print_ending(
     lines = [*summarize_findings(run.warnings, result), *summarize_end(run)]
     if rows:
         tokens = rows[-1]["num_tokens"] - run.start.num_tokens
-        steps = format_number_of(len(rows), "steps")
+        steps = format_items(len(rows), "steps")
         speed = f"{tokens / max(seconds, 1e-9):,.0f} tokens/s"
         lines.append(("time", f"{steps} in {format_duration(seconds)}, {speed}"))
     print_label_table(console, lines)

@@ -25,7 +25,7 @@ from mlx_dpo.optim.optimizers import OPTIMIZERS
 from mlx_dpo.profiling import memory
 from mlx_dpo.runs.inputs import Inputs
 from mlx_dpo.runs.reference import needed_pairs
-from mlx_dpo.units import format_number_of
+from mlx_dpo.units import format_items
 
 if TYPE_CHECKING:
     from mlx_dpo.runs.trainer import DPOTrainer
@@ -240,7 +240,7 @@ def summarize_end(run: "DPOTrainer") -> list[SummaryLine]:
 
 def summarize_findings(warnings: Sequence[str], result: str) -> list[SummaryLine]:
     """Return the summary lines about the result of a run and the warnings of its training."""
-    label = format_number_of(len(warnings), "warnings")
+    label = format_items(len(warnings), "warnings")
     return [
         ("result", result),
         *[("" if number else label, text) for number, text in enumerate(warnings)],

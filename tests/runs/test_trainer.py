@@ -50,6 +50,8 @@ def test_a_run_writes_exactly_these_files_and_its_rows(config, tmp_path):
     record = json.loads((folder / "run.json").read_text())
     assert record["state"] == "finished"
     assert record["counts"] == {"train": 9, "valid": 3}
+    assert record["before"]["eval_loss"] == pytest.approx(math.log(2))
+    assert record["before"]["eval_rewards/margins"] == 0
     assert DPOConfig.from_dict(record["settings"]) == replace(config, max_length=512)
 
 

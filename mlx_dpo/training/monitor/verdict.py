@@ -8,7 +8,7 @@ from mlx_dpo.losses.metrics import EVAL_PREFIX
 from mlx_dpo.training.monitor.checks import MAX_DISTANCE_PER_TOKEN, MIN_MARGIN
 from mlx_dpo.training.monitor.metrics import MonitoredRun, Row
 from mlx_dpo.training.monitor.samples import degenerate_answers
-from mlx_dpo.units import format_number_of
+from mlx_dpo.units import format_items
 
 UNCHANGED, UNCLEAR, WORSE, FAR = "unchanged", "unclear", "worse", "far"
 DEGENERATE = "degenerate"
@@ -139,7 +139,7 @@ def _worse_text(facts: MonitoredRun, margin: float, accuracy: float) -> str:
 
 def _unchanged_text(facts: MonitoredRun, nats: float) -> str:
     steps = facts.total_steps
-    few = f", or more than {format_number_of(steps, 'steps')} (`epochs`)"
+    few = f", or more than {format_items(steps, 'steps')} (`epochs`)"
     few *= steps < FEW_STEPS
     return (
         f"the policy has hardly changed: the margin is {abs(nats):.1g} nats per pair, so accuracy "

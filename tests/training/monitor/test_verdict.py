@@ -6,7 +6,15 @@ import pytest
 
 from mlx_dpo.training.monitor import Monitor
 from mlx_dpo.training.monitor.metrics import MonitoredRun
-from mlx_dpo.training.monitor.verdict import FAR, UNCHANGED, UNCLEAR, WORSE, Verdict, judge_policy
+from mlx_dpo.training.monitor.verdict import (
+    FAR,
+    UNCHANGED,
+    UNCLEAR,
+    WORSE,
+    Verdict,
+    describe_result,
+    judge_policy,
+)
 
 RUN = MonitoredRun(
     total_steps=60, warmup_steps=6, batch_size=16, beta=0.1, learning_rate=5e-6,
@@ -103,3 +111,19 @@ def test_a_verdict_is_read_back_from_a_record():
     verdict = judge_policy(RUN, metrics(0.0))
     assert Verdict.from_record({"verdict": verdict.to_dict()}) == verdict
     assert Verdict.from_record({"verdict": None}) is Verdict.from_record({}) is None
+
+
+def test_the_result_says_whether_chosen_is_preferred_and_never_hides_a_fault():
+    better = {"eval_loss": 0.5, "eval_rewards/margins": 0.54, "eval_rewards/accuracies": 0.96}
+    assert describe_result(None, better, "200 held-out pairs") == (
+        "the policy prefers the chosen completions: 96.0% of 200 held-out pairs are ranked "
+        "correctly, with a margin of +0.54"
+    )
+    for worse in ({"eval_rewards/margins": -0.1}, {"eval_rewards/accuracies": 0.4}):
+        assert "does not prefer" in describe_result(None, better | worse, "2 held-out pairs")
+    assert describe_result(None, {"eval_loss": 0.5}, "1 held-out answer") == (
+        "the loss on 1 held-out answer is 0.5000"
+    )
+    assert "nothing was measured" in describe_result(None, None, "0 held-out pairs")
+    fault = Verdict("worse", "the policy is worse")
+    assert describe_result(fault, better, "2 held-out pairs") == "the policy is worse"
