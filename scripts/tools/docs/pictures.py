@@ -21,7 +21,7 @@ COLORS = 128  # of a palette; text and shading need no more
 MODEL, PAIRS = ROOT / "models" / "tiny-chat", ROOT / "models" / "tiny-chat" / "preferences"
 SHOTS = (  # page, picture, width and height in CSS pixels
     ("compare.html", "compare.png", (960, 620)),
-    ("run/report.html", "report.png", (1100, 900)),
+    ("run/report.html", "report.png", (1100, 1400)),
 )
 
 
@@ -40,8 +40,10 @@ def photograph(page: Path, picture: Path, size: tuple[int, int], browser: str) -
     """Write a picture of a page with at most `MAX_BYTES`.
 
     Raises:
+        FileNotFoundError: there is no such page, of which a browser would draw its own error page.
         ValueError: the picture is larger even with few colours.
     """
+    page.resolve(strict=True)
     width, height = size
     subprocess.run(
         [
