@@ -77,7 +77,7 @@ if TYPE_CHECKING:
 )
 @click.option("--max-tokens", default=512, help="Maximum number of tokens per answer.")
 @judge_flags
-@setting_flags(lambda spec: True)
+@setting_flags(lambda spec: True, also_required=("output",))
 @help_all_flag
 @click.pass_context
 def loop(

@@ -62,8 +62,12 @@ class SettingsCommand(Command):
     def _short_list(self, ctx: click.Context) -> list[Record]:
         """Return the records of the essential settings and of the options that are no settings."""
 
+        first = list(SHORT_FLAGS)
+
         def rank(option: click.Option) -> int:
-            return 2 if not isinstance(option, SettingOption) else option.name not in SHORT_FLAGS
+            if not isinstance(option, SettingOption):
+                return len(first) + 1
+            return first.index(option.name) if option.name in first else len(first)
 
         shown = [
             (rank(option), record)
@@ -117,19 +121,23 @@ def pairs_argument(command: CommandFunction) -> CommandFunction:
 
 
 def setting_flags(
-    wanted: Callable[[Setting], bool], *, shows_required: bool = True
+    wanted: Callable[[Setting], bool],
+    *,
+    shows_required: bool = True,
+    also_required: tuple[str, ...] = (),
 ) -> Callable[[CommandFunction], CommandFunction]:
     """Return a decorator that adds a flag to a command for every setting that `wanted` accepts.
 
     Args:
         wanted: tells which settings get a flag.
         shows_required: whether the command cannot do without the required settings.
+        also_required: names of settings whose default this command does not use.
     """
 
     def add_flags(command: CommandFunction) -> CommandFunction:
         for name, spec in reversed(get_settings().items()):
             if name != "pairs" and wanted(spec):
-                is_required = shows_required and spec.required
+                is_required = (shows_required and spec.required) or name in also_required
                 command = _flag(name, spec, is_required=is_required)(command)
         return command
 
@@ -143,7 +151,7 @@ def _flag_name(name: str) -> str:
 def _flag(name: str, spec: Setting, *, is_required: bool) -> Callable[..., Any]:
     """Return the click decorator that adds the flag of a setting to a command."""
     flag = _flag_name(name)
-    shown = spec.shown_default or False
+    shown = False if is_required else spec.shown_default or False
     if spec.type is bool:
         names = (f"{flag}/--no-{flag[2:]}",)
         return click.option(

@@ -125,7 +125,9 @@ def test_short_help_has_the_settings_that_matter_and_names_the_rest():
         assert bool(re.search(flag, shown, re.M)) == (name in essential), name
         assert re.search(flag, everything, re.M), name
     assert shown.splitlines()[-1] == "`mlx-dpo train --help-all` lists all flags, by section."
-    assert shown.index("--model") < shown.index("--output") < shown.index("--beta")
+    options = shown.partition("\nOptions:\n")[2]
+    assert options.index("--model") < options.index("--output") < options.index("--beta")
+    assert "Run folder to write. [required]" in " ".join(page_text(("loop",)).split())
 
 
 DIFFERENT_VALUES = {  # flags whose value differs between commands, and why
