@@ -33,7 +33,7 @@ def lock_file(file: IO[Any], *, wait: bool, risk: str) -> None:
 def is_locked(path: Path) -> bool | None:
     """Return whether a process has locked the file; None if that cannot be known here.
 
-    The file is locked for a moment if nobody else has locked it.
+    The file is locked for a moment if no other process has locked it.
     """
     try:
         with path.open("rb") as file:

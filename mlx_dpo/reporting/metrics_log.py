@@ -87,7 +87,7 @@ def undamaged_rows(path: Path) -> tuple[list[MetricsRow], DamagedFileError | Non
 class MetricsTail:
     """Reader of a metrics file that another process writes: every row is read once.
 
-    A resumed run writes its file anew. The rows are then read from the beginning, and `generation`
+    A resumed run rewrites its file. The rows are then read from the beginning, and `generation`
     is one higher.
     """
 

@@ -127,7 +127,7 @@ class LiveRun:
                 self.logged.append(row)
 
     def _start_over(self, rows: Sequence[MetricsRow]) -> None:
-        """Make the lines anew, of these rows."""
+        """Replace the lines by those of these rows."""
         self.generation += 1
         self._arrivals.clear()
         self.rows = list(rows)
