@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 @click.option(
     "--port",
     type=click.IntRange(0, 65535),
-    metavar="N",
+    metavar="PORT",
     help="With --live: port of the page.",
     show_default="a free one",
 )

@@ -74,7 +74,7 @@ def _print_rubric(ctx: click.Context, parameter: click.Parameter, value: bool) -
     help="Port for --web.",
     show_default="a free one",
 )
-@click.option("--no-open", is_flag=True, help="With --web: do not open the browser.")
+@click.option("--no-open", is_flag=True, help="With --web: only print the page's address.")
 @click.option(
     "--print-rubric",
     is_flag=True,
