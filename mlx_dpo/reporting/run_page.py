@@ -64,7 +64,7 @@ class SettingRow(NamedTuple):
 
     name: str
     value: str
-    default: str
+    note: str  # what the default is, or why the value was chosen
 
 
 class RunDetails(NamedTuple):
@@ -77,7 +77,7 @@ class RunDetails(NamedTuple):
     result: Finding | None = None
     warnings: Sequence[str] = ()
     facts: Sequence[tuple[str, str]] = ()  # name and text
-    changed: Sequence[SettingRow] = ()  # settings with another value than their default
+    changed: Sequence[SettingRow] = ()  # settings that were changed or chosen
     unchanged: Sequence[SettingRow] = ()
     settings: Mapping[str, str] = {}  # settings in which the runs of a report differ
     metrics: Mapping[str, str] = {}  # of the last evaluation, by label

@@ -8,12 +8,13 @@ from typing import Any
 from mlx_dpo.config.dpo_config import DPOConfig, get_settings
 from mlx_dpo.config.setting import Setting
 from mlx_dpo.losses.metrics import EVAL_PREFIX, METRICS
-from mlx_dpo.reporting.console import NOISE, SAMPLE_METRICS, format_final_metrics
+from mlx_dpo.reporting.console import NOISE, SAMPLE_METRICS, ZERO_MARGIN, format_final_metrics
 from mlx_dpo.reporting.run_page import Finding, KeyFigure, RunDetails, SettingRow
 from mlx_dpo.runs.folder import RunPaths
 from mlx_dpo.runs.summary import describe_loss
-from mlx_dpo.training.monitor.verdict import Verdict
+from mlx_dpo.training.monitor.verdict import Verdict, describe_result
 from mlx_dpo.types import MetricsRow
+from mlx_dpo.units import format_duration, format_items
 
 # Settings that are listed first where they have their defaults.
 MAIN_SETTINGS = (
@@ -191,19 +192,15 @@ def _describe_progress(run: LoggedRun) -> str:
 
 
 def _describe_result(run: LoggedRun, evaluation: MetricsRow) -> Finding | None:
-    """Return the verdict of a finished run; None if there is none."""
-    if (verdict := run.verdict) is not None:
-        level = "bad" if verdict.is_worse else "unclear" if verdict.is_noise else "good"
-        return Finding(level, verdict.text)
-    margin, accuracy = (evaluation.get(f"eval_rewards/{n}") for n in ("margins", "accuracies"))
-    if not run.is_finished or margin is None or accuracy is None:
+    """Return the result of a run; None if it is not finished."""
+    if not run.is_finished:
         return None
-    count, unit = run.record["counts"]["valid"], run.config.unit
-    return Finding(
-        "good" if margin > 0 else "unclear",
-        f"the policy prefers chosen in {accuracy:.1%} of {count:,} held-out {unit}, by a mean "
-        f"margin of {margin:.3g}",
-    )
+    verdict, margin = run.verdict, evaluation.get("eval_rewards/margins", 0.0)
+    level = "good" if margin > 0 else "unclear"
+    if verdict is not None:
+        level = "bad" if verdict.is_worse else "unclear"
+    pairs = format_items(run.record["counts"]["valid"], f"held-out {run.config.unit}")
+    return Finding(level, describe_result(verdict, evaluation or None, pairs))
 
 
 def _key_figures(run: LoggedRun, evaluation: MetricsRow, *, is_noise: bool) -> list[KeyFigure]:
@@ -214,77 +211,39 @@ def _key_figures(run: LoggedRun, evaluation: MetricsRow, *, is_noise: bool) -> l
         tokens, seconds = rows[-1].get("num_tokens", 0), run.seconds
         figures.append(KeyFigure("tokens", None, f"{tokens:,}", f"in {run.step:,} steps"))
         speed = f"{tokens / seconds:,.0f} tokens per second" if seconds else ""
-        figures.append(KeyFigure("training time", None, format_seconds(seconds), speed))
+        figures.append(KeyFigure("training time", None, format_duration(seconds), speed))
     return figures
 
 
 def _evaluation_figures(
     run: LoggedRun, evaluation: MetricsRow, is_noise: bool
 ) -> list[KeyFigure | None]:
-    initial = next((row for row in run.evaluations if row["step"] == 0), None) or {}
-    count, unit = run.record["counts"]["valid"], run.config.unit
-    accuracy = NOISE if is_noise else None
-    loss = initial.get("eval_loss")
-    if loss is None and run.training_rows and run.training_rows[0]["step"] == 1:
-        loss = run.training_rows[0]["loss"]
-    chosen = _initial_chosen_logp(run, evaluation)
-    margin = 0.0 if _starts_at_zero(run) else None
+    before = dict(run.record.get("before") or {})
+    if abs(before.get("eval_rewards/margins", 0.0)) < ZERO_MARGIN:
+        before.pop("eval_rewards/accuracies", None)  # there is no preference yet
+    pairs = format_items(run.record["counts"]["valid"], f"held-out {run.config.unit}")
     held_out = f"held out, step {evaluation.get('step', 0):,}"
-    of_pairs = f"of {count:,} held-out {unit}; chance: 50%"
-    return [
-        _figure(evaluation, "accuracies", ".1%", None, of_pairs, text=accuracy),
-        _figure(evaluation, "margins", "+.3f", margin, held_out),
-        _figure(evaluation, "loss", ".3f", loss, held_out),
-        _figure(evaluation, "chosen_logps", ".2f", chosen, "held out, per completion"),
+    figures = [
+        _figure(evaluation, before, "accuracies", ".1%", f"of {pairs}; chance: 50%"),
+        _figure(evaluation, before, "margins", "+.3f", held_out),
+        _figure(evaluation, before, "loss", ".3f", held_out),
+        _figure(evaluation, before, "chosen_logps", ".2f", "held out, per completion"),
     ]
+    if is_noise and figures[0] is not None:
+        figures[0] = figures[0]._replace(after=NOISE)
+    return figures
 
 
 def _figure(
-    evaluation: MetricsRow,
-    field: str,
-    form: str,
-    before: float | None,
-    note: str,
-    *,
-    text: str | None = None,
+    evaluation: MetricsRow, before: MetricsRow, field: str, form: str, note: str
 ) -> KeyFigure | None:
     """Return the figure of a metric, given its field in `METRICS`; None if it was not measured."""
     metric = METRICS[field]
-    if (value := evaluation.get(EVAL_PREFIX + metric.name)) is None:
+    key = EVAL_PREFIX + metric.name
+    if key not in evaluation:
         return None
-    start = None if before is None else format(before, form.replace("+", ""))
-    return KeyFigure(metric.label, start, text or format(value, form), note)
-
-
-def _starts_at_zero(run: LoggedRun) -> bool:
-    """Return whether rewards are log-ratios to the initial policy, so that they start at zero."""
-    config = run.config
-    return bool(
-        config.reward_kind == "log-ratio"
-        and config.reference_model is None
-        and not config.sync_ref_model
-    )
-
-
-def _initial_chosen_logp(run: LoggedRun, evaluation: MetricsRow) -> float | None:
-    """Return the log-prob of chosen under the reference: log-prob minus reward / beta."""
-    logp, reward = (evaluation.get(f"eval_{name}/chosen") for name in ("logps", "rewards"))
-    beta = run.config.common_beta
-    if logp is None or reward is None or not beta or not _starts_at_zero(run):
-        return None
-    return logp - reward / beta
-
-
-def format_seconds(seconds: float) -> str:
-    """Return a duration as text with its two largest units, such as `2 min 5 s`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
-    units = (("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1))
-    first = next(i for i, (_, size) in enumerate(units) if whole >= size)
-    (big, size), (small, part) = units[first], units[first + 1]
-    rest = whole % size // part
-    return f"{whole // size} {big} {rest} {small}" if rest else f"{whole // size} {big}"
+    start = format(before[key], form.replace("+", "")) if key in before else None
+    return KeyFigure(metric.label, start, format(evaluation[key], form), note)
 
 
 def _evaluation_table(evaluations: Sequence[MetricsRow]) -> list[dict[str, str]]:
@@ -300,7 +259,7 @@ def _evaluation_table(evaluations: Sequence[MetricsRow]) -> list[dict[str, str]]
 
 
 def describe_settings(run: LoggedRun) -> tuple[list[SettingRow], list[SettingRow]]:
-    """Return the changed settings, and those at their defaults with the main ones first.
+    """Return the changed or chosen settings, and the others with the main ones first.
 
     Private settings are named without their values; paths and settings that do not change the
     result are left out.
@@ -309,18 +268,21 @@ def describe_settings(run: LoggedRun) -> tuple[list[SettingRow], list[SettingRow
     private = set(config.list_private_settings())
     public = config.get_public_settings()
     automatic = run.record.get("automatic_settings") or {}
+    reasons = run.record.get("chosen_settings") or {}
     changed, unchanged = [], []
     for name, setting in get_settings().items():
         default = describe_value(name, setting, setting.default)
         if name in private:
-            changed.append(SettingRow(name, "(not shown)", default))
+            changed.append(SettingRow(name, "(not shown)", f"default: {default}"))
         elif name in public and (value := describe_value(name, setting, public[name])) != default:
-            chosen = name in automatic and run.record["settings"].get(name) == automatic[name]
-            changed.append(
-                SettingRow(name, value, "chosen for this machine" if chosen else default)
-            )
+            note = f"default: {default}"
+            if name in reasons:
+                note = f"chosen: {reasons[name]}"
+            elif name in automatic and run.record["settings"].get(name) == automatic[name]:
+                note = "chosen for this machine"
+            changed.append(SettingRow(name, value, note))
         elif setting.changes_result and not setting.is_path:
-            unchanged.append(SettingRow(name, default, default))
+            unchanged.append(SettingRow(name, default, ""))
     order = {name: number for number, name in enumerate(MAIN_SETTINGS)}
     unchanged.sort(key=lambda row: order.get(row.name, len(order)))
     return changed, unchanged

@@ -35,11 +35,11 @@ from mlx_dpo.saved_runs.details import (
     LoggedRun,
     describe_run,
     differing_settings,
-    format_seconds,
     step_seconds,
 )
 from mlx_dpo.saved_runs.report import shortest_names
 from mlx_dpo.types import MetricsRow
+from mlx_dpo.units import format_duration
 from mlx_dpo.web.loopback import LoopbackServer, PageHandler
 
 ACTIVE_SECONDS = 10.0  # a run whose files changed so recently is taken to be in training
@@ -181,7 +181,7 @@ class LiveRun:
             return self._waiting_status(is_over)
         done, total = run.step, int(run.record.get("steps") or 0)
         if run.is_finished:
-            time = format_seconds(run.seconds)
+            time = format_duration(run.seconds)
             early = f" of {total:,}, stopped early" if done < total else ""
             return LiveStatus("finished", f"Finished: {done:,} steps{early}, in {time}")
         if is_over or not self._is_active():
@@ -193,7 +193,7 @@ class LiveRun:
             text = f"Step {done:,} of {total:,}: evaluating and saving"
             return LiveStatus("training", text, done, total)
         seconds = self._seconds_per_step(run)
-        left = f", about {format_seconds(seconds * (total - done))} left" if seconds else ""
+        left = f", about {format_duration(seconds * (total - done))} left" if seconds else ""
         return LiveStatus("training", f"Training: step {done:,} of {total:,}{left}", done, total)
 
     def _seconds_per_step(self, run: LoggedRun) -> float | None:

@@ -52,9 +52,11 @@ def test_the_figures_of_a_run_are_printed_and_its_page_and_picture_lie_in_it(fol
     assert done.stderr == "Written to a/run/report.html\nWritten to a/run/report.png\n"
     page = (folder / "a/run/report.html").read_text()
     assert "8 of 8" in page and "12 trained on, 4 held out" in page
-    settings = page[page.index("Changed settings") :]
+    settings = page[page.index("Changed or chosen settings") :]
     assert "<code>learning_rate</code></th><td>0.001 <small>default: " in settings
     assert "base · pairs.jsonl · sigmoid, beta 0.1" in page and str(folder) not in page
+    loss = f'<span class="after">{last["eval_loss"]:.3f}</span> <span class="before">from 0.693<'
+    assert loss in page and re.search(r'class="card \w+"><strong>Result</strong> the ', page)
     assert (folder / "a/run/report.png").read_bytes().startswith(b"\x89PNG")
     assert not list((folder / "a/run").glob(".mlx-dpo-*"))
 

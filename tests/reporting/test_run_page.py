@@ -29,7 +29,7 @@ RUN = RunDetails(
     state="finished",
     figures=[KeyFigure("loss", "0.693", "0.125", "held out")],
     facts=[("loss", "sigmoid")],
-    changed=[SettingRow("beta", "0.5", "0.1")],
+    changed=[SettingRow("beta", "0.5", "default: 0.1")],
     metrics={"step": "4", "loss": "0.1250"},
     warnings=["loss <diverges>"],
 )

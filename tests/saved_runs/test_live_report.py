@@ -70,13 +70,13 @@ def test_every_state_of_a_run_is_named(training):
     first = next(row for row in training.all_rows if "eval_loss" not in row)
     rows = [first | {"step": n, "num_tokens": 50 * n, "tokens_per_second": 25} for n in (1, 2)]
     training.write_rows(rows)
-    assert status_of(report) == ("training", "Training: step 2 of 12, about 20 s left")
+    assert status_of(report) == ("training", "Training: step 2 of 12, about 0:20 left")
     training.stop()
     command = f"mlx-dpo train --resume --output {folder}"
     interrupted = ("interrupted", f"Interrupted after step 2 of 12; resume with: {command}")
     assert status_of(report) == interrupted
     write_record(training.paths, training.record | {"state": "finished", "steps": 2})
-    assert status_of(report) == ("finished", "Finished: 2 steps, in 4.0 s")
+    assert status_of(report) == ("finished", "Finished: 2 steps, in 0:04")
     training.paths.record.write_text("{")
     kind, text = status_of(report)
     assert kind == "failed" and str(training.paths.record) in text and "\n" not in text
@@ -93,7 +93,7 @@ def test_the_remaining_time_has_the_time_of_evaluations_as_watched(training, mon
     training.write_rows(rows[:1])
     assert status_of(report)[1] == "Training: step 1 of 10"
     training.write_rows(rows[1:])
-    assert status_of(report)[1] == "Training: step 3 of 10, about 1 min 45 s left"
+    assert status_of(report)[1] == "Training: step 3 of 10, about 1:45 left"
 
 
 def test_a_stop_of_the_training_process_shows_at_once(training):
