@@ -36,6 +36,7 @@ GROUPS = {  # the commands in the order of the help text, with a line for each
         "train": "train an adapter on pairs: DPO with LoRA",
         "loop": "collect, train and evaluate in rounds: iterative DPO",
         "losses": "list the losses with equations and sources",
+        "config": "translate a configuration of TRL, LLaMA-Factory or Axolotl",
     },
     "Look": {
         "report": "plot training curves as HTML and PNG",

@@ -10,7 +10,7 @@ from mlx_dpo.cli.command import FILE, FOLDER, Command, Record, missing_message
 from mlx_dpo.cli.output import echo
 from mlx_dpo.cli.run_folder import choose_run_folder, find_unfinished_run
 from mlx_dpo.config.dpo_config import DPOConfig, check_setting_names, get_settings
-from mlx_dpo.config.other_trainers import FLAG_ALIASES
+from mlx_dpo.config.other_trainers import EQUIVALENTS, FLAG_ALIASES
 from mlx_dpo.config.setting import Setting, parse_value
 from mlx_dpo.config.yaml_file import read_yaml
 from mlx_dpo.errors import ConfigError
@@ -197,7 +197,9 @@ def read_settings(path: str) -> dict[str, Any]:
     try:
         check_setting_names(values)
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
+        foreign = EQUIVALENTS.keys() & values.keys()
+        hint = f"; convert it with: mlx-dpo config from {path}" if len(foreign) > 1 else ""
+        raise ConfigError(f"{path}: {error}{hint}") from error
     known = get_settings()
     for name, value in values.items():
         try:

@@ -1,0 +1,1 @@
+"""Translate configurations of other trainers (TRL, LLaMA-Factory, Axolotl and others)."""

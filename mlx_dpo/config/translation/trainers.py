@@ -1,0 +1,153 @@
+"""Names of settings of each other trainer with their converters, and what identifies its files."""
+
+from mlx_dpo.config.translation import converters as c
+from mlx_dpo.config.translation.converters import Converter
+
+_HUGGING_FACE: dict[str, Converter] = {
+    "output_dir": c.rename("output"),
+    "num_train_epochs": c.epochs,
+    "learning_rate": c.number("learning_rate"),
+    "weight_decay": c.number("weight_decay"),
+    "adam_epsilon": c.number("adam_epsilon"),
+    "bf16": c.switch("dtype", "bfloat16"),
+    "fp16": c.switch("dtype", "float16"),
+    "gradient_checkpointing": c.checkpointing,
+    "optim": c.optimizer,
+    "eval_steps": c.evaluation_steps,
+    "report_to": c.trackers,
+    "loss_type": c.loss,
+    "max_seq_length": c.rename("max_length"),
+    "load_in_4bit": c.switch("bits", 4),
+    "load_in_8bit": c.switch("bits", 8),
+    "use_dora": c.switch("fine_tune_type", "dora"),
+    "lora_target_modules": c.modules,
+    "rpo_alpha": c.sum_with_sft,
+}
+_TRL = _HUGGING_FACE | {
+    "model_name_or_path": c.rename("model"),
+    "model_revision": c.rename("revision"),
+    "dataset_name": c.hub_dataset,
+    "dataset_config": c.silent,
+    "dataset_train_split": c.rename("split"),
+    "per_device_train_batch_size": c.batch_size("TRL"),
+    "gradient_accumulation_steps": c.batch_size("TRL"),
+    "use_peft": c.switch("fine_tune_type", "lora"),
+    "truncation_mode": c.rename("truncation"),
+}
+_LLAMA_FACTORY = _HUGGING_FACE | {
+    "model_name_or_path": c.rename("model"),
+    "stage": c.stage,
+    "finetuning_type": c.adapter,
+    "lora_rank": c.rename("lora_r"),
+    "lora_target": c.modules,
+    "pref_beta": c.number("beta"),
+    "pref_loss": c.loss,
+    "pref_ftx": c.sum_with_sft,
+    "dpo_label_smoothing": c.number("label_smoothing"),
+    "kto_chosen_weight": c.number("desirable_weight"),
+    "kto_rejected_weight": c.number("undesirable_weight"),
+    "simpo_gamma": c.number("simpo_gamma"),
+    "ref_model": c.rename("reference_model"),
+    "dataset": c.files,
+    "val_size": c.share,
+    "cutoff_len": c.rename("max_length"),
+    "quantization_bit": c.rename("bits"),
+    "adapter_name_or_path": c.rename("start_adapter"),
+    "enable_thinking": c.rename("thinking"),
+    "default_system": c.rename("system"),
+    "per_device_train_batch_size": c.batch_size("LLaMA-Factory"),
+    "gradient_accumulation_steps": c.batch_size("LLaMA-Factory"),
+}
+_AXOLOTL = _HUGGING_FACE | {
+    "base_model": c.rename("model"),
+    "rl": c.loss,
+    "rl_beta": c.number("beta"),
+    "dpo_beta": c.number("beta"),
+    "dpo_use_weighting": c.rename("use_weighting"),
+    "datasets": c.dataset_list,
+    "val_set_size": c.share,
+    "sequence_len": c.rename("max_length"),
+    "adapter": c.adapter,
+    "lora_model_dir": c.rename("start_adapter"),
+    "lora_target_linear": c.switch("fine_tune_type", "lora"),
+    "peft_use_dora": c.switch("fine_tune_type", "dora"),
+    "peft_use_rslora": c.rename("use_rslora"),
+    "num_epochs": c.epochs,
+    "optimizer": c.optimizer,
+    "lr_scheduler": c.rename("lr_scheduler_type"),
+    "cosine_min_lr_ratio": c.number("min_lr_rate"),
+    "micro_batch_size": c.batch_size("Axolotl"),
+    "gradient_accumulation_steps": c.batch_size("Axolotl"),
+    "wandb_project": c.project,
+    "wandb_name": c.rename("run_name"),
+}
+_MLX_LM_LORA: dict[str, Converter] = {
+    "data": lambda value, values: c.Converted({"pairs": [str(value)]}),
+    "adapter_path": c.rename("output"),
+    "iters": c.iterations,
+    "epochs": c.epochs,
+    "learning_rate": c.number("learning_rate"),
+    "lr": c.number("learning_rate"),
+    "batch_size": c.batch_size("mlx-lm-lora"),
+    "gradient_accumulation_steps": c.batch_size("mlx-lm-lora"),
+    "grad_checkpoint": c.checkpointing,
+    "lora_parameters": c.lora_parameters,
+    "num_layers": c.layers,
+    "lora_layers": c.layers,
+    "max_seq_length": c.rename("max_length"),
+    "train_mode": c.loss,
+    "dpo_cpo_loss_type": c.loss,
+    "train_type": c.adapter,
+    "fine_tune_type": c.adapter,
+    "optimizer": c.optimizer,
+    "reference_model_path": c.rename("reference_model"),
+    "resume_adapter_file": c.rename("start_adapter"),
+    "load_in_4bits": c.switch("bits", 4),
+    "load_in_8bits": c.switch("bits", 8),
+    "steps_per_eval": c.evaluation_steps,
+    "save_every": c.rename("save_steps"),
+    "steps_per_report": c.rename("logging_steps"),
+}
+_UNSLOTH = _TRL | {
+    "model_name": c.rename("model"),
+    "r": c.rename("lora_r"),
+    "rank": c.rename("lora_r"),
+    "target_modules": c.modules,
+    "use_gradient_checkpointing": c.checkpointing,
+    "random_state": c.rename("seed"),
+    "full_finetuning": c.switch("fine_tune_type", "full"),
+}
+
+CONVERTERS: dict[str, dict[str, Converter]] = {
+    "Axolotl": _AXOLOTL,
+    "LLaMA-Factory": _LLAMA_FACTORY,
+    "mlx-lm-lora": _MLX_LM_LORA,
+    "Unsloth": _UNSLOTH,
+    "TRL": _TRL,
+}
+
+# Names that only this trainer has; the first trainer with most of them is recognized.
+MARKS: dict[str, set[str]] = {
+    "Axolotl": {"base_model", "rl", "rl_beta", "sequence_len", "datasets", "val_set_size",
+                "num_epochs", "lora_target_linear", "lr_scheduler", "evals_per_epoch"},
+    "LLaMA-Factory": {"stage", "finetuning_type", "lora_rank", "lora_target", "pref_beta",
+                      "pref_loss", "pref_ftx", "cutoff_len", "template", "dataset", "val_size",
+                      "quantization_bit", "dataset_dir"},
+    "mlx-lm-lora": {"data", "adapter_path", "iters", "lora_parameters", "train_mode",
+                    "train_type", "dpo_cpo_loss_type", "steps_per_eval", "steps_per_report",
+                    "grad_checkpoint"},
+    "Unsloth": {"model_name", "r", "target_modules", "use_gradient_checkpointing",
+                "random_state", "full_finetuning"},
+    "TRL": {"model_name_or_path", "dataset_name", "output_dir", "per_device_train_batch_size",
+            "num_train_epochs", "use_peft", "gradient_accumulation_steps"},
+}  # fmt: skip
+
+# What the trainer does where the file is silent, and mlx-dpo does otherwise.
+OTHER_DEFAULTS = {
+    "TRL": "3 epochs, learning rate 1e-06, linear schedule without warm-up, all weights without "
+    "use_peft",
+    "LLaMA-Factory": "3 epochs, learning rate 5e-05, linear schedule without warm-up",
+    "Axolotl": "1 epoch, cosine schedule",
+    "Unsloth": "3 epochs, learning rate 1e-06, linear schedule without warm-up",
+    "mlx-lm-lora": "learning rate 1e-05, constant, LoRA of rank 8",
+}
