@@ -106,6 +106,7 @@ CHANGED = {
     "max_length": tokens(max_length=12),
     "truncation": tokens(truncation="keep_end"),
     "vocab_size": tokens(vocab_size=263),
+    "context": tokens(context=100),
     "judged": rows(judged=True),
     "pair_labelled": rows(pair_labelled=True),
     "margin": rows(margin="s"),
