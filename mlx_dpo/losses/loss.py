@@ -33,7 +33,6 @@ class Loss:
     labelled: bool = False  # takes unpaired labelled examples instead of pairs
     uses_margins: bool = False  # the margin column of the data acts on it
     uses_divergence: bool = False  # `f_divergence_type` acts on it
-    rate_factor: float = 1.0  # its default learning rate is so many times that of sigmoid
 
     @property
     def needs(self) -> tuple[str, ...]:

@@ -45,7 +45,7 @@ def choose_learning_rate(run: RateFactors, *, factor: float = 1.0) -> float:
 
     Args:
         run: what the rate depends on.
-        factor: what the optimizer and the loss multiply the rate by.
+        factor: what the optimizer multiplies the rate by.
     """
     share = WIDTH / (run.width or WIDTH)
     share *= STEPS / max(run.steps, FEWEST_STEPS) * TOKENS / max(run.tokens, FEWEST_TOKENS)

@@ -125,7 +125,6 @@ def with_learning_rate(
     tokens = float(column(inputs.train, LENGTHS)[:, 1].mean())
     run = RateFactors(model_width(base.config), alpha, total_steps, tokens)
     factor = optimizers.OPTIMIZERS[config.optim].rate_factor
-    factor *= min(loss.rate_factor for loss in config.losses)
     reasons = [
         METHODS[method],
         f"width {run.width or 'unknown'}",

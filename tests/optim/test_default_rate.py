@@ -28,5 +28,5 @@ def test_the_rate_follows_width_alpha_steps_and_tokens(changed, rate):
     assert choose_learning_rate(ZEPHYR._replace(**changed)) == rate
 
 
-def test_an_optimizer_or_loss_with_a_factor_changes_the_rate():
+def test_an_optimizer_with_a_factor_changes_the_rate():
     assert choose_learning_rate(ZEPHYR, factor=0.2) == 4e-6
