@@ -150,7 +150,7 @@ class Commands(Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Import the command; show that first, because importing MLX takes seconds."""
-        wants_help = not {"-h", *ctx.help_option_names}.isdisjoint(args)
+        wants_help = not {"-h", "--help-all", *ctx.help_option_names}.isdisjoint(args)
         if args[0] in COMMANDS and "mlx_lm" not in sys.modules and not wants_help:
             announce("Importing MLX")
         return super().resolve_command(ctx, args)

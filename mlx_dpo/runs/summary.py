@@ -189,6 +189,7 @@ def summarize_training(run: "DPOTrainer", *, verbose: bool = True) -> list[Summa
     oversized = _summarize_oversized(run)
     is_fallback = run.choice.name == "plain" and run.config.scorer == "auto"
     scorer = [("scorer", f"{run.choice.name}: {run.choice.reason}")]
+    is_tight = run.fitted.instead_of is not None or not run.fitted.fits
     memory_needed = [("memory", run.fitted.describe())]
     return [
         *(_summarize_reference(run) if verbose else []),
@@ -200,7 +201,7 @@ def summarize_training(run: "DPOTrainer", *, verbose: bool = True) -> list[Summa
         *([*_summarize_best(run), _summarize_micro_batches(run)] if verbose else []),
         *[("" if verbose else "micro-batches", line) for line in oversized],
         *(_summarize_samples(run) if verbose or run.answer_sampler is None else []),
-        *(memory_needed if verbose or not run.fitted.fits else []),
+        *(memory_needed if verbose or is_tight else []),
         ("output", run.config.output + _describe_resume(run)),
         *[("logging", f"{tracker.name}: {tracker.location}") for tracker in run.trackers.trackers],
     ]

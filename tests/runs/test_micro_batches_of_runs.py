@@ -56,6 +56,13 @@ def test_the_header_counts_pairs_longer_than_micro_batch_tokens(config):
     assert ("micro-batches", second) in summarize_training(trainer, verbose=False)
 
 
+def test_the_short_header_names_memory_if_something_was_changed_to_fit_into_it(config):
+    trainer, _ = prepared(config)
+    assert "memory" not in dict(summarize_training(trainer, verbose=False))
+    trainer.fitted = replace(trainer.fitted, instead_of=trainer.fitted)
+    assert "because" in dict(summarize_training(trainer, verbose=False))["memory"]
+
+
 def test_the_header_has_both_limits(config):
     _, [line, *_] = prepared(replace(config, micro_batch_tokens=60, micro_batch_size=3))
     assert line.startswith("up to 3 pairs and 60 tokens, about ")

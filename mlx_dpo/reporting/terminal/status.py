@@ -84,7 +84,7 @@ class StatusLines:
     @contextmanager
     def show(self, title: str, total: int | None, unit: str) -> Iterator[Advance]:
         """Print a line before the phase, and lines while it advances."""
-        count = "" if total is None else f": {total:,} {unit}"
+        count = "" if total is None else f": {total:,} {unit[:-1] if total == 1 else unit}"
         self.announce(title + count)
         shown = Phase(title, total, unit, began=self._clock())
         printed = (0, shown.began)  # tenths, seconds
