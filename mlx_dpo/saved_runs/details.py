@@ -156,7 +156,7 @@ def describe_run(run: LoggedRun, name: str, differing: Mapping[str, str]) -> Run
         settings=differing,
         metrics={
             "step": f"{run.step:,}",
-            "evaluated at step": f"{evaluation['step']:,}" if "step" in evaluation else "-",
+            "eval step": f"{evaluation['step']:,}" if "step" in evaluation else "-",
             **format_final_metrics(evaluation, is_noise=is_noise),
         },
         evaluations=_evaluation_table(run.evaluations),

@@ -117,10 +117,11 @@ def interrupt_a_training_that_is_watched(window, folder):
         window.hover(LOSS, 0.02)
         tooltip = "return document.querySelector('#tooltip:not([hidden])')?.innerText"
         assert window.wait_for(tooltip).startswith("step ")
-        scrolled = window.script("return scrollY")
+        place = f"return Math.round(document.querySelector('{LOSS}').getBoundingClientRect().top)"
+        top = window.script(place)
         first, lines = window.script(STATUS), window.script(f"{LINES}[0]")
         wait_for(lambda: window.script(STATUS) != first and window.script(f"{LINES}[0]") != lines)
-        assert window.script("return scrollY") == scrolled > 0 and window.script(tooltip)
+        assert window.script(place) == top and window.script(tooltip)
         # The page of `train --live` has the same rows.
         news = json.loads(get(url, "/update", **{"X-Token": url.rpartition("=")[2]})[1])
         assert {line["chart"] for line in news["lines"]} >= {"Loss", "Margin"}

@@ -68,8 +68,7 @@ def test_several_runs_are_laid_over_each_other_with_the_settings_in_which_they_d
     assert table[1] == [
         "learning_rate",
         "step",
-        "evaluated",
-        "at",
+        "eval",
         "step",
         "loss",
         "accuracy",
@@ -86,7 +85,7 @@ def test_several_runs_are_laid_over_each_other_with_the_settings_in_which_they_d
 def test_a_run_that_is_going_on_is_drawn_as_far_as_it_is(folder):
     done = call("going/on", "--x", "tokens", "--output", "part")
     assert done.exit_code == 0, done.output
-    assert re.search(r"step +3 ", done.stdout) and re.search(r"evaluated at step +2 ", done.stdout)
+    assert re.search(r"step +3 ", done.stdout) and re.search(r"eval step +2 ", done.stdout)
     assert "3 of 8, not finished" in (folder / "part/report.html").read_text()
 
 
@@ -100,7 +99,7 @@ def test_figures_are_of_the_saved_adapters_and_warnings_are_repeated(folder):
     }
     edit(folder / "kept/run.json", **changed)
     done = call("kept")
-    assert re.search(r"step +8 ", done.stdout) and re.search(r"evaluated at step +4 ", done.stdout)
+    assert re.search(r"step +8 ", done.stdout) and re.search(r"eval step +4 ", done.stdout)
     assert re.search(r"loss +0\.1250 ", done.stdout)
     page = (folder / "kept/report.html").read_text()
     assert (
@@ -167,7 +166,7 @@ def test_settings_too_wide_for_the_table_are_only_on_the_page(folder):
     done = call("one", "two", "--output", "wide")
     assert done.exit_code == 0, done.output
     lines = done.stdout.splitlines()
-    figures = ["step", "evaluated", "at", "step", "loss", "accuracy", "margin"]
+    figures = ["step", "eval", "step", "loss", "accuracy", "margin"]
     assert lines[2].split() == ["model", "beta", *figures]
     assert max(map(len, lines)) <= 80 and "│" not in done.stdout
     assert [line.split()[1] for line in lines[4:6]] == ["base", "elsewhere"]
