@@ -156,7 +156,7 @@ def test_a_bad_row_gives_a_one_line_error_with_its_location_and_writes_nothing(
 
 def test_no_pair_left_gives_a_one_line_error(tmp_path):
     (tmp_path / "pairs.jsonl").write_text(json.dumps(GOOD | {"chosen": ""}) + "\n")
-    assert_one_line_error(train("--bad-pairs", "drop"), "no pair")
+    assert_one_line_error(train("--bad-pairs", "drop"), "no usable pair")
     assert not (tmp_path / "run").exists()
 
 
