@@ -29,6 +29,7 @@ an error.
   are `true` or `false`.
 * A resumed run must have the same settings. Those marked ↻ may change.
 * An error for a setting of TRL, LLaMA-Factory, Axolotl or mlx-lm names the setting to use here.
+  `mlx-dpo config from FILE` translates a whole configuration file.
 """
 
 
