@@ -17,7 +17,7 @@ from mlx_dpo.data.batching import step_indices
 from mlx_dpo.errors import ConfigError, RunError
 from mlx_dpo.models.load import load_model
 from mlx_dpo.runs import reference as other_reference
-from mlx_dpo.runs import trainer as training
+from mlx_dpo.runs import reference as references
 from mlx_dpo.scoring.score_pairs import score_pairs
 from tests.checkpoints import make_checkpoint
 from tests.runs.train_helper import train, weights
@@ -100,7 +100,7 @@ def test_evaluating_again_asks_the_same_reference(against_other):
 
 @pytest.mark.parametrize("loss", ["simpo", "orpo", "cpo", "sft"])
 def test_losses_without_a_reference_never_compute_one(config, monkeypatch, tmp_path, loss):
-    monkeypatch.setattr(training, "cached_reference_logps", None)  # calling it would fail
+    monkeypatch.setattr(references, "cached_reference_logps", None)  # calling it would fail
     config = replace(config, loss_type=(loss,))
     trainer, _ = train(config)
     assert not (tmp_path / "run" / "reference").exists()
@@ -223,7 +223,7 @@ def test_evaluating_again_believes_no_other_reference(against_other, other, conf
     )
     train(moving)
     shutil.rmtree(tmp_path / "moving" / "checkpoints")
-    with pytest.raises(RunError, match="its weights are gone"):
+    with pytest.raises(RunError, match="its weights are missing"):
         evaluate_run(moving.output)
 
 
