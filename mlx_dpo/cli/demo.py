@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mlx_dpo.demo.tour import Answers, Demo
     from mlx_dpo.types import MetricsRow
 
-SHOWN = 6  # prompts in the table of sampled answers
+SHOWN = 5  # answers of each kind in the table of sampled answers
 
 
 @click.command(cls=Command, examples=("mlx-dpo demo",))
@@ -53,18 +53,18 @@ def demo(output: str) -> None:
     )
     console.print(f"\n2. Ask the base {len(stages.rows)} questions it has not seen", style="bold")
     before = stages.ask(reference=True)
-    console.print(f"{before.courteous:.0%} courteous, {before.correct:.0%} correct")
+    console.print(f"{before.courteous:.0%} polite, {before.correct:.0%} correct")
 
-    console.print("\n3. Train on pairs that prefer courteous answers", style="bold")
+    console.print("\n3. Train on pairs that prefer polite answers", style="bold")
     with DPOTrainer(stages.config()) as run:
         run_with_progress(run)
 
     console.print("\n4. Ask the aligned model the same questions", style="bold")
     after = stages.ask(reference=False)
-    console.print(f"{after.courteous:.0%} courteous, {after.correct:.0%} correct")
-    console.print(_samples_table(stages, before, after))
+    console.print(f"{after.courteous:.0%} polite, {after.correct:.0%} correct")
     assert run.evaluation is not None
     console.print(_results_table(run.evaluation, before, after, stages.divergence(after)))
+    console.print(_samples_table(stages, before, after))
     console.print(f"Talk to it: {program()} chat {shlex.quote(str(stages.run))}")
     console.print(f"Talk to the base: {program()} chat {shlex.quote(str(stages.run))} --base")
 
@@ -72,12 +72,19 @@ def demo(output: str) -> None:
 def _samples_table(stages: "Demo", before: "Answers", after: "Answers") -> "Table":
     from rich.table import Table
 
-    table = Table("prompt", "before", "after", title="\nsampled answers", title_justify="left")
-    for row, old, new in list(zip(stages.prompt_rows, before.texts, after.texts, strict=True))[
-        :SHOWN
-    ]:
-        prompt = "\n".join(turn["content"] for turn in row["prompt"])
-        table.add_row(prompt, old.strip(), new.strip())
+    changes = stages.politeness_changes(before, after)
+    polite, rude = changes.became_polite, changes.became_rude
+    title = (
+        f"\n{len(polite)} of {len(after.texts)} sampled answers became polite, {len(rude)} became "
+        f"rude, the others did not change in this; the first {SHOWN} of each kind"
+    )
+    table = Table("prompt", "before", "after", title=title, title_justify="left")
+    for indices in (polite, rude):
+        for index in indices[:SHOWN]:
+            turns = stages.prompt_rows[index]["prompt"]
+            prompt = "\n".join(turn["content"] for turn in turns)
+            table.add_row(prompt, before.texts[index].strip(), after.texts[index].strip())
+        table.add_section()
     return table
 
 
@@ -93,7 +100,7 @@ def _results_table(
     accuracy, margin = evaluation["eval_rewards/accuracies"], evaluation["eval_rewards/margins"]
     table.add_row("accuracy on held-out pairs", "50% (no difference)", f"{accuracy:.1%}")
     table.add_row("reward margin", "0.00", f"{margin:.2f}")
-    table.add_row("courteous answers", f"{before.courteous:.1%}", f"{after.courteous:.1%}")
+    table.add_row("polite answers", f"{before.courteous:.1%}", f"{after.courteous:.1%}")
     table.add_row("answers with correct content", f"{before.correct:.1%}", f"{after.correct:.1%}")
     table.add_row("KL from the base, in nats", "0.0", f"{divergence:.1f}")
     return table

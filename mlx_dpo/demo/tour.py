@@ -40,6 +40,14 @@ class Answers:
     correct: float  # share, by the words that each row expects
 
 
+@dataclass(frozen=True)
+class PolitenessChanges:
+    """Indices of the answers that are polite after training only, or before it only."""
+
+    became_polite: list[int]
+    became_rude: list[int]
+
+
 @dataclass
 class Demo:
     """The demo, with one method per stage and a folder for its files."""
@@ -114,6 +122,17 @@ class Demo:
         courteous = [is_courteous(text, self.markers) for text in texts]
         correct = [is_correct(text, row) for text, row in zip(texts, self.prompt_rows, strict=True)]
         return Answers(texts, sum(courteous) / len(courteous), sum(correct) / len(correct))
+
+    def politeness_changes(self, before: Answers, after: Answers) -> PolitenessChanges:
+        """Compare the answers of base and policy, prompt by prompt in the order of the data set."""
+        changes = PolitenessChanges([], [])
+        for index, (old, new) in enumerate(zip(before.texts, after.texts, strict=True)):
+            was, now = is_courteous(old, self.markers), is_courteous(new, self.markers)
+            if now and not was:
+                changes.became_polite.append(index)
+            elif was and not now:
+                changes.became_rude.append(index)
+        return changes
 
     def divergence(self, answers: Answers) -> float:
         """Return the mean log-ratio log π − log π_ref of answers sampled from the policy, in nats.

@@ -70,9 +70,20 @@ def test_the_demo_prints_every_stage_and_the_next_command(few_pairs, tmp_path):
     assert "step 4/4" in result.output
     assert "8 held-out pairs" in result.output
     assert "Talk to it: mlx-dpo chat mlx-dpo-demo/run" in result.output
+    figures, samples = (result.output.index(t) for t in ("polite answers", "sampled answers"))
+    assert figures < samples  # the figures first
     record = json.loads((tmp_path / "mlx-dpo-demo" / "run" / "run.json").read_text())
     assert record["state"] == "finished"
     assert record["model_folder"] == "../model"
+
+
+def test_answers_that_changed_in_politeness_are_counted_both_ways(few_pairs, tmp_path):
+    demo = Demo(tmp_path / "demo")
+    count = len(demo.prompt_rows)
+    before = demo.rate(["7.", "Gladly! 7.", "7.", "Gladly! 7."] + ["7."] * (count - 4))
+    after = demo.rate(["Gladly! 7.", "7.", "8.", "Gladly! 8."] + ["7."] * (count - 4))
+    changes = demo.politeness_changes(before, after)
+    assert (changes.became_polite, changes.became_rude) == ([0], [1])
 
 
 def test_the_kl_divergence_of_an_untrained_policy_is_zero(few_pairs, tmp_path):
