@@ -46,7 +46,7 @@ def test_a_command_of_a_page_parses(page, words):
 
 
 def test_a_flag_that_does_not_exist_fails_to_parse():
-    with pytest.raises(click.NoSuchOption):
+    with pytest.raises(click.UsageError, match="--no-such-flag"):
         parse(["data", "check", "pairs.jsonl", "--no-such-flag"])
 
 
