@@ -72,7 +72,7 @@ def test_the_header_has_the_five_lines_that_matter_and_verbose_adds_the_rest():
     result = run("train", "pairs.jsonl", "--model", "base", "--output", "more", *MATTER, "-v")
     assert labels(result) == [
         "model", "pairs", "reference", "adapters", "scorer", "loss", "steps", "micro-batches",
-        "memory", "output",
+        "samples", "memory", "output",
     ]  # fmt: skip
 
 
