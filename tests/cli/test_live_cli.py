@@ -20,7 +20,7 @@ from tests.webdriver import CHROMIUM, DRIVER, browser
 
 COMMAND = [sys.executable, "-c", "from mlx_dpo.cli import main; main()"]
 TRAIN = ["train", "pairs.jsonl", "--model", "base", "--output", "run", "--epochs", "60", "--live"]
-SETTINGS = ["--batch-size", "2", "--valid-fraction", "0.25", "--eval-steps", "3", "--lora-r", "4"]
+SETTINGS = ["--batch-size", "2", "--valid-fraction", "0.25", "--eval-steps", "50", "--samples", "0"]
 
 
 @contextmanager
