@@ -11,10 +11,7 @@ from mlx_dpo.errors import ConfigError
 
 @click.group(
     cls=Group,
-    examples=(
-        "mlx-dpo config from theirs.yaml --output settings.yaml",
-        "mlx-dpo train --config settings.yaml",
-    ),
+    examples=("mlx-dpo config from theirs.yaml --output settings.yaml",),
 )
 def config() -> None:
     """Translate a configuration of TRL, LLaMA-Factory, Axolotl, Unsloth or mlx-lm-lora."""
