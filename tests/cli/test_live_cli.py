@@ -132,6 +132,7 @@ def interrupt_a_training_that_is_watched(window, folder):
 LINES = f"return [...document.querySelectorAll('{LOSS} path.line')].map(e => e.getAttribute('d'))"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no chromium with chromedriver on PATH")
 def test_a_page_follows_a_run_in_chromium_without_a_reload(workplace):
     """The run is stopped in its middle and resumed; the page of `report --live` stays open."""
