@@ -148,6 +148,6 @@ OTHER_DEFAULTS = {
     "use_peft",
     "LLaMA-Factory": "3 epochs, learning rate 5e-05, linear schedule without warm-up",
     "Axolotl": "1 epoch, cosine schedule",
-    "Unsloth": "3 epochs, learning rate 1e-06, linear schedule without warm-up",
+    "Unsloth": "those of TRL's DPOConfig, some of which Unsloth replaces",
     "mlx-lm-lora": "learning rate 1e-05, constant, LoRA of rank 8",
 }

@@ -34,7 +34,7 @@ class Translation:
             if name in self.notes:
                 lines.append(f"# {name}: {self.notes[name]}")
             lines.append(yaml.safe_dump({name: value}, allow_unicode=True).rstrip())
-        missing = [name for name in ("model", "pairs", "output") if name not in self.settings]
+        missing = [name for name in ("model", "pairs") if name not in self.settings]
         if missing:
             lines += ["", f"# Not in the file; `mlx-dpo train` asks for it: {', '.join(missing)}"]
         lines += ["", f"# {self.trainer}'s own defaults are not copied: "
