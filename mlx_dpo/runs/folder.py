@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import version
@@ -19,7 +19,7 @@ from mlx_dpo.adapters import peft
 from mlx_dpo.adapters.adapter_files import CONFIG, WEIGHTS, adapter_digest
 from mlx_dpo.config.dpo_config import DPOConfig, rename_earlier_settings
 from mlx_dpo.data.chat_templates.template_date import get_day, today
-from mlx_dpo.errors import ConfigError, RunError, reason
+from mlx_dpo.errors import ConfigError, DamagedFileError, RunError, reason
 from mlx_dpo.io.atomic import is_temporary, write_file
 from mlx_dpo.io.checksums import read_checked_json, to_checked_json, verify_file
 from mlx_dpo.io.locks import lock_file
@@ -205,10 +205,16 @@ def with_current_keys(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def remove_run(paths: RunPaths) -> None:
-    """Remove the files of a run except for its final adapters.
+    """Remove record, metrics, samples, checkpoints, best adapters and reference log-probs of a run.
 
-    Run record, metrics, samples, checkpoints, best adapters and reference log-probs are removed.
+    Raises:
+        RunError: `run.json` is of another program.
     """
+    if os.path.lexists(paths.record):
+        with suppress(DamagedFileError):  # a damaged run is removed as well
+            if missing := set(REQUIRED) - read_checked_json(paths.record)[0].keys():
+                found = f"not a record of mlx-dpo, without `{min(missing)}`"
+                raise RunError(f"{paths.record}: {found}; choose another --output")
     for folder in (paths.checkpoints, paths.best_adapters, paths.reference_logps("train").parent):
         shutil.rmtree(folder, ignore_errors=True)
     paths.metrics.unlink(missing_ok=True)
@@ -268,9 +274,8 @@ def lock_folder(paths: RunPaths) -> Iterator[None]:
         paths.folder.mkdir(parents=True, exist_ok=True)
         handle = paths.lock.open("w")
     except OSError as error:
-        raise RunError(
-            f"{paths.folder}: cannot be written ({error.strerror}); choose another --output"
-        ) from error
+        found = f"cannot be written ({error.strerror})"
+        raise RunError(f"{paths.folder}: {found}; choose another --output") from error
     with handle:
         try:
             lock_file(handle, wait=False, risk=LOCK_RISK)

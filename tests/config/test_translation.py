@@ -300,3 +300,47 @@ def test_train_names_every_unknown_setting_and_how_to_translate_the_file():
 
 def test_every_trainer_has_converters_marks_and_defaults():
     assert CONVERTERS.keys() == MARKS.keys() == OTHER_DEFAULTS.keys() == EXPECTED.keys()
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"hub_token": "private"},
+        {"wandb_api_key": "private"},
+        {"unknown": {"auth_token": "private"}},
+        {"unknown": ["hf_abcdefghijprivate"]},
+    ],
+)
+def test_secrets_are_not_shown(values):
+    text = translate({"model_name_or_path": "m", **values}).to_yaml()
+    assert "private" not in text
+    assert "(not shown)" in text
+
+
+def test_dpo_is_the_default_method():
+    for values in ({"base_model": "m", "rl": "dpo"}, {"data": "d", "train_mode": "dpo"}):
+        assert translate(values).left_out == {}
+    assert translate({"output_dir": "o", "loss_type": "dpo"}).settings["loss_type"] == ["sigmoid"]
+
+
+def test_a_sum_with_sft_does_not_depend_on_the_order():
+    values = {"rpo_alpha": 0.5, "loss_type": "ipo", "output_dir": "o"}
+    for given in (values, dict(reversed(values.items()))):
+        found = translate(given)
+        assert found.settings["loss_type"] == ["ipo", "sft"]
+        assert found.settings["loss_weights"] == [1.0, 0.5]
+        assert found.left_out == {}
+
+
+def test_a_sum_with_sft_keeps_every_loss_and_weight():
+    values = {"loss_type": ["sigmoid", "hinge"], "loss_weights": [0.8, 0.2], "rpo_alpha": 1}
+    found = translate({"output_dir": "o", **values}).settings
+    assert found["loss_type"] == ["sigmoid", "hinge", "sft"]
+    assert found["loss_weights"] == [0.8, 0.2, 1.0]
+    kto = translate({"stage": "kto", "pref_ftx": 0.1})
+    assert kto.settings["loss_type"] == ["kto"]
+    assert list(kto.left_out) == ["pref_ftx: 0.1"]
+
+
+def test_torch_dtype_is_translated():
+    assert translate({"output_dir": "o", "torch_dtype": "float16"}).settings["dtype"] == "float16"

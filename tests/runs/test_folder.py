@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from mlx_dpo import DPOTrainer, evaluate_run
+from mlx_dpo.errors import RunError
 from mlx_dpo.io.checksums import check_line
 from mlx_dpo.runs.folder import OLD_KEYS, OLD_PROVENANCE_KEYS, RunPaths, read_record
 from tests.edited_files import read_entries
@@ -47,6 +48,25 @@ def test_a_run_of_an_earlier_version_resumes_bit_for_bit(config, tmp_path):
     expected = weights(whole)
     for name, value in weights(config).items():
         assert value.tolist() == expected[name].tolist(), name
+
+
+def test_files_of_another_program_are_not_overwritten(config):
+    folder = Path(config.output)
+    names = ("checkpoints/a", "reference/b", "metrics.jsonl", "run.json")
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text('{"name": "an experiment"}')
+    with pytest.raises(RunError, match=r"run\.json: not a record of mlx-dpo"):
+        DPOTrainer(config, overwrite=True).__enter__()
+    assert all((folder / name).is_file() for name in names)
+
+
+def test_a_damaged_run_is_overwritten_on_request(config):
+    train(config, stop_after=1)
+    record = Path(config.output) / "run.json"
+    record.write_text(record.read_text().replace("unfinished", "finished"))
+    with DPOTrainer(config, overwrite=True) as trainer:
+        assert trainer.earlier is None
 
 
 def test_a_finished_run_is_overwritten_on_request(config):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlx_dpo.config.other_trainers import LOSS_NAMES, check_loss_name
+from mlx_dpo.config.other_trainers import LOSS_ALIASES, LOSS_NAMES, check_loss_name
 
 Values = Mapping[str, Any]
 
@@ -86,10 +86,16 @@ def loss(value: Any, values: Values) -> Converted:
         ConfigError: there is no such loss.
     """
     names = [str(name).lower() for name in (value if isinstance(value, list) else [value])]
-    ours = [LOSS_NAMES.get(name, name) for name in names]
+    ours = [(LOSS_NAMES | LOSS_ALIASES).get(name, name) for name in names]
     for name in ours:
         check_loss_name(name)
     return Converted({"loss_type": ours})
+
+
+def method(value: Any, values: Values) -> Converted:
+    """Convert the name of a method or loss; the loss of `dpo` may have a name of its own."""
+    named = values.get("dpo_cpo_loss_type") if str(value).lower() == "dpo" else None
+    return loss(named or value, values)
 
 
 def stage(value: Any, values: Values) -> Converted:
@@ -102,13 +108,16 @@ def stage(value: Any, values: Values) -> Converted:
 
 
 def sum_with_sft(value: Any, values: Values) -> Converted:
-    """Convert the weight of a supervised loss on the chosen answers."""
+    """Convert the weight of a supervised loss on the chosen answers, which is added to the loss."""
     weight = float(value)
     if weight == 0:
         return Converted()
-    main = values.get("pref_loss") or values.get("loss_type") or "sigmoid"
-    [name, *_] = loss(main, values).settings["loss_type"]
-    return Converted({"loss_type": [name, "sft"], "loss_weights": [1.0, weight]})
+    if values.get("stage") == "kto":
+        return Converted(note="kto cannot be summed with a loss of pairs")
+    given = (values.get(name) for name in ("pref_loss", "loss_type", "rl"))
+    names = loss(next(filter(None, given), "sigmoid"), values).settings["loss_type"]
+    weights = values.get("loss_weights") or [1.0] * len(names)
+    return Converted({"loss_type": [*names, "sft"], "loss_weights": [*weights, weight]})
 
 
 def adapter(value: Any, values: Values) -> Converted:

@@ -9,6 +9,7 @@ _HUGGING_FACE: dict[str, Converter] = {
     "learning_rate": c.number("learning_rate"),
     "weight_decay": c.number("weight_decay"),
     "adam_epsilon": c.number("adam_epsilon"),
+    "torch_dtype": c.rename("dtype"),
     "bf16": c.switch("dtype", "bfloat16"),
     "fp16": c.switch("dtype", "float16"),
     "gradient_checkpointing": c.checkpointing,
@@ -60,7 +61,7 @@ _LLAMA_FACTORY = _HUGGING_FACE | {
 }
 _AXOLOTL = _HUGGING_FACE | {
     "base_model": c.rename("model"),
-    "rl": c.loss,
+    "rl": c.method,
     "rl_beta": c.number("beta"),
     "dpo_beta": c.number("beta"),
     "dpo_use_weighting": c.rename("use_weighting"),
@@ -95,7 +96,7 @@ _MLX_LM_LORA: dict[str, Converter] = {
     "num_layers": c.layers,
     "lora_layers": c.layers,
     "max_seq_length": c.rename("max_length"),
-    "train_mode": c.loss,
+    "train_mode": c.method,
     "dpo_cpo_loss_type": c.loss,
     "train_type": c.adapter,
     "fine_tune_type": c.adapter,

@@ -10,12 +10,16 @@ import yaml
 from mlx_dpo.config.dpo_config import DPOConfig, get_settings
 from mlx_dpo.config.other_trainers import EQUIVALENTS
 from mlx_dpo.config.setting import parse_value
-from mlx_dpo.config.translation.converters import Converted
+from mlx_dpo.config.translation.converters import Converted, sum_with_sft
 from mlx_dpo.config.translation.trainers import CONVERTERS, MARKS, OTHER_DEFAULTS
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.terminal_text import escape_line
 
 MAX_SHOWN = 60  # characters of a value in a comment
+# Names of settings whose value is a secret, and the form of tokens of the Hub.
+SECRET_NAME = re.compile(r"(api_?key|token|secret|password|passwd)$", re.IGNORECASE)
+SECRET_VALUE = re.compile(r"\b(hf|api_org)_\w{8,}")
+NOT_SHOWN = "(not shown)"
 
 
 @dataclass
@@ -70,8 +74,10 @@ def translate(values: Mapping[str, Any]) -> Translation:
     """
     translation = Translation(recognize_trainer(values))
     given = {name: value for name, value in values.items() if value not in (None, "", [], {})}
-    for name, value in given.items():
-        _add_setting(translation, name, value, given)
+    converters = CONVERTERS[translation.trainer]
+    # A sum of losses replaces the loss, whatever their order in the file.
+    for name in sorted(given, key=lambda name: converters.get(name) is sum_with_sft):
+        _add_setting(translation, name, given[name], given)
     _drop_refused(translation)
     return translation
 
@@ -118,6 +124,17 @@ def _drop_refused(translation: Translation) -> None:
 
 
 def _show(name: str, value: Any) -> str:
-    """Return `name: value` on one line, shortened."""
-    text = escape_line(f"{name}: {value}")
+    """Return `name: value` on one line, shortened, without secrets."""
+    text = escape_line(f"{name}: {_without_secrets(name, value)}")
     return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 1] + "…"
+
+
+def _without_secrets(name: str, value: Any) -> Any:
+    """Return the value of a setting with secrets in it replaced, also in lists and mappings."""
+    if isinstance(value, Mapping):
+        return {key: _without_secrets(str(key), item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_secrets(name, item) for item in value]
+    if isinstance(value, str) and SECRET_NAME.search(name):
+        return NOT_SHOWN
+    return SECRET_VALUE.sub(NOT_SHOWN, value) if isinstance(value, str) else value
