@@ -40,7 +40,7 @@ def print_ending(
         console.print(
             final_metrics_table(run.evaluation, title=pairs, is_noise=is_noise, before=before)
         )
-    result = describe_result(run.verdict, run.evaluation, pairs)
+    result = describe_result(run.verdict, run.evaluation, pairs, run.record["before"])
     lines = [*summarize_findings(run.warnings, result), *summarize_end(run)]
     if rows:
         tokens = rows[-1]["num_tokens"] - run.start.num_tokens

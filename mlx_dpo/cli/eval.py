@@ -57,5 +57,6 @@ def eval(run: str, pairs: str | None, bad_pairs: str | None, as_json: bool) -> N
     title = evaluation.description
     is_noise = verdict is not None and verdict.is_noise
     console.print(final_metrics_table(row, title=title, is_noise=is_noise))
-    result = describe_result(verdict, row, title)
+    before = evaluation.run.record.get("before") if pairs is None else None
+    result = describe_result(verdict, row, title, before)
     print_label_table(console, summarize_findings(evaluation.run.record["warnings"], result))

@@ -225,6 +225,8 @@ def resolve(
         values = _recorded_settings(values) | values
     check_none_missing(ctx, values, flags)
     if "output" in flags and not values.get("output"):
+        if ctx.params.get("overwrite"):
+            raise ConfigError("`--overwrite` has no effect without --output: a new folder is used")
         values["output"] = choose_run_folder(str(values["model"]))
         echo(f"Run folder: {values['output']}", err=True)
     return DPOConfig.from_dict(values)

@@ -111,7 +111,7 @@ RECORD_TYPES: dict[str, tuple[type, ...]] = {
     "start_folder": (str, NoneType), "evaluation": (dict, NoneType),
     "best_checkpoint": (dict, NoneType), "stopped_early_at": (int, NoneType),
     "automatic_settings": (dict, NoneType), "chosen_settings": (dict, NoneType),
-    "before": (dict, NoneType), "datasets_in_memory": (list, NoneType),
+    "before": (dict, NoneType), "datasets_in_memory": (list, NoneType), "verdict": (dict, NoneType),
     "adapter": (str, NoneType), "adapter_sha256": (str, NoneType),
     "num_metrics_rows": (int, NoneType),
 }  # fmt: skip

@@ -200,7 +200,8 @@ def _describe_result(run: LoggedRun, evaluation: MetricsRow) -> Finding | None:
     if verdict is not None:
         level = "bad" if verdict.is_worse else "unclear"
     pairs = format_items(run.record["counts"]["valid"], f"held-out {run.config.unit}")
-    return Finding(level, describe_result(verdict, evaluation or None, pairs))
+    before = run.record.get("before")
+    return Finding(level, describe_result(verdict, evaluation or None, pairs, before))
 
 
 def _key_figures(run: LoggedRun, evaluation: MetricsRow, *, is_noise: bool) -> list[KeyFigure]:

@@ -93,7 +93,9 @@ def evaluate_run(
     check_provenance(run.paths, run.record, now)
     metrics = _compute_metrics(run, base, measured)
     facts = monitored_run(run.config, measured, total_steps=run.record["steps"])
-    verdict = judge_policy(facts, to_public_names(metrics)) or _verdict_on_answers(run)
+    is_single_pair = metrics.margins_stderr is None
+    found = judge_policy(facts, to_public_names(metrics), is_single_pair=is_single_pair)
+    verdict = found or _verdict_on_answers(run)
     return Evaluation(run, name, len(measured), metrics, notes, verdict)
 
 

@@ -68,3 +68,10 @@ def test_only_a_run_is_overwritten(unfinished):
     replaced = train(*words, "--output", unfinished)
     assert replaced.exit_code == 0, replaced.output
     assert json.loads(Path(unfinished, "run.json").read_text())["state"] == "finished"
+
+
+def test_overwrite_needs_an_output():
+    refused = train("pairs.jsonl", "--model", "base", "--overwrite")
+    assert refused.exit_code == 1
+    assert "`--overwrite` has no effect without --output" in refused.stderr
+    assert not Path("runs").exists()

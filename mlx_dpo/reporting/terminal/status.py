@@ -160,7 +160,8 @@ class StatusSpinner:
             yield advance
         finally:
             with self._lock:
-                self._phases.remove(shown)
+                # By identity; `close` may have ended the phase of another thread already.
+                self._phases = [phase for phase in self._phases if phase is not shown]
                 self._update()
 
     @contextmanager

@@ -65,7 +65,9 @@ class Monitor:
             evaluation: metrics on held-out pairs. Without them the metrics of the last steps count.
         """
         if evaluation is not None:
-            return judge_policy(self._facts, _without_prefix(evaluation))
+            metrics = _without_prefix(evaluation)
+            is_single_pair = "rewards/margins_stderr" not in metrics
+            return judge_policy(self._facts, metrics, is_single_pair=is_single_pair)
         recent = self._rows[1:][-self._facts.window :]
         means = {name: mean(recent, name) for name in dict.fromkeys(n for r in recent for n in r)}
         return judge_policy(

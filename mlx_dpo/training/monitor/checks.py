@@ -79,12 +79,14 @@ def not_learning(facts: MonitoredRun, first: Row, rows: Sequence[Row]) -> str | 
     rest = max(SETTLE_STEPS, ceil(facts.total_steps * SETTLE_SHARE))
     when = min(facts.warmup_steps + rest, facts.total_steps)
     recent = rows[-MIN_WINDOW:]
-    margin = mean(recent, "rewards/margins", size=abs)
     enough = max(MIN_STEPS, min(MIN_WINDOW, facts.total_steps))
     if not (facts.referenced and facts.from_start) or len(recent) < enough:
         return None
     if rows[-1]["step"] != when:
         return None
+    # The margins of a step show the updates before it: those of the warm-up are small.
+    recent = [row for row in recent if row["step"] > facts.warmup_steps + 1] or recent
+    margin = mean(recent, "rewards/margins", size=abs)
     if margin is None or margin / facts.beta >= MIN_MARGIN:
         return None
     return (

@@ -42,4 +42,6 @@ def mean(rows: Sequence[Row], name: str, size: Callable[[float], float] = float)
 
 def span(rows: Sequence[Row]) -> str:
     """Return the steps of the rows as text."""
+    if len(rows) == 1:
+        return f"step {int(rows[0]['step'])}"
     return f"steps {int(rows[0]['step'])} to {int(rows[-1]['step'])}"

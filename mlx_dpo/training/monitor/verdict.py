@@ -15,8 +15,13 @@ DEGENERATE = "degenerate"
 
 MAX_DRIFT = 1.0  # nats per completion; a policy that drifted less has hardly changed
 ERRORS = 2.0  # a mean within so many standard errors of zero is noise
+MIN_START = 0.005  # margins before training that are not shown as zero
 RATE_FACTOR = 10  # a learning rate to try next is so many times as large
 FEW_STEPS = 100
+SINGLE_PAIR = (
+    "a single held-out pair shows nothing, so accuracy is noise; hold out more pairs "
+    "(`valid_fraction`), or use more pairs"
+)
 
 
 @dataclass(frozen=True)
@@ -47,13 +52,19 @@ class Verdict:
         return {"kind": self.kind, "text": self.text}
 
 
-def describe_result(verdict: Verdict | None, evaluation: Row | None, pairs: str) -> str:
+def describe_result(
+    verdict: Verdict | None, evaluation: Row | None, pairs: str, before: Row | None = None
+) -> str:
     """Return the result of a run as a sentence for its end, for `eval`, its report and its card.
+
+    Rewards that are no log-ratios prefer some completions before training already. Their values
+    before training are named.
 
     Args:
         verdict: what is wrong with the policy; None if nothing is.
         evaluation: metrics of the policy on the pairs, with or without the prefix `eval_`.
         pairs: how many pairs these are, and which, such as `50 held-out pairs`.
+        before: metrics of the policy on the same pairs before training, if they are known.
     """
     if verdict is not None:
         return verdict.text
@@ -66,21 +77,37 @@ def describe_result(verdict: Verdict | None, evaluation: Row | None, pairs: str)
     prefers = "prefers" if margin > 0 and accuracy > 0.5 else "does not prefer"
     return (
         f"the policy {prefers} the chosen completions: {accuracy:.1%} of {pairs} are ranked "
-        f"correctly, with a margin of {margin:+.2f}"
+        f"correctly, with a margin of {margin:+.2f}{_describe_start(before or {})}"
     )
 
 
-def judge_policy(facts: MonitoredRun, metrics: Row) -> Verdict | None:
+def _describe_start(before: Row) -> str:
+    """Return accuracy and margin before training as text; "" if there was no preference."""
+    metrics = {name.removeprefix(EVAL_PREFIX): value for name, value in before.items()}
+    margin, accuracy = metrics.get("rewards/margins", 0.0), metrics.get("rewards/accuracies")
+    if accuracy is None or abs(margin) < MIN_START:
+        return ""
+    return f"; before training {accuracy:.1%}, with a margin of {margin:+.2f}"
+
+
+def judge_policy(
+    facts: MonitoredRun, metrics: Row, *, is_single_pair: bool = False
+) -> Verdict | None:
     """Return the verdict on a policy from its metrics; None if nothing is wrong.
 
     Pairs are judged if rewards are beta times log-ratios. Their margin is noise if it is less than
-    a tenth of a nat per pair, or less than two standard errors of its mean.
+    a tenth of a nat per pair, or less than two standard errors of its mean. One pair has no
+    standard error and shows nothing.
 
     Args:
         facts: settings of the run.
         metrics: means over held-out pairs, or over the last steps, by name without a prefix.
+        is_single_pair: whether the metrics are those of a single held-out pair.
     """
-    return _judge_pairs(facts, metrics) or _judge_answers(facts, metrics)
+    found = _judge_pairs(facts, metrics) or _judge_answers(facts, metrics)
+    if found is None and is_single_pair and "rewards/margins" in metrics:
+        return Verdict(UNCLEAR, SINGLE_PAIR)
+    return found
 
 
 def _judge_answers(facts: MonitoredRun, metrics: Row) -> Verdict | None:

@@ -206,3 +206,9 @@ def test_the_cursor_stays_visible(clock):
     with shown_on(StatusSpinner(console, clock)), phase("Loading"):
         pass
     assert "\x1b[?25l" not in console.file.getvalue()
+
+
+def test_a_phase_of_another_thread_may_end_after_the_display(clock):
+    display = StatusSpinner(terminal_console(), clock)
+    with display.show("Work", None, "pairs"):
+        display.close()

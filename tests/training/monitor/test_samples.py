@@ -129,7 +129,7 @@ def test_answers_are_judged_at_evaluations_once_whatever_the_accuracy():
     monitor = Monitor(RUN)
     broken = SOUND | {"completions/repetition": 0.62}
     pairs = {"loss": 0.3, "rewards/margins": 2.0, "rewards/chosen": 0.5, "rewards/accuracies": 0.88,
-             "lengths/chosen": 10.0}  # fmt: skip
+             "rewards/margins_stderr": 0.1, "lengths/chosen": 10.0}  # fmt: skip
     row = {"step": 20} | {f"eval_{name}": value for name, value in (broken | pairs).items()}
     [warning] = monitor.update(row)
     assert warning.startswith("step 20: answers repeat themselves (4-gram repetition 62%")

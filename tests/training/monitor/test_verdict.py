@@ -127,3 +127,25 @@ def test_the_result_says_whether_chosen_is_preferred_and_never_hides_a_fault():
     assert "nothing was measured" in describe_result(None, None, "0 held-out pairs")
     fault = Verdict("worse", "the policy is worse")
     assert describe_result(fault, better, "2 held-out pairs") == "the policy is worse"
+
+
+def test_a_preference_before_training_is_named():
+    after = {"eval_loss": 0.4, "eval_rewards/margins": 0.08, "eval_rewards/accuracies": 1.0}
+    before = {"eval_rewards/margins": 0.07, "eval_rewards/accuracies": 0.9}
+    assert describe_result(None, after, "8 held-out pairs", before).endswith(
+        "with a margin of +0.08; before training 90.0%, with a margin of +0.07"
+    )
+    nothing = {"eval_rewards/margins": 0.0, "eval_rewards/accuracies": 0.0}
+    assert describe_result(None, after, "8 held-out pairs", nothing).endswith("of +0.08")
+
+
+def test_a_single_held_out_pair_shows_nothing():
+    values = metrics(0.5)
+    del values["rewards/margins_stderr"]
+    evaluation = {"eval_" + name: value for name, value in values.items()}
+    found = Monitor(RUN).judge(evaluation)
+    assert (found.kind, found.is_noise) == (UNCLEAR, True)
+    assert judge_policy(RUN, values) is None  # means over steps of one pair each
+    free = replace(RUN, referenced=False)
+    assert judge_policy(free, values, is_single_pair=True).kind == UNCLEAR
+    assert judge_policy(RUN, {"loss": 0.5}, is_single_pair=True) is None
