@@ -108,9 +108,10 @@ def _describe_folder(path: Any, free: int) -> str:
 
 
 def _print_check(check: "Check") -> None:
-    state = click.style("ok    ", fg="green") if check.ok else click.style("FAILED", fg="red")
     measured = check.trouble or f"{check.measured:.1e}"
-    echo(f"  {state} {check.name:<40} {measured} (limit {check.limit:g})")
+    echo("  ", nl=False)
+    echo("ok    " if check.ok else "FAILED", nl=False, fg="green" if check.ok else "red")
+    echo(f" {check.name:<40} {measured} (limit {check.limit:g})")
 
 
 def _check_record(check: "Check") -> dict[str, Any]:

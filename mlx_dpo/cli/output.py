@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import click
 
@@ -22,7 +22,7 @@ from mlx_dpo.phases import paused
 from mlx_dpo.terminal_text import escape_controls, escape_json, escape_line
 
 
-def echo(text: object = "", *, err: bool = False, nl: bool = True, **style: bool) -> None:
+def echo(text: object = "", *, err: bool = False, nl: bool = True, **style: bool | str) -> None:
     """Print a text with its control characters visible.
 
     Args:
@@ -33,7 +33,7 @@ def echo(text: object = "", *, err: bool = False, nl: bool = True, **style: bool
     """
     shown = escape_controls(str(text))
     if style and not os.environ.get("NO_COLOR"):
-        shown = click.style(shown, **style)
+        shown = click.style(shown, **cast(Any, style))
     with paused(), name_file(Path("stderr" if err else "stdout")):
         click.echo(shown, err=err, nl=nl)
 

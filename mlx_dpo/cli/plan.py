@@ -69,6 +69,7 @@ def plan(
 def summary_lines(estimate: "RunEstimate") -> list[SummaryLine]:
     """Return the lines (label, text) that the terminal shows for an estimate."""
     from mlx_dpo.runs.summary import describe_learning_rate, format_count
+    from mlx_dpo.units import format_items
 
     inputs, epoch = estimate.inputs, estimate.epoch
     return [
@@ -85,7 +86,8 @@ def summary_lines(estimate: "RunEstimate") -> list[SummaryLine]:
         ("rate", describe_learning_rate(estimate.fitted.config, estimate.rate_reason)),
         (
             "epoch",
-            f"{epoch.steps:,} steps, {epoch.passes:,} passes: {format_count(epoch.tokens)} tokens "
+            f"{format_items(epoch.steps, 'steps')}, {epoch.passes:,} "
+            f"pass{'es' * (epoch.passes != 1)}: {format_count(epoch.tokens)} tokens "
             f"through the layers (padded rows: {format_count(epoch.whole_rows)}), "
             f"{format_count(epoch.rows)} through the head",
         ),

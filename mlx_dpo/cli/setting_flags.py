@@ -175,7 +175,15 @@ def _flag(name: str, spec: Setting, *, is_required: bool) -> Callable[..., Any]:
         help=f"{spec.help} [required]" if is_required else spec.help,
         show_default=shown,
         metavar=spec.shown_metavar,
+        shell_complete=_complete_losses if name == "loss_type" else None,
     )
+
+
+def _complete_losses(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    """Return the names of the losses that begin with `incomplete`."""
+    from mlx_dpo.losses.catalogue import LOSSES
+
+    return [name for name in LOSSES if name.startswith(incomplete)]
 
 
 def _type_of(spec: Setting) -> Any:
@@ -198,8 +206,8 @@ def read_settings(path: str) -> dict[str, Any]:
         check_setting_names(values)
     except ConfigError as error:
         foreign = EQUIVALENTS.keys() & values.keys()
-        hint = f"; convert it with: mlx-dpo config from {path}" if len(foreign) > 1 else ""
-        raise ConfigError(f"{path}: {error}{hint}") from error
+        hint = f"translate it with `mlx-dpo config from {path}`; " if len(foreign) > 1 else ""
+        raise ConfigError(f"{path}: {hint}{error}") from error
     known = get_settings()
     for name, value in values.items():
         try:

@@ -184,6 +184,7 @@ _NOT_NEEDED = {
     "dataloader_pin_memory": "memory is shared with the GPU",
     "dataloader_drop_last": "steps are planned from the number of pairs",
     "remove_unused_columns": "unused columns are reported",
+    "no_remove_unused_columns": "unused columns are reported",
     "attn_implementation": "attention is MLX's",
     "flash_attn": "attention is MLX's",
     "flash_attention": "attention is MLX's",

@@ -19,7 +19,7 @@ from mlx_dpo.adapters import peft
 from mlx_dpo.adapters.adapter_files import CONFIG, WEIGHTS, adapter_digest
 from mlx_dpo.config.dpo_config import DPOConfig, rename_earlier_settings
 from mlx_dpo.data.chat_templates.template_date import get_day, today
-from mlx_dpo.errors import ConfigError, DamagedFileError, RunError, reason
+from mlx_dpo.errors import MODEL_FOLDER, ConfigError, DamagedFileError, RunError, reason
 from mlx_dpo.io.atomic import is_temporary, write_file
 from mlx_dpo.io.checksums import read_checked_json, to_checked_json, verify_file
 from mlx_dpo.io.locks import lock_file
@@ -234,7 +234,7 @@ def find_run(folder: str) -> tuple[RunPaths, dict[str, Any]]:
     if record is None:
         why = "no `run.json`" if paths.folder.is_dir() else "no such folder"
         if (paths.folder / "config.json").is_file():
-            raise RunError(f"{folder}: a model, not a run folder; name a model with `--model`")
+            raise RunError(f"{folder}: {MODEL_FOLDER}")
         raise RunError(f"{folder}: not a run folder ({why}); train one with `mlx-dpo train`")
     if record["state"] == "finished":
         check_finished_files(paths, record)
@@ -383,7 +383,7 @@ def check_resumable(
         raise RunError(
             f"{paths.folder}: this run is finished after {steps} steps; to train further: "
             f"{_command_to_train_further(paths.folder, earlier)}; or choose another --output, or "
-            "--overwrite to replace the run"
+            "--overwrite (in Python: `overwrite=True`) to replace the run"
         )
     if not resume:
         raise RunError(

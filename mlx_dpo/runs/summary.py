@@ -149,9 +149,11 @@ def summarize_inputs(run: "DPOTrainer", *, verbose: bool = True) -> list[Summary
     ]
     for report in inputs.reports:
         lines += [("", line) for line in (report.lines() if verbose else report.warning_lines())]
-    limit = run.config.length_limit
-    if limit < DEFAULT_MAX_LENGTH and limit == context_length(base.config):
+    limit, context = run.config.length_limit, context_length(base.config)
+    if limit < DEFAULT_MAX_LENGTH and limit == context:
         lines += [("", f"max length {limit:,} tokens: the model's context length")]
+    elif context is not None and limit > context:
+        lines += [("", f"max length {limit:,} is above the model's context length of {context:,}")]
     if leaked := count_shared_pairs(inputs.valid, inputs.train):
         lines.append(("", f"{leaked:,} of the held-out {run.config.unit} are also trained on"))
     lines += [("", note) for note in describe_held_out_prompts(run.config, inputs)]

@@ -17,7 +17,7 @@ from time import monotonic, time
 from typing import Any
 from zlib import crc32
 
-from mlx_dpo.errors import ConfigError, DPOError, RunError
+from mlx_dpo.errors import MODEL_FOLDER, ConfigError, DPOError, RunError
 from mlx_dpo.io.bounded import parse_json
 from mlx_dpo.io.locks import is_locked
 from mlx_dpo.reporting.curves import RunLines
@@ -243,7 +243,7 @@ class LiveReport:
         self.runs = [LiveRun(index, folder, x_axis) for index, folder in enumerate(folders)]
         for run in self.runs:
             if (run.paths.folder / "config.json").is_file() and not run.paths.record.is_file():
-                raise RunError(f"{run.folder}: a model, not a run folder; name models by `--model`")
+                raise RunError(f"{run.folder}: {MODEL_FOLDER}")
         self.names = shortest_names([run.paths.folder for run in self.runs])
         self.x_axis = x_axis
         self.is_over = Event()  # the training process takes no more steps

@@ -144,7 +144,7 @@ def test_a_note_says_that_a_model_without_a_template_continues_text(model, tmp_p
 def test_a_run_or_a_model_must_be_named():
     result = CliRunner().invoke(cli, ["chat"])
     assert result.exit_code == 1
-    assert result.stderr == "Error: name a run folder or a --model, and only one of them\n"
+    assert result.stderr == "Error: missing RUN (a run folder) or --model\n"
 
 
 @pytest.fixture

@@ -210,6 +210,10 @@ def test_a_shell_completes_flags_choices_files_and_folders():
     assert complete(["train", "--optim"], "ada") == [
         ("plain", name) for name in get_settings()["optim"].choices if name.startswith("ada")
     ]
+    assert complete(["train", "--loss-type"], "apo") == [
+        ("plain", "apo_zero"),
+        ("plain", "apo_down"),
+    ]
     assert ("plain", "--learning-rate") in complete(["train"], "--l")
     assert complete([], "tr") == [("plain", "train")]
     assert complete(["chat"], "ru") == [("dir", "ru")]

@@ -91,11 +91,11 @@ def test_accuracy_is_no_result_while_the_margin_is_noise():
     """Said at the end of the run, by `eval`, in the record and on the report page."""
     idle = train(*IDLE).stdout
     evaluated = CliRunner().invoke(cli, ["eval", "run"]).stdout
-    text = "the policy has hardly changed: the margin is "
+    text = "the policy has hardly changed: the log-ratio margin is "
     for shown in (idle, evaluated):
         assert re.search("accuracy (- )?not meaningful", " ".join(shown.split()))
         assert f"\nresult        {text}" in shown
-        assert "use a larger learning_rate than 1e-09, such as 1e-08" in shown
+        assert "a larger learning_rate than 1e-09, such as 1e-08" in shown
     assert (
         "\noutput        adapters in run: nothing shows that they are better than the base" in idle
     )

@@ -123,7 +123,7 @@ def test_what_cannot_be_drawn_gives_a_one_line_error_and_writes_nothing(folder):
         (["new", "--output", "x"], "new: no step has been taken yet, so there is nothing to plot"),
         (
             ["a/run", "base", "--output", "x"],
-            "base: a model, not a run folder; name a model with `--model`",
+            "base: a model, not a run folder; train it with `mlx-dpo train --model`",
         ),
         (["a/run", "b/run"], "`--output` is missing: the folder for a report of several runs"),
         (["a/run", "b/../a/run", "--output", "x"], "a/run: is named twice"),

@@ -303,7 +303,7 @@ def test_an_occupied_port_is_reported_before_a_model_is_loaded():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ((), "name a run folder or a --model, and only one of them"),
+        ((), "missing RUN (a run folder) or --model"),
         (
             ("run", "--adapter", "a"),
             "`--adapter` has no effect with a run, which has its own adapter",

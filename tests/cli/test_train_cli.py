@@ -479,7 +479,10 @@ def test_flags_of_other_spellings_are_taken(words):
     [
         (("--output", "none"), "none: not a run folder (no such folder)"),
         (("--output", "."), ".: not a run folder (no `run.json`)"),
-        (("--output", "base"), "base: a model, not a run folder; name a model with `--model`"),
+        (
+            ("--output", "base"),
+            "base: a model, not a run folder; train it with",
+        ),
     ],
 )
 def test_going_on_with_nothing_says_what_is_missing(tmp_path, monkeypatch, words, message):

@@ -295,7 +295,9 @@ def test_train_names_every_unknown_setting_and_how_to_translate_the_file():
     [line] = [text for text in result.stderr.splitlines() if text.startswith("Error: ")]
     for name in ("model_name_or_path", "stage", "cutoff_len", "pref_beta", "ddp_timeout"):
         assert f"`{name}`" in line
-    assert line.endswith("; convert it with: mlx-dpo config from theirs.yaml")
+    assert line.startswith(
+        "Error: theirs.yaml: translate it with `mlx-dpo config from theirs.yaml`; "
+    )
 
 
 def test_every_trainer_has_converters_marks_and_defaults():

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from mlx_dpo.cli.doctor import doctor
+from mlx_dpo.cli.doctor import _print_check, doctor
 from mlx_dpo.doctor import checks, float64
 from mlx_dpo.doctor.checks import Check, self_test
 from mlx_dpo.doctor.machine import anonymous
@@ -180,6 +180,13 @@ def test_a_device_fault_fails_its_checks_and_the_command(monkeypatch):
     lines = [line for line in result.output.splitlines() if "FAILED" in line]
     assert len(lines) == len(PACKED | PACKED_GRADIENTS)
     assert all("[metal] Command buffer execution failed and more (limit" in line for line in lines)
+
+
+@pytest.mark.parametrize(("measured", "state"), [(1.0, "ok    "), (3.0, "FAILED")])
+def test_a_check_is_printed_without_escape_codes_in_a_log(capsys, measured, state):
+    _print_check(Check("some check", measured, 2.0))
+    shown = capsys.readouterr().out
+    assert shown == f"  {state} {'some check':<40} {measured:.1e} (limit 2)\n"
 
 
 def test_nan_is_not_ok():

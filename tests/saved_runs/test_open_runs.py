@@ -117,8 +117,8 @@ def test_only_what_is_wanted_is_put_on(bold):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"run": None}, "name a run folder or a --model, and only one of them"),
-        ({"run": "a", "model": "b"}, "name a run folder or a --model, and only one of them"),
+        ({"run": None}, r"missing RUN \(a run folder\) or --model"),
+        ({"run": "a", "model": "b"}, r"name RUN \(a run folder\) or --model, not both"),
         ({"run": "a", "adapter": "b"}, "`--adapter` has no effect with a run"),
         ({"run": None, "model": "b", "wanted": ("base",)}, "`--base` has no effect without"),
     ],

@@ -291,4 +291,4 @@ def _print_summary(pairs_file: "PairsFile") -> None:
             )
     if pairs:
         path = shlex.quote(str(pairs_file.path))
-        echo(f"Train on them: {program()} train {path} --model … --output …")
+        echo(f"Train on them: {program()} train {path} --model MODEL")

@@ -166,12 +166,12 @@ def _worse_text(facts: MonitoredRun, margin: float, accuracy: float) -> str:
 
 def _unchanged_text(facts: MonitoredRun, nats: float) -> str:
     steps = facts.total_steps
-    few = f", or more than {format_items(steps, 'steps')} (`epochs`)"
-    few *= steps < FEW_STEPS
+    few = f"use more pairs or more `epochs` (this run took {format_items(steps, 'steps')}), or "
+    few = few if steps < FEW_STEPS else "use "
     return (
-        f"the policy has hardly changed: the margin is {abs(nats):.1g} nats per pair, so accuracy "
-        f"is noise; use a larger learning_rate than {facts.learning_rate:g}, such as "
-        f"{RATE_FACTOR * facts.learning_rate:.2g}{few}"
+        f"the policy has hardly changed: the log-ratio margin is {nats:+.1g} nats per pair, so "
+        f"accuracy is noise; {few}a larger learning_rate than {facts.learning_rate:g}, such as "
+        f"{RATE_FACTOR * facts.learning_rate:.2g}"
     )
 
 

@@ -44,9 +44,11 @@ def test_a_margin_of_next_to_nothing_is_noise_whatever_the_accuracy():
     verdict = judge_policy(RUN, metrics(0.0003, accuracy=0.96))
     assert (verdict.kind, verdict.is_noise, verdict.is_worse) == (UNCHANGED, True, False)
     assert verdict.text == (
-        "the policy has hardly changed: the margin is 0.003 nats per pair, so accuracy is noise; "
-        "use a larger learning_rate than 5e-06, such as 5e-05, or more than 60 steps (`epochs`)"
+        "the policy has hardly changed: the log-ratio margin is +0.003 nats per pair, so accuracy "
+        "is noise; use more pairs or more `epochs` (this run took 60 steps), or a larger "
+        "learning_rate than 5e-06, such as 5e-05"
     )
+    assert "log-ratio margin is -0.003 nats" in judge_policy(RUN, metrics(-0.0003)).text
     longer = judge_policy(replace(RUN, total_steps=3000), metrics(0.0003))
     assert longer.text.endswith("such as 5e-05")
 
