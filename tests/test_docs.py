@@ -14,7 +14,10 @@ ROOT = Path(__file__).parents[1]
 TOOLS = ROOT / "scripts" / "tools" / "docs"
 
 
-@pytest.mark.parametrize("script", ["settings_page.py", "metrics_page.py", "losses_page.py"])
+@pytest.mark.parametrize(
+    "script",
+    ["settings_page.py", "metrics_page.py", "losses_page.py", "which_model_page.py"],
+)
 def test_a_generated_page_is_up_to_date(script):
     made = runpy.run_path(str(TOOLS / script))
     assert made["PAGE"].read_text(encoding="utf-8") == made["page"](), f"run {script}"
