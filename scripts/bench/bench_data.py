@@ -89,8 +89,8 @@ def measure_seconds(config: "DPOConfig") -> dict[str, float]:
         loaded = perf_counter() - started
         summarize_inputs(run)
         run.attach()
-        zeros = mx.zeros((len(run.inputs.train),))
-        run.reference = dict.fromkeys(("train", "valid"), PairLogps(zeros, zeros))
+        zeros = {split: mx.zeros((len(pairs),)) for split, pairs in run.inputs.splits.items()}
+        run.reference = {split: PairLogps(logps, logps) for split, logps in zeros.items()}
         run.restore()
         summarize_training(run)
         settings, pairs = run.config, run.inputs.train

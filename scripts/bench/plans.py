@@ -100,6 +100,7 @@ class Case:
             scorer=self.scorer,
             warmup_ratio=0.0,
             lora_r=8,
+            learning_rate=1e-4,
         )
 
 

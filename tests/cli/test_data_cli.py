@@ -105,7 +105,7 @@ def test_pairs_are_those_that_training_would_keep(form):
     write("good.jsonl", [row for row in ROWS if row != "{"])
     from mlx_dpo.models.empty_weights import load_empty_model
 
-    rules = TokenRules(vocab_size=300, chat_template=form)
+    rules = TokenRules(vocab_size=300, chat_template=form, max_length=300)
     kept = load_pairs(
         Path("good.jsonl"), load_empty_model("base").tokenizer, rules, bad_pairs="drop"
     )
@@ -270,7 +270,7 @@ def test_a_split_that_cannot_be_made_leaves_nothing_behind():
     assert refused(*dropping).startswith("pairs.jsonl:5: not JSON")
     assert "can be read only once" in refused("split", "-", *words, input=GOOD)
     write("one.jsonl", [GOOD])
-    assert "holds one pair" in refused("split", "one.jsonl", *words)
+    assert "contains only one pair" in refused("split", "one.jsonl", *words)
     write("one.jsonl", [GOOD, GOOD])
     assert "all pairs have the same prompt" in refused("split", "one.jsonl", *words)
     assert set(Path().iterdir()) == before | {Path("one.jsonl")}

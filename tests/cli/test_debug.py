@@ -49,15 +49,17 @@ def test_only_what_a_person_can_fix_becomes_a_line(error, message):
     assert user_message(error) == message
 
 
-def test_help_without_a_backend_of_mlx_is_one_line(monkeypatch):
+def test_help_without_a_backend_of_mlx_is_one_line(monkeypatch, capsys):
     def broken(*args):
         raise ImportError("libmlx.so: cannot open shared object file")
 
     monkeypatch.setattr("mlx_dpo.cli.import_module", broken)
-    monkeypatch.setattr("sys.argv", ["mlx-dpo", "--help"])
+    monkeypatch.setattr("sys.argv", ["mlx-dpo", "chat", "--help"])
     with pytest.raises(SystemExit) as stopped:
         main()
-    assert str(stopped.value).startswith("Error: MLX is installed without a backend")
+    assert stopped.value.code == 1
+    [line] = [x for x in capsys.readouterr().err.splitlines() if x.startswith("Error: ")]
+    assert line.startswith("Error: MLX is installed without a backend")
 
 
 def test_the_version_and_the_package_need_no_mlx():

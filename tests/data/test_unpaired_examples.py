@@ -63,7 +63,7 @@ def test_a_pair_in_renamed_columns_is_two_unpaired_examples():
     [
         ({"prompt": "a", "completion": "b", "label": "yes"}, "`label` must be true or false"),
         ({"prompt": "a", "completion": "b", "label": 2}, "found 2"),
-        ({"prompt": "a", "label": True}, "without `completion`"),
+        ({"prompt": "a", "label": True}, "missing `completion`"),
         ({"messages": [USER], "label": True}, "must end with the assistant's answer"),
         ({"messages": [BOT], "label": True}, "must end with the assistant's answer"),
         ({"prompt": "a", "completion": " ", "label": True}, "empty"),

@@ -107,7 +107,7 @@ def test_a_round_of_the_loop_and_a_win_rate_are_not_trivial(prompts):
     """The commands of the README, with fewer prompts and steps."""
     model = ("--model", tiny_chat())
     settings = ("--epochs", "6", "--learning-rate", "2e-3", "--rounds", "1")
-    limits = ("--answer-tokens", "32", "--micro-batch-size", "8", "--samples", "0")
+    limits = ("--max-tokens", "32", "--micro-batch-size", "8", "--samples", "0")
     run("loop", prompts, *model, *REWARD, "--output", "loop", *settings, *limits)
     record = json.loads(Path("loop/round-01/evaluation.json").read_text())
     assert record["collected"]["pairs"] >= 12

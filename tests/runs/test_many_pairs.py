@@ -64,14 +64,15 @@ def start(config):
 def test_a_start_makes_few_of_the_pairs(many, made):
     trainer, header, _ = start(many)
     assert len(trainer.inputs.train) + len(trainer.inputs.valid) == COUNT
-    assert len(made) <= 40, "something makes every pair"
+    held_out = len(trainer.inputs.valid)  # scored before the first step: the loss has no reference
+    assert len(made) <= held_out + 40, "something makes every pair"
     assert "tokens read from the cache" not in [line for _, line in header]
 
 
 def test_the_second_start_says_and_does_the_same_and_that_it_read_the_tokens(many, made):
     first, header, row = start(many)
     second, again, other = start(replace(many, output=many.output + "2"))
-    assert len(made) <= 80
+    assert len(made) <= 2 * len(first.inputs.valid) + 80
     assert [line for _, line in again if line not in [line for _, line in header]] == [
         "tokens read from the cache", many.output + "2",
     ]  # fmt: skip

@@ -121,7 +121,7 @@ def test_tables_of_freed_frequencies_are_not_reused():
 
 def test_positions_of_another_row_are_rejected():
     row = PackedSequence(TWO)
-    with use_token_positions(), pytest.raises(TypeError, match="other arrays"):
+    with use_token_positions(), pytest.raises(TypeError, match="arrays other than"):
         nn.RoPE(8)(mx.zeros((1, 3, 5, 8)), offset=row.rope_offset)
 
 

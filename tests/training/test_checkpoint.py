@@ -85,7 +85,7 @@ def test_a_failed_save_leaves_the_previous_checkpoint_and_no_partial_files(
         raise OSError(28, "No space left on device", "x")
 
     monkeypatch.setattr(moment, fail)
-    with pytest.raises(RunError, match=r"step-000002: cannot be written \(No space.*kept"):
+    with pytest.raises(RunError, match=r"step-000002: cannot be written \(No space.*remain"):
         save(tmp_path, policy, optimizer, Progress(step=2))
     assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
 
