@@ -30,7 +30,7 @@ optimizer step.
 """
 NOTE = """
 \\* Activations are not measured but extrapolated from a measured model, in proportion to the widths
-of its layers (below). When measured models other than Gemma are predicted from each other in this
+of its layers (below). When the measured Llama and Qwen models are predicted from each other in this
 way, the largest error of a pass is {stored}, and {recomputed} with recomputation; the figures
 include that much more.
 """
@@ -64,8 +64,8 @@ mlx-dpo plan pairs.jsonl --config examples/recipes/qwen3-0.6b-16gb.yaml --memory
 * `plan` runs pairs of the real length with the whole vocabulary. For these models that takes hours
   on a CPU, so the passes here were shorter and the LM head was measured by itself: {head}, added in
   full. {checked}
-* Gemma 3 4B (and SmolLM3, if measured) had equal layers: global attention, and RoPE, in each. For
-  Gemma 3 1B the pass is {uniform} by that.
+* Gemma 3 4B was measured with global attention in all layers. A pass of Gemma 3 1B is {uniform} by
+  that.
 * The pairs are the longest that `max_length` allows: a quarter is prompt, and both completions fill
   the rest.
 * *Usable memory* is what Metal recommends: two thirds of the Mac's memory, three quarters from
@@ -150,8 +150,11 @@ def _checked() -> str:
                 f"{' planned, '.join(sizes)} measured ({planned / check['bytes'] - 1:+.0%})"
             )
     if not found:
-        return "No whole pass was measured for comparison."
-    return f"Whole passes, as `plan` runs them, for comparison: {'; '.join(found)}."
+        return "No pass through a whole model was measured for comparison."
+    return (
+        "Passes through a whole model, with all layers and the whole vocabulary, for comparison: "
+        f"{'; '.join(found)}."
+    )
 
 
 def _uniform() -> str:

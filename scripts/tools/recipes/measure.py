@@ -23,6 +23,7 @@ from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import mlx_dpo  # noqa: F401  (first: it loads OpenBLAS before MLX is imported)
 
@@ -36,7 +37,7 @@ from mlx_dpo.models.load import LoadedModel
 from mlx_dpo.models.quantize import DEFAULT_GROUP_SIZE, expected_bytes
 from mlx_dpo.profiling import memory, profile
 from mlx_dpo.profiling.extrapolate import MemoryCurve, ProfilePoint, fit_memory_curve
-from mlx_dpo.profiling.layer_subset import choose_layer_subsets
+from mlx_dpo.profiling.layer_subset import all_layers, choose_layer_subsets
 from mlx_dpo.runs.auto_batch_size import profile_micro_batch
 from mlx_dpo.runs.build import attach_adapters, optimizer_state_bytes
 from mlx_dpo.scoring.scorers import make_shared_scorer
@@ -168,8 +169,10 @@ def measure_head(config: dict[str, Any]) -> int:
 
 
 def measure_check(config: dict[str, Any], length: int, *, recompute: bool) -> dict[str, Any]:
-    """Measure a pass as `plan` does, with the whole vocabulary; return its memory in bytes."""
-    point = Measurement(config, config["vocab_size"]).point(length, recompute=recompute)
+    """Measure a pass through the whole model, with all layers and the whole vocabulary."""
+    measurement = Measurement(config, config["vocab_size"])
+    with patch.object(profile, "choose_layer_subsets", all_layers):
+        point = measurement.point(length, recompute=recompute)
     return {"length": length, "recompute": recompute, "bytes": point.profile.bytes}
 
 

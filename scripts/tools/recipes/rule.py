@@ -179,8 +179,9 @@ def extrapolation_errors(measurements: dict[str, dict[str, Any]]) -> dict[str, f
 
 
 def _family(model: str) -> str:
-    """Return `gemma` or `llama`, which have other arrays in a layer."""
-    return "gemma" if MODELS[model]["config"]["model_type"].startswith("gemma") else "llama"
+    """Return `gemma`, `phi` or `llama`, which have different arrays in a layer."""
+    kind = str(MODELS[model]["config"]["model_type"])
+    return next((name for name in ("gemma", "phi") if kind.startswith(name)), "llama")
 
 
 def _text_config(model: str) -> dict[str, Any]:
