@@ -16,6 +16,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
 from mlx_dpo.errors import ConfigError, ModelError, reason
+from mlx_dpo.io.atomic import is_temporary
 from mlx_dpo.models.device import cast_model, is_cpu, prepare_for_cpu
 from mlx_dpo.models.download import resolve_model
 from mlx_dpo.models.files import (
@@ -87,7 +88,8 @@ def load_model(
     if group_size is not None and bits is None:
         raise ConfigError("`group_size` has no effect without `bits`; the model is not quantized")
     path = resolve_model(source, revision=revision, trust_remote_code=trust_remote_code)
-    with phase(f"Loading model {source}"):
+    shown = "that was just written" if is_temporary(path) else source
+    with phase(f"Loading model {shown}"):
         return _load_from_folder(
             path,
             source,
