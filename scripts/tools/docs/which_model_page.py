@@ -30,8 +30,8 @@ optimizer step.
 """
 NOTE = """
 \\* Activations are not measured but extrapolated from a measured model, in proportion to the widths
-of its layers (below). When the measured Llama and Qwen models are predicted from each other in this
-way, the largest error of a pass is {stored}, and {recomputed} with recomputation; the figures
+of its layers (below). When measured models other than Gemma and Phi are predicted from each other
+so, the largest error of a pass is {stored}, and {recomputed} with recomputation; the figures
 include that much more.
 """
 USE = """
