@@ -32,12 +32,6 @@ TEMPLATE_ERROR = "the model's chat template refuses the conversation"
 NOT_WRITTEN = "the model's chat template drops a part of the conversation"
 SPECIAL_TOKEN = "a special token of the model in its text cannot be encoded as plain text"
 
-# Completes "FOLDER: …" where a run is expected.
-MODEL_FOLDER = (
-    "a model, not a run folder; train it with `mlx-dpo train --model`, or use it as it is, such as "
-    "with `mlx-dpo chat --model`"
-)
-
 ALWAYS_DROPPED = (TOO_LONG, TIED, UNPAIRED)  # a setting or a rating asks for it; never an error
 
 

@@ -51,6 +51,12 @@ TOKENIZER_FILES = (
     "additional_chat_templates/*.jinja",
 )
 
+# Completes "FOLDER: …" where a run is expected.
+MODEL_FOLDER = (
+    "a model, not a run folder; train it with `mlx-dpo train --model`, or use it as it is, such as "
+    "with `mlx-dpo chat --model`"
+)
+
 
 @contextmanager
 def glob_safe(folder: Path) -> Iterator[Path]:

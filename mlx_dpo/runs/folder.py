@@ -19,10 +19,11 @@ from mlx_dpo.adapters import peft
 from mlx_dpo.adapters.adapter_files import CONFIG, WEIGHTS, adapter_digest
 from mlx_dpo.config.dpo_config import DPOConfig, rename_earlier_settings
 from mlx_dpo.data.chat_templates.template_date import get_day, today
-from mlx_dpo.errors import MODEL_FOLDER, ConfigError, DamagedFileError, RunError, reason
+from mlx_dpo.errors import ConfigError, DamagedFileError, RunError, reason
 from mlx_dpo.io.atomic import is_temporary, write_file
 from mlx_dpo.io.checksums import read_checked_json, to_checked_json, verify_file
 from mlx_dpo.io.locks import lock_file
+from mlx_dpo.models.files import MODEL_FOLDER
 from mlx_dpo.reporting.metrics_log import read_metrics
 from mlx_dpo.runs.inputs import Inputs
 
@@ -386,10 +387,8 @@ def check_resumable(
             "--overwrite (in Python: `overwrite=True`) to replace the run"
         )
     if not resume:
-        raise RunError(
-            f"{paths.folder}: holds an unfinished run; add --resume to continue it, or choose "
-            "another --output"
-        )
+        advice = "add --resume to continue it, or choose another --output"
+        raise RunError(f"{paths.folder}: holds an unfinished run; {advice}")
     before = DPOConfig.from_dict(earlier["settings"])
     if (name := before.find_difference(config)) is not None:
         raise RunError(

@@ -17,9 +17,10 @@ from time import monotonic, time
 from typing import Any
 from zlib import crc32
 
-from mlx_dpo.errors import MODEL_FOLDER, ConfigError, DPOError, RunError
+from mlx_dpo.errors import ConfigError, DPOError, RunError
 from mlx_dpo.io.bounded import parse_json
 from mlx_dpo.io.locks import is_locked
+from mlx_dpo.models.files import MODEL_FOLDER
 from mlx_dpo.reporting.curves import RunLines
 from mlx_dpo.reporting.metrics_log import MetricsTail
 from mlx_dpo.reporting.run_page import (

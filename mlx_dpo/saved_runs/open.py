@@ -78,7 +78,7 @@ def open_run(folder: str) -> OpenRun:
     return OpenRun(paths, record, DPOConfig.from_dict(settings), adapter)
 
 
-def _check_one_source(run: str | None, model: str | None) -> None:
+def _check_run_or_model(run: str | None, model: str | None) -> None:
     """Raise `ConfigError` if neither or both of a run and a model are given."""
     if run is None and model is None:
         raise ConfigError("missing RUN (a run folder) or --model")
@@ -96,7 +96,7 @@ def load_policy(
         ConfigError: neither or both of `run` and `model` are given, or a plain model is
             asked for its reference.
     """
-    _check_one_source(run, model)
+    _check_run_or_model(run, model)
     if model is not None:
         if reference:
             raise ConfigError("`reference` has no effect with `model`: no adapter is loaded")
@@ -201,7 +201,7 @@ def open_switchable(
         ConfigError: neither or both of `run` and `model` are given, or an argument has no effect.
         ModelError: the model or the adapter cannot be read.
     """
-    _check_one_source(run, model)
+    _check_run_or_model(run, model)
     if run is not None:
         if adapter is not None:
             raise ConfigError("`--adapter` has no effect with a run, which has its own adapter")

@@ -110,7 +110,9 @@ def test_all_names_of_another_trainer_are_answered_at_once(trainer):
     message = refusal(
         "".join(f"{name}: 1\n" for name in names) + "lerning_rate: 1\nxyz: 2\nbeta: 1"
     )
-    assert message.startswith("s.yaml: unknown settings: ")
+    assert message.startswith(
+        "s.yaml: translate it with `mlx-dpo config from s.yaml`; unknown settings: "
+    )
     for name, here in names.items():
         advice = message.partition(f"`{name}` (")[2].partition(")")[0]
         assert here in advice, name

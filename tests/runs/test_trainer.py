@@ -377,8 +377,8 @@ def test_a_warm_up_that_does_not_end_is_refused(config):
 
 
 def test_exactly_one_of_run_and_model_is_required(config):
-    for choice in ((None, None), ("run", "model")):
-        with pytest.raises(ConfigError, match="only one of them"):
+    for choice, message in (((None, None), "missing RUN"), (("run", "model"), "not both")):
+        with pytest.raises(ConfigError, match=message):
             load_policy(choice[0], model=choice[1])
     with pytest.raises(ConfigError, match="no effect"):
         load_policy(None, model=config.model, reference=True)
