@@ -33,6 +33,7 @@ class PathName(click.ParamType[str]):
 
 
 FILE, FOLDER = PathName("file"), PathName("dir")
+HELP_FLAGS = ("-h", "--help")
 
 
 class Command(click.Command):
@@ -55,6 +56,9 @@ class Command(click.Command):
         renamed: Mapping[str, str] | None = None,
         **more: Any,
     ) -> None:
+        # click makes the help option once, with the names of the first context that asks for it.
+        given = more.get("context_settings") or {}
+        more["context_settings"] = {"help_option_names": HELP_FLAGS} | given
         super().__init__(*args, **more)
         self.examples = examples
         self.aliases = dict(aliases or {})

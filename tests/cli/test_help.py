@@ -9,6 +9,7 @@ from click.shell_completion import ShellComplete
 from click.testing import CliRunner
 
 from mlx_dpo.cli import COMMANDS, GROUPS, OTHER_NAMES, cli
+from mlx_dpo.cli.command import Command
 from mlx_dpo.config.dpo_config import get_settings
 
 TYPE_NAMES = {"TEXT", "INTEGER", "FLOAT", "PATH", "DIR", "BOOLEAN", "STRING", "NUMBER", "RANGE"}
@@ -218,3 +219,10 @@ def test_a_shell_completes_flags_choices_files_and_folders():
     assert complete([], "tr") == [("plain", "train")]
     assert complete(["chat"], "ru") == [("dir", "ru")]
     assert complete(["train", "--config"], "s") == [("file", "s")]
+
+
+def test_a_command_has_its_short_help_flag_whoever_asks_first():
+    command = Command("one", params=[])
+    for names in (["--help"], ["-h", "--help"]):
+        group = click.Group("all", {"one": command}, context_settings={"help_option_names": names})
+        assert CliRunner().invoke(group, ["one", "-h"]).exit_code == 0
