@@ -33,7 +33,7 @@ WORDS = {
     "has only": r"(has|have|be read) but (one|once)",
     "one after another": r"behind one another",
     "again": r"anew|afresh",
-    "printed, logged": r"told(?! (apart|from))|heard",
+    "printed, logged": r"told|heard",
     "printed, reported": r"(?<!judge what )(is|are|be|was|were) said(?! to)",
     "a person": r"whoever|nobody (sees|is there|else|but)",
     "verified against": r"held against",

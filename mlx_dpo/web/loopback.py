@@ -6,6 +6,7 @@ name and no foreign origin.
 
 import secrets
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hmac import compare_digest
@@ -68,7 +69,7 @@ class LoopbackServer(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
-class PageHandler(BaseHTTPRequestHandler):
+class PageHandler(BaseHTTPRequestHandler, ABC):
     """HTTP handler of a page; a subclass answers the allowed requests.
 
     The page itself is requested with the token in its address. Whatever the page requests must
@@ -97,9 +98,9 @@ class PageHandler(BaseHTTPRequestHandler):
         if not self.answer_post(self.path.partition("?")[0]):
             self._send_not_found()
 
+    @abstractmethod
     def page(self, nonce: str) -> str:
         """Return the HTML of the page, whose styles and scripts carry the nonce."""
-        raise NotImplementedError
 
     def answer_get(self, path: str, query: dict[str, list[str]]) -> bool:
         """Answer a GET request of the page; return False if there is nothing at the path."""

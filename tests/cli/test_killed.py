@@ -116,7 +116,7 @@ def test_a_run_killed_three_times_ends_at_the_same_weights(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
-@pytest.mark.skipif(not MATERIAL.is_dir(), reason="the real material is not beside this checkout")
+@pytest.mark.skipif(not MATERIAL.is_dir(), reason="no real data and models next to the checkout")
 def test_real_training_killed_at_twelve_random_moments_ends_at_the_same_weights(tmp_path):
     lines = (MATERIAL / "data" / "hh-harmless-test" / "test.jsonl").read_text().splitlines()
     pairs = tmp_path / "pairs.jsonl"

@@ -348,7 +348,7 @@ def test_every_token_but_the_first_is_scored_given_those_before():
 def test_real_models_keep_their_log_probabilities(name, output):
     folder = Path(__file__).parents[2] / ".." / "shared" / "material" / "models" / name
     if not folder.is_dir():
-        pytest.skip("the real models are not here")
+        pytest.skip("no real models next to the checkout")
     half = convert(str(folder), output, dtype="bfloat16")
     assert half.conversion_error < 0.02
     report = convert(str(folder), output.with_name("eight"), bits=8)

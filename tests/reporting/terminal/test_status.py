@@ -10,19 +10,6 @@ from mlx_dpo.reporting.terminal.console import StatusConsole, make_console
 from mlx_dpo.reporting.terminal.status import StatusLines, StatusSpinner, status_on_stderr
 
 
-class FakeClock:
-    def __init__(self):
-        self.now = 0.0
-
-    def __call__(self):
-        return self.now
-
-
-@pytest.fixture
-def clock():
-    return FakeClock()
-
-
 def log_console():
     return StatusConsole(file=io.StringIO(), force_terminal=False, soft_wrap=True)
 

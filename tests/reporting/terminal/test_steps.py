@@ -17,19 +17,6 @@ EVALUATION = {
 }  # fmt: skip
 
 
-class FakeClock:
-    def __init__(self):
-        self.now = 0.0
-
-    def __call__(self):
-        return self.now
-
-
-@pytest.fixture
-def clock():
-    return FakeClock()
-
-
 def log_console():
     return OutputConsole(file=io.StringIO(), force_terminal=False, soft_wrap=True)
 
