@@ -205,17 +205,17 @@ def with_current_keys(record: Mapping[str, Any]) -> dict[str, Any]:
     return renamed
 
 
-def remove_run(paths: RunPaths) -> None:
-    """Remove record, metrics, samples, checkpoints, best adapters and reference log-probs of a run.
-
-    Raises:
-        RunError: `run.json` is of another program.
-    """
+def check_replaceable(paths: RunPaths) -> None:
+    """Raise `RunError` if the folder has a `run.json` of another program."""
     if os.path.lexists(paths.record):
         with suppress(DamagedFileError):  # a damaged run is removed as well
             if missing := set(REQUIRED) - read_checked_json(paths.record)[0].keys():
                 found = f"not a record of mlx-dpo, without `{min(missing)}`"
                 raise RunError(f"{paths.record}: {found}; choose another --output")
+
+
+def remove_run(paths: RunPaths) -> None:
+    """Remove record, metrics, samples, checkpoints, best adapters and reference log-probs."""
     for folder in (paths.checkpoints, paths.best_adapters, paths.reference_logps("train").parent):
         shutil.rmtree(folder, ignore_errors=True)
     paths.metrics.unlink(missing_ok=True)

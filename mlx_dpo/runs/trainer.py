@@ -35,6 +35,7 @@ from mlx_dpo.runs.early_stopping import BestCheckpoint
 from mlx_dpo.runs.folder import (
     RunPaths,
     check_provenance,
+    check_replaceable,
     check_resumable,
     check_run_folder,
     day_of_run,
@@ -136,8 +137,8 @@ class DPOTrainer:
             stack.enter_context(limited_buffers())
             stack.push(lambda kind, error, trace: self.trackers.close(completed=kind is None))
             if self.overwrite:
-                remove_run(self.paths)
-            self.earlier = read_record(self.paths)
+                check_replaceable(self.paths)  # the run is removed when this one can begin
+            self.earlier = None if self.overwrite else read_record(self.paths)
             if self.earlier is not None:
                 self.config = self.config.with_recorded_choices(self.earlier["settings"])
                 check_resumable(self.paths, self.earlier, self.config, resume=self.resume)
@@ -225,6 +226,8 @@ class DPOTrainer:
         if self.fitted.config.recompute and not self.config.recompute:
             self.choice = choose_scorer(self.inputs.base, self.fitted.config)
         self.config = self.fitted.config
+        if self.overwrite:
+            remove_run(self.paths)
         write_record(self.paths, self.record)  # only now are all settings known to be possible
 
     def compute_reference_logps(self, progress: ProgressCallback = lambda scored: None) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mlx_dpo import DPOTrainer, evaluate_run
-from mlx_dpo.errors import RunError
+from mlx_dpo.errors import ConfigError, ModelError, RunError
 from mlx_dpo.io.checksums import check_line
 from mlx_dpo.runs.folder import OLD_KEYS, OLD_PROVENANCE_KEYS, RunPaths, read_record
 from tests.edited_files import read_entries
@@ -67,6 +67,18 @@ def test_a_damaged_run_is_overwritten_on_request(config):
     record.write_text(record.read_text().replace("unfinished", "finished"))
     with DPOTrainer(config, overwrite=True) as trainer:
         assert trainer.earlier is None
+
+
+def test_a_run_stays_if_what_should_replace_it_cannot_begin(config):
+    trained, _ = train(config)
+    files = {path: path.read_bytes() for path in trained.paths.folder.rglob("*") if path.is_file()}
+    for wrong in ({"model": "none/"}, {"lora_target_modules": ("none",)}):
+        with (
+            pytest.raises((ConfigError, ModelError)),
+            DPOTrainer(replace(config, **wrong), overwrite=True) as trainer,
+        ):
+            trainer.prepare()
+        assert all(path.read_bytes() == content for path, content in files.items())
 
 
 def test_a_finished_run_is_overwritten_on_request(config):
