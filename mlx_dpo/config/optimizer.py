@@ -47,7 +47,7 @@ class OptimizerSettings:
         minimum=0,
         exclusive_minimum=True,
         metavar="RATE",
-        default_text="chosen by what is trained and for how many steps",
+        default_text="computed from model width, adapters, steps, completion length and optimizer",
         essential=True,
     )
     lr_scheduler_type: str = setting(

@@ -1,6 +1,6 @@
 """Load OpenBLAS for MLX's CPU backend on Linux, before MLX is imported.
 
-MLX's wheel for Linux links the reference BLAS, which is about forty times slower in float32. If
+MLX's wheel for Linux links the reference BLAS, which is 20 to 40 times slower in float32. If
 OpenBLAS is loaded first, with global symbols, the dynamic linker uses it for MLX's matrix products.
 On macOS, where MLX computes on Metal, nothing is loaded.
 """

@@ -271,12 +271,12 @@ def test_values_without_equivalent_are_left_out_with_the_reason(name, value, rea
 def test_what_is_no_configuration_of_another_trainer_is_refused():
     with pytest.raises(ConfigError, match="setting of mlx-dpo already"):
         translate({"learning_rate": 1e-5, "epochs": 2})
-    with pytest.raises(ConfigError, match="no names of Axolotl, LLaMA-Factory, "):
+    with pytest.raises(ConfigError, match="no setting of Axolotl, LLaMA-Factory, "):
         translate({"title": "x"})
     Path("x.yaml").write_text("title: x\n")
     result = run("config", "from", "x.yaml")
     assert (result.exit_code, result.stdout) == (1, "")
-    assert "x.yaml: no names of " in result.stderr
+    assert "x.yaml: no setting of " in result.stderr
 
 
 def test_an_existing_file_is_not_replaced():

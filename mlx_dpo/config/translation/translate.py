@@ -61,7 +61,7 @@ def recognize_trainer(values: Mapping[str, Any]) -> str:
         return trainer
     if values and values.keys() <= get_settings().keys():
         raise ConfigError("every name is a setting of mlx-dpo already; use it with --config")
-    raise ConfigError(f"no names of {', '.join(MARKS)} in it; translate it by hand")
+    raise ConfigError(f"no setting of {', '.join(MARKS)} was found; translate it by hand")
 
 
 def translate(values: Mapping[str, Any]) -> Translation:

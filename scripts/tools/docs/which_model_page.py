@@ -55,21 +55,21 @@ mlx-dpo plan pairs.jsonl --config examples/recipes/qwen3-0.6b-16gb.yaml --memory
 **No recipe has been run on a Mac**, and times on Macs are not measured. The figures are planned:
 
 * *Weights* are counted from the shapes of the published configuration, as a Mac stores them:
-  4 or 8 bits with a scale and a bias per group of 64 weights, or bfloat16. The number of parameters
-  of each model agrees with the published one.
+  4 or 8 bits with a scale and a bias per group of 64 weights, or bfloat16. Parameters are
+  counted from these shapes; of Gemma 3 4B, the text part.
 * *Activations* are measured. A training pass ran on a few layers with random weights, on MLX's CPU
   backend, and was extrapolated to all layers by the functions of
   [`mlx-dpo plan`](memory.md#estimate-first). The CPU computes in float32; a Mac computes in 16
   bits, so that the figures are an **upper bound** there, except for what Metal itself needs.
 * `plan` runs pairs of the real length with the whole vocabulary. For these models that takes hours
   on a CPU, so the passes here were shorter and the LM head was measured by itself: {head}, added in
-  full. {checked}
+  full to every model, because logits are computed in chunks of a fixed size. {checked}
 * Gemma 3 4B was measured with global attention in all layers. A pass of Gemma 3 1B is {uniform} by
   that.
 * The pairs are the longest that `max_length` allows: a quarter is prompt, and both completions fill
   the rest.
 * *Usable memory* is what Metal recommends: two thirds of the Mac's memory, three quarters from
-  36 GB on. A recipe leaves a tenth of it free.
+  36 GB on. A 16 GB Mac has 16 GiB, which is 17.2 GB. A recipe leaves a tenth of it free.
 
 Settings are chosen in this order: 16 bits, then 8 bits, if a pair of 1,024 tokens fits without
 recomputation; otherwise 4 bits, with 1,024 tokens before 512, and without recomputation before
@@ -104,7 +104,7 @@ def page() -> str:
 
 def readme_table() -> str:
     """Return the table of the README: the largest models of each memory size."""
-    rows = ["| Mac | largest model | in 16 bits |", "|---|---|---|"]
+    rows = ["| Mac | largest of ten models | in 16 bits |", "|---|---|---|"]
     for memory in MEMORY_SIZES:
         found = [recipe for recipe in rule.recipes() if recipe.memory == memory]
         whole = [recipe for recipe in found if recipe.precision == "bfloat16"]
