@@ -64,7 +64,7 @@ def compare(words: tuple[str, ...], html: str | None, limit: int, **settings: An
     sampling = Sampling(**settings)
 
     from mlx_dpo.evaluation.compare import compare_runs
-    from mlx_dpo.reporting.console import make_console
+    from mlx_dpo.reporting.terminal.console import make_console
 
     comparison = compare_runs(runs, prompts, sampling, limit=limit or None)
     if page is not None:

@@ -86,7 +86,7 @@ def convert(
     """
     bits = bits or (QUANTIZE_BITS if quantize else None)
     from mlx_dpo.export import convert as conversion
-    from mlx_dpo.reporting.console import make_console, print_label_table
+    from mlx_dpo.reporting.terminal.console import make_console, print_label_table
 
     console = make_console()
     report = conversion.convert(source, output, bits=int(bits) if bits else None, **options)

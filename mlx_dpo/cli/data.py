@@ -149,7 +149,7 @@ def check(strict: bool, as_json: bool, **flags: Any) -> None:
 
     from mlx_dpo.cli.data_findings import print_results
     from mlx_dpo.curation.check import check_pairs
-    from mlx_dpo.reporting.console import make_console
+    from mlx_dpo.reporting.terminal.console import make_console
 
     with phase("Reading", unit="rows") as progress:
         _, results = check_pairs(config, progress)
@@ -191,8 +191,8 @@ def show(count: int, row: int | None, **flags: Any) -> None:
         raise ConfigError("`-n` has no effect together with --row")
 
     from mlx_dpo.curation.show import show_pairs
-    from mlx_dpo.reporting.console import make_console
     from mlx_dpo.reporting.pair_view import print_legend, print_pair
+    from mlx_dpo.reporting.terminal.console import make_console
 
     console = make_console()
     for number, preview in enumerate(show_pairs(config, count=count, row=row)):

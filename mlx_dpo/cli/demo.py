@@ -39,7 +39,7 @@ def demo(output: str) -> None:
     from mlx_dpo.cli import program
     from mlx_dpo.cli.progress import run_with_progress
     from mlx_dpo.demo.tour import BITS, Demo
-    from mlx_dpo.reporting.console import make_console
+    from mlx_dpo.reporting.terminal.console import make_console
 
     console, stages = make_console(), Demo(Path(output))
     if stages.clear():

@@ -32,11 +32,8 @@ def eval(run: str, pairs: str | None, bad_pairs: str | None, as_json: bool) -> N
     """
     from mlx_dpo import evaluate_run
     from mlx_dpo.losses.metrics import EVAL_PREFIX, to_public_names
-    from mlx_dpo.reporting.console import (
-        final_metrics_table,
-        make_console,
-        print_label_table,
-    )
+    from mlx_dpo.reporting.metrics_text import final_metrics_table
+    from mlx_dpo.reporting.terminal.console import make_console, print_label_table
     from mlx_dpo.runs.summary import summarize_findings
     from mlx_dpo.training.monitor.verdict import describe_result
 

@@ -96,7 +96,7 @@ def fuse(run: str, output: Path, bits: str | None, **settings: Any) -> None:
     that lost too much is not kept.
     """
     from mlx_dpo.export.fuse import FuseOptions, convert_to_gguf, fuse_run
-    from mlx_dpo.reporting.console import make_console, print_label_table
+    from mlx_dpo.reporting.terminal.console import make_console, print_label_table
     from mlx_dpo.units import format_bytes
 
     console = make_console()

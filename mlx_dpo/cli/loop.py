@@ -213,7 +213,7 @@ def _run_stage(trainer: "IterativeDPO", stage: "Stage", resume_command: str) -> 
     from mlx_dpo import DPOTrainer
     from mlx_dpo.cli.progress import run_with_progress
     from mlx_dpo.collect.iterative_report import HEADINGS, round_cells, round_warnings
-    from mlx_dpo.reporting.console import make_console, print_label_table
+    from mlx_dpo.reporting.terminal.console import make_console, print_label_table
 
     if stage.action == "collect":
         remaining_counts = trainer.collect(stage.round)

@@ -57,7 +57,7 @@ def plan(
     config = resolve(ctx, config_file, False, flags)
 
     from mlx_dpo.plan import estimate_run
-    from mlx_dpo.reporting.console import make_console, print_label_table
+    from mlx_dpo.reporting.terminal.console import make_console, print_label_table
 
     estimate = estimate_run(config, memory_size=memory)
     if as_json:

@@ -15,14 +15,10 @@ from rich.console import Console
 
 from mlx_dpo import DPOTrainer
 from mlx_dpo.cli import INTERRUPTED, program
-from mlx_dpo.cli.ending import print_ending
+from mlx_dpo.cli.end_of_run import print_ending
 from mlx_dpo.cli.output import echo, print_warning
-from mlx_dpo.reporting.console import (
-    make_console,
-    print_label_table,
-)
 from mlx_dpo.reporting.samples import print_samples
-from mlx_dpo.reporting.terminal.console import print_rule
+from mlx_dpo.reporting.terminal.console import make_console, print_label_table, print_rule
 from mlx_dpo.reporting.terminal.steps import show_steps
 from mlx_dpo.runs.summary import (
     summarize_inputs,

@@ -75,7 +75,7 @@ def report(
     for name, is_given in (("no-open", no_open), ("port", port is not None)):
         if is_given:
             raise ConfigError(f"`--{name}` has no effect without --live")
-    from mlx_dpo.reporting.console import make_console
+    from mlx_dpo.reporting.terminal.console import make_console
     from mlx_dpo.saved_runs.report import write_report
 
     details, files = write_report(runs, output, x_axis)
@@ -118,7 +118,7 @@ def _print_comparison(console: "Console", runs: "Sequence[RunDetails]") -> None:
 
     Settings for which the console is too narrow are left out and listed below the table.
     """
-    from mlx_dpo.reporting.console import FINAL_METRICS, SAMPLE_METRICS
+    from mlx_dpo.reporting.metrics_text import FINAL_METRICS, SAMPLE_METRICS
 
     only_on_page = [label for label, *_ in (*FINAL_METRICS[3:], *SAMPLE_METRICS)]
     metrics = [label for label in runs[0].metrics if label not in only_on_page]

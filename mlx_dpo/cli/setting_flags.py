@@ -7,8 +7,8 @@ from typing import Any
 import click
 
 from mlx_dpo.cli.command import FILE, FOLDER, Command, Record, missing_message
+from mlx_dpo.cli.default_output import choose_run_folder, find_unfinished_run
 from mlx_dpo.cli.output import echo
-from mlx_dpo.cli.run_folder import choose_run_folder, find_unfinished_run
 from mlx_dpo.config.dpo_config import DPOConfig, check_setting_names, get_settings
 from mlx_dpo.config.other_trainers import EQUIVALENTS, FLAG_ALIASES
 from mlx_dpo.config.setting import Setting, parse_value

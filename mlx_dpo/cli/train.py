@@ -63,10 +63,10 @@ def train(
         raise ConfigError("`--no-open` has no effect without --live")
 
     from mlx_dpo import DPOTrainer
-    from mlx_dpo.cli.ending import list_next_commands
+    from mlx_dpo.cli.end_of_run import list_next_commands
     from mlx_dpo.cli.live import serve_live_report
     from mlx_dpo.cli.progress import run_with_progress
-    from mlx_dpo.reporting.console import make_console, print_label_table
+    from mlx_dpo.reporting.terminal.console import make_console, print_label_table
 
     page = serve_live_report([config.output], open_browser=not no_open) if live else nullcontext()
     with DPOTrainer(config, resume=resume, overwrite=overwrite, force=force) as run, page:

@@ -58,7 +58,7 @@ def winrate(
 
     from mlx_dpo.evaluation.judge import open_judge
     from mlx_dpo.evaluation.winrate import compare_policies
-    from mlx_dpo.reporting.console import make_console
+    from mlx_dpo.reporting.terminal.console import make_console
 
     opened_judge = open_judge(reward, judge, rubric)
     comparison = compare_policies(run, opened_judge, sampling, prompts=prompts, against=against)

@@ -22,7 +22,7 @@ from mlx_dpo.generation.context import context_length
 from mlx_dpo.models.device import is_cpu
 from mlx_dpo.models.load import LoadedModel
 from mlx_dpo.optim import optimizers
-from mlx_dpo.optim.default_rate import RateFactors, choose_learning_rate
+from mlx_dpo.optim.default_learning_rate import RateFactors, choose_learning_rate
 from mlx_dpo.optim.lr_schedule import learning_rate
 from mlx_dpo.phases import phase
 from mlx_dpo.profiling.flops import model_width

@@ -8,7 +8,7 @@ from typing import Any
 from mlx_dpo.config.dpo_config import DPOConfig, get_settings
 from mlx_dpo.config.setting import Setting
 from mlx_dpo.losses.metrics import EVAL_PREFIX, METRICS
-from mlx_dpo.reporting.console import NOISE, SAMPLE_METRICS, ZERO_MARGIN, format_final_metrics
+from mlx_dpo.reporting.metrics_text import NOISE, SAMPLE_METRICS, ZERO_MARGIN, format_final_metrics
 from mlx_dpo.reporting.run_page import Finding, KeyFigure, RunDetails, SettingRow
 from mlx_dpo.runs.folder import RunPaths
 from mlx_dpo.runs.summary import describe_loss

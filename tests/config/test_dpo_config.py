@@ -309,7 +309,7 @@ def test_defaults_that_depend_on_other_settings():
 
 
 def test_the_defaults_are_the_published_ones():
-    """TRL's, except for the learning rate, which a run chooses; see optim/default_rate.py."""
+    """TRL's, except for the learning rate (optim/default_learning_rate.py)."""
     config = DPOConfig()
     assert (config.learning_rate, config.common_beta) == (None, 0.1)
     assert (config.batch_size, config.length_limit, config.max_grad_norm) == (16, 1024, 1.0)

@@ -4,7 +4,6 @@ import io
 
 from mlx_dpo.data.inspect import segments
 from mlx_dpo.data.inspect.segments import Segment, TokenText
-from mlx_dpo.reporting.console import TerminalConsole
 from mlx_dpo.reporting.pair_view import (
     HEAD,
     MARKS,
@@ -16,6 +15,7 @@ from mlx_dpo.reporting.pair_view import (
     print_legend,
     print_pair,
 )
+from mlx_dpo.reporting.terminal.console import TerminalConsole
 
 PROMPT = Segment("prompt", "prompt", 4, [TokenText("<s>", True), TokenText("a\nb <s>", False)])
 SCORED = Segment("chosen", "scored", 1, [TokenText("c", False), TokenText("</s>", True)])

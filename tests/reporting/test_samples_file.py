@@ -6,7 +6,6 @@ import pytest
 from rich.console import Console
 
 from mlx_dpo.errors import DamagedFileError
-from mlx_dpo.reporting.console import TerminalConsole
 from mlx_dpo.reporting.samples import (
     EvaluationSamples,
     Sample,
@@ -15,6 +14,7 @@ from mlx_dpo.reporting.samples import (
     print_samples,
     read_samples,
 )
+from mlx_dpo.reporting.terminal.console import TerminalConsole
 
 BASE, POLICY = SampledText("Ugh. Paris.", False), SampledText("Of course! Par", True)
 FIRST = Sample("What is the capital\nof France?", 1, BASE, POLICY)

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mlx_dpo.phases import Advance, NoDisplay, shown_on
-from mlx_dpo.reporting.console import (
+from mlx_dpo.reporting.metrics_text import (
     evaluation_texts,
     format_evaluation,
     format_step,

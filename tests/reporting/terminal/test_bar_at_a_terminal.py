@@ -9,7 +9,7 @@ from tests.cli.terminal import TerminalSession
 PROGRAM = """
 import signal, sys, time
 from mlx_dpo.cli.output import print_warning
-from mlx_dpo.reporting.console import make_console
+from mlx_dpo.reporting.terminal.console import make_console
 from mlx_dpo.reporting.terminal.steps import show_steps
 
 step = {"loss": 0.5, "rewards/margins": 0.1, "rewards/accuracies": 0.5, "learning_rate": 5e-6,

@@ -6,13 +6,13 @@ import pytest
 from rich.table import Table
 from rich.text import Text
 
-from mlx_dpo.reporting.console import (
+from mlx_dpo.reporting.metrics_text import final_metrics_table
+from mlx_dpo.reporting.terminal.console import (
     TerminalConsole,
-    final_metrics_table,
     make_console,
+    make_status_console,
     print_label_table,
 )
-from mlx_dpo.reporting.terminal.console import make_status_console
 
 EVALUATION = {
     "step": 2, "eval_loss": 0.5, "eval_rewards/margins": 1.0, "eval_rewards/accuracies": 0.75,

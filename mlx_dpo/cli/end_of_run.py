@@ -4,7 +4,8 @@ import shlex
 from typing import TYPE_CHECKING
 
 from mlx_dpo.cli import program
-from mlx_dpo.reporting.console import final_metrics_table, print_label_table
+from mlx_dpo.reporting.metrics_text import final_metrics_table
+from mlx_dpo.reporting.terminal.console import print_label_table
 from mlx_dpo.runs.summary import SummaryLine, summarize_end, summarize_findings
 from mlx_dpo.training.monitor.verdict import Verdict, describe_result
 from mlx_dpo.units import format_duration, format_items

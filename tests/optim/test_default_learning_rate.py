@@ -2,7 +2,7 @@
 
 import pytest
 
-from mlx_dpo.optim.default_rate import RateFactors, choose_learning_rate
+from mlx_dpo.optim.default_learning_rate import RateFactors, choose_learning_rate
 
 ZEPHYR = RateFactors(width=4096, alpha=32.0, steps=478, tokens=256)
 

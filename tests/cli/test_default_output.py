@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from mlx_dpo.cli import cli
-from mlx_dpo.cli.run_folder import choose_run_folder, find_unfinished_run
+from mlx_dpo.cli.default_output import choose_run_folder, find_unfinished_run
 from mlx_dpo.errors import ConfigError
 from tests.checkpoints import make_checkpoint
 

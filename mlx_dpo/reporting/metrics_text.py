@@ -1,13 +1,10 @@
-"""Terminal output of a training run: its facts, its progress and its final metrics."""
+"""Metrics of a run as text: a step, an evaluation, and the final table."""
 
 from rich.box import SIMPLE
 from rich.table import Table
 
 from mlx_dpo.losses.metrics import EVAL_PREFIX, METRICS
-from mlx_dpo.reporting.terminal.console import TerminalConsole, make_console, print_label_table
 from mlx_dpo.types import MetricsRow
-
-__all__ = ["TerminalConsole", "make_console", "print_label_table"]
 
 # Label and key of an evaluation row: the metrics that are better in one direction.
 FINAL_METRICS = tuple(
