@@ -9,7 +9,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_dpo.config.dpo_config import DPOConfig
-from mlx_dpo.data.batching import count_micro_batches, largest_micro_batch, padded_row_tokens
+from mlx_dpo.data.batches.micro_batches import count_micro_batches, largest_micro_batch
+from mlx_dpo.data.batches.token_counts import padded_row_tokens
 from mlx_dpo.data.columns import lengths_only, longest_pairs, row_lengths
 from mlx_dpo.data.dataset import select_pairs
 from mlx_dpo.errors import ModelError

@@ -21,7 +21,7 @@ from mlx_dpo.adapters import attach as adapters
 from mlx_dpo.adapters.adapter_files import load_adapter, save_adapter
 from mlx_dpo.config.loss import LossSettings
 from mlx_dpo.config.training import PassLimit
-from mlx_dpo.data.batching import collate
+from mlx_dpo.data.batches.collate import collate
 from mlx_dpo.doctor import float64
 from mlx_dpo.errors import DPOError, reason
 from mlx_dpo.io.arrays import named_arrays

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from mlx_dpo.config.dpo_config import DPOConfig
-from mlx_dpo.data.batching import largest_micro_batch
+from mlx_dpo.data.batches.micro_batches import largest_micro_batch
 from mlx_dpo.data.columns import LENGTHS, column, longest_pairs, longest_row
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.models.device import device_kind

@@ -15,7 +15,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_dpo import paths as places
 from mlx_dpo.config.dpo_config import DPOConfig
-from mlx_dpo.data.batching import indices_of_steps, steps_per_epoch
+from mlx_dpo.data.batches.order import indices_of_steps, steps_per_epoch
 from mlx_dpo.data.sources import STDIN
 from mlx_dpo.errors import ConfigError, RunError, reason
 from mlx_dpo.io.atomic import remove_abandoned

@@ -16,7 +16,7 @@ from mlx_dpo.adapters.master_weights import forward_dtypes
 from mlx_dpo.adapters.targets import block_paths, has_tied_embeddings
 from mlx_dpo.config.data import DEFAULT_MAX_LENGTH
 from mlx_dpo.config.dpo_config import DPOConfig
-from mlx_dpo.data.batching import EpochMicroBatches, count_micro_batches
+from mlx_dpo.data.batches.micro_batches import EpochMicroBatches, count_micro_batches
 from mlx_dpo.data.columns import count_shared_pairs, prompt_keys
 from mlx_dpo.generation.context import context_length
 from mlx_dpo.io.arrays import named_arrays

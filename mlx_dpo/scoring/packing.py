@@ -19,7 +19,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
-from mlx_dpo.data.batching import padded_width
+from mlx_dpo.data.batches.padding import padded_width
 from mlx_dpo.scoring.backbone import ModelParts, UnsupportedModelError
 from mlx_dpo.scoring.kernels.attention import QueryChunk
 from mlx_dpo.scoring.kernels.attention_dispatch import StructuredMask, use_structured_masks

@@ -11,7 +11,8 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_dpo.config.training import PassLimit
-from mlx_dpo.data.batching import CountTokens, micro_batches, padded_row_tokens
+from mlx_dpo.data.batches.micro_batches import micro_batches
+from mlx_dpo.data.batches.token_counts import CountTokens, padded_row_tokens
 from mlx_dpo.errors import TrainingError
 from mlx_dpo.scoring.scorers import Scorer, fast_inference, plain_scorer
 from mlx_dpo.types import PairLogps, TokenizedPair

@@ -16,7 +16,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_dpo.adapters.master_weights import cast_for_forward
-from mlx_dpo.data.batching import CountTokens, collate, packed_row_tokens, shared_prompt_tokens
+from mlx_dpo.data.batches.collate import collate
+from mlx_dpo.data.batches.token_counts import CountTokens, packed_row_tokens, shared_prompt_tokens
 from mlx_dpo.models.device import is_cpu
 from mlx_dpo.scoring.backbone import split_backbone
 from mlx_dpo.scoring.kernels.attention_dispatch import use_chunked_attention

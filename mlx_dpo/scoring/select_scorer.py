@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import CacheList, make_prompt_cache
 
-from mlx_dpo.data.batching import CountTokens, padded_row_tokens
+from mlx_dpo.data.batches.token_counts import CountTokens, padded_row_tokens
 from mlx_dpo.errors import ModelError, reason
 from mlx_dpo.models.device import is_cpu
 from mlx_dpo.scoring.backbone import UnsupportedModelError, split_backbone

@@ -14,7 +14,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
-from mlx_dpo.data.batching import MIN_CONTINUATION, padded_width
+from mlx_dpo.data.batches.padding import MIN_CONTINUATION, padded_width
 from mlx_dpo.scoring.backbone import ModelParts
 from mlx_dpo.scoring.generation_match import empty_caches
 from mlx_dpo.types import TokenizedPair

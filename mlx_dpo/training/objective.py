@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_dpo.config.loss import LossSettings
-from mlx_dpo.data.batching import pair_metadata
+from mlx_dpo.data.batches.metadata import pair_metadata
 from mlx_dpo.losses.divergences import Divergence
 from mlx_dpo.losses.log_ratios import LossInputs, log_ratios, token_averages
 from mlx_dpo.losses.metrics import compute_metrics

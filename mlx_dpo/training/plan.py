@@ -8,15 +8,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_dpo.config.training import PassLimit
-from mlx_dpo.data.batching import (
-    CountTokens,
-    micro_batches,
-    padded_row_tokens,
-    pair_metadata,
-    select_metadata,
-    step_indices,
-    steps_per_epoch,
-)
+from mlx_dpo.data.batches.metadata import pair_metadata, select_metadata
+from mlx_dpo.data.batches.micro_batches import micro_batches
+from mlx_dpo.data.batches.order import step_indices, steps_per_epoch
+from mlx_dpo.data.batches.token_counts import CountTokens, padded_row_tokens
 from mlx_dpo.scoring.score_pairs import DatasetScorer
 from mlx_dpo.scoring.scorers import Scorer, plain_scorer
 from mlx_dpo.training.grad_cache import GradCache, only_kl_completions

@@ -79,7 +79,9 @@ def measure_seconds(config: "DPOConfig") -> dict[str, float]:
     import mlx.core as mx
 
     from mlx_dpo import DPOTrainer
-    from mlx_dpo.data.batching import collate, micro_batches, step_indices
+    from mlx_dpo.data.batches.collate import collate
+    from mlx_dpo.data.batches.micro_batches import micro_batches
+    from mlx_dpo.data.batches.order import step_indices
     from mlx_dpo.runs.summary import summarize_inputs, summarize_training
     from mlx_dpo.types import PairLogps
 

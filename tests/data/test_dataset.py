@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_dpo.data.batching import pair_metadata
+from mlx_dpo.data.batches.metadata import pair_metadata
 from mlx_dpo.data.columns import (
     COLUMNS,
     column,

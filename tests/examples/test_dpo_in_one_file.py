@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mlx_dpo import DPOConfig, DPOTrainer
-from mlx_dpo.data.batching import step_indices
+from mlx_dpo.data.batches.order import step_indices
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "models" / "tiny-chat"

@@ -3,7 +3,7 @@ from dataclasses import asdict, make_dataclass
 import mlx.core as mx
 import pytest
 
-from mlx_dpo.data.batching import pair_metadata
+from mlx_dpo.data.batches.metadata import pair_metadata
 from mlx_dpo.losses import metrics
 from mlx_dpo.losses.metrics import (
     METRICS,

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mlx_dpo.config.dpo_config import DPOConfig
-from mlx_dpo.data.batching import pair_metadata
+from mlx_dpo.data.batches.metadata import pair_metadata
 from mlx_dpo.losses.catalogue import LOSSES
 from mlx_dpo.losses.log_ratios import log_ratios
 from mlx_dpo.scoring.logps import pair_log_weights, pair_logps

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from mlx_dpo import DPOConfig, DPOTrainer, evaluate_run
 from mlx_dpo.cli import cli
 from mlx_dpo.config.training import PassLimit
-from mlx_dpo.data.batching import step_indices
+from mlx_dpo.data.batches.order import step_indices
 from mlx_dpo.errors import ConfigError, RunError
 from mlx_dpo.models.load import load_model
 from mlx_dpo.runs import reference as other_reference

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mlx_dpo.adapters import attach as adapters
-from mlx_dpo.data.batching import collate
+from mlx_dpo.data.batches.collate import collate
 from mlx_dpo.scoring import lm_head as head
 from mlx_dpo.scoring.equivalence import relative_errors, value_error
 from mlx_dpo.scoring.logps import pair_logps

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from mlx_dpo.config.training import PassLimit
-from mlx_dpo.data.batching import collate
+from mlx_dpo.data.batches.collate import collate
 from mlx_dpo.errors import TrainingError
 from mlx_dpo.scoring.logps import completion_logps, pair_logps
 from mlx_dpo.scoring.score_pairs import score_pairs

@@ -9,7 +9,7 @@ import pytest
 from mlx_dpo.adapters import attach as adapters
 from mlx_dpo.config.loss import LossSettings
 from mlx_dpo.config.training import PassLimit
-from mlx_dpo.data.batching import pair_metadata
+from mlx_dpo.data.batches.metadata import pair_metadata
 from mlx_dpo.io.arrays import named_arrays
 from mlx_dpo.losses.log_ratios import log_ratios
 from mlx_dpo.scoring.score_pairs import score_pairs

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from mlx_dpo.adapters import attach as adapters
 from mlx_dpo.config.loss import LossSettings
 from mlx_dpo.config.training import PassLimit
-from mlx_dpo.data.batching import micro_batches, padded_row_tokens
+from mlx_dpo.data.batches.micro_batches import micro_batches
+from mlx_dpo.data.batches.token_counts import padded_row_tokens
 from mlx_dpo.errors import TrainingError
 from mlx_dpo.io.arrays import named_arrays
 from mlx_dpo.losses.metrics import to_public_names

@@ -13,7 +13,7 @@ import pytest
 from mlx_dpo import DPOConfig
 from mlx_dpo.adapters import attach as adapters
 from mlx_dpo.config.training import PassLimit
-from mlx_dpo.data.batching import step_indices
+from mlx_dpo.data.batches.order import step_indices
 from mlx_dpo.data.tokenization.formatting import TokenRules
 from mlx_dpo.data.tokenization.tokenize import tokenize_unpaired
 from mlx_dpo.losses.metrics import step_row

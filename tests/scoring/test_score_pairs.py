@@ -4,7 +4,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_dpo.config.training import PassLimit
-from mlx_dpo.data.batching import padded_row_tokens
+from mlx_dpo.data.batches.token_counts import padded_row_tokens
 from mlx_dpo.scoring.score_pairs import score_pairs
 from mlx_dpo.scoring.scorers import TOKEN_COUNTS, make_shared_scorer, plain_scorer
 from mlx_dpo.scoring.select_scorer import select_scorer

@@ -1,0 +1,1 @@
+"""Batches of tokenized pairs: order, micro-batches, token counts, collation and metadata."""

@@ -1,0 +1,29 @@
+"""Padded token rows of pairs, as arrays."""
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_dpo.data.batches.padding import PAD_MULTIPLE
+from mlx_dpo.data.batches.token_counts import row_width
+from mlx_dpo.types import PairBatch, TokenizedPair
+
+
+def collate(pairs: Sequence[TokenizedPair], *, pad_multiple: int = PAD_MULTIPLE) -> PairBatch:
+    """Collate pairs into a right-padded batch: all chosen, then all rejected sequences. (2B, T)
+
+    A sequence is a prompt and one completion. The width T is `padded_width` of the longest
+    sequence, rounded up to a multiple of `pad_multiple`.
+    """
+    rows = [(p.prompt, p.chosen) for p in pairs] + [(p.prompt, p.rejected) for p in pairs]
+    width = row_width(pairs, pad_multiple)
+
+    # The padding token does not matter: it comes after all scored tokens.
+    tokens = np.zeros((len(rows), width), np.int32)
+    mask = np.zeros((len(rows), width), np.bool_)
+    for row, (prompt, completion) in enumerate(rows):
+        start, end = len(prompt), len(prompt) + len(completion)
+        tokens[row, :end] = prompt + completion
+        mask[row, start:end] = True
+    return PairBatch(mx.array(tokens), mx.array(mask))

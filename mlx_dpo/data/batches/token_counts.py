@@ -1,0 +1,79 @@
+"""Number of tokens that a forward pass over some pairs processes, by the layout of the pass."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from mlx_dpo.data.batches.padding import (
+    MIN_CONTINUATION,
+    PAD_MULTIPLE,
+    padded_width,
+    round_up,
+)
+from mlx_dpo.types import TokenizedPair
+
+
+class TokenCount(NamedTuple):
+    """Number of tokens that the model processes in a forward pass, and the padding in it."""
+
+    total: int  # including padding
+    padding: int
+
+
+# Counts the tokens of one forward pass over the pairs; the setting `scorer` decides which function.
+CountTokens = Callable[[Sequence[TokenizedPair]], TokenCount]
+
+
+def padded_row_tokens(pairs: Sequence[TokenizedPair]) -> TokenCount:
+    """Count the input tokens of a forward pass with two padded sequences per pair.
+
+    A sequence is a prompt and one completion, without the last token, which predicts nothing.
+    This is the layout of the setting `scorer: plain`.
+    """
+    total = 2 * len(pairs) * (row_width(pairs, PAD_MULTIPLE) - 1)
+    return TokenCount(
+        total, total - sum(2 * len(p.prompt) + _continuation_tokens(p) for p in pairs)
+    )
+
+
+def packed_row_tokens(pairs: Sequence[TokenizedPair]) -> TokenCount:
+    """Count the input tokens of a forward pass with all pairs packed into one sequence.
+
+    Each prompt is followed by both of its completions, and is therefore counted once.
+    """
+    tokens = sum(len(p.prompt) + _continuation_tokens(p) for p in pairs)
+    return TokenCount(padded_width(tokens), padded_width(tokens) - tokens)
+
+
+def shared_prompt_tokens(pairs: Sequence[TokenizedPair], *, together: bool) -> TokenCount:
+    """Count the input tokens of a forward pass that processes each prompt only once.
+
+    The last token of a completion is not an input. Pairs with prompts of equal length form a
+    batch; with `together`, all pairs form one batch.
+    """
+    batches: dict[int, list[TokenizedPair]] = {}
+    for pair in pairs:
+        batches.setdefault(0 if together else len(pair.prompt), []).append(pair)
+    total = sum(len(batch) * _shared_width(batch) for batch in batches.values())
+    return TokenCount(total, total - sum(len(p.prompt) + _continuation_tokens(p) for p in pairs))
+
+
+def _continuation_tokens(pair: TokenizedPair) -> int:
+    """Return the number of tokens of both completions, without the last token of each."""
+    return len(pair.chosen) - 1 + len(pair.rejected) - 1
+
+
+def _shared_width(pairs: Sequence[TokenizedPair]) -> int:
+    """Return the number of tokens, with padding, of each pair's prompt and two completions."""
+    prompts = {len(pair.prompt) for pair in pairs}
+    is_padded = len(prompts) > 1
+    width = padded_width(max(prompts)) if is_padded else max(prompts)
+    for longest in (max(len(p.chosen) for p in pairs), max(len(p.rejected) for p in pairs)):
+        if longest > 1:
+            needed = max(longest - 1, MIN_CONTINUATION)
+            width += padded_width(needed) if is_padded else needed
+    return width
+
+
+def row_width(pairs: Sequence[TokenizedPair], multiple: int) -> int:
+    """Return the width to which the padded sequences of `pairs` are padded."""
+    return round_up(padded_width(max(len(pair) for pair in pairs)), multiple)

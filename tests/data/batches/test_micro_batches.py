@@ -1,0 +1,111 @@
+import itertools
+from functools import partial
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlx_dpo.config.training import PassLimit
+from mlx_dpo.data.batches.micro_batches import (
+    count_micro_batches,
+    largest_micro_batch,
+    micro_batches,
+)
+from mlx_dpo.data.batches.order import (
+    epoch_step_indices,
+)
+from mlx_dpo.data.batches.token_counts import padded_row_tokens, shared_prompt_tokens
+from tests.data.batches.pairs import costs, lengths, limits, of, some_pairs
+
+
+def test_pairs_of_similar_length_share_a_micro_batch():
+    pairs = lengths(2, 40, 2, 10, 50, 2, 2, 50, 2, 10)
+    found = micro_batches([7, 3, 4, 1, 9], pairs, PassLimit(pairs=2), cost=padded_row_tokens)
+    assert found == [[3, 9], [1, 7], [4]]
+
+
+def test_ties_keep_their_order_whatever_the_indices():
+    pairs = lengths(*[5] * 10)
+    assert micro_batches([9, 2, 5], pairs, PassLimit(), cost=padded_row_tokens) == [[9, 2, 5]]
+
+
+def test_a_micro_batch_is_filled_up_to_its_limit_of_tokens():
+    """Rows of 9 tokens are padded to 16, of which 15 are inputs: 30 tokens per pair."""
+    pairs = lengths(9, 9, 9, 9, 9)
+    for tokens, sizes in ((60, [2, 2, 1]), (59, [1] * 5), (89, [2, 2, 1]), (90, [3, 2])):
+        groups = micro_batches(range(5), pairs, PassLimit(tokens=tokens), cost=padded_row_tokens)
+        assert [len(group) for group in groups] == sizes
+
+
+def test_both_limits_apply_together():
+    pairs = lengths(9, 9, 9, 17, 17, 17)  # 30 and 46 tokens each
+    groups = micro_batches(range(6), pairs, PassLimit(2, 90), cost=padded_row_tokens)
+    assert groups == [[0, 1], [2], [3], [4], [5]]
+
+
+def test_a_pair_above_the_limit_is_a_micro_batch_of_its_own():
+    pairs = lengths(90, 3, 100, 3)
+    groups = micro_batches(range(4), pairs, PassLimit(tokens=28), cost=padded_row_tokens)
+    assert groups == [[1, 3], [0], [2]]
+
+
+@given(some_pairs, limits, costs, st.integers(1, 9), st.integers(0, 2))
+def test_every_pair_is_in_one_micro_batch_of_an_epoch_and_every_micro_batch_is_within_the_limits(
+    pairs, limit, cost, batch_size, number
+):
+    steps = epoch_step_indices(number, count=len(pairs), batch_size=batch_size, seed=3)
+    groups = [g for step in steps for g in micro_batches(step, pairs, limit, cost=cost)]
+    assert sorted(index for group in groups for index in group) == list(range(len(pairs)))
+    for group in groups:
+        assert limit.pairs is None or len(group) <= limit.pairs
+        tokens = cost([pairs[i] for i in group]).total
+        assert limit.tokens is None or tokens <= limit.tokens or len(group) == 1
+
+
+@given(some_pairs, limits, costs)
+def test_no_micro_batch_has_room_for_the_next_pair(pairs, limit, cost):
+    groups = micro_batches(range(len(pairs)), pairs, limit, cost=cost)
+    for group, following in itertools.pairwise(groups):
+        more = [pairs[i] for i in [*group, following[0]]]
+        many = limit.pairs is not None and len(more) > limit.pairs
+        assert many or (limit.tokens is not None and cost(more).total > limit.tokens)
+    flat = [len(pairs[i]) for group in groups for i in group]
+    assert flat == sorted(flat)
+
+
+def test_a_limit_can_be_multiplied():
+    assert PassLimit(2, 100).scaled(4) == PassLimit(8, 400)
+    assert PassLimit(tokens=100).scaled(4) == PassLimit(None, 400)
+
+
+def test_the_largest_micro_batch_has_the_longest_pairs():
+    pairs = lengths(9, 40, 17, 80, 33)
+    assert largest_micro_batch(pairs, PassLimit(pairs=2), cost=padded_row_tokens) == [
+        pairs[3],
+        pairs[1],
+    ]
+    assert largest_micro_batch(pairs, PassLimit(tokens=10), cost=padded_row_tokens) == [pairs[3]]
+    two = PassLimit(tokens=2 * 2 * 79)
+    assert largest_micro_batch(pairs, two, cost=padded_row_tokens) == [pairs[3], pairs[1]]
+    # 79 tokens, and 8 beside them where 39 have no room.
+    uneven = [of(1, 8, 1), of(2, 38, 1), of(3, 77, 1)]
+    alone = partial(shared_prompt_tokens, together=False)
+    assert largest_micro_batch(uneven, PassLimit(tokens=90), cost=alone) == [uneven[2], uneven[0]]
+
+
+def test_micro_batches_of_an_epoch_are_counted_by_hand():
+    """Rows of 8, 16 and 40 tokens, of which all but one are inputs, two rows per pair."""
+    pairs = lengths(8, 8, 8, 8, 9, 40)
+    found = count_micro_batches(
+        pairs, PassLimit(tokens=56), batch_size=6, seed=0, cost=padded_row_tokens
+    )
+    assert found == (1, 3, (4 * 14 + 30 + 78, 4 * (14 - 8) + (30 - 9) + (78 - 40)), 1, 78)
+
+
+@given(some_pairs, limits, costs, st.integers(1, 9), st.integers(-3, 3))
+def test_the_counts_of_an_epoch_are_sums_over_its_steps(pairs, limit, cost, batch_size, seed):
+    steps = epoch_step_indices(0, count=len(pairs), batch_size=batch_size, seed=seed)
+    groups = [g for step in steps for g in micro_batches(step, pairs, limit, cost=cost)]
+    known = count_micro_batches(pairs, limit, batch_size=batch_size, seed=seed, cost=cost)
+    assert (known.steps, known.micro_batches) == (len(steps), len(groups))
+    passes = [cost([pairs[i] for i in group]) for group in groups]
+    assert known.tokens == (sum(p.total for p in passes), sum(p.padding for p in passes))
