@@ -148,9 +148,8 @@ def _query_chunks(
         first = int(visible.any(axis=0).argmax())
         mask = mx.array(np.where(visible[:, first:], 0.0, -np.inf).astype(np.float32))  # (C, S)
         offset = span.start
-        yield QueryChunk(
-            offset + start, offset + end, offset + first, offset + end, mask.astype(dtype)
-        )
+        seen = ((offset + first, offset + end),)
+        yield QueryChunk(offset + start, offset + end, seen, mask.astype(dtype))
 
 
 class PackedMask(StructuredMask):

@@ -46,7 +46,8 @@ def visible(row, size, window=None):
         at = chunk.query_end
         hidden = np.array(chunk.mask)
         assert set(np.unique(hidden)) <= {0.0, -np.inf}
-        whole[chunk.query_start : chunk.query_end, chunk.key_start : chunk.key_end] = hidden == 0
+        keys = np.concatenate([np.arange(*span) for span in chunk.key_ranges])
+        whole[chunk.query_start : chunk.query_end, keys] = hidden == 0
     assert at == len(row)
     return whole
 

@@ -37,21 +37,27 @@ class AttentionInputs(NamedTuple):
 
 
 class QueryChunk(NamedTuple):
-    """A range of queries, and the range of keys that these queries see."""
+    """A range of queries, and the ranges of keys that these queries see."""
 
     query_start: int
     query_end: int
-    key_start: int
-    key_end: int
+    key_ranges: tuple[tuple[int, int], ...]  # (start, end) in ascending order; S keys in all
     mask: mx.array | None = None  # (C, S), added to the scores of this chunk
+    # Whether the last query sees all S keys, and each query before it one key less. A GPU then
+    # skips hidden keys; elsewhere `mask`, if given, must hide the same keys.
+    is_causal: bool = False
+
+    @property
+    def num_keys(self) -> int:
+        """Number of keys that the chunk sees, S."""
+        return sum(end - start for start, end in self.key_ranges)
 
 
 class AttentionOptions(NamedTuple):
-    """Options of an attention call: fused function, score scale, causality, and query chunks."""
+    """Options of an attention call: fused function, score scale, and query chunks."""
 
     fused_attention: Attention  # MLX's own
     scale: float
-    is_causal: bool
     chunks: Sequence[QueryChunk]
 
 
@@ -87,7 +93,7 @@ def _saved_probabilities(inputs: AttentionInputs, options: AttentionOptions) -> 
 
     An empty list means that the backward pass computes the probabilities again.
     """
-    scores = sum((c.query_end - c.query_start) * (c.key_end - c.key_start) for c in options.chunks)
+    scores = sum((chunk.query_end - chunk.query_start) * chunk.num_keys for chunk in options.chunks)
     is_large = scores > MAX_SAVED_KEYS * inputs.queries.shape[2]
     if not is_cpu() or inputs.sinks is not None or is_large:
         return []
@@ -127,18 +133,38 @@ def _chunk_inputs(inputs: AttentionInputs, chunk: QueryChunk) -> AttentionInputs
         mask = mask[:, :, chunk.query_start : chunk.query_end]
     return AttentionInputs(
         inputs.queries[:, :, chunk.query_start : chunk.query_end],
-        inputs.keys[:, :, chunk.key_start : chunk.key_end],
-        inputs.values[:, :, chunk.key_start : chunk.key_end],
+        _seen_by(chunk, inputs.keys),
+        _seen_by(chunk, inputs.values),
         mask,
         inputs.sinks,
     )
+
+
+def _seen_by(chunk: QueryChunk, x: mx.array) -> mx.array:
+    """Return the keys or values that the chunk sees. (B, K, T_k, ·) -> (B, K, S, ·)"""
+    parts = [x[:, :, start:end] for start, end in chunk.key_ranges]
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
+
+
+def _add_gradient(total: mx.array, gradient: mx.array, chunk: QueryChunk) -> mx.array:
+    """Add the gradient of the keys or values that the chunk sees to that of all of them.
+
+    Args:
+        total: gradient so far, (B, K, T_k, ·).
+        gradient: gradient of one chunk, (B, K, S, ·).
+    """
+    first = 0
+    for start, end in chunk.key_ranges:
+        total = total.at[:, :, start:end].add(gradient[:, :, first : first + end - start])
+        first += end - start
+    return total
 
 
 def _attend_chunk(part: AttentionInputs, options: AttentionOptions, chunk: QueryChunk) -> mx.array:
     """Return the attention output of one chunk. (B, H, C, E)"""
     if not is_cpu():  # a GPU has a fused kernel for the forward pass
         q, k, v, mask, sinks = part
-        fused_mask = "causal" if options.is_causal else mask if chunk.mask is None else chunk.mask
+        fused_mask = "causal" if chunk.is_causal else mask if chunk.mask is None else chunk.mask
         return options.fused_attention(q, k, v, scale=options.scale, mask=fused_mask, sinks=sinks)
     probabilities, _ = _probabilities(part, options, chunk)
     return _weighted_values(probabilities, part)
@@ -160,10 +186,10 @@ def _probabilities(
     """
     queries = _group_by_key_head(part.queries * options.scale, part.keys)  # (B, K, H/K C, D)
     scores = _ungroup(queries @ part.keys.swapaxes(-1, -2), part.queries)  # (B, H, C, S)
-    if options.is_causal:
-        scores = scores + causal_mask(scores.shape[-2], scores.shape[-1], scores.dtype)
-    elif chunk.mask is not None:
+    if chunk.mask is not None:
         scores = scores + chunk.mask
+    elif chunk.is_causal:
+        scores = scores + causal_mask(scores.shape[-2], scores.shape[-1], scores.dtype)
     elif part.mask is not None:
         scores = scores + additive_mask(part.mask, scores.dtype)
     if part.sinks is None:
@@ -216,14 +242,13 @@ def _backward(
             chunk_queries, keys, values = mx.depends([part.queries, keys, values], queries[-1:])
             part = part._replace(queries=chunk_queries)
         rows = slice(chunk.query_start, chunk.query_end)
-        seen = slice(chunk.key_start, chunk.key_end)
         # Without saved probabilities, this is the computation that the chunk repeats.
         weights = (saved[index], None) if saved else _probabilities(part, options, chunk)
         gradients = _chunk_gradients(
             part, options.scale, weights, output[:, :, rows], cotangent[:, :, rows]
         )
-        keys = keys.at[:, :, seen].add(gradients.keys)
-        values = values.at[:, :, seen].add(gradients.values)
+        keys = _add_gradient(keys, gradients.keys, chunk)
+        values = _add_gradient(values, gradients.values, chunk)
         queries.append(gradients.queries)
         masks.append(gradients.mask)
         sinks.append(gradients.sinks)

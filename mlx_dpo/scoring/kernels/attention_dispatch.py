@@ -27,7 +27,7 @@ FUNCTION_NAME = "scaled_dot_product_attention"
 
 
 class StructuredMask(ABC):
-    """An attention mask given by the range of keys that each chunk of queries sees.
+    """An attention mask given by the ranges of keys that each chunk of queries sees.
 
     A model passes this object to the attention function instead of a mask array.
     """
@@ -93,7 +93,7 @@ def _attention(
     """
     if isinstance(mask, StructuredMask):
         chunks = mask.chunks(queries_per_chunk or q.shape[2], q.dtype)
-        options = AttentionOptions(fused, more["scale"], False, chunks)
+        options = AttentionOptions(fused, more["scale"], chunks)
         return chunked_attention(AttentionInputs(q, k, v, None, sinks), options)
     if (
         queries_per_chunk is None
@@ -106,7 +106,7 @@ def _attention(
         array = array.reshape((1,) * (4 - array.ndim) + array.shape)
     is_causal = mask == "causal"
     chunks = list(_query_chunks(q.shape[2], k.shape[2], queries_per_chunk, is_causal=is_causal))
-    options = AttentionOptions(fused, more["scale"], is_causal, chunks)
+    options = AttentionOptions(fused, more["scale"], chunks)
     return chunked_attention(AttentionInputs(q, k, v, array, sinks), options)
 
 
@@ -126,4 +126,5 @@ def _query_chunks(queries: int, keys: int, size: int, *, is_causal: bool) -> Ite
     for start in range(0, queries, size):
         end = min(start + size, queries)
         # The last query sees the last key, also if there are more keys than queries.
-        yield QueryChunk(start, end, 0, keys - queries + end if is_causal else keys)
+        seen = keys - queries + end if is_causal else keys
+        yield QueryChunk(start, end, ((0, seen),), is_causal=is_causal)

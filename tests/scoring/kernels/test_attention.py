@@ -3,9 +3,21 @@
 from statistics import median
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
-from mlx_dpo.scoring.kernels.attention_dispatch import use_chunked_attention
+from mlx_dpo.scoring.kernels import attention
+from mlx_dpo.scoring.kernels.attention import (
+    AttentionInputs,
+    AttentionOptions,
+    QueryChunk,
+    causal_mask,
+)
+from mlx_dpo.scoring.kernels.attention_dispatch import (
+    StructuredMask,
+    use_chunked_attention,
+    use_structured_masks,
+)
 
 HEADS, KEY_HEADS, DIMS = 6, 2, 16
 
@@ -183,3 +195,83 @@ def test_a_call_for_the_fused_kernel_goes_to_mlx_unchanged(monkeypatch):
     with use_chunked_attention(32):
         own = mx.fast.scaled_dot_product_attention(*inputs(200), scale=1.0, force_fused=True)
     assert own == "MLX's own"
+
+
+class FixedChunks(StructuredMask):
+    """The given chunks, whatever size is asked for."""
+
+    def __init__(self, chunks):
+        self.fixed = chunks
+
+    def chunks(self, size, dtype):
+        return self.fixed
+
+
+def in_ranges(start, end, *ranges):
+    """A chunk of queries that see all keys of the ranges but some that its mask hides."""
+    keys = sum(last - first for first, last in ranges)
+    hidden = (3 * mx.arange(start, end)[:, None] + mx.arange(keys)) % 5 == 0
+    return QueryChunk(start, end, ranges, mx.where(hidden, -mx.inf, 0.0))
+
+
+def chain(start, end, *ranges):
+    """A chunk of which each query sees one key more than the query before it."""
+    return QueryChunk(start, end, ranges, is_causal=True)
+
+
+def masked_chain(start, end, *ranges):
+    """A chain that also has the mask of a chain."""
+    keys = sum(last - first for first, last in ranges)
+    return chain(start, end, *ranges)._replace(mask=causal_mask(end - start, keys, mx.float32))
+
+
+def visible_keys(chunks, length, seen):
+    """The (query, key) places that `chunks` show, one by one. (T_q, T_k) bool"""
+    visible = np.zeros((length, seen), bool)
+    for chunk in chunks:
+        keys = [key for first, last in chunk.key_ranges for key in range(first, last)]
+        for row, query in enumerate(range(chunk.query_start, chunk.query_end)):
+            for column, key in enumerate(keys):
+                if chunk.is_causal:
+                    shown = len(keys) - column >= chunk.query_end - query
+                else:
+                    shown = chunk.mask is None or chunk.mask[row, column].item() == 0
+                visible[query, key] = shown
+    return mx.array(visible)
+
+
+@pytest.mark.parametrize("saved_keys", [0, 1000], ids=["computed again", "saved"])
+@pytest.mark.parametrize("is_cpu", [True, False], ids=["cpu", "gpu's arithmetic"])
+@pytest.mark.parametrize("has_sinks", [False, True], ids=["", "sinks"])
+@pytest.mark.parametrize("make", [in_ranges, chain, masked_chain])
+def test_chunks_see_the_keys_of_all_their_ranges(monkeypatch, make, has_sinks, is_cpu, saved_keys):
+    """Against MLX's own with the whole mask: keys left out between, before and behind ranges."""
+    for kernel in ("attention", "softmax"):
+        monkeypatch.setattr(f"mlx_dpo.scoring.kernels.{kernel}.is_cpu", lambda: is_cpu)
+    monkeypatch.setattr(attention, "MAX_SAVED_KEYS", saved_keys)
+    chunks = [
+        make(0, 3, (0, 3)),
+        make(3, 8, (1, 2), (4, 9)),
+        make(8, 9, (0, 2), (5, 6), (9, 12)),
+        make(9, 14, (0, 4), (6, 9), (10, 13), (14, 15)),
+        make(14, 20, (7, 13)),
+    ]
+    arrays = [*inputs(20, 18), *([mx.random.normal((HEADS,))] if has_sinks else [])]
+    whole = visible_keys(chunks, 20, 18)
+    plain = values_and_gradients(arrays, lambda q, k, v, *s: attend(q, k, v, whole, *s))
+    with use_structured_masks():
+        chunked = values_and_gradients(
+            arrays, lambda q, k, v, *s: attend(q, k, v, FixedChunks(chunks), *s)
+        )
+    for ours, theirs in zip(chunked, plain, strict=True):
+        assert mx.abs(ours - theirs).max().item() < 5e-6 * max(1, mx.abs(theirs).max().item())
+
+
+@pytest.mark.parametrize("limit, kept", [(11, 1), (10, 0)])
+def test_saved_probabilities_are_counted_by_the_keys_of_all_ranges(monkeypatch, limit, kept):
+    monkeypatch.setattr(attention, "MAX_SAVED_KEYS", limit)
+    chunk = QueryChunk(0, 4, ((0, 5), (9, 15)))  # 11 keys for each query
+    options = AttentionOptions(mx.fast.scaled_dot_product_attention, 1.0, [chunk])
+    q, k, v = inputs(4, 15)
+    saved = attention._saved_probabilities(AttentionInputs(q, k, v, None, None), options)
+    assert len(saved) == kept
