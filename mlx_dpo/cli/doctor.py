@@ -26,7 +26,8 @@ def doctor(as_json: bool) -> None:
 
     The self-test takes a few seconds. It compares log-probabilities and gradients of a tiny model
     with NumPy in float64, takes one training step, and saves and loads adapters. Each line shows
-    the measured error and its limit. Exits with 1 if a check fails.
+    the measured error and its limit. Exits with 1 if a check fails. `NAX` tells whether MLX can use
+    the neural accelerators in the GPU of an M5 or newer chip, and why.
     """
     from mlx_dpo.doctor.checks import self_test
     from mlx_dpo.doctor.machine import anonymous, collect_facts
@@ -53,6 +54,7 @@ def doctor(as_json: bool) -> None:
 
 
 def _print_facts(machine_facts: dict[str, Any]) -> None:
+    from mlx_dpo.doctor.accelerators import NeuralAccelerators
     from mlx_dpo.doctor.machine import from_home
 
     packages = dict(machine_facts["versions"])
@@ -63,6 +65,7 @@ def _print_facts(machine_facts: dict[str, Any]) -> None:
         "system": f"Python {python} on {system}",
         "device": _describe_device(machine_facts["device"]),
         "products": _describe_speed(machine_facts["device"]),
+        "NAX": NeuralAccelerators(**machine_facts["device"]["neural_accelerators"]).describe(),
         "memory": _describe_memory(machine_facts["memory"]),
         "models": _describe_folder(
             from_home(folders["hub_cache"]["path"]), folders["hub_cache"]["free"]

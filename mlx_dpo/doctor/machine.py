@@ -12,6 +12,7 @@ import huggingface_hub
 import mlx.core as mx
 
 from mlx_dpo import paths
+from mlx_dpo.doctor.accelerators import find_neural_accelerators
 from mlx_dpo.models.device import device_kind
 from mlx_dpo.startup.openblas import use_openblas
 
@@ -61,6 +62,7 @@ def device() -> Facts:
         "cores": os.cpu_count(),
         "openblas": use_openblas() if kind == "cpu" else None,
         "gflops": round(_measure_gflops(MATRIX_SIZES[kind]), 1),
+        "neural_accelerators": find_neural_accelerators()._asdict(),
     }
 
 
