@@ -10,7 +10,7 @@ from mlx_lm.models.rope_utils import initialize_rope
 
 from mlx_dpo.adapters import attach as adapters
 from mlx_dpo.scoring.equivalence import relative_errors
-from mlx_dpo.scoring.kernels.attention_dispatch import QUERIES_PER_CHUNK, use_chunked_attention
+from mlx_dpo.scoring.kernels.attention_dispatch import CPU_QUERIES, use_chunked_attention
 from mlx_dpo.scoring.kernels.rope import use_token_positions
 from mlx_dpo.scoring.packing import PackedCache, PackedMask, PackedSequence
 from mlx_dpo.scoring.scorers import make_shared_scorer, memory_efficient_training, plain_scorer
@@ -157,7 +157,7 @@ def long_pairs():
     def draw(n):
         return tuple(rng.integers(1, VOCAB, n).tolist())
 
-    lengths = [(QUERIES_PER_CHUNK + 9, 40, QUERIES_PER_CHUNK + 3), (5, 1, 70), (30, 2, 1)]
+    lengths = [(CPU_QUERIES + 9, 40, CPU_QUERIES + 3), (5, 1, 70), (30, 2, 1)]
     return [TokenizedPair(*map(draw, row)) for row in lengths]
 
 
@@ -178,7 +178,7 @@ def test_long_packed_pairs_equal_whole_rows(monkeypatch, recompute, saved_keys, 
 
     with ExitStack() as stack:
         stack.enter_context(memory_efficient_training(model, recompute=recompute))
-        stack.enter_context(use_chunked_attention(QUERIES_PER_CHUNK))
+        stack.enter_context(use_chunked_attention(CPU_QUERIES))
         result = relative_errors(model, rows(shared), rows(plain_scorer))
     assert result.values <= 1e-5
     assert result.gradients <= 1e-4

@@ -14,13 +14,17 @@ from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 
-from mlx_dpo.models.device import is_cpu
+from mlx_dpo.models.device import device_kind, is_cpu
 from mlx_dpo.scoring.kernels.softmax import softmax
 
 # Keys per query, on average, up to which the CPU saves probabilities for the backward pass
 # instead of computing them again: few bytes next to a layer's other activations, and a third of
 # the time of attention.
 MAX_SAVED_KEYS = 256
+
+# Head widths for which MLX has a fused kernel on Metal that it finds faster than its unfused path
+# (`ScaledDotProductAttention::use_fallback`), and the queries up to which it takes another kernel.
+FUSED_WIDTHS, MAX_VECTOR_QUERIES = (64, 72, 80, 96, 128), 8
 
 Attention = Callable[..., mx.array]  # signature of `mx.fast.scaled_dot_product_attention`
 Probabilities = tuple[mx.array, mx.array | None]  # (B, H, C, S), and of sinks (B, H, C, 1)
@@ -98,11 +102,13 @@ def _saved_probabilities(inputs: AttentionInputs, options: AttentionOptions) -> 
     if not is_cpu() or inputs.sinks is not None or is_large:
         return []
     arrays = {name: mx.stop_gradient(x) for name, x in inputs._asdict().items() if x is not None}
-    constant = inputs._replace(**arrays)
-    return [
-        _probabilities(_chunk_inputs(constant, chunk), options, chunk)[0]
-        for chunk in options.chunks
-    ]
+    constant = _with_scaled_queries(inputs._replace(**arrays), options)
+    return [_probabilities(_chunk_inputs(constant, chunk), chunk)[0] for chunk in options.chunks]
+
+
+def _with_scaled_queries(inputs: AttentionInputs, options: AttentionOptions) -> AttentionInputs:
+    """Return the inputs with the queries multiplied by the score scale, for all chunks at once."""
+    return inputs._replace(queries=inputs.queries * options.scale)
 
 
 def _forward(
@@ -114,6 +120,8 @@ def _forward(
         saved: attention probabilities of every chunk if they were saved, otherwise empty.
     """
     outputs: list[mx.array] = []  # (B, H, C, E) each
+    if is_cpu() and not saved:
+        inputs = _with_scaled_queries(inputs, options)
     for index, chunk in enumerate(options.chunks):
         part = _chunk_inputs(inputs, chunk)
         if saved:
@@ -161,13 +169,27 @@ def _add_gradient(total: mx.array, gradient: mx.array, chunk: QueryChunk) -> mx.
 
 
 def _attend_chunk(part: AttentionInputs, options: AttentionOptions, chunk: QueryChunk) -> mx.array:
-    """Return the attention output of one chunk. (B, H, C, E)"""
-    if not is_cpu():  # a GPU has a fused kernel for the forward pass
-        q, k, v, mask, sinks = part
-        fused_mask = "causal" if chunk.is_causal else mask if chunk.mask is None else chunk.mask
-        return options.fused_attention(q, k, v, scale=options.scale, mask=fused_mask, sinks=sinks)
-    probabilities, _ = _probabilities(part, options, chunk)
-    return _weighted_values(probabilities, part)
+    """Return the attention output of one chunk. (B, H, C, E)
+
+    The queries of `part` are scaled on the CPU only: a GPU has a fused kernel that scales them.
+    """
+    if is_cpu():
+        return _weighted_values(_probabilities(part, chunk)[0], part)
+    q, k, v, mask, sinks = part
+    fused_mask = "causal" if chunk.is_causal else mask if chunk.mask is None else chunk.mask
+    # MLX does not use its kernel on Metal while gradients are traced, as in a training pass. This
+    # call is inside a custom function, so MLX never differentiates it.
+    more = {"force_fused": True} if _has_fused_kernel(q, v) else {}
+    return options.fused_attention(
+        q, k, v, scale=options.scale, mask=fused_mask, sinks=sinks, **more
+    )
+
+
+def _has_fused_kernel(queries: mx.array, values: mx.array) -> bool:
+    """Return whether MLX must be asked for its fused kernel, and has one that fits the chunk."""
+    width = queries.shape[-1]
+    is_supported = width in FUSED_WIDTHS and width == values.shape[-1]
+    return device_kind() == "metal" and is_supported and queries.shape[2] > MAX_VECTOR_QUERIES
 
 
 def _weighted_values(probabilities: mx.array, part: AttentionInputs) -> mx.array:
@@ -176,15 +198,16 @@ def _weighted_values(probabilities: mx.array, part: AttentionInputs) -> mx.array
     return _ungroup(grouped @ part.values, part.queries)
 
 
-def _probabilities(
-    part: AttentionInputs, options: AttentionOptions, chunk: QueryChunk
-) -> Probabilities:
+def _probabilities(part: AttentionInputs, chunk: QueryChunk) -> Probabilities:
     """Return the attention probabilities of the keys and of the sinks. (B, H, C, S), (B, H, C, 1)
 
     A sink takes part in the softmax like a key but has no value. Without sinks, the second array
     is None.
+
+    Args:
+        part: inputs of the chunk, with scaled queries.
     """
-    queries = _group_by_key_head(part.queries * options.scale, part.keys)  # (B, K, H/K C, D)
+    queries = _group_by_key_head(part.queries, part.keys)  # (B, K, H/K C, D)
     scores = _ungroup(queries @ part.keys.swapaxes(-1, -2), part.queries)  # (B, H, C, S)
     if chunk.mask is not None:
         scores = scores + chunk.mask
@@ -234,6 +257,9 @@ def _backward(
     sinks: list[mx.array | None] = []
     keys = mx.zeros(inputs.keys.shape, mx.float32)  # (B, K, T_k, D)
     values = mx.zeros(inputs.values.shape, mx.float32)  # (B, K, T_k, E)
+    # Once for all chunks: on a GPU each operation of a chunk costs the start of a kernel.
+    inputs = _with_scaled_queries(inputs, options)
+    row_sums = (cotangent.astype(mx.float32) * output).sum(-1, keepdims=True)  # (B, H, T_q, 1)
     for index, chunk in enumerate(options.chunks):
         part = _chunk_inputs(inputs, chunk)
         if queries:
@@ -243,17 +269,15 @@ def _backward(
             part = part._replace(queries=chunk_queries)
         rows = slice(chunk.query_start, chunk.query_end)
         # Without saved probabilities, this is the computation that the chunk repeats.
-        weights = (saved[index], None) if saved else _probabilities(part, options, chunk)
-        gradients = _chunk_gradients(
-            part, options.scale, weights, output[:, :, rows], cotangent[:, :, rows]
-        )
+        weights = (saved[index], None) if saved else _probabilities(part, chunk)
+        gradients = _chunk_gradients(part, weights, row_sums[:, :, rows], cotangent[:, :, rows])
         keys = _add_gradient(keys, gradients.keys, chunk)
         values = _add_gradient(values, gradients.values, chunk)
         queries.append(gradients.queries)
         masks.append(gradients.mask)
         sinks.append(gradients.sinks)
     return AttentionInputs(
-        mx.concatenate(queries, axis=2),
+        mx.concatenate(queries, axis=2) * options.scale,
         keys.astype(inputs.keys.dtype),
         values.astype(inputs.values.dtype),
         _join_gradients(inputs.mask, masks),
@@ -262,23 +286,22 @@ def _backward(
 
 
 def _chunk_gradients(
-    part: AttentionInputs,
-    scale: float,
-    weights: Probabilities,
-    output: mx.array,
-    cotangent: mx.array,
+    part: AttentionInputs, weights: Probabilities, row_sum: mx.array, cotangent: mx.array
 ) -> AttentionInputs:
-    """Return the gradients of one chunk's inputs.
+    """Return the gradients of one chunk's inputs, with respect to its scaled queries.
 
-    With scores s = scale q k', probabilities p = softmax(s) and output o = p v:
+    With scaled queries q, scores s = q k', probabilities p = softmax(s) and output o = p v:
 
-        dv = p' do,   ds = p * (do v' - rowsum(do * o)),   dq = scale ds k,   dk = scale ds' q
+        dv = p' do,   ds = p * (do v' - rowsum(do * o)),   dq = ds k,   dk = ds' q
 
     rowsum(do * o) equals rowsum(p * dp) and needs no array of C x S (FlashAttention, App. B.2).
+
+    Args:
+        part: inputs of the chunk, with scaled queries.
+        row_sum: rowsum(do * o) of the chunk, (B, H, C, 1).
     """
     probabilities, sink = weights
     grouped_cotangent = _group_by_key_head(cotangent, part.keys)  # (B, K, H/K C, E)
-    row_sum = (cotangent.astype(mx.float32) * output).sum(-1, keepdims=True)  # (B, H, C, 1)
     d_probabilities = _ungroup(grouped_cotangent @ part.values.swapaxes(-1, -2), part.queries)
     d_scores = probabilities * (d_probabilities - row_sum).astype(probabilities.dtype)
     if part.mask is not None and part.mask.dtype == mx.bool_:
@@ -286,10 +309,9 @@ def _chunk_gradients(
         d_scores = d_scores * part.mask
     grouped = _group_by_key_head(d_scores, part.keys)  # (B, K, H/K C, S)
     grouped_probabilities = _group_by_key_head(probabilities, part.keys)
-    scaled_queries = _group_by_key_head(part.queries * scale, part.keys)
     return AttentionInputs(
-        queries=_ungroup(grouped @ part.keys, part.queries) * scale,
-        keys=grouped.swapaxes(-1, -2) @ scaled_queries,
+        queries=_ungroup(grouped @ part.keys, part.queries),
+        keys=grouped.swapaxes(-1, -2) @ _group_by_key_head(part.queries, part.keys),
         values=grouped_probabilities.swapaxes(-1, -2) @ grouped_cotangent,
         mask=None if part.mask is None else _sum_to_shape(d_scores, part.mask),
         sinks=None if sink is None else -(sink * row_sum).sum((0, 2, 3)),

@@ -2,16 +2,20 @@
 
 mlx-lm's models look up this function at each call, so replacing it in `mx.fast` reaches all models
 without code per model. Models that implement attention themselves are not affected.
+
+Shape letters: those of `attention`.
 """
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import mlx.core as mx
 
+from mlx_dpo.models.device import is_cpu
 from mlx_dpo.models.restore import patched
 from mlx_dpo.scoring.kernels.attention import (
     Attention,
@@ -21,9 +25,19 @@ from mlx_dpo.scoring.kernels.attention import (
     chunked_attention,
 )
 
-QUERIES_PER_CHUNK = 64  # measured on the CPU: scores of larger chunks do not fit into its caches
+CPU_QUERIES = 64  # of a chunk; measured: scores of larger chunks do not fit into the CPU's caches
+
+# Queries of a chunk on a GPU if all heads together are GPU_WIDTH wide (H D). Calculated, not
+# measured: a chunk of a layer starts about 15 kernels (2.5 us each, mlx#4521) and its graph takes
+# about 80 us to build. In this time a GPU of 10 TFLOP/s computes about C^2 / 2 scores for C = 512.
+GPU_QUERIES, GPU_WIDTH = 512, 576
+MAX_SCORE_BYTES = 128 * 2**20  # for the scores of a chunk on a GPU, B H C S float32 numbers
+QUERIES_STEP = 64  # on a GPU, a chunk has a multiple of so many queries
+
 MIN_SCORES = 64 * 64  # T_q T_k; below, MLX's own is as fast and saves little memory
 FUNCTION_NAME = "scaled_dot_product_attention"
+
+ChunkSize = Callable[[mx.array, mx.array], int]  # queries and keys to the queries of a chunk
 
 
 class StructuredMask(ABC):
@@ -39,19 +53,41 @@ class StructuredMask(ABC):
         """Return chunks of at most `size` queries each, which cover all queries in order."""
 
 
-@contextmanager
-def use_chunked_attention(queries_per_chunk: int = QUERIES_PER_CHUNK) -> Iterator[None]:
-    """Compute attention in chunks of queries inside the block.
+def queries_per_chunk(queries: mx.array, keys: mx.array) -> int:
+    """Return the maximum number of queries in a chunk, by device and shape.
 
-    Use this block for passes with gradients. On Metal, passes without gradients are faster outside
-    the block, where MLX's fused kernel takes all queries at once. Single queries, small score
-    matrices, and calls with `force_fused` or a stream go to MLX unchanged. Blocks may be nested;
-    the innermost one counts. All threads are affected.
+    On a GPU, C queries per chunk let a causal row of T tokens compute T C / 2 scores more than it
+    needs, each in a time proportional to H D, and start T / C chunks. The sum is least for a C
+    proportional to 1 / sqrt(H D). Chunks are smaller where their scores, B H C S float32 numbers,
+    would take more than MAX_SCORE_BYTES, but never smaller than QUERIES_STEP.
+
+    Args:
+        queries: (B, H, T_q, D).
+        keys: (B, K, T_k, D).
+    """
+    if is_cpu():
+        return CPU_QUERIES
+    batch, heads, _, width = queries.shape
+    fastest = GPU_QUERIES * math.sqrt(GPU_WIDTH / (heads * width))
+    row_bytes = batch * heads * keys.shape[2] * mx.float32.size  # scores of one query
+    steps = int(min(fastest, MAX_SCORE_BYTES / row_bytes) / QUERIES_STEP)
+    return max(1, steps) * QUERIES_STEP
+
+
+@contextmanager
+def use_chunked_attention(size: int | None = None) -> Iterator[None]:
+    """Compute attention in chunks of at most `size` queries inside the block.
+
+    Without `size`, `queries_per_chunk` decides. Use this block for passes with gradients. On Metal,
+    passes without gradients are faster outside the block, where MLX's fused kernel takes all
+    queries at once. Single queries, small score matrices, and calls with `force_fused` or a stream
+    go to MLX unchanged. Blocks may be nested; the innermost one counts. All threads are affected.
     """
     current: Any = mx.fast.scaled_dot_product_attention
     # An inner block must not cut the chunks of the outer one into chunks again.
     fused = current.args[0] if _is_replacement(current) else current
-    with patched(mx.fast, FUNCTION_NAME, partial(_attention, fused, queries_per_chunk)):
+    chunk_size = queries_per_chunk if size is None else lambda queries, keys: size
+    with patched(mx.fast, FUNCTION_NAME, partial(_attention, fused, chunk_size)):
         yield
 
 
@@ -73,7 +109,7 @@ def _is_replacement(function: Any) -> bool:
 
 def _attention(
     fused: Attention,
-    queries_per_chunk: int | None,
+    chunk_size: ChunkSize | None,
     q: mx.array,
     k: mx.array,
     v: mx.array,
@@ -88,15 +124,15 @@ def _attention(
 
     Args:
         fused: MLX's own attention function.
-        queries_per_chunk: maximum number of queries in a chunk. If None, only calls with a
-            structured mask are computed here, in a single chunk.
+        chunk_size: maximum number of queries in a chunk, by queries and keys. If None, only calls
+            with a structured mask are computed here, in chunks of `queries_per_chunk`.
     """
     if isinstance(mask, StructuredMask):
-        chunks = mask.chunks(queries_per_chunk or q.shape[2], q.dtype)
+        chunks = mask.chunks((chunk_size or queries_per_chunk)(q, k), q.dtype)
         options = AttentionOptions(fused, more["scale"], chunks)
         return chunked_attention(AttentionInputs(q, k, v, None, sinks), options)
     if (
-        queries_per_chunk is None
+        chunk_size is None
         or more.keys() != {"scale"}
         or not _is_worth_chunking(q.shape[2], k.shape[2], mask)
     ):
@@ -105,7 +141,10 @@ def _attention(
     if array is not None:
         array = array.reshape((1,) * (4 - array.ndim) + array.shape)
     is_causal = mask == "causal"
-    chunks = list(_query_chunks(q.shape[2], k.shape[2], queries_per_chunk, is_causal=is_causal))
+    size = chunk_size(q, k)
+    if not is_cpu():  # chunks of equal size: a small last chunk starts as many kernels
+        size = -(-q.shape[2] // -(-q.shape[2] // size))
+    chunks = list(_query_chunks(q.shape[2], k.shape[2], size, is_causal=is_causal))
     options = AttentionOptions(fused, more["scale"], chunks)
     return chunked_attention(AttentionInputs(q, k, v, array, sinks), options)
 

@@ -15,6 +15,7 @@ from mlx_dpo.scoring.kernels.attention import (
 )
 from mlx_dpo.scoring.kernels.attention_dispatch import (
     StructuredMask,
+    queries_per_chunk,
     use_chunked_attention,
     use_structured_masks,
 )
@@ -275,3 +276,88 @@ def test_saved_probabilities_are_counted_by_the_keys_of_all_ranges(monkeypatch, 
     q, k, v = inputs(4, 15)
     saved = attention._saved_probabilities(AttentionInputs(q, k, v, None, None), options)
     assert len(saved) == kept
+
+
+def recorded_calls(monkeypatch, device):
+    """A list that gets the mask and `force_fused` of each call of MLX's own attention."""
+    calls = []
+    own = mx.fast.scaled_dot_product_attention
+
+    def spy(q, k, v, *, force_fused=False, **more):
+        calls.append((more["mask"], force_fused))
+        return own(q, k, v, **more)
+
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", spy)
+    monkeypatch.setattr(attention, "is_cpu", lambda: False)
+    monkeypatch.setattr(attention, "device_kind", lambda: device)
+    return calls
+
+
+@pytest.mark.parametrize(
+    "width, value_width, queries, device, forced",
+    [
+        (64, 64, 9, "metal", True),
+        (80, 80, 9, "metal", True),
+        (128, 128, 20, "metal", True),
+        (64, 64, 8, "metal", False),  # another kernel, with other conditions
+        (64, 32, 9, "metal", False),
+        (16, 16, 9, "metal", False),
+        (256, 256, 9, "metal", False),  # MLX finds its unfused path faster
+        (64, 64, 9, "cuda", False),
+    ],
+)
+def test_mlx_must_use_its_kernel_where_it_has_one(
+    monkeypatch, width, value_width, queries, device, forced
+):
+    """Its kernel on Metal is otherwise not used while gradients are traced."""
+    calls = recorded_calls(monkeypatch, device)
+    q, k = mx.zeros((1, 4, queries, width)), mx.zeros((1, 2, 20, width))
+    v = mx.zeros((1, 2, 20, value_width))
+    chunks = FixedChunks([chain(0, queries, (0, 20))])
+    with use_structured_masks():
+        mx.grad(lambda q: attend(q, k, v, chunks).sum())(q)
+    assert calls == [("causal", forced)]
+
+
+def test_a_gpu_is_told_which_chunks_are_causal(monkeypatch):
+    calls = recorded_calls(monkeypatch, "metal")
+    chunks = [in_ranges(0, 10, (0, 12)), masked_chain(10, 30, (0, 5), (7, 30))]
+    with use_structured_masks():
+        attend(*inputs(30), mask=FixedChunks(chunks))
+    assert calls[0][0] is chunks[0].mask
+    assert calls[1][0] == "causal"
+
+
+@pytest.mark.parametrize(
+    "batch, heads, width, seen, expected",
+    [
+        (1, 9, 64, 766, 512),
+        (1, 32, 128, 766, 192),  # scores that take seven times as long
+        (1, 4, 8, 766, 2172 // 64 * 64),
+        (8, 9, 64, 1864, 256 - 64),  # 512 queries would need 275 MB, 256 need 137 MB
+        (4, 32, 128, 8192, 64),  # more than the limit, as little as the CPU takes
+    ],
+)
+def test_chunks_on_a_gpu_depend_on_width_and_memory(
+    monkeypatch, batch, heads, width, seen, expected
+):
+    q, k = mx.zeros((batch, heads, 766, width)), mx.zeros((batch, heads, seen, width))
+    assert queries_per_chunk(q, k) == 64
+    monkeypatch.setattr("mlx_dpo.scoring.kernels.attention_dispatch.is_cpu", lambda: False)
+    assert queries_per_chunk(q, k) == expected
+
+
+def test_chunks_on_a_gpu_have_equal_sizes(monkeypatch):
+    """A short last chunk starts as many kernels as a long one."""
+    lengths = []
+
+    def spy(q, k, v, **more):
+        lengths.append(q.shape[2])
+        return q
+
+    for module in ("attention", "attention_dispatch"):
+        monkeypatch.setattr(f"mlx_dpo.scoring.kernels.{module}.is_cpu", lambda: False)
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", spy)
+    with use_chunked_attention(80):
+        attend(*inputs(170), mask="causal")
+    assert lengths == [57, 57, 56]
