@@ -3,7 +3,7 @@
 They are needed for the reference, for evaluations and for WPO's weights.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 import mlx.core as mx
@@ -59,14 +59,36 @@ def score_pairs(
     model.eval()
     chosen = np.zeros(len(pairs), np.float32)
     rejected = np.zeros(len(pairs), np.float32)
-    for indices in micro_batches(range(len(pairs)), pairs, limit, cost=cost):
+
+    def build(indices: Sequence[int]) -> PairLogps:
         with fast_inference(model):
-            logps = scorer(model, [pairs[i] for i in indices])
-        mx.eval(logps)  # per batch: a graph over all batches would hold all logits
+            return scorer(model, [pairs[i] for i in indices])
+
+    groups = micro_batches(range(len(pairs)), pairs, limit, cost=cost)
+    for indices, logps in zip(groups, _computed_in_turn(map(build, groups)), strict=True):
         chosen[indices], rejected[indices] = np.array(logps.chosen), np.array(logps.rejected)
         _check_finite(indices, chosen + rejected, pairs)
         progress(len(indices))
     return PairLogps(mx.array(chosen), mx.array(rejected))
+
+
+def _computed_in_turn(graphs: Iterable[PairLogps]) -> Iterator[PairLogps]:
+    """Compute one graph after the other, and yield each when its values are there.
+
+    The next graph is built while the last one is computed, but its computation begins only
+    afterwards: together they would need the memory of two passes.
+    """
+    waiting: PairLogps | None = None
+    for graph in graphs:
+        if waiting is not None:
+            mx.eval(waiting)
+        mx.async_eval(graph)
+        if waiting is not None:
+            yield waiting
+        waiting = graph
+    if waiting is not None:
+        mx.eval(waiting)
+        yield waiting
 
 
 def on_policy_weights(

@@ -8,6 +8,7 @@ import mlx.optimizers as optim
 
 from mlx_dpo.io.arrays import scalar
 from mlx_dpo.losses.metrics import compute_metrics
+from mlx_dpo.optim.grouped_update import GroupedUpdate
 from mlx_dpo.training.plan import TrainingPlan, make_micro_batches
 from mlx_dpo.training.step import optimizer_step
 from mlx_dpo.types import StepMetrics, TokenizedPair
@@ -39,12 +40,13 @@ def train(
             weights from before the step.
     """
     num_tokens = start.num_tokens
+    update = GroupedUpdate(optimizer, policy)
     for step in range(start.step + 1, plan.total_steps + 1):
         indices = plan.indices(step)
         groups = plan.groups(indices)
         micro_batches = make_micro_batches(policy, plan, indices, groups)
         policy.train()  # scoring without gradients and the caller's evaluation leave `eval` mode
-        outputs, norm = optimizer_step(policy, optimizer, plan, micro_batches, step=step)
+        outputs, norm = optimizer_step(policy, update, plan, micro_batches, step=step)
         if plan.synced_reference is not None:
             plan.synced_reference.follow(policy, step)
 

@@ -5,7 +5,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_map
 
@@ -13,6 +12,7 @@ from mlx_dpo.errors import TrainingError
 from mlx_dpo.io.arrays import named_arrays
 from mlx_dpo.losses.log_ratios import log_ratios
 from mlx_dpo.losses.metrics import concatenate_outputs
+from mlx_dpo.optim.grouped_update import GroupedUpdate
 from mlx_dpo.scoring.scorers import Scorer, memory_efficient_training, plain_scorer
 from mlx_dpo.training.grad_cache import skip_kl_completions
 from mlx_dpo.training.objective import Objective
@@ -46,7 +46,7 @@ def loss_and_gradients(
 
 def optimizer_step(
     policy: nn.Module,
-    optimizer: optim.Optimizer,
+    update: GroupedUpdate,
     plan: TrainingPlan,
     micro_batches: Sequence[MicroBatch],
     *,
@@ -57,16 +57,18 @@ def optimizer_step(
     Raises:
         TrainingError: a loss or the gradient is not a finite number; the policy is then unchanged.
     """
+    weights = named_arrays(policy.trainable_parameters())
     with memory_efficient_training(policy, recompute=plan.recompute):
         outputs, gradients = loss_and_gradients(
             policy, plan.objective, micro_batches, scorer=plan.scorer
         )
-    gradients, norm = clip_grad_norm(gradients, plan.max_grad_norm)
+    clipped, norm = update.clip(gradients, plan.max_grad_norm)
+    del gradients
     mx.eval(norm, outputs)
     _check_finite(step, outputs, norm, micro_batches)
-    optimizer.learning_rate = plan.learning_rate(step - 1)
-    optimizer.update(policy, gradients)
-    mx.eval(policy.trainable_parameters(), optimizer.state)
+    update.optimizer.learning_rate = plan.learning_rate(step - 1)
+    update.apply(policy, weights, clipped)
+    mx.eval(policy.trainable_parameters(), update.optimizer.state)
     return outputs, norm
 
 
@@ -75,41 +77,24 @@ def _accumulate(
 ) -> tuple[LossOutputs, Gradients]:
     """Return losses and rewards of all micro-batches, and the sum of the gradients.
 
-    Each micro-batch is evaluated before the computation of the next one begins, so only one is in
-    memory at a time.
+    The graph of a micro-batch is built while the one before it is computed, but its computation
+    begins only afterwards, so that only one is in memory at a time.
     """
     parts: list[LossOutputs] = []
     total: Gradients | None = None
     for batch in micro_batches:
         (_, outputs), gradients = value_and_grad(policy, batch)
-        total = gradients if total is None else tree_map(mx.add, total, gradients)
+        if total is not None:
+            mx.eval(total)
+            gradients = tree_map(mx.add, total, gradients)
+        total = gradients
+        del gradients  # a second reference would keep the old sum while the next one is computed
         parts.append(outputs)
-        mx.eval(outputs, total)
+        mx.async_eval(outputs, total)
     if total is None:
         raise ValueError("a step has no pairs")
+    mx.eval(parts, total)
     return concatenate_outputs(parts), total
-
-
-def clip_grad_norm(gradients: Gradients, max_norm: float) -> tuple[Gradients, mx.array]:
-    """Scale the gradients down to a global norm of at most `max_norm`.
-
-    The norm is computed in float32 whatever the dtype of the gradients, because squares of float16
-    overflow and sums of bfloat16 squares lose precision. Each gradient keeps its dtype. As in
-    PyTorch, 1e-6 is added to the norm.
-
-    Args:
-        gradients: gradients of all trainable parameters.
-        max_norm: maximum of the global norm; 0 clips nothing.
-
-    Returns:
-        The scaled gradients, and the global norm before scaling as a scalar array.
-    """
-    squares = (mx.square(g.astype(mx.float32)).sum() for g in named_arrays(gradients).values())
-    norm = mx.sqrt(sum(squares, start=mx.array(0.0)))
-    if max_norm <= 0:
-        return gradients, norm
-    factor = mx.minimum(max_norm / (norm + 1e-6), 1.0)
-    return tree_map(lambda g: (g.astype(mx.float32) * factor).astype(g.dtype), gradients), norm
 
 
 def _check_finite(

@@ -1,12 +1,16 @@
+from dataclasses import replace
+
 import mlx.core as mx
 import pytest
 
 from mlx_dpo.adapters import attach as adapters
 from mlx_dpo.config.loss import LossSettings
 from mlx_dpo.io.arrays import named_arrays
+from mlx_dpo.scoring.scorers import plain_scorer
+from mlx_dpo.training import step
 from mlx_dpo.training.objective import Objective
 from mlx_dpo.training.plan import MicroBatch
-from mlx_dpo.training.step import clip_grad_norm, loss_and_gradients
+from mlx_dpo.training.step import loss_and_gradients
 from mlx_dpo.types import PairLogps
 from tests.conftest import make_llama
 
@@ -60,8 +64,8 @@ def test_the_gradient_is_the_gradient_of_the_mean_loss(policy, pairs):
         outcome, _ = gradients(policy, [pairs])
         return outcome.losses.mean().item()
 
-    step = 1e-3
-    measured = (mean_loss(step) - mean_loss(-step)) / (2 * step)
+    shift = 1e-3
+    measured = (mean_loss(shift) - mean_loss(-shift)) / (2 * shift)
     along = sum((grads[name] * direction[name]).sum().item() for name in grads)
     assert along == pytest.approx(measured, rel=2e-2)
 
@@ -71,30 +75,50 @@ def test_only_the_adapters_have_gradients(policy, pairs):
     assert grads.keys() == adapters.adapter_weights(policy).keys()
 
 
-def test_clipping_bounds_the_global_norm_and_says_what_it_was():
-    grads = {"a": mx.array([3.0, 0.0]), "b": mx.array([[4.0]])}
-    clipped, norm = clip_grad_norm(grads, 1.0)
-    assert norm.item() == 5.0
-    assert clipped["a"].tolist() == pytest.approx([0.6, 0.0], abs=1e-5)
-    assert clipped["b"].item() == pytest.approx(0.8, abs=1e-5)
+class Recorded:
+    """Stand-in for `mx` whose evaluations are recorded with the sums of their losses."""
+
+    def __init__(self, events):
+        self.events = events
+
+    def __getattr__(self, name):
+        if name not in {"eval", "async_eval"}:
+            return getattr(mx, name)
+
+        def evaluate(*trees):
+            self.events.append(name)
+            getattr(mx, name)(*trees)
+
+        return evaluate
 
 
-@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
-def test_sixteen_bit_gradients_are_measured_and_clipped_in_float32(dtype):
-    """Squares of 40 000 overflow float16, and 4 096 ones added up in bfloat16 stay at 256."""
-    grads = {"a": mx.full((4096,), 1.0, dtype), "b": mx.array([40000.0, -40000.0], dtype)}
-    large = 39936.0 if dtype == mx.bfloat16 else 40000.0  # as the type holds it
-    expected = (4096 + 2 * large**2) ** 0.5
-    clipped, norm = clip_grad_norm(grads, 100.0)
-    assert norm.dtype == mx.float32
-    assert norm.item() == pytest.approx(expected, rel=1e-6)
-    assert {value.dtype for value in clipped.values()} == {dtype}
-    assert clipped["b"].tolist() == pytest.approx([70.7, -70.7], rel=5e-3)
-    assert clip_grad_norm({"a": grads["a"]}, 0.0)[1].item() == 64.0
+def test_the_next_graph_is_built_while_the_last_is_computed(policy, pairs, monkeypatch):
+    """A graph is built before the wait for the pass before it, and computed only after it."""
+    events = []
+    monkeypatch.setattr(step, "mx", Recorded(events))
+
+    def scorer(model, batch):
+        events.append("build")
+        return plain_scorer(model, batch)
+
+    batches = [micro([pair]) for pair in pairs[:3]]
+    loss_and_gradients(policy, OBJECTIVE, batches, scorer=scorer)
+    in_between = ["build", "eval", "async_eval"]
+    assert events == ["build", "async_eval", *in_between, *in_between, "eval"]
 
 
-@pytest.mark.parametrize("bound", [0.0, 10.0])
-def test_without_a_bound_or_below_it_nothing_is_clipped(bound):
-    clipped, norm = clip_grad_norm({"a": mx.array([3.0, 4.0])}, bound)
-    assert norm.item() == 5.0
-    assert clipped["a"].tolist() == [3.0, 4.0]
+def test_building_ahead_needs_the_memory_of_one_pass(pairs):
+    """Four equal passes peak where two do; two passes at once would add half as much again."""
+    policy = make_llama()
+    adapters.attach_adapters(policy, rank=4, scale=2.0, seed=1)
+    long = replace(pairs[0], prompt=pairs[0].prompt * 40)
+
+    def peak(count):
+        mx.synchronize()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        loss_and_gradients(policy, OBJECTIVE, [micro([long])] * count)
+        return mx.get_peak_memory() - before
+
+    peak(2)
+    assert peak(6) < 1.1 * peak(2)
