@@ -248,7 +248,7 @@ class _RunEstimator:
         longest = longest_pairs(
             MAX_PAIRS, *(select_pairs(splits[split], needed[split]) for split in splits)
         )
-        limit = inference_limit(self.config, self.choice)
+        limit = inference_limit(self.config, self.choice, longest)
         pairs = largest_micro_batch(longest, limit, cost=self.choice.cost)
         profile = profile_inference_pass(
             self.model, pairs, self._compute_reference_logps, memory=available_memory().bytes

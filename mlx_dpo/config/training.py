@@ -25,6 +25,10 @@ class PassLimit(NamedTuple):
         return PassLimit(*(bound and bound * factor for bound in self))
 
 
+# Values of `scorer` with which passes without gradients are limited by pairs, not by tokens.
+SCORED_BY_PAIRS = ("shared", "plain")
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
     """Settings of training length, batch sizes and memory."""
@@ -55,7 +59,7 @@ class TrainingSettings:
     )
     micro_batch_size: int | None = setting(
         None,
-        "Pairs per forward pass; changes memory, not the result.",
+        "Pairs per pass with gradients; changes memory, not the result.",
         int,
         TRAINING,
         minimum=1,

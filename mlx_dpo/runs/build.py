@@ -15,11 +15,12 @@ from mlx_dpo.adapters import attach as adapters
 from mlx_dpo.adapters.adapter_files import attach_loaded_adapter, read_adapter
 from mlx_dpo.adapters.layers import adapter_rank
 from mlx_dpo.config.dpo_config import DPOConfig
-from mlx_dpo.config.training import PassLimit
-from mlx_dpo.data.columns import LENGTHS, column
+from mlx_dpo.config.training import SCORED_BY_PAIRS, PassLimit
+from mlx_dpo.data.batches.micro_batches import largest_micro_batch
+from mlx_dpo.data.columns import LENGTHS, column, longest_pairs
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.generation.context import context_length
-from mlx_dpo.models.device import is_cpu
+from mlx_dpo.models.device import device_kind, is_cpu
 from mlx_dpo.models.load import LoadedModel
 from mlx_dpo.optim import optimizers
 from mlx_dpo.optim.default_learning_rate import RateFactors, choose_learning_rate
@@ -31,7 +32,7 @@ from mlx_dpo.reporting.samples import SamplesLog
 from mlx_dpo.runs.folder import RunPaths
 from mlx_dpo.runs.inputs import Inputs
 from mlx_dpo.scoring.score_pairs import DatasetScorer, on_policy_weights, score_pairs
-from mlx_dpo.scoring.scorers import memory_efficient_training
+from mlx_dpo.scoring.scorers import Scorer, memory_efficient_training
 from mlx_dpo.scoring.select_scorer import ScorerChoice, ScorerSetting, select_scorer
 from mlx_dpo.training.monitor.recorded_samples import RecordedSampler
 from mlx_dpo.training.monitor.samples import AnswerSampler
@@ -40,10 +41,14 @@ from mlx_dpo.training.plan import TrainingPlan
 from mlx_dpo.training.synced_reference import SyncedReference
 from mlx_dpo.types import PairLogps, TokenizedPair
 
+Pairs = Sequence[TokenizedPair]
 OnPolicyWeights = Callable[[nn.Module, Sequence[TokenizedPair]], mx.array]  # weights of pairs, (B,)
 
 # A pass without gradients may be so many times as large, because it saves no activations.
 INFERENCE_FACTOR = 4
+# Tokens of a pass without gradients. On the CPU, larger arrays do not fit into its caches. On a
+# GPU, which was not measured, little is gained beyond a few thousand tokens.
+INFERENCE_TOKENS = {"cpu": 512, "metal": 4096, "cuda": 4096}
 
 
 def attach_adapters(base: LoadedModel, config: DPOConfig) -> dict[str, Any]:
@@ -176,27 +181,59 @@ def choose_scorer(base: LoadedModel, config: DPOConfig) -> ScorerChoice:
         )
 
 
-def inference_limit(config: DPOConfig, choice: ScorerChoice) -> PassLimit:
-    """Return the maximum number of pairs and tokens in a forward pass without gradients."""
+def inference_limit(config: DPOConfig, choice: ScorerChoice, pairs: Pairs) -> PassLimit:
+    """Return the maximum number of pairs or tokens in a forward pass without gradients.
+
+    Short texts share a pass up to `INFERENCE_TOKENS`. Longer texts share one as far as memory is
+    known to suffice, because a training pass with as many tokens needs more. With the setting
+    `scorer: shared` or `plain`, the limit is the number of pairs that earlier versions had, because
+    log-probs differ in their last bits with the pairs that share a pass. `micro_batch_tokens`
+    limits these passes as well.
+
+    Args:
+        pairs: the pairs that will be scored.
+    """
     # Logits of whole sequences leave no memory for more, and a training pass with recomputation
-    # saves no more activations than this one. On the CPU, larger arrays do not fit into its
-    # caches, so that long pairs take four times as long.
-    roomy = choice.name == "shared" and not config.recompute
-    more = roomy and not is_cpu()
-    return config.pass_limit.scaled(INFERENCE_FACTOR if more else 1)
+    # saves no more activations than this one.
+    factor = 1 if choice.name == "plain" or config.recompute else INFERENCE_FACTOR
+    by_pairs = choice.name == "plain" or config.scorer in SCORED_BY_PAIRS
+    if by_pairs or config.micro_batch_tokens is not None:
+        return config.pass_limit.scaled(1 if is_cpu() else factor)
+    few, many = INFERENCE_TOKENS["cpu"], INFERENCE_TOKENS[device_kind()]
+    if few == many:
+        return PassLimit(tokens=few)
+    longest = longest_pairs(config.batch_size, pairs)
+    largest = choice.cost(largest_micro_batch(longest, config.pass_limit, cost=choice.cost)).total
+    return PassLimit(tokens=min(many, max(few, factor * largest)))
 
 
-def make_dataset_scorer(config: DPOConfig, choice: ScorerChoice) -> DatasetScorer:
+def make_dataset_scorer(
+    config: DPOConfig, choice: ScorerChoice, scorer: Scorer | None = None
+) -> DatasetScorer:
     """Return a function that computes log-probs of a dataset without gradients.
 
     The function is used for reference log-probs and for evaluations.
+
+    Args:
+        scorer: another function of `choice` that takes pairs; None: the one of log-probs.
     """
-    return partial(
-        score_pairs,
-        limit=inference_limit(config, choice),
-        scorer=choice.forward_only,
-        cost=choice.cost,
-    )
+
+    def score(
+        model: nn.Module,
+        pairs: Pairs,
+        *,
+        progress: Callable[[int], None] = lambda scored: None,
+    ) -> PairLogps:
+        return score_pairs(
+            model,
+            pairs,
+            limit=inference_limit(config, choice, pairs),
+            scorer=scorer or choice.forward_only,
+            cost=choice.cost,
+            progress=progress,
+        )
+
+    return score
 
 
 def make_answer_sampler(
@@ -232,12 +269,7 @@ def make_on_policy_weights(config: DPOConfig, choice: ScorerChoice) -> OnPolicyW
     """Return a function that computes WPO weights of pairs; None if `use_weighting` is not set."""
     if not config.use_weighting:
         return None
-    score = partial(
-        score_pairs,
-        limit=inference_limit(config, choice),
-        scorer=choice.log_weights,
-        cost=choice.cost,
-    )
+    score = make_dataset_scorer(config, choice, choice.log_weights)
     return partial(on_policy_weights, score=score)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from mlx_dpo.adapters import peft
 from mlx_dpo.adapters.adapter_files import CONFIG, WEIGHTS, adapter_digest
 from mlx_dpo.config.dpo_config import DPOConfig, rename_earlier_settings
+from mlx_dpo.config.training import SCORED_BY_PAIRS
 from mlx_dpo.data.chat_templates.template_date import get_day, today
 from mlx_dpo.errors import ConfigError, DamagedFileError, RunError, reason
 from mlx_dpo.io.atomic import is_temporary, write_file
@@ -293,6 +294,7 @@ def lock_folder(paths: RunPaths) -> Iterator[None]:
                 paths.folder.rmdir()
 
 
+CURVES = "curves.png"  # plot of the metrics, in the run folder
 SCORER_VERSION = 2  # increase when a change of the scorers changes log-probabilities
 
 PROVENANCE_NAMES = {
@@ -442,8 +444,7 @@ def reference_provenance(record: dict[str, Any], device_and_dtype: str) -> str:
         contents["start"] = start
     if (alpha := record["settings"].get("ld_alpha")) is not None:
         settings["ld_alpha"] = alpha
-    versions = {name: version(name) for name in ("mlx", "mlx-lm")}
-    return json.dumps({"scorer": SCORER_VERSION, **contents, **settings, **versions})
-
-
-CURVES = "curves.png"  # plot of the metrics, in the run folder
+    if record["settings"].get("scorer") not in SCORED_BY_PAIRS:  # last bits differ
+        contents["passes"] = "by tokens"
+    settings |= {name: version(name) for name in ("mlx", "mlx-lm")}
+    return json.dumps({"scorer": SCORER_VERSION, **contents, **settings})

@@ -7,8 +7,15 @@ import mlx.core as mx
 import pytest
 
 from mlx_dpo import DPOConfig, DPOTrainer, evaluate_run
+from mlx_dpo.config.training import PassLimit
 from mlx_dpo.paths import reference_cache_folder
-from mlx_dpo.runs.build import INFERENCE_FACTOR, make_dataset_scorer
+from mlx_dpo.runs.build import (
+    INFERENCE_FACTOR,
+    INFERENCE_TOKENS,
+    inference_limit,
+    make_dataset_scorer,
+)
+from mlx_dpo.runs.folder import reference_provenance
 from mlx_dpo.runs.summary import summarize_training
 from mlx_dpo.scoring.select_scorer import ScorerChoice
 from mlx_dpo.training.logps_cache import list_entries
@@ -85,19 +92,26 @@ def test_micro_batch_tokens_limits_micro_batches_and_changes_no_result(config, t
     assert max(shares[0]) == max(shares[1]) == 0.0  # one row holds no padding
 
 
+ALIKE = [TokenizedPair((1,), (2, 3), (4, 5))] * 1000  # three tokens go through the layers
+
+
 @pytest.mark.parametrize(
-    ("name", "recompute", "device", "largest"),
+    ("setting", "name", "recompute", "device", "largest"),
     [
-        ("shared", False, "metal", 3 * INFERENCE_FACTOR),
-        ("shared", True, "metal", 3),
-        ("plain", False, "metal", 3),
-        ("shared", False, "cpu", 3),
+        ("shared", "shared", False, "metal", 3 * INFERENCE_FACTOR),
+        ("shared", "shared", True, "metal", 3),
+        ("shared", "shared", False, "cpu", 3),
+        ("auto", "plain", False, "metal", 3),
+        ("auto", "plain", False, "cpu", 3),
+        ("auto", "shared", False, "cpu", INFERENCE_TOKENS["cpu"] // 3),
+        ("auto", "shared", True, "cpu", INFERENCE_TOKENS["cpu"] // 3),
     ],
 )
-def test_forward_micro_batches_are_larger_than_those_of_training(
-    name, recompute, device, largest, monkeypatch
+def test_passes_without_gradients_are_limited_by_tokens(
+    setting, name, recompute, device, largest, monkeypatch
 ):
     monkeypatch.setattr("mlx_dpo.runs.build.is_cpu", lambda: device == "cpu")
+    monkeypatch.setattr("mlx_dpo.runs.build.device_kind", lambda: device)
     held = []
 
     def scorer(model, pairs):
@@ -108,13 +122,60 @@ def test_forward_micro_batches_are_larger_than_those_of_training(
         def eval(self):
             pass
 
-    config = DPOConfig(micro_batch_size=3, recompute=recompute)
+    config = DPOConfig(micro_batch_size=3, recompute=recompute, scorer=setting)
     score = make_dataset_scorer(
         config, ScorerChoice(scorer, scorer, name, "", None if name == "plain" else "row")
     )
-    score(Model(), [TokenizedPair((1,), (2, 3), (4, 5))] * 30)
+    score(Model(), ALIKE)
     assert max(held) == held[0] == largest
-    assert sum(held) == 30
+    assert sum(held) == len(ALIKE)
+
+
+@pytest.mark.parametrize(
+    ("length", "recompute", "tokens"),
+    [
+        (10, False, INFERENCE_TOKENS["cpu"]),  # short texts always share a pass
+        (500, False, INFERENCE_FACTOR * 2 * 501),  # twice 500 tokens in training
+        (500, True, 2 * 501),
+        (2000, False, INFERENCE_TOKENS["metal"]),
+    ],
+)
+def test_passes_without_gradients_on_a_gpu_fit_as_those_of_training_do(
+    length, recompute, tokens, monkeypatch
+):
+    monkeypatch.setattr("mlx_dpo.runs.build.device_kind", lambda: "metal")
+    monkeypatch.setattr("mlx_dpo.runs.build.is_cpu", lambda: False)
+    config = DPOConfig(micro_batch_size=2, recompute=recompute)
+    pairs = [TokenizedPair((1,) * (length - 1), (2, 3), (4, 5))] * 9 + ALIKE[:9]
+    choice = ScorerChoice(None, None, "shared", "", "row")
+    assert inference_limit(config, choice, pairs) == PassLimit(tokens=tokens)
+
+
+def test_a_limit_of_tokens_in_the_settings_holds_without_gradients():
+    choice = ScorerChoice(None, None, "shared", "", "row")
+    config = DPOConfig(micro_batch_tokens=60)
+    assert inference_limit(config, choice, ALIKE) == PassLimit(tokens=60)
+
+
+def test_reference_log_probs_do_not_depend_on_the_limit_of_a_pass(config, monkeypatch):
+    found = []
+    for limit in (PassLimit(tokens=512), PassLimit(pairs=1)):
+        monkeypatch.setattr("mlx_dpo.runs.build.inference_limit", lambda *_, limit=limit: limit)
+        trainer, _ = prepared(replace(config, output=f"{config.output}-{limit.pairs}"))
+        found.append(trainer.reference["train"])
+        [entry.path.unlink() for entry in list_entries(reference_cache_folder())]
+    for together, alone in zip(*found, strict=True):
+        assert mx.allclose(together, alone, rtol=1e-6, atol=1e-6)
+
+
+def test_caches_of_passes_by_pairs_are_not_read_for_passes_by_tokens(config):
+    """The setting `shared` keeps its results, bit for bit, whatever other runs have scored."""
+    keys = set()
+    for name in ("auto", "shared"):
+        with DPOTrainer(replace(config, scorer=name, output=f"{config.output}-{name}")) as trainer:
+            trainer.load()
+            keys.add(reference_provenance(trainer.record, "cpu float32"))
+    assert len(keys) == 2
 
 
 def test_the_cache_names_a_local_model_without_the_way_to_it(config, checkpoint_folder):
