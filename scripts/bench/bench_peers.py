@@ -2,6 +2,8 @@
 
     python -m scripts.bench.bench_peers --pairs FILE             pairs per second, real pairs
     python -m scripts.bench.bench_peers --pairs FILE --long      pairs per second, long pairs
+    python -m scripts.bench.bench_peers --pairs FILE --ranked    4 completions a prompt, all 6 pairs
+    python -m scripts.bench.bench_peers --pairs FILE --system    one long system prompt in all
     python -m scripts.bench.bench_peers --pairs FILE --memory    peak of one step over one long pair
 
 Every trainer runs in its own process and virtual environment, which the first call creates. Its
@@ -33,6 +35,8 @@ SPEED_COLUMNS = (
     "setting",
     "first_epoch_pairs_per_s",
     "cached_epoch_pairs_per_s",
+    "user_s",
+    "system_s",
     "peak_gb",
 )
 MEMORY_COLUMNS = ("trainer", "setting", "peak_gb", "resident_gb", "remark")

@@ -43,6 +43,7 @@ class Result:
     training_s: float
     peak_bytes: int | None  # beyond the weights by MLX's counters; None for others
     resident_bytes: int  # peak growth of the process since the weights were loaded
+    cpu_s: tuple[float, float]  # user and system seconds since then, of all threads
     versions: str
 
     @property
@@ -56,16 +57,21 @@ class Result:
         return None if self.reference_s is None else self.pairs / self.training_s
 
 
-class ResidentMemory:
-    """Growth of the process since construction, in bytes."""
+class ProcessUsage:
+    """Memory and CPU time of the process since construction."""
 
     def __init__(self) -> None:
         machine.reset_peak()
-        self._before = machine.resident_bytes()
+        self._memory, self._times = machine.resident_bytes(), os.times()
 
-    def growth(self) -> int:
-        """Return the growth at the peak."""
-        return max(0, machine.peak_resident_bytes() - self._before)
+    def memory_growth(self) -> int:
+        """Return the growth of the resident memory at its peak, in bytes."""
+        return max(0, machine.peak_resident_bytes() - self._memory)
+
+    def cpu_seconds(self) -> tuple[float, float]:
+        """Return the user and the system seconds of all threads."""
+        now = os.times()
+        return now.user - self._times.user, now.system - self._times.system
 
 
 def read_texts(job: Job) -> list[dict[str, str]]:

@@ -12,6 +12,7 @@ from scripts.bench import machine
 from scripts.bench.shapes import SHAPES
 from scripts.bench.trainers import TRAINERS, Setting
 
+PAIRS_COUNT = {"short": 64, "long": 16, "ranked": 48, "system": 16, "memory": 1}
 CSV = machine.ROOT / "docs" / "bench" / "peers.csv"
 
 
@@ -22,10 +23,15 @@ def _parser(description: str) -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--pairs", type=Path, required=True, help="preference pairs: a JSONL or JSON file")
-    add("--pairs-count", type=int, help="pairs in an epoch (default: 64; with --long 16)")
+    add("--pairs-count", type=int, help="pairs in an epoch (default: 64; fewer for long ones)")
     kind = parser.add_mutually_exclusive_group()
     for name, help_text in (
         ("long", "pairs of 900 to 1000 + 2 × 200 to 300 tokens"),
+        (
+            "ranked",
+            "prompts of 80 to 120 tokens, 4 completions of 30 to 60, all 6 pairs",
+        ),
+        ("system", "a system prompt of 600 tokens before prompts of 40 to 60 + 2 × 40 to 60"),
         ("memory", "peak of one step on one pair of 1024 + 2 × 256 tokens"),
     ):
         kind.add_argument(
@@ -54,7 +60,7 @@ def parse(arguments: Sequence[str] | None = None, description: str = "") -> argp
     options = _parser(description).parse_args(arguments)
     options.kind = options.kind or "short"
     if options.pairs_count is None:
-        options.pairs_count = {"short": 64, "long": 16, "memory": 1}[options.kind]
+        options.pairs_count = PAIRS_COUNT[options.kind]
     options.peers = options.peers.split(",")
     for name in options.peers:
         if name not in TRAINERS:

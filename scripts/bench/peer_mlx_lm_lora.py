@@ -68,7 +68,7 @@ def train(job: bench.Job, folder: Path) -> bench.Result:
     rows = tokenize(job, tokenizer)
     mx.clear_cache()
     mx.reset_peak_memory()
-    memory, weights = bench.ResidentMemory(), mx.get_active_memory()
+    usage, weights = bench.ProcessUsage(), mx.get_active_memory()
     reference, *_ = from_pretrained(job.model)
     mx.eval(reference.parameters())
     arguments = dpo_trainer.DPOTrainingArgs(
@@ -92,7 +92,8 @@ def train(job: bench.Job, folder: Path) -> bench.Result:
         reference_s=None,
         training_s=trained - began,
         peak_bytes=mx.get_peak_memory() - weights,
-        resident_bytes=memory.growth(),
+        resident_bytes=usage.memory_growth(),
+        cpu_s=usage.cpu_seconds(),
         versions=machine.versions("mlx-lm-lora", "mlx", "mlx-lm"),
     )
 

@@ -50,7 +50,7 @@ def train(job: bench.Job, folder: Path) -> bench.Result:
     marks = timed_adapters(policy)
     mx.clear_cache()
     mx.reset_peak_memory()
-    memory, weights = bench.ResidentMemory(), mx.get_active_memory()
+    usage, weights = bench.ProcessUsage(), mx.get_active_memory()
     trainer = TimedTrainer(
         model=policy,
         train_dataset=bench.read_texts(job),
@@ -74,7 +74,8 @@ def train(job: bench.Job, folder: Path) -> bench.Result:
         reference_s=marks[0] - trainer.began if job.setting["precompute"] else None,
         training_s=trained - marks[0],
         peak_bytes=mx.get_peak_memory() - weights,
-        resident_bytes=memory.growth(),
+        resident_bytes=usage.memory_growth(),
+        cpu_s=usage.cpu_seconds(),
         versions=machine.versions("mlx-tune", "mlx", "mlx-lm"),
     )
 

@@ -33,7 +33,7 @@ def train(job: bench.Job, folder: Path) -> bench.Result:
         run.load()
         mx.clear_cache()
         mx.reset_peak_memory()
-        memory, weights = bench.ResidentMemory(), mx.get_active_memory()
+        usage, weights = bench.ProcessUsage(), mx.get_active_memory()
         began = perf_counter()
         run.attach()  # including the selection of the scorer
         run.compute_reference_logps()
@@ -51,7 +51,8 @@ def train(job: bench.Job, folder: Path) -> bench.Result:
         reference_s=scored - began,
         training_s=trained - scored,
         peak_bytes=mx.get_peak_memory() - weights,
-        resident_bytes=memory.growth(),
+        resident_bytes=usage.memory_growth(),
+        cpu_s=usage.cpu_seconds(),
         versions=machine.versions("mlx-dpo", "mlx", "mlx-lm"),
     )
 

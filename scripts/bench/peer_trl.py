@@ -59,7 +59,7 @@ def train(job: bench.Job, folder: Path) -> bench.Result:
     """Run one epoch; the setting puts the reference pass before it or into its steps."""
     torch.set_num_threads(job.threads)
     model = load(job)
-    memory = bench.ResidentMemory()
+    usage = bench.ProcessUsage()
     trainer = TimedTrainer(
         model=model,
         args=config(job, folder),
@@ -83,7 +83,8 @@ def train(job: bench.Job, folder: Path) -> bench.Result:
         reference_s=trainer.reference_s,
         training_s=training_s,
         peak_bytes=None,
-        resident_bytes=memory.growth(),
+        resident_bytes=usage.memory_growth(),
+        cpu_s=usage.cpu_seconds(),
         versions=machine.versions("trl", "torch", "transformers", "peft"),
     )
 

@@ -47,6 +47,8 @@ def peer_row(measured: Measurement) -> Row:
         "tokens": str(result.tokens),
         "first_epoch_pairs_per_s": format_number(result.first_epoch),
         "cached_epoch_pairs_per_s": format_number(result.cached_epoch),
+        "user_s": format_number(result.cpu_s[0]),
+        "system_s": format_number(result.cpu_s[1]),
         "peak_gb": format_gigabytes(result.peak_bytes),
         "resident_gb": format_gigabytes(result.resident_bytes),
         "versions": result.versions,
@@ -130,7 +132,14 @@ def speedups(measured: Sequence[Measurement], rate: Rate, *, of: str = "ours") -
 
 def progress_line(row: Row) -> str:
     """Return a row of `peer_row` as one line of progress output."""
-    names = ("first_epoch_pairs_per_s", "cached_epoch_pairs_per_s", "peak_gb", "resident_gb")
+    names = (
+        "first_epoch_pairs_per_s",
+        "cached_epoch_pairs_per_s",
+        "user_s",
+        "system_s",
+        "peak_gb",
+        "resident_gb",
+    )
     figures = ", ".join(f"{name} {row[name]}" for name in names if row[name])
     return f"{row['stage']}: {row['trainer']}, {row['setting']}: {figures}"
 

@@ -7,6 +7,7 @@ that do not train on it too. There is no chat template and no beginning-of-seque
 import json
 import random
 from collections.abc import Iterator, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import TypedDict
 
@@ -17,7 +18,10 @@ from mlx_dpo.errors import BadPairError, DataError
 from mlx_dpo.schemas import parse_pairs
 
 END_TOKEN, PAD_TOKEN = "<|end|>", "<|pad|>"
-LONG_PROMPT, LONG_COMPLETION = (900, 1000), (200, 300)  # tokens, uniformly distributed
+# Numbers of tokens, uniformly distributed.
+LONG_PROMPT, LONG_COMPLETION = (900, 1000), (200, 300)
+RANKED_PROMPT, RANKED_COMPLETION, RANKED_COMPLETIONS = (80, 120), (30, 60), 4
+SYSTEM_PROMPT, AFTER_SYSTEM = 600, (40, 60)
 SEED = 0
 
 
@@ -99,15 +103,16 @@ def single_words(pairs: Sequence[TextPair], tokenizer: Tokenizer) -> Iterator[st
 
 def synthesize_pair(words: Iterator[str], prompt: int, chosen: int, rejected: int) -> TextPair:
     """Return a pair of exactly so many tokens, including the stop tokens."""
-
-    def take(count: int) -> str:
-        return "".join(next(words) for _ in range(count))
-
     return TextPair(
-        prompt=take(prompt),
-        chosen=take(chosen - 1) + END_TOKEN,
-        rejected=take(rejected - 1) + END_TOKEN,
+        prompt=_take(words, prompt),
+        chosen=_take(words, chosen - 1) + END_TOKEN,
+        rejected=_take(words, rejected - 1) + END_TOKEN,
     )
+
+
+def _take(words: Iterator[str], count: int) -> str:
+    """Return a text of the next `count` words."""
+    return "".join(next(words) for _ in range(count))
 
 
 def long_pairs(pairs: Sequence[TextPair], tokenizer: Tokenizer, count: int) -> list[TextPair]:
@@ -123,6 +128,45 @@ def long_pairs(pairs: Sequence[TextPair], tokenizer: Tokenizer, count: int) -> l
         )
         for _ in range(count)
     ]
+
+
+def ranked_pairs(pairs: Sequence[TextPair], tokenizer: Tokenizer, count: int) -> list[TextPair]:
+    """Return all pairs of several completions per prompt, made of the words of `pairs`.
+
+    The pairs of a prompt follow each other; the last prompt may have fewer.
+    """
+    draw = random.Random(SEED)
+    words = single_words(pairs, tokenizer)
+    ranked: list[TextPair] = []
+    while len(ranked) < count:
+        prompt = _take(words, draw.randint(*RANKED_PROMPT))
+        completions = [
+            _take(words, draw.randint(*RANKED_COMPLETION) - 1) + END_TOKEN
+            for _ in range(RANKED_COMPLETIONS)
+        ]
+        ranked += [
+            TextPair(prompt=prompt, chosen=better, rejected=worse)
+            for better, worse in combinations(completions, 2)
+        ]
+    return ranked[:count]
+
+
+def system_prompt_pairs(
+    pairs: Sequence[TextPair], tokenizer: Tokenizer, count: int
+) -> list[TextPair]:
+    """Return pairs whose prompts begin with one long text, made of the words of `pairs`."""
+    draw = random.Random(SEED)
+    words = single_words(pairs, tokenizer)
+    system = _take(words, SYSTEM_PROMPT)
+    found = []
+    for _ in range(count):
+        pair = synthesize_pair(words, *(draw.randint(*AFTER_SYSTEM) for _ in range(3)))
+        found.append(TextPair({**pair, "prompt": system + pair["prompt"]}))
+    return found
+
+
+# Pairs that are made from the words of the file, by the kind of benchmark.
+SYNTHETIC_KINDS = {"long": long_pairs, "ranked": ranked_pairs, "system": system_prompt_pairs}
 
 
 def write_pairs(path: Path, pairs: Sequence[TextPair]) -> None:

@@ -107,5 +107,18 @@ TRAINERS = {
                 ),
             ),
         ),
+        Trainer(
+            name="unsloth",
+            module="scripts.bench.peer_unsloth",
+            requirements=("unsloth_zoo[mlx]==2026.10.9", *MLX),
+            settings=(
+                *_batches(1, 2, 4, precompute=True),
+                *_batches(1, 2, 4, suffix=", not compiled", precompute=True, compiled=False),
+            ),
+            memory_settings=(
+                *_batches(1, precompute=True),
+                *_batches(1, suffix=", checkpointing", precompute=True, checkpointing=True),
+            ),
+        ),
     )
 }

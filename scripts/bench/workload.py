@@ -39,13 +39,7 @@ def make_workload(
     pairs, faulty = texts.read_pairs(source)
     model = _model(source, pairs, shape, cache)
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
-    if kind == "long":
-        selected = texts.long_pairs(pairs, tokenizer, count)
-    elif kind == "memory":
-        words = texts.single_words(pairs, tokenizer)
-        selected = [texts.synthesize_pair(words, *MEMORY_LENGTHS) for _ in range(count)]
-    else:
-        selected = pairs[:count]
+    selected = _select_pairs(pairs, tokenizer, kind, count)
     if len(selected) < count:
         raise DataError(
             f"{source}: has {len(selected)} usable pairs; give --pairs-count at most that"
@@ -53,6 +47,18 @@ def make_workload(
     path = folder / "pairs.jsonl"
     texts.write_pairs(path, selected)
     return Workload(model, path, count, faulty)
+
+
+def _select_pairs(
+    pairs: Sequence[texts.TextPair], tokenizer: Tokenizer, kind: str, count: int
+) -> Sequence[texts.TextPair]:
+    """Return the first `count` pairs, or `count` pairs of another kind made of their words."""
+    if kind == "short":
+        return pairs[:count]
+    if kind == "memory":
+        words = texts.single_words(pairs, tokenizer)
+        return [texts.synthesize_pair(words, *MEMORY_LENGTHS) for _ in range(count)]
+    return texts.SYNTHETIC_KINDS[kind](pairs, tokenizer, count)
 
 
 def sample_pairs(work: Workload, count: int) -> Workload:

@@ -47,6 +47,7 @@ RESULT = Result(
     training_s=4.0,
     peak_bytes=1_500_000_000,
     resident_bytes=2_000_000_000,
+    cpu_s=(7.0, 0.5),
     versions="x 1",
 )
 
@@ -175,7 +176,13 @@ def test_a_table_is_as_wide_as_its_widest_cells():
 
 @pytest.mark.parametrize(
     ("flags", "kind", "count"),
-    [([], "short", 64), (["--long"], "long", 16), (["--memory"], "memory", 1)],
+    [
+        ([], "short", 64),
+        (["--long"], "long", 16),
+        (["--ranked"], "ranked", 48),
+        (["--system"], "system", 16),
+        (["--memory"], "memory", 1),
+    ],
 )
 def test_the_kind_of_benchmark_decides_how_many_pairs(flags, kind, count):
     parsed = options.parse(["--pairs", "x", *flags])
@@ -285,6 +292,32 @@ def test_long_pairs_are_long_and_the_same_every_time(pairs_file):
         assert all(200 <= length <= 300 for length in lengths[1:])
 
 
+def test_ranked_pairs_are_all_pairs_of_four_completions_in_their_order(pairs_file):
+    pairs, _ = texts.read_pairs(pairs_file)
+    tokenizer = texts.train_tokenizer(pairs, 400)
+    ranked = texts.ranked_pairs(pairs, tokenizer, 8)
+    assert ranked[:6] == texts.ranked_pairs(pairs, tokenizer, 6)
+    first, second = ranked[:6], ranked[6:]
+    assert len({pair["prompt"] for pair in first}) == 1
+    assert {pair["prompt"] for pair in second} != {first[0]["prompt"]}
+    a, (b, c, d) = first[0]["chosen"], (pair["rejected"] for pair in first[:3])
+    expected = [(a, b), (a, c), (a, d), (b, c), (b, d), (c, d)]
+    assert [(pair["chosen"], pair["rejected"]) for pair in first] == expected
+    assert len({a, b, c, d}) == 4
+
+
+def test_pairs_with_a_system_prompt_begin_with_the_same_600_tokens(pairs_file):
+    pairs, _ = texts.read_pairs(pairs_file)
+    tokenizer = texts.train_tokenizer(pairs, 400)
+    prompts = [
+        tokenizer.encode(pair["prompt"]).ids
+        for pair in texts.system_prompt_pairs(pairs, tokenizer, 3)
+    ]
+    assert len({tuple(ids[:600]) for ids in prompts}) == 1
+    assert len({tuple(ids[:640]) for ids in prompts}) == 3
+    assert all(640 <= len(ids) <= 660 for ids in prompts)
+
+
 def test_too_few_pairs_are_rejected(pairs_file, tmp_path):
     with pytest.raises(DataError, match="has 6 usable pairs; give --pairs-count at most that"):
         make_workload(
@@ -310,7 +343,8 @@ def train(job, folder):
     atexit.register(print, "late noise")
     print("noise of Python"); os.write(1, b"noise of C\\n"); subprocess.run(["echo", "noise"])
     return bench.Result(pairs=job.threads, tokens=0, trainable=0, reference_s=None,
-        training_s=1.0, peak_bytes=None, resident_bytes=0, versions=job.setting["name"])
+        training_s=1.0, peak_bytes=None, resident_bytes=0, cpu_s=(0.0, 0.0),
+        versions=job.setting["name"])
 
 bench.run_job(train)
 """
