@@ -10,6 +10,8 @@ queries and keys, E width of values.
 """
 
 from collections.abc import Callable, Sequence
+from functools import reduce
+from operator import add, sub
 from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
@@ -259,7 +261,7 @@ def _backward(
     values = mx.zeros(inputs.values.shape, mx.float32)  # (B, K, T_k, E)
     # Once for all chunks: on a GPU each operation of a chunk costs the start of a kernel.
     inputs = _with_scaled_queries(inputs, options)
-    row_sums = (cotangent.astype(mx.float32) * output).sum(-1, keepdims=True)  # (B, H, T_q, 1)
+    row_sums = _row_sums(output, cotangent)  # (B, H, T_q, 1) each
     for index, chunk in enumerate(options.chunks):
         part = _chunk_inputs(inputs, chunk)
         if queries:
@@ -270,7 +272,8 @@ def _backward(
         rows = slice(chunk.query_start, chunk.query_end)
         # Without saved probabilities, this is the computation that the chunk repeats.
         weights = (saved[index], None) if saved else _probabilities(part, chunk)
-        gradients = _chunk_gradients(part, weights, row_sums[:, :, rows], cotangent[:, :, rows])
+        sums = [parts[:, :, rows] for parts in row_sums]
+        gradients = _chunk_gradients(part, weights, sums, cotangent[:, :, rows])
         keys = _add_gradient(keys, gradients.keys, chunk)
         values = _add_gradient(values, gradients.values, chunk)
         queries.append(gradients.queries)
@@ -285,8 +288,25 @@ def _backward(
     )
 
 
+def _row_sums(output: mx.array, cotangent: mx.array) -> list[mx.array]:
+    """Return arrays of the cotangent's dtype whose sum is rowsum(do * o). (B, H, T_q, 1) each
+
+    The gradient of a row of scores sums to zero, and rounding the row's sum to 16 bits would shift
+    all of them alike. In 16 bits it is therefore a rounded number and what rounding left out,
+    which needs less memory than a float32 array of scores.
+    """
+    exact = (cotangent.astype(mx.float32) * output).sum(-1, keepdims=True)
+    if cotangent.dtype == mx.float32:
+        return [exact]
+    rounded = exact.astype(cotangent.dtype)
+    return [rounded, (exact - rounded).astype(cotangent.dtype)]
+
+
 def _chunk_gradients(
-    part: AttentionInputs, weights: Probabilities, row_sum: mx.array, cotangent: mx.array
+    part: AttentionInputs,
+    weights: Probabilities,
+    row_sums: Sequence[mx.array],
+    cotangent: mx.array,
 ) -> AttentionInputs:
     """Return the gradients of one chunk's inputs, with respect to its scaled queries.
 
@@ -298,12 +318,12 @@ def _chunk_gradients(
 
     Args:
         part: inputs of the chunk, with scaled queries.
-        row_sum: rowsum(do * o) of the chunk, (B, H, C, 1).
+        row_sums: arrays that add up to rowsum(do * o) of the chunk, (B, H, C, 1) each.
     """
     probabilities, sink = weights
     grouped_cotangent = _group_by_key_head(cotangent, part.keys)  # (B, K, H/K C, E)
     d_probabilities = _ungroup(grouped_cotangent @ part.values.swapaxes(-1, -2), part.queries)
-    d_scores = probabilities * (d_probabilities - row_sum).astype(probabilities.dtype)
+    d_scores = probabilities * reduce(sub, row_sums, d_probabilities).astype(probabilities.dtype)
     if part.mask is not None and part.mask.dtype == mx.bool_:
         # A query that sees no key has uniform probabilities, but no score to change.
         d_scores = d_scores * part.mask
@@ -314,8 +334,14 @@ def _chunk_gradients(
         keys=grouped.swapaxes(-1, -2) @ _group_by_key_head(part.queries, part.keys),
         values=grouped_probabilities.swapaxes(-1, -2) @ grouped_cotangent,
         mask=None if part.mask is None else _sum_to_shape(d_scores, part.mask),
-        sinks=None if sink is None else -(sink * row_sum).sum((0, 2, 3)),
+        sinks=None if sink is None else _sink_gradient(sink, row_sums),
     )
+
+
+def _sink_gradient(sink: mx.array, row_sums: Sequence[mx.array]) -> mx.array:
+    """Return the gradient of the sinks from their probabilities. (B, H, C, 1) -> (H,) float32"""
+    row_sum = reduce(add, [part.astype(mx.float32) for part in row_sums])
+    return -(sink * row_sum).sum((0, 2, 3))
 
 
 def _join_gradients(value: mx.array | None, parts: Sequence[mx.array | None]) -> mx.array | None:

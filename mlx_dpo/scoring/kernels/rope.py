@@ -1,7 +1,9 @@
 """Rotary position embeddings with one position per token, for packed sequences.
 
 `mx.fast.rope` rotates consecutive tokens, starting from one offset per sequence. In a packed
-sequence positions restart, because both completions of a pair follow the same prompt.
+sequence positions restart, because both completions of a pair follow the same prompt. On a GPU the
+tokens are therefore passed to it as sequences of one token, each with its own offset: one kernel.
+The CPU, where MLX would compute the cosines and sines anew in each layer, uses a table of them.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_dpo.models.device import is_cpu
 from mlx_dpo.models.restore import patched
 
 Rope = Callable[..., mx.array]  # signature of `mx.fast.rope`
@@ -24,11 +27,12 @@ class TokenPositions:
     therefore fails, instead of computing wrong positions.
     """
 
-    __slots__ = ("_tables", "positions")
+    __slots__ = ("_tables", "offsets", "positions")
 
     def __init__(self, positions: np.ndarray) -> None:
         """Store the `positions`, one per token. (T,)"""
         self.positions = positions
+        self.offsets = mx.array(positions.astype(np.int32))
         self._tables: dict[Any, tuple[dict[str, Any], Any]] = {}
 
     def rotation_table(self, rope: Rope, dims: int, **options: Any) -> tuple[mx.array, mx.array]:
@@ -72,6 +76,9 @@ def _rotate(
     """
     if x.shape[0] != 1 or x.shape[-2] != len(positions.positions):
         raise TypeError("it applies positions to arrays other than queries and keys")
+    if not is_cpu():
+        by_token = x.transpose(2, 1, 0, 3)  # (T, H, 1, D)
+        return rope(by_token, dims, offset=positions.offsets, **options).transpose(2, 1, 0, 3)
     cos, signed_sin = positions.rotation_table(rope, dims, **options)  # (T, dims) each
     rotary = x[..., :dims].astype(cos.dtype)
     first, second = _split_pairs(rotary, options["traditional"])
