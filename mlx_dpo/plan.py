@@ -40,8 +40,10 @@ from mlx_dpo.runs.build import (
     choose_scorer,
     inference_limit,
     make_dataset_scorer,
+    make_order,
     optimizer_state_bytes,
     reference_mode,
+    with_grouping,
     with_learning_rate,
 )
 from mlx_dpo.runs.inputs import Inputs, load_inputs, load_trainable_base, with_max_length
@@ -169,9 +171,10 @@ def estimate_run(
     budget = available_memory() if memory_size is None else mac_memory(memory_size)
     inputs = load_inputs(config, read=partial(load_trainable_base, load=load_empty_model))
     config = with_max_length(config, inputs.base)
+    config, _ = with_grouping(config, inputs.train)
     with use_fused_gated_delta(inputs.base.model):
         attach_adapters(inputs.base, config)
-        steps = count_steps(config, len(inputs.train))
+        steps = count_steps(config, make_order(config, inputs.train))
         config, rate_reason = with_learning_rate(inputs, config, steps)
         choice = _select_scorer(inputs.base, config)
         with phase("Measuring a few layers"):
@@ -300,8 +303,7 @@ class _RunEstimator:
             count_micro_batches,
             train,
             config.pass_limit,
-            batch_size=config.batch_size,
-            seed=config.seed,
+            order=make_order(config, train),
         )
         counts = count(cost=self.choice.cost)
         flops = model_flops(self.model, self.base.config, vocab_size=self.base.vocab_size)

@@ -49,7 +49,7 @@ PRIVATE_SETTINGS = frozenset(
 )
 
 # Settings that a run chooses if they are not set, when model and pairs are known.
-CHOSEN_BY_RUN = ("learning_rate", "max_length")
+CHOSEN_BY_RUN = ("learning_rate", "max_length", "group_by_prompt")
 
 
 IN_MEMORY = {"pairs": "train_dataset", "valid": "eval_dataset"}  # arguments of DPOTrainer

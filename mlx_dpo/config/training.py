@@ -73,6 +73,14 @@ class TrainingSettings:
         minimum=1,
         default_text="no limit",
     )
+    group_by_prompt: bool | None = setting(
+        None,
+        "Keep the pairs of a prompt together in the order of training, so that a step has them "
+        "all where they fit.",
+        bool,
+        TRAINING,
+        default_text="where a prompt has several pairs",
+    )
     scorer: str = setting(
         "auto",
         "`shared`: both completions of a pair share the tokens of their prompt; `plain`: "

@@ -17,7 +17,8 @@ from mlx_dpo.adapters.layers import adapter_rank
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.config.training import SCORED_BY_PAIRS, PassLimit
 from mlx_dpo.data.batches.micro_batches import largest_micro_batch
-from mlx_dpo.data.columns import LENGTHS, column, longest_pairs
+from mlx_dpo.data.batches.order import PairOrder
+from mlx_dpo.data.columns import LENGTHS, column, longest_pairs, prompt_keys
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.generation.context import context_length
 from mlx_dpo.models.device import device_kind, is_cpu
@@ -138,6 +139,33 @@ def with_learning_rate(
     ]
     return replace(config, learning_rate=choose_learning_rate(run, factor=factor)), ", ".join(
         reasons
+    )
+
+
+def with_grouping(config: DPOConfig, pairs: Sequence[TokenizedPair]) -> tuple[DPOConfig, str]:
+    """Return the settings with the order of the pairs chosen, and what it was chosen by.
+
+    Pairs of one prompt are kept together where that saves work and changes only the order: a pass
+    computes the tokens once that its texts begin with, and the loss is a mean over pairs. The text
+    is "" if the setting was given, or stays open, which is the order of pairs shuffled one by one.
+    """
+    is_shared = config.scorer not in ("plain", "shared")
+    if config.group_by_prompt is not None or config.uses_whole_batch or not is_shared:
+        return config, ""
+    prompts = len(set(prompt_keys(pairs)))
+    if prompts == len(pairs):
+        return config, ""
+    reason = f"{len(pairs):,} pairs of {prompts:,} prompts"
+    return replace(config, group_by_prompt=True), reason
+
+
+def make_order(config: DPOConfig, pairs: Sequence[TokenizedPair]) -> PairOrder:
+    """Return the order in which the steps of a run see its training pairs."""
+    return PairOrder.of(
+        pairs,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        group_by_prompt=bool(config.group_by_prompt),
     )
 
 
@@ -337,4 +365,5 @@ def make_plan(
         on_policy_weights=make_on_policy_weights(config, choice),
         synced_reference=synced_reference,
         recompute=bool(config.recompute),
+        group_by_prompt=bool(config.group_by_prompt),
     )

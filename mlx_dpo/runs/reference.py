@@ -15,7 +15,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_dpo import paths as places
 from mlx_dpo.config.dpo_config import DPOConfig
-from mlx_dpo.data.batches.order import indices_of_steps, steps_per_epoch
+from mlx_dpo.data.batches.order import PairOrder
 from mlx_dpo.data.sources import STDIN
 from mlx_dpo.errors import ConfigError, RunError, reason
 from mlx_dpo.io.atomic import remove_abandoned
@@ -25,7 +25,13 @@ from mlx_dpo.models.empty_weights import load_empty_model
 from mlx_dpo.models.files import model_fingerprint
 from mlx_dpo.models.load import LoadedModel, load_model
 from mlx_dpo.phases import Advance, phase
-from mlx_dpo.runs.build import choose_scorer, make_dataset_scorer, make_on_policy_weights
+from mlx_dpo.runs.build import (
+    choose_scorer,
+    make_dataset_scorer,
+    make_on_policy_weights,
+    make_order,
+    with_grouping,
+)
 from mlx_dpo.runs.folder import RunPaths, reference_provenance
 from mlx_dpo.runs.inputs import (
     NO_DATASETS,
@@ -109,9 +115,9 @@ def _model_name(record: dict[str, Any]) -> str:
     return os.path.basename(os.path.abspath(os.path.expanduser(model))) if local else model
 
 
-def count_steps(config: DPOConfig, num_pairs: int) -> int:
-    """Return the number of optimizer steps of a whole run that trains on `num_pairs` pairs."""
-    return config.max_steps or steps_per_epoch(num_pairs, config.batch_size) * (config.epochs or 1)
+def count_steps(config: DPOConfig, order: PairOrder) -> int:
+    """Return the number of optimizer steps of a whole run that sees its pairs in `order`."""
+    return config.max_steps or order.total_steps(config.epochs or 1)
 
 
 def needed_pairs(
@@ -124,13 +130,11 @@ def needed_pairs(
     """
     needed: dict[str, Sequence[int]] = {split: range(len(splits[split])) for split in splits}
     if "train" in splits:
-        count = len(splits["train"])
-        steps = count_steps(config, count)
+        order = make_order(config, splits["train"])
+        steps = count_steps(config, order)
         if config.sync_ref_model:
             steps = min(steps, config.sync_steps)
-        needed["train"] = indices_of_steps(
-            steps, count=count, batch_size=config.batch_size, seed=config.seed
-        )
+        needed["train"] = order.first_steps(steps)
     return needed
 
 
@@ -246,12 +250,17 @@ def compute_reference_model_logps(
     config: DPOConfig,
     datasets: Datasets = NO_DATASETS,
     day: date | None = None,
+    *,
+    resumed: bool = False,
 ) -> tuple[dict[str, PairLogps], str]:
     """Return the log-probs of the training and held-out pairs under the setting `reference_model`.
 
     The log-probs are given by split name, `train` or `valid`, (len(pairs),) each; those of training
     pairs that no step sees are NaN. The second result is the digest of the reference model. The
     weights of the policy are not loaded.
+
+    Args:
+        resumed: whether the run has begun earlier, and keeps the order that it began with.
 
     Raises:
         ConfigError: the tokenizers of the two models differ, an example is longer than a model's
@@ -265,6 +274,8 @@ def compute_reference_model_logps(
     load_shapes = partial(load_trainable_base, load=load_empty_model)
     inputs = load_inputs(config, read=load_shapes, datasets=datasets, day=day)
     config = with_max_length(config, inputs.base)
+    if not resumed:
+        config, _ = with_grouping(config, inputs.train)
     other, tokenizer = load_reference_model(config), inputs.base.tokenizer
     return compute_logps_of_splits(config, other, tokenizer, inputs.splits)
 

@@ -200,6 +200,7 @@ def summarize_training(run: "DPOTrainer", *, verbose: bool = True) -> list[Summa
         *(scorer if verbose or is_fallback else []),
         *([("loss", describe_loss(run.config))] if verbose else []),
         ("steps", _describe_steps(run)),
+        *(_summarize_order(run) if verbose else []),
         *([*_summarize_best(run), _summarize_micro_batches(run)] if verbose else []),
         *[("" if verbose else "micro-batches", line) for line in oversized],
         *(_summarize_samples(run) if verbose or run.answer_sampler is None else []),
@@ -295,6 +296,30 @@ def _describe_steps(run: "DPOTrainer") -> str:
     )
 
 
+def _summarize_order(run: "DPOTrainer") -> list[SummaryLine]:
+    """Return a line about the order of the pairs, if prompts have several pairs."""
+    config, train, order = run.config, run.inputs.train, run.order
+    prompts = len(set(prompt_keys(train)))
+    counts = f"{len(train):,} {config.unit} of {prompts:,} prompts"
+    if order.prompts is not None:
+        text = f"{counts}; those of one prompt stay together"
+        return [("order", text if prompts < len(train) else f"{counts}: nothing to group")]
+    if prompts == len(train):
+        return []
+    return [("order", f"{counts}, shuffled one by one: {_reason_for_no_groups(run)}")]
+
+
+def _reason_for_no_groups(run: "DPOTrainer") -> str:
+    config = run.config
+    if run.earlier is not None:
+        return "as when the run began"
+    if config.group_by_prompt is False:
+        return "as requested"
+    if config.uses_whole_batch:
+        return "the loss compares the pairs of a step"
+    return f"the scorer {config.scorer} would not gain from groups"
+
+
 def describe_learning_rate(config: DPOConfig, reason: str) -> str:
     """Return the learning rate and, if it was chosen, what it was chosen by."""
     chosen = f" (chosen: {reason})" if reason else ""
@@ -313,8 +338,7 @@ def _count_micro_batches(run: "DPOTrainer") -> EpochMicroBatches:
     return count_micro_batches(
         run.inputs.train,
         config.pass_limit,
-        batch_size=config.batch_size,
-        seed=config.seed,
+        order=run.order,
         cost=run.choice.cost,
     )
 

@@ -26,9 +26,11 @@ from mlx_dpo.runs.build import (
     make_dataset_scorer,
     make_on_policy_weights,
     make_optimizer,
+    make_order,
     make_plan,
     make_synced_reference,
     reference_mode,
+    with_grouping,
     with_learning_rate,
 )
 from mlx_dpo.runs.early_stopping import BestCheckpoint
@@ -158,7 +160,7 @@ class DPOTrainer:
     @property
     def total_steps(self) -> int:
         """Number of optimizer steps of the whole run."""
-        return count_steps(self.config, len(self.inputs.train))
+        return count_steps(self.config, self.order)
 
     # --- prepare ---------------------------------------------------------------------------
 
@@ -185,11 +187,15 @@ class DPOTrainer:
         start, day = start_adapter_provenance(self.config), day_of_run(self.earlier)
         if self.config.reference_model is not None:
             self.reference_model_logps, digest = compute_reference_model_logps(
-                self.config, self.datasets, day
+                self.config, self.datasets, day, resumed=self.earlier is not None
             )
             start |= {"reference_model": digest}
         self.inputs: Inputs = load_inputs(self.config, datasets=self.datasets, day=day)
         self.config = with_max_length(self.config, self.inputs.base)
+        reason = ""
+        if self.earlier is None:  # a resumed run keeps the order that it began with
+            self.config, reason = with_grouping(self.config, self.inputs.train)
+        self.order = make_order(self.config, self.inputs.train)
         check_step_settings(self.config, self.total_steps)
         self.best.check_has_effect(
             every=self.config.eval_steps,
@@ -200,6 +206,8 @@ class DPOTrainer:
             self.config, self.inputs, start, self.earlier, total_steps=self.total_steps
         )
         self.record["datasets_in_memory"] = self.datasets.splits
+        if reason:
+            self.record["chosen_settings"]["group_by_prompt"] = reason
         if self.earlier is not None:
             check_provenance(self.paths, self.earlier, self.record["provenance"])
 

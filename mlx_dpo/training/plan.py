@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple, Self
 
 import mlx.core as mx
@@ -10,7 +11,7 @@ import mlx.nn as nn
 from mlx_dpo.config.training import PassLimit
 from mlx_dpo.data.batches.metadata import pair_metadata, select_metadata
 from mlx_dpo.data.batches.micro_batches import micro_batches
-from mlx_dpo.data.batches.order import step_indices, steps_per_epoch
+from mlx_dpo.data.batches.order import PairOrder
 from mlx_dpo.data.batches.token_counts import CountTokens, padded_row_tokens
 from mlx_dpo.scoring.score_pairs import DatasetScorer
 from mlx_dpo.scoring.scorers import Scorer, plain_scorer
@@ -37,6 +38,8 @@ class TrainingPlan:
             reference.
         on_policy_weights: function that computes the WPO weights of pairs, (B,).
         synced_reference: replaces `reference` after its first update.
+        group_by_prompt: whether the pairs of a prompt follow each other in the order.
+        whole_prompts: whether a step has whole prompts, with all their pairs.
     """
 
     pairs: Pairs
@@ -54,24 +57,31 @@ class TrainingPlan:
     score: DatasetScorer | None = None
     on_policy_weights: Callable[[nn.Module, Pairs], mx.array] | None = None
     synced_reference: SyncedReference | None = None
+    group_by_prompt: bool = False
+    whole_prompts: bool = False
+
+    @cached_property
+    def order(self) -> PairOrder:
+        """The order in which the steps see the pairs."""
+        return PairOrder.of(
+            self.pairs,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            group_by_prompt=self.group_by_prompt,
+            whole_prompts=self.whole_prompts,
+        )
 
     def indices(self, step: int) -> list[int]:
         """Return the indices into `pairs` of one step's pairs; the first step is number 1."""
-        count, seed = len(self.pairs), self.seed
-        return step_indices(step - 1, count=count, batch_size=self.batch_size, seed=seed)
+        return self.order.step(step - 1)
 
     def groups(self, indices: Sequence[int]) -> list[list[int]]:
         """Divide the `indices` of a step's pairs into one list per micro-batch."""
         return micro_batches(indices, self.pairs, self.limit, cost=self.cost)
 
     def epoch(self, step: int) -> float:
-        """Return the number of epochs after `step` updates, with fractions.
-
-        The last step of an epoch may have fewer pairs than the others.
-        """
-        per_epoch = steps_per_epoch(len(self.pairs), self.batch_size)
-        whole, rest = divmod(step, per_epoch)
-        return whole + rest * self.batch_size / len(self.pairs)
+        """Return the number of epochs after `step` updates, with fractions."""
+        return self.order.epochs_after(step)
 
     def padding_share(self, groups: Sequence[list[int]]) -> float:
         """Return the share of padding among the tokens of the given micro-batches, from 0 to 1."""

@@ -81,7 +81,6 @@ def measure_seconds(config: "DPOConfig") -> dict[str, float]:
     from mlx_dpo import DPOTrainer
     from mlx_dpo.data.batches.collate import collate
     from mlx_dpo.data.batches.micro_batches import micro_batches
-    from mlx_dpo.data.batches.order import step_indices
     from mlx_dpo.runs.summary import summarize_inputs, summarize_training
     from mlx_dpo.types import PairLogps
 
@@ -96,7 +95,7 @@ def measure_seconds(config: "DPOConfig") -> dict[str, float]:
         run.restore()
         summarize_training(run)
         settings, pairs = run.config, run.inputs.train
-        indices = step_indices(0, count=len(pairs), batch_size=settings.batch_size, seed=0)
+        indices = run.order.step(0)
         group = micro_batches(indices, pairs, settings.pass_limit, cost=run.choice.cost)[0]
         mx.eval(collate([pairs[i] for i in group]))
         done = perf_counter() - started

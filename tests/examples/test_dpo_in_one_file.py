@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mlx_dpo import DPOConfig, DPOTrainer
-from mlx_dpo.data.batches.order import step_indices
+from mlx_dpo.data.batches.order import PairOrder
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "models" / "tiny-chat"
@@ -25,7 +25,7 @@ def shuffled_back(rows, *, batch_size, seed):
     places = [
         place
         for step in range(steps)
-        for place in step_indices(step, count=len(rows), batch_size=batch_size, seed=seed)
+        for place in PairOrder(count=len(rows), batch_size=batch_size, seed=seed).step(step)
     ]
     return [row for _, row in sorted(zip(places, rows, strict=True), key=lambda both: both[0])]
 

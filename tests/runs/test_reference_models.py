@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from mlx_dpo import DPOConfig, DPOTrainer, evaluate_run
 from mlx_dpo.cli import cli
 from mlx_dpo.config.training import PassLimit
-from mlx_dpo.data.batches.order import step_indices
+from mlx_dpo.data.batches.order import PairOrder
 from mlx_dpo.errors import ConfigError, RunError
 from mlx_dpo.models.load import load_model
 from mlx_dpo.runs import reference as other_reference
@@ -48,7 +48,7 @@ def test_another_model_is_what_rewards_are_taken_against(against_other, other):
     assert mx.allclose(trainer.reference["train"].rejected, known.rejected, atol=1e-4)
     # The first update has rate 0, so the policy is the base: by hand from both models.
     base = score_pairs(mlx_lm.load(against_other.model)[0], pairs, limit=PassLimit(pairs=2))
-    at = step_indices(0, count=len(pairs), batch_size=4, seed=against_other.seed)
+    at = PairOrder(count=len(pairs), batch_size=4, seed=against_other.seed).step(0)
     rewards = 0.1 * (base.take(at).chosen - known.take(at).chosen)
     assert first["rewards/chosen"] == pytest.approx(rewards.mean().item(), abs=1e-4)
 

@@ -24,7 +24,7 @@ from mlx_dpo import DPOConfig, DPOTrainer
 from mlx_dpo.adapters import attach as adapters
 from mlx_dpo.config.loss import LossSettings
 from mlx_dpo.config.training import PassLimit
-from mlx_dpo.data.batches.order import step_indices
+from mlx_dpo.data.batches.order import PairOrder
 from mlx_dpo.data.tokenization.formatting import TokenRules
 from mlx_dpo.data.tokenization.tokenize import tokenize_pair
 from mlx_dpo.losses.metrics import step_row
@@ -94,7 +94,7 @@ def reference(pairs: list[TokenizedPair]) -> PairLogps:
 def order_of(count: int) -> list[int]:
     """Where a pair has to lie so that the steps meet the pairs as they stand in the file."""
     steps = range(count // trl.BATCH)
-    taken = [step_indices(k, count=count, batch_size=trl.BATCH, seed=SEED) for k in steps]
+    taken = [PairOrder(count=count, batch_size=trl.BATCH, seed=SEED).step(k) for k in steps]
     return np.argsort([place for step in taken for place in step]).tolist()
 
 

@@ -13,7 +13,7 @@ import pytest
 from mlx_dpo import DPOConfig
 from mlx_dpo.adapters import attach as adapters
 from mlx_dpo.config.training import PassLimit
-from mlx_dpo.data.batches.order import step_indices
+from mlx_dpo.data.batches.order import PairOrder
 from mlx_dpo.data.tokenization.formatting import TokenRules
 from mlx_dpo.data.tokenization.tokenize import tokenize_unpaired
 from mlx_dpo.losses.metrics import step_row
@@ -73,7 +73,7 @@ def comparison(request, golden, rows, reference):
     for name, factor in trl.initial_a(golden["adapted"], rank=settings["lora_r"]).items():
         modules[name].lora_a = mx.array(factor.T)
     taken = [
-        step_indices(k, count=len(rows), batch_size=trl.BATCH, seed=SEED)
+        PairOrder(count=len(rows), batch_size=trl.BATCH, seed=SEED).step(k)
         for k in range(settings["steps"])
     ]
     order = np.argsort([place for step in taken for place in step]).tolist()

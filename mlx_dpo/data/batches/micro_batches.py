@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from mlx_dpo.config.training import PassLimit
-from mlx_dpo.data.batches.order import epoch_step_indices
+from mlx_dpo.data.batches.order import PairOrder
 from mlx_dpo.data.batches.token_counts import CountTokens, TokenCount
 from mlx_dpo.data.columns import lengths_only
 from mlx_dpo.types import TokenizedPair
@@ -61,13 +61,12 @@ def count_micro_batches(
     pairs: Sequence[TokenizedPair],
     limit: PassLimit,
     *,
-    batch_size: int,
-    seed: int,
+    order: PairOrder,
     cost: CountTokens,
 ) -> EpochMicroBatches:
     """Count the steps, micro-batches and tokens of the first epoch, without reading tokens."""
     lengths = lengths_only(pairs)
-    steps = epoch_step_indices(0, count=len(pairs), batch_size=batch_size, seed=seed)
+    steps = order.epoch_steps(0)
     batches = [b for step in steps for b in micro_batches(step, lengths, limit, cost=cost)]
     counts = [cost([lengths[i] for i in batch]) for batch in batches]
     # Only a micro-batch of a single pair may exceed the limit.

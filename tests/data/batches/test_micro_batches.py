@@ -10,9 +10,7 @@ from mlx_dpo.data.batches.micro_batches import (
     largest_micro_batch,
     micro_batches,
 )
-from mlx_dpo.data.batches.order import (
-    epoch_step_indices,
-)
+from mlx_dpo.data.batches.order import PairOrder
 from mlx_dpo.data.batches.token_counts import padded_row_tokens, shared_prompt_tokens
 from tests.data.batches.pairs import costs, lengths, limits, of, some_pairs
 
@@ -52,7 +50,7 @@ def test_a_pair_above_the_limit_is_a_micro_batch_of_its_own():
 def test_every_pair_is_in_one_micro_batch_of_an_epoch_and_every_micro_batch_is_within_the_limits(
     pairs, limit, cost, batch_size, number
 ):
-    steps = epoch_step_indices(number, count=len(pairs), batch_size=batch_size, seed=3)
+    steps = PairOrder(count=len(pairs), batch_size=batch_size, seed=3).epoch_steps(number)
     groups = [g for step in steps for g in micro_batches(step, pairs, limit, cost=cost)]
     assert sorted(index for group in groups for index in group) == list(range(len(pairs)))
     for group in groups:
@@ -95,17 +93,18 @@ def test_the_largest_micro_batch_has_the_longest_pairs():
 def test_micro_batches_of_an_epoch_are_counted_by_hand():
     """Rows of 8, 16 and 40 tokens, of which all but one are inputs, two rows per pair."""
     pairs = lengths(8, 8, 8, 8, 9, 40)
-    found = count_micro_batches(
-        pairs, PassLimit(tokens=56), batch_size=6, seed=0, cost=padded_row_tokens
-    )
+    order = PairOrder(count=6, batch_size=6, seed=0)
+    found = count_micro_batches(pairs, PassLimit(tokens=56), order=order, cost=padded_row_tokens)
     assert found == (1, 3, (4 * 14 + 30 + 78, 4 * (14 - 8) + (30 - 9) + (78 - 40)), 1, 78)
 
 
 @given(some_pairs, limits, costs, st.integers(1, 9), st.integers(-3, 3))
 def test_the_counts_of_an_epoch_are_sums_over_its_steps(pairs, limit, cost, batch_size, seed):
-    steps = epoch_step_indices(0, count=len(pairs), batch_size=batch_size, seed=seed)
-    groups = [g for step in steps for g in micro_batches(step, pairs, limit, cost=cost)]
-    known = count_micro_batches(pairs, limit, batch_size=batch_size, seed=seed, cost=cost)
-    assert (known.steps, known.micro_batches) == (len(steps), len(groups))
+    order = PairOrder(count=len(pairs), batch_size=batch_size, seed=seed)
+    groups = [
+        g for step in order.epoch_steps(0) for g in micro_batches(step, pairs, limit, cost=cost)
+    ]
+    known = count_micro_batches(pairs, limit, order=order, cost=cost)
+    assert (known.steps, known.micro_batches) == (order.total_steps(1), len(groups))
     passes = [cost([pairs[i] for i in group]) for group in groups]
     assert known.tokens == (sum(p.total for p in passes), sum(p.padding for p in passes))
