@@ -11,11 +11,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from mlx_dpo import paths
-from mlx_dpo.startup import file_limit, jit_cache, openblas
+from mlx_dpo.startup import file_limit, jit_cache, openblas, transformers_scan
 
 openblas.use_openblas()  # has to come before the first import of mlx.core, anywhere
 jit_cache.use_private_jit_cache(paths.cache_folder())
 file_limit.keep_low_file_limit()  # before the first import of mlx_lm
+transformers_scan.speed_up_transformers()
 
 from mlx_dpo.errors import (  # noqa: E402
     ConfigError,

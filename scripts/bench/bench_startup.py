@@ -81,7 +81,7 @@ def start(tree: Path, command: Sequence[str], caches: Path) -> Parts:
     Raises:
         DataError: the run failed before its first step.
     """
-    own = tree / ".venv" / "bin" / "python"
+    own = tree.absolute() / ".venv" / "bin" / "python"
     with tempfile.TemporaryDirectory() as name:
         events = Path(name) / "events.json"
         program = [str(own if own.exists() else sys.executable), "-P", str(CLOCK)]
@@ -89,7 +89,7 @@ def start(tree: Path, command: Sequence[str], caches: Path) -> Parts:
         began = time.time()
         done = subprocess.run(
             [*program, str(events), repr(began), "train", *command, *output],
-            env=os.environ | {"PYTHONPATH": str(tree.resolve()), CACHE_VARIABLE: str(caches)},
+            env=os.environ | {"PYTHONPATH": str(tree.absolute()), CACHE_VARIABLE: str(caches)},
             cwd=name,
             capture_output=True,
             text=True,
