@@ -15,6 +15,21 @@ MetricsRow = Mapping[str, float]  # a line of metrics.jsonl: `step` and metrics 
 Text = str | tuple[Message, ...]  # plain text, or the turns of a conversation
 
 
+class RankedPair(NamedTuple):
+    """The place of a pair in the ranked list (a row with rated completions) that it is from."""
+
+    list_id: int  # digest of the row's prompt, completions and scores; below 2^48
+    chosen: int  # position of the completion in the row, from 0
+    rejected: int
+    chosen_score: float  # higher is better; a rank n is the score -n
+    rejected_score: float
+    score_range: float  # best score of the list minus worst
+    num_pairs: int  # pairs made of the list, before any is left out; 0: the pair is of no list
+
+
+NO_LIST = RankedPair(0, 0, 1, 1.0, 0.0, 1.0, 0)  # of a plain pair, which is a list of two
+
+
 @dataclass(frozen=True, slots=True)
 class PreferenceExample:
     """A preference pair as text: annotators preferred `chosen` to `rejected` after `prompt`."""
@@ -29,6 +44,7 @@ class PreferenceExample:
     # not one user turn.
     implicit_prompt: bool = False
     score_gap: float | None = None  # score of chosen minus that of rejected, for ranked lists
+    ranking: RankedPair = NO_LIST
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +77,7 @@ class TokenizedPair:
     # The completion of an unpaired example is `chosen`; `rejected` is then the completion of
     # another prompt, from which KTO estimates the KL divergence.
     desirable: bool | None = None  # the label of an unpaired example; None for pairs
+    ranking: RankedPair = NO_LIST
 
     def __len__(self) -> int:
         """Return the number of tokens of the prompt with the longer completion."""
@@ -87,7 +104,7 @@ class PairLogps(NamedTuple):
 
 
 class PairMetadata(NamedTuple):
-    """Inputs of the losses besides log-probabilities: token counts, margins, weights, labels."""
+    """Inputs of the losses besides log-probs: token counts, margins, weights, labels, lists."""
 
     chosen_tokens: mx.array  # (B,) float32, tokens of the completion
     rejected_tokens: mx.array  # (B,) float32
@@ -95,6 +112,10 @@ class PairMetadata(NamedTuple):
     margins: mx.array  # (B,) float32
     weights: mx.array  # (B,) float32
     desirable: mx.array  # (B,) bool, all True for pairs
+    lists: mx.array  # (B,) int32, index of the pair's ranked list; a plain pair is a list of two
+    places: mx.array  # (B, 2) int32, positions of chosen and rejected in their list, from 0
+    scores: mx.array  # (B, 2) float32, of chosen and rejected in the data; 1 and 0 for plain pairs
+    best_worst: mx.array  # (B,) bool, pairs of best and worst of a list of more than one pair
 
 
 class ScoredPairs(NamedTuple):
@@ -132,6 +153,7 @@ class PreferenceMetrics(NamedTuple):
     # if one of them is constant.
     length_correlation: float | None = None
     margins_stderr: float | None = None  # standard error of the mean margin; None for one pair
+    best_worst_margins: float | None = None  # of best and worst completion of ranked lists
 
 
 class StepMetrics(NamedTuple):

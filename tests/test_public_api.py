@@ -44,7 +44,7 @@ def test_every_exported_name_is_described():
 def test_losses_exports_every_loss_function():
     defined = {
         name
-        for module in ("pairwise", "pointwise", "reference_free", "optimal_transport")
+        for module in ("pairwise", "pointwise", "reference_free", "optimal_transport", "listwise")
         for name, value in vars(sys.modules[f"mlx_dpo.losses.{module}"]).items()
         if name.endswith("_loss") and callable(value) and not name.startswith("_")
     }

@@ -91,7 +91,7 @@ class PairSettings:
         DATA,
         choices=("best_worst", "all", "adjacent"),
         metavar="PAIRING",
-        default_text="best_worst",
+        default_text="best_worst; all for losses of lists",
     )
     pair_labelled: bool = setting(
         False,

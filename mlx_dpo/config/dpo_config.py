@@ -105,7 +105,8 @@ class DPOConfig(  # fields come in the order of the bases, last one first
 
     def _check_combinations(self) -> None:
         losses = ", ".join(self.loss_type)
-        if self.weight_column is not None and self.uses_whole_batch and not self.labelled:
+        couples = any(loss.uses_whole_batch and not loss.listwise for loss in self.losses)
+        if self.weight_column is not None and couples and not self.labelled:
             raise ConfigError(
                 f"`weight_column` is not defined for loss_type {losses}, whose terms compare "
                 "several pairs"
@@ -115,11 +116,37 @@ class DPOConfig(  # fields come in the order of the bases, last one first
                 f"`batch_size` must be at least 2 with loss_type `{losses}`, which compares the "
                 "rows of a step with each other; got 1"
             )
+        self._check_ranked_data()
         if self.sync_ref_model and self.metric_for_best_model is not None:
             raise ConfigError(
                 "`metric_for_best_model` compares evaluations, but `sync_ref_model` changes the "
                 "reference between them; leave out one of them"
             )
+
+    def _check_ranked_data(self) -> None:
+        """Raise `ConfigError` for data settings that leave a loss without lists."""
+        losses = ", ".join(f"`{name}`" for name in self.loss_type)
+        if not self.listwise:
+            return
+        if self.ranked not in (None, "all"):
+            raise ConfigError(
+                f"`ranked` {self.ranked} makes no lists; loss_type {losses} needs `ranked` all"
+            )
+        if self.pair_labelled:
+            raise ConfigError(
+                f"`pair_labelled` makes pairs, not lists; loss_type {losses} needs rows with rated "
+                "`completions`"
+            )
+        if any(weight % 1 for weight in self.mix):
+            raise ConfigError(
+                f"`mix` must be whole numbers with loss_type {losses}: a fraction draws single "
+                f"pairs of a list, got {', '.join(f'{weight:g}' for weight in self.mix)}"
+            )
+
+    @property
+    def pairing(self) -> str | None:
+        """Pairs to make of a list of rated completions; None: the default of ranked rows."""
+        return "all" if self.listwise else self.ranked
 
     @property
     def _most_tokens_per_pass(self) -> int:

@@ -96,6 +96,16 @@ class LossSettings:
         metavar="WEIGHT",
         default_text="1",
     )
+    rpo_eta: float | None = setting(
+        None,
+        "Log-odds η of a preference whose score gap is 1, in RPO.",
+        float,
+        LOSS,
+        minimum=0,
+        exclusive_minimum=True,
+        metavar="NUMBER",
+        default_text="1",
+    )
     desirable_weight: float | None = setting(
         None,
         "Weight of rows labelled good in KTO.",
@@ -201,6 +211,11 @@ class LossSettings:
         return any(loss.labelled for loss in self.losses)
 
     @property
+    def listwise(self) -> bool:
+        """Whether one of the losses takes whole ranked lists (`ranked: all`)."""
+        return any(loss.listwise for loss in self.losses)
+
+    @property
     def unit(self) -> str:
         """Word that messages use for training examples: `pairs`, or `answers` for KTO."""
         return "answers" if self.labelled else "pairs"
@@ -237,6 +252,7 @@ def check_losses(settings: LossSettings) -> None:
     for name in settings.loss_type:
         check_loss_name(name)
     _check_sum(settings)
+    _check_lists(settings)
     _check_hyperparameters(settings)
     _check_divergence(settings)
     _check_weighting(settings)
@@ -256,6 +272,30 @@ def _check_sum(settings: LossSettings) -> None:
         raise ConfigError(
             f"`{labelled}` takes labelled rows and cannot be summed with losses of pairs"
         )
+
+
+def _check_lists(settings: LossSettings) -> None:
+    """Raise `ConfigError` for losses and settings that do not go with losses of ranked lists."""
+    if settings.listwise:
+        listwise = _quoted(loss.name for loss in settings.losses if loss.listwise)
+        for loss in settings.losses:
+            if not loss.needs_reference and loss.reward is not None:
+                raise ConfigError(
+                    f"`loss_type` {listwise} has rewards relative to a reference and cannot be "
+                    f"summed with the reference-free `{loss.name}`; leave one of them out"
+                )
+        if settings.ld_alpha is not None:
+            raise ConfigError(
+                f"`ld_alpha` is not defined for loss_type {listwise}: a completion would have "
+                "another log-probability in each of its pairs; leave it out"
+            )
+    if "rpo_bwd_kl" in settings.loss_type:
+        offset = [loss.name for loss in settings.losses if loss.uses_margins]
+        if len(offset) > 1:
+            raise ConfigError(
+                f"`loss_type` {_quoted(offset)} cannot be summed: the margin column is a score gap "
+                "for `rpo_bwd_kl` and is subtracted in the other; leave one of them out"
+            )
 
 
 def _check_hyperparameters(settings: LossSettings) -> None:

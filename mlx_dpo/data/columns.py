@@ -1,4 +1,4 @@
-"""Columns of tokenized pairs: lengths, digests, margins, weights and labels as arrays.
+"""Columns of tokenized pairs: lengths, digests, margins, weights, labels and lists as arrays.
 
 Code that looks at all pairs of a run reads columns, because building every pair would be slow. For
 a list of pairs the columns are computed; a `ColumnarPairs` stores its columns.
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mlx_dpo.types import TokenizedPair
+from mlx_dpo.types import NO_LIST, RankedPair, TokenizedPair
 
 NO_LABEL = -1  # value of the label column for preference pairs
 PART_DIGEST_BYTES, PROMPT_DIGEST_BYTES = 16, 32
@@ -47,6 +47,7 @@ PART_DIGESTS = "part_digests"  # of prompt, chosen and rejected, as token ids
 PROMPT_DIGESTS = "prompt_digests"  # of the prompt as text, before truncation
 MARGINS_AND_WEIGHTS = "margins_and_weights"
 LABELS = "labels"  # 1 desirable, 0 undesirable, NO_LABEL for preference pairs
+RANKINGS = "rankings"  # `RankedPair` as numbers
 COLUMNS = {
     LENGTHS: ColumnSpec("<i4", (3,), _get_lengths),
     PART_DIGESTS: ColumnSpec(f"V{PART_DIGEST_BYTES}", (3,), _get_part_digests),
@@ -55,7 +56,17 @@ COLUMNS = {
     ),
     MARGINS_AND_WEIGHTS: ColumnSpec("<f8", (2,), lambda pair: (pair.margin, pair.weight)),
     LABELS: ColumnSpec("i1", (), _get_label),
+    RANKINGS: ColumnSpec("<f8", (len(NO_LIST),), lambda pair: pair.ranking),
 }
+
+
+def ranking_of(values: Any) -> RankedPair:
+    """Return the value of the column of rankings, (7,), as a `RankedPair`."""
+    list_id, chosen, rejected, best, worst, score_range, num_pairs = values.tolist()
+    if not num_pairs:
+        return NO_LIST
+    place = int(list_id), int(chosen), int(rejected)
+    return RankedPair(*place, best, worst, score_range, int(num_pairs))
 
 
 class ColumnarPairs(Sequence[TokenizedPair]):
@@ -110,14 +121,15 @@ def prompt_keys(pairs: Sequence[TokenizedPair]) -> list[object]:
     return [pair.prompt_digest or pair.prompt for pair in pairs]  # tests build pairs from tokens
 
 
-def pairs_digest(pairs: Sequence[TokenizedPair]) -> str:
+def pairs_digest(pairs: Sequence[TokenizedPair], *, rankings: bool = False) -> str:
     """Return a SHA-256 digest of the pairs in their order, as hex; locations are not part of it.
 
-    The digest covers the digests of the token ids, the margins, weights and labels. Each of these
-    has a fixed width, so that different pairs never produce the same bytes.
+    The digest covers the digests of the token ids, the margins, weights and labels, and with
+    `rankings` also lists and scores. Each of these has a fixed width, so that different pairs never
+    produce the same bytes.
     """
     hashed = sha256()
-    for name in (PART_DIGESTS, MARGINS_AND_WEIGHTS, LABELS):
+    for name in (PART_DIGESTS, MARGINS_AND_WEIGHTS, LABELS, *[RANKINGS] * rankings):
         hashed.update(column(pairs, name).tobytes())
     return hashed.hexdigest()
 

@@ -14,8 +14,10 @@ from mlx_dpo.data.columns import (
     NO_LABEL,
     PART_DIGESTS,
     PROMPT_DIGESTS,
+    RANKINGS,
     ColumnarPairs,
     prompt_keys,
+    ranking_of,
     token_digest,
 )
 from mlx_dpo.data.files import RowLocations
@@ -57,6 +59,7 @@ class MappedPairs:
             margin,
             weight,
             None if label == NO_LABEL else bool(label),
+            ranking_of(arrays[RANKINGS][index]),
         )
 
 

@@ -6,11 +6,91 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
 from mlx_dpo.data.tokenization.tokenize import TokenizedExample
+from mlx_dpo.types import NO_LIST, RankedPair, TokenizedPair
 
 NOT_ADDITIVE = ("max_length", "longest", "per_epoch")  # not sums over the rows
 COUNTERS = ("schemas", "unused_fields", "specials", "unwritten")
 FROM_CACHE = "tokens read from the cache"  # an origin that changes nothing
 MAX_SHOWN = 3  # locations in a line; `to_dict` has all of them
+
+
+@dataclass
+class ListCounts:
+    """Counts of the ranked lists among the pairs; a list's pairs are counted one after the other.
+
+    `tokens` counts each prompt and each completion of a list once.
+    """
+
+    lists: int = 0
+    completions: int = 0
+    pairs: int = 0
+    made: int = 0  # pairs that were made of these lists, before any was left out
+    uneven: int = 0  # lists whose pairs have different prompts, because they were cut
+    tokens: int = 0
+    pair_tokens: int = 0  # prompts and completions counted in each pair
+    best_worst_tokens: int = 0  # of the best and the worst completion, with the prompt
+    # The last list: its key and prompt, score and length of its completions so far, whether its
+    # prompts are uneven, and its part of `best_worst_tokens`.
+    last: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    def keep(self, pair: TokenizedPair, ranking: RankedPair) -> None:
+        """Count a pair that training will use; a plain pair is not counted."""
+        if not ranking.num_pairs:
+            return
+        key = [ranking.list_id, pair.location]
+        if self.last.get("key") != key:
+            self.last = {"key": key, "prompt": pair.prompt, "seen": {}}
+            self.last |= {"is_uneven": False, "best_worst": 0}
+            self.lists += 1
+            self.made += ranking.num_pairs
+            self.tokens += len(pair.prompt)
+        self.pairs += 1
+        self.pair_tokens += len(pair.prompt) + len(pair.chosen) + len(pair.rejected)
+        self._keep_completions(pair, ranking)
+
+    def _keep_completions(self, pair: TokenizedPair, ranking: RankedPair) -> None:
+        last, scores = self.last, (ranking.chosen_score, ranking.rejected_score)
+        places = (ranking.chosen, ranking.rejected)
+        for place, score, ids in zip(places, scores, (pair.chosen, pair.rejected), strict=True):
+            if place not in last["seen"]:
+                last["seen"][place] = (score, len(ids))
+                self.completions += 1
+                self.tokens += len(ids)
+        if pair.prompt != last["prompt"] and not last["is_uneven"]:
+            last["is_uneven"] = True
+            self.uneven += 1
+        rated = sorted(last["seen"].values())
+        best_worst = len(pair.prompt) + rated[0][1] + rated[-1][1]
+        self.best_worst_tokens += best_worst - last["best_worst"]
+        last["best_worst"] = best_worst
+
+    def add(self, other: "ListCounts") -> None:
+        """Add the counts of further lists."""
+        for f in fields(self):
+            if f.name != "last":
+                setattr(self, f.name, getattr(self, f.name) + getattr(other, f.name))
+
+    def lines(self) -> list[str]:
+        """Return what the pairs of lists cost, and which lists have changed, as lines of text."""
+        if self.made == self.lists:  # one pair of each list
+            return []
+        base = max(1, self.best_worst_tokens)
+        lines = [
+            f"{_counted(self.lists, 'ranked list')}: {self.completions:,} completions in "
+            f"{self.pairs:,} pairs; {self.tokens / base:.2g} times the tokens of --ranked "
+            f"best_worst where pairs share completions, {self.pair_tokens / base:.2g} times "
+            "where they do not"
+        ]
+        if self.pairs < self.made:
+            lines.append(
+                f"{self.made - self.pairs:,} of {self.made:,} pairs of these lists are left out"
+            )
+        if self.uneven:
+            lines.append(
+                f"{_counted(self.uneven, 'ranked list')} with prompts that were cut differently "
+                "from pair to pair; --truncation keep_start leaves them whole"
+            )
+        return lines
 
 
 @dataclass
@@ -52,6 +132,7 @@ class PairsReport:
     chosen_tokens: int = 0
     rejected_tokens: int = 0
     longest: int = 0  # tokens of the longest row
+    lists: ListCounts = field(default_factory=ListCounts)
     weight: float | None = None  # value of `--mix`: uses of each pair per epoch
     per_epoch: int = 0  # training pairs per epoch, with `weight`
     origin: str = field(default="", compare=False)  # a remark about the token cache
@@ -60,9 +141,12 @@ class PairsReport:
         """Record the location of a dropped pair under the reason for dropping it."""
         self.dropped.setdefault(reason, []).append(location)
 
-    def keep(self, example: TokenizedExample, *, was_text: bool) -> None:
+    def keep(
+        self, example: TokenizedExample, *, was_text: bool, ranking: RankedPair = NO_LIST
+    ) -> None:
         """Count a pair that training will use; `was_text`: its prompt was a string."""
         pair = example.pair
+        self.lists.keep(pair, ranking)
         self.used += 1
         self.desirable += bool(pair.desirable)
         self.dialogues += example.was_dialogue
@@ -93,6 +177,7 @@ class PairsReport:
             elif f.name not in NOT_ADDITIVE and type(own) is int:
                 setattr(self, f.name, own + further)
         self.longest = max(self.longest, other.longest)
+        self.lists.add(other.lists)
         for reason, locations in other.dropped.items():
             self.dropped.setdefault(reason, []).extend(locations)
 
@@ -110,6 +195,7 @@ class PairsReport:
             bad = self.used - self.desirable
             lines[0] += f", {self.desirable:,} good and {bad:,} bad"
         lines += [self.origin] if self.origin else []
+        lines += self.lists.lines()
         if self.weight is not None:
             lines.append(f"used {self.weight:g} times per epoch: {self._count(self.per_epoch)}")
         lines += self._template_lines() + self._special_token_lines()
@@ -130,6 +216,7 @@ class PairsReport:
     def warning_lines(self) -> list[str]:
         """Return the lines of the report on what is lost or different from the rows as written."""
         lines = [self.origin] if self.origin not in ("", FROM_CACHE) else []
+        lines += self.lists.lines()
         lines += self._unwritten_lines() + self._special_token_lines()
         lines += self._unknown_token_lines() + self._truncation_lines() + self.dropped_lines()
         return [f"{self.source}: {line}" for line in lines[:1]] + lines[1:]
@@ -138,6 +225,7 @@ class PairsReport:
         """Return the counts as a JSON-compatible dictionary, with all dropped pairs' locations."""
         values = asdict(self)
         del values["origin"]  # the pairs are the same with and without the cache
+        del values["lists"]["last"]
         values["kept"] = values.pop("used")  # the key in `run.json`
         return values | {name: dict(getattr(self, name)) for name in COUNTERS}
 
@@ -146,6 +234,7 @@ class PairsReport:
         """Build the report from the dictionary that `to_dict` returned."""
         counts = dict(values)
         counts["used"] = counts.pop("kept")
+        counts["lists"] = ListCounts(**values["lists"])
         return cls(**counts | {name: Counter(values[name]) for name in COUNTERS})
 
     def _schemas(self) -> str:

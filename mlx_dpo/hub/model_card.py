@@ -180,6 +180,8 @@ def _metric_meanings(content: CardContent) -> dict[str, str]:
         "loss": f"the loss{initial}",
         "accuracies": f"share of {correct}",
         "margins": "reward of the chosen completion minus that of the rejected one",
+        "best_worst_margins": "reward of the best completion of a ranked list minus that of the "
+        "worst",
         "chosen_rewards": f"reward of chosen completions: beta × {rewarded}",
         "rejected_rewards": "reward of rejected completions",
         "chosen_logps": "log-probability of chosen completions",

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from mlx_dpo.losses import optimal_transport, pairwise, pointwise, reference_free
+from mlx_dpo.losses import listwise, optimal_transport, pairwise, pointwise, reference_free
 from mlx_dpo.losses.loss import Loss
 
 LEGEND = (
@@ -18,5 +18,6 @@ LOSSES: Mapping[str, Loss] = {
         *pointwise.LOSSES,
         *reference_free.LOSSES,
         *optimal_transport.LOSSES,
+        *listwise.LOSSES,
     )
 }

@@ -31,6 +31,7 @@ class Loss:
     needs_reference: bool = True
     uses_whole_batch: bool = False  # the loss of a pair depends on the other pairs of its step
     labelled: bool = False  # takes unpaired labelled examples instead of pairs
+    listwise: bool = False  # the pairs that a loss depends on are those of one ranked list
     uses_margins: bool = False  # the margin column of the data acts on it
     uses_divergence: bool = False  # `f_divergence_type` acts on it
 
@@ -40,6 +41,7 @@ class Loss:
         requirements = {
             "a reference": self.needs_reference,
             "labelled rows instead of pairs": self.labelled,
-            "the whole batch of a step": self.uses_whole_batch,
+            "ranked lists": self.listwise,
+            "the whole batch of a step": self.uses_whole_batch and not self.listwise,
         }
         return tuple(noun for noun, is_needed in requirements.items() if is_needed)

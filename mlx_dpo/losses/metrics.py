@@ -28,6 +28,9 @@ METRICS: Mapping[str, Metric] = {
     "loss": Metric("loss", "loss", "lower"),
     "accuracies": Metric("rewards/accuracies", "accuracy", "higher"),
     "margins": Metric("rewards/margins", "margin", "higher"),
+    "best_worst_margins": Metric(
+        "rewards/margins_best_worst", "margin of best and worst of a list", "higher"
+    ),
     "chosen_rewards": Metric("rewards/chosen", "reward of chosen", "higher"),
     "rejected_rewards": Metric("rewards/rejected", "reward of rejected", "lower"),
     "chosen_logps": Metric("logps/chosen", "log-prob of chosen", "higher"),
@@ -52,6 +55,9 @@ def concatenate_outputs(parts: Sequence[LossOutputs]) -> LossOutputs:
 
 def compute_metrics(outputs: LossOutputs, *, labelled: bool = False) -> PreferenceMetrics:
     """Return the metrics as means over all pairs; accuracy is the share with a positive margin.
+
+    For ranked lists of more than one pair, the margin of best and worst is the mean over the pairs
+    of a list's best and worst completion. It is None if there are no such pairs.
 
     With `labelled` (KTO), the metrics of chosen and rejected are means over the desirable and the
     undesirable examples, as in TRL, or None if there are no such examples. Accuracy is then the
@@ -80,6 +86,7 @@ def compute_metrics(outputs: LossOutputs, *, labelled: bool = False) -> Preferen
         **dict(zip(means, values, strict=True)),
         length_correlation=_pearson_correlation(length_differences, margins),
         margins_stderr=_standard_error(margins),
+        best_worst_margins=_masked_mean(margins, metadata.best_worst),
     )
 
 

@@ -78,6 +78,13 @@ CURVES = (
         section=RESULTS,
     ),
     Curve(
+        "Margin of best and worst",
+        "nats",
+        "For ranked lists: reward of the best completion minus reward of the worst.",
+        _metrics("best_worst_margins"),
+        baseline=0.0,
+    ),
+    Curve(
         "Accuracy",
         "share",
         "Pairs in which chosen has the higher reward. Chance is 0.5, and while the margin is near "

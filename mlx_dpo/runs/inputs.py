@@ -11,7 +11,7 @@ from typing import Any, cast
 from mlx_dpo.config.data import DEFAULT_MAX_LENGTH
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.data.chat_templates.template_date import get_day, set_day, today
-from mlx_dpo.data.columns import longest_row, pairs_digest
+from mlx_dpo.data.columns import RANKINGS, column, longest_row, pairs_digest
 from mlx_dpo.data.dataset import PairDataset, concatenate, with_mismatched_completions
 from mlx_dpo.data.hf_datasets import InMemoryRows
 from mlx_dpo.data.load import check_settings_used, held_out_indices, mix_indices
@@ -21,8 +21,9 @@ from mlx_dpo.data.tokenization.cache import TokenCache, load_source
 from mlx_dpo.data.tokenization.formatting import TokenRules
 from mlx_dpo.data.tokenization.parallel import TokenizerWorkers
 from mlx_dpo.data.tokenization.tokenize_rows import LoadedPairs, PairRules
-from mlx_dpo.errors import ConfigError
+from mlx_dpo.errors import ConfigError, DataError
 from mlx_dpo.generation.context import check_max_length, context_length
+from mlx_dpo.losses.listwise import LARGEST_SCORE
 from mlx_dpo.models.device import device_kind, main_dtype
 from mlx_dpo.models.files import code_fingerprint, model_fingerprint, tokenizer_fingerprint
 from mlx_dpo.models.load import LoadedModel, load_model, load_tokenizer
@@ -59,9 +60,14 @@ class Inputs:
             "model": model_fingerprint(self.base.path),
             "tokenizer": tokenizer_fingerprint(self.base.path),
             "device_and_dtype": device_and_dtype(self.base),
-            "train": pairs_digest(self.train),
-            "valid": pairs_digest(self.valid),
+            "train": digest_of_split(config, self.train),
+            "valid": digest_of_split(config, self.valid),
         }
+
+
+def digest_of_split(config: DPOConfig, pairs: Sequence[TokenizedPair]) -> str:
+    """Return a digest of all pairs of a split; lists and scores are part of it if they matter."""
+    return pairs_digest(pairs, rankings=config.listwise)
 
 
 def device_and_dtype(base: LoadedModel) -> str:
@@ -130,7 +136,7 @@ def row_rules(config: DPOConfig) -> RowRules:
         margin=config.margin_column,
         weight=config.weight_column,
         schema=config.schema,
-        ranked=cast(Ranking | None, config.ranked),
+        ranked=cast(Ranking | None, config.pairing),
         renamed=config.columns,
     )
 
@@ -246,15 +252,18 @@ def load_inputs(
 
     Raises:
         ConfigError: a setting has no effect, or an example is longer than the context length.
+        DataError: the loss needs ranked lists, and the rows are none.
     """
     pairs, valid = datasets.train or config.pairs, datasets.valid or config.valid
     sources = find_sources(pairs, valid, config.split)
     check_held_out_settings(config, sources)
+    check_score_gap(config)
     base = read(config)
     config = with_max_length(config, base)
     set_day(base.tokenizer, day or today())
     train = [load_configured_source(config, base, source) for source in sources.train]
     held_out = [load_configured_source(config, base, source) for source in sources.valid]
+    check_lists(config, *(loaded.pairs for loaded in (*train, *held_out)))
     reports = [loaded.report for loaded in (*train, *held_out)]
     check_settings_used(token_rules(config, base), row_rules(config), reports)
     share = 0.0 if held_out else config.held_out_fraction
@@ -304,6 +313,39 @@ def check_context_length(
         raise ConfigError(
             f"`max_length` is {config.length_limit}, but the model's context length is {context} "
             f"tokens and the longest row has {longest}; use --max-length {context}"
+        )
+
+
+def check_score_gap(config: DPOConfig) -> None:
+    """Raise `ConfigError` if the loss needs the gap of the scores and no setting names them."""
+    if "rpo_bwd_kl" in config.loss_type and config.margin_column is None:
+        raise ConfigError(
+            "loss_type `rpo_bwd_kl` needs the gap of the scores; name the column of the scores "
+            "with --margin-column, for ranked rows --margin-column score"
+        )
+
+
+def check_lists(config: DPOConfig, *splits: Sequence[TokenizedPair]) -> None:
+    """Check that the pairs are those of ranked lists, if the loss needs such lists.
+
+    Raises:
+        DataError: there are plain pairs, or scores that the loss cannot take.
+    """
+    if not config.listwise:
+        return
+    rankings = [column(pairs, RANKINGS) for pairs in splits if len(pairs)]
+    losses = ", ".join(f"`{loss.name}`" for loss in config.losses if loss.listwise)
+    if plain := sum(int((values[:, 6] == 0).sum()) for values in rankings):
+        raise DataError(
+            f"loss_type {losses} needs ranked lists, rows with `completions` and their scores "
+            f"(found {plain:,} plain pairs); use --loss-type sigmoid, or other rows"
+        )
+    largest = max((float(abs(values[:, 3:5]).max()) for values in rankings), default=0.0)
+    if "lipo_lambda" in config.loss_type and largest > LARGEST_SCORE:
+        raise DataError(
+            "loss_type `lipo_lambda` weights pairs by 2 to the power of the scores, which must be "
+            f"within ±{LARGEST_SCORE:g} (found {largest:g}); divide the scores, for instance so "
+            "that the best possible one is 1"
         )
 
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 
 from mlx_dpo.data.chat_templates.template_date import set_day
-from mlx_dpo.data.columns import pairs_digest
 from mlx_dpo.data.columns import prompt_keys as prompts_of_pairs
 from mlx_dpo.data.examples import parse_rows
 from mlx_dpo.data.prompts import Prompt, check_no_template_kwargs, collect_prompts, make_prompt
@@ -27,7 +26,9 @@ from mlx_dpo.runs.folder import check_provenance
 from mlx_dpo.runs.inputs import (
     add_kl_completions,
     check_context_length,
+    check_lists,
     device_and_dtype,
+    digest_of_split,
     load_configured_base,
     load_configured_source,
     load_inputs,
@@ -122,7 +123,7 @@ def load_held_out_pairs(run: OpenRun) -> EvaluationPairs:
             "again; name a file of pairs"
         )
     inputs = load_inputs(run.config, read=load_configured_base, day=run.day)
-    check_provenance(run.paths, run.record, {"valid": pairs_digest(inputs.valid)})
+    check_provenance(run.paths, run.record, {"valid": digest_of_split(run.config, inputs.valid)})
     return inputs.base, inputs.valid, f"held-out {run.config.unit}", ()
 
 
@@ -137,8 +138,9 @@ def load_named_pairs(run: OpenRun, pairs: str) -> EvaluationPairs:
     read = load_configured_source(run.config, base, source)
     pairs_read = add_kl_completions(run.config, read.pairs)
     check_context_length(run.config, base, pairs_read)
+    check_lists(run.config, pairs_read)
     notes = tuple(read.report.lines())
-    if pairs_digest(pairs_read) == run.record["provenance"]["train"]:
+    if digest_of_split(run.config, pairs_read) == run.record["provenance"]["train"]:
         notes += ("the run was trained on these pairs; the result says nothing about unseen pairs",)
     return base, pairs_read, f"{run.config.unit} of {source.name}", notes
 

@@ -1,15 +1,17 @@
 """Schema of ranked lists: several completions of one prompt, each with a score or a rank."""
 
+import json
 import math
 from collections.abc import Iterable
 from dataclasses import replace
+from hashlib import blake2b
 from itertools import combinations, pairwise
 from typing import Any, NamedTuple
 
 from mlx_dpo.errors import TIED, BadPairError, DataError
 from mlx_dpo.schemas.messages import make_pair, parse_messages, parse_text
 from mlx_dpo.schemas.schema import PairOrError, Ranking, Record, Row, RowRules, Schema
-from mlx_dpo.types import PreferenceExample, Text
+from mlx_dpo.types import PreferenceExample, RankedPair, Text
 
 COMPLETION_FIELDS = ("completions", "responses")
 PROMPT_FIELDS = ("prompt", "instruction", "question", "messages")  # the first one present is used
@@ -27,6 +29,7 @@ class RatedCompletion(NamedTuple):
 
     text: Text
     score: float  # higher is better
+    place: int  # position in the row, from 0
 
 
 def select_pairs(
@@ -45,17 +48,33 @@ def select_pairs(
 
 def _parse(row: Row, rules: RowRules) -> list[PairOrError]:
     prompt, rated = _parse_prompt(row), _parse_rated_completions(row)
+    selected = list(select_pairs(rated, rules.ranked or "best_worst"))
+    num_pairs = sum(chosen.score > rejected.score for chosen, rejected in selected)
+    scores = [completion.score for completion in rated]
+    list_id, score_range = _list_id(prompt, rated), max(scores) - min(scores)
     pairs: list[PairOrError] = []
-    for chosen, rejected in select_pairs(rated, rules.ranked or "best_worst"):
+    for chosen, rejected in selected:
         if chosen.score == rejected.score:
             pairs.append(BadPairError(row.location, TIED, f"{chosen.score:g}"))
             continue
-        score_gap = chosen.score - rejected.score
+        ranking = RankedPair(
+            list_id, chosen.place, rejected.place, chosen.score, rejected.score, score_range,
+            num_pairs,
+        )  # fmt: skip
         pairs += [
-            replace(pair, score_gap=score_gap) if isinstance(pair, PreferenceExample) else pair
+            replace(pair, score_gap=chosen.score - rejected.score, ranking=ranking)
+            if isinstance(pair, PreferenceExample)
+            else pair
             for pair in make_pair(row, prompt, chosen.text, rejected.text)
         ]
     return pairs
+
+
+def _list_id(prompt: Text, rated: list[RatedCompletion]) -> int:
+    """Return a digest of a ranked list, below 2^48, which float64 holds exactly."""
+    parts = [prompt, [(completion.text, completion.score) for completion in rated]]
+    digest = blake2b(json.dumps(parts, default=str).encode(), digest_size=6).digest()
+    return int.from_bytes(digest)
 
 
 def _parse_prompt(row: Row) -> Text:
@@ -78,7 +97,10 @@ def _parse_rated_completions(row: Row) -> list[RatedCompletion]:
             "per completion"
         )
     texts = [_parse_completion(item, f"{name}[{i}]", row.location) for i, item in enumerate(items)]
-    return [RatedCompletion(text, score) for text, score in zip(texts, scores, strict=True)]
+    return [
+        RatedCompletion(text, score, place)
+        for place, (text, score) in enumerate(zip(texts, scores, strict=True))
+    ]
 
 
 def _parse_completion(item: Any, name: str, location: str) -> Text:

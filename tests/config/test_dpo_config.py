@@ -216,8 +216,42 @@ def test_settings_without_effect_are_errors(given, message):
                 {"loss_type": name, "use_weighting": True},
                 f"`use_weighting` is not defined for loss_type `{name}`",
             )
-            for name in ("aot", "aot_unpaired", "kto")
+            for name in ("aot", "aot_unpaired", "kto", "plackett_luce", "lipo_lambda")
         ],
+        *[
+            (
+                {"loss_type": ["plackett_luce", name]},
+                f"cannot be summed with the reference-free `{name}`; leave one of them out",
+            )
+            for name in ("simpo", "cpo", "orpo")
+        ],
+        (
+            {"loss_type": ["plackett_luce", "kto"]},
+            "`kto` takes labelled rows and cannot be summed with losses of pairs",
+        ),
+        (
+            {"loss_type": "lipo_lambda", "ld_alpha": 0.5},
+            "`ld_alpha` is not defined for loss_type `lipo_lambda`: a completion would have",
+        ),
+        *[
+            (
+                {"loss_type": "plackett_luce", "ranked": how},
+                f"`ranked` {how} makes no lists; loss_type `plackett_luce` needs `ranked` all",
+            )
+            for how in ("best_worst", "adjacent")
+        ],
+        (
+            {"loss_type": "plackett_luce", "pair_labelled": True},
+            "`pair_labelled` makes pairs, not lists; loss_type `plackett_luce` needs rows with",
+        ),
+        (
+            {"loss_type": "lipo_lambda", "pairs": ["a", "b"], "mix": [2, 0.5]},
+            "`mix` must be whole numbers with loss_type `lipo_lambda`: a fraction draws single",
+        ),
+        (
+            {"loss_type": ["sigmoid", "rpo_bwd_kl"], "margin_column": "score"},
+            "`loss_type` `sigmoid`, `rpo_bwd_kl` cannot be summed: the margin column is a score",
+        ),
     ],
 )
 def test_incompatible_losses_and_settings_are_errors(given, message):
@@ -231,6 +265,9 @@ def test_compatible_losses_and_settings_are_accepted():
     DPOConfig(loss_type=["sigmoid", "sft", "cpo"], f_divergence_type="js_divergence")
     DPOConfig(loss_type="nca_pair", f_divergence_type="reverse_kl", ld_alpha=0.0)
     DPOConfig(loss_type="aot", ld_alpha=0.5, label_smoothing=0.0)
+    DPOConfig(loss_type=["plackett_luce", "sft"], weight_column="trust", ranked="all", mix=[2.0])
+    DPOConfig(loss_type="lipo_lambda", f_divergence_type="js_divergence")
+    DPOConfig(loss_type="rpo_bwd_kl", margin_column="score", ld_alpha=0.5)
 
 
 def test_a_setting_overrides_the_default_of_each_loss():

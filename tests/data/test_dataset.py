@@ -2,6 +2,7 @@
 
 import io
 import tempfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ from mlx_dpo.data.tokenization.pair_file import (
     read_metadata,
     read_pair_file,
 )
-from mlx_dpo.types import TokenizedPair
+from mlx_dpo.types import NO_LIST, RankedPair, TokenizedPair
 
 NAMES = ("a.jsonl", "b and c.json")
 
@@ -51,7 +52,10 @@ PAIRS = [
     pair(4, location="a.jsonl:12", margin=-1.5),
     pair(1, location="b and c.json[0]", weight=0.25),
     pair(2, location="b and c.json[3] and a.jsonl:2"),
-    pair(3, location="b and c.json[3] and b and c.json[1]"),
+    replace(
+        pair(3, location="b and c.json[3] and b and c.json[1]"),
+        ranking=RankedPair(2**48 - 1, 2, 0, 4.5, -1.25, 5.75, 3),
+    ),
 ]
 UNPAIRED = [pair(i, label=i % 2 == 0, prompt=prompt) for i, prompt in enumerate((5, 5, 6, 5, 7, 7))]
 
@@ -99,6 +103,11 @@ anything = st.builds(
     st.integers(0, 2**256 - 1).map(prompt_digest),
     st.floats(allow_nan=False, allow_infinity=False), st.floats(0, 1e6),
     st.none() | st.booleans(),
+    st.just(NO_LIST)
+    | st.builds(
+        RankedPair, st.integers(0, 2**48 - 1), st.integers(0, 9), st.integers(0, 9),
+        *[st.floats(allow_nan=False, allow_infinity=False)] * 3, st.integers(1, 99),
+    ),
 )  # fmt: skip
 
 
@@ -201,6 +210,18 @@ def test_metadata_of_a_dataset_is_that_of_its_pairs():
         assert ours.tolist() == theirs.tolist()
     assert pair_metadata(PAIRS).margins.tolist() == [0.0, -1.5, 0.0, 0.0, 0.0]
     assert pair_metadata(UNPAIRED).desirable.tolist() == [True, False] * 3
+    assert pair_metadata(PAIRS).places.tolist() == [[0, 1]] * 4 + [[2, 0]]
+    assert pair_metadata(PAIRS).scores.tolist() == [[1.0, 0.0]] * 4 + [[4.5, -1.25]]
+    assert pair_metadata(PAIRS).lists.tolist() == [0, 1, 2, 3, 4]
+    assert pair_metadata(PAIRS).best_worst.tolist() == [False] * 4 + [True]
+
+
+def test_a_digest_of_the_rankings_is_another_digest():
+    """Without them, runs of earlier versions keep the digests that they recorded."""
+    plain = [replace(item, ranking=NO_LIST) for item in PAIRS]
+    assert pairs_digest(PAIRS) == pairs_digest(plain)
+    assert pairs_digest(PAIRS, rankings=True) != pairs_digest(plain, rankings=True)
+    assert pairs_digest(stored(PAIRS), rankings=True) == pairs_digest(PAIRS, rankings=True)
 
 
 def test_the_longest_pairs_come_last_and_ties_keep_their_order():

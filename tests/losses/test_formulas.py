@@ -174,6 +174,21 @@ def kto(pw, pl):
     return weight * (1 - s(x)), -weight * BETA * sign * s(x) * s(-x), np.zeros(B)
 
 
+ETA = 1.5
+
+
+def rpo(d):
+    """The KL divergence of two Bernoulli distributions, of the scores and of the policy."""
+    p, q = s(ETA * M), s(BETA * d)
+    return p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))
+
+
+def rpo_slope(d):
+    return BETA * (s(BETA * d) - s(ETA * M))
+
+
+# Plain pairs are lists of two, with scores of 1 and 0 and the policy's ranks 1 and 2, either way.
+LIPO_WEIGHT = 1 / math.log(2) - 1 / math.log(3)
 ZERO = np.zeros(B)
 SMOOTH = {"label_smoothing": EPS}
 FORMULAS = {
@@ -239,6 +254,12 @@ FORMULAS = {
     "simpo": (simpo, {"simpo_gamma": GAMMA, **SMOOTH}),
     "cpo": (cpo, {"cpo_alpha": ALPHA, **SMOOTH}),
     "orpo": (orpo, {}),
+    "plackett_luce": (of_margin(*logistic()), {}),
+    "lipo_lambda": (
+        of_margin(*(lambda d, f=f: LIPO_WEIGHT * f(d) for f in logistic())),
+        {},
+    ),
+    "rpo_bwd_kl": (of_margin(rpo, rpo_slope), {"rpo_eta": ETA}),
     "kto": (kto, {"desirable_weight": 1.5, "undesirable_weight": 0.5}),
 }
 NAMES = sorted(FORMULAS)

@@ -21,7 +21,7 @@ from mlx_dpo.types import PairBatch, PairLogps, ScoredPairs, TokenizedPair
 from scripts.tools.goldens import trl_losses as trl
 
 TOLERANCE = 1e-6  # of the largest number there is to be had
-NOT_IN_TRL = {"cdpo", "dpop"}
+NOT_IN_TRL = {"cdpo", "dpop", "plackett_luce", "lipo_lambda", "rpo_bwd_kl"}
 
 
 def settings_of_all():

@@ -15,10 +15,23 @@ from mlx_dpo.scoring.score_pairs import score_pairs
 from mlx_dpo.training.loop import Progress, train
 from mlx_dpo.training.objective import Objective
 from mlx_dpo.training.plan import TrainingPlan
+from mlx_dpo.types import RankedPair
 from tests.conftest import make_llama
 
 LIMIT = PassLimit(pairs=2)
-SUMS = [("aot",), ("aot_unpaired",), ("kto",), ("aot", "sft"), ("cpo",), ("orpo",)]
+SUMS = [
+    ("aot",), ("aot_unpaired",), ("kto",), ("aot", "sft"), ("cpo",), ("orpo",),
+    ("plackett_luce",), ("lipo_lambda",), ("plackett_luce", "sft"),
+]  # fmt: skip
+# Pairs of a list of three completions and of one of two, in an order that micro-batches cut.
+PLACES = ((1, 0, 1), (2, 0, 1), (1, 0, 2), (3, 1, 0), (1, 1, 2))
+
+
+def ranked(pairs):
+    return [
+        replace(pair, ranking=RankedPair(number, i, j, 3.0 - i, 3.0 - j, 2.0, 3))
+        for pair, (number, i, j) in zip(pairs, PLACES, strict=True)
+    ]
 
 
 def stepped(pairs, loss_type, limit):
@@ -31,6 +44,8 @@ def stepped(pairs, loss_type, limit):
         module.lora_b = 0.05 * mx.random.normal(module.lora_b.shape)
     if objective.labelled:
         pairs = [replace(pair, desirable=bool(i % 2)) for i, pair in enumerate(pairs)]
+    if objective.settings.listwise:
+        pairs = ranked(pairs)
 
     def score(model, pairs, **more):
         return score_pairs(model, pairs, limit=LIMIT, **more)

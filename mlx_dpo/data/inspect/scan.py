@@ -31,7 +31,7 @@ from mlx_dpo.errors import (
 )
 from mlx_dpo.schemas.messages import to_messages
 from mlx_dpo.schemas.schema import Row, RowRules
-from mlx_dpo.types import PreferenceExample, Text, UnpairedExample
+from mlx_dpo.types import NO_LIST, PreferenceExample, Text, UnpairedExample
 
 UNLIMITED = 1 << 40
 # Reasons of a `BadPairError` that a larger `max_length` removes.
@@ -168,7 +168,8 @@ def _scan_tokens(example: Example, index: int, split: SplitScan, report: PairsRe
     except DataError as error:
         split.log.add("untrainable", index, detail=strip_location(error, example.location))
         return False
-    report.keep(tokenized, was_text=isinstance(example.prompt, str))
+    ranking = example.ranking if isinstance(example, PreferenceExample) else NO_LIST
+    report.keep(tokenized, was_text=isinstance(example.prompt, str), ranking=ranking)
     full = tokenize_example(example, settings, unlimited=True) if tokenized.truncated else tokenized
     split.lengths.add(*_count_tokens(full))
     for name, detail in _token_findings(tokenized, settings):

@@ -11,7 +11,7 @@ from mlx_dpo.data.tokenization.tokenize import tokenize_pair, tokenize_unpaired
 from mlx_dpo.errors import BadPairError, DataError
 from mlx_dpo.schemas.messages import prompt_digest
 from mlx_dpo.schemas.schema import DEFAULT_RULES, Row, RowRules
-from mlx_dpo.types import PreferenceExample, TokenizedPair
+from mlx_dpo.types import NO_LIST, PreferenceExample, TokenizedPair
 
 Pairs = TypeVar("Pairs", bound=Sequence[TokenizedPair])
 
@@ -57,17 +57,18 @@ def tokenize_example(
     Raises:
         DataError, BadPairError: as `tokenize_pair`.
     """
-    example = parsed.example
+    example, ranking = parsed.example, NO_LIST
     if isinstance(example, PreferenceExample):
-        tokenized = tokenize_pair(tokenizer, example, rules)
+        tokenized, ranking = tokenize_pair(tokenizer, example, rules), example.ranking
     else:
         tokenized = tokenize_unpaired(tokenizer, example, rules)
-    report.keep(tokenized, was_text=isinstance(example.prompt, str))
+    report.keep(tokenized, was_text=isinstance(example.prompt, str), ranking=ranking)
     return replace(
         tokenized.pair,
         prompt_digest=prompt_digest(example),
         margin=parsed.margin,
         weight=parsed.weight,
+        ranking=ranking,
     )
 
 

@@ -31,9 +31,10 @@ TAIL = """
 
 Settings are listed with their default values for the loss; a setting that none of the chosen losses
 reads is an error. *Margins*: a margin column of the data acts on the loss; the margin is subtracted
-from β times the log-ratio margin (ODPO, arXiv:2402.10571). *Divergences*: `f_divergence_type` acts
-on the loss (f-DPO, arXiv:2309.16240); log-ratios are replaced by f'(π / π_ref). In a sum all losses
-have the same `beta`; the default is that of the first loss.
+from β times the log-ratio margin (ODPO, arXiv:2402.10571), but in `rpo_bwd_kl` it is the score gap.
+*Divergences*: `f_divergence_type` acts on the loss (f-DPO, arXiv:2309.16240); log-ratios are
+replaced by f'(π / π_ref). In a sum all losses have the same `beta`; the default is that of the
+first loss.
 
 | loss | needs | settings | margins | divergences | source |
 |---|---|---|:-:|:-:|---|
@@ -44,6 +45,26 @@ pairs with a reference: tokens beyond the length of the shorter completion have 
 policy and reference. `use_weighting` (WPO, arXiv:2406.11827) acts on all losses whose terms are of
 one pair: pairs are weighted by their probability under the policy, at the cost of one more forward
 pass per step.
+
+## Ranked lists
+
+`plackett_luce` and `lipo_lambda` take whole lists: rows with `completions` and their scores or
+ranks, of which `ranked: all` (their default) makes every pair with different scores. The held-out
+lists of such a run are whole as well; plain pairs are refused. The loss of a list is divided among
+its pairs: with K completions it is the paper's divided by K (K − 1) / 2, so that its gradient has
+the size of a pairwise loss's, and the loss before the first step is not log 2 unless K is 2
+(`plackett_luce`: log K! divided by the number of pairs). A list may be cut into micro-batches; its
+gradient stays that of the whole list (GradCache, at the cost of one more forward pass).
+
+* Equal scores make no pair. In `plackett_luce` completions of equal score are not compared with
+  each other; in `lipo_lambda` each of them takes a rank.
+* `lipo_lambda` ranks completions by the policy's log-ratios. Log-ratios within 0.001 nats are
+  ordered by score, since rounding would decide otherwise, as at the first step. Scores are used as
+  they are (a rank n is the score −n); its gains are powers of 2, so scores must be within ±20.
+* Pairs that are left out (equal texts, `truncation: drop`) are missing in their list. The run says
+  how many there are, and of how many lists prompts were cut differently from pair to pair.
+* `rpo_bwd_kl` is a loss of single pairs with a score gap (`margin_column`), of any format.
+  `--ranked all` gives it all pairs of a list.
 
 ## Differences between papers, TRL and mlx-dpo
 

@@ -14,6 +14,8 @@ PAIRS = {  # metrics of preference pairs, by public name
     "rewards/accuracies": "Share of pairs whose margin is above 0; chance is 0.5. "
     "Rounding noise while the margin is near 0.",
     "rewards/margins": "Reward of chosen minus reward of rejected, in nats.",
+    "rewards/margins_best_worst": "Ranked lists only: reward of a list's best completion minus "
+    "that of its worst, in nats. Accuracy and margin are means over all pairs of the lists.",
     "rewards/chosen": "β × (log π − log π_ref) of the chosen completion, in nats.",
     "rewards/rejected": "The same for the rejected completion.",
     "logps/chosen": "Log-probability of the whole chosen completion under the policy, in nats.",
