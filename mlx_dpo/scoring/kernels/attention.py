@@ -292,7 +292,7 @@ def _row_sums(output: mx.array, cotangent: mx.array) -> list[mx.array]:
     """Return arrays of the cotangent's dtype whose sum is rowsum(do * o). (B, H, T_q, 1) each
 
     The gradient of a row of scores sums to zero, and rounding the row's sum to 16 bits would shift
-    all of them alike. In 16 bits it is therefore a rounded number and what rounding left out,
+    all of them equally. In 16 bits it is therefore a rounded number and what rounding left out,
     which needs less memory than a float32 array of scores.
     """
     exact = (cotangent.astype(mx.float32) * output).sum(-1, keepdims=True)

@@ -3,7 +3,7 @@
 `mx.fast.rope` rotates consecutive tokens, starting from one offset per sequence. In a packed
 sequence positions restart, because both completions of a pair follow the same prompt. On a GPU the
 tokens are therefore passed to it as sequences of one token, each with its own offset: one kernel.
-The CPU, where MLX would compute the cosines and sines anew in each layer, uses a table of them.
+The CPU, where MLX would compute the cosines and sines again in each layer, uses a table of them.
 """
 
 from collections.abc import Callable, Iterator

@@ -116,7 +116,7 @@ def test_bfloat16_is_as_accurate_as_mlx():
 
 
 def test_bfloat16_gradients_of_queries_survive_keys_that_have_much_in_common():
-    """A rounded row sum would shift the gradients of all scores of a row alike: 1.5 times MLX's."""
+    """A rounded row sum would shift the gradients of all scores of a row: 1.5 times MLX's."""
     mx.random.seed(0)
     q, *noise = inputs(256)
     k, v = (x + 4 * mx.random.normal((2, KEY_HEADS, 1, DIMS)) for x in noise)
