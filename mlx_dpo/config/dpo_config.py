@@ -132,6 +132,11 @@ class DPOConfig(  # fields come in the order of the bases, last one first
             raise ConfigError(
                 f"`ranked` {self.ranked} makes no lists; loss_type {losses} needs `ranked` all"
             )
+        if self.group_by_prompt is False:
+            raise ConfigError(
+                f"`group_by_prompt` false would divide lists between steps; loss_type {losses} "
+                "needs whole lists; leave it out"
+            )
         if self.pair_labelled:
             raise ConfigError(
                 f"`pair_labelled` makes pairs, not lists; loss_type {losses} needs rows with rated "

@@ -166,6 +166,7 @@ def make_order(config: DPOConfig, pairs: Sequence[TokenizedPair]) -> PairOrder:
         batch_size=config.batch_size,
         seed=config.seed,
         group_by_prompt=bool(config.group_by_prompt),
+        whole_prompts=config.listwise,
     )
 
 
@@ -366,4 +367,5 @@ def make_plan(
         synced_reference=synced_reference,
         recompute=bool(config.recompute),
         group_by_prompt=bool(config.group_by_prompt),
+        whole_prompts=config.listwise,
     )

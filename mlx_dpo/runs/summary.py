@@ -289,7 +289,8 @@ def _describe_steps(run: "DPOTrainer") -> str:
     reason = run.record["chosen_settings"].get("learning_rate", "")
     warmup = f"warm-up over {rising} step{'s' * (rising != 1)}" if rising else "no warm-up"
     return (
-        f"{run.total_steps} of {config.batch_size} {config.unit}; "
+        f"{run.total_steps} of {'up to ' * run.order.whole_prompts}{config.batch_size} "
+        f"{config.unit}; "
         f"{OPTIMIZERS[config.optim].title}, "
         f"{describe_learning_rate(config, reason)}, "
         f"{config.lr_scheduler_type}, {warmup}"
@@ -301,6 +302,10 @@ def _summarize_order(run: "DPOTrainer") -> list[SummaryLine]:
     config, train, order = run.config, run.inputs.train, run.order
     prompts = len(set(prompt_keys(train)))
     counts = f"{len(train):,} {config.unit} of {prompts:,} prompts"
+    if order.whole_prompts:
+        large, steps = order.count_oversized_prompts(), "each a step of its own"
+        text = f"{counts}; a step has whole lists"
+        return [("order", text + f"; {large:,} above `batch_size`, {steps}" * (large > 0))]
     if order.prompts is not None:
         text = f"{counts}; those of one prompt stay together"
         return [("order", text if prompts < len(train) else f"{counts}: nothing to group")]

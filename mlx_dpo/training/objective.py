@@ -35,6 +35,12 @@ class Objective:
         return self.settings.uses_whole_batch
 
     @property
+    def couples_lists_only(self) -> bool:
+        """Whether the other pairs that a loss depends on are those of the pair's ranked list."""
+        losses = self.settings.losses
+        return self.settings.listwise and all(x.listwise or not x.uses_whole_batch for x in losses)
+
+    @property
     def divergence(self) -> Divergence:
         """The f-divergence that regularizes the policy towards the reference."""
         name = self.settings.f_divergence_type or "reverse_kl"

@@ -7,6 +7,7 @@ from typing import NamedTuple, Self
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from mlx_dpo.config.training import PassLimit
 from mlx_dpo.data.batches.metadata import pair_metadata, select_metadata
@@ -132,39 +133,56 @@ def make_micro_batches(
         indices: indices of the pairs of the step.
         groups: the same indices, divided into micro-batches.
     """
-    step = _score_step(policy, plan, indices)
     positions = {index: position for position, index in enumerate(indices)}
+    places = [[positions[index] for index in group] for group in groups]
+    metadata = pair_metadata([plan.pairs[i] for i in indices])
+    is_coupled = plan.objective.uses_whole_batch and not _has_whole_lists(plan, metadata, places)
+    step = _score_step(policy, plan, indices, metadata, with_policy=is_coupled)
     batches = []
-    for group in groups:
-        at = [positions[index] for index in group]
+    for group, at in zip(groups, places, strict=True):
         batches.append(
             MicroBatch(
                 [plan.pairs[i] for i in group],
                 step.reference.take(at),
                 select_metadata(step.metadata, mx.array(at)),
                 step.on_policy_weights[mx.array(at)],
-                _grad_cache(plan, step, at),
+                GradCache.of(step, at, labelled=plan.objective.labelled) if is_coupled else None,
             )
         )
     return batches
 
 
-def _grad_cache(plan: TrainingPlan, step: ScoredPairs, at: Sequence[int]) -> GradCache | None:
-    if not plan.objective.uses_whole_batch:
-        return None
-    return GradCache.of(step, at, labelled=plan.objective.labelled)
+def _has_whole_lists(
+    plan: TrainingPlan, metadata: PairMetadata, places: Sequence[list[int]]
+) -> bool:
+    """Return whether the losses depend on ranked lists, and each micro-batch has whole lists.
+
+    Args:
+        metadata: of all pairs of the step.
+        places: positions in the step of each micro-batch's pairs.
+    """
+    if not plan.objective.couples_lists_only:
+        return False
+    lists = np.array(metadata.lists)
+    return sum(len(set(lists[at].tolist())) for at in places) == len(set(lists.tolist()))
 
 
-def _score_step(policy: nn.Module, plan: TrainingPlan, indices: Sequence[int]) -> ScoredPairs:
+def _score_step(
+    policy: nn.Module,
+    plan: TrainingPlan,
+    indices: Sequence[int],
+    metadata: PairMetadata,
+    *,
+    with_policy: bool,
+) -> ScoredPairs:
     """Compute the inputs of the loss for all pairs of a step, without gradients. (B,) each
 
-    The log-probs under the policy are zeros unless the loss of a pair depends on other pairs of
-    the step.
+    The log-probs under the policy are zeros unless `with_policy`.
     """
     pairs = [plan.pairs[i] for i in indices]
     zeros = mx.zeros((len(pairs),))
     logps = PairLogps(zeros, zeros)
-    if plan.objective.uses_whole_batch:
+    if with_policy:
         assert plan.score is not None
         logps = plan.score(policy, only_kl_completions(pairs) if plan.objective.labelled else pairs)
     weights = mx.ones_like(zeros)
@@ -172,4 +190,4 @@ def _score_step(policy: nn.Module, plan: TrainingPlan, indices: Sequence[int]) -
         weights = plan.on_policy_weights(policy, pairs)
     synced = plan.synced_reference and plan.synced_reference.logps(policy, pairs)
     reference = synced or plan.reference.take(indices)
-    return ScoredPairs(logps, reference, pair_metadata(pairs), weights)
+    return ScoredPairs(logps, reference, metadata, weights)

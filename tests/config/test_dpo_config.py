@@ -241,6 +241,10 @@ def test_settings_without_effect_are_errors(given, message):
             for how in ("best_worst", "adjacent")
         ],
         (
+            {"loss_type": "plackett_luce", "group_by_prompt": False},
+            "`group_by_prompt` false would divide lists between steps; loss_type `plackett_luce`",
+        ),
+        (
             {"loss_type": "plackett_luce", "pair_labelled": True},
             "`pair_labelled` makes pairs, not lists; loss_type `plackett_luce` needs rows with",
         ),

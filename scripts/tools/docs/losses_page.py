@@ -53,8 +53,9 @@ ranks, of which `ranked: all` (their default) makes every pair with different sc
 lists of such a run are whole as well; plain pairs are refused. The loss of a list is divided among
 its pairs: with K completions it is the paper's divided by K (K − 1) / 2, so that its gradient has
 the size of a pairwise loss's, and the loss before the first step is not log 2 unless K is 2
-(`plackett_luce`: log K! divided by the number of pairs). A list may be cut into micro-batches; its
-gradient stays that of the whole list (GradCache, at the cost of one more forward pass).
+(`plackett_luce`: log K! divided by the number of pairs). A step has whole lists, as many as fit
+into `batch_size` pairs, and one at least. Micro-batches may cut a list: its gradient stays that of
+the whole list (GradCache, at the cost of one more forward pass in such a step).
 
 * Equal scores make no pair. In `plackett_luce` completions of equal score are not compared with
   each other; in `lipo_lambda` each of them takes a rank.
