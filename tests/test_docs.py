@@ -16,7 +16,13 @@ TOOLS = ROOT / "scripts" / "tools" / "docs"
 
 @pytest.mark.parametrize(
     "script",
-    ["settings_page.py", "metrics_page.py", "losses_page.py", "which_model_page.py"],
+    [
+        "settings_page.py",
+        "metrics_page.py",
+        "losses_page.py",
+        "which_model_page.py",
+        "benchmarks_page.py",
+    ],
 )
 def test_a_generated_page_is_up_to_date(script):
     made = runpy.run_path(str(TOOLS / script))

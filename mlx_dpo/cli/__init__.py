@@ -25,6 +25,7 @@ GROUPS = {  # the commands in the order of the help text, with a line for each
     "Start": {
         "demo": "convert, train, measure and compare a tiny model in minutes",
         "doctor": "show versions and limits, and run a self-test of training",
+        "bench": "measure the speed of this machine in two minutes",
     },
     "Data": {
         "data": "check, show, split and clean preference pairs",
@@ -82,8 +83,8 @@ OTHER_NAMES = {  # words of other tools, and what to type here
         "use `mlx-dpo eval` for a run, or `mlx-dpo doctor` for this machine",
     ),
     **dict.fromkeys(
-        ("benchmark", "bench"),
-        "use `mlx-dpo eval` for a run, or `mlx-dpo plan` for memory and time",
+        ("benchmark", "speed", "speedtest"),
+        "use `mlx-dpo bench` for this machine, or `mlx-dpo eval` for a run",
     ),
     **dict.fromkeys(("plot", "curves", "logs"), "use `mlx-dpo report`"),
     **dict.fromkeys(("dataset", "datasets", "check"), "use `mlx-dpo data check`"),

@@ -3,7 +3,6 @@
 import os
 import platform
 import shutil
-import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,10 @@ import mlx.core as mx
 from mlx_dpo import paths
 from mlx_dpo.doctor.accelerators import find_neural_accelerators
 from mlx_dpo.models.device import device_kind
+from mlx_dpo.profiling.bench.device_speed import SQUARES, measure_product
 from mlx_dpo.startup.openblas import use_openblas
 
 PACKAGES = ("mlx-dpo", "mlx", "mlx-lm", "transformers", "huggingface-hub", "numpy")
-MATRIX_SIZES = {"cpu": 512, "metal": 4096, "cuda": 8192}  # rows and columns of the timed matrices
-MIN_SECONDS = 0.3
 
 Facts = dict[str, Any]
 
@@ -56,24 +54,15 @@ def _system() -> str:
 def device() -> Facts:
     """Return facts about MLX's device, including the measured speed of float32 matrix products."""
     kind = device_kind()
+    size = SQUARES[kind]
     return {
         "kind": kind,
         "name": mx.device_info(mx.default_device()).get("device_name"),
         "cores": os.cpu_count(),
         "openblas": use_openblas() if kind == "cpu" else None,
-        "gflops": round(_measure_gflops(MATRIX_SIZES[kind]), 1),
+        "gflops": round(measure_product(size, size, size).flops / 1e9, 1),
         "neural_accelerators": find_neural_accelerators()._asdict(),
     }
-
-
-def _measure_gflops(size: int) -> float:
-    a, b = mx.random.normal((2, size, size))
-    mx.eval(a @ b)
-    done, start = 0, time.perf_counter()
-    while (seconds := time.perf_counter() - start) < MIN_SECONDS or not done:
-        mx.eval(a @ b)
-        done += 1
-    return 2 * size**3 * done / seconds / 1e9
 
 
 def memory() -> Facts:

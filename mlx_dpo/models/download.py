@@ -32,11 +32,13 @@ def resolve_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
     weights: bool = True,
+    is_local: bool = False,
 ) -> Path:
     """Return the local folder of a model, downloading the model from the Hub if necessary.
 
     `source` is a folder or a Hub id; an existing folder takes precedence over a Hub id of the same
-    name. Without `weights`, the weight files are not downloaded.
+    name. Without `weights`, the weight files are not downloaded. With `is_local`, nothing is
+    downloaded: the model must be in the Hub's cache.
 
     Raises:
         ModelError: there is no such folder, or the model cannot be downloaded from the Hub.
@@ -59,7 +61,20 @@ def resolve_model(
         *([WEIGHT_PATTERN] if weights else []),
         *([CODE_PATTERN] if trust_remote_code else []),
     ]
+    if is_local:
+        return _find_in_cache(source, revision)
     return _download(source, revision, patterns)
+
+
+def _find_in_cache(source: str, revision: str | None) -> Path:
+    """Return the folder of a model in the Hub's cache, without asking the Hub."""
+    try:
+        return Path(snapshot_download(source, revision=revision, local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError) as error:
+        raise ModelError(
+            f"{source}: no such folder, and not in the Hub's cache; nothing is downloaded here, so "
+            f"download it first (`hf download {source}`)"
+        ) from error
 
 
 def is_hub_id(source: str) -> bool:

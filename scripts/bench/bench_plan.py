@@ -17,9 +17,9 @@ from mlx_dpo.errors import DPOError
 
 # isort: split
 
+from mlx_dpo.profiling.bench.shapes import PassShape
 from scripts.bench import machine, tables
 from scripts.bench.plans import CONFIGS, Case, MemoryComparison, compare_memory
-from scripts.bench.steps import PassShape
 from scripts.bench.tables import Row, format_gigabytes
 
 CSV = machine.ROOT / "docs" / "bench" / "plan.csv"

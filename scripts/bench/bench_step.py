@@ -19,9 +19,9 @@ from mlx_dpo.errors import DPOError
 # isort: split
 import mlx.nn as nn
 
+from mlx_dpo.profiling.bench.shapes import SHAPES, PassShape
 from scripts.bench import machine, steps, tables
-from scripts.bench.shapes import SHAPES
-from scripts.bench.steps import PassCost, PassShape, ScorerVariant
+from scripts.bench.steps import PassCost, ScorerVariant
 from scripts.bench.tables import Row, format_gigabytes, format_number
 
 CSV = machine.ROOT / "docs" / "bench" / "step.csv"

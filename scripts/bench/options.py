@@ -8,8 +8,8 @@ import yaml
 
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.paths import cache_folder
+from mlx_dpo.profiling.bench.shapes import SHAPES
 from scripts.bench import machine
-from scripts.bench.shapes import SHAPES
 from scripts.bench.trainers import TRAINERS, Setting
 
 PAIRS_COUNT = {"short": 64, "long": 16, "ranked": 48, "system": 16, "memory": 1}

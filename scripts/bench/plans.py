@@ -14,6 +14,7 @@ from mlx_dpo.models.device import device_kind, prepare_for_cpu
 from mlx_dpo.models.empty_weights import build_model
 from mlx_dpo.models.load import LoadedModel
 from mlx_dpo.profiling import memory
+from mlx_dpo.profiling.bench.shapes import SEED, SHAPES, PassShape
 from mlx_dpo.profiling.layer_subset import choose_layer_subsets, with_layers
 from mlx_dpo.runs.auto_batch_size import profile_micro_batch
 from mlx_dpo.runs.build import (
@@ -27,8 +28,6 @@ from mlx_dpo.scoring.kernels.gated_delta import use_fused_gated_delta
 from mlx_dpo.scoring.select_scorer import ScorerChoice
 from mlx_dpo.training import loop
 from mlx_dpo.types import PairLogps
-from scripts.bench.shapes import SEED, SHAPES
-from scripts.bench.steps import PassShape
 
 GROUP_SIZE = 64
 COMMON = {"rms_norm_eps": 1e-6, "rope_theta": 10000.0, "max_position_embeddings": 8192}

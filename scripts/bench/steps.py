@@ -14,43 +14,13 @@ from mlx_lm.models import llama
 from mlx_dpo.adapters import attach as adapters
 from mlx_dpo.losses.log_ratios import log_ratio_margin
 from mlx_dpo.losses.pairwise import sigmoid_loss
+from mlx_dpo.profiling.bench.shapes import SEED, Shape
 from mlx_dpo.scoring.scorers import Scorer, fast_inference, memory_efficient_training
 from mlx_dpo.scoring.select_scorer import select_scorer
 from mlx_dpo.types import PairLogps, TokenizedPair
-from scripts.bench.shapes import SEED, Shape
 
 RANK, SCALE, BETA = 8, 2.0, 0.1
 PassFunction = Callable[[], Any]  # returns the arrays to evaluate
-
-
-@dataclass(frozen=True)
-class PassShape:
-    """Lengths of a pair in tokens, and the number of such pairs in a pass."""
-
-    prompt: int
-    chosen: int
-    rejected: int
-    pairs: int
-
-    @classmethod
-    def parse(cls, text: str) -> "PassShape":
-        """Parse `PROMPT:CHOSEN:REJECTED:PAIRS`; raise `ValueError` for anything else."""
-        point = cls(*(int(part) for part in text.split(":")))
-        if min(point.prompt, point.chosen, point.rejected, point.pairs) < 1:
-            raise ValueError("every number has to be at least 1")
-        return point
-
-    def draw(self, vocab_size: int) -> list[TokenizedPair]:
-        """Return random pairs of these lengths."""
-        mx.random.seed(SEED)
-
-        def tokens(count: int) -> tuple[int, ...]:
-            return tuple(mx.random.randint(0, vocab_size, (count,)).tolist())
-
-        return [
-            TokenizedPair(tokens(self.prompt), tokens(self.chosen), tokens(self.rejected))
-            for _ in range(self.pairs)
-        ]
 
 
 @dataclass(frozen=True)

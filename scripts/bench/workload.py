@@ -9,8 +9,9 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from mlx_dpo.errors import DataError
+from mlx_dpo.profiling.bench.shapes import SHAPES
 from scripts.bench import texts
-from scripts.bench.shapes import SHAPES, write_checkpoint
+from scripts.bench.shapes import write_checkpoint
 
 MEMORY_LENGTHS = (1024, 256, 256)  # prompt, chosen, rejected
 

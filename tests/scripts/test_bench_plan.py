@@ -4,9 +4,9 @@ from statistics import median
 
 import pytest
 
+from mlx_dpo.profiling.bench.shapes import PassShape
 from scripts.bench.bench_plan import GRID
 from scripts.bench.plans import CONFIGS, Case, compare_memory
-from scripts.bench.steps import PassShape
 
 SMALL = [
     Case("hybrid", PassShape(24, 12, 12, 1)),

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from mlx_dpo.adapters import attach as adapters
 from mlx_dpo.errors import ConfigError, DataError
+from mlx_dpo.profiling.bench.shapes import SHAPES, PassShape, Shape
 from scripts.bench import (
     bench_data,
     bench_peers,
@@ -25,8 +26,6 @@ from scripts.bench import (
 )
 from scripts.bench.job import Job, Result
 from scripts.bench.processes import PeerError
-from scripts.bench.shapes import SHAPES, Shape
-from scripts.bench.steps import PassShape
 from scripts.bench.tables import Measurement
 from scripts.bench.trainers import TRAINERS, Setting, Trainer
 from scripts.bench.workload import Workload, make_workload, sample_pairs

@@ -36,13 +36,13 @@ from mlx_dpo.models.empty_weights import build_model
 from mlx_dpo.models.load import LoadedModel
 from mlx_dpo.models.quantize import DEFAULT_GROUP_SIZE, expected_bytes
 from mlx_dpo.profiling import memory, profile
+from mlx_dpo.profiling.bench.shapes import PassShape
 from mlx_dpo.profiling.extrapolate import MemoryCurve, ProfilePoint, fit_memory_curve
 from mlx_dpo.profiling.layer_subset import all_layers, choose_layer_subsets
 from mlx_dpo.runs.auto_batch_size import profile_micro_batch
 from mlx_dpo.runs.build import attach_adapters, optimizer_state_bytes
 from mlx_dpo.scoring.scorers import make_shared_scorer
 from mlx_dpo.scoring.select_scorer import ScorerChoice
-from scripts.bench.steps import PassShape
 
 FOLDER = Path(__file__).parent
 MEASURED = FOLDER / "measured.json"

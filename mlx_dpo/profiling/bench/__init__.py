@@ -1,0 +1,1 @@
+"""Measure how fast this machine trains: products, copies, passes, steps, tokens and memory."""
