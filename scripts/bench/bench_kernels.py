@@ -20,9 +20,8 @@ from mlx_dpo.errors import DPOError
 # isort: split
 import mlx.core as mx
 
+from mlx_dpo.profiling.bench.shapes import SHAPES, PassShape
 from scripts.bench import kernels, machine, tables
-from scripts.bench.shapes import SHAPES
-from scripts.bench.steps import PassShape
 from scripts.bench.tables import Row
 
 CSV = machine.ROOT / "docs" / "bench" / "kernels.csv"

@@ -25,8 +25,8 @@ from typing import NamedTuple
 
 from mlx_dpo.errors import DataError
 from mlx_dpo.paths import CACHE_VARIABLE, cache_folder
+from mlx_dpo.profiling.bench.shapes import SHAPES
 from scripts.bench import machine, tables
-from scripts.bench.shapes import SHAPES
 from scripts.bench.tables import Row
 from scripts.bench.workload import make_workload
 

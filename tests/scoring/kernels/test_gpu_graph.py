@@ -11,6 +11,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_dpo.adapters.attach import attach_adapters
 from mlx_dpo.models.empty_weights import build_model
+from mlx_dpo.profiling.bench.shapes import SHAPES, PassShape
 from mlx_dpo.scoring.kernels import attention_dispatch
 from mlx_dpo.scoring.scorers import (
     Packing,
@@ -20,8 +21,6 @@ from mlx_dpo.scoring.scorers import (
 )
 from mlx_dpo.types import TokenizedPair
 from scripts.bench import kernels
-from scripts.bench.shapes import SHAPES
-from scripts.bench.steps import PassShape
 
 PACKED = [name for name in get_args(Packing) if name in ("trie", "row")]
 SMALL = {
