@@ -362,7 +362,7 @@ class _RunEstimator:
 
     def _token_counts(self, pairs: Pairs, layer_tokens: int) -> TokenCounts:
         """Count the tokens and the attended keys of passes over `pairs`."""
-        shared = self.choice.name == "shared"
+        shared = self.choice.name != "plain"
         completions = sum(len(pair.chosen) + len(pair.rejected) for pair in pairs)
         head_tokens = completions if shared else layer_tokens
         return TokenCounts(layer_tokens, head_tokens, count_attended_keys(pairs, shared=shared))

@@ -83,11 +83,11 @@ class TrainingSettings:
     )
     scorer: str = setting(
         "auto",
-        "`shared`: both completions of a pair share the tokens of their prompt; `plain`: "
-        "padded rows; `auto`: `shared` if it is verified to be exact.",
+        "`trie`: the texts of a pass share every beginning; `shared`: the completions of a pair "
+        "share its prompt; `plain`: padded rows; `auto`: the first that is verified to be exact.",
         str,
         TRAINING,
-        choices=("auto", "plain", "shared"),
+        choices=("auto", "trie", "shared", "plain"),
         metavar="SCORER",
     )
     recompute: bool | None = setting(

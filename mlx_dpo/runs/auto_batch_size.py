@@ -91,7 +91,8 @@ def choose_micro_batch_size(
     """
     recorded = (earlier or {}).get("automatic_settings")
     if recorded is not None:  # a resumed run continues bit for bit
-        return MicroBatchFit(replace(config, **recorded), 0, available_memory(), is_recorded=True)
+        settings = {name: recorded[name] for name in AUTOMATIC_SETTINGS if name in recorded}
+        return MicroBatchFit(replace(config, **settings), 0, available_memory(), is_recorded=True)
     with phase("Estimating memory"):
         fitted = fit_micro_batch_size(
             inputs.base, config, choice, inputs.train, room=available_memory(), measure=False

@@ -1,6 +1,6 @@
 """Create adapters, optimizer, scorers and the training plan of a run from its settings."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -33,8 +33,13 @@ from mlx_dpo.reporting.samples import SamplesLog
 from mlx_dpo.runs.folder import RunPaths
 from mlx_dpo.runs.inputs import Inputs
 from mlx_dpo.scoring.score_pairs import DatasetScorer, on_policy_weights, score_pairs
-from mlx_dpo.scoring.scorers import Scorer, memory_efficient_training
-from mlx_dpo.scoring.select_scorer import ScorerChoice, ScorerSetting, select_scorer
+from mlx_dpo.scoring.scorers import Packing, Scorer, memory_efficient_training
+from mlx_dpo.scoring.select_scorer import (
+    ScorerChoice,
+    ScorerSetting,
+    default_packings,
+    select_scorer,
+)
 from mlx_dpo.training.monitor.recorded_samples import RecordedSampler
 from mlx_dpo.training.monitor.samples import AnswerSampler
 from mlx_dpo.training.objective import Objective
@@ -187,16 +192,28 @@ def optimizer_state_bytes(policy: nn.Module, config: DPOConfig) -> int:
     return optimizers.count_state_bytes(optimizer) + synced
 
 
-def choose_scorer(base: LoadedModel, config: DPOConfig) -> ScorerChoice:
+def choose_scorer(
+    base: LoadedModel, config: DPOConfig, earlier: Mapping[str, Any] | None = None
+) -> ScorerChoice:
     """Choose the function that computes the log-probs of pairs in the run.
 
-    The adapters must be attached already.
+    The adapters must be attached already. A resumed run keeps the scorer that it began with.
+
+    Args:
+        earlier: run record (content of `run.json`) of a run that is resumed.
 
     Raises:
         ModelError: the settings name a scorer that is not exact for this model, or no scorer agrees
             with the model's generation.
     """
     wanted = cast(ScorerSetting, config.scorer)
+    packings: tuple[Packing, ...] = ()
+    recorded = (earlier or {}).get("automatic_settings")
+    if wanted == "auto" and recorded is not None:
+        # Versions without the trie scorer recorded none: their runs continue without it.
+        name = recorded.get("scorer", "shared")
+        packings = default_packings("auto" if name == "trie" else "shared")
+        wanted = "plain" if name == "plain" else "auto"
     with (
         phase("Checking the scorer"),
         memory_efficient_training(base.model, recompute=bool(config.recompute)),
@@ -205,6 +222,7 @@ def choose_scorer(base: LoadedModel, config: DPOConfig) -> ScorerChoice:
             base.model,
             vocab_size=base.vocab_size,
             requested=wanted,
+            packings=packings,
             ld_alpha=config.ld_alpha,
             max_length=config.length_limit,
         )

@@ -296,7 +296,6 @@ def lock_folder(paths: RunPaths) -> Iterator[None]:
 
 CURVES = "curves.png"  # plot of the metrics, in the run folder
 SCORER_VERSION = 2  # increase when a change of the scorers changes log-probabilities
-
 PROVENANCE_NAMES = {
     "model": "the model",
     "tokenizer": "the tokenizer",
@@ -445,6 +444,7 @@ def reference_provenance(record: dict[str, Any], device_and_dtype: str) -> str:
     if (alpha := record["settings"].get("ld_alpha")) is not None:
         settings["ld_alpha"] = alpha
     if record["settings"].get("scorer") not in SCORED_BY_PAIRS:  # last bits differ
-        contents["passes"] = "by tokens"
+        used = record["settings"] | (record.get("automatic_settings") or {})
+        contents["passes"] = f"by tokens, {used.get('scorer')}"
     settings |= {name: version(name) for name in ("mlx", "mlx-lm")}
     return json.dumps({"scorer": SCORER_VERSION, **contents, **settings})

@@ -298,7 +298,11 @@ def compute_logps_of_splits(
     check_same_tokens(other, tokenizer, chain.from_iterable(splits.values()))
     check_context_length(config, other, *splits.values())
     digest = model_fingerprint(other.path)
-    score = make_dataset_scorer(config, choose_scorer(other, config))
+    choice = choose_scorer(other, config)
+    score = make_dataset_scorer(config, choice)
+    record = _reference_model_record(config, digest) | {
+        "automatic_settings": {"scorer": choice.name}
+    }
     needed = needed_pairs(config, splits)
     total = sum(map(len, needed.values()))
     with phase("Scoring the reference model", total, unit=config.unit) as advance:
@@ -306,7 +310,7 @@ def compute_logps_of_splits(
             split: cached_reference_logps(
                 other.model,
                 pairs,
-                _reference_model_record(config, digest),
+                record,
                 device_and_dtype=device_and_dtype(other),
                 score=score,
                 indices=needed[split],

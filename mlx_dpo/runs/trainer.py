@@ -226,13 +226,15 @@ class DPOTrainer:
         if reason:
             self.record["settings"]["learning_rate"] = self.config.learning_rate
             self.record["chosen_settings"]["learning_rate"] = reason
-        self.choice = choose_scorer(self.inputs.base, self.config)
+        self.choice = choose_scorer(self.inputs.base, self.config, self.earlier)
         self.fitted = choose_micro_batch_size(
             self.inputs, self.config, self.choice, self.earlier, self.force
         )
         self.record["automatic_settings"] = self.fitted.automatic_settings()
+        if self.config.scorer == "auto":
+            self.record["automatic_settings"]["scorer"] = self.choice.name
         if self.fitted.config.recompute and not self.config.recompute:
-            self.choice = choose_scorer(self.inputs.base, self.fitted.config)
+            self.choice = choose_scorer(self.inputs.base, self.fitted.config, self.earlier)
         self.config = self.fitted.config
         if self.overwrite:
             remove_run(self.paths)

@@ -153,7 +153,7 @@ def _compute_metrics(
     config = run.config
     with use_fused_gated_delta(base.model):
         load_reference_into(run, base)
-        choice = choose_scorer(base, config)
+        choice = choose_scorer(base, config, run.record)
         score = make_dataset_scorer(config, choice)
         reference = _reference_logps(run, base, pairs, score)
         load_adapter_into(run, base)

@@ -75,6 +75,24 @@ def random_pairs(lengths: Sequence[tuple[int, int, int]], vocab_size: int) -> li
     return [TokenizedPair(ids(p), ids(c), ids(r)) for p, c, r in lengths]
 
 
+def branching_pairs(vocab_size: int) -> list[TokenizedPair]:
+    """Return preference pairs of random token ids whose texts share beginnings in every way.
+
+    Two prompts have a common beginning, and one of them has two pairs. Completions branch inside,
+    one is the beginning of another, one occurs in two pairs, one is twice in its pair, and one has
+    one token. The last pair shares nothing with the others.
+    """
+    [parts] = random_pairs([(10, 6, 6)], vocab_size)
+    ids, (a, b, c, d, e, f), (g, h, i, j, k, m) = parts.prompt, parts.chosen, parts.rejected
+    short, long, other = ids[:3], ids[:2] + ids[3:6], ids[6:10]
+    return [
+        TokenizedPair(short, (a,), (b, c, d)),
+        TokenizedPair(long, (e, f, g), (e, h, i)),
+        TokenizedPair(long, (e, f), (e, f, g)),
+        TokenizedPair(other, (j, k, m), (j, k, m)),
+    ]
+
+
 @contextmanager
 def mode_without_dropout(model: nn.Module, *, training: bool) -> Iterator[None]:
     """Put the model in training or evaluation mode inside the block, with dropout disabled.

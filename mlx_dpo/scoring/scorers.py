@@ -2,8 +2,9 @@
 
 A scorer returns summed log-probs, and can be differentiated with respect to the model's trainable
 parameters inside `nn.value_and_grad`. The plain scorer runs whole padded sequences; the shared
-scorer runs each prompt once. `select_scorer` decides between the two. The context managers below
-select the kernels that a model runs with.
+scorer runs the prompt of each pair once; the trie scorer runs each distinct prefix of all texts
+once. `select_scorer` decides between them. The context managers below select the kernels that a
+model runs with.
 """
 
 import itertools
@@ -19,25 +20,33 @@ from mlx_dpo.adapters.master_weights import cast_for_forward
 from mlx_dpo.data.batches.collate import collate
 from mlx_dpo.data.batches.token_counts import CountTokens, packed_row_tokens, shared_prompt_tokens
 from mlx_dpo.models.device import is_cpu
-from mlx_dpo.scoring.backbone import split_backbone
+from mlx_dpo.scoring.backbone import ModelParts, split_backbone
 from mlx_dpo.scoring.kernels.attention_dispatch import use_chunked_attention
 from mlx_dpo.scoring.kernels.gradient_checkpointing import gradient_checkpointing
 from mlx_dpo.scoring.kernels.rope import use_token_positions
 from mlx_dpo.scoring.kernels.swiglu import use_fast_swiglu
 from mlx_dpo.scoring.lm_head import chunked_log_weights, chunked_logps
 from mlx_dpo.scoring.logps import pair_log_weights, pair_logps
-from mlx_dpo.scoring.packing import packed_hidden_states
+from mlx_dpo.scoring.packing.packed_sequence import PackedSequence, packed_hidden_states
+from mlx_dpo.scoring.packing.shared_prompts import SharedPromptSequence
+from mlx_dpo.scoring.packing.trie import TrieSequence
 from mlx_dpo.scoring.shared_prefix import completion_hidden_states
 from mlx_dpo.types import PairLogps, TokenizedPair
 
 Scorer = Callable[[nn.Module, Sequence[TokenizedPair]], PairLogps]  # (B,) float32 each
 
-# Batching strategy of pairs whose prompts run once: all pairs packed into one sequence; one batch
-# with padded prompts; or one batch per prompt length.
-Packing = Literal["row", "batch", "lengths"]
+# Batching strategy of pairs whose prompts run once: the prefix trie of all texts packed into one
+# sequence; all pairs packed into one sequence; one batch with padded prompts; or one batch per
+# prompt length.
+Packing = Literal["trie", "row", "batch", "lengths"]
+PACKED_LAYOUTS: dict[Packing, Callable[[Sequence[TokenizedPair]], PackedSequence]] = {
+    "trie": TrieSequence,
+    "row": SharedPromptSequence,
+}
 
 # Number of tokens that a pass puts through the layers.
 TOKEN_COUNTS: dict[Packing, CountTokens] = {
+    "trie": packed_row_tokens,  # an upper bound
     "row": packed_row_tokens,
     "batch": partial(shared_prompt_tokens, together=True),
     "lengths": partial(shared_prompt_tokens, together=False),
@@ -94,9 +103,10 @@ def plain_log_weights(model: nn.Module, pairs: Sequence[TokenizedPair]) -> PairL
 def make_shared_scorer(
     *, vocab_size: int, gradients: bool, packing: Packing, ld_alpha: float | None = None
 ) -> Scorer:
-    """Return a scorer that runs each prompt once, and the LM head on completion tokens only.
+    """Return a scorer that runs each prompt, or each distinct prefix, only once.
 
-    The scorer is exact only for models for which `select_scorer` has verified it.
+    The LM head runs on completion tokens only. The scorer is exact only for models for which
+    `select_scorer` has verified it.
 
     Args:
         gradients: whether the log-probs will be differentiated.
@@ -111,7 +121,7 @@ def make_shared_scorer(
 
 
 def make_shared_log_weights(*, vocab_size: int, packing: Packing) -> Scorer:
-    """Return a function that computes `plain_log_weights` but runs each prompt only once."""
+    """Return a function that computes `plain_log_weights` as the shared scorer does log-probs."""
     return partial(
         _score_with_shared_prompts,
         packing=packing,
@@ -145,15 +155,33 @@ def _score_with_shared_prompts(
         for i in batch
         for completion in [getattr(pairs[i], name)]
     ]
-    targets = mx.array([token for completion, _ in completions for token in completion])
-    hidden_states = packed_hidden_states if packing == "row" else completion_hidden_states
     with cast_for_forward(model):
         parts = split_backbone(model)
-        hidden = [hidden_states(model, parts, [pairs[i] for i in batch]) for batch in batches]
-        values = token_values(parts, mx.concatenate(hidden), targets)  # (n,)
+        if layout := PACKED_LAYOUTS.get(packing):
+            values = _packed_values(model, parts, layout(pairs), token_values)  # (n,)
+        else:
+            targets = mx.array([token for completion, _ in completions for token in completion])
+            hidden = [
+                completion_hidden_states(model, parts, [pairs[i] for i in batch])
+                for batch in batches
+            ]
+            values = token_values(parts, mx.concatenate(hidden), targets)
     ends = list(itertools.accumulate(len(completion) for completion, _ in completions))
     by_completion = zip(mx.split(values, ends[:-1]), completions, strict=True)
     return _in_pair_order([reduce(part, shorter) for part, (_, shorter) in by_completion], batches)
+
+
+def _packed_values(
+    model: nn.Module,
+    parts: ModelParts,
+    sequence: PackedSequence,
+    token_values: Callable[..., mx.array],
+) -> mx.array:
+    """Return a number per predicted token of a packed sequence, computed by `token_values`. (n,)"""
+    head = sequence.head_rows()
+    hidden = packed_hidden_states(model, parts, sequence)[head.indices]  # (m, D)
+    values = token_values(parts, hidden, head.targets)  # (m,)
+    return values if head.rows is None else values[head.rows]
 
 
 def _sum_logps(logps: mx.array, shorter: int, *, ld_alpha: float | None) -> mx.array:

@@ -1,10 +1,12 @@
 """Choose the scorer of a model: the function that computes the log-probs of completions.
 
-The shared scorer runs each prompt once and is fast; the plain scorer runs whole padded sequences.
-The shared scorer is used if its values and gradients equal the plain scorer's on a few random
-pairs of uneven lengths. If the model has sliding-window attention of up to MAX_TESTED_WINDOW
-tokens, a prompt longer than the window is tested too. Wider windows run through the same code and
-are not tested. The plain scorer itself is compared with generation first (`generation_match`).
+The trie scorer runs each distinct prefix of the texts of a pass once, the shared scorer runs the
+prompt of each pair once, and the plain scorer runs whole padded sequences. Each of the first two is
+used only if its values and gradients equal the plain scorer's on a few random pairs: for the trie
+scorer pairs with common beginnings, for the shared scorer pairs of uneven lengths. If the model has
+sliding-window attention of up to MAX_TESTED_WINDOW tokens, a prompt longer than the window is
+tested too. Wider windows run through the same code and are not tested. The plain scorer itself is
+compared with generation first (`generation_match`).
 """
 
 from collections.abc import Sequence
@@ -24,6 +26,7 @@ from mlx_dpo.scoring.equivalence import (
     UNSUPPORTED_ERRORS,
     RelativeErrors,
     RowFunction,
+    branching_pairs,
     mode_without_dropout,
     random_pairs,
     relative_errors,
@@ -39,8 +42,12 @@ from mlx_dpo.scoring.generation_match import (
     shortest_window,
 )
 from mlx_dpo.scoring.lm_head import trainable_head_parameters
-from mlx_dpo.scoring.packing import packed_hidden_states
+from mlx_dpo.scoring.packing.packed_sequence import (
+    count_attention_caches,
+    packed_hidden_states,
+)
 from mlx_dpo.scoring.scorers import (
+    PACKED_LAYOUTS,
     TOKEN_COUNTS,
     Packing,
     Scorer,
@@ -50,9 +57,12 @@ from mlx_dpo.scoring.scorers import (
     plain_scorer,
 )
 from mlx_dpo.scoring.shared_prefix import completion_hidden_states
+from mlx_dpo.types import TokenizedPair
 
-ScorerSetting = Literal["auto", "plain", "shared"]
+ScorerName = Literal["trie", "shared", "plain"]
+ScorerSetting = Literal["auto"] | ScorerName
 PACKINGS: dict[Packing, str] = {
+    "trie": "each distinct prefix of all pairs of a pass once, in one sequence without padding",
     "row": "pairs packed into one sequence without padding",
     "batch": "pairs in one padded batch",
     "lengths": "pairs with equally long prompts in one batch",
@@ -69,9 +79,9 @@ class ScorerChoice:
 
     scorer: Scorer
     forward_only: Scorer  # same values without gradients, for reference and evaluation
-    name: Literal["shared", "plain"]
+    name: ScorerName
     reason: str
-    packing: Packing | None = None  # batching strategy of the shared scorer
+    packing: Packing | None = None  # batching strategy of the trie or shared scorer
     log_weights: Scorer = plain_log_weights  # mean log-weights of completions, for WPO
     generation: GenerationMatch | None = None  # None if generation fails
 
@@ -82,7 +92,7 @@ class ScorerChoice:
 
 
 class _NotEquivalentError(Exception):
-    """Error raised if the shared scorer differs from the plain scorer; the message says why."""
+    """Error raised if a scorer differs from the plain scorer; the message says why."""
 
 
 def select_scorer(
@@ -100,15 +110,16 @@ def select_scorer(
     its log-probs without KV caches are not those of generation, it uses caches from then on.
 
     Args:
-        requested: name of a scorer; `auto` takes the plain one if the shared is not equivalent.
-        packings: batching strategies to try; the first equivalent one is taken. By default the CPU
-            does not try `batch`, which costs more there than it saves.
+        requested: name of a scorer; `auto` takes the first equivalent one of trie, shared and
+            plain.
+        packings: batching strategies to try; the first equivalent one is taken. The default is
+            `default_packings(requested)`.
         ld_alpha: weight of the tokens beyond the length of the pair's shorter completion (LD-DPO).
         max_length: longest sequence that will be scored; None means any length.
 
     Raises:
-        ModelError: the shared scorer is requested but is not equivalent for this model, not even
-            the plain scorer can be differentiated, or none agrees with generation.
+        ModelError: the requested scorer is not equivalent for this model, not even the plain
+            scorer can be differentiated, or none agrees with generation.
     """
     match = None
     try:
@@ -131,18 +142,31 @@ def _select(
     plain = partial(plain_scorer, ld_alpha=ld_alpha) if ld_alpha is not None else plain_scorer
     if requested == "plain":
         return _plain_choice(plain, "as requested")
-    why = ""
-    for packing in packings or (("row", "lengths") if is_cpu() else PACKINGS):
+    failures: dict[Packing, str] = {}
+    for packing in packings or default_packings(requested):
         try:
-            return _shared_choice(model, vocab_size, packing, plain, ld_alpha)
+            choice = _shared_choice(model, vocab_size, packing, plain, ld_alpha)
         except _NotEquivalentError as error:
-            why = str(error)
+            failures[packing] = str(error)
+            continue
+        why_not = f"; not `trie`: {failures['trie']}" if "trie" in failures else ""
+        return replace(choice, reason=choice.reason + why_not)
     _check_trainable(model, vocab_size)
-    if requested == "shared":
+    last = list(failures.values())[-1]
+    if requested != "auto":
         raise ModelError(
-            f"the scorer `shared` is not exact for this model ({why}); leave it at `auto`"
+            f"the scorer `{requested}` is not exact for this model ({last}); leave it at `auto`"
         )
-    return _plain_choice(plain, why)
+    return _plain_choice(plain, last)
+
+
+def default_packings(requested: ScorerSetting) -> tuple[Packing, ...]:
+    """Return the batching strategies to try for a value of the setting `scorer`, in their order.
+
+    The CPU does not try `batch`, which costs more there than it saves.
+    """
+    shared: tuple[Packing, ...] = ("row", "lengths") if is_cpu() else ("row", "batch", "lengths")
+    return {"auto": ("trie", *shared), "trie": ("trie",), "shared": shared}.get(requested, ())
 
 
 def _check_trainable(model: nn.Module, vocab_size: int) -> None:
@@ -150,7 +174,7 @@ def _check_trainable(model: nn.Module, vocab_size: int) -> None:
 
     This check reports a model that cannot be trained before the first step.
     """
-    plain = _test_pair_logps(plain_scorer, vocab_size)
+    plain = _pair_logps(plain_scorer, random_pairs(TEST_LENGTHS, vocab_size))
     try:
         relative_errors(model, plain, plain)
     except UNSUPPORTED_ERRORS as error:
@@ -173,10 +197,10 @@ def _plain_choice(scorer: Scorer, why: str) -> ScorerChoice:
 def _shared_choice(
     model: nn.Module, vocab_size: int, packing: Packing, plain: Scorer, ld_alpha: float | None
 ) -> ScorerChoice:
-    """Return a `ScorerChoice` of the shared scorer after comparing it with `plain`.
+    """Return a `ScorerChoice` of the scorer with `packing` after comparing it with `plain`.
 
     Raises:
-        _NotEquivalentError: the two scorers differ, or the model does not support the shared one.
+        _NotEquivalentError: the two scorers differ, or the model does not support that packing.
     """
     training, forward_only = (
         make_shared_scorer(
@@ -184,15 +208,19 @@ def _shared_choice(
         )
         for gradients in (True, False)
     )
-    expected = _test_pair_logps(plain, vocab_size)
+    is_trie = packing == "trie"
+    pairs = branching_pairs(vocab_size) if is_trie else random_pairs(TEST_LENGTHS, vocab_size)
+    expected = _pair_logps(plain, pairs)
     try:
+        if packing in PACKED_LAYOUTS:
+            count_attention_caches(model)  # before a pass is computed for nothing
         if packing == "batch" and any(isinstance(c, CacheList) for c in make_prompt_cache(model)):
             # Such models may select whole blocks of keys, which the padding of batched caches
             # shifts. Only long sequences show the error.
             raise _NotEquivalentError("its layers have caches of several types")
-        errors = relative_errors(model, _test_pair_logps(training, vocab_size), expected)
+        errors = relative_errors(model, _pair_logps(training, pairs), expected)
         _check_tolerance(model, "", errors)
-        error = value_error(model, _test_pair_logps(forward_only, vocab_size), expected)
+        error = value_error(model, _pair_logps(forward_only, pairs), expected)
         _check_tolerance(model, " without gradients", RelativeErrors(error, 0.0))
         if window := shortest_window(model):
             long_prompt = _long_prompt_functions(window, vocab_size, packing)
@@ -203,11 +231,12 @@ def _shared_choice(
         raise _NotEquivalentError(_describe_error(error)) from error
     description = _describe_choice(model, errors, packing)
     log_weights = make_shared_log_weights(vocab_size=vocab_size, packing=packing)
-    return ScorerChoice(training, forward_only, "shared", description, packing, log_weights)
+    name: ScorerName = "trie" if is_trie else "shared"
+    return ScorerChoice(training, forward_only, name, description, packing, log_weights)
 
 
 def _describe_choice(model: nn.Module, errors: RelativeErrors, packing: Packing) -> str:
-    """Return a description of the shared scorer: its batching strategy and its measured errors."""
+    """Return a description of a scorer: its batching strategy and its measured errors."""
     text = f"{PACKINGS[packing]}; verified against the plain scorer (values to {errors.values:.0e}"
     text += f", gradients to {errors.gradients:.0e})" if errors.gradients else ")"
     parts = split_backbone(model)
@@ -227,12 +256,11 @@ def _check_tolerance(model: nn.Module, case: str, errors: RelativeErrors) -> Non
             raise _NotEquivalentError(f"{name}{case} differ from the plain scorer's by {error:.0e}")
 
 
-def _test_pair_logps(scorer: Scorer, vocab_size: int) -> RowFunction:
-    """Return a function that computes the log-probs of the test pairs with `scorer`. (2B, 1)
+def _pair_logps(scorer: Scorer, pairs: Sequence[TokenizedPair]) -> RowFunction:
+    """Return a function that computes the log-probs of the pairs with `scorer`. (2B, 1)
 
     The returned function takes the model as its argument.
     """
-    pairs = random_pairs(TEST_LENGTHS, vocab_size)
     return lambda model: mx.concatenate([*scorer(model, pairs)])[:, None]
 
 
@@ -242,10 +270,12 @@ def _long_prompt_functions(
     """Return two functions that compute hidden states after a prompt longer than the window. (n, D)
 
     The first function runs the shared prompt once, the second runs whole sequences. The LM head is
-    left out, because the logits of such long sequences might not fit into memory.
+    left out, because the logits of such long sequences might not fit into memory. For the trie, the
+    completions branch after two tokens.
     """
-    pairs = random_pairs([(window + 3, 4, 2)], vocab_size)
-    [pair] = pairs
+    [pair] = random_pairs([(window + 3, 4, 2)], vocab_size)
+    if packing == "trie":
+        pair = replace(pair, rejected=pair.chosen[:2] + pair.rejected)
 
     def from_whole_rows(model: nn.Module) -> mx.array:
         rows = [mx.array([pair.prompt + c[:-1]]) for c in (pair.chosen, pair.rejected)]
@@ -255,5 +285,21 @@ def _long_prompt_functions(
         hidden = map(parts.hidden_states, rows, caches)
         return mx.concatenate([row[0, start:] for row in hidden])
 
-    hidden_states = packed_hidden_states if packing == "row" else completion_hidden_states
-    return lambda model: hidden_states(model, split_backbone(model), pairs), from_whole_rows
+    return partial(_predicting_hidden_states, packing=packing, pairs=[pair]), from_whole_rows
+
+
+def _predicting_hidden_states(
+    model: nn.Module, *, packing: Packing, pairs: Sequence[TokenizedPair]
+) -> mx.array:
+    """Return the hidden states that predict the tokens of all completions. (n, D)
+
+    The rows are in the order of `pairs`: first all chosen completions, then all rejected ones.
+    """
+    parts = split_backbone(model)
+    layout = PACKED_LAYOUTS.get(packing)
+    if layout is None:
+        return completion_hidden_states(model, parts, pairs)
+    sequence = layout(pairs)
+    head = sequence.head_rows()
+    hidden = packed_hidden_states(model, parts, sequence)[head.indices]
+    return hidden if head.rows is None else hidden[head.rows]

@@ -72,7 +72,7 @@ def test_gradients_of_the_shared_scorer_are_the_plain_ones(pairs, dtype, recompu
         return dict(nn.utils.tree_flatten(found))
 
     choice = select_scorer(policy, vocab_size=VOCAB)
-    assert choice.name == "shared"
+    assert choice.name == "trie"
     plain, shared = gradients(plain_scorer), gradients(choice.scorer)
     limit = 1e-4 if dtype == mx.float32 else 5e-2
     for name, value in plain.items():

@@ -150,7 +150,9 @@ def test_a_resumed_run_keeps_what_it_decided_when_it_began(config, tmp_path):
         stopped_after(whole, None, force=True)
         stopped_after(parts, 2, force=True)
     record = json.loads((tmp_path / "parts" / "run.json").read_text())
-    assert record["automatic_settings"] == {"micro_batch_size": 1, "recompute": True}
+    assert record["automatic_settings"] == {
+        "micro_batch_size": 1, "recompute": True, "scorer": "trie"
+    }  # fmt: skip
     assert (record["settings"]["micro_batch_size"], record["settings"]["recompute"]) == (None, None)
     trainer = stopped_after(parts, None, resume=True)
     assert (trainer.config.micro_batch_size, trainer.config.recompute) == (1, True)

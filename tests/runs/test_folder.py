@@ -9,7 +9,13 @@ import pytest
 from mlx_dpo import DPOTrainer, evaluate_run
 from mlx_dpo.errors import ConfigError, ModelError, RunError
 from mlx_dpo.io.checksums import check_line
-from mlx_dpo.runs.folder import OLD_KEYS, OLD_PROVENANCE_KEYS, RunPaths, read_record
+from mlx_dpo.runs.folder import (
+    OLD_KEYS,
+    OLD_PROVENANCE_KEYS,
+    RunPaths,
+    read_record,
+    reference_provenance,
+)
 from tests.edited_files import read_entries
 from tests.runs.train_helper import train, weights
 
@@ -29,6 +35,48 @@ def write_with_old_keys(folder):
     path.write_text(json.dumps(record))
 
 
+def edit_record(folder, edit):
+    """Change the content of `run.json` by calling `edit` with it."""
+    path = Path(folder) / "run.json"
+    record = read_entries(path)
+    edit(record)
+    path.write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize("name", ["trie", "shared", "plain"])
+def test_a_run_resumes_with_the_scorer_that_it_chose(config, name):
+    trainer, _ = train(config, stop_after=1)
+    assert trainer.record["automatic_settings"]["scorer"] == trainer.choice.name == "trie"
+    edit_record(config.output, lambda record: record["automatic_settings"].update(scorer=name))
+    trainer, _ = train(config, resume=True, stop_after=1)
+    assert trainer.record["automatic_settings"]["scorer"] == trainer.choice.name == name
+    assert trainer.config.scorer == "auto"
+
+
+def test_a_requested_scorer_is_a_setting_and_not_a_choice(config):
+    trainer, _ = train(replace(config, scorer="shared"), stop_after=1)
+    assert trainer.choice.name == "shared"
+    assert "scorer" not in trainer.record["automatic_settings"]
+
+
+def test_reference_log_probs_of_the_trie_have_their_own_place_in_the_cache(config):
+    """Their last bits differ."""
+
+    def key(settings, **automatic):
+        record = {
+            "settings": replace(config, **settings).to_dict(),
+            "provenance": {"model": "digest"},
+            "automatic_settings": automatic or None,
+        }
+        return reference_provenance(record, "cpu float32")
+
+    assert key({"scorer": "shared"}) == key({"scorer": "plain"})
+    assert key({}, scorer="trie") == key({"scorer": "trie"})
+    assert (
+        len({key({}, scorer=name) for name in ("trie", "shared")} | {key({"scorer": "plain"})}) == 3
+    )
+
+
 def test_a_run_of_an_earlier_version_opens(config):
     trainer, _ = train(config)
     write_with_old_keys(config.output)
@@ -39,12 +87,15 @@ def test_a_run_of_an_earlier_version_opens(config):
 
 
 def test_a_run_of_an_earlier_version_resumes_bit_for_bit(config, tmp_path):
-    whole = replace(config, output=str(tmp_path / "whole"))
+    whole = replace(config, output=str(tmp_path / "whole"), scorer="shared")
     train(whole)
-    train(config, stop_after=3)
+    train(replace(config, scorer="shared"), stop_after=3)
+    edit_record(config.output, lambda record: record["settings"].update(scorer="auto"))
     write_with_old_keys(config.output)
     trainer, _ = train(config, resume=True)
-    assert trainer.record["automatic_settings"] == {"micro_batch_size": 2, "recompute": False}
+    assert trainer.choice.name == "shared"  # those versions had no other that shares
+    automatic = {"micro_batch_size": 2, "recompute": False, "scorer": "shared"}
+    assert trainer.record["automatic_settings"] == automatic
     expected = weights(whole)
     for name, value in weights(config).items():
         assert value.tolist() == expected[name].tolist(), name

@@ -114,7 +114,7 @@ def test_order_and_batch_do_not_change_the_result(tiny_llama, pairs):
 
 
 def test_the_selected_scorers_apply_alpha(policy, pairs):
-    for wanted in ("shared", "plain"):
+    for wanted in ("trie", "shared", "plain"):
         choice = select_scorer(policy, vocab_size=VOCAB, requested=wanted, ld_alpha=ALPHA)
         assert choice.name == wanted
         for scorer in (choice.scorer, choice.forward_only):

@@ -12,7 +12,8 @@ from mlx_dpo.adapters import attach as adapters
 from mlx_dpo.scoring.equivalence import relative_errors
 from mlx_dpo.scoring.kernels.attention_dispatch import CPU_QUERIES, use_chunked_attention
 from mlx_dpo.scoring.kernels.rope import use_token_positions
-from mlx_dpo.scoring.packing import PackedCache, PackedMask, PackedSequence
+from mlx_dpo.scoring.packing.packed_sequence import PackedCache, PackedMask
+from mlx_dpo.scoring.packing.shared_prompts import SharedPromptSequence
 from mlx_dpo.scoring.scorers import make_shared_scorer, memory_efficient_training, plain_scorer
 from mlx_dpo.types import TokenizedPair
 from tests.conftest import VOCAB, make_llama
@@ -25,16 +26,16 @@ TWO = [
 
 
 def test_the_last_tokens_of_completions_are_left_out():
-    assert PackedSequence(TWO).tokens.tolist() == [[0, 1, 2, 3, 4, 6, 8, 10, 11]]
+    assert SharedPromptSequence(TWO).tokens.tolist() == [[0, 1, 2, 3, 4, 6, 8, 10, 11]]
 
 
 def test_both_completions_follow_the_prompt():
-    assert PackedSequence(TWO).positions.tolist() == [0, 1, 2, 3, 4, 3, 0, 1, 2]
+    assert SharedPromptSequence(TWO).positions.tolist() == [0, 1, 2, 3, 4, 3, 0, 1, 2]
 
 
 def test_each_token_is_predicted_by_the_previous_one_of_its_text():
     chosen, rejected = [2, 3, 4, 6], [2, 5, 6, 7, 8]  # 3 4 5 and 9; 6 7 and 10 11 12
-    assert PackedSequence(TWO).prediction_indices().tolist() == [*chosen, *rejected]
+    assert SharedPromptSequence(TWO).head_rows().indices.tolist() == [*chosen, *rejected]
 
 
 def visible(row, size, window=None):
@@ -68,13 +69,13 @@ SEEN = [
 @pytest.mark.parametrize("size", [1, 2, 3, 64])
 def test_a_token_attends_to_its_prompt_and_completion_up_to_itself(size):
     expected = [[mark == "x" for mark in row] for row in SEEN]
-    assert visible(PackedSequence(TWO), size).tolist() == expected
+    assert visible(SharedPromptSequence(TWO), size).tolist() == expected
 
 
 @pytest.mark.parametrize("size", [1, 2, 64])
 def test_a_sliding_window_counts_positions(size):
     """The rejected completion's first token stands fifth, and is the fourth of its text."""
-    row = PackedSequence(TWO)
+    row = SharedPromptSequence(TWO)
     near = row.positions[:, None] - row.positions[None] < 2
     assert (visible(row, size, 2) == visible(row, size) & near).all()
     assert visible(row, size, 2)[5].nonzero()[0].tolist() == [2, 5]
@@ -99,7 +100,7 @@ ROTATIONS = {
 def test_every_token_is_rotated_by_its_position_in_its_text(name):
     rope = ROTATIONS[name]
     mx.random.seed(0)
-    row = PackedSequence(TWO)
+    row = SharedPromptSequence(TWO)
     x = mx.random.normal((1, 3, len(row), 8))
     with use_token_positions():
         turned = rope(x, offset=row.rope_offset)
@@ -109,7 +110,7 @@ def test_every_token_is_rotated_by_its_position_in_its_text(name):
 
 
 def test_tables_of_freed_frequencies_are_not_reused():
-    row, ones = PackedSequence(TWO), mx.ones((1, 1, len(PackedSequence(TWO)), 8))
+    row, ones = SharedPromptSequence(TWO), mx.ones((1, 1, len(SharedPromptSequence(TWO)), 8))
     for base in range(1, 40):  # of a list that is gone, the next array often gets the id
         with use_token_positions():
             result = mx.fast.rope(
@@ -121,7 +122,7 @@ def test_tables_of_freed_frequencies_are_not_reused():
 
 
 def test_positions_of_another_row_are_rejected():
-    row = PackedSequence(TWO)
+    row = SharedPromptSequence(TWO)
     with use_token_positions(), pytest.raises(TypeError, match="arrays other than"):
         nn.RoPE(8)(mx.zeros((1, 3, 5, 8)), offset=row.rope_offset)
 
@@ -129,12 +130,12 @@ def test_positions_of_another_row_are_rejected():
 @pytest.mark.parametrize("arguments", [{"return_array": True}, {"length": 5}])
 def test_a_model_that_needs_its_mask_as_an_array_is_rejected(arguments):
     with pytest.raises(TypeError, match="an array"):
-        PackedCache(PackedSequence(TWO)).make_mask(**{"length": 9} | arguments)
+        PackedCache(SharedPromptSequence(TWO)).make_mask(**{"length": 9} | arguments)
 
 
 def test_positions_support_no_arithmetic():
     """A model that does would take the place in the row for the position in the text."""
-    offset = PackedCache(PackedSequence(TWO)).offset
+    offset = PackedCache(SharedPromptSequence(TWO)).offset
     for compute in (lambda: offset + 1, lambda: 1 + offset, lambda: mx.arange(offset, 9)):
         with pytest.raises(TypeError):
             compute()
@@ -142,7 +143,7 @@ def test_positions_support_no_arithmetic():
 
 def test_outside_the_block_positions_and_masks_are_rejected():
     """So that no model runs on such a row with positions and sight of its own."""
-    row = PackedSequence(TWO)
+    row = SharedPromptSequence(TWO)
     with pytest.raises((TypeError, ValueError)):
         nn.RoPE(8)(mx.zeros((1, 3, len(row), 8)), offset=row.rope_offset)
     q = mx.zeros((1, 2, len(row), 8))
@@ -185,13 +186,13 @@ def test_long_packed_pairs_equal_whole_rows(monkeypatch, recompute, saved_keys, 
 
 
 def test_padding_of_a_row_is_attended_to_by_no_token(monkeypatch):
-    monkeypatch.setattr("mlx_dpo.scoring.packing.padded_width", lambda length: 16)
-    row = PackedSequence(TWO)
+    monkeypatch.setattr("mlx_dpo.scoring.packing.packed_sequence.padded_width", lambda length: 16)
+    row = SharedPromptSequence(TWO)
     assert row.tokens.shape == (1, 16)
     whole = visible(row, 4)
     assert not whole[:9, 9:].any()
     assert not whole[9:, :9].any()
-    assert row.prediction_indices().max().item() < 9
+    assert row.head_rows().indices.max().item() < 9
     model = make_llama()
     shared = make_shared_scorer(vocab_size=VOCAB, gradients=False, packing="row")
     for ours, known in zip(shared(model, TWO), plain_scorer(model, TWO), strict=True):

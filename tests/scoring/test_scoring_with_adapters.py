@@ -77,7 +77,7 @@ def test_the_shared_scorer_is_exact(kind, tied, bits, settings, recompute):
     adapters.attach_adapters(model, rank=2, scale=2.0, seed=1, **settings)
     stirred(model)
     choice = select_scorer(model, vocab_size=VOCAB)
-    assert choice.name == "shared", choice.reason
+    assert choice.name == "trie", choice.reason
     value, plain = gradients(model, plain_scorer, recompute=False)
     result, shared = gradients(model, choice.scorer, recompute=recompute)
     assert result == pytest.approx(value, rel=1e-5)

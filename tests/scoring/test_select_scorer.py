@@ -2,15 +2,18 @@
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 
 from mlx_dpo.adapters import attach as adapters
+from mlx_dpo.data.batches.prefix_trie import PrefixTrie, common_prefix_length, pair_texts
 from mlx_dpo.errors import ModelError
 from mlx_dpo.io.arrays import random_state
-from mlx_dpo.scoring.equivalence import random_pairs, relative_errors, value_error
+from mlx_dpo.scoring.equivalence import branching_pairs, random_pairs, relative_errors, value_error
+from mlx_dpo.scoring.packing import trie
 from mlx_dpo.scoring.scorers import plain_scorer
 from mlx_dpo.scoring.select_scorer import PACKINGS, select_scorer
 from tests.conftest import VOCAB, make_llama
@@ -41,7 +44,7 @@ def assert_plain(choice, reason):
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_an_exact_model_gets_the_shared_scorer(packing):
     choice = select_scorer(adapted(make_llama()), vocab_size=VOCAB, packings=(packing,))
-    assert choice.name == "shared"
+    assert choice.name == ("trie" if packing == "trie" else "shared")
     assert choice.packing == packing
     expected = f"{PACKINGS[packing]}; verified against the plain scorer (values to "
     assert choice.reason.startswith(expected)
@@ -51,13 +54,13 @@ def test_an_exact_model_gets_the_shared_scorer(packing):
 def test_rounding_of_sixteen_bits_is_tolerated(dtype):
     model = make_llama()
     model.set_dtype(dtype)
-    assert select_scorer(adapted(model), vocab_size=VOCAB).name == "shared"
+    assert select_scorer(adapted(model), vocab_size=VOCAB).name == "trie"
 
 
 def test_a_model_without_adapters_is_tested_by_its_values():
     model = make_llama()
     model.freeze()
-    assert select_scorer(model, vocab_size=VOCAB).name == "shared"
+    assert select_scorer(model, vocab_size=VOCAB).name == "trie"
 
 
 class Detached(KVCache):
@@ -184,7 +187,7 @@ def test_the_model_is_not_changed():
     modes = [(name, module.training) for name, module in model.named_modules()]
     state = random_state().tolist()
 
-    assert select_scorer(model, vocab_size=VOCAB).name == "shared"  # dropout would make them differ
+    assert select_scorer(model, vocab_size=VOCAB).name == "trie"  # dropout would make them differ
 
     after = dict(tree_flatten(model.parameters()))
     assert after.keys() == before.keys()
@@ -234,4 +237,46 @@ def test_a_missing_gradient_of_one_small_adapter_is_detected():
 
 def test_prompts_longer_than_a_narrow_window_are_exact():
     assert WINDOW < 5  # so that the probe's own pairs do not fit into it
-    assert select_scorer(adapted(build("gemma3_text")), vocab_size=128).name == "shared"
+    for requested in ("auto", "trie", "shared"):
+        choice = select_scorer(adapted(build("gemma3_text")), vocab_size=128, requested=requested)
+        assert choice.name == ("trie" if requested == "auto" else requested)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("attribute", ["ends", "positions"])
+def test_a_wrong_trie_is_not_taken(name, attribute, monkeypatch):
+    """The test pairs branch in every way: a walk that hides or shifts any of it is noticed."""
+
+    class Wrong(PrefixTrie):
+        def __init__(self, texts):
+            super().__init__(texts)
+            inside = [b.start for b in self.branches if self.positions[b.start] > 0]
+            if attribute == "ends":  # what precedes the last branch inside a text is hidden
+                self.ends[inside[-1] - 1 :] = np.arange(inside[-1], len(self) + 1)
+            else:
+                self.positions[inside[-1]] += 1
+
+    monkeypatch.setattr(trie, "PrefixTrie", Wrong)
+    choice = select_scorer(adapted(build(name)), vocab_size=128)
+    assert choice.name == "shared"
+    assert "; not `trie`: values differ from the plain scorer's by " in choice.reason
+    with pytest.raises(ModelError, match=r"^the scorer `trie` is not exact for .* \(values"):
+        select_scorer(adapted(build(name)), vocab_size=128, requested="trie")
+
+
+def test_test_pairs_share_in_every_way():
+    pairs = branching_pairs(VOCAB)
+    prompts = [pair.prompt for pair in pairs]
+    completions = [c for pair in pairs for c in (pair.chosen, pair.rejected)]
+    lengths = [len(completion) for completion in completions]
+    walk = PrefixTrie(pair_texts(pairs))
+    depths = [int(walk.positions[branch.start]) for branch in walk.branches]
+    assert len(set(prompts)) < len(prompts)  # repeated
+    assert common_prefix_length(prompts[0], prompts[1]) == 2 < len(prompts[0])  # system message
+    assert any(depth > max(map(len, prompts)) for depth in depths)  # inside completions
+    assert depths.count(0) >= 2  # a text that shares nothing
+    assert any(pair.chosen == pair.rejected for pair in pairs)
+    assert any(pair.rejected[: len(pair.chosen)] == pair.chosen for pair in pairs[:-1])
+    assert len(set(completions)) < len(completions) - 1  # one in two pairs too
+    assert 1 in lengths
+    assert max(map(len, pairs)) <= 8  # padded rows of 8 tokens: a third less than the others

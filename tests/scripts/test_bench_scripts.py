@@ -415,19 +415,19 @@ def test_tokens_and_rows_of_a_micro_batch_are_counted():
 
 def test_both_scorers_process_the_expected_tokens():
     """Plain: two rows, padded to a multiple of 8, all but the last token of each.
-    Shared: the prompt once, then both completions, each without its last token."""
+    Trie: the prompt once, then both completions, each without its last token."""
     model = steps.build(SMALL)
     point = PassShape(prompt=9, chosen=3, rejected=5, pairs=2)
     plain, shared, recomputed = steps.scorer_variants(model, SMALL.vocab_size)
-    assert recomputed.name == "shared, recomputed"
+    assert recomputed.name == "trie, recomputed"
     for make in (steps.reference_pass, steps.training_pass):
         costs = {
             variant.name: steps.measure(model, make(model, variant, point.draw(32)), repeats=1)
             for variant in (plain, shared)
         }
         assert costs["plain"].layer_tokens == costs["plain"].head_tokens == 2 * 2 * 15
-        assert abs(costs["shared"].layer_tokens - 2 * (9 + 3 + 5)) <= 2 * 2
-        assert abs(costs["shared"].head_tokens - 2 * (3 + 5)) <= 2 * 2
+        assert abs(costs["trie"].layer_tokens - 2 * (9 + 3 + 5)) <= 2 * 2
+        assert abs(costs["trie"].head_tokens - 2 * (3 + 5)) <= 2 * 2
     assert model.model.__class__ is llama.LlamaModel
 
 
@@ -467,7 +467,7 @@ def test_bench_step_writes_a_row_for_every_pass_and_scorer(tmp_path, capsys):
     assert [(row["pass"], row["scorer"]) for row in rows] == [
         (name, scorer)
         for name in ("reference", "training")
-        for scorer in ("plain", "shared", "shared, recomputed")
+        for scorer in ("plain", "trie", "trie, recomputed")
     ]
     assert all(row["cores"] and float(row["pairs_per_s"]) > 0 for row in rows)
     assert len(capsys.readouterr().out.splitlines()) == 2 + 6

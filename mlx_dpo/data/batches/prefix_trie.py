@@ -49,7 +49,7 @@ def common_prefix_length(first: Ids, second: Ids) -> int:
 
 
 class Branch(NamedTuple):
-    """A place where the depth-first walk leaves a text and goes on with the next one."""
+    """A place where the depth-first walk leaves a text and continues with the next one."""
 
     start: int  # index of the first node of the next text
     left: int  # nodes of the text before that the next text does not share
@@ -66,7 +66,7 @@ class PrefixTrie:
         positions: position of each node's token in its texts, which is its depth. (T,)
         ends: index after the last node below each node. (T,)
         paths: for each text, in the order given, the indices of its tokens' nodes.
-        branches: where the walk goes on with another text, in order; the first starts at 0.
+        branches: where the walk continues with another text, in order; the first starts at 0.
     """
 
     def __init__(self, texts: Sequence[Ids]) -> None:

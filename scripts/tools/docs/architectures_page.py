@@ -38,12 +38,12 @@ How pairs of each architecture of mlx-lm {mlx_lm} are scored, with MLX {mlx} on 
 Made by `scripts/tools/docs/architectures_page.py`. Every run tests its own model and prints the
 result.
 
-* *Scorer* `shared`: each prompt goes through the model once, and only completion tokens go through
-  its head. `plain`: padded rows of prompt and completion, because the shared scorer does not give
-  the same numbers.
-* *Packing* of several pairs: concatenated in one row without padding (`row`), as a batch with
-  padded prompts (`batch`, on a GPU only), or as a batch of pairs with equally long prompts
-  (`lengths`).
+* *Scorer* `trie`: each distinct beginning of the texts of a pass goes through the model once, and
+  only completion tokens go through its head. `shared`: the prompt of each pair goes through once.
+  `plain`: padded rows of prompt and completion, because the others do not give the same numbers.
+* *Packing* of several pairs: the trie in one row (`trie`), pairs concatenated in one row without
+  padding (`row`), as a batch with padded prompts (`batch`, on a GPU only), or as a batch of pairs
+  with equally long prompts (`lengths`).
 
 *Cached = uncached* is the largest difference, in nats per token, between log-probs computed in one
 pass without KV caches (as in scoring) and token by token with KV caches (as in generation). Each
@@ -81,7 +81,7 @@ def examine(model_type: str) -> Row:
     except ModelError as error:
         return Row(model_type, "none", "", _difference(model_type), str(error).partition(";")[0])
     # The first part is the packing; errors differ from machine to machine.
-    notes = choice.reason.split("; ")[choice.name == "shared" :]
+    notes = choice.reason.split("; ")[choice.name != "plain" :]
     remark = "; ".join(
         n for n in notes if not n.startswith(("verified", "log-probs match generation"))
     )

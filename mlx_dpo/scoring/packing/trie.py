@@ -1,0 +1,93 @@
+"""Packed sequence of the prefix trie of all texts of a pass: each distinct prefix once.
+
+A chunk of queries sees several ranges of keys: those of the prefixes that lead to it, without what
+lies between them and belongs to other texts.
+
+Shape letters: those of `packed_sequence`.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import chain, pairwise
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_dpo.data.batches.prefix_trie import PrefixTrie, pair_texts
+from mlx_dpo.models.device import is_cpu
+from mlx_dpo.scoring.kernels.attention import QueryChunk
+from mlx_dpo.scoring.packing.packed_sequence import HeadRows, PackedSequence, additive_mask
+from mlx_dpo.types import TokenizedPair
+
+# Keys between two ranges of keys that are computed and hidden instead of being cut out.
+MAX_HIDDEN_KEYS = 32
+
+
+class TrieSequence(PackedSequence):
+    """A packed sequence that is the depth-first walk of the trie of all texts."""
+
+    def __init__(self, pairs: Sequence[TokenizedPair]) -> None:
+        """Pack the texts of `pairs` into one sequence."""
+        self.pairs = pairs
+        self.trie = PrefixTrie(pair_texts(pairs))
+        super().__init__(self.trie.ids, self.trie.positions)
+        # Padding is one chain at the end: the ends of the trie's nodes leave it out.
+        self.ends = np.concatenate([self.trie.ends, np.full(self.padding, len(self))])  # (T,)
+
+    def head_rows(self) -> HeadRows:
+        """Return each token that predicts with each target once, and where it is used."""
+        completions = [pair.chosen for pair in self.pairs] + [pair.rejected for pair in self.pairs]
+        places = [
+            path[len(path) - len(completion) :]
+            for path, completion in zip(self.trie.paths, completions, strict=True)
+        ]
+        keys = np.concatenate(places) << 32 | np.array(list(chain(*completions)))
+        distinct, rows = np.unique(keys, return_inverse=True)
+        return HeadRows(
+            mx.array((distinct >> 32).astype(np.int32)),
+            mx.array((distinct & 0xFFFFFFFF).astype(np.int32)),
+            mx.array(rows.reshape(-1).astype(np.int32)),
+        )
+
+    def make_chunks(self, size: int, dtype: mx.Dtype, window: int | None) -> Iterator[QueryChunk]:
+        """Yield chunks of up to `size` queries with their masks.
+
+        A chunk ends early where the next text leaves more than half a chunk of the text before:
+        most queries behind that place do not see it.
+        """
+        starts = [b.start for b in self.trie.branches if b.start == 0 or b.left > size // 2]
+        for first, last in pairwise([*starts, len(self) - self.padding, len(self)]):
+            for start in range(first, last, size):
+                yield self._chunk(start, min(start + size, last), dtype, window)
+
+    def _chunk(self, start: int, end: int, dtype: mx.Dtype, window: int | None) -> QueryChunk:
+        """Return the chunk of the queries from `start` to `end`."""
+        # Nodes before the chunk that one of its queries sees are above its first query.
+        keys = np.concatenate([np.flatnonzero(self.ends[:start] > start), np.arange(start, end)])
+        rows = np.arange(start, end)[:, None]
+        visible = (keys <= rows) & (rows < self.ends[keys])  # (C, keys)
+        if window is not None:
+            visible &= self.positions[rows] - self.positions[keys] < window
+            needed = visible.any(axis=0)
+            keys, visible = keys[needed], visible[:, needed]
+        # A GPU skips the hidden keys of a causal chunk, but computes those of a mask.
+        is_exact = not is_cpu() and _is_causal(visible)
+        ranges = _key_ranges(keys, 0 if is_exact else MAX_HIDDEN_KEYS)
+        whole = np.concatenate([np.arange(*part) for part in ranges])  # (S,)
+        if len(whole) > len(keys):
+            widened = np.zeros((end - start, len(whole)), bool)
+            widened[:, np.searchsorted(whole, keys)] = visible
+            visible = widened
+        return QueryChunk(start, end, ranges, additive_mask(visible, dtype), _is_causal(visible))
+
+
+def _key_ranges(keys: np.ndarray, gap: int) -> tuple[tuple[int, int], ...]:
+    """Return ranges that cover the ascending indices `keys` and lie more than `gap` apart."""
+    cuts = np.flatnonzero(np.diff(keys) > gap + 1)
+    firsts, lasts = keys[np.append(0, cuts + 1)], keys[np.append(cuts, -1)]
+    return tuple((int(first), int(last) + 1) for first, last in zip(firsts, lasts, strict=True))
+
+
+def _is_causal(visible: np.ndarray) -> bool:
+    """Return whether the last query sees all keys, and each query before it one key less."""
+    rows, keys = visible.shape
+    return bool((visible == np.tri(rows, keys, keys - rows, dtype=bool)).all())
