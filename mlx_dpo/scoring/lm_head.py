@@ -14,6 +14,7 @@ import mlx.core as mx
 from mlx.utils import tree_unflatten
 
 from mlx_dpo.io.arrays import Arrays, named_arrays
+from mlx_dpo.models.device import is_cpu
 from mlx_dpo.scoring.backbone import ModelParts
 from mlx_dpo.scoring.kernels.softmax import logsumexp
 from mlx_dpo.scoring.logps import log_weights
@@ -88,7 +89,12 @@ def _evaluated_after(value: mx.array, earlier: Iterable[mx.array]) -> mx.array:
 
 def _chunk_logps(parts: ModelParts, hidden: mx.array, targets: mx.array) -> mx.array:
     """Return the log-probs of the target tokens of one chunk. (n, D), (n,) -> (n,) float32"""
-    logits = parts.logits(hidden[None])[0].astype(mx.float32)  # (n, V)
+    logits = parts.logits(hidden[None])[0]  # (n, V)
+    if not is_cpu():
+        # One kernel, which adds in float32 whatever the dtype of the logits. On the CPU the same
+        # function would add in their dtype.
+        return -mx.fast.cross_entropy(logits, targets)
+    logits = logits.astype(mx.float32)
     target_logits = mx.take_along_axis(logits, targets[:, None], axis=-1).squeeze(-1)
     return target_logits - logsumexp(logits)
 

@@ -193,3 +193,50 @@ def test_twice_the_vocabulary_needs_hardly_more_memory(trained):
     # A trained head has a gradient of its size, held twice while chunks add to it.
     own = trained * 2 * (65536 - 32768) * 8 * 4
     assert peak(65536, trained) - own <= 1.1 * peak(32768, trained)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "cohere"])  # soft cap; scale
+def test_a_gpu_uses_one_kernel_on_the_final_logits(monkeypatch, name, trained):
+    """MLX's cross-entropy of what the head makes of the logits, run on the CPU in float32."""
+    model = build(name)
+    model.freeze()
+    if trained:
+        (model.lm_head if "lm_head" in model else model.model.embed_tokens).unfreeze()
+    width, vocab_size = model.args.hidden_size, model.args.vocab_size
+    hidden = 9 * mx.random.normal((ROWS, width), key=mx.random.key(1))
+    targets = mx.random.randint(0, vocab_size, (ROWS,), key=mx.random.key(2))
+    monkeypatch.setattr(head, "LOGITS_BYTES_PER_CHUNK", 4 * vocab_size * 4)
+    weights = mx.arange(1.0, ROWS + 1)
+
+    def loss(policy, rows):
+        logps = chunked_logps(
+            split_backbone(policy), rows, targets, vocab_size=vocab_size, gradients=True
+        )
+        return (weights * logps).sum(), logps
+
+    def run():
+        (_, logps), gradient = mx.value_and_grad(lambda rows: loss(model, rows))(hidden)
+        if not trained:
+            return [logps, gradient]
+        parameters = nn.value_and_grad(model, lambda m: loss(m, hidden)[0])(model)[1]
+        return [logps, gradient, *(value for _, value in tree_flatten(parameters))]
+
+    expected = run()
+    monkeypatch.setattr(head, "is_cpu", lambda: False)
+    for ours, theirs in zip(run(), expected, strict=True):
+        assert mx.linalg.norm(ours - theirs).item() <= 1e-5 * mx.linalg.norm(theirs).item()
+
+
+@pytest.mark.parametrize("is_cpu, calls", [(True, 0), (False, 3)])
+def test_the_kernel_that_adds_in_the_dtype_of_the_logits_is_not_used_on_the_cpu(
+    monkeypatch, tiny_llama, hidden, targets, chunks_of_four, is_cpu, calls
+):
+    counted = []
+    own = mx.fast.cross_entropy
+    monkeypatch.setattr(
+        mx.fast, "cross_entropy", lambda *arrays: counted.append(arrays) or own(*arrays)
+    )
+    monkeypatch.setattr(head, "is_cpu", lambda: is_cpu)
+    chunked_logps(split_backbone(tiny_llama), hidden, targets, vocab_size=VOCAB, gradients=False)
+    assert len(counted) == calls
