@@ -8,6 +8,7 @@ import numpy as np
 
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.data.batches.micro_batches import largest_micro_batch
+from mlx_dpo.data.batches.token_counts import shares_prefixes
 from mlx_dpo.data.columns import LENGTHS, column, longest_pairs, longest_row
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.models.device import device_kind
@@ -110,10 +111,13 @@ def longest_micro_batch(
     The micro-batch contains at most as many pairs as an optimizer step.
     """
     longest = longest_pairs(config.batch_size, pairs)
+    if config.labelled or shares_prefixes(choice.cost):  # by all tokens, not by the longer text
+        parts = 2 if config.labelled else 3
+        tokens = column(pairs, LENGTHS)[:, :parts].sum(axis=1)
+        at = np.argsort(tokens, kind="stable")[-config.batch_size :].tolist()
+        longest = [pairs[i] for i in at]
     if config.labelled:  # KL completions have one token in passes with gradients
-        own = column(pairs, LENGTHS)[:, :2].sum(axis=1)
-        at = np.argsort(own, kind="stable")[-config.batch_size :].tolist()
-        longest = skip_kl_completions([pairs[i] for i in at])
+        longest = skip_kl_completions(longest)
     return largest_micro_batch(longest, config.pass_limit, cost=choice.cost)
 
 

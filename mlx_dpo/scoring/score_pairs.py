@@ -12,10 +12,13 @@ import numpy as np
 
 from mlx_dpo.config.training import PassLimit
 from mlx_dpo.data.batches.micro_batches import micro_batches
-from mlx_dpo.data.batches.token_counts import CountTokens, padded_row_tokens
+from mlx_dpo.data.batches.order import prompt_numbers
+from mlx_dpo.data.batches.token_counts import CountTokens, padded_row_tokens, shares_prefixes
 from mlx_dpo.errors import TrainingError
 from mlx_dpo.scoring.scorers import Scorer, fast_inference, plain_scorer
 from mlx_dpo.types import PairLogps, TokenizedPair
+
+SORTED_PAIRS = 1024  # pairs in memory at once, where passes are cut by tokens rather than lengths
 
 
 class DatasetScorer(Protocol):
@@ -45,7 +48,8 @@ def score_pairs(
 ) -> PairLogps:
     """Return the log-probs of all pairs under `model`, in the order of `pairs`. (len(pairs),) each
 
-    Pairs of similar length go through the model together. The model is left in evaluation mode.
+    Pairs of similar length, or pairs that begin alike, go through the model together. The model is
+    left in evaluation mode.
 
     Args:
         limit: maximum number of pairs or tokens per forward pass.
@@ -64,12 +68,24 @@ def score_pairs(
         with fast_inference(model):
             return scorer(model, [pairs[i] for i in indices])
 
-    groups = micro_batches(range(len(pairs)), pairs, limit, cost=cost)
+    groups = list(_passes(pairs, limit, cost))
     for indices, logps in zip(groups, _computed_in_turn(map(build, groups)), strict=True):
         chosen[indices], rejected[indices] = np.array(logps.chosen), np.array(logps.rejected)
         _check_finite(indices, chosen + rejected, pairs)
         progress(len(indices))
     return PairLogps(mx.array(chosen), mx.array(rejected))
+
+
+def _passes(
+    pairs: Sequence[TokenizedPair], limit: PassLimit, cost: CountTokens
+) -> Iterator[list[int]]:
+    """Yield the indices of the pairs of each forward pass."""
+    if not shares_prefixes(cost):
+        yield from micro_batches(range(len(pairs)), pairs, limit, cost=cost)
+        return
+    by_prompt = np.argsort(prompt_numbers(pairs), kind="stable").tolist()
+    for start in range(0, len(pairs), SORTED_PAIRS):
+        yield from micro_batches(by_prompt[start : start + SORTED_PAIRS], pairs, limit, cost=cost)
 
 
 def _computed_in_turn(graphs: Iterable[PairLogps]) -> Iterator[PairLogps]:

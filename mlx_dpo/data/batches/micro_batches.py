@@ -1,11 +1,19 @@
 """Micro-batches: the pairs of a step, divided into forward passes."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from mlx_dpo.config.training import PassLimit
 from mlx_dpo.data.batches.order import PairOrder
-from mlx_dpo.data.batches.token_counts import CountTokens, TokenCount
+from mlx_dpo.data.batches.padding import padded_width
+from mlx_dpo.data.batches.token_counts import (
+    CountTokens,
+    DistinctPrefixes,
+    TokenCount,
+    packed_row_tokens,
+    shares_prefixes,
+)
 from mlx_dpo.data.columns import lengths_only
 from mlx_dpo.types import TokenizedPair
 
@@ -16,7 +24,9 @@ def micro_batches(
     """Split the pairs of a step into micro-batches as large as `limit` allows.
 
     The result has one list of pair indices for each micro-batch. Pairs are sorted by length to
-    reduce padding; pairs of equal length keep their order.
+    reduce padding; pairs of equal length keep their order. For a pass that runs what its texts
+    begin with only once, they are sorted by their tokens instead, so that pairs that begin alike
+    meet in a pass.
 
     Args:
         indices: indices of the pairs of the step.
@@ -24,6 +34,8 @@ def micro_batches(
         limit: maximum number of pairs and tokens per forward pass.
         cost: counts the tokens of a forward pass.
     """
+    if shares_prefixes(cost):
+        return _micro_batches_of_alike({i: pairs[i] for i in indices}, limit)
     batches: list[list[int]] = []
     lengths = lengths_only(pairs)
     for index in sorted(indices, key=lambda i: len(lengths[i])):
@@ -35,16 +47,74 @@ def micro_batches(
     return batches
 
 
+def _micro_batches_of_alike(pairs: dict[int, TokenizedPair], limit: PassLimit) -> list[list[int]]:
+    """Split pairs, given by index, into micro-batches in the order of their tokens."""
+    batches: list[list[int]] = []
+    prefixes = DistinctPrefixes()
+
+    def order(index: int) -> tuple[tuple[int, ...], ...]:
+        return pairs[index].prompt, pairs[index].chosen, pairs[index].rejected
+
+    for index in sorted(pairs, key=order):
+        if batches and (limit.pairs is None or len(batches[-1]) < limit.pairs):
+            prefixes.add(pairs[index])
+            if limit.tokens is None or padded_width(prefixes.count) <= limit.tokens:
+                batches[-1].append(index)
+                continue
+        batches.append([index])
+        prefixes = DistinctPrefixes()
+        prefixes.add(pairs[index])
+    return batches
+
+
 def largest_micro_batch(
     pairs: Iterable[TokenizedPair], limit: PassLimit, *, cost: CountTokens
 ) -> list[TokenizedPair]:
-    """Return a micro-batch of the longest pair and the longest other pairs that still fit."""
+    """Return a micro-batch of the longest pair and the longest other pairs that still fit.
+
+    No micro-batch needs more memory. If passes run shared prefixes only once, the pairs are changed
+    to share none, and one is cut to fill up a limit of tokens, because other pairs may share less.
+    """
+    if shares_prefixes(cost):
+        most = sorted(pairs, key=lambda pair: packed_row_tokens([pair]).total, reverse=True)
+        return _largest_without_shared_prefixes(most, limit)
     batch: list[TokenizedPair] = []
     for pair in sorted(pairs, key=len, reverse=True):
         extended = [*batch, pair]
         if not batch or _fits(range(len(extended)), extended, limit, cost):
             batch = extended
     return batch
+
+
+def _largest_without_shared_prefixes(
+    pairs: Sequence[TokenizedPair], limit: PassLimit
+) -> list[TokenizedPair]:
+    """Return the first of the `pairs` that fit, without any prefix that two texts share."""
+    batch: list[TokenizedPair] = []
+    for number, pair in enumerate(pairs[: limit.pairs]):
+        apart = _without_shared_prefix(pair, first=number)
+        used = packed_row_tokens(batch).total if batch else 0
+        rest = None if limit.tokens is None or not batch else limit.tokens - used
+        if rest is not None and rest < packed_row_tokens([apart]).total:
+            return [*batch, _cut(apart, rest)] if rest > 0 else batch
+        batch.append(apart)
+    return batch
+
+
+def _without_shared_prefix(pair: TokenizedPair, *, first: int) -> TokenizedPair:
+    """Return the pair with another first token of the prompt, `first`, and of `rejected`."""
+    rejected = (int(pair.chosen[0] == 0), *pair.rejected[1:])
+    return replace(pair, prompt=(first, *pair.prompt[1:]), rejected=rejected)
+
+
+def _cut(pair: TokenizedPair, tokens: int) -> TokenizedPair:
+    """Return the pair cut to about `tokens` input tokens, and not to fewer."""
+    chosen, rejected = (part[: tokens // 2 + 1] for part in (pair.chosen, pair.rejected))
+    prompt = pair.prompt[: max(1, tokens - len(chosen) - len(rejected) + 2)]
+    return replace(pair, prompt=prompt, chosen=chosen, rejected=rejected)
+
+
+COUNTED_PAIRS = 4096  # of an epoch's order, if the count needs their tokens
 
 
 class EpochMicroBatches(NamedTuple):
@@ -64,15 +134,47 @@ def count_micro_batches(
     order: PairOrder,
     cost: CountTokens,
 ) -> EpochMicroBatches:
-    """Count the steps, micro-batches and tokens of the first epoch, without reading tokens."""
-    lengths = lengths_only(pairs)
+    """Count the steps, micro-batches and tokens of the first epoch.
+
+    Tokens are read only if passes run shared prefixes once. Then the first `COUNTED_PAIRS` pairs of
+    the epoch are counted, and the numbers of a larger set are those times its size.
+    """
+    lengths = pairs if shares_prefixes(cost) else lengths_only(pairs)
     steps = order.epoch_steps(0)
-    batches = [b for step in steps for b in micro_batches(step, lengths, limit, cost=cost)]
+    counted = _first_steps(steps, COUNTED_PAIRS) if shares_prefixes(cost) else steps
+    batches = [b for step in counted for b in micro_batches(step, lengths, limit, cost=cost)]
     counts = [cost([lengths[i] for i in batch]) for batch in batches]
-    # Only a micro-batch of a single pair may exceed the limit.
-    above = [c.total for c in counts if limit.tokens is not None and c.total > limit.tokens]
-    tokens = TokenCount(sum(c.total for c in counts), sum(c.padding for c in counts))
-    return EpochMicroBatches(len(steps), len(batches), tokens, len(above), max(above, default=0))
+    scale = len(pairs) / sum(map(len, counted))
+    tokens = TokenCount(
+        round(scale * sum(c.total for c in counts)), round(scale * sum(c.padding for c in counts))
+    )
+    above = _above_limit(pairs, limit, cost)
+    return EpochMicroBatches(
+        len(steps), round(scale * len(batches)), tokens, len(above), max(above, default=0)
+    )
+
+
+def _first_steps(steps: Sequence[list[int]], pairs: int) -> Sequence[list[int]]:
+    """Return the first steps that have at least so many `pairs`, or all."""
+    seen = 0
+    for number, step in enumerate(steps, start=1):
+        seen += len(step)
+        if seen >= pairs:
+            return steps[:number]
+    return steps
+
+
+def _above_limit(pairs: Sequence[TokenizedPair], limit: PassLimit, cost: CountTokens) -> list[int]:
+    """Return the tokens of each pair that exceeds the limit of tokens by itself."""
+    if limit.tokens is None:
+        return []
+    lengths, exact = lengths_only(pairs), shares_prefixes(cost)
+    above = []
+    for index, pair in enumerate(lengths):
+        total = (packed_row_tokens if exact else cost)([pair]).total
+        if total > limit.tokens:
+            above.append(cost([pairs[index]]).total if exact else total)
+    return [total for total in above if total > limit.tokens]
 
 
 def _fits(

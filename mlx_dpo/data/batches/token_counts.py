@@ -1,5 +1,6 @@
 """Number of tokens that a forward pass over some pairs processes, by the layout of the pass."""
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -8,6 +9,12 @@ from mlx_dpo.data.batches.padding import (
     PAD_MULTIPLE,
     padded_width,
     round_up,
+)
+from mlx_dpo.data.batches.prefix_trie import (
+    Ids,
+    common_prefix_length,
+    count_distinct_prefixes,
+    pair_texts,
 )
 from mlx_dpo.types import TokenizedPair
 
@@ -42,6 +49,37 @@ def packed_row_tokens(pairs: Sequence[TokenizedPair]) -> TokenCount:
     """
     tokens = sum(len(p.prompt) + _continuation_tokens(p) for p in pairs)
     return TokenCount(padded_width(tokens), padded_width(tokens) - tokens)
+
+
+def trie_tokens(pairs: Sequence[TokenizedPair]) -> TokenCount:
+    """Count the input tokens of a forward pass over the prefix trie of all texts of `pairs`.
+
+    Whatever several texts begin with is counted once. The count needs the token ids.
+    """
+    tokens = count_distinct_prefixes(pair_texts(pairs))
+    return TokenCount(padded_width(tokens), padded_width(tokens) - tokens)
+
+
+def shares_prefixes(cost: CountTokens) -> bool:
+    """Return whether a pass that `cost` counts runs what its texts begin with only once."""
+    return cost is trie_tokens
+
+
+class DistinctPrefixes:
+    """Counts the distinct prefixes of texts that are added one by one."""
+
+    def __init__(self) -> None:
+        """Start without texts."""
+        self.count = 0
+        self._texts: list[Ids] = []  # sorted, so that the most alike are neighbours
+
+    def add(self, pair: TokenizedPair) -> None:
+        """Add the texts of a pair, without the last tokens of its completions."""
+        for text in pair_texts([pair]):
+            at = bisect_left(self._texts, text)
+            near = self._texts[max(0, at - 1) : at + 1]
+            self.count += len(text) - max((common_prefix_length(text, t) for t in near), default=0)
+            self._texts.insert(at, text)
 
 
 def shared_prompt_tokens(pairs: Sequence[TokenizedPair], *, together: bool) -> TokenCount:

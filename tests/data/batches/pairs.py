@@ -32,3 +32,6 @@ some_pairs = st.lists(
 limits = st.builds(
     PassLimit, st.none() | st.integers(1, 6), st.none() | st.integers(1, 400)
 )  # of all four kinds
+# Few token ids and short texts, so that beginnings of every kind are shared.
+parts = st.lists(st.integers(0, 1), min_size=1, max_size=4).map(tuple)
+alike_pairs = st.lists(st.builds(TokenizedPair, parts, parts, parts), min_size=1, max_size=8)

@@ -6,13 +6,19 @@ from hypothesis import strategies as st
 
 from mlx_dpo.config.training import PassLimit
 from mlx_dpo.data.batches.micro_batches import (
+    COUNTED_PAIRS,
     count_micro_batches,
     largest_micro_batch,
     micro_batches,
 )
 from mlx_dpo.data.batches.order import PairOrder
-from mlx_dpo.data.batches.token_counts import padded_row_tokens, shared_prompt_tokens
-from tests.data.batches.pairs import costs, lengths, limits, of, some_pairs
+from mlx_dpo.data.batches.token_counts import (
+    padded_row_tokens,
+    shared_prompt_tokens,
+    trie_tokens,
+)
+from mlx_dpo.types import TokenizedPair
+from tests.data.batches.pairs import alike_pairs, costs, lengths, limits, of, some_pairs
 
 
 def test_pairs_of_similar_length_share_a_micro_batch():
@@ -108,3 +114,86 @@ def test_the_counts_of_an_epoch_are_sums_over_its_steps(pairs, limit, cost, batc
     assert (known.steps, known.micro_batches) == (order.total_steps(1), len(groups))
     passes = [cost([pairs[i] for i in group]) for group in groups]
     assert known.tokens == (sum(p.total for p in passes), sum(p.padding for p in passes))
+
+
+def test_pairs_that_begin_alike_share_a_micro_batch():
+    """By prompt, then by completions, whatever their lengths."""
+    prompts = {"a": (1, 1), "b": (1, 2), "b and more": (1, 2, 5), "c": (3,) * 30}
+    pairs = [
+        TokenizedPair(prompts[name], chosen, rejected)
+        for name, chosen, rejected in [
+            ("c", (4,), (5,)),
+            ("b", (7, 7), (8,)),
+            ("a", (6,) * 9, (7,)),
+            ("b and more", (4,), (9,)),
+            ("b", (7, 6), (8,) * 20),
+            ("b", (7, 7), (6,)),
+        ]
+    ]
+    found = micro_batches(range(6), pairs, PassLimit(pairs=2), cost=trie_tokens)
+    assert found == [[2, 4], [5, 1], [3, 0]]
+    # 1 2, 7 and 8 * 19: 22 tokens; the second pair of the prompt adds none, the third none.
+    found = micro_batches([4, 1, 5, 0], pairs, PassLimit(tokens=22), cost=trie_tokens)
+    assert found == [[4, 5, 1], [0]]
+    found = micro_batches([4, 1, 5, 0], pairs, PassLimit(tokens=21), cost=trie_tokens)
+    assert found == [[4], [5, 1], [0]]
+
+
+@given(alike_pairs, limits, st.randoms())
+def test_cuts_by_shared_prefixes_are_within_the_limits_and_full(pairs, limit, random):
+    indices = random.sample(range(len(pairs)), len(pairs))
+    groups = micro_batches(indices, pairs, limit, cost=trie_tokens)
+    assert sorted(index for group in groups for index in group) == list(range(len(pairs)))
+
+    def fits(group):
+        total = trie_tokens([pairs[i] for i in group]).total
+        many = limit.pairs is not None and len(group) > limit.pairs
+        return not many and (limit.tokens is None or total <= limit.tokens)
+
+    assert all(fits(group) or len(group) == 1 for group in groups)
+    for group, following in itertools.pairwise(groups):
+        assert not fits([*group, following[0]])
+
+
+@given(alike_pairs, limits, st.integers(1, 9), st.integers(0, 3))
+def test_no_micro_batch_has_more_distinct_tokens_than_the_largest(pairs, limit, batch_size, seed):
+    largest = largest_micro_batch(pairs, limit, cost=trie_tokens)
+    bound = trie_tokens(largest).total
+    order = PairOrder.of(pairs, batch_size=batch_size, seed=seed, group_by_prompt=True)
+    for step in order.epoch_steps(0):
+        for group in micro_batches(step, pairs, limit, cost=trie_tokens):
+            assert trie_tokens([pairs[i] for i in group]).total <= bound
+    assert limit.pairs is None or len(largest) <= limit.pairs
+
+
+def test_the_largest_micro_batch_shares_nothing_although_the_longest_pairs_do():
+    pairs = [TokenizedPair((5,) * 9, (6,) * 3, (6,) * 3) for _ in range(4)]
+    assert trie_tokens(pairs).total == 11  # this pass is no bound: others share less
+    two = largest_micro_batch(pairs, PassLimit(pairs=2), cost=trie_tokens)
+    assert trie_tokens(two) == (2 * (9 + 2 + 2), 0)
+    filled = largest_micro_batch(pairs, PassLimit(tokens=33), cost=trie_tokens)
+    assert [len(pair) for pair in filled] == [12, 12, 6] and trie_tokens(filled) == (33, 0)
+
+
+@given(alike_pairs, limits, st.integers(1, 9))
+def test_the_counts_of_an_epoch_are_the_distinct_tokens_of_its_micro_batches(
+    pairs, limit, batch_size
+):
+    order = PairOrder.of(pairs, batch_size=batch_size, seed=0, group_by_prompt=True)
+    steps = order.epoch_steps(0)
+    groups = [g for step in steps for g in micro_batches(step, pairs, limit, cost=trie_tokens)]
+    totals = [trie_tokens([pairs[i] for i in group]).total for group in groups]
+    alone = [trie_tokens([pair]).total for pair in pairs]
+    above = [n for n in alone if limit.tokens is not None and n > limit.tokens]
+    found = count_micro_batches(pairs, limit, order=order, cost=trie_tokens)
+    expected = (len(steps), len(groups), (sum(totals), 0), len(above), max(above, default=0))
+    assert found == expected
+
+
+def test_an_epoch_of_many_pairs_is_counted_by_its_first_ones():
+    """Half as many pairs again as are counted, all of 5 distinct tokens, four of them shared."""
+    count = 3 * COUNTED_PAIRS // 2
+    pairs = [TokenizedPair((1, 2, 3), (4, 5), (number, 6)) for number in range(10, 10 + count)]
+    order = PairOrder(count=count, batch_size=16, seed=0)
+    found = count_micro_batches(pairs, PassLimit(pairs=8), order=order, cost=trie_tokens)
+    assert found == (count // 16, count // 8, (count // 8 * (4 + 8), 0), 0, 0)

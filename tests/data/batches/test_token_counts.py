@@ -1,8 +1,19 @@
+import mlx.core as mx
+import numpy as np
 import pytest
 from hypothesis import given
 
-from mlx_dpo.data.batches.token_counts import TokenCount, padded_row_tokens, shared_prompt_tokens
-from tests.data.batches.pairs import costs, of, some_pairs
+from mlx_dpo.data.batches.token_counts import (
+    DistinctPrefixes,
+    TokenCount,
+    packed_row_tokens,
+    padded_row_tokens,
+    shared_prompt_tokens,
+    trie_tokens,
+)
+from mlx_dpo.data.columns import PairLengthsView
+from mlx_dpo.types import TokenizedPair
+from tests.data.batches.pairs import alike_pairs, costs, of, some_pairs
 
 
 def test_padded_rows_count_two_rows_without_the_last_token():
@@ -36,3 +47,37 @@ def test_counts_never_fall_when_a_pair_is_added_and_padding_is_the_rest(pairs, c
     rows = 2 if cost is padded_row_tokens else 1
     real = sum(rows * len(p.prompt) + len(p.chosen) + len(p.rejected) - 2 for p in pairs)
     assert cost(pairs) == (cost(pairs).total, cost(pairs).total - real)
+
+
+def distinct_prefixes(pairs):
+    """Every prefix of every text as a set: what a pass that shares all of them runs."""
+    texts = [p.prompt + completion[:-1] for p in pairs for completion in (p.chosen, p.rejected)]
+    return len({text[:end] for text in texts for end in range(1, len(text) + 1)})
+
+
+@given(alike_pairs)
+def test_a_trie_has_every_distinct_prefix_once(pairs):
+    assert trie_tokens(pairs) == (distinct_prefixes(pairs), 0)
+    assert trie_tokens(pairs).total <= packed_row_tokens(pairs).total
+    prefixes = DistinctPrefixes()
+    for number, pair in enumerate(pairs, start=1):
+        prefixes.add(pair)
+        assert prefixes.count == distinct_prefixes(pairs[:number])
+
+
+def test_a_trie_counts_by_hand_and_pads_on_a_gpu(monkeypatch):
+    """A prompt of 3, completions that share 2 of their tokens, and a second pair that adds 1."""
+    pairs = [
+        TokenizedPair((1, 2, 3), (4, 5, 6, 7), (4, 5, 8)),  # 1 2 3, 4 5, 6: the 8 predicts nothing
+        TokenizedPair((1, 2, 3), (4, 5, 6, 9), (4, 6, 8)),  # 4 5 6 is there, 4 6 adds one
+    ]
+    assert trie_tokens(pairs[:1]) == (6, 0)
+    assert trie_tokens(pairs) == (7, 0)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    assert trie_tokens(pairs) == (8, 1)
+
+
+def test_lengths_alone_are_refused_where_a_count_needs_the_tokens():
+    [pair] = PairLengthsView(np.array([[3, 2, 2]]))
+    with pytest.raises(TypeError):
+        trie_tokens([pair])
