@@ -23,11 +23,11 @@ from mlx_dpo.losses.log_ratios import log_ratio_margin
 from mlx_dpo.losses.pairwise import sigmoid_loss
 from mlx_dpo.models.empty_weights import build_model
 from mlx_dpo.models.restore import patched
+from mlx_dpo.profiling.bench.shapes import Shape
 from mlx_dpo.scoring.kernels import attention, attention_dispatch
 from mlx_dpo.scoring.kernels.attention import AttentionInputs, AttentionOptions
 from mlx_dpo.scoring.scorers import Packing, make_shared_scorer, memory_efficient_training
 from mlx_dpo.types import PairLogps, TokenizedPair
-from scripts.bench.shapes import Shape
 from scripts.bench.steps import BETA, RANK, SCALE
 
 # Primitives that share the memory of their input. `Reshape`, `Flatten` and `Unflatten` copy an

@@ -91,14 +91,17 @@ class TimeBudget:
         left = self.started + self.seconds - self.clock()
         return GENERATED if GENERATED * seconds <= left else FEWEST_GENERATED
 
-    def has_time(self, rounds: int) -> bool:
+    def has_time(self, rounds: int, seconds: float) -> bool:
         """Return whether another round is to be measured, after `rounds` rounds.
 
-        There is at least one, and fewer than FEWEST_ROUNDS only if all the time is over.
+        There is at least one, and fewer than FEWEST_ROUNDS only if all the time would be over.
+
+        Args:
+            seconds: that the last round took.
         """
         if rounds < FEWEST_ROUNDS:
-            return rounds == 0 or self.clock() < self.started + self.seconds
-        return rounds < MAX_ROUNDS and self.left > 0
+            return rounds == 0 or self.clock() + seconds <= self.started + self.seconds
+        return rounds < MAX_ROUNDS and seconds <= self.left
 
 
 @dataclass(frozen=True)
@@ -232,9 +235,12 @@ def measure_rounds(workload: Workload, budget: TimeBudget) -> list[Round]:
     steps = train(workload.base.model, workload.optimizer, workload.plan, start=Progress())
     next(steps)  # compiles the kernels of the update
     rounds: list[Round] = []
+    seconds = 0.0
     with phase("Measuring passes", unit="rounds") as advance:
-        while budget.has_time(len(rounds)):
+        while budget.has_time(len(rounds), seconds):
+            began = budget.clock()
             rounds.append(_measure_round(workload, steps, budget.clock))
+            seconds = budget.clock() - began
             advance(1)
     return rounds
 

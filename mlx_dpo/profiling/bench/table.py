@@ -65,8 +65,9 @@ def _model_lines(figures: Json) -> Iterator[Line]:
     yield (
         "pairs",
         f"{shape['pairs_per_step']} a step, {shape['pairs_per_pass']} a pass; "
-        f"{shape['prompt_tokens']} + {shape['chosen_tokens']}, {shape['rejected_tokens']} tokens; "
-        f"{shape['layer_tokens_per_step']:,} tokens through the layers in a step",
+        f"prompt {shape['prompt_tokens']}, chosen {shape['chosen_tokens']}, "
+        f"rejected {shape['rejected_tokens']} tokens; {shape['layer_tokens_per_step']:,} tokens "
+        "through the layers in a step",
     )
 
 
@@ -108,7 +109,8 @@ def _device_lines(figures: Json) -> Iterator[Line]:
 
 def _share_lines(figures: Json) -> Iterator[Line]:
     shares = figures["time_shares"]
-    yield "time", ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+    parts = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+    yield "time", f"{parts} of an epoch"
     label = "sharing"
     for each in figures["sharing"]:
         yield label, f"{each['saved']:.0%} of {each['whole']:,} tokens saved: {each['name']}"

@@ -19,8 +19,8 @@ Row = dict[str, str]
 LINES = {  # of the table, and what each means
     "`load`": "Load average before the start. Above 0.3 per CPU core the table says that other "
     "programs were running.",
-    "`pairs`": "Pairs in an optimizer step and in a pass; tokens of prompt + chosen, rejected; "
-    "tokens that the scorer puts through the layers. All texts are random tokens.",
+    "`pairs`": "Pairs in an optimizer step and in a pass; lengths of the texts; tokens that "
+    "the scorer puts through the layers. All texts are random tokens.",
     "`training`": "A whole optimizer step of DPO with LoRA on all linear layers, through the "
     "scorer and the loop of `train`. Tokens are those through the layers: a shared prompt counts "
     "once.",

@@ -96,11 +96,20 @@ def test_the_step_has_as_many_pairs_as_fit_into_the_time():
 def test_rounds_end_with_their_time_but_some_are_measured():
     clock = Clock()
     budget = TimeBudget(started=100.0, seconds=100.0, clock=clock)
-    assert [budget.has_time(n) for n in (0, 3, 29, 30)] == [True, True, True, False]
-    clock.now = 171.0
-    assert [budget.has_time(n) for n in (0, 2, 3)] == [True, True, False]
-    clock.now = 201.0
-    assert [budget.has_time(n) for n in (0, 1)] == [True, False]
+    assert [budget.has_time(n, 9.0) for n in (0, 3, 29, 30)] == [True, True, True, False]
+    clock.now = 162.0  # the rounds' time ends at 170
+    assert [budget.has_time(n, 9.0) for n in (0, 2, 3)] == [True, True, False]
+    assert budget.has_time(3, 8.0)
+    clock.now = 192.0  # all the time ends at 200
+    assert [budget.has_time(n, 9.0) for n in (0, 1)] == [True, False]
+    assert budget.has_time(1, 8.0)
+
+
+def test_fewer_tokens_are_generated_if_all_would_take_too_long():
+    clock = Clock()
+    budget = TimeBudget(started=100.0, seconds=100.0, clock=clock)
+    clock.now = 184.0  # 16 s are left
+    assert [budget.choose_tokens(seconds) for seconds in (0.5, 0.51)] == [32, 8]
 
 
 def test_what_the_sets_share_is_counted():

@@ -136,7 +136,7 @@ def test_the_table_by_hand():
     assert ["load", "2.3 before the start"] in rows
     assert ["", "10 s (9 to 11), median of 3"] in rows
     assert ["memory", "7.1 MB, the peak of MLX's arrays"] in rows
-    assert ["time", "build 21%, device 62%, update 10%, evaluation 8%"] in rows
+    assert ["time", "build 21%, device 62%, update 10%, evaluation 8% of an epoch"] in rows
     assert ["sharing", "67% of 1,908 tokens saved: 4 ranked answers, all pairs"] in rows
 
 
