@@ -13,6 +13,7 @@ from mlx_dpo.data.columns import LENGTHS, column, longest_pairs, longest_row
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.models.device import device_kind
 from mlx_dpo.models.load import LoadedModel
+from mlx_dpo.parallel.second_process import PASSES_AT_ONCE, can_compute_two_passes
 from mlx_dpo.phases import phase
 from mlx_dpo.profiling import memory
 from mlx_dpo.profiling.device_memory import MemoryBudget, available_memory
@@ -28,6 +29,7 @@ from mlx_dpo.units import format_bytes
 # Larger micro-batches gain nothing on the CPU; on a GPU little beyond a few thousand tokens.
 SIZES = {"cpu": (2, 1), "metal": (8, 4, 2, 1), "cuda": (8, 4, 2, 1)}
 BOUND_MARGIN = 1.5  # a memory bound that fits this many times needs no measurement
+MAX_GRADIENT_BYTES = 2**28  # of gradients that a second process sends
 AUTOMATIC_SETTINGS = ("micro_batch_size", "recompute")
 
 Pairs = Sequence[TokenizedPair]
@@ -44,6 +46,8 @@ class MicroBatchFit:
     instead_of: "MicroBatchFit | None" = None  # the preferred settings, which do not fit
     cost: PassProfile | None = None
     is_recorded: bool = False  # read from `run.json`: chosen when the run began
+    passes_at_once: int = 1  # 2: every other pass is computed by a second process
+    two_need_more: bool = False  # two passes at once would need more memory than there is
 
     @property
     def fits(self) -> bool:
@@ -66,6 +70,10 @@ class MicroBatchFit:
         if self.instead_of is not None:
             text += f"; {_describe(self.config)}, because {_describe(self.instead_of.config)} "
             text += f"would need {format_bytes(self.instead_of.bytes, is_estimate=True)}"
+        if self.passes_at_once > 1:
+            text += "; two passes at once, each in its own process, need up to twice as much"
+        if self.two_need_more:
+            text += "; one pass at a time, because two at once may need twice as much"
         return text if self.fits else f"{text}: more than there is, started by --force"
 
 
@@ -93,14 +101,31 @@ def choose_micro_batch_size(
     recorded = (earlier or {}).get("automatic_settings")
     if recorded is not None:  # a resumed run continues bit for bit
         settings = {name: recorded[name] for name in AUTOMATIC_SETTINGS if name in recorded}
-        return MicroBatchFit(replace(config, **settings), 0, available_memory(), is_recorded=True)
+        fit = MicroBatchFit(replace(config, **settings), 0, available_memory(), is_recorded=True)
+        at_once = (earlier or {}).get("passes_at_once") or 1
+        return replace(fit, passes_at_once=at_once if can_compute_two_passes() else 1)
     with phase("Estimating memory"):
         fitted = fit_micro_batch_size(
             inputs.base, config, choice, inputs.train, room=available_memory(), measure=False
         )
     if not force:
         _check_fits(fitted, longest_row(inputs.train))
-    return fitted
+    return _with_passes_at_once(fitted, inputs.base)
+
+
+def _with_passes_at_once(fitted: MicroBatchFit, base: LoadedModel) -> MicroBatchFit:
+    """Return the settings with two passes at once, where they are possible and fit into memory.
+
+    Dropout draws its random numbers in the order of the passes, which a second process cannot
+    know. Gradients pass between the processes, which takes long for all weights of a model.
+    """
+    config = fitted.config
+    is_large = memory.trainable_bytes(base.model) > MAX_GRADIENT_BYTES
+    if not can_compute_two_passes() or config.dropout or is_large:
+        return fitted
+    if PASSES_AT_ONCE * fitted.bytes > fitted.room.bytes:
+        return replace(fitted, two_need_more=True)
+    return replace(fitted, passes_at_once=PASSES_AT_ONCE)
 
 
 def longest_micro_batch(

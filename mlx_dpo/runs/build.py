@@ -277,6 +277,7 @@ def make_dataset_scorer(
             limit=inference_limit(config, choice, pairs),
             scorer=scorer or choice.forward_only,
             cost=choice.cost,
+            passes_at_once=choice.passes_at_once,
             progress=progress,
         )
 
@@ -386,4 +387,5 @@ def make_plan(
         recompute=bool(config.recompute),
         group_by_prompt=bool(config.group_by_prompt),
         whole_prompts=config.listwise,
+        passes_at_once=choice.passes_at_once,
     )

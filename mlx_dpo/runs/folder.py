@@ -115,7 +115,7 @@ RECORD_TYPES: dict[str, tuple[type, ...]] = {
     "automatic_settings": (dict, NoneType), "chosen_settings": (dict, NoneType),
     "before": (dict, NoneType), "datasets_in_memory": (list, NoneType), "verdict": (dict, NoneType),
     "adapter": (str, NoneType), "adapter_sha256": (str, NoneType),
-    "num_metrics_rows": (int, NoneType),
+    "num_metrics_rows": (int, NoneType), "passes_at_once": (int, NoneType),
 }  # fmt: skip
 REQUIRED = ("state", "settings", "provenance")
 ITEM_TYPES: dict[str, tuple[type, ...]] = {

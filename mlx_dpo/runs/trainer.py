@@ -2,19 +2,18 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import fields
+from dataclasses import fields, replace
 from inspect import signature
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
-
-import mlx.core as mx
 
 from mlx_dpo.adapters.adapter_files import save_adapter
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.config.other_trainers import check_trainer_arguments
 from mlx_dpo.errors import ConfigError, TrainingError
 from mlx_dpo.losses.metrics import EVAL_PREFIX, step_row, to_public_names
+from mlx_dpo.parallel.second_process import peak_memory, reset_peak_memory
 from mlx_dpo.profiling.device_memory import limited_buffers
 from mlx_dpo.reporting.metrics_log import MetricsLog, read_metrics, timed, undamaged_rows
 from mlx_dpo.runs.auto_batch_size import choose_micro_batch_size
@@ -183,7 +182,7 @@ class DPOTrainer:
 
         The log-probs of a separate reference model are computed first; then it is freed.
         """
-        mx.reset_peak_memory()  # earlier work of the same process does not count
+        reset_peak_memory()  # earlier work of the same process does not count
         start, day = start_adapter_provenance(self.config), day_of_run(self.earlier)
         if self.config.reference_model is not None:
             self.reference_model_logps, digest = compute_reference_model_logps(
@@ -236,6 +235,8 @@ class DPOTrainer:
         if self.fitted.config.recompute and not self.config.recompute:
             self.choice = choose_scorer(self.inputs.base, self.fitted.config, self.earlier)
         self.config = self.fitted.config
+        self.record["passes_at_once"] = self.fitted.passes_at_once
+        self.choice = replace(self.choice, passes_at_once=self.fitted.passes_at_once)
         if self.overwrite:
             remove_run(self.paths)
         write_record(self.paths, self.record)  # only now are all settings known to be possible
@@ -348,7 +349,7 @@ class DPOTrainer:
             self._progress = progress
             speed = {
                 "tokens_per_second": tokens / seconds,
-                "peak_memory_gb": mx.get_peak_memory() / 1e9,
+                "peak_memory_gb": peak_memory() / 1e9,
             }
             row = self._log_row(step_row(metrics) | speed)
             self._warn(self.monitor.update(row))

@@ -3,7 +3,7 @@
 They are needed for the reference, for evaluations and for WPO's weights.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import mlx.core as mx
@@ -15,10 +15,13 @@ from mlx_dpo.data.batches.micro_batches import micro_batches
 from mlx_dpo.data.batches.order import prompt_numbers
 from mlx_dpo.data.batches.token_counts import CountTokens, padded_row_tokens, shares_prefixes
 from mlx_dpo.errors import TrainingError
+from mlx_dpo.parallel.second_process import SecondProcess
 from mlx_dpo.scoring.scorers import Scorer, fast_inference, plain_scorer
 from mlx_dpo.types import PairLogps, TokenizedPair
 
 SORTED_PAIRS = 1024  # pairs in memory at once, where passes are cut by tokens rather than lengths
+# With fewer passes, starting a second process costs about as much as it saves.
+MIN_PARALLEL_PASSES = 6
 
 
 class DatasetScorer(Protocol):
@@ -44,6 +47,7 @@ def score_pairs(
     limit: PassLimit,
     scorer: Scorer = plain_scorer,
     cost: CountTokens = padded_row_tokens,
+    passes_at_once: int = 1,
     progress: Callable[[int], None] = lambda scored: None,
 ) -> PairLogps:
     """Return the log-probs of all pairs under `model`, in the order of `pairs`. (len(pairs),) each
@@ -55,6 +59,7 @@ def score_pairs(
         limit: maximum number of pairs or tokens per forward pass.
         scorer: function that computes the log-probs of the pairs of one forward pass.
         cost: function that counts the tokens of a forward pass with `scorer`.
+        passes_at_once: 2 computes every other pass in a second process, if the passes are many.
         progress: called after each forward pass with the number of pairs in it.
 
     Raises:
@@ -69,7 +74,9 @@ def score_pairs(
             return scorer(model, [pairs[i] for i in indices])
 
     groups = list(_passes(pairs, limit, cost))
-    for indices, logps in zip(groups, _computed_in_turn(map(build, groups)), strict=True):
+    is_parallel = passes_at_once > 1 and len(groups) >= MIN_PARALLEL_PASSES
+    computed = _computed_by_two(build, groups) if is_parallel else _computed_in_turn(build, groups)
+    for indices, logps in zip(groups, computed, strict=True):
         chosen[indices], rejected[indices] = np.array(logps.chosen), np.array(logps.rejected)
         _check_finite(indices, chosen + rejected, pairs)
         progress(len(indices))
@@ -88,14 +95,17 @@ def _passes(
         yield from micro_batches(by_prompt[start : start + SORTED_PAIRS], pairs, limit, cost=cost)
 
 
-def _computed_in_turn(graphs: Iterable[PairLogps]) -> Iterator[PairLogps]:
+def _computed_in_turn(
+    build: Callable[[Sequence[int]], PairLogps], groups: Sequence[Sequence[int]]
+) -> Iterator[PairLogps]:
     """Compute one graph after the other, and yield each when its values are there.
 
     The next graph is built while the last one is computed, but its computation begins only
     afterwards: together they would need the memory of two passes.
     """
     waiting: PairLogps | None = None
-    for graph in graphs:
+    for group in groups:
+        graph = build(group)
         if waiting is not None:
             mx.eval(waiting)
         mx.async_eval(graph)
@@ -105,6 +115,26 @@ def _computed_in_turn(graphs: Iterable[PairLogps]) -> Iterator[PairLogps]:
     if waiting is not None:
         mx.eval(waiting)
         yield waiting
+
+
+def _computed_by_two(
+    build: Callable[[Sequence[int]], PairLogps], groups: Sequence[Sequence[int]]
+) -> Iterator[PairLogps]:
+    """Compute every other graph in a second process; yield all in the order of `groups`."""
+
+    def compute(group: Sequence[int]) -> PairLogps:
+        logps = build(group)
+        mx.eval(logps)
+        return logps
+
+    def answer(rest: Sequence[Sequence[int]]) -> Iterator[PairLogps]:
+        return map(compute, rest)
+
+    with SecondProcess(answer) as second, second.sharing_cores():
+        yield compute(groups[0])  # what all passes share is computed here, before the fork
+        second.ask(groups[2::2])
+        for number, group in enumerate(groups[1:], start=1):
+            yield second.receive() if number % 2 == 0 else compute(group)
 
 
 def on_policy_weights(

@@ -84,6 +84,7 @@ class ScorerChoice:
     packing: Packing | None = None  # batching strategy of the trie or shared scorer
     log_weights: Scorer = plain_log_weights  # mean log-weights of completions, for WPO
     generation: GenerationMatch | None = None  # None if generation fails
+    passes_at_once: int = 1  # 2: every other pass is computed by a second process
 
     @property
     def cost(self) -> CountTokens:

@@ -32,3 +32,14 @@ def use_openblas() -> bool:
     except OSError:  # not installed: the wheel's BLAS computes the same, slower
         return False
     return True
+
+
+def num_threads() -> int:
+    """Return the number of threads that OpenBLAS uses; 0 if it is not loaded."""
+    return 0 if _loaded is None else int(_loaded.openblas_get_num_threads())
+
+
+def set_num_threads(count: int) -> None:
+    """Set the number of threads that OpenBLAS uses in this process, if it is loaded."""
+    if _loaded is not None:
+        _loaded.openblas_set_num_threads(count)

@@ -1,6 +1,7 @@
 """The training loop, which yields metrics. It reads and writes no files and prints nothing."""
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import mlx.nn as nn
@@ -9,8 +10,9 @@ import mlx.optimizers as optim
 from mlx_dpo.io.arrays import scalar
 from mlx_dpo.losses.metrics import compute_metrics
 from mlx_dpo.optim.grouped_update import GroupedUpdate
+from mlx_dpo.parallel.second_process import SecondProcess
 from mlx_dpo.training.plan import TrainingPlan, make_micro_batches
-from mlx_dpo.training.step import optimizer_step
+from mlx_dpo.training.step import make_second_process, optimizer_step
 from mlx_dpo.types import StepMetrics, TokenizedPair
 
 
@@ -41,28 +43,40 @@ def train(
     """
     num_tokens = start.num_tokens
     update = GroupedUpdate(optimizer, policy)
-    for step in range(start.step + 1, plan.total_steps + 1):
-        indices = plan.indices(step)
-        groups = plan.groups(indices)
-        micro_batches = make_micro_batches(policy, plan, indices, groups)
-        policy.train()  # scoring without gradients and the caller's evaluation leave `eval` mode
-        outputs, norm = optimizer_step(policy, update, plan, micro_batches, step=step)
-        if plan.synced_reference is not None:
-            plan.synced_reference.follow(policy, step)
+    with _second_process(policy, plan) as second:
+        for step in range(start.step + 1, plan.total_steps + 1):
+            indices = plan.indices(step)
+            groups = plan.groups(indices)
+            micro_batches = make_micro_batches(policy, plan, indices, groups)
+            policy.train()  # scoring without gradients and the caller's evaluation leave it
+            outputs, norm = optimizer_step(
+                policy, update, plan, micro_batches, step=step, second=second
+            )
+            if plan.synced_reference is not None:
+                plan.synced_reference.follow(policy, step)
 
-        num_tokens += sum(_count_tokens(plan.pairs[i]) for i in indices)
-        yield (
-            Progress(step=step, num_tokens=num_tokens),
-            StepMetrics(
-                step=step,
-                epoch=plan.epoch(step),
-                preferences=compute_metrics(outputs, labelled=plan.objective.labelled),
-                grad_norm=scalar(norm),
-                learning_rate=plan.learning_rate(step - 1),
-                num_tokens=num_tokens,
-                padding_share=plan.padding_share(groups),
-            ),
-        )
+            num_tokens += sum(_count_tokens(plan.pairs[i]) for i in indices)
+            yield (
+                Progress(step=step, num_tokens=num_tokens),
+                StepMetrics(
+                    step=step,
+                    epoch=plan.epoch(step),
+                    preferences=compute_metrics(outputs, labelled=plan.objective.labelled),
+                    grad_norm=scalar(norm),
+                    learning_rate=plan.learning_rate(step - 1),
+                    num_tokens=num_tokens,
+                    padding_share=plan.padding_share(groups),
+                ),
+            )
+
+
+def _second_process(
+    policy: nn.Module, plan: TrainingPlan
+) -> AbstractContextManager[SecondProcess | None]:
+    """Return the process that computes every other micro-batch; None if there is none."""
+    if plan.passes_at_once == 1:
+        return nullcontext()
+    return make_second_process(policy, plan.objective, plan.scorer)
 
 
 def _count_tokens(pair: TokenizedPair) -> int:

@@ -35,6 +35,7 @@ class TrainingPlan:
         limit: maximum number of pairs or tokens in a micro-batch.
         cost: function that counts the tokens of a micro-batch with `scorer`.
         recompute: whether gradient checkpointing is used.
+        passes_at_once: 2 if a second process computes every other micro-batch.
         score: function that computes log-probs without gradients, for GradCache and the synced
             reference.
         on_policy_weights: function that computes the WPO weights of pairs, (B,).
@@ -55,6 +56,7 @@ class TrainingPlan:
     scorer: Scorer = plain_scorer
     cost: CountTokens = padded_row_tokens
     recompute: bool = False
+    passes_at_once: int = 1
     score: DatasetScorer | None = None
     on_policy_weights: Callable[[nn.Module, Pairs], mx.array] | None = None
     synced_reference: SyncedReference | None = None

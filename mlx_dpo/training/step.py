@@ -1,18 +1,20 @@
 """One optimizer step of DPO: log-probs, log-ratios, loss, gradients, clipping, update."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_map
+from mlx.utils import tree_map, tree_unflatten
 
 from mlx_dpo.errors import TrainingError
-from mlx_dpo.io.arrays import named_arrays
+from mlx_dpo.io.arrays import Arrays, named_arrays
 from mlx_dpo.losses.log_ratios import log_ratios
 from mlx_dpo.losses.metrics import concatenate_outputs
 from mlx_dpo.optim.grouped_update import GroupedUpdate
+from mlx_dpo.parallel.second_process import SecondProcess
 from mlx_dpo.scoring.scorers import Scorer, memory_efficient_training, plain_scorer
 from mlx_dpo.training.grad_cache import skip_kl_completions
 from mlx_dpo.training.objective import Objective
@@ -28,9 +30,28 @@ def loss_and_gradients(
     micro_batches: Sequence[MicroBatch],
     *,
     scorer: Scorer = plain_scorer,
+    second: SecondProcess | None = None,
 ) -> tuple[LossOutputs, Gradients]:
-    """Return the losses and rewards of all pairs of a step, and the gradients of the mean loss."""
+    """Return the losses and rewards of all pairs of a step, and the gradients of the mean loss.
+
+    Args:
+        second: process that computes every other micro-batch: one of `make_second_process`.
+    """
     num_pairs = sum(len(batch.pairs) for batch in micro_batches)
+    value_and_grad = _value_and_grad(policy, objective, scorer, num_pairs)
+    if second is None or len(micro_batches) == 1:
+        return _accumulate(map(partial(value_and_grad, policy), micro_batches))
+    with second.sharing_cores():
+        return _accumulate(_computed_by_two(policy, value_and_grad, second, micro_batches))
+
+
+def _value_and_grad(
+    policy: nn.Module, objective: Objective, scorer: Scorer, num_pairs: int
+) -> Callable[[nn.Module, MicroBatch], Any]:
+    """Return a function that computes a micro-batch's part of the mean loss of `num_pairs` pairs.
+
+    It returns the loss with the losses and rewards of each pair, and the gradients.
+    """
 
     def loss(model: nn.Module, batch: MicroBatch) -> tuple[mx.array, LossOutputs]:
         pairs = skip_kl_completions(batch.pairs) if objective.labelled else batch.pairs
@@ -41,7 +62,51 @@ def loss_and_gradients(
         # Sums, not means: micro-batches of any size add up to the mean loss of the step.
         return outputs.losses.sum() * (1.0 / num_pairs), batch.select_outputs(outputs)
 
-    return _accumulate(policy, nn.value_and_grad(policy, loss), micro_batches)
+    return nn.value_and_grad(policy, loss)
+
+
+def make_second_process(policy: nn.Module, objective: Objective, scorer: Scorer) -> SecondProcess:
+    """Return a process that computes every other micro-batch of each step.
+
+    It is forked in the first step, inside `memory_efficient_training`, and keeps its kernels. It
+    gets the trainable weights at each step.
+    """
+
+    def answer(
+        question: tuple[Arrays, int, Sequence[MicroBatch]],
+    ) -> Iterator[tuple[LossOutputs, Gradients]]:
+        weights, num_pairs, micro_batches = question
+        value_and_grad = _value_and_grad(policy, objective, scorer, num_pairs)
+        for batch in micro_batches:
+            policy.update(tree_unflatten(list(weights.items())))
+            (_, outputs), gradients = value_and_grad(policy, batch)
+            mx.eval(outputs, gradients)
+            yield outputs, gradients
+
+    return SecondProcess(answer)
+
+
+def _computed_by_two(
+    policy: nn.Module,
+    value_and_grad: Callable[[nn.Module, MicroBatch], Any],
+    second: SecondProcess,
+    micro_batches: Sequence[MicroBatch],
+) -> Iterator[tuple[tuple[mx.array, LossOutputs], Gradients]]:
+    """Yield what `value_and_grad` returns for each micro-batch, every other one by `second`."""
+    num_pairs = sum(len(batch.pairs) for batch in micro_batches)
+    weights = named_arrays(policy.trainable_parameters())
+    question = weights, num_pairs, micro_batches[1::2]
+    if second.is_running:
+        second.ask(question)
+    for number, batch in enumerate(micro_batches):
+        if number % 2:
+            outputs, gradients = second.receive()
+            yield (outputs.losses.sum(), outputs), gradients
+            continue
+        yield value_and_grad(policy, batch)
+        if not second.is_running:  # what all passes share was computed just now, before the fork
+            policy.update(tree_unflatten(list(weights.items())))
+            second.ask(question)
 
 
 def optimizer_step(
@@ -51,8 +116,12 @@ def optimizer_step(
     micro_batches: Sequence[MicroBatch],
     *,
     step: int,
+    second: SecondProcess | None = None,
 ) -> tuple[LossOutputs, mx.array]:
     """Update `policy` once; return losses and rewards, and the gradient norm before clipping.
+
+    Args:
+        second: process that computes every other micro-batch.
 
     Raises:
         TrainingError: a loss or the gradient is not a finite number; the policy is then unchanged.
@@ -60,7 +129,7 @@ def optimizer_step(
     weights = named_arrays(policy.trainable_parameters())
     with memory_efficient_training(policy, recompute=plan.recompute):
         outputs, gradients = loss_and_gradients(
-            policy, plan.objective, micro_batches, scorer=plan.scorer
+            policy, plan.objective, micro_batches, scorer=plan.scorer, second=second
         )
     clipped, norm = update.clip(gradients, plan.max_grad_norm)
     del gradients
@@ -73,17 +142,16 @@ def optimizer_step(
 
 
 def _accumulate(
-    policy: nn.Module, value_and_grad: Any, micro_batches: Sequence[MicroBatch]
+    passes: Iterable[tuple[tuple[mx.array, LossOutputs], Gradients]],
 ) -> tuple[LossOutputs, Gradients]:
-    """Return losses and rewards of all micro-batches, and the sum of the gradients.
+    """Return losses and rewards of all micro-batches, and the sum of the gradients, in their order.
 
     The graph of a micro-batch is built while the one before it is computed, but its computation
     begins only afterwards, so that only one is in memory at a time.
     """
     parts: list[LossOutputs] = []
     total: Gradients | None = None
-    for batch in micro_batches:
-        (_, outputs), gradients = value_and_grad(policy, batch)
+    for (_, outputs), gradients in passes:
         if total is not None:
             mx.eval(total)
             gradients = tree_map(mx.add, total, gradients)

@@ -1,0 +1,76 @@
+"""When a run computes two passes at once, and that a resumed run does as it did."""
+
+import json
+import sys
+from dataclasses import replace
+
+import mlx.core as mx
+import pytest
+
+from mlx_dpo.parallel import second_process
+from mlx_dpo.runs import auto_batch_size
+from tests.runs.test_auto_batch_size import memory_limit, stopped_after
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks on Linux only")
+
+
+@pytest.fixture(autouse=True)
+def possible(monkeypatch):
+    """Let two passes at once be possible whatever BLAS is there."""
+    monkeypatch.setattr(auto_batch_size, "can_compute_two_passes", lambda: True)
+
+
+@pytest.fixture
+def config(config):
+    return replace(config, lora_dropout=None)
+
+
+def adapters_of(config):
+    return mx.load(f"{config.output}/adapters.safetensors")
+
+
+def test_a_run_with_two_passes_at_once_ends_with_the_same_bits(config, tmp_path, monkeypatch):
+    """Stopped and resumed, too; the run record says how many passes were computed at once."""
+    whole, parts, single = (
+        replace(config, output=str(tmp_path / name)) for name in ("whole", "parts", "single")
+    )
+    asked = []
+    ask = second_process.SecondProcess.ask
+
+    def count(self, question):
+        asked.append(self)
+        ask(self, question)
+
+    monkeypatch.setattr(second_process.SecondProcess, "ask", count)
+    trainer = stopped_after(whole, None)
+    assert trainer.fitted.describe().endswith("in its own process, need up to twice as much")
+    assert asked
+    stopped_after(parts, 2)
+    assert json.loads((tmp_path / "parts" / "run.json").read_text())["passes_at_once"] == 2
+    trainer = stopped_after(parts, None, resume=True)
+    assert trainer.record["passes_at_once"] == 2
+    monkeypatch.setattr(auto_batch_size, "can_compute_two_passes", lambda: False)
+    asked.clear()
+    assert stopped_after(single, None).record["passes_at_once"] == 1
+    assert asked == []
+    expected = adapters_of(single)
+    for name, value in expected.items():
+        assert mx.array_equal(adapters_of(whole)[name], value), name
+        assert mx.array_equal(adapters_of(parts)[name], value), name
+
+
+def test_without_memory_for_two_passes_they_come_one_after_the_other(config, tmp_path):
+    needed = stopped_after(replace(config, output=str(tmp_path / "roomy")), 1).fitted.bytes
+    with memory_limit(int(1.9 * needed)):
+        trainer = stopped_after(config, 1)
+    assert trainer.record["passes_at_once"] == 1
+    assert "; one pass at a time, because two at once may need twice" in trainer.fitted.describe()
+
+
+@pytest.mark.parametrize("limit", [0, 2**28])
+def test_dropout_and_many_trainable_weights_take_one_pass_at_a_time(config, limit, monkeypatch):
+    monkeypatch.setattr(auto_batch_size, "MAX_GRADIENT_BYTES", limit)
+    dropout = 0.1 if limit else None
+    trainer = stopped_after(replace(config, lora_dropout=dropout), 1)
+    assert trainer.record["passes_at_once"] == 1
+    assert "at once" not in trainer.fitted.describe()
