@@ -15,10 +15,11 @@ import numpy as np
 from mlx_dpo.data.batches.prefix_trie import PrefixTrie, pair_texts
 from mlx_dpo.models.device import is_cpu
 from mlx_dpo.scoring.kernels.attention import QueryChunk
+from mlx_dpo.scoring.packing.gpu_chunks import plan_gpu_chunks
 from mlx_dpo.scoring.packing.packed_sequence import HeadRows, PackedSequence, additive_mask
 from mlx_dpo.types import TokenizedPair
 
-# Keys between two ranges of keys that are computed and hidden instead of being cut out.
+# Keys between two ranges of keys that the CPU computes and hides instead of cutting them out.
 MAX_HIDDEN_KEYS = 32
 
 
@@ -49,18 +50,35 @@ class TrieSequence(PackedSequence):
         )
 
     def make_chunks(self, size: int, dtype: mx.Dtype, window: int | None) -> Iterator[QueryChunk]:
-        """Yield chunks of up to `size` queries with their masks.
+        """Yield chunks of up to `size` queries with their masks."""
+        gap = MAX_HIDDEN_KEYS if is_cpu() else size // 4  # more ranges start more kernels
+        for start, end in self._bounds(size, window):
+            yield self._chunk(start, end, dtype, window, gap)
 
-        A chunk ends early where the next text leaves more than half a chunk of the text before:
-        most queries behind that place do not see it.
+    def _bounds(self, size: int, window: int | None) -> Iterator[tuple[int, int]]:
+        """Yield the bounds of the chunks.
+
+        On the CPU, a chunk ends early where the next text leaves more than half a chunk of the text
+        before: most queries behind that place do not see it.
         """
+        texts_end = len(self) - self.padding
+        if not is_cpu():
+            starts = [b.start for b in self.trie.branches] + ([texts_end] if self.padding else [])
+            yield from plan_gpu_chunks(self.positions, starts, size, window)
+            return
         starts = [b.start for b in self.trie.branches if b.start == 0 or b.left > size // 2]
-        for first, last in pairwise([*starts, len(self) - self.padding, len(self)]):
+        for first, last in pairwise([*starts, texts_end, len(self)]):
             for start in range(first, last, size):
-                yield self._chunk(start, min(start + size, last), dtype, window)
+                yield start, min(start + size, last)
 
-    def _chunk(self, start: int, end: int, dtype: mx.Dtype, window: int | None) -> QueryChunk:
-        """Return the chunk of the queries from `start` to `end`."""
+    def _chunk(
+        self, start: int, end: int, dtype: mx.Dtype, window: int | None, gap: int
+    ) -> QueryChunk:
+        """Return the chunk of the queries from `start` to `end`.
+
+        Args:
+            gap: keys between two ranges of keys that are computed and hidden, not cut out.
+        """
         # Nodes before the chunk that one of its queries sees are above its first query.
         keys = np.concatenate([np.flatnonzero(self.ends[:start] > start), np.arange(start, end)])
         rows = np.arange(start, end)[:, None]
@@ -69,9 +87,7 @@ class TrieSequence(PackedSequence):
             visible &= self.positions[rows] - self.positions[keys] < window
             needed = visible.any(axis=0)
             keys, visible = keys[needed], visible[:, needed]
-        # A GPU skips the hidden keys of a causal chunk, but computes those of a mask.
-        is_exact = not is_cpu() and _is_causal(visible)
-        ranges = _key_ranges(keys, 0 if is_exact else MAX_HIDDEN_KEYS)
+        ranges = _key_ranges(keys, gap)
         whole = np.concatenate([np.arange(*part) for part in ranges])  # (S,)
         if len(whole) > len(keys):
             widened = np.zeros((end - start, len(whole)), bool)

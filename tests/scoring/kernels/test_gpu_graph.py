@@ -32,7 +32,9 @@ SMALL = {
     "num_key_value_heads": 2,
     "vocab_size": 96,
     "rms_norm_eps": 1e-5,
+    "head_dim": 8,
 }
+WINDOWED = SMALL | {"model_type": "gemma3_text", "sliding_window": 12, "sliding_window_pattern": 2}
 
 
 @pytest.mark.parametrize("packing", PACKED)
@@ -78,14 +80,15 @@ def scores_and_gradients(model, pairs, score):
     return arrays
 
 
+@pytest.mark.parametrize("config", [SMALL, WINDOWED], ids=["llama", "sliding window"])
 @pytest.mark.parametrize("queries", [16, 1024], ids=["many chunks", "whole texts"])
 @pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
 @pytest.mark.parametrize("packing", PACKED)
 def test_the_numbers_of_a_gpu_graph_are_those_of_the_plain_scorer(
-    monkeypatch, packing, recompute, queries
+    monkeypatch, packing, recompute, queries, config
 ):
     mx.random.seed(0)
-    model = build_model(SMALL)
+    model = build_model(config)
     attach_adapters(model, rank=4, scale=2.0)
     weights = [
         (name, 0.3 * mx.random.normal(value.shape))
