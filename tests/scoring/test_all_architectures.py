@@ -18,6 +18,7 @@ from mlx_dpo.scoring.kernels.rope import use_token_positions
 from mlx_dpo.scoring.scorers import plain_scorer
 from mlx_dpo.scoring.select_scorer import PACKINGS, select_scorer
 from tests.scoring.architectures import UNBUILT, VOCAB, WINDOW, adapt, build, model_types
+from tests.scoring.branching import branching_sets
 
 pytestmark = pytest.mark.slow
 
@@ -33,8 +34,11 @@ WITH_CACHES = {"gemma3n"}  # without a cache, it does not share keys and values 
 SHAPES = ((1, 3, 2), (6, 1, 1), (2 * WINDOW + 3, 5, 2), (6, 2, 7))
 
 
-def rows(scorer):
-    pairs = random_pairs(SHAPES, VOCAB)
+PAIRS = random_pairs(SHAPES, VOCAB)
+BRANCHING = [pair for pairs in branching_sets(VOCAB).values() for pair in pairs]
+
+
+def rows(scorer, pairs):
     return lambda model: mx.concatenate([*scorer(model, pairs)])[:, None]
 
 
@@ -60,14 +64,16 @@ def test_the_shared_scorer_is_exact(model_type, saved, monkeypatch):
     model = adapt(build(model_type))
     for packing in PACKINGS:
         choice = select_scorer(model, vocab_size=VOCAB, packings=(packing, "lengths"))
-        assert choice.name == "shared", choice.reason
+        assert choice.name == ("trie" if choice.packing == "trie" else "shared"), choice.reason
         assert choice.generation.uses_caches == (model_type in WITH_CACHES)
         assert choice.generation.difference <= 1e-4
+        pairs = BRANCHING if choice.packing == "trie" else PAIRS
+        expected = rows(plain_scorer, pairs)
         with memory_savers(model, saved):
-            result = relative_errors(model, rows(choice.scorer), rows(plain_scorer))
+            result = relative_errors(model, rows(choice.scorer, pairs), expected)
         assert result.values <= 1e-5
         assert result.gradients <= 1e-4
-        assert value_error(model, rows(choice.forward_only), rows(plain_scorer)) <= 1e-5
+        assert value_error(model, rows(choice.forward_only, pairs), expected) <= 1e-5
 
 
 @pytest.mark.parametrize("model_type", UNTRAINABLE)
