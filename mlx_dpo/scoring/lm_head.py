@@ -16,10 +16,10 @@ from mlx.utils import tree_unflatten
 from mlx_dpo.io.arrays import Arrays, named_arrays
 from mlx_dpo.models.device import is_cpu
 from mlx_dpo.scoring.backbone import ModelParts
-from mlx_dpo.scoring.kernels.softmax import logsumexp
+from mlx_dpo.scoring.kernels.softmax import target_logps
 from mlx_dpo.scoring.logps import log_weights
 
-# Size of one float32 array of logits. MLX has about ten arrays of this size in flight.
+# Size of one float32 array of logits. MLX has about eight such arrays in flight.
 LOGITS_BYTES_PER_CHUNK = 32 * 2**20
 
 # Hidden states and targets of a chunk to one number per token. (n, D), (n,) -> (n,)
@@ -89,19 +89,18 @@ def _evaluated_after(value: mx.array, earlier: Iterable[mx.array]) -> mx.array:
 
 def _chunk_logps(parts: ModelParts, hidden: mx.array, targets: mx.array) -> mx.array:
     """Return the log-probs of the target tokens of one chunk. (n, D), (n,) -> (n,) float32"""
-    logits = parts.logits(hidden[None])[0]  # (n, V)
+    # `squeeze`, because the gradient of an index adds the whole array to an array of zeros.
+    logits = parts.logits(hidden[None]).squeeze(0)  # (n, V)
     if not is_cpu():
         # One kernel, which adds in float32 whatever the dtype of the logits. On the CPU the same
         # function would add in their dtype.
         return -mx.fast.cross_entropy(logits, targets)
-    logits = logits.astype(mx.float32)
-    target_logits = mx.take_along_axis(logits, targets[:, None], axis=-1).squeeze(-1)
-    return target_logits - logsumexp(logits)
+    return target_logps(logits.astype(mx.float32), targets)
 
 
 def _chunk_log_weights(parts: ModelParts, hidden: mx.array, targets: mx.array) -> mx.array:
     """Return WPO's log-weights of the target tokens of one chunk. (n, D), (n,) -> (n,) float32"""
-    return log_weights(parts.logits(hidden[None])[0].astype(mx.float32), targets)
+    return log_weights(parts.logits(hidden[None]).squeeze(0).astype(mx.float32), targets)
 
 
 def _map_chunks(

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
-from mlx_dpo.scoring.kernels.softmax import logsumexp
+from mlx_dpo.scoring.kernels.softmax import logsumexp, target_logps
 from mlx_dpo.types import PairBatch, PairLogps
 
 CausalLM = Callable[[mx.array], mx.array]  # (N, T) token ids -> (N, T, V) logits
@@ -20,8 +20,7 @@ def token_logps(model: CausalLM, tokens: mx.array) -> mx.array:
     The log-softmax is computed in float32 whatever the dtype of the logits.
     """
     logits = model(tokens[:, :-1]).astype(mx.float32)
-    target_logits = mx.take_along_axis(logits, tokens[:, 1:, None], axis=-1).squeeze(-1)
-    return target_logits - logsumexp(logits)
+    return target_logps(logits, tokens[:, 1:])
 
 
 def token_log_weights(model: CausalLM, tokens: mx.array) -> mx.array:

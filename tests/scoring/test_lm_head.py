@@ -192,7 +192,8 @@ def peak(vocab, trained):
 def test_twice_the_vocabulary_needs_hardly_more_memory(trained):
     # A trained head has a gradient of its size, held twice while chunks add to it.
     own = trained * 2 * (65536 - 32768) * 8 * 4
-    assert peak(65536, trained) - own <= 1.1 * peak(32768, trained)
+    # MLX's CPU backend sometimes runs ahead by one more array of logits, of eight.
+    assert peak(65536, trained) - own <= 1.2 * peak(32768, trained)
 
 
 @pytest.mark.parametrize("trained", [False, True])
@@ -240,3 +241,15 @@ def test_the_kernel_that_adds_in_the_dtype_of_the_logits_is_not_used_on_the_cpu(
     monkeypatch.setattr(head, "is_cpu", lambda: is_cpu)
     chunked_logps(split_backbone(tiny_llama), hidden, targets, vocab_size=VOCAB, gradients=False)
     assert len(counted) == calls
+
+
+def test_the_gradient_of_the_logits_is_written_once(tiny_llama, hidden, targets, tmp_path):
+    """Indexing, or MLX's gradient of taking the target's logit, scatters a chunk into zeros."""
+    parts = split_backbone(tiny_llama)
+    graph = tmp_path / "graph.dot"
+    _, [gradient] = mx.vjp(
+        lambda rows: head._chunk_logps(parts, rows, targets), [hidden], [mx.ones(targets.shape)]
+    )
+    mx.export_to_dot(str(graph), gradient)
+    counts = [graph.read_text().count(f'"{name}') for name in ("Scatter", "Gather")]
+    assert counts == [1, 0]

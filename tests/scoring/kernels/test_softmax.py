@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_dpo.scoring.kernels.softmax import blockwise_logsumexp, exp, logsumexp
+from mlx_dpo.scoring.kernels.softmax import blockwise_logsumexp, exp, logsumexp, target_logps
 
 
 def float64(logits):
@@ -30,6 +30,26 @@ def test_the_gradient_is_the_softmax():
     weights = mx.array([[2.0]])
     grad = mx.grad(lambda x: (weights * blockwise_logsumexp(x)).sum())(logits)
     assert mx.allclose(grad, 2 * mx.softmax(logits, axis=-1), atol=1e-6)
+
+
+@pytest.mark.parametrize("vocab", [2, 7, 64, 1000])
+def test_log_probs_of_targets_and_their_gradient(vocab):
+    rng = np.random.default_rng(0)
+    logits = mx.array(rng.normal(size=(2, 3, vocab)).astype(np.float32))
+    targets = mx.array(rng.integers(0, vocab, (2, 3)))
+    weights = mx.array(rng.normal(size=(2, 3)).astype(np.float32))
+
+    def taken(x):
+        return mx.take_along_axis(x, targets[..., None], axis=-1).squeeze(-1)
+
+    ours, theirs = (
+        mx.vjp(function, [logits], [weights])
+        for function in (lambda x: target_logps(x, targets), lambda x: taken(x) - logsumexp(x))
+    )
+    truth = np.array(taken(logits), dtype=np.float64) - float64(logits)
+    assert np.abs(np.array(ours[0][0]) - truth).max() < 5e-6
+    assert mx.array_equal(ours[0][0], theirs[0][0])
+    assert mx.array_equal(ours[1][0], theirs[1][0])
 
 
 def test_infinite_and_large_logits_are_exact():
