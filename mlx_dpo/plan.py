@@ -1,7 +1,7 @@
 """Estimate the memory, tokens, FLOPs and time of a training run without running it."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -9,9 +9,23 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_dpo.config.dpo_config import DPOConfig
-from mlx_dpo.data.batches.micro_batches import count_micro_batches, largest_micro_batch
-from mlx_dpo.data.batches.token_counts import padded_row_tokens
-from mlx_dpo.data.columns import lengths_only, longest_pairs, row_lengths
+from mlx_dpo.config.training import PassLimit
+from mlx_dpo.data.batches.micro_batches import (
+    COUNTED_PAIRS,
+    count_micro_batches,
+    first_steps,
+    largest_micro_batch,
+    micro_batches,
+)
+from mlx_dpo.data.batches.token_counts import padded_row_tokens, shares_prefixes
+from mlx_dpo.data.columns import (
+    LENGTHS,
+    column,
+    lengths_only,
+    longest_pairs,
+    prompt_keys,
+    row_lengths,
+)
 from mlx_dpo.data.dataset import select_pairs
 from mlx_dpo.errors import ModelError
 from mlx_dpo.generation.context import context_length
@@ -26,7 +40,13 @@ from mlx_dpo.profiling.extrapolate import (
     fit_memory_curve,
     largest_that_fits,
 )
-from mlx_dpo.profiling.flops import ModelFlops, TokenCounts, count_attended_keys, model_flops
+from mlx_dpo.profiling.flops import (
+    ModelFlops,
+    TokenCounts,
+    count_attended_keys,
+    count_trie_tokens,
+    model_flops,
+)
 from mlx_dpo.profiling.layer_subset import LayersNotFoundError, choose_layer_subsets, with_layers
 from mlx_dpo.profiling.profile import PassProfile, profile_inference_pass, shorten_pairs
 from mlx_dpo.runs.auto_batch_size import (
@@ -50,6 +70,7 @@ from mlx_dpo.runs.inputs import Inputs, load_inputs, load_trainable_base, with_m
 from mlx_dpo.runs.reference import count_steps, needed_pairs
 from mlx_dpo.scoring.kernels.gated_delta import use_fused_gated_delta
 from mlx_dpo.scoring.select_scorer import ScorerChoice
+from mlx_dpo.training.reference_logps import BLOCK_SIZE
 from mlx_dpo.types import TokenizedPair
 
 SHORT_SHARE = 0.5  # length of the second profiled pass, as a share of the longest pair
@@ -103,6 +124,8 @@ class EpochEstimate:
     steps: int
     passes: int
     tokens: int  # through the layers
+    prompts: int
+    single_pairs: int  # tokens of the same pairs, each with its prompt once, alone in its pass
     whole_rows: int  # tokens of the same pairs as whole padded rows
     rows: int  # tokens through the head
     operations: int
@@ -308,7 +331,7 @@ class _RunEstimator:
         counts = count(cost=self.choice.cost)
         flops = model_flops(self.model, self.base.config, vocab_size=self.base.vocab_size)
         train_flops = partial(flops.training, recompute=bool(config.recompute))
-        tokens = self._token_counts(lengths_only(train), counts.tokens.total)
+        tokens = self._training_counts(counts.tokens.total)
         # Passes without gradients over a step's pairs, before its gradients (GradCache, WPO).
         extra_flops = config.extra_forward_passes * flops.forward(tokens, adapted=True)
         reference_flops = self._reference_flops(flops)
@@ -328,6 +351,8 @@ class _RunEstimator:
             steps=counts.steps,
             passes=counts.micro_batches,
             tokens=tokens.layer_tokens,
+            prompts=len(set(prompt_keys(train))),
+            single_pairs=int(column(train, LENGTHS).sum()) - 2 * len(train),
             whole_rows=count(cost=padded_row_tokens).tokens.total,
             rows=tokens.head_tokens,
             operations=train_flops(tokens) + extra_flops,
@@ -345,8 +370,42 @@ class _RunEstimator:
         pairs = self._reference_pairs()
         if not pairs:
             return 0
-        tokens = self._token_counts(pairs, self._layer_tokens([pair] for pair in pairs))
-        return flops.forward(tokens, adapted=False)
+        if not shares_prefixes(self.choice.cost):
+            tokens = self._token_counts(pairs, self._layer_tokens([pair] for pair in pairs))
+            return flops.forward(tokens, adapted=False)
+        splits, needed = self.inputs.splits, needed_pairs(self.config, self.inputs.splits)
+        chosen = [select_pairs(splits[name], needed[name]) for name in splits if len(needed[name])]
+        limit = inference_limit(self.config, self.choice, longest_pairs(MAX_PAIRS, *chosen))
+        work = 0
+        for some in chosen:
+            blocks = [
+                range(len(some))[at : at + BLOCK_SIZE] for at in range(0, len(some), BLOCK_SIZE)
+            ]
+            work += flops.forward(self._trie_counts(some, blocks, limit), adapted=False)
+        return work
+
+    def _training_counts(self, layer_tokens: int) -> TokenCounts:
+        """Count the tokens and the attended keys of an epoch, of which the layers' are known."""
+        train = self.inputs.train
+        if not shares_prefixes(self.choice.cost):
+            return self._token_counts(lengths_only(train), layer_tokens)
+        steps = make_order(self.config, train).epoch_steps(0)
+        found = self._trie_counts(train, steps, self.config.pass_limit)
+        return replace(found, layer_tokens=layer_tokens)
+
+    def _trie_counts(
+        self, pairs: Pairs, steps: Sequence[Sequence[int]], limit: PassLimit
+    ) -> TokenCounts:
+        """Count passes that run shared prefixes once, scaled from the first steps to all pairs."""
+        counted = first_steps(steps, COUNTED_PAIRS)
+        cost = self.choice.cost
+        found = count_trie_tokens(
+            [pairs[i] for i in batch]
+            for step in counted
+            for batch in micro_batches(step, pairs, limit, cost=cost)
+        )
+        scale = len(pairs) / sum(map(len, counted))
+        return TokenCounts(*(round(scale * number) for number in astuple(found)))
 
     def _reference_pairs(self) -> Pairs:
         """Return the lengths of the pairs on which the reference is scored."""

@@ -14,6 +14,8 @@ from mlx_lm.models.cache import ArraysCache, make_prompt_cache
 
 from mlx_dpo.adapters.layers import ADAPTER_TYPES
 from mlx_dpo.adapters.master_weights import has_master_weights
+from mlx_dpo.data.batches.padding import padded_width
+from mlx_dpo.data.batches.prefix_trie import PrefixTrie, pair_texts
 from mlx_dpo.profiling.layer_subset import first_trained_layer
 from mlx_dpo.types import TokenizedPair
 
@@ -31,6 +33,24 @@ class TokenCounts:
     layer_tokens: int  # tokens through the layers, padding included
     head_tokens: int  # tokens through the head
     attended_keys: int  # keys that a query attends to, summed over the queries of one layer
+
+
+def count_trie_tokens(passes: Iterable[Sequence[TokenizedPair]]) -> TokenCounts:
+    """Count the tokens and attended keys of passes that run each distinct prefix once."""
+    tokens = rows = keys = 0
+    for pairs in passes:
+        trie = PrefixTrie(pair_texts(pairs))
+        tokens += padded_width(len(trie))
+        keys += int(trie.positions.sum()) + len(trie)
+        completions = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+        rows += len(
+            {
+                row
+                for path, completion in zip(trie.paths, completions, strict=True)
+                for row in zip(path[-len(completion) :].tolist(), completion, strict=True)
+            }
+        )
+    return TokenCounts(tokens, rows, keys)
 
 
 @dataclass(frozen=True)

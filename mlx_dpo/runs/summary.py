@@ -17,7 +17,8 @@ from mlx_dpo.adapters.targets import block_paths, has_tied_embeddings
 from mlx_dpo.config.data import DEFAULT_MAX_LENGTH
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.data.batches.micro_batches import EpochMicroBatches, count_micro_batches
-from mlx_dpo.data.columns import count_shared_pairs, prompt_keys
+from mlx_dpo.data.batches.token_counts import shares_prefixes
+from mlx_dpo.data.columns import LENGTHS, column, count_shared_pairs, prompt_keys
 from mlx_dpo.generation.context import context_length
 from mlx_dpo.io.arrays import named_arrays
 from mlx_dpo.models.device import dtype_name
@@ -357,8 +358,19 @@ def _summarize_micro_batches(run: "DPOTrainer") -> SummaryLine:
         "micro-batches",
         f"up to {' and '.join(bounds)}, about {counts.micro_batches / counts.steps:.2g} per step; "
         f"{counts.tokens.total / counts.micro_batches:,.0f} tokens on average, "
-        f"{counts.tokens.padding / counts.tokens.total:.1%} padding",
+        f"{counts.tokens.padding / counts.tokens.total:.1%} padding"
+        + _describe_sharing(run, counts),
     )
+
+
+def _describe_sharing(run: "DPOTrainer", counts: EpochMicroBatches) -> str:
+    """Describe the tokens that passes save because texts of different pairs begin alike."""
+    if not shares_prefixes(run.choice.cost):
+        return ""
+    lengths = column(run.inputs.train, LENGTHS)
+    alone = int(lengths.sum()) - 2 * len(lengths)
+    saved = 1 - (counts.tokens.total - counts.tokens.padding) / alone
+    return f", {saved:.1%} saved by what texts begin with alike"
 
 
 def _summarize_oversized(run: "DPOTrainer") -> list[str]:

@@ -18,7 +18,12 @@ import mlx.nn as nn
 
 from mlx_dpo.adapters.master_weights import cast_for_forward
 from mlx_dpo.data.batches.collate import collate
-from mlx_dpo.data.batches.token_counts import CountTokens, packed_row_tokens, shared_prompt_tokens
+from mlx_dpo.data.batches.token_counts import (
+    CountTokens,
+    packed_row_tokens,
+    shared_prompt_tokens,
+    trie_tokens,
+)
 from mlx_dpo.models.device import is_cpu
 from mlx_dpo.scoring.backbone import ModelParts, split_backbone
 from mlx_dpo.scoring.kernels.attention_dispatch import use_chunked_attention
@@ -46,7 +51,7 @@ PACKED_LAYOUTS: dict[Packing, Callable[[Sequence[TokenizedPair]], PackedSequence
 
 # Number of tokens that a pass puts through the layers.
 TOKEN_COUNTS: dict[Packing, CountTokens] = {
-    "trie": packed_row_tokens,  # an upper bound
+    "trie": trie_tokens,
     "row": packed_row_tokens,
     "batch": partial(shared_prompt_tokens, together=True),
     "lengths": partial(shared_prompt_tokens, together=False),

@@ -72,11 +72,11 @@ def test_quantization_changes_nothing_on_the_cpu():
 def test_tokens_of_an_epoch_by_hand(tmp_path):
     rows = [{"prompt": "What is it?", "chosen": "It is.", "rejected": "It is so."}] * 4
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = planned("--valid-fraction", "0", "--chat-template", "text")
+    settings = ("--valid-fraction", "0", "--chat-template", "text")
+    found = planned(*settings, "--scorer", "shared")
     model = load_empty_model("base")
-    prompt, chosen, rejected = (
-        len(model.tokenizer.encode(text)) for text in ("What is it?", "It is.", "It is so.")
-    )
+    texts = [model.tokenizer.encode(text) for text in ("What is it?", "It is.", "It is so.")]
+    prompt, chosen, rejected = map(len, texts)
     chosen, rejected = chosen + 1, rejected + 1  # the stop token
     epoch = found["epoch"]
     assert found["pairs"] == 4
@@ -84,6 +84,16 @@ def test_tokens_of_an_epoch_by_hand(tmp_path):
     assert epoch["rows"] == 4 * (chosen + rejected)
     assert (epoch["steps"], epoch["passes"]) == (1, 2)
     assert found["lengths"]["longest"] == prompt + max(chosen, rejected)
+    # Both pairs of a pass are equal, and their completions begin alike.
+    alike = next(i for i in range(chosen) if texts[1][i : i + 1] != texts[2][i : i + 1])
+    epoch = planned(*settings)["epoch"]
+    assert epoch["tokens"] == 2 * (prompt + chosen - 1 + rejected - 1 - alike)
+    assert epoch["rows"] == 2 * (chosen + rejected - alike)
+    assert epoch["single_pairs"] == 4 * (prompt + chosen - 1 + rejected - 1)
+    assert (epoch["prompts"], epoch["passes"]) == (1, 2)
+    saved = 1 - epoch["tokens"] / epoch["single_pairs"]
+    line = f"4 pairs of 1 prompts; what texts begin with alike saves {saved:.1%} of the tokens"
+    assert line in " ".join(plan(*settings).output.split())
 
 
 def test_capacity_shrinks_with_memory():
@@ -169,8 +179,11 @@ def test_from_the_hub_no_weights_are_fetched(tmp_path, monkeypatch):
 def test_twice_the_pairs_take_twice_the_work_and_more_time(tmp_path):
     rows = (tmp_path / "pairs.jsonl").read_text()
     once = planned("--valid-fraction", "0")["epoch"]
-    (tmp_path / "pairs.jsonl").write_text(rows + rows)
+    others = rows.replace('"prompt": "', '"prompt": "@')
+    (tmp_path / "pairs.jsonl").write_text(rows + others)
     twice = planned("--valid-fraction", "0")["epoch"]
     assert twice["operations"] == pytest.approx(2 * once["operations"], rel=0.05)
-    assert twice["reference_operations"] == pytest.approx(2 * once["reference_operations"])
+    assert twice["reference_operations"] == pytest.approx(
+        2 * once["reference_operations"], rel=0.05
+    )
     assert min(once["seconds"], once["reference_seconds"]) > 0

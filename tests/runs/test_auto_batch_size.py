@@ -75,10 +75,10 @@ def test_unset_sizes_are_tried_in_this_order():
 
 def test_the_longest_pairs_count(deep):
     _, config, choice, pairs = deep
-    assert longest_micro_batch(replace(config, micro_batch_size=2), choice, pairs) == [
-        pairs[1],
-        pairs[0],
-    ]
+    two = longest_micro_batch(replace(config, micro_batch_size=2), choice, pairs)
+    assert [pair.prompt[1:] for pair in two] == [pairs[1].prompt[1:], pairs[0].prompt[1:]]
+    assert [pair.prompt[0] for pair in two] == [0, 1]  # so that nothing is shared
+    assert [pair.chosen for pair in two] == [pairs[1].chosen, pairs[0].chosen]
 
 
 def test_sizes_are_reduced_only_as_far_as_memory_requires(deep):

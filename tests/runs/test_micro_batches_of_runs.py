@@ -40,16 +40,19 @@ def tokens(pair):
     return len(pair.prompt) + len(pair.chosen) - 1 + len(pair.rejected) - 1
 
 
-def test_the_header_describes_a_micro_batch(config):
+def test_the_header_describes_a_micro_batch(config, tmp_path):
     """9 pairs in steps of 4, 4 and 1: 2 + 2 + 1 micro-batches."""
-    trainer, [line] = prepared(config)
-    header_line = re.fullmatch(
-        r"up to 2 pairs, about 1.7 per step; (\d+) tokens on average, (.*)% padding",
-        line,
-    )
+    trainer, [line] = prepared(replace(config, scorer="shared"))
+    text = r"up to 2 pairs, about 1.7 per step; (\d+) tokens on average, (.*)% padding"
+    header_line = re.fullmatch(text, line)
     real = sum(map(tokens, trainer.inputs.train))
     total = real / (1 - float(header_line[2]) / 100)
     assert int(header_line[1]) == pytest.approx(total / 5, rel=0.02)
+    trainer, [line] = prepared(replace(config, output=str(tmp_path / "trie")))
+    shared = re.fullmatch(text + r", (.*)% saved by what texts begin with alike", line)
+    assert shared[2] == "0.0"
+    assert int(shared[1]) == pytest.approx(real / 5 * (1 - float(shared[3]) / 100), rel=0.02)
+    assert float(shared[3]) > 5  # all prompts begin with «What is »
 
 
 def test_the_header_counts_pairs_longer_than_micro_batch_tokens(config):

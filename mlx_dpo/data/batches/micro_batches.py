@@ -141,7 +141,7 @@ def count_micro_batches(
     """
     lengths = pairs if shares_prefixes(cost) else lengths_only(pairs)
     steps = order.epoch_steps(0)
-    counted = _first_steps(steps, COUNTED_PAIRS) if shares_prefixes(cost) else steps
+    counted = first_steps(steps, COUNTED_PAIRS) if shares_prefixes(cost) else steps
     batches = [b for step in counted for b in micro_batches(step, lengths, limit, cost=cost)]
     counts = [cost([lengths[i] for i in batch]) for batch in batches]
     scale = len(pairs) / sum(map(len, counted))
@@ -154,7 +154,7 @@ def count_micro_batches(
     )
 
 
-def _first_steps(steps: Sequence[list[int]], pairs: int) -> Sequence[list[int]]:
+def first_steps(steps: Sequence[Sequence[int]], pairs: int) -> Sequence[Sequence[int]]:
     """Return the first steps that have at least so many `pairs`, or all."""
     seen = 0
     for number, step in enumerate(steps, start=1):
