@@ -76,10 +76,9 @@ class ListCounts:
             return []
         base = max(1, self.best_worst_tokens)
         lines = [
-            f"{_counted(self.lists, 'ranked list')}: {self.completions:,} completions in "
-            f"{self.pairs:,} pairs; {self.tokens / base:.2g} times the tokens of --ranked "
-            f"best_worst where pairs share completions, {self.pair_tokens / base:.2g} times "
-            "where they do not"
+            f"{_counted(self.lists, 'ranked list')}, {self.completions:,} completions, "
+            f"{self.pairs:,} pairs: {self.tokens / base:.2g} times the tokens of --ranked "
+            f"best_worst if pairs share completions, {self.pair_tokens / base:.2g} times if not"
         ]
         if self.pairs < self.made:
             lines.append(

@@ -81,19 +81,32 @@ def compute_metrics(outputs: LossOutputs, *, labelled: bool = False) -> Preferen
     }
     # One transfer from the device for all means.
     values = cast(list[float], mx.stack(list(means.values())).tolist())
+    best_worst = _masked_mean(margins, metadata.best_worst)
+    has_lists = best_worst is not None
     length_differences = metadata.chosen_tokens - metadata.rejected_tokens
     return PreferenceMetrics(
         **dict(zip(means, values, strict=True)),
         length_correlation=_pearson_correlation(length_differences, margins),
-        margins_stderr=_standard_error(margins),
-        best_worst_margins=_masked_mean(margins, metadata.best_worst),
+        margins_stderr=_standard_error(margins, metadata.lists if has_lists else None),
+        best_worst_margins=best_worst,
     )
 
 
-def _standard_error(values: mx.array) -> float | None:
-    """Return the standard error of the mean, or None for a single value."""
+def _standard_error(values: mx.array, lists: mx.array | None) -> float | None:
+    """Return the standard error of the mean, or None for a single value or a single list.
+
+    Pairs of one list share completions and are no independent values: with `lists`, the index of
+    each value's list, the deviations of a list are added before they are squared.
+    """
     count = values.size
-    return scalar(mx.sqrt(values.var(ddof=1) / count)) if count > 1 else None
+    if lists is None:
+        return scalar(mx.sqrt(values.var(ddof=1) / count)) if count > 1 else None
+    deviations = mx.zeros((count,)).at[lists].add(values - values.mean())
+    num_lists = len(set(cast(list[int], lists.tolist())))
+    if num_lists == 1:
+        return None
+    factor = num_lists / (num_lists - 1)
+    return scalar(mx.sqrt(factor * mx.square(deviations).sum())) / count
 
 
 def _pearson_correlation(a: mx.array, b: mx.array) -> float | None:

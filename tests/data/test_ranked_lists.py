@@ -67,8 +67,8 @@ def test_the_report_says_what_all_pairs_cost(write, plain):
     assert counts.pair_tokens == 2 * (3 * prompt + 2 * (a + b + c))
     assert counts.best_worst_tokens == 2 * (prompt + a + b)
     line = (
-        "2 ranked lists: 6 completions in 6 pairs; 1.2 times the tokens of --ranked best_worst "
-        "where pairs share completions, 3.1 times where they do not"
+        "2 ranked lists, 6 completions, 6 pairs: 1.2 times the tokens of --ranked best_worst if "
+        "pairs share completions, 3.1 times if not"
     )
     assert line in report.lines()
     assert line in report.warning_lines()[0]

@@ -318,3 +318,19 @@ def test_plain_pairs_have_no_best_and_worst():
     scored = scored_pairs(pairs, [(0, 0, 1)] * 3, RATIOS)
     outputs = Objective(LossSettings()).compute_outputs(scored, scored.policy)
     assert compute_metrics(outputs).best_worst_margins is None
+
+
+def test_the_standard_error_of_lists_takes_a_list_as_one_value():
+    """Lists of equal size: it is that of the means of the lists; of the pairs it is too small."""
+    lists = [[3.0, 2.0, 1.0]] * 5
+    ratios = [np.random.default_rng(i).normal(0, 2, 3) for i in range(5)]
+    pairs, where = pairs_of(lists)
+    scored = scored_pairs(pairs, where, ratios)
+    objective = Objective(LossSettings(beta=1.0))
+    metrics = compute_metrics(objective.compute_outputs(scored, scored.policy))
+    means = [(x[0] - x[1] + x[0] - x[2] + x[1] - x[2]) / 3 for x in ratios]
+    assert metrics.margins_stderr == pytest.approx(np.std(means, ddof=1) / np.sqrt(5), rel=1e-5)
+    pairs, where = pairs_of(lists[:1])
+    scored = scored_pairs(pairs, where, ratios)
+    metrics = compute_metrics(objective.compute_outputs(scored, scored.policy))
+    assert metrics.margins_stderr is None
