@@ -98,3 +98,22 @@ def test_values_equal_those_of_single_pairs(counted, name, limit):
     assert mx.allclose(result.chosen, expected.chosen, atol=1e-4)
     assert mx.allclose(result.rejected, expected.rejected, atol=1e-4)
     assert len(counting.tokens) < 3 * len(pairs)
+
+
+@pytest.mark.parametrize("at_once", [1024, 4])
+def test_pairs_of_a_prompt_meet_in_a_pass_wherever_they_are(counted, monkeypatch, at_once):
+    """Four pairs of each of three prompts, which alternate; the values keep the order of pairs."""
+    monkeypatch.setattr("mlx_dpo.scoring.score_pairs.SORTED_PAIRS", at_once)
+    model, counting = counted
+    pairs = [
+        TokenizedPair((7 - prompt,) * 6, (10 + answer, prompt + 1), (20 + answer, 3, 4))
+        for answer in range(4)
+        for prompt in range(3)
+    ]
+    scorer, cost = SCORERS["trie"]
+    expected = score_pairs(model, pairs, limit=PassLimit(pairs=1))
+    counting.tokens.clear()
+    result = score_pairs(model, pairs, limit=PassLimit(pairs=4), scorer=scorer, cost=cost)
+    assert counting.tokens == 3 * [6 + 4 * (1 + 2)]
+    assert mx.allclose(result.chosen, expected.chosen, atol=1e-4)
+    assert mx.allclose(result.rejected, expected.rejected, atol=1e-4)

@@ -22,7 +22,7 @@ from mlx_dpo.training.loop import Progress, train
 from mlx_dpo.training.objective import Objective
 from mlx_dpo.training.plan import MicroBatch, TrainingPlan
 from mlx_dpo.training.step import loss_and_gradients
-from mlx_dpo.types import TokenizedPair
+from mlx_dpo.types import PairLogps, TokenizedPair
 from tests.conftest import VOCAB, make_llama
 
 
@@ -135,6 +135,31 @@ def test_no_micro_batch_limit_changes_the_step(plan, scored):
             assert a == pytest.approx(b, rel=1e-5, abs=1e-5)
         for name, value in weights.items():
             assert mx.allclose(moved[name], value, atol=1e-5), (limit, name)
+
+
+def test_no_cut_of_pairs_that_begin_alike_changes_the_gradients(plan):
+    """Six pairs of four completions, and another prompt: the same step in one pass or in many."""
+    answers = [(5, 6), (5, 7, 8), (9,), (5, 6, 7)]
+    pairs = [TokenizedPair((1, 2, 3, 4), *two) for two in itertools.combinations(answers, 2)]
+    pairs.append(TokenizedPair((1, 2, 9), (5, 6, 3), (4,)))
+    logps = mx.linspace(-1.0, 1.0, len(pairs))
+    plan = replace(plan, pairs=pairs, reference=PairLogps(logps, -logps), **SHARED["trie"])
+
+    def gradients(limit):
+        policy = make_llama()
+        adapters.attach_adapters(policy, rank=4, scale=2.0, seed=1)
+        before = named_arrays(policy.trainable_parameters())
+        changed = replace(plan, batch_size=7, total_steps=1, max_grad_norm=0.0, limit=limit)
+        changed = replace(changed, learning_rate=lambda done: 1.0, group_by_prompt=True)
+        list(train(policy, optim.SGD(1.0), changed, start=Progress()))
+        after = named_arrays(policy.trainable_parameters())
+        return mx.concatenate([(before[name] - after[name]).flatten() for name in before])
+
+    expected = gradients(PassLimit(pairs=1))
+    scale = expected.abs().max().item()
+    assert scale > 1e-3
+    for limit in (PassLimit(), PassLimit(pairs=2), PassLimit(pairs=4), PassLimit(tokens=12)):
+        assert mx.abs(gradients(limit) - expected).max().item() < 1e-6 * max(1.0, scale)
 
 
 def test_micro_batches_are_filled_by_the_token_count_of_the_scorer(plan):
