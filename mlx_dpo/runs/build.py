@@ -208,10 +208,8 @@ def choose_scorer(
     """
     wanted = cast(ScorerSetting, config.scorer)
     packings: tuple[Packing, ...] = ()
-    recorded = (earlier or {}).get("automatic_settings")
-    if wanted == "auto" and recorded is not None:
-        # Versions without the trie scorer recorded none: their runs continue without it.
-        name = recorded.get("scorer", "shared")
+    if wanted == "auto" and (recorded := (earlier or {}).get("automatic_settings")) is not None:
+        name = recorded.get("scorer", "shared")  # as before there was a trie scorer
         packings = default_packings("auto" if name == "trie" else "shared")
         wanted = "plain" if name == "plain" else "auto"
     with (
@@ -226,6 +224,18 @@ def choose_scorer(
             ld_alpha=config.ld_alpha,
             max_length=config.length_limit,
         )
+
+
+def with_recorded_scorer(
+    config: DPOConfig, choice: ScorerChoice, earlier: Mapping[str, Any] | None
+) -> DPOConfig:
+    """Return the settings, with the scorer by name if the run began before there was a trie scorer.
+
+    Its passes without gradients then have the numbers of pairs that they had.
+    """
+    recorded = (earlier or {}).get("automatic_settings")
+    is_older = recorded is not None and "scorer" not in recorded
+    return replace(config, scorer=choice.name) if is_older else config
 
 
 def inference_limit(config: DPOConfig, choice: ScorerChoice, pairs: Pairs) -> PassLimit:

@@ -31,6 +31,7 @@ from mlx_dpo.runs.build import (
     reference_mode,
     with_grouping,
     with_learning_rate,
+    with_recorded_scorer,
 )
 from mlx_dpo.runs.early_stopping import BestCheckpoint
 from mlx_dpo.runs.folder import (
@@ -226,6 +227,7 @@ class DPOTrainer:
             self.record["settings"]["learning_rate"] = self.config.learning_rate
             self.record["chosen_settings"]["learning_rate"] = reason
         self.choice = choose_scorer(self.inputs.base, self.config, self.earlier)
+        self.config = with_recorded_scorer(self.config, self.choice, self.earlier)
         self.fitted = choose_micro_batch_size(
             self.inputs, self.config, self.choice, self.earlier, self.force
         )

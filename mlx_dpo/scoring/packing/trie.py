@@ -88,12 +88,14 @@ class TrieSequence(PackedSequence):
             needed = visible.any(axis=0)
             keys, visible = keys[needed], visible[:, needed]
         ranges = _key_ranges(keys, gap)
-        whole = np.concatenate([np.arange(*part) for part in ranges])  # (S,)
-        if len(whole) > len(keys):
+        if sum(last - first for first, last in ranges) > len(keys):
+            whole = np.concatenate([np.arange(*part) for part in ranges])  # (S,)
             widened = np.zeros((end - start, len(whole)), bool)
             widened[:, np.searchsorted(whole, keys)] = visible
             visible = widened
-        return QueryChunk(start, end, ranges, additive_mask(visible, dtype), _is_causal(visible))
+        # Only a GPU gains: it skips what a causal chunk hides, and computes what a mask hides.
+        is_causal = not is_cpu() and _is_causal(visible)
+        return QueryChunk(start, end, ranges, additive_mask(visible, dtype), is_causal)
 
 
 def _key_ranges(keys: np.ndarray, gap: int) -> tuple[tuple[int, int], ...]:
