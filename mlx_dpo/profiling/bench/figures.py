@@ -29,16 +29,16 @@ class Round:
     """Seconds of one round of measurements, over the same pairs each.
 
     Attributes:
-        gradients: loss and gradients of all pairs of a step.
-        waiting: part of `gradients` in which Python waited for the device.
         step: a whole optimizer step.
+        gradients: part of `step` until all gradients are there.
+        waiting: part of `gradients` in which Python waited for the device.
         reference: log-probs of the pairs without adapters and gradients.
         evaluation: log-probs of the pairs with adapters, without gradients.
     """
 
+    step: float
     gradients: float
     waiting: float
-    step: float
     reference: float
     evaluation: float
 
@@ -48,6 +48,8 @@ class Work:
     """Tokens through the layers and FLOPs over the pairs of a step, as computed by the scorer."""
 
     pairs: int
+    pairs_per_pass: int
+    passes_at_once: int
     tokens: int
     step_flops: int
     reference_flops: int  # without adapters
@@ -109,7 +111,6 @@ class Figures:
 
     model: ModelFacts
     lengths: Sequence[int]  # tokens of prompt, chosen and rejected
-    pairs_per_pass: int
     work: Work
     rounds: Sequence[Round]
     products: Sequence[ProductSpeed]
@@ -155,7 +156,8 @@ class Figures:
             "model": {**asdict(self.model), "notes": list(self.model.notes)},
             "pass": {
                 "pairs_per_step": self.work.pairs,
-                "pairs_per_pass": self.pairs_per_pass,
+                "pairs_per_pass": self.work.pairs_per_pass,
+                "passes_at_once": self.work.passes_at_once,
                 "prompt_tokens": self.lengths[0],
                 "chosen_tokens": self.lengths[1],
                 "rejected_tokens": self.lengths[2],
@@ -175,8 +177,8 @@ class Figures:
 
 # Build, device and update of a step, and evaluation of as many pairs, from a round's seconds.
 PARTS: tuple[Callable[[Round], float], ...] = (
-    lambda each: max(0.0, each.gradients - each.waiting),
+    lambda each: each.gradients - each.waiting,
     lambda each: each.waiting,
-    lambda each: max(0.0, each.step - each.gradients),
+    lambda each: each.step - each.gradients,
     lambda each: each.evaluation,
 )

@@ -2,7 +2,8 @@
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -12,9 +13,16 @@ import mlx.optimizers as optim
 from mlx_dpo.adapters.attach import disable_adapters
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.config.sampling import Sampling
+from mlx_dpo.data.batches.token_counts import trie_tokens
 from mlx_dpo.generation.batch import generate_tokens
 from mlx_dpo.models.device import device_kind
 from mlx_dpo.optim.optimizers import build_optimizer
+from mlx_dpo.parallel.second_process import (
+    PASSES_AT_ONCE,
+    can_compute_two_passes,
+    peak_memory,
+    reset_peak_memory,
+)
 from mlx_dpo.phases import phase
 from mlx_dpo.profiling.bench.device_speed import (
     COPIED_BYTES,
@@ -28,7 +36,7 @@ from mlx_dpo.profiling.bench.figures import Figures, ModelFacts, Round, Work
 from mlx_dpo.profiling.bench.models import BenchModel, load_bench_model
 from mlx_dpo.profiling.bench.shapes import PassShape
 from mlx_dpo.profiling.bench.sharing import count_sharing
-from mlx_dpo.profiling.bench.waiting_time import waiting_time
+from mlx_dpo.profiling.bench.waiting_time import time_step
 from mlx_dpo.profiling.device_memory import available_memory, limited_buffers
 from mlx_dpo.profiling.flops import TokenCounts, count_attended_keys, model_flops, model_width
 from mlx_dpo.profiling.memory import base_parameters
@@ -44,7 +52,7 @@ PAIR = PassShape(prompt=106, chosen=38, rejected=46, pairs=1)  # as in short dia
 PAIRS_PER_STEP = (8, 4, 2, 1)  # the largest number for which the rounds fit into the time
 LEARNING_RATE = 1e-6
 MAX_ROUNDS, WANTED_ROUNDS, FEWEST_ROUNDS = 30, 5, 3
-ROUND_PASSES = 3.5  # a round takes as long as so many passes with gradients
+ROUND_PASSES = 2.5  # a round takes as long as so many passes with gradients
 ROUNDS_SHARE = 0.7  # of the time, after which no round begins if there are FEWEST_ROUNDS
 GENERATED, FEWEST_GENERATED = 32, 8  # tokens; fewer if the others do not fit into the time
 SPEED_SHARE = 0.01  # of the time, for each product and for copies
@@ -163,22 +171,26 @@ def measure(
         with phase("Checking the scorer"), memory_efficient_training(base.model, recompute=False):
             choice = select_scorer(base.model, vocab_size=base.vocab_size)
         budget = TimeBudget(started, settings.seconds, clock)
-        make = partial(make_workload, base, choice, config, make_scorer(config, choice))
-        workload = fit_workload(make, budget)
-        mx.reset_peak_memory()
+        make = partial(make_workload, base, config, make_scorer)
+        pairs = choose_pairs(make(choice, 1), budget)
+        if fits_twice(config.pass_limit.pairs or pairs):
+            choice = replace(choice, passes_at_once=PASSES_AT_ONCE)
+        workload = make(choice, pairs)
+        reset_peak_memory()
         rounds = measure_rounds(workload, budget)
-        peak = mx.get_peak_memory()
+        peak = peak_memory()
         generated = measure_generation(base, budget)
     return Figures(
         model=model_facts(base, choice),
         lengths=(PAIR.prompt, PAIR.chosen, PAIR.rejected),
-        pairs_per_pass=max(map(len, workload.plan.groups(range(len(workload.plan.pairs))))),
         work=count_work(workload),
         rounds=rounds,
         products=products,
         copy=copied,
         generated_tokens_per_second=generated,
-        sharing=count_sharing(base.vocab_size, choice.cost),
+        sharing=count_sharing(
+            base.vocab_size, trie_tokens if choice.packing == "trie" else choice.cost
+        ),
         peak_bytes=peak,
         held_out_fraction=config.held_out_fraction,
         seconds=clock() - started,
@@ -194,22 +206,32 @@ def measure_products(base: BenchModel, seconds: float, clock: Clock) -> list[Pro
     return [measure_product(*shape, dtype=dtype, seconds=seconds, clock=clock) for shape in shapes]
 
 
-def fit_workload(make: Callable[[int], Workload], budget: TimeBudget) -> Workload:
-    """Return the workload with the most pairs of which enough rounds fit into the time.
+def choose_pairs(smallest: Workload, budget: TimeBudget) -> int:
+    """Return the most pairs in a step of which enough rounds fit into the time.
 
-    The time of a pair is that of a first step, after one that compiles kernels.
+    The time of a pair is that of the pass of `smallest`, after one that compiles kernels.
     """
-    smallest = make(1)
     with phase("Trying a step"):
         smallest.compute_gradients()
+        reset_peak_memory()
         seconds = time_call(smallest.compute_gradients, budget.clock)
-    return make(budget.choose_pairs(seconds))
+    return budget.choose_pairs(seconds)
+
+
+def fits_twice(pairs: int) -> bool:
+    """Return whether two passes of `pairs` pairs at once are possible, and fit into memory.
+
+    The peak must be that of a pass over one pair.
+    """
+    needed = PASSES_AT_ONCE * pairs * peak_memory()
+    return can_compute_two_passes() and needed <= available_memory().bytes
 
 
 def make_workload(
-    base: BenchModel, choice: ScorerChoice, config: DPOConfig, scorer: DatasetScorer, pairs: int
+    base: BenchModel, config: DPOConfig, make_scorer: MakeScorer, choice: ScorerChoice, pairs: int
 ) -> Workload:
     """Return a workload of `pairs` pairs with the reference's log-probs and a new optimizer."""
+    scorer = make_scorer(config, choice)
     drawn = PassShape(PAIR.prompt, PAIR.chosen, PAIR.rejected, pairs).draw(base.vocab_size)
     with disable_adapters(base.model):
         reference = scorer(base.model, drawn)
@@ -225,6 +247,7 @@ def make_workload(
         seed=0,
         scorer=choice.scorer,
         cost=choice.cost,
+        passes_at_once=choice.passes_at_once,
     )
     optimizer = build_optimizer(config.optim, base.model, LEARNING_RATE)
     return Workload(base, choice, plan, optimizer, scorer)
@@ -232,11 +255,13 @@ def make_workload(
 
 def measure_rounds(workload: Workload, budget: TimeBudget) -> list[Round]:
     """Measure rounds until the time for them is over."""
-    steps = train(workload.base.model, workload.optimizer, workload.plan, start=Progress())
-    next(steps)  # compiles the kernels of the update
     rounds: list[Round] = []
     seconds = 0.0
-    with phase("Measuring passes", unit="rounds") as advance:
+    with ExitStack() as stack:
+        steps = train(workload.base.model, workload.optimizer, workload.plan, start=Progress())
+        stack.callback(steps.close)  # type: ignore[attr-defined]
+        next(steps)  # compiles the kernels of the update, and starts the second process
+        advance = stack.enter_context(phase("Measuring passes", unit="rounds"))
         while budget.has_time(len(rounds), seconds):
             began = budget.clock()
             rounds.append(_measure_round(workload, steps, budget.clock))
@@ -246,12 +271,10 @@ def measure_rounds(workload: Workload, budget: TimeBudget) -> list[Round]:
 
 
 def _measure_round(workload: Workload, steps: Iterator[Any], clock: Clock) -> Round:
-    with waiting_time(clock) as waited:
-        gradients = time_call(workload.compute_gradients, clock)
-    step = time_call(lambda: next(steps), clock)
+    step = time_step(lambda: next(steps), clock)
     with disable_adapters(workload.base.model):
         reference = time_call(workload.score, clock)
-    return Round(gradients, waited.seconds, step, reference, time_call(workload.score, clock))
+    return Round(*step, reference, time_call(workload.score, clock))
 
 
 def time_call(call: Callable[[], object], clock: Clock) -> float:
@@ -291,8 +314,10 @@ def count_work(workload: Workload) -> Work:
     )
     flops = model_flops(base.model, base.config, vocab_size=base.vocab_size)
     return Work(
-        len(plan.pairs),
-        layer_tokens,
+        pairs=len(plan.pairs),
+        pairs_per_pass=max(map(len, groups)),
+        passes_at_once=min(plan.passes_at_once, len(groups)),
+        tokens=layer_tokens,
         step_flops=flops.training(counts, recompute=plan.recompute),
         reference_flops=flops.forward(counts, adapted=False),
         evaluation_flops=flops.forward(counts, adapted=True),

@@ -64,7 +64,8 @@ def _model_lines(figures: Json) -> Iterator[Line]:
     yield "scorer", model["scorer"]
     yield (
         "pairs",
-        f"{shape['pairs_per_step']} a step, {shape['pairs_per_pass']} a pass; "
+        f"{shape['pairs_per_step']} a step, {shape['pairs_per_pass']} a pass, "
+        f"{_passes(shape['passes_at_once'])} at once; "
         f"prompt {shape['prompt_tokens']}, chosen {shape['chosen_tokens']}, "
         f"rejected {shape['rejected_tokens']} tokens; {shape['layer_tokens_per_step']:,} tokens "
         "through the layers in a step",
@@ -79,7 +80,7 @@ def _pass_lines(figures: Json) -> Iterator[Line]:
             label,
             f"{_number(speed['tokens_per_second'])} tokens/s, "
             f"{_number(speed['pairs_per_second'])} pairs/s, "
-            f"{_number(speed['flops_per_second'] / 1e12)} TFLOP/s, "
+            f"{_flops(speed['flops_per_second'])}, "
             f"{speed['share_of_products']:.0%} of products",
         )
         yield (
@@ -97,7 +98,7 @@ def _device_lines(figures: Json) -> Iterator[Line]:
     dtype = figures["model"]["dtype"]
     for label, product in zip(("products", ""), figures["products"], strict=True):
         sizes = f"{product['rows']} × {product['inner']} × {product['columns']}"
-        yield label, f"{_number(product['flops'] / 1e12)} TFLOP/s: {sizes} in {dtype}"
+        yield label, f"{_flops(product['flops'])}: {sizes} in {dtype}"
     copy = figures["copy"]
     yield (
         "copy",
@@ -115,6 +116,15 @@ def _share_lines(figures: Json) -> Iterator[Line]:
     for each in figures["sharing"]:
         yield label, f"{each['saved']:.0%} of {each['whole']:,} tokens saved: {each['name']}"
         label = ""
+
+
+def _flops(per_second: float) -> str:
+    unit, name = (1e12, "TFLOP/s") if per_second >= 1e12 else (1e9, "GFLOP/s")
+    return f"{_number(per_second / unit)} {name}"
+
+
+def _passes(count: int) -> str:
+    return f"{count} pass" + "es" * (count != 1)
 
 
 def _number(value: float) -> str:

@@ -1,16 +1,33 @@
-"""Measure how long Python waits for MLX's device, in code that is not changed for it."""
+"""Divide the time of an optimizer step, in code that is not changed for it."""
 
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from mlx_dpo.optim.grouped_update import GroupedUpdate
+from mlx_dpo.parallel.second_process import SecondProcess
 from mlx_dpo.profiling.bench.device_speed import Clock
 
-WAITING = ("eval", "async_eval", "synchronize")  # MLX's functions that start or await the device
+# Functions that start or await the device, or await another process.
+WAITING: tuple[tuple[Any, str], ...] = (
+    (mx, "eval"),
+    (mx, "async_eval"),
+    (mx, "synchronize"),
+    (SecondProcess, "receive"),
+)
+UPDATE = (GroupedUpdate, "clip")  # the first thing that a step does with its gradients
+
+
+class StepTime(NamedTuple):
+    """Seconds of an optimizer step, of its gradients, and of waiting for these."""
+
+    step: float
+    gradients: float
+    waiting: float
 
 
 class WaitingTime:
@@ -48,11 +65,44 @@ def waiting_time(clock: Clock = time.perf_counter) -> Iterator[WaitingTime]:
     graph is computed inside of these functions.
     """
     waited = WaitingTime(clock)
-    originals = {name: getattr(mx, name) for name in WAITING}
-    try:
-        for name, function in originals.items():
-            setattr(mx, name, waited.timed(function))
+    with _replaced({place: waited.timed(getattr(*place)) for place in WAITING}):
         yield waited
+
+
+def time_step(step: Callable[[], object], clock: Clock = time.perf_counter) -> StepTime:
+    """Return the seconds of `step`, which takes one optimizer step.
+
+    Gradients are there when they are clipped; what follows is the update.
+
+    Raises:
+        RuntimeError: the step clipped no gradients.
+    """
+    clip = getattr(*UPDATE)
+    marks: list[tuple[float, float]] = []  # time, and seconds of waiting until then
+    with waiting_time(clock) as waited:
+
+        def marked(*args: Any, **kwargs: Any) -> Any:
+            marks.append((clock(), waited.seconds))
+            return clip(*args, **kwargs)
+
+        with _replaced({UPDATE: marked}):
+            began = clock()
+            step()
+            ended = clock()
+    if not marks:
+        raise RuntimeError("the step clipped no gradients")
+    computed, waiting = marks[0]
+    return StepTime(ended - began, computed - began, waiting)
+
+
+@contextmanager
+def _replaced(functions: dict[tuple[Any, str], Callable[..., Any]]) -> Iterator[None]:
+    """Replace functions, by owner and name, inside the block."""
+    originals = {place: getattr(*place) for place in functions}
+    try:
+        for place, function in functions.items():
+            setattr(*place, function)
+        yield
     finally:
-        for name, function in originals.items():
-            setattr(mx, name, function)
+        for place, function in originals.items():
+            setattr(*place, function)

@@ -19,8 +19,8 @@ Row = dict[str, str]
 LINES = {  # of the table, and what each means
     "`load`": "Load average before the start. Above 0.3 per CPU core the table says that other "
     "programs were running.",
-    "`pairs`": "Pairs in an optimizer step and in a pass; lengths of the texts; tokens that "
-    "the scorer puts through the layers. All texts are random tokens.",
+    "`pairs`": "Pairs in an optimizer step and in a pass; passes that run at once; lengths of "
+    "the texts; tokens that the scorer puts through the layers. All texts are random tokens.",
     "`training`": "A whole optimizer step of DPO with LoRA on all linear layers, through the "
     "scorer and the loop of `train`. Tokens are those through the layers: a shared prompt counts "
     "once.",
@@ -36,8 +36,8 @@ LINES = {  # of the table, and what each means
     "`copy`": "Bytes read and written per second while an array is negated.",
     "`memory`": "Peak of MLX's memory counter in the rounds, weights included.",
     "`time`": "Shares of an epoch with one evaluation of 5 % held-out pairs. `build`: Python "
-    "builds graphs. `device`: Python waits for MLX. `update`: a step without its "
-    "gradients.",
+    "builds graphs. `device`: Python waits for MLX, or for the second process. `update`: clipping, "
+    "the optimizer and metrics.",
     "`sharing`": "Share of the tokens of whole sequences that the scorer does not compute, if a "
     "set of pairs goes through the model in one pass.",
 }

@@ -7,22 +7,23 @@ import numpy as np
 import pytest
 
 from mlx_dpo.config.dpo_config import DPOConfig
-from mlx_dpo.data.batches.token_counts import packed_row_tokens, padded_row_tokens
+from mlx_dpo.data.batches.token_counts import packed_row_tokens, padded_row_tokens, trie_tokens
 from mlx_dpo.errors import ConfigError, ModelError
+from mlx_dpo.optim.grouped_update import GroupedUpdate
 from mlx_dpo.profiling.bench import measure as bench
 from mlx_dpo.profiling.bench.device_speed import measure_copy, measure_product
 from mlx_dpo.profiling.bench.measure import PAIR, BenchSettings, TimeBudget, measure
 from mlx_dpo.profiling.bench.models import build_random_model, load_bench_model
 from mlx_dpo.profiling.bench.shapes import SHAPES, PassShape, RandomTokens
 from mlx_dpo.profiling.bench.sharing import count_sharing, example_sets, whole_tokens
-from mlx_dpo.profiling.bench.waiting_time import waiting_time
+from mlx_dpo.profiling.bench.waiting_time import time_step, waiting_time
 from mlx_dpo.profiling.device_memory import MemoryBudget, available_memory
 from mlx_dpo.profiling.memory import total_parameters
 from mlx_dpo.runs.build import make_dataset_scorer
 from mlx_dpo.types import TokenizedPair
 from tests.checkpoints import make_checkpoint
 
-PRODUCT = {"train", "loss_and_gradients", "generate_tokens", "select_scorer"}
+PRODUCT = {"train", "generate_tokens", "select_scorer", "loss_and_gradients"}
 PRODUCT_PARTS = {"config": DPOConfig(micro_batch_size=2), "make_scorer": make_dataset_scorer}
 
 
@@ -68,6 +69,34 @@ def test_only_waiting_for_the_device_is_counted():
     assert mx.eval is original
 
 
+class Step:
+    """A step of 2 s of building, 3 of waiting, 4 of clipping and 5 of waiting for the update."""
+
+    def __init__(self, clock, clips=True):
+        self.clock, self.clips = clock, clips
+
+    def __call__(self):
+        self.clock.now += 2.0
+        mx.eval(self)
+        if self.clips:
+            GroupedUpdate.clip(self, None, 1.0)
+        mx.synchronize(self)
+
+
+def test_a_step_is_divided_where_its_gradients_are_clipped(monkeypatch):
+    clock = Clock()
+
+    def takes(seconds):
+        return lambda *args: setattr(clock, "now", clock.now + seconds)
+
+    monkeypatch.setattr(mx, "eval", takes(3.0))
+    monkeypatch.setattr(GroupedUpdate, "clip", takes(4.0))
+    monkeypatch.setattr(mx, "synchronize", takes(5.0))
+    assert time_step(Step(clock), clock) == (14.0, 5.0, 3.0)
+    with pytest.raises(RuntimeError, match="clipped no gradients"):
+        time_step(Step(clock, clips=False), clock)
+
+
 def test_waiting_in_waiting_is_counted_once():
     clock = Clock()
     with waiting_time(clock) as waited:
@@ -85,11 +114,11 @@ def test_mlx_s_functions_come_back_after_an_error():
 
 
 def test_the_step_has_as_many_pairs_as_fit_into_the_time():
-    """Of 100 s, 70 are for rounds; 5 rounds of n pairs of 1 s take 17.5 n."""
+    """Of 100 s, 70 are for rounds; 5 rounds of n pairs of 1 s take 12.5 n."""
     budget = TimeBudget(started=100.0, seconds=100.0, clock=Clock())
-    assert budget.choose_pairs(0.1) == 8  # 14 s
-    assert budget.choose_pairs(1.0) == 4  # 70 s
-    assert budget.choose_pairs(1.01) == 2
+    assert budget.choose_pairs(0.1) == 8  # 10 s
+    assert budget.choose_pairs(1.4) == 4  # 70 s
+    assert budget.choose_pairs(1.41) == 2
     assert budget.choose_pairs(100.0) == 1
 
 
@@ -117,9 +146,12 @@ def test_what_the_sets_share_is_counted():
     ranked = example_sets(RandomTokens(1000))["4 ranked answers, all pairs"]
     assert len({pair.prompt for pair in ranked}) == 1
     assert len({answer for pair in ranked for answer in (pair.chosen, pair.rejected)}) == 4
-    by_name = {each.name: each for each in count_sharing(1000, packed_row_tokens)}
+    by_name = {each.name: each for each in count_sharing(1000, trie_tokens)}
     assert by_name["4 ranked answers, all pairs"].whole == 6 * 318
+    assert by_name["4 ranked answers, all pairs"].computed == 100 + 4 * 59
+    assert by_name["4 pairs, system prompt of 600"].computed == 600 + 4 * 218
     assert by_name["4 pairs, prompts differ"].computed == 4 * 218
+    assert by_name["dialogue, a pair at each of 4 turns"].computed == 4 * 218 + 3
     for each in count_sharing(1000, padded_row_tokens):
         assert each.saved < 0.1, each  # whole rows share nothing
     assert whole_tokens([TokenizedPair((1, 2, 3), (4,), (5, 6))]) == 2 * 3 + 0 + 1
