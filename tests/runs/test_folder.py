@@ -44,7 +44,7 @@ def edit_record(folder, edit):
     path.write_text(json.dumps(record))
 
 
-@pytest.mark.parametrize("name", ["trie", "shared", "plain"])
+@pytest.mark.parametrize("name", ["shared", "plain"])
 def test_a_run_resumes_with_the_scorer_that_it_chose(config, name):
     trainer, _ = train(config, stop_after=1)
     assert trainer.record["automatic_settings"]["scorer"] == trainer.choice.name == "trie"
