@@ -83,6 +83,11 @@ class SecondProcess:
         """Whether the process was forked already."""
         return self._process is not None
 
+    @property
+    def pid(self) -> int | None:
+        """Number of the process; None before its first question."""
+        return None if self._process is None else self._process.pid
+
     @contextmanager
     def sharing_cores(self) -> Iterator[None]:
         """Give OpenBLAS half of its threads inside the block, and all of them afterwards."""

@@ -110,7 +110,7 @@ def choose_micro_batch_size(
         )
     if not force:
         _check_fits(fitted, longest_row(inputs.train))
-    return _with_passes_at_once(fitted, inputs.base)
+    return fitted
 
 
 def _with_passes_at_once(fitted: MicroBatchFit, base: LoadedModel) -> MicroBatchFit:
@@ -187,14 +187,14 @@ def fit_micro_batch_size(
         base.model, base.config, longest, vocab_size=base.vocab_size, optimizer_bytes=state
     )
     if not measure and bound is not None and BOUND_MARGIN * bound <= room.bytes:
-        return MicroBatchFit(preferred, bound, room, is_bound=True)
+        return _with_passes_at_once(MicroBatchFit(preferred, bound, room, is_bound=True), base)
     preferred_fit = fit = _profiled_fit(base, preferred, choice, pairs, room)
     for candidate in others:
         if fit.fits:
             break
         next_fit = _profiled_fit(base, candidate, choice, pairs, room)
         fit = replace(next_fit, instead_of=preferred_fit)
-    return fit
+    return _with_passes_at_once(fit, base)
 
 
 def candidate_settings(config: DPOConfig) -> Iterator[DPOConfig]:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from scripts.bench import (
     bench_data,
     bench_peers,
     bench_step,
+    bench_two_passes,
     machine,
     options,
     processes,
@@ -470,6 +472,21 @@ def test_bench_step_writes_a_row_for_every_pass_and_scorer(tmp_path, capsys):
         for scorer in ("plain", "trie", "trie, recomputed")
     ]
     assert all(row["cores"] and float(row["pairs_per_s"]) > 0 for row in rows)
+    assert len(capsys.readouterr().out.splitlines()) == 2 + 6
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks on Linux only")
+def test_bench_two_passes_writes_a_row_for_every_pass_and_way(tmp_path, capsys):
+    path = tmp_path / "two.csv"
+    arguments = ["--shape", "tiny", "--repeats", "1", "--csv", str(path)]
+    assert bench_two_passes.main(arguments) == 0
+    rows = list(csv.DictReader(path.read_text().splitlines()))
+    assert [(row["pass"], row["way"]) for row in rows] == [
+        (name, way)
+        for name in ("training", "reference")
+        for way in ("two threads", "two processes", "one thread")
+    ]
+    assert all(float(row["wall_s"]) > 0 for row in rows)
     assert len(capsys.readouterr().out.splitlines()) == 2 + 6
 
 
