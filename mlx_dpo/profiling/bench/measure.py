@@ -1,7 +1,7 @@
 """Run the benchmark within a time budget, through the trainer's own scorer and loop."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,7 +13,7 @@ import mlx.optimizers as optim
 from mlx_dpo.adapters.attach import disable_adapters
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.config.sampling import Sampling
-from mlx_dpo.data.batches.token_counts import trie_tokens
+from mlx_dpo.data.batches.token_counts import shares_prefixes
 from mlx_dpo.generation.batch import generate_tokens
 from mlx_dpo.models.device import device_kind
 from mlx_dpo.optim.optimizers import build_optimizer
@@ -38,7 +38,13 @@ from mlx_dpo.profiling.bench.shapes import PassShape
 from mlx_dpo.profiling.bench.sharing import count_sharing
 from mlx_dpo.profiling.bench.waiting_time import time_step
 from mlx_dpo.profiling.device_memory import available_memory, limited_buffers
-from mlx_dpo.profiling.flops import TokenCounts, count_attended_keys, model_flops, model_width
+from mlx_dpo.profiling.flops import (
+    TokenCounts,
+    count_attended_keys,
+    count_trie_tokens,
+    model_flops,
+    model_width,
+)
 from mlx_dpo.profiling.memory import base_parameters
 from mlx_dpo.scoring.score_pairs import DatasetScorer
 from mlx_dpo.scoring.scorers import memory_efficient_training
@@ -47,6 +53,7 @@ from mlx_dpo.training.loop import Progress, train
 from mlx_dpo.training.objective import Objective
 from mlx_dpo.training.plan import TrainingPlan, make_micro_batches
 from mlx_dpo.training.step import loss_and_gradients
+from mlx_dpo.types import TokenizedPair
 
 PAIR = PassShape(prompt=106, chosen=38, rejected=46, pairs=1)  # as in short dialogues
 PAIRS_PER_STEP = (8, 4, 2, 1)  # the largest number for which the rounds fit into the time
@@ -94,10 +101,9 @@ class TimeBudget:
         left = self.left
         return next((n for n in PAIRS_PER_STEP if n * per_pair <= left), PAIRS_PER_STEP[-1])
 
-    def choose_tokens(self, seconds: float) -> int:
-        """Return the number of tokens to generate, if one takes `seconds`."""
-        left = self.started + self.seconds - self.clock()
-        return GENERATED if GENERATED * seconds <= left else FEWEST_GENERATED
+    def has_time_for(self, seconds: float) -> bool:
+        """Return whether so many seconds are left of all the time."""
+        return self.clock() + seconds <= self.started + self.seconds
 
     def has_time(self, rounds: int, seconds: float) -> bool:
         """Return whether another round is to be measured, after `rounds` rounds.
@@ -108,7 +114,7 @@ class TimeBudget:
             seconds: that the last round took.
         """
         if rounds < FEWEST_ROUNDS:
-            return rounds == 0 or self.clock() + seconds <= self.started + self.seconds
+            return rounds == 0 or self.has_time_for(seconds)
         return rounds < MAX_ROUNDS and seconds <= self.left
 
 
@@ -188,9 +194,7 @@ def measure(
         products=products,
         copy=copied,
         generated_tokens_per_second=generated,
-        sharing=count_sharing(
-            base.vocab_size, trie_tokens if choice.packing == "trie" else choice.cost
-        ),
+        sharing=count_sharing(base.vocab_size, choice.cost),
         peak_bytes=peak,
         held_out_fraction=config.held_out_fraction,
         seconds=clock() - started,
@@ -295,33 +299,38 @@ def measure_generation(base: BenchModel, budget: TimeBudget) -> float:
             base.model, frozenset(), [pair.prompt], sampling, context=None, is_batched=False
         )
 
-    seconds = time_call(lambda: generate(FEWEST_GENERATED), budget.clock)  # compiles the kernels
-    tokens = budget.choose_tokens(seconds / FEWEST_GENERATED)
-    return tokens / time_call(lambda: generate(tokens), budget.clock)
+    first = time_call(lambda: generate(FEWEST_GENERATED), budget.clock)  # compiles the kernels
+    if not budget.has_time_for(GENERATED / FEWEST_GENERATED * first):
+        return FEWEST_GENERATED / first
+    return GENERATED / time_call(lambda: generate(GENERATED), budget.clock)
 
 
 def count_work(workload: Workload) -> Work:
     """Return tokens and FLOPs of a step's passes, by the layout of the scorer."""
     plan, base, choice = workload.plan, workload.base, workload.choice
     groups = [[plan.pairs[i] for i in group] for group in plan.groups(range(len(plan.pairs)))]
-    layer_tokens = sum(choice.cost(group).total for group in groups)
-    shared = choice.name != "plain"
-    scored = sum(len(pair.chosen) + len(pair.rejected) for pair in plan.pairs)
-    counts = TokenCounts(
-        layer_tokens,
-        scored if shared else layer_tokens,
-        count_attended_keys(plan.pairs, shared=shared),
-    )
+    counts = _count_tokens(groups, choice)
     flops = model_flops(base.model, base.config, vocab_size=base.vocab_size)
     return Work(
         pairs=len(plan.pairs),
         pairs_per_pass=max(map(len, groups)),
         passes_at_once=min(plan.passes_at_once, len(groups)),
-        tokens=layer_tokens,
+        tokens=counts.layer_tokens,
         step_flops=flops.training(counts, recompute=plan.recompute),
         reference_flops=flops.forward(counts, adapted=False),
         evaluation_flops=flops.forward(counts, adapted=True),
     )
+
+
+def _count_tokens(groups: Sequence[Sequence[TokenizedPair]], choice: ScorerChoice) -> TokenCounts:
+    if shares_prefixes(choice.cost):
+        return count_trie_tokens(groups)
+    tokens = sum(choice.cost(group).total for group in groups)
+    pairs = [pair for group in groups for pair in group]
+    is_plain = choice.name == "plain"
+    scored = sum(len(pair.chosen) + len(pair.rejected) for pair in pairs)
+    keys = count_attended_keys(pairs, shared=not is_plain)
+    return TokenCounts(tokens, tokens if is_plain else scored, keys)
 
 
 def model_facts(base: BenchModel, choice: ScorerChoice) -> ModelFacts:

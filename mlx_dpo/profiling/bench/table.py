@@ -59,13 +59,13 @@ def _model_lines(figures: Json) -> Iterator[Line]:
         f"{model['name']}, {model['parameters'] / 1e6:,.3g} M parameters, "
         f"{model['layers']} layers, {model['dtype']}{bits}",
     )
+    at_once = f", {shape['passes_at_once']} passes at once" * (shape["passes_at_once"] > 1)
     if model["notes"]:
         yield "", "; ".join(model["notes"])
     yield "scorer", model["scorer"]
     yield (
         "pairs",
-        f"{shape['pairs_per_step']} a step, {shape['pairs_per_pass']} a pass, "
-        f"{_passes(shape['passes_at_once'])} at once; "
+        f"{shape['pairs_per_step']} a step, {shape['pairs_per_pass']} a pass{at_once}; "
         f"prompt {shape['prompt_tokens']}, chosen {shape['chosen_tokens']}, "
         f"rejected {shape['rejected_tokens']} tokens; {shape['layer_tokens_per_step']:,} tokens "
         "through the layers in a step",
@@ -121,10 +121,6 @@ def _share_lines(figures: Json) -> Iterator[Line]:
 def _flops(per_second: float) -> str:
     unit, name = (1e12, "TFLOP/s") if per_second >= 1e12 else (1e9, "GFLOP/s")
     return f"{_number(per_second / unit)} {name}"
-
-
-def _passes(count: int) -> str:
-    return f"{count} pass" + "es" * (count != 1)
 
 
 def _number(value: float) -> str:

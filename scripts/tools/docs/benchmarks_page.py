@@ -30,7 +30,8 @@ LINES = {  # of the table, and what each means
     "a share of the fastest line of `products`.",
     "second line": "Seconds over all pairs of a step: median, minimum and maximum of the rounds. "
     "The rates are those of the median.",
-    "`generation`": "Tokens per second of one greedy answer of 32 tokens, its prompt included.",
+    "`generation`": "Tokens per second of one greedy answer of 32 tokens (8 if time is short), its "
+    "prompt included.",
     "`products`": "Matrix products in the dtype of the model: a large square one, and the model's "
     "own shape with 512 rows. The fastest of repeated batches.",
     "`copy`": "Bytes read and written per second while an array is negated.",

@@ -134,11 +134,11 @@ def test_rounds_end_with_their_time_but_some_are_measured():
     assert budget.has_time(1, 8.0)
 
 
-def test_fewer_tokens_are_generated_if_all_would_take_too_long():
+def test_the_last_measurements_end_within_all_the_time():
     clock = Clock()
     budget = TimeBudget(started=100.0, seconds=100.0, clock=clock)
     clock.now = 184.0  # 16 s are left
-    assert [budget.choose_tokens(seconds) for seconds in (0.5, 0.51)] == [32, 8]
+    assert [budget.has_time_for(seconds) for seconds in (16.0, 16.1)] == [True, False]
 
 
 def test_what_the_sets_share_is_counted():
