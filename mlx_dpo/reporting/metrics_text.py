@@ -10,6 +10,7 @@ from mlx_dpo.types import MetricsRow
 FINAL_METRICS = tuple(
     (metric.label, EVAL_PREFIX + metric.name) for metric in METRICS.values() if metric.better
 )
+BEST_WORST = EVAL_PREFIX + METRICS["best_worst_margins"].name
 
 ZERO_MARGIN = 0.0005  # is shown as 0.000
 # Label, key of an evaluation row and format of the metrics of sampled answers.
@@ -74,7 +75,9 @@ def format_final_metrics(row: MetricsRow, *, is_noise: bool = False) -> dict[str
     """
     formats = {"accuracy": ".1%"}
     texts = {
-        label: _format_metric(row, key, formats.get(label, ".4f")) for label, key in FINAL_METRICS
+        label: _format_metric(row, key, formats.get(label, ".4f"))
+        for label, key in FINAL_METRICS
+        if key in row or key != BEST_WORST  # only runs on ranked lists have it
     }
     texts |= {label: format(row[key], form) for label, key, form in SAMPLE_METRICS if key in row}
     return texts | {"accuracy": NOISE} if is_noise else texts

@@ -6,7 +6,7 @@ import pytest
 from rich.table import Table
 from rich.text import Text
 
-from mlx_dpo.reporting.metrics_text import final_metrics_table
+from mlx_dpo.reporting.metrics_text import final_metrics_table, format_final_metrics
 from mlx_dpo.reporting.terminal.console import (
     TerminalConsole,
     make_console,
@@ -83,3 +83,10 @@ def test_a_styled_text_from_outside_has_no_effect_either():
     console = plain_console()
     console.print(Text("a\x1b[31m\x9b2J\u202eb", style="bold"))
     assert console.file.getvalue() == "a\\x1b[31m\\x9b2J\\u202eb\n"
+
+
+def test_only_a_run_on_ranked_lists_shows_the_margin_of_best_and_worst():
+    label = "margin of best and worst of a list"
+    assert label not in format_final_metrics(EVALUATION)
+    row = EVALUATION | {"eval_rewards/margins_best_worst": 0.25}
+    assert format_final_metrics(row)[label] == "0.2500"
