@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, astuple, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import mlx.core as mx
@@ -270,16 +270,21 @@ class _RunEstimator:
 
     def _profile_reference(self) -> tuple[PassProfile, Pairs]:
         """Return memory and time of the largest reference forward pass, and its pairs."""
-        splits, needed = self.inputs.splits, needed_pairs(self.config, self.inputs.splits)
-        longest = longest_pairs(
-            MAX_PAIRS, *(select_pairs(splits[split], needed[split]) for split in splits)
-        )
+        longest = self._longest_reference_pairs
         limit = inference_limit(self.config, self.choice, longest)
         pairs = largest_micro_batch(longest, limit, cost=self.choice.cost)
         profile = profile_inference_pass(
             self.model, pairs, self._compute_reference_logps, memory=available_memory().bytes
         )
         return profile, pairs
+
+    @cached_property
+    def _longest_reference_pairs(self) -> Pairs:
+        """The longest pairs of all splits on which the reference is scored, the longest last."""
+        splits, needed = self.inputs.splits, needed_pairs(self.config, self.inputs.splits)
+        return longest_pairs(
+            MAX_PAIRS, *(select_pairs(splits[split], needed[split]) for split in splits)
+        )
 
     def _compute_reference_logps(self, pairs: Pairs) -> object:
         """Return the log-probs of `pairs` under the reference."""
@@ -375,7 +380,7 @@ class _RunEstimator:
             return flops.forward(tokens, adapted=False)
         splits, needed = self.inputs.splits, needed_pairs(self.config, self.inputs.splits)
         chosen = [select_pairs(splits[name], needed[name]) for name in splits if len(needed[name])]
-        limit = inference_limit(self.config, self.choice, longest_pairs(MAX_PAIRS, *chosen))
+        limit = inference_limit(self.config, self.choice, self._longest_reference_pairs)
         work = 0
         for some in chosen:
             blocks = [

@@ -135,12 +135,13 @@ def longest_micro_batch(
 
     The micro-batch contains at most as many pairs as an optimizer step.
     """
-    longest = longest_pairs(config.batch_size, pairs)
     if config.labelled or shares_prefixes(choice.cost):  # by all tokens, not by the longer text
         parts = 2 if config.labelled else 3
         tokens = column(pairs, LENGTHS)[:, :parts].sum(axis=1)
         at = np.argsort(tokens, kind="stable")[-config.batch_size :].tolist()
         longest = [pairs[i] for i in at]
+    else:
+        longest = longest_pairs(config.batch_size, pairs)
     if config.labelled:  # KL completions have one token in passes with gradients
         longest = skip_kl_completions(longest)
     return largest_micro_batch(longest, config.pass_limit, cost=choice.cost)

@@ -114,7 +114,7 @@ def _cut(pair: TokenizedPair, tokens: int) -> TokenizedPair:
     return replace(pair, prompt=prompt, chosen=chosen, rejected=rejected)
 
 
-COUNTED_PAIRS = 4096  # of an epoch's order, if the count needs their tokens
+COUNTED_PAIRS = 2048  # of an epoch's order, if the count needs their tokens
 
 
 class EpochMicroBatches(NamedTuple):
@@ -148,10 +148,11 @@ def count_micro_batches(
     tokens = TokenCount(
         round(scale * sum(c.total for c in counts)), round(scale * sum(c.padding for c in counts))
     )
+    passes = round(scale * len(batches))
+    if limit.pairs is not None and limit.tokens is None:
+        passes = sum(-(-len(step) // limit.pairs) for step in steps)
     above = _above_limit(pairs, limit, cost)
-    return EpochMicroBatches(
-        len(steps), round(scale * len(batches)), tokens, len(above), max(above, default=0)
-    )
+    return EpochMicroBatches(len(steps), passes, tokens, len(above), max(above, default=0))
 
 
 def first_steps(steps: Sequence[Sequence[int]], pairs: int) -> Sequence[Sequence[int]]:
