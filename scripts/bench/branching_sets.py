@@ -41,7 +41,7 @@ def system_pairs(pairs: int, vocab_size: int) -> list[TokenizedPair]:
 
 
 def dialogue_pairs(dialogues: int, vocab_size: int) -> list[TokenizedPair]:
-    """Return a pair at each of 4 turns of each dialogue; the dialogue goes on with `chosen`."""
+    """Return a pair at each of 4 turns of each dialogue; the dialogue continues with `chosen`."""
     draw, pairs = _Draw(vocab_size), []
     for _ in range(dialogues):
         history: Ids = ()
