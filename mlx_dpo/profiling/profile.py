@@ -35,6 +35,8 @@ from mlx_dpo.types import PairLogps, TokenizedPair
 TRIAL_SHARES = (1 / 16, 1 / 4, 1 / 2, 1)
 SAFETY_FACTOR = 2  # by which the memory estimated from shortened texts may be too low
 REPEATS = 3  # MLX runs ahead asynchronously, sometimes one array further than usual
+# Shares of each text from which the memory of whole texts is extrapolated.
+SHORT_SHARES = (1 / 8, 1 / 4)
 
 Pairs = Sequence[TokenizedPair]
 PassFunction = Callable[[Pairs], Any]  # a pass over pairs; returns the arrays to evaluate
@@ -78,7 +80,12 @@ class TrainingPass:
 
 
 def profile_training_pass(
-    policy: nn.Module, pairs: Pairs, settings: TrainingPass, *, memory: int
+    policy: nn.Module,
+    pairs: Pairs,
+    settings: TrainingPass,
+    *,
+    memory: int,
+    repeats: int = REPEATS,
 ) -> PassProfile:
     """Measure memory and time of a forward and backward pass over `pairs`.
 
@@ -87,6 +94,7 @@ def profile_training_pass(
 
     Args:
         memory: number of bytes that may be used. Pairs are shortened if they might need more.
+        repeats: how often each pass runs.
     """
 
     def run(pairs: Pairs) -> Any:
@@ -97,7 +105,7 @@ def profile_training_pass(
 
     with module_modes(policy), preserved_random_state():
         policy.train()
-        profile = _profile_pass(policy, pairs, run, memory)
+        profile = _profile_pass(policy, pairs, run, memory, repeats)
     accumulated = trainable_bytes(policy) if settings.accumulates else 0
     fixed = profile.fixed._replace(bytes=profile.fixed.bytes + accumulated)
     return replace(profile, fixed=fixed)
@@ -135,19 +143,48 @@ def shorten_pairs(pairs: Pairs, share: float) -> list[TokenizedPair]:
     ]
 
 
-def _profile_pass(policy: nn.Module, pairs: Pairs, run: PassFunction, memory: int) -> PassProfile:
+def extrapolate_from_short_texts(
+    measure: Callable[[Pairs], PassProfile], pairs: Pairs
+) -> int | None:
+    """Return the peak memory in bytes of a pass over `pairs`, from two passes over shortened texts.
+
+    The memory is assumed to grow with the length of the texts, linearly or quadratically; if the
+    measurements have a constant part, the result is too high. The result is None if not even the
+    shortened texts fit into memory.
+
+    Args:
+        measure: function that profiles a pass over pairs.
+    """
+    profiles = [measure(shorten_pairs(pairs, share)) for share in SHORT_SHARES]
+    if any(profile.text_share < 1 for profile in profiles):
+        return None
+    short, long = SHORT_SHARES
+    rate_of_short, rate = profiles[0].bytes / short, profiles[1].bytes / long  # of whole texts
+    growth = max(0.0, (rate - rate_of_short) / (long - short))
+    return int(rate + growth * (1 - long))
+
+
+def _profile_pass(
+    policy: nn.Module, pairs: Pairs, run: PassFunction, memory: int, repeats: int = REPEATS
+) -> PassProfile:
     """Measure the pass `run` on a few layers and extrapolate to all layers.
 
     If the model does not run on a few layers, all layers are measured.
     """
     try:
-        return _extrapolate_layers(policy, choose_layer_subsets(policy), pairs, run, memory)
+        subsets = choose_layer_subsets(policy)
+        return _extrapolate_layers(policy, subsets, pairs, run, memory, repeats)
     except (LayersNotFoundError, *UNSUPPORTED_ERRORS):
-        return _extrapolate_layers(policy, all_layers(policy), pairs, run, memory)
+        return _extrapolate_layers(policy, all_layers(policy), pairs, run, memory, repeats)
 
 
 def _extrapolate_layers(
-    policy: nn.Module, subsets: LayerSubsets, pairs: Pairs, run: PassFunction, memory: int
+    policy: nn.Module,
+    subsets: LayerSubsets,
+    pairs: Pairs,
+    run: PassFunction,
+    memory: int,
+    repeats: int,
 ) -> PassProfile:
     """Measure the pass `run` on two subsets of the layers and extrapolate linearly to all layers.
 
@@ -158,12 +195,12 @@ def _extrapolate_layers(
         mx.eval(policy.parameters())  # allocates lazy random weights for these layers only
         share = _share_that_fits(pairs, run, memory)
         measured_pairs = pairs if share == 1 else shorten_pairs(pairs, share)
-        large_runs = _measure_repeatedly(run, measured_pairs)
+        large_runs = _measure_repeatedly(run, measured_pairs, repeats)
     large, num_large = _minimum(large_runs), len(subsets.large)
     small, num_small = Usage(0, 0), 0  # if all layers ran, there is nothing to extrapolate
     if not subsets.is_whole:
         with with_layers(policy, subsets.small):
-            small = _minimum(_measure_repeatedly(run, measured_pairs))
+            small = _minimum(_measure_repeatedly(run, measured_pairs, repeats))
             num_small = len(subsets.small)
     # Noise must not make the whole cheaper than its part.
     per_layer = Usage(
@@ -195,9 +232,9 @@ def _share_that_fits(pairs: Pairs, run: PassFunction, memory: int) -> float:
     return share
 
 
-def _measure_repeatedly(run: PassFunction, pairs: Pairs) -> list[Usage]:
-    """Run `run(pairs)` REPEATS times; return the peak memory and time of each run."""
-    return [_measure(run, pairs) for _ in range(REPEATS)]
+def _measure_repeatedly(run: PassFunction, pairs: Pairs, repeats: int) -> list[Usage]:
+    """Run `run(pairs)` several times; return the peak memory and time of each run."""
+    return [_measure(run, pairs) for _ in range(repeats)]
 
 
 def _minimum(usages: Sequence[Usage]) -> Usage:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,13 @@ from mlx_dpo.parallel.second_process import PASSES_AT_ONCE, can_compute_two_pass
 from mlx_dpo.phases import phase
 from mlx_dpo.profiling import memory
 from mlx_dpo.profiling.device_memory import MemoryBudget, available_memory
-from mlx_dpo.profiling.profile import PassProfile, TrainingPass, profile_training_pass
+from mlx_dpo.profiling.profile import (
+    REPEATS,
+    PassProfile,
+    TrainingPass,
+    extrapolate_from_short_texts,
+    profile_training_pass,
+)
 from mlx_dpo.runs.build import optimizer_state_bytes
 from mlx_dpo.runs.inputs import Inputs
 from mlx_dpo.scoring.select_scorer import ScorerChoice
@@ -30,6 +37,7 @@ from mlx_dpo.units import format_bytes
 SIZES = {"cpu": (2, 1), "metal": (8, 4, 2, 1), "cuda": (8, 4, 2, 1)}
 BOUND_MARGIN = 1.5  # a memory bound that fits this many times needs no measurement
 MAX_GRADIENT_BYTES = 2**28  # of gradients that a second process sends
+MIN_EXTRAPOLATED = 256  # tokens of the longest example; passes over shorter ones are quick
 AUTOMATIC_SETTINGS = ("micro_batch_size", "recompute")
 
 Pairs = Sequence[TokenizedPair]
@@ -42,7 +50,7 @@ class MicroBatchFit:
     config: DPOConfig
     bytes: int
     room: MemoryBudget
-    is_bound: bool = False  # `bytes` is an upper bound; nothing was measured
+    is_bound: bool = False  # `bytes` is too high; no pass over whole texts was measured
     instead_of: "MicroBatchFit | None" = None  # the preferred settings, which do not fit
     cost: PassProfile | None = None
     is_recorded: bool = False  # read from `run.json`: chosen when the run began
@@ -148,11 +156,16 @@ def longest_micro_batch(
 
 
 def profile_micro_batch(
-    base: LoadedModel, config: DPOConfig, choice: ScorerChoice, pairs: Pairs
+    base: LoadedModel,
+    config: DPOConfig,
+    choice: ScorerChoice,
+    pairs: Pairs,
+    *,
+    repeats: int = REPEATS,
 ) -> PassProfile:
     """Measure time and memory of a forward and backward pass over `pairs`.
 
-    The adapters must be attached already.
+    The adapters must be attached already. Each pass runs `repeats` times.
     """
     step = TrainingPass(
         scorer=choice.scorer,
@@ -160,7 +173,9 @@ def profile_micro_batch(
         accumulates=config.batch_size > len(pairs),
         recompute=bool(config.recompute),
     )
-    return profile_training_pass(base.model, pairs, step, memory=available_memory().bytes)
+    return profile_training_pass(
+        base.model, pairs, step, memory=available_memory().bytes, repeats=repeats
+    )
 
 
 def fit_micro_batch_size(
@@ -179,7 +194,8 @@ def fit_micro_batch_size(
 
     Args:
         room: memory that training may use.
-        measure: whether to measure the memory even if a rough upper bound shows that it suffices.
+        measure: whether to measure passes over whole texts even if it is known to be needless: if a
+            rough upper bound fits, or memory that is extrapolated from passes over short texts.
     """
     preferred, *others = candidate_settings(config)
     longest = longest_micro_batch(preferred, choice, pairs)
@@ -189,6 +205,12 @@ def fit_micro_batch_size(
     )
     if not measure and bound is not None and BOUND_MARGIN * bound <= room.bytes:
         return _with_passes_at_once(MicroBatchFit(preferred, bound, room, is_bound=True), base)
+    if not measure and len(longest[0]) >= MIN_EXTRAPOLATED:
+        run = partial(profile_micro_batch, base, preferred, choice, repeats=1)
+        pass_bytes = extrapolate_from_short_texts(run, longest)
+        peak = memory.step_peak_bytes(base.model, pass_bytes or 0, state)
+        if pass_bytes is not None and BOUND_MARGIN * peak <= room.bytes:
+            return _with_passes_at_once(MicroBatchFit(preferred, peak, room, is_bound=True), base)
     preferred_fit = fit = _profiled_fit(base, preferred, choice, pairs, room)
     for candidate in others:
         if fit.fits:

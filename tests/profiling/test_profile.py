@@ -10,7 +10,14 @@ from mlx_dpo.io.arrays import named_arrays, random_state
 from mlx_dpo.profiling import profile as profiling
 from mlx_dpo.profiling.layer_subset import all_layers, with_layers
 from mlx_dpo.profiling.memory import trainable_bytes
-from mlx_dpo.profiling.profile import TrainingPass, profile_training_pass, shorten_pairs
+from mlx_dpo.profiling.profile import (
+    PassProfile,
+    TrainingPass,
+    Usage,
+    extrapolate_from_short_texts,
+    profile_training_pass,
+    shorten_pairs,
+)
 from mlx_dpo.scoring.equivalence import random_pairs
 from mlx_dpo.scoring.scorers import make_shared_scorer
 from mlx_dpo.training.objective import Objective
@@ -122,3 +129,32 @@ def test_shortened_texts_keep_two_tokens():
     pair = TokenizedPair(tuple(range(40)), tuple(range(9)), (7,))
     [short] = shorten_pairs([pair], 0.25)
     assert short == TokenizedPair(tuple(range(10)), (0, 1), (7,))
+
+
+@pytest.mark.parametrize(
+    ("constant", "linear", "quadratic", "low", "high"),
+    [
+        (0, 8, 0, 1.0, 1.0),
+        (0, 8, 64, 1.0, 1.0),
+        (0, 0, 64, 1.0, 1.0),
+        (800, 8, 0, 1.0, 4.0),  # a constant part counts as if it grew
+        (800, 8, 64, 0.9, 4.0),
+    ],
+)
+def test_memory_of_long_texts_follows_from_short_ones(constant, linear, quadratic, low, high):
+    pairs = [TokenizedPair((1,) * 800, (2,) * 400, (3,) * 400)]
+
+    def measure(pairs):
+        tokens = len(pairs[0])
+        size = constant + linear * tokens + quadratic * tokens**2
+        return PassProfile(fixed=Usage(size, 0), per_layer=Usage(0, 0), num_layers=1)
+
+    expected = measure(pairs).bytes
+    assert low * expected <= extrapolate_from_short_texts(measure, pairs) <= high * expected
+
+
+def test_memory_is_unknown_if_not_even_short_texts_fit():
+    def measure(pairs):
+        return PassProfile(fixed=Usage(1, 0), per_layer=Usage(1, 0), num_layers=1, text_share=0.25)
+
+    assert extrapolate_from_short_texts(measure, [TokenizedPair((1,), (2,), (3,))]) is None

@@ -11,6 +11,7 @@ from mlx_dpo import DPOTrainer
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.profiling.device_memory import MemoryBudget
+from mlx_dpo.runs import auto_batch_size
 from mlx_dpo.runs.auto_batch_size import (
     candidate_settings,
     fit_micro_batch_size,
@@ -110,6 +111,28 @@ def test_with_enough_memory_nothing_is_measured(deep):
     close = fitted(deep, MemoryBudget(int(1.2 * fitted_size.bytes), ""), measure=False)
     assert not close.is_bound
     assert close.cost is not None
+
+
+def test_long_texts_are_not_run_whole_if_short_ones_show_that_they_fit(deep, monkeypatch):
+    base, config, choice, _ = deep
+    pairs = random_pairs([(200, 90, 80), (190, 100, 60)], VOCAB)
+    long = (base, config, choice, pairs)
+    bound = fitted(long, UNLIMITED, measure=False).bytes
+    real = needed(long)
+    lengths, measure = [], auto_batch_size.profile_micro_batch
+
+    def profile(base, config, choice, pairs, **options):
+        lengths.append(len(pairs[0]))
+        return measure(base, config, choice, pairs, **options)
+
+    monkeypatch.setattr(auto_batch_size, "profile_micro_batch", profile)
+    found = fitted(long, MemoryBudget(int(1.2 * bound), ""), measure=False)
+    assert lengths == [36, 72]  # an eighth and a quarter of 290 tokens
+    assert (decided(found), found.is_bound) == ((2, False, True), True)
+    assert 0.95 * real < found.bytes < bound
+    tight = fitted(long, MemoryBudget(int(1.4 * real), ""), measure=False)
+    assert (decided(tight), tight.is_bound) == ((2, False, True), False)
+    assert lengths[2:] == [36, 72, 290]
 
 
 def test_a_run_that_cannot_fit_is_refused_before_anything_is_written(config, tmp_path):

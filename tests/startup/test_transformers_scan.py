@@ -31,7 +31,7 @@ def unchanged():
         '__all__ = ["A"]',
         'import os\n\n__all__ = ["A", "B"]\n\ndef f():\n    return 1\n',
         'import os\n__all__ = [\n    "A",\n    "B",\n]\nx = 1\n',
-        '__all__ = ["A"]\n__all__ += ["B"]\n',  # the last one counts
+        'x = 1\n__all__ = ["A"]\n__all__ += ["B"]\n',  # the last one counts
         "x = 1  # __all__\n",
         '    __all__ = ["A"]\n',
         '__all__ = ["A"]\nprint("""\n__all__ of""")\n',
