@@ -205,7 +205,7 @@ def fit_micro_batch_size(
     )
     if not measure and bound is not None and BOUND_MARGIN * bound <= room.bytes:
         return _with_passes_at_once(MicroBatchFit(preferred, bound, room, is_bound=True), base)
-    if not measure and len(longest[0]) >= MIN_EXTRAPOLATED:
+    if not measure and max(map(len, longest)) >= MIN_EXTRAPOLATED:
         run = partial(profile_micro_batch, base, preferred, choice, repeats=1)
         pass_bytes = extrapolate_from_short_texts(run, longest)
         peak = memory.step_peak_bytes(base.model, pass_bytes or 0, state)
