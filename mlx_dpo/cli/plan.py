@@ -113,7 +113,7 @@ def _sharing_lines(estimate: "RunEstimate") -> list[SummaryLine]:
         return []
     saved = 1 - epoch.tokens / epoch.single_pairs
     pairs = f"{len(estimate.inputs.train):,} pairs of {epoch.prompts:,} prompts"
-    text = f"{pairs}; what texts begin with alike saves {saved:.1%} of the tokens of single pairs"
+    text = f"{pairs}; sharing beginnings saves {saved:.1%} of the tokens of single pairs"
     return [("", text)]
 
 

@@ -169,14 +169,14 @@ class SecondProcess:
 
 
 def reset_peak_memory() -> None:
-    """Begin to measure the peak of memory anew, in this process and later second ones."""
+    """Begin to measure the peak of memory again, in this process and later second ones."""
     global _extra_bytes
     _extra_bytes = 0
     mx.reset_peak_memory()
 
 
 def peak_memory() -> int:
-    """Return the peak of MLX's memory in bytes, with what a second process had beside."""
+    """Return the peak of MLX's memory in bytes, with that of a second process."""
     return mx.get_peak_memory() + _extra_bytes
 
 

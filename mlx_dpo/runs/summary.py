@@ -364,13 +364,13 @@ def _summarize_micro_batches(run: "DPOTrainer") -> SummaryLine:
 
 
 def _describe_sharing(run: "DPOTrainer", counts: EpochMicroBatches) -> str:
-    """Describe the tokens that passes save because texts of different pairs begin alike."""
+    """Describe the tokens that passes save because texts of different pairs share beginnings."""
     if not shares_prefixes(run.choice.cost):
         return ""
     lengths = column(run.inputs.train, LENGTHS)
     alone = int(lengths.sum()) - 2 * len(lengths)
     saved = 1 - (counts.tokens.total - counts.tokens.padding) / alone
-    return f", {saved:.1%} saved by what texts begin with alike"
+    return f", {saved:.1%} saved by what texts share at their beginning"
 
 
 def _summarize_oversized(run: "DPOTrainer") -> list[str]:

@@ -52,7 +52,7 @@ def score_pairs(
 ) -> PairLogps:
     """Return the log-probs of all pairs under `model`, in the order of `pairs`. (len(pairs),) each
 
-    Pairs of similar length, or pairs that begin alike, go through the model together. The model is
+    Pairs of similar length, or with common beginnings, go through the model together. The model is
     left in evaluation mode.
 
     Args:

@@ -92,7 +92,7 @@ def test_tokens_of_an_epoch_by_hand(tmp_path):
     assert epoch["single_pairs"] == 4 * (prompt + chosen - 1 + rejected - 1)
     assert (epoch["prompts"], epoch["passes"]) == (1, 2)
     saved = 1 - epoch["tokens"] / epoch["single_pairs"]
-    line = f"4 pairs of 1 prompts; what texts begin with alike saves {saved:.1%} of the tokens"
+    line = f"4 pairs of 1 prompts; sharing beginnings saves {saved:.1%} of the tokens"
     assert line in " ".join(plan(*settings).output.split())
 
 

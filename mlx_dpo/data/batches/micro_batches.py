@@ -25,7 +25,7 @@ def micro_batches(
 
     The result has one list of pair indices for each micro-batch. Pairs are sorted by length to
     reduce padding; pairs of equal length keep their order. For a pass that runs what its texts
-    begin with only once, they are sorted by their tokens instead, so that pairs that begin alike
+    begin with only once, they are sorted by their tokens instead: pairs with common beginnings
     meet in a pass.
 
     Args:
@@ -35,7 +35,7 @@ def micro_batches(
         cost: counts the tokens of a forward pass.
     """
     if shares_prefixes(cost):
-        return _micro_batches_of_alike({i: pairs[i] for i in indices}, limit)
+        return _micro_batches_by_tokens({i: pairs[i] for i in indices}, limit)
     batches: list[list[int]] = []
     lengths = lengths_only(pairs)
     for index in sorted(indices, key=lambda i: len(lengths[i])):
@@ -47,7 +47,7 @@ def micro_batches(
     return batches
 
 
-def _micro_batches_of_alike(pairs: dict[int, TokenizedPair], limit: PassLimit) -> list[list[int]]:
+def _micro_batches_by_tokens(pairs: dict[int, TokenizedPair], limit: PassLimit) -> list[list[int]]:
     """Split pairs, given by index, into micro-batches in the order of their tokens."""
     batches: list[list[int]] = []
     prefixes = DistinctPrefixes()

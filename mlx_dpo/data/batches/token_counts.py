@@ -71,7 +71,7 @@ class DistinctPrefixes:
     def __init__(self) -> None:
         """Start without texts."""
         self.count = 0
-        self._texts: list[Ids] = []  # sorted, so that the most alike are neighbours
+        self._texts: list[Ids] = []  # sorted, so that those with most in common are neighbors
 
     def add(self, pair: TokenizedPair) -> None:
         """Add the texts of a pair, without the last tokens of its completions."""
