@@ -4,8 +4,8 @@
     python -m scripts.bench.bench_kernels --point 950:250:250:4         other lengths
 
 The pass is the loss and the gradients of rank-8 adapters on all linear layers. Layers have the same
-number of kernels, so models of 2 and 3 layers are counted. Rows are appended to
-docs/bench/kernels.csv.
+number of kernels, so models of 2 and 3 layers are counted. A last row has clipping and AdamW. Rows
+are appended to docs/bench/kernels.csv.
 """
 
 import argparse
@@ -69,6 +69,17 @@ def row(shape: str, point: PassShape, dtype: str, packing: kernels.Packing) -> R
     }
 
 
+def update_row(shape: str) -> Row:
+    """Return the row of an optimizer step's clipping and update."""
+    return {
+        "versions": machine.versions("mlx-dpo", "mlx", "mlx-lm"),
+        "shape": shape,
+        "lengths": "update",
+        "dtype": "float32",
+        "kernels": str(kernels.update_kernels(SHAPES[shape])),
+    }
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the count."""
     try:
@@ -79,6 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for dtype in DTYPES
             for packing in PACKINGS
         ]
+        rows.append(dict.fromkeys(rows[0], "") | update_row(options.shape))
         tables.append_csv(options.csv, [machine.describe_machine() | row for row in rows])
         print(tables.text_table(rows, TABLE_COLUMNS))
     except DPOError as error:

@@ -23,6 +23,8 @@ from mlx_dpo.losses.log_ratios import log_ratio_margin
 from mlx_dpo.losses.pairwise import sigmoid_loss
 from mlx_dpo.models.empty_weights import build_model
 from mlx_dpo.models.restore import patched
+from mlx_dpo.optim.grouped_update import GroupedUpdate
+from mlx_dpo.optim.optimizers import build_optimizer
 from mlx_dpo.profiling.bench.shapes import Shape
 from mlx_dpo.scoring.kernels import attention, attention_dispatch
 from mlx_dpo.scoring.kernels.attention import AttentionInputs, AttentionOptions
@@ -60,6 +62,28 @@ def pass_kernels(
         )
     kernels = two + (shape.num_hidden_layers - 2) * (three - two)
     return PassKernels(kernels, three - two, sum(scores) // 5)
+
+
+def update_kernels(shape: Shape) -> int:
+    """Count the kernels of clipping and AdamW for the adapters of a model of this shape.
+
+    The update is the second one, for which the first has packed weights and state. Each gradient is
+    copied into its group by a kernel of its own, though the graph has one node for all.
+    """
+    model = weightless_model(shape, shape.num_hidden_layers, mx.float32)
+    optimizer = build_optimizer("adamw", model, 1e-3)
+    update = GroupedUpdate(optimizer, model)
+    kernels = 0
+    for _ in range(2):
+        weights = named_arrays(model.trainable_parameters())
+        gradients = [(name, mx.zeros(value.shape)) for name, value in weights.items()]
+        mx.eval([gradient for _, gradient in gradients])
+        clipped, norm = update.clip(tree_unflatten(gradients), 1.0)
+        update.apply(model, weights, clipped)
+        results = named_arrays([model.trainable_parameters(), optimizer.state]).values()
+        kernels = count_kernels([norm, *results]) + len(weights)
+        mx.eval(list(results))
+    return kernels
 
 
 @contextmanager

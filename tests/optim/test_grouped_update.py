@@ -2,6 +2,7 @@
 
 import io
 import re
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,6 +14,8 @@ from mlx_dpo.io.arrays import named_arrays
 from mlx_dpo.optim import grouped_update
 from mlx_dpo.optim.grouped_update import GroupedUpdate, make_groups
 from mlx_dpo.optim.optimizers import OPTIMIZERS, build_optimizer
+from mlx_dpo.profiling.bench.shapes import SHAPES
+from scripts.bench import kernels
 
 VIEWS = {"Broadcast", "Copy", "ExpandDims", "Flatten", "Reshape", "Slice", "Split", "Squeeze"}
 VIEWS |= {"Transpose", "Unflatten"}
@@ -195,6 +198,13 @@ def test_an_update_of_420_adapters_takes_few_kernels(name):
         mx.eval(model.trainable_parameters(), optimizer.state)
     # Weights and state were packed by the update before.
     assert counts[1] <= (600 if name in ELEMENTWISE else 1000)
+
+
+def test_the_kernels_of_an_update_grow_by_one_with_each_adapter():
+    """The copy of its gradient into the group; everything else is as much for all of them."""
+    few, many = (SHAPES["tiny"], replace(SHAPES["tiny"], num_hidden_layers=4))
+    adapters = 2 * 7  # in a layer
+    assert kernels.update_kernels(few) - 2 * adapters == kernels.update_kernels(many) - 4 * adapters
 
 
 def test_clipping_bounds_the_global_norm_and_says_what_it_was():
