@@ -83,11 +83,7 @@ def _pass_lines(figures: Json) -> Iterator[Line]:
             f"{_flops(speed['flops_per_second'])}, "
             f"{speed['share_of_products']:.0%} of products",
         )
-        yield (
-            "",
-            f"{_number(seconds['median'])} s ({_number(seconds['low'])} to "
-            f"{_number(seconds['high'])}), median of {figures['rounds']}",
-        )
+        yield "", f"{_number(seconds['median'])} s{_describe_spread(seconds, figures['rounds'])}"
     yield (
         "generation",
         f"{_number(figures['generation']['tokens_per_second'])} tokens/s, one answer",
@@ -116,6 +112,13 @@ def _share_lines(figures: Json) -> Iterator[Line]:
     for each in figures["sharing"]:
         yield label, f"{each['saved']:.0%} of {each['whole']:,} tokens saved: {each['name']}"
         label = ""
+
+
+def _describe_spread(seconds: Json, rounds: int) -> str:
+    if rounds == 1:
+        return ", measured once"
+    low, high = _number(seconds["low"]), _number(seconds["high"])
+    return f" ({low} to {high}), median of {rounds}"
 
 
 def _flops(per_second: float) -> str:

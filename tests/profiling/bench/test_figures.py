@@ -134,6 +134,11 @@ def test_the_table_by_hand():
     assert ["sharing", "67% of 1,908 tokens saved: 4 ranked answers, all pairs"] in rows
 
 
+def test_a_single_round_has_no_spread():
+    once = replace(FIGURES, rounds=FIGURES.rounds[:1])
+    assert "9 s, measured once " in bench_table(MACHINE, once.to_dict())
+
+
 def test_a_busy_machine_and_long_names_stay_within_80_columns():
     facts = MACHINE["machine"] | {"name": "x" * 90, "is_busy": True, "device": "cpu"}
     names = replace(FIGURES.model, name="some-organisation/" + "a-model-" * 20, bits=4)
