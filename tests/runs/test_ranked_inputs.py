@@ -2,11 +2,16 @@
 
 import json
 
+import mlx.core as mx
 import pytest
 
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.errors import ConfigError, DataError
+from mlx_dpo.runs.build import make_order, make_plan
 from mlx_dpo.runs.inputs import load_inputs, row_rules
+from mlx_dpo.scoring.scorers import plain_scorer
+from mlx_dpo.scoring.select_scorer import ScorerChoice
+from mlx_dpo.types import PairLogps
 from tests.checkpoints import make_checkpoint
 
 RANKED = [
@@ -43,6 +48,23 @@ def test_a_loss_of_lists_has_all_pairs_and_whole_lists_in_each_split(base, tmp_p
     for pairs in inputs.splits.values():
         ids = [pair.ranking.list_id for pair in pairs]
         assert {ids.count(number) for number in ids} == {3}
+
+
+def test_every_step_has_whole_lists(base, tmp_path):
+    """9 pairs of 3 lists: steps of up to 4 pairs have one list each, and cut none."""
+    steps = {"batch_size": 4, "learning_rate": 1e-3}
+    config, inputs = load(base, tmp_path, RANKED, loss_type=["plackett_luce"], **steps)
+    zeros, count = mx.zeros((9,)), 3
+    choice = ScorerChoice(plain_scorer, plain_scorer, "plain", "as requested")
+    plan = make_plan(
+        config, inputs.train, PairLogps(zeros, zeros), choice=choice, total_steps=count
+    )
+    orders = make_order(config, inputs.train).epoch_steps(0), [plan.indices(i) for i in (1, 2, 3)]
+    for steps in orders:
+        ids = [[inputs.train[i].ranking.list_id for i in step] for step in steps]
+        assert [len(step) for step in ids] == [3] * count
+        assert [len(set(step)) for step in ids] == [1] * count
+        assert len({step[0] for step in ids}) == count
 
 
 @pytest.mark.parametrize("rows", [PLAIN, [*RANKED, *PLAIN]])
