@@ -30,15 +30,15 @@ class Clock:
         self._watches_steps = False
 
     def mark(self, kind: str, title: str) -> None:
-        """Record an event; CPU seconds include those of worker processes that have ended."""
-        times = os.times()
+        """Record an event; CPU seconds include those of worker processes."""
+        times, (user, system) = os.times(), cpu_of_living_children()
         self._events.append(
             (
                 kind,
                 title,
                 time.time() - self._began,
-                times.user + times.children_user,
-                times.system + times.children_system,
+                times.user + times.children_user + user,
+                times.system + times.children_system + system,
             )
         )
 
@@ -72,6 +72,21 @@ class Clock:
             os._exit(0)
 
         metrics.MetricsLog.write = write_and_stop
+
+
+def cpu_of_living_children() -> tuple[float, float]:
+    """Return user and system seconds of this process's children that run; zero without /proc."""
+    totals, tick = [0.0, 0.0], os.sysconf("SC_CLK_TCK")
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            entries = path.read_text().rpartition(")")[2].split()
+        except OSError:  # it has ended
+            continue
+        if int(entries[1]) == os.getpid():
+            totals = [
+                total + int(n) / tick for total, n in zip(totals, entries[11:13], strict=True)
+            ]
+    return totals[0], totals[1]
 
 
 def main() -> None:

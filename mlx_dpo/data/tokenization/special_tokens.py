@@ -115,17 +115,23 @@ def stop_tokens(tokenizer: Any) -> set[int]:
 
 
 def iterate_texts(value: Any) -> Iterator[str]:
-    """Yield every string in a text or in nested messages, keys included, except for the roles."""
+    """Return every string in a text or in nested messages, keys included, except for the roles."""
+    texts: list[str] = []
+    _collect_texts(value, texts)
+    return iter(texts)
+
+
+def _collect_texts(value: Any, texts: list[str]) -> None:
     if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from iterate_texts(key)
-            if key != "role":
-                yield from iterate_texts(item)
-    elif isinstance(value, list | tuple):
+        texts.append(value)
+    elif isinstance(value, list | tuple):  # before mappings, for which this test is slow
         for item in value:
-            yield from iterate_texts(item)
+            _collect_texts(item, texts)
+    elif isinstance(value, (dict, Mapping)):
+        for key, item in value.items():
+            _collect_texts(key, texts)
+            if key != "role":
+                _collect_texts(item, texts)
 
 
 def _plain_encoder(tokenizer: Any, *, split: bool = False) -> Callable[[str], list[int]]:
