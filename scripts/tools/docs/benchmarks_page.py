@@ -66,8 +66,17 @@ start.
 |---|---|
 """
 JSON = """
-`--json` prints the same as one object; `format` is its version. Speeds are per second, in tokens,
-bytes and FLOPs; `step` is the line `training`.
+`--json` prints the same as one object, in seconds, tokens, bytes and FLOPs. Its keys stay;
+`format` is raised if one changes its meaning.
+
+| key | value |
+|---|---|
+| `date`, `versions`, `machine` | day, packages and system, facts of the machine and its load |
+| `model`, `pass` | the measured model; pairs, passes and lengths of a step |
+| `step`, `reference`, `evaluation` | the lines `training`, `reference` and `evaluation` |
+| `generation`, `products`, `copy` | the lines of these names |
+| `time_shares`, `sharing` | the lines `time` and `sharing`; shares are from 0 to 1 |
+| `peak_bytes`, `rounds`, `seconds` | the line `memory`, repeats, and the time of the benchmark |
 
 ## Collected results
 

@@ -118,6 +118,11 @@ def test_the_keys_of_the_json_object_are_stable():
     assert set(record["step"]["seconds"]) == {"median", "low", "high"}
 
 
+def test_the_page_names_every_key():
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    assert {key for key in (*KEYS, *MACHINE) if f"`{key}`" not in page} == set()
+
+
 def test_the_table_by_hand():
     products = (ProductSpeed(4, 4, 4, 1.5e12), ProductSpeed(2, 3, 4, 2e9))
     table = bench_table(MACHINE, replace(FIGURES, products=products).to_dict())
