@@ -103,7 +103,7 @@ class LossSettings:
         LOSS,
         minimum=0,
         exclusive_minimum=True,
-        metavar="NUMBER",
+        metavar="ETA",
         default_text="1",
     )
     desirable_weight: float | None = setting(
