@@ -93,7 +93,7 @@ def packed_hidden_states(model: nn.Module, parts: ModelParts, sequence: PackedSe
     """
     caches = [PackedCache(sequence) for _ in range(count_attention_caches(model))]
     with use_structured_masks(), use_token_positions():
-        return parts.hidden_states(sequence.tokens, caches)[0]
+        return parts.hidden_states(sequence.tokens, caches).squeeze(0)
 
 
 def count_attention_caches(model: nn.Module) -> int:
