@@ -28,7 +28,7 @@ DEFAULT_SECONDS = 120.0
 @click.option(
     "--shape",
     type=click.Choice(SHAPES),
-    help="Shape of the model with random weights that is measured without MODEL.",
+    help="Shape of the model with random weights, if MODEL is not given.",
     show_default=SHAPES[0],
 )
 @click.option(
@@ -41,7 +41,7 @@ DEFAULT_SECONDS = 120.0
     type=click.FloatRange(min=1),
     default=DEFAULT_SECONDS,
     metavar="SECONDS",
-    help="Time to take, about.",
+    help="Approximate duration of the benchmark.",
     show_default=True,
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")

@@ -83,8 +83,9 @@ class TrainingSettings:
     )
     scorer: str = setting(
         "auto",
-        "`trie`: the texts of a pass share every beginning; `shared`: the completions of a pair "
-        "share its prompt; `plain`: padded rows; `auto`: the first that is verified to be exact.",
+        "`trie`: each distinct prefix of the texts of a pass runs once; `shared`: the prompt of "
+        "each pair runs once; `plain`: padded rows; `auto`: the first that is verified to be "
+        "exact.",
         str,
         TRAINING,
         choices=("auto", "trie", "shared", "plain"),

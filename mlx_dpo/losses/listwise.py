@@ -188,7 +188,7 @@ LOSSES = (
         ),
         equation="p log(p/q) + (1−p) log((1−p)/(1−q)), p = σ(η (ψ(w) − ψ(l))), q = σ(βΔ), ψ: score",
         source="RPO: Nemotron-4 340B, Adler et al. 2024, arXiv:2406.11704, section 3.3.2",
-        use="Scores say how much better: margins should be in proportion, and not grow for ever; "
+        use="Scores say how much better: margins should be in proportion, and not grow forever; "
         "needs `margin_column`; η is `rpo_eta`.",
         defaults=BETA | {"rpo_eta": 1.0},
         uses_margins=True,

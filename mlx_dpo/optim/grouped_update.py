@@ -25,9 +25,10 @@ from mlx_dpo.optim.optimizers import Muon
 MAX_PACKED_NUMBERS = 2**20
 MAX_GROUP_NUMBERS = 2**24
 
-# Optimizers whose formula acts on each number alone, and on the last two axes of a stack alone.
+# Optimizers whose formula acts on each number alone.
 ELEMENTWISE = (optim.SGD, optim.RMSprop, optim.Adam, optim.AdamW, optim.Lion)
-STACKABLE: dict[type[optim.Optimizer], bool] = {Muon: False, optim.Adafactor: True}  # vmap?
+# Optimizers whose formula acts on each matrix of a stack alone; True if only inside `mx.vmap`.
+STACKABLE: dict[type[optim.Optimizer], bool] = {Muon: False, optim.Adafactor: True}
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,12 @@
-"""CPU seconds of training and reference passes on one thread, of one tree or of two by turns.
+"""CPU seconds of training and reference passes on one thread, of one checkout or of two.
 
-    python -m scripts.bench.bench_pass                          this tree, 2 pairs a pass
+    python -m scripts.bench.bench_pass                          this checkout, 2 pairs per pass
     python -m scripts.bench.bench_pass --tree OLD --tree .      an older checkout against this one
-    python -m scripts.bench.bench_pass --pairs 8 --scorer trie  8 pairs a pass, prefix trie
+    python -m scripts.bench.bench_pass --pairs 8 --scorer trie  8 pairs per pass, prefix trie
 
 Eight pairs with the lengths of short dialogues go through rank-8 adapters on a model with random
-weights. Each measurement is a process of its own with one BLAS thread; the trees take turns. User
-and system seconds come from `getrusage`: other processes hardly change them.
+weights. Each measurement is a process of its own with one BLAS thread; the checkouts take turns.
+User and system seconds come from `getrusage`: other processes hardly change them.
 """
 
 import argparse
@@ -182,7 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     measured = [
         [measure_tree(options, tree) for tree in options.tree] for _ in range(options.rounds)
     ]
-    print(f"{machine.processor()}, load {os.getloadavg()[0]:.1f}, {options.pairs} pairs a pass")
+    print(f"{machine.processor()}, load {os.getloadavg()[0]:.1f}, {options.pairs} pairs per pass")
     print(text_table(rows(options.tree, measured), COLUMNS))
     return 0
 

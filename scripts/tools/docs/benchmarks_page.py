@@ -56,9 +56,9 @@ mlx-dpo bench --json > bench.json
 
 Without MODEL it measures a model of the shape of SmolLM2-135M with random weights, so that rows of
 different machines can be compared. MODEL is a folder, or a Hub id that is in the Hub's cache
-already. `--seconds` is the time to take; the number of pairs in a step adapts to it. The command
-estimates memory first, and refuses a model that does not fit. Close other programs before you
-start.
+already. `--seconds` is the approximate duration; the number of pairs in a step adapts to it. The
+command estimates memory first, and refuses a model that does not fit. Close other programs before
+you start.
 
 ## What each line means
 
@@ -66,11 +66,12 @@ start.
 |---|---|
 """
 JSON = """
-`--json` prints the same as one object, in seconds, tokens, bytes and FLOPs. Its keys stay;
-`format` is raised if one changes its meaning.
+`--json` prints the same as one object, in seconds, tokens, bytes and FLOPs. If a key
+changes its meaning or goes away, the number `format` is raised.
 
 | key | value |
 |---|---|
+| `format` | version of the keys |
 | `date`, `versions`, `machine` | day, packages and system, facts of the machine and its load |
 | `model`, `pass` | the measured model; pairs, passes and lengths of a step |
 | `step`, `reference`, `evaluation` | the lines `training`, `reference` and `evaluation` |

@@ -49,21 +49,22 @@ pass per step.
 ## Ranked lists
 
 `plackett_luce` and `lipo_lambda` take whole lists: rows with `completions` and their scores or
-ranks, of which `ranked: all` (their default) makes every pair with different scores. The held-out
-lists of such a run are whole as well; plain pairs are refused. The loss of a list is divided among
-its pairs: with K completions it is the paper's divided by K (K − 1) / 2, so that its gradient has
-the size of a pairwise loss's, and the loss before the first step is not log 2 unless K is 2
-(`plackett_luce`: log K! divided by the number of pairs). A step has whole lists, as many as fit
-into `batch_size` pairs, and one at least. Micro-batches may cut a list: its gradient stays that of
-the whole list (GradCache, at the cost of one more forward pass in such a step).
+ranks, of which `ranked: all` makes every pair with different scores; no other value is accepted.
+The held-out lists of such a run are whole as well; plain pairs are refused. The loss of a list is
+divided among its pairs: with K completions it is the paper's divided by K (K − 1) / 2, so that its
+gradient has the size of a pairwise loss's, and the loss before the first step is not log 2 unless
+K is 2 (`plackett_luce`: log K! divided by the number of pairs). A step has whole lists, as many as
+fit into `batch_size` pairs, and one at least. Micro-batches may cut a list: its gradient stays that
+of the whole list (GradCache, at the cost of one more forward pass in such a step).
 
 * Equal scores make no pair. In `plackett_luce` completions of equal score are not compared with
   each other; in `lipo_lambda` each of them takes a rank.
 * `lipo_lambda` ranks completions by the policy's log-ratios. Log-ratios within 0.001 nats are
   ordered by score, since rounding would decide otherwise, as at the first step. Scores are used as
   they are (a rank n is the score −n); its gains are powers of 2, so scores must be within ±20.
-* Pairs that are left out (equal texts, `truncation: drop`) are missing in their list. The run says
-  how many there are, and of how many lists prompts were cut differently from pair to pair.
+* Pairs that are left out (equal texts, `truncation: drop`) are missing in their list. The run
+  reports how many there are, and how many lists have prompts that were cut differently from pair to
+  pair.
 * `rpo_bwd_kl` is a loss of single pairs with a score gap (`margin_column`), of any format.
   `--ranked all` gives it all pairs of a list.
 
