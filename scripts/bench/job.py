@@ -68,10 +68,18 @@ class ProcessUsage:
         """Return the growth of the resident memory at its peak, in bytes."""
         return max(0, machine.peak_resident_bytes() - self._memory)
 
-    def cpu_seconds(self) -> tuple[float, float]:
-        """Return the user and the system seconds of all threads."""
-        now = os.times()
-        return now.user - self._times.user, now.system - self._times.system
+    def cpu_seconds(self, *, with_children: bool = False) -> tuple[float, float]:
+        """Return the user and the system seconds of all threads.
+
+        Args:
+            with_children: whether processes count that this one started and that have ended.
+        """
+        user, system, *of_children = (
+            now - before for now, before in zip(os.times()[:4], self._times[:4], strict=True)
+        )
+        if with_children:
+            user, system = user + of_children[0], system + of_children[1]
+        return user, system
 
 
 def read_texts(job: Job) -> list[dict[str, str]]:

@@ -26,7 +26,7 @@ from scripts.bench import (
     tables,
     texts,
 )
-from scripts.bench.job import Job, Result
+from scripts.bench.job import Job, ProcessUsage, Result
 from scripts.bench.processes import PeerError
 from scripts.bench.tables import Measurement
 from scripts.bench.trainers import TRAINERS, Setting, Trainer
@@ -366,6 +366,15 @@ def run_fake_trainer(tmp_path: Path, before: str, *, timeout: float = 60.0) -> R
     return processes.run(
         trainer, setting, job, python=python, folder=tmp_path / "run", timeout=timeout
     )
+
+
+def test_cpu_seconds_include_ended_processes_only_on_request(monkeypatch):
+    """Our second process computes every other pass; its time must not be missing."""
+    monkeypatch.setattr("scripts.bench.job.os.times", lambda: (1.0, 0.5, 10.0, 5.0, 99.0))
+    usage = ProcessUsage()
+    monkeypatch.setattr("scripts.bench.job.os.times", lambda: (4.0, 0.7, 12.0, 5.5, 199.0))
+    assert usage.cpu_seconds() == pytest.approx((3.0, 0.2))
+    assert usage.cpu_seconds(with_children=True) == pytest.approx((5.0, 0.7))
 
 
 def test_a_result_is_read_among_the_output_of_libraries(tmp_path):
