@@ -170,12 +170,20 @@ def profile_micro_batch(
     step = TrainingPass(
         scorer=choice.scorer,
         objective=Objective(config),
-        accumulates=config.batch_size > len(pairs),
+        accumulates=_takes_several_passes(config, choice, pairs),
         recompute=bool(config.recompute),
     )
     return profile_training_pass(
         base.model, pairs, step, memory=available_memory().bytes, repeats=repeats
     )
+
+
+def _takes_several_passes(config: DPOConfig, choice: ScorerChoice, pairs: Pairs) -> bool:
+    """Return whether a step may need more passes than the largest one, which is over `pairs`."""
+    # The last of the pairs may have been cut to fit. A step of whole lists may have more pairs than
+    # `batch_size`.
+    is_cut = config.micro_batch_tokens is not None and shares_prefixes(choice.cost)
+    return is_cut or config.listwise or config.batch_size > len(pairs)
 
 
 def fit_micro_batch_size(

@@ -16,6 +16,7 @@ from mlx_dpo.runs.auto_batch_size import (
     candidate_settings,
     fit_micro_batch_size,
     longest_micro_batch,
+    profile_micro_batch,
 )
 from mlx_dpo.runs.build import attach_adapters, choose_scorer
 from mlx_dpo.runs.inputs import load_configured_base
@@ -197,3 +198,27 @@ def test_a_resumed_run_keeps_what_it_decided_when_it_began(config, tmp_path):
 )
 def test_memory_sizes_have_the_significant_digits(size, message):
     assert format_bytes(size, is_estimate=True) == message
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"micro_batch_size": 4}, False),
+        ({"micro_batch_size": 2}, True),
+        # Pairs of 198 and of 228 tokens through the layers: the second one is cut to fit.
+        ({"micro_batch_tokens": 300, "batch_size": 2}, True),
+        # A step of whole lists may have more pairs than a batch.
+        ({"micro_batch_size": 4, "loss_type": ("plackett_luce",)}, True),
+    ],
+)
+def test_a_step_of_several_passes_holds_gradients_in_between(deep, changes, expected, monkeypatch):
+    base, config, choice, pairs = deep
+    held = []
+    monkeypatch.setattr(
+        auto_batch_size,
+        "profile_training_pass",
+        lambda policy, pairs, settings, **more: held.append(settings.accumulates),
+    )
+    config = replace(config, **changes)
+    profile_micro_batch(base, config, choice, longest_micro_batch(config, choice, pairs))
+    assert held == [expected]

@@ -108,10 +108,19 @@ def _without_shared_prefix(pair: TokenizedPair, *, first: int) -> TokenizedPair:
 
 
 def _cut(pair: TokenizedPair, tokens: int) -> TokenizedPair:
-    """Return the pair cut to about `tokens` input tokens, and not to fewer."""
-    chosen, rejected = (part[: tokens // 2 + 1] for part in (pair.chosen, pair.rejected))
-    prompt = pair.prompt[: max(1, tokens - len(chosen) - len(rejected) + 2)]
-    return replace(pair, prompt=prompt, chosen=chosen, rejected=rejected)
+    """Return the pair, which has more input tokens, cut to exactly so many `tokens`.
+
+    The prompt keeps at least one token; the last token of a completion is no input.
+    """
+    left, chosen, rejected = tokens - 1, len(pair.chosen) - 1, len(pair.rejected) - 1
+    chosen = min(chosen, max(left // 2, left - rejected))
+    rejected = min(rejected, left - chosen)
+    return replace(
+        pair,
+        prompt=pair.prompt[: tokens - chosen - rejected],
+        chosen=pair.chosen[: chosen + 1],
+        rejected=pair.rejected[: rejected + 1],
+    )
 
 
 COUNTED_PAIRS = 2048  # of an epoch's order, if the count needs their tokens

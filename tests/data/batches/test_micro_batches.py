@@ -175,6 +175,15 @@ def test_the_largest_micro_batch_shares_nothing_although_the_longest_pairs_do():
     assert [len(pair) for pair in filled] == [12, 12, 6] and trie_tokens(filled) == (33, 0)
 
 
+def test_the_largest_micro_batch_fills_up_its_limit_whatever_part_is_long():
+    """A short prompt and a completion of one token cannot fill the rest; the long one must."""
+    for long in ((2, 30, 1), (2, 1, 30), (31, 1, 1), (2, 16, 15)):
+        pairs = [of(*long)] * 2
+        for tokens in range(32, 60):
+            filled = largest_micro_batch(pairs, PassLimit(tokens=tokens), cost=trie_tokens)
+            assert trie_tokens(filled).total == tokens, (long, tokens)
+
+
 @given(alike_pairs, limits, st.integers(1, 9))
 def test_the_counts_of_an_epoch_are_the_distinct_tokens_of_its_micro_batches(
     pairs, limit, batch_size
