@@ -9,6 +9,7 @@ wait. A fork shares the memory of the weights, which neither process writes to.
 A pass has the same numbers in both processes, so that results do not depend on timing.
 """
 
+import atexit
 import ctypes
 import multiprocessing
 import os
@@ -28,11 +29,13 @@ from typing import Any, Self
 
 import mlx.core as mx
 
-from mlx_dpo.errors import TrainingError
+from mlx_dpo.errors import TrainingError, reason
 from mlx_dpo.startup import openblas
 
 PASSES_AT_ONCE = 2
 STALL_SECONDS = 60.0  # a process that uses no CPU time for so long is stuck
+# A terminal, `timeout` or systemd sends them to both processes.
+ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PR_SET_PDEATHSIG = 1  # prctl: the signal that this process gets when its parent dies
 
 _extra_bytes = 0  # largest memory that a second process needed beyond what it shares
@@ -42,10 +45,13 @@ def can_compute_two_passes() -> bool:
     """Return whether two passes at once are possible, and faster than one after the other.
 
     They are on Linux, on the CPU, where OpenBLAS may use two threads or more. With
-    OPENBLAS_NUM_THREADS=1 passes are computed one after the other.
+    OPENBLAS_NUM_THREADS=1 passes are computed one after the other, and in a worker of a
+    `multiprocessing.Pool` or another daemon as well, because daemons may have no children.
     """
+    if sys.platform != "linux" or multiprocessing.current_process().daemon:
+        return False
     on_cpu = mx.default_device().type == mx.DeviceType.cpu
-    return sys.platform == "linux" and on_cpu and openblas.num_threads() >= PASSES_AT_ONCE
+    return on_cpu and openblas.num_threads() >= PASSES_AT_ONCE
 
 
 class SecondProcess:
@@ -73,6 +79,7 @@ class SecondProcess:
         """End the process, whatever it computes."""
         if self._process is None:
             return
+        atexit.unregister(self._process.kill)
         self._process.kill()
         self._process.join()
         self._reader.join()
@@ -104,10 +111,16 @@ class SecondProcess:
         Ask inside `sharing_cores`: the process keeps the number of OpenBLAS threads with which it
         was forked, at the first question. It has what this process then has in memory; all arrays
         that it needs must have been evaluated, because their stream stays in this process.
+
+        Raises:
+            TrainingError: the process ended after its last reply, or cannot begin.
         """
         if self._process is None:
             self._fork()
-        self._connection.send_bytes(pickle.dumps(question))
+        try:
+            self._connection.send_bytes(pickle.dumps(question))
+        except ConnectionError as error:
+            raise self._end_error() from error
 
     def receive(self) -> Any:
         """Return the next reply.
@@ -119,16 +132,20 @@ class SecondProcess:
         global _extra_bytes
         received = self._next_message()
         if received is None:
-            self._process.join()
-            raise TrainingError(
-                f"the second process of the run ended (exit code {self._process.exitcode}); "
-                "if memory ran out, use OPENBLAS_NUM_THREADS=1, with which there is none"
-            )
+            raise self._end_error()
         error, reply, extra_bytes = pickle.loads(received)
         if error is not None:
             raise error
         _extra_bytes = max(_extra_bytes, extra_bytes)
         return reply
+
+    def _end_error(self) -> TrainingError:
+        """Return the error of a process that ended although it was needed."""
+        self._process.join()
+        return TrainingError(
+            f"the second process of the run ended (exit code {self._process.exitcode}); "
+            "if memory ran out, use OPENBLAS_NUM_THREADS=1, with which there is none"
+        )
 
     def _next_message(self) -> bytes | None:
         """Wait for a message; None if the process ended.
@@ -151,11 +168,20 @@ class SecondProcess:
         self._connection, theirs = multiprocessing.Pipe()
         fork = multiprocessing.get_context("fork")
         arguments = (self.answer, theirs, self._connection, os.getpid())
-        self._process = fork.Process(target=_serve, args=arguments, daemon=True)
-        with warnings.catch_warnings():  # Python 3.12 warns of forks in processes with threads
+        process = fork.Process(target=_serve, args=arguments, daemon=True)
+        with theirs, warnings.catch_warnings():  # Python 3.12 warns of forks beside threads
             warnings.simplefilter("ignore", DeprecationWarning)
-            self._process.start()
-        theirs.close()
+            try:
+                process.start()
+            except OSError as error:  # too many processes, or too little memory to promise
+                self._connection.close()
+                raise TrainingError(
+                    f"the second process of the run cannot begin ({reason(error)}); "
+                    "use OPENBLAS_NUM_THREADS=1, with which there is none"
+                ) from error
+        self._process = process
+        # Python asks daemons to end by a signal that this one ignores, and waits for them.
+        atexit.register(process.kill)
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
@@ -185,7 +211,8 @@ def _serve(
 ) -> None:
     """Answer questions until the connection closes; runs in the second process."""
     theirs.close()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the first process, which ends this
+    for number in ENDING_SIGNALS:  # they are for the first process, which ends this one
+        signal.signal(number, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     shared = mx.get_active_memory()
     mx.reset_peak_memory()

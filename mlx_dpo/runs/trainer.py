@@ -1,6 +1,6 @@
 """The DPO trainer: trains a policy as a `DPOConfig` says and writes a run folder."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import fields, replace
 from inspect import signature
@@ -307,8 +307,14 @@ class DPOTrainer:
 
         The run is prepared first if necessary. Each row is in `metrics.jsonl` before it is
         yielded. After the last row the adapters are in the run folder, unless a stop was
-        requested: then `stopped` is True and the run can be resumed. See also `warnings`.
+        requested: then `stopped` is True and the run can be resumed. See also `warnings`. No row
+        follows after the trainer's context is left.
         """
+        steps = self._steps()
+        self._resources.callback(steps.close)  # ends a second process, which has the lock file open
+        return steps
+
+    def _steps(self) -> Generator[MetricsRow, None, None]:
         if not self._is_prepared:
             self.prepare()
         self._progress = self.start

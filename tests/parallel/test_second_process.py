@@ -1,5 +1,6 @@
 """The second process: order of replies, errors, its end, and what it shares with this process."""
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -85,16 +86,56 @@ def test_leaving_ends_a_process_that_still_computes():
     assert multiprocessing.active_children() == []
 
 
-def test_ctrl_c_is_left_to_the_first_process():
-    """A terminal sends it to both; the second one would otherwise print a traceback."""
+def test_a_question_to_a_dead_process_is_the_same_error():
+    """As when memory runs out while this process evaluates between two steps."""
+    with SecondProcess(squares) as second:
+        second.ask([1])
+        second.receive()
+        os.kill(second.pid, signal.SIGKILL)
+        second._reader.join()
+        with pytest.raises(TrainingError, match=r"^the second process of the run ended \(exit cod"):
+            second.ask([2])
+
+
+def test_a_process_that_cannot_begin_is_an_error_with_its_cause(monkeypatch):
+    def refuse():
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr(os, "fork", refuse)
+    with (
+        SecondProcess(squares) as second,
+        pytest.raises(TrainingError, match=r"cannot begin \(Can"),
+    ):
+        second.ask([1])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_are_left_to_the_first_process(number):
+    """A terminal sends them to both; the handler of the first one would run and print twice."""
+    before = signal.signal(number, lambda *_: os.write(2, b"handled"))
 
     def answer(question):
-        os.kill(os.getpid(), signal.SIGINT)
-        yield "still here"
+        yield signal.getsignal(number)
 
-    with SecondProcess(answer) as second:
-        second.ask(None)
-        assert second.receive() == "still here"
+    try:
+        with SecondProcess(answer) as second:
+            second.ask(None)
+            assert second.receive() == signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
+
+
+LEFT_OPEN = """
+from mlx_dpo.parallel.second_process import SecondProcess
+second = SecondProcess(lambda question: [question])
+second.ask(1)
+print(second.receive())
+"""
+
+
+def test_python_ends_although_a_process_was_not_closed():
+    ended = subprocess.run([sys.executable, "-c", LEFT_OPEN], capture_output=True, timeout=20)
+    assert (ended.stdout, ended.returncode) == (b"1\n", 0)
 
 
 def test_a_process_that_stands_still_is_an_error(monkeypatch):
@@ -159,6 +200,13 @@ def test_openblas_has_half_of_its_threads_in_both_processes_meanwhile(monkeypatc
 def test_two_passes_need_two_threads_of_openblas(threads, possible, monkeypatch):
     monkeypatch.setattr(openblas, "num_threads", lambda: threads)
     assert can_compute_two_passes() is possible
+
+
+def test_a_daemon_computes_one_pass_after_the_other(monkeypatch):
+    """Python forbids it to have children."""
+    monkeypatch.setattr(openblas, "num_threads", lambda: 2)
+    monkeypatch.setitem(vars(multiprocessing.current_process())["_config"], "daemon", True)
+    assert can_compute_two_passes() is False
 
 
 PARENT = """

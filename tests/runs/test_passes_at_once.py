@@ -1,6 +1,7 @@
 """When a run computes two passes at once, and that a resumed run does as it did."""
 
 import json
+import multiprocessing
 import sys
 from dataclasses import replace
 
@@ -9,6 +10,8 @@ import pytest
 
 from mlx_dpo.parallel import second_process
 from mlx_dpo.runs import auto_batch_size
+from mlx_dpo.runs.folder import lock_folder
+from mlx_dpo.runs.trainer import DPOTrainer
 from tests.runs.test_auto_batch_size import memory_limit, stopped_after
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks on Linux only")
@@ -57,6 +60,17 @@ def test_a_run_with_two_passes_at_once_ends_with_the_same_bits(config, tmp_path,
     for name, value in expected.items():
         assert mx.array_equal(adapters_of(whole)[name], value), name
         assert mx.array_equal(adapters_of(parts)[name], value), name
+
+
+def test_leaving_the_trainer_ends_the_second_process_and_releases_the_lock(config):
+    """Also if the caller keeps the iterator of the steps, as a cell of a notebook does."""
+    with DPOTrainer(config) as trainer:
+        steps = trainer.steps()
+        next(steps)
+        assert multiprocessing.active_children()
+    assert multiprocessing.active_children() == []
+    with lock_folder(trainer.paths):
+        assert list(steps) == []
 
 
 def test_without_memory_for_two_passes_they_come_one_after_the_other(config, tmp_path):
