@@ -125,7 +125,7 @@ class EpochEstimate:
     passes: int
     tokens: int  # through the layers
     prompts: int
-    single_pairs: int  # tokens of the same pairs, each with its prompt once, alone in its pass
+    tokens_pair_by_pair: int  # with one pair per pass, which runs its prompt once
     whole_rows: int  # tokens of the same pairs as whole padded rows
     rows: int  # tokens through the head
     operations: int
@@ -357,7 +357,7 @@ class _RunEstimator:
             passes=counts.micro_batches,
             tokens=tokens.layer_tokens,
             prompts=len(set(prompt_keys(train))),
-            single_pairs=int(column(train, LENGTHS).sum()) - 2 * len(train),
+            tokens_pair_by_pair=int(column(train, LENGTHS).sum()) - 2 * len(train),
             whole_rows=count(cost=padded_row_tokens).tokens.total,
             rows=tokens.head_tokens,
             operations=train_flops(tokens) + extra_flops,

@@ -2,7 +2,7 @@
 
 import re
 
-COUNTED = re.compile(r"\b(pair|row|answer|step|warning)s\b")
+COUNTED = re.compile(r"\b(pair|row|answer|step|warning|prompt)s\b")
 
 
 def format_items(count: int, items: str) -> str:

@@ -108,12 +108,15 @@ def summary_lines(estimate: "RunEstimate") -> list[SummaryLine]:
 
 def _sharing_lines(estimate: "RunEstimate") -> list[SummaryLine]:
     """Return a line on the tokens that passes save by shared beginnings, if they share any."""
+    from mlx_dpo.units import format_items
+
     epoch = estimate.epoch
     if estimate.choice.name != "trie":
         return []
-    saved = 1 - epoch.tokens / epoch.single_pairs
-    pairs = f"{len(estimate.inputs.train):,} pairs of {epoch.prompts:,} prompts"
-    text = f"{pairs}; sharing beginnings saves {saved:.1%} of the tokens of single pairs"
+    saved = 1 - epoch.tokens / epoch.tokens_pair_by_pair
+    prompts = format_items(epoch.prompts, "prompts")
+    pairs = f"{format_items(len(estimate.inputs.train), 'pairs')} of {prompts}"
+    text = f"{pairs}; shared beginnings save {saved:.1%} of the tokens of one pair per pass"
     return [("", text)]
 
 

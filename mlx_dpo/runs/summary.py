@@ -299,7 +299,7 @@ def _describe_steps(run: "DPOTrainer") -> str:
 
 
 def _summarize_order(run: "DPOTrainer") -> list[SummaryLine]:
-    """Return a line about the order of the pairs, if prompts have several pairs."""
+    """Return a line about the order of the pairs, if prompts have several pairs or are grouped."""
     config, train, order = run.config, run.inputs.train, run.order
     prompts = len(set(prompt_keys(train)))
     counts = f"{len(train):,} {config.unit} of {prompts:,} prompts"
@@ -370,7 +370,7 @@ def _describe_sharing(run: "DPOTrainer", counts: EpochMicroBatches) -> str:
     lengths = column(run.inputs.train, LENGTHS)
     alone = int(lengths.sum()) - 2 * len(lengths)
     saved = 1 - (counts.tokens.total - counts.tokens.padding) / alone
-    return f", {saved:.1%} saved by what texts share at their beginning"
+    return f", {saved:.1%} saved by shared beginnings"
 
 
 def _summarize_oversized(run: "DPOTrainer") -> list[str]:

@@ -89,10 +89,10 @@ def test_tokens_of_an_epoch_by_hand(tmp_path):
     epoch = planned(*settings)["epoch"]
     assert epoch["tokens"] == 2 * (prompt + chosen - 1 + rejected - 1 - alike)
     assert epoch["rows"] == 2 * (chosen + rejected - alike)
-    assert epoch["single_pairs"] == 4 * (prompt + chosen - 1 + rejected - 1)
+    assert epoch["tokens_pair_by_pair"] == 4 * (prompt + chosen - 1 + rejected - 1)
     assert (epoch["prompts"], epoch["passes"]) == (1, 2)
-    saved = 1 - epoch["tokens"] / epoch["single_pairs"]
-    line = f"4 pairs of 1 prompts; sharing beginnings saves {saved:.1%} of the tokens"
+    saved = 1 - epoch["tokens"] / epoch["tokens_pair_by_pair"]
+    line = f"4 pairs of 1 prompt; shared beginnings save {saved:.1%} of the tokens"
     assert line in " ".join(plan(*settings).output.split())
 
 

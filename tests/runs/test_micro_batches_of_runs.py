@@ -49,7 +49,7 @@ def test_the_header_describes_a_micro_batch(config, tmp_path):
     total = real / (1 - float(header_line[2]) / 100)
     assert int(header_line[1]) == pytest.approx(total / 5, rel=0.02)
     trainer, [line] = prepared(replace(config, output=str(tmp_path / "trie")))
-    shared = re.fullmatch(text + r", (.*)% saved by what texts share at their beginning", line)
+    shared = re.fullmatch(text + r", (.*)% saved by shared beginnings", line)
     assert shared[2] == "0.0"
     assert int(shared[1]) == pytest.approx(real / 5 * (1 - float(shared[3]) / 100), rel=0.02)
     assert float(shared[3]) > 5  # all prompts begin with «What is »
