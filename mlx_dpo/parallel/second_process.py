@@ -18,6 +18,7 @@ import queue
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +26,7 @@ from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import mlx.core as mx
 
@@ -36,7 +37,8 @@ PASSES_AT_ONCE = 2
 STALL_SECONDS = 60.0  # a process that uses no CPU time for so long is stuck
 # A terminal, `timeout` or systemd sends them to both processes.
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-PR_SET_PDEATHSIG = 1  # prctl: the signal that this process gets when its parent dies
+PR_SET_PDEATHSIG = 1  # prctl: the signal that this process gets when the thread that forked it ends
+WATCH_SECONDS = 0.2  # between two looks at the parent, where a thread forked that may end earlier
 
 _extra_bytes = 0  # largest memory that a second process needed beyond what it shares
 
@@ -167,7 +169,8 @@ class SecondProcess:
         mx.synchronize()  # a thread of MLX that worked now would be missing in the fork
         self._connection, theirs = multiprocessing.Pipe()
         fork = multiprocessing.get_context("fork")
-        arguments = (self.answer, theirs, self._connection, os.getpid())
+        parent = Parent(os.getpid(), threading.current_thread() is threading.main_thread())
+        arguments = (self.answer, theirs, self._connection, parent)
         process = fork.Process(target=_serve, args=arguments, daemon=True)
         with theirs, warnings.catch_warnings():  # Python 3.12 warns of forks beside threads
             warnings.simplefilter("ignore", DeprecationWarning)
@@ -206,14 +209,40 @@ def peak_memory() -> int:
     return mx.get_peak_memory() + _extra_bytes
 
 
+class Parent(NamedTuple):
+    """The process that forked, and whether its main thread did."""
+
+    pid: int
+    by_main_thread: bool
+
+    def is_alive(self) -> bool:
+        """Return whether this process, its child, still has this parent."""
+        return os.getppid() == self.pid
+
+    def end_with(self) -> None:
+        """Let this process, its child, be killed when the parent ends."""
+        if self.by_main_thread:
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        else:
+            threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        while self.is_alive():
+            time.sleep(WATCH_SECONDS)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def _serve(
-    answer: Callable[[Any], Iterable[Any]], connection: Connection, theirs: Connection, parent: int
+    answer: Callable[[Any], Iterable[Any]],
+    connection: Connection,
+    theirs: Connection,
+    parent: Parent,
 ) -> None:
     """Answer questions until the connection closes; runs in the second process."""
     theirs.close()
     for number in ENDING_SIGNALS:  # they are for the first process, which ends this one
         signal.signal(number, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    parent.end_with()
     shared = mx.get_active_memory()
     mx.reset_peak_memory()
 
@@ -225,7 +254,7 @@ def _serve(
     # MLX's streams belong to the thread that made them; those of this one stayed in the first
     # process, where work for them would wait for ever.
     with ThreadPoolExecutor(1, initializer=_use_new_stream) as executor:
-        while os.getppid() == parent:
+        while parent.is_alive():
             try:
                 question = connection.recv_bytes()
             except EOFError:

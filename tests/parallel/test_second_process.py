@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from itertools import count
 
@@ -210,26 +211,41 @@ def test_a_daemon_computes_one_pass_after_the_other(monkeypatch):
 
 
 PARENT = """
-import os, signal, time
+import os, signal, threading, time
 from mlx_dpo.parallel.second_process import SecondProcess
 def answer(question):
     yield os.getpid()
     time.sleep(60)
-with SecondProcess(answer) as second:
+def ask():
     second.ask(None)
     print(second.receive(), flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
+with SecondProcess(answer) as second:
+    CALL
 """
 
 
-def test_the_process_ends_when_the_first_one_is_killed():
+@pytest.mark.parametrize("call", ["ask()", "threading.Thread(target=ask).start()"])
+def test_the_process_ends_when_the_first_one_is_killed(call):
     """Otherwise it would hold the lock of the run folder while it computes."""
-    ended = subprocess.run([sys.executable, "-c", PARENT], capture_output=True, check=False)
+    program = PARENT.replace("CALL", f"{call}; time.sleep(60)")
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
     second = int(ended.stdout)
     deadline = time.monotonic() + 10
     while is_running(second):
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_the_process_outlives_the_thread_that_began_it():
+    """A web server may ask for each step in another thread."""
+    with SecondProcess(squares) as second:
+        thread = threading.Thread(target=lambda: second.ask([1]))
+        thread.start()
+        thread.join()
+        second.receive()
+        second.ask([2])
+        assert second.receive()["square"].item() == 4
 
 
 def is_running(pid):
