@@ -135,20 +135,21 @@ def pairs_digest(pairs: Sequence[TokenizedPair], *, rankings: bool = False) -> s
 
 
 def count_shared_pairs(first: Sequence[TokenizedPair], second: Sequence[TokenizedPair]) -> int:
-    """Return how many distinct pairs occur in both `first` and `second`, by their token ids.
+    """Return how many distinct pairs occur in both `first` and `second`, by their token ids."""
+    return len(set(pair_keys(first)) & set(pair_keys(second)))
 
-    The mismatched completion of an unpaired example (KTO) is not compared: it comes from another
+
+def pair_keys(pairs: Sequence[TokenizedPair]) -> list[bytes]:
+    """Return one key per pair, made from its token ids; equal pairs have equal keys.
+
+    The mismatched completion of an unpaired example (KTO) is left out: it comes from another
     example.
     """
-    return len(_part_digests(first) & _part_digests(second))
-
-
-def _part_digests(pairs: Sequence[TokenizedPair]) -> set[bytes]:
     parts = np.array(column(pairs, PART_DIGESTS))
     parts[column(pairs, LABELS) != NO_LABEL, 2] = bytes(PART_DIGEST_BYTES)
     width = 3 * PART_DIGEST_BYTES
     data = parts.tobytes()
-    return {data[start : start + width] for start in range(0, len(data), width)}
+    return [data[start : start + width] for start in range(0, len(data), width)]
 
 
 class PairLengths(NamedTuple):

@@ -17,7 +17,7 @@ from mlx_dpo.adapters.layers import adapter_rank
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.config.training import SCORED_BY_PAIRS, PassLimit
 from mlx_dpo.data.batches.micro_batches import largest_micro_batch
-from mlx_dpo.data.batches.order import PairOrder
+from mlx_dpo.data.batches.order import PairOrder, group_numbers
 from mlx_dpo.data.columns import LENGTHS, column, longest_pairs, prompt_keys
 from mlx_dpo.errors import ConfigError
 from mlx_dpo.generation.context import context_length
@@ -157,10 +157,9 @@ def with_grouping(config: DPOConfig, pairs: Sequence[TokenizedPair]) -> tuple[DP
     is_shared = config.scorer not in ("plain", "shared")
     if config.group_by_prompt is not None or config.uses_whole_batch or not is_shared:
         return config, ""
-    prompts = len(set(prompt_keys(pairs)))
-    if prompts == len(pairs):
+    if int(group_numbers(pairs).max(initial=-1)) + 1 == len(pairs):
         return config, ""
-    reason = f"{len(pairs):,} pairs of {prompts:,} prompts"
+    reason = f"{len(pairs):,} pairs of {len(set(prompt_keys(pairs))):,} prompts"
     return replace(config, group_by_prompt=True), reason
 
 

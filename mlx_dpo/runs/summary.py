@@ -16,6 +16,7 @@ from mlx_dpo.adapters.master_weights import forward_dtypes
 from mlx_dpo.adapters.targets import block_paths, has_tied_embeddings
 from mlx_dpo.config.data import DEFAULT_MAX_LENGTH
 from mlx_dpo.config.dpo_config import DPOConfig
+from mlx_dpo.config.training import SCORED_BY_PAIRS
 from mlx_dpo.data.batches.micro_batches import EpochMicroBatches, count_micro_batches
 from mlx_dpo.data.batches.token_counts import shares_prefixes
 from mlx_dpo.data.columns import LENGTHS, column, count_shared_pairs, prompt_keys
@@ -309,7 +310,8 @@ def _summarize_order(run: "DPOTrainer") -> list[SummaryLine]:
         return [("order", text + f"; {large:,} above `batch_size`, {steps}" * (large > 0))]
     if order.prompts is not None:
         text = f"{counts}; those of one prompt stay together"
-        return [("order", text if prompts < len(train) else f"{counts}: nothing to group")]
+        is_grouped = order.count_groups() < len(train)
+        return [("order", text if is_grouped else f"{counts}: nothing to group")]
     if prompts == len(train):
         return []
     return [("order", f"{counts}, shuffled one by one: {_reason_for_no_groups(run)}")]
@@ -323,7 +325,9 @@ def _reason_for_no_groups(run: "DPOTrainer") -> str:
         return "as requested"
     if config.uses_whole_batch:
         return "the loss compares the pairs of a step"
-    return f"the scorer {config.scorer} would not gain from groups"
+    if config.scorer in SCORED_BY_PAIRS:
+        return f"the scorer {config.scorer} would not gain from groups"
+    return "those of one prompt are copies"
 
 
 def describe_learning_rate(config: DPOConfig, reason: str) -> str:

@@ -68,6 +68,18 @@ def test_other_runs_keep_the_order_of_pairs_shuffled_one_by_one(repeated, config
     assert prepared(asked)[1] == "9 pairs of 9 prompts: nothing to group"
 
 
+def test_copies_of_pairs_are_no_reason_to_group(config):
+    """`mix` would otherwise fill each step with copies of a few pairs."""
+    copied = replace(config, mix=(2.0,), valid_fraction=0.0)
+    trainer, line = prepared(copied)
+    count = len(trainer.inputs.train)
+    about = f"{count} pairs of {count // 2} prompts"
+    assert trainer.config.group_by_prompt is None and trainer.order.prompts is None
+    assert line == f"{about}, shuffled one by one: those of one prompt are copies"
+    asked = replace(copied, group_by_prompt=True, output=f"{config.output}-asked")
+    assert prepared(asked)[1] == f"{about}: nothing to group"
+
+
 def test_a_grouped_run_resumes_bit_for_bit_in_the_middle_of_an_epoch(repeated, tmp_path):
     straight = replace(repeated, output=str(tmp_path / "straight"))
     train(straight)

@@ -3,6 +3,7 @@
 The order depends only on seed and step, so no shuffling state is saved for resuming.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -10,7 +11,7 @@ from typing import NamedTuple, Self
 
 import numpy as np
 
-from mlx_dpo.data.columns import prompt_keys
+from mlx_dpo.data.columns import RANKINGS, column, pair_keys, prompt_keys
 from mlx_dpo.types import TokenizedPair
 
 
@@ -26,8 +27,8 @@ class PairOrder:
         count: number of training pairs.
         batch_size: pairs per optimizer step.
         seed: seed of the shuffling.
-        prompts: number of each pair's prompt, (count,); pairs of equal numbers stay together. None
-            shuffles the pairs one by one.
+        prompts: number of each pair's group, (count,): the pairs of a prompt, which stay together.
+            None shuffles the pairs one by one.
         whole_prompts: whether no prompt is divided between two steps. Needs `prompts`.
     """
 
@@ -52,7 +53,7 @@ class PairOrder:
         whole_prompts: bool = False,
     ) -> Self:
         """Return the order of `pairs`; `whole_prompts` implies `group_by_prompt`."""
-        prompts = prompt_numbers(pairs) if group_by_prompt or whole_prompts else None
+        prompts = group_numbers(pairs) if group_by_prompt or whole_prompts else None
         return cls(
             count=len(pairs),
             batch_size=batch_size,
@@ -97,6 +98,10 @@ class PairOrder:
             return epoch + position * self.batch_size / self.count
         return epoch + _epoch(self, epoch).ends[position] / self.count
 
+    def count_groups(self) -> int:
+        """Return the number of groups of pairs that stay together; `count` without `prompts`."""
+        return self.count if self.prompts is None else int(self.prompts.max(initial=-1)) + 1
+
     def count_oversized_prompts(self) -> int:
         """Return the number of prompts of more than `batch_size` pairs."""
         return (
@@ -126,6 +131,23 @@ def prompt_numbers(pairs: Sequence[TokenizedPair]) -> np.ndarray:
     return np.array([numbers.setdefault(key, len(numbers)) for key in prompt_keys(pairs)], np.int64)
 
 
+def group_numbers(pairs: Sequence[TokenizedPair]) -> np.ndarray:
+    """Return the number of each pair's group: the pairs of a prompt, each of them once. (B,)
+
+    Copies of a pair, which `mix` and equal rows make, are in different groups: a step that sees a
+    pair twice sees fewer different pairs. Copies of a ranked list are different groups as well.
+    """
+    places = column(pairs, RANKINGS)[:, :3].tolist()  # list, and completions in the list
+    copies: Counter[object] = Counter()
+    numbers: dict[object, int] = {}
+    found = []
+    for prompt, ids, place in zip(prompt_keys(pairs), pair_keys(pairs), places, strict=True):
+        pair = prompt, ids, *place
+        found.append(numbers.setdefault((prompt, copies[pair]), len(numbers)))
+        copies[pair] += 1
+    return np.array(found, np.int64)
+
+
 class _Epoch(NamedTuple):
     """The pairs of an epoch, and where its steps begin and end."""
 
@@ -139,7 +161,7 @@ def _epoch(pairs: PairOrder, epoch: int) -> _Epoch:
     generator = np.random.default_rng([pairs.seed % 2**64, epoch])
     order = generator.permutation(pairs.count)
     if pairs.prompts is not None:
-        ranks = generator.permutation(int(pairs.prompts.max(initial=-1)) + 1)
+        ranks = generator.permutation(pairs.count_groups())
         order = order[np.argsort(ranks[pairs.prompts[order]], kind="stable")]
     order.flags.writeable = False
     if pairs.whole_prompts:

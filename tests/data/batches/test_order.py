@@ -1,10 +1,12 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_dpo.data.batches.order import PairOrder, prompt_numbers
-from mlx_dpo.types import TokenizedPair
+from mlx_dpo.data.batches.order import PairOrder, group_numbers, prompt_numbers
+from mlx_dpo.types import NO_LIST, TokenizedPair
 
 
 def epoch(number, *, count, batch_size, seed):
@@ -132,13 +134,32 @@ def test_grouped_epochs_have_every_pair_once_and_no_prompt_twice(prompts, batch_
 
 
 def test_equal_prompts_have_equal_numbers_in_the_order_of_the_pairs():
-    pairs = [TokenizedPair(prompt, (1,), (2,)) for prompt in ((7, 8), (3,), (7, 8), (9,), (3,))]
+    prompts = ((7, 8), (3,), (7, 8), (9,), (3,))
+    pairs = [TokenizedPair(prompt, (1,), (number,)) for number, prompt in enumerate(prompts)]
     assert prompt_numbers(pairs).tolist() == [0, 1, 0, 2, 1]
     grouped = PairOrder.of(pairs, batch_size=2, seed=0, group_by_prompt=True)
     assert grouped.prompts.tolist() == [0, 1, 0, 2, 1] and not grouped.whole_prompts
     assert PairOrder.of(pairs, batch_size=2, seed=0).prompts is None
     whole = PairOrder.of(pairs, batch_size=2, seed=0, whole_prompts=True)
     assert whole.whole_prompts and whole.prompts is not None
+
+
+def test_copies_of_a_pair_are_in_groups_of_their_own():
+    """A step would otherwise have the same pair again and again."""
+    a, b, other = (TokenizedPair((7, 8), (1,), (n,)) for n in (2, 3, 4))
+    c = TokenizedPair((9,), (1,), (2,))
+    # The prompt 7 8 has groups 0 (a, b, other), 2 and 3; the prompt 9 has groups 1 and 4.
+    assert group_numbers([a, b, c, a, b, other, a, c]).tolist() == [0, 0, 1, 2, 2, 0, 3, 4]
+    kto = [replace(c, rejected=(n,), desirable=True) for n in (5, 6)]  # borrowed completions
+    assert group_numbers(kto).tolist() == [0, 1]
+
+
+def test_a_list_with_equal_completions_stays_whole_and_its_copy_is_another_group():
+    ranked = [
+        TokenizedPair((7,), (1,), (2,), ranking=NO_LIST._replace(list_id=5, chosen=n, rejected=2))
+        for n in (0, 1)
+    ]
+    assert group_numbers([*ranked, *ranked]).tolist() == [0, 0, 1, 1]
 
 
 def test_whole_prompts_need_the_numbers_of_the_prompts():
