@@ -18,8 +18,8 @@ from mlx_dpo.io.arrays import scalar
 from mlx_dpo.losses.loss import BETA, Loss
 from mlx_dpo.types import PairLogps
 
-# Log-ratios that differ by less (in nats) are equal: rounding would order them otherwise, as at
-# the first step, and differently for each size of micro-batches.
+# Log-ratios (in nats) are compared as multiples of this: rounding would order those that are equal,
+# as at the first step, and differently for each size of micro-batches.
 TIE = 1e-3
 # Largest absolute score for `lipo_lambda`: its gains are powers of two.
 LARGEST_SCORE = 20.0
@@ -73,9 +73,9 @@ def lipo_lambda_loss(
     where w is chosen, l rejected, and the rank, from 1, is that among the list's completions in
     the order of the policy's log-ratios. No gradient flows through ranks and weights.
 
-    Ties: log-ratios that differ by less than `TIE` are ordered by score, the better one first, so
-    that the ranks are those of the data before the first step. If the scores are equal, too, the
-    completions share the mean of their ranks.
+    Ties: log-ratios that are equal when rounded to multiples of `TIE` are ordered by score, the
+    better one first, so that the ranks are those of the data before the first step. If the scores
+    are equal, too, the completions share the mean of their ranks.
 
     Args:
         margins: m, margins in nats. (B,)
@@ -103,9 +103,9 @@ def _ranks(ratios: mx.array, lists: mx.array, places: mx.array, scores: mx.array
         empty = mx.full((num_lists * size,), -mx.inf)
         return empty.at[at].maximum(mx.stop_gradient(values)).reshape(num_lists, 1, size)
 
-    ratio, score = spread(ratios), spread(scores)
+    ratio, score = spread(mx.round(ratios / TIE)), spread(scores)
     own_ratio, own_score = ratio.swapaxes(1, 2), score.swapaxes(1, 2)  # (L, K, 1), others: last
-    is_tied = mx.abs(ratio - own_ratio) < TIE  # False for -inf
+    is_tied = ratio == own_ratio
     before = mx.where(is_tied, score > own_score, ratio > own_ratio).astype(mx.float32)
     equals = (is_tied & (score == own_score)).sum(axis=2) - 1  # without the completion itself
     return (1 + before.sum(axis=2) + 0.5 * equals).reshape(-1)[at]

@@ -223,6 +223,13 @@ def test_equal_log_ratios_have_the_ranks_of_the_data():
             assert found[i, j] == pytest.approx(discount(*ranks), rel=1e-4)
 
 
+def test_ranks_are_an_order_when_each_log_ratio_is_close_to_the_next():
+    """The first and the last are not equal; all three would have rank 2, and no pair a weight."""
+    found = ranks_of(np.array([0.0, 0.8, 1.6]) * TIE, [3.0, 2.0, 1.0])
+    for (i, j), ranks in {(0, 1): (3, 2), (0, 2): (3, 1), (1, 2): (2, 1)}.items():
+        assert found[i, j] == pytest.approx(discount(*ranks), rel=1e-4)
+
+
 def test_completions_of_equal_score_and_log_ratio_share_their_ranks():
     found = ranks_of([0.0, 0.0, 0.0], [1.0, 1.0, 0.0])
     assert found[0, 2] == pytest.approx(discount(1.5, 3), rel=1e-5)
