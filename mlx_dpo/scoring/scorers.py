@@ -30,6 +30,7 @@ from mlx_dpo.scoring.kernels.attention_dispatch import use_chunked_attention
 from mlx_dpo.scoring.kernels.gradient_checkpointing import gradient_checkpointing
 from mlx_dpo.scoring.kernels.rope import use_token_positions
 from mlx_dpo.scoring.kernels.swiglu import use_fast_swiglu
+from mlx_dpo.scoring.kernels.take_rows import take_rows
 from mlx_dpo.scoring.lm_head import chunked_log_weights, chunked_logps
 from mlx_dpo.scoring.logps import pair_log_weights, pair_logps
 from mlx_dpo.scoring.packing.packed_sequence import PackedSequence, packed_hidden_states
@@ -184,9 +185,9 @@ def _packed_values(
 ) -> mx.array:
     """Return a number per predicted token of a packed sequence, computed by `token_values`. (n,)"""
     head = sequence.head_rows()
-    hidden = packed_hidden_states(model, parts, sequence)[head.indices]  # (m, D)
+    hidden = take_rows(packed_hidden_states(model, parts, sequence), head.indices)  # (m, D)
     values = token_values(parts, hidden, head.targets)  # (m,)
-    return values if head.rows is None else values[head.rows]
+    return values if head.rows is None else take_rows(values, head.rows)
 
 
 def _sum_logps(logps: mx.array, shorter: int, *, ld_alpha: float | None) -> mx.array:
