@@ -202,7 +202,7 @@ def summarize_training(run: "DPOTrainer", *, verbose: bool = True) -> list[Summa
         *(scorer if verbose or is_fallback else []),
         *([("loss", describe_loss(run.config))] if verbose else []),
         ("steps", _describe_steps(run)),
-        *(_summarize_order(run) if verbose else []),
+        *_summarize_order(run),
         *([*_summarize_best(run), _summarize_micro_batches(run)] if verbose else []),
         *[("" if verbose else "micro-batches", line) for line in oversized],
         *(_summarize_samples(run) if verbose or run.answer_sampler is None else []),

@@ -35,7 +35,7 @@ def repeated(config, tmp_path):
 def prepared(config, **more):
     with DPOTrainer(config, **more) as trainer:
         trainer.prepare()
-        return trainer, dict(summarize_training(trainer)).get("order")
+        return trainer, dict(summarize_training(trainer, verbose=False)).get("order")
 
 
 def test_pairs_of_repeated_prompts_are_grouped_and_the_header_says_so(repeated):
