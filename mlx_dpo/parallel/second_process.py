@@ -172,7 +172,7 @@ class SecondProcess:
         parent = Parent(os.getpid(), threading.current_thread() is threading.main_thread())
         arguments = (self.answer, theirs, self._connection, parent)
         process = fork.Process(target=_serve, args=arguments, daemon=True)
-        with theirs, warnings.catch_warnings():  # Python 3.12 warns of forks beside threads
+        with theirs, warnings.catch_warnings():  # Python 3.12 warns if there are threads
             warnings.simplefilter("ignore", DeprecationWarning)
             try:
                 process.start()
