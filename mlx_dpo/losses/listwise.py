@@ -48,12 +48,23 @@ def plackett_luce_loss(
 
     Source: Rafailov et al. 2023, arXiv:2305.18290, App. A.3.
     """
-    chosen, count = _chosen_completions(lists, places)
+    size = _max(places) + 1
+    count = (_max(lists) + 1) * size  # of chosen completions i; a row of `size` for each
+    # Distinct indices, so that every run adds the terms of a row in the same order, on a GPU too.
+    at = (lists * size + places[:, 0]) * size + places[:, 1]
     exponents = -beta * margins
-    shift = mx.zeros((count,)).at[chosen].maximum(mx.stop_gradient(exponents))  # 0 at least
-    sums = mx.exp(-shift).at[chosen].add(mx.exp(exponents - shift[chosen]))
-    pairs = mx.zeros((count,)).at[chosen].add(mx.ones_like(margins))
-    return (shift + mx.log(sums))[chosen] / pairs[chosen]
+
+    def spread(values: mx.array) -> mx.array:
+        return mx.zeros((count * size,)).at[at].add(values).reshape(count, size)
+
+    def by_pair(rows: mx.array) -> mx.array:
+        return mx.broadcast_to(rows, (count, size)).reshape(-1)[at]
+
+    largest = spread(mx.stop_gradient(mx.maximum(exponents, 0)))
+    shift = largest.max(axis=1, keepdims=True)
+    sums = spread(mx.exp(exponents - by_pair(shift))).sum(axis=1, keepdims=True)
+    pairs = spread(mx.ones_like(margins)).sum(axis=1, keepdims=True)
+    return by_pair(shift + mx.log(mx.exp(-shift) + sums)) / by_pair(pairs)
 
 
 def lipo_lambda_loss(
@@ -109,12 +120,6 @@ def _ranks(ratios: mx.array, lists: mx.array, places: mx.array, scores: mx.array
     before = mx.where(is_tied, score > own_score, ratio > own_ratio).astype(mx.float32)
     equals = (is_tied & (score == own_score)).sum(axis=2) - 1  # without the completion itself
     return (1 + before.sum(axis=2) + 0.5 * equals).reshape(-1)[at]
-
-
-def _chosen_completions(lists: mx.array, places: mx.array) -> tuple[mx.array, int]:
-    """Return an index of each pair's chosen completion (B,), and a bound on the indices."""
-    size = _max(places) + 1
-    return lists * size + places[:, 0], (_max(lists) + 1) * size
 
 
 def _max(indices: mx.array) -> int:

@@ -188,6 +188,23 @@ def test_the_order_of_pairs_and_completions_does_not_matter(name):
         assert np.abs(sums - whole[order]).max() <= 2e-6 * max(1.0, np.abs(whole).max())
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_the_order_of_pairs_changes_no_bit(name):
+    """A GPU adds in any order what has the same index, and a run would not resume bit for bit."""
+    scores = [list(range(9))]
+    pairs, where = pairs_of(scores)
+    scored = scored_pairs(pairs, where, [np.random.default_rng(2).normal(0, 3, 9)])
+    order = np.random.default_rng(3).permutation(len(pairs)).tolist()
+    values = value_and_slopes(name, scored)
+    permuted = scored_pairs(
+        [pairs[i] for i in order],
+        [where[i] for i in order],
+        [np.random.default_rng(2).normal(0, 3, 9)],
+    )
+    for value, other in zip(values, value_and_slopes(name, permuted), strict=True):
+        assert value[order].tolist() == other.tolist()
+
+
 def test_equal_weights_make_lipo_lambda_the_mean_logistic_loss():
     """The losses of the pairs, each divided by its weight, are those of `sigmoid`."""
     pairs, where = pairs_of()
