@@ -63,7 +63,7 @@ class TrainingSettings:
         int,
         TRAINING,
         minimum=1,
-        default_text="what fits, up to 2 on the CPU, 8 on a GPU",
+        default_text="what fits, up to 2 on the CPU (8 if short or with shared texts), 8 on a GPU",
     )
     micro_batch_tokens: int | None = setting(
         None,

@@ -3,6 +3,7 @@
 import json
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import combinations
 
 import mlx.core as mx
 import pytest
@@ -13,6 +14,7 @@ from mlx_dpo.errors import ConfigError
 from mlx_dpo.profiling.device_memory import MemoryBudget
 from mlx_dpo.runs import auto_batch_size
 from mlx_dpo.runs.auto_batch_size import (
+    _larger_sizes,
     candidate_settings,
     fit_micro_batch_size,
     longest_micro_batch,
@@ -73,6 +75,57 @@ def test_unset_sizes_are_tried_in_this_order():
     assert list(candidate_settings(explicit)) == [explicit]
     by_tokens = candidate_settings(DPOConfig(micro_batch_tokens=99))
     assert [(c.micro_batch_size, c.recompute) for c in by_tokens] == [(None, False), (None, True)]
+
+
+@pytest.mark.parametrize(
+    "lengths, batch_size, scorer, sizes",
+    [
+        ((30, 12, 12), 16, "auto", [8, 2, 1]),
+        ((60, 20, 30), 16, "auto", [4, 2, 1]),  # 440 tokens
+        ((60, 25, 30), 16, "auto", [2, 1]),  # 460 tokens
+        ((30, 12, 12), 8, "auto", [4, 2, 1]),  # two passes in a step
+        ((30, 12, 12), 4, "auto", [2, 1]),
+        ((30, 12, 12), 16, "shared", [2, 1]),  # as in earlier versions
+    ],
+)
+def test_short_pairs_go_together_on_the_cpu(deep, lengths, batch_size, scorer, sizes):
+    base, config, choice, _ = deep
+    pairs = random_pairs([lengths] * batch_size, VOCAB)
+    config = replace(config, batch_size=batch_size, scorer=scorer)
+    choice = choice if scorer == "auto" else choose_scorer(base, config)
+    tried = candidate_settings(config, _larger_sizes(config, choice, pairs))
+    assert [(c.micro_batch_size, c.recompute) for c in tried] == [
+        *((size, False) for size in sizes),
+        (2, True),
+        (1, True),
+    ]
+    explicit = replace(config, recompute=True)
+    tried = candidate_settings(explicit, _larger_sizes(explicit, choice, pairs))
+    assert [c.micro_batch_size for c in tried] == [2, 1]
+
+
+def test_larger_passes_on_the_cpu_where_they_run_fewer_tokens(deep):
+    _, config, choice, _ = deep
+    config = replace(config, batch_size=16)
+    rows = random_pairs([(120, 60, 60)] * 24, VOCAB)
+    assert not _larger_sizes(config, choice, rows)  # 240 tokens a pair, nothing shared
+    system = rows[0].prompt[:100]
+    behind = [replace(pair, prompt=system + pair.prompt[100:]) for pair in rows]
+    # 2 pairs run 100 + 2 * 138 = 376 tokens, 8 pairs 100 + 8 * 138: 0.64 of the tokens of 4 passes.
+    assert _larger_sizes(config, choice, behind) == [8]
+    assert _larger_sizes(replace(config, batch_size=8), choice, behind) == [4]  # two passes a step
+    ranked = [
+        replace(pair, prompt=first.prompt, chosen=better, rejected=worse)
+        for first, second in zip(rows[::2], rows[1::2], strict=True)
+        for pair, (better, worse) in zip(
+            [first] * 6,
+            combinations([first.chosen, first.rejected, second.chosen, second.rejected], 2),
+            strict=True,
+        )
+    ]
+    grouped = replace(config, group_by_prompt=True)
+    assert _larger_sizes(grouped, choice, ranked) == [8]
+    assert not _larger_sizes(replace(grouped, micro_batch_size=2), choice, ranked)
 
 
 def test_the_longest_pairs_count(deep):

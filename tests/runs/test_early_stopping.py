@@ -81,6 +81,7 @@ def test_the_metrics_that_can_select_a_model_and_their_directions():
         "rewards/chosen": "higher",
         "rewards/rejected": "lower",
         "rewards/margins": "higher",
+        "rewards/margins_best_worst": "higher",
         "rewards/accuracies": "higher",
         "logps/chosen": "higher",
         "logps/rejected": "lower",
