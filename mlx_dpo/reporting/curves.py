@@ -78,13 +78,6 @@ CURVES = (
         section=RESULTS,
     ),
     Curve(
-        "Margin of best and worst",
-        "nats",
-        "For ranked lists: reward of the best completion minus reward of the worst.",
-        _metrics("best_worst_margins"),
-        baseline=0.0,
-    ),
-    Curve(
         "Accuracy",
         "share",
         "Pairs in which chosen has the higher reward. Chance is 0.5, and while the margin is near "
@@ -100,6 +93,13 @@ CURVES = (
         "(likelihood displacement).",
         _completion_metrics("logps"),
         section=RESULTS,
+    ),
+    Curve(
+        "Margin of best and worst",
+        "nats",
+        "For ranked lists: reward of the best completion minus reward of the worst.",
+        _metrics("best_worst_margins"),
+        baseline=0.0,
     ),
     Curve(
         "Rewards",

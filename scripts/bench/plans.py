@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from mlx_dpo.runs.build import (
 from mlx_dpo.scoring.kernels.gated_delta import use_fused_gated_delta
 from mlx_dpo.scoring.select_scorer import ScorerChoice
 from mlx_dpo.training import loop
-from mlx_dpo.types import PairLogps
+from mlx_dpo.types import PairLogps, TokenizedPair
 
 GROUP_SIZE = 64
 COMMON = {"rms_norm_eps": 1e-6, "rope_theta": 10000.0, "max_position_embeddings": 8192}
@@ -103,6 +103,11 @@ class Case:
         )
 
 
+    def draw_step(self, vocab_size: int) -> list[TokenizedPair]:
+        """Return the random pairs of a step; equal ones would share all their tokens."""
+        return replace(self.point, pairs=2 * self.point.pairs).draw(vocab_size)
+
+
 @dataclass(frozen=True)
 class MemoryComparison:
     """Peak memory of a step, estimated and measured, and the part held between steps, in bytes."""
@@ -126,7 +131,7 @@ class MemoryComparison:
 def compare_memory(case: Case) -> MemoryComparison:
     """Estimate a step without weights, then create the weights and measure it."""
     config = case.settings()
-    pairs = case.point.draw(CONFIGS[case.shape]["vocab_size"]) * 2
+    pairs = case.draw_step(CONFIGS[case.shape]["vocab_size"])
     with ExitStack() as stack:
         base = _empty_model(case)
         stack.enter_context(use_fused_gated_delta(base.model))
@@ -163,7 +168,7 @@ def _measured_peak(case: Case, config: DPOConfig, choice: ScorerChoice) -> int:
         attach_adapters(base, config)
         optimizer = make_optimizer(model, config)
         mx.eval(model.parameters(), optimizer.state)
-        pairs = case.point.draw(base.vocab_size) * 2
+        pairs = case.draw_step(base.vocab_size)
         zeros = mx.zeros((len(pairs),))
         plan = make_plan(config, pairs, PairLogps(zeros, zeros), choice=choice, total_steps=2)
         mx.clear_cache()
