@@ -102,7 +102,6 @@ class Case:
             learning_rate=1e-4,
         )
 
-
     def draw_step(self, vocab_size: int) -> list[TokenizedPair]:
         """Return the random pairs of a step; equal ones would share all their tokens."""
         return replace(self.point, pairs=2 * self.point.pairs).draw(vocab_size)

@@ -214,6 +214,21 @@ def test_clipping_bounds_the_global_norm_and_says_what_it_was():
     assert clipped["b"].item() == pytest.approx(0.8, abs=1e-5)
 
 
+def test_the_norm_of_large_gradients_is_exact():
+    """As in full fine-tuning: added up one after the other, their squares lose the small ones."""
+    draw = np.random.default_rng(0)
+    shapes = {"alone": (1024, 2048), "a": (512, 512), "b": (256, 1024), "small": (64,)}
+    grads = {name: draw.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    expected = sum((value.astype(np.float64) ** 2).sum() for value in grads.values()) ** 0.5
+    _, norm = clip({name: mx.array(value) for name, value in grads.items()}, 0.0)
+    assert norm.item() == pytest.approx(expected, rel=2e-6)
+    for name, value in grads.items():
+        _, own = clip({"x": mx.array(value), "y": mx.array(value)}, 0.0)
+        assert own.item() == pytest.approx(
+            2**0.5 * np.linalg.norm(value.astype(np.float64)), rel=2e-6
+        ), name
+
+
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
 def test_sixteen_bit_gradients_are_measured_and_clipped_in_float32(dtype):
     """Squares of 40 000 overflow float16, and 4 096 ones added up in bfloat16 stay at 256."""
