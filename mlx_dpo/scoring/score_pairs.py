@@ -3,7 +3,8 @@
 They are needed for the reference, for evaluations and for WPO's weights.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from typing import Protocol
 
 import mlx.core as mx
@@ -76,10 +77,11 @@ def score_pairs(
     groups = list(_passes(pairs, limit, cost))
     is_parallel = passes_at_once > 1 and len(groups) >= MIN_PARALLEL_PASSES
     computed = _computed_by_two(build, groups) if is_parallel else _computed_in_turn(build, groups)
-    for indices, logps in zip(groups, computed, strict=True):
-        chosen[indices], rejected[indices] = np.array(logps.chosen), np.array(logps.rejected)
-        _check_finite(indices, chosen + rejected, pairs)
-        progress(len(indices))
+    with closing(computed):  # an error keeps this frame, and with it a second process
+        for indices, logps in zip(groups, computed, strict=True):
+            chosen[indices], rejected[indices] = np.array(logps.chosen), np.array(logps.rejected)
+            _check_finite(indices, chosen + rejected, pairs)
+            progress(len(indices))
     return PairLogps(mx.array(chosen), mx.array(rejected))
 
 
@@ -97,7 +99,7 @@ def _passes(
 
 def _computed_in_turn(
     build: Callable[[Sequence[int]], PairLogps], groups: Sequence[Sequence[int]]
-) -> Iterator[PairLogps]:
+) -> Generator[PairLogps, None, None]:
     """Compute one graph after the other, and yield each when its values are there.
 
     The next graph is built while the last one is computed, but its computation begins only
@@ -119,7 +121,7 @@ def _computed_in_turn(
 
 def _computed_by_two(
     build: Callable[[Sequence[int]], PairLogps], groups: Sequence[Sequence[int]]
-) -> Iterator[PairLogps]:
+) -> Generator[PairLogps, None, None]:
     """Compute every other graph in a second process; yield all in the order of `groups`."""
 
     def compute(group: Sequence[int]) -> PairLogps:

@@ -1,5 +1,6 @@
 """Two passes at once against one after the other: the same bits, the same errors."""
 
+import multiprocessing
 import os
 import sys
 from dataclasses import replace
@@ -16,6 +17,7 @@ from mlx_dpo.io.arrays import named_arrays
 from mlx_dpo.optim.optimizers import build_optimizer
 from mlx_dpo.scoring.score_pairs import score_pairs
 from mlx_dpo.scoring.scorers import TOKEN_COUNTS, make_shared_scorer, plain_scorer
+from mlx_dpo.startup import openblas
 from mlx_dpo.training.loop import Progress, train
 from mlx_dpo.training.objective import Objective
 from mlx_dpo.training.plan import TrainingPlan
@@ -147,3 +149,26 @@ def test_an_error_of_the_second_process_ends_the_scoring_here():
             scorer=fails_elsewhere,
             passes_at_once=2,
         )
+
+
+def test_an_error_here_ends_the_second_process_and_gives_the_threads_back(monkeypatch):
+    """Although the error keeps the frames of its traceback, as in a notebook."""
+    threads = [4]
+    monkeypatch.setattr(openblas, "num_threads", lambda: threads[0])
+    monkeypatch.setattr(openblas, "set_num_threads", lambda count: threads.__setitem__(0, count))
+    with pytest.raises(TrainingError, match="a completion has log-probability inf") as kept:
+        score_pairs(
+            make_llama(),
+            PAIRS,
+            limit=PassLimit(pairs=1),
+            scorer=infinite_here,
+            passes_at_once=2,
+        )
+    assert kept.tb is not None
+    assert threads == [4]
+    assert multiprocessing.active_children() == []
+
+
+def infinite_here(model, pairs):
+    logps = plain_scorer(model, pairs)
+    return logps if os.getpid() != FIRST else PairLogps(logps.chosen * -mx.inf, logps.rejected)
