@@ -18,7 +18,6 @@ from typing import Any
 from mlx_dpo.adapters import peft
 from mlx_dpo.adapters.adapter_files import CONFIG, WEIGHTS, adapter_digest
 from mlx_dpo.config.dpo_config import DPOConfig, rename_earlier_settings
-from mlx_dpo.config.training import SCORED_BY_PAIRS
 from mlx_dpo.data.chat_templates.template_date import get_day, today
 from mlx_dpo.errors import ConfigError, DamagedFileError, RunError, reason
 from mlx_dpo.io.atomic import is_temporary, write_file
@@ -443,8 +442,9 @@ def reference_provenance(record: dict[str, Any], device_and_dtype: str) -> str:
         contents["start"] = start
     if (alpha := record["settings"].get("ld_alpha")) is not None:
         settings["ld_alpha"] = alpha
-    if record["settings"].get("scorer") not in SCORED_BY_PAIRS:  # last bits differ
-        used = record["settings"] | (record.get("automatic_settings") or {})
-        contents["passes"] = f"by tokens, {used.get('scorer')}"
-    settings |= {name: version(name) for name in ("mlx", "mlx-lm")}
+    # Last bits differ with passes by tokens, which `auto` had not before it recorded a scorer.
+    by_tokens = {"trie": "trie", "auto": (record.get("automatic_settings") or {}).get("scorer")}
+    if scorer := by_tokens.get(record["settings"].get("scorer")):
+        contents["passes"] = f"by tokens, {scorer}"
+    settings |= {package: version(package) for package in ("mlx", "mlx-lm")}
     return json.dumps({"scorer": SCORER_VERSION, **contents, **settings})

@@ -21,6 +21,7 @@ from mlx_dpo.runs.build import (
     choose_scorer,
     make_dataset_scorer,
     make_on_policy_weights,
+    with_recorded_scorer,
 )
 from mlx_dpo.runs.folder import check_provenance
 from mlx_dpo.runs.inputs import (
@@ -154,6 +155,7 @@ def _compute_metrics(
     with use_fused_gated_delta(base.model):
         load_reference_into(run, base)
         choice = choose_scorer(base, config, run.record)
+        config = with_recorded_scorer(config, choice, run.record)
         score = make_dataset_scorer(config, choice)
         reference = _reference_logps(run, base, pairs, score)
         load_adapter_into(run, base)

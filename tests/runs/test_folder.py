@@ -9,7 +9,7 @@ import pytest
 from mlx_dpo import DPOTrainer, evaluate_run
 from mlx_dpo.errors import ConfigError, ModelError, RunError
 from mlx_dpo.io.checksums import check_line
-from mlx_dpo.runs.build import inference_limit
+from mlx_dpo.runs.build import inference_limit, make_dataset_scorer
 from mlx_dpo.runs.folder import (
     OLD_KEYS,
     OLD_PROVENANCE_KEYS,
@@ -72,6 +72,10 @@ def test_reference_log_probs_of_the_trie_have_their_own_place_in_the_cache(confi
         return reference_provenance(record, "cpu float32")
 
     assert key({"scorer": "shared"}) == key({"scorer": "plain"})
+    # A run that began before there was a trie scorer keeps its passes, and finds what it cached.
+    assert key({}, micro_batch_size=2) == key({"scorer": "shared"})
+    # So does a setting, also for a reference model, whose record names the scorer as well.
+    assert key({"scorer": "shared"}, scorer="shared") == key({"scorer": "shared"})
     assert key({}, scorer="trie") == key({"scorer": "trie"})
     assert (
         len({key({}, scorer=name) for name in ("trie", "shared")} | {key({"scorer": "plain"})}) == 3
@@ -85,6 +89,21 @@ def test_a_run_of_an_earlier_version_opens(config):
     assert record == trainer.record
     metrics = evaluate_run(config.output).metrics
     assert metrics.loss == pytest.approx(trainer.evaluation["eval_loss"], abs=1e-6)
+
+
+def test_a_run_from_before_the_trie_is_evaluated_as_it_was_trained(config, monkeypatch):
+    """With passes of as many pairs: its log-probs would differ in their last bits."""
+    train(config)
+    edit_record(config.output, lambda record: record["automatic_settings"].pop("scorer"))
+    seen = []
+
+    def record_scorer(config, *more):
+        seen.append(config.scorer)
+        return make_dataset_scorer(config, *more)
+
+    monkeypatch.setattr("mlx_dpo.saved_runs.evaluate.make_dataset_scorer", record_scorer)
+    evaluate_run(config.output)
+    assert seen == ["shared"]
 
 
 def test_a_run_of_an_earlier_version_resumes_bit_for_bit(config, tmp_path):

@@ -177,6 +177,7 @@ def test_caches_of_passes_by_pairs_are_not_read_for_passes_by_tokens(config):
     for name in ("auto", "shared"):
         with DPOTrainer(replace(config, scorer=name, output=f"{config.output}-{name}")) as trainer:
             trainer.load()
+            trainer.attach()
             keys.add(reference_provenance(trainer.record, "cpu float32"))
     assert len(keys) == 2
 
