@@ -8,10 +8,12 @@ from dataclasses import replace
 import mlx.core as mx
 import pytest
 
+from mlx_dpo.errors import TrainingError
 from mlx_dpo.parallel import second_process
 from mlx_dpo.runs import auto_batch_size
 from mlx_dpo.runs.folder import lock_folder
 from mlx_dpo.runs.trainer import DPOTrainer
+from mlx_dpo.training.checkpoint import saved_steps
 from tests.runs.test_auto_batch_size import memory_limit, stopped_after
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks on Linux only")
@@ -71,6 +73,23 @@ def test_leaving_the_trainer_ends_the_second_process_and_releases_the_lock(confi
     assert multiprocessing.active_children() == []
     with lock_folder(trainer.paths):
         assert list(steps) == []
+
+
+def test_a_run_whose_second_process_was_killed_resumes_from_its_last_step(config, tmp_path):
+    """As by the system when memory runs out; the error comes at the next step."""
+    whole, killed = (replace(config, output=str(tmp_path / name)) for name in ("whole", "killed"))
+    stopped_after(whole, None)
+    ended = pytest.raises(TrainingError, match="the second process of the run ended")
+    with ended, DPOTrainer(killed) as trainer:
+        for row in trainer.steps():
+            if row["step"] == 1:
+                [second] = multiprocessing.active_children()
+                second.kill()
+                second.join()
+    assert saved_steps(trainer.paths.checkpoints) == [1]
+    stopped_after(killed, None, resume=True)
+    for name, value in adapters_of(whole).items():
+        assert mx.array_equal(adapters_of(killed)[name], value), name
 
 
 def test_without_memory_for_two_passes_they_come_one_after_the_other(config, tmp_path):
