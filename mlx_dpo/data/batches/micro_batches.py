@@ -86,6 +86,9 @@ def largest_micro_batch(
     return batch
 
 
+FEW_TOKENS = 256  # token ids that every vocabulary has
+
+
 def _largest_without_shared_prefixes(
     pairs: Sequence[TokenizedPair], limit: PassLimit
 ) -> list[TokenizedPair]:
@@ -102,9 +105,10 @@ def _largest_without_shared_prefixes(
 
 
 def _without_shared_prefix(pair: TokenizedPair, *, first: int) -> TokenizedPair:
-    """Return the pair with another first token of the prompt, `first`, and of `rejected`."""
+    """Return the pair with other first tokens of the prompt, by `first`, and of `rejected`."""
     rejected = (int(pair.chosen[0] == 0), *pair.rejected[1:])
-    return replace(pair, prompt=(first, *pair.prompt[1:]), rejected=rejected)
+    begin = (first % FEW_TOKENS, first // FEW_TOKENS)[: len(pair.prompt)]
+    return replace(pair, prompt=begin + pair.prompt[2:], rejected=rejected)
 
 
 def _cut(pair: TokenizedPair, tokens: int) -> TokenizedPair:

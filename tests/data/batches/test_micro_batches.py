@@ -184,6 +184,13 @@ def test_the_largest_micro_batch_fills_up_its_limit_whatever_part_is_long():
             assert trie_tokens(filled).total == tokens, (long, tokens)
 
 
+def test_token_ids_of_the_largest_micro_batch_are_in_every_vocabulary():
+    """An id beyond the embeddings would read other memory."""
+    largest = largest_micro_batch([of(3, 2, 2)] * 600, PassLimit(), cost=trie_tokens)
+    assert max(max(pair.prompt + pair.chosen + pair.rejected) for pair in largest) == 255
+    assert len({pair.prompt for pair in largest}) == 600
+
+
 @given(alike_pairs, limits, st.integers(1, 9))
 def test_the_counts_of_an_epoch_are_the_distinct_tokens_of_its_micro_batches(
     pairs, limit, batch_size
