@@ -310,6 +310,8 @@ def _summarize_order(run: "DPOTrainer") -> list[SummaryLine]:
         return [("order", text + f"; {large:,} above `batch_size`, {steps}" * (large > 0))]
     if order.prompts is not None:
         text = f"{counts}; those of one prompt stay together"
+        if not shares_prefixes(run.choice.cost):  # also where the model has no trie scorer
+            text += f", without gain with the scorer {run.choice.name}"
         is_grouped = order.count_groups() < len(train)
         return [("order", text if is_grouped else f"{counts}: nothing to group")]
     if prompts == len(train):

@@ -68,6 +68,13 @@ def test_other_runs_keep_the_order_of_pairs_shuffled_one_by_one(repeated, config
     assert prepared(asked)[1] == "9 pairs of 9 prompts: nothing to group"
 
 
+def test_the_header_says_where_groups_save_no_work(repeated):
+    """As where a model has no trie scorer, which a run finds out after it has chosen the order."""
+    _, line = prepared(replace(repeated, scorer="plain", group_by_prompt=True))
+    together = "12 pairs of 4 prompts; those of one prompt stay together"
+    assert line == f"{together}, without gain with the scorer plain"
+
+
 def test_copies_of_pairs_are_no_reason_to_group(config):
     """`mix` would otherwise fill each step with copies of a few pairs."""
     copied = replace(config, mix=(2.0,), valid_fraction=0.0)
