@@ -42,7 +42,7 @@ SIZES = {"cpu": (2, 1), "metal": (8, 4, 2, 1), "cuda": (8, 4, 2, 1)}
 LARGER_CPU_SIZES = (8, 4)
 SHORT_PASS = 450  # tokens that the layers run
 FEWER_TOKENS = 0.9  # share of the tokens that passes of the usual size run
-COUNTED_PAIRS = 256  # of the first steps
+COUNTED_PAIRS = 64  # of the first steps
 BOUND_MARGIN = 1.5  # a memory bound that fits this many times needs no measurement
 MAX_GRADIENT_BYTES = 2**28  # of gradients that a second process sends
 MIN_EXTRAPOLATED = 256  # tokens of the longest example; passes over shorter ones are quick
@@ -247,12 +247,16 @@ def _larger_sizes(config: DPOConfig, choice: ScorerChoice, pairs: Pairs) -> Sequ
     is_usual = is_set or config.labelled or not shares_prefixes(choice.cost)
     if device_kind() != "cpu" or is_usual or not pairs:
         return ()
-    steps = first_steps(make_order(config, pairs).epoch_steps(0), COUNTED_PAIRS)
+    first = first_steps(make_order(config, pairs).epoch_steps(0), COUNTED_PAIRS)
+    steps = [[pairs[i] for i in indices] for indices in first]
 
     def pass_tokens(size: int) -> list[int]:
-        limit = PassLimit(size, None)
-        passes = (p for step in steps for p in micro_batches(step, pairs, limit, cost=choice.cost))
-        return [choice.cost([pairs[i] for i in indices]).total for indices in passes]
+        limit, cost = PassLimit(size, None), choice.cost
+        return [
+            cost([step[i] for i in indices]).total
+            for step in steps
+            for indices in micro_batches(range(len(step)), step, limit, cost=cost)
+        ]
 
     usual = sum(pass_tokens(max(SIZES["cpu"])))
     most = max(map(len, steps)) // 2

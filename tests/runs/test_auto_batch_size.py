@@ -131,8 +131,8 @@ def test_larger_passes_on_the_cpu_where_they_run_fewer_tokens(deep):
 def test_the_longest_pairs_count(deep):
     _, config, choice, pairs = deep
     two = longest_micro_batch(replace(config, micro_batch_size=2), choice, pairs)
-    assert [pair.prompt[1:] for pair in two] == [pairs[1].prompt[1:], pairs[0].prompt[1:]]
-    assert [pair.prompt[0] for pair in two] == [0, 1]  # so that nothing is shared
+    assert [pair.prompt[2:] for pair in two] == [pairs[1].prompt[2:], pairs[0].prompt[2:]]
+    assert [pair.prompt[:2] for pair in two] == [(0, 0), (1, 0)]  # so that nothing is shared
     assert [pair.chosen for pair in two] == [pairs[1].chosen, pairs[0].chosen]
 
 

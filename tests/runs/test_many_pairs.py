@@ -11,6 +11,7 @@ from mlx_dpo.data import dataset as store
 from mlx_dpo.data.columns import pairs_digest
 from mlx_dpo.data.tokenization import cache as token_cache
 from mlx_dpo.plan import estimate_run
+from mlx_dpo.runs import auto_batch_size
 from mlx_dpo.runs import inputs as inputs_of_runs
 from mlx_dpo.runs.inputs import load_inputs
 from mlx_dpo.runs.summary import summarize_inputs, summarize_training
@@ -21,6 +22,7 @@ from tests.checkpoints import make_checkpoint
 
 COUNT = 2000
 COUNTED = 64  # pairs that the header and the plan count the distinct tokens of
+SIZED = auto_batch_size.COUNTED_PAIRS  # pairs by which the size of a pass is chosen
 
 
 @pytest.fixture
@@ -69,14 +71,14 @@ def test_a_start_makes_few_of_the_pairs(many, made):
     trainer, header, _ = start(many)
     assert len(trainer.inputs.train) + len(trainer.inputs.valid) == COUNT
     held_out = len(trainer.inputs.valid)  # scored before the first step: the loss has no reference
-    assert len(made) <= 2 * (held_out + COUNTED) + 60, "something makes every pair"
+    assert len(made) <= 2 * (held_out + COUNTED) + SIZED + 60, "something makes every pair"
     assert "tokens read from the cache" not in [line for _, line in header]
 
 
 def test_the_second_start_says_and_does_the_same_and_that_it_read_the_tokens(many, made):
     first, header, row = start(many)
     second, again, other = start(replace(many, output=many.output + "2"))
-    assert len(made) <= 2 * (2 * (len(first.inputs.valid) + COUNTED) + 60)
+    assert len(made) <= 2 * (2 * (len(first.inputs.valid) + COUNTED) + SIZED + 60)
     assert [line for _, line in again if line not in [line for _, line in header]] == [
         "tokens read from the cache", many.output + "2",
     ]  # fmt: skip
@@ -92,7 +94,7 @@ def test_a_plan_makes_few_of_the_pairs(many, made):
     found = estimate_run(replace(many, loss_type=("sigmoid",)))
     assert found.lengths.longest > 100
     # The thousand longest, which a pass is chosen of, and a block of the reference, read twice.
-    assert len(made) <= 1100 + 2 * (BLOCK_SIZE - COUNTED)
+    assert len(made) <= 1100 + 2 * (BLOCK_SIZE - COUNTED) + SIZED
 
 
 def test_mixed_sources_and_judged_answers_are_views_too(many, made, tmp_path):
@@ -122,7 +124,7 @@ def test_reference_logps_are_computed_block_by_block(many, made, tmp_path):
     made.clear()
     with DPOTrainer(replace(config, output=config.output + "2")) as again:
         again.prepare()
-    assert len(made) <= 40
+    assert len(made) <= 40 + SIZED
     for split in ("train", "valid"):
         ours, theirs = trainer.reference[split], again.reference[split]
         assert isinstance(ours, PairLogps)
