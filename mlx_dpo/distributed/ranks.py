@@ -13,20 +13,15 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Self, TypeVar, cast
+from typing import Any, Self, cast
 
 import mlx.core as mx
 import numpy as np
 
+from mlx_dpo.distributed.environment import RANK, Backend, find_backend
 from mlx_dpo.errors import ConfigError, DPOError, reason
 
-Backend = Literal["ring", "jaccl", "mpi", "nccl"]
-Item = TypeVar("Item")
-
 CHUNK_BYTES = 2**25  # of a payload that are gathered at once
-# Variables that MLX's launcher, `mpirun` or a scheduler sets, by the backend that reads them.
-RANK = "MLX_RANK"
-MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
 class RanksError(DPOError):
@@ -251,29 +246,6 @@ class Ranks:
 
 
 ONE_PROCESS = Ranks()
-
-
-def find_backend(environment: Mapping[str, str]) -> Backend | None:
-    """Return the backend whose variables are set; None for a single process.
-
-    Raises:
-        ConfigError: there is a rank, but nothing that says how to reach the others.
-    """
-    for name in MPI_SIZES:
-        if int(environment.get(name, 1)) > 1 and RANK not in environment:
-            return "mpi"
-    if RANK not in environment:
-        return None
-    if "MLX_JACCL_COORDINATOR" in environment or "MLX_IBV_DEVICES" in environment:
-        return "jaccl"
-    if "NCCL_HOST_IP" in environment:
-        return "nccl"
-    if "MLX_HOSTFILE" in environment:
-        return "ring"
-    raise ConfigError(
-        f"{RANK} is set, but none of MLX_HOSTFILE (ring), MLX_JACCL_COORDINATOR (jaccl) and "
-        "NCCL_HOST_IP (nccl); start the ranks with --ranks, --hosts or `mlx.launch`"
-    )
 
 
 def _pack(arrays: Mapping[str, np.ndarray]) -> bytes:
