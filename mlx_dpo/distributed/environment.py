@@ -4,6 +4,7 @@ Nothing is imported that takes time: the command line asks before it imports MLX
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Literal
 
 from mlx_dpo.errors import ConfigError
@@ -12,8 +13,9 @@ Backend = Literal["ring", "jaccl", "mpi", "nccl"]
 
 # Variables that MLX's launcher, `mpirun` or a scheduler sets, by the backend that reads them.
 RANK = "MLX_RANK"
-MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
-MPI_RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK")
+# Open MPI's `mpirun`; MPICH's, and Slurm's with pmi2; Slurm's with PMIx.
+MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
+MPI_RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
 
 
 def find_backend(environment: Mapping[str, str]) -> Backend | None:
@@ -29,7 +31,7 @@ def find_backend(environment: Mapping[str, str]) -> Backend | None:
     if "NCCL_HOST_IP" in environment:
         return "nccl"
     if "MLX_HOSTFILE" in environment:
-        return "ring"
+        return "ring" if _names_nodes(environment["MLX_HOSTFILE"]) else None
     raise ConfigError(
         f"{RANK} is set, but none of MLX_HOSTFILE (ring), MLX_JACCL_COORDINATOR (jaccl) and "
         "NCCL_HOST_IP (nccl); start the ranks with --ranks, --hosts or `mlx.launch`"
@@ -43,7 +45,7 @@ def find_rank(environment: Mapping[str, str]) -> int | None:
         ConfigError: a variable is not a number.
     """
     if RANK in environment:
-        return _number(environment, RANK)
+        return None if find_backend(environment) is None else _number(environment, RANK)
     if not _has_mpi_peers(environment):
         return None
     return next((_number(environment, name) for name in MPI_RANKS if name in environment), 0)
@@ -51,6 +53,14 @@ def find_rank(environment: Mapping[str, str]) -> int | None:
 
 def _has_mpi_peers(environment: Mapping[str, str]) -> bool:
     return any(_number(environment, name) > 1 for name in MPI_SIZES if name in environment)
+
+
+def _names_nodes(path: str) -> bool:
+    """Return whether a file for ring has a text; `mlx.launch -n 1` writes an empty one."""
+    try:
+        return bool(Path(path).read_bytes().strip())
+    except OSError:
+        return True  # MLX tells what is wrong with it
 
 
 def _number(environment: Mapping[str, str], name: str) -> int:

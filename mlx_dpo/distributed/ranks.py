@@ -22,6 +22,10 @@ from mlx_dpo.distributed.environment import RANK, Backend, find_backend
 from mlx_dpo.errors import ConfigError, DPOError, reason
 
 CHUNK_BYTES = 2**25  # of a payload that are gathered at once
+ADVICE = {  # by backend, where the other ranks cannot be reached
+    "mpi": "MLX needs Open MPI: start the ranks with its `mpirun`, and name its library in "
+    "MLX_MPI_LIBNAME if it is not libmpi.so (Debian: libmpi.so.40)",
+}
 
 
 class RanksError(DPOError):
@@ -66,12 +70,13 @@ class Ranks:
         """
         if (backend := find_backend(os.environ)) is None:
             return cls()
+        advice = ADVICE.get(backend, "try `mlx-dpo doctor --hosts FILE`")
         try:
             group = mx.distributed.init(strict=True, backend=backend)
         except RuntimeError as error:
             raise ConfigError(
                 f"rank {os.environ.get(RANK, '?')}: the other ranks cannot be reached by "
-                f"`{backend}` ({reason(error)}); try `mlx-dpo doctor --hosts FILE`"
+                f"`{backend}` ({reason(error)}); {advice}"
             ) from error
         return cls(group, backend) if group.size() > 1 else cls()
 
@@ -246,6 +251,11 @@ class Ranks:
 
 
 ONE_PROCESS = Ranks()
+
+
+def is_backend_available(backend: str) -> bool:
+    """Return whether this MLX was built with a backend and finds the libraries that it needs."""
+    return bool(mx.distributed.is_available(backend))
 
 
 def _pack(arrays: Mapping[str, np.ndarray]) -> bytes:
