@@ -250,7 +250,7 @@ class Ranks:
         return rows
 
 
-ONE_PROCESS = Ranks()
+SINGLE_PROCESS = Ranks()
 
 
 def is_backend_available(backend: str) -> bool:

@@ -132,12 +132,10 @@ def choose_micro_batch_size(
 def _with_passes_at_once(fitted: MicroBatchFit, base: LoadedModel) -> MicroBatchFit:
     """Return the settings with two passes at once, where they are possible and fit into memory.
 
-    Dropout draws its random numbers in the order of the passes, which a second process cannot
-    know. Gradients pass between the processes, which takes long for all weights of a model.
+    Gradients pass between the processes, which takes long for all weights of a model.
     """
-    config = fitted.config
     is_large = memory.trainable_bytes(base.model) > MAX_GRADIENT_BYTES
-    if not can_compute_two_passes() or config.dropout or is_large:
+    if not can_compute_two_passes() or is_large:
         return fitted
     if PASSES_AT_ONCE * fitted.bytes > fitted.room.bytes:
         return replace(fitted, two_need_more=True)

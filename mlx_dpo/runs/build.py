@@ -32,7 +32,7 @@ from mlx_dpo.profiling.memory import trainable_bytes
 from mlx_dpo.reporting.samples import SamplesLog
 from mlx_dpo.runs.folder import RunPaths
 from mlx_dpo.runs.inputs import Inputs
-from mlx_dpo.scoring.score_pairs import DatasetScorer, on_policy_weights, score_pairs
+from mlx_dpo.scoring.score_pairs import DatasetScorer, Processes, on_policy_weights, score_pairs
 from mlx_dpo.scoring.scorers import Packing, Scorer, memory_efficient_training
 from mlx_dpo.scoring.select_scorer import (
     ScorerChoice,
@@ -286,7 +286,7 @@ def make_dataset_scorer(
             limit=inference_limit(config, choice, pairs),
             scorer=scorer or choice.forward_only,
             cost=choice.cost,
-            passes_at_once=choice.passes_at_once,
+            processes=Processes(choice.passes_at_once, choice.ranks),
             progress=progress,
         )
 
@@ -397,4 +397,5 @@ def make_plan(
         group_by_prompt=bool(config.group_by_prompt),
         whole_prompts=config.listwise,
         passes_at_once=choice.passes_at_once,
+        ranks=choice.ranks,
     )

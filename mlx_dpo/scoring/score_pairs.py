@@ -5,7 +5,7 @@ They are needed for the reference, for evaluations and for WPO's weights.
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,6 +15,7 @@ from mlx_dpo.config.training import PassLimit
 from mlx_dpo.data.batches.micro_batches import micro_batches
 from mlx_dpo.data.batches.order import prompt_numbers
 from mlx_dpo.data.batches.token_counts import CountTokens, padded_row_tokens, shares_prefixes
+from mlx_dpo.distributed.ranks import SINGLE_PROCESS, Ranks
 from mlx_dpo.errors import TrainingError
 from mlx_dpo.parallel.second_process import SecondProcess
 from mlx_dpo.scoring.scorers import Scorer, fast_inference, plain_scorer
@@ -23,6 +24,21 @@ from mlx_dpo.types import PairLogps, TokenizedPair
 SORTED_PAIRS = 1024  # pairs in memory at once, where passes are cut by tokens rather than lengths
 # With fewer passes, starting a second process costs about as much as it saves.
 MIN_PARALLEL_PASSES = 6
+
+
+class Processes(NamedTuple):
+    """The processes that compute passes without gradients.
+
+    Attributes:
+        at_once: 2 computes every other pass in a second process, if the passes are many.
+        ranks: ranks that share the passes; with several, `at_once` does not count.
+    """
+
+    at_once: int = 1
+    ranks: Ranks = SINGLE_PROCESS
+
+
+DEFAULT_PROCESSES = Processes()
 
 
 class DatasetScorer(Protocol):
@@ -48,7 +64,7 @@ def score_pairs(
     limit: PassLimit,
     scorer: Scorer = plain_scorer,
     cost: CountTokens = padded_row_tokens,
-    passes_at_once: int = 1,
+    processes: Processes = DEFAULT_PROCESSES,
     progress: Callable[[int], None] = lambda scored: None,
 ) -> PairLogps:
     """Return the log-probs of all pairs under `model`, in the order of `pairs`. (len(pairs),) each
@@ -60,11 +76,11 @@ def score_pairs(
         limit: maximum number of pairs or tokens per forward pass.
         scorer: function that computes the log-probs of the pairs of one forward pass.
         cost: function that counts the tokens of a forward pass with `scorer`.
-        passes_at_once: 2 computes every other pass in a second process, if the passes are many.
+        processes: processes that compute the passes; all ranks must call with the same pairs.
         progress: called after each forward pass with the number of pairs in it.
 
     Raises:
-        TrainingError: a log-probability is not a finite number.
+        TrainingError: a log-probability is not a finite number. All ranks raise it.
     """
     model.eval()
     chosen = np.zeros(len(pairs), np.float32)
@@ -75,8 +91,14 @@ def score_pairs(
             return scorer(model, [pairs[i] for i in indices])
 
     groups = list(_passes(pairs, limit, cost))
-    is_parallel = passes_at_once > 1 and len(groups) >= MIN_PARALLEL_PASSES
-    computed = _computed_by_two(build, groups) if is_parallel else _computed_in_turn(build, groups)
+    is_parallel = processes.at_once > 1 and len(groups) >= MIN_PARALLEL_PASSES
+    if not processes.ranks.is_alone:
+        computed = _computed_by_ranks(build, groups, processes.ranks, progress)
+        progress = _no_progress  # counted where the passes are computed
+    elif is_parallel:
+        computed = _computed_by_two(build, groups)
+    else:
+        computed = _computed_in_turn(build, groups)
     with closing(computed):  # an error keeps this frame, and with it a second process
         for indices, logps in zip(groups, computed, strict=True):
             chosen[indices], rejected[indices] = np.array(logps.chosen), np.array(logps.rejected)
@@ -137,6 +159,43 @@ def _computed_by_two(
         second.ask(groups[2::2])
         for number, group in enumerate(groups[1:], start=1):
             yield second.receive() if number % 2 == 0 else compute(group)
+
+
+def _computed_by_ranks(
+    build: Callable[[Sequence[int]], PairLogps],
+    groups: Sequence[Sequence[int]],
+    ranks: Ranks,
+    progress: Callable[[int], None],
+) -> Generator[PairLogps, None, None]:
+    """Compute the graphs of this rank; yield all in the order of `groups` when all are gathered."""
+    rounds = ranks.rounds(len(groups))
+    numbers = [round_[ranks.rank] for round_ in rounds]
+    if ranks.in_lockstep:
+        own = [groups[-1 if number is None else number] for number in numbers]
+    else:
+        own = [groups[number] for number in numbers if number is not None]
+    parts: list[tuple[np.ndarray, np.ndarray]] = []
+    for round_, logps in zip(rounds, _computed_in_turn(build, own), strict=False):
+        parts.append((np.array(logps.chosen), np.array(logps.rejected)))
+        ranks.note_progress()
+        progress(sum(len(groups[number]) for number in round_ if number is not None))
+    named = {
+        str(number): np.stack(part)
+        for number, part in zip(numbers, parts, strict=False)
+        if number is not None
+    }
+    gathered: dict[str, np.ndarray] = {}
+    for of_rank in ranks.all_gather_arrays("log-probs", named):
+        gathered |= of_rank
+    for round_ in rounds[len(parts) :]:
+        progress(sum(len(groups[number]) for number in round_ if number is not None))
+    for number in range(len(groups)):
+        chosen, rejected = gathered[str(number)]
+        yield PairLogps(mx.array(chosen), mx.array(rejected))
+
+
+def _no_progress(scored: int) -> None:
+    """Do nothing."""
 
 
 def on_policy_weights(

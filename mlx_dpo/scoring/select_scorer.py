@@ -19,6 +19,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import CacheList, make_prompt_cache
 
 from mlx_dpo.data.batches.token_counts import CountTokens, padded_row_tokens
+from mlx_dpo.distributed.ranks import SINGLE_PROCESS, Ranks
 from mlx_dpo.errors import ModelError, reason
 from mlx_dpo.models.device import is_cpu
 from mlx_dpo.scoring.backbone import UnsupportedModelError, split_backbone
@@ -85,6 +86,7 @@ class ScorerChoice:
     log_weights: Scorer = plain_log_weights  # mean log-weights of completions, for WPO
     generation: GenerationMatch | None = None  # None if generation fails
     passes_at_once: int = 1  # 2: every other pass is computed by a second process
+    ranks: Ranks = SINGLE_PROCESS  # processes that share the passes
 
     @property
     def cost(self) -> CountTokens:

@@ -47,7 +47,7 @@ def train(
         for step in range(start.step + 1, plan.total_steps + 1):
             indices = plan.indices(step)
             groups = plan.groups(indices)
-            micro_batches = make_micro_batches(policy, plan, indices, groups)
+            micro_batches = make_micro_batches(policy, plan, indices, groups, step=step)
             policy.train()  # scoring without gradients and the caller's evaluation leave it
             outputs, norm = optimizer_step(
                 policy, update, plan, micro_batches, step=step, second=second

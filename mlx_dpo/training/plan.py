@@ -14,6 +14,7 @@ from mlx_dpo.data.batches.metadata import pair_metadata, select_metadata
 from mlx_dpo.data.batches.micro_batches import micro_batches
 from mlx_dpo.data.batches.order import PairOrder
 from mlx_dpo.data.batches.token_counts import CountTokens, padded_row_tokens
+from mlx_dpo.distributed.ranks import SINGLE_PROCESS, Ranks
 from mlx_dpo.scoring.score_pairs import DatasetScorer
 from mlx_dpo.scoring.scorers import Scorer, plain_scorer
 from mlx_dpo.training.grad_cache import GradCache, only_kl_completions
@@ -36,6 +37,7 @@ class TrainingPlan:
         cost: function that counts the tokens of a micro-batch with `scorer`.
         recompute: whether gradient checkpointing is used.
         passes_at_once: 2 if a second process computes every other micro-batch.
+        ranks: processes that share the micro-batches of each step.
         score: function that computes log-probs without gradients, for GradCache and the synced
             reference.
         on_policy_weights: function that computes the WPO weights of pairs, (B,).
@@ -57,6 +59,7 @@ class TrainingPlan:
     cost: CountTokens = padded_row_tokens
     recompute: bool = False
     passes_at_once: int = 1
+    ranks: Ranks = SINGLE_PROCESS
     score: DatasetScorer | None = None
     on_policy_weights: Callable[[nn.Module, Pairs], mx.array] | None = None
     synced_reference: SyncedReference | None = None
@@ -100,6 +103,7 @@ class MicroBatch(NamedTuple):
     metadata: PairMetadata
     on_policy_weights: mx.array
     grad_cache: GradCache | None = None  # for losses that couple the pairs of a step
+    dropout_seed: int | None = None  # None: dropout continues MLX's random state
 
     @classmethod
     def of(cls, pairs: Pairs, reference: PairLogps) -> Self:
@@ -124,7 +128,12 @@ class MicroBatch(NamedTuple):
 
 
 def make_micro_batches(
-    policy: nn.Module, plan: TrainingPlan, indices: Sequence[int], groups: Sequence[list[int]]
+    policy: nn.Module,
+    plan: TrainingPlan,
+    indices: Sequence[int],
+    groups: Sequence[list[int]],
+    *,
+    step: int,
 ) -> list[MicroBatch]:
     """Create the micro-batches of a step.
 
@@ -134,24 +143,35 @@ def make_micro_batches(
     Args:
         indices: indices of the pairs of the step.
         groups: the same indices, divided into micro-batches.
+        step: number of the step, from 1; dropout depends on it.
     """
     positions = {index: position for position, index in enumerate(indices)}
     places = [[positions[index] for index in group] for group in groups]
     metadata = pair_metadata([plan.pairs[i] for i in indices])
     is_coupled = plan.objective.uses_whole_batch and not _has_whole_lists(plan, metadata, places)
-    step = _score_step(policy, plan, indices, metadata, with_policy=is_coupled)
+    scored = _score_step(policy, plan, indices, metadata, with_policy=is_coupled)
     batches = []
-    for group, at in zip(groups, places, strict=True):
+    for number, (group, at) in enumerate(zip(groups, places, strict=True)):
         batches.append(
             MicroBatch(
                 [plan.pairs[i] for i in group],
-                step.reference.take(at),
-                select_metadata(step.metadata, mx.array(at)),
-                step.on_policy_weights[mx.array(at)],
-                GradCache.of(step, at, labelled=plan.objective.labelled) if is_coupled else None,
+                scored.reference.take(at),
+                select_metadata(scored.metadata, mx.array(at)),
+                scored.on_policy_weights[mx.array(at)],
+                GradCache.of(scored, at, labelled=plan.objective.labelled) if is_coupled else None,
+                dropout_seed(plan.seed, step, number),
             )
         )
     return batches
+
+
+def dropout_seed(seed: int, step: int, number: int) -> int:
+    """Return the seed of the dropout of pass `number` of a step, in a run with seed `seed`.
+
+    A pass drops the same values wherever it is computed, and whatever was computed before.
+    """
+    sequence = np.random.SeedSequence((seed % 2**64, step, number))
+    return int(sequence.generate_state(1, np.uint64)[0])
 
 
 def _has_whole_lists(

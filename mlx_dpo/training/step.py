@@ -1,27 +1,32 @@
 """One optimizer step of DPO: log-probs, log-ratios, loss, gradients, clipping, update."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_map, tree_unflatten
+from mlx.utils import tree_unflatten
 
+from mlx_dpo.distributed.ranks import SINGLE_PROCESS, Ranks
 from mlx_dpo.errors import TrainingError
 from mlx_dpo.io.arrays import Arrays, named_arrays
 from mlx_dpo.losses.log_ratios import log_ratios
-from mlx_dpo.losses.metrics import concatenate_outputs
+from mlx_dpo.models.restore import preserved_random_state
 from mlx_dpo.optim.grouped_update import GroupedUpdate
 from mlx_dpo.parallel.second_process import SecondProcess
 from mlx_dpo.scoring.scorers import Scorer, memory_efficient_training, plain_scorer
+from mlx_dpo.training.accumulate import (
+    Gradients,
+    PassResult,
+    accumulate,
+    accumulate_over_ranks,
+)
 from mlx_dpo.training.grad_cache import skip_kl_completions
 from mlx_dpo.training.objective import Objective
 from mlx_dpo.training.plan import MicroBatch, TrainingPlan
 from mlx_dpo.types import LossOutputs
-
-Gradients = dict[str, Any]
 
 
 def loss_and_gradients(
@@ -31,26 +36,33 @@ def loss_and_gradients(
     *,
     scorer: Scorer = plain_scorer,
     second: SecondProcess | None = None,
+    ranks: Ranks = SINGLE_PROCESS,
 ) -> tuple[LossOutputs, Gradients]:
     """Return the losses and rewards of all pairs of a step, and the gradients of the mean loss.
 
     Args:
+        micro_batches: all micro-batches of the step; the same on all ranks.
         second: process that computes every other micro-batch: one of `make_second_process`.
+        ranks: processes that share the micro-batches.
     """
     num_pairs = sum(len(batch.pairs) for batch in micro_batches)
     value_and_grad = _value_and_grad(policy, objective, scorer, num_pairs)
+    if not ranks.is_alone:
+        weights = named_arrays(policy.trainable_parameters())
+        return accumulate_over_ranks(partial(value_and_grad, policy), micro_batches, weights, ranks)
     if second is None or len(micro_batches) == 1:
-        return _accumulate(map(partial(value_and_grad, policy), micro_batches))
+        return accumulate(map(partial(value_and_grad, policy), micro_batches))
     with second.sharing_cores():
-        return _accumulate(_computed_by_two(policy, value_and_grad, second, micro_batches))
+        return accumulate(_computed_by_two(policy, value_and_grad, second, micro_batches))
 
 
 def _value_and_grad(
     policy: nn.Module, objective: Objective, scorer: Scorer, num_pairs: int
-) -> Callable[[nn.Module, MicroBatch], Any]:
+) -> Callable[[nn.Module, MicroBatch], PassResult]:
     """Return a function that computes a micro-batch's part of the mean loss of `num_pairs` pairs.
 
-    It returns the loss with the losses and rewards of each pair, and the gradients.
+    It returns the loss with the losses and rewards of each pair, and the gradients. Dropout draws
+    from the seed of the micro-batch, so that the process that computes it makes no difference.
     """
 
     def loss(model: nn.Module, batch: MicroBatch) -> tuple[mx.array, LossOutputs]:
@@ -62,7 +74,15 @@ def _value_and_grad(
         # Sums, not means: micro-batches of any size add up to the mean loss of the step.
         return outputs.losses.sum() * (1.0 / num_pairs), batch.select_outputs(outputs)
 
-    return nn.value_and_grad(policy, loss)
+    value_and_grad = nn.value_and_grad(policy, loss)
+
+    def compute(model: nn.Module, batch: MicroBatch) -> PassResult:
+        if batch.dropout_seed is None:
+            return cast("PassResult", value_and_grad(model, batch))
+        with preserved_random_state(mx.random.key(batch.dropout_seed)):
+            return cast("PassResult", value_and_grad(model, batch))
+
+    return compute
 
 
 def make_second_process(policy: nn.Module, objective: Objective, scorer: Scorer) -> SecondProcess:
@@ -88,10 +108,10 @@ def make_second_process(policy: nn.Module, objective: Objective, scorer: Scorer)
 
 def _computed_by_two(
     policy: nn.Module,
-    value_and_grad: Callable[[nn.Module, MicroBatch], Any],
+    value_and_grad: Callable[[nn.Module, MicroBatch], PassResult],
     second: SecondProcess,
     micro_batches: Sequence[MicroBatch],
-) -> Iterator[tuple[tuple[mx.array, LossOutputs], Gradients]]:
+) -> Iterator[PassResult]:
     """Yield what `value_and_grad` returns for each micro-batch, every other one by `second`."""
     num_pairs = sum(len(batch.pairs) for batch in micro_batches)
     weights = named_arrays(policy.trainable_parameters())
@@ -129,7 +149,12 @@ def optimizer_step(
     weights = named_arrays(policy.trainable_parameters())
     with memory_efficient_training(policy, recompute=plan.recompute):
         outputs, gradients = loss_and_gradients(
-            policy, plan.objective, micro_batches, scorer=plan.scorer, second=second
+            policy,
+            plan.objective,
+            micro_batches,
+            scorer=plan.scorer,
+            second=second,
+            ranks=plan.ranks,
         )
     clipped, norm = update.clip(gradients, plan.max_grad_norm)
     del gradients
@@ -139,30 +164,6 @@ def optimizer_step(
     update.apply(policy, weights, clipped)
     mx.eval(policy.trainable_parameters(), update.optimizer.state)
     return outputs, norm
-
-
-def _accumulate(
-    passes: Iterable[tuple[tuple[mx.array, LossOutputs], Gradients]],
-) -> tuple[LossOutputs, Gradients]:
-    """Return losses and rewards of all micro-batches, and the sum of the gradients, in their order.
-
-    The graph of a micro-batch is built while the one before it is computed, but its computation
-    begins only afterwards, so that only one is in memory at a time.
-    """
-    parts: list[LossOutputs] = []
-    total: Gradients | None = None
-    for (_, outputs), gradients in passes:
-        if total is not None:
-            mx.eval(total)
-            gradients = tree_map(mx.add, total, gradients)
-        total = gradients
-        del gradients  # a second reference would keep the old sum while the next one is computed
-        parts.append(outputs)
-        mx.async_eval(outputs, total)
-    if total is None:
-        raise ValueError("a step has no pairs")
-    mx.eval(parts, total)
-    return concatenate_outputs(parts), total
 
 
 def _check_finite(

@@ -33,7 +33,7 @@ from mlx_dpo.config.training import PassLimit
 from mlx_dpo.parallel.second_process import PASSES_AT_ONCE, SecondProcess
 from mlx_dpo.profiling.bench.shapes import SEED, SHAPES, RandomTokens
 from mlx_dpo.profiling.device_memory import limited_buffers
-from mlx_dpo.scoring.score_pairs import score_pairs
+from mlx_dpo.scoring.score_pairs import Processes, score_pairs
 from mlx_dpo.scoring.scorers import memory_efficient_training
 from mlx_dpo.scoring.select_scorer import ScorerChoice, select_scorer
 from mlx_dpo.training.objective import Objective
@@ -144,7 +144,7 @@ def measure_scoring(
             limit=PassLimit(pairs=PAIRS_PER_PASS),
             scorer=choice.forward_only,
             cost=choice.cost,
-            passes_at_once=way.passes_at_once,
+            processes=Processes(way.passes_at_once),
         )
 
     return timed(score, None)

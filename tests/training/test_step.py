@@ -7,7 +7,7 @@ from mlx_dpo.adapters import attach as adapters
 from mlx_dpo.config.loss import LossSettings
 from mlx_dpo.io.arrays import named_arrays
 from mlx_dpo.scoring.scorers import plain_scorer
-from mlx_dpo.training import step
+from mlx_dpo.training import accumulate
 from mlx_dpo.training.objective import Objective
 from mlx_dpo.training.plan import MicroBatch
 from mlx_dpo.training.step import loss_and_gradients
@@ -95,7 +95,7 @@ class Recorded:
 def test_the_next_graph_is_built_while_the_last_is_computed(policy, pairs, monkeypatch):
     """A graph is built before the wait for the pass before it, and computed only after it."""
     events = []
-    monkeypatch.setattr(step, "mx", Recorded(events))
+    monkeypatch.setattr(accumulate, "mx", Recorded(events))
 
     def scorer(model, batch):
         events.append("build")

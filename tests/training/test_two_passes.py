@@ -15,7 +15,7 @@ from mlx_dpo.config.training import PassLimit
 from mlx_dpo.errors import TrainingError
 from mlx_dpo.io.arrays import named_arrays
 from mlx_dpo.optim.optimizers import build_optimizer
-from mlx_dpo.scoring.score_pairs import score_pairs
+from mlx_dpo.scoring.score_pairs import Processes, score_pairs
 from mlx_dpo.scoring.scorers import TOKEN_COUNTS, make_shared_scorer, plain_scorer
 from mlx_dpo.startup import openblas
 from mlx_dpo.training.loop import Progress, train
@@ -134,7 +134,7 @@ def test_scores_of_two_passes_at_once_are_the_same_bits(size):
     model = make_llama()
     options = {"limit": PassLimit(pairs=size), "scorer": SHARED, "cost": TOKEN_COUNTS["row"]}
     expected = score_pairs(model, PAIRS, **options)
-    found = score_pairs(model, PAIRS, **options, passes_at_once=2, progress=scored.append)
+    found = score_pairs(model, PAIRS, **options, processes=Processes(2), progress=scored.append)
     assert mx.array_equal(found.chosen, expected.chosen)
     assert mx.array_equal(found.rejected, expected.rejected)
     assert scored == [size] * (14 // size)
@@ -147,7 +147,7 @@ def test_an_error_of_the_second_process_ends_the_scoring_here():
             PAIRS,
             limit=PassLimit(pairs=1),
             scorer=fails_elsewhere,
-            passes_at_once=2,
+            processes=Processes(2),
         )
 
 
@@ -162,7 +162,7 @@ def test_an_error_here_ends_the_second_process_and_gives_the_threads_back(monkey
             PAIRS,
             limit=PassLimit(pairs=1),
             scorer=infinite_here,
-            passes_at_once=2,
+            processes=Processes(2),
         )
     assert kept.tb is not None
     assert threads == [4]

@@ -136,7 +136,7 @@ class Workload:
         """Compute loss and gradients of a step without an update."""
         plan, model = self.plan, self.base.model
         indices = plan.indices(1)
-        batches = make_micro_batches(model, plan, indices, plan.groups(indices))
+        batches = make_micro_batches(model, plan, indices, plan.groups(indices), step=1)
         model.train()
         with memory_efficient_training(model, recompute=plan.recompute):
             mx.eval(loss_and_gradients(model, plan.objective, batches, scorer=plan.scorer))
