@@ -16,7 +16,7 @@ from mlx_dpo.cli.setting_flags import (
 from mlx_dpo.config.training import EVALUATION
 
 if TYPE_CHECKING:
-    from mlx_dpo.plan import Capacity, RunEstimate
+    from mlx_dpo.plan.run_estimate import Capacity, RunEstimate
 
 SummaryLine = tuple[str, str]
 
@@ -36,6 +36,14 @@ SummaryLine = tuple[str, str]
     help="Plan for a Mac with this much memory, such as 16GB.",
     show_default="this machine's",
 )
+@click.option(
+    "--ranks",
+    type=click.IntRange(min=1),
+    default=1,
+    metavar="N",
+    help="Plan for N machines that share the run: memory of each, traffic and speed.",
+    show_default=True,
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @setting_flags(lambda spec: spec.changes_result or spec.section == EVALUATION)
 @help_all_flag
@@ -45,6 +53,7 @@ def plan(
     /,
     config_file: str | None,
     memory: str | None,
+    ranks: int,
     as_json: bool,
     **flags: Any,
 ) -> None:
@@ -56,10 +65,10 @@ def plan(
     """
     config = resolve(ctx, config_file, False, flags)
 
-    from mlx_dpo.plan import estimate_run
+    from mlx_dpo.plan.run_estimate import estimate_run
     from mlx_dpo.reporting.terminal.console import make_console, print_label_table
 
-    estimate = estimate_run(config, memory_size=memory)
+    estimate = estimate_run(config, memory_size=memory, ranks=ranks)
     if as_json:
         echo_json(estimate.to_dict())
         return
@@ -101,9 +110,29 @@ def summary_lines(estimate: "RunEstimate") -> list[SummaryLine]:
             "time",
             f"about {_duration(epoch.seconds)} per epoch and "
             f"{_duration(epoch.reference_seconds)} for the reference on this machine, "
-            "extrapolated from a few measured layers",
+            "extrapolated from a few measured layers" + _time_of_two_passes(estimate),
         ),
+        *_ranks_lines(estimate),
     ]
+
+
+def _time_of_two_passes(estimate: "RunEstimate") -> str:
+    """Say that the run takes less than was estimated, if it computes two passes at once."""
+    if estimate.fitted.passes_at_once == 1:
+        return ""
+    return " one pass at a time; this run computes two at once and takes less"
+
+
+def _ranks_lines(estimate: "RunEstimate") -> list[SummaryLine]:
+    """Return the summary lines on several ranks, if the run has them."""
+    from mlx_dpo.plan.ranks import describe_ranks
+
+    if estimate.ranks is None:
+        return []
+    again = estimate.fitted.config.recompute
+    capacity = estimate.with_recomputation if again else estimate.without_recomputation
+    lines = describe_ranks(estimate.ranks, estimate.fitted, capacity.pairs)
+    return [("" if number else "ranks", line) for number, line in enumerate(lines)]
 
 
 def _sharing_lines(estimate: "RunEstimate") -> list[SummaryLine]:

@@ -42,7 +42,7 @@ SIZES = {"cpu": (2, 1), "metal": (8, 4, 2, 1), "cuda": (8, 4, 2, 1)}
 LARGER_CPU_SIZES = (8, 4)
 SHORT_PASS = 450  # tokens that the layers run
 FEWER_TOKENS = 0.9  # share of the tokens that passes of the usual size run
-COUNTED_PAIRS = 64  # of the first steps
+SIZED_PAIRS = 64  # of the first steps
 BOUND_MARGIN = 1.5  # a memory bound that fits this many times needs no measurement
 MAX_GRADIENT_BYTES = 2**28  # of gradients that a second process sends
 MIN_EXTRAPOLATED = 256  # tokens of the longest example; passes over shorter ones are quick
@@ -245,7 +245,7 @@ def _larger_sizes(config: DPOConfig, choice: ScorerChoice, pairs: Pairs) -> Sequ
     is_usual = is_set or config.labelled or not shares_prefixes(choice.cost)
     if device_kind() != "cpu" or is_usual or not pairs:
         return ()
-    first = first_steps(make_order(config, pairs).epoch_steps(0), COUNTED_PAIRS)
+    first = first_steps(make_order(config, pairs).epoch_steps(0), SIZED_PAIRS)
     steps = [[pairs[i] for i in indices] for indices in first]
 
     def pass_tokens(size: int) -> list[int]:

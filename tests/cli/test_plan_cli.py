@@ -188,3 +188,34 @@ def test_twice_the_pairs_take_twice_the_work_and_more_time(tmp_path):
         2 * once["reference_operations"], rel=0.05
     )
     assert min(once["seconds"], once["reference_seconds"]) > 0
+
+
+def test_a_plan_for_several_ranks():
+    settings = ("--batch-size", "4", "--micro-batch-size", "1", "--valid-fraction", "0")
+    assert planned(*settings)["ranks"] is None
+    one, two = planned(*settings, "--ranks", "1"), planned(*settings, "--ranks", "2")["ranks"]
+    assert one["ranks"] is None
+    assert (two["ranks"], two["passes"], two["rounds"], two["idle"]) == (2, 4, 2, 0)
+    trained = one["memory"]["adapters"] // 5  # weights, two gradients and AdamW's two averages
+    assert two["sent"] == 2 * trained
+    assert two["memory"] == pytest.approx(one["memory"]["training"] + 3 * trained, rel=0.2)
+    assert 1 < two["bound"] <= 2
+    assert two["links"][0]["name"] == "Thunderbolt"
+    text = plan(*settings, "--ranks", "2").output
+    assert "ranks         2, each on a machine of its own; 4 passes per step, in 2 rounds" in text
+    assert "1 Gbit/s Ethernet: " in text
+    assert plan("--ranks", "0").exit_code == 2
+
+
+def test_a_model_larger_than_a_machine_is_told_to_be_divided():
+    """Weights are 1.1 of 1.5 MB: two ranks with half of the blocks each have room."""
+    settings = ("--ranks", "2", "--lora-r", "1", "--micro-batch-size", "1", "--recompute")
+    found = planned(*settings)["ranks"]
+    whole, sharded = found["memory_whole"], found["memory_sharded"]
+    assert sharded < whole
+    # Metal may use two thirds of what `--memory` says, in GiB.
+    size = (whole + sharded) / 2 * 3 / 2 / 2**30
+    tight = planned(*settings, "--memory", f"{size:.6f}GB")["ranks"]
+    assert (tight["shard_base"], tight["fits"]) == (True, True)
+    assert tight["sent"] > found["sent"]
+    assert "per rank with --shard-base" in plan(*settings, "--memory", f"{size:.6f}GB").output

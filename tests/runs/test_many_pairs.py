@@ -10,7 +10,7 @@ from mlx_dpo import DPOConfig, DPOTrainer
 from mlx_dpo.data import dataset as store
 from mlx_dpo.data.columns import pairs_digest
 from mlx_dpo.data.tokenization import cache as token_cache
-from mlx_dpo.plan import estimate_run
+from mlx_dpo.plan.run_estimate import estimate_run
 from mlx_dpo.runs import auto_batch_size
 from mlx_dpo.runs import inputs as inputs_of_runs
 from mlx_dpo.runs.inputs import load_inputs
@@ -22,7 +22,7 @@ from tests.checkpoints import make_checkpoint
 
 COUNT = 2000
 COUNTED = 64  # pairs that the header and the plan count the distinct tokens of
-SIZED = auto_batch_size.COUNTED_PAIRS  # pairs by which the size of a pass is chosen
+SIZED = auto_batch_size.SIZED_PAIRS  # pairs by which the size of a pass is chosen
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def many(tmp_path, monkeypatch):
     """Settings of a run on many pairs, whose tokens are kept."""
     monkeypatch.setattr(token_cache, "MIN_CACHED_BYTES", 0)
     monkeypatch.setattr("mlx_dpo.data.batches.micro_batches.COUNTED_PAIRS", COUNTED)
-    monkeypatch.setattr("mlx_dpo.plan.COUNTED_PAIRS", COUNTED)
+    monkeypatch.setattr("mlx_dpo.plan.epoch.COUNTED_PAIRS", COUNTED)
     rows = [
         {"prompt": f"Q{i}", "chosen": "y" * (i % 17 + 1), "rejected": "n" * (i % 5 + 1)}
         for i in range(COUNT)

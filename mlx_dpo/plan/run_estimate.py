@@ -1,51 +1,28 @@
 """Estimate the memory, tokens, FLOPs and time of a training run without running it."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, astuple, dataclass, replace
-from functools import cached_property, partial
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_dpo.config.dpo_config import DPOConfig
-from mlx_dpo.config.training import PassLimit
-from mlx_dpo.data.batches.micro_batches import (
-    COUNTED_PAIRS,
-    count_micro_batches,
-    first_steps,
-    largest_micro_batch,
-    micro_batches,
-)
-from mlx_dpo.data.batches.token_counts import padded_row_tokens, shares_prefixes
-from mlx_dpo.data.columns import (
-    LENGTHS,
-    column,
-    lengths_only,
-    longest_pairs,
-    prompt_keys,
-    row_lengths,
-)
-from mlx_dpo.data.dataset import select_pairs
+from mlx_dpo.data.batches.micro_batches import largest_micro_batch
+from mlx_dpo.data.columns import row_lengths
 from mlx_dpo.errors import ModelError
 from mlx_dpo.generation.context import context_length
 from mlx_dpo.models.empty_weights import load_empty_model
 from mlx_dpo.models.load import LoadedModel
 from mlx_dpo.phases import phase
+from mlx_dpo.plan.epoch import MAX_PAIRS, EpochCounter, EpochEstimate, Pairs, TimedPairs
+from mlx_dpo.plan.ranks import RanksEstimate, estimate_ranks
 from mlx_dpo.profiling import memory
 from mlx_dpo.profiling.device_memory import MemoryBudget, available_memory, mac_memory
 from mlx_dpo.profiling.extrapolate import (
     ProfilePoint,
-    extrapolate_seconds,
     fit_memory_curve,
     largest_that_fits,
-)
-from mlx_dpo.profiling.flops import (
-    ModelFlops,
-    TokenCounts,
-    count_attended_keys,
-    count_trie_tokens,
-    model_flops,
 )
 from mlx_dpo.profiling.layer_subset import LayersNotFoundError, choose_layer_subsets, with_layers
 from mlx_dpo.profiling.profile import PassProfile, profile_inference_pass, shorten_pairs
@@ -67,19 +44,14 @@ from mlx_dpo.runs.build import (
     with_learning_rate,
 )
 from mlx_dpo.runs.inputs import Inputs, load_inputs, load_trainable_base, with_max_length
-from mlx_dpo.runs.reference import count_steps, needed_pairs
+from mlx_dpo.runs.reference import count_steps
 from mlx_dpo.scoring.kernels.gated_delta import use_fused_gated_delta
 from mlx_dpo.scoring.select_scorer import ScorerChoice
-from mlx_dpo.training.reference_logps import BLOCK_SIZE
-from mlx_dpo.types import TokenizedPair
 
 SHORT_SHARE = 0.5  # length of the second profiled pass, as a share of the longest pair
-MAX_PAIRS = 1024
 MAX_TOKENS = 2**20  # if the model has no context length
 
-Pairs = Sequence[TokenizedPair]
-
-# The fields of the following four classes are keys of `mlx-dpo plan --json`.
+# The fields of the following three classes are keys of `mlx-dpo plan --json`.
 
 
 @dataclass(frozen=True)
@@ -114,28 +86,6 @@ class Capacity:
 
 
 @dataclass(frozen=True)
-class EpochEstimate:
-    """Steps, tokens, FLOPs and time of one epoch; pairs, FLOPs and time of the reference log-probs.
-
-    The reference is scored on the training pairs that the steps of the run see, and on all held-out
-    pairs.
-    """
-
-    steps: int
-    passes: int
-    tokens: int  # through the layers
-    prompts: int
-    tokens_pair_by_pair: int  # with one pair per pass, which runs its prompt once
-    whole_rows: int  # tokens of the same pairs as whole padded rows
-    rows: int  # tokens through the head
-    operations: int
-    seconds: float
-    reference_pairs: int
-    reference_operations: int
-    reference_seconds: float
-
-
-@dataclass(frozen=True)
 class RunEstimate:
     """Estimate of the memory, tokens, FLOPs and time of a training run."""
 
@@ -149,6 +99,7 @@ class RunEstimate:
     without_recomputation: Capacity
     with_recomputation: Capacity
     epoch: EpochEstimate
+    ranks: RanksEstimate | None = None  # if the run has several
     rate_reason: str = ""  # what the learning rate was chosen by; "" if it was given
 
     def to_dict(self) -> dict[str, Any]:
@@ -174,6 +125,7 @@ class RunEstimate:
             },
             "chosen": {**fitted.automatic_settings(), "fits": fitted.fits},
             "epoch": asdict(self.epoch),
+            "ranks": None if self.ranks is None else self.ranks.to_dict(),
             "learning_rate": self.fitted.config.learning_rate,
         }
 
@@ -182,11 +134,13 @@ def estimate_run(
     config: DPOConfig,
     *,
     memory_size: str | None = None,
+    ranks: int = 1,
 ) -> RunEstimate:
     """Estimate memory, work and time of a run with these settings.
 
     Args:
         memory_size: memory of a Mac to plan for, such as `16GB`; None plans for this machine.
+        ranks: processes that share the run, each on a machine with this memory.
 
     Raises:
         ConfigError, DataError, ModelError: for the same reasons as the run itself.
@@ -201,7 +155,7 @@ def estimate_run(
         config, rate_reason = with_learning_rate(inputs, config, steps)
         choice = _select_scorer(inputs.base, config)
         with phase("Measuring a few layers"):
-            estimate = _RunEstimator(inputs, config, choice, budget).estimate()
+            estimate = _RunEstimator(inputs, config, choice, budget).estimate(ranks)
         return replace(estimate, rate_reason=rate_reason)
 
 
@@ -237,12 +191,18 @@ class _RunEstimator:
         self.optimizer_bytes = optimizer_state_bytes(self.model, config)
         self.longest = longest_micro_batch(self.config, choice, inputs.train)
         self.short = shorten_pairs(self.longest[:1], SHORT_SHARE)
+        self.counter = EpochCounter(inputs, self.config, choice)
 
-    def estimate(self) -> RunEstimate:
-        """Measure the passes and return the estimate of the run."""
+    def estimate(self, ranks: int) -> RunEstimate:
+        """Measure the passes and return the estimate of the run on so many ranks."""
         points = {recompute: self._profile(recompute=recompute) for recompute in (False, True)}
         long, short = points[bool(self.config.recompute)]
         reference, reference_pairs = self._profile_reference()
+        epoch = self.counter.estimate(
+            TimedPairs(self.short, short.profile.seconds),
+            TimedPairs(self.longest, long.profile.seconds),
+            TimedPairs(reference_pairs, reference.seconds),
+        )
         return RunEstimate(
             inputs=self.inputs,
             choice=self.choice,
@@ -253,7 +213,8 @@ class _RunEstimator:
             reference_bytes=memory.parameter_bytes(self.model) + reference.bytes,
             without_recomputation=self._capacity(*points[False]),
             with_recomputation=self._capacity(*points[True]),
-            epoch=self._epoch(long, short, reference, reference_pairs),
+            epoch=epoch,
+            ranks=self._ranks(ranks, epoch),
         )
 
     def _profile(self, *, recompute: bool) -> tuple[ProfilePoint, ProfilePoint]:
@@ -266,11 +227,11 @@ class _RunEstimator:
 
     def _profile_point(self, profile: PassProfile, pairs: Pairs) -> ProfilePoint:
         """Return the profile of a pass, with the number of its pairs and of tokens per pair."""
-        return ProfilePoint(profile, len(pairs), self._layer_tokens([pairs]) / len(pairs))
+        return ProfilePoint(profile, len(pairs), self.counter.layer_tokens([pairs]) / len(pairs))
 
     def _profile_reference(self) -> tuple[PassProfile, Pairs]:
         """Return memory and time of the largest reference forward pass, and its pairs."""
-        longest = self._longest_reference_pairs
+        longest = self.counter.longest_reference_pairs
         limit = inference_limit(self.config, self.choice, longest)
         pairs = largest_micro_batch(longest, limit, cost=self.choice.cost)
         profile = profile_inference_pass(
@@ -278,18 +239,22 @@ class _RunEstimator:
         )
         return profile, pairs
 
-    @cached_property
-    def _longest_reference_pairs(self) -> Pairs:
-        """The longest pairs of all splits on which the reference is scored, the longest last."""
-        splits, needed = self.inputs.splits, needed_pairs(self.config, self.inputs.splits)
-        return longest_pairs(
-            MAX_PAIRS, *(select_pairs(splits[split], needed[split]) for split in splits)
-        )
-
     def _compute_reference_logps(self, pairs: Pairs) -> object:
         """Return the log-probs of `pairs` under the reference."""
         with reference_mode(self.model, self.config):
             return make_dataset_scorer(self.config, self.choice)(self.model, pairs)
+
+    def _ranks(self, ranks: int, epoch: EpochEstimate) -> RanksEstimate | None:
+        """Estimate the run on several ranks; None for a single process."""
+        if ranks == 1:
+            return None
+        return estimate_ranks(
+            ranks,
+            self.model,
+            self.fitted,
+            self.counter.tokens_of_steps(),
+            epoch.seconds / epoch.steps,
+        )
 
     def _memory_parts(self, profile: PassProfile) -> MemoryParts:
         """Divide the memory of a step into weights, adapters, activations and head.
@@ -317,119 +282,6 @@ class _RunEstimator:
         tokens = largest_that_fits(lambda n: curve.bytes(1, n / row_share) <= free, limit=context)
         pairs = largest_that_fits(lambda n: curve.bytes(n, long.tokens) <= free, limit=MAX_PAIRS)
         return Capacity(pairs, tokens, tokens == context)
-
-    def _epoch(
-        self,
-        long: ProfilePoint,
-        short: ProfilePoint,
-        reference: PassProfile,
-        reference_pairs: Pairs,
-    ) -> EpochEstimate:
-        """Estimate tokens, FLOPs and time of an epoch and of computing the reference log-probs."""
-        config, train = self.config, self.inputs.train
-        count = partial(
-            count_micro_batches,
-            train,
-            config.pass_limit,
-            order=make_order(config, train),
-        )
-        counts = count(cost=self.choice.cost)
-        flops = model_flops(self.model, self.base.config, vocab_size=self.base.vocab_size)
-        train_flops = partial(flops.training, recompute=bool(config.recompute))
-        tokens = self._training_counts(counts.tokens.total)
-        # Passes without gradients over a step's pairs, before its gradients (GradCache, WPO).
-        extra_flops = config.extra_forward_passes * flops.forward(tokens, adapted=True)
-        reference_flops = self._reference_flops(flops)
-        measured = self._token_counts(reference_pairs, self._layer_tokens([reference_pairs]))
-        flops_per_second = flops.forward(measured, adapted=False) / reference.seconds
-        timed = [
-            (
-                train_flops(self._token_counts(pairs, self._layer_tokens([pairs]))),
-                point.profile.seconds,
-            )
-            for pairs, point in ((self.short, short), (self.longest, long))
-        ]
-        seconds = extrapolate_seconds(
-            *timed, passes=counts.micro_batches, operations=train_flops(tokens)
-        )
-        return EpochEstimate(
-            steps=counts.steps,
-            passes=counts.micro_batches,
-            tokens=tokens.layer_tokens,
-            prompts=len(set(prompt_keys(train))),
-            tokens_pair_by_pair=int(column(train, LENGTHS).sum()) - 2 * len(train),
-            whole_rows=count(cost=padded_row_tokens).tokens.total,
-            rows=tokens.head_tokens,
-            operations=train_flops(tokens) + extra_flops,
-            seconds=seconds + extra_flops / flops_per_second,
-            reference_pairs=len(self._reference_pairs()),
-            reference_operations=reference_flops,
-            reference_seconds=reference_flops / flops_per_second,
-        )
-
-    def _reference_flops(self, flops: ModelFlops) -> int:
-        """Return the FLOPs of computing the reference log-probs of a run.
-
-        The result is 0 if the loss needs no reference.
-        """
-        pairs = self._reference_pairs()
-        if not pairs:
-            return 0
-        if not shares_prefixes(self.choice.cost):
-            tokens = self._token_counts(pairs, self._layer_tokens([pair] for pair in pairs))
-            return flops.forward(tokens, adapted=False)
-        splits, needed = self.inputs.splits, needed_pairs(self.config, self.inputs.splits)
-        chosen = [select_pairs(splits[name], needed[name]) for name in splits if len(needed[name])]
-        limit = inference_limit(self.config, self.choice, self._longest_reference_pairs)
-        work = 0
-        for some in chosen:
-            blocks = [
-                range(len(some))[at : at + BLOCK_SIZE] for at in range(0, len(some), BLOCK_SIZE)
-            ]
-            work += flops.forward(self._trie_counts(some, blocks, limit), adapted=False)
-        return work
-
-    def _training_counts(self, layer_tokens: int) -> TokenCounts:
-        """Count the tokens and the attended keys of an epoch, of which the layers' are known."""
-        train = self.inputs.train
-        if not shares_prefixes(self.choice.cost):
-            return self._token_counts(lengths_only(train), layer_tokens)
-        steps = make_order(self.config, train).epoch_steps(0)
-        found = self._trie_counts(train, steps, self.config.pass_limit)
-        return replace(found, layer_tokens=layer_tokens)
-
-    def _trie_counts(
-        self, pairs: Pairs, steps: Sequence[Sequence[int]], limit: PassLimit
-    ) -> TokenCounts:
-        """Count passes that run shared prefixes once, scaled from the first steps to all pairs."""
-        counted = first_steps(steps, COUNTED_PAIRS)
-        cost = self.choice.cost
-        found = count_trie_tokens(
-            [pairs[i] for i in batch]
-            for step in counted
-            for batch in micro_batches(step, pairs, limit, cost=cost)
-        )
-        scale = len(pairs) / sum(map(len, counted))
-        return TokenCounts(*(round(scale * number) for number in astuple(found)))
-
-    def _reference_pairs(self) -> Pairs:
-        """Return the lengths of the pairs on which the reference is scored."""
-        if not self.config.needs_reference:
-            return []
-        splits, needed = self.inputs.splits, needed_pairs(self.config, self.inputs.splits)
-        lengths = {split: lengths_only(pairs) for split, pairs in splits.items()}
-        return [lengths[split][index] for split in splits for index in needed[split]]
-
-    def _layer_tokens(self, passes: Iterable[Pairs]) -> int:
-        """Return the number of tokens through the layers, summed over all `passes`."""
-        return sum(self.choice.cost(pairs).total for pairs in passes)
-
-    def _token_counts(self, pairs: Pairs, layer_tokens: int) -> TokenCounts:
-        """Count the tokens and the attended keys of passes over `pairs`."""
-        shared = self.choice.name != "plain"
-        completions = sum(len(pair.chosen) + len(pair.rejected) for pair in pairs)
-        head_tokens = completions if shared else layer_tokens
-        return TokenCounts(layer_tokens, head_tokens, count_attended_keys(pairs, shared=shared))
 
 
 def _row_lengths(pairs: Pairs) -> RowLengths:
