@@ -7,7 +7,7 @@ import mlx.nn as nn
 import pytest
 
 from mlx_dpo import DPOConfig
-from mlx_dpo.distributed.costs import CHUNK_BYTES
+from mlx_dpo.distributed.ranks import CHUNK_BYTES
 from mlx_dpo.plan.ranks import FrozenWeights, describe_ranks, estimate_ranks
 from mlx_dpo.profiling.device_memory import MemoryBudget
 from mlx_dpo.runs.auto_batch_size import MicroBatchFit
