@@ -54,6 +54,18 @@ def print_warning(warning: str) -> None:
         print(f"Warning: {escape_line(warning)}", file=sys.stderr)
 
 
+def print_error(message: str) -> None:
+    """Print an error message of one or several lines on stderr, as click prints those it shows."""
+    with paused():
+        print(f"Error: {escape_controls(message)}", file=sys.stderr)
+
+
+def show_cursor() -> None:
+    """Show the cursor of the terminal, which a live display hides until it ends."""
+    if sys.stdout.isatty():
+        write_style("\x1b[?25h")
+
+
 def write_text(text: str) -> None:
     """Write a model's text to stdout: exact to a pipe, with visible controls on a terminal."""
     # click.echo would strip escape sequences from what goes into a pipe.

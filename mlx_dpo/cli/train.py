@@ -13,6 +13,7 @@ from mlx_dpo.cli.setting_flags import (
     resolve,
     setting_flags,
 )
+from mlx_dpo.cli.start_ranks import ranks_flags, start_ranks
 from mlx_dpo.errors import ConfigError
 
 
@@ -36,6 +37,7 @@ from mlx_dpo.errors import ConfigError
 )
 @click.option("--live", is_flag=True, help="Show the report in the browser while training.")
 @click.option("--no-open", is_flag=True, help="With --live: only print the page's address.")
+@ranks_flags
 @setting_flags(lambda spec: True)
 @help_all_flag
 @click.pass_context
@@ -58,6 +60,7 @@ def train(
     --live the report is served on this machine until training ends; the browser keeps it.
     """
     live, no_open = flags.pop("live"), flags.pop("no_open")
+    start_ranks(flags.pop("ranks"), flags.pop("rank_timeout"), flags["pairs"])
     config = resolve(ctx, config_file, resume, flags)
     if no_open and not live:
         raise ConfigError("`--no-open` has no effect without --live")

@@ -4,6 +4,8 @@ Nothing is imported that takes time: the command line asks before it imports MLX
 """
 
 from collections.abc import Mapping
+from contextlib import suppress
+from math import inf
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +18,23 @@ RANK = "MLX_RANK"
 # Open MPI's `mpirun`; MPICH's, and Slurm's with pmi2; Slurm's with PMIx.
 MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
 MPI_RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
+
+# Seconds without a sign of life after which a rank is lost; ours.
+RANK_TIMEOUT = "MLX_DPO_RANK_TIMEOUT"
+DEFAULT_TIMEOUT = 120.0
+
+
+def find_timeout(environment: Mapping[str, str]) -> float:
+    """Return the seconds of silence after which a rank is lost.
+
+    Raises:
+        ConfigError: the variable is not a positive number.
+    """
+    text = environment.get(RANK_TIMEOUT, str(DEFAULT_TIMEOUT))
+    with suppress(ValueError):
+        if 0 < (seconds := float(text)) < inf:
+            return seconds
+    raise ConfigError(f"{RANK_TIMEOUT} must be a number of seconds above 0 (found `{text}`)")
 
 
 def find_backend(environment: Mapping[str, str]) -> Backend | None:
