@@ -38,6 +38,8 @@ ALWAYS_DROPPED = (TOO_LONG, TIED, UNPAIRED)  # a setting or a rating asks for it
 class DPOError(Exception):
     """Base class of errors that the user can fix; the message is shown without a traceback."""
 
+    is_shared = False  # whether all ranks of a run raise it, so that one message is enough
+
 
 class ConfigError(DPOError):
     """A setting is unknown, out of range, without effect, or contradicts another."""

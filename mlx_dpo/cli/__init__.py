@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,16 @@ from typing import Any
 import click
 
 from mlx_dpo.cli.command import Group
-from mlx_dpo.cli.output import echo, escape_messages_of_libraries, print_traceback, print_warning
-from mlx_dpo.errors import DPOError, shows_tracebacks
+from mlx_dpo.cli.output import (
+    echo,
+    escape_messages_of_libraries,
+    is_silent,
+    print_traceback,
+    print_warning,
+    silence,
+)
+from mlx_dpo.distributed.environment import find_rank
+from mlx_dpo.errors import ConfigError, DPOError, shows_tracebacks
 from mlx_dpo.io.notices import LOGGER
 from mlx_dpo.io.write_errors import describe_disk_error
 from mlx_dpo.phases import announce
@@ -152,7 +160,7 @@ class Commands(Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Import the command; show that first, because importing MLX takes seconds."""
         wants_help = not {"-h", "--help-all", *ctx.help_option_names}.isdisjoint(args)
-        if args[0] in COMMANDS and "mlx_lm" not in sys.modules and not wants_help:
+        if args[0] in COMMANDS and "mlx_lm" not in sys.modules and not (wants_help or is_silent()):
             announce("Importing MLX")
         return super().resolve_command(ctx, args)
 
@@ -174,7 +182,7 @@ class Commands(Group):
         if not any(isinstance(handler, NoticePrinter) for handler in LOGGER.handlers):
             LOGGER.addHandler(NoticePrinter())
         try:
-            with _limits_explained(), status_on_stderr():
+            with _limits_explained(), nullcontext() if is_silent() else status_on_stderr():
                 return super().invoke(ctx)
         except (DPOError, OSError, ImportError) as error:
             message = user_message(error)
@@ -182,6 +190,8 @@ class Commands(Group):
                 raise
             if shows_tracebacks():
                 print_traceback(type(error), error, error.__traceback__)
+            if is_silent() and isinstance(error, DPOError) and error.is_shared:
+                sys.exit(1)  # rank 0 prints it
             raise click.ClickException(escape_line(message)) from error
         except click.ClickException as error:
             raise _escape_message(error) from error.__cause__
@@ -281,6 +291,11 @@ def program() -> str:
 def main() -> None:
     """Run the `mlx-dpo` command line."""
     escape_messages_of_libraries()
+    try:
+        if find_rank(os.environ):
+            silence()
+    except ConfigError as error:
+        sys.exit(f"Error: {escape_line(str(error))}")
     try:
         cli()
     except ImportError as error:  # `--help` imports every command, outside of `invoke`

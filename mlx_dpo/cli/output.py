@@ -22,6 +22,23 @@ from mlx_dpo.phases import paused
 from mlx_dpo.terminal_text import escape_controls, escape_json, escape_line
 
 
+class _Streams:
+    """What this process may write to."""
+
+    are_silent = False
+
+
+def silence() -> None:
+    """Print nothing from now on but errors: rank 0 of the run prints the same."""
+    _Streams.are_silent = True
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
+
+
+def is_silent() -> bool:
+    """Return whether this process prints nothing but errors."""
+    return _Streams.are_silent
+
+
 def echo(text: object = "", *, err: bool = False, nl: bool = True, **style: bool | str) -> None:
     """Print a text with its control characters visible.
 
@@ -31,6 +48,8 @@ def echo(text: object = "", *, err: bool = False, nl: bool = True, **style: bool
         nl: end with a newline.
         style: styles of `click.style`, such as `bold=True`; ignored with NO_COLOR.
     """
+    if _Streams.are_silent:
+        return
     shown = escape_controls(str(text))
     if style and not os.environ.get("NO_COLOR"):
         shown = click.style(shown, **cast(Any, style))
@@ -49,6 +68,8 @@ def echo_json(
 
 def print_warning(warning: str) -> None:
     """Print a warning on stderr, above a progress bar that is shown there."""
+    if _Streams.are_silent:
+        return
     # `click.echo` writes into the live bar's line where the locale is not UTF-8.
     with paused():
         print(f"Warning: {escape_line(warning)}", file=sys.stderr)

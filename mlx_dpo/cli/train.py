@@ -1,10 +1,13 @@
 """`mlx-dpo train`: train on pairs and write a run folder."""
 
+import os
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
 import click
 
+from mlx_dpo.cli.output import is_silent
 from mlx_dpo.cli.setting_flags import (
     SettingsCommand,
     config_flag,
@@ -14,7 +17,9 @@ from mlx_dpo.cli.setting_flags import (
     setting_flags,
 )
 from mlx_dpo.cli.start_ranks import ranks_flags, start_ranks
-from mlx_dpo.errors import ConfigError
+from mlx_dpo.config.dpo_config import DPOConfig
+from mlx_dpo.distributed.environment import find_rank
+from mlx_dpo.errors import ConfigError, DPOError
 
 
 @click.command(
@@ -61,9 +66,14 @@ def train(
     """
     live, no_open = flags.pop("live"), flags.pop("no_open")
     start_ranks(flags.pop("ranks"), flags.pop("rank_timeout"), flags["pairs"])
-    config = resolve(ctx, config_file, resume, flags)
     if no_open and not live:
         raise ConfigError("`--no-open` has no effect without --live")
+
+    options = (resume, overwrite, force)
+    if find_rank(os.environ) is None:
+        config = resolve(ctx, config_file, resume, flags)
+    else:  # only rank 0 reads its command line
+        config, options = _share(lambda: (resolve(ctx, config_file, resume, flags), options))
 
     from mlx_dpo import DPOTrainer
     from mlx_dpo.cli.end_of_run import list_next_commands
@@ -71,7 +81,27 @@ def train(
     from mlx_dpo.cli.progress import run_with_progress
     from mlx_dpo.reporting.terminal.console import make_console, print_label_table
 
+    live = live and not is_silent()
     page = serve_live_report([config.output], open_browser=not no_open) if live else nullcontext()
+    resume, overwrite, force = options
     with DPOTrainer(config, resume=resume, overwrite=overwrite, force=force) as run, page:
         run_with_progress(run, verbose=verbose)
     print_label_table(make_console(), list_next_commands(config.output, run.verdict))
+
+
+Options = tuple[bool, bool, bool]  # resume, overwrite, force
+
+
+def _share(resolve_here: Callable[[], tuple[DPOConfig, Options]]) -> tuple[DPOConfig, Options]:
+    """Return the settings and the flags of rank 0; `resolve_here` is called on rank 0 alone."""
+    from mlx_dpo.distributed.connect import connect
+    from mlx_dpo.runs.distributed.handshake import meet, share_settings
+
+    def resolve_to_json() -> tuple[dict[str, Any], Options]:
+        config, options = resolve_here()
+        return config.to_dict(), options
+
+    peers = meet(connect())
+    values, options = share_settings(peers, resolve_to_json, (DPOError, click.ClickException))
+    resume, overwrite, force = options
+    return DPOConfig.from_dict(values), (resume, overwrite, force)

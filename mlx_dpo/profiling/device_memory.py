@@ -34,6 +34,12 @@ class MemoryBudget:
     bytes: int
     description: str  # where the number comes from, for the user
 
+    def shared_by(self, ranks: int) -> "MemoryBudget":
+        """Return the share of each of several ranks on one machine."""
+        if ranks == 1:
+            return self
+        return MemoryBudget(self.bytes // ranks, f"{self.description}, shared by {ranks} ranks")
+
 
 def available_memory() -> MemoryBudget:
     """Return the memory that training may use on this machine.

@@ -1,5 +1,6 @@
 """Choose micro-batch size and gradient checkpointing automatically, from measured memory."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,7 +27,13 @@ from mlx_dpo.profiling.profile import (
     extrapolate_from_short_texts,
     profile_training_pass,
 )
-from mlx_dpo.runs.build import make_order, optimizer_state_bytes
+from mlx_dpo.runs.build import (
+    choose_scorer,
+    make_order,
+    optimizer_state_bytes,
+    with_recorded_scorer,
+)
+from mlx_dpo.runs.distributed.peers import Peers
 from mlx_dpo.runs.inputs import Inputs
 from mlx_dpo.scoring.select_scorer import ScorerChoice
 from mlx_dpo.training.grad_cache import skip_kl_completions
@@ -93,49 +100,83 @@ class MicroBatchFit:
         return text if self.fits else f"{text}: more than there is, started by --force"
 
 
-def choose_micro_batch_size(
+def choose_passes(
     inputs: Inputs,
     config: DPOConfig,
-    choice: ScorerChoice,
     earlier: Mapping[str, Any] | None,
+    *,
     force: bool,
-) -> MicroBatchFit:
-    """Choose a micro-batch size and return the completed settings.
+    peers: Peers,
+) -> tuple[ScorerChoice, MicroBatchFit]:
+    """Choose the scorer and the micro-batch size of a run, the same on all of its ranks.
 
-    A resumed run keeps the micro-batch size that it began with.
+    A resumed run keeps those that it began with. The adapters must be attached already.
 
     Args:
         inputs: base model and pairs.
         config: settings of the run.
-        choice: scorer of the run.
         earlier: run record (content of `run.json`) of a run that is resumed.
         force: accept settings that do not fit into memory.
+        peers: the ranks of the run.
+
+    Returns:
+        The scorer, and the completed settings.
 
     Raises:
         ConfigError: no micro-batch size that the settings allow fits into memory.
+        SharedError: the ranks have chosen different scorers.
     """
+    choice = _choose_shared_scorer(inputs, config, earlier, peers)
+    config = with_recorded_scorer(config, choice, earlier)
+    room = available_memory().shared_by(peers.on_this_host)
+    fitted = _choose_micro_batch_size(inputs, config, choice, earlier, room)
+    if not force:
+        _check_fits(fitted, longest_row(inputs.train))
+    if fitted.config.recompute and not config.recompute:
+        choice = _choose_shared_scorer(inputs, fitted.config, earlier, peers)
+    return replace(choice, passes_at_once=fitted.passes_at_once), fitted
+
+
+def _choose_shared_scorer(
+    inputs: Inputs, config: DPOConfig, earlier: Mapping[str, Any] | None, peers: Peers
+) -> ScorerChoice:
+    choice = choose_scorer(inputs.base, config, earlier)
+    name = choice.name if choice.packing is None else f"{choice.name} ({choice.packing})"
+    peers.check_same({"the scorer": name}, "choose one with --scorer")
+    return replace(choice, ranks=peers.ranks)
+
+
+def _choose_micro_batch_size(
+    inputs: Inputs,
+    config: DPOConfig,
+    choice: ScorerChoice,
+    earlier: Mapping[str, Any] | None,
+    room: MemoryBudget,
+) -> MicroBatchFit:
+    """Return the settings with a micro-batch size: the recorded one, or the first that fits."""
     recorded = (earlier or {}).get("automatic_settings")
     if recorded is not None:  # a resumed run continues bit for bit
         settings = {name: recorded[name] for name in AUTOMATIC_SETTINGS if name in recorded}
-        fit = MicroBatchFit(replace(config, **settings), 0, available_memory(), is_recorded=True)
+        fit = MicroBatchFit(replace(config, **settings), 0, room, is_recorded=True)
         at_once = (earlier or {}).get("passes_at_once") or 1
-        return replace(fit, passes_at_once=at_once if can_compute_two_passes() else 1)
+        is_possible = can_compute_two_passes() and choice.ranks.is_alone
+        return replace(fit, passes_at_once=at_once if is_possible else 1)
     with phase("Estimating memory"):
-        fitted = fit_micro_batch_size(
-            inputs.base, config, choice, inputs.train, room=available_memory(), measure=False
+        return fit_micro_batch_size(
+            inputs.base, config, choice, inputs.train, room=room, measure=False
         )
-    if not force:
-        _check_fits(fitted, longest_row(inputs.train))
-    return fitted
 
 
-def _with_passes_at_once(fitted: MicroBatchFit, base: LoadedModel) -> MicroBatchFit:
+def _with_passes_at_once(
+    fitted: MicroBatchFit, base: LoadedModel, choice: ScorerChoice
+) -> MicroBatchFit:
     """Return the settings with two passes at once, where they are possible and fit into memory.
 
-    Gradients pass between the processes, which takes long for all weights of a model.
+    With several ranks each computes one pass at a time. Gradients pass between the processes, which
+    takes long for all weights of a model.
     """
     is_large = memory.trainable_bytes(base.model) > MAX_GRADIENT_BYTES
-    if not can_compute_two_passes() or is_large:
+    if not can_compute_two_passes() or not choice.ranks.is_alone or is_large:
         return fitted
     if PASSES_AT_ONCE * fitted.bytes > fitted.room.bytes:
         return replace(fitted, two_need_more=True)
@@ -204,7 +245,7 @@ def fit_micro_batch_size(
     """Return the first candidate settings that fit into memory, or the last if none fit.
 
     Large micro-batches are tried first. Gradient checkpointing is tried last, when a single pair
-    does not fit without it.
+    does not fit without it. With several ranks, settings must fit on each of them.
 
     Args:
         room: memory that training may use.
@@ -217,21 +258,28 @@ def fit_micro_batch_size(
     bound = memory.step_peak_upper_bound(
         base.model, base.config, longest, vocab_size=base.vocab_size, optimizer_bytes=state
     )
-    if not measure and bound is not None and BOUND_MARGIN * bound <= room.bytes:
-        return _with_passes_at_once(MicroBatchFit(preferred, bound, room, is_bound=True), base)
+    if not measure and bound is not None and _all_have(choice, BOUND_MARGIN * bound, room):
+        fit = MicroBatchFit(preferred, bound, room, is_bound=True)
+        return _with_passes_at_once(fit, base, choice)
     if not measure and max(map(len, longest)) >= MIN_EXTRAPOLATED:
         run = partial(profile_micro_batch, base, preferred, choice, repeats=1)
         pass_bytes = extrapolate_from_short_texts(run, longest)
         peak = memory.step_peak_bytes(base.model, pass_bytes or 0, state)
-        if pass_bytes is not None and BOUND_MARGIN * peak <= room.bytes:
-            return _with_passes_at_once(MicroBatchFit(preferred, peak, room, is_bound=True), base)
+        if _all_have(choice, math.inf if pass_bytes is None else BOUND_MARGIN * peak, room):
+            fit = MicroBatchFit(preferred, peak, room, is_bound=True)
+            return _with_passes_at_once(fit, base, choice)
     preferred_fit = fit = _profiled_fit(base, preferred, choice, pairs, room)
     for candidate in others:
-        if fit.fits:
+        if _all_have(choice, fit.bytes, room):
             break
         next_fit = _profiled_fit(base, candidate, choice, pairs, room)
         fit = replace(next_fit, instead_of=preferred_fit)
-    return _with_passes_at_once(fit, base)
+    return _with_passes_at_once(fit, base, choice)
+
+
+def _all_have(choice: ScorerChoice, needed: float, room: MemoryBudget) -> bool:
+    """Return whether each rank has the memory that it needs, in bytes."""
+    return not choice.ranks.any("memory", needed > room.bytes)
 
 
 def _larger_sizes(config: DPOConfig, choice: ScorerChoice, pairs: Pairs) -> Sequence[int]:

@@ -113,22 +113,16 @@ RECORD_TYPES: dict[str, tuple[type, ...]] = {
     "best_checkpoint": (dict, NoneType), "stopped_early_at": (int, NoneType),
     "automatic_settings": (dict, NoneType), "chosen_settings": (dict, NoneType),
     "before": (dict, NoneType), "datasets_in_memory": (list, NoneType), "verdict": (dict, NoneType),
-    "adapter": (str, NoneType), "adapter_sha256": (str, NoneType),
+    "adapter": (str, NoneType), "adapter_sha256": (str, NoneType), "ranks": (list, NoneType),
     "num_metrics_rows": (int, NoneType), "passes_at_once": (int, NoneType),
 }  # fmt: skip
 REQUIRED = ("state", "settings", "provenance")
 ITEM_TYPES: dict[str, tuple[type, ...]] = {
-    "counts": (int,),
-    "pairs": (dict,),
-    "provenance": (str, NoneType),
-    "versions": (str,),
-    "warnings": (str,),
-    "evaluation": (int, float),
-    "best_checkpoint": (int, float),
-    "chosen_settings": (str,),
-    "before": (int, float),
-    "datasets_in_memory": (str,),
-}
+    "counts": (int,), "pairs": (dict,), "provenance": (str, NoneType), "versions": (str,),
+    "warnings": (str,), "evaluation": (int, float), "best_checkpoint": (int, float),
+    "chosen_settings": (str,), "before": (int, float), "datasets_in_memory": (str,),
+    "ranks": (dict,),
+}  # fmt: skip
 
 
 def check_record(record: Mapping[str, Any]) -> None:

@@ -3,11 +3,12 @@
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from datetime import date
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,6 +18,7 @@ from mlx_dpo import paths as places
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.data.batches.order import PairOrder
 from mlx_dpo.data.sources import STDIN
+from mlx_dpo.distributed.ranks import SINGLE_PROCESS, Ranks
 from mlx_dpo.errors import ConfigError, RunError, reason
 from mlx_dpo.io.atomic import remove_abandoned
 from mlx_dpo.io.notices import notify_once
@@ -32,6 +34,8 @@ from mlx_dpo.runs.build import (
     make_order,
     with_grouping,
 )
+from mlx_dpo.runs.distributed.handshake import check_inputs
+from mlx_dpo.runs.distributed.peers import Peers
 from mlx_dpo.runs.folder import RunPaths, reference_provenance
 from mlx_dpo.runs.inputs import (
     NO_DATASETS,
@@ -39,16 +43,21 @@ from mlx_dpo.runs.inputs import (
     Inputs,
     check_context_length,
     device_and_dtype,
+    digest_of_split,
     load_inputs,
     load_trainable_base,
     with_max_length,
 )
 from mlx_dpo.scoring.generation_match import computes_with_caches
-from mlx_dpo.scoring.score_pairs import DatasetScorer
 from mlx_dpo.scoring.select_scorer import ScorerChoice
 from mlx_dpo.training.logps_cache import labels, read_logps, write_logps
 from mlx_dpo.training.objective import Objective, evaluate
-from mlx_dpo.training.reference_logps import ReferenceCache, are_scored, reference_logps
+from mlx_dpo.training.reference_logps import (
+    ReferenceCache,
+    are_scored,
+    broadcast_logps,
+    reference_logps,
+)
 from mlx_dpo.types import MetricsRow, PairLogps, TokenizedPair
 
 
@@ -65,37 +74,28 @@ class PreparedRun(Protocol):
     reference_model_logps: dict[str, PairLogps]
 
 
-def cached_reference_logps(
+def reference_cache(
     model: nn.Module,
-    pairs: Sequence[TokenizedPair],
     record: dict[str, Any],
-    *,
     device_and_dtype: str,
-    score: DatasetScorer,
-    indices: Sequence[int] | None = None,
-    progress: Callable[[int], None] = lambda scored: None,
-) -> PairLogps:
-    """Return the log-probs of the pairs at `indices` under the reference. (len(pairs),) each
-
-    The log-probs of other pairs are NaN. Log-probs found in the shared cache are not computed
-    again.
+    ranks: Ranks = SINGLE_PROCESS,
+) -> ReferenceCache:
+    """Return the cache of reference log-probs that all runs on this machine share.
 
     Args:
         model: the reference: the policy with its adapters disabled, or a separate model.
         record: run record (content of `run.json`), which identifies model and settings in the
             cache.
         device_and_dtype: device and dtype with which the reference computes now.
-        score: function that computes log-probs of a dataset without gradients.
-        indices: indices of the pairs that the run needs; None needs all.
-        progress: called with the number of pairs whose log-probs were computed or read.
+        ranks: processes that share the work; the cache is that of rank 0.
     """
     function = " with KV caches" if computes_with_caches(model) else ""
-    cache = ReferenceCache(
+    return ReferenceCache(
         folder=warn_if_no_cache(places.reference_cache_folder()),
         provenance=reference_provenance(record, device_and_dtype) + function,
         labels=labels(_model_name(record), device_and_dtype),
+        ranks=ranks,
     )
-    return reference_logps(model, pairs, indices, cache=cache, score=score, progress=progress)
 
 
 def warn_if_no_cache(cache: Path | None) -> Path | None:
@@ -152,18 +152,19 @@ def reference_logps_of_split(
     def compute() -> PairLogps:
         if run.config.reference_model is not None:
             return run.reference_model_logps[split]
-        return cached_reference_logps(
+        device, ranks = run.record["provenance"]["device_and_dtype"], run.choice.ranks
+        return reference_logps(
             run.policy,
             pairs,
-            run.record,
-            device_and_dtype=run.record["provenance"]["device_and_dtype"],
+            indices,
+            cache=reference_cache(run.policy, run.record, device, ranks),
             score=make_dataset_scorer(run.config, run.choice),
-            indices=indices,
             progress=progress,
         )
 
     path = run.paths.reference_logps(split)
-    return stored_logps(path, len(pairs), indices, compute, progress)
+    store = LogpsFile(path, len(pairs), run.choice.ranks)
+    return stored_logps(store, indices, compute, progress)
 
 
 def evaluate_before(run: PreparedRun) -> MetricsRow | None:
@@ -191,9 +192,16 @@ def evaluate_before(run: PreparedRun) -> MetricsRow | None:
     return to_public_names(metrics, prefix=EVAL_PREFIX)
 
 
+class LogpsFile(NamedTuple):
+    """A file of the run folder with the reference log-probs of a split, which rank 0 has."""
+
+    path: Path
+    num_pairs: int
+    ranks: Ranks = SINGLE_PROCESS
+
+
 def stored_logps(
-    path: Path,
-    num_pairs: int,
+    file: LogpsFile,
     indices: Sequence[int],
     compute: Callable[[], PairLogps],
     progress: Callable[[int], None],
@@ -206,11 +214,15 @@ def stored_logps(
     Raises:
         RunError: the file cannot be written.
     """
-    stored = read_logps(path, num_pairs)
+    path, is_main = file.path, file.ranks.is_main
+    stored = read_logps(path, file.num_pairs) if is_main else None
+    stored = broadcast_logps(file.ranks, stored)
     if stored is not None and are_scored(stored, indices):
         progress(len(indices))
         return stored
     logps = compute()
+    if not is_main:
+        return logps
     remove_abandoned(path.parent)  # of this run when it was killed; shared caches are left alone
     try:
         write_logps(path, logps)
@@ -252,6 +264,7 @@ def compute_reference_model_logps(
     day: date | None = None,
     *,
     resumed: bool = False,
+    peers: Peers | None = None,
 ) -> tuple[dict[str, PairLogps], str]:
     """Return the log-probs of the training and held-out pairs under the setting `reference_model`.
 
@@ -261,6 +274,7 @@ def compute_reference_model_logps(
 
     Args:
         resumed: whether the run has begun earlier, and keeps the order that it began with.
+        peers: the ranks of the run, which share the work.
 
     Raises:
         ConfigError: the tokenizers of the two models differ, an example is longer than a model's
@@ -277,7 +291,7 @@ def compute_reference_model_logps(
     if not resumed:
         config, _ = with_grouping(config, inputs.train)
     other, tokenizer = load_reference_model(config), inputs.base.tokenizer
-    return compute_logps_of_splits(config, other, tokenizer, inputs.splits)
+    return compute_logps_of_splits(config, other, tokenizer, inputs.splits, peers)
 
 
 def compute_logps_of_splits(
@@ -285,6 +299,7 @@ def compute_logps_of_splits(
     other: LoadedModel,
     tokenizer: TokenizerWrapper,
     splits: Splits,
+    peers: Peers | None = None,
 ) -> tuple[dict[str, PairLogps], str]:
     """Return log-probs of the pairs under the model `other`, and the digest of this model.
 
@@ -294,27 +309,27 @@ def compute_logps_of_splits(
         other: the reference model.
         tokenizer: tokenizer of the policy, with which the pairs were tokenized.
         splits: training and held-out pairs, by the name of the split.
+        peers: the ranks of the run, which share the work; None is a single process.
     """
     check_same_tokens(other, tokenizer, chain.from_iterable(splits.values()))
     check_context_length(config, other, *splits.values())
     digest = model_fingerprint(other.path)
     choice = choose_scorer(other, config)
+    if peers is not None:
+        digests = {split: digest_of_split(config, pairs) for split, pairs in splits.items()}
+        check_inputs(peers, digests | {"reference_model": digest})
+        choice = replace(choice, ranks=peers.ranks)
     score = make_dataset_scorer(config, choice)
     record = _reference_model_record(config, digest) | {
         "automatic_settings": {"scorer": choice.name}
     }
+    cache = reference_cache(other.model, record, device_and_dtype(other), choice.ranks)
     needed = needed_pairs(config, splits)
     total = sum(map(len, needed.values()))
     with phase("Scoring the reference model", total, unit=config.unit) as advance:
         answers = {
-            split: cached_reference_logps(
-                other.model,
-                pairs,
-                record,
-                device_and_dtype=device_and_dtype(other),
-                score=score,
-                indices=needed[split],
-                progress=advance,
+            split: reference_logps(
+                other.model, pairs, needed[split], cache=cache, score=score, progress=advance
             )
             for split, pairs in splits.items()
         }

@@ -2,25 +2,24 @@
 
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import fields, replace
+from dataclasses import fields
 from inspect import signature
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from mlx_dpo.adapters.adapter_files import save_adapter
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.config.other_trainers import check_trainer_arguments
+from mlx_dpo.distributed.connect import connect
 from mlx_dpo.errors import ConfigError, TrainingError
 from mlx_dpo.losses.metrics import EVAL_PREFIX, step_row, to_public_names
 from mlx_dpo.parallel.second_process import peak_memory, reset_peak_memory
 from mlx_dpo.profiling.device_memory import limited_buffers
-from mlx_dpo.reporting.metrics_log import MetricsLog, read_metrics, timed, undamaged_rows
-from mlx_dpo.runs.auto_batch_size import choose_micro_batch_size
+from mlx_dpo.reporting.metrics_log import MetricsLog, timed, undamaged_rows
+from mlx_dpo.runs.auto_batch_size import choose_passes
 from mlx_dpo.runs.build import (
     attach_adapters,
     check_step_settings,
-    choose_scorer,
     make_answer_sampler,
     make_dataset_scorer,
     make_on_policy_weights,
@@ -31,19 +30,22 @@ from mlx_dpo.runs.build import (
     reference_mode,
     with_grouping,
     with_learning_rate,
-    with_recorded_scorer,
 )
+from mlx_dpo.runs.distributed.follower_folder import find_checkpoint, open_run_folder
+from mlx_dpo.runs.distributed.handshake import (
+    add_ranks,
+    check_inputs,
+    check_run_settings,
+    meet,
+    share_day,
+)
+from mlx_dpo.runs.distributed.peers import with_errors_of_all_ranks
+from mlx_dpo.runs.distributed.saving import save_best_adapters, save_checkpoint, save_final_adapters
 from mlx_dpo.runs.early_stopping import BestCheckpoint
 from mlx_dpo.runs.folder import (
     RunPaths,
     check_provenance,
-    check_replaceable,
-    check_resumable,
-    check_run_folder,
-    day_of_run,
-    lock_folder,
     new_record,
-    read_record,
     remove_run,
     start_adapter_provenance,
     write_record,
@@ -58,11 +60,11 @@ from mlx_dpo.runs.reference import (
     reference_logps_of_split,
     reference_phase,
 )
-from mlx_dpo.runs.save_peft import save_peft
-from mlx_dpo.runs.trackers import check_trackers, make_monitor, open_trackers
+from mlx_dpo.runs.trackers import make_monitor, open_trackers
 from mlx_dpo.scoring.kernels.gated_delta import use_fused_gated_delta
 from mlx_dpo.trackers.base import OpenTrackers
 from mlx_dpo.training import checkpoint, loop
+from mlx_dpo.training.monitor.recorded_samples import RecordedSampler
 from mlx_dpo.training.monitor.verdict import Verdict
 from mlx_dpo.training.objective import Objective, evaluate
 from mlx_dpo.types import MetricsRow
@@ -117,7 +119,8 @@ class DPOTrainer:
         self.resume = resume
         self.overwrite = overwrite
         self.force = force
-        self.paths = RunPaths(Path(config.output))
+        self.paths = RunPaths(Path(config.output))  # of a temporary folder except on rank 0
+        self.ranks = connect()
         self.stopped = False  # on request, before the last step
         self.stopped_early_at: int | None = None
         self.evaluation: MetricsRow | None = None  # of the adapters that the run ends with
@@ -126,24 +129,22 @@ class DPOTrainer:
         self.adapter_support = ""  # programs that can load the adapters of the finished run
         self.best = BestCheckpoint(config, self.paths)
         self.trackers = OpenTrackers()
+        self.answer_sampler: RecordedSampler | None = None
         self.stop_requested = False
         self._is_prepared = False
         self._is_entered = False
         self._resources = ExitStack()
 
     def __enter__(self) -> Self:
-        check_trackers(self.config)
-        check_run_folder(self.paths)
+        self.peers = meet(self.ranks)
+        check_run_settings(self.peers, self)
         with ExitStack() as stack:
-            stack.enter_context(lock_folder(self.paths))
+            opened = stack.enter_context(open_run_folder(self))
+            self.paths, self.best.paths, self.earlier = opened.paths, opened.paths, opened.record
             stack.enter_context(limited_buffers())
             stack.push(lambda kind, error, trace: self.trackers.close(completed=kind is None))
-            if self.overwrite:
-                check_replaceable(self.paths)  # the run is removed when this one can begin
-            self.earlier = None if self.overwrite else read_record(self.paths)
             if self.earlier is not None:
                 self.config = self.config.with_recorded_choices(self.earlier["settings"])
-                check_resumable(self.paths, self.earlier, self.config, resume=self.resume)
             self._resources = stack.pop_all()
         self._is_entered = True
         return self
@@ -178,16 +179,21 @@ class DPOTrainer:
         self.compute_reference_logps(progress)
         self.restore()
 
+    @with_errors_of_all_ranks
     def load(self) -> None:
         """Load the base model and the pairs; the run folder is not written.
 
         The log-probs of a separate reference model are computed first; then it is freed.
         """
         reset_peak_memory()  # earlier work of the same process does not count
-        start, day = start_adapter_provenance(self.config), day_of_run(self.earlier)
+        start, day = start_adapter_provenance(self.config), share_day(self.ranks, self.earlier)
         if self.config.reference_model is not None:
             self.reference_model_logps, digest = compute_reference_model_logps(
-                self.config, self.datasets, day, resumed=self.earlier is not None
+                self.config,
+                self.datasets,
+                day,
+                resumed=self.earlier is not None,
+                peers=self.peers,
             )
             start |= {"reference_model": digest}
         self.inputs: Inputs = load_inputs(self.config, datasets=self.datasets, day=day)
@@ -208,9 +214,11 @@ class DPOTrainer:
         self.record["datasets_in_memory"] = self.datasets.splits
         if reason:
             self.record["chosen_settings"]["group_by_prompt"] = reason
+        check_inputs(self.peers, self.record["provenance"])
         if self.earlier is not None:
             check_provenance(self.paths, self.earlier, self.record["provenance"])
 
+    @with_errors_of_all_ranks
     def attach(self) -> None:
         """Attach the adapters, choose scorer and micro-batch size, and write `run.json`.
 
@@ -226,23 +234,19 @@ class DPOTrainer:
         if reason:
             self.record["settings"]["learning_rate"] = self.config.learning_rate
             self.record["chosen_settings"]["learning_rate"] = reason
-        self.choice = choose_scorer(self.inputs.base, self.config, self.earlier)
-        self.config = with_recorded_scorer(self.config, self.choice, self.earlier)
-        self.fitted = choose_micro_batch_size(
-            self.inputs, self.config, self.choice, self.earlier, self.force
+        self.choice, self.fitted = choose_passes(
+            self.inputs, self.config, self.earlier, force=self.force, peers=self.peers
         )
+        self.config = self.fitted.config
         self.record["automatic_settings"] = self.fitted.automatic_settings()
         if self.config.scorer == "auto":
             self.record["automatic_settings"]["scorer"] = self.choice.name
-        if self.fitted.config.recompute and not self.config.recompute:
-            self.choice = choose_scorer(self.inputs.base, self.fitted.config, self.earlier)
-        self.config = self.fitted.config
         self.record["passes_at_once"] = self.fitted.passes_at_once
-        self.choice = replace(self.choice, passes_at_once=self.fitted.passes_at_once)
         if self.overwrite:
             remove_run(self.paths)
         write_record(self.paths, self.record)  # only now are all settings known to be possible
 
+    @with_errors_of_all_ranks
     def compute_reference_logps(self, progress: ProgressCallback = lambda scored: None) -> None:
         """Compute the log-probs of the pairs under the reference, or read them from disk.
 
@@ -262,6 +266,7 @@ class DPOTrainer:
                 for split in SPLITS
             }
 
+    @with_errors_of_all_ranks
     def restore(self) -> None:
         """Restore the last whole checkpoint, if there is one, and open the experiment trackers.
 
@@ -272,7 +277,7 @@ class DPOTrainer:
         self.optimizer = make_optimizer(self.policy, self.config)
         self.start = loop.Progress()
         self.synced_reference = make_synced_reference(self.policy, self.config, self.choice)
-        last = checkpoint.latest_undamaged(self.paths.checkpoints, self.best.check_resumable)
+        last = find_checkpoint(self.ranks, self.paths, self.best)
         if last is not None:
             self.start = checkpoint.restore(
                 last, self.policy, self.optimizer, self.synced_reference
@@ -281,11 +286,14 @@ class DPOTrainer:
         self.best.restore(rows)
         self.monitor = make_monitor(self.config, self.inputs.train, total_steps=self.total_steps)
         step, earlier = self.start.step, self.earlier
-        self.answer_sampler = make_answer_sampler(self.config, self.inputs, self.paths, step)
+        if self.ranks.is_main or self.ranks.in_lockstep:
+            self.answer_sampler = make_answer_sampler(self.config, self.inputs, self.paths, step)
         self.warnings = [warning for row in rows for warning in self.monitor.update(row)]
         self.record["warnings"] = self.warnings
+        add_ranks(self.record, self.peers, earlier, step)
         write_record(self.paths, self.record)
-        open_trackers(self.trackers, self.config, self.record, rows, step=step, earlier=earlier)
+        if self.ranks.is_main:
+            open_trackers(self.trackers, self.config, self.record, rows, step=step, earlier=earlier)
         self._is_prepared = True
 
     # --- train -----------------------------------------------------------------------------
@@ -326,14 +334,15 @@ class DPOTrainer:
                     yield self._evaluate_and_log()
                     if self.best.should_stop:
                         break
+                self.stop_requested = self.ranks.any("stop", self.stop_requested)
                 if self._is_due(self.config.save_steps) or self.stop_requested:
                     self._save_checkpoint()
                 if self.stop_requested and self._progress.step < self.total_steps:
                     self.stopped = True
                     return
-        except TrainingError:
+        except TrainingError as error:  # on all ranks, as it was found in gathered values
             self._save_checkpoint()
-            raise
+            raise self.peers.shared(error) from error.__cause__
         yield from self._finish()
 
     def _take_steps(self) -> Iterator[MetricsRow]:
@@ -379,8 +388,9 @@ class DPOTrainer:
         """Evaluate the policy, save its adapters if best so far, and return the metrics row."""
         step = self._progress.step
         samples = self.answer_sampler.measure(self.policy, step) if self.answer_sampler else {}
+        samples = self.ranks.broadcast_json("samples", samples)
         row = {"step": step, **self.evaluate(), **samples}
-        self.best.update(row, lambda folder: save_adapter(folder, self.policy, self.adapter_config))
+        save_best_adapters(self, row)
         self._warn(self.monitor.update(row))
         return self._log_row(row)
 
@@ -405,17 +415,7 @@ class DPOTrainer:
         return to_public_names(metrics, prefix=EVAL_PREFIX)
 
     def _save_checkpoint(self) -> None:
-        checkpoint.save(
-            self.paths.checkpoints,
-            self.policy,
-            self.optimizer,
-            self._progress,
-            self.adapter_config,
-            self.synced_reference,
-            self._log.flush(),
-        )
-        checkpoint.prune(self.paths.checkpoints, self.config.save_total_limit)
-        self.best.prune(read_metrics(self.paths.metrics))
+        save_checkpoint(self, self._progress, self._log)
 
     # --- finish ----------------------------------------------------------------------------
 
@@ -431,9 +431,7 @@ class DPOTrainer:
             if self.stopped_early_at is None or self.start == self._progress:
                 yield last
             self.evaluation = self._log.evaluation_at(self.best.step or step)
-        self.best.load_into(self.policy)
-        digest = save_adapter(self.paths.folder, self.policy, self.adapter_config)
-        self.adapter_support = save_peft(self.paths.folder, self.inputs.base, self.config)
+        digest, self.adapter_support = save_final_adapters(self)
         self.verdict = self.monitor.judge(self.evaluation)
         self.record |= {
             "state": "finished",

@@ -36,9 +36,9 @@ from mlx_dpo.runs.inputs import (
     row_rules,
 )
 from mlx_dpo.runs.reference import (
-    cached_reference_logps,
     compute_logps_of_splits,
     load_reference_model,
+    reference_cache,
 )
 from mlx_dpo.runs.trackers import monitored_run
 from mlx_dpo.saved_runs.open import OpenRun, load_adapter_into, load_reference_into, open_run
@@ -48,6 +48,7 @@ from mlx_dpo.scoring.score_pairs import DatasetScorer
 from mlx_dpo.training import checkpoint
 from mlx_dpo.training.monitor.verdict import DEGENERATE, Verdict, judge_policy
 from mlx_dpo.training.objective import Objective, evaluate
+from mlx_dpo.training.reference_logps import reference_logps
 from mlx_dpo.types import PairLogps, PreferenceMetrics, TokenizedPair
 from mlx_dpo.units import format_items
 
@@ -191,16 +192,9 @@ def _reference_logps(
                 f"{run.paths.checkpoints}: the reference was updated during training, and its "
                 "weights are missing with the checkpoints; restore them"
             )
-        device = device_and_dtype(base)
+        cache = reference_cache(base.model, run.record, device_and_dtype(base))
         with phase("Computing reference log-probs", len(pairs), unit=config.unit) as advance:
-            return cached_reference_logps(
-                base.model,
-                pairs,
-                run.record,
-                device_and_dtype=device,
-                score=score,
-                progress=advance,
-            )
+            return reference_logps(base.model, pairs, cache=cache, score=score, progress=advance)
     load_adapter_into(run, base)
     types = {name: value.dtype for name, value in named_arrays(base.model.parameters()).items()}
     weights = [(name, value.astype(types[name])) for name, value in synced_weights.items()]

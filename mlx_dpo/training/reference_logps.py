@@ -17,6 +17,7 @@ import numpy as np
 
 from mlx_dpo.data.columns import pairs_digest
 from mlx_dpo.data.dataset import select_pairs
+from mlx_dpo.distributed.ranks import SINGLE_PROCESS, Ranks
 from mlx_dpo.errors import reason
 from mlx_dpo.io.notices import notify_once
 from mlx_dpo.scoring.score_pairs import DatasetScorer
@@ -37,14 +38,20 @@ class ReferenceCache:
         provenance: text that identifies everything that determines the log-probs, except for the
             token ids.
         labels: labels of new files, shown by `mlx-dpo cache`.
+        ranks: ranks of the run. Rank 0 reads and writes its cache and sends what it finds, so that
+            all ranks score the same blocks.
     """
 
     folder: Path | None
     provenance: str
     labels: Mapping[str, str] | None = None
+    ranks: Ranks = SINGLE_PROCESS
 
     def read(self, block: Sequence[TokenizedPair]) -> PairLogps | None:
         """Return the log-probs of a block of pairs; None if they are not in the cache."""
+        return broadcast_logps(self.ranks, self._read(block) if self.ranks.is_main else None)
+
+    def _read(self, block: Sequence[TokenizedPair]) -> PairLogps | None:
         if (path := self._path(block)) is None:
             return None
         logps = read_logps(path, len(block))
@@ -58,7 +65,7 @@ class ReferenceCache:
 
         If the cache cannot be written, a notice is logged once.
         """
-        if (path := self._path(block)) is None:
+        if not self.ranks.is_main or (path := self._path(block)) is None:
             return
         try:
             write_logps(path, logps, self.labels)
@@ -70,6 +77,15 @@ class ReferenceCache:
             return None
         inputs = f"{self.provenance}\n{pairs_digest(block)}"
         return self.folder / f"{hashlib.sha256(inputs.encode()).hexdigest()}{SUFFIX}"
+
+
+def broadcast_logps(ranks: Ranks, logps: PairLogps | None) -> PairLogps | None:
+    """Return the log-probs that rank 0 has, or None; those of other ranks are not used."""
+    if ranks.is_alone:
+        return logps
+    arrays = {} if logps is None else {k: np.array(v) for k, v in logps._asdict().items()}
+    [sent, *_] = ranks.all_gather_arrays("known log-probs", arrays if ranks.is_main else {})
+    return PairLogps(mx.array(sent["chosen"]), mx.array(sent["rejected"])) if sent else None
 
 
 def reference_logps(

@@ -2,7 +2,7 @@
 
 import mlx.core as mx
 
-from mlx_dpo.runs.reference import stored_logps
+from mlx_dpo.runs.reference import LogpsFile, stored_logps
 from mlx_dpo.types import PairLogps
 from tests.temporary_files import ended_process, temporary_path
 
@@ -13,6 +13,6 @@ def test_the_temporary_file_of_a_killed_run_is_removed(tmp_path):
     leftover = temporary_path(path, ended_process())
     leftover.write_bytes(b"half")
     logps = PairLogps(mx.array([-1.0]), mx.array([-2.0]))
-    stored_logps(path, 1, [0], lambda: logps, lambda count: None)
+    stored_logps(LogpsFile(path, 1), [0], lambda: logps, lambda count: None)
     assert not leftover.exists()
     assert path.is_file()

@@ -100,7 +100,7 @@ def test_evaluating_again_asks_the_same_reference(against_other):
 
 @pytest.mark.parametrize("loss", ["simpo", "orpo", "cpo", "sft"])
 def test_losses_without_a_reference_never_compute_one(config, monkeypatch, tmp_path, loss):
-    monkeypatch.setattr(references, "cached_reference_logps", None)  # calling it would fail
+    monkeypatch.setattr(references, "reference_cache", None)  # calling it would fail
     config = replace(config, loss_type=(loss,))
     trainer, _ = train(config)
     assert not (tmp_path / "run" / "reference").exists()
