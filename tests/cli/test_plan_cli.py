@@ -198,7 +198,7 @@ def test_a_plan_for_several_ranks():
     assert (two["ranks"], two["passes"], two["rounds"], two["idle"]) == (2, 4, 2, 0)
     trained = one["memory"]["adapters"] // 5  # weights, two gradients and AdamW's two averages
     assert two["sent"] == 2 * trained
-    assert two["memory"] == pytest.approx(one["memory"]["training"] + 3 * trained, rel=0.2)
+    assert two["memory"] == pytest.approx(one["memory"]["training"] + 4 * trained, rel=0.2)
     assert 1 < two["bound"] <= 2
     assert two["links"][0]["name"] == "Thunderbolt"
     text = plan(*settings, "--ranks", "2").output

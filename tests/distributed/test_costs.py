@@ -50,8 +50,8 @@ def test_one_rank_costs_nothing():
 
 
 def test_memory_of_a_rank():
-    assert costs.exchange_buffers(3, 1000) == 4000
-    assert costs.exchange_buffers(3, 10 * CHUNK_BYTES) == 13 * CHUNK_BYTES
+    assert costs.exchange_buffers(3, 1000) == 5000
+    assert costs.exchange_buffers(3, 10 * CHUNK_BYTES) == 23 * CHUNK_BYTES
     assert costs.held_weight_bytes(3, 100, 7, 20) == 7 + 34 + 20
 
 

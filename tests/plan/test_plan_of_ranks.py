@@ -58,7 +58,7 @@ def test_a_plan_by_hand():
     assert found.sent == 1.5 * TRAINED
     assert found.sent_for_single_sum == TRAINED
     assert found.bound == pytest.approx(150 / (20 + 40 + 50))
-    assert found.memory == found.memory_whole == 100_000_000 + TRAINED + 2 * TRAINED
+    assert found.memory == found.memory_whole == 100_000_000 + 2 * TRAINED + 2 * TRAINED
     assert TRAINED < CHUNK_BYTES
     assert found.memory_sharded == found.memory_whole - 4 * BLOCK + 4 * BLOCK // 2 + 2 * BLOCK
     assert (found.shard_base, found.fits) == (False, True)
