@@ -25,6 +25,7 @@ from mlx_dpo.io.arrays import named_arrays
 from mlx_dpo.models.device import dtype_name
 from mlx_dpo.optim.optimizers import OPTIMIZERS
 from mlx_dpo.profiling import memory
+from mlx_dpo.runs.distributed.describe import describe_ranks, describe_traffic
 from mlx_dpo.runs.inputs import Inputs
 from mlx_dpo.runs.reference import needed_pairs
 from mlx_dpo.units import format_items
@@ -203,6 +204,7 @@ def summarize_training(run: "DPOTrainer", *, verbose: bool = True) -> list[Summa
         *([("loss", describe_loss(run.config))] if verbose else []),
         ("steps", _describe_steps(run)),
         *_summarize_order(run),
+        *_summarize_ranks(run),
         *([*_summarize_best(run), _summarize_micro_batches(run)] if verbose else []),
         *[("" if verbose else "micro-batches", line) for line in oversized],
         *(_summarize_samples(run) if verbose or run.answer_sampler is None else []),
@@ -228,9 +230,10 @@ def _summarize_needed_pairs(run: "DPOTrainer") -> list[SummaryLine]:
 
 
 def summarize_end(run: "DPOTrainer") -> list[SummaryLine]:
-    """Return the summary lines about the result: adapter, early stop and best checkpoint."""
+    """Return the summary lines about the result: adapter, ranks, early stop, best checkpoint."""
     best, step = run.best, run.stopped_early_at
-    lines = [("adapter", run.adapter_support)]
+    traffic = [("ranks", text) for text in describe_traffic(run.peers)]
+    lines = [("adapter", run.adapter_support), *traffic]
     if best.rule is None:
         return lines
     if step is not None:
@@ -336,6 +339,17 @@ def describe_learning_rate(config: DPOConfig, reason: str) -> str:
     """Return the learning rate and, if it was chosen, what it was chosen by."""
     chosen = f" (chosen: {reason})" if reason else ""
     return f"learning rate {config.peak_learning_rate:g}{chosen}"
+
+
+def _summarize_ranks(run: "DPOTrainer") -> list[SummaryLine]:
+    """Return lines on the ranks of a run, their hosts and what they send, if it has several."""
+    if run.ranks.is_alone:
+        return []
+    counts = _count_micro_batches(run)
+    lines = describe_ranks(
+        run.peers, counts.micro_batches / counts.steps, memory.trainable_bytes(run.policy)
+    )
+    return [("" if number else "ranks", line) for number, line in enumerate(lines)]
 
 
 def _summarize_best(run: "DPOTrainer") -> list[SummaryLine]:

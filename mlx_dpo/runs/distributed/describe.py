@@ -1,0 +1,50 @@
+"""Describe the ranks of a run for the terminal."""
+
+from collections import Counter
+from math import ceil
+
+from mlx_dpo.distributed import costs
+from mlx_dpo.runs.distributed.handshake import CHANGES_BITS
+from mlx_dpo.runs.distributed.peers import Peers
+from mlx_dpo.units import format_bytes
+
+EXACT = "exact: a run on one rank with passes of this size has the same bits, on the same machine"
+
+
+def describe_ranks(peers: Peers, passes: float, gradient_bytes: int) -> list[str]:
+    """Return lines on ranks, hosts, passes and traffic of a run; none if it has one rank.
+
+    Args:
+        passes: average number of passes per step.
+        gradient_bytes: gradient of all trained weights.
+    """
+    ranks = peers.ranks
+    if ranks.is_alone:
+        return []
+    hosts = Counter(peers.hosts)
+    where = ", ".join(f"{host} ({count})" if count > 1 else host for host, count in hosts.items())
+    most = ceil(passes)
+    sent = costs.gathered_gradient_bytes(most, ranks.size, gradient_bytes)
+    rounds = costs.count_rounds(most, ranks.size)
+    lines = [
+        f"{ranks.size} on {where}, by {ranks.backend}; {passes:.2g} passes per step in about "
+        f"{rounds} round{'s' * (rounds != 1)}; each rank sends about {format_bytes(sent)} per step"
+    ]
+    if passes < ranks.size:
+        lines.append(
+            "steps have fewer passes than there are ranks, so ranks wait: use a smaller "
+            "--micro-batch-size or a larger --batch-size"
+        )
+    # On different machines a notice says what differs.
+    is_exact = all(len({str(facts[name]) for facts in peers.facts}) == 1 for name in CHANGES_BITS)
+    return [*lines, *[EXACT] * is_exact]
+
+
+def describe_traffic(peers: Peers) -> list[str]:
+    """Return what a rank has sent to the others in the whole run; nothing if it has one rank."""
+    ranks = peers.ranks
+    if ranks.is_alone:
+        return []
+    # A gather in a ring passes what a rank sends on to each other rank.
+    sent = ranks.gathered_bytes * (ranks.size - 1)
+    return [f"each of the {ranks.size} ranks has sent {format_bytes(sent)}"]
