@@ -240,6 +240,21 @@ def resolve(
     return DPOConfig.from_dict(values)
 
 
+def find_local_inputs(
+    ctx: click.Context, config_file: str | None, flags: dict[str, Any]
+) -> list[str]:
+    """Return the files and folders of this machine that the settings name, but for the output."""
+    values = (read_settings(config_file) if config_file else {}) | typed_settings(ctx, flags)
+    if values.get("output") and ctx.params.get("resume"):
+        values = _recorded_settings(values) | values
+    inputs: list[str] = []
+    for name, spec in get_settings().items():
+        if spec.is_path and name != "output" and values.get(name):
+            value = values[name]
+            inputs += map(str, value if isinstance(value, list | tuple) else [value])
+    return [path for path in dict.fromkeys(inputs) if Path(path).expanduser().exists()]
+
+
 def check_none_missing(
     ctx: click.Context, values: Mapping[str, Any], names: Mapping[str, Any] | tuple[str, ...]
 ) -> None:

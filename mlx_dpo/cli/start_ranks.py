@@ -1,13 +1,11 @@
-"""Start the ranks of a run: the flags `--ranks` and `--rank-timeout`."""
+"""Start the ranks of a run, on this machine or on several hosts."""
 
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
-
-import click
 
 from mlx_dpo.cli.output import print_error, show_cursor
+from mlx_dpo.cli.ranks_flags import RanksFlags
 from mlx_dpo.distributed.environment import RANK_TIMEOUT, find_rank
 from mlx_dpo.distributed.launch import RankCommand, launch, ring_on_this_machine
 from mlx_dpo.distributed.launched import is_launched, obey_launcher
@@ -19,54 +17,57 @@ THIS_MACHINE = "this machine"
 PROGRAM = "import sys; del sys.argv[0]; from mlx_dpo.cli import main; main()"
 
 
-def ranks_flags(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the flags that start several ranks to a command."""
-    command = click.option(
-        "--rank-timeout",
-        type=click.IntRange(min=1),
-        metavar="SECONDS",
-        show_default="120",
-        help="With several ranks: end all of them when one is silent for so long.",
-    )(command)
-    return click.option(
-        "--ranks",
-        type=click.IntRange(min=1),
-        default=1,
-        metavar="N",
-        help="Share the passes of each step among N processes on this machine; the result is the "
-        "same, bit for bit.",
-    )(command)
-
-
-def start_ranks(count: int, timeout: int | None, pairs: Sequence[str]) -> None:
+def start_ranks(
+    wanted: RanksFlags,
+    pairs: Sequence[str] = (),
+    find_inputs: Callable[[], list[str]] = list,
+    *,
+    keeps_awake: bool = True,
+) -> None:
     """Start the ranks that the flags ask for and exit with their code; return if there are none.
 
     In a rank that was started already, follow its launcher and return.
 
+    Args:
+        wanted: the flags.
+        pairs: sources of pairs, as the user wrote them.
+        find_inputs: returns the files and folders that each host needs.
+        keeps_awake: whether each rank keeps its Mac awake.
+
     Raises:
-        ConfigError: a flag has no effect, or the ranks cannot read the pairs.
+        ConfigError: a flag has no effect, the ranks cannot read the pairs, or a host is not ready.
     """
     obey_launcher()
     is_rank = find_rank(os.environ) is not None
-    if count > 1 and is_rank and not is_launched():
-        raise ConfigError("`--ranks` has no effect: this process was started as a rank already")
-    if timeout is not None:
-        if count == 1 and not is_rank:
-            raise ConfigError("`--rank-timeout` has no effect without several ranks (--ranks)")
-        os.environ[RANK_TIMEOUT] = str(timeout)
-    if count == 1 or is_rank:
+    if wanted.starts_ranks and is_rank and not is_launched():
+        flag = "--ranks" if wanted.hosts is None else "--hosts"
+        raise ConfigError(f"`{flag}` has no effect: this process was started as a rank already")
+    wanted.check()
+    if wanted.rank_timeout is not None:
+        if not wanted.starts_ranks and not is_rank:
+            raise ConfigError(
+                "`--rank-timeout` has no effect without several ranks (--ranks or --hosts)"
+            )
+        os.environ[RANK_TIMEOUT] = str(wanted.rank_timeout)
+    if not wanted.starts_ranks or is_rank:
         return
     if "-" in pairs:
         raise ConfigError(
             "PAIRS: several ranks cannot read from standard input (`-`); write the rows to a file"
         )
-    sys.exit(_launch_on_this_machine(count))
-
-
-def _launch_on_this_machine(count: int) -> int:
     argv = (sys.executable, "-P", "-c", PROGRAM, *sys.argv)
-    with paused(), ring_on_this_machine(count) as variables:
-        commands = [RankCommand(THIS_MACHINE, argv, environment) for environment in variables]
+    if wanted.hosts is None:
+        with ring_on_this_machine(wanted.ranks) as variables:
+            sys.exit(_run([RankCommand(THIS_MACHINE, argv, own) for own in variables]))
+    from mlx_dpo.cli.commands_on_hosts import commands_on_hosts  # imports MLX
+
+    with commands_on_hosts(wanted, argv, find_inputs(), keeps_awake=keeps_awake) as commands:
+        sys.exit(_run(commands))
+
+
+def _run(commands: Sequence[RankCommand]) -> int:
+    """Start ranks by their commands; return the exit code of the run."""
+    with paused():
         try:
             return launch(commands, print_error)
         finally:

@@ -8,15 +8,17 @@ from typing import Any
 import click
 
 from mlx_dpo.cli.output import is_silent
+from mlx_dpo.cli.ranks_flags import RanksFlags, rank_timeout_flag, ranks_flags
 from mlx_dpo.cli.setting_flags import (
     SettingsCommand,
     config_flag,
+    find_local_inputs,
     help_all_flag,
     pairs_argument,
     resolve,
     setting_flags,
 )
-from mlx_dpo.cli.start_ranks import ranks_flags, start_ranks
+from mlx_dpo.cli.start_ranks import start_ranks
 from mlx_dpo.config.dpo_config import DPOConfig
 from mlx_dpo.distributed.environment import find_rank
 from mlx_dpo.errors import ConfigError, DPOError
@@ -43,6 +45,7 @@ from mlx_dpo.errors import ConfigError, DPOError
 @click.option("--live", is_flag=True, help="Show the report in the browser while training.")
 @click.option("--no-open", is_flag=True, help="With --live: only print the page's address.")
 @ranks_flags
+@rank_timeout_flag
 @setting_flags(lambda spec: True)
 @help_all_flag
 @click.pass_context
@@ -65,7 +68,12 @@ def train(
     --live the report is served on this machine until training ends; the browser keeps it.
     """
     live, no_open = flags.pop("live"), flags.pop("no_open")
-    start_ranks(flags.pop("ranks"), flags.pop("rank_timeout"), flags["pairs"])
+    start_ranks(
+        RanksFlags.pop(flags),
+        flags["pairs"],
+        lambda: find_local_inputs(ctx, config_file, flags),
+        keeps_awake=flags["caffeinate"],
+    )
     if no_open and not live:
         raise ConfigError("`--no-open` has no effect without --live")
 
