@@ -71,6 +71,7 @@ GROUPS = {  # the commands in the order of the help text, with a line for each
 }
 DESCRIPTIONS = {name: text for group in GROUPS.values() for name, text in group.items()}
 COMMANDS = tuple(DESCRIPTIONS)
+WITH_RANKS = ("train", "doctor")  # commands that several ranks can run together
 OTHER_NAMES = {  # words of other tools, and what to type here
     **dict.fromkeys(
         ("dpo", "sft", "kto", "orpo", "lora", "qlora", "finetune", "fine-tune", "tune", "fit"),
@@ -159,6 +160,8 @@ class Commands(Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Import the command; show that first, because importing MLX takes seconds."""
+        if args[0] not in WITH_RANKS:
+            _check_no_rank(args[0])
         wants_help = not {"-h", "--help-all", *ctx.help_option_names}.isdisjoint(args)
         if args[0] in COMMANDS and "mlx_lm" not in sys.modules and not (wants_help or is_silent()):
             announce("Importing MLX")
@@ -198,6 +201,18 @@ class Commands(Group):
         except KeyboardInterrupt:
             echo("Interrupted", err=True)
             sys.exit(INTERRUPTED)
+
+
+def _check_no_rank(command: str) -> None:
+    """Raise `ConfigError` if a launcher started this process as one of several ranks."""
+    if (rank := find_rank(os.environ)) is None:
+        return
+    error = ConfigError(
+        f"`{NAME} {command}` runs in one process, but this one was started as rank {rank} of "
+        "several; start it without the launcher (only `train` shares its work)"
+    )
+    error.is_shared = True
+    raise error
 
 
 @contextmanager

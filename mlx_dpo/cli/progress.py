@@ -6,7 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from time import perf_counter
 from typing import Any
@@ -98,9 +98,15 @@ def _run(run: DPOTrainer, awake: str | None, resume_command: str, *, verbose: bo
     warnings.print_new()
     if run.stopped:
         console.print(f"Stopped and saved; resume with: {resume_command}")
-        raise SystemExit(128 + received[0])
+        raise SystemExit(128 + _first_signal(run, received))
     samples.print_last()
     print_ending(console, run, rows, perf_counter() - began)
+
+
+def _first_signal(run: DPOTrainer, received: Sequence[int]) -> int:
+    """Return the number of the signal that stopped the run, whichever rank received it."""
+    numbers = run.ranks.all_gather_json("signals", list(received[:1]))
+    return next((number for of_rank in numbers for number in of_rank), signal.SIGINT)
 
 
 PRINTED_SAMPLES = 3  # at an evaluation, unless the settings have a number

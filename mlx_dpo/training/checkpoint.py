@@ -74,9 +74,10 @@ def save(
     with whole_folder(target) as partial:
         save_adapter(partial, policy, adapter_config)
         state = named_arrays(optimizer.state) | {"random": random_state()}
-        write_checked_arrays(partial / OPTIMIZER, state)
+        # In one order, which a restored state does not have: a resumed run writes the same bytes.
+        write_checked_arrays(partial / OPTIMIZER, dict(sorted(state.items())))
         if synced is not None and synced.was_updated:
-            write_checked_arrays(partial / SYNCED_REFERENCE, synced.weights)
+            write_checked_arrays(partial / SYNCED_REFERENCE, dict(sorted(synced.weights.items())))
         position = {
             "step": progress.step,
             "num_tokens": progress.num_tokens,
